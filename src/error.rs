@@ -1,0 +1,190 @@
+//! The one error type of the crate, and the one place that maps it to an exit code.
+//!
+//! Each variant holds the path, line and value that its sentence needs: what happened, what
+//! follows from it, what to change. An error is printed once, by `cli`; nothing below prints.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// What the crate's functions return.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A place in a configuration file, counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// The line.
+    pub line: usize,
+    /// The column, in characters.
+    pub column: usize,
+}
+
+/// Everything that can stop a command of preforkd.
+#[derive(Debug)]
+pub enum Error {
+    /// The command line is wrong (exit code 64).
+    Usage(String),
+    /// The configuration is wrong (exit code 78).
+    Config {
+        /// The file, or `None` for an option of the command line.
+        file: Option<PathBuf>,
+        /// Where in the file, where that is known.
+        position: Option<Position>,
+        /// The dotted key, such as `workers.count`; empty for an error of syntax.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+        /// What to change; may be empty.
+        remedy: String,
+    },
+    /// The operating system refused something (exit code 71, or 77 where it was a permission).
+    System {
+        /// What was tried, with its object: `bind 127.0.0.1:8080`.
+        attempt: String,
+        /// What the system answered.
+        source: io::Error,
+        /// What to change; may be empty.
+        remedy: String,
+    },
+    /// Another master holds the pid file (exit code 71).
+    AlreadyRunning {
+        /// The pid file.
+        pid_file: PathBuf,
+        /// The content of the pid file: a hint, not the truth.
+        pid: Option<i32>,
+    },
+    /// Nobody answers there (exit code 69).
+    NoServer {
+        /// The address or socket path that was tried.
+        place: String,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The peer does not keep to the protocol, or went away in the middle (exit code 69).
+    Protocol(String),
+    /// This user may not do that (exit code 77).
+    Permission(String),
+    /// A call was answered with an error, or a reload, a scale or an upgrade was refused
+    /// (exit code 1).
+    Refused(String),
+    /// The workers of a new master did not become ready (exit code 71).
+    NotReady(String),
+    /// A launching shell's copy of the error that its daemon met: the text stands as it is.
+    Daemon {
+        /// The exit code of the daemon's own error.
+        code: u8,
+        /// The daemon's own sentence.
+        message: String,
+    },
+    /// Something that can't happen (exit code 70).
+    Bug(String),
+}
+
+impl Error {
+    /// An error of the system with no particular remedy.
+    pub fn system(attempt: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::system_with(attempt, source, "")
+    }
+
+    /// An error of the system that the operator can do something about.
+    pub fn system_with(
+        attempt: impl Into<String>,
+        source: impl Into<io::Error>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Error::System {
+            attempt: attempt.into(),
+            source: source.into(),
+            remedy: remedy.into(),
+        }
+    }
+
+    /// The exit code of a command that ends with this error, from sysexits.h(3head).
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Refused(_) => 1,
+            Error::Usage(_) => 64,
+            Error::NoServer { .. } | Error::Protocol(_) => 69,
+            Error::Bug(_) => 70,
+            Error::System { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 77,
+            Error::System { .. } | Error::AlreadyRunning { .. } | Error::NotReady(_) => 71,
+            Error::Permission(_) => 77,
+            Error::Config { .. } => 78,
+            Error::Daemon { code, .. } => *code,
+        }
+    }
+}
+
+/// Writes "; REMEDY", or nothing when there is none.
+fn write_remedy(f: &mut fmt::Formatter<'_>, remedy: &str) -> fmt::Result {
+    if remedy.is_empty() {
+        Ok(())
+    } else {
+        write!(f, "; {remedy}")
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Usage(text)
+            | Error::Protocol(text)
+            | Error::Permission(text)
+            | Error::Refused(text)
+            | Error::NotReady(text)
+            | Error::Daemon { message: text, .. } => f.write_str(text),
+            Error::Config {
+                file,
+                position,
+                key,
+                problem,
+                remedy,
+            } => {
+                match (file, position) {
+                    (Some(file), Some(at)) => {
+                        write!(f, "{}:{}:{}: ", file.display(), at.line, at.column)?;
+                    }
+                    (Some(file), None) => write!(f, "{}: ", file.display())?,
+                    (None, _) => f.write_str("command line: ")?,
+                }
+                if !key.is_empty() {
+                    write!(f, "{key}: ")?;
+                }
+                f.write_str(problem)?;
+                write_remedy(f, remedy)
+            }
+            Error::System {
+                attempt,
+                source,
+                remedy,
+            } => {
+                write!(f, "{attempt}: {source}")?;
+                write_remedy(f, remedy)
+            }
+            Error::AlreadyRunning { pid_file, pid } => {
+                write!(f, "another master holds the lock on {}", pid_file.display())?;
+                if let Some(pid) = pid {
+                    write!(f, " (the file names pid {pid})")?;
+                }
+                f.write_str(
+                    "; stop it with `preforkd stop`, or give this one a pid-file of its own",
+                )
+            }
+            Error::NoServer { place, source } => write!(
+                f,
+                "no server at {place}: {source}; start one with `preforkd run`, or name the right \
+                 place"
+            ),
+            Error::Bug(text) => write!(f, "{text}; this is a bug of preforkd, please report it"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::System { source, .. } | Error::NoServer { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}

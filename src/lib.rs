@@ -1,0 +1,4 @@
+//! preforkd: a prefork RPC server for Linux.
+#![warn(missing_docs)]
+
+pub mod error;
