@@ -1,4 +1,5 @@
 //! preforkd: a prefork RPC server for Linux.
-#![warn(missing_docs)]
 
 pub mod error;
+pub mod logging;
+pub mod sys;

@@ -1,0 +1,313 @@
+//! The log: what a line looks like, and where it goes.
+//!
+//! Lines are made by env_logger (levels, RUST_LOG) in one of three forms and go to an `Output`
+//! that never blocks and never fails: a line that can't be written is counted, and the count is
+//! written as soon as something can be. In a worker a thread does the writing, so that a slow disk
+//! or a full queue costs lines and never a call; the master, which has no second thread, writes
+//! for itself.
+
+mod output;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use crossbeam_channel::{Sender, TrySendError, bounded};
+use log::{LevelFilter, Log, Metadata, Record};
+use serde::Serialize;
+
+pub use output::Output;
+
+/// Lines that wait for the writing thread of a worker.
+const QUEUE: usize = 4096;
+
+/// The form of a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Time, level, who, message.
+    Text,
+    /// The same without the time, behind the priority that journald reads (sd-daemon(3)).
+    Journal,
+    /// One JSON object.
+    Json,
+}
+
+/// Who writes, for every line of this process.
+static ROLE: AtomicI32 = AtomicI32::new(COMMAND);
+const COMMAND: i32 = -2;
+const MASTER: i32 = -1;
+
+static LOGGER: RwLock<Option<env_logger::Logger>> = RwLock::new(None);
+static OUTPUT: Mutex<Option<Output>> = Mutex::new(None);
+static QUEUED: RwLock<Option<Sender<Order>>> = RwLock::new(None);
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+/// What the writing thread is asked to do.
+enum Order {
+    Line(Vec<u8>),
+    Replace(Output),
+    /// Answered when everything before it was written.
+    Flush(Sender<()>),
+}
+
+/// Hands each record to the logger that is configured now: it can change at a reload, and the
+/// log crate takes one logger for life.
+struct Current;
+
+impl Log for Current {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        let logger = LOGGER.read().unwrap_or_else(PoisonError::into_inner);
+        logger
+            .as_ref()
+            .is_some_and(|logger| logger.enabled(metadata))
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let logger = LOGGER.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(logger) = logger.as_ref() {
+            logger.log(record);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Sets level and form, at start and at each reload. RUST_LOG, where it is set, wins over
+/// `level`.
+pub fn configure(level: LevelFilter, form: Form) {
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level);
+    if let Ok(filters) = std::env::var("RUST_LOG") {
+        builder.parse_filters(&filters);
+    }
+    builder.target(env_logger::Target::Pipe(Box::new(Pipe)));
+    builder.format(move |buffer, record| write_record(buffer, form, record));
+    let logger = builder.build();
+    log::set_max_level(logger.filter());
+    *LOGGER.write().unwrap_or_else(PoisonError::into_inner) = Some(logger);
+    // Refused from the second time on: it is set already.
+    let _ = log::set_logger(&Current);
+}
+
+/// Where lines go from now on, in the master and in whatever is forked from it.
+pub fn set_output(output: Output) {
+    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(queue) = queued.as_ref() {
+        // The writing thread owns the output; full means that the old one is stuck.
+        let _ = queue.send_timeout(Order::Replace(output), Duration::from_millis(100));
+    } else {
+        *lock_output() = Some(output);
+    }
+}
+
+/// Opens a log file to append to, or standard error where there is none.
+///
+/// # Errors
+/// When the file can't be opened.
+pub fn open(file: Option<&Path>) -> io::Result<Output> {
+    match file {
+        Some(file) => Output::file(file),
+        None => Output::standard_error(),
+    }
+}
+
+/// A duplicate of the output, to be passed on to a worker that is to use it as well.
+pub fn duplicate_output() -> Option<Output> {
+    lock_output()
+        .as_ref()
+        .and_then(|output| output.duplicate().ok())
+}
+
+/// From now on this process is the master.
+pub fn i_am_master() {
+    ROLE.store(MASTER, Ordering::Relaxed);
+}
+
+/// From now on this process is the worker in `slot`; starts the thread that writes. Without a
+/// thread to be had, lines are written by whoever logs, as in the master.
+pub fn i_am_worker(slot: u16) {
+    ROLE.store(i32::from(slot), Ordering::Relaxed);
+    let Some(mut output) = lock_output().take() else {
+        return;
+    };
+    let spare = output.duplicate();
+    let (sender, receiver) = bounded(QUEUE);
+    let writer = std::thread::Builder::new()
+        .name("log".into())
+        .stack_size(256 * 1024)
+        .spawn(move || {
+            for order in receiver {
+                match order {
+                    Order::Line(line) => output.write_line(&line, &LOST),
+                    Order::Replace(other) => output = other,
+                    Order::Flush(done) => drop(done.send(())),
+                }
+            }
+        });
+    match writer {
+        Ok(_) => *QUEUED.write().unwrap_or_else(PoisonError::into_inner) = Some(sender),
+        Err(_) => *lock_output() = spare.ok(),
+    }
+}
+
+/// Waits, at most `limit`, until what was logged is written: the last thing before `_exit`.
+pub fn flush(limit: Duration) {
+    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(queue) = queued.as_ref() {
+        let (done, wait) = bounded(1);
+        if queue.send_timeout(Order::Flush(done), limit).is_ok() {
+            let _ = wait.recv_timeout(limit);
+        }
+    }
+}
+
+/// Sends panics to the log: standard error may be closed, and is not where an operator looks.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map_or_else(String::new, |place| {
+            format!(" at {}:{}", place.file(), place.line())
+        });
+        let payload = panic.payload();
+        let text = payload
+            .downcast_ref::<&str>()
+            .copied()
+            .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+            .unwrap_or("a panic with a payload that is no text");
+        log::error!("panic{place}: {text}");
+    }));
+}
+
+fn lock_output() -> std::sync::MutexGuard<'static, Option<Output>> {
+    OUTPUT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What env_logger writes to: always takes the line.
+struct Pipe;
+
+impl Write for Pipe {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(queue) = queued.as_ref() {
+            if let Err(TrySendError::Full(_)) = queue.try_send(Order::Line(line.to_vec())) {
+                LOST.fetch_add(1, Ordering::Relaxed);
+            }
+        } else if let Some(output) = lock_output().as_mut() {
+            output.write_line(line, &LOST);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One line of JSON.
+#[derive(Serialize)]
+struct JsonLine<'a> {
+    time: String,
+    level: &'a str,
+    pid: u32,
+    role: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    slot: Option<i32>,
+    thread: &'a str,
+    message: String,
+}
+
+fn write_record(to: &mut impl Write, form: Form, record: &Record<'_>) -> io::Result<()> {
+    let slot = ROLE.load(Ordering::Relaxed);
+    let current = std::thread::current();
+    let (role, thread) = match (slot, current.name()) {
+        (COMMAND, thread) => ("command", thread),
+        (MASTER, thread) => ("master", thread),
+        (_, Some("main") | None) => ("worker", Some("loop")),
+        (_, thread) => ("worker", thread),
+    };
+    let thread = thread.unwrap_or("main");
+    let slot = (slot >= 0).then_some(slot);
+    let pid = std::process::id();
+    let time = || humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+    if form == Form::Json {
+        let line = JsonLine {
+            time: time(),
+            level: record.level().as_str(),
+            pid,
+            role,
+            slot,
+            thread,
+            message: record.args().to_string(),
+        };
+        serde_json::to_writer(&mut *to, &line)?;
+        return writeln!(to);
+    }
+    if form == Form::Journal {
+        let priority = match record.level() {
+            log::Level::Error => 3,
+            log::Level::Warn => 4,
+            log::Level::Info => 6,
+            log::Level::Debug | log::Level::Trace => 7,
+        };
+        write!(to, "<{priority}>")?;
+    } else {
+        write!(to, "{} {:<5} ", time(), record.level())?;
+    }
+    write!(to, "[{pid} {role}")?;
+    if let Some(slot) = slot {
+        write!(to, " {slot}")?;
+    }
+    writeln!(to, " {thread}] {}", printable(&record.args().to_string()))
+}
+
+/// A message with its control characters escaped: what a client sends must not be able to start
+/// a line of its own, or to speak to a terminal.
+fn printable(message: &str) -> String {
+    let mut safe = String::with_capacity(message.len());
+    for character in message.chars() {
+        if character.is_control() {
+            safe.extend(character.escape_default());
+        } else {
+            safe.push(character);
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn line(form: Form, message: &str) -> String {
+        let mut line = Vec::new();
+        let record = Record::builder();
+        write_record(
+            &mut line,
+            form,
+            &{ record }
+                .level(log::Level::Warn)
+                .args(format_args!("{message}"))
+                .build(),
+        )
+        .unwrap();
+        String::from_utf8(line).unwrap()
+    }
+
+    #[test]
+    fn a_message_stays_on_its_line() {
+        let text = line(Form::Text, "one\ntwo \u{1b}[2J");
+        assert!(text.ends_with("one\\ntwo \\u{1b}[2J\n"), "{text}");
+        assert!(text.contains(" WARN  ["), "{text}");
+        assert!(line(Form::Journal, "x").starts_with("<4>["));
+    }
+
+    #[test]
+    fn a_json_line_is_json() {
+        let value: serde_json::Value = serde_json::from_str(&line(Form::Json, "a\n\"b\"")).unwrap();
+        assert_eq!(value["message"], "a\n\"b\"");
+        assert_eq!(value["level"], "WARN");
+        assert_eq!(value["pid"], std::process::id());
+    }
+}

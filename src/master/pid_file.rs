@@ -1,0 +1,181 @@
+//! The pid file: a lock that is the truth, and a number that is a hint.
+//!
+//! The lock (flock(2)) lives as long as the master, whatever becomes of the file. A stale file,
+//! or one that names somebody else's pid, never stops a start; a live lock always does.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::libc;
+
+use crate::sys::process::Pid;
+use crate::error::{Error, Result};
+
+/// A locked pid file.
+#[derive(Debug)]
+pub struct PidFile {
+    path: PathBuf,
+    file: Flock<File>,
+}
+
+impl PidFile {
+    /// Locks the file at `path`, which is made if it is not there, with its directory.
+    ///
+    /// # Errors
+    /// `AlreadyRunning` when somebody else holds the lock; a system error for a path that can't
+    /// be opened, or that is a symbolic link or no file.
+    pub fn lock(path: &Path) -> Result<Self> {
+        if let Some(directory) = path.parent() {
+            make_directory(directory)?;
+        }
+        loop {
+            let file = open(path)?;
+            let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => file,
+                Err((file, Errno::EWOULDBLOCK)) => {
+                    return Err(Error::AlreadyRunning {
+                        pid_file: path.to_owned(),
+                        pid: read_pid(&file),
+                    });
+                }
+                Err((_, error)) => return Err(refused("lock", path, error.into())),
+            };
+            // The one before us may have removed the file between our open and our lock: then we
+            // hold the lock on a file that nobody else will ever find.
+            let held = file.metadata().map_err(|error| refused("stat", path, error))?;
+            match fs::symlink_metadata(path) {
+                Ok(found) if (found.dev(), found.ino()) == (held.dev(), held.ino()) => {
+                    return Ok(PidFile {
+                        path: path.to_owned(),
+                        file,
+                    });
+                }
+                _ => continue,
+            }
+        }
+    }
+
+    /// Writes this process's pid.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn write(&mut self) -> Result<()> {
+        let text = format!("{}\n", Pid::current());
+        let mut write = || {
+            // Written before it is cut: a reader never finds it empty.
+            self.file.rewind()?;
+            self.file.write_all(text.as_bytes())?;
+            self.file.set_len(text.len() as u64)
+        };
+        write().map_err(|error| refused("write", &self.path, error))
+    }
+
+    /// Removes the file, under the lock.
+    pub fn remove(self) {
+        let _ = fs::remove_file(&self.path);
+    }
+
+    /// The descriptor that a child has to close first: flock belongs to the open file, so a
+    /// child that keeps it would hold the lock beyond the master's death.
+    pub fn raw_descriptor(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o644)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|error| refused("open", path, error))?;
+    let is_file = file.metadata().is_ok_and(|found| found.is_file());
+    if !is_file {
+        return Err(refused("open", path, io::Error::other("it is no regular file")));
+    }
+    Ok(file)
+}
+
+/// Makes the directory of a pid file or socket, for this user alone to write to.
+///
+/// # Errors
+/// When it can't be made, or when it is in a place where another user could have put it.
+pub fn make_directory(directory: &Path) -> Result<()> {
+    if directory.as_os_str().is_empty() || directory.is_dir() {
+        return Ok(());
+    }
+    // Root's own run directory is for all to look into, a user's for the user alone.
+    let mode = if nix::unistd::geteuid().is_root() { 0o755 } else { 0o700 };
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(directory)
+        .map_err(|error| refused("make directory", directory, error))
+}
+
+fn read_pid(mut file: &File) -> Option<i32> {
+    let mut text = String::new();
+    file.take(32).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+fn refused(what: &str, path: &Path, error: io::Error) -> Error {
+    let remedy = match error.raw_os_error() {
+        Some(libc::ELOOP) => "it is a symbolic link, which is not followed: remove it, or name another pid-file",
+        Some(libc::EISDIR) => "it is a directory: name a file in pid-file",
+        Some(libc::EACCES | libc::EROFS) => "name a place this user may write to in pid-file",
+        Some(libc::ENOSPC | libc::EDQUOT) => "make room there, or name another pid-file",
+        _ => "name another pid-file",
+    };
+    Error::system_with(format!("{what} {}", path.display()), error, remedy)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let directory = std::env::temp_dir().join(format!("preforkd-test-{}-{name}", Pid::current()));
+        fs::create_dir_all(&directory).unwrap();
+        directory
+    }
+
+    #[test]
+    fn a_stale_file_does_not_stop_a_start_and_a_held_lock_does() {
+        let directory = scratch("pid");
+        let path = directory.join("test.pid");
+        fs::write(&path, "1\ngarbage that is longer than a pid").unwrap();
+        let mut first = PidFile::lock(&path).unwrap();
+        first.write().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", Pid::current()));
+        let second = PidFile::lock(&path).unwrap_err();
+        assert_eq!(second.exit_code(), 71);
+        assert!(second.to_string().contains(&Pid::current().to_string()), "{second}");
+        first.remove();
+        assert!(!path.exists());
+        PidFile::lock(&path).unwrap().remove();
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn links_and_directories_are_refused_with_a_remedy() {
+        let directory = scratch("link");
+        let link = directory.join("link");
+        std::os::unix::fs::symlink("target", &link).unwrap();
+        let error = PidFile::lock(&link).unwrap_err().to_string();
+        assert!(error.contains("symbolic link"), "{error}");
+        assert!(!directory.join("target").exists());
+        let error = PidFile::lock(&directory).unwrap_err().to_string();
+        assert!(error.contains("directory"), "{error}");
+        fs::remove_dir_all(directory).unwrap();
+    }
+}

@@ -1,0 +1,129 @@
+//! Who a process is and whom its workers become: users and groups from the system's databases.
+//!
+//! It only looks up (getpwnam(3), getgrnam(3), getgrouplist(3), by whatever nsswitch.conf names);
+//! taking an account on is the business of `privilege`. An unknown name and a database that does
+//! not answer are different errors, for the first is a typing mistake and the second is not.
+
+use std::ffi::CString;
+use std::fmt;
+
+use nix::errno::Errno;
+use nix::unistd::{Group, User};
+
+/// The account that workers run under.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    /// The user's name.
+    pub name: String,
+    /// The user's id.
+    pub uid: u32,
+    /// The name of the group with id `gid`; the id in digits if that group has no name.
+    pub group: String,
+    /// The group's id: the one asked for, else the user's primary one.
+    pub gid: u32,
+    /// The supplementary groups, sorted, `gid` among them.
+    pub groups: Vec<u32>,
+}
+
+/// Why there is no such account.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccountError {
+    /// No user of that name.
+    NoUser(String),
+    /// No group of that name.
+    NoGroup(String),
+    /// The database of users or groups did not answer.
+    System(Errno),
+}
+
+impl fmt::Display for AccountError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AccountError::NoUser(name) => write!(f, "there is no user {name:?} on this machine"),
+            AccountError::NoGroup(name) => write!(f, "there is no group {name:?} on this machine"),
+            AccountError::System(errno) => {
+                write!(f, "the database of users did not answer: {}", errno.desc())
+            }
+        }
+    }
+}
+
+impl std::error::Error for AccountError {}
+
+impl Account {
+    /// Looks up `user`, with `group` in the place of its primary group where one is given.
+    pub fn lookup(user: &str, group: Option<&str>) -> Result<Account, AccountError> {
+        let found = User::from_name(user)
+            .map_err(AccountError::System)?
+            .ok_or_else(|| AccountError::NoUser(user.to_owned()))?;
+        let group = match group {
+            Some(name) => Group::from_name(name)
+                .map_err(AccountError::System)?
+                .ok_or_else(|| AccountError::NoGroup(name.to_owned()))?,
+            None => Group::from_gid(found.gid)
+                .map_err(AccountError::System)?
+                .unwrap_or_else(|| Group {
+                    name: found.gid.to_string(),
+                    passwd: CString::default(),
+                    gid: found.gid,
+                    mem: Vec::new(),
+                }),
+        };
+        let c_name = CString::new(user)
+            .map_err(|_| AccountError::NoUser(user.escape_debug().to_string()))?;
+        let mut groups: Vec<u32> = nix::unistd::getgrouplist(&c_name, group.gid)
+            .map_err(AccountError::System)?
+            .into_iter()
+            .map(nix::unistd::Gid::as_raw)
+            .collect();
+        groups.sort_unstable();
+        groups.dedup();
+        Ok(Account {
+            name: found.name,
+            uid: found.uid.as_raw(),
+            group: group.name,
+            gid: group.gid.as_raw(),
+            groups,
+        })
+    }
+}
+
+/// The effective user and group of this process: geteuid(2), getegid(2).
+pub fn effective_ids() -> (u32, u32) {
+    (
+        nix::unistd::geteuid().as_raw(),
+        nix::unistd::getegid().as_raw(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn root_is_found_with_its_group() {
+        let root = Account::lookup("root", None).unwrap();
+        assert_eq!((root.uid, root.gid, root.group.as_str()), (0, 0, "root"));
+        assert!(root.groups.contains(&0));
+    }
+
+    #[test]
+    fn a_group_takes_the_place_of_the_primary_one() {
+        let account = Account::lookup("nobody", Some("root")).unwrap();
+        assert_eq!((account.gid, account.group.as_str()), (0, "root"));
+        assert_ne!(account.uid, 0);
+    }
+
+    #[test]
+    fn unknown_names_are_told_apart() {
+        let user = Account::lookup("no-such-user", None).unwrap_err();
+        assert_eq!(
+            user.to_string(),
+            "there is no user \"no-such-user\" on this machine"
+        );
+        let group = Account::lookup("root", Some("no-such-group")).unwrap_err();
+        assert_eq!(group, AccountError::NoGroup("no-such-group".into()));
+        assert!(Account::lookup("ro\0ot", None).is_err());
+    }
+}

@@ -1,0 +1,18 @@
+//! The ground floor: safe wrappers around what the kernel offers, and the only place with
+//! `unsafe` in it.
+//!
+//! One file per concern. Nothing here knows of calls, workers or configuration; each file says in
+//! its head how it fails.
+
+pub mod account;
+pub mod daemon;
+pub mod descriptor;
+pub mod event;
+pub mod notify;
+pub mod privilege;
+pub mod process;
+pub mod shared;
+pub mod signal;
+pub mod socket;
+pub mod title;
+pub mod waker;

@@ -1,0 +1,73 @@
+//! Giving up root, for good, and proving it.
+//!
+//! The order is the whole point: supplementary groups, bounding set, group, user, then the proof
+//! that nothing leads back, then no_new_privs. A step that fails is an error and the caller has
+//! to leave: half a drop is none.
+
+#![allow(unsafe_code)]
+
+use std::io;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+
+use super::account::Account;
+
+/// Becomes `account`. Does nothing but no_new_privs when this process is that user already.
+///
+/// # Errors
+/// What the system refused, or that root could be had back.
+pub fn drop_to(account: &Account) -> io::Result<()> {
+    let (user, group) = (Uid::from_raw(account.uid), Gid::from_raw(account.gid));
+    if geteuid().is_root() {
+        let groups: Vec<Gid> = account
+            .groups
+            .iter()
+            .map(|&gid| Gid::from_raw(gid))
+            .collect();
+        setgroups(&groups)?;
+        // Needs CAP_SETPCAP, so while we still have it.
+        drop_bounding_set()?;
+        setresgid(group, group, group)?;
+        setresuid(user, user, user)?;
+    } else if geteuid() != user {
+        return Err(Errno::EPERM.into());
+    }
+    if !user.is_root() {
+        let back = setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0));
+        if back.is_ok() || geteuid() != user {
+            return Err(io::Error::other(
+                "root could be had back after giving it up",
+            ));
+        }
+    }
+    nix::sys::prctl::set_no_new_privs()?;
+    Ok(())
+}
+
+/// Takes every capability out of the bounding and the ambient set (capabilities(7)).
+fn drop_bounding_set() -> io::Result<()> {
+    for capability in 0..64 {
+        // SAFETY: prctl takes plain numbers here.
+        let done = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        if done != 0 {
+            match Errno::last() {
+                // The first number that this kernel does not know.
+                Errno::EINVAL => break,
+                error => return Err(error.into()),
+            }
+        }
+    }
+    // SAFETY: as above. Kernels before 4.3 have no ambient set, and so nothing in it.
+    unsafe {
+        libc::prctl(
+            libc::PR_CAP_AMBIENT,
+            libc::PR_CAP_AMBIENT_CLEAR_ALL,
+            0,
+            0,
+            0,
+        )
+    };
+    Ok(())
+}

@@ -1,0 +1,204 @@
+//! Processes: the one `fork` of the crate, waiting, signalling, leaving, and what /proc knows.
+//!
+//! Leaves to others what a child does first (`worker::hygiene`) and who is whose (`master`).
+//! Fails with the system's own error; `fork` panics when this process has a second thread,
+//! because the child would inherit locks that nobody is left to release (fork(2)).
+
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use nix::sys::time::TimeValLike;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd;
+
+/// The id of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pid(pub i32);
+
+impl fmt::Display for Pid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Pid {
+    /// The calling process.
+    pub fn current() -> Self {
+        Pid(unistd::getpid().as_raw())
+    }
+
+    /// The parent of the calling process; 1 or a subreaper once the real one has died.
+    pub fn parent() -> Self {
+        Pid(unistd::getppid().as_raw())
+    }
+
+    fn raw(self) -> unistd::Pid {
+        unistd::Pid::from_raw(self.0)
+    }
+}
+
+/// Which side of a fork this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fork {
+    /// The parent, with the pid of the new child.
+    Parent(Pid),
+    /// The child.
+    Child,
+}
+
+/// How a process ended (wait(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// By `exit` with this code, 0 to 255.
+    Code(i32),
+    /// By a signal.
+    Signal {
+        /// The signal's number.
+        number: i32,
+        /// Whether a core was dumped.
+        core_dumped: bool,
+    },
+}
+
+/// Makes a child that is a copy of this process.
+///
+/// # Panics
+/// When this process has more than one thread: the caller's invariant is broken, and a child
+/// that inherits a locked lock would hang at some later time instead.
+///
+/// # Errors
+/// EAGAIN or ENOMEM when the system has no process to give.
+pub fn fork() -> io::Result<Fork> {
+    let threads = thread_count();
+    assert!(
+        threads <= 1,
+        "fork with {threads} threads alive: the child would inherit their locks"
+    );
+    // SAFETY: there is one thread, so no lock is held by another one and the child's memory is
+    // consistent; the child runs `worker::hygiene` and leaves by `_exit`.
+    match unsafe { unistd::fork() }? {
+        unistd::ForkResult::Parent { child } => Ok(Fork::Parent(Pid(child.as_raw()))),
+        unistd::ForkResult::Child => Ok(Fork::Child),
+    }
+}
+
+/// The threads of this process, or 0 where /proc is not mounted.
+pub fn thread_count() -> u64 {
+    // A directory's link count is two more than its subdirectories: one stat(2), no listing.
+    fs::metadata("/proc/self/task").map_or(0, |task| task.nlink().saturating_sub(2))
+}
+
+/// Takes the status of one ended child, whichever it is, without waiting. `None`: no child has
+/// ended, or there is none.
+pub fn reap_any() -> Option<(Pid, Exit)> {
+    loop {
+        return match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) => Some((Pid(pid.as_raw()), Exit::Code(code))),
+            Ok(WaitStatus::Signaled(pid, signal, core_dumped)) => {
+                let number = signal as i32;
+                Some((
+                    Pid(pid.as_raw()),
+                    Exit::Signal {
+                        number,
+                        core_dumped,
+                    },
+                ))
+            }
+            Err(Errno::EINTR) => continue,
+            // A real-time signal has no name in nix: the status is consumed all the same.
+            Err(Errno::EINVAL) => continue,
+            _ => None,
+        };
+    }
+}
+
+/// Sends a signal to a child that has not been reaped yet (so its pid can't be another's).
+/// One that is already gone is no error.
+pub fn kill(pid: Pid, signal: Signal) {
+    let _ = nix::sys::signal::kill(pid.raw(), signal);
+}
+
+/// Ends this process at once: no destructor, no atexit handler, no flush. The only way out of a
+/// forked child, which shares the parent's files and must not run its clean-up (_exit(2)).
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: `_exit` is async-signal-safe and does not return.
+    unsafe { nix::libc::_exit(code) }
+}
+
+/// Lets orphaned descendants become this process's children, so that they are reaped
+/// (PR_SET_CHILD_SUBREAPER(2const)).
+///
+/// # Errors
+/// None known on Linux since 3.4.
+pub fn become_subreaper() -> io::Result<()> {
+    Ok(nix::sys::prctl::set_child_subreaper(true)?)
+}
+
+/// Raises the soft limit of open descriptors to the hard one and returns it (getrlimit(2)).
+///
+/// # Errors
+/// What getrlimit or setrlimit answer.
+pub fn raise_descriptor_limit() -> io::Result<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(hard)
+}
+
+/// Resident memory of a process in bytes, or 0 where it can't be read (proc_pid_statm(5)).
+pub fn resident_bytes(pid: Pid) -> u64 {
+    let Ok(statm) = fs::read_to_string(format!("/proc/{pid}/statm")) else {
+        return 0;
+    };
+    let pages: u64 = statm
+        .split_ascii_whitespace()
+        .nth(1)
+        .and_then(|field| field.parse().ok())
+        .unwrap_or(0);
+    let page_size = unistd::sysconf(unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .map_or(4096, |size| size.unsigned_abs());
+    pages * page_size
+}
+
+/// Time since boot, suspended time left out (CLOCK_MONOTONIC): the same in all processes of one
+/// machine, and deaf to changes of the wall clock.
+pub fn monotonic() -> Duration {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .expect("every Linux has CLOCK_MONOTONIC (clock_gettime(2))");
+    Duration::new(
+        now.num_seconds().unsigned_abs(),
+        now.tv_nsec().unsigned_abs() as u32,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "threads alive")]
+    fn fork_refuses_to_run_beside_another_thread() {
+        let (_hold, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::spawn(move || wait.recv());
+        let _ = fork();
+    }
+
+    #[test]
+    fn proc_knows_this_process() {
+        assert!(thread_count() >= 1);
+        assert!(resident_bytes(Pid::current()) > 100_000);
+        assert_eq!(resident_bytes(Pid(-1)), 0);
+    }
+}

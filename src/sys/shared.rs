@@ -1,0 +1,91 @@
+//! Memory that processes share: an array of zeroed records, made before the fork.
+//!
+//! Only atomics are given out, so that two processes can't tear a value. Fails when the system
+//! has no memory to give.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+use std::os::raw::c_void;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+
+/// A record that may lie in memory which another process changes.
+///
+/// # Safety
+/// The type consists of atomics (and arrays of them) alone, all bits zero is a valid value of it,
+/// and it needs no drop.
+pub unsafe trait Record {}
+
+// SAFETY: atomics, valid when zero, no drop.
+unsafe impl Record for AtomicU64 {}
+// SAFETY: as above.
+unsafe impl Record for AtomicU32 {}
+// SAFETY: as above.
+unsafe impl Record for AtomicI32 {}
+
+/// Declares a structure of atomics, which may therefore be a [`Record`]; so that the promise is
+/// made here, once, and not by each floor above.
+#[macro_export]
+macro_rules! shared_record {
+    ($(#[$meta:meta])* $visibility:vis struct $name:ident {
+        $($(#[$field_meta:meta])* $field_visibility:vis $field:ident : $type:ty),* $(,)?
+    }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        $visibility struct $name { $($(#[$field_meta])* $field_visibility $field: $type),* }
+        const _: () = {
+            const fn must_be_a_record<T: $crate::sys::shared::Record>() {}
+            $(must_be_a_record::<$type>();)*
+        };
+        #[allow(unsafe_code)]
+        // SAFETY: every field is a record, as the lines above have the compiler check.
+        unsafe impl $crate::sys::shared::Record for $name {}
+    };
+}
+
+/// An array of records, shared with every process forked after it was made. It is never
+/// unmapped: the processes that hold it end with it.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedArray<T: 'static> {
+    start: NonNull<T>,
+    length: usize,
+    records: PhantomData<&'static [T]>,
+}
+
+impl<T: Record> SharedArray<T> {
+    /// `length` records of zeroes; memory is taken only for those that are touched.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn new(length: NonZeroUsize) -> io::Result<Self> {
+        let bytes = length
+            .checked_mul(NonZeroUsize::new(size_of::<T>()).unwrap_or(NonZeroUsize::MIN))
+            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nobody's memory.
+        let start: NonNull<c_void> =
+            unsafe { mmap_anonymous(None, bytes, protection, MapFlags::MAP_SHARED) }?;
+        Ok(SharedArray {
+            start: start.cast(),
+            length: length.get(),
+            records: PhantomData,
+        })
+    }
+
+    /// The records.
+    pub fn records(&self) -> &'static [T] {
+        // SAFETY: the mapping is page-aligned, as long as `length` records, zeroed by the kernel,
+        // never unmapped, and `Record` says that zeroes are valid and that others may change it.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+}
+
+// SAFETY: the records are atomics; the pointer is only read.
+unsafe impl<T: Record> Send for SharedArray<T> {}
+// SAFETY: as above.
+unsafe impl<T: Record> Sync for SharedArray<T> {}

@@ -1,0 +1,159 @@
+//! Signals: a pipe that wakes the loop, the masks around fork, the parent-death alarm.
+//!
+//! A handler sets a flag and writes a byte (signal-hook); the loop empties the pipe first and
+//! looks at the flags second, so that none is missed. Signals are never counted: two of a kind
+//! may arrive as one. Fails with the system's own error.
+
+#![allow(unsafe_code)]
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::libc;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal};
+use signal_hook::SigId;
+
+use super::process::Pid;
+
+/// The signals that a process wants to hear of, through one descriptor.
+#[derive(Debug)]
+pub struct SignalPipe {
+    reader: UnixStream,
+    heard: Vec<(Signal, Arc<AtomicBool>)>,
+    registrations: Vec<SigId>,
+}
+
+impl SignalPipe {
+    /// Installs handlers for `signals`.
+    ///
+    /// # Errors
+    /// When no socket pair can be had, or a signal can't be caught.
+    pub fn new(signals: &[Signal]) -> io::Result<Self> {
+        let (reader, writer) = UnixStream::pair()?;
+        reader.set_nonblocking(true)?;
+        let mut pipe = SignalPipe {
+            reader,
+            heard: Vec::new(),
+            registrations: Vec::new(),
+        };
+        for &signal in signals {
+            let flag = Arc::new(AtomicBool::new(false));
+            // The flag first: a reader that was woken by the byte must find it set.
+            let set = signal_hook::flag::register(signal as i32, Arc::clone(&flag))?;
+            pipe.registrations.push(set);
+            let wake = signal_hook::low_level::pipe::register(signal as i32, writer.try_clone()?)?;
+            pipe.registrations.push(wake);
+            pipe.heard.push((signal, flag));
+        }
+        Ok(pipe)
+    }
+
+    /// The signals that have come since the last call.
+    pub fn take(&self) -> Vec<Signal> {
+        let mut bytes = [0; 64];
+        while matches!((&self.reader).read(&mut bytes), Ok(1..)) {}
+        self.heard
+            .iter()
+            .filter(|(_, flag)| flag.swap(false, Ordering::SeqCst))
+            .map(|(signal, _)| *signal)
+            .collect()
+    }
+
+    /// Leaves a pipe that was inherited by fork, in the child: its signals would wake the parent.
+    /// The handlers stay, and do nothing.
+    pub fn detach(&mut self) {
+        for registration in self.registrations.drain(..) {
+            signal_hook::low_level::unregister(registration);
+        }
+        self.heard.clear();
+    }
+}
+
+impl AsFd for SignalPipe {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.as_fd()
+    }
+}
+
+/// Blocks every signal in the calling thread.
+pub fn block_all() {
+    set_mask(&SigSet::all());
+}
+
+/// Lets every signal through to the calling thread, whatever mask it was started with.
+pub fn unblock_all() {
+    set_mask(&SigSet::empty());
+}
+
+fn set_mask(set: &SigSet) {
+    nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(set), None)
+        .expect("a valid mask is always accepted (sigprocmask(2))");
+}
+
+/// Ignores `signals` in this process.
+pub fn ignore(signals: &[Signal]) {
+    let action = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    for &signal in signals {
+        // SAFETY: SIG_IGN runs no code of ours.
+        let _ = unsafe { nix::sys::signal::sigaction(signal, &action) };
+    }
+}
+
+/// What `on_parent_death` hands to its handler, in seconds.
+static ALARM_SECONDS: AtomicU32 = AtomicU32::new(0);
+
+/// Only what signal-safety(7) allows: one atomic load and alarm(2).
+extern "C" fn start_alarm(_signal: libc::c_int) {
+    // SAFETY: alarm is async-signal-safe.
+    unsafe { libc::alarm(ALARM_SECONDS.load(Ordering::Relaxed)) };
+}
+
+/// Ends this process `grace` after its parent has died, even when its own loop is stuck: the
+/// kernel sends a real-time signal at that moment, its handler sets an alarm, and SIGALRM's
+/// default action does the rest (PR_SET_PDEATHSIG(2const), alarm(2)).
+///
+/// To be called after the last change of user or group, which would clear it. Returns whether
+/// `parent` still lived afterwards; if not, the signal may never come and the caller has to leave.
+///
+/// # Errors
+/// When the system refuses the handler or the request.
+pub fn on_parent_death(parent: Pid, grace: Duration) -> io::Result<bool> {
+    let seconds = u32::try_from(grace.as_secs().saturating_add(1)).unwrap_or(u32::MAX);
+    ALARM_SECONDS.store(seconds, Ordering::Relaxed);
+    let number = libc::SIGRTMIN();
+    // SAFETY: the structure is plain data, zero is a valid value of each field, and the handler
+    // has the signature that sa_handler asks for.
+    let installed = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = start_alarm as extern "C" fn(libc::c_int) as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(number, &raw const action, std::ptr::null_mut())
+    };
+    nix::errno::Errno::result(installed)?;
+    // SAFETY: no pointer is passed.
+    let asked = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, number) };
+    nix::errno::Errno::result(asked)?;
+    Ok(Pid::parent() == parent)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_is_heard_once_and_not_after_detaching() {
+        let mut pipe = SignalPipe::new(&[Signal::SIGWINCH]).unwrap();
+        assert!(pipe.take().is_empty());
+        signal_hook::low_level::raise(Signal::SIGWINCH as i32).unwrap();
+        assert_eq!(pipe.take(), [Signal::SIGWINCH]);
+        assert!(pipe.take().is_empty());
+        pipe.detach();
+        signal_hook::low_level::raise(Signal::SIGWINCH as i32).unwrap();
+        assert!(pipe.take().is_empty());
+    }
+}

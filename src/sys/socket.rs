@@ -1,0 +1,244 @@
+//! Sockets: listening ones with their options, the packet pairs between processes, who is there.
+//!
+//! Leaves reading and writing of client connections to `event`. Fails with the system's error;
+//! the caller adds the address and the remedy.
+
+#![allow(unsafe_code)]
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::cmsg_space;
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+    SockaddrStorage, UnixAddr, bind, getsockname, getsockopt, listen, recvmsg, sendmsg, setsockopt,
+    socket, socketpair, sockopt,
+};
+
+/// How long half-open peers are kept (design.md, `limits.idle-timeout`).
+const KEEPALIVE_IDLE_S: u32 = 60;
+const KEEPALIVE_INTERVAL_S: u32 = 10;
+const KEEPALIVE_PROBES: u32 = 6;
+
+/// Binds a TCP socket, not listening yet.
+///
+/// # Errors
+/// EADDRINUSE, EADDRNOTAVAIL, EACCES, and what else bind(2) knows.
+pub fn bind_tcp(address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let fd = stream_socket(family)?;
+    // So that a restart need not wait for the old connections' TIME_WAIT.
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        // Or [::] would take the IPv4 port too, and depend on a sysctl.
+        setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    Ok(fd)
+}
+
+/// Binds a unix stream socket, not listening yet. The path must be free.
+///
+/// # Errors
+/// EADDRINUSE when the path exists, EACCES, ENOENT, ENAMETOOLONG.
+pub fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+    let fd = stream_socket(AddressFamily::Unix)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(fd)
+}
+
+fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socket(family, SockType::Stream, flags, None)?)
+}
+
+/// Listens, or changes the backlog of a socket that listens already (listen(2)). The kernel caps
+/// it at net.core.somaxconn.
+///
+/// # Errors
+/// EADDRINUSE when another socket took the port meanwhile.
+pub fn start_listening(fd: &impl AsFd, backlog: u32) -> io::Result<()> {
+    let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
+    // Plain listen(2) caps silently; `Backlog::new` refuses more than SOMAXCONN, an old constant.
+    let backlog = Backlog::new(backlog).unwrap_or(Backlog::MAXALLOWABLE);
+    Ok(listen(fd, backlog)?)
+}
+
+/// Sets what every accepted connection shall have. Linux hands these down from the listening
+/// socket, so that an accept costs no further system call. A unix socket has none of them.
+///
+/// # Errors
+/// When the socket is no TCP socket.
+pub fn set_tcp_options(fd: &impl AsFd, write_timeout: Duration) -> io::Result<()> {
+    // Nagle's algorithm against delayed acknowledgements costs 44 ms for an answer in two parts.
+    setsockopt(fd, sockopt::TcpNoDelay, &true)?;
+    setsockopt(fd, sockopt::KeepAlive, &true)?;
+    setsockopt(fd, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
+    setsockopt(fd, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
+    setsockopt(fd, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
+    let timeout_ms = u32::try_from(write_timeout.as_millis()).unwrap_or(u32::MAX);
+    setsockopt(fd, sockopt::TcpUserTimeout, &timeout_ms)?;
+    Ok(())
+}
+
+/// Where a socket is bound.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bound {
+    /// An IP address and port, the real port where 0 was asked for.
+    Tcp(SocketAddr),
+    /// A path in the file system.
+    Unix(std::path::PathBuf),
+}
+
+/// Where `fd` is bound, if that is an address of ours.
+pub fn bound_address(fd: &impl AsFd) -> Option<Bound> {
+    let storage: SockaddrStorage = getsockname(fd.as_fd().as_raw_fd()).ok()?;
+    if let Some(v4) = storage.as_sockaddr_in() {
+        return Some(Bound::Tcp(SocketAddr::V4((*v4).into())));
+    }
+    if let Some(v6) = storage.as_sockaddr_in6() {
+        return Some(Bound::Tcp(SocketAddr::V6((*v6).into())));
+    }
+    let path = storage.as_unix_addr()?.path()?;
+    Some(Bound::Unix(path.to_owned()))
+}
+
+/// Connections that wait to be accepted, and how many may: of a listening TCP socket, from
+/// TCP_INFO (tcp(7); on a listening socket tcpi_unacked is the queue and tcpi_sacked its limit).
+pub fn accept_queue(fd: &impl AsFd) -> Option<(u32, u32)> {
+    // SAFETY: the structure is plain data for the kernel to fill; zero is a valid value.
+    let mut info: libc::tcp_info = unsafe { mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `info`, which outlives the call.
+    let done = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    (done == 0).then_some((info.tcpi_unacked, info.tcpi_sacked))
+}
+
+/// The user at the other end of a connected unix socket (SO_PEERCRED, unix(7)).
+///
+/// # Errors
+/// When it is no unix socket.
+pub fn peer_user(fd: &impl AsFd) -> io::Result<u32> {
+    Ok(getsockopt(fd, sockopt::PeerCredentials)?.uid())
+}
+
+/// Two connected ends that keep packets whole and tell when the other one is gone
+/// (SOCK_SEQPACKET, unix(7)); non-blocking, close-on-exec.
+///
+/// # Errors
+/// EMFILE, ENFILE.
+pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        flags,
+    )?)
+}
+
+/// Sends one packet, with a descriptor if one is given (SCM_RIGHTS, unix(7)).
+///
+/// # Errors
+/// EAGAIN when the queue is full, EPIPE when the other end is gone.
+pub fn send_packet(
+    fd: &impl AsFd,
+    packet: &[u8],
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let parts = [IoSlice::new(packet)];
+    let raw: Vec<RawFd> = descriptor.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    loop {
+        match sendmsg::<()>(fd.as_fd().as_raw_fd(), &parts, control, flags, None) {
+            Err(Errno::EINTR) => continue,
+            other => return Ok(other.map(drop)?),
+        }
+    }
+}
+
+/// Receives one packet: its length and the descriptor that came along. A length of 0 means that
+/// the other end is gone.
+///
+/// # Errors
+/// EAGAIN when there is none.
+pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    loop {
+        let mut control = cmsg_space!([RawFd; 1]);
+        let mut parts = [IoSliceMut::new(buffer)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let raw = fd.as_fd().as_raw_fd();
+        let message = match recvmsg::<()>(raw, &mut parts, Some(&mut control), flags) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        let mut received = None;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(descriptors) = control {
+                for descriptor in descriptors {
+                    // SAFETY: the kernel has just installed it for us; nobody else knows it.
+                    received = Some(unsafe { OwnedFd::from_raw_fd(descriptor) });
+                }
+            }
+        }
+        return Ok((message.bytes, received));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_packet_carries_a_descriptor_and_the_end_is_an_empty_one() {
+        let (one, other) = packet_pair().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        send_packet(&one, b"order", Some(writer.as_fd())).unwrap();
+        drop(writer);
+        let mut buffer = [0; 16];
+        let (length, descriptor) = receive_packet(&other, &mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"order");
+        drop(descriptor.unwrap());
+        // Both writers are closed now, so the pipe is at its end.
+        let mut reader = reader;
+        assert_eq!(reader.read(&mut buffer).unwrap(), 0);
+        let empty = receive_packet(&other, &mut buffer).unwrap_err();
+        assert_eq!(empty.kind(), io::ErrorKind::WouldBlock);
+        drop(one);
+        assert_eq!(receive_packet(&other, &mut buffer).unwrap().0, 0);
+    }
+
+    #[test]
+    fn a_listening_socket_tells_its_queue() {
+        let fd = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        start_listening(&fd, 7).unwrap();
+        set_tcp_options(&fd, Duration::from_secs(30)).unwrap();
+        let Some(Bound::Tcp(address)) = bound_address(&fd) else {
+            panic!("no TCP address");
+        };
+        let _client = std::net::TcpStream::connect(address).unwrap();
+        assert_eq!(accept_queue(&fd), Some((1, 7)));
+    }
+}

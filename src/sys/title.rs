@@ -1,0 +1,79 @@
+//! The title of a process in `ps`: the argv area for the long form, the 15-character comm.
+//!
+//! The kernel shows what stands in memory between arg_start and env_end (proc_pid_cmdline(5)).
+//! The environment behind the arguments is moved to the heap first, so that a title longer than
+//! the command line has room. Never fails: where /proc does not tell, only comm is set.
+
+#![allow(unsafe_code)]
+
+use std::env;
+use std::ffi::CString;
+use std::fs;
+
+/// The memory that holds the title.
+#[derive(Debug, Clone, Copy)]
+pub struct TitleArea {
+    start: usize,
+    /// The end of the arguments: the byte before it tells the kernel how far to look.
+    arguments_end: usize,
+    end: usize,
+}
+
+impl TitleArea {
+    /// Finds the area and moves the environment out of it. To be called once, early, while the
+    /// process has one thread: it writes the environment anew.
+    pub fn claim() -> Option<Self> {
+        let stat = fs::read_to_string("/proc/self/stat").ok()?;
+        // The name in parentheses may hold anything; fields are counted behind it (proc_pid_stat(5)).
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3)?.parse::<usize>().ok();
+        let (start, arguments_end) = (field(48)?, field(49)?);
+        let (environment, end) = (field(50)?, field(51)?);
+        if start == 0 || arguments_end <= start + 1 {
+            return None;
+        }
+        let variables: Vec<_> = env::vars_os().collect();
+        for (name, value) in &variables {
+            // SAFETY: there is one thread, so nobody reads the environment meanwhile.
+            unsafe {
+                // glibc keeps the old string when nothing would change: remove it first.
+                env::remove_var(name);
+                env::set_var(name, value);
+            }
+        }
+        Some(TitleArea {
+            start,
+            arguments_end,
+            end: if environment == arguments_end {
+                end.max(arguments_end)
+            } else {
+                arguments_end
+            },
+        })
+    }
+
+    /// Shows `title` in the argv area, cut where the area ends.
+    pub fn set(self, title: &str) {
+        let room = self.end - self.start;
+        let length = title.len().min(room - 1);
+        // SAFETY: start to end is the writable memory of this process's arguments and
+        // environment, which nothing refers to any more: std copied the arguments when they were
+        // asked for, and `claim` moved the environment.
+        let area = unsafe { std::slice::from_raw_parts_mut(self.start as *mut u8, room) };
+        area.fill(0);
+        area[..length].copy_from_slice(&title.as_bytes()[..length]);
+        let last = self.arguments_end - self.start - 1;
+        if length <= last {
+            // A zero there means: the arguments end there.
+            area[last] = 0;
+        }
+    }
+}
+
+/// Sets comm, what `ps -e`, `top` and `pgrep` show: 15 bytes are kept (PR_SET_NAME(2const)).
+pub fn set_comm(name: &str) {
+    let cut: Vec<u8> = name.bytes().filter(|&byte| byte != 0).take(15).collect();
+    if let Ok(name) = CString::new(cut) {
+        let _ = nix::sys::prctl::set_name(&name);
+    }
+}
