@@ -1,5 +1,6 @@
 //! preforkd: a prefork RPC server for Linux.
 
+pub mod config;
 pub mod error;
 pub mod logging;
 pub mod sys;

@@ -1,0 +1,144 @@
+//! Where a listener stands: an IP address with a port, or a unix socket, as text and back.
+//!
+//! Names are never resolved here, nor anywhere else in the server: a listener is an address of this
+//! machine, and the master must not wait for a name server.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// The longest path of a unix socket, in bytes: `sun_path` of unix(7) without its NUL.
+pub const UNIX_PATH_MAX: usize = 107;
+
+/// An address to listen at.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Address {
+    /// An IP address and a port; port 0 lets the kernel pick one.
+    Tcp(SocketAddr),
+    /// The path of a unix socket, absolute once it stands in [`Settings`](super::Settings).
+    Unix(PathBuf),
+}
+
+impl Address {
+    /// Whether somebody outside this machine can reach it.
+    pub fn is_public(&self) -> bool {
+        match self {
+            Address::Tcp(address) => !address.ip().to_canonical().is_loopback(),
+            Address::Unix(_) => false,
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp(address) => address.fmt(f),
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    /// The error is a sentence that says what to write.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() {
+                Err("the path is missing; write it as in \"unix:/run/preforkd/rpc.sock\"".into())
+            } else if path.starts_with('@') {
+                Err("abstract sockets have no owner and no mode; give a path".into())
+            } else {
+                Ok(Address::Unix(PathBuf::from(path)))
+            };
+        }
+        if let Ok(address) = text.parse() {
+            return Ok(Address::Tcp(address));
+        }
+        let suggestion = match text.rsplit_once(':') {
+            _ if text.starts_with('/') => format!("unix:{text}"),
+            Some(("" | "*", port)) => format!("0.0.0.0:{port}"),
+            Some(("localhost", port)) => format!("127.0.0.1:{port}"),
+            None if text.parse::<u16>().is_ok() => format!("127.0.0.1:{text}"),
+            None if text.parse::<std::net::Ipv4Addr>().is_ok() => format!("{text}:8080"),
+            _ => {
+                return Err(format!(
+                    "{text:?} is no IP address with a port; write it as in \"127.0.0.1:8080\", \
+                     \"[::1]:8080\" or \"unix:/run/preforkd/rpc.sock\""
+                ));
+            }
+        };
+        Err(format!(
+            "{text:?} is no IP address with a port; did you mean {suggestion:?}?"
+        ))
+    }
+}
+
+/// Refuses a path that no unix socket can have.
+pub(super) fn check_unix_path(path: &Path) -> Result<(), String> {
+    let length = path.as_os_str().len();
+    if length <= UNIX_PATH_MAX {
+        return Ok(());
+    }
+    Err(format!(
+        "{} has {length} bytes, and the path of a unix socket at most {UNIX_PATH_MAX}; give a \
+         shorter one",
+        path.display()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn addresses_read_and_write_the_same() {
+        for text in [
+            "127.0.0.1:8080",
+            "[::1]:8080",
+            "0.0.0.0:0",
+            "unix:/run/x.sock",
+            "unix:x",
+        ] {
+            assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_gets_a_suggestion() {
+        for (text, suggestion) in [
+            ("localhost:80", "\"127.0.0.1:80\""),
+            (":80", "\"0.0.0.0:80\""),
+            ("*:80", "\"0.0.0.0:80\""),
+            ("8080", "\"127.0.0.1:8080\""),
+            ("10.0.0.1", "\"10.0.0.1:8080\""),
+            ("/run/x.sock", "\"unix:/run/x.sock\""),
+            ("example.org:80", "\"[::1]:8080\""),
+            ("127.0.0.1:65536", "\"127.0.0.1:8080\""),
+            ("::1:x", "\"[::1]:8080\""),
+            ("unix:", "\"unix:/run/preforkd/rpc.sock\""),
+            ("unix:@name", "give a path"),
+        ] {
+            let problem = text.parse::<Address>().unwrap_err();
+            assert!(problem.contains(suggestion), "{text}: {problem}");
+        }
+    }
+
+    #[test]
+    fn loopback_is_not_public_in_any_of_its_spellings() {
+        for text in ["127.1.2.3:1", "[::1]:1", "[::ffff:127.0.0.1]:1", "unix:/x"] {
+            assert!(!text.parse::<Address>().unwrap().is_public(), "{text}");
+        }
+        for text in ["0.0.0.0:1", "[::]:1", "192.168.0.1:1"] {
+            assert!(text.parse::<Address>().unwrap().is_public(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_unix_path_of_107_bytes_is_the_longest() {
+        assert!(check_unix_path(Path::new(&"x".repeat(107))).is_ok());
+        assert!(check_unix_path(Path::new(&"x".repeat(108))).is_err());
+    }
+}

@@ -1,0 +1,313 @@
+//! The files as one document: their tables merged, read by serde, and every key with its place.
+//!
+//! A key's place answers three questions that the value alone can't: where an error about it
+//! stands, relative to which directory its path is meant, and whether it was set at all. Errors of
+//! syntax, of type and of unknown keys are made here, and keys that two files set; whether a value
+//! makes sense is decided in `resolve`.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use serde::Deserialize;
+use toml::Spanned;
+use toml::de::{DeArray, DeString, DeTable, DeValue, Deserializer};
+
+use super::files::Files;
+use super::raw::Raw;
+use crate::error::{Error, Result};
+
+/// How alike two words must be for "did you mean": 1 is equal, and 0.8 one slip in five letters.
+const LIKENESS: f64 = 0.8;
+
+/// The keys above the first table; one that stands below it has become a part of that table.
+const TOP_KEYS: [&str; 7] = [
+    "daemon",
+    "pid-file",
+    "control-socket",
+    "user",
+    "group",
+    "include",
+    "http-origins",
+];
+
+/// Where each key stands.
+#[derive(Debug)]
+pub(super) struct Places<'a> {
+    files: &'a Files,
+    /// By the dotted key, such as `workers.count`, `listen[0].address`, `methods."a.b".timeout`.
+    keys: BTreeMap<String, Place>,
+}
+
+#[derive(Debug)]
+struct Place {
+    /// The bytes of the key; those of the value where it has none, as in an array.
+    key: Range<usize>,
+    value: Range<usize>,
+    kind: &'static str,
+}
+
+/// Parses all of `files` into one mirror and the places of its keys.
+pub(super) fn parse(files: &Files) -> Result<(Raw, Places<'_>)> {
+    let mut whole = DeTable::new();
+    for (number, file) in files.iter().enumerate() {
+        let table = moved(files.parse(file)?, file.start);
+        if number > 0
+            && let Some((key, _)) = table.get_key_value("include")
+        {
+            return Err(files.error(
+                key.span().start,
+                "include",
+                "an included file can't include another",
+                "list all of them in the main file",
+            ));
+        }
+        merge(files, "", &mut whole, table)?;
+    }
+    let mut places = Places {
+        files,
+        keys: BTreeMap::new(),
+    };
+    places.note_table("", &whole);
+    let raw = Raw::deserialize(Deserializer::from(Spanned::new(0..0, whole)))
+        .map_err(|error| places.explain(&error))?;
+    Ok((raw, places))
+}
+
+/// A key of a table as part of a dotted key.
+pub(super) fn join(parent: &str, key: &str) -> String {
+    let bare = !key.is_empty()
+        && key
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_');
+    let key = if bare {
+        key.to_owned()
+    } else {
+        format!("{key:?}")
+    };
+    if parent.is_empty() {
+        key
+    } else {
+        format!("{parent}.{key}")
+    }
+}
+
+/// The candidate that is most like `word`, if one is.
+pub(super) fn nearest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
+    candidates
+        .iter()
+        .map(|candidate| (strsim::jaro_winkler(word, candidate), *candidate))
+        .filter(|(likeness, _)| *likeness >= LIKENESS)
+        .max_by(|(one, _), (other, _)| one.total_cmp(other))
+        .map(|(_, candidate)| candidate)
+}
+
+impl Places<'_> {
+    /// The main file.
+    pub fn main(&self) -> Option<&Path> {
+        self.files.main()
+    }
+
+    /// Whether some file sets `key`.
+    pub fn is_set(&self, key: &str) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    /// The file that sets `key`.
+    pub fn file_of(&self, key: &str) -> Option<&Path> {
+        let place = self.keys.get(key)?;
+        self.files.place(place.value.start).map(|(path, _)| path)
+    }
+
+    /// An error about `key`: at its value, at the table that lacks it, or at no position.
+    pub fn error(&self, key: &str, problem: impl Into<String>, remedy: impl Into<String>) -> Error {
+        let mut known = key;
+        loop {
+            if let Some(place) = self.keys.get(known) {
+                let at = match place.kind {
+                    "table" => place.key.start,
+                    _ => place.value.start,
+                };
+                return self.files.error(at, key, problem, remedy);
+            }
+            match known.rfind('.') {
+                Some(dot) => known = &known[..dot],
+                None => {
+                    return Error::Config {
+                        file: self.main().map(Path::to_owned),
+                        position: None,
+                        key: key.to_owned(),
+                        problem: problem.into(),
+                        remedy: remedy.into(),
+                    };
+                }
+            }
+        }
+    }
+
+    fn note_table(&mut self, path: &str, table: &DeTable<'_>) {
+        for (key, value) in table {
+            self.note(join(path, key.get_ref()), key.span(), value);
+        }
+    }
+
+    fn note(&mut self, path: String, key: Range<usize>, value: &Spanned<DeValue<'_>>) {
+        match value.get_ref() {
+            DeValue::Table(table) => self.note_table(&path, table),
+            DeValue::Array(array) => {
+                for (index, element) in array.iter().enumerate() {
+                    self.note(format!("{path}[{index}]"), element.span(), element);
+                }
+            }
+            _ => {}
+        }
+        let place = Place {
+            key,
+            value: value.span(),
+            kind: value.get_ref().type_str(),
+        };
+        self.keys.insert(path, place);
+    }
+
+    /// Serde's error in the words of this project: what was found as it stands in the file, and
+    /// the nearest known key for one that is unknown.
+    fn explain(&self, error: &toml::de::Error) -> Error {
+        let span = error.span().unwrap_or_default();
+        let message = error.message();
+        let find = |of: fn(&Place) -> &Range<usize>| {
+            self.keys.iter().rfind(|(_, place)| *of(place) == span)
+        };
+        if message.starts_with("unknown field ") {
+            let (key, place) = find(|place| &place.key).unzip();
+            let key = key.map_or("", String::as_str);
+            let remedy = unknown_key_remedy(key, place, message);
+            return self.files.error(span.start, key, "unknown key", remedy);
+        }
+        let (key, place) = find(|place| &place.value).unzip();
+        let key = key.map_or("", String::as_str);
+        let (problem, remedy) = match (message.strip_prefix("invalid type: "), place) {
+            (Some(rest), Some(place)) => {
+                let expected = rest
+                    .rsplit_once(", expected ")
+                    .map_or(rest, |(_, last)| last);
+                let remedy = match (key, place.kind) {
+                    ("listen", "table") => "write [[listen]] above its keys",
+                    _ => "",
+                };
+                let problem = format!("expected {}, found {}", plain(expected), self.found(place));
+                (problem, remedy)
+            }
+            _ => (message.to_owned(), ""),
+        };
+        self.files.error(span.start, key, problem, remedy)
+    }
+
+    /// A value as it stands in the file.
+    fn found(&self, place: &Place) -> String {
+        match place.kind {
+            "array" => return "an array".into(),
+            "table" => return "a table".into(),
+            _ => {}
+        }
+        let text = self.files.slice(&place.value);
+        if text.chars().count() > 40 || text.contains('\n') {
+            let start: String = text.chars().take(40).take_while(|c| *c != '\n').collect();
+            format!("{} {start}…", place.kind)
+        } else {
+            format!("{} {text}", place.kind)
+        }
+    }
+}
+
+/// What to do about a key that serde does not know. `message` lists those that it does know.
+fn unknown_key_remedy(path: &str, place: Option<&Place>, message: &str) -> String {
+    let listed = message
+        .rsplit_once(", expected ")
+        .map_or("", |(_, list)| list);
+    let known: Vec<&str> = listed.split('`').skip(1).step_by(2).collect();
+    let (table, word) = path.rsplit_once('.').unwrap_or(("", path));
+    let method = table.starts_with("methods.");
+    if let Some(near) = nearest(word, &known) {
+        format!("did you mean `{near}`?")
+    } else if !table.is_empty() && TOP_KEYS.contains(&word) {
+        format!("`{word}` must stand above the first [table] of its file")
+    } else if method && place.is_some_and(|place| place.kind == "table") {
+        let name = path.trim_start_matches("methods.");
+        format!("a name with dots is quoted: [methods.{name:?}]")
+    } else {
+        format!("known here are {}", known.join(", "))
+    }
+}
+
+/// What serde expects, without the names of Rust's types.
+fn plain(expected: &str) -> &str {
+    match expected {
+        "i64" => "an integer",
+        "a map" => "a table",
+        "a sequence" => "an array",
+        _ => expected,
+    }
+}
+
+/// Adds `from` to `into`. Tables grow together, `[[listen]]` lists are joined, and any other key
+/// may stand in one file only.
+fn merge<'a>(files: &Files, path: &str, into: &mut DeTable<'a>, from: DeTable<'a>) -> Result<()> {
+    for (key, value) in from {
+        let path = join(path, key.get_ref());
+        let Some((first, _)) = into.get_key_value(key.get_ref().as_ref()) else {
+            into.insert(key, value);
+            continue;
+        };
+        let first = files.place(first.span().start);
+        let present = into.get_mut(key.get_ref().as_ref());
+        match (present.map(Spanned::get_mut), value.into_inner()) {
+            (Some(DeValue::Table(into)), DeValue::Table(from)) => merge(files, &path, into, from)?,
+            (Some(DeValue::Array(into)), DeValue::Array(from)) if path == "listen" => {
+                from.into_iter().for_each(|element| into.push(element));
+            }
+            _ => {
+                let other = first.map_or_else(String::new, |(file, at)| {
+                    format!("{}:{}:{}", file.display(), at.line, at.column)
+                });
+                return Err(files.error(
+                    key.span().start,
+                    &path,
+                    format!("it is set in {other} already"),
+                    "keep one of the two",
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same table with every span counted over all files.
+fn moved(table: DeTable<'_>, by: usize) -> DeTable<'_> {
+    let mut result = DeTable::with_capacity(table.len());
+    for (key, value) in table {
+        let span = shift(key.span(), by);
+        let key: Spanned<DeString<'_>> = Spanned::new(span, key.into_inner());
+        result.insert(key, moved_value(value, by));
+    }
+    result
+}
+
+fn moved_value(value: Spanned<DeValue<'_>>, by: usize) -> Spanned<DeValue<'_>> {
+    let span = shift(value.span(), by);
+    let value = match value.into_inner() {
+        DeValue::Table(table) => DeValue::Table(moved(table, by)),
+        DeValue::Array(elements) => {
+            let mut array = DeArray::new();
+            for element in elements {
+                array.push(moved_value(element, by));
+            }
+            DeValue::Array(array)
+        }
+        scalar => scalar,
+    };
+    Spanned::new(span, value)
+}
+
+fn shift(span: Range<usize>, by: usize) -> Range<usize> {
+    span.start + by..span.end + by
+}

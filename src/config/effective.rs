@@ -1,0 +1,105 @@
+//! The configuration in effect, written as a file that reads to the same settings: `check`.
+//!
+//! Every key that this version supports is there, with the value that holds. It goes through the
+//! mirror, so quoting and names are serde's business and can't differ from what is read.
+
+use super::raw::{Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawWorkers};
+use super::settings::{Log, Method, MethodKind, Settings};
+use super::units::{Size, Span};
+
+impl Settings {
+    /// The effective configuration as TOML. Read with the same functions registered, it makes
+    /// equal settings (paths that are not UTF-8 excepted, which TOML can't hold).
+    pub fn to_toml(&self) -> String {
+        toml::to_string(&mirror(self))
+            .expect("plain strings, numbers and tables always have a text")
+    }
+}
+
+fn mirror(settings: &Settings) -> Raw {
+    let account = settings.account.as_ref();
+    Raw {
+        daemon: Some(settings.daemon),
+        pid_file: Some(settings.pid_file.to_string_lossy().into()),
+        control_socket: Some(settings.control_socket.to_string_lossy().into()),
+        user: account.map(|account| account.name.clone()),
+        group: account.map(|account| account.group.clone()),
+        include: None,
+        http_origins: None,
+        log: log(&settings.log),
+        workers: workers(settings),
+        limits: limits(settings),
+        listen: Some(listen(settings)),
+        methods: settings
+            .methods
+            .iter()
+            .map(|(name, method)| (name.clone(), self::method(method)))
+            .collect(),
+        pools: Default::default(),
+    }
+}
+
+fn log(log: &Log) -> RawLog {
+    RawLog {
+        level: Some(log.level.as_str().to_ascii_lowercase()),
+        format: Some(log.format.name().into()),
+        file: log.file.as_ref().map(|path| path.to_string_lossy().into()),
+    }
+}
+
+fn workers(settings: &Settings) -> RawWorkers {
+    let workers = &settings.workers;
+    RawWorkers {
+        count: Some(Count::Number(workers.count as i64)),
+        threads: Some(workers.threads as i64),
+        boot_timeout: Some(Span(workers.boot_timeout)),
+        drain_timeout: Some(Span(workers.drain_timeout)),
+        heartbeat_timeout: Some(Span(workers.heartbeat_timeout)),
+        respawn_burst: Some(workers.respawn_burst.into()),
+        respawn_max_delay: Some(Span(workers.respawn_max_delay)),
+        keep_connections: Some(workers.keep_connections),
+        max_unavailable: Some(workers.max_unavailable as i64),
+        ..RawWorkers::default()
+    }
+}
+
+fn limits(settings: &Settings) -> RawLimits {
+    let limits = &settings.limits;
+    RawLimits {
+        connections: Some(limits.connections as i64),
+        frame: Some(Size(limits.frame as u64)),
+        depth: Some(limits.depth as i64),
+        pipeline: Some(limits.pipeline as i64),
+        batch: Some(limits.batch as i64),
+        queue: Some(limits.queue as i64),
+        timeout: Some(Span(limits.timeout)),
+        read_timeout: Some(Span(limits.read_timeout)),
+        write_timeout: Some(Span(limits.write_timeout)),
+        idle_timeout: Some(Span(limits.idle_timeout)),
+    }
+}
+
+fn listen(settings: &Settings) -> Vec<RawListen> {
+    settings
+        .listen
+        .iter()
+        .map(|listen| RawListen {
+            address: Some(listen.address.to_string()),
+            backlog: Some(listen.backlog.into()),
+            mode: listen.mode.map(|mode| format!("{mode:04o}")),
+        })
+        .collect()
+}
+
+fn method(method: &Method) -> RawMethod {
+    RawMethod {
+        builtin: match method.kind {
+            MethodKind::Builtin(builtin) => Some(builtin.name().into()),
+            MethodKind::Function => None,
+        },
+        timeout: Some(Span(method.timeout)),
+        concurrency: Some(method.concurrency as i64),
+        rate: Some(method.rate.into()),
+        ..RawMethod::default()
+    }
+}

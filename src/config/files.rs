@@ -1,0 +1,272 @@
+//! The text of the configuration: one file and what it includes, read whole before anything is
+//! parsed for good, and the map from a byte of it to file, line and column.
+//!
+//! All texts stand one behind the other in one count of bytes, as in a compiler's source map, so
+//! that one number says both file and position. What the text means is `document`'s business. A
+//! file that can't be read is an error with its path; nothing is skipped in silence.
+
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
+use toml::de::{DeTable, DeValue};
+
+use crate::error::{Error, Position, Result};
+
+/// No configuration is larger; what is, is some other file.
+const SIZE_MAX: u64 = 16 << 20;
+
+/// One file.
+#[derive(Debug)]
+pub(super) struct File {
+    /// Absolute.
+    pub path: PathBuf,
+    pub text: String,
+    /// Where its text begins in the count of bytes over all files.
+    pub start: usize,
+}
+
+/// The main file first, then the included ones in their order. Empty: there is no configuration.
+#[derive(Debug, Default)]
+pub(super) struct Files(Vec<File>);
+
+impl Files {
+    /// Reads `path` and what it includes.
+    pub fn read(path: &Path) -> Result<Self> {
+        Self::of_text(path, read(path)?)
+    }
+
+    /// Takes `text` for the content of `path`, and reads what it includes.
+    pub fn of_text(path: &Path, text: String) -> Result<Self> {
+        let mut files = Files::default();
+        files.push(path.to_owned(), text);
+        let table = files.parse(&files.0[0])?;
+        for (at, pattern) in includes(&table) {
+            for path in files.expand(at, &pattern)? {
+                if !files.0[1..].iter().any(|file| file.path == path) {
+                    let text = read(&path)?;
+                    files.push(path, text);
+                }
+            }
+        }
+        Ok(files)
+    }
+
+    /// Reads what can be read: no error, and bytes that are no UTF-8 are replaced.
+    pub fn read_leniently(path: &Path) -> Self {
+        let mut files = Files::default();
+        let Ok(bytes) = read_bytes(path) else {
+            return files;
+        };
+        files.push(path.to_owned(), String::from_utf8_lossy(&bytes).into());
+        let table = DeTable::parse_recoverable(&files.0[0].text).0.into_inner();
+        for (at, pattern) in includes(&table) {
+            for path in files.expand(at, &pattern).unwrap_or_default() {
+                if let Ok(bytes) = read_bytes(&path) {
+                    files.push(path, String::from_utf8_lossy(&bytes).into());
+                }
+            }
+        }
+        files
+    }
+
+    /// All files, the main one first.
+    pub fn iter(&self) -> impl Iterator<Item = &File> {
+        self.0.iter()
+    }
+
+    /// The path of the main file, if there is one.
+    pub fn main(&self) -> Option<&Path> {
+        self.0.first().map(|file| file.path.as_path())
+    }
+
+    /// The tables of `file`, or its first error of syntax.
+    pub fn parse<'a>(&self, file: &'a File) -> Result<DeTable<'a>> {
+        let (table, errors) = DeTable::parse_recoverable(&file.text);
+        match errors.first() {
+            None => Ok(table.into_inner()),
+            Some(error) => {
+                let at = file.start + error.span().map_or(0, |span| span.start);
+                Err(self.error(at, "", error.message(), ""))
+            }
+        }
+    }
+
+    /// The text between two bytes of one file.
+    pub fn slice(&self, span: &Range<usize>) -> &str {
+        self.file_at(span.start)
+            .and_then(|file| {
+                file.text
+                    .get(span.start - file.start..span.end - file.start)
+            })
+            .unwrap_or_default()
+    }
+
+    /// The file and the position of the byte `at`.
+    pub fn place(&self, at: usize) -> Option<(&Path, Position)> {
+        let file = self.file_at(at)?;
+        let mut offset = (at - file.start).min(file.text.len());
+        while !file.text.is_char_boundary(offset) {
+            offset -= 1;
+        }
+        Some((&file.path, position(&file.text[..offset])))
+    }
+
+    /// An error about `key` at the byte `at`.
+    pub fn error(
+        &self,
+        at: usize,
+        key: &str,
+        problem: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Error {
+        let place = self.place(at);
+        Error::Config {
+            file: place.map(|(path, _)| path.to_owned()),
+            position: place.map(|(_, position)| position),
+            key: key.to_owned(),
+            problem: problem.into(),
+            remedy: remedy.into(),
+        }
+    }
+
+    fn file_at(&self, at: usize) -> Option<&File> {
+        self.0.iter().rfind(|file| file.start <= at)
+    }
+
+    fn push(&mut self, path: PathBuf, text: String) {
+        // One byte between two files, so that the end of one is not the start of the next.
+        let start = self
+            .0
+            .last()
+            .map_or(0, |file| file.start + file.text.len() + 1);
+        self.0.push(File { path, text, start });
+    }
+
+    /// The files that a pattern of `include` means, sorted. One without a wildcard means one file,
+    /// there or not: if it is not, reading it says so.
+    fn expand(&self, at: usize, pattern: &str) -> Result<Vec<PathBuf>> {
+        let error = |problem: String, remedy: &str| self.error(at, "include", problem, remedy);
+        let main = &self.0[0].path;
+        let directory = main.parent().unwrap_or(Path::new("/"));
+        let mut paths = Vec::new();
+        if pattern.contains(['*', '?', '[']) {
+            let options = glob::MatchOptions {
+                // As in a shell: an editor's hidden lock file is no part of the configuration.
+                require_literal_leading_dot: true,
+                require_literal_separator: true,
+                case_sensitive: true,
+            };
+            let whole = Path::new(&glob::Pattern::escape(&directory.to_string_lossy()))
+                .join(pattern)
+                .to_string_lossy()
+                .into_owned();
+            let matches = glob::glob_with(&whole, options)
+                .map_err(|problem| error(format!("{pattern:?}: {}", problem.msg), ""))?;
+            for path in matches {
+                paths.push(path.map_err(|problem| error(problem.to_string(), ""))?);
+            }
+        } else {
+            let path = directory.join(pattern);
+            if !path.exists() {
+                return Err(error(
+                    format!("there is no file {}", path.display()),
+                    "create it, or take it out of the list",
+                ));
+            }
+            paths.push(path);
+        }
+        if paths.contains(main) {
+            return Err(error(
+                format!("{pattern:?} matches this very file"),
+                "keep included files in a directory of their own",
+            ));
+        }
+        Ok(paths)
+    }
+}
+
+/// The patterns of `include` with their places; one that has not the right type is serde's to refuse.
+fn includes(table: &DeTable<'_>) -> Vec<(usize, String)> {
+    let Some(DeValue::Array(patterns)) = table.get("include").map(|value| value.get_ref()) else {
+        return Vec::new();
+    };
+    patterns
+        .iter()
+        .filter_map(|pattern| match pattern.get_ref() {
+            DeValue::String(text) => Some((pattern.span().start, text.to_string())),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The position just behind `before`, the text that precedes it.
+fn position(before: &str) -> Position {
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    Position {
+        line: before.matches('\n').count() + 1,
+        column: before[line_start..].chars().count() + 1,
+    }
+}
+
+/// Reads a file that must be UTF-8.
+fn read(path: &Path) -> Result<String> {
+    let refuse = |position, problem: String, remedy: &str| Error::Config {
+        file: Some(path.to_owned()),
+        position,
+        key: String::new(),
+        problem,
+        remedy: remedy.to_owned(),
+    };
+    let bytes = read_bytes(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => refuse(
+            None,
+            "there is no such file".into(),
+            "create it, or name another with --config",
+        ),
+        io::ErrorKind::PermissionDenied => Error::system_with(
+            format!("read the configuration {}", path.display()),
+            source,
+            "let this user read it and every directory above it",
+        ),
+        _ => refuse(None, format!("it can't be read: {source}"), ""),
+    })?;
+    String::from_utf8(bytes).map_err(|problem| {
+        let good = &problem.as_bytes()[..problem.utf8_error().valid_up_to()];
+        let bad = problem.as_bytes()[good.len()];
+        refuse(
+            // All of it is good UTF-8, so nothing is replaced.
+            Some(position(&String::from_utf8_lossy(good))),
+            format!("byte 0x{bad:02x} is not UTF-8"),
+            "save the file as UTF-8",
+        )
+    })
+}
+
+/// Reads a plain file, and never waits for one: opening a FIFO would hang a reload for ever.
+fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_dir() {
+        return Err(io::Error::other("it is a directory, not a file"));
+    }
+    if !kind.is_file() && path != Path::new("/dev/null") {
+        return Err(io::Error::other(
+            "it is no plain file, and could not be read again on a reload",
+        ));
+    }
+    let mut bytes = Vec::new();
+    file.take(SIZE_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > SIZE_MAX {
+        return Err(io::Error::other(
+            "it is larger than 16MiB, too large for a configuration",
+        ));
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,133 @@
+//! The listeners: of the command line, else of the file, else the default one.
+//!
+//! No two may stand at one address, for one of them could never be bound, and a reload knows them
+//! by their addresses.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use super::address::{Address, check_unix_path};
+use super::check::{Check, command_line};
+use super::raw::{Raw, RawListen};
+use super::settings::Listen;
+use crate::error::{Error, Result};
+
+const DEFAULT_ADDRESS: Address =
+    Address::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080));
+const DEFAULT_BACKLOG: u32 = 4096;
+
+/// The listeners of the command line, else those of the file, else the default one.
+pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<Listen>> {
+    let options = &check.overrides.listen;
+    let listeners: Vec<Listen> = match &raw.listen {
+        _ if !options.is_empty() => options
+            .iter()
+            .map(|text| {
+                address(text, |path| check.here.absolute(path))
+                    .map(plain)
+                    .map_err(|problem| command_line("--listen", problem, ""))
+            })
+            .collect::<Result<_>>()?,
+        Some(list) if list.is_empty() => {
+            let remedy = "add one with an address, or take the key out for the default";
+            return Err(check.places.error("listen", "there is no listener", remedy));
+        }
+        Some(list) => list
+            .iter()
+            .enumerate()
+            .map(|(index, raw)| listener(check, &format!("listen[{index}]"), raw))
+            .collect::<Result<_>>()?,
+        None => vec![plain(DEFAULT_ADDRESS)],
+    };
+    for (index, listen) in listeners.iter().enumerate() {
+        let mut before = listeners[..index].iter();
+        if before.any(|other| other.address == listen.address) {
+            let problem = format!("there is another listener at {}", listen.address);
+            return Err(error(
+                check,
+                index,
+                problem,
+                "give each an address of its own",
+            ));
+        }
+    }
+    Ok(listeners)
+}
+
+/// An error about the address of the listener with that index, wherever it was given.
+pub(super) fn error(check: &Check<'_>, index: usize, problem: String, remedy: &str) -> Error {
+    if check.overrides.listen.is_empty() {
+        let key = format!("listen[{index}].address");
+        check.places.error(&key, problem, remedy)
+    } else {
+        command_line("--listen", problem, remedy)
+    }
+}
+
+fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<Listen> {
+    let at = &format!("{key}.address");
+    let Some(text) = &raw.address else {
+        let remedy = "add address = \"127.0.0.1:8080\", or where it is to listen";
+        return Err(check.places.error(at, "it is missing", remedy));
+    };
+    if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+        check.path(at, path)?;
+    }
+    let address = address(text, |path| check.beside(at, path))
+        .map_err(|problem| check.places.error(at, problem, ""))?;
+    let mode = match &raw.mode {
+        None => None,
+        Some(text) => Some(mode(check, &format!("{key}.mode"), text, &address)?),
+    };
+    let backlog = check.integer(
+        &format!("{key}.backlog"),
+        raw.backlog,
+        DEFAULT_BACKLOG,
+        1..=i64::from(i32::MAX),
+        "",
+    )?;
+    Ok(Listen {
+        address,
+        backlog,
+        mode,
+    })
+}
+
+fn mode(check: &Check<'_>, key: &str, text: &str, address: &Address) -> Result<u32> {
+    if !matches!(address, Address::Unix(_)) {
+        let problem = format!("{address} is no unix socket, and only those have a mode");
+        return Err(check.places.error(key, problem, "take it out"));
+    }
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if digits && mode <= 0o777 => Ok(mode),
+        _ => Err(check.places.error(
+            key,
+            format!("{text:?} is no mode"),
+            "write permission bits in octal, as in \"0660\"",
+        )),
+    }
+}
+
+fn plain(address: Address) -> Listen {
+    Listen {
+        address,
+        backlog: DEFAULT_BACKLOG,
+        mode: None,
+    }
+}
+
+/// An address with its path, if it is one, made absolute.
+fn address(
+    text: &str,
+    absolute: impl FnOnce(&Path) -> PathBuf,
+) -> std::result::Result<Address, String> {
+    match text.parse()? {
+        Address::Unix(path) => {
+            let path = absolute(&path);
+            check_unix_path(&path)?;
+            Ok(Address::Unix(path))
+        }
+        tcp => Ok(tcp),
+    }
+}

@@ -1,0 +1,177 @@
+//! The table of methods: what the file says, what the program registered, and `ping`.
+//!
+//! A name is given once, by a builtin or by a function. A function that the file does not mention
+//! has the defaults. No method may run longer than a drain waits for it.
+
+use std::collections::BTreeMap;
+
+use super::check::{Check, MILLISECOND};
+use super::document::join;
+use super::raw::{Raw, RawMethod};
+use super::settings::{Builtin, Limits, Method, MethodKind, Workers};
+use super::units::Span;
+use crate::error::{Error, Result};
+
+/// The longest name of a method, in bytes.
+const NAME_MAX: usize = 128;
+
+/// All methods by name.
+pub(super) fn resolve(
+    raw: &Raw,
+    check: &Check<'_>,
+    workers: &Workers,
+    limits: &Limits,
+) -> Result<BTreeMap<String, Method>> {
+    let functions = &check.overrides.functions;
+    for name in functions {
+        let problem = match name.as_str() {
+            "ping" => Err("it is the name of a builtin".to_owned()),
+            _ => check_name(name),
+        };
+        problem.map_err(|problem| {
+            Error::Usage(format!(
+                "this program registers a method {name:?}: {problem}; register it under another \
+                 name"
+            ))
+        })?;
+    }
+    let mut methods = BTreeMap::new();
+    for (name, raw) in &raw.methods {
+        let key = join("methods", name);
+        check_name(name)
+            .map_err(|problem| check.places.error(&key, problem, "give it another name"))?;
+        methods.insert(name.clone(), method(name, &key, raw, check, limits)?);
+    }
+    let with_defaults = |kind| Method {
+        kind,
+        timeout: limits.timeout,
+        concurrency: 0,
+        rate: 0,
+    };
+    for name in functions {
+        let entry = methods.entry(name.clone());
+        entry.or_insert_with(|| with_defaults(MethodKind::Function));
+    }
+    let ping = methods.entry("ping".to_owned());
+    ping.or_insert_with(|| with_defaults(MethodKind::Builtin(Builtin::Ping)));
+    for (name, method) in &methods {
+        fits_into_a_drain(name, method, check, workers)?;
+    }
+    Ok(methods)
+}
+
+/// Refuses what the protocol or a log could not tell from something else.
+fn check_name(name: &str) -> std::result::Result<(), String> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-/:".contains(&byte);
+    if name.is_empty() || name.len() > NAME_MAX {
+        Err(format!(
+            "a method's name has 1 to {NAME_MAX} bytes, and this one {}",
+            name.len()
+        ))
+    } else if !name.bytes().all(good) {
+        Err("a method's name is made of letters, digits and _ . - / :".to_owned())
+    } else if name.starts_with("rpc.") {
+        Err("names with rpc. are the protocol's own".to_owned())
+    } else if name == "error" {
+        Err("`error` is the name of every answer that is one".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
+fn method(
+    name: &str,
+    key: &str,
+    raw: &RawMethod,
+    check: &Check<'_>,
+    limits: &Limits,
+) -> Result<Method> {
+    if let Some(unsupported) = raw.not_supported() {
+        return Err(check.not_supported(&join(key, unsupported)));
+    }
+    let timeout = raw.timeout.map_or(limits.timeout, |Span(timeout)| timeout);
+    Ok(Method {
+        kind: kind(name, key, raw, check)?,
+        timeout: check.duration(
+            &join(key, "timeout"),
+            Some(Span(timeout)),
+            timeout,
+            MILLISECOND,
+        )?,
+        concurrency: check.integer(
+            &join(key, "concurrency"),
+            raw.concurrency,
+            0,
+            0..=1_000_000,
+            "",
+        )?,
+        rate: check.integer(&join(key, "rate"), raw.rate, 0, 0..=i64::from(u32::MAX), "")?,
+    })
+}
+
+fn kind(name: &str, key: &str, raw: &RawMethod, check: &Check<'_>) -> Result<MethodKind> {
+    let is_function = check.overrides.functions.contains(name);
+    let builtin_key = join(key, "builtin");
+    let Some(builtin) = &raw.builtin else {
+        return if is_function {
+            Ok(MethodKind::Function)
+        } else if name == "ping" {
+            Ok(MethodKind::Builtin(Builtin::Ping))
+        } else {
+            Err(check.places.error(
+                key,
+                "nothing answers this method",
+                "add builtin = \"echo\" or \"sleep\", or register a function of that name",
+            ))
+        };
+    };
+    if is_function {
+        let problem = "the program registers a function of that name";
+        return Err(check
+            .places
+            .error(&builtin_key, problem, "take builtin out, or rename one"));
+    }
+    let builtin = match check.choice(&builtin_key, builtin, &["ping", "echo", "sleep"])? {
+        "echo" => Builtin::Echo,
+        "sleep" => Builtin::Sleep,
+        _ => Builtin::Ping,
+    };
+    if name == "ping" && builtin != Builtin::Ping {
+        let problem = "`ping` always answers pong";
+        return Err(check
+            .places
+            .error(&builtin_key, problem, "give it another name"));
+    }
+    Ok(MethodKind::Builtin(builtin))
+}
+
+/// A call that outlives the drain would be cut by every reload. The error stands at the key that
+/// the operator set: the method's timeout, the default one, or else the drain's.
+fn fits_into_a_drain(
+    name: &str,
+    method: &Method,
+    check: &Check<'_>,
+    workers: &Workers,
+) -> Result<()> {
+    let drain = Span(workers.drain_timeout);
+    if method.timeout <= drain.0 {
+        return Ok(());
+    }
+    let timeout = Span(method.timeout);
+    let own = join(&join("methods", name), "timeout");
+    let key = [own.as_str(), "limits.timeout"]
+        .into_iter()
+        .find(|key| check.places.is_set(key));
+    Err(match key {
+        Some(key) => check.places.error(
+            key,
+            format!("{timeout} is longer than workers.drain-timeout ({drain}), so a reload would cut calls"),
+            format!("give {drain} at most, or raise workers.drain-timeout"),
+        ),
+        None => check.places.error(
+            "workers.drain-timeout",
+            format!("{drain} is shorter than limits.timeout ({timeout} unless set), so a reload would cut calls"),
+            format!("set limits.timeout to {drain} or less, or give {timeout} at least"),
+        ),
+    })
+}

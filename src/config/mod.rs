@@ -1,0 +1,129 @@
+//! The configuration: one TOML file, what it includes, the command line, and a default for all.
+//!
+//! [`load`] is the one way in, for start, `check` and reload alike. It goes in steps, a file each:
+//! `files` reads the text, `document` merges it and knows where each key stands, `raw` is serde's
+//! mirror of it, `resolve` with `listeners` and `methods` makes [`Settings`] of the mirror, where
+//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`diff`] says what a reload changes.
+//!
+//! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
+//! error is [`Error::Config`](crate::Error::Config) with file, line, column and key, but for a
+//! file that may not be read, which is an error of the system.
+
+mod address;
+mod check;
+mod diff;
+mod document;
+mod effective;
+mod files;
+mod listeners;
+mod methods;
+mod raw;
+mod resolve;
+mod settings;
+mod surroundings;
+mod units;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use toml::de::{DeTable, DeValue};
+
+pub use address::UNIX_PATH_MAX;
+pub use diff::{Changes, diff};
+pub use settings::{
+    Address, Builtin, Limits, Listen, Log, LogFormat, Method, MethodKind, Settings, Workers,
+};
+
+use crate::error::Result;
+use files::Files;
+use surroundings::Surroundings;
+
+/// What the command line and the program itself say; it has precedence over the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// `--daemon`.
+    pub daemon: bool,
+    /// Each `--listen`; any takes the place of all `[[listen]]`.
+    pub listen: Vec<String>,
+    /// The names of the handlers that the program registered.
+    pub functions: BTreeSet<String>,
+}
+
+impl Overrides {
+    /// Makes relative socket paths absolute by the current directory. To be called before the
+    /// master leaves that directory, so that a reload means the same sockets as the start did.
+    pub fn anchor(&mut self) {
+        let here = Surroundings::here();
+        for address in &mut self.listen {
+            if let Some(path) = address
+                .strip_prefix("unix:")
+                .filter(|path| !path.is_empty())
+            {
+                *address = format!("unix:{}", here.absolute(Path::new(path)).display());
+            }
+        }
+    }
+}
+
+/// Reads and checks the whole configuration. Without a `file` it is that of
+/// /etc/preforkd/preforkd.toml, and without that one the defaults.
+pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
+    load_in(&Surroundings::here(), file, overrides)
+}
+
+/// [`load`] with nothing taken from the process.
+fn load_in(here: &Surroundings, file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
+    let files = match here.main_file(file) {
+        Some(path) => Files::read(&path)?,
+        None => Files::default(),
+    };
+    settings_of(here, &files, overrides)
+}
+
+fn settings_of(here: &Surroundings, files: &Files, overrides: &Overrides) -> Result<Settings> {
+    let (raw, places) = document::parse(files)?;
+    resolve::resolve(&raw, &places, overrides, here)
+}
+
+/// Where the control socket of a running master may be, the likeliest first: where the file says,
+/// and if it says nothing, in the default places.
+///
+/// It works on a broken file too, for that is when `reload` is needed to say so: the key is looked
+/// for in what can be read of it. A file that names its socket has no other candidate, so that no
+/// command for one server ever reaches another.
+pub fn control_socket_candidates(file: Option<&Path>) -> Vec<PathBuf> {
+    candidates_in(&Surroundings::here(), file)
+}
+
+fn candidates_in(here: &Surroundings, file: Option<&Path>) -> Vec<PathBuf> {
+    let named = here.main_file(file).and_then(|path| {
+        let files = Files::read_leniently(&path);
+        files.iter().find_map(|file| {
+            let table = DeTable::parse_recoverable(&file.text).0.into_inner();
+            match table.get("control-socket")?.get_ref() {
+                DeValue::String(text) if !text.is_empty() => {
+                    let directory = file.path.parent()?;
+                    Some(surroundings::clean(&directory.join(text.as_ref())))
+                }
+                _ => None,
+            }
+        })
+    });
+    if let Some(path) = named {
+        return vec![path];
+    }
+    let mut candidates: Vec<PathBuf> = here
+        .runtime_directories
+        .iter()
+        .map(|directory| directory.join("control.sock"))
+        .collect();
+    // A user may ask for root's server; the answer is then a clear refusal and not "no server".
+    let system = PathBuf::from("/run/preforkd/control.sock");
+    if !candidates.contains(&system) {
+        candidates.push(system);
+    }
+    candidates
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+//! The file as it is written: one field for each key, nothing checked but the types.
+//!
+//! Serde reads the merged tables into it and writes it out again for `check`. A key that is not
+//! there is `None`; what then holds is decided in `resolve`. Integers are `i64`, TOML's own, so
+//! that a negative one is told its range and not the name of a Rust type.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use super::units::{Size, Span};
+
+/// The whole file.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    default,
+    expecting = "a table"
+)]
+pub(super) struct Raw {
+    pub daemon: Option<bool>,
+    pub pid_file: Option<String>,
+    pub control_socket: Option<String>,
+    pub user: Option<String>,
+    pub group: Option<String>,
+    /// Done with before serde runs; here for its name and its type.
+    pub include: Option<Vec<String>>,
+    pub http_origins: Option<Vec<String>>,
+    pub log: RawLog,
+    pub workers: RawWorkers,
+    pub limits: RawLimits,
+    pub listen: Option<Vec<RawListen>>,
+    pub methods: BTreeMap<String, RawMethod>,
+    #[serde(skip_serializing)]
+    pub pools: BTreeMap<String, IgnoredAny>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    default,
+    expecting = "a table"
+)]
+pub(super) struct RawLog {
+    pub level: Option<String>,
+    pub format: Option<String>,
+    pub file: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    default,
+    expecting = "a table"
+)]
+pub(super) struct RawWorkers {
+    pub count: Option<Count>,
+    pub threads: Option<i64>,
+    pub events: Option<String>,
+    pub boot_timeout: Option<Span>,
+    pub drain_timeout: Option<Span>,
+    pub heartbeat_timeout: Option<Span>,
+    pub respawn_burst: Option<i64>,
+    pub respawn_max_delay: Option<Span>,
+    pub keep_connections: Option<bool>,
+    pub max_calls: Option<i64>,
+    pub max_memory: Option<Size>,
+    pub max_lifetime: Option<Span>,
+    pub max_unavailable: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    default,
+    expecting = "a table"
+)]
+pub(super) struct RawLimits {
+    pub connections: Option<i64>,
+    pub frame: Option<Size>,
+    pub depth: Option<i64>,
+    pub pipeline: Option<i64>,
+    pub batch: Option<i64>,
+    pub queue: Option<i64>,
+    pub timeout: Option<Span>,
+    pub read_timeout: Option<Span>,
+    pub write_timeout: Option<Span>,
+    pub idle_timeout: Option<Span>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    default,
+    expecting = "a table"
+)]
+pub(super) struct RawListen {
+    pub address: Option<String>,
+    pub backlog: Option<i64>,
+    pub mode: Option<String>,
+}
+
+/// A method. The keys of commands and pools are known by name only, to be refused by name.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    default,
+    expecting = "a table"
+)]
+pub(super) struct RawMethod {
+    pub builtin: Option<String>,
+    pub timeout: Option<Span>,
+    pub concurrency: Option<i64>,
+    pub rate: Option<i64>,
+    #[serde(skip_serializing)]
+    pub command: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub pool: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub stdin: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub output: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub max_output: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub environment: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub directory: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub user: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub group: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    pub rlimits: Option<IgnoredAny>,
+}
+
+impl RawMethod {
+    /// The keys that are set and that only commands and pools have.
+    pub(super) fn not_supported(&self) -> Option<&'static str> {
+        [
+            ("command", &self.command),
+            ("pool", &self.pool),
+            ("stdin", &self.stdin),
+            ("output", &self.output),
+            ("max-output", &self.max_output),
+            ("environment", &self.environment),
+            ("directory", &self.directory),
+            ("user", &self.user),
+            ("group", &self.group),
+            ("rlimits", &self.rlimits),
+        ]
+        .into_iter()
+        .find_map(|(key, value)| value.is_some().then_some(key))
+    }
+}
+
+/// `workers.count`: `"auto"` or a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Count {
+    Auto,
+    Number(i64),
+}
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl de::Visitor<'_> for Visitor {
+            type Value = Count;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"auto\" or an integer")
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Count, E> {
+                Ok(Count::Number(number))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Count, E> {
+                match text {
+                    "auto" => Ok(Count::Auto),
+                    _ => Err(E::invalid_type(de::Unexpected::Str(text), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl Serialize for Count {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Count::Auto => serializer.serialize_str("auto"),
+            Count::Number(number) => serializer.serialize_i64(*number),
+        }
+    }
+}

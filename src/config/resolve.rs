@@ -1,0 +1,371 @@
+//! From the mirror to [`Settings`]: defaults, bounds, paths, the account, and what goes together.
+//!
+//! Each default and each bound stands here once, in the line that reads its key; methods have a
+//! file of their own. It looks up users and looks at paths, and is otherwise a function of its
+//! arguments. The first thing wrong is the error.
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use log::LevelFilter;
+
+use super::Overrides;
+use super::address::{Address, check_unix_path};
+use super::check::{Check, MILLISECOND, command_line};
+use super::document::{Places, join};
+use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
+use super::settings::{Limits, Log, LogFormat, Settings, Workers};
+use super::surroundings::Surroundings;
+use super::units::{Size, Span};
+use super::{listeners, methods};
+use crate::error::Result;
+use crate::sys::account::{Account, AccountError};
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Below it a healthy worker, which ticks once a second at the slowest, would count as stuck.
+const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
+/// Where the doubling delay of a respawn begins.
+const FIRST_RESPAWN_DELAY: Duration = Duration::from_millis(100);
+
+const OWN_PATH: &str = "give each a path of its own";
+const ROOT_WORKERS: &str = "workers run as root, and so does whatever goes wrong in a handler; set \
+                            user to an account without rights";
+
+/// Makes settings of the mirror `raw`, whose keys stand at `places`.
+pub(super) fn resolve(
+    raw: &Raw,
+    places: &Places<'_>,
+    overrides: &Overrides,
+    here: &Surroundings,
+) -> Result<Settings> {
+    let check = Check {
+        places,
+        overrides,
+        here,
+    };
+    unsupported(&check, raw)?;
+    let runtime = here.runtime_directory();
+    let pid_file = check.path_or("pid-file", raw.pid_file.as_deref(), runtime, "preforkd.pid")?;
+    let control_socket = check.path_or(
+        "control-socket",
+        raw.control_socket.as_deref(),
+        runtime,
+        "control.sock",
+    )?;
+    check_unix_path(&control_socket)
+        .map_err(|problem| places.error("control-socket", problem, ""))?;
+    let mut warnings = Vec::new();
+    let account = account(&check, raw, &mut warnings)?;
+    let log = log(&check, &raw.log)?;
+    let daemon = daemon(&check, raw, &log)?;
+    let workers = workers(&check, &raw.workers)?;
+    let limits = limits(&check, &raw.limits)?;
+    let listen = listeners::resolve(&check, raw)?;
+    let root_workers = here.uid == 0 && account.is_none();
+    for listen in listen.iter().filter(|_| root_workers) {
+        if listen.address.is_public() {
+            warnings.push(format!(
+                "{} can be reached from other machines and workers run as root; anyone there can \
+                 call every method; set user, or listen on 127.0.0.1 or a unix socket",
+                listen.address
+            ));
+        }
+    }
+    let settings = Settings {
+        file: places.main().map(Path::to_owned),
+        daemon,
+        pid_file,
+        control_socket,
+        account,
+        methods: methods::resolve(raw, &check, &workers, &limits)?,
+        log,
+        workers,
+        limits,
+        listen,
+        warnings,
+    };
+    paths_differ(&check, &settings)?;
+    Ok(settings)
+}
+
+/// Refuses what this version knows by name only.
+fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
+    let workers = &raw.workers;
+    let set = [
+        (
+            "http-origins",
+            raw.http_origins
+                .as_ref()
+                .is_some_and(|list| !list.is_empty()),
+        ),
+        (
+            "workers.max-calls",
+            workers.max_calls.is_some_and(|calls| calls != 0),
+        ),
+        (
+            "workers.max-memory",
+            workers.max_memory.is_some_and(|Size(bytes)| bytes != 0),
+        ),
+        (
+            "workers.max-lifetime",
+            workers
+                .max_lifetime
+                .is_some_and(|Span(time)| !time.is_zero()),
+        ),
+    ];
+    if let Some((key, _)) = set.iter().find(|(_, set)| *set) {
+        return Err(check.not_supported(key));
+    }
+    if let Some(name) = raw.pools.keys().next() {
+        return Err(check.not_supported(&join("pools", name)));
+    }
+    if let Some(events) = &workers.events {
+        let key = "workers.events";
+        if check.choice(key, events, &["auto", "epoll", "io_uring"])? == "io_uring" {
+            return Err(check.places.error(
+                key,
+                "\"io_uring\" is not supported yet",
+                "take \"auto\" or \"epoll\"",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whom the workers become, which is nobody new when it is who we are.
+fn account(check: &Check<'_>, raw: &Raw, warnings: &mut Vec<String>) -> Result<Option<Account>> {
+    let is_root = check.here.uid == 0;
+    let Some(user) = &raw.user else {
+        if raw.group.is_some() {
+            return Err(check.places.error(
+                "group",
+                "it is set without a user",
+                "set user beside it, or take it out",
+            ));
+        }
+        if is_root {
+            warnings.push(ROOT_WORKERS.into());
+        }
+        return Ok(None);
+    };
+    let account = Account::lookup(user, raw.group.as_deref()).map_err(|error| {
+        let (key, remedy) = match error {
+            AccountError::NoUser(_) => ("user", "create it, or name one that exists"),
+            AccountError::NoGroup(_) => ("group", "create it, or name one that exists"),
+            AccountError::System(_) => ("user", ""),
+        };
+        check.places.error(key, error.to_string(), remedy)
+    })?;
+    if account.uid == check.here.uid && account.gid == check.here.gid {
+        if is_root {
+            warnings.push(ROOT_WORKERS.into());
+        }
+        return Ok(None);
+    }
+    if account.uid == 0 && is_root {
+        return Err(check.places.error(
+            "group",
+            "workers that run as root can't leave its group",
+            "set a user that is not root, or take group out",
+        ));
+    }
+    if !is_root {
+        let problem = format!(
+            "only root can start workers as {}:{}, and this is uid {}, gid {}",
+            account.name, account.group, check.here.uid, check.here.gid
+        );
+        return Err(check.places.error(
+            "user",
+            problem,
+            "start as root, or take user and group out",
+        ));
+    }
+    Ok(Some(account))
+}
+
+fn log(check: &Check<'_>, raw: &RawLog) -> Result<Log> {
+    let level = match &raw.level {
+        None => LevelFilter::Info,
+        Some(level) => {
+            let levels = ["off", "error", "warn", "info", "debug", "trace"];
+            let level = check.choice("log.level", level, &levels)?;
+            level
+                .parse()
+                .expect("each of the listed levels is one of log's")
+        }
+    };
+    let format = match &raw.format {
+        None => LogFormat::Text,
+        Some(format) => match check.choice("log.format", format, &["text", "json"])? {
+            "json" => LogFormat::Json,
+            _ => LogFormat::Text,
+        },
+    };
+    let file = match &raw.file {
+        None => None,
+        Some(text) => Some(log_file(check, text)?),
+    };
+    Ok(Log {
+        level,
+        format,
+        file,
+    })
+}
+
+/// The log is created, its directory is not: one that is missing is most likely misspelt.
+fn log_file(check: &Check<'_>, text: &str) -> Result<PathBuf> {
+    let key = "log.file";
+    let path = check.path(key, text)?;
+    if path.is_dir() {
+        let problem = format!("{} is a directory", path.display());
+        return Err(check.places.error(key, problem, "name a file in it"));
+    }
+    match path.parent() {
+        Some(parent) if !parent.is_dir() => Err(check.places.error(
+            key,
+            format!("there is no directory {}", parent.display()),
+            "create it, or log elsewhere",
+        )),
+        _ => Ok(path),
+    }
+}
+
+fn daemon(check: &Check<'_>, raw: &Raw, log: &Log) -> Result<bool> {
+    let by_file = raw.daemon.unwrap_or(false);
+    let daemon = by_file || check.overrides.daemon;
+    if daemon && log.file.is_none() {
+        let problem = "the log of a daemon goes nowhere without log.file";
+        let remedy = "set log.file, or run in the foreground under a service manager";
+        return Err(if by_file {
+            check.places.error("daemon", problem, remedy)
+        } else {
+            command_line("--daemon", problem, remedy)
+        });
+    }
+    Ok(daemon)
+}
+
+fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
+    const COUNTS: RangeInclusive<i64> = 1..=1024;
+    let count = match raw.count {
+        Some(Count::Number(number)) => {
+            check.integer("workers.count", Some(number), 1, COUNTS, "or \"auto\"")?
+        }
+        Some(Count::Auto) | None => check.here.cpus.clamp(1, 1024),
+    };
+    let delay = check.duration(
+        "workers.respawn-max-delay",
+        raw.respawn_max_delay,
+        Duration::from_secs(30),
+        Duration::ZERO,
+    )?;
+    if !delay.is_zero() && delay < FIRST_RESPAWN_DELAY {
+        let problem = format!("{} is shorter than the first delay, 100ms", Span(delay));
+        let remedy = "give 100ms or more, or \"0s\" for no throttle";
+        return Err(check
+            .places
+            .error("workers.respawn-max-delay", problem, remedy));
+    }
+    let timeout = |key, value, least| check.duration(key, value, DEFAULT_TIMEOUT, least);
+    Ok(Workers {
+        count,
+        threads: check.integer("workers.threads", raw.threads, 8, COUNTS, "")?,
+        boot_timeout: timeout("workers.boot-timeout", raw.boot_timeout, MILLISECOND)?,
+        drain_timeout: timeout("workers.drain-timeout", raw.drain_timeout, MILLISECOND)?,
+        heartbeat_timeout: timeout(
+            "workers.heartbeat-timeout",
+            raw.heartbeat_timeout,
+            SHORTEST_HEARTBEAT,
+        )?,
+        respawn_burst: check.integer(
+            "workers.respawn-burst",
+            raw.respawn_burst,
+            5,
+            0..=1_000_000,
+            "",
+        )?,
+        respawn_max_delay: delay,
+        keep_connections: raw.keep_connections.unwrap_or(true),
+        max_unavailable: check.integer(
+            "workers.max-unavailable",
+            raw.max_unavailable,
+            1,
+            COUNTS,
+            "",
+        )?,
+    })
+}
+
+fn limits(check: &Check<'_>, raw: &RawLimits) -> Result<Limits> {
+    const COUNTS: RangeInclusive<i64> = 1..=1_000_000;
+    let frame = raw.frame.map_or(16 << 20, |Size(bytes)| bytes);
+    if !(1 << 10..=128 << 20).contains(&frame) {
+        return Err(check.places.error(
+            "limits.frame",
+            format!("{} is out of range", Size(frame)),
+            // Section 3 of the protocol: a longer one could be taken for text.
+            "give 1KiB to 128MiB (the length of a longer frame would look like text)",
+        ));
+    }
+    let timeout = |key, value| check.duration(key, value, DEFAULT_TIMEOUT, MILLISECOND);
+    Ok(Limits {
+        connections: check.integer(
+            "limits.connections",
+            raw.connections,
+            16_384,
+            1..=1 << 20,
+            "",
+        )?,
+        frame: frame as usize,
+        depth: check.integer("limits.depth", raw.depth, 128, 1..=10_000, "")?,
+        pipeline: check.integer("limits.pipeline", raw.pipeline, 1024, COUNTS, "")?,
+        batch: check.integer("limits.batch", raw.batch, 1000, COUNTS, "")?,
+        queue: check.integer("limits.queue", raw.queue, 4096, COUNTS, "")?,
+        timeout: timeout("limits.timeout", raw.timeout)?,
+        read_timeout: timeout("limits.read-timeout", raw.read_timeout)?,
+        write_timeout: timeout("limits.write-timeout", raw.write_timeout)?,
+        idle_timeout: check.duration(
+            "limits.idle-timeout",
+            raw.idle_timeout,
+            Duration::ZERO,
+            Duration::ZERO,
+        )?,
+    })
+}
+
+/// The pid file, the sockets and the log must not overwrite each other.
+fn paths_differ(check: &Check<'_>, settings: &Settings) -> Result<()> {
+    let own = [
+        ("pid-file", Some(&settings.pid_file)),
+        ("control-socket", Some(&settings.control_socket)),
+        ("log.file", settings.log.file.as_ref()),
+    ];
+    let own = own
+        .iter()
+        .filter_map(|(key, path)| Some((*key, path.as_ref()?.as_path())));
+    let shared =
+        |path: &Path, other: &str| format!("{} is the path of {other} too", path.display());
+    let sockets = settings.listen.iter().map(|listen| match &listen.address {
+        Address::Unix(path) => Some(path.as_path()),
+        Address::Tcp(_) => None,
+    });
+    let mut seen: Vec<(&str, &Path)> = Vec::new();
+    for (key, path) in own {
+        if let Some((other, _)) = seen.iter().find(|(_, other)| *other == path) {
+            return Err(check.places.error(key, shared(path, other), OWN_PATH));
+        }
+        seen.push((key, path));
+    }
+    for (index, path) in sockets.enumerate() {
+        if let Some((other, path)) = seen.iter().find(|(_, other)| Some(*other) == path) {
+            return Err(listeners::error(
+                check,
+                index,
+                shared(path, other),
+                OWN_PATH,
+            ));
+        }
+    }
+    Ok(())
+}

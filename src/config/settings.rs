@@ -1,0 +1,176 @@
+//! The validated configuration: what every floor above works with.
+//!
+//! Plain data without an `Option` where a default exists; whoever holds it need check nothing.
+//! `resolve` is the only maker, `effective` writes it out again, `diff` compares two.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use log::LevelFilter;
+
+pub use super::address::Address;
+use crate::sys::account::Account;
+
+/// The whole configuration in effect: the file, what it includes, the command line, the defaults.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// The absolute path of the main file; `None` when there was none to read.
+    pub file: Option<PathBuf>,
+    /// Whether the master leaves the terminal; `log.file` is `Some` then.
+    pub daemon: bool,
+    /// Where the master's pid stands and its lock is held. Absolute; its directory may be missing.
+    pub pid_file: PathBuf,
+    /// The socket of `status`, `reload` and the like. Absolute; its directory may be missing.
+    pub control_socket: PathBuf,
+    /// Whom the workers become. `None`: they stay who the master is, because none was asked for,
+    /// or because the one asked for is who the master is.
+    pub account: Option<Account>,
+    /// The log.
+    pub log: Log,
+    /// The workers.
+    pub workers: Workers,
+    /// What a worker takes at most.
+    pub limits: Limits,
+    /// The listeners, at least one, no two at the same address.
+    pub listen: Vec<Listen>,
+    /// The methods by name; `ping` is always there.
+    pub methods: BTreeMap<String, Method>,
+    /// What is allowed and yet worth a word, a sentence each, for the log and for `check`.
+    pub warnings: Vec<String>,
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// The least severe level that is written, unless `RUST_LOG` says otherwise.
+    pub level: LevelFilter,
+    /// How a line looks.
+    pub format: LogFormat,
+    /// The absolute path of the file; `None` is stderr.
+    pub file: Option<PathBuf>,
+}
+
+/// How a log line looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people, with journald's priorities under systemd.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl LogFormat {
+    /// The name in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        }
+    }
+}
+
+/// `[workers]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workers {
+    /// How many, 1 to 1024; `"auto"` has become the number of CPUs.
+    pub count: usize,
+    /// Handler threads of each, 1 to 1024.
+    pub threads: usize,
+    /// How long a worker may take until it is ready; at least 1 ms.
+    pub boot_timeout: Duration,
+    /// How long a worker that drains may take; at least 1 ms, and no shorter than any method's
+    /// timeout.
+    pub drain_timeout: Duration,
+    /// How old a worker's last tick may be before it counts as stuck; at least 1 s.
+    pub heartbeat_timeout: Duration,
+    /// Young deaths of a slot that are replaced at once; 0 delays from the first.
+    pub respawn_burst: u32,
+    /// Where the doubling delay ends; zero means no throttle, else at least 100 ms.
+    pub respawn_max_delay: Duration,
+    /// Whether a crash of a worker spares its other connections.
+    pub keep_connections: bool,
+    /// How many workers may be recycled at one time, 1 to 1024.
+    pub max_unavailable: usize,
+}
+
+/// `[limits]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections of a worker at one time, 1 to 1,048,576.
+    pub connections: usize,
+    /// Bytes of a frame's body, 1 KiB to 128 MiB.
+    pub frame: usize,
+    /// Nesting of a JSON document, 1 to 10,000.
+    pub depth: usize,
+    /// Unanswered calls of a connection before reading stops, 1 to 1,000,000.
+    pub pipeline: usize,
+    /// Calls in a JSON-RPC batch, 1 to 1,000,000.
+    pub batch: usize,
+    /// Calls that wait for a thread, per worker, 1 to 1,000,000.
+    pub queue: usize,
+    /// The time of a call whose method sets none; at least 1 ms.
+    pub timeout: Duration,
+    /// How long a started frame may take until it is whole; at least 1 ms.
+    pub read_timeout: Duration,
+    /// How long a reader may take nothing; at least 1 ms.
+    pub write_timeout: Duration,
+    /// How long a connection may be idle; zero is for ever.
+    pub idle_timeout: Duration,
+}
+
+/// One `[[listen]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// Where; a unix path is absolute and at most 107 bytes long.
+    pub address: Address,
+    /// Connections that may wait for accept(2), 1 to 2,147,483,647; the kernel caps it at
+    /// net.core.somaxconn.
+    pub backlog: u32,
+    /// The permission bits of a unix socket, 0 to 0o777; `None` leaves them to the umask.
+    pub mode: Option<u32>,
+}
+
+/// One `[methods.NAME]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Method {
+    /// What answers it.
+    pub kind: MethodKind,
+    /// The time of a call, 1 ms to `workers.drain_timeout`.
+    pub timeout: Duration,
+    /// Calls at once per worker; 0 is no limit but the threads.
+    pub concurrency: usize,
+    /// Calls a second per worker; 0 is no limit.
+    pub rate: u32,
+}
+
+/// What answers a method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MethodKind {
+    /// A handler of the server's own.
+    Builtin(Builtin),
+    /// A handler that the program registered under this name.
+    Function,
+}
+
+/// The handlers that the server brings along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Builtin {
+    /// Answers `pong` and the params.
+    Ping,
+    /// Answers the params.
+    Echo,
+    /// Waits for as many seconds as the params say.
+    Sleep,
+}
+
+impl Builtin {
+    /// The name in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Builtin::Ping => "ping",
+            Builtin::Echo => "echo",
+            Builtin::Sleep => "sleep",
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What the machine adds to the file: who runs this, where its directories are, how many CPUs.
+//!
+//! Taken once per load and handed down, so that everything else is a function of its arguments and
+//! is tested as root and as a user alike. Nothing here fails: what can't be had has a fallback.
+
+use std::env;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use crate::sys::account;
+
+/// What is read when no file is named.
+const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(super) struct Surroundings {
+    /// The effective user.
+    pub uid: u32,
+    /// The effective group.
+    pub gid: u32,
+    /// Where pid file and control socket stand unless the file says otherwise, the likeliest first.
+    pub runtime_directories: Vec<PathBuf>,
+    /// What is read when no file is named.
+    pub default_file: PathBuf,
+    /// What relative paths of the command line are relative to.
+    pub directory: PathBuf,
+    /// How many CPUs this process may use.
+    pub cpus: usize,
+}
+
+impl Surroundings {
+    /// Those of this process, now.
+    pub fn here() -> Self {
+        let (uid, gid) = account::effective_ids();
+        let xdg = env::var_os("XDG_RUNTIME_DIR");
+        Surroundings {
+            uid,
+            gid,
+            runtime_directories: runtime_directories(uid, xdg.as_deref(), &env::temp_dir()),
+            default_file: DEFAULT_FILE.into(),
+            // A directory that was deleted has no name; only relative paths would need it.
+            directory: env::current_dir().unwrap_or_else(|_| "/".into()),
+            cpus: num_cpus::get(),
+        }
+    }
+
+    /// The first of `runtime_directories`: the one that a new master uses.
+    pub fn runtime_directory(&self) -> &Path {
+        self.runtime_directories
+            .first()
+            .map_or(Path::new("/run/preforkd"), PathBuf::as_path)
+    }
+
+    /// The main file to read: the one that was named, else the default one if it is there.
+    pub fn main_file(&self, named: Option<&Path>) -> Option<PathBuf> {
+        match named {
+            // An empty name stays empty, and is a file that is not there.
+            Some(name) if name.as_os_str().is_empty() => Some(name.to_owned()),
+            Some(name) => Some(self.absolute(name)),
+            // If even that can't be told, let the attempt to read it say why.
+            None => self
+                .default_file
+                .try_exists()
+                .unwrap_or(true)
+                .then(|| self.default_file.clone()),
+        }
+    }
+
+    /// `path` made absolute as one of the command line. Symbolic links stay, so that exchanging
+    /// one is seen by the next reload.
+    pub fn absolute(&self, path: &Path) -> PathBuf {
+        clean(&self.directory.join(path))
+    }
+}
+
+/// An absolute path without its `.` parts; `..` stays, for it may follow a symbolic link.
+pub(super) fn clean(path: &Path) -> PathBuf {
+    path.components().collect()
+}
+
+/// Where pid file and control socket may stand for a user, the likeliest first: root's are under
+/// /run, a user's in the directory of the session, or where there is none in the temporary one.
+fn runtime_directories(uid: u32, xdg: Option<&OsStr>, temporary: &Path) -> Vec<PathBuf> {
+    if uid == 0 {
+        return vec!["/run/preforkd".into()];
+    }
+    // The XDG Base Directory Specification has relative ones ignored.
+    let session = xdg.map(Path::new).filter(|path| path.is_absolute());
+    session
+        .map(|path| path.join("preforkd"))
+        .into_iter()
+        .chain([temporary.join(format!("preforkd-{uid}"))])
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_keeps_its_files_under_run() {
+        let directories =
+            runtime_directories(0, Some(OsStr::new("/run/user/0")), Path::new("/tmp"));
+        assert_eq!(directories, [Path::new("/run/preforkd")]);
+    }
+
+    #[test]
+    fn a_user_keeps_them_in_the_session_else_in_a_directory_of_its_own() {
+        let of = |xdg: Option<&str>| {
+            runtime_directories(1000, xdg.map(OsStr::new), Path::new("/var/tmp"))
+        };
+        let session = Path::new("/run/user/1000/preforkd");
+        let own = Path::new("/var/tmp/preforkd-1000");
+        assert_eq!(of(Some("/run/user/1000")), [session, own]);
+        for none in [None, Some(""), Some("run/user")] {
+            assert_eq!(of(none), [own]);
+        }
+    }
+
+    #[test]
+    fn paths_become_absolute_and_keep_their_double_dots() {
+        let here = Surroundings {
+            directory: "/home/me".into(),
+            ..Surroundings::here()
+        };
+        for (path, absolute) in [
+            ("a.toml", "/home/me/a.toml"),
+            ("./a.toml", "/home/me/a.toml"),
+            ("../a.toml", "/home/me/../a.toml"),
+            ("/a/./b", "/a/b"),
+        ] {
+            assert_eq!(here.absolute(Path::new(path)), Path::new(absolute));
+        }
+    }
+}

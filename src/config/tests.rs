@@ -1,0 +1,347 @@
+//! Broken files with the exact text of their errors, and what holds of every good one.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use super::*;
+use crate::error::Error;
+
+mod broken;
+mod round_trip;
+
+/// A machine with 4 CPUs, seen by root.
+pub(super) fn root() -> Surroundings {
+    Surroundings {
+        uid: 0,
+        gid: 0,
+        runtime_directories: vec!["/run/preforkd".into()],
+        default_file: "/no/such/file".into(),
+        directory: "/home".into(),
+        cpus: 4,
+    }
+}
+
+/// The same, seen by nobody: a user that every machine has.
+fn nobody() -> Surroundings {
+    let nobody = crate::sys::account::Account::lookup("nobody", None).unwrap();
+    Surroundings {
+        uid: nobody.uid,
+        gid: nobody.gid,
+        runtime_directories: vec!["/session/preforkd".into(), "/tmp/preforkd-65534".into()],
+        ..root()
+    }
+}
+
+/// The settings of a file /etc/x.toml with that content.
+pub(super) fn settings(here: &Surroundings, text: &str) -> Result<Settings> {
+    with(here, text, &Overrides::default())
+}
+
+fn with(here: &Surroundings, text: &str, overrides: &Overrides) -> Result<Settings> {
+    let files = Files::of_text(Path::new("/etc/x.toml"), text.to_owned())?;
+    settings_of(here, &files, overrides)
+}
+
+fn functions(names: &[&str]) -> Overrides {
+    Overrides {
+        functions: names.iter().map(|name| name.to_string()).collect(),
+        ..Overrides::default()
+    }
+}
+
+fn listen(addresses: &[&str]) -> Overrides {
+    Overrides {
+        listen: addresses.iter().map(|text| text.to_string()).collect(),
+        ..Overrides::default()
+    }
+}
+
+#[test]
+fn no_file_and_an_empty_file_are_the_defaults() {
+    let none = load_in(&root(), None, &Overrides::default()).unwrap();
+    assert_eq!(none.file, None);
+    assert_eq!(none.listen[0].address.to_string(), "127.0.0.1:8080");
+    assert_eq!(none.listen[0].backlog, 4096);
+    assert_eq!(none.workers.count, 4);
+    assert_eq!(none.limits.frame, 16 << 20);
+    assert_eq!(none.methods.len(), 1);
+    assert_eq!(
+        none.methods["ping"].kind,
+        MethodKind::Builtin(Builtin::Ping)
+    );
+    let empty = settings(&root(), "").unwrap();
+    assert_eq!(empty.file.as_deref(), Some(Path::new("/etc/x.toml")));
+    assert_eq!(
+        Settings {
+            file: None,
+            ..empty
+        },
+        none
+    );
+}
+
+#[test]
+fn the_default_file_is_read_when_it_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("preforkd.toml");
+    fs::write(&path, "[workers]\ncount = 3").unwrap();
+    let here = Surroundings {
+        default_file: path.clone(),
+        ..root()
+    };
+    let settings = load_in(&here, None, &Overrides::default()).unwrap();
+    assert_eq!(settings.workers.count, 3);
+    assert_eq!(settings.file, Some(path));
+}
+
+#[test]
+fn relative_paths_are_beside_the_file_that_sets_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::create_dir(at("conf.d")).unwrap();
+    fs::write(
+        at("a.toml"),
+        "include = [\"conf.d/*.toml\"]\npid-file = \"./a.pid\"\nlog.file = \"a.log\"\n\
+         [[listen]]\naddress = \"unix:a.sock\"\n",
+    )
+    .unwrap();
+    fs::write(
+        at("conf.d/b.toml"),
+        "control-socket = \"b.sock\"\n[[listen]]\naddress = \"unix:b2.sock\"\nmode = \"0660\"\n",
+    )
+    .unwrap();
+    fs::write(at("conf.d/.#b.toml"), "not = read").unwrap();
+    let settings = load_in(&root(), Some(&at("a.toml")), &Overrides::default()).unwrap();
+    assert_eq!(settings.pid_file, at("a.pid"));
+    assert_eq!(settings.log.file, Some(at("a.log")));
+    assert_eq!(settings.control_socket, at("conf.d/b.sock"));
+    let addresses: Vec<Address> = settings.listen.iter().map(|l| l.address.clone()).collect();
+    let expected = ["a.sock", "conf.d/b2.sock"].map(|name| Address::Unix(at(name)));
+    assert_eq!(addresses, expected);
+    assert_eq!(settings.listen[1].mode, Some(0o660));
+}
+
+#[test]
+fn the_file_is_absolute_and_keeps_its_symbolic_link() {
+    let directory = tempfile::tempdir().unwrap();
+    let here = Surroundings {
+        directory: directory.path().into(),
+        ..root()
+    };
+    fs::write(directory.path().join("real.toml"), "").unwrap();
+    symlink("real.toml", directory.path().join("link.toml")).unwrap();
+    let link = Path::new("link.toml");
+    let settings = load_in(&here, Some(link), &Overrides::default()).unwrap();
+    assert_eq!(settings.file, Some(directory.path().join(link)));
+}
+
+#[test]
+fn listen_options_take_the_place_of_all_listeners() {
+    let text = "[[listen]]\naddress = \"127.0.0.1:1\"\n[[listen]]\naddress = \"127.0.0.1:2\"";
+    let settings = with(&root(), text, &listen(&["127.0.0.1:0", "unix:x.sock"])).unwrap();
+    let addresses: Vec<String> = settings
+        .listen
+        .iter()
+        .map(|l| l.address.to_string())
+        .collect();
+    assert_eq!(addresses, ["127.0.0.1:0", "unix:/home/x.sock"]);
+}
+
+#[test]
+fn anchored_options_do_not_depend_on_the_directory() {
+    let mut overrides = listen(&["unix:x.sock", "127.0.0.1:1", "unix:/y", "unix:"]);
+    overrides.anchor();
+    let here = std::env::current_dir().unwrap();
+    let expected = format!("unix:{}/x.sock", here.display());
+    assert_eq!(
+        overrides.listen,
+        [expected.as_str(), "127.0.0.1:1", "unix:/y", "unix:"]
+    );
+}
+
+#[test]
+fn functions_have_an_entry_with_or_without_the_file() {
+    let text = "[limits]\ntimeout = \"7s\"\n[methods.\"a.b\"]\ntimeout = \"2s\"\nrate = 3\n\
+                concurrency = 2\n[methods.wait]\nbuiltin = \"sleep\"";
+    let settings = with(&root(), text, &functions(&["a.b", "add"])).unwrap();
+    let seconds = std::time::Duration::from_secs;
+    let of = |kind, timeout| Method {
+        kind,
+        timeout: seconds(timeout),
+        concurrency: 0,
+        rate: 0,
+    };
+    let expected = BTreeSet::from(["a.b", "add", "ping", "wait"]);
+    let names: BTreeSet<&str> = settings.methods.keys().map(String::as_str).collect();
+    assert_eq!(names, expected);
+    assert_eq!(settings.methods["add"], of(MethodKind::Function, 7));
+    assert_eq!(
+        settings.methods["ping"],
+        of(MethodKind::Builtin(Builtin::Ping), 7)
+    );
+    assert_eq!(
+        settings.methods["wait"],
+        of(MethodKind::Builtin(Builtin::Sleep), 7)
+    );
+    let dotted = Method {
+        concurrency: 2,
+        rate: 3,
+        ..of(MethodKind::Function, 2)
+    };
+    assert_eq!(settings.methods["a.b"], dotted);
+}
+
+#[test]
+fn functions_with_impossible_names_are_the_programs_mistake() {
+    for name in ["ping", "rpc.x", "error", "", "a b"] {
+        let error = with(&root(), "", &functions(&[name])).unwrap_err();
+        assert!(matches!(error, Error::Usage(_)), "{name}: {error}");
+    }
+}
+
+#[test]
+fn defaults_of_later_keys_are_accepted() {
+    let text = "http-origins = []\n[workers]\nevents = \"epoll\"\nkeep-connections = false\n\
+                max-calls = 0\nmax-memory = \"0\"\nmax-lifetime = \"0s\"\nmax-unavailable = 2";
+    let workers = settings(&root(), text).unwrap().workers;
+    assert!(!workers.keep_connections);
+    assert_eq!(workers.max_unavailable, 2);
+}
+
+#[test]
+fn a_user_is_taken_on_by_root_only() {
+    let account = settings(&root(), "user = \"nobody\"")
+        .unwrap()
+        .account
+        .unwrap();
+    assert_eq!(account.name, "nobody");
+    // Who the master is already, nobody has to become.
+    let settings = settings(&nobody(), "user = \"nobody\"").unwrap();
+    assert_eq!(settings.account, None);
+    assert_eq!(
+        settings.pid_file,
+        Path::new("/session/preforkd/preforkd.pid")
+    );
+}
+
+#[test]
+fn warnings_name_what_root_exposes() {
+    let warnings = |here, text: &str| settings(here, text).unwrap().warnings;
+    let public = "[[listen]]\naddress = \"0.0.0.0:80\"\n[[listen]]\naddress = \"127.0.0.1:80\"";
+    assert_eq!(
+        warnings(&root(), public),
+        [
+            "workers run as root, and so does whatever goes wrong in a handler; set user to an \
+             account without rights",
+            "0.0.0.0:80 can be reached from other machines and workers run as root; anyone there \
+             can call every method; set user, or listen on 127.0.0.1 or a unix socket"
+        ]
+    );
+    assert_eq!(warnings(&root(), "").len(), 1);
+    assert_eq!(warnings(&root(), "user = \"root\"").len(), 1);
+    assert!(warnings(&root(), &format!("user = \"nobody\"\n{public}")).is_empty());
+    assert!(warnings(&nobody(), public).is_empty());
+}
+
+#[test]
+fn a_daemon_by_option_needs_a_log_as_well() {
+    let overrides = Overrides {
+        daemon: true,
+        ..Overrides::default()
+    };
+    assert!(
+        with(&root(), "log.file = \"/tmp/x.log\"", &overrides)
+            .unwrap()
+            .daemon
+    );
+    let error = with(&root(), "daemon = false", &overrides).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "command line: --daemon: the log of a daemon goes nowhere without log.file; set log.file, \
+         or run in the foreground under a service manager"
+    );
+    assert_eq!(error.exit_code(), 78);
+}
+
+#[test]
+fn the_control_socket_is_found_in_a_broken_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.toml");
+    let found = |text: &[u8]| {
+        fs::write(&path, text).unwrap();
+        candidates_in(&nobody(), Some(&path))
+    };
+    let beside = [directory.path().join("c.sock")];
+    for text in [
+        "control-socket = \"c.sock\"",
+        "daemon = maybe\ncontrol-socket = \"c.sock\"\n",
+        "control-socket = \"./c.sock\"\n[log\nlevel = ",
+        "pid-file = \"unclosed\ncontrol-socket = \"c.sock\"",
+        "nonsense = 1\n= 5\ncontrol-socket = \"c.sock\" # and so on",
+    ] {
+        assert_eq!(found(text.as_bytes()), beside, "{text}");
+    }
+    assert_eq!(found(b"control-socket = \"c.sock\"\n# \xff"), beside);
+    let defaults = ["/session/preforkd", "/tmp/preforkd-65534", "/run/preforkd"]
+        .map(|path| Path::new(path).join("control.sock"));
+    for text in [
+        "",
+        "daemon = false",
+        "control-socket = 5",
+        "control-socket = \"\"",
+    ] {
+        assert_eq!(found(text.as_bytes()), defaults, "{text}");
+    }
+    fs::remove_file(&path).unwrap();
+    assert_eq!(candidates_in(&nobody(), Some(&path)), defaults);
+    assert_eq!(candidates_in(&nobody(), None), defaults);
+    assert_eq!(candidates_in(&root(), None).len(), 1);
+}
+
+#[test]
+fn the_control_socket_is_found_in_an_included_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::create_dir(at("d")).unwrap();
+    fs::write(
+        at("x.toml"),
+        "include = [\"none.toml\", \"d/*.toml\"]\ndaemon = maybe",
+    )
+    .unwrap();
+    fs::write(at("d/1.toml"), "control-socket = \"c.sock\"\nx = =").unwrap();
+    assert_eq!(
+        candidates_in(&root(), Some(&at("x.toml"))),
+        [at("d/c.sock")]
+    );
+}
+
+#[test]
+fn every_shipped_file_loads_for_root_and_for_a_user() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
+    let mut count = 0;
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        for here in [root(), nobody()] {
+            let settings = load_in(&here, Some(&path), &Overrides::default());
+            settings.unwrap_or_else(|error| panic!("{error}"));
+        }
+        count += 1;
+    }
+    assert!(count >= 3, "{count} files");
+}
+
+#[test]
+fn the_commented_example_is_the_defaults() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/preforkd.toml");
+    let here = root();
+    let example = load_in(&here, Some(&path), &Overrides::default()).unwrap();
+    let defaults = load_in(&here, None, &Overrides::default()).unwrap();
+    assert_eq!(
+        Settings {
+            file: None,
+            ..example
+        },
+        defaults
+    );
+}

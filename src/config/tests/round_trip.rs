@@ -1,0 +1,133 @@
+//! What `check` prints reads to the same settings, whatever they are.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use log::LevelFilter;
+use proptest::prelude::*;
+
+use super::*;
+use crate::sys::account::Account;
+
+fn duration(least_ms: u64) -> impl Strategy<Value = Duration> {
+    prop_oneof![
+        (least_ms..100_000).prop_map(Duration::from_millis),
+        (least_ms.max(1) * 1_000_000..10_000_000_000).prop_map(Duration::from_nanos),
+        (1..400_000u64).prop_map(|minutes| Duration::from_secs(60 * minutes)),
+    ]
+}
+
+/// Zero, which has a meaning of its own, as often as not.
+fn or_zero(least_ms: u64) -> impl Strategy<Value = Duration> {
+    prop_oneof![Just(Duration::ZERO), duration(least_ms)]
+}
+
+fn path() -> impl Strategy<Value = PathBuf> {
+    // Quotes, blanks, escapes and letters beyond ASCII, all of which a path may have.
+    "/run/[a-z \"'\\\\#=é\t]{1,20}[a-z]".prop_map(PathBuf::from)
+}
+
+fn address() -> impl Strategy<Value = Address> {
+    prop_oneof![
+        any::<([u8; 4], u16)>().prop_map(|at| Address::Tcp(at.into())),
+        any::<([u16; 8], u16)>().prop_map(|at| Address::Tcp(at.into())),
+        path().prop_map(Address::Unix),
+    ]
+}
+
+prop_compose! {
+    fn listener()(
+        address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
+    ) -> Listen {
+        let mode = (with && matches!(address, Address::Unix(_))).then_some(mode);
+        Listen { address, backlog, mode }
+    }
+}
+
+prop_compose! {
+    fn workers()(
+        count in 1..=1024usize, threads in 1..=1024usize, boot_timeout in duration(1),
+        heartbeat_timeout in duration(1000), respawn_burst in 0..=1_000_000u32,
+        respawn_max_delay in or_zero(100), keep_connections: bool, max_unavailable in 1..=1024usize,
+    ) -> Workers {
+        Workers {
+            count, threads, boot_timeout, heartbeat_timeout, respawn_burst, respawn_max_delay,
+            keep_connections, max_unavailable,
+            drain_timeout: Duration::from_secs(365 * 86_400),
+        }
+    }
+}
+
+prop_compose! {
+    fn limits()(
+        connections in 1..=1usize << 20, frame in 1usize << 10..=128 << 20, depth in 1..=10_000usize,
+        counts in [1..=1_000_000usize, 1..=1_000_000, 1..=1_000_000],
+        times in [duration(1), duration(1), duration(1)], idle_timeout in or_zero(1),
+    ) -> Limits {
+        let [pipeline, batch, queue] = counts;
+        let [timeout, read_timeout, write_timeout] = times;
+        Limits {
+            connections, frame, depth, pipeline, batch, queue, timeout, read_timeout,
+            write_timeout, idle_timeout,
+        }
+    }
+}
+
+prop_compose! {
+    fn method()(kind in 0..4usize, timeout in duration(1), concurrency in 0..=1000usize, rate: u32)
+        -> Method {
+        let kind = match kind {
+            0 => MethodKind::Function,
+            1 => MethodKind::Builtin(Builtin::Ping),
+            2 => MethodKind::Builtin(Builtin::Echo),
+            _ => MethodKind::Builtin(Builtin::Sleep),
+        };
+        Method { kind, timeout, concurrency, rate }
+    }
+}
+
+prop_compose! {
+    fn any_settings()(
+        daemon: bool, json: bool, level in 0..6usize, user: bool, file in path(),
+        paths in [path(), path()], workers in workers(), limits in limits(),
+        listen in prop::collection::vec(listener(), 1..5),
+        methods in prop::collection::btree_map("[a-z][A-Za-z0-9_./:-]{0,20}x", method(), 0..5),
+        ping in method(),
+    ) -> Settings {
+        let [pid_file, control_socket] = paths;
+        let level = LevelFilter::iter().nth(level).unwrap();
+        let format = if json { LogFormat::Json } else { LogFormat::Text };
+        let kind = MethodKind::Builtin(Builtin::Ping);
+        let methods: BTreeMap<_, _> = methods
+            .into_iter()
+            .chain([("ping".to_owned(), Method { kind, ..ping })])
+            .collect();
+        Settings {
+            file: Some("/etc/x.toml".into()),
+            daemon, pid_file, control_socket,
+            account: user.then(|| Account::lookup("nobody", Some("root")).unwrap()),
+            log: Log { level, format, file: daemon.then_some(file) },
+            workers, limits, listen, methods,
+            warnings: Vec::new(),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_check_prints_reads_to_the_same_settings(expected in any_settings()) {
+        let text = expected.to_toml();
+        let is_function = |method: &Method| method.kind == MethodKind::Function;
+        let methods = expected.methods.iter();
+        let names: Vec<&str> =
+            methods.filter(|(_, m)| is_function(m)).map(|(name, _)| name.as_str()).collect();
+        let found = match with(&root(), &text, &functions(&names)) {
+            Ok(found) => found,
+            // Chance made two listeners or files the same, or a name that is reserved.
+            Err(error) if ["another listener", "is the path of", "the protocol's own"]
+                .iter().any(|reason| error.to_string().contains(reason)) => return Ok(()),
+            Err(error) => panic!("{error}\n{text}"),
+        };
+        prop_assert_eq!(Settings { warnings: Vec::new(), ..found }, expected, "{}", text);
+    }
+}
