@@ -82,7 +82,7 @@ impl Check<'_> {
         if let Some(word) = words.iter().find(|word| **word == value) {
             return Ok(word);
         }
-        let remedy = match nearest(value, words) {
+        let remedy = match nearest(&value.to_ascii_lowercase(), words) {
             Some(near) => format!("did you mean {near:?}?"),
             None => format!("take one of {}", words.join(", ")),
         };

@@ -174,16 +174,22 @@ impl Places<'_> {
     fn explain(&self, error: &toml::de::Error) -> Error {
         let span = error.span().unwrap_or_default();
         let message = error.message();
-        let find = |of: fn(&Place) -> &Range<usize>| {
-            self.keys.iter().rfind(|(_, place)| *of(place) == span)
-        };
         if message.starts_with("unknown field ") {
-            let (key, place) = find(|place| &place.key).unzip();
+            let (key, place) = self
+                .keys
+                .iter()
+                .find(|(_, place)| place.key == span)
+                .unzip();
             let key = key.map_or("", String::as_str);
             let remedy = unknown_key_remedy(key, place, message);
             return self.files.error(span.start, key, "unknown key", remedy);
         }
-        let (key, place) = find(|place| &place.value).unzip();
+        // A table or an array has the span of the first one in it; the first here is the outer.
+        let (key, place) = self
+            .keys
+            .iter()
+            .find(|(_, place)| place.value == span)
+            .unzip();
         let key = key.map_or("", String::as_str);
         let (problem, remedy) = match (message.strip_prefix("invalid type: "), place) {
             (Some(rest), Some(place)) => {
@@ -194,7 +200,11 @@ impl Places<'_> {
                     ("listen", "table") => "write [[listen]] above its keys",
                     _ => "",
                 };
-                let problem = format!("expected {}, found {}", plain(expected), self.found(place));
+                let problem = format!(
+                    "expected {}, found {}",
+                    plain(expected, place.kind),
+                    self.found(place)
+                );
                 (problem, remedy)
             }
             _ => (message.to_owned(), ""),
@@ -240,8 +250,9 @@ fn unknown_key_remedy(path: &str, place: Option<&Place>, message: &str) -> Strin
 }
 
 /// What serde expects, without the names of Rust's types.
-fn plain(expected: &str) -> &str {
+fn plain<'e>(expected: &'e str, found: &str) -> &'e str {
     match expected {
+        "i64" if found == "integer" => "a smaller number",
         "i64" => "an integer",
         "a map" => "a table",
         "a sequence" => "an array",

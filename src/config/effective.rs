@@ -3,7 +3,7 @@
 //! Every key that this version supports is there, with the value that holds. It goes through the
 //! mirror, so quoting and names are serde's business and can't differ from what is read.
 
-use super::raw::{Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawWorkers};
+use super::raw::{Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawWorkers, Table};
 use super::settings::{Log, Method, MethodKind, Settings};
 use super::units::{Size, Span};
 
@@ -26,14 +26,14 @@ fn mirror(settings: &Settings) -> Raw {
         group: account.map(|account| account.group.clone()),
         include: None,
         http_origins: None,
-        log: log(&settings.log),
-        workers: workers(settings),
-        limits: limits(settings),
+        log: Table(log(&settings.log)),
+        workers: Table(workers(settings)),
+        limits: Table(limits(settings)),
         listen: Some(listen(settings)),
         methods: settings
             .methods
             .iter()
-            .map(|(name, method)| (name.clone(), self::method(method)))
+            .map(|(name, method)| (name.clone(), Table(self::method(method))))
             .collect(),
         pools: Default::default(),
     }
@@ -79,14 +79,16 @@ fn limits(settings: &Settings) -> RawLimits {
     }
 }
 
-fn listen(settings: &Settings) -> Vec<RawListen> {
+fn listen(settings: &Settings) -> Vec<Table<RawListen>> {
     settings
         .listen
         .iter()
-        .map(|listen| RawListen {
-            address: Some(listen.address.to_string()),
-            backlog: Some(listen.backlog.into()),
-            mode: listen.mode.map(|mode| format!("{mode:04o}")),
+        .map(|listen| {
+            Table(RawListen {
+                address: Some(listen.address.to_string()),
+                backlog: Some(listen.backlog.into()),
+                mode: listen.mode.map(|mode| format!("{mode:04o}")),
+            })
         })
         .collect()
 }

@@ -89,8 +89,14 @@ impl Files {
         match errors.first() {
             None => Ok(table.into_inner()),
             Some(error) => {
-                let at = file.start + error.span().map_or(0, |span| span.start);
-                Err(self.error(at, "", error.message(), ""))
+                let span = error.span().unwrap_or_default();
+                let at = file.start + span.start;
+                Err(match (error.message(), file.text.get(span)) {
+                    ("duplicate key", Some(key)) => {
+                        self.error(at, key, "it is set twice", "keep one of the two")
+                    }
+                    (message, _) => self.error(at, "", format!("this is no TOML: {message}"), ""),
+                })
             }
         }
     }
@@ -171,7 +177,7 @@ impl Files {
             }
         } else {
             let path = directory.join(pattern);
-            if !path.exists() {
+            if !path.try_exists().unwrap_or(true) {
                 return Err(error(
                     format!("there is no file {}", path.display()),
                     "create it, or take it out of the list",

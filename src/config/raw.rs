@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Deref;
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -14,12 +16,7 @@ use super::units::{Size, Span};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize, Serialize)]
-#[serde(
-    rename_all = "kebab-case",
-    deny_unknown_fields,
-    default,
-    expecting = "a table"
-)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct Raw {
     pub daemon: Option<bool>,
     pub pid_file: Option<String>,
@@ -29,22 +26,17 @@ pub(super) struct Raw {
     /// Done with before serde runs; here for its name and its type.
     pub include: Option<Vec<String>>,
     pub http_origins: Option<Vec<String>>,
-    pub log: RawLog,
-    pub workers: RawWorkers,
-    pub limits: RawLimits,
-    pub listen: Option<Vec<RawListen>>,
-    pub methods: BTreeMap<String, RawMethod>,
+    pub log: Table<RawLog>,
+    pub workers: Table<RawWorkers>,
+    pub limits: Table<RawLimits>,
+    pub listen: Option<Vec<Table<RawListen>>>,
+    pub methods: BTreeMap<String, Table<RawMethod>>,
     #[serde(skip_serializing)]
     pub pools: BTreeMap<String, IgnoredAny>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
-#[serde(
-    rename_all = "kebab-case",
-    deny_unknown_fields,
-    default,
-    expecting = "a table"
-)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawLog {
     pub level: Option<String>,
     pub format: Option<String>,
@@ -52,12 +44,7 @@ pub(super) struct RawLog {
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
-#[serde(
-    rename_all = "kebab-case",
-    deny_unknown_fields,
-    default,
-    expecting = "a table"
-)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawWorkers {
     pub count: Option<Count>,
     pub threads: Option<i64>,
@@ -75,12 +62,7 @@ pub(super) struct RawWorkers {
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
-#[serde(
-    rename_all = "kebab-case",
-    deny_unknown_fields,
-    default,
-    expecting = "a table"
-)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawLimits {
     pub connections: Option<i64>,
     pub frame: Option<Size>,
@@ -95,12 +77,7 @@ pub(super) struct RawLimits {
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
-#[serde(
-    rename_all = "kebab-case",
-    deny_unknown_fields,
-    default,
-    expecting = "a table"
-)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawListen {
     pub address: Option<String>,
     pub backlog: Option<i64>,
@@ -109,12 +86,7 @@ pub(super) struct RawListen {
 
 /// A method. The keys of commands and pools are known by name only, to be refused by name.
 #[derive(Debug, Default, Deserialize, Serialize)]
-#[serde(
-    rename_all = "kebab-case",
-    deny_unknown_fields,
-    default,
-    expecting = "a table"
-)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawMethod {
     pub builtin: Option<String>,
     pub timeout: Option<Span>,
@@ -159,6 +131,39 @@ impl RawMethod {
         ]
         .into_iter()
         .find_map(|(key, value)| value.is_some().then_some(key))
+    }
+}
+
+/// A table and nothing else: left to itself, serde takes an array for a struct.
+#[derive(Debug, Default, Serialize)]
+#[serde(transparent)]
+pub(super) struct Table<T>(pub T);
+
+impl<T> Deref for Table<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> de::Visitor<'de> for Visitor<T> {
+            type Value = Table<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a table")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Table<T>, A::Error> {
+                T::deserialize(de::value::MapAccessDeserializer::new(map)).map(Table)
+            }
+        }
+
+        deserializer.deserialize_map(Visitor(PhantomData))
     }
 }
 

@@ -227,10 +227,10 @@ fn a_user_is_taken_on_by_root_only() {
 
 #[test]
 fn warnings_name_what_root_exposes() {
-    let warnings = |here, text: &str| settings(here, text).unwrap().warnings;
+    let warnings = |here: Surroundings, text: &str| settings(&here, text).unwrap().warnings;
     let public = "[[listen]]\naddress = \"0.0.0.0:80\"\n[[listen]]\naddress = \"127.0.0.1:80\"";
     assert_eq!(
-        warnings(&root(), public),
+        warnings(root(), public),
         [
             "workers run as root, and so does whatever goes wrong in a handler; set user to an \
              account without rights",
@@ -238,10 +238,10 @@ fn warnings_name_what_root_exposes() {
              can call every method; set user, or listen on 127.0.0.1 or a unix socket"
         ]
     );
-    assert_eq!(warnings(&root(), "").len(), 1);
-    assert_eq!(warnings(&root(), "user = \"root\"").len(), 1);
-    assert!(warnings(&root(), &format!("user = \"nobody\"\n{public}")).is_empty());
-    assert!(warnings(&nobody(), public).is_empty());
+    assert_eq!(warnings(root(), "").len(), 1);
+    assert_eq!(warnings(root(), "user = \"root\"").len(), 1);
+    assert!(warnings(root(), &format!("user = \"nobody\"\n{public}")).is_empty());
+    assert!(warnings(nobody(), public).is_empty());
 }
 
 #[test]

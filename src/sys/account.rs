@@ -8,7 +8,7 @@ use std::ffi::CString;
 use std::fmt;
 
 use nix::errno::Errno;
-use nix::unistd::{Group, User};
+use nix::unistd::{Gid, Group, User};
 
 /// The account that workers run under.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,30 +51,28 @@ impl fmt::Display for AccountError {
 impl std::error::Error for AccountError {}
 
 impl Account {
-    /// Looks up `user`, with `group` in the place of its primary group where one is given.
+    /// Looks up `user`, with `group` in the place of its primary group where one is given. As in
+    /// chown(1), a group that is no name but a number is that id.
     pub fn lookup(user: &str, group: Option<&str>) -> Result<Account, AccountError> {
         let found = User::from_name(user)
             .map_err(AccountError::System)?
             .ok_or_else(|| AccountError::NoUser(user.to_owned()))?;
         let group = match group {
-            Some(name) => Group::from_name(name)
-                .map_err(AccountError::System)?
-                .ok_or_else(|| AccountError::NoGroup(name.to_owned()))?,
-            None => Group::from_gid(found.gid)
-                .map_err(AccountError::System)?
-                .unwrap_or_else(|| Group {
-                    name: found.gid.to_string(),
-                    passwd: CString::default(),
-                    gid: found.gid,
-                    mem: Vec::new(),
-                }),
+            Some(name) => match Group::from_name(name).map_err(AccountError::System)? {
+                Some(group) => group,
+                None => match name.parse() {
+                    Ok(gid) => group_of(Gid::from_raw(gid))?,
+                    Err(_) => return Err(AccountError::NoGroup(name.to_owned())),
+                },
+            },
+            None => group_of(found.gid)?,
         };
         let c_name = CString::new(user)
             .map_err(|_| AccountError::NoUser(user.escape_debug().to_string()))?;
         let mut groups: Vec<u32> = nix::unistd::getgrouplist(&c_name, group.gid)
             .map_err(AccountError::System)?
             .into_iter()
-            .map(nix::unistd::Gid::as_raw)
+            .map(Gid::as_raw)
             .collect();
         groups.sort_unstable();
         groups.dedup();
@@ -86,6 +84,17 @@ impl Account {
             groups,
         })
     }
+}
+
+/// The group with that id; if it has no name, its digits are one.
+fn group_of(gid: Gid) -> Result<Group, AccountError> {
+    let found = Group::from_gid(gid).map_err(AccountError::System)?;
+    Ok(found.unwrap_or_else(|| Group {
+        name: gid.to_string(),
+        passwd: CString::default(),
+        gid,
+        mem: Vec::new(),
+    }))
 }
 
 /// The effective user and group of this process: geteuid(2), getegid(2).
@@ -113,6 +122,9 @@ mod tests {
         let account = Account::lookup("nobody", Some("root")).unwrap();
         assert_eq!((account.gid, account.group.as_str()), (0, "root"));
         assert_ne!(account.uid, 0);
+        // A number needs no name, and reads as it was written.
+        let account = Account::lookup("nobody", Some("54321")).unwrap();
+        assert_eq!((account.gid, account.group.as_str()), (54321, "54321"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What `check` prints reads to the same settings, whatever they are.
+//! What `check` prints reads to the same settings, whatever they are; and no text is too odd.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -129,5 +129,22 @@ proptest! {
             Err(error) => panic!("{error}\n{text}"),
         };
         prop_assert_eq!(Settings { warnings: Vec::new(), ..found }, expected, "{}", text);
+    }
+
+    #[test]
+    fn no_damage_to_a_file_is_more_than_an_error(
+        cuts in prop::collection::vec((any::<prop::sample::Index>(), "\\PC{0,3}|[\\[\\]\"'=.\n]{1,3}"), 1..6),
+    ) {
+        let mut text = include_str!("../../../config/preforkd.toml").to_owned();
+        for (at, with) in cuts {
+            let at = at.index(text.len());
+            let end = (at..=text.len()).find(|end| text.is_char_boundary(*end)).unwrap();
+            let next = text[end..].chars().next().map_or(0, char::len_utf8);
+            text.replace_range(end..end + next, &with);
+        }
+        if let Err(error) = settings(&root(), &text) {
+            prop_assert_eq!(error.exit_code(), 78);
+            prop_assert!(!error.to_string().is_empty());
+        }
     }
 }
