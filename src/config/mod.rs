@@ -6,7 +6,7 @@
 //! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`diff`] says what a reload changes.
 //!
 //! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
-//! error is [`Error::Config`](crate::Error::Config) with file, line, column and key, but for a
+//! error is [`Error::Config`](crate::error::Error::Config) with file, line, column and key, but for a
 //! file that may not be read, which is an error of the system.
 
 mod address;
