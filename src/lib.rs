@@ -3,4 +3,5 @@
 pub mod config;
 pub mod error;
 pub mod logging;
+pub mod protocol;
 pub mod sys;

@@ -1,0 +1,203 @@
+//! The plain form of a call: `{"in": "ping", "params": …, "id": …, "timeout_ms": …}`.
+//!
+//! [`parse`] reads a body once and borrows from it; params and id stay as they were written, to
+//! the letter. Params are whatever is JSON by RFC 8259's grammar: a number of 40 digits, a member
+//! given twice inside of them, a lone surrogate (`"\ud800"`) all pass, and are the handler's to
+//! judge; a handler that wants a Rust `String` refuses the last as invalid params. Only a method's
+//! name must be text, for it is compared.
+//!
+//! No filter before us shall read another method than we do: members of the call given twice are
+//! refused, also where one is spelt with escapes, as is `in` beside `method`. Other members are
+//! ignored. The grammar is judged first and to the end of the body, so a refusal for one member
+//! still echoes an id that stands behind it.
+
+use super::code::Code;
+use super::envelope::{Envelope, Member, inside_quotes};
+use super::json;
+use super::rpc_error::RpcError;
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+
+/// A call, borrowed from its body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call<'a> {
+    /// The method's name; owned only where the body spells it with escapes.
+    pub method: Cow<'a, str>,
+    /// The params as JSON text; `null` when the body has none.
+    pub params: &'a str,
+    /// The id as JSON text, a string or a number; a null one is none.
+    pub id: Option<&'a str>,
+    /// How long the caller will wait, in milliseconds; 0 is over already.
+    pub timeout_ms: Option<u64>,
+}
+
+/// Why a body is no call.
+#[derive(Debug, Clone)]
+pub struct Refusal<'a> {
+    /// `parse-error` or `invalid-request`.
+    pub error: RpcError,
+    /// The id to echo, where one could be read.
+    pub id: Option<&'a str>,
+}
+
+/// Reads a body. `depth` is the deepest nesting that is taken; the call's own object is level 1.
+pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, Refusal<'_>> {
+    let without_id = |error| Refusal { error, id: None };
+    let text = json::text(body, depth).map_err(without_id)?;
+    let not_json = |error| without_id(json::not_json(text, &error));
+    match text.trim_start_matches([' ', '\t', '\n', '\r']).as_bytes() {
+        [b'{', ..] => {
+            let envelope: Envelope<'_> = serde_json::from_str(text).map_err(not_json)?;
+            envelope.into_call(text)
+        }
+        _ => {
+            let value: &RawValue = serde_json::from_str(text).map_err(not_json)?;
+            let message = match value.get().as_bytes() {
+                [b'[', ..] => "JSON-RPC 2.0 batches are not served yet; a call is an object".into(),
+                _ => format!("{} is no call; a call is an object", kind(value.get())),
+            };
+            Err(without_id(invalid(message)))
+        }
+    }
+}
+
+impl Call<'_> {
+    /// Appends the call's body to `out`. `params` and `id` must be JSON.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"{\"in\":");
+        super::answer::string(out, &self.method);
+        out.extend_from_slice(b",\"params\":");
+        out.extend_from_slice(self.params.as_bytes());
+        if let Some(id) = self.id {
+            out.extend_from_slice(b",\"id\":");
+            out.extend_from_slice(id.as_bytes());
+        }
+        if let Some(timeout_ms) = self.timeout_ms {
+            out.extend_from_slice(format!(",\"timeout_ms\":{timeout_ms}").as_bytes());
+        }
+        out.push(b'}');
+    }
+}
+
+impl<'a> Envelope<'a> {
+    /// Judges the members. `text` is the body, to say where they stand in it.
+    fn into_call(self, text: &'a str) -> Result<Call<'a>, Refusal<'a>> {
+        let id = self.id(text);
+        let echoed = id.as_ref().ok().copied().flatten();
+        let call = || {
+            let method = self.one_plain_method(text)?;
+            Ok(Call {
+                method: decoded(text, method)?,
+                params: self.get(Member::Params).unwrap_or("null"),
+                id: id?,
+                timeout_ms: self.timeout_ms(text)?,
+            })
+        };
+        call().map_err(|error| Refusal { error, id: echoed })
+    }
+
+    /// The value of `in`. Refuses what another reader could take for another call, and what is
+    /// not the plain form.
+    fn one_plain_method(&self, text: &str) -> Result<&'a str, RpcError> {
+        if let Some((member, again)) = self.given_twice() {
+            let (name, at) = (member.name(), offset(text, again));
+            return Err(invalid(format!(
+                "`{name}` is given twice, the second time at byte {at}"
+            )));
+        }
+        if let Some(version) = self.get(Member::Jsonrpc) {
+            let at = offset(text, version);
+            return Err(invalid(format!(
+                "JSON-RPC 2.0 (`jsonrpc` at byte {at}) is not served yet; the plain form is \
+                 {{\"in\": METHOD, \"params\": …}}"
+            )));
+        }
+        match (self.get(Member::In), self.get(Member::Method)) {
+            (Some(_), Some(method)) => Err(invalid(format!(
+                "`in` and `method` (at byte {}) in one call; `in` alone names the method",
+                offset(text, method)
+            ))),
+            (None, Some(method)) => Err(invalid(format!(
+                "`in` is missing; it names the method, `method` (at byte {}) does not",
+                offset(text, method)
+            ))),
+            (None, None) => Err(invalid("`in` is missing; it names the method".to_owned())),
+            (Some(raw), None) => Ok(raw),
+        }
+    }
+
+    fn id(&self, text: &str) -> Result<Option<&'a str>, RpcError> {
+        // Of two ids neither is the caller's: none is echoed.
+        if self.again(Member::Id).is_some() {
+            return Ok(None);
+        }
+        match self.get(Member::Id) {
+            None | Some("null") => Ok(None),
+            Some(raw) => match raw.as_bytes() {
+                [b'"' | b'-' | b'0'..=b'9', ..] => Ok(Some(raw)),
+                _ => Err(wrong(text, "id", raw, "a string or a number")),
+            },
+        }
+    }
+
+    fn timeout_ms(&self, text: &str) -> Result<Option<u64>, RpcError> {
+        let Some(raw) = self.get(Member::TimeoutMs) else {
+            return Ok(None);
+        };
+        // JSON has no plus sign and no leading zero: what parses here is plain digits.
+        raw.parse().map(Some).map_err(|_| {
+            invalid(format!(
+                "`timeout_ms` at byte {} is no whole number of milliseconds in plain digits \
+                 (0 to {})",
+                offset(text, raw),
+                u64::MAX
+            ))
+        })
+    }
+}
+
+fn invalid(message: String) -> RpcError {
+    RpcError::of(Code::InvalidRequest, message, false)
+}
+
+/// The refusal of a member that has another type than `takes` says.
+#[cold]
+fn wrong(text: &str, name: &str, raw: &str, takes: &str) -> RpcError {
+    let (at, is) = (offset(text, raw), kind(raw));
+    invalid(format!("`{name}` at byte {at} is {is}; it takes {takes}"))
+}
+
+/// The method's name out of the value of `in`.
+fn decoded<'a>(text: &str, raw: &'a str) -> Result<Cow<'a, str>, RpcError> {
+    match inside_quotes(raw) {
+        Some(name) if !name.contains('\\') => Ok(Cow::Borrowed(name)),
+        Some(_) => serde_json::from_str(raw).map(Cow::Owned).map_err(|_| {
+            invalid(format!(
+                "`in` at byte {} has an escape for half a character (a lone surrogate)",
+                offset(text, raw)
+            ))
+        }),
+        None => Err(wrong(text, "in", raw, "a string, the method's name")),
+    }
+}
+
+/// What a JSON value is, in words.
+fn kind(raw: &str) -> &'static str {
+    match raw.as_bytes() {
+        [b'{', ..] => "an object",
+        [b'[', ..] => "an array",
+        [b'"', ..] => "a string",
+        [b't' | b'f', ..] => "a boolean",
+        [b'n', ..] => "null",
+        _ => "a number",
+    }
+}
+
+/// Where `part`, a slice of `text`, stands in it, in bytes counted from 0.
+fn offset(text: &str, part: &str) -> usize {
+    part.as_ptr().addr().wrapping_sub(text.as_ptr().addr())
+}
+
+#[cfg(test)]
+#[path = "call_tests.rs"]
+mod tests;
