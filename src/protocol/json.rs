@@ -9,7 +9,7 @@
 
 use super::code::Code;
 use super::rpc_error::RpcError;
-use memchr::memchr2;
+use memchr::{memchr2, memchr2_iter};
 
 /// The body as text that is not nested deeper than `depth`; the outermost array or object is
 /// level 1. Whether it is JSON is not known yet.
@@ -56,10 +56,8 @@ fn refused(message: String) -> RpcError {
 /// Where the nesting passes `depth`. Exact on JSON; on anything else it may err, past the byte at
 /// which the grammar refuses it.
 fn too_deep(bytes: &[u8], depth: usize) -> Option<usize> {
-    // Each level takes a byte: a small call is never scanned.
-    if bytes.len() <= depth {
-        return None;
-    }
+    // Each level takes a bracket. Small calls, long strings and lists of numbers end here.
+    memchr2_iter(b'[', b'{', bytes).nth(depth)?;
     let (mut at, mut level) = (0, 0_usize);
     while let Some(byte) = bytes.get(at) {
         match byte {
