@@ -8,7 +8,10 @@
 
 mod output;
 
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
@@ -113,11 +116,24 @@ pub fn open(file: Option<&Path>) -> io::Result<Output> {
     }
 }
 
-/// A duplicate of the output, to be passed on to a worker that is to use it as well.
-pub fn duplicate_output() -> Option<Output> {
+/// Whether standard error goes to journald: JOURNAL_STREAM names its device and inode
+/// (systemd.exec(5)).
+pub fn is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    io::stderr()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|fd| File::from(fd).metadata())
+        .is_ok_and(|found| stream == format!("{}:{}", found.dev(), found.ino()))
+}
+
+/// The descriptor that lines are written to by this process itself, for a list of what to keep.
+pub fn output_descriptor() -> Option<RawFd> {
     lock_output()
         .as_ref()
-        .and_then(|output| output.duplicate().ok())
+        .map(|output| output.as_fd().as_raw_fd())
 }
 
 /// From now on this process is the master.

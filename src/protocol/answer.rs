@@ -117,13 +117,15 @@ fn no_answer(why: &str) -> Error {
     Error::Protocol(format!("what came back is no answer: {why}"))
 }
 
-fn begin(out: &mut Vec<u8>, name: &str) {
+/// Appends an answer up to its result, which is to be appended next, as JSON.
+pub fn begin(out: &mut Vec<u8>, name: &str) {
     out.extend_from_slice(b"{\"out\":");
     string(out, name);
     out.extend_from_slice(b",\"result\":");
 }
 
-fn end(out: &mut Vec<u8>, id: Option<&str>) {
+/// Ends what [`begin`] began. `id` must be JSON.
+pub fn end(out: &mut Vec<u8>, id: Option<&str>) {
     if let Some(id) = id {
         out.extend_from_slice(b",\"id\":");
         out.extend_from_slice(id.as_bytes());

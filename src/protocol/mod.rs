@@ -23,7 +23,9 @@
 
 pub mod answer;
 pub mod call;
+pub mod cancel;
 pub mod code;
+pub mod control;
 pub mod detect;
 mod envelope;
 pub mod frame;

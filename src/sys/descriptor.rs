@@ -32,6 +32,13 @@ pub fn close_all_but(keep: &[RawFd]) {
     close_between(from, u32::MAX);
 }
 
+/// Closes one descriptor, under the same promise.
+pub fn close(fd: RawFd) {
+    if let Ok(fd) = u32::try_from(fd) {
+        close_between(fd, fd);
+    }
+}
+
 /// Closes the descriptors `first` to `last`, both included.
 fn close_between(first: u32, last: u32) {
     // SAFETY: no pointer is passed; that nobody uses these numbers again is the caller's promise.

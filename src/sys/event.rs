@@ -44,6 +44,12 @@ impl Token {
         (self.0 & 0xFFFF_FFFF) as usize
     }
 
+    /// A token of no floor, for tests of what only keeps it.
+    #[cfg(test)]
+    pub fn for_test(index: usize) -> Self {
+        Token::new(index, 0)
+    }
+
     fn new(index: usize, tag: u32) -> Self {
         Token(u64::from(tag) << 32 | index as u64)
     }
@@ -96,6 +102,9 @@ pub enum Completion<'a> {
 
 /// Who is told.
 pub trait Driver {
+    /// Called once a turn, after the wait and before the completions: time has passed.
+    fn woken(&mut self) {}
+
     /// Called once for each completion.
     fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>);
 }
@@ -385,6 +394,7 @@ impl Floor {
                 return Err(error.into());
             }
         };
+        driver.woken();
         let mut buffer = mem::take(&mut self.buffer);
         for event in &events[..ready] {
             let data = event.data();

@@ -13,10 +13,10 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::time::TimeValLike;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd;
 
@@ -69,6 +69,44 @@ pub enum Exit {
     },
 }
 
+impl Exit {
+    /// The exit code, unless a signal ended it.
+    pub fn code(self) -> Option<i32> {
+        match self {
+            Exit::Code(code) => Some(code),
+            Exit::Signal { .. } => None,
+        }
+    }
+
+    /// The name of the signal that ended it, such as `SIGSEGV`; `SIG40` for one without a name.
+    pub fn signal_name(self) -> Option<String> {
+        match self {
+            Exit::Code(_) => None,
+            Exit::Signal { number, .. } => Some(match Signal::try_from(number) {
+                Ok(signal) => signal.as_str().to_owned(),
+                Err(_) => format!("SIG{number}"),
+            }),
+        }
+    }
+
+    /// Whether this signal ended it.
+    pub fn is_signal(self, signal: Signal) -> bool {
+        matches!(self, Exit::Signal { number, .. } if number == signal as i32)
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exit::Code(code) => write!(f, "exit code {code}"),
+            Exit::Signal { core_dumped, .. } => {
+                f.write_str(&self.signal_name().unwrap_or_default())?;
+                f.write_str(if *core_dumped { " (core dumped)" } else { "" })
+            }
+        }
+    }
+}
+
 /// Makes a child that is a copy of this process.
 ///
 /// # Panics
@@ -97,27 +135,44 @@ pub fn thread_count() -> u64 {
     fs::metadata("/proc/self/task").map_or(0, |task| task.nlink().saturating_sub(2))
 }
 
-/// Takes the status of one ended child, whichever it is, without waiting. `None`: no child has
-/// ended, or there is none.
-pub fn reap_any() -> Option<(Pid, Exit)> {
+/// A child that has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// Which.
+    pub pid: Pid,
+    /// How.
+    pub exit: Exit,
+    /// The most memory that it ever had resident, in bytes (ru_maxrss, getrusage(2)).
+    pub peak_rss_bytes: u64,
+}
+
+/// Takes the status of one ended child, whichever it is, without waiting (wait4(2)). `None`: no
+/// child has ended, or there is none.
+pub fn reap_any() -> Option<Ended> {
     loop {
-        return match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(pid, code)) => Some((Pid(pid.as_raw()), Exit::Code(code))),
-            Ok(WaitStatus::Signaled(pid, signal, core_dumped)) => {
-                let number = signal as i32;
-                Some((
-                    Pid(pid.as_raw()),
-                    Exit::Signal {
-                        number,
-                        core_dumped,
-                    },
-                ))
-            }
+        let mut status = 0;
+        // SAFETY: the structure is plain data for the kernel to fill; zero is a valid value.
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        // SAFETY: both pointers are to live values of the right type.
+        let pid = unsafe { libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut usage) };
+        match Errno::result(pid) {
             Err(Errno::EINTR) => continue,
-            // A real-time signal has no name in nix: the status is consumed all the same.
-            Err(Errno::EINVAL) => continue,
-            _ => None,
+            Ok(1..) => {}
+            _ => return None,
+        }
+        let exit = if libc::WIFSIGNALED(status) {
+            Exit::Signal {
+                number: libc::WTERMSIG(status),
+                core_dumped: libc::WCOREDUMP(status),
+            }
+        } else {
+            Exit::Code(libc::WEXITSTATUS(status))
         };
+        return Some(Ended {
+            pid: Pid(pid),
+            exit,
+            peak_rss_bytes: usage.ru_maxrss.unsigned_abs() * 1024,
+        });
     }
 }
 
@@ -131,7 +186,7 @@ pub fn kill(pid: Pid, signal: Signal) {
 /// forked child, which shares the parent's files and must not run its clean-up (_exit(2)).
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: `_exit` is async-signal-safe and does not return.
-    unsafe { nix::libc::_exit(code) }
+    unsafe { libc::_exit(code) }
 }
 
 /// Lets orphaned descendants become this process's children, so that they are reaped

@@ -6,7 +6,6 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::os::raw::c_void;
 use std::ptr::NonNull;
@@ -48,44 +47,20 @@ macro_rules! shared_record {
     };
 }
 
-/// An array of records, shared with every process forked after it was made. It is never
-/// unmapped: the processes that hold it end with it.
-#[derive(Debug, Clone, Copy)]
-pub struct SharedArray<T: 'static> {
-    start: NonNull<T>,
-    length: usize,
-    records: PhantomData<&'static [T]>,
+/// An array of `length` zeroed records, shared with every process forked from now on. Memory is
+/// taken only for those that are touched, and never given back: the processes end with it.
+///
+/// # Errors
+/// ENOMEM.
+pub fn array<T: Record>(length: NonZeroUsize) -> io::Result<&'static [T]> {
+    let bytes = length
+        .checked_mul(NonZeroUsize::new(size_of::<T>()).unwrap_or(NonZeroUsize::MIN))
+        .ok_or(io::ErrorKind::OutOfMemory)?;
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nobody's memory.
+    let start: NonNull<c_void> =
+        unsafe { mmap_anonymous(None, bytes, protection, MapFlags::MAP_SHARED) }?;
+    // SAFETY: the mapping is page-aligned, as long as `length` records, zeroed by the kernel,
+    // never unmapped, and `Record` says that zeroes are valid and that others may change it.
+    Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
 }
-
-impl<T: Record> SharedArray<T> {
-    /// `length` records of zeroes; memory is taken only for those that are touched.
-    ///
-    /// # Errors
-    /// ENOMEM.
-    pub fn new(length: NonZeroUsize) -> io::Result<Self> {
-        let bytes = length
-            .checked_mul(NonZeroUsize::new(size_of::<T>()).unwrap_or(NonZeroUsize::MIN))
-            .ok_or(io::ErrorKind::OutOfMemory)?;
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nobody's memory.
-        let start: NonNull<c_void> =
-            unsafe { mmap_anonymous(None, bytes, protection, MapFlags::MAP_SHARED) }?;
-        Ok(SharedArray {
-            start: start.cast(),
-            length: length.get(),
-            records: PhantomData,
-        })
-    }
-
-    /// The records.
-    pub fn records(&self) -> &'static [T] {
-        // SAFETY: the mapping is page-aligned, as long as `length` records, zeroed by the kernel,
-        // never unmapped, and `Record` says that zeroes are valid and that others may change it.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
-    }
-}
-
-// SAFETY: the records are atomics; the pointer is only read.
-unsafe impl<T: Record> Send for SharedArray<T> {}
-// SAFETY: as above.
-unsafe impl<T: Record> Sync for SharedArray<T> {}

@@ -26,6 +26,9 @@ const KEEPALIVE_IDLE_S: u32 = 60;
 const KEEPALIVE_INTERVAL_S: u32 = 10;
 const KEEPALIVE_PROBES: u32 = 6;
 
+/// The most that a backlog can be; the kernel caps it at net.core.somaxconn.
+pub const MOST_BACKLOG: u32 = i32::MAX as u32;
+
 /// Binds a TCP socket, not listening yet.
 ///
 /// # Errors
@@ -89,6 +92,12 @@ pub fn set_tcp_options(fd: &impl AsFd, write_timeout: Duration) -> io::Result<()
     let timeout_ms = u32::try_from(write_timeout.as_millis()).unwrap_or(u32::MAX);
     setsockopt(fd, sockopt::TcpUserTimeout, &timeout_ms)?;
     Ok(())
+}
+
+/// Whether it is a stream socket that listens.
+pub fn is_listening(fd: &impl AsFd) -> bool {
+    getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
+        && getsockopt(fd, sockopt::AcceptConn) == Ok(true)
 }
 
 /// Where a socket is bound.

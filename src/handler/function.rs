@@ -1,0 +1,59 @@
+//! Rust closures as handlers: params and results go through serde.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Context, Handler, Placement};
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+
+/// A closure, and where it runs.
+pub struct Function<F> {
+    function: F,
+    placement: Placement,
+}
+
+/// Makes a handler of a closure from typed params to a typed result.
+pub fn typed<P, R>(
+    placement: Placement,
+    function: impl Fn(P) -> Result<R, RpcError> + Send + Sync + 'static,
+) -> impl Handler + 'static
+where
+    P: DeserializeOwned,
+    R: Serialize,
+{
+    let function = move |params: &str, _: &Context<'_>, result: &mut Vec<u8>| {
+        let params = serde_json::from_str(params)
+            .map_err(|error| RpcError::invalid_params(error.to_string()))?;
+        let answer = function(params)?;
+        serde_json::to_writer(result, &answer).map_err(|error| {
+            RpcError::of(
+                Code::Internal,
+                format!("the result is no JSON: {error}"),
+                true,
+            )
+        })
+    };
+    Function {
+        function,
+        placement,
+    }
+}
+
+impl<F> Handler for Function<F>
+where
+    F: Fn(&str, &Context<'_>, &mut Vec<u8>) -> Result<(), RpcError> + Send + Sync,
+{
+    fn call(
+        &self,
+        params: &str,
+        context: &Context<'_>,
+        result: &mut Vec<u8>,
+    ) -> Result<(), RpcError> {
+        (self.function)(params, context, result)
+    }
+
+    fn placement(&self) -> Placement {
+        self.placement
+    }
+}

@@ -1,0 +1,193 @@
+//! What answers a call: the trait, what a handler is told, and how a call is given up.
+//!
+//! Every kind of handler is one implementation of `Handler`; the worker knows no kind by name. A
+//! handler fails with an `RpcError`, which is what the caller sees; a panic is caught by whoever
+//! runs it and answered with `internal`.
+
+pub mod builtin;
+pub mod function;
+pub mod registry;
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, Thread};
+use std::time::Duration;
+
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::process::monotonic;
+
+/// Where a handler runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// On the event loop: for what takes microseconds and never waits.
+    Inline,
+    /// On a handler thread.
+    Thread,
+}
+
+/// What answers calls of one method.
+pub trait Handler: Send + Sync {
+    /// Answers one call: params are JSON as the client wrote them ("null" where there were none);
+    /// the result is appended to `result`, as JSON.
+    ///
+    /// # Errors
+    /// What the caller is to be told; what was appended by then is dropped.
+    fn call(
+        &self,
+        params: &str,
+        context: &Context<'_>,
+        result: &mut Vec<u8>,
+    ) -> Result<(), RpcError>;
+
+    /// Where it wants to run.
+    fn placement(&self) -> Placement {
+        Placement::Thread
+    }
+
+    /// What stands in `out` in place of the method's name, if anything.
+    fn answer_name(&self) -> Option<&str> {
+        None
+    }
+}
+
+/// What a handler may know about its call.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// The method's full name.
+    pub method: &'a str,
+    /// The slot of the worker that runs it.
+    pub slot: u16,
+    /// When nobody will wait for the answer any more, as time since boot.
+    deadline: Duration,
+    state: Option<&'a CallState>,
+}
+
+impl<'a> Context<'a> {
+    /// The context of a call that runs on the event loop: nothing can end it early.
+    pub fn inline(method: &'a str, slot: u16, deadline: Duration) -> Self {
+        Context {
+            method,
+            slot,
+            deadline,
+            state: None,
+        }
+    }
+
+    /// The context of a call that runs on a handler thread.
+    pub fn on_thread(method: &'a str, slot: u16, deadline: Duration, state: &'a CallState) -> Self {
+        Context {
+            method,
+            slot,
+            deadline,
+            state: Some(state),
+        }
+    }
+
+    /// The time left until the caller has had `timeout`; zero once it is over.
+    pub fn remaining(&self) -> Duration {
+        self.deadline.saturating_sub(monotonic())
+    }
+
+    /// Whether the answer is for nobody any more: timed out, cancelled, or the caller has left.
+    pub fn is_cancelled(&self) -> bool {
+        self.state.is_some_and(CallState::is_over)
+    }
+
+    /// Waits for `length`, or until the call is given up, and tells whether it was. On the event
+    /// loop it does not wait.
+    pub fn pause(&self, length: Duration) -> bool {
+        let Some(state) = self.state else {
+            return false;
+        };
+        state.set_sleeper(Some(thread::current()));
+        let end = monotonic().saturating_add(length);
+        loop {
+            let left = end.saturating_sub(monotonic());
+            if state.is_over() || left.is_zero() {
+                break;
+            }
+            thread::park_timeout(left);
+        }
+        state.set_sleeper(None);
+        state.is_over()
+    }
+}
+
+const WAITING: u8 = 0;
+const RUNNING: u8 = 1;
+const OVER: u8 = 2;
+
+/// Where a call on the threads stands, agreed between the loop and the thread: either it has
+/// begun, or it was given up before, never both. That is what makes `started` a promise.
+#[derive(Debug, Default)]
+pub struct CallState {
+    phase: AtomicU8,
+    /// The thread that waits within this call, to be woken when it is given up.
+    sleeper: Mutex<Option<Thread>>,
+}
+
+impl CallState {
+    /// The thread begins; false when the call was given up meanwhile, and must not run.
+    pub fn begin(&self) -> bool {
+        self.phase
+            .compare_exchange(WAITING, RUNNING, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// The loop gives the call up; tells whether it had begun.
+    pub fn give_up(&self) -> bool {
+        let begun = self.phase.swap(OVER, Ordering::AcqRel) == RUNNING;
+        let sleeper = self.sleeper.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = sleeper.as_ref() {
+            thread.unpark();
+        }
+        begun
+    }
+
+    /// Whether a thread runs it.
+    pub fn is_running(&self) -> bool {
+        self.phase.load(Ordering::Acquire) == RUNNING
+    }
+
+    fn is_over(&self) -> bool {
+        self.phase.load(Ordering::Acquire) == OVER
+    }
+
+    fn set_sleeper(&self, thread: Option<Thread>) {
+        *self.sleeper.lock().unwrap_or_else(PoisonError::into_inner) = thread;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_call_begins_or_is_given_up_never_both() {
+        let state = CallState::default();
+        assert!(!state.give_up());
+        assert!(!state.begin());
+        let state = CallState::default();
+        assert!(state.begin());
+        assert!(!state.begin());
+        assert!(state.give_up());
+    }
+
+    #[test]
+    fn giving_up_wakes_a_pausing_handler() {
+        let state = Arc::new(CallState::default());
+        let shared = Arc::clone(&state);
+        let handler = thread::spawn(move || {
+            shared.begin();
+            let context = Context::on_thread("sleep", 0, Duration::MAX, &shared);
+            context.pause(Duration::from_secs(3600))
+        });
+        while !state.is_running() {
+            thread::yield_now();
+        }
+        state.give_up();
+        assert!(handler.join().unwrap());
+    }
+}

@@ -1,0 +1,66 @@
+//! The table of methods: made by the master before it forks, read by its workers.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Handler;
+
+/// A method: its handler and its limits.
+#[derive(Clone)]
+pub struct Method {
+    /// Its name, as called.
+    pub name: String,
+    /// What answers it.
+    pub handler: Arc<dyn Handler>,
+    /// How long a call may take, waiting included.
+    pub timeout: Duration,
+    /// Calls at once per worker, waiting ones included; 0 means no limit of its own.
+    pub concurrency: usize,
+    /// Calls a second per worker; 0 means no limit.
+    pub rate: u32,
+}
+
+impl fmt::Debug for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Method")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// All methods of a generation. Names are matched whole and exactly.
+#[derive(Debug, Clone, Default)]
+pub struct Registry {
+    methods: Vec<Method>,
+    by_name: HashMap<String, usize>,
+}
+
+impl Registry {
+    /// A table of these methods; of two with one name the later one counts.
+    pub fn new(methods: Vec<Method>) -> Self {
+        let by_name = methods
+            .iter()
+            .enumerate()
+            .map(|(number, method)| (method.name.clone(), number))
+            .collect();
+        Registry { methods, by_name }
+    }
+
+    /// The number of the method of that name.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The methods, by number.
+    pub fn methods(&self) -> &[Method] {
+        &self.methods
+    }
+
+    /// The name of a method by its number, such as the scoreboard has; a question mark for a
+    /// number of another generation's.
+    pub fn name(&self, number: usize) -> &str {
+        self.methods.get(number).map_or("?", |method| &method.name)
+    }
+}

@@ -1,0 +1,166 @@
+//! What master and worker say to each other: fixed-size packets that carry pid and generation.
+//!
+//! The format stands by itself (numbers, little-endian, zero for what is unused), so that a
+//! master can speak with workers of another version. A packet that is none of ours is an error
+//! for the receiver to log: a child is never trusted.
+
+use std::time::Duration;
+
+use super::ids::{Generation, Pid};
+
+/// Bytes of a packet.
+pub const PACKET: usize = 32;
+/// First in each packet: "pfd" and the version of the format.
+const MAGIC: u32 = u32::from_le_bytes(*b"pfd\x01");
+
+/// What the master tells a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Accept nothing more, serve the connections you have, end them by then.
+    Drain(Duration),
+    /// The server stops: answer what was read, refuse what comes, close, leave by then.
+    Stop(Duration),
+    /// Leave at once.
+    Quit,
+    /// Log to the file whose descriptor comes along.
+    Log,
+}
+
+/// What a worker tells the master.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Report {
+    /// It accepts.
+    Ready,
+    /// It was told to retire (TERM) and drains: it wants to be replaced.
+    Retiring,
+}
+
+/// A packet: who it is from or for, and what it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Message<T> {
+    /// The worker that this is about.
+    pub pid: Pid,
+    /// Its generation.
+    pub generation: Generation,
+    /// What is said.
+    pub body: T,
+}
+
+/// A body that fits a packet: a number that says which, and a value.
+pub trait Body: Sized {
+    /// Which it is, and its value.
+    fn encode(self) -> (u32, u64);
+    /// The same back, if it is one.
+    fn decode(kind: u32, value: u64) -> Option<Self>;
+}
+
+impl Body for Order {
+    fn encode(self) -> (u32, u64) {
+        let millis = |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        match self {
+            Order::Drain(limit) => (1, millis(limit)),
+            Order::Stop(limit) => (2, millis(limit)),
+            Order::Quit => (3, 0),
+            Order::Log => (4, 0),
+        }
+    }
+
+    fn decode(kind: u32, value: u64) -> Option<Self> {
+        match kind {
+            1 => Some(Order::Drain(Duration::from_millis(value))),
+            2 => Some(Order::Stop(Duration::from_millis(value))),
+            3 => Some(Order::Quit),
+            4 => Some(Order::Log),
+            _ => None,
+        }
+    }
+}
+
+impl Body for Report {
+    fn encode(self) -> (u32, u64) {
+        match self {
+            Report::Ready => (101, 0),
+            Report::Retiring => (102, 0),
+        }
+    }
+
+    fn decode(kind: u32, _value: u64) -> Option<Self> {
+        match kind {
+            101 => Some(Report::Ready),
+            102 => Some(Report::Retiring),
+            _ => None,
+        }
+    }
+}
+
+impl<T: Body> Message<T> {
+    /// The packet.
+    pub fn encode(self) -> [u8; PACKET] {
+        let (kind, value) = self.body.encode();
+        let mut packet = [0; PACKET];
+        packet[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+        packet[4..8].copy_from_slice(&kind.to_le_bytes());
+        packet[8..12].copy_from_slice(&self.pid.0.to_le_bytes());
+        packet[12..16].copy_from_slice(&self.generation.0.to_le_bytes());
+        packet[16..24].copy_from_slice(&value.to_le_bytes());
+        packet
+    }
+
+    /// What a packet says, or `None` when it is none of this kind.
+    pub fn decode(packet: &[u8]) -> Option<Self> {
+        let packet: &[u8; PACKET] = packet.try_into().ok()?;
+        let word = |at: usize| {
+            let bytes = packet[at..at + 4]
+                .try_into()
+                .expect("four bytes of thirty-two");
+            u32::from_le_bytes(bytes)
+        };
+        let value = u64::from(word(20)) << 32 | u64::from(word(16));
+        if word(0) != MAGIC {
+            return None;
+        }
+        Some(Message {
+            pid: Pid(word(8) as i32),
+            generation: Generation(word(12)),
+            body: T::decode(word(4), value)?,
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_message_survives_its_packet_and_nothing_else_does() {
+        let about = |body| Message {
+            pid: Pid(4242),
+            generation: Generation(7),
+            body,
+        };
+        for order in [
+            Order::Drain(Duration::from_millis(30_000)),
+            Order::Stop(Duration::from_millis(u64::MAX)),
+            Order::Quit,
+            Order::Log,
+        ] {
+            let packet = about(order).encode();
+            assert_eq!(Message::decode(&packet), Some(about(order)));
+            assert_eq!(Message::<Report>::decode(&packet), None);
+            assert_eq!(Message::<Order>::decode(&packet[1..]), None);
+        }
+        let packet = Message {
+            pid: Pid(1),
+            generation: Generation(0),
+            body: Report::Ready,
+        }
+        .encode();
+        assert_eq!(
+            Message::<Report>::decode(&packet).unwrap().body,
+            Report::Ready
+        );
+        assert_eq!(Message::<Report>::decode(&[0; PACKET]), None);
+        assert_eq!(Message::<Report>::decode(&[]), None);
+    }
+}

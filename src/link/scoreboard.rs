@@ -1,0 +1,135 @@
+//! The scoreboard: shared memory in which each worker says what it is doing.
+//!
+//! One record a worker, written by it alone and read by the master without asking: a worker that
+//! hangs or has died still shows what it did last. Values are atomics of their own, so a reader
+//! may see one newer than its neighbour, and nothing worse.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use crate::shared_record;
+use crate::sys::shared;
+
+/// Workers that can be alive at once, those of generations that drain included.
+pub const RECORDS: usize = 4096;
+
+shared_record! {
+    /// What one worker shows. All zero: nothing yet.
+    #[derive(Debug)]
+    pub struct Record {
+        /// Milliseconds (CLOCK_MONOTONIC) at which its event loop last turned; ticks when idle too.
+        pub heartbeat_ms: AtomicU64,
+        /// Connections that are open.
+        pub connections: AtomicU32,
+        /// Calls that run on a handler thread.
+        pub running: AtomicU32,
+        /// Calls that wait for one.
+        pub queued: AtomicU32,
+        /// Handler threads that run past their call's deadline.
+        pub lost_threads: AtomicU32,
+        /// Calls read since it started.
+        pub calls: AtomicU64,
+        /// Of those, the ones answered with an error.
+        pub errors: AtomicU64,
+        /// The method that the event loop called last, plus one.
+        pub last_method: AtomicU32,
+        /// Calls of it that are on the loop right now: 0 or 1.
+        pub inline_running: AtomicU32,
+        /// The oldest call that runs on a thread: its method plus one, 0 if there is none.
+        pub oldest_method: AtomicU32,
+        /// Times that it was woken for a connection that a sibling had taken.
+        pub spurious_wakes: AtomicU32,
+        /// When the oldest call was read, in milliseconds (CLOCK_MONOTONIC).
+        pub oldest_since_ms: AtomicU64,
+    }
+}
+
+/// The records of all workers; which is whose is the master's knowledge.
+#[derive(Debug, Clone, Copy)]
+pub struct Scoreboard(&'static [Record]);
+
+impl Scoreboard {
+    /// A scoreboard with every record zero.
+    ///
+    /// # Errors
+    /// When there is no memory to be had.
+    pub fn new() -> io::Result<Self> {
+        let length = NonZeroUsize::new(RECORDS).unwrap_or(NonZeroUsize::MIN);
+        shared::array(length).map(Scoreboard)
+    }
+
+    /// One record.
+    ///
+    /// # Panics
+    /// When `index` is not below `RECORDS`.
+    pub fn record(&self, index: usize) -> &'static Record {
+        &self.0[index]
+    }
+}
+
+impl Record {
+    /// Makes it zero again, for the next worker.
+    pub fn clear(&self) {
+        for number in [
+            &self.connections,
+            &self.running,
+            &self.queued,
+            &self.lost_threads,
+            &self.last_method,
+            &self.inline_running,
+            &self.oldest_method,
+            &self.spurious_wakes,
+        ] {
+            number.store(0, Relaxed);
+        }
+        for number in [
+            &self.heartbeat_ms,
+            &self.calls,
+            &self.errors,
+            &self.oldest_since_ms,
+        ] {
+            number.store(0, Relaxed);
+        }
+    }
+
+    /// The number of the oldest running method and since when, if one runs.
+    pub fn oldest(&self) -> Option<(usize, u64)> {
+        let method = self.oldest_method.load(Relaxed).checked_sub(1)?;
+        Some((method as usize, self.oldest_since_ms.load(Relaxed)))
+    }
+
+    /// The method to name when this worker has died: the one on the loop, else the oldest on a
+    /// thread, else the last that the loop called.
+    pub fn last_method(&self) -> Option<usize> {
+        let on_loop = self.last_method.load(Relaxed);
+        let method = match (self.inline_running.load(Relaxed), self.oldest()) {
+            (0, Some((method, _))) => return Some(method),
+            _ => on_loop,
+        };
+        method.checked_sub(1).map(|method| method as usize)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_names_the_method_to_blame() {
+        let board = Scoreboard::new().unwrap();
+        let record = board.record(RECORDS - 1);
+        assert_eq!(record.last_method(), None);
+        record.last_method.store(3, Relaxed);
+        assert_eq!(record.last_method(), Some(2));
+        record.oldest_method.store(5, Relaxed);
+        record.oldest_since_ms.store(77, Relaxed);
+        assert_eq!(record.last_method(), Some(4));
+        record.inline_running.store(1, Relaxed);
+        assert_eq!(record.last_method(), Some(2));
+        assert_eq!(record.oldest(), Some((4, 77)));
+        record.clear();
+        assert_eq!((record.last_method(), record.oldest()), (None, None));
+    }
+}

@@ -1,0 +1,355 @@
+//! What the control socket speaks: one JSON line that asks, one JSON line that answers.
+//!
+//! These are the words alone; who may speak, and what a word does, is the master's affair. A reader
+//! ignores members that it does not know and has a default for those added later, so that a command
+//! and a master of different versions understand each other.
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+/// What a command asks the master for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub enum Request {
+    /// What the server is doing now. Answered at once, without asking any worker.
+    Status,
+    /// Reads the configuration again. Answered with the verdict, which can take as long as
+    /// `workers.boot-timeout` for each of two steps.
+    Reload,
+    /// Sets how many workers there are, until the next reload.
+    Scale {
+        /// The new count, 1 to 1024.
+        count: usize,
+    },
+    /// Ends the server. Answered at once; that the connection ends tells that the master is gone.
+    Stop {
+        /// Whether the running calls are given up.
+        #[serde(default)]
+        now: bool,
+    },
+}
+
+/// What the master answers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Response {
+    /// Whether it was done.
+    pub ok: bool,
+    /// The answer to [`Request::Status`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<Status>,
+    /// What was done, a sentence or more for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// Why it was not done, for people; `Some` iff not `ok`. Further lines may follow the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The exit code that the asking command ends with; `Some` iff not `ok`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<u8>,
+}
+
+impl Response {
+    /// It was done, and there is nothing to say.
+    pub fn done() -> Self {
+        Response {
+            ok: true,
+            ..Response::default()
+        }
+    }
+
+    /// It was done, and this is worth saying.
+    pub fn said(message: impl Into<String>) -> Self {
+        Response {
+            message: Some(message.into()),
+            ..Response::done()
+        }
+    }
+
+    /// The answer to [`Request::Status`].
+    pub fn status(status: Status) -> Self {
+        Response {
+            status: Some(status),
+            ..Response::done()
+        }
+    }
+
+    /// It was not done: why, and the exit code for the command.
+    pub fn refused(error: impl Into<String>, code: u8) -> Self {
+        Response {
+            error: Some(error.into()),
+            code: Some(code),
+            ..Response::default()
+        }
+    }
+}
+
+/// One message as it goes over the socket: compact JSON, which holds no line feed, and one behind.
+///
+/// # Errors
+/// None that a message of this module can cause.
+pub fn to_line(message: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// What the whole server is doing: `preforkd status --json`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The master.
+    pub master: Master,
+    /// Each worker that lives, draining ones too, and each slot without one; by slot, then
+    /// generation.
+    pub workers: Vec<Worker>,
+    /// The last deaths, at most 100, the latest last.
+    pub deaths: Vec<Death>,
+    /// Each listener, in the configuration's order.
+    pub listeners: Vec<Listener>,
+}
+
+/// The one parent process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Master {
+    /// Its process id.
+    pub pid: i32,
+    /// The version of preforkd that it runs.
+    pub version: String,
+    /// The generation that serves.
+    pub generation: u32,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// How the last reload ended; null as long as there was none.
+    pub last_reload: Option<LastReload>,
+    /// How many workers there are meant to be.
+    #[serde(default)]
+    pub target: usize,
+    /// What is allowed and yet worth a word, such as workers that run as root.
+    #[serde(default)]
+    pub warnings: Vec<String>,
+}
+
+/// How a reload ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastReload {
+    /// Whether the new generation took over.
+    pub ok: bool,
+    /// When the verdict was given, in seconds since 1970.
+    pub at: u64,
+    /// Why it did not; null iff `ok`.
+    pub error: Option<String>,
+}
+
+/// One worker, or a slot that has none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Its slot.
+    pub slot: u16,
+    /// Its process id; null while the slot has no worker.
+    pub pid: Option<i32>,
+    /// Its generation.
+    pub generation: u32,
+    /// What it is.
+    pub state: State,
+    /// Seconds since it was forked; 0 while the slot has no worker.
+    pub uptime_s: u64,
+    /// Client connections that are open.
+    pub connections: u64,
+    /// Calls that run.
+    pub running: u64,
+    /// Calls that wait for a thread.
+    pub queued: u64,
+    /// Calls answered since its start, errors among them.
+    pub calls: u64,
+    /// Calls answered with an error since its start.
+    pub errors: u64,
+    /// Its resident memory in bytes.
+    pub rss_bytes: u64,
+    /// The call that has been running for longest; null when none runs.
+    pub oldest_call: Option<OldestCall>,
+    /// Its handler threads.
+    #[serde(default)]
+    pub threads: u64,
+    /// Those of them that run past their deadline.
+    #[serde(default)]
+    pub lost_threads: u64,
+    /// Why the slot waits; `Some` iff the state is throttled.
+    #[serde(default)]
+    pub throttle: Option<Throttle>,
+}
+
+/// What a worker, or its slot, is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Forked, and not ready yet.
+    Starting,
+    /// It serves.
+    Ready,
+    /// It takes nothing new and finishes what runs.
+    Draining,
+    /// The slot has no worker and waits for its next try.
+    Throttled,
+    /// The slot has no worker.
+    #[default]
+    Dead,
+}
+
+impl State {
+    /// The word, as in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            State::Starting => "starting",
+            State::Ready => "ready",
+            State::Draining => "draining",
+            State::Throttled => "throttled",
+            State::Dead => "dead",
+        }
+    }
+}
+
+/// The call of a worker that has been running for longest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OldestCall {
+    /// Its method.
+    pub method: String,
+    /// How long it has been running, in milliseconds.
+    pub age_ms: u64,
+}
+
+/// Why a slot waits.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Throttle {
+    /// Its young deaths and failed forks in a row.
+    pub failures: u32,
+    /// Milliseconds until the next try.
+    pub retry_in_ms: u64,
+}
+
+/// A worker that died.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Death {
+    /// Its slot.
+    pub slot: u16,
+    /// Its process id then.
+    pub pid: i32,
+    /// Its exit code; null iff a signal ended it.
+    pub exit: Option<i32>,
+    /// The name of the signal that ended it, such as `SIGSEGV`; null iff it exited.
+    pub signal: Option<String>,
+    /// How many seconds it lived.
+    pub uptime_s: u64,
+    /// The last method that it began; null when there was none.
+    pub method: Option<String>,
+    /// Its last known resident memory in bytes.
+    pub rss_bytes: u64,
+    /// What is known of why.
+    pub reason: String,
+    /// When, in seconds since 1970.
+    pub at: u64,
+}
+
+/// A listening socket.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listener {
+    /// Its address as in the configuration, with the port that it really has.
+    pub address: String,
+    /// Connections that wait to be accepted (tcp(7), `TCP_INFO`); null where that can't be told.
+    pub queue: Option<u32>,
+    /// How many may wait at most.
+    pub backlog: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::{Value, json, to_value};
+
+    #[test]
+    fn requests_are_written_as_the_contract_says() {
+        for (request, written) in [
+            (Request::Status, json!({"command": "status"})),
+            (Request::Reload, json!({"command": "reload"})),
+            (
+                Request::Scale { count: 4 },
+                json!({"command": "scale", "count": 4}),
+            ),
+            (
+                Request::Stop { now: false },
+                json!({"command": "stop", "now": false}),
+            ),
+        ] {
+            assert_eq!(to_value(&request).unwrap(), written);
+            assert_eq!(serde_json::from_value::<Request>(written).unwrap(), request);
+        }
+        let short: Request = serde_json::from_str(r#"{"command": "stop"}"#).unwrap();
+        assert_eq!(short, Request::Stop { now: false });
+    }
+
+    #[test]
+    fn responses_hold_no_member_that_says_nothing() {
+        for (response, written) in [
+            (Response::done(), json!({"ok": true})),
+            (Response::said("two"), json!({"ok": true, "message": "two"})),
+            (
+                Response::refused("no", 1),
+                json!({"ok": false, "error": "no", "code": 1}),
+            ),
+        ] {
+            assert_eq!(to_value(&response).unwrap(), written);
+            assert_eq!(
+                serde_json::from_value::<Response>(written).unwrap(),
+                response
+            );
+        }
+    }
+
+    #[test]
+    fn a_status_has_each_member_of_the_contract_even_when_null() {
+        let status = Status {
+            workers: vec![Worker::default()],
+            deaths: vec![Death::default()],
+            listeners: vec![Listener::default()],
+            ..Status::default()
+        };
+        let value = to_value(&status).unwrap();
+        let has = |value: &Value, names: &str| {
+            for name in names.split(' ') {
+                assert!(value.get(name).is_some(), "{name} in {value}");
+            }
+        };
+        has(
+            &value["master"],
+            "pid version generation uptime_s last_reload",
+        );
+        has(
+            &value["workers"][0],
+            "slot pid generation state uptime_s connections running queued calls errors rss_bytes \
+             oldest_call",
+        );
+        has(
+            &value["deaths"][0],
+            "slot pid exit signal uptime_s method rss_bytes reason at",
+        );
+        has(&value["listeners"][0], "address queue backlog");
+    }
+
+    #[test]
+    fn a_message_is_one_line_whatever_it_says() {
+        let line = to_line(&Response::refused("first\nsecond", 1)).unwrap();
+        let ends: Vec<_> = line.iter().filter(|byte| **byte == b'\n').collect();
+        assert_eq!((ends.len(), line.last()), (1, Some(&b'\n')));
+    }
+
+    #[test]
+    fn members_of_a_later_version_are_ignored_and_missing_additions_have_a_default() {
+        let status: Status = serde_json::from_value(json!({
+            "master": {"pid": 1, "version": "9", "generation": 2, "uptime_s": 3,
+                       "last_reload": {"ok": true, "at": 5, "error": null}, "mood": "fine"},
+            "workers": [], "deaths": [], "listeners": []
+        }))
+        .unwrap();
+        assert_eq!((status.master.target, status.master.warnings.len()), (0, 0));
+    }
+}
