@@ -1,0 +1,321 @@
+//! The calls of a worker that are for its handler threads: which wait, which run, which are over.
+//!
+//! The loop decides alone; threads only get what is handed to them. A few more calls than there
+//! are threads are handed out, so that none stands idle while the loop is busy. An entry lives
+//! until its thread has reported, also when the caller was answered long before.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use slab::Slab;
+
+use super::connection::Place;
+use super::threads::{Done, Job, Threads};
+use super::timers::CallKey;
+use crate::handler::CallState;
+use crate::handler::registry::Registry;
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::event::Token;
+
+/// A call that waits or runs.
+#[derive(Debug)]
+pub struct Call {
+    /// Whose it is.
+    pub token: Token,
+    /// Where its answer goes.
+    pub place: Place,
+    /// Its id, as JSON.
+    pub id: Option<Box<str>>,
+    /// The number of its method.
+    pub method: usize,
+    /// When it was read, in milliseconds.
+    pub read_ms: u64,
+    /// When it must be answered, in milliseconds.
+    pub deadline_ms: u64,
+    /// Its armed timer; `Timers::arm` keeps it.
+    pub timer: u64,
+    /// What it asks for; `None` once it was handed out or is over.
+    params: Option<Box<str>>,
+    state: Arc<CallState>,
+    serial: u64,
+    handed_out: bool,
+    /// Nobody waits for its answer any more.
+    over: bool,
+}
+
+/// A call that is to be answered now.
+#[derive(Debug)]
+pub struct Ended {
+    /// Whose it is.
+    pub token: Token,
+    /// Where its answer goes.
+    pub place: Place,
+    /// Its id, as JSON.
+    pub id: Option<Box<str>>,
+    /// The number of its method.
+    pub method: usize,
+    /// Its timer, to be disarmed.
+    pub timer: u64,
+    /// Whether it had begun.
+    pub begun: bool,
+}
+
+/// A method's calls of late.
+#[derive(Debug, Clone, Default)]
+struct Load {
+    /// Waiting and running ones.
+    current: usize,
+    /// Calls that the rate still allows, in thousandths.
+    credit: u64,
+    credited_ms: u64,
+}
+
+/// The table of calls.
+#[derive(Debug)]
+pub struct Calls {
+    table: Slab<Call>,
+    queue: VecDeque<CallKey>,
+    /// Those handed out, oldest first; ones that are done are skipped.
+    handed_out: VecDeque<CallKey>,
+    loads: Vec<Load>,
+    registry: Arc<Registry>,
+    limit: usize,
+    serial: u64,
+    /// Entries that wait in `queue` or at the threads, to be answered.
+    waiting: usize,
+    /// Entries with the threads.
+    out: usize,
+    /// Of those, the ones that nobody waits for.
+    lost: usize,
+}
+
+impl Calls {
+    /// An empty table that lets `limit` calls wait.
+    pub fn new(registry: Arc<Registry>, limit: usize) -> Self {
+        Calls {
+            table: Slab::new(),
+            queue: VecDeque::new(),
+            handed_out: VecDeque::new(),
+            loads: vec![Load::default(); registry.methods().len()],
+            registry,
+            limit,
+            serial: 0,
+            waiting: 0,
+            out: 0,
+            lost: 0,
+        }
+    }
+
+    /// Whether the rate of a method allows one more call now; counts it.
+    ///
+    /// # Errors
+    /// `overloaded`.
+    pub fn admit(&mut self, method: usize, now_ms: u64) -> Result<(), RpcError> {
+        let rate = u64::from(self.registry.methods()[method].rate);
+        if rate == 0 {
+            return Ok(());
+        }
+        let load = &mut self.loads[method];
+        // Thousandths a millisecond are calls a second; a second's worth can be saved up.
+        let earned = now_ms.saturating_sub(load.credited_ms).saturating_mul(rate);
+        load.credit = load.credit.saturating_add(earned).min(rate * 1000);
+        load.credited_ms = now_ms;
+        if load.credit < 1000 {
+            return Err(self.overloaded(method, format!("its rate of {rate} calls a second")));
+        }
+        load.credit -= 1000;
+        Ok(())
+    }
+
+    /// Whether there is room for one more call of a method to wait.
+    ///
+    /// # Errors
+    /// `overloaded`.
+    pub fn has_room(&self, method: usize, threads: usize) -> Result<(), RpcError> {
+        let concurrency = self.registry.methods()[method].concurrency;
+        if concurrency > 0 && self.loads[method].current >= concurrency {
+            let reason = format!("its concurrency of {concurrency} in this worker");
+            return Err(self.overloaded(method, reason));
+        }
+        // Those that will begin at once do not wait.
+        let idle = threads.saturating_sub(self.out);
+        if self.waiting >= self.limit + idle {
+            let reason = format!("the {} calls that may wait for a thread", self.limit);
+            return Err(self.overloaded(method, reason));
+        }
+        Ok(())
+    }
+
+    fn overloaded(&self, method: usize, limit: String) -> RpcError {
+        let name = self.registry.name(method);
+        let text = format!("{name} is refused: {limit} are reached; try again later");
+        RpcError::of(Code::Overloaded, text, false)
+    }
+
+    /// Lets a call wait.
+    pub fn add(
+        &mut self,
+        (token, place, id): (Token, Place, Option<&str>),
+        (method, params): (usize, &str),
+        (read_ms, deadline_ms): (u64, u64),
+    ) -> CallKey {
+        self.serial += 1;
+        let serial = self.serial;
+        let index = self.table.insert(Call {
+            token,
+            place,
+            id: id.map(Box::from),
+            method,
+            read_ms,
+            deadline_ms,
+            timer: 0,
+            params: Some(params.into()),
+            state: Arc::default(),
+            serial,
+            handed_out: false,
+            over: false,
+        });
+        let key = CallKey { index, serial };
+        self.queue.push_back(key);
+        self.waiting += 1;
+        self.loads[method].current += 1;
+        key
+    }
+
+    /// Hands waiting calls to the threads, as long as one of them could soon be idle.
+    pub fn hand_out(&mut self, threads: &Threads) {
+        while self.out < threads.count() * 2
+            && let Some(key) = self.queue.pop_front()
+        {
+            // One that was given up while it waited left its key behind.
+            let Some(call) = self.get_mut(key) else {
+                continue;
+            };
+            let Some(params) = call.params.take() else {
+                continue;
+            };
+            call.handed_out = true;
+            let job = Job {
+                key,
+                method: call.method,
+                params,
+                deadline: Duration::from_millis(call.deadline_ms),
+                state: Arc::clone(&call.state),
+            };
+            self.out += 1;
+            self.handed_out.push_back(key);
+            threads.run(job);
+        }
+    }
+
+    /// A thread has reported: the call that is to be answered now, if anybody still waits.
+    pub fn done(&mut self, done: &Done) -> Option<Ended> {
+        let call = self.table.remove(done.key.index);
+        debug_assert_eq!(call.serial, done.key.serial);
+        self.out -= 1;
+        self.loads[call.method].current -= 1;
+        while let Some(&key) = self.handed_out.front()
+            && self.get_mut(key).is_none()
+        {
+            self.handed_out.pop_front();
+        }
+        if call.over {
+            self.lost -= 1;
+            return None;
+        }
+        self.waiting -= 1;
+        Some(Ended {
+            token: call.token,
+            place: call.place,
+            id: call.id,
+            method: call.method,
+            timer: call.timer,
+            begun: true,
+        })
+    }
+
+    /// Gives a call up: its time is over, or the caller does not want it any more. `None` when it
+    /// is over already.
+    pub fn give_up(&mut self, key: CallKey) -> Option<Ended> {
+        let call = self.get_mut(key)?;
+        if call.over {
+            return None;
+        }
+        call.over = true;
+        let begun = call.state.give_up();
+        let ended = Ended {
+            token: call.token,
+            place: call.place,
+            id: call.id.take(),
+            method: call.method,
+            timer: std::mem::take(&mut call.timer),
+            begun,
+        };
+        call.params = None;
+        self.waiting -= 1;
+        if call_is_out(&self.table, key) {
+            // It lives on until its thread reports.
+            self.lost += 1;
+        } else {
+            self.table.remove(key.index);
+            self.loads[ended.method].current -= 1;
+        }
+        Some(ended)
+    }
+
+    /// The call of a connection with this id, as JSON.
+    pub fn find(&self, token: Token, id: &str) -> Option<CallKey> {
+        self.of(|call| call.token == token && call.id.as_deref() == Some(id))
+            .next()
+    }
+
+    /// All calls that match and are not over.
+    pub fn of(&self, matches: impl Fn(&Call) -> bool) -> impl Iterator<Item = CallKey> {
+        self.table
+            .iter()
+            .filter(move |(_, call)| !call.over && matches(call))
+            .map(|(index, call)| CallKey {
+                index,
+                serial: call.serial,
+            })
+    }
+
+    /// A call, to keep its timer.
+    pub fn get_mut(&mut self, key: CallKey) -> Option<&mut Call> {
+        self.table
+            .get_mut(key.index)
+            .filter(|call| call.serial == key.serial)
+    }
+
+    /// Whether no call waits or runs.
+    pub fn is_empty(&self) -> bool {
+        self.waiting == 0
+    }
+
+    /// How many run on a thread, wait for one, and run for nobody.
+    pub fn counts(&self, threads: usize) -> (usize, usize, usize) {
+        let wanted_out = self.out - self.lost;
+        let running = wanted_out.min(threads.saturating_sub(self.lost));
+        (running, self.waiting - running, self.lost)
+    }
+
+    /// The method of the call that is the longest with the threads, and when it was read.
+    pub fn oldest(&self) -> Option<(usize, u64)> {
+        let key = self.handed_out.front()?;
+        let call = self
+            .table
+            .get(key.index)
+            .filter(|call| call.serial == key.serial)?;
+        Some((call.method, call.read_ms))
+    }
+}
+
+fn call_is_out(table: &Slab<Call>, key: CallKey) -> bool {
+    table.get(key.index).is_some_and(|call| call.handed_out)
+}
+
+#[cfg(test)]
+#[path = "calls_tests.rs"]
+mod tests;

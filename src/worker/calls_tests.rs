@@ -1,0 +1,123 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::handler::builtin::{Echo, Sleep};
+use crate::handler::registry::Method;
+use crate::sys::waker::Waker;
+
+fn registry() -> Arc<Registry> {
+    let method = |name: &str, concurrency, rate| Method {
+        name: name.into(),
+        handler: if name == "sleep" {
+            Arc::new(Sleep)
+        } else {
+            Arc::new(Echo)
+        },
+        timeout: Duration::from_secs(30),
+        concurrency,
+        rate,
+    };
+    Arc::new(Registry::new(vec![
+        method("echo", 0, 0),
+        method("sleep", 0, 0),
+        method("few", 1, 0),
+        method("slow", 0, 10),
+    ]))
+}
+
+fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {
+    let place = if id.is_some() {
+        Place::Anywhere
+    } else {
+        Place::InOrder(0)
+    };
+    calls.add(
+        (Token::for_test(1), place, id),
+        (method, "3600"),
+        (5, u64::MAX / 2),
+    )
+}
+
+/// Waits for one report of the threads.
+fn report(threads: &Threads) -> Done {
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(done) = threads.take_done().next() {
+            return done;
+        }
+        assert!(std::time::Instant::now() < deadline, "no report in 10 s");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
+    let registry = registry();
+    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = Calls::new(registry, 10);
+    let key = add(&mut calls, 0, Some("7"));
+    assert_eq!(calls.find(Token::for_test(1), "7"), Some(key));
+    let ended = calls.give_up(key).unwrap();
+    assert!(!ended.begun);
+    assert_eq!(ended.id.as_deref(), Some("7"));
+    assert!(calls.give_up(key).is_none());
+    calls.hand_out(&threads);
+    assert!(calls.is_empty());
+    assert_eq!(calls.counts(1), (0, 0, 0));
+}
+
+#[test]
+fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
+    let registry = registry();
+    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = Calls::new(registry, 10);
+    let key = add(&mut calls, 1, None);
+    calls.hand_out(&threads);
+    while !calls.get_mut(key).unwrap().state.is_running() {
+        std::thread::yield_now();
+    }
+    assert_eq!(calls.oldest(), Some((1, 5)));
+    assert!(calls.give_up(key).unwrap().begun);
+    assert_eq!(calls.counts(1), (0, 0, 1));
+    let done = report(&threads);
+    assert!(calls.done(&done).is_none());
+    assert_eq!((calls.counts(1), calls.oldest()), ((0, 0, 0), None));
+}
+
+#[test]
+fn queue_concurrency_and_rate_are_limits() {
+    let mut calls = Calls::new(registry(), 2);
+    add(&mut calls, 0, None);
+    assert!(calls.has_room(0, 0).is_ok());
+    add(&mut calls, 2, None);
+    assert!(
+        calls
+            .has_room(0, 0)
+            .unwrap_err()
+            .message
+            .contains("2 calls that may wait")
+    );
+    assert!(
+        calls.has_room(0, 1).is_ok(),
+        "an idle thread would begin one at once"
+    );
+    assert!(
+        calls
+            .has_room(2, 5)
+            .unwrap_err()
+            .message
+            .contains("concurrency of 1")
+    );
+    for _ in 0..10 {
+        assert!(calls.admit(3, 1_000_000).is_ok());
+    }
+    assert!(
+        calls
+            .admit(3, 1_000_000)
+            .unwrap_err()
+            .message
+            .contains("rate of 10")
+    );
+    assert!(calls.admit(3, 1_000_100).is_ok());
+    assert!(calls.admit(3, 1_000_100).is_err());
+}

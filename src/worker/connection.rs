@@ -1,0 +1,175 @@
+//! One client connection: what it has sent that is not consumed, and whose turn it is.
+//!
+//! State and its rules alone; sockets, calls and clocks belong to others. A connection at rest
+//! owns no buffer, which is what makes ten thousand of them cheap.
+
+use std::collections::VecDeque;
+use std::mem;
+
+use crate::sys::event::Token;
+
+/// Bytes of answers that may wait on one connection before no further call is taken from it: what
+/// a client that never reads can cost, besides one answer.
+pub const HIGH_WATER: usize = 256 * 1024;
+
+/// Whether and how a connection goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Calls are taken.
+    Open,
+    /// Nothing more is taken: it is closed once all answers are sent.
+    Closing,
+    /// All is answered and our side is shut; what still comes is dropped until the peer ends.
+    Lingering,
+}
+
+/// Where an answer belongs among the others of its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Calls without an id are answered in their order: this is the call's number.
+    InOrder(u64),
+    /// A call with an id is answered as soon as it is done.
+    Anywhere,
+}
+
+/// One client connection.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its name on the event floor.
+    pub token: Token,
+    /// Whether it goes on.
+    pub phase: Phase,
+    /// The peer will send nothing more.
+    pub ended: bool,
+    /// It is not read, because it may not take another call yet.
+    pub blocked: bool,
+    /// Whether a frame has been seen: the first four bytes decide the dialect.
+    pub spoken: bool,
+    /// Calls taken and not answered.
+    pub unanswered: usize,
+    /// Bytes received and not consumed: an unfinished frame, or frames that may not be taken yet.
+    pub tail: Vec<u8>,
+    /// Answers of calls without an id, from number `first` on; `None` is still to come. The front
+    /// one is `None`, or there is none.
+    waiting: VecDeque<Option<Vec<u8>>>,
+    first: u64,
+    /// Bytes in `waiting`.
+    held: usize,
+    /// When it last received something, in milliseconds.
+    pub active_ms: u64,
+    /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
+    pub read_deadline: u64,
+    /// See `read_deadline`.
+    pub write_deadline: u64,
+    /// See `read_deadline`; idle before closing, lingering after.
+    pub quiet_deadline: u64,
+}
+
+impl Connection {
+    /// A fresh one.
+    pub fn new(token: Token, now_ms: u64) -> Self {
+        Connection {
+            token,
+            phase: Phase::Open,
+            ended: false,
+            blocked: false,
+            spoken: false,
+            unanswered: 0,
+            tail: Vec::new(),
+            waiting: VecDeque::new(),
+            first: 0,
+            held: 0,
+            active_ms: now_ms,
+            read_deadline: 0,
+            write_deadline: 0,
+            quiet_deadline: 0,
+        }
+    }
+
+    /// Whether another call may be taken, with `unsent` bytes of answers on their way.
+    pub fn takes_calls(&self, pipeline: usize, unsent: usize) -> bool {
+        self.phase == Phase::Open && self.unanswered < pipeline && self.held + unsent < HIGH_WATER
+    }
+
+    /// Nothing is read, running or waiting: it can be closed without losing anything.
+    pub fn is_at_rest(&self) -> bool {
+        self.unanswered == 0 && self.tail.is_empty()
+    }
+
+    /// Takes a call; `with_id` tells whether it may be answered out of order.
+    pub fn take(&mut self, with_id: bool) -> Place {
+        self.unanswered += 1;
+        if with_id {
+            return Place::Anywhere;
+        }
+        let number = self.first + self.waiting.len() as u64;
+        self.waiting.push_back(None);
+        Place::InOrder(number)
+    }
+
+    /// Whether an answer at `place` can be written straight to the output.
+    pub fn is_next(&self, place: Place) -> bool {
+        match place {
+            Place::Anywhere => true,
+            Place::InOrder(number) => number == self.first,
+        }
+    }
+
+    /// An answer that was next has been written to `out`; those that waited for it follow.
+    pub fn answered(&mut self, place: Place, out: &mut Vec<u8>) {
+        self.unanswered -= 1;
+        if place == Place::Anywhere {
+            return;
+        }
+        self.waiting.pop_front();
+        self.first += 1;
+        while let Some(Some(_)) = self.waiting.front() {
+            if let Some(Some(answer)) = self.waiting.pop_front() {
+                self.first += 1;
+                self.unanswered -= 1;
+                self.held -= answer.len();
+                out.extend_from_slice(&answer);
+            }
+        }
+        if self.waiting.is_empty() && self.waiting.capacity() > 16 {
+            self.waiting = VecDeque::new();
+        }
+    }
+
+    /// Keeps an answer until those before it are there.
+    pub fn hold(&mut self, place: Place, answer: Vec<u8>) {
+        let Place::InOrder(number) = place else {
+            unreachable!("an answer with an id waits for nobody");
+        };
+        self.held += answer.len();
+        let index = usize::try_from(number - self.first).expect("it was counted in memory");
+        self.waiting[index] = Some(answer);
+    }
+
+    /// Keeps what was received and not consumed.
+    pub fn keep(&mut self, rest: &[u8]) {
+        self.tail.extend_from_slice(rest);
+    }
+
+    /// Drops what was consumed of the tail, and its memory when that was all.
+    pub fn consume(&mut self, length: usize) {
+        if length == self.tail.len() {
+            self.tail = Vec::new();
+        } else if length > 0 {
+            self.tail.drain(..length);
+            // A large frame has passed: what follows it need not keep its room.
+            if self.tail.len() < self.tail.capacity() / 8 {
+                self.tail.shrink_to_fit();
+            }
+        }
+    }
+
+    /// Takes the tail out, to be consumed; what is left of it has to be put back.
+    pub fn take_tail(&mut self) -> Vec<u8> {
+        mem::take(&mut self.tail)
+    }
+}
+
+#[cfg(test)]
+#[path = "connection_tests.rs"]
+mod tests;

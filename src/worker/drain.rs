@@ -1,0 +1,175 @@
+//! How a worker leaves: pure, it is told the time and what is left, and says what to do.
+//!
+//! Draining, after a reload or a retirement: nothing new is accepted, the connections it has are
+//! served until they end or the time is over. Stopping: no further call begins, a connection is
+//! closed as soon as it rests. Both end with answers for whoever still waits.
+
+/// After a stop, how long a client may take to finish a frame that it has begun.
+const PARTIAL_MS: u64 = 1000;
+/// Between two looks for connections that have come to rest.
+const LOOK_MS: u64 = 25;
+/// At the end, how long the last answers may take to leave.
+const FLUSH_MS: u64 = 250;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Mode {
+    #[default]
+    Serving,
+    Draining,
+    Stopping,
+    /// The time is over and all was given up.
+    Flushing,
+    Leaving,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Go on.
+    Serve,
+    /// Close the connections that rest; `partial`: also those in the middle of a frame.
+    CloseResting {
+        /// Whether an unfinished frame is no reason to wait any more.
+        partial: bool,
+    },
+    /// Answer every call that is left with `stopping`.
+    GiveUp,
+    /// End the process.
+    Leave,
+}
+
+/// Where a worker stands between serving and leaving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drain {
+    mode: Mode,
+    started_ms: u64,
+    until_ms: u64,
+    next_look_ms: u64,
+}
+
+impl Drain {
+    /// Whether new connections are accepted.
+    pub fn is_serving(&self) -> bool {
+        self.mode == Mode::Serving
+    }
+
+    /// Serves what there is until `until_ms`.
+    pub fn drain(&mut self, until_ms: u64) {
+        if self.mode == Mode::Serving {
+            self.mode = Mode::Draining;
+            self.until_ms = until_ms;
+        }
+    }
+
+    /// Ends what there is by `until_ms`, or by what an earlier drain has said if that is sooner.
+    pub fn stop(&mut self, until_ms: u64) {
+        match self.mode {
+            Mode::Serving => self.until_ms = until_ms,
+            Mode::Draining => self.until_ms = self.until_ms.min(until_ms),
+            _ => return,
+        }
+        self.mode = Mode::Stopping;
+        self.started_ms = 0;
+        self.next_look_ms = 0;
+    }
+
+    /// The time is over now: whoever waits is told, and that is all.
+    pub fn hurry(&mut self, now_ms: u64) {
+        self.until_ms = self.until_ms.min(now_ms);
+    }
+
+    /// Leaves without another look at anything.
+    pub fn leave_now(&mut self) {
+        self.mode = Mode::Leaving;
+    }
+
+    /// When `step` wants to be asked at the latest.
+    pub fn next(&self) -> Option<u64> {
+        match self.mode {
+            Mode::Serving => None,
+            Mode::Draining | Mode::Flushing => Some(self.until_ms),
+            Mode::Stopping => Some(self.until_ms.min(self.next_look_ms)),
+            Mode::Leaving => Some(0),
+        }
+    }
+
+    /// What to do at `now_ms`, with so many connections and whether no call is left. To be asked
+    /// after every turn of the loop, when what had arrived by then was looked at.
+    pub fn step(&mut self, now_ms: u64, connections: usize, no_calls: bool) -> Step {
+        let empty = connections == 0 && no_calls;
+        match self.mode {
+            Mode::Serving => Step::Serve,
+            Mode::Leaving => Step::Leave,
+            Mode::Flushing if empty || now_ms >= self.until_ms => Step::Leave,
+            Mode::Flushing => Step::Serve,
+            _ if empty => Step::Leave,
+            _ if now_ms >= self.until_ms => {
+                self.mode = Mode::Flushing;
+                self.until_ms = now_ms + FLUSH_MS;
+                Step::GiveUp
+            }
+            Mode::Draining => Step::Serve,
+            Mode::Stopping if self.started_ms == 0 => {
+                // One more turn first, so that calls which have arrived by now are answered.
+                self.started_ms = now_ms.max(1);
+                self.next_look_ms = now_ms;
+                Step::Serve
+            }
+            Mode::Stopping if now_ms < self.next_look_ms => Step::Serve,
+            Mode::Stopping => {
+                self.next_look_ms = now_ms + LOOK_MS;
+                Step::CloseResting {
+                    partial: now_ms >= self.started_ms + PARTIAL_MS,
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draining_serves_until_the_last_connection_ends_or_time_is_over() {
+        let mut drain = Drain::default();
+        assert_eq!(drain.step(0, 5, false), Step::Serve);
+        drain.drain(1000);
+        assert!(!drain.is_serving());
+        assert_eq!(drain.step(999, 1, true), Step::Serve);
+        assert_eq!(drain.step(999, 0, true), Step::Leave);
+        assert_eq!(drain.step(1000, 1, true), Step::GiveUp);
+        assert_eq!(drain.step(1001, 1, true), Step::Serve);
+        assert_eq!(drain.step(1000 + FLUSH_MS, 1, true), Step::Leave);
+    }
+
+    #[test]
+    fn stopping_looks_once_more_before_it_closes_what_rests() {
+        let mut drain = Drain::default();
+        drain.stop(5000);
+        assert_eq!(drain.step(10, 2, false), Step::Serve);
+        assert_eq!(drain.next(), Some(10));
+        assert_eq!(
+            drain.step(10, 2, false),
+            Step::CloseResting { partial: false }
+        );
+        assert_eq!(
+            drain.step(1010, 1, false),
+            Step::CloseResting { partial: true }
+        );
+        assert_eq!(drain.step(5000, 1, false), Step::GiveUp);
+        assert_eq!(drain.step(5001, 0, true), Step::Leave);
+    }
+
+    #[test]
+    fn a_stop_never_prolongs_a_drain_and_leaving_is_final() {
+        let mut drain = Drain::default();
+        drain.drain(1000);
+        drain.stop(9000);
+        assert_eq!(drain.step(1000, 1, false), Step::GiveUp);
+        drain.leave_now();
+        assert_eq!(drain.step(1000, 1, false), Step::Leave);
+        drain.stop(1);
+        assert_eq!(drain.step(1000, 1, false), Step::Leave);
+    }
+}

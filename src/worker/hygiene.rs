@@ -1,0 +1,71 @@
+//! What a new worker does first: leave everything that is the master's, become its own process.
+//!
+//! One list, in an order that matters; each step says why it stands where it does. Fails with
+//! what the worker then tells the log before it leaves; it has served nobody yet.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use nix::sys::signal::Signal;
+
+use super::Boot;
+use crate::logging;
+use crate::sys::signal::{self, SignalPipe};
+use crate::sys::{descriptor, privilege, title};
+
+/// Signals that are the master's business: Ctrl-C and a closing terminal reach the whole group,
+/// and an operator may take a worker for the master.
+const NOT_OURS: [Signal; 7] = [
+    Signal::SIGINT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
+    Signal::SIGPIPE,
+];
+
+/// Turns a copy of the master into a worker. All signals are blocked on entry, and are let
+/// through on success.
+///
+/// # Errors
+/// What the system refused, with what was tried.
+pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, io::Error)> {
+    // 1. The pid file's lock belongs to the open file: kept here, it would outlive the master.
+    descriptor::close(boot.pid_file);
+    // 2. The master's signal pipe: a signal to this process would wake the master.
+    boot.master_signals.detach();
+    // 3. Every other descriptor of the master's: control socket, the siblings' links (a sibling
+    //    could not tell that the master died), listeners of other generations (which would keep
+    //    their port).
+    let mut keep: Vec<RawFd> = boot.listeners.iter().map(|fd| fd.as_raw_fd()).collect();
+    keep.push(boot.link.as_raw_fd());
+    let log = logging::output_descriptor();
+    keep.extend(log);
+    descriptor::close_all_but(&keep);
+    signal::ignore(&NOT_OURS);
+    let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGQUIT])
+        .map_err(|error| ("catch signals", error))?;
+    // 4. From here on `ps` and the log say who this is.
+    if let Some(area) = boot.title {
+        area.set(&format!("{}: worker {}", boot.program, boot.slot));
+    }
+    title::set_comm(&format!("{} worker", boot.program));
+    // 5. Root is given up before anything of a client's is touched.
+    if let Some(account) = &boot.settings.account {
+        privilege::drop_to(account).map_err(|error| ("give up root", error))?;
+    }
+    // 6. After the last change of user, which would take it back.
+    let grace = boot.settings.workers.drain_timeout;
+    match signal::on_parent_death(boot.master, grace) {
+        Ok(true) => {}
+        Ok(false) => {
+            return Err(("serve", io::Error::other("the master has died meanwhile")));
+        }
+        Err(error) => return Err(("ask to be told of the master's death", error)),
+    }
+    // 7. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
+    //    siblings have inherited the same state.
+    signal::unblock_all();
+    Ok(signals)
+}

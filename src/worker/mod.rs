@@ -1,0 +1,137 @@
+//! A worker: one event loop, a pool of handler threads, and nothing of the master's.
+//!
+//! `run` is what a forked child does, from its first instruction to `_exit`; it never returns to
+//! the master's code. A panic of the loop is logged and ends the worker, which the master
+//! replaces; a panic of a handler is an answer.
+
+mod calls;
+mod connection;
+mod drain;
+mod event_loop;
+mod hygiene;
+mod service;
+mod threads;
+mod timers;
+
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::Settings;
+use crate::handler::registry::Registry;
+use crate::link::channel::WorkerEnd;
+use crate::link::ids::{Generation, Pid, Slot};
+use crate::link::scoreboard::Record;
+use crate::logging;
+use crate::sys::event::Floor;
+use crate::sys::process::exit_now;
+use crate::sys::signal::{self, SignalPipe};
+use crate::sys::title::TitleArea;
+use crate::sys::waker::Waker;
+
+use calls::Calls;
+use event_loop::EventLoop;
+use service::Service;
+use threads::Threads;
+use timers::Timers;
+
+/// A worker ends with this when it could not start; sysexits(3head), EX_OSERR.
+const CANT_START: i32 = 71;
+/// Likewise for a bug of ours: EX_SOFTWARE.
+const BUG: i32 = 70;
+/// How long a leaving worker waits for its last log lines to be written.
+const LAST_WORDS: Duration = Duration::from_millis(250);
+
+/// What a worker gets from the master.
+pub struct Boot<'a> {
+    /// Its slot.
+    pub slot: Slot,
+    /// Its generation.
+    pub generation: Generation,
+    /// The configuration of that generation.
+    pub settings: Rc<Settings>,
+    /// The methods of that generation.
+    pub registry: Arc<Registry>,
+    /// The listeners of that generation.
+    pub listeners: Vec<Rc<OwnedFd>>,
+    /// The way to the master.
+    pub link: WorkerEnd,
+    /// Where it shows what it does.
+    pub record: &'static Record,
+    /// Its copy of the master's signal pipe, to be left.
+    pub master_signals: &'a mut SignalPipe,
+    /// Its copy of the pid file's descriptor, to be closed.
+    pub pid_file: RawFd,
+    /// Where the title stands.
+    pub title: Option<TitleArea>,
+    /// The name of the program, for the title.
+    pub program: String,
+    /// Who forked it.
+    pub master: Pid,
+}
+
+/// Is the worker, in a freshly forked child with all signals blocked.
+pub fn run(boot: Boot<'_>) -> ! {
+    let lived = catch_unwind(AssertUnwindSafe(|| live(boot)));
+    let code = match lived {
+        Ok(Ok(())) => 0,
+        Ok(Err((attempt, error))) => {
+            log::error!(
+                "this worker can't {attempt}: {error}; it leaves, the master decides what follows"
+            );
+            CANT_START
+        }
+        // The hook has logged it.
+        Err(_) => BUG,
+    };
+    logging::flush(LAST_WORDS);
+    exit_now(code)
+}
+
+fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
+    let cant = |attempt| move |error| (attempt, error);
+    let signals = hygiene::become_worker(&mut boot)?;
+    let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
+    // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
+    signal::block_all();
+    logging::i_am_worker(boot.slot.0);
+    let count = boot.settings.workers.threads;
+    let threads = Threads::start(count, boot.slot.0, &boot.registry, &waker)
+        .map_err(cant("start handler threads"))?;
+    signal::unblock_all();
+    let mut floor = Floor::new().map_err(cant("make its event floor"))?;
+    floor
+        .listen(boot.listeners)
+        .map_err(cant("watch its listeners"))?;
+    let limits = boot.settings.limits.clone();
+    let service = Service {
+        calls: Calls::new(Arc::clone(&boot.registry), limits.queue),
+        registry: boot.registry,
+        threads,
+        timers: Timers::default(),
+        limits,
+        out: Vec::new(),
+        now_ms: 0,
+        stopping: false,
+        read: 0,
+        errors: 0,
+        record: boot.record,
+        slot: boot.slot.0,
+    };
+    let mut event_loop = EventLoop::new(
+        service,
+        (boot.link, signals, waker),
+        boot.generation,
+        boot.settings.workers.drain_timeout,
+    );
+    event_loop
+        .run(&mut floor)
+        .map_err(cant("wait for events"))?;
+    log::debug!("leaves");
+    // The process ends here: threads that still run handlers end with it, unasked.
+    std::mem::forget(event_loop);
+    Ok(())
+}

@@ -1,0 +1,147 @@
+//! The handler threads of a worker: they run one call after the other and wake the loop.
+//!
+//! What waits for a thread, and which goes first, is decided by `calls`; here is only a short
+//! queue that keeps threads from standing idle in between. A panic in a handler is an answer.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::timers::CallKey;
+use crate::handler::registry::Registry;
+use crate::handler::{CallState, Context};
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::waker::Waker;
+
+/// Stack of a handler thread, the same as std's default: deep enough for serde_json's own limit.
+const STACK: usize = 2 * 1024 * 1024;
+
+/// A call for the threads.
+#[derive(Debug)]
+pub struct Job {
+    /// Which call.
+    pub key: CallKey,
+    /// The number of its method.
+    pub method: usize,
+    /// Its params, as JSON.
+    pub params: Box<str>,
+    /// When the caller stops waiting, as time since boot.
+    pub deadline: Duration,
+    /// Whether it may begin.
+    pub state: Arc<CallState>,
+}
+
+/// What became of a job.
+#[derive(Debug)]
+pub struct Done {
+    /// Which call.
+    pub key: CallKey,
+    /// Its result as JSON, or its error; `None` when it was given up before it began.
+    pub outcome: Option<Result<Vec<u8>, RpcError>>,
+}
+
+/// The threads.
+#[derive(Debug)]
+pub struct Threads {
+    jobs: Sender<Job>,
+    done: Receiver<Done>,
+    count: usize,
+}
+
+impl Threads {
+    /// Starts `count` threads, or as many as the system gives.
+    ///
+    /// # Errors
+    /// When it gives none at all.
+    pub fn start(
+        count: usize,
+        slot: u16,
+        registry: &Arc<Registry>,
+        waker: &Arc<Waker>,
+    ) -> io::Result<Self> {
+        let (jobs, to_do) = unbounded::<Job>();
+        let (to_report, done) = unbounded();
+        let mut started = 0;
+        for number in 0..count {
+            let (to_do, to_report) = (to_do.clone(), to_report.clone());
+            let (registry, waker) = (Arc::clone(registry), Arc::clone(waker));
+            let body = move || {
+                for job in to_do {
+                    let key = job.key;
+                    let outcome = job.state.begin().then(|| run(&job, slot, &registry));
+                    if to_report.send(Done { key, outcome }).is_err() {
+                        return;
+                    }
+                    waker.wake();
+                }
+            };
+            let name = format!("handler-{number}");
+            // Not thread::spawn, which panics when there is no thread to be had.
+            match thread::Builder::new()
+                .name(name)
+                .stack_size(STACK)
+                .spawn(body)
+            {
+                Ok(_) => started += 1,
+                Err(error) if started == 0 => return Err(error),
+                Err(error) => {
+                    log::warn!(
+                        "only {started} of {count} handler threads could be started, so fewer \
+                         calls run at once; raise the limit of tasks, or lower workers.threads: \
+                         {error}"
+                    );
+                    break;
+                }
+            }
+        }
+        Ok(Threads {
+            jobs,
+            done,
+            count: started,
+        })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Hands a job over.
+    pub fn run(&self, job: Job) {
+        self.jobs
+            .send(job)
+            .expect("the threads live as long as the worker");
+    }
+
+    /// Takes what is done, without waiting.
+    pub fn take_done(&self) -> impl Iterator<Item = Done> {
+        self.done.try_iter()
+    }
+}
+
+fn run(job: &Job, slot: u16, registry: &Registry) -> Result<Vec<u8>, RpcError> {
+    let method = &registry.methods()[job.method];
+    let context = Context::on_thread(&method.name, slot, job.deadline, &job.state);
+    let mut result = Vec::new();
+    let call = AssertUnwindSafe(|| method.handler.call(&job.params, &context, &mut result));
+    match catch_unwind(call) {
+        Ok(Ok(())) => Ok(result),
+        Ok(Err(error)) => Err(error),
+        Err(payload) => {
+            // A payload may panic in its drop: better never dropped.
+            std::mem::forget(payload);
+            Err(panicked(&method.name))
+        }
+    }
+}
+
+/// What the caller is told when its handler panicked; the log has the panic itself.
+pub fn panicked(method: &str) -> RpcError {
+    let text = format!("the handler of {method} panicked; the server's log has the reason");
+    RpcError::of(Code::Internal, text, true)
+}
