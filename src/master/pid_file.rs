@@ -13,8 +13,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 
-use crate::sys::process::Pid;
 use crate::error::{Error, Result};
+use crate::sys::process::Pid;
 
 /// A locked pid file.
 #[derive(Debug)]
@@ -47,7 +47,9 @@ impl PidFile {
             };
             // The one before us may have removed the file between our open and our lock: then we
             // hold the lock on a file that nobody else will ever find.
-            let held = file.metadata().map_err(|error| refused("stat", path, error))?;
+            let held = file
+                .metadata()
+                .map_err(|error| refused("stat", path, error))?;
             match fs::symlink_metadata(path) {
                 Ok(found) if (found.dev(), found.ino()) == (held.dev(), held.ino()) => {
                     return Ok(PidFile {
@@ -99,7 +101,11 @@ fn open(path: &Path) -> Result<File> {
         .map_err(|error| refused("open", path, error))?;
     let is_file = file.metadata().is_ok_and(|found| found.is_file());
     if !is_file {
-        return Err(refused("open", path, io::Error::other("it is no regular file")));
+        return Err(refused(
+            "open",
+            path,
+            io::Error::other("it is no regular file"),
+        ));
     }
     Ok(file)
 }
@@ -113,7 +119,11 @@ pub fn make_directory(directory: &Path) -> Result<()> {
         return Ok(());
     }
     // Root's own run directory is for all to look into, a user's for the user alone.
-    let mode = if nix::unistd::geteuid().is_root() { 0o755 } else { 0o700 };
+    let mode = if nix::unistd::geteuid().is_root() {
+        0o755
+    } else {
+        0o700
+    };
     fs::DirBuilder::new()
         .recursive(true)
         .mode(mode)
@@ -121,7 +131,7 @@ pub fn make_directory(directory: &Path) -> Result<()> {
         .map_err(|error| refused("make directory", directory, error))
 }
 
-fn read_pid(mut file: &File) -> Option<i32> {
+fn read_pid(file: &File) -> Option<i32> {
     let mut text = String::new();
     file.take(32).read_to_string(&mut text).ok()?;
     text.trim().parse().ok()
@@ -129,7 +139,9 @@ fn read_pid(mut file: &File) -> Option<i32> {
 
 fn refused(what: &str, path: &Path, error: io::Error) -> Error {
     let remedy = match error.raw_os_error() {
-        Some(libc::ELOOP) => "it is a symbolic link, which is not followed: remove it, or name another pid-file",
+        Some(libc::ELOOP) => {
+            "it is a symbolic link, which is not followed: remove it, or name another pid-file"
+        }
         Some(libc::EISDIR) => "it is a directory: name a file in pid-file",
         Some(libc::EACCES | libc::EROFS) => "name a place this user may write to in pid-file",
         Some(libc::ENOSPC | libc::EDQUOT) => "make room there, or name another pid-file",
@@ -144,7 +156,8 @@ mod tests {
     use super::*;
 
     fn scratch(name: &str) -> PathBuf {
-        let directory = std::env::temp_dir().join(format!("preforkd-test-{}-{name}", Pid::current()));
+        let directory =
+            std::env::temp_dir().join(format!("preforkd-test-{}-{name}", Pid::current()));
         fs::create_dir_all(&directory).unwrap();
         directory
     }
@@ -156,10 +169,16 @@ mod tests {
         fs::write(&path, "1\ngarbage that is longer than a pid").unwrap();
         let mut first = PidFile::lock(&path).unwrap();
         first.write().unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", Pid::current()));
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            format!("{}\n", Pid::current())
+        );
         let second = PidFile::lock(&path).unwrap_err();
         assert_eq!(second.exit_code(), 71);
-        assert!(second.to_string().contains(&Pid::current().to_string()), "{second}");
+        assert!(
+            second.to_string().contains(&Pid::current().to_string()),
+            "{second}"
+        );
         first.remove();
         assert!(!path.exists());
         PidFile::lock(&path).unwrap().remove();

@@ -1,0 +1,224 @@
+//! The child table: which worker is where, and in which stage of its life.
+//!
+//! A *seat* is a slot as one generation has it. A seat's holder is the worker that starts or serves
+//! there; a draining worker holds none any more, so a slot can have one worker and any number that
+//! drain. The table answers questions and keeps its own invariants; what to do is decided by
+//! [`super::fleet`]. What a child says never breaks it; a pid forked twice does, and is a panic.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nix::sys::signal::Signal;
+
+use super::event::{Limits, Millis};
+use super::throttle::Throttle;
+use crate::link::ids::{Generation, Pid, Slot};
+
+/// A slot of one generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Seat {
+    /// The generation.
+    pub generation: Generation,
+    /// The slot.
+    pub slot: Slot,
+}
+
+/// Who sits there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// Nobody: throttled until then.
+    Throttled {
+        /// When to fork.
+        until: Millis,
+    },
+    /// Nobody yet: a fork was ordered and not yet reported.
+    Forking,
+    /// This worker, which is in the table, and starting or ready.
+    Worker(Pid),
+}
+
+/// What the master knows of a seat.
+#[derive(Debug)]
+pub(super) struct Tenure {
+    /// Who sits there.
+    pub holder: Holder,
+    /// False for a seat given up while its fork was under way: what comes of it is drained.
+    pub wanted: bool,
+    /// How soon it may be forked again.
+    pub throttle: Throttle,
+    /// When the holder last changed.
+    pub since: Millis,
+}
+
+/// Where a child is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Forked, not yet ready.
+    Starting,
+    /// Serves.
+    Ready,
+    /// Its end was asked for. It holds no seat.
+    Draining {
+        /// When it must be done.
+        deadline: Millis,
+    },
+}
+
+/// One living child.
+#[derive(Debug)]
+pub(super) struct Child {
+    /// Its seat, also once it drains and somebody else sits there.
+    pub seat: Seat,
+    /// Its configuration's limits.
+    pub limits: Limits,
+    /// When it was forked.
+    pub born: Millis,
+    /// When it said ready.
+    pub ready_at: Option<Millis>,
+    /// Where it is in its life.
+    pub stage: Stage,
+    /// Since when.
+    pub since: Millis,
+    /// The last sign of its event loop, or a later moment from which to count.
+    pub heartbeat: Millis,
+    /// The next signal that it gets if nothing changes, and when.
+    pub next: Option<(Millis, Signal)>,
+    /// `Some` iff the master has begun to end it by force: why.
+    pub doom: Option<String>,
+}
+
+impl Child {
+    /// For how long it has been ready; `None` if it never was.
+    pub fn health(&self, now: Millis) -> Option<Millis> {
+        self.ready_at.map(|at| now - at)
+    }
+
+    /// Whether its end was asked for.
+    pub fn drains(&self) -> bool {
+        matches!(self.stage, Stage::Draining { .. })
+    }
+
+    /// Whether it is ready, and not being ended.
+    pub fn serves(&self) -> bool {
+        self.stage == Stage::Ready && self.doom.is_none()
+    }
+
+    /// When its event loop counts as stuck.
+    pub fn stale_at(&self) -> Option<Millis> {
+        let timeout = self.limits.heartbeat_timeout;
+        (self.serves() && timeout > 0).then(|| self.heartbeat + timeout)
+    }
+
+    /// When something is due for it.
+    pub fn due_at(&self) -> Option<Millis> {
+        let next = self.next.map(|(at, _)| at);
+        next.into_iter().chain(self.stale_at()).min()
+    }
+}
+
+/// All seats and children.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    /// The seats of the generation that serves and, during a reload, of the next one; and those
+    /// given up whose fork has not been reported yet.
+    pub seats: BTreeMap<Seat, Tenure>,
+    /// Every child not yet reaped.
+    pub children: BTreeMap<Pid, Child>,
+}
+
+impl Table {
+    /// Opens a seat for forking. False if its fork is under way already.
+    pub fn open(&mut self, seat: Seat, now: Millis) -> bool {
+        if let Some(tenure) = self.seats.get_mut(&seat) {
+            assert!(!tenure.wanted, "{seat:?} is opened twice");
+            tenure.wanted = true;
+            return false;
+        }
+        let tenure = Tenure {
+            holder: Holder::Forking,
+            wanted: true,
+            throttle: Throttle::default(),
+            since: now,
+        };
+        self.seats.insert(seat, tenure);
+        true
+    }
+
+    /// Gives a seat up, and says which worker sat there.
+    pub fn close(&mut self, seat: Seat) -> Option<Pid> {
+        match self.seats.get_mut(&seat)?.holder {
+            Holder::Forking => {
+                // The fork's report must find it.
+                self.seats.get_mut(&seat)?.wanted = false;
+                None
+            }
+            Holder::Throttled { .. } => {
+                self.seats.remove(&seat);
+                None
+            }
+            Holder::Worker(pid) => {
+                self.seats.remove(&seat);
+                Some(pid)
+            }
+        }
+    }
+
+    /// Puts a new child into the table.
+    pub fn insert(&mut self, pid: Pid, child: Child) {
+        let before = self.children.insert(pid, child);
+        assert!(
+            before.is_none(),
+            "pid {pid} was forked twice and never reaped"
+        );
+    }
+
+    /// The wanted seats of a generation, lowest slot first.
+    pub fn seats_of(&self, generation: Generation) -> Vec<Seat> {
+        let all = seat(generation, 0)..=seat(generation, u16::MAX);
+        self.seats
+            .range(all)
+            .filter(|(_, tenure)| tenure.wanted)
+            .map(|(seat, _)| *seat)
+            .collect()
+    }
+
+    /// Whether the worker sits there (and not, draining, beside its successor).
+    pub fn holds(&self, pid: Pid, seat: Seat) -> bool {
+        self.seats
+            .get(&seat)
+            .is_some_and(|tenure| tenure.holder == Holder::Worker(pid))
+    }
+
+    /// Whether each of a generation's seats has a worker that is ready.
+    pub fn all_ready(&self, generation: Generation) -> bool {
+        self.seats_of(generation).iter().all(|seat| {
+            let Holder::Worker(pid) = self.seats[seat].holder else {
+                return false;
+            };
+            self.children[&pid].serves()
+        })
+    }
+
+    /// Generations other than this one that still have a child.
+    pub fn other_generations(&self, serving: Generation) -> usize {
+        let others: BTreeSet<_> = self
+            .children
+            .values()
+            .map(|child| child.seat.generation)
+            .filter(|generation| *generation != serving)
+            .collect();
+        others.len()
+    }
+
+    /// Whether nothing lives and nothing is about to.
+    pub fn is_empty(&self) -> bool {
+        self.children.is_empty() && self.seats.is_empty()
+    }
+}
+
+/// The seat of a slot's number in a generation.
+pub(super) fn seat(generation: Generation, slot: u16) -> Seat {
+    Seat {
+        generation,
+        slot: Slot(slot),
+    }
+}

@@ -1,0 +1,220 @@
+//! The control socket: one JSON line asks, one JSON line answers.
+//!
+//! For people's commands, so a few clients at a time; each is read and written without waiting,
+//! and given up when it dawdles. Only the master's own user and root are let in, by the socket's
+//! mode and by who the kernel says is there. What a request does is the master's affair.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use super::event::Millis;
+use super::listeners::bind_path;
+use super::pid_file::make_directory;
+use crate::error::{Error, Result};
+use crate::protocol::control::{Request, Response, to_line};
+use crate::sys::account::effective_ids;
+use crate::sys::socket;
+
+/// Clients at one time; more wait in the socket's queue.
+const MOST_CLIENTS: usize = 32;
+/// The longest request, in bytes.
+const LONGEST_REQUEST: usize = 4096;
+/// How long a client may take to ask, and then to take its answer.
+const PATIENCE_MS: Millis = 5000;
+
+/// Names a client of the control socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ClientId(u64);
+
+/// One client.
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    received: Vec<u8>,
+    /// What it has not taken yet of its answer.
+    unsent: Vec<u8>,
+    asked: bool,
+    /// Closed once its answer is sent; a `stop` keeps it, for its end tells of the master's.
+    keep: bool,
+    deadline: Option<Millis>,
+}
+
+/// The control socket and its clients.
+#[derive(Debug)]
+pub struct Control {
+    path: PathBuf,
+    listener: UnixListener,
+    clients: BTreeMap<ClientId, Client>,
+    next: u64,
+}
+
+impl Control {
+    /// Binds the socket. To be called under the pid file's lock.
+    ///
+    /// # Errors
+    /// When the path can't be bound.
+    pub fn bind(path: &Path) -> Result<Self> {
+        if let Some(directory) = path.parent() {
+            make_directory(directory)?;
+        }
+        let refused = |error: io::Error| {
+            Error::system_with(
+                format!("make the control socket {}", path.display()),
+                error,
+                "name a place that this user may write to in control-socket",
+            )
+        };
+        let fd = bind_path(path, Some(0o600)).map_err(refused)?;
+        socket::start_listening(&fd, 16).map_err(refused)?;
+        Ok(Control {
+            path: path.to_owned(),
+            listener: fd.into(),
+            clients: BTreeMap::new(),
+            next: 0,
+        })
+    }
+
+    /// Removes the path.
+    pub fn remove(&self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+
+    /// The listening socket, unless as many clients as allowed are there.
+    pub fn listener(&self) -> Option<BorrowedFd<'_>> {
+        (self.clients.len() < MOST_CLIENTS).then(|| self.listener.as_fd())
+    }
+
+    /// The clients that have something to say or to take, and whether it is the latter.
+    pub fn clients(&self) -> impl Iterator<Item = (ClientId, BorrowedFd<'_>, bool)> {
+        self.clients
+            .iter()
+            .map(|(id, client)| (*id, client.stream.as_fd(), !client.unsent.is_empty()))
+    }
+
+    /// When the first client has to be given up.
+    pub fn next_deadline(&self) -> Option<Millis> {
+        self.clients
+            .values()
+            .filter_map(|client| client.deadline)
+            .min()
+    }
+
+    /// Gives up who dawdles.
+    pub fn expire(&mut self, now: Millis) {
+        self.clients
+            .retain(|_, client| client.deadline.is_none_or(|deadline| deadline > now));
+    }
+
+    /// Takes one new client.
+    pub fn accept(&mut self, now: Millis) {
+        let Ok((stream, _)) = self.listener.accept() else {
+            return;
+        };
+        let user = socket::peer_user(&stream);
+        let (own, _) = effective_ids();
+        if !user.as_ref().is_ok_and(|&user| user == 0 || user == own) {
+            log::warn!("a client of the control socket was turned away: its user is {user:?}");
+            return;
+        }
+        if stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        let id = ClientId(self.next);
+        self.next += 1;
+        self.clients.insert(
+            id,
+            Client {
+                stream,
+                received: Vec::new(),
+                unsent: Vec::new(),
+                asked: false,
+                keep: false,
+                deadline: Some(now + PATIENCE_MS),
+            },
+        );
+    }
+
+    /// A client is ready: sends it what waits, or reads what it asks.
+    pub fn serve(&mut self, id: ClientId, now: Millis) -> Option<Request> {
+        let client = self.clients.get_mut(&id)?;
+        if !client.unsent.is_empty() {
+            self.send(id);
+            return None;
+        }
+        let mut bytes = [0; 1024];
+        match client.stream.read(&mut bytes) {
+            // It has left, or sends after it has asked.
+            Ok(0) => {
+                self.clients.remove(&id);
+                return None;
+            }
+            Ok(length) => client.received.extend_from_slice(&bytes[..length]),
+            Err(error) if is_transient(&error) => return None,
+            Err(_) => {
+                self.clients.remove(&id);
+                return None;
+            }
+        }
+        if client.asked || client.received.len() > LONGEST_REQUEST {
+            self.clients.remove(&id);
+            return None;
+        }
+        let end = client.received.iter().position(|&byte| byte == b'\n')?;
+        client.asked = true;
+        client.deadline = None;
+        match serde_json::from_slice(&client.received[..end]) {
+            Ok(request) => Some(request),
+            Err(error) => {
+                let text = format!("this master does not know that command: {error}");
+                self.answer(id, &Response::refused(text, 64), now);
+                None
+            }
+        }
+    }
+
+    /// Answers a client, and closes it once it has the answer.
+    pub fn answer(&mut self, id: ClientId, response: &Response, now: Millis) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.unsent = to_line(response).unwrap_or_default();
+            client.deadline = Some(now + PATIENCE_MS);
+            self.send(id);
+        }
+    }
+
+    /// Answers a client that stays until the master leaves.
+    pub fn answer_and_keep(&mut self, id: ClientId, response: &Response, now: Millis) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.keep = true;
+            self.answer(id, response, now);
+        }
+    }
+
+    fn send(&mut self, id: ClientId) {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
+        match client.stream.write(&client.unsent) {
+            Ok(sent) => drop(client.unsent.drain(..sent)),
+            Err(error) if is_transient(&error) => return,
+            Err(_) => drop(self.clients.remove(&id)),
+        }
+        if let Some(client) = self.clients.get_mut(&id)
+            && client.unsent.is_empty()
+        {
+            client.deadline = None;
+            if !client.keep {
+                self.clients.remove(&id);
+            }
+        }
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}

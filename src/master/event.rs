@@ -1,0 +1,191 @@
+//! The words between the master's policy and its mechanism: events go in, actions come out.
+//!
+//! The mechanism reports what happened, does each action in its order, and reports again. Nothing
+//! here decides anything.
+
+use std::fmt;
+
+use nix::sys::signal::Signal;
+
+use crate::link::ids::{Generation, Pid, Slot};
+pub use crate::sys::process::Exit;
+
+/// Monotonic milliseconds; where zero lies is the caller's choice (the master's start).
+pub type Millis = u64;
+
+/// Most workers that one generation may have.
+pub const MAX_COUNT: usize = 1024;
+
+/// What one generation's configuration says about its workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// How many workers: 1 to [`MAX_COUNT`]; what lies outside is moved to the nearer end.
+    pub count: usize,
+    /// How long a worker may take until it says ready; 0 is no limit.
+    pub boot_timeout: Millis,
+    /// How long a draining worker may take to finish.
+    pub drain_timeout: Millis,
+    /// How old the last heartbeat of an event loop may be; 0 is no limit.
+    pub heartbeat_timeout: Millis,
+    /// How many young deaths of a slot are replaced at once.
+    pub respawn_burst: u32,
+    /// The longest wait for a throttled slot; 0 is no throttle.
+    pub respawn_max_delay: Millis,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// [`Action::Fork`] was done.
+    Forked {
+        /// As ordered.
+        slot: Slot,
+        /// As ordered.
+        generation: Generation,
+        /// The new worker.
+        pid: Pid,
+    },
+    /// [`Action::Fork`] was refused by the system.
+    ForkFailed {
+        /// As ordered.
+        slot: Slot,
+        /// As ordered.
+        generation: Generation,
+        /// What the system said.
+        reason: String,
+    },
+    /// A worker reports that it serves.
+    Ready {
+        /// The worker.
+        pid: Pid,
+    },
+    /// A worker reports that it drains by itself (it got TERM): it wants a successor.
+    Retiring {
+        /// The worker.
+        pid: Pid,
+    },
+    /// What the scoreboard says about a worker's event loop. Feed it before [`super::Fleet::tick`].
+    Heartbeat {
+        /// The worker.
+        pid: Pid,
+        /// When its event loop last gave a sign, on the same clock as `now`.
+        at: Millis,
+    },
+    /// A child was reaped. Feed what its socketpair still held first.
+    Died {
+        /// Who. Need not be a worker: what is unknown is ignored.
+        pid: Pid,
+        /// How.
+        how: Exit,
+        /// The method that it last ran, as its scoreboard record says.
+        method: Option<String>,
+        /// Its resident memory when last seen, in bytes.
+        rss_bytes: u64,
+        /// The wall clock, in unix seconds.
+        at: u64,
+    },
+    /// A checked configuration, its listeners bound: start its generation. Only while
+    /// [`super::Fleet::can_reload`] says yes; a reload that comes earlier is the caller's to keep.
+    Reload {
+        /// What the new configuration says.
+        limits: Limits,
+    },
+    /// So many workers from now on (1 to [`MAX_COUNT`]).
+    Scale {
+        /// How many.
+        count: usize,
+    },
+    /// So many workers more or, below zero, less; one always stays.
+    ScaleBy {
+        /// The difference.
+        by: i32,
+    },
+    /// Stop gracefully; the second time, now.
+    Stop,
+    /// Stop now.
+    StopNow,
+}
+
+/// What to do, in the order given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Fork a worker, and report [`Event::Forked`] or [`Event::ForkFailed`]: exactly one of them.
+    Fork {
+        /// Its slot.
+        slot: Slot,
+        /// Its generation: which configuration it runs.
+        generation: Generation,
+    },
+    /// Order a worker by its socketpair to drain.
+    Drain {
+        /// The worker.
+        pid: Pid,
+        /// When it must be done.
+        deadline: Millis,
+        /// Whether the server stops: connections are closed after their answers. If not, its
+        /// connections go on elsewhere, or here until the deadline.
+        stop: bool,
+    },
+    /// Send a worker a signal. That it is gone already is no error.
+    Kill {
+        /// The worker.
+        pid: Pid,
+        /// QUIT (leave now), TERM (the drain is over, or never ready), ABRT (stuck: leave evidence)
+        /// or KILL.
+        signal: Signal,
+    },
+    /// Every worker of a fresh master is ready, or why not; given once. After an error everything
+    /// left is stopped, and [`Action::Exit`] follows by itself.
+    StartUpDone(Result<(), String>),
+    /// A reload's verdict, one for each: the generation that serves now, or why the old one goes on.
+    ReloadDone(Result<Generation, String>),
+    /// A line for the log.
+    Log {
+        /// How bad it is.
+        level: log::Level,
+        /// The whole line.
+        text: String,
+    },
+    /// No child is left, nothing is left to do: leave. The last action of all.
+    Exit {
+        /// The exit code.
+        code: u8,
+    },
+}
+
+/// A duration as people say it: `350 ms`, `1.6 s`.
+pub(super) struct Span(pub(super) Millis);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ms @ 0..1000 => write!(f, "{ms} ms"),
+            // In tenths, cut and not rounded: 59.96 s is not 60.
+            ms if ms % 1000 < 100 => write!(f, "{} s", ms / 1000),
+            ms => write!(f, "{}.{} s", ms / 1000, ms % 1000 / 100),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends_and_spans_are_said_as_people_say_them() {
+        let segv = Exit::Signal {
+            number: 11,
+            core_dumped: true,
+        };
+        assert_eq!(segv.to_string(), "SIGSEGV (core dumped)");
+        assert_eq!(Exit::Code(3).to_string(), "exit code 3");
+        let odd = Exit::Signal {
+            number: 40,
+            core_dumped: false,
+        };
+        assert_eq!(odd.to_string(), "SIG40");
+        assert_eq!(Span(350).to_string(), "350 ms");
+        assert_eq!(Span(1600).to_string(), "1.6 s");
+        assert_eq!(Span(30_000).to_string(), "30 s");
+    }
+}

@@ -1,0 +1,271 @@
+//! The master's policy: one event in, the actions that follow out.
+//!
+//! [`Fleet`] owns the child table and knows the phase: starting up, serving, stopping. Here are its
+//! door and scaling; a worker's life, reloads, leaving and the passing of time are in the files beside
+//! it. It leaves every system call, the clock and the configuration to its caller. A child's
+//! odd report is a warning; only a report about an order that was never given is a panic.
+
+use log::Level;
+
+use super::children::{Child, Holder, Seat, Table, seat};
+use super::deaths::Deaths;
+use super::event::{Action, Event, Limits, MAX_COUNT, Millis};
+use super::leave::Leave;
+use super::limiter::Limiter;
+use super::reload::{Reload, Verdict};
+use crate::link::ids::{Generation, Pid};
+
+/// While so many old generations still drain, a reload waits: each holds its workers' memory.
+const MOST_DRAINING_GENERATIONS: usize = 4;
+
+/// Troubles with workers: at most 18 lines in the first minute, 10 in each after that.
+const TROUBLES: (u64, Millis) = (8, 6_000);
+/// Refused forks come slot by slot and second by second; one line says it all.
+const REFUSALS: (u64, Millis) = (1, 5_000);
+
+/// Where the master itself is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Not every worker has been ready yet.
+    StartUp,
+    /// They have.
+    Serving,
+    /// No fork any more; leave when the last child is gone.
+    Stopping {
+        /// How the workers leave: [`Leave::Stop`] or [`Leave::AtOnce`].
+        leave: Leave,
+        /// The exit code then.
+        code: u8,
+    },
+    /// [`Action::Exit`] was given.
+    Gone,
+}
+
+/// A wish for another count that came when it could not be met: so many, then this difference.
+type Deferred = (Option<usize>, i64);
+
+/// All workers, and what to do about them.
+#[derive(Debug)]
+pub struct Fleet {
+    pub(super) phase: Phase,
+    /// The generation that serves.
+    pub(super) serving: Generation,
+    /// Its limits.
+    pub(super) limits: Limits,
+    /// How many workers it shall have; differs from `limits.count` after a scale.
+    pub(super) count: usize,
+    /// The generation after it, while its verdict is open. `Some` only while serving.
+    pub(super) reload: Option<Reload>,
+    /// The last generation's number given out.
+    pub(super) last_generation: Generation,
+    pub(super) last_reload: Option<Verdict>,
+    pub(super) table: Table,
+    pub(super) deaths: Deaths,
+    pub(super) troubles: Limiter,
+    pub(super) refusals: Limiter,
+    /// Scales that came during start-up or a reload.
+    deferred: Option<Deferred>,
+    /// When the caller was to come back at the latest.
+    pub(super) promised: Option<Millis>,
+    /// The time of the call being answered; never goes back.
+    pub(super) now: Millis,
+    /// The answer being made; empty between calls.
+    actions: Vec<Action>,
+}
+
+impl Fleet {
+    /// A fleet whose workers are all still to be forked: the actions say so.
+    pub fn new(limits: Limits, now: Millis) -> (Self, Vec<Action>) {
+        let count = limits.count.clamp(1, MAX_COUNT);
+        let mut fleet = Fleet {
+            phase: Phase::StartUp,
+            serving: Generation::FIRST,
+            limits,
+            count,
+            reload: None,
+            last_generation: Generation::FIRST,
+            last_reload: None,
+            table: Table::default(),
+            deaths: Deaths::default(),
+            troubles: Limiter::new(TROUBLES.0, TROUBLES.1),
+            refusals: Limiter::new(REFUSALS.0, REFUSALS.1),
+            deferred: None,
+            promised: None,
+            now,
+            actions: Vec::new(),
+        };
+        fleet.open(Generation::FIRST, 0, count);
+        let actions = fleet.leave();
+        (fleet, actions)
+    }
+
+    /// Something happened: what now.
+    pub fn handle(&mut self, event: Event, now: Millis) -> Vec<Action> {
+        self.enter(now);
+        if self.phase == Phase::Gone {
+            return Vec::new();
+        }
+        match event {
+            Event::Forked {
+                slot,
+                generation,
+                pid,
+            } => self.forked(seat(generation, slot.0), pid),
+            Event::ForkFailed {
+                slot,
+                generation,
+                reason,
+            } => self.fork_failed(seat(generation, slot.0), &reason),
+            Event::Ready { pid } => self.ready(pid),
+            Event::Retiring { pid } => self.retiring(pid),
+            Event::Heartbeat { pid, at } => self.heartbeat(pid, at),
+            Event::Died {
+                pid,
+                how,
+                method,
+                rss_bytes,
+                at,
+            } => self.died(pid, how, method.as_deref(), rss_bytes, at),
+            Event::Reload { limits } => self.start_reload(limits),
+            Event::Scale { count } => self.scale((Some(count), 0)),
+            Event::ScaleBy { by } => self.scale((None, i64::from(by))),
+            Event::Stop => self.stop(Leave::Stop, 0, "the server stops"),
+            Event::StopNow => self.stop(Leave::AtOnce, 0, "the server stops now"),
+        }
+        self.leave()
+    }
+
+    /// Time has passed: what now. To be called when [`Fleet::next_deadline`] is reached, with the
+    /// heartbeats fed first; sooner does no harm.
+    pub fn tick(&mut self, now: Millis) -> Vec<Action> {
+        self.enter(now);
+        if self.phase == Phase::Gone {
+            return Vec::new();
+        }
+        self.pass_time();
+        self.leave()
+    }
+
+    /// When the next [`Fleet::tick`] is due; `None` when only an event can change anything.
+    pub fn next_deadline(&self) -> Option<Millis> {
+        self.promised
+    }
+
+    /// Whether [`Event::Reload`] may come now: not during a start-up, a reload or a stop, nor while
+    /// four old generations still drain. Ask again after each event.
+    pub fn can_reload(&self) -> bool {
+        self.phase == Phase::Serving
+            && self.reload.is_none()
+            && self.table.other_generations(self.serving) < MOST_DRAINING_GENERATIONS
+    }
+
+    fn enter(&mut self, now: Millis) {
+        self.now = self.now.max(now);
+        self.forgive_a_pause();
+    }
+
+    fn leave(&mut self) -> Vec<Action> {
+        if let Phase::Stopping { code, .. } = self.phase
+            && self.table.is_empty()
+        {
+            self.phase = Phase::Gone;
+            self.act(Action::Exit { code });
+        }
+        self.promised = match self.phase {
+            Phase::Gone => None,
+            _ => self.earliest(),
+        };
+        std::mem::take(&mut self.actions)
+    }
+
+    pub(super) fn act(&mut self, action: Action) {
+        self.actions.push(action);
+    }
+
+    pub(super) fn log(&mut self, level: Level, text: String) {
+        self.act(Action::Log { level, text });
+    }
+
+    /// A line about a worker that may come again and again.
+    pub(super) fn trouble(&mut self, level: Level, text: String) {
+        if let Some(more) = self.troubles.admit(self.now) {
+            self.log(level, with_held_back(text, more));
+        }
+    }
+
+    /// Opens the seats `from..to` of a generation: all are forked at once.
+    pub(super) fn open(&mut self, generation: Generation, from: usize, to: usize) {
+        for slot in from..to {
+            let slot = u16::try_from(slot).expect("counts are at most MAX_COUNT");
+            let seat = seat(generation, slot);
+            if self.table.open(seat, self.now) {
+                let slot = seat.slot;
+                self.act(Action::Fork { slot, generation });
+            }
+        }
+    }
+
+    /// A child that the table itself named.
+    pub(super) fn child_mut(&mut self, pid: Pid) -> &mut Child {
+        let child = self.table.children.get_mut(&pid);
+        child.expect("the table named this child itself")
+    }
+
+    /// Meets a wish for another count, or keeps it for when start-up or reload are over.
+    fn scale(&mut self, wish: Deferred) {
+        if self.phase == Phase::StartUp || self.reload.is_some() {
+            let (set, by) = self.deferred.unwrap_or((None, 0));
+            self.deferred = Some(match wish {
+                (Some(count), _) => (Some(count), 0),
+                (None, more) => (set, by.saturating_add(more)),
+            });
+            let text = "the count of workers changes once the new ones are ready".to_owned();
+            return self.log(Level::Info, text);
+        }
+        if self.phase != Phase::Serving {
+            let text = "the count of workers stays as it is: the server stops".to_owned();
+            return self.log(Level::Warn, text);
+        }
+        let (before, most) = (self.count, MAX_COUNT as i64);
+        let base = wish.0.unwrap_or(before).clamp(1, MAX_COUNT) as i64;
+        self.count = base.saturating_add(wish.1).clamp(1, most) as usize;
+        let text = format!("workers: {before} before, {} from now on", self.count);
+        self.log(Level::Info, text);
+        if self.count > before {
+            self.open(self.serving, before, self.count);
+        } else {
+            self.close(self.serving, self.count, Leave::Retire);
+        }
+    }
+
+    /// Start-up or a reload is over: now the count may change.
+    pub(super) fn scale_as_deferred(&mut self) {
+        if let Some(wish) = self.deferred.take() {
+            self.scale(wish);
+        }
+    }
+
+    /// Nobody sits there any more: fork at once, or when the throttle allows it.
+    pub(super) fn refill(&mut self, seat: Seat, due: Millis) {
+        let now = self.now;
+        let tenure = self.table.seats.get_mut(&seat);
+        let tenure = tenure.expect("only a seat of the table is refilled");
+        tenure.since = now;
+        tenure.holder = match due > now {
+            true => Holder::Throttled { until: due },
+            false => Holder::Forking,
+        };
+        if due <= now {
+            let (slot, generation) = (seat.slot, seat.generation);
+            self.act(Action::Fork { slot, generation });
+        }
+    }
+}
+
+/// A line that tells how many before it were not written.
+pub(super) fn with_held_back(text: String, more: u32) -> String {
+    match more {
+        0 => text,
+        more => format!("{text} held_back_before={more}"),
+    }
+}

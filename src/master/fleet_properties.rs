@@ -1,0 +1,227 @@
+//! Random histories: whatever happens, in whatever order, the promises hold. Those of every single
+//! action are checked by the world itself.
+
+use nix::sys::signal::Signal;
+use proptest::prelude::*;
+
+use super::event::{Event, Exit, Limits, Millis};
+use super::fleet_world::{LIMITS, World};
+use super::view::State;
+use crate::link::ids::Pid;
+
+/// Something that happens. A number picks among those living.
+#[derive(Debug, Clone)]
+enum Happening {
+    Passes(Millis),
+    MasterPaused(Millis),
+    Ready(usize),
+    Dies(usize, Exit),
+    Leaves(usize),
+    Retires(usize),
+    Sticks(usize),
+    Reload(usize),
+    Scale(usize),
+    ScaleBy(i32),
+    ForksRefused(bool),
+    ForksHeld(bool),
+    OddReport(i32),
+    Stop,
+    StopNow,
+}
+
+fn exit() -> impl Strategy<Value = Exit> {
+    let signal = |(number, core_dumped)| Exit::Signal {
+        number,
+        core_dumped,
+    };
+    prop_oneof![
+        (0..256).prop_map(Exit::Code),
+        (1..65, any::<bool>()).prop_map(signal),
+    ]
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    use Happening::*;
+    prop_oneof![
+        8 => (0u64..3_000).prop_map(Passes),
+        2 => (0u64..70_000).prop_map(Passes),
+        1 => (0u64..70_000).prop_map(MasterPaused),
+        20 => any::<usize>().prop_map(Ready),
+        8 => (any::<usize>(), exit()).prop_map(|(who, how)| Dies(who, how)),
+        8 => any::<usize>().prop_map(Leaves),
+        2 => any::<usize>().prop_map(Retires),
+        1 => any::<usize>().prop_map(Sticks),
+        2 => (0usize..6).prop_map(Reload),
+        1 => (0usize..8).prop_map(Scale),
+        1 => (-3..4).prop_map(ScaleBy),
+        1 => any::<bool>().prop_map(ForksRefused),
+        2 => any::<bool>().prop_map(ForksHeld),
+        1 => (0..400).prop_map(OddReport),
+    ]
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    let delays = prop_oneof![Just(0u64), 1u64..5_000, Just(30_000)];
+    let heartbeats = prop_oneof![Just(0u64), 1_000u64..20_000];
+    (1usize..6, 0u32..7, delays, heartbeats, 0u64..40_000).prop_map(
+        |(count, respawn_burst, respawn_max_delay, heartbeat_timeout, drain_timeout)| Limits {
+            count,
+            respawn_burst,
+            respawn_max_delay,
+            heartbeat_timeout,
+            drain_timeout,
+            ..LIMITS
+        },
+    )
+}
+
+/// One of the living, by a random number.
+fn pick(world: &World, number: usize) -> Option<Pid> {
+    let at = number.checked_rem(world.living.len())?;
+    world.living.keys().nth(at).copied()
+}
+
+fn happen(world: &mut World, limits: Limits, happening: Happening) {
+    match happening {
+        Happening::Passes(span) => world.pass(span),
+        Happening::MasterPaused(span) => {
+            world.now += span;
+            world.tick();
+        }
+        Happening::Ready(who) => {
+            if let Some(pid) = pick(world, who) {
+                world.ready(pid);
+            }
+        }
+        Happening::Dies(who, how) => {
+            if let Some(pid) = pick(world, who) {
+                world.die(pid, how);
+            }
+        }
+        Happening::Leaves(who) => {
+            if let Some(pid) = pick(world, who).filter(|pid| world.living[pid].leaves) {
+                world.die(pid, Exit::Code(0));
+            }
+        }
+        Happening::Retires(who) => {
+            if let Some(pid) = pick(world, who) {
+                world.tell(Event::Retiring { pid });
+            }
+        }
+        Happening::Sticks(who) => {
+            if let Some(pid) = pick(world, who)
+                && let Some(process) = world.living.get_mut(&pid)
+            {
+                process.stuck = true;
+            }
+        }
+        Happening::Reload(count) => {
+            if world.fleet.can_reload() {
+                let limits = Limits { count, ..limits };
+                world.tell(Event::Reload { limits });
+            }
+        }
+        Happening::Scale(count) => world.tell(Event::Scale { count }),
+        Happening::ScaleBy(by) => world.tell(Event::ScaleBy { by }),
+        Happening::ForksRefused(refused) => world.refuse_forks = refused,
+        Happening::ForksHeld(held) => {
+            world.hold_forks = held;
+            world.do_forks();
+        }
+        Happening::OddReport(pid) => {
+            let pid = Pid(pid);
+            if !world.living.contains_key(&pid) {
+                world.ready(pid);
+                world.die(pid, Exit::Code(1));
+            }
+            let at = Millis::from(pid.0.unsigned_abs()) * 1_000;
+            world.tell(Event::Heartbeat { pid, at });
+        }
+        Happening::Stop => world.tell(Event::Stop),
+        Happening::StopNow => world.tell(Event::StopNow),
+    }
+}
+
+/// From now on all is well: forks work, workers come up, and leave when told.
+fn be_quiet(world: &mut World, span: Millis) {
+    world.refuse_forks = false;
+    world.hold_forks = false;
+    world.do_forks();
+    let end = world.now + span;
+    while world.now < end && !world.exited {
+        world.let_leave();
+        world.all_ready();
+        let wake = world.fleet.next_deadline().unwrap_or(end);
+        let step = wake.clamp(world.now + 1, end) - world.now;
+        world.pass(step);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn after_any_history_quiet_time_brings_full_strength(
+        limits in limits(),
+        history in prop::collection::vec(happening(), 0..120),
+    ) {
+        let mut world = World::new(limits);
+        world.all_ready();
+        for happening in history {
+            happen(&mut world, limits, happening);
+        }
+        be_quiet(&mut world, 200_000);
+        prop_assert_eq!(world.fleet.ready_count(), world.fleet.target_count());
+        prop_assert_eq!(world.living.len(), world.fleet.target_count());
+        prop_assert_eq!(world.count(State::Ready), world.fleet.target_count());
+        prop_assert!(world.fleet.can_reload());
+        prop_assert!(world.fleet.deaths().iter().len() <= 100);
+    }
+
+    #[test]
+    fn a_stop_at_any_moment_ends_it_all(
+        limits in limits(),
+        before in prop::collection::vec(happening(), 0..40),
+        now in any::<bool>(),
+        after in prop::collection::vec(happening(), 0..40),
+        ready in any::<bool>(),
+    ) {
+        let mut world = World::new(limits);
+        if ready {
+            world.all_ready();
+        }
+        let stop = if now { Happening::StopNow } else { Happening::Stop };
+        let history = before.into_iter().chain([stop]).chain(after);
+        for happening in history {
+            // A start that failed is over earlier.
+            if !world.exited {
+                happen(&mut world, limits, happening);
+            }
+        }
+        be_quiet(&mut world, 1_000_000);
+        prop_assert!(world.exited);
+        prop_assert_eq!(world.fleet.next_deadline(), None);
+    }
+
+    #[test]
+    fn after_the_burst_no_minute_has_more_than_twelve_forks(
+        limits in limits(),
+        lives in prop::collection::vec(0u64..59_000, 30..60),
+        short in any::<bool>(),
+    ) {
+        let limits = Limits { count: 1, respawn_max_delay: limits.respawn_max_delay.max(1), ..limits };
+        let mut world = World::new(limits);
+        world.all_ready();
+        for life in lives {
+            world.pass(if short { life / 100 } else { life });
+            world.let_leave();
+            if let Some(pid) = world.first(State::Ready) {
+                world.die(pid, Exit::Signal { number: Signal::SIGSEGV as i32, core_dumped: false });
+            }
+            world.all_ready();
+        }
+        let forks = world.forks(0);
+        let after = forks.get(1 + limits.respawn_burst as usize..).unwrap_or_default();
+        prop_assert!(after.windows(13).all(|w| w[12] - w[0] >= 60_000), "{:?}", after);
+    }
+}

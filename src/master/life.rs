@@ -1,0 +1,246 @@
+//! A worker's life: forked, ready, retiring, dead; and a fork that was refused.
+//!
+//! Reports come from processes that may be broken: one that fits nothing is a warning, never more.
+
+use log::Level;
+use nix::sys::signal::Signal;
+
+use super::children::{Child, Holder, Seat, Stage, Tenure};
+use super::deaths::{self, Death};
+use super::event::{Exit, Limits, Millis, Span};
+use super::fleet::{Fleet, Phase, with_held_back};
+use super::leave::{Leave, begin_drain};
+use crate::link::ids::Pid;
+
+impl Fleet {
+    /// A fork that was ordered was done.
+    pub(super) fn forked(&mut self, seat: Seat, pid: Pid) {
+        let (limits, now) = (self.limits_of(seat), self.now);
+        let tenure = self.forking(seat);
+        let wanted = tenure.wanted;
+        tenure.throttle.forked(now);
+        tenure.holder = Holder::Worker(pid);
+        tenure.since = now;
+        let boot_deadline = (limits.boot_timeout > 0).then_some(now + limits.boot_timeout);
+        let child = Child {
+            seat,
+            limits,
+            born: now,
+            ready_at: None,
+            stage: Stage::Starting,
+            since: now,
+            heartbeat: now,
+            next: boot_deadline.map(|at| (at, Signal::SIGKILL)),
+            doom: None,
+        };
+        self.table.insert(pid, child);
+        self.log(
+            Level::Debug,
+            format!("worker {pid} starts {}", pairs(pid, seat)),
+        );
+        if wanted {
+            return;
+        }
+        // Its seat was given up while it was forked.
+        self.table.seats.remove(&seat);
+        self.dismiss(
+            pid,
+            match self.phase {
+                Phase::Stopping { leave, .. } => leave,
+                _ => Leave::Retire,
+            },
+        );
+    }
+
+    /// A fork that was ordered was refused.
+    pub(super) fn fork_failed(&mut self, seat: Seat, reason: &str) {
+        let now = self.now;
+        let tenure = self.forking(seat);
+        let slot = seat.slot;
+        if !tenure.wanted {
+            self.table.seats.remove(&seat);
+            return;
+        }
+        let due = tenure.throttle.refusal(now);
+        tenure.since = now;
+        tenure.holder = Holder::Throttled { until: due };
+        if self.is_newcomer(seat) {
+            return self.newcomer_failed(&format!("slot {slot} could not be forked: {reason}"));
+        }
+        if let Some(more) = self.refusals.admit(now) {
+            let text = format!(
+                "slot {slot} has no worker: fork was refused ({reason}); next try in {}; if it goes \
+                 on, raise the limit on processes (ulimit -u, pids.max, TasksMax) slot={slot}",
+                Span(due - now),
+            );
+            self.log(Level::Error, with_held_back(text, more));
+        }
+    }
+
+    /// A worker says that it serves.
+    pub(super) fn ready(&mut self, pid: Pid) {
+        let now = self.now;
+        let Some(child) = self.table.children.get_mut(&pid) else {
+            return self.odd_report(pid, "ready");
+        };
+        if child.ready_at.is_some() {
+            return self.odd_report(pid, "ready for a second time");
+        }
+        child.ready_at = Some(now);
+        child.heartbeat = now;
+        let (seat, took) = (child.seat, Span(now - child.born));
+        if let Stage::Draining { deadline } = child.stage {
+            // It was ready before it read the order, so it may have calls: they get their time.
+            begin_drain(child, deadline, now);
+            return;
+        }
+        if child.doom.is_some() {
+            return; // Too late: the KILL is on its way.
+        }
+        child.stage = Stage::Ready;
+        child.since = now;
+        child.next = None;
+        let text = format!("worker {pid} is ready after {took} {}", pairs(pid, seat));
+        self.log(Level::Debug, text);
+        self.newcomer_ready(seat);
+    }
+
+    /// A worker says that it drains by itself: a fresh one takes its seat at once.
+    pub(super) fn retiring(&mut self, pid: Pid) {
+        let now = self.now;
+        let Some(child) = self.table.children.get_mut(&pid) else {
+            return self.odd_report(pid, "retiring");
+        };
+        if child.drains() || child.doom.is_some() {
+            return; // Asked for twice, or too late.
+        }
+        let (seat, health) = (child.seat, child.health(now));
+        let deadline = now + child.limits.drain_timeout;
+        begin_drain(child, deadline, now);
+        if let Some(tenure) = self.table.seats.get_mut(&seat) {
+            tenure.throttle.credit(health);
+        }
+        let (slot, pairs) = (seat.slot, pairs(pid, seat));
+        let text = format!("worker {pid} retires, slot {slot} gets a fresh one {pairs}");
+        self.trouble(Level::Info, text);
+        self.refill(seat, now);
+    }
+
+    /// A worker's event loop was alive at that moment.
+    pub(super) fn heartbeat(&mut self, pid: Pid, at: Millis) {
+        // An unknown pid is a scoreboard record that nobody uses: no report at all.
+        if let Some(child) = self.table.children.get_mut(&pid) {
+            child.heartbeat = child.heartbeat.max(at.min(self.now));
+        }
+    }
+
+    /// A child is gone.
+    pub(super) fn died(
+        &mut self,
+        pid: Pid,
+        how: Exit,
+        method: Option<&str>,
+        rss_bytes: u64,
+        at: u64,
+    ) {
+        let Some(child) = self.table.children.remove(&pid) else {
+            // As PID 1 or subreaper the master inherits other people's children.
+            return self.log(Level::Debug, format!("reaped {pid}, which was no worker"));
+        };
+        let death = Death {
+            slot: child.seat.slot,
+            pid,
+            generation: child.seat.generation,
+            how,
+            uptime: self.now - child.born,
+            method: method.filter(|name| !name.is_empty()).map(deaths::clean),
+            rss_bytes,
+            reason: deaths::reason(&child, how),
+            at,
+        };
+        if self.table.holds(pid, child.seat) {
+            self.died_in_its_seat(&child, &death);
+        } else {
+            self.left(&child, &death);
+        }
+        if !as_asked(&child, how) {
+            self.deaths.keep(death);
+        }
+    }
+
+    /// Nobody asked for this end.
+    fn died_in_its_seat(&mut self, child: &Child, death: &Death) {
+        let (seat, now) = (child.seat, self.now);
+        let newcomer = self.is_newcomer(seat);
+        let starting = child.ready_at.is_none();
+        if newcomer && (starting || self.phase == Phase::Serving) {
+            // The table must forget it first: the verdict closes all seats of its generation.
+            self.table.seats.remove(&seat);
+            let text = format!("{} {}", death.sentence(), death.pairs());
+            self.trouble(Level::Warn, text);
+            return self.newcomer_failed(&death.sentence());
+        }
+        let limits = self.limits_of(seat);
+        let tenure = self.table.seats.get_mut(&seat);
+        let tenure = tenure.expect("the caller saw the worker in this seat");
+        let due = tenure.throttle.death(child.health(now), &limits, now);
+        let young = tenure.throttle.young_deaths();
+        let follows = match due - now {
+            0 => "replaced at once".to_owned(),
+            wait => format!("next try in {}: {young} young deaths", Span(wait)),
+        };
+        let text = format!("{}; {follows} {}", death.sentence(), death.pairs());
+        match limits.respawn_max_delay {
+            // No throttle was asked for, so none on the log either.
+            0 => self.log(Level::Error, text),
+            _ => self.trouble(Level::Error, text),
+        }
+        self.refill(seat, due);
+    }
+
+    /// Its end was asked for; only one out of order is worth a line.
+    fn left(&mut self, child: &Child, death: &Death) {
+        let text = format!("{} {}", death.sentence(), death.pairs());
+        match as_asked(child, death.how) {
+            true => self.log(Level::Debug, text),
+            false => self.trouble(Level::Warn, text),
+        }
+    }
+
+    fn odd_report(&mut self, pid: Pid, report: &str) {
+        let text = format!("a report that fits no worker is ignored: {report} pid={pid}");
+        self.trouble(Level::Warn, text);
+    }
+
+    /// The seat whose fork is reported.
+    fn forking(&mut self, seat: Seat) -> &mut Tenure {
+        let tenure = self.table.seats.get_mut(&seat);
+        let tenure = tenure.filter(|tenure| tenure.holder == Holder::Forking);
+        tenure.expect("a fork is reported once for each order")
+    }
+
+    /// The limits of a seat's generation; one that was given up lives by the serving ones.
+    fn limits_of(&self, seat: Seat) -> Limits {
+        match &self.reload {
+            Some(reload) if reload.generation == seat.generation => reload.limits,
+            _ => self.limits,
+        }
+    }
+}
+
+/// Whether a worker ended the way it was told to: no death record, no alarm.
+fn as_asked(child: &Child, how: Exit) -> bool {
+    let by_order = match child.ready_at {
+        Some(_) => child.doom.is_some() && how.is_signal(Signal::SIGQUIT),
+        None => how.is_signal(Signal::SIGTERM),
+    };
+    child.drains() && (how == Exit::Code(0) || by_order)
+}
+
+/// The key=value pairs that end a line about a worker.
+pub(super) fn pairs(pid: Pid, seat: Seat) -> String {
+    format!(
+        "slot={} pid={pid} generation={}",
+        seat.slot, seat.generation
+    )
+}

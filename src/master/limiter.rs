@@ -1,0 +1,70 @@
+//! How often a repeated trouble may be logged: a few lines at once, then one a period.
+//!
+//! A crash loop must not fill a disk, so what comes too often is counted instead, and the count is
+//! told with the next line (or by itself, when no other comes). It can't fail.
+
+use super::event::Millis;
+
+/// A bucket of log lines.
+#[derive(Debug, Clone)]
+pub(super) struct Limiter {
+    /// One line more is allowed after each period.
+    period: Millis,
+    /// So many lines may come at once.
+    burst: u64,
+    /// When the bucket is full again.
+    full_at: Millis,
+    /// Lines not written since the last one that was.
+    held_back: u32,
+}
+
+impl Limiter {
+    /// `burst` lines at once, one more each `period`.
+    pub(super) fn new(burst: u64, period: Millis) -> Self {
+        Limiter {
+            period,
+            burst,
+            full_at: 0,
+            held_back: 0,
+        }
+    }
+
+    /// A line wants to be written. `Some` allows it, and says how many before it were not.
+    pub(super) fn admit(&mut self, now: Millis) -> Option<u32> {
+        let full_at = self.full_at.max(now) + self.period;
+        if full_at - now > self.burst * self.period {
+            self.held_back = self.held_back.saturating_add(1);
+            return None;
+        }
+        self.full_at = full_at;
+        Some(std::mem::take(&mut self.held_back))
+    }
+
+    /// How many lines were held back, once there is room to say so.
+    pub(super) fn flush(&mut self, now: Millis) -> Option<u32> {
+        self.flush_at().filter(|at| *at <= now)?;
+        self.admit(now)
+    }
+
+    /// When [`Limiter::flush`] will have something to say.
+    pub(super) fn flush_at(&self) -> Option<Millis> {
+        let room_at = (self.full_at + self.period).saturating_sub(self.burst * self.period);
+        (self.held_back > 0).then_some(room_at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_becomes_a_burst_and_then_one_line_a_period_that_counts_the_rest() {
+        let mut limiter = Limiter::new(2, 1000);
+        let admitted: Vec<_> = (0..5).map(|_| limiter.admit(10)).collect();
+        assert_eq!(admitted, [Some(0), Some(0), None, None, None]);
+        assert_eq!(limiter.flush(1009), None);
+        assert_eq!(limiter.flush_at(), Some(1010));
+        assert_eq!(limiter.flush(1010), Some(3));
+        assert_eq!((limiter.flush_at(), limiter.flush(9000)), (None, None));
+    }
+}

@@ -1,0 +1,327 @@
+//! The listening sockets: bound once by the master, passed by the service manager, or kept from
+//! one generation to the next.
+//!
+//! Everything is opened before anything old is closed, so that a reload which fails here has
+//! changed nothing. Errors name the address, who may have it, and what to do.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{Mode, umask};
+
+use crate::config::{Address, Listen};
+use crate::error::{Error, Result};
+use crate::sys::notify::PassedListener;
+use crate::sys::socket::{self, Bound};
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    /// The address that it is configured under.
+    pub address: Address,
+    /// The address that it really has: another one where port 0 was asked for.
+    pub bound: String,
+    /// The socket, shared with the workers.
+    pub fd: Rc<OwnedFd>,
+    /// The backlog that was asked for.
+    pub backlog: u32,
+    /// The path to remove at the end: of a unix socket that we have bound ourselves.
+    path: Option<PathBuf>,
+}
+
+impl Listener {
+    /// Connections that wait, and how many may.
+    pub fn queue(&self) -> (Option<u32>, u32) {
+        match socket::accept_queue(&self.fd) {
+            Some((queue, limit)) => (Some(queue), limit),
+            None => (None, self.backlog),
+        }
+    }
+
+    /// Removes the path of a unix socket; the descriptor is closed by its last owner.
+    pub fn remove_path(&self) {
+        if let Some(path) = &self.path {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// The listeners for `wanted`: those in `current` that have the address already, those in
+/// `passed`, and new ones. What is in `passed` is always used, by name of the address first and
+/// then in order, so that no connection waits in a socket that nobody accepts from.
+///
+/// # Errors
+/// When an address can't be bound; what was bound until then is closed again.
+pub fn open(
+    wanted: &[Listen],
+    current: &[Rc<Listener>],
+    passed: &[Rc<Listener>],
+    write_timeout: Duration,
+) -> Result<Vec<Rc<Listener>>> {
+    let mut spare: Vec<&Rc<Listener>> = passed.iter().collect();
+    // By address first, whatever the order.
+    let by_address: Vec<Option<&Rc<Listener>>> = wanted
+        .iter()
+        .map(|listen| {
+            let found = spare
+                .iter()
+                .position(|has| has.bound == listen.address.to_string())?;
+            Some(spare.remove(found))
+        })
+        .collect();
+    let mut spare = spare.into_iter();
+    let mut opened: Vec<Rc<Listener>> = Vec::new();
+    let mut fresh: Vec<Rc<Listener>> = Vec::new();
+    for (listen, matched) in wanted.iter().zip(by_address) {
+        let kept = || {
+            current
+                .iter()
+                .find(|has| has.address == listen.address && !is_in(passed, has))
+        };
+        let listener = match matched.or_else(|| spare.next()).or_else(kept) {
+            Some(listener) => {
+                prepare(listener, listen, write_timeout).map(|()| Rc::clone(listener))
+            }
+            None => bind(listen, write_timeout).map(|listener| {
+                let listener = Rc::new(listener);
+                fresh.push(Rc::clone(&listener));
+                listener
+            }),
+        };
+        match listener {
+            Ok(listener) => opened.push(listener),
+            Err(error) => {
+                fresh.iter().for_each(|listener| listener.remove_path());
+                return Err(error);
+            }
+        }
+    }
+    opened.extend(spare.map(Rc::clone));
+    Ok(opened)
+}
+
+fn is_in(all: &[Rc<Listener>], one: &Rc<Listener>) -> bool {
+    all.iter().any(|other| Rc::ptr_eq(other, one))
+}
+
+/// Makes listeners of what the service manager has passed.
+///
+/// # Errors
+/// When one of them is no listening stream socket.
+pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
+    passed
+        .into_iter()
+        .map(|PassedListener { fd, name }| {
+            let refuse = |error: io::Error| {
+                Error::system_with(
+                    format!("take over the socket {name:?} of the service manager"),
+                    error,
+                    "pass listening stream sockets: ListenStream= in the socket unit, Accept=no",
+                )
+            };
+            let not_ours = || refuse(io::Error::other("it is no listening stream socket"));
+            let address = match socket::bound_address(&fd).ok_or_else(not_ours)? {
+                Bound::Tcp(address) => Address::Tcp(address),
+                Bound::Unix(path) => Address::Unix(path),
+            };
+            if !socket::is_listening(&fd) {
+                return Err(not_ours());
+            }
+            // A blocking one would block the event loop of whoever loses the race for a client.
+            fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+                .map_err(|error| refuse(error.into()))?;
+            Ok(Rc::new(Listener {
+                bound: address.to_string(),
+                address,
+                fd: Rc::new(fd),
+                backlog: socket::MOST_BACKLOG,
+                path: None,
+            }))
+        })
+        .collect()
+}
+
+fn bind(listen: &Listen, write_timeout: Duration) -> Result<Listener> {
+    let (fd, path) = match &listen.address {
+        Address::Tcp(address) => (socket::bind_tcp(*address), None),
+        Address::Unix(path) => (bind_path(path, listen.mode), Some(path.clone())),
+    };
+    let fd = fd.map_err(|error| refused(&listen.address, error))?;
+    let listener = Listener {
+        bound: bound_name(&fd, &listen.address),
+        address: listen.address.clone(),
+        fd: Rc::new(fd),
+        backlog: listen.backlog,
+        path,
+    };
+    socket::start_listening(&listener.fd, listen.backlog)
+        .map_err(|error| refused(&listen.address, error))?;
+    set_options(&listener, write_timeout)?;
+    Ok(listener)
+}
+
+/// Gives a listener that exists the backlog, the mode and the options that are wanted now.
+fn prepare(listener: &Listener, listen: &Listen, write_timeout: Duration) -> Result<()> {
+    if listener.path.is_some() || matches!(listener.address, Address::Tcp(_)) {
+        socket::start_listening(&listener.fd, listen.backlog)
+            .map_err(|error| refused(&listen.address, error))?;
+    }
+    if let (Some(path), Some(mode)) = (&listener.path, listen.mode) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+            .map_err(|error| Error::system(format!("set the mode of {}", path.display()), error))?;
+    }
+    set_options(listener, write_timeout)
+}
+
+fn set_options(listener: &Listener, write_timeout: Duration) -> Result<()> {
+    if matches!(listener.address, Address::Unix(_)) {
+        return Ok(());
+    }
+    socket::set_tcp_options(&listener.fd, write_timeout)
+        .map_err(|error| Error::system(format!("set the options of {}", listener.bound), error))
+}
+
+/// Binds a unix socket. To be called under the pid file's lock: a path that a dead server left
+/// behind is removed.
+pub fn bind_path(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
+    if let Ok(found) = fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            let text = "there is something that is no socket; it is left alone";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        if UnixStream::connect(path).is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        fs::remove_file(path)?;
+    }
+    // Made for its owner alone: between bind and chmod nobody else gets in.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let bound = socket::bind_unix(path);
+    umask(before);
+    let fd = bound?;
+    let mode = mode.unwrap_or(0o666 & !before.bits());
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    Ok(fd)
+}
+
+fn bound_name(fd: &OwnedFd, wanted: &Address) -> String {
+    match socket::bound_address(fd) {
+        Some(Bound::Tcp(address)) => address.to_string(),
+        _ => wanted.to_string(),
+    }
+}
+
+fn refused(address: &Address, error: io::Error) -> Error {
+    let remedy = match (error.kind(), address) {
+        (io::ErrorKind::AddrInUse, Address::Tcp(address)) => format!(
+            "another server has it (`ss -ltnp 'sport = :{}'` says which): stop that one, or listen \
+             at another address with [[listen]] or --listen",
+            address.port()
+        ),
+        (io::ErrorKind::AddrInUse, Address::Unix(_)) => {
+            "another server answers there: stop that one, or choose another path".into()
+        }
+        (io::ErrorKind::AddrNotAvailable, _) => {
+            "no interface of this machine has that address".into()
+        }
+        (io::ErrorKind::PermissionDenied, Address::Tcp(address)) if address.port() < 1024 => {
+            "ports below 1024 want root, CAP_NET_BIND_SERVICE or a socket unit".into()
+        }
+        (io::ErrorKind::PermissionDenied, _) => "choose a place this user may write to".into(),
+        (io::ErrorKind::NotFound, _) => "make the directory first".into(),
+        (io::ErrorKind::AlreadyExists, _) => "remove it, or choose another path".into(),
+        _ => String::new(),
+    };
+    Error::system_with(format!("listen at {address}"), error, remedy)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn listen(address: &str) -> Listen {
+        Listen {
+            address: address.parse().unwrap(),
+            backlog: 16,
+            mode: None,
+        }
+    }
+
+    const TIMEOUT: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn a_listener_is_kept_as_long_as_its_address_is_wanted() {
+        let first = open(&[listen("127.0.0.1:0")], &[], &[], TIMEOUT).unwrap();
+        let wanted = [listen("127.0.0.1:0"), listen("[::1]:0")];
+        let second = open(&wanted, &first, &[], TIMEOUT).unwrap();
+        assert!(Rc::ptr_eq(&first[0], &second[0]));
+        assert_eq!(second.len(), 2);
+        assert_eq!(second[0].queue(), (Some(0), 16));
+    }
+
+    #[test]
+    fn passed_listeners_are_matched_by_address_then_in_order_and_none_is_left_out() {
+        let pass = |name: &str| {
+            let fd = socket::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+            socket::start_listening(&fd, 8).unwrap();
+            let name = name.to_owned();
+            PassedListener { fd, name }
+        };
+        let passed = adopt_passed(vec![pass("a"), pass("b"), pass("c")]).unwrap();
+        let wanted = [listen("127.0.0.1:8080"), listen(&passed[0].bound)];
+        let opened = open(&wanted, &[], &passed, TIMEOUT).unwrap();
+        let order: Vec<usize> = opened
+            .iter()
+            .map(|one| {
+                passed
+                    .iter()
+                    .position(|other| Rc::ptr_eq(one, other))
+                    .unwrap()
+            })
+            .collect();
+        assert_eq!(order, [1, 0, 2]);
+    }
+
+    #[test]
+    fn an_address_in_use_is_named_with_its_remedy() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap().to_string();
+        let error = open(&[listen(&address)], &[], &[], TIMEOUT).unwrap_err();
+        assert_eq!(error.exit_code(), 71);
+        let text = error.to_string();
+        assert!(
+            text.contains(&address) && text.contains("another server"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_stale_path_is_replaced_and_a_file_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rpc.sock");
+        drop(socket::bind_unix(&path).unwrap());
+        let fd = bind_path(&path, Some(0o660)).unwrap();
+        socket::start_listening(&fd, 8).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o660
+        );
+        let in_use = bind_path(&path, None).unwrap_err();
+        assert_eq!(in_use.kind(), io::ErrorKind::AddrInUse);
+        let file = directory.path().join("file");
+        fs::write(&file, "precious").unwrap();
+        assert_eq!(
+            bind_path(&file, None).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
+        assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    }
+}

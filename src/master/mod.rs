@@ -1,0 +1,49 @@
+//! The master: keeps the workers alive, and decides nothing by itself.
+//!
+//! Every "what now" about deaths, reloads, drains and stops is answered by [`Fleet`], which takes
+//! `now` and events and returns actions. It makes no system call, never sleeps and has no clock, so
+//! all of it is tested without a process.
+//!
+//! | file | concern |
+//! | --- | --- |
+//! | [`event`] | the words between policy and mechanism: events in, actions out |
+//! | [`fleet`] | the door: one event, one answer; scale, stop |
+//! | `leave` | who is told to leave, how, and what follows when it does not |
+//! | `life` | a worker's life: forked, ready, retiring, dead |
+//! | `reload` | start-up and reload: a generation's verdict |
+//! | `watch` | what time brings: deadlines, heartbeats, a master that was paused |
+//! | `children` | the child table: who is where, in which stage |
+//! | [`throttle`] | how soon a slot may be forked again |
+//! | [`deaths`] | the last deaths, and how a death is told |
+//! | `limiter` | how often a repeated trouble may be logged |
+//! | [`view`] | what `status` shows |
+
+mod children;
+mod control;
+pub mod deaths;
+pub mod event;
+pub mod fleet;
+mod leave;
+mod life;
+mod limiter;
+pub mod listeners;
+pub mod pid_file;
+mod reload;
+mod reloading;
+mod status;
+mod supervise;
+pub mod throttle;
+pub mod view;
+mod watch;
+mod workers;
+
+#[cfg(test)]
+mod fleet_properties;
+#[cfg(test)]
+mod fleet_tests;
+#[cfg(test)]
+mod fleet_world;
+
+pub use event::{Action, Event, Exit, Limits, Millis};
+pub use fleet::Fleet;
+pub use supervise::{Setup, run};

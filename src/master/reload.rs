@@ -1,0 +1,133 @@
+//! A generation on its way: start-up and reload, up to the verdict.
+//!
+//! *Start-up* forks all workers at once. A worker that can't be forked, dies before it is ready or
+//! misses boot-timeout fails the start: the verdict says why, the rest is stopped, exit code 71. A
+//! daemon that can't start must say so, not loop.
+//!
+//! *Reload* forks slot 0 first, the canary; then the rest; when all are ready the verdict is given,
+//! and only then the old generation drains. Any death before that, any refused fork, any missed
+//! boot-timeout (which counts for each worker from its own fork) fails it: the new generation
+//! drains, and the old one, which was replaced and throttled all the while as ever, goes on.
+
+use log::Level;
+
+use super::children::Seat;
+use super::event::{Action, Limits, MAX_COUNT, Millis};
+use super::fleet::{Fleet, Phase};
+use super::leave::Leave;
+use crate::link::ids::Generation;
+
+/// The exit code when the first workers did not come up: as `Error::NotReady`.
+const NOT_READY: u8 = 71;
+
+/// A reload whose verdict is open.
+#[derive(Debug)]
+pub(super) struct Reload {
+    /// The next generation.
+    pub generation: Generation,
+    /// Its limits, the count within bounds.
+    pub limits: Limits,
+    /// Whether the canary was ready, so that all seats are open.
+    pub canary_ready: bool,
+}
+
+/// How the last reload ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// The generation that it started.
+    pub generation: Generation,
+    /// Why it was given up, if it was.
+    pub result: Result<(), String>,
+    /// When, on the caller's monotonic clock.
+    pub at: Millis,
+}
+
+impl Fleet {
+    /// Starts the next generation with its canary.
+    pub(super) fn start_reload(&mut self, limits: Limits) {
+        if !self.can_reload() {
+            // The caller's own mistake; a verdict here would be taken for the running reload's.
+            let text = "a reload came out of turn and is ignored".to_owned();
+            return self.log(Level::Error, text);
+        }
+        let generation = self.last_generation.next();
+        self.last_generation = generation;
+        let count = limits.count.clamp(1, MAX_COUNT);
+        self.reload = Some(Reload {
+            generation,
+            limits: Limits { count, ..limits },
+            canary_ready: false,
+        });
+        self.open(generation, 0, 1);
+    }
+
+    /// Whether the seat's generation still awaits its verdict.
+    pub(super) fn is_newcomer(&self, seat: Seat) -> bool {
+        match &self.reload {
+            Some(reload) => reload.generation == seat.generation,
+            None => self.phase == Phase::StartUp,
+        }
+    }
+
+    /// A worker became ready: is it the one that was waited for?
+    pub(super) fn newcomer_ready(&mut self, seat: Seat) {
+        if !self.is_newcomer(seat) {
+            return;
+        }
+        let generation = seat.generation;
+        if let Some(reload) = &mut self.reload
+            && !std::mem::replace(&mut reload.canary_ready, true)
+        {
+            let count = reload.limits.count;
+            self.open(generation, 1, count);
+        }
+        if !self.table.all_ready(generation) {
+            return;
+        }
+        match self.reload.take() {
+            None => {
+                self.phase = Phase::Serving;
+                self.act(Action::StartUpDone(Ok(())));
+            }
+            Some(reload) => {
+                let old = std::mem::replace(&mut self.serving, generation);
+                self.limits = reload.limits;
+                self.count = reload.limits.count;
+                self.verdict(generation, Ok(()));
+                self.close(old, 0, Leave::Retire);
+            }
+        }
+        self.scale_as_deferred();
+    }
+
+    /// A worker whose generation awaits its verdict did not come up: this is the verdict.
+    pub(super) fn newcomer_failed(&mut self, reason: &str) {
+        if self.phase == Phase::StartUp {
+            return self.stop(Leave::AtOnce, NOT_READY, reason);
+        }
+        self.refuse_newcomers(reason);
+        self.scale_as_deferred();
+    }
+
+    /// Gives the verdict that is still open, if any: no.
+    pub(super) fn refuse_newcomers(&mut self, reason: &str) {
+        if self.phase == Phase::StartUp {
+            let text = format!("not every worker became ready: {reason}");
+            self.act(Action::StartUpDone(Err(text)));
+        }
+        if let Some(Reload { generation, .. }) = self.reload.take() {
+            let text = format!("generation {generation} did not become ready: {reason}");
+            self.verdict(generation, Err(text));
+            self.close(generation, 0, Leave::Retire);
+        }
+    }
+
+    fn verdict(&mut self, generation: Generation, result: Result<(), String>) {
+        self.act(Action::ReloadDone(result.clone().map(|()| generation)));
+        self.last_reload = Some(Verdict {
+            generation,
+            result,
+            at: self.now,
+        });
+    }
+}

@@ -1,0 +1,143 @@
+//! A reload as the master does it: read, check, bind, start, and tell who waits.
+//!
+//! Everything that can fail is tried before anything changes; what was changed is taken back when
+//! the new generation does not come up. When and whether it comes up is `Fleet`'s to say.
+
+use std::rc::Rc;
+
+use super::event::Event;
+use super::listeners;
+use super::supervise::{Master, limits, now, wall_clock};
+use super::workers::Ground;
+use crate::config::{self, Settings};
+use crate::error::Result;
+use crate::link::ids::Generation;
+use crate::protocol::control::{LastReload, Response};
+use crate::sys::notify::NotifyState;
+
+impl Master<'_> {
+    /// Begins the reload that was asked for, once none is under way. Requests that come in a
+    /// burst are one.
+    pub(super) fn reload_if_asked(&mut self) {
+        if !self.reload_asked || !self.fleet.can_reload() {
+            return;
+        }
+        self.reload_asked = false;
+        self.verdict_for = std::mem::take(&mut self.next_verdict_for);
+        let mut states = vec![NotifyState::Reloading];
+        states.extend(NotifyState::monotonic_usec_now());
+        self.notifier.tell(&states);
+        log::info!("reload: reads the configuration");
+        match self.prepare() {
+            Ok(ground) => {
+                let limits = limits(&ground.settings);
+                self.upcoming = Some(Rc::new(ground));
+                self.tell(Event::Reload { limits });
+            }
+            Err(error) => {
+                self.restore_log();
+                self.verdict(Err(error.to_string()));
+            }
+        }
+    }
+
+    /// Reads and checks the new configuration and opens what it names.
+    fn prepare(&self) -> Result<Ground> {
+        let settings = (self.setup.load)()?;
+        let changes = config::diff(&self.ground.settings, &settings);
+        if !changes.needs_restart.is_empty() {
+            log::warn!(
+                "reload: {} can't change while the master runs: restart it for that",
+                changes.needs_restart.join(", ")
+            );
+        }
+        (self.setup.configure_log)(&settings)?;
+        let listeners = listeners::open(
+            &settings.listen,
+            &self.ground.listeners,
+            &self.passed,
+            settings.limits.write_timeout,
+        )?;
+        for warning in &settings.warnings {
+            log::warn!("{warning}");
+        }
+        Ok(Ground {
+            registry: (self.setup.registry)(&settings),
+            settings: Rc::new(keep_life_settings(settings, &self.ground.settings)),
+            listeners,
+        })
+    }
+
+    /// The reload is over, one way or the other.
+    pub(super) fn verdict(&mut self, verdict: std::result::Result<Generation, String>) {
+        let upcoming = self.upcoming.take();
+        let before = Rc::clone(&self.ground);
+        let response = match &verdict {
+            Ok(generation) => {
+                if let Some(ground) = upcoming {
+                    remove_paths(&before, &ground);
+                    self.ground = ground;
+                }
+                log::info!("reload: generation {generation} serves, the one before drains");
+                Response::said(format!("generation {generation} serves"))
+            }
+            Err(reason) => {
+                if let Some(ground) = upcoming {
+                    remove_paths(&ground, &before);
+                    self.restore_log();
+                }
+                log::error!("reload refused, everything stays as it was: {reason}");
+                Response::refused(format!("reload refused: {reason}"), 1)
+            }
+        };
+        self.last_reload = Some(LastReload {
+            ok: verdict.is_ok(),
+            at: wall_clock(),
+            error: verdict.err(),
+        });
+        for client in std::mem::take(&mut self.verdict_for) {
+            self.control.answer(client, &response, now());
+        }
+        self.notifier.tell(&[NotifyState::Ready]);
+    }
+
+    /// Tells everybody who waits for a verdict that there will be none.
+    pub(super) fn refuse_waiting(&mut self, reason: &str) {
+        self.reload_asked = false;
+        let waiting = std::mem::take(&mut self.verdict_for)
+            .into_iter()
+            .chain(std::mem::take(&mut self.next_verdict_for));
+        for client in waiting.collect::<Vec<_>>() {
+            let response = Response::refused(format!("reload refused: {reason}"), 1);
+            self.control.answer(client, &response, now());
+        }
+    }
+
+    fn restore_log(&self) {
+        if let Err(error) = (self.setup.configure_log)(&self.ground.settings) {
+            log::warn!("the log could not be set back: {error}");
+        }
+    }
+}
+
+/// The settings with those of the master's own life as they are.
+fn keep_life_settings(mut settings: Settings, running: &Settings) -> Settings {
+    settings.daemon = running.daemon;
+    settings.pid_file.clone_from(&running.pid_file);
+    settings.control_socket.clone_from(&running.control_socket);
+    settings.account.clone_from(&running.account);
+    settings
+}
+
+/// Removes the paths of the listeners that `old` has and `new` has not.
+fn remove_paths(old: &Ground, new: &Ground) {
+    for listener in &old.listeners {
+        if !new
+            .listeners
+            .iter()
+            .any(|other| Rc::ptr_eq(other, listener))
+        {
+            listener.remove_path();
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What `status` answers: put together from the fleet, the scoreboard and /proc, asking nobody.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::event::Millis;
+use super::fleet::Fleet;
+use super::listeners::Listener;
+use super::view::{State, WorkerView};
+use super::workers::Workers;
+use crate::protocol::control::{self, Death, LastReload, OldestCall, Status, Throttle, Worker};
+use crate::sys::process::{Pid, resident_bytes};
+
+/// What the master itself adds.
+#[derive(Debug)]
+pub struct About<'a> {
+    /// When it started.
+    pub started: Millis,
+    /// How the last reload ended.
+    pub last_reload: Option<&'a LastReload>,
+    /// What is worth a word.
+    pub warnings: &'a [String],
+    /// The listeners of the generation that serves.
+    pub listeners: &'a [std::rc::Rc<Listener>],
+}
+
+/// The whole status, at `now`.
+pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) -> Status {
+    Status {
+        master: control::Master {
+            pid: Pid::current().0,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            generation: fleet.generation().0,
+            uptime_s: now.saturating_sub(about.started) / 1000,
+            last_reload: about.last_reload.cloned(),
+            target: fleet.target_count(),
+            warnings: about.warnings.to_vec(),
+        },
+        workers: fleet
+            .workers()
+            .iter()
+            .map(|view| worker(view, workers, now))
+            .collect(),
+        deaths: fleet.deaths().iter().map(death).collect(),
+        listeners: about
+            .listeners
+            .iter()
+            .map(|listener| {
+                let (queue, backlog) = listener.queue();
+                control::Listener {
+                    address: listener.bound.clone(),
+                    queue,
+                    backlog,
+                }
+            })
+            .collect(),
+    }
+}
+
+fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
+    let mut shown = Worker {
+        slot: view.slot.0,
+        pid: view.pid.map(|pid| pid.0),
+        generation: view.generation.0,
+        state: match view.state {
+            State::Starting => control::State::Starting,
+            State::Ready => control::State::Ready,
+            State::Draining => control::State::Draining,
+            State::Throttled => control::State::Throttled,
+            State::Dead => control::State::Dead,
+        },
+        throttle: view.next_fork.map(|at| Throttle {
+            failures: view.young_deaths + view.refused_forks,
+            retry_in_ms: at.saturating_sub(now),
+        }),
+        ..Worker::default()
+    };
+    let Some((pid, living)) = view.pid.and_then(|pid| Some((pid, workers.get(pid)?))) else {
+        return shown;
+    };
+    let record = living.record;
+    let number = |value: &std::sync::atomic::AtomicU32| u64::from(value.load(Relaxed));
+    shown.uptime_s = now.saturating_sub(view.born) / 1000;
+    shown.connections = number(&record.connections);
+    shown.running = number(&record.running);
+    shown.queued = number(&record.queued);
+    shown.lost_threads = number(&record.lost_threads);
+    shown.calls = record.calls.load(Relaxed);
+    shown.errors = record.errors.load(Relaxed);
+    shown.threads = living.settings.workers.threads as u64;
+    shown.rss_bytes = resident_bytes(pid);
+    shown.oldest_call = record.oldest().map(|(method, since)| OldestCall {
+        method: living.registry.name(method).to_owned(),
+        age_ms: now.saturating_sub(since),
+    });
+    shown
+}
+
+fn death(death: &super::deaths::Death) -> Death {
+    Death {
+        slot: death.slot.0,
+        pid: death.pid.0,
+        exit: death.how.code(),
+        signal: death.how.signal_name(),
+        uptime_s: death.uptime / 1000,
+        method: death.method.clone(),
+        rss_bytes: death.rss_bytes,
+        reason: death.reason.clone(),
+        at: death.at,
+    }
+}

@@ -1,0 +1,587 @@
+//! The master's one loop: signals, workers' reports, deaths, the control socket, the clock.
+//!
+//! It reports to `Fleet` what happened and does what `Fleet` answers, in that order, and decides
+//! nothing. It never waits but in poll(2), parses no calls, and leaves by order alone. A panic in
+//! here is logged by whoever called; the workers notice the closed links and leave by themselves.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+
+use super::control::{ClientId, Control};
+use super::event::{Action, Event, Limits, Millis};
+use super::fleet::Fleet;
+use super::listeners::{self, Listener};
+use super::pid_file::PidFile;
+use super::status::{About, status};
+use super::workers::{Ground, Parent, Workers};
+use crate::config::Settings;
+use crate::error::{Error, Result};
+use crate::handler::registry::Registry;
+use crate::link::ids::{Generation, Slot};
+use crate::link::message::{Order, Report};
+use crate::logging;
+use crate::protocol::control::{LastReload, Request, Response};
+use crate::sys::daemon::Launcher;
+use crate::sys::notify::{Notifier, NotifyState, PassedListener};
+use crate::sys::process;
+use crate::sys::signal::{self, SignalPipe};
+use crate::sys::title::{self, TitleArea};
+
+const HEARD: [Signal; 9] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
+    Signal::SIGCHLD,
+];
+
+/// What a master is started from.
+pub struct Setup<'a> {
+    /// The name of the program, for titles.
+    pub program: String,
+    /// Where the title goes.
+    pub title: Option<TitleArea>,
+    /// The configuration to start with.
+    pub settings: Settings,
+    /// Reads the configuration again, for a reload.
+    pub load: Box<dyn Fn() -> Result<Settings> + 'a>,
+    /// Makes the table of methods of a configuration.
+    pub registry: Box<dyn Fn(&Settings) -> Arc<Registry> + 'a>,
+    /// Sets level, form and output of the log as a configuration says.
+    pub configure_log: Box<dyn Fn(&Settings) -> Result<()> + 'a>,
+    /// Listeners of the service manager's.
+    pub passed: Vec<PassedListener>,
+    /// The shell that waits for a daemon; taken once it has its answer.
+    pub launcher: &'a mut Option<Launcher>,
+}
+
+/// A master at work.
+pub(super) struct Master<'a> {
+    pub(super) setup: Setup<'a>,
+    pub(super) fleet: Fleet,
+    pub(super) workers: Workers,
+    pub(super) control: Control,
+    pub(super) notifier: Notifier,
+    signals: SignalPipe,
+    pid_file: PidFile,
+    /// What the generation that serves runs on.
+    pub(super) ground: Rc<Ground>,
+    /// What the generation of a reload under way runs on.
+    pub(super) upcoming: Option<Rc<Ground>>,
+    /// What was passed by the service manager, for life.
+    pub(super) passed: Vec<Rc<Listener>>,
+    /// A reload was asked for and has not begun; who waits for its verdict.
+    pub(super) reload_asked: bool,
+    pub(super) next_verdict_for: Vec<ClientId>,
+    /// Who waits for the verdict of the reload under way.
+    pub(super) verdict_for: Vec<ClientId>,
+    pub(super) last_reload: Option<LastReload>,
+    stopping: bool,
+    started: Millis,
+    next_watchdog: Millis,
+    shown_status: String,
+    failure: Option<Error>,
+    actions: VecDeque<Action>,
+    leave: Option<u8>,
+}
+
+/// Is the master, until it has to leave.
+///
+/// # Errors
+/// What stopped it from starting: a lock that is held, an address in use, workers that did not
+/// become ready.
+pub fn run(mut setup: Setup<'_>) -> Result<()> {
+    // Until the handlers are there, a signal must wait: its default would end us half-started.
+    signal::block_all();
+    let mut pid_file = PidFile::lock(&setup.settings.pid_file)?;
+    let passed = listeners::adopt_passed(std::mem::take(&mut setup.passed))?;
+    let settings = Rc::new(setup.settings.clone());
+    let timeout = settings.limits.write_timeout;
+    let listeners = listeners::open(&settings.listen, &[], &passed, timeout)?;
+    let opened = listeners.clone();
+    let outcome = (|| {
+        let control = Control::bind(&settings.control_socket)?;
+        pid_file.write()?;
+        let system = |what: &'static str| move |error| Error::system(what, error);
+        let signals = SignalPipe::new(&HEARD).map_err(system("catch signals"))?;
+        let workers = Workers::new().map_err(system("make the scoreboard"))?;
+        process::become_subreaper().map_err(system("become a subreaper"))?;
+        if let Some(area) = setup.title {
+            area.set(&master_title(&setup.program, &settings));
+        }
+        title::set_comm(&format!("{} master", setup.program));
+        let now = now();
+        let (fleet, actions) = Fleet::new(limits(&settings), now);
+        let ground = Rc::new(Ground {
+            registry: (setup.registry)(&settings),
+            settings,
+            listeners,
+        });
+        Ok(Master {
+            setup,
+            fleet,
+            workers,
+            control,
+            notifier: Notifier::from_environment(),
+            signals,
+            pid_file,
+            ground,
+            upcoming: None,
+            passed,
+            reload_asked: false,
+            next_verdict_for: Vec::new(),
+            verdict_for: Vec::new(),
+            last_reload: None,
+            stopping: false,
+            started: now,
+            next_watchdog: now,
+            shown_status: String::new(),
+            failure: None,
+            actions: actions.into(),
+            leave: None,
+        })
+    })();
+    match outcome {
+        Ok(mut master) => {
+            master.serve();
+            master.finish()
+        }
+        Err(error) => {
+            opened.iter().for_each(|listener| listener.remove_path());
+            Err(error)
+        }
+    }
+}
+
+impl Master<'_> {
+    fn serve(&mut self) {
+        for warning in &self.ground.settings.warnings {
+            log::warn!("{warning}");
+        }
+        self.act();
+        signal::unblock_all();
+        while self.leave.is_none() {
+            let ready = self.wait();
+            self.hear();
+            for pid in ready.links {
+                self.reports(pid);
+            }
+            self.reap();
+            if ready.control {
+                self.control.accept(now());
+            }
+            for client in ready.clients {
+                if let Some(request) = self.control.serve(client, now()) {
+                    self.request(client, request);
+                }
+            }
+            self.control.expire(now());
+            self.pass_time();
+            self.reload_if_asked();
+            self.show_status();
+        }
+    }
+
+    /// Waits until something is ready or due.
+    fn wait(&mut self) -> Ready {
+        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        let links: Vec<_> = self.workers.links().collect();
+        let clients: Vec<_> = self.control.clients().collect();
+        let listener = self.control.listener();
+        fds.extend(
+            links
+                .iter()
+                .map(|(_, fd)| PollFd::new(*fd, PollFlags::POLLIN)),
+        );
+        fds.extend(clients.iter().map(|(_, fd, writes)| {
+            let wanted = if *writes {
+                PollFlags::POLLOUT
+            } else {
+                PollFlags::POLLIN
+            };
+            PollFd::new(*fd, wanted)
+        }));
+        fds.extend(listener.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        match poll(&mut fds, self.timeout()) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            // Out of memory for a moment: signals and the clock are looked at all the same.
+            Err(error) => log::error!("poll failed: {error}; the master goes on"),
+        }
+        let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        let (links_at, clients_at) = (1, 1 + links.len());
+        let control_at = clients_at + clients.len();
+        Ready {
+            links: links
+                .iter()
+                .zip(&fds[links_at..])
+                .filter(|(_, fd)| is_ready(fd))
+                .map(|((pid, _), _)| *pid)
+                .collect(),
+            clients: clients
+                .iter()
+                .zip(&fds[clients_at..])
+                .filter(|(_, fd)| is_ready(fd))
+                .map(|((id, _, _), _)| *id)
+                .collect(),
+            control: fds.get(control_at).is_some_and(is_ready),
+        }
+    }
+
+    fn timeout(&self) -> PollTimeout {
+        let watchdog = self.notifier.watchdog().map(|_| self.next_watchdog);
+        let next = [
+            self.fleet.next_deadline(),
+            self.control.next_deadline(),
+            watchdog,
+        ]
+        .into_iter()
+        .flatten()
+        .min();
+        match next {
+            // One more millisecond: poll(2) rounds down, and waking early is waking twice.
+            Some(at) => {
+                let wait = at.saturating_sub(now()).saturating_add(1).min(3_600_000);
+                PollTimeout::try_from(Duration::from_millis(wait)).unwrap_or(PollTimeout::MAX)
+            }
+            None => PollTimeout::NONE,
+        }
+    }
+
+    fn hear(&mut self) {
+        for signal in self.signals.take() {
+            match signal {
+                Signal::SIGTERM => self.stop(Event::Stop),
+                Signal::SIGINT | Signal::SIGQUIT => self.stop(Event::StopNow),
+                Signal::SIGHUP => self.reload_asked = true,
+                Signal::SIGUSR1 => self.reopen_log(),
+                Signal::SIGUSR2 => log::warn!(
+                    "SIGUSR2: an upgrade in place is not supported yet; nothing has changed. \
+                     Restart the service to run a new binary"
+                ),
+                Signal::SIGTTIN => self.tell(Event::ScaleBy { by: 1 }),
+                Signal::SIGTTOU => self.tell(Event::ScaleBy { by: -1 }),
+                // SIGCHLD: every wake-up reaps.
+                _ => {}
+            }
+        }
+    }
+
+    fn reports(&mut self, pid: process::Pid) {
+        for report in self.workers.reports(pid) {
+            self.tell(match report {
+                Report::Ready => Event::Ready { pid },
+                Report::Retiring => Event::Retiring { pid },
+            });
+        }
+    }
+
+    fn reap(&mut self) {
+        while let Some(ended) = process::reap_any() {
+            let pid = ended.pid;
+            // What it said last comes before its end.
+            self.reports(pid);
+            let Some(worker) = self.workers.remove(pid) else {
+                // As PID 1 or subreaper we are given the orphans of others.
+                log::debug!("reaped {pid}, which is no worker");
+                continue;
+            };
+            self.tell(Event::Died {
+                pid,
+                how: ended.exit,
+                method: worker.last_method(),
+                rss_bytes: ended.peak_rss_bytes,
+                at: wall_clock(),
+            });
+        }
+    }
+
+    fn pass_time(&mut self) {
+        let now = now();
+        if self.fleet.next_deadline().is_some_and(|at| at <= now) {
+            let beats: Vec<_> = self
+                .workers
+                .iter()
+                .filter_map(|(pid, worker)| {
+                    Some(Event::Heartbeat {
+                        pid,
+                        at: worker.heartbeat()?,
+                    })
+                })
+                .collect();
+            for beat in beats {
+                self.tell(beat);
+            }
+            let actions = self.fleet.tick(now);
+            self.actions.extend(actions);
+            self.act();
+        }
+        if let Some(interval) = self.notifier.watchdog()
+            && now >= self.next_watchdog
+        {
+            // Without one healthy worker it is the service that hangs, however well we are.
+            if self.fleet.ready_count() > 0 {
+                self.notifier.tell(&[NotifyState::Watchdog]);
+            }
+            self.next_watchdog = now + (interval.as_millis() / 2) as Millis;
+        }
+    }
+
+    /// Reports to the policy, and does what it says.
+    pub(super) fn tell(&mut self, event: Event) {
+        let actions = self.fleet.handle(event, now());
+        self.actions.extend(actions);
+        self.act();
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.actions.pop_front() {
+            match action {
+                Action::Fork { slot, generation } => self.fork(slot, generation),
+                Action::Drain {
+                    pid,
+                    deadline,
+                    stop,
+                } => {
+                    let limit = Duration::from_millis(deadline.saturating_sub(now()));
+                    let order = if stop {
+                        Order::Stop(limit)
+                    } else {
+                        Order::Drain(limit)
+                    };
+                    self.workers.order(pid, order, None);
+                }
+                Action::Kill { pid, signal } => {
+                    // Only what was not reaped: no pid of anybody else's.
+                    if self.workers.get(pid).is_some() {
+                        process::kill(pid, signal);
+                    }
+                }
+                Action::StartUpDone(outcome) => self.started(outcome),
+                Action::ReloadDone(verdict) => self.verdict(verdict),
+                Action::Log { level, text } => log::log!(level, "{text}"),
+                Action::Exit { code } => self.leave = Some(code),
+            }
+        }
+    }
+
+    fn fork(&mut self, slot: Slot, generation: Generation) {
+        let ground = match &self.upcoming {
+            Some(upcoming) if generation > self.fleet.generation() => Rc::clone(upcoming),
+            _ => Rc::clone(&self.ground),
+        };
+        let parent = Parent {
+            signals: &mut self.signals,
+            pid_file: self.pid_file.raw_descriptor(),
+            title: self.setup.title,
+            program: &self.setup.program,
+        };
+        let event = match self.workers.fork(slot, generation, &ground, parent) {
+            Ok(pid) => Event::Forked {
+                slot,
+                generation,
+                pid,
+            },
+            Err(error) => Event::ForkFailed {
+                slot,
+                generation,
+                reason: error.to_string(),
+            },
+        };
+        let actions = self.fleet.handle(event, now());
+        self.actions.extend(actions);
+    }
+
+    fn started(&mut self, outcome: std::result::Result<(), String>) {
+        match outcome {
+            Ok(()) => {
+                let addresses: Vec<&str> = self
+                    .ground
+                    .listeners
+                    .iter()
+                    .map(|one| one.bound.as_str())
+                    .collect();
+                log::info!(
+                    "ready: {} workers serve {}",
+                    self.fleet.ready_count(),
+                    addresses.join(" and ")
+                );
+                self.notifier.tell(&[NotifyState::Ready]);
+                if let Some(launcher) = self.setup.launcher.take() {
+                    launcher.ready();
+                }
+            }
+            Err(reason) => {
+                let error = Error::NotReady(reason);
+                if let Some(launcher) = self.setup.launcher.take() {
+                    launcher.failed(error.exit_code(), &error.to_string());
+                }
+                self.failure = Some(error);
+            }
+        }
+    }
+
+    fn stop(&mut self, event: Event) {
+        if !self.stopping {
+            self.stopping = true;
+            self.notifier.tell(&[NotifyState::Stopping]);
+            log::info!("stops");
+        }
+        self.tell(event);
+        // Closed after the workers were told, who first take in what is in the queue.
+        for listener in &self.ground.listeners {
+            listener.remove_path();
+        }
+        self.ground = Rc::new(Ground {
+            settings: Rc::clone(&self.ground.settings),
+            registry: Arc::clone(&self.ground.registry),
+            listeners: Vec::new(),
+        });
+        self.passed.clear();
+        self.refuse_waiting("the server stops");
+    }
+
+    fn reopen_log(&mut self) {
+        let Some(file) = &self.ground.settings.log.file else {
+            return log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
+        };
+        match logging::open(Some(file)) {
+            Ok(output) => {
+                for (pid, _) in self.workers.iter() {
+                    self.workers.order(pid, Order::Log, Some(output.as_fd()));
+                }
+                logging::set_output(output);
+                log::info!("log file reopened");
+            }
+            Err(error) => log::error!(
+                "{} can't be reopened: {error}; the log goes on where it was",
+                file.display()
+            ),
+        }
+    }
+
+    fn request(&mut self, client: ClientId, request: Request) {
+        match request {
+            Request::Status => {
+                let about = About {
+                    started: self.started,
+                    last_reload: self.last_reload.as_ref(),
+                    warnings: &self.ground.settings.warnings,
+                    listeners: &self.ground.listeners,
+                };
+                let answer = status(&self.fleet, &self.workers, &about, now());
+                self.control
+                    .answer(client, &Response::status(answer), now());
+            }
+            Request::Reload if self.stopping => {
+                let refused = Response::refused("the server stops", 1);
+                self.control.answer(client, &refused, now());
+            }
+            Request::Reload => {
+                self.reload_asked = true;
+                self.next_verdict_for.push(client);
+            }
+            Request::Scale { count } => {
+                let answer = if self.stopping {
+                    Response::refused("the server stops", 1)
+                } else if (1..=super::event::MAX_COUNT).contains(&count) {
+                    self.tell(Event::Scale { count });
+                    Response::said(format!("{} workers are wanted", self.fleet.target_count()))
+                } else {
+                    let most = super::event::MAX_COUNT;
+                    Response::refused(format!("{count} workers: 1 to {most} can be had"), 64)
+                };
+                self.control.answer(client, &answer, now());
+            }
+            Request::Stop { now: at_once } => {
+                // Answered before anything else: the end of the connection is the rest.
+                self.control
+                    .answer_and_keep(client, &Response::done(), now());
+                self.stop(if at_once { Event::StopNow } else { Event::Stop });
+            }
+        }
+    }
+
+    /// What `systemctl status` shows.
+    fn show_status(&mut self) {
+        let text = if self.stopping {
+            format!("stopping, {} workers are left", self.workers.iter().count())
+        } else {
+            format!(
+                "{} of {} workers ready, generation {}",
+                self.fleet.ready_count(),
+                self.fleet.target_count(),
+                self.fleet.generation()
+            )
+        };
+        if text != self.shown_status {
+            self.notifier.tell(&[NotifyState::Status(&text)]);
+            self.shown_status = text;
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        for listener in &self.ground.listeners {
+            listener.remove_path();
+        }
+        self.control.remove();
+        self.pid_file.remove();
+        log::info!("left");
+        match (self.leave, self.failure) {
+            // A start that was stopped by order has not failed.
+            (None | Some(0), _) => Ok(()),
+            (Some(_), Some(error)) => Err(error),
+            (Some(code), None) => Err(Error::Bug(format!("the master left with code {code}"))),
+        }
+    }
+}
+
+/// What poll(2) has found.
+struct Ready {
+    links: Vec<process::Pid>,
+    clients: Vec<ClientId>,
+    control: bool,
+}
+
+/// The clock of all deadlines: CLOCK_MONOTONIC, which the workers' heartbeats are written in too.
+pub(super) fn now() -> Millis {
+    process::monotonic().as_millis() as Millis
+}
+
+/// Seconds since 1970, for records that people read.
+pub(super) fn wall_clock() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// What the policy needs to know of a configuration.
+pub(super) fn limits(settings: &Settings) -> Limits {
+    let workers = &settings.workers;
+    let millis = |duration: Duration| duration.as_millis() as Millis;
+    Limits {
+        count: workers.count,
+        boot_timeout: millis(workers.boot_timeout),
+        drain_timeout: millis(workers.drain_timeout),
+        heartbeat_timeout: millis(workers.heartbeat_timeout),
+        respawn_burst: workers.respawn_burst,
+        respawn_max_delay: millis(workers.respawn_max_delay),
+    }
+}
+
+fn master_title(program: &str, settings: &Settings) -> String {
+    match &settings.file {
+        Some(file) => format!("{program}: master {}", file.display()),
+        None => format!("{program}: master"),
+    }
+}

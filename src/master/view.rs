@@ -1,0 +1,172 @@
+//! What `status` shows of the fleet: read access, no decision.
+
+use std::fmt;
+
+use super::children::{Child, Holder, Seat, Stage, Tenure};
+use super::deaths::Deaths;
+use super::event::Millis;
+use super::fleet::Fleet;
+use super::reload::Verdict;
+use super::throttle::HEALTHY_AFTER;
+use crate::link::ids::{Generation, Pid, Slot};
+
+/// A worker's state, in `status`'s words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Forked, not yet ready.
+    Starting,
+    /// Serves.
+    Ready,
+    /// Its end was asked for.
+    Draining,
+    /// No worker: the slot waits until it may be forked again.
+    Throttled,
+    /// No worker: its successor is being forked.
+    Dead,
+}
+
+impl State {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Starting => "starting",
+            State::Ready => "ready",
+            State::Draining => "draining",
+            State::Throttled => "throttled",
+            State::Dead => "dead",
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// One line of `status`: a worker, or a slot without one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerView {
+    /// Its slot.
+    pub slot: Slot,
+    /// Its generation.
+    pub generation: Generation,
+    /// `None` iff throttled or dead.
+    pub pid: Option<Pid>,
+    /// Its state.
+    pub state: State,
+    /// Since when it is in that state.
+    pub since: Millis,
+    /// When it was forked; without a worker, as `since`.
+    pub born: Millis,
+    /// Young deaths of the slot in a row; 0 for one that drains.
+    pub young_deaths: u32,
+    /// Refused forks of the slot in a row.
+    pub refused_forks: u32,
+    /// When a throttled slot is forked again.
+    pub next_fork: Option<Millis>,
+}
+
+impl Fleet {
+    /// Every worker and every slot without one: by slot, the newest generation first, and those
+    /// that drain after the one that serves.
+    pub fn workers(&self) -> Vec<WorkerView> {
+        let seats = self.table.seats.iter().filter(|(_, tenure)| tenure.wanted);
+        let draining = self
+            .table
+            .children
+            .iter()
+            .filter(|(_, child)| child.drains());
+        let mut views: Vec<_> = seats
+            .map(|(seat, tenure)| self.view_seat(*seat, tenure))
+            .chain(draining.map(|(pid, child)| view_draining(*pid, child)))
+            .collect();
+        views.sort_by_key(|view| {
+            let drains = view.state == State::Draining;
+            (view.slot, drains, std::cmp::Reverse(view.generation))
+        });
+        views
+    }
+
+    /// The generation that serves.
+    pub fn generation(&self) -> Generation {
+        self.serving
+    }
+
+    /// How many workers there shall be.
+    pub fn target_count(&self) -> usize {
+        self.count
+    }
+
+    /// How many workers of the serving generation are ready.
+    pub fn ready_count(&self) -> usize {
+        let ready = |child: &&Child| child.serves() && child.seat.generation == self.serving;
+        self.table.children.values().filter(ready).count()
+    }
+
+    /// Every child not yet reaped.
+    pub fn pids(&self) -> impl Iterator<Item = Pid> {
+        self.table.children.keys().copied()
+    }
+
+    /// How the last reload ended, if there was one.
+    pub fn last_reload(&self) -> Option<&Verdict> {
+        self.last_reload.as_ref()
+    }
+
+    /// The last deaths.
+    pub fn deaths(&self) -> &Deaths {
+        &self.deaths
+    }
+
+    fn view_seat(&self, seat: Seat, tenure: &Tenure) -> WorkerView {
+        let mut view = WorkerView {
+            slot: seat.slot,
+            generation: seat.generation,
+            pid: None,
+            state: State::Dead,
+            since: tenure.since,
+            born: tenure.since,
+            young_deaths: tenure.throttle.young_deaths(),
+            refused_forks: tenure.throttle.refused_forks(),
+            next_fork: None,
+        };
+        match tenure.holder {
+            Holder::Forking => {}
+            Holder::Throttled { until } => {
+                view.state = State::Throttled;
+                view.next_fork = Some(until);
+            }
+            Holder::Worker(pid) => {
+                let child = &self.table.children[&pid];
+                view.pid = Some(pid);
+                view.since = child.since;
+                view.born = child.born;
+                view.state = match child.stage {
+                    Stage::Starting => State::Starting,
+                    Stage::Ready => State::Ready,
+                    Stage::Draining { .. } => State::Draining,
+                };
+                // So much health has cleared the count, though it is only noted at its end.
+                if child.health(self.now).is_some_and(|ms| ms >= HEALTHY_AFTER) {
+                    view.young_deaths = 0;
+                }
+            }
+        }
+        view
+    }
+}
+
+fn view_draining(pid: Pid, child: &Child) -> WorkerView {
+    WorkerView {
+        slot: child.seat.slot,
+        generation: child.seat.generation,
+        pid: Some(pid),
+        state: State::Draining,
+        since: child.since,
+        born: child.born,
+        young_deaths: 0,
+        refused_forks: 0,
+        next_fork: None,
+    }
+}

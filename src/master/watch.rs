@@ -1,0 +1,153 @@
+//! What the passing of time brings: throttled slots come due, workers overstay, event loops stick.
+//!
+//! Each child has at most one next signal ([`super::children::Child::next`]); here it is sent and
+//! the one after it set. A master that was itself paused (SIGSTOP, a frozen group) finds every
+//! deadline long gone, and its workers' reports unread: then nobody is ended, all get a fresh grace.
+
+use log::Level;
+use nix::sys::signal::Signal;
+
+use super::children::{Child, Holder, Seat, Stage};
+use super::event::{Action, Millis, Span};
+use super::fleet::Fleet;
+use super::life::pairs;
+use crate::link::ids::Pid;
+
+/// From the drain deadline to TERM: a worker ends its drain by itself, and is given the time to.
+pub(super) const AFTER_DRAIN: Millis = 100;
+/// For a worker whose end is asked for before it is ready: so long its ready may be on the way.
+pub(super) const STARTING_GRACE: Millis = 500;
+/// Later than this for a deadline, the master was paused.
+const PAUSE: Millis = 1_000;
+/// At least so long everybody has after a pause.
+const GRACE_AFTER_PAUSE: Millis = 1_000;
+
+/// How long a signal is given to work before KILL.
+pub(super) fn kill_after(signal: Signal) -> Millis {
+    match signal {
+        // With AFTER_DRAIN within half a second of the drain deadline.
+        Signal::SIGTERM => 300,
+        _ => 500,
+    }
+}
+
+impl Fleet {
+    /// Does what is due.
+    pub(super) fn pass_time(&mut self) {
+        let now = self.now;
+        let is_due = |child: &Child| child.due_at().is_some_and(|at| at <= now);
+        let due: Vec<Pid> = (self.table.children.iter())
+            .filter(|(_, child)| is_due(child))
+            .map(|(pid, _)| *pid)
+            .collect();
+        for pid in due {
+            // The one before may have ended a reload, and with it this one's reason to be ended.
+            if is_due(self.child_mut(pid)) {
+                self.signal(pid);
+            }
+        }
+        let due: Vec<Seat> = (self.table.seats.iter())
+            .filter(|(_, tenure)| match tenure.holder {
+                Holder::Throttled { until } => until <= now,
+                Holder::Forking | Holder::Worker(_) => false,
+            })
+            .map(|(seat, _)| *seat)
+            .collect();
+        for seat in due {
+            self.refill(seat, now);
+        }
+        if let Some(more) = self.troubles.flush(now) {
+            let text = format!(
+                "{more} more lines about workers were held back; `status` shows the last deaths"
+            );
+            self.log(Level::Warn, text);
+        }
+        if let Some(more) = self.refusals.flush(now) {
+            self.log(Level::Warn, format!("{more} more forks were refused"));
+        }
+    }
+
+    /// When the next of these is due.
+    pub(super) fn earliest(&self) -> Option<Millis> {
+        let children = self.table.children.values().filter_map(Child::due_at);
+        let seats = self
+            .table
+            .seats
+            .values()
+            .filter_map(|tenure| match tenure.holder {
+                Holder::Throttled { until } => Some(until),
+                Holder::Forking | Holder::Worker(_) => None,
+            });
+        children
+            .chain(seats)
+            .chain(self.troubles.flush_at())
+            .chain(self.refusals.flush_at())
+            .min()
+    }
+
+    /// If the master comes far later than it had to, everybody's clock starts afresh.
+    pub(super) fn forgive_a_pause(&mut self) {
+        let now = self.now;
+        let Some(late) = self.promised.and_then(|at| now.checked_sub(at)) else {
+            return;
+        };
+        if late <= PAUSE {
+            return;
+        }
+        for child in self.table.children.values_mut() {
+            child.heartbeat = now;
+            if let Some((at, _)) = &mut child.next {
+                *at = match child.stage {
+                    // Its doom too waits: the death may be in the queue.
+                    Stage::Starting if child.doom.is_none() => now + child.limits.boot_timeout,
+                    _ => (*at).max(now + GRACE_AFTER_PAUSE),
+                };
+            }
+        }
+        let late = Span(late);
+        let text = format!("the master was paused for {late} or more: all deadlines start afresh");
+        self.trouble(Level::Warn, text);
+    }
+
+    /// Sends a worker the signal that is due, and sets the next.
+    fn signal(&mut self, pid: Pid) {
+        let now = self.now;
+        let child = self.child_mut(pid);
+        let signal = match child.next {
+            Some((at, signal)) if at <= now => signal,
+            _ => Signal::SIGABRT, // Then it is the heartbeat that is due.
+        };
+        child.next = match signal {
+            Signal::SIGKILL => None,
+            _ => Some((now + kill_after(signal), Signal::SIGKILL)),
+        };
+        let (seat, starting) = (child.seat, child.stage == Stage::Starting);
+        let begins = child.doom.is_none();
+        let reason = child.doom.take().unwrap_or_else(|| match child.stage {
+            Stage::Starting => {
+                let timeout = Span(child.limits.boot_timeout);
+                format!("not ready within boot-timeout ({timeout})")
+            }
+            Stage::Ready => {
+                let silent = Span(now - child.heartbeat);
+                format!("event loop stuck for {silent}")
+            }
+            Stage::Draining { .. } if child.ready_at.is_none() => {
+                "not needed any more before it was ready".to_owned()
+            }
+            Stage::Draining { .. } => "not done by its drain deadline".to_owned(),
+        });
+        child.doom = Some(reason.clone());
+        let unready = child.ready_at.is_none() && child.drains();
+        self.act(Action::Kill { pid, signal });
+        let (slot, pairs) = (seat.slot, pairs(pid, seat));
+        let text = format!("worker {pid} (slot {slot}) gets {signal}: {reason} {pairs}");
+        match unready && signal == Signal::SIGTERM {
+            true => self.log(Level::Debug, text),
+            false => self.trouble(Level::Warn, text),
+        }
+        if starting && begins && self.is_newcomer(seat) {
+            self.newcomer_failed(&format!("worker {pid} (slot {slot}): {reason}"));
+        }
+    }
+}

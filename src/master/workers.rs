@@ -1,0 +1,230 @@
+//! The master's hold on its living workers: the link, the scoreboard record, the generation.
+//!
+//! Forks them, speaks with them, and forgets them when they are reaped. Who is forked when is
+//! decided by `Fleet`.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::listeners::Listener;
+use crate::config::Settings;
+use crate::handler::registry::Registry;
+use crate::link::channel::{self, MasterEnd, Received};
+use crate::link::ids::{Generation, Pid, Slot};
+use crate::link::message::{Message, Order, Report};
+use crate::link::scoreboard::{RECORDS, Record, Scoreboard};
+use crate::sys::process::{Fork, fork};
+use crate::sys::signal::{self, SignalPipe};
+use crate::sys::title::TitleArea;
+use crate::worker::{self, Boot};
+
+/// What the workers of one configuration are started from.
+#[derive(Debug)]
+pub struct Ground {
+    /// The configuration.
+    pub settings: Rc<Settings>,
+    /// Its methods.
+    pub registry: Arc<Registry>,
+    /// Its listeners.
+    pub listeners: Vec<Rc<Listener>>,
+}
+
+/// What every fork needs of the master.
+pub struct Parent<'a> {
+    /// The signal pipe, which the child leaves.
+    pub signals: &'a mut SignalPipe,
+    /// The pid file, which the child closes.
+    pub pid_file: RawFd,
+    /// Where the child's title goes.
+    pub title: Option<TitleArea>,
+    /// The program's name.
+    pub program: &'a str,
+}
+
+/// One living worker.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its generation.
+    pub generation: Generation,
+    /// Its configuration. Not its listeners, which the master closes before it has ended.
+    pub settings: Rc<Settings>,
+    /// Its methods.
+    pub registry: Arc<Registry>,
+    /// What it shows.
+    pub record: &'static Record,
+    record_index: usize,
+    /// `None` once it has closed its end.
+    link: Option<MasterEnd>,
+}
+
+/// All living workers.
+#[derive(Debug)]
+pub struct Workers {
+    board: Scoreboard,
+    free: Vec<usize>,
+    living: HashMap<Pid, Worker>,
+}
+
+impl Workers {
+    /// None yet.
+    ///
+    /// # Errors
+    /// When there is no memory for the scoreboard.
+    pub fn new() -> io::Result<Self> {
+        Ok(Workers {
+            board: Scoreboard::new()?,
+            free: (0..RECORDS).rev().collect(),
+            living: HashMap::new(),
+        })
+    }
+
+    /// Forks a worker. Only the parent returns.
+    ///
+    /// # Errors
+    /// When the system gives no process, no descriptor, or all records are taken.
+    pub fn fork(
+        &mut self,
+        slot: Slot,
+        generation: Generation,
+        ground: &Rc<Ground>,
+        parent: Parent<'_>,
+    ) -> io::Result<Pid> {
+        let index = self.free.pop().ok_or(io::ErrorKind::ResourceBusy)?;
+        let forked = self.fork_with(slot, generation, ground, parent, index);
+        if forked.is_err() {
+            self.free.push(index);
+        }
+        forked
+    }
+
+    fn fork_with(
+        &mut self,
+        slot: Slot,
+        generation: Generation,
+        ground: &Rc<Ground>,
+        parent: Parent<'_>,
+        record_index: usize,
+    ) -> io::Result<Pid> {
+        let (master_end, worker_end) = channel::pair()?;
+        let record = self.board.record(record_index);
+        record.clear();
+        let master = Pid::current();
+        // A signal between fork and the child's own handlers would wake the master, or be lost.
+        signal::block_all();
+        let forked = match fork() {
+            Ok(Fork::Child) => worker::run(Boot {
+                slot,
+                generation,
+                settings: Rc::clone(&ground.settings),
+                registry: Arc::clone(&ground.registry),
+                listeners: ground
+                    .listeners
+                    .iter()
+                    .map(|one| Rc::clone(&one.fd))
+                    .collect(),
+                link: worker_end,
+                record,
+                master_signals: parent.signals,
+                pid_file: parent.pid_file,
+                title: parent.title,
+                program: parent.program.to_owned(),
+                master,
+            }),
+            Ok(Fork::Parent(pid)) => Ok(pid),
+            Err(error) => Err(error),
+        };
+        signal::unblock_all();
+        let pid = forked?;
+        self.living.insert(
+            pid,
+            Worker {
+                generation,
+                settings: Rc::clone(&ground.settings),
+                registry: Arc::clone(&ground.registry),
+                record,
+                record_index,
+                link: Some(master_end),
+            },
+        );
+        Ok(pid)
+    }
+
+    /// A worker that lives, or has not been reaped yet.
+    pub fn get(&self, pid: Pid) -> Option<&Worker> {
+        self.living.get(&pid)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (Pid, &Worker)> {
+        self.living.iter().map(|(pid, worker)| (*pid, worker))
+    }
+
+    /// The links that stand, to be polled.
+    pub fn links(&self) -> impl Iterator<Item = (Pid, BorrowedFd<'_>)> {
+        self.living
+            .iter()
+            .filter_map(|(pid, worker)| Some((*pid, worker.link.as_ref()?.as_fd())))
+    }
+
+    /// What a worker has reported since the last look.
+    pub fn reports(&mut self, pid: Pid) -> Vec<Report> {
+        let mut reports = Vec::new();
+        let Some(worker) = self.living.get_mut(&pid) else {
+            return reports;
+        };
+        while let Some(link) = &worker.link {
+            match link.receive() {
+                // A child is never trusted: what does not speak for itself is not heard.
+                Received::Message(message, _) if message.pid == pid => reports.push(message.body),
+                Received::Message(..) | Received::Garbage => {
+                    log::warn!("worker {pid} sent something that is no report of its own");
+                }
+                Received::Empty => break,
+                Received::End => worker.link = None,
+            }
+        }
+        reports
+    }
+
+    /// Gives a worker an order, with a descriptor if it needs one. One that has closed its link
+    /// is about to be reaped.
+    pub fn order(&self, pid: Pid, body: Order, descriptor: Option<BorrowedFd<'_>>) {
+        let Some(worker) = self.living.get(&pid) else {
+            return;
+        };
+        let message = Message {
+            pid,
+            generation: worker.generation,
+            body,
+        };
+        if let Some(link) = &worker.link
+            && let Err(error) = link.send(message, descriptor)
+        {
+            log::warn!("worker {pid} could not be told {body:?}: {error}");
+        }
+    }
+
+    /// Forgets a worker that was reaped.
+    pub fn remove(&mut self, pid: Pid) -> Option<Worker> {
+        let worker = self.living.remove(&pid)?;
+        self.free.push(worker.record_index);
+        Some(worker)
+    }
+}
+
+impl Worker {
+    /// The method to name when it has died.
+    pub fn last_method(&self) -> Option<String> {
+        let method = self.record.last_method()?;
+        Some(self.registry.name(method).to_owned())
+    }
+
+    /// When its loop last turned, in milliseconds (CLOCK_MONOTONIC); `None`: never yet.
+    pub fn heartbeat(&self) -> Option<u64> {
+        Some(self.record.heartbeat_ms.load(Relaxed)).filter(|&at| at > 0)
+    }
+}
