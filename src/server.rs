@@ -1,0 +1,249 @@
+//! The server: where configuration, methods, log, master and workers are joined.
+//!
+//! A program registers its methods here and runs; commands and options are `cli`'s. Fails with
+//! what stopped the master from starting, or with the panic that ended it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
+use crate::error::{Error, Result};
+use crate::handler::registry::{Method, Registry};
+use crate::handler::{Handler, Placement, builtin, function};
+use crate::logging::{self, Form};
+use crate::master;
+use crate::protocol::RpcError;
+use crate::sys::daemon::{self, Detached, Launcher};
+use crate::sys::notify;
+use crate::sys::process;
+use crate::sys::title::TitleArea;
+
+/// A server with the methods that a program gives it.
+///
+/// ```no_run
+/// fn main() -> std::process::ExitCode {
+///     preforkd::Server::new().method("add", |(a, b): (i64, i64)| Ok(a + b)).run()
+/// }
+/// ```
+#[derive(Default)]
+pub struct Server {
+    name: Option<String>,
+    methods: BTreeMap<String, Arc<dyn Handler>>,
+    /// The first name that was registered twice: told when the server is run.
+    twice: Option<String>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let methods: Vec<&String> = self.methods.keys().collect();
+        f.debug_struct("Server")
+            .field("methods", &methods)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// A server with no method but the built-in ones.
+    pub fn new() -> Self {
+        Server::default()
+    }
+
+    /// The name in titles and messages, in place of that of the executable.
+    #[must_use]
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Adds a method that runs on a handler thread. Params and result go through serde; a panic
+    /// is answered with `internal`, and the worker lives.
+    #[must_use]
+    pub fn method<P, R>(
+        self,
+        name: impl Into<String>,
+        function: impl Fn(P) -> std::result::Result<R, RpcError> + Send + Sync + 'static,
+    ) -> Self
+    where
+        P: DeserializeOwned + 'static,
+        R: Serialize + 'static,
+    {
+        self.add(
+            name.into(),
+            Arc::new(function::typed(Placement::Thread, function)),
+        )
+    }
+
+    /// Adds a method that runs on the event loop: for what takes microseconds and never waits,
+    /// because every other call of the worker waits for it.
+    #[must_use]
+    pub fn inline<P, R>(
+        self,
+        name: impl Into<String>,
+        function: impl Fn(P) -> std::result::Result<R, RpcError> + Send + Sync + 'static,
+    ) -> Self
+    where
+        P: DeserializeOwned + 'static,
+        R: Serialize + 'static,
+    {
+        self.add(
+            name.into(),
+            Arc::new(function::typed(Placement::Inline, function)),
+        )
+    }
+
+    fn add(mut self, name: String, handler: Arc<dyn Handler>) -> Self {
+        if self.methods.insert(name.clone(), handler).is_some() {
+            self.twice.get_or_insert(name);
+        }
+        self
+    }
+
+    /// The name in titles and messages.
+    pub fn name(&self) -> String {
+        let executable = || {
+            let first = std::env::args_os().next()?;
+            Some(
+                Path::new(&first)
+                    .file_name()?
+                    .to_string_lossy()
+                    .into_owned(),
+            )
+        };
+        self.name
+            .clone()
+            .or_else(executable)
+            .unwrap_or_else(|| "preforkd".into())
+    }
+
+    /// The names of the methods that the program has registered.
+    pub fn functions(&self) -> BTreeSet<String> {
+        self.methods.keys().cloned().collect()
+    }
+
+    /// Runs the master until it is told to leave.
+    ///
+    /// # Errors
+    /// What kept it from starting, or ended it.
+    pub fn serve(self, file: Option<PathBuf>, mut overrides: Overrides) -> Result<()> {
+        if let Some(name) = &self.twice {
+            return Err(Error::Usage(format!(
+                "the method {name:?} is registered twice in this program: rename one of them"
+            )));
+        }
+        overrides.functions = self.functions();
+        overrides.anchor();
+        let settings = config::load(file.as_deref(), &overrides)?;
+        // A reload must find the same file from wherever the daemon then is.
+        let file = settings.file.clone().or(file);
+        let program = self.name();
+        let title = TitleArea::claim();
+        // Before the pid changes, which the service manager has written into the variables.
+        let passed = notify::take_listeners()
+            .map_err(|error| Error::system("take the service manager's listeners", error))?;
+        configure_log(&settings)?;
+        logging::log_panics();
+        let mut launcher = None;
+        if settings.daemon {
+            match daemon::detach().map_err(|error| Error::system("detach", error))? {
+                Detached::Launcher(word) => return launched(word),
+                Detached::Daemon(waiting) => launcher = Some(waiting),
+            }
+        }
+        logging::i_am_master();
+        raise_descriptor_limit();
+        let setup = master::Setup {
+            program,
+            title,
+            settings,
+            load: Box::new(|| config::load(file.as_deref(), &overrides)),
+            registry: Box::new(|settings| self.registry(settings)),
+            configure_log: Box::new(configure_log),
+            passed,
+            launcher: &mut launcher,
+        };
+        let lived = catch_unwind(AssertUnwindSafe(|| master::run(setup)));
+        end(lived, launcher)
+    }
+
+    /// The table of methods that a configuration asks for.
+    fn registry(&self, settings: &Settings) -> Arc<Registry> {
+        let method = |(name, method): (&String, &config::Method)| {
+            let handler: Arc<dyn Handler> = match method.kind {
+                MethodKind::Builtin(Builtin::Ping) => Arc::new(builtin::Ping),
+                MethodKind::Builtin(Builtin::Echo) => Arc::new(builtin::Echo),
+                MethodKind::Builtin(Builtin::Sleep) => Arc::new(builtin::Sleep),
+                // `config` lets only names through that it was told of.
+                MethodKind::Function => Arc::clone(self.methods.get(name)?),
+            };
+            Some(Method {
+                name: name.clone(),
+                handler,
+                timeout: method.timeout,
+                concurrency: method.concurrency,
+                rate: method.rate,
+            })
+        };
+        Arc::new(Registry::new(
+            settings.methods.iter().filter_map(method).collect(),
+        ))
+    }
+}
+
+/// What the launching shell is told.
+fn launched(word: Option<(u8, String)>) -> Result<()> {
+    match word {
+        Some((0, _)) => Ok(()),
+        Some((code, message)) => Err(Error::Daemon { code, message }),
+        None => Err(Error::Bug(
+            "the daemon ended before it was ready, without a word".into(),
+        )),
+    }
+}
+
+fn configure_log(settings: &Settings) -> Result<()> {
+    let form = match settings.log.format {
+        LogFormat::Json => Form::Json,
+        LogFormat::Text if settings.log.file.is_none() && logging::is_journal() => Form::Journal,
+        LogFormat::Text => Form::Text,
+    };
+    let file = settings.log.file.as_deref();
+    let output = logging::open(file).map_err(|error| {
+        let place = file.map_or("standard error".into(), |file| file.display().to_string());
+        Error::system_with(
+            format!("open the log {place}"),
+            error,
+            "name a place that this user may write to in log.file",
+        )
+    })?;
+    logging::configure(settings.log.level, form);
+    logging::set_output(output);
+    Ok(())
+}
+
+fn raise_descriptor_limit() {
+    match process::raise_descriptor_limit() {
+        Ok(limit) => log::debug!("{limit} descriptors may be open"),
+        Err(error) => log::warn!("the limit of open descriptors stays as it is: {error}"),
+    }
+}
+
+/// The master has left: tells the launching shell if it still waits.
+fn end(lived: std::thread::Result<Result<()>>, launcher: Option<Launcher>) -> Result<()> {
+    let outcome = lived.unwrap_or_else(|_| {
+        // The hook has logged it. The workers see their links end, answer what runs, and leave.
+        Err(Error::Bug("the master panicked; the log says where".into()))
+    });
+    if let (Err(error), Some(launcher)) = (&outcome, launcher) {
+        launcher.failed(error.exit_code(), &error.to_string());
+    }
+    if let Err(error @ Error::Bug(_)) = &outcome {
+        log::error!("{error}");
+        process::exit_now(i32::from(error.exit_code()));
+    }
+    outcome
+}
