@@ -1,0 +1,209 @@
+//! A small blocking client: one connection, one call at a time, in the plain form over frames.
+//!
+//! It sends each call with one write and waits for its answer. It does not reconnect and repeats
+//! nothing: whether a call may be sent again is told by the error ([`ClientError::is_safe_to_repeat`]),
+//! and decided by the caller. After any error but a refusal the connection is closed, for an answer
+//! that comes late must not be taken for the next call's.
+
+mod answer;
+mod error;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::{RawValue, to_raw_value};
+
+pub use error::ClientError;
+
+use crate::protocol::code::Code;
+use crate::protocol::frame::{self, Decoded};
+use stream::Stream;
+
+/// The largest body that can be told from the other dialects, in bytes: a length's fourth byte is
+/// below 0x09. What declares more is no frame, but some other server's text.
+const BODY_MAX: usize = 0x08FF_FFFF;
+
+/// The least that is asked of the system at once, and the most that is made room for ahead of the
+/// bytes themselves: a declared length alone allocates no more than this.
+const READ_MIN: usize = 16 << 10;
+const READ_MAX: usize = 1 << 20;
+
+/// A connection to a server.
+#[derive(Debug)]
+pub struct Client {
+    /// `None` once an error left it unclear which answer comes next.
+    stream: Option<Stream>,
+    /// What was received and not yet taken.
+    inbox: Vec<u8>,
+    /// How long an answer may take; `None` for as long as the server lives.
+    timeout: Option<Duration>,
+}
+
+/// What a server answered, with its members to the letter.
+#[derive(Debug, Clone)]
+pub struct Reply {
+    /// The answer's name: the method's, unless the handler names it.
+    pub out: String,
+    /// The result, as raw JSON.
+    pub result: Box<RawValue>,
+    /// The call's id, as raw JSON.
+    pub id: Option<Box<RawValue>>,
+}
+
+/// A call as it is written.
+#[derive(Serialize)]
+struct Call<'a> {
+    #[serde(rename = "in")]
+    method: &'a str,
+    params: &'a RawValue,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout_ms: Option<u64>,
+}
+
+impl Client {
+    /// Connects to `"127.0.0.1:8080"`, `"[::1]:8080"`, `"localhost:8080"` or
+    /// `"unix:/run/preforkd/rpc.sock"`. `timeout` is how long connecting may take for each address
+    /// that a name stands for, and later how long each answer may take; `None` sets no limit of
+    /// this side's own.
+    ///
+    /// # Errors
+    /// [`ClientError::Address`] for what is no address, [`ClientError::NoServer`] if nobody is
+    /// there.
+    pub fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
+        let stream = Stream::connect(address, timeout)?;
+        Ok(Client {
+            stream: Some(stream),
+            inbox: Vec::new(),
+            timeout,
+        })
+    }
+
+    /// Calls a method and reads its result as an `R`.
+    ///
+    /// # Errors
+    /// Each of [`ClientError`]'s but those of connecting.
+    pub fn call<R: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        params: impl Serialize,
+    ) -> Result<R, ClientError> {
+        let params = to_raw_value(&params).map_err(ClientError::Params)?;
+        let reply = self.exchange(&Call {
+            method,
+            params: &params,
+            id: None,
+            timeout_ms: None,
+        })?;
+        serde_json::from_str(reply.result.get()).map_err(ClientError::Result)
+    }
+
+    /// Calls a method with params, and an id, that are JSON already; they go through to the letter.
+    /// `timeout_ms` is how many milliseconds the server is told that the caller waits.
+    ///
+    /// # Errors
+    /// [`ClientError::Params`] for params or an id that are no JSON, and what [`Client::call`] has.
+    pub fn call_raw(
+        &mut self,
+        method: &str,
+        params_json: &str,
+        id: Option<&str>,
+        timeout_ms: Option<u64>,
+    ) -> Result<Reply, ClientError> {
+        let raw = |text| serde_json::from_str::<&RawValue>(text).map_err(ClientError::Params);
+        self.exchange(&Call {
+            method,
+            params: raw(params_json)?,
+            id: id.map(raw).transpose()?,
+            timeout_ms,
+        })
+    }
+
+    /// Sends one call and takes its answer.
+    fn exchange(&mut self, call: &Call<'_>) -> Result<Reply, ClientError> {
+        let mut bytes = Vec::new();
+        let mark = frame::begin(&mut bytes);
+        serde_json::to_writer(&mut bytes, call).map_err(ClientError::Params)?;
+        if bytes.len() - mark - frame::HEADER > BODY_MAX {
+            return Err(ClientError::TooLarge(bytes.len() - mark - frame::HEADER));
+        }
+        frame::finish(&mut bytes, mark);
+
+        // Put back only when it is certain that the next bytes belong to the next call.
+        let mut stream = self.stream.take().ok_or(ClientError::Closed)?;
+        let deadline = self
+            .timeout
+            .and_then(|limit| Instant::now().checked_add(limit));
+        let sent = stream.send(&bytes, deadline);
+        let body = match (receive(&mut stream, &mut self.inbox, deadline), sent) {
+            (Ok(body), sent) => {
+                // A server that refuses a call before it has read it whole answers, then closes.
+                if sent.is_ok() {
+                    self.stream = Some(stream);
+                }
+                body
+            }
+            (Err(_), Err(error)) => return Err(self.gone(error)),
+            (Err(Lost::Io(error)), Ok(())) => return Err(self.gone(error)),
+            (Err(Lost::Alien(text)), Ok(())) => return Err(ClientError::Protocol(text)),
+        };
+        let outcome = answer::parse(&body, call.id.map(RawValue::get));
+        let closed = match &outcome {
+            Ok(_) => false,
+            // The server closes after these, and whatever is sent meanwhile is not read.
+            Err(ClientError::Refused(error)) => error.table_code().is_some_and(Code::closes),
+            Err(_) => true,
+        };
+        if closed {
+            self.stream = None;
+        }
+        outcome
+    }
+
+    /// The error of a connection that failed while a call was on its way.
+    fn gone(&self, error: io::Error) -> ClientError {
+        match (error.kind(), self.timeout) {
+            (io::ErrorKind::TimedOut, Some(limit)) => ClientError::TimedOut(limit),
+            _ => ClientError::Gone(error),
+        }
+    }
+}
+
+/// Why there is no answer.
+enum Lost {
+    Io(io::Error),
+    /// What came is no frame.
+    Alien(String),
+}
+
+/// Reads until one frame is whole, and takes its body out of the inbox.
+fn receive(
+    stream: &mut Stream,
+    inbox: &mut Vec<u8>,
+    deadline: Option<Instant>,
+) -> Result<Vec<u8>, Lost> {
+    loop {
+        let need = match frame::decode(inbox, BODY_MAX) {
+            Decoded::Whole { body, used } => {
+                let body = body.to_vec();
+                inbox.drain(..used);
+                return Ok(body);
+            }
+            Decoded::Partial { need } => need,
+            Decoded::TooLarge { .. } => {
+                return Err(Lost::Alien(format!(
+                    "the answer begins with \"{}\", which is no frame: some other server is there",
+                    inbox.escape_ascii()
+                )));
+            }
+        };
+        let room = (need - inbox.len()).clamp(READ_MIN, READ_MAX);
+        stream.receive(inbox, room, deadline).map_err(Lost::Io)?;
+    }
+}

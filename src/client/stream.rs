@@ -1,0 +1,135 @@
+//! The client's end of a connection, TCP or unix, with a deadline for each step.
+//!
+//! It moves bytes and knows no frames. Every failure is an `io::Error`; one of kind `TimedOut` is
+//! the deadline's and nobody else's.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::ClientError;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    /// Connects to `HOST:PORT` or `unix:PATH`.
+    pub(super) fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
+        let nobody = |source| ClientError::NoServer {
+            address: address.to_owned(),
+            source,
+        };
+        if let Some(path) = address.strip_prefix("unix:") {
+            // connect(2) on a unix socket waits only while the backlog is full.
+            return UnixStream::connect(path).map(Stream::Unix).map_err(nobody);
+        }
+        let wrong = || {
+            ClientError::Address(format!(
+                "{address:?} is no address; write it as in \"127.0.0.1:8080\", \
+                 \"localhost:8080\" or \"unix:/run/preforkd/rpc.sock\""
+            ))
+        };
+        let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
+        if host.is_empty() || !port.parse().is_ok_and(|port: u16| port > 0) {
+            return Err(wrong());
+        }
+        let mut failure = io::Error::new(ErrorKind::NotFound, "the name stands for no address");
+        for place in address.to_socket_addrs().map_err(nobody)? {
+            let connected = match timeout {
+                // Zero is refused by std; a limit that short is over before it begins.
+                Some(limit) => {
+                    TcpStream::connect_timeout(&place, limit.max(Duration::from_millis(1)))
+                }
+                None => TcpStream::connect(place),
+            };
+            match connected.and_then(|tcp| tcp.set_nodelay(true).map(|()| tcp)) {
+                Ok(tcp) => return Ok(Stream::Tcp(tcp)),
+                Err(error) => failure = error,
+            }
+        }
+        Err(nobody(failure))
+    }
+
+    /// Sends all the bytes, in one write(2) if the socket takes them.
+    pub(super) fn send(&mut self, mut bytes: &[u8], deadline: Option<Instant>) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let limit = remaining(deadline)?;
+            let written = match self {
+                Stream::Tcp(tcp) => tcp.set_write_timeout(limit).and_then(|()| tcp.write(bytes)),
+                Stream::Unix(unix) => unix
+                    .set_write_timeout(limit)
+                    .and_then(|()| unix.write(bytes)),
+            };
+            match unless_interrupted(written)? {
+                Some(0) => return Err(ErrorKind::WriteZero.into()),
+                Some(count) => bytes = &bytes[count..],
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends what there is, at least one byte and at most `room`. The end of the stream is an
+    /// error.
+    pub(super) fn receive(
+        &mut self,
+        inbox: &mut Vec<u8>,
+        room: usize,
+        deadline: Option<Instant>,
+    ) -> io::Result<()> {
+        let held = inbox.len();
+        inbox.resize(held + room, 0);
+        let count = self.read(&mut inbox[held..], deadline);
+        inbox.truncate(held + *count.as_ref().unwrap_or(&0));
+        match count? {
+            0 => Err(io::Error::new(
+                ErrorKind::UnexpectedEof,
+                "the server closed it",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8], deadline: Option<Instant>) -> io::Result<usize> {
+        loop {
+            let limit = remaining(deadline)?;
+            let received = match self {
+                Stream::Tcp(tcp) => tcp.set_read_timeout(limit).and_then(|()| tcp.read(buffer)),
+                Stream::Unix(unix) => unix
+                    .set_read_timeout(limit)
+                    .and_then(|()| unix.read(buffer)),
+            };
+            if let Some(count) = unless_interrupted(received)? {
+                return Ok(count);
+            }
+        }
+    }
+}
+
+/// What is left until the deadline, never zero, which setsockopt(2) takes for "no limit".
+fn remaining(deadline: Option<Instant>) -> io::Result<Option<Duration>> {
+    let Some(deadline) = deadline else {
+        return Ok(None);
+    };
+    match deadline.checked_duration_since(Instant::now()) {
+        Some(left) if !left.is_zero() => Ok(Some(left)),
+        _ => Err(ErrorKind::TimedOut.into()),
+    }
+}
+
+/// `None` when the step is to be done again: a signal came, or a socket's own limit was over, for
+/// which the deadline is looked at once more.
+fn unless_interrupted(outcome: io::Result<usize>) -> io::Result<Option<usize>> {
+    match outcome {
+        Ok(count) => Ok(Some(count)),
+        Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
