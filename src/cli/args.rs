@@ -1,0 +1,335 @@
+//! The command line: what may be written there, and what it means.
+//!
+//! In two steps: clap's mirror of the words ([`Low`]), then one [`Command`] with everything parsed
+//! that can be parsed without looking at the machine. A wrong word is an
+//! [`Error::Usage`] that says what to write instead; help and version are a [`Command`] like any
+//! other, so that nothing here prints or exits.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use serde_json::value::RawValue;
+
+use crate::error::{Error, Result};
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Print this: help, or the version.
+    Print(String),
+    /// Start a server.
+    Run {
+        /// `--config`.
+        config: Option<PathBuf>,
+        /// `--daemon`.
+        daemon: bool,
+        /// Each `--listen`, as written.
+        listen: Vec<String>,
+    },
+    /// Check the configuration.
+    Check {
+        /// `--config`.
+        config: Option<PathBuf>,
+    },
+    /// Show what a server does.
+    Status {
+        /// Which server.
+        place: Place,
+        /// `--json`.
+        json: bool,
+    },
+    /// Have a server read its configuration again.
+    Reload {
+        /// Which server.
+        place: Place,
+    },
+    /// Have a server run its new binary.
+    Upgrade {
+        /// Which server.
+        place: Place,
+    },
+    /// Change a server's number of workers.
+    Scale {
+        /// Which server.
+        place: Place,
+        /// How many there are to be, 1 to 1024.
+        count: usize,
+    },
+    /// End a server.
+    Stop {
+        /// Which server.
+        place: Place,
+        /// `--now`.
+        now: bool,
+    },
+    /// Call a method.
+    Call(Call),
+}
+
+/// Which running server is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// That of this configuration file, or of the default one.
+    Config(Option<PathBuf>),
+    /// The one with this control socket.
+    Socket(PathBuf),
+}
+
+/// A call, as the command line has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// The method.
+    pub method: String,
+    /// The params.
+    pub params: Params,
+    /// `--address`; else the first listener of the configuration.
+    pub address: Option<String>,
+    /// `--config`.
+    pub config: Option<PathBuf>,
+    /// `--timeout`.
+    pub timeout: Option<Duration>,
+    /// `--id`, as JSON: a string or a number.
+    pub id: Option<String>,
+}
+
+/// Where a call's params are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Params {
+    /// Here, as JSON.
+    Here(String),
+    /// They come on stdin.
+    Stdin,
+}
+
+/// A prefork RPC server: one master, a worker per CPU, and your functions.
+#[derive(Parser)]
+#[command(
+    max_term_width = 100,
+    after_help = "Exit codes: 0 fine; 1 a call was answered with an error, or a reload or upgrade \
+                  was refused; 64 usage; 69 no server there; 70 a bug; 71 the system refused; \
+                  77 permission; 78 configuration."
+)]
+struct Low {
+    #[command(subcommand)]
+    command: Option<LowCommand>,
+}
+
+#[derive(Subcommand)]
+enum LowCommand {
+    /// Start a server and stay in the foreground
+    Run {
+        #[command(flatten)]
+        config: LowConfig,
+        /// Leave the terminal; return when every worker is ready (needs log.file)
+        #[arg(long)]
+        daemon: bool,
+        /// Listen here instead of where the configuration says; may be given more than once
+        #[arg(long, value_name = "ADDR")]
+        listen: Vec<String>,
+    },
+    /// Check the configuration and print what is in effect
+    Check {
+        #[command(flatten)]
+        config: LowConfig,
+    },
+    /// Show what master and workers are doing
+    Status {
+        #[command(flatten)]
+        place: LowPlace,
+        /// Print it as JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read the configuration again; wait for the verdict
+    Reload {
+        #[command(flatten)]
+        place: LowPlace,
+    },
+    /// Replace the running binary by the one that is installed now
+    Upgrade {
+        #[command(flatten)]
+        place: LowPlace,
+    },
+    /// Change the number of workers, until the next reload
+    Scale {
+        /// How many workers there are to be, 1 to 1024
+        #[arg(value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+        count: u16,
+        #[command(flatten)]
+        place: LowPlace,
+    },
+    /// End the server when its calls are answered; wait until it is gone
+    Stop {
+        #[command(flatten)]
+        place: LowPlace,
+        /// Do not wait for the calls that run
+        #[arg(long)]
+        now: bool,
+    },
+    /// Call a method and print its result
+    Call {
+        /// The method's name
+        method: String,
+        /// The params as JSON; `-` reads them from stdin
+        #[arg(default_value = "null", allow_negative_numbers = true)]
+        params: String,
+        /// Where the server is, such as 127.0.0.1:8080 or unix:/run/preforkd/rpc.sock [default: the
+        /// configuration's first listener]
+        #[arg(long, value_name = "ADDR")]
+        address: Option<String>,
+        #[command(flatten)]
+        config: LowConfig,
+        /// How long to wait for the answer, such as 500ms or 30s [default: the server's limit]
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        timeout: Option<Duration>,
+        /// The call's id, a number or a string
+        #[arg(long, allow_negative_numbers = true)]
+        id: Option<String>,
+    },
+}
+
+#[derive(Args)]
+struct LowConfig {
+    /// The configuration file [default: /etc/preforkd/preforkd.toml, if there is one]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct LowPlace {
+    #[command(flatten)]
+    config: LowConfig,
+    /// The server's control socket [default: where the configuration has it]
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    control_socket: Option<PathBuf>,
+}
+
+impl From<LowPlace> for Place {
+    fn from(low: LowPlace) -> Self {
+        match low.control_socket {
+            Some(path) => Place::Socket(path),
+            None => Place::Config(low.config.config),
+        }
+    }
+}
+
+/// Reads the command line. `name` is what the program calls itself; `words` begins with the
+/// program's own.
+pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Command> {
+    let own = concat!("preforkd ", env!("CARGO_PKG_VERSION"));
+    let version = match own.split_once(' ') {
+        Some((library, version)) if library == name => version.to_owned(),
+        _ => format!("({own})"),
+    };
+    let mut command = Low::command()
+        .name(name.to_owned())
+        .bin_name(name.to_owned())
+        .version(version);
+    let low = match command.try_get_matches_from_mut(words) {
+        Ok(matches) => Low::from_arg_matches(&matches),
+        Err(error) => Err(error),
+    };
+    match low {
+        Ok(Low { command: None }) => Ok(Command::Print(command.render_help().to_string())),
+        Ok(Low {
+            command: Some(command),
+        }) => raise(command),
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+            ) =>
+        {
+            Ok(Command::Print(error.render().to_string()))
+        }
+        Err(error) => {
+            let text = error.render().to_string();
+            let text = text.strip_prefix("error: ").unwrap_or(&text);
+            Err(Error::Usage(text.trim_end().to_owned()))
+        }
+    }
+}
+
+/// From the words to what they mean.
+fn raise(low: LowCommand) -> Result<Command> {
+    Ok(match low {
+        LowCommand::Run {
+            config,
+            daemon,
+            listen,
+        } => Command::Run {
+            config: config.config,
+            daemon,
+            listen,
+        },
+        LowCommand::Check { config } => Command::Check {
+            config: config.config,
+        },
+        LowCommand::Status { place, json } => Command::Status {
+            place: place.into(),
+            json,
+        },
+        LowCommand::Reload { place } => Command::Reload {
+            place: place.into(),
+        },
+        LowCommand::Upgrade { place } => Command::Upgrade {
+            place: place.into(),
+        },
+        LowCommand::Scale { count, place } => Command::Scale {
+            place: place.into(),
+            count: count.into(),
+        },
+        LowCommand::Stop { place, now } => Command::Stop {
+            place: place.into(),
+            now,
+        },
+        LowCommand::Call {
+            method,
+            params,
+            address,
+            config,
+            timeout,
+            id,
+        } => Command::Call(Call {
+            method,
+            params: match params.as_str() {
+                "-" => Params::Stdin,
+                _ => Params::Here(json(params, "PARAMS")?),
+            },
+            address,
+            config: config.config,
+            timeout,
+            id: id.map(id_as_json),
+        }),
+    })
+}
+
+fn duration(text: &str) -> std::result::Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; write it as in 500ms, 30s or 5m"))
+}
+
+/// Checks that a text is JSON; `what` is where it stood.
+pub(super) fn json(text: String, what: &str) -> Result<String> {
+    match serde_json::from_str::<&RawValue>(&text) {
+        Ok(_) => Ok(text),
+        Err(error) => Err(Error::Usage(format!(
+            "{what} is not JSON: {error}; a string needs quotes of its own, as in '\"hello\"'"
+        ))),
+    }
+}
+
+/// An id is a number or a string; what is no number in JSON's eyes is taken for a string, so that
+/// nobody has to quote twice.
+fn id_as_json(text: String) -> String {
+    let is_number = serde_json::from_str::<serde_json::Number>(&text).is_ok();
+    let is_string = serde_json::from_str::<String>(&text).is_ok();
+    if is_number || is_string {
+        text
+    } else {
+        serde_json::Value::from(text).to_string()
+    }
+}

@@ -1,0 +1,187 @@
+//! What the command line means, a row a way to write it.
+#![allow(clippy::unwrap_used)]
+
+use super::args::{Call, Command, Params, Place, parse};
+use crate::error::Error;
+use std::time::Duration;
+
+fn read(line: &str) -> Result<Command, Error> {
+    let words = line.split_whitespace().map(Into::into);
+    parse(
+        "preforkd",
+        [std::ffi::OsString::from("/usr/bin/whatever")]
+            .into_iter()
+            .chain(words),
+    )
+}
+
+fn default_call() -> Call {
+    Call {
+        method: "ping".into(),
+        params: Params::Here("null".into()),
+        address: None,
+        config: None,
+        timeout: None,
+        id: None,
+    }
+}
+
+#[test]
+fn each_command_means_what_the_contract_says() {
+    let here = || Place::Config(None);
+    for (line, command) in [
+        (
+            "run",
+            Command::Run {
+                config: None,
+                daemon: false,
+                listen: vec![],
+            },
+        ),
+        (
+            "run --daemon --config a.toml --listen [::1]:1 --listen unix:/x",
+            Command::Run {
+                config: Some("a.toml".into()),
+                daemon: true,
+                listen: vec!["[::1]:1".into(), "unix:/x".into()],
+            },
+        ),
+        (
+            "check --config a.toml",
+            Command::Check {
+                config: Some("a.toml".into()),
+            },
+        ),
+        (
+            "status",
+            Command::Status {
+                place: here(),
+                json: false,
+            },
+        ),
+        (
+            "status --json --control-socket /s",
+            Command::Status {
+                place: Place::Socket("/s".into()),
+                json: true,
+            },
+        ),
+        (
+            "reload --config a.toml",
+            Command::Reload {
+                place: Place::Config(Some("a.toml".into())),
+            },
+        ),
+        ("upgrade", Command::Upgrade { place: here() }),
+        (
+            "scale 4",
+            Command::Scale {
+                place: here(),
+                count: 4,
+            },
+        ),
+        (
+            "stop",
+            Command::Stop {
+                place: here(),
+                now: false,
+            },
+        ),
+        (
+            "stop --now",
+            Command::Stop {
+                place: here(),
+                now: true,
+            },
+        ),
+        ("call ping", Command::Call(default_call())),
+        (
+            "call ping - --address unix:/x --timeout 1m --id 7",
+            Command::Call(Call {
+                params: Params::Stdin,
+                address: Some("unix:/x".into()),
+                timeout: Some(Duration::from_secs(60)),
+                id: Some("7".into()),
+                ..default_call()
+            }),
+        ),
+        (
+            "call ping -5 --id -5",
+            Command::Call(Call {
+                params: Params::Here("-5".into()),
+                id: Some("-5".into()),
+                ..default_call()
+            }),
+        ),
+    ] {
+        assert_eq!(read(line).unwrap(), command, "{line}");
+    }
+}
+
+#[test]
+fn an_id_that_is_no_json_is_a_string() {
+    for (word, id) in [
+        ("7", "7"),
+        ("1e400", "\"1e400\""),
+        ("7a", "\"7a\""),
+        ("\"7\"", "\"7\""),
+        ("null", "\"null\""),
+        ("a\"b", "\"a\\\"b\""),
+    ] {
+        let Command::Call(call) = read(&format!("call ping --id {word}")).unwrap() else {
+            panic!("not a call");
+        };
+        assert_eq!(call.id.as_deref(), Some(id), "{word}");
+    }
+}
+
+#[test]
+fn a_wrong_word_is_a_usage_error_that_says_what_to_write() {
+    for (line, told) in [
+        ("rum", "'run'"),
+        ("map ping", "unrecognized subcommand 'map'"),
+        ("run --deamon", "'--daemon'"),
+        ("scale", "<N>"),
+        ("scale 0", "1..=1024"),
+        ("scale 1025", "1..=1024"),
+        ("call", "<METHOD>"),
+        ("call ping hello", "'\"hello\"'"),
+        ("call ping --timeout soon", "500ms"),
+        (
+            "status --config a --control-socket b",
+            "cannot be used with",
+        ),
+        ("status now", "'now'"),
+    ] {
+        let error = read(line).unwrap_err();
+        assert_eq!(error.exit_code(), 64, "{line}: {error}");
+        assert!(error.to_string().contains(told), "{line}: {error}");
+        assert!(!error.to_string().starts_with("error"), "{line}: {error}");
+    }
+}
+
+#[test]
+fn help_and_version_are_printed_under_the_programs_own_name() {
+    let Command::Print(help) = read("").unwrap() else {
+        panic!("plain preforkd prints help");
+    };
+    assert_eq!(read("--help").unwrap(), Command::Print(help.clone()));
+    for word in "run check status reload upgrade scale stop call".split(' ') {
+        assert!(help.contains(&format!("\n  {word} ")), "{word} in {help}");
+    }
+    assert!(help.contains("Usage: preforkd [COMMAND]"), "{help}");
+
+    let number = env!("CARGO_PKG_VERSION");
+    let version = read("--version").unwrap();
+    assert_eq!(version, Command::Print(format!("preforkd {number}\n")));
+    let other = parse("adder", ["x", "--version"].map(Into::into)).unwrap();
+    assert_eq!(
+        other,
+        Command::Print(format!("adder (preforkd {number})\n"))
+    );
+    let Command::Print(help) = parse("adder", ["x", "run", "--help"].map(Into::into)).unwrap()
+    else {
+        panic!("help is printed");
+    };
+    assert!(help.contains("Usage: adder run [OPTIONS]"), "{help}");
+}

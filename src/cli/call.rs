@@ -1,0 +1,125 @@
+//! `call`: one call to a running server.
+//!
+//! The result goes back to the letter. An error answer is [`Error::Refused`]; whom to call is the
+//! command line's word, else the configuration's, else the default.
+
+use std::io::{self, Read};
+use std::time::Duration;
+
+use super::args::{self, Call, Params};
+use crate::client::{Client, ClientError};
+use crate::config::{self, Address, Overrides};
+use crate::error::{Error, Result};
+use crate::protocol::rpc_error::RpcError;
+
+/// Where a server without a configuration listens.
+const DEFAULT_ADDRESS: &str = "127.0.0.1:8080";
+
+/// How much longer than the server this side waits: it is the server that answers `timeout`, and
+/// its answer needs time to arrive.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Makes the call; the result as JSON.
+pub(super) fn call(call: &Call, overrides: &Overrides) -> Result<String> {
+    let stdin;
+    let params = match &call.params {
+        Params::Here(text) => text,
+        Params::Stdin => {
+            stdin = read_params(io::stdin().lock())?;
+            &stdin
+        }
+    };
+    let address = match &call.address {
+        Some(address) => address.clone(),
+        None => configured_address(call, overrides)?,
+    };
+    let timeout_ms = call
+        .timeout
+        .map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
+    let patience = call.timeout.map(|limit| limit.saturating_add(GRACE));
+    let reply = Client::connect(&address, patience)?
+        .call_raw(&call.method, params, call.id.as_deref(), timeout_ms)
+        .map_err(|error| match error {
+            ClientError::Refused(error) => Error::Refused(refusal(&call.method, &error)),
+            error => error.into(),
+        })?;
+    Ok(reply.result.get().to_owned())
+}
+
+/// The params that come on stdin: one JSON value.
+fn read_params(mut from: impl Read) -> Result<String> {
+    let mut text = String::new();
+    match from.read_to_string(&mut text) {
+        Ok(_) => args::json(text, "stdin"),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Err(Error::Usage("stdin is not UTF-8, so it is not JSON".into()))
+        }
+        Err(error) => Err(Error::system("read the params from stdin", error)),
+    }
+}
+
+/// The first listener of the configuration.
+fn configured_address(call: &Call, overrides: &Overrides) -> Result<String> {
+    let settings = match config::load(call.config.as_deref(), overrides) {
+        Ok(settings) => settings,
+        Err(error) if call.config.is_some() => return Err(error),
+        // Nobody named that file, and it may be one that only the server's own user can read.
+        Err(_) => return Ok(DEFAULT_ADDRESS.into()),
+    };
+    match settings.listen.first().map(|listen| &listen.address) {
+        Some(Address::Tcp(address)) if address.port() == 0 => Err(Error::Usage(
+            "the configuration leaves the port to the system; say with --address which one it is \
+             (`status` shows it)"
+                .into(),
+        )),
+        Some(address) => Ok(address.to_string()),
+        None => Ok(DEFAULT_ADDRESS.into()),
+    }
+}
+
+/// An error answer in words.
+fn refusal(method: &str, error: &RpcError) -> String {
+    let mut text = format!("{method}: {error}");
+    if !error.started {
+        text += " (the call did not begin)";
+    }
+    if let Some(data) = &error.data {
+        text += &format!("\ndata: {data}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::protocol::code::Code;
+
+    #[test]
+    fn params_on_stdin_are_one_json_value() {
+        assert_eq!(read_params(&b" [1,\n2]\n"[..]).unwrap(), " [1,\n2]\n");
+        for (input, told) in [
+            (&b""[..], "stdin is not JSON: EOF"),
+            (b"1 2", "trailing characters"),
+            (b"\"\xff\"", "not UTF-8"),
+        ] {
+            let error = read_params(input).unwrap_err();
+            assert_eq!(error.exit_code(), 64);
+            assert!(error.to_string().contains(told), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_error_answer_says_all_it_knows() {
+        let error = RpcError::of(Code::Overloaded, "the queue is full", false);
+        assert_eq!(
+            refusal("add", &error),
+            "add: overloaded (-32002): the queue is full (the call did not begin)"
+        );
+        let error = RpcError::new(7, "no such customer").with_data([1, 2]);
+        assert_eq!(
+            refusal("find", &error),
+            "find: error (7): no such customer\ndata: [1,2]"
+        );
+    }
+}

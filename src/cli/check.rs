@@ -1,0 +1,23 @@
+//! `check`: reads the configuration as a start would, and shows what is in effect.
+
+use std::path::Path;
+
+use crate::config::{self, Overrides};
+use crate::error::Result;
+
+/// What there is to say about a configuration that is in order.
+pub(super) struct Checked {
+    /// The whole of it, as TOML.
+    pub effective: String,
+    /// What is allowed and yet worth a word, a sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// Reads and checks it.
+pub(super) fn check(config: Option<&Path>, overrides: &Overrides) -> Result<Checked> {
+    let settings = config::load(config, overrides)?;
+    Ok(Checked {
+        effective: settings.to_toml(),
+        warnings: settings.warnings,
+    })
+}

@@ -1,0 +1,253 @@
+//! `status`, `reload`, `scale` and `stop`: asks a running master over its control socket.
+//!
+//! Finds the socket, sends one request, waits for the answer. What the answers mean is the master's
+//! affair; here a refusal becomes the error, and the exit code, that the master gave it. Places where
+//! nobody is are passed over; a socket that belongs to somebody else is not, unless another one
+//! answers.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::slice;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::args::Place;
+use super::units;
+use crate::config;
+use crate::error::{Error, Result};
+use crate::protocol::control::{Request, Response, Status, to_line};
+
+/// How long the master may take for what it answers at once. It does not wait for workers then, so
+/// a master that takes longer is stopped or stuck.
+const PROMPT: Duration = Duration::from_secs(10);
+
+/// How long a stop may take before it is said what it waits for.
+const HINT_AFTER: Duration = Duration::from_secs(2);
+
+/// A connection to a master, good for one request.
+pub(super) struct Control {
+    stream: BufReader<UnixStream>,
+    path: PathBuf,
+}
+
+/// Just the status of a response, to the letter: members that this version does not know are for
+/// programs that do.
+#[derive(Deserialize)]
+struct Raw {
+    status: Option<Box<RawValue>>,
+}
+
+/// The status of a server, read, and as it was sent.
+#[derive(Debug)]
+pub(super) struct Answered {
+    pub status: Status,
+    pub json: String,
+}
+
+/// Asks for the status.
+pub(super) fn status(place: &Place) -> Result<Answered> {
+    Control::find(place)?.status()
+}
+
+/// Asks for a reload and waits for the verdict. Returns what the master says about it.
+pub(super) fn reload(place: &Place) -> Result<String> {
+    // No limit: the verdict takes as long as two times boot-timeout, and longer while another
+    // reload is under way. A master that dies ends the wait.
+    let response = Control::find(place)?.ask(&Request::Reload, None)?.0;
+    Ok(response.message.unwrap_or_else(|| "reloaded".into()))
+}
+
+/// Asks for so many workers. Returns what the master says about it.
+pub(super) fn scale(place: &Place, count: usize) -> Result<String> {
+    let request = Request::Scale { count };
+    let response = Control::find(place)?.ask(&request, Some(PROMPT))?.0;
+    Ok(response
+        .message
+        .unwrap_or_else(|| format!("scaling to {count}")))
+}
+
+/// Ends the server and waits until the master is gone. After a while `hint` is told what it waits
+/// for.
+pub(super) fn stop(place: &Place, now: bool, hint: &mut dyn FnMut(&str)) -> Result<()> {
+    let mut control = Control::find(place)?;
+    control.ask(&Request::Stop { now }, Some(PROMPT))?;
+    if control.ends_within(Some(HINT_AFTER))? {
+        return Ok(());
+    }
+    let again = Control::open(slice::from_ref(&control.path)).and_then(Control::status);
+    hint(&waits_for(
+        again.ok().map(|answered| answered.status).as_ref(),
+    ));
+    control.ends_within(None).map(|_| ())
+}
+
+impl Control {
+    /// Connects to the master that is meant.
+    fn find(place: &Place) -> Result<Self> {
+        match place {
+            Place::Socket(path) => Self::open(slice::from_ref(path)),
+            Place::Config(file) => {
+                // A broken file is fine, for that is when a reload has something to say. But one
+                // that is not there is a slip of the pen, and the default server not the one meant.
+                if let Some(file) = file.as_deref().filter(|file| !file.exists()) {
+                    return Err(Error::Config {
+                        file: Some(file.to_owned()),
+                        position: None,
+                        key: String::new(),
+                        problem: "there is no such file, so it can't tell which server is meant"
+                            .into(),
+                        remedy: "name the right one, or the server's socket with --control-socket"
+                            .into(),
+                    });
+                }
+                Self::open(&config::control_socket_candidates(file.as_deref()))
+            }
+        }
+    }
+
+    /// Connects to the first of these where somebody is.
+    fn open(candidates: &[PathBuf]) -> Result<Self> {
+        let mut forbidden = None;
+        let mut nobody = io::Error::from(ErrorKind::NotFound);
+        for path in candidates {
+            match UnixStream::connect(path) {
+                Ok(stream) => {
+                    return Ok(Control {
+                        stream: BufReader::new(stream),
+                        path: path.clone(),
+                    });
+                }
+                Err(error) => match error.kind() {
+                    ErrorKind::NotFound
+                    | ErrorKind::ConnectionRefused
+                    | ErrorKind::NotADirectory => nobody = error,
+                    ErrorKind::PermissionDenied => forbidden = forbidden.or(Some(path)),
+                    _ => {
+                        let attempt = format!("connect to the control socket {}", path.display());
+                        return Err(Error::system(attempt, error));
+                    }
+                },
+            }
+        }
+        if let Some(path) = forbidden {
+            return Err(Error::Permission(format!(
+                "{}: this user may not use that control socket; become the user that the server \
+                 runs as, or root",
+                path.display()
+            )));
+        }
+        let tried: Vec<_> = candidates
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect();
+        Err(Error::NoServer {
+            place: tried.join(" or "),
+            source: nobody,
+        })
+    }
+
+    fn status(mut self) -> Result<Answered> {
+        let (response, line) = self.ask(&Request::Status, Some(PROMPT))?;
+        let raw: Option<Raw> = serde_json::from_str(&line).ok();
+        match (response.status, raw.and_then(|raw| raw.status)) {
+            (Some(status), Some(json)) => Ok(Answered {
+                status,
+                json: json.get().to_owned(),
+            }),
+            _ => Err(self.alien("the answer has no status")),
+        }
+    }
+
+    /// Sends a request and waits for its answer, which is returned read and as it came. A refusal
+    /// is an error.
+    fn ask(&mut self, request: &Request, limit: Option<Duration>) -> Result<(Response, String)> {
+        let line = self.exchange(request, limit).map_err(|error| {
+            let text = match error.kind() {
+                ErrorKind::WouldBlock => "the master does not answer: it is stopped or stuck",
+                ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
+                    "the master left before it answered; its log says why"
+                }
+                _ => return Error::system(format!("ask {}", self.path.display()), error),
+            };
+            self.alien(text)
+        })?;
+        let response: Response = serde_json::from_str(&line)
+            .map_err(|error| self.alien(&format!("the answer is none: {error}")))?;
+        if response.ok {
+            return Ok((response, line));
+        }
+        let message = response
+            .error
+            .unwrap_or_else(|| "refused without a reason".into());
+        Err(match response.code.unwrap_or(1) {
+            1 => Error::Refused(message),
+            code => Error::Daemon { code, message },
+        })
+    }
+
+    fn exchange(&mut self, request: &Request, limit: Option<Duration>) -> io::Result<String> {
+        let stream = self.stream.get_mut();
+        stream.set_write_timeout(limit)?;
+        stream.set_read_timeout(limit)?;
+        stream.write_all(&to_line(request)?)?;
+        let mut line = String::new();
+        self.stream.read_line(&mut line)?;
+        if line.ends_with('\n') {
+            Ok(line)
+        } else {
+            Err(ErrorKind::UnexpectedEof.into())
+        }
+    }
+
+    /// Whether the connection ends within the limit: the master, and all that held it, are gone.
+    fn ends_within(&mut self, limit: Option<Duration>) -> Result<bool> {
+        let wait = |error| Error::system("wait for the master's end", error);
+        self.stream
+            .get_ref()
+            .set_read_timeout(limit)
+            .map_err(wait)?;
+        loop {
+            match self.stream.read(&mut [0; 64]) {
+                Ok(0) => return Ok(true),
+                // Nothing more is due; whatever it is, it is not the end.
+                Ok(_) => {}
+                Err(error) => match error.kind() {
+                    ErrorKind::Interrupted => {}
+                    ErrorKind::ConnectionReset => return Ok(true),
+                    ErrorKind::WouldBlock => return Ok(false),
+                    _ => return Err(wait(error)),
+                },
+            }
+        }
+    }
+
+    fn alien(&self, text: &str) -> Error {
+        Error::Protocol(format!("{}: {text}", self.path.display()))
+    }
+}
+
+/// What a stop waits for, as far as it can be known.
+fn waits_for(status: Option<&Status>) -> String {
+    let what = status.map_or_else(
+        || "what still runs".to_owned(),
+        |status| {
+            let calls: u64 = status.workers.iter().map(|w| w.running + w.queued).sum();
+            let workers = status.workers.iter().filter(|w| w.pid.is_some()).count() as u64;
+            let oldest = status.workers.iter().filter_map(|w| w.oldest_call.as_ref());
+            let oldest = oldest.max_by_key(|call| call.age_ms).map(|call| {
+                let age = units::milliseconds(call.age_ms);
+                format!(" (the oldest: {}, {age})", call.method)
+            });
+            format!(
+                "{}{} on {}",
+                units::plural(calls, "call"),
+                oldest.unwrap_or_default(),
+                units::plural(workers, "worker")
+            )
+        },
+    );
+    format!("waiting for {what}, at most for workers.drain-timeout; `stop --now` does not wait")
+}

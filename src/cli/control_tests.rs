@@ -1,0 +1,198 @@
+//! The control commands against a master of a few lines.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::{self, JoinHandle};
+
+use super::args::Place;
+use super::control::{reload, scale, status, stop};
+use crate::protocol::control::{OldestCall, Request, Response, Status, Worker, to_line};
+
+/// A path of this test's own for a socket; the file is removed with it.
+struct Socket(PathBuf);
+
+impl Socket {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "preforkd-control-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        Socket(std::env::temp_dir().join(name))
+    }
+
+    fn place(&self) -> Place {
+        Place::Socket(self.0.clone())
+    }
+
+    /// A master that answers one request a connection with these bytes, then keeps the connections
+    /// open until it has done them all. Returns the requests.
+    fn master(&self, answers: Vec<Vec<u8>>) -> JoinHandle<Vec<Request>> {
+        let listener = UnixListener::bind(&self.0).unwrap();
+        thread::spawn(move || {
+            let mut open = Vec::new();
+            let mut requests = Vec::new();
+            for answer in answers {
+                let mut stream = BufReader::new(listener.accept().unwrap().0);
+                requests.push(take(&mut stream));
+                stream.get_mut().write_all(&answer).unwrap();
+                open.push(stream);
+            }
+            requests
+        })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn take(stream: &mut BufReader<UnixStream>) -> Request {
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    serde_json::from_str(&line).unwrap()
+}
+
+fn line(response: &Response) -> Vec<u8> {
+    to_line(response).unwrap()
+}
+
+#[test]
+fn each_command_asks_in_its_words_and_returns_what_the_master_says() {
+    let socket = Socket::new();
+    let master = socket.master(vec![
+        line(&Response::said("generation 2 serves")),
+        line(&Response::done()),
+        line(&Response::done()),
+    ]);
+    assert_eq!(reload(&socket.place()).unwrap(), "generation 2 serves");
+    assert_eq!(scale(&socket.place(), 4).unwrap(), "scaling to 4");
+    stop(&socket.place(), true, &mut |hint| panic!("{hint}")).unwrap();
+    assert_eq!(
+        master.join().unwrap(),
+        [
+            Request::Reload,
+            Request::Scale { count: 4 },
+            Request::Stop { now: true }
+        ]
+    );
+}
+
+#[test]
+fn a_status_comes_read_and_to_the_letter() {
+    let socket = Socket::new();
+    let json = r#"{"master": {"pid": 7, "version": "1", "generation": 1, "uptime_s": 2, "last_reload": null, "mood": 1.0}, "workers": [], "deaths": [], "listeners": []}"#;
+    socket.master(vec![
+        format!("{{\"ok\": true, \"status\": {json}}}\n").into(),
+    ]);
+    let answered = status(&socket.place()).unwrap();
+    assert_eq!(answered.json, json);
+    assert_eq!(answered.status.master.pid, 7);
+}
+
+#[test]
+fn a_refusal_has_the_masters_reason_and_exit_code() {
+    let socket = Socket::new();
+    socket.master(vec![
+        line(&Response::refused("preforkd.toml:3:1: no\nworker 0: oh", 1)),
+        line(&Response::refused("not yours", 77)),
+    ]);
+    let error = reload(&socket.place()).unwrap_err();
+    assert_eq!(error.to_string(), "preforkd.toml:3:1: no\nworker 0: oh");
+    assert_eq!(error.exit_code(), 1);
+    assert_eq!(scale(&socket.place(), 1).unwrap_err().exit_code(), 77);
+}
+
+#[test]
+fn a_master_that_leaves_or_talks_nonsense_is_said_to() {
+    let socket = Socket::new();
+    // The master ends, and with it all its connections, once it has taken the last request.
+    socket.master(vec![
+        b"hello\n".to_vec(),
+        line(&Response::done()),
+        Vec::new(),
+    ]);
+    for told in [
+        "the answer is none",
+        "the answer has no status",
+        "left before",
+    ] {
+        let error = status(&socket.place()).unwrap_err();
+        assert!(error.to_string().contains(told), "{error}");
+        assert_eq!(error.exit_code(), 69);
+    }
+}
+
+#[test]
+fn a_stop_waits_for_the_end_and_says_what_for() {
+    let socket = Socket::new();
+    let listener = UnixListener::bind(&socket.0).unwrap();
+    let master = thread::spawn(move || {
+        let mut stopping = BufReader::new(listener.accept().unwrap().0);
+        assert_eq!(take(&mut stopping), Request::Stop { now: false });
+        stopping
+            .get_mut()
+            .write_all(&line(&Response::done()))
+            .unwrap();
+        // The command says nothing at first, then asks what runs; the master ends after that.
+        let mut asking = BufReader::new(listener.accept().unwrap().0);
+        assert_eq!(take(&mut asking), Request::Status);
+        let status = Status {
+            workers: vec![Worker {
+                pid: Some(5),
+                running: 3,
+                oldest_call: Some(OldestCall {
+                    method: "sleep".into(),
+                    age_ms: 4_200,
+                }),
+                ..Worker::default()
+            }],
+            ..Status::default()
+        };
+        let response = Response::status(status);
+        asking.get_mut().write_all(&line(&response)).unwrap();
+    });
+    let mut hints = Vec::new();
+    stop(&socket.place(), false, &mut |hint| {
+        hints.push(hint.to_owned())
+    })
+    .unwrap();
+    master.join().unwrap();
+    assert_eq!(hints.len(), 1, "{hints:?}");
+    assert!(
+        hints[0].starts_with("waiting for 3 calls (the oldest: sleep, 4.2s) on 1 worker"),
+        "{hints:?}"
+    );
+}
+
+#[test]
+fn nobody_there_is_told_with_the_places_that_were_tried() {
+    let (absent, deserted) = (Socket::new(), Socket::new());
+    drop(UnixListener::bind(&deserted.0).unwrap());
+    for socket in [&absent, &deserted] {
+        let error = status(&socket.place()).unwrap_err();
+        assert_eq!(error.exit_code(), 69, "{error}");
+        assert!(
+            error.to_string().contains(socket.0.to_str().unwrap()),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_configuration_file_that_is_not_there_names_no_server() {
+    let place = Place::Config(Some("/nonexistent/preforkd.toml".into()));
+    let error = stop(&place, true, &mut |_| {}).unwrap_err();
+    assert_eq!(error.exit_code(), 78, "{error}");
+    assert!(
+        error.to_string().contains("/nonexistent/preforkd.toml"),
+        "{error}"
+    );
+}

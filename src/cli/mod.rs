@@ -1,0 +1,113 @@
+//! The command line of preforkd, and of every program built on the library.
+//!
+//! [`main`] reads the words, has the right file do the work, and is the one place that prints an
+//! error and picks the exit code. What a command has to say comes back to it as text; `run` alone
+//! stays, for as long as the server does.
+
+pub mod args;
+mod call;
+mod check;
+mod control;
+pub mod output;
+mod status;
+mod table;
+mod units;
+
+#[cfg(test)]
+mod args_tests;
+#[cfg(test)]
+mod control_tests;
+#[cfg(test)]
+mod status_tests;
+
+use std::env;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use crate::config::Overrides;
+use crate::error::{Error, Result};
+use crate::server::Server;
+use args::Command;
+
+/// The exit code of a panic, whose own message has been printed when it gets here.
+const BUG: u8 = 70;
+
+impl Server {
+    /// Does what the command line says, `run` and all the other commands: the whole `main` of a
+    /// program. The exit code is one of sysexits.h(3head); README has the list.
+    pub fn run(self) -> ExitCode {
+        main(self)
+    }
+}
+
+/// Does what the command line says, with this server as the one that `run` starts.
+pub fn main(server: Server) -> ExitCode {
+    let name = server.name().to_owned();
+    let code = match catch_unwind(AssertUnwindSafe(|| dispatch(&name, server))) {
+        Ok(Ok(())) => 0,
+        Ok(Err(error)) => {
+            output::complain(&name, &error.to_string());
+            error.exit_code()
+        }
+        Err(_) => BUG,
+    };
+    ExitCode::from(code)
+}
+
+fn dispatch(name: &str, server: Server) -> Result<()> {
+    let mut overrides = Overrides {
+        functions: server.functions(),
+        ..Overrides::default()
+    };
+    match args::parse(name, env::args_os())? {
+        Command::Print(text) => output::print(&text),
+        Command::Run {
+            config,
+            daemon,
+            listen,
+        } => {
+            overrides.daemon = daemon;
+            overrides.listen = listen;
+            server.serve(config, overrides)
+        }
+        Command::Check { config } => {
+            let checked = check::check(config.as_deref(), &overrides)?;
+            for warning in &checked.warnings {
+                output::complain(name, &format!("warning: {warning}"));
+            }
+            output::print(&checked.effective)
+        }
+        Command::Status { place, json } => {
+            let answered = control::status(&place)?;
+            if json {
+                return print_line(answered.json);
+            }
+            let colours = output::wants_colours();
+            output::print(&status::render(name, &answered.status, now(), colours))
+        }
+        Command::Reload { place } => print_line(control::reload(&place)?),
+        Command::Upgrade { .. } => Err(Error::Refused(
+            "an upgrade in place is not supported yet; install the new binary, then stop the \
+             server and start it again"
+                .into(),
+        )),
+        Command::Scale { place, count } => print_line(control::scale(&place, count)?),
+        Command::Stop { place, now } => {
+            control::stop(&place, now, &mut |hint| output::complain(name, hint))
+        }
+        Command::Call(call) => print_line(call::call(&call, &overrides)?),
+    }
+}
+
+fn print_line(mut text: String) -> Result<()> {
+    text.push('\n');
+    output::print(&text)
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::UNIX_EPOCH
+        .elapsed()
+        .map_or(0, |since| since.as_secs())
+}

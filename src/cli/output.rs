@@ -1,0 +1,90 @@
+//! Where the commands' words go: stdout for what was asked for, stderr for the rest.
+//!
+//! A reader that has left (`preforkd status | head -1`) has what it wanted and is no failure; a full
+//! device is one. What can't be told on stderr is not told: there is no further place.
+
+use std::borrow::Cow;
+use std::env;
+use std::fmt::Write as _;
+use std::io::{self, ErrorKind, IsTerminal, Write};
+
+use crate::error::{Error, Result};
+
+/// Writes to stdout.
+pub fn print(text: &str) -> Result<()> {
+    deliver(&mut io::stdout().lock(), text)
+}
+
+fn deliver(out: &mut impl Write, text: &str) -> Result<()> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        outcome => outcome.map_err(|error| {
+            Error::system_with("write to stdout", error, "the output is not complete")
+        }),
+    }
+}
+
+/// Writes one message to stderr, behind the program's name.
+pub fn complain(name: &str, text: &str) {
+    let line = format!("{name}: {}\n", printable(text));
+    // One write, so that the lines of several programs on one terminal do not mix.
+    let _ = io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// Whether stdout is a terminal whose user wants colours (<https://no-color.org>).
+pub fn wants_colours() -> bool {
+    let set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+    io::stdout().is_terminal()
+        && !set("NO_COLOR")
+        && env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// A text with its control characters escaped, but for line feeds and tabs: what a server or a
+/// handler sends must not steer the terminal.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let mut safe = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if steers(c) {
+            let _ = write!(safe, "{}", c.escape_default());
+        } else {
+            safe.push(c);
+        }
+    }
+    Cow::Owned(safe)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::fs::OpenOptions;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_reader_that_left_is_no_failure() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        deliver(&mut ours, "nobody reads this\n").unwrap();
+    }
+
+    #[test]
+    fn a_full_device_is_one() {
+        let mut full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let error = deliver(&mut full, "no room for this\n").unwrap_err();
+        assert_eq!(error.exit_code(), 71, "{error}");
+        assert!(error.to_string().contains("write to stdout"), "{error}");
+    }
+
+    #[test]
+    fn control_characters_are_shown_and_not_obeyed() {
+        assert_eq!(
+            printable("a\x1b[31mb\u{9b}\0c\n\td"),
+            "a\\u{1b}[31mb\\u{9b}\\u{0}c\n\td"
+        );
+        assert!(matches!(printable("plain, naïve\n"), Cow::Borrowed(_)));
+    }
+}

@@ -1,0 +1,210 @@
+//! `status` for people: one page that says how the server is, what each worker does, who died.
+//!
+//! Pure: it takes a status, the time and the answer to "colours?", and returns text. `status --json`
+//! is for programs and does not pass here.
+
+use super::output::printable;
+use super::table::{Align, Cell, Paint, Table};
+use super::units;
+use crate::protocol::control::{Death, Listener, Master, State, Status, Worker};
+
+/// How many deaths are shown; `status --json` has them all.
+const DEATHS_SHOWN: usize = 10;
+
+/// The page. `name` is the program's; `now` in seconds since 1970.
+pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> String {
+    let mut page = String::new();
+    header(&mut page, name, status, colours);
+    last_reload(&mut page, &status.master, now, colours);
+    for warning in &status.master.warnings {
+        let line = format!("warning: {}", printable(warning));
+        page += &Paint::Yellow.on(&line, colours);
+        page.push('\n');
+    }
+    page.push('\n');
+    workers(&status.workers).render(&mut page, colours);
+    page.push('\n');
+    listeners(&status.listeners).render(&mut page, colours);
+    if !status.deaths.is_empty() {
+        let known = status.deaths.len();
+        page += &match known {
+            0..=DEATHS_SHOWN => "\nDeaths, the latest first:\n".to_owned(),
+            _ => format!("\nDeaths, the latest {DEATHS_SHOWN} of {known} remembered:\n"),
+        };
+        deaths(&status.deaths, now).render(&mut page, colours);
+    }
+    page
+}
+
+fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
+    let Master {
+        pid,
+        version,
+        generation,
+        uptime_s,
+        target,
+        ..
+    } = &status.master;
+    // Of the generation that serves, or a drained worker would hide a missing one.
+    let ready = status
+        .workers
+        .iter()
+        .filter(|worker| worker.state == State::Ready && worker.generation == *generation)
+        .count();
+    let paint = match ready {
+        0 => Paint::Red,
+        _ if ready < *target => Paint::Yellow,
+        _ => Paint::Green,
+    };
+    let workers = format!("{ready} of {target} workers ready");
+    *page += &format!(
+        "{}  pid {pid}  generation {generation}  up {}  {}\n",
+        Paint::Bold.on(&format!("{name} {}", printable(version)), colours),
+        units::seconds(*uptime_s),
+        paint.on(&workers, colours),
+    );
+}
+
+fn last_reload(page: &mut String, master: &Master, now: u64, colours: bool) {
+    let line = match &master.last_reload {
+        None => Paint::Dim.on("last reload: none since the start", colours),
+        Some(reload) => {
+            let ago = units::seconds(now.saturating_sub(reload.at));
+            match &reload.error {
+                None if reload.ok => format!("last reload: fine, {ago} ago"),
+                error => {
+                    let reason = error.as_deref().unwrap_or("no reason is known");
+                    let line = format!("last reload: refused {ago} ago: {}", printable(reason));
+                    Paint::Red.on(&line, colours)
+                }
+            }
+        }
+    };
+    *page += &line;
+    page.push('\n');
+}
+
+fn workers(workers: &[Worker]) -> Table {
+    use Align::{Left, Right};
+    let mut table = Table::new(&[
+        ("SLOT", Right),
+        ("PID", Right),
+        ("GEN", Right),
+        ("STATE", Left),
+        ("UP", Right),
+        ("CONNS", Right),
+        ("RUNNING", Right),
+        ("QUEUED", Right),
+        ("CALLS", Right),
+        ("ERRORS", Right),
+        ("MEMORY", Right),
+        ("OLDEST CALL", Left),
+    ]);
+    for worker in workers {
+        // A slot without a worker has no figures of its own, and zeros would look like some.
+        let living = |text: String| Cell::new(if worker.pid.is_some() { &text } else { "-" });
+        table.row([
+            Cell::new(worker.slot.to_string()),
+            Cell::new(worker.pid.map_or("-".into(), |pid| pid.to_string())),
+            Cell::new(worker.generation.to_string()),
+            Cell::painted(worker.state.name(), paint_of(worker.state)),
+            living(units::seconds(worker.uptime_s)),
+            living(units::count(worker.connections)),
+            living(units::count(worker.running)),
+            living(units::count(worker.queued)),
+            living(units::count(worker.calls)),
+            living(units::count(worker.errors)),
+            living(units::bytes(worker.rss_bytes)),
+            Cell::new(remark(worker)),
+        ]);
+    }
+    table
+}
+
+/// What a worker's last column says: its oldest call, lost threads, what its slot waits for.
+fn remark(worker: &Worker) -> String {
+    let call = worker.oldest_call.as_ref().map(|call| {
+        let age = units::milliseconds(call.age_ms);
+        format!("{}, {age}", call.method)
+    });
+    let lost = (worker.lost_threads > 0).then(|| {
+        let Worker {
+            lost_threads,
+            threads,
+            ..
+        } = worker;
+        format!("{lost_threads} of {threads} threads lost")
+    });
+    let throttle = worker.throttle.as_ref().map(|throttle| {
+        let wait = units::milliseconds(throttle.retry_in_ms);
+        let failures = units::plural(throttle.failures.into(), "failure");
+        format!("{failures}, next try in {wait}")
+    });
+    let parts: Vec<_> = [call, lost, throttle].into_iter().flatten().collect();
+    if parts.is_empty() {
+        "-".into()
+    } else {
+        parts.join("; ")
+    }
+}
+
+fn paint_of(state: State) -> Paint {
+    match state {
+        State::Ready => Paint::Green,
+        State::Starting => Paint::Yellow,
+        State::Draining => Paint::Cyan,
+        State::Throttled | State::Dead => Paint::Red,
+    }
+}
+
+fn listeners(listeners: &[Listener]) -> Table {
+    let mut table = Table::new(&[
+        ("LISTENER", Align::Left),
+        ("QUEUE", Align::Right),
+        ("BACKLOG", Align::Right),
+    ]);
+    for listener in listeners {
+        let full = listener
+            .queue
+            .is_some_and(|queue| queue >= listener.backlog);
+        let queue = listener.queue.map_or("-".into(), |queue| queue.to_string());
+        table.row([
+            Cell::new(&listener.address),
+            Cell::painted(queue, if full { Paint::Red } else { Paint::Plain }),
+            Cell::new(listener.backlog.to_string()),
+        ]);
+    }
+    table
+}
+
+fn deaths(deaths: &[Death], now: u64) -> Table {
+    let mut table = Table::new(&[
+        ("AGO", Align::Right),
+        ("SLOT", Align::Right),
+        ("PID", Align::Right),
+        ("LIVED", Align::Right),
+        ("END", Align::Left),
+        ("METHOD", Align::Left),
+        ("MEMORY", Align::Right),
+        ("REASON", Align::Left),
+    ]);
+    for death in deaths.iter().rev().take(DEATHS_SHOWN) {
+        let end = match (&death.signal, death.exit) {
+            (Some(signal), _) => signal.clone(),
+            (None, Some(code)) => format!("exit {code}"),
+            (None, None) => "-".into(),
+        };
+        let clean = death.signal.is_none() && death.exit == Some(0);
+        table.row([
+            Cell::new(units::seconds(now.saturating_sub(death.at))),
+            Cell::new(death.slot.to_string()),
+            Cell::new(death.pid.to_string()),
+            Cell::new(units::seconds(death.uptime_s)),
+            Cell::painted(end, if clean { Paint::Plain } else { Paint::Red }),
+            Cell::new(death.method.as_deref().unwrap_or("-")),
+            Cell::new(units::bytes(death.rss_bytes)),
+            Cell::new(&death.reason),
+        ]);
+    }
+    table
+}

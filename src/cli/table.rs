@@ -1,0 +1,129 @@
+//! Columns that stand in line, with or without colours.
+//!
+//! A cell knows its text and its paint apart, so that what can't be seen takes no width. Nothing here
+//! knows what the table is about.
+
+use super::output::printable;
+
+/// How a text stands out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Paint {
+    Plain,
+    Bold,
+    Dim,
+    Red,
+    Green,
+    Yellow,
+    Cyan,
+}
+
+impl Paint {
+    /// The parameter of ECMA-48's SGR sequence.
+    fn code(self) -> Option<u8> {
+        match self {
+            Paint::Plain => None,
+            Paint::Bold => Some(1),
+            Paint::Dim => Some(2),
+            Paint::Red => Some(31),
+            Paint::Green => Some(32),
+            Paint::Yellow => Some(33),
+            Paint::Cyan => Some(36),
+        }
+    }
+
+    /// The text in this paint, if colours are wanted.
+    pub(super) fn on(self, text: &str, colours: bool) -> String {
+        match self.code() {
+            Some(code) if colours => format!("\x1b[{code}m{text}\x1b[0m"),
+            _ => text.to_owned(),
+        }
+    }
+}
+
+/// Which edge of its column a cell keeps to: words to the left, numbers to the right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Align {
+    Left,
+    Right,
+}
+
+/// One field.
+pub(super) struct Cell {
+    text: String,
+    paint: Paint,
+}
+
+impl Cell {
+    pub(super) fn new(text: impl AsRef<str>) -> Self {
+        // A line feed in a field would break the table.
+        let text = printable(text.as_ref()).replace(['\n', '\t'], " ");
+        Cell {
+            text,
+            paint: Paint::Plain,
+        }
+    }
+
+    pub(super) fn painted(text: impl AsRef<str>, paint: Paint) -> Self {
+        Cell {
+            paint,
+            ..Cell::new(text)
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.text.chars().count()
+    }
+}
+
+/// Rows under a heading.
+pub(super) struct Table {
+    heading: Vec<(&'static str, Align)>,
+    rows: Vec<Vec<Cell>>,
+}
+
+impl Table {
+    pub(super) fn new(heading: &[(&'static str, Align)]) -> Self {
+        Table {
+            heading: heading.to_vec(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Adds a row, a cell for each column.
+    pub(super) fn row<const N: usize>(&mut self, cells: [Cell; N]) {
+        debug_assert_eq!(N, self.heading.len());
+        self.rows.push(cells.into());
+    }
+
+    /// Writes heading and rows.
+    pub(super) fn render(mut self, out: &mut String, colours: bool) {
+        let heading: Vec<Cell> = self
+            .heading
+            .iter()
+            .map(|(name, _)| Cell::painted(name, Paint::Bold))
+            .collect();
+        self.rows.insert(0, heading);
+        let widths: Vec<usize> = (0..self.heading.len())
+            .map(|column| {
+                let widths = self.rows.iter().filter_map(|row| row.get(column));
+                widths.map(Cell::width).max().unwrap_or(0)
+            })
+            .collect();
+        for row in &self.rows {
+            let mut line = String::new();
+            for ((cell, (_, align)), width) in row.iter().zip(&self.heading).zip(&widths) {
+                if !line.is_empty() {
+                    line += "  ";
+                }
+                let gap = " ".repeat(width - cell.width());
+                let text = cell.paint.on(&cell.text, colours);
+                line += &match align {
+                    Align::Left => text + &gap,
+                    Align::Right => gap + &text,
+                };
+            }
+            *out += line.trim_end();
+            out.push('\n');
+        }
+    }
+}
