@@ -1,0 +1,100 @@
+//! CPU time per call, preforkd's beside that of a bare epoll server which parses nothing.
+//!
+//! Both run with two workers, in turn, several rounds, each under the same load: 64 connections, one
+//! outstanding ping each. Counted is the user and system time of all the server's processes while the
+//! load runs, connecting left out. The medians and their ratio are printed; with `--bar` a ratio above
+//! [`BAR`] is a failure. The order changes from round to round, so that none is always the first.
+#![allow(unsafe_code, clippy::print_stdout)]
+
+mod support;
+
+use std::time::Duration;
+
+use clap::Parser;
+
+use support::figures::{line, median};
+use support::load::{self, Load, Until};
+use support::server::Server;
+use support::{Failure, bare, words};
+
+/// The most that preforkd may cost, in times of what the bare server costs.
+const BAR: f64 = 1.25;
+
+#[derive(Parser)]
+struct Words {
+    /// Rounds, each with both servers.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds of load on each server in each round.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+    /// Connections, with one outstanding call each.
+    #[arg(long, default_value_t = 64)]
+    connections: usize,
+    /// Workers of each server.
+    #[arg(long, default_value_t = 2)]
+    workers: usize,
+    /// Fail above the bar.
+    #[arg(long)]
+    bar: bool,
+    /// Measure the bare server against itself: the ratio shows the noise.
+    #[arg(long)]
+    self_check: bool,
+}
+
+fn main() -> Result<(), Failure> {
+    let words = words();
+    if let ["serve", address, workers] = words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        let answer = load::frame(bare::PONG);
+        return bare::serve(address.parse()?, workers.parse()?, &answer);
+    }
+    let program = "cpu_per_call".to_owned();
+    let words = Words::parse_from([program].into_iter().chain(words));
+    let other = if words.self_check {
+        "bare again"
+    } else {
+        "preforkd"
+    };
+
+    let (mut bare, mut ours) = (Vec::new(), Vec::new());
+    for round in 0..words.rounds {
+        for turn in [round % 2, 1 - round % 2] {
+            let (name, figures) = match turn {
+                0 => ("bare", &mut bare),
+                _ => (other, &mut ours),
+            };
+            let server = match name {
+                "preforkd" => Server::preforkd(words.workers, "")?,
+                _ => Server::bare(words.workers)?,
+            };
+            let cost = measure(&server, &words, name)?;
+            figures.push(cost);
+        }
+    }
+    let ratio = median(&ours) / median(&bare);
+    println!(
+        "CPU time per call at {} connections, medians of {} rounds: bare {:.2} us, {other} {:.2} us, \
+         ratio {ratio:.3} (bar: {BAR})",
+        words.connections,
+        words.rounds,
+        median(&bare),
+        median(&ours),
+    );
+    if words.bar && (ratio.is_nan() || ratio > BAR) {
+        return Err(format!("the ratio {ratio:.3} is above the bar of {BAR}").into());
+    }
+    Ok(())
+}
+
+/// Microseconds of CPU time per call.
+fn measure(server: &Server, words: &Words, name: &str) -> Result<f64, Failure> {
+    let mut load = Load::open(server.address, words.connections, bare::PARAMS)?;
+    // Caches, buffers and clock speed as they are under load.
+    load.run(Until::Calls(20_000))?;
+    let before = server.cpu_time()?;
+    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.seconds)))?;
+    let used = server.cpu_time()?.saturating_sub(before);
+    let cost = used.as_secs_f64() * 1e6 / outcome.calls as f64;
+    println!("{name:>10}: {cost:.2} us CPU per call; {}", line(&outcome));
+    Ok(cost)
+}

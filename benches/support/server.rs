@@ -1,0 +1,183 @@
+//! A server under measurement: started, awaited, measured by what /proc says, ended.
+//!
+//! It is ready when it says READY=1, as to systemd; so nothing here waits by the clock. Its directory
+//! and its processes are gone when it is dropped.
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, SysconfVar, sysconf};
+
+use super::Failure;
+
+/// How long a server may take until it is ready.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long its word is waited for before it is looked whether it still lives.
+const GLANCE: Duration = Duration::from_millis(100);
+
+/// A running server and the processes below it.
+pub struct Server {
+    child: Child,
+    directory: PathBuf,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl Server {
+    /// The bare server. It is this program once more, which has to pass the words `serve ADDRESS
+    /// WORKERS` on to [`super::bare::serve`].
+    pub fn bare(workers: usize) -> Result<Self, Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        let address = free_address()?;
+        command.args(["serve", &address.to_string(), &workers.to_string()]);
+        Self::start(command, address, new_directory()?)
+    }
+
+    /// preforkd, built with this program. `more` is added to its configuration.
+    pub fn preforkd(workers: usize, more: &str) -> Result<Self, Failure> {
+        let directory = new_directory()?;
+        let address = free_address()?;
+        let config = directory.join("preforkd.toml");
+        let text = format!(
+            "pid-file = \"pid\"\ncontrol-socket = \"control.sock\"\n\
+             [workers]\ncount = {workers}\n\
+             [[listen]]\naddress = \"{address}\"\n\
+             [log]\nlevel = \"warn\"\n{more}"
+        );
+        fs::write(&config, text)?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_preforkd"));
+        command.arg("run").arg("--config").arg(config);
+        Self::start(command, address, directory)
+    }
+
+    fn start(
+        mut command: Command,
+        address: SocketAddr,
+        directory: PathBuf,
+    ) -> Result<Self, Failure> {
+        let path = directory.join("notify.sock");
+        let notified = UnixDatagram::bind(&path)?;
+        notified.set_read_timeout(Some(GLANCE))?;
+        command.env("NOTIFY_SOCKET", &path);
+        // SAFETY: prctl(2) is async-signal-safe and the closure does nothing else.
+        unsafe {
+            command.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGTERM)?));
+        }
+        let mut server = Server {
+            child: command.spawn()?,
+            directory,
+            address,
+        };
+        let deadline = Instant::now() + PATIENCE;
+        let mut buffer = [0; 4096];
+        loop {
+            // An error is this wait's end, in the common case; then it is looked why nothing comes.
+            let count = notified.recv(&mut buffer).unwrap_or(0);
+            let mut lines = buffer[..count].split(|byte| *byte == b'\n');
+            if lines.any(|line| line == b"READY=1") {
+                return Ok(server);
+            }
+            let program = command.get_program();
+            if let Some(status) = server.child.try_wait()? {
+                return Err(format!("{program:?} ended before it was ready: {status}").into());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("{program:?} is not ready after {PATIENCE:?}").into());
+            }
+        }
+    }
+
+    /// The server's processes, the first one first.
+    pub fn processes(&self) -> io::Result<Vec<Stat>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir("/proc")? {
+            let name = entry?.file_name();
+            if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
+                // One that has just ended is of no interest.
+                all.extend(Stat::of(pid));
+            }
+        }
+        let mut ours: Vec<Stat> = Vec::new();
+        let mut parents = vec![self.child.id()];
+        ours.extend(all.iter().find(|stat| stat.pid == parents[0]).cloned());
+        while let Some(parent) = parents.pop() {
+            for stat in all.iter().filter(|stat| stat.parent == parent) {
+                parents.push(stat.pid);
+                ours.push(stat.clone());
+            }
+        }
+        Ok(ours)
+    }
+
+    /// The CPU time of all its processes since they were started, and of those that ended and were
+    /// waited for; to the clock tick, 10 ms mostly.
+    pub fn cpu_time(&self) -> Result<Duration, Failure> {
+        let ticks: u64 = self.processes()?.iter().map(|stat| stat.ticks).sum();
+        let per_second = sysconf(SysconfVar::CLK_TCK)?.ok_or("no clock tick")?;
+        Ok(Duration::from_secs(ticks) / u32::try_from(per_second)?)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It is not waited for anywhere else, so the pid is still its own.
+        let _ = kill(
+            Pid::from_raw(self.child.id().cast_signed()),
+            Signal::SIGTERM,
+        );
+        let _ = self.child.wait();
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// What /proc/PID/stat says of a process (proc_pid_stat(5)).
+#[derive(Debug, Clone)]
+pub struct Stat {
+    /// Its process id.
+    pub pid: u32,
+    /// Its parent's.
+    pub parent: u32,
+    /// utime, stime, cutime and cstime together, in clock ticks.
+    pub ticks: u64,
+}
+
+impl Stat {
+    fn of(pid: u32) -> Option<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name stands in parentheses, and may hold anything, those too.
+        let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+        let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+        Some(Stat {
+            pid,
+            parent: u32::try_from(number(4)?).ok()?,
+            ticks: number(14)? + number(15)? + number(16)? + number(17)?,
+        })
+    }
+}
+
+/// A port that was free a moment ago.
+fn free_address() -> io::Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+}
+
+fn new_directory() -> io::Result<PathBuf> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = format!(
+        "preforkd-bench-{}-{}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    );
+    let path = std::env::temp_dir().join(name);
+    fs::create_dir(&path)?;
+    Ok(path)
+}
