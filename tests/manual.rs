@@ -1,0 +1,87 @@
+//! The manual page against the program: what `--help` lists, the page explains, and the page
+//! promises no command or option that is not there.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+
+use crate::support::{binary, source};
+
+fn page() -> String {
+    let page = fs::read_to_string(source().join("docs/preforkd.8")).unwrap();
+    // in roff a hyphen that is typed is written \-
+    page.replace("\\-", "-")
+}
+
+fn help(arguments: &[&str]) -> String {
+    let output = Command::new(binary())
+        .args(arguments)
+        .arg("--help")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The commands that `--help` lists.
+fn commands() -> BTreeSet<String> {
+    let help = help(&[]);
+    let (_, list) = help
+        .split_once("Commands:\n")
+        .expect("the help lists commands");
+    let names = list.lines().take_while(|line| !line.is_empty());
+    let names = names.filter(|line| line.starts_with("  ") && !line.starts_with("    "));
+    let names = names.filter_map(|line| line.split_whitespace().next());
+    names
+        .filter(|name| *name != "help")
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The long options in a text.
+fn options(text: &str) -> BTreeSet<String> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+    let words = words.filter(|word| word.starts_with("--") && word.len() > 3);
+    words.map(str::to_owned).collect()
+}
+
+#[test]
+fn the_manual_page_explains_every_command_and_option() {
+    let page = page();
+    for command in commands() {
+        let entry = format!(".SS {command}");
+        let begin = page
+            .find(&entry)
+            .unwrap_or_else(|| panic!("no {entry:?} in the page"));
+        let section = &page[begin + entry.len()..];
+        let section = section.split("\n.S").next().unwrap();
+        for option in options(&help(&[&command])) {
+            if matches!(option.as_str(), "--help" | "--version") {
+                continue;
+            }
+            assert!(
+                section.contains(&option),
+                "{command} {option} is not explained"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_manual_page_promises_nothing_else() {
+    let commands = commands();
+    let mut known = options(&help(&[]));
+    for command in &commands {
+        known.extend(options(&help(&[command])));
+    }
+    let page = page();
+    for heading in page.lines().filter_map(|line| line.strip_prefix(".SS ")) {
+        let name = heading.split_whitespace().next().unwrap();
+        assert!(
+            commands.contains(name),
+            "the page has {name}, the program has not"
+        );
+    }
+    let stray: Vec<_> = options(&page).difference(&known).cloned().collect();
+    assert!(stray.is_empty(), "options that no command knows: {stray:?}");
+}

@@ -1,0 +1,373 @@
+//! A real preforkd of one test: started, asked, signalled, and gone without a trace at the end.
+//!
+//! Its own directory, its own process group, and a listener that the test has bound to port 0 and
+//! hands over as a service manager would (LISTEN_FDS, sd_listen_fds(3)): no port is guessed, and
+//! a client may connect before the daemon runs. Dropping it stops it, and fails the test on any
+//! line of its log that is an error, a panic or a KILL and was not announced with
+//! [`Builder::expect_log`].
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{Client, Dir, PATIENCE, binary, log, pause, process, wait_for};
+
+/// What a daemon keeps of the test's environment: enough to find programs, and the mark by which
+/// `tests/run` knows its own processes.
+const KEPT_ENVIRONMENT: [&str; 4] = ["PATH", "HOME", "PREFORKD_TEST_RUN", "RUST_BACKTRACE"];
+
+/// Hands its stdin over as descriptor 3. The shell is there because LISTEN_PID has to be the pid
+/// of the daemon, which nobody knows before the fork and a shell keeps across its exec.
+const HAND_OVER: &str = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
+
+/// A daemon to be.
+#[derive(Default)]
+pub struct Builder {
+    config: String,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+    expected: Vec<String>,
+}
+
+impl Builder {
+    /// Its configuration: top-level keys first, then tables. Pid file, control socket and, where
+    /// it has no `[[listen]]`, the test's own listener are added.
+    pub fn config(mut self, text: &str) -> Self {
+        text.clone_into(&mut self.config);
+        self
+    }
+
+    /// One more argument behind `run --config FILE`.
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    /// One more variable of its environment, which is otherwise nearly empty.
+    pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        let pair = (key.as_ref().to_owned(), value.as_ref().to_owned());
+        self.environment.push(pair);
+        self
+    }
+
+    /// Announces a line of the log that would fail the test otherwise. It must come.
+    pub fn expect_log(mut self, text: &str) -> Self {
+        self.expected.push(text.to_owned());
+        self
+    }
+
+    /// Starts it and waits until it says that it is ready.
+    #[track_caller]
+    pub fn start(self) -> Daemon {
+        self.try_start()
+            .unwrap_or_else(|failure| panic!("it did not start: {failure:?}"))
+    }
+
+    /// Starts it, for tests of starts that fail.
+    pub fn try_start(self) -> Result<Daemon, StartFailure> {
+        let dir = Dir::new();
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let ready = UnixDatagram::bind(dir.join("notify")).unwrap();
+        ready
+            .set_read_timeout(Some(Duration::from_millis(20)))
+            .unwrap();
+
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", HAND_OVER, "sh"]).arg(binary());
+        command
+            .arg("run")
+            .arg("--config")
+            .arg(dir.join("preforkd.toml"));
+        command.args(&self.arguments).env_clear();
+        for key in KEPT_ENVIRONMENT {
+            command.envs(std::env::var_os(key).map(|value| (key, value)));
+        }
+        command
+            .env("TMPDIR", &*dir)
+            .env("NOTIFY_SOCKET", dir.join("notify"))
+            .envs(self.environment.iter().map(|(key, value)| (key, value)))
+            .stdout(File::create(dir.join("stdout")).unwrap())
+            .stderr(File::create(dir.join("log")).unwrap())
+            .process_group(0);
+        if self.config.contains("[[listen]]") {
+            command.stdin(Stdio::null());
+        } else {
+            command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "rpc");
+            command.stdin(OwnedFd::from(listener));
+        }
+        let mut daemon = Daemon {
+            child: None,
+            exited: None,
+            address,
+            expected: self.expected,
+            dir,
+        };
+        daemon.configure(&self.config);
+        daemon.child = Some(command.spawn().unwrap());
+        daemon.wait_ready(&ready)
+    }
+}
+
+/// How a start failed: it ended, or said nothing in time (`code` is `None` then).
+#[derive(Debug)]
+pub struct StartFailure {
+    /// The exit code.
+    pub code: Option<i32>,
+    /// All that it wrote to stderr.
+    pub log: String,
+}
+
+/// What the status says about a worker, as far as tests ask.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Worker {
+    pub slot: u32,
+    pub pid: i32,
+    pub generation: u32,
+    pub state: String,
+    pub connections: u64,
+    pub running: u64,
+    pub queued: u64,
+    pub calls: u64,
+    pub errors: u64,
+    pub rss_bytes: u64,
+}
+
+/// A running daemon.
+pub struct Daemon {
+    /// `None` only before it was started.
+    child: Option<Child>,
+    /// `Some` once it was waited for.
+    exited: Option<ExitStatus>,
+    address: SocketAddr,
+    expected: Vec<String>,
+    dir: Dir,
+}
+
+impl Daemon {
+    /// A daemon to be.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// One with two workers and nothing else said.
+    #[track_caller]
+    pub fn start() -> Self {
+        Self::builder().config("[workers]\ncount = 2\n").start()
+    }
+
+    fn wait_ready(mut self, ready: &UnixDatagram) -> Result<Self, StartFailure> {
+        let end = Instant::now() + PATIENCE;
+        let mut message = [0; 4096];
+        loop {
+            if let Ok(length) = ready.recv(&mut message) {
+                let text = String::from_utf8_lossy(&message[..length]);
+                if text.lines().any(|line| line == "READY=1") {
+                    return Ok(self);
+                }
+            } else if let Some(status) = self.try_wait() {
+                return Err(self.give_up(status.code()));
+            } else if Instant::now() > end {
+                return Err(self.give_up(None));
+            }
+        }
+    }
+
+    fn give_up(mut self, code: Option<i32>) -> StartFailure {
+        let log = self.log();
+        self.end_group();
+        // its log is the test's business now, and no alarm
+        self.child = None;
+        StartFailure { code, log }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Dir {
+        &self.dir
+    }
+
+    /// The master.
+    pub fn pid(&self) -> i32 {
+        self.child
+            .as_ref()
+            .expect("it was started")
+            .id()
+            .cast_signed()
+    }
+
+    /// What it has written to its log so far.
+    pub fn log(&self) -> String {
+        self.dir.read("log")
+    }
+
+    /// Waits until its log holds `text`.
+    #[track_caller]
+    pub fn wait_log(&self, text: &str) {
+        wait_for(&format!("{text:?} in the log"), PATIENCE, || {
+            self.log().contains(text)
+        });
+    }
+
+    /// A new connection.
+    #[track_caller]
+    pub fn client(&self) -> Client {
+        Client::connect(self.address)
+    }
+
+    /// Runs a command of preforkd against it: `command(&["status", "--json"])`. Those that ask
+    /// the master find its control socket, `call` its address.
+    pub fn command(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(binary());
+        command.args(arguments);
+        if arguments.first() == Some(&"call") {
+            command.arg("--address").arg(self.address.to_string());
+        } else {
+            command
+                .arg("--control-socket")
+                .arg(self.dir.join("control.sock"));
+        }
+        command
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    /// Its status, as the documented JSON.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        let output = self.command(&["status", "--json"]);
+        assert!(output.status.success(), "status: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Its workers, draining ones included.
+    #[track_caller]
+    pub fn workers(&self) -> Vec<Worker> {
+        serde_json::from_value(self.status()["workers"].take()).unwrap()
+    }
+
+    /// The pids of the workers that are ready, by slot.
+    #[track_caller]
+    pub fn ready_workers(&self) -> Vec<i32> {
+        let mut workers = self.workers();
+        workers.retain(|worker| worker.state == "ready");
+        workers.sort_by_key(|worker| worker.slot);
+        workers.iter().map(|worker| worker.pid).collect()
+    }
+
+    /// Writes another configuration, for the next reload.
+    pub fn configure(&self, config: &str) {
+        let listen = if config.contains("[[listen]]") {
+            String::new()
+        } else {
+            format!("\n[[listen]]\naddress = \"{}\"\n", self.address)
+        };
+        let text = format!(
+            "pid-file = \"preforkd.pid\"\ncontrol-socket = \"control.sock\"\n{config}{listen}"
+        );
+        self.dir.write("preforkd.toml", text);
+    }
+
+    /// Sends the master a signal.
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// Its exit status, if it has ended.
+    pub fn try_wait(&mut self) -> Option<ExitStatus> {
+        if self.exited.is_none() {
+            self.exited = self.child.as_mut()?.try_wait().unwrap();
+        }
+        self.exited
+    }
+
+    /// Waits until it has ended by itself.
+    #[track_caller]
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        wait_for("the master's end", PATIENCE, || self.try_wait().is_some());
+        self.exited.expect("it was just waited for")
+    }
+
+    /// Waits until no process of it is left, workers included.
+    #[track_caller]
+    pub fn wait_group_gone(&self) {
+        wait_for("the end of the whole group", PATIENCE, || {
+            process::members(self.pid()).is_empty()
+        });
+    }
+
+    /// Asks the master to stop, and ends what is left after a while. Returns what went wrong.
+    fn end_group(&mut self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let group = Pid::from_raw(self.pid());
+        let was_running = self.try_wait().is_none();
+        if was_running {
+            // a stopped master could not even stop
+            let _ = kill(group, Signal::SIGTERM);
+            let _ = kill(group, Signal::SIGCONT);
+        }
+        let end = Instant::now() + PATIENCE;
+        while (self.try_wait().is_none() || !process::members(group.as_raw()).is_empty())
+            && Instant::now() < end
+        {
+            pause();
+        }
+        let left = process::members(group.as_raw());
+        if !left.is_empty() {
+            faults.push(format!(
+                "still there {PATIENCE:?} after TERM, so killed: {left:?}"
+            ));
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+        if let Some(child) = &mut self.child {
+            self.exited = child.wait().ok();
+        }
+        match self.exited {
+            Some(status) if was_running && !status.success() => faults.push(format!(
+                "TERM should end it with code 0, but: code {:?}, signal {:?}",
+                status.code(),
+                status.signal()
+            )),
+            _ => {}
+        }
+        faults
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.child.is_none() {
+            return;
+        }
+        let mut faults = self.end_group();
+        let text = self.log();
+        for line in log::unexpected(&text, &self.expected) {
+            faults.push(format!("unexpected in the log: {line}"));
+        }
+        for line in log::missing(&text, &self.expected) {
+            faults.push(format!("expected in the log, and never came: {line}"));
+        }
+        if std::thread::panicking() {
+            eprintln!("the daemon's log:\n{text}\nand at its end: {faults:#?}");
+        } else if !faults.is_empty() {
+            panic!("the daemon's log:\n{text}\nbut: {faults:#?}");
+        }
+    }
+}

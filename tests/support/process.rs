@@ -1,0 +1,119 @@
+//! A look at processes through /proc (proc(5)).
+//!
+//! A process that is gone has no children, no descriptors and no memory: what can't be read is
+//! `None` or empty, never a panic, for processes leave while one looks.
+
+use std::fs;
+
+/// One letter of /proc/PID/stat, `Z` for a zombie.
+pub fn state(pid: i32) -> Option<char> {
+    stat(pid).and_then(|fields| fields[0].chars().next())
+}
+
+/// Whether it is there and no zombie.
+pub fn runs(pid: i32) -> bool {
+    state(pid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+/// Its parent.
+pub fn parent(pid: i32) -> Option<i32> {
+    stat(pid)?[1].parse().ok()
+}
+
+/// Its process group.
+pub fn group(pid: i32) -> Option<i32> {
+    stat(pid)?[2].parse().ok()
+}
+
+/// CPU time so far, user and system, in clock ticks (100 a second).
+pub fn cpu_ticks(pid: i32) -> Option<u64> {
+    let fields = stat(pid)?;
+    let ticks = |index: usize| fields[index].parse::<u64>().ok();
+    Some(ticks(11)? + ticks(12)?)
+}
+
+/// Resident memory in bytes.
+pub fn rss_bytes(pid: i32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// How many descriptors it has open.
+pub fn descriptors(pid: i32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// How many threads it has.
+pub fn threads(pid: i32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
+/// Its title: the argv area as `ps` shows it.
+pub fn title(pid: i32) -> String {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes).replace('\0', " ");
+    text.trim_end().to_owned()
+}
+
+/// Its short name, 15 bytes at most.
+pub fn comm(pid: i32) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    text.trim_end().to_owned()
+}
+
+/// A line of /proc/PID/status, without its key: `field(pid, "CapBnd")`.
+pub fn field(pid: i32, key: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| {
+        let value = line.strip_prefix(key)?.strip_prefix(':')?;
+        Some(value.trim().to_owned())
+    })
+}
+
+/// The children of a process, zombies included.
+pub fn children(pid: i32) -> Vec<i32> {
+    all().filter(|&child| parent(child) == Some(pid)).collect()
+}
+
+/// Those of its children that nobody has waited for.
+pub fn zombies(pid: i32) -> Vec<i32> {
+    let mut children = children(pid);
+    children.retain(|&child| state(child) == Some('Z'));
+    children
+}
+
+/// All members of a process group, zombies included.
+pub fn members(group_id: i32) -> Vec<i32> {
+    all().filter(|&pid| group(pid) == Some(group_id)).collect()
+}
+
+fn all() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").expect("/proc is mounted");
+    entries
+        .filter_map(Result::ok)
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// The fields of /proc/PID/stat from the state on: the name before it may hold blanks and
+/// parentheses, so the last parenthesis is where they begin.
+fn stat(pid: i32) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = text.rsplit_once(')')?;
+    let fields: Vec<String> = fields.split_whitespace().map(str::to_owned).collect();
+    (fields.len() > 20).then_some(fields)
+}
+
+#[test]
+fn this_process_is_as_proc_says() {
+    let me = std::process::id().cast_signed();
+    assert!(runs(me));
+    assert!(rss_bytes(me).unwrap() > 100_000);
+    assert!(descriptors(me) >= 3);
+    assert!(threads(me) >= 1);
+    assert!(cpu_ticks(me).is_some());
+    assert!(children(parent(me).unwrap()).contains(&me));
+    assert!(field(me, "Threads").is_some());
+    assert!(!runs(i32::MAX));
+}
