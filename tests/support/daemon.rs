@@ -10,16 +10,16 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::notify::Notifications;
 use super::{Client, Dir, PATIENCE, binary, log, pause, process, wait_for};
 
 /// What a daemon keeps of the test's environment: enough to find programs, and the mark by which
@@ -78,10 +78,7 @@ impl Builder {
         let dir = Dir::new();
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
-        let ready = UnixDatagram::bind(dir.join("notify")).unwrap();
-        ready
-            .set_read_timeout(Some(Duration::from_millis(20)))
-            .unwrap();
+        let notifications = Notifications::at(dir.join("notify"));
 
         let mut command = Command::new("/bin/sh");
         command.args(["-c", HAND_OVER, "sh"]).arg(binary());
@@ -95,7 +92,7 @@ impl Builder {
         }
         command
             .env("TMPDIR", &*dir)
-            .env("NOTIFY_SOCKET", dir.join("notify"))
+            .env("NOTIFY_SOCKET", notifications.path())
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdout(File::create(dir.join("stdout")).unwrap())
             .stderr(File::create(dir.join("log")).unwrap())
@@ -111,11 +108,12 @@ impl Builder {
             exited: None,
             address,
             expected: self.expected,
+            notifications,
             dir,
         };
         daemon.configure(&self.config);
         daemon.child = Some(command.spawn().unwrap());
-        daemon.wait_ready(&ready)
+        daemon.wait_ready()
     }
 }
 
@@ -151,6 +149,7 @@ pub struct Daemon {
     exited: Option<ExitStatus>,
     address: SocketAddr,
     expected: Vec<String>,
+    notifications: Notifications,
     dir: Dir,
 }
 
@@ -166,21 +165,18 @@ impl Daemon {
         Self::builder().config("[workers]\ncount = 2\n").start()
     }
 
-    fn wait_ready(mut self, ready: &UnixDatagram) -> Result<Self, StartFailure> {
+    fn wait_ready(mut self) -> Result<Self, StartFailure> {
         let end = Instant::now() + PATIENCE;
-        let mut message = [0; 4096];
-        loop {
-            if let Ok(length) = ready.recv(&mut message) {
-                let text = String::from_utf8_lossy(&message[..length]);
-                if text.lines().any(|line| line == "READY=1") {
-                    return Ok(self);
-                }
-            } else if let Some(status) = self.try_wait() {
+        while !self.notifications().iter().any(|line| line == "READY=1") {
+            if let Some(status) = self.try_wait() {
                 return Err(self.give_up(status.code()));
-            } else if Instant::now() > end {
+            }
+            if Instant::now() > end {
                 return Err(self.give_up(None));
             }
+            pause();
         }
+        Ok(self)
     }
 
     fn give_up(mut self, code: Option<i32>) -> StartFailure {
@@ -213,6 +209,11 @@ impl Daemon {
     /// What it has written to its log so far.
     pub fn log(&self) -> String {
         self.dir.read("log")
+    }
+
+    /// What it has told its service manager so far, line by line.
+    pub fn notifications(&self) -> Vec<String> {
+        self.notifications.lines()
     }
 
     /// Waits until its log holds `text`.

