@@ -22,6 +22,7 @@ use crate::sys::daemon::{self, Detached, Launcher};
 use crate::sys::notify;
 use crate::sys::process;
 use crate::sys::title::TitleArea;
+use crate::worker;
 
 /// A server with the methods that a program gives it.
 ///
@@ -160,17 +161,36 @@ impl Server {
             program,
             title,
             settings,
-            load: Box::new(|| config::load(file.as_deref(), &overrides)),
-            registry: Box::new(|settings| self.registry(settings)),
-            configure_log: Box::new(configure_log),
+            host: &Running {
+                server: &self,
+                file,
+                overrides,
+            },
+            becomes: worker::run,
             passed,
             launcher: &mut launcher,
         };
         let lived = catch_unwind(AssertUnwindSafe(|| master::run(setup)));
         end(lived, launcher)
     }
+}
 
-    /// The table of methods that a configuration asks for.
+/// A server that runs: what a reload needs to know of its start.
+struct Running<'a> {
+    server: &'a Server,
+    file: Option<PathBuf>,
+    overrides: Overrides,
+}
+
+impl master::Host for Running<'_> {
+    fn load(&self) -> Result<Settings> {
+        config::load(self.file.as_deref(), &self.overrides)
+    }
+
+    fn configure_log(&self, settings: &Settings) -> Result<()> {
+        configure_log(settings)
+    }
+
     fn registry(&self, settings: &Settings) -> Arc<Registry> {
         let method = |(name, method): (&String, &config::Method)| {
             let handler: Arc<dyn Handler> = match method.kind {
@@ -178,7 +198,7 @@ impl Server {
                 MethodKind::Builtin(Builtin::Echo) => Arc::new(builtin::Echo),
                 MethodKind::Builtin(Builtin::Sleep) => Arc::new(builtin::Sleep),
                 // `config` lets only names through that it was told of.
-                MethodKind::Function => Arc::clone(self.methods.get(name)?),
+                MethodKind::Function => Arc::clone(self.server.methods.get(name)?),
             };
             Some(Method {
                 name: name.clone(),

@@ -26,7 +26,11 @@ const FLOORS: [(&str, &[&str]); 12] = [
         "handler",
         &["sys", "error", "logging", "protocol", "config"],
     ),
-    ("link", &["sys", "error", "logging", "protocol", "config"]),
+    // handler: a worker is handed the table of methods
+    (
+        "link",
+        &["sys", "error", "logging", "protocol", "config", "handler"],
+    ),
     // worker and master meet only through link: they are two processes
     (
         "worker",

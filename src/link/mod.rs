@@ -1,5 +1,7 @@
-//! What stands between master and workers: ids, messages, the socket pair, the scoreboard.
+//! What stands between master and workers: what a worker starts
+//! from, ids, messages, the socket pair, the scoreboard.
 
+pub mod boot;
 pub mod channel;
 pub mod ids;
 pub mod message;

@@ -328,8 +328,9 @@ impl World {
 
     /// The times of a slot's forks.
     pub fn forks(&self, slot: u16) -> Vec<Millis> {
-        let fork = |action: &Action| matches!(action, Action::Fork { slot: s, .. } if s.0 == slot);
-        let hits = self.history.iter().filter(|(_, action)| fork(action));
+        let of_slot =
+            |action: &Action| matches!(action, Action::Fork { slot: s, .. } if s.0 == slot);
+        let hits = self.history.iter().filter(|(_, action)| of_slot(action));
         hits.map(|(at, _)| *at).collect()
     }
 

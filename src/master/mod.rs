@@ -30,6 +30,7 @@ pub mod listeners;
 pub mod pid_file;
 mod reload;
 mod reloading;
+mod requests;
 mod status;
 mod supervise;
 pub mod throttle;
@@ -46,4 +47,4 @@ mod fleet_world;
 
 pub use event::{Action, Event, Exit, Limits, Millis};
 pub use fleet::Fleet;
-pub use supervise::{Setup, run};
+pub use supervise::{Host, Setup, run};

@@ -43,7 +43,7 @@ impl Master<'_> {
 
     /// Reads and checks the new configuration and opens what it names.
     fn prepare(&self) -> Result<Ground> {
-        let settings = (self.setup.load)()?;
+        let settings = self.setup.host.load()?;
         let changes = config::diff(&self.ground.settings, &settings);
         if !changes.needs_restart.is_empty() {
             log::warn!(
@@ -51,7 +51,7 @@ impl Master<'_> {
                 changes.needs_restart.join(", ")
             );
         }
-        (self.setup.configure_log)(&settings)?;
+        self.setup.host.configure_log(&settings)?;
         let listeners = listeners::open(
             &settings.listen,
             &self.ground.listeners,
@@ -62,7 +62,7 @@ impl Master<'_> {
             log::warn!("{warning}");
         }
         Ok(Ground {
-            registry: (self.setup.registry)(&settings),
+            registry: self.setup.host.registry(&settings),
             settings: Rc::new(keep_life_settings(settings, &self.ground.settings)),
             listeners,
         })
@@ -114,7 +114,7 @@ impl Master<'_> {
     }
 
     fn restore_log(&self) {
-        if let Err(error) = (self.setup.configure_log)(&self.ground.settings) {
+        if let Err(error) = self.setup.host.configure_log(&self.ground.settings) {
             log::warn!("the log could not be set back: {error}");
         }
     }

@@ -19,15 +19,14 @@ use super::event::{Action, Event, Limits, Millis};
 use super::fleet::Fleet;
 use super::listeners::{self, Listener};
 use super::pid_file::PidFile;
-use super::status::{About, status};
 use super::workers::{Ground, Parent, Workers};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::handler::registry::Registry;
+use crate::link::boot::Become;
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
-use crate::logging;
-use crate::protocol::control::{LastReload, Request, Response};
+use crate::protocol::control::LastReload;
 use crate::sys::daemon::Launcher;
 use crate::sys::notify::{Notifier, NotifyState, PassedListener};
 use crate::sys::process;
@@ -46,6 +45,22 @@ const HEARD: [Signal; 9] = [
     Signal::SIGCHLD,
 ];
 
+/// What the master asks of the program that it runs in: at a start and at each reload.
+pub trait Host {
+    /// Reads and checks the configuration.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn load(&self) -> Result<Settings>;
+    /// Makes the table of methods of a configuration.
+    fn registry(&self, settings: &Settings) -> Arc<Registry>;
+    /// Sets level, form and output of the log as a configuration says.
+    ///
+    /// # Errors
+    /// When the log file can't be opened.
+    fn configure_log(&self, settings: &Settings) -> Result<()>;
+}
+
 /// What a master is started from.
 pub struct Setup<'a> {
     /// The name of the program, for titles.
@@ -54,12 +69,10 @@ pub struct Setup<'a> {
     pub title: Option<TitleArea>,
     /// The configuration to start with.
     pub settings: Settings,
-    /// Reads the configuration again, for a reload.
-    pub load: Box<dyn Fn() -> Result<Settings> + 'a>,
-    /// Makes the table of methods of a configuration.
-    pub registry: Box<dyn Fn(&Settings) -> Arc<Registry> + 'a>,
-    /// Sets level, form and output of the log as a configuration says.
-    pub configure_log: Box<dyn Fn(&Settings) -> Result<()> + 'a>,
+    /// What the program around it knows.
+    pub host: &'a dyn Host,
+    /// What a forked child becomes.
+    pub becomes: Become,
     /// Listeners of the service manager's.
     pub passed: Vec<PassedListener>,
     /// The shell that waits for a daemon; taken once it has its answer.
@@ -73,7 +86,7 @@ pub(super) struct Master<'a> {
     pub(super) workers: Workers,
     pub(super) control: Control,
     pub(super) notifier: Notifier,
-    signals: SignalPipe,
+    pub(super) signals: SignalPipe,
     pid_file: PidFile,
     /// What the generation that serves runs on.
     pub(super) ground: Rc<Ground>,
@@ -87,8 +100,8 @@ pub(super) struct Master<'a> {
     /// Who waits for the verdict of the reload under way.
     pub(super) verdict_for: Vec<ClientId>,
     pub(super) last_reload: Option<LastReload>,
-    stopping: bool,
-    started: Millis,
+    pub(super) stopping: bool,
+    pub(super) started: Millis,
     next_watchdog: Millis,
     shown_status: String,
     failure: Option<Error>,
@@ -124,7 +137,7 @@ pub fn run(mut setup: Setup<'_>) -> Result<()> {
         let now = now();
         let (fleet, actions) = Fleet::new(limits(&settings), now);
         let ground = Rc::new(Ground {
-            registry: (setup.registry)(&settings),
+            registry: setup.host.registry(&settings),
             settings,
             listeners,
         });
@@ -258,25 +271,6 @@ impl Master<'_> {
         }
     }
 
-    fn hear(&mut self) {
-        for signal in self.signals.take() {
-            match signal {
-                Signal::SIGTERM => self.stop(Event::Stop),
-                Signal::SIGINT | Signal::SIGQUIT => self.stop(Event::StopNow),
-                Signal::SIGHUP => self.reload_asked = true,
-                Signal::SIGUSR1 => self.reopen_log(),
-                Signal::SIGUSR2 => log::warn!(
-                    "SIGUSR2: an upgrade in place is not supported yet; nothing has changed. \
-                     Restart the service to run a new binary"
-                ),
-                Signal::SIGTTIN => self.tell(Event::ScaleBy { by: 1 }),
-                Signal::SIGTTOU => self.tell(Event::ScaleBy { by: -1 }),
-                // SIGCHLD: every wake-up reaps.
-                _ => {}
-            }
-        }
-    }
-
     fn reports(&mut self, pid: process::Pid) {
         for report in self.workers.reports(pid) {
             self.tell(match report {
@@ -385,6 +379,7 @@ impl Master<'_> {
             pid_file: self.pid_file.raw_descriptor(),
             title: self.setup.title,
             program: &self.setup.program,
+            becomes: self.setup.becomes,
         };
         let event = match self.workers.fork(slot, generation, &ground, parent) {
             Ok(pid) => Event::Forked {
@@ -427,87 +422,6 @@ impl Master<'_> {
                     launcher.failed(error.exit_code(), &error.to_string());
                 }
                 self.failure = Some(error);
-            }
-        }
-    }
-
-    fn stop(&mut self, event: Event) {
-        if !self.stopping {
-            self.stopping = true;
-            self.notifier.tell(&[NotifyState::Stopping]);
-            log::info!("stops");
-        }
-        self.tell(event);
-        // Closed after the workers were told, who first take in what is in the queue.
-        for listener in &self.ground.listeners {
-            listener.remove_path();
-        }
-        self.ground = Rc::new(Ground {
-            settings: Rc::clone(&self.ground.settings),
-            registry: Arc::clone(&self.ground.registry),
-            listeners: Vec::new(),
-        });
-        self.passed.clear();
-        self.refuse_waiting("the server stops");
-    }
-
-    fn reopen_log(&mut self) {
-        let Some(file) = &self.ground.settings.log.file else {
-            return log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
-        };
-        match logging::open(Some(file)) {
-            Ok(output) => {
-                for (pid, _) in self.workers.iter() {
-                    self.workers.order(pid, Order::Log, Some(output.as_fd()));
-                }
-                logging::set_output(output);
-                log::info!("log file reopened");
-            }
-            Err(error) => log::error!(
-                "{} can't be reopened: {error}; the log goes on where it was",
-                file.display()
-            ),
-        }
-    }
-
-    fn request(&mut self, client: ClientId, request: Request) {
-        match request {
-            Request::Status => {
-                let about = About {
-                    started: self.started,
-                    last_reload: self.last_reload.as_ref(),
-                    warnings: &self.ground.settings.warnings,
-                    listeners: &self.ground.listeners,
-                };
-                let answer = status(&self.fleet, &self.workers, &about, now());
-                self.control
-                    .answer(client, &Response::status(answer), now());
-            }
-            Request::Reload if self.stopping => {
-                let refused = Response::refused("the server stops", 1);
-                self.control.answer(client, &refused, now());
-            }
-            Request::Reload => {
-                self.reload_asked = true;
-                self.next_verdict_for.push(client);
-            }
-            Request::Scale { count } => {
-                let answer = if self.stopping {
-                    Response::refused("the server stops", 1)
-                } else if (1..=super::event::MAX_COUNT).contains(&count) {
-                    self.tell(Event::Scale { count });
-                    Response::said(format!("{} workers are wanted", self.fleet.target_count()))
-                } else {
-                    let most = super::event::MAX_COUNT;
-                    Response::refused(format!("{count} workers: 1 to {most} can be had"), 64)
-                };
-                self.control.answer(client, &answer, now());
-            }
-            Request::Stop { now: at_once } => {
-                // Answered before anything else: the end of the connection is the rest.
-                self.control
-                    .answer_and_keep(client, &Response::done(), now());
-                self.stop(if at_once { Event::StopNow } else { Event::Stop });
             }
         }
     }

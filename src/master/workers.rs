@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::listeners::Listener;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
+use crate::link::boot::{Become, Boot};
 use crate::link::channel::{self, MasterEnd, Received};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
@@ -20,7 +21,6 @@ use crate::link::scoreboard::{RECORDS, Record, Scoreboard};
 use crate::sys::process::{Fork, fork};
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::title::TitleArea;
-use crate::worker::{self, Boot};
 
 /// What the workers of one configuration are started from.
 #[derive(Debug)]
@@ -43,6 +43,8 @@ pub struct Parent<'a> {
     pub title: Option<TitleArea>,
     /// The program's name.
     pub program: &'a str,
+    /// What the child becomes.
+    pub becomes: Become,
 }
 
 /// One living worker.
@@ -116,7 +118,7 @@ impl Workers {
         // A signal between fork and the child's own handlers would wake the master, or be lost.
         signal::block_all();
         let forked = match fork() {
-            Ok(Fork::Child) => worker::run(Boot {
+            Ok(Fork::Child) => (parent.becomes)(Boot {
                 slot,
                 generation,
                 settings: Rc::clone(&ground.settings),

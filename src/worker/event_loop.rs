@@ -5,7 +5,6 @@
 //! itself ends the worker, with the reason in the log.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -15,22 +14,18 @@ use super::drain::{Drain, Step};
 use super::service::{Service, millis};
 use super::threads::Done;
 use super::timers::{CallKey, Target};
-use crate::link::channel::{Received, WorkerEnd};
+use crate::link::channel::WorkerEnd;
 use crate::link::ids::{Generation, Pid};
-use crate::link::message::{Message, Order, Report};
-use crate::logging;
-use crate::protocol::code::Code;
-use crate::protocol::rpc_error::RpcError;
+use crate::link::message::{Message, Report};
 use crate::sys::event::{Completion, Driver, Floor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
-use nix::sys::signal::Signal;
 
 /// How long the peer of a connection that we have ended may take to end it too (section 3).
 const LINGER_MS: u64 = 2000;
 /// Between two tries to accept when the system had no descriptor left.
-const LISTEN_RETRY_MS: u64 = 200;
+pub(super) const LISTEN_RETRY_MS: u64 = 200;
 /// Between two lines about the same trouble.
 const QUIET_MS: u64 = 10_000;
 /// The heartbeat, and the look for connections that a stopped sibling left in the queue.
@@ -38,11 +33,11 @@ const TICK_MS: u64 = 1000;
 
 /// At a stop, who has sent something within this time may have an answer unread or a call on its
 /// way, and is closed with the same care as after an error.
-const ACTIVE_MS: u64 = 1000;
+pub(super) const ACTIVE_MS: u64 = 1000;
 
 /// The numbers under which descriptors other than connections are watched.
 const SIGNALS: u16 = 0;
-const LINK: u16 = 1;
+pub(super) const LINK: u16 = 1;
 const WAKER: u16 = 2;
 
 /// A worker at work.
@@ -63,10 +58,10 @@ pub struct EventLoop {
     pub drain: Drain,
     /// How long a drain may take when the master can't say so any more.
     pub drain_timeout: Duration,
-    listen_deadline: u64,
+    pub(super) listen_deadline: u64,
     quiet_until_ms: u64,
     next_tick_ms: u64,
-    full: bool,
+    pub(super) full: bool,
 }
 
 impl EventLoop {
@@ -142,7 +137,7 @@ impl EventLoop {
             .store(self.service.now_ms, Relaxed);
     }
 
-    fn report(&self, body: Report) {
+    pub(super) fn report(&self, body: Report) {
         let message = Message {
             pid: Pid::current(),
             generation: self.generation,
@@ -183,37 +178,6 @@ impl EventLoop {
         record.oldest_method.store(method, Relaxed);
     }
 
-    fn accepted(&mut self, floor: &mut Floor, socket: OwnedFd) {
-        let token = match floor.adopt(socket) {
-            Ok(token) => token,
-            Err(error) => return self.complain(&format!("a connection was not taken: {error}")),
-        };
-        let mut connection = Connection::new(token, self.service.now_ms);
-        let idle_ms = millis(self.service.limits.idle_timeout);
-        if idle_ms > 0 {
-            let at = self.service.now_ms + idle_ms;
-            let target = Target::Idle(token);
-            self.service
-                .timers
-                .arm(&mut connection.quiet_deadline, at, target);
-        }
-        if self.connections.len() <= token.index() {
-            self.connections.resize_with(token.index() + 1, || None);
-        }
-        self.connections[token.index()] = Some(connection);
-        if floor.connections() >= self.service.limits.connections {
-            floor.pause_listeners();
-            if !self.full {
-                self.full = true;
-                log::warn!(
-                    "{} connections are open, as many as limits.connections allows: nothing more \
-                     is accepted here until one ends",
-                    floor.connections()
-                );
-            }
-        }
-    }
-
     fn received(&mut self, floor: &mut Floor, token: Token, bytes: &[u8]) {
         let unsent = floor.unsent(token);
         let Some(connection) = find(&mut self.connections, token) else {
@@ -236,7 +200,7 @@ impl EventLoop {
 
     /// Sends what was answered, takes what may be taken now, and sets what follows from it:
     /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
-    fn advance(&mut self, floor: &mut Floor, token: Token, mut whole: bool) {
+    pub(super) fn advance(&mut self, floor: &mut Floor, token: Token, mut whole: bool) {
         let Some(connection) = find(&mut self.connections, token) else {
             return self.service.out.clear();
         };
@@ -326,7 +290,7 @@ impl EventLoop {
     }
 
     /// Closes a connection; whatever its calls answer is for nobody.
-    fn close(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn close(&mut self, floor: &mut Floor, token: Token) {
         let Some(slot) = self.connections.get_mut(token.index()) else {
             return;
         };
@@ -351,80 +315,6 @@ impl EventLoop {
         if self.full && floor.connections() < self.service.limits.connections {
             self.full = false;
             self.resume_listening(floor);
-        }
-    }
-
-    fn expire(&mut self, floor: &mut Floor) {
-        while let Some(target) = self.service.timers.expired(self.service.now_ms) {
-            match target {
-                Target::Read(token) => {
-                    self.complain("a client did not finish its frame within limits.read-timeout");
-                    self.forget(token, |connection| connection.read_deadline = 0);
-                    self.close(floor, token);
-                }
-                Target::Write(token) => {
-                    self.complain("a client took none of its answers within limits.write-timeout");
-                    self.forget(token, |connection| connection.write_deadline = 0);
-                    self.close(floor, token);
-                }
-                Target::Idle(token) => self.idle(floor, token),
-                Target::Linger(token) => {
-                    self.forget(token, |connection| connection.quiet_deadline = 0);
-                    self.close(floor, token);
-                }
-                Target::Call(key) => self.time_out(floor, key),
-                Target::Listen => {
-                    self.listen_deadline = 0;
-                    self.resume_listening(floor);
-                }
-            }
-        }
-    }
-
-    /// A deadline that has passed is not armed any more.
-    fn forget(&mut self, token: Token, clear: impl FnOnce(&mut Connection)) {
-        if let Some(connection) = find(&mut self.connections, token) {
-            clear(connection);
-        }
-    }
-
-    fn idle(&mut self, floor: &mut Floor, token: Token) {
-        let Some(connection) = find(&mut self.connections, token) else {
-            return;
-        };
-        connection.quiet_deadline = 0;
-        let since = if connection.is_at_rest() {
-            connection.active_ms
-        } else {
-            self.service.now_ms
-        };
-        let at = since + millis(self.service.limits.idle_timeout);
-        if at > self.service.now_ms {
-            // Armed once and looked at when it is due: a busy connection pays nothing for it.
-            let armed = &mut connection.quiet_deadline;
-            return self.service.timers.arm(armed, at, Target::Idle(token));
-        }
-        connection.phase = Phase::Closing;
-        self.advance(floor, token, false);
-    }
-
-    fn time_out(&mut self, floor: &mut Floor, key: CallKey) {
-        if let Some(call) = self.service.calls.get_mut(key) {
-            call.timer = 0;
-        }
-        let text = "its time was over before it was done";
-        self.end_call(floor, key, Code::Timeout, text);
-    }
-
-    /// Answers a call with an error, whether it waits or runs.
-    fn end_call(&mut self, floor: &mut Floor, key: CallKey, code: Code, text: &str) {
-        let Some(ended) = self.service.give_up(key) else {
-            return;
-        };
-        if let Some(connection) = find(&mut self.connections, ended.token) {
-            let error = RpcError::of(code, text, ended.begun);
-            self.service.answer(connection, &ended, Err(error));
-            self.advance(floor, ended.token, false);
         }
     }
 
@@ -458,131 +348,8 @@ impl EventLoop {
         }
     }
 
-    fn accept_failed(&mut self, error: &io::Error) {
-        self.complain(&format!(
-            "no connection can be accepted: {error}; those that are open are served, the others \
-             wait; raise the limit of open files, or lower limits.connections"
-        ));
-        let at = self.service.now_ms + LISTEN_RETRY_MS;
-        self.service
-            .timers
-            .arm(&mut self.listen_deadline, at, Target::Listen);
-    }
-
-    fn resume_listening(&mut self, floor: &mut Floor) {
-        if self.full || !self.drain.is_serving() {
-            return;
-        }
-        if let Err(error) = floor.resume_listeners() {
-            self.accept_failed(&error);
-        }
-    }
-
-    fn orders(&mut self, floor: &mut Floor) {
-        loop {
-            match self.link.receive() {
-                Received::Message(message, descriptor) => match message.body {
-                    Order::Drain(limit) => self.start_drain(floor, limit),
-                    Order::Stop(limit) => self.start_stop(floor, limit),
-                    Order::Quit => self.drain.leave_now(),
-                    Order::Log => {
-                        if let Some(descriptor) = descriptor {
-                            logging::set_output(logging::Output::received(descriptor));
-                        }
-                    }
-                },
-                Received::Garbage => log::warn!("the master sent something that is no order"),
-                Received::Empty => return,
-                Received::End => {
-                    floor.unwatch(LINK);
-                    log::error!(
-                        "the master has died: this worker accepts nothing more, answers what runs \
-                         and leaves; start a new master"
-                    );
-                    return self.start_stop(floor, self.drain_timeout);
-                }
-            }
-        }
-    }
-
-    fn heard(&mut self, floor: &mut Floor) {
-        for signal in self.signals.take() {
-            match signal {
-                Signal::SIGQUIT => self.drain.leave_now(),
-                _ if self.drain.is_serving() => {
-                    log::info!("retires: asked by SIGTERM");
-                    self.report(Report::Retiring);
-                    self.start_drain(floor, self.drain_timeout);
-                }
-                // The master's last word to one that drains, or an impatient operator's.
-                _ => self.drain.hurry(self.service.now_ms),
-            }
-        }
-    }
-
-    fn start_drain(&mut self, floor: &mut Floor, limit: Duration) {
-        floor.close_listeners();
-        self.drain
-            .drain(self.service.now_ms.saturating_add(millis(limit)));
-    }
-
-    fn start_stop(&mut self, floor: &mut Floor, limit: Duration) {
-        // Who is in the queue has connected and may have sent a call already: closing the last
-        // listener would reset those.
-        let mut before = usize::MAX;
-        while floor.is_listening() && floor.connections() != before {
-            before = floor.connections();
-            floor.try_accept(self);
-        }
-        floor.close_listeners();
-        self.service.stopping = true;
-        self.drain
-            .stop(self.service.now_ms.saturating_add(millis(limit)));
-    }
-
-    fn close_resting(&mut self, floor: &mut Floor, partial: bool) {
-        let resting: Vec<(Token, u64)> = self
-            .connections
-            .iter()
-            .flatten()
-            .filter(|connection| connection.phase == Phase::Open)
-            .filter(|connection| connection.is_at_rest() || (partial && connection.unanswered == 0))
-            .filter(|connection| floor.unsent(connection.token) == 0)
-            .map(|connection| (connection.token, connection.active_ms))
-            .collect();
-        for (token, active_ms) in resting {
-            if self.service.now_ms.saturating_sub(active_ms) > ACTIVE_MS {
-                self.close(floor, token);
-            } else {
-                self.forget(token, |connection| connection.phase = Phase::Closing);
-                self.advance(floor, token, false);
-            }
-        }
-    }
-
-    /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
-    fn give_up_all(&mut self, floor: &mut Floor) {
-        let left: Vec<CallKey> = self.service.calls.of(|_| true).collect();
-        if !left.is_empty() {
-            log::warn!(
-                "{} calls were not done within workers.drain-timeout: they are answered with \
-                 stopping",
-                left.len()
-            );
-        }
-        for key in left {
-            self.end_call(
-                floor,
-                key,
-                Code::Stopping,
-                "the server stops and could not wait longer",
-            );
-        }
-        self.close_resting(floor, true);
-    }
-
     /// Logs something that clients can cause, at most one line in a while.
-    fn complain(&mut self, text: &str) {
+    pub(super) fn complain(&mut self, text: &str) {
         if self.service.now_ms < self.quiet_until_ms {
             return log::debug!("{text}");
         }
@@ -622,7 +389,10 @@ impl Driver for EventLoop {
 }
 
 /// The connection of a token, if it is still there.
-fn find(connections: &mut [Option<Connection>], token: Token) -> Option<&mut Connection> {
+pub(super) fn find(
+    connections: &mut [Option<Connection>],
+    token: Token,
+) -> Option<&mut Connection> {
     connections
         .get_mut(token.index())?
         .as_mut()

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use nix::sys::signal::Signal;
 
-use super::Boot;
+use crate::link::boot::Boot;
 use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::{descriptor, privilege, title};

@@ -4,32 +4,28 @@
 //! the master's code. A panic of the loop is logged and ends the worker, which the master
 //! replaces; a panic of a handler is an answer.
 
+mod accepting;
 mod calls;
 mod connection;
+mod deadlines;
 mod drain;
 mod event_loop;
 mod hygiene;
+mod orders;
 mod service;
 mod threads;
 mod timers;
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::Settings;
-use crate::handler::registry::Registry;
-use crate::link::channel::WorkerEnd;
-use crate::link::ids::{Generation, Pid, Slot};
-use crate::link::scoreboard::Record;
+use crate::link::boot::Boot;
 use crate::logging;
 use crate::sys::event::Floor;
 use crate::sys::process::exit_now;
-use crate::sys::signal::{self, SignalPipe};
-use crate::sys::title::TitleArea;
+use crate::sys::signal;
 use crate::sys::waker::Waker;
 
 use calls::Calls;
@@ -44,34 +40,6 @@ const CANT_START: i32 = 71;
 const BUG: i32 = 70;
 /// How long a leaving worker waits for its last log lines to be written.
 const LAST_WORDS: Duration = Duration::from_millis(250);
-
-/// What a worker gets from the master.
-pub struct Boot<'a> {
-    /// Its slot.
-    pub slot: Slot,
-    /// Its generation.
-    pub generation: Generation,
-    /// The configuration of that generation.
-    pub settings: Rc<Settings>,
-    /// The methods of that generation.
-    pub registry: Arc<Registry>,
-    /// The listeners of that generation.
-    pub listeners: Vec<Rc<OwnedFd>>,
-    /// The way to the master.
-    pub link: WorkerEnd,
-    /// Where it shows what it does.
-    pub record: &'static Record,
-    /// Its copy of the master's signal pipe, to be left.
-    pub master_signals: &'a mut SignalPipe,
-    /// Its copy of the pid file's descriptor, to be closed.
-    pub pid_file: RawFd,
-    /// Where the title stands.
-    pub title: Option<TitleArea>,
-    /// The name of the program, for the title.
-    pub program: String,
-    /// Who forked it.
-    pub master: Pid,
-}
 
 /// Is the worker, in a freshly forked child with all signals blocked.
 pub fn run(boot: Boot<'_>) -> ! {

@@ -1,113 +1,25 @@
-//! The event floor: sockets, in completions, over epoll.
-//!
-//! Above it nobody knows of readiness. It says that a connection was accepted, that these bytes
-//! were received, that so many were sent; received bytes are lent for the length of the call, so
-//! that an idle connection owns no buffer. io_uring can serve the same words.
-//!
-//! Three rules keep it from spinning: interest in writing lives only while something waits to be
-//! written, a connection whose end was seen is not read again, and a listener that can't accept
-//! (no descriptor left) is taken out until `resume_listeners`. Errors of one connection are a
-//! completion; only `Floor::new` and `turn` fail, when epoll itself does.
-
-#![allow(unsafe_code)]
+//! The floor itself, over epoll: sockets, what they wait for, and the turn that serves them.
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::rc::Rc;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{MsgFlags, SockFlag, accept4, recv, send};
+use nix::sys::socket::{MsgFlags, recv, send};
 use slab::Slab;
+
+use super::accept::Listener;
+use super::{Completion, Driver, Token};
 
 /// Bytes read at once, for all connections of a worker together.
 const RECEIVE_BUFFER: usize = 64 * 1024;
 /// Events taken from the kernel at once.
 const BATCH: usize = 256;
-/// Accepts after which a worker goes to the end of the kernel's queue of waiters. EPOLLEXCLUSIVE
-/// wakes the first of that queue, so without this one worker would get all that comes slowly;
-/// a smaller number is fairer, and costs two epoll_ctl(2) per that many accepts.
-const FAIR_SHARE: u32 = 8;
 
-/// The events' data above this value are not connections.
+/// The events' data from here up are not connections.
 const WATCH_BASE: u64 = u64::MAX - 0xFFFF;
-const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
-
-/// A connection of a floor. Never reused: its lower half is a place, its upper half a count.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Token(u64);
-
-impl Token {
-    /// The place of this connection: small, dense, and reused after it was closed.
-    pub fn index(self) -> usize {
-        (self.0 & 0xFFFF_FFFF) as usize
-    }
-
-    /// A token of no floor, for tests of what only keeps it.
-    #[cfg(test)]
-    pub fn for_test(index: usize) -> Self {
-        Token::new(index, 0)
-    }
-
-    fn new(index: usize, tag: u32) -> Self {
-        Token(u64::from(tag) << 32 | index as u64)
-    }
-}
-
-/// What has happened.
-#[derive(Debug)]
-pub enum Completion<'a> {
-    /// A client has connected; `Floor::adopt` makes a connection of it.
-    Accepted {
-        /// Its socket.
-        socket: OwnedFd,
-    },
-    /// The system can't accept at the moment (EMFILE, ENFILE, ENOBUFS, ENOMEM). No listener is
-    /// watched until `Floor::resume_listeners`.
-    AcceptFailed {
-        /// What it answered.
-        error: io::Error,
-    },
-    /// Bytes have come, lent until the call returns.
-    Received {
-        /// From whom.
-        token: Token,
-        /// What.
-        bytes: &'a [u8],
-    },
-    /// The peer sends no more, but may still read.
-    Ended {
-        /// The connection.
-        token: Token,
-    },
-    /// Some of what waited has been sent; `Floor::unsent` tells what is left.
-    Sent {
-        /// The connection.
-        token: Token,
-    },
-    /// The connection is broken; nothing can be sent or received. It has to be closed.
-    Failed {
-        /// The connection.
-        token: Token,
-        /// How.
-        error: io::Error,
-    },
-    /// A watched descriptor is readable.
-    Readable {
-        /// The number it was watched under.
-        watch: u16,
-    },
-}
-
-/// Who is told.
-pub trait Driver {
-    /// Called once a turn, after the wait and before the completions: time has passed.
-    fn woken(&mut self) {}
-
-    /// Called once for each completion.
-    fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>);
-}
+pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
 /// One connection's socket.
 #[derive(Debug)]
@@ -139,21 +51,12 @@ impl Socket {
     }
 }
 
-/// A listening socket, shared with the sibling workers.
-#[derive(Debug)]
-struct Listener {
-    fd: Rc<OwnedFd>,
-    watched: bool,
-    /// Accepts since this worker last went to the end of the queue.
-    accepts: u32,
-}
-
 /// The event floor of one worker.
 #[derive(Debug)]
 pub struct Floor {
-    epoll: Epoll,
+    pub(super) epoll: Epoll,
     sockets: Slab<Socket>,
-    listeners: Vec<Listener>,
+    pub(super) listeners: Vec<Listener>,
     watched: Vec<(u16, OwnedFd)>,
     /// Failures met outside of `turn`, told in the next one.
     failures: Vec<(Token, io::Error)>,
@@ -182,66 +85,6 @@ impl Floor {
             events: vec![EpollEvent::empty(); BATCH],
             spurious_wakes: 0,
         })
-    }
-
-    /// Takes part in accepting from `listeners`.
-    ///
-    /// # Errors
-    /// When epoll refuses one.
-    pub fn listen(&mut self, listeners: Vec<Rc<OwnedFd>>) -> io::Result<()> {
-        self.listeners = listeners
-            .into_iter()
-            .map(|fd| Listener {
-                fd,
-                watched: false,
-                accepts: 0,
-            })
-            .collect();
-        self.resume_listeners()
-    }
-
-    /// Watches the listeners again, after `AcceptFailed` or `pause_listeners`.
-    ///
-    /// # Errors
-    /// When epoll refuses one.
-    pub fn resume_listeners(&mut self) -> io::Result<()> {
-        for index in 0..self.listeners.len() {
-            if !self.listeners[index].watched {
-                self.watch_listener(index)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Accepts nothing until `resume_listeners`; the siblings go on.
-    pub fn pause_listeners(&mut self) {
-        for listener in &mut self.listeners {
-            if mem::take(&mut listener.watched) {
-                let _ = self.epoll.delete(listener.fd.as_fd());
-            }
-        }
-    }
-
-    /// Accepts nothing more, ever. Only this process's descriptors are closed.
-    pub fn close_listeners(&mut self) {
-        self.pause_listeners();
-        self.listeners.clear();
-    }
-
-    /// Whether any listener is watched.
-    pub fn is_listening(&self) -> bool {
-        self.listeners.iter().any(|listener| listener.watched)
-    }
-
-    fn watch_listener(&mut self, index: usize) -> io::Result<()> {
-        let listener = &mut self.listeners[index];
-        // EPOLLEXCLUSIVE can't be changed by EPOLL_CTL_MOD: leaving and joining is the only way.
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
-        let event = EpollEvent::new(flags, LISTENER_BASE + index as u64);
-        self.epoll.add(listener.fd.as_fd(), event)?;
-        listener.watched = true;
-        listener.accepts = 0;
-        Ok(())
     }
 
     /// Tells of `fd` being readable, under the number `watch`; it is level-triggered.
@@ -415,68 +258,6 @@ impl Floor {
         Ok(())
     }
 
-    /// Accepts whatever waits, a bounded number, from every watched listener: a sibling that was
-    /// stopped may have swallowed the wake-up.
-    pub fn try_accept(&mut self, driver: &mut impl Driver) {
-        for index in 0..self.listeners.len() {
-            if self.listeners.get(index).is_some_and(|l| l.watched) {
-                self.accept(index, driver);
-            }
-        }
-    }
-
-    fn accept(&mut self, index: usize, driver: &mut impl Driver) {
-        for round in 0..FAIR_SHARE {
-            // The driver may have closed or paused the listeners in between.
-            let Some(listener) = self.listeners.get_mut(index).filter(|l| l.watched) else {
-                return;
-            };
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            match accept4(listener.fd.as_raw_fd(), flags) {
-                Ok(fd) => {
-                    // SAFETY: accept4 has just made this descriptor, nobody else owns it.
-                    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-                    listener.accepts += 1;
-                    if listener.accepts >= FAIR_SHARE {
-                        self.go_to_the_end(index);
-                    }
-                    driver.complete(self, Completion::Accepted { socket });
-                }
-                Err(Errno::EAGAIN) => {
-                    self.spurious_wakes += u64::from(round == 0);
-                    return;
-                }
-                // The connection was gone before we came, or its network was: the next one.
-                Err(
-                    Errno::EINTR
-                    | Errno::ECONNABORTED
-                    | Errno::ENETDOWN
-                    | Errno::EPROTO
-                    | Errno::ENOPROTOOPT
-                    | Errno::EHOSTDOWN
-                    | Errno::ENONET
-                    | Errno::EHOSTUNREACH
-                    | Errno::EOPNOTSUPP
-                    | Errno::ENETUNREACH
-                    | Errno::EPERM,
-                ) => {}
-                Err(error) => {
-                    // Left in, a level-triggered listener would spin at 100 %.
-                    self.pause_listeners();
-                    let error = error.into();
-                    return driver.complete(self, Completion::AcceptFailed { error });
-                }
-            }
-        }
-    }
-
-    fn go_to_the_end(&mut self, index: usize) {
-        let _ = self.epoll.delete(self.listeners[index].fd.as_fd());
-        self.listeners[index].watched = false;
-        // Refused for want of memory: the next tick's `resume_listeners` tries again.
-        let _ = self.watch_listener(index);
-    }
-
     fn serve(
         &mut self,
         token: Token,
@@ -587,7 +368,3 @@ fn send_some(socket: &Socket, bytes: &[u8]) -> Result<usize, Errno> {
         };
     }
 }
-
-#[cfg(test)]
-#[path = "event_tests.rs"]
-mod tests;

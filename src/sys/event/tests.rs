@@ -1,7 +1,10 @@
+//! The floor against real sockets.
+
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::*;

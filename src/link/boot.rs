@@ -1,0 +1,44 @@
+//! What the master hands to a new worker at the fork: everything that the worker starts from.
+
+use std::os::fd::{OwnedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::channel::WorkerEnd;
+use super::ids::{Generation, Pid, Slot};
+use super::scoreboard::Record;
+use crate::config::Settings;
+use crate::handler::registry::Registry;
+use crate::sys::signal::SignalPipe;
+use crate::sys::title::TitleArea;
+
+/// What a worker gets from the master.
+pub struct Boot<'a> {
+    /// Its slot.
+    pub slot: Slot,
+    /// Its generation.
+    pub generation: Generation,
+    /// The configuration of that generation.
+    pub settings: Rc<Settings>,
+    /// The methods of that generation.
+    pub registry: Arc<Registry>,
+    /// The listeners of that generation.
+    pub listeners: Vec<Rc<OwnedFd>>,
+    /// The way to the master.
+    pub link: WorkerEnd,
+    /// Where it shows what it does.
+    pub record: &'static Record,
+    /// Its copy of the master's signal pipe, to be left.
+    pub master_signals: &'a mut SignalPipe,
+    /// Its copy of the pid file's descriptor, to be closed.
+    pub pid_file: RawFd,
+    /// Where the title stands.
+    pub title: Option<TitleArea>,
+    /// The name of the program, for the title.
+    pub program: String,
+    /// Who forked it.
+    pub master: Pid,
+}
+
+/// What a forked child becomes: the worker's own code, which the master does not know.
+pub type Become = fn(Boot<'_>) -> !;

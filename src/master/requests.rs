@@ -1,0 +1,119 @@
+//! What people ask of the master, by signal or by command, and what it answers.
+
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use nix::sys::signal::Signal;
+
+use super::control::ClientId;
+use super::event::{Event, MAX_COUNT};
+use super::status::{About, status};
+use super::supervise::{Master, now};
+use super::workers::Ground;
+use crate::link::message::Order;
+use crate::logging;
+use crate::protocol::control::{Request, Response};
+use crate::sys::notify::NotifyState;
+
+impl Master<'_> {
+    pub(super) fn hear(&mut self) {
+        for signal in self.signals.take() {
+            match signal {
+                Signal::SIGTERM => self.stop(Event::Stop),
+                Signal::SIGINT | Signal::SIGQUIT => self.stop(Event::StopNow),
+                Signal::SIGHUP => self.reload_asked = true,
+                Signal::SIGUSR1 => self.reopen_log(),
+                Signal::SIGUSR2 => log::warn!(
+                    "SIGUSR2: an upgrade in place is not supported yet; nothing has changed. \
+                     Restart the service to run a new binary"
+                ),
+                Signal::SIGTTIN => self.tell(Event::ScaleBy { by: 1 }),
+                Signal::SIGTTOU => self.tell(Event::ScaleBy { by: -1 }),
+                // SIGCHLD: every wake-up reaps.
+                _ => {}
+            }
+        }
+    }
+
+    fn stop(&mut self, event: Event) {
+        if !self.stopping {
+            self.stopping = true;
+            self.notifier.tell(&[NotifyState::Stopping]);
+            log::info!("stops");
+        }
+        self.tell(event);
+        // Closed after the workers were told, who first take in what is in the queue.
+        for listener in &self.ground.listeners {
+            listener.remove_path();
+        }
+        self.ground = Rc::new(Ground {
+            settings: Rc::clone(&self.ground.settings),
+            registry: Arc::clone(&self.ground.registry),
+            listeners: Vec::new(),
+        });
+        self.passed.clear();
+        self.refuse_waiting("the server stops");
+    }
+
+    fn reopen_log(&mut self) {
+        let Some(file) = &self.ground.settings.log.file else {
+            return log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
+        };
+        match logging::open(Some(file)) {
+            Ok(output) => {
+                for (pid, _) in self.workers.iter() {
+                    self.workers.order(pid, Order::Log, Some(output.as_fd()));
+                }
+                logging::set_output(output);
+                log::info!("log file reopened");
+            }
+            Err(error) => log::error!(
+                "{} can't be reopened: {error}; the log goes on where it was",
+                file.display()
+            ),
+        }
+    }
+
+    pub(super) fn request(&mut self, client: ClientId, request: Request) {
+        match request {
+            Request::Status => {
+                let about = About {
+                    started: self.started,
+                    last_reload: self.last_reload.as_ref(),
+                    warnings: &self.ground.settings.warnings,
+                    listeners: &self.ground.listeners,
+                };
+                let answer = status(&self.fleet, &self.workers, &about, now());
+                self.control
+                    .answer(client, &Response::status(answer), now());
+            }
+            Request::Reload if self.stopping => {
+                let refused = Response::refused("the server stops", 1);
+                self.control.answer(client, &refused, now());
+            }
+            Request::Reload => {
+                self.reload_asked = true;
+                self.next_verdict_for.push(client);
+            }
+            Request::Scale { count } => {
+                let answer = if self.stopping {
+                    Response::refused("the server stops", 1)
+                } else if (1..=MAX_COUNT).contains(&count) {
+                    self.tell(Event::Scale { count });
+                    Response::said(format!("{} workers are wanted", self.fleet.target_count()))
+                } else {
+                    let most = MAX_COUNT;
+                    Response::refused(format!("{count} workers: 1 to {most} can be had"), 64)
+                };
+                self.control.answer(client, &answer, now());
+            }
+            Request::Stop { now: at_once } => {
+                // Answered before anything else: the end of the connection is the rest.
+                self.control
+                    .answer_and_keep(client, &Response::done(), now());
+                self.stop(if at_once { Event::StopNow } else { Event::Stop });
+            }
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! How a worker takes part in accepting: one connection at a time, and not when it can't.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use super::connection::Connection;
+use super::event_loop::{EventLoop, LISTEN_RETRY_MS};
+use super::service::millis;
+use super::timers::Target;
+use crate::sys::event::Floor;
+
+impl EventLoop {
+    pub(super) fn accepted(&mut self, floor: &mut Floor, socket: OwnedFd) {
+        let token = match floor.adopt(socket) {
+            Ok(token) => token,
+            Err(error) => return self.complain(&format!("a connection was not taken: {error}")),
+        };
+        let mut connection = Connection::new(token, self.service.now_ms);
+        let idle_ms = millis(self.service.limits.idle_timeout);
+        if idle_ms > 0 {
+            let at = self.service.now_ms + idle_ms;
+            let target = Target::Idle(token);
+            self.service
+                .timers
+                .arm(&mut connection.quiet_deadline, at, target);
+        }
+        if self.connections.len() <= token.index() {
+            self.connections.resize_with(token.index() + 1, || None);
+        }
+        self.connections[token.index()] = Some(connection);
+        if floor.connections() >= self.service.limits.connections {
+            floor.pause_listeners();
+            if !self.full {
+                self.full = true;
+                log::warn!(
+                    "{} connections are open, as many as limits.connections allows: nothing more \
+                     is accepted here until one ends",
+                    floor.connections()
+                );
+            }
+        }
+    }
+
+    pub(super) fn accept_failed(&mut self, error: &io::Error) {
+        self.complain(&format!(
+            "no connection can be accepted: {error}; those that are open are served, the others \
+             wait; raise the limit of open files, or lower limits.connections"
+        ));
+        let at = self.service.now_ms + LISTEN_RETRY_MS;
+        self.service
+            .timers
+            .arm(&mut self.listen_deadline, at, Target::Listen);
+    }
+
+    pub(super) fn resume_listening(&mut self, floor: &mut Floor) {
+        if self.full || !self.drain.is_serving() {
+            return;
+        }
+        if let Err(error) = floor.resume_listeners() {
+            self.accept_failed(&error);
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! What a worker does when time is over: for a frame, a reader, an idle peer, a call.
+
+use super::connection::{Connection, Phase};
+use super::event_loop::{EventLoop, find};
+use super::service::millis;
+use super::timers::{CallKey, Target};
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::event::{Floor, Token};
+
+impl EventLoop {
+    pub(super) fn expire(&mut self, floor: &mut Floor) {
+        while let Some(target) = self.service.timers.expired(self.service.now_ms) {
+            match target {
+                Target::Read(token) => {
+                    self.complain("a client did not finish its frame within limits.read-timeout");
+                    self.forget(token, |connection| connection.read_deadline = 0);
+                    self.close(floor, token);
+                }
+                Target::Write(token) => {
+                    self.complain("a client took none of its answers within limits.write-timeout");
+                    self.forget(token, |connection| connection.write_deadline = 0);
+                    self.close(floor, token);
+                }
+                Target::Idle(token) => self.idle(floor, token),
+                Target::Linger(token) => {
+                    self.forget(token, |connection| connection.quiet_deadline = 0);
+                    self.close(floor, token);
+                }
+                Target::Call(key) => self.time_out(floor, key),
+                Target::Listen => {
+                    self.listen_deadline = 0;
+                    self.resume_listening(floor);
+                }
+            }
+        }
+    }
+
+    /// A deadline that has passed is not armed any more.
+    pub(super) fn forget(&mut self, token: Token, clear: impl FnOnce(&mut Connection)) {
+        if let Some(connection) = find(&mut self.connections, token) {
+            clear(connection);
+        }
+    }
+
+    pub(super) fn idle(&mut self, floor: &mut Floor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        connection.quiet_deadline = 0;
+        let since = if connection.is_at_rest() {
+            connection.active_ms
+        } else {
+            self.service.now_ms
+        };
+        let at = since + millis(self.service.limits.idle_timeout);
+        if at > self.service.now_ms {
+            // Armed once and looked at when it is due: a busy connection pays nothing for it.
+            let armed = &mut connection.quiet_deadline;
+            return self.service.timers.arm(armed, at, Target::Idle(token));
+        }
+        connection.phase = Phase::Closing;
+        self.advance(floor, token, false);
+    }
+
+    pub(super) fn time_out(&mut self, floor: &mut Floor, key: CallKey) {
+        if let Some(call) = self.service.calls.get_mut(key) {
+            call.timer = 0;
+        }
+        let text = "its time was over before it was done";
+        self.end_call(floor, key, Code::Timeout, text);
+    }
+
+    /// Answers a call with an error, whether it waits or runs.
+    pub(super) fn end_call(&mut self, floor: &mut Floor, key: CallKey, code: Code, text: &str) {
+        let Some(ended) = self.service.give_up(key) else {
+            return;
+        };
+        if let Some(connection) = find(&mut self.connections, ended.token) {
+            let error = RpcError::of(code, text, ended.begun);
+            self.service.answer(connection, &ended, Err(error));
+            self.advance(floor, ended.token, false);
+        }
+    }
+}

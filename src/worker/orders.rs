@@ -1,0 +1,120 @@
+//! What a worker is told: by the master, by a signal, by the master's death; and how it obeys.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use super::connection::Phase;
+use super::event_loop::{ACTIVE_MS, EventLoop, LINK};
+use super::service::millis;
+use super::timers::CallKey;
+use crate::link::channel::Received;
+use crate::link::message::{Order, Report};
+use crate::logging;
+use crate::protocol::code::Code;
+use crate::sys::event::{Floor, Token};
+
+impl EventLoop {
+    pub(super) fn orders(&mut self, floor: &mut Floor) {
+        loop {
+            match self.link.receive() {
+                Received::Message(message, descriptor) => match message.body {
+                    Order::Drain(limit) => self.start_drain(floor, limit),
+                    Order::Stop(limit) => self.start_stop(floor, limit),
+                    Order::Quit => self.drain.leave_now(),
+                    Order::Log => {
+                        if let Some(descriptor) = descriptor {
+                            logging::set_output(logging::Output::received(descriptor));
+                        }
+                    }
+                },
+                Received::Garbage => log::warn!("the master sent something that is no order"),
+                Received::Empty => return,
+                Received::End => {
+                    floor.unwatch(LINK);
+                    log::error!(
+                        "the master has died: this worker accepts nothing more, answers what runs \
+                         and leaves; start a new master"
+                    );
+                    return self.start_stop(floor, self.drain_timeout);
+                }
+            }
+        }
+    }
+
+    pub(super) fn heard(&mut self, floor: &mut Floor) {
+        for signal in self.signals.take() {
+            match signal {
+                Signal::SIGQUIT => self.drain.leave_now(),
+                _ if self.drain.is_serving() => {
+                    log::info!("retires: asked by SIGTERM");
+                    self.report(Report::Retiring);
+                    self.start_drain(floor, self.drain_timeout);
+                }
+                // The master's last word to one that drains, or an impatient operator's.
+                _ => self.drain.hurry(self.service.now_ms),
+            }
+        }
+    }
+
+    pub(super) fn start_drain(&mut self, floor: &mut Floor, limit: Duration) {
+        floor.close_listeners();
+        self.drain
+            .drain(self.service.now_ms.saturating_add(millis(limit)));
+    }
+
+    pub(super) fn start_stop(&mut self, floor: &mut Floor, limit: Duration) {
+        // Who is in the queue has connected and may have sent a call already: closing the last
+        // listener would reset those.
+        let mut before = usize::MAX;
+        while floor.is_listening() && floor.connections() != before {
+            before = floor.connections();
+            floor.try_accept(self);
+        }
+        floor.close_listeners();
+        self.service.stopping = true;
+        self.drain
+            .stop(self.service.now_ms.saturating_add(millis(limit)));
+    }
+
+    pub(super) fn close_resting(&mut self, floor: &mut Floor, partial: bool) {
+        let resting: Vec<(Token, u64)> = self
+            .connections
+            .iter()
+            .flatten()
+            .filter(|connection| connection.phase == Phase::Open)
+            .filter(|connection| connection.is_at_rest() || (partial && connection.unanswered == 0))
+            .filter(|connection| floor.unsent(connection.token) == 0)
+            .map(|connection| (connection.token, connection.active_ms))
+            .collect();
+        for (token, active_ms) in resting {
+            if self.service.now_ms.saturating_sub(active_ms) > ACTIVE_MS {
+                self.close(floor, token);
+            } else {
+                self.forget(token, |connection| connection.phase = Phase::Closing);
+                self.advance(floor, token, false);
+            }
+        }
+    }
+
+    /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
+    pub(super) fn give_up_all(&mut self, floor: &mut Floor) {
+        let left: Vec<CallKey> = self.service.calls.of(|_| true).collect();
+        if !left.is_empty() {
+            log::warn!(
+                "{} calls were not done within workers.drain-timeout: they are answered with \
+                 stopping",
+                left.len()
+            );
+        }
+        for key in left {
+            self.end_call(
+                floor,
+                key,
+                Code::Stopping,
+                "the server stops and could not wait longer",
+            );
+        }
+        self.close_resting(floor, true);
+    }
+}
