@@ -31,6 +31,7 @@ pub mod pid_file;
 mod reload;
 mod reloading;
 mod requests;
+mod setup;
 mod status;
 mod supervise;
 pub mod throttle;
@@ -47,4 +48,5 @@ mod fleet_world;
 
 pub use event::{Action, Event, Exit, Limits, Millis};
 pub use fleet::Fleet;
-pub use supervise::{Host, Setup, run};
+pub use setup::{Host, Setup};
+pub use supervise::run;

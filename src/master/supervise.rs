@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
@@ -19,19 +18,17 @@ use super::event::{Action, Event, Limits, Millis};
 use super::fleet::Fleet;
 use super::listeners::{self, Listener};
 use super::pid_file::PidFile;
+use super::setup::Setup;
 use super::workers::{Ground, Parent, Workers};
 use crate::config::Settings;
 use crate::error::{Error, Result};
-use crate::handler::registry::Registry;
-use crate::link::boot::Become;
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
 use crate::protocol::control::LastReload;
-use crate::sys::daemon::Launcher;
-use crate::sys::notify::{Notifier, NotifyState, PassedListener};
+use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
-use crate::sys::title::{self, TitleArea};
+use crate::sys::title::{self};
 
 const HEARD: [Signal; 9] = [
     Signal::SIGTERM,
@@ -44,40 +41,6 @@ const HEARD: [Signal; 9] = [
     Signal::SIGTTOU,
     Signal::SIGCHLD,
 ];
-
-/// What the master asks of the program that it runs in: at a start and at each reload.
-pub trait Host {
-    /// Reads and checks the configuration.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    fn load(&self) -> Result<Settings>;
-    /// Makes the table of methods of a configuration.
-    fn registry(&self, settings: &Settings) -> Arc<Registry>;
-    /// Sets level, form and output of the log as a configuration says.
-    ///
-    /// # Errors
-    /// When the log file can't be opened.
-    fn configure_log(&self, settings: &Settings) -> Result<()>;
-}
-
-/// What a master is started from.
-pub struct Setup<'a> {
-    /// The name of the program, for titles.
-    pub program: String,
-    /// Where the title goes.
-    pub title: Option<TitleArea>,
-    /// The configuration to start with.
-    pub settings: Settings,
-    /// What the program around it knows.
-    pub host: &'a dyn Host,
-    /// What a forked child becomes.
-    pub becomes: Become,
-    /// Listeners of the service manager's.
-    pub passed: Vec<PassedListener>,
-    /// The shell that waits for a daemon; taken once it has its answer.
-    pub launcher: &'a mut Option<Launcher>,
-}
 
 /// A master at work.
 pub(super) struct Master<'a> {

@@ -1,0 +1,45 @@
+//! What a master is started from, and what it asks of the program around it.
+
+use std::sync::Arc;
+
+use crate::config::Settings;
+use crate::error::Result;
+use crate::handler::registry::Registry;
+use crate::link::boot::Become;
+use crate::sys::daemon::Launcher;
+use crate::sys::notify::PassedListener;
+use crate::sys::title::TitleArea;
+
+/// What the master asks of the program that it runs in: at a start and at each reload.
+pub trait Host {
+    /// Reads and checks the configuration.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn load(&self) -> Result<Settings>;
+    /// Makes the table of methods of a configuration.
+    fn registry(&self, settings: &Settings) -> Arc<Registry>;
+    /// Sets level, form and output of the log as a configuration says.
+    ///
+    /// # Errors
+    /// When the log file can't be opened.
+    fn configure_log(&self, settings: &Settings) -> Result<()>;
+}
+
+/// What a master is started from.
+pub struct Setup<'a> {
+    /// The name of the program, for titles.
+    pub program: String,
+    /// Where the title goes.
+    pub title: Option<TitleArea>,
+    /// The configuration to start with.
+    pub settings: Settings,
+    /// What the program around it knows.
+    pub host: &'a dyn Host,
+    /// What a forked child becomes.
+    pub becomes: Become,
+    /// Listeners of the service manager's.
+    pub passed: Vec<PassedListener>,
+    /// The shell that waits for a daemon; taken once it has its answer.
+    pub launcher: &'a mut Option<Launcher>,
+}
