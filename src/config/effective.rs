@@ -86,6 +86,7 @@ fn listen(settings: &Settings) -> Vec<Table<RawListen>> {
         .map(|listen| {
             Table(RawListen {
                 address: Some(listen.address.to_string()),
+                name: listen.name.clone(),
                 backlog: Some(listen.backlog.into()),
                 mode: listen.mode.map(|mode| format!("{mode:04o}")),
             })

@@ -86,11 +86,28 @@ fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<Listen> {
         1..=i64::from(i32::MAX),
         "",
     )?;
+    if let Some(name) = &raw.name {
+        check_name(check, &format!("{key}.name"), name)?;
+    }
     Ok(Listen {
         address,
+        name: raw.name.clone(),
         backlog,
         mode,
     })
+}
+
+/// What a socket unit can say: sd_listen_fds(3) has the same bounds.
+fn check_name(check: &Check<'_>, key: &str, name: &str) -> Result<()> {
+    let sound = |character: char| character != ':' && !character.is_control();
+    if (1..=255).contains(&name.len()) && name.chars().all(sound) {
+        return Ok(());
+    }
+    Err(check.places.error(
+        key,
+        format!("{name:?} is no name of a passed socket"),
+        "take 1 to 255 characters without a colon, as FileDescriptorName= does",
+    ))
 }
 
 fn mode(check: &Check<'_>, key: &str, text: &str, address: &Address) -> Result<u32> {
@@ -112,6 +129,7 @@ fn mode(check: &Check<'_>, key: &str, text: &str, address: &Address) -> Result<u
 fn plain(address: Address) -> Listen {
     Listen {
         address,
+        name: None,
         backlog: DEFAULT_BACKLOG,
         mode: None,
     }

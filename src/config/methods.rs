@@ -146,7 +146,7 @@ fn kind(name: &str, key: &str, raw: &RawMethod, check: &Check<'_>) -> Result<Met
 }
 
 /// A call that outlives the drain would be cut by every reload. The error stands at the key that
-/// the operator set: the method's timeout, the default one, or else the drain's.
+/// the operator set: the method's timeout or the default one, which is never longer unless it is set.
 fn fits_into_a_drain(
     name: &str,
     method: &Method,
@@ -159,19 +159,16 @@ fn fits_into_a_drain(
     }
     let timeout = Span(method.timeout);
     let own = join(&join("methods", name), "timeout");
-    let key = [own.as_str(), "limits.timeout"]
-        .into_iter()
-        .find(|key| check.places.is_set(key));
-    Err(match key {
-        Some(key) => check.places.error(
-            key,
-            format!("{timeout} is longer than workers.drain-timeout ({drain}), so a reload would cut calls"),
-            format!("give {drain} at most, or raise workers.drain-timeout"),
+    let key = if check.places.is_set(&own) {
+        own.as_str()
+    } else {
+        "limits.timeout"
+    };
+    Err(check.places.error(
+        key,
+        format!(
+            "{timeout} is longer than workers.drain-timeout ({drain}), so a reload would cut calls"
         ),
-        None => check.places.error(
-            "workers.drain-timeout",
-            format!("{drain} is shorter than limits.timeout ({timeout} unless set), so a reload would cut calls"),
-            format!("set limits.timeout to {drain} or less, or give {timeout} at least"),
-        ),
-    })
+        format!("give {drain} at most, or raise workers.drain-timeout"),
+    ))
 }

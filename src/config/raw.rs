@@ -80,6 +80,7 @@ pub(super) struct RawLimits {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawListen {
     pub address: Option<String>,
+    pub name: Option<String>,
     pub backlog: Option<i64>,
     pub mode: Option<String>,
 }

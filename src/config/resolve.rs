@@ -60,7 +60,7 @@ pub(super) fn resolve(
     let log = log(&check, &raw.log)?;
     let daemon = daemon(&check, raw, &log)?;
     let workers = workers(&check, &raw.workers)?;
-    let limits = limits(&check, &raw.limits)?;
+    let limits = limits(&check, &raw.limits, workers.drain_timeout)?;
     let listen = listeners::resolve(&check, raw)?;
     let root_workers = here.uid == 0 && account.is_none();
     for listen in listen.iter().filter(|_| root_workers) {
@@ -297,7 +297,7 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
     })
 }
 
-fn limits(check: &Check<'_>, raw: &RawLimits) -> Result<Limits> {
+fn limits(check: &Check<'_>, raw: &RawLimits, drain: Duration) -> Result<Limits> {
     const COUNTS: RangeInclusive<i64> = 1..=1_000_000;
     let frame = raw.frame.map_or(16 << 20, |Size(bytes)| bytes);
     if !(1 << 10..=128 << 20).contains(&frame) {
@@ -322,7 +322,11 @@ fn limits(check: &Check<'_>, raw: &RawLimits) -> Result<Limits> {
         pipeline: check.integer("limits.pipeline", raw.pipeline, 1024, COUNTS, "")?,
         batch: check.integer("limits.batch", raw.batch, 1000, COUNTS, "")?,
         queue: check.integer("limits.queue", raw.queue, 4096, COUNTS, "")?,
-        timeout: timeout("limits.timeout", raw.timeout)?,
+        // Who shortens the drain alone wants shorter calls as well, and need not say so.
+        timeout: match raw.timeout {
+            None => DEFAULT_TIMEOUT.min(drain),
+            set => timeout("limits.timeout", set)?,
+        },
         read_timeout: timeout("limits.read-timeout", raw.read_timeout)?,
         write_timeout: timeout("limits.write-timeout", raw.write_timeout)?,
         idle_timeout: check.duration(

@@ -124,6 +124,9 @@ pub struct Limits {
 pub struct Listen {
     /// Where; a unix path is absolute and at most 107 bytes long.
     pub address: Address,
+    /// The name of the service manager's socket that takes its place, where one of that name is
+    /// passed (FileDescriptorName= of systemd.socket(5)).
+    pub name: Option<String>,
     /// Connections that may wait for accept(2), 1 to 2,147,483,647; the kernel caps it at
     /// net.core.somaxconn.
     pub backlog: u32,

@@ -26,6 +26,8 @@ use crate::sys::socket::{self, Bound};
 pub struct Listener {
     /// The address that it is configured under.
     pub address: Address,
+    /// The name that the service manager gave it, if it did.
+    name: Option<String>,
     /// The address that it really has: another one where port 0 was asked for.
     pub bound: String,
     /// The socket, shared with the workers.
@@ -54,8 +56,8 @@ impl Listener {
 }
 
 /// The listeners for `wanted`: those in `current` that have the address already, those in
-/// `passed`, and new ones. What is in `passed` is always used, by name of the address first and
-/// then in order, so that no connection waits in a socket that nobody accepts from.
+/// `passed`, and new ones. What is in `passed` is always used, by name, else by address,
+/// else in order, so that no connection waits in a socket that nobody accepts from.
 ///
 /// # Errors
 /// When an address can't be bound; what was bound until then is closed again.
@@ -66,20 +68,26 @@ pub fn open(
     write_timeout: Duration,
 ) -> Result<Vec<Rc<Listener>>> {
     let mut spare: Vec<&Rc<Listener>> = passed.iter().collect();
-    // By address first, whatever the order.
-    let by_address: Vec<Option<&Rc<Listener>>> = wanted
+    let mut take = |fits: &dyn Fn(&Listener) -> bool| {
+        let found = spare.iter().position(|has| fits(has))?;
+        Some(spare.remove(found))
+    };
+    // All by name, then all by address, whatever the order; what is left goes in order.
+    let mut matched: Vec<Option<&Rc<Listener>>> = wanted
         .iter()
         .map(|listen| {
-            let found = spare
-                .iter()
-                .position(|has| has.bound == listen.address.to_string())?;
-            Some(spare.remove(found))
+            let name = listen.name.as_ref()?;
+            take(&|has| has.name.as_ref() == Some(name))
         })
         .collect();
+    for (listen, matched) in wanted.iter().zip(&mut matched) {
+        let address = listen.address.to_string();
+        *matched = matched.or_else(|| take(&|has| has.bound == address));
+    }
     let mut spare = spare.into_iter();
     let mut opened: Vec<Rc<Listener>> = Vec::new();
     let mut fresh: Vec<Rc<Listener>> = Vec::new();
-    for (listen, matched) in wanted.iter().zip(by_address) {
+    for (listen, matched) in wanted.iter().zip(matched) {
         let kept = || {
             current
                 .iter()
@@ -140,6 +148,7 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
             Ok(Rc::new(Listener {
                 bound: address.to_string(),
                 address,
+                name: Some(name),
                 fd: Rc::new(fd),
                 backlog: socket::MOST_BACKLOG,
                 path: None,
@@ -157,6 +166,7 @@ fn bind(listen: &Listen, write_timeout: Duration) -> Result<Listener> {
     let listener = Listener {
         bound: bound_name(&fd, &listen.address),
         address: listen.address.clone(),
+        name: None,
         fd: Rc::new(fd),
         backlog: listen.backlog,
         path,
@@ -250,6 +260,7 @@ mod tests {
     fn listen(address: &str) -> Listen {
         Listen {
             address: address.parse().unwrap(),
+            name: None,
             backlog: 16,
             mode: None,
         }
@@ -268,15 +279,19 @@ mod tests {
     }
 
     #[test]
-    fn passed_listeners_are_matched_by_address_then_in_order_and_none_is_left_out() {
+    fn passed_listeners_are_matched_by_name_by_address_then_in_order_and_none_is_left_out() {
         let pass = |name: &str| {
             let fd = socket::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
             socket::start_listening(&fd, 8).unwrap();
             let name = name.to_owned();
             PassedListener { fd, name }
         };
-        let passed = adopt_passed(vec![pass("a"), pass("b"), pass("c")]).unwrap();
-        let wanted = [listen("127.0.0.1:8080"), listen(&passed[0].bound)];
+        let passed = adopt_passed(vec![pass("a"), pass("b"), pass("c"), pass("rpc")]).unwrap();
+        let named = Listen {
+            name: Some("rpc".into()),
+            ..listen("127.0.0.1:8081")
+        };
+        let wanted = [listen("127.0.0.1:8080"), listen(&passed[0].bound), named];
         let opened = open(&wanted, &[], &passed, TIMEOUT).unwrap();
         let order: Vec<usize> = opened
             .iter()
@@ -287,7 +302,7 @@ mod tests {
                     .unwrap()
             })
             .collect();
-        assert_eq!(order, [1, 0, 2]);
+        assert_eq!(order, [1, 0, 3, 2]);
     }
 
     #[test]

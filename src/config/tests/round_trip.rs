@@ -40,7 +40,7 @@ prop_compose! {
         address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
     ) -> Listen {
         let mode = (with && matches!(address, Address::Unix(_))).then_some(mode);
-        Listen { address, backlog, mode }
+        Listen { address, name: Some(format!("socket {backlog}")), backlog, mode }
     }
 }
 
