@@ -13,6 +13,7 @@
 mod support;
 
 mod architecture;
+mod handoff;
 mod json_suite;
 mod manual;
 mod readme;

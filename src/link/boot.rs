@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::channel::WorkerEnd;
+use super::handoff::AdoptionQueue;
 use super::ids::{Generation, Pid, Slot};
 use super::scoreboard::Record;
 use crate::config::Settings;
@@ -24,6 +25,8 @@ pub struct Boot<'a> {
     pub registry: Arc<Registry>,
     /// The listeners of that generation.
     pub listeners: Vec<Rc<OwnedFd>>,
+    /// Where live connections pass between workers.
+    pub adoption: AdoptionQueue,
     /// The way to the master.
     pub link: WorkerEnd,
     /// Where it shows what it does.

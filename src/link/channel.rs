@@ -57,7 +57,7 @@ impl<S: Body, R: Body> Channel<S, R> {
     /// # Errors
     /// When the other side does not read, or is gone.
     pub fn send(&self, message: Message<S>, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        socket::send_packet(&self.fd, &message.encode(), descriptor)
+        socket::send_packet(&self.fd, &[&message.encode()], descriptor.as_slice())
     }
 
     /// Takes the next message.
@@ -65,8 +65,8 @@ impl<S: Body, R: Body> Channel<S, R> {
         let mut packet = [0; PACKET];
         match socket::receive_packet(&self.fd, &mut packet) {
             Ok((0, _)) => Received::End,
-            Ok((length, descriptor)) => match Message::decode(&packet[..length]) {
-                Some(message) => Received::Message(message, descriptor),
+            Ok((length, mut descriptors)) => match Message::decode(&packet[..length]) {
+                Some(message) => Received::Message(message, descriptors.pop()),
                 None => Received::Garbage,
             },
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Received::Empty,

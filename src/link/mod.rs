@@ -3,6 +3,7 @@
 
 pub mod boot;
 pub mod channel;
+pub mod handoff;
 pub mod ids;
 pub mod message;
 pub mod scoreboard;

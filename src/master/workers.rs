@@ -15,6 +15,7 @@ use crate::config::Settings;
 use crate::handler::registry::Registry;
 use crate::link::boot::{Become, Boot};
 use crate::link::channel::{self, MasterEnd, Received};
+use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
 use crate::link::scoreboard::{RECORDS, Record, Scoreboard};
@@ -69,18 +70,21 @@ pub struct Workers {
     board: Scoreboard,
     free: Vec<usize>,
     living: HashMap<Pid, Worker>,
+    /// For life: connections on their way outlive any worker.
+    adoption: AdoptionQueue,
 }
 
 impl Workers {
     /// None yet.
     ///
     /// # Errors
-    /// When there is no memory for the scoreboard.
+    /// When there is no memory for the scoreboard, or no descriptor.
     pub fn new() -> io::Result<Self> {
         Ok(Workers {
             board: Scoreboard::new()?,
             free: (0..RECORDS).rev().collect(),
             living: HashMap::new(),
+            adoption: AdoptionQueue::new()?,
         })
     }
 
@@ -128,6 +132,7 @@ impl Workers {
                     .iter()
                     .map(|one| Rc::clone(&one.fd))
                     .collect(),
+                adoption: self.adoption.clone(),
                 link: worker_end,
                 record,
                 master_signals: parent.signals,

@@ -5,7 +5,8 @@
 
 #![allow(unsafe_code)]
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut, Read, Seek, Write};
 use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -15,6 +16,7 @@ use std::time::Duration;
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
     SockaddrStorage, UnixAddr, bind, getsockname, getsockopt, listen, recvmsg, sendmsg, setsockopt,
@@ -164,17 +166,21 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
-/// Sends one packet, with a descriptor if one is given (SCM_RIGHTS, unix(7)).
+/// Most descriptors in one packet of ours.
+const MOST_DESCRIPTORS: usize = 2;
+
+/// Sends one packet, made of `parts`, with descriptors (SCM_RIGHTS, unix(7)).
 ///
 /// # Errors
-/// EAGAIN when the queue is full, EPIPE when the other end is gone.
+/// EAGAIN when the queue is full, EPIPE when the other end is gone, ETOOMANYREFS when too many
+/// descriptors are on their way.
 pub fn send_packet(
     fd: &impl AsFd,
-    packet: &[u8],
-    descriptor: Option<BorrowedFd<'_>>,
+    parts: &[&[u8]],
+    descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
-    let parts = [IoSlice::new(packet)];
-    let raw: Vec<RawFd> = descriptor.iter().map(AsRawFd::as_raw_fd).collect();
+    let parts: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let raw: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
@@ -186,14 +192,15 @@ pub fn send_packet(
     }
 }
 
-/// Receives one packet: its length and the descriptor that came along. A length of 0 means that
-/// the other end is gone.
+/// Receives one packet: its length and the descriptors that came along. A length of 0 means that
+/// the other end is gone. To be called only while as many descriptors can be had: the kernel
+/// drops what does not fit.
 ///
 /// # Errors
 /// EAGAIN when there is none.
-pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     loop {
-        let mut control = cmsg_space!([RawFd; 1]);
+        let mut control = cmsg_space!([RawFd; MOST_DESCRIPTORS]);
         let mut parts = [IoSliceMut::new(buffer)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
         let raw = fd.as_fd().as_raw_fd();
@@ -201,35 +208,66 @@ pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, O
             Err(Errno::EINTR) => continue,
             other => other?,
         };
-        let mut received = None;
+        let mut received = Vec::new();
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(descriptors) = control {
-                for descriptor in descriptors {
+                received.extend(descriptors.into_iter().map(|descriptor| {
                     // SAFETY: the kernel has just installed it for us; nobody else knows it.
-                    received = Some(unsafe { OwnedFd::from_raw_fd(descriptor) });
-                }
+                    unsafe { OwnedFd::from_raw_fd(descriptor) }
+                }));
             }
         }
         return Ok((message.bytes, received));
     }
 }
 
+/// Whether so many descriptors as one packet of ours carries can be had right now.
+pub fn has_room_for_packet(any: &impl AsFd) -> bool {
+    let first = any.as_fd().try_clone_to_owned();
+    let second = any.as_fd().try_clone_to_owned();
+    first.is_ok() && second.is_ok()
+}
+
+/// Puts bytes into a file of memory, to pass them on where a packet is too small (memfd_create(2)).
+///
+/// # Errors
+/// When there is no descriptor or no memory left.
+pub fn memory_file(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let fd = memfd_create(c"preforkd-handoff", MFdFlags::MFD_CLOEXEC)?;
+    let mut file = File::from(fd);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+/// Takes back what `memory_file` has put into one.
+///
+/// # Errors
+/// When it can't be read.
+pub fn read_memory_file(fd: OwnedFd) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut file = File::from(fd);
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::io::Read;
 
     #[test]
     fn a_packet_carries_a_descriptor_and_the_end_is_an_empty_one() {
         let (one, other) = packet_pair().unwrap();
         let (reader, writer) = io::pipe().unwrap();
-        send_packet(&one, b"order", Some(writer.as_fd())).unwrap();
+        send_packet(&one, &[b"or", b"der"], &[writer.as_fd()]).unwrap();
         drop(writer);
         let mut buffer = [0; 16];
-        let (length, descriptor) = receive_packet(&other, &mut buffer).unwrap();
+        let (length, descriptors) = receive_packet(&other, &mut buffer).unwrap();
         assert_eq!(&buffer[..length], b"order");
-        drop(descriptor.unwrap());
+        assert_eq!(descriptors.len(), 1);
+        drop(descriptors);
         // Both writers are closed now, so the pipe is at its end.
         let mut reader = reader;
         assert_eq!(reader.read(&mut buffer).unwrap(), 0);

@@ -7,13 +7,16 @@ use super::connection::Connection;
 use super::event_loop::{EventLoop, LISTEN_RETRY_MS};
 use super::service::millis;
 use super::timers::Target;
-use crate::sys::event::Floor;
+use crate::sys::event::{Floor, Token};
 
 impl EventLoop {
-    pub(super) fn accepted(&mut self, floor: &mut Floor, socket: OwnedFd) {
+    pub(super) fn accepted(&mut self, floor: &mut Floor, socket: OwnedFd) -> Option<Token> {
         let token = match floor.adopt(socket) {
             Ok(token) => token,
-            Err(error) => return self.complain(&format!("a connection was not taken: {error}")),
+            Err(error) => {
+                self.complain(&format!("a connection was not taken: {error}"));
+                return None;
+            }
         };
         let mut connection = Connection::new(token, self.service.now_ms);
         let idle_ms = millis(self.service.limits.idle_timeout);
@@ -39,6 +42,7 @@ impl EventLoop {
                 );
             }
         }
+        Some(token)
     }
 
     pub(super) fn accept_failed(&mut self, error: &io::Error) {

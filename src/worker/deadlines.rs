@@ -28,6 +28,10 @@ impl EventLoop {
                     self.close(floor, token);
                 }
                 Target::Call(key) => self.time_out(floor, key),
+                Target::Give => {
+                    self.give_deadline = 0;
+                    self.give_waiting(floor);
+                }
                 Target::Listen => {
                     self.listen_deadline = 0;
                     self.resume_listening(floor);

@@ -1,7 +1,7 @@
 //! How a worker leaves: pure, it is told the time and what is left, and says what to do.
 //!
 //! Draining, after a reload or a retirement: nothing new is accepted, the connections it has are
-//! served until they end or the time is over. Stopping: no further call begins, a connection is
+//! handed over as they come to rest; after half of the time none is read any more, so that all do. Stopping: no further call begins, a connection is
 //! closed as soon as it rests. Both end with answers for whoever still waits.
 
 /// After a stop, how long a client may take to finish a frame that it has begun.
@@ -16,6 +16,8 @@ enum Mode {
     #[default]
     Serving,
     Draining,
+    /// Draining, and nothing more is taken from any connection.
+    Quiet,
     Stopping,
     /// The time is over and all was given up.
     Flushing,
@@ -27,6 +29,8 @@ enum Mode {
 pub enum Step {
     /// Go on.
     Serve,
+    /// Take nothing more from any connection.
+    Quieten,
     /// Close the connections that rest; `partial`: also those in the middle of a frame.
     CloseResting {
         /// Whether an unfinished frame is no reason to wait any more.
@@ -43,6 +47,7 @@ pub enum Step {
 pub struct Drain {
     mode: Mode,
     started_ms: u64,
+    quiet_ms: u64,
     until_ms: u64,
     next_look_ms: u64,
 }
@@ -53,10 +58,16 @@ impl Drain {
         self.mode == Mode::Serving
     }
 
-    /// Serves what there is until `until_ms`.
-    pub fn drain(&mut self, until_ms: u64) {
+    /// Whether connections that rest go to the siblings.
+    pub fn hands_over(&self) -> bool {
+        matches!(self.mode, Mode::Draining | Mode::Quiet)
+    }
+
+    /// Serves what there is, from `now_ms` until `until_ms`.
+    pub fn drain(&mut self, now_ms: u64, until_ms: u64) {
         if self.mode == Mode::Serving {
             self.mode = Mode::Draining;
+            self.quiet_ms = now_ms + until_ms.saturating_sub(now_ms) / 2;
             self.until_ms = until_ms;
         }
     }
@@ -65,7 +76,7 @@ impl Drain {
     pub fn stop(&mut self, until_ms: u64) {
         match self.mode {
             Mode::Serving => self.until_ms = until_ms,
-            Mode::Draining => self.until_ms = self.until_ms.min(until_ms),
+            Mode::Draining | Mode::Quiet => self.until_ms = self.until_ms.min(until_ms),
             _ => return,
         }
         self.mode = Mode::Stopping;
@@ -87,7 +98,8 @@ impl Drain {
     pub fn next(&self) -> Option<u64> {
         match self.mode {
             Mode::Serving => None,
-            Mode::Draining | Mode::Flushing => Some(self.until_ms),
+            Mode::Draining => Some(self.until_ms.min(self.quiet_ms)),
+            Mode::Quiet | Mode::Flushing => Some(self.until_ms),
             Mode::Stopping => Some(self.until_ms.min(self.next_look_ms)),
             Mode::Leaving => Some(0),
         }
@@ -108,7 +120,11 @@ impl Drain {
                 self.until_ms = now_ms + FLUSH_MS;
                 Step::GiveUp
             }
-            Mode::Draining => Step::Serve,
+            Mode::Draining if now_ms >= self.quiet_ms => {
+                self.mode = Mode::Quiet;
+                Step::Quieten
+            }
+            Mode::Draining | Mode::Quiet => Step::Serve,
             Mode::Stopping if self.started_ms == 0 => {
                 // One more turn first, so that calls which have arrived by now are answered.
                 self.started_ms = now_ms.max(1);
@@ -134,8 +150,10 @@ mod tests {
     fn draining_serves_until_the_last_connection_ends_or_time_is_over() {
         let mut drain = Drain::default();
         assert_eq!(drain.step(0, 5, false), Step::Serve);
-        drain.drain(1000);
+        drain.drain(0, 1000);
         assert!(!drain.is_serving());
+        assert_eq!(drain.step(499, 1, true), Step::Serve);
+        assert_eq!(drain.step(500, 1, true), Step::Quieten);
         assert_eq!(drain.step(999, 1, true), Step::Serve);
         assert_eq!(drain.step(999, 0, true), Step::Leave);
         assert_eq!(drain.step(1000, 1, true), Step::GiveUp);
@@ -164,7 +182,7 @@ mod tests {
     #[test]
     fn a_stop_never_prolongs_a_drain_and_leaving_is_final() {
         let mut drain = Drain::default();
-        drain.drain(1000);
+        drain.drain(0, 1000);
         drain.stop(9000);
         assert_eq!(drain.step(1000, 1, false), Step::GiveUp);
         drain.leave_now();

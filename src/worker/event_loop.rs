@@ -4,6 +4,7 @@
 //! `Floor::turn`. What fails on one connection ends that connection; what fails on the floor
 //! itself ends the worker, with the reason in the log.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,6 +16,7 @@ use super::service::{Service, millis};
 use super::threads::Done;
 use super::timers::{CallKey, Target};
 use crate::link::channel::WorkerEnd;
+use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
 use crate::sys::event::{Completion, Driver, Floor, Token};
@@ -39,6 +41,7 @@ pub(super) const ACTIVE_MS: u64 = 1000;
 const SIGNALS: u16 = 0;
 pub(super) const LINK: u16 = 1;
 const WAKER: u16 = 2;
+pub(super) const QUEUE: u16 = 3;
 
 /// A worker at work.
 pub struct EventLoop {
@@ -54,6 +57,11 @@ pub struct EventLoop {
     pub waker: Arc<Waker>,
     /// Which generation this worker is of.
     pub generation: Generation,
+    /// Where connections pass between siblings.
+    pub adoption: AdoptionQueue,
+    /// Connections at rest that wait for room in there, first come first.
+    pub(super) waiting_to_give: VecDeque<Token>,
+    pub(super) give_deadline: u64,
     /// How this worker leaves, once it has to.
     pub drain: Drain,
     /// How long a drain may take when the master can't say so any more.
@@ -69,6 +77,7 @@ impl EventLoop {
     pub fn new(
         service: Service,
         (link, signals, waker): (WorkerEnd, SignalPipe, Arc<Waker>),
+        adoption: AdoptionQueue,
         generation: Generation,
         drain_timeout: Duration,
     ) -> Self {
@@ -79,6 +88,9 @@ impl EventLoop {
             signals,
             waker,
             generation,
+            adoption,
+            waiting_to_give: VecDeque::new(),
+            give_deadline: 0,
             drain: Drain::default(),
             drain_timeout,
             listen_deadline: 0,
@@ -122,6 +134,7 @@ impl EventLoop {
                 self.service.calls.is_empty(),
             ) {
                 Step::Serve => {}
+                Step::Quieten => self.quieten(floor),
                 Step::CloseResting { partial } => self.close_resting(floor, partial),
                 Step::GiveUp => self.give_up_all(floor),
                 Step::Leave => return Ok(()),
@@ -178,7 +191,7 @@ impl EventLoop {
         record.oldest_method.store(method, Relaxed);
     }
 
-    fn received(&mut self, floor: &mut Floor, token: Token, bytes: &[u8]) {
+    pub(super) fn received(&mut self, floor: &mut Floor, token: Token, bytes: &[u8]) {
         let unsent = floor.unsent(token);
         let Some(connection) = find(&mut self.connections, token) else {
             return;
@@ -260,6 +273,11 @@ impl EventLoop {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
+        let open = connection.phase == Phase::Open;
+        // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
+        if open && self.drain.hands_over() && !(connection.ended && connection.tail.is_empty()) {
+            return self.give(floor, token);
+        }
         if connection.ended && connection.phase != Phase::Lingering {
             if !connection.tail.is_empty() {
                 log::debug!("a client ended in the middle of a frame");
@@ -365,7 +383,12 @@ impl Driver for EventLoop {
 
     fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>) {
         match completion {
-            Completion::Accepted { socket } => self.accepted(floor, socket),
+            Completion::Accepted { socket } => drop(self.accepted(floor, socket)),
+            Completion::Adopted {
+                socket,
+                packet,
+                rest,
+            } => self.adopted(floor, socket, &packet, rest),
             Completion::AcceptFailed { error } => self.accept_failed(&error),
             Completion::Received { token, bytes } => self.received(floor, token, bytes),
             Completion::Ended { token } => self.ended(floor, token),
@@ -383,6 +406,7 @@ impl Driver for EventLoop {
             }
             Completion::Readable { watch: SIGNALS } => self.heard(floor),
             Completion::Readable { watch: LINK } => self.orders(floor),
+            Completion::Readable { watch: QUEUE } => self.give_waiting(floor),
             Completion::Readable { .. } => self.collect(floor),
         }
     }

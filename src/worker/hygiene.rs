@@ -40,6 +40,8 @@ pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, i
     //    their port).
     let mut keep: Vec<RawFd> = boot.listeners.iter().map(|fd| fd.as_raw_fd()).collect();
     keep.push(boot.link.as_raw_fd());
+    keep.push(boot.adoption.giving.as_raw_fd());
+    keep.push(boot.adoption.taking.as_raw_fd());
     let log = logging::output_descriptor();
     keep.extend(log);
     descriptor::close_all_but(&keep);

@@ -10,6 +10,7 @@ mod connection;
 mod deadlines;
 mod drain;
 mod event_loop;
+mod giving;
 mod hygiene;
 mod orders;
 mod service;
@@ -18,10 +19,12 @@ mod timers;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::link::boot::Boot;
+use crate::link::handoff::LONGEST;
 use crate::logging;
 use crate::sys::event::Floor;
 use crate::sys::process::exit_now;
@@ -72,7 +75,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     signal::unblock_all();
     let mut floor = Floor::new().map_err(cant("make its event floor"))?;
     floor
-        .listen(boot.listeners)
+        .listen(boot.listeners, (Rc::clone(&boot.adoption.taking), LONGEST))
         .map_err(cant("watch its listeners"))?;
     let limits = boot.settings.limits.clone();
     let service = Service {
@@ -92,6 +95,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     let mut event_loop = EventLoop::new(
         service,
         (boot.link, signals, waker),
+        boot.adoption,
         boot.generation,
         boot.settings.workers.drain_timeout,
     );

@@ -58,23 +58,42 @@ impl EventLoop {
     }
 
     pub(super) fn start_drain(&mut self, floor: &mut Floor, limit: Duration) {
-        floor.close_listeners();
-        self.drain
-            .drain(self.service.now_ms.saturating_add(millis(limit)));
+        floor.accept_the_rest(self);
+        let now = self.service.now_ms;
+        self.drain.drain(now, now.saturating_add(millis(limit)));
+        self.give_resting(floor);
+    }
+
+    /// Half of the drain is over and some connections never rest: nothing more is taken from
+    /// them, so that they do once what runs is answered.
+    pub(super) fn quieten(&mut self, floor: &mut Floor) {
+        self.service.limits.pipeline = 0;
+        self.advance_open(floor);
     }
 
     pub(super) fn start_stop(&mut self, floor: &mut Floor, limit: Duration) {
-        // Who is in the queue has connected and may have sent a call already: closing the last
-        // listener would reset those.
-        let mut before = usize::MAX;
-        while floor.is_listening() && floor.connections() != before {
-            before = floor.connections();
-            floor.try_accept(self);
-        }
-        floor.close_listeners();
+        // Who is in the queue has connected and may have sent a call already.
+        floor.accept_the_rest(self);
+        self.stop_giving(floor);
         self.service.stopping = true;
-        self.drain
-            .stop(self.service.now_ms.saturating_add(millis(limit)));
+        // What was not taken for the handoff's sake is answered now.
+        self.service.limits.pipeline = usize::MAX;
+        let now = self.service.now_ms;
+        self.drain.stop(now.saturating_add(millis(limit)));
+        self.advance_open(floor);
+    }
+
+    fn advance_open(&mut self, floor: &mut Floor) {
+        let open: Vec<Token> = self
+            .connections
+            .iter()
+            .flatten()
+            .filter(|connection| connection.phase == Phase::Open)
+            .map(|connection| connection.token)
+            .collect();
+        for token in open {
+            self.advance(floor, token, false);
+        }
     }
 
     pub(super) fn close_resting(&mut self, floor: &mut Floor, partial: bool) {

@@ -22,6 +22,8 @@ pub enum Target {
     Call(CallKey),
     /// The listeners may be tried again.
     Listen,
+    /// A connection may be given away again.
+    Give,
 }
 
 /// Names a call of this worker, for good: places are reused, serials are not.

@@ -4,7 +4,7 @@
 //! Nothing here uses preforkd's own code: the tests hold the wire and the commands against the
 //! documents, not against what the crate thinks of itself.
 
-mod client;
+pub mod client;
 mod daemon;
 mod dir;
 mod log;

@@ -1,4 +1,5 @@
-//! Accepting: shared listeners, and a fair share of what comes.
+//! Accepting, from shared listeners and from the queue in which siblings pass connections on: a
+//! fair share of what comes.
 
 #![allow(unsafe_code)]
 
@@ -13,35 +14,56 @@ use nix::sys::socket::{SockFlag, accept4};
 
 use super::floor::{Floor, LISTENER_BASE};
 use super::{Completion, Driver};
+use crate::sys::socket;
 
 /// Accepts after which a worker goes to the end of the kernel's queue of waiters. EPOLLEXCLUSIVE
 /// wakes the first of that queue, so without this one worker would get all that comes slowly;
 /// a smaller number is fairer, and costs two epoll_ctl(2) per that many accepts.
 const FAIR_SHARE: u32 = 8;
 
-/// A listening socket, shared with the sibling workers.
+/// How connections come out of a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// A listening socket: accept4(2).
+    Listener,
+    /// A packet socket whose packets carry them: recvmsg(2), at most so many bytes.
+    Queue(usize),
+}
+
+/// Where connections come from, shared with the sibling workers.
 #[derive(Debug)]
 pub(super) struct Listener {
     fd: Rc<OwnedFd>,
+    source: Source,
     watched: bool,
     /// Accepts since this worker last went to the end of the queue.
     accepts: u32,
 }
 
 impl Floor {
-    /// Takes part in accepting from `listeners`.
+    /// Takes part in accepting from `listeners`, and in taking what siblings pass on in packets of
+    /// at most `longest` bytes through `queue`.
     ///
     /// # Errors
     /// When epoll refuses one.
-    pub fn listen(&mut self, listeners: Vec<Rc<OwnedFd>>) -> io::Result<()> {
-        self.listeners = listeners
-            .into_iter()
-            .map(|fd| Listener {
+    pub fn listen(
+        &mut self,
+        listeners: Vec<Rc<OwnedFd>>,
+        (queue, longest): (Rc<OwnedFd>, usize),
+    ) -> io::Result<()> {
+        let source = |source| {
+            move |fd| Listener {
                 fd,
+                source,
                 watched: false,
                 accepts: 0,
-            })
+            }
+        };
+        self.listeners = listeners
+            .into_iter()
+            .map(source(Source::Listener))
             .collect();
+        self.listeners.push(source(Source::Queue(longest))(queue));
         self.resume_listeners()
     }
 
@@ -89,6 +111,26 @@ impl Floor {
         Ok(())
     }
 
+    /// Accepts all that waits in the listening sockets, and leaves them: the last owner's closing
+    /// would reset who is in there.
+    pub fn accept_the_rest(&mut self, driver: &mut impl Driver) {
+        self.pause_queue();
+        let mut before = usize::MAX;
+        while self.is_listening() && self.connections() != before {
+            before = self.connections();
+            self.try_accept(driver);
+        }
+        self.close_listeners();
+    }
+
+    fn pause_queue(&mut self) {
+        for listener in &mut self.listeners {
+            if listener.source != Source::Listener && mem::take(&mut listener.watched) {
+                let _ = self.epoll.delete(listener.fd.as_fd());
+            }
+        }
+    }
+
     /// Accepts whatever waits, a bounded number, from every watched listener: a sibling that was
     /// stopped may have swallowed the wake-up.
     pub fn try_accept(&mut self, driver: &mut impl Driver) {
@@ -105,16 +147,25 @@ impl Floor {
             let Some(listener) = self.listeners.get_mut(index).filter(|l| l.watched) else {
                 return;
             };
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            match accept4(listener.fd.as_raw_fd(), flags) {
-                Ok(fd) => {
-                    // SAFETY: accept4 has just made this descriptor, nobody else owns it.
-                    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+            let taken = match listener.source {
+                Source::Listener => accept_one(&listener.fd).map(|socket| (socket, None)),
+                Source::Queue(longest) => take_one(&listener.fd, longest),
+            };
+            match taken {
+                Ok((socket, passed)) => {
                     listener.accepts += 1;
                     if listener.accepts >= FAIR_SHARE {
                         self.go_to_the_end(index);
                     }
-                    driver.complete(self, Completion::Accepted { socket });
+                    let completion = match passed {
+                        None => Completion::Accepted { socket },
+                        Some((packet, rest)) => Completion::Adopted {
+                            socket,
+                            packet,
+                            rest,
+                        },
+                    };
+                    driver.complete(self, completion);
                 }
                 Err(Errno::EAGAIN) => {
                     self.spurious_wakes += u64::from(round == 0);
@@ -150,4 +201,31 @@ impl Floor {
         // Refused for want of memory: the next tick's `resume_listeners` tries again.
         let _ = self.watch_listener(index);
     }
+}
+
+/// What a packet brought along with a connection: its bytes, and a second descriptor.
+type Passed = (Vec<u8>, Option<OwnedFd>);
+
+fn accept_one(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = accept4(fd.as_raw_fd(), flags)?;
+    // SAFETY: accept4 has just made this descriptor, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+/// Takes one packet. Without room for its descriptors it is left for a sibling: received, they
+/// would be lost.
+fn take_one(fd: &OwnedFd, longest: usize) -> Result<(OwnedFd, Option<Passed>), Errno> {
+    if !socket::has_room_for_packet(fd) {
+        return Err(Errno::EMFILE);
+    }
+    let mut packet = vec![0; longest];
+    let received = socket::receive_packet(fd, &mut packet);
+    let (length, descriptors) =
+        received.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    packet.truncate(length);
+    let mut descriptors = descriptors.into_iter();
+    // A packet without a connection brings nothing to anybody; the next one.
+    let socket = descriptors.next().ok_or(Errno::EPROTO)?;
+    Ok((socket, Some((packet, descriptors.next()))))
 }

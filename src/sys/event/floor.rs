@@ -92,9 +92,21 @@ impl Floor {
     /// # Errors
     /// When epoll refuses it or there is no descriptor left.
     pub fn watch(&mut self, watch: u16, fd: impl AsFd) -> io::Result<()> {
+        self.watch_for(watch, fd, EpollFlags::EPOLLIN)
+    }
+
+    /// Tells of `fd` being writable, as `Readable` under the number `watch`.
+    ///
+    /// # Errors
+    /// When epoll refuses it or there is no descriptor left.
+    pub fn watch_writable(&mut self, watch: u16, fd: impl AsFd) -> io::Result<()> {
+        self.watch_for(watch, fd, EpollFlags::EPOLLOUT)
+    }
+
+    fn watch_for(&mut self, watch: u16, fd: impl AsFd, flags: EpollFlags) -> io::Result<()> {
         // A duplicate that the floor owns: the watch can't outlive the descriptor it is for.
         let fd = fd.as_fd().try_clone_to_owned()?;
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, WATCH_BASE + u64::from(watch));
+        let event = EpollEvent::new(flags, WATCH_BASE + u64::from(watch));
         self.epoll.add(&fd, event)?;
         self.watched.push((watch, fd));
         Ok(())

@@ -46,6 +46,15 @@ pub enum Completion<'a> {
         /// Its socket.
         socket: OwnedFd,
     },
+    /// A sibling has passed a connection on.
+    Adopted {
+        /// The client's socket.
+        socket: OwnedFd,
+        /// The packet that it came with.
+        packet: Vec<u8>,
+        /// A second descriptor of that packet.
+        rest: Option<OwnedFd>,
+    },
     /// The system can't accept at the moment (EMFILE, ENFILE, ENOBUFS, ENOMEM). No listener is
     /// watched until `Floor::resume_listeners`.
     AcceptFailed {

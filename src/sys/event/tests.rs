@@ -24,6 +24,7 @@ impl Driver for Log {
     fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>) {
         match completion {
             Completion::Accepted { socket } => self.tokens.push(floor.adopt(socket).unwrap()),
+            Completion::Adopted { .. } => unreachable!("nobody gives"),
             Completion::AcceptFailed { error } => panic!("{error}"),
             Completion::Received { bytes, .. } => self.received.extend_from_slice(bytes),
             Completion::Ended { .. } => self.ended += 1,
@@ -51,7 +52,10 @@ fn connected() -> (Floor, Log, TcpStream, Token) {
     let address = listener.local_addr().unwrap();
     listener.set_nonblocking(true).unwrap();
     let mut floor = Floor::new().unwrap();
-    floor.listen(vec![Rc::new(listener.into())]).unwrap();
+    let (_giving, taking) = crate::sys::socket::packet_pair().unwrap();
+    floor
+        .listen(vec![Rc::new(listener.into())], (Rc::new(taking), 64))
+        .unwrap();
     let client = TcpStream::connect(address).unwrap();
     let mut log = Log::default();
     turn_until(&mut floor, &mut log, |log| log.tokens.len() == 1);

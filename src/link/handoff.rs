@@ -1,0 +1,160 @@
+//! The adoption queue: how a draining worker passes a live client connection on.
+//!
+//! One socket pair for all workers, made by the master: who drains gives at one end, who accepts
+//! takes at the other. A packet is a header, the bytes that were received and not consumed (in a
+//! file of memory where they are many), and the client's descriptor. What can't be given now is
+//! an error for the giver, who keeps the connection and tries again; what can't be understood
+//! closes the connection, with a line in the log.
+
+use std::borrow::Cow;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+
+use crate::sys::socket;
+
+/// First in each packet: "pfh" and the version of the format.
+const MAGIC: [u8; 4] = *b"pfh\x01";
+/// Bytes of a header.
+const HEADER: usize = 16;
+/// Most unread bytes in the packet itself: a few such packets fit the socket's default buffer.
+const MOST_INLINE: usize = 64 * 1024;
+/// Bytes of the longest packet.
+pub const LONGEST: usize = HEADER + MOST_INLINE;
+
+/// Both ends of the queue, shared by all workers.
+#[derive(Debug, Clone)]
+pub struct AdoptionQueue {
+    /// Where connections are given.
+    pub giving: Rc<OwnedFd>,
+    /// Where they are taken.
+    pub taking: Rc<OwnedFd>,
+}
+
+/// What crosses with a connection, besides its unread bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct State {
+    /// Whether its dialect is known.
+    pub spoken: bool,
+}
+
+/// A connection that was taken, all but its socket.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Taken<'a> {
+    /// Its state.
+    pub state: State,
+    /// What it had sent that nobody has consumed.
+    pub unread: Cow<'a, [u8]>,
+}
+
+impl AdoptionQueue {
+    /// An empty queue.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let (giving, taking) = socket::packet_pair()?;
+        Ok(AdoptionQueue {
+            giving: Rc::new(giving),
+            taking: Rc::new(taking),
+        })
+    }
+
+    /// Gives a connection away. On success the queue holds it, and the giver may close its own
+    /// descriptor.
+    ///
+    /// # Errors
+    /// EAGAIN and ETOOMANYREFS: not now.
+    pub fn give(&self, client: BorrowedFd<'_>, state: State, unread: &[u8]) -> io::Result<()> {
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(&MAGIC);
+        header[4] = u8::from(state.spoken);
+        header[8..].copy_from_slice(&(unread.len() as u64).to_le_bytes());
+        if unread.len() <= MOST_INLINE {
+            return socket::send_packet(&self.giving, &[&header, unread], &[client]);
+        }
+        let rest = socket::memory_file(unread)?;
+        socket::send_packet(&self.giving, &[&header], &[client, rest.as_fd()])
+    }
+}
+
+/// What a packet says; `None` when it is none of this format.
+pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
+    let (header, inline) = packet.split_at_checked(HEADER)?;
+    let length = u64::from_le_bytes(header[8..].try_into().ok()?);
+    let unread = match rest {
+        Some(file) => Cow::Owned(socket::read_memory_file(file).ok()?),
+        None => Cow::Borrowed(inline),
+    };
+    let whole = header[..4] == MAGIC && unread.len() as u64 == length;
+    whole.then_some(Taken {
+        state: State {
+            spoken: header[4] != 0,
+        },
+        unread,
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn cross(unread: &[u8]) {
+        let queue = AdoptionQueue::new().unwrap();
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let state = State { spoken: true };
+        queue.give(server.as_fd(), state, unread).unwrap();
+        drop(server);
+        let mut packet = vec![0; LONGEST];
+        let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
+        let mut descriptors = descriptors.into_iter();
+        let mut server = UnixStream::from(descriptors.next().unwrap());
+        let taken = read(&packet[..length], descriptors.next()).unwrap();
+        assert_eq!(taken.state, state);
+        assert!(taken.unread == unread);
+        server.write_all(b"still here").unwrap();
+        let mut answer = [0; 10];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"still here");
+    }
+
+    #[test]
+    fn a_connection_crosses_with_its_unread_bytes_few_or_many() {
+        cross(b"");
+        cross(b"\x0e\0\0\0{\"in\"");
+        cross(&vec![7; MOST_INLINE]);
+        cross(&vec![8; MOST_INLINE + 1]);
+        cross(&vec![9; 20 << 20]);
+    }
+
+    #[test]
+    fn a_full_queue_is_told_and_loses_nothing() {
+        let queue = AdoptionQueue::new().unwrap();
+        let (_client, server) = UnixStream::pair().unwrap();
+        let give = || queue.give(server.as_fd(), State::default(), b"x");
+        let mut given = 0;
+        while give().is_ok() {
+            given += 1;
+        }
+        assert!(given > 0);
+        let mut packet = vec![0; LONGEST];
+        for _ in 0..given {
+            let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
+            assert_eq!(descriptors.len(), 1);
+            assert!(read(&packet[..length], None).is_some());
+        }
+        assert!(give().is_ok());
+    }
+
+    #[test]
+    fn what_is_no_packet_is_not_taken_for_one() {
+        assert_eq!(read(b"", None), None);
+        assert_eq!(read(&[0; HEADER], None), None);
+        let mut short = [0; HEADER + 1];
+        short[..4].copy_from_slice(&MAGIC);
+        assert_eq!(read(&short, None), None, "a length that does not match");
+    }
+}

@@ -1,0 +1,148 @@
+//! Handing connections over: a draining worker gives, a serving one takes them up.
+//!
+//! A connection is given when everything taken from it is answered and sent; bytes that were
+//! received and not consumed cross with it. So its client notices nothing. While the queue is full
+//! the connection rests here, unread, and is given as soon as there is room.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::connection::Phase;
+use super::event_loop::{EventLoop, QUEUE, find};
+use super::timers::Target;
+use crate::link::handoff::{self, State};
+use crate::sys::event::{Floor, Token};
+
+/// Between two tries when nothing tells that there is room again: too many descriptors of this
+/// user are on their way (ETOOMANYREFS, unix(7)).
+const RETRY_MS: u64 = 20;
+
+impl EventLoop {
+    /// Takes up a connection that a sibling has passed on.
+    pub(super) fn adopted(
+        &mut self,
+        floor: &mut Floor,
+        socket: OwnedFd,
+        packet: &[u8],
+        rest: Option<OwnedFd>,
+    ) {
+        let Some(taken) = handoff::read(packet, rest) else {
+            return log::error!(
+                "a connection was passed on with no state to be understood: closed"
+            );
+        };
+        let Some(token) = self.accepted(floor, socket) else {
+            return;
+        };
+        if let Some(connection) = find(&mut self.connections, token) {
+            connection.spoken = taken.state.spoken;
+        }
+        if !taken.unread.is_empty() {
+            self.received(floor, token, &taken.unread);
+        }
+    }
+
+    /// Gives away every connection that may go; the others follow as they come to rest.
+    pub(super) fn give_resting(&mut self, floor: &mut Floor) {
+        let open: Vec<Token> = self
+            .connections
+            .iter()
+            .flatten()
+            .filter(|connection| connection.phase == Phase::Open && connection.unanswered == 0)
+            .map(|connection| connection.token)
+            .collect();
+        for token in open {
+            if floor.unsent(token) == 0 {
+                self.give(floor, token);
+            }
+        }
+    }
+
+    /// Gives a connection away, now or as soon as there is room.
+    pub(super) fn give(&mut self, floor: &mut Floor, token: Token) {
+        // First come, first given: else a busy connection could wait for ever.
+        if !self.waiting_to_give.is_empty() {
+            return self.wait_to_give(floor, token);
+        }
+        match self.try_give(floor, token) {
+            Ok(()) => {}
+            Err(error) if is_full(&error) => self.wait_to_give(floor, token),
+            Err(error) => {
+                log::error!("a connection could not be passed on: {error}; it is served here");
+            }
+        }
+    }
+
+    fn try_give(&mut self, floor: &mut Floor, token: Token) -> io::Result<()> {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return Ok(());
+        };
+        let Some(socket) = floor.descriptor(token) else {
+            return Ok(());
+        };
+        let state = State {
+            spoken: connection.spoken,
+        };
+        self.adoption
+            .give(socket.as_fd(), state, &connection.tail)?;
+        // The queue holds it now: closing our descriptor ends nothing.
+        self.close(floor, token);
+        Ok(())
+    }
+
+    fn wait_to_give(&mut self, floor: &mut Floor, token: Token) {
+        floor.set_reading(token, false);
+        if let Some(connection) = find(&mut self.connections, token) {
+            let target = Target::Read(token);
+            self.service
+                .timers
+                .disarm(&mut connection.read_deadline, target);
+        }
+        if self.waiting_to_give.is_empty() {
+            let watched = floor.watch_writable(QUEUE, &*self.adoption.giving);
+            let at = self.service.now_ms + RETRY_MS;
+            self.service
+                .timers
+                .arm(&mut self.give_deadline, at, Target::Give);
+            if let Err(error) = watched {
+                log::debug!("the adoption queue can't be watched: {error}; it is tried again");
+            }
+        }
+        self.waiting_to_give.push_back(token);
+    }
+
+    /// The queue may have room again.
+    pub(super) fn give_waiting(&mut self, floor: &mut Floor) {
+        while let Some(&token) = self.waiting_to_give.front() {
+            match self.try_give(floor, token) {
+                Err(error) if is_full(&error) => {
+                    let at = self.service.now_ms + RETRY_MS;
+                    self.service
+                        .timers
+                        .arm(&mut self.give_deadline, at, Target::Give);
+                    return;
+                }
+                Err(error) => log::error!("a connection could not be passed on: {error}"),
+                Ok(()) => {}
+            }
+            self.waiting_to_give.pop_front();
+        }
+        self.stop_giving(floor);
+    }
+
+    /// Gives nothing more: what waits stays here.
+    pub(super) fn stop_giving(&mut self, floor: &mut Floor) {
+        self.waiting_to_give.clear();
+        floor.unwatch(QUEUE);
+        self.service
+            .timers
+            .disarm(&mut self.give_deadline, Target::Give);
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EAGAIN | nix::libc::ETOOMANYREFS | nix::libc::ENOBUFS | nix::libc::EMFILE)
+    )
+}

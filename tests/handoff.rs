@@ -1,0 +1,232 @@
+//! Live connections pass from worker to worker: no client notices a reload, a retirement or a
+//! scale-down.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::support::client::frame;
+use crate::support::{Client, Daemon, PATIENCE, wait_for};
+
+const CONFIG: &str = "
+[workers]
+count = 2
+[methods.echo]
+builtin = \"echo\"
+[methods.sleep]
+builtin = \"sleep\"
+";
+
+/// Clients that keep so many calls on their way over one lasting connection each, and check each
+/// answer by its id.
+struct Load {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    fn start(address: SocketAddr, clients: usize, depth: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicU64::new(0));
+        let clients = (0..clients)
+            .map(|_| {
+                let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));
+                thread::spawn(move || {
+                    let mut client = Client::connect(address);
+                    let mut next = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        run_batch(&mut client, next, depth);
+                        next += depth;
+                        answered.fetch_add(depth, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        Load {
+            stop,
+            answered,
+            clients,
+        }
+    }
+
+    /// Waits until so many more calls have been answered.
+    fn wait_for(&self, more: u64) {
+        let target = self.answered.load(Ordering::Relaxed) + more;
+        wait_for("calls answered", PATIENCE, || {
+            // a client that lost something has panicked: no use in waiting for it
+            assert!(self.clients.iter().all(|client| !client.is_finished()));
+            self.answered.load(Ordering::Relaxed) >= target
+        });
+    }
+
+    /// Ends it; a client that was closed or got a wrong answer fails the test here.
+    fn finish(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.join().expect("no client loses a call");
+        }
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+/// Sends calls with these ids ahead, every fifth of them for a handler thread.
+fn run_batch(client: &mut Client, first: u64, depth: u64) {
+    for id in first..first + depth {
+        let method = if id % 5 == 0 { "sleep" } else { "echo" };
+        client.send(&json!({"in": method, "params": 0.001, "id": id}).to_string());
+    }
+    let mut ids: Vec<u64> = (0..depth)
+        .map(|_| {
+            let answer = client.recv_json();
+            assert_eq!(answer["result"], 0.001, "{answer}");
+            answer["id"].as_u64().unwrap()
+        })
+        .collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (first..first + depth).collect::<Vec<_>>());
+}
+
+fn reload(daemon: &Daemon) {
+    let output = daemon.command(&["reload"]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+fn wait_until_only_the_new_ones_are_left(daemon: &Daemon) {
+    wait_for("the old workers gone", PATIENCE, || {
+        let workers = daemon.workers();
+        workers.iter().all(|worker| worker.state == "ready")
+    });
+}
+
+#[test]
+fn idle_connections_cross_a_reload_and_the_old_workers_leave_at_once() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let mut clients: Vec<Client> = (0..300).map(|_| daemon.client()).collect();
+    for client in &mut clients {
+        client.call(&json!({"in": "ping"}));
+    }
+    reload(&daemon);
+    // far sooner than the drain-timeout of 30 s: nothing is left to wait for
+    wait_until_only_the_new_ones_are_left(&daemon);
+    let workers = daemon.workers();
+    assert!(
+        workers.iter().all(|worker| worker.generation == 2),
+        "{workers:?}"
+    );
+    wait_for("every connection taken up", PATIENCE, || {
+        let held: u64 = daemon
+            .workers()
+            .iter()
+            .map(|worker| worker.connections)
+            .sum();
+        held == 300
+    });
+    for (number, client) in clients.iter_mut().enumerate() {
+        assert_eq!(
+            client.call(&json!({"in": "ping", "params": number}))["result"],
+            number
+        );
+    }
+}
+
+#[test]
+fn a_half_sent_frame_crosses_whatever_its_size() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let mut halves: Vec<(Client, Vec<u8>, usize)> = [10, 50_000, 100_000, 8_000_000]
+        .into_iter()
+        .map(|length| {
+            let params = "x".repeat(length);
+            let body = json!({"in": "echo", "params": params}).to_string();
+            let frame = frame(body.as_bytes());
+            let mut client = daemon.client();
+            client.send_raw(&frame[..frame.len() / 2]);
+            (client, frame, length)
+        })
+        .collect();
+    for _ in 0..3 {
+        reload(&daemon);
+        wait_until_only_the_new_ones_are_left(&daemon);
+    }
+    for (client, frame, length) in &mut halves {
+        client.send_raw(&frame[frame.len() / 2..]);
+        let answer = client.recv_json();
+        assert_eq!(answer["result"].as_str().map(str::len), Some(*length));
+    }
+}
+
+#[test]
+fn a_running_call_is_answered_where_it_runs_and_the_next_one_elsewhere() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let mut client = daemon.client();
+    client.send(&json!({"in": "sleep", "params": 1}).to_string());
+    wait_for("the call running", PATIENCE, || {
+        daemon.workers().iter().any(|worker| worker.running == 1)
+    });
+    reload(&daemon);
+    assert_eq!(client.recv_json()["result"], 1);
+    wait_until_only_the_new_ones_are_left(&daemon);
+    assert_eq!(
+        client.call(&json!({"in": "ping", "params": 2}))["result"],
+        2
+    );
+}
+
+#[test]
+fn a_client_that_has_half_closed_gets_all_its_answers_across_a_reload() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let mut client = daemon.client();
+    client.send(&json!({"in": "sleep", "params": 0.5}).to_string());
+    for number in 0..50 {
+        client.send(&json!({"in": "echo", "params": number}).to_string());
+    }
+    client.half_close();
+    reload(&daemon);
+    assert_eq!(client.recv_json()["result"], 0.5);
+    for number in 0..50 {
+        assert_eq!(client.recv_json()["result"], number);
+    }
+    client.assert_closed();
+}
+
+#[test]
+fn nothing_is_lost_on_lasting_pipelined_connections_over_twenty_reloads() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let load = Load::start(daemon.address(), 4, 16);
+    for _ in 0..20 {
+        load.wait_for(200);
+        reload(&daemon);
+    }
+    println!("{} calls over 20 reloads, 0 lost", load.finish());
+    assert!(deaths(&daemon).is_empty());
+}
+
+#[test]
+fn nothing_is_lost_when_workers_retire_and_when_their_number_changes() {
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let load = Load::start(daemon.address(), 4, 16);
+    for round in 0..12 {
+        load.wait_for(200);
+        match round % 4 {
+            0 => drop(daemon.command(&["scale", "4"])),
+            1 => daemon.signal(Signal::SIGTTOU),
+            2 => drop(daemon.command(&["scale", "1"])),
+            _ => {
+                let worker = daemon.workers()[0].pid;
+                kill(Pid::from_raw(worker), Signal::SIGTERM).unwrap();
+            }
+        }
+    }
+    println!("{} calls over 12 changes, 0 lost", load.finish());
+}
+
+fn deaths(daemon: &Daemon) -> Vec<Value> {
+    let output = daemon.command(&["status", "--json"]);
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap();
+    status["deaths"].as_array().unwrap().clone()
+}
