@@ -32,15 +32,13 @@ impl EventLoop {
         }
         self.connections[token.index()] = Some(connection);
         if floor.connections() >= self.service.limits.connections {
+            self.full = true;
             floor.pause_listeners();
-            if !self.full {
-                self.full = true;
-                log::warn!(
-                    "{} connections are open, as many as limits.connections allows: nothing more \
-                     is accepted here until one ends",
-                    floor.connections()
-                );
-            }
+            self.complain(&format!(
+                "{} connections are open, as many as limits.connections allows: nothing more is \
+                 accepted here until one ends",
+                floor.connections()
+            ));
         }
         Some(token)
     }

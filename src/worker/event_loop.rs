@@ -164,9 +164,10 @@ impl EventLoop {
 
     fn tick(&mut self, floor: &mut Floor) {
         self.next_tick_ms = self.service.now_ms + TICK_MS;
-        if floor.is_listening() {
-            floor.try_accept(self);
+        if self.listen_deadline == 0 {
+            self.resume_listening(floor);
         }
+        floor.try_accept(self);
     }
 
     fn publish(&self, floor: &Floor) {
