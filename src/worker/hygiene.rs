@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
@@ -38,6 +39,12 @@ pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, i
     // 3. Every other descriptor of the master's: control socket, the siblings' links (a sibling
     //    could not tell that the master died), listeners of other generations (which would keep
     //    their port).
+    //    Its own listeners too: the master's values in this copy of its memory own the numbers as
+    //    well and are never dropped, so that a worker which drains could not close them.
+    for listener in &mut boot.listeners {
+        let own = listener.try_clone();
+        *listener = Rc::new(own.map_err(|error| ("take over its listeners", error))?);
+    }
     let mut keep: Vec<RawFd> = boot.listeners.iter().map(|fd| fd.as_raw_fd()).collect();
     keep.push(boot.link.as_raw_fd());
     keep.push(boot.adoption.giving.as_raw_fd());
