@@ -130,6 +130,8 @@ pub fn run(mut setup: Setup<'_>) -> Result<()> {
     })();
     match outcome {
         Ok(mut master) => {
+            // Held for a failure's sake alone: a listener that the master gives up must be closed.
+            drop(opened);
             master.serve();
             master.finish()
         }
