@@ -80,6 +80,7 @@ pub(super) struct Master<'a> {
 pub fn run(mut setup: Setup<'_>) -> Result<()> {
     // Until the handlers are there, a signal must wait: its default would end us half-started.
     signal::block_all();
+    signal::die_of_sent_faults();
     let mut pid_file = PidFile::lock(&setup.settings.pid_file)?;
     let passed = listeners::adopt_passed(std::mem::take(&mut setup.passed))?;
     let settings = Rc::new(setup.settings.clone());

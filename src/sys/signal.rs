@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::libc;
@@ -100,6 +100,50 @@ pub fn ignore(signals: &[Signal]) {
     for &signal in signals {
         // SAFETY: SIG_IGN runs no code of ours.
         let _ = unsafe { nix::sys::signal::sigaction(signal, &action) };
+    }
+}
+
+/// The handlers of SIGSEGV and SIGBUS that std has installed.
+static OF_STD: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+
+/// Lets a SIGSEGV or SIGBUS that somebody sends end the process, as it does elsewhere. std's
+/// handlers, which tell of an overflown stack, take any other cause for a fault that comes again
+/// as soon as they return: one that was sent does not, and would be lost. What the processor
+/// raises is still theirs. Threads and forked children inherit it.
+pub fn die_of_sent_faults() {
+    for (signal, of_std) in [libc::SIGSEGV, libc::SIGBUS].into_iter().zip(&OF_STD) {
+        // SAFETY: the structures are plain data, and the handler has the signature that
+        // SA_SIGINFO asks for; it is installed after the one it hands on to is known.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, std::ptr::null(), &raw mut action);
+            if action.sa_flags & libc::SA_SIGINFO == 0 {
+                continue; // not std's: the default, which is what is wanted
+            }
+            of_std.store(action.sa_sigaction, Ordering::SeqCst);
+            action.sa_sigaction = faulted as FaultHandler as usize;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+        }
+    }
+}
+
+type FaultHandler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+
+/// Only what signal-safety(7) allows, and std's own handler, which keeps to it.
+extern "C" fn faulted(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let of_std = &OF_STD[usize::from(signal == libc::SIGBUS)];
+    // SAFETY: the kernel passes a valid siginfo; what was stored is a handler of this signature;
+    // sigaction and raise are async-signal-safe.
+    unsafe {
+        if (*info).si_code > 0 {
+            let handler = of_std.load(Ordering::SeqCst);
+            return std::mem::transmute::<usize, FaultHandler>(handler)(signal, info, context);
+        }
+        let mut default: libc::sigaction = std::mem::zeroed();
+        default.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(signal, &raw const default, std::ptr::null_mut());
+        // Blocked while we are in here: it ends the process on the way out.
+        libc::raise(signal);
     }
 }
 
