@@ -5,7 +5,10 @@ use serde::de::DeserializeOwned;
 
 use super::{Context, Handler, Placement};
 use crate::protocol::code::Code;
-use crate::protocol::rpc_error::RpcError;
+use crate::protocol::rpc_error::{RpcError, excerpt};
+
+/// Characters of a long refusal's end that are repeated.
+const EXCERPT_END: usize = 150;
 
 /// A closure, and where it runs.
 pub struct Function<F> {
@@ -23,8 +26,7 @@ where
     R: Serialize,
 {
     let function = move |params: &str, _: &Context<'_>, result: &mut Vec<u8>| {
-        let params = serde_json::from_str(params)
-            .map_err(|error| RpcError::invalid_params(error.to_string()))?;
+        let params = serde_json::from_str(params).map_err(|error| refused(&error))?;
         let answer = function(params)?;
         serde_json::to_writer(result, &answer).map_err(|error| {
             RpcError::of(
@@ -38,6 +40,19 @@ where
         function,
         placement,
     }
+}
+
+/// serde repeats the value that it did not expect, however long, and says where it stood at the
+/// end; what was expected comes in between.
+fn refused(error: &serde_json::Error) -> RpcError {
+    const WHOLE: usize = 300;
+    let text = error.to_string();
+    if text.len() <= WHOLE {
+        return RpcError::invalid_params(text);
+    }
+    let end: String = text.chars().rev().take(EXCERPT_END).collect();
+    let end: String = end.chars().rev().collect();
+    RpcError::invalid_params(format!("{} {end}", excerpt(&text)))
 }
 
 impl<F> Handler for Function<F>

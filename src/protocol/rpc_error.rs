@@ -24,6 +24,18 @@ pub struct RpcError {
     pub data: Option<Box<RawValue>>,
 }
 
+/// Characters of a client's own words that a message repeats: whoever sends a name of a megabyte
+/// knows it already, and escapes would make it several.
+const EXCERPT: usize = 100;
+
+/// The beginning of `text`, for a message.
+pub fn excerpt(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(EXCERPT) {
+        Some((end, _)) => Cow::Owned(format!("{}\u{2026}", &text[..end])),
+        None => Cow::Borrowed(text),
+    }
+}
+
 impl RpcError {
     /// A handler's error. A number of [`Code`]'s table gets that row's name, any other is called
     /// `"error"`. The call counts as started, save for invalid params: a handler that refuses

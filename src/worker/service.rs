@@ -21,7 +21,7 @@ use crate::link::scoreboard::Record;
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::frame::{self, Decoded};
-use crate::protocol::rpc_error::RpcError;
+use crate::protocol::rpc_error::{RpcError, excerpt};
 use crate::protocol::{answer, call, cancel};
 
 /// What answers calls.
@@ -112,7 +112,7 @@ impl Service {
             if call.method == cancel::METHOD {
                 return self.cancel(connection, call.id, call.params);
             }
-            let text = format!("there is no method {:?} here", call.method);
+            let text = format!("there is no method {:?} here", excerpt(&call.method));
             let error = RpcError::of(Code::MethodNotFound, text, false);
             return self.refuse(connection, call.id, &error);
         };

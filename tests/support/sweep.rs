@@ -1,0 +1,42 @@
+//! What a daemon must be again after a test has done its worst: the same workers, no death, as
+//! many descriptors as before.
+
+use super::{Daemon, PATIENCE, process, wait_for};
+
+/// A daemon as it was.
+pub struct Sweep {
+    /// Its workers' pids, with the descriptors of each.
+    workers: Vec<(i32, usize)>,
+}
+
+impl Sweep {
+    /// As it is now, at rest: no client connected.
+    #[track_caller]
+    pub fn of(daemon: &Daemon) -> Self {
+        wait_for("a daemon without clients", PATIENCE, || {
+            daemon.workers().iter().all(|it| it.connections == 0)
+        });
+        let pids = daemon.ready_workers();
+        Sweep {
+            workers: pids
+                .into_iter()
+                .map(|pid| (pid, process::descriptors(pid)))
+                .collect(),
+        }
+    }
+
+    /// Waits until all connections are gone; fails when anything else has changed.
+    #[track_caller]
+    pub fn assert_same(&self, daemon: &Daemon) {
+        wait_for("descriptors back to where they were", PATIENCE, || {
+            self.workers
+                .iter()
+                .all(|&(pid, before)| !process::runs(pid) || process::descriptors(pid) == before)
+        });
+        let now = Sweep::of(daemon);
+        assert_eq!(now.workers, self.workers, "pids and descriptors of workers");
+        let deaths = daemon.status()["deaths"].take();
+        assert_eq!(deaths.as_array().map(Vec::len), Some(0), "{deaths}");
+        assert!(process::zombies(daemon.pid()).is_empty());
+    }
+}
