@@ -14,6 +14,9 @@ mod support;
 
 mod architecture;
 mod handoff;
+mod errors;
+mod frames;
+mod hostile;
 mod json_suite;
 mod manual;
 mod readme;

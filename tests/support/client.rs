@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
 use super::PATIENCE;
@@ -40,6 +41,13 @@ impl Client {
         Client { stream }
     }
 
+    /// The same connection once more, for a thread that writes while this one reads.
+    pub fn second(&self) -> Self {
+        Client {
+            stream: self.stream.try_clone().unwrap(),
+        }
+    }
+
     /// One call, and the answer that comes next.
     #[track_caller]
     pub fn call(&mut self, call: &Value) -> Value {
@@ -65,6 +73,11 @@ impl Client {
     #[track_caller]
     pub fn send_raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
+    }
+
+    /// The same, where the server may have ended the connection meanwhile.
+    pub fn try_send_raw(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
     }
 
     /// The body of the next frame; an error at the end of the stream and after 20 s of silence.
@@ -104,6 +117,30 @@ impl Client {
             Ok(0) => {}
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
             other => panic!("the connection should be closed, but: {other:?} {byte:?}"),
+        }
+    }
+
+    /// Ends with a reset in place of a FIN: what the peer has not read is lost to it.
+    pub fn reset(self) {
+        let at_once = nix::libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        setsockopt(&self.stream, sockopt::Linger, &at_once).unwrap();
+    }
+
+    /// All bodies that come until the server ends the connection, by a reset or in order.
+    #[track_caller]
+    pub fn recv_all(&mut self) -> Vec<Vec<u8>> {
+        let mut bodies = Vec::new();
+        loop {
+            match self.recv() {
+                Ok(body) => bodies.push(body),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    panic!("after {} answers the end does not come", bodies.len())
+                }
+                Err(_) => return bodies,
+            }
         }
     }
 

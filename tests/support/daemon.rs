@@ -11,6 +11,7 @@ use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Instant;
 
@@ -28,7 +29,8 @@ const KEPT_ENVIRONMENT: [&str; 4] = ["PATH", "HOME", "PREFORKD_TEST_RUN", "RUST_
 
 /// Hands its stdin over as descriptor 3. The shell is there because LISTEN_PID has to be the pid
 /// of the daemon, which nobody knows before the fork and a shell keeps across its exec.
-const HAND_OVER: &str = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
+const HAND_OVER: &str =
+    r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; eval "$1"; shift; exec "$@""#;
 
 /// A daemon to be.
 #[derive(Default)]
@@ -37,6 +39,10 @@ pub struct Builder {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     expected: Vec<String>,
+    /// A word of the shell, run just before the daemon is.
+    before: String,
+    program: Option<PathBuf>,
+    stderr: Option<OwnedFd>,
 }
 
 impl Builder {
@@ -57,6 +63,24 @@ impl Builder {
     pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         let pair = (key.as_ref().to_owned(), value.as_ref().to_owned());
         self.environment.push(pair);
+        self
+    }
+
+    /// What the shell does to itself before it becomes the daemon, such as `ulimit -n 64`.
+    pub fn before(mut self, shell: &str) -> Self {
+        shell.clone_into(&mut self.before);
+        self
+    }
+
+    /// Another program than preforkd, which was built on the library.
+    pub fn program(mut self, path: PathBuf) -> Self {
+        self.program = Some(path);
+        self
+    }
+
+    /// Its standard error, in place of the file that `Daemon::log` reads.
+    pub fn stderr(mut self, to: impl Into<OwnedFd>) -> Self {
+        self.stderr = Some(to.into());
         self
     }
 
@@ -81,7 +105,10 @@ impl Builder {
         let notifications = Notifications::at(dir.join("notify"));
 
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", HAND_OVER, "sh"]).arg(binary());
+        let program = self.program.clone().unwrap_or_else(binary);
+        command
+            .args(["-c", HAND_OVER, "sh", &self.before])
+            .arg(program);
         command
             .arg("run")
             .arg("--config")
@@ -95,7 +122,10 @@ impl Builder {
             .env("NOTIFY_SOCKET", notifications.path())
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdout(File::create(dir.join("stdout")).unwrap())
-            .stderr(File::create(dir.join("log")).unwrap())
+            .stderr(match self.stderr {
+                Some(to) => Stdio::from(to),
+                None => Stdio::from(File::create(dir.join("log")).unwrap()),
+            })
             .process_group(0);
         if self.config.contains("[[listen]]") {
             command.stdin(Stdio::null());

@@ -7,17 +7,24 @@
 pub mod client;
 mod daemon;
 mod dir;
+pub mod load;
 mod log;
 pub mod markdown;
 mod notify;
 pub mod process;
+mod sweep;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-pub use client::Client;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+pub use client::{Client, frame};
 pub use daemon::Daemon;
 pub use dir::Dir;
+pub use sweep::Sweep;
 
 /// How long anything may take that takes milliseconds on an idle machine. Generous on purpose:
 /// it decides when a test gives up, never how long one takes.
@@ -32,6 +39,43 @@ pub fn binary() -> PathBuf {
             .expect("PREFORKD_BINARY names a file that is there"),
         None => PathBuf::from(env!("CARGO_BIN_EXE_preforkd")),
     }
+}
+
+/// A program of `examples/`. A plain `cargo test` has built them, but `cargo test --test all` has
+/// not, and what lies there is old then: so they are built once more, which costs next to nothing
+/// where nothing has changed.
+pub fn example(name: &str) -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let directory = BUILT.get_or_init(|| {
+        let tests = std::env::current_exe().unwrap();
+        let mut above = tests.ancestors().skip(2);
+        let profile = above.next().expect("a test stands in target/PROFILE/deps");
+        let target = above.next().expect("likewise");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--examples", "--offline"]);
+        build.arg("--target-dir").arg(target).current_dir(source());
+        if profile.ends_with("release") {
+            build.arg("--release");
+        }
+        let status = build.status().unwrap();
+        assert!(status.success(), "cargo build --examples: {status}");
+        profile.join("examples")
+    });
+    directory.join(name)
+}
+
+/// For tests that measure time, memory or CPU, or that put much load on the machine: one of them
+/// at a time. Held until it is dropped.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets this process have as many descriptors as it is allowed; how many that is.
+pub fn raise_descriptor_limit() -> u64 {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    hard
 }
 
 /// The top of the source tree.
@@ -73,6 +117,12 @@ pub fn wait_for(what: &str, deadline: Duration, mut condition: impl FnMut() -> b
         assert!(Instant::now() < end, "waited {deadline:?} in vain: {what}");
         pause();
     }
+}
+
+/// Lets time pass, for what is measured over a time: CPU ticks of an idle process, a pace of
+/// arrivals. Never to wait for something.
+pub fn pass(time: Duration) {
+    std::thread::sleep(time);
 }
 
 /// As long as a look into /proc may well wait for the next one.
