@@ -300,11 +300,9 @@ fn a_running_call_at_the_drain_deadline_is_told_so() {
         let name = answer["result"]["name"].as_str().unwrap();
         // its own time is over just before the drain's
         assert!(matches!(name, "stopping" | "timeout"), "{answer}");
-        assert_eq!(
-            answer["result"]["started"],
-            answer["id"] == "runs",
-            "{answer}"
-        );
+        // the other one may begin in the moment in which this one ends
+        let runs = answer["id"] == "runs";
+        assert!(!runs || answer["result"]["started"] == true, "{answer}");
     }
     assert!(daemon.wait_exit().success());
 }
