@@ -221,6 +221,7 @@ impl Calls {
         {
             self.handed_out.pop_front();
         }
+        self.tidy();
         if call.over {
             self.lost -= 1;
             return None;
@@ -261,8 +262,24 @@ impl Calls {
         } else {
             self.table.remove(key.index);
             self.loads[ended.method].current -= 1;
+            self.tidy();
         }
         Some(ended)
+    }
+
+    /// Drops keys whose calls are gone, once they are the most of a queue: behind one call that
+    /// never ends they would pile up for as long as the worker lives.
+    fn tidy(&mut self) {
+        let table = &self.table;
+        let lives = |key: &CallKey| {
+            let call = table.get(key.index);
+            call.is_some_and(|call| call.serial == key.serial)
+        };
+        for queue in [&mut self.queue, &mut self.handed_out] {
+            if queue.len() > 2 * table.len() + 64 {
+                queue.retain(lives);
+            }
+        }
     }
 
     /// The call of a connection with this id, as JSON.

@@ -121,3 +121,29 @@ fn queue_concurrency_and_rate_are_limits() {
     assert!(calls.admit(3, 1_000_100).is_ok());
     assert!(calls.admit(3, 1_000_100).is_err());
 }
+
+/// Behind a call that never ends nothing piles up: neither of those that are done, nor of those
+/// that were given up while they waited.
+#[test]
+fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
+    let registry = registry();
+    let threads = Threads::start(2, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = Calls::new(registry, 10);
+    let stuck = add(&mut calls, 1, None);
+    for _ in 0..1000 {
+        add(&mut calls, 0, None);
+        calls.hand_out(&threads);
+        calls.done(&report(&threads)).unwrap();
+    }
+    assert!(calls.handed_out.len() < 100, "{}", calls.handed_out.len());
+    while calls.out < 4 {
+        add(&mut calls, 1, None);
+        calls.hand_out(&threads);
+    }
+    for _ in 0..1000 {
+        let key = add(&mut calls, 1, Some("7"));
+        calls.give_up(key).unwrap();
+    }
+    assert!(calls.queue.len() < 100, "{}", calls.queue.len());
+    assert!(calls.give_up(stuck).unwrap().begun);
+}
