@@ -13,9 +13,9 @@
 mod support;
 
 mod architecture;
-mod handoff;
 mod errors;
 mod frames;
+mod handoff;
 mod hostile;
 mod json_suite;
 mod manual;
