@@ -15,7 +15,7 @@ use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
 use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, Placement, builtin, function};
-use crate::logging::{self, Form};
+use crate::logging::{self, Form, Output};
 use crate::master;
 use crate::protocol::RpcError;
 use crate::sys::daemon::{self, Detached, Launcher};
@@ -187,8 +187,13 @@ impl master::Host for Running<'_> {
         config::load(self.file.as_deref(), &self.overrides)
     }
 
-    fn configure_log(&self, settings: &Settings) -> Result<()> {
+    fn configure_log(&self, settings: &Settings) -> Result<Option<Output>> {
         configure_log(settings)
+    }
+
+    fn restore_log(&self, settings: &Settings, output: Output) {
+        logging::configure(settings.log.level, form(settings));
+        logging::set_output(output);
     }
 
     fn registry(&self, settings: &Settings) -> Arc<Registry> {
@@ -225,12 +230,15 @@ fn launched(word: Option<(u8, String)>) -> Result<()> {
     }
 }
 
-fn configure_log(settings: &Settings) -> Result<()> {
-    let form = match settings.log.format {
+fn form(settings: &Settings) -> Form {
+    match settings.log.format {
         LogFormat::Json => Form::Json,
         LogFormat::Text if settings.log.file.is_none() && logging::is_journal() => Form::Journal,
         LogFormat::Text => Form::Text,
-    };
+    }
+}
+
+fn configure_log(settings: &Settings) -> Result<Option<Output>> {
     let file = settings.log.file.as_deref();
     let output = logging::open(file).map_err(|error| {
         let place = file.map_or("standard error".into(), |file| file.display().to_string());
@@ -240,9 +248,8 @@ fn configure_log(settings: &Settings) -> Result<()> {
             "name a place that this user may write to in log.file",
         )
     })?;
-    logging::configure(settings.log.level, form);
-    logging::set_output(output);
-    Ok(())
+    logging::configure(settings.log.level, form(settings));
+    Ok(logging::set_output(output))
 }
 
 fn raise_descriptor_limit() {

@@ -69,9 +69,10 @@ impl<S: Body, R: Body> Channel<S, R> {
                 Some(message) => Received::Message(message, descriptors.pop()),
                 None => Received::Garbage,
             },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Received::Empty,
             // ECONNRESET: the other side ended with messages unread.
-            Err(_) => Received::End,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Received::End,
+            // Out of memory for a moment is no end: the next wake-up asks again.
+            Err(_) => Received::Empty,
         }
     }
 }

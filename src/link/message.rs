@@ -20,8 +20,6 @@ pub enum Order {
     Drain(Duration),
     /// The server stops: answer what was read, refuse what comes, close, leave by then.
     Stop(Duration),
-    /// Leave at once.
-    Quit,
     /// Log to the file whose descriptor comes along.
     Log,
 }
@@ -60,8 +58,7 @@ impl Body for Order {
         match self {
             Order::Drain(limit) => (1, millis(limit)),
             Order::Stop(limit) => (2, millis(limit)),
-            Order::Quit => (3, 0),
-            Order::Log => (4, 0),
+            Order::Log => (3, 0),
         }
     }
 
@@ -69,8 +66,7 @@ impl Body for Order {
         match kind {
             1 => Some(Order::Drain(Duration::from_millis(value))),
             2 => Some(Order::Stop(Duration::from_millis(value))),
-            3 => Some(Order::Quit),
-            4 => Some(Order::Log),
+            3 => Some(Order::Log),
             _ => None,
         }
     }
@@ -142,7 +138,6 @@ mod tests {
         for order in [
             Order::Drain(Duration::from_millis(30_000)),
             Order::Stop(Duration::from_millis(u64::MAX)),
-            Order::Quit,
             Order::Log,
         ] {
             let packet = about(order).encode();

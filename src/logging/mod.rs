@@ -50,7 +50,6 @@ static LOST: AtomicU64 = AtomicU64::new(0);
 /// What the writing thread is asked to do.
 enum Order {
     Line(Vec<u8>),
-    Replace(Output),
     /// Answered when everything before it was written.
     Flush(Sender<()>),
 }
@@ -94,15 +93,10 @@ pub fn configure(level: LevelFilter, form: Form) {
     let _ = log::set_logger(&Current);
 }
 
-/// Where lines go from now on, in the master and in whatever is forked from it.
-pub fn set_output(output: Output) {
-    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
-    if let Some(queue) = queued.as_ref() {
-        // The writing thread owns the output; full means that the old one is stuck.
-        let _ = queue.send_timeout(Order::Replace(output), Duration::from_millis(100));
-    } else {
-        *lock_output() = Some(output);
-    }
+/// Where lines go from now on, in the master and in whatever is forked from it; returns where they
+/// went before. In a worker its writing thread takes the output over with the next line.
+pub fn set_output(output: Output) -> Option<Output> {
+    lock_output().replace(output)
 }
 
 /// Opens a log file to append to, or standard error where there is none.
@@ -156,8 +150,12 @@ pub fn i_am_worker(slot: u16) {
         .spawn(move || {
             for order in receiver {
                 match order {
-                    Order::Line(line) => output.write_line(&line, &LOST),
-                    Order::Replace(other) => output = other,
+                    Order::Line(line) => {
+                        if let Some(other) = lock_output().take() {
+                            output = other;
+                        }
+                        output.write_line(&line, &LOST);
+                    }
                     Order::Flush(done) => drop(done.send(())),
                 }
             }

@@ -8,10 +8,13 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use nix::poll::PollFlags;
 
 use super::event::Millis;
 use super::listeners::bind_path;
+use super::own_path::OwnPath;
 use super::pid_file::make_directory;
 use crate::error::{Error, Result};
 use crate::protocol::control::{Request, Response, to_line};
@@ -24,6 +27,8 @@ const MOST_CLIENTS: usize = 32;
 const LONGEST_REQUEST: usize = 4096;
 /// How long a client may take to ask, and then to take its answer.
 const PATIENCE_MS: Millis = 5000;
+/// Between two tries to let somebody in when the system had no descriptor left.
+const RETRY_MS: Millis = 200;
 
 /// Names a client of the control socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,6 +42,8 @@ struct Client {
     /// What it has not taken yet of its answer.
     unsent: Vec<u8>,
     asked: bool,
+    /// It sends nothing more, and may wait for its answer.
+    ended: bool,
     /// Closed once its answer is sent; a `stop` keeps it, for its end tells of the master's.
     keep: bool,
     deadline: Option<Millis>,
@@ -45,10 +52,12 @@ struct Client {
 /// The control socket and its clients.
 #[derive(Debug)]
 pub struct Control {
-    path: PathBuf,
+    path: OwnPath,
     listener: UnixListener,
     clients: BTreeMap<ClientId, Client>,
     next: u64,
+    /// Nobody is let in before: the system could not.
+    closed_until: Millis,
 }
 
 impl Control {
@@ -70,35 +79,47 @@ impl Control {
         let fd = bind_path(path, Some(0o600)).map_err(refused)?;
         socket::start_listening(&fd, 16).map_err(refused)?;
         Ok(Control {
-            path: path.to_owned(),
+            path: OwnPath::of(path),
             listener: fd.into(),
             clients: BTreeMap::new(),
             next: 0,
+            closed_until: 0,
         })
     }
 
     /// Removes the path.
     pub fn remove(&self) {
-        let _ = std::fs::remove_file(&self.path);
+        self.path.remove();
     }
 
-    /// The listening socket, unless as many clients as allowed are there.
-    pub fn listener(&self) -> Option<BorrowedFd<'_>> {
-        (self.clients.len() < MOST_CLIENTS).then(|| self.listener.as_fd())
+    /// The listening socket, unless as many clients as allowed are there or the system could not
+    /// let one in just now.
+    pub fn listener(&self, now: Millis) -> Option<BorrowedFd<'_>> {
+        (self.clients.len() < MOST_CLIENTS && now >= self.closed_until)
+            .then(|| self.listener.as_fd())
     }
 
-    /// The clients that have something to say or to take, and whether it is the latter.
-    pub fn clients(&self) -> impl Iterator<Item = (ClientId, BorrowedFd<'_>, bool)> {
-        self.clients
-            .iter()
-            .map(|(id, client)| (*id, client.stream.as_fd(), !client.unsent.is_empty()))
+    /// The clients, and what each has to be polled for.
+    pub fn clients(&self) -> impl Iterator<Item = (ClientId, BorrowedFd<'_>, PollFlags)> {
+        self.clients.iter().map(|(id, client)| {
+            let wanted = if !client.unsent.is_empty() {
+                PollFlags::POLLOUT
+            } else if client.ended {
+                // Its leaving altogether is told all the same (POLLHUP).
+                PollFlags::empty()
+            } else {
+                PollFlags::POLLIN
+            };
+            (*id, client.stream.as_fd(), wanted)
+        })
     }
 
-    /// When the first client has to be given up.
-    pub fn next_deadline(&self) -> Option<Millis> {
+    /// When the first client has to be given up, or others may come again.
+    pub fn next_deadline(&self, now: Millis) -> Option<Millis> {
         self.clients
             .values()
             .filter_map(|client| client.deadline)
+            .chain(Some(self.closed_until).filter(|&until| until > now))
             .min()
     }
 
@@ -110,8 +131,14 @@ impl Control {
 
     /// Takes one new client.
     pub fn accept(&mut self, now: Millis) {
-        let Ok((stream, _)) = self.listener.accept() else {
-            return;
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if is_transient(&error) => return,
+            Err(error) => {
+                // Left in, it would be readable all the time, and the master would spin.
+                self.closed_until = now + RETRY_MS;
+                return log::debug!("the control socket can't let anybody in: {error}");
+            }
         };
         let user = socket::peer_user(&stream);
         let (own, _) = effective_ids();
@@ -131,6 +158,7 @@ impl Control {
                 received: Vec::new(),
                 unsent: Vec::new(),
                 asked: false,
+                ended: false,
                 keep: false,
                 deadline: Some(now + PATIENCE_MS),
             },
@@ -146,7 +174,11 @@ impl Control {
         }
         let mut bytes = [0; 1024];
         match client.stream.read(&mut bytes) {
-            // It has left, or sends after it has asked.
+            Ok(0) if client.asked && !client.ended => {
+                client.ended = true;
+                return None;
+            }
+            // It has left.
             Ok(0) => {
                 self.clients.remove(&id);
                 return None;

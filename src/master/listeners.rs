@@ -8,15 +8,15 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{Mode, umask};
 
-use crate::config::{Address, Listen};
+use super::own_path::OwnPath;
+use crate::config::{Address, Listen, Settings};
 use crate::error::{Error, Result};
 use crate::sys::notify::PassedListener;
 use crate::sys::socket::{self, Bound};
@@ -35,7 +35,7 @@ pub struct Listener {
     /// The backlog that was asked for.
     pub backlog: u32,
     /// The path to remove at the end: of a unix socket that we have bound ourselves.
-    path: Option<PathBuf>,
+    path: Option<OwnPath>,
 }
 
 impl Listener {
@@ -50,7 +50,7 @@ impl Listener {
     /// Removes the path of a unix socket; the descriptor is closed by its last owner.
     pub fn remove_path(&self) {
         if let Some(path) = &self.path {
-            let _ = fs::remove_file(path);
+            path.remove();
         }
     }
 }
@@ -94,9 +94,7 @@ pub fn open(
                 .find(|has| has.address == listen.address && !is_in(passed, has))
         };
         let listener = match matched.or_else(|| spare.next()).or_else(kept) {
-            Some(listener) => {
-                prepare(listener, listen, write_timeout).map(|()| Rc::clone(listener))
-            }
+            Some(listener) => Ok(Rc::clone(listener)),
             None => bind(listen, write_timeout).map(|listener| {
                 let listener = Rc::new(listener);
                 fresh.push(Rc::clone(&listener));
@@ -160,7 +158,7 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
 fn bind(listen: &Listen, write_timeout: Duration) -> Result<Listener> {
     let (fd, path) = match &listen.address {
         Address::Tcp(address) => (socket::bind_tcp(*address), None),
-        Address::Unix(path) => (bind_path(path, listen.mode), Some(path.clone())),
+        Address::Unix(path) => (bind_path(path, listen.mode), Some(path)),
     };
     let fd = fd.map_err(|error| refused(&listen.address, error))?;
     let listener = Listener {
@@ -169,25 +167,45 @@ fn bind(listen: &Listen, write_timeout: Duration) -> Result<Listener> {
         name: None,
         fd: Rc::new(fd),
         backlog: listen.backlog,
-        path,
+        path: path.map(|path| OwnPath::of(path)),
     };
-    socket::start_listening(&listener.fd, listen.backlog)
-        .map_err(|error| refused(&listen.address, error))?;
-    set_options(&listener, write_timeout)?;
+    let listening = socket::start_listening(&listener.fd, listen.backlog)
+        .map_err(|error| refused(&listen.address, error))
+        .and_then(|()| set_options(&listener, write_timeout));
+    if let Err(error) = listening {
+        listener.remove_path();
+        return Err(error);
+    }
     Ok(listener)
 }
 
-/// Gives a listener that exists the backlog, the mode and the options that are wanted now.
-fn prepare(listener: &Listener, listen: &Listen, write_timeout: Duration) -> Result<()> {
-    if listener.path.is_some() || matches!(listener.address, Address::Tcp(_)) {
-        socket::start_listening(&listener.fd, listen.backlog)
-            .map_err(|error| refused(&listen.address, error))?;
+/// Gives listeners that were there before the backlog, the mode and the options that are wanted
+/// now. What can't be set is logged, and stays as it was.
+pub fn tune(settings: &Settings, listeners: &[Rc<Listener>]) {
+    for (number, listener) in listeners.iter().enumerate() {
+        let wanted = settings.listen.get(number);
+        if let Err(error) = tune_one(listener, wanted, settings.limits.write_timeout) {
+            log::warn!("{error}; it stays as it was");
+        }
     }
-    if let (Some(path), Some(mode)) = (&listener.path, listen.mode) {
+}
+
+fn tune_one(listener: &Listener, wanted: Option<&Listen>, write_timeout: Duration) -> Result<()> {
+    set_options(listener, write_timeout)?;
+    let Some(wanted) = wanted else {
+        return Ok(());
+    };
+    // What the service manager has passed has the backlog and the mode that its unit says.
+    if listener.name.is_none() {
+        socket::start_listening(&listener.fd, wanted.backlog)
+            .map_err(|error| refused(&wanted.address, error))?;
+    }
+    if let (Some(path), Some(mode)) = (&listener.path, wanted.mode) {
+        let path: &Path = path.as_ref();
         fs::set_permissions(path, fs::Permissions::from_mode(mode))
             .map_err(|error| Error::system(format!("set the mode of {}", path.display()), error))?;
     }
-    set_options(listener, write_timeout)
+    Ok(())
 }
 
 fn set_options(listener: &Listener, write_timeout: Duration) -> Result<()> {
@@ -206,10 +224,13 @@ pub fn bind_path(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
             let text = "there is something that is no socket; it is left alone";
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
-        if UnixStream::connect(path).is_ok() {
-            return Err(io::ErrorKind::AddrInUse.into());
+        // Only what nobody listens to any more is removed: anything else is somebody's.
+        match socket::try_unix(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path)?
+            }
+            _ => return Err(io::ErrorKind::AddrInUse.into()),
         }
-        fs::remove_file(path)?;
     }
     // Made for its owner alone: between bind and chmod nobody else gets in.
     let before = umask(Mode::from_bits_truncate(0o177));
@@ -217,7 +238,10 @@ pub fn bind_path(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
     umask(before);
     let fd = bound?;
     let mode = mode.unwrap_or(0o666 & !before.bits());
-    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    if let Err(error) = fs::set_permissions(path, fs::Permissions::from_mode(mode)) {
+        let _ = fs::remove_file(path);
+        return Err(error);
+    }
     Ok(fd)
 }
 

@@ -27,6 +27,7 @@ mod leave;
 mod life;
 mod limiter;
 pub mod listeners;
+mod own_path;
 pub mod pid_file;
 mod reload;
 mod reloading;

@@ -7,19 +7,20 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 
+use super::own_path::OwnPath;
 use crate::error::{Error, Result};
 use crate::sys::process::Pid;
 
 /// A locked pid file.
 #[derive(Debug)]
 pub struct PidFile {
-    path: PathBuf,
+    path: OwnPath,
     file: Flock<File>,
 }
 
@@ -53,7 +54,7 @@ impl PidFile {
             match fs::symlink_metadata(path) {
                 Ok(found) if (found.dev(), found.ino()) == (held.dev(), held.ino()) => {
                     return Ok(PidFile {
-                        path: path.to_owned(),
+                        path: OwnPath::of(path),
                         file,
                     });
                 }
@@ -74,12 +75,12 @@ impl PidFile {
             self.file.write_all(text.as_bytes())?;
             self.file.set_len(text.len() as u64)
         };
-        write().map_err(|error| refused("write", &self.path, error))
+        write().map_err(|error| refused("write", self.path.as_ref(), error))
     }
 
     /// Removes the file, under the lock.
     pub fn remove(self) {
-        let _ = fs::remove_file(&self.path);
+        self.path.remove();
     }
 
     /// The descriptor that a child has to close first: flock belongs to the open file, so a
@@ -110,25 +111,40 @@ fn open(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Makes the directory of a pid file or socket, for this user alone to write to.
+/// Makes the directory of a pid file or socket, if it is not there.
 ///
 /// # Errors
-/// When it can't be made, or when it is in a place where another user could have put it.
+/// When it can't be made; when it is this user's default directory under the temporary one, which
+/// anybody may have put there, and is not this user's alone.
 pub fn make_directory(directory: &Path) -> Result<()> {
-    if directory.as_os_str().is_empty() || directory.is_dir() {
+    if directory.as_os_str().is_empty() {
         return Ok(());
     }
-    // Root's own run directory is for all to look into, a user's for the user alone.
-    let mode = if nix::unistd::geteuid().is_root() {
-        0o755
-    } else {
-        0o700
-    };
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(mode)
-        .create(directory)
-        .map_err(|error| refused("make directory", directory, error))
+    let own = nix::unistd::geteuid();
+    if !directory.is_dir() {
+        // Root's own run directory is for all to look into, a user's for the user alone.
+        let mode = if own.is_root() { 0o755 } else { 0o700 };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(directory)
+            .map_err(|error| refused("make directory", directory, error))?;
+    }
+    let default = std::env::temp_dir().join(format!("preforkd-{own}"));
+    if directory != default {
+        return Ok(());
+    }
+    let safe = fs::symlink_metadata(directory).is_ok_and(|found| {
+        found.is_dir() && found.uid() == own.as_raw() && found.mode() & 0o077 == 0
+    });
+    if safe {
+        return Ok(());
+    }
+    Err(Error::Permission(format!(
+        "{} is not a directory of this user's alone, so others could take over what is put there; \
+         remove it, or name other places in pid-file and control-socket",
+        directory.display()
+    )))
 }
 
 fn read_pid(file: &File) -> Option<i32> {
@@ -155,7 +171,7 @@ fn refused(what: &str, path: &Path, error: io::Error) -> Error {
 mod tests {
     use super::*;
 
-    fn scratch(name: &str) -> PathBuf {
+    fn scratch(name: &str) -> std::path::PathBuf {
         let directory =
             std::env::temp_dir().join(format!("preforkd-test-{}-{name}", Pid::current()));
         fs::create_dir_all(&directory).unwrap();

@@ -10,7 +10,7 @@ use super::listeners;
 use super::supervise::{Master, limits, now, wall_clock};
 use super::workers::Ground;
 use crate::config::{self, Settings};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::protocol::control::{LastReload, Response};
 use crate::sys::notify::NotifyState;
@@ -42,7 +42,7 @@ impl Master<'_> {
     }
 
     /// Reads and checks the new configuration and opens what it names.
-    fn prepare(&self) -> Result<Ground> {
+    fn prepare(&mut self) -> Result<Ground> {
         let settings = self.setup.host.load()?;
         let changes = config::diff(&self.ground.settings, &settings);
         if !changes.needs_restart.is_empty() {
@@ -51,7 +51,16 @@ impl Master<'_> {
                 changes.needs_restart.join(", ")
             );
         }
-        self.setup.host.configure_log(&settings)?;
+        if self.ground.settings.daemon && settings.log.file.is_none() {
+            return Err(Error::Config {
+                file: settings.file,
+                position: None,
+                key: "log.file".into(),
+                problem: "it is gone, and a daemon has no terminal to log to".into(),
+                remedy: "name a file".into(),
+            });
+        }
+        self.old_log = self.setup.host.configure_log(&settings)?;
         let listeners = listeners::open(
             &settings.listen,
             &self.ground.listeners,
@@ -76,8 +85,11 @@ impl Master<'_> {
             Ok(generation) => {
                 if let Some(ground) = upcoming {
                     remove_paths(&before, &ground);
+                    // Only now, for a refused reload must not have touched what goes on.
+                    listeners::tune(&ground.settings, &ground.listeners);
                     self.ground = ground;
                 }
+                self.old_log = None;
                 log::info!("reload: generation {generation} serves, the one before drains");
                 Response::said(format!("generation {generation} serves"))
             }
@@ -98,7 +110,9 @@ impl Master<'_> {
         for client in std::mem::take(&mut self.verdict_for) {
             self.control.answer(client, &response, now());
         }
-        self.notifier.tell(&[NotifyState::Ready]);
+        if !self.stopping {
+            self.notifier.tell(&[NotifyState::Ready]);
+        }
     }
 
     /// Tells everybody who waits for a verdict that there will be none.
@@ -113,9 +127,10 @@ impl Master<'_> {
         }
     }
 
-    fn restore_log(&self) {
-        if let Err(error) = self.setup.host.configure_log(&self.ground.settings) {
-            log::warn!("the log could not be set back: {error}");
+    /// Puts the log back to where it was, without opening anything.
+    fn restore_log(&mut self) {
+        if let Some(output) = self.old_log.take() {
+            self.setup.host.restore_log(&self.ground.settings, output);
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::config::Settings;
 use crate::error::Result;
 use crate::handler::registry::Registry;
 use crate::link::boot::Become;
+use crate::logging::Output;
 use crate::sys::daemon::Launcher;
 use crate::sys::notify::PassedListener;
 use crate::sys::title::TitleArea;
@@ -19,11 +20,13 @@ pub trait Host {
     fn load(&self) -> Result<Settings>;
     /// Makes the table of methods of a configuration.
     fn registry(&self, settings: &Settings) -> Arc<Registry>;
-    /// Sets level, form and output of the log as a configuration says.
+    /// Sets level, form and output of the log as a configuration says; returns the old output.
     ///
     /// # Errors
-    /// When the log file can't be opened.
-    fn configure_log(&self, settings: &Settings) -> Result<()>;
+    /// When the log file can't be opened; then nothing has changed.
+    fn configure_log(&self, settings: &Settings) -> Result<Option<Output>>;
+    /// Sets them back to what an earlier configuration says, with the output of then.
+    fn restore_log(&self, settings: &Settings, output: Output);
 }
 
 /// What a master is started from.

@@ -24,11 +24,15 @@ use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
+use crate::logging;
 use crate::protocol::control::LastReload;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::title::{self};
+
+/// Children taken note of at once.
+const MOST_REAPED: usize = 64;
 
 const HEARD: [Signal; 9] = [
     Signal::SIGTERM,
@@ -63,6 +67,8 @@ pub(super) struct Master<'a> {
     /// Who waits for the verdict of the reload under way.
     pub(super) verdict_for: Vec<ClientId>,
     pub(super) last_reload: Option<LastReload>,
+    /// Where the log went before the reload under way.
+    pub(super) old_log: Option<logging::Output>,
     pub(super) stopping: bool,
     pub(super) started: Millis,
     next_watchdog: Millis,
@@ -70,6 +76,8 @@ pub(super) struct Master<'a> {
     failure: Option<Error>,
     actions: VecDeque<Action>,
     leave: Option<u8>,
+    /// More children may have ended than one look takes.
+    reap_again: bool,
 }
 
 /// Is the master, until it has to leave.
@@ -81,11 +89,13 @@ pub fn run(mut setup: Setup<'_>) -> Result<()> {
     // Until the handlers are there, a signal must wait: its default would end us half-started.
     signal::block_all();
     signal::die_of_sent_faults();
+    signal::ignore(&[Signal::SIGXFSZ]);
     let mut pid_file = PidFile::lock(&setup.settings.pid_file)?;
     let passed = listeners::adopt_passed(std::mem::take(&mut setup.passed))?;
     let settings = Rc::new(setup.settings.clone());
     let timeout = settings.limits.write_timeout;
     let listeners = listeners::open(&settings.listen, &[], &passed, timeout)?;
+    listeners::tune(&settings, &listeners);
     let opened = listeners.clone();
     let outcome = (|| {
         let control = Control::bind(&settings.control_socket)?;
@@ -120,6 +130,7 @@ pub fn run(mut setup: Setup<'_>) -> Result<()> {
             next_verdict_for: Vec::new(),
             verdict_for: Vec::new(),
             last_reload: None,
+            old_log: None,
             stopping: false,
             started: now,
             next_watchdog: now,
@@ -127,6 +138,7 @@ pub fn run(mut setup: Setup<'_>) -> Result<()> {
             failure: None,
             actions: actions.into(),
             leave: None,
+            reap_again: false,
         })
     })();
     match outcome {
@@ -177,20 +189,17 @@ impl Master<'_> {
         let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
         let links: Vec<_> = self.workers.links().collect();
         let clients: Vec<_> = self.control.clients().collect();
-        let listener = self.control.listener();
+        let listener = self.control.listener(now());
         fds.extend(
             links
                 .iter()
                 .map(|(_, fd)| PollFd::new(*fd, PollFlags::POLLIN)),
         );
-        fds.extend(clients.iter().map(|(_, fd, writes)| {
-            let wanted = if *writes {
-                PollFlags::POLLOUT
-            } else {
-                PollFlags::POLLIN
-            };
-            PollFd::new(*fd, wanted)
-        }));
+        fds.extend(
+            clients
+                .iter()
+                .map(|(_, fd, wanted)| PollFd::new(*fd, *wanted)),
+        );
         fds.extend(listener.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, self.timeout()) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -218,10 +227,13 @@ impl Master<'_> {
     }
 
     fn timeout(&self) -> PollTimeout {
+        if self.reap_again {
+            return PollTimeout::ZERO;
+        }
         let watchdog = self.notifier.watchdog().map(|_| self.next_watchdog);
         let next = [
             self.fleet.next_deadline(),
-            self.control.next_deadline(),
+            self.control.next_deadline(now()),
             watchdog,
         ]
         .into_iter()
@@ -247,7 +259,13 @@ impl Master<'_> {
     }
 
     fn reap(&mut self) {
-        while let Some(ended) = process::reap_any() {
+        // A bounded number, and all taken before any is replaced: workers that die as fast as
+        // they are forked must not keep the master from everything else.
+        let ended: Vec<_> = std::iter::from_fn(process::reap_any)
+            .take(MOST_REAPED)
+            .collect();
+        self.reap_again = ended.len() == MOST_REAPED;
+        for ended in ended {
             let pid = ended.pid;
             // What it said last comes before its end.
             self.reports(pid);

@@ -23,6 +23,9 @@ use crate::sys::process::{Fork, fork};
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::title::TitleArea;
 
+/// Reports taken from one worker at once.
+const MOST_REPORTS: usize = 64;
+
 /// What the workers of one configuration are started from.
 #[derive(Debug)]
 pub struct Ground {
@@ -183,12 +186,19 @@ impl Workers {
         let Some(worker) = self.living.get_mut(&pid) else {
             return reports;
         };
-        while let Some(link) = &worker.link {
+        // A bounded number: a child that floods us must not keep us from the others.
+        while reports.len() < MOST_REPORTS
+            && let Some(link) = &worker.link
+        {
             match link.receive() {
                 // A child is never trusted: what does not speak for itself is not heard.
                 Received::Message(message, _) if message.pid == pid => reports.push(message.body),
                 Received::Message(..) | Received::Garbage => {
-                    log::warn!("worker {pid} sent something that is no report of its own");
+                    log::warn!(
+                        "worker {pid} sent something that is no report of its own: it is not \
+                         listened to any more"
+                    );
+                    worker.link = None;
                 }
                 Received::Empty => break,
                 Received::End => worker.link = None,

@@ -7,7 +7,12 @@
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 
-use super::process;
+use nix::sys::signal::Signal;
+
+use super::{process, signal};
+
+/// The exit code for what the system refuses (sysexits(3head), EX_OSERR).
+const OS_ERROR: u8 = 71;
 
 /// The daemon's end of the pipe to the launching shell.
 #[derive(Debug)]
@@ -32,6 +37,8 @@ pub enum Detached {
 /// When this process has more than one thread, as `process::fork` does.
 pub fn detach() -> io::Result<Detached> {
     let (reader, writer) = io::pipe()?;
+    // Ignored by whoever started us, it would reap the first child before it is waited for.
+    signal::default_action(Signal::SIGCHLD);
     let threads = process::thread_count();
     assert!(threads <= 1, "daemonize with {threads} threads alive");
     match daemonize::Daemonize::new().umask(0o022).execute() {
@@ -40,8 +47,11 @@ pub fn detach() -> io::Result<Detached> {
             outcome(reader).map(Detached::Launcher)
         }
         daemonize::Outcome::Child(Ok(_)) => Ok(Detached::Daemon(Launcher(writer))),
-        daemonize::Outcome::Parent(Err(error)) | daemonize::Outcome::Child(Err(error)) => {
-            Err(io::Error::other(error))
+        daemonize::Outcome::Parent(Err(error)) => Err(io::Error::other(error)),
+        daemonize::Outcome::Child(Err(error)) => {
+            // Half detached: the launcher has to say it, and this process is nobody's.
+            Launcher(writer).failed(OS_ERROR, &format!("detach from the terminal: {error}"));
+            process::exit_now(i32::from(OS_ERROR));
         }
     }
 }

@@ -147,6 +147,13 @@ extern "C" fn faulted(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     }
 }
 
+/// Gives a signal its default action back, whatever this process was started with.
+pub fn default_action(signal: Signal) {
+    let action = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: SIG_DFL runs no code of ours.
+    let _ = unsafe { nix::sys::signal::sigaction(signal, &action) };
+}
+
 /// What `on_parent_death` hands to its handler, in seconds.
 static ALARM_SECONDS: AtomicU32 = AtomicU32::new(0);
 
@@ -168,6 +175,8 @@ extern "C" fn start_alarm(_signal: libc::c_int) {
 pub fn on_parent_death(parent: Pid, grace: Duration) -> io::Result<bool> {
     let seconds = u32::try_from(grace.as_secs().saturating_add(1)).unwrap_or(u32::MAX);
     ALARM_SECONDS.store(seconds, Ordering::Relaxed);
+    // Its end is what the alarm is for.
+    default_action(Signal::SIGALRM);
     let number = libc::SIGRTMIN();
     // SAFETY: the structure is plain data, zero is a valid value of each field, and the handler
     // has the signature that sa_handler asks for.

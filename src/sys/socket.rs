@@ -19,8 +19,8 @@ use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    SockaddrStorage, UnixAddr, bind, getsockname, getsockopt, listen, recvmsg, sendmsg, setsockopt,
-    socket, socketpair, sockopt,
+    SockaddrStorage, UnixAddr, bind, connect, getsockname, getsockopt, listen, recvmsg, sendmsg,
+    setsockopt, socket, socketpair, sockopt,
 };
 
 /// How long half-open peers are kept (design.md, `limits.idle-timeout`).
@@ -65,6 +65,16 @@ pub fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
 fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     Ok(socket(family, SockType::Stream, flags, None)?)
+}
+
+/// Connects to a unix stream socket and lets go again, without waiting: `Ok`, and every error but
+/// ECONNREFUSED, mean that it is somebody's.
+///
+/// # Errors
+/// ECONNREFUSED: nobody listens. EAGAIN: somebody does, and is busy. EPROTOTYPE: another kind.
+pub fn try_unix(path: &Path) -> io::Result<()> {
+    let fd = stream_socket(AddressFamily::Unix)?;
+    Ok(connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?)
 }
 
 /// Listens, or changes the backlog of a socket that listens already (listen(2)). The kernel caps
@@ -209,7 +219,8 @@ pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, V
             other => other?,
         };
         let mut received = Vec::new();
-        for control in message.cmsgs()? {
+        // A packet whose descriptors found no room is a packet without them, and no end.
+        for control in message.cmsgs().into_iter().flatten() {
             if let ControlMessageOwned::ScmRights(descriptors) = control {
                 received.extend(descriptors.into_iter().map(|descriptor| {
                     // SAFETY: the kernel has just installed it for us; nobody else knows it.

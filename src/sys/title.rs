@@ -34,6 +34,10 @@ impl TitleArea {
         }
         let variables: Vec<_> = env::vars_os().collect();
         for (name, value) in &variables {
+            // Whatever stands there by such a name can't be set, and nobody can ask for it.
+            if name.is_empty() || name.as_encoded_bytes().contains(&b'=') {
+                continue;
+            }
             // SAFETY: there is one thread, so nobody reads the environment meanwhile.
             unsafe {
                 // glibc keeps the old string when nothing would change: remove it first.

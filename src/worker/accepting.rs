@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use super::connection::Connection;
-use super::event_loop::{EventLoop, LISTEN_RETRY_MS};
+use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble};
 use super::service::millis;
 use super::timers::Target;
 use crate::sys::event::{Floor, Token};
@@ -14,7 +14,10 @@ impl EventLoop {
         let token = match floor.adopt(socket) {
             Ok(token) => token,
             Err(error) => {
-                self.complain(&format!("a connection was not taken: {error}"));
+                self.complain(
+                    Trouble::Accepting,
+                    &format!("a connection was not taken: {error}"),
+                );
                 return None;
             }
         };
@@ -34,7 +37,7 @@ impl EventLoop {
         if floor.connections() >= self.service.limits.connections {
             self.full = true;
             floor.pause_listeners();
-            self.complain(&format!(
+            self.complain(Trouble::Full, &format!(
                 "{} connections are open, as many as limits.connections allows: nothing more is \
                  accepted here until one ends",
                 floor.connections()
@@ -44,7 +47,7 @@ impl EventLoop {
     }
 
     pub(super) fn accept_failed(&mut self, error: &io::Error) {
-        self.complain(&format!(
+        self.complain(Trouble::Accepting, &format!(
             "no connection can be accepted: {error}; those that are open are served, the others \
              wait; raise the limit of open files, or lower limits.connections"
         ));

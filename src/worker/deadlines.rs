@@ -1,7 +1,7 @@
 //! What a worker does when time is over: for a frame, a reader, an idle peer, a call.
 
 use super::connection::{Connection, Phase};
-use super::event_loop::{EventLoop, find};
+use super::event_loop::{EventLoop, Trouble, find};
 use super::service::millis;
 use super::timers::{CallKey, Target};
 use crate::protocol::code::Code;
@@ -13,12 +13,18 @@ impl EventLoop {
         while let Some(target) = self.service.timers.expired(self.service.now_ms) {
             match target {
                 Target::Read(token) => {
-                    self.complain("a client did not finish its frame within limits.read-timeout");
+                    self.complain(
+                        Trouble::Reading,
+                        "a client did not finish its frame within limits.read-timeout",
+                    );
                     self.forget(token, |connection| connection.read_deadline = 0);
                     self.close(floor, token);
                 }
                 Target::Write(token) => {
-                    self.complain("a client took none of its answers within limits.write-timeout");
+                    self.complain(
+                        Trouble::Writing,
+                        "a client took none of its answers within limits.write-timeout",
+                    );
                     self.forget(token, |connection| connection.write_deadline = 0);
                     self.close(floor, token);
                 }

@@ -9,7 +9,7 @@ const PARTIAL_MS: u64 = 1000;
 /// Between two looks for connections that have come to rest.
 const LOOK_MS: u64 = 25;
 /// At the end, how long the last answers may take to leave.
-const FLUSH_MS: u64 = 250;
+const FLUSH_MS: u64 = 150;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Mode {
@@ -86,6 +86,10 @@ impl Drain {
 
     /// The time is over now: whoever waits is told, and that is all.
     pub fn hurry(&mut self, now_ms: u64) {
+        // Whoever waits is told already, and what they are told is on its way.
+        if self.mode == Mode::Flushing {
+            return;
+        }
         self.until_ms = self.until_ms.min(now_ms);
     }
 
@@ -106,8 +110,8 @@ impl Drain {
     }
 
     /// What to do at `now_ms`, with so many connections and whether no call is left. To be asked
-    /// after every turn of the loop, when what had arrived by then was looked at.
-    pub fn step(&mut self, now_ms: u64, connections: usize, no_calls: bool) -> Step {
+    /// after every turn of the loop; `more` tells that not all that had arrived was looked at.
+    pub fn step(&mut self, now_ms: u64, connections: usize, no_calls: bool, more: bool) -> Step {
         let empty = connections == 0 && no_calls;
         match self.mode {
             Mode::Serving => Step::Serve,
@@ -126,8 +130,12 @@ impl Drain {
             }
             Mode::Draining | Mode::Quiet => Step::Serve,
             Mode::Stopping if self.started_ms == 0 => {
-                // One more turn first, so that calls which have arrived by now are answered.
+                // One more look first, so that calls which have arrived by now are answered.
                 self.started_ms = now_ms.max(1);
+                self.next_look_ms = now_ms;
+                Step::Serve
+            }
+            Mode::Stopping if more => {
                 self.next_look_ms = now_ms;
                 Step::Serve
             }
@@ -149,34 +157,38 @@ mod tests {
     #[test]
     fn draining_serves_until_the_last_connection_ends_or_time_is_over() {
         let mut drain = Drain::default();
-        assert_eq!(drain.step(0, 5, false), Step::Serve);
+        assert_eq!(drain.step(0, 5, false, false), Step::Serve);
         drain.drain(0, 1000);
         assert!(!drain.is_serving());
-        assert_eq!(drain.step(499, 1, true), Step::Serve);
-        assert_eq!(drain.step(500, 1, true), Step::Quieten);
-        assert_eq!(drain.step(999, 1, true), Step::Serve);
-        assert_eq!(drain.step(999, 0, true), Step::Leave);
-        assert_eq!(drain.step(1000, 1, true), Step::GiveUp);
-        assert_eq!(drain.step(1001, 1, true), Step::Serve);
-        assert_eq!(drain.step(1000 + FLUSH_MS, 1, true), Step::Leave);
+        assert_eq!(drain.step(499, 1, true, false), Step::Serve);
+        assert_eq!(drain.step(500, 1, true, false), Step::Quieten);
+        assert_eq!(drain.step(999, 1, true, false), Step::Serve);
+        assert_eq!(drain.step(999, 0, true, false), Step::Leave);
+        assert_eq!(drain.step(1000, 1, true, false), Step::GiveUp);
+        assert_eq!(drain.step(1001, 1, true, false), Step::Serve);
+        drain.hurry(1001);
+        assert_eq!(drain.step(1001, 1, true, false), Step::Serve);
+        assert_eq!(drain.step(1000 + FLUSH_MS, 1, true, false), Step::Leave);
     }
 
     #[test]
     fn stopping_looks_once_more_before_it_closes_what_rests() {
         let mut drain = Drain::default();
         drain.stop(5000);
-        assert_eq!(drain.step(10, 2, false), Step::Serve);
+        assert_eq!(drain.step(10, 2, false, false), Step::Serve);
         assert_eq!(drain.next(), Some(10));
+        // more than one turn can take has arrived: nobody is closed unheard
+        assert_eq!(drain.step(10, 2, false, true), Step::Serve);
         assert_eq!(
-            drain.step(10, 2, false),
+            drain.step(10, 2, false, false),
             Step::CloseResting { partial: false }
         );
         assert_eq!(
-            drain.step(1010, 1, false),
+            drain.step(1010, 1, false, false),
             Step::CloseResting { partial: true }
         );
-        assert_eq!(drain.step(5000, 1, false), Step::GiveUp);
-        assert_eq!(drain.step(5001, 0, true), Step::Leave);
+        assert_eq!(drain.step(5000, 1, false, false), Step::GiveUp);
+        assert_eq!(drain.step(5001, 0, true, false), Step::Leave);
     }
 
     #[test]
@@ -184,10 +196,10 @@ mod tests {
         let mut drain = Drain::default();
         drain.drain(0, 1000);
         drain.stop(9000);
-        assert_eq!(drain.step(1000, 1, false), Step::GiveUp);
+        assert_eq!(drain.step(1000, 1, false, false), Step::GiveUp);
         drain.leave_now();
-        assert_eq!(drain.step(1000, 1, false), Step::Leave);
+        assert_eq!(drain.step(1000, 1, false, false), Step::Leave);
         drain.stop(1);
-        assert_eq!(drain.step(1000, 1, false), Step::Leave);
+        assert_eq!(drain.step(1000, 1, false, false), Step::Leave);
     }
 }

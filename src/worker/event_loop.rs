@@ -43,6 +43,23 @@ pub(super) const LINK: u16 = 1;
 const WAKER: u16 = 2;
 pub(super) const QUEUE: u16 = 3;
 
+/// Trouble that clients can cause: each kind is told at most once in a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Trouble {
+    /// Nobody can be let in.
+    Accepting,
+    /// As many are in as may be.
+    Full,
+    /// A client sends too slowly.
+    Reading,
+    /// A client takes its answers too slowly.
+    Writing,
+}
+
+impl Trouble {
+    const KINDS: usize = 4;
+}
+
 /// A worker at work.
 pub struct EventLoop {
     /// What answers calls.
@@ -62,12 +79,15 @@ pub struct EventLoop {
     /// Connections at rest that wait for room in there, first come first.
     pub(super) waiting_to_give: VecDeque<Token>,
     pub(super) give_deadline: u64,
+    /// Shows that this worker drains.
+    pub(super) show_draining: Box<dyn Fn()>,
     /// How this worker leaves, once it has to.
     pub drain: Drain,
     /// How long a drain may take when the master can't say so any more.
     pub drain_timeout: Duration,
     pub(super) listen_deadline: u64,
-    quiet_until_ms: u64,
+    /// Until when each kind of trouble was told often enough.
+    quiet_until_ms: [u64; Trouble::KINDS],
     next_tick_ms: u64,
     pub(super) full: bool,
 }
@@ -78,6 +98,7 @@ impl EventLoop {
         service: Service,
         (link, signals, waker): (WorkerEnd, SignalPipe, Arc<Waker>),
         adoption: AdoptionQueue,
+        show_draining: Box<dyn Fn()>,
         generation: Generation,
         drain_timeout: Duration,
     ) -> Self {
@@ -91,10 +112,11 @@ impl EventLoop {
             adoption,
             waiting_to_give: VecDeque::new(),
             give_deadline: 0,
+            show_draining,
             drain: Drain::default(),
             drain_timeout,
             listen_deadline: 0,
-            quiet_until_ms: 0,
+            quiet_until_ms: [0; Trouble::KINDS],
             next_tick_ms: 0,
             full: false,
         }
@@ -121,7 +143,7 @@ impl EventLoop {
                 Some(at) => next.min(at),
                 None => next,
             };
-            floor.turn(wait.saturating_sub(self.service.now_ms), self)?;
+            let more = floor.turn(wait.saturating_sub(self.service.now_ms), self)?;
             self.expire(floor);
             if self.service.now_ms >= self.next_tick_ms {
                 self.tick(floor);
@@ -132,6 +154,7 @@ impl EventLoop {
                 self.service.now_ms,
                 floor.connections(),
                 self.service.calls.is_empty(),
+                more,
             ) {
                 Step::Serve => {}
                 Step::Quieten => self.quieten(floor),
@@ -368,11 +391,12 @@ impl EventLoop {
     }
 
     /// Logs something that clients can cause, at most one line in a while.
-    pub(super) fn complain(&mut self, text: &str) {
-        if self.service.now_ms < self.quiet_until_ms {
+    pub(super) fn complain(&mut self, trouble: Trouble, text: &str) {
+        let quiet_until_ms = &mut self.quiet_until_ms[trouble as usize];
+        if self.service.now_ms < *quiet_until_ms {
             return log::debug!("{text}");
         }
-        self.quiet_until_ms = self.service.now_ms + QUIET_MS;
+        *quiet_until_ms = self.service.now_ms + QUIET_MS;
         log::warn!("{text}");
     }
 }

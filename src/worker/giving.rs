@@ -98,30 +98,31 @@ impl EventLoop {
                 .timers
                 .disarm(&mut connection.read_deadline, target);
         }
-        if self.waiting_to_give.is_empty() {
-            let watched = floor.watch_writable(QUEUE, &*self.adoption.giving);
-            let at = self.service.now_ms + RETRY_MS;
-            self.service
-                .timers
-                .arm(&mut self.give_deadline, at, Target::Give);
-            if let Err(error) = watched {
-                log::debug!("the adoption queue can't be watched: {error}; it is tried again");
-            }
-        }
         self.waiting_to_give.push_back(token);
+        self.retry_giving();
+    }
+
+    fn retry_giving(&mut self) {
+        let at = self.service.now_ms + RETRY_MS;
+        self.service
+            .timers
+            .arm(&mut self.give_deadline, at, Target::Give);
     }
 
     /// The queue may have room again.
     pub(super) fn give_waiting(&mut self, floor: &mut Floor) {
+        floor.unwatch(QUEUE);
         while let Some(&token) = self.waiting_to_give.front() {
             match self.try_give(floor, token) {
-                Err(error) if is_full(&error) => {
-                    let at = self.service.now_ms + RETRY_MS;
-                    self.service
-                        .timers
-                        .arm(&mut self.give_deadline, at, Target::Give);
-                    return;
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // Told when somebody has taken one; the timer is for when that can't be.
+                    if let Err(error) = floor.watch_writable(QUEUE, &*self.adoption.giving) {
+                        log::debug!("the adoption queue can't be watched: {error}");
+                    }
+                    return self.retry_giving();
                 }
+                // The queue itself is writable: watching it would spin.
+                Err(error) if is_full(&error) => return self.retry_giving(),
                 Err(error) => log::error!("a connection could not be passed on: {error}"),
                 Ok(()) => {}
             }

@@ -16,7 +16,7 @@ use crate::sys::{descriptor, privilege, title};
 
 /// Signals that are the master's business: Ctrl-C and a closing terminal reach the whole group,
 /// and an operator may take a worker for the master.
-const NOT_OURS: [Signal; 7] = [
+const NOT_OURS: [Signal; 8] = [
     Signal::SIGINT,
     Signal::SIGHUP,
     Signal::SIGUSR1,
@@ -24,6 +24,8 @@ const NOT_OURS: [Signal; 7] = [
     Signal::SIGTTIN,
     Signal::SIGTTOU,
     Signal::SIGPIPE,
+    // A limit of file sizes is an error of write(2) then, which a log can live with.
+    Signal::SIGXFSZ,
 ];
 
 /// Turns a copy of the master into a worker. All signals are blocked on entry, and are let

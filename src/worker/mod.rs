@@ -96,6 +96,11 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         service,
         (boot.link, signals, waker),
         boot.adoption,
+        Box::new(move || {
+            if let Some(area) = boot.title {
+                area.set(&format!("{}: worker {} draining", boot.program, boot.slot));
+            }
+        }),
         boot.generation,
         boot.settings.workers.drain_timeout,
     );

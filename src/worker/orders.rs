@@ -21,12 +21,13 @@ impl EventLoop {
                 Received::Message(message, descriptor) => match message.body {
                     Order::Drain(limit) => self.start_drain(floor, limit),
                     Order::Stop(limit) => self.start_stop(floor, limit),
-                    Order::Quit => self.drain.leave_now(),
-                    Order::Log => {
-                        if let Some(descriptor) = descriptor {
-                            logging::set_output(logging::Output::received(descriptor));
-                        }
-                    }
+                    Order::Log => match descriptor {
+                        Some(file) => drop(logging::set_output(logging::Output::received(file))),
+                        None => log::warn!(
+                            "the reopened log did not come along, for want of a descriptor: \
+                                 this worker goes on with the old one"
+                        ),
+                    },
                 },
                 Received::Garbage => log::warn!("the master sent something that is no order"),
                 Received::Empty => return,
@@ -58,7 +59,8 @@ impl EventLoop {
     }
 
     pub(super) fn start_drain(&mut self, floor: &mut Floor, limit: Duration) {
-        floor.accept_the_rest(self);
+        (self.show_draining)();
+        floor.accept_the_rest(false, self);
         let now = self.service.now_ms;
         self.drain.drain(now, now.saturating_add(millis(limit)));
         self.give_resting(floor);
@@ -72,8 +74,9 @@ impl EventLoop {
     }
 
     pub(super) fn start_stop(&mut self, floor: &mut Floor, limit: Duration) {
-        // Who is in the queue has connected and may have sent a call already.
-        floor.accept_the_rest(self);
+        // Who is in a queue has connected and may have sent a call already, and what siblings have
+        // passed on has nobody else to go to.
+        floor.accept_the_rest(true, self);
         self.stop_giving(floor);
         self.service.stopping = true;
         // What was not taken for the handoff's sake is answered now.
@@ -126,6 +129,7 @@ impl EventLoop {
                 left.len()
             );
         }
+        self.service.stopping = true;
         for key in left {
             self.end_call(
                 floor,

@@ -89,12 +89,6 @@ impl Floor {
         }
     }
 
-    /// Accepts nothing more, ever. Only this process's descriptors are closed.
-    pub fn close_listeners(&mut self) {
-        self.pause_listeners();
-        self.listeners.clear();
-    }
-
     /// Whether any listener is watched.
     pub fn is_listening(&self) -> bool {
         self.listeners.iter().any(|listener| listener.watched)
@@ -112,15 +106,22 @@ impl Floor {
     }
 
     /// Accepts all that waits in the listening sockets, and leaves them: the last owner's closing
-    /// would reset who is in there.
-    pub fn accept_the_rest(&mut self, driver: &mut impl Driver) {
-        self.pause_queue();
+    /// would reset who is in there. The queue of siblings is left at once, or, with `keep_queue`,
+    /// taken from now and further on.
+    pub fn accept_the_rest(&mut self, keep_queue: bool, driver: &mut impl Driver) {
+        if !keep_queue {
+            self.pause_queue();
+        }
         let mut before = usize::MAX;
         while self.is_listening() && self.connections() != before {
             before = self.connections();
             self.try_accept(driver);
         }
-        self.close_listeners();
+        self.pause_listeners();
+        self.listeners
+            .retain(|listener| keep_queue && listener.source != Source::Listener);
+        // Refused for want of memory: what is in there ends with the last of us.
+        let _ = self.resume_listeners();
     }
 
     fn pause_queue(&mut self) {

@@ -230,11 +230,12 @@ impl Floor {
         (Token::new(token.index(), socket.tag) == token).then_some(&socket.fd)
     }
 
-    /// Waits at most `timeout_ms` and tells `driver` what has happened.
+    /// Waits at most `timeout_ms` and tells `driver` what has happened. Returns whether more may
+    /// have happened than fits one turn.
     ///
     /// # Errors
     /// When epoll_wait(2) fails, other than by a signal.
-    pub fn turn(&mut self, timeout_ms: u64, driver: &mut impl Driver) -> io::Result<()> {
+    pub fn turn(&mut self, timeout_ms: u64, driver: &mut impl Driver) -> io::Result<bool> {
         let timeout = if self.failures.is_empty() {
             u16::try_from(timeout_ms).unwrap_or(u16::MAX)
         } else {
@@ -267,7 +268,7 @@ impl Floor {
         for (token, error) in mem::take(&mut self.failures) {
             driver.complete(self, Completion::Failed { token, error });
         }
-        Ok(())
+        Ok(ready == BATCH)
     }
 
     fn serve(

@@ -1,0 +1,66 @@
+//! A path that the master has made, and removes again only as long as it is the same file.
+//!
+//! Somebody may have cleaned the directory, and another master may have made its own file there:
+//! that one is not ours to remove.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// A file or socket by its path and its identity.
+#[derive(Debug)]
+pub struct OwnPath {
+    path: PathBuf,
+    /// Device and inode; `None` when it was gone before it could be looked at.
+    identity: Option<(u64, u64)>,
+}
+
+impl OwnPath {
+    /// What stands at `path` now, which this process has just made.
+    pub fn of(path: &Path) -> Self {
+        OwnPath {
+            path: path.to_owned(),
+            identity: identity(path),
+        }
+    }
+
+    /// Removes it, if it is still there.
+    pub fn remove(&self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl AsRef<Path> for OwnPath {
+    fn as_ref(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let found = fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_same_file_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        fs::write(&path, "ours").unwrap();
+        let own = OwnPath::of(&path);
+        // made beside it first, so that it can't get the same inode
+        let other = directory.path().join("other");
+        fs::write(&other, "theirs").unwrap();
+        fs::rename(&other, &path).unwrap();
+        own.remove();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
+        OwnPath::of(&path).remove();
+        assert!(!path.exists());
+    }
+}
