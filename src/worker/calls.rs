@@ -4,13 +4,13 @@
 //! are threads are handed out, so that none stands idle while the loop is busy. An entry lives
 //! until its thread has reported, also when the caller was answered long before.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use slab::Slab;
 
-use super::connection::Place;
+use super::connection::{HIGH_WATER, Place};
 use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
@@ -18,6 +18,9 @@ use crate::handler::registry::Registry;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
+
+/// A result from here up counts as large: how many of its like run for one connection is limited.
+const LARGE: usize = 16 * 1024;
 
 /// A call that waits or runs.
 #[derive(Debug)]
@@ -36,6 +39,8 @@ pub struct Call {
     pub deadline_ms: u64,
     /// Its armed timer; `Timers::arm` keeps it.
     pub timer: u64,
+    /// Bytes of its params and id.
+    size: usize,
     /// What it asks for; `None` once it was handed out or is over.
     params: Option<Box<str>>,
     state: Arc<CallState>,
@@ -58,6 +63,8 @@ pub struct Ended {
     pub method: usize,
     /// Its timer, to be disarmed.
     pub timer: u64,
+    /// Bytes of its params and id.
+    pub size: usize,
     /// Whether it had begun.
     pub begun: bool,
 }
@@ -70,6 +77,8 @@ struct Load {
     /// Calls that the rate still allows, in thousandths.
     credit: u64,
     credited_ms: u64,
+    /// Bytes of its last result: what the next one is expected to be.
+    last_result: usize,
 }
 
 /// The table of calls.
@@ -77,6 +86,9 @@ struct Load {
 pub struct Calls {
     table: Slab<Call>,
     queue: VecDeque<CallKey>,
+    /// Taken out of the queue because their connection has answers enough to send, until that
+    /// changes; in their order.
+    parked: HashMap<Token, Vec<CallKey>>,
     /// Those handed out, oldest first; ones that are done are skipped.
     handed_out: VecDeque<CallKey>,
     loads: Vec<Load>,
@@ -97,6 +109,7 @@ impl Calls {
         Calls {
             table: Slab::new(),
             queue: VecDeque::new(),
+            parked: HashMap::new(),
             handed_out: VecDeque::new(),
             loads: vec![Load::default(); registry.methods().len()],
             registry,
@@ -171,6 +184,7 @@ impl Calls {
             read_ms,
             deadline_ms,
             timer: 0,
+            size: params.len() + id.map_or(0, str::len),
             params: Some(params.into()),
             state: Arc::default(),
             serial,
@@ -184,12 +198,25 @@ impl Calls {
         key
     }
 
-    /// Hands waiting calls to the threads, as long as one of them could soon be idle.
-    pub fn hand_out(&mut self, threads: &Threads) {
+    /// Hands waiting calls to the threads, as long as one of them could soon be idle. `backlog`
+    /// tells how many bytes of answers a connection has yet to send before such a call's.
+    pub fn hand_out(&mut self, threads: &Threads, backlog: impl Fn(Token, Place) -> usize) {
         while self.out < threads.count() * 2
             && let Some(key) = self.queue.pop_front()
         {
             // One that was given up while it waited left its key behind.
+            let Some(call) = self
+                .table
+                .get(key.index)
+                .filter(|it| it.serial == key.serial)
+            else {
+                continue;
+            };
+            if !self.fits(call, backlog(call.token, call.place), threads.count()) {
+                let token = call.token;
+                self.parked.entry(token).or_default().push(key);
+                continue;
+            }
             let Some(call) = self.get_mut(key) else {
                 continue;
             };
@@ -210,12 +237,53 @@ impl Calls {
         }
     }
 
+    /// Whether a call's answer will find room: a client that never reads must not fill the memory
+    /// with answers to what it sent ahead. A result's size is known once it is there, so the last
+    /// one of its method speaks for it. While the client takes all it gets, each thread may work
+    /// for it; once it lags, no more than what a few answers take.
+    fn fits(&self, call: &Call, backlog: usize, threads: usize) -> bool {
+        if backlog >= HIGH_WATER {
+            return false;
+        }
+        let expected = self.loads[call.method].last_result;
+        if expected < LARGE {
+            return true;
+        }
+        let running = self
+            .handed_out
+            .iter()
+            .filter_map(|key| Some((key, self.table.get(key.index)?)))
+            .filter(|(key, it)| it.serial == key.serial && !it.over && it.token == call.token)
+            .count();
+        match running {
+            0 => true,
+            _ if backlog == 0 => running < threads,
+            _ => backlog + (running + 1) * expected <= 3 * HIGH_WATER,
+        }
+    }
+
+    /// Whether calls of any connection are held back.
+    pub fn are_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
+    /// A connection may have room again: its calls stand before those that came later.
+    pub fn unpark(&mut self, token: Token) {
+        for key in self.parked.remove(&token).into_iter().flatten().rev() {
+            self.queue.push_front(key);
+        }
+    }
+
     /// A thread has reported: the call that is to be answered now, if anybody still waits.
     pub fn done(&mut self, done: &Done) -> Option<Ended> {
         let call = self.table.remove(done.key.index);
         debug_assert_eq!(call.serial, done.key.serial);
         self.out -= 1;
-        self.loads[call.method].current -= 1;
+        let load = &mut self.loads[call.method];
+        load.current -= 1;
+        if let Some(Ok(result)) = &done.outcome {
+            load.last_result = result.len();
+        }
         while let Some(&key) = self.handed_out.front()
             && self.get_mut(key).is_none()
         {
@@ -233,6 +301,7 @@ impl Calls {
             id: call.id,
             method: call.method,
             timer: call.timer,
+            size: call.size,
             begun: true,
         })
     }
@@ -252,6 +321,7 @@ impl Calls {
             id: call.id.take(),
             method: call.method,
             timer: std::mem::take(&mut call.timer),
+            size: call.size,
             begun,
         };
         call.params = None;

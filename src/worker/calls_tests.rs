@@ -61,7 +61,7 @@ fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
     assert!(!ended.begun);
     assert_eq!(ended.id.as_deref(), Some("7"));
     assert!(calls.give_up(key).is_none());
-    calls.hand_out(&threads);
+    calls.hand_out(&threads, |_, _| 0);
     assert!(calls.is_empty());
     assert_eq!(calls.counts(1), (0, 0, 0));
 }
@@ -72,7 +72,7 @@ fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
     let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 10);
     let key = add(&mut calls, 1, None);
-    calls.hand_out(&threads);
+    calls.hand_out(&threads, |_, _| 0);
     while !calls.get_mut(key).unwrap().state.is_running() {
         std::thread::yield_now();
     }
@@ -132,13 +132,13 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     let stuck = add(&mut calls, 1, None);
     for _ in 0..1000 {
         add(&mut calls, 0, None);
-        calls.hand_out(&threads);
+        calls.hand_out(&threads, |_, _| 0);
         calls.done(&report(&threads)).unwrap();
     }
     assert!(calls.handed_out.len() < 100, "{}", calls.handed_out.len());
     while calls.out < 4 {
         add(&mut calls, 1, None);
-        calls.hand_out(&threads);
+        calls.hand_out(&threads, |_, _| 0);
     }
     for _ in 0..1000 {
         let key = add(&mut calls, 1, Some("7"));
@@ -146,4 +146,40 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     }
     assert!(calls.queue.len() < 100, "{}", calls.queue.len());
     assert!(calls.give_up(stuck).unwrap().begun);
+}
+
+/// A client that does not read has its calls held back, and nobody else's; they go on in their
+/// order when it reads again.
+#[test]
+fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
+    let registry = registry();
+    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = Calls::new(registry, 10);
+    let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
+    let other = calls.add(
+        (Token::for_test(2), Place::Anywhere, None),
+        (0, "1"),
+        (5, 9),
+    );
+    let full = |token: Token, _| {
+        if token == Token::for_test(1) {
+            HIGH_WATER
+        } else {
+            0
+        }
+    };
+    calls.hand_out(&threads, full);
+    let done = report(&threads);
+    assert_eq!(done.key, other);
+    calls.done(&done).unwrap();
+    assert!(calls.are_parked() && calls.counts(1) == (0, 3, 0));
+    calls.give_up(lagging[1]).unwrap();
+    calls.unpark(Token::for_test(1));
+    calls.hand_out(&threads, |_, _| 0);
+    for key in [lagging[0], lagging[2]] {
+        let done = report(&threads);
+        assert_eq!(done.key, key);
+        calls.done(&done).unwrap();
+    }
+    assert!(calls.is_empty() && !calls.are_parked());
 }

@@ -12,6 +12,10 @@ use crate::sys::event::Token;
 /// a client that never reads can cost, besides one answer.
 pub const HIGH_WATER: usize = 256 * 1024;
 
+/// Bytes of params and ids that may wait for a thread or be with one, before no further call is
+/// taken: without it, limits.pipeline times limits.frame.
+pub const HIGH_PENDING: usize = 4 * 1024 * 1024;
+
 /// Whether and how a connection goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -55,6 +59,8 @@ pub struct Connection {
     first: u64,
     /// Bytes in `waiting`.
     held: usize,
+    /// Bytes of the calls that wait or run.
+    pub pending: usize,
     /// When it last received something, in milliseconds.
     pub active_ms: u64,
     /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
@@ -79,6 +85,7 @@ impl Connection {
             waiting: VecDeque::new(),
             first: 0,
             held: 0,
+            pending: 0,
             active_ms: now_ms,
             read_deadline: 0,
             write_deadline: 0,
@@ -88,7 +95,24 @@ impl Connection {
 
     /// Whether another call may be taken, with `unsent` bytes of answers on their way.
     pub fn takes_calls(&self, pipeline: usize, unsent: usize) -> bool {
-        self.phase == Phase::Open && self.unanswered < pipeline && self.held + unsent < HIGH_WATER
+        self.phase == Phase::Open
+            && self.unanswered < pipeline
+            && self.pending < HIGH_PENDING
+            && self.held + unsent < HIGH_WATER
+    }
+
+    /// Bytes of answers that stand in the way of one more at `place`, with `unsent` bytes on their
+    /// way. None where it is the one that those held back wait for.
+    pub fn backlog(&self, place: Place, unsent: usize) -> usize {
+        match place {
+            Place::InOrder(_) if self.is_next(place) => unsent,
+            _ => unsent + self.held,
+        }
+    }
+
+    /// Whether answers wait for their turn.
+    pub fn holds(&self) -> bool {
+        self.held > 0
     }
 
     /// Nothing is read, running or waiting: it can be closed without losing anything.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use super::connection::{Connection, Phase};
+use super::connection::{Connection, HIGH_WATER, Phase};
 use super::drain::{Drain, Step};
 use super::service::{Service, millis};
 use super::threads::Done;
@@ -148,7 +148,7 @@ impl EventLoop {
             if self.service.now_ms >= self.next_tick_ms {
                 self.tick(floor);
             }
-            self.service.calls.hand_out(&self.service.threads);
+            self.hand_out(floor);
             self.publish(floor);
             match self.drain.step(
                 self.service.now_ms,
@@ -163,6 +163,19 @@ impl EventLoop {
                 Step::Leave => return Ok(()),
             }
         }
+    }
+
+    fn hand_out(&mut self, floor: &Floor) {
+        let connections = &self.connections;
+        let backlog = |token: Token, place| {
+            let connection = connections.get(token.index()).and_then(Option::as_ref);
+            match connection.filter(|connection| connection.token == token) {
+                Some(connection) => connection.backlog(place, floor.unsent(token)),
+                None => 0,
+            }
+        };
+        let service = &mut self.service;
+        service.calls.hand_out(&service.threads, backlog);
     }
 
     fn beat(&mut self) {
@@ -265,6 +278,13 @@ impl EventLoop {
         connection.blocked =
             connection.phase == Phase::Open && !connection.takes_calls(pipeline, unsent);
         floor.set_reading(token, !connection.blocked);
+        if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
+            service.calls.unpark(token);
+        }
+        if service.out.capacity() > 4 * HIGH_WATER {
+            // One large answer need not keep its room for as long as the worker lives.
+            service.out = Vec::new();
+        }
         let now = service.now_ms;
         if connection.tail.is_empty() || connection.blocked || connection.ended {
             // While we hold the peer back, the time it takes is ours.
@@ -348,6 +368,7 @@ impl EventLoop {
         };
         timers.disarm(&mut connection.quiet_deadline, target);
         floor.close(token);
+        self.service.calls.unpark(token);
         if connection.unanswered > 0 {
             let left: Vec<CallKey> = self.service.calls.of(|call| call.token == token).collect();
             for key in left {

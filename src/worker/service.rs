@@ -151,6 +151,7 @@ impl Service {
             (method, call.params),
             (self.now_ms, deadline_ms),
         );
+        connection.pending += call.params.len() + call.id.map_or(0, str::len);
         if let Some(added) = self.calls.get_mut(key) {
             self.timers
                 .arm(&mut added.timer, deadline_ms, Target::Call(key));
@@ -246,6 +247,7 @@ impl Service {
         ended: &Ended,
         outcome: Result<Vec<u8>, RpcError>,
     ) {
+        connection.pending -= ended.size;
         let id = ended.id.as_deref();
         let registry = Arc::clone(&self.registry);
         let method = &registry.methods()[ended.method];
