@@ -12,13 +12,17 @@
 
 mod support;
 
+mod accept;
 mod architecture;
+mod backpressure;
 mod errors;
 mod frames;
 mod handoff;
 mod hostile;
+mod idle;
 mod json_suite;
 mod manual;
 mod readme;
 mod serving;
 mod systemd;
+mod trouble;

@@ -1,0 +1,266 @@
+//! Clients that do not read, and clients that hardly write: each costs a bounded amount, is cut off
+//! in the end, and costs the others nothing.
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::json;
+
+use crate::support::load::{Load, Shape};
+use crate::support::{
+    Client, Daemon, PATIENCE, Sweep, alone, example, frame, pass, process, raise_descriptor_limit,
+    wait_for,
+};
+
+const MIB: u64 = 1 << 20;
+
+/// Sends the same call until the server does not take any more of them, for a moment at least.
+fn fill(client: &Client, call: &str) -> usize {
+    let mut stream = client.stream();
+    stream.set_nonblocking(true).unwrap();
+    let bytes = frame(call.as_bytes());
+    let (mut sent, mut at) = (0, 0);
+    let mut refused = 0;
+    while refused < 20 && sent < 100_000 {
+        match stream.write(&bytes[at..]) {
+            Ok(length) => {
+                refused = 0;
+                at += length;
+                if at == bytes.len() {
+                    (sent, at) = (sent + 1, 0);
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                refused += 1;
+                pass(Duration::from_millis(20));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    stream.set_nonblocking(false).unwrap();
+    sent
+}
+
+/// One never-reading client of a method whose answers have 100 kB: how much the worker grows, and
+/// whether the client is cut off. Another client goes on all the while.
+fn never_reading(daemon: &Daemon, call: &str) -> u64 {
+    let sweep = Sweep::of(daemon);
+    let pid = daemon.ready_workers()[0];
+    // what the threads and the allocator keep for themselves is no part of a connection
+    let mut warm = daemon.client();
+    for _ in 0..20 {
+        for _ in 0..20 {
+            warm.send(call);
+        }
+        for _ in 0..20 {
+            warm.recv().unwrap();
+        }
+    }
+    drop(warm);
+    let before = process::rss_bytes(pid).unwrap();
+    let others = Load::start(daemon.address(), 2, Shape::Lasting);
+    let client = daemon.client();
+    // a small window: what the kernel holds is no part of it either
+    setsockopt(client.stream(), sockopt::RcvBuf, &8192).unwrap();
+    let sent = fill(&client, call);
+    let mut most = 0;
+    wait_for(
+        "the client that never reads to be cut off",
+        PATIENCE,
+        || {
+            most = most.max(process::rss_bytes(pid).unwrap());
+            daemon.log().contains("write-timeout")
+        },
+    );
+    let growth = most.saturating_sub(before);
+    println!(
+        "{}: {sent} calls sent, never read: the worker grew by {} kB",
+        &call[..call.len().min(40)],
+        growth / 1000
+    );
+    others
+        .stop()
+        .assert_whole("beside a client that never reads");
+    drop(client);
+    sweep.assert_same(daemon);
+    growth
+}
+
+#[test]
+fn a_client_that_never_reads_inline_answers_costs_a_mebibyte_and_one_answer() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(
+            "[workers]\ncount = 1\n[limits]\nwrite-timeout = \"2s\"\n[methods.echo]\n\
+             builtin = \"echo\"\n",
+        )
+        .start();
+    let params = "x".repeat(100_000);
+    let growth = never_reading(
+        &daemon,
+        &format!(r#"{{"in": "echo", "params": "{params}"}}"#),
+    );
+    assert!(growth < MIB + 100_000, "{growth} bytes");
+}
+
+#[test]
+fn a_client_that_never_reads_threaded_answers_costs_a_mebibyte_and_one_answer() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n[limits]\nwrite-timeout = \"2s\"\n")
+        .program(example("minimal"))
+        .start();
+    let growth = never_reading(&daemon, r#"{"in": "letters", "params": 100000}"#);
+    assert!(growth < MIB + 100_000, "{growth} bytes");
+}
+
+/// What a client may keep in a worker with params that wait for a thread: a few megabytes and
+/// a frame, not as many frames as limits.pipeline has calls.
+#[test]
+fn large_params_that_wait_are_held_back_too() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(
+            "[workers]\ncount = 1\nthreads = 1\n[limits]\nframe = \"1MiB\"\n[methods.sleep]\n\
+             builtin = \"sleep\"\n",
+        )
+        .start();
+    let sweep = Sweep::of(&daemon);
+    let pid = daemon.ready_workers()[0];
+    let before = process::rss_bytes(pid).unwrap();
+    let client = daemon.client();
+    // blanks behind the number are its params' no more than those of the frame
+    let filler = "x".repeat(500_000);
+    let call = format!(r#"{{"in": "sleep", "params": [3, "{filler}"], "id": "{filler}"}}"#);
+    // a slow one first, so that the others wait
+    let mut first = client.second();
+    first.send(r#"{"in": "sleep", "params": 1}"#);
+    let sent = fill(&client, &call);
+    let growth = process::rss_bytes(pid).unwrap().saturating_sub(before);
+    println!(
+        "{sent} calls of 1 MB sent ahead: the worker grew by {} kB",
+        growth / 1000
+    );
+    assert!(growth < 8 * MIB, "{growth} bytes");
+    drop(first);
+    client.reset();
+    sweep.assert_same(&daemon);
+}
+
+/// A reader that was held back gets every answer, once it reads.
+#[test]
+fn a_late_reader_gets_every_answer() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n")
+        .program(example("minimal"))
+        .start();
+    let mut client = daemon.client();
+    setsockopt(client.stream(), sockopt::RcvBuf, &100_000).unwrap();
+    let calls = 300;
+    for id in 0..calls {
+        client.send(&json!({"in": "letters", "params": 50_000, "id": id}).to_string());
+    }
+    // the worker is stuck with its answers by then: the threads have nothing to do
+    wait_for("a worker that is held back", PATIENCE, || {
+        daemon.workers()[0].running == 0
+    });
+    let mut seen = vec![0; calls];
+    for _ in 0..calls {
+        let answer = client.recv_json();
+        assert_eq!(answer["result"].as_str().map(str::len), Some(50_000));
+        seen[answer["id"].as_u64().unwrap() as usize] += 1;
+    }
+    assert!(seen.iter().all(|&times| times == 1));
+    println!("{calls} answers of 50 kB, each once, to a client that read late");
+}
+
+/// Half of them stop within the length, half within the body; now and then each sends one byte.
+#[test]
+fn two_thousand_slow_senders_cost_the_others_nothing_and_are_cut() {
+    const SLOW: usize = 2000;
+    let _alone = alone();
+    let limit = raise_descriptor_limit();
+    assert!(limit > SLOW as u64 + 200, "only {limit} descriptors");
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 2\n[limits]\nread-timeout = \"2s\"\n")
+        .start();
+    let sweep = Sweep::of(&daemon);
+    let probe = || {
+        let pause = Duration::from_millis(5);
+        Load::paced(daemon.address(), 2, Shape::Lasting, pause)
+    };
+    let calm = probe();
+    pass(Duration::from_secs(1));
+    let calm = calm.stop();
+    let body = frame(br#"{"in": "ping", "params": "so slow that it is never whole"}"#);
+    let mut slow: Vec<TcpStream> = (0..SLOW)
+        .map(|number| {
+            let mut stream = TcpStream::connect(daemon.address()).unwrap();
+            let begun = if number % 2 == 0 { 1 } else { 10 };
+            stream.write_all(&body[..begun]).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream
+        })
+        .collect();
+    let attacked = probe();
+    for at in 1..4 {
+        pass(Duration::from_millis(300));
+        for (number, stream) in slow.iter_mut().enumerate() {
+            let begun = if number % 2 == 0 { 0 } else { 9 };
+            // cut off already, where it was among the first
+            let _ = stream.write_all(&body[begun + at..][..1]);
+        }
+    }
+    let mut cut = 0;
+    for stream in &mut slow {
+        let mut byte = [0];
+        match std::io::Read::read(stream, &mut byte) {
+            Ok(1..) => panic!("an answer to half a call"),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            _ => cut += 1,
+        }
+    }
+    let attacked = attacked.stop();
+    println!("calm: {}", calm.line());
+    attacked.assert_whole(&format!("beside {SLOW} slow senders"));
+    println!("{cut} of {SLOW} slow senders cut at limits.read-timeout");
+    assert_eq!(cut, SLOW);
+    drop(slow);
+    sweep.assert_same(&daemon);
+}
+
+#[test]
+fn idle_connections_are_closed_in_order_and_busy_ones_are_not() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(
+            "[workers]\ncount = 1\n[limits]\nidle-timeout = \"600ms\"\n[methods.sleep]\n\
+             builtin = \"sleep\"\n",
+        )
+        .start();
+    let sweep = Sweep::of(&daemon);
+    let (mut silent, mut once) = (daemon.client(), daemon.client());
+    let (mut waits, mut busy) = (daemon.client(), daemon.client());
+    once.call(&json!({"in": "ping"}));
+    waits.send(r#"{"in": "sleep", "params": 1.5}"#);
+    let mut calls = 0;
+    wait_for("the idle ones to be closed", PATIENCE, || {
+        busy.call(&json!({"in": "ping"}));
+        calls += 1;
+        daemon.workers()[0].connections == 2
+    });
+    silent.assert_closed();
+    once.assert_closed();
+    assert_eq!(
+        waits.recv_json()["out"],
+        "sleep",
+        "it was no idle connection"
+    );
+    waits.assert_closed();
+    println!("{calls} calls on a connection that was kept, 3 idle ones closed");
+    busy.assert_closed();
+    sweep.assert_same(&daemon);
+}

@@ -1,0 +1,148 @@
+//! Load that is checked call by call, alone and beside trouble that is no client's fault: a log
+//! that can't be written, a storm of signals.
+
+use std::io::{self, Read};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
+use serde_json::json;
+
+use crate::support::load::{self, Load, Shape};
+use crate::support::{Daemon, Dir, Sweep, alone, pass};
+
+const SHAPES: [(&str, Shape); 3] = [
+    ("a connection a call", Shape::PerCall),
+    ("lasting connections", Shape::Lasting),
+    ("pipelined 16 deep", Shape::Pipelined(16)),
+];
+
+/// The log says something for each connection.
+const TALKATIVE: &str = "[workers]\ncount = 2\n[log]\nlevel = \"trace\"\n";
+
+/// Clients that break off, so that there is something to log.
+fn break_off(daemon: &Daemon) {
+    for _ in 0..200 {
+        let mut client = daemon.client();
+        client.send_raw(&[9, 0, 0, 0, 1]);
+        client.reset();
+    }
+}
+
+#[test]
+fn every_call_of_every_kind_of_client_is_answered() {
+    let _alone = alone();
+    let daemon = Daemon::start();
+    let sweep = Sweep::of(&daemon);
+    for (name, shape) in SHAPES {
+        load::run(daemon.address(), 8, shape, Duration::from_secs(2)).assert_whole(name);
+    }
+    sweep.assert_same(&daemon);
+}
+
+/// 10,000 calls, with something to log between them.
+fn serve_without_a_log(daemon: &Daemon, what: &str) {
+    let load = Load::start(daemon.address(), 4, Shape::Lasting);
+    break_off(daemon);
+    let mut client = daemon.client();
+    for number in 0..10_000 {
+        let answer = client.call(&json!({"in": "ping", "params": number}));
+        assert_eq!(answer["result"], number);
+    }
+    break_off(daemon);
+    load.stop().assert_whole(what);
+}
+
+#[test]
+fn a_log_on_a_full_disk_costs_no_call() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(&format!("{TALKATIVE}file = \"/dev/full\"\n"))
+        .start();
+    let sweep = Sweep::of(&daemon);
+    serve_without_a_log(&daemon, "with its log on /dev/full");
+    sweep.assert_same(&daemon);
+}
+
+#[test]
+fn a_closed_standard_error_costs_no_call() {
+    let _alone = alone();
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let daemon = Daemon::builder().config(TALKATIVE).stderr(writer).start();
+    let sweep = Sweep::of(&daemon);
+    serve_without_a_log(&daemon, "with a closed pipe for its standard error");
+    sweep.assert_same(&daemon);
+}
+
+#[test]
+fn a_pipe_that_nobody_reads_costs_no_call_and_says_later_what_was_lost() {
+    let _alone = alone();
+    let (mut reader, writer) = io::pipe().unwrap();
+    let daemon = Daemon::builder().config(TALKATIVE).stderr(writer).start();
+    let sweep = Sweep::of(&daemon);
+    // more than a pipe holds
+    for _ in 0..10 {
+        break_off(&daemon);
+    }
+    serve_without_a_log(&daemon, "with a full pipe for its standard error");
+    let text = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        reader.read_to_end(&mut text).map(|_| text)
+    });
+    sweep.assert_same(&daemon);
+    break_off(&daemon);
+    drop(daemon);
+    let text = text.join().unwrap().unwrap();
+    let text = String::from_utf8_lossy(&text);
+    println!("{} bytes of log in the end", text.len());
+    assert!(text.contains("log lines were lost"));
+}
+
+#[test]
+fn a_fifo_that_nobody_reads_costs_no_call() {
+    let _alone = alone();
+    let dir = Dir::new();
+    let fifo = dir.join("log.fifo");
+    mkfifo(&fifo, Mode::from_bits_truncate(0o600)).unwrap();
+    let daemon = Daemon::builder()
+        .config(&format!("{TALKATIVE}file = \"{}\"\n", fifo.display()))
+        .start();
+    let sweep = Sweep::of(&daemon);
+    for _ in 0..10 {
+        break_off(&daemon);
+    }
+    serve_without_a_log(&daemon, "with a fifo for a log that nobody reads");
+    sweep.assert_same(&daemon);
+}
+
+/// About a thousand signals a second, to the master and to all workers: none of them is of
+/// consequence, each interrupts a system call.
+#[test]
+fn a_storm_of_signals_costs_no_call() {
+    let _alone = alone();
+    let daemon = Daemon::start();
+    let sweep = Sweep::of(&daemon);
+    let mut everybody = daemon.ready_workers();
+    everybody.push(daemon.pid());
+    let loads: Vec<Load> = SHAPES
+        .iter()
+        .map(|&(_, shape)| Load::start(daemon.address(), 2, shape))
+        .collect();
+    let mut signals = 0;
+    for _ in 0..1000 {
+        for &pid in &everybody {
+            for signal in [Signal::SIGUSR1, Signal::SIGWINCH, Signal::SIGCHLD] {
+                kill(Pid::from_raw(pid), signal).unwrap();
+                signals += 1;
+            }
+        }
+        pass(Duration::from_millis(3));
+    }
+    println!("{signals} signals to {} processes", everybody.len());
+    for (load, (name, _)) in loads.into_iter().zip(SHAPES) {
+        load.stop().assert_whole(name);
+    }
+    sweep.assert_same(&daemon);
+}
