@@ -152,9 +152,9 @@ impl Calls {
             let reason = format!("its concurrency of {concurrency} in this worker");
             return Err(self.overloaded(method, reason));
         }
-        // Those that will begin at once do not wait.
-        let idle = threads.saturating_sub(self.out);
-        if self.waiting >= self.limit + idle {
+        // Those that run, and those that will begin at once, do not wait.
+        let begin = threads.saturating_sub(self.lost);
+        if self.waiting >= self.limit + begin {
             let reason = format!("the {} calls that may wait for a thread", self.limit);
             return Err(self.overloaded(method, reason));
         }

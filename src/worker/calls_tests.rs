@@ -148,6 +148,23 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     assert!(calls.give_up(stuck).unwrap().begun);
 }
 
+/// What runs does not wait: it takes no place in the queue, whenever it was handed out.
+#[test]
+fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
+    let registry = registry();
+    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = Calls::new(registry, 2);
+    let runs = add(&mut calls, 1, None);
+    calls.hand_out(&threads, |_, _| 0);
+    for _ in 0..2 {
+        assert!(calls.has_room(1, 1).is_ok());
+        add(&mut calls, 1, None);
+        calls.hand_out(&threads, |_, _| 0);
+    }
+    assert!(calls.has_room(1, 1).is_err());
+    calls.give_up(runs).unwrap();
+}
+
 /// A client that does not read has its calls held back, and nobody else's; they go on in their
 /// order when it reads again.
 #[test]
