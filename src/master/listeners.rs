@@ -195,11 +195,8 @@ fn tune_one(listener: &Listener, wanted: Option<&Listen>, write_timeout: Duratio
     let Some(wanted) = wanted else {
         return Ok(());
     };
-    // What the service manager has passed has the backlog and the mode that its unit says.
-    if listener.name.is_none() {
-        socket::start_listening(&listener.fd, wanted.backlog)
-            .map_err(|error| refused(&wanted.address, error))?;
-    }
+    socket::start_listening(&listener.fd, wanted.backlog)
+        .map_err(|error| refused(&wanted.address, error))?;
     if let (Some(path), Some(mode)) = (&listener.path, wanted.mode) {
         let path: &Path = path.as_ref();
         fs::set_permissions(path, fs::Permissions::from_mode(mode))

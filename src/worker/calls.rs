@@ -22,6 +22,9 @@ use crate::sys::event::Token;
 /// A result from here up counts as large: how many of its like run for one connection is limited.
 const LARGE: usize = 16 * 1024;
 
+/// Bytes of params that may wait or run in a worker, of all its connections together.
+const MOST_BYTES: usize = 64 * 1024 * 1024;
+
 /// A call that waits or runs.
 #[derive(Debug)]
 pub struct Call {
@@ -48,6 +51,8 @@ pub struct Call {
     handed_out: bool,
     /// Nobody waits for its answer any more.
     over: bool,
+    /// It runs for nobody: its thread is lost until it reports.
+    lost: bool,
 }
 
 /// A call that is to be answered now.
@@ -99,8 +104,10 @@ pub struct Calls {
     waiting: usize,
     /// Entries with the threads.
     out: usize,
-    /// Of those, the ones that nobody waits for.
+    /// Of those, the ones that run and that nobody waits for.
     lost: usize,
+    /// Bytes of params and ids, of all entries.
+    bytes: usize,
 }
 
 impl Calls {
@@ -118,6 +125,7 @@ impl Calls {
             waiting: 0,
             out: 0,
             lost: 0,
+            bytes: 0,
         }
     }
 
@@ -146,7 +154,7 @@ impl Calls {
     ///
     /// # Errors
     /// `overloaded`.
-    pub fn has_room(&self, method: usize, threads: usize) -> Result<(), RpcError> {
+    pub fn has_room(&self, method: usize, size: usize, threads: usize) -> Result<(), RpcError> {
         let concurrency = self.registry.methods()[method].concurrency;
         if concurrency > 0 && self.loads[method].current >= concurrency {
             let reason = format!("its concurrency of {concurrency} in this worker");
@@ -156,6 +164,11 @@ impl Calls {
         let begin = threads.saturating_sub(self.lost);
         if self.waiting >= self.limit + begin {
             let reason = format!("the {} calls that may wait for a thread", self.limit);
+            return Err(self.overloaded(method, reason));
+        }
+        // One of any size is taken where there is no other.
+        if self.bytes > 0 && self.bytes.saturating_add(size) > MOST_BYTES {
+            let reason = format!("the {} MiB of params that may wait", MOST_BYTES >> 20);
             return Err(self.overloaded(method, reason));
         }
         Ok(())
@@ -190,7 +203,9 @@ impl Calls {
             serial,
             handed_out: false,
             over: false,
+            lost: false,
         });
+        self.bytes += self.table[index].size;
         let key = CallKey { index, serial };
         self.queue.push_back(key);
         self.waiting += 1;
@@ -279,6 +294,8 @@ impl Calls {
         let call = self.table.remove(done.key.index);
         debug_assert_eq!(call.serial, done.key.serial);
         self.out -= 1;
+        self.lost -= usize::from(call.lost);
+        self.bytes -= call.size;
         let load = &mut self.loads[call.method];
         load.current -= 1;
         if let Some(Ok(result)) = &done.outcome {
@@ -291,7 +308,6 @@ impl Calls {
         }
         self.tidy();
         if call.over {
-            self.lost -= 1;
             return None;
         }
         self.waiting -= 1;
@@ -325,12 +341,14 @@ impl Calls {
             begun,
         };
         call.params = None;
+        call.lost = begun;
         self.waiting -= 1;
         if call_is_out(&self.table, key) {
             // It lives on until its thread reports.
-            self.lost += 1;
+            self.lost += usize::from(begun);
         } else {
             self.table.remove(key.index);
+            self.bytes -= ended.size;
             self.loads[ended.method].current -= 1;
             self.tidy();
         }
@@ -384,7 +402,9 @@ impl Calls {
     /// How many run on a thread, wait for one, and run for nobody.
     pub fn counts(&self, threads: usize) -> (usize, usize, usize) {
         let wanted_out = self.out - self.lost;
-        let running = wanted_out.min(threads.saturating_sub(self.lost));
+        let running = wanted_out
+            .min(threads.saturating_sub(self.lost))
+            .min(self.waiting);
         (running, self.waiting - running, self.lost)
     }
 

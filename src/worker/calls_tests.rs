@@ -88,22 +88,22 @@ fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
 fn queue_concurrency_and_rate_are_limits() {
     let mut calls = Calls::new(registry(), 2);
     add(&mut calls, 0, None);
-    assert!(calls.has_room(0, 0).is_ok());
+    assert!(calls.has_room(0, 1, 0).is_ok());
     add(&mut calls, 2, None);
     assert!(
         calls
-            .has_room(0, 0)
+            .has_room(0, 1, 0)
             .unwrap_err()
             .message
             .contains("2 calls that may wait")
     );
     assert!(
-        calls.has_room(0, 1).is_ok(),
+        calls.has_room(0, 1, 1).is_ok(),
         "an idle thread would begin one at once"
     );
     assert!(
         calls
-            .has_room(2, 5)
+            .has_room(2, 1, 5)
             .unwrap_err()
             .message
             .contains("concurrency of 1")
@@ -157,11 +157,11 @@ fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
     let runs = add(&mut calls, 1, None);
     calls.hand_out(&threads, |_, _| 0);
     for _ in 0..2 {
-        assert!(calls.has_room(1, 1).is_ok());
+        assert!(calls.has_room(1, 1, 1).is_ok());
         add(&mut calls, 1, None);
         calls.hand_out(&threads, |_, _| 0);
     }
-    assert!(calls.has_room(1, 1).is_err());
+    assert!(calls.has_room(1, 1, 1).is_err());
     calls.give_up(runs).unwrap();
 }
 
@@ -199,4 +199,20 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
         calls.done(&done).unwrap();
     }
     assert!(calls.is_empty() && !calls.are_parked());
+}
+
+/// Many connections may each have large calls waiting: all together they have a bound too.
+#[test]
+fn the_params_of_all_connections_together_have_a_bound() {
+    let mut calls = Calls::new(registry(), 10);
+    assert!(
+        calls.has_room(0, MOST_BYTES + 1, 0).is_ok(),
+        "one of any size"
+    );
+    let key = add(&mut calls, 0, None);
+    assert!(calls.has_room(0, MOST_BYTES - 10, 0).is_ok());
+    let refused = calls.has_room(0, MOST_BYTES, 0).unwrap_err();
+    assert!(refused.message.contains("64 MiB"), "{refused}");
+    calls.give_up(key).unwrap();
+    assert!(calls.has_room(0, MOST_BYTES, 0).is_ok());
 }

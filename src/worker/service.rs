@@ -129,7 +129,7 @@ impl Service {
             self.calls.admit(method, self.now_ms)
         } else {
             self.calls
-                .has_room(method, self.threads.count())
+                .has_room(method, call.params.len(), self.threads.count())
                 .and_then(|()| self.calls.admit(method, self.now_ms))
         };
         if let Err(error) = admitted {
