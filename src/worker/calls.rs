@@ -55,6 +55,13 @@ pub struct Call {
     lost: bool,
 }
 
+impl Call {
+    /// Whether a thread runs it.
+    pub fn is_running(&self) -> bool {
+        self.state.is_running()
+    }
+}
+
 /// A call that is to be answered now.
 #[derive(Debug)]
 pub struct Ended {

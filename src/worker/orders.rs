@@ -121,7 +121,10 @@ impl EventLoop {
 
     /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
     pub(super) fn give_up_all(&mut self, floor: &mut Floor) {
-        let left: Vec<CallKey> = self.service.calls.of(|_| true).collect();
+        // Those that wait first: a thread that is let go would begin one of them at this late hour.
+        let calls = &self.service.calls;
+        let mut left: Vec<CallKey> = calls.of(|call| !call.is_running()).collect();
+        left.extend(calls.of(|call| call.is_running()));
         if !left.is_empty() {
             log::warn!(
                 "{} calls were not done within workers.drain-timeout: they are answered with \
