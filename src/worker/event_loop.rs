@@ -15,6 +15,7 @@ use super::drain::{Drain, Step};
 use super::service::{Service, millis};
 use super::threads::Done;
 use super::timers::{CallKey, Target};
+use crate::config::Workers;
 use crate::link::channel::WorkerEnd;
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
@@ -30,8 +31,10 @@ const LINGER_MS: u64 = 2000;
 pub(super) const LISTEN_RETRY_MS: u64 = 200;
 /// Between two lines about the same trouble.
 const QUIET_MS: u64 = 10_000;
-/// The heartbeat, and the look for connections that a stopped sibling left in the queue.
+/// The heartbeat, and the look for connections that a stopped sibling left in the queue: at most
+/// so far apart, and at least four in the time after which the master takes the loop for stuck.
 const TICK_MS: u64 = 1000;
+const TICKS_PER_TIMEOUT: u64 = 4;
 
 /// At a stop, who has sent something within this time may have an answer unread or a call on its
 /// way, and is closed with the same care as after an error.
@@ -88,6 +91,7 @@ pub struct EventLoop {
     pub(super) listen_deadline: u64,
     /// Until when each kind of trouble was told often enough.
     quiet_until_ms: [u64; Trouble::KINDS],
+    tick_ms: u64,
     next_tick_ms: u64,
     pub(super) full: bool,
 }
@@ -100,7 +104,7 @@ impl EventLoop {
         adoption: AdoptionQueue,
         show_draining: Box<dyn Fn()>,
         generation: Generation,
-        drain_timeout: Duration,
+        workers: &Workers,
     ) -> Self {
         EventLoop {
             service,
@@ -114,9 +118,10 @@ impl EventLoop {
             give_deadline: 0,
             show_draining,
             drain: Drain::default(),
-            drain_timeout,
+            drain_timeout: workers.drain_timeout,
             listen_deadline: 0,
             quiet_until_ms: [0; Trouble::KINDS],
+            tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
             full: false,
         }
@@ -199,7 +204,7 @@ impl EventLoop {
     }
 
     fn tick(&mut self, floor: &mut Floor) {
-        self.next_tick_ms = self.service.now_ms + TICK_MS;
+        self.next_tick_ms = self.service.now_ms + self.tick_ms;
         if self.listen_deadline == 0 {
             self.resume_listening(floor);
         }

@@ -102,7 +102,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
             }
         }),
         boot.generation,
-        boot.settings.workers.drain_timeout,
+        &boot.settings.workers,
     );
     event_loop
         .run(&mut floor)
