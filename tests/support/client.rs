@@ -35,7 +35,9 @@ impl Client {
         Self::over(TcpStream::from(OwnedFd::from(stream)))
     }
 
-    fn over(stream: TcpStream) -> Self {
+    /// Over a connection that stands.
+    #[track_caller]
+    pub fn over(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         Client { stream }
@@ -67,6 +69,11 @@ impl Client {
     #[track_caller]
     pub fn send(&mut self, body: &str) {
         self.send_raw(&frame(body.as_bytes()));
+    }
+
+    /// Sends one frame with this body, if the connection takes it.
+    pub fn try_send(&mut self, body: &str) -> io::Result<()> {
+        self.stream.write_all(&frame(body.as_bytes()))
     }
 
     /// Sends bytes as they are.

@@ -29,8 +29,9 @@ const KEPT_ENVIRONMENT: [&str; 4] = ["PATH", "HOME", "PREFORKD_TEST_RUN", "RUST_
 
 /// Hands its stdin over as descriptor 3. The shell is there because LISTEN_PID has to be the pid
 /// of the daemon, which nobody knows before the fork and a shell keeps across its exec.
+/// No core either: a test that crashes workers by the hundred leaves no file.
 const HAND_OVER: &str =
-    r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; eval "$1"; shift; exec "$@""#;
+    r#"ulimit -c 0; exec 3<&0 </dev/null; export LISTEN_PID=$$; eval "$1"; shift; exec "$@""#;
 
 /// A daemon to be.
 #[derive(Default)]
@@ -43,6 +44,10 @@ pub struct Builder {
     before: String,
     program: Option<PathBuf>,
     stderr: Option<OwnedFd>,
+    /// What it is run by, in front of its own command line.
+    under: Vec<OsString>,
+    /// Whom its directory belongs to, if not the test's user.
+    user: Option<u32>,
 }
 
 impl Builder {
@@ -84,6 +89,22 @@ impl Builder {
         self
     }
 
+    /// Runs all of it as this user and group, with no others, in a directory of theirs. For root.
+    pub fn user(mut self, id: u32) -> Self {
+        let words = [
+            "setpriv",
+            "--reuid",
+            "ID",
+            "--regid",
+            "ID",
+            "--clear-groups",
+        ];
+        let word = |word: &str| OsString::from(word.replace("ID", &id.to_string()));
+        self.under.extend(words.map(word));
+        self.user = Some(id);
+        self
+    }
+
     /// Announces a line of the log that would fail the test otherwise. It must come.
     pub fn expect_log(mut self, text: &str) -> Self {
         self.expected.push(text.to_owned());
@@ -103,47 +124,23 @@ impl Builder {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let notifications = Notifications::at(dir.join("notify"));
-
-        let mut command = Command::new("/bin/sh");
-        let program = self.program.clone().unwrap_or_else(binary);
-        command
-            .args(["-c", HAND_OVER, "sh", &self.before])
-            .arg(program);
-        command
-            .arg("run")
-            .arg("--config")
-            .arg(dir.join("preforkd.toml"));
-        command.args(&self.arguments).env_clear();
-        for key in KEPT_ENVIRONMENT {
-            command.envs(std::env::var_os(key).map(|value| (key, value)));
+        if let Some(id) = self.user {
+            for path in [&*dir, notifications.path()] {
+                std::os::unix::fs::chown(path, Some(id), Some(id)).unwrap();
+            }
         }
-        command
-            .env("TMPDIR", &*dir)
-            .env("NOTIFY_SOCKET", notifications.path())
-            .envs(self.environment.iter().map(|(key, value)| (key, value)))
-            .stdout(File::create(dir.join("stdout")).unwrap())
-            .stderr(match self.stderr {
-                Some(to) => Stdio::from(to),
-                None => Stdio::from(File::create(dir.join("log")).unwrap()),
-            })
-            .process_group(0);
-        if self.config.contains("[[listen]]") {
-            command.stdin(Stdio::null());
-        } else {
-            command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "rpc");
-            command.stdin(OwnedFd::from(listener));
-        }
+        let handed_over = !self.config.contains("[[listen]]");
         let mut daemon = Daemon {
             child: None,
             exited: None,
             address,
-            expected: self.expected,
+            builder: self,
             notifications,
             dir,
         };
-        daemon.configure(&self.config);
-        daemon.child = Some(command.spawn().unwrap());
-        daemon.wait_ready()
+        daemon.configure(&daemon.builder.config);
+        daemon.spawn(handed_over.then(|| OwnedFd::from(listener)));
+        daemon.wait_ready(0)
     }
 }
 
@@ -178,7 +175,8 @@ pub struct Daemon {
     /// `Some` once it was waited for.
     exited: Option<ExitStatus>,
     address: SocketAddr,
-    expected: Vec<String>,
+    /// What it was started from.
+    builder: Builder,
     notifications: Notifications,
     dir: Dir,
 }
@@ -195,9 +193,68 @@ impl Daemon {
         Self::builder().config("[workers]\ncount = 2\n").start()
     }
 
-    fn wait_ready(mut self) -> Result<Self, StartFailure> {
+    /// Starts it once more in the same directory, after its end. It binds its address itself now.
+    #[track_caller]
+    pub fn start_again(mut self) -> Self {
+        assert!(self.try_wait().is_some(), "it still runs");
+        self.exited = None;
+        let before = self.times_ready();
+        self.spawn(None);
+        self.wait_ready(before)
+            .unwrap_or_else(|failure| panic!("it did not start again: {failure:?}"))
+    }
+
+    /// Forks and execs, with a listener or without.
+    fn spawn(&mut self, listener: Option<OwnedFd>) {
+        let log = match self.builder.stderr.take() {
+            Some(to) => Stdio::from(to),
+            None => {
+                let mut log = File::options();
+                let log = log.create(true).append(true);
+                Stdio::from(log.open(self.dir.join("log")).unwrap())
+            }
+        };
+        let program = self.builder.program.clone().unwrap_or_else(binary);
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", HAND_OVER, "sh", &self.builder.before]);
+        command.args(&self.builder.under).arg(program);
+        command
+            .arg("run")
+            .arg("--config")
+            .arg(self.dir.join("preforkd.toml"));
+        command.args(&self.builder.arguments).env_clear();
+        for key in KEPT_ENVIRONMENT {
+            command.envs(std::env::var_os(key).map(|value| (key, value)));
+        }
+        let environment = self.builder.environment.iter();
+        command
+            .env("TMPDIR", &*self.dir)
+            .env("NOTIFY_SOCKET", self.notifications.path())
+            .envs(environment.map(|(key, value)| (key, value)))
+            .stdout(File::create(self.dir.join("stdout")).unwrap())
+            .stderr(log)
+            .process_group(0);
+        match listener {
+            Some(listener) => {
+                command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "rpc");
+                command.stdin(listener);
+            }
+            None => {
+                command.stdin(Stdio::null());
+            }
+        }
+        self.child = Some(command.spawn().unwrap());
+    }
+
+    fn times_ready(&self) -> usize {
+        let lines = self.notifications();
+        lines.iter().filter(|line| *line == "READY=1").count()
+    }
+
+    /// Waits until it has said that it is ready more than `before` times.
+    fn wait_ready(mut self, before: usize) -> Result<Self, StartFailure> {
         let end = Instant::now() + PATIENCE;
-        while !self.notifications().iter().any(|line| line == "READY=1") {
+        while self.times_ready() <= before {
             if let Some(status) = self.try_wait() {
                 return Err(self.give_up(status.code()));
             }
@@ -239,6 +296,11 @@ impl Daemon {
     /// What it has written to its log so far.
     pub fn log(&self) -> String {
         self.dir.read("log")
+    }
+
+    /// What it tells its service manager, with the time of each line.
+    pub fn notify(&self) -> &Notifications {
+        &self.notifications
     }
 
     /// What it has told its service manager so far, line by line.
@@ -287,10 +349,15 @@ impl Daemon {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    /// Its workers, draining ones included.
+    /// Its workers, draining ones included, slots without one left out.
     #[track_caller]
     pub fn workers(&self) -> Vec<Worker> {
-        serde_json::from_value(self.status()["workers"].take()).unwrap()
+        let mut status = self.status();
+        let workers = status["workers"].as_array_mut().unwrap().drain(..);
+        let living = workers.filter(|worker| !worker["pid"].is_null());
+        living
+            .map(|worker| serde_json::from_value(worker).unwrap())
+            .collect()
     }
 
     /// The pids of the workers that are ready, by slot.
@@ -389,10 +456,10 @@ impl Drop for Daemon {
         }
         let mut faults = self.end_group();
         let text = self.log();
-        for line in log::unexpected(&text, &self.expected) {
+        for line in log::unexpected(&text, &self.builder.expected) {
             faults.push(format!("unexpected in the log: {line}"));
         }
-        for line in log::missing(&text, &self.expected) {
+        for line in log::missing(&text, &self.builder.expected) {
             faults.push(format!("expected in the log, and never came: {line}"));
         }
         if std::thread::panicking() {

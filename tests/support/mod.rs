@@ -4,6 +4,7 @@
 //! Nothing here uses preforkd's own code: the tests hold the wire and the commands against the
 //! documents, not against what the crate thinks of itself.
 
+mod callers;
 pub mod client;
 mod daemon;
 mod dir;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+pub use callers::Callers;
 pub use client::{Client, frame};
 pub use daemon::Daemon;
 pub use dir::Dir;
@@ -123,6 +125,12 @@ pub fn wait_for(what: &str, deadline: Duration, mut condition: impl FnMut() -> b
 /// arrivals. Never to wait for something.
 pub fn pass(time: Duration) {
     std::thread::sleep(time);
+}
+
+/// The value that `percent` of the sorted `values` do not exceed (nearest rank).
+pub fn percentile<T: Copy>(sorted: &[T], percent: usize) -> T {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted[rank.max(1) - 1]
 }
 
 /// As long as a look into /proc may well wait for the next one.

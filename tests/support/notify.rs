@@ -3,13 +3,21 @@
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// What came, and when it was read.
+#[derive(Default)]
+struct Inbox {
+    lines: Mutex<Vec<(Instant, String)>>,
+    more: Condvar,
+}
 
 /// A socket that is read until it is dropped.
 pub struct Notifications {
     path: PathBuf,
-    messages: Arc<Mutex<Vec<String>>>,
+    inbox: Arc<Inbox>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -17,12 +25,12 @@ impl Notifications {
     /// Binds the socket.
     pub fn at(path: PathBuf) -> Self {
         let socket = UnixDatagram::bind(&path).unwrap();
-        let messages = Arc::new(Mutex::new(Vec::new()));
-        let into = Arc::clone(&messages);
+        let inbox = Arc::new(Inbox::default());
+        let into = Arc::clone(&inbox);
         let reader = std::thread::spawn(move || read(&socket, &into));
         Notifications {
             path,
-            messages,
+            inbox,
             reader: Some(reader),
         }
     }
@@ -34,18 +42,52 @@ impl Notifications {
 
     /// All lines that came so far, in their order.
     pub fn lines(&self) -> Vec<String> {
-        let messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        messages.clone()
+        let lines = self.inbox.lines.lock();
+        let lines = lines.unwrap_or_else(PoisonError::into_inner);
+        lines.iter().map(|(_, line)| line.clone()).collect()
+    }
+
+    /// How many lines came so far.
+    pub fn count(&self) -> usize {
+        let lines = self.inbox.lines.lock();
+        lines.unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Waits for a line that `is_it` holds for among those behind the first `seen`. Answers when
+    /// it was read, and how many lines there are up to it.
+    pub fn wait(
+        &self,
+        seen: usize,
+        deadline: Duration,
+        is_it: impl Fn(&str) -> bool,
+    ) -> Option<(Instant, usize)> {
+        let end = Instant::now() + deadline;
+        let lines = self.inbox.lines.lock();
+        let mut lines = lines.unwrap_or_else(PoisonError::into_inner);
+        let mut looked_at = seen;
+        loop {
+            let new = lines.get(looked_at..).unwrap_or_default();
+            if let Some(at) = new.iter().position(|(_, line)| is_it(line)) {
+                return Some((new[at].0, looked_at + at + 1));
+            }
+            looked_at = looked_at.max(lines.len());
+            let left = end.checked_duration_since(Instant::now())?;
+            let woken = self.inbox.more.wait_timeout(lines, left);
+            lines = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 }
 
 /// Until an empty message comes, which no service sends.
-fn read(socket: &UnixDatagram, into: &Mutex<Vec<String>>) {
+fn read(socket: &UnixDatagram, into: &Inbox) {
     let mut message = [0; 4096];
     while let Ok(length @ 1..) = socket.recv(&mut message) {
         let text = String::from_utf8_lossy(&message[..length]);
-        let mut lines = into.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.extend(text.lines().map(str::to_owned));
+        let now = Instant::now();
+        let lines = into.lines.lock();
+        let mut lines = lines.unwrap_or_else(PoisonError::into_inner);
+        lines.extend(text.lines().map(|line| (now, line.to_owned())));
+        into.more.notify_all();
     }
 }
 

@@ -1,0 +1,250 @@
+//! Reloads, refused and accepted, while clients call all the time.
+
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::support::{Callers, Daemon, PATIENCE, process, wait_for};
+
+const GOOD: &str = "[workers]\ncount = 2\nthreads = 2\n";
+
+/// What follows in a broken configuration, and what the reason must hold. In the file two
+/// lines come before (`Daemon::configure`).
+fn broken(own: &str, taken: &str) -> Vec<(String, Vec<String>)> {
+    let case = |text: &str, reasons: &[&str]| {
+        let reasons = reasons.iter().map(|it| (*it).to_owned()).collect();
+        (text.to_owned(), reasons)
+    };
+    let listen = format!("[[listen]]\naddress = \"{own}\"\n[[listen]]\naddress = \"{taken}\"\n");
+    vec![
+        case("[workers\ncount = 2\n", &["preforkd.toml:3:"]),
+        case("[workers]\ncount = \n", &["preforkd.toml:4:"]),
+        case("color = 1\n", &["preforkd.toml:3:", "color"]),
+        case("[workers]\nthread = 2\n", &["preforkd.toml:4:", "threads"]),
+        case("[worker]\ncount = 2\n", &["preforkd.toml:3:", "workers"]),
+        case(
+            "[workers]\ncount = 0\n",
+            &["preforkd.toml:4:", "workers.count"],
+        ),
+        case("[workers]\ncount = \"two\"\n", &["preforkd.toml:4:"]),
+        case("[workers]\ncount = 2\ncount = 3\n", &["preforkd.toml:5:"]),
+        case(
+            "[workers]\nboot-timeout = 30\n",
+            &["preforkd.toml:4:", "boot-timeout"],
+        ),
+        case(
+            "[workers]\ndrain-timeout = \"soon\"\n",
+            &["preforkd.toml:4:", "soon"],
+        ),
+        case(
+            "[limits]\nframe = \"1GiB\"\n",
+            &["preforkd.toml:4:", "limits.frame"],
+        ),
+        case(
+            "[limits]\ntimeout = \"5m\"\n",
+            &["preforkd.toml:4:", "drain-timeout"],
+        ),
+        case("[limits]\ndepth = -1\n", &["preforkd.toml:4:", "depth"]),
+        case("[log]\nlevel = \"loud\"\n", &["preforkd.toml:4:", "loud"]),
+        case(
+            "[log]\nfile = \"no/such/directory/log\"\n",
+            &["no/such/directory"],
+        ),
+        case(
+            "[methods.m]\nbuiltin = \"nothing\"\n",
+            &["preforkd.toml:4:", "nothing"],
+        ),
+        case(
+            "[methods.m]\ntimeout = \"1s\"\n",
+            &["preforkd.toml:", "methods.m"],
+        ),
+        case(
+            "[[listen]]\naddress = \"localhost\"\n",
+            &["preforkd.toml:4:", "localhost"],
+        ),
+        case(
+            "user = \"no-such-user-here\"\n",
+            &["preforkd.toml:3:", "no-such-user-here"],
+        ),
+        case("include = [\"missing.toml\"]\n", &["missing.toml"]),
+        case(&listen, &[taken, "another server"]),
+    ]
+}
+
+#[test]
+fn a_broken_configuration_changes_nothing_and_its_reason_is_told() {
+    let daemon = Daemon::builder()
+        .config(GOOD)
+        .expect_log("reload refused")
+        .start();
+    let before = daemon.ready_workers();
+    let descriptors = process::descriptors(daemon.pid());
+    let lasting = Callers::lasting(daemon.address(), 2);
+    let connecting = Callers::connecting(daemon.address(), 2);
+    let held = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = held.local_addr().unwrap().to_string();
+    let cases = broken(&daemon.address().to_string(), &taken);
+    let mut wrong = Vec::new();
+    for (number, (text, reasons)) in cases.iter().enumerate() {
+        daemon.configure(text);
+        let refused = daemon.command(&["reload"]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        if refused.status.code() != Some(1) {
+            wrong.push(format!("{text:?}: exit code {:?}", refused.status.code()));
+        }
+        for reason in reasons {
+            if !said.contains(reason) {
+                wrong.push(format!("{text:?}: no {reason:?} in {said:?}"));
+            }
+        }
+        // By signal as well, which nobody waits for: the log has it.
+        daemon.signal(Signal::SIGHUP);
+        wait_for("the refusal in the log", PATIENCE, || {
+            daemon.log().matches("reload refused").count() == 2 * (number + 1)
+        });
+        if daemon.ready_workers() != before {
+            wrong.push(format!("{text:?}: other workers"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    // A file that is gone, and one that nobody can read as text.
+    std::fs::remove_file(daemon.dir().join("preforkd.toml")).unwrap();
+    assert_eq!(daemon.command(&["reload"]).status.code(), Some(1));
+    daemon.dir().write("preforkd.toml", b"\xff\xfe\x00");
+    assert_eq!(daemon.command(&["reload"]).status.code(), Some(1));
+    assert_eq!(daemon.ready_workers(), before);
+    println!("{} broken configurations, each refused twice", cases.len());
+    lasting.stop_without_loss("lasting connections");
+    assert_eq!(process::descriptors(daemon.pid()), descriptors);
+
+    daemon.configure(GOOD);
+    let accepted = daemon.command(&["reload"]);
+    assert!(accepted.status.success(), "{accepted:?}");
+    let after = daemon.ready_workers();
+    assert!(after.len() == 2 && after.iter().all(|pid| !before.contains(pid)));
+    connecting.stop_without_loss("a connection a call");
+}
+
+#[test]
+fn twenty_reloads_lose_no_call() {
+    let daemon = Daemon::builder().config(GOOD).start();
+    let descriptors = process::descriptors(daemon.pid());
+    let connecting = Callers::connecting(daemon.address(), 4);
+    let mut before = daemon.ready_workers();
+    for _ in 0..20 {
+        let done = daemon.command(&["reload"]);
+        assert!(done.status.success(), "{done:?}");
+        let after = daemon.ready_workers();
+        assert_eq!(after.len(), 2);
+        assert!(after.iter().all(|pid| !before.contains(pid)));
+        before = after;
+    }
+    connecting.stop_without_loss("20 reloads, a connection a call");
+    wait_for("the old generations gone", PATIENCE, || {
+        process::children(daemon.pid()).len() == 2
+    });
+    assert_eq!(process::descriptors(daemon.pid()), descriptors);
+}
+
+#[test]
+fn a_lasting_connection_is_served_by_the_draining_worker() {
+    let daemon = Daemon::builder().config(GOOD).start();
+    let lasting = Callers::lasting(daemon.address(), 4);
+    let mut client = daemon.client();
+    client.call_text(r#"{"in":"ping"}"#);
+    for _ in 0..2 {
+        let done = daemon.command(&["reload"]);
+        assert!(done.status.success(), "{done:?}");
+    }
+    assert_eq!(
+        client.call_text(r#"{"in":"ping","params":1}"#),
+        r#"{"out":"pong","result":1}"#
+    );
+    lasting.stop_without_loss("2 reloads, lasting connections");
+    drop(client);
+    wait_for("the old generations gone", PATIENCE, || {
+        process::children(daemon.pid()).len() == 2
+    });
+}
+
+#[test]
+fn a_burst_of_hups_is_few_reloads() {
+    let daemon = Daemon::builder().config(GOOD).start();
+    for _ in 0..50 {
+        daemon.signal(Signal::SIGHUP);
+    }
+    // It runs after all of them.
+    let done = daemon.command(&["reload"]);
+    assert!(done.status.success(), "{done:?}");
+    let reloads = daemon.log().matches("reload: reads").count();
+    println!("50 HUPs and a reload: {reloads} reloads");
+    assert!((1..=10).contains(&reloads), "{reloads}");
+    wait_for("the old generations gone", PATIENCE, || {
+        process::children(daemon.pid()).len() == 2
+    });
+}
+
+#[test]
+fn a_generation_that_does_not_come_up_is_given_up_and_the_old_one_serves() {
+    let daemon = Daemon::builder()
+        .config(GOOD)
+        .expect_log("reload refused")
+        .expect_log("not ready within boot-timeout")
+        .start();
+    let before = daemon.ready_workers();
+    let load = Callers::connecting(daemon.address(), 2);
+    // No worker is ready within a millisecond and a bit of what 1000 threads take to start.
+    daemon.configure("[workers]\ncount = 2\nthreads = 1000\nboot-timeout = \"1ms\"\n");
+    let refused = daemon.command(&["reload"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("boot-timeout"), "{said}");
+    wait_for("the new generation gone", PATIENCE, || {
+        process::children(daemon.pid()).len() == 2
+    });
+    assert_eq!(daemon.ready_workers(), before);
+    load.stop_without_loss("a reload that is rolled back");
+    daemon.configure(GOOD);
+    assert!(daemon.command(&["reload"]).status.success());
+}
+
+#[test]
+fn a_reload_adds_and_removes_a_listener_and_changes_count_and_threads() {
+    let daemon = Daemon::builder().config(GOOD).start();
+    let spare = TcpListener::bind("127.0.0.1:0").unwrap();
+    let second = spare.local_addr().unwrap();
+    drop(spare);
+    let own = daemon.address();
+    let threads = process::threads(daemon.ready_workers()[0]);
+    let listen = |addresses: &[String]| {
+        let entry = |address: &String| format!("[[listen]]\naddress = \"{address}\"\n");
+        addresses.iter().map(entry).collect::<String>()
+    };
+    let both = listen(&[own.to_string(), second.to_string()]);
+    daemon.configure(&format!("[workers]\ncount = 3\nthreads = 5\n{both}"));
+    let done = daemon.command(&["reload"]);
+    assert!(done.status.success(), "{done:?}");
+    let workers = daemon.ready_workers();
+    assert_eq!(workers.len(), 3);
+    let more = workers.iter().map(|pid| process::threads(*pid) - threads);
+    assert_eq!(more.collect::<Vec<_>>(), [3; 3]);
+    for address in [own, second] {
+        let mut client = crate::support::Client::connect(address);
+        assert_eq!(
+            client.call_text(r#"{"in":"ping"}"#),
+            r#"{"out":"pong","result":null}"#
+        );
+    }
+    let load = Callers::connecting(own, 2);
+    daemon.configure(&format!("{GOOD}{}", listen(&[own.to_string()])));
+    let done = daemon.command(&["reload"]);
+    assert!(done.status.success(), "{done:?}");
+    wait_for(
+        "the removed address to refuse",
+        Duration::from_secs(2),
+        || TcpStream::connect(second).is_err(),
+    );
+    assert_eq!(daemon.ready_workers().len(), 2);
+    load.stop_without_loss("a listener less");
+}

@@ -1,0 +1,257 @@
+//! Leaving: by order, which cuts no running call, and now; and what is left when the master is
+//! killed.
+
+use std::io::ErrorKind;
+use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use crate::support::{Client, Daemon, PATIENCE, pass, process, wait_for};
+
+/// Room for a hundred calls that sleep.
+const WIDE: &str = "
+[workers]
+count = 2
+threads = 110
+[methods.sleep]
+builtin = \"sleep\"
+";
+
+/// The soonest that new connections must be refused.
+const REFUSED_WITHIN: Duration = Duration::from_millis(100);
+
+/// So many connections, each with a call that runs.
+fn running_calls(daemon: &Daemon, count: u64, seconds: f64) -> Vec<Client> {
+    let clients = (0..count).map(|id| {
+        let mut client = daemon.client();
+        client.send(&json!({"in": "sleep", "params": seconds, "id": id}).to_string());
+        client
+    });
+    let clients = clients.collect();
+    wait_for("all calls to run", PATIENCE, || {
+        daemon.workers().iter().map(|it| it.running).sum::<u64>() == count
+    });
+    clients
+}
+
+/// Waits until new connections are refused, and says how long that took.
+fn time_to_refusal(daemon: &Daemon) -> Duration {
+    let begin = Instant::now();
+    wait_for(
+        "new connections refused",
+        PATIENCE,
+        || match TcpStream::connect(daemon.address()) {
+            Ok(_) => false,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+                true
+            }
+        },
+    );
+    begin.elapsed()
+}
+
+#[test]
+fn term_with_a_hundred_running_calls_answers_them_all_and_refuses_new_ones() {
+    let mut daemon = Daemon::builder().config(WIDE).start();
+    // Idle ones are no reason to wait.
+    let _idle: Vec<Client> = (0..20).map(|_| daemon.client()).collect();
+    let mut clients = running_calls(&daemon, 100, 1.5);
+    daemon.signal(Signal::SIGTERM);
+    let refused = time_to_refusal(&daemon);
+    let mut answered = 0;
+    for (id, client) in clients.iter_mut().enumerate() {
+        let answer = client.recv_json();
+        answered += usize::from(answer["out"] == "sleep" && answer["id"] == id);
+    }
+    for client in &mut clients {
+        client.assert_closed();
+    }
+    drop(clients);
+    let status = daemon.wait_exit();
+    println!("{answered} of 100 calls answered, new connections refused after {refused:?}");
+    assert_eq!(answered, 100);
+    assert!(refused <= REFUSED_WITHIN, "{refused:?}");
+    assert_eq!(status.code(), Some(0));
+    daemon.wait_group_gone();
+}
+
+#[test]
+fn a_second_term_leaves_at_once() {
+    leaves_at_once(|daemon| {
+        daemon.signal(Signal::SIGTERM);
+        daemon.wait_log("stopping: 2 workers drain");
+        daemon.signal(Signal::SIGTERM);
+    });
+}
+
+#[test]
+fn int_leaves_at_once() {
+    leaves_at_once(|daemon| daemon.signal(Signal::SIGINT));
+}
+
+#[test]
+fn quit_leaves_at_once() {
+    leaves_at_once(|daemon| daemon.signal(Signal::SIGQUIT));
+}
+
+#[test]
+fn stop_now_leaves_at_once() {
+    leaves_at_once(|daemon| {
+        let stopped = daemon.command(&["stop", "--now"]);
+        assert!(stopped.status.success(), "{stopped:?}");
+    });
+}
+
+#[track_caller]
+fn leaves_at_once(order: impl FnOnce(&Daemon)) {
+    let mut daemon = Daemon::builder().config(WIDE).start();
+    let mut clients = running_calls(&daemon, 10, 15.0);
+    let begin = Instant::now();
+    order(&daemon);
+    let status = daemon.wait_exit();
+    let took = begin.elapsed();
+    println!("left {took:?} after the order, with 10 calls running");
+    assert_eq!(status.code(), Some(0));
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    daemon.wait_group_gone();
+    clients.iter_mut().for_each(Client::assert_closed);
+}
+
+#[test]
+fn at_the_drain_deadline_calls_are_answered_with_stopping() {
+    let daemon = Daemon::builder()
+        .config(
+            "
+[workers]
+count = 1
+threads = 1
+drain-timeout = \"2s\"
+[limits]
+timeout = \"2s\"
+[methods.sleep]
+builtin = \"sleep\"
+",
+        )
+        .expect_log("were not done within workers.drain-timeout")
+        .start();
+    let mut client = daemon.client();
+    client.send(r#"{"in": "sleep", "params": 0.9, "id": "first"}"#);
+    wait_for("the call to run", PATIENCE, || {
+        daemon.workers()[0].running == 1
+    });
+    let begin = Instant::now();
+    let worker = Pid::from_raw(daemon.ready_workers()[0]);
+    kill(worker, Signal::SIGTERM).unwrap();
+    // Later than the drain, so that they have more time left than it has; while a call runs, so
+    // that the connection is not handed on; and within the half of the drain in which it is read.
+    pass(Duration::from_millis(500));
+    client.send(r#"{"in": "sleep", "params": 1.9, "id": "running"}"#);
+    client.send(r#"{"in": "sleep", "params": 1.9, "id": "queued"}"#);
+    assert_eq!(client.recv_json()["id"], "first");
+    let answers = [client.recv_json(), client.recv_json()];
+    let took = begin.elapsed();
+    println!("{took:?} after TERM to the worker: {answers:?}");
+    for answer in &answers {
+        assert_eq!(answer["result"]["code"], -32005, "{answer}");
+        assert_eq!(answer["result"]["started"], answer["id"] == "running");
+    }
+    assert!(took >= Duration::from_millis(1900), "{took:?}");
+    client.assert_closed();
+    wait_for("the worker's end", Duration::from_secs(4), || {
+        !process::runs(worker.as_raw())
+    });
+    assert_eq!(daemon.ready_workers().len(), 1);
+}
+
+#[test]
+fn idle_workers_leave_a_killed_master_and_the_next_one_starts_over_its_pid_file() {
+    let mut daemon = Daemon::builder()
+        .config("[workers]\ncount = 4\n")
+        .expect_log("the master has died")
+        .start();
+    let mut times = Vec::new();
+    for signal in [Signal::SIGKILL, Signal::SIGSEGV, Signal::SIGKILL] {
+        let _idle: Vec<Client> = (0..4).map(|_| daemon.client()).collect();
+        // A connection this young may have a call on its way, and is closed with care.
+        let idle_since = Instant::now();
+        wait_for("the connections to be idle", PATIENCE, || {
+            idle_since.elapsed() > Duration::from_millis(1200)
+        });
+        let old = daemon.pid();
+        daemon.signal(signal);
+        let begin = Instant::now();
+        let refused = time_to_refusal(&daemon);
+        let status = daemon.wait_exit();
+        assert_eq!(status.signal(), Some(signal as i32), "{status:?}");
+        // Dead is enough here: it is not ours to reap orphans.
+        wait_for("the workers' end", PATIENCE, || {
+            process::members(old).iter().all(|&pid| !process::runs(pid))
+        });
+        let gone = begin.elapsed();
+        times.push((refused, gone));
+        assert!(refused <= REFUSED_WITHIN, "{refused:?}");
+        assert!(gone <= Duration::from_secs(1), "{gone:?}");
+        let stale = daemon.dir().read("preforkd.pid");
+        assert_eq!(stale.trim(), old.to_string());
+        daemon.wait_group_gone();
+        daemon = daemon.start_again();
+        daemon.client().call(&json!({"in": "ping"}));
+        assert_eq!(
+            daemon.dir().read("preforkd.pid").trim(),
+            daemon.pid().to_string()
+        );
+    }
+    println!("refused after, all gone after: {times:?}");
+}
+
+#[test]
+fn calls_that_run_when_the_master_is_killed_are_answered_first() {
+    let mut daemon = Daemon::builder()
+        .config(WIDE)
+        .expect_log("the master has died")
+        .start();
+    let mut clients = running_calls(&daemon, 20, 1.0);
+    daemon.signal(Signal::SIGKILL);
+    let refused = time_to_refusal(&daemon);
+    assert!(refused <= REFUSED_WITHIN, "{refused:?}");
+    let answered = clients
+        .iter_mut()
+        .filter_map(|client| (client.recv_json()["out"] == "sleep").then_some(()))
+        .count();
+    assert_eq!(answered, 20);
+    drop(clients);
+    daemon.wait_exit();
+    daemon.wait_group_gone();
+    println!("{answered} of 20 calls answered, new connections refused after {refused:?}");
+    drop(daemon.start_again());
+}
+
+#[test]
+fn a_stuck_worker_does_not_outlive_its_master_for_long() {
+    let mut daemon = Daemon::builder()
+        .config(
+            "
+[workers]
+count = 1
+drain-timeout = \"1s\"
+[limits]
+timeout = \"1s\"
+[methods.sleep]
+builtin = \"sleep\"
+",
+        )
+        .expect_log("the master has died")
+        .start();
+    let worker = daemon.ready_workers()[0];
+    kill(Pid::from_raw(worker), Signal::SIGSTOP).unwrap();
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait_exit();
+    // Stopped it does nothing, not even die by an alarm; going on, it leaves.
+    kill(Pid::from_raw(worker), Signal::SIGCONT).unwrap();
+    wait_for("its end", Duration::from_secs(4), || !process::runs(worker));
+}
