@@ -32,5 +32,5 @@ mod start;
 mod stop;
 mod stuck;
 mod systemd;
-mod trouble;
 mod throttle;
+mod trouble;

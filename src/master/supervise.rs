@@ -85,74 +85,84 @@ pub(super) struct Master<'a> {
 /// # Errors
 /// What stopped it from starting: a lock that is held, an address in use, workers that did not
 /// become ready.
-pub fn run(mut setup: Setup<'_>) -> Result<()> {
+pub fn run(setup: Setup<'_>) -> Result<()> {
     // Until the handlers are there, a signal must wait: its default would end us half-started.
     signal::block_all();
     signal::die_of_sent_faults();
     signal::ignore(&[Signal::SIGXFSZ]);
-    let mut pid_file = PidFile::lock(&setup.settings.pid_file)?;
+    let mut pid_file = Some(PidFile::lock(&setup.settings.pid_file)?);
+    let mut opened = Vec::new();
+    let started = start(setup, &mut pid_file, &mut opened);
+    if started.is_err() {
+        // What a failed start has made is taken back.
+        opened.iter().for_each(|listener| listener.remove_path());
+        pid_file.into_iter().for_each(PidFile::remove);
+    }
+    // Held for a failure's sake alone: a listener that the master gives up must be closed.
+    drop(opened);
+    let mut master = started?;
+    master.serve();
+    master.finish()
+}
+
+/// Opens all that a master needs, under the lock of the pid file, which it takes over at the end.
+fn start<'a>(
+    mut setup: Setup<'a>,
+    pid_file: &mut Option<PidFile>,
+    opened: &mut Vec<Rc<Listener>>,
+) -> Result<Master<'a>> {
+    let system = |what: &'static str| move |error| Error::system(what, error);
     let passed = listeners::adopt_passed(std::mem::take(&mut setup.passed))?;
     let settings = Rc::new(setup.settings.clone());
     let timeout = settings.limits.write_timeout;
     let listeners = listeners::open(&settings.listen, &[], &passed, timeout)?;
+    opened.clone_from(&listeners);
     listeners::tune(&settings, &listeners);
-    let opened = listeners.clone();
-    let outcome = (|| {
-        let control = Control::bind(&settings.control_socket)?;
+    if let Some(pid_file) = pid_file {
         pid_file.write()?;
-        let system = |what: &'static str| move |error| Error::system(what, error);
-        let signals = SignalPipe::new(&HEARD).map_err(system("catch signals"))?;
-        let workers = Workers::new().map_err(system("make the scoreboard"))?;
-        process::become_subreaper().map_err(system("become a subreaper"))?;
-        if let Some(area) = setup.title {
-            area.set(&master_title(&setup.program, &settings));
-        }
-        title::set_comm(&format!("{} master", setup.program));
-        let now = now();
-        let (fleet, actions) = Fleet::new(limits(&settings), now);
-        let ground = Rc::new(Ground {
-            registry: setup.host.registry(&settings),
-            settings,
-            listeners,
-        });
-        Ok(Master {
-            setup,
-            fleet,
-            workers,
-            control,
-            notifier: Notifier::from_environment(),
-            signals,
-            pid_file,
-            ground,
-            upcoming: None,
-            passed,
-            reload_asked: false,
-            next_verdict_for: Vec::new(),
-            verdict_for: Vec::new(),
-            last_reload: None,
-            old_log: None,
-            stopping: false,
-            started: now,
-            next_watchdog: now,
-            shown_status: String::new(),
-            failure: None,
-            actions: actions.into(),
-            leave: None,
-            reap_again: false,
-        })
-    })();
-    match outcome {
-        Ok(mut master) => {
-            // Held for a failure's sake alone: a listener that the master gives up must be closed.
-            drop(opened);
-            master.serve();
-            master.finish()
-        }
-        Err(error) => {
-            opened.iter().for_each(|listener| listener.remove_path());
-            Err(error)
-        }
     }
+    let signals = SignalPipe::new(&HEARD).map_err(system("catch signals"))?;
+    let workers = Workers::new().map_err(system("make the scoreboard"))?;
+    process::become_subreaper().map_err(system("become a subreaper"))?;
+    // The last that can fail: its path needs no taking back.
+    let control = Control::bind(&settings.control_socket)?;
+    if let Some(area) = setup.title {
+        area.set(&master_title(&setup.program, &settings));
+    }
+    title::set_comm(&format!("{} master", setup.program));
+    let now = now();
+    let (fleet, actions) = Fleet::new(limits(&settings), now);
+    let ground = Rc::new(Ground {
+        registry: setup.host.registry(&settings),
+        settings,
+        listeners,
+    });
+    let lock = || Error::Bug("the lock of the pid file is gone".into());
+    Ok(Master {
+        setup,
+        fleet,
+        workers,
+        control,
+        notifier: Notifier::from_environment(),
+        signals,
+        pid_file: pid_file.take().ok_or_else(lock)?,
+        ground,
+        upcoming: None,
+        passed,
+        reload_asked: false,
+        next_verdict_for: Vec::new(),
+        verdict_for: Vec::new(),
+        last_reload: None,
+        old_log: None,
+        stopping: false,
+        started: now,
+        next_watchdog: now,
+        shown_status: String::new(),
+        failure: None,
+        actions: actions.into(),
+        leave: None,
+        reap_again: false,
+    })
 }
 
 impl Master<'_> {
