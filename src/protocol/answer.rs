@@ -25,6 +25,12 @@ pub fn result(out: &mut Vec<u8>, name: &str, result: &str, id: Option<&str>) {
 /// Appends the answer of a call that has none. `id` must be JSON.
 pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>) {
     begin(out, ERROR);
+    bare_error(out, error);
+    end(out, id);
+}
+
+/// Appends an error alone: what stands in the `result` of one, and all that HTTP's bare form has.
+pub fn bare_error(out: &mut Vec<u8>, error: &RpcError) {
     out.extend_from_slice(b"{\"code\":");
     json(out, &error.code);
     out.extend_from_slice(b",\"name\":");
@@ -38,7 +44,6 @@ pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>) {
         out.extend_from_slice(data.get().as_bytes());
     }
     out.push(b'}');
-    end(out, id);
 }
 
 /// An answer as it was received, borrowed from its body.
@@ -138,7 +143,8 @@ pub(super) fn string(out: &mut Vec<u8>, text: &str) {
     json(out, text);
 }
 
-fn json<T: Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
+/// Appends a number or a string as JSON.
+pub(super) fn json<T: Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
     serde_json::to_writer(out, value).expect("numbers and strings are JSON, and a Vec takes them");
 }
 

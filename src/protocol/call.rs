@@ -10,6 +10,8 @@
 //! refused, also where one is spelt with escapes, as is `in` beside `method`. Other members are
 //! ignored. The grammar is judged first and to the end of the body, so a refusal for one member
 //! still echoes an id that stands behind it.
+//!
+//! Which form a body has is told by [`body`](super::body); here it is the plain one.
 
 use super::code::Code;
 use super::envelope::{Envelope, Member, inside_quotes};
@@ -53,8 +55,8 @@ pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, Refusal<'_>> {
         _ => {
             let value: &RawValue = serde_json::from_str(text).map_err(not_json)?;
             let message = match value.get().as_bytes() {
-                [b'[', ..] => "JSON-RPC 2.0 batches are not served yet; a call is an object".into(),
-                _ => format!("{} is no call; a call is an object", kind(value.get())),
+                [b'[', ..] => "an array is a JSON-RPC 2.0 batch, and not the plain form".into(),
+                _ => not_a_call(value.get()),
             };
             Err(without_id(invalid(message)))
         }
@@ -81,13 +83,13 @@ impl Call<'_> {
 
 impl<'a> Envelope<'a> {
     /// Judges the members. `text` is the body, to say where they stand in it.
-    fn into_call(self, text: &'a str) -> Result<Call<'a>, Refusal<'a>> {
+    pub(super) fn into_call(self, text: &'a str) -> Result<Call<'a>, Refusal<'a>> {
         let id = self.id(text);
         let echoed = id.as_ref().ok().copied().flatten();
         let call = || {
             let method = self.one_plain_method(text)?;
             Ok(Call {
-                method: decoded(text, method)?,
+                method: decoded(text, "in", method)?,
                 params: self.get(Member::Params).unwrap_or("null"),
                 id: id?,
                 timeout_ms: self.timeout_ms(text)?,
@@ -99,16 +101,11 @@ impl<'a> Envelope<'a> {
     /// The value of `in`. Refuses what another reader could take for another call, and what is
     /// not the plain form.
     fn one_plain_method(&self, text: &str) -> Result<&'a str, RpcError> {
-        if let Some((member, again)) = self.given_twice() {
-            let (name, at) = (member.name(), offset(text, again));
-            return Err(invalid(format!(
-                "`{name}` is given twice, the second time at byte {at}"
-            )));
-        }
+        self.no_member_twice(text)?;
         if let Some(version) = self.get(Member::Jsonrpc) {
             let at = offset(text, version);
             return Err(invalid(format!(
-                "JSON-RPC 2.0 (`jsonrpc` at byte {at}) is not served yet; the plain form is \
+                "`jsonrpc` at byte {at} makes this JSON-RPC 2.0; the plain form is \
                  {{\"in\": METHOD, \"params\": …}}"
             )));
         }
@@ -126,6 +123,17 @@ impl<'a> Envelope<'a> {
         }
     }
 
+    /// Refuses what another reader could take for another call.
+    pub(super) fn no_member_twice(&self, text: &str) -> Result<(), RpcError> {
+        let Some((member, again)) = self.given_twice() else {
+            return Ok(());
+        };
+        let (name, at) = (member.name(), offset(text, again));
+        Err(invalid(format!(
+            "`{name}` is given twice, the second time at byte {at}"
+        )))
+    }
+
     fn id(&self, text: &str) -> Result<Option<&'a str>, RpcError> {
         // Of two ids neither is the caller's: none is echoed.
         if self.again(Member::Id).is_some() {
@@ -140,7 +148,7 @@ impl<'a> Envelope<'a> {
         }
     }
 
-    fn timeout_ms(&self, text: &str) -> Result<Option<u64>, RpcError> {
+    pub(super) fn timeout_ms(&self, text: &str) -> Result<Option<u64>, RpcError> {
         let Some(raw) = self.get(Member::TimeoutMs) else {
             return Ok(None);
         };
@@ -156,29 +164,34 @@ impl<'a> Envelope<'a> {
     }
 }
 
-fn invalid(message: String) -> RpcError {
+pub(super) fn invalid(message: String) -> RpcError {
     RpcError::of(Code::InvalidRequest, message, false)
 }
 
 /// The refusal of a member that has another type than `takes` says.
 #[cold]
-fn wrong(text: &str, name: &str, raw: &str, takes: &str) -> RpcError {
+pub(super) fn wrong(text: &str, name: &str, raw: &str, takes: &str) -> RpcError {
     let (at, is) = (offset(text, raw), kind(raw));
     invalid(format!("`{name}` at byte {at} is {is}; it takes {takes}"))
 }
 
-/// The method's name out of the value of `in`.
-fn decoded<'a>(text: &str, raw: &'a str) -> Result<Cow<'a, str>, RpcError> {
+/// The method's name out of the value of the member that names it.
+pub(super) fn decoded<'a>(text: &str, name: &str, raw: &'a str) -> Result<Cow<'a, str>, RpcError> {
     match inside_quotes(raw) {
         Some(name) if !name.contains('\\') => Ok(Cow::Borrowed(name)),
         Some(_) => serde_json::from_str(raw).map(Cow::Owned).map_err(|_| {
             invalid(format!(
-                "`in` at byte {} has an escape for half a character (a lone surrogate)",
+                "`{name}` at byte {} has an escape for half a character (a lone surrogate)",
                 offset(text, raw)
             ))
         }),
-        None => Err(wrong(text, "in", raw, "a string, the method's name")),
+        None => Err(wrong(text, name, raw, "a string, the method's name")),
     }
+}
+
+/// What is said of a body that is neither an object nor an array.
+pub(super) fn not_a_call(raw: &str) -> String {
+    format!("{} is no call; a call is an object", kind(raw))
 }
 
 /// What a JSON value is, in words.
@@ -194,7 +207,7 @@ fn kind(raw: &str) -> &'static str {
 }
 
 /// Where `part`, a slice of `text`, stands in it, in bytes counted from 0.
-fn offset(text: &str, part: &str) -> usize {
+pub(super) fn offset(text: &str, part: &str) -> usize {
     part.as_ptr().addr().wrapping_sub(text.as_ptr().addr())
 }
 

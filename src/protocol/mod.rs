@@ -15,6 +15,10 @@
 //! | `envelope` | which members a call's object has, and which of them twice |
 //! | [`call`] | the plain form of a call |
 //! | [`answer`] | the plain form of an answer |
+//! | [`jsonrpc`] | the JSON-RPC 2.0 form of both, and batches |
+//! | [`body`] | which form a body has |
+//! | [`line`], [`http`] | where a line ends, where a request does; what it asks for |
+//! | [`reply`] | an answer in any form and dialect |
 //! | [`detect`] | which dialect a connection's first four bytes speak |
 //!
 //! It leaves to others: which methods there are, when a call is begun or given up, and what is
@@ -22,6 +26,7 @@
 //! and spells its method without escapes: its parts are borrowed from the body.
 
 pub mod answer;
+pub mod body;
 pub mod call;
 pub mod cancel;
 pub mod code;
@@ -29,7 +34,11 @@ pub mod control;
 pub mod detect;
 mod envelope;
 pub mod frame;
+pub mod http;
 pub mod json;
+pub mod jsonrpc;
+pub mod line;
+pub mod reply;
 pub mod rpc_error;
 
 pub use answer::Answer;

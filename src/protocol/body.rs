@@ -1,0 +1,122 @@
+//! A body, whatever dialect it came in: in which form the call is, or that it is a batch.
+//!
+//! An object with `jsonrpc` is a JSON-RPC 2.0 call, an array always a batch of them; what is no
+//! JSON is answered in the form that its bytes hint at. Everything else is the plain form.
+
+use super::call::{Call, Refusal, invalid, not_a_call};
+use super::envelope::{Envelope, Member};
+use super::json;
+use super::jsonrpc::{self, Elements};
+use super::rpc_error::RpcError;
+use memchr::memmem;
+use serde_json::value::RawValue;
+
+/// The shape of a call, and of its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// `{"in": …}`, answered with `{"out": …}`.
+    Plain,
+    /// JSON-RPC 2.0.
+    JsonRpc,
+    /// A notification of JSON-RPC 2.0: not answered.
+    Silent,
+    /// The params alone, answered with the result or the error alone: HTTP's `POST /METHOD`.
+    Bare,
+}
+
+/// A body that was read.
+#[derive(Debug)]
+pub enum Body<'a> {
+    /// One call, or something that is none.
+    One(Form, Result<Call<'a>, Refusal<'a>>),
+    /// Calls that are answered together; [`jsonrpc::member`] reads each.
+    Batch {
+        /// The whole body.
+        text: &'a str,
+        /// At least one of them.
+        members: Vec<&'a str>,
+    },
+}
+
+/// Reads a body. `depth` is the deepest nesting that is taken, `most` how many calls a batch may
+/// have.
+#[inline]
+pub fn read(body: &[u8], depth: usize, most: usize) -> Body<'_> {
+    let text = match json::text(body, depth) {
+        Ok(text) => text,
+        Err(error) => return unreadable(body, error),
+    };
+    match text.trim_start_matches([' ', '\t', '\n', '\r']).as_bytes() {
+        [b'{', ..] => match serde_json::from_str::<Envelope<'_>>(text) {
+            Ok(envelope) if envelope.get(Member::Jsonrpc).is_none() => {
+                Body::One(Form::Plain, envelope.into_call(text))
+            }
+            Ok(envelope) => {
+                let call = envelope.into_request(text);
+                Body::One(request_form(&call), call)
+            }
+            Err(error) => unreadable(body, json::not_json(text, &error)),
+        },
+        [b'[', ..] => match jsonrpc::elements(text, most) {
+            Ok(elements) => batch(text, elements, most),
+            Err(error) => unreadable(body, json::not_json(text, &error)),
+        },
+        _ => match serde_json::from_str::<&RawValue>(text) {
+            Ok(value) => refused(Form::Plain, invalid(not_a_call(value.get()))),
+            Err(error) => unreadable(body, json::not_json(text, &error)),
+        },
+    }
+}
+
+/// The form in which a JSON-RPC call is answered: a notification is not, one that is none is.
+pub fn request_form(call: &Result<Call<'_>, Refusal<'_>>) -> Form {
+    match call {
+        Ok(call) if call.id.is_none() => Form::Silent,
+        _ => Form::JsonRpc,
+    }
+}
+
+/// The params of a [`Form::Bare`] call as JSON text; an empty body is null.
+///
+/// # Errors
+/// `parse-error`.
+pub fn params(body: &[u8], depth: usize) -> Result<&str, RpcError> {
+    if body.is_empty() {
+        return Ok("null");
+    }
+    let text = json::text(body, depth)?;
+    match serde_json::from_str::<&RawValue>(text) {
+        Ok(value) => Ok(value.get()),
+        Err(error) => Err(json::not_json(text, &error)),
+    }
+}
+
+fn batch<'a>(text: &'a str, elements: Elements<'a>, most: usize) -> Body<'a> {
+    let Elements { first, count } = elements;
+    let why = match count {
+        0 => "a batch without a call".to_owned(),
+        _ if count > most => {
+            format!("a batch of {count} calls; limits.batch allows {most}")
+        }
+        _ => {
+            return Body::Batch {
+                text,
+                members: first,
+            };
+        }
+    };
+    refused(Form::JsonRpc, invalid(why))
+}
+
+#[cold]
+fn unreadable(body: &[u8], error: RpcError) -> Body<'_> {
+    let form = match memmem::find(body, b"\"jsonrpc\"") {
+        Some(_) => Form::JsonRpc,
+        None => Form::Plain,
+    };
+    refused(form, error)
+}
+
+fn refused<'a>(form: Form, error: RpcError) -> Body<'a> {
+    Body::One(form, Err(Refusal { error, id: None }))
+}

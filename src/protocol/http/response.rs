@@ -1,0 +1,104 @@
+//! Responses: an answer with a head before it.
+
+use super::super::code::Code;
+use std::io::Write;
+
+/// How a request is to be responded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reply {
+    /// It spoke HTTP/1.0, where a connection ends unless both sides say otherwise.
+    pub old: bool,
+    /// It asked for the head alone.
+    pub bodiless: bool,
+    /// The number of the listed origin that it came from.
+    pub origin: Option<u16>,
+}
+
+/// The status of an error in the plain form.
+pub fn status_of(code: i64) -> u16 {
+    match Code::from_number(code) {
+        Some(Code::ParseError | Code::InvalidRequest | Code::InvalidParams) => 400,
+        Some(Code::MethodNotFound) => 404,
+        Some(Code::TooLarge) => 413,
+        Some(Code::Overloaded | Code::Stopping) => 503,
+        Some(Code::Timeout) => 504,
+        Some(Code::Cancelled) => 499,
+        _ => 500,
+    }
+}
+
+/// Makes a response of the body that was appended to `out` from `mark` on. `close` tells the
+/// client that nothing follows on this connection.
+pub fn finish(
+    out: &mut Vec<u8>,
+    mark: usize,
+    reply: Reply,
+    status: u16,
+    close: bool,
+    origins: &[String],
+) {
+    let body = out.len() - mark;
+    if reply.bodiless || status == 204 {
+        out.truncate(mark);
+    }
+    let end = out.len();
+    let _ = write!(out, "HTTP/1.1 {status} {}\r\n", reason(status));
+    if status != 204 {
+        let _ = write!(
+            out,
+            "Content-Type: application/json\r\nContent-Length: {body}\r\n"
+        );
+    }
+    match status {
+        405 => out.extend_from_slice(b"Allow: POST\r\n"),
+        503 => out.extend_from_slice(b"Retry-After: 1\r\n"),
+        _ => {}
+    }
+    if let Some(origin) = reply.origin.and_then(|number| origins.get(number as usize)) {
+        let _ = write!(
+            out,
+            "Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
+        );
+    }
+    if close {
+        out.extend_from_slice(b"Connection: close\r\n");
+    } else if reply.old {
+        out.extend_from_slice(b"Connection: keep-alive\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+    // The length of the body is known last and told first.
+    let head = out.len() - end;
+    out[mark..].rotate_right(head);
+}
+
+/// Appends the response to a preflight request: what a page of a listed origin may do.
+pub fn preflight(out: &mut Vec<u8>, reply: Reply, close: bool, origins: &[String]) {
+    let mark = out.len();
+    finish(out, mark, reply, 204, close, origins);
+    out.truncate(out.len() - 2);
+    out.extend_from_slice(
+        b"Access-Control-Allow-Methods: POST\r\nAccess-Control-Allow-Headers: content-type\r\n\
+          Access-Control-Max-Age: 600\r\n\r\n",
+    );
+}
+
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        204 => "No Content",
+        400 => "Bad Request",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        411 => "Length Required",
+        413 => "Content Too Large",
+        415 => "Unsupported Media Type",
+        417 => "Expectation Failed",
+        431 => "Request Header Fields Too Large",
+        499 => "Client Closed Request",
+        501 => "Not Implemented",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        _ => "Internal Server Error",
+    }
+}

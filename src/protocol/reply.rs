@@ -1,0 +1,145 @@
+//! An answer in the form of its call and the dialect of its connection.
+//!
+//! [`Shape::compose`] appends it to a buffer, so that one write carries many. What goes into it
+//! (a handler's result, to the letter) is appended by whoever knows it.
+
+use super::body::Form;
+use super::code::Code;
+use super::http::{self, response};
+use super::rpc_error::RpcError;
+use super::{answer, frame, jsonrpc, line};
+
+/// What an answer is wrapped in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wrap {
+    /// A length before it.
+    Frame,
+    /// A newline behind it.
+    Line,
+    /// A head before it.
+    Http(http::Reply),
+    /// A comma between it and the one before: it is a part of a batch's answer.
+    Member,
+}
+
+/// The shape of one answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// The form.
+    pub form: Form,
+    /// The dialect's part.
+    pub wrap: Wrap,
+}
+
+/// What an answer says beside its result, where a dialect has a place for it.
+#[derive(Debug, Clone, Copy)]
+pub struct About<'a> {
+    /// It is the last one of its connection if that is `closing`, or the answer's own code is one
+    /// that closes.
+    pub last: bool,
+    /// The connection is to be closed.
+    pub closing: bool,
+    /// The listed origins.
+    pub origins: &'a [String],
+}
+
+impl About<'_> {
+    fn closes(&self, outcome: &Result<(), RpcError>) -> bool {
+        let code = outcome
+            .as_ref()
+            .err()
+            .and_then(RpcError::table_code)
+            .is_some_and(Code::closes);
+        self.last && (self.closing || code)
+    }
+}
+
+impl Shape {
+    /// Appends one whole answer: named `name`, with the result that `fill` appends as JSON, or
+    /// the error that it returns, which is returned again.
+    #[inline]
+    pub fn compose(
+        self,
+        out: &mut Vec<u8>,
+        about: About<'_>,
+        (name, id): (&str, Option<&str>),
+        fill: impl FnOnce(&mut Vec<u8>) -> Result<(), RpcError>,
+    ) -> Result<(), RpcError> {
+        let mark = self.wrap.begin(out);
+        let start = out.len();
+        match self.form {
+            Form::Plain => answer::begin(out, name),
+            Form::JsonRpc => jsonrpc::begin(out),
+            Form::Bare | Form::Silent => {}
+        }
+        let outcome = fill(out);
+        match (&outcome, self.form) {
+            (_, Form::Silent) => out.truncate(start),
+            (Ok(()), Form::Plain) => answer::end(out, id),
+            (Ok(()), Form::JsonRpc) => jsonrpc::end(out, id),
+            (Ok(()), Form::Bare) => {}
+            (Err(error), form) => {
+                out.truncate(start);
+                match form {
+                    Form::JsonRpc => jsonrpc::error(out, error, id),
+                    Form::Bare => answer::bare_error(out, error),
+                    Form::Plain | Form::Silent => answer::error(out, error, id),
+                }
+            }
+        }
+        let status = match (&outcome, self.form) {
+            (_, Form::Silent) => 204,
+            (Err(error), Form::Plain | Form::Bare) => response::status_of(error.code),
+            _ => 200,
+        };
+        self.wrap
+            .finish(out, mark, status, about.closes(&outcome), about.origins);
+        outcome
+    }
+
+    /// Appends the answer of a whole batch, of which `members` were composed one after the other.
+    /// Where none of them has an answer, the batch has none either.
+    pub fn batch(self, out: &mut Vec<u8>, about: About<'_>, members: &[u8]) {
+        let mark = self.wrap.begin(out);
+        let mut status = 204;
+        if !members.is_empty() {
+            status = 200;
+            out.push(b'[');
+            out.extend_from_slice(members);
+            out.push(b']');
+        }
+        self.wrap
+            .finish(out, mark, status, about.closes(&Ok(())), about.origins);
+    }
+}
+
+impl Wrap {
+    #[inline]
+    fn begin(self, out: &mut Vec<u8>) -> usize {
+        match self {
+            Wrap::Frame => frame::begin(out),
+            Wrap::Line | Wrap::Http(_) => out.len(),
+            Wrap::Member => {
+                let mark = out.len();
+                if mark > 0 {
+                    out.push(b',');
+                }
+                mark
+            }
+        }
+    }
+
+    /// Ends what `begin` began; 204 tells that there is nothing to be said.
+    #[inline]
+    fn finish(self, out: &mut Vec<u8>, mark: usize, status: u16, close: bool, origins: &[String]) {
+        match self {
+            Wrap::Http(reply) => response::finish(out, mark, reply, status, close, origins),
+            _ if status == 204 => out.truncate(mark),
+            Wrap::Frame => {
+                frame::finish(out, mark);
+            }
+            Wrap::Line => line::finish(out, mark),
+            Wrap::Member => {}
+        }
+    }
+}
