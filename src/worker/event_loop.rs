@@ -242,7 +242,7 @@ impl EventLoop {
             return;
         }
         connection.active_ms = self.service.now_ms;
-        let mut whole = true;
+        let mut whole = false;
         if connection.tail.is_empty() {
             let used = self.service.consume(connection, bytes, unsent);
             connection.keep(&bytes[used..]);
