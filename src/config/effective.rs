@@ -25,7 +25,7 @@ fn mirror(settings: &Settings) -> Raw {
         user: account.map(|account| account.name.clone()),
         group: account.map(|account| account.group.clone()),
         include: None,
-        http_origins: None,
+        http_origins: Some(settings.http_origins.clone()),
         log: Table(log(&settings.log)),
         workers: Table(workers(settings)),
         limits: Table(limits(settings)),

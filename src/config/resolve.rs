@@ -78,6 +78,7 @@ pub(super) fn resolve(
         pid_file,
         control_socket,
         account,
+        http_origins: http_origins(&check, raw)?,
         methods: methods::resolve(raw, &check, &workers, &limits)?,
         log,
         workers,
@@ -89,16 +90,35 @@ pub(super) fn resolve(
     Ok(settings)
 }
 
+/// The origins as browsers write them: an entry that no browser sends would never match.
+fn http_origins(check: &Check<'_>, raw: &Raw) -> Result<Vec<String>> {
+    let origins = raw.http_origins.clone().unwrap_or_default();
+    for (index, origin) in origins.iter().enumerate() {
+        let host = origin
+            .strip_prefix("http://")
+            .or_else(|| origin.strip_prefix("https://"));
+        let written = |host: &str| {
+            let plain = |byte: u8| {
+                byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-._:[]".contains(&byte)
+            };
+            !host.is_empty() && host.bytes().all(plain)
+        };
+        if !host.is_some_and(written) {
+            return Err(check.places.error(
+                &format!("http-origins[{index}]"),
+                format!("{origin:?} is no origin"),
+                "write it as a browser does: scheme, host and port alone, in lower case, such as \
+                 \"https://app.example.com\" or \"http://localhost:3000\"",
+            ));
+        }
+    }
+    Ok(origins)
+}
+
 /// Refuses what this version knows by name only.
 fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
     let workers = &raw.workers;
     let set = [
-        (
-            "http-origins",
-            raw.http_origins
-                .as_ref()
-                .is_some_and(|list| !list.is_empty()),
-        ),
         (
             "workers.max-calls",
             workers.max_calls.is_some_and(|calls| calls != 0),

@@ -26,6 +26,8 @@ pub struct Settings {
     /// Whom the workers become. `None`: they stay who the master is, because none was asked for,
     /// or because the one asked for is who the master is.
     pub account: Option<Account>,
+    /// The origins whose web pages may call, each as a browser sends it.
+    pub http_origins: Vec<String>,
     /// The log.
     pub log: Log,
     /// The workers.

@@ -5,7 +5,21 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use super::Handler;
+
+/// The method that answers with [`Registry::describe`].
+pub const DISCOVER: &str = "rpc.discover";
+
+/// The protocol's own methods, with a word about each.
+const OWN: [(&str, &str); 2] = [
+    (
+        "rpc.cancel",
+        "Cancels the call of this connection with the id in params, {\"id\": ID}",
+    ),
+    (DISCOVER, "Answers this document"),
+];
 
 /// A method: its handler and its limits.
 #[derive(Clone)]
@@ -56,6 +70,36 @@ impl Registry {
     /// The methods, by number.
     pub fn methods(&self) -> &[Method] {
         &self.methods
+    }
+
+    /// The methods as an OpenRPC document (spec.open-rpc.org), as JSON. What a handler takes and
+    /// answers is its own affair: any JSON.
+    pub fn describe(&self) -> String {
+        let any = |name| json!({"name": name, "schema": {}});
+        let method = |name: &str, summary: Option<&str>| {
+            let mut method = json!({
+                "name": name,
+                "params": [any("params")],
+                "result": any("result"),
+            });
+            if let Some(summary) = summary {
+                method["summary"] = summary.into();
+            }
+            method
+        };
+        let mut names: Vec<&str> = self.by_name.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let methods: Vec<Value> = names
+            .into_iter()
+            .map(|name| method(name, None))
+            .chain(OWN.map(|(name, summary)| method(name, Some(summary))))
+            .collect();
+        json!({
+            "openrpc": "1.3.2",
+            "info": {"title": "preforkd", "version": env!("CARGO_PKG_VERSION")},
+            "methods": methods,
+        })
+        .to_string()
     }
 
     /// The name of a method by its number, such as the scoreboard has; a question mark for a

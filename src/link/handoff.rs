@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
+use crate::protocol::Dialect;
 use crate::sys::socket;
 
 /// First in each packet: "pfh" and the version of the format.
@@ -34,8 +35,8 @@ pub struct AdoptionQueue {
 /// What crosses with a connection, besides its unread bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct State {
-    /// Whether its dialect is known.
-    pub spoken: bool,
+    /// What it speaks, once that is known.
+    pub dialect: Option<Dialect>,
 }
 
 /// A connection that was taken, all but its socket.
@@ -68,13 +69,34 @@ impl AdoptionQueue {
     pub fn give(&self, client: BorrowedFd<'_>, state: State, unread: &[u8]) -> io::Result<()> {
         let mut header = [0; HEADER];
         header[..4].copy_from_slice(&MAGIC);
-        header[4] = u8::from(state.spoken);
+        header[4] = number(state.dialect);
         header[8..].copy_from_slice(&(unread.len() as u64).to_le_bytes());
         if unread.len() <= MOST_INLINE {
             return socket::send_packet(&self.giving, &[&header, unread], &[client]);
         }
         let rest = socket::memory_file(unread)?;
         socket::send_packet(&self.giving, &[&header], &[client, rest.as_fd()])
+    }
+}
+
+/// A dialect's number in a packet; 0 while it is not known.
+fn number(dialect: Option<Dialect>) -> u8 {
+    match dialect {
+        None => 0,
+        Some(Dialect::Frame) => 1,
+        Some(Dialect::Line) => 2,
+        Some(Dialect::Http) => 3,
+        Some(Dialect::Unknown) => 4,
+    }
+}
+
+fn dialect(number: u8) -> Option<Dialect> {
+    match number {
+        1 => Some(Dialect::Frame),
+        2 => Some(Dialect::Line),
+        3 => Some(Dialect::Http),
+        4 => Some(Dialect::Unknown),
+        _ => None,
     }
 }
 
@@ -89,7 +111,7 @@ pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
     let whole = header[..4] == MAGIC && unread.len() as u64 == length;
     whole.then_some(Taken {
         state: State {
-            spoken: header[4] != 0,
+            dialect: dialect(header[4]),
         },
         unread,
     })
@@ -105,7 +127,9 @@ mod tests {
     fn cross(unread: &[u8]) {
         let queue = AdoptionQueue::new().unwrap();
         let (mut client, server) = UnixStream::pair().unwrap();
-        let state = State { spoken: true };
+        let state = State {
+            dialect: Some(Dialect::Http),
+        };
         queue.give(server.as_fd(), state, unread).unwrap();
         drop(server);
         let mut packet = vec![0; LONGEST];

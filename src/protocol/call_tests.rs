@@ -213,12 +213,12 @@ fn an_id_is_echoed_wherever_it_stands() {
 fn other_forms_are_named_in_their_refusal() {
     refused_as_no_call(
         r#"[{"in":"ping"}]"#,
-        "JSON-RPC 2.0 batches are not served yet; a call is an object",
+        "an array is a JSON-RPC 2.0 batch, and not the plain form",
         None,
     );
     refused_as_no_call(
         r#"{"jsonrpc":"2.0","method":"ping","id":7}"#,
-        "JSON-RPC 2.0 (`jsonrpc` at byte 11) is not served yet; the plain form is \
+        "`jsonrpc` at byte 11 makes this JSON-RPC 2.0; the plain form is \
          {\"in\": METHOD, \"params\": …}",
         Some("7"),
     );

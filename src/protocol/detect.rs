@@ -2,8 +2,7 @@
 //!
 //! Read as a little-endian u32 they are a frame's length if the fourth byte is below 0x09, which
 //! text can't have: so no frame within the limit is mistaken for text, and no text for a frame.
-//! What is done with fewer than four bytes, and with a dialect that is not served, is the
-//! connection's business.
+//! What is done with fewer than four bytes is the connection's business.
 
 /// How calls are written on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,10 +31,15 @@ const HTTP_METHODS: [[u8; 4]; 10] = [
 pub fn detect(first_four: [u8; 4]) -> Dialect {
     match first_four {
         [.., 0..=8] => Dialect::Frame,
-        [b' ' | b'\t' | b'\n' | b'\r' | b'{' | b'[', ..] => Dialect::Line,
+        [first, ..] if is_line(first) => Dialect::Line,
         method if HTTP_METHODS.contains(&method) => Dialect::Http,
         _ => Dialect::Unknown,
     }
+}
+
+/// Whether lines begin with this byte: white space, or what an object or an array begins with.
+pub fn is_line(first: u8) -> bool {
+    matches!(first, b' ' | b'\t' | b'\n' | b'\r' | b'{' | b'[')
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use slab::Slab;
 
-use super::connection::{HIGH_WATER, Place};
+use super::connection::{HIGH_WATER, Place, Reply};
 use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
@@ -30,8 +30,8 @@ const MOST_BYTES: usize = 64 * 1024 * 1024;
 pub struct Call {
     /// Whose it is.
     pub token: Token,
-    /// Where its answer goes.
-    pub place: Place,
+    /// Where its answer goes, and how it looks there.
+    pub reply: Reply,
     /// Its id, as JSON.
     pub id: Option<Box<str>>,
     /// The number of its method.
@@ -67,8 +67,8 @@ impl Call {
 pub struct Ended {
     /// Whose it is.
     pub token: Token,
-    /// Where its answer goes.
-    pub place: Place,
+    /// Where its answer goes, and how it looks there.
+    pub reply: Reply,
     /// Its id, as JSON.
     pub id: Option<Box<str>>,
     /// The number of its method.
@@ -190,7 +190,7 @@ impl Calls {
     /// Lets a call wait.
     pub fn add(
         &mut self,
-        (token, place, id): (Token, Place, Option<&str>),
+        (token, reply, id): (Token, Reply, Option<&str>),
         (method, params): (usize, &str),
         (read_ms, deadline_ms): (u64, u64),
     ) -> CallKey {
@@ -198,7 +198,7 @@ impl Calls {
         let serial = self.serial;
         let index = self.table.insert(Call {
             token,
-            place,
+            reply,
             id: id.map(Box::from),
             method,
             read_ms,
@@ -234,7 +234,7 @@ impl Calls {
             else {
                 continue;
             };
-            if !self.fits(call, backlog(call.token, call.place), threads.count()) {
+            if !self.fits(call, backlog(call.token, call.reply.place), threads.count()) {
                 let token = call.token;
                 self.parked.entry(token).or_default().push(key);
                 continue;
@@ -320,7 +320,7 @@ impl Calls {
         self.waiting -= 1;
         Some(Ended {
             token: call.token,
-            place: call.place,
+            reply: call.reply,
             id: call.id,
             method: call.method,
             timer: call.timer,
@@ -340,7 +340,7 @@ impl Calls {
         let begun = call.state.give_up();
         let ended = Ended {
             token: call.token,
-            place: call.place,
+            reply: call.reply,
             id: call.id.take(),
             method: call.method,
             timer: std::mem::take(&mut call.timer),

@@ -3,7 +3,10 @@
 use super::*;
 use crate::handler::builtin::{Echo, Sleep};
 use crate::handler::registry::Method;
+use crate::protocol::body::Form;
+use crate::protocol::reply::{Shape, Wrap};
 use crate::sys::waker::Waker;
+use crate::worker::connection::Place;
 
 fn registry() -> Arc<Registry> {
     let method = |name: &str, concurrency, rate| Method {
@@ -31,8 +34,12 @@ fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {
     } else {
         Place::InOrder(0)
     };
+    let shape = Shape {
+        form: Form::Plain,
+        wrap: Wrap::Frame,
+    };
     calls.add(
-        (Token::for_test(1), place, id),
+        (Token::for_test(1), Reply { place, shape }, id),
         (method, "3600"),
         (5, u64::MAX / 2),
     )

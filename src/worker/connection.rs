@@ -6,6 +6,11 @@
 use std::collections::VecDeque;
 use std::mem;
 
+use slab::Slab;
+
+use crate::protocol::Dialect;
+use crate::protocol::http::Progress;
+use crate::protocol::reply::Shape;
 use crate::sys::event::Token;
 
 /// Bytes of answers that may wait on one connection before no further call is taken from it: what
@@ -34,6 +39,28 @@ pub enum Place {
     InOrder(u64),
     /// A call with an id is answered as soon as it is done.
     Anywhere,
+    /// Within the answer of a batch of the connection, whose key this is.
+    Member(usize),
+}
+
+/// Where an answer belongs, and what it looks like there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reply {
+    /// Where.
+    pub place: Place,
+    /// What it looks like.
+    pub shape: Shape,
+}
+
+/// A JSON-RPC batch that is not answered yet.
+#[derive(Debug)]
+pub struct Batch {
+    /// Where and how all of it is answered.
+    pub reply: Reply,
+    /// Calls that are not done.
+    pub left: usize,
+    /// The answers of those that are.
+    pub out: Vec<u8>,
 }
 
 /// One client connection.
@@ -47,8 +74,14 @@ pub struct Connection {
     pub ended: bool,
     /// It is not read, because it may not take another call yet.
     pub blocked: bool,
-    /// Whether a frame has been seen: the first four bytes decide the dialect.
-    pub spoken: bool,
+    /// What it speaks, once its first four bytes have told.
+    pub dialect: Option<Dialect>,
+    /// Lines: how much of the tail is known to have no newline.
+    pub scanned: usize,
+    /// HTTP: how far an unfinished request was looked at; `None` between requests.
+    pub http: Option<Box<Progress>>,
+    /// JSON-RPC batches that are not answered yet.
+    pub batches: Slab<Batch>,
     /// Calls taken and not answered.
     pub unanswered: usize,
     /// Bytes received and not consumed: an unfinished frame, or frames that may not be taken yet.
@@ -79,7 +112,10 @@ impl Connection {
             phase: Phase::Open,
             ended: false,
             blocked: false,
-            spoken: false,
+            dialect: None,
+            scanned: 0,
+            http: None,
+            batches: Slab::new(),
             unanswered: 0,
             tail: Vec::new(),
             waiting: VecDeque::new(),
@@ -106,6 +142,15 @@ impl Connection {
     pub fn backlog(&self, place: Place, unsent: usize) -> usize {
         match place {
             Place::InOrder(_) if self.is_next(place) => unsent,
+            // What the others of its batch have answered waits for it, and not the other way round.
+            Place::Member(key) => {
+                let batch = &self.batches[key];
+                if self.is_next(batch.reply.place) {
+                    unsent
+                } else {
+                    unsent + self.held - batch.out.len()
+                }
+            }
             _ => unsent + self.held,
         }
     }
@@ -134,9 +179,42 @@ impl Connection {
     /// Whether an answer at `place` can be written straight to the output.
     pub fn is_next(&self, place: Place) -> bool {
         match place {
-            Place::Anywhere => true,
+            Place::Anywhere | Place::Member(_) => true,
             Place::InOrder(number) => number == self.first,
         }
+    }
+
+    /// Whether nothing that is taken is to be answered behind `place`.
+    pub fn is_last(&self, place: Place) -> bool {
+        match place {
+            Place::InOrder(number) => number + 1 == self.first + self.waiting.len() as u64,
+            Place::Anywhere | Place::Member(_) => false,
+        }
+    }
+
+    /// Begins a batch of so many calls; each is to be answered at the place returned.
+    pub fn begin_batch(&mut self, reply: Reply, left: usize) -> Place {
+        let out = Vec::new();
+        Place::Member(self.batches.insert(Batch { reply, left, out }))
+    }
+
+    /// One call of a batch is answered, by what `write` appends to the answers of the others.
+    /// Returns the batch when it was the last one.
+    pub fn member(&mut self, key: usize, write: impl FnOnce(&mut Vec<u8>)) -> Option<Batch> {
+        let batch = &mut self.batches[key];
+        self.held -= batch.out.len();
+        write(&mut batch.out);
+        self.held += batch.out.len();
+        batch.left -= 1;
+        if batch.left > 0 {
+            return None;
+        }
+        let batch = self.batches.remove(key);
+        self.held -= batch.out.len();
+        if self.batches.is_empty() {
+            self.batches = Slab::new();
+        }
+        Some(batch)
     }
 
     /// An answer that was next has been written to `out`; those that waited for it follow.
@@ -163,7 +241,7 @@ impl Connection {
     /// Keeps an answer until those before it are there.
     pub fn hold(&mut self, place: Place, answer: Vec<u8>) {
         let Place::InOrder(number) = place else {
-            unreachable!("an answer with an id waits for nobody");
+            unreachable!("only answers in order wait for others");
         };
         self.held += answer.len();
         let index = usize::try_from(number - self.first).expect("it was counted in memory");

@@ -5,6 +5,7 @@ use super::event_loop::{EventLoop, Trouble, find};
 use super::service::millis;
 use super::timers::{CallKey, Target};
 use crate::protocol::code::Code;
+use crate::protocol::detect::{self, Dialect};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::{Floor, Token};
 
@@ -13,12 +14,15 @@ impl EventLoop {
         while let Some(target) = self.service.timers.expired(self.service.now_ms) {
             match target {
                 Target::Read(token) => {
-                    self.complain(
-                        Trouble::Reading,
-                        "a client did not finish its frame within limits.read-timeout",
-                    );
                     self.forget(token, |connection| connection.read_deadline = 0);
-                    self.close(floor, token);
+                    if !self.decide(floor, token) {
+                        self.complain(
+                            Trouble::Reading,
+                            "a client did not finish its frame, line or request within \
+                             limits.read-timeout",
+                        );
+                        self.close(floor, token);
+                    }
                 }
                 Target::Write(token) => {
                     self.complain(
@@ -44,6 +48,22 @@ impl EventLoop {
                 }
             }
         }
+    }
+
+    /// Fewer than four bytes have come: a line that is so short is answered now. Tells whether
+    /// anything was.
+    fn decide(&mut self, floor: &mut Floor, token: Token) -> bool {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return true;
+        };
+        let first = connection.tail.first().copied();
+        if connection.dialect.is_some() || !first.is_some_and(detect::is_line) {
+            return false;
+        }
+        connection.dialect = Some(Dialect::Line);
+        let before = self.service.read;
+        self.advance(floor, token, false);
+        self.service.read > before
     }
 
     /// A deadline that has passed is not armed any more.

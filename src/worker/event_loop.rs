@@ -272,7 +272,7 @@ impl EventLoop {
             std::mem::swap(&mut connection.tail, &mut tail);
             connection.consume(used);
             whole |= used > 0;
-            if used == 0 {
+            if used == 0 && service.out.is_empty() {
                 break;
             }
         }

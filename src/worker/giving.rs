@@ -35,7 +35,7 @@ impl EventLoop {
             return;
         };
         if let Some(connection) = find(&mut self.connections, token) {
-            connection.spoken = taken.state.spoken;
+            connection.dialect = taken.state.dialect;
         }
         if !taken.unread.is_empty() {
             self.received(floor, token, &taken.unread);
@@ -81,7 +81,7 @@ impl EventLoop {
             return Ok(());
         };
         let state = State {
-            spoken: connection.spoken,
+            dialect: connection.dialect,
         };
         self.adoption
             .give(socket.as_fd(), state, &connection.tail)?;

@@ -12,6 +12,7 @@ mod drain;
 mod event_loop;
 mod giving;
 mod hygiene;
+mod intake;
 mod orders;
 mod service;
 mod threads;
@@ -84,6 +85,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         threads,
         timers: Timers::default(),
         limits,
+        origins: Vec::leak(boot.settings.http_origins.clone()),
         out: Vec::new(),
         now_ms: 0,
         stopping: false,

@@ -1,6 +1,6 @@
-//! From a frame to its answer: what a worker does with each call it reads.
+//! From a body to its answer: what a worker does with each call it reads.
 //!
-//! Parses, finds the method, checks the limits, runs what is inline, lets the rest wait for a
+//! Which bytes are a body is `intake`'s business. Parses, finds the method, checks the limits, runs what is inline, lets the rest wait for a
 //! thread, and writes every answer. It knows one connection at a time and no socket: answers are
 //! collected in `out`, and whoever called sends them, one write for a batch. Every call that was
 //! taken gets exactly one answer from here.
@@ -11,18 +11,19 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::calls::{Calls, Ended};
-use super::connection::{Connection, Phase, Place};
+use super::connection::{Connection, Phase, Place, Reply};
 use super::threads::{Threads, panicked};
 use super::timers::{CallKey, Target, Timers};
 use crate::config::Limits;
-use crate::handler::registry::Registry;
+use crate::handler::registry::{self, Registry};
 use crate::handler::{Context, Placement};
 use crate::link::scoreboard::Record;
+use crate::protocol::body::{self, Body, Form};
+use crate::protocol::call::Call;
 use crate::protocol::code::Code;
-use crate::protocol::detect::{self, Dialect};
-use crate::protocol::frame::{self, Decoded};
+use crate::protocol::reply::{About, Shape, Wrap};
 use crate::protocol::rpc_error::{RpcError, excerpt};
-use crate::protocol::{answer, call, cancel};
+use crate::protocol::{cancel, jsonrpc};
 
 /// What answers calls.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub struct Service {
     pub timers: Timers,
     /// The configured limits.
     pub limits: Limits,
+    /// The origins whose web pages may call. A worker has them for life.
+    pub origins: &'static [String],
     /// Answers of one connection that are not sent yet.
     pub out: Vec<u8>,
     /// The time, in milliseconds (CLOCK_MONOTONIC), as of the last wake-up.
@@ -54,70 +57,81 @@ pub struct Service {
 }
 
 impl Service {
-    /// Takes as many whole frames from `input` as may be taken, with `unsent` bytes of earlier
-    /// answers still on their way. Returns how many bytes were consumed.
-    pub fn consume(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {
-        let mut at = 0;
-        while connection.takes_calls(self.limits.pipeline, unsent + self.out.len()) {
-            match frame::decode(&input[at..], self.limits.frame) {
-                Decoded::Whole { body, used } => {
-                    connection.spoken = true;
-                    at += used;
-                    self.take(connection, body);
-                }
-                Decoded::Partial { .. } => break,
-                Decoded::TooLarge { length } => {
-                    let error = self.too_large(connection, &input[at..], length);
-                    self.refuse(connection, None, &error);
-                    // What follows can't be told apart from the rest of this frame.
-                    return input.len();
+    /// Takes one body, which came wrapped in `wrap`.
+    pub(super) fn take(&mut self, connection: &mut Connection, wrap: Wrap, body: &[u8]) {
+        match body::read(body, self.limits.depth, self.limits.batch) {
+            Body::One(form, Ok(call)) => {
+                let reply = self.seat(connection, wrap, form, call.id);
+                self.take_call(connection, reply, &call);
+            }
+            Body::One(form, Err(refusal)) => {
+                self.read += 1;
+                let reply = self.seat(connection, wrap, form, refusal.id);
+                self.refuse(connection, reply, refusal.id, refusal.error);
+            }
+            Body::Batch { text, members } => self.take_batch(connection, wrap, text, &members),
+        }
+    }
+
+    /// Takes the calls of a batch: each is one like any other, and its answer a part of one.
+    fn take_batch(
+        &mut self,
+        connection: &mut Connection,
+        wrap: Wrap,
+        text: &str,
+        members: &[&str],
+    ) {
+        let whole = self.seat(connection, wrap, Form::JsonRpc, None);
+        let place = connection.begin_batch(whole, members.len());
+        for member in members {
+            let call = jsonrpc::member(text, member);
+            let shape = Shape {
+                form: body::request_form(&call),
+                wrap: Wrap::Member,
+            };
+            let reply = Reply { place, shape };
+            match call {
+                Ok(call) => self.take_call(connection, reply, &call),
+                Err(refusal) => {
+                    self.read += 1;
+                    self.refuse(connection, reply, refusal.id, refusal.error);
                 }
             }
         }
-        at
     }
 
-    fn too_large(&self, connection: &Connection, input: &[u8], length: u32) -> RpcError {
-        let first: Option<[u8; 4]> = input.first_chunk().copied();
-        let text = match first.map(detect::detect) {
-            Some(dialect @ (Dialect::Line | Dialect::Http)) if !connection.spoken => format!(
-                "this looks like {}, which is not served here: send a frame, a 4-byte \
-                 little-endian length and that many bytes of JSON",
-                if dialect == Dialect::Http {
-                    "HTTP"
-                } else {
-                    "a line of JSON"
-                },
-            ),
-            _ => format!(
-                "a frame of {length} bytes; limits.frame allows {}",
-                self.limits.frame
-            ),
-        };
-        RpcError::of(Code::TooLarge, text, false)
-    }
-
-    /// Takes one call.
-    fn take(&mut self, connection: &mut Connection, body: &[u8]) {
+    fn take_call(&mut self, connection: &mut Connection, reply: Reply, call: &Call<'_>) {
         self.read += 1;
-        let call = match call::parse(body, self.limits.depth) {
-            Ok(call) => call,
-            Err(refusal) => return self.refuse(connection, refusal.id, &refusal.error),
-        };
+        let asked_ms = call.timeout_ms;
+        self.begin(
+            connection,
+            reply,
+            &call.method,
+            call.params,
+            call.id,
+            asked_ms,
+        );
+    }
+
+    /// Runs a call, or lets it wait for a thread, or says why not.
+    pub(super) fn begin(
+        &mut self,
+        connection: &mut Connection,
+        reply: Reply,
+        name: &str,
+        params: &str,
+        id: Option<&str>,
+        asked_ms: Option<u64>,
+    ) {
         if self.stopping {
             let error = RpcError::of(Code::Stopping, "the server stops", false);
-            return self.refuse(connection, call.id, &error);
+            return self.refuse(connection, reply, id, error);
         }
-        let Some(method) = self.registry.find(&call.method) else {
-            if call.method == cancel::METHOD {
-                return self.cancel(connection, call.id, call.params);
-            }
-            let text = format!("there is no method {:?} here", excerpt(&call.method));
-            let error = RpcError::of(Code::MethodNotFound, text, false);
-            return self.refuse(connection, call.id, &error);
+        let Some(method) = self.registry.find(name) else {
+            return self.begin_own(connection, reply, name, params, id);
         };
         let own_ms = millis(self.registry.methods()[method].timeout);
-        let timeout_ms = call.timeout_ms.map_or(own_ms, |asked| asked.min(own_ms));
+        let timeout_ms = asked_ms.map_or(own_ms, |asked| asked.min(own_ms));
         let inline = self.registry.methods()[method].handler.placement() == Placement::Inline;
         let admitted = if timeout_ms == 0 {
             Err(RpcError::of(
@@ -129,39 +143,59 @@ impl Service {
             self.calls.admit(method, self.now_ms)
         } else {
             self.calls
-                .has_room(method, call.params.len(), self.threads.count())
+                .has_room(method, params.len(), self.threads.count())
                 .and_then(|()| self.calls.admit(method, self.now_ms))
         };
         if let Err(error) = admitted {
-            return self.refuse(connection, call.id, &error);
+            return self.refuse(connection, reply, id, error);
         }
-        let place = connection.take(call.id.is_some());
         let deadline_ms = self.now_ms.saturating_add(timeout_ms);
         if inline {
-            return self.run_inline(
-                connection,
-                place,
-                (method, call.params),
-                call.id,
-                deadline_ms,
-            );
+            return self.run_inline(connection, reply, (method, params), id, deadline_ms);
         }
         let key = self.calls.add(
-            (connection.token, place, call.id),
-            (method, call.params),
+            (connection.token, reply, id),
+            (method, params),
             (self.now_ms, deadline_ms),
         );
-        connection.pending += call.params.len() + call.id.map_or(0, str::len);
+        connection.pending += params.len() + id.map_or(0, str::len);
         if let Some(added) = self.calls.get_mut(key) {
             self.timers
                 .arm(&mut added.timer, deadline_ms, Target::Call(key));
         }
     }
 
+    /// The methods of the protocol itself.
+    fn begin_own(
+        &mut self,
+        connection: &mut Connection,
+        reply: Reply,
+        name: &str,
+        params: &str,
+        id: Option<&str>,
+    ) {
+        match name {
+            cancel::METHOD => self.cancel(connection, reply, id, params),
+            registry::DISCOVER => {
+                let document = self.registry.describe();
+                let limit = self.limits.frame;
+                self.compose(connection, reply, (name, id), |out| {
+                    out.extend_from_slice(document.as_bytes());
+                    check_size(document.len(), limit)
+                });
+            }
+            _ => {
+                let text = format!("there is no method {:?} here", excerpt(name));
+                let error = RpcError::of(Code::MethodNotFound, text, false);
+                self.refuse(connection, reply, id, error);
+            }
+        }
+    }
+
     fn run_inline(
         &mut self,
         connection: &mut Connection,
-        place: Place,
+        reply: Reply,
         (number, params): (usize, &str),
         id: Option<&str>,
         deadline_ms: u64,
@@ -173,10 +207,8 @@ impl Service {
         self.record.last_method.store(number as u32 + 1, Relaxed);
         self.record.inline_running.store(1, Relaxed);
         let limit = self.limits.frame;
-        let mut failed = false;
-        self.write(connection, place, |out| {
-            let mark = frame::begin(out);
-            answer::begin(out, method.handler.answer_name().unwrap_or(&method.name));
+        let name = method.handler.answer_name().unwrap_or(&method.name);
+        self.compose(connection, reply, (name, id), |out| {
             let start = out.len();
             let run = AssertUnwindSafe(|| method.handler.call(params, &context, out));
             let outcome = catch_unwind(run).unwrap_or_else(|payload| {
@@ -184,53 +216,43 @@ impl Service {
                 std::mem::forget(payload);
                 Err(panicked(&method.name))
             });
-            let outcome = outcome.and_then(|()| check_size(out.len() - start, limit));
-            match outcome {
-                Ok(()) => answer::end(out, id),
-                Err(error) => {
-                    failed = true;
-                    out.truncate(mark + frame::HEADER);
-                    answer::error(out, &error, id);
-                }
-            }
-            frame::finish(out, mark);
+            outcome.and_then(|()| check_size(out.len() - start, limit))
         });
-        self.errors += u64::from(failed);
         self.record.inline_running.store(0, Relaxed);
     }
 
     /// `rpc.cancel`: ends the call with that id, and answers whether there was one.
-    fn cancel(&mut self, connection: &mut Connection, id: Option<&str>, params: &str) {
+    fn cancel(
+        &mut self,
+        connection: &mut Connection,
+        reply: Reply,
+        id: Option<&str>,
+        params: &str,
+    ) {
         let Some(wanted) = cancel::wanted(params) else {
             let error = RpcError::invalid_params("rpc.cancel takes {\"id\": ID}");
-            return self.refuse(connection, id, &error);
+            return self.refuse(connection, reply, id, error);
         };
         let key = self.calls.find(connection.token, wanted);
         if let Some(ended) = key.and_then(|key| self.give_up(key)) {
             let error = RpcError::of(Code::Cancelled, "cancelled by its caller", ended.begun);
             self.answer(connection, &ended, Err(error));
         }
-        let place = connection.take(id.is_some());
-        self.write(connection, place, |out| {
-            let mark = frame::begin(out);
-            answer::result(
-                out,
-                cancel::METHOD,
-                if key.is_some() { "true" } else { "false" },
-                id,
-            );
-            frame::finish(out, mark);
+        self.compose(connection, reply, (cancel::METHOD, id), |out| {
+            out.extend_from_slice(if key.is_some() { b"true" } else { b"false" });
+            Ok(())
         });
     }
 
     /// Answers a call that is not begun, in its turn; ends the connection where the code says so.
-    fn refuse(&mut self, connection: &mut Connection, id: Option<&str>, error: &RpcError) {
-        let place = connection.take(id.is_some());
-        self.errors += 1;
-        self.write(connection, place, |out| write_error(out, error, id));
-        if error.table_code().is_some_and(Code::closes) {
-            connection.phase = Phase::Closing;
-        }
+    pub(super) fn refuse(
+        &mut self,
+        connection: &mut Connection,
+        reply: Reply,
+        id: Option<&str>,
+        error: RpcError,
+    ) {
+        self.compose(connection, reply, ("", id), |_| Err(error));
     }
 
     /// Gives up a call that waits or runs, and its timer with it.
@@ -248,32 +270,93 @@ impl Service {
         outcome: Result<Vec<u8>, RpcError>,
     ) {
         connection.pending -= ended.size;
-        let id = ended.id.as_deref();
         let registry = Arc::clone(&self.registry);
         let method = &registry.methods()[ended.method];
-        let outcome = outcome.and_then(|result| {
-            check_size(result.len(), self.limits.frame)?;
-            Ok(result)
+        let name = method.handler.answer_name().unwrap_or(&method.name);
+        let limit = self.limits.frame;
+        self.compose(
+            connection,
+            ended.reply,
+            (name, ended.id.as_deref()),
+            |out| {
+                let result = outcome?;
+                check_size(result.len(), limit)?;
+                out.extend_from_slice(&result);
+                Ok(())
+            },
+        );
+    }
+
+    /// Writes one answer: the result that `fill` appends, or its error.
+    fn compose(
+        &mut self,
+        connection: &mut Connection,
+        reply: Reply,
+        (name, id): (&str, Option<&str>),
+        fill: impl FnOnce(&mut Vec<u8>) -> Result<(), RpcError>,
+    ) {
+        let about = self.about(connection, reply);
+        let is_member = reply.shape.wrap == Wrap::Member;
+        let limit = self.limits.frame;
+        let mut outcome = Ok(());
+        self.write(connection, reply, |out| {
+            outcome = reply.shape.compose(out, about, (name, id), |out| {
+                fill(out)?;
+                // All of a batch's answers are kept until the last one is there.
+                if is_member && out.len() > limit {
+                    let text = format!(
+                        "the answers of a batch of more than limits.frame allows, {limit} bytes"
+                    );
+                    return Err(RpcError::of(Code::BadOutput, text, true));
+                }
+                Ok(())
+            });
         });
-        self.errors += u64::from(outcome.is_err());
-        self.write(connection, ended.place, |out| match &outcome {
-            Ok(result) => {
-                let mark = frame::begin(out);
-                answer::begin(out, method.handler.answer_name().unwrap_or(&method.name));
-                out.extend_from_slice(result);
-                answer::end(out, id);
-                frame::finish(out, mark);
+        if let Err(error) = &outcome {
+            self.errors += 1;
+            if error.table_code().is_some_and(Code::closes) {
+                connection.phase = Phase::Closing;
             }
-            Err(error) => write_error(out, error, id),
-        });
-        let closes = outcome.is_err_and(|error| error.table_code().is_some_and(Code::closes));
-        if closes {
-            connection.phase = Phase::Closing;
         }
     }
 
-    /// Writes an answer to the output when it is its turn, else keeps it with the connection.
-    fn write(
+    /// What the answer at a place says about the connection. A client that is told that its
+    /// connection ends (HTTP alone has the words) is told in the last answer.
+    pub(super) fn about(&self, connection: &mut Connection, reply: Reply) -> About<'static> {
+        let is_http = matches!(reply.shape.wrap, Wrap::Http(_));
+        let last = is_http && connection.is_last(reply.place);
+        if last && self.stopping {
+            connection.phase = Phase::Closing;
+        }
+        About {
+            last,
+            closing: connection.phase != Phase::Open,
+            origins: self.origins,
+        }
+    }
+
+    /// Writes an answer to the output when it is its turn, else keeps it with the connection, or
+    /// with the others of its batch.
+    pub(super) fn write(
+        &mut self,
+        connection: &mut Connection,
+        reply: Reply,
+        write: impl FnOnce(&mut Vec<u8>),
+    ) {
+        if let Place::Member(key) = reply.place {
+            if let Some(batch) = connection.member(key, write) {
+                let about = self.about(connection, batch.reply);
+                let shape = batch.reply.shape;
+                self.write_whole(connection, batch.reply.place, |out| {
+                    shape.batch(out, about, &batch.out);
+                });
+            }
+            return;
+        }
+        self.write_whole(connection, reply.place, write);
+    }
+
+    fn write_whole(
         &mut self,
         connection: &mut Connection,
         place: Place,
@@ -288,12 +371,6 @@ impl Service {
             connection.hold(place, answer);
         }
     }
-}
-
-fn write_error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>) {
-    let mark = frame::begin(out);
-    answer::error(out, error, id);
-    frame::finish(out, mark);
 }
 
 fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {

@@ -105,6 +105,7 @@ prop_compose! {
         Settings {
             file: Some("/etc/x.toml".into()),
             daemon, pid_file, control_socket,
+            http_origins: if json { vec!["https://a.example:8".into()] } else { Vec::new() },
             account: user.then(|| Account::lookup("nobody", Some("root")).unwrap()),
             log: Log { level, format, file: daemon.then_some(file) },
             workers, limits, listen, methods,

@@ -1,0 +1,221 @@
+//! From bytes to bodies: what a connection has sent, taken apart by its dialect.
+//!
+//! Told by its first four bytes, a connection keeps its dialect for life. Each dialect finds the
+//! next body in its own way and hands it to the service, which knows none of them; what breaks a
+//! dialect's own rules is answered here and ends the connection, for nothing behind it can be
+//! told from the rest of it.
+
+use super::connection::{Connection, Phase, Reply};
+use super::service::Service;
+use crate::protocol::body::{self, Form};
+use crate::protocol::code::Code;
+use crate::protocol::detect::{self, Dialect};
+use crate::protocol::frame::{self, Decoded};
+use crate::protocol::http::head::{Ask, Head};
+use crate::protocol::http::{self, Refusal, Rules, response};
+use crate::protocol::reply::{Shape, Wrap};
+use crate::protocol::rpc_error::RpcError;
+use crate::protocol::{answer, line};
+
+impl Service {
+    /// Takes as many whole bodies from `input` as may be taken, with `unsent` bytes of earlier
+    /// answers still on their way. Returns how many bytes were consumed.
+    pub fn consume(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {
+        if connection.dialect.is_none() {
+            connection.dialect = dialect_of(connection, input);
+        }
+        match connection.dialect {
+            Some(Dialect::Frame) => self.frames(connection, input, unsent),
+            Some(Dialect::Line) => self.lines(connection, input, unsent),
+            Some(Dialect::Http) => self.requests(connection, input, unsent),
+            Some(Dialect::Unknown) => self.alien(connection, input),
+            None => 0,
+        }
+    }
+
+    fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
+        connection.takes_calls(self.limits.pipeline, unsent + self.out.len())
+    }
+
+    fn frames(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {
+        let mut at = 0;
+        while self.may_take(connection, unsent) {
+            match frame::decode(&input[at..], self.limits.frame) {
+                Decoded::Whole { body, used } => {
+                    at += used;
+                    self.take(connection, Wrap::Frame, body);
+                }
+                Decoded::Partial { .. } => break,
+                Decoded::TooLarge { length } => {
+                    let limit = self.limits.frame;
+                    let text = format!("a frame of {length} bytes; limits.frame allows {limit}");
+                    return self.end(connection, Wrap::Frame, text, input);
+                }
+            }
+        }
+        at
+    }
+
+    fn lines(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {
+        let mut at = 0;
+        while self.may_take(connection, unsent) {
+            let rest = &input[at..];
+            let limit = self.limits.frame;
+            match line::decode(rest, connection.scanned, limit, connection.ended) {
+                line::Decoded::Whole { body, used } => {
+                    connection.scanned = 0;
+                    at += used;
+                    self.take(connection, Wrap::Line, body);
+                }
+                line::Decoded::Blank { used } => {
+                    connection.scanned = 0;
+                    at += used;
+                }
+                line::Decoded::Partial => {
+                    connection.scanned = rest.len();
+                    break;
+                }
+                line::Decoded::TooLarge => {
+                    let text = format!("a line of more than limits.frame allows, {limit} bytes");
+                    return self.end(connection, Wrap::Line, text, input);
+                }
+            }
+        }
+        at
+    }
+
+    fn requests(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {
+        let mut at = 0;
+        let mut progress = connection.http.take().unwrap_or_default();
+        while self.may_take(connection, unsent) {
+            let rules = Rules {
+                body: self.limits.frame,
+                origins: self.origins,
+            };
+            match http::decode(&input[at..], &mut progress, &rules) {
+                http::Decoded::Whole { head, body, used } => {
+                    at += used;
+                    if head.close {
+                        connection.phase = Phase::Closing;
+                    }
+                    self.request(connection, head, &body);
+                }
+                http::Decoded::Partial { waits } => {
+                    // It may only be asked to go on once all before it is answered.
+                    if waits && connection.unanswered == 0 {
+                        progress.continued();
+                        self.out.extend_from_slice(http::CONTINUE);
+                    }
+                    break;
+                }
+                http::Decoded::Refused(refusal) => {
+                    connection.phase = Phase::Closing;
+                    self.refuse_request(connection, http::Reply::default(), &refusal);
+                }
+            }
+        }
+        if connection.phase != Phase::Open {
+            return input.len();
+        }
+        if at < input.len() {
+            connection.http = Some(progress);
+        }
+        at
+    }
+
+    fn request(&mut self, connection: &mut Connection, head: Head, body: &[u8]) {
+        let wrap = Wrap::Http(head.reply);
+        match head.ask {
+            Ask::Call => self.take(connection, wrap, body),
+            Ask::Method(method) => {
+                self.read += 1;
+                let reply = self.seat(connection, wrap, Form::Bare, None);
+                match body::params(body, self.limits.depth) {
+                    Ok(params) => self.begin(connection, reply, &method, params, None, None),
+                    Err(error) => self.refuse(connection, reply, None, error),
+                }
+            }
+            Ask::Health if self.stopping => {
+                self.respond(connection, head.reply, 503, b"{\"status\":\"stopping\"}");
+            }
+            Ask::Health => self.respond(connection, head.reply, 200, b"{\"status\":\"ok\"}"),
+            Ask::Preflight => {
+                let reply = self.seat(connection, wrap, Form::Silent, None);
+                let about = self.about(connection, reply);
+                let close = about.last && about.closing;
+                self.write(connection, reply, |out| {
+                    response::preflight(out, head.reply, close, about.origins);
+                });
+            }
+            Ask::Refused(refusal) => self.refuse_request(connection, head.reply, &refusal),
+        }
+    }
+
+    fn refuse_request(&mut self, connection: &mut Connection, reply: http::Reply, why: &Refusal) {
+        self.errors += 1;
+        let mut body = Vec::new();
+        answer::error(&mut body, &why.error, None);
+        self.respond(connection, reply, why.status, &body);
+    }
+
+    /// Answers a request that is no call.
+    fn respond(
+        &mut self,
+        connection: &mut Connection,
+        http: http::Reply,
+        status: u16,
+        body: &[u8],
+    ) {
+        let reply = self.seat(connection, Wrap::Http(http), Form::Bare, None);
+        let about = self.about(connection, reply);
+        let close = about.last && about.closing;
+        self.write(connection, reply, |out| {
+            let mark = out.len();
+            out.extend_from_slice(body);
+            response::finish(out, mark, http, status, close, about.origins);
+        });
+    }
+
+    /// Neither a length nor text that one of the dialects begins with.
+    fn alien(&mut self, connection: &mut Connection, input: &[u8]) -> usize {
+        let text = "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
+                    length and that many bytes of JSON), a line of JSON, or an HTTP request";
+        self.end(connection, Wrap::Frame, text.to_owned(), input)
+    }
+
+    /// Answers `too-large`; what follows can't be told apart from the rest of what was refused.
+    fn end(&mut self, connection: &mut Connection, wrap: Wrap, why: String, input: &[u8]) -> usize {
+        let reply = self.seat(connection, wrap, Form::Plain, None);
+        let error = RpcError::of(Code::TooLarge, why, false);
+        self.refuse(connection, reply, None, error);
+        input.len()
+    }
+
+    /// Takes a place for a call's answer. In HTTP nothing tells answers apart but their order.
+    pub(super) fn seat(
+        &self,
+        connection: &mut Connection,
+        wrap: Wrap,
+        form: Form,
+        id: Option<&str>,
+    ) -> Reply {
+        let free = match wrap {
+            Wrap::Http(_) => false,
+            _ => form == Form::Silent || id.is_some_and(|id| id != "null"),
+        };
+        Reply {
+            place: connection.take(free),
+            shape: Shape { form, wrap },
+        }
+    }
+}
+
+/// The dialect that a connection's first bytes speak; `None` while they don't tell. Where no
+/// fourth byte comes, only lines are so short.
+fn dialect_of(connection: &Connection, input: &[u8]) -> Option<Dialect> {
+    match (input.first_chunk(), input) {
+        (Some(first_four), _) => Some(detect::detect(*first_four)),
+        (None, [first, ..]) if connection.ended => detect::is_line(*first).then_some(Dialect::Line),
+        _ => None,
+    }
+}
