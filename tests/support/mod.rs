@@ -14,6 +14,7 @@ pub mod markdown;
 mod notify;
 pub mod process;
 mod sweep;
+pub mod wire;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

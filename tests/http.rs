@@ -1,0 +1,372 @@
+//! HTTP/1.1 as design and RFC have it: statuses, framing, keep-alive, order, origins.
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::wire::{Response, Wire, post};
+use crate::support::{Daemon, PATIENCE, wait_for};
+
+const CONFIG: &str = "
+http-origins = [\"https://app.example\"]
+[workers]
+count = 1
+threads = 2
+[limits]
+frame = \"64KiB\"
+queue = 1
+[methods.sleep]
+builtin = \"sleep\"
+timeout = \"5s\"
+[methods.echo]
+builtin = \"echo\"
+[methods.rare]
+builtin = \"echo\"
+rate = 1
+";
+
+fn start() -> Daemon {
+    Daemon::builder().config(CONFIG).start()
+}
+
+/// One request on a connection of its own.
+#[track_caller]
+fn ask(daemon: &Daemon, request: &str) -> Response {
+    Wire::to(daemon).send(request).response()
+}
+
+#[test]
+fn a_post_to_the_root_takes_a_call_and_one_to_a_method_its_params() {
+    let daemon = start();
+    let mut wire = Wire::to(&daemon);
+    let plain = wire
+        .send(post("/", r#"{"in":"ping","params":"é","id":7}"#))
+        .response();
+    assert_eq!(plain.status, 200);
+    assert_eq!(plain.body, r#"{"out":"pong","result":"é","id":7}"#);
+    assert!(
+        plain
+            .headers
+            .contains(&"content-type: application/json".to_owned())
+    );
+    for (target, body, result) in [
+        ("/ping", "[1, 2.0]", "[1, 2.0]"),
+        ("/ping", "", "null"),
+        ("/ping?a=b", " 7 ", "7"),
+        ("http://x/ping", "{}", "{}"),
+        ("/p%69ng", "1e400", "1e400"),
+    ] {
+        let bare = wire.send(post(target, body)).response();
+        assert_eq!((bare.status, &*bare.body), (200, result), "{target}");
+    }
+    assert!(!wire.is_closed());
+}
+
+#[test]
+fn each_code_of_the_plain_form_has_its_status() {
+    let daemon = start();
+    let mut wire = Wire::to(&daemon);
+    for (target, body, status, code) in [
+        ("/", "{", 400, -32700),
+        ("/", "", 400, -32700),
+        ("/", "7", 400, -32600),
+        ("/ping", "{", 400, -32700),
+        ("/sleep", "\"long\"", 400, -32602),
+        ("/", r#"{"in":"nope"}"#, 404, -32601),
+        ("/nope", "1", 404, -32601),
+        (
+            "/",
+            r#"{"in":"sleep","params":9,"timeout_ms":50}"#,
+            504,
+            -32001,
+        ),
+    ] {
+        let response = wire.send(post(target, body)).response();
+        assert_eq!(response.status, status, "{target} {body}: {response:?}");
+        let error = match target {
+            "/" => response.json()["result"].take(),
+            _ => response.json(),
+        };
+        assert_eq!(error["code"], code, "{target} {body}: {error}");
+        assert!(!response.closes());
+    }
+    let busy = (0..3).map(|_| wire.send(post("/rare", "1")).response());
+    let busy = busy.last().unwrap();
+    assert_eq!(busy.status, 503, "{busy:?}");
+    assert!(busy.headers.contains(&"retry-after: 1".to_owned()));
+    // JSON-RPC says everything in its body.
+    for (body, status) in [
+        (r#"{"jsonrpc":"2.0","method":"nope","id":1}"#, 200),
+        (r#"{"jsonrpc":"2.0","method":1}"#, 200),
+        (r#"{"jsonrpc""#, 200),
+        (r#"{"jsonrpc":"2.0","method":"nope"}"#, 204),
+        (r#"[{"jsonrpc":"2.0","method":"nope"}]"#, 204),
+    ] {
+        assert_eq!(
+            wire.send(post("/", body)).response().status,
+            status,
+            "{body}"
+        );
+    }
+}
+
+#[test]
+fn get_and_head_run_nothing_and_healthz_tells_how_it_is() {
+    let daemon = start();
+    let mut wire = Wire::to(&daemon);
+    let refused = wire
+        .send("GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        .response();
+    assert_eq!(refused.status, 405);
+    assert!(
+        refused.headers.contains(&"allow: post".to_owned()),
+        "{refused:?}"
+    );
+    wire.send("HEAD / HTTP/1.1\r\nHost: x\r\n\r\nHEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert_eq!((wire.head().status, wire.head().status), (405, 200));
+    let health = wire
+        .send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        .response();
+    assert_eq!(
+        (health.status, health.json()),
+        (200, json!({"status": "ok"}))
+    );
+    let calls: u64 = daemon.workers().iter().map(|worker| worker.calls).sum();
+    assert_eq!(calls, 0);
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_their_order() {
+    let daemon = start();
+    let mut wire = Wire::to(&daemon);
+    let mut all = String::new();
+    for number in 0..40 {
+        if number % 20 == 0 {
+            all += &post("/sleep", "0.2");
+        }
+        // An id does not let an answer overtake here: nothing else tells responses apart.
+        all += &post(
+            "/",
+            &json!({"in": "echo", "params": number, "id": number}).to_string(),
+        );
+    }
+    wire.send(all);
+    for number in 0..40 {
+        if number % 20 == 0 {
+            assert_eq!(wire.response().body, "0.2");
+        }
+        assert_eq!(wire.response().json()["id"], number);
+    }
+}
+
+#[test]
+fn a_request_is_the_same_in_one_piece_byte_by_byte_and_in_chunks() {
+    let daemon = start();
+    let body = r#"{"in":"echo","params":"0123456789"}"#;
+    let expected = r#"{"out":"echo","result":"0123456789"}"#;
+    let whole = post("/", body);
+    let chunked = format!(
+        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n\r\n\
+         1;a=\"b\"\r\n{}\r\n000f\r\n{}\r\nF\r\n{}\r\n04\r\n{}\r\n0\r\nX-Sum: 1\r\n\r\n",
+        &body[..1],
+        &body[1..16],
+        &body[16..31],
+        &body[31..],
+    );
+    for request in [&whole, &chunked] {
+        let mut wire = Wire::to(&daemon);
+        assert_eq!(wire.send(request).response().body, expected);
+        for byte in request.bytes() {
+            wire.send([byte]);
+        }
+        assert_eq!(wire.response().body, expected);
+        for split in 0..=request.len() {
+            let second = &request[split..];
+            wire.send(&request[..split])
+                .send(format!("{second}{request}"));
+            assert_eq!(wire.response().body, expected, "{split}");
+            assert_eq!(wire.response().body, expected, "{split}");
+        }
+    }
+}
+
+#[test]
+fn expect_is_answered_with_continue_once_all_before_it_is() {
+    let daemon = start();
+    let mut wire = Wire::to(&daemon);
+    wire.send(post("/sleep", "0.2"));
+    let head =
+        "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n";
+    wire.send(head);
+    assert_eq!(wire.response().body, "0.2");
+    assert_eq!(wire.head().status, 100);
+    assert_eq!(wire.send("\"a\"").response().body, "\"a\"");
+    // Refused before the body is sent, and told so instead.
+    for (head, status) in [
+        (head.replace("Length: 3", "Length: 70000"), 413),
+        (head.replace("100-continue", "a miracle"), 417),
+        (head.replace("POST", "PUT"), 405),
+    ] {
+        let response = ask(&daemon, &head);
+        assert_eq!(response.status, status, "{response:?}");
+        assert!(response.closes());
+    }
+    // A client of that kind that does not wait is not told to go on.
+    let response = ask(&daemon, &format!("{head}\"b\""));
+    assert_eq!((response.status, &*response.body), (200, "\"b\""));
+}
+
+#[test]
+fn what_is_too_large_or_has_no_length_is_refused_and_closed() {
+    let daemon = start();
+    let long = "x".repeat(17 << 10);
+    let many: String = (0..101).map(|n| format!("X-{n}: 1\r\n")).collect();
+    for (request, status) in [
+        ("POST / HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), 411),
+        (
+            "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65537\r\n\r\n".to_owned(),
+            413,
+        ),
+        (
+            format!(
+                "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
+                "9".repeat(40)
+            ),
+            413,
+        ),
+        (
+            "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n10001\r\n".to_owned(),
+            413,
+        ),
+        (format!("POST /{long} HTTP/1.1\r\nHost: x\r\n\r\n"), 431),
+        (format!("POST / HTTP/1.1\r\nHost: x\r\nX: {long}\r\n"), 431),
+        (format!("POST / HTTP/1.1\r\nHost: x\r\n{many}\r\n"), 431),
+        (
+            "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Encoding: gzip\r\n\r\n{}"
+                .to_owned(),
+            415,
+        ),
+    ] {
+        let mut wire = Wire::to(&daemon);
+        // What stands behind it is never taken for a request.
+        wire.send(&request).send(post("/ping", "1"));
+        let response = wire.response();
+        assert_eq!(
+            response.status,
+            status,
+            "{}",
+            &request[..60.min(request.len())]
+        );
+        assert!(response.closes(), "{response:?}");
+        assert_eq!(wire.rest(), b"");
+    }
+    let fits = format!("\"{}\"", "x".repeat((64 << 10) - 2));
+    assert_eq!(ask(&daemon, &post("/echo", &fits)).body, fits);
+}
+
+#[test]
+fn connections_last_as_their_version_and_headers_say() {
+    let daemon = start();
+    let with = |version: &str, connection: &str| {
+        post("/ping", "1")
+            .replace("HTTP/1.1", version)
+            .replace("Host: x", &format!("Host: x\r\nConnection: {connection}"))
+    };
+    for (request, closes) in [
+        (with("HTTP/1.1", "keep-alive"), false),
+        (with("HTTP/1.1", "close"), true),
+        (with("HTTP/1.1", "x, Close"), true),
+        (with("HTTP/1.0", "x"), true),
+        (with("HTTP/1.0", "Keep-Alive"), false),
+        (with("HTTP/1.0", "keep-alive, close"), true),
+    ] {
+        let mut wire = Wire::to(&daemon);
+        let response = wire.send(format!("{request}{request}")).response();
+        assert_eq!(
+            (response.status, response.closes()),
+            (200, closes),
+            "{request}"
+        );
+        if closes {
+            assert_eq!(wire.rest(), b"", "{request}");
+        } else {
+            assert_eq!(wire.response().status, 200, "{request}");
+        }
+    }
+}
+
+#[test]
+fn a_web_page_may_not_call_unless_its_origin_is_listed() {
+    let daemon = start();
+    let with =
+        |origin: &str| post("/ping", "1").replace("Host: x", &format!("Host: x\r\n{origin}"));
+    for origin in [
+        "Origin: http://evil.example",
+        "Origin: null",
+        "Origin:",
+        "Origin: https://app.example.evil.example",
+        "Origin: https://app.example\r\nOrigin: https://app.example",
+        "origin: https://app.example, https://app.example",
+    ] {
+        let response = ask(&daemon, &with(origin));
+        assert_eq!(response.status, 403, "{origin}: {response:?}");
+    }
+    let calls: u64 = daemon.workers().iter().map(|worker| worker.calls).sum();
+    assert_eq!(calls, 0, "none of them ran");
+    let listed = ask(&daemon, &with("Origin: https://app.example"));
+    assert_eq!((listed.status, &*listed.body), (200, "1"));
+    let allowed = "access-control-allow-origin: https://app.example".to_owned();
+    assert!(listed.headers.contains(&allowed), "{listed:?}");
+    let preflight = "OPTIONS /ping HTTP/1.1\r\nHost: x\r\nOrigin: https://app.example\r\n\
+                     Access-Control-Request-Method: POST\r\n\r\n";
+    let asked = ask(&daemon, preflight);
+    assert_eq!(asked.status, 204);
+    assert!(
+        asked
+            .headers
+            .contains(&"access-control-allow-methods: post".to_owned())
+    );
+    assert_eq!(ask(&daemon, &preflight.replace("app", "evil")).status, 403);
+}
+
+#[test]
+fn a_stop_answers_what_runs_and_says_that_the_connection_ends() {
+    let mut daemon = start();
+    let mut wire = Wire::to(&daemon);
+    wire.send(post("/sleep", "0.5"));
+    wait_for("the call to run", PATIENCE, || {
+        daemon.workers().iter().any(|worker| worker.running == 1)
+    });
+    daemon.signal(Signal::SIGTERM);
+    let response = wire.response();
+    assert_eq!((response.status, &*response.body), (200, "0.5"));
+    assert!(response.closes(), "{response:?}");
+    assert_eq!(wire.rest(), b"");
+    assert!(daemon.wait_exit().success());
+}
+
+#[test]
+fn a_call_during_a_stop_is_refused_as_unavailable() {
+    let mut daemon = start();
+    let mut wire = Wire::to(&daemon);
+    wire.send(post("/sleep", "0.5"));
+    let mut late = Wire::to(&daemon);
+    assert_eq!(late.send(post("/ping", "1")).response().status, 200);
+    // In the middle of a request when the stop comes: it may be finished, and is told.
+    late.send(&post("/ping", "1")[..40]);
+    wait_for("the call to run", PATIENCE, || {
+        daemon.workers().iter().any(|worker| worker.running == 1)
+    });
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_log("drain");
+    late.send(&post("/ping", "1")[40..]);
+    let refused = late.response();
+    assert_eq!(refused.status, 503, "{refused:?}");
+    assert!(refused.closes() && refused.headers.contains(&"retry-after: 1".to_owned()));
+    let error: Value = refused.json();
+    assert_eq!(
+        (&error["code"], &error["started"]),
+        (&json!(-32005), &json!(false))
+    );
+    assert_eq!(wire.response().status, 200);
+    assert!(daemon.wait_exit().success());
+}

@@ -1,0 +1,286 @@
+//! JSON-RPC 2.0: every example of its specification, in each dialect, to the letter.
+
+use serde_json::{Value, json};
+
+use crate::support::{Daemon, example};
+use crate::support::wire::{DIALECTS, Dialect, Wire};
+
+/// The specification's examples (section 7): what is sent, and what comes back, if anything.
+const EXAMPLES: [(&str, Option<&str>); 15] = [
+    (
+        r#"{"jsonrpc": "2.0", "method": "subtract", "params": [42, 23], "id": 1}"#,
+        Some(r#"{"jsonrpc": "2.0", "result": 19, "id": 1}"#),
+    ),
+    (
+        r#"{"jsonrpc": "2.0", "method": "subtract", "params": [23, 42], "id": 2}"#,
+        Some(r#"{"jsonrpc": "2.0", "result": -19, "id": 2}"#),
+    ),
+    (
+        r#"{"jsonrpc": "2.0", "method": "subtract", "params": {"subtrahend": 23, "minuend": 42}, "id": 3}"#,
+        Some(r#"{"jsonrpc": "2.0", "result": 19, "id": 3}"#),
+    ),
+    (
+        r#"{"jsonrpc": "2.0", "method": "subtract", "params": {"minuend": 42, "subtrahend": 23}, "id": 4}"#,
+        Some(r#"{"jsonrpc": "2.0", "result": 19, "id": 4}"#),
+    ),
+    (
+        r#"{"jsonrpc": "2.0", "method": "update", "params": [1,2,3,4,5]}"#,
+        None,
+    ),
+    (r#"{"jsonrpc": "2.0", "method": "foobar"}"#, None),
+    (
+        r#"{"jsonrpc": "2.0", "method": "foobar", "id": "1"}"#,
+        Some(
+            r#"{"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "1"}"#,
+        ),
+    ),
+    (
+        r#"{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]"#,
+        Some(
+            r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#,
+        ),
+    ),
+    (
+        r#"{"jsonrpc": "2.0", "method": 1, "params": "bar"}"#,
+        Some(
+            r#"{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}"#,
+        ),
+    ),
+    (
+        r#"[
+  {"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"},
+  {"jsonrpc": "2.0", "method"
+]"#,
+        Some(
+            r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#,
+        ),
+    ),
+    (
+        "[]",
+        Some(
+            r#"{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}"#,
+        ),
+    ),
+    (
+        "[1]",
+        Some(
+            r#"[{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}]"#,
+        ),
+    ),
+    (
+        "[1,2,3]",
+        Some(
+            r#"[
+  {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
+  {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
+  {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}
+]"#,
+        ),
+    ),
+    (
+        r#"[
+    {"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"},
+    {"jsonrpc": "2.0", "method": "notify_hello", "params": [7]},
+    {"jsonrpc": "2.0", "method": "subtract", "params": [42,23], "id": "2"},
+    {"foo": "boo"},
+    {"jsonrpc": "2.0", "method": "foo.get", "params": {"name": "myself"}, "id": "5"},
+    {"jsonrpc": "2.0", "method": "get_data", "id": "9"}
+]"#,
+        Some(
+            r#"[
+    {"jsonrpc": "2.0", "result": 7, "id": "1"},
+    {"jsonrpc": "2.0", "result": 19, "id": "2"},
+    {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
+    {"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "5"},
+    {"jsonrpc": "2.0", "result": ["hello", 5], "id": "9"}
+]"#,
+        ),
+    ),
+    (
+        r#"[
+    {"jsonrpc": "2.0", "method": "notify_sum", "params": [1,2,4]},
+    {"jsonrpc": "2.0", "method": "notify_hello", "params": [7]}
+]"#,
+        None,
+    ),
+];
+
+fn arithmetic(config: &str) -> Daemon {
+    let config = format!("[workers]\ncount = 2\n{config}");
+    Daemon::builder()
+        .program(example("arithmetic"))
+        .config(&config)
+        .start()
+}
+
+/// An answer without `error.data`, which the specification leaves to the server, and a batch's
+/// answers in some order, which it leaves open.
+fn comparable(text: &str) -> Value {
+    let strip = |value: &mut Value| {
+        if let Some(error) = value.get_mut("error").and_then(Value::as_object_mut)
+            && let Some(data) = error.remove("data")
+        {
+            assert!(
+                data["name"].is_string() && data["started"] == false,
+                "{data}"
+            );
+        }
+    };
+    let mut value: Value = serde_json::from_str(text).unwrap();
+    match &mut value {
+        Value::Array(answers) => {
+            answers.iter_mut().for_each(strip);
+            answers.sort_by_key(Value::to_string);
+        }
+        one => strip(one),
+    }
+    value
+}
+
+#[test]
+fn every_example_of_the_specification_in_every_dialect() {
+    let daemon = arithmetic("");
+    let mut right = 0;
+    for dialect in DIALECTS {
+        let mut wire = Wire::to(&daemon);
+        for (sent, expected) in EXAMPLES {
+            wire.ask(dialect, sent);
+            if dialect == Dialect::Http || expected.is_some() {
+                let answer = wire.answer(dialect);
+                assert_eq!(
+                    answer.as_deref().map(comparable),
+                    expected.map(comparable),
+                    "{dialect:?}: {sent}"
+                );
+            }
+            // Whatever a notification did, nothing of it stands before the next answer.
+            wire.ask(dialect, r#"{"in":"ping","params":0}"#);
+            let next = wire.answer(dialect);
+            assert_eq!(
+                next.as_deref(),
+                Some(r#"{"out":"pong","result":0}"#),
+                "{sent}"
+            );
+            right += 1;
+        }
+    }
+    println!(
+        "JSON-RPC 2.0: {right} of {} examples right",
+        3 * EXAMPLES.len()
+    );
+}
+
+#[test]
+fn a_null_id_is_an_id_and_params_are_structured() {
+    let daemon = arithmetic("");
+    for dialect in DIALECTS {
+        let mut wire = Wire::to(&daemon);
+        let mut ask = |body: &str| {
+            let answer = wire.ask(dialect, body).answer(dialect).unwrap();
+            serde_json::from_str::<Value>(&answer).unwrap()
+        };
+        assert_eq!(
+            ask(r#"{"jsonrpc":"2.0","method":"subtract","params":[2,1],"id":null}"#),
+            json!({"jsonrpc": "2.0", "result": 1, "id": null})
+        );
+        for wrong in [
+            r#"{"jsonrpc":"2.0","method":"subtract","params":7,"id":1}"#,
+            r#"{"jsonrpc":"1.0","method":"subtract","params":[2,1],"id":1}"#,
+            r#"{"jsonrpc":"2.0","method":"a","method":"subtract","params":[2,1],"id":1}"#,
+            r#"{"jsonrpc":"2.0","in":"ping","method":"subtract","params":[2,1],"id":1}"#,
+        ] {
+            let answer = ask(wrong);
+            assert_eq!(answer["error"]["code"], -32600, "{wrong}: {answer}");
+            assert_eq!(answer["id"], 1, "{wrong}: {answer}");
+            assert!(answer["error"]["data"]["detail"].is_string(), "{answer}");
+        }
+        let answer = ask(r#"{"jsonrpc":"2.0","method":"subtract","params":["a"],"id":1}"#);
+        assert_eq!(answer["error"]["code"], -32602, "{answer}");
+        assert_eq!(answer["error"]["data"]["name"], "invalid-params");
+    }
+}
+
+#[test]
+fn a_batch_has_a_limit_and_its_answers_too() {
+    let daemon = arithmetic("[limits]\nbatch = 3\nframe = \"1KiB\"\n");
+    for dialect in DIALECTS {
+        let mut wire = Wire::to(&daemon);
+        let mut ask = |body: &str| {
+            let answer = wire.ask(dialect, body).answer(dialect).unwrap();
+            serde_json::from_str::<Value>(&answer).unwrap()
+        };
+        let call = r#"{"jsonrpc":"2.0","method":"get_data","id":1}"#;
+        assert_eq!(
+            ask(&format!("[{call},{call},{call}]"))
+                .as_array()
+                .unwrap()
+                .len(),
+            3
+        );
+        let refused = ask(&format!("[{call},{call},{call},{call}]"));
+        assert_eq!(refused["error"]["code"], -32600, "{refused}");
+        let detail = refused["error"]["data"]["detail"].as_str().unwrap();
+        assert!(detail.contains("limits.batch"), "{detail}");
+
+        let discover = r#"{"jsonrpc":"2.0","method":"rpc.discover","id":1}"#;
+        let answer = ask(discover);
+        assert_eq!(answer["error"]["code"], -32011, "{answer}");
+    }
+}
+
+#[test]
+fn rpc_discover_answers_an_openrpc_document_of_all_methods() {
+    let daemon = arithmetic("[methods.echo]\nbuiltin = \"echo\"\n");
+    for dialect in DIALECTS {
+        let mut wire = Wire::to(&daemon);
+        wire.ask(
+            dialect,
+            r#"{"jsonrpc":"2.0","method":"rpc.discover","id":1}"#,
+        );
+        let answer: Value = serde_json::from_str(&wire.answer(dialect).unwrap()).unwrap();
+        let document = &answer["result"];
+        assert!(document["openrpc"].as_str().unwrap().starts_with("1."));
+        assert!(document["info"]["version"].is_string());
+        let names: Vec<&str> = document["methods"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|method| method["name"].as_str().unwrap())
+            .collect();
+        for name in ["echo", "ping", "subtract", "get_data", "rpc.cancel"] {
+            assert!(names.contains(&name), "{name} in {names:?}");
+        }
+    }
+}
+
+#[test]
+fn rpc_cancel_in_one_form_ends_a_call_in_the_other() {
+    let config = "[workers]\ncount = 1\n[methods.sleep]\nbuiltin = \"sleep\"\n";
+    let daemon = Daemon::builder().config(config).start();
+    for dialect in [Dialect::Frame, Dialect::Line] {
+        let mut wire = Wire::to(&daemon);
+        wire.ask(
+            dialect,
+            r#"[{"jsonrpc":"2.0","method":"sleep","id":"s"},{"jsonrpc":"2.0","method":"ping","id":2}]"#,
+        );
+        let answer = wire.answer(dialect).unwrap();
+        assert!(
+            answer.contains("-32602") && answer.contains("\"id\":2"),
+            "{answer}"
+        );
+        wire.ask(dialect, r#"{"in":"sleep","params":3600,"id":7}"#);
+        wire.ask(
+            dialect,
+            r#"{"jsonrpc":"2.0","method":"rpc.cancel","params":{"id":7},"id":"c"}"#,
+        );
+        let ended = wire.answer(dialect).unwrap();
+        assert!(
+            ended.contains("-32006") && ended.contains("\"id\":7"),
+            "{ended}"
+        );
+        assert_eq!(
+            wire.answer(dialect).unwrap(),
+            r#"{"jsonrpc":"2.0","result":true,"id":"c"}"#
+        );
+    }
+}
