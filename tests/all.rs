@@ -16,6 +16,7 @@ mod accept;
 mod architecture;
 mod backpressure;
 mod bars;
+mod clients;
 mod errors;
 mod frames;
 mod handoff;

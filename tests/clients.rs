@@ -45,7 +45,10 @@ server = jsonrpclib.ServerProxy("http://127.0.0.1:" + sys.argv[1])
 print(server.subtract(42, 23))
 print(server.subtract(minuend=42, subtrahend=23))
 print(server.get_data())
-print(server._notify.update(1, 2, 3))
+try:
+    server._notify.update(1, 2, 3)
+except jsonrpclib.jsonrpc.TransportError as error:
+    print(error.args[1])  # it takes the 204 of a notification that was heard for an error
 batch = jsonrpclib.MultiCall(server)
 batch.sum(1, 2, 4)
 batch.subtract(2, 1)
@@ -58,7 +61,7 @@ for number in range(200):
     assert server.sum(number, 1) == number + 1
 print("done")
 "#,
-        "19\n19\n['hello', 5]\nNone\n[7, 1]\n-32601\ndone",
+        "19\n19\n['hello', 5]\n204\n[7, 1]\n-32601\ndone",
     );
 }
 

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, example};
 use crate::support::wire::{DIALECTS, Dialect, Wire};
+use crate::support::{Daemon, example};
 
 /// The specification's examples (section 7): what is sent, and what comes back, if anything.
 const EXAMPLES: [(&str, Option<&str>); 15] = [

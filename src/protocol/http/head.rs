@@ -111,7 +111,7 @@ pub(super) fn read(bytes: &[u8], length: usize, rules: &Rules<'_>) -> Result<Hea
         // Where no body follows, the next request can be told.
         Err(refusal) if matches!(body, Length::None | Length::Known(0)) => {
             head.ask = match refusal.status {
-                405 | 403 | 404 => Ask::Refused(refusal),
+                403 | 405 => Ask::Refused(refusal),
                 _ => return Err(refusal),
             };
         }
@@ -149,9 +149,6 @@ fn fields<'a>(headers: &[Header<'a>]) -> Result<Fields<'a>, Refusal> {
             fields.encoded |= !value.eq_ignore_ascii_case(b"identity");
         } else if is("content-type") {
             fields.types += 1;
-        } else if is("content_length") || is("transfer_encoding") {
-            // A gateway that turns - into _ can't tell them from the real ones.
-            return Err(malformed("a length spelt with an underscore"));
         }
     }
     fields.keep &= !fields.close;
@@ -202,7 +199,9 @@ fn body(fields: &Fields<'_>, old: bool) -> Result<Length, Refusal> {
                 "Transfer-Encoding is chunked, in HTTP/1.1, without a Content-Length beside it",
             ));
         }
-        if fields.codings.len() > 1 {
+        // What is left of RFC 2616: a coding that does nothing.
+        let known = |coding: &&[u8]| chunked(coding) || coding.eq_ignore_ascii_case(b"identity");
+        if !fields.codings.iter().all(known) {
             return Err(Refusal::new(501, "no transfer coding is known but chunked"));
         }
         return Ok(Length::Chunked);
