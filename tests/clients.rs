@@ -41,14 +41,15 @@ fn jsonrpclib_pelix_calls_over_http() {
 import sys
 import jsonrpclib
 
-server = jsonrpclib.ServerProxy("http://127.0.0.1:" + sys.argv[1])
+url = "http://127.0.0.1:" + sys.argv[1]
+server = jsonrpclib.ServerProxy(url)
 print(server.subtract(42, 23))
 print(server.subtract(minuend=42, subtrahend=23))
 print(server.get_data())
 try:
-    server._notify.update(1, 2, 3)
+    jsonrpclib.ServerProxy(url)._notify.update(1, 2, 3)
 except jsonrpclib.jsonrpc.TransportError as error:
-    print(error.args[1])  # it takes the 204 of a notification that was heard for an error
+    print(error.args[1])  # it takes the 204 of a notification for an error, and stumbles over it
 batch = jsonrpclib.MultiCall(server)
 batch.sum(1, 2, 4)
 batch.subtract(2, 1)

@@ -190,7 +190,10 @@ const OTHERWISE: &[(&str, &str)] = &[
         "folded lines, which the case allows by a setting",
     ),
     ("valid/compat_obs_fold_huge.http", "likewise"),
-    ("valid/099.http", "its body is shorter than its Content-Length: unfinished"),
+    (
+        "valid/099.http",
+        "its body is shorter than its Content-Length: unfinished",
+    ),
     ("valid/pp_01.http", "the PROXY protocol is not known here"),
     ("valid/pp_02.http", "likewise"),
     ("valid/pp_04.http", "likewise"),

@@ -3,6 +3,7 @@
 
 use serde_json::value::RawValue;
 
+use crate::support::wire::{DIALECTS, Dialect, Wire};
 use crate::support::{Daemon, json_test_suite};
 
 /// An answer whose result stays text: the suite has numbers that no number type holds.
@@ -21,12 +22,18 @@ fn json_suite_cases_are_taken_and_refused_as_the_suite_says() {
         .config("[workers]\ncount = 2\n[methods.echo]\nbuiltin = \"echo\"\n")
         .start();
     let workers = daemon.ready_workers();
-    let mut client = daemon.client();
     let mut counts = [0; 3];
     let mut wrong = Vec::new();
-    for (name, case) in suite {
-        client.send(&format!(r#"{{"in": "echo", "params": {case}}}"#));
-        let text = client.recv_text();
+    let mut wires = DIALECTS.map(|dialect| (dialect, Wire::to(&daemon)));
+    let each = |(name, case): &(String, String)| DIALECTS.map(|d| (d, name.clone(), case.clone()));
+    for (dialect, name, case) in suite.iter().flat_map(each) {
+        if dialect == Dialect::Line && case.contains('\n') {
+            // that would be two lines
+            continue;
+        }
+        let (_, wire) = wires.iter_mut().find(|(of, _)| *of == dialect).unwrap();
+        wire.ask(dialect, &format!(r#"{{"in": "echo", "params": {case}}}"#));
+        let text = wire.answer(dialect).unwrap();
         let answer: Answer<'_> = serde_json::from_str(&text).unwrap();
         let refused = answer.out == "error" && answer.result.get().contains("-32700");
         let echoed = answer.out == "echo" && answer.result.get() == case.trim();
@@ -38,11 +45,11 @@ fn json_suite_cases_are_taken_and_refused_as_the_suite_says() {
         };
         counts[index] += 1;
         if !right {
-            wrong.push(format!("{name}: {text}"));
+            wrong.push(format!("{dialect:?} {name}: {text}"));
         }
     }
     println!(
-        "JSONTestSuite: {} taken, {} refused, {} either way, {} otherwise than they should",
+        "JSONTestSuite in three dialects: {} taken, {} refused, {} either way, {} otherwise than they should",
         counts[0],
         counts[1],
         counts[2],

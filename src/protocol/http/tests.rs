@@ -1,1 +1,120 @@
+#![allow(clippy::unwrap_used)]
 
+use super::head::Ask;
+use super::*;
+use proptest::prelude::*;
+
+const RULES: Rules<'static> = Rules {
+    body: 40,
+    origins: &[],
+};
+
+/// What some bytes are when they come in two pieces: each request's ask and body, and the status
+/// of the refusal that ended it.
+fn read(bytes: &[u8], split: usize) -> (Vec<(String, Vec<u8>)>, Option<u16>, usize) {
+    let (mut found, mut at, mut progress) = (Vec::new(), 0, Progress::default());
+    for end in [split, bytes.len()] {
+        loop {
+            match decode(&bytes[at..end], &mut progress, &RULES) {
+                Decoded::Whole { head, body, used } => {
+                    assert!(used > 0 && at + used <= end);
+                    let ask = match head.ask {
+                        Ask::Refused(refusal) => refusal.status.to_string(),
+                        ask => format!("{ask:?}"),
+                    };
+                    found.push((ask, body.into_owned()));
+                    at += used;
+                }
+                Decoded::Partial { .. } => break,
+                Decoded::Refused(refusal) => return (found, Some(refusal.status), at),
+            }
+        }
+    }
+    (found, None, at)
+}
+
+const SESSION: &str = "POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}\
+                       \r\nPOST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n\
+                       1;a\r\n[\r\n2\r\n7]\r\n0\r\nX: y\r\n\r\n\
+                       GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n\
+                       GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+
+#[test]
+fn requests_are_the_same_in_every_split() {
+    let whole = read(SESSION.as_bytes(), 0);
+    let asks: Vec<&str> = whole.0.iter().map(|(ask, _)| &**ask).collect();
+    assert_eq!(asks, ["Method(\"a\")", "Call", "Health", "405"]);
+    assert_eq!((&*whole.0[0].1, &*whole.0[1].1), (&b"{}"[..], &b"[7]"[..]));
+    for split in 0..SESSION.len() {
+        assert_eq!(read(SESSION.as_bytes(), split), whole, "{split}");
+    }
+}
+
+#[test]
+fn bodies_are_limited_before_they_come() {
+    let head = "POST / HTTP/1.1\r\nHost: x\r\n";
+    for (rest, status) in [
+        ("Content-Length: 40\r\n\r\n", None),
+        ("Content-Length: 41\r\n\r\n", Some(413)),
+        ("Content-Length: 99999999999999999999999\r\n\r\n", Some(413)),
+        ("Transfer-Encoding: chunked\r\n\r\n28\r\n", None),
+        ("Transfer-Encoding: chunked\r\n\r\n29\r\n", Some(413)),
+        (
+            "Transfer-Encoding: chunked\r\n\r\n20\r\n01234567890123456789012345678901\r\n9\r\n",
+            Some(413),
+        ),
+        (
+            "Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+            Some(413),
+        ),
+    ] {
+        let bytes = format!("{head}{rest}");
+        assert_eq!(read(bytes.as_bytes(), 0).1, status, "{rest}");
+    }
+}
+
+#[test]
+fn a_response_tells_its_length_and_whether_it_is_the_last() {
+    let mut out = b"before".to_vec();
+    out.extend_from_slice(b"{}");
+    response::finish(&mut out, 6, Reply::default(), 503, true, &[]);
+    assert_eq!(
+        String::from_utf8(out).unwrap(),
+        "beforeHTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n\
+         Content-Length: 2\r\nRetry-After: 1\r\nConnection: close\r\n\r\n{}"
+    );
+    let mut out = b"{}".to_vec();
+    let bodiless = Reply {
+        bodiless: true,
+        old: true,
+        origin: None,
+    };
+    response::finish(&mut out, 0, bodiless, 200, false, &[]);
+    let text = String::from_utf8(out).unwrap();
+    assert!(
+        text.ends_with("Content-Length: 2\r\nConnection: keep-alive\r\n\r\n"),
+        "{text}"
+    );
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_are_more_than_a_refusal(bytes in prop::collection::vec(any::<u8>(), 0..200), split: prop::sample::Index) {
+        let split = split.index(bytes.len() + 1);
+        prop_assert_eq!(read(&bytes, split), read(&bytes, 0));
+    }
+
+    /// A damaged session is read alike in every split: whatever is refused, it is refused for what
+    /// it is and not for how it came.
+    #[test]
+    fn damage_is_judged_alike_in_every_split(
+        at: prop::sample::Index, with in "[\r\n :;,0-9a-fx\t]{0,3}", cut in 0..4usize, split: prop::sample::Index,
+    ) {
+        let mut bytes = SESSION.as_bytes().to_vec();
+        let at = at.index(bytes.len());
+        let end = (at + cut).min(bytes.len());
+        bytes.splice(at..end, with.bytes());
+        let split = split.index(bytes.len() + 1);
+        prop_assert_eq!(read(&bytes, split), read(&bytes, 0));
+    }
+}
