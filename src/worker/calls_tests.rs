@@ -28,18 +28,22 @@ fn registry() -> Arc<Registry> {
     ]))
 }
 
+fn reply(place: Place) -> Reply {
+    let shape = Shape {
+        form: Form::Plain,
+        wrap: Wrap::Frame,
+    };
+    Reply { place, shape }
+}
+
 fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {
     let place = if id.is_some() {
         Place::Anywhere
     } else {
         Place::InOrder(0)
     };
-    let shape = Shape {
-        form: Form::Plain,
-        wrap: Wrap::Frame,
-    };
     calls.add(
-        (Token::for_test(1), Reply { place, shape }, id),
+        (Token::for_test(1), reply(place), id),
         (method, "3600"),
         (5, u64::MAX / 2),
     )
@@ -181,7 +185,7 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     let mut calls = Calls::new(registry, 10);
     let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     let other = calls.add(
-        (Token::for_test(2), Place::Anywhere, None),
+        (Token::for_test(2), reply(Place::Anywhere), None),
         (0, "1"),
         (5, 9),
     );

@@ -9,9 +9,11 @@ const RULES: Rules<'static> = Rules {
     origins: &[],
 };
 
+type Session = (Vec<(String, Vec<u8>)>, Option<u16>, usize);
+
 /// What some bytes are when they come in two pieces: each request's ask and body, and the status
 /// of the refusal that ended it.
-fn read(bytes: &[u8], split: usize) -> (Vec<(String, Vec<u8>)>, Option<u16>, usize) {
+fn read(bytes: &[u8], split: usize) -> Session {
     let (mut found, mut at, mut progress) = (Vec::new(), 0, Progress::default());
     for end in [split, bytes.len()] {
         loop {
