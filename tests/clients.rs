@@ -53,7 +53,7 @@ except jsonrpclib.jsonrpc.TransportError as error:
 batch = jsonrpclib.MultiCall(server)
 batch.sum(1, 2, 4)
 batch.subtract(2, 1)
-print(list(batch()))
+print(sorted(batch()))
 try:
     server.foobar()
 except jsonrpclib.ProtocolError as error:
@@ -62,7 +62,7 @@ for number in range(200):
     assert server.sum(number, 1) == number + 1
 print("done")
 "#,
-        "19\n19\n['hello', 5]\n204\n[7, 1]\n-32601\ndone",
+        "19\n19\n['hello', 5]\n204\n[1, 7]\n-32601\ndone",
     );
 }
 
