@@ -4,6 +4,7 @@
 //! what stopped the master from starting, or with the panic that ended it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +20,8 @@ use crate::logging::{self, Form, Output};
 use crate::master;
 use crate::protocol::RpcError;
 use crate::sys::daemon::{self, Detached, Launcher};
-use crate::sys::notify;
+use crate::sys::descriptor;
+use crate::sys::notify::{self, PassedListener};
 use crate::sys::process;
 use crate::sys::title::TitleArea;
 use crate::worker;
@@ -152,7 +154,10 @@ impl Server {
         if settings.daemon {
             match daemon::detach().map_err(|error| Error::system("detach", error))? {
                 Detached::Launcher(word) => return launched(word),
-                Detached::Daemon(waiting) => launcher = Some(waiting),
+                Detached::Daemon(waiting) => {
+                    leave_descriptors(&waiting, &passed);
+                    launcher = Some(waiting);
+                }
             }
         }
         logging::i_am_master();
@@ -250,6 +255,18 @@ fn configure_log(settings: &Settings) -> Result<Option<Output>> {
     })?;
     logging::configure(settings.log.level, form(settings));
     Ok(logging::set_output(output))
+}
+
+/// Closes what the launching shell had open besides the standard streams: a daemon that keeps a
+/// pipe or a lock of a script's would hold that script up for as long as it lives.
+fn leave_descriptors(launcher: &Launcher, passed: &[PassedListener]) {
+    let mut keep: Vec<RawFd> = passed
+        .iter()
+        .map(|listener| listener.fd.as_raw_fd())
+        .collect();
+    keep.push(launcher.raw_descriptor());
+    keep.extend(logging::output_descriptor());
+    descriptor::close_all_but(&keep);
 }
 
 fn raise_descriptor_limit() {

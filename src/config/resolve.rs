@@ -374,7 +374,12 @@ fn paths_differ(check: &Check<'_>, settings: &Settings) -> Result<()> {
         Address::Unix(path) => Some(path.as_path()),
         Address::Tcp(_) => None,
     });
-    let mut seen: Vec<(&str, &Path)> = Vec::new();
+    // The pid file is written, and removed at the end: whoever names the configuration loses it.
+    let mut seen: Vec<(&str, &Path)> = settings
+        .file
+        .iter()
+        .map(|file| ("this file", file.as_path()))
+        .collect();
     for (key, path) in own {
         if let Some((other, _)) = seen.iter().find(|(_, other)| *other == path) {
             return Err(check.places.error(key, shared(path, other), OWN_PATH));

@@ -70,11 +70,13 @@ impl Control {
             make_directory(directory)?;
         }
         let refused = |error: io::Error| {
-            Error::system_with(
-                format!("make the control socket {}", path.display()),
-                error,
-                "name a place that this user may write to in control-socket",
-            )
+            let remedy = if error.kind() == io::ErrorKind::AddrInUse {
+                "another master answers there: stop that one, or name another control-socket"
+            } else {
+                "name a place that this user may write to in control-socket"
+            };
+            let attempt = format!("make the control socket {}", path.display());
+            Error::system_with(attempt, error, remedy)
         };
         let fd = bind_path(path, Some(0o600)).map_err(refused)?;
         socket::start_listening(&fd, 16).map_err(refused)?;

@@ -17,6 +17,9 @@ use super::own_path::OwnPath;
 use crate::error::{Error, Result};
 use crate::sys::process::Pid;
 
+/// The longest content, in bytes, that may have been a pid file's.
+const LONGEST: u64 = 256;
+
 /// A locked pid file.
 #[derive(Debug)]
 pub struct PidFile {
@@ -101,6 +104,14 @@ fn open(path: &Path) -> Result<File> {
         .open(path)
         .map_err(|error| refused("open", path, error))?;
     let is_file = file.metadata().is_ok_and(|found| found.is_file());
+    // A stale pid, or garbage in its place, is no reason to stop; a whole document is.
+    if file.metadata().is_ok_and(|found| found.len() > LONGEST) {
+        return Err(refused(
+            "take for a pid file:",
+            path,
+            io::Error::other("it holds something else, which would be lost"),
+        ));
+    }
     if !is_file {
         return Err(refused(
             "open",

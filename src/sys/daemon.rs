@@ -6,6 +6,7 @@
 //! master that dies without a word is an error too.
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 
 use nix::sys::signal::Signal;
 
@@ -66,6 +67,11 @@ fn outcome(mut reader: PipeReader) -> io::Result<Option<(u8, String)>> {
 }
 
 impl Launcher {
+    /// Its descriptor, for a list of what to keep.
+    pub fn raw_descriptor(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
     /// Every worker is ready: the launching shell may go on.
     pub fn ready(mut self) {
         let _ = self.0.write_all(&[0]);

@@ -127,8 +127,7 @@ impl EventLoop {
         left.extend(calls.of(|call| call.is_running()));
         if !left.is_empty() {
             log::warn!(
-                "{} calls were not done within workers.drain-timeout: they are answered with \
-                 stopping",
+                "{} calls are not done and can't be waited for any longer: answered with stopping",
                 left.len()
             );
         }
