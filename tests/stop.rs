@@ -137,7 +137,7 @@ timeout = \"2s\"
 builtin = \"sleep\"
 ",
         )
-        .expect_log("were not done within workers.drain-timeout")
+        .expect_log("can't be waited for any longer")
         .start();
     let mut client = daemon.client();
     client.send(r#"{"in": "sleep", "params": 0.9, "id": "first"}"#);
