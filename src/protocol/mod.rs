@@ -17,7 +17,7 @@
 //! | [`answer`] | the plain form of an answer |
 //! | [`jsonrpc`] | the JSON-RPC 2.0 form of both, and batches |
 //! | [`body`] | which form a body has |
-//! | [`line`], [`http`] | where a line ends, where a request does; what it asks for |
+//! | [`mod@line`], [`http`] | where a line ends, where a request does; what it asks for |
 //! | [`reply`] | an answer in any form and dialect |
 //! | [`detect`] | which dialect a connection's first four bytes speak |
 //!
