@@ -37,30 +37,42 @@ fn yes() -> bool {
 
 /// Reads the answer to a call with that id.
 pub(super) fn parse(body: &[u8], id: Option<&str>) -> Result<Reply, ClientError> {
-    let alien =
-        |error| ClientError::Protocol(format!("the answer is not in the plain form: {error}"));
-    let answer: Answer = serde_json::from_slice(body).map_err(alien)?;
-    if answer.out == "error" {
-        let refusal: Refusal = serde_json::from_str(answer.result.get()).map_err(alien)?;
-        return Err(ClientError::Refused(RpcError {
-            code: refusal.code,
-            name: refusal.name.into(),
-            message: refusal.message,
-            started: refusal.started,
-            data: refusal.data,
-        }));
-    }
-    let echoed = answer.id.as_deref().map(RawValue::get);
-    if echoed != id {
+    let (echoed, outcome) = read(body)?;
+    let echoed = echoed.as_deref().map(RawValue::get);
+    // Errors echo the id only when it could be read.
+    if outcome.is_ok() && echoed != id {
         return Err(ClientError::Protocol(format!(
             "the call's id is {} and the answer's is {}",
             id.unwrap_or("none"),
             echoed.unwrap_or("none"),
         )));
     }
-    Ok(Reply {
+    outcome
+}
+
+/// What an answer says about its call.
+type Outcome = Result<Reply, ClientError>;
+
+/// Reads an answer to whatever call: its id, and what it says.
+pub(super) fn read(body: &[u8]) -> Result<(Option<Box<RawValue>>, Outcome), ClientError> {
+    let alien =
+        |error| ClientError::Protocol(format!("the answer is not in the plain form: {error}"));
+    let answer: Answer = serde_json::from_slice(body).map_err(alien)?;
+    if answer.out == "error" {
+        let refusal: Refusal = serde_json::from_str(answer.result.get()).map_err(alien)?;
+        let refused = ClientError::Refused(RpcError {
+            code: refusal.code,
+            name: refusal.name.into(),
+            message: refusal.message,
+            started: refusal.started,
+            data: refusal.data,
+        });
+        return Ok((answer.id, Err(refused)));
+    }
+    let reply = Reply {
         out: answer.out,
         result: answer.result,
-        id: answer.id,
-    })
+        id: answer.id.clone(),
+    };
+    Ok((answer.id, Ok(reply)))
 }

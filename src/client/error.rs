@@ -27,6 +27,8 @@ pub enum ClientError {
     Refused(RpcError),
     /// The result is not of the type that was asked for.
     Result(serde_json::Error),
+    /// The connection failed before the call was sent whole, so that it can't have begun.
+    NotSent(io::Error),
     /// The connection ended before the answer came; the call may have run.
     Gone(io::Error),
     /// No answer came within the client's own limit; the call may be running.
@@ -35,6 +37,10 @@ pub enum ClientError {
     Protocol(String),
     /// An earlier error closed the connection. Nothing was sent.
     Closed,
+    /// The pool was closed or terminated before the call's turn came. Nothing was sent.
+    Ended,
+    /// The system gives no thread for it.
+    NoThread(io::Error),
 }
 
 impl ClientError {
@@ -46,7 +52,10 @@ impl ClientError {
             | ClientError::NoServer { .. }
             | ClientError::Params(_)
             | ClientError::TooLarge(_)
-            | ClientError::Closed => true,
+            | ClientError::NotSent(_)
+            | ClientError::Closed
+            | ClientError::Ended
+            | ClientError::NoThread(_) => true,
             ClientError::Result(_)
             | ClientError::Gone(_)
             | ClientError::TimedOut(_)
@@ -70,6 +79,10 @@ impl fmt::Display for ClientError {
             ClientError::Result(error) => {
                 write!(f, "the result is not of the type asked for: {error}")
             }
+            ClientError::NotSent(error) => write!(
+                f,
+                "the connection failed before the call was sent: {error}; the call did not begin"
+            ),
             ClientError::Gone(error) => write!(
                 f,
                 "the connection ended before the answer came: {error}; the call may have run"
@@ -81,6 +94,8 @@ impl fmt::Display for ClientError {
             ),
             ClientError::Protocol(text) => f.write_str(text),
             ClientError::Closed => f.write_str("an earlier error closed the connection"),
+            ClientError::Ended => f.write_str("the pool was closed before the call's turn came"),
+            ClientError::NoThread(error) => write!(f, "start a thread for the client: {error}"),
         }
     }
 }
@@ -88,12 +103,20 @@ impl fmt::Display for ClientError {
 impl std::error::Error for ClientError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            ClientError::NoServer { source, .. } | ClientError::Gone(source) => Some(source),
+            ClientError::NoServer { source, .. }
+            | ClientError::NotSent(source)
+            | ClientError::Gone(source)
+            | ClientError::NoThread(source) => Some(source),
             ClientError::Params(error) | ClientError::Result(error) => Some(error),
             ClientError::Refused(error) => Some(error),
             _ => None,
         }
     }
+}
+
+/// The same failure once more, for each of the calls that it took along.
+pub(super) fn once_more(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
 }
 
 /// For commands: each becomes the error whose exit code design.md gives it.
@@ -117,7 +140,10 @@ impl From<ClientError> for Error {
                 Error::Usage(error.to_string())
             }
             ClientError::Refused(_) => Error::Refused(error.to_string()),
+            ClientError::NoThread(source) => Error::system("start a thread for the client", source),
             ClientError::Result(_)
+            | ClientError::NotSent(_)
+            | ClientError::Ended
             | ClientError::Gone(_)
             | ClientError::TimedOut(_)
             | ClientError::Protocol(_)

@@ -1,12 +1,28 @@
-//! A small blocking client: one connection, one call at a time, in the plain form over frames.
+//! Clients of a server, in the plain form over frames; blocking, with threads and no runtime.
 //!
-//! It sends each call with one write and waits for its answer. It does not reconnect and repeats
-//! nothing: whether a call may be sent again is told by the error ([`ClientError::is_safe_to_repeat`]),
-//! and decided by the caller. After any error but a refusal the connection is closed, for an answer
-//! that comes late must not be taken for the next call's.
+//! Three of them, each on what is above it:
+//!
+//! | type | what for |
+//! | --- | --- |
+//! | [`Client`] | one connection, one call at a time |
+//! | [`Pipeline`] | one connection, any number of calls ahead; answers are matched by id |
+//! | [`Pool`] | several connections in threads: `map` and its kin, reconnecting, repeating what is safe |
+//!
+//! [`Client`] sends each call with one write and waits for its answer. It does not reconnect and
+//! repeats nothing: whether a call may be sent again is told by the error
+//! ([`ClientError::is_safe_to_repeat`]), and decided by the caller. After any error but a refusal the
+//! connection is closed, for an answer that comes late must not be taken for the next call's.
 
 mod answer;
 mod error;
+mod handle;
+mod imap;
+mod lane;
+mod pipeline;
+mod pool;
+#[cfg(test)]
+mod pool_tests;
+mod retry;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -19,6 +35,10 @@ use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 
 pub use error::ClientError;
+pub use handle::Handle;
+pub use imap::{Imap, ImapUnordered};
+pub use pipeline::Pipeline;
+pub use pool::{Options, Pool};
 
 use crate::protocol::code::Code;
 use crate::protocol::frame::{self, Decoded};
@@ -55,6 +75,16 @@ pub struct Reply {
     pub id: Option<Box<RawValue>>,
 }
 
+impl Reply {
+    /// The result as an `R`.
+    ///
+    /// # Errors
+    /// [`ClientError::Result`] when it is none.
+    pub fn read<R: DeserializeOwned>(&self) -> Result<R, ClientError> {
+        serde_json::from_str(self.result.get()).map_err(ClientError::Result)
+    }
+}
+
 /// A call as it is written.
 #[derive(Serialize)]
 struct Call<'a> {
@@ -65,6 +95,21 @@ struct Call<'a> {
     id: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
     timeout_ms: Option<u64>,
+}
+
+impl Call<'_> {
+    /// The frame that is sent.
+    fn to_frame(&self) -> Result<Vec<u8>, ClientError> {
+        let mut bytes = Vec::new();
+        let mark = frame::begin(&mut bytes);
+        serde_json::to_writer(&mut bytes, self).map_err(ClientError::Params)?;
+        let length = bytes.len() - mark - frame::HEADER;
+        if length > BODY_MAX {
+            return Err(ClientError::TooLarge(length));
+        }
+        frame::finish(&mut bytes, mark);
+        Ok(bytes)
+    }
 }
 
 impl Client {
@@ -101,7 +146,7 @@ impl Client {
             id: None,
             timeout_ms: None,
         })?;
-        serde_json::from_str(reply.result.get()).map_err(ClientError::Result)
+        reply.read()
     }
 
     /// Calls a method with params, and an id, that are JSON already; they go through to the letter.
@@ -125,18 +170,21 @@ impl Client {
         })
     }
 
+    /// Whether the next call can be sent: no earlier error closed the connection.
+    pub fn is_open(&self) -> bool {
+        self.stream.is_some()
+    }
+
     /// Sends one call and takes its answer.
     fn exchange(&mut self, call: &Call<'_>) -> Result<Reply, ClientError> {
-        let mut bytes = Vec::new();
-        let mark = frame::begin(&mut bytes);
-        serde_json::to_writer(&mut bytes, call).map_err(ClientError::Params)?;
-        if bytes.len() - mark - frame::HEADER > BODY_MAX {
-            return Err(ClientError::TooLarge(bytes.len() - mark - frame::HEADER));
-        }
-        frame::finish(&mut bytes, mark);
-
+        let bytes = call.to_frame()?;
         // Put back only when it is certain that the next bytes belong to the next call.
         let mut stream = self.stream.take().ok_or(ClientError::Closed)?;
+        // A server that left between two calls is noticed before the next one is entrusted to it.
+        if self.inbox.is_empty() && stream.has_ended() {
+            let left = io::Error::new(io::ErrorKind::UnexpectedEof, "the server has closed it");
+            return Err(ClientError::NotSent(left));
+        }
         let deadline = self
             .timeout
             .and_then(|limit| Instant::now().checked_add(limit));
@@ -148,6 +196,9 @@ impl Client {
                     self.stream = Some(stream);
                 }
                 body
+            }
+            (Err(_), Err(error)) if error.kind() != io::ErrorKind::TimedOut => {
+                return Err(ClientError::NotSent(error));
             }
             (Err(_), Err(error)) => return Err(self.gone(error)),
             (Err(Lost::Io(error)), Ok(())) => return Err(self.gone(error)),

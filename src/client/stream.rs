@@ -4,11 +4,12 @@
 //! the deadline's and nobody else's.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::ClientError;
+use crate::sys::socket;
 
 /// See the module.
 #[derive(Debug)]
@@ -55,7 +56,33 @@ impl Stream {
         Err(nobody(failure))
     }
 
-    /// Sends all the bytes, in one write(2) if the socket takes them.
+    /// A second handle of the same connection, for whoever reads, or ends it from outside.
+    pub(super) fn second(&self) -> io::Result<Self> {
+        match self {
+            Stream::Tcp(tcp) => tcp.try_clone().map(Stream::Tcp),
+            Stream::Unix(unix) => unix.try_clone().map(Stream::Unix),
+        }
+    }
+
+    /// Ends the connection in both directions: whoever waits in it wakes up.
+    pub(super) fn end(&self) {
+        // ENOTCONN says that it has ended already.
+        let _ = match self {
+            Stream::Tcp(tcp) => tcp.shutdown(Shutdown::Both),
+            Stream::Unix(unix) => unix.shutdown(Shutdown::Both),
+        };
+    }
+
+    /// Whether the server has closed it while nobody looked.
+    pub(super) fn has_ended(&self) -> bool {
+        match self {
+            Stream::Tcp(tcp) => socket::has_ended(tcp),
+            Stream::Unix(unix) => socket::has_ended(unix),
+        }
+    }
+
+    /// Sends all the bytes, in one write(2) if the socket takes them. After an error they were
+    /// never sent whole.
     pub(super) fn send(&mut self, mut bytes: &[u8], deadline: Option<Instant>) -> io::Result<()> {
         while !bytes.is_empty() {
             let limit = remaining(deadline)?;

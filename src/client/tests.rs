@@ -12,7 +12,7 @@ use super::*;
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(10));
 
 /// Reads one frame's body; `None` at the end of the stream.
-fn read_frame(stream: &mut impl Read) -> Option<String> {
+pub(super) fn read_frame(stream: &mut impl Read) -> Option<String> {
     let mut length = [0; 4];
     stream.read_exact(&mut length).ok()?;
     let mut body = vec![0; u32::from_le_bytes(length) as usize];
@@ -20,7 +20,7 @@ fn read_frame(stream: &mut impl Read) -> Option<String> {
     Some(String::from_utf8(body).unwrap())
 }
 
-fn framed(body: &str) -> Vec<u8> {
+pub(super) fn framed(body: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mark = frame::begin(&mut bytes);
     bytes.extend_from_slice(body.as_bytes());

@@ -19,8 +19,8 @@ use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    SockaddrStorage, UnixAddr, bind, connect, getsockname, getsockopt, listen, recvmsg, sendmsg,
-    setsockopt, socket, socketpair, sockopt,
+    SockaddrStorage, UnixAddr, bind, connect, getsockname, getsockopt, listen, recv, recvmsg,
+    sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 
 /// How long half-open peers are kept (design.md, `limits.idle-timeout`).
@@ -159,6 +159,17 @@ pub fn accept_queue(fd: &impl AsFd) -> Option<(u32, u32)> {
 /// When it is no unix socket.
 pub fn peer_user(fd: &impl AsFd) -> io::Result<u32> {
     Ok(getsockopt(fd, sockopt::PeerCredentials)?.uid())
+}
+
+/// Whether a connection that has nothing to say was ended by its peer, or broken. What it has to
+/// say stays where it is.
+pub fn has_ended(fd: &impl AsFd) -> bool {
+    let mut byte = [0];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    match recv(fd.as_fd().as_raw_fd(), &mut byte, flags) {
+        Ok(length) => length == 0,
+        Err(error) => !matches!(error, Errno::EAGAIN | Errno::EINTR),
+    }
 }
 
 /// Two connected ends that keep packets whole and tell when the other one is gone

@@ -1,0 +1,234 @@
+//! One connection with any number of calls ahead: a thread reads, whoever calls writes.
+//!
+//! Each call has an id, a number of this connection, and the answer is matched by it, so a quick call
+//! is not held up by a slow one before it. A connection that ended takes its unanswered calls along
+//! ([`ClientError::Gone`]: they may have run); the next call makes a new one. Nothing is repeated.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
+
+use super::error::once_more;
+use super::stream::Stream;
+use super::{Call, ClientError, Handle, Lost, Reply, answer, receive};
+
+/// A connection on which calls are sent without waiting for the answers before.
+///
+/// When the server does not read on, because it has as many unanswered calls of this connection as it
+/// takes (`limits.pipeline`), [`Pipeline::submit`] waits.
+#[derive(Debug)]
+pub struct Pipeline {
+    address: String,
+    timeout: Option<Duration>,
+    /// `None` before a lost connection is made again. Held while a call is written: frames must
+    /// not mix.
+    connection: Mutex<Option<Connection>>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: Stream,
+    unanswered: Arc<Mutex<Unanswered>>,
+    /// `Some` until it was waited for.
+    reader: Option<JoinHandle<()>>,
+}
+
+type Outcome = Result<Reply, ClientError>;
+
+#[derive(Debug, Default)]
+struct Unanswered {
+    /// Ids that were given; an answer to one of them that nobody waits for is merely late.
+    given: u64,
+    calls: HashMap<u64, Sender<Outcome>>,
+    /// The reader has seen the end: nothing sent from now on is answered.
+    ended: bool,
+}
+
+impl Pipeline {
+    /// Connects, as [`Client::connect`](super::Client::connect) does. `timeout` is also how long each
+    /// answer may take, counted from its submission.
+    ///
+    /// # Errors
+    /// [`ClientError::Address`], [`ClientError::NoServer`], [`ClientError::NoThread`].
+    pub fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
+        let connection = Connection::open(address, timeout)?;
+        Ok(Pipeline {
+            address: address.to_owned(),
+            timeout,
+            connection: Mutex::new(Some(connection)),
+        })
+    }
+
+    /// Sends a call; the handle has the result later, in whatever order the answers come.
+    ///
+    /// # Errors
+    /// Those of sending and, if the connection was lost before, of connecting again.
+    pub fn submit<R>(
+        &self,
+        method: &str,
+        params: impl Serialize,
+    ) -> Result<Handle<R>, ClientError> {
+        let params = to_raw_value(&params).map_err(ClientError::Params)?;
+        self.send(method, &params)
+    }
+
+    /// The same with params that are JSON already.
+    ///
+    /// # Errors
+    /// As for [`Pipeline::submit`].
+    pub fn submit_raw<R>(&self, method: &str, params_json: &str) -> Result<Handle<R>, ClientError> {
+        self.send(
+            method,
+            serde_json::from_str(params_json).map_err(ClientError::Params)?,
+        )
+    }
+
+    fn send<R>(&self, method: &str, params: &RawValue) -> Result<Handle<R>, ClientError> {
+        let mut slot = lock(&self.connection);
+        let connection = match slot.take().filter(Connection::is_alive) {
+            Some(connection) => slot.insert(connection),
+            None => slot.insert(Connection::open(&self.address, self.timeout)?),
+        };
+        let (sender, outcome) = bounded(1);
+        let id = lock(&connection.unanswered).add(sender);
+        let sent = write(connection, method, params, id, self.timeout);
+        if let Err(error) = sent {
+            lock(&connection.unanswered).calls.remove(&id);
+            // Half a frame may be out, behind which no other can be understood.
+            if matches!(error, ClientError::NotSent(_) | ClientError::TimedOut(_)) {
+                slot.take();
+            }
+            return Err(error);
+        }
+        Ok(Handle::new(outcome, self.timeout))
+    }
+}
+
+fn write(
+    connection: &mut Connection,
+    method: &str,
+    params: &RawValue,
+    id: u64,
+    timeout: Option<Duration>,
+) -> Result<(), ClientError> {
+    let id = to_raw_value(&id).map_err(ClientError::Params)?;
+    let bytes = Call {
+        method,
+        params,
+        id: Some(&id),
+        timeout_ms: None,
+    }
+    .to_frame()?;
+    let deadline = timeout.and_then(|limit| Instant::now().checked_add(limit));
+    connection
+        .stream
+        .send(&bytes, deadline)
+        .map_err(|error| match (error.kind(), timeout) {
+            (io::ErrorKind::TimedOut, Some(limit)) => ClientError::TimedOut(limit),
+            _ => ClientError::NotSent(error),
+        })
+}
+
+impl Connection {
+    fn open(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
+        let nobody = |source| ClientError::NoServer {
+            address: address.to_owned(),
+            source,
+        };
+        let stream = Stream::connect(address, timeout)?;
+        let reading = stream.second().map_err(nobody)?;
+        let unanswered = Arc::new(Mutex::new(Unanswered::default()));
+        let reader = thread::Builder::new()
+            .name("answers".into())
+            .spawn({
+                let unanswered = Arc::clone(&unanswered);
+                move || read_all(reading, &unanswered)
+            })
+            .map_err(ClientError::NoThread)?;
+        Ok(Connection {
+            stream,
+            unanswered,
+            reader: Some(reader),
+        })
+    }
+
+    fn is_alive(&self) -> bool {
+        !lock(&self.unanswered).ended
+    }
+}
+
+impl Drop for Connection {
+    /// What is unanswered loses its connection.
+    fn drop(&mut self) {
+        self.stream.end();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+impl Unanswered {
+    fn add(&mut self, sender: Sender<Outcome>) -> u64 {
+        self.given += 1;
+        self.calls.insert(self.given, sender);
+        self.given
+    }
+}
+
+/// Hands out answers until the connection ends, and then tells those that have none.
+fn read_all(mut stream: Stream, unanswered: &Mutex<Unanswered>) {
+    let mut inbox = Vec::new();
+    let lost = loop {
+        match receive(&mut stream, &mut inbox, None) {
+            Ok(body) => {
+                if let Err(text) = hand_out(&body, &mut lock(unanswered)) {
+                    break Lost::Alien(text);
+                }
+            }
+            Err(lost) => break lost,
+        }
+    };
+    // Whoever writes on is told so by the system, rather than waiting for a reader that is gone.
+    stream.end();
+    let mut unanswered = lock(unanswered);
+    unanswered.ended = true;
+    for (_, sender) in unanswered.calls.drain() {
+        // A handle that was dropped wants nothing.
+        let _ = sender.send(Err(match &lost {
+            Lost::Io(error) => ClientError::Gone(once_more(error)),
+            Lost::Alien(text) => ClientError::Protocol(text.clone()),
+        }));
+    }
+}
+
+/// Gives an answer to its call; an error when there is none.
+fn hand_out(body: &[u8], unanswered: &mut Unanswered) -> Result<(), String> {
+    let (id, outcome) = answer::read(body).map_err(|error| error.to_string())?;
+    let number = id.as_ref().and_then(|id| id.get().parse().ok());
+    match number {
+        Some(number) if (1..=unanswered.given).contains(&number) => {
+            if let Some(sender) = unanswered.calls.remove(&number) {
+                let _ = sender.send(outcome);
+            }
+            Ok(())
+        }
+        // An error without an id is about the connection: too-large, stopping.
+        _ => Err(match outcome {
+            Err(error) => error.to_string(),
+            Ok(_) => format!(
+                "an answer came with the id {}, which no call has",
+                id.as_ref().map_or("none", |id| id.get())
+            ),
+        }),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

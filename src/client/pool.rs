@@ -1,0 +1,297 @@
+//! Several connections as one pool of callers, in the shape of Python's `multiprocessing.Pool`.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam_channel::{Sender, bounded, unbounded};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+
+use super::imap::{Imap, ImapUnordered};
+use super::lane::{Job, Lane, Shared, Wire};
+use super::retry::Retry;
+use super::{ClientError, Handle, Reply};
+
+/// How a pool calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// How many connections, which is how many calls run at once; at least 1.
+    pub connections: usize,
+    /// How long a call may take: the server is told, and answers `timeout` after that. `None`: as long
+    /// as the server lets it.
+    pub timeout: Option<Duration>,
+    /// For how long a call is repeated that certainly did not begin: the server is being restarted, or
+    /// overloaded. Zero: not at all.
+    pub patience: Duration,
+}
+
+impl Default for Options {
+    /// Eight connections, the server's own timeout, 30 s of patience.
+    fn default() -> Self {
+        Options {
+            connections: 8,
+            timeout: None,
+            patience: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Connections to one server, each in a thread of its own with one call at a time.
+///
+/// For people who come from Python's `multiprocessing.Pool`:
+///
+/// | there | here |
+/// | --- | --- |
+/// | `Pool(4)` | [`Pool::new`]`(address, Options { connections: 4, .. })` |
+/// | `apply(f, x)` | [`Pool::apply`]`("f", x)` |
+/// | `apply_async(f, x)`, then `get()` | [`Pool::submit`], then [`Handle::wait`] |
+/// | `apply_async(f, x, callback=g)` | [`Pool::apply_async`]`("f", x, g)` |
+/// | `map`, `imap`, `imap_unordered` | [`Pool::map`], [`Pool::imap`], [`Pool::imap_unordered`] |
+/// | `close()`, `join()`, `terminate()` | [`Pool::close`], [`Pool::join`], [`Pool::terminate`]; dropping it terminates, as leaving `with` does there |
+///
+/// A connection that was lost is made again. A call is repeated only when it is certain that it did
+/// not begin (`started` is false, or the connection failed before it was sent whole) and another try
+/// can go better; any other failure is the caller's to judge.
+///
+/// ```no_run
+/// use preforkd::client::{Options, Pool};
+///
+/// # fn main() -> Result<(), preforkd::client::ClientError> {
+/// let pool = Pool::new("127.0.0.1:8080", Options::default())?;
+/// let squares: Vec<i64> = pool.map("square", 0..1000)?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Pool {
+    shared: Arc<Shared>,
+    /// `None` once the pool is closed.
+    jobs: Mutex<Option<Sender<Job>>>,
+    /// Dropped to wake the lanes that wait before they repeat.
+    stop: Mutex<Option<Sender<()>>>,
+    wires: Vec<Wire>,
+    lanes: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    /// Connects. Only the first connection is made here, to know that somebody is there; the others
+    /// when there is something to do for them.
+    ///
+    /// # Errors
+    /// [`ClientError::Address`], [`ClientError::NoServer`], [`ClientError::NoThread`].
+    pub fn new(address: &str, options: Options) -> Result<Self, ClientError> {
+        let shared = Arc::new(Shared {
+            address: address.to_owned(),
+            timeout: options.timeout,
+            retry: Retry {
+                patience: options.patience,
+            },
+            ended: AtomicBool::new(false),
+            repeated: AtomicU64::new(0),
+        });
+        let mut first = Some(shared.connect()?);
+        let (jobs, taken) = unbounded::<Job>();
+        let (stop, stopped) = bounded(0);
+        let mut pool = Pool {
+            shared: Arc::clone(&shared),
+            jobs: Mutex::new(Some(jobs)),
+            stop: Mutex::new(Some(stop)),
+            wires: Vec::new(),
+            lanes: Vec::new(),
+        };
+        for number in 0..options.connections.max(1) {
+            let wire = Wire::default();
+            let lane = Lane {
+                shared: Arc::clone(&shared),
+                wire: wire.clone(),
+                client: first.take(),
+                stop: stopped.clone(),
+            };
+            let taken = taken.clone();
+            let thread = thread::Builder::new()
+                .name(format!("lane {number}"))
+                .spawn(move || lane.run(&taken))
+                .map_err(ClientError::NoThread)?;
+            pool.wires.push(wire);
+            pool.lanes.push(thread);
+        }
+        Ok(pool)
+    }
+
+    /// Calls a method and waits for its result.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn apply<R: DeserializeOwned>(
+        &self,
+        method: &str,
+        params: impl Serialize,
+    ) -> Result<R, ClientError> {
+        self.submit(method, params)?.wait()
+    }
+
+    /// Calls a method without waiting; the handle has the result later.
+    ///
+    /// # Errors
+    /// [`ClientError::Params`], and [`ClientError::Ended`] after [`Pool::close`].
+    pub fn submit<R>(
+        &self,
+        method: &str,
+        params: impl Serialize,
+    ) -> Result<Handle<R>, ClientError> {
+        let (sender, outcome) = bounded(1);
+        let params = serde_json::to_string(&params).map_err(ClientError::Params)?;
+        self.start(method.into(), params.into(), move |result| {
+            // Nobody waits for it any more: the handle was dropped.
+            let _ = sender.send(result);
+        })?;
+        Ok(Handle::new(outcome, None))
+    }
+
+    /// Calls a method without waiting; `callback` is given the result, in a thread of the pool that
+    /// makes no other call meanwhile. If it panics, the log says so and the pool goes on.
+    ///
+    /// # Errors
+    /// As for [`Pool::submit`]; the callback is not called then.
+    pub fn apply_async<R: DeserializeOwned>(
+        &self,
+        method: &str,
+        params: impl Serialize,
+        callback: impl FnOnce(Result<R, ClientError>) + Send + 'static,
+    ) -> Result<(), ClientError> {
+        let params = serde_json::to_string(&params).map_err(ClientError::Params)?;
+        self.start(method.into(), params.into(), move |result| {
+            callback(result.and_then(|reply| reply.read()));
+        })
+    }
+
+    /// The same with params that are JSON already, and with the answer to the letter.
+    ///
+    /// # Errors
+    /// As for [`Pool::submit`].
+    pub fn apply_async_raw(
+        &self,
+        method: &Arc<str>,
+        params_json: &str,
+        callback: impl FnOnce(Result<Reply, ClientError>) + Send + 'static,
+    ) -> Result<(), ClientError> {
+        serde_json::from_str::<&RawValue>(params_json).map_err(ClientError::Params)?;
+        self.start(Arc::clone(method), params_json.into(), callback)
+    }
+
+    /// Calls a method for each of `items` and waits for all results, which come in the items' order.
+    ///
+    /// # Errors
+    /// The first error in the items' order; the calls behind it that have begun go on.
+    pub fn map<P: Serialize, R: DeserializeOwned>(
+        &self,
+        method: &str,
+        items: impl IntoIterator<Item = P>,
+    ) -> Result<Vec<R>, ClientError> {
+        self.imap(method, items).collect()
+    }
+
+    /// Calls a method for each of `items`; the results come in the items' order, each as soon as those
+    /// before it are there. Items are taken while there is room: at most four for each
+    /// connection are ahead of the results.
+    pub fn imap<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
+        &self,
+        method: &str,
+        items: I,
+    ) -> Imap<'_, I::IntoIter, R> {
+        Imap::new(self.imap_unordered(method, items))
+    }
+
+    /// Calls a method for each of `items`; the results come as they are done, each with the place of its
+    /// item.
+    pub fn imap_unordered<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
+        &self,
+        method: &str,
+        items: I,
+    ) -> ImapUnordered<'_, I::IntoIter, R> {
+        ImapUnordered::new(self, method.into(), items.into_iter(), self.lanes.len() * 4)
+    }
+
+    /// How often a call has been made again so far.
+    pub fn repeated(&self) -> u64 {
+        self.shared.repeated.load(Ordering::Relaxed)
+    }
+
+    /// Takes no further calls; those that it has are made.
+    pub fn close(&self) {
+        lock(&self.jobs).take();
+    }
+
+    /// Closes it and waits until every call is answered and every callback has returned.
+    pub fn join(mut self) {
+        self.close();
+        self.wait();
+    }
+
+    /// Ends it now: what has not begun gets [`ClientError::Ended`], what runs loses its connection
+    /// and gets [`ClientError::Gone`]. Returns when the last callback has.
+    pub fn terminate(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.close();
+        self.shared.ended.store(true, Ordering::SeqCst);
+        lock(&self.stop).take();
+        for wire in &self.wires {
+            wire.end();
+        }
+        self.wait();
+    }
+
+    fn wait(&mut self) {
+        for lane in self.lanes.drain(..) {
+            // A pool that ends in its own callback has that lane's thread for a caller.
+            if lane.thread().id() != thread::current().id() {
+                let _ = lane.join();
+            }
+        }
+    }
+
+    /// Queues a call whose params are JSON.
+    pub(super) fn start(
+        &self,
+        method: Arc<str>,
+        params: Box<str>,
+        done: impl FnOnce(Result<Reply, ClientError>) + Send + 'static,
+    ) -> Result<(), ClientError> {
+        let done = Box::new(done);
+        let job = Job {
+            method,
+            params,
+            done,
+        };
+        match &*lock(&self.jobs) {
+            Some(jobs) => jobs.send(job).map_err(|_| ClientError::Ended),
+            None => Err(ClientError::Ended),
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("shared", &self.shared)
+            .field("connections", &self.lanes.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Nothing under these locks can panic half-way, so that a poisoned one is as good as any.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

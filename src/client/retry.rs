@@ -1,0 +1,118 @@
+//! When a call that failed is made again, and after how long.
+//!
+//! Pure: the lane that makes the calls keeps the time. Only what is certain not to have begun is
+//! repeated, and of that only what may go better the next time: a method that is not there will not
+//! be there in a second, a server that is just being restarted will.
+
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use super::ClientError;
+use crate::protocol::code::Code;
+
+/// The delay after the second failure in a row; each further one doubles it.
+const FIRST_DELAY: Duration = Duration::from_millis(5);
+/// The longest delay.
+const LONGEST_DELAY: Duration = Duration::from_secs(1);
+
+/// How a pool repeats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Retry {
+    /// How long after its first failure a call is still repeated.
+    pub(super) patience: Duration,
+}
+
+impl Retry {
+    /// How long to wait before a call is made again that has now failed `failures` times with this
+    /// error as the last one, `since` the first of them; `None` when it is not to be repeated.
+    pub(super) fn after(
+        self,
+        error: &ClientError,
+        failures: u32,
+        since: Duration,
+    ) -> Option<Duration> {
+        if !error.is_safe_to_repeat() || !may_go_better(error) || since >= self.patience {
+            return None;
+        }
+        // A connection that went stale is the commonest case, and the next one is likely fine.
+        let Some(doublings) = failures.checked_sub(2) else {
+            return Some(match error {
+                ClientError::NotSent(_) | ClientError::Closed => Duration::ZERO,
+                _ => FIRST_DELAY,
+            });
+        };
+        let delay = FIRST_DELAY.saturating_mul(2_u32.saturating_pow(doublings));
+        Some(delay.min(LONGEST_DELAY).min(self.patience - since))
+    }
+}
+
+fn may_go_better(error: &ClientError) -> bool {
+    match error {
+        ClientError::NotSent(_) | ClientError::Closed => true,
+        // A unix socket that is not there may be bound in a moment; a permission stays refused.
+        ClientError::NoServer { source, .. } => source.kind() != ErrorKind::PermissionDenied,
+        ClientError::Refused(error) => matches!(
+            error.table_code(),
+            Some(Code::Overloaded | Code::Stopping | Code::Crashed)
+        ),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::protocol::rpc_error::RpcError;
+    use std::io;
+
+    const RETRY: Retry = Retry {
+        patience: Duration::from_secs(10),
+    };
+
+    fn refused(code: Code, started: bool) -> ClientError {
+        ClientError::Refused(RpcError::of(code, "", started))
+    }
+
+    #[test]
+    fn only_what_did_not_begin_and_may_go_better_is_repeated() {
+        let broken = || io::Error::from(ErrorKind::ConnectionReset);
+        for (error, again) in [
+            (refused(Code::Overloaded, false), true),
+            (refused(Code::Stopping, false), true),
+            (refused(Code::Crashed, false), true),
+            (refused(Code::Overloaded, true), false),
+            (refused(Code::Stopping, true), false),
+            (refused(Code::Crashed, true), false),
+            (refused(Code::MethodNotFound, false), false),
+            (refused(Code::InvalidParams, false), false),
+            (refused(Code::Timeout, false), false),
+            (ClientError::NotSent(broken()), true),
+            (ClientError::Closed, true),
+            (ClientError::Gone(broken()), false),
+            (ClientError::TimedOut(Duration::ZERO), false),
+            (ClientError::Protocol(String::new()), false),
+            (ClientError::Ended, false),
+        ] {
+            let delay = RETRY.after(&error, 1, Duration::ZERO);
+            assert_eq!(delay.is_some(), again, "{error:?}");
+        }
+    }
+
+    #[test]
+    fn the_delay_doubles_up_to_a_second_and_ends_with_the_patience() {
+        let error = refused(Code::Overloaded, false);
+        let after = |failures, since_s| RETRY.after(&error, failures, Duration::from_secs(since_s));
+        assert_eq!(after(1, 0), Some(FIRST_DELAY));
+        assert_eq!(after(3, 0), Some(FIRST_DELAY * 2));
+        assert_eq!(after(40, 0), Some(LONGEST_DELAY));
+        assert_eq!(after(u32::MAX, 9), Some(LONGEST_DELAY));
+        assert_eq!(after(40, 10), None);
+        let stale = ClientError::Closed;
+        assert_eq!(RETRY.after(&stale, 1, Duration::ZERO), Some(Duration::ZERO));
+        let never = Retry {
+            patience: Duration::ZERO,
+        };
+        assert_eq!(never.after(&stale, 1, Duration::ZERO), None);
+    }
+}
