@@ -29,6 +29,7 @@ mod jsonrpc;
 mod lifecycle;
 mod lines;
 mod manual;
+mod pool;
 mod readme;
 mod reload;
 mod scaling;

@@ -13,6 +13,9 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::value::RawValue;
 
+use super::bench::BenchOptions;
+use super::map::MapOptions;
+use super::target::Target;
 use crate::error::{Error, Result};
 
 /// What to do.
@@ -67,6 +70,10 @@ pub enum Command {
     },
     /// Call a method.
     Call(Call),
+    /// Call a method for each line of stdin.
+    Map(MapOptions),
+    /// Load a server.
+    Bench(BenchOptions),
 }
 
 /// Which running server is meant.
@@ -85,10 +92,8 @@ pub struct Call {
     pub method: String,
     /// The params.
     pub params: Params,
-    /// `--address`; else the first listener of the configuration.
-    pub address: Option<String>,
-    /// `--config`.
-    pub config: Option<PathBuf>,
+    /// `--address` and `--config`.
+    pub target: Target,
     /// `--timeout`.
     pub timeout: Option<Duration>,
     /// `--id`, as JSON: a string or a number.
@@ -176,12 +181,8 @@ enum LowCommand {
         /// The params as JSON; `-` reads them from stdin
         #[arg(default_value = "null", allow_negative_numbers = true)]
         params: String,
-        /// Where the server is, such as 127.0.0.1:8080 or unix:/run/preforkd/rpc.sock [default: the
-        /// configuration's first listener]
-        #[arg(long, value_name = "ADDR")]
-        address: Option<String>,
         #[command(flatten)]
-        config: LowConfig,
+        target: Target,
         /// How long to wait for the answer, such as 500ms or 30s [default: the server's limit]
         #[arg(long, value_name = "TIME", value_parser = duration)]
         timeout: Option<Duration>,
@@ -189,6 +190,10 @@ enum LowCommand {
         #[arg(long, allow_negative_numbers = true)]
         id: Option<String>,
     },
+    /// Call a method for each line of stdin, and print the results in their order
+    Map(MapOptions),
+    /// Load a server with calls of a method, and print how it bears them
+    Bench(BenchOptions),
 }
 
 #[derive(Args)]
@@ -289,8 +294,7 @@ fn raise(low: LowCommand) -> Result<Command> {
         LowCommand::Call {
             method,
             params,
-            address,
-            config,
+            target,
             timeout,
             id,
         } => Command::Call(Call {
@@ -299,15 +303,17 @@ fn raise(low: LowCommand) -> Result<Command> {
                 "-" => Params::Stdin,
                 _ => Params::Here(json(params, "PARAMS")?),
             },
-            address,
-            config: config.config,
+            target,
             timeout,
             id: id.map(id_as_json),
         }),
+        LowCommand::Map(options) => Command::Map(options),
+        LowCommand::Bench(options) => Command::Bench(options.checked()?),
     })
 }
 
-fn duration(text: &str) -> std::result::Result<Duration, String> {
+/// A length of time, as people write it.
+pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
     humantime::parse_duration(text)
         .map_err(|error| format!("{error}; write it as in 500ms, 30s or 5m"))
 }

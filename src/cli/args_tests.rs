@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::args::{Call, Command, Params, Place, parse};
+use super::target::Target;
 use crate::error::Error;
 use std::time::Duration;
 
@@ -19,8 +20,7 @@ fn default_call() -> Call {
     Call {
         method: "ping".into(),
         params: Params::Here("null".into()),
-        address: None,
-        config: None,
+        target: Target::default(),
         timeout: None,
         id: None,
     }
@@ -99,7 +99,10 @@ fn each_command_means_what_the_contract_says() {
             "call ping - --address unix:/x --timeout 1m --id 7",
             Command::Call(Call {
                 params: Params::Stdin,
-                address: Some("unix:/x".into()),
+                target: Target {
+                    address: Some("unix:/x".into()),
+                    config: None,
+                },
                 timeout: Some(Duration::from_secs(60)),
                 id: Some("7".into()),
                 ..default_call()
@@ -139,7 +142,7 @@ fn an_id_that_is_no_json_is_a_string() {
 fn a_wrong_word_is_a_usage_error_that_says_what_to_write() {
     for (line, told) in [
         ("rum", "'run'"),
-        ("map ping", "unrecognized subcommand 'map'"),
+        ("mop ping", "'map'"),
         ("run --deamon", "'--daemon'"),
         ("scale", "<N>"),
         ("scale 0", "1..=1024"),
@@ -166,7 +169,7 @@ fn help_and_version_are_printed_under_the_programs_own_name() {
         panic!("plain preforkd prints help");
     };
     assert_eq!(read("--help").unwrap(), Command::Print(help.clone()));
-    for word in "run check status reload upgrade scale stop call".split(' ') {
+    for word in "run check status reload upgrade scale stop call map bench".split(' ') {
         assert!(help.contains(&format!("\n  {word} ")), "{word} in {help}");
     }
     assert!(help.contains("Usage: preforkd [COMMAND]"), "{help}");

@@ -1,19 +1,15 @@
 //! `call`: one call to a running server.
 //!
-//! The result goes back to the letter. An error answer is [`Error::Refused`]; whom to call is the
-//! command line's word, else the configuration's, else the default.
+//! The result goes back to the letter. An error answer is [`Error::Refused`].
 
 use std::io::{self, Read};
 use std::time::Duration;
 
 use super::args::{self, Call, Params};
 use crate::client::{Client, ClientError};
-use crate::config::{self, Address, Overrides};
+use crate::config::Overrides;
 use crate::error::{Error, Result};
 use crate::protocol::rpc_error::RpcError;
-
-/// Where a server without a configuration listens.
-const DEFAULT_ADDRESS: &str = "127.0.0.1:8080";
 
 /// How much longer than the server this side waits: it is the server that answers `timeout`, and
 /// its answer needs time to arrive.
@@ -29,10 +25,7 @@ pub(super) fn call(call: &Call, overrides: &Overrides) -> Result<String> {
             &stdin
         }
     };
-    let address = match &call.address {
-        Some(address) => address.clone(),
-        None => configured_address(call, overrides)?,
-    };
+    let address = call.target.address(overrides)?;
     let timeout_ms = call
         .timeout
         .map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
@@ -58,28 +51,9 @@ fn read_params(mut from: impl Read) -> Result<String> {
     }
 }
 
-/// The first listener of the configuration.
-fn configured_address(call: &Call, overrides: &Overrides) -> Result<String> {
-    let settings = match config::load(call.config.as_deref(), overrides) {
-        Ok(settings) => settings,
-        Err(error) if call.config.is_some() => return Err(error),
-        // Nobody named that file, and it may be one that only the server's own user can read.
-        Err(_) => return Ok(DEFAULT_ADDRESS.into()),
-    };
-    match settings.listen.first().map(|listen| &listen.address) {
-        Some(Address::Tcp(address)) if address.port() == 0 => Err(Error::Usage(
-            "the configuration leaves the port to the system; say with --address which one it is \
-             (`status` shows it)"
-                .into(),
-        )),
-        Some(address) => Ok(address.to_string()),
-        None => Ok(DEFAULT_ADDRESS.into()),
-    }
-}
-
 /// An error answer in words.
-fn refusal(method: &str, error: &RpcError) -> String {
-    let mut text = format!("{method}: {error}");
+pub(super) fn refusal(what: &str, error: &RpcError) -> String {
+    let mut text = format!("{what}: {error}");
     if !error.started {
         text += " (the call did not begin)";
     }

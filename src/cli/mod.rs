@@ -5,12 +5,15 @@
 //! stays, for as long as the server does.
 
 pub mod args;
+pub mod bench;
 mod call;
 mod check;
 mod control;
+pub mod map;
 pub mod output;
 mod status;
 mod table;
+pub mod target;
 mod units;
 
 #[cfg(test)]
@@ -97,6 +100,8 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             control::stop(&place, now, &mut |hint| output::complain(name, hint))
         }
         Command::Call(call) => print_line(call::call(&call, &overrides)?),
+        Command::Map(options) => map::map(name, &options, &overrides),
+        Command::Bench(options) => bench::bench(name, &options, &overrides),
     }
 }
 

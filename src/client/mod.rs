@@ -28,6 +28,7 @@ mod stream;
 mod tests;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -62,6 +63,23 @@ pub struct Client {
     inbox: Vec<u8>,
     /// How long an answer may take; `None` for as long as the server lives.
     timeout: Option<Duration>,
+}
+
+/// Connects as [`Client::connect`] does, for who has an event loop of its own: a non-blocking socket.
+///
+/// # Errors
+/// [`ClientError::Address`], [`ClientError::NoServer`].
+pub fn connect_nonblocking(
+    address: &str,
+    timeout: Option<Duration>,
+) -> Result<OwnedFd, ClientError> {
+    let stream = Stream::connect(address, timeout)?;
+    stream
+        .into_nonblocking()
+        .map_err(|source| ClientError::NoServer {
+            address: address.to_owned(),
+            source,
+        })
 }
 
 /// What a server answered, with its members to the letter.

@@ -5,6 +5,7 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,14 @@ impl Stream {
             }
         }
         Err(nobody(failure))
+    }
+
+    /// The socket itself, for an event loop: it waits for nothing any more.
+    pub(super) fn into_nonblocking(self) -> io::Result<OwnedFd> {
+        match self {
+            Stream::Tcp(tcp) => tcp.set_nonblocking(true).map(|()| tcp.into()),
+            Stream::Unix(unix) => unix.set_nonblocking(true).map(|()| unix.into()),
+        }
     }
 
     /// A second handle of the same connection, for whoever reads, or ends it from outside.

@@ -14,5 +14,6 @@ pub mod process;
 pub mod shared;
 pub mod signal;
 pub mod socket;
+pub mod timer;
 pub mod title;
 pub mod waker;

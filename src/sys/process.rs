@@ -227,6 +227,19 @@ pub fn resident_bytes(pid: Pid) -> u64 {
     pages * page_size
 }
 
+/// CPU time of this process so far, user and system, all threads (getrusage(2)).
+pub fn cpu_time() -> Duration {
+    use nix::sys::resource::{UsageWho, getrusage};
+    use nix::sys::time::TimeVal;
+    let length = |time: TimeVal| {
+        let micros = u64::try_from(time.tv_sec() * 1_000_000 + time.tv_usec()).unwrap_or(0);
+        Duration::from_micros(micros)
+    };
+    getrusage(UsageWho::RUSAGE_SELF).map_or(Duration::ZERO, |usage| {
+        length(usage.user_time()) + length(usage.system_time())
+    })
+}
+
 /// Time since boot, suspended time left out (CLOCK_MONOTONIC): the same in all processes of one
 /// machine, and deaf to changes of the wall clock.
 pub fn monotonic() -> Duration {

@@ -79,6 +79,19 @@ impl AsFd for SignalPipe {
     }
 }
 
+/// A flag that the interrupt signal (Ctrl-C) sets; when it is set already, the signal ends the process
+/// as it does by default.
+///
+/// # Errors
+/// When the signal can't be caught.
+pub fn interrupt_flag() -> io::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    // In this order: the first signal must find the flag unset, and the second one set.
+    signal_hook::flag::register_conditional_default(libc::SIGINT, Arc::clone(&flag))?;
+    signal_hook::flag::register(libc::SIGINT, Arc::clone(&flag))?;
+    Ok(flag)
+}
+
 /// Blocks every signal in the calling thread.
 pub fn block_all() {
     set_mask(&SigSet::all());

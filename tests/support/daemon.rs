@@ -327,7 +327,7 @@ impl Daemon {
     pub fn command(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(binary());
         command.args(arguments);
-        if arguments.first() == Some(&"call") {
+        if matches!(arguments.first(), Some(&("call" | "map" | "bench"))) {
             command.arg("--address").arg(self.address.to_string());
         } else {
             command

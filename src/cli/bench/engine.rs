@@ -1,0 +1,412 @@
+//! The loop of one thread of the load: its connections, on the event floor.
+//!
+//! It must never be the bottleneck: a call costs one send, one receive, and a share of one wait; calls
+//! that can leave together do. Answers come in the order of the calls, for those have no ids. A
+//! connection that fails or falls silent takes its calls along and is made again; only a server that
+//! stays away ends the load.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::dialect::{Answer, Calls};
+use super::pace::{Interval, nanoseconds};
+use super::tally::Tally;
+use crate::client::connect_nonblocking;
+use crate::error::{Error, Result};
+use crate::sys::event::{Completion, Driver, Floor, Token};
+use crate::sys::timer::Timer;
+
+/// How often it looks for calls without an answer, lost connections, and the interrupt.
+const TICK: Duration = Duration::from_millis(100);
+/// How long it goes on without a single connection.
+const WITHOUT_SERVER: Duration = Duration::from_secs(5);
+/// The number under which the floor tells of the timer.
+const TIMER: u16 = 0;
+
+/// What a thread has to do.
+#[derive(Debug, Clone)]
+pub(super) struct Share {
+    pub(super) connections: u64,
+    /// Unanswered calls that a connection may have.
+    pub(super) depth: usize,
+    pub(super) count: Option<u64>,
+    pub(super) duration: Option<Duration>,
+    /// `Some` in an open loop.
+    pub(super) interval: Option<Interval>,
+    pub(super) timeout: Duration,
+    /// Where among the params it begins.
+    pub(super) first: u64,
+}
+
+/// See the module.
+pub(super) struct Engine {
+    floor: Floor,
+    timer: Timer,
+    load: Load,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Engine {
+    /// Connects as often as its share says.
+    pub(super) fn connect(
+        address: &str,
+        share: Share,
+        calls: Arc<Calls>,
+        interrupted: Arc<AtomicBool>,
+    ) -> Result<Self> {
+        let system = |error: io::Error| Error::system("make an event loop for the load", error);
+        let mut floor = Floor::new().map_err(system)?;
+        let timer = Timer::new().map_err(system)?;
+        floor.watch(TIMER, &timer).map_err(system)?;
+        let mut load = Load {
+            address: address.to_owned(),
+            end: share.duration.map(nanoseconds),
+            share,
+            calls,
+            begin: Instant::now(),
+            now: 0,
+            connections: Vec::new(),
+            free: VecDeque::new(),
+            outstanding: 0,
+            missing: 0,
+            stopped: false,
+            outbox: Vec::new(),
+            tally: Tally::new()?,
+        };
+        for _ in 0..load.share.connections {
+            load.connect(&mut floor)?;
+        }
+        Ok(Engine {
+            floor,
+            timer,
+            load,
+            interrupted,
+        })
+    }
+
+    /// Makes the load that began at `begin`, until it is over and everything is answered or given up.
+    pub(super) fn run(self, begin: Instant) -> Result<Tally> {
+        let Engine {
+            mut floor,
+            timer,
+            mut load,
+            interrupted,
+        } = self;
+        let (floor, load) = (&mut floor, &mut load);
+        load.begin = begin;
+        load.look();
+        if load.share.interval.is_none() {
+            load.fill_all(floor);
+        }
+        let mut ticked = Instant::now();
+        let mut served = Instant::now();
+        loop {
+            load.look();
+            load.send_due(floor);
+            if load.is_over() && load.outstanding == 0 {
+                break;
+            }
+            let wait = match load.next_due() {
+                Some(due) if due <= load.now => Duration::ZERO,
+                Some(due) => {
+                    let wait = Duration::from_nanos(due - load.now);
+                    timer.set(wait).map_err(failed)?;
+                    TICK
+                }
+                None => TICK,
+            };
+            floor.turn(wait.as_millis() as u64, load).map_err(failed)?;
+            if load.share.interval.is_some() {
+                timer.clear().map_err(failed)?;
+            }
+            if ticked.elapsed() >= TICK {
+                ticked = Instant::now();
+                load.stopped |= interrupted.load(Ordering::SeqCst);
+                let outcome = load.tick(floor);
+                if floor.connections() > 0 {
+                    served = ticked;
+                } else if served.elapsed() >= WITHOUT_SERVER {
+                    outcome?;
+                }
+            }
+        }
+        Ok(load.finish())
+    }
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::system("wait for answers", error)
+}
+
+struct Connection {
+    token: Token,
+    /// When each unanswered call was due, and when it was sent, the oldest first.
+    unanswered: VecDeque<(u64, u64)>,
+    /// An answer that has not come whole.
+    inbox: Vec<u8>,
+    /// Whether it was ever of use.
+    answered: bool,
+}
+
+/// Everything but the floor, which drives it. Times are nanoseconds since the beginning.
+struct Load {
+    address: String,
+    share: Share,
+    calls: Arc<Calls>,
+    begin: Instant,
+    now: u64,
+    /// When nothing is begun any more.
+    end: Option<u64>,
+    /// By the tokens' places.
+    connections: Vec<Option<Connection>>,
+    /// In an open loop, a token for each call that a connection has room for; some are of connections
+    /// that are gone.
+    free: VecDeque<Token>,
+    /// Unanswered calls of all connections.
+    outstanding: usize,
+    /// Connections that have to be made again.
+    missing: u64,
+    stopped: bool,
+    /// Kept for its capacity.
+    outbox: Vec<u8>,
+    tally: Tally,
+}
+
+impl Load {
+    fn look(&mut self) {
+        self.now = nanoseconds(self.begin.elapsed());
+    }
+
+    fn connect(&mut self, floor: &mut Floor) -> Result<()> {
+        let socket = connect_nonblocking(&self.address, Some(self.share.timeout))?;
+        let token = floor
+            .adopt(socket)
+            .map_err(|error| Error::system("watch a connection", error))?;
+        let index = token.index();
+        if self.connections.len() <= index {
+            self.connections.resize_with(index + 1, || None);
+        }
+        self.connections[index] = Some(Connection {
+            token,
+            unanswered: VecDeque::with_capacity(self.share.depth),
+            inbox: Vec::new(),
+            answered: false,
+        });
+        if self.share.interval.is_some() {
+            self.free.extend((0..self.share.depth).map(|_| token));
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is begun any more.
+    fn is_over(&self) -> bool {
+        self.stopped
+            || self
+                .share
+                .count
+                .is_some_and(|count| self.tally.sent >= count)
+            || self.end.is_some_and(|end| self.now >= end)
+            || match (self.share.interval, self.end) {
+                (Some(interval), Some(end)) => interval.due(self.tally.sent) >= end,
+                _ => false,
+            }
+    }
+
+    /// When the next call is due that could be sent.
+    fn next_due(&self) -> Option<u64> {
+        let interval = self.share.interval?;
+        (!self.is_over() && !self.free.is_empty()).then(|| interval.due(self.tally.sent))
+    }
+
+    /// In an open loop, sends what is due.
+    fn send_due(&mut self, floor: &mut Floor) {
+        while let Some(due) = self.next_due()
+            && due <= self.now
+        {
+            let Some(token) = self.free.pop_front() else {
+                return;
+            };
+            if self.connection(token).is_some() {
+                self.send(floor, token, 1, due);
+            }
+        }
+    }
+
+    /// In a closed loop, fills every connection.
+    fn fill_all(&mut self, floor: &mut Floor) {
+        for index in 0..self.connections.len() {
+            if let Some(connection) = &self.connections[index] {
+                let token = connection.token;
+                let room = self.share.depth - connection.unanswered.len();
+                self.send(floor, token, room, self.now);
+            }
+        }
+    }
+
+    /// Sends so many calls at once, or as many as are still to be made.
+    fn send(&mut self, floor: &mut Floor, token: Token, calls: usize, due: u64) {
+        let Some(connection) = connection(&mut self.connections, token) else {
+            return;
+        };
+        let left = match self.share.count {
+            Some(count) => usize::try_from(count - self.tally.sent).unwrap_or(usize::MAX),
+            None => usize::MAX,
+        };
+        let calls = calls.min(left);
+        for _ in 0..calls {
+            let number = self.share.first.wrapping_add(self.tally.sent);
+            self.outbox.extend_from_slice(self.calls.call(number));
+            connection.unanswered.push_back((due, self.now));
+            self.tally.sent += 1;
+        }
+        self.outstanding += calls;
+        floor.send(token, &mut self.outbox);
+    }
+
+    fn connection(&mut self, token: Token) -> Option<&mut Connection> {
+        connection(&mut self.connections, token)
+    }
+
+    fn received(&mut self, floor: &mut Floor, token: Token, bytes: &[u8]) {
+        self.look();
+        let Some(connection) = connection(&mut self.connections, token) else {
+            return;
+        };
+        let mut held = mem::take(&mut connection.inbox);
+        let bytes = if held.is_empty() {
+            bytes
+        } else {
+            held.extend_from_slice(bytes);
+            &held
+        };
+        let (mut used, mut answered) = (0, 0);
+        let fault = loop {
+            let (length, code) = match self.calls.read(&bytes[used..]) {
+                Answer::Result { used } => (used, None),
+                Answer::Error { used, code } => (used, Some(code)),
+                Answer::Partial { .. } => break None,
+                Answer::Alien => break Some("not an answer"),
+            };
+            used += length;
+            let Some((due, _)) = connection.unanswered.pop_front() else {
+                break Some("an answer to no call");
+            };
+            match code {
+                None => self.tally.ok += 1,
+                Some(code) => self.tally.error(code),
+            }
+            let latency = self.now.saturating_sub(due);
+            self.tally.latencies.saturating_record(latency);
+            answered += 1;
+        };
+        connection.answered |= answered > 0;
+        if used < bytes.len() && fault.is_none() {
+            connection.inbox.extend_from_slice(&bytes[used..]);
+        }
+        self.outstanding -= answered;
+        self.tally.elapsed = self.now;
+        if let Some(reason) = fault {
+            return self.lose(floor, token, reason);
+        }
+        if self.share.interval.is_some() {
+            self.free.extend((0..answered).map(|_| token));
+            self.send_due(floor);
+        } else if answered > 0 && !self.is_over() {
+            self.send(floor, token, answered, self.now);
+        }
+    }
+
+    /// A connection is of no use any more.
+    fn lose(&mut self, floor: &mut Floor, token: Token, reason: &'static str) {
+        floor.close(token);
+        let Some(connection) = self
+            .connections
+            .get_mut(token.index())
+            .and_then(Option::take)
+        else {
+            return;
+        };
+        self.outstanding -= connection.unanswered.len();
+        self.tally.lose(reason, connection.unanswered.len());
+        self.missing += 1;
+        // One that a server closes at once would be made again without end.
+        if connection.answered && !self.is_over() {
+            let _ = self.reconnect(floor);
+        }
+    }
+
+    /// Makes those connections again that are missing. In a closed loop they begin to call.
+    fn reconnect(&mut self, floor: &mut Floor) -> Result<()> {
+        while self.missing > 0 {
+            self.connect(floor)?;
+            self.missing -= 1;
+            self.tally.reconnects += 1;
+        }
+        if self.share.interval.is_none() {
+            self.fill_all(floor);
+        }
+        Ok(())
+    }
+
+    /// Gives up what has no answer in time, and makes lost connections again.
+    fn tick(&mut self, floor: &mut Floor) -> Result<()> {
+        self.look();
+        let timeout = nanoseconds(self.share.timeout);
+        let late: Vec<Token> = self
+            .connections
+            .iter()
+            .flatten()
+            .filter(|connection| {
+                let oldest = connection.unanswered.front();
+                oldest.is_some_and(|(_, sent)| self.now.saturating_sub(*sent) >= timeout)
+            })
+            .map(|connection| connection.token)
+            .collect();
+        for token in late {
+            self.lose(floor, token, "no answer in time");
+        }
+        if self.is_over() {
+            return Ok(());
+        }
+        self.reconnect(floor)
+    }
+
+    /// The tally, with what was due and never sent.
+    fn finish(&mut self) -> Tally {
+        if let (Some(interval), false) = (self.share.interval, self.stopped)
+            && let Some(end) = self.end
+        {
+            while interval.due(self.tally.sent + self.tally.not_sent) < end {
+                self.tally.not_sent += 1;
+            }
+        }
+        self.tally.clone()
+    }
+}
+
+fn connection(connections: &mut [Option<Connection>], token: Token) -> Option<&mut Connection> {
+    connections
+        .get_mut(token.index())?
+        .as_mut()
+        .filter(|connection| connection.token == token)
+}
+
+impl Driver for Load {
+    fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>) {
+        match completion {
+            Completion::Received { token, bytes } => self.received(floor, token, bytes),
+            Completion::Ended { token } => self.lose(floor, token, "connection closed"),
+            Completion::Failed { token, .. } => self.lose(floor, token, "connection reset"),
+            // The timer's whole message is that the wait is over; no listener is here.
+            Completion::Sent { .. }
+            | Completion::Readable { .. }
+            | Completion::Accepted { .. }
+            | Completion::Adopted { .. }
+            | Completion::AcceptFailed { .. } => {}
+        }
+    }
+}

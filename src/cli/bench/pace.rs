@@ -1,0 +1,53 @@
+//! When calls are due in an open loop.
+//!
+//! Pure: times are nanoseconds since the load began. The calls of all threads together are evenly
+//! spaced; each thread has every n-th of them.
+
+use std::time::Duration;
+
+const SECOND: u128 = 1_000_000_000;
+
+/// The calls of one thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Interval {
+    /// Calls a second, of all threads together.
+    pub(super) rate: u64,
+    /// How many threads share them.
+    pub(super) every: u64,
+    /// Which of them this one is, from 0 on.
+    pub(super) offset: u64,
+}
+
+impl Interval {
+    /// When this thread's call number `number` is due. Counted from the beginning each time, so that
+    /// no error of rounding adds up.
+    pub(super) fn due(self, number: u64) -> u64 {
+        let place = u128::from(number) * u128::from(self.every) + u128::from(self.offset);
+        u64::try_from(place * SECOND / u128::from(self.rate)).unwrap_or(u64::MAX)
+    }
+}
+
+/// As the engine counts time.
+pub(super) fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_calls_of_all_threads_are_evenly_spaced_and_never_drift() {
+        let interval = |offset| Interval {
+            rate: 3,
+            every: 2,
+            offset,
+        };
+        let due = [interval(0).due(0), interval(1).due(0), interval(0).due(1)];
+        assert_eq!(due, [0, 333_333_333, 666_666_666]);
+        assert_eq!(interval(1).due(1), 1_000_000_000);
+        // After a day it is still a third of a second.
+        assert_eq!(interval(0).due(86_400 * 3 / 2), 86_400 * 1_000_000_000);
+        assert_eq!(interval(0).due(u64::MAX), u64::MAX);
+    }
+}

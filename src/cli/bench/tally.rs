@@ -1,0 +1,90 @@
+//! What a load has seen: how many calls ended how, and how long those took that were answered.
+
+use std::collections::BTreeMap;
+
+use hdrhistogram::Histogram;
+
+use super::dialect::error_name;
+use crate::error::{Error, Result};
+
+/// The longest latency that is told from longer ones, in nanoseconds: an hour.
+const LONGEST: u64 = 3_600_000_000_000;
+
+/// See the module. Every call that was sent is in exactly one of `ok`, `errors` and `unanswered`.
+#[derive(Debug, Clone)]
+pub(super) struct Tally {
+    /// Calls that were sent.
+    pub(super) sent: u64,
+    /// Those with a result.
+    pub(super) ok: u64,
+    /// Those with an error, by the name of its code.
+    pub(super) errors: BTreeMap<String, u64>,
+    /// Those without an answer, by the reason.
+    pub(super) unanswered: BTreeMap<&'static str, u64>,
+    /// Calls that were due and never sent, for no connection had room.
+    pub(super) not_sent: u64,
+    /// Connections that had to be made again.
+    pub(super) reconnects: u64,
+    /// From the beginning to the last answer, in nanoseconds.
+    pub(super) elapsed: u64,
+    /// Of every answer, in nanoseconds; in an open loop from when the call was due.
+    pub(super) latencies: Histogram<u64>,
+}
+
+impl Tally {
+    pub(super) fn new() -> Result<Self> {
+        let latencies = Histogram::new_with_bounds(100, LONGEST, 3)
+            .map_err(|error| Error::Bug(format!("no histogram: {error}")))?;
+        Ok(Tally {
+            sent: 0,
+            ok: 0,
+            errors: BTreeMap::new(),
+            unanswered: BTreeMap::new(),
+            not_sent: 0,
+            reconnects: 0,
+            elapsed: 0,
+            latencies,
+        })
+    }
+
+    /// A call was answered with an error.
+    #[cold]
+    pub(super) fn error(&mut self, code: i64) {
+        *self.errors.entry(error_name(code)).or_default() += 1;
+    }
+
+    /// So many calls get no answer.
+    pub(super) fn lose(&mut self, reason: &'static str, calls: usize) {
+        if calls > 0 {
+            *self.unanswered.entry(reason).or_default() += calls as u64;
+        }
+    }
+
+    /// Adds what another thread saw.
+    pub(super) fn add(&mut self, other: &Tally) -> Result<()> {
+        self.sent += other.sent;
+        self.ok += other.ok;
+        self.not_sent += other.not_sent;
+        self.reconnects += other.reconnects;
+        self.elapsed = self.elapsed.max(other.elapsed);
+        for (name, count) in &other.errors {
+            *self.errors.entry(name.clone()).or_default() += count;
+        }
+        for (reason, count) in &other.unanswered {
+            *self.unanswered.entry(reason).or_default() += count;
+        }
+        self.latencies
+            .add(&other.latencies)
+            .map_err(|error| Error::Bug(format!("histograms that do not add up: {error}")))
+    }
+
+    /// Calls that were answered with an error.
+    pub(super) fn refused(&self) -> u64 {
+        self.errors.values().sum()
+    }
+
+    /// Calls that got no answer, or were not even sent.
+    pub(super) fn lost(&self) -> u64 {
+        self.unanswered.values().sum::<u64>() + self.not_sent
+    }
+}

@@ -1,0 +1,79 @@
+//! The lines of stdin, read in a thread of their own.
+//!
+//! Each comes with its number, counted from 1, and with how far into the input it ends. The thread
+//! waits while nobody takes them, and ends with the input, an error, or its taker; a read that never
+//! returns is left to the process's end.
+
+use std::io::{self, BufRead};
+use std::thread;
+
+use crossbeam_channel::Sender;
+
+use crate::error::{Error, Result};
+
+/// A line of the input.
+pub(super) struct Line {
+    /// Counted from 1.
+    pub(super) number: u64,
+    /// Without its end.
+    pub(super) text: Vec<u8>,
+    /// Bytes of the input up to here.
+    pub(super) read: u64,
+}
+
+/// A line, or why there are no more.
+pub(super) type Incoming = io::Result<Line>;
+
+/// Reads stdin into `feed`.
+pub(super) fn read(feed: Sender<Incoming>) -> Result<()> {
+    thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || read_all(io::stdin().lock(), &feed))
+        .map(drop)
+        .map_err(|error| Error::system("start a thread for stdin", error))
+}
+
+fn read_all(mut from: impl BufRead, feed: &Sender<Incoming>) {
+    let mut read = 0;
+    for number in 1.. {
+        let mut text = Vec::new();
+        let incoming = match from.read_until(b'\n', &mut text) {
+            Ok(0) => return,
+            Ok(length) => {
+                read += length as u64;
+                if text.last() == Some(&b'\n') {
+                    text.pop();
+                }
+                Ok(Line { number, text, read })
+            }
+            Err(error) => Err(error),
+        };
+        let last = incoming.is_err();
+        if feed.send(incoming).is_err() || last {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crossbeam_channel::unbounded;
+
+    #[test]
+    fn lines_are_numbered_from_one_and_the_last_needs_no_end() {
+        let (feed, lines) = unbounded();
+        read_all(&b"1\n\n{\"a\": 2}"[..], &feed);
+        drop(feed);
+        let lines: Vec<Line> = lines.iter().map(|line| line.unwrap()).collect();
+        let told: Vec<_> = lines
+            .iter()
+            .map(|line| (line.number, &line.text[..], line.read))
+            .collect();
+        assert_eq!(
+            told,
+            [(1, &b"1"[..], 2), (2, b"", 3), (3, b"{\"a\": 2}", 11)]
+        );
+    }
+}

@@ -1,0 +1,423 @@
+//! `map`, `bench` and the crate's own client against a real daemon: what is in order, what is
+//! repeated and what is not, and whether the counts add up.
+//!
+//! The one theme that uses the crate: its client is what is under test here.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use preforkd::client::{ClientError, Options, Pipeline, Pool};
+use serde_json::Value;
+
+use crate::support::{Daemon, Dir, PATIENCE, binary, wait_for};
+
+const WITH_SLEEP: &str = "
+[workers]
+count = 2
+respawn-max-delay = \"0s\"
+[methods.sleep]
+builtin = \"sleep\"
+";
+
+/// `map` with these words, and a pipe at each end.
+fn map(daemon: &Daemon, words: &[&str]) -> Child {
+    let mut command = Command::new(binary());
+    command.arg("map").args(words);
+    command.arg("--address").arg(daemon.address().to_string());
+    command
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// `map` of a whole input.
+fn map_all(daemon: &Daemon, words: &[&str], input: &str) -> Output {
+    let mut child = map(daemon, words);
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_owned();
+    // From a thread: the results fill their pipe meanwhile.
+    let writer = thread::spawn(move || {
+        // Who has ended early reads no more.
+        let _ = stdin.write_all(input.as_bytes());
+    });
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn numbers(range: std::ops::Range<u64>) -> String {
+    range.map(|number| format!("{number}\n")).collect()
+}
+
+#[test]
+fn map_writes_the_results_in_the_order_of_the_lines() {
+    let daemon = Daemon::builder().config(WITH_SLEEP).start();
+    // The first ones take longest.
+    let input = "0.3\n0.2\n\n0.1\n0.0\n";
+    let output = map_all(&daemon, &["sleep", "--jobs", "4", "--tag"], input);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(text(&output.stdout), "1\t0.3\n2\t0.2\n4\t0.1\n5\t0.0\n");
+    assert_eq!(text(&output.stderr), "");
+}
+
+#[test]
+fn map_names_the_lines_that_fail_and_does_the_others() {
+    let daemon = Daemon::start();
+    let input = "1\n{bad\n[3]\n\"\n5";
+    let output = map_all(&daemon, &["ping"], input);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(text(&output.stdout), "1\n[3]\n5\n");
+    let told = text(&output.stderr);
+    assert!(told.contains("line 2: the params are no JSON"), "{told}");
+    assert!(told.contains("line 4: "), "{told}");
+    assert!(told.contains("3 lines done, 2 failed"), "{told}");
+
+    let output = map_all(&daemon, &["nope"], "1\n2\n");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let told = text(&output.stderr);
+    assert!(told.contains("line 1: nope: method-not-found"), "{told}");
+    assert!(told.contains("0 lines done, 2 failed"), "{told}");
+}
+
+#[test]
+fn map_ends_when_its_reader_leaves_and_when_there_is_no_server() {
+    let mut daemon = Daemon::start();
+    let mut child = map(&daemon, &["ping"]);
+    let mut stdin = child.stdin.take().unwrap();
+    let writer = thread::spawn(move || {
+        // Far more than pipes and windows hold: it ends because nobody reads on.
+        let _ = stdin.write_all(numbers(0..1_000_000).as_bytes());
+    });
+    let mut first = [0; 2];
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut first).unwrap();
+    drop(stdout);
+    wait_for("the end of a map that nobody reads", PATIENCE, || {
+        child.try_wait().unwrap().is_some()
+    });
+    assert!(child.wait().unwrap().success());
+    writer.join().unwrap();
+
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_exit();
+    let output = map_all(&daemon, &["ping"], "1\n");
+    assert_eq!(output.status.code(), Some(69), "{output:?}");
+}
+
+/// What fails is what ran in the worker that was killed, and a second run does just that.
+#[test]
+fn map_over_a_thousand_lines_outlives_a_killed_worker_and_a_reload() {
+    const LINES: u64 = 1_000;
+    let daemon = Daemon::builder()
+        .config(WITH_SLEEP)
+        .expect_log("SIGKILL")
+        .start();
+    let dir = Dir::new();
+    let record = dir.join("done");
+    let words = [
+        "sleep",
+        "--jobs",
+        "8",
+        "--tag",
+        "--resume",
+        record.to_str().unwrap(),
+    ];
+    let input = "0.004\n".repeat(LINES as usize);
+
+    let mut child = map(&daemon, &words);
+    let mut stdin = child.stdin.take().unwrap();
+    let lines = input.clone();
+    let writer = thread::spawn(move || stdin.write_all(lines.as_bytes()).unwrap());
+    let done = || {
+        std::fs::read_to_string(&record)
+            .unwrap_or_default()
+            .lines()
+            .count()
+    };
+    wait_for("a hundred lines", PATIENCE, || done() > 100);
+    kill(Pid::from_raw(daemon.ready_workers()[0]), Signal::SIGKILL).unwrap();
+    wait_for("a fresh worker", PATIENCE, || {
+        daemon.ready_workers().len() == 2
+    });
+    let before = done();
+    let reloaded = daemon.command(&["reload"]);
+    assert!(reloaded.status.success(), "{reloaded:?}");
+    let first = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+
+    let lost = text(&first.stderr).matches("preforkd: line ").count() as u64;
+    let results = text(&first.stdout);
+    assert_eq!(results.lines().count() as u64 + lost, LINES);
+    // At most one call of each connection was running there.
+    assert!(lost <= 8, "{}", text(&first.stderr));
+    assert_eq!(
+        first.status.code(),
+        Some(i32::from(lost > 0)),
+        "{}",
+        text(&first.stderr)
+    );
+
+    let second = map_all(&daemon, &words, &input);
+    assert!(second.status.success(), "{second:?}");
+    assert_eq!(text(&second.stdout).lines().count() as u64, lost);
+    let all = results + &text(&second.stdout);
+    let places: BTreeSet<u64> = all
+        .lines()
+        .map(|line| line.split('\t').next().unwrap().parse().unwrap())
+        .collect();
+    assert!(places.into_iter().eq(1..=LINES), "each line exactly once");
+    println!(
+        "map: {LINES} lines, one worker killed, one reload after {before} lines: {lost} lost with \
+         the worker, all others done once; the second run did {lost}"
+    );
+}
+
+#[test]
+fn a_pool_repeats_only_what_did_not_begin_while_workers_die() {
+    const CALLS: u64 = 2_000;
+    let daemon = Daemon::builder()
+        .config(WITH_SLEEP)
+        .expect_log("SIGKILL")
+        .start();
+    let options = Options {
+        connections: 8,
+        ..Options::default()
+    };
+    let pool = Pool::new(&daemon.address().to_string(), options).unwrap();
+    let (mut done, mut lost, mut kills) = (0, 0, 0);
+    for (place, outcome) in pool.imap_unordered::<_, f64, _>("sleep", (0..CALLS).map(|_| 0.001)) {
+        match outcome {
+            Ok(_) => done += 1,
+            Err(error) => {
+                assert!(matches!(error, ClientError::Gone(_)), "{place}: {error:?}");
+                lost += 1;
+            }
+        }
+        if (done + lost) % 500 == 250 {
+            let workers = daemon.ready_workers();
+            kill(Pid::from_raw(workers[0]), Signal::SIGKILL).unwrap();
+            kills += 1;
+            wait_for("a fresh worker", PATIENCE, || {
+                let now = daemon.ready_workers();
+                now.len() == 2 && now[0] != workers[0]
+            });
+        }
+    }
+    assert_eq!(done + lost, CALLS);
+    assert!(lost <= kills * 8, "{lost} lost of {kills} kills");
+    println!(
+        "pool: {CALLS} calls, {kills} workers killed: {done} done, {lost} lost in running, \
+         {} made again",
+        pool.repeated()
+    );
+    pool.join();
+}
+
+#[test]
+fn callbacks_of_a_pool_hear_of_every_call() {
+    let daemon = Daemon::start();
+    let pool = Pool::new(&daemon.address().to_string(), Options::default()).unwrap();
+    let sum = Arc::new(AtomicU64::new(0));
+    for number in 0..1_000_u64 {
+        let sum = Arc::clone(&sum);
+        pool.apply_async("ping", number, move |result: Result<u64, _>| {
+            sum.fetch_add(result.unwrap(), Ordering::SeqCst);
+        })
+        .unwrap();
+    }
+    pool.join();
+    assert_eq!(sum.load(Ordering::SeqCst), 499_500);
+}
+
+#[test]
+fn a_pipeline_sends_more_ahead_than_the_server_reads_and_loses_none() {
+    const CALLS: u64 = 20_000;
+    let daemon = Daemon::builder().config(WITH_SLEEP).start();
+    let address = daemon.address().to_string();
+    let pipeline = Pipeline::connect(&address, Some(PATIENCE)).unwrap();
+    let slow = pipeline.submit::<f64>("sleep", 0.3).unwrap();
+    let handles: Vec<_> = (0..CALLS)
+        .map(|number| pipeline.submit::<u64>("ping", number).unwrap())
+        .collect();
+    let mut overtook = 0;
+    for (number, handle) in (0..).zip(handles) {
+        assert_eq!(handle.wait().unwrap(), number);
+        overtook += u64::from(!slow.is_ready());
+    }
+    slow.wait().unwrap();
+    assert!(overtook > 0, "an id overtakes a slow call");
+    println!("pipeline: {CALLS} calls ahead, {overtook} answered before the slow one in front");
+}
+
+#[test]
+fn bench_prints_json_whose_counts_add_up() {
+    let daemon = Daemon::builder().config(WITH_SLEEP).start();
+    let report = |words: &[&str]| -> (Option<i32>, Value) {
+        let output = daemon.command(words);
+        let report = serde_json::from_slice(&output.stdout);
+        (
+            output.status.code(),
+            report.unwrap_or_else(|_| panic!("{output:?}")),
+        )
+    };
+    let sum = |counts: &Value| -> u64 {
+        let counts = counts.as_object().unwrap().values();
+        counts.map(|count| count.as_u64().unwrap()).sum()
+    };
+    for (words, code) in [
+        (
+            &[
+                "bench", "ping", "--json", "-n", "10000", "-c", "16", "-P", "8", "-t", "2",
+            ][..],
+            0,
+        ),
+        (
+            &[
+                "bench", "ping", "--json", "-n", "500", "--rate", "2000", "-c", "4",
+            ],
+            0,
+        ),
+        (
+            &["bench", "nope", "--json", "-n", "300", "-c", "3", "-P", "2"],
+            1,
+        ),
+        (
+            &["bench", "sleep", "--json", "-n", "20", "--params", "\"no\""],
+            1,
+        ),
+        (&["bench", "ping", "--json", "-d", "300ms"], 0),
+    ] {
+        let (ended, report) = report(words);
+        assert_eq!(ended, Some(code), "{words:?}: {report}");
+        let calls = report["calls"].as_u64().unwrap();
+        let ok = report["ok"].as_u64().unwrap();
+        let errors = sum(&report["errors"]);
+        assert_eq!(calls, ok + errors + sum(&report["unanswered"]), "{report}");
+        assert_eq!(report["not_sent"], 0, "{report}");
+        let drawn = report["histogram"].as_array().unwrap().iter();
+        let drawn: u64 = drawn.map(|bucket| bucket["calls"].as_u64().unwrap()).sum();
+        assert_eq!(drawn, ok + errors, "{report}");
+        match words.iter().position(|word| *word == "-n") {
+            Some(at) => assert_eq!(calls.to_string(), words[at + 1], "{report}"),
+            None => assert!(calls > 0),
+        }
+    }
+    let (_, refused) = report(&["bench", "nope", "--json", "-n", "300"]);
+    assert_eq!(refused["errors"]["method-not-found"], 300, "{refused}");
+}
+
+/// A server that stands still for a while has kept every call waiting that was due meanwhile, and an
+/// open loop says so.
+#[test]
+fn an_open_loop_counts_latency_from_when_a_call_was_due() {
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\nthreads = 1\n[methods.sleep]\nbuiltin = \"sleep\"\n")
+        .start();
+    // One call of 20 ms at a time, one due each 10 ms: the last of 50 waits half a second.
+    let output = daemon.command(&[
+        "bench", "sleep", "--params", "0.02", "--rate", "100", "-n", "50", "-c", "1", "--json",
+    ]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let longest = report["latency_us"]["max"].as_f64().unwrap();
+    assert_eq!(report["ok"], 50, "{report}");
+    assert!(longest > 400_000.0, "{report}");
+}
+
+#[test]
+fn bench_goes_on_over_a_killed_worker_and_counts_what_it_took_along() {
+    let daemon = Daemon::builder()
+        .config(WITH_SLEEP)
+        .expect_log("SIGKILL")
+        .start();
+    let mut bench = Command::new(binary());
+    bench.args([
+        "bench", "sleep", "--params", "0.002", "-n", "3000", "-c", "8", "--json",
+    ]);
+    bench.arg("--address").arg(daemon.address().to_string());
+    let child = bench
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("calls", PATIENCE, || {
+        daemon
+            .workers()
+            .iter()
+            .map(|worker| worker.calls)
+            .sum::<u64>()
+            > 300
+    });
+    kill(Pid::from_raw(daemon.ready_workers()[0]), Signal::SIGKILL).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["calls"], 3000, "{report}");
+    let lost = 3000 - report["ok"].as_u64().unwrap();
+    assert!(lost <= 8, "{report}");
+    println!("bench: 3000 calls, one worker killed: {lost} lost with it, the load went on");
+}
+
+#[test]
+fn call_takes_params_from_stdin_and_keeps_to_its_timeout() {
+    let daemon = Daemon::builder().config(WITH_SLEEP).start();
+    let mut command = Command::new(binary());
+    command.args([
+        "call",
+        "ping",
+        "-",
+        "--id",
+        "7",
+        "--timeout",
+        "10s",
+        "--address",
+    ]);
+    command.arg(daemon.address().to_string());
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"{\"n\": 1.50}\n")
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), "{\"n\": 1.50}\n");
+
+    let late = daemon.command(&["call", "sleep", "20", "--timeout", "100ms"]);
+    assert_eq!(late.status.code(), Some(1), "{late:?}");
+    assert!(text(&late.stderr).contains("timeout"), "{late:?}");
+}
+
+/// How long a pool waits for a server that is away is its caller's word.
+#[test]
+fn a_pool_without_patience_gives_up_at_once() {
+    let mut daemon = Daemon::start();
+    let options = Options {
+        connections: 1,
+        timeout: Some(Duration::from_secs(5)),
+        patience: Duration::ZERO,
+    };
+    let pool = Pool::new(&daemon.address().to_string(), options).unwrap();
+    assert_eq!(pool.apply::<u64>("ping", 1).unwrap(), 1);
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_exit();
+    let error = pool.apply::<u64>("ping", 2).unwrap_err();
+    assert!(error.is_safe_to_repeat(), "{error:?}");
+    assert_eq!(pool.repeated(), 0);
+}
