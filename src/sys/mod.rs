@@ -14,6 +14,8 @@ pub mod process;
 pub mod shared;
 pub mod signal;
 pub mod socket;
+pub mod spawn;
 pub mod timer;
 pub mod title;
+pub mod tree;
 pub mod waker;

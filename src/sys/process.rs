@@ -6,10 +6,12 @@
 
 #![allow(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -70,6 +72,18 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// What a status of wait(2) says.
+    fn of(status: libc::c_int) -> Self {
+        if libc::WIFSIGNALED(status) {
+            Exit::Signal {
+                number: libc::WTERMSIG(status),
+                core_dumped: libc::WCOREDUMP(status),
+            }
+        } else {
+            Exit::Code(libc::WEXITSTATUS(status))
+        }
+    }
+
     /// The exit code, unless a signal ended it.
     pub fn code(self) -> Option<i32> {
         match self {
@@ -124,9 +138,25 @@ pub fn fork() -> io::Result<Fork> {
     // SAFETY: there is one thread, so no lock is held by another one and the child's memory is
     // consistent; the child runs `worker::hygiene` and leaves by `_exit`.
     match unsafe { unistd::fork() }? {
-        unistd::ForkResult::Parent { child } => Ok(Fork::Parent(Pid(child.as_raw()))),
+        unistd::ForkResult::Parent { child } => {
+            let pid = Pid(child.as_raw());
+            with_forked(|forked| forked.insert(pid));
+            Ok(Fork::Parent(pid))
+        }
         unistd::ForkResult::Child => Ok(Fork::Child),
     }
+}
+
+/// Children by `fork` that are not reaped: what else is a child was adopted.
+static FORKED: Mutex<BTreeSet<Pid>> = Mutex::new(BTreeSet::new());
+
+fn with_forked<T>(look: impl FnOnce(&mut BTreeSet<Pid>) -> T) -> T {
+    look(&mut FORKED.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Whether `pid` is a child that was forked here and is not reaped yet.
+pub fn is_forked(pid: Pid) -> bool {
+    with_forked(|forked| forked.contains(&pid))
 }
 
 /// The threads of this process, or 0 where /proc is not mounted.
@@ -160,19 +190,40 @@ pub fn reap_any() -> Option<Ended> {
             Ok(1..) => {}
             _ => return None,
         }
-        let exit = if libc::WIFSIGNALED(status) {
-            Exit::Signal {
-                number: libc::WTERMSIG(status),
-                core_dumped: libc::WCOREDUMP(status),
-            }
-        } else {
-            Exit::Code(libc::WEXITSTATUS(status))
-        };
+        with_forked(|forked| forked.remove(&Pid(pid)));
         return Some(Ended {
             pid: Pid(pid),
-            exit,
+            exit: Exit::of(status),
             peak_rss_bytes: usage.ru_maxrss.unsigned_abs() * 1024,
         });
+    }
+}
+
+/// Takes the status of this one child; `waits` for its end, or gives `None` when it has not come.
+/// A worker has threads that each wait for children of their own, so never for just any.
+pub fn reap(pid: Pid, waits: bool) -> Option<Exit> {
+    let mut status = 0;
+    let flags = if waits { 0 } else { libc::WNOHANG };
+    loop {
+        // SAFETY: the pointer is to a live value of the right type.
+        let done = unsafe { libc::waitpid(pid.0, &raw mut status, flags) };
+        match Errno::result(done) {
+            Err(Errno::EINTR) => {}
+            Ok(1..) => return Some(Exit::of(status)),
+            _ => return None,
+        }
+    }
+}
+
+/// A child of the calling thread that has ended, adopted ones being the first thread's; it is not
+/// reaped, for it may be somebody's who waits for it (waitid(2), __WNOTHREAD).
+pub fn ended_child() -> Option<Pid> {
+    // SAFETY: the structure is plain data for the kernel to fill; without a child it stays zero.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WNOTHREAD;
+        let done = libc::waitid(libc::P_ALL, 0, &raw mut info, flags);
+        (done == 0 && info.si_pid() > 0).then(|| Pid(info.si_pid()))
     }
 }
 

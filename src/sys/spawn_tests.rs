@@ -1,0 +1,121 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use std::fs::File;
+use std::io::Read;
+
+fn template(program: &str) -> Template {
+    Template {
+        program: CString::new(program).unwrap(),
+        directory: c"/".into(),
+        account: None,
+        limits: Limits::default(),
+    }
+}
+
+/// Runs a shell with this script, and returns what it wrote and how it ended.
+fn shell(template: &Template, script: &str) -> (String, Exit) {
+    let null = File::open("/dev/null").unwrap();
+    let (mut reader, writer) = io::pipe().unwrap();
+    let script = CString::new(script).unwrap();
+    let stdio = Stdio {
+        stdin: null.as_fd(),
+        stdout: writer.as_fd(),
+        stderr: writer.as_fd(),
+    };
+    let arguments = [c"sh", c"-c", script.as_c_str()];
+    let mut child = spawn(template, &arguments, &[c"ONLY=this"], stdio).unwrap();
+    drop(writer);
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    (text, child.reap().unwrap())
+}
+
+#[test]
+fn a_child_has_a_group_default_signals_and_nothing_of_ours() {
+    super::super::signal::ignore(&[nix::sys::signal::Signal::SIGUSR1]);
+    let script = "test \"$(cut -d' ' -f5 /proc/$$/stat)\" = $$ && echo leads
+        grep -E '^Sig(Blk|Ign)' /proc/$$/status; cat /proc/$$/environ; ls /proc/$$/fd; umask; pwd
+        exit 7";
+    let (text, exit) = shell(&template("/bin/sh"), script);
+    let text = text.replace('\0', " ");
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let none = "0000000000000000";
+    assert_eq!(exit, Exit::Code(7), "{text}");
+    let expected = [
+        "leads",
+        "SigBlk:",
+        none,
+        "SigIgn:",
+        none,
+        "ONLY=this",
+        "0",
+        "1",
+        "2",
+        "0022",
+        "/",
+    ];
+    assert_eq!(words, expected, "{text}");
+}
+
+#[test]
+fn what_fails_before_exec_is_told_and_leaves_no_child() {
+    let null = File::open("/dev/null").unwrap();
+    let stdio = Stdio {
+        stdin: null.as_fd(),
+        stdout: null.as_fd(),
+        stderr: null.as_fd(),
+    };
+    let missing = spawn(&template("/no/such"), &[c"x"], &[], stdio).unwrap_err();
+    assert_eq!(
+        (missing.step, missing.errno),
+        (Step::Execute, Errno::ENOENT)
+    );
+    let nowhere = Template {
+        directory: c"/no/such".into(),
+        ..template("/bin/sh")
+    };
+    let error = spawn(&nowhere, &[c"x"], &[], stdio).unwrap_err();
+    assert_eq!((error.step, error.errno), (Step::Directory, Errno::ENOENT));
+    assert_eq!(
+        error.to_string(),
+        "it could not enter its directory: No such file or directory"
+    );
+}
+
+#[test]
+fn limits_hold_in_the_child_and_only_there() {
+    let limited = Template {
+        limits: Limits {
+            cpu_seconds: Some(3),
+            memory: Some(1 << 30),
+            files: Some(32),
+            processes: None,
+        },
+        ..template("/bin/sh")
+    };
+    let before = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    let (text, _) = shell(&limited, "ulimit -St; ulimit -Ht; ulimit -v; ulimit -n");
+    assert_eq!(text, "3\n4\n1048576\n32\n");
+    let after = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    assert_eq!(before, after);
+}
+
+#[test]
+fn a_dropped_child_is_gone_with_its_group() {
+    let null = File::open("/dev/null").unwrap();
+    let (mut reader, writer) = io::pipe().unwrap();
+    let stdio = Stdio {
+        stdin: null.as_fd(),
+        stdout: writer.as_fd(),
+        stderr: null.as_fd(),
+    };
+    let arguments = [c"sh", c"-c", c"trap '' TERM; sleep 600 & sleep 600"];
+    let child = spawn(&template("/bin/sh"), &arguments, &[], stdio).unwrap();
+    let pid = child.pid();
+    assert!(is_child(pid));
+    drop(writer);
+    drop(child);
+    assert!(!is_child(pid));
+    // The end of the pipe comes when nobody holds it any more, the second sleep included.
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+}
