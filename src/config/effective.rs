@@ -3,8 +3,10 @@
 //! Every key that this version supports is there, with the value that holds. It goes through the
 //! mirror, so quoting and names are serde's business and can't differ from what is read.
 
-use super::raw::{Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawWorkers, Table};
-use super::settings::{Log, Method, MethodKind, Settings};
+use super::raw::{
+    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawRlimits, RawWorkers, Table,
+};
+use super::settings::{Command, Log, Method, MethodKind, Rlimits, Settings};
 use super::units::{Size, Span};
 
 impl Settings {
@@ -95,14 +97,44 @@ fn listen(settings: &Settings) -> Vec<Table<RawListen>> {
 }
 
 fn method(method: &Method) -> RawMethod {
-    RawMethod {
-        builtin: match method.kind {
-            MethodKind::Builtin(builtin) => Some(builtin.name().into()),
-            MethodKind::Function => None,
+    let of_kind = match &method.kind {
+        MethodKind::Builtin(builtin) => RawMethod {
+            builtin: Some(builtin.name().into()),
+            ..RawMethod::default()
         },
+        MethodKind::Command(command) => self::command(command),
+        MethodKind::Function => RawMethod::default(),
+    };
+    RawMethod {
         timeout: Some(Span(method.timeout)),
         concurrency: Some(method.concurrency as i64),
         rate: Some(method.rate.into()),
+        ..of_kind
+    }
+}
+
+fn command(command: &Command) -> RawMethod {
+    let account = command.account.as_ref();
+    let limits = &command.rlimits;
+    // None of them can be above what an i64 holds: they were one.
+    let integer = |value: Option<u64>| value.map(|value| value as i64);
+    RawMethod {
+        command: Some(command.arguments.clone()),
+        stdin: Some(command.stdin.name().into()),
+        output: Some(command.output.name().into()),
+        max_output: Some(Size(command.max_output as u64)),
+        environment: Some(command.environment.clone()),
+        directory: Some(command.directory.to_string_lossy().into()),
+        user: account.map(|account| account.name.clone()),
+        group: account.map(|account| account.group.clone()),
+        rlimits: (*limits != Rlimits::default()).then(|| {
+            Table(RawRlimits {
+                cpu: limits.cpu.map(Span),
+                memory: limits.memory.map(Size),
+                files: integer(limits.files),
+                processes: integer(limits.processes),
+            })
+        }),
         ..RawMethod::default()
     }
 }

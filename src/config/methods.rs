@@ -1,11 +1,12 @@
 //! The table of methods: what the file says, what the program registered, and `ping`.
 //!
-//! A name is given once, by a builtin or by a function. A function that the file does not mention
+//! A name is given once, by a builtin, a command or a function. A function that the file does not mention
 //! has the defaults. No method may run longer than a drain waits for it.
 
 use std::collections::BTreeMap;
 
 use super::check::{Check, MILLISECOND};
+use super::commands;
 use super::document::join;
 use super::raw::{Raw, RawMethod};
 use super::settings::{Builtin, Limits, Method, MethodKind, Workers};
@@ -19,7 +20,7 @@ const NAME_MAX: usize = 128;
 pub(super) fn resolve(
     raw: &Raw,
     check: &Check<'_>,
-    workers: &Workers,
+    workers: (&Workers, commands::Ids),
     limits: &Limits,
 ) -> Result<BTreeMap<String, Method>> {
     let functions = &check.overrides.functions;
@@ -40,7 +41,10 @@ pub(super) fn resolve(
         let key = join("methods", name);
         check_name(name)
             .map_err(|problem| check.places.error(&key, problem, "give it another name"))?;
-        methods.insert(name.clone(), method(name, &key, raw, check, limits)?);
+        methods.insert(
+            name.clone(),
+            method(name, &key, raw, check, (limits, workers.1))?,
+        );
     }
     let with_defaults = |kind| Method {
         kind,
@@ -55,7 +59,7 @@ pub(super) fn resolve(
     let ping = methods.entry("ping".to_owned());
     ping.or_insert_with(|| with_defaults(MethodKind::Builtin(Builtin::Ping)));
     for (name, method) in &methods {
-        fits_into_a_drain(name, method, check, workers)?;
+        fits_into_a_drain(name, method, check, workers.0)?;
     }
     Ok(methods)
 }
@@ -84,14 +88,14 @@ fn method(
     key: &str,
     raw: &RawMethod,
     check: &Check<'_>,
-    limits: &Limits,
+    (limits, ids): (&Limits, commands::Ids),
 ) -> Result<Method> {
-    if let Some(unsupported) = raw.not_supported() {
-        return Err(check.not_supported(&join(key, unsupported)));
+    if raw.pool.is_some() {
+        return Err(check.not_supported(&join(key, "pool")));
     }
     let timeout = raw.timeout.map_or(limits.timeout, |Span(timeout)| timeout);
     Ok(Method {
-        kind: kind(name, key, raw, check)?,
+        kind: kind(name, key, raw, check, ids)?,
         timeout: check.duration(
             &join(key, "timeout"),
             Some(Span(timeout)),
@@ -109,9 +113,40 @@ fn method(
     })
 }
 
-fn kind(name: &str, key: &str, raw: &RawMethod, check: &Check<'_>) -> Result<MethodKind> {
+fn kind(
+    name: &str,
+    key: &str,
+    raw: &RawMethod,
+    check: &Check<'_>,
+    ids: commands::Ids,
+) -> Result<MethodKind> {
     let is_function = check.overrides.functions.contains(name);
     let builtin_key = join(key, "builtin");
+    if let Some(command) = &raw.command {
+        let command_key = join(key, "command");
+        let (problem, remedy) = match &raw.builtin {
+            Some(_) => (
+                "builtin answers this method already",
+                "take out one of the two",
+            ),
+            None if is_function => (
+                "the program registers a function of that name",
+                "take command out, or rename one",
+            ),
+            None if name == "ping" => ("`ping` always answers pong", "give it another name"),
+            None => {
+                let command = commands::resolve(key, command, raw, check, ids)?;
+                return Ok(MethodKind::Command(Box::new(command)));
+            }
+        };
+        return Err(check.places.error(&command_key, problem, remedy));
+    }
+    if let Some(set) = raw.of_commands() {
+        let problem = "only a method with command has this key";
+        return Err(check
+            .places
+            .error(&join(key, set), problem, "take it out, or set command"));
+    }
     let Some(builtin) = &raw.builtin else {
         return if is_function {
             Ok(MethodKind::Function)
@@ -121,7 +156,8 @@ fn kind(name: &str, key: &str, raw: &RawMethod, check: &Check<'_>) -> Result<Met
             Err(check.places.error(
                 key,
                 "nothing answers this method",
-                "add builtin = \"echo\" or \"sleep\", or register a function of that name",
+                "add command = [\"PROGRAM\", …], builtin = \"echo\" or \"sleep\", or register a function \
+                 of that name",
             ))
         };
     };

@@ -11,6 +11,7 @@
 
 mod address;
 mod check;
+mod commands;
 mod diff;
 mod document;
 mod effective;
@@ -29,9 +30,11 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 pub use address::UNIX_PATH_MAX;
+pub use commands::placeholder;
 pub use diff::{Changes, diff};
 pub use settings::{
-    Address, Builtin, Limits, Listen, Log, LogFormat, Method, MethodKind, Settings, Workers,
+    Address, Builtin, Command, Limits, Listen, Log, LogFormat, Method, MethodKind, Output, Rlimits,
+    Settings, Stdin, Workers,
 };
 
 use crate::error::Result;

@@ -85,7 +85,7 @@ pub(super) struct RawListen {
     pub mode: Option<String>,
 }
 
-/// A method. The keys of commands and pools are known by name only, to be refused by name.
+/// A method. What only pools have is known by name, to be refused by name.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawMethod {
@@ -93,45 +93,43 @@ pub(super) struct RawMethod {
     pub timeout: Option<Span>,
     pub concurrency: Option<i64>,
     pub rate: Option<i64>,
-    #[serde(skip_serializing)]
-    pub command: Option<IgnoredAny>,
+    pub command: Option<Vec<String>>,
     #[serde(skip_serializing)]
     pub pool: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub stdin: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub output: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub max_output: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub environment: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub directory: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub user: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub group: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    pub rlimits: Option<IgnoredAny>,
+    pub stdin: Option<String>,
+    pub output: Option<String>,
+    pub max_output: Option<Size>,
+    pub environment: Option<BTreeMap<String, String>>,
+    pub directory: Option<String>,
+    pub user: Option<String>,
+    pub group: Option<String>,
+    pub rlimits: Option<Table<RawRlimits>>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawRlimits {
+    pub cpu: Option<Span>,
+    pub memory: Option<Size>,
+    pub files: Option<i64>,
+    pub processes: Option<i64>,
 }
 
 impl RawMethod {
-    /// The keys that are set and that only commands and pools have.
-    pub(super) fn not_supported(&self) -> Option<&'static str> {
+    /// The first key that is set and that only a command has.
+    pub(super) fn of_commands(&self) -> Option<&'static str> {
         [
-            ("command", &self.command),
-            ("pool", &self.pool),
-            ("stdin", &self.stdin),
-            ("output", &self.output),
-            ("max-output", &self.max_output),
-            ("environment", &self.environment),
-            ("directory", &self.directory),
-            ("user", &self.user),
-            ("group", &self.group),
-            ("rlimits", &self.rlimits),
+            ("stdin", self.stdin.is_some()),
+            ("output", self.output.is_some()),
+            ("max-output", self.max_output.is_some()),
+            ("environment", self.environment.is_some()),
+            ("directory", self.directory.is_some()),
+            ("user", self.user.is_some()),
+            ("group", self.group.is_some()),
+            ("rlimits", self.rlimits.is_some()),
         ]
         .into_iter()
-        .find_map(|(key, value)| value.is_some().then_some(key))
+        .find_map(|(key, is_set)| is_set.then_some(key))
     }
 }
 

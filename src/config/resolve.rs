@@ -15,7 +15,7 @@ use super::address::{Address, check_unix_path};
 use super::check::{Check, MILLISECOND, command_line};
 use super::document::{Places, join};
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
-use super::settings::{Limits, Log, LogFormat, Settings, Workers};
+use super::settings::{Limits, Log, LogFormat, MethodKind, Settings, Workers};
 use super::surroundings::Surroundings;
 use super::units::{Size, Span};
 use super::{listeners, methods};
@@ -63,6 +63,22 @@ pub(super) fn resolve(
     let limits = limits(&check, &raw.limits, workers.drain_timeout)?;
     let listen = listeners::resolve(&check, raw)?;
     let root_workers = here.uid == 0 && account.is_none();
+    let ids = account
+        .as_ref()
+        .map_or((here.uid, here.gid), |account| (account.uid, account.gid));
+    let methods = methods::resolve(raw, &check, (&workers, ids), &limits)?;
+    let command = methods
+        .iter()
+        .find(|(_, method)| matches!(method.kind, MethodKind::Command(_)));
+    if let Some((name, _)) = command
+        && let Some(listen) = listen.iter().find(|listen| listen.address.is_public())
+    {
+        warnings.push(format!(
+            "{} can be reached from other machines, and whoever is there can run the command of \
+             {name}; listen on 127.0.0.1 or a unix socket, or be sure of that network",
+            listen.address
+        ));
+    }
     for listen in listen.iter().filter(|_| root_workers) {
         if listen.address.is_public() {
             warnings.push(format!(
@@ -79,7 +95,7 @@ pub(super) fn resolve(
         control_socket,
         account,
         http_origins: http_origins(&check, raw)?,
-        methods: methods::resolve(raw, &check, &workers, &limits)?,
+        methods,
         log,
         workers,
         limits,

@@ -121,6 +121,80 @@ pub struct Limits {
     pub idle_timeout: Duration,
 }
 
+/// The keys of a method with `command`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Command {
+    /// The program's file, absolute.
+    pub program: PathBuf,
+    /// Its arguments, its own name first: as written, but for a relative path of the program.
+    pub arguments: Vec<String>,
+    /// What it reads from its standard input.
+    pub stdin: Stdin,
+    /// What its standard output is taken for.
+    pub output: Output,
+    /// Bytes that it may write there, 1 to 128 MiB.
+    pub max_output: usize,
+    /// Its environment, beside `PREFORKD_CALL`.
+    pub environment: BTreeMap<String, String>,
+    /// Its working directory, absolute.
+    pub directory: PathBuf,
+    /// Whom it runs as; `None`: as the workers do.
+    pub account: Option<Account>,
+    /// Its resource limits.
+    pub rlimits: Rlimits,
+}
+
+/// What a command reads from its standard input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stdin {
+    /// The params, as JSON.
+    Params,
+    /// Nothing.
+    None,
+}
+
+impl Stdin {
+    /// The name in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stdin::Params => "params",
+            Stdin::None => "none",
+        }
+    }
+}
+
+/// What a command's standard output is taken for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Text: the result is a string.
+    Text,
+    /// One JSON value: it is the result.
+    Json,
+}
+
+impl Output {
+    /// The name in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Output::Text => "text",
+            Output::Json => "json",
+        }
+    }
+}
+
+/// Resource limits of a command (getrlimit(2)); `None` leaves those of the workers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rlimits {
+    /// CPU time; whole seconds, 1 s at least.
+    pub cpu: Option<Duration>,
+    /// Bytes of address space, 1 MiB at least.
+    pub memory: Option<u64>,
+    /// Open descriptors, 3 to 1,048,576.
+    pub files: Option<u64>,
+    /// Processes of its user, 1 to 4,194,304.
+    pub processes: Option<u64>,
+}
+
 /// One `[[listen]]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
@@ -150,8 +224,10 @@ pub struct Method {
 }
 
 /// What answers a method.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MethodKind {
+    /// A program, one process for each call.
+    Command(Box<Command>),
     /// A handler of the server's own.
     Builtin(Builtin),
     /// A handler that the program registered under this name.

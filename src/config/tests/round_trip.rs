@@ -74,9 +74,35 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn method()(kind in 0..4usize, timeout in duration(1), concurrency in 0..=1000usize, rate: u32)
-        -> Method {
+    fn command()(
+        more in prop::collection::vec("[a-z '\"\\\\-]{0,8}|\\{[a-z]{1,4}\\}", 0..4), by_name: bool,
+        params: bool, json: bool, max_output in 1..=128usize << 20, user: bool,
+        environment in prop::collection::btree_map("[A-OQ-Z][A-Z_]{0,5}", "[^\0]{0,9}", 0..3),
+        cpu in prop::option::of(1..1000u64), memory in prop::option::of(1u64 << 20..1 << 40),
+        files in prop::option::of(3..1000u64), processes in prop::option::of(1..1000u64),
+    ) -> Command {
+        let program = PathBuf::from("/bin/sh").canonicalize().unwrap();
+        let name = if by_name { "sh".to_owned() } else { program.to_str().unwrap().to_owned() };
+        Command {
+            program,
+            arguments: [name].into_iter().chain(more).collect(),
+            stdin: if params { Stdin::Params } else { Stdin::None },
+            output: if json { Output::Json } else { Output::Text },
+            max_output, environment,
+            directory: "/etc".into(),
+            account: user.then(|| Account::lookup("nobody", Some("root")).unwrap()),
+            rlimits: Rlimits { cpu: cpu.map(Duration::from_secs), memory, files, processes },
+        }
+    }
+}
+
+prop_compose! {
+    fn method()(
+        kind in 0..5usize, command in command(), timeout in duration(1),
+        concurrency in 0..=1000usize, rate: u32,
+    ) -> Method {
         let kind = match kind {
+            4 => MethodKind::Command(Box::new(command)),
             0 => MethodKind::Function,
             1 => MethodKind::Builtin(Builtin::Ping),
             2 => MethodKind::Builtin(Builtin::Echo),
@@ -106,12 +132,18 @@ prop_compose! {
             file: Some("/etc/x.toml".into()),
             daemon, pid_file, control_socket,
             http_origins: if json { vec!["https://a.example:8".into()] } else { Vec::new() },
-            account: user.then(|| Account::lookup("nobody", Some("root")).unwrap()),
+            // Only workers of root's can run a command as somebody else.
+            account: (user && !methods.values().any(has_account))
+                .then(|| Account::lookup("nobody", Some("root")).unwrap()),
             log: Log { level, format, file: daemon.then_some(file) },
             workers, limits, listen, methods,
             warnings: Vec::new(),
         }
     }
+}
+
+fn has_account(method: &Method) -> bool {
+    matches!(&method.kind, MethodKind::Command(command) if command.account.is_some())
 }
 
 proptest! {
@@ -129,7 +161,14 @@ proptest! {
                 .iter().any(|reason| error.to_string().contains(reason)) => return Ok(()),
             Err(error) => panic!("{error}\n{text}"),
         };
-        prop_assert_eq!(Settings { warnings: Vec::new(), ..found }, expected, "{}", text);
+        let mut found = Settings { warnings: Vec::new(), ..found };
+        for method in found.methods.values_mut() {
+            // Found by its name in another directory of the search path, or by its link.
+            if let MethodKind::Command(command) = &mut method.kind {
+                command.program = command.program.canonicalize().unwrap();
+            }
+        }
+        prop_assert_eq!(found, expected, "{}", text);
     }
 
     #[test]
