@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 
 use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
+use crate::handler::command::Command;
 use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, Placement, builtin, function};
 use crate::logging::{self, Form, Output};
@@ -203,11 +204,14 @@ impl master::Host for Running<'_> {
 
     fn registry(&self, settings: &Settings) -> Arc<Registry> {
         let method = |(name, method): (&String, &config::Method)| {
-            let handler: Arc<dyn Handler> = match method.kind {
+            let handler: Arc<dyn Handler> = match &method.kind {
                 MethodKind::Builtin(Builtin::Ping) => Arc::new(builtin::Ping),
                 MethodKind::Builtin(Builtin::Echo) => Arc::new(builtin::Echo),
                 MethodKind::Builtin(Builtin::Sleep) => Arc::new(builtin::Sleep),
                 // `config` lets only names through that it was told of.
+                MethodKind::Command(command) => {
+                    Arc::new(Command::new(command, settings.limits.depth))
+                }
                 MethodKind::Function => Arc::clone(self.server.methods.get(name)?),
             };
             Some(Method {

@@ -5,16 +5,18 @@
 //! runs it and answered with `internal`.
 
 pub mod builtin;
+pub mod command;
 pub mod function;
 pub mod registry;
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;
+use crate::sys::waker::Waker;
 
 /// Where a handler runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +101,7 @@ impl<'a> Context<'a> {
         let Some(state) = self.state else {
             return false;
         };
-        state.set_sleeper(Some(thread::current()));
+        state.set_sleeper(Some(Sleeper::Thread(thread::current())));
         let end = monotonic().saturating_add(length);
         loop {
             let left = end.saturating_sub(monotonic());
@@ -113,6 +115,29 @@ impl<'a> Context<'a> {
     }
 }
 
+impl Context<'_> {
+    /// Runs `wait`, during which `waker` is woken should the call be given up: for a handler that
+    /// waits for descriptors. It may be woken already.
+    pub fn waking<T>(&self, waker: &Arc<Waker>, wait: impl FnOnce() -> T) -> T {
+        let Some(state) = self.state else {
+            return wait();
+        };
+        // What it was woken for before was another call.
+        waker.clear();
+        state.set_sleeper(Some(Sleeper::Waker(Arc::clone(waker))));
+        let result = wait();
+        state.set_sleeper(None);
+        result
+    }
+}
+
+/// What waits within a call, to be woken when it is given up.
+#[derive(Debug)]
+enum Sleeper {
+    Thread(Thread),
+    Waker(Arc<Waker>),
+}
+
 const WAITING: u8 = 0;
 const RUNNING: u8 = 1;
 const OVER: u8 = 2;
@@ -122,8 +147,8 @@ const OVER: u8 = 2;
 #[derive(Debug, Default)]
 pub struct CallState {
     phase: AtomicU8,
-    /// The thread that waits within this call, to be woken when it is given up.
-    sleeper: Mutex<Option<Thread>>,
+    /// `Some` while its handler waits.
+    sleeper: Mutex<Option<Sleeper>>,
 }
 
 impl CallState {
@@ -138,8 +163,10 @@ impl CallState {
     pub fn give_up(&self) -> bool {
         let begun = self.phase.swap(OVER, Ordering::AcqRel) == RUNNING;
         let sleeper = self.sleeper.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(thread) = sleeper.as_ref() {
-            thread.unpark();
+        match sleeper.as_ref() {
+            Some(Sleeper::Thread(thread)) => thread.unpark(),
+            Some(Sleeper::Waker(waker)) => waker.wake(),
+            None => {}
         }
         begun
     }
@@ -153,8 +180,8 @@ impl CallState {
         self.phase.load(Ordering::Acquire) == OVER
     }
 
-    fn set_sleeper(&self, thread: Option<Thread>) {
-        *self.sleeper.lock().unwrap_or_else(PoisonError::into_inner) = thread;
+    fn set_sleeper(&self, sleeper: Option<Sleeper>) {
+        *self.sleeper.lock().unwrap_or_else(PoisonError::into_inner) = sleeper;
     }
 }
 

@@ -17,6 +17,7 @@ use super::control::{ClientId, Control};
 use super::event::{Action, Event, Limits, Millis};
 use super::fleet::Fleet;
 use super::listeners::{self, Listener};
+use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
 use super::workers::{Ground, Parent, Workers};
@@ -55,6 +56,7 @@ pub(super) struct Master<'a> {
     pub(super) notifier: Notifier,
     pub(super) signals: SignalPipe,
     pid_file: PidFile,
+    orphans: Orphans,
     /// What the generation that serves runs on.
     pub(super) ground: Rc<Ground>,
     /// What the generation of a reload under way runs on.
@@ -146,6 +148,7 @@ fn start<'a>(
         notifier: Notifier::from_environment(),
         signals,
         pid_file: pid_file.take().ok_or_else(lock)?,
+        orphans: Orphans::new(),
         ground,
         upcoming: None,
         passed,
@@ -279,9 +282,9 @@ impl Master<'_> {
             let pid = ended.pid;
             // What it said last comes before its end.
             self.reports(pid);
-            let Some(worker) = self.workers.remove(pid) else {
-                // As PID 1 or subreaper we are given the orphans of others.
-                log::debug!("reaped {pid}, which is no worker");
+            let worker = self.workers.remove(pid);
+            self.orphans.reaped(pid, worker.is_some());
+            let Some(worker) = worker else {
                 continue;
             };
             self.tell(Event::Died {
@@ -292,6 +295,8 @@ impl Master<'_> {
                 at: wall_clock(),
             });
         }
+        // After the dead are replaced, which is urgent.
+        self.orphans.end();
     }
 
     fn pass_time(&mut self) {

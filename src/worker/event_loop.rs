@@ -16,6 +16,7 @@ use super::service::{Service, millis};
 use super::threads::Done;
 use super::timers::{CallKey, Target};
 use crate::config::Workers;
+use crate::handler::command::sweep;
 use crate::link::channel::WorkerEnd;
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
@@ -209,6 +210,7 @@ impl EventLoop {
             self.resume_listening(floor);
         }
         floor.try_accept(self);
+        sweep::tidy();
     }
 
     fn publish(&self, floor: &Floor) {

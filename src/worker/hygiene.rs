@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use crate::link::boot::Boot;
 use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
-use crate::sys::{descriptor, privilege, title};
+use crate::sys::{descriptor, privilege, process, title};
 
 /// Signals that are the master's business: Ctrl-C and a closing terminal reach the whole group,
 /// and an operator may take a worker for the master.
@@ -66,7 +66,9 @@ pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, i
     if let Some(account) = &boot.settings.account {
         privilege::drop_to(account).map_err(|error| ("give up root", error))?;
     }
-    // 6. After the last change of user, which would take it back.
+    // 6. What handlers leave behind is this worker's to end, not the master's while we live.
+    process::become_subreaper().map_err(|error| ("become a subreaper", error))?;
+    // 7. After the last change of user, which would take it back.
     let grace = boot.settings.workers.drain_timeout;
     match signal::on_parent_death(boot.master, grace) {
         Ok(true) => {}
@@ -75,7 +77,7 @@ pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, i
         }
         Err(error) => return Err(("ask to be told of the master's death", error)),
     }
-    // 7. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
+    // 8. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
     //    siblings have inherited the same state.
     signal::unblock_all();
     Ok(signals)

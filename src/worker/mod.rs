@@ -24,6 +24,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::handler::command::sweep;
 use crate::link::boot::Boot;
 use crate::link::handoff::LONGEST;
 use crate::logging;
@@ -109,6 +110,8 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     event_loop
         .run(&mut floor)
         .map_err(cant("wait for events"))?;
+    // Who still waits for one has been answered.
+    sweep::end_all();
     log::debug!("leaves");
     // The process ends here: threads that still run handlers end with it, unasked.
     std::mem::forget(event_loop);

@@ -1,0 +1,217 @@
+//! Commands as handlers: one process a call, its params in arguments or on its standard input, its
+//! standard output the result.
+//!
+//! `arguments` makes the argument list of a call, `run` feeds and reads the process, `sweep` sees
+//! to it that a call leaves nothing behind. What goes wrong is told to the caller with the end of
+//! the program's standard error; a thread that runs a command waits with the call's deadline, and
+//! is woken when the call is given up.
+
+mod arguments;
+mod run;
+pub mod sweep;
+
+use std::ffi::{CStr, CString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::{Context, Handler};
+use crate::config::{self, Output, Stdin};
+use crate::protocol::code::Code;
+use crate::protocol::json;
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::process::Exit;
+use crate::sys::spawn::{Limits, SpawnError, Step, Template};
+
+use arguments::Arguments;
+use run::{Ran, Stopped};
+use sweep::Running;
+
+/// A command and what is to be done with its output.
+#[derive(Debug)]
+pub struct Command {
+    template: Template,
+    arguments: Arguments,
+    /// All of its environment but the variable of the call.
+    environment: Vec<CString>,
+    stdin: Stdin,
+    output: Output,
+    max_output: usize,
+    /// The nesting that a result may have.
+    depth: usize,
+}
+
+impl Command {
+    /// The handler of a configured command, whose results may be nested `depth` levels deep.
+    pub fn new(command: &config::Command, depth: usize) -> Self {
+        let limits = &command.rlimits;
+        let variables = command.environment.iter();
+        Command {
+            template: Template {
+                program: c_path(&command.program),
+                directory: c_path(&command.directory),
+                account: command.account.clone(),
+                limits: Limits {
+                    cpu_seconds: limits.cpu.map(|time| time.as_secs()),
+                    memory: limits.memory,
+                    files: limits.files,
+                    processes: limits.processes,
+                },
+            },
+            arguments: Arguments::new(&command.arguments),
+            environment: variables
+                .map(|(name, value)| c_string(format!("{name}={value}")))
+                .collect(),
+            stdin: command.stdin,
+            output: command.output,
+            max_output: command.max_output,
+            depth,
+        }
+    }
+
+    fn run(&self, params: &str, context: &Context<'_>) -> Result<Ran, RpcError> {
+        let arguments = self.arguments.of_call(params)?;
+        let running = Running::begin()
+            .ok_or_else(|| RpcError::of(Code::Stopping, "this worker leaves", false))?;
+        let variable = c_string(format!("{}={}", sweep::VARIABLE, running.name()));
+        let mut environment: Vec<&CStr> = self.environment.iter().map(|one| &**one).collect();
+        environment.push(&variable);
+        let input = match self.stdin {
+            Stdin::Params => Some(params.as_bytes()),
+            Stdin::None => None,
+        };
+        let ran = run::start(&self.template, &arguments, &environment, input.is_some())
+            .map_err(|error| not_started(&error))
+            .and_then(|process| {
+                process
+                    .finish(input.unwrap_or_default(), self.max_output, context)
+                    .map_err(|stopped| self.stopped(stopped))
+            });
+        running.end();
+        ran
+    }
+
+    fn stopped(&self, stopped: Stopped) -> RpcError {
+        match stopped {
+            Stopped::TimedOut => RpcError::of(Code::Timeout, "its time was over", true),
+            Stopped::GivenUp => RpcError::of(Code::Cancelled, "it was given up", true),
+            Stopped::TooMuch { stderr } => {
+                let text = format!(
+                    "it wrote more than the {} bytes of max-output, and was killed",
+                    self.max_output
+                );
+                let data = Data {
+                    exit: None,
+                    signal: None,
+                    stderr: &stderr,
+                };
+                RpcError::of(Code::BadOutput, text, true).with_data(data)
+            }
+        }
+    }
+
+    /// Appends what it wrote, as JSON.
+    fn take_output(&self, stdout: Vec<u8>, result: &mut Vec<u8>) -> Result<(), String> {
+        match self.output {
+            Output::Text => {
+                let text = String::from_utf8(stdout).map_err(|error| {
+                    format!("not UTF-8 at byte {}", error.utf8_error().valid_up_to())
+                })?;
+                serde_json::to_writer(result, &text).map_err(|error| error.to_string())
+            }
+            Output::Json => {
+                if stdout.trim_ascii().is_empty() {
+                    return Err("nothing, where one JSON value is to be".into());
+                }
+                let text = json::text(&stdout, self.depth).map_err(|error| error.message)?;
+                let value: &RawValue = serde_json::from_str(text)
+                    .map_err(|error| json::not_json(text, &error).message)?;
+                // A line break can only stand between tokens, where a blank does as well; in the
+                // dialect of lines it would end the answer.
+                let bytes = value.get().bytes();
+                result.extend(bytes.map(|byte| {
+                    if matches!(byte, b'\n' | b'\r') {
+                        b' '
+                    } else {
+                        byte
+                    }
+                }));
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Handler for Command {
+    fn call(
+        &self,
+        params: &str,
+        context: &Context<'_>,
+        result: &mut Vec<u8>,
+    ) -> Result<(), RpcError> {
+        let ran = self.run(params, context)?;
+        if ran.exit.code() != Some(0) {
+            let text = format!("the command ended with {}", ran.exit);
+            return Err(RpcError::of(Code::CommandFailed, text, true)
+                .with_data(Data::of(ran.exit, &ran.stderr)));
+        }
+        self.take_output(ran.stdout, result).map_err(|problem| {
+            let text = format!("the command wrote what can't be its result: {problem}");
+            RpcError::of(Code::BadOutput, text, true).with_data(Data::of(ran.exit, &ran.stderr))
+        })
+    }
+}
+
+/// What the caller is told beside the message.
+#[derive(Serialize)]
+struct Data<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    signal: Option<String>,
+    stderr: &'a str,
+}
+
+impl<'a> Data<'a> {
+    fn of(exit: Exit, stderr: &'a str) -> Self {
+        Data {
+            exit: exit.code(),
+            signal: exit.signal_name(),
+            stderr,
+        }
+    }
+}
+
+fn not_started(error: &SpawnError) -> RpcError {
+    let text = format!("the command could not be started: {error}");
+    match (error.step, error.errno) {
+        (_, Errno::E2BIG) => RpcError::invalid_params(
+            "the arguments and the environment together are longer than the system allows",
+        ),
+        // The system has nothing to give for now: sending it again is safe, and may do.
+        (_, Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE) => {
+            log::debug!("{text}");
+            RpcError::of(Code::Overloaded, text, false)
+        }
+        // What was there at `check` is not any more: somebody has to look at it.
+        (Step::Execute | Step::Directory, _) => {
+            log::error!("{text}; correct the configuration, or put back what is missing");
+            RpcError::of(Code::CommandFailed, text, true)
+        }
+        _ => {
+            log::error!("{text}");
+            RpcError::of(Code::CommandFailed, text, true)
+        }
+    }
+}
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_bytes()).expect("`config` lets no path with NUL through")
+}
+
+fn c_string(text: impl Into<Vec<u8>>) -> CString {
+    CString::new(text).expect("`config` lets nothing with NUL through")
+}

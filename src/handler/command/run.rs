@@ -1,0 +1,343 @@
+//! A process of a call: what it reads is written, what it writes is read, all at once and with the
+//! call's deadline, so that neither side ever waits for a full pipe of the other's.
+//!
+//! It is over when the program has ended, also when somebody else still holds its pipes: what is
+//! in them by then counts, and its process group is ended. When the call is over before, or the
+//! output too long, the group is killed and everything below it.
+
+use std::borrow::Cow;
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{pipe2, read, write};
+
+use crate::handler::Context;
+use crate::sys::process::Exit;
+use crate::sys::spawn::{Child, SpawnError, Stdio, Step, Template, spawn};
+use crate::sys::tree;
+use crate::sys::waker::Waker;
+
+/// Bytes of the end of standard error that are kept.
+const STDERR_END: usize = 4096;
+/// As much as is read at once.
+const PIECE: usize = 16 * 1024;
+/// Reads of what is left in a pipe at the end: a pipe's default capacity four times. A process
+/// that left the group may write on for ever.
+const LEFT: usize = 16;
+/// How long what was killed may take to end; longer takes only what hangs in the kernel.
+const DYING: Duration = Duration::from_secs(1);
+
+/// A command that has ended.
+pub(super) struct Ran {
+    pub exit: Exit,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+/// Why a command was killed.
+pub(super) enum Stopped {
+    TimedOut,
+    GivenUp,
+    /// It wrote more than it may.
+    TooMuch {
+        stderr: String,
+    },
+}
+
+/// A command that runs.
+pub(super) struct Process {
+    child: Child,
+    /// `None` once it is closed.
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    waker: Arc<Waker>,
+}
+
+thread_local! {
+    /// What wakes this handler thread; made once, for it costs two system calls.
+    static WAKER: OnceLock<Arc<Waker>> = const { OnceLock::new() };
+}
+
+fn waker() -> io::Result<Arc<Waker>> {
+    WAKER.with(|cell| match cell.get() {
+        Some(waker) => Ok(Arc::clone(waker)),
+        None => {
+            let waker = Arc::new(Waker::new()?);
+            Ok(Arc::clone(cell.get_or_init(|| waker)))
+        }
+    })
+}
+
+/// /dev/null; of each process, opened when it is first needed, never inherited.
+fn null() -> io::Result<BorrowedFd<'static>> {
+    static NULL: OnceLock<File> = OnceLock::new();
+    if let Some(file) = NULL.get() {
+        return Ok(file.as_fd());
+    }
+    let file = File::open("/dev/null")?;
+    Ok(NULL.get_or_init(|| file).as_fd())
+}
+
+/// Starts a command; `feeds`: there will be something to read for it.
+pub(super) fn start(
+    template: &Template,
+    arguments: &[Cow<'_, CStr>],
+    environment: &[&CStr],
+    feeds: bool,
+) -> Result<Process, SpawnError> {
+    let none_left = |errno| SpawnError {
+        step: Step::Descriptors,
+        errno,
+    };
+    let of_io = |error: io::Error| none_left(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
+    let waker = waker().map_err(of_io)?;
+    let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(none_left);
+    let stdin = if feeds { Some(pipe()?) } else { None };
+    let ((our_stdout, stdout), (our_stderr, stderr)) = (pipe()?, pipe()?);
+    let ours = [
+        stdin.as_ref().map(|(_, writer)| writer),
+        Some(&our_stdout),
+        Some(&our_stderr),
+    ];
+    for end in ours.into_iter().flatten() {
+        // Ours alone: the program's ends are as any program expects them.
+        nix::fcntl::fcntl(end, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+            .map_err(none_left)?;
+    }
+    let arguments: Vec<&CStr> = arguments.iter().map(|argument| &**argument).collect();
+    let stdio = Stdio {
+        stdin: match &stdin {
+            Some((reader, _)) => reader.as_fd(),
+            None => null().map_err(of_io)?,
+        },
+        stdout: stdout.as_fd(),
+        stderr: stderr.as_fd(),
+    };
+    let child = spawn(template, &arguments, environment, stdio)?;
+    Ok(Process {
+        child,
+        stdin: stdin.map(|(_, writer)| writer),
+        stdout: Some(our_stdout),
+        stderr: Some(our_stderr),
+        waker,
+    })
+}
+
+impl Process {
+    /// Feeds it `input`, and reads what it writes until it has ended.
+    pub fn finish(
+        mut self,
+        input: &[u8],
+        max_output: usize,
+        context: &Context<'_>,
+    ) -> Result<Ran, Stopped> {
+        let waker = Arc::clone(&self.waker);
+        let mut stdout = Vec::new();
+        let mut stderr = Tail::default();
+        let ended = context.waking(&waker, || {
+            self.attend(input, &mut stdout, &mut stderr, max_output, context)
+        });
+        if let Err(why) = ended {
+            self.kill_all();
+            return Err(match why {
+                End::TimedOut => Stopped::TimedOut,
+                End::GivenUp => Stopped::GivenUp,
+                End::TooMuch => Stopped::TooMuch {
+                    stderr: stderr.into_text(),
+                },
+            });
+        }
+        // While it is not reaped its group's number can't be another's.
+        self.child.kill();
+        let mut too_much = false;
+        for _ in 0..LEFT {
+            let out = pull(&mut self.stdout, |piece| {
+                stdout.extend_from_slice(piece);
+            });
+            too_much |= stdout.len() > max_output;
+            let err = pull(&mut self.stderr, |piece| stderr.add(piece));
+            if too_much || (!out && !err) {
+                break;
+            }
+        }
+        let exit = self.child.reap();
+        let stderr = stderr.into_text();
+        match exit {
+            _ if too_much => Err(Stopped::TooMuch { stderr }),
+            Some(exit) => Ok(Ran {
+                exit,
+                stdout,
+                stderr,
+            }),
+            // Nobody else waits for it; if somebody did, how it ended is not to be had.
+            None => Err(Stopped::GivenUp),
+        }
+    }
+
+    /// Serves the pipes until the program has ended.
+    fn attend(
+        &mut self,
+        input: &[u8],
+        stdout: &mut Vec<u8>,
+        stderr: &mut Tail,
+        max_output: usize,
+        context: &Context<'_>,
+    ) -> Result<(), End> {
+        let mut input = input;
+        self.feed(&mut input);
+        loop {
+            if context.is_cancelled() {
+                return Err(End::GivenUp);
+            }
+            let left = context.remaining();
+            if left.is_zero() {
+                return Err(End::TimedOut);
+            }
+            // A millisecond more: poll(2) rounds down, and waking early is waking twice.
+            let left = left.saturating_add(Duration::from_millis(1));
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let mut fds = [(); 5].map(|()| PollFd::new(self.child.as_fd(), PollFlags::POLLIN));
+            fds[1] = PollFd::new(self.waker.as_fd(), PollFlags::POLLIN);
+            let pipes = [
+                (&self.stdout, PollFlags::POLLIN),
+                (&self.stderr, PollFlags::POLLIN),
+                (&self.stdin, PollFlags::POLLOUT),
+            ];
+            let mut count = 2;
+            for (pipe, flags) in pipes {
+                if let Some(pipe) = pipe {
+                    fds[count] = PollFd::new(pipe.as_fd(), flags);
+                    count += 1;
+                }
+            }
+            match poll(&mut fds[..count], timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                // Out of memory for a moment; there is no waiting without poll.
+                Err(_) => return Err(End::GivenUp),
+            }
+            let has_ended = fds[0].any().unwrap_or(false);
+            if has_ended {
+                return Ok(());
+            }
+            self.feed(&mut input);
+            pull(&mut self.stdout, |piece| stdout.extend_from_slice(piece));
+            if stdout.len() > max_output {
+                return Err(End::TooMuch);
+            }
+            pull(&mut self.stderr, |piece| stderr.add(piece));
+        }
+    }
+
+    /// Writes as much as it takes, and closes its input at the end, or when it has.
+    fn feed(&mut self, input: &mut &[u8]) {
+        while let Some(pipe) = &self.stdin {
+            match write(pipe, input) {
+                Ok(count) if count < input.len() => *input = &input[count..],
+                Err(Errno::EAGAIN) => return,
+                Err(Errno::EINTR) => {}
+                // All is written; or it does not want it, which is its own business.
+                Ok(_) | Err(_) => self.stdin = None,
+            }
+        }
+    }
+
+    /// Kills the program, its group, and all that descends from it.
+    fn kill_all(&mut self) {
+        // Before the kill: afterwards nobody could say whose children they were.
+        let below = tree::descendants(&[self.child.pid()]);
+        self.child.kill();
+        below.iter().for_each(tree::Held::kill);
+        if self.child.ends_within(DYING) {
+            self.child.reap();
+        }
+    }
+}
+
+enum End {
+    TimedOut,
+    GivenUp,
+    TooMuch,
+}
+
+/// Reads once from a pipe that is still open, without waiting; tells whether there was something.
+fn pull(pipe: &mut Option<OwnedFd>, mut take: impl FnMut(&[u8])) -> bool {
+    let Some(fd) = pipe else {
+        return false;
+    };
+    let mut piece = [0; PIECE];
+    match read(fd, &mut piece) {
+        Ok(count @ 1..) => {
+            take(&piece[..count]);
+            true
+        }
+        Err(Errno::EAGAIN | Errno::EINTR) => false,
+        // The end.
+        Ok(0) | Err(_) => {
+            *pipe = None;
+            false
+        }
+    }
+}
+
+/// The end of a long text.
+#[derive(Default)]
+struct Tail {
+    bytes: Vec<u8>,
+    is_cut: bool,
+}
+
+impl Tail {
+    fn add(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+        // Seldom, so that a flood of short writes is not moved again and again.
+        if self.bytes.len() > 4 * STDERR_END {
+            self.cut();
+        }
+    }
+
+    fn cut(&mut self) {
+        if self.bytes.len() > STDERR_END {
+            self.bytes.drain(..self.bytes.len() - STDERR_END);
+            self.is_cut = true;
+        }
+    }
+
+    fn into_text(mut self) -> String {
+        self.cut();
+        // A cut may go through a character, whose rest is no news.
+        let begin = if self.is_cut {
+            let rest = |byte: &&u8| (**byte & 0xC0) == 0x80;
+            self.bytes.iter().take(3).take_while(rest).count()
+        } else {
+            0
+        };
+        String::from_utf8_lossy(&self.bytes[begin..]).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_is_the_end_and_begins_with_a_whole_character() {
+        let mut tail = Tail::default();
+        for _ in 0..10_000 {
+            tail.add("x€".as_bytes());
+        }
+        let text = tail.into_text();
+        assert!(text.len() <= STDERR_END && text.len() > STDERR_END - 4);
+        assert!(!text.contains('\u{FFFD}') && text.ends_with("x€"));
+        let mut short = Tail::default();
+        short.add(b"gone\xff");
+        assert_eq!(short.into_text(), "gone\u{FFFD}");
+    }
+}

@@ -1,0 +1,155 @@
+//! What a call has left behind: processes that forked twice, took a session of their own, and
+//! outlive the program that they came from.
+//!
+//! A worker is a subreaper, so they become its children, and their environment says which call
+//! they belong to. After each call its leftovers are killed and reaped; after the last one of a
+//! worker, everything below it. One that clears its environment is found only then. What the kill
+//! of a worker leaves is the master's, which adopts it and knows the same variable.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use nix::libc::pid_t;
+
+use crate::sys::process::{self, Pid, monotonic};
+use crate::sys::spawn;
+use crate::sys::tree::{self, Held};
+
+/// The variable that says which call a process belongs to: `WORKER.NUMBER`.
+pub const VARIABLE: &str = "PREFORKD_CALL";
+
+/// How long leftovers may take to end once they are killed.
+const DYING: Duration = Duration::from_secs(1);
+
+/// The number of the next call of this worker.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+/// Calls whose command runs.
+static RUNNING: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
+/// Whether this worker leaves, so that no command may begin.
+static LEAVES: RwLock<bool> = RwLock::new(false);
+/// Held by who sweeps: what is adopted is reaped by nobody else then, so pids stay whose they are.
+static SWEEPING: Mutex<()> = Mutex::new(());
+
+/// A command of a call, from before it is started until nothing of it is left.
+#[derive(Debug)]
+pub(super) struct Running(u64);
+
+impl Running {
+    /// `None`: the worker leaves.
+    pub fn begin() -> Option<Self> {
+        let leaves = LEAVES.read().unwrap_or_else(PoisonError::into_inner);
+        if *leaves {
+            return None;
+        }
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        running(|calls| calls.insert(number));
+        Some(Running(number))
+    }
+
+    /// The value of the variable.
+    pub fn name(&self) -> String {
+        format!("{}.{}", Pid::current(), self.0)
+    }
+
+    /// It has ended: sees to what it left behind.
+    pub fn end(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        running(|calls| calls.remove(&self.0));
+        spawn::reap_abandoned();
+        // Most leave nothing.
+        if !strangers().is_empty() {
+            let me = Pid::current();
+            sweep(|pid| {
+                call_of(pid).is_some_and(|(worker, number)| worker == me && !is_running(number))
+            });
+        }
+    }
+}
+
+fn running<T>(look: impl FnOnce(&mut BTreeSet<u64>) -> T) -> T {
+    look(&mut RUNNING.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn is_running(number: u64) -> bool {
+    running(|calls| calls.contains(&number))
+}
+
+/// The call that a process belongs to, as far as its environment says.
+pub fn call_of(pid: Pid) -> Option<(Pid, u64)> {
+    let value = tree::variable(pid, VARIABLE)?;
+    let (worker, number) = value.split_once('.')?;
+    Some((Pid(worker.parse::<pid_t>().ok()?), number.parse().ok()?))
+}
+
+/// Ends everything that this worker's commands have left or still run; none begins any more. To be
+/// called when it leaves.
+pub fn end_all() {
+    *LEAVES.write().unwrap_or_else(PoisonError::into_inner) = true;
+    if NEXT.load(Ordering::Relaxed) == 1 {
+        return;
+    }
+    let end = monotonic().saturating_add(DYING);
+    // Again while a thread is about to start one, or has not noticed its end.
+    while running(|calls| !calls.is_empty()) && monotonic() < end {
+        let held = tree::hold_with_descendants(&spawn::children(), spawn::is_child);
+        held.iter().for_each(Held::kill);
+        wait(&held);
+        std::thread::yield_now();
+    }
+    // What cleared its environment as well: nothing else is a child of the first thread.
+    sweep(|_| true);
+}
+
+/// Reaps adopted ones that have ended. To be called now and then by the first thread, whose
+/// children they are.
+pub fn tidy() {
+    while let Some(pid) = process::ended_child().filter(|&pid| !spawn::is_child(pid)) {
+        let Ok(_one_at_a_time) = SWEEPING.try_lock() else {
+            return;
+        };
+        process::reap(pid, false);
+    }
+}
+
+/// Children of the first thread that it has not started: those that were adopted.
+fn strangers() -> Vec<Pid> {
+    let mut pids = tree::adopted();
+    pids.retain(|&pid| !spawn::is_child(pid));
+    pids
+}
+
+/// Kills those adopted ones that are `over`, with all below them, and reaps them; again until none
+/// is left, for they may have forked meanwhile, and what was below them is adopted then.
+fn sweep(is_over: impl Fn(Pid) -> bool) {
+    let _one_at_a_time = SWEEPING.lock().unwrap_or_else(PoisonError::into_inner);
+    let end = monotonic().saturating_add(DYING);
+    loop {
+        let mut over = Vec::new();
+        for pid in strangers() {
+            if tree::is_zombie(pid) {
+                process::reap(pid, false);
+            } else if is_over(pid) {
+                over.push(pid);
+            }
+        }
+        if over.is_empty() || monotonic() > end {
+            return;
+        }
+        let held = tree::hold_with_descendants(&over, &is_over);
+        held.iter().for_each(Held::kill);
+        wait(&held);
+    }
+}
+
+fn wait(held: &[Held]) {
+    use std::os::fd::AsFd;
+    let pidfds: Vec<_> = held.iter().map(AsFd::as_fd).collect();
+    tree::ends_within(&pidfds, DYING);
+}
