@@ -52,7 +52,7 @@ command = ["printf", "\\377"]
 command = ["env"]
 environment = { COLOR = "blue", LANG = "C.UTF-8" }
 [methods.surroundings]
-command = ["sh", "-c", "pwd; umask; ls /proc/$$/fd; ulimit -n; grep -E '^Sig(Blk|Ign)' /proc/$$/status"]
+command = ["sh", "-c", "pwd; umask; ls /proc/$$/fd; ulimit -n; exec grep -E '^Sig(Blk|Ign)' /proc/self/status"]
 directory = "/usr"
 rlimits = { files = 40 }
 [methods.descriptors]
