@@ -7,7 +7,8 @@ use std::rc::Rc;
 
 use super::event::Event;
 use super::listeners;
-use super::supervise::{Master, limits, now, wall_clock};
+use super::start::limits;
+use super::supervise::{Master, now, wall_clock};
 use super::workers::Ground;
 use crate::config::{self, Settings};
 use crate::error::{Error, Result};

@@ -15,6 +15,7 @@ mod hygiene;
 mod intake;
 mod orders;
 mod service;
+mod serving;
 mod threads;
 mod timers;
 

@@ -1,0 +1,200 @@
+//! What a connection's bytes, its end and its answers lead to: calls taken, answers sent, the end.
+//!
+//! Everything that changes a connection ends in `advance`, which sends what was answered, takes
+//! what may be taken, and sets reading and deadlines anew. What fails on one connection ends it and
+//! no other.
+
+use super::connection::{HIGH_WATER, Phase};
+use super::event_loop::{EventLoop, find};
+use super::service::millis;
+use super::threads::Done;
+use super::timers::{CallKey, Target};
+use crate::sys::event::{Floor, Token};
+
+/// How long the peer of a connection that we have ended may take to end it too (section 3).
+const LINGER_MS: u64 = 2000;
+
+impl EventLoop {
+    pub(super) fn received(&mut self, floor: &mut Floor, token: Token, bytes: &[u8]) {
+        let unsent = floor.unsent(token);
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        if connection.phase != Phase::Open {
+            return;
+        }
+        connection.active_ms = self.service.now_ms;
+        let mut whole = false;
+        if connection.tail.is_empty() {
+            let used = self.service.consume(connection, bytes, unsent);
+            connection.keep(&bytes[used..]);
+            whole = used > 0;
+        } else {
+            connection.keep(bytes);
+        }
+        self.advance(floor, token, whole);
+    }
+
+    /// Sends what was answered, takes what may be taken now, and sets what follows from it:
+    /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
+    pub(super) fn advance(&mut self, floor: &mut Floor, token: Token, mut whole: bool) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return self.service.out.clear();
+        };
+        let service = &mut self.service;
+        let pipeline = service.limits.pipeline;
+        loop {
+            floor.send(token, &mut service.out);
+            let unsent = floor.unsent(token);
+            if connection.tail.is_empty() || !connection.takes_calls(pipeline, unsent) {
+                break;
+            }
+            let mut tail = connection.take_tail();
+            let used = service.consume(connection, &tail, unsent);
+            std::mem::swap(&mut connection.tail, &mut tail);
+            connection.consume(used);
+            whole |= used > 0;
+            if used == 0 && service.out.is_empty() {
+                break;
+            }
+        }
+        if connection.phase != Phase::Open {
+            connection.tail = Vec::new();
+        }
+        let unsent = floor.unsent(token);
+        connection.blocked =
+            connection.phase == Phase::Open && !connection.takes_calls(pipeline, unsent);
+        floor.set_reading(token, !connection.blocked);
+        if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
+            service.calls.unpark(token);
+        }
+        if service.out.capacity() > 4 * HIGH_WATER {
+            // One large answer need not keep its room for as long as the worker lives.
+            service.out = Vec::new();
+        }
+        let now = service.now_ms;
+        if connection.tail.is_empty() || connection.blocked || connection.ended {
+            // While we hold the peer back, the time it takes is ours.
+            service
+                .timers
+                .disarm(&mut connection.read_deadline, Target::Read(token));
+        } else if whole || connection.read_deadline == 0 {
+            let at = now + millis(service.limits.read_timeout);
+            service
+                .timers
+                .arm(&mut connection.read_deadline, at, Target::Read(token));
+        }
+        if unsent == 0 {
+            service
+                .timers
+                .disarm(&mut connection.write_deadline, Target::Write(token));
+        } else if connection.write_deadline == 0 {
+            let at = now + millis(service.limits.write_timeout);
+            service
+                .timers
+                .arm(&mut connection.write_deadline, at, Target::Write(token));
+        }
+        if connection.unanswered == 0 && unsent == 0 {
+            self.settle(floor, token);
+        }
+    }
+
+    /// Everything read is answered and sent: ends the connection if it is to end.
+    fn settle(&mut self, floor: &mut Floor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        let open = connection.phase == Phase::Open;
+        // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
+        if open && self.drain.hands_over() && !(connection.ended && connection.tail.is_empty()) {
+            return self.give(floor, token);
+        }
+        if connection.ended && connection.phase != Phase::Lingering {
+            if !connection.tail.is_empty() {
+                log::debug!("a client ended in the middle of a frame");
+            }
+            return self.close(floor, token);
+        }
+        if connection.phase == Phase::Closing {
+            // Closing at once would reset the connection if something more arrived, and a reset
+            // takes along the answer that the client has not read yet.
+            connection.phase = Phase::Lingering;
+            floor.shutdown(token);
+            let at = self.service.now_ms + LINGER_MS;
+            let armed = &mut connection.quiet_deadline;
+            self.service.timers.disarm(armed, Target::Idle(token));
+            self.service.timers.arm(armed, at, Target::Linger(token));
+        }
+    }
+
+    pub(super) fn ended(&mut self, floor: &mut Floor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        connection.ended = true;
+        if connection.phase == Phase::Lingering {
+            return self.close(floor, token);
+        }
+        self.advance(floor, token, false);
+    }
+
+    /// Closes a connection; whatever its calls answer is for nobody.
+    pub(super) fn close(&mut self, floor: &mut Floor, token: Token) {
+        let Some(slot) = self.connections.get_mut(token.index()) else {
+            return;
+        };
+        let Some(mut connection) = slot.take_if(|connection| connection.token == token) else {
+            return;
+        };
+        let timers = &mut self.service.timers;
+        timers.disarm(&mut connection.read_deadline, Target::Read(token));
+        timers.disarm(&mut connection.write_deadline, Target::Write(token));
+        let target = match connection.phase {
+            Phase::Lingering => Target::Linger(token),
+            _ => Target::Idle(token),
+        };
+        timers.disarm(&mut connection.quiet_deadline, target);
+        floor.close(token);
+        self.service.calls.unpark(token);
+        if connection.unanswered > 0 {
+            let left: Vec<CallKey> = self.service.calls.of(|call| call.token == token).collect();
+            for key in left {
+                self.service.give_up(key);
+            }
+        }
+        if self.full && floor.connections() < self.service.limits.connections {
+            self.full = false;
+            self.resume_listening(floor);
+        }
+    }
+
+    /// Answers what the threads have done: one write for each connection.
+    pub(super) fn collect(&mut self, floor: &mut Floor) {
+        self.waker.clear();
+        let mut done: Vec<_> = self
+            .service
+            .threads
+            .take_done()
+            .collect::<Vec<Done>>()
+            .into_iter()
+            .filter_map(|done| {
+                let mut ended = self.service.calls.done(&done)?;
+                let target = Target::Call(done.key);
+                self.service.timers.disarm(&mut ended.timer, target);
+                Some((ended, done.outcome?))
+            })
+            .collect();
+        // Stable: answers of one connection stay in the order in which they were done.
+        done.sort_by_key(|(ended, _)| ended.token);
+        let mut done = done.into_iter().peekable();
+        while let Some((ended, outcome)) = done.next() {
+            let token = ended.token;
+            if let Some(connection) = find(&mut self.connections, token) {
+                self.service.answer(connection, &ended, outcome);
+            }
+            if done.peek().is_none_or(|(next, _)| next.token != token) {
+                self.advance(floor, token, false);
+            }
+        }
+    }
+}
