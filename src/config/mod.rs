@@ -12,7 +12,6 @@
 mod address;
 mod check;
 mod commands;
-mod diff;
 mod document;
 mod effective;
 mod files;
@@ -20,6 +19,7 @@ mod listeners;
 mod methods;
 mod raw;
 mod resolve;
+mod restart;
 mod settings;
 mod surroundings;
 mod units;
@@ -31,7 +31,7 @@ use toml::de::{DeTable, DeValue};
 
 pub use address::UNIX_PATH_MAX;
 pub use commands::placeholder;
-pub use diff::{Changes, diff};
+pub use restart::needs_restart;
 pub use settings::{
     Address, Builtin, Command, Limits, Listen, Log, LogFormat, Method, MethodKind, Output, Rlimits,
     Settings, Stdin, Workers,

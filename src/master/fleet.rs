@@ -12,7 +12,7 @@ use super::deaths::Deaths;
 use super::event::{Action, Event, Limits, MAX_COUNT, Millis};
 use super::leave::Leave;
 use super::limiter::Limiter;
-use super::reload::{Reload, Verdict};
+use super::reload::Reload;
 use crate::link::ids::{Generation, Pid};
 
 /// While so many old generations still drain, a reload waits: each holds its workers' memory.
@@ -58,7 +58,6 @@ pub struct Fleet {
     pub(super) reload: Option<Reload>,
     /// The last generation's number given out.
     pub(super) last_generation: Generation,
-    pub(super) last_reload: Option<Verdict>,
     pub(super) table: Table,
     pub(super) deaths: Deaths,
     pub(super) troubles: Limiter,
@@ -84,7 +83,6 @@ impl Fleet {
             count,
             reload: None,
             last_generation: Generation::FIRST,
-            last_reload: None,
             table: Table::default(),
             deaths: Deaths::default(),
             troubles: Limiter::new(TROUBLES.0, TROUBLES.1),

@@ -6,8 +6,8 @@ use proptest::prelude::*;
 
 use super::event::{Event, Exit, Limits, Millis};
 use super::fleet_world::{LIMITS, World};
-use super::view::State;
 use crate::link::ids::Pid;
+use crate::protocol::control::State;
 
 /// Something that happens. A number picks among those living.
 #[derive(Debug, Clone)]

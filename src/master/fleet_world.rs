@@ -8,8 +8,9 @@ use nix::sys::signal::Signal;
 
 use super::event::{Action, Event, Exit, Limits, Millis};
 use super::fleet::Fleet;
-use super::view::{State, WorkerView};
+use super::view::WorkerView;
 use crate::link::ids::{Generation, Pid, Slot};
+use crate::protocol::control::State;
 
 pub(super) const LIMITS: Limits = Limits {
     count: 4,

@@ -12,7 +12,7 @@
 use log::Level;
 
 use super::children::Seat;
-use super::event::{Action, Limits, MAX_COUNT, Millis};
+use super::event::{Action, Limits, MAX_COUNT};
 use super::fleet::{Fleet, Phase};
 use super::leave::Leave;
 use crate::link::ids::Generation;
@@ -29,17 +29,6 @@ pub(super) struct Reload {
     pub limits: Limits,
     /// Whether the canary was ready, so that all seats are open.
     pub canary_ready: bool,
-}
-
-/// How the last reload ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
-    /// The generation that it started.
-    pub generation: Generation,
-    /// Why it was given up, if it was.
-    pub result: Result<(), String>,
-    /// When, on the caller's monotonic clock.
-    pub at: Millis,
 }
 
 impl Fleet {
@@ -93,7 +82,7 @@ impl Fleet {
                 let old = std::mem::replace(&mut self.serving, generation);
                 self.limits = reload.limits;
                 self.count = reload.limits.count;
-                self.verdict(generation, Ok(()));
+                self.act(Action::ReloadDone(Ok(generation)));
                 self.close(old, 0, Leave::Retire);
             }
         }
@@ -117,17 +106,8 @@ impl Fleet {
         }
         if let Some(Reload { generation, .. }) = self.reload.take() {
             let text = format!("generation {generation} did not become ready: {reason}");
-            self.verdict(generation, Err(text));
+            self.act(Action::ReloadDone(Err(text)));
             self.close(generation, 0, Leave::Retire);
         }
-    }
-
-    fn verdict(&mut self, generation: Generation, result: Result<(), String>) {
-        self.act(Action::ReloadDone(result.clone().map(|()| generation)));
-        self.last_reload = Some(Verdict {
-            generation,
-            result,
-            at: self.now,
-        });
     }
 }

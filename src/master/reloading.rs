@@ -45,11 +45,11 @@ impl Master<'_> {
     /// Reads and checks the new configuration and opens what it names.
     fn prepare(&mut self) -> Result<Ground> {
         let settings = self.setup.host.load()?;
-        let changes = config::diff(&self.ground.settings, &settings);
-        if !changes.needs_restart.is_empty() {
+        let waiting = config::needs_restart(&self.ground.settings, &settings);
+        if !waiting.is_empty() {
             log::warn!(
                 "reload: {} can't change while the master runs: restart it for that",
-                changes.needs_restart.join(", ")
+                waiting.join(", ")
             );
         }
         if self.ground.settings.daemon && settings.log.file.is_none() {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::event::Millis;
 use super::fleet::Fleet;
 use super::listeners::Listener;
-use super::view::{State, WorkerView};
+use super::view::WorkerView;
 use super::workers::Workers;
 use crate::protocol::control::{self, Death, LastReload, OldestCall, Status, Throttle, Worker};
 use crate::sys::process::{Pid, resident_bytes};
@@ -61,13 +61,7 @@ fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
         slot: view.slot.0,
         pid: view.pid.map(|pid| pid.0),
         generation: view.generation.0,
-        state: match view.state {
-            State::Starting => control::State::Starting,
-            State::Ready => control::State::Ready,
-            State::Draining => control::State::Draining,
-            State::Throttled => control::State::Throttled,
-            State::Dead => control::State::Dead,
-        },
+        state: view.state,
         throttle: view.next_fork.map(|at| Throttle {
             failures: view.young_deaths + view.refused_forks,
             retry_in_ms: at.saturating_sub(now),

@@ -1,48 +1,12 @@
 //! What `status` shows of the fleet: read access, no decision.
 
-use std::fmt;
-
 use super::children::{Child, Holder, Seat, Stage, Tenure};
 use super::deaths::Deaths;
 use super::event::Millis;
 use super::fleet::Fleet;
-use super::reload::Verdict;
 use super::throttle::HEALTHY_AFTER;
 use crate::link::ids::{Generation, Pid, Slot};
-
-/// A worker's state, in `status`'s words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// Forked, not yet ready.
-    Starting,
-    /// Serves.
-    Ready,
-    /// Its end was asked for.
-    Draining,
-    /// No worker: the slot waits until it may be forked again.
-    Throttled,
-    /// No worker: its successor is being forked.
-    Dead,
-}
-
-impl State {
-    /// The word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            State::Starting => "starting",
-            State::Ready => "ready",
-            State::Draining => "draining",
-            State::Throttled => "throttled",
-            State::Dead => "dead",
-        }
-    }
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
+use crate::protocol::control::State;
 
 /// One line of `status`: a worker, or a slot without one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,11 +71,6 @@ impl Fleet {
     /// Every child not yet reaped.
     pub fn pids(&self) -> impl Iterator<Item = Pid> {
         self.table.children.keys().copied()
-    }
-
-    /// How the last reload ended, if there was one.
-    pub fn last_reload(&self) -> Option<&Verdict> {
-        self.last_reload.as_ref()
     }
 
     /// The last deaths.

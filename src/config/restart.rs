@@ -1,0 +1,61 @@
+//! What a reload can't change: the keys that belong to the life of the master itself.
+//!
+//! Pure comparison. Everything else takes effect with the new generation of workers; which
+//! listeners are kept, opened and closed is for whoever opens them.
+
+use super::settings::Settings;
+
+/// The keys that differ and that only a restart brings into effect, in the file's order, as in
+/// PostgreSQL.
+pub fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
+    let names = |settings: &Settings| {
+        let account = settings.account.as_ref();
+        account.map_or((None, None), |account| {
+            (Some((account.uid, account.name.clone())), Some(account.gid))
+        })
+    };
+    let ((old_user, old_group), (new_user, new_group)) = (names(old), names(new));
+    let keys = [
+        ("daemon", old.daemon != new.daemon),
+        ("pid-file", old.pid_file != new.pid_file),
+        ("control-socket", old.control_socket != new.control_socket),
+        // The master's own files and sockets were made for that account.
+        ("user", old_user != new_user),
+        ("group", old_group != new_group && old_user == new_user),
+    ];
+    keys.into_iter()
+        .filter_map(|(key, differs)| differs.then_some(key))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::config::tests::{root, settings};
+    use crate::sys::account::Account;
+
+    #[test]
+    fn what_takes_effect_at_a_reload_needs_no_restart() {
+        let of = |text: &str| settings(&root(), text).unwrap();
+        let old = of("");
+        assert!(needs_restart(&old, &old).is_empty());
+        let new = of("[workers]\ncount = 7\n[[listen]]\naddress = '127.0.0.1:3'");
+        assert!(needs_restart(&old, &new).is_empty());
+    }
+
+    #[test]
+    fn what_belongs_to_the_master_waits_for_a_restart() {
+        let old = settings(&root(), "").unwrap();
+        let mut new = old.clone();
+        new.daemon = true;
+        new.pid_file = "/x".into();
+        new.control_socket = "/y".into();
+        new.account = Some(Account::lookup("nobody", None).unwrap());
+        let keys = ["daemon", "pid-file", "control-socket", "user"];
+        assert_eq!(needs_restart(&old, &new), keys);
+        let old = new.clone();
+        new.account = Some(Account::lookup("nobody", Some("root")).unwrap());
+        assert_eq!(needs_restart(&old, &new), ["group"]);
+    }
+}
