@@ -7,6 +7,7 @@
 pub mod builtin;
 pub mod command;
 pub mod function;
+pub mod job;
 pub mod registry;
 
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -25,6 +26,19 @@ pub enum Placement {
     Inline,
     /// On a handler thread.
     Thread,
+    /// In a program of the pool with this number, counted from 0.
+    Pool(usize),
+}
+
+impl Placement {
+    /// The lane of its calls: those of one never wait for those of another. The handler threads
+    /// have the first, pools the following.
+    pub fn lane(self) -> usize {
+        match self {
+            Placement::Inline | Placement::Thread => 0,
+            Placement::Pool(number) => number + 1,
+        }
+    }
 }
 
 /// What answers calls of one method.

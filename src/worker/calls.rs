@@ -1,8 +1,9 @@
-//! The calls of a worker that are for its handler threads: which wait, which run, which are over.
+//! The calls of a worker that are for its threads: which wait, which run, which are over.
 //!
 //! The loop decides alone; threads only get what is handed to them. A few more calls than there
 //! are threads are handed out, so that none stands idle while the loop is busy. An entry lives
-//! until its thread has reported, also when the caller was answered long before.
+//! until its thread has reported, also when the caller was answered long before. The handler
+//! threads and each pool have a lane of their own: what fills one keeps nobody waiting in another.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use super::connection::{HIGH_WATER, Place, Reply};
 use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
-use crate::handler::registry::Registry;
+use crate::handler::registry::{Method, Registry};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
@@ -81,9 +82,25 @@ pub struct Ended {
     pub begun: bool,
 }
 
+/// The calls that one crew of threads serves: the handler threads, or those of a pool.
+#[derive(Debug, Default)]
+struct Lane {
+    queue: VecDeque<CallKey>,
+    /// Those handed out, oldest first; ones that are done are skipped.
+    handed_out: VecDeque<CallKey>,
+    /// Entries that wait in `queue` or at the threads, to be answered.
+    waiting: usize,
+    /// Entries with the threads.
+    out: usize,
+    /// Of those, the ones that run and that nobody waits for.
+    lost: usize,
+}
+
 /// A method's calls of late.
 #[derive(Debug, Clone, Default)]
 struct Load {
+    /// Where its calls wait and run.
+    lane: usize,
     /// Waiting and running ones.
     current: usize,
     /// Calls that the rate still allows, in thousandths.
@@ -97,41 +114,36 @@ struct Load {
 #[derive(Debug)]
 pub struct Calls {
     table: Slab<Call>,
-    queue: VecDeque<CallKey>,
+    /// By `Load::lane`: each has its own queue, its own limit and its own threads.
+    lanes: Vec<Lane>,
     /// Taken out of the queue because their connection has answers enough to send, until that
     /// changes; in their order.
     parked: HashMap<Token, Vec<CallKey>>,
-    /// Those handed out, oldest first; ones that are done are skipped.
-    handed_out: VecDeque<CallKey>,
     loads: Vec<Load>,
     registry: Arc<Registry>,
     limit: usize,
     serial: u64,
-    /// Entries that wait in `queue` or at the threads, to be answered.
-    waiting: usize,
-    /// Entries with the threads.
-    out: usize,
-    /// Of those, the ones that run and that nobody waits for.
-    lost: usize,
     /// Bytes of params and ids, of all entries.
     bytes: usize,
 }
 
 impl Calls {
-    /// An empty table that lets `limit` calls wait.
+    /// An empty table that lets `limit` calls wait in each lane.
     pub fn new(registry: Arc<Registry>, limit: usize) -> Self {
+        let load = |method: &Method| Load {
+            lane: method.handler.placement().lane(),
+            ..Load::default()
+        };
+        let loads: Vec<Load> = registry.methods().iter().map(load).collect();
+        let last = loads.iter().map(|load| load.lane).max().unwrap_or(0);
         Calls {
             table: Slab::new(),
-            queue: VecDeque::new(),
+            lanes: (0..=last).map(|_| Lane::default()).collect(),
             parked: HashMap::new(),
-            handed_out: VecDeque::new(),
-            loads: vec![Load::default(); registry.methods().len()],
+            loads,
             registry,
             limit,
             serial: 0,
-            waiting: 0,
-            out: 0,
-            lost: 0,
             bytes: 0,
         }
     }
@@ -157,7 +169,17 @@ impl Calls {
         Ok(())
     }
 
-    /// Whether there is room for one more call of a method to wait.
+    /// The lane of a method's calls.
+    pub fn lane(&self, method: usize) -> usize {
+        self.loads[method].lane
+    }
+
+    fn lane_of(&mut self, method: usize) -> &mut Lane {
+        &mut self.lanes[self.loads[method].lane]
+    }
+
+    /// Whether there is room for one more call of a method to wait, with so many threads in its
+    /// lane.
     ///
     /// # Errors
     /// `overloaded`.
@@ -168,8 +190,9 @@ impl Calls {
             return Err(self.overloaded(method, reason));
         }
         // Those that run, and those that will begin at once, do not wait.
-        let begin = threads.saturating_sub(self.lost);
-        if self.waiting >= self.limit + begin {
+        let lane = &self.lanes[self.loads[method].lane];
+        let begin = threads.saturating_sub(lane.lost);
+        if lane.waiting >= self.limit + begin {
             let reason = format!("the {} calls that may wait for a thread", self.limit);
             return Err(self.overloaded(method, reason));
         }
@@ -214,8 +237,9 @@ impl Calls {
         });
         self.bytes += self.table[index].size;
         let key = CallKey { index, serial };
-        self.queue.push_back(key);
-        self.waiting += 1;
+        let lane = self.lane_of(method);
+        lane.queue.push_back(key);
+        lane.waiting += 1;
         self.loads[method].current += 1;
         key
     }
@@ -223,8 +247,20 @@ impl Calls {
     /// Hands waiting calls to the threads, as long as one of them could soon be idle. `backlog`
     /// tells how many bytes of answers a connection has yet to send before such a call's.
     pub fn hand_out(&mut self, threads: &Threads, backlog: impl Fn(Token, Place) -> usize) {
-        while self.out < threads.count() * 2
-            && let Some(key) = self.queue.pop_front()
+        for lane in 0..self.lanes.len() {
+            self.hand_out_lane(lane, threads, &backlog);
+        }
+    }
+
+    fn hand_out_lane(
+        &mut self,
+        lane: usize,
+        threads: &Threads,
+        backlog: &impl Fn(Token, Place) -> usize,
+    ) {
+        let count = threads.count(lane);
+        while self.lanes[lane].out < count * 2
+            && let Some(key) = self.lanes[lane].queue.pop_front()
         {
             // One that was given up while it waited left its key behind.
             let Some(call) = self
@@ -234,7 +270,7 @@ impl Calls {
             else {
                 continue;
             };
-            if !self.fits(call, backlog(call.token, call.reply.place), threads.count()) {
+            if !self.fits(call, backlog(call.token, call.reply.place), count) {
                 let token = call.token;
                 self.parked.entry(token).or_default().push(key);
                 continue;
@@ -253,9 +289,9 @@ impl Calls {
                 deadline: Duration::from_millis(call.deadline_ms),
                 state: Arc::clone(&call.state),
             };
-            self.out += 1;
-            self.handed_out.push_back(key);
-            threads.run(job);
+            self.lanes[lane].out += 1;
+            self.lanes[lane].handed_out.push_back(key);
+            threads.run(lane, job);
         }
     }
 
@@ -271,7 +307,7 @@ impl Calls {
         if expected < LARGE {
             return true;
         }
-        let running = self
+        let running = self.lanes[self.loads[call.method].lane]
             .handed_out
             .iter()
             .filter_map(|key| Some((key, self.table.get(key.index)?)))
@@ -292,7 +328,10 @@ impl Calls {
     /// A connection may have room again: its calls stand before those that came later.
     pub fn unpark(&mut self, token: Token) {
         for key in self.parked.remove(&token).into_iter().flatten().rev() {
-            self.queue.push_front(key);
+            // Of one that is over, nothing is left to say where it belonged.
+            if let Some(method) = self.get_mut(key).map(|call| call.method) {
+                self.lane_of(method).queue.push_front(key);
+            }
         }
     }
 
@@ -300,24 +339,26 @@ impl Calls {
     pub fn done(&mut self, done: &Done) -> Option<Ended> {
         let call = self.table.remove(done.key.index);
         debug_assert_eq!(call.serial, done.key.serial);
-        self.out -= 1;
-        self.lost -= usize::from(call.lost);
+        let index = self.loads[call.method].lane;
+        let lane = &mut self.lanes[index];
+        lane.out -= 1;
+        lane.lost -= usize::from(call.lost);
+        lane.waiting -= usize::from(!call.over);
         self.bytes -= call.size;
         let load = &mut self.loads[call.method];
         load.current -= 1;
         if let Some(Ok(result)) = &done.outcome {
             load.last_result = result.len();
         }
-        while let Some(&key) = self.handed_out.front()
+        while let Some(&key) = self.lanes[index].handed_out.front()
             && self.get_mut(key).is_none()
         {
-            self.handed_out.pop_front();
+            self.lanes[index].handed_out.pop_front();
         }
-        self.tidy();
+        self.tidy(index);
         if call.over {
             return None;
         }
-        self.waiting -= 1;
         Some(Ended {
             token: call.token,
             reply: call.reply,
@@ -349,28 +390,30 @@ impl Calls {
         };
         call.params = None;
         call.lost = begun;
-        self.waiting -= 1;
+        let index = self.loads[ended.method].lane;
+        self.lanes[index].waiting -= 1;
         if call_is_out(&self.table, key) {
             // It lives on until its thread reports.
-            self.lost += usize::from(begun);
+            self.lanes[index].lost += usize::from(begun);
         } else {
             self.table.remove(key.index);
             self.bytes -= ended.size;
             self.loads[ended.method].current -= 1;
-            self.tidy();
+            self.tidy(index);
         }
         Some(ended)
     }
 
     /// Drops keys whose calls are gone, once they are the most of a queue: behind one call that
     /// never ends they would pile up for as long as the worker lives.
-    fn tidy(&mut self) {
+    fn tidy(&mut self, lane: usize) {
         let table = &self.table;
         let lives = |key: &CallKey| {
             let call = table.get(key.index);
             call.is_some_and(|call| call.serial == key.serial)
         };
-        for queue in [&mut self.queue, &mut self.handed_out] {
+        let lane = &mut self.lanes[lane];
+        for queue in [&mut lane.queue, &mut lane.handed_out] {
             if queue.len() > 2 * table.len() + 64 {
                 queue.retain(lives);
             }
@@ -403,26 +446,33 @@ impl Calls {
 
     /// Whether no call waits or runs.
     pub fn is_empty(&self) -> bool {
-        self.waiting == 0
+        self.lanes.iter().all(|lane| lane.waiting == 0)
     }
 
-    /// How many run on a thread, wait for one, and run for nobody.
-    pub fn counts(&self, threads: usize) -> (usize, usize, usize) {
-        let wanted_out = self.out - self.lost;
-        let running = wanted_out
-            .min(threads.saturating_sub(self.lost))
-            .min(self.waiting);
-        (running, self.waiting - running, self.lost)
+    /// How many run on a thread, wait for one, and run for nobody. Of the latter, those of the
+    /// handler threads alone: a pool's program is ended then.
+    pub fn counts(&self, threads: &Threads) -> (usize, usize, usize) {
+        let (mut running, mut queued) = (0, 0);
+        for (number, lane) in self.lanes.iter().enumerate() {
+            let at_work = (lane.out - lane.lost)
+                .min(threads.count(number).saturating_sub(lane.lost))
+                .min(lane.waiting);
+            running += at_work;
+            queued += lane.waiting - at_work;
+        }
+        (running, queued, self.lanes[0].lost)
     }
 
     /// The method of the call that is the longest with the threads, and when it was read.
     pub fn oldest(&self) -> Option<(usize, u64)> {
-        let key = self.handed_out.front()?;
-        let call = self
-            .table
-            .get(key.index)
-            .filter(|call| call.serial == key.serial)?;
-        Some((call.method, call.read_ms))
+        let oldest = |lane: &Lane| {
+            let key = lane.handed_out.front()?;
+            let call = self.table.get(key.index);
+            let call = call.filter(|call| call.serial == key.serial)?;
+            Some((call.method, call.read_ms))
+        };
+        let lanes = self.lanes.iter().filter_map(oldest);
+        lanes.min_by_key(|&(_, read_ms)| read_ms)
     }
 }
 

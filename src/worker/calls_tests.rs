@@ -2,19 +2,32 @@
 
 use super::*;
 use crate::handler::builtin::{Echo, Sleep};
-use crate::handler::registry::Method;
+use crate::handler::{Context, Handler, Placement};
 use crate::protocol::body::Form;
 use crate::protocol::reply::{Shape, Wrap};
 use crate::sys::waker::Waker;
 use crate::worker::connection::Place;
 
+/// Stands for the methods of a pool; only its lane is asked for.
+struct Pooled;
+
+impl Handler for Pooled {
+    fn call(&self, _: &str, _: &Context<'_>, _: &mut Vec<u8>) -> Result<(), RpcError> {
+        unreachable!("its lane has no threads here")
+    }
+
+    fn placement(&self) -> Placement {
+        Placement::Pool(0)
+    }
+}
+
 fn registry() -> Arc<Registry> {
     let method = |name: &str, concurrency, rate| Method {
         name: name.into(),
-        handler: if name == "sleep" {
-            Arc::new(Sleep)
-        } else {
-            Arc::new(Echo)
+        handler: match name {
+            "sleep" => Arc::new(Sleep),
+            "pooled" => Arc::new(Pooled),
+            _ => Arc::new(Echo),
         },
         timeout: Duration::from_secs(30),
         concurrency,
@@ -25,6 +38,7 @@ fn registry() -> Arc<Registry> {
         method("sleep", 0, 0),
         method("few", 1, 0),
         method("slow", 0, 10),
+        method("pooled", 0, 0),
     ]))
 }
 
@@ -74,7 +88,7 @@ fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
     assert!(calls.give_up(key).is_none());
     calls.hand_out(&threads, |_, _| 0);
     assert!(calls.is_empty());
-    assert_eq!(calls.counts(1), (0, 0, 0));
+    assert_eq!(calls.counts(&threads), (0, 0, 0));
 }
 
 #[test]
@@ -89,10 +103,10 @@ fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
     }
     assert_eq!(calls.oldest(), Some((1, 5)));
     assert!(calls.give_up(key).unwrap().begun);
-    assert_eq!(calls.counts(1), (0, 0, 1));
+    assert_eq!(calls.counts(&threads), (0, 0, 1));
     let done = report(&threads);
     assert!(calls.done(&done).is_none());
-    assert_eq!((calls.counts(1), calls.oldest()), ((0, 0, 0), None));
+    assert_eq!((calls.counts(&threads), calls.oldest()), ((0, 0, 0), None));
 }
 
 #[test]
@@ -146,8 +160,12 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
         calls.hand_out(&threads, |_, _| 0);
         calls.done(&report(&threads)).unwrap();
     }
-    assert!(calls.handed_out.len() < 100, "{}", calls.handed_out.len());
-    while calls.out < 4 {
+    assert!(
+        calls.lanes[0].handed_out.len() < 100,
+        "{}",
+        calls.lanes[0].handed_out.len()
+    );
+    while calls.lanes[0].out < 4 {
         add(&mut calls, 1, None);
         calls.hand_out(&threads, |_, _| 0);
     }
@@ -155,7 +173,11 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
         let key = add(&mut calls, 1, Some("7"));
         calls.give_up(key).unwrap();
     }
-    assert!(calls.queue.len() < 100, "{}", calls.queue.len());
+    assert!(
+        calls.lanes[0].queue.len() < 100,
+        "{}",
+        calls.lanes[0].queue.len()
+    );
     assert!(calls.give_up(stuck).unwrap().begun);
 }
 
@@ -200,7 +222,7 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     let done = report(&threads);
     assert_eq!(done.key, other);
     calls.done(&done).unwrap();
-    assert!(calls.are_parked() && calls.counts(1) == (0, 3, 0));
+    assert!(calls.are_parked() && calls.counts(&threads) == (0, 3, 0));
     calls.give_up(lagging[1]).unwrap();
     calls.unpark(Token::for_test(1));
     calls.hand_out(&threads, |_, _| 0);
@@ -226,4 +248,31 @@ fn the_params_of_all_connections_together_have_a_bound() {
     assert!(refused.message.contains("64 MiB"), "{refused}");
     calls.give_up(key).unwrap();
     assert!(calls.has_room(0, MOST_BYTES, 0).is_ok());
+}
+
+/// A pool that has nobody to serve its calls fills its own queue and no other.
+#[test]
+fn lanes_have_queues_and_limits_of_their_own() {
+    let registry = registry();
+    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = Calls::new(registry, 2);
+    let pooled: Vec<CallKey> = (0..2).map(|_| add(&mut calls, 4, None)).collect();
+    assert!(calls.has_room(4, 1, 0).is_err());
+    assert!(calls.has_room(0, 1, 0).is_ok());
+    let on_thread = add(&mut calls, 0, None);
+    calls.hand_out(&threads, |_, _| 0);
+    let done = report(&threads);
+    assert_eq!(done.key, on_thread);
+    calls.done(&done).unwrap();
+    assert_eq!(calls.counts(&threads), (0, 2, 0));
+    // held back and let go again, they come to their own queue, in their order
+    let pulled: Vec<CallKey> = calls.lanes[1].queue.drain(..).collect();
+    calls.parked.insert(Token::for_test(1), pulled);
+    calls.unpark(Token::for_test(1));
+    assert_eq!(calls.lanes[1].queue, pooled);
+    assert!(calls.lanes[0].queue.is_empty());
+    for key in pooled {
+        assert!(!calls.give_up(key).unwrap().begun);
+    }
+    assert!(calls.is_empty());
 }

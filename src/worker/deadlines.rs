@@ -108,7 +108,7 @@ impl EventLoop {
         };
         if let Some(connection) = find(&mut self.connections, ended.token) {
             let error = RpcError::of(code, text, ended.begun);
-            self.service.answer(connection, &ended, Err(error));
+            self.service.answer(connection, &ended, Err(error), None);
             self.advance(floor, ended.token, false);
         }
     }

@@ -212,7 +212,7 @@ impl EventLoop {
 
     fn publish(&self, floor: &Floor) {
         let record = self.service.record;
-        let (running, queued, lost) = self.service.calls.counts(self.service.threads.count());
+        let (running, queued, lost) = self.service.calls.counts(&self.service.threads);
         record
             .connections
             .store(floor.connections() as u32, Relaxed);

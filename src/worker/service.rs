@@ -143,7 +143,11 @@ impl Service {
             self.calls.admit(method, self.now_ms)
         } else {
             self.calls
-                .has_room(method, params.len(), self.threads.count())
+                .has_room(
+                    method,
+                    params.len(),
+                    self.threads.count(self.calls.lane(method)),
+                )
                 .and_then(|()| self.calls.admit(method, self.now_ms))
         };
         if let Err(error) = admitted {
@@ -236,7 +240,7 @@ impl Service {
         let key = self.calls.find(connection.token, wanted);
         if let Some(ended) = key.and_then(|key| self.give_up(key)) {
             let error = RpcError::of(Code::Cancelled, "cancelled by its caller", ended.begun);
-            self.answer(connection, &ended, Err(error));
+            self.answer(connection, &ended, Err(error), None);
         }
         self.compose(connection, reply, (cancel::METHOD, id), |out| {
             out.extend_from_slice(if key.is_some() { b"true" } else { b"false" });
@@ -268,11 +272,13 @@ impl Service {
         connection: &mut Connection,
         ended: &Ended,
         outcome: Result<Vec<u8>, RpcError>,
+        out: Option<&str>,
     ) {
         connection.pending -= ended.size;
         let registry = Arc::clone(&self.registry);
         let method = &registry.methods()[ended.method];
-        let name = method.handler.answer_name().unwrap_or(&method.name);
+        let name = out.or_else(|| method.handler.answer_name());
+        let name = name.unwrap_or(&method.name);
         let limit = self.limits.frame;
         self.compose(
             connection,

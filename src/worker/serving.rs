@@ -181,18 +181,19 @@ impl EventLoop {
                 let mut ended = self.service.calls.done(&done)?;
                 let target = Target::Call(done.key);
                 self.service.timers.disarm(&mut ended.timer, target);
-                Some((ended, done.outcome?))
+                Some((ended, done.outcome?, done.out))
             })
             .collect();
         // Stable: answers of one connection stay in the order in which they were done.
-        done.sort_by_key(|(ended, _)| ended.token);
+        done.sort_by_key(|(ended, _, _)| ended.token);
         let mut done = done.into_iter().peekable();
-        while let Some((ended, outcome)) = done.next() {
+        while let Some((ended, outcome, out)) = done.next() {
             let token = ended.token;
             if let Some(connection) = find(&mut self.connections, token) {
-                self.service.answer(connection, &ended, outcome);
+                self.service
+                    .answer(connection, &ended, outcome, out.as_deref());
             }
-            if done.peek().is_none_or(|(next, _)| next.token != token) {
+            if done.peek().is_none_or(|(next, _, _)| next.token != token) {
                 self.advance(floor, token, false);
             }
         }

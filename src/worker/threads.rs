@@ -7,43 +7,19 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::timers::CallKey;
+use crate::handler::Context;
+use crate::handler::job::Reports;
+pub use crate::handler::job::{Done, Job};
 use crate::handler::registry::Registry;
-use crate::handler::{CallState, Context};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::waker::Waker;
 
 /// Stack of a handler thread, the same as std's default: deep enough for serde_json's own limit.
 const STACK: usize = 2 * 1024 * 1024;
-
-/// A call for the threads.
-#[derive(Debug)]
-pub struct Job {
-    /// Which call.
-    pub key: CallKey,
-    /// The number of its method.
-    pub method: usize,
-    /// Its params, as JSON.
-    pub params: Box<str>,
-    /// When the caller stops waiting, as time since boot.
-    pub deadline: Duration,
-    /// Whether it may begin.
-    pub state: Arc<CallState>,
-}
-
-/// What became of a job.
-#[derive(Debug)]
-pub struct Done {
-    /// Which call.
-    pub key: CallKey,
-    /// Its result as JSON, or its error; `None` when it was given up before it began.
-    pub outcome: Option<Result<Vec<u8>, RpcError>>,
-}
 
 /// The threads.
 #[derive(Debug)]
@@ -65,19 +41,22 @@ impl Threads {
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
         let (jobs, to_do) = unbounded::<Job>();
-        let (to_report, done) = unbounded();
+        let (sender, done) = unbounded();
+        let reports = Reports::new(sender, Arc::clone(waker));
         let mut started = 0;
         for number in 0..count {
-            let (to_do, to_report) = (to_do.clone(), to_report.clone());
-            let (registry, waker) = (Arc::clone(registry), Arc::clone(waker));
+            let (to_do, reports) = (to_do.clone(), reports.clone());
+            let registry = Arc::clone(registry);
             let body = move || {
                 for job in to_do {
-                    let key = job.key;
-                    let outcome = job.state.begin().then(|| run(&job, slot, &registry));
-                    if to_report.send(Done { key, outcome }).is_err() {
+                    let done = Done {
+                        key: job.key,
+                        outcome: job.state.begin().then(|| run(&job, slot, &registry)),
+                        out: None,
+                    };
+                    if !reports.send(done) {
                         return;
                     }
-                    waker.wake();
                 }
             };
             let name = format!("handler-{number}");
@@ -106,13 +85,14 @@ impl Threads {
         })
     }
 
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.count
+    /// How many serve a lane.
+    pub fn count(&self, lane: usize) -> usize {
+        if lane == 0 { self.count } else { 0 }
     }
 
-    /// Hands a job over.
-    pub fn run(&self, job: Job) {
+    /// Hands a job over to a lane.
+    pub fn run(&self, lane: usize, job: Job) {
+        debug_assert_eq!(lane, 0);
         self.jobs
             .send(job)
             .expect("the threads live as long as the worker");

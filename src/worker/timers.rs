@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+pub use crate::handler::job::CallKey;
 use crate::sys::event::Token;
 
 /// What a deadline is for.
@@ -24,15 +25,6 @@ pub enum Target {
     Listen,
     /// A connection may be given away again.
     Give,
-}
-
-/// Names a call of this worker, for good: places are reused, serials are not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CallKey {
-    /// Its place in the table of calls.
-    pub index: usize,
-    /// Its number, counted from the worker's start.
-    pub serial: u64,
 }
 
 /// The deadlines of a worker.
