@@ -6,6 +6,7 @@
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::shared_record;
@@ -13,10 +14,17 @@ use crate::sys::shared;
 
 /// Workers that can be alive at once, those of generations that drain included.
 pub const RECORDS: usize = 4096;
+const LENGTH: NonZeroUsize = NonZeroUsize::new(RECORDS).expect("there are some");
+
+/// Bytes from one record to the next. Fixed, so that workers of one version and a master of the
+/// next mean the same by it: a field may be added at the end, none moved or taken away.
+pub const STRIDE: usize = 256;
+const _: () = assert!(size_of::<Record>() == STRIDE, "a record outgrew its place");
 
 shared_record! {
     /// What one worker shows. All zero: nothing yet.
     #[derive(Debug)]
+    #[repr(align(256))]
     pub struct Record {
         /// Milliseconds (CLOCK_MONOTONIC) at which its event loop last turned; ticks when idle too.
         pub heartbeat_ms: AtomicU64,
@@ -46,8 +54,12 @@ shared_record! {
 }
 
 /// The records of all workers; which is whose is the master's knowledge.
-#[derive(Debug, Clone, Copy)]
-pub struct Scoreboard(&'static [Record]);
+#[derive(Debug)]
+pub struct Scoreboard {
+    records: &'static [Record],
+    /// What they lie in.
+    file: OwnedFd,
+}
 
 impl Scoreboard {
     /// A scoreboard with every record zero.
@@ -55,8 +67,22 @@ impl Scoreboard {
     /// # Errors
     /// When there is no memory to be had.
     pub fn new() -> io::Result<Self> {
-        let length = NonZeroUsize::new(RECORDS).unwrap_or(NonZeroUsize::MIN);
-        shared::array(length).map(Scoreboard)
+        let (records, file) = shared::array(LENGTH)?;
+        Ok(Scoreboard { records, file })
+    }
+
+    /// The scoreboard in a file that another master has made.
+    ///
+    /// # Errors
+    /// When there is no memory to be had, or the file is none.
+    pub fn of(file: OwnedFd) -> io::Result<Self> {
+        let records = shared::array_in(&file, LENGTH)?;
+        Ok(Scoreboard { records, file })
+    }
+
+    /// The file that it lies in.
+    pub fn file(&self) -> &OwnedFd {
+        &self.file
     }
 
     /// One record.
@@ -64,7 +90,7 @@ impl Scoreboard {
     /// # Panics
     /// When `index` is not below `RECORDS`.
     pub fn record(&self, index: usize) -> &'static Record {
-        &self.0[index]
+        &self.records[index]
     }
 }
 

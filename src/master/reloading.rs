@@ -9,7 +9,7 @@ use super::event::Event;
 use super::listeners;
 use super::start::limits;
 use super::supervise::{Master, now, wall_clock};
-use super::workers::Ground;
+use super::workers::{Ground, Known};
 use crate::config::{self, Settings};
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
@@ -71,8 +71,10 @@ impl Master<'_> {
         for warning in &settings.warnings {
             log::warn!("{warning}");
         }
+        let registry = self.setup.host.registry(&settings);
         Ok(Ground {
-            registry: self.setup.host.registry(&settings),
+            known: Known::of(&settings, &registry),
+            registry,
             settings: Rc::new(keep_life_settings(settings, &self.ground.settings)),
             listeners,
         })

@@ -51,6 +51,7 @@ impl Master<'_> {
             settings: Rc::clone(&self.ground.settings),
             registry: Arc::clone(&self.ground.registry),
             listeners: Vec::new(),
+            known: Rc::clone(&self.ground.known),
         });
         self.passed.clear();
         self.refuse_waiting("the server stops");

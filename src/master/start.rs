@@ -16,7 +16,7 @@ use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
 use super::supervise::{Master, now};
-use super::workers::{Ground, Workers};
+use super::workers::{Ground, Known, Workers};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::sys::notify::Notifier;
@@ -88,8 +88,10 @@ fn start<'a>(
     title::set_comm(&format!("{} master", setup.program));
     let now = now();
     let (fleet, actions) = Fleet::new(limits(&settings), now);
+    let registry = setup.host.registry(&settings);
     let ground = Rc::new(Ground {
-        registry: setup.host.registry(&settings),
+        known: Known::of(&settings, &registry),
+        registry,
         settings,
         listeners,
     });

@@ -80,10 +80,10 @@ fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
     shown.lost_threads = number(&record.lost_threads);
     shown.calls = record.calls.load(Relaxed);
     shown.errors = record.errors.load(Relaxed);
-    shown.threads = living.settings.workers.threads as u64;
+    shown.threads = living.known.threads as u64;
     shown.rss_bytes = resident_bytes(pid);
     shown.oldest_call = record.oldest().map(|(method, since)| OldestCall {
-        method: living.registry.name(method).to_owned(),
+        method: living.known.method(method).to_owned(),
         age_ms: now.saturating_sub(since),
     });
     shown

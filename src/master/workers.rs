@@ -10,6 +10,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use serde::{Deserialize, Serialize};
+
 use super::listeners::Listener;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
@@ -35,6 +37,34 @@ pub struct Ground {
     pub registry: Arc<Registry>,
     /// Its listeners.
     pub listeners: Vec<Rc<Listener>>,
+    /// What is told of its workers.
+    pub known: Rc<Known>,
+}
+
+/// What the master tells of the workers of one configuration, for as long as one of them lives:
+/// less than the configuration, for that may be another version's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    /// The names of the methods, by the numbers that the scoreboard has.
+    pub methods: Vec<String>,
+    /// Handler threads of each worker.
+    pub threads: usize,
+}
+
+impl Known {
+    /// What there is to tell of these.
+    pub fn of(settings: &Settings, registry: &Registry) -> Rc<Self> {
+        let methods = registry.methods().iter();
+        Rc::new(Known {
+            methods: methods.map(|method| method.name.clone()).collect(),
+            threads: settings.workers.threads,
+        })
+    }
+
+    /// The name of a method by its number; a question mark for a number that is none.
+    pub fn method(&self, number: usize) -> &str {
+        self.methods.get(number).map_or("?", String::as_str)
+    }
 }
 
 /// What every fork needs of the master.
@@ -56,10 +86,9 @@ pub struct Parent<'a> {
 pub struct Worker {
     /// Its generation.
     pub generation: Generation,
-    /// Its configuration. Not its listeners, which the master closes before it has ended.
-    pub settings: Rc<Settings>,
-    /// Its methods.
-    pub registry: Arc<Registry>,
+    /// What is told of it. Not its configuration with the listeners, which the master closes before
+    /// it has ended.
+    pub known: Rc<Known>,
     /// What it shows.
     pub record: &'static Record,
     record_index: usize,
@@ -153,8 +182,7 @@ impl Workers {
             pid,
             Worker {
                 generation,
-                settings: Rc::clone(&ground.settings),
-                registry: Arc::clone(&ground.registry),
+                known: Rc::clone(&ground.known),
                 record,
                 record_index,
                 link: Some(master_end),
@@ -237,7 +265,7 @@ impl Worker {
     /// The method to name when it has died.
     pub fn last_method(&self) -> Option<String> {
         let method = self.record.last_method()?;
-        Some(self.registry.name(method).to_owned())
+        Some(self.known.method(method).to_owned())
     }
 
     /// When its loop last turned, in milliseconds (CLOCK_MONOTONIC); `None`: never yet.

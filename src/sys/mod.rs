@@ -8,6 +8,7 @@ pub mod account;
 pub mod daemon;
 pub mod descriptor;
 pub mod event;
+pub mod exec;
 pub mod notify;
 pub mod privilege;
 pub mod process;

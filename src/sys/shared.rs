@@ -1,17 +1,21 @@
 //! Memory that processes share: an array of zeroed records, made before the fork.
 //!
-//! Only atomics are given out, so that two processes can't tear a value. Fails when the system
-//! has no memory to give.
+//! Only atomics are given out, so that two processes can't tear a value. It is a file of memory, so
+//! that another program can go on with it (memfd_create(2)). Fails when the system has no memory to
+//! give.
 
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
 use std::os::raw::c_void;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
 /// A record that may lie in memory which another process changes.
 ///
@@ -47,20 +51,46 @@ macro_rules! shared_record {
     };
 }
 
-/// An array of `length` zeroed records, shared with every process forked from now on. Memory is
-/// taken only for those that are touched, and never given back: the processes end with it.
+/// An array of `length` zeroed records, shared with every process forked from now on, and the file
+/// that it lies in. Memory is taken only for those that are touched, and never given back: the
+/// processes end with it.
 ///
 /// # Errors
-/// ENOMEM.
-pub fn array<T: Record>(length: NonZeroUsize) -> io::Result<&'static [T]> {
-    let bytes = length
-        .checked_mul(NonZeroUsize::new(size_of::<T>()).unwrap_or(NonZeroUsize::MIN))
-        .ok_or(io::ErrorKind::OutOfMemory)?;
+/// ENOMEM, or no descriptor left.
+pub fn array<T: Record>(length: NonZeroUsize) -> io::Result<(&'static [T], OwnedFd)> {
+    let file = File::from(memfd_create(c"preforkd-shared", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(bytes_of::<T>(length)?.get() as u64)?;
+    let file = OwnedFd::from(file);
+    Ok((map(&file, length)?, file))
+}
+
+/// The array in a file that `array` has made, perhaps in another program.
+///
+/// # Errors
+/// ENOMEM; EINVAL when the file is too short for so many records.
+pub fn array_in<T: Record>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [T]> {
+    let there = File::from(file.try_clone()?).metadata()?.len();
+    if there < bytes_of::<T>(length)?.get() as u64 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    map(file, length)
+}
+
+fn bytes_of<T>(length: NonZeroUsize) -> io::Result<NonZeroUsize> {
+    let bytes = length.checked_mul(NonZeroUsize::new(size_of::<T>()).unwrap_or(NonZeroUsize::MIN));
+    bytes.ok_or(io::ErrorKind::OutOfMemory.into())
+}
+
+/// The file is at least as long as the records, and nobody cuts it: it has no name, and only this
+/// program and what becomes of it have its descriptor.
+fn map<T: Record>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [T]> {
+    let bytes = bytes_of::<T>(length)?;
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping at an address of the kernel's choice touches nobody's memory.
     let start: NonNull<c_void> =
-        unsafe { mmap_anonymous(None, bytes, protection, MapFlags::MAP_SHARED) }?;
-    // SAFETY: the mapping is page-aligned, as long as `length` records, zeroed by the kernel,
-    // never unmapped, and `Record` says that zeroes are valid and that others may change it.
+        unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, file, 0) }?;
+    // SAFETY: the mapping is page-aligned, as long as `length` records, zeroed by the kernel where
+    // nobody wrote, never unmapped, and `Record` says that zeroes are valid and that others may
+    // change it.
     Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
 }

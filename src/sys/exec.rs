@@ -1,0 +1,229 @@
+//! Becoming another program in place (execve(2)): the same process, with the descriptors that are
+//! named and no others.
+//!
+//! Everything of ours is close-on-exec; what is to cross is let through right before the exec, and
+//! closed to it again by whoever takes it over. Leaves to others what crosses and what it means.
+//! Fails with the system's error, and then this is still the old program.
+
+#![allow(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::env;
+use std::ffi::{CStr, CString, OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::ptr;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::libc;
+
+/// The file that this process runs, whatever has become of its path: good for
+/// [`Image::Open`], and for nothing else (O_PATH, open(2)).
+///
+/// # Errors
+/// Where /proc is not mounted, or no descriptor is left.
+pub fn own_image() -> io::Result<OwnedFd> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
+        .open("/proc/self/exe")?;
+    Ok(file.into())
+}
+
+/// Takes a variable out of the environment, so that no child sees it. To be called while the
+/// process has one thread.
+pub fn take_variable(name: &str) -> Option<OsString> {
+    let value = env::var_os(name);
+    if value.is_some() {
+        // SAFETY: there is one thread, so nobody reads the environment meanwhile.
+        unsafe { env::remove_var(name) };
+    }
+    value
+}
+
+/// The environment of this process with these variables added, as exec takes it.
+pub fn environment(more: &[(&str, &OsStr)]) -> Vec<CString> {
+    let own = env::vars_os().filter(|(name, _)| more.iter().all(|(other, _)| name != other));
+    let more = more
+        .iter()
+        .map(|(name, value)| (OsString::from(name), value.to_os_string()));
+    own.chain(more)
+        .filter_map(|(mut pair, value)| {
+            pair.push("=");
+            pair.push(value);
+            // what holds a NUL was not in an environment
+            CString::new(pair.into_vec()).ok()
+        })
+        .collect()
+}
+
+/// A path or an argument as exec takes it.
+///
+/// # Errors
+/// When it holds a NUL.
+pub fn c_string(text: impl AsRef<OsStr>) -> io::Result<CString> {
+    Ok(CString::new(text.as_ref().as_bytes())?)
+}
+
+/// What to become.
+#[derive(Debug, Clone, Copy)]
+pub enum Image<'a> {
+    /// The program that stands at a path now.
+    At(&'a Path),
+    /// One that [`own_image`] has opened.
+    Open(BorrowedFd<'a>),
+}
+
+/// Becomes the program, with the descriptors in `through` besides the standard streams. Returns
+/// only when that failed: then nothing has changed.
+pub fn become_image(
+    image: Image<'_>,
+    arguments: &[CString],
+    environment: &[CString],
+    through: &[RawFd],
+) -> io::Error {
+    let let_through = || set_flags(through, FdFlag::empty());
+    let error = match let_through() {
+        Ok(()) => exec(image, arguments, environment),
+        Err(error) => error,
+    };
+    let _ = set_flags(through, FdFlag::FD_CLOEXEC);
+    error
+}
+
+fn exec(image: Image<'_>, arguments: &[CString], environment: &[CString]) -> io::Error {
+    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
+        let strings = strings.iter().map(|string| string.as_ptr());
+        strings.chain([ptr::null()]).collect()
+    };
+    let (argv, envp) = (pointers(arguments), pointers(environment));
+    match image {
+        Image::At(path) => match c_string(path) {
+            Ok(path) => {
+                // SAFETY: strings and arrays that end as execve(2) asks, alive until it returns.
+                unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
+            }
+            Err(error) => return error,
+        },
+        Image::Open(fd) => {
+            let empty: &CStr = c"";
+            // SAFETY: likewise; the empty path with this flag means the descriptor itself.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_execveat,
+                    fd.as_raw_fd(),
+                    empty.as_ptr(),
+                    argv.as_ptr(),
+                    envp.as_ptr(),
+                    libc::AT_EMPTY_PATH,
+                )
+            };
+        }
+    }
+    io::Error::last_os_error()
+}
+
+fn set_flags(numbers: &[RawFd], flags: FdFlag) -> io::Result<()> {
+    for &number in numbers {
+        // SAFETY: only asked for its flags, which owns nothing; a closed one is an error.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        fcntl(fd, FcntlArg::F_SETFD(flags))?;
+    }
+    Ok(())
+}
+
+/// Descriptors that came through an exec, by their numbers. They stay open as long as this lives;
+/// who needs one takes a duplicate, so that all are still there to go back with.
+#[derive(Debug, Default)]
+pub struct Through(BTreeMap<RawFd, OwnedFd>);
+
+impl Through {
+    /// Takes over `numbers`, and closes them to the next exec. To be called once in the life of a
+    /// program, before it has opened anything that could have one of the numbers.
+    ///
+    /// # Errors
+    /// When one of them is not open, or is a standard stream.
+    pub fn claim(numbers: &BTreeSet<RawFd>) -> io::Result<Self> {
+        let mut claimed = BTreeMap::new();
+        let all: Vec<RawFd> = numbers.iter().copied().collect();
+        if all.iter().any(|&number| number <= 2) {
+            return Err(io::Error::from(Errno::EBADF));
+        }
+        // All of them first: an error must not close those that are already owned.
+        set_flags(&all, FdFlag::FD_CLOEXEC)?;
+        for number in all {
+            // SAFETY: it is open, as the line above has found, was passed by the program before
+            // us for us to own, and each number is taken once.
+            claimed.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
+        }
+        Ok(Through(claimed))
+    }
+
+    /// A duplicate of one of them.
+    ///
+    /// # Errors
+    /// When it is none of them, or no descriptor is left.
+    pub fn take(&self, number: RawFd) -> io::Result<OwnedFd> {
+        let missing = || io::Error::from(Errno::EBADF);
+        self.0.get(&number).ok_or_else(missing)?.try_clone()
+    }
+
+    /// Their numbers.
+    pub fn numbers(&self) -> Vec<RawFd> {
+        self.0.keys().copied().collect()
+    }
+}
+
+/// Reads a whole file of memory from its beginning, wherever others that share it stand.
+///
+/// # Errors
+/// When it can't be read, or is longer than `most` bytes.
+pub fn read_whole(file: BorrowedFd<'_>, most: u64) -> io::Result<Vec<u8>> {
+    let file = File::from(file.try_clone_to_owned()?);
+    let length = file.metadata()?.len();
+    if length > most {
+        return Err(io::Error::from(Errno::EFBIG));
+    }
+    let mut bytes = vec![0; length as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::sys::socket::memory_file;
+    use std::os::fd::{AsFd, IntoRawFd};
+
+    #[test]
+    fn what_is_claimed_is_duplicated_and_a_number_that_is_not_open_is_an_error() {
+        let file = memory_file(b"state").unwrap();
+        assert_eq!(read_whole(file.as_fd(), 100).unwrap(), b"state");
+        assert!(read_whole(file.as_fd(), 4).is_err());
+        let number = file.into_raw_fd();
+        set_flags(&[number], FdFlag::empty()).unwrap();
+        let through = Through::claim(&BTreeSet::from([number])).unwrap();
+        let one = through.take(number).unwrap();
+        let flags = fcntl(one.as_fd(), FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
+        assert!(through.take(number + 1000).is_err());
+        assert!(Through::claim(&BTreeSet::from([1])).is_err());
+        assert!(Through::claim(&BTreeSet::from([i32::MAX])).is_err());
+    }
+
+    #[test]
+    fn an_exec_that_fails_leaves_everything_as_it_was() {
+        let file = memory_file(b"").unwrap();
+        let number = file.as_raw_fd();
+        let error = become_image(Image::At(Path::new("/nowhere")), &[], &[], &[number]);
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        let flags = fcntl(file.as_fd(), FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
+    }
+}
