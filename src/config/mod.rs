@@ -83,6 +83,15 @@ fn load_in(here: &Surroundings, file: Option<&Path>, overrides: &Overrides) -> R
     settings_of(here, &files, overrides)
 }
 
+/// [`load`] with `text` for the content of the file, which need not be there.
+///
+/// # Errors
+/// As for [`load`].
+pub fn load_text(file: &Path, text: String, overrides: &Overrides) -> Result<Settings> {
+    let files = Files::of_text(file, text)?;
+    settings_of(&Surroundings::here(), &files, overrides)
+}
+
 fn settings_of(here: &Surroundings, files: &Files, overrides: &Overrides) -> Result<Settings> {
     let (raw, places) = document::parse(files)?;
     resolve::resolve(&raw, &places, overrides, here)

@@ -29,7 +29,7 @@ mod limiter;
 pub mod listeners;
 pub mod orphans;
 mod own_path;
-mod pid_file;
+pub mod pid_file;
 mod reload;
 mod reloading;
 mod requests;

@@ -159,9 +159,15 @@ pub fn make_directory(directory: &Path) -> Result<()> {
 }
 
 fn read_pid(file: &File) -> Option<i32> {
-    let mut text = String::new();
-    file.take(32).read_to_string(&mut text).ok()?;
-    text.trim().parse().ok()
+    let mut text = Vec::new();
+    file.take(32).read_to_end(&mut text).ok()?;
+    pid_in(&text)
+}
+
+/// The pid that a pid file's content names; `None` for any other content. A hint, whoever wrote it.
+pub fn pid_in(content: &[u8]) -> Option<i32> {
+    let text = std::str::from_utf8(content).ok()?;
+    text.trim().parse().ok().filter(|pid| *pid > 0)
 }
 
 fn refused(what: &str, path: &Path, error: io::Error) -> Error {
@@ -210,6 +216,22 @@ mod tests {
         assert!(!path.exists());
         PidFile::lock(&path).unwrap().remove();
         fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn a_content_names_a_pid_or_none() {
+        for (content, pid) in [
+            (&b"4711\n"[..], Some(4711)),
+            (b" \n7 ", Some(7)),
+            (b"", None),
+            (b"0\n", None),
+            (b"-1\n", None),
+            (b"1 2", None),
+            (b"\xff1", None),
+            (b"99999999999", None),
+        ] {
+            assert_eq!(pid_in(content), pid, "{}", content.escape_ascii());
+        }
     }
 
     #[test]

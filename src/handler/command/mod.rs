@@ -1,12 +1,13 @@
 //! Commands as handlers: one process a call, its params in arguments or on its standard input, its
 //! standard output the result.
 //!
-//! `arguments` makes the argument list of a call, `run` feeds and reads the process, `sweep` sees
-//! to it that a call leaves nothing behind. What goes wrong is told to the caller with the end of
+//! `arguments` makes the argument list of a call, `run` feeds and reads the process, `output` makes
+//! a result of what it wrote, `sweep` sees to it that a call leaves nothing behind. What goes wrong is told to the caller with the end of
 //! the program's standard error; a thread that runs a command waits with the call's deadline, and
 //! is woken when the call is given up.
 
 mod arguments;
+pub mod output;
 mod run;
 pub mod sweep;
 
@@ -16,12 +17,10 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use serde::Serialize;
-use serde_json::value::RawValue;
 
 use super::{Context, Handler};
 use crate::config::{self, Output, Stdin};
 use crate::protocol::code::Code;
-use crate::protocol::json;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
 use crate::sys::spawn::{Limits, SpawnError, Step, Template};
@@ -112,37 +111,6 @@ impl Command {
             }
         }
     }
-
-    /// Appends what it wrote, as JSON.
-    fn take_output(&self, stdout: Vec<u8>, result: &mut Vec<u8>) -> Result<(), String> {
-        match self.output {
-            Output::Text => {
-                let text = String::from_utf8(stdout).map_err(|error| {
-                    format!("not UTF-8 at byte {}", error.utf8_error().valid_up_to())
-                })?;
-                serde_json::to_writer(result, &text).map_err(|error| error.to_string())
-            }
-            Output::Json => {
-                if stdout.trim_ascii().is_empty() {
-                    return Err("nothing, where one JSON value is to be".into());
-                }
-                let text = json::text(&stdout, self.depth).map_err(|error| error.message)?;
-                let value: &RawValue = serde_json::from_str(text)
-                    .map_err(|error| json::not_json(text, &error).message)?;
-                // A line break can only stand between tokens, where a blank does as well; in the
-                // dialect of lines it would end the answer.
-                let bytes = value.get().bytes();
-                result.extend(bytes.map(|byte| {
-                    if matches!(byte, b'\n' | b'\r') {
-                        b' '
-                    } else {
-                        byte
-                    }
-                }));
-                Ok(())
-            }
-        }
-    }
 }
 
 impl Handler for Command {
@@ -158,7 +126,7 @@ impl Handler for Command {
             return Err(RpcError::of(Code::CommandFailed, text, true)
                 .with_data(Data::of(ran.exit, &ran.stderr)));
         }
-        self.take_output(ran.stdout, result).map_err(|problem| {
+        output::append(self.output, ran.stdout, self.depth, result).map_err(|problem| {
             let text = format!("the command wrote what can't be its result: {problem}");
             RpcError::of(Code::BadOutput, text, true).with_data(Data::of(ran.exit, &ran.stderr))
         })

@@ -18,14 +18,13 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{pipe2, read, write};
 
+use super::output::Tail;
 use crate::handler::Context;
 use crate::sys::process::Exit;
 use crate::sys::spawn::{Child, SpawnError, Stdio, Step, Template, spawn};
 use crate::sys::tree;
 use crate::sys::waker::Waker;
 
-/// Bytes of the end of standard error that are kept.
-const STDERR_END: usize = 4096;
 /// As much as is read at once.
 const PIECE: usize = 16 * 1024;
 /// Reads of what is left in a pipe at the end: a pipe's default capacity four times. A process
@@ -284,60 +283,5 @@ fn pull(pipe: &mut Option<OwnedFd>, mut take: impl FnMut(&[u8])) -> bool {
             *pipe = None;
             false
         }
-    }
-}
-
-/// The end of a long text.
-#[derive(Default)]
-struct Tail {
-    bytes: Vec<u8>,
-    is_cut: bool,
-}
-
-impl Tail {
-    fn add(&mut self, piece: &[u8]) {
-        self.bytes.extend_from_slice(piece);
-        // Seldom, so that a flood of short writes is not moved again and again.
-        if self.bytes.len() > 4 * STDERR_END {
-            self.cut();
-        }
-    }
-
-    fn cut(&mut self) {
-        if self.bytes.len() > STDERR_END {
-            self.bytes.drain(..self.bytes.len() - STDERR_END);
-            self.is_cut = true;
-        }
-    }
-
-    fn into_text(mut self) -> String {
-        self.cut();
-        // A cut may go through a character, whose rest is no news.
-        let begin = if self.is_cut {
-            let rest = |byte: &&u8| (**byte & 0xC0) == 0x80;
-            self.bytes.iter().take(3).take_while(rest).count()
-        } else {
-            0
-        };
-        String::from_utf8_lossy(&self.bytes[begin..]).into_owned()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_tail_is_the_end_and_begins_with_a_whole_character() {
-        let mut tail = Tail::default();
-        for _ in 0..10_000 {
-            tail.add("x€".as_bytes());
-        }
-        let text = tail.into_text();
-        assert!(text.len() <= STDERR_END && text.len() > STDERR_END - 4);
-        assert!(!text.contains('\u{FFFD}') && text.ends_with("x€"));
-        let mut short = Tail::default();
-        short.add(b"gone\xff");
-        assert_eq!(short.into_text(), "gone\u{FFFD}");
     }
 }

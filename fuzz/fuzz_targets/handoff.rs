@@ -1,0 +1,26 @@
+//! A packet of the adoption queue: what another worker sent, of this version or not.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use preforkd::link::handoff;
+use preforkd::sys::socket;
+
+fuzz_target!(|input: &[u8]| {
+    let Some((by_file, packet)) = input.split_first() else {
+        return;
+    };
+    match by_file & 1 {
+        0 => {
+            if let Some(taken) = handoff::read(packet, None) {
+                assert!(packet.ends_with(&taken.unread) && taken.unread.len() < packet.len());
+            }
+        }
+        _ => {
+            let (header, rest) = packet.split_at(packet.len().min(16));
+            let file = socket::memory_file(rest).expect("a file of memory");
+            if let Some(taken) = handoff::read(header, Some(file)) {
+                assert_eq!(&*taken.unread, rest);
+            }
+        }
+    }
+});

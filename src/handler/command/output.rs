@@ -1,0 +1,136 @@
+//! What a command wrote, as a result or as the end of its standard error.
+//!
+//! Pure: bytes in, JSON or text out. A program writes what it likes, so that whatever it wrote is a
+//! result, or a sentence that says why it is none.
+
+use serde_json::value::RawValue;
+
+use crate::config::Output;
+use crate::protocol::json;
+
+/// Bytes of the end of standard error that are kept.
+const STDERR_END: usize = 4096;
+
+/// Appends to `result`, as JSON on one line, what a command wrote; `depth` is the nesting that it may
+/// have.
+///
+/// # Errors
+/// Why it can't be a result; `result` is as it was then.
+pub fn append(
+    output: Output,
+    stdout: Vec<u8>,
+    depth: usize,
+    result: &mut Vec<u8>,
+) -> Result<(), String> {
+    match output {
+        Output::Text => {
+            let text = String::from_utf8(stdout).map_err(|error| {
+                format!("not UTF-8 at byte {}", error.utf8_error().valid_up_to())
+            })?;
+            serde_json::to_writer(result, &text).map_err(|error| error.to_string())
+        }
+        Output::Json => {
+            if stdout.trim_ascii().is_empty() {
+                return Err("nothing, where one JSON value is to be".into());
+            }
+            let text = json::text(&stdout, depth).map_err(|error| error.message)?;
+            let value: &RawValue =
+                serde_json::from_str(text).map_err(|error| json::not_json(text, &error).message)?;
+            // A line break can only stand between tokens, where a blank does as well; in the
+            // dialect of lines it would end the answer.
+            let bytes = value.get().bytes();
+            result.extend(bytes.map(|byte| {
+                if matches!(byte, b'\n' | b'\r') {
+                    b' '
+                } else {
+                    byte
+                }
+            }));
+            Ok(())
+        }
+    }
+}
+
+/// The end of a long text: what is kept of a standard error.
+#[derive(Debug, Default)]
+pub struct Tail {
+    bytes: Vec<u8>,
+    is_cut: bool,
+}
+
+impl Tail {
+    /// Appends what was read.
+    pub fn add(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+        // Seldom, so that a flood of short writes is not moved again and again.
+        if self.bytes.len() > 4 * STDERR_END {
+            self.cut();
+        }
+    }
+
+    fn cut(&mut self) {
+        if self.bytes.len() > STDERR_END {
+            self.bytes.drain(..self.bytes.len() - STDERR_END);
+            self.is_cut = true;
+        }
+    }
+
+    /// As much as is kept, with what is no UTF-8 replaced.
+    pub fn into_text(mut self) -> String {
+        self.cut();
+        // A cut may go through a character, whose rest is no news.
+        let begin = if self.is_cut {
+            let rest = |byte: &&u8| (**byte & 0xC0) == 0x80;
+            self.bytes.iter().take(3).take_while(rest).count()
+        } else {
+            0
+        };
+        String::from_utf8_lossy(&self.bytes[begin..]).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn result(output: Output, stdout: &[u8]) -> Result<String, String> {
+        let mut result = Vec::new();
+        append(output, stdout.to_vec(), 3, &mut result)?;
+        Ok(String::from_utf8_lossy(&result).into_owned())
+    }
+
+    #[test]
+    fn text_is_a_string_whole_and_json_is_one_value_on_one_line() {
+        let text = |stdout| result(Output::Text, stdout);
+        assert_eq!(text(b"a\r\n\"b\"\n"), Ok(r#""a\r\n\"b\"\n""#.into()));
+        assert_eq!(text(b""), Ok(r#""""#.into()));
+        let json = |stdout| result(Output::Json, stdout);
+        assert_eq!(json(b" {\"a\":\r\n1.50}\n"), Ok("{\"a\":  1.50}".into()));
+        for (stdout, told) in [
+            (&b""[..], "nothing"),
+            (b" \n", "nothing"),
+            (b"{\"a\":", "not JSON"),
+            (b"1 2", "not JSON"),
+            (b"[[[[]]]]", "3"),
+            (b"\xff", "UTF-8"),
+        ] {
+            let why = json(stdout).unwrap_err();
+            assert!(why.contains(told), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_tail_is_the_end_and_begins_with_a_whole_character() {
+        let mut tail = Tail::default();
+        for _ in 0..10_000 {
+            tail.add("x€".as_bytes());
+        }
+        let text = tail.into_text();
+        assert!(text.len() <= STDERR_END && text.len() > STDERR_END - 4);
+        assert!(!text.contains('\u{FFFD}') && text.ends_with("x€"));
+        let mut short = Tail::default();
+        short.add(b"gone\xff");
+        assert_eq!(short.into_text(), "gone\u{FFFD}");
+    }
+}
