@@ -18,7 +18,9 @@ use super::args::Place;
 use super::units;
 use crate::config;
 use crate::error::{Error, Result};
-use crate::protocol::control::{Request, Response, Status, to_line};
+use crate::protocol::control::{
+    MOST_DRAINING_GENERATIONS, Request, Response, State, Status, to_line,
+};
 
 /// How long the master may take for what it answers at once. It does not wait for workers then, so
 /// a master that takes longer is stopped or stuck.
@@ -26,6 +28,14 @@ const PROMPT: Duration = Duration::from_secs(10);
 
 /// How long a stop may take before it is said what it waits for.
 const HINT_AFTER: Duration = Duration::from_secs(2);
+
+/// How long an answer is waited for.
+enum Patience<'a> {
+    /// A master that takes longer is stopped or stuck.
+    AtMost(Duration),
+    /// Without a limit; after a while this is told what the wait is for.
+    Endless(&'a mut dyn FnMut(&str)),
+}
 
 /// A connection to a master, good for one request.
 pub(super) struct Control {
@@ -52,18 +62,23 @@ pub(super) fn status(place: &Place) -> Result<Answered> {
     Control::find(place)?.status()
 }
 
-/// Asks for a reload and waits for the verdict. Returns what the master says about it.
-pub(super) fn reload(place: &Place) -> Result<String> {
+/// Asks for a reload and waits for the verdict. Returns what the master says about it. After a while
+/// `hint` is told what it waits for.
+pub(super) fn reload(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String> {
     // No limit: the verdict takes as long as two times boot-timeout, and longer while another
     // reload is under way. A master that dies ends the wait.
-    let response = Control::find(place)?.ask(&Request::Reload, None)?.0;
+    let response = Control::find(place)?
+        .ask(&Request::Reload, Patience::Endless(hint))?
+        .0;
     Ok(response.message.unwrap_or_else(|| "reloaded".into()))
 }
 
 /// Asks for so many workers. Returns what the master says about it.
 pub(super) fn scale(place: &Place, count: usize) -> Result<String> {
     let request = Request::Scale { count };
-    let response = Control::find(place)?.ask(&request, Some(PROMPT))?.0;
+    let response = Control::find(place)?
+        .ask(&request, Patience::AtMost(PROMPT))?
+        .0;
     Ok(response
         .message
         .unwrap_or_else(|| format!("scaling to {count}")))
@@ -73,14 +88,11 @@ pub(super) fn scale(place: &Place, count: usize) -> Result<String> {
 /// for.
 pub(super) fn stop(place: &Place, now: bool, hint: &mut dyn FnMut(&str)) -> Result<()> {
     let mut control = Control::find(place)?;
-    control.ask(&Request::Stop { now }, Some(PROMPT))?;
+    control.ask(&Request::Stop { now }, Patience::AtMost(PROMPT))?;
     if control.ends_within(Some(HINT_AFTER))? {
         return Ok(());
     }
-    let again = Control::open(slice::from_ref(&control.path)).and_then(Control::status);
-    hint(&waits_for(
-        again.ok().map(|answered| answered.status).as_ref(),
-    ));
+    hint(&waits_for(control.status_beside().as_ref()));
     control.ends_within(None).map(|_| ())
 }
 
@@ -150,7 +162,7 @@ impl Control {
     }
 
     fn status(mut self) -> Result<Answered> {
-        let (response, line) = self.ask(&Request::Status, Some(PROMPT))?;
+        let (response, line) = self.ask(&Request::Status, Patience::AtMost(PROMPT))?;
         let raw: Option<Raw> = serde_json::from_str(&line).ok();
         match (response.status, raw.and_then(|raw| raw.status)) {
             (Some(status), Some(json)) => Ok(Answered {
@@ -163,8 +175,8 @@ impl Control {
 
     /// Sends a request and waits for its answer, which is returned read and as it came. A refusal
     /// is an error.
-    fn ask(&mut self, request: &Request, limit: Option<Duration>) -> Result<(Response, String)> {
-        let line = self.exchange(request, limit).map_err(|error| {
+    fn ask(&mut self, request: &Request, patience: Patience<'_>) -> Result<(Response, String)> {
+        let line = self.exchange(request, patience).map_err(|error| {
             let text = match error.kind() {
                 ErrorKind::WouldBlock => "the master does not answer: it is stopped or stuck",
                 ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
@@ -188,11 +200,28 @@ impl Control {
         })
     }
 
-    fn exchange(&mut self, request: &Request, limit: Option<Duration>) -> io::Result<String> {
+    /// The status, asked for on a second connection.
+    fn status_beside(&self) -> Option<Status> {
+        let again = Control::open(slice::from_ref(&self.path)).and_then(Control::status);
+        Some(again.ok()?.status)
+    }
+
+    fn exchange(&mut self, request: &Request, patience: Patience<'_>) -> io::Result<String> {
+        let first = match patience {
+            Patience::AtMost(limit) => limit,
+            Patience::Endless(_) => HINT_AFTER,
+        };
         let stream = self.stream.get_mut();
-        stream.set_write_timeout(limit)?;
-        stream.set_read_timeout(limit)?;
+        stream.set_write_timeout(Some(first))?;
+        stream.set_read_timeout(Some(first))?;
         stream.write_all(&to_line(request)?)?;
+        if let Patience::Endless(hint) = patience {
+            let begun = self.stream.fill_buf().map(drop);
+            if begun.is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+                hint(&reload_waits_for(self.status_beside().as_ref()));
+            }
+            self.stream.get_ref().set_read_timeout(None)?;
+        }
         let mut line = String::new();
         self.stream.read_line(&mut line)?;
         if line.ends_with('\n') {
@@ -250,4 +279,26 @@ fn waits_for(status: Option<&Status>) -> String {
         },
     );
     format!("waiting for {what}, at most for workers.drain-timeout; `stop --now` does not wait")
+}
+
+/// What a reload waits for, as far as it can be known.
+fn reload_waits_for(status: Option<&Status>) -> String {
+    let mut drain: Vec<u32> = status.map_or_else(Vec::new, |status| {
+        let workers = status.workers.iter();
+        workers
+            .filter(|worker| worker.state == State::Draining)
+            .map(|worker| worker.generation)
+            .collect()
+    });
+    drain.sort_unstable();
+    drain.dedup();
+    match drain.len() {
+        many @ MOST_DRAINING_GENERATIONS.. => format!(
+            "waiting until one of the {many} generations that still drain has left, at most for \
+             workers.drain-timeout; then the reload begins"
+        ),
+        _ => "waiting for the new workers to be ready, at most for workers.boot-timeout and once \
+              more for those after the first"
+            .to_owned(),
+    }
 }

@@ -72,7 +72,10 @@ fn each_command_asks_in_its_words_and_returns_what_the_master_says() {
         line(&Response::done()),
         line(&Response::done()),
     ]);
-    assert_eq!(reload(&socket.place()).unwrap(), "generation 2 serves");
+    assert_eq!(
+        reload(&socket.place(), &mut |_| {}).unwrap(),
+        "generation 2 serves"
+    );
     assert_eq!(scale(&socket.place(), 4).unwrap(), "scaling to 4");
     stop(&socket.place(), true, &mut |hint| panic!("{hint}")).unwrap();
     assert_eq!(
@@ -104,7 +107,7 @@ fn a_refusal_has_the_masters_reason_and_exit_code() {
         line(&Response::refused("preforkd.toml:3:1: no\nworker 0: oh", 1)),
         line(&Response::refused("not yours", 77)),
     ]);
-    let error = reload(&socket.place()).unwrap_err();
+    let error = reload(&socket.place(), &mut |_| {}).unwrap_err();
     assert_eq!(error.to_string(), "preforkd.toml:3:1: no\nworker 0: oh");
     assert_eq!(error.exit_code(), 1);
     assert_eq!(scale(&socket.place(), 1).unwrap_err().exit_code(), 77);

@@ -89,7 +89,9 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             let colours = output::wants_colours();
             output::print(&status::render(name, &answered.status, now(), colours))
         }
-        Command::Reload { place } => print_line(control::reload(&place)?),
+        Command::Reload { place } => print_line(control::reload(&place, &mut |hint| {
+            output::complain(name, hint);
+        })?),
         Command::Upgrade { .. } => Err(Error::Refused(
             "an upgrade in place is not supported yet; install the new binary, then stop the \
              server and start it again"

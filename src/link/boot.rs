@@ -29,6 +29,8 @@ pub struct Boot<'a> {
     pub adoption: AdoptionQueue,
     /// The way to the master.
     pub link: WorkerEnd,
+    /// Where its warnings and errors are told until it is ready, if somebody waits for that.
+    pub witness: Option<OwnedFd>,
     /// Where it shows what it does.
     pub record: &'static Record,
     /// Its copy of the master's signal pipe, to be left.

@@ -7,6 +7,7 @@
 //! for itself.
 
 mod output;
+mod witness;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -22,6 +23,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
 pub use output::Output;
+pub use witness::{LONGEST as LONGEST_TOLD, stop_telling, tell, told_descriptor};
 
 /// Lines that wait for the writing thread of a worker.
 const QUEUE: usize = 4096;
@@ -71,6 +73,7 @@ impl Log for Current {
         if let Some(logger) = logger.as_ref() {
             logger.log(record);
         }
+        witness::pass_on(record);
     }
 
     fn flush(&self) {}
@@ -277,7 +280,7 @@ fn write_record(to: &mut impl Write, form: Form, record: &Record<'_>) -> io::Res
 
 /// A message with its control characters escaped: what a client sends must not be able to start
 /// a line of its own, or to speak to a terminal.
-fn printable(message: &str) -> String {
+pub fn printable(message: &str) -> String {
     let mut safe = String::with_capacity(message.len());
     for character in message.chars() {
         if character.is_control() {

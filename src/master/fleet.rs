@@ -14,9 +14,7 @@ use super::leave::Leave;
 use super::limiter::Limiter;
 use super::reload::Reload;
 use crate::link::ids::{Generation, Pid};
-
-/// While so many old generations still drain, a reload waits: each holds its workers' memory.
-const MOST_DRAINING_GENERATIONS: usize = 4;
+use crate::protocol::control::MOST_DRAINING_GENERATIONS;
 
 /// Troubles with workers: at most 18 lines in the first minute, 10 in each after that.
 const TROUBLES: (u64, Millis) = (8, 6_000);
@@ -152,9 +150,12 @@ impl Fleet {
     /// Whether [`Event::Reload`] may come now: not during a start-up, a reload or a stop, nor while
     /// four old generations still drain. Ask again after each event.
     pub fn can_reload(&self) -> bool {
-        self.phase == Phase::Serving
-            && self.reload.is_none()
-            && self.table.other_generations(self.serving) < MOST_DRAINING_GENERATIONS
+        self.phase == Phase::Serving && self.reload.is_none() && !self.drains_too_much()
+    }
+
+    /// Whether a reload would wait until an old generation has left.
+    pub fn drains_too_much(&self) -> bool {
+        self.table.other_generations(self.serving) >= MOST_DRAINING_GENERATIONS
     }
 
     fn enter(&mut self, now: Millis) {

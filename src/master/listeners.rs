@@ -4,6 +4,7 @@
 //! Everything is opened before anything old is closed, so that a reload which fails here has
 //! changed nothing. Errors name the address, who may have it, and what to do.
 
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -32,8 +33,8 @@ pub struct Listener {
     pub bound: String,
     /// The socket, shared with the workers.
     pub fd: Rc<OwnedFd>,
-    /// The backlog that was asked for.
-    pub backlog: u32,
+    /// The backlog that was asked for last.
+    backlog: Cell<u32>,
     /// The path to remove at the end: of a unix socket that we have bound ourselves.
     path: Option<OwnPath>,
 }
@@ -43,7 +44,7 @@ impl Listener {
     pub fn queue(&self) -> (Option<u32>, u32) {
         match socket::accept_queue(&self.fd) {
             Some((queue, limit)) => (Some(queue), limit),
-            None => (None, self.backlog),
+            None => (None, self.backlog.get()),
         }
     }
 
@@ -103,14 +104,36 @@ pub fn open(
         };
         match listener {
             Ok(listener) => opened.push(listener),
-            Err(error) => {
+            Err(mut error) => {
                 fresh.iter().for_each(|listener| listener.remove_path());
+                let own = current.iter().find(|has| overlap(has, &listen.address));
+                if let (Some(own), Error::System { source, remedy, .. }) = (own, &mut error)
+                    && source.kind() == io::ErrorKind::AddrInUse
+                {
+                    *remedy = format!(
+                        "this server itself listens at {}, which it keeps until the new workers are \
+                         ready: restart it to change from one to the other",
+                        own.bound
+                    );
+                }
                 return Err(error);
             }
         }
     }
     opened.extend(spare.map(Rc::clone));
     Ok(opened)
+}
+
+/// Whether a listener that is there can keep another address from being bound: the same port.
+fn overlap(has: &Listener, wanted: &Address) -> bool {
+    match (&has.address, wanted) {
+        (Address::Tcp(has), Address::Tcp(wanted)) => {
+            has.port() == wanted.port()
+                && has.is_ipv4() == wanted.is_ipv4()
+                && (has.ip().is_unspecified() || wanted.ip().is_unspecified())
+        }
+        _ => false,
+    }
 }
 
 fn is_in(all: &[Rc<Listener>], one: &Rc<Listener>) -> bool {
@@ -148,7 +171,7 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
                 address,
                 name: Some(name),
                 fd: Rc::new(fd),
-                backlog: socket::MOST_BACKLOG,
+                backlog: Cell::new(socket::MOST_BACKLOG),
                 path: None,
             }))
         })
@@ -166,7 +189,7 @@ fn bind(listen: &Listen, write_timeout: Duration) -> Result<Listener> {
         address: listen.address.clone(),
         name: None,
         fd: Rc::new(fd),
-        backlog: listen.backlog,
+        backlog: Cell::new(listen.backlog),
         path: path.map(|path| OwnPath::of(path)),
     };
     let listening = socket::start_listening(&listener.fd, listen.backlog)
@@ -197,6 +220,7 @@ fn tune_one(listener: &Listener, wanted: Option<&Listen>, write_timeout: Duratio
     };
     socket::start_listening(&listener.fd, wanted.backlog)
         .map_err(|error| refused(&wanted.address, error))?;
+    listener.backlog.set(wanted.backlog);
     if let (Some(path), Some(mode)) = (&listener.path, wanted.mode) {
         let path: &Path = path.as_ref();
         fs::set_permissions(path, fs::Permissions::from_mode(mode))

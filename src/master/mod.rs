@@ -23,6 +23,7 @@ mod control;
 pub mod deaths;
 pub mod event;
 pub mod fleet;
+mod last_words;
 mod leave;
 mod life;
 mod limiter;

@@ -15,7 +15,7 @@ use super::children::Seat;
 use super::event::{Action, Limits, MAX_COUNT};
 use super::fleet::{Fleet, Phase};
 use super::leave::Leave;
-use crate::link::ids::Generation;
+use crate::link::ids::{Generation, Slot};
 
 /// The exit code when the first workers did not come up: as `Error::NotReady`.
 const NOT_READY: u8 = 71;
@@ -56,6 +56,11 @@ impl Fleet {
             Some(reload) => reload.generation == seat.generation,
             None => self.phase == Phase::StartUp,
         }
+    }
+
+    /// Whether somebody waits for the workers of a slot that is about to be forked.
+    pub fn awaits(&self, slot: Slot, generation: Generation) -> bool {
+        self.is_newcomer(Seat { generation, slot })
     }
 
     /// A worker became ready: is it the one that was waited for?

@@ -3,6 +3,7 @@
 //! Everything that can fail is tried before anything changes; what was changed is taken back when
 //! the new generation does not come up. When and whether it comes up is `Fleet`'s to say.
 
+use std::mem;
 use std::rc::Rc;
 
 use super::event::Event;
@@ -13,18 +14,28 @@ use super::workers::{Ground, Known};
 use crate::config::{self, Settings};
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
-use crate::protocol::control::{LastReload, Response};
+use crate::protocol::control::{LastReload, MOST_DRAINING_GENERATIONS, Response};
 use crate::sys::notify::NotifyState;
 
 impl Master<'_> {
     /// Begins the reload that was asked for, once none is under way. Requests that come in a
     /// burst are one.
     pub(super) fn reload_if_asked(&mut self) {
-        if !self.reload_asked || !self.fleet.can_reload() {
+        if !self.reload_asked {
             return;
         }
+        if !self.fleet.can_reload() {
+            if self.fleet.drains_too_much() && !mem::replace(&mut self.reload_waits, true) {
+                log::warn!(
+                    "a reload waits: {MOST_DRAINING_GENERATIONS} generations before this one still \
+                     drain; it begins when one of them has left"
+                );
+            }
+            return;
+        }
+        self.reload_waits = false;
         self.reload_asked = false;
-        self.verdict_for = std::mem::take(&mut self.next_verdict_for);
+        self.verdict_for = mem::take(&mut self.next_verdict_for);
         let mut states = vec![NotifyState::Reloading];
         states.extend(NotifyState::monotonic_usec_now());
         self.notifier.tell(&states);
@@ -83,6 +94,8 @@ impl Master<'_> {
     /// The reload is over, one way or the other.
     pub(super) fn verdict(&mut self, verdict: std::result::Result<Generation, String>) {
         let upcoming = self.upcoming.take();
+        self.workers.forget_words();
+        let words = self.last_words.take();
         let before = Rc::clone(&self.ground);
         let response = match &verdict {
             Ok(generation) => {
@@ -102,7 +115,8 @@ impl Master<'_> {
                     self.restore_log();
                 }
                 log::error!("reload refused, everything stays as it was: {reason}");
-                Response::refused(format!("reload refused: {reason}"), 1)
+                // What its workers logged stands in the log; who waits elsewhere has only this.
+                Response::refused(format!("reload refused: {reason}{words}"), 1)
             }
         };
         self.last_reload = Some(LastReload {
@@ -110,7 +124,7 @@ impl Master<'_> {
             at: wall_clock(),
             error: verdict.err(),
         });
-        for client in std::mem::take(&mut self.verdict_for) {
+        for client in mem::take(&mut self.verdict_for) {
             self.control.answer(client, &response, now());
         }
         if !self.stopping {
@@ -121,9 +135,9 @@ impl Master<'_> {
     /// Tells everybody who waits for a verdict that there will be none.
     pub(super) fn refuse_waiting(&mut self, reason: &str) {
         self.reload_asked = false;
-        let waiting = std::mem::take(&mut self.verdict_for)
+        let waiting = mem::take(&mut self.verdict_for)
             .into_iter()
-            .chain(std::mem::take(&mut self.next_verdict_for));
+            .chain(mem::take(&mut self.next_verdict_for));
         for client in waiting.collect::<Vec<_>>() {
             let response = Response::refused(format!("reload refused: {reason}"), 1);
             self.control.answer(client, &response, now());

@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use super::control::Control;
 use super::event::{Limits, Millis};
 use super::fleet::Fleet;
+use super::last_words::LastWords;
 use super::listeners::{self, Listener};
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
@@ -107,8 +108,10 @@ fn start<'a>(
         orphans: Orphans::new(),
         ground,
         upcoming: None,
+        last_words: LastWords::default(),
         passed,
         reload_asked: false,
+        reload_waits: false,
         next_verdict_for: Vec::new(),
         verdict_for: Vec::new(),
         last_reload: None,

@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::control::{ClientId, Control};
 use super::event::{Action, Event, Millis};
 use super::fleet::Fleet;
+use super::last_words::LastWords;
 use super::listeners::Listener;
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
@@ -46,10 +47,14 @@ pub(super) struct Master<'a> {
     pub(super) ground: Rc<Ground>,
     /// What the generation of a reload under way runs on.
     pub(super) upcoming: Option<Rc<Ground>>,
+    /// What the workers of a generation that awaits its verdict have logged.
+    pub(super) last_words: LastWords,
     /// What was passed by the service manager, for life.
     pub(super) passed: Vec<Rc<Listener>>,
     /// A reload was asked for and has not begun; who waits for its verdict.
     pub(super) reload_asked: bool,
+    /// It was told that it waits for old generations to leave.
+    pub(super) reload_waits: bool,
     pub(super) next_verdict_for: Vec<ClientId>,
     /// Who waits for the verdict of the reload under way.
     pub(super) verdict_for: Vec<ClientId>,
@@ -161,7 +166,15 @@ impl Master<'_> {
         }
     }
 
+    /// What an awaited worker has logged comes before what it reports or how it ends.
+    fn words(&mut self, pid: process::Pid) {
+        let last_words = &mut self.last_words;
+        self.workers
+            .words(pid, |slot, line| last_words.heard(pid, slot, line));
+    }
+
     fn reports(&mut self, pid: process::Pid) {
+        self.words(pid);
         for report in self.workers.reports(pid) {
             self.tell(match report {
                 Report::Ready => Event::Ready { pid },
@@ -182,6 +195,7 @@ impl Master<'_> {
             // What it said last comes before its end.
             self.reports(pid);
             let worker = self.workers.remove(pid);
+            self.last_words.ended(pid);
             self.orphans.reaped(pid, worker.is_some());
             let Some(worker) = worker else {
                 continue;
@@ -256,6 +270,8 @@ impl Master<'_> {
                 Action::Kill { pid, signal } => {
                     // Only what was not reaped: no pid of anybody else's.
                     if self.workers.get(pid).is_some() {
+                        self.words(pid);
+                        self.last_words.ended(pid);
                         process::kill(pid, signal);
                     }
                 }
@@ -278,6 +294,7 @@ impl Master<'_> {
             title: self.setup.title,
             program: &self.setup.program,
             becomes: self.setup.becomes,
+            awaited: self.fleet.awaits(slot, generation),
         };
         let event = match self.workers.fork(slot, generation, &ground, parent) {
             Ok(pid) => Event::Forked {
@@ -296,6 +313,8 @@ impl Master<'_> {
     }
 
     fn started(&mut self, outcome: std::result::Result<(), String>) {
+        self.workers.forget_words();
+        let words = self.last_words.take();
         match outcome {
             Ok(()) => {
                 let addresses: Vec<&str> = self
@@ -315,7 +334,12 @@ impl Master<'_> {
                 }
             }
             Err(reason) => {
-                let error = Error::NotReady(reason);
+                // Where the log goes to standard error, it stands there already.
+                let words = match self.ground.settings.log.file {
+                    Some(_) => words,
+                    None => String::new(),
+                };
+                let error = Error::NotReady(reason + &words);
                 if let Some(launcher) = self.setup.launcher.take() {
                     launcher.failed(error.exit_code(), &error.to_string());
                 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -21,8 +21,10 @@ use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
 use crate::link::scoreboard::{RECORDS, Record, Scoreboard};
+use crate::logging;
 use crate::sys::process::{Fork, fork};
 use crate::sys::signal::{self, SignalPipe};
+use crate::sys::socket;
 use crate::sys::title::TitleArea;
 
 /// Reports taken from one worker at once.
@@ -79,6 +81,8 @@ pub struct Parent<'a> {
     pub program: &'a str,
     /// What the child becomes.
     pub becomes: Become,
+    /// Whether somebody waits for it to become ready, and is to hear what it logs until then.
+    pub awaited: bool,
 }
 
 /// One living worker.
@@ -94,6 +98,9 @@ pub struct Worker {
     record_index: usize,
     /// `None` once it has closed its end.
     link: Option<MasterEnd>,
+    slot: Slot,
+    /// What it logs before it is ready; `None` where nobody waits for that.
+    words: Option<OwnedFd>,
 }
 
 /// All living workers.
@@ -148,6 +155,10 @@ impl Workers {
         record_index: usize,
     ) -> io::Result<Pid> {
         let (master_end, worker_end) = channel::pair()?;
+        let (words, witness) = match parent.awaited {
+            true => socket::packet_pair().map(|(ours, its)| (Some(ours), Some(its)))?,
+            false => (None, None),
+        };
         let record = self.board.record(record_index);
         record.clear();
         let master = Pid::current();
@@ -166,6 +177,7 @@ impl Workers {
                     .collect(),
                 adoption: self.adoption.clone(),
                 link: worker_end,
+                witness,
                 record,
                 master_signals: parent.signals,
                 pid_file: parent.pid_file,
@@ -186,6 +198,8 @@ impl Workers {
                 record,
                 record_index,
                 link: Some(master_end),
+                slot,
+                words,
             },
         );
         Ok(pid)
@@ -201,11 +215,39 @@ impl Workers {
         self.living.iter().map(|(pid, worker)| (*pid, worker))
     }
 
-    /// The links that stand, to be polled.
+    /// What workers may be heard on, to be polled.
     pub fn links(&self) -> impl Iterator<Item = (Pid, BorrowedFd<'_>)> {
-        self.living
-            .iter()
-            .filter_map(|(pid, worker)| Some((*pid, worker.link.as_ref()?.as_fd())))
+        self.living.iter().flat_map(|(pid, worker)| {
+            let link = worker.link.as_ref().map(AsFd::as_fd);
+            let words = worker.words.as_ref().map(AsFd::as_fd);
+            link.into_iter().chain(words).map(|fd| (*pid, fd))
+        })
+    }
+
+    /// What a worker that is awaited has logged since the last look.
+    pub fn words(&mut self, pid: Pid, mut heard: impl FnMut(Slot, &[u8])) {
+        let Some(worker) = self.living.get_mut(&pid) else {
+            return;
+        };
+        let mut line = [0; logging::LONGEST_TOLD];
+        for _ in 0..MOST_REPORTS {
+            let Some(words) = &worker.words else {
+                return;
+            };
+            match socket::receive_packet(words, &mut line) {
+                Ok((0, _)) => worker.words = None,
+                Ok((length, _)) => heard(worker.slot, &line[..length]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => worker.words = None,
+            }
+        }
+    }
+
+    /// The verdict is given: what they log is the log's alone.
+    pub fn forget_words(&mut self) {
+        for worker in self.living.values_mut() {
+            worker.words = None;
+        }
     }
 
     /// What a worker has reported since the last look.

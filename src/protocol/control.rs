@@ -8,6 +8,9 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+/// While so many old generations still drain, a reload waits: each holds its workers' memory.
+pub const MOST_DRAINING_GENERATIONS: usize = 4;
+
 /// What a command asks the master for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]

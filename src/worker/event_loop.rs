@@ -20,6 +20,7 @@ use crate::link::channel::WorkerEnd;
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
+use crate::logging;
 use crate::sys::event::{Completion, Driver, Floor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
@@ -135,6 +136,7 @@ impl EventLoop {
         floor.watch(WAKER, &*self.waker)?;
         self.beat();
         self.report(Report::Ready);
+        logging::stop_telling();
         loop {
             let next = self
                 .service

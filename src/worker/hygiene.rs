@@ -51,8 +51,8 @@ pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, i
     keep.push(boot.link.as_raw_fd());
     keep.push(boot.adoption.giving.as_raw_fd());
     keep.push(boot.adoption.taking.as_raw_fd());
-    let log = logging::output_descriptor();
-    keep.extend(log);
+    keep.extend(logging::output_descriptor());
+    keep.extend(logging::told_descriptor());
     descriptor::close_all_but(&keep);
     signal::ignore(&NOT_OURS);
     let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGQUIT])

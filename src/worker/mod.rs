@@ -66,6 +66,7 @@ pub fn run(boot: Boot<'_>) -> ! {
 }
 
 fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
+    logging::tell(boot.witness.take());
     let cant = |attempt| move |error| (attempt, error);
     let signals = hygiene::become_worker(&mut boot)?;
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);

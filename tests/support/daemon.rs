@@ -382,6 +382,29 @@ impl Daemon {
         self.dir.write("preforkd.toml", text);
     }
 
+    /// From now on its new workers find no room for a thread's stack, and can't start.
+    pub fn cramp(&self) {
+        self.limit_address_space(&format!(
+            "{}",
+            (process::virtual_kib(self.pid()) + 1024) * 1024
+        ));
+    }
+
+    /// Takes `cramp` back.
+    pub fn uncramp(&self) {
+        self.limit_address_space("unlimited");
+    }
+
+    fn limit_address_space(&self, soft: &str) {
+        let mut limit = Command::new("prlimit");
+        limit.args([
+            "--pid",
+            &self.pid().to_string(),
+            &format!("--as={soft}:unlimited"),
+        ]);
+        assert!(limit.status().unwrap().success());
+    }
+
     /// Sends the master a signal.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {

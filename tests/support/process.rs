@@ -40,6 +40,12 @@ pub fn rss_bytes(pid: i32) -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// The size of its address space in KiB, as `ulimit -v` counts.
+pub fn virtual_kib(pid: i32) -> u64 {
+    let size = field(pid, "VmSize").expect("a process that lives has a size");
+    size.trim_end_matches("kB").trim().parse().unwrap()
+}
+
 /// How many descriptors it has open.
 pub fn descriptors(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)

@@ -1,0 +1,145 @@
+//! What whoever waits for a reload or a start is told: the verdict, its reason, and what the new
+//! workers logged.
+
+use std::process::{Command, Stdio};
+use std::thread;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::support::{Client, Daemon, Dir, PATIENCE, binary, process, wait_for};
+
+const GOOD: &str = "[workers]\ncount = 2\nthreads = 2\n";
+const REASON: &str = "this worker can't start handler threads";
+
+#[test]
+fn a_refused_reload_quotes_what_the_new_worker_has_logged() {
+    let daemon = Daemon::builder()
+        .config(GOOD)
+        .expect_log(REASON)
+        .expect_log("reload refused")
+        .start();
+    let before = daemon.ready_workers();
+    let descriptors = process::descriptors(daemon.pid());
+    daemon.cramp();
+    let refused = daemon.command(&["reload"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    println!("{said}");
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    let quoted = format!("(slot 0) logged: ERROR {REASON}");
+    assert!(
+        said.contains("did not become ready") && said.contains(&quoted),
+        "{said}"
+    );
+    // the log has both already, each once
+    assert_eq!(daemon.log().matches(REASON).count(), 1);
+    assert_eq!(daemon.ready_workers(), before);
+    assert_eq!(process::descriptors(daemon.pid()), descriptors);
+    // What one verdict had to quote is nothing to the next.
+    daemon.configure("color = 1\n");
+    let refused = daemon.command(&["reload"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("color") && !said.contains("logged"), "{said}");
+    daemon.configure(GOOD);
+    daemon.uncramp();
+    assert!(daemon.command(&["reload"]).status.success());
+}
+
+#[test]
+fn the_shell_of_a_daemon_that_can_not_start_is_told_what_its_workers_have_logged() {
+    // What a daemon takes that serves, and less than a thread's stack more.
+    let room = {
+        let daemon = Daemon::start();
+        process::virtual_kib(daemon.pid()) + 1024
+    };
+    for detach in ["--daemon", "--listen=127.0.0.1:0"] {
+        let dir = Dir::new();
+        let config = format!(
+            "pid-file = \"p.pid\"\ncontrol-socket = \"c.sock\"\nlog.file = \"log\"\n{GOOD}\
+             [[listen]]\naddress = \"127.0.0.1:0\"\n"
+        );
+        dir.write("p.toml", config);
+        let failed = Command::new("/bin/sh")
+            .args(["-c", &format!("ulimit -v {room}; exec \"$@\""), "sh"])
+            .arg(binary())
+            .args(["run", detach, "--config"])
+            .arg(dir.join("p.toml"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+        println!("{said}");
+        assert_eq!(failed.status.code(), Some(71), "{said}");
+        assert!(said.contains("not every worker became ready"), "{said}");
+        assert!(said.contains(&format!("logged: ERROR {REASON}")), "{said}");
+        assert!(!dir.join("p.pid").exists() && !dir.join("c.sock").exists());
+    }
+}
+
+#[test]
+fn a_hup_that_comes_during_a_reload_runs_after_it() {
+    let daemon = Daemon::builder().config(GOOD).start();
+    // So many threads take their time to start.
+    daemon.configure("[workers]\ncount = 2\nthreads = 1000\n");
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_log("reload: reads the configuration");
+    daemon.configure("[workers]\ncount = 3\nthreads = 2\n");
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_log("reload: generation 3 serves");
+    assert_eq!(daemon.ready_workers().len(), 3);
+    let log = daemon.log();
+    let order: Vec<&str> = log
+        .lines()
+        .filter_map(|line| Some(line.split_once("reload: ")?.1))
+        .collect();
+    println!("{order:#?}");
+    let reads = "reads the configuration";
+    assert_eq!(order.len(), 4, "{order:?}");
+    assert!(order[0] == reads && order[1].contains("2 serves"));
+    assert!(order[2] == reads && order[3].contains("3 serves"));
+}
+
+#[test]
+fn a_reload_waits_while_four_old_generations_drain_and_its_caller_is_told() {
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\nthreads = 2\n[methods.sleep]\nbuiltin = \"sleep\"\n")
+        .start();
+    let mut held: Vec<Client> = (0..4)
+        .map(|number| {
+            let mut client = daemon.client();
+            client.send(&json!({"in": "sleep", "params": 25, "id": number}).to_string());
+            wait_for("the call to run", PATIENCE, || {
+                let workers = daemon.workers();
+                workers
+                    .iter()
+                    .any(|it| it.state == "ready" && it.running == 1)
+            });
+            assert!(daemon.command(&["reload"]).status.success());
+            client
+        })
+        .collect();
+    assert_eq!(daemon.workers().len(), 5);
+    let waiting = thread::scope(|scope| {
+        let waiting = scope.spawn(|| daemon.command(&["reload"]));
+        daemon.wait_log("a reload waits: 4 generations");
+        // it is the caller's hint that takes its two seconds
+        let begin = std::time::Instant::now();
+        wait_for("the caller to be told", PATIENCE, || {
+            begin.elapsed().as_millis() > 2500
+        });
+        assert!(!waiting.is_finished());
+        assert_eq!(daemon.status()["master"]["generation"], 5);
+        // Its caller is gone: nobody waits for that call any more, and its worker leaves.
+        held.remove(0).reset();
+        waiting.join().unwrap()
+    });
+    let hint = String::from_utf8_lossy(&waiting.stderr).into_owned();
+    println!("{hint}");
+    assert!(waiting.status.success(), "{waiting:?}");
+    assert!(
+        hint.contains("one of the 4 generations that still drain"),
+        "{hint}"
+    );
+    assert_eq!(daemon.status()["master"]["generation"], 6);
+    held.into_iter().for_each(Client::reset);
+}
