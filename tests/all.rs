@@ -32,6 +32,7 @@ mod lifecycle;
 mod lines;
 mod listeners;
 mod manual;
+mod nine;
 mod pool;
 mod readme;
 mod reload;

@@ -2,17 +2,18 @@
 //! valid answer came.
 //!
 //! Closed loop: a client sends its next call when it has an answer. Each client is a thread, and
-//! ends after its last answer, so nothing is cut off by the load's own end.
+//! ends after its last answer, so nothing is cut off by the load's own end. A client whose
+//! connection ends under it counts what was lost there, and goes on over another one.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::Client;
+use super::wire::{Dialect, Wire};
 
 /// How a client connects.
 #[derive(Debug, Clone, Copy)]
@@ -30,11 +31,27 @@ pub enum Shape {
 pub struct Tally {
     pub sent: u64,
     pub answered: u64,
-    /// What went wrong with the others, the first few.
-    pub faults: Vec<String>,
+    /// Connections that the server has ended, or that could not be made.
+    pub closed: u64,
+    /// What went wrong, the first few.
+    pub faults: Vec<Fault>,
     /// Of each answered call, from its sending on.
     pub latencies: Vec<Duration>,
 }
+
+/// A connection that did not go well.
+#[derive(Debug, Clone)]
+pub struct Fault {
+    /// The client's port; 0 when it was not connected.
+    pub port: u16,
+    pub at: Instant,
+    /// Calls on it that were sent and not answered.
+    pub lost: u64,
+    pub what: String,
+}
+
+/// Faults that are kept of one client.
+const MOST_FAULTS: usize = 10_000;
 
 impl Tally {
     pub fn lost(&self) -> u64 {
@@ -55,18 +72,31 @@ impl Tally {
     fn add(&mut self, other: Tally) {
         self.sent += other.sent;
         self.answered += other.answered;
+        self.closed += other.closed;
         self.latencies.extend(other.latencies);
         self.faults.extend(other.faults);
-        self.faults.truncate(10);
+    }
+
+    fn fault(&mut self, port: u16, lost: usize, what: String) {
+        self.closed += 1;
+        if self.faults.len() < MOST_FAULTS {
+            self.faults.push(Fault {
+                port,
+                at: Instant::now(),
+                lost: lost as u64,
+                what,
+            });
+        }
     }
 
     /// In one line.
     pub fn line(&self) -> String {
         format!(
-            "{} calls, {} answered, {} lost, p50 {:?}, p99 {:?}, max {:?}",
+            "{} calls, {} answered, {} lost, {} connections closed, p50 {:?}, p99 {:?}, max {:?}",
             self.sent,
             self.answered,
             self.lost(),
+            self.closed,
             self.quantile(0.5),
             self.quantile(0.99),
             self.quantile(1.0),
@@ -78,40 +108,78 @@ impl Tally {
     pub fn assert_whole(&self, what: &str) {
         println!("{what}: {}", self.line());
         assert!(self.sent > 0, "{what}: nothing was sent");
-        assert_eq!(self.lost(), 0, "{what}: {:#?}", self.faults);
+        let shown = &self.faults[..self.faults.len().min(10)];
+        assert_eq!((self.lost(), self.closed), (0, 0), "{what}: {shown:#?}");
     }
 }
 
 /// Clients at work.
 pub struct Load {
     stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
     clients: Vec<JoinHandle<Tally>>,
 }
 
+/// Clients to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    pub address: SocketAddr,
+    pub clients: usize,
+    pub shape: Shape,
+    pub dialect: Dialect,
+    /// Between an answer and the next call: a probe in place of a load.
+    pub pause: Duration,
+}
+
 impl Load {
-    /// Starts so many clients, each calling `ping` until it is told to stop.
+    /// Starts so many clients, each calling `ping` in frames until it is told to stop.
     pub fn start(address: SocketAddr, clients: usize, shape: Shape) -> Self {
         Self::paced(address, clients, shape, Duration::ZERO)
     }
 
-    /// With a pause between an answer and the next call: a probe in place of a load.
+    /// With a pause between an answer and the next call.
     pub fn paced(address: SocketAddr, clients: usize, shape: Shape, pause: Duration) -> Self {
+        let dialect = Dialect::Frame;
+        Self::of(Plan {
+            address,
+            clients,
+            shape,
+            dialect,
+            pause,
+        })
+    }
+
+    /// Starts what is planned.
+    pub fn of(plan: Plan) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let clients = (0..clients)
+        let answered = Arc::new(AtomicU64::new(0));
+        let clients = (0..plan.clients)
             .map(|number| {
-                let stop = Arc::clone(&stop);
+                let mut caller = Caller {
+                    plan,
+                    stop: Arc::clone(&stop),
+                    answered: Arc::clone(&answered),
+                    next: (number as u64) << 40,
+                    tally: Tally::default(),
+                };
                 std::thread::spawn(move || {
-                    let mut tally = Tally::default();
-                    let go_on = || {
-                        super::pass(pause);
-                        !stop.load(Ordering::Relaxed)
-                    };
-                    client(address, number as u64, shape, &mut tally, go_on);
-                    tally
+                    while !caller.stop.load(Ordering::Relaxed) {
+                        caller.live();
+                    }
+                    caller.tally
                 })
             })
             .collect();
-        Load { stop, clients }
+        Load {
+            stop,
+            answered,
+            clients,
+        }
+    }
+
+    /// Calls answered so far, by all of them.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// Lets every client have its last answers.
@@ -132,51 +200,89 @@ pub fn run(address: SocketAddr, clients: usize, shape: Shape, time: Duration) ->
     load.stop()
 }
 
-/// One client; a connection that fails ends it, and what it had sent there is lost.
-fn client(
-    address: SocketAddr,
-    number: u64,
-    shape: Shape,
-    tally: &mut Tally,
-    mut go_on: impl FnMut() -> bool,
-) {
-    let mut connection = Client::connect(address);
-    let depth = match shape {
-        Shape::Pipelined(depth) => depth,
-        _ => 1,
-    };
-    let mut next = number << 40;
-    let mut outstanding: Vec<(u64, Instant)> = Vec::new();
-    loop {
-        let more = go_on();
-        while more && outstanding.len() < depth {
-            next += 1;
-            connection.send(&format!(
-                r#"{{"in": "ping", "params": "for {next}", "id": {next}}}"#
-            ));
-            tally.sent += 1;
-            outstanding.push((next, Instant::now()));
-        }
-        if outstanding.is_empty() {
-            return;
-        }
-        let body = match connection.recv() {
-            Ok(body) => body,
-            Err(error) => return tally.faults.push(error.to_string()),
-        };
-        let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let id = answer["id"].as_u64().unwrap_or(0);
-        match outstanding.iter().position(|(it, _)| *it == id) {
-            Some(at) if answer["result"] == format!("for {id}") => {
-                let (_, since) = outstanding.swap_remove(at);
-                tally.answered += 1;
-                tally.latencies.push(since.elapsed());
+/// One client.
+struct Caller {
+    plan: Plan,
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    next: u64,
+    tally: Tally,
+}
+
+impl Caller {
+    /// Calls over one connection for as long as that lasts.
+    fn live(&mut self) {
+        let mut wire = match Wire::try_open(self.plan.address) {
+            Ok(wire) => wire,
+            Err(error) => {
+                self.tally.fault(0, 0, format!("not connected: {error}"));
+                return super::pass(Duration::from_millis(5));
             }
-            // An answer that nobody waits for makes all the others doubtful.
-            _ => return tally.faults.push(format!("not awaited: {answer}")),
+        };
+        let depth = match self.plan.shape {
+            Shape::Pipelined(depth) => depth,
+            Shape::PerCall | Shape::Lasting => 1,
+        };
+        let mut outstanding: Vec<(u64, Instant)> = Vec::new();
+        loop {
+            super::pass(self.plan.pause);
+            let more = !self.stop.load(Ordering::Relaxed);
+            let mut batch = Vec::new();
+            while more && outstanding.len() < depth {
+                self.next += 1;
+                batch.extend_from_slice(&call(self.plan.dialect, self.next));
+                self.tally.sent += 1;
+                outstanding.push((self.next, Instant::now()));
+            }
+            if outstanding.is_empty() {
+                return;
+            }
+            wire.send(&batch);
+            let answer = match wire.try_answer(self.plan.dialect) {
+                Ok(answer) => answer,
+                // what had come before the end was an answer to nothing else
+                Err(error) => {
+                    let what = format!("{error}, with {} calls sent", outstanding.len());
+                    return self.tally.fault(wire.port(), outstanding.len(), what);
+                }
+            };
+            if let Err(what) = self.check(&answer, &mut outstanding) {
+                // An answer that nobody waits for makes all the others doubtful.
+                return self.tally.fault(wire.port(), outstanding.len(), what);
+            }
+            if matches!(self.plan.shape, Shape::PerCall) {
+                return;
+            }
         }
-        if matches!(shape, Shape::PerCall) {
-            connection = Client::connect(address);
+    }
+
+    fn check(&mut self, answer: &str, outstanding: &mut Vec<(u64, Instant)>) -> Result<(), String> {
+        let value: Value = serde_json::from_str(answer).unwrap_or_default();
+        let id = value["id"].as_u64().unwrap_or(0);
+        let at = outstanding.iter().position(|(it, _)| *it == id);
+        match at {
+            Some(at) if value["result"] == format!("for {id}") => {
+                let (_, since) = outstanding.swap_remove(at);
+                self.tally.answered += 1;
+                self.answered.fetch_add(1, Ordering::Relaxed);
+                self.tally.latencies.push(since.elapsed());
+                Ok(())
+            }
+            _ => Err(format!("not awaited: {answer}")),
         }
+    }
+}
+
+/// One call. In HTTP its number stands in a header too, for a server that reads no JSON.
+fn call(dialect: Dialect, id: u64) -> Vec<u8> {
+    let body = format!(r#"{{"in": "ping", "params": "for {id}", "id": {id}}}"#);
+    match dialect {
+        Dialect::Frame => super::frame(body.as_bytes()),
+        Dialect::Line => format!("{body}\n").into_bytes(),
+        Dialect::Http => format!(
+            "POST / HTTP/1.1\r\nHost: x\r\nX-Id: {id}\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .into_bytes(),
     }
 }

@@ -11,6 +11,7 @@ mod dir;
 pub mod load;
 mod log;
 pub mod markdown;
+pub mod nginx;
 mod notify;
 pub mod process;
 mod sweep;
@@ -79,6 +80,15 @@ pub fn raise_descriptor_limit() -> u64 {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     hard
+}
+
+/// A number from the environment, for tests that are short by default and long on demand.
+pub fn from_environment(name: &str, default: u64) -> u64 {
+    let Ok(text) = std::env::var(name) else {
+        return default;
+    };
+    text.parse()
+        .unwrap_or_else(|_| panic!("{name} is no number: {text:?}"))
 }
 
 /// The top of the source tree.

@@ -25,6 +25,23 @@ impl Sweep {
         }
     }
 
+    /// The same of a daemon whose workers were replaced on purpose: as many, with as many
+    /// descriptors each.
+    #[track_caller]
+    pub fn assert_like(&self, daemon: &Daemon) {
+        let counts = |workers: &[(i32, usize)]| -> Vec<usize> {
+            workers.iter().map(|&(_, descriptors)| descriptors).collect()
+        };
+        let mut now = Vec::new();
+        wait_for("as many descriptors as before", PATIENCE, || {
+            now = counts(&Sweep::of(daemon).workers);
+            now == counts(&self.workers)
+        });
+        let deaths = daemon.status()["deaths"].take();
+        assert_eq!(deaths.as_array().map(Vec::len), Some(0), "{deaths}");
+        assert!(process::zombies(daemon.pid()).is_empty());
+    }
+
     /// Waits until all connections are gone; fails when anything else has changed.
     #[track_caller]
     pub fn assert_same(&self, daemon: &Daemon) {

@@ -2,8 +2,9 @@
 //!
 //! As `Client` it knows nothing of the crate, and every read has a deadline.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::ops::Range;
 
 use serde_json::Value;
 
@@ -51,14 +52,24 @@ impl Response {
 impl Wire {
     #[track_caller]
     pub fn open(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect_timeout(&address, PATIENCE).unwrap();
-        stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Wire {
+        Self::try_open(address).unwrap()
+    }
+
+    /// The same, for a server that may not be there.
+    pub fn try_open(address: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Wire {
             stream,
             inbox: Vec::new(),
-        }
+        })
+    }
+
+    /// The port that the client has; 0 once nobody knows any more.
+    pub fn port(&self) -> u16 {
+        self.stream.local_addr().map_or(0, |own| own.port())
     }
 
     #[track_caller]
@@ -217,6 +228,54 @@ impl Wire {
             }
         }
     }
+}
+
+impl Wire {
+    /// The next answer's body, where the server may end the connection or fall silent.
+    pub fn try_answer(&mut self, dialect: Dialect) -> io::Result<String> {
+        let (body, end) = loop {
+            if let Some(found) = whole(dialect, &self.inbox)? {
+                break found;
+            }
+            let mut buffer = [0; 16 << 10];
+            match self.stream.read(&mut buffer)? {
+                0 => {
+                    let end = format!("ended after {:?}", self.text());
+                    return Err(io::Error::new(ErrorKind::UnexpectedEof, end));
+                }
+                count => self.inbox.extend_from_slice(&buffer[..count]),
+            }
+        };
+        let text = String::from_utf8_lossy(&self.inbox[body]).into_owned();
+        self.inbox.drain(..end);
+        Ok(text)
+    }
+}
+
+/// Where the first whole answer's body stands, and where the answer ends.
+fn whole(dialect: Dialect, bytes: &[u8]) -> io::Result<Option<(Range<usize>, usize)>> {
+    Ok(match dialect {
+        Dialect::Frame => bytes.first_chunk().and_then(|length| {
+            let end = 4 + u32::from_le_bytes(*length) as usize;
+            (bytes.len() >= end).then_some((4..end, end))
+        }),
+        Dialect::Line => {
+            let end = bytes.iter().position(|byte| *byte == b'\n');
+            end.map(|end| (0..end, end + 1))
+        }
+        Dialect::Http => {
+            let Some(head) = bytes.windows(4).position(|it| it == b"\r\n\r\n") else {
+                return Ok(None);
+            };
+            let text = String::from_utf8_lossy(&bytes[..head]).to_ascii_lowercase();
+            let length = text.lines().find_map(|it| it.strip_prefix("content-length: "));
+            let length: usize = length
+                .and_then(|length| length.parse().ok())
+                .ok_or_else(|| io::Error::other(format!("no length: {text}")))?;
+            let end = head + 4 + length;
+            (bytes.len() >= end).then_some((head + 4..end, end))
+        }
+    })
 }
 
 /// A request with this body.
