@@ -10,7 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use nix::libc;
 
 use super::own_path::OwnPath;
@@ -38,6 +38,12 @@ impl PidFile {
             make_directory(directory)?;
         }
         loop {
+            if let Some(file) = make_whole(path) {
+                return Ok(PidFile {
+                    path: OwnPath::of(path),
+                    file,
+                });
+            }
             let file = open(path)?;
             let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => file,
@@ -71,7 +77,7 @@ impl PidFile {
     /// # Errors
     /// A full disk.
     pub fn write(&mut self) -> Result<()> {
-        let text = format!("{}\n", Pid::current());
+        let text = own_pid();
         let mut write = || {
             // Written before it is cut: a reader never finds it empty.
             self.file.rewind()?;
@@ -91,6 +97,43 @@ impl PidFile {
     pub fn raw_descriptor(&self) -> RawFd {
         self.file.as_raw_fd()
     }
+}
+
+/// Makes the file where there is none: it appears locked and with the pid in it, so that nobody
+/// ever finds it empty. `None` when there is one, or where it can't be made in this way (a file
+/// system without RENAME_NOREPLACE, rename(2)): `open` makes it then, or says why not.
+fn make_whole(path: &Path) -> Option<Flock<File>> {
+    if fs::symlink_metadata(path).is_ok() {
+        return None;
+    }
+    let mut name = path.file_name()?.to_owned();
+    name.push(format!(".{}", Pid::current()));
+    let beside = path.with_file_name(name);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(&beside)
+        .ok()?;
+    let publish = || {
+        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
+        let mut file = locked.map_err(|(_, error)| error)?;
+        file.write_all(own_pid().as_bytes())?;
+        let flags = RenameFlags::RENAME_NOREPLACE;
+        renameat2(AT_FDCWD, &beside, AT_FDCWD, path, flags)?;
+        io::Result::Ok(file)
+    };
+    let published = publish();
+    if published.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    published.ok()
+}
+
+/// What stands in the file.
+fn own_pid() -> String {
+    format!("{}\n", Pid::current())
 }
 
 fn open(path: &Path) -> Result<File> {
