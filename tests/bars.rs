@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use crate::lifecycle::{
     Weight, assert_nothing_left, massacre, replacement_times, tell, unthrottled,
 };
-use crate::support::{Daemon, PATIENCE, percentile, process, wait_for};
+use crate::support::{
+    Client, Daemon, PATIENCE, percentile, process, raise_descriptor_limit, wait_for,
+};
 use crate::throttle::{clients_of_slot_1, kill_slot_0};
 
 #[test]
@@ -69,4 +71,36 @@ fn a_kill_loop_costs_twelve_forks_a_minute_and_no_call_of_the_other_slot() {
         workers.iter().all(|worker| worker["state"] == "ready")
     });
     println!("back by itself after {:?}", recovery.elapsed());
+}
+
+#[test]
+#[ignore = "a bar: wants the machine alone"]
+fn a_reload_with_five_thousand_idle_connections_takes_under_a_second() {
+    const IDLE: usize = 5000;
+    let limit = raise_descriptor_limit();
+    assert!(limit > IDLE as u64 + 500, "only {limit} descriptors");
+    let daemon = Daemon::builder().config("[workers]\ncount = 2\n").start();
+    let mut clients: Vec<Client> = (0..IDLE).map(|_| daemon.client()).collect();
+    for client in &mut clients {
+        client.call_text(r#"{"in":"ping"}"#);
+    }
+    let begin = Instant::now();
+    let done = daemon.command(&["reload"]);
+    let verdict = begin.elapsed();
+    assert!(done.status.success(), "{done:?}");
+    wait_for("the old workers gone", PATIENCE, || {
+        process::children(daemon.pid()).len() == 2
+    });
+    let all = begin.elapsed();
+    for (number, client) in clients.iter_mut().enumerate() {
+        let answer = client.call_text(&format!(r#"{{"in":"ping","params":{number}}}"#));
+        assert_eq!(answer, format!(r#"{{"out":"pong","result":{number}}}"#));
+    }
+    let held: Vec<u64> = daemon.workers().iter().map(|it| it.connections).collect();
+    println!(
+        "{IDLE} idle connections: the verdict after {verdict:?}, the old workers gone after \
+         {all:?}, 0 closed; now {held:?}"
+    );
+    assert_eq!(held.iter().sum::<u64>(), IDLE as u64);
+    assert!(all < Duration::from_secs(1), "{all:?}");
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::errors::assert_error;
 use crate::frames::WITH_BUILTINS;
-use crate::support::{Client, Daemon, PATIENCE, Sweep, frame, process, wait_for};
+use crate::support::{Client, Daemon, Dice, PATIENCE, Sweep, frame, process, wait_for};
 
 /// The limit that most tests here set: small, so that going over it is cheap.
 const LIMIT: usize = 64 * 1024;
@@ -35,18 +35,6 @@ fn valid() -> Vec<Vec<u8>> {
     .iter()
     .map(|body| frame(body.as_bytes()))
     .collect()
-}
-
-/// xorshift64: the same mutants on every machine.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % sides as u64) as usize
-    }
 }
 
 fn mutate(dice: &mut Dice, seeds: &[Vec<u8>]) -> Vec<u8> {
@@ -108,7 +96,7 @@ fn ten_thousand_mutants_get_what_they_are_due_and_kill_nobody() {
     let daemon = daemon();
     let sweep = Sweep::of(&daemon);
     let seeds = valid();
-    let mut dice = Dice(0x9E37_79B9_7F4A_7C15);
+    let mut dice = Dice::new(0x9E37_79B9_7F4A_7C15);
     let (mut answers, mut errors, mut others) = (0, 0, 0);
     for number in 0..MUTANTS {
         let bytes = mutate(&mut dice, &seeds);
@@ -146,7 +134,7 @@ fn mutated_bodies_in_whole_frames_keep_their_connection() {
     let daemon = daemon();
     let sweep = Sweep::of(&daemon);
     let seeds: Vec<Vec<u8>> = valid().iter().map(|frame| frame[4..].to_vec()).collect();
-    let mut dice = Dice(42);
+    let mut dice = Dice::new(42);
     let mut client = daemon.client();
     for number in 0..MUTANTS {
         let body = mutate(&mut dice, &seeds);
@@ -353,7 +341,7 @@ fn noise_on_other_connections_costs_a_well_meaning_client_nothing() {
     let strangers: Vec<_> = (0..4)
         .map(|seed| {
             thread::spawn(move || {
-                let mut dice = Dice(seed + 1);
+                let mut dice = Dice::new(seed + 1);
                 for _ in 0..500 {
                     let length = dice.roll(3000);
                     let noise: Vec<u8> = (0..length).map(|_| dice.roll(256) as u8).collect();

@@ -3,6 +3,12 @@
 //!
 //! Ten reloads a cell, or as many as `PREFORKD_RELOADS` says.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::support::load::{Load, Plan, Shape, Tally};
 use crate::support::nginx::{self, Nginx};
 use crate::support::wire::{DIALECTS, Dialect};
@@ -10,7 +16,7 @@ use crate::support::{Daemon, PATIENCE, Sweep, alone, from_environment, process, 
 
 const CONFIG: &str = "[workers]\ncount = 2\n";
 
-const SHAPES: [(&str, Shape, usize); 3] = [
+pub const SHAPES: [(&str, Shape, usize); 3] = [
     ("a connection a call", Shape::PerCall, 16),
     ("lasting connections", Shape::Lasting, 16),
     ("pipelined 16 deep", Shape::Pipelined(16), 8),
@@ -32,13 +38,16 @@ fn cell(plan: Plan, reloads: u64, reload: impl Fn()) -> Tally {
     load.stop()
 }
 
-fn plan(address: std::net::SocketAddr, dialect: Dialect, shape: Shape, clients: usize) -> Plan {
+/// What a cell's clients do.
+pub fn plan(address: SocketAddr, dialect: Dialect, cell: &(&str, Shape, usize)) -> Plan {
+    let &(_, shape, clients) = cell;
     Plan {
         address,
         clients,
         shape,
         dialect,
-        pause: std::time::Duration::ZERO,
+        pause: Duration::ZERO,
+        methods: &["ping"],
     }
 }
 
@@ -51,8 +60,8 @@ fn reloads_at_full_load_lose_no_call_in_any_of_nine_cells() {
     let descriptors = process::descriptors(daemon.pid());
     let mut faulty = Vec::new();
     for dialect in DIALECTS {
-        for (name, shape, clients) in SHAPES {
-            let plan = plan(daemon.address(), dialect, shape, clients);
+        for shape in &SHAPES {
+            let (name, plan) = (shape.0, plan(daemon.address(), dialect, shape));
             let tally = cell(plan, reloads, || {
                 let done = daemon.command(&["reload"]);
                 assert!(done.status.success(), "{done:?}");
@@ -77,9 +86,56 @@ fn reloads_at_full_load_lose_no_call_in_any_of_nine_cells() {
         return println!("no nginx beside it: tests/run fetches one");
     };
     let nginx = Nginx::start(program, 2);
-    for (name, shape, clients) in &SHAPES[..2] {
-        let plan = plan(nginx.address(), Dialect::Http, *shape, *clients);
+    for shape in &SHAPES[..2] {
+        let (name, plan) = (shape.0, plan(nginx.address(), Dialect::Http, shape));
         let tally = cell(plan, reloads, || nginx.reload());
         println!("nginx, {name}, {reloads} reloads: {}", tally.line());
     }
+}
+
+/// All nine at once, with calls that take a moment among them, while workers come and go.
+#[test]
+fn workers_that_come_and_go_cost_none_of_nine_kinds_of_clients_a_call() {
+    let _alone = alone();
+    let changes = from_environment("PREFORKD_CHANGES", 24);
+    let config = format!("{CONFIG}[methods.sleep]\nbuiltin = \"sleep\"\n");
+    let daemon = Daemon::builder().config(&config).start();
+    let sweep = Sweep::of(&daemon);
+    let loads: Vec<Load> = DIALECTS
+        .into_iter()
+        .flat_map(|dialect| SHAPES.iter().map(move |shape| (dialect, shape)))
+        .map(|(dialect, shape)| {
+            Load::of(Plan {
+                clients: 2,
+                methods: &["ping", "ping", "sleep"],
+                ..plan(daemon.address(), dialect, shape)
+            })
+        })
+        .collect();
+    let answered = || loads.iter().map(Load::answered).sum::<u64>();
+    for change in 0..changes {
+        let enough = answered() + 20 * BETWEEN;
+        wait_for("calls answered between changes", PATIENCE, || {
+            answered() >= enough
+        });
+        match change % 6 {
+            0 => daemon.signal(Signal::SIGTTIN),
+            1 | 4 => {
+                for worker in daemon.ready_workers().into_iter().skip(1) {
+                    kill(Pid::from_raw(worker), Signal::SIGTERM).unwrap();
+                }
+            }
+            2 => assert!(daemon.command(&["scale", "5"]).status.success()),
+            3 => daemon.signal(Signal::SIGTTOU),
+            _ => assert!(daemon.command(&["scale", "1"]).status.success()),
+        }
+    }
+    for (number, load) in loads.into_iter().enumerate() {
+        let (dialect, shape) = (DIALECTS[number / 3], SHAPES[number % 3].0);
+        let what = format!("{dialect:?}, {shape}, {changes} changes");
+        load.stop().assert_whole(&what);
+    }
+    assert!(daemon.command(&["scale", "2"]).status.success());
+    wait_for("two workers", PATIENCE, || daemon.workers().len() == 2);
+    sweep.assert_like(&daemon);
 }

@@ -1,9 +1,8 @@
-//! Starts: detached, over whatever lies where the pid file goes, many at once, and disturbed.
+//! Starts: detached, over whatever lies where the pid file goes. Disturbed ones are in `storms`.
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -11,7 +10,7 @@ use nix::unistd::Pid;
 use crate::support::{Daemon, Dir, PATIENCE, binary, process, wait_for};
 
 /// A configuration with a socket and a log of its own, so that no port is needed.
-const DETACHED: &str = "daemon = true
+pub const DETACHED: &str = "daemon = true
 pid-file = \"p.pid\"
 control-socket = \"c.sock\"
 log.file = \"log\"
@@ -19,9 +18,9 @@ log.file = \"log\"
 count = 2
 threads = 2
 ";
-const OWN_SOCKET: &str = "[[listen]]\naddress = \"unix:rpc.sock\"\n";
+pub const OWN_SOCKET: &str = "[[listen]]\naddress = \"unix:rpc.sock\"\n";
 
-fn preforkd(dir: &Dir, arguments: &[&str]) -> Command {
+pub fn preforkd(dir: &Dir, arguments: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command
         .args(arguments)
@@ -158,97 +157,6 @@ fn a_pid_file_that_is_a_link_or_a_directory_is_refused() {
     std::fs::create_dir(dir.join("p.pid")).unwrap();
     let refused = run(&dir, &format!("{DETACHED}{OWN_SOCKET}"));
     assert_eq!(refused.status.code(), Some(71), "{refused:?}");
-}
-
-#[test]
-fn of_twenty_masters_started_at_once_one_lives() {
-    for round in 0..3 {
-        let dir = Dir::new();
-        let config = format!("{DETACHED}{OWN_SOCKET}").replace("daemon = true\n", "");
-        dir.write("p.toml", config);
-        let begin = Instant::now();
-        let start = |_| preforkd(&dir, &["run"]).stderr(Stdio::null()).spawn();
-        let mut masters: Vec<Child> = (0..20).map(|n| start(n).unwrap()).collect();
-        let mut codes = Vec::new();
-        wait_for("nineteen to give up", PATIENCE, || {
-            masters.retain_mut(|master| match master.try_wait().unwrap() {
-                Some(status) => {
-                    codes.push(status.code());
-                    false
-                }
-                None => true,
-            });
-            masters.len() <= 1
-        });
-        let took = begin.elapsed();
-        println!(
-            "round {round}: {} gave up within {took:?}: {codes:?}",
-            codes.len()
-        );
-        assert_eq!(masters.len(), 1);
-        assert!(codes.iter().all(|code| *code == Some(71)), "{codes:?}");
-        let survivor = masters[0].id();
-        wait_for("the survivor's pid", PATIENCE, || {
-            dir.read("p.pid").trim() == survivor.to_string()
-        });
-        kill(Pid::from_raw(survivor.cast_signed()), Signal::SIGTERM).unwrap();
-        assert!(masters[0].wait().unwrap().success());
-        assert!(took < Duration::from_secs(5), "{took:?}");
-    }
-}
-
-#[test]
-fn a_signal_at_any_moment_of_a_start_leaves_no_process_that_hangs() {
-    const SIGNALS: [Signal; 7] = [
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGQUIT,
-        Signal::SIGHUP,
-        Signal::SIGUSR1,
-        Signal::SIGUSR2,
-        Signal::SIGCHLD,
-    ];
-    let dir = Dir::new();
-    let config = format!("{DETACHED}{OWN_SOCKET}").replace("daemon = true\n", "");
-    dir.write("p.toml", config);
-    // A small generator of our own (Knuth's), so that every run tries the same moments.
-    let mut state: u64 = 20_240_607;
-    let mut random = |below: u64| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (state >> 33) % below
-    };
-    let mut slowest = Duration::ZERO;
-    for _ in 0..100 {
-        let mut master = preforkd(&dir, &["run"]);
-        let mut master = std::os::unix::process::CommandExt::process_group(&mut master, 0)
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let pid = Pid::from_raw(master.id().cast_signed());
-        let moment = Instant::now() + Duration::from_micros(random(25_000));
-        while Instant::now() < moment {
-            std::hint::spin_loop();
-        }
-        let signal = SIGNALS[usize::try_from(random(7)).unwrap()];
-        kill(pid, signal).unwrap();
-        let begin = Instant::now();
-        let _ = kill(pid, Signal::SIGTERM);
-        wait_for(
-            &format!("the end after {signal} and TERM"),
-            PATIENCE,
-            || master.try_wait().unwrap().is_some(),
-        );
-        wait_for("the workers' end", PATIENCE, || {
-            process::members(pid.as_raw())
-                .iter()
-                .all(|&pid| !process::runs(pid))
-        });
-        slowest = slowest.max(begin.elapsed());
-    }
-    println!("100 starts, a signal within 25 ms of each: the slowest was gone after {slowest:?}");
-    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::wire::{Dialect, Wire};
 
@@ -33,25 +33,28 @@ pub struct Tally {
     pub answered: u64,
     /// Connections that the server has ended, or that could not be made.
     pub closed: u64,
-    /// What went wrong, the first few.
+    /// What went wrong.
     pub faults: Vec<Fault>,
     /// Of each answered call, from its sending on.
     pub latencies: Vec<Duration>,
 }
 
-/// A connection that did not go well.
+/// A call or a connection that did not go well.
 #[derive(Debug, Clone)]
 pub struct Fault {
     /// The client's port; 0 when it was not connected.
     pub port: u16,
     pub at: Instant,
-    /// Calls on it that were sent and not answered.
+    /// Calls on it that have no valid answer.
     pub lost: u64,
+    /// Whether the connection is gone with them.
+    pub closed: bool,
     pub what: String,
 }
 
-/// Faults that are kept of one client.
+/// Faults that are kept of one client, and latencies.
 const MOST_FAULTS: usize = 10_000;
+const MOST_LATENCIES: usize = 1 << 20;
 
 impl Tally {
     pub fn lost(&self) -> u64 {
@@ -77,16 +80,31 @@ impl Tally {
         self.faults.extend(other.faults);
     }
 
-    fn fault(&mut self, port: u16, lost: usize, what: String) {
+    /// The connection is of no use any more, and with it so many calls.
+    pub fn ended(&mut self, port: u16, lost: usize, what: String) {
         self.closed += 1;
+        self.fault(port, lost, true, what);
+    }
+
+    fn fault(&mut self, port: u16, lost: usize, closed: bool, what: String) {
         if self.faults.len() < MOST_FAULTS {
             self.faults.push(Fault {
                 port,
                 at: Instant::now(),
                 lost: lost as u64,
+                closed,
                 what,
             });
         }
+    }
+
+    fn answer(&mut self, took: Duration) {
+        // of a long run only the last ones are kept
+        match self.latencies.len() < MOST_LATENCIES {
+            true => self.latencies.push(took),
+            false => self.latencies[self.answered as usize % MOST_LATENCIES] = took,
+        }
+        self.answered += 1;
     }
 
     /// In one line.
@@ -129,6 +147,8 @@ pub struct Plan {
     pub dialect: Dialect,
     /// Between an answer and the next call: a probe in place of a load.
     pub pause: Duration,
+    /// What is called, by turns.
+    pub methods: &'static [&'static str],
 }
 
 impl Load {
@@ -146,6 +166,7 @@ impl Load {
             shape,
             dialect,
             pause,
+            methods: &["ping"],
         })
     }
 
@@ -215,7 +236,7 @@ impl Caller {
         let mut wire = match Wire::try_open(self.plan.address) {
             Ok(wire) => wire,
             Err(error) => {
-                self.tally.fault(0, 0, format!("not connected: {error}"));
+                self.tally.ended(0, 0, format!("not connected: {error}"));
                 return super::pass(Duration::from_millis(5));
             }
         };
@@ -223,14 +244,14 @@ impl Caller {
             Shape::Pipelined(depth) => depth,
             Shape::PerCall | Shape::Lasting => 1,
         };
-        let mut outstanding: Vec<(u64, Instant)> = Vec::new();
+        let mut outstanding = Vec::new();
         loop {
             super::pass(self.plan.pause);
             let more = !self.stop.load(Ordering::Relaxed);
             let mut batch = Vec::new();
             while more && outstanding.len() < depth {
                 self.next += 1;
-                batch.extend_from_slice(&call(self.plan.dialect, self.next));
+                batch.extend_from_slice(&self.call(self.next));
                 self.tally.sent += 1;
                 outstanding.push((self.next, Instant::now()));
             }
@@ -243,12 +264,13 @@ impl Caller {
                 // what had come before the end was an answer to nothing else
                 Err(error) => {
                     let what = format!("{error}, with {} calls sent", outstanding.len());
-                    return self.tally.fault(wire.port(), outstanding.len(), what);
+                    return self.tally.ended(wire.port(), outstanding.len(), what);
                 }
             };
-            if let Err(what) = self.check(&answer, &mut outstanding) {
+            if !self.check(&answer, &mut outstanding, wire.port()) {
                 // An answer that nobody waits for makes all the others doubtful.
-                return self.tally.fault(wire.port(), outstanding.len(), what);
+                let what = format!("not awaited: {answer}");
+                return self.tally.ended(wire.port(), outstanding.len(), what);
             }
             if matches!(self.plan.shape, Shape::PerCall) {
                 return;
@@ -256,33 +278,47 @@ impl Caller {
         }
     }
 
-    fn check(&mut self, answer: &str, outstanding: &mut Vec<(u64, Instant)>) -> Result<(), String> {
+    /// Whether it is an answer to one of these, right or wrong.
+    fn check(&mut self, answer: &str, outstanding: &mut Vec<(u64, Instant)>, port: u16) -> bool {
         let value: Value = serde_json::from_str(answer).unwrap_or_default();
         let id = value["id"].as_u64().unwrap_or(0);
-        let at = outstanding.iter().position(|(it, _)| *it == id);
-        match at {
-            Some(at) if value["result"] == format!("for {id}") => {
-                let (_, since) = outstanding.swap_remove(at);
-                self.tally.answered += 1;
-                self.answered.fetch_add(1, Ordering::Relaxed);
-                self.tally.latencies.push(since.elapsed());
-                Ok(())
-            }
-            _ => Err(format!("not awaited: {answer}")),
+        let Some(at) = outstanding.iter().position(|(it, _)| *it == id) else {
+            return false;
+        };
+        let (_, since) = outstanding.swap_remove(at);
+        if value["result"] == self.params(id) {
+            self.tally.answer(since.elapsed());
+            self.answered.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.tally.fault(port, 1, false, answer.to_owned());
+        }
+        true
+    }
+
+    fn method(&self, id: u64) -> &'static str {
+        self.plan.methods[id as usize % self.plan.methods.len()]
+    }
+
+    /// What goes in has to come out; `sleep` does so after a while.
+    fn params(&self, id: u64) -> Value {
+        match self.method(id) {
+            "sleep" => json!(0.002),
+            _ => json!(format!("for {id}")),
         }
     }
-}
 
-/// One call. In HTTP its number stands in a header too, for a server that reads no JSON.
-fn call(dialect: Dialect, id: u64) -> Vec<u8> {
-    let body = format!(r#"{{"in": "ping", "params": "for {id}", "id": {id}}}"#);
-    match dialect {
-        Dialect::Frame => super::frame(body.as_bytes()),
-        Dialect::Line => format!("{body}\n").into_bytes(),
-        Dialect::Http => format!(
-            "POST / HTTP/1.1\r\nHost: x\r\nX-Id: {id}\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-        .into_bytes(),
+    /// One call. In HTTP its number stands in a header too, for a server that reads no JSON.
+    fn call(&self, id: u64) -> Vec<u8> {
+        let (method, params) = (self.method(id), self.params(id));
+        let body = format!(r#"{{"in": "{method}", "params": {params}, "id": {id}}}"#);
+        match self.plan.dialect {
+            Dialect::Frame => super::frame(body.as_bytes()),
+            Dialect::Line => format!("{body}\n").into_bytes(),
+            Dialect::Http => format!(
+                "POST / HTTP/1.1\r\nHost: x\r\nX-Id: {id}\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .into_bytes(),
+        }
     }
 }

@@ -7,6 +7,7 @@
 mod callers;
 pub mod client;
 mod daemon;
+mod dice;
 mod dir;
 pub mod load;
 mod log;
@@ -15,6 +16,7 @@ pub mod nginx;
 mod notify;
 pub mod process;
 mod sweep;
+pub mod victim;
 pub mod wire;
 
 use std::path::{Path, PathBuf};
@@ -27,6 +29,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 pub use callers::Callers;
 pub use client::{Client, frame};
 pub use daemon::Daemon;
+pub use dice::Dice;
 pub use dir::Dir;
 pub use sweep::Sweep;
 

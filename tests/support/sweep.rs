@@ -25,21 +25,27 @@ impl Sweep {
         }
     }
 
-    /// The same of a daemon whose workers were replaced on purpose: as many, with as many
-    /// descriptors each.
+    /// The same of a daemon whose workers were replaced: as many, with as many descriptors each.
+    #[track_caller]
+    pub fn assert_as_many(&self, daemon: &Daemon) {
+        let counts = |workers: &[(i32, usize)]| -> Vec<usize> {
+            workers
+                .iter()
+                .map(|&(_, descriptors)| descriptors)
+                .collect()
+        };
+        wait_for("as many descriptors as before", PATIENCE, || {
+            counts(&Sweep::of(daemon).workers) == counts(&self.workers)
+        });
+        assert!(process::zombies(daemon.pid()).is_empty());
+    }
+
+    /// The same, and nobody has died.
     #[track_caller]
     pub fn assert_like(&self, daemon: &Daemon) {
-        let counts = |workers: &[(i32, usize)]| -> Vec<usize> {
-            workers.iter().map(|&(_, descriptors)| descriptors).collect()
-        };
-        let mut now = Vec::new();
-        wait_for("as many descriptors as before", PATIENCE, || {
-            now = counts(&Sweep::of(daemon).workers);
-            now == counts(&self.workers)
-        });
+        self.assert_as_many(daemon);
         let deaths = daemon.status()["deaths"].take();
         assert_eq!(deaths.as_array().map(Vec::len), Some(0), "{deaths}");
-        assert!(process::zombies(daemon.pid()).is_empty());
     }
 
     /// Waits until all connections are gone; fails when anything else has changed.

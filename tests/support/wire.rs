@@ -268,7 +268,9 @@ fn whole(dialect: Dialect, bytes: &[u8]) -> io::Result<Option<(Range<usize>, usi
                 return Ok(None);
             };
             let text = String::from_utf8_lossy(&bytes[..head]).to_ascii_lowercase();
-            let length = text.lines().find_map(|it| it.strip_prefix("content-length: "));
+            let length = text
+                .lines()
+                .find_map(|it| it.strip_prefix("content-length: "));
             let length: usize = length
                 .and_then(|length| length.parse().ok())
                 .ok_or_else(|| io::Error::other(format!("no length: {text}")))?;

@@ -1,0 +1,42 @@
+//! Whose connections a process holds, found out just before it is ended: what its death may cost.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::SocketAddr;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{PATIENCE, process, wait_for};
+
+/// Stops a worker, and answers the ports of the clients that are connected to it: from now on no
+/// other comes. `None` when it is gone already.
+pub fn stop(pid: i32, server: SocketAddr) -> Option<HashSet<u16>> {
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).ok()?;
+    wait_for("a stopped worker", PATIENCE, || {
+        !matches!(process::state(pid), Some('R' | 'S' | 'D'))
+    });
+    Some(clients(pid, server))
+}
+
+/// The ports of the clients whose connections this process holds (proc_pid_net(5)).
+pub fn clients(pid: i32, server: SocketAddr) -> HashSet<u16> {
+    let held: HashSet<String> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .filter_map(|target| {
+            let target = target.to_str()?.strip_prefix("socket:[")?;
+            Some(target.trim_end_matches(']').to_owned())
+        })
+        .collect();
+    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+    let own = format!(":{:04X}", server.port());
+    let connections = table.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let ours = fields.get(1)?.ends_with(&own) && held.contains(*fields.get(9)?);
+        let (_, port) = fields[2].split_once(':')?;
+        ours.then(|| u16::from_str_radix(port, 16).ok()).flatten()
+    });
+    connections.filter(|port| *port != 0).collect()
+}
