@@ -16,6 +16,8 @@ mod accept;
 mod architecture;
 mod backpressure;
 mod bars;
+mod bench;
+mod call;
 mod chaos;
 mod clients;
 mod commands;

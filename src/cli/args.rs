@@ -98,6 +98,8 @@ pub struct Call {
     pub timeout: Option<Duration>,
     /// `--id`, as JSON: a string or a number.
     pub id: Option<String>,
+    /// `--jsonrpc`.
+    pub jsonrpc: bool,
 }
 
 /// Where a call's params are.
@@ -189,6 +191,9 @@ enum LowCommand {
         /// The call's id, a number or a string
         #[arg(long, allow_negative_numbers = true)]
         id: Option<String>,
+        /// Call in the JSON-RPC 2.0 form, whose params are an array or an object
+        #[arg(long)]
+        jsonrpc: bool,
     },
     /// Call a method for each line of stdin, and print the results in their order
     Map(MapOptions),
@@ -297,6 +302,7 @@ fn raise(low: LowCommand) -> Result<Command> {
             target,
             timeout,
             id,
+            jsonrpc,
         } => Command::Call(Call {
             method,
             params: match params.as_str() {
@@ -306,6 +312,7 @@ fn raise(low: LowCommand) -> Result<Command> {
             target,
             timeout,
             id: id.map(id_as_json),
+            jsonrpc,
         }),
         LowCommand::Map(options) => Command::Map(options),
         LowCommand::Bench(options) => Command::Bench(options.checked()?),

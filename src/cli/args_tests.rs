@@ -23,6 +23,7 @@ fn default_call() -> Call {
         target: Target::default(),
         timeout: None,
         id: None,
+        jsonrpc: false,
     }
 }
 
@@ -105,6 +106,14 @@ fn each_command_means_what_the_contract_says() {
                 },
                 timeout: Some(Duration::from_secs(60)),
                 id: Some("7".into()),
+                ..default_call()
+            }),
+        ),
+        (
+            "call ping --jsonrpc [1]",
+            Command::Call(Call {
+                params: Params::Here("[1]".into()),
+                jsonrpc: true,
                 ..default_call()
             }),
         ),

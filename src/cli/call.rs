@@ -30,12 +30,17 @@ pub(super) fn call(call: &Call, overrides: &Overrides) -> Result<String> {
         .timeout
         .map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
     let patience = call.timeout.map(|limit| limit.saturating_add(GRACE));
-    let reply = Client::connect(&address, patience)?
-        .call_raw(&call.method, params, call.id.as_deref(), timeout_ms)
-        .map_err(|error| match error {
-            ClientError::Refused(error) => Error::Refused(refusal(&call.method, &error)),
-            error => error.into(),
-        })?;
+    let mut client = Client::connect(&address, patience)?;
+    let id = call.id.as_deref();
+    let outcome = if call.jsonrpc {
+        client.call_jsonrpc(&call.method, params, id, timeout_ms)
+    } else {
+        client.call_raw(&call.method, params, id, timeout_ms)
+    };
+    let reply = outcome.map_err(|error| match error {
+        ClientError::Refused(error) => Error::Refused(refusal(&call.method, &error)),
+        error => error.into(),
+    })?;
     Ok(reply.result.get().to_owned())
 }
 

@@ -12,11 +12,40 @@
 //! repeats nothing: whether a call may be sent again is told by the error
 //! ([`ClientError::is_safe_to_repeat`]), and decided by the caller. After any error but a refusal the
 //! connection is closed, for an answer that comes late must not be taken for the next call's.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use preforkd::client::{Client, ClientError, Options, Pipeline, Pool};
+//!
+//! # fn main() -> Result<(), ClientError> {
+//! let limit = Some(Duration::from_secs(5));
+//! let mut client = Client::connect("127.0.0.1:8080", limit)?;
+//! let sum: i64 = client.call("add", (2, 3))?;
+//!
+//! let pipeline = Pipeline::connect("unix:/run/preforkd/rpc.sock", limit)?;
+//! let handles: Vec<_> = (0..100)
+//!     .map(|number| pipeline.submit::<i64>("square", number))
+//!     .collect::<Result<_, _>>()?;
+//! for handle in handles {
+//!     println!("{}", handle.wait()?);
+//! }
+//!
+//! let pool = Pool::new("127.0.0.1:8080", Options::default())?;
+//! pool.apply_async("square", 7, |result: Result<i64, _>| println!("{result:?}"))?;
+//! for (place, square) in pool.imap_unordered::<_, i64, _>("square", 0..1000) {
+//!     println!("{place}: {}", square?);
+//! }
+//! pool.join();
+//! # Ok(())
+//! # }
+//! ```
 
 mod answer;
 mod error;
 mod handle;
 mod imap;
+mod jsonrpc;
 mod lane;
 mod pipeline;
 mod pool;
@@ -115,19 +144,17 @@ struct Call<'a> {
     timeout_ms: Option<u64>,
 }
 
-impl Call<'_> {
-    /// The frame that is sent.
-    fn to_frame(&self) -> Result<Vec<u8>, ClientError> {
-        let mut bytes = Vec::new();
-        let mark = frame::begin(&mut bytes);
-        serde_json::to_writer(&mut bytes, self).map_err(ClientError::Params)?;
-        let length = bytes.len() - mark - frame::HEADER;
-        if length > BODY_MAX {
-            return Err(ClientError::TooLarge(length));
-        }
-        frame::finish(&mut bytes, mark);
-        Ok(bytes)
+/// The frame that a call is sent in.
+fn frame_of(call: &impl Serialize) -> Result<Vec<u8>, ClientError> {
+    let mut bytes = Vec::new();
+    let mark = frame::begin(&mut bytes);
+    serde_json::to_writer(&mut bytes, call).map_err(ClientError::Params)?;
+    let length = bytes.len() - mark - frame::HEADER;
+    if length > BODY_MAX {
+        return Err(ClientError::TooLarge(length));
     }
+    frame::finish(&mut bytes, mark);
+    Ok(bytes)
 }
 
 impl Client {
@@ -158,12 +185,13 @@ impl Client {
         params: impl Serialize,
     ) -> Result<R, ClientError> {
         let params = to_raw_value(&params).map_err(ClientError::Params)?;
-        let reply = self.exchange(&Call {
+        let call = Call {
             method,
             params: &params,
             id: None,
             timeout_ms: None,
-        })?;
+        };
+        let reply = self.exchange(&frame_of(&call)?, |body| answer::parse(body, None))?;
         reply.read()
     }
 
@@ -180,11 +208,14 @@ impl Client {
         timeout_ms: Option<u64>,
     ) -> Result<Reply, ClientError> {
         let raw = |text| serde_json::from_str::<&RawValue>(text).map_err(ClientError::Params);
-        self.exchange(&Call {
+        let call = Call {
             method,
             params: raw(params_json)?,
             id: id.map(raw).transpose()?,
             timeout_ms,
+        };
+        self.exchange(&frame_of(&call)?, |body| {
+            answer::parse(body, call.id.map(RawValue::get))
         })
     }
 
@@ -193,9 +224,12 @@ impl Client {
         self.stream.is_some()
     }
 
-    /// Sends one call and takes its answer.
-    fn exchange(&mut self, call: &Call<'_>) -> Result<Reply, ClientError> {
-        let bytes = call.to_frame()?;
+    /// Sends one call and takes its answer, which `parse` reads.
+    fn exchange(
+        &mut self,
+        bytes: &[u8],
+        parse: impl FnOnce(&[u8]) -> Result<Reply, ClientError>,
+    ) -> Result<Reply, ClientError> {
         // Put back only when it is certain that the next bytes belong to the next call.
         let mut stream = self.stream.take().ok_or(ClientError::Closed)?;
         // A server that left between two calls is noticed before the next one is entrusted to it.
@@ -206,7 +240,7 @@ impl Client {
         let deadline = self
             .timeout
             .and_then(|limit| Instant::now().checked_add(limit));
-        let sent = stream.send(&bytes, deadline);
+        let sent = stream.send(bytes, deadline);
         let body = match (receive(&mut stream, &mut self.inbox, deadline), sent) {
             (Ok(body), sent) => {
                 // A server that refuses a call before it has read it whole answers, then closes.
@@ -222,7 +256,7 @@ impl Client {
             (Err(Lost::Io(error)), Ok(())) => return Err(self.gone(error)),
             (Err(Lost::Alien(text)), Ok(())) => return Err(ClientError::Protocol(text)),
         };
-        let outcome = answer::parse(&body, call.id.map(RawValue::get));
+        let outcome = parse(&body);
         let closed = match &outcome {
             Ok(_) => false,
             // The server closes after these, and whatever is sent meanwhile is not read.

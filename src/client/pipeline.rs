@@ -16,7 +16,7 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::error::once_more;
 use super::stream::Stream;
-use super::{Call, ClientError, Handle, Lost, Reply, answer, receive};
+use super::{Call, ClientError, Handle, Lost, Reply, answer, frame_of, receive};
 
 /// A connection on which calls are sent without waiting for the answers before.
 ///
@@ -118,13 +118,12 @@ fn write(
     timeout: Option<Duration>,
 ) -> Result<(), ClientError> {
     let id = to_raw_value(&id).map_err(ClientError::Params)?;
-    let bytes = Call {
+    let bytes = frame_of(&Call {
         method,
         params,
         id: Some(&id),
         timeout_ms: None,
-    }
-    .to_frame()?;
+    })?;
     let deadline = timeout.and_then(|limit| Instant::now().checked_add(limit));
     connection
         .stream

@@ -4,16 +4,42 @@
 //! it ends, and whether it is an error, whose code is then looked up. What is no answer is an error of
 //! its own, for behind it nothing on that connection can be trusted.
 
+use std::borrow::Cow;
+
+use clap::ValueEnum;
+use memchr::memchr;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::Dialect;
+use super::http::{self, Response};
 use crate::error::{Error, Result};
 use crate::protocol::Code;
 use crate::protocol::frame::{self, Decoded};
 
 /// The largest body that an answer may declare, in bytes.
 const BODY_MAX: usize = 0x08FF_FFFF;
+
+/// How calls are written on the connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dialect {
+    /// A length of four bytes, then JSON
+    Frame,
+    /// A line of JSON
+    Line,
+    /// HTTP/1.1: POST /METHOD with the params as its body
+    Http,
+}
+
+impl Dialect {
+    /// The word, as it is written.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Dialect::Frame => "frame",
+            Dialect::Line => "line",
+            Dialect::Http => "http",
+        }
+    }
+}
 
 /// The calls of a load, ready to be sent.
 #[derive(Debug)]
@@ -27,25 +53,31 @@ pub(super) struct Calls {
 pub(super) enum Answer {
     /// A result.
     Result { used: usize },
-    /// An error with this code.
-    Error { used: usize, code: i64 },
-    /// Not whole yet; so many bytes make it so, or show how many more it needs.
-    Partial { need: usize },
+    /// An error, called so in the report.
+    Error { used: usize, name: String },
+    /// Not whole yet.
+    Partial,
     /// Something else.
     Alien,
 }
 
 impl Calls {
-    /// Calls of `method` with each of `params`, which are JSON.
-    pub(super) fn new(dialect: Dialect, method: &str, params: &[String]) -> Result<Self> {
-        let method = serde_json::Value::from(method);
+    /// Calls of `method` at `address` with each of `params`, which are JSON.
+    pub(super) fn new(
+        dialect: Dialect,
+        address: &str,
+        method: &str,
+        params: &[String],
+    ) -> Result<Self> {
+        let plain = |params: &str| {
+            let method = serde_json::Value::from(method);
+            format!(r#"{{"in":{method},"params":{params}}}"#).into_bytes()
+        };
         let write = |params: &String| match dialect {
             Dialect::Frame => {
                 let mut bytes = Vec::new();
                 let mark = frame::begin(&mut bytes);
-                bytes.extend_from_slice(
-                    format!(r#"{{"in":{method},"params":{params}}}"#).as_bytes(),
-                );
+                bytes.append(&mut plain(params));
                 if frame::finish(&mut bytes, mark) && bytes.len() <= BODY_MAX {
                     Ok(bytes)
                 } else {
@@ -54,6 +86,13 @@ impl Calls {
                     ))
                 }
             }
+            Dialect::Line => {
+                // Between two tokens, where alone JSON has line breaks, a blank says the same.
+                let mut bytes = plain(&params.replace(['\n', '\r'], " "));
+                bytes.push(b'\n');
+                Ok(bytes)
+            }
+            Dialect::Http => Ok(http::request(address, method, params)),
         };
         Ok(Calls {
             dialect,
@@ -76,8 +115,24 @@ impl Calls {
         match self.dialect {
             Dialect::Frame => match frame::decode(bytes, BODY_MAX) {
                 Decoded::Whole { body, used } => judge(body, used),
-                Decoded::Partial { need } => Answer::Partial { need },
+                Decoded::Partial { .. } => Answer::Partial,
                 Decoded::TooLarge { .. } => Answer::Alien,
+            },
+            Dialect::Line => match memchr(b'\n', bytes) {
+                Some(end) => judge(&bytes[..end], end + 1),
+                None if bytes.len() > BODY_MAX => Answer::Alien,
+                None => Answer::Partial,
+            },
+            Dialect::Http => match http::read(bytes, BODY_MAX) {
+                Response::Whole {
+                    status: 200, used, ..
+                } => Answer::Result { used },
+                Response::Whole { status, body, used } => Answer::Error {
+                    used,
+                    name: refusal_name(status, body),
+                },
+                Response::Partial => Answer::Partial,
+                Response::Alien => Answer::Alien,
             },
         }
     }
@@ -98,12 +153,18 @@ fn judge(body: &[u8], used: usize) -> Answer {
     }
 }
 
+/// What an error has that the report tells.
+#[derive(Deserialize)]
+struct Coded {
+    code: i64,
+}
+
 #[cold]
 fn judge_slowly(body: &[u8], used: usize) -> Answer {
     #[derive(Deserialize)]
     struct Head<'a> {
         #[serde(borrow)]
-        out: std::borrow::Cow<'a, str>,
+        out: Cow<'a, str>,
         #[serde(rename = "result")]
         _result: IgnoredAny,
     }
@@ -111,15 +172,11 @@ fn judge_slowly(body: &[u8], used: usize) -> Answer {
     struct Refusal {
         result: Coded,
     }
-    #[derive(Deserialize)]
-    struct Coded {
-        code: i64,
-    }
     match serde_json::from_slice::<Head<'_>>(body) {
         Ok(head) if head.out == "error" => match serde_json::from_slice::<Refusal>(body) {
             Ok(refusal) => Answer::Error {
                 used,
-                code: refusal.result.code,
+                name: error_name(refusal.result.code),
             },
             Err(_) => Answer::Alien,
         },
@@ -128,8 +185,17 @@ fn judge_slowly(body: &[u8], used: usize) -> Answer {
     }
 }
 
+/// What a response that is no success says: an error of ours, or the status alone.
+#[cold]
+fn refusal_name(status: u16, body: &[u8]) -> String {
+    match serde_json::from_slice::<Coded>(body) {
+        Ok(coded) => error_name(coded.code),
+        Err(_) => format!("HTTP {status}"),
+    }
+}
+
 /// What the report calls an error with this code.
-pub(super) fn error_name(code: i64) -> String {
+fn error_name(code: i64) -> String {
     match Code::from_number(code) {
         Some(row) => row.name().to_owned(),
         None => format!("error {code}"),
@@ -141,39 +207,53 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn calls(params: &[&str]) -> Calls {
+    fn calls(dialect: Dialect, params: &[&str]) -> Calls {
         let params: Vec<String> = params.iter().map(|text| (*text).to_owned()).collect();
-        Calls::new(Dialect::Frame, "pi\"ng", &params).unwrap()
+        Calls::new(dialect, "unix:/run/x", "pi\"ng", &params).unwrap()
     }
 
     #[test]
     fn params_come_in_turn_and_names_are_escaped() {
-        let calls = calls(&["1", "[2]"]);
-        assert_eq!(&calls.call(0)[4..], br#"{"in":"pi\"ng","params":1}"#);
-        assert_eq!(&calls.call(3)[4..], br#"{"in":"pi\"ng","params":[2]}"#);
+        let frames = calls(Dialect::Frame, &["1", "[2]"]);
+        assert_eq!(&frames.call(0)[4..], br#"{"in":"pi\"ng","params":1}"#);
+        assert_eq!(&frames.call(3)[4..], br#"{"in":"pi\"ng","params":[2]}"#);
+        let lines = calls(Dialect::Line, &["[1,\r\n2]"]);
+        assert_eq!(lines.call(7), b"{\"in\":\"pi\\\"ng\",\"params\":[1,  2]}\n");
+        let http = calls(Dialect::Http, &["[2]"]);
+        let request = b"POST /pi%22ng HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n[2]";
+        assert_eq!(http.call(0), request);
     }
 
-    #[test]
-    fn results_and_errors_are_told_apart_however_they_are_spelt() {
-        let read = |body: &str| {
-            let mut bytes = Vec::new();
-            let mark = frame::begin(&mut bytes);
-            bytes.extend_from_slice(body.as_bytes());
-            frame::finish(&mut bytes, mark);
-            assert_eq!(calls(&["1"]).read(&bytes[..3]), Answer::Partial { need: 4 });
-            match calls(&["1"]).read(&bytes) {
+    /// What an answer's body is taken for, in the dialects that have it in the plain form.
+    fn told(body: &str) -> String {
+        let mut framed = Vec::new();
+        let mark = frame::begin(&mut framed);
+        framed.extend_from_slice(body.as_bytes());
+        frame::finish(&mut framed, mark);
+        let line = format!("{body}\n").into_bytes();
+        let all = [(Dialect::Frame, framed), (Dialect::Line, line)].map(|(dialect, bytes)| {
+            let calls = calls(dialect, &["1"]);
+            assert_eq!(calls.read(&bytes[..bytes.len() - 1]), Answer::Partial);
+            match calls.read(&bytes) {
                 Answer::Result { used } => {
                     assert_eq!(used, bytes.len());
                     "result".to_owned()
                 }
-                Answer::Error { used, code } => {
+                Answer::Error { used, name } => {
                     assert_eq!(used, bytes.len());
-                    error_name(code)
+                    name
                 }
                 other => format!("{other:?}"),
             }
-        };
-        for (body, told) in [
+        });
+        let [frame, line] = all;
+        assert_eq!(frame, line, "{body}");
+        line
+    }
+
+    #[test]
+    fn results_and_errors_are_told_apart_however_they_are_spelt() {
+        for (body, is) in [
             (r#"{"out":"pong","result":1}"#, "result"),
             (r#"{"out":"errors","result":1}"#, "result"),
             (r#"{ "result": {"code": 1}, "out": "pong" }"#, "result"),
@@ -183,8 +263,38 @@ mod tests {
             (r#"{"out":"error","result":1}"#, "Alien"),
             ("[]", "Alien"),
         ] {
-            assert_eq!(read(body), told, "{body}");
+            assert_eq!(told(body), is, "{body}");
         }
-        assert_eq!(calls(&["1"]).read(b"HTTP/1.1 400"), Answer::Alien);
+        let frames = calls(Dialect::Frame, &["1"]);
+        assert_eq!(frames.read(b"HTTP/1.1 400"), Answer::Alien);
+    }
+
+    #[test]
+    fn a_response_is_judged_by_its_status_and_its_code() {
+        let http = calls(Dialect::Http, &["1"]);
+        let response = |status: &str, body: &str| {
+            let length = body.len();
+            format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+        };
+        for (bytes, is) in [
+            (response("200 OK", r#"{"code":7}"#), None),
+            (
+                response("503 Service Unavailable", r#"{"code":-32002}"#),
+                Some("overloaded"),
+            ),
+            (response("404 Not Found", "<html>"), Some("HTTP 404")),
+            (response("500 X", r#"{"code":7}"#), Some("error 7")),
+        ] {
+            let used = bytes.len();
+            let expected = match is {
+                None => Answer::Result { used },
+                Some(name) => Answer::Error {
+                    used,
+                    name: name.into(),
+                },
+            };
+            assert_eq!(http.read(&bytes), expected);
+        }
+        assert_eq!(http.read(b"{\"out\":\"pong\"}"), Answer::Alien);
     }
 }

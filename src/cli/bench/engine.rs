@@ -285,19 +285,19 @@ impl Load {
         };
         let (mut used, mut answered) = (0, 0);
         let fault = loop {
-            let (length, code) = match self.calls.read(&bytes[used..]) {
+            let (length, error) = match self.calls.read(&bytes[used..]) {
                 Answer::Result { used } => (used, None),
-                Answer::Error { used, code } => (used, Some(code)),
-                Answer::Partial { .. } => break None,
+                Answer::Error { used, name } => (used, Some(name)),
+                Answer::Partial => break None,
                 Answer::Alien => break Some("not an answer"),
             };
             used += length;
             let Some((due, _)) = connection.unanswered.pop_front() else {
                 break Some("an answer to no call");
             };
-            match code {
+            match error {
                 None => self.tally.ok += 1,
-                Some(code) => self.tally.error(code),
+                Some(name) => self.tally.error(name),
             }
             let latency = self.now.saturating_sub(due);
             self.tally.latencies.saturating_record(latency);

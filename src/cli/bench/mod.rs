@@ -10,6 +10,7 @@
 
 mod dialect;
 mod engine;
+mod http;
 mod pace;
 mod report;
 mod tally;
@@ -22,7 +23,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use crossbeam_channel::{Receiver, unbounded};
 
 use super::args::{duration, json};
@@ -33,6 +34,7 @@ use crate::config::Overrides;
 use crate::error::{Error, Result};
 use crate::sys::{process, signal};
 use dialect::Calls;
+pub use dialect::Dialect;
 use engine::{Engine, Share};
 use pace::Interval;
 use report::Report;
@@ -87,13 +89,6 @@ pub struct BenchOptions {
     pub json: bool,
 }
 
-/// How calls are written on the connections.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dialect {
-    /// A length of four bytes, then JSON
-    Frame,
-}
-
 impl BenchOptions {
     /// What no single word can be blamed for.
     pub(super) fn checked(self) -> Result<Self> {
@@ -131,7 +126,12 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
         Some(path) => read_params(path)?,
         None => vec![options.params.clone()],
     };
-    let calls = Arc::new(Calls::new(options.dialect, &options.method, &params)?);
+    let calls = Arc::new(Calls::new(
+        options.dialect,
+        &address,
+        &options.method,
+        &params,
+    )?);
     // So many connections as asked for; where that is not to be had, connecting says so.
     let _ = process::raise_descriptor_limit();
     // A server that is not there, or another one, is told before the load is.

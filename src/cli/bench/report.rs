@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::BenchOptions;
 use super::tally::Tally;
-use super::{BenchOptions, Dialect};
 use crate::cli::table::Paint;
 use crate::cli::units::{count, plural};
 use crate::error::{Error, Result};
@@ -94,7 +94,7 @@ impl Report<'_> {
         let report = json!({
             "method": options.method,
             "address": self.address,
-            "dialect": match options.dialect { Dialect::Frame => "frame" },
+            "dialect": options.dialect.name(),
             "connections": options.connections,
             "depth": options.depth,
             "threads": options.threads,
@@ -128,9 +128,10 @@ impl Report<'_> {
             None => "closed loop".into(),
         };
         let mut text = format!(
-            "{} at {}: {}, {} ahead on each, {pace}\n\n",
+            "{} at {} ({}): {}, {} ahead on each, {pace}\n\n",
             options.method,
             self.address,
+            options.dialect.name(),
             plural(options.connections.get().into(), "connection"),
             options.depth,
         );

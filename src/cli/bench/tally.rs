@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use hdrhistogram::Histogram;
 
-use super::dialect::error_name;
 use crate::error::{Error, Result};
 
 /// The longest latency that is told from longer ones, in nanoseconds: an hour.
@@ -47,10 +46,10 @@ impl Tally {
         })
     }
 
-    /// A call was answered with an error.
+    /// A call was answered with an error of this name.
     #[cold]
-    pub(super) fn error(&mut self, code: i64) {
-        *self.errors.entry(error_name(code)).or_default() += 1;
+    pub(super) fn error(&mut self, name: String) {
+        *self.errors.entry(name).or_default() += 1;
     }
 
     /// So many calls get no answer.

@@ -1,0 +1,164 @@
+//! `call`: where its params come from, in which form it calls, and what its exit code tells.
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use crate::support::{Daemon, Dir, binary, example};
+
+const WITH_SLEEP: &str = "
+[workers]
+count = 2
+[methods.sleep]
+builtin = \"sleep\"
+";
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// `call` with these words, and this on its stdin.
+fn call(words: &[&str], stdin: &str) -> Output {
+    let mut child = Command::new(binary())
+        .arg("call")
+        .args(words)
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Who has refused the words reads nothing.
+    let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn params_come_from_stdin_and_the_timeout_is_kept() {
+    let daemon = Daemon::builder().config(WITH_SLEEP).start();
+    let address = daemon.address().to_string();
+    let words = [
+        "ping",
+        "-",
+        "--id",
+        "7",
+        "--timeout",
+        "10s",
+        "--address",
+        &address,
+    ];
+    let output = call(&words, "{\"n\": 1.50}\n");
+    assert_eq!(text(&output.stdout), "{\"n\": 1.50}\n", "{output:?}");
+
+    let late = daemon.command(&["call", "sleep", "20", "--timeout", "100ms"]);
+    assert_eq!(late.status.code(), Some(1), "{late:?}");
+    assert!(text(&late.stderr).contains("timeout"), "{late:?}");
+}
+
+#[test]
+fn the_exit_code_tells_what_went_wrong() {
+    let daemon = Daemon::start();
+    let address = daemon.address().to_string();
+    for (words, stdin, code, told) in [
+        (&["ping", "1", "--address", &address][..], "", 0, ""),
+        (&["nope", "--address", &address], "", 1, "method-not-found"),
+        (
+            &["ping", "-", "--address", &address],
+            "{",
+            64,
+            "stdin is not JSON",
+        ),
+        (
+            &["ping", "{", "--address", &address],
+            "",
+            64,
+            "PARAMS is not JSON",
+        ),
+        (&["ping", "--timeout", "soon"], "", 64, "500ms"),
+        (&["ping", "--address", "nowhere"], "", 64, "no address"),
+        (
+            &["ping", "--address", "unix:/nonexistent/x"],
+            "",
+            69,
+            "no server",
+        ),
+    ] {
+        let output = call(words, stdin);
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {output:?}");
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains(told), "{words:?}: {stderr}");
+        assert_eq!(stderr.is_empty(), code == 0, "{words:?}: {stderr}");
+        assert_eq!(output.stdout.is_empty(), code != 0, "{words:?}");
+    }
+}
+
+#[test]
+fn a_call_in_the_json_rpc_form_has_the_same_result_and_the_same_errors() {
+    let daemon = Daemon::builder()
+        .program(example("arithmetic"))
+        .config(WITH_SLEEP)
+        .start();
+    let address = daemon.address().to_string();
+    let number = "1234567890123456789012345678901234567890";
+    let long = format!("[{number}]");
+    for (words, result) in [
+        (&["subtract", "[42, 23]"][..], "19"),
+        (
+            &[
+                "subtract",
+                r#"{"subtrahend": 23, "minuend": 42}"#,
+                "--id",
+                "x",
+            ],
+            "19",
+        ),
+        (&["ping"], "null"),
+        (&["ping", long.as_str(), "--id", number], long.as_str()),
+    ] {
+        let mut words = words.to_vec();
+        words.extend(["--jsonrpc", "--address", &address]);
+        let output = call(&words, "");
+        assert_eq!(
+            text(&output.stdout),
+            format!("{result}\n"),
+            "{words:?}: {output:?}"
+        );
+        assert!(output.status.success());
+    }
+    for (words, told) in [
+        (&["nope"][..], "nope: method-not-found (-32601)"),
+        (&["subtract", "[\"a\"]"], "invalid-params (-32602)"),
+        (&["ping", "7"], "invalid-request (-32600)"),
+    ] {
+        let mut words = words.to_vec();
+        words.extend(["--jsonrpc", "--address", &address]);
+        let output = call(&words, "");
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {output:?}");
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains(told), "{stderr}");
+        assert!(stderr.contains("did not begin"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_unix_socket_is_called_by_its_path_or_by_the_configuration() {
+    let dir = Dir::new();
+    let socket = dir.join("rpc.sock");
+    let listen = format!("[[listen]]\naddress = \"unix:{}\"\n", socket.display());
+    let daemon = Daemon::builder().config(&listen).start();
+    let address = format!("unix:{}", socket.display());
+    let output = call(&["ping", "[1]", "--address", &address], "");
+    assert_eq!(text(&output.stdout), "[1]\n", "{output:?}");
+    let config = dir.write("preforkd.toml", &listen);
+    let output = call(
+        &[
+            "ping",
+            "[2]",
+            "--jsonrpc",
+            "--config",
+            config.to_str().unwrap(),
+        ],
+        "",
+    );
+    assert_eq!(text(&output.stdout), "[2]\n", "{output:?}");
+    drop(daemon);
+}
