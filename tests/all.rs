@@ -38,6 +38,7 @@ mod manual;
 mod nine;
 mod pool;
 mod readme;
+mod recycle;
 mod reload;
 mod scaling;
 mod serving;

@@ -60,6 +60,9 @@ fn workers(settings: &Settings) -> RawWorkers {
         respawn_burst: Some(workers.respawn_burst.into()),
         respawn_max_delay: Some(Span(workers.respawn_max_delay)),
         keep_connections: Some(workers.keep_connections),
+        max_calls: Some(workers.max_calls as i64),
+        max_memory: Some(Size(workers.max_memory)),
+        max_lifetime: Some(Span(workers.max_lifetime)),
         max_unavailable: Some(workers.max_unavailable as i64),
         ..RawWorkers::default()
     }

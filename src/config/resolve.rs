@@ -25,6 +25,10 @@ use crate::sys::account::{Account, AccountError};
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Below it a healthy worker, which ticks once a second at the slowest, would count as stuck.
 const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
+/// Of `max-memory` and `max-lifetime`, where they are set: below it, a worker would do little else
+/// than start.
+const LEAST_MEMORY: u64 = 1 << 20;
+const SHORTEST_LIFETIME: Duration = Duration::from_secs(1);
 /// Where the doubling delay of a respawn begins.
 const FIRST_RESPAWN_DELAY: Duration = Duration::from_millis(100);
 
@@ -134,25 +138,6 @@ fn http_origins(check: &Check<'_>, raw: &Raw) -> Result<Vec<String>> {
 /// Refuses what this version knows by name only.
 fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
     let workers = &raw.workers;
-    let set = [
-        (
-            "workers.max-calls",
-            workers.max_calls.is_some_and(|calls| calls != 0),
-        ),
-        (
-            "workers.max-memory",
-            workers.max_memory.is_some_and(|Size(bytes)| bytes != 0),
-        ),
-        (
-            "workers.max-lifetime",
-            workers
-                .max_lifetime
-                .is_some_and(|Span(time)| !time.is_zero()),
-        ),
-    ];
-    if let Some((key, _)) = set.iter().find(|(_, set)| *set) {
-        return Err(check.not_supported(key));
-    }
     if let Some(name) = raw.pools.keys().next() {
         return Err(check.not_supported(&join("pools", name)));
     }
@@ -323,6 +308,9 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
         )?,
         respawn_max_delay: delay,
         keep_connections: raw.keep_connections.unwrap_or(true),
+        max_calls: check.integer("workers.max-calls", raw.max_calls, 0, 0..=1 << 50, "")?,
+        max_memory: max_memory(check, raw)?,
+        max_lifetime: max_lifetime(check, raw)?,
         max_unavailable: check.integer(
             "workers.max-unavailable",
             raw.max_unavailable,
@@ -331,6 +319,32 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
             "",
         )?,
     })
+}
+
+/// Zero is no limit; less than any worker has from its start on would recycle without end.
+fn max_memory(check: &Check<'_>, raw: &RawWorkers) -> Result<u64> {
+    let Size(bytes) = raw.max_memory.unwrap_or(Size(0));
+    if bytes == 0 || (LEAST_MEMORY..=1 << 50).contains(&bytes) {
+        return Ok(bytes);
+    }
+    Err(check.places.error(
+        "workers.max-memory",
+        format!("{} is out of range", Size(bytes)),
+        "give 1MiB or more, or \"0\" for no limit",
+    ))
+}
+
+/// Zero is no limit.
+fn max_lifetime(check: &Check<'_>, raw: &RawWorkers) -> Result<Duration> {
+    match raw.max_lifetime {
+        Some(Span(time)) if !time.is_zero() => check.duration(
+            "workers.max-lifetime",
+            raw.max_lifetime,
+            Duration::ZERO,
+            SHORTEST_LIFETIME,
+        ),
+        _ => Ok(Duration::ZERO),
+    }
 }
 
 fn limits(check: &Check<'_>, raw: &RawLimits, drain: Duration) -> Result<Limits> {

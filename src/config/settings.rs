@@ -92,6 +92,12 @@ pub struct Workers {
     pub respawn_max_delay: Duration,
     /// Whether a crash of a worker spares its other connections.
     pub keep_connections: bool,
+    /// Calls after which a worker is recycled; 0 is never.
+    pub max_calls: u64,
+    /// Bytes of resident memory above which a worker is recycled, 1 MiB at least; 0 is never.
+    pub max_memory: u64,
+    /// The age at which a worker is recycled, 1 s at least; zero is never.
+    pub max_lifetime: Duration,
     /// How many workers may be recycled at one time, 1 to 1024.
     pub max_unavailable: usize,
 }

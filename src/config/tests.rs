@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::time::Duration;
 
 use super::*;
 use crate::error::Error;
@@ -165,7 +166,7 @@ fn functions_have_an_entry_with_or_without_the_file() {
     let text = "[limits]\ntimeout = \"7s\"\n[methods.\"a.b\"]\ntimeout = \"2s\"\nrate = 3\n\
                 concurrency = 2\n[methods.wait]\nbuiltin = \"sleep\"";
     let settings = with(&root(), text, &functions(&["a.b", "add"])).unwrap();
-    let seconds = std::time::Duration::from_secs;
+    let seconds = Duration::from_secs;
     let of = |kind, timeout| Method {
         kind,
         timeout: seconds(timeout),
@@ -202,11 +203,28 @@ fn functions_with_impossible_names_are_the_programs_mistake() {
 
 #[test]
 fn defaults_of_later_keys_are_accepted() {
-    let text = "http-origins = []\n[workers]\nevents = \"epoll\"\nkeep-connections = false\n\
-                max-calls = 0\nmax-memory = \"0\"\nmax-lifetime = \"0s\"\nmax-unavailable = 2";
+    let text = "http-origins = []\n[workers]\nevents = \"epoll\"\nkeep-connections = false";
     let workers = settings(&root(), text).unwrap().workers;
     assert!(!workers.keep_connections);
-    assert_eq!(workers.max_unavailable, 2);
+}
+
+#[test]
+fn workers_are_recycled_only_where_that_is_asked_for() {
+    let limits = |text: &str| {
+        let workers = settings(&root(), &format!("[workers]\n{text}"))
+            .unwrap()
+            .workers;
+        let (calls, memory) = (workers.max_calls, workers.max_memory);
+        (calls, memory, workers.max_lifetime, workers.max_unavailable)
+    };
+    let never = (0, 0, Duration::ZERO, 1);
+    assert_eq!(limits(""), never);
+    assert_eq!(
+        limits("max-calls = 0\nmax-memory = \"0\"\nmax-lifetime = \"0s\""),
+        never
+    );
+    let set = "max-calls = 1000\nmax-memory = \"1GiB\"\nmax-lifetime = \"1h\"\nmax-unavailable = 2";
+    assert_eq!(limits(set), (1000, 1 << 30, Duration::from_secs(3600), 2));
 }
 
 #[test]

@@ -31,6 +31,8 @@ pub enum Report {
     Ready,
     /// It was told to retire (TERM) and drains: it wants to be replaced.
     Retiring,
+    /// It has read so many calls, as many as it may: it wants a successor, and serves until then.
+    Worn(u64),
 }
 
 /// A packet: who it is from or for, and what it says.
@@ -77,13 +79,15 @@ impl Body for Report {
         match self {
             Report::Ready => (101, 0),
             Report::Retiring => (102, 0),
+            Report::Worn(calls) => (103, calls),
         }
     }
 
-    fn decode(kind: u32, _value: u64) -> Option<Self> {
+    fn decode(kind: u32, value: u64) -> Option<Self> {
         match kind {
             101 => Some(Report::Ready),
             102 => Some(Report::Retiring),
+            103 => Some(Report::Worn(value)),
             _ => None,
         }
     }
@@ -145,16 +149,16 @@ mod tests {
             assert_eq!(Message::<Report>::decode(&packet), None);
             assert_eq!(Message::<Order>::decode(&packet[1..]), None);
         }
-        let packet = Message {
-            pid: Pid(1),
-            generation: Generation(0),
-            body: Report::Ready,
+        for report in [Report::Ready, Report::Retiring, Report::Worn(u64::MAX)] {
+            let packet = Message {
+                pid: Pid(1),
+                generation: Generation(0),
+                body: report,
+            }
+            .encode();
+            assert_eq!(Message::<Report>::decode(&packet).unwrap().body, report);
+            assert_eq!(Message::<Order>::decode(&packet), None);
         }
-        .encode();
-        assert_eq!(
-            Message::<Report>::decode(&packet).unwrap().body,
-            Report::Ready
-        );
         assert_eq!(Message::<Report>::decode(&[0; PACKET]), None);
         assert_eq!(Message::<Report>::decode(&[]), None);
     }

@@ -5,5 +5,6 @@ pub mod boot;
 pub mod channel;
 pub mod handoff;
 pub mod ids;
+pub mod jitter;
 pub mod message;
 pub mod scoreboard;

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::sys::signal::Signal;
 
 use super::event::{Limits, Millis};
+use super::recycle::Wear;
 use super::throttle::Throttle;
 use crate::link::ids::{Generation, Pid, Slot};
 
@@ -36,17 +37,40 @@ pub(super) enum Holder {
     Worker(Pid),
 }
 
+impl Holder {
+    /// Nobody yet: what follows when a fork is due then.
+    pub fn due(at: Millis, now: Millis) -> Self {
+        match at > now {
+            true => Holder::Throttled { until: at },
+            false => Holder::Forking,
+        }
+    }
+}
+
 /// What the master knows of a seat.
 #[derive(Debug)]
 pub(super) struct Tenure {
     /// Who sits there.
     pub holder: Holder,
+    /// Who is to follow the holder once it is ready; `Some` only beside [`Holder::Worker`], so that
+    /// a seat has one fork under way at most.
+    pub coming: Option<Holder>,
     /// False for a seat given up while its fork was under way: what comes of it is drained.
     pub wanted: bool,
     /// How soon it may be forked again.
     pub throttle: Throttle,
-    /// When the holder last changed.
+    /// When it last changed who sits there, or is to.
     pub since: Millis,
+}
+
+impl Tenure {
+    /// When a throttled fork of it is due.
+    pub fn fork_at(&self) -> Option<Millis> {
+        match self.coming.unwrap_or(self.holder) {
+            Holder::Throttled { until } => Some(until),
+            Holder::Forking | Holder::Worker(_) => None,
+        }
+    }
 }
 
 /// Where a child is in its life.
@@ -84,6 +108,8 @@ pub(super) struct Child {
     pub next: Option<(Millis, Signal)>,
     /// `Some` iff the master has begun to end it by force: why.
     pub doom: Option<String>,
+    /// What it has been through.
+    pub wear: Wear,
 }
 
 impl Child {
@@ -135,6 +161,7 @@ impl Table {
         }
         let tenure = Tenure {
             holder: Holder::Forking,
+            coming: None,
             wanted: true,
             throttle: Throttle::default(),
             since: now,
@@ -143,23 +170,26 @@ impl Table {
         true
     }
 
-    /// Gives a seat up, and says which worker sat there.
-    pub fn close(&mut self, seat: Seat) -> Option<Pid> {
-        match self.seats.get_mut(&seat)?.holder {
-            Holder::Forking => {
-                // The fork's report must find it.
-                self.seats.get_mut(&seat)?.wanted = false;
-                None
-            }
-            Holder::Throttled { .. } => {
-                self.seats.remove(&seat);
-                None
-            }
-            Holder::Worker(pid) => {
-                self.seats.remove(&seat);
-                Some(pid)
-            }
+    /// Gives a seat up, and says which workers sat there or were to: two at most.
+    pub fn close(&mut self, seat: Seat) -> Vec<Pid> {
+        let Some(tenure) = self.seats.get_mut(&seat) else {
+            return Vec::new();
+        };
+        let all = [Some(tenure.holder), tenure.coming.take()];
+        if all.contains(&Some(Holder::Forking)) {
+            // The fork's report must find it.
+            tenure.holder = Holder::Forking;
+            tenure.wanted = false;
+        } else {
+            self.seats.remove(&seat);
         }
+        let workers = all.into_iter().flatten();
+        workers
+            .filter_map(|holder| match holder {
+                Holder::Worker(pid) => Some(pid),
+                Holder::Forking | Holder::Throttled { .. } => None,
+            })
+            .collect()
     }
 
     /// Puts a new child into the table.
@@ -186,6 +216,13 @@ impl Table {
         self.seats
             .get(&seat)
             .is_some_and(|tenure| tenure.holder == Holder::Worker(pid))
+    }
+
+    /// Whether the worker is to follow the one that sits there.
+    pub fn is_coming(&self, pid: Pid, seat: Seat) -> bool {
+        self.seats
+            .get(&seat)
+            .is_some_and(|tenure| tenure.coming == Some(Holder::Worker(pid)))
     }
 
     /// Whether each of a generation's seats has a worker that is ready.

@@ -31,6 +31,12 @@ pub struct Limits {
     pub respawn_burst: u32,
     /// The longest wait for a throttled slot; 0 is no throttle.
     pub respawn_max_delay: Millis,
+    /// Resident bytes above which a worker is recycled; 0 is no limit.
+    pub max_memory: u64,
+    /// The age at which a worker is recycled; 0 is no limit.
+    pub max_lifetime: Millis,
+    /// How many recycles may be under way at one time, of all reasons together.
+    pub max_unavailable: usize,
 }
 
 /// What happened.
@@ -63,6 +69,21 @@ pub enum Event {
     Retiring {
         /// The worker.
         pid: Pid,
+    },
+    /// A worker reports that it has read as many calls as it may: it serves on, and wants a
+    /// successor.
+    Worn {
+        /// The worker.
+        pid: Pid,
+        /// So many.
+        calls: u64,
+    },
+    /// What a worker of [`super::Fleet::to_sample`] has in memory.
+    Memory {
+        /// The worker.
+        pid: Pid,
+        /// Resident, in bytes.
+        rss_bytes: u64,
     },
     /// What the scoreboard says about a worker's event loop. Feed it before [`super::Fleet::tick`].
     Heartbeat {

@@ -7,11 +7,12 @@
 
 use log::Level;
 
-use super::children::{Child, Holder, Seat, Table, seat};
+use super::children::{Child, Holder, Seat, Table, Tenure, seat};
 use super::deaths::Deaths;
 use super::event::{Action, Event, Limits, MAX_COUNT, Millis};
 use super::leave::Leave;
 use super::limiter::Limiter;
+use super::recycle::Recycling;
 use super::reload::Reload;
 use crate::link::ids::{Generation, Pid};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
@@ -60,6 +61,7 @@ pub struct Fleet {
     pub(super) deaths: Deaths,
     pub(super) troubles: Limiter,
     pub(super) refusals: Limiter,
+    pub(super) recycling: Recycling,
     /// Scales that came during start-up or a reload.
     deferred: Option<Deferred>,
     /// When the caller was to come back at the latest.
@@ -85,6 +87,7 @@ impl Fleet {
             deaths: Deaths::default(),
             troubles: Limiter::new(TROUBLES.0, TROUBLES.1),
             refusals: Limiter::new(REFUSALS.0, REFUSALS.1),
+            recycling: Recycling::new(),
             deferred: None,
             promised: None,
             now,
@@ -114,6 +117,8 @@ impl Fleet {
             } => self.fork_failed(seat(generation, slot.0), &reason),
             Event::Ready { pid } => self.ready(pid),
             Event::Retiring { pid } => self.retiring(pid),
+            Event::Worn { pid, calls } => self.worn(pid, calls),
+            Event::Memory { pid, rss_bytes } => self.memory(pid, rss_bytes),
             Event::Heartbeat { pid, at } => self.heartbeat(pid, at),
             Event::Died {
                 pid,
@@ -164,6 +169,7 @@ impl Fleet {
     }
 
     fn leave(&mut self) -> Vec<Action> {
+        self.grant_wishes();
         if let Phase::Stopping { code, .. } = self.phase
             && self.table.is_empty()
         {
@@ -244,20 +250,27 @@ impl Fleet {
         }
     }
 
-    /// Nobody sits there any more: fork at once, or when the throttle allows it.
+    /// Nobody sits there any more: whoever was to follow does, else fork at once, or when the
+    /// throttle allows it.
     pub(super) fn refill(&mut self, seat: Seat, due: Millis) {
         let now = self.now;
-        let tenure = self.table.seats.get_mut(&seat);
-        let tenure = tenure.expect("only a seat of the table is refilled");
+        let tenure = self.tenure(seat);
         tenure.since = now;
-        tenure.holder = match due > now {
-            true => Holder::Throttled { until: due },
-            false => Holder::Forking,
-        };
+        if let Some(next @ (Holder::Forking | Holder::Worker(_))) = tenure.coming.take() {
+            tenure.holder = next;
+            return;
+        }
+        tenure.holder = Holder::due(due, now);
         if due <= now {
             let (slot, generation) = (seat.slot, seat.generation);
             self.act(Action::Fork { slot, generation });
         }
+    }
+
+    /// A seat that is known to be in the table.
+    pub(super) fn tenure(&mut self, seat: Seat) -> &mut Tenure {
+        let tenure = self.table.seats.get_mut(&seat);
+        tenure.expect("the caller saw somebody in this seat")
     }
 }
 

@@ -19,6 +19,9 @@ pub(super) const LIMITS: Limits = Limits {
     heartbeat_timeout: 10_000,
     respawn_burst: 5,
     respawn_max_delay: 30_000,
+    max_memory: 0,
+    max_lifetime: 0,
+    max_unavailable: 1,
 };
 
 pub(super) const SEGV: Exit = Exit::Signal {
@@ -36,6 +39,10 @@ pub(super) struct Process {
     pub killed: bool,
     /// Gives no heartbeat any more.
     pub stuck: bool,
+    /// Its resident memory.
+    pub rss_bytes: u64,
+    /// Was told to drain while its successor sat there already.
+    pub replaced: bool,
 }
 
 pub(super) struct World {
@@ -109,7 +116,13 @@ impl World {
             self.check(&action);
             match &action {
                 Action::Fork { slot, generation } => forks.push((*generation, *slot)),
-                Action::Drain { pid, .. } => self.process(*pid).leaves = true,
+                Action::Drain { pid, .. } => {
+                    let seat = self.process(*pid).seat;
+                    let replaced = self.holders(seat) == 2;
+                    let process = self.process(*pid);
+                    process.leaves = true;
+                    process.replaced = replaced;
+                }
                 Action::Kill { pid, signal } => {
                     let process = self.process(*pid);
                     process.leaves = true;
@@ -143,13 +156,14 @@ impl World {
         self.last_pid += 1;
         let pid = Pid(self.last_pid);
         let seat = (generation, slot);
-        let rival = |process: &Process| process.seat == seat && !process.leaves;
-        assert!(!self.living.values().any(rival), "two workers in {seat:?}");
+        assert!(self.holders(seat) <= 1, "three workers in {seat:?}");
         let process = Process {
             seat,
             leaves: false,
             killed: false,
             stuck: false,
+            rss_bytes: 0,
+            replaced: false,
         };
         self.living.insert(pid, process);
         self.tell(Event::Forked {
@@ -157,6 +171,23 @@ impl World {
             generation,
             pid,
         });
+    }
+
+    /// Those in a seat who were not told to leave: a worker, and the one that is to follow it.
+    fn holders(&self, seat: (Generation, Slot)) -> usize {
+        let here = |process: &&Process| process.seat == seat && !process.leaves;
+        self.living.values().filter(here).count()
+    }
+
+    /// How many recycles are under way: successors on their way, and old workers not gone yet.
+    pub fn recycles(&self) -> usize {
+        let seats: BTreeSet<_> = self.living.values().map(|process| process.seat).collect();
+        let coming = |seat: &&(Generation, Slot)| {
+            let forks = self.ordered.iter().filter(|order| order == seat).count();
+            self.holders(**seat) + forks == 2
+        };
+        let replaced = self.living.values().filter(|process| process.replaced);
+        seats.iter().filter(coming).count() + replaced.count()
     }
 
     /// What no history may contain.
@@ -181,7 +212,11 @@ impl World {
                 // One just forked may have lost its seat before.
                 let newborn = pid.0 == self.last_pid;
                 let open = self.verdicts < self.reloads;
-                assert!(!(open && serves && !newborn), "drained before the verdict");
+                let replaced = self.holders(process.seat) == 2;
+                assert!(
+                    !open || !serves || newborn || replaced,
+                    "drained before the verdict"
+                );
             }
             Action::Kill { pid, signal } if *signal == Signal::SIGABRT => {
                 assert!(self.living[pid].stuck, "{pid} was well and got ABRT");
@@ -224,6 +259,10 @@ impl World {
         for pid in well.map(|(pid, _)| *pid).collect::<Vec<_>>() {
             let at = self.now;
             self.tell(Event::Heartbeat { pid, at });
+        }
+        for pid in self.fleet.to_sample(self.now) {
+            let rss_bytes = self.process(pid).rss_bytes;
+            self.tell(Event::Memory { pid, rss_bytes });
         }
         let actions = self.fleet.tick(self.now);
         self.absorb(actions);

@@ -27,10 +27,10 @@ impl Fleet {
     /// Gives up a generation's seats from a slot on: highest first, their workers leave.
     pub(super) fn close(&mut self, generation: Generation, from: usize, leave: Leave) {
         for seat in self.table.seats_of(generation).into_iter().rev() {
-            if usize::from(seat.slot.0) >= from
-                && let Some(pid) = self.table.close(seat)
-            {
-                self.dismiss(pid, leave);
+            if usize::from(seat.slot.0) >= from {
+                for pid in self.table.close(seat) {
+                    self.dismiss(pid, leave);
+                }
             }
         }
     }

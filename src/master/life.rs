@@ -10,6 +10,7 @@ use super::deaths::{self, Death};
 use super::event::{Exit, Limits, Millis, Span};
 use super::fleet::{Fleet, Phase, with_held_back};
 use super::leave::{Leave, begin_drain};
+use super::recycle::Wear;
 use crate::link::ids::Pid;
 
 impl Fleet {
@@ -19,7 +20,7 @@ impl Fleet {
         let tenure = self.forking(seat);
         let wanted = tenure.wanted;
         tenure.throttle.forked(now);
-        tenure.holder = Holder::Worker(pid);
+        *Self::forking_in(tenure) = Holder::Worker(pid);
         tenure.since = now;
         let boot_deadline = (limits.boot_timeout > 0).then_some(now + limits.boot_timeout);
         let child = Child {
@@ -32,6 +33,7 @@ impl Fleet {
             heartbeat: now,
             next: boot_deadline.map(|at| (at, Signal::SIGKILL)),
             doom: None,
+            wear: Wear::default(),
         };
         self.table.insert(pid, child);
         self.log(
@@ -63,13 +65,15 @@ impl Fleet {
         }
         let due = tenure.throttle.refusal(now);
         tenure.since = now;
-        tenure.holder = Holder::Throttled { until: due };
+        let is_successor = tenure.coming.is_some();
+        *Self::forking_in(tenure) = Holder::Throttled { until: due };
         if self.is_newcomer(seat) {
             return self.newcomer_failed(&format!("slot {slot} could not be forked: {reason}"));
         }
         if let Some(more) = self.refusals.admit(now) {
+            let lack = if is_successor { "successor" } else { "worker" };
             let text = format!(
-                "slot {slot} has no worker: fork was refused ({reason}); next try in {}; if it goes \
+                "slot {slot} has no {lack}: fork was refused ({reason}); next try in {}; if it goes \
                  on, raise the limit on processes (ulimit -u, pids.max, TasksMax) slot={slot}",
                 Span(due - now),
             );
@@ -102,6 +106,9 @@ impl Fleet {
         child.next = None;
         let text = format!("worker {pid} is ready after {took} {}", pairs(pid, seat));
         self.log(Level::Debug, text);
+        if self.table.is_coming(pid, seat) {
+            return self.succeed(pid, seat);
+        }
         self.newcomer_ready(seat);
     }
 
@@ -123,7 +130,10 @@ impl Fleet {
         let (slot, pairs) = (seat.slot, pairs(pid, seat));
         let text = format!("worker {pid} retires, slot {slot} gets a fresh one {pairs}");
         self.trouble(Level::Info, text);
-        self.refill(seat, now);
+        match self.table.is_coming(pid, seat) {
+            true => self.refill_coming(seat, now),
+            false => self.refill(seat, now),
+        }
     }
 
     /// A worker's event loop was alive at that moment.
@@ -160,6 +170,8 @@ impl Fleet {
         };
         if self.table.holds(pid, child.seat) {
             self.died_in_its_seat(&child, &death);
+        } else if self.table.is_coming(pid, child.seat) {
+            self.successor_died(&child, &death);
         } else {
             self.left(&child, &death);
         }
@@ -215,8 +227,16 @@ impl Fleet {
     /// The seat whose fork is reported.
     fn forking(&mut self, seat: Seat) -> &mut Tenure {
         let tenure = self.table.seats.get_mut(&seat);
-        let tenure = tenure.filter(|tenure| tenure.holder == Holder::Forking);
+        let is_forking = |tenure: &&mut Tenure| {
+            tenure.holder == Holder::Forking || tenure.coming == Some(Holder::Forking)
+        };
+        let tenure = tenure.filter(is_forking);
         tenure.expect("a fork is reported once for each order")
+    }
+
+    /// Whom the fork under way in a seat is for: the successor, if there is to be one.
+    fn forking_in(tenure: &mut Tenure) -> &mut Holder {
+        tenure.coming.as_mut().unwrap_or(&mut tenure.holder)
     }
 
     /// The limits of a seat's generation; one that was given up lives by the serving ones.

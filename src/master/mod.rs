@@ -12,6 +12,7 @@
 //! | `life` | a worker's life: forked, ready, retiring, dead |
 //! | `reload` | start-up and reload: a generation's verdict |
 //! | `watch` | what time brings: deadlines, heartbeats, a master that was paused |
+//! | `recycle` | workers that have had enough: a successor first, then they drain |
 //! | `children` | the child table: who is where, in which stage |
 //! | [`throttle`] | how soon a slot may be forked again |
 //! | [`deaths`] | the last deaths, and how a death is told |
@@ -31,6 +32,7 @@ pub mod listeners;
 pub mod orphans;
 mod own_path;
 pub mod pid_file;
+mod recycle;
 mod reload;
 mod reloading;
 mod requests;
@@ -49,6 +51,8 @@ mod fleet_properties;
 mod fleet_tests;
 #[cfg(test)]
 mod fleet_world;
+#[cfg(test)]
+mod recycle_tests;
 
 pub use event::{Action, Event, Exit, Limits, Millis};
 pub use fleet::Fleet;

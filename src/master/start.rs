@@ -138,6 +138,9 @@ pub(super) fn limits(settings: &Settings) -> Limits {
         heartbeat_timeout: millis(workers.heartbeat_timeout),
         respawn_burst: workers.respawn_burst,
         respawn_max_delay: millis(workers.respawn_max_delay),
+        max_memory: workers.max_memory,
+        max_lifetime: millis(workers.max_lifetime),
+        max_unavailable: workers.max_unavailable,
     }
 }
 

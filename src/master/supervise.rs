@@ -179,6 +179,7 @@ impl Master<'_> {
             self.tell(match report {
                 Report::Ready => Event::Ready { pid },
                 Report::Retiring => Event::Retiring { pid },
+                Report::Worn(calls) => Event::Worn { pid, calls },
             });
         }
     }
@@ -225,8 +226,12 @@ impl Master<'_> {
                     })
                 })
                 .collect();
-            for beat in beats {
-                self.tell(beat);
+            let samples = self.fleet.to_sample(now).into_iter().map(|pid| {
+                let rss_bytes = process::resident_bytes(pid);
+                Event::Memory { pid, rss_bytes }
+            });
+            for seen in beats.into_iter().chain(samples) {
+                self.tell(seen);
             }
             let actions = self.fleet.tick(now);
             self.actions.extend(actions);

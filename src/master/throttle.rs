@@ -105,6 +105,9 @@ mod tests {
             heartbeat_timeout: 30_000,
             respawn_burst: burst,
             respawn_max_delay: max_delay,
+            max_memory: 0,
+            max_lifetime: 0,
+            max_unavailable: 1,
         }
     }
 

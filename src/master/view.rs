@@ -33,7 +33,7 @@ pub struct WorkerView {
 
 impl Fleet {
     /// Every worker and every slot without one: by slot, the newest generation first, and those
-    /// that drain after the one that serves.
+    /// that drain after the one that serves; who is to follow that one stands behind it.
     pub fn workers(&self) -> Vec<WorkerView> {
         let seats = self.table.seats.iter().filter(|(_, tenure)| tenure.wanted);
         let draining = self
@@ -42,7 +42,10 @@ impl Fleet {
             .iter()
             .filter(|(_, child)| child.drains());
         let mut views: Vec<_> = seats
-            .map(|(seat, tenure)| self.view_seat(*seat, tenure))
+            .flat_map(|(seat, tenure)| {
+                let all = [Some(tenure.holder), tenure.coming].into_iter().flatten();
+                all.map(|holder| self.view_seat(*seat, tenure, holder))
+            })
             .chain(draining.map(|(pid, child)| view_draining(*pid, child)))
             .collect();
         views.sort_by_key(|view| {
@@ -78,7 +81,7 @@ impl Fleet {
         &self.deaths
     }
 
-    fn view_seat(&self, seat: Seat, tenure: &Tenure) -> WorkerView {
+    fn view_seat(&self, seat: Seat, tenure: &Tenure, holder: Holder) -> WorkerView {
         let mut view = WorkerView {
             slot: seat.slot,
             generation: seat.generation,
@@ -90,7 +93,7 @@ impl Fleet {
             refused_forks: tenure.throttle.refused_forks(),
             next_fork: None,
         };
-        match tenure.holder {
+        match holder {
             Holder::Forking => {}
             Holder::Throttled { until } => {
                 view.state = State::Throttled;

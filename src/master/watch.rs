@@ -7,7 +7,7 @@
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::children::{Child, Holder, Seat, Stage};
+use super::children::{Child, Seat, Stage, Tenure};
 use super::event::{Action, Millis, Span};
 use super::fleet::Fleet;
 use super::life::pairs;
@@ -47,15 +47,16 @@ impl Fleet {
             }
         }
         let due: Vec<Seat> = (self.table.seats.iter())
-            .filter(|(_, tenure)| match tenure.holder {
-                Holder::Throttled { until } => until <= now,
-                Holder::Forking | Holder::Worker(_) => false,
-            })
+            .filter(|(_, tenure)| tenure.fork_at().is_some_and(|at| at <= now))
             .map(|(seat, _)| *seat)
             .collect();
         for seat in due {
-            self.refill(seat, now);
+            match self.tenure(seat).coming {
+                Some(_) => self.refill_coming(seat, now),
+                None => self.refill(seat, now),
+            }
         }
+        self.pass_recycling();
         if let Some(more) = self.troubles.flush(now) {
             let text = format!(
                 "{more} more lines about workers were held back; `status` shows the last deaths"
@@ -70,16 +71,10 @@ impl Fleet {
     /// When the next of these is due.
     pub(super) fn earliest(&self) -> Option<Millis> {
         let children = self.table.children.values().filter_map(Child::due_at);
-        let seats = self
-            .table
-            .seats
-            .values()
-            .filter_map(|tenure| match tenure.holder {
-                Holder::Throttled { until } => Some(until),
-                Holder::Forking | Holder::Worker(_) => None,
-            });
+        let seats = self.table.seats.values().filter_map(Tenure::fork_at);
         children
             .chain(seats)
+            .chain(self.next_recycling())
             .chain(self.troubles.flush_at())
             .chain(self.refusals.flush_at())
             .min()

@@ -14,6 +14,7 @@ use super::connection::Connection;
 use super::drain::{Drain, Step};
 use super::service::{Service, millis};
 use super::timers::Target;
+use super::wear;
 use crate::config::Workers;
 use crate::handler::command::sweep;
 use crate::link::channel::WorkerEnd;
@@ -93,6 +94,8 @@ pub struct EventLoop {
     tick_ms: u64,
     next_tick_ms: u64,
     pub(super) full: bool,
+    /// After so many calls the master is told that it is enough.
+    pub(super) worn_after: u64,
 }
 
 impl EventLoop {
@@ -123,6 +126,7 @@ impl EventLoop {
             tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
             full: false,
+            worn_after: wear::enough(workers.max_calls),
         }
     }
 
@@ -155,6 +159,7 @@ impl EventLoop {
             }
             self.hand_out(floor);
             self.publish(floor);
+            self.feel_wear();
             match self.drain.step(
                 self.service.now_ms,
                 floor.connections(),

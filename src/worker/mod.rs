@@ -18,6 +18,7 @@ mod service;
 mod serving;
 mod threads;
 mod timers;
+mod wear;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -72,7 +72,7 @@ impl Tally {
             .unwrap_or_default()
     }
 
-    fn add(&mut self, other: Tally) {
+    pub fn add(&mut self, other: Tally) {
         self.sent += other.sent;
         self.answered += other.answered;
         self.closed += other.closed;

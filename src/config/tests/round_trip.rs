@@ -49,10 +49,12 @@ prop_compose! {
         count in 1..=1024usize, threads in 1..=1024usize, boot_timeout in duration(1),
         heartbeat_timeout in duration(1000), respawn_burst in 0..=1_000_000u32,
         respawn_max_delay in or_zero(100), keep_connections: bool, max_unavailable in 1..=1024usize,
+        max_calls in 0..=1u64 << 50, max_memory in prop_oneof![Just(0), 1u64 << 20..=1 << 50],
+        max_lifetime in or_zero(1000),
     ) -> Workers {
         Workers {
             count, threads, boot_timeout, heartbeat_timeout, respawn_burst, respawn_max_delay,
-            keep_connections, max_unavailable,
+            keep_connections, max_calls, max_memory, max_lifetime, max_unavailable,
             drain_timeout: Duration::from_secs(365 * 86_400),
         }
     }

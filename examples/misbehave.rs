@@ -1,0 +1,42 @@
+//! Functions that do their server harm, to see what becomes of it: memory that never comes back,
+//! threads that never come back, an event loop that stands still.
+//!
+//! `cargo run --example misbehave -- run`, with `max-memory`, `heartbeat-timeout` or a short
+//! `limits.timeout` in the configuration, then `preforkd call leak 1000000` and
+//! `preforkd status`.
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+fn spin(length: Duration) {
+    let begin = Instant::now();
+    while begin.elapsed() < length {
+        std::hint::spin_loop();
+    }
+}
+
+fn main() -> ExitCode {
+    preforkd::Server::new()
+        // So many bytes more, for as long as the worker lives.
+        .method("leak", |bytes: usize| {
+            Ok(Box::leak(vec![1_u8; bytes].into_boxed_slice()).len())
+        })
+        // Waits for what never comes, and hears of no deadline.
+        .method("hang", |(): ()| -> Result<(), _> {
+            loop {
+                thread::park();
+            }
+        })
+        // Keeps its thread busy for so many seconds, and hears of no deadline.
+        .method("spin", |seconds: u64| {
+            spin(Duration::from_secs(seconds));
+            Ok(seconds)
+        })
+        // Keeps the event loop from everything else for so many seconds.
+        .inline("block", |seconds: u64| {
+            spin(Duration::from_secs(seconds));
+            Ok(seconds)
+        })
+        .run()
+}

@@ -1,0 +1,271 @@
+//! Recycling: a worker that has had enough gets its successor first, and drains when that is ready.
+//!
+//! Enough is a number of calls (the worker tells), an age, resident memory seen above its limit
+//! twice, or handler threads of which none comes back. Such a worker has a *wish* to be replaced. A wish is granted while
+//! fewer than `max-unavailable` recycles are under way, each from the order to fork the successor until
+//! the old worker is gone, and not while a reload's verdict is open, which replaces everybody.
+//! One whose threads are all stuck answers next to nothing and does not wait for that.
+//!
+//! The successor is the seat's `coming` one ([`super::children::Tenure`]). When it fails, it is throttled like
+//! any other, and the old worker serves on; when the old one goes first, the seat is the successor's.
+
+use log::Level;
+
+use super::children::{Child, Holder, Seat};
+use super::deaths::Death;
+use super::event::{Action, Millis, Span};
+use super::fleet::{Fleet, Phase, with_held_back};
+use super::leave::Leave;
+use super::life::pairs;
+use super::limiter::Limiter;
+use crate::link::ids::Pid;
+use crate::link::jitter;
+
+/// Between two looks at the memory of workers that have a limit.
+const SAMPLES_APART: Millis = 1_000;
+/// Lines about recycling: so many at once, then one a period.
+const LINES: (u64, Millis) = (20, 1_000);
+
+/// What a worker has been through.
+#[derive(Debug, Default)]
+pub(super) struct Wear {
+    /// It is to be replaced.
+    pub wish: Option<Wish>,
+    /// Its memory was above the limit when last seen.
+    above: bool,
+    /// Its successor has taken over; `Some` wish, and it drains.
+    pub replaced: bool,
+}
+
+/// Why a worker is to be replaced.
+#[derive(Debug, Clone)]
+pub(super) struct Wish {
+    reason: String,
+    since: Millis,
+    /// It can't wait for others.
+    urgent: bool,
+}
+
+/// What the fleet knows of recycling, beside each worker's own.
+#[derive(Debug)]
+pub(super) struct Recycling {
+    next_sample: Millis,
+    lines: Limiter,
+}
+
+impl Recycling {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Recycling {
+            next_sample: 0,
+            lines: Limiter::new(LINES.0, LINES.1),
+        }
+    }
+}
+
+impl Child {
+    /// Serves, and is not to be replaced yet.
+    fn is_fresh(&self) -> bool {
+        self.serves() && self.wear.wish.is_none()
+    }
+
+    /// When it is old enough.
+    fn ends_at(&self, pid: Pid) -> Option<Millis> {
+        let lifetime = self.limits.max_lifetime;
+        let ready_at = self.ready_at.filter(|_| self.is_fresh() && lifetime > 0)?;
+        Some(ready_at + jitter::earlier(lifetime, pid))
+    }
+
+    fn has_memory_to_watch(&self) -> bool {
+        self.is_fresh() && self.limits.max_memory > 0
+    }
+}
+
+impl Fleet {
+    /// The workers whose memory is to be fed with [`super::Event::Memory`] before a tick at `now`.
+    pub fn to_sample(&self, now: Millis) -> Vec<Pid> {
+        let is_due = self.recycling.next_sample <= now;
+        let watched =
+            (self.table.children.iter()).filter(|(_, child)| is_due && child.has_memory_to_watch());
+        watched.map(|(pid, _)| *pid).collect()
+    }
+
+    /// How many recycles are under way.
+    pub fn recycles(&self) -> usize {
+        let seats = self.table.seats.values();
+        let leaving = self.table.children.values();
+        seats.filter(|tenure| tenure.coming.is_some()).count()
+            + leaving.filter(|child| child.wear.replaced).count()
+    }
+
+    /// A worker says that it has read as many calls as it may.
+    pub(super) fn worn(&mut self, pid: Pid, calls: u64) {
+        self.wish(
+            pid,
+            format!("max-calls is reached with {calls} calls"),
+            false,
+        );
+    }
+
+    /// So much memory a worker has.
+    pub(super) fn memory(&mut self, pid: Pid, rss_bytes: u64) {
+        let Some(child) = self.table.children.get_mut(&pid) else {
+            return;
+        };
+        let limit = child.limits.max_memory;
+        let above = limit > 0 && rss_bytes > limit;
+        if std::mem::replace(&mut child.wear.above, above) && above {
+            let text = format!("{rss_bytes} bytes are resident, max-memory is {limit}");
+            self.wish(pid, text, false);
+        }
+    }
+
+    /// A worker is to be replaced; the first reason counts.
+    fn wish(&mut self, pid: Pid, reason: String, urgent: bool) {
+        let since = self.now;
+        if let Some(child) = self.table.children.get_mut(&pid)
+            && child.is_fresh()
+        {
+            child.wear.wish = Some(Wish {
+                reason,
+                since,
+                urgent,
+            });
+        }
+    }
+
+    /// Those who have reached their age wish to be replaced.
+    fn note_ages(&mut self) {
+        let now = self.now;
+        let old: Vec<(Pid, Millis)> = (self.table.children.iter())
+            .filter(|(pid, child)| child.ends_at(**pid).is_some_and(|at| at <= now))
+            .filter_map(|(pid, child)| Some((*pid, child.health(now)?)))
+            .collect();
+        for (pid, age) in old {
+            let text = format!("max-lifetime is reached at {}", Span(age));
+            self.wish(pid, text, false);
+        }
+    }
+
+    /// Grants the wishes that may be granted now. To be asked after every event.
+    pub(super) fn grant_wishes(&mut self) {
+        self.note_ages();
+        if self.phase != Phase::Serving {
+            return;
+        }
+        let mut wishes: Vec<(bool, Millis, Pid)> = (self.table.children.iter())
+            .filter(|(pid, child)| child.serves() && self.may_be_followed(**pid, child.seat))
+            .filter_map(|(pid, child)| Some((pid, child.wear.wish.as_ref()?)))
+            .map(|(pid, wish)| (!wish.urgent, wish.since, *pid))
+            .collect();
+        wishes.sort_unstable();
+        let mut room = (self.limits.max_unavailable).saturating_sub(self.recycles());
+        for (waits, _, pid) in wishes {
+            if waits && (room == 0 || self.reload.is_some()) {
+                break;
+            }
+            room = room.saturating_sub(1);
+            self.recycle(pid);
+        }
+    }
+
+    /// Whether it holds a seat of the generation that serves, and nobody is to follow there yet.
+    fn may_be_followed(&self, pid: Pid, seat: Seat) -> bool {
+        seat.generation == self.serving
+            && self.table.holds(pid, seat)
+            && self.table.seats[&seat].coming.is_none()
+    }
+
+    /// Starts the successor of a worker that serves.
+    fn recycle(&mut self, pid: Pid) {
+        let now = self.now;
+        let child = self.child_mut(pid);
+        let (seat, limits, health) = (child.seat, child.limits, child.health(now));
+        let Some(wish) = child.wear.wish.clone() else {
+            return;
+        };
+        let due = match wish.urgent {
+            true => self.tenure(seat).throttle.death(health, &limits, now),
+            false => now,
+        };
+        if let Some(more) = self.recycling.lines.admit(now) {
+            let (slot, reason) = (seat.slot, wish.reason);
+            let text = format!(
+                "worker {pid} (slot {slot}) is recycled once its successor is ready: {reason} {}",
+                pairs(pid, seat)
+            );
+            self.log(Level::Info, with_held_back(text, more));
+        }
+        self.refill_coming(seat, due);
+    }
+
+    /// The successor in a seat is to be forked, at once or when the throttle allows it.
+    pub(super) fn refill_coming(&mut self, seat: Seat, due: Millis) {
+        let now = self.now;
+        let holder = Holder::due(due, now);
+        self.tenure(seat).coming = Some(holder);
+        if holder == Holder::Forking {
+            let (slot, generation) = (seat.slot, seat.generation);
+            self.act(Action::Fork { slot, generation });
+        }
+    }
+
+    /// The successor is ready: the seat is its own, and the old worker drains.
+    pub(super) fn succeed(&mut self, pid: Pid, seat: Seat) {
+        let now = self.now;
+        let tenure = self.tenure(seat);
+        tenure.coming = None;
+        tenure.since = now;
+        let before = std::mem::replace(&mut tenure.holder, Holder::Worker(pid));
+        let Holder::Worker(old) = before else {
+            unreachable!("a successor comes beside a worker only, and {before:?} is none");
+        };
+        let child = self.child_mut(old);
+        child.wear.replaced = true;
+        let health = child.health(now);
+        self.tenure(seat).throttle.credit(health);
+        self.dismiss(old, Leave::Retire);
+    }
+
+    /// The successor died before it was ready: it is tried again, and the old worker serves on.
+    pub(super) fn successor_died(&mut self, child: &Child, death: &Death) {
+        let (seat, now) = (child.seat, self.now);
+        let tenure = self.tenure(seat);
+        let due = tenure.throttle.death(None, &child.limits, now);
+        let young = tenure.throttle.young_deaths();
+        let follows = match due - now {
+            0 => "another one is started".to_owned(),
+            wait => format!("next try in {}: {young} young deaths", Span(wait)),
+        };
+        let text = format!(
+            "{}; the worker that it was to follow serves on; {follows} {}",
+            death.sentence(),
+            death.pairs()
+        );
+        self.trouble(Level::Error, text);
+        self.refill_coming(seat, due);
+    }
+
+    /// When recycling wants to be looked at again.
+    pub(super) fn next_recycling(&self) -> Option<Millis> {
+        let children = self.table.children.iter();
+        let samples = self.table.children.values().any(Child::has_memory_to_watch);
+        children
+            .filter_map(|(pid, child)| child.ends_at(*pid))
+            .chain(samples.then_some(self.recycling.next_sample))
+            .chain(self.recycling.lines.flush_at())
+            .min()
+    }
+
+    /// What the passing of time brings, apart from wishes.
+    pub(super) fn pass_recycling(&mut self) {
+        let now = self.now;
+        if self.recycling.next_sample <= now {
+            self.recycling.next_sample = now + SAMPLES_APART;
+        }
+        if let Some(more) = self.recycling.lines.flush(now) {
+            let text = format!("{more} more workers were recycled, too many for a line each");
+            self.log(Level::Info, text);
+        }
+    }
+}
