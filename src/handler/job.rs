@@ -43,6 +43,8 @@ pub struct Done {
     pub key: CallKey,
     /// Its result as JSON, or its error; `None` when it was given up before it began.
     pub outcome: Option<Result<Vec<u8>, RpcError>>,
+    /// How long it ran.
+    pub took: Duration,
     /// What stands in `out` in place of the name that the method's answers have, if anything.
     pub out: Option<Box<str>>,
 }

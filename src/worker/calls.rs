@@ -1,20 +1,21 @@
 //! The calls of a worker that are for its threads: which wait, which run, which are over.
 //!
-//! The loop decides alone; threads only get what is handed to them. A few more calls than there
-//! are threads are handed out, so that none stands idle while the loop is busy. An entry lives
-//! until its thread has reported, also when the caller was answered long before. The handler
-//! threads and each pool have a lane of their own: what fills one keeps nobody waiting in another.
+//! The loop decides alone; threads only get what is handed to them. Which goes first is `queue`'s
+//! to say. Of short calls a few more than there are threads are handed out, so that none stands idle
+//! while the loop is busy. An entry lives until its thread has reported, also when the caller was
+//! answered long before. The handler threads and each pool have a lane of their own: what fills one
+//! keeps nobody waiting in another.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use slab::Slab;
-
 use super::connection::{HIGH_WATER, Place, Reply};
+use super::load::Load;
+use super::queue::{Queue, Waiting};
+use super::table::{Call, Table};
 use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
-use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
@@ -23,45 +24,12 @@ use crate::sys::event::Token;
 /// A result from here up counts as large: how many of its like run for one connection is limited.
 const LARGE: usize = 16 * 1024;
 
+/// A call that is expected to run for less is handed out ahead, so that its thread need not wait for
+/// the loop.
+const SHORT: Duration = Duration::from_millis(1);
+
 /// Bytes of params that may wait or run in a worker, of all its connections together.
 const MOST_BYTES: usize = 64 * 1024 * 1024;
-
-/// A call that waits or runs.
-#[derive(Debug)]
-pub struct Call {
-    /// Whose it is.
-    pub token: Token,
-    /// Where its answer goes, and how it looks there.
-    pub reply: Reply,
-    /// Its id, as JSON.
-    pub id: Option<Box<str>>,
-    /// The number of its method.
-    pub method: usize,
-    /// When it was read, in milliseconds.
-    pub read_ms: u64,
-    /// When it must be answered, in milliseconds.
-    pub deadline_ms: u64,
-    /// Its armed timer; `Timers::arm` keeps it.
-    pub timer: u64,
-    /// Bytes of its params and id.
-    size: usize,
-    /// What it asks for; `None` once it was handed out or is over.
-    params: Option<Box<str>>,
-    state: Arc<CallState>,
-    serial: u64,
-    handed_out: bool,
-    /// Nobody waits for its answer any more.
-    over: bool,
-    /// It runs for nobody: its thread is lost until it reports.
-    lost: bool,
-}
-
-impl Call {
-    /// Whether a thread runs it.
-    pub fn is_running(&self) -> bool {
-        self.state.is_running()
-    }
-}
 
 /// A call that is to be answered now.
 #[derive(Debug)]
@@ -85,7 +53,7 @@ pub struct Ended {
 /// The calls that one crew of threads serves: the handler threads, or those of a pool.
 #[derive(Debug, Default)]
 struct Lane {
-    queue: VecDeque<CallKey>,
+    queue: Queue,
     /// Those handed out, oldest first; ones that are done are skipped.
     handed_out: VecDeque<CallKey>,
     /// Entries that wait in `queue` or at the threads, to be answered.
@@ -96,33 +64,18 @@ struct Lane {
     lost: usize,
 }
 
-/// A method's calls of late.
-#[derive(Debug, Clone, Default)]
-struct Load {
-    /// Where its calls wait and run.
-    lane: usize,
-    /// Waiting and running ones.
-    current: usize,
-    /// Calls that the rate still allows, in thousandths.
-    credit: u64,
-    credited_ms: u64,
-    /// Bytes of its last result: what the next one is expected to be.
-    last_result: usize,
-}
-
-/// The table of calls.
+/// The calls of a worker.
 #[derive(Debug)]
 pub struct Calls {
-    table: Slab<Call>,
-    /// By `Load::lane`: each has its own queue, its own limit and its own threads.
+    table: Table,
+    /// By the lane of a method: each has its own queue, its own limit and its own threads.
     lanes: Vec<Lane>,
     /// Taken out of the queue because their connection has answers enough to send, until that
-    /// changes; in their order.
-    parked: HashMap<Token, Vec<CallKey>>,
+    /// changes.
+    parked: HashMap<Token, Vec<Waiting>>,
     loads: Vec<Load>,
     registry: Arc<Registry>,
     limit: usize,
-    serial: u64,
     /// Bytes of params and ids, of all entries.
     bytes: usize,
 }
@@ -130,20 +83,16 @@ pub struct Calls {
 impl Calls {
     /// An empty table that lets `limit` calls wait in each lane.
     pub fn new(registry: Arc<Registry>, limit: usize) -> Self {
-        let load = |method: &Method| Load {
-            lane: method.handler.placement().lane(),
-            ..Load::default()
-        };
+        let load = |method: &Method| Load::in_lane(method.handler.placement().lane());
         let loads: Vec<Load> = registry.methods().iter().map(load).collect();
         let last = loads.iter().map(|load| load.lane).max().unwrap_or(0);
         Calls {
-            table: Slab::new(),
+            table: Table::default(),
             lanes: (0..=last).map(|_| Lane::default()).collect(),
             parked: HashMap::new(),
             loads,
             registry,
             limit,
-            serial: 0,
             bytes: 0,
         }
     }
@@ -153,20 +102,11 @@ impl Calls {
     /// # Errors
     /// `overloaded`.
     pub fn admit(&mut self, method: usize, now_ms: u64) -> Result<(), RpcError> {
-        let rate = u64::from(self.registry.methods()[method].rate);
-        if rate == 0 {
+        let rate = self.registry.methods()[method].rate;
+        if rate == 0 || self.loads[method].admit(rate, now_ms) {
             return Ok(());
         }
-        let load = &mut self.loads[method];
-        // Thousandths a millisecond are calls a second; a second's worth can be saved up.
-        let earned = now_ms.saturating_sub(load.credited_ms).saturating_mul(rate);
-        load.credit = load.credit.saturating_add(earned).min(rate * 1000);
-        load.credited_ms = now_ms;
-        if load.credit < 1000 {
-            return Err(self.overloaded(method, format!("its rate of {rate} calls a second")));
-        }
-        load.credit -= 1000;
-        Ok(())
+        Err(self.overloaded(method, format!("its rate of {rate} calls a second")))
     }
 
     /// The lane of a method's calls.
@@ -217,9 +157,8 @@ impl Calls {
         (method, params): (usize, &str),
         (read_ms, deadline_ms): (u64, u64),
     ) -> CallKey {
-        self.serial += 1;
-        let serial = self.serial;
-        let index = self.table.insert(Call {
+        let size = params.len() + id.map_or(0, str::len);
+        let key = self.table.insert(Call {
             token,
             reply,
             id: id.map(Box::from),
@@ -227,55 +166,66 @@ impl Calls {
             read_ms,
             deadline_ms,
             timer: 0,
-            size: params.len() + id.map_or(0, str::len),
+            size,
             params: Some(params.into()),
             state: Arc::default(),
-            serial,
             handed_out: false,
             over: false,
             lost: false,
         });
-        self.bytes += self.table[index].size;
-        let key = CallKey { index, serial };
+        self.bytes += size;
+        let waiting = Waiting {
+            key,
+            method,
+            line: (reply.place != Place::Anywhere).then_some(token),
+            since_ms: read_ms,
+            deadline_ms,
+        };
         let lane = self.lane_of(method);
-        lane.queue.push_back(key);
+        lane.queue.push(waiting, read_ms);
         lane.waiting += 1;
         self.loads[method].current += 1;
         key
     }
 
     /// Hands waiting calls to the threads, as long as one of them could soon be idle. `backlog`
-    /// tells how many bytes of answers a connection has yet to send before such a call's.
-    pub fn hand_out(&mut self, threads: &Threads, backlog: impl Fn(Token, Place) -> usize) {
-        for lane in 0..self.lanes.len() {
-            self.hand_out_lane(lane, threads, &backlog);
-        }
+    /// tells how many bytes of answers a connection has yet to send before such a call's. Returns
+    /// a call that could not be done in time any more, where it comes upon one: it is to be given
+    /// up, and the rest to be handed out then.
+    pub fn hand_out(
+        &mut self,
+        threads: &Threads,
+        now_ms: u64,
+        backlog: impl Fn(Token, Place) -> usize,
+    ) -> Option<CallKey> {
+        (0..self.lanes.len()).find_map(|lane| self.hand_out_lane(lane, threads, now_ms, &backlog))
     }
 
     fn hand_out_lane(
         &mut self,
         lane: usize,
         threads: &Threads,
+        now_ms: u64,
         backlog: &impl Fn(Token, Place) -> usize,
-    ) {
+    ) -> Option<CallKey> {
         let count = threads.count(lane);
-        while self.lanes[lane].out < count * 2
-            && let Some(key) = self.lanes[lane].queue.pop_front()
+        while let Some(&next) = self.lanes[lane].queue.next(now_ms)
+            && self.may_go_out(lane, next.method, count)
         {
-            // One that was given up while it waited left its key behind.
-            let Some(call) = self
-                .table
-                .get(key.index)
-                .filter(|it| it.serial == key.serial)
-            else {
+            let key = next.key;
+            if next.is_late(now_ms, self.loads[next.method].expected()) {
+                self.lanes[lane].queue.runs_out(key, now_ms);
+                return Some(key);
+            }
+            self.lanes[lane].queue.remove(key);
+            let Some(call) = self.table.get(key) else {
                 continue;
             };
             if !self.fits(call, backlog(call.token, call.reply.place), count) {
-                let token = call.token;
-                self.parked.entry(token).or_default().push(key);
+                self.parked.entry(call.token).or_default().push(next);
                 continue;
             }
-            let Some(call) = self.get_mut(key) else {
+            let Some(call) = self.table.get_mut(key) else {
                 continue;
             };
             let Some(params) = call.params.take() else {
@@ -293,6 +243,17 @@ impl Calls {
             self.lanes[lane].handed_out.push_back(key);
             threads.run(lane, job);
         }
+        None
+    }
+
+    /// Whether a thread could take a call of this method, or will before the loop could hand it
+    /// over. Of what runs for longer no more than there are threads are out: which goes first is
+    /// decided when a thread is there for it.
+    fn may_go_out(&self, lane: usize, method: usize, threads: usize) -> bool {
+        let is_short = |expected| expected < SHORT;
+        let out = self.lanes[lane].out;
+        out < threads
+            || (out < threads * 2 && self.loads[method].expected().is_some_and(is_short))
     }
 
     /// Whether a call's answer will find room: a client that never reads must not fill the memory
@@ -310,8 +271,8 @@ impl Calls {
         let running = self.lanes[self.loads[call.method].lane]
             .handed_out
             .iter()
-            .filter_map(|key| Some((key, self.table.get(key.index)?)))
-            .filter(|(key, it)| it.serial == key.serial && !it.over && it.token == call.token)
+            .filter_map(|key| self.table.get(*key))
+            .filter(|it| !it.over && it.token == call.token)
             .count();
         match running {
             0 => true,
@@ -325,20 +286,18 @@ impl Calls {
         !self.parked.is_empty()
     }
 
-    /// A connection may have room again: its calls stand before those that came later.
-    pub fn unpark(&mut self, token: Token) {
-        for key in self.parked.remove(&token).into_iter().flatten().rev() {
-            // Of one that is over, nothing is left to say where it belonged.
-            if let Some(method) = self.get_mut(key).map(|call| call.method) {
-                self.lane_of(method).queue.push_front(key);
+    /// A connection may have room again: its calls wait where they would be without that.
+    pub fn unpark(&mut self, token: Token, now_ms: u64) {
+        for waiting in self.parked.remove(&token).into_iter().flatten() {
+            if self.table.get(waiting.key).is_some() {
+                self.lane_of(waiting.method).queue.push(waiting, now_ms);
             }
         }
     }
 
     /// A thread has reported: the call that is to be answered now, if anybody still waits.
     pub fn done(&mut self, done: &Done) -> Option<Ended> {
-        let call = self.table.remove(done.key.index);
-        debug_assert_eq!(call.serial, done.key.serial);
+        let call = self.table.remove(done.key)?;
         let index = self.loads[call.method].lane;
         let lane = &mut self.lanes[index];
         lane.out -= 1;
@@ -347,11 +306,14 @@ impl Calls {
         self.bytes -= call.size;
         let load = &mut self.loads[call.method];
         load.current -= 1;
-        if let Some(Ok(result)) = &done.outcome {
-            load.last_result = result.len();
+        if let Some(outcome) = &done.outcome {
+            load.ran(done.took, call.over);
+            if let Ok(result) = outcome {
+                load.last_result = result.len();
+            }
         }
         while let Some(&key) = self.lanes[index].handed_out.front()
-            && self.get_mut(key).is_none()
+            && self.table.get(key).is_none()
         {
             self.lanes[index].handed_out.pop_front();
         }
@@ -373,7 +335,7 @@ impl Calls {
     /// Gives a call up: its time is over, or the caller does not want it any more. `None` when it
     /// is over already.
     pub fn give_up(&mut self, key: CallKey) -> Option<Ended> {
-        let call = self.get_mut(key)?;
+        let call = self.table.get_mut(key)?;
         if call.over {
             return None;
         }
@@ -392,11 +354,12 @@ impl Calls {
         call.lost = begun;
         let index = self.loads[ended.method].lane;
         self.lanes[index].waiting -= 1;
-        if call_is_out(&self.table, key) {
+        if call.handed_out {
             // It lives on until its thread reports.
             self.lanes[index].lost += usize::from(begun);
         } else {
-            self.table.remove(key.index);
+            self.lanes[index].queue.remove(key);
+            self.table.remove(key);
             self.bytes -= ended.size;
             self.loads[ended.method].current -= 1;
             self.tidy(index);
@@ -404,44 +367,47 @@ impl Calls {
         Some(ended)
     }
 
-    /// Drops keys whose calls are gone, once they are the most of a queue: behind one call that
-    /// never ends they would pile up for as long as the worker lives.
+    /// A waiting call's time is over, or a running one's; to be told before it is given up.
+    pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
+        if let Some(call) = self.table.get(key) {
+            let method = call.method;
+            self.lane_of(method).queue.runs_out(key, now_ms);
+        }
+    }
+
+    /// Drops keys whose calls are gone, once they are the most of those handed out: behind one call
+    /// that never ends they would pile up for as long as the worker lives.
     fn tidy(&mut self, lane: usize) {
-        let table = &self.table;
-        let lives = |key: &CallKey| {
-            let call = table.get(key.index);
-            call.is_some_and(|call| call.serial == key.serial)
-        };
-        let lane = &mut self.lanes[lane];
-        for queue in [&mut lane.queue, &mut lane.handed_out] {
-            if queue.len() > 2 * table.len() + 64 {
-                queue.retain(lives);
-            }
+        let handed_out = &mut self.lanes[lane].handed_out;
+        if handed_out.len() > 2 * self.table.len() + 64 {
+            handed_out.retain(|key| self.table.get(*key).is_some());
         }
     }
 
     /// The call of a connection with this id, as JSON.
     pub fn find(&self, token: Token, id: &str) -> Option<CallKey> {
-        self.of(|call| call.token == token && call.id.as_deref() == Some(id))
-            .next()
+        let mut calls = self.table.of(token);
+        let (key, _) = calls.find(|(_, call)| !call.over && call.id.as_deref() == Some(id))?;
+        Some(key)
     }
 
-    /// All calls that match and are not over.
-    pub fn of(&self, matches: impl Fn(&Call) -> bool) -> impl Iterator<Item = CallKey> {
-        self.table
-            .iter()
-            .filter(move |(_, call)| !call.over && matches(call))
-            .map(|(index, call)| CallKey {
-                index,
-                serial: call.serial,
-            })
+    /// All calls of a connection that are not over.
+    pub fn of(&self, token: Token) -> Vec<CallKey> {
+        let calls = self.table.of(token).filter(|(_, call)| !call.over);
+        calls.map(|(key, _)| key).collect()
+    }
+
+    /// All calls that are not over: those that wait, then those that run.
+    pub fn all(&self) -> Vec<CallKey> {
+        let calls = || self.table.iter().filter(|(_, call)| !call.over);
+        let waiting = calls().filter(|(_, call)| !call.is_running());
+        let running = calls().filter(|(_, call)| call.is_running());
+        waiting.chain(running).map(|(key, _)| key).collect()
     }
 
     /// A call, to keep its timer.
     pub fn get_mut(&mut self, key: CallKey) -> Option<&mut Call> {
-        self.table
-            .get_mut(key.index)
-            .filter(|call| call.serial == key.serial)
+        self.table.get_mut(key)
     }
 
     /// Whether no call waits or runs.
@@ -466,18 +432,12 @@ impl Calls {
     /// The method of the call that is the longest with the threads, and when it was read.
     pub fn oldest(&self) -> Option<(usize, u64)> {
         let oldest = |lane: &Lane| {
-            let key = lane.handed_out.front()?;
-            let call = self.table.get(key.index);
-            let call = call.filter(|call| call.serial == key.serial)?;
+            let call = self.table.get(*lane.handed_out.front()?)?;
             Some((call.method, call.read_ms))
         };
         let lanes = self.lanes.iter().filter_map(oldest);
         lanes.min_by_key(|&(_, read_ms)| read_ms)
     }
-}
-
-fn call_is_out(table: &Slab<Call>, key: CallKey) -> bool {
-    table.get(key.index).is_some_and(|call| call.handed_out)
 }
 
 #[cfg(test)]

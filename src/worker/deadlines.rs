@@ -97,7 +97,14 @@ impl EventLoop {
         if let Some(call) = self.service.calls.get_mut(key) {
             call.timer = 0;
         }
+        self.service.calls.runs_out(key, self.service.now_ms);
         let text = "its time was over before it was done";
+        self.end_call(floor, key, Code::Timeout, text);
+    }
+
+    /// A call that waits could not be done in time any more.
+    pub(super) fn too_late(&mut self, floor: &mut Floor, key: CallKey) {
+        let text = "its time would be over before it could be done, so it was not begun";
         self.end_call(floor, key, Code::Timeout, text);
     }
 

@@ -175,17 +175,23 @@ impl EventLoop {
         }
     }
 
-    fn hand_out(&mut self, floor: &Floor) {
-        let connections = &self.connections;
-        let backlog = |token: Token, place| {
-            let connection = connections.get(token.index()).and_then(Option::as_ref);
-            match connection.filter(|connection| connection.token == token) {
-                Some(connection) => connection.backlog(place, floor.unsent(token)),
-                None => 0,
+    fn hand_out(&mut self, floor: &mut Floor) {
+        loop {
+            let connections = &self.connections;
+            let backlog = |token: Token, place| {
+                let connection = connections.get(token.index()).and_then(Option::as_ref);
+                match connection.filter(|connection| connection.token == token) {
+                    Some(connection) => connection.backlog(place, floor.unsent(token)),
+                    None => 0,
+                }
+            };
+            let service = &mut self.service;
+            let calls = &mut service.calls;
+            match calls.hand_out(&service.threads, service.now_ms, backlog) {
+                Some(late) => self.too_late(floor, late),
+                None => return,
             }
-        };
-        let service = &mut self.service;
-        service.calls.hand_out(&service.threads, backlog);
+        }
     }
 
     fn beat(&mut self) {

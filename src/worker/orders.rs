@@ -7,7 +7,6 @@ use nix::sys::signal::Signal;
 use super::connection::Phase;
 use super::event_loop::{ACTIVE_MS, EventLoop, LINK};
 use super::service::millis;
-use super::timers::CallKey;
 use crate::link::channel::Received;
 use crate::link::message::{Order, Report};
 use crate::logging;
@@ -122,9 +121,7 @@ impl EventLoop {
     /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
     pub(super) fn give_up_all(&mut self, floor: &mut Floor) {
         // Those that wait first: a thread that is let go would begin one of them at this late hour.
-        let calls = &self.service.calls;
-        let mut left: Vec<CallKey> = calls.of(|call| !call.is_running()).collect();
-        left.extend(calls.of(|call| call.is_running()));
+        let left = self.service.calls.all();
         if !left.is_empty() {
             log::warn!(
                 "{} calls are not done and can't be waited for any longer: answered with stopping",

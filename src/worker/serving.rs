@@ -8,7 +8,7 @@ use super::connection::{HIGH_WATER, Phase};
 use super::event_loop::{EventLoop, find};
 use super::service::millis;
 use super::threads::Done;
-use super::timers::{CallKey, Target};
+use super::timers::Target;
 use crate::sys::event::{Floor, Token};
 
 /// How long the peer of a connection that we have ended may take to end it too (section 3).
@@ -66,7 +66,7 @@ impl EventLoop {
             connection.phase == Phase::Open && !connection.takes_calls(pipeline, unsent);
         floor.set_reading(token, !connection.blocked);
         if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
-            service.calls.unpark(token);
+            service.calls.unpark(token, service.now_ms);
         }
         if service.out.capacity() > 4 * HIGH_WATER {
             // One large answer need not keep its room for as long as the worker lives.
@@ -155,10 +155,9 @@ impl EventLoop {
         };
         timers.disarm(&mut connection.quiet_deadline, target);
         floor.close(token);
-        self.service.calls.unpark(token);
+        self.service.calls.unpark(token, self.service.now_ms);
         if connection.unanswered > 0 {
-            let left: Vec<CallKey> = self.service.calls.of(|call| call.token == token).collect();
-            for key in left {
+            for key in self.service.calls.of(token) {
                 self.service.give_up(key);
             }
         }

@@ -7,6 +7,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -49,9 +50,12 @@ impl Threads {
             let registry = Arc::clone(registry);
             let body = move || {
                 for job in to_do {
+                    let begun = Instant::now();
+                    let outcome = job.state.begin().then(|| run(&job, slot, &registry));
                     let done = Done {
                         key: job.key,
-                        outcome: job.state.begin().then(|| run(&job, slot, &registry)),
+                        outcome,
+                        took: begun.elapsed(),
                         out: None,
                     };
                     if !reports.send(done) {

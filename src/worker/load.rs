@@ -1,0 +1,108 @@
+//! What a worker knows of one method: how many of its calls it has, what its rate still allows, and
+//! what its calls took of late. Pure.
+
+use std::time::Duration;
+
+/// The estimate of a run time follows each run by so much: a part of itself.
+const STEP: u64 = 8;
+
+/// A method's calls of late.
+#[derive(Debug, Clone, Default)]
+pub struct Load {
+    /// Where its calls wait and run.
+    pub lane: usize,
+    /// Waiting and running ones.
+    pub current: usize,
+    /// Bytes of its last result: what the next one is expected to be.
+    pub last_result: usize,
+    /// Calls that the rate still allows, in thousandths.
+    credit: u64,
+    credited_ms: u64,
+    /// How long a call runs, in microseconds: half of the last ones took longer. 0 where none ran.
+    typical_us: u64,
+}
+
+impl Load {
+    /// That of a method which has had no call.
+    pub fn in_lane(lane: usize) -> Self {
+        Load {
+            lane,
+            ..Load::default()
+        }
+    }
+
+    /// Counts one more call at `rate` a second, if that allows it.
+    pub fn admit(&mut self, rate: u32, now_ms: u64) -> bool {
+        let rate = u64::from(rate);
+        // Thousandths a millisecond are calls a second; a second's worth can be saved up.
+        let earned = now_ms.saturating_sub(self.credited_ms).saturating_mul(rate);
+        self.credit = self.credit.saturating_add(earned).min(rate * 1000);
+        self.credited_ms = now_ms;
+        let admitted = self.credit >= 1000;
+        if admitted {
+            self.credit -= 1000;
+        }
+        admitted
+    }
+
+    /// A call has run for so long; `cut`: it was given up, so it might have run for longer.
+    pub fn ran(&mut self, took: Duration, cut: bool) {
+        let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+        let step = (self.typical_us / STEP).max(1);
+        // The median, not the mean: one call of ten seconds says nothing about the next.
+        self.typical_us = match self.typical_us {
+            0 => took_us,
+            typical if took_us > typical => typical.saturating_add(step).min(took_us),
+            typical if cut => typical,
+            typical => typical.saturating_sub(step).max(took_us),
+        };
+    }
+
+    /// How long a call is expected to run; `None` where none has run yet.
+    pub fn expected(&self) -> Option<Duration> {
+        (self.typical_us > 0).then(|| Duration::from_micros(self.typical_us))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn after(load: &mut Load, runs: impl IntoIterator<Item = u64>) -> u64 {
+        for run in runs {
+            load.ran(Duration::from_millis(run), false);
+        }
+        u64::try_from(load.expected().unwrap().as_millis()).unwrap()
+    }
+
+    #[test]
+    fn the_expectation_follows_what_most_calls_take() {
+        let mut load = Load::default();
+        assert_eq!(load.expected(), None);
+        assert_eq!(after(&mut load, [5]), 5);
+        assert_eq!(after(&mut load, [30_000, 5]), 5, "one of half a minute");
+        let rare = (0..1000).map(|run| if run % 10 == 0 { 1000 } else { 5 });
+        assert!((5..8).contains(&after(&mut load, rare)));
+        assert_eq!(after(&mut load, [50; 30]), 50, "it has become slower");
+        assert_eq!(after(&mut load, [1; 60]), 1, "and faster again");
+    }
+
+    #[test]
+    fn a_call_that_was_cut_off_is_no_proof_of_speed() {
+        let mut load = Load::default();
+        after(&mut load, [100]);
+        (0..50).for_each(|_| load.ran(Duration::from_millis(10), true));
+        assert_eq!(load.expected(), Some(Duration::from_millis(100)));
+        load.ran(Duration::from_millis(900), true);
+        assert!(load.expected() > Some(Duration::from_millis(100)));
+    }
+
+    #[test]
+    fn a_rate_lets_a_seconds_worth_be_saved_up() {
+        let mut load = Load::default();
+        assert_eq!((0..20).filter(|_| load.admit(10, 1_000_000)).count(), 10);
+        assert!(load.admit(10, 1_000_100));
+        assert!(!load.admit(10, 1_000_100));
+    }
+}

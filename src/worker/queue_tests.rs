@@ -1,0 +1,187 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use proptest::prelude::*;
+
+fn call(serial: u64, line: Option<usize>, since_ms: u64, deadline_ms: u64) -> Waiting {
+    Waiting {
+        key: CallKey { index: 0, serial },
+        method: 0,
+        line: line.map(Token::for_test),
+        since_ms,
+        deadline_ms,
+    }
+}
+
+fn take(queue: &mut Queue, now_ms: u64) -> Option<u64> {
+    let key = queue.next(now_ms)?.key;
+    queue.remove(key);
+    Some(key.serial)
+}
+
+/// A queue of four that stands, and whose oldest call has just run out of time at 200.
+fn behind(lines: [Option<usize>; 5]) -> Queue {
+    let mut queue = Queue::default();
+    for (serial, line) in (1..).zip(lines) {
+        queue.push(call(serial, line, 0, 1000), 0);
+    }
+    let oldest = queue.next(200).unwrap().key;
+    queue.runs_out(oldest, 200);
+    queue.remove(oldest);
+    queue
+}
+
+#[test]
+fn the_oldest_goes_first_however_long_the_queue_stands_while_all_are_in_time() {
+    let mut queue = Queue::default();
+    (1..=3).for_each(|serial| queue.push(call(serial, None, 0, 60_000), 0));
+    assert_eq!(take(&mut queue, 5000), Some(1));
+    // one with little patience in the midst of the others is no sign
+    queue.runs_out(
+        CallKey {
+            index: 0,
+            serial: 3,
+        },
+        5000,
+    );
+    assert_eq!(take(&mut queue, 5000), Some(2));
+    assert_eq!(take(&mut queue, 5000), Some(3));
+    assert_eq!(take(&mut queue, 5000), None);
+}
+
+#[test]
+fn the_newest_goes_first_once_a_standing_queue_lets_its_oldest_down() {
+    let mut queue = behind([None; 5]);
+    assert_eq!(take(&mut queue, 200), Some(5));
+    assert_eq!(take(&mut queue, 299), Some(4));
+    // nothing more has run out of time since
+    assert_eq!(take(&mut queue, 300), Some(2));
+}
+
+#[test]
+fn a_burst_is_no_standing_queue() {
+    let mut queue = Queue::default();
+    (1..=3).for_each(|serial| queue.push(call(serial, None, 1000, 1020), 1000));
+    queue.runs_out(
+        CallKey {
+            index: 0,
+            serial: 1,
+        },
+        1050,
+    );
+    assert_eq!(take(&mut queue, 1050), Some(1));
+    assert_eq!(take(&mut queue, 1050), Some(2));
+    assert_eq!(take(&mut queue, 1050), Some(3));
+    queue.push(call(4, None, 1060, 1100), 1060);
+    queue.push(call(5, None, 1060, 1100), 1060);
+    assert_eq!(take(&mut queue, 1110), Some(4), "it has been empty");
+}
+
+#[test]
+fn calls_of_one_connection_are_begun_in_their_order_whatever_goes_first() {
+    let mut queue = behind([None, Some(7), Some(8), None, Some(7)]);
+    let order: Vec<u64> = std::iter::from_fn(|| take(&mut queue, 200)).collect();
+    // 5 is the newest, and waits for 2 of the same connection
+    assert_eq!(order, [2, 5, 4, 3]);
+}
+
+#[test]
+fn who_had_to_step_aside_comes_back_to_the_old_place() {
+    let mut queue = Queue::default();
+    (1..=3).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), 0));
+    assert_eq!(take(&mut queue, 0), Some(1));
+    queue.push(call(1, Some(1), 0, 60_000), 5);
+    assert_eq!(take(&mut queue, 5), Some(1));
+}
+
+#[test]
+fn late_is_what_has_waited_and_has_less_time_than_its_like_take() {
+    let expected = Some(Duration::from_millis(20));
+    let waits = call(1, None, 100, 150);
+    assert!(!waits.is_late(130, expected));
+    assert!(waits.is_late(131, expected));
+    assert!(!waits.is_late(149, None), "nothing is known of it");
+    assert!(!call(1, None, 100, 110).is_late(104, expected), "at once");
+}
+
+/// What comes in, and when; lines of three connections and none.
+fn arrivals() -> impl Strategy<Value = Vec<(u64, usize)>> {
+    prop::collection::vec((0..30_u64, 0..4_usize), 1..300)
+}
+
+proptest! {
+    /// Whatever comes when: each call leaves once, none twice, and those of a line in their order.
+    #[test]
+    fn each_call_leaves_once_and_lines_keep_their_order(arrivals in arrivals(), pace in 1..4_usize) {
+        let mut queue = Queue::default();
+        let (mut now, mut left) = (0, Vec::new());
+        for (serial, (after, line)) in (1..).zip(&arrivals) {
+            now += after;
+            let line = (*line > 0).then_some(*line);
+            queue.push(call(serial, line, now, now + 50), now);
+            if serial as usize % 4 < pace {
+                left.extend(turn(&mut queue, now));
+            }
+        }
+        while queue.len() > 0 {
+            now += 1;
+            left.extend(turn(&mut queue, now));
+        }
+        let mut sorted = left.clone();
+        sorted.sort_unstable();
+        prop_assert_eq!(sorted, (1..=arrivals.len() as u64).collect::<Vec<_>>());
+        for line in 1..4 {
+            let of_line: Vec<_> = left.iter().filter(|it| arrivals[**it as usize - 1].1 == line).collect();
+            prop_assert!(of_line.is_sorted(), "line {}: {:?}", line, of_line);
+        }
+    }
+
+    /// Offered five times what one thread can do, it does nine tenths of that in time, whatever
+    /// patience callers have (longer than a run, that is); and a little more than it can do is no
+    /// harm either.
+    #[test]
+    fn a_worker_that_is_offered_too_much_still_does_what_it_can(
+        run_ms in 5..20_u64, patience in 3..20_u64, times in prop::sample::select(vec![11, 15, 20, 50])
+    ) {
+        let mut queue = Queue::default();
+        let (mut serial, mut busy_until, mut in_time) = (0, 0, 0_u64);
+        let length = 20_000;
+        for now in 0..length {
+            while serial * run_ms * 10 < now * times {
+                serial += 1;
+                queue.push(call(serial, None, now, now + patience * run_ms), now);
+            }
+            expire(&mut queue, now);
+            while busy_until <= now && let Some(&next) = queue.next(now) {
+                if next.is_late(now, Some(Duration::from_millis(run_ms))) {
+                    queue.runs_out(next.key, now);
+                } else {
+                    busy_until = now + run_ms;
+                    // a millisecond on the way
+                    in_time += u64::from(busy_until < next.deadline_ms);
+                }
+                queue.remove(next.key);
+            }
+        }
+        let most = length / run_ms;
+        prop_assert!(in_time * 10 >= most * 9, "{} of {}", in_time, most);
+    }
+}
+
+/// One call is begun; those whose time is over have left before.
+fn turn(queue: &mut Queue, now_ms: u64) -> Vec<u64> {
+    let mut left = expire(queue, now_ms);
+    left.extend(take(queue, now_ms));
+    left
+}
+
+fn expire(queue: &mut Queue, now_ms: u64) -> Vec<u64> {
+    let over: Vec<Waiting> = queue.waiting.values().copied().collect();
+    let over = over.into_iter().filter(|call| call.deadline_ms <= now_ms);
+    over.map(|call| {
+        queue.runs_out(call.key, now_ms);
+        queue.remove(call.key);
+        call.key.serial
+    })
+    .collect()
+}

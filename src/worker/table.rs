@@ -1,0 +1,212 @@
+//! The calls of a worker that are for its handler threads, by key and by connection.
+//!
+//! The calls of one connection are chained, so that what concerns one connection (a cancelled id,
+//! its end) looks at its calls and at no others, however many there are. Pure.
+
+use std::sync::Arc;
+
+use slab::Slab;
+
+use super::connection::Reply;
+use super::timers::CallKey;
+use crate::handler::CallState;
+use crate::sys::event::Token;
+
+/// No call: the end of a chain.
+const NONE: usize = usize::MAX;
+
+/// A call that waits or runs.
+#[derive(Debug)]
+pub struct Call {
+    /// Whose it is.
+    pub token: Token,
+    /// Where its answer goes, and how it looks there.
+    pub reply: Reply,
+    /// Its id, as JSON.
+    pub id: Option<Box<str>>,
+    /// The number of its method.
+    pub method: usize,
+    /// When it was read, in milliseconds.
+    pub read_ms: u64,
+    /// When it must be answered, in milliseconds.
+    pub deadline_ms: u64,
+    /// Its armed timer; `Timers::arm` keeps it.
+    pub timer: u64,
+    /// Bytes of its params and id.
+    pub(super) size: usize,
+    /// What it asks for; `None` once it was handed out or is over.
+    pub(super) params: Option<Box<str>>,
+    pub(super) state: Arc<CallState>,
+    pub(super) handed_out: bool,
+    /// Nobody waits for its answer any more.
+    pub(super) over: bool,
+    /// It runs for nobody: its thread is lost until it reports.
+    pub(super) lost: bool,
+}
+
+impl Call {
+    /// Whether a thread runs it.
+    pub fn is_running(&self) -> bool {
+        self.state.is_running()
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    serial: u64,
+    call: Call,
+    /// The next older and the next newer call of its connection's place.
+    older: usize,
+    newer: usize,
+}
+
+/// All calls.
+#[derive(Debug, Default)]
+pub struct Table {
+    entries: Slab<Entry>,
+    /// By `Token::index`, the newest call of whoever has that place.
+    newest: Vec<usize>,
+    serial: u64,
+}
+
+impl Table {
+    /// Adds a call.
+    pub fn insert(&mut self, call: Call) -> CallKey {
+        let place = call.token.index();
+        if place >= self.newest.len() {
+            self.newest.resize(place + 1, NONE);
+        }
+        self.serial += 1;
+        let serial = self.serial;
+        let older = self.newest[place];
+        let index = self.entries.insert(Entry {
+            serial,
+            call,
+            older,
+            newer: NONE,
+        });
+        if let Some(entry) = self.entries.get_mut(older) {
+            entry.newer = index;
+        }
+        self.newest[place] = index;
+        CallKey { index, serial }
+    }
+
+    /// Takes a call out.
+    pub fn remove(&mut self, key: CallKey) -> Option<Call> {
+        self.get(key)?;
+        let entry = self.entries.remove(key.index);
+        if let Some(older) = self.entries.get_mut(entry.older) {
+            older.newer = entry.newer;
+        }
+        match self.entries.get_mut(entry.newer) {
+            Some(newer) => newer.older = entry.older,
+            None => self.newest[entry.call.token.index()] = entry.older,
+        }
+        Some(entry.call)
+    }
+
+    /// A call, if it is still there.
+    pub fn get(&self, key: CallKey) -> Option<&Call> {
+        let entry = self.entries.get(key.index)?;
+        (entry.serial == key.serial).then_some(&entry.call)
+    }
+
+    /// Likewise, to be changed.
+    pub fn get_mut(&mut self, key: CallKey) -> Option<&mut Call> {
+        let entry = self.entries.get_mut(key.index)?;
+        (entry.serial == key.serial).then_some(&mut entry.call)
+    }
+
+    /// The calls of a connection, newest first.
+    pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &Call)> {
+        let first = self.newest.get(token.index()).copied().unwrap_or(NONE);
+        let at = |index: usize| Some((index, self.entries.get(index)?));
+        std::iter::successors(at(first), move |(_, entry)| at(entry.older))
+            .map(|(index, entry)| (key(index, entry), &entry.call))
+            // The place may have belonged to another connection, whose calls still run.
+            .filter(move |(_, call)| call.token == token)
+    }
+
+    /// All calls.
+    pub fn iter(&self) -> impl Iterator<Item = (CallKey, &Call)> {
+        self.entries
+            .iter()
+            .map(|(index, entry)| (key(index, entry), &entry.call))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+}
+
+fn key(index: usize, entry: &Entry) -> CallKey {
+    CallKey {
+        index,
+        serial: entry.serial,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::protocol::body::Form;
+    use crate::protocol::reply::{Shape, Wrap};
+    use crate::worker::connection::Place;
+    use proptest::prelude::*;
+
+    fn call(token: Token) -> Call {
+        let shape = Shape {
+            form: Form::Plain,
+            wrap: Wrap::Frame,
+        };
+        Call {
+            token,
+            reply: Reply {
+                place: Place::Anywhere,
+                shape,
+            },
+            id: None,
+            method: 0,
+            read_ms: 0,
+            deadline_ms: 0,
+            timer: 0,
+            size: 0,
+            params: None,
+            state: Arc::default(),
+            handed_out: false,
+            over: false,
+            lost: false,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_connections_chain_is_its_calls_and_no_others(
+            steps in prop::collection::vec((0..4_usize, any::<bool>(), any::<prop::sample::Index>()), 0..200)
+        ) {
+            let mut table = Table::default();
+            let mut model: Vec<(CallKey, Token)> = Vec::new();
+            for (place, add, which) in steps {
+                let token = Token::for_test(place);
+                if add || model.is_empty() {
+                    model.push((table.insert(call(token)), token));
+                } else {
+                    let (key, _) = model.remove(which.index(model.len()));
+                    prop_assert!(table.remove(key).is_some());
+                    prop_assert!(table.get(key).is_none() && table.remove(key).is_none());
+                }
+                for place in 0..4 {
+                    let token = Token::for_test(place);
+                    let chain: Vec<CallKey> = table.of(token).map(|(key, _)| key).collect();
+                    let wanted = model.iter().rev().filter(|(_, of)| *of == token);
+                    prop_assert_eq!(chain, wanted.map(|(key, _)| *key).collect::<Vec<_>>());
+                }
+                prop_assert_eq!(table.len(), model.len());
+                prop_assert_eq!(table.iter().count(), model.len());
+            }
+        }
+    }
+}
