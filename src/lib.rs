@@ -42,5 +42,8 @@ pub mod server;
 pub mod sys;
 pub mod worker;
 
+pub use handler::kept::{StartError, Worker};
+pub use handler::{Context, Handler};
 pub use protocol::RpcError;
+pub use serde_json::value::RawValue;
 pub use server::Server;

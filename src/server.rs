@@ -1,7 +1,9 @@
 //! The server: where configuration, methods, log, master and workers are joined.
 //!
-//! A program registers its methods here and runs; commands and options are `cli`'s. Fails with
+//! A program registers its methods (`methods`) and runs; commands and options are `cli`'s. Fails with
 //! what stopped the master from starting, or with the panic that ended it.
+
+mod methods;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, RawFd};
@@ -9,17 +11,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
 use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
 use crate::handler::command::Command;
+use crate::handler::kept::{Hooks, Kept};
 use crate::handler::registry::{Method, Registry};
-use crate::handler::{Handler, Placement, builtin, function};
+use crate::handler::{Handler, builtin};
 use crate::logging::{self, Form, Output};
 use crate::master;
-use crate::protocol::RpcError;
 use crate::sys::daemon::{self, Detached, Launcher};
 use crate::sys::descriptor;
 use crate::sys::notify::{self, PassedListener};
@@ -38,6 +37,9 @@ use crate::worker;
 pub struct Server {
     name: Option<String>,
     methods: BTreeMap<String, Arc<dyn Handler>>,
+    /// What is put before the name of each method that is added now.
+    prefix: String,
+    hooks: Hooks,
     /// The first name that was registered twice: told when the server is run.
     twice: Option<String>,
 }
@@ -61,49 +63,6 @@ impl Server {
     #[must_use]
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
-        self
-    }
-
-    /// Adds a method that runs on a handler thread. Params and result go through serde; a panic
-    /// is answered with `internal`, and the worker lives.
-    #[must_use]
-    pub fn method<P, R>(
-        self,
-        name: impl Into<String>,
-        function: impl Fn(P) -> std::result::Result<R, RpcError> + Send + Sync + 'static,
-    ) -> Self
-    where
-        P: DeserializeOwned + 'static,
-        R: Serialize + 'static,
-    {
-        self.add(
-            name.into(),
-            Arc::new(function::typed(Placement::Thread, function)),
-        )
-    }
-
-    /// Adds a method that runs on the event loop: for what takes microseconds and never waits,
-    /// because every other call of the worker waits for it.
-    #[must_use]
-    pub fn inline<P, R>(
-        self,
-        name: impl Into<String>,
-        function: impl Fn(P) -> std::result::Result<R, RpcError> + Send + Sync + 'static,
-    ) -> Self
-    where
-        P: DeserializeOwned + 'static,
-        R: Serialize + 'static,
-    {
-        self.add(
-            name.into(),
-            Arc::new(function::typed(Placement::Inline, function)),
-        )
-    }
-
-    fn add(mut self, name: String, handler: Arc<dyn Handler>) -> Self {
-        if self.methods.insert(name.clone(), handler).is_some() {
-            self.twice.get_or_insert(name);
-        }
         self
     }
 
@@ -133,12 +92,13 @@ impl Server {
     ///
     /// # Errors
     /// What kept it from starting, or ended it.
-    pub fn serve(self, file: Option<PathBuf>, mut overrides: Overrides) -> Result<()> {
+    pub fn serve(mut self, file: Option<PathBuf>, mut overrides: Overrides) -> Result<()> {
         if let Some(name) = &self.twice {
             return Err(Error::Usage(format!(
                 "the method {name:?} is registered twice in this program: rename one of them"
             )));
         }
+        one_thread()?;
         overrides.functions = self.functions();
         overrides.anchor();
         let settings = config::load(file.as_deref(), &overrides)?;
@@ -163,6 +123,12 @@ impl Server {
         }
         logging::i_am_master();
         raise_descriptor_limit();
+        let hooks = Arc::new(std::mem::take(&mut self.hooks));
+        let made = hooks.start_master().map_err(Error::NotReady);
+        let kept = match made.and_then(|kept| one_thread().map(|()| kept)) {
+            Ok(kept) => kept,
+            Err(error) => return end(Ok(Err(error)), launcher),
+        };
         let setup = master::Setup {
             program,
             title,
@@ -171,6 +137,8 @@ impl Server {
                 server: &self,
                 file,
                 overrides,
+                hooks,
+                kept,
             },
             becomes: worker::run,
             passed,
@@ -186,6 +154,8 @@ struct Running<'a> {
     server: &'a Server,
     file: Option<PathBuf>,
     overrides: Overrides,
+    hooks: Arc<Hooks>,
+    kept: Kept,
 }
 
 impl master::Host for Running<'_> {
@@ -222,9 +192,8 @@ impl master::Host for Running<'_> {
                 rate: method.rate,
             })
         };
-        Arc::new(Registry::new(
-            settings.methods.iter().filter_map(method).collect(),
-        ))
+        let methods = settings.methods.iter().filter_map(method).collect();
+        Arc::new(Registry::new(methods).with(Arc::clone(&self.hooks), self.kept.clone()))
     }
 }
 
@@ -271,6 +240,17 @@ fn leave_descriptors(launcher: &Launcher, passed: &[PassedListener]) {
     keep.push(launcher.raw_descriptor());
     keep.extend(logging::output_descriptor());
     descriptor::close_all_but(&keep);
+}
+
+/// A fork copies this thread alone, and every lock that another one holds.
+fn one_thread() -> Result<()> {
+    match process::thread_count() {
+        0 | 1 => Ok(()),
+        threads => Err(Error::Usage(format!(
+            "{threads} threads run in the master, whose fork would copy but one of them; start \
+             threads in on_worker_start, in place of main and on_master_start"
+        ))),
+    }
 }
 
 fn raise_descriptor_limit() {

@@ -31,6 +31,7 @@ mod idle;
 mod json_suite;
 mod jsonrpc;
 mod leftovers;
+mod library;
 mod lifecycle;
 mod lines;
 mod listeners;

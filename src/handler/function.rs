@@ -1,10 +1,12 @@
-//! Rust closures as handlers: params and results go through serde.
+//! Rust closures as handlers: params and results go through serde, or stay JSON.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 
 use super::{Context, Handler, Placement};
 use crate::protocol::code::Code;
+use crate::protocol::json;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
 /// Characters of a long refusal's end that are repeated.
@@ -19,22 +21,43 @@ pub struct Function<F> {
 /// Makes a handler of a closure from typed params to a typed result.
 pub fn typed<P, R>(
     placement: Placement,
-    function: impl Fn(P) -> Result<R, RpcError> + Send + Sync + 'static,
+    function: impl Fn(&Context<'_>, P) -> Result<R, RpcError> + Send + Sync + 'static,
 ) -> impl Handler + 'static
 where
     P: DeserializeOwned,
     R: Serialize,
 {
-    let function = move |params: &str, _: &Context<'_>, result: &mut Vec<u8>| {
+    let function = move |params: &str, context: &Context<'_>, result: &mut Vec<u8>| {
         let params = serde_json::from_str(params).map_err(|error| refused(&error))?;
-        let answer = function(params)?;
-        serde_json::to_writer(result, &answer).map_err(|error| {
+        let answer = function(context, params)?;
+        let start = result.len();
+        serde_json::to_writer(&mut *result, &answer).map_err(|error| {
             RpcError::of(
                 Code::Internal,
                 format!("the result is no JSON: {error}"),
                 true,
             )
-        })
+        })?;
+        // A raw value may be written over several lines; nothing else is.
+        json::join_lines(&mut result[start..]);
+        Ok(())
+    };
+    Function {
+        function,
+        placement,
+    }
+}
+
+/// Makes a handler of a closure from params as they were written to a result that is JSON.
+pub fn raw(
+    function: impl Fn(&Context<'_>, &str) -> Result<Box<RawValue>, RpcError> + Send + Sync + 'static,
+) -> impl Handler + 'static {
+    let placement = Placement::Thread;
+    let function = move |params: &str, context: &Context<'_>, result: &mut Vec<u8>| {
+        let start = result.len();
+        result.extend_from_slice(function(context, params)?.get().as_bytes());
+        json::join_lines(&mut result[start..]);
+        Ok(())
     };
     Function {
         function,

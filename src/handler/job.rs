@@ -3,6 +3,7 @@
 //! The worker's loop hands out jobs, by lanes: the handler threads are one, each pool of programs
 //! another, so that neither ever waits for the other. Whoever runs a job reports exactly once.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,10 @@ pub struct Job {
     pub method: usize,
     /// Its params, as JSON.
     pub params: Box<str>,
+    /// Its id, as JSON.
+    pub id: Option<Arc<str>>,
+    /// Where its connection comes from.
+    pub peer: Option<SocketAddr>,
     /// When the caller stops waiting, as time since boot.
     pub deadline: Duration,
     /// Whether it may begin.

@@ -1,19 +1,24 @@
 //! What answers a call: the trait, what a handler is told, and how a call is given up.
 //!
 //! Every kind of handler is one implementation of `Handler`; the worker knows no kind by name. A
-//! handler fails with an `RpcError`, which is what the caller sees; a panic is caught by whoever
-//! runs it and answered with `internal`.
+//! handler fails with an `RpcError`, which is what the caller sees; a panic is caught by `guard`
+//! and answered with `internal`.
 
 pub mod builtin;
 pub mod command;
 pub mod function;
+pub mod guard;
 pub mod job;
+pub mod kept;
 pub mod registry;
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
+
+use kept::Worker;
 
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;
@@ -76,6 +81,9 @@ pub struct Context<'a> {
     /// When nobody will wait for the answer any more, as time since boot.
     deadline: Duration,
     state: Option<&'a CallState>,
+    id: Option<&'a str>,
+    peer: Option<SocketAddr>,
+    worker: Option<&'a Worker>,
 }
 
 impl<'a> Context<'a> {
@@ -86,6 +94,9 @@ impl<'a> Context<'a> {
             slot,
             deadline,
             state: None,
+            id: None,
+            peer: None,
+            worker: None,
         }
     }
 
@@ -96,7 +107,47 @@ impl<'a> Context<'a> {
             slot,
             deadline,
             state: Some(state),
+            id: None,
+            peer: None,
+            worker: None,
         }
+    }
+
+    /// The same with what is known of the caller, and of the worker.
+    #[must_use]
+    pub fn with(
+        self,
+        (id, peer): (Option<&'a str>, Option<SocketAddr>),
+        worker: Option<&'a Worker>,
+    ) -> Self {
+        Context {
+            id,
+            peer,
+            worker,
+            ..self
+        }
+    }
+
+    /// The call's id, as the caller wrote it in JSON: `7`, or `"seven"` with its quotes. `None`
+    /// where it has none.
+    pub fn id(&self) -> Option<&str> {
+        self.id
+    }
+
+    /// Where the caller's connection comes from; `None` over a unix socket.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.peer
+    }
+
+    /// What the program made for its handlers (`Server::on_worker_start`,
+    /// `Server::on_master_start`), by its type.
+    ///
+    /// # Panics
+    /// When it made nothing of that type; the caller gets `internal`.
+    pub fn state<T: 'static>(&self) -> &T {
+        self.worker
+            .expect("a worker that answers calls has started")
+            .state()
     }
 
     /// The time left until the caller has had `timeout`; zero once it is over.

@@ -1,13 +1,15 @@
-//! The table of methods: made by the master before it forks, read by its workers.
+//! The table of methods: made by the master before it forks, read by its workers; and what the program
+//! keeps for them.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::Handler;
+use super::kept::{Hooks, Kept, Worker};
 
 /// The method that answers with [`Registry::describe`].
 pub const DISCOVER: &str = "rpc.discover";
@@ -45,10 +47,15 @@ impl fmt::Debug for Method {
 }
 
 /// All methods of a generation. Names are matched whole and exactly.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Registry {
     methods: Vec<Method>,
     by_name: HashMap<String, usize>,
+    hooks: Arc<Hooks>,
+    /// What the master keeps for all workers.
+    kept: Kept,
+    /// Set in a worker, once what it keeps for itself is there.
+    worker: OnceLock<Worker>,
 }
 
 impl Registry {
@@ -59,7 +66,49 @@ impl Registry {
             .enumerate()
             .map(|(number, method)| (method.name.clone(), number))
             .collect();
-        Registry { methods, by_name }
+        Registry {
+            methods,
+            by_name,
+            ..Registry::default()
+        }
+    }
+
+    /// The same with what the program does around its methods, and keeps in the master.
+    #[must_use]
+    pub fn with(self, hooks: Arc<Hooks>, kept: Kept) -> Self {
+        Registry {
+            hooks,
+            kept,
+            ..self
+        }
+    }
+
+    /// Lets the program make what each worker has for itself: once, in a worker, before any call.
+    ///
+    /// # Errors
+    /// Why it could not.
+    pub fn start_worker(&self, slot: u16) -> Result<(), String> {
+        let worker = self.hooks.start_worker(slot, &self.kept)?;
+        self.worker
+            .set(worker)
+            .map_err(|_| "it has started already".to_owned())
+    }
+
+    /// This worker, once it has started.
+    pub fn worker(&self) -> Option<&Worker> {
+        self.worker.get()
+    }
+
+    /// Whether the program wants to be told of a worker's end.
+    pub fn has_last_words(&self) -> bool {
+        self.hooks.has_last_words()
+    }
+
+    /// Tells it.
+    pub fn stop_worker(&self) {
+        if let Some(worker) = self.worker() {
+            self.hooks.stop_worker(worker);
+        }
     }
 
     /// The number of the method of that name.

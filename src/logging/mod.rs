@@ -7,6 +7,7 @@
 //! for itself.
 
 mod output;
+mod panics;
 mod witness;
 
 use std::fs::File;
@@ -23,6 +24,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
 pub use output::Output;
+pub use panics::{log_panics, sparing_panics};
 pub use witness::{LONGEST as LONGEST_TOLD, stop_telling, tell, told_descriptor};
 
 /// Lines that wait for the writing thread of a worker.
@@ -178,22 +180,6 @@ pub fn flush(limit: Duration) {
             let _ = wait.recv_timeout(limit);
         }
     }
-}
-
-/// Sends panics to the log: standard error may be closed, and is not where an operator looks.
-pub fn log_panics() {
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map_or_else(String::new, |place| {
-            format!(" at {}:{}", place.file(), place.line())
-        });
-        let payload = panic.payload();
-        let text = payload
-            .downcast_ref::<&str>()
-            .copied()
-            .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-            .unwrap_or("a panic with a payload that is no text");
-        log::error!("panic{place}: {text}");
-    }));
 }
 
 fn lock_output() -> std::sync::MutexGuard<'static, Option<Output>> {

@@ -27,6 +27,16 @@ pub fn text(body: &[u8], depth: usize) -> Result<&str, RpcError> {
         .map_err(|error| refused(format!("not UTF-8 at byte {}", error.valid_up_to())))
 }
 
+/// Makes one line of JSON that may stand on several: a line break can only stand between tokens,
+/// where a blank does as well; in the dialect of lines it would end the answer.
+pub fn join_lines(json: &mut [u8]) {
+    let mut at = 0;
+    while let Some(found) = memchr2(b'\n', b'\r', &json[at..]) {
+        at += found;
+        json[at] = b' ';
+    }
+}
+
 /// The refusal for what serde_json says about `text`.
 #[cold]
 pub fn not_json(text: &str, error: &serde_json::Error) -> RpcError {

@@ -19,8 +19,8 @@ use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    SockaddrStorage, UnixAddr, bind, connect, getsockname, getsockopt, listen, recv, recvmsg,
-    sendmsg, setsockopt, socket, socketpair, sockopt,
+    SockaddrStorage, UnixAddr, bind, connect, getpeername, getsockname, getsockopt, listen, recv,
+    recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 
 /// How long half-open peers are kept (design.md, `limits.idle-timeout`).
@@ -60,6 +60,19 @@ pub fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
     let fd = stream_socket(AddressFamily::Unix)?;
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(fd)
+}
+
+/// Where the other end of a connection is; `None` where that is no address, as over a unix socket,
+/// and where it has gone.
+pub fn peer(fd: &impl AsRawFd) -> Option<SocketAddr> {
+    let peer: SockaddrStorage = getpeername(fd.as_raw_fd()).ok()?;
+    let v4 = peer
+        .as_sockaddr_in()
+        .map(|&peer| SocketAddr::V4(peer.into()));
+    v4.or_else(|| {
+        peer.as_sockaddr_in6()
+            .map(|&peer| SocketAddr::V6(peer.into()))
+    })
 }
 
 fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {

@@ -8,9 +8,11 @@ use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble};
 use super::service::millis;
 use super::timers::Target;
 use crate::sys::event::{Floor, Token};
+use crate::sys::socket;
 
 impl EventLoop {
     pub(super) fn accepted(&mut self, floor: &mut Floor, socket: OwnedFd) -> Option<Token> {
+        let peer = socket::peer(&socket);
         let token = match floor.adopt(socket) {
             Ok(token) => token,
             Err(error) => {
@@ -21,7 +23,7 @@ impl EventLoop {
                 return None;
             }
         };
-        let mut connection = Connection::new(token, self.service.now_ms);
+        let mut connection = Connection::new(token, peer, self.service.now_ms);
         let idle_ms = millis(self.service.limits.idle_timeout);
         if idle_ms > 0 {
             let at = self.service.now_ms + idle_ms;

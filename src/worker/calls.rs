@@ -7,6 +7,7 @@
 //! keeps nobody waiting in another.
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +40,7 @@ pub struct Ended {
     /// Where its answer goes, and how it looks there.
     pub reply: Reply,
     /// Its id, as JSON.
-    pub id: Option<Box<str>>,
+    pub id: Option<Arc<str>>,
     /// The number of its method.
     pub method: usize,
     /// Its timer, to be disarmed.
@@ -154,6 +155,7 @@ impl Calls {
     pub fn add(
         &mut self,
         (token, reply, id): (Token, Reply, Option<&str>),
+        peer: Option<SocketAddr>,
         (method, params): (usize, &str),
         (read_ms, deadline_ms): (u64, u64),
     ) -> CallKey {
@@ -161,7 +163,8 @@ impl Calls {
         let key = self.table.insert(Call {
             token,
             reply,
-            id: id.map(Box::from),
+            id: id.map(Arc::from),
+            peer,
             method,
             read_ms,
             deadline_ms,
@@ -236,6 +239,8 @@ impl Calls {
                 key,
                 method: call.method,
                 params,
+                id: call.id.clone(),
+                peer: call.peer,
                 deadline: Duration::from_millis(call.deadline_ms),
                 state: Arc::clone(&call.state),
             };
@@ -252,8 +257,7 @@ impl Calls {
     fn may_go_out(&self, lane: usize, method: usize, threads: usize) -> bool {
         let is_short = |expected| expected < SHORT;
         let out = self.lanes[lane].out;
-        out < threads
-            || (out < threads * 2 && self.loads[method].expected().is_some_and(is_short))
+        out < threads || (out < threads * 2 && self.loads[method].expected().is_some_and(is_short))
     }
 
     /// Whether a call's answer will find room: a client that never reads must not fill the memory

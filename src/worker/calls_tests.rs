@@ -58,6 +58,7 @@ fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {
     };
     calls.add(
         (Token::for_test(1), reply(place), id),
+        None,
         (method, "3600"),
         (5, u64::MAX / 2),
     )
@@ -208,6 +209,7 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     let other = calls.add(
         (Token::for_test(2), reply(Place::Anywhere), None),
+        None,
         (0, "1"),
         (5, 9),
     );
@@ -244,13 +246,13 @@ fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     calls.loads[0].ran(Duration::from_millis(50), false);
     let shape = reply(Place::Anywhere);
     let token = Token::for_test(1);
-    let late = calls.add((token, shape, None), (0, "1"), (100, 145));
-    let fresh = calls.add((token, shape, None), (0, "1"), (120, 220));
+    let late = calls.add((token, shape, None), None, (0, "1"), (100, 145));
+    let fresh = calls.add((token, shape, None), None, (0, "1"), (120, 220));
     assert_eq!(calls.hand_out(&threads, 120, |_, _| 0), Some(late));
     assert!(!calls.give_up(late).unwrap().begun);
     assert_eq!(calls.hand_out(&threads, 120, |_, _| 0), None);
     assert_eq!(report(&threads).key, fresh);
-    let at_once = calls.add((token, shape, None), (0, "1"), (300, 310));
+    let at_once = calls.add((token, shape, None), None, (0, "1"), (300, 310));
     calls.lanes[0].out = 0;
     assert_eq!(calls.hand_out(&threads, 300, |_, _| 0), None);
     assert_eq!(report(&threads).key, at_once);

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::mem;
+use std::net::SocketAddr;
 
 use slab::Slab;
 
@@ -68,6 +69,8 @@ pub struct Batch {
 pub struct Connection {
     /// Its name on the event floor.
     pub token: Token,
+    /// Where it comes from; `None` over a unix socket.
+    pub peer: Option<SocketAddr>,
     /// Whether it goes on.
     pub phase: Phase,
     /// The peer will send nothing more.
@@ -106,9 +109,10 @@ pub struct Connection {
 
 impl Connection {
     /// A fresh one.
-    pub fn new(token: Token, now_ms: u64) -> Self {
+    pub fn new(token: Token, peer: Option<SocketAddr>, now_ms: u64) -> Self {
         Connection {
             token,
+            peer,
             phase: Phase::Open,
             ended: false,
             blocked: false,

@@ -98,6 +98,12 @@ impl Drain {
         self.mode = Mode::Leaving;
     }
 
+    /// How long the program's own words at the end may take; `None` where all is to end at once.
+    pub fn last_words_ms(&self, now_ms: u64) -> Option<u64> {
+        let left = self.until_ms.saturating_sub(now_ms).max(FLUSH_MS);
+        (self.mode != Mode::Leaving).then_some(left)
+    }
+
     /// When `step` wants to be asked at the latest.
     pub fn next(&self) -> Option<u64> {
         match self.mode {
@@ -164,6 +170,7 @@ mod tests {
         assert_eq!(drain.step(500, 1, true, false), Step::Quieten);
         assert_eq!(drain.step(999, 1, true, false), Step::Serve);
         assert_eq!(drain.step(999, 0, true, false), Step::Leave);
+        assert_eq!(drain.last_words_ms(400), Some(600));
         assert_eq!(drain.step(1000, 1, true, false), Step::GiveUp);
         assert_eq!(drain.step(1001, 1, true, false), Step::Serve);
         drain.hurry(1001);
@@ -188,6 +195,7 @@ mod tests {
             Step::CloseResting { partial: true }
         );
         assert_eq!(drain.step(5000, 1, false, false), Step::GiveUp);
+        assert_eq!(drain.last_words_ms(5001), Some(FLUSH_MS));
         assert_eq!(drain.step(5001, 0, true, false), Step::Leave);
     }
 
@@ -197,7 +205,9 @@ mod tests {
         drain.drain(0, 1000);
         drain.stop(9000);
         assert_eq!(drain.step(1000, 1, false, false), Step::GiveUp);
+        assert_eq!(drain.last_words_ms(1000), Some(FLUSH_MS));
         drain.leave_now();
+        assert_eq!(drain.last_words_ms(500), None);
         assert_eq!(drain.step(1000, 1, false, false), Step::Leave);
         drain.stop(1);
         assert_eq!(drain.step(1000, 1, false, false), Step::Leave);

@@ -13,6 +13,7 @@ mod event_loop;
 mod giving;
 mod hygiene;
 mod intake;
+mod last_words;
 mod load;
 mod orders;
 mod queue;
@@ -77,6 +78,12 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
     signal::block_all();
     logging::i_am_worker(boot.slot.0);
+    // With the log's thread, and signals as any program has them: it may start programs and threads.
+    signal::unblock_all();
+    boot.registry
+        .start_worker(boot.slot.0)
+        .map_err(|reason| ("start", io::Error::other(reason)))?;
+    signal::block_all();
     let count = boot.settings.workers.threads;
     let threads = Threads::start(count, boot.slot.0, &boot.registry, &waker)
         .map_err(cant("start handler threads"))?;
@@ -118,6 +125,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         .map_err(cant("wait for events"))?;
     // Who still waits for one has been answered.
     sweep::end_all();
+    last_words::speak(&mut event_loop);
     log::debug!("leaves");
     // The process ends here: threads that still run handlers end with it, unasked.
     std::mem::forget(event_loop);

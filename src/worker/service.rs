@@ -5,18 +5,17 @@
 //! collected in `out`, and whoever called sends them, one write for a batch. Every call that was
 //! taken gets exactly one answer from here.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::calls::{Calls, Ended};
 use super::connection::{Connection, Phase, Place, Reply};
-use super::threads::{Threads, panicked};
+use super::threads::Threads;
 use super::timers::{CallKey, Target, Timers};
 use crate::config::Limits;
 use crate::handler::registry::{self, Registry};
-use crate::handler::{Context, Placement};
+use crate::handler::{Context, Placement, guard};
 use crate::link::scoreboard::Record;
 use crate::protocol::body::{self, Body, Form};
 use crate::protocol::call::Call;
@@ -159,6 +158,7 @@ impl Service {
         }
         let key = self.calls.add(
             (connection.token, reply, id),
+            connection.peer,
             (method, params),
             (self.now_ms, deadline_ms),
         );
@@ -206,7 +206,8 @@ impl Service {
     ) {
         let registry = Arc::clone(&self.registry);
         let method = &registry.methods()[number];
-        let context = Context::inline(&method.name, self.slot, Duration::from_millis(deadline_ms));
+        let context = Context::inline(&method.name, self.slot, Duration::from_millis(deadline_ms))
+            .with((id, connection.peer), registry.worker());
         // Seen by the master should this call be the last thing that the worker does.
         self.record.last_method.store(number as u32 + 1, Relaxed);
         self.record.inline_running.store(1, Relaxed);
@@ -214,13 +215,9 @@ impl Service {
         let name = method.handler.answer_name().unwrap_or(&method.name);
         self.compose(connection, reply, (name, id), |out| {
             let start = out.len();
-            let run = AssertUnwindSafe(|| method.handler.call(params, &context, out));
-            let outcome = catch_unwind(run).unwrap_or_else(|payload| {
-                // A payload may panic in its drop: better never dropped.
-                std::mem::forget(payload);
-                Err(panicked(&method.name))
-            });
-            outcome.and_then(|()| check_size(out.len() - start, limit))
+            let run = || method.handler.call(params, &context, out);
+            guard::run(&method.name, run)?;
+            check_size(out.len() - start, limit)
         });
         self.record.inline_running.store(0, Relaxed);
     }

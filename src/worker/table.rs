@@ -3,6 +3,7 @@
 //! The calls of one connection are chained, so that what concerns one connection (a cancelled id,
 //! its end) looks at its calls and at no others, however many there are. Pure.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use slab::Slab;
@@ -23,7 +24,9 @@ pub struct Call {
     /// Where its answer goes, and how it looks there.
     pub reply: Reply,
     /// Its id, as JSON.
-    pub id: Option<Box<str>>,
+    pub id: Option<Arc<str>>,
+    /// Where its connection comes from.
+    pub peer: Option<SocketAddr>,
     /// The number of its method.
     pub method: usize,
     /// When it was read, in milliseconds.
@@ -169,6 +172,7 @@ mod tests {
                 shape,
             },
             id: None,
+            peer: None,
             method: 0,
             read_ms: 0,
             deadline_ms: 0,

@@ -4,18 +4,16 @@
 //! queue that keeps threads from standing idle in between. A panic in a handler is an answer.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use crate::handler::Context;
 use crate::handler::job::Reports;
 pub use crate::handler::job::{Done, Job};
 use crate::handler::registry::Registry;
-use crate::protocol::code::Code;
+use crate::handler::{Context, guard};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::waker::Waker;
 
@@ -110,22 +108,10 @@ impl Threads {
 
 fn run(job: &Job, slot: u16, registry: &Registry) -> Result<Vec<u8>, RpcError> {
     let method = &registry.methods()[job.method];
-    let context = Context::on_thread(&method.name, slot, job.deadline, &job.state);
+    let context = Context::on_thread(&method.name, slot, job.deadline, &job.state)
+        .with((job.id.as_deref(), job.peer), registry.worker());
     let mut result = Vec::new();
-    let call = AssertUnwindSafe(|| method.handler.call(&job.params, &context, &mut result));
-    match catch_unwind(call) {
-        Ok(Ok(())) => Ok(result),
-        Ok(Err(error)) => Err(error),
-        Err(payload) => {
-            // A payload may panic in its drop: better never dropped.
-            std::mem::forget(payload);
-            Err(panicked(&method.name))
-        }
-    }
-}
-
-/// What the caller is told when its handler panicked; the log has the panic itself.
-pub fn panicked(method: &str) -> RpcError {
-    let text = format!("the handler of {method} panicked; the server's log has the reason");
-    RpcError::of(Code::Internal, text, true)
+    let call = || method.handler.call(&job.params, &context, &mut result);
+    guard::run(&method.name, call)?;
+    Ok(result)
 }

@@ -28,7 +28,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub use callers::Callers;
 pub use client::{Client, frame};
-pub use daemon::Daemon;
+pub use daemon::{Builder, Daemon};
 pub use dice::Dice;
 pub use dir::Dir;
 pub use sweep::Sweep;

@@ -36,16 +36,9 @@ pub fn append(
             let text = json::text(&stdout, depth).map_err(|error| error.message)?;
             let value: &RawValue =
                 serde_json::from_str(text).map_err(|error| json::not_json(text, &error).message)?;
-            // A line break can only stand between tokens, where a blank does as well; in the
-            // dialect of lines it would end the answer.
-            let bytes = value.get().bytes();
-            result.extend(bytes.map(|byte| {
-                if matches!(byte, b'\n' | b'\r') {
-                    b' '
-                } else {
-                    byte
-                }
-            }));
+            let start = result.len();
+            result.extend_from_slice(value.get().as_bytes());
+            json::join_lines(&mut result[start..]);
             Ok(())
         }
     }

@@ -1,0 +1,61 @@
+//! What a program on the library can do wrong, one at a time: `MISTAKE=thread cargo run --example
+//! mistakes -- run` says what follows.
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use preforkd::{RawValue, RpcError, Server};
+
+/// Panics when it is dropped.
+#[derive(serde::Serialize)]
+struct Grudge;
+
+impl Drop for Grudge {
+    fn drop(&mut self) {
+        panic!("dropped, and not happy about it");
+    }
+}
+
+fn main() -> ExitCode {
+    let server = Server::new()
+        .method("panic", |text: String| -> Result<(), RpcError> {
+            panic!("{text}")
+        })
+        .method("throw", |number: u64| -> Result<(), RpcError> {
+            std::panic::panic_any(number)
+        })
+        .method("throw_grudge", |()| -> Result<(), RpcError> {
+            std::panic::panic_any(Grudge)
+        })
+        .method("grudge", |()| Ok(Grudge))
+        // Nobody made it.
+        .method_with("no_state", |call, ()| Ok(*call.state::<u64>()))
+        // JSON over several lines, which would be several answers to whoever speaks in lines.
+        .raw("lines", |_, params| {
+            RawValue::from_string(format!("[\n  {params},\r\n  {params}\n]"))
+                .map_err(|error| RpcError::new(1, error.to_string()))
+        });
+    let mistake = std::env::var("MISTAKE").unwrap_or_default();
+    match &*mistake {
+        // A name that is taken.
+        "twice" => server.method("panic", |()| Ok(())),
+        // A thread in the master: the fork would copy but one.
+        "thread" => server.on_master_start(|| {
+            thread::spawn(forever);
+            Ok(())
+        }),
+        "master" => server.on_master_start::<()>(|| Err("the table can't be read".into())),
+        "worker" => server.on_worker_start::<()>(|_| panic!("no database in sight")),
+        // The end never comes.
+        "stop" => server.on_worker_stop(|_| forever()),
+        _ => server,
+    }
+    .run()
+}
+
+fn forever() {
+    loop {
+        thread::park_timeout(Duration::from_secs(3600));
+    }
+}

@@ -1,0 +1,62 @@
+//! Runs what may panic: a panic of a handler is an answer, whatever was thrown and whatever that does
+//! when it is dropped. Only what nothing can stop gets past: an abort (a panic while another one
+//! unwinds, a stack that is full), which ends the worker.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::logging;
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+
+/// Runs the handler of `method`; its panic is logged, sparingly, and answered with `internal`.
+///
+/// # Errors
+/// What the handler returns, or `internal`.
+pub fn run(method: &str, handler: impl FnOnce() -> Result<(), RpcError>) -> Result<(), RpcError> {
+    let outcome = logging::sparing_panics(|| catch_unwind(AssertUnwindSafe(handler)));
+    outcome.unwrap_or_else(|payload| {
+        discard(payload);
+        let text = format!("the handler of {method} panicked; the server's log has the reason");
+        Err(RpcError::of(Code::Internal, text, true))
+    })
+}
+
+/// Drops what was thrown. That may throw again; what it throws then is better never dropped.
+pub fn discard(payload: Box<dyn Any + Send>) {
+    if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(again);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::panic::panic_any;
+
+    struct Grudge;
+    impl Drop for Grudge {
+        fn drop(&mut self) {
+            panic!("dropped");
+        }
+    }
+
+    #[test]
+    fn whatever_is_thrown_is_an_answer() {
+        let thrown: [fn() -> Result<(), RpcError>; 4] = [
+            || panic!("text"),
+            || panic_any(7),
+            || panic_any(Grudge),
+            || {
+                let _grudge = Grudge;
+                Ok(())
+            },
+        ];
+        for handler in thrown {
+            let error = run("it", handler).unwrap_err();
+            assert_eq!((error.code, error.started), (-32603, true));
+        }
+        assert!(run("it", || Ok(())).is_ok());
+    }
+}

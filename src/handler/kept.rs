@@ -1,0 +1,231 @@
+//! What a program keeps for its handlers: made once in the master before it forks, or once in each
+//! worker after that, found by its type.
+//!
+//! The program's own functions make it (`on_master_start`, `on_worker_start`) and see a worker end
+//! (`on_worker_stop`). One that fails or panics is an error with its reason: a master does not
+//! start, a worker does not become ready.
+
+use std::any::{Any, TypeId, type_name};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// Why a program's own function could not make what it was to make. Any error and any text will do.
+pub type StartError = Box<dyn std::error::Error + Send + Sync>;
+
+type Thing = Arc<dyn Any + Send + Sync>;
+type OnMaster = Box<dyn Fn() -> Result<Thing, StartError> + Send + Sync>;
+type OnStart = Box<dyn Fn(&Worker) -> Result<Thing, StartError> + Send + Sync>;
+type OnStop = Box<dyn Fn(&Worker) + Send + Sync>;
+
+/// The functions of a program that are called around its methods.
+#[derive(Default)]
+pub struct Hooks {
+    master_start: Vec<OnMaster>,
+    worker_start: Vec<OnStart>,
+    worker_stop: Vec<OnStop>,
+}
+
+impl Hooks {
+    /// One more to be called in the master before it forks.
+    pub fn on_master_start<T: Send + Sync + 'static>(
+        &mut self,
+        make: impl Fn() -> Result<T, StartError> + Send + Sync + 'static,
+    ) {
+        let make = move || Ok(Arc::new(make()?) as Thing);
+        self.master_start.push(Box::new(make));
+    }
+
+    /// One more to be called in each worker before it is ready.
+    pub fn on_worker_start<T: Send + Sync + 'static>(
+        &mut self,
+        make: impl Fn(&Worker) -> Result<T, StartError> + Send + Sync + 'static,
+    ) {
+        let make = move |worker: &Worker| Ok(Arc::new(make(worker)?) as Thing);
+        self.worker_start.push(Box::new(make));
+    }
+
+    /// One more to be called in each worker that ends in order.
+    pub fn on_worker_stop(&mut self, end: impl Fn(&Worker) + Send + Sync + 'static) {
+        self.worker_stop.push(Box::new(end));
+    }
+
+    /// Whether anything is to be done when a worker ends.
+    pub fn has_last_words(&self) -> bool {
+        !self.worker_stop.is_empty()
+    }
+
+    /// What the master keeps for all workers.
+    ///
+    /// # Errors
+    /// What the first function that failed has said.
+    pub fn start_master(&self) -> Result<Kept, String> {
+        let mut kept = Kept::default();
+        for make in &self.master_start {
+            kept.things.push(guarded("on_master_start", make)?);
+        }
+        Ok(kept)
+    }
+
+    /// A worker with what the master keeps and what it makes for itself, in the order in which the
+    /// functions were given: a later one finds what an earlier one has made.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn start_worker(&self, slot: u16, kept: &Kept) -> Result<Worker, String> {
+        let mut worker = Worker {
+            slot,
+            kept: kept.clone(),
+        };
+        for make in &self.worker_start {
+            let thing = guarded("on_worker_start", || make(&worker))?;
+            worker.kept.things.push(thing);
+        }
+        Ok(worker)
+    }
+
+    /// Tells the program that a worker ends: the last function first.
+    pub fn stop_worker(&self, worker: &Worker) {
+        for end in self.worker_stop.iter().rev() {
+            // The hook has logged a panic; the others have their turn all the same.
+            let _ = guarded("on_worker_stop", || {
+                end(worker);
+                Ok(Arc::new(()) as Thing)
+            });
+        }
+    }
+}
+
+impl fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hooks").finish_non_exhaustive()
+    }
+}
+
+fn guarded(name: &str, make: impl FnOnce() -> Result<Thing, StartError>) -> Result<Thing, String> {
+    match catch_unwind(AssertUnwindSafe(make)) {
+        Ok(Ok(thing)) => Ok(thing),
+        Ok(Err(error)) => Err(format!("{name} failed: {error}")),
+        Err(payload) => {
+            super::guard::discard(payload);
+            Err(format!("{name} panicked, as logged above"))
+        }
+    }
+}
+
+/// Things, each found by its type.
+#[derive(Clone, Default)]
+pub struct Kept {
+    things: Vec<Thing>,
+}
+
+impl Kept {
+    /// The thing of this type that was made last.
+    fn find<T: 'static>(&self) -> Option<&T> {
+        let wanted = TypeId::of::<T>();
+        let mut things = self.things.iter().rev();
+        things
+            .find(|thing| (***thing).type_id() == wanted)?
+            .downcast_ref()
+    }
+}
+
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kept").finish_non_exhaustive()
+    }
+}
+
+/// A worker, as the functions of a program see it.
+#[derive(Debug)]
+pub struct Worker {
+    slot: u16,
+    kept: Kept,
+}
+
+impl Worker {
+    /// Its place, from 0 to one less than `workers.count`; whoever replaces it takes the same. Two
+    /// generations share places while the older one drains.
+    pub fn slot(&self) -> u16 {
+        self.slot
+    }
+
+    /// What `on_worker_start` made in this worker or `on_master_start` in the master, by its type.
+    ///
+    /// # Panics
+    /// When nothing of that type was made: a mistake in the program, which its first call shows.
+    pub fn state<T: 'static>(&self) -> &T {
+        self.kept.find().unwrap_or_else(|| {
+            panic!(
+                "there is no state of the type {}: return it from on_worker_start or \
+                 on_master_start",
+                type_name::<T>()
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[derive(Debug, PartialEq)]
+    struct Words(Vec<&'static str>);
+
+    #[test]
+    fn a_worker_finds_what_was_made_by_its_type_its_own_before_the_masters() {
+        let mut hooks = Hooks::default();
+        hooks.on_master_start(|| Ok(Words(vec!["of", "all"])));
+        hooks.on_master_start(|| Ok(7_u8));
+        hooks.on_worker_start(|worker| {
+            Ok(format!(
+                "{:?} in {}",
+                worker.state::<Words>(),
+                worker.slot()
+            ))
+        });
+        hooks.on_worker_start(|worker| Ok(worker.state::<u8>() + 1));
+        let kept = hooks.start_master().unwrap();
+        let worker = hooks.start_worker(3, &kept).unwrap();
+        assert_eq!(worker.state::<String>(), "Words([\"of\", \"all\"]) in 3");
+        assert_eq!(*worker.state::<u8>(), 8);
+        assert!(
+            std::ptr::eq(worker.state::<Words>(), kept.find().unwrap()),
+            "no copy"
+        );
+        let missing = catch_unwind(AssertUnwindSafe(|| *worker.state::<u64>())).unwrap_err();
+        let text = missing.downcast_ref::<String>().unwrap();
+        assert!(text.contains("no state of the type u64"), "{text}");
+    }
+
+    #[test]
+    fn what_fails_or_panics_says_so_and_nothing_after_it_is_made() {
+        let mut hooks = Hooks::default();
+        hooks.on_worker_start(|worker| match worker.slot() {
+            0 => Err("the database is away".into()),
+            1 => panic!("on purpose"),
+            _ => Ok(()),
+        });
+        let fails = |slot| hooks.start_worker(slot, &Kept::default()).unwrap_err();
+        assert_eq!(fails(0), "on_worker_start failed: the database is away");
+        assert_eq!(fails(1), "on_worker_start panicked, as logged above");
+        assert!(hooks.start_worker(2, &Kept::default()).is_ok());
+    }
+
+    #[test]
+    fn the_last_to_come_is_told_first_of_the_end_whoever_panics() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let mut hooks = Hooks::default();
+        for number in 0..3 {
+            let told = Arc::clone(&told);
+            hooks.on_worker_stop(move |_| {
+                assert_ne!(number, 1, "on purpose");
+                told.lock().unwrap().push(number);
+            });
+        }
+        hooks.stop_worker(&hooks.start_worker(0, &Kept::default()).unwrap());
+        assert_eq!(*told.lock().unwrap(), [2, 0]);
+    }
+}

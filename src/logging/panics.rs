@@ -1,0 +1,103 @@
+//! Panics in the log: each of preforkd's own, and so many of handlers as an operator can read.
+//!
+//! A handler that panics at each call would fill a disk at the pace of its callers. The first panics
+//! of a while are logged whole, the rest is counted.
+
+use std::cell::Cell;
+use std::panic::PanicHookInfo;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::sys::process::monotonic;
+
+/// So many panics of handlers are logged in each `WHILE`.
+const MOST: u32 = 10;
+const WHILE: Duration = Duration::from_secs(10);
+
+thread_local! {
+    static SPARING: Cell<bool> = const { Cell::new(false) };
+}
+
+static BUDGET: Mutex<Budget> = Mutex::new(Budget {
+    since: Duration::ZERO,
+    seen: 0,
+});
+
+/// Runs `may_panic`, which catches its panics: they are logged sparingly.
+pub fn sparing_panics<T>(may_panic: impl FnOnce() -> T) -> T {
+    let before = SPARING.replace(true);
+    let result = may_panic();
+    SPARING.set(before);
+    result
+}
+
+/// Sends panics to the log: standard error may be closed, and is not where an operator looks.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(log_panic));
+}
+
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let mut withheld = 0;
+    if SPARING.get() {
+        let mut budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
+        match budget.spend(monotonic()) {
+            Some(before) => withheld = before,
+            None => return,
+        }
+    }
+    if withheld > 0 {
+        log::error!("{withheld} more panics of handlers were not logged one by one");
+    }
+    let place = panic.location().map_or_else(String::new, |place| {
+        format!(" at {}:{}", place.file(), place.line())
+    });
+    let payload = panic.payload();
+    let text = payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic with a payload that is no text");
+    log::error!("panic{place}: {text}");
+}
+
+/// How many more may be logged.
+struct Budget {
+    since: Duration,
+    seen: u32,
+}
+
+impl Budget {
+    /// Whether one more may be logged at `now`, and how many before it were not.
+    fn spend(&mut self, now: Duration) -> Option<u32> {
+        let mut withheld = 0;
+        if now.saturating_sub(self.since) >= WHILE || self.seen == 0 {
+            withheld = self.seen.saturating_sub(MOST);
+            *self = Budget {
+                since: now,
+                seen: 0,
+            };
+        }
+        self.seen = self.seen.saturating_add(1);
+        (self.seen <= MOST).then_some(withheld)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_storm_of_panics_is_ten_lines_and_a_count() {
+        let mut budget = Budget {
+            since: Duration::ZERO,
+            seen: 0,
+        };
+        let at = Duration::from_secs;
+        let logged = (0..1000).filter(|_| budget.spend(at(100)) == Some(0));
+        assert_eq!(logged.count(), 10);
+        assert_eq!(budget.spend(at(109)), None);
+        assert_eq!(budget.spend(at(110)), Some(991));
+        assert_eq!(budget.spend(at(110)), Some(0));
+        assert_eq!(budget.spend(at(500)), Some(0));
+    }
+}
