@@ -43,6 +43,7 @@ mod recycle;
 mod reload;
 mod scaling;
 mod serving;
+mod spreading;
 mod start;
 mod stop;
 mod storms;

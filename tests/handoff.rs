@@ -5,12 +5,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::support::client::frame;
+use crate::support::wire::{Dialect, Wire, post};
 use crate::support::{Client, Daemon, PATIENCE, wait_for};
 
 const CONFIG: &str = "
@@ -158,6 +160,97 @@ fn a_half_sent_frame_crosses_whatever_its_size() {
         let answer = client.recv_json();
         assert_eq!(answer["result"].as_str().map(str::len), Some(*length));
     }
+}
+
+/// Where a call is cut in two, and what answers it once it is whole.
+fn halves() -> Vec<(&'static str, String, Dialect)> {
+    let text = "x".repeat(3000);
+    let line = format!("{{\"in\":\"echo\",\"params\":\"{text}\"}}\n");
+    let whole = post("/echo", &format!("\"{text}\""));
+    let chunked = format!(
+        "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n\"{text}\"\r\n\
+         0\r\n\r\n",
+        text.len() + 2
+    );
+    vec![
+        ("a line", line, Dialect::Line),
+        ("an HTTP body", whole.clone(), Dialect::Http),
+        ("a chunk", chunked, Dialect::Http),
+        ("an HTTP head", whole, Dialect::Http),
+    ]
+}
+
+#[test]
+fn a_half_sent_call_of_each_dialect_crosses_and_so_does_a_connection_that_has_said_nearly_nothing()
+{
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let mut cut: Vec<_> = halves()
+        .into_iter()
+        .map(|(what, call, dialect)| {
+            let at = if what == "an HTTP head" {
+                20
+            } else {
+                call.len() / 2
+            };
+            let (first, second) = call.split_at(at);
+            let mut wire = Wire::to(&daemon);
+            // a whole one first: the connection has its dialect, and a boundary behind it
+            wire.send(&call)
+                .answer(dialect)
+                .expect("a whole call is answered");
+            wire.send(first);
+            (what, wire, second.to_owned(), dialect)
+        })
+        .collect();
+    // Fewer than four bytes tell no dialect.
+    let mut short = Wire::to(&daemon);
+    short.send("{\"i");
+    let mut silent = Wire::to(&daemon);
+    wait_for("all of them accepted", PATIENCE, || {
+        daemon
+            .workers()
+            .iter()
+            .map(|it| it.connections)
+            .sum::<u64>()
+            == 6
+    });
+    for _ in 0..3 {
+        reload(&daemon);
+        wait_until_only_the_new_ones_are_left(&daemon);
+    }
+    for (what, wire, rest, dialect) in &mut cut {
+        let answer = wire.send(&rest).answer(*dialect);
+        let answer = answer.unwrap_or_else(|| panic!("{what} is not answered"));
+        assert!(answer.contains("xxx"), "{what}: {answer}");
+    }
+    short.send("n\": \"ping\"}\n");
+    assert!(short.line().contains("pong"));
+    silent.send(post("/ping", "7"));
+    assert_eq!(silent.response().body, "7");
+}
+
+#[test]
+fn a_half_sent_frame_has_read_timeout_and_an_idle_connection_its_idle_time_across_workers() {
+    let config = format!("{CONFIG}[limits]\nread-timeout = \"3s\"\nidle-timeout = \"4s\"\n");
+    let daemon = Daemon::builder().config(&config).start();
+    let mut half = daemon.client();
+    half.send_raw(&frame(b"{\"in\": \"ping\"}")[..7]);
+    let mut idle = daemon.client();
+    idle.call(&json!({"in": "ping"}));
+    let begin = Instant::now();
+    // Each would give an idle connection another four seconds, if its time began anew.
+    for seconds in [1, 2, 3] {
+        wait_for("another second", PATIENCE, || {
+            begin.elapsed().as_secs() >= seconds
+        });
+        reload(&daemon);
+    }
+    idle.assert_closed();
+    let closed_after = begin.elapsed();
+    half.assert_closed();
+    let cut_after = begin.elapsed();
+    println!("idle: closed after {closed_after:?}; half a frame: cut after {cut_after:?}");
+    assert!(closed_after.as_secs_f64() < 6.0, "{closed_after:?}");
 }
 
 #[test]

@@ -18,6 +18,8 @@ use crate::sys::socket;
 const MAGIC: [u8; 4] = *b"pfh\x01";
 /// Bytes of a header.
 const HEADER: usize = 16;
+/// The longest idle time that crosses: four hours and a half, in three bytes.
+pub const MOST_IDLE_MS: u32 = 0x00FF_FFFF;
 /// Most unread bytes in the packet itself: a few such packets fit the socket's default buffer.
 const MOST_INLINE: usize = 64 * 1024;
 /// Bytes of the longest packet.
@@ -37,6 +39,9 @@ pub struct AdoptionQueue {
 pub struct State {
     /// What it speaks, once that is known.
     pub dialect: Option<Dialect>,
+    /// For how many milliseconds nothing has come from it, at most [`MOST_IDLE_MS`]: its idle time
+    /// goes on.
+    pub idle_ms: u32,
 }
 
 /// A connection that was taken, all but its socket.
@@ -70,6 +75,8 @@ impl AdoptionQueue {
         let mut header = [0; HEADER];
         header[..4].copy_from_slice(&MAGIC);
         header[4] = number(state.dialect);
+        let idle_ms = state.idle_ms.min(MOST_IDLE_MS);
+        header[5..8].copy_from_slice(&idle_ms.to_le_bytes()[..3]);
         header[8..].copy_from_slice(&(unread.len() as u64).to_le_bytes());
         if unread.len() <= MOST_INLINE {
             return socket::send_packet(&self.giving, &[&header, unread], &[client]);
@@ -112,6 +119,7 @@ pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
     whole.then_some(Taken {
         state: State {
             dialect: dialect(header[4]),
+            idle_ms: u32::from_le_bytes([header[5], header[6], header[7], 0]),
         },
         unread,
     })
@@ -129,6 +137,7 @@ mod tests {
         let (mut client, server) = UnixStream::pair().unwrap();
         let state = State {
             dialect: Some(Dialect::Http),
+            idle_ms: 3_600_123,
         };
         queue.give(server.as_fd(), state, unread).unwrap();
         drop(server);

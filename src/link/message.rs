@@ -13,6 +13,15 @@ pub const PACKET: usize = 32;
 /// First in each packet: "pfd" and the version of the format.
 const MAGIC: u32 = u32::from_le_bytes(*b"pfd\x01");
 
+/// How many of its connections a worker is to give to its siblings, and to take from them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shares {
+    /// So many away, as far as they rest.
+    pub give: u32,
+    /// So many, and no more for a moment.
+    pub take: u32,
+}
+
 /// What the master tells a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
@@ -22,6 +31,8 @@ pub enum Order {
     Stop(Duration),
     /// Log to the file whose descriptor comes along.
     Log,
+    /// Spread the connections that last over the workers.
+    Spread(Shares),
 }
 
 /// What a worker tells the master.
@@ -61,6 +72,7 @@ impl Body for Order {
             Order::Drain(limit) => (1, millis(limit)),
             Order::Stop(limit) => (2, millis(limit)),
             Order::Log => (3, 0),
+            Order::Spread(Shares { give, take }) => (4, u64::from(give) << 32 | u64::from(take)),
         }
     }
 
@@ -69,6 +81,10 @@ impl Body for Order {
             1 => Some(Order::Drain(Duration::from_millis(value))),
             2 => Some(Order::Stop(Duration::from_millis(value))),
             3 => Some(Order::Log),
+            4 => Some(Order::Spread(Shares {
+                give: (value >> 32) as u32,
+                take: value as u32,
+            })),
             _ => None,
         }
     }
@@ -143,6 +159,10 @@ mod tests {
             Order::Drain(Duration::from_millis(30_000)),
             Order::Stop(Duration::from_millis(u64::MAX)),
             Order::Log,
+            Order::Spread(Shares {
+                give: u32::MAX,
+                take: 7,
+            }),
         ] {
             let packet = about(order).encode();
             assert_eq!(Message::decode(&packet), Some(about(order)));

@@ -17,6 +17,7 @@
 //! | [`throttle`] | how soon a slot may be forked again |
 //! | [`deaths`] | the last deaths, and how a death is told |
 //! | `limiter` | how often a repeated trouble may be logged |
+//! | `spread` | who gives how many lasting connections to whom |
 //! | [`view`] | what `status` shows |
 
 mod children;
@@ -37,6 +38,8 @@ mod reload;
 mod reloading;
 mod requests;
 mod setup;
+mod spread;
+mod spreading;
 mod start;
 mod status;
 mod supervise;

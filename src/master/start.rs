@@ -16,6 +16,7 @@ use super::listeners::{self, Listener};
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
+use super::spread::Spread;
 use super::supervise::{Master, now};
 use super::workers::{Ground, Known, Workers};
 use crate::config::Settings;
@@ -109,6 +110,7 @@ fn start<'a>(
         ground,
         upcoming: None,
         last_words: LastWords::default(),
+        spread: Spread::default(),
         passed,
         reload_asked: false,
         reload_waits: false,

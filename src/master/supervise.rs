@@ -20,6 +20,7 @@ use super::listeners::Listener;
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
+use super::spread::Spread;
 use super::workers::{Ground, Parent, Workers};
 use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
@@ -49,6 +50,8 @@ pub(super) struct Master<'a> {
     pub(super) upcoming: Option<Rc<Ground>>,
     /// What the workers of a generation that awaits its verdict have logged.
     pub(super) last_words: LastWords,
+    /// When to look whether lasting connections lie evenly.
+    pub(super) spread: Spread,
     /// What was passed by the service manager, for life.
     pub(super) passed: Vec<Rc<Listener>>,
     /// A reload was asked for and has not begun; who waits for its verdict.
@@ -96,6 +99,7 @@ impl Master<'_> {
             }
             self.control.expire(now());
             self.pass_time();
+            self.spread();
             self.reload_if_asked();
             self.show_status();
         }
@@ -152,6 +156,7 @@ impl Master<'_> {
             self.fleet.next_deadline(),
             self.control.next_deadline(now()),
             watchdog,
+            self.spread.next(),
         ]
         .into_iter()
         .flatten()

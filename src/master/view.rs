@@ -3,7 +3,7 @@
 use super::children::{Child, Holder, Seat, Stage, Tenure};
 use super::deaths::Deaths;
 use super::event::Millis;
-use super::fleet::Fleet;
+use super::fleet::{Fleet, Phase};
 use super::throttle::HEALTHY_AFTER;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::State;
@@ -69,6 +69,17 @@ impl Fleet {
     pub fn ready_count(&self) -> usize {
         let ready = |child: &&Child| child.serves() && child.seat.generation == self.serving;
         self.table.children.values().filter(ready).count()
+    }
+
+    /// The workers that serve, while nothing else is under way that moves connections: none during a
+    /// start-up, a reload or a stop.
+    pub fn settled(&self) -> impl Iterator<Item = Pid> {
+        let settled = self.phase == Phase::Serving && self.reload.is_none();
+        let serves = |child: &Child| child.serves() && child.seat.generation == self.serving;
+        let children = self.table.children.iter();
+        children
+            .filter(move |(_, child)| settled && serves(child))
+            .map(|(pid, _)| *pid)
     }
 
     /// Every child not yet reaped.

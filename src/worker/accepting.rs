@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use super::connection::Connection;
-use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble};
+use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble, find};
 use super::service::millis;
 use super::timers::Target;
 use crate::sys::event::{Floor, Token};
@@ -23,19 +23,12 @@ impl EventLoop {
                 return None;
             }
         };
-        let mut connection = Connection::new(token, peer, self.service.now_ms);
-        let idle_ms = millis(self.service.limits.idle_timeout);
-        if idle_ms > 0 {
-            let at = self.service.now_ms + idle_ms;
-            let target = Target::Idle(token);
-            self.service
-                .timers
-                .arm(&mut connection.quiet_deadline, at, target);
-        }
+        let connection = Connection::new(token, peer, self.service.now_ms);
         if self.connections.len() <= token.index() {
             self.connections.resize_with(token.index() + 1, || None);
         }
         self.connections[token.index()] = Some(connection);
+        self.watch_idle(token);
         if floor.connections() >= self.service.limits.connections {
             self.full = true;
             floor.pause_listeners();
@@ -46,6 +39,18 @@ impl EventLoop {
             ));
         }
         Some(token)
+    }
+
+    /// Sets when a connection is to be looked at for the first time, whether it is idle.
+    pub(super) fn watch_idle(&mut self, token: Token) {
+        let idle_ms = millis(self.service.limits.idle_timeout);
+        if idle_ms > 0
+            && let Some(connection) = find(&mut self.connections, token)
+        {
+            let at = connection.active_ms + idle_ms;
+            let timers = &mut self.service.timers;
+            timers.arm(&mut connection.quiet_deadline, at, Target::Idle(token));
+        }
     }
 
     pub(super) fn accept_failed(&mut self, error: &io::Error) {

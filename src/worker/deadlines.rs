@@ -42,6 +42,7 @@ impl EventLoop {
                     self.give_deadline = 0;
                     self.give_waiting(floor);
                 }
+                Target::Spread => self.end_spreading(floor),
                 Target::Listen => {
                     self.listen_deadline = 0;
                     self.resume_listening(floor);

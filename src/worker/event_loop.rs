@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::connection::Connection;
 use super::drain::{Drain, Step};
 use super::service::{Service, millis};
+use super::spreading::Spreading;
 use super::timers::Target;
 use super::wear;
 use crate::config::Workers;
@@ -82,6 +83,8 @@ pub struct EventLoop {
     /// Connections at rest that wait for room in there, first come first.
     pub(super) waiting_to_give: VecDeque<Token>,
     pub(super) give_deadline: u64,
+    /// What the master has ordered for the sake of evenness.
+    pub(super) spreading: Spreading,
     /// Shows that this worker drains.
     pub(super) show_draining: Box<dyn Fn()>,
     /// How this worker leaves, once it has to.
@@ -118,6 +121,7 @@ impl EventLoop {
             adoption,
             waiting_to_give: VecDeque::new(),
             give_deadline: 0,
+            spreading: Spreading::default(),
             show_draining,
             drain: Drain::default(),
             drain_timeout: workers.drain_timeout,

@@ -31,11 +31,15 @@ impl EventLoop {
                 "a connection was passed on with no state to be understood: closed"
             );
         };
+        self.has_adopted(floor);
         let Some(token) = self.accepted(floor, socket) else {
             return;
         };
         if let Some(connection) = find(&mut self.connections, token) {
             connection.dialect = taken.state.dialect;
+            let idle_ms = u64::from(taken.state.idle_ms);
+            connection.active_ms = self.service.now_ms.saturating_sub(idle_ms);
+            self.watch_idle(token);
         }
         if !taken.unread.is_empty() {
             self.received(floor, token, &taken.unread);
@@ -80,8 +84,13 @@ impl EventLoop {
         let Some(socket) = floor.descriptor(token) else {
             return Ok(());
         };
+        if connection.phase != Phase::Open {
+            return Ok(()); // It was ended while it waited for room.
+        }
+        let idle_ms = self.service.now_ms.saturating_sub(connection.active_ms);
         let state = State {
             dialect: connection.dialect,
+            idle_ms: u32::try_from(idle_ms).unwrap_or(u32::MAX),
         };
         self.adoption
             .give(socket.as_fd(), state, &connection.tail)?;

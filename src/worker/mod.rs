@@ -19,6 +19,7 @@ mod orders;
 mod queue;
 mod service;
 mod serving;
+mod spreading;
 mod table;
 mod threads;
 mod timers;

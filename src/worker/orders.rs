@@ -15,11 +15,14 @@ use crate::sys::event::{Floor, Token};
 
 impl EventLoop {
     pub(super) fn orders(&mut self, floor: &mut Floor) {
+        let mut shares = None;
         loop {
             match self.link.receive() {
                 Received::Message(message, descriptor) => match message.body {
                     Order::Drain(limit) => self.start_drain(floor, limit),
                     Order::Stop(limit) => self.start_stop(floor, limit),
+                    // Of several that came while this worker was stopped, the last one is true.
+                    Order::Spread(order) => shares = Some(order),
                     Order::Log => match descriptor {
                         Some(file) => drop(logging::set_output(logging::Output::received(file))),
                         None => log::warn!(
@@ -29,7 +32,7 @@ impl EventLoop {
                     },
                 },
                 Received::Garbage => log::warn!("the master sent something that is no order"),
-                Received::Empty => return,
+                Received::Empty => break,
                 Received::End => {
                     floor.unwatch(LINK);
                     log::error!(
@@ -39,6 +42,9 @@ impl EventLoop {
                     return self.start_stop(floor, self.drain_timeout);
                 }
             }
+        }
+        if let Some(shares) = shares {
+            self.spread(floor, shares);
         }
     }
 
@@ -58,6 +64,7 @@ impl EventLoop {
     }
 
     pub(super) fn start_drain(&mut self, floor: &mut Floor, limit: Duration) {
+        self.end_spreading(floor);
         (self.show_draining)();
         floor.accept_the_rest(false, self);
         let now = self.service.now_ms;
@@ -73,6 +80,7 @@ impl EventLoop {
     }
 
     pub(super) fn start_stop(&mut self, floor: &mut Floor, limit: Duration) {
+        self.end_spreading(floor);
         // Who is in a queue has connected and may have sent a call already, and what siblings have
         // passed on has nobody else to go to.
         floor.accept_the_rest(true, self);

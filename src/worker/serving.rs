@@ -7,6 +7,7 @@
 use super::connection::{HIGH_WATER, Phase};
 use super::event_loop::{EventLoop, find};
 use super::service::millis;
+use super::spreading::may_go;
 use super::threads::Done;
 use super::timers::Target;
 use crate::sys::event::{Floor, Token};
@@ -108,6 +109,9 @@ impl EventLoop {
         // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
         if open && self.drain.hands_over() && !(connection.ended && connection.tail.is_empty()) {
             return self.give(floor, token);
+        }
+        if self.spreading.gives() && may_go(connection) {
+            return self.give_by_order(floor, token);
         }
         if connection.ended && connection.phase != Phase::Lingering {
             if !connection.tail.is_empty() {

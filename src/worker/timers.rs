@@ -25,6 +25,8 @@ pub enum Target {
     Listen,
     /// A connection may be given away again.
     Give,
+    /// An order to spread connections is over.
+    Spread,
 }
 
 /// The deadlines of a worker.

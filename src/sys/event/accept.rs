@@ -73,7 +73,9 @@ impl Floor {
     /// When epoll refuses one.
     pub fn resume_listeners(&mut self) -> io::Result<()> {
         for index in 0..self.listeners.len() {
-            if !self.listeners[index].watched {
+            let listener = &self.listeners[index];
+            let is_left = self.queue_is_left && listener.source != Source::Listener;
+            if !listener.watched && !is_left {
                 self.watch_listener(index)?;
             }
         }
@@ -86,6 +88,15 @@ impl Floor {
             if mem::take(&mut listener.watched) {
                 let _ = self.epoll.delete(listener.fd.as_fd());
             }
+        }
+    }
+
+    /// Takes part in taking what siblings pass on, or does not until told again; the listening sockets
+    /// are left as they are.
+    pub fn take_from_queue(&mut self, takes: bool) {
+        self.queue_is_left = !takes;
+        if !takes {
+            self.pause_queue();
         }
     }
 

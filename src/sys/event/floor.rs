@@ -57,6 +57,8 @@ pub struct Floor {
     pub(super) epoll: Epoll,
     sockets: Slab<Socket>,
     pub(super) listeners: Vec<Listener>,
+    /// The siblings' queue is not to be watched, whatever else is.
+    pub(super) queue_is_left: bool,
     watched: Vec<(u16, OwnedFd)>,
     /// Failures met outside of `turn`, told in the next one.
     failures: Vec<(Token, io::Error)>,
@@ -78,6 +80,7 @@ impl Floor {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             sockets: Slab::new(),
             listeners: Vec::new(),
+            queue_is_left: false,
             watched: Vec::new(),
             failures: Vec::new(),
             next_tag: 0,

@@ -1,0 +1,101 @@
+//! Giving connections to siblings that have fewer, as the master has counted it, and not taking
+//! them back.
+//!
+//! For a moment after such an order each worker takes no more out of the adoption queue than it was
+//! told to, so that what one gives reaches those that it is meant for. What rests is given at once,
+//! the others as they come to rest in that time; one in the middle of a call or a frame stays. After the
+//! moment all is as before: who is left in the queue then is taken by whoever is first.
+
+use std::collections::HashSet;
+
+use super::connection::{Connection, Phase};
+use super::event_loop::EventLoop;
+use super::timers::Target;
+use crate::link::message::Shares;
+use crate::sys::event::{Floor, Token};
+
+/// How long an order holds.
+const MOMENT_MS: u64 = 150;
+
+/// An order under way.
+#[derive(Debug, Default)]
+pub struct Spreading {
+    /// Connections that are to be given as they come to rest.
+    give: u32,
+    /// `Some` while the queue is taken from by order alone: so many more.
+    take: Option<u32>,
+    /// Its timer; `Timers::arm` keeps it.
+    until: u64,
+}
+
+impl Spreading {
+    /// Whether a connection that has come to rest is to be given away.
+    pub fn gives(&self) -> bool {
+        self.give > 0
+    }
+}
+
+impl EventLoop {
+    /// The master has counted: gives so many, takes so many.
+    pub(super) fn spread(&mut self, floor: &mut Floor, shares: Shares) {
+        if !self.drain.is_serving() {
+            return;
+        }
+        let at = self.service.now_ms + MOMENT_MS;
+        let timers = &mut self.service.timers;
+        timers.arm(&mut self.spreading.until, at, Target::Spread);
+        self.spreading.take = Some(shares.take);
+        floor.take_from_queue(shares.take > 0);
+        // Those that wait for room in the queue were given already, by the order before.
+        let waiting: HashSet<Token> = self.waiting_to_give.iter().copied().collect();
+        self.spreading.give = shares.give.saturating_sub(waiting.len() as u32);
+        let resting: Vec<Token> = self
+            .connections
+            .iter()
+            .flatten()
+            .filter(|connection| may_go(connection) && floor.unsent(connection.token) == 0)
+            .map(|connection| connection.token)
+            .filter(|token| !waiting.contains(token))
+            .take(self.spreading.give as usize)
+            .collect();
+        log::debug!(
+            "gives {} of {} connections to siblings, takes {}",
+            resting.len(),
+            shares.give,
+            shares.take
+        );
+        for token in resting {
+            self.give_by_order(floor, token);
+        }
+    }
+
+    pub(super) fn give_by_order(&mut self, floor: &mut Floor, token: Token) {
+        self.spreading.give -= 1;
+        self.give(floor, token);
+    }
+
+    /// One was taken out of the queue.
+    pub(super) fn has_adopted(&mut self, floor: &mut Floor) {
+        if let Some(left) = &mut self.spreading.take {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                floor.take_from_queue(false);
+            }
+        }
+    }
+
+    /// The moment is over, or the worker serves no more.
+    pub(super) fn end_spreading(&mut self, floor: &mut Floor) {
+        let timers = &mut self.service.timers;
+        timers.disarm(&mut self.spreading.until, Target::Spread);
+        if std::mem::take(&mut self.spreading).take.is_some() {
+            floor.take_from_queue(true);
+            self.resume_listening(floor);
+        }
+    }
+}
+
+/// At rest between two calls, and no frame begun: its read deadline would begin anew elsewhere.
+pub(super) fn may_go(connection: &Connection) -> bool {
+    connection.phase == Phase::Open && !connection.ended && connection.is_at_rest()
+}
