@@ -445,3 +445,22 @@ fn a_slow_command_keeps_nobody_else_waiting() {
     assert_eq!(answer["result"]["name"], "timeout", "{answer}");
     assert!(took < Duration::from_secs(5));
 }
+
+#[test]
+#[ignore = "needs root, which alone can become another user: tests/run runs it"]
+fn a_command_runs_as_its_user_with_no_rights_left() {
+    let daemon = Daemon::builder()
+        .config(
+            "[workers]\ncount = 1\n[methods.who]\ncommand = [\"sh\", \"-c\", \"id -u; id -G; \
+             grep -E '^(CapInh|CapPrm|CapEff|CapAmb)' /proc/self/status\"]\nuser = \"nobody\"\n",
+        )
+        .start();
+    let text = result(&mut daemon.client(), "who", &Value::Null);
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().unwrap();
+    let mut expected = vec![nobody.uid.to_string(), nobody.gid.to_string()];
+    for name in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+        expected.extend([name.to_owned(), "0".repeat(16)]);
+    }
+    let words: Vec<&str> = text.as_str().unwrap().split_whitespace().collect();
+    assert_eq!(words, expected);
+}

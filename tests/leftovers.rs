@@ -210,3 +210,36 @@ fn a_stop_waits_for_the_command_and_leaves_nothing() {
     assert!(daemon.wait_exit().success());
     daemon.wait_group_gone();
 }
+
+/// Nothing of the listener is in a command: the port is free as soon as the master is gone, though one
+/// still runs and is answered.
+#[test]
+fn a_command_that_outlives_the_master_holds_no_port() {
+    let mut daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n[methods.nap]\ncommand = [\"sleep\", \"60\"]\n")
+        .expect_log("the master has died")
+        .start();
+    let mut client = daemon.client();
+    client.send(r#"{"in": "nap"}"#);
+    let worker = daemon.ready_workers()[0];
+    let mut children = Vec::new();
+    wait_for("the command to run", PATIENCE, || {
+        children = process::children(worker);
+        !children.is_empty()
+    });
+    let address = daemon.address();
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait_exit();
+    let began = Instant::now();
+    wait_for("the port to be free", PATIENCE, || {
+        std::net::TcpListener::bind(address).is_ok()
+    });
+    let took = began.elapsed();
+    println!("port free {took:?} after the master's death, beside a command that runs");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(process::state(children[0]).is_some(), "it still runs");
+    kill(Pid::from_raw(children[0]), Signal::SIGKILL).unwrap();
+    let answer = client.recv_json();
+    assert_eq!(answer["result"]["data"]["signal"], "SIGKILL", "{answer}");
+    daemon.wait_group_gone();
+}

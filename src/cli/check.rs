@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::config::{self, Overrides};
-use crate::error::Result;
+use crate::error::Error;
 
 /// What there is to say about a configuration that is in order.
 pub(super) struct Checked {
@@ -13,9 +13,9 @@ pub(super) struct Checked {
     pub warnings: Vec<String>,
 }
 
-/// Reads and checks it.
-pub(super) fn check(config: Option<&Path>, overrides: &Overrides) -> Result<Checked> {
-    let settings = config::load(config, overrides)?;
+/// Reads and checks it; an error is all that is wrong, at least one thing.
+pub(super) fn check(config: Option<&Path>, overrides: &Overrides) -> Result<Checked, Vec<Error>> {
+    let settings = config::load_or_faults(config, overrides)?;
     Ok(Checked {
         effective: settings.to_toml(),
         warnings: settings.warnings,

@@ -75,7 +75,8 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             server.serve(config, overrides)
         }
         Command::Check { config } => {
-            let checked = check::check(config.as_deref(), &overrides)?;
+            let checked = check::check(config.as_deref(), &overrides)
+                .map_err(|faults| all_but_last(name, faults))?;
             for warning in &checked.warnings {
                 output::complain(name, &format!("warning: {warning}"));
             }
@@ -105,6 +106,15 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
         Command::Map(options) => map::map(name, &options, &overrides),
         Command::Bench(options) => bench::bench(name, &options, &overrides),
     }
+}
+
+/// Prints errors, and leaves the last one to be printed as any other is.
+fn all_but_last(name: &str, mut errors: Vec<Error>) -> Error {
+    let last = errors.pop();
+    for error in errors {
+        output::complain(name, &error.to_string());
+    }
+    last.unwrap_or_else(|| Error::Bug("a refusal without a reason".into()))
 }
 
 fn print_line(mut text: String) -> Result<()> {

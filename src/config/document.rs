@@ -5,7 +5,8 @@
 //! syntax, of type and of unknown keys are made here, and keys that two files set; whether a value
 //! makes sense is decided in `resolve`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
 use std::ops::Range;
 use std::path::Path;
 
@@ -49,6 +50,28 @@ struct Place {
 
 /// Parses all of `files` into one mirror and the places of its keys.
 pub(super) fn parse(files: &Files) -> Result<(Raw, Places<'_>)> {
+    parse_without(files, &BTreeSet::new())
+}
+
+/// [`parse`] as if the keys `without` were not there, each as the places name it.
+pub(super) fn parse_without<'f>(
+    files: &'f Files,
+    without: &BTreeSet<String>,
+) -> Result<(Raw, Places<'f>)> {
+    let whole = pruned("", merged(files)?, without);
+    let places = Places::of(files, &whole);
+    let raw = Raw::deserialize(Deserializer::from(Spanned::new(0..0, whole)))
+        .map_err(|error| places.explain(&error))?;
+    Ok((raw, places))
+}
+
+/// The places of the keys of `files`, if it can be told what are keys there.
+pub(super) fn places(files: &Files) -> Result<Places<'_>> {
+    Ok(Places::of(files, &merged(files)?))
+}
+
+/// The tables of all files as one.
+fn merged(files: &Files) -> Result<DeTable<'_>> {
     let mut whole = DeTable::new();
     for (number, file) in files.iter().enumerate() {
         let table = moved(files.parse(file)?, file.start);
@@ -64,14 +87,24 @@ pub(super) fn parse(files: &Files) -> Result<(Raw, Places<'_>)> {
         }
         merge(files, "", &mut whole, table)?;
     }
-    let mut places = Places {
-        files,
-        keys: BTreeMap::new(),
-    };
-    places.note_table("", &whole);
-    let raw = Raw::deserialize(Deserializer::from(Spanned::new(0..0, whole)))
-        .map_err(|error| places.explain(&error))?;
-    Ok((raw, places))
+    Ok(whole)
+}
+
+/// A table without some of its keys, and of those of the tables in it.
+fn pruned<'t>(path: &str, table: DeTable<'t>, without: &BTreeSet<String>) -> DeTable<'t> {
+    let mut kept = DeTable::with_capacity(table.len());
+    for (key, mut value) in table {
+        let path = join(path, key.get_ref());
+        if without.contains(&path) {
+            continue;
+        }
+        if let DeValue::Table(inner) = value.get_mut() {
+            let all = mem::replace(inner, DeTable::new());
+            *inner = pruned(&path, all, without);
+        }
+        kept.insert(key, value);
+    }
+    kept
 }
 
 /// A key of a table as part of a dotted key.
@@ -102,6 +135,17 @@ pub(super) fn nearest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str>
         .map(|(_, candidate)| candidate)
 }
 
+impl<'a> Places<'a> {
+    fn of(files: &'a Files, whole: &DeTable<'_>) -> Self {
+        let mut places = Places {
+            files,
+            keys: BTreeMap::new(),
+        };
+        places.note_table("", whole);
+        places
+    }
+}
+
 impl Places<'_> {
     /// The main file.
     pub fn main(&self) -> Option<&Path> {
@@ -111,6 +155,29 @@ impl Places<'_> {
     /// Whether some file sets `key`.
     pub fn is_set(&self, key: &str) -> bool {
         self.keys.contains_key(key)
+    }
+
+    /// Whether `key` stands in a file and is no table.
+    pub fn is_value(&self, key: &str) -> bool {
+        self.keys
+            .get(key)
+            .is_some_and(|place| place.kind != "table")
+    }
+
+    /// The method that `key` is or belongs to, as a key.
+    pub fn method_of(&self, key: &str) -> Option<String> {
+        let methods = self
+            .keys
+            .keys()
+            .filter(|known| known.starts_with("methods."));
+        let within = |method: &&String| {
+            let rest = key.strip_prefix(method.as_str());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        methods
+            .filter(within)
+            .min_by_key(|known| known.len())
+            .cloned()
     }
 
     /// The file that sets `key`.

@@ -1,9 +1,10 @@
 //! The configuration: one TOML file, what it includes, the command line, and a default for all.
 //!
-//! [`load`] is the one way in, for start, `check` and reload alike. It goes in steps, a file each:
+//! [`load`] is the one way in, for start and reload alike; [`load_or_faults`] is it for `check`, which tells
+//! more than the first fault (`faults`). It goes in steps, a file each:
 //! `files` reads the text, `document` merges it and knows where each key stands, `raw` is serde's
 //! mirror of it, `resolve` with `listeners` and `methods` makes [`Settings`] of the mirror, where
-//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`diff`] says what a reload changes.
+//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`needs_restart`] says what no reload changes.
 //!
 //! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
 //! error is [`Error::Config`](crate::error::Error::Config) with file, line, column and key, but for a
@@ -14,6 +15,7 @@ mod check;
 mod commands;
 mod document;
 mod effective;
+mod faults;
 mod files;
 mod listeners;
 mod methods;
@@ -37,7 +39,7 @@ pub use settings::{
     Settings, Stdin, Workers,
 };
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use files::Files;
 use surroundings::Surroundings;
 
@@ -72,6 +74,23 @@ impl Overrides {
 /// /etc/preforkd/preforkd.toml, and without that one the defaults.
 pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
     load_in(&Surroundings::here(), file, overrides)
+}
+
+/// [`load`] for who wants to know all that is wrong at once: where something is, as much of it as can be
+/// told, in the order of the files.
+///
+/// # Errors
+/// At least one.
+pub fn load_or_faults(
+    file: Option<&Path>,
+    overrides: &Overrides,
+) -> std::result::Result<Settings, Vec<Error>> {
+    let here = Surroundings::here();
+    let files = match here.main_file(file) {
+        Some(path) => Files::read(&path).map_err(|error| vec![error])?,
+        None => Files::default(),
+    };
+    faults::settings_or_faults(&here, &files, overrides)
 }
 
 /// [`load`] with nothing taken from the process.

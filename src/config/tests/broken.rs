@@ -29,6 +29,25 @@ fn every_broken_file_gets_its_sentence() {
     assert!(count >= 100, "{count} cases");
 }
 
+/// `check` says the same of each, and finds an end.
+#[test]
+fn the_sentence_is_among_all_that_check_tells() {
+    for (text, expected) in cases() {
+        let Ok(files) = Files::of_text(Path::new("/etc/x.toml"), text.clone()) else {
+            continue;
+        };
+        let told = faults::settings_or_faults(&root(), &files, &functions(&["f"])).unwrap_err();
+        let told: Vec<String> = told
+            .iter()
+            .map(|fault| fault.to_string().replace("/etc/x.toml:", ""))
+            .collect();
+        assert!(
+            told.iter().any(|fault| fault == expected),
+            "{text}\n{told:#?}"
+        );
+    }
+}
+
 /// A directory of files, and the error that loading `main.toml` of it makes, without its path.
 fn error_of(files: &[(&str, &[u8])]) -> String {
     let directory = tempfile::tempdir().unwrap();

@@ -1,0 +1,162 @@
+//! All that is wrong with a configuration, not only what is found first.
+//!
+//! What was refused is taken out and the rest is judged again, as if it had not been written, until
+//! nothing is refused any more. It ends early behind a fault by which others are judged (a drain
+//! timeout, the user, syntax), for what would be said of those might not be true.
+
+use std::collections::BTreeSet;
+
+use super::Overrides;
+use super::document::{self, Places};
+use super::files::Files;
+use super::resolve;
+use super::settings::Settings;
+use super::surroundings::Surroundings;
+use crate::error::Error;
+
+/// The most that is told at once: a file with more was meant for another program.
+const MOST: usize = 20;
+
+/// Keys that others are judged by.
+const LEANED_ON: [&str; 6] = [
+    "include",
+    "user",
+    "log.file",
+    "workers.drain-timeout",
+    "limits.timeout",
+    "pools",
+];
+
+/// The settings of `files`, or every fault that can be told, at least one, in the order of the files.
+pub(super) fn settings_or_faults(
+    here: &Surroundings,
+    files: &Files,
+    overrides: &Overrides,
+) -> Result<Settings, Vec<Error>> {
+    let places = document::places(files);
+    let mut faults = Vec::new();
+    let mut without = BTreeSet::new();
+    while faults.len() < MOST {
+        let outcome = document::parse_without(files, &without)
+            .and_then(|(raw, places)| resolve::resolve(&raw, &places, overrides, here));
+        let error = match outcome {
+            Ok(settings) if faults.is_empty() => return Ok(settings),
+            Ok(_) => break,
+            Err(error) => error,
+        };
+        let culprit = places
+            .as_ref()
+            .ok()
+            .and_then(|places| culprit(&error, places));
+        let is_last = culprit.is_none();
+        // One that is refused though it is not there any more would be so for ever.
+        if culprit.is_some_and(|key| !without.insert(key)) {
+            break;
+        }
+        faults.push(error);
+        if is_last {
+            break;
+        }
+    }
+    faults.sort_by_key(|fault| match fault {
+        Error::Config { file, position, .. } => {
+            let place = position.map(|position| (position.line, position.column));
+            (file.clone(), place)
+        }
+        _ => (None, None),
+    });
+    Err(faults)
+}
+
+/// What to take out so that the rest can be judged without this error; `None` when it can't be.
+fn culprit(error: &Error, places: &Places<'_>) -> Option<String> {
+    let Error::Config { key, .. } = error else {
+        return None;
+    };
+    let within = |table: &str| {
+        let rest = key.strip_prefix(table);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    };
+    if LEANED_ON.iter().any(|leaned_on| within(leaned_on)) {
+        return None;
+    }
+    // No listener leans on another, no method on another; their keys do on each other.
+    if within("listen") {
+        return Some("listen".into());
+    }
+    if within("methods") {
+        return places.method_of(key);
+    }
+    let key = key.split('[').next().unwrap_or_default();
+    places.is_value(key).then(|| key.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
+    use super::super::tests::root;
+    use super::*;
+
+    fn faults(text: &str) -> Vec<String> {
+        let files = Files::of_text(Path::new("/etc/x.toml"), text.to_owned()).unwrap();
+        match settings_or_faults(&root(), &files, &Overrides::default()) {
+            Ok(settings) => panic!("accepted: {settings:?}"),
+            Err(faults) => faults
+                .iter()
+                .map(|fault| fault.to_string().replace("/etc/x.toml:", ""))
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn independent_faults_are_told_together_in_the_order_of_the_file() {
+        let told = faults(
+            "deamon = true\n\
+             http-origins = [\"nowhere\"]\n\
+             [limits]\nframe = \"1GiB\"\nbatch = 0\n\
+             [workers]\ncuont = 3\nthreads = \"many\"\n\
+             [[listen]]\naddress = \"here\"\n\
+             [methods.a]\ncommand = [\"/no/such/program\"]\n\
+             [methods.\"b c\"]\nbuiltin = \"echo\"\n\
+             [methods.d]\nbuiltin = \"ehco\"\n",
+        );
+        let begins = [
+            "1:1: deamon: unknown key",
+            "2:",
+            "4:9: limits.frame: ",
+            "5:9: limits.batch: ",
+            "7:1: workers.cuont: unknown key",
+            "8:11: workers.threads: ",
+            "10:11: listen[0].address: ",
+            "12:11: methods.a.command: ",
+            "13:10: methods.\"b c\": ",
+            "16:11: methods.d.builtin: ",
+        ];
+        assert_eq!(told.len(), begins.len(), "{told:#?}");
+        for (fault, begin) in told.iter().zip(begins) {
+            assert!(fault.starts_with(begin), "{fault}, not {begin}");
+        }
+    }
+
+    /// A method's timeout is too long for a drain of 30 s, and might be right for the one that was
+    /// meant; a group needs the user that is misspelt.
+    #[test]
+    fn nothing_is_said_that_another_fault_may_have_caused() {
+        for text in [
+            "[workers]\ndrain-timeout = \"400d\"\n[limits]\ntimeout = \"60s\"\n",
+            "user = \"no-such-user\"\ngroup = \"daemon\"\n",
+            "daemon = true\n[log]\nfile = \"/no/such/directory/log\"\n",
+            "[methods.a]\ncommand = [\"/no/such/program\"]\nstdin = \"none\"\nrate = 1\n",
+        ] {
+            assert_eq!(faults(text).len(), 1, "{text}: {:#?}", faults(text));
+        }
+    }
+
+    #[test]
+    fn a_file_of_faults_alone_is_cut_short() {
+        let many: String = (0..100).map(|number| format!("k{number} = 1\n")).collect();
+        assert_eq!(faults(&many).len(), MOST);
+    }
+}
