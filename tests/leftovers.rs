@@ -176,6 +176,7 @@ fn nothing_is_left_when_a_worker_is_told_to_quit() {
     let worker = setting.daemon.ready_workers()[0];
     kill(Pid::from_raw(worker), Signal::SIGQUIT).unwrap();
     gone(&pids, "worker quits");
+    setting.daemon.wait_log("left unasked");
 }
 
 #[test]

@@ -117,6 +117,51 @@ fn map_ends_when_its_reader_leaves_and_when_there_is_no_server() {
     assert_eq!(output.status.code(), Some(69), "{output:?}");
 }
 
+/// A terminal sees a bar of what is done, not of what was read ahead; Python makes the terminal.
+#[test]
+fn map_draws_a_bar_of_what_is_done_on_a_terminal_of_python() {
+    const TERMINAL: &str = "
+import os, pty, subprocess, sys
+ours, theirs = pty.openpty()
+map = subprocess.Popen(sys.argv[1:], stdin=0, stdout=subprocess.DEVNULL, stderr=theirs)
+os.close(theirs)
+while True:
+    try:
+        seen = os.read(ours, 4096)
+    except OSError:
+        break
+    os.write(1, seen)
+sys.exit(map.wait())
+";
+    let daemon = Daemon::builder().config(WITH_SLEEP).start();
+    let dir = Dir::new();
+    let lines = dir.write("lines", "0.02\n".repeat(100));
+    let mut command = Command::new("python3");
+    command.args(["-c", TERMINAL]).arg(binary());
+    command.args(["map", "sleep", "--jobs", "2", "--address"]);
+    command.arg(daemon.address().to_string());
+    let output = command
+        .stdin(std::fs::File::open(lines).unwrap())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let seen = text(&output.stdout);
+    // `\r`, perhaps escapes, then ` 42% BAR 42 done …`
+    let frames: Vec<(u64, u64)> = seen
+        .split('\r')
+        .filter_map(|frame| {
+            let (percent, rest) = frame.split_once("% ")?;
+            let percent = percent.rsplit([' ', 'K']).next()?.parse().ok()?;
+            let (done, _) = rest.split_once(" done")?;
+            Some((percent, done.rsplit(' ').next()?.parse().ok()?))
+        })
+        .collect();
+    assert!(frames.len() > 2, "{seen:?}");
+    for (percent, done) in frames {
+        assert!(percent <= done, "{percent} % at {done} of 100");
+    }
+}
+
 /// What fails is what ran in the worker that was killed, and a second run does just that.
 #[test]
 fn map_over_a_thousand_lines_outlives_a_killed_worker_and_a_reload() {

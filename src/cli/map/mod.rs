@@ -60,6 +60,14 @@ pub struct MapOptions {
     pub tag: bool,
 }
 
+/// A line whose call is under way.
+#[derive(Debug, Clone, Copy)]
+struct Origin {
+    number: u64,
+    /// Bytes of the input up to its end.
+    read: u64,
+}
+
 /// How a line ended.
 type Outcome = std::result::Result<Reply, ClientError>;
 
@@ -174,7 +182,7 @@ struct Run<'a> {
     options: &'a MapOptions,
     method: Arc<str>,
     pool: &'a Pool,
-    order: Order<(u64, Outcome)>,
+    order: Order<(Origin, Outcome)>,
     record: Option<Record>,
     progress: Progress,
     tally: Tally,
@@ -203,8 +211,8 @@ impl Run<'_> {
                 },
                 recv(done) -> outcome => {
                     // Never disconnected: there is a sender here.
-                    if let Ok((place, number, outcome)) = outcome {
-                        self.end(place, number, outcome)?;
+                    if let Ok((place, origin, outcome)) = outcome {
+                        self.end(place, origin, outcome)?;
                     }
                 }
             }
@@ -215,13 +223,12 @@ impl Run<'_> {
     fn begin(
         &mut self,
         incoming: Incoming,
-        sender: &Sender<(u64, u64, Outcome)>,
+        sender: &Sender<(u64, Origin, Outcome)>,
     ) -> std::result::Result<(), End> {
         let Line { number, text, read } = incoming.map_err(|error| {
             let attempt = "read the params from stdin";
             End::Failed(Error::system(attempt, error))
         })?;
-        self.progress.read(read);
         let text = match std::str::from_utf8(&text) {
             Ok(text) => text.trim_ascii(),
             Err(_) => {
@@ -238,30 +245,39 @@ impl Run<'_> {
             .is_some_and(|record| record.has(number))
         {
             self.tally.skipped += 1;
+            if self.order.is_empty() {
+                self.show(Some(read));
+            }
             return Ok(());
         }
         let place = self.order.expect();
+        let origin = Origin { number, read };
         let sender = sender.clone();
         let started = self
             .pool
             .apply_async_raw(&self.method, text, move |outcome| {
                 // Nobody is left to hear it when the run has ended early.
-                let _ = sender.send((place, number, outcome));
+                let _ = sender.send((place, origin, outcome));
             });
         if let Err(error) = started {
-            self.end(place, number, Err(error))?;
+            self.end(place, origin, Err(error))?;
         }
         Ok(())
     }
 
     /// A line's call has ended.
-    fn end(&mut self, place: u64, number: u64, outcome: Outcome) -> std::result::Result<(), End> {
+    fn end(
+        &mut self,
+        place: u64,
+        origin: Origin,
+        outcome: Outcome,
+    ) -> std::result::Result<(), End> {
         // The lines behind would wait as long as this one, each for itself.
         if let Err(error @ ClientError::NoServer { .. }) = outcome {
             self.deliver()?;
             return Err(End::Failed(error.into()));
         }
-        self.order.put(place, (number, outcome));
+        self.order.put(place, (origin, outcome));
         Ok(())
     }
 
@@ -269,7 +285,10 @@ impl Run<'_> {
     fn deliver(&mut self) -> std::result::Result<(), End> {
         let mut text = String::new();
         let mut numbers = Vec::new();
-        while let Some((number, outcome)) = self.order.next() {
+        let mut passed = None;
+        while let Some((origin, outcome)) = self.order.next() {
+            let number = origin.number;
+            passed = Some(origin.read);
             match outcome {
                 Ok(reply) => {
                     if self.options.tag {
@@ -289,6 +308,7 @@ impl Run<'_> {
             }
         }
         if numbers.is_empty() {
+            self.show(passed);
             return Ok(());
         }
         let mut out = io::stdout().lock();
@@ -299,12 +319,20 @@ impl Run<'_> {
             })?,
         }
         self.tally.done += numbers.len() as u64;
-        self.progress.done(self.tally.done, self.tally.failed);
+        self.show(passed);
         // After the results: a line that is on record twice is better than one that is lost.
         if let Some(record) = &mut self.record {
             record.add(&numbers)?;
         }
         Ok(())
+    }
+
+    /// On the bar, where the lines in so many bytes of the input have ended.
+    fn show(&self, passed: Option<u64>) {
+        if let Some(passed) = passed {
+            let Tally { done, failed, .. } = self.tally;
+            self.progress.show(done, failed, passed);
+        }
     }
 
     fn fail(&mut self, number: u64, why: &str) {

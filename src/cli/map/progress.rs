@@ -38,20 +38,15 @@ impl Progress {
         Progress(Some(bar))
     }
 
-    /// So many bytes of the input were read.
-    pub(super) fn read(&self, bytes: u64) {
-        if let Some(bar) = &self.0 {
-            bar.set_position(bytes);
-        }
-    }
-
-    /// So many lines are done, and so many have failed.
-    pub(super) fn done(&self, done: u64, failed: u64) {
+    /// So many lines are done, and so many have failed, which were in the first `passed` bytes of the
+    /// input. (More of it was read: a window ahead.)
+    pub(super) fn show(&self, done: u64, failed: u64, passed: u64) {
         if let Some(bar) = &self.0 {
             bar.set_message(match failed {
                 0 => format!("{} done", count(done)),
                 _ => format!("{} done, {} failed", count(done), count(failed)),
             });
+            bar.set_position(passed);
         }
     }
 
