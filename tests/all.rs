@@ -28,6 +28,7 @@ mod hostile;
 mod http;
 mod http_corpus;
 mod idle;
+mod injections;
 mod json_suite;
 mod jsonrpc;
 mod leftovers;

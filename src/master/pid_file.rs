@@ -90,6 +90,10 @@ impl PidFile {
     /// Removes the file, under the lock.
     pub fn remove(self) {
         self.path.remove();
+        // Dropped, it would panic where it can't be unlocked; the process's end unlocks it too.
+        if let Err((file, _)) = self.file.unlock() {
+            std::mem::forget(file);
+        }
     }
 
     /// The descriptor that a child has to close first: flock belongs to the open file, so a

@@ -290,6 +290,8 @@ impl Workers {
         };
         if let Some(link) = &worker.link
             && let Err(error) = link.send(message, descriptor)
+            // it is leaving already
+            && error.kind() != io::ErrorKind::BrokenPipe
         {
             log::warn!("worker {pid} could not be told {body:?}: {error}");
         }

@@ -203,6 +203,9 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Most descriptors in one packet of ours.
 const MOST_DESCRIPTORS: usize = 2;
 
+/// How often a packet is sent again at once.
+const MOST_TRIES: u32 = 3;
+
 /// Sends one packet, made of `parts`, with descriptors (SCM_RIGHTS, unix(7)).
 ///
 /// # Errors
@@ -218,9 +221,12 @@ pub fn send_packet(
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let mut tries = 0;
     loop {
         match sendmsg::<()>(fd.as_fd().as_raw_fd(), &parts, control, flags, None) {
             Err(Errno::EINTR) => continue,
+            // Short of memory for a moment; an order that is lost would cost a worker.
+            Err(Errno::ENOBUFS | Errno::ENOMEM) if tries < MOST_TRIES => tries += 1,
             other => return Ok(other.map(drop)?),
         }
     }

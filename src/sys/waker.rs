@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 /// Wakes an event loop that watches it.
@@ -32,8 +33,9 @@ impl Waker {
     /// Makes the descriptor readable, once until the loop has cleared it.
     pub fn wake(&self) {
         if !self.pending.swap(true, Ordering::AcqRel) {
-            // EAGAIN means that the counter is full: readable all the same.
-            let _ = self.eventfd.write(1);
+            // EAGAIN means that the counter is full: readable all the same. What is not written
+            // and not tried again would be the last wake ever, for the flag is set.
+            while self.eventfd.write(1) == Err(Errno::EINTR) {}
         }
     }
 

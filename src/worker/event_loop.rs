@@ -137,13 +137,14 @@ impl EventLoop {
     /// Tells the master that this worker accepts, and serves until it is time to leave.
     ///
     /// # Errors
-    /// When the floor fails.
+    /// When the floor fails, or the master can't be told.
     pub fn run(&mut self, floor: &mut Floor) -> io::Result<()> {
         floor.watch(SIGNALS, &self.signals)?;
         floor.watch(LINK, &self.link)?;
         floor.watch(WAKER, &*self.waker)?;
         self.beat();
-        self.report(Report::Ready);
+        // One that the master does not know of would be ended at boot-timeout.
+        self.report(Report::Ready)?;
         logging::stop_telling();
         loop {
             let next = self
@@ -206,15 +207,21 @@ impl EventLoop {
             .store(self.service.now_ms, Relaxed);
     }
 
-    pub(super) fn report(&self, body: Report) {
+    /// # Errors
+    /// When the message can't be sent, which is logged.
+    pub(super) fn report(&self, body: Report) -> io::Result<()> {
         let message = Message {
             pid: Pid::current(),
             generation: self.generation,
             body,
         };
         // A master that is gone is noticed by the link's end.
-        if let Err(error) = self.link.send(message, None) {
-            log::warn!("the master could not be told {body:?}: {error}");
+        match self.link.send(message, None) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                log::warn!("the master could not be told {body:?}: {error}");
+                Err(error)
+            }
+            _ => Ok(()),
         }
     }
 

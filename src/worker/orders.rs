@@ -54,7 +54,8 @@ impl EventLoop {
                 Signal::SIGQUIT => self.drain.leave_now(),
                 _ if self.drain.is_serving() => {
                     log::info!("retires: asked by SIGTERM");
-                    self.report(Report::Retiring);
+                    // Untold, the master finds out when this worker has left.
+                    let _ = self.report(Report::Retiring);
                     self.start_drain(floor, self.drain_timeout);
                 }
                 // The master's last word to one that drains, or an impatient operator's.

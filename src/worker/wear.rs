@@ -7,6 +7,9 @@ use crate::link::ids::Pid;
 use crate::link::jitter;
 use crate::link::message::Report;
 
+/// So many calls later the master is told once more, when it could not be.
+const TELL_AGAIN: u64 = 100;
+
 /// After how many calls this worker has had enough; 0 is never.
 pub(super) fn enough(max_calls: u64) -> u64 {
     match max_calls {
@@ -19,8 +22,10 @@ impl EventLoop {
     /// To be asked after every turn: two comparisons, when there is nothing to tell.
     pub(super) fn feel_wear(&mut self) {
         if self.service.read >= self.worn_after {
-            self.worn_after = u64::MAX;
-            self.report(Report::Worn(self.service.read));
+            self.worn_after = match self.report(Report::Worn(self.service.read)) {
+                Ok(()) => u64::MAX,
+                Err(_) => self.service.read + TELL_AGAIN,
+            };
         }
     }
 }

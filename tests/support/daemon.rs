@@ -105,6 +105,12 @@ impl Builder {
         self
     }
 
+    /// Runs it by another program, which keeps its pid: `strace -DD`.
+    pub fn under(mut self, words: &[String]) -> Self {
+        self.under.extend(words.iter().map(OsString::from));
+        self
+    }
+
     /// Announces a line of the log that would fail the test otherwise. It must come.
     pub fn expect_log(mut self, text: &str) -> Self {
         self.expected.push(text.to_owned());
@@ -322,6 +328,11 @@ impl Daemon {
         Client::connect(self.address)
     }
 
+    /// The same, where it may not be there any more.
+    pub fn try_client(&self) -> std::io::Result<Client> {
+        std::net::TcpStream::connect_timeout(&self.address, PATIENCE).map(Client::over)
+    }
+
     /// Runs a command of preforkd against it: `command(&["status", "--json"])`. Those that ask
     /// the master find its control socket, `call` its address.
     pub fn command(&self, arguments: &[&str]) -> Output {
@@ -432,6 +443,21 @@ impl Daemon {
         wait_for("the end of the whole group", PATIENCE, || {
             process::members(self.pid()).is_empty()
         });
+    }
+
+    /// Stops it, whatever its log says: how it ended, and the log; or what went wrong. For tests
+    /// that make it fail.
+    pub fn end(mut self) -> Result<(ExitStatus, String), Vec<String>> {
+        let was_running = self.try_wait().is_none();
+        let mut faults = self.end_group();
+        // how it ended is the test's to judge
+        faults.retain(|fault| !was_running || !fault.starts_with("TERM should"));
+        let log = self.log();
+        self.child = None;
+        match (self.exited, faults.is_empty()) {
+            (Some(status), true) => Ok((status, log)),
+            _ => Err(faults),
+        }
     }
 
     /// Asks the master to stop, and ends what is left after a while. Returns what went wrong.

@@ -1,0 +1,220 @@
+//! System calls that fail: whichever it is, at whichever time, the daemon serves on or leaves and
+//! says why. It never hangs, and never answers what nobody has asked.
+//!
+//! strace makes them fail (`-e inject`), the k-th of each process; start, calls, reload and stop
+//! are one cycle. A few of each kind are tried, or all that `PREFORKD_INJECTIONS` asks for, which
+//! is the highest k.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::load::{Load, Shape};
+use crate::support::{Daemon, alone, from_environment, pass};
+
+/// What fails, how, and in how many different places at least.
+const FAILURES: [(&str, &[&str], u64); 27] = [
+    ("accept4", &["EMFILE", "ECONNABORTED", "EINTR"], 2),
+    ("recvfrom", &["ECONNRESET", "ENOMEM", "EINTR"], 2),
+    ("recvmsg", &["ENOMEM", "EINTR"], 2),
+    ("sendto", &["ENOBUFS", "EPIPE", "EINTR"], 2),
+    ("sendmsg", &["ENOBUFS", "EINTR"], 4),
+    ("read", &["EIO", "EINTR"], 3),
+    ("write", &["ENOSPC", "EINTR"], 2),
+    ("epoll_ctl", &["ENOMEM"], 8),
+    ("epoll_wait", &["EINTR"], 2),
+    ("epoll_create1", &["EMFILE"], 1),
+    ("eventfd2", &["EMFILE"], 1),
+    ("clone", &["EAGAIN"], 3),
+    ("clone3", &["EAGAIN"], 3),
+    ("pipe2", &["EMFILE"], 3),
+    ("socketpair", &["EMFILE"], 6),
+    ("openat", &["EMFILE", "EIO"], 8),
+    ("poll", &["EINTR", "ENOMEM"], 3),
+    ("wait4", &["EINTR"], 2),
+    ("waitid", &["EINTR"], 1),
+    ("fcntl", &["EMFILE"], 6),
+    ("flock", &["EINTR", "ENOLCK"], 1),
+    ("renameat2", &["EINVAL"], 1),
+    ("ftruncate", &["ENOSPC"], 1),
+    ("listen", &["EADDRINUSE"], 1),
+    ("prctl", &["EINVAL"], 3),
+    ("close_range", &["ENOSYS"], 2),
+    ("memfd_create", &["EMFILE"], 1),
+];
+
+const CONFIG: &str = "
+[workers]
+count = 2
+threads = 2
+[methods.echo]
+builtin = \"echo\"
+[methods.cat]
+command = [\"cat\"]
+output = \"json\"
+";
+
+/// Nothing may take longer.
+const MOST: Duration = Duration::from_secs(10);
+
+/// The words in front of a daemon whose system calls fail in these ways.
+fn injected(failures: &[(&str, &str)]) -> Vec<String> {
+    let calls: Vec<&str> = failures.iter().map(|(calls, _)| *calls).collect();
+    let words = ["strace", "-DD", "-f", "-qq", "-o", "/dev/null"];
+    let mut words: Vec<String> = words.map(str::to_owned).to_vec();
+    words.extend(["-e".to_owned(), format!("trace={}", calls.join(","))]);
+    for (calls, fault) in failures {
+        words.extend(["-e".to_owned(), format!("inject={calls}:{fault}")]);
+    }
+    words
+}
+
+/// What came of calls: right answers, errors that say so, connections that ended.
+#[derive(Debug, Default, Clone, Copy)]
+struct Outcome {
+    right: usize,
+    refused: usize,
+    ended: usize,
+}
+
+/// A few calls over a few connections; what is wrong is an answer to something else, or silence.
+fn call(daemon: &Daemon, outcome: &mut Outcome) -> Result<(), String> {
+    for number in 0..5 {
+        let Ok(mut client) = daemon.try_client() else {
+            outcome.ended += 1;
+            continue;
+        };
+        let _ = client.stream().set_read_timeout(Some(MOST));
+        for method in ["ping", "echo", "cat"] {
+            let params = format!("{method} {number}");
+            let call = json!({"in": method, "params": params, "id": number}).to_string();
+            let answer = client.try_send(&call).and_then(|()| client.recv());
+            let answer: Value = match answer {
+                Ok(body) => serde_json::from_slice(&body).unwrap_or_default(),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    return Err(format!("{call}: no answer within {MOST:?}"));
+                }
+                Err(_) => {
+                    outcome.ended += 1;
+                    break;
+                }
+            };
+            if answer["result"] == params && answer["id"] == number {
+                outcome.right += 1;
+            } else if answer["out"] == "error" && answer["result"]["code"].is_i64() {
+                outcome.refused += 1;
+            } else {
+                return Err(format!("{call} was answered {answer}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One start, with calls, a reload and a stop, if it comes that far.
+fn cycle(calls: &str, fault: &str) -> Result<String, String> {
+    let words = injected(&[(calls, fault)]);
+    let begin = Instant::now();
+    let started = Daemon::builder().config(CONFIG).under(&words).try_start();
+    let took = begin.elapsed();
+    if took > MOST {
+        return Err(format!("the start took {took:?}"));
+    }
+    let daemon = match started {
+        Ok(daemon) => daemon,
+        Err(failure) if failure.log.contains("panic") => return Err(failure.log),
+        Err(failure) if failure.code.unwrap_or(0) == 0 || failure.log.is_empty() => {
+            return Err(format!(
+                "it did not start, and does not say why: {failure:?}"
+            ));
+        }
+        Err(failure) => return Ok(format!("did not start, code {:?}", failure.code)),
+    };
+    let mut outcome = Outcome::default();
+    let served = serve(&daemon, &mut outcome);
+    let begin = Instant::now();
+    let (status, log) = daemon.end().map_err(|faults| format!("{faults:?}"))?;
+    let took = begin.elapsed();
+    let reload = served.map_err(|what| format!("{what}: {log}"))?;
+    if took > MOST {
+        return Err(format!("the stop took {took:?}: {log}"));
+    }
+    if log.contains("panic") || (!status.success() && log.is_empty()) {
+        return Err(format!("{status}: {log}"));
+    }
+    Ok(format!("{outcome:?}, reload {reload:?}, {status}"))
+}
+
+/// Calls, a reload, whose exit code it answers, and calls.
+fn serve(daemon: &Daemon, outcome: &mut Outcome) -> Result<Option<i32>, String> {
+    call(daemon, outcome)?;
+    let begin = Instant::now();
+    let reload = daemon.command(&["reload"]).status.code();
+    let took = begin.elapsed();
+    if took > MOST {
+        return Err(format!("the reload took {took:?}"));
+    }
+    call(daemon, outcome)?;
+    Ok(reload)
+}
+
+#[test]
+#[ignore = "needs strace and the right to trace; tests/run runs it"]
+fn whichever_system_call_fails_nothing_hangs_and_no_answer_is_wrong() {
+    let _alone = alone();
+    let at_least = from_environment("PREFORKD_INJECTIONS", 0);
+    let mut cases = Vec::new();
+    for (calls, errors, times) in FAILURES {
+        for error in errors {
+            for k in 1..=times.max(at_least) {
+                cases.push((calls, format!("error={error}:when={k}")));
+            }
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let faults = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while let Some((calls, fault)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    match cycle(calls, fault) {
+                        Ok(what) => println!("{calls}:{fault}: {what}"),
+                        Err(what) => {
+                            let mut faults = faults.lock().unwrap();
+                            faults.push(format!("{calls}:{fault}: {what}"));
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let faults = faults.into_inner().unwrap();
+    println!("{} cycles, {} of them at fault", cases.len(), faults.len());
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+#[test]
+#[ignore = "needs strace and the right to trace; tests/run runs it"]
+fn every_seventh_call_that_can_wait_is_interrupted_and_no_call_is_lost() {
+    let _alone = alone();
+    // the first reads are the dynamic loader's, which gives up
+    let words = injected(&[
+        ("read", "error=EINTR:when=15+7"),
+        (
+            "write,recvfrom,sendto,recvmsg,sendmsg,accept4,epoll_wait,poll",
+            "error=EINTR:when=3+7",
+        ),
+    ]);
+    let daemon = Daemon::builder().config(CONFIG).under(&words).start();
+    let shapes = [Shape::PerCall, Shape::Lasting, Shape::Pipelined(16)];
+    let loads = shapes.map(|shape| Load::start(daemon.address(), 2, shape));
+    for _ in 0..3 {
+        pass(Duration::from_millis(500));
+        assert!(daemon.command(&["reload"]).status.success());
+    }
+    for load in loads {
+        load.stop().assert_whole("every seventh call interrupted");
+    }
+}
