@@ -131,14 +131,26 @@ fn curl_gets_two_megabytes_back_with_a_length_and_in_chunks() {
     let file = dir.write("body", &body);
     let url = format!("http://{}/echo", daemon.address());
     let data = format!("@{}", file.display());
-    for more in [&[][..], &["-H", "Transfer-Encoding: chunked"], &["-0"]] {
+    for more in [
+        &[][..],
+        &["-H", "Expect: 100-continue"],
+        &["-H", "Expect:"],
+        &["-H", "Transfer-Encoding: chunked"],
+        &["-0"],
+    ] {
         let output = Command::new("curl")
-            .args(["--silent", "--show-error", "--fail", "--data-binary", &data])
+            .args(["--verbose", "--fail", "--expect100-timeout", "20"])
+            .args(["--data-binary", &data])
             .args(more)
             .arg(&url)
             .output()
             .unwrap();
         assert!(output.status.success(), "{more:?}: {output:?}");
         assert!(output.stdout == body.as_bytes(), "{more:?}");
+        // It waits for the word only when it has asked for it, as it does of itself with so much.
+        let told = String::from_utf8_lossy(&output.stderr);
+        let waits = told.contains("> Expect: 100-continue");
+        assert_eq!(told.contains("< HTTP/1.1 100"), waits, "{more:?}: {told}");
+        assert!(waits || more != ["-H", "Expect: 100-continue"], "{told}");
     }
 }
