@@ -10,7 +10,7 @@ use nix::unistd::{Pid, mkfifo};
 use serde_json::json;
 
 use crate::support::load::{self, Load, Shape};
-use crate::support::{Daemon, Dir, Sweep, alone, pass};
+use crate::support::{Daemon, Dir, PATIENCE, Sweep, alone, faketime, pass, wait_for};
 
 const SHAPES: [(&str, Shape); 3] = [
     ("a connection a call", Shape::PerCall),
@@ -62,6 +62,37 @@ fn a_log_on_a_full_disk_costs_no_call() {
         .start();
     let sweep = Sweep::of(&daemon);
     serve_without_a_log(&daemon, "with its log on /dev/full");
+    sweep.assert_same(&daemon);
+}
+
+#[test]
+fn a_log_that_was_full_goes_on_when_there_is_room_and_says_what_was_lost() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(&format!("{TALKATIVE}file = \"talk\"\n"))
+        .start();
+    let talk = daemon.dir().join("talk");
+    let sweep = Sweep::of(&daemon);
+    let reopen = |full: bool| {
+        std::fs::remove_file(&talk).unwrap();
+        if full {
+            std::os::unix::fs::symlink("/dev/full", &talk).unwrap();
+        }
+        daemon.signal(Signal::SIGUSR1);
+    };
+    reopen(true);
+    serve_without_a_log(&daemon, "with a log that has become full");
+    reopen(false);
+    wait_for(
+        "both kinds of processes to tell what was lost",
+        PATIENCE,
+        || {
+            break_off(&daemon);
+            let log = daemon.dir().read("talk");
+            let told = |role: &str| log.lines().any(|line| line.contains(role));
+            log.matches("log lines were lost").count() >= 2 && told("master") && told("worker")
+        },
+    );
     sweep.assert_same(&daemon);
 }
 
@@ -141,6 +172,42 @@ fn a_storm_of_signals_costs_no_call() {
         pass(Duration::from_millis(3));
     }
     println!("{signals} signals to {} processes", everybody.len());
+    for (load, (name, _)) in loads.into_iter().zip(SHAPES) {
+        load.stop().assert_whole(name);
+    }
+    sweep.assert_same(&daemon);
+}
+
+/// All that is timed goes by the monotonic clock, so nobody is ended and no call is late.
+#[test]
+#[ignore = "needs libfaketime; tests/run fetches it"]
+fn a_clock_that_jumps_by_a_day_and_a_year_costs_no_call() {
+    let _alone = alone();
+    let library = faketime().expect("tests/run has fetched libfaketime");
+    let clock = Dir::new();
+    clock.write("jump", "+0\n");
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 2\nheartbeat-timeout = \"2s\"\n[limits]\ntimeout = \"5s\"\n")
+        .env("LD_PRELOAD", library)
+        .env("FAKETIME_TIMESTAMP_FILE", clock.join("jump"))
+        .env("FAKETIME_NO_CACHE", "1")
+        .env("DONT_FAKE_MONOTONIC", "1")
+        .start();
+    let sweep = Sweep::of(&daemon);
+    let loads = SHAPES.map(|(_, shape)| Load::start(daemon.address(), 2, shape));
+    for jump in ["-1d", "+1d", "+1y", "-1y", "+0"] {
+        clock.write("jump", format!("{jump}\n"));
+        pass(Duration::from_millis(700));
+        assert!(daemon.command(&["status"]).status.success());
+    }
+    clock.write("jump", "+1y\n");
+    daemon.signal(Signal::SIGUSR1);
+    daemon.wait_log("nothing to reopen");
+    let log = daemon.log();
+    let year = |line: Option<&str>| line.and_then(|it| it.get(..4)?.parse::<u32>().ok());
+    let (first, last) = (year(log.lines().next()), year(log.lines().last()));
+    println!("the log goes from {first:?} to {last:?}");
+    assert!(last > first, "the clock did not jump: {log}");
     for (load, (name, _)) in loads.into_iter().zip(SHAPES) {
         load.stop().assert_whole(name);
     }

@@ -94,6 +94,11 @@ pub fn from_environment(name: &str, default: u64) -> u64 {
         .unwrap_or_else(|_| panic!("{name} is no number: {text:?}"))
 }
 
+/// libfaketime, if `tests/run` has fetched it.
+pub fn faketime() -> Option<PathBuf> {
+    std::env::var_os("FAKETIME_LIBRARY").map(PathBuf::from)
+}
+
 /// The top of the source tree.
 pub fn source() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

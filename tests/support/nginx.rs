@@ -28,7 +28,7 @@ pub struct Nginx {
 /// Where there is one.
 pub fn program() -> Option<PathBuf> {
     let named = std::env::var_os("NGINX_BINARY").map(PathBuf::from);
-    let unpacked = super::source().join("target/nginx/usr/sbin/nginx");
+    let unpacked = super::source().join("target/beside/usr/sbin/nginx");
     named.or_else(|| unpacked.is_file().then_some(unpacked))
 }
 
