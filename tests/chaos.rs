@@ -34,9 +34,9 @@ file = \"daemon.log\"
 [workers]
 count = {count}
 threads = {threads}
-heartbeat-timeout = \"2s\"
-drain-timeout = \"8s\"
-boot-timeout = \"8s\"
+heartbeat-timeout = \"4s\"
+drain-timeout = \"10s\"
+boot-timeout = \"10s\"
 respawn-max-delay = \"1s\"
 [methods.echo]
 builtin = \"echo\"
@@ -265,7 +265,7 @@ impl<'a> Chaos<'a> {
         if self.later.iter().any(|(_, it)| matches!(it, Mend::Log)) {
             return false;
         }
-        let (log, aside) = ("daemon.log", "daemon.log.old");
+        let (log, aside) = ("daemon.log", format!("daemon.log.{}", self.done.len()));
         let dir = self.daemon.dir();
         let _ = std::fs::rename(dir.join(log), dir.join(aside));
         symlink("/dev/full", dir.join(log)).unwrap();
@@ -303,7 +303,7 @@ impl<'a> Chaos<'a> {
         let explains = |fault: &Fault| {
             let forfeited = self.forfeited.get(&fault.port).is_some_and(|at| {
                 // told at once, or when what was stopped is ended at its deadline
-                fault.at >= *at && fault.at < *at + Duration::from_secs(15)
+                fault.at >= *at && fault.at < *at + Duration::from_secs(18)
             });
             let quit = fault.closed && self.before(fault, 200).any(|(_, what)| what == QUIT);
             forfeited || quit || is_refusal(fault)

@@ -8,6 +8,9 @@
 const PARTIAL_MS: u64 = 1000;
 /// Between two looks for connections that have come to rest.
 const LOOK_MS: u64 = 25;
+/// The master's last word comes when it takes the time to be over; the order may have come so much
+/// later than it was given.
+const LAST_WORD_MS: u64 = 1000;
 /// At the end, how long the last answers may take to leave.
 const FLUSH_MS: u64 = 150;
 
@@ -84,10 +87,12 @@ impl Drain {
         self.next_look_ms = 0;
     }
 
-    /// The time is over now: whoever waits is told, and that is all.
+    /// The master's last word, when the time is over: whoever waits is told, and that is all. One
+    /// that comes far earlier asks for what is under way already, and may have crossed the order.
     pub fn hurry(&mut self, now_ms: u64) {
         // Whoever waits is told already, and what they are told is on its way.
-        if self.mode == Mode::Flushing {
+        let told = self.mode == Mode::Flushing;
+        if told || self.until_ms > now_ms + LAST_WORD_MS {
             return;
         }
         self.until_ms = self.until_ms.min(now_ms);
@@ -197,6 +202,16 @@ mod tests {
         assert_eq!(drain.step(5000, 1, false, false), Step::GiveUp);
         assert_eq!(drain.last_words_ms(5001), Some(FLUSH_MS));
         assert_eq!(drain.step(5001, 0, true, false), Step::Leave);
+    }
+
+    #[test]
+    fn a_last_word_ends_a_drain_only_when_its_time_is_about_over() {
+        let mut drain = Drain::default();
+        drain.drain(0, 8000);
+        drain.hurry(10);
+        assert_eq!(drain.step(10, 1, false, false), Step::Serve);
+        drain.hurry(7500);
+        assert_eq!(drain.step(7500, 1, false, false), Step::GiveUp);
     }
 
     #[test]

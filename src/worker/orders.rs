@@ -58,7 +58,7 @@ impl EventLoop {
                     let _ = self.report(Report::Retiring);
                     self.start_drain(floor, self.drain_timeout);
                 }
-                // The master's last word to one that drains, or an impatient operator's.
+                // To one that drains: the master's last word, or what it does already.
                 _ => self.drain.hurry(self.service.now_ms),
             }
         }
