@@ -18,7 +18,8 @@
 //!
 //! * [`sys`]: the kernel in safe wrappers, and the only `unsafe`. The event floor in it speaks in
 //!   completions: a connection was accepted, these bytes were received.
-//! * [`error`] and [`logging`]: the one error type with its exit codes; a log that never blocks.
+//! * [`error`], [`logging`], [`throttle`]: the one error type with its exit codes; a log that never
+//!   blocks; how soon what died may be started again.
 //! * [`protocol`] and [`config`]: bytes to calls and back; a file to settings. Both pure.
 //! * [`handler`] and [`link`]: what answers a call; what master and workers share.
 //! * [`worker`] | [`master`]: the two kinds of process. Neither knows the other's code, but for the
@@ -40,6 +41,7 @@ pub mod master;
 pub mod protocol;
 pub mod server;
 pub mod sys;
+pub mod throttle;
 pub mod worker;
 
 pub use handler::kept::{StartError, Worker};

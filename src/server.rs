@@ -15,6 +15,7 @@ use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
 use crate::handler::command::Command;
 use crate::handler::kept::{Hooks, Kept};
+use crate::handler::pool::{Pool, Pooled};
 use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, builtin};
 use crate::logging::{self, Form, Output};
@@ -173,6 +174,16 @@ impl master::Host for Running<'_> {
     }
 
     fn registry(&self, settings: &Settings) -> Arc<Registry> {
+        // Those that no method uses are not started.
+        let is_used = |name: &String| {
+            let mut methods = settings.methods.values();
+            methods.any(|method| method.kind == MethodKind::Pool(name.clone()))
+        };
+        let pools: Vec<_> = settings
+            .pools
+            .iter()
+            .filter(|(name, _)| is_used(name))
+            .collect();
         let method = |(name, method): (&String, &config::Method)| {
             let handler: Arc<dyn Handler> = match &method.kind {
                 MethodKind::Builtin(Builtin::Ping) => Arc::new(builtin::Ping),
@@ -182,6 +193,9 @@ impl master::Host for Running<'_> {
                 MethodKind::Command(command) => {
                     Arc::new(Command::new(command, settings.limits.depth))
                 }
+                MethodKind::Pool(name) => Arc::new(Pooled {
+                    number: pools.iter().position(|(pool, _)| *pool == name)?,
+                }),
                 MethodKind::Function => Arc::clone(self.server.methods.get(name)?),
             };
             Some(Method {
@@ -193,7 +207,11 @@ impl master::Host for Running<'_> {
             })
         };
         let methods = settings.methods.iter().filter_map(method).collect();
-        Arc::new(Registry::new(methods).with(Arc::clone(&self.hooks), self.kept.clone()))
+        let pool =
+            |(name, pool): &(&String, &config::Pool)| Arc::new(Pool::new(name, pool, settings));
+        let pools = pools.iter().map(pool).collect();
+        let registry = Registry::new(methods).with_pools(pools);
+        Arc::new(registry.with(Arc::clone(&self.hooks), self.kept.clone()))
     }
 }
 

@@ -39,6 +39,7 @@ mod listeners;
 mod manual;
 mod nine;
 mod pool;
+mod pools;
 mod readme;
 mod recycle;
 mod reload;

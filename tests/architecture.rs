@@ -13,18 +13,20 @@ use crate::support::source;
 /// The floors, ground first, each with those that it may use. A floor uses only what stands
 /// above it in this table, so that every file can be read knowing what is below it and nothing
 /// of what is above.
-const FLOORS: [(&str, &[&str]); 12] = [
+const FLOORS: [(&str, &[&str]); 13] = [
     // the ground: system calls made safe, which know nothing of preforkd
     ("sys", &[]),
     ("error", &["sys"]),
     ("logging", &["sys", "error"]),
+    // pure: when to start again what has died; a worker's matter and the master's
+    ("throttle", &[]),
     // pure: bytes in, bytes out; no system call, so no sys
     ("protocol", &["error"]),
     // sys: accounts are looked up while a configuration is checked
     ("config", &["sys", "error", "logging", "protocol"]),
     (
         "handler",
-        &["sys", "error", "logging", "protocol", "config"],
+        &["sys", "error", "logging", "throttle", "protocol", "config"],
     ),
     // handler: a worker is handed the table of methods
     (
@@ -41,7 +43,7 @@ const FLOORS: [(&str, &[&str]); 12] = [
     (
         "master",
         &[
-            "sys", "error", "logging", "protocol", "config", "handler", "link",
+            "sys", "error", "logging", "throttle", "protocol", "config", "handler", "link",
         ],
     ),
     // the one place that joins the two

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 
 /// The shortest duration where zero makes no sense.
 pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
+/// Where the doubling delay of a respawn begins.
+const FIRST_RESPAWN_DELAY: Duration = Duration::from_millis(100);
 /// The longest duration: what is meant to be longer is meant to be never.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
 
@@ -25,12 +27,6 @@ pub(super) struct Check<'a> {
 }
 
 impl Check<'_> {
-    /// Refuses a key that only a later version knows.
-    pub fn not_supported(&self, key: &str) -> Error {
-        self.places
-            .error(key, "this key is not supported yet", "take it out")
-    }
-
     /// The value of `key` if it is within `range`, `default` if there is none.
     pub fn integer<T>(
         &self,
@@ -75,6 +71,17 @@ impl Check<'_> {
         Err(self
             .places
             .error(key, format!("{} is out of range", Span(value)), remedy))
+    }
+
+    /// Where the delay between deaths ends.
+    pub fn respawn_max_delay(&self, key: &str, value: Option<Span>) -> Result<Duration> {
+        let delay = self.duration(key, value, Duration::from_secs(30), Duration::ZERO)?;
+        if delay.is_zero() || delay >= FIRST_RESPAWN_DELAY {
+            return Ok(delay);
+        }
+        let problem = format!("{} is shorter than the first delay, 100ms", Span(delay));
+        let remedy = "give 100ms or more, or \"0s\" for no throttle";
+        Err(self.places.error(key, problem, remedy))
     }
 
     /// The word of `key`, which must be one of `words`.

@@ -4,9 +4,9 @@
 //! mirror, so quoting and names are serde's business and can't differ from what is read.
 
 use super::raw::{
-    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawRlimits, RawWorkers, Table,
+    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawWorkers, Table,
 };
-use super::settings::{Command, Log, Method, MethodKind, Rlimits, Settings};
+use super::settings::{Command, Log, Method, MethodKind, Pool, Rlimits, Settings};
 use super::units::{Size, Span};
 
 impl Settings {
@@ -37,7 +37,11 @@ fn mirror(settings: &Settings) -> Raw {
             .iter()
             .map(|(name, method)| (name.clone(), Table(self::method(method))))
             .collect(),
-        pools: Default::default(),
+        pools: settings
+            .pools
+            .iter()
+            .map(|(name, pool)| (name.clone(), Table(self::pool(pool))))
+            .collect(),
     }
 }
 
@@ -106,6 +110,10 @@ fn method(method: &Method) -> RawMethod {
             ..RawMethod::default()
         },
         MethodKind::Command(command) => self::command(command),
+        MethodKind::Pool(name) => RawMethod {
+            pool: Some(name.clone()),
+            ..RawMethod::default()
+        },
         MethodKind::Function => RawMethod::default(),
     };
     RawMethod {
@@ -117,27 +125,53 @@ fn method(method: &Method) -> RawMethod {
 }
 
 fn command(command: &Command) -> RawMethod {
-    let account = command.account.as_ref();
-    let limits = &command.rlimits;
-    // None of them can be above what an i64 holds: they were one.
-    let integer = |value: Option<u64>| value.map(|value| value as i64);
+    let program = &command.program;
+    let account = program.account.as_ref();
     RawMethod {
-        command: Some(command.arguments.clone()),
+        command: Some(program.arguments.clone()),
         stdin: Some(command.stdin.name().into()),
         output: Some(command.output.name().into()),
         max_output: Some(Size(command.max_output as u64)),
-        environment: Some(command.environment.clone()),
-        directory: Some(command.directory.to_string_lossy().into()),
+        environment: Some(program.environment.clone()),
+        directory: Some(program.directory.to_string_lossy().into()),
         user: account.map(|account| account.name.clone()),
         group: account.map(|account| account.group.clone()),
-        rlimits: (*limits != Rlimits::default()).then(|| {
-            Table(RawRlimits {
-                cpu: limits.cpu.map(Span),
-                memory: limits.memory.map(Size),
-                files: integer(limits.files),
-                processes: integer(limits.processes),
-            })
-        }),
+        rlimits: rlimits(&program.rlimits),
         ..RawMethod::default()
     }
+}
+
+fn pool(pool: &Pool) -> RawPool {
+    let program = &pool.program;
+    let account = program.account.as_ref();
+    RawPool {
+        command: Some(program.arguments.clone()),
+        processes: Some(pool.processes as i64),
+        ready: Some(if pool.handshake { "message" } else { "alive" }.into()),
+        boot_timeout: Some(Span(pool.boot_timeout)),
+        idle_timeout: Some(Span(pool.idle_timeout)),
+        max_calls: Some(pool.max_calls as i64),
+        max_memory: Some(Size(pool.max_memory)),
+        max_lifetime: Some(Span(pool.max_lifetime)),
+        respawn_burst: Some(pool.respawn_burst.into()),
+        respawn_max_delay: Some(Span(pool.respawn_max_delay)),
+        environment: Some(program.environment.clone()),
+        directory: Some(program.directory.to_string_lossy().into()),
+        user: account.map(|account| account.name.clone()),
+        group: account.map(|account| account.group.clone()),
+        rlimits: rlimits(&program.rlimits),
+    }
+}
+
+fn rlimits(limits: &Rlimits) -> Option<Table<RawRlimits>> {
+    // None of them can be above what an i64 holds: they were one.
+    let integer = |value: Option<u64>| value.map(|value| value as i64);
+    (*limits != Rlimits::default()).then(|| {
+        Table(RawRlimits {
+            cpu: limits.cpu.map(Span),
+            memory: limits.memory.map(Size),
+            files: integer(limits.files),
+            processes: integer(limits.processes),
+        })
+    })
 }

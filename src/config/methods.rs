@@ -1,17 +1,20 @@
 //! The table of methods: what the file says, what the program registered, and `ping`.
 //!
-//! A name is given once, by a builtin, a command or a function. A function that the file does not mention
+//! A name is given once, by a builtin, a command, a pool or a function. A function that the file does not mention
 //! has the defaults. No method may run longer than a drain waits for it.
 
 use std::collections::BTreeMap;
 
 use super::check::{Check, MILLISECOND};
 use super::commands;
-use super::document::join;
+use super::document::{join, nearest};
+use super::programs::Ids;
 use super::raw::{Raw, RawMethod};
-use super::settings::{Builtin, Limits, Method, MethodKind, Workers};
+use super::settings::{Builtin, Limits, Method, MethodKind, Pool, Workers};
 use super::units::Span;
 use crate::error::{Error, Result};
+
+type Pools = BTreeMap<String, Pool>;
 
 /// The longest name of a method, in bytes.
 const NAME_MAX: usize = 128;
@@ -20,8 +23,8 @@ const NAME_MAX: usize = 128;
 pub(super) fn resolve(
     raw: &Raw,
     check: &Check<'_>,
-    workers: (&Workers, commands::Ids),
-    limits: &Limits,
+    (workers, ids): (&Workers, Ids),
+    (limits, pools): (&Limits, &Pools),
 ) -> Result<BTreeMap<String, Method>> {
     let functions = &check.overrides.functions;
     for name in functions {
@@ -43,7 +46,7 @@ pub(super) fn resolve(
             .map_err(|problem| check.places.error(&key, problem, "give it another name"))?;
         methods.insert(
             name.clone(),
-            method(name, &key, raw, check, (limits, workers.1))?,
+            method(name, &key, raw, check, (limits, (pools, ids)))?,
         );
     }
     let with_defaults = |kind| Method {
@@ -59,7 +62,7 @@ pub(super) fn resolve(
     let ping = methods.entry("ping".to_owned());
     ping.or_insert_with(|| with_defaults(MethodKind::Builtin(Builtin::Ping)));
     for (name, method) in &methods {
-        fits_into_a_drain(name, method, check, workers.0)?;
+        fits_into_a_drain(name, method, check, workers)?;
     }
     Ok(methods)
 }
@@ -88,14 +91,11 @@ fn method(
     key: &str,
     raw: &RawMethod,
     check: &Check<'_>,
-    (limits, ids): (&Limits, commands::Ids),
+    (limits, programs): (&Limits, (&Pools, Ids)),
 ) -> Result<Method> {
-    if raw.pool.is_some() {
-        return Err(check.not_supported(&join(key, "pool")));
-    }
     let timeout = raw.timeout.map_or(limits.timeout, |Span(timeout)| timeout);
     Ok(Method {
-        kind: kind(name, key, raw, check, ids)?,
+        kind: kind(name, key, raw, check, programs)?,
         timeout: check.duration(
             &join(key, "timeout"),
             Some(Span(timeout)),
@@ -118,28 +118,35 @@ fn kind(
     key: &str,
     raw: &RawMethod,
     check: &Check<'_>,
-    ids: commands::Ids,
+    (pools, ids): (&Pools, Ids),
 ) -> Result<MethodKind> {
     let is_function = check.overrides.functions.contains(name);
     let builtin_key = join(key, "builtin");
-    if let Some(command) = &raw.command {
-        let command_key = join(key, "command");
+    let by_program = [
+        ("command", raw.command.is_some()),
+        ("pool", raw.pool.is_some()),
+    ];
+    if let Some((word, _)) = by_program.iter().find(|(_, is_set)| *is_set) {
         let (problem, remedy) = match &raw.builtin {
+            _ if raw.command.is_some() && raw.pool.is_some() => (
+                "the method has a pool as well",
+                "take out one of the two".to_owned(),
+            ),
             Some(_) => (
                 "builtin answers this method already",
-                "take out one of the two",
+                "take out one of the two".to_owned(),
             ),
             None if is_function => (
                 "the program registers a function of that name",
-                "take command out, or rename one",
+                format!("take {word} out, or rename one"),
             ),
-            None if name == "ping" => ("`ping` always answers pong", "give it another name"),
-            None => {
-                let command = commands::resolve(key, command, raw, check, ids)?;
-                return Ok(MethodKind::Command(Box::new(command)));
-            }
+            None if name == "ping" => (
+                "`ping` always answers pong",
+                "give it another name".to_owned(),
+            ),
+            None => return by_program_kind(key, raw, check, (pools, ids)),
         };
-        return Err(check.places.error(&command_key, problem, remedy));
+        return Err(check.places.error(&join(key, word), problem, &remedy));
     }
     if let Some(set) = raw.of_commands() {
         let problem = "only a method with command has this key";
@@ -156,7 +163,7 @@ fn kind(
             Err(check.places.error(
                 key,
                 "nothing answers this method",
-                "add command = [\"PROGRAM\", …], builtin = \"echo\" or \"sleep\", or register a function \
+                "add command = [\"PROGRAM\", …], pool = \"NAME\", builtin = \"echo\" or \"sleep\", or register a function \
                  of that name",
             ))
         };
@@ -179,6 +186,37 @@ fn kind(
             .error(&builtin_key, problem, "give it another name"));
     }
     Ok(MethodKind::Builtin(builtin))
+}
+
+/// A method that another program answers: a command, or a pool.
+fn by_program_kind(
+    key: &str,
+    raw: &RawMethod,
+    check: &Check<'_>,
+    (pools, ids): (&Pools, Ids),
+) -> Result<MethodKind> {
+    if let Some(command) = &raw.command {
+        let command = commands::resolve(key, command, raw, check, ids)?;
+        return Ok(MethodKind::Command(Box::new(command)));
+    }
+    let name = raw.pool.as_deref().unwrap_or_default();
+    if let Some(set) = raw.of_commands() {
+        return Err(check.places.error(
+            &join(key, set),
+            "only a method with command has this key",
+            format!("take it out, or set it in [pools.{name}] where that has it"),
+        ));
+    }
+    if pools.contains_key(name) {
+        return Ok(MethodKind::Pool(name.to_owned()));
+    }
+    let names: Vec<&str> = pools.keys().map(String::as_str).collect();
+    let remedy = match nearest(name, &names) {
+        Some(near) => format!("did you mean {near:?}?"),
+        None => "add [pools.NAME] with its command".to_owned(),
+    };
+    let problem = format!("there is no pool {name:?}");
+    Err(check.places.error(&join(key, "pool"), problem, &remedy))
 }
 
 /// A call that outlives the drain would be cut by every reload. The error stands at the key that

@@ -3,7 +3,7 @@
 //! [`load`] is the one way in, for start and reload alike; [`load_or_faults`] is it for `check`, which tells
 //! more than the first fault (`faults`). It goes in steps, a file each:
 //! `files` reads the text, `document` merges it and knows where each key stands, `raw` is serde's
-//! mirror of it, `resolve` with `listeners` and `methods` makes [`Settings`] of the mirror, where
+//! mirror of it, `resolve` with `listeners`, `methods` and `pools` makes [`Settings`] of the mirror, where
 //! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`needs_restart`] says what no reload changes.
 //!
 //! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
@@ -19,6 +19,8 @@ mod faults;
 mod files;
 mod listeners;
 mod methods;
+mod pools;
+mod programs;
 mod raw;
 mod resolve;
 mod restart;
@@ -35,8 +37,8 @@ pub use address::UNIX_PATH_MAX;
 pub use commands::placeholder;
 pub use restart::needs_restart;
 pub use settings::{
-    Address, Builtin, Command, Limits, Listen, Log, LogFormat, Method, MethodKind, Output, Rlimits,
-    Settings, Stdin, Workers,
+    Address, Builtin, Command, Limits, Listen, Log, LogFormat, Method, MethodKind, Output, Pool,
+    Program, Rlimits, Settings, Stdin, Workers,
 };
 
 use crate::error::{Error, Result};

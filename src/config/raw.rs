@@ -9,7 +9,6 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::units::{Size, Span};
@@ -31,8 +30,7 @@ pub(super) struct Raw {
     pub limits: Table<RawLimits>,
     pub listen: Option<Vec<Table<RawListen>>>,
     pub methods: BTreeMap<String, Table<RawMethod>>,
-    #[serde(skip_serializing)]
-    pub pools: BTreeMap<String, IgnoredAny>,
+    pub pools: BTreeMap<String, Table<RawPool>>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -85,7 +83,7 @@ pub(super) struct RawListen {
     pub mode: Option<String>,
 }
 
-/// A method. What only pools have is known by name, to be refused by name.
+/// A method.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawMethod {
@@ -94,11 +92,30 @@ pub(super) struct RawMethod {
     pub concurrency: Option<i64>,
     pub rate: Option<i64>,
     pub command: Option<Vec<String>>,
-    #[serde(skip_serializing)]
-    pub pool: Option<IgnoredAny>,
+    pub pool: Option<String>,
     pub stdin: Option<String>,
     pub output: Option<String>,
     pub max_output: Option<Size>,
+    pub environment: Option<BTreeMap<String, String>>,
+    pub directory: Option<String>,
+    pub user: Option<String>,
+    pub group: Option<String>,
+    pub rlimits: Option<Table<RawRlimits>>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawPool {
+    pub command: Option<Vec<String>>,
+    pub processes: Option<i64>,
+    pub ready: Option<String>,
+    pub boot_timeout: Option<Span>,
+    pub idle_timeout: Option<Span>,
+    pub max_calls: Option<i64>,
+    pub max_memory: Option<Size>,
+    pub max_lifetime: Option<Span>,
+    pub respawn_burst: Option<i64>,
+    pub respawn_max_delay: Option<Span>,
     pub environment: Option<BTreeMap<String, String>>,
     pub directory: Option<String>,
     pub user: Option<String>,

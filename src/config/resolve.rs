@@ -13,12 +13,12 @@ use log::LevelFilter;
 use super::Overrides;
 use super::address::{Address, check_unix_path};
 use super::check::{Check, MILLISECOND, command_line};
-use super::document::{Places, join};
+use super::document::Places;
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
 use super::settings::{Limits, Log, LogFormat, MethodKind, Settings, Workers};
 use super::surroundings::Surroundings;
 use super::units::{Size, Span};
-use super::{listeners, methods};
+use super::{listeners, methods, pools};
 use crate::error::Result;
 use crate::sys::account::{Account, AccountError};
 
@@ -29,8 +29,6 @@ const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
 /// than start.
 const LEAST_MEMORY: u64 = 1 << 20;
 const SHORTEST_LIFETIME: Duration = Duration::from_secs(1);
-/// Where the doubling delay of a respawn begins.
-const FIRST_RESPAWN_DELAY: Duration = Duration::from_millis(100);
 
 const OWN_PATH: &str = "give each a path of its own";
 const ROOT_WORKERS: &str = "workers run as root, and so does whatever goes wrong in a handler; set \
@@ -70,15 +68,16 @@ pub(super) fn resolve(
     let ids = account
         .as_ref()
         .map_or((here.uid, here.gid), |account| (account.uid, account.gid));
-    let methods = methods::resolve(raw, &check, (&workers, ids), &limits)?;
+    let pools = pools::resolve(raw, &check, (&workers, ids), &mut warnings)?;
+    let methods = methods::resolve(raw, &check, (&workers, ids), (&limits, &pools))?;
     let command = methods
         .iter()
-        .find(|(_, method)| matches!(method.kind, MethodKind::Command(_)));
+        .find(|(_, method)| matches!(method.kind, MethodKind::Command(_) | MethodKind::Pool(_)));
     if let Some((name, _)) = command
         && let Some(listen) = listen.iter().find(|listen| listen.address.is_public())
     {
         warnings.push(format!(
-            "{} can be reached from other machines, and whoever is there can run the command of \
+            "{} can be reached from other machines, and whoever is there can run the program of \
              {name}; listen on 127.0.0.1 or a unix socket, or be sure of that network",
             listen.address
         ));
@@ -100,6 +99,7 @@ pub(super) fn resolve(
         account,
         http_origins: http_origins(&check, raw)?,
         methods,
+        pools,
         log,
         workers,
         limits,
@@ -138,9 +138,6 @@ fn http_origins(check: &Check<'_>, raw: &Raw) -> Result<Vec<String>> {
 /// Refuses what this version knows by name only.
 fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
     let workers = &raw.workers;
-    if let Some(name) = raw.pools.keys().next() {
-        return Err(check.not_supported(&join("pools", name)));
-    }
     if let Some(events) = &workers.events {
         let key = "workers.events";
         if check.choice(key, events, &["auto", "epoll", "io_uring"])? == "io_uring" {
@@ -275,19 +272,6 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
         }
         Some(Count::Auto) | None => check.here.cpus.clamp(1, 1024),
     };
-    let delay = check.duration(
-        "workers.respawn-max-delay",
-        raw.respawn_max_delay,
-        Duration::from_secs(30),
-        Duration::ZERO,
-    )?;
-    if !delay.is_zero() && delay < FIRST_RESPAWN_DELAY {
-        let problem = format!("{} is shorter than the first delay, 100ms", Span(delay));
-        let remedy = "give 100ms or more, or \"0s\" for no throttle";
-        return Err(check
-            .places
-            .error("workers.respawn-max-delay", problem, remedy));
-    }
     let timeout = |key, value, least| check.duration(key, value, DEFAULT_TIMEOUT, least);
     Ok(Workers {
         count,
@@ -306,7 +290,8 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
             0..=1_000_000,
             "",
         )?,
-        respawn_max_delay: delay,
+        respawn_max_delay: check
+            .respawn_max_delay("workers.respawn-max-delay", raw.respawn_max_delay)?,
         keep_connections: raw.keep_connections.unwrap_or(true),
         max_calls: check.integer("workers.max-calls", raw.max_calls, 0, 0..=1 << 50, "")?,
         max_memory: max_memory(check, raw)?,

@@ -38,6 +38,8 @@ pub struct Settings {
     pub listen: Vec<Listen>,
     /// The methods by name; `ping` is always there.
     pub methods: BTreeMap<String, Method>,
+    /// The pools by name; each method that names one names one of these.
+    pub pools: BTreeMap<String, Pool>,
     /// What is allowed and yet worth a word, a sentence each, for the log and for `check`.
     pub warnings: Vec<String>,
 }
@@ -127,19 +129,13 @@ pub struct Limits {
     pub idle_timeout: Duration,
 }
 
-/// The keys of a method with `command`.
+/// A program that is started for calls, and what surrounds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Command {
-    /// The program's file, absolute.
-    pub program: PathBuf,
+pub struct Program {
+    /// Its file, absolute.
+    pub file: PathBuf,
     /// Its arguments, its own name first: as written, but for a relative path of the program.
     pub arguments: Vec<String>,
-    /// What it reads from its standard input.
-    pub stdin: Stdin,
-    /// What its standard output is taken for.
-    pub output: Output,
-    /// Bytes that it may write there, 1 to 128 MiB.
-    pub max_output: usize,
     /// Its environment, beside `PREFORKD_CALL`.
     pub environment: BTreeMap<String, String>,
     /// Its working directory, absolute.
@@ -148,6 +144,44 @@ pub struct Command {
     pub account: Option<Account>,
     /// Its resource limits.
     pub rlimits: Rlimits,
+}
+
+/// The keys of a method with `command`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Command {
+    /// What is run.
+    pub program: Program,
+    /// What it reads from its standard input.
+    pub stdin: Stdin,
+    /// What its standard output is taken for.
+    pub output: Output,
+    /// Bytes that it may write there, 1 to 128 MiB.
+    pub max_output: usize,
+}
+
+/// One `[pools.NAME]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// What is run.
+    pub program: Program,
+    /// Copies under each worker, 1 to 1024.
+    pub processes: usize,
+    /// Whether it says when it is ready; else it is when it has been alive for 50 ms.
+    pub handshake: bool,
+    /// How long it may take to say so; 1 ms to `workers.boot_timeout`.
+    pub boot_timeout: Duration,
+    /// How long it may have nothing to do before it is ended; zero is for ever.
+    pub idle_timeout: Duration,
+    /// Calls after which it is replaced; 0 is never.
+    pub max_calls: u64,
+    /// Bytes of resident memory above which it is replaced; 0 is never.
+    pub max_memory: u64,
+    /// The age at which it is replaced; zero is never.
+    pub max_lifetime: Duration,
+    /// Young deaths that are followed by a start at once; 0 delays from the first.
+    pub respawn_burst: u32,
+    /// Where the doubling delay ends; zero means no throttle, else at least 100 ms.
+    pub respawn_max_delay: Duration,
 }
 
 /// What a command reads from its standard input.
@@ -188,7 +222,7 @@ impl Output {
     }
 }
 
-/// Resource limits of a command (getrlimit(2)); `None` leaves those of the workers.
+/// Resource limits of a program (getrlimit(2)); `None` leaves those of the workers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rlimits {
     /// CPU time; whole seconds, 1 s at least.
@@ -234,6 +268,8 @@ pub struct Method {
 pub enum MethodKind {
     /// A program, one process for each call.
     Command(Box<Command>),
+    /// The programs of the pool of this name.
+    Pool(String),
     /// A handler of the server's own.
     Builtin(Builtin),
     /// A handler that the program registered under this name.

@@ -10,6 +10,8 @@ pub mod function;
 pub mod guard;
 pub mod job;
 pub mod kept;
+pub mod pool;
+mod program;
 pub mod registry;
 
 use std::net::SocketAddr;
@@ -221,6 +223,14 @@ impl CallState {
     pub fn begin(&self) -> bool {
         self.phase
             .compare_exchange(WAITING, RUNNING, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// What was to run it is gone, and it is certain that it had not begun: it waits again. False
+    /// when it was given up meanwhile.
+    fn wait_again(&self) -> bool {
+        self.phase
+            .compare_exchange(RUNNING, WAITING, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
     }
 

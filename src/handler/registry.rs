@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::Handler;
 use super::kept::{Hooks, Kept, Worker};
+use super::pool::Pool;
 
 /// The method that answers with [`Registry::describe`].
 pub const DISCOVER: &str = "rpc.discover";
@@ -56,6 +57,8 @@ pub struct Registry {
     kept: Kept,
     /// Set in a worker, once what it keeps for itself is there.
     worker: OnceLock<Worker>,
+    /// By the number that the methods' handlers have.
+    pools: Vec<Arc<Pool>>,
 }
 
 impl Registry {
@@ -81,6 +84,17 @@ impl Registry {
             kept,
             ..self
         }
+    }
+
+    /// The same with the pools that the methods' handlers have the numbers of.
+    #[must_use]
+    pub fn with_pools(self, pools: Vec<Arc<Pool>>) -> Self {
+        Registry { pools, ..self }
+    }
+
+    /// The pools, by number.
+    pub fn pools(&self) -> &[Arc<Pool>] {
+        &self.pools
     }
 
     /// Lets the program make what each worker has for itself: once, in a worker, before any call.
@@ -149,6 +163,13 @@ impl Registry {
             "methods": methods,
         })
         .to_string()
+    }
+
+    /// What stands in `out` of a method's answers, by its number.
+    pub fn answer_name(&self, number: usize) -> &str {
+        let own = self.methods.get(number);
+        let own = own.and_then(|method| method.handler.answer_name());
+        own.unwrap_or_else(|| self.name(number))
     }
 
     /// The name of a method by its number, such as the scoreboard has; a question mark for a

@@ -11,8 +11,8 @@ use nix::sys::signal::Signal;
 
 use super::event::{Limits, Millis};
 use super::recycle::Wear;
-use super::throttle::Throttle;
 use crate::link::ids::{Generation, Pid, Slot};
+use crate::throttle::Throttle;
 
 /// A slot of one generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

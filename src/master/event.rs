@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::link::ids::{Generation, Pid, Slot};
 pub use crate::sys::process::Exit;
+use crate::throttle;
 
 /// Monotonic milliseconds; where zero lies is the caller's choice (the master's start).
 pub type Millis = u64;
@@ -37,6 +38,16 @@ pub struct Limits {
     pub max_lifetime: Millis,
     /// How many recycles may be under way at one time, of all reasons together.
     pub max_unavailable: usize,
+}
+
+impl Limits {
+    /// The part that is the throttle's.
+    pub fn throttle(&self) -> throttle::Limits {
+        throttle::Limits {
+            burst: self.respawn_burst,
+            max_delay: self.respawn_max_delay,
+        }
+    }
 }
 
 /// What happened.

@@ -195,7 +195,9 @@ impl Fleet {
         let limits = self.limits_of(seat);
         let tenure = self.table.seats.get_mut(&seat);
         let tenure = tenure.expect("the caller saw the worker in this seat");
-        let due = tenure.throttle.death(child.health(now), &limits, now);
+        let due = tenure
+            .throttle
+            .death(child.health(now), &limits.throttle(), now);
         let young = tenure.throttle.young_deaths();
         let follows = match due - now {
             0 => "replaced at once".to_owned(),

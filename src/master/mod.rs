@@ -14,7 +14,6 @@
 //! | `watch` | what time brings: deadlines, heartbeats, a master that was paused |
 //! | `recycle` | workers that have had enough: a successor first, then they drain |
 //! | `children` | the child table: who is where, in which stage |
-//! | [`throttle`] | how soon a slot may be forked again |
 //! | [`deaths`] | the last deaths, and how a death is told |
 //! | `limiter` | how often a repeated trouble may be logged |
 //! | `spread` | who gives how many lasting connections to whom |
@@ -43,7 +42,6 @@ mod spreading;
 mod start;
 mod status;
 mod supervise;
-pub mod throttle;
 pub mod view;
 mod watch;
 mod workers;

@@ -185,7 +185,10 @@ impl Fleet {
             return;
         };
         let due = match wish.urgent {
-            true => self.tenure(seat).throttle.death(health, &limits, now),
+            true => self
+                .tenure(seat)
+                .throttle
+                .death(health, &limits.throttle(), now),
             false => now,
         };
         if let Some(more) = self.recycling.lines.admit(now) {
@@ -231,7 +234,7 @@ impl Fleet {
     pub(super) fn successor_died(&mut self, child: &Child, death: &Death) {
         let (seat, now) = (child.seat, self.now);
         let tenure = self.tenure(seat);
-        let due = tenure.throttle.death(None, &child.limits, now);
+        let due = tenure.throttle.death(None, &child.limits.throttle(), now);
         let young = tenure.throttle.young_deaths();
         let follows = match due - now {
             0 => "another one is started".to_owned(),

@@ -4,9 +4,9 @@ use super::children::{Child, Holder, Seat, Stage, Tenure};
 use super::deaths::Deaths;
 use super::event::Millis;
 use super::fleet::{Fleet, Phase};
-use super::throttle::HEALTHY_AFTER;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::State;
+use crate::throttle::HEALTHY_AFTER;
 
 /// One line of `status`: a worker, or a slot without one.
 #[derive(Debug, Clone, PartialEq, Eq)]

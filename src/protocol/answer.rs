@@ -15,6 +15,9 @@ use std::borrow::Cow;
 /// The `out` of every error; no method may answer with it.
 pub const ERROR: &str = "error";
 
+/// How a sentence begins that says why something is no answer.
+pub(super) const NO_ANSWER: &str = "what came back is no answer: ";
+
 /// Appends the answer of a call that has a result. `result` and `id` must be JSON.
 pub fn result(out: &mut Vec<u8>, name: &str, result: &str, id: Option<&str>) {
     begin(out, name);
@@ -119,7 +122,7 @@ fn object<'a, T: Deserialize<'a>>(text: &'a str) -> Option<Result<T>> {
 }
 
 fn no_answer(why: &str) -> Error {
-    Error::Protocol(format!("what came back is no answer: {why}"))
+    Error::Protocol(format!("{NO_ANSWER}{why}"))
 }
 
 /// Appends an answer up to its result, which is to be appended next, as JSON.

@@ -18,6 +18,7 @@
 //! | [`jsonrpc`] | the JSON-RPC 2.0 form of both, and batches |
 //! | [`body`] | which form a body has |
 //! | [`mod@line`], [`http`] | where a line ends, where a request does; what it asks for |
+//! | [`program`] | what a pool program is told and answers |
 //! | [`reply`] | an answer in any form and dialect |
 //! | [`detect`] | which dialect a connection's first four bytes speak |
 //!
@@ -38,6 +39,7 @@ pub mod http;
 pub mod json;
 pub mod jsonrpc;
 pub mod line;
+pub mod program;
 pub mod reply;
 pub mod rpc_error;
 

@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod descriptor;
 pub mod event;
 pub mod exec;
+mod execute;
 pub mod notify;
 pub mod privilege;
 pub mod process;

@@ -185,6 +185,29 @@ pub fn has_ended(fd: &impl AsFd) -> bool {
     }
 }
 
+/// Two stream sockets that are each other's peers: ours, which does not wait, and another
+/// program's, which does.
+///
+/// # Errors
+/// When there is no descriptor left.
+pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
+    nix::fcntl::fcntl(
+        &ours,
+        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+    )?;
+    Ok((ours, theirs))
+}
+
+/// Whether the peer of a unix stream socket has not read all that was sent (SIOCOUTQ, unix(7)).
+pub fn has_unread(fd: &impl AsFd) -> bool {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the pointer is to a live value of the right type.
+    let done = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+    done == 0 && count > 0
+}
+
 /// Two connected ends that keep packets whole and tell when the other one is gone
 /// (SOCK_SEQPACKET, unix(7)); non-blocking, close-on-exec.
 ///

@@ -11,31 +11,27 @@
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char};
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
 
 use super::account::Account;
+use super::execute::{Plan, become_program};
 use super::process::{self, Exit, Pid};
-use super::tree::ends_within;
+use super::tree::{self, ends_within};
 
 /// The child's stack until its exec: its frames are small, and nothing of it recurses.
 const STACK: usize = 64 * 1024;
-/// What files a child creates can be read by all, and written by its user.
-const UMASK: libc::mode_t = 0o022;
 /// How long a killed child may take to end; longer takes only one that hangs in the kernel.
 const DYING: Duration = Duration::from_secs(1);
-/// The soft limit of descriptors where none is configured, as at a login: ours is raised, and
-/// there are programs that close each number up to it, and some that can't count so far.
-const FILES: u64 = 1024;
-
 /// What all children of one kind have in common.
 #[derive(Debug, Clone)]
 pub struct Template {
@@ -62,7 +58,7 @@ pub struct Limits {
     pub processes: Option<u64>,
 }
 
-/// Descriptors 0, 1 and 2 of a child.
+/// The descriptors of a child: 0, 1, 2, and for some one more, 3.
 #[derive(Debug, Clone, Copy)]
 pub struct Stdio<'a> {
     /// Its standard input.
@@ -71,6 +67,8 @@ pub struct Stdio<'a> {
     pub stdout: BorrowedFd<'a>,
     /// Its standard error.
     pub stderr: BorrowedFd<'a>,
+    /// Descriptor 3, if it has one.
+    pub calls: Option<BorrowedFd<'a>>,
 }
 
 /// What a child could not do, which is why there is none.
@@ -99,6 +97,16 @@ pub struct SpawnError {
     pub step: Step,
     /// With what.
     pub errno: Errno,
+}
+
+impl SpawnError {
+    /// Whether the system just has nothing to give for now.
+    pub fn is_temporary(&self) -> bool {
+        matches!(
+            self.errno,
+            Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE
+        )
+    }
 }
 
 impl fmt::Display for SpawnError {
@@ -160,6 +168,20 @@ pub struct Child {
     reaped: bool,
 }
 
+/// /dev/null, for a child that is to read nothing; of each process of ours opened when it is first
+/// needed, never inherited.
+///
+/// # Errors
+/// When there is no descriptor left.
+pub fn null() -> io::Result<BorrowedFd<'static>> {
+    static NULL: OnceLock<File> = OnceLock::new();
+    if let Some(file) = NULL.get() {
+        return Ok(file.as_fd());
+    }
+    let file = File::open("/dev/null")?;
+    Ok(NULL.get_or_init(|| file).as_fd())
+}
+
 /// Starts the program of `template`. `arguments` begin with the program's name for itself;
 /// `environment` is all that it gets.
 ///
@@ -176,27 +198,28 @@ pub fn spawn(
         strings.chain([ptr::null()]).collect()
     };
     let (argv, envp) = (pointers(arguments), pointers(environment));
-    // Above 2, or one of them would be overwritten by another: clones, where need be.
-    let (mut kept, mut fds) = (Vec::new(), [0; 3]);
-    for (at, fd) in [stdio.stdin, stdio.stdout, stdio.stderr]
-        .into_iter()
-        .enumerate()
-    {
-        fds[at] = fd.as_raw_fd();
-        if fds[at] <= 2 {
-            let clone = fd.try_clone_to_owned().map_err(|error| SpawnError {
+    // Above 3, or one of them would be overwritten by another: clones, where need be.
+    let (mut kept, mut fds) = (Vec::new(), Vec::with_capacity(4));
+    let wanted = [stdio.stdin, stdio.stdout, stdio.stderr].into_iter();
+    for fd in wanted.chain(stdio.calls) {
+        let mut raw = fd.as_raw_fd();
+        if raw <= 3 {
+            // SAFETY: plain numbers; what is returned is a descriptor of nobody else's.
+            let clone = unsafe { libc::fcntl(raw, libc::F_DUPFD_CLOEXEC, 4) };
+            raw = Errno::result(clone).map_err(|errno| SpawnError {
                 step: Step::Descriptors,
-                errno: errno_of(&error),
+                errno,
             })?;
-            fds[at] = clone.as_raw_fd();
-            kept.push(clone);
+            // SAFETY: as above.
+            kept.push(unsafe { OwnedFd::from_raw_fd(raw) });
         }
+        fds.push(raw);
     }
     let plan = Plan {
         template,
         argv: &argv,
         envp: &envp,
-        stdio: fds,
+        stdio: &fds,
         failed: Cell::new(None),
     };
     let mut stack = Vec::<u8>::with_capacity(STACK);
@@ -242,12 +265,6 @@ pub fn spawn(
     }
 }
 
-fn errno_of(error: &io::Error) -> Errno {
-    error
-        .raw_os_error()
-        .map_or(Errno::UnknownErrno, Errno::from_raw)
-}
-
 impl Child {
     /// Its pid.
     pub fn pid(&self) -> Pid {
@@ -262,6 +279,27 @@ impl Child {
         // SAFETY: plain numbers; the group's number is taken as long as the child is not reaped.
         unsafe { libc::kill(-self.pid.0, libc::SIGKILL) };
         process::kill(self.pid, nix::sys::signal::Signal::SIGKILL);
+    }
+
+    /// Asks it to leave (SIGTERM), and nobody else of its group: what it started is its business.
+    pub fn terminate(&self) {
+        if !self.reaped {
+            process::kill(self.pid, nix::sys::signal::Signal::SIGTERM);
+        }
+    }
+
+    /// Kills it, its group, and all that descends from it, and takes its status. Waits until it
+    /// has ended, which takes long only for what hangs in the kernel.
+    pub fn kill_with_descendants(&mut self) -> Option<Exit> {
+        // Before the kill: afterwards nobody could say whose children they were.
+        let below = tree::descendants(&[self.pid]);
+        self.kill();
+        below.iter().for_each(tree::Held::kill);
+        if self.ends_within(DYING) {
+            self.reap()
+        } else {
+            None
+        }
     }
 
     /// Waits until it has ended, `limit` at most; tells whether it has.
@@ -304,163 +342,6 @@ impl Drop for Child {
                 .push(self.pid);
         }
     }
-}
-
-/// What the child reads, and writes why it failed.
-struct Plan<'a> {
-    template: &'a Template,
-    argv: &'a [*const c_char],
-    envp: &'a [*const c_char],
-    stdio: [RawFd; 3],
-    failed: Cell<Option<SpawnError>>,
-}
-
-extern "C" fn become_program(plan: *mut c_void) -> c_int {
-    // SAFETY: it is the parent's plan, which waits for us and touches nothing.
-    let plan = unsafe { &*plan.cast_const().cast::<Plan<'_>>() };
-    // SAFETY: we are the child of the clone in `spawn`.
-    let Err(error) = unsafe { execute(plan) };
-    plan.failed.set(Some(error));
-    // SAFETY: leaves without anything of the parent's being undone.
-    unsafe { libc::_exit(127) }
-}
-
-/// The way from a copy of ours to the program.
-///
-/// # Safety
-/// To be called in a child that shares memory with its suspended parent, and nowhere else.
-unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnError> {
-    let template = plan.template;
-    let check = |step: Step, result: c_int| {
-        Errno::result(result)
-            .map(drop)
-            .map_err(|errno| SpawnError { step, errno })
-    };
-    // SAFETY: system calls with plain numbers, and pointers to what the parent keeps alive. The
-    // wrappers used are bare system calls in glibc and musl; those of setuid and its like are not,
-    // and are gone around.
-    unsafe {
-        default_signals();
-        check(Step::Group, libc::setpgid(0, 0))?;
-        for (number, &fd) in plan.stdio.iter().enumerate() {
-            check(Step::Descriptors, libc::dup2(fd, number as c_int))?;
-        }
-        // All of ours have CLOEXEC: a belt, for a library that opened one without.
-        libc::syscall(
-            libc::SYS_close_range,
-            3,
-            u32::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        );
-        set_limits(&template.limits).map_err(|errno| SpawnError {
-            step: Step::Limits,
-            errno,
-        })?;
-        if let Some(account) = &template.account {
-            become_account(account).map_err(|errno| SpawnError {
-                step: Step::Account,
-                errno,
-            })?;
-        }
-        // As that user, who may not enter what we may.
-        check(Step::Directory, libc::chdir(template.directory.as_ptr()))?;
-        libc::umask(UMASK);
-        // Last: from here on a signal ends us.
-        let none: libc::sigset_t = std::mem::zeroed();
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
-        let path = template.program.as_ptr();
-        libc::execve(path, plan.argv.as_ptr(), plan.envp.as_ptr());
-    }
-    Err(SpawnError {
-        step: Step::Execute,
-        errno: Errno::last(),
-    })
-}
-
-/// Every signal's default: exec keeps what is ignored. By raw calls, for libc keeps two signals to
-/// itself, which whoever started us may ignore all the same.
-///
-/// # Safety
-/// As `execute`.
-unsafe fn default_signals() {
-    // Larger than any architecture's; zero is SIG_DFL with neither flags nor mask.
-    let default = [0_u64; 8];
-    for signal in 1..=64 {
-        let (new, old) = (default.as_ptr(), ptr::null_mut::<c_void>());
-        // SAFETY: SIG_DFL runs no code; numbers that may not be set are refused.
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, 8) };
-    }
-}
-
-/// # Safety
-/// As `execute`.
-unsafe fn set_limits(limits: &Limits) -> Result<(), Errno> {
-    let set = |resource, soft: u64, hard: u64| {
-        let limit = libc::rlimit {
-            rlim_cur: soft,
-            rlim_max: hard,
-        };
-        // SAFETY: a pointer to a live structure.
-        Errno::result(unsafe { libc::setrlimit(resource, &raw const limit) }).map(drop)
-    };
-    // Nobody's limit is raised above ours.
-    let within = |resource, wanted: u64| {
-        let mut ours = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: likewise.
-        Errno::result(unsafe { libc::getrlimit(resource, &raw mut ours) })?;
-        Ok::<u64, Errno>(wanted.min(ours.rlim_max))
-    };
-    if let Some(seconds) = limits.cpu_seconds {
-        let seconds = within(libc::RLIMIT_CPU, seconds)?;
-        let hard = within(libc::RLIMIT_CPU, seconds.saturating_add(1))?;
-        set(libc::RLIMIT_CPU, seconds, hard)?;
-    }
-    for (resource, wanted) in [
-        (libc::RLIMIT_AS, limits.memory),
-        (libc::RLIMIT_NPROC, limits.processes),
-        (libc::RLIMIT_NOFILE, limits.files),
-    ] {
-        if let Some(wanted) = wanted {
-            let value = within(resource, wanted)?;
-            set(resource, value, value)?;
-        }
-    }
-    if limits.files.is_none() {
-        let hard = within(libc::RLIMIT_NOFILE, u64::MAX)?;
-        set(libc::RLIMIT_NOFILE, hard.min(FILES), hard)?;
-    }
-    Ok(())
-}
-
-/// The order is `privilege`'s, and so are the reasons; by raw calls, because libc's wrappers would
-/// ask all threads of the parent to change as well.
-///
-/// # Safety
-/// As `execute`.
-unsafe fn become_account(account: &Account) -> Result<(), Errno> {
-    let call = |result: libc::c_long| Errno::result(result).map(drop);
-    let (uid, gid) = (account.uid, account.gid);
-    // SAFETY: plain numbers, and a pointer to as many groups as are said.
-    unsafe {
-        let groups = account.groups.as_ptr();
-        call(libc::syscall(
-            libc::SYS_setgroups,
-            account.groups.len(),
-            groups,
-        ))?;
-        for capability in 0..64 {
-            if libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) != 0 {
-                break;
-            }
-        }
-        call(libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
-        call(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
-        Errno::result(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
-    }
-    Ok(())
 }
 
 /// The calling thread's signal mask, to be put back.

@@ -21,6 +21,7 @@ fn shell(template: &Template, script: &str) -> (String, Exit) {
         stdin: null.as_fd(),
         stdout: writer.as_fd(),
         stderr: writer.as_fd(),
+        calls: None,
     };
     let arguments = [c"sh", c"-c", script.as_c_str()];
     let mut child = spawn(template, &arguments, &[c"ONLY=this"], stdio).unwrap();
@@ -56,6 +57,7 @@ fn what_fails_before_exec_is_told_and_leaves_no_child() {
         stdin: null.as_fd(),
         stdout: null.as_fd(),
         stderr: null.as_fd(),
+        calls: None,
     };
     let missing = spawn(&template("/no/such"), &[c"x"], &[], stdio).unwrap_err();
     assert_eq!(
@@ -100,6 +102,7 @@ fn a_dropped_child_is_gone_with_its_group() {
         stdin: null.as_fd(),
         stdout: writer.as_fd(),
         stderr: null.as_fd(),
+        calls: None,
     };
     let arguments = [c"sh", c"-c", c"trap '' TERM; sleep 600 & sleep 600"];
     let child = spawn(&template("/bin/sh"), &arguments, &[], stdio).unwrap();

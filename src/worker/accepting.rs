@@ -65,7 +65,7 @@ impl EventLoop {
     }
 
     pub(super) fn resume_listening(&mut self, floor: &mut Floor) {
-        if self.full || !self.drain.is_serving() {
+        if self.full || !self.serves || !self.drain.is_serving() {
             return;
         }
         if let Err(error) = floor.resume_listeners() {

@@ -106,7 +106,12 @@ impl Drain {
     /// How long the program's own words at the end may take; `None` where all is to end at once.
     pub fn last_words_ms(&self, now_ms: u64) -> Option<u64> {
         let left = self.until_ms.saturating_sub(now_ms).max(FLUSH_MS);
-        (self.mode != Mode::Leaving).then_some(left)
+        (!self.is_at_once()).then_some(left)
+    }
+
+    /// Whether it leaves without doing anything more that takes time.
+    pub fn is_at_once(&self) -> bool {
+        self.mode == Mode::Leaving
     }
 
     /// When `step` wants to be asked at the latest.

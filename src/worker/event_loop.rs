@@ -22,7 +22,6 @@ use crate::link::channel::WorkerEnd;
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
-use crate::logging;
 use crate::sys::event::{Completion, Driver, Floor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
@@ -99,6 +98,8 @@ pub struct EventLoop {
     pub(super) full: bool,
     /// After so many calls the master is told that it is enough.
     pub(super) worn_after: u64,
+    /// Whether the master was told that it does.
+    pub(super) serves: bool,
 }
 
 impl EventLoop {
@@ -131,22 +132,23 @@ impl EventLoop {
             next_tick_ms: 0,
             full: false,
             worn_after: wear::enough(workers.max_calls),
+            serves: false,
         }
     }
 
-    /// Tells the master that this worker accepts, and serves until it is time to leave.
+    /// Tells the master that this worker accepts, as soon as it can, and serves until it is time to
+    /// leave.
     ///
     /// # Errors
-    /// When the floor fails, or the master can't be told.
+    /// When the floor fails, a program of a pool does that has to be there, or the master can't be told.
     pub fn run(&mut self, floor: &mut Floor) -> io::Result<()> {
         floor.watch(SIGNALS, &self.signals)?;
         floor.watch(LINK, &self.link)?;
         floor.watch(WAKER, &*self.waker)?;
         self.beat();
-        // One that the master does not know of would be ended at boot-timeout.
-        self.report(Report::Ready)?;
-        logging::stop_telling();
+        self.hold_back(floor);
         loop {
+            self.open(floor)?;
             let next = self
                 .service
                 .timers

@@ -5,6 +5,7 @@
 //! replaces; a panic of a handler is an answer.
 
 mod accepting;
+mod booting;
 mod calls;
 mod connection;
 mod deadlines;
@@ -31,12 +32,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::handler::command::sweep;
 use crate::link::boot::Boot;
 use crate::link::handoff::LONGEST;
 use crate::logging;
 use crate::sys::event::Floor;
-use crate::sys::process::exit_now;
+use crate::sys::process::{Pid, exit_now};
 use crate::sys::signal;
 use crate::sys::waker::Waker;
 
@@ -93,6 +93,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     floor
         .listen(boot.listeners, (Rc::clone(&boot.adoption.taking), LONGEST))
         .map_err(cant("watch its listeners"))?;
+    let master = boot.master;
     let limits = boot.settings.limits.clone();
     let service = Service {
         calls: Calls::new(Arc::clone(&boot.registry), limits.queue),
@@ -121,11 +122,9 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         boot.generation,
         &boot.settings.workers,
     );
-    event_loop
-        .run(&mut floor)
-        .map_err(cant("wait for events"))?;
-    // Who still waits for one has been answered.
-    sweep::end_all();
+    let ran = event_loop.run(&mut floor).map_err(cant("serve"));
+    event_loop.end_programs(Pid::parent() != master);
+    ran?;
     last_words::speak(&mut event_loop);
     log::debug!("leaves");
     // The process ends here: threads that still run handlers end with it, unasked.

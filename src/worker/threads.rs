@@ -1,4 +1,5 @@
-//! The handler threads of a worker: they run one call after the other and wake the loop.
+//! The handler threads of a worker: they run one call after the other and wake the loop. Beside them
+//! the programs of pools, which take calls in the same way.
 //!
 //! What waits for a thread, and which goes first, is decided by `calls`; here is only a short
 //! queue that keeps threads from standing idle in between. A panic in a handler is an answer.
@@ -12,6 +13,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::handler::job::Reports;
 pub use crate::handler::job::{Done, Job};
+use crate::handler::pool::Pools;
 use crate::handler::registry::Registry;
 use crate::handler::{Context, guard};
 use crate::protocol::rpc_error::RpcError;
@@ -26,6 +28,7 @@ pub struct Threads {
     jobs: Sender<Job>,
     done: Receiver<Done>,
     count: usize,
+    pools: Pools,
 }
 
 impl Threads {
@@ -84,20 +87,32 @@ impl Threads {
             jobs,
             done,
             count: started,
+            pools: Pools::start(registry, &reports, waker)?,
         })
     }
 
-    /// How many serve a lane.
+    /// How many serve a lane: handler threads, or programs of a pool.
     pub fn count(&self, lane: usize) -> usize {
-        if lane == 0 { self.count } else { 0 }
+        match lane.checked_sub(1) {
+            None => self.count,
+            Some(pool) => self.pools.count(pool),
+        }
     }
 
     /// Hands a job over to a lane.
     pub fn run(&self, lane: usize, job: Job) {
-        debug_assert_eq!(lane, 0);
-        self.jobs
-            .send(job)
-            .expect("the threads live as long as the worker");
+        match lane.checked_sub(1) {
+            None => self
+                .jobs
+                .send(job)
+                .expect("the threads live as long as the worker"),
+            Some(pool) => self.pools.put(pool, job),
+        }
+    }
+
+    /// The programs of all pools.
+    pub fn pools(&self) -> &Pools {
+        &self.pools
     }
 
     /// Takes what is done, without waiting.

@@ -76,21 +76,19 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn command()(
+    fn program()(
         more in prop::collection::vec("[a-z '\"\\\\-]{0,8}|\\{[a-z]{1,4}\\}", 0..4), by_name: bool,
-        params: bool, json: bool, max_output in 1..=128usize << 20, user: bool,
+        user: bool,
         environment in prop::collection::btree_map("[A-OQ-Z][A-Z_]{0,5}", "[^\0]{0,9}", 0..3),
         cpu in prop::option::of(1..1000u64), memory in prop::option::of(1u64 << 20..1 << 40),
         files in prop::option::of(3..1000u64), processes in prop::option::of(1..1000u64),
-    ) -> Command {
-        let program = PathBuf::from("/bin/sh").canonicalize().unwrap();
-        let name = if by_name { "sh".to_owned() } else { program.to_str().unwrap().to_owned() };
-        Command {
-            program,
+    ) -> Program {
+        let file = PathBuf::from("/bin/sh").canonicalize().unwrap();
+        let name = if by_name { "sh".to_owned() } else { file.to_str().unwrap().to_owned() };
+        Program {
+            file,
             arguments: [name].into_iter().chain(more).collect(),
-            stdin: if params { Stdin::Params } else { Stdin::None },
-            output: if json { Output::Json } else { Output::Text },
-            max_output, environment,
+            environment,
             directory: "/etc".into(),
             account: user.then(|| Account::lookup("nobody", Some("root")).unwrap()),
             rlimits: Rlimits { cpu: cpu.map(Duration::from_secs), memory, files, processes },
@@ -99,12 +97,41 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn command()(
+        program in program(), params: bool, json: bool, max_output in 1..=128usize << 20,
+    ) -> Command {
+        Command {
+            program,
+            stdin: if params { Stdin::Params } else { Stdin::None },
+            output: if json { Output::Json } else { Output::Text },
+            max_output,
+        }
+    }
+}
+
+prop_compose! {
+    fn pool()(
+        program in program(), processes in 1..=1024usize, handshake: bool,
+        times in [or_zero(1), or_zero(1)], respawn_max_delay in or_zero(100),
+        max_calls in 0..i64::MAX as u64, max_memory: u64, respawn_burst in 0..=1_000_000u32,
+    ) -> Pool {
+        let [idle_timeout, max_lifetime] = times;
+        Pool {
+            program, processes, handshake, idle_timeout, max_lifetime, respawn_max_delay,
+            max_calls, max_memory, respawn_burst,
+            boot_timeout: Duration::from_millis(1),
+        }
+    }
+}
+
+prop_compose! {
     fn method()(
-        kind in 0..5usize, command in command(), timeout in duration(1),
+        kind in 0..6usize, command in command(), timeout in duration(1),
         concurrency in 0..=1000usize, rate: u32,
     ) -> Method {
         let kind = match kind {
             4 => MethodKind::Command(Box::new(command)),
+            5 => MethodKind::Pool("first".into()),
             0 => MethodKind::Function,
             1 => MethodKind::Builtin(Builtin::Ping),
             2 => MethodKind::Builtin(Builtin::Echo),
@@ -120,7 +147,7 @@ prop_compose! {
         paths in [path(), path()], workers in workers(), limits in limits(),
         listen in prop::collection::vec(listener(), 1..5),
         methods in prop::collection::btree_map("[a-z][A-Za-z0-9_./:-]{0,20}x", method(), 0..5),
-        ping in method(),
+        ping in method(), first in pool(), more in prop::option::of(pool()),
     ) -> Settings {
         let [pid_file, control_socket] = paths;
         let level = LevelFilter::iter().nth(level).unwrap();
@@ -130,22 +157,31 @@ prop_compose! {
             .into_iter()
             .chain([("ping".to_owned(), Method { kind, ..ping })])
             .collect();
+        let mut pools = BTreeMap::from([("first".to_owned(), first)]);
+        pools.extend(more.map(|pool| ("a.second-1".to_owned(), pool)));
+        let programs = methods.values().filter_map(program_of);
+        let has_account = programs
+            .chain(pools.values().map(|pool| &pool.program))
+            .any(|program| program.account.is_some());
         Settings {
             file: Some("/etc/x.toml".into()),
             daemon, pid_file, control_socket,
             http_origins: if json { vec!["https://a.example:8".into()] } else { Vec::new() },
             // Only workers of root's can run a command as somebody else.
-            account: (user && !methods.values().any(has_account))
+            account: (user && !has_account)
                 .then(|| Account::lookup("nobody", Some("root")).unwrap()),
             log: Log { level, format, file: daemon.then_some(file) },
-            workers, limits, listen, methods,
+            workers, limits, listen, methods, pools,
             warnings: Vec::new(),
         }
     }
 }
 
-fn has_account(method: &Method) -> bool {
-    matches!(&method.kind, MethodKind::Command(command) if command.account.is_some())
+fn program_of(method: &Method) -> Option<&Program> {
+    match &method.kind {
+        MethodKind::Command(command) => Some(&command.program),
+        _ => None,
+    }
 }
 
 proptest! {
@@ -164,11 +200,14 @@ proptest! {
             Err(error) => panic!("{error}\n{text}"),
         };
         let mut found = Settings { warnings: Vec::new(), ..found };
-        for method in found.methods.values_mut() {
+        let of_methods = found.methods.values_mut().filter_map(|method| match &mut method.kind {
+            MethodKind::Command(command) => Some(&mut command.program),
+            _ => None,
+        });
+        let of_pools = found.pools.values_mut().map(|pool| &mut pool.program);
+        for program in of_methods.chain(of_pools) {
             // Found by its name in another directory of the search path, or by its link.
-            if let MethodKind::Command(command) = &mut method.kind {
-                command.program = command.program.canonicalize().unwrap();
-            }
+            program.file = program.file.canonicalize().unwrap();
         }
         prop_assert_eq!(found, expected, "{}", text);
     }

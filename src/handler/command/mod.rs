@@ -11,19 +11,16 @@ pub mod output;
 mod run;
 pub mod sweep;
 
-use std::ffi::{CStr, CString};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
-
 use nix::errno::Errno;
 use serde::Serialize;
 
+use super::program::Program;
 use super::{Context, Handler};
 use crate::config::{self, Output, Stdin};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
-use crate::sys::spawn::{Limits, SpawnError, Step, Template};
+use crate::sys::spawn::{SpawnError, Step};
 
 use arguments::Arguments;
 use run::{Ran, Stopped};
@@ -32,10 +29,8 @@ use sweep::Running;
 /// A command and what is to be done with its output.
 #[derive(Debug)]
 pub struct Command {
-    template: Template,
+    program: Program,
     arguments: Arguments,
-    /// All of its environment but the variable of the call.
-    environment: Vec<CString>,
     stdin: Stdin,
     output: Output,
     max_output: usize,
@@ -46,24 +41,9 @@ pub struct Command {
 impl Command {
     /// The handler of a configured command, whose results may be nested `depth` levels deep.
     pub fn new(command: &config::Command, depth: usize) -> Self {
-        let limits = &command.rlimits;
-        let variables = command.environment.iter();
         Command {
-            template: Template {
-                program: c_path(&command.program),
-                directory: c_path(&command.directory),
-                account: command.account.clone(),
-                limits: Limits {
-                    cpu_seconds: limits.cpu.map(|time| time.as_secs()),
-                    memory: limits.memory,
-                    files: limits.files,
-                    processes: limits.processes,
-                },
-            },
-            arguments: Arguments::new(&command.arguments),
-            environment: variables
-                .map(|(name, value)| c_string(format!("{name}={value}")))
-                .collect(),
+            program: Program::new(&command.program),
+            arguments: Arguments::new(&command.program.arguments),
             stdin: command.stdin,
             output: command.output,
             max_output: command.max_output,
@@ -75,20 +55,24 @@ impl Command {
         let arguments = self.arguments.of_call(params)?;
         let running = Running::begin()
             .ok_or_else(|| RpcError::of(Code::Stopping, "this worker leaves", false))?;
-        let variable = c_string(format!("{}={}", sweep::VARIABLE, running.name()));
-        let mut environment: Vec<&CStr> = self.environment.iter().map(|one| &**one).collect();
-        environment.push(&variable);
+        let variable = running.variable();
+        let environment = self.program.environment(&variable);
         let input = match self.stdin {
             Stdin::Params => Some(params.as_bytes()),
             Stdin::None => None,
         };
-        let ran = run::start(&self.template, &arguments, &environment, input.is_some())
-            .map_err(|error| not_started(&error))
-            .and_then(|process| {
-                process
-                    .finish(input.unwrap_or_default(), self.max_output, context)
-                    .map_err(|stopped| self.stopped(stopped))
-            });
+        let ran = run::start(
+            &self.program.template,
+            &arguments,
+            &environment,
+            input.is_some(),
+        )
+        .map_err(|error| not_started(&error))
+        .and_then(|process| {
+            process
+                .finish(input.unwrap_or_default(), self.max_output, context)
+                .map_err(|stopped| self.stopped(stopped))
+        });
         running.end();
         ran
     }
@@ -160,7 +144,7 @@ fn not_started(error: &SpawnError) -> RpcError {
             "the arguments and the environment together are longer than the system allows",
         ),
         // The system has nothing to give for now: sending it again is safe, and may do.
-        (_, Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE) => {
+        _ if error.is_temporary() => {
             log::debug!("{text}");
             RpcError::of(Code::Overloaded, text, false)
         }
@@ -174,12 +158,4 @@ fn not_started(error: &SpawnError) -> RpcError {
             RpcError::of(Code::CommandFailed, text, true)
         }
     }
-}
-
-fn c_path(path: &Path) -> CString {
-    CString::new(path.as_os_str().as_bytes()).expect("`config` lets no path with NUL through")
-}
-
-fn c_string(text: impl Into<Vec<u8>>) -> CString {
-    CString::new(text).expect("`config` lets nothing with NUL through")
 }

@@ -7,9 +7,8 @@
 
 use std::borrow::Cow;
 use std::ffi::CStr;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -21,8 +20,7 @@ use nix::unistd::{pipe2, read, write};
 use super::output::Tail;
 use crate::handler::Context;
 use crate::sys::process::Exit;
-use crate::sys::spawn::{Child, SpawnError, Stdio, Step, Template, spawn};
-use crate::sys::tree;
+use crate::sys::spawn::{Child, SpawnError, Stdio, Step, Template, null, spawn};
 use crate::sys::waker::Waker;
 
 /// As much as is read at once.
@@ -30,8 +28,6 @@ const PIECE: usize = 16 * 1024;
 /// Reads of what is left in a pipe at the end: a pipe's default capacity four times. A process
 /// that left the group may write on for ever.
 const LEFT: usize = 16;
-/// How long what was killed may take to end; longer takes only what hangs in the kernel.
-const DYING: Duration = Duration::from_secs(1);
 
 /// A command that has ended.
 pub(super) struct Ran {
@@ -75,16 +71,6 @@ fn waker() -> io::Result<Arc<Waker>> {
     })
 }
 
-/// /dev/null; of each process, opened when it is first needed, never inherited.
-fn null() -> io::Result<BorrowedFd<'static>> {
-    static NULL: OnceLock<File> = OnceLock::new();
-    if let Some(file) = NULL.get() {
-        return Ok(file.as_fd());
-    }
-    let file = File::open("/dev/null")?;
-    Ok(NULL.get_or_init(|| file).as_fd())
-}
-
 /// Starts a command; `feeds`: there will be something to read for it.
 pub(super) fn start(
     template: &Template,
@@ -119,6 +105,7 @@ pub(super) fn start(
         },
         stdout: stdout.as_fd(),
         stderr: stderr.as_fd(),
+        calls: None,
     };
     let child = spawn(template, &arguments, environment, stdio)?;
     Ok(Process {
@@ -145,7 +132,7 @@ impl Process {
             self.attend(input, &mut stdout, &mut stderr, max_output, context)
         });
         if let Err(why) = ended {
-            self.kill_all();
+            self.child.kill_with_descendants();
             return Err(match why {
                 End::TimedOut => Stopped::TimedOut,
                 End::GivenUp => Stopped::GivenUp,
@@ -245,17 +232,6 @@ impl Process {
                 // All is written; or it does not want it, which is its own business.
                 Ok(_) | Err(_) => self.stdin = None,
             }
-        }
-    }
-
-    /// Kills the program, its group, and all that descends from it.
-    fn kill_all(&mut self) {
-        // Before the kill: afterwards nobody could say whose children they were.
-        let below = tree::descendants(&[self.child.pid()]);
-        self.child.kill();
-        below.iter().for_each(tree::Held::kill);
-        if self.child.ends_within(DYING) {
-            self.child.reap();
         }
     }
 }

@@ -2,11 +2,12 @@
 //! outlive the program that they came from.
 //!
 //! A worker is a subreaper, so they become its children, and their environment says which call
-//! they belong to. After each call its leftovers are killed and reaped; after the last one of a
+//! they belong to; a program of a pool counts as one call for life. After each call its leftovers are killed and reaped; after the last one of a
 //! worker, everything below it. One that clears its environment is found only then. What the kill
 //! of a worker leaves is the master's, which adopts it and knows the same variable.
 
 use std::collections::BTreeSet;
+use std::ffi::CString;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Duration;
@@ -25,16 +26,17 @@ const DYING: Duration = Duration::from_secs(1);
 
 /// The number of the next call of this worker.
 static NEXT: AtomicU64 = AtomicU64::new(1);
-/// Calls whose command runs.
+/// Calls whose command runs, and programs of pools.
 static RUNNING: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
 /// Whether this worker leaves, so that no command may begin.
 static LEAVES: RwLock<bool> = RwLock::new(false);
 /// Held by who sweeps: what is adopted is reaped by nobody else then, so pids stay whose they are.
 static SWEEPING: Mutex<()> = Mutex::new(());
 
-/// A command of a call, from before it is started until nothing of it is left.
+/// A command of a call, or a program of a pool with all its calls, from before it is started until
+/// nothing of it is left.
 #[derive(Debug)]
-pub(super) struct Running(u64);
+pub(in crate::handler) struct Running(u64);
 
 impl Running {
     /// `None`: the worker leaves.
@@ -48,9 +50,10 @@ impl Running {
         Some(Running(number))
     }
 
-    /// The value of the variable.
-    pub fn name(&self) -> String {
-        format!("{}.{}", Pid::current(), self.0)
+    /// The variable with its value, for the environment.
+    pub fn variable(&self) -> CString {
+        let variable = format!("{VARIABLE}={}.{}", Pid::current(), self.0);
+        CString::new(variable).expect("digits and letters have no NUL")
     }
 
     /// It has ended: sees to what it left behind.

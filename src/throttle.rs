@@ -1,4 +1,5 @@
-//! How soon a slot may be forked again after a death or a refused fork.
+//! How soon a process may be started again after a death or a refused fork: a slot's worker, or a
+//! pool's program.
 //!
 //! One [`Throttle`] per slot and generation, so a reload starts with a clear count. It is told of
 //! deaths and forks and answers with a time; who waits for that time is not its business. It can't
@@ -6,7 +7,17 @@
 
 use std::collections::VecDeque;
 
-use super::event::{Limits, Millis};
+/// Monotonic milliseconds; where zero lies is the caller's choice.
+pub type Millis = u64;
+
+/// What the configuration says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// How many young deaths are followed by a start at once.
+    pub burst: u32,
+    /// The longest wait; 0 is no throttle.
+    pub max_delay: Millis,
+}
 
 /// A death this long after ready is no young one any more, and so much health clears the count.
 pub const HEALTHY_AFTER: Millis = 60_000;
@@ -40,12 +51,12 @@ impl Throttle {
         if health.is_none_or(|health| health < HEALTHY_AFTER) {
             self.young = self.young.saturating_add(1);
         }
-        if self.young <= limits.respawn_burst || limits.respawn_max_delay == 0 {
+        if self.young <= limits.burst || limits.max_delay == 0 {
             return now;
         }
         self.late = true;
-        let doublings = self.young - limits.respawn_burst - 1;
-        let due = now + doubled(doublings).min(limits.respawn_max_delay);
+        let doublings = self.young - limits.burst - 1;
+        let due = now + doubled(doublings).min(limits.max_delay);
         match self.forks.front() {
             Some(first) if self.forks.len() == FORKS_PER_WINDOW => due.max(first + WINDOW),
             _ => due,
@@ -98,17 +109,7 @@ mod tests {
     use super::*;
 
     fn limits(burst: u32, max_delay: Millis) -> Limits {
-        Limits {
-            count: 1,
-            boot_timeout: 30_000,
-            drain_timeout: 30_000,
-            heartbeat_timeout: 30_000,
-            respawn_burst: burst,
-            respawn_max_delay: max_delay,
-            max_memory: 0,
-            max_lifetime: 0,
-            max_unavailable: 1,
-        }
+        Limits { burst, max_delay }
     }
 
     /// The waits of a worker that dies as soon as it is forked.

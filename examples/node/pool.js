@@ -1,0 +1,57 @@
+// A pool program in JavaScript: calls are frames on descriptor 3, one at a time.
+//
+// A frame is four bytes of length, little-endian, then JSON. It may arrive in pieces, with the
+// beginning of the next one behind it.
+
+const net = require("net");
+
+const methods = {
+  "js.upper": async (params) => String(params).toUpperCase(),
+  "js.sum": async (params) => params.reduce((sum, value) => sum + value, 0),
+};
+
+async function* bodies(stream) {
+  let pieces = [];
+  let length = 0;
+  let wanted = 4;
+  for await (const piece of stream) {
+    pieces.push(piece);
+    length += piece.length;
+    while (length >= wanted) {
+      const data = Buffer.concat(pieces);
+      const size = 4 + data.readUInt32LE(0);
+      if (length >= size) yield data.subarray(4, size);
+      pieces = [length >= size ? data.subarray(size) : data];
+      wanted = length >= size ? 4 : size;
+      length = pieces[0].length;
+    }
+  }
+}
+
+async function answer({ in: name, params }) {
+  try {
+    if (!Object.hasOwn(methods, name)) throw new Error(`no method ${name} here`);
+    const result = await methods[name](params);
+    return { out: name, result: result === undefined ? null : result };
+  } catch (error) {
+    return { out: "error", result: { code: 1, message: String(error.message) } };
+  }
+}
+
+function send(stream, value) {
+  const body = Buffer.from(JSON.stringify(value));
+  const header = Buffer.alloc(4);
+  header.writeUInt32LE(body.length, 0);
+  stream.write(Buffer.concat([header, body]));
+}
+
+async function serve() {
+  const calls = new net.Socket({ fd: 3, readable: true, writable: true });
+  send(calls, { out: "ready" }); // for `ready = "message"`; harmless without
+  for await (const body of bodies(calls)) {
+    send(calls, await answer(JSON.parse(body.toString())));
+  }
+  process.exit(0);
+}
+
+serve();

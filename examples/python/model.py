@@ -1,0 +1,25 @@
+"""A model that is loaded once and asked many times: the methods of the pool in pool.toml."""
+
+import time
+
+from preforkd import Error, method, serve
+
+# What takes long stands here: it is done once in each process, and not for each call.
+WEIGHTS = {"good": 1.0, "great": 2.0, "bad": -1.0, "awful": -2.0}
+LOADED = time.time()
+
+
+@method
+def score(text):
+    words = text.lower().split()
+    if not words:
+        raise Error(1, "there is nothing to score")
+    return sum(WEIGHTS.get(word, 0.0) for word in words) / len(words)
+
+
+@method("model.age")
+def age():
+    return time.time() - LOADED
+
+
+serve()

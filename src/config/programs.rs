@@ -1,0 +1,235 @@
+//! A program that is started for calls, and what can be known of it before: whether it and its
+//! directory are there, whom it runs as, what its environment and its limits are. Commands and pools
+//! have these keys in common.
+//!
+//! It looks at the file system as the master sees it. What changes afterwards is told when it is
+//! started.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::check::Check;
+use super::document::join;
+use super::raw::{RawMethod, RawPool, RawRlimits};
+use super::settings::{Program, Rlimits};
+use super::units::{Size, Span};
+use crate::error::Result;
+use crate::sys::account::{Account, AccountError};
+
+/// Where a program is looked for that is a name and no path, unless its own environment has a PATH.
+const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const MIB: u64 = 1 << 20;
+/// The variable that is ours.
+const CALL_VARIABLE: &str = "PREFORKD_CALL";
+
+/// The user and the group that the workers have.
+pub(super) type Ids = (u32, u32);
+
+/// The keys that commands and pools have in common.
+pub(super) struct Keys<'a> {
+    environment: &'a Option<BTreeMap<String, String>>,
+    directory: &'a Option<String>,
+    user: &'a Option<String>,
+    group: &'a Option<String>,
+    rlimits: Option<&'a RawRlimits>,
+}
+
+macro_rules! keys_of {
+    ($raw:ty) => {
+        impl<'a> From<&'a $raw> for Keys<'a> {
+            fn from(raw: &'a $raw) -> Self {
+                Keys {
+                    environment: &raw.environment,
+                    directory: &raw.directory,
+                    user: &raw.user,
+                    group: &raw.group,
+                    rlimits: raw.rlimits.as_deref(),
+                }
+            }
+        }
+    };
+}
+
+keys_of!(RawMethod);
+keys_of!(RawPool);
+
+/// The program that `command` names, with what stands beside it in the table `key`; `example` is
+/// a command that would do.
+pub(super) fn resolve(
+    key: &str,
+    (command, example): (&[String], &str),
+    keys: &Keys<'_>,
+    check: &Check<'_>,
+    workers: Ids,
+) -> Result<Program> {
+    let environment = environment(&join(key, "environment"), keys, check)?;
+    let command_key = join(key, "command");
+    let (file, arguments) = arguments(&command_key, (command, example), &environment, check)?;
+    Ok(Program {
+        file,
+        arguments,
+        environment,
+        directory: directory(&join(key, "directory"), keys, check)?,
+        account: account(key, keys, check, workers)?,
+        rlimits: match keys.rlimits {
+            Some(raw) => rlimits(&join(key, "rlimits"), raw, check)?,
+            None => Rlimits::default(),
+        },
+    })
+}
+
+fn environment(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<BTreeMap<String, String>> {
+    let environment = keys.environment.clone().unwrap_or_default();
+    for (name, value) in &environment {
+        let key = join(key, name);
+        let problem = if name.is_empty() || name.contains(['=', '\0']) {
+            "this can't be the name of a variable"
+        } else if name == CALL_VARIABLE {
+            "this variable is set by preforkd, and says which call it is"
+        } else if value.contains('\0') {
+            "a variable can't have a NUL byte"
+        } else {
+            continue;
+        };
+        return Err(check.places.error(&key, problem, "take it out"));
+    }
+    Ok(environment)
+}
+
+/// The program's file, and the arguments as it will see them.
+fn arguments(
+    key: &str,
+    (command, example): (&[String], &str),
+    environment: &BTreeMap<String, String>,
+    check: &Check<'_>,
+) -> Result<(PathBuf, Vec<String>)> {
+    let error = |problem: String, remedy: &str| Err(check.places.error(key, problem, remedy));
+    let Some(name) = command.first().filter(|name| !name.is_empty()) else {
+        let remedy = format!("name it first, as in {example}");
+        return error("there is no program in it".into(), &remedy);
+    };
+    for argument in command {
+        if argument.contains('\0') {
+            return error("an argument can't have a NUL byte".into(), "take it out");
+        }
+    }
+    let mut arguments = command.to_vec();
+    let program = if name.contains('/') {
+        let path = check.beside(key, Path::new(name));
+        arguments[0] = path.to_string_lossy().into_owned();
+        path
+    } else {
+        let path = environment.get("PATH").map_or(SEARCH_PATH, String::as_str);
+        let mut places = path.split(':').filter(|place| place.starts_with('/'));
+        let Some(found) = places.find_map(|place| {
+            let file = Path::new(place).join(name);
+            is_executable(&file).then_some(file)
+        }) else {
+            return error(
+                format!("there is no program {name:?} in {path}"),
+                "install it, or give its path",
+            );
+        };
+        found
+    };
+    if !program.exists() {
+        let problem = format!("there is no program {}", program.display());
+        return error(problem, "install it, or correct the path");
+    }
+    if !is_executable(&program) {
+        let problem = format!("{} is not executable", program.display());
+        return error(problem, "make it so with chmod +x, or name another one");
+    }
+    Ok((program, arguments))
+}
+
+/// Whether somebody may execute it. Who will is told by the system when he tries.
+fn is_executable(path: &Path) -> bool {
+    let any_x = |file: std::fs::Metadata| file.is_file() && file.permissions().mode() & 0o111 != 0;
+    path.metadata().is_ok_and(any_x)
+}
+
+fn directory(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<PathBuf> {
+    let Some(text) = keys.directory else {
+        return Ok("/".into());
+    };
+    let path = check.path(key, text)?;
+    if path.is_dir() {
+        return Ok(path);
+    }
+    let problem = format!("there is no directory {}", path.display());
+    Err(check
+        .places
+        .error(key, problem, "create it, or name another one"))
+}
+
+/// Whom a command runs as, which is nobody new when the workers are that user already.
+fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Result<Option<Account>> {
+    let (user_key, group_key) = (join(key, "user"), join(key, "group"));
+    let Some(user) = keys.user else {
+        return match keys.group {
+            None => Ok(None),
+            Some(_) => Err(check.places.error(
+                &group_key,
+                "it is set without a user",
+                "set user beside it, or take it out",
+            )),
+        };
+    };
+    let account = Account::lookup(user, keys.group.as_deref()).map_err(|error| {
+        let (key, remedy) = match error {
+            AccountError::NoUser(_) => (&user_key, "create it, or name one that exists"),
+            AccountError::NoGroup(_) => (&group_key, "create it, or name one that exists"),
+            AccountError::System(_) => (&user_key, ""),
+        };
+        check.places.error(key, error.to_string(), remedy)
+    })?;
+    if (account.uid, account.gid) == workers {
+        return Ok(None);
+    }
+    if workers.0 != 0 {
+        let problem = format!(
+            "workers run as uid {}, gid {}, and only root's can run a program as {}:{}",
+            workers.0, workers.1, account.name, account.group
+        );
+        let remedy = "take it out, or start as root with no user at the top of the file";
+        return Err(check.places.error(&user_key, problem, remedy));
+    }
+    Ok(Some(account))
+}
+
+fn rlimits(key: &str, raw: &RawRlimits, check: &Check<'_>) -> Result<Rlimits> {
+    const SECOND: Duration = Duration::from_secs(1);
+    let integer = |name: &str, value: Option<i64>, least: i64, most: i64| {
+        let key = join(key, name);
+        let value = value.map(|value| check.integer(&key, Some(value), 0, least..=most, ""));
+        value.transpose()
+    };
+    let cpu_key = join(key, "cpu");
+    let cpu = match raw.cpu {
+        None => None,
+        Some(Span(cpu)) => {
+            let cpu = check.duration(&cpu_key, Some(Span(cpu)), SECOND, SECOND)?;
+            // The kernel counts whole seconds; less than was said would be a surprise.
+            Some(Duration::from_secs(
+                cpu.as_secs() + u64::from(cpu.subsec_nanos() > 0),
+            ))
+        }
+    };
+    let memory = raw.memory.map(|Size(bytes)| bytes);
+    if memory.is_some_and(|bytes| !(MIB..=i64::MAX as u64).contains(&bytes)) {
+        return Err(check.places.error(
+            &join(key, "memory"),
+            "no program starts with so little, and no machine has more than 8EiB",
+            "give 1MiB at least",
+        ));
+    }
+    Ok(Rlimits {
+        cpu,
+        memory,
+        files: integer("files", raw.files, 3, 1 << 20)?,
+        processes: integer("processes", raw.processes, 1, 1 << 22)?,
+    })
+}

@@ -1,0 +1,155 @@
+//! What a pool program writes to its standard output and error, as lines for the log.
+//!
+//! Pure: bytes and the time in, lines out. A line that does not end is cut, bytes that are no
+//! UTF-8 are escaped, and of a flood so many lines a second are let through and the others
+//! counted: a program must not be able to fill the disk or the memory through us.
+
+use std::fmt::Write;
+use std::mem;
+
+use crate::throttle::Millis;
+
+/// Bytes of a line that are kept.
+const LONGEST: usize = 4096;
+/// Lines let through in one second.
+const PER_SECOND: u32 = 500;
+const SECOND: Millis = 1000;
+
+/// One stream of output.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    tail: Vec<u8>,
+    /// The rest of a line that was cut is skipped.
+    skips: bool,
+    /// When this second began, and how many lines it had.
+    second: Millis,
+    count: u32,
+    dropped: u64,
+}
+
+impl Lines {
+    /// Takes bytes, and says the lines that they end.
+    pub fn add(&mut self, bytes: &[u8], now: Millis, say: &mut impl FnMut(&str)) {
+        for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
+            let ended = piece.last() == Some(&b'\n');
+            let text = if ended {
+                &piece[..piece.len() - 1]
+            } else {
+                piece
+            };
+            if !self.skips {
+                let room = LONGEST - self.tail.len();
+                self.tail.extend_from_slice(&text[..text.len().min(room)]);
+                if text.len() > room {
+                    self.say(" (cut)", now, say);
+                    self.skips = true;
+                }
+            }
+            if ended && !mem::take(&mut self.skips) {
+                self.say("", now, say);
+            }
+        }
+    }
+
+    /// Nothing more comes: says what is left.
+    pub fn end(&mut self, now: Millis, say: &mut impl FnMut(&str)) {
+        if !self.tail.is_empty() {
+            self.say("", now, say);
+        }
+        self.tell_dropped(say);
+    }
+
+    fn say(&mut self, end: &str, now: Millis, say: &mut impl FnMut(&str)) {
+        if now >= self.second + SECOND {
+            self.tell_dropped(say);
+            self.second = now;
+            self.count = 0;
+        }
+        self.count += 1;
+        if self.count <= PER_SECOND {
+            let line = self.tail.strip_suffix(b"\r").unwrap_or(&self.tail);
+            say(&(escaped(line) + end));
+        } else {
+            self.dropped += 1;
+        }
+        self.tail.clear();
+    }
+
+    fn tell_dropped(&mut self, say: &mut impl FnMut(&str)) {
+        let dropped = mem::take(&mut self.dropped);
+        if dropped > 0 {
+            say(&format!(
+                "({dropped} lines left out: more than {PER_SECOND} a second)"
+            ));
+        }
+    }
+}
+
+/// A line as text; control characters are the log's to escape.
+fn escaped(line: &[u8]) -> String {
+    let mut text = String::with_capacity(line.len());
+    for chunk in line.utf8_chunks() {
+        text.push_str(chunk.valid());
+        for byte in chunk.invalid() {
+            let _ = write!(text, "\\x{byte:02x}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(lines: &mut Lines, pieces: &[&[u8]], now: Millis) -> Vec<String> {
+        let mut said = Vec::new();
+        for piece in pieces {
+            lines.add(piece, now, &mut |line| said.push(line.to_owned()));
+        }
+        said
+    }
+
+    #[test]
+    fn lines_are_whole_however_they_arrive() {
+        let mut lines = Lines::default();
+        assert_eq!(
+            said(&mut lines, &[b"a", b"b\nc\r\n", b"\n", b"d"], 0),
+            ["ab", "c", ""]
+        );
+        let mut rest = Vec::new();
+        lines.end(0, &mut |line| rest.push(line.to_owned()));
+        lines.end(0, &mut |line| rest.push(line.to_owned()));
+        assert_eq!(rest, ["d"]);
+        assert_eq!(
+            said(&mut lines, &[b"\xff\xc3\xa9\xc3\n"], 0),
+            ["\\xff\u{e9}\\xc3"]
+        );
+    }
+
+    #[test]
+    fn a_line_without_an_end_is_cut_once_and_keeps_no_memory() {
+        let mut lines = Lines::default();
+        let piece = [b'x'; 1000];
+        let mut all = Vec::new();
+        for _ in 0..1000 {
+            all.extend(said(&mut lines, &[&piece], 0));
+        }
+        all.extend(said(&mut lines, &[b"y\nz\n"], 0));
+        assert_eq!(all.len(), 2);
+        assert!(all[0].ends_with("x (cut)") && all[0].len() == LONGEST + 6);
+        assert_eq!(all[1], "z");
+        assert!(lines.tail.capacity() <= 2 * LONGEST);
+        // one that is just as long as may be
+        let exact = [b'x'; LONGEST];
+        assert_eq!(said(&mut lines, &[&exact, b"\n"], 0).len(), 1);
+    }
+
+    #[test]
+    fn a_flood_is_counted_and_let_through_a_little() {
+        let mut lines = Lines::default();
+        let flood = b"x\n".repeat(2000);
+        assert_eq!(said(&mut lines, &[&flood], 5).len(), PER_SECOND as usize);
+        let next = said(&mut lines, &[b"y\n"], 1500);
+        assert_eq!(next, ["(1500 lines left out: more than 500 a second)", "y"]);
+    }
+}

@@ -1,0 +1,55 @@
+//! A configured program as it is started: its strings as the kernel wants them.
+
+use std::ffi::{CStr, CString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::config;
+use crate::sys::spawn::{Limits, Template};
+
+/// What all processes of a program have in common.
+#[derive(Debug)]
+pub(super) struct Program {
+    pub template: Template,
+    /// All of its environment but the variable of the call.
+    environment: Vec<CString>,
+}
+
+impl Program {
+    pub fn new(program: &config::Program) -> Self {
+        let limits = &program.rlimits;
+        let variables = program.environment.iter();
+        Program {
+            template: Template {
+                program: c_path(&program.file),
+                directory: c_path(&program.directory),
+                account: program.account.clone(),
+                limits: Limits {
+                    cpu_seconds: limits.cpu.map(|time| time.as_secs()),
+                    memory: limits.memory,
+                    files: limits.files,
+                    processes: limits.processes,
+                },
+            },
+            environment: variables
+                .map(|(name, value)| c_string(format!("{name}={value}")))
+                .collect(),
+        }
+    }
+
+    /// All of its environment, with the variable of the call.
+    pub fn environment<'a>(&'a self, call: &'a CStr) -> Vec<&'a CStr> {
+        let mut environment: Vec<&CStr> = self.environment.iter().map(|one| &**one).collect();
+        environment.push(call);
+        environment
+    }
+}
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_bytes()).expect("`config` lets no path with NUL through")
+}
+
+/// A string of the configuration.
+pub(super) fn c_string(text: impl Into<Vec<u8>>) -> CString {
+    CString::new(text).expect("`config` lets nothing with NUL through")
+}

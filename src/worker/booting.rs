@@ -1,0 +1,57 @@
+//! From the fork to the first connection, and back to nobody: a worker serves when the programs of
+//! its pools are ready, and takes them along when it leaves.
+//!
+//! It turns its loop meanwhile, so that orders and signals are heard and the heart beats. Fails with
+//! the reason why a program can't be had: a start or a reload that needs it fails with it then.
+
+use std::io;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::event_loop::EventLoop;
+use super::service::millis;
+use crate::handler::command::sweep;
+use crate::handler::pool::Stage;
+use crate::link::message::Report;
+use crate::logging;
+use crate::sys::event::Floor;
+use crate::sys::process::monotonic;
+
+impl EventLoop {
+    /// Lets nobody in as long as programs are missing.
+    pub(super) fn hold_back(&mut self, floor: &mut Floor) {
+        if self.service.threads.pools().stage() != Stage::Ready {
+            floor.pause_listeners();
+        }
+    }
+
+    /// Begins to serve, once that is possible.
+    pub(super) fn open(&mut self, floor: &mut Floor) -> io::Result<()> {
+        if self.serves || !self.drain.is_serving() {
+            return Ok(());
+        }
+        match self.service.threads.pools().stage() {
+            Stage::Starting => {}
+            Stage::Failed(reason) => return Err(io::Error::other(reason)),
+            Stage::Ready => {
+                self.serves = true;
+                self.resume_listening(floor);
+                // One that the master does not know of would be ended at boot-timeout.
+                self.report(Report::Ready)?;
+                logging::stop_telling();
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends all programs, of pools and of commands: who still waits for one has been answered.
+    /// `alone`: the master has died, and nothing is to be left of it for long.
+    pub(super) fn end_programs(&self, alone: bool) {
+        let record = self.service.record;
+        if !self.drain.is_at_once() {
+            self.service.threads.pools().leave(alone, || {
+                record.heartbeat_ms.store(millis(monotonic()), Relaxed);
+            });
+        }
+        sweep::end_all();
+    }
+}

@@ -1,0 +1,226 @@
+//! Pools: programs in any language that live long and answer many calls.
+//!
+//! A program's crash costs its one call, what is no answer or comes late reaches nobody, and nothing
+//! of it is left. The programs here are Python, with and without the shipped helper.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::{Client, Daemon, Dir, PATIENCE, process, wait_for};
+
+/// The ways in which a program can behave, each a method of it.
+const PROGRAM: &str = r#"
+import json, os, random, signal, socket, struct, sys, time
+
+calls = socket.socket(fileno=3)
+
+def take(length):
+    data = b""
+    while len(data) < length:
+        piece = calls.recv(length - len(data))
+        if not piece:
+            sys.exit(0)
+        data += piece
+    return data
+
+def frame(body):
+    return struct.pack("<I", len(body)) + body
+
+def say(body):
+    calls.sendall(frame(body))
+
+mode = sys.argv[1] if len(sys.argv) > 1 else ""
+if mode == "ready":
+    say(b'{"out": "ready"}')
+asked = 0
+while True:
+    length, = struct.unpack("<I", take(4))
+    body = take(length)
+    asked += 1
+    call = json.loads(body.decode())
+    name, params = call["in"], call["params"]
+    if name == "echo":
+        say(b'{"out": "echo", "result": ' + body[body.index(b'"params":') + 9:-1] + b'}')
+    elif name == "pid":
+        say(json.dumps({"out": "pid", "result": os.getpid()}).encode())
+    elif name == "asked":
+        say(json.dumps({"out": "asked", "result": asked}).encode())
+    elif name == "nap":
+        time.sleep(params)
+        say(json.dumps({"out": "nap", "result": params}).encode())
+    elif name == "die":
+        os.kill(os.getpid(), getattr(signal, params))
+    elif name == "leave":
+        sys.exit(params)
+    elif name == "raw":
+        calls.sendall(params.encode("latin-1"))
+    elif name == "say":
+        say(params.encode())
+    elif name == "print":
+        sys.stdout.write(params); sys.stdout.flush()
+        say(b'{"out": "print", "result": null}')
+    elif name == "complain":
+        os.write(2, params.encode("latin-1"))
+        say(b'{"out": "complain", "result": null}')
+    elif name == "flood":
+        while True:
+            os.write(1 + params, b"flood\n" * 1000)
+    elif name == "hang_up":
+        os.close(3)
+        time.sleep(3600)
+    elif name == "twice":
+        calls.sendall(frame(b'{"out": "twice", "result": 1}') * 2)
+    elif name == "half":
+        calls.sendall(frame(b'{"out": "half", "result": 1}')[:20])
+        time.sleep(3600)
+    elif name == "maybe":
+        if random.random() < 0.02:
+            os.kill(os.getpid(), random.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
+        say(json.dumps({"out": "maybe", "result": params}).encode())
+    elif name == "environment":
+        lines = ["%s=%s" % pair for pair in sorted(os.environ.items())]
+        status = open("/proc/self/status").read()
+        signals = [line for line in status.splitlines() if line[:6] in ("SigBlk", "SigIgn")]
+        fds = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:-1]
+        say(json.dumps({"out": "e", "result": [lines, signals, fds, os.getcwd()]}).encode())
+"#;
+
+const METHODS: [&str; 16] = [
+    "echo",
+    "pid",
+    "asked",
+    "nap",
+    "die",
+    "leave",
+    "raw",
+    "say",
+    "print",
+    "complain",
+    "flood",
+    "hang_up",
+    "twice",
+    "half",
+    "maybe",
+    "environment",
+];
+
+/// The configuration of a pool `p` with that program and these further keys, which all methods use.
+fn config(program: &Path, argument: &str, workers: &str, pool: &str) -> String {
+    let program = program.to_str().unwrap();
+    let mut text = format!(
+        "[workers]\ncount = 1\n{workers}\n[pools.p]\ncommand = [\"python3\", {program:?}, \
+         \"{argument}\"]\nenvironment = {{ PATH = \"{}\" }}\n{pool}\n",
+        std::env::var("PATH").unwrap()
+    );
+    for method in METHODS {
+        text += &format!("[methods.{method}]\npool = \"p\"\ntimeout = \"5s\"\n");
+    }
+    text
+}
+
+/// A daemon with such a pool.
+struct Setting {
+    daemon: Daemon,
+    dir: Dir,
+}
+
+fn setting(workers: &str, pool: &str, expect: &[&str]) -> Setting {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let mut builder = Daemon::builder().config(&config(&program, "", workers, pool));
+    for line in expect {
+        builder = builder.expect_log(line);
+    }
+    let daemon = builder.start();
+    Setting { daemon, dir }
+}
+
+fn call(client: &mut Client, method: &str, params: &Value) -> Value {
+    client.call(&json!({"in": method, "params": params}))
+}
+
+fn result(client: &mut Client, method: &str, params: &Value) -> Value {
+    call(client, method, params)["result"].take()
+}
+
+fn pid(client: &mut Client) -> i32 {
+    let pid = result(client, "pid", &Value::Null);
+    i32::try_from(pid.as_i64().unwrap_or_else(|| panic!("{pid}"))).unwrap()
+}
+
+#[test]
+fn a_program_answers_many_calls_to_the_letter() {
+    let setting = setting("", "", &[]);
+    let mut client = setting.daemon.client();
+    let params = r#"{"n": 1234567890123456789012345678901234567890.10, "é": [ ], "n": 1}"#;
+    assert_eq!(
+        client.call_text(&format!(r#"{{"in": "echo", "params": {params}, "id": 7}}"#)),
+        format!(r#"{{"out":"echo","result":{params},"id":7}}"#)
+    );
+    assert_eq!(
+        client.call_text(r#"{"in": "echo"}"#),
+        r#"{"out":"echo","result":null}"#
+    );
+    // larger than what a socket holds, both ways
+    let large = "x".repeat(3_000_000);
+    assert_eq!(result(&mut client, "echo", &json!(large)), large);
+    // the program names its answer itself where it wants to
+    let answer = call(
+        &mut client,
+        "say",
+        &json!(r#"{"out": "pong", "result": [1, 2]}"#),
+    );
+    assert_eq!(answer, json!({"out": "pong", "result": [1, 2]}));
+    let asked = result(&mut client, "asked", &Value::Null);
+    assert_eq!(asked, 5, "one process has answered all");
+}
+
+#[test]
+fn a_crash_costs_its_one_call() {
+    let setting = setting(
+        "",
+        "processes = 2",
+        &["was ended by SIGSEGV", "exit code 3"],
+    );
+    let mut other = setting.daemon.client();
+    let mut client = setting.daemon.client();
+    other.send(r#"{"in": "nap", "params": 0.5}"#);
+    wait_for("the nap", PATIENCE, || {
+        setting.daemon.workers()[0].running == 1
+    });
+    for (method, params, word) in [
+        ("die", json!("SIGSEGV"), "SIGSEGV"),
+        ("leave", json!(3), "code 3"),
+    ] {
+        let error = result(&mut client, method, &params);
+        assert_eq!(error["code"], -32003, "{error}");
+        assert_eq!(error["name"], "crashed");
+        assert_eq!(error["started"], true);
+        assert!(error["message"].as_str().unwrap().contains(word), "{error}");
+    }
+    assert_eq!(other.recv_json()["result"], 0.5);
+    assert_eq!(result(&mut client, "echo", &json!(1)), 1);
+    let worker = setting.daemon.ready_workers()[0];
+    wait_for("two programs and no zombie", PATIENCE, || {
+        process::children(worker).len() == 2 && process::zombies(worker).is_empty()
+    });
+}
+
+#[test]
+fn a_timeout_kills_the_program_and_its_late_answer_reaches_nobody() {
+    let setting = setting("", "", &[]);
+    let mut client = setting.daemon.client();
+    let before = pid(&mut client);
+    let began = Instant::now();
+    let answer = client.call(&json!({"in": "nap", "params": 0.4, "timeout_ms": 200}));
+    assert_eq!(answer["result"]["name"], "timeout", "{answer}");
+    assert_eq!(answer["result"]["started"], true);
+    assert!(began.elapsed() < Duration::from_millis(390));
+    for n in 0..20 {
+        assert_eq!(result(&mut client, "echo", &json!(n)), n);
+    }
+    assert_ne!(pid(&mut client), before);
+    wait_for("its end", PATIENCE, || process::state(before).is_none());
+}
