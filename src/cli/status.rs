@@ -10,6 +10,8 @@ use crate::protocol::control::{Death, Listener, Master, State, Status, Worker};
 
 /// How many deaths are shown; `status --json` has them all.
 const DEATHS_SHOWN: usize = 10;
+/// Characters of a death's reason that are shown; likewise.
+const LONGEST_REASON: usize = 120;
 
 /// The page. `name` is the program's; `now` in seconds since 1970.
 pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> String {
@@ -177,6 +179,14 @@ fn listeners(listeners: &[Listener]) -> Table {
     table
 }
 
+/// A reason with all that was seen of a stuck worker would fill the page.
+fn shortened(reason: &str) -> String {
+    match reason.char_indices().nth(LONGEST_REASON) {
+        Some((end, _)) => format!("{}... (whole with --json)", &reason[..end]),
+        None => reason.to_owned(),
+    }
+}
+
 fn deaths(deaths: &[Death], now: u64) -> Table {
     let mut table = Table::new(&[
         ("AGO", Align::Right),
@@ -203,7 +213,7 @@ fn deaths(deaths: &[Death], now: u64) -> Table {
             Cell::painted(end, if clean { Paint::Plain } else { Paint::Red }),
             Cell::new(death.method.as_deref().unwrap_or("-")),
             Cell::new(units::bytes(death.rss_bytes)),
-            Cell::new(&death.reason),
+            Cell::new(shortened(&death.reason)),
         ]);
     }
     table

@@ -135,6 +135,17 @@ fn colours_change_nothing_but_the_colours() {
 }
 
 #[test]
+fn a_long_reason_is_cut_and_says_where_the_rest_is() {
+    let mut status = busy();
+    status.deaths[0].reason = "é".repeat(121);
+    status.deaths[1].reason = "x".repeat(120);
+    let page = render("preforkd", &status, 1_200, false);
+    let cut = format!("  {}... (whole with --json)\n", "é".repeat(120));
+    assert!(page.contains(&cut), "{page}");
+    assert!(page.contains(&format!("  {}\n", "x".repeat(120))), "{page}");
+}
+
+#[test]
 fn a_refused_reload_and_a_fresh_start_are_said() {
     let mut status = busy();
     status.master.last_reload = Some(LastReload {

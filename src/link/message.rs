@@ -44,6 +44,9 @@ pub enum Report {
     Retiring,
     /// It has read so many calls, as many as it may: it wants a successor, and serves until then.
     Worn(u64),
+    /// All its handler threads, so many, run past their deadlines: it wants a successor. What they
+    /// run comes along as a file ([`super::stuck`]), if there was a descriptor for it.
+    Wedged(u64),
 }
 
 /// A packet: who it is from or for, and what it says.
@@ -96,6 +99,7 @@ impl Body for Report {
             Report::Ready => (101, 0),
             Report::Retiring => (102, 0),
             Report::Worn(calls) => (103, calls),
+            Report::Wedged(threads) => (104, threads),
         }
     }
 
@@ -104,6 +108,7 @@ impl Body for Report {
             101 => Some(Report::Ready),
             102 => Some(Report::Retiring),
             103 => Some(Report::Worn(value)),
+            104 => Some(Report::Wedged(value)),
             _ => None,
         }
     }
@@ -169,7 +174,12 @@ mod tests {
             assert_eq!(Message::<Report>::decode(&packet), None);
             assert_eq!(Message::<Order>::decode(&packet[1..]), None);
         }
-        for report in [Report::Ready, Report::Retiring, Report::Worn(u64::MAX)] {
+        for report in [
+            Report::Ready,
+            Report::Retiring,
+            Report::Worn(u64::MAX),
+            Report::Wedged(8),
+        ] {
             let packet = Message {
                 pid: Pid(1),
                 generation: Generation(0),

@@ -8,3 +8,4 @@ pub mod ids;
 pub mod jitter;
 pub mod message;
 pub mod scoreboard;
+pub mod stuck;

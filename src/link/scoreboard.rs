@@ -125,6 +125,13 @@ impl Record {
         Some((method as usize, self.oldest_since_ms.load(Relaxed)))
     }
 
+    /// The number of the method that is on the loop right now, if one is.
+    pub fn inline_method(&self) -> Option<usize> {
+        let is_running = self.inline_running.load(Relaxed) > 0;
+        let method = self.last_method.load(Relaxed).checked_sub(1);
+        method.filter(|_| is_running).map(|method| method as usize)
+    }
+
     /// The method to name when this worker has died: the one on the loop, else the oldest on a
     /// thread, else the last that the loop called.
     pub fn last_method(&self) -> Option<usize> {

@@ -106,6 +106,8 @@ pub(super) struct Child {
     pub heartbeat: Millis,
     /// The next signal that it gets if nothing changes, and when.
     pub next: Option<(Millis, Signal)>,
+    /// It got KILL.
+    pub killed: bool,
     /// `Some` iff the master has begun to end it by force: why.
     pub doom: Option<String>,
     /// What it has been through.
@@ -128,10 +130,11 @@ impl Child {
         self.stage == Stage::Ready && self.doom.is_none()
     }
 
-    /// When its event loop counts as stuck.
+    /// When its event loop counts as stuck, one that drains no less than one that serves.
     pub fn stale_at(&self) -> Option<Millis> {
         let timeout = self.limits.heartbeat_timeout;
-        (self.serves() && timeout > 0).then(|| self.heartbeat + timeout)
+        let is_watched = self.ready_at.is_some() && self.doom.is_none() && timeout > 0;
+        is_watched.then(|| self.heartbeat + timeout)
     }
 
     /// When something is due for it.

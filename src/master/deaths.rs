@@ -15,6 +15,8 @@ use crate::link::ids::{Generation, Pid, Slot};
 pub const KEPT: usize = 100;
 /// Longest method name that is kept, in characters.
 const LONGEST_METHOD: usize = 128;
+/// Longest text of evidence that is kept, in characters.
+const LONGEST_TEXT: usize = 4096;
 
 /// One death.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,8 +111,10 @@ impl Deaths {
 
 /// Why a worker died, as far as the master knows.
 pub(super) fn reason(child: &Child, how: Exit) -> String {
-    if let Some(reason) = &child.doom {
-        return reason.clone();
+    match (&child.doom, &child.wear.evidence) {
+        (Some(doom), Some(evidence)) => return format!("{doom}; {evidence}"),
+        (Some(reason), None) | (None, Some(reason)) => return reason.clone(),
+        (None, None) => {}
     }
     let words = match (child.stage, how) {
         (Stage::Draining { .. }, _) => "died while it drained",
@@ -130,6 +134,14 @@ pub(super) fn clean(method: &str) -> String {
         .chars()
         .take(LONGEST_METHOD)
         .map(|c| if c.is_control() || c == ' ' { '?' } else { c })
+        .collect()
+}
+
+/// A text of others' words as it may stand in a log line and be kept.
+pub(super) fn clean_text(text: &str) -> String {
+    text.chars()
+        .take(LONGEST_TEXT)
+        .map(|c| if c.is_control() { '?' } else { c })
         .collect()
 }
 

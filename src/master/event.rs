@@ -89,6 +89,20 @@ pub enum Event {
         /// So many.
         calls: u64,
     },
+    /// A worker reports that none of its handler threads comes back: it wants a successor soon.
+    Wedged {
+        /// The worker.
+        pid: Pid,
+        /// What its threads are at, a sentence.
+        evidence: String,
+    },
+    /// What [`Action::Examine`] has found.
+    Evidence {
+        /// The worker.
+        pid: Pid,
+        /// What it is at, in words.
+        text: String,
+    },
     /// What a worker of [`super::Fleet::to_sample`] has in memory.
     Memory {
         /// The worker.
@@ -157,6 +171,12 @@ pub enum Action {
         /// Whether the server stops: connections are closed after their answers. If not, its
         /// connections go on elsewhere, or here until the deadline.
         stop: bool,
+    },
+    /// Look at what a worker is stuck in, and report it with [`Event::Evidence`] before the next
+    /// action, which may end it.
+    Examine {
+        /// The worker.
+        pid: Pid,
     },
     /// Send a worker a signal. That it is gone already is no error.
     Kill {

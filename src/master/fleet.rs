@@ -118,6 +118,8 @@ impl Fleet {
             Event::Ready { pid } => self.ready(pid),
             Event::Retiring { pid } => self.retiring(pid),
             Event::Worn { pid, calls } => self.worn(pid, calls),
+            Event::Wedged { pid, evidence } => self.wedged(pid, &evidence),
+            Event::Evidence { pid, text } => self.evidence(pid, &text),
             Event::Memory { pid, rss_bytes } => self.memory(pid, rss_bytes),
             Event::Heartbeat { pid, at } => self.heartbeat(pid, at),
             Event::Died {

@@ -19,6 +19,9 @@ enum Happening {
     Leaves(usize),
     Retires(usize),
     Sticks(usize),
+    Worn(usize),
+    Grows(usize),
+    Wedges(usize),
     Reload(usize),
     Scale(usize),
     ScaleBy(i32),
@@ -51,6 +54,9 @@ fn happening() -> impl Strategy<Value = Happening> {
         8 => any::<usize>().prop_map(Leaves),
         2 => any::<usize>().prop_map(Retires),
         1 => any::<usize>().prop_map(Sticks),
+        3 => any::<usize>().prop_map(Worn),
+        2 => any::<usize>().prop_map(Grows),
+        2 => any::<usize>().prop_map(Wedges),
         2 => (0usize..6).prop_map(Reload),
         1 => (0usize..8).prop_map(Scale),
         1 => (-3..4).prop_map(ScaleBy),
@@ -63,13 +69,20 @@ fn happening() -> impl Strategy<Value = Happening> {
 fn limits() -> impl Strategy<Value = Limits> {
     let delays = prop_oneof![Just(0u64), 1u64..5_000, Just(30_000)];
     let heartbeats = prop_oneof![Just(0u64), 1_000u64..20_000];
-    (1usize..6, 0u32..7, delays, heartbeats, 0u64..40_000).prop_map(
-        |(count, respawn_burst, respawn_max_delay, heartbeat_timeout, drain_timeout)| Limits {
+    // No shorter than quiet time needs to come to rest between two of them.
+    let lifetimes = prop_oneof![3 => Just(0u64), 1 => Just(10_000_000u64)];
+    let recycling = (prop_oneof![Just(0u64), Just(1 << 20)], lifetimes, 1usize..4);
+    let respawn = (0u32..7, delays);
+    (1usize..6, respawn, heartbeats, 0u64..40_000, recycling).prop_map(
+        |(count, respawn, heartbeat_timeout, drain_timeout, recycling)| Limits {
             count,
-            respawn_burst,
-            respawn_max_delay,
+            respawn_burst: respawn.0,
+            respawn_max_delay: respawn.1,
             heartbeat_timeout,
             drain_timeout,
+            max_memory: recycling.0,
+            max_lifetime: recycling.1,
+            max_unavailable: recycling.2,
             ..LIMITS
         },
     )
@@ -113,6 +126,24 @@ fn happen(world: &mut World, limits: Limits, happening: Happening) {
                 && let Some(process) = world.living.get_mut(&pid)
             {
                 process.stuck = true;
+            }
+        }
+        Happening::Worn(who) => {
+            if let Some(pid) = pick(world, who) {
+                world.tell(Event::Worn { pid, calls: 1_000 });
+            }
+        }
+        Happening::Grows(who) => {
+            if let Some(pid) = pick(world, who)
+                && let Some(process) = world.living.get_mut(&pid)
+            {
+                process.rss_bytes = 2 << 20;
+            }
+        }
+        Happening::Wedges(who) => {
+            if let Some(pid) = pick(world, who) {
+                let evidence = "all 2 handler threads are stuck".to_owned();
+                world.tell(Event::Wedged { pid, evidence });
             }
         }
         Happening::Reload(count) => {

@@ -128,6 +128,11 @@ impl World {
                     process.leaves = true;
                     process.killed |= *signal == Signal::SIGKILL;
                 }
+                // Its answer comes before the next action.
+                Action::Examine { pid } => {
+                    let text = "S asleep in read(0x5, ...)".to_owned();
+                    self.tell(Event::Evidence { pid: *pid, text });
+                }
                 _ => {}
             }
             self.history.push((self.now, action));

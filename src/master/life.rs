@@ -32,6 +32,7 @@ impl Fleet {
             since: now,
             heartbeat: now,
             next: boot_deadline.map(|at| (at, Signal::SIGKILL)),
+            killed: false,
             doom: None,
             wear: Wear::default(),
         };
@@ -175,7 +176,7 @@ impl Fleet {
         } else {
             self.left(&child, &death);
         }
-        if !as_asked(&child, how) {
+        if !as_asked(&child, how) || child.wear.evidence.is_some() {
             self.deaths.keep(death);
         }
     }

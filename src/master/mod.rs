@@ -23,6 +23,7 @@ mod children;
 mod control;
 pub mod deaths;
 pub mod event;
+mod evidence;
 pub mod fleet;
 mod last_words;
 mod leave;
@@ -54,6 +55,8 @@ mod fleet_tests;
 mod fleet_world;
 #[cfg(test)]
 mod recycle_tests;
+#[cfg(test)]
+mod watch_tests;
 
 pub use event::{Action, Event, Exit, Limits, Millis};
 pub use fleet::Fleet;

@@ -12,7 +12,7 @@
 use log::Level;
 
 use super::children::{Child, Holder, Seat};
-use super::deaths::Death;
+use super::deaths::{self, Death};
 use super::event::{Action, Millis, Span};
 use super::fleet::{Fleet, Phase, with_held_back};
 use super::leave::Leave;
@@ -35,6 +35,8 @@ pub(super) struct Wear {
     above: bool,
     /// Its successor has taken over; `Some` wish, and it drains.
     pub replaced: bool,
+    /// What it was stuck in, if it was.
+    pub evidence: Option<String>,
 }
 
 /// Why a worker is to be replaced.
@@ -104,6 +106,34 @@ impl Fleet {
             pid,
             format!("max-calls is reached with {calls} calls"),
             false,
+        );
+    }
+
+    /// None of a worker's threads comes back: it is replaced without waiting for others.
+    pub(super) fn wedged(&mut self, pid: Pid, evidence: &str) {
+        let since = self.now;
+        let Some(child) = self.table.children.get_mut(&pid).filter(|it| it.serves()) else {
+            return;
+        };
+        child.wear.wish = Some(Wish {
+            reason: "none of its handler threads comes back".to_owned(),
+            since,
+            urgent: true,
+        });
+        self.evidence(pid, evidence);
+    }
+
+    /// What a worker is stuck in, for the log and for its death record.
+    pub(super) fn evidence(&mut self, pid: Pid, text: &str) {
+        let Some(child) = self.table.children.get_mut(&pid) else {
+            return;
+        };
+        let text = deaths::clean_text(text);
+        let (slot, pairs) = (child.seat.slot, pairs(pid, child.seat));
+        child.wear.evidence = Some(text.clone());
+        self.trouble(
+            Level::Warn,
+            format!("worker {pid} (slot {slot}): {text} {pairs}"),
         );
     }
 

@@ -180,12 +180,14 @@ impl Master<'_> {
 
     fn reports(&mut self, pid: process::Pid) {
         self.words(pid);
-        for report in self.workers.reports(pid) {
-            self.tell(match report {
+        for (report, file) in self.workers.reports(pid) {
+            let event = match report {
                 Report::Ready => Event::Ready { pid },
                 Report::Retiring => Event::Retiring { pid },
                 Report::Worn(calls) => Event::Worn { pid, calls },
-            });
+                Report::Wedged(threads) => self.wedged(pid, threads, file),
+            };
+            self.tell(event);
         }
     }
 
@@ -277,6 +279,7 @@ impl Master<'_> {
                     };
                     self.workers.order(pid, order, None);
                 }
+                Action::Examine { pid } => self.examine(pid),
                 Action::Kill { pid, signal } => {
                     // Only what was not reaped: no pid of anybody else's.
                     if self.workers.get(pid).is_some() {

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 
 use super::children::{Child, Seat, Stage, Tenure};
 use super::event::{Action, Millis, Span};
-use super::fleet::Fleet;
+use super::fleet::{Fleet, Phase};
 use super::life::pairs;
 use crate::link::ids::Pid;
 
@@ -27,6 +27,8 @@ pub(super) fn kill_after(signal: Signal) -> Millis {
     match signal {
         // With AFTER_DRAIN within half a second of the drain deadline.
         Signal::SIGTERM => 300,
+        // Its end is the kernel's affair then, and takes a while where there is much memory.
+        Signal::SIGKILL => 3_000,
         _ => 500,
     }
 }
@@ -108,32 +110,44 @@ impl Fleet {
     fn signal(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
+        let stuck = child.stale_at().is_some_and(|at| at <= now);
         let signal = match child.next {
-            Some((at, signal)) if at <= now => signal,
-            _ => Signal::SIGABRT, // Then it is the heartbeat that is due.
+            // A loop that is stuck hears of no order, and of TERM neither.
+            Some((at, signal)) if at <= now && !stuck => signal,
+            _ => Signal::SIGABRT,
         };
-        child.next = match signal {
-            Signal::SIGKILL => None,
-            _ => Some((now + kill_after(signal), Signal::SIGKILL)),
-        };
+        if child.killed {
+            return self.outlived(pid);
+        }
+        child.killed = signal == Signal::SIGKILL;
+        child.next = Some((now + kill_after(signal), Signal::SIGKILL));
         let (seat, starting) = (child.seat, child.stage == Stage::Starting);
         let begins = child.doom.is_none();
+        let examine = (stuck || starting) && begins;
         let reason = child.doom.take().unwrap_or_else(|| match child.stage {
             Stage::Starting => {
                 let timeout = Span(child.limits.boot_timeout);
                 format!("not ready within boot-timeout ({timeout})")
             }
-            Stage::Ready => {
+            Stage::Ready | Stage::Draining { .. } if stuck => {
                 let silent = Span(now - child.heartbeat);
-                format!("event loop stuck for {silent}")
+                let when = if child.drains() {
+                    " while it drained"
+                } else {
+                    ""
+                };
+                format!("event loop stuck for {silent}{when}")
             }
             Stage::Draining { .. } if child.ready_at.is_none() => {
                 "not needed any more before it was ready".to_owned()
             }
-            Stage::Draining { .. } => "not done by its drain deadline".to_owned(),
+            Stage::Ready | Stage::Draining { .. } => "not done by its drain deadline".to_owned(),
         });
         child.doom = Some(reason.clone());
         let unready = child.ready_at.is_none() && child.drains();
+        if examine {
+            self.act(Action::Examine { pid });
+        }
         self.act(Action::Kill { pid, signal });
         let (slot, pairs) = (seat.slot, pairs(pid, seat));
         let text = format!("worker {pid} (slot {slot}) gets {signal}: {reason} {pairs}");
@@ -143,6 +157,46 @@ impl Fleet {
         }
         if starting && begins && self.is_newcomer(seat) {
             self.newcomer_failed(&format!("worker {pid} (slot {slot}): {reason}"));
+        }
+    }
+
+    /// KILL has not ended it: the kernel holds it, for want of a disk or a file server mostly, and
+    /// nobody can say for how long. Its seat is not kept empty for it.
+    fn outlived(&mut self, pid: Pid) {
+        let now = self.now;
+        let child = self.child_mut(pid);
+        child.next = None;
+        let (seat, limits, health) = (child.seat, child.limits, child.health(now));
+        let coming = self.table.is_coming(pid, seat);
+        let follows = match coming || self.table.holds(pid, seat) {
+            true => "its slot gets another one",
+            false => "nothing waits for it",
+        };
+        self.act(Action::Examine { pid });
+        let (slot, pairs) = (seat.slot, pairs(pid, seat));
+        let text = format!(
+            "worker {pid} (slot {slot}) is held by the kernel and does not end, though it was killed: \
+             {follows} {pairs}"
+        );
+        self.trouble(Level::Error, text);
+        if !coming && !self.table.holds(pid, seat) {
+            return;
+        }
+        let child = self.child_mut(pid);
+        child.stage = Stage::Draining { deadline: now };
+        child.since = now;
+        if self.is_newcomer(seat) && self.phase == Phase::Serving {
+            self.table.seats.remove(&seat);
+            return self
+                .newcomer_failed(&format!("worker {pid} (slot {slot}) is held by the kernel"));
+        }
+        let due = self
+            .tenure(seat)
+            .throttle
+            .death(health, &limits.throttle(), now);
+        match coming {
+            true => self.refill_coming(seat, due),
+            false => self.refill(seat, due),
         }
     }
 }

@@ -251,7 +251,7 @@ impl Workers {
     }
 
     /// What a worker has reported since the last look.
-    pub fn reports(&mut self, pid: Pid) -> Vec<Report> {
+    pub fn reports(&mut self, pid: Pid) -> Vec<(Report, Option<OwnedFd>)> {
         let mut reports = Vec::new();
         let Some(worker) = self.living.get_mut(&pid) else {
             return reports;
@@ -262,7 +262,9 @@ impl Workers {
         {
             match link.receive() {
                 // A child is never trusted: what does not speak for itself is not heard.
-                Received::Message(message, _) if message.pid == pid => reports.push(message.body),
+                Received::Message(message, file) if message.pid == pid => {
+                    reports.push((message.body, file));
+                }
                 Received::Message(..) | Received::Garbage => {
                     log::warn!(
                         "worker {pid} sent something that is no report of its own: it is not \
@@ -310,6 +312,12 @@ impl Worker {
     pub fn last_method(&self) -> Option<String> {
         let method = self.record.last_method()?;
         Some(self.known.method(method).to_owned())
+    }
+
+    /// The method that runs on its event loop right now, if one does.
+    pub fn inline_method(&self) -> Option<&str> {
+        let method = self.record.inline_method()?;
+        Some(self.known.method(method))
     }
 
     /// When its loop last turned, in milliseconds (CLOCK_MONOTONIC); `None`: never yet.

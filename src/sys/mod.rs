@@ -17,6 +17,7 @@ pub mod shared;
 pub mod signal;
 pub mod socket;
 pub mod spawn;
+pub mod task;
 pub mod timer;
 pub mod title;
 pub mod tree;

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use nix::cmsg_space;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
@@ -193,10 +194,7 @@ pub fn has_ended(fd: &impl AsFd) -> bool {
 pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
-    nix::fcntl::fcntl(
-        &ours,
-        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
-    )?;
+    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok((ours, theirs))
 }
 
@@ -314,6 +312,23 @@ pub fn read_memory_file(fd: OwnedFd) -> io::Result<Vec<u8>> {
     file.rewind()?;
     file.read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+/// The same, when whoever sent it is not trusted: no more than `most` bytes, and of a file of memory
+/// alone, whose reading waits for nobody (F_GET_SEALS, fcntl(2)).
+///
+/// # Errors
+/// When it is longer or no such file, or can't be read.
+pub fn read_small_memory_file(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
+    fcntl(&fd, FcntlArg::F_GET_SEALS)?;
+    let mut bytes = Vec::new();
+    let mut file = File::from(fd);
+    file.rewind()?;
+    (&file).take(most + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > most {
+        true => Err(io::ErrorKind::FileTooLarge.into()),
+        false => Ok(bytes),
+    }
 }
 
 #[cfg(test)]

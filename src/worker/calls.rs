@@ -348,7 +348,8 @@ impl Calls {
         let ended = Ended {
             token: call.token,
             reply: call.reply,
-            id: call.id.take(),
+            // Kept with the entry too: should its thread never come back, it is asked for.
+            id: call.id.clone(),
             method: call.method,
             timer: std::mem::take(&mut call.timer),
             size: call.size,
@@ -431,6 +432,16 @@ impl Calls {
             queued += lane.waiting - at_work;
         }
         (running, queued, self.lanes[0].lost)
+    }
+
+    /// The calls that keep handler threads past their deadline and `grace_ms` beyond, with their
+    /// serials.
+    pub fn stuck(&self, now_ms: u64, grace_ms: u64) -> impl Iterator<Item = (u64, &Call)> {
+        self.table
+            .iter()
+            .filter(|(_, call)| call.lost && self.lane(call.method) == 0)
+            .filter(move |(_, call)| call.deadline_ms.saturating_add(grace_ms) <= now_ms)
+            .map(|(key, call)| (key.serial, call))
     }
 
     /// The method of the call that is the longest with the threads, and when it was read.

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -57,10 +58,12 @@ pub(super) enum Trouble {
     Reading,
     /// A client takes its answers too slowly.
     Writing,
+    /// A thread does not come back.
+    Lost,
 }
 
 impl Trouble {
-    const KINDS: usize = 4;
+    const KINDS: usize = 5;
 }
 
 /// A worker at work.
@@ -100,6 +103,8 @@ pub struct EventLoop {
     pub(super) worn_after: u64,
     /// Whether the master was told that it does.
     pub(super) serves: bool,
+    /// The master was told that no handler thread comes back.
+    pub(super) told_wedged: bool,
 }
 
 impl EventLoop {
@@ -133,6 +138,7 @@ impl EventLoop {
             full: false,
             worn_after: wear::enough(workers.max_calls),
             serves: false,
+            told_wedged: false,
         }
     }
 
@@ -212,13 +218,25 @@ impl EventLoop {
     /// # Errors
     /// When the message can't be sent, which is logged.
     pub(super) fn report(&self, body: Report) -> io::Result<()> {
+        self.report_with(body, None)
+    }
+
+    /// Tells the master something, with a descriptor beside it.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) fn report_with(
+        &self,
+        body: Report,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> io::Result<()> {
         let message = Message {
             pid: Pid::current(),
             generation: self.generation,
             body,
         };
         // A master that is gone is noticed by the link's end.
-        match self.link.send(message, None) {
+        match self.link.send(message, descriptor) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 log::warn!("the master could not be told {body:?}: {error}");
                 Err(error)
@@ -233,6 +251,7 @@ impl EventLoop {
             self.resume_listening(floor);
         }
         floor.try_accept(self);
+        self.feel_stuck();
         sweep::tidy();
     }
 

@@ -17,6 +17,7 @@ mod intake;
 mod last_words;
 mod load;
 mod orders;
+mod posts;
 mod queue;
 mod service;
 mod serving;

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use super::posts::Posts;
 use crate::handler::job::Reports;
 pub use crate::handler::job::{Done, Job};
 use crate::handler::pool::Pools;
@@ -29,6 +30,8 @@ pub struct Threads {
     done: Receiver<Done>,
     count: usize,
     pools: Pools,
+    /// Which thread runs what.
+    pub(super) posts: Arc<Posts>,
 }
 
 impl Threads {
@@ -45,12 +48,15 @@ impl Threads {
         let (jobs, to_do) = unbounded::<Job>();
         let (sender, done) = unbounded();
         let reports = Reports::new(sender, Arc::clone(waker));
+        let posts = Arc::new(Posts::new(count));
         let mut started = 0;
         for number in 0..count {
             let (to_do, reports) = (to_do.clone(), reports.clone());
-            let registry = Arc::clone(registry);
+            let (registry, posts) = (Arc::clone(registry), Arc::clone(&posts));
             let body = move || {
+                posts.arrive(number);
                 for job in to_do {
+                    posts.take_on(number, job.key.serial);
                     let begun = Instant::now();
                     let outcome = job.state.begin().then(|| run(&job, slot, &registry));
                     let done = Done {
@@ -88,6 +94,7 @@ impl Threads {
             done,
             count: started,
             pools: Pools::start(registry, &reports, waker)?,
+            posts,
         })
     }
 

@@ -1,11 +1,19 @@
-//! What a worker notices of its own wear, and tells the master: that it has had calls enough.
+//! What a worker notices of its own wear, and tells the master: that it has had calls enough, or
+//! that none of its handler threads comes back.
 //!
 //! It goes on as before. The master starts a successor, and orders the drain when that is ready.
 
-use super::event_loop::EventLoop;
+use std::os::fd::AsFd;
+
+use super::event_loop::{EventLoop, Trouble};
+use super::table::Call;
 use crate::link::ids::Pid;
 use crate::link::jitter;
 use crate::link::message::Report;
+use crate::link::stuck::{self, StuckCall};
+
+/// So long a handler may take to notice that its time is over; a command must be killed by then.
+const GRACE_MS: u64 = 1000;
 
 /// So many calls later the master is told once more, when it could not be.
 const TELL_AGAIN: u64 = 100;
@@ -19,7 +27,7 @@ pub(super) fn enough(max_calls: u64) -> u64 {
 }
 
 impl EventLoop {
-    /// To be asked after every turn: two comparisons, when there is nothing to tell.
+    /// To be asked after every turn: one comparison, when there is nothing to tell.
     pub(super) fn feel_wear(&mut self) {
         if self.service.read >= self.worn_after {
             self.worn_after = match self.report(Report::Worn(self.service.read)) {
@@ -27,5 +35,52 @@ impl EventLoop {
                 Err(_) => self.service.read + TELL_AGAIN,
             };
         }
+    }
+
+    /// To be asked at every tick: threads whose handlers heed no deadline.
+    pub(super) fn feel_stuck(&mut self) {
+        let service = &self.service;
+        let threads = service.threads.count(0);
+        if service.calls.counts(&service.threads).2 == 0 || !self.drain.is_serving() {
+            return;
+        }
+        let call = |(serial, call): (u64, &Call)| StuckCall {
+            thread: service.threads.posts.thread_of(serial),
+            method: service.registry.name(call.method).to_owned(),
+            id: call.id.as_deref().map(str::to_owned),
+            age_ms: service.now_ms.saturating_sub(call.read_ms),
+        };
+        let mut calls: Vec<StuckCall> = (service.calls.stuck(service.now_ms, GRACE_MS))
+            .map(call)
+            .collect();
+        calls.sort_by_key(|call| std::cmp::Reverse(call.age_ms));
+        let Some(oldest) = calls.first() else {
+            return;
+        };
+        if calls.len() < threads {
+            let id = oldest.id.as_ref();
+            let id = id.map_or(String::new(), |id| format!(" (id {id})"));
+            let (lost, method, age) = (calls.len(), &oldest.method, oldest.age_ms / 1000);
+            let text = format!(
+                "{lost} of {threads} handler threads are lost until their handlers come back, which heed \
+                 no deadline: {method}{id} has run for {age} s"
+            );
+            return self.complain(Trouble::Lost, &text);
+        }
+        if self.told_wedged {
+            return;
+        }
+        log::warn!(
+            "none of {threads} handler threads comes back from its call: the master is asked for a \
+             successor"
+        );
+        let file = stuck::pack(&calls);
+        if let Err(error) = &file {
+            log::warn!("what the threads run can't be told: {error}");
+        }
+        let file = file.as_ref().ok().map(AsFd::as_fd);
+        // If it could not be told, at the next tick.
+        let told = self.report_with(Report::Wedged(threads as u64), file);
+        self.told_wedged = told.is_ok();
     }
 }

@@ -6,7 +6,7 @@
 
 mod callers;
 pub mod client;
-mod daemon;
+pub mod daemon;
 mod dice;
 mod dir;
 pub mod load;

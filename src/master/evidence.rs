@@ -1,0 +1,79 @@
+//! What can be seen of a worker that is stuck, from outside and before it is ended: for the log and
+//! its death record.
+//!
+//! The scoreboard names the calls, /proc the state of threads. Nothing here waits for the worker, and what
+//! can't be read is left out.
+
+use std::os::fd::OwnedFd;
+
+use super::event::{Event, Span};
+use super::supervise::{Master, now};
+use super::workers::Worker;
+use crate::link::ids::Pid;
+use crate::link::stuck::{self, StuckCall};
+use crate::sys::task;
+
+impl Master<'_> {
+    /// The policy wants to know what an event loop is at before it is ended.
+    pub(super) fn examine(&mut self, pid: Pid) {
+        let Some(worker) = self.workers.get(pid) else {
+            return;
+        };
+        let text = event_loop(pid, worker);
+        let actions = self.fleet.handle(Event::Evidence { pid, text }, now());
+        self.actions.extend(actions);
+    }
+
+    /// A worker says that none of its threads comes back, and which calls they run.
+    pub(super) fn wedged(&self, pid: Pid, threads: u64, file: Option<OwnedFd>) -> Event {
+        let calls = file.and_then(stuck::unpack).unwrap_or_default();
+        let evidence = threads_of(pid, threads, &calls);
+        Event::Wedged { pid, evidence }
+    }
+}
+
+/// The thread of the event loop, which is the process's first, and what it was to do.
+fn event_loop(pid: Pid, worker: &Worker) -> String {
+    let mut parts = Vec::new();
+    if let Some(look) = task::look(pid, pid) {
+        parts.push(format!("event loop: {look}"));
+    }
+    if let Some(method) = worker.inline_method() {
+        parts.push(format!("it runs {method}"));
+    }
+    if let Some((method, since)) = worker.record.oldest() {
+        let (name, age) = (worker.known.method(method), now().saturating_sub(since));
+        parts.push(format!("oldest call on a thread: {name} for {}", Span(age)));
+    }
+    parts.join("; ")
+}
+
+/// Each call that is stuck, and its thread.
+fn threads_of(pid: Pid, threads: u64, calls: &[StuckCall]) -> String {
+    let mut parts: Vec<String> = calls.iter().map(|call| one_of(pid, call)).collect();
+    let more = threads.saturating_sub(parts.len() as u64);
+    if more > 0 {
+        parts.push(format!("{more} more"));
+    }
+    format!(
+        "all {threads} handler threads are stuck: {}",
+        parts.join("; ")
+    )
+}
+
+fn one_of(pid: Pid, call: &StuckCall) -> String {
+    let StuckCall {
+        thread,
+        method,
+        id,
+        age_ms,
+    } = call;
+    let id = id
+        .as_ref()
+        .map_or(String::new(), |id| format!(" (id {id})"));
+    let age = Span(*age_ms);
+    match task::look(pid, Pid(*thread)) {
+        Some(look) => format!("{method}{id} for {age} on {}: {look}", look.name),
+        None => format!("{method}{id} for {age}"),
+    }
+}

@@ -1,0 +1,312 @@
+//! What the kernel says of one thread: its state, the system call that it is in, where it sleeps
+//! and by which way it came there (proc_pid_stat(5), proc_pid_syscall(5), proc_pid_wchan(5),
+//! proc_pid_stack(5)).
+//!
+//! For threads that are stuck: so only files are read that take no lock of the process's memory, which
+//! such a one may hold (cmdline, maps and smaps do). What may not be read is left out: the system call takes
+//! the rights of ptrace(2), the kernel's stack those of an administrator.
+
+use std::fmt;
+use std::fs;
+use std::time::Duration;
+
+use nix::libc;
+use nix::unistd::{SysconfVar, sysconf};
+
+use super::process::Pid;
+
+/// Frames of a kernel stack that are told, innermost first.
+const MOST_FRAMES: usize = 8;
+
+/// A look at one thread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Look {
+    /// Its name.
+    pub name: String,
+    /// The letter of its state, `R` or `S` say.
+    pub state: char,
+    /// CPU time so far, user and system.
+    pub cpu: Duration,
+    /// The system call that it waits in, if it waits in one and that may be known.
+    pub call: Option<Call>,
+    /// The kernel's function that it sleeps in.
+    pub place: Option<String>,
+    /// The kernel's functions from there on outwards.
+    pub stack: Vec<String>,
+    /// The debugger that holds its process.
+    pub tracer: Option<Pid>,
+}
+
+/// A system call that a thread is in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// Its number.
+    pub number: i64,
+    /// Its first argument, often a descriptor.
+    pub first: String,
+}
+
+/// The threads of a process.
+pub fn threads(pid: Pid) -> Vec<Pid> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| Some(Pid(entry.ok()?.file_name().to_str()?.parse().ok()?)))
+        .collect()
+}
+
+/// Looks at a thread of a process; `None` when it is gone.
+pub fn look(pid: Pid, thread: Pid) -> Option<Look> {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/task/{thread}/{file}")).ok();
+    let stat = read("stat")?;
+    // The name may hold blanks and parentheses: the last one ends it.
+    let (name, fields) = stat.split_once('(')?.1.rsplit_once(')')?;
+    let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+    let ticks = |at: usize| fields.get(at)?.parse::<u64>().ok();
+    let place = read("wchan").map(|place| place.trim().to_owned());
+    let stack = read("stack").unwrap_or_default();
+    let status = read("status").unwrap_or_default();
+    Some(Look {
+        name: name.to_owned(),
+        state: fields.first()?.chars().next()?,
+        cpu: of_ticks(ticks(11)? + ticks(12)?),
+        call: read("syscall").and_then(|line| call(&line)),
+        place: place.filter(|place| !place.is_empty() && place != "0"),
+        stack: stack
+            .lines()
+            .filter_map(frame)
+            .take(MOST_FRAMES)
+            .map(str::to_owned)
+            .collect(),
+        tracer: tracer(&status),
+    })
+}
+
+/// A line of syscall: the number and six arguments, or `running`, or -1 when it waits in none.
+fn call(line: &str) -> Option<Call> {
+    let mut fields = line.split_ascii_whitespace();
+    let number: i64 = fields.next()?.parse().ok().filter(|&number| number >= 0)?;
+    let first = fields.next()?.to_owned();
+    Some(Call { number, first })
+}
+
+/// A line of stack: `[<0>] futex_wait+0x1f/0x40`.
+fn frame(line: &str) -> Option<&str> {
+    let (_, rest) = line.split_once(']')?;
+    let name = rest.trim().split('+').next()?;
+    (!name.is_empty() && !name.starts_with("0x")).then_some(name)
+}
+
+fn tracer(status: &str) -> Option<Pid> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("TracerPid:"))?;
+    line.trim().parse().ok().filter(|&pid| pid != 0).map(Pid)
+}
+
+fn of_ticks(ticks: u64) -> Duration {
+    let a_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
+    Duration::from_millis(ticks * 1000 / a_second.unsigned_abs().max(1))
+}
+
+impl fmt::Display for Look {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = match self.state {
+            'R' => "running",
+            'S' => "asleep",
+            'D' => "asleep, deaf to signals",
+            'T' => "stopped by a signal",
+            't' => "stopped by a debugger",
+            'Z' | 'X' => "dead",
+            _ => "idle",
+        };
+        write!(f, "{} {words}", self.state)?;
+        if let Some(Call { number, first }) = &self.call {
+            match name_of(*number) {
+                Some(name) => write!(f, " in {name}({first}, ...)")?,
+                None => write!(f, " in system call {number}({first}, ...)")?,
+            }
+        }
+        if let Some(place) = &self.place {
+            write!(f, " at {place}")?;
+        }
+        if !self.stack.is_empty() {
+            write!(f, " stack {}", self.stack.join(" < "))?;
+        }
+        if let Some(tracer) = self.tracer {
+            write!(f, " traced by {tracer}")?;
+        }
+        write!(f, " cpu {:.2} s", self.cpu.as_secs_f64())
+    }
+}
+
+/// The names of the system calls that a thread can be stuck in.
+macro_rules! names {
+    ($number:expr, $($(#[$when:meta])? $name:ident = $constant:ident),* $(,)?) => {{
+        let number = $number;
+        $($(#[$when])? if number == libc::$constant { return Some(stringify!($name)); })*
+        None
+    }};
+}
+
+fn name_of(number: i64) -> Option<&'static str> {
+    names!(
+        number,
+        read = SYS_read,
+        write = SYS_write,
+        readv = SYS_readv,
+        writev = SYS_writev,
+        pread64 = SYS_pread64,
+        pwrite64 = SYS_pwrite64,
+        openat = SYS_openat,
+        close = SYS_close,
+        futex = SYS_futex,
+        nanosleep = SYS_nanosleep,
+        clock_nanosleep = SYS_clock_nanosleep,
+        restart_syscall = SYS_restart_syscall,
+        ppoll = SYS_ppoll,
+        pselect6 = SYS_pselect6,
+        epoll_pwait = SYS_epoll_pwait,
+        epoll_pwait2 = SYS_epoll_pwait2,
+        recvfrom = SYS_recvfrom,
+        recvmsg = SYS_recvmsg,
+        sendto = SYS_sendto,
+        sendmsg = SYS_sendmsg,
+        connect = SYS_connect,
+        accept = SYS_accept,
+        accept4 = SYS_accept4,
+        fsync = SYS_fsync,
+        fdatasync = SYS_fdatasync,
+        sync = SYS_sync,
+        msync = SYS_msync,
+        flock = SYS_flock,
+        fcntl = SYS_fcntl,
+        ioctl = SYS_ioctl,
+        wait4 = SYS_wait4,
+        waitid = SYS_waitid,
+        rt_sigtimedwait = SYS_rt_sigtimedwait,
+        rt_sigsuspend = SYS_rt_sigsuspend,
+        newfstatat = SYS_newfstatat,
+        statx = SYS_statx,
+        getdents64 = SYS_getdents64,
+        unlinkat = SYS_unlinkat,
+        renameat2 = SYS_renameat2,
+        mkdirat = SYS_mkdirat,
+        mmap = SYS_mmap,
+        munmap = SYS_munmap,
+        mprotect = SYS_mprotect,
+        brk = SYS_brk,
+        madvise = SYS_madvise,
+        sched_yield = SYS_sched_yield,
+        splice = SYS_splice,
+        sendfile = SYS_sendfile,
+        io_uring_enter = SYS_io_uring_enter,
+        semtimedop = SYS_semtimedop,
+        msgrcv = SYS_msgrcv,
+        msgsnd = SYS_msgsnd,
+        getrandom = SYS_getrandom,
+        clone = SYS_clone,
+        clone3 = SYS_clone3,
+        execve = SYS_execve,
+        #[cfg(target_arch = "x86_64")]
+        open = SYS_open,
+        #[cfg(target_arch = "x86_64")]
+        stat = SYS_stat,
+        #[cfg(target_arch = "x86_64")]
+        poll = SYS_poll,
+        #[cfg(target_arch = "x86_64")]
+        select = SYS_select,
+        #[cfg(target_arch = "x86_64")]
+        epoll_wait = SYS_epoll_wait,
+        #[cfg(target_arch = "x86_64")]
+        pause = SYS_pause,
+        #[cfg(target_arch = "x86_64")]
+        vfork = SYS_vfork,
+    )
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    /// A thread of this process that waits in read(2), once it does.
+    fn reader() -> (Look, std::io::PipeWriter) {
+        let (mut from, to) = std::io::pipe().unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::Builder::new()
+            .name("a (reader)".into())
+            .spawn(move || {
+                tell.send(nix::unistd::gettid().as_raw()).unwrap();
+                let _ = from.read(&mut [0]);
+            })
+            .unwrap();
+        let thread = Pid(told.recv().unwrap());
+        let asleep = || look(Pid::current(), thread).filter(|look| look.place_or_call());
+        let look = loop {
+            if let Some(look) = asleep() {
+                break look;
+            }
+            std::thread::yield_now();
+        };
+        (look, to)
+    }
+
+    impl Look {
+        fn place_or_call(&self) -> bool {
+            self.state == 'S'
+                && (self
+                    .call
+                    .as_ref()
+                    .is_some_and(|call| call.number == libc::SYS_read))
+        }
+    }
+
+    #[test]
+    fn a_thread_that_waits_for_a_pipe_says_so() {
+        let (look, _to) = reader();
+        assert_eq!(look.name, "a (reader)");
+        assert!(threads(Pid::current()).len() > 1);
+        let text = look.to_string();
+        assert!(text.starts_with("S asleep in read(0x"), "{text}");
+    }
+
+    #[test]
+    fn what_proc_says_is_read_as_it_stands() {
+        assert_eq!(call("running\n"), None);
+        assert_eq!(call("-1 0x7ffe 0x7f\n"), None);
+        let first = "0x5".to_owned();
+        assert_eq!(
+            call("0 0x5 0x7f 0x1 0x0 0x0 0x0 0x7ff 0x7f\n"),
+            Some(Call { number: 0, first })
+        );
+        assert_eq!(frame("[<0>] futex_wait+0x1f/0x40"), Some("futex_wait"));
+        assert_eq!(frame("[<0>] 0xffffffff"), None);
+        assert_eq!(tracer("Name:\tx\nTracerPid:\t0\n"), None);
+        assert_eq!(tracer("Name:\tx\nTracerPid:\t42\n"), Some(Pid(42)));
+        assert_eq!(look(Pid(-1), Pid(-1)), None);
+    }
+
+    #[test]
+    fn a_look_is_told_in_words() {
+        let look = Look {
+            name: "handler-0".into(),
+            state: 'D',
+            cpu: Duration::from_millis(1234),
+            call: Some(Call {
+                number: 9_999,
+                first: "0x1".into(),
+            }),
+            place: Some("nfs_wait".into()),
+            stack: vec!["nfs_wait".into(), "nfs_read".into()],
+            tracer: Some(Pid(7)),
+        };
+        assert_eq!(
+            look.to_string(),
+            "D asleep, deaf to signals in system call 9999(0x1, ...) at nfs_wait stack nfs_wait < nfs_read \
+             traced by 7 cpu 1.23 s"
+        );
+    }
+}
