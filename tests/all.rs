@@ -38,6 +38,7 @@ mod lines;
 mod listeners;
 mod manual;
 mod nine;
+mod overload;
 mod pool;
 mod pools;
 mod readme;

@@ -109,8 +109,7 @@ fn a_client_that_never_reads_inline_answers_costs_a_mebibyte_and_one_answer() {
 fn a_client_that_never_reads_threaded_answers_costs_a_mebibyte_and_one_answer() {
     let _alone = alone();
     let daemon = Daemon::builder()
-        // few threads: each keeps an allocator's arena, which is no part of a connection either
-        .config("[workers]\ncount = 1\nthreads = 3\n[limits]\nwrite-timeout = \"2s\"\n")
+        .config("[workers]\ncount = 1\nthreads = 8\n[limits]\nwrite-timeout = \"2s\"\n")
         .program(example("minimal"))
         .start();
     let growth = never_reading(&daemon, r#"{"in": "letters", "params": 100000}"#);

@@ -62,7 +62,17 @@ impl Load {
     /// Opens so many connections, and makes one call on each of them in turn, so that every one has
     /// been accepted. `params` is JSON.
     pub fn open(address: SocketAddr, count: usize, params: &str) -> Result<Self, Failure> {
-        let request = frame(&format!(r#"{{"in":"ping","params":{params}}}"#));
+        Self::of(address, count, "ping", params)
+    }
+
+    /// Likewise, with a method that answers its params.
+    pub fn of(
+        address: SocketAddr,
+        count: usize,
+        method: &str,
+        params: &str,
+    ) -> Result<Self, Failure> {
+        let request = frame(&format!(r#"{{"in":"{method}","params":{params}}}"#));
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let mut connections = Vec::with_capacity(count);
         let mut answer = Vec::new();
@@ -74,7 +84,7 @@ impl Load {
             stream.write_all(&request)?;
             let first = read_frame(&mut stream)?;
             if answer.is_empty() {
-                check(&first, params)?;
+                check(&first, method, params)?;
                 answer = first;
             } else if first != answer {
                 return Err("the connections get different answers".into());
@@ -181,13 +191,14 @@ fn read_frame(stream: &mut TcpStream) -> Result<Vec<u8>, Failure> {
     }
 }
 
-/// Whether it is the answer to a ping with these params.
-fn check(answer: &[u8], params: &str) -> Result<(), Failure> {
+/// Whether it is the answer to such a call.
+fn check(answer: &[u8], method: &str, params: &str) -> Result<(), Failure> {
     let value: serde_json::Value = serde_json::from_slice(&answer[4..])?;
     let params: serde_json::Value = serde_json::from_str(params)?;
-    if value["out"] == "pong" && value["result"] == params {
+    let out = if method == "ping" { "pong" } else { method };
+    if value["out"] == out && value["result"] == params {
         Ok(())
     } else {
-        Err(format!("not the answer to a ping: {value}").into())
+        Err(format!("not the answer to {method}: {value}").into())
     }
 }

@@ -45,17 +45,30 @@ impl Server {
 
     /// preforkd, built with this program. `more` is added to its configuration.
     pub fn preforkd(workers: usize, more: &str) -> Result<Self, Failure> {
+        Self::preforkd_with(&format!("[workers]\ncount = {workers}\n{more}"))
+    }
+
+    /// Likewise; `tables` are all of its configuration but for where it listens and what it logs.
+    pub fn preforkd_with(tables: &str) -> Result<Self, Failure> {
+        Self::program(env!("CARGO_BIN_EXE_preforkd").into(), tables)
+    }
+
+    /// This program once more, which has to be a server when its first word is `run`.
+    pub fn of_this_program(tables: &str) -> Result<Self, Failure> {
+        Self::program(std::env::current_exe()?, tables)
+    }
+
+    fn program(program: PathBuf, tables: &str) -> Result<Self, Failure> {
         let directory = new_directory()?;
         let address = free_address()?;
         let config = directory.join("preforkd.toml");
         let text = format!(
             "pid-file = \"pid\"\ncontrol-socket = \"control.sock\"\n\
-             [workers]\ncount = {workers}\n\
              [[listen]]\naddress = \"{address}\"\n\
-             [log]\nlevel = \"warn\"\n{more}"
+             [log]\nlevel = \"warn\"\n{tables}"
         );
         fs::write(&config, text)?;
-        let mut command = Command::new(env!("CARGO_BIN_EXE_preforkd"));
+        let mut command = Command::new(program);
         command.arg("run").arg("--config").arg(config);
         Self::start(command, address, directory)
     }

@@ -37,6 +37,8 @@ pub struct Job {
     pub peer: Option<SocketAddr>,
     /// When the caller stops waiting, as time since boot.
     pub deadline: Duration,
+    /// How long it is expected to run, where that is known.
+    pub expected: Option<Duration>,
     /// Whether it may begin.
     pub state: Arc<CallState>,
 }
@@ -69,8 +71,18 @@ impl Reports {
 
     /// Reports one job; false when nobody listens any more.
     pub fn send(&self, done: Done) -> bool {
-        let sent = self.sender.send(done).is_ok();
-        self.waker.wake();
+        let sent = self.leave(done);
+        self.wake();
         sent
+    }
+
+    /// Reports one job without waking the loop for it, which `wake` does then.
+    pub fn leave(&self, done: Done) -> bool {
+        self.sender.send(done).is_ok()
+    }
+
+    /// Wakes the loop for what was left.
+    pub fn wake(&self) {
+        self.waker.wake();
     }
 }

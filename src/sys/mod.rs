@@ -10,6 +10,7 @@ pub mod descriptor;
 pub mod event;
 pub mod exec;
 mod execute;
+pub mod memory;
 pub mod notify;
 pub mod privilege;
 pub mod process;

@@ -25,9 +25,10 @@ use crate::sys::event::Token;
 /// A result from here up counts as large: how many of its like run for one connection is limited.
 const LARGE: usize = 16 * 1024;
 
-/// A call that is expected to run for less is handed out ahead, so that its thread need not wait for
-/// the loop.
+/// Calls that are expected to run for so long together are handed out ahead, so that no thread need
+/// wait for the loop; and so many at most.
 const SHORT: Duration = Duration::from_millis(1);
+const MOST_AHEAD: usize = 64;
 
 /// Bytes of params that may wait or run in a worker, of all its connections together.
 const MOST_BYTES: usize = 64 * 1024 * 1024;
@@ -201,7 +202,10 @@ impl Calls {
         now_ms: u64,
         backlog: impl Fn(Token, Place) -> usize,
     ) -> Option<CallKey> {
-        (0..self.lanes.len()).find_map(|lane| self.hand_out_lane(lane, threads, now_ms, &backlog))
+        let late = (0..self.lanes.len())
+            .find_map(|lane| self.hand_out_lane(lane, threads, now_ms, &backlog));
+        threads.ring();
+        late
     }
 
     fn hand_out_lane(
@@ -241,6 +245,7 @@ impl Calls {
                 params,
                 id: call.id.clone(),
                 peer: call.peer,
+                expected: self.loads[call.method].expected(),
                 deadline: Duration::from_millis(call.deadline_ms),
                 state: Arc::clone(&call.state),
             };
@@ -255,9 +260,19 @@ impl Calls {
     /// over. Of what runs for longer no more than there are threads are out: which goes first is
     /// decided when a thread is there for it.
     fn may_go_out(&self, lane: usize, method: usize, threads: usize) -> bool {
-        let is_short = |expected| expected < SHORT;
-        let out = self.lanes[lane].out;
-        out < threads || (out < threads * 2 && self.loads[method].expected().is_some_and(is_short))
+        let load = &self.loads[method];
+        let ahead = match load.expected() {
+            Some(expected) if threads > 0 => {
+                let of_time = SHORT.as_micros() / expected.as_micros().max(1);
+                let of_memory = LARGE * 4 / load.last_result.max(1);
+                // A program of a pool has a call of its own ahead, and no more.
+                let most = if lane == 0 { MOST_AHEAD } else { threads };
+                most.min(of_memory)
+                    .min(usize::try_from(of_time).unwrap_or(most))
+            }
+            _ => 0,
+        };
+        self.lanes[lane].out < threads + ahead
     }
 
     /// Whether a call's answer will find room: a client that never reads must not fill the memory

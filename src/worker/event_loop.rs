@@ -155,17 +155,19 @@ impl EventLoop {
         self.hold_back(floor);
         loop {
             self.open(floor)?;
-            let next = self
-                .service
-                .timers
-                .next()
-                .unwrap_or(u64::MAX)
-                .min(self.next_tick_ms);
+            let mut next = self.next_tick_ms;
+            if self.service.threads.look(self.service.now_ms) {
+                next = self.service.now_ms + 1;
+            }
+            let next = next.min(self.service.timers.next().unwrap_or(u64::MAX));
             let wait = match self.drain.next() {
                 Some(at) => next.min(at),
                 None => next,
             };
             let more = floor.turn(wait.saturating_sub(self.service.now_ms), self)?;
+            if self.service.threads.has_done() {
+                self.collect(floor);
+            }
             self.expire(floor);
             if self.service.now_ms >= self.next_tick_ms {
                 self.tick(floor);
@@ -319,7 +321,10 @@ impl Driver for EventLoop {
             Completion::Readable { watch: SIGNALS } => self.heard(floor),
             Completion::Readable { watch: LINK } => self.orders(floor),
             Completion::Readable { watch: QUEUE } => self.give_waiting(floor),
-            Completion::Readable { .. } => self.collect(floor),
+            Completion::Readable { .. } => {
+                self.waker.clear();
+                self.collect(floor);
+            }
         }
     }
 }

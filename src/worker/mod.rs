@@ -21,6 +21,7 @@ mod posts;
 mod queue;
 mod service;
 mod serving;
+mod shelf;
 mod spreading;
 mod table;
 mod threads;
@@ -37,6 +38,7 @@ use crate::link::boot::Boot;
 use crate::link::handoff::LONGEST;
 use crate::logging;
 use crate::sys::event::Floor;
+use crate::sys::memory;
 use crate::sys::process::{Pid, exit_now};
 use crate::sys::signal;
 use crate::sys::waker::Waker;
@@ -51,6 +53,8 @@ use timers::Timers;
 const CANT_START: i32 = 71;
 /// Likewise for a bug of ours: EX_SOFTWARE.
 const BUG: i32 = 70;
+/// Arenas of the allocator: one for the loop, one for the threads that work for it.
+const ARENAS: i32 = 2;
 /// How long a leaving worker waits for its last log lines to be written.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
@@ -76,6 +80,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     logging::tell(boot.witness.take());
     let cant = |attempt| move |error| (attempt, error);
     let signals = hygiene::become_worker(&mut boot)?;
+    memory::share_arenas(ARENAS);
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
     // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
     signal::block_all();

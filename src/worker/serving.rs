@@ -173,7 +173,6 @@ impl EventLoop {
 
     /// Answers what the threads have done: one write for each connection.
     pub(super) fn collect(&mut self, floor: &mut Floor) {
-        self.waker.clear();
         let mut done: Vec<_> = self
             .service
             .threads

@@ -1,17 +1,19 @@
 //! The handler threads of a worker: they run one call after the other and wake the loop. Beside them
 //! the programs of pools, which take calls in the same way.
 //!
-//! What waits for a thread, and which goes first, is decided by `calls`; here is only a short
-//! queue that keeps threads from standing idle in between. A panic in a handler is an answer.
+//! What waits for a thread, and which goes first, is decided by `calls`; `shelf` is a short queue that
+//! keeps threads from standing idle in between. Of calls that take microseconds the loop hears of
+//! a handful at once. A panic in a handler is an answer.
 
 use std::io;
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, unbounded};
 
 use super::posts::Posts;
+use super::shelf::Shelf;
 use crate::handler::job::Reports;
 pub use crate::handler::job::{Done, Job};
 use crate::handler::pool::Pools;
@@ -23,10 +25,13 @@ use crate::sys::waker::Waker;
 /// Stack of a handler thread, the same as std's default: deep enough for serde_json's own limit.
 const STACK: usize = 2 * 1024 * 1024;
 
+/// The loop hears of what is done after so much work at the latest.
+const UNTOLD: Duration = Duration::from_micros(100);
+
 /// The threads.
 #[derive(Debug)]
 pub struct Threads {
-    jobs: Sender<Job>,
+    shelf: Arc<Shelf>,
     done: Receiver<Done>,
     count: usize,
     pools: Pools,
@@ -45,28 +50,38 @@ impl Threads {
         registry: &Arc<Registry>,
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
-        let (jobs, to_do) = unbounded::<Job>();
+        let shelf = Arc::new(Shelf::default());
         let (sender, done) = unbounded();
         let reports = Reports::new(sender, Arc::clone(waker));
         let posts = Arc::new(Posts::new(count));
         let mut started = 0;
         for number in 0..count {
-            let (to_do, reports) = (to_do.clone(), reports.clone());
+            let (shelf, reports) = (Arc::clone(&shelf), reports.clone());
             let (registry, posts) = (Arc::clone(registry), Arc::clone(&posts));
             let body = move || {
                 posts.arrive(number);
-                for job in to_do {
+                let (mut untold, mut brisk) = (Duration::ZERO, false);
+                loop {
+                    let job;
+                    (job, brisk) = shelf.take(brisk);
                     posts.take_on(number, job.key.serial);
                     let begun = Instant::now();
                     let outcome = job.state.begin().then(|| run(&job, slot, &registry));
+                    let took = begun.elapsed();
                     let done = Done {
                         key: job.key,
                         outcome,
-                        took: begun.elapsed(),
+                        took,
                         out: None,
                     };
-                    if !reports.send(done) {
+                    if !reports.leave(done) {
                         return;
+                    }
+                    untold += took;
+                    // While jobs lie there, the loop looks by itself now and then.
+                    if !brisk || untold >= UNTOLD || !shelf.goes_on() {
+                        untold = Duration::ZERO;
+                        reports.wake();
                     }
                 }
             };
@@ -90,7 +105,7 @@ impl Threads {
             }
         }
         Ok(Threads {
-            jobs,
+            shelf,
             done,
             count: started,
             pools: Pools::start(registry, &reports, waker)?,
@@ -106,15 +121,28 @@ impl Threads {
         }
     }
 
-    /// Hands a job over to a lane.
+    /// Hands a job over to a lane; `ring` is to follow.
     pub fn run(&self, lane: usize, job: Job) {
         match lane.checked_sub(1) {
-            None => self
-                .jobs
-                .send(job)
-                .expect("the threads live as long as the worker"),
+            None => self.shelf.put(job),
             Some(pool) => self.pools.put(pool, job),
         }
+    }
+
+    /// Wakes whom the jobs need that were handed over.
+    pub fn ring(&self) {
+        self.shelf.ring();
+    }
+
+    /// Sees to it that no job lies there for want of a thread; tells whether any lies there, or any
+    /// was done that the loop was not woken for: it is to look again soon.
+    pub fn look(&self, now_ms: u64) -> bool {
+        self.shelf.look(now_ms) || self.has_done()
+    }
+
+    /// Whether any job is done that was not taken.
+    pub fn has_done(&self) -> bool {
+        !self.done.is_empty()
     }
 
     /// The programs of all pools.

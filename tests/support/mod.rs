@@ -14,6 +14,7 @@ mod log;
 pub mod markdown;
 pub mod nginx;
 mod notify;
+pub mod open_loop;
 pub mod process;
 mod sweep;
 pub mod victim;

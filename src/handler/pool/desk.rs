@@ -201,6 +201,7 @@ mod tests {
             params: "null".into(),
             id: None,
             peer: None,
+            expected: None,
             deadline: Duration::MAX,
             state: Arc::default(),
         }

@@ -1,0 +1,110 @@
+//! CPU time per call: the same function on a handler thread, beside it inline on the event loop.
+//!
+//! One server of this program's own with two workers; both methods in turn, several rounds, each under
+//! the same load: 64 connections, one outstanding call each. Counted is the user and system time of all the
+//! server's processes. The medians and their ratio are printed; with `--bar` a ratio above [`BAR`] is
+//! a failure.
+#![allow(unsafe_code, clippy::print_stdout)]
+
+mod support;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+
+use support::figures::{line, median};
+use support::load::{Load, Until};
+use support::server::Server;
+use support::{Failure, words};
+
+/// The most that a call on a thread may cost, in times of an inline one.
+const BAR: f64 = 2.0;
+
+#[derive(Parser)]
+struct Words {
+    /// Rounds, each with both methods.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds of load on each method in each round.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+    /// Connections, with one outstanding call each.
+    #[arg(long, default_value_t = 64)]
+    connections: usize,
+    /// Workers.
+    #[arg(long, default_value_t = 2)]
+    workers: usize,
+    /// Handler threads of each.
+    #[arg(long, default_value_t = 8)]
+    threads: usize,
+    /// Fail above the bar.
+    #[arg(long)]
+    bar: bool,
+}
+
+fn main() -> ExitCode {
+    let words = words();
+    if words.first().is_some_and(|word| word == "run") {
+        return preforkd::Server::new()
+            .named("preforkd")
+            .inline("inline", |text: String| Ok(text))
+            .method("thread", |text: String| Ok(text))
+            .run();
+    }
+    match compare(Words::parse_from(
+        ["threads".to_owned()].into_iter().chain(words),
+    )) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            println!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare(words: Words) -> Result<(), Failure> {
+    let more = format!(
+        "[workers]\ncount = {}\nthreads = {}\n",
+        words.workers, words.threads
+    );
+    let server = Server::of_this_program(&more)?;
+    let (mut inline, mut thread) = (Vec::new(), Vec::new());
+    for round in 0..words.rounds {
+        for turn in [round % 2, 1 - round % 2] {
+            let (name, figures) = match turn {
+                0 => ("inline", &mut inline),
+                _ => ("thread", &mut thread),
+            };
+            figures.push(measure(&server, &words, name)?);
+        }
+    }
+    let ratio = median(&thread) / median(&inline);
+    println!(
+        "CPU time per call at {} connections, medians of {} rounds: inline {:.2} us, on a thread {:.2} us, \
+         ratio {ratio:.3} (bar: {BAR})",
+        words.connections,
+        words.rounds,
+        median(&inline),
+        median(&thread),
+    );
+    if words.bar && (ratio.is_nan() || ratio > BAR) {
+        return Err(format!("the ratio {ratio:.3} is above the bar of {BAR}").into());
+    }
+    Ok(())
+}
+
+/// Microseconds of CPU time per call.
+fn measure(server: &Server, words: &Words, method: &str) -> Result<f64, Failure> {
+    let mut load = Load::of(server.address, words.connections, method, "\"hello\"")?;
+    load.run(Until::Calls(20_000))?;
+    let before = server.cpu_time()?;
+    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.seconds)))?;
+    let used = server.cpu_time()?.saturating_sub(before);
+    let cost = used.as_secs_f64() * 1e6 / outcome.calls as f64;
+    println!(
+        "{method:>10}: {cost:.2} us CPU per call; {}",
+        line(&outcome)
+    );
+    Ok(cost)
+}

@@ -1,0 +1,122 @@
+//! More calls than can be done: what is not begun, what is begun first, and what is left of the work that
+//! a worker does.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::support::open_loop::{Offer, offer};
+use crate::support::{Daemon, alone};
+
+fn sleeper(threads: u32) -> Daemon {
+    let daemon = Daemon::builder().config(&format!(
+        "[workers]\ncount = 1\nthreads = {threads}\n[methods.sleep]\nbuiltin = \"sleep\"\n"
+    ));
+    daemon.start()
+}
+
+/// A call that waits and will not be done in time is answered as soon as that is certain, and not
+/// begun; one that would be in time is.
+#[test]
+fn a_call_that_can_not_be_in_time_any_more_is_not_begun() {
+    let daemon = sleeper(1);
+    let mut client = daemon.client();
+    // how long they take is known then
+    for _ in 0..3 {
+        client.call(&json!({"in": "sleep", "params": 0.3, "id": 0}));
+    }
+    let begin = Instant::now();
+    client.send(r#"{"in": "sleep", "params": 0.3, "id": "runs"}"#);
+    client.send(r#"{"in": "sleep", "params": 0.3, "id": "late", "timeout_ms": 580}"#);
+    client.send(r#"{"in": "sleep", "params": 0.3, "id": "in time", "timeout_ms": 5000}"#);
+    let mut order = Vec::new();
+    for _ in 0..3 {
+        let answer = client.recv_json();
+        if answer["id"] == "late" {
+            let error = &answer["result"];
+            assert_eq!(
+                (&error["name"], &error["started"]),
+                (&json!("timeout"), &json!(false))
+            );
+            assert!(
+                begin.elapsed() < Duration::from_millis(570),
+                "{:?}",
+                begin.elapsed()
+            );
+        } else {
+            assert_eq!(answer["out"], "sleep", "{answer}");
+        }
+        order.push(answer["id"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(order.last().unwrap(), "in time");
+}
+
+/// Calls of one connection without an id keep their order, also when the newest of all go first.
+#[test]
+fn answers_without_an_id_keep_their_order_under_overload() {
+    let daemon = sleeper(2);
+    let mut client = daemon.client();
+    for number in 0..400 {
+        let seconds = 0.005 + f64::from(number) / 1e6;
+        let call = json!({"in": "sleep", "params": seconds, "timeout_ms": 300});
+        client.send(&call.to_string());
+    }
+    let (mut last, mut done, mut late) = (0.0, 0, 0);
+    for _ in 0..400 {
+        let answer = client.recv_json();
+        match answer["result"].as_f64() {
+            Some(seconds) => {
+                assert!(seconds > last, "{seconds} after {last}");
+                (last, done) = (seconds, done + 1);
+            }
+            None => {
+                assert_eq!(answer["result"]["name"], "timeout", "{answer}");
+                late += 1;
+            }
+        }
+    }
+    println!("{done} done in order, {late} timed out");
+    assert!(done > 10 && late > 10, "{done} done, {late} late");
+}
+
+/// Five times what it can do is offered, and nine tenths of what it can do are done in time.
+/// `cargo bench --bench goodput` measures the same for longer.
+#[test]
+fn a_worker_that_is_offered_five_times_what_it_can_do_does_what_it_can() {
+    let _alone = alone();
+    let mut best: f64 = 0.0;
+    for round in 0..3 {
+        let daemon = sleeper(4);
+        let calls = Offer {
+            connections: 8,
+            method: "sleep",
+            params: "0.005",
+            patience: Duration::from_millis(100),
+        };
+        let mut peak: f64 = 0.0;
+        for rate in [640.0, 760.0] {
+            let outcome = offer(daemon.address(), calls, rate, Duration::from_secs(1)).unwrap();
+            println!("{rate}/s: {}", outcome.line());
+            peak = peak.max(outcome.goodput());
+        }
+        let outcome = offer(daemon.address(), calls, peak * 5.0, Duration::from_secs(3)).unwrap();
+        let answered = outcome.in_time + outcome.late + outcome.errors.values().sum::<u64>();
+        assert_eq!(answered, outcome.offered);
+        let unbegun = outcome.errors.get("timeout, started false").copied();
+        assert!(
+            unbegun.unwrap_or(0) > outcome.offered / 2,
+            "{}",
+            outcome.line()
+        );
+        best = best.max(outcome.goodput() / peak);
+        println!(
+            "five times {peak:.0}/s: {}: {best:.2} of the peak",
+            outcome.line()
+        );
+        if best >= 0.9 {
+            return;
+        }
+        println!("round {round}: below the bar, once more");
+    }
+    panic!("{best:.2} of the peak");
+}
