@@ -67,8 +67,8 @@ const THREADS: usize = 4;
 struct Chaos<'a> {
     daemon: &'a Daemon,
     dice: Dice,
-    /// The ports of clients whose worker was ended, and when.
-    forfeited: HashMap<u16, Instant>,
+    /// The ports of clients whose worker was ended, and when: a port is used again and again.
+    forfeited: HashMap<u16, Vec<Instant>>,
     /// What was done, and when it was begun.
     done: Vec<(Instant, &'static str)>,
     /// Limits to be lifted and logs to be mended, when their time comes.
@@ -146,8 +146,9 @@ impl<'a> Chaos<'a> {
         let pid = self.worker()?;
         let ports = victim::stop(pid, self.daemon.address())?;
         let now = Instant::now();
-        self.forfeited
-            .extend(ports.into_iter().map(|port| (port, now)));
+        for port in ports {
+            self.forfeited.entry(port).or_default().push(now);
+        }
         Some(pid)
     }
 
@@ -301,15 +302,18 @@ impl<'a> Chaos<'a> {
     /// had been done shortly before.
     fn unexplained(&self, faults: &[Fault]) -> Vec<String> {
         let explains = |fault: &Fault| {
-            let forfeited = self.forfeited.get(&fault.port).is_some_and(|at| {
-                // told at once, or when what was stopped is ended at its deadline
-                fault.at >= *at && fault.at < *at + Duration::from_secs(18)
-            });
+            // told at once, or when what was stopped is ended at its deadline
+            let in_time = |at: &Instant| {
+                let since = fault.at.checked_duration_since(*at);
+                since.is_some_and(|since| since < Duration::from_secs(18))
+            };
+            let times = self.forfeited.get(&fault.port);
+            let forfeited = times.is_some_and(|times| times.iter().any(in_time));
             let quit = fault.closed && self.before(fault, 200).any(|(_, what)| what == QUIT);
             forfeited || quit || is_refusal(fault)
         };
         let tell = |fault: &Fault| {
-            let before = self.before(fault, 4000).collect::<Vec<_>>();
+            let before = self.before(fault, 12_000).collect::<Vec<_>>();
             format!("{fault:?} after {before:?}")
         };
         faults.iter().filter(|it| !explains(it)).map(tell).collect()
