@@ -25,9 +25,9 @@ use crate::sys::event::Token;
 /// A result from here up counts as large: how many of its like run for one connection is limited.
 const LARGE: usize = 16 * 1024;
 
-/// Calls that are expected to run for so long together are handed out ahead, so that no thread need
-/// wait for the loop; and so many at most.
-const SHORT: Duration = Duration::from_millis(1);
+/// What is handed out ahead, so that no thread need wait for the loop, finds one within this time, as
+/// far as that can be expected; and so many at most.
+const AHEAD: Duration = Duration::from_millis(4);
 const MOST_AHEAD: usize = 64;
 
 /// Bytes of params that may wait or run in a worker, of all its connections together.
@@ -228,7 +228,7 @@ impl Calls {
             let Some(call) = self.table.get(key) else {
                 continue;
             };
-            if !self.fits(call, backlog(call.token, call.reply.place), count) {
+            if !self.fits(call, backlog(call.token, call.reply.place)) {
                 self.parked.entry(call.token).or_default().push(next);
                 continue;
             }
@@ -256,14 +256,14 @@ impl Calls {
         None
     }
 
-    /// Whether a thread could take a call of this method, or will before the loop could hand it
-    /// over. Of what runs for longer no more than there are threads are out: which goes first is
-    /// decided when a thread is there for it.
+    /// Whether a thread could take a call of this method, or will soon: so none stands idle while the
+    /// loop is busy. Of what runs for long no more than there are threads are out: which goes
+    /// first is decided when a thread is there for it.
     fn may_go_out(&self, lane: usize, method: usize, threads: usize) -> bool {
         let load = &self.loads[method];
         let ahead = match load.expected() {
             Some(expected) if threads > 0 => {
-                let of_time = SHORT.as_micros() / expected.as_micros().max(1);
+                let of_time = AHEAD.as_micros() * threads as u128 / expected.as_micros().max(1);
                 let of_memory = LARGE * 4 / load.last_result.max(1);
                 // A program of a pool has a call of its own ahead, and no more.
                 let most = if lane == 0 { MOST_AHEAD } else { threads };
@@ -277,9 +277,9 @@ impl Calls {
 
     /// Whether a call's answer will find room: a client that never reads must not fill the memory
     /// with answers to what it sent ahead. A result's size is known once it is there, so the last
-    /// one of its method speaks for it. While the client takes all it gets, each thread may work
-    /// for it; once it lags, no more than what a few answers take.
-    fn fits(&self, call: &Call, backlog: usize, threads: usize) -> bool {
+    /// one of its method speaks for it: no more of them are made for one connection at once than
+    /// may wait for it. Whoever wants more of large results at once has several connections.
+    fn fits(&self, call: &Call, backlog: usize) -> bool {
         if backlog >= HIGH_WATER {
             return false;
         }
@@ -293,11 +293,7 @@ impl Calls {
             .filter_map(|key| self.table.get(*key))
             .filter(|it| !it.over && it.token == call.token)
             .count();
-        match running {
-            0 => true,
-            _ if backlog == 0 => running < threads,
-            _ => backlog + (running + 1) * expected <= 3 * HIGH_WATER,
-        }
+        running == 0 || backlog + running * expected <= HIGH_WATER
     }
 
     /// Whether calls of any connection are held back.

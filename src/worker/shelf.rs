@@ -123,7 +123,8 @@ impl Shelf {
     /// millisecond. Tells whether to look again in a millisecond.
     pub fn look(&self, now_ms: u64) -> bool {
         let mut state = self.lock();
-        state.watched = !state.jobs.is_empty();
+        // Where all are at long jobs, whoever is done first takes the next one and says so.
+        state.watched = !state.jobs.is_empty() && state.idle + state.brisk > 0;
         if !state.watched {
             state.looked_at = None;
             return false;
@@ -135,7 +136,7 @@ impl Shelf {
         state.looked_at = Some(state.taken);
         state.looked_ms = now_ms;
         if stands && state.idle == 0 {
-            // Whoever is done first takes them, and says so.
+            // What was to be short is not.
             state.watched = false;
             return false;
         }

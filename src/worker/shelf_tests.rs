@@ -88,7 +88,12 @@ fn what_lies_for_too_long_is_another_threads() {
 #[test]
 fn a_shelf_that_waits_for_busy_threads_is_not_looked_at_all_the_time() {
     let shelf = sleepers(0);
-    shelf.put(job(1, Some(2)));
+    shelf.put(job(1, None));
+    shelf.put(job(2, Some(2)));
+    shelf.put(job(3, Some(2)));
+    assert!(!shelf.take(false).1);
+    assert!(!shelf.look(9) && !shelf.goes_on());
+    assert!(shelf.take(false).1);
     assert!(
         shelf.look(10),
         "one may take it, and leave what it has done untold"
