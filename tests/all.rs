@@ -31,6 +31,7 @@ mod idle;
 mod injections;
 mod json_suite;
 mod jsonrpc;
+mod keeper;
 mod leftovers;
 mod library;
 mod lifecycle;

@@ -148,6 +148,23 @@ fn fork_is_called_in_one_place() {
     assert!(calls.len() <= 1, "more than one place forks: {calls:?}");
 }
 
+/// A keeper is made in one place, once its worker is nobody else any more.
+#[test]
+fn a_twin_is_made_in_one_place() {
+    let mut wrong = Vec::new();
+    for file in source_files("src") {
+        let calls = calls_of(&file.code, &["make"]);
+        let twins = calls.iter().filter(|(_, path)| path.ends_with("twin::"));
+        let home = file.name == "src/worker/keeper/mod.rs";
+        wrong.extend(
+            twins
+                .skip(usize::from(home))
+                .map(|(line, _)| format!("{}:{line}", file.name)),
+        );
+    }
+    assert_none(&wrong);
+}
+
 /// What waits, waits for an event with a deadline. The builtin `sleep` is a method that sleeps.
 #[test]
 fn nothing_sleeps_for_timing() {

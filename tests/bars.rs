@@ -89,7 +89,7 @@ fn a_reload_with_five_thousand_idle_connections_takes_under_a_second() {
     let verdict = begin.elapsed();
     assert!(done.status.success(), "{done:?}");
     wait_for("the old workers gone", PATIENCE, || {
-        process::children(daemon.pid()).len() == 2
+        process::workers(daemon.pid()).len() == 2
     });
     let all = begin.elapsed();
     for (number, client) in clients.iter_mut().enumerate() {

@@ -136,7 +136,7 @@ impl<'a> Chaos<'a> {
     }
 
     fn worker(&mut self) -> Option<i32> {
-        let mut workers = process::children(self.daemon.pid());
+        let mut workers = process::workers(self.daemon.pid());
         workers.retain(|pid| process::runs(*pid) && process::title(*pid).contains("worker"));
         (!workers.is_empty()).then(|| self.dice.pick(&workers))
     }

@@ -38,7 +38,7 @@ pub fn replacement_times(daemon: &Daemon, count: usize, deaths: usize) -> Vec<Du
     let mut seen = daemon.notify().count();
     let mut times: Vec<Duration> = (0..deaths)
         .map(|number| {
-            let workers = process::children(daemon.pid());
+            let workers = process::workers(daemon.pid());
             let begin = Instant::now();
             end(workers[number % workers.len()], WAYS[number % WAYS.len()]);
             let ready = daemon
@@ -85,13 +85,13 @@ impl Weight {
 pub fn massacre(daemon: &Daemon, count: usize, rounds: usize) -> usize {
     let mut most = 0;
     for round in 0..rounds {
-        let workers = process::children(daemon.pid());
+        let workers = process::workers(daemon.pid());
         for worker in &workers {
             end(*worker, WAYS[round % WAYS.len()]);
         }
         most = most.max(process::zombies(daemon.pid()).len());
         wait_for("all of them replaced", PATIENCE, || {
-            let now = process::children(daemon.pid());
+            let now = process::workers(daemon.pid());
             now.len() == count && now.iter().all(|pid| !workers.contains(pid))
         });
     }

@@ -76,7 +76,7 @@ fn reloads_at_full_load_lose_no_call_in_any_of_nine_cells() {
     }
     assert!(faulty.is_empty(), "{faulty:#?}");
     wait_for("the old generations gone", PATIENCE, || {
-        process::children(daemon.pid()).len() == 2
+        process::workers(daemon.pid()).len() == 2
     });
     assert_eq!(process::descriptors(daemon.pid()), descriptors);
     sweep.assert_like(&daemon);

@@ -142,7 +142,7 @@ fn twenty_reloads_lose_no_call() {
     }
     connecting.stop_without_loss("20 reloads, a connection a call");
     wait_for("the old generations gone", PATIENCE, || {
-        process::children(daemon.pid()).len() == 2
+        process::workers(daemon.pid()).len() == 2
     });
     assert_eq!(process::descriptors(daemon.pid()), descriptors);
 }
@@ -164,7 +164,7 @@ fn a_lasting_connection_is_served_by_the_draining_worker() {
     lasting.stop_without_loss("2 reloads, lasting connections");
     drop(client);
     wait_for("the old generations gone", PATIENCE, || {
-        process::children(daemon.pid()).len() == 2
+        process::workers(daemon.pid()).len() == 2
     });
 }
 
@@ -181,7 +181,7 @@ fn a_burst_of_hups_is_few_reloads() {
     println!("50 HUPs and a reload: {reloads} reloads");
     assert!((1..=10).contains(&reloads), "{reloads}");
     wait_for("the old generations gone", PATIENCE, || {
-        process::children(daemon.pid()).len() == 2
+        process::workers(daemon.pid()).len() == 2
     });
 }
 
@@ -201,7 +201,7 @@ fn a_generation_that_does_not_come_up_is_given_up_and_the_old_one_serves() {
     assert_eq!(refused.status.code(), Some(1), "{said}");
     assert!(said.contains("boot-timeout"), "{said}");
     wait_for("the new generation gone", PATIENCE, || {
-        process::children(daemon.pid()).len() == 2
+        process::workers(daemon.pid()).len() == 2
     });
     assert_eq!(daemon.ready_workers(), before);
     load.stop_without_loss("a reload that is rolled back");

@@ -74,7 +74,7 @@ fn the_shell_of_a_daemon_goes_on_when_all_workers_are_ready() {
     wait_for("a new log", PATIENCE, || {
         dir.read("log").contains("reopened")
     });
-    let worker = process::children(daemon.pid())[0];
+    let worker = process::workers(daemon.pid())[0];
     kill(Pid::from_raw(worker), Signal::SIGTERM).unwrap();
     wait_for("lines of both in it", PATIENCE, || {
         let log = dir.read("log");

@@ -43,9 +43,9 @@ fn a_stopped_worker_is_replaced_after_its_heartbeat_timeout() {
 #[test]
 fn idle_workers_live_with_the_shortest_heartbeat_timeout() {
     let daemon = Daemon::builder().config(SHORT).start();
-    let before = process::children(daemon.pid());
+    let before = process::workers(daemon.pid());
     watch_for(Duration::from_secs(4), "the same workers", || {
-        process::children(daemon.pid()) == before
+        process::workers(daemon.pid()) == before
     });
 }
 

@@ -20,7 +20,7 @@ pub fn kill_slot_0(daemon: &Daemon, mut enough: impl FnMut(usize) -> bool) -> us
     let other = daemon.ready_workers()[1];
     let mut ended = 0;
     while !enough(ended) {
-        let workers = process::children(daemon.pid());
+        let workers = process::workers(daemon.pid());
         let victim = workers
             .iter()
             .find(|&&pid| pid != other && process::runs(pid));

@@ -15,7 +15,7 @@ mod program;
 pub mod registry;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
@@ -214,6 +214,9 @@ const OVER: u8 = 2;
 #[derive(Debug, Default)]
 pub struct CallState {
     phase: AtomicU8,
+    /// Where it is to be said that it has begun, for whoever must know that when this process has
+    /// died.
+    shown: Option<&'static AtomicU32>,
     /// `Some` while its handler waits.
     sleeper: Mutex<Option<Sleeper>>,
 }
@@ -221,9 +224,22 @@ pub struct CallState {
 impl CallState {
     /// The thread begins; false when the call was given up meanwhile, and must not run.
     pub fn begin(&self) -> bool {
-        self.phase
+        let begins = self
+            .phase
             .compare_exchange(WAITING, RUNNING, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok()
+            .is_ok();
+        if let (true, Some(shown)) = (begins, self.shown) {
+            shown.store(1, Ordering::Release);
+        }
+        begins
+    }
+
+    /// One whose beginning is shown there, as 1.
+    pub fn shown(shown: Option<&'static AtomicU32>) -> Self {
+        CallState {
+            shown,
+            ..CallState::default()
+        }
     }
 
     /// What was to run it is gone, and it is certain that it had not begun: it waits again. False

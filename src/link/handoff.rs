@@ -1,8 +1,9 @@
 //! The adoption queue: how a draining worker passes a live client connection on.
 //!
 //! One socket pair for all workers, made by the master: who drains gives at one end, who accepts
-//! takes at the other. A packet is a header, the bytes that were received and not consumed (in a
-//! file of memory where they are many), and the client's descriptor. What can't be given now is
+//! takes at the other. So does the keeper of a worker that died. A packet is a header, the answers
+//! that are to be sent first, the bytes that were received and not consumed (all of it in a file of
+//! memory where they are many), and the client's descriptor. What can't be given now is
 //! an error for the giver, who keeps the connection and tries again; what can't be understood
 //! closes the connection, with a line in the log.
 
@@ -14,8 +15,12 @@ use std::rc::Rc;
 use crate::protocol::Dialect;
 use crate::sys::socket;
 
-/// First in each packet: "pfh" and the version of the format.
+/// First in each packet: "pfh" and the version of the format. The second one has answers to send
+/// first; what can be said in the first one is, so that older workers understand it.
 const MAGIC: [u8; 4] = *b"pfh\x01";
+const MAGIC_2: [u8; 4] = *b"pfh\x02";
+/// Beside the dialect: the connection is to be closed once the answers are sent.
+const CLOSING: u8 = 0x80;
 /// Bytes of a header.
 const HEADER: usize = 16;
 /// The longest idle time that crosses: four hours and a half, in three bytes.
@@ -42,6 +47,8 @@ pub struct State {
     /// For how many milliseconds nothing has come from it, at most [`MOST_IDLE_MS`]: its idle time
     /// goes on.
     pub idle_ms: u32,
+    /// It is to be closed once the answers that come along are sent.
+    pub closing: bool,
 }
 
 /// A connection that was taken, all but its socket.
@@ -49,6 +56,8 @@ pub struct State {
 pub struct Taken<'a> {
     /// Its state.
     pub state: State,
+    /// Answers that it has not been sent: they go first.
+    pub unsent: Cow<'a, [u8]>,
     /// What it had sent that nobody has consumed.
     pub unread: Cow<'a, [u8]>,
 }
@@ -71,23 +80,44 @@ impl AdoptionQueue {
     ///
     /// # Errors
     /// EAGAIN and ETOOMANYREFS: not now.
-    pub fn give(&self, client: BorrowedFd<'_>, state: State, unread: &[u8]) -> io::Result<()> {
+    pub fn give(
+        &self,
+        client: BorrowedFd<'_>,
+        state: State,
+        unsent: &[u8],
+        unread: &[u8],
+    ) -> io::Result<()> {
         let mut header = [0; HEADER];
         header[..4].copy_from_slice(&MAGIC);
         header[4] = number(state.dialect);
         let idle_ms = state.idle_ms.min(MOST_IDLE_MS);
         header[5..8].copy_from_slice(&idle_ms.to_le_bytes()[..3]);
         header[8..].copy_from_slice(&(unread.len() as u64).to_le_bytes());
-        if unread.len() <= MOST_INLINE {
-            return socket::send_packet(&self.giving, &[&header, unread], &[client]);
+        if state.closing || !unsent.is_empty() {
+            header[..4].copy_from_slice(&MAGIC_2);
+            header[4] |= if state.closing { CLOSING } else { 0 };
+            let length = |part: &[u8]| u32::try_from(part.len()).map_err(io::Error::other);
+            header[8..12].copy_from_slice(&length(unread)?.to_le_bytes());
+            header[12..].copy_from_slice(&length(unsent)?.to_le_bytes());
         }
-        let rest = socket::memory_file(unread)?;
+        if unsent.len() + unread.len() <= MOST_INLINE {
+            return socket::send_packet(&self.giving, &[&header, unsent, unread], &[client]);
+        }
+        let rest = socket::memory_file(&[unsent, unread].concat())?;
         socket::send_packet(&self.giving, &[&header], &[client, rest.as_fd()])
     }
 }
 
+/// Whether an error of `give` is one that passes.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EAGAIN | nix::libc::ETOOMANYREFS | nix::libc::ENOBUFS | nix::libc::EMFILE)
+    )
+}
+
 /// A dialect's number in a packet; 0 while it is not known.
-fn number(dialect: Option<Dialect>) -> u8 {
+pub fn number(dialect: Option<Dialect>) -> u8 {
     match dialect {
         None => 0,
         Some(Dialect::Frame) => 1,
@@ -97,7 +127,8 @@ fn number(dialect: Option<Dialect>) -> u8 {
     }
 }
 
-fn dialect(number: u8) -> Option<Dialect> {
+/// The dialect of a number.
+pub fn dialect(number: u8) -> Option<Dialect> {
     match number {
         1 => Some(Dialect::Frame),
         2 => Some(Dialect::Line),
@@ -110,17 +141,33 @@ fn dialect(number: u8) -> Option<Dialect> {
 /// What a packet says; `None` when it is none of this format.
 pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
     let (header, inline) = packet.split_at_checked(HEADER)?;
-    let length = u64::from_le_bytes(header[8..].try_into().ok()?);
-    let unread = match rest {
-        Some(file) => Cow::Owned(socket::read_memory_file(file).ok()?),
-        None => Cow::Borrowed(inline),
+    let word = |at: usize| Some(u32::from_le_bytes(header[at..at + 4].try_into().ok()?) as usize);
+    let (unread, unsent) = match header[..4].try_into().ok()? {
+        // A length of eight bytes, of which no frame needs more than four.
+        MAGIC if word(12)? == 0 => (word(8)?, 0),
+        MAGIC_2 => (word(8)?, word(12)?),
+        _ => return None,
     };
-    let whole = header[..4] == MAGIC && unread.len() as u64 == length;
-    whole.then_some(Taken {
+    let (unsent, unread) = match rest {
+        Some(file) => {
+            let mut bytes = socket::read_memory_file(file).ok()?;
+            let whole = bytes.len() == unsent + unread;
+            let rest = whole.then(|| bytes.split_off(unsent))?;
+            (Cow::Owned(bytes), Cow::Owned(rest))
+        }
+        None if inline.len() == unsent + unread => {
+            let (unsent, unread) = inline.split_at(unsent);
+            (Cow::Borrowed(unsent), Cow::Borrowed(unread))
+        }
+        None => return None,
+    };
+    Some(Taken {
         state: State {
-            dialect: dialect(header[4]),
+            dialect: dialect(header[4] & !CLOSING),
             idle_ms: u32::from_le_bytes([header[5], header[6], header[7], 0]),
+            closing: header[4] & CLOSING != 0,
         },
+        unsent,
         unread,
     })
 }
@@ -132,14 +179,15 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
-    fn cross(unread: &[u8]) {
+    fn cross(closing: bool, unsent: &[u8], unread: &[u8]) {
         let queue = AdoptionQueue::new().unwrap();
         let (mut client, server) = UnixStream::pair().unwrap();
         let state = State {
             dialect: Some(Dialect::Http),
             idle_ms: 3_600_123,
+            closing,
         };
-        queue.give(server.as_fd(), state, unread).unwrap();
+        queue.give(server.as_fd(), state, unsent, unread).unwrap();
         drop(server);
         let mut packet = vec![0; LONGEST];
         let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
@@ -147,7 +195,7 @@ mod tests {
         let mut server = UnixStream::from(descriptors.next().unwrap());
         let taken = read(&packet[..length], descriptors.next()).unwrap();
         assert_eq!(taken.state, state);
-        assert!(taken.unread == unread);
+        assert!(taken.unsent == unsent && taken.unread == unread);
         server.write_all(b"still here").unwrap();
         let mut answer = [0; 10];
         client.read_exact(&mut answer).unwrap();
@@ -156,18 +204,27 @@ mod tests {
 
     #[test]
     fn a_connection_crosses_with_its_unread_bytes_few_or_many() {
-        cross(b"");
-        cross(b"\x0e\0\0\0{\"in\"");
-        cross(&vec![7; MOST_INLINE]);
-        cross(&vec![8; MOST_INLINE + 1]);
-        cross(&vec![9; 20 << 20]);
+        cross(false, b"", b"");
+        cross(false, b"", b"\x0e\0\0\0{\"in\"");
+        cross(false, b"", &vec![7; MOST_INLINE]);
+        cross(false, b"", &vec![8; MOST_INLINE + 1]);
+        cross(false, b"", &vec![9; 20 << 20]);
+    }
+
+    #[test]
+    fn answers_cross_before_what_is_unread_and_a_connection_that_ends_says_so() {
+        cross(false, b"an answer", b"");
+        cross(true, b"the last one", b"");
+        cross(true, b"", b"");
+        cross(false, b"an answer", &vec![8; MOST_INLINE]);
+        cross(true, &vec![5; MOST_INLINE], b"x");
     }
 
     #[test]
     fn a_full_queue_is_told_and_loses_nothing() {
         let queue = AdoptionQueue::new().unwrap();
         let (_client, server) = UnixStream::pair().unwrap();
-        let give = || queue.give(server.as_fd(), State::default(), b"x");
+        let give = || queue.give(server.as_fd(), State::default(), b"", b"x");
         let mut given = 0;
         while give().is_ok() {
             given += 1;

@@ -7,7 +7,7 @@
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::shared_record;
 use crate::sys::shared;
@@ -50,6 +50,14 @@ shared_record! {
         pub spurious_wakes: AtomicU32,
         /// When the oldest call was read, in milliseconds (CLOCK_MONOTONIC).
         pub oldest_since_ms: AtomicU64,
+        /// The process that keeps its connections should it die; 0: none.
+        pub keeper: AtomicI32,
+        /// Connections that were passed on after its death.
+        pub kept: AtomicU32,
+        /// Calls that were answered with `crashed` for it.
+        pub crashed: AtomicU32,
+        /// Connections that could not be passed on.
+        pub reset: AtomicU32,
     }
 }
 
@@ -106,9 +114,13 @@ impl Record {
             &self.inline_running,
             &self.oldest_method,
             &self.spurious_wakes,
+            &self.kept,
+            &self.crashed,
+            &self.reset,
         ] {
             number.store(0, Relaxed);
         }
+        self.keeper.store(0, Relaxed);
         for number in [
             &self.heartbeat_ms,
             &self.calls,

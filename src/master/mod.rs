@@ -25,6 +25,7 @@ pub mod deaths;
 pub mod event;
 mod evidence;
 pub mod fleet;
+mod keepers;
 mod last_words;
 mod leave;
 mod life;

@@ -40,8 +40,9 @@ impl Orphans {
         self.hunts |= is_worker;
     }
 
-    /// Kills what is adopted from dead workers.
-    pub fn end(&mut self) {
+    /// Kills what is adopted from dead workers, but for those that are `ours` without having been
+    /// forked here.
+    pub fn end(&mut self, ours: impl Fn(Pid) -> bool) {
         if !self.hunts {
             return;
         }
@@ -50,7 +51,7 @@ impl Orphans {
             if is_init {
                 call_of(pid).is_some_and(|(worker, _)| !process::is_forked(worker))
             } else {
-                !process::is_forked(pid) && !self.others.contains(&pid)
+                !process::is_forked(pid) && !self.others.contains(&pid) && !ours(pid)
             }
         };
         let mut left = tree::adopted();

@@ -206,6 +206,7 @@ impl Master<'_> {
             self.last_words.ended(pid);
             self.orphans.reaped(pid, worker.is_some());
             let Some(worker) = worker else {
+                self.no_worker_ended(pid);
                 continue;
             };
             self.tell(Event::Died {
@@ -217,7 +218,7 @@ impl Master<'_> {
             });
         }
         // After the dead are replaced, which is urgent.
-        self.orphans.end();
+        self.orphans.end(|pid| self.workers.is_keeper(pid));
     }
 
     fn pass_time(&mut self) {
@@ -379,7 +380,8 @@ impl Master<'_> {
         }
     }
 
-    pub(super) fn finish(self) -> Result<()> {
+    pub(super) fn finish(mut self) -> Result<()> {
+        self.workers.end_keepers();
         for listener in &self.ground.listeners {
             listener.remove_path();
         }

@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use serde::{Deserialize, Serialize};
 
+use super::keepers::{Keepers, Left, keeper_of};
 use super::listeners::Listener;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
@@ -109,6 +110,7 @@ pub struct Workers {
     board: Scoreboard,
     free: Vec<usize>,
     living: HashMap<Pid, Worker>,
+    keepers: Keepers,
     /// For life: connections on their way outlive any worker.
     adoption: AdoptionQueue,
 }
@@ -123,6 +125,7 @@ impl Workers {
             board: Scoreboard::new()?,
             free: (0..RECORDS).rev().collect(),
             living: HashMap::new(),
+            keepers: Keepers::default(),
             adoption: AdoptionQueue::new()?,
         })
     }
@@ -302,8 +305,31 @@ impl Workers {
     /// Forgets a worker that was reaped.
     pub fn remove(&mut self, pid: Pid) -> Option<Worker> {
         let worker = self.living.remove(&pid)?;
-        self.free.push(worker.record_index);
+        let left = Left {
+            worker: pid,
+            record: worker.record,
+            record_index: worker.record_index,
+        };
+        self.free.extend(self.keepers.left(left));
         Some(worker)
+    }
+
+    /// A child was reaped: what it had of its worker, if it was the keeper of one that is gone.
+    pub fn keeper_ended(&mut self, keeper: Pid) -> Option<Left> {
+        let left = self.keepers.ended(keeper)?;
+        self.free.push(left.record_index);
+        Some(left)
+    }
+
+    /// Whether a child is the keeper of a worker, gone or not.
+    pub fn is_keeper(&self, pid: Pid) -> bool {
+        let of = |worker: &Worker| keeper_of(worker.record) == Some(pid);
+        self.keepers.contains(pid) || self.living.values().any(of)
+    }
+
+    /// Ends the keepers that are left, when no worker is.
+    pub fn end_keepers(&mut self) {
+        self.keepers.end();
     }
 }
 

@@ -22,4 +22,5 @@ pub mod task;
 pub mod timer;
 pub mod title;
 pub mod tree;
+pub mod twin;
 pub mod waker;

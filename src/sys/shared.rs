@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 /// A record that may lie in memory which another process changes.
 ///
@@ -30,6 +30,8 @@ unsafe impl Record for AtomicU64 {}
 unsafe impl Record for AtomicU32 {}
 // SAFETY: as above.
 unsafe impl Record for AtomicI32 {}
+// SAFETY: what holds for each holds for all of them.
+unsafe impl<T: Record, const N: usize> Record for [T; N] {}
 
 /// Declares a structure of atomics, which may therefore be a [`Record`]; so that the promise is
 /// made here, once, and not by each floor above.
@@ -93,4 +95,33 @@ fn map<T: Record>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [
     // nobody wrote, never unmapped, and `Record` says that zeroes are valid and that others may
     // change it.
     Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
+}
+
+/// Likewise without a file: for these processes alone.
+///
+/// # Errors
+/// ENOMEM.
+pub fn array_without_file<T: Record>(length: NonZeroUsize) -> io::Result<&'static [T]> {
+    let start = map_anonymous(bytes_of::<T>(length)?)?;
+    // SAFETY: as in `map`.
+    Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
+}
+
+/// So many bytes, zero, shared with every process forked from now on, which has to leave them alone
+/// for as long as this one lives: they are plain memory, and only what a dead process has left in
+/// them is sure to stand still.
+///
+/// # Errors
+/// ENOMEM.
+pub fn bytes(length: NonZeroUsize) -> io::Result<&'static mut [u8]> {
+    let start = map_anonymous(length)?;
+    // SAFETY: a new mapping of that length, zeroed, never unmapped, handed out once; that no other
+    // process touches it while this one may is the caller's promise.
+    Ok(unsafe { std::slice::from_raw_parts_mut(start.as_ptr().cast(), length.get()) })
+}
+
+fn map_anonymous(bytes: NonZeroUsize) -> io::Result<NonNull<c_void>> {
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nobody's memory.
+    Ok(unsafe { mmap_anonymous(None, bytes, protection, MapFlags::MAP_SHARED) }?)
 }

@@ -1,6 +1,7 @@
 //! How a worker takes part in accepting: one connection at a time, and not when it can't.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use super::connection::Connection;
@@ -13,7 +14,18 @@ use crate::sys::socket;
 impl EventLoop {
     pub(super) fn accepted(&mut self, floor: &mut Floor, socket: OwnedFd) -> Option<Token> {
         let peer = socket::peer(&socket);
-        let token = match floor.adopt(socket) {
+        let adopted = floor.adopt(socket);
+        self.let_in(floor, adopted, peer)
+    }
+
+    /// Makes a connection of what the floor has adopted.
+    pub(super) fn let_in(
+        &mut self,
+        floor: &mut Floor,
+        adopted: io::Result<Token>,
+        peer: Option<SocketAddr>,
+    ) -> Option<Token> {
+        let token = match adopted {
             Ok(token) => token,
             Err(error) => {
                 self.complain(

@@ -17,6 +17,7 @@ use super::queue::{Queue, Waiting};
 use super::table::{Call, Table};
 use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
+use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
@@ -172,7 +173,7 @@ impl Calls {
             timer: 0,
             size,
             params: Some(params.into()),
-            state: Arc::default(),
+            state: Arc::new(CallState::shown(reply.mark.begun())),
             handed_out: false,
             over: false,
             lost: false,

@@ -47,7 +47,11 @@ fn reply(place: Place) -> Reply {
         form: Form::Plain,
         wrap: Wrap::Frame,
     };
-    Reply { place, shape }
+    Reply {
+        place,
+        shape,
+        mark: Default::default(),
+    }
 }
 
 fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {

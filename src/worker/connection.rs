@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 
 use slab::Slab;
 
+use super::ledger::Mark;
 use crate::protocol::Dialect;
 use crate::protocol::http::Progress;
 use crate::protocol::reply::Shape;
@@ -51,6 +52,8 @@ pub struct Reply {
     pub place: Place,
     /// What it looks like.
     pub shape: Shape,
+    /// Its call in the ledger.
+    pub mark: Mark,
 }
 
 /// A JSON-RPC batch that is not answered yet.
@@ -91,12 +94,16 @@ pub struct Connection {
     pub tail: Vec<u8>,
     /// Answers of calls without an id, from number `first` on; `None` is still to come. The front
     /// one is `None`, or there is none.
-    waiting: VecDeque<Option<Vec<u8>>>,
+    waiting: VecDeque<Option<(Vec<u8>, Mark)>>,
     first: u64,
     /// Bytes in `waiting`.
     held: usize,
     /// Bytes of the calls that wait or run.
     pub pending: usize,
+    /// Some of what is unanswered is not in the ledger.
+    pub unkept: bool,
+    /// What the ledger says of it.
+    pub noted: u32,
     /// When it last received something, in milliseconds.
     pub active_ms: u64,
     /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
@@ -126,6 +133,8 @@ impl Connection {
             first: 0,
             held: 0,
             pending: 0,
+            unkept: false,
+            noted: 0,
             active_ms: now_ms,
             read_deadline: 0,
             write_deadline: 0,
@@ -221,8 +230,9 @@ impl Connection {
         Some(batch)
     }
 
-    /// An answer that was next has been written to `out`; those that waited for it follow.
-    pub fn answered(&mut self, place: Place, out: &mut Vec<u8>) {
+    /// An answer that was next has been written to `out`; those that waited for it follow, and
+    /// `follows` is told of each.
+    pub fn answered(&mut self, place: Place, out: &mut Vec<u8>, mut follows: impl FnMut(Mark)) {
         self.unanswered -= 1;
         if place == Place::Anywhere {
             return;
@@ -230,7 +240,8 @@ impl Connection {
         self.waiting.pop_front();
         self.first += 1;
         while let Some(Some(_)) = self.waiting.front() {
-            if let Some(Some(answer)) = self.waiting.pop_front() {
+            if let Some(Some((answer, mark))) = self.waiting.pop_front() {
+                follows(mark);
                 self.first += 1;
                 self.unanswered -= 1;
                 self.held -= answer.len();
@@ -243,13 +254,20 @@ impl Connection {
     }
 
     /// Keeps an answer until those before it are there.
-    pub fn hold(&mut self, place: Place, answer: Vec<u8>) {
+    pub fn hold(&mut self, place: Place, answer: Vec<u8>, mark: Mark) {
         let Place::InOrder(number) = place else {
             unreachable!("only answers in order wait for others");
         };
         self.held += answer.len();
         let index = usize::try_from(number - self.first).expect("it was counted in memory");
-        self.waiting[index] = Some(answer);
+        self.waiting[index] = Some((answer, mark));
+    }
+
+    /// The calls whose answers are held back, and the batches: whatever is unanswered and neither
+    /// waits for a thread nor runs on one.
+    pub fn marks(&self) -> impl Iterator<Item = Mark> {
+        let held = self.waiting.iter().flatten().map(|(_, mark)| *mark);
+        held.chain(self.batches.iter().map(|(_, batch)| batch.reply.mark))
     }
 
     /// Keeps what was received and not consumed.

@@ -11,9 +11,9 @@ fn connection() -> Connection {
 fn answer(connection: &mut Connection, place: Place, byte: u8, out: &mut Vec<u8>) {
     if connection.is_next(place) {
         out.push(byte);
-        connection.answered(place, out);
+        connection.answered(place, out, |_| {});
     } else {
-        connection.hold(place, vec![byte]);
+        connection.hold(place, vec![byte], Mark::default());
     }
 }
 
@@ -38,7 +38,7 @@ fn held_answers_count_towards_the_high_water_mark() {
     let _first = connection.take(false);
     let second = connection.take(false);
     assert!(connection.takes_calls(1024, 0));
-    connection.hold(second, vec![0; HIGH_WATER]);
+    connection.hold(second, vec![0; HIGH_WATER], Mark::default());
     assert!(!connection.takes_calls(1024, 0));
 }
 

@@ -10,8 +10,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::connection::Phase;
 use super::event_loop::{EventLoop, QUEUE, find};
 use super::timers::Target;
-use crate::link::handoff::{self, State};
+use crate::link::handoff::{self, State, is_full};
 use crate::sys::event::{Floor, Token};
+use crate::sys::socket;
 
 /// Between two tries when nothing tells that there is room again: too many descriptors of this
 /// user are on their way (ETOOMANYREFS, unix(7)).
@@ -32,18 +33,30 @@ impl EventLoop {
             );
         };
         self.has_adopted(floor);
-        let Some(token) = self.accepted(floor, socket) else {
+        let peer = socket::peer(&socket);
+        let adopted = floor.adopt_used(socket);
+        let Some(token) = self.let_in(floor, adopted, peer) else {
             return;
         };
-        if let Some(connection) = find(&mut self.connections, token) {
-            connection.dialect = taken.state.dialect;
-            let idle_ms = u64::from(taken.state.idle_ms);
-            connection.active_ms = self.service.now_ms.saturating_sub(idle_ms);
-            self.watch_idle(token);
+        let now_ms = self.service.now_ms;
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        connection.dialect = taken.state.dialect;
+        if taken.state.closing {
+            connection.phase = Phase::Closing;
+        } else {
+            if taken.unread.is_empty() {
+                let idle_ms = u64::from(taken.state.idle_ms);
+                connection.active_ms = now_ms.saturating_sub(idle_ms);
+            }
+            connection.tail = taken.unread.into_owned();
         }
-        if !taken.unread.is_empty() {
-            self.received(floor, token, &taken.unread);
-        }
+        self.service.ledger.show(connection);
+        self.watch_idle(token);
+        self.service.out.extend_from_slice(&taken.unsent);
+        self.advance(floor, token, false);
+        floor.is_at_ease(token);
     }
 
     /// Gives away every connection that may go; the others follow as they come to rest.
@@ -91,9 +104,17 @@ impl EventLoop {
         let state = State {
             dialect: connection.dialect,
             idle_ms: u32::try_from(idle_ms).unwrap_or(u32::MAX),
+            closing: false,
         };
-        self.adoption
-            .give(socket.as_fd(), state, &connection.tail)?;
+        // Said before: dead in between, we must not have it passed on a second time.
+        self.service.ledger.gives(connection, true);
+        let given = self
+            .adoption
+            .give(socket.as_fd(), state, b"", &connection.tail);
+        if let Err(error) = given {
+            self.service.ledger.gives(connection, false);
+            return Err(error);
+        }
         // The queue holds it now: closing our descriptor ends nothing.
         self.close(floor, token);
         Ok(())
@@ -148,11 +169,4 @@ impl EventLoop {
             .timers
             .disarm(&mut self.give_deadline, Target::Give);
     }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(nix::libc::EAGAIN | nix::libc::ETOOMANYREFS | nix::libc::ENOBUFS | nix::libc::EMFILE)
-    )
 }

@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
+use super::keeper::{self, Keeping};
 use crate::link::boot::Boot;
 use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
@@ -28,12 +29,14 @@ const NOT_OURS: [Signal; 8] = [
     Signal::SIGXFSZ,
 ];
 
-/// Turns a copy of the master into a worker. All signals are blocked on entry, and are let
-/// through on success.
+/// Turns a copy of the master into a worker, with a keeper where one is wanted and can be had. All
+/// signals are blocked on entry, and are let through on success.
 ///
 /// # Errors
 /// What the system refused, with what was tried.
-pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, io::Error)> {
+pub fn become_worker(
+    boot: &mut Boot<'_>,
+) -> Result<(SignalPipe, Option<Keeping>), (&'static str, io::Error)> {
     // 1. The pid file's lock belongs to the open file: kept here, it would outlive the master.
     descriptor::close(boot.pid_file);
     // 2. The master's signal pipe: a signal to this process would wake the master.
@@ -77,8 +80,23 @@ pub fn become_worker(boot: &mut Boot<'_>) -> Result<SignalPipe, (&'static str, i
         }
         Err(error) => return Err(("ask to be told of the master's death", error)),
     }
-    // 8. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
+    // 8. The keeper, which is a copy of what has become of this process by now: it has nothing of
+    //    the master's either, and nothing yet of what is to come.
+    let keeping = boot
+        .settings
+        .workers
+        .keep_connections
+        .then(|| keeper::make(boot))
+        .transpose()
+        .unwrap_or_else(|error| {
+            log::warn!(
+                "this worker has no keeper: {error}; should it crash, its connections end with it. \
+                 workers.keep-connections = false does without keepers"
+            );
+            None
+        });
+    // 9. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
     //    siblings have inherited the same state.
     signal::unblock_all();
-    Ok(signals)
+    Ok((signals, keeping))
 }

@@ -43,6 +43,7 @@ impl Service {
             match frame::decode(&input[at..], self.limits.frame) {
                 Decoded::Whole { body, used } => {
                     at += used;
+                    self.ledger.reaches(at);
                     self.take(connection, Wrap::Frame, body);
                 }
                 Decoded::Partial { .. } => break,
@@ -65,6 +66,7 @@ impl Service {
                 line::Decoded::Whole { body, used } => {
                     connection.scanned = 0;
                     at += used;
+                    self.ledger.reaches(at);
                     self.take(connection, Wrap::Line, body);
                 }
                 line::Decoded::Blank { used } => {
@@ -95,6 +97,7 @@ impl Service {
             match http::decode(&input[at..], &mut progress, &rules) {
                 http::Decoded::Whole { head, body, used } => {
                     at += used;
+                    self.ledger.reaches(at);
                     if head.close {
                         connection.phase = Phase::Closing;
                     }
@@ -193,7 +196,7 @@ impl Service {
 
     /// Takes a place for a call's answer. In HTTP nothing tells answers apart but their order.
     pub(super) fn seat(
-        &self,
+        &mut self,
         connection: &mut Connection,
         wrap: Wrap,
         form: Form,
@@ -203,10 +206,9 @@ impl Service {
             Wrap::Http(_) => false,
             _ => form == Form::Silent || id.is_some_and(|id| id != "null"),
         };
-        Reply {
-            place: connection.take(free),
-            shape: Shape { form, wrap },
-        }
+        let (place, shape) = (connection.take(free), Shape { form, wrap });
+        let mark = self.ledger.take(connection, shape, place, id);
+        Reply { place, shape, mark }
     }
 }
 

@@ -14,7 +14,9 @@ mod event_loop;
 mod giving;
 mod hygiene;
 mod intake;
+mod keeper;
 mod last_words;
+mod ledger;
 mod load;
 mod orders;
 mod posts;
@@ -29,6 +31,7 @@ mod timers;
 mod wear;
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -45,6 +48,8 @@ use crate::sys::waker::Waker;
 
 use calls::Calls;
 use event_loop::EventLoop;
+use keeper::Keeping;
+use ledger::Ledger;
 use service::Service;
 use threads::Threads;
 use timers::Timers;
@@ -79,7 +84,7 @@ pub fn run(boot: Boot<'_>) -> ! {
 fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     logging::tell(boot.witness.take());
     let cant = |attempt| move |error| (attempt, error);
-    let signals = hygiene::become_worker(&mut boot)?;
+    let (signals, keeping) = hygiene::become_worker(&mut boot)?;
     memory::share_arenas(ARENAS);
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
     // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
@@ -95,7 +100,14 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     let threads = Threads::start(count, boot.slot.0, &boot.registry, &waker)
         .map_err(cant("start handler threads"))?;
     signal::unblock_all();
-    let mut floor = Floor::new().map_err(cant("make its event floor"))?;
+    // Not dropped should the loop panic: what is open then is its keeper's.
+    let floor = Floor::new().map_err(cant("make its event floor"))?;
+    let mut floor = ManuallyDrop::new(floor);
+    let mut ledger = Ledger::default();
+    if let Some(Keeping { book, buffer }) = keeping {
+        ledger = Ledger::new(book);
+        floor.let_see(book.witness, buffer);
+    }
     floor
         .listen(boot.listeners, (Rc::clone(&boot.adoption.taking), LONGEST))
         .map_err(cant("watch its listeners"))?;
@@ -115,8 +127,9 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         errors: 0,
         record: boot.record,
         slot: boot.slot.0,
+        ledger,
     };
-    let mut event_loop = EventLoop::new(
+    let event_loop = EventLoop::new(
         service,
         (boot.link, signals, waker),
         boot.adoption,
@@ -128,12 +141,16 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         boot.generation,
         &boot.settings.workers,
     );
+    // The process ends after this: threads that still run handlers end with it, unasked.
+    let mut event_loop = ManuallyDrop::new(event_loop);
     let ran = event_loop.run(&mut floor).map_err(cant("serve"));
+    if ran.is_ok() {
+        event_loop.service.ledger.leaves();
+    }
     event_loop.end_programs(Pid::parent() != master);
     ran?;
     last_words::speak(&mut event_loop);
     log::debug!("leaves");
-    // The process ends here: threads that still run handlers end with it, unasked.
-    std::mem::forget(event_loop);
+    drop(ManuallyDrop::into_inner(floor));
     Ok(())
 }

@@ -87,6 +87,7 @@ impl EventLoop {
         floor.accept_the_rest(true, self);
         self.stop_giving(floor);
         self.service.stopping = true;
+        self.service.ledger.stops();
         // What was not taken for the handoff's sake is answered now.
         self.service.limits.pipeline = usize::MAX;
         let now = self.service.now_ms;

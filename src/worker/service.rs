@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::calls::{Calls, Ended};
 use super::connection::{Connection, Phase, Place, Reply};
+use super::ledger::{Ledger, Mark};
 use super::threads::Threads;
 use super::timers::{CallKey, Target, Timers};
 use crate::config::Limits;
@@ -53,6 +54,8 @@ pub struct Service {
     pub record: &'static Record,
     /// Its slot.
     pub slot: u16,
+    /// What is not answered yet, for the keeper.
+    pub ledger: Ledger,
 }
 
 impl Service {
@@ -80,6 +83,8 @@ impl Service {
         text: &str,
         members: &[&str],
     ) {
+        // Its answer is of many parts, which the ledger does not know.
+        self.ledger.cant_keep(connection);
         let whole = self.seat(connection, wrap, Form::JsonRpc, None);
         let place = connection.begin_batch(whole, members.len());
         for member in members {
@@ -88,7 +93,11 @@ impl Service {
                 form: body::request_form(&call),
                 wrap: Wrap::Member,
             };
-            let reply = Reply { place, shape };
+            let reply = Reply {
+                place,
+                shape,
+                mark: Mark::default(),
+            };
             match call {
                 Ok(call) => self.take_call(connection, reply, &call),
                 Err(refusal) => {
@@ -211,6 +220,7 @@ impl Service {
         // Seen by the master should this call be the last thing that the worker does.
         self.record.last_method.store(number as u32 + 1, Relaxed);
         self.record.inline_running.store(1, Relaxed);
+        reply.mark.begins();
         let limit = self.limits.frame;
         let name = method.handler.answer_name().unwrap_or(&method.name);
         self.compose(connection, reply, (name, id), |out| {
@@ -350,28 +360,30 @@ impl Service {
             if let Some(batch) = connection.member(key, write) {
                 let about = self.about(connection, batch.reply);
                 let shape = batch.reply.shape;
-                self.write_whole(connection, batch.reply.place, |out| {
+                self.write_whole(connection, batch.reply, |out| {
                     shape.batch(out, about, &batch.out);
                 });
             }
             return;
         }
-        self.write_whole(connection, reply.place, write);
+        self.write_whole(connection, reply, write);
     }
 
     fn write_whole(
         &mut self,
         connection: &mut Connection,
-        place: Place,
+        Reply { place, mark, .. }: Reply,
         write: impl FnOnce(&mut Vec<u8>),
     ) {
         if connection.is_next(place) {
             write(&mut self.out);
-            connection.answered(place, &mut self.out);
+            let ledger = &mut self.ledger;
+            ledger.answers(mark);
+            connection.answered(place, &mut self.out, |mark| ledger.answers(mark));
         } else {
             let mut answer = Vec::new();
             write(&mut answer);
-            connection.hold(place, answer);
+            connection.hold(place, answer, mark);
         }
     }
 }

@@ -27,7 +27,9 @@ impl EventLoop {
         connection.active_ms = self.service.now_ms;
         let mut whole = false;
         if connection.tail.is_empty() {
+            self.service.ledger.opens();
             let used = self.service.consume(connection, bytes, unsent);
+            self.service.ledger.closes(used);
             connection.keep(&bytes[used..]);
             whole = used > 0;
         } else {
@@ -40,12 +42,14 @@ impl EventLoop {
     /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
     pub(super) fn advance(&mut self, floor: &mut Floor, token: Token, mut whole: bool) {
         let Some(connection) = find(&mut self.connections, token) else {
+            self.service.ledger.sent();
             return self.service.out.clear();
         };
         let service = &mut self.service;
         let pipeline = service.limits.pipeline;
         loop {
             floor.send(token, &mut service.out);
+            service.ledger.sent();
             let unsent = floor.unsent(token);
             if connection.tail.is_empty() || !connection.takes_calls(pipeline, unsent) {
                 break;
@@ -62,6 +66,8 @@ impl EventLoop {
         if connection.phase != Phase::Open {
             connection.tail = Vec::new();
         }
+        // While the floor still lends what it has received: what is kept of it is lost with us.
+        service.ledger.show(connection);
         let unsent = floor.unsent(token);
         connection.blocked =
             connection.phase == Phase::Open && !connection.takes_calls(pipeline, unsent);
@@ -123,6 +129,7 @@ impl EventLoop {
             // Closing at once would reset the connection if something more arrived, and a reset
             // takes along the answer that the client has not read yet.
             connection.phase = Phase::Lingering;
+            self.service.ledger.show(connection);
             floor.shutdown(token);
             let at = self.service.now_ms + LINGER_MS;
             let armed = &mut connection.quiet_deadline;
@@ -162,7 +169,12 @@ impl EventLoop {
         self.service.calls.unpark(token, self.service.now_ms);
         if connection.unanswered > 0 {
             for key in self.service.calls.of(token) {
-                self.service.give_up(key);
+                if let Some(ended) = self.service.give_up(key) {
+                    self.service.ledger.forget(ended.reply.mark);
+                }
+            }
+            for mark in connection.marks() {
+                self.service.ledger.forget(mark);
             }
         }
         if self.full && floor.connections() < self.service.limits.connections {

@@ -170,6 +170,7 @@ mod tests {
             reply: Reply {
                 place: Place::Anywhere,
                 shape,
+                mark: Default::default(),
             },
             id: None,
             peer: None,

@@ -83,6 +83,24 @@ pub fn children(pid: i32) -> Vec<i32> {
     all().filter(|&child| parent(child) == Some(pid)).collect()
 }
 
+/// The workers of a master, zombies included.
+pub fn workers(master: i32) -> Vec<i32> {
+    let mut children = children(master);
+    children.retain(|&child| {
+        let name = comm(child);
+        // without a name it is gone: a keeper is, for all we know
+        !name.is_empty() && !name.ends_with("keeper")
+    });
+    children
+}
+
+/// Their keepers.
+pub fn keepers(master: i32) -> Vec<i32> {
+    let mut children = children(master);
+    children.retain(|&child| comm(child).ends_with("keeper"));
+    children
+}
+
 /// Those of its children that nobody has waited for.
 pub fn zombies(pid: i32) -> Vec<i32> {
     let mut children = children(pid);

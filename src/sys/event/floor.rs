@@ -10,10 +10,10 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use slab::Slab;
 
 use super::accept::Listener;
+use super::witness::{RECEIVE_BUFFER, Witness};
 use super::{Completion, Driver, Token};
+use crate::sys::twin;
 
-/// Bytes read at once, for all connections of a worker together.
-const RECEIVE_BUFFER: usize = 64 * 1024;
 /// Events taken from the kernel at once.
 const BATCH: usize = 256;
 
@@ -36,6 +36,9 @@ struct Socket {
     /// What the kernel did not take yet, from `sent` on.
     unsent: Vec<u8>,
     sent: usize,
+    /// Bytes of its whole stream that were received and sent; for the witness alone.
+    received_in_all: u64,
+    sent_in_all: u64,
 }
 
 impl Socket {
@@ -63,7 +66,9 @@ pub struct Floor {
     /// Failures met outside of `turn`, told in the next one.
     failures: Vec<(Token, io::Error)>,
     next_tag: u32,
-    buffer: Box<[u8]>,
+    buffer: &'static mut [u8],
+    /// Who sees what this floor does, if anybody.
+    witness: Option<Witness>,
     events: Vec<EpollEvent>,
     /// Times that a listener was readable and somebody else had taken the connection.
     pub spurious_wakes: u64,
@@ -84,10 +89,19 @@ impl Floor {
             watched: Vec::new(),
             failures: Vec::new(),
             next_tag: 0,
-            buffer: vec![0; RECEIVE_BUFFER].into_boxed_slice(),
+            // A floor lives as long as its process, or its thread.
+            buffer: Vec::leak(vec![0; RECEIVE_BUFFER]),
+            witness: None,
             events: vec![EpollEvent::empty(); BATCH],
             spurious_wakes: 0,
         })
+    }
+
+    /// Lets a witness see what this floor does from now on, and receives into `buffer`. To be called
+    /// before there is a connection.
+    pub fn let_see(&mut self, witness: Witness, buffer: &'static mut [u8]) {
+        self.witness = Some(witness);
+        self.buffer = buffer;
     }
 
     /// Tells of `fd` being readable, under the number `watch`; it is level-triggered.
@@ -131,6 +145,35 @@ impl Floor {
     /// # Errors
     /// When epoll refuses it (ENOMEM, ENOSPC); the socket is closed then.
     pub fn adopt(&mut self, socket: OwnedFd) -> io::Result<Token> {
+        self.take_in(socket, (0, 0), false)
+    }
+
+    /// The same with a socket that another process has used before. For the witness it owes
+    /// something, until `is_at_ease` is called: what came along with it is in this process alone.
+    ///
+    /// # Errors
+    /// As of `adopt`.
+    pub fn adopt_used(&mut self, socket: OwnedFd) -> io::Result<Token> {
+        let passed = self.witness.and_then(|_| twin::passed_through(&socket));
+        self.take_in(socket, passed.unwrap_or_default(), true)
+    }
+
+    /// What came along with a connection is where it belongs.
+    pub fn is_at_ease(&mut self, token: Token) {
+        let owes = self.unsent(token) > 0;
+        if let Some(witness) = self.witness
+            && self.socket(token).is_some()
+        {
+            witness.owes(token, owes);
+        }
+    }
+
+    fn take_in(
+        &mut self,
+        socket: OwnedFd,
+        (received_in_all, sent_in_all): (u64, u64),
+        owes: bool,
+    ) -> io::Result<Token> {
         let tag = self.next_tag;
         let entry = self.sockets.vacant_entry();
         let token = Token::new(entry.key(), tag);
@@ -139,6 +182,9 @@ impl Floor {
             .add(&socket, EpollEvent::new(interest, token.0))?;
         // The upper end of the numbers belongs to listeners and watches.
         self.next_tag = (tag + 1) % 0xFFFF_0000;
+        if let Some(witness) = &self.witness {
+            witness.opened(token, socket.as_raw_fd(), owes);
+        }
         entry.insert(Socket {
             fd: socket,
             tag,
@@ -148,6 +194,8 @@ impl Floor {
             failed: false,
             unsent: Vec::new(),
             sent: 0,
+            received_in_all,
+            sent_in_all,
         });
         Ok(token)
     }
@@ -171,6 +219,7 @@ impl Floor {
     /// told by `Sent` when it goes; `bytes` comes back empty, its capacity where it was not
     /// needed.
     pub fn send(&mut self, token: Token, bytes: &mut Vec<u8>) {
+        let witness = self.witness;
         let Some(socket) = self.socket(token) else {
             return bytes.clear();
         };
@@ -185,9 +234,22 @@ impl Floor {
             socket.unsent.extend_from_slice(bytes);
             return bytes.clear();
         }
+        if let Some(witness) = &witness {
+            witness.sends(token, socket.sent_in_all, bytes.len());
+        }
         match send_some(socket, bytes) {
-            Ok(sent) if sent == bytes.len() => bytes.clear(),
+            Ok(sent) if sent == bytes.len() => {
+                socket.sent_in_all += sent as u64;
+                if let Some(witness) = &witness {
+                    witness.sent(sent);
+                }
+                bytes.clear();
+            }
             Ok(sent) => {
+                socket.sent_in_all += sent as u64;
+                if let Some(witness) = &witness {
+                    witness.owes(token, true);
+                }
                 socket.unsent = mem::take(bytes);
                 socket.sent = sent;
                 self.update(token);
@@ -220,6 +282,9 @@ impl Floor {
     /// Closes a connection; what was not sent is lost.
     pub fn close(&mut self, token: Token) {
         if self.socket(token).is_some() {
+            if let Some(witness) = &self.witness {
+                witness.closes(token);
+            }
             let socket = self.sockets.remove(token.index());
             // A child of a handler may hold a duplicate for a moment, which would keep the
             // descriptor in epoll: take it out before it is closed (epoll(7), question 6).
@@ -254,7 +319,7 @@ impl Floor {
             }
         };
         driver.woken();
-        let mut buffer = mem::take(&mut self.buffer);
+        let buffer = mem::take(&mut self.buffer);
         for event in &events[..ready] {
             let data = event.data();
             if data >= WATCH_BASE {
@@ -263,7 +328,7 @@ impl Floor {
             } else if data >= LISTENER_BASE {
                 self.accept((data - LISTENER_BASE) as usize, driver);
             } else {
-                self.serve(Token(data), event.events(), &mut buffer, driver);
+                self.serve(Token(data), event.events(), buffer, driver);
             }
         }
         self.buffer = buffer;
@@ -281,6 +346,7 @@ impl Floor {
         buffer: &mut [u8],
         driver: &mut impl Driver,
     ) {
+        let witness = self.witness;
         let broken = flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
         if flags.contains(EpollFlags::EPOLLOUT) {
             self.send_unsent(token, driver);
@@ -294,18 +360,31 @@ impl Floor {
         // What came before the end is read first; the end itself then comes as an error or as
         // zero bytes.
         if socket.reading && !socket.ended && (broken || flags.contains(EpollFlags::EPOLLIN)) {
+            if let Some(witness) = &witness {
+                witness.receives(token, socket.received_in_all);
+            }
             match recv(socket.fd.as_raw_fd(), buffer, MsgFlags::empty()) {
                 Ok(0) => {
+                    if let Some(witness) = &witness {
+                        witness.received(0);
+                    }
                     socket.ended = true;
                     self.update(token);
                     driver.complete(self, Completion::Ended { token });
                 }
                 Ok(length) => {
+                    if let Some(witness) = &witness {
+                        witness.received(length);
+                    }
+                    socket.received_in_all += length as u64;
                     let bytes = &buffer[..length];
                     driver.complete(self, Completion::Received { token, bytes });
                 }
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(error) => self.fail(token, error),
+            }
+            if let Some(witness) = &witness {
+                witness.receiving_is_over();
             }
         } else if broken {
             self.fail(token, Errno::ECONNRESET);
@@ -313,6 +392,7 @@ impl Floor {
     }
 
     fn send_unsent(&mut self, token: Token, driver: &mut impl Driver) {
+        let witness = self.witness;
         let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
             return;
         };
@@ -320,10 +400,14 @@ impl Floor {
         match send_some(socket, &unsent[socket.sent..]) {
             Ok(sent) => {
                 socket.sent += sent;
+                socket.sent_in_all += sent as u64;
                 if socket.sent < unsent.len() {
                     socket.unsent = unsent;
                 } else {
                     socket.sent = 0;
+                    if let Some(witness) = &witness {
+                        witness.owes(token, false);
+                    }
                     self.update(token);
                 }
                 if sent > 0 {

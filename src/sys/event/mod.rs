@@ -11,11 +11,13 @@
 
 mod accept;
 mod floor;
+pub mod witness;
 
 use std::io;
 use std::os::fd::OwnedFd;
 
 pub use floor::Floor;
+pub use witness::Witness;
 
 /// A connection of a floor. Never reused: its lower half is a place, its upper half a count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,6 +27,11 @@ impl Token {
     /// The place of this connection: small, dense, and reused after it was closed.
     pub fn index(self) -> usize {
         (self.0 & 0xFFFF_FFFF) as usize
+    }
+
+    /// The token as a number, for what is kept outside of this process.
+    pub fn number(self) -> u64 {
+        self.0
     }
 
     /// A token of no floor, for tests of what only keeps it.

@@ -1,0 +1,117 @@
+//! The keepers of workers, as the master sees them: children that it has not forked itself, and that
+//! it neither takes for orphans nor forgets before they are done.
+//!
+//! A worker makes its keeper and says in its scoreboard record who that is. When the worker has
+//! died, the record stays with the keeper, which writes there what became of the connections.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering::Relaxed;
+
+use nix::sys::signal::Signal;
+
+use super::supervise::Master;
+use crate::link::ids::Pid;
+use crate::link::scoreboard::Record;
+use crate::protocol::control::State;
+use crate::sys::process;
+
+/// Keepers whose workers have been reaped.
+#[derive(Debug, Default)]
+pub struct Keepers(HashMap<Pid, Left>);
+
+/// What a keeper has of its worker.
+#[derive(Debug)]
+pub struct Left {
+    /// The worker.
+    pub worker: Pid,
+    /// Its record.
+    pub record: &'static Record,
+    /// The number of the record, which is free once the keeper is done.
+    pub record_index: usize,
+}
+
+impl Keepers {
+    /// A worker was reaped. Gives the record back when nobody needs it any more.
+    pub fn left(&mut self, left: Left) -> Option<usize> {
+        match keeper_of(left.record) {
+            Some(keeper) => {
+                self.0.insert(keeper, left);
+                None
+            }
+            None => Some(left.record_index),
+        }
+    }
+
+    /// A child was reaped: what it had of its worker, if it was the keeper of one that is gone.
+    pub fn ended(&mut self, keeper: Pid) -> Option<Left> {
+        self.0.remove(&keeper)
+    }
+
+    /// Whether a child keeps the connections of a worker that is gone.
+    pub fn contains(&self, pid: Pid) -> bool {
+        self.0.contains_key(&pid)
+    }
+
+    /// Ends all that are left, and waits for it: their descriptors are among them the ports.
+    pub fn end(&mut self) {
+        for (keeper, _) in self.0.drain() {
+            process::kill(keeper, Signal::SIGKILL);
+            process::reap(keeper, true);
+        }
+    }
+}
+
+/// The keeper of a worker that shows this record.
+pub fn keeper_of(record: &Record) -> Option<Pid> {
+    Some(Pid(record.keeper.load(Relaxed))).filter(|keeper| keeper.0 > 0)
+}
+
+impl Master<'_> {
+    /// A child that is no worker was reaped.
+    pub(super) fn no_worker_ended(&mut self, pid: Pid) {
+        if let Some(left) = self.workers.keeper_ended(pid) {
+            return tell(&left);
+        }
+        let Some((worker, living)) = self
+            .workers
+            .iter()
+            .find(|(_, worker)| keeper_of(worker.record) == Some(pid))
+        else {
+            return;
+        };
+        living.record.keeper.store(0, Relaxed);
+        let ready = self
+            .fleet
+            .workers()
+            .iter()
+            .any(|view| view.pid == Some(worker) && view.state == State::Ready);
+        // Nobody can be made the twin of a process that has threads.
+        log::warn!(
+            "the keeper of worker {worker} has died: {}",
+            if ready {
+                "the worker retires, for one with a keeper"
+            } else {
+                "should the worker crash, its connections end with it"
+            }
+        );
+        if ready {
+            process::kill(worker, Signal::SIGTERM);
+        }
+    }
+}
+
+/// Says what a keeper has done.
+fn tell(left: &Left) {
+    let Left { worker, record, .. } = left;
+    let number = |number: &std::sync::atomic::AtomicU32| number.load(Relaxed);
+    let (kept, crashed) = (number(&record.kept), number(&record.crashed));
+    let reset = number(&record.reset);
+    if kept + reset == 0 {
+        return;
+    }
+    log::info!(
+        "worker {worker} has left its connections behind: {kept} are passed on, with {crashed} calls \
+         answered as crashed; {reset} could not be, and are closed pid={worker} kept={kept} \
+         crashed={crashed} reset={reset}"
+    );
+}

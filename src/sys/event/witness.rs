@@ -1,0 +1,148 @@
+//! What a floor was doing, in memory that outlives its process: for a twin that takes its
+//! connections over when it has died.
+//!
+//! A process can die between any two of its instructions, so each store here has its place: what is
+//! about to be done is said before it is done, and taken back after what follows from it is said.
+//! The stores are `Release` to keep the compiler from moving them; one thread makes them all.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Release};
+
+use super::Token;
+use crate::shared_record;
+use crate::sys::shared;
+
+/// Bytes read at once, for all connections of a floor together.
+pub(super) const RECEIVE_BUFFER: usize = 64 * 1024;
+
+/// Nothing owed and nobody there: what a zero says in the fields that hold a number plus one.
+const NONE: u32 = 0;
+
+shared_record! {
+    /// One place of a floor. All zero: free.
+    #[derive(Debug)]
+    pub struct Seat {
+        /// Whose it is: the token's number plus one. Valid while `fd` is not zero.
+        pub token: AtomicU64,
+        /// Its descriptor plus one; 0 while the place is free. Set last and cleared first.
+        pub fd: AtomicU32,
+        /// Bytes that the kernel did not take wait in the process: 1 if so.
+        pub owed: AtomicU32,
+        /// What the floors above know of it.
+        pub note: AtomicU32,
+        /// Keeps the next field in its place.
+        pub spare: AtomicU32,
+    }
+}
+
+shared_record! {
+    /// What the loop is at; at most one connection each at any moment.
+    #[derive(Debug)]
+    pub struct Moment {
+        /// The place plus one of the connection that bytes are received from.
+        pub receiving: AtomicU32,
+        /// How many have come, plus one; 0 while that is not known.
+        pub received: AtomicU32,
+        /// Bytes that had been received from it before: where in its stream the buffer begins.
+        pub start: AtomicU64,
+        /// How far into its stream the floors above have taken what came.
+        pub taken: AtomicU64,
+        /// The place plus one of the connection that bytes are sent to.
+        pub sending: AtomicU32,
+        /// How many the kernel took, plus one; 0 while that is not known.
+        pub sent: AtomicU32,
+        /// Bytes that it had taken before.
+        pub before: AtomicU64,
+        /// Bytes that it is given.
+        pub length: AtomicU64,
+    }
+}
+
+/// Both, and the buffer that bytes are received into.
+#[derive(Debug, Clone, Copy)]
+pub struct Witness {
+    /// What the loop is at.
+    pub moment: &'static Moment,
+    /// By `Token::index`.
+    pub seats: &'static [Seat],
+}
+
+impl Witness {
+    /// A witness for so many connections, and the floor's buffer. A connection that finds no place
+    /// is served like any other, and not seen here.
+    ///
+    /// # Errors
+    /// When there is no memory to be had.
+    pub fn new(connections: usize) -> io::Result<(Self, &'static mut [u8])> {
+        let length = |length| NonZeroUsize::new(length).unwrap_or(NonZeroUsize::MIN);
+        let moment = shared::array_without_file::<Moment>(NonZeroUsize::MIN)?;
+        Ok((
+            Witness {
+                moment: &moment[0],
+                seats: shared::array_without_file(length(connections))?,
+            },
+            shared::bytes(length(RECEIVE_BUFFER))?,
+        ))
+    }
+
+    /// The place of a connection.
+    pub fn seat(&self, token: Token) -> Option<&'static Seat> {
+        self.seats.get(token.index())
+    }
+
+    pub(super) fn opened(&self, token: Token, fd: i32, owes: bool) {
+        if let Some(seat) = self.seat(token) {
+            seat.owed.store(u32::from(owes), Release);
+            seat.note.store(0, Release);
+            seat.token.store(token.0 + 1, Release);
+            seat.fd.store(fd as u32 + 1, Release);
+        }
+    }
+
+    /// Before its descriptor is closed, for its number may be another one's at once.
+    pub(super) fn closes(&self, token: Token) {
+        if let Some(seat) = self.seat(token) {
+            seat.fd.store(NONE, Release);
+        }
+    }
+
+    pub(super) fn receives(&self, token: Token, start: u64) {
+        self.moment.received.store(0, Release);
+        self.moment.start.store(start, Release);
+        self.moment.taken.store(start, Release);
+        self.moment
+            .receiving
+            .store(token.index() as u32 + 1, Release);
+    }
+
+    pub(super) fn received(&self, length: usize) {
+        self.moment.received.store(length as u32 + 1, Release);
+    }
+
+    pub(super) fn receiving_is_over(&self) {
+        self.moment.receiving.store(NONE, Release);
+    }
+
+    pub(super) fn sends(&self, token: Token, before: u64, length: usize) {
+        self.moment.sent.store(0, Release);
+        self.moment.before.store(before, Release);
+        self.moment.length.store(length as u64, Release);
+        self.moment.sending.store(token.index() as u32 + 1, Release);
+    }
+
+    pub(super) fn sent(&self, length: usize) {
+        self.moment.sent.store(length as u32 + 1, Release);
+    }
+
+    pub(super) fn owes(&self, token: Token, owes: bool) {
+        if let Some(seat) = self.seat(token) {
+            seat.owed.store(u32::from(owes), Release);
+        }
+    }
+
+    /// To be called once what was sent needs no answer any more.
+    pub fn sending_is_over(&self) {
+        self.moment.sending.store(NONE, Release);
+    }
+}

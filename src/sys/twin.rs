@@ -1,0 +1,189 @@
+//! A twin: a process of its own memory that shares this one's table of descriptors (clone(2) with
+//! CLONE_FILES). What one of them opens the other one has open, what one closes is closed for both,
+//! and the end of one closes nothing: the descriptors live as long as either of the two.
+//!
+//! It is a sibling, not a child (CLONE_PARENT), so that both are reaped by the same parent. Leaves
+//! to others what a twin is good for. Fails with the system's own error.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::AtomicI32;
+
+use nix::errno::Errno;
+use nix::libc;
+
+use super::process::{Fork, Pid, thread_count};
+
+/// Makes a twin of this process. Its pid is in `pid` before the twin runs its first instruction, so
+/// that whoever shares that memory knows of it even when this process ends at once.
+///
+/// The twin is to touch no descriptor whose number it remembers while this process lives: it may
+/// be another one's by then.
+///
+/// # Panics
+/// When this process has more than one thread, as `process::fork` does.
+///
+/// # Errors
+/// EAGAIN or ENOMEM when the system has no process to give, EINVAL in the first process of a pid
+/// namespace, EPERM where a filter forbids it.
+pub fn make(pid: &AtomicI32) -> io::Result<Fork> {
+    let threads = thread_count();
+    assert!(
+        threads <= 1,
+        "a twin with {threads} threads alive: it would inherit their locks"
+    );
+    let flags = libc::CLONE_FILES | libc::CLONE_PARENT | libc::CLONE_PARENT_SETTID | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM the twin goes on on its own copy of this stack, as after fork(2),
+    // and there is one thread, so no lock is held by another one. The kernel writes its pid to an
+    // integer that lives for as long as the call. The arguments after it are unused by these flags.
+    // The twin leaves by `_exit`, and never asks libc for its own thread id, which libc has not
+    // learnt here.
+    let made = unsafe { libc::syscall(libc::SYS_clone, flags, 0, pid.as_ptr(), 0, 0) };
+    match Errno::result(made)? {
+        0 => Ok(Fork::Child),
+        made => Ok(Fork::Parent(Pid(i32::try_from(made).unwrap_or(0)))),
+    }
+}
+
+/// A descriptor of this process that is readable once it has ended (pidfd_open(2), Linux 5.3).
+///
+/// # Errors
+/// ENOSYS before Linux 5.3, EMFILE.
+pub fn hold_this_process() -> io::Result<OwnedFd> {
+    // SAFETY: no pointer is passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, Pid::current().0, 0) };
+    let fd = RawFd::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
+    // SAFETY: it was just made, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Ends this process, at once and without a trace, when its parent ends (PR_SET_PDEATHSIG(2const)).
+/// Returns whether `parent` still lived afterwards.
+///
+/// # Errors
+/// None known.
+pub fn end_with_parent(parent: Pid) -> io::Result<bool> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    Ok(Pid::parent() == parent)
+}
+
+/// Takes over a descriptor that the other one of two twins has left behind, by its number; `None`
+/// when there is none of that number. For the one that goes on after the other has ended, and that
+/// owns no value of its own for that number.
+pub fn inherit(fd: RawFd) -> Option<OwnedFd> {
+    // SAFETY: F_GETFD takes no argument; a number that is not open is an error.
+    let open = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    // SAFETY: it is open, and its owner has ended: that nobody else here owns it is the caller's
+    // promise.
+    (open >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What a stream of TCP has passed on so far, seen from the process that has it: bytes that were
+/// taken out of it, and bytes that were put into it (tcp(7), tcp_info in linux/tcp.h). `None` where
+/// the kernel does not count, or where an end of the stream is among what it counts.
+pub fn passed_through(fd: &impl AsFd) -> Option<(u64, u64)> {
+    // Both may move while they are read: the peer sends and acknowledges.
+    for _ in 0..16 {
+        let before = counters(fd)?;
+        let (unread, unacknowledged) = (queued(fd, libc::FIONREAD)?, queued(fd, libc::TIOCOUTQ)?);
+        let after = counters(fd)?;
+        if before == after {
+            return Some((
+                before.received.checked_sub(unread)?,
+                before.acknowledged + unacknowledged,
+            ));
+        }
+    }
+    None
+}
+
+#[derive(PartialEq, Eq)]
+struct Counters {
+    received: u64,
+    acknowledged: u64,
+}
+
+/// tcpi_state of an established connection: in any other, a FIN is counted like a byte.
+const ESTABLISHED: u8 = 1;
+/// Where tcpi_bytes_acked and tcpi_bytes_received stand (Linux 4.1).
+const ACKNOWLEDGED_AT: usize = 120;
+const RECEIVED_AT: usize = 128;
+
+fn counters(fd: &impl AsFd) -> Option<Counters> {
+    let mut info = [0_u8; 256];
+    let mut length = info.len() as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `info`, which outlives the call.
+    let done = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if done != 0 || (length as usize) < RECEIVED_AT + 8 || info[0] != ESTABLISHED {
+        return None;
+    }
+    let number = |at: usize| Some(u64::from_ne_bytes(info[at..at + 8].try_into().ok()?));
+    Some(Counters {
+        received: number(RECEIVED_AT)?,
+        acknowledged: number(ACKNOWLEDGED_AT)?,
+    })
+}
+
+/// SIOCINQ and SIOCOUTQ, under their other names.
+fn queued(fd: &impl AsFd, which: libc::Ioctl) -> Option<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the pointer is to a live integer, which is what both requests write.
+    let done = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), which, &raw mut bytes) };
+    (done == 0).then(|| u64::try_from(bytes).ok()).flatten()
+}
+
+/// Has a connection reset, and not merely ended, when its last descriptor is closed.
+pub fn reset_when_closed(fd: &impl AsFd) {
+    use nix::sys::socket::{setsockopt, sockopt};
+    let at_once = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    // Refused by what is no TCP socket, which just ends.
+    let _ = setsockopt(fd, sockopt::Linger, &at_once);
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn what_passed_through_a_stream_is_counted_whatever_is_on_its_way() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        assert_eq!(passed_through(&server), Some((0, 0)));
+        client.write_all(&[7; 1000]).unwrap();
+        let mut some = [0; 300];
+        server.read_exact(&mut some).unwrap();
+        assert_eq!(passed_through(&server), Some((300, 0)));
+        server.write_all(&[1; 5000]).unwrap();
+        assert_eq!(passed_through(&server), Some((300, 5000)));
+        let mut answer = [0; 5000];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(passed_through(&server), Some((300, 5000)));
+        drop(client);
+        let mut rest = Vec::new();
+        server.read_to_end(&mut rest).unwrap_or_default();
+        assert_eq!(passed_through(&server), None, "an end is no byte");
+    }
+
+    #[test]
+    fn of_a_unix_stream_nothing_is_counted() {
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(passed_through(&one), None);
+    }
+}

@@ -1,0 +1,252 @@
+//! The keeper of a worker: a twin that shares its descriptors, and goes on with its connections when
+//! it dies.
+//!
+//! It is made before the worker has a thread or a client, waits for the worker's end and does
+//! nothing else until then: it touches no descriptor, reads no call, runs no handler. When the
+//! worker leaves in order, it leaves too. When the worker has died, it answers with `crashed` what
+//! the ledger has as unanswered, and passes each connection on through the adoption queue; so a
+//! crash costs the calls that ran, and nobody their connection. It ends at once with the master.
+//! What it can't do it leaves: the connection ends with it.
+
+mod judge;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering::Acquire, Ordering::Relaxed};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::ledger::{self, Book, Entry};
+use crate::link::boot::Boot;
+use crate::link::handoff::{AdoptionQueue, is_full};
+use crate::sys::event::witness::{Moment, Seat};
+use crate::sys::process::{Fork, exit_now, monotonic};
+use crate::sys::{descriptor, title, twin};
+use judge::{Fate, Held, Receiving, Sending, Unanswered};
+
+/// Places beyond `limits.connections`: what is adopted or found in a queue may exceed it.
+const SPARE_SEATS: usize = 256;
+/// Between two tries when nothing tells that there is room again (ETOOMANYREFS, unix(7)).
+const RETRY: Duration = Duration::from_millis(20);
+
+/// What a worker that has a keeper writes into.
+pub struct Keeping {
+    /// The ledger.
+    pub book: Book,
+    /// What the event floor receives into.
+    pub buffer: &'static mut [u8],
+}
+
+/// Makes the keeper of this worker. To be called once it is nobody else any more, with all signals
+/// blocked, which its keeper leaves so.
+///
+/// # Errors
+/// When there is no memory, no descriptor or no process to be had.
+pub fn make(boot: &Boot<'_>) -> io::Result<Keeping> {
+    let connections = boot.settings.limits.connections + SPARE_SEATS;
+    let (book, buffer) = Book::new(connections)?;
+    let worker = twin::hold_this_process()?;
+    // Before there is one, so that it never bears another name.
+    show(boot, "keeper");
+    let made = twin::make(&boot.record.keeper);
+    if matches!(made, Ok(Fork::Child)) {
+        keep(boot, &worker, book, buffer);
+    }
+    show(boot, "worker");
+    made?;
+    // Its number is what the keeper waits by, for as long as this process lives.
+    std::mem::forget(worker);
+    Ok(Keeping { book, buffer })
+}
+
+fn show(boot: &Boot<'_>, role: &str) {
+    if let Some(area) = boot.title {
+        area.set(&format!("{}: {role} {}", boot.program, boot.slot));
+    }
+    title::set_comm(&format!("{} {role}", boot.program));
+}
+
+/// Is the keeper.
+fn keep(boot: &Boot<'_>, worker: &OwnedFd, book: Book, buffer: &[u8]) -> ! {
+    if !matches!(twin::end_with_parent(boot.master), Ok(true)) {
+        exit_now(0);
+    }
+    let mut ended = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
+    while poll(&mut ended, PollTimeout::NONE) != Ok(1) {}
+    // With POLLHUP once it is reaped too.
+    let has_ended = ended[0]
+        .revents()
+        .is_some_and(|found| found.contains(PollFlags::POLLIN));
+    if !has_ended {
+        // The worker has closed what it is held by, and lives: it is left alone.
+        exit_now(1);
+    }
+    // From here on the descriptors are this process's alone.
+    if book.head.leaves.load(Acquire) == 0 && book.head.stops.load(Acquire) == 0 {
+        let end = monotonic().saturating_add(boot.settings.workers.drain_timeout);
+        take_over(boot, book, buffer, end);
+    }
+    exit_now(0);
+}
+
+/// Does with each connection what there is to be done.
+fn take_over(boot: &Boot<'_>, book: Book, buffer: &[u8], end: Duration) {
+    let left = connections(book);
+    let fds: Vec<RawFd> = left.iter().map(|(_, fd)| *fd).collect();
+    let adoption = &boot.adoption;
+    let queue = [adoption.giving.as_raw_fd(), adoption.taking.as_raw_fd()];
+    // The worker's listeners and its link, and what was on its way to handlers' programs.
+    descriptor::close_all_but(&[&fds[..], &queue].concat());
+    let mut calls = calls(book.entries, book.head.highest.load(Acquire));
+    let origins = &boot.settings.http_origins;
+    let mut to_pass = Vec::new();
+    for (index, fd) in left {
+        let Some(socket) = twin::inherit(fd) else {
+            continue;
+        };
+        let seat = &book.witness.seats[index];
+        let held = Held {
+            note: seat.note.load(Relaxed),
+            owed: seat.owed.load(Relaxed) != 0,
+            calls: calls.remove(&seat.token.load(Relaxed)).unwrap_or_default(),
+        };
+        let moment = book.witness.moment;
+        let (receiving, sending) = (
+            receiving(moment, index, &socket),
+            sending(moment, index, &socket),
+        );
+        match judge::judge(&held, receiving, sending, origins) {
+            Fate::Close => {}
+            Fate::Reset => {
+                count(&boot.record.reset, 1);
+                twin::reset_when_closed(&socket);
+            }
+            fate @ Fate::PassOn { .. } => to_pass.push((socket, fate)),
+        }
+    }
+    for (socket, fate) in to_pass {
+        if let Fate::PassOn { crashed, .. } = &fate
+            && give(adoption, &socket, &fate, buffer, end)
+        {
+            count(&boot.record.kept, 1);
+            count(&boot.record.crashed, *crashed);
+        } else {
+            count(&boot.record.reset, 1);
+        }
+    }
+}
+
+/// Places that are taken, with the number of the descriptor of each.
+fn connections(book: Book) -> Vec<(usize, RawFd)> {
+    let fd = |seat: &Seat| RawFd::try_from(seat.fd.load(Acquire).checked_sub(1)?).ok();
+    let seats = book.witness.seats.iter().enumerate();
+    seats
+        .filter_map(|(index, seat)| Some((index, fd(seat)?)))
+        .collect()
+}
+
+/// The calls without an answer, by what their entries say whose they are.
+fn calls(entries: &[Entry], highest: u32) -> HashMap<u64, Vec<Unanswered>> {
+    let mut calls: HashMap<u64, Vec<Unanswered>> = HashMap::new();
+    for entry in entries.iter().take(highest as usize) {
+        let of = entry.of.load(Acquire);
+        if of > 0 {
+            calls.entry(of).or_default().push(call(entry));
+        }
+    }
+    calls
+}
+
+fn call(entry: &Entry) -> Unanswered {
+    let id = entry.id_length.load(Relaxed).checked_sub(1).map(|length| {
+        let mut bytes: Vec<u8> = entry
+            .id
+            .iter()
+            .flat_map(|word| word.load(Relaxed).to_ne_bytes())
+            .collect();
+        bytes.truncate(length as usize);
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+    Unanswered {
+        shape: ledger::shape(entry.shape.load(Relaxed)),
+        order: entry.order.load(Relaxed).checked_sub(1),
+        id,
+        begun: entry.begun.load(Relaxed) != 0,
+        answered: entry.stage.load(Relaxed) == ledger::ANSWERED,
+        end: entry.end.load(Relaxed),
+    }
+}
+
+/// What was being received when the worker died. Where it died before it knew how much that was,
+/// the kernel does.
+fn receiving(moment: &Moment, index: usize, socket: &OwnedFd) -> Option<Receiving> {
+    (moment.receiving.load(Acquire) == index as u32 + 1).then(|| {
+        let start = moment.start.load(Relaxed);
+        let told = moment.received.load(Relaxed).checked_sub(1).map(u64::from);
+        let counted = || twin::passed_through(socket)?.0.checked_sub(start);
+        Receiving {
+            start,
+            taken: moment.taken.load(Relaxed),
+            length: told.or_else(counted),
+        }
+    })
+}
+
+/// Likewise of what was being sent.
+fn sending(moment: &Moment, index: usize, socket: &OwnedFd) -> Option<Sending> {
+    (moment.sending.load(Acquire) == index as u32 + 1).then(|| {
+        let before = moment.before.load(Relaxed);
+        let told = moment.sent.load(Relaxed).checked_sub(1).map(u64::from);
+        let counted = || twin::passed_through(socket)?.1.checked_sub(before);
+        Sending {
+            length: moment.length.load(Relaxed),
+            sent: told.or_else(counted),
+        }
+    })
+}
+
+/// Gives a connection away, by `end` at the latest; tells whether somebody will have it.
+fn give(
+    adoption: &AdoptionQueue,
+    socket: &OwnedFd,
+    fate: &Fate,
+    buffer: &[u8],
+    end: Duration,
+) -> bool {
+    let Fate::PassOn {
+        state,
+        unsent,
+        unread,
+        ..
+    } = fate
+    else {
+        return false;
+    };
+    let Some(unread) = buffer.get(unread.clone()) else {
+        return false;
+    };
+    loop {
+        let error = match adoption.give(socket.as_fd(), *state, unsent, unread) {
+            Ok(()) => return true,
+            Err(error) => error,
+        };
+        let left = end.saturating_sub(monotonic());
+        if !is_full(&error) || left.is_zero() {
+            return false;
+        }
+        let queue = PollFd::new(adoption.giving.as_fd(), PollFlags::POLLOUT);
+        let timeout = |wait: Duration| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
+        let _ = if error.kind() == io::ErrorKind::WouldBlock {
+            poll(&mut [queue], timeout(left))
+        } else {
+            // The queue itself is writable: waiting for it would spin.
+            poll(&mut [], timeout(left.min(RETRY)))
+        };
+    }
+}
+
+fn count(number: &AtomicU32, more: usize) {
+    number.fetch_add(more as u32, Relaxed);
+}

@@ -1,0 +1,365 @@
+//! What a worker has taken and not answered, in memory that outlives it: so that its keeper can
+//! answer for it when it has died.
+//!
+//! One entry a call, from the moment it is taken until its answer has left; beside it a note for
+//! each connection, about what only the worker has of it. A worker can die between any two of the
+//! stores here: an entry is there before the bytes of its call count as taken, and goes after the
+//! kernel has the answer. What finds no room makes its connection one that can't be kept, which is
+//! all that ever fails. Without a keeper nothing here does anything.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
+
+use super::connection::{Connection, Phase, Place};
+use crate::link::handoff;
+use crate::protocol::body::Form;
+use crate::protocol::http;
+use crate::protocol::reply::{Shape, Wrap};
+use crate::shared_record;
+use crate::sys::event::Witness;
+use crate::sys::shared;
+
+/// Calls that can be in the ledger at once. Only what is used takes memory.
+const ENTRIES: usize = 16 * 1024;
+/// Words of an id: what is longer (a UUID has 38 bytes with its quotes) is not kept.
+const ID_WORDS: usize = 12;
+
+/// Where a call is.
+pub const TAKEN: u32 = 0;
+/// Its answer is among the bytes that are sent next.
+pub const ANSWERED: u32 = 1;
+
+shared_record! {
+    /// A call that was taken and has no answer yet.
+    #[derive(Debug)]
+    pub struct Entry {
+        /// Whose it is: the token's number plus one; 0 while the entry is free. Set last.
+        pub of: AtomicU64,
+        /// Its place among the answers in order, plus one; 0: anywhere.
+        pub order: AtomicU64,
+        /// Where its bytes end in the stream of the connection.
+        pub end: AtomicU64,
+        /// The shape of its answer.
+        pub shape: AtomicU32,
+        /// `TAKEN` or `ANSWERED`.
+        pub stage: AtomicU32,
+        /// Whether its handler may have begun.
+        pub begun: AtomicU32,
+        /// Bytes of its id, plus one; 0: it has none.
+        pub id_length: AtomicU32,
+        /// Its id, as JSON.
+        pub id: [AtomicU64; ID_WORDS],
+    }
+}
+
+shared_record! {
+    /// What the worker is about as a whole.
+    #[derive(Debug)]
+    pub struct Head {
+        /// It leaves in order: its connections are to end with it.
+        pub leaves: AtomicU32,
+        /// The server stops: they go nowhere any more.
+        pub stops: AtomicU32,
+        /// Entries that were ever used.
+        pub highest: AtomicU32,
+        /// Keeps the size a multiple of eight.
+        pub spare: AtomicU32,
+    }
+}
+
+/// What the note of a connection says besides its dialect.
+pub mod note {
+    /// Bytes were received and not consumed.
+    pub const TAIL: u32 = 1 << 8;
+    /// It is to end with its last answer.
+    pub const CLOSING: u32 = 1 << 9;
+    /// Our side has ended already.
+    pub const SHUT: u32 = 1 << 10;
+    /// It has calls that are not in the ledger.
+    pub const UNKEPT: u32 = 1 << 11;
+    /// It is being passed on.
+    pub const GIVEN: u32 = 1 << 12;
+}
+
+/// The shared memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Book {
+    /// The worker.
+    pub head: &'static Head,
+    /// The calls.
+    pub entries: &'static [Entry],
+    /// The connections, as the event floor has them.
+    pub witness: Witness,
+}
+
+/// The entry of a call in the ledger, if it has one.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Mark(Option<&'static Entry>);
+
+impl PartialEq for Mark {
+    fn eq(&self, other: &Self) -> bool {
+        let address = |mark: &Mark| mark.0.map(std::ptr::from_ref);
+        address(self) == address(other)
+    }
+}
+
+impl Eq for Mark {}
+
+impl Mark {
+    /// Where it is to be said that the handler of the call begins.
+    #[inline]
+    pub fn begun(self) -> Option<&'static AtomicU32> {
+        Some(&self.0?.begun)
+    }
+
+    /// The handler of the call begins.
+    #[inline]
+    pub fn begins(self) {
+        if let Some(begun) = self.begun() {
+            begun.store(1, Release);
+        }
+    }
+}
+
+/// The worker's side of it.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    /// `None` without a keeper.
+    book: Option<Book>,
+    /// Entries that were used and are free.
+    free: Vec<&'static Entry>,
+    next: usize,
+    /// Those whose answers are sent next.
+    answered: Vec<Mark>,
+    /// Where the bytes that are being taken begin in their stream, while they are those that the
+    /// floor has just received.
+    start: Option<u64>,
+    end: u64,
+}
+
+impl Book {
+    /// An empty one, for so many connections; and the buffer for the floor.
+    ///
+    /// # Errors
+    /// When there is no memory to be had.
+    pub fn new(connections: usize) -> io::Result<(Self, &'static mut [u8])> {
+        let (witness, buffer) = Witness::new(connections)?;
+        let entries = NonZeroUsize::new(ENTRIES).unwrap_or(NonZeroUsize::MIN);
+        let head = shared::array_without_file::<Head>(NonZeroUsize::MIN)?;
+        let book = Book {
+            head: &head[0],
+            entries: shared::array_without_file(entries)?,
+            witness,
+        };
+        Ok((book, buffer))
+    }
+}
+
+impl Ledger {
+    /// One that writes into this book.
+    pub fn new(book: Book) -> Self {
+        Ledger {
+            book: Some(book),
+            ..Ledger::default()
+        }
+    }
+
+    /// What was just received is taken now, from its first byte on.
+    pub fn opens(&mut self) {
+        self.start = self
+            .book
+            .map(|book| book.witness.moment.start.load(Relaxed));
+    }
+
+    /// The next call ends at this byte of what is taken.
+    #[inline]
+    pub fn reaches(&mut self, at: usize) {
+        self.end = self.start.map_or(0, |start| start + at as u64);
+    }
+
+    /// So many bytes were taken, and what follows is none of what was received just now.
+    pub fn closes(&mut self, taken: usize) {
+        if let (Some(book), Some(start)) = (self.book, self.start.take()) {
+            let taken = start + taken as u64;
+            book.witness.moment.taken.store(taken, Release);
+        }
+        self.end = 0;
+    }
+
+    /// A call is taken.
+    #[inline]
+    pub fn take(
+        &mut self,
+        connection: &mut Connection,
+        shape: Shape,
+        place: Place,
+        id: Option<&str>,
+    ) -> Mark {
+        let Some(book) = self.book else {
+            return Mark::default();
+        };
+        let fits = id.is_none_or(|id| id.len() <= ID_WORDS * 8);
+        let Some(entry) = fits.then(|| self.room(book)).flatten() else {
+            self.cant_keep(connection);
+            return Mark::default();
+        };
+        let order = match place {
+            Place::InOrder(number) => number + 1,
+            Place::Anywhere | Place::Member(_) => 0,
+        };
+        entry.order.store(order, Relaxed);
+        entry.end.store(self.end, Relaxed);
+        entry.shape.store(number(shape), Relaxed);
+        entry.stage.store(TAKEN, Relaxed);
+        entry.begun.store(0, Relaxed);
+        let id = id.unwrap_or_default().as_bytes();
+        for (word, bytes) in entry.id.iter().zip(id.chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_ne_bytes(whole), Relaxed);
+        }
+        let length = if id.is_empty() {
+            0
+        } else {
+            id.len() as u32 + 1
+        };
+        entry.id_length.store(length, Relaxed);
+        entry.of.store(connection.token.number() + 1, Release);
+        Mark(Some(entry))
+    }
+
+    fn room(&mut self, book: Book) -> Option<&'static Entry> {
+        if let Some(entry) = self.free.pop() {
+            return Some(entry);
+        }
+        let entry = book.entries.get(self.next)?;
+        self.next += 1;
+        book.head.highest.store(self.next as u32, Release);
+        Some(entry)
+    }
+
+    /// A connection has something that is not in here: it can't be kept until all is answered.
+    pub fn cant_keep(&self, connection: &mut Connection) {
+        connection.unkept = true;
+        self.show(connection);
+    }
+
+    /// Its answer is among the bytes that are sent next.
+    #[inline]
+    pub fn answers(&mut self, mark: Mark) {
+        if let Some(entry) = mark.0 {
+            entry.stage.store(ANSWERED, Release);
+            self.answered.push(mark);
+        }
+    }
+
+    /// They were sent, or will be: they are in the kernel, or owed by the floor, which says so.
+    #[inline]
+    pub fn sent(&mut self) {
+        let Some(book) = self.book else { return };
+        while let Some(mark) = self.answered.pop() {
+            self.forget(mark);
+        }
+        book.witness.sending_is_over();
+    }
+
+    /// It needs no answer any more.
+    pub fn forget(&mut self, mark: Mark) {
+        if let Some(entry) = mark.0 {
+            entry.of.store(0, Release);
+            self.free.push(entry);
+        }
+    }
+
+    /// Says what is to be known of a connection. To be called before what it says is relied on.
+    #[inline]
+    pub fn show(&self, connection: &mut Connection) {
+        let Some(book) = self.book else { return };
+        connection.unkept &= connection.unanswered > 0;
+        let flag = |is: bool, flag| if is { flag } else { 0 };
+        let note = u32::from(handoff::number(connection.dialect))
+            | flag(!connection.tail.is_empty(), note::TAIL)
+            | flag(connection.phase == Phase::Closing, note::CLOSING)
+            | flag(connection.phase == Phase::Lingering, note::SHUT)
+            | flag(connection.unkept, note::UNKEPT);
+        if note != connection.noted {
+            connection.noted = note;
+            if let Some(seat) = book.witness.seat(connection.token) {
+                seat.note.store(note, Release);
+            }
+        }
+    }
+
+    /// It is about to be passed on, or was not after all.
+    pub fn gives(&self, connection: &Connection, given: bool) {
+        if let Some(book) = self.book
+            && let Some(seat) = book.witness.seat(connection.token)
+        {
+            let flag = if given { note::GIVEN } else { 0 };
+            seat.note.store(connection.noted | flag, Release);
+        }
+    }
+
+    /// The server stops.
+    pub fn stops(&self) {
+        if let Some(book) = self.book {
+            book.head.stops.store(1, Release);
+        }
+    }
+
+    /// The worker leaves in order.
+    pub fn leaves(&self) {
+        if let Some(book) = self.book {
+            book.head.leaves.store(1, Release);
+        }
+    }
+}
+
+/// A shape in one number.
+fn number(shape: Shape) -> u32 {
+    let form = match shape.form {
+        Form::Plain => 0,
+        Form::JsonRpc => 1,
+        Form::Silent => 2,
+        Form::Bare => 3,
+    };
+    let wrap = match shape.wrap {
+        Wrap::Frame => 0,
+        Wrap::Line => 1,
+        Wrap::Member => 2,
+        Wrap::Http(reply) => {
+            let origin = reply.origin.map_or(0, |origin| u32::from(origin) + 1);
+            3 | u32::from(reply.old) << 2 | u32::from(reply.bodiless) << 3 | origin << 4
+        }
+    };
+    form | wrap << 2
+}
+
+/// The shape of a number.
+pub fn shape(number: u32) -> Shape {
+    let form = match number & 3 {
+        0 => Form::Plain,
+        1 => Form::JsonRpc,
+        2 => Form::Silent,
+        _ => Form::Bare,
+    };
+    let rest = number >> 2;
+    let wrap = match rest & 3 {
+        0 => Wrap::Frame,
+        1 => Wrap::Line,
+        2 => Wrap::Member,
+        _ => Wrap::Http(http::Reply {
+            old: rest & 4 != 0,
+            bodiless: rest & 8 != 0,
+            origin: (rest >> 4)
+                .checked_sub(1)
+                .and_then(|origin| u16::try_from(origin).ok()),
+        }),
+    };
+    Shape { form, wrap }
+}
+
+#[cfg(test)]
+#[path = "ledger_tests.rs"]
+mod tests;

@@ -1,0 +1,532 @@
+//! A worker that dies takes nobody's connection along: its keeper answers with `crashed` what ran,
+//! and another worker goes on with the rest.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::support::wire::{DIALECTS, Wire, post};
+use crate::support::{Client, Daemon, PATIENCE, pass, process, wait_for};
+
+const METHODS: &str = "
+[methods.echo]
+builtin = \"echo\"
+[methods.sleep]
+builtin = \"sleep\"
+";
+
+fn daemon(workers: usize, more: &str) -> Daemon {
+    Daemon::builder()
+        .config(&format!(
+            "[workers]\ncount = {workers}\nthreads = 2\nrespawn-max-delay = \"0s\"\n{more}{METHODS}"
+        ))
+        .expect_log("ended by SIGSEGV")
+        .start()
+}
+
+fn crash(worker: i32) {
+    kill(Pid::from_raw(worker), Signal::SIGSEGV).unwrap();
+}
+
+fn keepers(daemon: &Daemon) -> Vec<i32> {
+    process::keepers(daemon.pid())
+}
+
+/// Waits until one call runs, and tells on which worker.
+fn wait_running(daemon: &Daemon, running: u64) -> i32 {
+    let mut found = 0;
+    wait_for("the call running", PATIENCE, || {
+        let workers = daemon.workers();
+        let one = workers.iter().find(|worker| worker.running == running);
+        found = one.map_or(0, |worker| worker.pid);
+        found != 0
+    });
+    found
+}
+
+/// What became of the calls of a load.
+#[derive(Debug, Default)]
+struct Tally {
+    attempts: AtomicU64,
+    ok: AtomicU64,
+    crashed: AtomicU64,
+    /// Answers that are none of these, or not the call's.
+    wrong: AtomicU64,
+    /// Calls without an answer.
+    lost: AtomicU64,
+    closed: AtomicU64,
+    first_wrong: Mutex<String>,
+}
+
+impl Tally {
+    fn get(number: &AtomicU64) -> u64 {
+        number.load(Ordering::Relaxed)
+    }
+
+    fn add(number: &AtomicU64, more: u64) {
+        number.fetch_add(more, Ordering::Relaxed);
+    }
+}
+
+struct Load {
+    stop: Arc<AtomicBool>,
+    tally: Arc<Tally>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    /// So many lasting connections with `depth` calls on their way each; with ids when there are
+    /// several. Every fourth is for a handler thread.
+    fn start(daemon: &Daemon, clients: usize, depth: u64) -> Self {
+        let (stop, tally) = (Arc::new(AtomicBool::new(false)), Arc::new(Tally::default()));
+        let address = daemon.address();
+        let clients = (0..clients)
+            .map(|_| {
+                let (stop, tally) = (Arc::clone(&stop), Arc::clone(&tally));
+                thread::spawn(move || {
+                    let mut client = Client::connect(address);
+                    let mut next = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        if !round(&mut client, next, depth, &tally) {
+                            Tally::add(&tally.closed, 1);
+                            client = Client::connect(address);
+                        }
+                        next += depth;
+                    }
+                })
+            })
+            .collect();
+        Load {
+            stop,
+            tally,
+            clients,
+        }
+    }
+
+    fn finish(self) -> Arc<Tally> {
+        self.stop.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.join().unwrap();
+        }
+        self.tally
+    }
+}
+
+/// One round of calls; false when the connection ended.
+fn round(client: &mut Client, first: u64, depth: u64, tally: &Tally) -> bool {
+    Tally::add(&tally.attempts, depth);
+    for number in first..first + depth {
+        let method = if number.is_multiple_of(4) {
+            "sleep"
+        } else {
+            "echo"
+        };
+        let params = if number.is_multiple_of(4) {
+            json!(0.001)
+        } else {
+            json!(number)
+        };
+        let mut call = json!({"in": method, "params": params});
+        if depth > 1 {
+            call["id"] = number.into();
+        }
+        if client.try_send(&call.to_string()).is_err() {
+            Tally::add(&tally.lost, depth);
+            return false;
+        }
+    }
+    let mut expected: Vec<u64> = (first..first + depth).collect();
+    while !expected.is_empty() {
+        let Ok(answer) = client.recv() else {
+            Tally::add(&tally.lost, expected.len() as u64);
+            return false;
+        };
+        let answer: Value = serde_json::from_slice(&answer).unwrap();
+        let number = answer["id"].as_u64().unwrap_or(first);
+        let known = expected.iter().position(|&it| it == number);
+        let result = if number.is_multiple_of(4) {
+            json!(0.001)
+        } else {
+            json!(number)
+        };
+        let which = match known {
+            Some(_) if answer["result"] == result => &tally.ok,
+            Some(_) if answer["result"]["name"] == "crashed" => &tally.crashed,
+            _ => {
+                *tally.first_wrong.lock().unwrap() = answer.to_string();
+                &tally.wrong
+            }
+        };
+        Tally::add(which, 1);
+        expected.retain(|&it| it != number);
+    }
+    true
+}
+
+/// Kills one of two workers again and again under a load, and tells what it cost.
+fn kill_under_load(clients: usize, depth: u64, kills: u64) {
+    let daemon = daemon(2, "");
+    let load = Load::start(&daemon, clients, depth);
+    let mut killed = 0;
+    let mut victims = Vec::new();
+    while killed < kills {
+        let answered = Tally::get(&load.tally.ok);
+        wait_for("more calls answered", PATIENCE, || {
+            Tally::get(&load.tally.ok) > answered + 20 * depth
+        });
+        let ready = daemon.ready_workers();
+        if let Some(&worker) = ready.get(killed as usize % ready.len().max(1)) {
+            crash(worker);
+            victims.push(worker);
+            killed += 1;
+        }
+    }
+    let tally = load.finish();
+    let [ok, crashed, wrong, lost, closed] = [
+        &tally.ok,
+        &tally.crashed,
+        &tally.wrong,
+        &tally.lost,
+        &tally.closed,
+    ]
+    .map(Tally::get);
+    println!(
+        "{killed} workers killed under {clients} connections with {depth} outstanding calls each: \
+         {} attempts, {ok} ok, {crashed} crashed, {lost} lost, {closed} connections closed",
+        Tally::get(&tally.attempts)
+    );
+    assert_eq!(wrong, 0, "{}", tally.first_wrong.lock().unwrap());
+    assert_eq!((lost, closed), (0, 0));
+    assert!(crashed <= killed * clients as u64 * depth);
+    let deaths = daemon.status()["deaths"].as_array().unwrap().len();
+    assert_eq!(deaths as u64, killed.min(100));
+    wait_for("the dead ones' keepers gone", PATIENCE, || {
+        keepers(&daemon).len() == 2 && process::zombies(daemon.pid()).is_empty()
+    });
+}
+
+#[test]
+fn a_crash_under_load_costs_only_the_calls_that_ran() {
+    kill_under_load(8, 1, 100);
+}
+
+#[test]
+fn a_crash_under_pipelines_costs_only_the_calls_that_were_taken() {
+    kill_under_load(4, 16, 100);
+}
+
+#[test]
+fn what_ran_is_answered_in_its_form_and_its_connection_goes_on() {
+    let daemon = daemon(1, "");
+    for dialect in DIALECTS {
+        let mut wire = Wire::to(&daemon);
+        wire.ask(dialect, r#"{"in":"echo","params":1}"#);
+        wire.answer(dialect);
+        wire.ask(dialect, r#"{"in":"sleep","params":60}"#);
+        let worker = wait_running(&daemon, 1);
+        crash(worker);
+        let answer: Value = serde_json::from_str(&wire.answer(dialect).unwrap()).unwrap();
+        assert_eq!(answer["out"], "error", "{dialect:?}: {answer}");
+        assert_eq!(answer["result"]["code"], -32003, "{answer}");
+        assert_eq!(answer["result"]["started"], true, "{answer}");
+        wire.ask(dialect, r#"{"in":"echo","params":2}"#);
+        let answer: Value = serde_json::from_str(&wire.answer(dialect).unwrap()).unwrap();
+        assert_eq!(answer["result"], 2, "{dialect:?}: {answer}");
+
+        let call = r#"{"jsonrpc":"2.0","method":"sleep","params":[60],"id":"a-b-c"}"#;
+        wire.ask(dialect, call);
+        let answer: Value = serde_json::from_str(&wire.answer(dialect).unwrap()).unwrap();
+        assert_eq!(answer["error"]["code"], -32602, "sleep takes a number");
+        let call = r#"{"jsonrpc":"2.0","method":"rpc.discover","id":1}"#;
+        wire.ask(dialect, call);
+        assert!(wire.answer(dialect).unwrap().contains("openrpc"));
+    }
+}
+
+#[test]
+fn what_had_not_begun_says_so_and_answers_keep_their_order() {
+    let daemon = daemon(1, "");
+    let mut client = daemon.client();
+    // two threads: the third and the fourth wait; the fifth is done and waits for its turn
+    for seconds in [60, 61, 62, 63] {
+        client.send(&json!({"in": "sleep", "params": seconds}).to_string());
+    }
+    client.send(&json!({"in": "ping", "params": "done"}).to_string());
+    client.send(&json!({"in": "sleep", "params": 64, "id": "with one"}).to_string());
+    let worker = wait_running(&daemon, 2);
+    wait_for("all of them taken", PATIENCE, || {
+        daemon.workers().iter().any(|worker| worker.queued == 3)
+    });
+    crash(worker);
+    let mut with_id = 0;
+    let mut started = Vec::new();
+    for _ in 0..6 {
+        let answer = client.recv_json();
+        assert_eq!(answer["result"]["name"], "crashed", "{answer}");
+        let begun = answer["result"]["started"].as_bool().unwrap();
+        if answer["id"] == "with one" {
+            with_id += 1;
+            assert!(!begun, "{answer}");
+        } else {
+            started.push(begun);
+        }
+    }
+    assert_eq!(with_id, 1);
+    assert_eq!(started, [true, true, false, false, true]);
+    assert_eq!(
+        client.call(&json!({"in": "ping", "params": 7}))["result"],
+        7
+    );
+}
+
+#[test]
+fn idle_connections_live_on_and_a_half_sent_frame_is_reset() {
+    let daemon = daemon(2, "");
+    let mut idle: Vec<Client> = (0..200).map(|_| daemon.client()).collect();
+    for client in &mut idle {
+        client.call(&json!({"in": "ping"}));
+    }
+    let mut fresh: Vec<Client> = (0..20).map(|_| daemon.client()).collect();
+    let mut half = daemon.client();
+    half.send_raw(b"\x20\0\0\0{\"in\"");
+    wait_for("all accepted", PATIENCE, || {
+        let workers = daemon.workers();
+        workers.iter().map(|it| it.connections).sum::<u64>() == 221
+    });
+    for worker in daemon.ready_workers() {
+        crash(worker);
+    }
+    half.assert_closed();
+    for (number, client) in idle.iter_mut().chain(&mut fresh).enumerate() {
+        let answer = client.call(&json!({"in": "ping", "params": number}));
+        assert_eq!(answer["result"], number);
+    }
+    daemon.wait_log("are passed on");
+}
+
+#[test]
+fn an_http_client_that_wants_its_connection_closed_gets_the_answer_first() {
+    let daemon = daemon(1, "");
+    let mut wire = Wire::to(&daemon);
+    let request = post("/sleep", "60").replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n");
+    wire.send(request);
+    crash(wait_running(&daemon, 1));
+    let response = wire.response();
+    assert_eq!(response.status, 500);
+    assert!(response.closes(), "{response:?}");
+    assert_eq!(response.json()["name"], "crashed");
+    assert_eq!(wire.rest(), b"");
+}
+
+#[test]
+fn a_client_that_has_half_closed_is_answered_and_closed() {
+    let daemon = daemon(1, "");
+    let mut client = daemon.client();
+    client.send(&json!({"in": "sleep", "params": 60}).to_string());
+    client.half_close();
+    crash(wait_running(&daemon, 1));
+    assert_eq!(client.recv_json()["result"]["name"], "crashed");
+    client.assert_closed();
+}
+
+#[test]
+fn a_batch_that_ran_resets_its_connection_and_no_other() {
+    let daemon = daemon(1, "");
+    let (mut batch, mut other) = (daemon.client(), daemon.client());
+    other.call(&json!({"in": "ping"}));
+    let call = json!({"jsonrpc": "2.0", "method": "echo", "params": [1], "id": 1});
+    batch.send(&json!([call]).to_string());
+    assert_eq!(batch.recv_json()[0]["result"], json!([1]));
+    batch.send(&json!({"in": "sleep", "params": 60}).to_string());
+    crash(wait_running(&daemon, 1));
+    assert_eq!(batch.recv_json()["result"]["name"], "crashed");
+    other.call(&json!({"in": "ping"}));
+}
+
+/// Every way in which a connection ends, with a keeper that has the same descriptors: a client
+/// that waits for the end must see it.
+#[test]
+fn a_connection_that_ends_has_ended_for_its_client() {
+    let config =
+        "[limits]\nidle-timeout = \"200ms\"\nread-timeout = \"200ms\"\nframe = \"64KiB\"\n";
+    let daemon = Daemon::builder()
+        .config(&format!("[workers]\ncount = 2\n{config}{METHODS}"))
+        .start();
+    let before = wait_for_descriptors(&daemon, None);
+    // idle, and in the middle of a frame
+    let (mut idle, mut slow) = (daemon.client(), daemon.client());
+    idle.call(&json!({"in": "ping"}));
+    slow.call(&json!({"in": "ping"}));
+    slow.send_raw(b"\x20\0\0\0{");
+    idle.assert_closed();
+    slow.assert_closed();
+    // half-closed by the client
+    let mut half = daemon.client();
+    half.call(&json!({"in": "ping"}));
+    half.half_close();
+    half.assert_closed();
+    // ended by an error
+    let mut large = daemon.client();
+    large.call(&json!({"in": "ping"}));
+    large.send_raw(b"\0\0\x10\0");
+    assert_eq!(large.recv_json()["result"]["name"], "too-large");
+    large.assert_closed();
+    // asked for in HTTP
+    let mut wire = Wire::to(&daemon);
+    wire.send(post("/ping", "1"));
+    wire.response();
+    wire.send(post("/ping", "2").replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"));
+    assert!(wire.response().closes());
+    assert_eq!(wire.rest(), b"");
+    // reset by the client
+    let mut gone = daemon.client();
+    gone.call(&json!({"in": "ping"}));
+    gone.reset();
+    let after = wait_for_descriptors(&daemon, Some(&before));
+    assert_eq!(after, before);
+}
+
+/// The descriptors of each keeper, once there are as many as expected.
+fn wait_for_descriptors(daemon: &Daemon, expected: Option<&Vec<usize>>) -> Vec<usize> {
+    let mut seen = Vec::new();
+    wait_for("the workers at rest", PATIENCE, || {
+        let all_ready = daemon.workers().iter().all(|it| it.state == "ready");
+        seen = keepers(daemon)
+            .into_iter()
+            .map(process::descriptors)
+            .collect();
+        all_ready && seen.len() == 2 && expected.is_none_or(|expected| *expected == seen)
+    });
+    seen
+}
+
+#[test]
+fn a_worker_that_leaves_in_order_ends_its_connections_and_its_keeper() {
+    let daemon = Daemon::builder()
+        .config(&format!("[workers]\ncount = 1\n{METHODS}"))
+        .expect_log("left unasked")
+        .start();
+    let mut clients: Vec<Client> = (0..50).map(|_| daemon.client()).collect();
+    for client in &mut clients {
+        client.call(&json!({"in": "ping"}));
+    }
+    let worker = daemon.ready_workers()[0];
+    let keeper = keepers(&daemon)[0];
+    kill(Pid::from_raw(worker), Signal::SIGQUIT).unwrap();
+    for client in &mut clients {
+        client.assert_closed();
+    }
+    wait_for("its keeper gone", PATIENCE, || !process::runs(keeper));
+}
+
+#[test]
+fn a_stop_ends_every_connection_and_leaves_no_keeper() {
+    for now in [false, true] {
+        let mut daemon = Daemon::builder()
+            .config(&format!("[workers]\ncount = 2\n{METHODS}"))
+            .start();
+        let mut clients: Vec<Client> = (0..50).map(|_| daemon.client()).collect();
+        for client in &mut clients {
+            client.call(&json!({"in": "ping"}));
+        }
+        let titles = keepers(&daemon).into_iter().map(process::title);
+        let mut titles: Vec<String> = titles.collect();
+        titles.sort();
+        assert_eq!(titles, ["preforkd: keeper 0", "preforkd: keeper 1"]);
+        daemon.signal(if now {
+            Signal::SIGQUIT
+        } else {
+            Signal::SIGTERM
+        });
+        for client in &mut clients {
+            client.assert_closed();
+        }
+        assert!(daemon.wait_exit().success());
+        assert!(process::members(daemon.pid()).is_empty(), "left with it");
+        // the port is free at once
+        std::net::TcpListener::bind(daemon.address()).unwrap();
+    }
+}
+
+#[test]
+fn keepers_end_with_a_killed_master_and_clients_see_the_end() {
+    let mut daemon = Daemon::builder()
+        .config(&format!(
+            "[workers]\ncount = 2\ndrain-timeout = \"3s\"\n{METHODS}"
+        ))
+        .expect_log("the master has died")
+        .start();
+    let mut clients: Vec<Client> = (0..20).map(|_| daemon.client()).collect();
+    for client in &mut clients {
+        client.call(&json!({"in": "ping"}));
+    }
+    let keepers = keepers(&daemon);
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait_exit();
+    for client in &mut clients {
+        client.assert_closed();
+    }
+    daemon.wait_group_gone();
+    assert!(keepers.into_iter().all(|pid| !process::runs(pid)));
+}
+
+#[test]
+fn a_worker_without_its_keeper_serves_on_and_is_replaced_by_one_that_has_one() {
+    let daemon = Daemon::builder()
+        .config(&format!("[workers]\ncount = 2\n{METHODS}"))
+        .start();
+    let load = Load::start(&daemon, 4, 1);
+    for round in 0..4 {
+        let before = daemon.ready_workers();
+        let keeper = keepers(&daemon)[round % 2];
+        kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
+        wait_for("two workers with keepers", PATIENCE, || {
+            let ready = daemon.ready_workers();
+            ready != before && ready.len() == 2 && keepers(&daemon).len() == 2
+        });
+    }
+    let tally = load.finish();
+    let [crashed, wrong, lost] = [&tally.crashed, &tally.wrong, &tally.lost].map(Tally::get);
+    assert_eq!(
+        (crashed, wrong, lost, Tally::get(&tally.closed)),
+        (0, 0, 0, 0)
+    );
+}
+
+#[test]
+fn without_keepers_a_crash_ends_the_connections_of_its_worker() {
+    let daemon = daemon(1, "keep-connections = false\n");
+    assert!(keepers(&daemon).is_empty());
+    let mut client = daemon.client();
+    client.call(&json!({"in": "ping"}));
+    crash(daemon.ready_workers()[0]);
+    client.assert_closed();
+}
+
+#[test]
+fn a_kept_connection_moves_on_through_reloads_and_further_crashes() {
+    let daemon = daemon(2, "");
+    let mut clients: Vec<Client> = (0..30).map(|_| daemon.client()).collect();
+    for round in 0..10_u32 {
+        for client in &mut clients {
+            let answer = client.call(&json!({"in": "echo", "params": round}));
+            assert_eq!(answer["result"], round);
+        }
+        if round % 2 == 0 {
+            daemon.ready_workers().into_iter().for_each(crash);
+        } else {
+            assert!(daemon.command(&["reload"]).status.success());
+        }
+    }
+    // nothing that was kept is kept twice
+    pass(Duration::from_millis(50));
+    wait_for("each connection in one place", PATIENCE, || {
+        let workers = daemon.workers();
+        workers.iter().map(|it| it.connections).sum::<u64>() == 30
+    });
+}
