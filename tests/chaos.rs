@@ -309,7 +309,7 @@ impl<'a> Chaos<'a> {
             };
             let times = self.forfeited.get(&fault.port);
             let forfeited = times.is_some_and(|times| times.iter().any(in_time));
-            let quit = fault.closed && self.before(fault, 200).any(|(_, what)| what == QUIT);
+            let quit = fault.closed && self.before(fault, 1000).any(|(_, what)| what == QUIT);
             forfeited || quit || is_refusal(fault)
         };
         let tell = |fault: &Fault| {
