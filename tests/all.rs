@@ -41,6 +41,8 @@ mod manual;
 mod nine;
 mod overload;
 mod pool;
+mod pool_leftovers;
+mod pool_programs;
 mod pools;
 mod readme;
 mod recycle;

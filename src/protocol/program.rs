@@ -9,6 +9,7 @@ use std::borrow::Cow;
 
 use super::answer::{self, Answer};
 use super::call::Call;
+use super::code::Code;
 use super::rpc_error::RpcError;
 use super::{frame, json};
 use crate::error::Error;
@@ -81,6 +82,8 @@ pub fn outcome(answer: Answer<'_>, method: &str) -> (Option<Box<str>>, Result<Ve
             (name, Ok(line))
         }
         Err(mut error) => {
+            // As of any handler: who refuses those has done nothing yet.
+            error.started &= error.table_code() != Some(Code::InvalidParams);
             if let Some(data) = error.data.take() {
                 error.data = Some(unbroken(data));
             }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::event_loop::EventLoop;
 use super::service::millis;
 use crate::handler::command::sweep;
-use crate::handler::pool::Stage;
+use crate::handler::pool::{Hurry, Stage};
 use crate::link::message::Report;
 use crate::logging;
 use crate::sys::event::Floor;
@@ -44,14 +44,17 @@ impl EventLoop {
     }
 
     /// Ends all programs, of pools and of commands: who still waits for one has been answered.
-    /// `alone`: the master has died, and nothing is to be left of it for long.
+    /// `alone`: the master has died.
     pub(super) fn end_programs(&self, alone: bool) {
         let record = self.service.record;
-        if !self.drain.is_at_once() {
-            self.service.threads.pools().leave(alone, || {
-                record.heartbeat_ms.store(millis(monotonic()), Relaxed);
-            });
-        }
+        let hurry = match alone {
+            _ if self.drain.is_at_once() => Hurry::AtOnce,
+            true => Hurry::Some,
+            false => Hurry::None,
+        };
+        self.service.threads.pools().leave(hurry, || {
+            record.heartbeat_ms.store(millis(monotonic()), Relaxed);
+        });
         sweep::end_all();
     }
 }

@@ -142,10 +142,15 @@ impl Desk {
         }
     }
 
-    /// Says that a keeper's program is busy or down. A call that had woken it in vain wakes another.
+    /// Says that a keeper's program is busy or down.
     pub fn stand(&self, keeper: usize, standing: Standing) {
+        self.lock().standings[keeper] = standing;
+    }
+
+    /// A keeper has lost its program: a call that had woken it in vain wakes another.
+    pub fn pass_on(&self, keeper: usize) {
         let mut state = self.lock();
-        state.standings[keeper] = standing;
+        state.standings[keeper] = Standing::Busy;
         if !state.waiting.is_empty() {
             self.wake_one(&mut state);
         }

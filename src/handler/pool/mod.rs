@@ -40,6 +40,8 @@ const STACK: usize = 256 * 1024;
 const GRACE: Duration = Duration::from_secs(1);
 /// The same where the master has died: nothing is to be left of it a second later.
 const SHORT_GRACE: Duration = Duration::from_millis(200);
+/// How long what is killed may take to end.
+const DYING: Duration = Duration::from_secs(1);
 /// While programs leave, the worker shows so often that it lives.
 const BEAT: Duration = Duration::from_millis(100);
 
@@ -97,6 +99,17 @@ impl Handler for Pooled {
     fn placement(&self) -> Placement {
         Placement::Pool(self.number)
     }
+}
+
+/// How much time programs have to leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hurry {
+    /// As much as they need, within reason.
+    None,
+    /// Little: the master has died, and nothing is to be left of it for long.
+    Some,
+    /// None.
+    AtOnce,
 }
 
 /// The pools of a worker at work.
@@ -167,14 +180,17 @@ impl Pools {
         self.boot.stage()
     }
 
-    /// Lets all programs leave, and waits for it, `beat`ing now and then; `hurried` where the
-    /// master has died.
-    pub fn leave(&self, hurried: bool, mut beat: impl FnMut()) {
-        let grace = if hurried { SHORT_GRACE } else { GRACE };
+    /// Lets all programs leave, and waits for it, `beat`ing now and then.
+    pub fn leave(&self, hurry: Hurry, mut beat: impl FnMut()) {
+        let grace = match hurry {
+            Hurry::None => GRACE,
+            Hurry::Some => SHORT_GRACE,
+            Hurry::AtOnce => Duration::ZERO,
+        };
         for desk in &self.desks {
             desk.close(life::millis(grace));
         }
-        let most = (3 * grace).as_millis() / BEAT.as_millis();
+        let most = (2 * grace + DYING).as_millis() / BEAT.as_millis();
         for _ in 0..=most {
             beat();
             if self.keepers.recv_timeout(BEAT) == Err(RecvTimeoutError::Disconnected) {

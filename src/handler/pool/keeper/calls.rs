@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::{Keeper, Why};
 use crate::handler::Sleeper;
 use crate::handler::job::Done;
-use crate::handler::pool::desk::{Entry, Standing};
+use crate::handler::pool::desk::Entry;
 use crate::protocol::code::Code;
 use crate::protocol::frame::Decoded;
 use crate::protocol::program::{self, Sent};
@@ -179,7 +179,7 @@ impl Keeper {
         let Some(serving) = self.serving.take() else {
             return;
         };
-        self.post.desk.stand(self.post.number, Standing::Busy);
+        self.post.desk.pass_on(self.post.number);
         let name = Arc::clone(&self.post.pool);
         let name = &name.name;
         let pid = serving.process.pid();

@@ -278,6 +278,7 @@ impl Keeper {
             return;
         }
         self.due = self.throttle.death(None, &self.rules.throttle, now);
+        self.post.desk.pass_on(self.post.number);
         log::warn!(
             "pool {}: its program {what}; {}",
             self.post.pool.name,

@@ -1,0 +1,266 @@
+//! The programs for pools that are shipped, in each language: they answer, also what is larger than
+//! a socket holds, and leave when they are told to.
+//!
+//! Each is run as it stands in `examples/`. Where an interpreter is missing the test says so and
+//! counts as passed: `tests/run` installs them.
+
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::{Client, Daemon, Dir, PATIENCE, markdown, process, source, wait_for};
+
+/// Where the interpreters are, for the tests and for the programs alike.
+const PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+
+fn example(path: &str) -> String {
+    let path = source().join("examples").join(path);
+    path.to_str().unwrap().to_owned()
+}
+
+/// Whether a program is there and runs.
+fn has(program: &str, arguments: &[&str]) -> bool {
+    let ran = Command::new(program)
+        .env("PATH", PATH)
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    let has = ran.is_ok_and(|status| status.success());
+    if !has {
+        println!("not run: there is no {program} here");
+    }
+    has
+}
+
+/// A daemon with one pool of this command, which answers these methods.
+fn daemon(command: &[&str], keys: &str, methods: &[&str]) -> Daemon {
+    let mut text = format!(
+        "[workers]\ncount = 1\n[pools.p]\ncommand = {command:?}\n\
+         environment = {{ PATH = {PATH:?} }}\n{keys}\n"
+    );
+    for method in methods {
+        text += &format!("[methods.{method:?}]\npool = \"p\"\n");
+    }
+    Daemon::builder().config(&text).start()
+}
+
+fn answer(client: &mut Client, method: &str, params: &Value) -> Value {
+    client.call(&json!({"in": method, "params": params}))
+}
+
+/// Its programs are gone when it is stopped, and needed no signal.
+fn leaves(mut daemon: Daemon) {
+    let worker = daemon.ready_workers()[0];
+    let programs = process::children(worker);
+    assert_eq!(programs.len(), 1);
+    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    daemon.wait_exit();
+    wait_for("the program's end", PATIENCE, || {
+        process::state(programs[0]).is_none()
+    });
+}
+
+#[test]
+fn python_with_the_helper() {
+    if !has("python3", &["-c", ""]) {
+        return;
+    }
+    // the configuration that is shipped beside it
+    let config = format!(
+        "include = [{:?}]\n[workers]\ncount = 1\n",
+        example("python/pool.toml")
+    );
+    let daemon = Daemon::builder().config(&config).start();
+    let mut client = daemon.client();
+    for params in [
+        json!(["a great day"]),
+        json!({"text": "a great day"}),
+        json!("a great day"),
+    ] {
+        let score = answer(&mut client, "score", &params)["result"]
+            .as_f64()
+            .unwrap();
+        assert!((score - 2.0 / 3.0).abs() < 1e-9);
+    }
+    let first = answer(&mut client, "model.age", &Value::Null)["result"]
+        .as_f64()
+        .unwrap();
+    let second = answer(&mut client, "model.age", &json!([]))["result"]
+        .as_f64()
+        .unwrap();
+    assert!(first <= second, "it was loaded once");
+    let large = "great ".repeat(500_000);
+    assert_eq!(answer(&mut client, "score", &json!([large]))["result"], 2.0);
+    let error = &answer(&mut client, "score", &json!(""))["result"];
+    assert_eq!(error["code"], 1, "{error}");
+    assert_eq!(error["message"], "there is nothing to score");
+    let error = &answer(&mut client, "score", &json!([1, 2]))["result"];
+    assert_eq!(
+        (&error["code"], &error["started"]),
+        (&json!(-32602), &json!(false)),
+        "{error}"
+    );
+    leaves(daemon);
+}
+
+/// What the README shows is a whole program, and its configuration.
+#[test]
+fn the_program_in_the_readme() {
+    if !has("python3", &["-c", ""]) {
+        return;
+    }
+    let readme = std::fs::read_to_string(source().join("README.md")).unwrap();
+    let blocks = markdown::blocks(&readme);
+    let program = blocks.iter().find(|block| block.language == "py").unwrap();
+    let pool = blocks
+        .iter()
+        .find(|block| block.text.contains("[pools.model]"))
+        .unwrap();
+    let dir = Dir::new();
+    let path = dir.write("model.py", &program.text);
+    std::fs::copy(example("python/preforkd.py"), dir.join("preforkd.py")).unwrap();
+    let pool = pool.text.replace("/srv/model.py", path.to_str().unwrap());
+    let daemon = Daemon::builder()
+        .config(&format!("[workers]\ncount = 1\n{pool}"))
+        .start();
+    let mut client = daemon.client();
+    assert_eq!(
+        answer(&mut client, "score", &json!("a good day"))["result"],
+        1
+    );
+}
+
+#[test]
+fn python_that_raises_answers_internal_and_lives() {
+    if !has("python3", &["-c", ""]) {
+        return;
+    }
+    let config = format!(
+        "include = [{:?}]\n[workers]\ncount = 1\n",
+        example("python/pool.toml")
+    );
+    let daemon = Daemon::builder().config(&config).start();
+    let mut client = daemon.client();
+    // a number has no words
+    let error = &answer(&mut client, "score", &json!(5))["result"];
+    assert_eq!(error["code"], -32603, "{error}");
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .contains("AttributeError"),
+        "{error}"
+    );
+    daemon.wait_log("Traceback");
+    assert!(answer(&mut client, "score", &json!("good"))["result"].is_number());
+}
+
+#[test]
+fn python_without_help() {
+    for python in ["python3", "python2"] {
+        if !has(python, &["-c", ""]) {
+            continue;
+        }
+        let program = example("python/plain.py");
+        let daemon = daemon(&[python, &program], "", &["plain.reverse", "plain.other"]);
+        let mut client = daemon.client();
+        assert_eq!(
+            answer(&mut client, "plain.reverse", &json!("abc"))["result"],
+            "cba"
+        );
+        let large = "xy".repeat(1_000_000);
+        let reversed = "yx".repeat(1_000_000);
+        assert_eq!(
+            answer(&mut client, "plain.reverse", &json!(large))["result"],
+            reversed
+        );
+        assert_eq!(
+            answer(&mut client, "plain.other", &Value::Null)["result"]["code"],
+            1
+        );
+        leaves(daemon);
+    }
+}
+
+/// Debian has no Python 2 any more; its grammar is still known where lib2to3 is.
+#[test]
+fn the_plain_program_is_python_2_as_well() {
+    const PARSE: &str = "import sys, warnings\n\
+         warnings.simplefilter('ignore')\n\
+         from lib2to3 import pygram, pytree\n\
+         from lib2to3.pgen2 import driver\n\
+         grammar = driver.Driver(pygram.python_grammar, convert=pytree.convert)\n\
+         grammar.parse_string(open(sys.argv[1]).read())\n";
+    if !has("python3", &["-W", "ignore", "-c", "import lib2to3"]) {
+        return;
+    }
+    let parsed = Command::new("python3")
+        .env("PATH", PATH)
+        .args(["-W", "ignore", "-c", PARSE, &example("python/plain.py")])
+        .output()
+        .unwrap();
+    assert!(
+        parsed.status.success(),
+        "{}",
+        String::from_utf8_lossy(&parsed.stderr)
+    );
+}
+
+#[test]
+fn node() {
+    if !has("node", &["-e", ""]) {
+        return;
+    }
+    let program = example("node/pool.js");
+    let methods = ["js.upper", "js.sum", "js.none"];
+    let daemon = daemon(&["node", &program], "ready = \"message\"", &methods);
+    let mut client = daemon.client();
+    assert_eq!(
+        answer(&mut client, "js.upper", &json!("straße"))["result"],
+        "STRASSE"
+    );
+    assert_eq!(
+        answer(&mut client, "js.sum", &json!([1, 2, 3.5]))["result"],
+        6.5
+    );
+    let large = "x".repeat(2_000_000);
+    let upper = "X".repeat(2_000_000);
+    assert_eq!(
+        answer(&mut client, "js.upper", &json!(large))["result"],
+        upper
+    );
+    for params in [json!(null), json!(1)] {
+        let error = &answer(&mut client, "js.sum", &params)["result"];
+        assert_eq!(error["code"], 1, "{error}");
+    }
+    assert_eq!(
+        answer(&mut client, "js.none", &Value::Null)["result"]["code"],
+        1
+    );
+    leaves(daemon);
+}
+
+#[test]
+fn shell() {
+    if !has("bash", &["-c", ""]) || !has("jq", &["-n", "1"]) {
+        return;
+    }
+    let program = example("shell/pool.sh");
+    let daemon = daemon(&[&program], "", &["sh.words", "sh.none"]);
+    let mut client = daemon.client();
+    assert_eq!(
+        answer(&mut client, "sh.words", &json!("to be or nöt"))["result"],
+        4
+    );
+    let large = "word ".repeat(200_000) + "end";
+    assert_eq!(
+        answer(&mut client, "sh.words", &json!(large))["result"],
+        200_001
+    );
+    assert_eq!(
+        answer(&mut client, "sh.none", &Value::Null)["result"]["code"],
+        1
+    );
+    leaves(daemon);
+}
