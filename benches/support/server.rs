@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -73,6 +73,12 @@ impl Server {
         Self::start(command, address, directory)
     }
 
+    /// Somebody else's, which is ready when it can be connected to.
+    pub fn other(command: impl FnOnce(SocketAddr) -> Command) -> Result<Self, Failure> {
+        let address = free_address()?;
+        Self::start(command(address), address, new_directory()?)
+    }
+
     fn start(
         mut command: Command,
         address: SocketAddr,
@@ -97,7 +103,8 @@ impl Server {
             // An error is this wait's end, in the common case; then it is looked why nothing comes.
             let count = notified.recv(&mut buffer).unwrap_or(0);
             let mut lines = buffer[..count].split(|byte| *byte == b'\n');
-            if lines.any(|line| line == b"READY=1") {
+            let says_so = lines.any(|line| line == b"READY=1");
+            if says_so || (count == 0 && TcpStream::connect(address).is_ok()) {
                 return Ok(server);
             }
             let program = command.get_program();
