@@ -16,10 +16,8 @@ for an error of your own; any other exception is answered too, with its tracebac
 goes to preforkd's log. Calls come one at a time; more at once is `processes` in the configuration.
 """
 
-import inspect
 import json
 import socket
-import struct
 import sys
 import traceback
 
@@ -29,7 +27,12 @@ INVALID_PARAMS = -32602
 METHOD_NOT_FOUND = -32601
 INTERNAL = -32603
 
+# As much as is read at once: most calls come whole.
+PIECE = 1 << 16
+
 _methods = {}
+_decode = json.JSONDecoder().decode
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Error(Exception):
@@ -46,7 +49,8 @@ def method(name=None):
     """Makes a function a method: `@method`, or `@method("a.name")` where its own will not do."""
 
     def register(function, name=None):
-        _methods[name or function.__name__] = (function, inspect.signature(function))
+        name = name or function.__name__
+        _methods[name] = (function, '{"out": %s, "result": ' % _encode(name))
         return function
 
     if callable(name):
@@ -57,72 +61,67 @@ def method(name=None):
 def serve(fd=3):
     """Answers calls until the worker closes its end."""
     calls = socket.socket(fileno=fd)
-    _send(calls, {"out": "ready"})  # for `ready = "message"`; harmless without
-    while True:
-        body = _receive(calls)
-        if body is None:
-            return
-        call = json.loads(body)
-        _send(calls, _answer(call["in"], call["params"]))
+    calls.sendall(_frame('{"out": "ready"}'))  # for `ready = "message"`; harmless without
+    data = calls.recv(PIECE)
+    while data:
+        end = 4 + int.from_bytes(data[:4], "little")
+        if len(data) < 4 or len(data) < end:
+            data = _more(calls, data)
+            continue
+        call = _decode(data[4:end].decode())
+        calls.sendall(_frame(_answer(call["in"], call["params"])))
+        data = data[end:] or calls.recv(PIECE)
 
 
 def _answer(name, params):
     try:
         if name not in _methods:
             raise Error(METHOD_NOT_FOUND, "this program has no method %r" % name)
-        function, signature = _methods[name]
-        args, kwargs = [], {}
+        function, begin = _methods[name]
         if isinstance(params, list):
-            args = params
+            result = _call(function, params, {})
         elif isinstance(params, dict):
-            kwargs = params
-        elif params is not None:
-            args = [params]
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as problem:
-            raise Error(INVALID_PARAMS, "%s%s: %s" % (name, signature, problem)) from None
-        return {"out": name, "result": function(*args, **kwargs)}
+            result = _call(function, [], params)
+        else:
+            result = _call(function, [] if params is None else [params], {})
+        return begin + _encode(result) + "}"
     except Error as error:
         result = {"code": error.code, "message": error.message}
         if error.data is not None:
             result["data"] = error.data
-        return {"out": "error", "result": result}
+        return _encode({"out": "error", "result": result})
     except Exception as problem:
         traceback.print_exc()
         sys.stderr.flush()
         text = "%s: %s" % (type(problem).__name__, problem)
-        return {"out": "error", "result": {"code": INTERNAL, "message": text}}
+        return _encode({"out": "error", "result": {"code": INTERNAL, "message": text}})
 
 
-def _receive(calls):
-    """The body of the next frame, or None at the end."""
-    header = _receive_all(calls, 4)
-    if header is None:
-        return None
-    (length,) = struct.unpack("<I", header)
-    return _receive_all(calls, length)
-
-
-def _receive_all(calls, length):
-    # Most frames come whole. A larger one than the socket holds comes in pieces.
-    data = calls.recv(length) if length else b""
-    if len(data) == length:
-        return data
-    pieces = bytearray(data)
-    while len(pieces) < length:
-        piece = calls.recv(min(length - len(pieces), 1 << 20))
-        if not piece:
-            return None
-        pieces += piece
-    return bytes(pieces)
-
-
-def _send(calls, answer):
+def _call(function, args, kwargs):
     try:
-        body = json.dumps(answer)
-    except (TypeError, ValueError) as problem:
-        text = "the result can't be written as JSON: %s" % problem
-        body = json.dumps({"out": "error", "result": {"code": INTERNAL, "message": text}})
-    body = body.encode()
-    calls.sendall(struct.pack("<I", len(body)) + body)
+        return function(*args, **kwargs)
+    except TypeError as error:
+        # The caller's fault where the params do not fit, else the function's own.
+        if error.__traceback__.tb_next is not None:
+            raise
+        raise Error(INVALID_PARAMS, str(error)) from None
+
+
+def _more(calls, data):
+    """What has come, and as much as makes the frame at its head whole; nothing at the end."""
+    pieces, length = [data], len(data)
+    while True:
+        if length >= 4:
+            data = pieces[0] if len(pieces[0]) >= 4 else b"".join(pieces)
+            if length >= 4 + int.from_bytes(data[:4], "little"):
+                return b"".join(pieces)
+        piece = calls.recv(PIECE)
+        if not piece:
+            return b""
+        pieces.append(piece)
+        length += len(piece)
+
+
+def _frame(text):
+    body = text.encode()
+    return len(body).to_bytes(4, "little") + body
