@@ -33,7 +33,9 @@ def say(body):
     calls.sendall(frame(body))
 
 mode = sys.argv[1] if len(sys.argv) > 1 else ""
-if mode == "ready":
+if mode == "slow":
+    time.sleep(1.5)
+if mode in ("ready", "slow"):
     say(b'{"out": "ready"}')
 asked = 0
 while True:
@@ -549,6 +551,45 @@ fn a_reload_to_a_program_that_cant_start_changes_nothing() {
     assert_ne!(pid(&mut client), before);
     wait_for("the end of the old program", PATIENCE, || {
         process::state(before).is_none()
+    });
+}
+
+#[test]
+fn a_worker_whose_programs_are_not_ready_lets_nobody_in() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let setting = setting("", "", &[]);
+    let slow = config(&program, "slow", "", "ready = \"message\"");
+    setting.daemon.configure(&slow);
+    std::thread::scope(|scope| {
+        let reload = scope.spawn(|| setting.daemon.command(&["reload"]));
+        wait_for("a worker that starts", PATIENCE, || {
+            setting
+                .daemon
+                .workers()
+                .iter()
+                .any(|it| it.state == "starting")
+        });
+        let mut longest = Duration::ZERO;
+        let mut calls = 0;
+        while setting
+            .daemon
+            .workers()
+            .iter()
+            .any(|it| it.state == "starting")
+        {
+            let began = Instant::now();
+            let mut client = setting.daemon.client();
+            assert_eq!(result(&mut client, "echo", &json!(calls)), calls);
+            longest = longest.max(began.elapsed());
+            calls += 1;
+        }
+        println!("{calls} new clients during a start of 1.5 s: at most {longest:?} each");
+        assert!(reload.join().unwrap().status.success());
+        assert!(
+            calls > 3 && longest < Duration::from_secs(1),
+            "{calls} {longest:?}"
+        );
     });
 }
 

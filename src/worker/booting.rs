@@ -44,10 +44,9 @@ impl EventLoop {
     }
 
     /// Ends all programs, of pools and of commands: who still waits for one has been answered.
-    /// `alone`: the master has died.
-    pub(super) fn end_programs(&self, alone: bool) {
+    pub(super) fn end_programs(&self) {
         let record = self.service.record;
-        let hurry = match alone {
+        let hurry = match self.alone {
             _ if self.drain.is_at_once() => Hurry::AtOnce,
             true => Hurry::Some,
             false => Hurry::None,

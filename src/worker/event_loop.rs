@@ -101,6 +101,8 @@ pub struct EventLoop {
     pub(super) full: bool,
     /// After so many calls the master is told that it is enough.
     pub(super) worn_after: u64,
+    /// Whether the master has died. Its link ends before its children have another parent.
+    pub(super) alone: bool,
     /// Whether the master was told that it does.
     pub(super) serves: bool,
     /// The master was told that no handler thread comes back.
@@ -137,6 +139,7 @@ impl EventLoop {
             next_tick_ms: 0,
             full: false,
             worn_after: wear::enough(workers.max_calls),
+            alone: false,
             serves: false,
             told_wedged: false,
         }

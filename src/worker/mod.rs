@@ -42,7 +42,7 @@ use crate::link::handoff::LONGEST;
 use crate::logging;
 use crate::sys::event::Floor;
 use crate::sys::memory;
-use crate::sys::process::{Pid, exit_now};
+use crate::sys::process::exit_now;
 use crate::sys::signal;
 use crate::sys::waker::Waker;
 
@@ -111,7 +111,6 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     floor
         .listen(boot.listeners, (Rc::clone(&boot.adoption.taking), LONGEST))
         .map_err(cant("watch its listeners"))?;
-    let master = boot.master;
     let limits = boot.settings.limits.clone();
     let service = Service {
         calls: Calls::new(Arc::clone(&boot.registry), limits.queue),
@@ -147,7 +146,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     if ran.is_ok() {
         event_loop.service.ledger.leaves();
     }
-    event_loop.end_programs(Pid::parent() != master);
+    event_loop.end_programs();
     ran?;
     last_words::speak(&mut event_loop);
     log::debug!("leaves");

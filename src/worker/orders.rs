@@ -35,6 +35,7 @@ impl EventLoop {
                 Received::Empty => break,
                 Received::End => {
                     floor.unwatch(LINK);
+                    self.alone = true;
                     log::error!(
                         "the master has died: this worker accepts nothing more, answers what runs \
                          and leaves; start a new master"
