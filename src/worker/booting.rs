@@ -16,6 +16,9 @@ use crate::logging;
 use crate::sys::event::Floor;
 use crate::sys::process::monotonic;
 
+/// With less time than that until its drain is over, a worker's programs have to hurry.
+const PROGRAMS_MS: u64 = 2500;
+
 impl EventLoop {
     /// Lets nobody in as long as programs are missing.
     pub(super) fn hold_back(&mut self, floor: &mut Floor) {
@@ -49,6 +52,10 @@ impl EventLoop {
         let hurry = match self.alone {
             _ if self.drain.is_at_once() => Hurry::AtOnce,
             true => Hurry::Some,
+            // The master does not wait much longer than the drain may last.
+            false if self.drain.last_words_ms(self.service.now_ms) < Some(PROGRAMS_MS) => {
+                Hurry::Some
+            }
             false => Hurry::None,
         };
         self.service.threads.pools().leave(hurry, || {

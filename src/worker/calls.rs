@@ -323,7 +323,10 @@ impl Calls {
         let load = &mut self.loads[call.method];
         load.current -= 1;
         if let Some(outcome) = &done.outcome {
-            load.ran(done.took, call.over);
+            // What was refused before it began says nothing about how long a call takes.
+            if done.took > Duration::ZERO {
+                load.ran(done.took, call.over);
+            }
             if let Ok(result) = outcome {
                 load.last_result = result.len();
             }

@@ -327,7 +327,9 @@ impl Service {
         });
         if let Err(error) = &outcome {
             self.errors += 1;
-            if error.table_code().is_some_and(Code::closes) {
+            // A code of a handler's own does not end its caller's connection.
+            let is_ours = name.is_empty() || self.stopping;
+            if is_ours && error.table_code().is_some_and(Code::closes) {
                 connection.phase = Phase::Closing;
             }
         }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::handler::job::Job;
+use crate::sys::process::monotonic;
 use crate::sys::waker::Waker;
 use crate::throttle::Millis;
 
@@ -32,7 +33,9 @@ pub(super) struct Entry {
     pub job: Job,
     /// A program has died already before it had read it.
     pub returned: bool,
-    /// When it was written, as time since boot.
+    /// When it came here, as time since boot.
+    pub put: Duration,
+    /// When it was written, likewise.
     pub begun: Option<Duration>,
 }
 
@@ -41,6 +44,7 @@ impl Entry {
         Entry {
             job,
             returned,
+            put: monotonic(),
             begun: None,
         }
     }

@@ -5,6 +5,7 @@
 //! it had is answered, or goes to the next program where it is certain that it had not begun.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Keeper, Why};
 use crate::handler::Sleeper;
@@ -16,6 +17,9 @@ use crate::protocol::program::{self, Sent};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;
 use crate::throttle::Millis;
+
+/// A call that has lain here for so long was not expected to.
+const STALE: Duration = Duration::from_millis(5);
 
 impl Keeper {
     /// Gives the program a call, when it has none.
@@ -43,9 +47,24 @@ impl Keeper {
             self.report(entry, None, None);
             return None;
         }
-        entry.begun = Some(monotonic());
+        let now = monotonic();
+        let left = entry.job.deadline.saturating_sub(now);
+        // The loop has looked at that, but a program may have had to be started meanwhile.
+        let has_waited = now.saturating_sub(entry.put) >= STALE;
+        if left.is_zero() || has_waited && entry.job.expected.is_some_and(|it| left < it) {
+            let text = "its time would be over before it could be done";
+            let error = RpcError::of(Code::Timeout, text, false);
+            self.report(entry, Some(Err(error)), None);
+            return None;
+        }
         let waker = Arc::clone(self.post.desk.waker(self.post.number));
         entry.job.state.set_sleeper(Some(Sleeper::Waker(waker)));
+        // Given up before there was anybody to wake.
+        if entry.job.state.is_over() {
+            self.report(entry, None, None);
+            return None;
+        }
+        entry.begun = Some(now);
         let serving = self.serving.as_mut()?;
         let method = self.post.registry.name(entry.job.method);
         if !serving.process.write(method, &entry.job.params) {
@@ -118,14 +137,22 @@ impl Keeper {
                         "a frame of {length} bytes; limits.frame allows {limit}"
                     ));
                 }
-                Decoded::Whole { body, used } => match program::read(body, depth)? {
-                    Sent::Ready if !serving.has_spoken => (used, None),
-                    Sent::Ready => return Err("it said that it is ready once more".into()),
-                    Sent::Answer(answer) => {
+                Decoded::Whole { body, used } => match program::read(body, depth) {
+                    // It came whole, so the next one can be told from it; and what a program can't
+                    // say well is often what its caller gave it, who must not end it with that.
+                    Err(problem) if serving.running.is_some() => {
+                        let text = format!("the program sent no answer: {problem}");
+                        let error = RpcError::of(Code::BadOutput, text, true);
+                        (used, Some((None, Err(error))))
+                    }
+                    Err(problem) => return Err(problem),
+                    Ok(Sent::Ready) if !serving.has_spoken => (used, None),
+                    Ok(Sent::Ready) => return Err("it said that it is ready once more".into()),
+                    Ok(Sent::Answer(answer)) => {
                         let Some(entry) = &serving.running else {
                             return Err("it answered though nothing was asked".into());
                         };
-                        if serving.next.is_none() && !process.has_sent_all() {
+                        if serving.next.is_none() && process.has_unread() {
                             return Err("it answered before it had read the call".into());
                         }
                         let name = self.post.registry.answer_name(entry.job.method);

@@ -268,8 +268,7 @@ impl Keeper {
         match &self.fresh {
             Some(fresh) if !fresh.is_ready => {
                 let by_itself = self.rules.ready_at(fresh.since);
-                let boot = self.rules.boot.min(self.post.pool.first_boot);
-                at(by_itself.unwrap_or(fresh.since.saturating_add(boot)));
+                at(by_itself.unwrap_or(fresh.since.saturating_add(self.boot_limit())));
             }
             Some(_) => {}
             None => match &self.serving {

@@ -70,15 +70,11 @@ impl Keeper {
     }
 
     pub(super) fn look_at_fresh(&mut self, now: Millis) {
+        let boot = self.boot_limit();
         let Some(fresh) = self.fresh.as_mut().filter(|fresh| !fresh.is_ready) else {
             return;
         };
         let by_itself = self.rules.ready_at(fresh.since);
-        let boot = if self.proven {
-            self.rules.boot
-        } else {
-            self.post.pool.first_boot
-        };
         if by_itself.is_some_and(|at| now >= at) {
             fresh.is_ready = true;
         } else if by_itself.is_none() && now >= fresh.since.saturating_add(boot) {
@@ -87,6 +83,15 @@ impl Keeper {
                 Duration::from_millis(boot)
             );
             self.fresh_fails(text, now);
+        }
+    }
+
+    /// How long a program may take to be ready.
+    pub(super) fn boot_limit(&self) -> Millis {
+        if self.proven {
+            self.rules.boot
+        } else {
+            self.post.pool.first_boot
         }
     }
 
@@ -153,6 +158,26 @@ impl Keeper {
                     fresh.is_ready = true;
                     fresh.has_spoken = true;
                 }
+            }
+        }
+        // What nobody reads yet is not kept without end; a word of being ready may come unasked.
+        let word = match fresh.process.frame(limit) {
+            Decoded::Partial { .. } => None,
+            Decoded::TooLarge { .. } => Some((0, false)),
+            Decoded::Whole { body, used } => {
+                let sent = program::read(body, self.post.pool.depth);
+                Some((used, matches!(sent, Ok(Sent::Ready)) && !fresh.has_spoken))
+            }
+        };
+        match word {
+            None => {}
+            Some((used, true)) => {
+                fresh.process.consume(used);
+                fresh.has_spoken = true;
+            }
+            Some((_, false)) => {
+                let text = "has sent something before it was asked";
+                return self.fresh_fails(text.into(), now);
             }
         }
         if (fresh.process.is_closed || fresh.process.has_ended)
