@@ -112,7 +112,14 @@ impl AdoptionQueue {
 pub fn is_full(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
-        Some(nix::libc::EAGAIN | nix::libc::ETOOMANYREFS | nix::libc::ENOBUFS | nix::libc::EMFILE)
+        Some(
+            nix::libc::EAGAIN
+                | nix::libc::ETOOMANYREFS
+                | nix::libc::ENOBUFS
+                | nix::libc::ENOMEM
+                | nix::libc::EMFILE
+                | nix::libc::ENFILE
+        )
     )
 }
 

@@ -94,7 +94,8 @@ impl Master<'_> {
                 "should the worker crash, its connections end with it"
             }
         );
-        if ready {
+        // It may have been reaped in the same round, and be told of next.
+        if ready && process::is_forked(worker) {
             process::kill(worker, Signal::SIGTERM);
         }
     }

@@ -283,7 +283,7 @@ impl Master<'_> {
                 Action::Examine { pid } => self.examine(pid),
                 Action::Kill { pid, signal } => {
                     // Only what was not reaped: no pid of anybody else's.
-                    if self.workers.get(pid).is_some() {
+                    if self.workers.get(pid).is_some() && process::is_forked(pid) {
                         self.words(pid);
                         self.last_words.ended(pid);
                         process::kill(pid, signal);

@@ -153,7 +153,10 @@ impl EventLoop {
                 }
                 // The queue itself is writable: watching it would spin.
                 Err(error) if is_full(&error) => return self.retry_giving(),
-                Err(error) => log::error!("a connection could not be passed on: {error}"),
+                Err(error) => {
+                    log::error!("a connection could not be passed on: {error}; it is served here");
+                    floor.set_reading(token, true);
+                }
                 Ok(()) => {}
             }
             self.waiting_to_give.pop_front();

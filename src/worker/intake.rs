@@ -100,6 +100,7 @@ impl Service {
                     self.ledger.reaches(at);
                     if head.close {
                         connection.phase = Phase::Closing;
+                        self.ledger.ends(connection);
                     }
                     self.request(connection, head, &body);
                 }

@@ -178,8 +178,12 @@ impl Ledger {
         self.end = self.start.map_or(0, |start| start + at as u64);
     }
 
-    /// So many bytes were taken, and what follows is none of what was received just now.
-    pub fn closes(&mut self, taken: usize) {
+    /// So many bytes were received, and all are taken or in the tail by now. The tail is shown first:
+    /// what is taken from it later has no place in the stream, so a crash must not find it unread.
+    pub fn closes(&mut self, connection: &mut Connection, taken: usize) {
+        if !connection.tail.is_empty() {
+            self.adds(connection, note::TAIL);
+        }
         if let (Some(book), Some(start)) = (self.book, self.start.take()) {
             let taken = start + taken as u64;
             book.witness.moment.taken.store(taken, Release);
@@ -287,6 +291,23 @@ impl Ledger {
             connection.noted = note;
             if let Some(seat) = book.witness.seat(connection.token) {
                 seat.note.store(note, Release);
+            }
+        }
+    }
+
+    /// It is to end with the answers to what was taken: whatever it has sent behind that is for nobody.
+    pub fn ends(&self, connection: &mut Connection) {
+        self.adds(connection, note::CLOSING);
+    }
+
+    /// Says one thing more of a connection, and takes nothing back.
+    fn adds(&self, connection: &mut Connection, flag: u32) {
+        if let Some(book) = self.book
+            && connection.noted & flag == 0
+        {
+            connection.noted |= flag;
+            if let Some(seat) = book.witness.seat(connection.token) {
+                seat.note.store(connection.noted, Release);
             }
         }
     }

@@ -35,7 +35,7 @@ fn a_call_is_in_the_ledger_from_its_taking_until_its_answer_has_left() {
     assert_eq!(entry.id_length.load(Relaxed), 8);
     mark.begins();
     assert_eq!(entry.begun.load(Relaxed), 1);
-    ledger.closes(40);
+    ledger.closes(&mut connection, 40);
     assert_eq!(book.witness.moment.taken.load(Relaxed), 1040);
     ledger.answers(mark);
     assert_eq!((living(book), entry.stage.load(Relaxed)), (1, ANSWERED));

@@ -83,9 +83,10 @@ impl Service {
         text: &str,
         members: &[&str],
     ) {
-        // Its answer is of many parts, which the ledger does not know.
-        self.ledger.cant_keep(connection);
         let whole = self.seat(connection, wrap, Form::JsonRpc, None);
+        // Its answer is of many parts, which the ledger does not know. Only once it counts as
+        // unanswered: that is how long it holds.
+        self.ledger.cant_keep(connection);
         let place = connection.begin_batch(whole, members.len());
         for member in members {
             let call = jsonrpc::member(text, member);

@@ -25,17 +25,15 @@ impl EventLoop {
             return;
         }
         connection.active_ms = self.service.now_ms;
-        let mut whole = false;
-        if connection.tail.is_empty() {
-            self.service.ledger.opens();
-            let used = self.service.consume(connection, bytes, unsent);
-            self.service.ledger.closes(used);
-            connection.keep(&bytes[used..]);
-            whole = used > 0;
+        self.service.ledger.opens();
+        let used = if connection.tail.is_empty() {
+            self.service.consume(connection, bytes, unsent)
         } else {
-            connection.keep(bytes);
-        }
-        self.advance(floor, token, whole);
+            0
+        };
+        connection.keep(&bytes[used..]);
+        self.service.ledger.closes(connection, bytes.len());
+        self.advance(floor, token, used > 0);
     }
 
     /// Sends what was answered, takes what may be taken now, and sets what follows from it:
