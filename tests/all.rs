@@ -44,6 +44,7 @@ mod pool;
 mod pool_leftovers;
 mod pool_programs;
 mod pools;
+mod queue;
 mod readme;
 mod recycle;
 mod reload;

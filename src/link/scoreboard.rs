@@ -58,6 +58,10 @@ shared_record! {
         pub crashed: AtomicU32,
         /// Connections that could not be passed on.
         pub reset: AtomicU32,
+        /// For how long the first bytes of the last new connection had waited, in milliseconds.
+        pub last_wait_ms: AtomicU32,
+        /// The longest of these waits.
+        pub longest_wait_ms: AtomicU32,
     }
 }
 
@@ -117,6 +121,8 @@ impl Record {
             &self.kept,
             &self.crashed,
             &self.reset,
+            &self.last_wait_ms,
+            &self.longest_wait_ms,
         ] {
             number.store(0, Relaxed);
         }

@@ -7,7 +7,7 @@ use super::fleet::Fleet;
 use super::listeners::Listener;
 use super::view::WorkerView;
 use super::workers::Workers;
-use crate::protocol::control::{self, Death, LastReload, OldestCall, Status, Throttle, Worker};
+use crate::protocol::control::{self, AcceptWait, Death, LastReload, OldestCall, Status, Throttle, Worker};
 use crate::sys::process::{Pid, resident_bytes};
 
 /// What the master itself adds.
@@ -80,6 +80,10 @@ fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
     shown.lost_threads = number(&record.lost_threads);
     shown.calls = record.calls.load(Relaxed);
     shown.errors = record.errors.load(Relaxed);
+    shown.accept_wait = AcceptWait {
+        last_ms: number(&record.last_wait_ms),
+        longest_ms: number(&record.longest_wait_ms),
+    };
     shown.threads = living.known.threads as u64;
     shown.rss_bytes = resident_bytes(pid);
     shown.oldest_call = record.oldest().map(|(method, since)| OldestCall {

@@ -176,6 +176,9 @@ pub struct Worker {
     /// Those of them that run past their deadline.
     #[serde(default)]
     pub lost_threads: u64,
+    /// How long new connections had waited with their first bytes until they were read.
+    #[serde(default)]
+    pub accept_wait: AcceptWait,
     /// Why the slot waits; `Some` iff the state is throttled.
     #[serde(default)]
     pub throttle: Option<Throttle>,
@@ -218,6 +221,16 @@ pub struct OldestCall {
     pub method: String,
     /// How long it has been running, in milliseconds.
     pub age_ms: u64,
+}
+
+/// For how long the first bytes of new TCP connections waited, while nobody accepted or read them. The
+/// call that they are has so much less time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptWait {
+    /// Of the last connection, in milliseconds.
+    pub last_ms: u64,
+    /// The longest since the worker started.
+    pub longest_ms: u64,
 }
 
 /// Why a slot waits.

@@ -151,6 +151,19 @@ pub fn bound_address(fd: &impl AsFd) -> Option<Bound> {
 /// Connections that wait to be accepted, and how many may: of a listening TCP socket, from
 /// TCP_INFO (tcp(7); on a listening socket tcpi_unacked is the queue and tcpi_sacked its limit).
 pub fn accept_queue(fd: &impl AsFd) -> Option<(u32, u32)> {
+    tcp_info(fd).map(|info| (info.tcpi_unacked, info.tcpi_sacked))
+}
+
+/// How many milliseconds ago the last bytes came, of a connected TCP socket from which nothing
+/// was read yet: its first bytes have waited for at least so long (tcpi_last_data_recv, tcp(7)).
+/// 0 where that can't be told.
+pub fn waited_ms(fd: &impl AsFd) -> u64 {
+    // Counted in the kernel's ticks, up to 10 ms long: without one it is a lower bound.
+    let info = tcp_info(fd);
+    info.map_or(0, |info| u64::from(info.tcpi_last_data_recv.saturating_sub(10)))
+}
+
+fn tcp_info(fd: &impl AsFd) -> Option<libc::tcp_info> {
     // SAFETY: the structure is plain data for the kernel to fill; zero is a valid value.
     let mut info: libc::tcp_info = unsafe { mem::zeroed() };
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -164,7 +177,7 @@ pub fn accept_queue(fd: &impl AsFd) -> Option<(u32, u32)> {
             &raw mut length,
         )
     };
-    (done == 0).then_some((info.tcpi_unacked, info.tcpi_sacked))
+    (done == 0).then_some(info)
 }
 
 /// The user at the other end of a connected unix socket (SO_PEERCRED, unix(7)).
@@ -373,7 +386,17 @@ mod tests {
         let Some(Bound::Tcp(address)) = bound_address(&fd) else {
             panic!("no TCP address");
         };
-        let _client = std::net::TcpStream::connect(address).unwrap();
+        let mut client = std::net::TcpStream::connect(address).unwrap();
         assert_eq!(accept_queue(&fd), Some((1, 7)));
+        client.write_all(b"x").unwrap();
+        let server = std::net::TcpListener::from(fd).accept().unwrap().0;
+        let begin = std::time::Instant::now();
+        let waited = loop {
+            match waited_ms(&server) {
+                0 => assert!(begin.elapsed() < Duration::from_secs(5)),
+                waited => break waited,
+            }
+        };
+        assert!(u128::from(waited) <= begin.elapsed().as_millis() + 1, "{waited}");
     }
 }

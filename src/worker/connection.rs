@@ -104,6 +104,8 @@ pub struct Connection {
     pub unkept: bool,
     /// What the ledger says of it.
     pub noted: u32,
+    /// Nothing was received yet: the first bytes may have waited long, while nobody accepted.
+    pub fresh: bool,
     /// When it last received something, in milliseconds.
     pub active_ms: u64,
     /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
@@ -135,6 +137,7 @@ impl Connection {
             pending: 0,
             unkept: false,
             noted: 0,
+            fresh: true,
             active_ms: now_ms,
             read_deadline: 0,
             write_deadline: 0,

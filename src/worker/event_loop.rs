@@ -274,6 +274,12 @@ impl EventLoop {
         record
             .spurious_wakes
             .store(floor.spurious_wakes as u32, Relaxed);
+        record
+            .last_wait_ms
+            .store(self.service.last_wait_ms as u32, Relaxed);
+        record
+            .longest_wait_ms
+            .store(self.service.longest_wait_ms as u32, Relaxed);
         let (method, since) = match self.service.calls.oldest() {
             Some((method, since)) => (method as u32 + 1, since),
             None => (0, 0),

@@ -50,6 +50,8 @@ impl EventLoop {
                 let idle_ms = u64::from(taken.state.idle_ms);
                 connection.active_ms = now_ms.saturating_sub(idle_ms);
             }
+            // What has come to the sibling already: the socket can't tell when.
+            connection.fresh = taken.unread.is_empty();
             connection.tail = taken.unread.into_owned();
         }
         self.service.ledger.show(connection);

@@ -44,6 +44,12 @@ pub struct Service {
     pub out: Vec<u8>,
     /// The time, in milliseconds (CLOCK_MONOTONIC), as of the last wake-up.
     pub now_ms: u64,
+    /// For how long the bytes being read have waited for somebody to accept their connection.
+    pub waited_ms: u64,
+    /// The longest and the last such time.
+    pub longest_wait_ms: u64,
+    /// See `longest_wait_ms`.
+    pub last_wait_ms: u64,
     /// No further call begins: the server stops.
     pub stopping: bool,
     /// Calls read so far.
@@ -59,6 +65,13 @@ pub struct Service {
 }
 
 impl Service {
+    /// What is read now has waited so long for somebody to accept its connection.
+    pub(super) fn waited(&mut self, wait_ms: u64) {
+        self.waited_ms = wait_ms;
+        self.last_wait_ms = wait_ms;
+        self.longest_wait_ms = self.longest_wait_ms.max(wait_ms);
+    }
+
     /// Takes one body, which came wrapped in `wrap`.
     pub(super) fn take(&mut self, connection: &mut Connection, wrap: Wrap, body: &[u8]) {
         match body::read(body, self.limits.depth, self.limits.batch) {
@@ -141,6 +154,8 @@ impl Service {
         };
         let own_ms = millis(self.registry.methods()[method].timeout);
         let timeout_ms = asked_ms.map_or(own_ms, |asked| asked.min(own_ms));
+        // Its caller counts from when it was sent, and not from when somebody came to read it.
+        let timeout_ms = timeout_ms.saturating_sub(self.waited_ms);
         let inline = self.registry.methods()[method].handler.placement() == Placement::Inline;
         let admitted = if timeout_ms == 0 {
             Err(RpcError::of(

@@ -4,6 +4,8 @@
 //! what may be taken, and sets reading and deadlines anew. What fails on one connection ends it and
 //! no other.
 
+use std::mem;
+
 use super::connection::{HIGH_WATER, Phase};
 use super::event_loop::{EventLoop, find};
 use super::service::millis;
@@ -11,6 +13,7 @@ use super::spreading::may_go;
 use super::threads::Done;
 use super::timers::Target;
 use crate::sys::event::{Floor, Token};
+use crate::sys::socket;
 
 /// How long the peer of a connection that we have ended may take to end it too (section 3).
 const LINGER_MS: u64 = 2000;
@@ -25,6 +28,10 @@ impl EventLoop {
             return;
         }
         connection.active_ms = self.service.now_ms;
+        if mem::take(&mut connection.fresh) {
+            let socket = floor.descriptor(token);
+            self.service.waited(socket.map_or(0, socket::waited_ms));
+        }
         self.service.ledger.opens();
         let used = if connection.tail.is_empty() {
             self.service.consume(connection, bytes, unsent)
@@ -34,6 +41,7 @@ impl EventLoop {
         connection.keep(&bytes[used..]);
         self.service.ledger.closes(connection, bytes.len());
         self.advance(floor, token, used > 0);
+        self.service.waited_ms = 0;
     }
 
     /// Sends what was answered, takes what may be taken now, and sets what follows from it:
@@ -54,7 +62,7 @@ impl EventLoop {
             }
             let mut tail = connection.take_tail();
             let used = service.consume(connection, &tail, unsent);
-            std::mem::swap(&mut connection.tail, &mut tail);
+            mem::swap(&mut connection.tail, &mut tail);
             connection.consume(used);
             whole |= used > 0;
             if used == 0 && service.out.is_empty() {
