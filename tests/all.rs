@@ -32,6 +32,7 @@ mod injections;
 mod json_suite;
 mod jsonrpc;
 mod keeper;
+mod lame_duck;
 mod leftovers;
 mod library;
 mod lifecycle;

@@ -67,6 +67,8 @@ pub enum Command {
         place: Place,
         /// `--now`.
         now: bool,
+        /// `--after`: serve so long first, not ready for health checks.
+        after: Option<Duration>,
     },
     /// Call a method.
     Call(Call),
@@ -175,6 +177,9 @@ enum LowCommand {
         /// Do not wait for the calls that run
         #[arg(long)]
         now: bool,
+        /// Serve on for so long first, and answer health checks with 503
+        #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "now")]
+        after: Option<Duration>,
     },
     /// Call a method and print its result
     Call {
@@ -292,9 +297,10 @@ fn raise(low: LowCommand) -> Result<Command> {
             place: place.into(),
             count: count.into(),
         },
-        LowCommand::Stop { place, now } => Command::Stop {
+        LowCommand::Stop { place, now, after } => Command::Stop {
             place: place.into(),
             now,
+            after,
         },
         LowCommand::Call {
             method,

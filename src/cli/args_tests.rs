@@ -86,6 +86,15 @@ fn each_command_means_what_the_contract_says() {
             Command::Stop {
                 place: here(),
                 now: false,
+                after: None,
+            },
+        ),
+        (
+            "stop --after 5s",
+            Command::Stop {
+                place: here(),
+                now: false,
+                after: Some(Duration::from_secs(5)),
             },
         ),
         (
@@ -93,6 +102,7 @@ fn each_command_means_what_the_contract_says() {
             Command::Stop {
                 place: here(),
                 now: true,
+                after: None,
             },
         ),
         ("call ping", Command::Call(default_call())),
@@ -164,6 +174,8 @@ fn a_wrong_word_is_a_usage_error_that_says_what_to_write() {
             "cannot be used with",
         ),
         ("status now", "'now'"),
+        ("stop --now --after 5s", "cannot be used with"),
+        ("stop --after soon", "500ms"),
     ] {
         let error = read(line).unwrap_err();
         assert_eq!(error.exit_code(), 64, "{line}: {error}");

@@ -84,12 +84,20 @@ pub(super) fn scale(place: &Place, count: usize) -> Result<String> {
         .unwrap_or_else(|| format!("scaling to {count}")))
 }
 
-/// Ends the server and waits until the master is gone. After a while `hint` is told what it waits
-/// for.
-pub(super) fn stop(place: &Place, now: bool, hint: &mut dyn FnMut(&str)) -> Result<()> {
+/// Ends the server, which may serve on for a time `after` that, and waits until the master is gone.
+/// After a while `hint` is told what it waits for.
+pub(super) fn stop(
+    place: &Place,
+    now: bool,
+    after: Option<Duration>,
+    hint: &mut dyn FnMut(&str),
+) -> Result<()> {
     let mut control = Control::find(place)?;
-    control.ask(&Request::Stop { now }, Patience::AtMost(PROMPT))?;
-    if control.ends_within(Some(HINT_AFTER))? {
+    let after_ms = after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
+    let request = Request::Stop { now, after_ms };
+    control.ask(&request, Patience::AtMost(PROMPT))?;
+    let quiet = HINT_AFTER.saturating_add(after.unwrap_or_default());
+    if control.ends_within(Some(quiet))? {
         return Ok(());
     }
     hint(&waits_for(control.status_beside().as_ref()));

@@ -77,13 +77,16 @@ fn each_command_asks_in_its_words_and_returns_what_the_master_says() {
         "generation 2 serves"
     );
     assert_eq!(scale(&socket.place(), 4).unwrap(), "scaling to 4");
-    stop(&socket.place(), true, &mut |hint| panic!("{hint}")).unwrap();
+    stop(&socket.place(), true, None, &mut |hint| panic!("{hint}")).unwrap();
     assert_eq!(
         master.join().unwrap(),
         [
             Request::Reload,
             Request::Scale { count: 4 },
-            Request::Stop { now: true }
+            Request::Stop {
+                now: true,
+                after_ms: None
+            }
         ]
     );
 }
@@ -139,7 +142,13 @@ fn a_stop_waits_for_the_end_and_says_what_for() {
     let listener = UnixListener::bind(&socket.0).unwrap();
     let master = thread::spawn(move || {
         let mut stopping = BufReader::new(listener.accept().unwrap().0);
-        assert_eq!(take(&mut stopping), Request::Stop { now: false });
+        assert_eq!(
+            take(&mut stopping),
+            Request::Stop {
+                now: false,
+                after_ms: None
+            }
+        );
         stopping
             .get_mut()
             .write_all(&line(&Response::done()))
@@ -163,7 +172,7 @@ fn a_stop_waits_for_the_end_and_says_what_for() {
         asking.get_mut().write_all(&line(&response)).unwrap();
     });
     let mut hints = Vec::new();
-    stop(&socket.place(), false, &mut |hint| {
+    stop(&socket.place(), false, None, &mut |hint| {
         hints.push(hint.to_owned())
     })
     .unwrap();
@@ -192,7 +201,7 @@ fn nobody_there_is_told_with_the_places_that_were_tried() {
 #[test]
 fn a_configuration_file_that_is_not_there_names_no_server() {
     let place = Place::Config(Some("/nonexistent/preforkd.toml".into()));
-    let error = stop(&place, true, &mut |_| {}).unwrap_err();
+    let error = stop(&place, true, None, &mut |_| {}).unwrap_err();
     assert_eq!(error.exit_code(), 78, "{error}");
     assert!(
         error.to_string().contains("/nonexistent/preforkd.toml"),

@@ -99,8 +99,9 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
                 .into(),
         )),
         Command::Scale { place, count } => print_line(control::scale(&place, count)?),
-        Command::Stop { place, now } => {
-            control::stop(&place, now, &mut |hint| output::complain(name, hint))
+        Command::Stop { place, now, after } => {
+            let hint = &mut |hint: &str| output::complain(name, hint);
+            control::stop(&place, now, after, hint)
         }
         Command::Call(call) => print_line(call::call(&call, &overrides)?),
         Command::Map(options) => map::map(name, &options, &overrides),

@@ -18,6 +18,14 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
     let mut page = String::new();
     header(&mut page, name, status, colours);
     last_reload(&mut page, &status.master, now, colours);
+    if let Some(left) = status.master.stops_in_ms {
+        let line = format!(
+            "stops in {}: not ready for health checks",
+            units::milliseconds(left)
+        );
+        page += &Paint::Yellow.on(&line, colours);
+        page.push('\n');
+    }
     for warning in &status.master.warnings {
         let line = format!("warning: {}", printable(warning));
         page += &Paint::Yellow.on(&line, colours);

@@ -25,6 +25,7 @@ fn busy() -> Status {
             version: "0.1.0".into(),
             generation: 3,
             uptime_s: 360_000,
+            stops_in_ms: Some(4_200),
             last_reload: Some(LastReload {
                 ok: true,
                 at: 1_000,
@@ -99,6 +100,7 @@ fn the_page_has_everything_in_line() {
     let expected = "\
 preforkd 0.1.0  pid 4242  generation 3  up 4d 4h  2 of 3 workers ready
 last reload: fine, 3m 20s ago
+stops in 4.2s: not ready for health checks
 warning: workers run as root
 
 SLOT   PID  GEN  STATE         UP  CONNS  RUNNING  QUEUED      CALLS  ERRORS    MEMORY  OLDEST CALL

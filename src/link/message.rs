@@ -33,6 +33,8 @@ pub enum Order {
     Log,
     /// Spread the connections that last over the workers.
     Spread(Shares),
+    /// A stop will come: serve on, and tell who asks for your health that you are not ready.
+    LameDuck,
 }
 
 /// What a worker tells the master.
@@ -75,6 +77,7 @@ impl Body for Order {
             Order::Drain(limit) => (1, millis(limit)),
             Order::Stop(limit) => (2, millis(limit)),
             Order::Log => (3, 0),
+            Order::LameDuck => (5, 0),
             Order::Spread(Shares { give, take }) => (4, u64::from(give) << 32 | u64::from(take)),
         }
     }
@@ -88,6 +91,7 @@ impl Body for Order {
                 give: (value >> 32) as u32,
                 take: value as u32,
             })),
+            5 => Some(Order::LameDuck),
             _ => None,
         }
     }
@@ -164,6 +168,7 @@ mod tests {
             Order::Drain(Duration::from_millis(30_000)),
             Order::Stop(Duration::from_millis(u64::MAX)),
             Order::Log,
+            Order::LameDuck,
             Order::Spread(Shares {
                 give: u32::MAX,
                 take: 7,

@@ -146,8 +146,14 @@ pub enum Event {
         /// The difference.
         by: i32,
     },
-    /// Stop gracefully; the second time, now.
+    /// Stop gracefully; the second time, now. Of two within a tenth of a second the second one is
+    /// the first again.
     Stop,
+    /// Stop gracefully after so long, and serve until then.
+    StopAfter {
+        /// How long.
+        delay: Millis,
+    },
     /// Stop now.
     StopNow,
 }
@@ -191,6 +197,8 @@ pub enum Action {
     StartUpDone(Result<(), String>),
     /// A reload's verdict, one for each: the generation that serves now, or why the old one goes on.
     ReloadDone(Result<Generation, String>),
+    /// The time of [`Event::StopAfter`] is over: report [`Event::Stop`].
+    StopDue,
     /// A line for the log.
     Log {
         /// How bad it is.

@@ -35,6 +35,8 @@ pub(super) enum Phase {
         leave: Leave,
         /// The exit code then.
         code: u8,
+        /// Since when.
+        since: Millis,
     },
     /// [`Action::Exit`] was given.
     Gone,
@@ -62,6 +64,8 @@ pub struct Fleet {
     pub(super) troubles: Limiter,
     pub(super) refusals: Limiter,
     pub(super) recycling: Recycling,
+    /// When to begin to stop; until then all goes on, but for reloads.
+    pub(super) stop_at: Option<Millis>,
     /// Scales that came during start-up or a reload.
     deferred: Option<Deferred>,
     /// When the caller was to come back at the latest.
@@ -88,6 +92,7 @@ impl Fleet {
             troubles: Limiter::new(TROUBLES.0, TROUBLES.1),
             refusals: Limiter::new(REFUSALS.0, REFUSALS.1),
             recycling: Recycling::new(),
+            stop_at: None,
             deferred: None,
             promised: None,
             now,
@@ -133,6 +138,7 @@ impl Fleet {
             Event::Scale { count } => self.scale((Some(count), 0)),
             Event::ScaleBy { by } => self.scale((None, i64::from(by))),
             Event::Stop => self.stop(Leave::Stop, 0, "the server stops"),
+            Event::StopAfter { delay } => self.stop_after(delay),
             Event::StopNow => self.stop(Leave::AtOnce, 0, "the server stops now"),
         }
         self.leave()
@@ -157,7 +163,10 @@ impl Fleet {
     /// Whether [`Event::Reload`] may come now: not during a start-up, a reload or a stop, nor while
     /// four old generations still drain. Ask again after each event.
     pub fn can_reload(&self) -> bool {
-        self.phase == Phase::Serving && self.reload.is_none() && !self.drains_too_much()
+        self.phase == Phase::Serving
+            && self.reload.is_none()
+            && self.stop_at.is_none()
+            && !self.drains_too_much()
     }
 
     /// Whether a reload would wait until an old generation has left.

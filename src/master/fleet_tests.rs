@@ -563,14 +563,62 @@ fn a_second_stop_leaves_at_once() {
     let mut world = World::serving(LIMITS);
     let (pid, start) = (world.pid(0), world.now);
     world.tell(Event::Stop);
-    world.pass(5);
+    world.pass(105);
     world.tell(Event::Stop);
     world.tell(Event::StopNow);
-    assert_eq!(world.signalled(pid, Signal::SIGQUIT), Some(start + 5));
+    assert_eq!(world.signalled(pid, Signal::SIGQUIT), Some(start + 105));
     world.pass(500);
-    assert_eq!(world.signalled(pid, Signal::SIGKILL), Some(start + 505));
+    assert_eq!(world.signalled(pid, Signal::SIGKILL), Some(start + 605));
     world.let_leave();
     assert!(world.did(&Action::Exit { code: 0 }));
+}
+
+#[test]
+fn two_stops_in_one_breath_are_one_and_a_stop_now_is_heard_at_once() {
+    let mut world = World::serving(LIMITS);
+    let (pid, start) = (world.pid(0), world.now);
+    world.tell(Event::Stop);
+    world.tell(Event::Stop);
+    world.pass(99);
+    world.tell(Event::Stop);
+    assert_eq!(world.signalled(pid, Signal::SIGQUIT), None);
+    world.tell(Event::StopNow);
+    assert_eq!(world.signalled(pid, Signal::SIGQUIT), Some(start + 99));
+}
+
+#[test]
+fn a_stop_after_a_while_serves_until_then_and_replaces_who_dies() {
+    let mut world = World::serving(LIMITS);
+    world.tell(Event::StopAfter { delay: 5_000 });
+    assert!(!world.fleet.can_reload(), "what is new would not live long");
+    assert_eq!(world.fleet.stops_at(), Some(world.now + 5_000));
+    let pid = world.pid(1);
+    world.die(pid, SEGV);
+    world.all_ready();
+    world.pass(4_999);
+    assert_eq!(world.count(State::Ready), 4);
+    assert!(world.drained().is_empty() && !world.did(&Action::StopDue));
+    world.pass(1);
+    assert!(world.did(&Action::StopDue));
+    world.tell(Event::Stop);
+    assert_eq!(world.drained().len(), 4);
+    world.let_leave();
+    assert!(world.did(&Action::Exit { code: 0 }));
+}
+
+#[test]
+fn a_stop_overrides_one_that_was_to_come_later() {
+    let mut world = World::serving(LIMITS);
+    world.tell(Event::StopAfter { delay: 60_000 });
+    world.tell(Event::StopAfter { delay: 5_000 });
+    world.pass(1_000);
+    world.tell(Event::Stop);
+    assert_eq!(world.drained().len(), 4);
+    assert_eq!(world.fleet.stops_at(), None);
+    world.tell(Event::StopAfter { delay: 5_000 });
+    assert_eq!(world.fleet.stops_at(), None, "it stops already");
+    world.pass(10_000);
+    assert!(!world.did(&Action::StopDue));
 }
 
 #[test]

@@ -12,6 +12,10 @@ use super::fleet::{Fleet, Phase};
 use super::watch::{AFTER_DRAIN, STARTING_GRACE, kill_after};
 use crate::link::ids::{Generation, Pid};
 
+/// Two orders to stop that come so close are one: `timeout` and service managers send TERM to a
+/// process and to its group.
+const SAME_STOP: Millis = 100;
+
 /// How a worker is told to leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Leave {
@@ -66,6 +70,19 @@ impl Fleet {
         self.act(Action::Kill { pid, signal });
     }
 
+    /// Serves on for a while, and stops then. The last word counts.
+    pub(super) fn stop_after(&mut self, delay: Millis) {
+        if matches!(self.phase, Phase::Stopping { .. } | Phase::Gone) {
+            return;
+        }
+        self.stop_at = Some(self.now.saturating_add(delay));
+        let text = format!(
+            "stops in {}: serves until then, and is not ready for who asks",
+            Span(delay)
+        );
+        self.log(Level::Info, text);
+    }
+
     /// Ends everything, the first time gracefully unless told otherwise. `reason` is for whoever
     /// waits for a verdict.
     pub(super) fn stop(&mut self, mut leave: Leave, mut code: u8, reason: &str) {
@@ -75,11 +92,18 @@ impl Fleet {
                 leave: Leave::AtOnce,
                 ..
             } => return,
+            Phase::Stopping { since, .. }
+                if leave == Leave::Stop && self.now < since + SAME_STOP =>
+            {
+                return;
+            }
             Phase::Stopping { code: first, .. } => (leave, code) = (Leave::AtOnce, first),
             Phase::StartUp | Phase::Serving => {}
         }
         self.refuse_newcomers(reason);
-        self.phase = Phase::Stopping { leave, code };
+        self.stop_at = None;
+        let since = self.now;
+        self.phase = Phase::Stopping { leave, code, since };
         let pids: Vec<Pid> = self.table.children.keys().copied().collect();
         let how = match leave {
             Leave::AtOnce => "leave now".to_owned(),

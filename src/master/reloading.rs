@@ -95,7 +95,7 @@ impl Master<'_> {
     pub(super) fn verdict(&mut self, verdict: std::result::Result<Generation, String>) {
         let upcoming = self.upcoming.take();
         self.workers.forget_words();
-        let words = self.last_words.take();
+        let words = self.first_words.take();
         let before = Rc::clone(&self.ground);
         let response = match &verdict {
             Ok(generation) => {

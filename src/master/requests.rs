@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nix::sys::signal::Signal;
 
 use super::control::ClientId;
-use super::event::{Event, MAX_COUNT};
+use super::event::{Event, MAX_COUNT, Millis};
 use super::status::{About, status};
 use super::supervise::{Master, now};
 use super::workers::Ground;
@@ -36,12 +36,25 @@ impl Master<'_> {
         }
     }
 
-    fn stop(&mut self, event: Event) {
+    /// Serves on for a while, and says to who asks that it will stop.
+    fn stop_after(&mut self, delay: Millis) {
+        self.will_stop();
+        self.tell(Event::StopAfter { delay });
+        for (pid, _) in self.workers.iter() {
+            self.workers.order(pid, Order::LameDuck, None);
+        }
+    }
+
+    fn will_stop(&mut self) {
         if !self.stopping {
             self.stopping = true;
             self.notifier.tell(&[NotifyState::Stopping]);
             log::info!("stops");
         }
+    }
+
+    pub(super) fn stop(&mut self, event: Event) {
+        self.will_stop();
         self.tell(event);
         // Closed after the workers were told, who first take in what is in the queue.
         for listener in &self.ground.listeners {
@@ -109,11 +122,17 @@ impl Master<'_> {
                 };
                 self.control.answer(client, &answer, now());
             }
-            Request::Stop { now: at_once } => {
+            Request::Stop {
+                now: at_once,
+                after_ms,
+            } => {
                 // Answered before anything else: the end of the connection is the rest.
                 self.control
                     .answer_and_keep(client, &Response::done(), now());
-                self.stop(if at_once { Event::StopNow } else { Event::Stop });
+                match after_ms {
+                    Some(delay) if !at_once => self.stop_after(delay),
+                    _ => self.stop(if at_once { Event::StopNow } else { Event::Stop }),
+                }
             }
         }
     }

@@ -10,8 +10,8 @@ use nix::sys::signal::Signal;
 
 use super::control::Control;
 use super::event::{Limits, Millis};
+use super::first_words::FirstWords;
 use super::fleet::Fleet;
-use super::last_words::LastWords;
 use super::listeners::{self, Listener};
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
@@ -109,7 +109,7 @@ fn start<'a>(
         orphans: Orphans::new(),
         ground,
         upcoming: None,
-        last_words: LastWords::default(),
+        first_words: FirstWords::default(),
         spread: Spread::default(),
         passed,
         reload_asked: false,

@@ -7,7 +7,9 @@ use super::fleet::Fleet;
 use super::listeners::Listener;
 use super::view::WorkerView;
 use super::workers::Workers;
-use crate::protocol::control::{self, AcceptWait, Death, LastReload, OldestCall, Status, Throttle, Worker};
+use crate::protocol::control::{
+    self, AcceptWait, Death, LastReload, OldestCall, Status, Throttle, Worker,
+};
 use crate::sys::process::{Pid, resident_bytes};
 
 /// What the master itself adds.
@@ -33,6 +35,7 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
             uptime_s: now.saturating_sub(about.started) / 1000,
             last_reload: about.last_reload.cloned(),
             target: fleet.target_count(),
+            stops_in_ms: fleet.stops_at().map(|at| at.saturating_sub(now)),
             warnings: about.warnings.to_vec(),
         },
         workers: fleet

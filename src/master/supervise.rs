@@ -14,8 +14,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::control::{ClientId, Control};
 use super::event::{Action, Event, Millis};
+use super::first_words::FirstWords;
 use super::fleet::Fleet;
-use super::last_words::LastWords;
 use super::listeners::Listener;
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
@@ -49,7 +49,7 @@ pub(super) struct Master<'a> {
     /// What the generation of a reload under way runs on.
     pub(super) upcoming: Option<Rc<Ground>>,
     /// What the workers of a generation that awaits its verdict have logged.
-    pub(super) last_words: LastWords,
+    pub(super) first_words: FirstWords,
     /// When to look whether lasting connections lie evenly.
     pub(super) spread: Spread,
     /// What was passed by the service manager, for life.
@@ -173,9 +173,9 @@ impl Master<'_> {
 
     /// What an awaited worker has logged comes before what it reports or how it ends.
     fn words(&mut self, pid: process::Pid) {
-        let last_words = &mut self.last_words;
+        let first_words = &mut self.first_words;
         self.workers
-            .words(pid, |slot, line| last_words.heard(pid, slot, line));
+            .words(pid, |slot, line| first_words.heard(pid, slot, line));
     }
 
     fn reports(&mut self, pid: process::Pid) {
@@ -203,7 +203,7 @@ impl Master<'_> {
             // What it said last comes before its end.
             self.reports(pid);
             let worker = self.workers.remove(pid);
-            self.last_words.ended(pid);
+            self.first_words.ended(pid);
             self.orphans.reaped(pid, worker.is_some());
             let Some(worker) = worker else {
                 self.no_worker_ended(pid);
@@ -285,12 +285,13 @@ impl Master<'_> {
                     // Only what was not reaped: no pid of anybody else's.
                     if self.workers.get(pid).is_some() && process::is_forked(pid) {
                         self.words(pid);
-                        self.last_words.ended(pid);
+                        self.first_words.ended(pid);
                         process::kill(pid, signal);
                     }
                 }
                 Action::StartUpDone(outcome) => self.started(outcome),
                 Action::ReloadDone(verdict) => self.verdict(verdict),
+                Action::StopDue => self.stop(Event::Stop),
                 Action::Log { level, text } => log::log!(level, "{text}"),
                 Action::Exit { code } => self.leave = Some(code),
             }
@@ -311,11 +312,16 @@ impl Master<'_> {
             awaited: self.fleet.awaits(slot, generation),
         };
         let event = match self.workers.fork(slot, generation, &ground, parent) {
-            Ok(pid) => Event::Forked {
-                slot,
-                generation,
-                pid,
-            },
+            Ok(pid) => {
+                if self.stopping {
+                    self.workers.order(pid, Order::LameDuck, None);
+                }
+                Event::Forked {
+                    slot,
+                    generation,
+                    pid,
+                }
+            }
             Err(error) => Event::ForkFailed {
                 slot,
                 generation,
@@ -328,7 +334,7 @@ impl Master<'_> {
 
     fn started(&mut self, outcome: std::result::Result<(), String>) {
         self.workers.forget_words();
-        let words = self.last_words.take();
+        let words = self.first_words.take();
         match outcome {
             Ok(()) => {
                 let addresses: Vec<&str> = self
@@ -364,7 +370,9 @@ impl Master<'_> {
 
     /// What `systemctl status` shows.
     fn show_status(&mut self) {
-        let text = if self.stopping {
+        let text = if self.fleet.stops_at().is_some() {
+            "about to stop, serving until then".to_owned()
+        } else if self.stopping {
             format!("stopping, {} workers are left", self.workers.iter().count())
         } else {
             format!(

@@ -82,6 +82,11 @@ impl Fleet {
             .map(|(pid, _)| *pid)
     }
 
+    /// When it begins to stop, if it was told to do so later.
+    pub fn stops_at(&self) -> Option<Millis> {
+        self.stop_at
+    }
+
     /// Every child not yet reaped.
     pub fn pids(&self) -> impl Iterator<Item = Pid> {
         self.table.children.keys().copied()

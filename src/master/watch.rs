@@ -37,6 +37,10 @@ impl Fleet {
     /// Does what is due.
     pub(super) fn pass_time(&mut self) {
         let now = self.now;
+        if self.stop_at.is_some_and(|at| at <= now) {
+            self.stop_at = None;
+            self.act(Action::StopDue);
+        }
         let is_due = |child: &Child| child.due_at().is_some_and(|at| at <= now);
         let due: Vec<Pid> = (self.table.children.iter())
             .filter(|(_, child)| is_due(child))
@@ -79,6 +83,7 @@ impl Fleet {
             .chain(self.next_recycling())
             .chain(self.troubles.flush_at())
             .chain(self.refusals.flush_at())
+            .chain(self.stop_at)
             .min()
     }
 

@@ -30,6 +30,9 @@ pub enum Request {
         /// Whether the running calls are given up.
         #[serde(default)]
         now: bool,
+        /// For how many milliseconds it serves on, not ready for health checks, before it stops.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after_ms: Option<u64>,
     },
 }
 
@@ -127,6 +130,9 @@ pub struct Master {
     /// How many workers there are meant to be.
     #[serde(default)]
     pub target: usize,
+    /// In how many milliseconds it begins to stop; null unless it was told to by `stop --after`.
+    #[serde(default)]
+    pub stops_in_ms: Option<u64>,
     /// What is allowed and yet worth a word, such as workers that run as root.
     #[serde(default)]
     pub warnings: Vec<String>,
@@ -292,15 +298,29 @@ mod tests {
                 json!({"command": "scale", "count": 4}),
             ),
             (
-                Request::Stop { now: false },
+                Request::Stop {
+                    now: false,
+                    after_ms: None,
+                },
                 json!({"command": "stop", "now": false}),
+            ),
+            (
+                Request::Stop {
+                    now: false,
+                    after_ms: Some(5),
+                },
+                json!({"command": "stop", "now": false, "after_ms": 5}),
             ),
         ] {
             assert_eq!(to_value(&request).unwrap(), written);
             assert_eq!(serde_json::from_value::<Request>(written).unwrap(), request);
         }
         let short: Request = serde_json::from_str(r#"{"command": "stop"}"#).unwrap();
-        assert_eq!(short, Request::Stop { now: false });
+        let plain = Request::Stop {
+            now: false,
+            after_ms: None,
+        };
+        assert_eq!(short, plain);
     }
 
     #[test]

@@ -160,7 +160,9 @@ pub fn accept_queue(fd: &impl AsFd) -> Option<(u32, u32)> {
 pub fn waited_ms(fd: &impl AsFd) -> u64 {
     // Counted in the kernel's ticks, up to 10 ms long: without one it is a lower bound.
     let info = tcp_info(fd);
-    info.map_or(0, |info| u64::from(info.tcpi_last_data_recv.saturating_sub(10)))
+    info.map_or(0, |info| {
+        u64::from(info.tcpi_last_data_recv.saturating_sub(10))
+    })
 }
 
 fn tcp_info(fd: &impl AsFd) -> Option<libc::tcp_info> {
@@ -397,6 +399,9 @@ mod tests {
                 waited => break waited,
             }
         };
-        assert!(u128::from(waited) <= begin.elapsed().as_millis() + 1, "{waited}");
+        assert!(
+            u128::from(waited) <= begin.elapsed().as_millis() + 1,
+            "{waited}"
+        );
     }
 }

@@ -139,7 +139,7 @@ impl Service {
                     Err(error) => self.refuse(connection, reply, None, error),
                 }
             }
-            Ask::Health if self.stopping => {
+            Ask::Health if self.stopping || self.lame => {
                 self.respond(connection, head.reply, 503, b"{\"status\":\"stopping\"}");
             }
             Ask::Health => self.respond(connection, head.reply, 200, b"{\"status\":\"ok\"}"),

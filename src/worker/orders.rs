@@ -23,6 +23,7 @@ impl EventLoop {
                     Order::Stop(limit) => self.start_stop(floor, limit),
                     // Of several that came while this worker was stopped, the last one is true.
                     Order::Spread(order) => shares = Some(order),
+                    Order::LameDuck => self.service.lame = true,
                     Order::Log => match descriptor {
                         Some(file) => drop(logging::set_output(logging::Output::received(file))),
                         None => log::warn!(

@@ -50,6 +50,8 @@ pub struct Service {
     pub longest_wait_ms: u64,
     /// See `longest_wait_ms`.
     pub last_wait_ms: u64,
+    /// A stop will come: not ready for who asks, and serving.
+    pub lame: bool,
     /// No further call begins: the server stops.
     pub stopping: bool,
     /// Calls read so far.

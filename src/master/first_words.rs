@@ -13,13 +13,13 @@ const MOST_LINES: usize = 20;
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct LastWords {
+pub struct FirstWords {
     said: BTreeMap<Pid, (Slot, VecDeque<String>)>,
     /// Who ended last, or was made to: most likely the reason of the verdict.
     ended: Option<Pid>,
 }
 
-impl LastWords {
+impl FirstWords {
     /// A worker has logged this.
     pub fn heard(&mut self, pid: Pid, slot: Slot, line: &[u8]) {
         let (_, lines) = self.said.entry(pid).or_insert((slot, VecDeque::new()));
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn the_one_that_ended_is_quoted_and_the_last_lines_of_it_alone() {
-        let mut words = LastWords::default();
+        let mut words = FirstWords::default();
         words.ended(Pid(7));
         assert_eq!(words.take(), "", "it said nothing");
         words.heard(Pid(8), Slot(1), b"WARN a neighbour");
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn where_nobody_is_known_to_have_ended_all_are_quoted() {
-        let mut words = LastWords::default();
+        let mut words = FirstWords::default();
         words.heard(Pid(8), Slot(1), b"WARN one");
         words.heard(Pid(7), Slot(0), b"WARN other");
         let text = words.take();

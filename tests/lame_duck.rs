@@ -1,0 +1,201 @@
+//! `stop --after`, and the whole of a stop under load: not ready, still serving; then the answers, the
+//! deadline, the end.
+
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::support::wire::{Wire, post};
+use crate::support::{Callers, Client, Daemon, PATIENCE, alone, wait_for};
+
+const CONFIG: &str = "
+[workers]
+count = 4
+[methods.sleep]
+builtin = \"sleep\"
+";
+
+/// The health of as many new connections as reach every worker, each asked once.
+fn health(daemon: &Daemon) -> Vec<u16> {
+    let ask = |_| {
+        let mut wire = Wire::to(daemon);
+        wire.send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
+        wire.response().status
+    };
+    (0..64).map(ask).collect()
+}
+
+#[test]
+fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
+    let mut daemon = Daemon::builder()
+        .config(CONFIG)
+        .expect_log("ended by SIGKILL")
+        .start();
+    assert!(health(&daemon).iter().all(|&status| status == 200));
+    let told = daemon.notify().count();
+    let (lasting, connecting) = (
+        Callers::lasting(daemon.address(), 4),
+        Callers::connecting(daemon.address(), 2),
+    );
+    let begin = Instant::now();
+    let address = daemon.address();
+    let socket = daemon.dir().join("control.sock");
+    let stopping = thread::spawn(move || {
+        std::process::Command::new(crate::support::binary())
+            .args(["stop", "--after", "3s", "--control-socket"])
+            .arg(socket)
+            .output()
+            .unwrap()
+    });
+    daemon
+        .notify()
+        .wait(told, PATIENCE, |line| line == "STOPPING=1")
+        .expect("the service manager is told at the beginning");
+    daemon.wait_log("stops in 3 s");
+    wait_for("all workers to have read the order", PATIENCE, || {
+        health(&daemon).iter().all(|&status| status == 503)
+    });
+    let not_ready_after = begin.elapsed();
+    // One that is replaced meanwhile is no readier.
+    let worker = daemon.ready_workers()[0];
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    wait_for("its successor", PATIENCE, || {
+        let ready = daemon.ready_workers();
+        ready.len() == 4 && !ready.contains(&worker)
+    });
+    assert!(health(&daemon).iter().all(|&status| status == 503));
+    let status = daemon.status();
+    let left = status["master"]["stops_in_ms"].as_u64().unwrap();
+    assert!(left <= 3000, "{left}");
+    let refused = daemon.command(&["reload"]);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
+    let (_, connecting) = (lasting.stop(), connecting.stop());
+    assert!(connecting.lost.is_empty(), "{:?}", connecting.lost);
+    let mut running = daemon.client();
+    running.send(&json!({"in": "sleep", "params": 3.5}).to_string());
+    wait_for("new connections refused", PATIENCE, || {
+        TcpStream::connect(address).is_err()
+    });
+    let refused_after = begin.elapsed();
+    assert_eq!(running.recv_json()["result"], 3.5);
+    let stopped = stopping.join().unwrap();
+    assert!(stopped.status.success(), "{stopped:?}");
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    println!("not ready after {not_ready_after:?}, refused after {refused_after:?}");
+    assert!(
+        refused_after >= Duration::from_millis(2900),
+        "{refused_after:?}"
+    );
+    assert!(refused_after <= Duration::from_secs(4), "{refused_after:?}");
+}
+
+#[test]
+fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
+    for term in [false, true] {
+        let mut daemon = Daemon::builder().config(CONFIG).start();
+        let socket = daemon.dir().join("control.sock");
+        let later = thread::spawn(move || {
+            std::process::Command::new(crate::support::binary())
+                .args(["stop", "--after", "10m", "--control-socket"])
+                .arg(socket)
+                .output()
+                .unwrap()
+        });
+        daemon.wait_log("stops in 600 s");
+        let mut running = daemon.client();
+        running.send(&json!({"in": "sleep", "params": 0.7}).to_string());
+        wait_for("the call to run", PATIENCE, || {
+            daemon.workers().iter().any(|worker| worker.running == 1)
+        });
+        let begin = Instant::now();
+        match term {
+            true => daemon.signal(Signal::SIGTERM),
+            false => assert!(daemon.command(&["stop"]).status.success()),
+        }
+        // gracefully: the call that runs is answered
+        assert_eq!(running.recv_json()["result"], 0.7);
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+        assert!(
+            begin.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            begin.elapsed()
+        );
+        assert!(later.join().unwrap().status.success());
+    }
+}
+
+/// The promise about TERM, whole: 100 calls of two seconds, one of a minute, 50 idle connections.
+#[test]
+fn a_stop_answers_a_hundred_calls_gives_the_endless_one_up_and_keeps_to_its_deadline() {
+    const DEADLINE: Duration = Duration::from_secs(5);
+    let _alone = alone();
+    let mut daemon = Daemon::builder()
+        .config(
+            "
+[workers]
+count = 2
+threads = 110
+drain-timeout = \"5s\"
+[limits]
+timeout = \"5s\"
+[methods.sleep]
+builtin = \"sleep\"
+",
+        )
+        .start();
+    let idle: Vec<Client> = (0..50).map(|_| daemon.client()).collect();
+    let mut calls: Vec<Client> = (0..100).map(|_| daemon.client()).collect();
+    let mut endless = daemon.client();
+    let mut web = Wire::to(&daemon);
+    web.send(post("/sleep", "2"));
+    for (id, client) in calls.iter_mut().enumerate() {
+        client.send(&json!({"in": "sleep", "params": 2, "id": id}).to_string());
+    }
+    endless.send(&json!({"in": "sleep", "params": 60, "id": "endless"}).to_string());
+    wait_for("all of them to run", PATIENCE, || {
+        daemon.workers().iter().map(|it| it.running).sum::<u64>() == 102
+    });
+    let begin = Instant::now();
+    daemon.signal(Signal::SIGTERM);
+    wait_for("new connections refused", PATIENCE, || {
+        TcpStream::connect(daemon.address()).is_err()
+    });
+    let refused_after = begin.elapsed();
+    let answered = calls
+        .iter_mut()
+        .enumerate()
+        .filter_map(|(id, client)| {
+            let answer = client.recv_json();
+            client.assert_closed();
+            (answer["result"] == 2 && answer["id"] == id).then_some(())
+        })
+        .count();
+    let response = web.response();
+    assert!(response.status == 200 && response.closes(), "{response:?}");
+    let given_up = endless.recv_json();
+    endless.assert_closed();
+    let status = daemon.wait_exit();
+    let took = begin.elapsed();
+    println!(
+        "{answered} of 100 answered, refused after {refused_after:?}, the endless one: {given_up}; \
+         left after {took:?} with {status:?}"
+    );
+    assert_eq!(answered, 100);
+    assert!(
+        refused_after <= Duration::from_millis(100),
+        "{refused_after:?}"
+    );
+    assert!(
+        matches!(given_up["result"]["code"].as_i64(), Some(-32005 | -32001)),
+        "{given_up}"
+    );
+    assert_eq!(given_up["result"]["started"], true);
+    assert_eq!(status.code(), Some(0));
+    assert!(took <= DEADLINE + Duration::from_millis(500), "{took:?}");
+    drop(idle);
+    daemon.wait_group_gone();
+}
