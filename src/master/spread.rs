@@ -71,7 +71,8 @@ impl Spread {
     }
 }
 
-/// The orders that make them even; none where they are so already.
+/// The orders that make them even; none where they are so already. Those that give are told last, or others
+/// might take it before they are told to leave it.
 fn shares(mut counts: Vec<(Pid, usize)>) -> Vec<Share> {
     let total: usize = counts.iter().map(|(_, count)| count).sum();
     let fullest = counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
@@ -95,7 +96,9 @@ fn shares(mut counts: Vec<(Pid, usize)>) -> Vec<Share> {
             take: target.saturating_sub(count),
         }
     };
-    counts.into_iter().enumerate().map(share).collect()
+    let mut orders: Vec<Share> = counts.into_iter().enumerate().map(share).collect();
+    orders.reverse();
+    orders
 }
 
 #[cfg(test)]
@@ -134,13 +137,13 @@ mod tests {
         };
         assert_eq!(
             shares(of(&[10, 201, 0])),
-            [told(2, 130, 0), told(1, 0, 60), told(3, 0, 70)]
+            [told(3, 0, 70), told(1, 0, 60), told(2, 130, 0)]
         );
-        assert_eq!(shares(of(&[2, 0])), [told(1, 1, 0), told(2, 0, 1)]);
+        assert_eq!(shares(of(&[2, 0])), [told(2, 0, 1), told(1, 1, 0)]);
         // A fresh one gets its share, though nobody has much too much.
         let mut many = vec![100; 19];
         many.push(0);
-        assert_eq!(shares(of(&many)).last(), Some(&told(20, 0, 95)));
+        assert_eq!(shares(of(&many)).first(), Some(&told(20, 0, 95)));
     }
 
     #[test]
