@@ -359,11 +359,7 @@ impl Master<'_> {
                     Some(_) => words,
                     None => String::new(),
                 };
-                let error = Error::NotReady(reason + &words);
-                if let Some(launcher) = self.setup.launcher.take() {
-                    launcher.failed(error.exit_code(), &error.to_string());
-                }
-                self.failure = Some(error);
+                self.failure = Some(Error::NotReady(reason + &words));
             }
         }
     }
@@ -395,6 +391,10 @@ impl Master<'_> {
         }
         self.control.remove();
         self.pid_file.remove();
+        // Only now, when nothing is left: its next try may begin at once.
+        if let (Some(error), Some(launcher)) = (&self.failure, self.setup.launcher.take()) {
+            launcher.failed(error.exit_code(), &error.to_string());
+        }
         log::info!("left");
         match (self.leave, self.failure) {
             // A start that was stopped by order has not failed.
