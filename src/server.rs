@@ -4,6 +4,7 @@
 //! what stopped the master from starting, or with the panic that ended it.
 
 mod methods;
+mod upgraded;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,6 +21,7 @@ use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, builtin};
 use crate::logging::{self, Form, Output};
 use crate::master;
+use crate::master::upgrade::{Arrival, Origin};
 use crate::sys::daemon::{self, Detached, Launcher};
 use crate::sys::descriptor;
 use crate::sys::notify::{self, PassedListener};
@@ -94,18 +96,21 @@ impl Server {
     /// # Errors
     /// What kept it from starting, or ended it.
     pub fn serve(mut self, file: Option<PathBuf>, mut overrides: Overrides) -> Result<()> {
-        if let Some(name) = &self.twice {
-            return Err(Error::Usage(format!(
-                "the method {name:?} is registered twice in this program: rename one of them"
-            )));
-        }
-        one_thread()?;
         overrides.functions = self.functions();
+        match Arrival::take()? {
+            None => {}
+            Some(Arrival::Probe) => return self.probe(overrides),
+            Some(Arrival::TakeOver(trial)) => return self.take_over(trial, overrides),
+        }
+        self.check_names()?;
+        one_thread()?;
         overrides.anchor();
         let settings = config::load(file.as_deref(), &overrides)?;
         // A reload must find the same file from wherever the daemon then is.
         let file = settings.file.clone().or(file);
         let program = self.name();
+        // Before the title is written over the arguments, and before the directory is left.
+        let origin = Origin::of_this_process(file.clone(), &overrides);
         let title = TitleArea::claim();
         // Before the pid changes, which the service manager has written into the variables.
         let passed = notify::take_listeners()
@@ -130,10 +135,13 @@ impl Server {
             Ok(kept) => kept,
             Err(error) => return end(Ok(Err(error)), launcher),
         };
+        let mut trial = None;
         let setup = master::Setup {
             program,
             title,
             settings,
+            origin,
+            trial: &mut trial,
             host: &Running {
                 server: &self,
                 file,
@@ -147,6 +155,15 @@ impl Server {
         };
         let lived = catch_unwind(AssertUnwindSafe(|| master::run(setup)));
         end(lived, launcher)
+    }
+
+    fn check_names(&self) -> Result<()> {
+        match &self.twice {
+            None => Ok(()),
+            Some(name) => Err(Error::Usage(format!(
+                "the method {name:?} is registered twice in this program: rename one of them"
+            ))),
+        }
     }
 }
 
@@ -235,17 +252,21 @@ fn form(settings: &Settings) -> Form {
 }
 
 fn configure_log(settings: &Settings) -> Result<Option<Output>> {
+    let output = open_log(settings)?;
+    logging::configure(settings.log.level, form(settings));
+    Ok(logging::set_output(output))
+}
+
+fn open_log(settings: &Settings) -> Result<Output> {
     let file = settings.log.file.as_deref();
-    let output = logging::open(file).map_err(|error| {
+    logging::open(file).map_err(|error| {
         let place = file.map_or("standard error".into(), |file| file.display().to_string());
         Error::system_with(
             format!("open the log {place}"),
             error,
             "name a place that this user may write to in log.file",
         )
-    })?;
-    logging::configure(settings.log.level, form(settings));
-    Ok(logging::set_output(output))
+    })
 }
 
 /// Closes what the launching shell had open besides the standard streams: a daemon that keeps a

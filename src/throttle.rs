@@ -7,6 +7,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 /// Monotonic milliseconds; where zero lies is the caller's choice.
 pub type Millis = u64;
 
@@ -31,7 +33,8 @@ const FORKS_PER_WINDOW: usize = 12;
 const WINDOW: Millis = 60_000;
 
 /// A slot's record of trouble.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Throttle {
     /// Young deaths in a row.
     young: u32,

@@ -1,4 +1,4 @@
-//! `status`, `reload`, `scale` and `stop`: asks a running master over its control socket.
+//! `status`, `reload`, `upgrade`, `scale` and `stop`: asks a running master over its control socket.
 //!
 //! Finds the socket, sends one request, waits for the answer. What the answers mean is the master's
 //! affair; here a refusal becomes the error, and the exit code, that the master gave it. Places where
@@ -71,6 +71,16 @@ pub(super) fn reload(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String
         .ask(&Request::Reload, Patience::Endless(hint))?
         .0;
     Ok(response.message.unwrap_or_else(|| "reloaded".into()))
+}
+
+/// Asks for the upgrade to the binary that is installed now and waits for the verdict, which comes
+/// from the new one. Returns what it says. After a while `hint` is told what it waits for.
+pub(super) fn upgrade(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String> {
+    // No limit, as for a reload, which is the last part of it.
+    let response = Control::find(place)?
+        .ask(&Request::Upgrade, Patience::Endless(hint))?
+        .0;
+    Ok(response.message.unwrap_or_else(|| "upgraded".into()))
 }
 
 /// Asks for so many workers. Returns what the master says about it.

@@ -93,11 +93,9 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
         Command::Reload { place } => print_line(control::reload(&place, &mut |hint| {
             output::complain(name, hint);
         })?),
-        Command::Upgrade { .. } => Err(Error::Refused(
-            "an upgrade in place is not supported yet; install the new binary, then stop the \
-             server and start it again"
-                .into(),
-        )),
+        Command::Upgrade { place } => print_line(control::upgrade(&place, &mut |hint| {
+            output::complain(name, hint);
+        })?),
         Command::Scale { place, count } => print_line(control::scale(&place, count)?),
         Command::Stop { place, now, after } => {
             let hint = &mut |hint: &str| output::complain(name, hint);

@@ -6,7 +6,7 @@
 use super::output::printable;
 use super::table::{Align, Cell, Paint, Table};
 use super::units;
-use crate::protocol::control::{Death, Listener, Master, State, Status, Worker};
+use crate::protocol::control::{Death, LastReload, Listener, Master, State, Status, Worker};
 
 /// How many deaths are shown; `status --json` has them all.
 const DEATHS_SHOWN: usize = 10;
@@ -76,22 +76,28 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
 }
 
 fn last_reload(page: &mut String, master: &Master, now: u64, colours: bool) {
-    let line = match &master.last_reload {
+    *page += &match &master.last_reload {
         None => Paint::Dim.on("last reload: none since the start", colours),
-        Some(reload) => {
-            let ago = units::seconds(now.saturating_sub(reload.at));
-            match &reload.error {
-                None if reload.ok => format!("last reload: fine, {ago} ago"),
-                error => {
-                    let reason = error.as_deref().unwrap_or("no reason is known");
-                    let line = format!("last reload: refused {ago} ago: {}", printable(reason));
-                    Paint::Red.on(&line, colours)
-                }
-            }
-        }
+        Some(reload) => ended("reload", reload, now, colours),
     };
-    *page += &line;
     page.push('\n');
+    // Seldom enough that its absence is no news.
+    if let Some(upgrade) = &master.last_upgrade {
+        *page += &ended("upgrade", upgrade, now, colours);
+        page.push('\n');
+    }
+}
+
+fn ended(what: &str, how: &LastReload, now: u64, colours: bool) -> String {
+    let ago = units::seconds(now.saturating_sub(how.at));
+    match &how.error {
+        None if how.ok => format!("last {what}: fine, {ago} ago"),
+        error => {
+            let reason = error.as_deref().unwrap_or("no reason is known");
+            let line = format!("last {what}: refused {ago} ago: {}", printable(reason));
+            Paint::Red.on(&line, colours)
+        }
+    }
 }
 
 fn workers(workers: &[Worker]) -> Table {

@@ -31,6 +31,7 @@ fn busy() -> Status {
                 at: 1_000,
                 error: None,
             }),
+            last_upgrade: None,
             target: 3,
             warnings: vec!["workers run as root".into()],
         },

@@ -95,6 +95,22 @@ pub fn load_or_faults(
     faults::settings_or_faults(&here, &files, overrides)
 }
 
+/// The settings that [`Settings::to_toml`] has written, perhaps in another version; `file` is where
+/// they were read from.
+///
+/// # Errors
+/// What this version would not read.
+pub fn of_effective(
+    text: String,
+    file: Option<PathBuf>,
+    overrides: &Overrides,
+) -> Result<Settings> {
+    let place = file.clone().unwrap_or_else(|| "/".into());
+    let files = Files::of_text(&place, text)?;
+    let settings = settings_of(&Surroundings::here(), &files, overrides)?;
+    Ok(Settings { file, ..settings })
+}
+
 /// [`load`] with nothing taken from the process.
 fn load_in(here: &Surroundings, file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
     let files = match here.main_file(file) {

@@ -41,11 +41,12 @@ pub enum Received<T> {
 /// When there is no descriptor left.
 pub fn pair() -> io::Result<(MasterEnd, WorkerEnd)> {
     let (master, worker) = socket::packet_pair()?;
-    Ok((Channel::new(master), Channel::new(worker)))
+    Ok((Channel::of(master), Channel::of(worker)))
 }
 
 impl<S: Body, R: Body> Channel<S, R> {
-    fn new(fd: OwnedFd) -> Self {
+    /// The end that this descriptor is, which came from a program before this one.
+    pub fn of(fd: OwnedFd) -> Self {
         Channel {
             fd,
             bodies: PhantomData,

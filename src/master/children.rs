@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::event::{Limits, Millis};
 use super::recycle::Wear;
@@ -74,8 +75,9 @@ impl Tenure {
 }
 
 /// Where a child is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stage {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
     /// Forked, not yet ready.
     Starting,
     /// Serves.

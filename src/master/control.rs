@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use nix::poll::PollFlags;
+use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
 use super::listeners::bind_path;
@@ -32,7 +33,7 @@ const RETRY_MS: Millis = 200;
 
 /// Names a client of the control socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ClientId(u64);
+pub struct ClientId(pub(super) u64);
 
 /// One client.
 #[derive(Debug)]
@@ -60,6 +61,40 @@ pub struct Control {
     closed_until: Millis,
 }
 
+/// The control socket as it crosses an upgrade.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlState {
+    /// Its path.
+    pub path: OwnPath,
+    /// Its descriptor's number.
+    pub fd: RawFd,
+    /// The number that the next client gets.
+    pub next: u64,
+    /// Its clients.
+    pub clients: Vec<ClientState>,
+}
+
+/// A client of the control socket, likewise.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientState {
+    /// Its number.
+    pub id: u64,
+    /// Its descriptor's number.
+    pub fd: RawFd,
+    /// What it has sent of its request.
+    pub received: Vec<u8>,
+    /// What it has not taken yet of its answer.
+    pub unsent: Vec<u8>,
+    /// Whether it has asked.
+    pub asked: bool,
+    /// Whether it sends nothing more.
+    pub ended: bool,
+    /// Whether it stays once it is answered.
+    pub keep: bool,
+    /// When it is given up.
+    pub deadline: Option<Millis>,
+}
+
 impl Control {
     /// Binds the socket. To be called under the pid file's lock.
     ///
@@ -85,6 +120,67 @@ impl Control {
             listener: fd.into(),
             clients: BTreeMap::new(),
             next: 0,
+            closed_until: 0,
+        })
+    }
+
+    /// What the program after this one has to know.
+    pub fn export(&self) -> ControlState {
+        let client = |(id, client): (&ClientId, &Client)| ClientState {
+            id: id.0,
+            fd: client.stream.as_raw_fd(),
+            received: client.received.clone(),
+            unsent: client.unsent.clone(),
+            asked: client.asked,
+            ended: client.ended,
+            keep: client.keep,
+            deadline: client.deadline,
+        };
+        ControlState {
+            path: self.path.clone(),
+            fd: self.listener.as_raw_fd(),
+            next: self.next,
+            clients: self.clients.iter().map(client).collect(),
+        }
+    }
+
+    /// What the program before this one has left; `take` gives the descriptors.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub fn import(
+        state: ControlState,
+        mut take: impl FnMut(RawFd) -> Result<OwnedFd>,
+    ) -> Result<Self> {
+        let mut clients = BTreeMap::new();
+        for client in state.clients {
+            let stream = UnixStream::from(take(client.fd)?);
+            let ClientState {
+                id,
+                fd: _,
+                received,
+                unsent,
+                asked,
+                ended,
+                keep,
+                deadline,
+            } = client;
+            let client = Client {
+                stream,
+                received,
+                unsent,
+                asked,
+                ended,
+                keep,
+                deadline,
+            };
+            clients.insert(ClientId(id), client);
+        }
+        Ok(Control {
+            path: state.path,
+            listener: take(state.fd)?.into(),
+            clients,
+            next: state.next,
             closed_until: 0,
         })
     }

@@ -89,6 +89,13 @@ pub struct Deaths {
 }
 
 impl Deaths {
+    /// Records, oldest first, of `total` deaths.
+    pub(super) fn of(mut records: VecDeque<Death>, total: u64) -> Self {
+        let surplus = records.len().saturating_sub(KEPT);
+        records.drain(..surplus);
+        Deaths { records, total }
+    }
+
     /// Keeps one more record, in place of the oldest.
     pub(super) fn keep(&mut self, death: Death) {
         if self.records.len() == KEPT {

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use crate::link::ids::{Generation, Pid, Slot};
 pub use crate::sys::process::Exit;
@@ -17,8 +18,10 @@ pub type Millis = u64;
 /// Most workers that one generation may have.
 pub const MAX_COUNT: usize = 1024;
 
-/// What one generation's configuration says about its workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What one generation's configuration says about its workers. A member that is added is 0 where
+/// the program before an upgrade did not know it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Limits {
     /// How many workers: 1 to [`MAX_COUNT`]; what lies outside is moved to the nearer end.
     pub count: usize,

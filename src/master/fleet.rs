@@ -79,8 +79,17 @@ pub struct Fleet {
 impl Fleet {
     /// A fleet whose workers are all still to be forked: the actions say so.
     pub fn new(limits: Limits, now: Millis) -> (Self, Vec<Action>) {
+        let mut fleet = Fleet::bare(limits, now);
+        let count = fleet.count;
+        fleet.open(Generation::FIRST, 0, count);
+        let actions = fleet.leave();
+        (fleet, actions)
+    }
+
+    /// One without a seat.
+    pub(super) fn bare(limits: Limits, now: Millis) -> Self {
         let count = limits.count.clamp(1, MAX_COUNT);
-        let mut fleet = Fleet {
+        Fleet {
             phase: Phase::StartUp,
             serving: Generation::FIRST,
             limits,
@@ -97,10 +106,7 @@ impl Fleet {
             promised: None,
             now,
             actions: Vec::new(),
-        };
-        fleet.open(Generation::FIRST, 0, count);
-        let actions = fleet.leave();
-        (fleet, actions)
+        }
     }
 
     /// Something happened: what now.

@@ -26,6 +26,7 @@ enum Happening {
     Scale(usize),
     ScaleBy(i32),
     ForksRefused(bool),
+    Crosses,
     ForksHeld(bool),
     OddReport(i32),
     Stop,
@@ -62,6 +63,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => (-3..4).prop_map(ScaleBy),
         1 => any::<bool>().prop_map(ForksRefused),
         2 => any::<bool>().prop_map(ForksHeld),
+        2 => Just(Crosses),
         1 => (0..400).prop_map(OddReport),
     ]
 }
@@ -154,6 +156,7 @@ fn happen(world: &mut World, limits: Limits, happening: Happening) {
         }
         Happening::Scale(count) => world.tell(Event::Scale { count }),
         Happening::ScaleBy(by) => world.tell(Event::ScaleBy { by }),
+        Happening::Crosses => world.cross(),
         Happening::ForksRefused(refused) => world.refuse_forks = refused,
         Happening::ForksHeld(held) => {
             world.hold_forks = held;

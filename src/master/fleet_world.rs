@@ -66,6 +66,20 @@ pub(super) struct World {
 }
 
 impl World {
+    /// Another program goes on with the fleet, where an upgrade may come.
+    #[allow(clippy::unwrap_used)]
+    pub fn cross(&mut self) {
+        if !self.fleet.can_reload() || !self.ordered.is_empty() {
+            return;
+        }
+        let before = self.fleet.export();
+        let table = serde_json::to_string(&before).unwrap();
+        let read = serde_json::from_str(&table).unwrap();
+        let (fleet, actions) = Fleet::import(read, self.now).unwrap();
+        self.fleet = fleet;
+        self.absorb(actions);
+    }
+
     /// A fresh master whose workers were forked and not yet ready.
     pub fn new(limits: Limits) -> World {
         let (fleet, actions) = Fleet::new(limits, 1_000);

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::supervise::Master;
 use crate::link::ids::Pid;
@@ -30,7 +31,33 @@ pub struct Left {
     pub record_index: usize,
 }
 
+/// A keeper whose worker is gone, as it crosses an upgrade.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperState {
+    /// Who it is.
+    pub pid: i32,
+    /// Its worker.
+    pub worker: i32,
+    /// The place of the record.
+    pub record: usize,
+}
+
 impl Keepers {
+    /// What the program after this one has to know.
+    pub fn export(&self) -> Vec<KeeperState> {
+        let keeper = |(pid, left): (&Pid, &Left)| KeeperState {
+            pid: pid.0,
+            worker: left.worker.0,
+            record: left.record_index,
+        };
+        self.0.iter().map(keeper).collect()
+    }
+
+    /// The program before this one had this keeper.
+    pub fn import(&mut self, keeper: Pid, left: Left) {
+        self.0.insert(keeper, left);
+    }
+
     /// A worker was reaped. Gives the record back when nobody needs it any more.
     pub fn left(&mut self, left: Left) -> Option<usize> {
         match keeper_of(left.record) {

@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::rc::Rc;
@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{Mode, umask};
+use serde::{Deserialize, Serialize};
 
 use super::own_path::OwnPath;
 use crate::config::{Address, Listen, Settings};
@@ -39,7 +40,58 @@ pub struct Listener {
     path: Option<OwnPath>,
 }
 
+/// A listener as it crosses an upgrade.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerState {
+    /// As the configuration has it.
+    pub address: String,
+    /// The service manager's name for it.
+    pub name: Option<String>,
+    /// As it is bound.
+    pub bound: String,
+    /// The backlog that was asked for.
+    pub backlog: u32,
+    /// The path that is to be removed at the end.
+    pub path: Option<OwnPath>,
+    /// Its descriptor's number.
+    pub fd: RawFd,
+}
+
 impl Listener {
+    /// What the program after this one has to know.
+    pub fn export(&self) -> ListenerState {
+        ListenerState {
+            address: self.address.to_string(),
+            name: self.name.clone(),
+            bound: self.bound.clone(),
+            backlog: self.backlog.get(),
+            path: self.path.clone(),
+            fd: self.fd.as_raw_fd(),
+        }
+    }
+
+    /// What the program before this one has left, with its descriptor.
+    ///
+    /// # Errors
+    /// When it is no listening socket, or the address is none.
+    pub fn import(state: ListenerState, fd: OwnedFd) -> Result<Self> {
+        let wrong = |what: &str| Error::Refused(format!("listener {}: {what}", state.address));
+        if !socket::is_listening(&fd) {
+            return Err(wrong("its descriptor is no listening socket"));
+        }
+        Ok(Listener {
+            address: state
+                .address
+                .parse()
+                .map_err(|error: String| wrong(&error))?,
+            name: state.name,
+            bound: state.bound,
+            fd: Rc::new(fd),
+            backlog: Cell::new(state.backlog),
+            path: state.path,
+        })
+    }
+
     /// Connections that wait, and how many may.
     pub fn queue(&self) -> (Option<u32>, u32) {
         match socket::accept_queue(&self.fd) {

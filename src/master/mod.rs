@@ -18,6 +18,7 @@
 //! | `limiter` | how often a repeated trouble may be logged |
 //! | `spread` | who gives how many lasting connections to whom |
 //! | [`view`] | what `status` shows |
+//! | [`upgrade`] | another program in the same process |
 
 mod children;
 mod control;
@@ -44,6 +45,7 @@ mod spreading;
 mod start;
 mod status;
 mod supervise;
+pub mod upgrade;
 pub mod view;
 mod watch;
 mod workers;

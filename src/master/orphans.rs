@@ -8,8 +8,10 @@
 
 use std::collections::BTreeSet;
 
+use super::upgrade::state::OrphansState;
 use crate::handler::command::sweep::call_of;
 use crate::sys::process::{self, Pid};
+use crate::sys::spawn;
 use crate::sys::tree::{self, Held};
 
 /// See the module.
@@ -27,6 +29,22 @@ impl Orphans {
         Orphans {
             others: tree::adopted().into_iter().collect(),
             hunts: false,
+        }
+    }
+
+    /// What the program after this one has to know.
+    pub fn export(&self) -> OrphansState {
+        OrphansState {
+            others: self.others.iter().map(|pid| pid.0).collect(),
+            hunts: self.hunts,
+        }
+    }
+
+    /// What the program before this one knew.
+    pub fn import(state: OrphansState) -> Self {
+        Orphans {
+            others: state.others.into_iter().map(Pid).collect(),
+            hunts: state.hunts,
         }
     }
 
@@ -51,7 +69,8 @@ impl Orphans {
             if is_init {
                 call_of(pid).is_some_and(|(worker, _)| !process::is_forked(worker))
             } else {
-                !process::is_forked(pid) && !self.others.contains(&pid) && !ours(pid)
+                let known = process::is_forked(pid) || spawn::is_child(pid) || ours(pid);
+                !known && !self.others.contains(&pid)
             }
         };
         let mut left = tree::adopted();

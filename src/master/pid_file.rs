@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -85,6 +85,23 @@ impl PidFile {
             self.file.set_len(text.len() as u64)
         };
         write().map_err(|error| refused("write", self.path.as_ref(), error))
+    }
+
+    /// The file and its descriptor, for the program that goes on with the lock.
+    pub fn export(&self) -> (OwnPath, RawFd) {
+        (self.path.clone(), self.raw_descriptor())
+    }
+
+    /// The file whose lock came with its descriptor.
+    ///
+    /// # Errors
+    /// When it does not hold the lock.
+    pub fn import(path: OwnPath, fd: OwnedFd) -> Result<Self> {
+        // Locked once more, which changes nothing: the lock belongs to the open file.
+        match Flock::lock(File::from(fd), FlockArg::LockExclusiveNonblock) {
+            Ok(file) => Ok(PidFile { path, file }),
+            Err((_, error)) => Err(refused("keep the lock of", path.as_ref(), error.into())),
+        }
     }
 
     /// Removes the file, under the lock.

@@ -10,6 +10,7 @@
 //! any other, and the old worker serves on; when the old one goes first, the seat is the successor's.
 
 use log::Level;
+use serde::{Deserialize, Serialize};
 
 use super::children::{Child, Holder, Seat};
 use super::deaths::{self, Death};
@@ -27,21 +28,22 @@ const SAMPLES_APART: Millis = 1_000;
 const LINES: (u64, Millis) = (20, 1_000);
 
 /// What a worker has been through.
-#[derive(Debug, Default)]
-pub(super) struct Wear {
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Wear {
     /// It is to be replaced.
-    pub wish: Option<Wish>,
+    pub(super) wish: Option<Wish>,
     /// Its memory was above the limit when last seen.
     above: bool,
     /// Its successor has taken over; `Some` wish, and it drains.
-    pub replaced: bool,
+    pub(super) replaced: bool,
     /// What it was stuck in, if it was.
-    pub evidence: Option<String>,
+    pub(super) evidence: Option<String>,
 }
 
 /// Why a worker is to be replaced.
-#[derive(Debug, Clone)]
-pub(super) struct Wish {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wish {
     reason: String,
     since: Millis,
     /// It can't wait for others.

@@ -21,7 +21,7 @@ impl Master<'_> {
     /// Begins the reload that was asked for, once none is under way. Requests that come in a
     /// burst are one.
     pub(super) fn reload_if_asked(&mut self) {
-        if !self.reload_asked {
+        if !self.reload_asked || self.upgrade.holds_reload() {
             return;
         }
         if !self.fleet.can_reload() {
@@ -119,6 +119,9 @@ impl Master<'_> {
                 Response::refused(format!("reload refused: {reason}{words}"), 1)
             }
         };
+        if self.upgrade_judged(&verdict, &words) {
+            return;
+        }
         self.last_reload = Some(LastReload {
             ok: verdict.is_ok(),
             at: wall_clock(),

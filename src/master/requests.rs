@@ -24,10 +24,7 @@ impl Master<'_> {
                 Signal::SIGINT | Signal::SIGQUIT => self.stop(Event::StopNow),
                 Signal::SIGHUP => self.reload_asked = true,
                 Signal::SIGUSR1 => self.reopen_log(),
-                Signal::SIGUSR2 => log::warn!(
-                    "SIGUSR2: an upgrade in place is not supported yet; nothing has changed. \
-                     Restart the service to run a new binary"
-                ),
+                Signal::SIGUSR2 => self.ask_upgrade(None),
                 Signal::SIGTTIN => self.tell(Event::ScaleBy { by: 1 }),
                 Signal::SIGTTOU => self.tell(Event::ScaleBy { by: -1 }),
                 // SIGCHLD: every wake-up reaps.
@@ -56,6 +53,7 @@ impl Master<'_> {
     pub(super) fn stop(&mut self, event: Event) {
         self.will_stop();
         self.tell(event);
+        self.drop_upgrade();
         // Closed after the workers were told, who first take in what is in the queue.
         for listener in &self.ground.listeners {
             listener.remove_path();
@@ -95,6 +93,7 @@ impl Master<'_> {
                 let about = About {
                     started: self.started,
                     last_reload: self.last_reload.as_ref(),
+                    last_upgrade: self.upgrade.last.as_ref(),
                     warnings: &self.ground.settings.warnings,
                     listeners: &self.ground.listeners,
                 };
@@ -110,6 +109,7 @@ impl Master<'_> {
                 self.reload_asked = true;
                 self.next_verdict_for.push(client);
             }
+            Request::Upgrade => self.ask_upgrade(Some(client)),
             Request::Scale { count } => {
                 let answer = if self.stopping {
                     Response::refused("the server stops", 1)

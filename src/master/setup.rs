@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::upgrade::{Origin, Trial};
 use crate::config::Settings;
 use crate::error::Result;
 use crate::handler::registry::Registry;
@@ -43,6 +44,10 @@ pub struct Setup<'a> {
     pub becomes: Become,
     /// Listeners of the service manager's.
     pub passed: Vec<PassedListener>,
+    /// How it was started, for an upgrade.
+    pub origin: Origin,
+    /// The upgrade that this program was started by, until its verdict.
+    pub trial: &'a mut Option<Trial>,
     /// The shell that waits for a daemon; taken once it has its answer.
     pub launcher: &'a mut Option<Launcher>,
 }

@@ -18,6 +18,7 @@ use super::pid_file::PidFile;
 use super::setup::Setup;
 use super::spread::Spread;
 use super::supervise::{Master, now};
+use super::upgrade::Upgrade;
 use super::workers::{Ground, Known, Workers};
 use crate::config::Settings;
 use crate::error::{Error, Result};
@@ -26,7 +27,8 @@ use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::title;
 
-const HEARD: [Signal; 9] = [
+/// The signals that a master listens to.
+pub(super) const HEARD: [Signal; 9] = [
     Signal::SIGTERM,
     Signal::SIGINT,
     Signal::SIGQUIT,
@@ -59,6 +61,9 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     // Held for a failure's sake alone: a listener that the master gives up must be closed.
     drop(opened);
     let mut master = started?;
+    for warning in &master.ground.settings.warnings {
+        log::warn!("{warning}");
+    }
     master.serve();
     master.finish()
 }
@@ -84,10 +89,7 @@ fn start<'a>(
     process::become_subreaper().map_err(system("become a subreaper"))?;
     // The last that can fail: its path needs no taking back.
     let control = Control::bind(&settings.control_socket)?;
-    if let Some(area) = setup.title {
-        area.set(&master_title(&setup.program, &settings));
-    }
-    title::set_comm(&format!("{} master", setup.program));
+    show_title(&setup);
     let now = now();
     let (fleet, actions) = Fleet::new(limits(&settings), now);
     let registry = setup.host.registry(&settings);
@@ -126,6 +128,7 @@ fn start<'a>(
         actions: actions.into(),
         leave: None,
         reap_again: false,
+        upgrade: Upgrade::default(),
     })
 }
 
@@ -144,6 +147,14 @@ pub(super) fn limits(settings: &Settings) -> Limits {
         max_lifetime: millis(workers.max_lifetime),
         max_unavailable: workers.max_unavailable,
     }
+}
+
+/// From here on `ps` says who this is.
+pub(super) fn show_title(setup: &Setup<'_>) {
+    if let Some(area) = setup.title {
+        area.set(&master_title(&setup.program, &setup.settings));
+    }
+    title::set_comm(&format!("{} master", setup.program));
 }
 
 fn master_title(program: &str, settings: &Settings) -> String {

@@ -19,6 +19,8 @@ pub struct About<'a> {
     pub started: Millis,
     /// How the last reload ended.
     pub last_reload: Option<&'a LastReload>,
+    /// How the last upgrade ended.
+    pub last_upgrade: Option<&'a LastReload>,
     /// What is worth a word.
     pub warnings: &'a [String],
     /// The listeners of the generation that serves.
@@ -34,6 +36,7 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
             generation: fleet.generation().0,
             uptime_s: now.saturating_sub(about.started) / 1000,
             last_reload: about.last_reload.cloned(),
+            last_upgrade: about.last_upgrade.cloned(),
             target: fleet.target_count(),
             stops_in_ms: fleet.stops_at().map(|at| at.saturating_sub(now)),
             warnings: about.warnings.to_vec(),

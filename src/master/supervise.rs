@@ -21,6 +21,7 @@ use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
 use super::spread::Spread;
+use super::upgrade::Upgrade;
 use super::workers::{Ground, Parent, Workers};
 use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
@@ -73,20 +74,24 @@ pub(super) struct Master<'a> {
     pub(super) leave: Option<u8>,
     /// More children may have ended than one look takes.
     pub(super) reap_again: bool,
+    pub(super) upgrade: Upgrade,
 }
 
 impl Master<'_> {
     pub(super) fn serve(&mut self) {
-        for warning in &self.ground.settings.warnings {
-            log::warn!("{warning}");
-        }
         self.act();
         signal::unblock_all();
+        // After an upgrade its reload has begun, or failed, before anything else comes.
+        self.reload_if_asked();
+        self.advance_upgrade();
         while self.leave.is_none() {
             let ready = self.wait();
             self.hear();
             for pid in ready.links {
                 self.reports(pid);
+            }
+            if ready.probe {
+                self.upgrade.listen();
             }
             self.reap();
             if ready.control {
@@ -101,6 +106,7 @@ impl Master<'_> {
             self.pass_time();
             self.spread();
             self.reload_if_asked();
+            self.advance_upgrade();
             self.show_status();
         }
     }
@@ -121,7 +127,9 @@ impl Master<'_> {
                 .iter()
                 .map(|(_, fd, wanted)| PollFd::new(*fd, *wanted)),
         );
+        let probe = self.upgrade.output();
         fds.extend(listener.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        fds.extend(probe.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, self.timeout()) {
             Ok(_) | Err(Errno::EINTR) => {}
             // Out of memory for a moment: signals and the clock are looked at all the same.
@@ -130,6 +138,7 @@ impl Master<'_> {
         let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
         let (links_at, clients_at) = (1, 1 + links.len());
         let control_at = clients_at + clients.len();
+        let probe_at = control_at + usize::from(listener.is_some());
         Ready {
             links: links
                 .iter()
@@ -143,7 +152,8 @@ impl Master<'_> {
                 .filter(|(_, fd)| is_ready(fd))
                 .map(|((id, _, _), _)| *id)
                 .collect(),
-            control: fds.get(control_at).is_some_and(is_ready),
+            control: listener.is_some() && is_ready(&fds[control_at]),
+            probe: probe.is_some() && is_ready(&fds[probe_at]),
         }
     }
 
@@ -157,6 +167,7 @@ impl Master<'_> {
             self.control.next_deadline(now()),
             watchdog,
             self.spread.next(),
+            self.upgrade.deadline(),
         ]
         .into_iter()
         .flatten()
@@ -200,6 +211,9 @@ impl Master<'_> {
         self.reap_again = ended.len() == MOST_REAPED;
         for ended in ended {
             let pid = ended.pid;
+            if self.probe_ended(pid, ended.exit) {
+                continue;
+            }
             // What it said last comes before its end.
             self.reports(pid);
             let worker = self.workers.remove(pid);
@@ -410,6 +424,7 @@ struct Ready {
     links: Vec<process::Pid>,
     clients: Vec<ClientId>,
     control: bool,
+    probe: bool,
 }
 
 /// The clock of all deadlines: CLOCK_MONOTONIC, which the workers' heartbeats are written in too.

@@ -20,6 +20,9 @@ pub enum Request {
     /// Reads the configuration again. Answered with the verdict, which can take as long as
     /// `workers.boot-timeout` for each of two steps.
     Reload,
+    /// Runs the binary that is installed now in place of the running one. Answered with the verdict:
+    /// that of the new binary's reload.
+    Upgrade,
     /// Sets how many workers there are, until the next reload.
     Scale {
         /// The new count, 1 to 1024.
@@ -127,6 +130,9 @@ pub struct Master {
     pub uptime_s: u64,
     /// How the last reload ended; null as long as there was none.
     pub last_reload: Option<LastReload>,
+    /// How the last upgrade ended; null as long as there was none.
+    #[serde(default)]
+    pub last_upgrade: Option<LastReload>,
     /// How many workers there are meant to be.
     #[serde(default)]
     pub target: usize,
@@ -138,10 +144,10 @@ pub struct Master {
     pub warnings: Vec<String>,
 }
 
-/// How a reload ended.
+/// How a reload, or an upgrade, ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastReload {
-    /// Whether the new generation took over.
+    /// Whether the new generation, or the new binary, took over.
     pub ok: bool,
     /// When the verdict was given, in seconds since 1970.
     pub at: u64,
@@ -293,6 +299,7 @@ mod tests {
         for (request, written) in [
             (Request::Status, json!({"command": "status"})),
             (Request::Reload, json!({"command": "reload"})),
+            (Request::Upgrade, json!({"command": "upgrade"})),
             (
                 Request::Scale { count: 4 },
                 json!({"command": "scale", "count": 4}),

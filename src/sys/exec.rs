@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::ffi::{CStr, CString, OsStr, OsString};
@@ -46,9 +47,11 @@ pub fn take_variable(name: &str) -> Option<OsString> {
     value
 }
 
-/// The environment of this process with these variables added, as exec takes it.
-pub fn environment(more: &[(&str, &OsStr)]) -> Vec<CString> {
-    let own = env::vars_os().filter(|(name, _)| more.iter().all(|(other, _)| name != other));
+/// The environment of this process without some variables and with others, as exec takes it.
+pub fn environment(without: &[&str], more: &[(&str, &OsStr)]) -> Vec<CString> {
+    let replaced = |name: &OsStr| more.iter().any(|(other, _)| name == *other);
+    let left_out = |name: &OsStr| without.iter().any(|other| name == *other);
+    let own = env::vars_os().filter(|(name, _)| !replaced(name) && !left_out(name));
     let more = more
         .iter()
         .map(|(name, value)| (OsString::from(name), value.to_os_string()));
@@ -137,10 +140,14 @@ fn set_flags(numbers: &[RawFd], flags: FdFlag) -> io::Result<()> {
     Ok(())
 }
 
-/// Descriptors that came through an exec, by their numbers. They stay open as long as this lives;
-/// who needs one takes a duplicate, so that all are still there to go back with.
+/// Descriptors that came through an exec, by their numbers. They stay open as long as this lives, so
+/// that all are still there to go back with: who needs one takes a duplicate.
 #[derive(Debug, Default)]
-pub struct Through(BTreeMap<RawFd, OwnedFd>);
+pub struct Through {
+    all: RefCell<BTreeMap<RawFd, OwnedFd>>,
+    /// Nobody goes back: who needs one takes it itself, and no second descriptor is needed.
+    for_good: bool,
+}
 
 impl Through {
     /// Takes over `numbers`, and closes them to the next exec. To be called once in the life of a
@@ -148,7 +155,7 @@ impl Through {
     ///
     /// # Errors
     /// When one of them is not open, or is a standard stream.
-    pub fn claim(numbers: &BTreeSet<RawFd>) -> io::Result<Self> {
+    pub fn claim(numbers: &BTreeSet<RawFd>, for_good: bool) -> io::Result<Self> {
         let mut claimed = BTreeMap::new();
         let all: Vec<RawFd> = numbers.iter().copied().collect();
         if all.iter().any(|&number| number <= 2) {
@@ -161,21 +168,28 @@ impl Through {
             // us for us to own, and each number is taken once.
             claimed.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
         }
-        Ok(Through(claimed))
+        Ok(Through {
+            all: RefCell::new(claimed),
+            for_good,
+        })
     }
 
-    /// A duplicate of one of them.
+    /// One of them, or a duplicate.
     ///
     /// # Errors
     /// When it is none of them, or no descriptor is left.
     pub fn take(&self, number: RawFd) -> io::Result<OwnedFd> {
         let missing = || io::Error::from(Errno::EBADF);
-        self.0.get(&number).ok_or_else(missing)?.try_clone()
+        let mut all = self.all.borrow_mut();
+        if self.for_good {
+            return all.remove(&number).ok_or_else(missing);
+        }
+        all.get(&number).ok_or_else(missing)?.try_clone()
     }
 
     /// Their numbers.
     pub fn numbers(&self) -> Vec<RawFd> {
-        self.0.keys().copied().collect()
+        self.all.borrow().keys().copied().collect()
     }
 }
 
@@ -208,13 +222,17 @@ mod tests {
         assert!(read_whole(file.as_fd(), 4).is_err());
         let number = file.into_raw_fd();
         set_flags(&[number], FdFlag::empty()).unwrap();
-        let through = Through::claim(&BTreeSet::from([number])).unwrap();
+        let through = Through::claim(&BTreeSet::from([number]), false).unwrap();
         let one = through.take(number).unwrap();
         let flags = fcntl(one.as_fd(), FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
         assert!(through.take(number + 1000).is_err());
-        assert!(Through::claim(&BTreeSet::from([1])).is_err());
-        assert!(Through::claim(&BTreeSet::from([i32::MAX])).is_err());
+        assert!(Through::claim(&BTreeSet::from([1]), false).is_err());
+        assert!(Through::claim(&BTreeSet::from([i32::MAX]), false).is_err());
+        let through = Through::claim(&BTreeSet::from([one.into_raw_fd()]), true).unwrap();
+        let number = through.numbers()[0];
+        assert_eq!(through.take(number).unwrap().as_raw_fd(), number);
+        assert!(through.take(number).is_err(), "it is gone");
     }
 
     #[test]

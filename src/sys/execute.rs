@@ -30,6 +30,8 @@ pub(super) struct Plan<'a> {
     pub envp: &'a [*const c_char],
     /// By the number that each has in the child.
     pub stdio: &'a [RawFd],
+    /// Whether the kernel kills it when the thread that starts it ends.
+    pub dies_with_us: bool,
     pub failed: Cell<Option<SpawnError>>,
 }
 
@@ -79,6 +81,10 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
                 step: Step::Account,
                 errno,
             })?;
+        }
+        if plan.dies_with_us {
+            // After the last change of user, which would take it back.
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         }
         // As that user, who may not enter what we may.
         check(Step::Directory, libc::chdir(template.directory.as_ptr()))?;

@@ -154,6 +154,26 @@ fn with_forked<T>(look: impl FnOnce(&mut BTreeSet<Pid>) -> T) -> T {
     look(&mut FORKED.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// From now on `pid` counts as forked here: the program that this process ran before has done it.
+pub fn has_forked(pid: Pid) {
+    with_forked(|forked| forked.insert(pid));
+}
+
+/// From now on it does not: nobody here will reap it.
+pub fn forget_forked(pid: Pid) {
+    with_forked(|forked| forked.remove(&pid));
+}
+
+/// Whether `pid` is a child of this process that is not reaped yet (waitid(2), WNOWAIT).
+pub fn is_child(pid: Pid) -> bool {
+    // SAFETY: the structure is plain data for the kernel to fill.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        libc::waitid(libc::P_PID, pid.0.unsigned_abs(), &raw mut info, flags) == 0
+    }
+}
+
 /// Whether `pid` is a child that was forked here and is not reaped yet.
 pub fn is_forked(pid: Pid) -> bool {
     with_forked(|forked| forked.contains(&pid))

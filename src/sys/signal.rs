@@ -63,6 +63,14 @@ impl SignalPipe {
             .collect()
     }
 
+    /// Makes those that have come since the last `take` pending once more, for the program that this
+    /// process becomes. To be called while all are blocked.
+    pub fn hand_back(&self) {
+        for signal in self.take() {
+            let _ = nix::sys::signal::raise(signal);
+        }
+    }
+
     /// Leaves a pipe that was inherited by fork, in the child: its signals would wake the parent.
     /// The handlers stay, and do nothing.
     pub fn detach(&mut self) {

@@ -193,6 +193,30 @@ pub fn spawn(
     environment: &[&CStr],
     stdio: Stdio<'_>,
 ) -> Result<Child, SpawnError> {
+    start(template, arguments, environment, stdio, false)
+}
+
+/// The same, and the kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)): for a
+/// process with one thread.
+///
+/// # Errors
+/// As `spawn`.
+pub fn spawn_dying_with_us(
+    template: &Template,
+    arguments: &[&CStr],
+    environment: &[&CStr],
+    stdio: Stdio<'_>,
+) -> Result<Child, SpawnError> {
+    start(template, arguments, environment, stdio, true)
+}
+
+fn start(
+    template: &Template,
+    arguments: &[&CStr],
+    environment: &[&CStr],
+    stdio: Stdio<'_>,
+    dies_with_us: bool,
+) -> Result<Child, SpawnError> {
     let pointers = |strings: &[&CStr]| -> Vec<*const c_char> {
         let strings = strings.iter().map(|string| string.as_ptr());
         strings.chain([ptr::null()]).collect()
@@ -220,6 +244,7 @@ pub fn spawn(
         argv: &argv,
         envp: &envp,
         stdio: &fds,
+        dies_with_us,
         failed: Cell::new(None),
     };
     let mut stack = Vec::<u8>::with_capacity(STACK);
@@ -305,6 +330,12 @@ impl Child {
     /// Waits until it has ended, `limit` at most; tells whether it has.
     pub fn ends_within(&self, limit: Duration) -> bool {
         ends_within(&[self.pidfd.as_fd()], limit)
+    }
+
+    /// Its status was taken by who waits for any child.
+    pub fn was_reaped(&mut self) {
+        self.reaped = true;
+        with_children(|children| children.remove(&self.pid.0));
     }
 
     /// Takes its status. Waits for its end, so that is to be known before.

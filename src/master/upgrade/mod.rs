@@ -1,0 +1,352 @@
+//! The upgrade of the running program in place (SIGUSR2, `upgrade`): another binary, the same
+//! process.
+//!
+//! 1. What stands at the path that the server was started from is run beside it as a *probe*, with
+//!    the real configuration and all that the master knows. What is missing, broken, hangs or can't
+//!    read that, is found here, and nothing has changed.
+//! 2. The master becomes that program (execve(2)). Its pid stays, and so do its children; listeners,
+//!    the workers' links, the scoreboard, the adoption queue, the lock of the pid file, the control
+//!    socket and its clients cross by their descriptors, what they mean in a table.
+//! 3. The new program takes them over and reloads: its workers come up beside the old ones, which
+//!    then drain. That reload's verdict is the upgrade's.
+//! 4. Whatever fails in it until then, its reload included, becomes the old program once more, which
+//!    was kept open: the old workers have never stopped serving, and who waits is told why.
+//!
+//! | file | concern |
+//! | --- | --- |
+//! | `origin` | how the server was started |
+//! | `probe` | the program beside us, and its verdict |
+//! | `state`, `fleet` | the table that crosses |
+//! | `trial` | the exec, and the way back |
+//! | `resume` | a master made of a table |
+
+mod fleet;
+mod origin;
+mod probe;
+mod resume;
+pub mod state;
+mod trial;
+
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::BorrowedFd;
+
+use super::control::ClientId;
+use super::event::Millis;
+use super::supervise::{Master, now, wall_clock};
+use crate::link::ids::Generation;
+use crate::protocol::control::{LastReload, Response};
+use crate::sys::process::{Exit, Pid};
+
+pub use origin::Origin;
+use probe::Probe;
+pub use resume::{take_over, try_out};
+use state::{FORMAT, State};
+pub use trial::{Arrival, Trial, table_on_stdin};
+
+/// The variable that tells a program that it is started by an upgrade.
+const VARIABLE: &str = "PREFORKD_UPGRADE";
+/// The one that says why the program after this one gave up.
+const REASON: &str = "PREFORKD_UPGRADE_REASON";
+/// What a probe writes on a line of its own when it could take over.
+pub const PROBE_PASSED: &str = "preforkd: this program can take the running server over";
+
+/// Where an upgrade is.
+#[derive(Debug, Default)]
+enum Stage {
+    /// There is none.
+    #[default]
+    Idle,
+    /// The probe runs; or it was given up and has not ended yet.
+    Probing(Box<Probe>),
+    /// The probe has passed.
+    Passed(probe::FileIdentity),
+    /// This is the new program, and its reload's verdict is open.
+    OnTrial,
+    /// This is the new program, and it has to go back.
+    Failed(String),
+}
+
+/// The upgrade that is asked for or under way.
+#[derive(Debug, Default)]
+pub(super) struct Upgrade {
+    /// It was asked for and has not begun.
+    asked: bool,
+    /// Who waits for its verdict.
+    waiting: Vec<ClientId>,
+    stage: Stage,
+    /// On trial: a reload was asked for besides, which the upgrade's own takes the place of.
+    reload_besides: bool,
+    /// On trial: the old workers' configuration as it came, which this version may not know how to
+    /// write.
+    settings: Option<String>,
+    /// How the last one ended.
+    pub last: Option<LastReload>,
+}
+
+impl Upgrade {
+    /// Whether a reload has to wait for it.
+    pub fn holds_reload(&self) -> bool {
+        match &self.stage {
+            Stage::Probing(probe) => !probe.given_up,
+            Stage::Passed(_) | Stage::Failed(_) => true,
+            Stage::Idle | Stage::OnTrial => false,
+        }
+    }
+
+    /// What the probe writes to, to be polled.
+    pub fn output(&self) -> Option<BorrowedFd<'_>> {
+        match &self.stage {
+            Stage::Probing(probe) => probe.output(),
+            _ => None,
+        }
+    }
+
+    /// The probe has written something.
+    pub fn listen(&mut self) {
+        if let Stage::Probing(probe) = &mut self.stage {
+            probe.listen();
+        }
+    }
+
+    /// When the probe is given up.
+    pub fn deadline(&self) -> Option<Millis> {
+        match &self.stage {
+            Stage::Probing(probe) => probe.deadline(),
+            _ => None,
+        }
+    }
+}
+
+impl Master<'_> {
+    /// Somebody wants an upgrade: a client that waits, or a signal.
+    pub(super) fn ask_upgrade(&mut self, client: Option<ClientId>) {
+        let refusal = match &self.upgrade.stage {
+            _ if self.stopping => Some("the server stops"),
+            Stage::Idle => None,
+            Stage::Probing(probe) if probe.given_up => {
+                Some("the probe of the one before was killed and has not ended yet")
+            }
+            _ => Some("another one is under way"),
+        };
+        match (refusal, client) {
+            // Before it begins, many are one.
+            (None, client) => {
+                self.upgrade.asked = true;
+                self.upgrade.waiting.extend(client);
+            }
+            (Some(reason), Some(client)) => {
+                let response = Response::refused(format!("upgrade refused: {reason}"), 1);
+                self.control.answer(client, &response, now());
+            }
+            (Some(reason), None) => log::warn!("upgrade refused: {reason}"),
+        }
+    }
+
+    /// Does what is next for an upgrade, between two turns of the loop.
+    pub(super) fn advance_upgrade(&mut self) {
+        match &mut self.upgrade.stage {
+            Stage::Idle if self.upgrade.asked && !self.reload_asked && self.fleet.can_reload() => {
+                self.upgrade.asked = false;
+                self.probe();
+            }
+            Stage::Probing(probe) if probe.deadline().is_some_and(|at| at <= now()) => {
+                let reason = probe.give_up(None);
+                self.refuse_upgrade(&format!("{}: {reason}", self.program()));
+            }
+            Stage::Passed(file) => {
+                let file = *file;
+                self.become_next(file);
+            }
+            Stage::Failed(reason) => {
+                let reason = std::mem::take(reason);
+                self.go_back(&reason);
+            }
+            _ => {}
+        }
+    }
+
+    fn program(&self) -> String {
+        self.setup.origin.path.display().to_string()
+    }
+
+    fn probe(&mut self) {
+        log::info!("upgrade: tries {}", self.program());
+        let limit = self.ground.settings.workers.boot_timeout.as_millis() as Millis;
+        let started = self
+            .export()
+            .to_json()
+            .and_then(|table| Probe::start(&self.setup.origin, &table, now(), limit));
+        match started {
+            Ok(probe) => self.upgrade.stage = Stage::Probing(Box::new(probe)),
+            Err(error) => self.refuse_upgrade(&error.to_string()),
+        }
+    }
+
+    /// A child was reaped: whether it was the probe.
+    pub(super) fn probe_ended(&mut self, pid: Pid, exit: Exit) -> bool {
+        match std::mem::take(&mut self.upgrade.stage) {
+            Stage::Probing(probe) if probe.pid() == pid => {
+                let given_up = probe.given_up;
+                match probe.verdict(exit) {
+                    _ if given_up => {}
+                    Ok(file) => self.upgrade.stage = Stage::Passed(file),
+                    Err(reason) => self.refuse_upgrade(&format!("{}: {reason}", self.program())),
+                }
+                true
+            }
+            other => {
+                self.upgrade.stage = other;
+                false
+            }
+        }
+    }
+
+    /// Becomes the program that the probe has found good.
+    fn become_next(&mut self, file: probe::FileIdentity) {
+        if probe::identity(&self.setup.origin.path) != file {
+            let reason = format!("{} has changed since it was tried", self.program());
+            return self.refuse_upgrade(&reason);
+        }
+        log::info!("upgrade: becomes {}", self.program());
+        let error = trial::begin(&self.export(), &self.signals);
+        self.refuse_upgrade(&format!("{} can't be executed: {error}", self.program()));
+    }
+
+    /// Everything stays as it was; tells who waits.
+    pub(super) fn refuse_upgrade(&mut self, reason: &str) {
+        // What follows the first line stands in the log already.
+        let first = reason.lines().next().unwrap_or_default();
+        log::error!("upgrade refused, everything stays as it was: {first}");
+        let given_up = |stage: &Stage| matches!(stage, Stage::Probing(probe) if probe.given_up);
+        if !given_up(&self.upgrade.stage) {
+            self.upgrade.stage = Stage::Idle;
+        }
+        self.upgrade_ended(Err(reason.to_owned()));
+    }
+
+    /// The server stops, and with it what is under way of an upgrade.
+    pub(super) fn drop_upgrade(&mut self) {
+        self.upgrade.asked = false;
+        *self.setup.trial = None;
+        match &mut self.upgrade.stage {
+            Stage::Probing(probe) if !probe.given_up => {
+                probe.give_up(Some("the server stops"));
+            }
+            Stage::Probing(_) => {}
+            stage => *stage = Stage::Idle,
+        }
+        if !self.upgrade.waiting.is_empty() {
+            self.upgrade_ended(Err("the server stops".into()));
+        }
+    }
+
+    fn upgrade_ended(&mut self, verdict: Result<String, String>) {
+        let response = match &verdict {
+            Ok(text) => Response::said(text.clone()),
+            Err(reason) => Response::refused(format!("upgrade refused: {reason}"), 1),
+        };
+        self.upgrade.last = Some(LastReload {
+            ok: verdict.is_ok(),
+            at: wall_clock(),
+            error: verdict.err(),
+        });
+        for client in std::mem::take(&mut self.upgrade.waiting) {
+            self.control.answer(client, &response, now());
+        }
+    }
+
+    /// A reload's verdict was given: if it is that of an upgrade on trial, it is this one's too.
+    /// `words` are what its workers logged. Says whether the program goes back, and the verdict is
+    /// therefore not for telling.
+    pub(super) fn upgrade_judged(
+        &mut self,
+        verdict: &Result<Generation, String>,
+        words: &str,
+    ) -> bool {
+        if !matches!(self.upgrade.stage, Stage::OnTrial) || self.stopping {
+            return false;
+        }
+        match verdict {
+            Ok(generation) => {
+                // What it came with is closed here, and the program before.
+                *self.setup.trial = None;
+                self.upgrade.stage = Stage::Idle;
+                self.upgrade.settings = None;
+                let version = env!("CARGO_PKG_VERSION");
+                let text = format!("preforkd {version} runs, generation {generation} serves");
+                log::info!("upgrade: {text}");
+                self.upgrade_ended(Ok(text));
+                false
+            }
+            Err(reason) => {
+                self.upgrade.stage = Stage::Failed(format!("{reason}{words}"));
+                // They are told of a reload by the program that does it.
+                self.next_verdict_for.append(&mut self.verdict_for);
+                self.reload_asked |= self.upgrade.reload_besides;
+                true
+            }
+        }
+    }
+
+    /// Becomes the program before, whose workers have served all along.
+    fn go_back(&mut self, reason: &str) {
+        log::info!("upgrade: goes back to the program before");
+        let error = match self.setup.trial.take() {
+            Some(trial) => trial.go_back_with(&self.export(), &self.signals, reason),
+            None => std::io::Error::other("there is none"),
+        };
+        // This one goes on then: what is old are its workers, and they serve.
+        self.refuse_upgrade(&format!(
+            "{reason}; and the program before can't be executed again ({error}), so this one goes on"
+        ));
+    }
+
+    /// All that the next program has to know. To be asked between two turns of the loop.
+    fn export(&self) -> State {
+        let mut listeners = self.ground.listeners.clone();
+        for passed in &self.passed {
+            if !listeners.iter().any(|one| std::rc::Rc::ptr_eq(one, passed)) {
+                listeners.push(passed.clone());
+            }
+        }
+        let places = |some: &[std::rc::Rc<super::listeners::Listener>]| {
+            let place = |one| {
+                listeners
+                    .iter()
+                    .position(|other| std::rc::Rc::ptr_eq(one, other))
+            };
+            some.iter().filter_map(place).collect()
+        };
+        let numbers = |clients: &[ClientId]| clients.iter().map(|client| client.0).collect();
+        State {
+            format: FORMAT,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            origin: self.setup.origin.clone(),
+            started: self.started,
+            settings: match &self.upgrade.settings {
+                Some(settings) => settings.clone(),
+                None => self.ground.settings.to_toml(),
+            },
+            log: match self.ground.settings.log.file {
+                Some(_) => crate::logging::output_descriptor(),
+                None => None,
+            },
+            pid_file: self.pid_file.export(),
+            control: self.control.export(),
+            listeners: listeners.iter().map(|one| one.export()).collect(),
+            serving: places(&self.ground.listeners),
+            passed: places(&self.passed),
+            fleet: self.fleet.export(),
+            workers: self.workers.export(),
+            known: (*self.ground.known).clone(),
+            orphans: self.orphans.export(),
+            last_reload: self.last_reload.clone(),
+            last_upgrade: self.upgrade.last.clone(),
+            waiting: numbers(&self.upgrade.waiting),
+            reload_asked: self.reload_asked,
+            reload_waiting: numbers(&self.next_verdict_for),
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! A master made of the table that the program before it left, in place of a start.
+//!
+//! Nothing is bound, locked or forked: all of it is there. What fails here is returned, and whoever
+//! called goes back to the program before, which finds everything as it left it.
+
+use std::os::fd::{OwnedFd, RawFd};
+use std::rc::Rc;
+
+use nix::sys::signal::Signal;
+
+use super::super::control::{ClientId, Control};
+use super::super::event::{Event, Exit};
+use super::super::fleet::Fleet;
+use super::super::last_words::LastWords;
+use super::super::listeners::Listener;
+use super::super::orphans::Orphans;
+use super::super::pid_file::PidFile;
+use super::super::setup::Setup;
+use super::super::spread::Spread;
+use super::super::start::{HEARD, show_title};
+use super::super::supervise::{Master, now, wall_clock};
+use super::super::workers::{Ground, Workers};
+use super::state::State;
+use super::{Stage, Upgrade};
+use crate::error::{Error, Result};
+use crate::link::ids::Pid;
+use crate::sys::notify::{Notifier, NotifyState};
+use crate::sys::process;
+use crate::sys::signal::{self, SignalPipe};
+
+/// Is the master that another program was, until it has to leave. `setup` holds the trial that
+/// the table came with.
+///
+/// # Errors
+/// What kept it from taking over.
+pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
+    signal::block_all();
+    signal::die_of_sent_faults();
+    signal::ignore(&[Signal::SIGXFSZ]);
+    let reason = setup.trial.as_ref().and_then(|trial| trial.reason());
+    let reason = reason.map(str::to_owned);
+    let mut master = resume(setup, state)?;
+    match reason {
+        Some(reason) => {
+            // Back again: nothing more can go wrong with what came along.
+            *master.setup.trial = None;
+            master.upgrade.settings = None;
+            master.notifier.tell(&[NotifyState::Ready]);
+            master.refuse_upgrade(&reason);
+        }
+        None => {
+            master.upgrade.stage = Stage::OnTrial;
+            master.upgrade.reload_besides = std::mem::replace(&mut master.reload_asked, true);
+        }
+    }
+    master.mourn();
+    master.serve();
+    master.finish()
+}
+
+/// Whether this version can make a master of the table: all but its descriptors is tried.
+///
+/// # Errors
+/// What can't be read, or contradicts itself.
+pub fn try_out(state: State) -> Result<()> {
+    Fleet::import(state.fleet, now()).map_err(contradiction)?;
+    Workers::fits(&state.workers)
+}
+
+fn contradiction(text: String) -> Error {
+    Error::Refused(format!("the table contradicts itself: {text}"))
+}
+
+fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
+    let trial = setup.trial.as_ref();
+    let through = trial.ok_or_else(|| Error::Bug("a take-over without its trial".into()))?;
+    let through = through.through();
+    let take = |number: RawFd| -> Result<OwnedFd> {
+        let what = || format!("take over descriptor {number}");
+        through
+            .take(number)
+            .map_err(|error| Error::system(what(), error))
+    };
+    let mut listeners = Vec::new();
+    for listener in state.listeners {
+        let fd = take(listener.fd)?;
+        listeners.push(Rc::new(Listener::import(listener, fd)?));
+    }
+    let pick = |places: &[usize]| -> Result<Vec<Rc<Listener>>> {
+        let one = |&place: &usize| listeners.get(place).cloned();
+        let some: Option<_> = places.iter().map(one).collect();
+        some.ok_or_else(|| contradiction("it names a listener that is not there".into()))
+    };
+    let now = now();
+    let (fleet, actions) = Fleet::import(state.fleet, now).map_err(contradiction)?;
+    let workers = Workers::import(state.workers, take)?;
+    let same = fleet.pids().count() == workers.iter().count();
+    if !same || fleet.pids().any(|pid| workers.get(pid).is_none()) {
+        return Err(contradiction("the workers of its two lists differ".into()));
+    }
+    let (path, fd) = state.pid_file;
+    let settings = Rc::new(setup.settings.clone());
+    let ground = Rc::new(Ground {
+        registry: setup.host.registry(&settings),
+        settings,
+        listeners: pick(&state.serving)?,
+        known: Rc::new(state.known),
+    });
+    let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
+    let signals = SignalPipe::new(&HEARD).map_err(|error| Error::system("catch signals", error))?;
+    process::become_subreaper().map_err(|error| Error::system("become a subreaper", error))?;
+    fleet.pids().for_each(process::has_forked);
+    show_title(&setup);
+    Ok(Master {
+        fleet,
+        workers,
+        control: Control::import(state.control, take)?,
+        notifier: Notifier::from_environment(),
+        signals,
+        pid_file: PidFile::import(path, take(fd)?)?,
+        orphans: Orphans::import(state.orphans),
+        ground,
+        upcoming: None,
+        last_words: LastWords::default(),
+        spread: Spread::default(),
+        passed: pick(&state.passed)?,
+        reload_asked: state.reload_asked,
+        reload_waits: false,
+        next_verdict_for: clients(state.reload_waiting),
+        verdict_for: Vec::new(),
+        last_reload: state.last_reload,
+        old_log: None,
+        stopping: false,
+        started: state.started,
+        next_watchdog: now,
+        shown_status: String::new(),
+        failure: None,
+        actions: actions.into(),
+        leave: None,
+        // A SIGCHLD may have been merged with one that was taken before the exec.
+        reap_again: true,
+        upgrade: Upgrade {
+            waiting: clients(state.waiting),
+            settings: setup.trial.is_some().then_some(state.settings),
+            last: state.last_upgrade,
+            ..Upgrade::default()
+        },
+        setup,
+    })
+}
+
+impl Master<'_> {
+    /// Takes note of workers that are no children any more: a program after this one has reaped
+    /// them before it gave up, and how they ended went with it.
+    fn mourn(&mut self) {
+        let gone = |pid: &Pid| !process::is_child(*pid);
+        let lost: Vec<Pid> = self.fleet.pids().filter(gone).collect();
+        for pid in lost {
+            log::warn!("worker {pid} ended while the upgrade was tried, and how is not known");
+            let worker = self.workers.remove(pid);
+            process::forget_forked(pid);
+            self.tell(Event::Died {
+                pid,
+                how: Exit::Code(0),
+                method: worker.and_then(|worker| worker.last_method()),
+                rss_bytes: 0,
+                at: wall_clock(),
+            });
+        }
+    }
+}
