@@ -59,4 +59,6 @@ mod stuck;
 mod systemd;
 mod throttle;
 mod trouble;
+mod upgrade;
+mod upgrade_failures;
 mod verdict;

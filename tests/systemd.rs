@@ -234,6 +234,51 @@ fn systemd_reload_tells_its_verdict() {
 
 #[test]
 #[ignore = "needs root and cgroup2: tests/run runs it where they are"]
+fn systemd_an_upgrade_leaves_the_main_pid_and_the_state_alone() {
+    let sandbox = Sandbox::with_preforkd("[workers]\ncount = 2", "");
+    sandbox.run("systemctl start preforkd");
+    let pid = sandbox.property("MainPID");
+    let before = sandbox.ready_workers();
+    let install = |what: &str| {
+        sandbox.run(&format!(
+            "cp {what} /usr/bin/new && chmod 755 /usr/bin/new && mv /usr/bin/new /usr/bin/preforkd"
+        ));
+    };
+    let good = sandbox.binary().display().to_string();
+    let assert_undisturbed = || {
+        assert_eq!(sandbox.property("MainPID"), pid);
+        assert_eq!(sandbox.property("ActiveState"), "active");
+        assert_eq!(sandbox.property("SubState"), "running");
+        assert_eq!(sandbox.property("NRestarts"), "0");
+        let text = sandbox.property("StatusText");
+        assert!(text.starts_with("2 of 2 workers ready"), "{text}");
+        sandbox.assert_serves();
+    };
+    for _ in 0..3 {
+        install(&good);
+        sandbox.run("preforkd upgrade");
+        let inodes = sandbox.run(&format!("stat -Lc %i /proc/{pid}/exe /usr/bin/preforkd"));
+        let inodes: Vec<&str> = inodes.lines().collect();
+        assert_eq!(inodes[0], inodes[1], "the new binary runs");
+        assert_undisturbed();
+    }
+    let after = sandbox.ready_workers();
+    assert!(after.iter().all(|worker| !before.contains(worker)));
+
+    install("/bin/false");
+    let refused = sandbox.try_run(&format!("{good} upgrade"));
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+    install(&good); // which asks and calls as well
+    assert_undisturbed();
+    assert_eq!(sandbox.ready_workers(), after);
+    sandbox.run("systemctl reload preforkd");
+    assert_undisturbed();
+    sandbox.run("systemctl stop preforkd");
+    assert_eq!(sandbox.property("Result"), "success");
+}
+
+#[test]
+#[ignore = "needs root and cgroup2: tests/run runs it where they are"]
 fn systemd_a_broken_configuration_does_not_start() {
     let sandbox = Sandbox::with_preforkd("color = 1", "");
     let refused = sandbox.try_run("systemctl start preforkd");

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use super::super::control::{ClientId, Control};
 use super::super::event::{Event, Exit};
 use super::super::fleet::Fleet;
-use super::super::last_words::LastWords;
+use super::super::first_words::FirstWords;
 use super::super::listeners::Listener;
 use super::super::orphans::Orphans;
 use super::super::pid_file::PidFile;
@@ -121,7 +121,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         orphans: Orphans::import(state.orphans),
         ground,
         upcoming: None,
-        last_words: LastWords::default(),
+        first_words: FirstWords::default(),
         spread: Spread::default(),
         passed: pick(&state.passed)?,
         reload_asked: state.reload_asked,
