@@ -1,5 +1,5 @@
 //! Functions that do their server harm, to see what becomes of it: memory that never comes back,
-//! threads that never come back, an event loop that stands still.
+//! threads that never come back, an event loop that stands still, a crash.
 //!
 //! `cargo run --example misbehave -- run`, with `max-memory`, `heartbeat-timeout` or a short
 //! `limits.timeout` in the configuration, then `preforkd call leak 1000000` and
@@ -14,6 +14,12 @@ fn spin(length: Duration) {
     while begin.elapsed() < length {
         std::hint::spin_loop();
     }
+}
+
+#[allow(unconditional_recursion)]
+fn deeper(depth: usize) -> usize {
+    std::hint::black_box([depth; 64]);
+    deeper(depth + 1) + 1
 }
 
 fn main() -> ExitCode {
@@ -37,6 +43,22 @@ fn main() -> ExitCode {
         .inline("block", |seconds: u64| {
             spin(Duration::from_secs(seconds));
             Ok(seconds)
+        })
+        // Ends the worker: with "abort" on a thread, else by filling its stack.
+        .method("crash", |how: String| -> Result<usize, _> {
+            if how == "abort" {
+                std::process::abort();
+            }
+            Ok(deeper(how.len()))
+        })
+        // Ends the worker from its event loop.
+        .inline("crash-inline", |(): ()| -> Result<(), _> {
+            std::process::abort()
+        })
+        // Is done after so many milliseconds.
+        .method("wait", |millis: u64| {
+            thread::sleep(Duration::from_millis(millis));
+            Ok(millis)
         })
         .run()
 }

@@ -45,6 +45,7 @@ mod pool;
 mod pool_leftovers;
 mod pool_programs;
 mod pools;
+mod quarantine;
 mod queue;
 mod readme;
 mod recycle;

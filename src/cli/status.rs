@@ -6,7 +6,9 @@
 use super::output::printable;
 use super::table::{Align, Cell, Paint, Table};
 use super::units;
-use crate::protocol::control::{Death, LastReload, Listener, Master, State, Status, Worker};
+use crate::protocol::control::{
+    Death, LastReload, Listener, Master, Quarantined, State, Status, Worker,
+};
 
 /// How many deaths are shown; `status --json` has them all.
 const DEATHS_SHOWN: usize = 10;
@@ -35,6 +37,10 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
     workers(&status.workers).render(&mut page, colours);
     page.push('\n');
     listeners(&status.listeners).render(&mut page, colours);
+    if !status.quarantine.is_empty() {
+        page += "\nIn quarantine until the next reload:\n";
+        quarantine(&status.quarantine, now).render(&mut page, colours);
+    }
     if !status.deaths.is_empty() {
         let known = status.deaths.len();
         page += &match known {
@@ -199,6 +205,24 @@ fn shortened(reason: &str) -> String {
         Some((end, _)) => format!("{}... (whole with --json)", &reason[..end]),
         None => reason.to_owned(),
     }
+}
+
+fn quarantine(calls: &[Quarantined], now: u64) -> Table {
+    let mut table = Table::new(&[
+        ("SINCE", Align::Right),
+        ("METHOD", Align::Left),
+        ("KEY", Align::Left),
+        ("REFUSED", Align::Right),
+    ]);
+    for call in calls {
+        table.row([
+            Cell::new(units::seconds(now.saturating_sub(call.at))),
+            Cell::new(&call.method),
+            Cell::new(&call.key),
+            Cell::new(units::count(call.refused)),
+        ]);
+    }
+    table
 }
 
 fn deaths(deaths: &[Death], now: u64) -> Table {

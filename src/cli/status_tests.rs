@@ -57,6 +57,12 @@ fn busy() -> Status {
                 ..worker(2, None, State::Throttled)
             },
         ],
+        quarantine: vec![Quarantined {
+            method: "score".into(),
+            key: "00ff00ff00ff00ff".into(),
+            refused: 12,
+            at: 1_000,
+        }],
         deaths: vec![
             Death {
                 slot: 2,
@@ -113,6 +119,10 @@ SLOT   PID  GEN  STATE         UP  CONNS  RUNNING  QUEUED      CALLS  ERRORS    
 LISTENER                     QUEUE  BACKLOG
 127.0.0.1:8080                   0     4096
 unix:/run/preforkd/rpc.sock      -      128
+
+In quarantine until the next reload:
+ SINCE  METHOD  KEY               REFUSED
+3m 20s  score   00ff00ff00ff00ff       12
 
 Deaths, the latest first:
    AGO  SLOT   PID  LIVED  END      METHOD   MEMORY  REASON

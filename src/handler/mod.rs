@@ -217,6 +217,8 @@ pub struct CallState {
     /// Where it is to be said that it has begun, for whoever must know that when this process has
     /// died.
     shown: Option<&'static AtomicU32>,
+    /// What its thread is at, while it runs.
+    key: u64,
     /// `Some` while its handler waits.
     sleeper: Mutex<Option<Sleeper>>,
 }
@@ -234,10 +236,11 @@ impl CallState {
         begins
     }
 
-    /// One whose beginning is shown there, as 1.
-    pub fn shown(shown: Option<&'static AtomicU32>) -> Self {
+    /// One whose beginning is shown there, as 1, and that is known by `key`.
+    pub fn shown(shown: Option<&'static AtomicU32>, key: u64) -> Self {
         CallState {
             shown,
+            key,
             ..CallState::default()
         }
     }
@@ -245,9 +248,19 @@ impl CallState {
     /// What was to run it is gone, and it is certain that it had not begun: it waits again. False
     /// when it was given up meanwhile.
     fn wait_again(&self) -> bool {
-        self.phase
+        let waits = self
+            .phase
             .compare_exchange(RUNNING, WAITING, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok()
+            .is_ok();
+        if let (true, Some(shown)) = (waits, self.shown) {
+            shown.store(0, Ordering::Release);
+        }
+        waits
+    }
+
+    /// What it is known by, if anything.
+    pub fn key(&self) -> u64 {
+        self.key
     }
 
     /// The loop gives the call up; tells whether it had begun.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::channel::WorkerEnd;
 use super::handoff::AdoptionQueue;
 use super::ids::{Generation, Pid, Slot};
+use super::quarantine::{Evidence, Quarantine};
 use super::scoreboard::Record;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
@@ -33,6 +34,10 @@ pub struct Boot<'a> {
     pub witness: Option<OwnedFd>,
     /// Where it shows what it does.
     pub record: &'static Record,
+    /// Calls that it is not to run.
+    pub quarantine: Quarantine,
+    /// What is known of its end, once it has died.
+    pub evidence: &'static Evidence,
     /// Its copy of the master's signal pipe, to be left.
     pub master_signals: &'a mut SignalPipe,
     /// Its copy of the pid file's descriptor, to be closed.

@@ -7,5 +7,6 @@ pub mod handoff;
 pub mod ids;
 pub mod jitter;
 pub mod message;
+pub mod quarantine;
 pub mod scoreboard;
 pub mod stuck;

@@ -5,16 +5,21 @@
 //! died, the record stays with the keeper, which writes there what became of the connections.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
-use super::supervise::Master;
+use super::strikes::STRIKES;
+use super::supervise::{Master, now, wall_clock};
+use super::workers::Known;
 use crate::link::ids::Pid;
+use crate::link::quarantine::Evidence;
 use crate::link::scoreboard::Record;
 use crate::protocol::control::State;
 use crate::sys::process;
+use crate::sys::signal::Fault;
 
 /// Keepers whose workers have been reaped.
 #[derive(Debug, Default)]
@@ -29,6 +34,12 @@ pub struct Left {
     pub record: &'static Record,
     /// The number of the record, which is free once the keeper is done.
     pub record_index: usize,
+    /// What is known of its end.
+    pub evidence: &'static Evidence,
+    /// What is told of it.
+    pub known: Rc<Known>,
+    /// Whether what it ran may have been what it died of.
+    pub suspicious: bool,
 }
 
 /// A keeper whose worker is gone, as it crosses an upgrade.
@@ -97,7 +108,8 @@ impl Master<'_> {
     /// A child that is no worker was reaped.
     pub(super) fn no_worker_ended(&mut self, pid: Pid) {
         if let Some(left) = self.workers.keeper_ended(pid) {
-            return tell(&left);
+            tell(&left);
+            return self.suspect(&left);
         }
         let Some((worker, living)) = self
             .workers
@@ -124,6 +136,34 @@ impl Master<'_> {
         // It may have been reaped in the same round, and be told of next.
         if ready && process::is_forked(worker) {
             process::kill(worker, Signal::SIGTERM);
+        }
+    }
+}
+
+impl Master<'_> {
+    /// What a worker ran when it died is suspected of that.
+    fn suspect(&mut self, left: &Left) {
+        if !left.suspicious {
+            return;
+        }
+        let evidence = left.evidence;
+        let ran = evidence.ran();
+        let ran: Vec<(u64, String)> = ran
+            .into_iter()
+            .map(|(key, method)| (key, left.known.method(method).to_owned()))
+            .collect();
+        let fault = Fault::of(evidence.fault.load(Relaxed));
+        let culprit = evidence.culprit.load(Relaxed);
+        let when = (now(), wall_clock());
+        let quarantine = self.workers.quarantine();
+        for caught in self.strikes.death(quarantine, (fault, culprit), &ran, when) {
+            log::warn!(
+                "a call of {method} was running each time when a worker died, {STRIKES} times now: that very \
+                 call is refused with crashed until the next reload; mend its handler method={method} \
+                 key={key:016x}",
+                method = caught.method,
+                key = caught.key,
+            );
         }
     }
 }

@@ -44,6 +44,7 @@ mod spread;
 mod spreading;
 mod start;
 mod status;
+mod strikes;
 mod supervise;
 pub mod upgrade;
 pub mod view;

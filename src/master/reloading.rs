@@ -106,6 +106,7 @@ impl Master<'_> {
                     self.ground = ground;
                 }
                 self.old_log = None;
+                self.strikes.pardon(self.workers.quarantine());
                 log::info!("reload: generation {generation} serves, the one before drains");
                 Response::said(format!("generation {generation} serves"))
             }

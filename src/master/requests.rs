@@ -96,6 +96,7 @@ impl Master<'_> {
                     last_upgrade: self.upgrade.last.as_ref(),
                     warnings: &self.ground.settings.warnings,
                     listeners: &self.ground.listeners,
+                    strikes: &self.strikes,
                 };
                 let answer = status(&self.fleet, &self.workers, &about, now());
                 self.control

@@ -17,6 +17,7 @@ use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
 use super::spread::Spread;
+use super::strikes::Strikes;
 use super::supervise::{Master, now};
 use super::upgrade::Upgrade;
 use super::workers::{Ground, Known, Workers};
@@ -109,6 +110,7 @@ fn start<'a>(
         signals,
         pid_file: pid_file.take().ok_or_else(lock)?,
         orphans: Orphans::new(),
+        strikes: Strikes::default(),
         ground,
         upcoming: None,
         first_words: FirstWords::default(),

@@ -5,10 +5,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::event::Millis;
 use super::fleet::Fleet;
 use super::listeners::Listener;
+use super::strikes::Strikes;
 use super::view::WorkerView;
 use super::workers::Workers;
 use crate::protocol::control::{
-    self, AcceptWait, Death, LastReload, OldestCall, Status, Throttle, Worker,
+    self, AcceptWait, Death, LastReload, OldestCall, Quarantined, Status, Throttle, Worker,
 };
 use crate::sys::process::{Pid, resident_bytes};
 
@@ -25,6 +26,8 @@ pub struct About<'a> {
     pub warnings: &'a [String],
     /// The listeners of the generation that serves.
     pub listeners: &'a [std::rc::Rc<Listener>],
+    /// Who is in quarantine.
+    pub strikes: &'a Strikes,
 }
 
 /// The whole status, at `now`.
@@ -57,6 +60,16 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
                     queue,
                     backlog,
                 }
+            })
+            .collect(),
+        quarantine: about
+            .strikes
+            .held(workers.quarantine())
+            .map(|(prisoner, refused)| Quarantined {
+                method: prisoner.method.clone(),
+                key: format!("{:016x}", prisoner.key),
+                refused,
+                at: prisoner.at,
             })
             .collect(),
     }

@@ -21,13 +21,14 @@ use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
 use super::spread::Spread;
+use super::strikes::Strikes;
 use super::upgrade::Upgrade;
 use super::workers::{Ground, Parent, Workers};
 use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
 use crate::logging;
-use crate::protocol::control::LastReload;
+use crate::protocol::control::{LastReload, State};
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
@@ -45,6 +46,7 @@ pub(super) struct Master<'a> {
     pub(super) signals: SignalPipe,
     pub(super) pid_file: PidFile,
     pub(super) orphans: Orphans,
+    pub(super) strikes: Strikes,
     /// What the generation that serves runs on.
     pub(super) ground: Rc<Ground>,
     /// What the generation of a reload under way runs on.
@@ -216,7 +218,7 @@ impl Master<'_> {
             }
             // What it said last comes before its end.
             self.reports(pid);
-            let worker = self.workers.remove(pid);
+            let worker = self.workers.remove(pid, self.is_suspicious(&ended));
             self.first_words.ended(pid);
             self.orphans.reaped(pid, worker.is_some());
             let Some(worker) = worker else {
@@ -233,6 +235,16 @@ impl Master<'_> {
         }
         // After the dead are replaced, which is urgent.
         self.orphans.end(|pid| self.workers.is_keeper(pid));
+    }
+
+    /// Whether a worker's end may be a call's doing: not what it was told to do.
+    fn is_suspicious(&self, ended: &process::Ended) -> bool {
+        let serves = |view: &super::view::WorkerView| {
+            view.pid == Some(ended.pid) && view.state == State::Ready
+        };
+        !self.stopping
+            && ended.exit != process::Exit::Code(0)
+            && self.fleet.workers().iter().any(serves)
     }
 
     fn pass_time(&mut self) {

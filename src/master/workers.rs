@@ -22,6 +22,7 @@ use crate::link::channel::{self, MasterEnd, Received};
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
+use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, Record, STRIDE, Scoreboard};
 use crate::logging;
 use crate::sys::process::{self, Fork, fork};
@@ -47,7 +48,7 @@ pub struct Ground {
 
 /// What the master tells of the workers of one configuration, for as long as one of them lives:
 /// less than the configuration, for that may be another version's.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
     /// The names of the methods, by the numbers that the scoreboard has.
     pub methods: Vec<String>,
@@ -151,6 +152,7 @@ pub struct Workers {
     free: Vec<usize>,
     living: HashMap<Pid, Worker>,
     keepers: Keepers,
+    quarantine: Quarantine,
     /// For life: connections on their way outlive any worker.
     adoption: AdoptionQueue,
 }
@@ -166,6 +168,7 @@ impl Workers {
             free: (0..RECORDS).rev().collect(),
             living: HashMap::new(),
             keepers: Keepers::default(),
+            quarantine: Quarantine::new()?,
             adoption: AdoptionQueue::new()?,
         })
     }
@@ -233,6 +236,7 @@ impl Workers {
             let place = free.iter().position(|&other| other == index)?;
             Some(free.remove(place))
         };
+        let quarantine = Quarantine::new().map_err(|error| Error::system("share memory", error))?;
         let mut keepers = Keepers::default();
         for keeper in state.keepers {
             let (pid, worker) = (Pid(keeper.pid), Pid(keeper.worker));
@@ -242,6 +246,11 @@ impl Workers {
                     worker,
                     record: board.record(keeper.record),
                     record_index: keeper.record,
+                    // What ran in its worker was judged before, or is by nobody: the reload that
+                    // follows an upgrade releases what is in quarantine.
+                    evidence: quarantine.evidence(keeper.record),
+                    known: Rc::default(),
+                    suspicious: false,
                 };
                 keepers.import(pid, left);
             }
@@ -278,6 +287,7 @@ impl Workers {
             free,
             living,
             keepers,
+            quarantine,
             adoption: AdoptionQueue {
                 giving: Rc::new(take(state.giving)?),
                 taking: Rc::new(take(state.taking)?),
@@ -319,6 +329,8 @@ impl Workers {
         };
         let record = self.board.record(record_index);
         record.clear();
+        let evidence = self.quarantine.evidence(record_index);
+        evidence.clear();
         let master = Pid::current();
         // A signal between fork and the child's own handlers would wake the master, or be lost.
         signal::block_all();
@@ -337,6 +349,8 @@ impl Workers {
                 link: worker_end,
                 witness,
                 record,
+                quarantine: self.quarantine.clone(),
+                evidence,
                 master_signals: parent.signals,
                 pid_file: parent.pid_file,
                 title: parent.title,
@@ -457,13 +471,17 @@ impl Workers {
         }
     }
 
-    /// Forgets a worker that was reaped.
-    pub fn remove(&mut self, pid: Pid) -> Option<Worker> {
+    /// Forgets a worker that was reaped. `suspicious` tells whether what it ran may have been what it
+    /// died of.
+    pub fn remove(&mut self, pid: Pid, suspicious: bool) -> Option<Worker> {
         let worker = self.living.remove(&pid)?;
         let left = Left {
             worker: pid,
             record: worker.record,
             record_index: worker.record_index,
+            evidence: self.quarantine.evidence(worker.record_index),
+            known: Rc::clone(&worker.known),
+            suspicious,
         };
         self.free.extend(self.keepers.left(left));
         Some(worker)
@@ -474,6 +492,11 @@ impl Workers {
         let left = self.keepers.ended(keeper)?;
         self.free.push(left.record_index);
         Some(left)
+    }
+
+    /// Calls that are not run any more.
+    pub fn quarantine(&self) -> &Quarantine {
+        &self.quarantine
     }
 
     /// Whether a child is the keeper of a worker, gone or not.

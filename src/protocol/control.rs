@@ -115,6 +115,22 @@ pub struct Status {
     pub deaths: Vec<Death>,
     /// Each listener, in the configuration's order.
     pub listeners: Vec<Listener>,
+    /// Calls that are refused, for each time they ran their worker has died; until the next reload.
+    #[serde(default)]
+    pub quarantine: Vec<Quarantined>,
+}
+
+/// A call in quarantine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantined {
+    /// Its method.
+    pub method: String,
+    /// What tells it from the method's other calls; as in the log.
+    pub key: String,
+    /// How often it was refused.
+    pub refused: u64,
+    /// Since when, in seconds since 1970.
+    pub at: u64,
 }
 
 /// The one parent process.

@@ -6,11 +6,12 @@
 
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::libc;
@@ -124,40 +125,111 @@ pub fn ignore(signals: &[Signal]) {
     }
 }
 
-/// The handlers of SIGSEGV and SIGBUS that std has installed.
-static OF_STD: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+/// The signals by which a process ends for a fault of its own.
+const FAULTS: [libc::c_int; 5] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGABRT,
+];
+
+/// The handlers of these that std has installed; 0: none.
+static OF_STD: [AtomicUsize; FAULTS.len()] = [const { AtomicUsize::new(0) }; FAULTS.len()];
 
 /// Lets a SIGSEGV or SIGBUS that somebody sends end the process, as it does elsewhere. std's
 /// handlers, which tell of an overflown stack, take any other cause for a fault that comes again
 /// as soon as they return: one that was sent does not, and would be lost. What the processor
-/// raises is still theirs. Threads and forked children inherit it.
+/// raises is still theirs. Threads and forked children inherit it. [`tell_faults`] is served by
+/// the same handler.
 pub fn die_of_sent_faults() {
-    for (signal, of_std) in [libc::SIGSEGV, libc::SIGBUS].into_iter().zip(&OF_STD) {
+    for (signal, of_std) in FAULTS.into_iter().zip(&OF_STD) {
         // SAFETY: the structures are plain data, and the handler has the signature that
         // SA_SIGINFO asks for; it is installed after the one it hands on to is known.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             libc::sigaction(signal, std::ptr::null(), &raw mut action);
-            if action.sa_flags & libc::SA_SIGINFO == 0 {
-                continue; // not std's: the default, which is what is wanted
+            if action.sa_flags & libc::SA_SIGINFO != 0 {
+                of_std.store(action.sa_sigaction, Ordering::SeqCst);
+            } else if action.sa_sigaction != libc::SIG_DFL {
+                continue; // somebody ignores it, or handles it already
+            } else {
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             }
-            of_std.store(action.sa_sigaction, Ordering::SeqCst);
             action.sa_sigaction = faulted as FaultHandler as usize;
             libc::sigaction(signal, &raw const action, std::ptr::null_mut());
         }
     }
 }
 
+/// What a process knows of its own end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Fault {
+    /// Nothing: it left, or got a signal that nobody can see coming.
+    Unknown = 0,
+    /// One of its threads has failed.
+    Own = 1,
+    /// Somebody has sent the signal.
+    Sent = 2,
+}
+
+impl Fault {
+    /// The fault of a number; what is none is unknown.
+    pub fn of(number: u32) -> Self {
+        match number {
+            1 => Fault::Own,
+            2 => Fault::Sent,
+            _ => Fault::Unknown,
+        }
+    }
+}
+
+/// Where a fault is told; null until somebody asks for it.
+static FAULT: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
+static CULPRIT: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
+
+thread_local! {
+    /// What this thread is at. It needs no destructor, so a signal handler may look at it.
+    static AT: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Has a fault of this process told as it ends: which kind it was, and what the thread was at that
+/// has failed.
+pub fn tell_faults(fault: &'static AtomicU32, culprit: &'static AtomicU64) {
+    CULPRIT.store(std::ptr::from_ref(culprit).cast_mut(), Ordering::SeqCst);
+    FAULT.store(std::ptr::from_ref(fault).cast_mut(), Ordering::SeqCst);
+}
+
+/// This thread is at something with this number; 0: at nothing that is to be told.
+#[inline]
+pub fn at(number: u64) {
+    AT.set(number);
+}
+
 type FaultHandler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
 /// Only what signal-safety(7) allows, and std's own handler, which keeps to it.
 extern "C" fn faulted(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let of_std = &OF_STD[usize::from(signal == libc::SIGBUS)];
-    // SAFETY: the kernel passes a valid siginfo; what was stored is a handler of this signature;
-    // sigaction and raise are async-signal-safe.
+    let index = FAULTS.iter().position(|&it| it == signal).unwrap_or(0);
+    // SAFETY: the kernel passes a valid siginfo; what was stored is a handler of this signature, and
+    // references that live for ever; getpid, sigaction and raise are async-signal-safe, and so are
+    // atomics and a thread-local value that needs no initialisation.
     unsafe {
-        if (*info).si_code > 0 {
-            let handler = of_std.load(Ordering::SeqCst);
+        // abort(3) sends itself the signal.
+        let by_itself = (*info).si_code == libc::SI_TKILL && (*info).si_pid() == libc::getpid();
+        let own = (*info).si_code > 0 || by_itself;
+        let (fault, culprit) = (FAULT.load(Ordering::SeqCst), CULPRIT.load(Ordering::SeqCst));
+        // The first word counts: std's handler aborts when a stack is full. An ABRT that is sent is
+        // the master's, to a process that is stuck: whose doing that is can't be told here.
+        let told = own || signal != libc::SIGABRT;
+        if told && !fault.is_null() && (*fault).load(Ordering::SeqCst) == Fault::Unknown as u32 {
+            (*culprit).store(AT.get(), Ordering::SeqCst);
+            let kind = if own { Fault::Own } else { Fault::Sent };
+            (*fault).store(kind as u32, Ordering::SeqCst);
+        }
+        let handler = OF_STD[index].load(Ordering::SeqCst);
+        if (*info).si_code > 0 && handler != 0 {
             return std::mem::transmute::<usize, FaultHandler>(handler)(signal, info, context);
         }
         let mut default: libc::sigaction = std::mem::zeroed();

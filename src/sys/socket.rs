@@ -126,6 +126,12 @@ pub fn is_listening(fd: &impl AsFd) -> bool {
         && getsockopt(fd, sockopt::AcceptConn) == Ok(true)
 }
 
+/// Whether it is a stream socket with another end.
+pub fn is_connected(fd: &impl AsFd) -> bool {
+    getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
+        && getpeername::<SockaddrStorage>(fd.as_fd().as_raw_fd()).is_ok()
+}
+
 /// Where a socket is bound.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Bound {

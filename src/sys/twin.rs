@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::AtomicI32;
 
 use nix::errno::Errno;
@@ -78,6 +78,15 @@ pub fn inherit(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: it is open, and its owner has ended: that nobody else here owns it is the caller's
     // promise.
     (open >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Looks at a descriptor by its number, under the same promise; `None` when there is none.
+pub fn with_descriptor<T>(fd: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
+    let held = inherit(fd)?;
+    let seen = look(held.as_fd());
+    // It is not taken over yet.
+    let _ = std::os::fd::IntoRawFd::into_raw_fd(held);
+    Some(seen)
 }
 
 /// What a stream of TCP has passed on so far, seen from the process that has it: bytes that were

@@ -173,7 +173,7 @@ impl Calls {
             timer: 0,
             size,
             params: Some(params.into()),
-            state: Arc::new(CallState::shown(reply.mark.begun())),
+            state: Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key())),
             handed_out: false,
             over: false,
             lost: false,

@@ -23,7 +23,7 @@ use crate::sys::shared;
 /// Calls that can be in the ledger at once. Only what is used takes memory.
 const ENTRIES: usize = 16 * 1024;
 /// Words of an id: what is longer (a UUID has 38 bytes with its quotes) is not kept.
-const ID_WORDS: usize = 12;
+const ID_WORDS: usize = 11;
 
 /// Where a call is.
 pub const TAKEN: u32 = 0;
@@ -48,6 +48,12 @@ shared_record! {
         pub begun: AtomicU32,
         /// Bytes of its id, plus one; 0: it has none.
         pub id_length: AtomicU32,
+        /// What it is known by in quarantine; 0 while that was not asked.
+        pub key: AtomicU64,
+        /// The number of its method.
+        pub method: AtomicU32,
+        /// Keeps the next field in its place.
+        pub spare: AtomicU32,
         /// Its id, as JSON.
         pub id: [AtomicU64; ID_WORDS],
     }
@@ -111,6 +117,21 @@ impl Mark {
     #[inline]
     pub fn begun(self) -> Option<&'static AtomicU32> {
         Some(&self.0?.begun)
+    }
+
+    /// What the call is known by in quarantine.
+    #[inline]
+    pub fn is_named(self, key: u64, method: usize) {
+        if let Some(entry) = self.0 {
+            entry.method.store(method as u32, Relaxed);
+            entry.key.store(key, Release);
+        }
+    }
+
+    /// The same back; 0 where nobody asked.
+    #[inline]
+    pub fn key(self) -> u64 {
+        self.0.map_or(0, |entry| entry.key.load(Relaxed))
     }
 
     /// The handler of the call begins.
@@ -217,6 +238,7 @@ impl Ledger {
         entry.shape.store(number(shape), Relaxed);
         entry.stage.store(TAKEN, Relaxed);
         entry.begun.store(0, Relaxed);
+        entry.key.store(0, Relaxed);
         let id = id.unwrap_or_default().as_bytes();
         for (word, bytes) in entry.id.iter().zip(id.chunks(8)) {
             let mut whole = [0; 8];

@@ -104,8 +104,11 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     let floor = Floor::new().map_err(cant("make its event floor"))?;
     let mut floor = ManuallyDrop::new(floor);
     let mut ledger = Ledger::default();
+    let mut quarantine = None;
     if let Some(Keeping { book, buffer }) = keeping {
         ledger = Ledger::new(book);
+        quarantine = Some(boot.quarantine);
+        signal::tell_faults(&boot.evidence.fault, &boot.evidence.culprit);
         floor.let_see(book.witness, buffer);
     }
     floor
@@ -131,6 +134,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         record: boot.record,
         slot: boot.slot.0,
         ledger,
+        quarantine,
     };
     let event_loop = EventLoop::new(
         service,

@@ -17,6 +17,7 @@ use super::timers::{CallKey, Target, Timers};
 use crate::config::Limits;
 use crate::handler::registry::{self, Registry};
 use crate::handler::{Context, Placement, guard};
+use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::Record;
 use crate::protocol::body::{self, Body, Form};
 use crate::protocol::call::Call;
@@ -24,6 +25,7 @@ use crate::protocol::code::Code;
 use crate::protocol::reply::{About, Shape, Wrap};
 use crate::protocol::rpc_error::{RpcError, excerpt};
 use crate::protocol::{cancel, jsonrpc};
+use crate::sys::signal;
 
 /// What answers calls.
 #[derive(Debug)]
@@ -64,6 +66,8 @@ pub struct Service {
     pub slot: u16,
     /// What is not answered yet, for the keeper.
     pub ledger: Ledger,
+    /// Calls that are not to be run; `None` without a keeper.
+    pub quarantine: Option<Quarantine>,
 }
 
 impl Service {
@@ -179,6 +183,16 @@ impl Service {
         if let Err(error) = admitted {
             return self.refuse(connection, reply, id, error);
         }
+        if let Some(quarantine) = &self.quarantine {
+            let key = quarantine.key(name, params);
+            if quarantine.refuses(key) {
+                let text = "this very call has ended its worker again and again: it is not run any \
+                            more until the next reload";
+                let error = RpcError::of(Code::Crashed, text, false);
+                return self.refuse(connection, reply, id, error);
+            }
+            reply.mark.is_named(key, method);
+        }
         let deadline_ms = self.now_ms.saturating_add(timeout_ms);
         if inline {
             return self.run_inline(connection, reply, (method, params), id, deadline_ms);
@@ -239,6 +253,7 @@ impl Service {
         self.record.last_method.store(number as u32 + 1, Relaxed);
         self.record.inline_running.store(1, Relaxed);
         reply.mark.begins();
+        signal::at(reply.mark.key());
         let limit = self.limits.frame;
         let name = method.handler.answer_name().unwrap_or(&method.name);
         self.compose(connection, reply, (name, id), |out| {
@@ -247,7 +262,17 @@ impl Service {
             guard::run(&method.name, run)?;
             check_size(out.len() - start, limit)
         });
+        signal::at(0);
+        self.acquit(reply.mark);
         self.record.inline_running.store(0, Relaxed);
+    }
+
+    /// A call has run to its end: whatever it was suspected of, it was not that.
+    #[inline]
+    pub fn acquit(&self, mark: Mark) {
+        if let Some(quarantine) = &self.quarantine {
+            quarantine.acquits(mark.key());
+        }
     }
 
     /// `rpc.cancel`: ends the call with that id, and answers whether there was one.

@@ -209,6 +209,7 @@ impl EventLoop {
         let mut done = done.into_iter().peekable();
         while let Some((ended, outcome, out)) = done.next() {
             let token = ended.token;
+            self.service.acquit(ended.reply.mark);
             if let Some(connection) = find(&mut self.connections, token) {
                 self.service
                     .answer(connection, &ended, outcome, out.as_deref());

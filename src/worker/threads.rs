@@ -20,6 +20,7 @@ use crate::handler::pool::Pools;
 use crate::handler::registry::Registry;
 use crate::handler::{Context, guard};
 use crate::protocol::rpc_error::RpcError;
+use crate::sys::signal;
 use crate::sys::waker::Waker;
 
 /// Stack of a handler thread, the same as std's default: deep enough for serde_json's own limit.
@@ -66,8 +67,10 @@ impl Threads {
                     (job, brisk) = shelf.take(brisk);
                     posts.take_on(number, job.key.serial);
                     let begun = Instant::now();
+                    signal::at(job.state.key());
                     let outcome = job.state.begin().then(|| run(&job, slot, &registry));
                     let took = begun.elapsed();
+                    signal::at(0);
                     let done = Done {
                         key: job.key,
                         outcome,

@@ -10,14 +10,15 @@ use nix::sys::signal::Signal;
 
 use super::super::control::{ClientId, Control};
 use super::super::event::{Event, Exit};
-use super::super::fleet::Fleet;
 use super::super::first_words::FirstWords;
+use super::super::fleet::Fleet;
 use super::super::listeners::Listener;
 use super::super::orphans::Orphans;
 use super::super::pid_file::PidFile;
 use super::super::setup::Setup;
 use super::super::spread::Spread;
 use super::super::start::{HEARD, show_title};
+use super::super::strikes::Strikes;
 use super::super::supervise::{Master, now, wall_clock};
 use super::super::workers::{Ground, Workers};
 use super::state::State;
@@ -122,6 +123,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         ground,
         upcoming: None,
         first_words: FirstWords::default(),
+        strikes: Strikes::default(),
         spread: Spread::default(),
         passed: pick(&state.passed)?,
         reload_asked: state.reload_asked,
@@ -157,7 +159,7 @@ impl Master<'_> {
         let lost: Vec<Pid> = self.fleet.pids().filter(gone).collect();
         for pid in lost {
             log::warn!("worker {pid} ended while the upgrade was tried, and how is not known");
-            let worker = self.workers.remove(pid);
+            let worker = self.workers.remove(pid, false);
             process::forget_forked(pid);
             self.tell(Event::Died {
                 pid,

@@ -159,10 +159,18 @@ impl Floor {
             let Some(listener) = self.listeners.get_mut(index).filter(|l| l.watched) else {
                 return;
             };
+            // The queue's are not for whoever finds them: what came along is lost with us.
+            let seen = self.witness.filter(|_| listener.source == Source::Listener);
+            if let Some(witness) = &seen {
+                witness.accepts(true);
+            }
             let taken = match listener.source {
                 Source::Listener => accept_one(&listener.fd).map(|socket| (socket, None)),
                 Source::Queue(longest) => take_one(&listener.fd, longest),
             };
+            if let (Some(witness), Err(_)) = (&seen, &taken) {
+                witness.accepts(false);
+            }
             match taken {
                 Ok((socket, passed)) => {
                     listener.accepts += 1;

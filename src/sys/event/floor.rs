@@ -68,7 +68,7 @@ pub struct Floor {
     next_tag: u32,
     buffer: &'static mut [u8],
     /// Who sees what this floor does, if anybody.
-    witness: Option<Witness>,
+    pub(super) witness: Option<Witness>,
     events: Vec<EpollEvent>,
     /// Times that a listener was readable and somebody else had taken the connection.
     pub spurious_wakes: u64,

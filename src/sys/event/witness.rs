@@ -56,6 +56,10 @@ shared_record! {
         pub before: AtomicU64,
         /// Bytes that it is given.
         pub length: AtomicU64,
+        /// A connection is being accepted: 1 if so.
+        pub accepting: AtomicU32,
+        /// Keeps the size a multiple of eight.
+        pub spare: AtomicU32,
     }
 }
 
@@ -98,6 +102,11 @@ impl Witness {
             seat.token.store(token.0 + 1, Release);
             seat.fd.store(fd as u32 + 1, Release);
         }
+        self.accepts(false);
+    }
+
+    pub(super) fn accepts(&self, accepts: bool) {
+        self.moment.accepting.store(u32::from(accepts), Release);
     }
 
     /// Before its descriptor is closed, for its number may be another one's at once.

@@ -9,6 +9,7 @@
 //! What it can't do it leaves: the connection ends with it.
 
 mod judge;
+mod strangers;
 
 use std::collections::HashMap;
 use std::io;
@@ -23,6 +24,7 @@ use crate::link::boot::Boot;
 use crate::link::handoff::{AdoptionQueue, is_full};
 use crate::sys::event::witness::{Moment, Seat};
 use crate::sys::process::{Fork, exit_now, monotonic};
+use crate::sys::socket::Bound;
 use crate::sys::{descriptor, title, twin};
 use judge::{Fate, Held, Receiving, Sending, Unanswered};
 
@@ -48,11 +50,12 @@ pub fn make(boot: &Boot<'_>) -> io::Result<Keeping> {
     let connections = boot.settings.limits.connections + SPARE_SEATS;
     let (book, buffer) = Book::new(connections)?;
     let worker = twin::hold_this_process()?;
+    let addresses = strangers::addresses(&boot.listeners);
     // Before there is one, so that it never bears another name.
     show(boot, "keeper");
     let made = twin::make(&boot.record.keeper);
     if matches!(made, Ok(Fork::Child)) {
-        keep(boot, &worker, book, buffer);
+        keep(boot, (&worker, &addresses), book, buffer);
     }
     show(boot, "worker");
     made?;
@@ -69,7 +72,12 @@ fn show(boot: &Boot<'_>, role: &str) {
 }
 
 /// Is the keeper.
-fn keep(boot: &Boot<'_>, worker: &OwnedFd, book: Book, buffer: &[u8]) -> ! {
+fn keep(
+    boot: &Boot<'_>,
+    (worker, addresses): (&OwnedFd, &[Bound]),
+    book: Book,
+    buffer: &[u8],
+) -> ! {
     if !matches!(twin::end_with_parent(boot.master), Ok(true)) {
         exit_now(0);
     }
@@ -86,22 +94,31 @@ fn keep(boot: &Boot<'_>, worker: &OwnedFd, book: Book, buffer: &[u8]) -> ! {
     // From here on the descriptors are this process's alone.
     if book.head.leaves.load(Acquire) == 0 && book.head.stops.load(Acquire) == 0 {
         let end = monotonic().saturating_add(boot.settings.workers.drain_timeout);
-        take_over(boot, book, buffer, end);
+        let strangers = match book.witness.moment.accepting.load(Acquire) {
+            0 => Vec::new(),
+            _ => strangers::find(addresses, &known(book)),
+        };
+        take_over(boot, book, (buffer, &strangers), end);
     }
     exit_now(0);
 }
 
 /// Does with each connection what there is to be done.
-fn take_over(boot: &Boot<'_>, book: Book, buffer: &[u8], end: Duration) {
+fn take_over(boot: &Boot<'_>, book: Book, (buffer, strangers): (&[u8], &[RawFd]), end: Duration) {
     let left = connections(book);
-    let fds: Vec<RawFd> = left.iter().map(|(_, fd)| *fd).collect();
+    let fds = known(book);
     let adoption = &boot.adoption;
     let queue = [adoption.giving.as_raw_fd(), adoption.taking.as_raw_fd()];
     // The worker's listeners and its link, and what was on its way to handlers' programs.
-    descriptor::close_all_but(&[&fds[..], &queue].concat());
-    let mut calls = calls(book.entries, book.head.highest.load(Acquire));
+    descriptor::close_all_but(&[&fds[..], strangers, &queue].concat());
+    let highest = book.head.highest.load(Acquire);
+    boot.evidence.tell(ran(book.entries, highest));
+    let mut calls = calls(book.entries, highest);
     let origins = &boot.settings.http_origins;
-    let mut to_pass = Vec::new();
+    // Nothing was read from these.
+    let fresh = || judge::judge(&Held::default(), None, None, origins);
+    let strangers = strangers.iter().filter_map(|&fd| twin::inherit(fd));
+    let mut to_pass: Vec<_> = strangers.map(|socket| (socket, fresh())).collect();
     for (index, fd) in left {
         let Some(socket) = twin::inherit(fd) else {
             continue;
@@ -147,6 +164,11 @@ fn connections(book: Book) -> Vec<(usize, RawFd)> {
         .collect()
 }
 
+/// The numbers alone.
+fn known(book: Book) -> Vec<RawFd> {
+    connections(book).into_iter().map(|(_, fd)| fd).collect()
+}
+
 /// The calls without an answer, by what their entries say whose they are.
 fn calls(entries: &[Entry], highest: u32) -> HashMap<u64, Vec<Unanswered>> {
     let mut calls: HashMap<u64, Vec<Unanswered>> = HashMap::new();
@@ -157,6 +179,19 @@ fn calls(entries: &[Entry], highest: u32) -> HashMap<u64, Vec<Unanswered>> {
         }
     }
     calls
+}
+
+/// What ran when the worker died, by key and method.
+fn ran(entries: &[Entry], highest: u32) -> impl Iterator<Item = (u64, u32)> {
+    let ran = |entry: &&Entry| {
+        entry.of.load(Acquire) != 0
+            && entry.begun.load(Relaxed) != 0
+            && entry.stage.load(Relaxed) != ledger::ANSWERED
+    };
+    let entries = entries.iter().take(highest as usize).filter(ran);
+    entries
+        .map(|entry| (entry.key.load(Relaxed), entry.method.load(Relaxed)))
+        .filter(|(key, _)| *key != 0)
 }
 
 fn call(entry: &Entry) -> Unanswered {

@@ -1,0 +1,254 @@
+//! Who is put into quarantine: pure but for the board that it writes on.
+//!
+//! A call gets a strike when a worker died while it ran. Where the worker could say whose thread
+//! has failed (a fault, an abort), that call alone gets it, and nobody when it was a signal of
+//! somebody else's. Where nobody could say anything (KILL, for want of memory), all that ran get
+//! one; so whoever runs to the end once is acquitted of all. The third one within an hour is the last.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::event::Millis;
+use crate::link::quarantine::{PLACES, Quarantine, place_of};
+use crate::sys::signal::Fault;
+
+/// So many deaths.
+pub const STRIKES: u32 = 3;
+/// Within so long.
+const MEMORY_MS: Millis = 3_600_000;
+
+#[derive(Debug)]
+struct Suspect {
+    strikes: u32,
+    last: Millis,
+}
+
+/// A call in quarantine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prisoner {
+    /// Its key.
+    pub key: u64,
+    /// Its method.
+    pub method: String,
+    /// When it was put there, in seconds since 1970.
+    pub at: u64,
+}
+
+/// Suspects and prisoners.
+#[derive(Debug, Default)]
+pub struct Strikes {
+    suspects: HashMap<u64, Suspect>,
+    held: Vec<Prisoner>,
+}
+
+impl Strikes {
+    /// A worker has died at `now` (and `at` by the wall clock) while these calls ran, by key and
+    /// method. Returns those that are in quarantine from now on.
+    pub fn death(
+        &mut self,
+        quarantine: &Quarantine,
+        (fault, culprit): (Fault, u64),
+        ran: &[(u64, String)],
+        (now, at): (Millis, u64),
+    ) -> Vec<Prisoner> {
+        self.forget(quarantine, now);
+        let mut caught = Vec::new();
+        for (key, method) in ran {
+            let blamed = match fault {
+                Fault::Unknown => true,
+                Fault::Own => *key == culprit,
+                Fault::Sent => false,
+            };
+            if !blamed || self.held.iter().any(|prisoner| prisoner.key == *key) {
+                continue;
+            }
+            let strikes = self.strike(quarantine, *key, now);
+            if strikes >= STRIKES {
+                self.release(quarantine, *key);
+                let prisoner = Prisoner {
+                    key: *key,
+                    method: method.clone(),
+                    at,
+                };
+                if self.hold(quarantine, prisoner.clone()) {
+                    caught.push(prisoner);
+                }
+            }
+        }
+        self.count(quarantine);
+        caught
+    }
+
+    /// Those in quarantine, and how often each was refused.
+    pub fn held<'a>(
+        &'a self,
+        quarantine: &'a Quarantine,
+    ) -> impl Iterator<Item = (&'a Prisoner, u64)> {
+        let board = quarantine.board();
+        self.held.iter().map(|prisoner| {
+            let place = place_of(&board.keys, prisoner.key);
+            let refused = place.map_or(0, |place| board.refused[place].load(Relaxed));
+            (prisoner, refused)
+        })
+    }
+
+    /// Lets everybody go, and forgets what they were suspected of.
+    pub fn pardon(&mut self, quarantine: &Quarantine) {
+        for key in quarantine.board().keys.iter() {
+            key.store(0, Relaxed);
+        }
+        for suspect in quarantine.board().suspects.iter() {
+            suspect.store(0, Relaxed);
+        }
+        self.suspects.clear();
+        self.held.clear();
+        self.count(quarantine);
+    }
+
+    fn strike(&mut self, quarantine: &Quarantine, key: u64, now: Millis) -> u32 {
+        let suspects = &quarantine.board().suspects;
+        if place_of(suspects, key).is_none() {
+            // New, or acquitted meanwhile.
+            self.suspects.remove(&key);
+            let Some(free) = place_of(suspects, 0) else {
+                return 0; // As many are watched as can be.
+            };
+            suspects[free].store(key, Relaxed);
+        }
+        let suspect = self.suspects.entry(key).or_insert(Suspect {
+            strikes: 0,
+            last: now,
+        });
+        suspect.strikes += 1;
+        suspect.last = now;
+        suspect.strikes
+    }
+
+    fn release(&mut self, quarantine: &Quarantine, key: u64) {
+        let suspects = &quarantine.board().suspects;
+        if let Some(place) = place_of(suspects, key) {
+            suspects[place].store(0, Relaxed);
+        }
+        self.suspects.remove(&key);
+    }
+
+    fn hold(&mut self, quarantine: &Quarantine, prisoner: Prisoner) -> bool {
+        let board = quarantine.board();
+        let Some(free) = place_of(&board.keys, 0) else {
+            return false;
+        };
+        board.refused[free].store(0, Relaxed);
+        board.keys[free].store(prisoner.key, Relaxed);
+        self.held.push(prisoner);
+        true
+    }
+
+    /// Drops suspects that were acquitted, or that nothing was heard of for long.
+    fn forget(&mut self, quarantine: &Quarantine, now: Millis) {
+        let suspects = &quarantine.board().suspects;
+        self.suspects.retain(|&key, suspect| {
+            let place = place_of(suspects, key);
+            let old = now.saturating_sub(suspect.last) > MEMORY_MS;
+            if let (Some(place), true) = (place, old) {
+                suspects[place].store(0, Relaxed);
+            }
+            place.is_some() && !old
+        });
+    }
+
+    fn count(&self, quarantine: &Quarantine) {
+        let board = quarantine.board();
+        debug_assert!(self.held.len() <= PLACES && self.suspects.len() <= PLACES);
+        board.watched.store(self.suspects.len() as u32, Relaxed);
+        board.held.store(self.held.len() as u32, Relaxed);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    struct World {
+        quarantine: Quarantine,
+        strikes: Strikes,
+        now: Millis,
+    }
+
+    impl World {
+        fn new() -> Self {
+            World {
+                quarantine: Quarantine::new().unwrap(),
+                strikes: Strikes::default(),
+                now: 1000,
+            }
+        }
+
+        /// A death while these ran; who is caught.
+        fn death(&mut self, fault: Fault, culprit: u64, ran: &[u64]) -> Vec<u64> {
+            self.now += 1000;
+            let ran: Vec<_> = ran.iter().map(|&key| (key, format!("m{key}"))).collect();
+            let when = (self.now, 0);
+            let caught = self
+                .strikes
+                .death(&self.quarantine, (fault, culprit), &ran, when);
+            caught.into_iter().map(|prisoner| prisoner.key).collect()
+        }
+    }
+
+    #[test]
+    fn the_third_death_of_a_call_is_its_last() {
+        let mut world = World::new();
+        assert!(world.death(Fault::Own, 7, &[5, 7, 9]).is_empty());
+        assert!(world.death(Fault::Own, 7, &[5, 7]).is_empty());
+        assert!(!world.quarantine.refuses(7));
+        assert_eq!(world.death(Fault::Own, 7, &[7, 5]), [7]);
+        assert!(world.quarantine.refuses(7) && !world.quarantine.refuses(5));
+        let held: Vec<_> = world.strikes.held(&world.quarantine).collect();
+        assert_eq!((held.len(), held[0].1), (1, 1), "refused once, just now");
+        world.strikes.pardon(&world.quarantine);
+        assert!(!world.quarantine.refuses(7));
+        // and is watched anew
+        assert!(world.death(Fault::Own, 7, &[7]).is_empty());
+    }
+
+    #[test]
+    fn whoever_runs_to_the_end_is_innocent() {
+        let mut world = World::new();
+        for _ in 0..10 {
+            assert!(world.death(Fault::Unknown, 0, &[5]).is_empty());
+            world.quarantine.acquits(5);
+        }
+        // the culprit is never acquitted, whoever runs beside it
+        world.death(Fault::Unknown, 0, &[5, 7]);
+        world.quarantine.acquits(5);
+        world.death(Fault::Unknown, 0, &[5, 7]);
+        world.quarantine.acquits(5);
+        assert_eq!(world.death(Fault::Unknown, 0, &[5, 7]), [7]);
+    }
+
+    #[test]
+    fn nobody_is_blamed_for_a_signal_that_was_sent_or_for_what_is_long_ago() {
+        let mut world = World::new();
+        for _ in 0..10 {
+            assert!(world.death(Fault::Sent, 0, &[5]).is_empty());
+            assert!(world.death(Fault::Own, 0, &[5]).is_empty());
+        }
+        world.death(Fault::Own, 5, &[5]);
+        world.death(Fault::Own, 5, &[5]);
+        world.now += MEMORY_MS;
+        assert!(world.death(Fault::Own, 5, &[5]).is_empty());
+    }
+
+    #[test]
+    fn full_tables_hold_what_they_have() {
+        let mut world = World::new();
+        for _ in 0..3 {
+            let many: Vec<u64> = (1..=PLACES as u64 + 20).collect();
+            world.death(Fault::Unknown, 0, &many);
+        }
+        assert_eq!(world.strikes.held(&world.quarantine).count(), PLACES);
+        assert!(world.quarantine.refuses(1));
+        assert!(!world.quarantine.refuses(PLACES as u64 + 20));
+    }
+}

@@ -1,0 +1,143 @@
+//! A call that is what workers die of is run three times, and no fourth time.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::support::{Client, Daemon, PATIENCE, example, process, wait_for};
+
+fn daemon(ends_by: &str) -> Daemon {
+    Daemon::builder()
+        .program(example("misbehave"))
+        .config("[workers]\ncount = 1\nthreads = 3\nrespawn-max-delay = \"0s\"\n")
+        .expect_log(ends_by)
+        .start()
+}
+
+/// Whether a call that crashed had begun.
+#[track_caller]
+fn began(answer: &Value) -> bool {
+    assert_eq!(answer["result"]["name"], "crashed", "{answer}");
+    answer["result"]["started"].as_bool().unwrap()
+}
+
+fn quarantine(daemon: &Daemon) -> Vec<Value> {
+    daemon.status()["quarantine"].as_array().unwrap().clone()
+}
+
+/// Waits until so many deaths are counted: a caller may be quicker than that.
+fn wait_deaths(daemon: &Daemon, count: usize) {
+    wait_for("the death counted", PATIENCE, || {
+        let deaths = daemon.status()["deaths"].as_array().unwrap().len();
+        // the dead worker's keeper is reaped too
+        let children = process::children(daemon.pid()).len();
+        deaths == count && children == 2 && daemon.ready_workers().len() == 1
+    });
+}
+
+fn wait_running(daemon: &Daemon, running: u64) -> i32 {
+    wait_for("the calls running", PATIENCE, || {
+        daemon.workers().iter().any(|it| it.running == running)
+    });
+    daemon.ready_workers()[0]
+}
+
+#[test]
+fn a_call_that_ends_its_worker_three_times_is_refused_until_the_next_reload() {
+    let daemon = daemon("ended by SIG");
+    let mut client = daemon.client();
+    let calls = [
+        json!({"in": "crash", "params": "abort"}),
+        json!({"in": "crash", "params": "fill the stack"}),
+        json!({"in": "crash-inline", "id": 7}),
+    ];
+    for (number, call) in calls.iter().enumerate() {
+        for run in 1..=3 {
+            assert!(began(&client.call(call)), "run {run} of {call}");
+            wait_deaths(&daemon, number * 3 + run);
+        }
+        assert!(!began(&client.call(call)), "{call}");
+    }
+    assert!(!began(&client.call(&calls[0])));
+    let held = quarantine(&daemon);
+    let shown: Vec<_> = held
+        .iter()
+        .map(|call| (call["method"].as_str().unwrap(), call["refused"].as_u64()))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            ("crash", Some(2)),
+            ("crash", Some(1)),
+            ("crash-inline", Some(1))
+        ]
+    );
+    daemon.wait_log("is refused with crashed until the next reload");
+    let page = String::from_utf8(daemon.command(&["status"]).stdout).unwrap();
+    assert!(page.contains("In quarantine"), "{page}");
+    // another call of the same method is another call
+    let other = client.call(&json!({"in": "crash", "params": 5}));
+    assert_eq!(other["result"]["name"], "invalid-params");
+    assert!(daemon.command(&["reload"]).status.success());
+    assert_eq!(quarantine(&daemon), Vec::<Value>::new());
+    assert!(began(&client.call(&calls[0])), "it runs again");
+}
+
+#[test]
+fn whoever_only_ran_beside_it_goes_on() {
+    let daemon = daemon("ended by SIG");
+    let (mut client, mut beside) = (daemon.client(), daemon.client());
+    let long = json!({"in": "wait", "params": 60_000}).to_string();
+    let crash = json!({"in": "crash", "params": "abort"});
+    for deaths in 1..=3 {
+        beside.send(&long);
+        wait_running(&daemon, 1);
+        assert!(began(&client.call(&crash)));
+        assert!(began(&beside.recv_json()));
+        wait_deaths(&daemon, deaths);
+    }
+    assert!(!began(&client.call(&crash)));
+    let held = quarantine(&daemon);
+    assert_eq!(held.len(), 1, "{held:?}");
+    beside.send(&long);
+    wait_running(&daemon, 1);
+    kill(Pid::from_raw(daemon.ready_workers()[0]), Signal::SIGKILL).unwrap();
+    assert!(began(&beside.recv_json()));
+}
+
+/// Kills the worker while a call runs.
+fn kill_running(daemon: &Daemon, client: &mut Client, call: &Value, signal: Signal, deaths: usize) {
+    client.send(&call.to_string());
+    kill(Pid::from_raw(wait_running(daemon, 1)), signal).unwrap();
+    assert!(began(&client.recv_json()));
+    wait_deaths(daemon, deaths);
+}
+
+#[test]
+fn nobody_is_blamed_for_a_signal_from_outside() {
+    let daemon = daemon("ended by SIGSEGV");
+    let mut client = daemon.client();
+    let long = json!({"in": "wait", "params": 60_000});
+    for deaths in 1..=4 {
+        kill_running(&daemon, &mut client, &long, Signal::SIGSEGV, deaths);
+    }
+    assert_eq!(quarantine(&daemon), Vec::<Value>::new());
+}
+
+#[test]
+fn where_nobody_knows_who_it_was_a_call_that_ends_well_is_acquitted() {
+    let daemon = daemon("ended by SIGKILL");
+    let mut client = daemon.client();
+    let some = json!({"in": "wait", "params": 1000});
+    for deaths in 1..=2 {
+        kill_running(&daemon, &mut client, &some, Signal::SIGKILL, deaths);
+    }
+    assert_eq!(client.call(&some)["result"], 1000);
+    for deaths in 3..=4 {
+        kill_running(&daemon, &mut client, &some, Signal::SIGKILL, deaths);
+    }
+    assert_eq!(quarantine(&daemon), Vec::<Value>::new());
+    kill_running(&daemon, &mut client, &some, Signal::SIGKILL, 5);
+    assert_eq!(quarantine(&daemon).len(), 1);
+    assert!(!began(&client.call(&some)));
+}
