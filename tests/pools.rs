@@ -550,7 +550,9 @@ fn a_reload_to_a_program_that_cant_start_changes_nothing() {
         .configure(&config(&program, "", "", "processes = 2"));
     let reload = setting.daemon.command(&["reload"]);
     assert!(reload.status.success(), "{reload:?}");
-    assert_ne!(pid(&mut client), before);
+    wait_for("a new program's answers", PATIENCE, || {
+        pid(&mut client) != before
+    });
     wait_for("the end of the old program", PATIENCE, || {
         process::state(before).is_none()
     });

@@ -223,7 +223,8 @@ fn a_blocked_event_loop_is_replaced_and_its_record_says_what_it_ran() {
     let took = begin.elapsed();
     println!("replaced {took:?} after the call, heartbeat-timeout 1 s");
     assert!(took <= Duration::from_secs(2), "{took:?}");
-    client.assert_closed();
+    let answer = client.recv_json();
+    assert_eq!(answer["result"]["name"], "crashed", "{answer}");
     let death = last_death(&daemon);
     let reason = death["reason"].as_str().unwrap();
     println!("{reason}");

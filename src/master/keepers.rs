@@ -147,7 +147,10 @@ impl Master<'_> {
             return;
         }
         let evidence = left.evidence;
-        let ran = evidence.ran();
+        let mut ran = evidence.ran();
+        // The same call on several threads is one call for one death.
+        ran.sort_unstable_by_key(|(key, _)| *key);
+        ran.dedup_by_key(|(key, _)| *key);
         let ran: Vec<(u64, String)> = ran
             .into_iter()
             .map(|(key, method)| (key, left.known.method(method).to_owned()))
