@@ -230,6 +230,12 @@ fn map_over_a_thousand_lines_outlives_a_killed_worker_and_a_reload() {
     );
 }
 
+/// A millisecond, and a little more for each: the same call over and over would be taken for what
+/// the workers die of.
+fn one_of_its_own(place: u64) -> f64 {
+    0.001 + place as f64 * 1e-9
+}
+
 #[test]
 fn a_pool_repeats_only_what_did_not_begin_while_workers_die() {
     const CALLS: u64 = 2_000;
@@ -243,11 +249,19 @@ fn a_pool_repeats_only_what_did_not_begin_while_workers_die() {
     };
     let pool = Pool::new(&daemon.address().to_string(), options).unwrap();
     let (mut done, mut lost, mut kills) = (0, 0, 0);
-    for (place, outcome) in pool.imap_unordered::<_, f64, _>("sleep", (0..CALLS).map(|_| 0.001)) {
+    for (place, outcome) in
+        pool.imap_unordered::<_, f64, _>("sleep", (0..CALLS).map(one_of_its_own))
+    {
         match outcome {
             Ok(_) => done += 1,
             Err(error) => {
-                assert!(matches!(error, ClientError::Gone(_)), "{place}: {error:?}");
+                // Ran when its worker was killed: its connection goes on, or has ended.
+                let ran = match &error {
+                    ClientError::Gone(_) => true,
+                    ClientError::Refused(error) => error.name == "crashed" && error.started,
+                    _ => false,
+                };
+                assert!(ran, "{place}: {error:?}");
                 lost += 1;
             }
         }
