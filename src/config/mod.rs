@@ -7,7 +7,7 @@
 //! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`needs_restart`] says what no reload changes.
 //!
 //! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
-//! error is [`Error::Config`](crate::error::Error::Config) with file, line, column and key, but for a
+//! error is [`Error::Config`] with file, line, column and key, but for a
 //! file that may not be read, which is an error of the system.
 
 mod address;
