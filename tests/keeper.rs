@@ -277,7 +277,9 @@ fn what_had_not_begun_says_so_and_answers_keep_their_order() {
         }
     }
     assert_eq!(with_id, 1);
-    assert_eq!(started, [true, true, false, false, true]);
+    // a thread that was given one of the first two may not have woken yet
+    assert_eq!(started[2..], [false, false, true], "{started:?}");
+    assert!(started[..2].contains(&true), "{started:?}");
     assert_eq!(
         client.call(&json!({"in": "ping", "params": 7}))["result"],
         7
