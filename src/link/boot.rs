@@ -12,7 +12,7 @@ use super::scoreboard::Record;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
 use crate::sys::signal::SignalPipe;
-use crate::sys::title::TitleArea;
+use crate::sys::title::{self, TitleArea};
 
 /// What a worker gets from the master.
 pub struct Boot<'a> {
@@ -48,6 +48,16 @@ pub struct Boot<'a> {
     pub program: String,
     /// Who forked it.
     pub master: Pid,
+}
+
+impl Boot<'_> {
+    /// Lets `ps` say what this process is, in both of its forms.
+    pub fn show(&self, role: &str) {
+        if let Some(area) = self.title {
+            area.set(&format!("{}: {role} {}", self.program, self.slot));
+        }
+        title::set_comm(&self.program, role);
+    }
 }
 
 /// What a forked child becomes: the worker's own code, which the master does not know.

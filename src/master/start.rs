@@ -156,7 +156,7 @@ pub(super) fn show_title(setup: &Setup<'_>) {
     if let Some(area) = setup.title {
         area.set(&master_title(&setup.program, &setup.settings));
     }
-    title::set_comm(&format!("{} master", setup.program));
+    title::set_comm(&setup.program, "master");
 }
 
 fn master_title(program: &str, settings: &Settings) -> String {

@@ -74,10 +74,31 @@ impl TitleArea {
     }
 }
 
-/// Sets comm, what `ps -e`, `top` and `pgrep` show: 15 bytes are kept (PR_SET_NAME(2const)).
-pub fn set_comm(name: &str) {
-    let cut: Vec<u8> = name.bytes().filter(|&byte| byte != 0).take(15).collect();
-    if let Ok(name) = CString::new(cut) {
+/// Bytes of comm that are kept (PR_SET_NAME(2const)).
+const COMM: usize = 15;
+
+/// Sets comm, what `ps -e`, `top` and `pgrep` show: a program's name, cut where the two do not fit,
+/// and what this process is there.
+pub fn set_comm(program: &str, role: &str) {
+    if let Ok(name) = CString::new(comm(program, role)) {
         let _ = nix::sys::prctl::set_name(&name);
+    }
+}
+
+fn comm(program: &str, role: &str) -> Vec<u8> {
+    let room = COMM.saturating_sub(role.len() + 1);
+    let program = program.bytes().filter(|&byte| byte != 0).take(room);
+    program.chain([b' ']).chain(role.bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_is_cut_and_never_the_role() {
+        assert_eq!(comm("preforkd", "worker"), b"preforkd worker");
+        assert_eq!(comm("parallel_sum", "keeper"), b"parallel keeper");
+        assert_eq!(comm("a\0b", "master"), b"ab master");
     }
 }

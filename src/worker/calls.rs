@@ -47,8 +47,8 @@ pub struct Ended {
     pub method: usize,
     /// Its timer, to be disarmed.
     pub timer: u64,
-    /// Bytes of its params and id.
-    pub size: usize,
+    /// What its connection was charged with for it, in bytes.
+    pub weight: usize,
     /// Whether it had begun.
     pub begun: bool,
 }
@@ -162,6 +162,10 @@ impl Calls {
         (read_ms, deadline_ms): (u64, u64),
     ) -> CallKey {
         let size = params.len() + id.map_or(0, str::len);
+        // Large results are taken for what the last one was: calls ahead, whose answers are not
+        // fetched, cost room as well.
+        let result = self.loads[method].last_result;
+        let weight = size + if result < LARGE { 0 } else { result };
         let key = self.table.insert(Call {
             token,
             reply,
@@ -172,6 +176,7 @@ impl Calls {
             deadline_ms,
             timer: 0,
             size,
+            weight,
             params: Some(params.into()),
             state: Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key())),
             handed_out: false,
@@ -346,7 +351,7 @@ impl Calls {
             id: call.id,
             method: call.method,
             timer: call.timer,
-            size: call.size,
+            weight: call.weight,
             begun: true,
         })
     }
@@ -367,9 +372,10 @@ impl Calls {
             id: call.id.clone(),
             method: call.method,
             timer: std::mem::take(&mut call.timer),
-            size: call.size,
+            weight: call.weight,
             begun,
         };
+        let size = call.size;
         call.params = None;
         call.lost = begun;
         let index = self.loads[ended.method].lane;
@@ -380,7 +386,7 @@ impl Calls {
         } else {
             self.lanes[index].queue.remove(key);
             self.table.remove(key);
-            self.bytes -= ended.size;
+            self.bytes -= size;
             self.loads[ended.method].current -= 1;
             self.tidy(index);
         }

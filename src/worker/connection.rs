@@ -19,8 +19,8 @@ use crate::sys::event::Token;
 /// a client that never reads can cost, besides one answer.
 pub const HIGH_WATER: usize = 256 * 1024;
 
-/// Bytes of params and ids that may wait for a thread or be with one, before no further call is
-/// taken: without it, limits.pipeline times limits.frame.
+/// Bytes of params, ids and large results to come that may wait for a thread or be with one, before
+/// no further call is taken: without it, limits.pipeline times limits.frame.
 pub const HIGH_PENDING: usize = 4 * 1024 * 1024;
 
 /// Whether and how a connection goes on.
@@ -98,7 +98,7 @@ pub struct Connection {
     first: u64,
     /// Bytes in `waiting`.
     held: usize,
-    /// Bytes of the calls that wait or run.
+    /// The weight of the calls that wait or run.
     pub pending: usize,
     /// Some of what is unanswered is not in the ledger.
     pub unkept: bool,

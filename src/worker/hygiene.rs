@@ -13,7 +13,7 @@ use super::keeper::{self, Keeping};
 use crate::link::boot::Boot;
 use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
-use crate::sys::{descriptor, privilege, process, title};
+use crate::sys::{descriptor, privilege, process};
 
 /// Signals that are the master's business: Ctrl-C and a closing terminal reach the whole group,
 /// and an operator may take a worker for the master.
@@ -60,18 +60,13 @@ pub fn become_worker(
     signal::ignore(&NOT_OURS);
     let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGQUIT])
         .map_err(|error| ("catch signals", error))?;
-    // 4. From here on `ps` and the log say who this is.
-    if let Some(area) = boot.title {
-        area.set(&format!("{}: worker {}", boot.program, boot.slot));
-    }
-    title::set_comm(&format!("{} worker", boot.program));
-    // 5. Root is given up before anything of a client's is touched.
+    // 4. Root is given up before anything of a client's is touched.
     if let Some(account) = &boot.settings.account {
         privilege::drop_to(account).map_err(|error| ("give up root", error))?;
     }
-    // 6. What handlers leave behind is this worker's to end, not the master's while we live.
+    // 5. What handlers leave behind is this worker's to end, not the master's while we live.
     process::become_subreaper().map_err(|error| ("become a subreaper", error))?;
-    // 7. After the last change of user, which would take it back.
+    // 6. After the last change of user, which would take it back.
     let grace = boot.settings.workers.drain_timeout;
     match signal::on_parent_death(boot.master, grace) {
         Ok(true) => {}
@@ -80,7 +75,7 @@ pub fn become_worker(
         }
         Err(error) => return Err(("ask to be told of the master's death", error)),
     }
-    // 8. The keeper, which is a copy of what has become of this process by now: it has nothing of
+    // 7. The keeper, which is a copy of what has become of this process by now: it has nothing of
     //    the master's either, and nothing yet of what is to come.
     let keeping = boot
         .settings
@@ -95,6 +90,9 @@ pub fn become_worker(
             );
             None
         });
+    // 8. From here on `ps` says who this is: not before, so that a keeper never bears that name, nor
+    //    this process a keeper's.
+    boot.show("worker");
     // 9. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
     //    siblings have inherited the same state.
     signal::unblock_all();

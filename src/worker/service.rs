@@ -203,8 +203,8 @@ impl Service {
             (method, params),
             (self.now_ms, deadline_ms),
         );
-        connection.pending += params.len() + id.map_or(0, str::len);
         if let Some(added) = self.calls.get_mut(key) {
+            connection.pending += added.weight;
             self.timers
                 .arm(&mut added.timer, deadline_ms, Target::Call(key));
         }
@@ -324,7 +324,7 @@ impl Service {
         outcome: Result<Vec<u8>, RpcError>,
         out: Option<&str>,
     ) {
-        connection.pending -= ended.size;
+        connection.pending -= ended.weight;
         let registry = Arc::clone(&self.registry);
         let method = &registry.methods()[ended.method];
         let name = out.or_else(|| method.handler.answer_name());

@@ -37,6 +37,9 @@ pub struct Call {
     pub timer: u64,
     /// Bytes of its params and id.
     pub(super) size: usize,
+    /// The same and the bytes that its result is expected to have, if those are many: what its
+    /// connection is charged with.
+    pub weight: usize,
     /// What it asks for; `None` once it was handed out or is over.
     pub(super) params: Option<Box<str>>,
     pub(super) state: Arc<CallState>,
@@ -179,6 +182,7 @@ mod tests {
             deadline_ms: 0,
             timer: 0,
             size: 0,
+            weight: 0,
             params: None,
             state: Arc::default(),
             handed_out: false,

@@ -32,10 +32,11 @@ pub fn cpu_ticks(pid: i32) -> Option<u64> {
     Some(ticks(11)? + ticks(12)?)
 }
 
-/// Resident memory in bytes.
+/// Resident memory in bytes, counted page by page: what /proc/PID/status says may be some hundred
+/// kilobytes off (proc_pid_status(5)).
 pub fn rss_bytes(pid: i32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = rollup.lines().find(|line| line.starts_with("Rss:"))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }
@@ -83,14 +84,10 @@ pub fn children(pid: i32) -> Vec<i32> {
     all().filter(|&child| parent(child) == Some(pid)).collect()
 }
 
-/// The workers of a master, zombies included.
+/// The workers of a master, zombies included, from when they have that name.
 pub fn workers(master: i32) -> Vec<i32> {
     let mut children = children(master);
-    children.retain(|&child| {
-        let name = comm(child);
-        // without a name it is gone: a keeper is, for all we know
-        !name.is_empty() && !name.ends_with("keeper")
-    });
+    children.retain(|&child| comm(child).ends_with("worker"));
     children
 }
 

@@ -25,7 +25,7 @@ use crate::link::handoff::{AdoptionQueue, is_full};
 use crate::sys::event::witness::{Moment, Seat};
 use crate::sys::process::{Fork, exit_now, monotonic};
 use crate::sys::socket::Bound;
-use crate::sys::{descriptor, title, twin};
+use crate::sys::{descriptor, twin};
 use judge::{Fate, Held, Receiving, Sending, Unanswered};
 
 /// Places beyond `limits.connections`: what is adopted or found in a queue may exceed it.
@@ -51,24 +51,15 @@ pub fn make(boot: &Boot<'_>) -> io::Result<Keeping> {
     let (book, buffer) = Book::new(connections)?;
     let worker = twin::hold_this_process()?;
     let addresses = strangers::addresses(&boot.listeners);
-    // Before there is one, so that it never bears another name.
-    show(boot, "keeper");
     let made = twin::make(&boot.record.keeper);
     if matches!(made, Ok(Fork::Child)) {
+        boot.show("keeper");
         keep(boot, (&worker, &addresses), book, buffer);
     }
-    show(boot, "worker");
     made?;
     // Its number is what the keeper waits by, for as long as this process lives.
     std::mem::forget(worker);
     Ok(Keeping { book, buffer })
-}
-
-fn show(boot: &Boot<'_>, role: &str) {
-    if let Some(area) = boot.title {
-        area.set(&format!("{}: {role} {}", boot.program, boot.slot));
-    }
-    title::set_comm(&format!("{} {role}", boot.program));
 }
 
 /// Is the keeper.
