@@ -1,5 +1,7 @@
 //! A worker that dies takes nobody's connection along: its keeper answers with `crashed` what ran,
 //! and another worker goes on with the rest.
+//!
+//! A hundred workers are killed under each kind of load, or as many as `PREFORKD_CRASHES` says.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,8 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use crate::lifecycle::Weight;
 use crate::support::wire::{DIALECTS, Wire, post};
-use crate::support::{Client, Daemon, PATIENCE, pass, process, wait_for};
+use crate::support::{Client, Daemon, PATIENCE, Sweep, from_environment, pass, process, wait_for};
 
 const METHODS: &str = "
 [methods.echo]
@@ -169,8 +172,13 @@ fn round(client: &mut Client, first: u64, depth: u64, tally: &Tally) -> bool {
 }
 
 /// Kills one of two workers again and again under a load, and tells what it cost.
-fn kill_under_load(clients: usize, depth: u64, kills: u64) {
+fn kill_under_load(clients: usize, depth: u64) {
+    let kills = from_environment("PREFORKD_CRASHES", 100);
     let daemon = daemon(2, "");
+    // What is made once, by the first status and the first clients, is no growth.
+    daemon.client().call(&json!({"in": "ping"}));
+    let sweep = Sweep::of(&daemon);
+    let before = Weight::of(daemon.pid());
     let load = Load::start(&daemon, clients, depth);
     let mut killed = 0;
     let mut victims = Vec::new();
@@ -208,16 +216,21 @@ fn kill_under_load(clients: usize, depth: u64, kills: u64) {
     wait_for("the dead ones' keepers gone", PATIENCE, || {
         keepers(&daemon).len() == 2 && process::zombies(daemon.pid()).is_empty()
     });
+    let after = Weight::of(daemon.pid());
+    println!("the master before {before:?}, after {after:?}");
+    assert_eq!(after.descriptors, before.descriptors);
+    assert!(after.rss_bytes < before.rss_bytes + (1 << 20));
+    sweep.assert_as_many(&daemon);
 }
 
 #[test]
 fn a_crash_under_load_costs_only_the_calls_that_ran() {
-    kill_under_load(8, 1, 100);
+    kill_under_load(8, 1);
 }
 
 #[test]
 fn a_crash_under_pipelines_costs_only_the_calls_that_were_taken() {
-    kill_under_load(4, 16, 100);
+    kill_under_load(4, 16);
 }
 
 #[test]
@@ -424,6 +437,7 @@ fn a_worker_that_leaves_in_order_ends_its_connections_and_its_keeper() {
         client.assert_closed();
     }
     wait_for("its keeper gone", PATIENCE, || !process::runs(keeper));
+    daemon.wait_log("kept=0 crashed=0 reset=50");
 }
 
 #[test]

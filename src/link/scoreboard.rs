@@ -56,7 +56,7 @@ shared_record! {
         pub kept: AtomicU32,
         /// Calls that were answered with `crashed` for it.
         pub crashed: AtomicU32,
-        /// Connections that could not be passed on.
+        /// Connections that could not be passed on, or that ended with a worker which left in order.
         pub reset: AtomicU32,
         /// For how long the first bytes of the last new connection had waited, in milliseconds.
         pub last_wait_ms: AtomicU32,

@@ -182,7 +182,7 @@ fn tell(left: &Left) {
     }
     log::info!(
         "worker {worker} has left its connections behind: {kept} are passed on, with {crashed} calls \
-         answered as crashed; {reset} could not be, and are closed pid={worker} kept={kept} \
-         crashed={crashed} reset={reset}"
+         answered as crashed; {reset} are not, and end pid={worker} kept={kept} crashed={crashed} \
+         reset={reset}"
     );
 }

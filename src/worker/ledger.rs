@@ -351,9 +351,13 @@ impl Ledger {
         }
     }
 
-    /// The worker leaves in order.
-    pub fn leaves(&self) {
+    /// The worker leaves in order, and so many connections end with it, which is counted in
+    /// `ended`: but for a stop of the server nobody has told their clients so.
+    pub fn leaves(&self, connections: usize, ended: &AtomicU32) {
         if let Some(book) = self.book {
+            if book.head.stops.load(Relaxed) == 0 {
+                ended.store(connections as u32, Relaxed);
+            }
             book.head.leaves.store(1, Release);
         }
     }

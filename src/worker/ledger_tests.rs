@@ -113,3 +113,18 @@ fn without_a_keeper_nothing_is_written() {
     ledger.sent();
     assert!(!connection.unkept);
 }
+
+#[test]
+fn connections_that_end_with_their_worker_are_counted_but_for_a_stop_of_the_server() {
+    for (stops, expected) in [(false, 3), (true, 0)] {
+        let (book, _) = Book::new(4).unwrap();
+        let ledger = Ledger::new(book);
+        if stops {
+            ledger.stops();
+        }
+        let ended = AtomicU32::new(0);
+        ledger.leaves(3, &ended);
+        assert_eq!(ended.load(Relaxed), expected);
+        assert_eq!(book.head.leaves.load(Relaxed), 1);
+    }
+}

@@ -152,7 +152,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     let mut event_loop = ManuallyDrop::new(event_loop);
     let ran = event_loop.run(&mut floor).map_err(cant("serve"));
     if ran.is_ok() {
-        event_loop.service.ledger.leaves();
+        event_loop.leaves();
     }
     event_loop.end_programs();
     ran?;

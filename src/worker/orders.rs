@@ -130,6 +130,14 @@ impl EventLoop {
         }
     }
 
+    /// The worker leaves. Who is still connected, and has not been told of the end, is counted.
+    pub(super) fn leaves(&self) {
+        let connected = self.connections.iter().flatten();
+        let left = connected.filter(|it| it.phase != Phase::Lingering).count();
+        let service = &self.service;
+        service.ledger.leaves(left, &service.record.reset);
+    }
+
     /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
     pub(super) fn give_up_all(&mut self, floor: &mut Floor) {
         // Those that wait first: a thread that is let go would begin one of them at this late hour.

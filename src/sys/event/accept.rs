@@ -13,6 +13,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockFlag, accept4};
 
 use super::floor::{Floor, LISTENER_BASE};
+use super::witness::Coming;
 use super::{Completion, Driver};
 use crate::sys::socket;
 
@@ -159,17 +160,18 @@ impl Floor {
             let Some(listener) = self.listeners.get_mut(index).filter(|l| l.watched) else {
                 return;
             };
-            // The queue's are not for whoever finds them: what came along is lost with us.
-            let seen = self.witness.filter(|_| listener.source == Source::Listener);
-            if let Some(witness) = &seen {
-                witness.accepts(true);
+            if let Some(witness) = &self.witness {
+                witness.comes(match listener.source {
+                    Source::Listener => Coming::Fresh,
+                    Source::Queue(_) => Coming::Used,
+                });
             }
             let taken = match listener.source {
                 Source::Listener => accept_one(&listener.fd).map(|socket| (socket, None)),
                 Source::Queue(longest) => take_one(&listener.fd, longest),
             };
-            if let (Some(witness), Err(_)) = (&seen, &taken) {
-                witness.accepts(false);
+            if let (Some(witness), Err(_)) = (&self.witness, &taken) {
+                witness.comes(Coming::Nobody);
             }
             match taken {
                 Ok((socket, passed)) => {

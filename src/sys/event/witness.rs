@@ -56,10 +56,32 @@ shared_record! {
         pub before: AtomicU64,
         /// Bytes that it is given.
         pub length: AtomicU64,
-        /// A connection is being accepted: 1 if so.
+        /// A connection is coming in, as a number of `Coming`.
         pub accepting: AtomicU32,
         /// Keeps the size a multiple of eight.
         pub spare: AtomicU32,
+    }
+}
+
+/// How a connection comes in that has no place yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coming {
+    /// None does.
+    Nobody = 0,
+    /// A client has connected: nothing was read from it.
+    Fresh = 1,
+    /// A sibling has passed it on: what came along with it is in this process alone.
+    Used = 2,
+}
+
+impl Coming {
+    /// What a number says.
+    pub fn of(number: u32) -> Self {
+        match number {
+            0 => Coming::Nobody,
+            1 => Coming::Fresh,
+            _ => Coming::Used,
+        }
     }
 }
 
@@ -102,11 +124,11 @@ impl Witness {
             seat.token.store(token.0 + 1, Release);
             seat.fd.store(fd as u32 + 1, Release);
         }
-        self.accepts(false);
+        self.comes(Coming::Nobody);
     }
 
-    pub(super) fn accepts(&self, accepts: bool) {
-        self.moment.accepting.store(u32::from(accepts), Release);
+    pub(super) fn comes(&self, coming: Coming) {
+        self.moment.accepting.store(coming as u32, Release);
     }
 
     /// Before its descriptor is closed, for its number may be another one's at once.

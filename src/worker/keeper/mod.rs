@@ -22,7 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::ledger::{self, Book, Entry};
 use crate::link::boot::Boot;
 use crate::link::handoff::{AdoptionQueue, is_full};
-use crate::sys::event::witness::{Moment, Seat};
+use crate::sys::event::witness::{Coming, Moment, Seat};
 use crate::sys::process::{Fork, exit_now, monotonic};
 use crate::sys::socket::Bound;
 use crate::sys::{descriptor, twin};
@@ -85,17 +85,23 @@ fn keep(
     // From here on the descriptors are this process's alone.
     if book.head.leaves.load(Acquire) == 0 && book.head.stops.load(Acquire) == 0 {
         let end = monotonic().saturating_add(boot.settings.workers.drain_timeout);
-        let strangers = match book.witness.moment.accepting.load(Acquire) {
-            0 => Vec::new(),
-            _ => strangers::find(addresses, &known(book)),
+        let coming = Coming::of(book.witness.moment.accepting.load(Acquire));
+        let strangers = match coming {
+            Coming::Nobody => Vec::new(),
+            Coming::Fresh | Coming::Used => strangers::find(addresses, &known(book)),
         };
-        take_over(boot, book, (buffer, &strangers), end);
+        take_over(boot, book, (buffer, &strangers, coming), end);
     }
     exit_now(0);
 }
 
 /// Does with each connection what there is to be done.
-fn take_over(boot: &Boot<'_>, book: Book, (buffer, strangers): (&[u8], &[RawFd]), end: Duration) {
+fn take_over(
+    boot: &Boot<'_>,
+    book: Book,
+    (buffer, strangers, coming): (&[u8], &[RawFd], Coming),
+    end: Duration,
+) {
     let left = connections(book);
     let fds = known(book);
     let adoption = &boot.adoption;
@@ -106,10 +112,14 @@ fn take_over(boot: &Boot<'_>, book: Book, (buffer, strangers): (&[u8], &[RawFd])
     boot.evidence.tell(ran(book.entries, highest));
     let mut calls = calls(book.entries, highest);
     let origins = &boot.settings.http_origins;
-    // Nothing was read from these.
-    let fresh = || judge::judge(&Held::default(), None, None, origins);
-    let strangers = strangers.iter().filter_map(|&fd| twin::inherit(fd));
-    let mut to_pass: Vec<_> = strangers.map(|socket| (socket, fresh())).collect();
+    let mut to_pass = Vec::new();
+    for socket in strangers.iter().filter_map(|&fd| twin::inherit(fd)) {
+        if coming == Coming::Fresh {
+            to_pass.push((socket, judge::judge(&Held::default(), None, None, origins)));
+        } else {
+            reset(boot, &socket);
+        }
+    }
     for (index, fd) in left {
         let Some(socket) = twin::inherit(fd) else {
             continue;
@@ -127,10 +137,7 @@ fn take_over(boot: &Boot<'_>, book: Book, (buffer, strangers): (&[u8], &[RawFd])
         );
         match judge::judge(&held, receiving, sending, origins) {
             Fate::Close => {}
-            Fate::Reset => {
-                count(&boot.record.reset, 1);
-                twin::reset_when_closed(&socket);
-            }
+            Fate::Reset => reset(boot, &socket),
             fate @ Fate::PassOn { .. } => to_pass.push((socket, fate)),
         }
     }
@@ -144,6 +151,12 @@ fn take_over(boot: &Boot<'_>, book: Book, (buffer, strangers): (&[u8], &[RawFd])
             count(&boot.record.reset, 1);
         }
     }
+}
+
+/// Its client is told that nobody knows any more what it has sent and got.
+fn reset(boot: &Boot<'_>, socket: &OwnedFd) {
+    count(&boot.record.reset, 1);
+    twin::reset_when_closed(socket);
 }
 
 /// Places that are taken, with the number of the descriptor of each.
