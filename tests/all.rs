@@ -62,4 +62,5 @@ mod throttle;
 mod trouble;
 mod upgrade;
 mod upgrade_failures;
+mod vanished;
 mod verdict;
