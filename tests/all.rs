@@ -19,6 +19,8 @@ mod bars;
 mod bench;
 mod call;
 mod chaos;
+mod chaos_acts;
+mod chaos_ledger;
 mod clients;
 mod commands;
 mod errors;

@@ -48,6 +48,8 @@ pub struct Builder {
     under: Vec<OsString>,
     /// Whom its directory belongs to, if not the test's user.
     user: Option<u32>,
+    /// What else is in its directory: names and texts.
+    files: Vec<(String, String)>,
 }
 
 impl Builder {
@@ -105,6 +107,12 @@ impl Builder {
         self
     }
 
+    /// One more file in its directory, which is there before it starts.
+    pub fn file(mut self, name: &str, text: &str) -> Self {
+        self.files.push((name.to_owned(), text.to_owned()));
+        self
+    }
+
     /// Runs it by another program, which keeps its pid: `strace -DD`.
     pub fn under(mut self, words: &[String]) -> Self {
         self.under.extend(words.iter().map(OsString::from));
@@ -145,6 +153,9 @@ impl Builder {
             dir,
         };
         daemon.configure(&daemon.builder.config);
+        for (name, text) in &daemon.builder.files {
+            daemon.dir.write(name, text);
+        }
         daemon.spawn(handed_over.then(|| OwnedFd::from(listener)));
         daemon.wait_ready(0)
     }

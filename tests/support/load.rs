@@ -86,7 +86,8 @@ impl Tally {
         self.fault(port, lost, true, what);
     }
 
-    fn fault(&mut self, port: u16, lost: usize, closed: bool, what: String) {
+    /// So many calls have no valid answer.
+    pub fn fault(&mut self, port: u16, lost: usize, closed: bool, what: String) {
         if self.faults.len() < MOST_FAULTS {
             self.faults.push(Fault {
                 port,

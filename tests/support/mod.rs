@@ -6,7 +6,9 @@
 
 mod callers;
 pub mod client;
+mod cramp;
 pub mod daemon;
+mod dawdlers;
 mod dice;
 mod dir;
 pub mod load;
@@ -29,7 +31,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub use callers::Callers;
 pub use client::{Client, frame};
+pub use cramp::Cramp;
 pub use daemon::{Builder, Daemon};
+pub use dawdlers::Dawdlers;
 pub use dice::Dice;
 pub use dir::Dir;
 pub use sweep::Sweep;

@@ -105,6 +105,18 @@ pub fn zombies(pid: i32) -> Vec<i32> {
     children
 }
 
+/// Its children, theirs and so on, zombies included. Whoever a subreaper has adopted is one of
+/// them.
+pub fn descendants(pid: i32) -> Vec<i32> {
+    let mut found = children(pid);
+    let mut next = 0;
+    while let Some(&parent) = found.get(next) {
+        found.extend(children(parent));
+        next += 1;
+    }
+    found
+}
+
 /// All members of a process group, zombies included.
 pub fn members(group_id: i32) -> Vec<i32> {
     all().filter(|&pid| group(pid) == Some(group_id)).collect()

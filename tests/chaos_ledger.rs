@@ -1,0 +1,365 @@
+//! The ledger of the chaos: what was lost against what was done, and against what the daemon itself
+//! says that it could not save.
+//!
+//! A fault is explained by an end that was brought about, of a worker that the connection was on or
+//! of a program; and of all faults together no more than the daemon tells: each dead worker's log
+//! line says how many connections ended with it and how many calls were answered with `crashed`.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::support::load::Fault;
+
+/// How long a call may wait for what becomes of it: until a stopped worker is ended at its deadline,
+/// in a drain too, and another one has taken its connection up.
+const LONGEST: Duration = Duration::from_secs(18);
+/// How long what a worker does not survive may go on.
+const SHORT: Duration = Duration::from_secs(1);
+/// The most calls ahead on a connection.
+const DEPTH: usize = 16;
+
+/// How a worker's end was brought about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Stopped, looked at, and killed by us or by the master: nobody else can have been on it.
+    Killed,
+    /// Stopped, looked at, and told to leave at once: some may have come in before it heard that.
+    Left,
+    /// Short of memory: it may have died of that, whoever was on it.
+    Cramped,
+}
+
+#[derive(Debug)]
+struct Ended {
+    pid: i32,
+    end: End,
+    at: Instant,
+    /// The connections that it held.
+    ports: usize,
+}
+
+/// What was done.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    ended: Vec<Ended>,
+    /// The ports of clients whose worker was ended, and when: a port is used again and again.
+    forfeited: HashMap<u16, Vec<Instant>>,
+    /// When programs of the pool were killed.
+    programs: Vec<Instant>,
+    /// When the daemon had too few descriptors or too little memory, first of all: a worker that is
+    /// forked meanwhile has them for life.
+    short_since: Option<Instant>,
+    /// When the log could not be written.
+    mute: Vec<(Instant, Instant)>,
+    /// What was done, and when it was begun.
+    done: Vec<(Instant, &'static str)>,
+}
+
+/// What the daemon's log says of workers that died.
+#[derive(Debug, Default)]
+pub struct Told {
+    /// By pid: connections that ended, calls that were answered with `crashed`.
+    left: HashMap<i32, (usize, usize)>,
+    /// Workers that had no keeper.
+    unkept: Vec<i32>,
+    pub kept: usize,
+}
+
+impl Told {
+    /// Reads a log.
+    pub fn of(log: &str) -> Self {
+        let mut told = Told::default();
+        for line in log.lines() {
+            let number = |key: &str| -> Option<usize> {
+                let words = line.split_whitespace();
+                let mut values = words.filter_map(|word| word.strip_prefix(key));
+                values.next()?.parse().ok()
+            };
+            let counts = (number("kept="), number("crashed="), number("reset="));
+            if let (Some(pid), (Some(kept), Some(crashed), Some(reset))) = (number("pid="), counts)
+            {
+                let left = told.left.entry(pid as i32).or_default();
+                left.0 += reset;
+                left.1 += crashed;
+                told.kept += kept;
+            } else if line.contains("this worker has no keeper") {
+                let own = line
+                    .split_once('[')
+                    .and_then(|(_, rest)| rest.split_once(' '));
+                told.unkept
+                    .extend(own.and_then(|(pid, _)| pid.parse::<i32>().ok()));
+            }
+        }
+        told
+    }
+}
+
+/// What kind of fault it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// The connection is gone.
+    Closed,
+    /// Answered with `crashed`, by a keeper.
+    Crashed,
+    /// The same, for a program of a pool.
+    ProgramCrashed,
+    /// A command that could not be started for want of descriptors or memory: not begun, and said
+    /// so.
+    Refused,
+    Other,
+}
+
+impl Kind {
+    fn of(fault: &Fault) -> Self {
+        let says = |texts: &[&str]| texts.iter().all(|text| fault.what.contains(text));
+        match () {
+            () if fault.closed => Kind::Closed,
+            () if says(&["\"crashed\"", "the pool "]) => Kind::ProgramCrashed,
+            () if says(&["\"crashed\"", "the worker that "]) => Kind::Crashed,
+            () if says(&["overloaded", "Too many open files", "\"started\":false"])
+                || says(&["overloaded", "Cannot allocate memory", "\"started\":false"]) =>
+            {
+                Kind::Refused
+            }
+            () => Kind::Other,
+        }
+    }
+}
+
+/// What is left to be explained by.
+struct Budget {
+    closed: usize,
+    crashed: usize,
+    programs: Vec<Instant>,
+    /// Of each end that others than those looked at may have met: until when, how many connections,
+    /// how many calls.
+    strangers: Vec<(Instant, Instant, usize, usize)>,
+    short_since: Option<Instant>,
+}
+
+impl Ledger {
+    pub fn did(&mut self, begin: Instant, what: &'static str) {
+        self.done.push((begin, what));
+    }
+
+    pub fn done(&self) -> impl Iterator<Item = &'static str> {
+        self.done.iter().map(|(_, what)| *what)
+    }
+
+    /// A worker's end is brought about, with the connections of these clients.
+    pub fn ends(&mut self, pid: i32, end: End, ports: impl IntoIterator<Item = u16>) {
+        let at = Instant::now();
+        let mut count = 0;
+        for port in ports {
+            self.forfeited.entry(port).or_default().push(at);
+            count += 1;
+        }
+        let ports = count;
+        self.ended.push(Ended {
+            pid,
+            end,
+            at,
+            ports,
+        });
+    }
+
+    pub fn program_killed(&mut self) {
+        self.programs.push(Instant::now());
+    }
+
+    pub fn is_short(&mut self) {
+        self.short_since.get_or_insert_with(Instant::now);
+    }
+
+    pub fn was_mute(&mut self, since: Instant) {
+        self.mute.push((since, Instant::now()));
+    }
+
+    /// In one line: what was done to whom, what the daemon tells, and what clients saw.
+    pub fn account(&self, faults: &[(&str, &Fault)], told: &Told) -> String {
+        let of = |kind| {
+            faults
+                .iter()
+                .filter(|(_, fault)| Kind::of(fault) == kind)
+                .count()
+        };
+        let budget = self.budget(told);
+        let (resets, crashed) = told
+            .left
+            .values()
+            .fold((0, 0), |sum, left| (sum.0 + left.0, sum.1 + left.1));
+        format!(
+            "{} ends of workers, {} connections on them looked at, told of: {} kept, {resets} ended, \
+             {crashed} calls crashed (with what could not be told {} and {}); seen: {} ended, {} calls \
+             crashed, {} of {} killed programs; {} refused",
+            self.ended.len(),
+            self.ended.iter().map(|it| it.ports).sum::<usize>(),
+            told.kept,
+            budget.closed,
+            budget.crashed,
+            of(Kind::Closed),
+            of(Kind::Crashed),
+            of(Kind::ProgramCrashed),
+            self.programs.len(),
+            of(Kind::Refused),
+        )
+    }
+
+    fn budget(&self, told: &Told) -> Budget {
+        let mut budget = Budget {
+            closed: told.left.values().map(|left| left.0).sum(),
+            crashed: told.left.values().map(|left| left.1).sum(),
+            programs: self.programs.clone(),
+            strangers: Vec::new(),
+            short_since: self.short_since,
+        };
+        for ended in &self.ended {
+            let (reset, crashed) = told.left.get(&ended.pid).copied().unwrap_or_default();
+            let latest = ended.at + LONGEST;
+            let overlaps = |&(from, to): &(Instant, Instant)| from <= latest && ended.at <= to;
+            if !told.left.contains_key(&ended.pid) && self.mute.iter().any(overlaps) {
+                // not told, for it could not be: what it held is all that there is to go by
+                budget.closed += ended.ports;
+                budget.crashed += ended.ports * DEPTH;
+            } else if told.unkept.contains(&ended.pid) {
+                budget.closed += ended.ports;
+            }
+            let until = match ended.end {
+                End::Killed => continue,
+                End::Left => ended.at + SHORT,
+                End::Cramped => latest,
+            };
+            budget.strangers.push((ended.at, until, reset, crashed));
+        }
+        budget
+    }
+
+    /// The faults that nothing explains, each with what had been done before.
+    pub fn unexplained(&self, faults: &[(&str, &Fault)], told: &Told) -> Vec<String> {
+        let mut budget = self.budget(told);
+        let mut faults = faults.to_vec();
+        faults.sort_by_key(|(_, fault)| fault.at);
+        let mut unexplained = Vec::new();
+        for (whose, fault) in faults {
+            let forfeited = self.forfeited.get(&fault.port).is_some_and(|times| {
+                let mut since = times.iter().map(|at| fault.at.checked_duration_since(*at));
+                since.any(|since| since.is_some_and(|since| since < LONGEST))
+            });
+            if !budget.explains(fault, forfeited) {
+                let before: Vec<_> = self.before(fault, LONGEST).collect();
+                unexplained.push(format!("{whose}: {fault:?} after {before:?}"));
+            }
+        }
+        unexplained
+    }
+
+    /// What was done in so long before a fault, and how many milliseconds before.
+    fn before(&self, fault: &Fault, most: Duration) -> impl Iterator<Item = (u128, &'static str)> {
+        let at = fault.at;
+        self.done.iter().filter_map(move |(begin, what)| {
+            let since = at.checked_duration_since(*begin)?;
+            (since <= most).then_some((since.as_millis(), *what))
+        })
+    }
+}
+
+impl Budget {
+    fn explains(&mut self, fault: &Fault, forfeited: bool) -> bool {
+        match Kind::of(fault) {
+            Kind::Closed => {
+                (forfeited || self.stranger(fault, |it| &mut it.2)) && take(&mut self.closed)
+            }
+            Kind::Crashed => {
+                (forfeited || self.stranger(fault, |it| &mut it.3)) && take(&mut self.crashed)
+            }
+            Kind::ProgramCrashed => {
+                let killed = |at: &Instant| {
+                    let since = fault.at.checked_duration_since(*at);
+                    since.is_some_and(|since| since < LONGEST)
+                };
+                let index = self.programs.iter().position(killed);
+                index.map(|index| self.programs.remove(index)).is_some()
+            }
+            Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
+            Kind::Other => false,
+        }
+    }
+
+    /// Whether it met an end that one may meet unseen.
+    fn stranger(
+        &mut self,
+        fault: &Fault,
+        which: fn(&mut (Instant, Instant, usize, usize)) -> &mut usize,
+    ) -> bool {
+        let mut ends = self.strangers.iter_mut();
+        ends.any(|end| (end.0..=end.1).contains(&fault.at) && take(which(end)))
+    }
+}
+
+/// One less, if there is one.
+fn take(number: &mut usize) -> bool {
+    let taken = *number > 0;
+    *number = number.saturating_sub(1);
+    taken
+}
+
+#[cfg(test)]
+fn fault(port: u16, closed: bool, what: &str) -> Fault {
+    Fault {
+        port,
+        at: Instant::now(),
+        lost: 1,
+        closed,
+        what: what.to_owned(),
+    }
+}
+
+#[test]
+fn no_more_is_excused_than_was_done_and_told() {
+    let crashed = r#"{"name":"crashed","message":"the worker that ran this call has died"}"#;
+    let log = "2026 INFO [7 master] worker 9 has left … pid=9 kept=4 crashed=1 reset=1";
+    let mut ledger = Ledger::default();
+    ledger.ends(9, End::Killed, [100, 101, 102]);
+    let faults = [
+        fault(100, true, "reset"),
+        fault(101, true, "reset"),
+        fault(102, false, crashed),
+        fault(102, false, crashed),
+        fault(200, true, "reset"),
+        fault(100, false, r#"{"name":"timeout"}"#),
+    ];
+    let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
+    let judge = |told: &str, which: &[usize]| {
+        let some: Vec<_> = which.iter().map(|&index| named[index]).collect();
+        ledger.unexplained(&some, &Told::of(told)).len()
+    };
+    assert_eq!(judge(log, &[0, 2]), 0);
+    assert_eq!(judge("", &[0, 2]), 2, "nothing was told");
+    assert_eq!(judge(log, &[0, 1]), 1, "one was told");
+    assert_eq!(judge(log, &[2, 3]), 1, "likewise");
+    assert_eq!(judge(log, &[4]), 1, "on no worker that died");
+    assert_eq!(judge(log, &[5]), 1, "an answer of another kind");
+    let keeperless = "2026 WARN  [9 worker 1] this worker has no keeper: …";
+    assert_eq!(judge(keeperless, &[0, 1]), 0);
+    assert_eq!(judge(keeperless, &[0, 1, 2]), 1);
+}
+
+#[test]
+fn who_came_to_a_leaving_worker_is_excused_as_often_as_it_says() {
+    let mut ledger = Ledger::default();
+    ledger.ends(9, End::Left, [100]);
+    let faults = [fault(200, true, "ended"), fault(201, true, "ended")];
+    let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
+    let told = Told::of("INFO [7 master] … pid=9 kept=0 crashed=0 reset=1");
+    assert_eq!(ledger.unexplained(&named, &told).len(), 1);
+}
+
+#[test]
+fn a_program_that_was_killed_costs_one_call() {
+    let text = r#"{"name":"crashed","message":"the program of the pool mirror that ran it …"}"#;
+    let mut ledger = Ledger::default();
+    ledger.program_killed();
+    let faults = [fault(1, false, text), fault(2, false, text)];
+    let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
+    assert_eq!(ledger.unexplained(&named, &Told::default()).len(), 1);
+}
