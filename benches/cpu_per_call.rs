@@ -15,28 +15,18 @@ use clap::Parser;
 use support::figures::{line, median};
 use support::load::{self, Load, Until};
 use support::server::Server;
-use support::{Failure, bare, words};
+use support::{Failure, Rounds, bare, words};
 
 /// The most that preforkd may cost, in times of what the bare server costs.
 const BAR: f64 = 1.25;
 
 #[derive(Parser)]
 struct Words {
-    /// Rounds, each with both servers.
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
-    /// Seconds of load on each server in each round.
-    #[arg(long, default_value_t = 3)]
-    seconds: u64,
-    /// Connections, with one outstanding call each.
-    #[arg(long, default_value_t = 64)]
-    connections: usize,
+    #[command(flatten)]
+    of: Rounds,
     /// Workers of each server.
     #[arg(long, default_value_t = 2)]
     workers: usize,
-    /// Fail above the bar.
-    #[arg(long)]
-    bar: bool,
     /// Measure the bare server against itself: the ratio shows the noise.
     #[arg(long)]
     self_check: bool,
@@ -57,7 +47,7 @@ fn main() -> Result<(), Failure> {
     };
 
     let (mut bare, mut ours) = (Vec::new(), Vec::new());
-    for round in 0..words.rounds {
+    for round in 0..words.of.rounds {
         for turn in [round % 2, 1 - round % 2] {
             let (name, figures) = match turn {
                 0 => ("bare", &mut bare),
@@ -75,12 +65,12 @@ fn main() -> Result<(), Failure> {
     println!(
         "CPU time per call at {} connections, medians of {} rounds: bare {:.2} us, {other} {:.2} us, \
          ratio {ratio:.3} (bar: {BAR})",
-        words.connections,
-        words.rounds,
+        words.of.connections,
+        words.of.rounds,
         median(&bare),
         median(&ours),
     );
-    if words.bar && (ratio.is_nan() || ratio > BAR) {
+    if words.of.bar && (ratio.is_nan() || ratio > BAR) {
         return Err(format!("the ratio {ratio:.3} is above the bar of {BAR}").into());
     }
     Ok(())
@@ -88,11 +78,11 @@ fn main() -> Result<(), Failure> {
 
 /// Microseconds of CPU time per call.
 fn measure(server: &Server, words: &Words, name: &str) -> Result<f64, Failure> {
-    let mut load = Load::open(server.address, words.connections, bare::PARAMS)?;
+    let mut load = Load::open(server.address, words.of.connections, bare::PARAMS)?;
     // Caches, buffers and clock speed as they are under load.
     load.run(Until::Calls(20_000))?;
     let before = server.cpu_time()?;
-    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.seconds)))?;
+    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.of.seconds)))?;
     let used = server.cpu_time()?.saturating_sub(before);
     let cost = used.as_secs_f64() * 1e6 / outcome.calls as f64;
     println!("{name:>10}: {cost:.2} us CPU per call; {}", line(&outcome));

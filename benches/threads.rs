@@ -16,31 +16,21 @@ use clap::Parser;
 use support::figures::{line, median};
 use support::load::{Load, Until};
 use support::server::Server;
-use support::{Failure, words};
+use support::{Failure, Rounds, words};
 
 /// The most that a call on a thread may cost, in times of an inline one.
 const BAR: f64 = 2.0;
 
 #[derive(Parser)]
 struct Words {
-    /// Rounds, each with both methods.
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
-    /// Seconds of load on each method in each round.
-    #[arg(long, default_value_t = 3)]
-    seconds: u64,
-    /// Connections, with one outstanding call each.
-    #[arg(long, default_value_t = 64)]
-    connections: usize,
+    #[command(flatten)]
+    of: Rounds,
     /// Workers.
     #[arg(long, default_value_t = 2)]
     workers: usize,
     /// Handler threads of each.
     #[arg(long, default_value_t = 8)]
     threads: usize,
-    /// Fail above the bar.
-    #[arg(long)]
-    bar: bool,
 }
 
 fn main() -> ExitCode {
@@ -70,7 +60,7 @@ fn compare(words: Words) -> Result<(), Failure> {
     );
     let server = Server::of_this_program(&more)?;
     let (mut inline, mut thread) = (Vec::new(), Vec::new());
-    for round in 0..words.rounds {
+    for round in 0..words.of.rounds {
         for turn in [round % 2, 1 - round % 2] {
             let (name, figures) = match turn {
                 0 => ("inline", &mut inline),
@@ -83,12 +73,12 @@ fn compare(words: Words) -> Result<(), Failure> {
     println!(
         "CPU time per call at {} connections, medians of {} rounds: inline {:.2} us, on a thread {:.2} us, \
          ratio {ratio:.3} (bar: {BAR})",
-        words.connections,
-        words.rounds,
+        words.of.connections,
+        words.of.rounds,
         median(&inline),
         median(&thread),
     );
-    if words.bar && (ratio.is_nan() || ratio > BAR) {
+    if words.of.bar && (ratio.is_nan() || ratio > BAR) {
         return Err(format!("the ratio {ratio:.3} is above the bar of {BAR}").into());
     }
     Ok(())
@@ -96,10 +86,10 @@ fn compare(words: Words) -> Result<(), Failure> {
 
 /// Microseconds of CPU time per call.
 fn measure(server: &Server, words: &Words, method: &str) -> Result<f64, Failure> {
-    let mut load = Load::of(server.address, words.connections, method, "\"hello\"")?;
+    let mut load = Load::of(server.address, words.of.connections, method, "\"hello\"")?;
     load.run(Until::Calls(20_000))?;
     let before = server.cpu_time()?;
-    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.seconds)))?;
+    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.of.seconds)))?;
     let used = server.cpu_time()?.saturating_sub(before);
     let cost = used.as_secs_f64() * 1e6 / outcome.calls as f64;
     println!(

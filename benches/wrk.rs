@@ -18,7 +18,7 @@ use nix::sys::time::TimeValLike;
 
 use support::figures::median;
 use support::server::Server;
-use support::{Failure, words};
+use support::{Failure, Rounds, words};
 
 /// What wrk is told beside where to: the same method and params.
 const SCRIPT: &str = "wrk.method = \"POST\"\nwrk.body = '\"hello\"'\n";
@@ -26,18 +26,8 @@ const PARAMS: &str = "\"hello\"";
 
 #[derive(Parser)]
 struct Words {
-    /// Rounds, each with every client.
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
-    /// Seconds of load of each client in each round.
-    #[arg(long, default_value_t = 3)]
-    seconds: u64,
-    /// Connections.
-    #[arg(long, default_value_t = 64)]
-    connections: usize,
-    /// Fail below the bar.
-    #[arg(long)]
-    bar: bool,
+    #[command(flatten)]
+    of: Rounds,
 }
 
 fn main() -> Result<(), Failure> {
@@ -55,7 +45,10 @@ fn main() -> Result<(), Failure> {
     let server = Server::preforkd(2, "")?;
     let script = std::env::temp_dir().join(format!("preforkd-bench-{}.lua", std::process::id()));
     fs::write(&script, SCRIPT)?;
-    let (connections, seconds) = (words.connections.to_string(), words.seconds.to_string());
+    let (connections, seconds) = (
+        words.of.connections.to_string(),
+        words.of.seconds.to_string(),
+    );
     let address = server.address.to_string();
     let wrk = || {
         let mut wrk = Command::new("wrk");
@@ -73,7 +66,7 @@ fn main() -> Result<(), Failure> {
         client(&mut bench, answered_by_us)
     };
     let mut figures = [const { Vec::new() }; 4];
-    for _ in 0..words.rounds {
+    for _ in 0..words.of.rounds {
         let round = [wrk()?, ours("http")?, ours("line")?, ours("frame")?];
         println!(
             "calls per CPU second of the client: wrk {:>7.0}, preforkd bench {:>7.0} over HTTP, \
@@ -89,12 +82,12 @@ fn main() -> Result<(), Failure> {
     println!(
         "medians of {} rounds, {connections} connections: wrk {wrk:.0}, preforkd bench {http:.0} \
          ({:.2} of wrk's), in lines {:.2}, in frames {:.2} (bar: 1)",
-        words.rounds,
+        words.of.rounds,
         http / wrk,
         line / wrk,
         frame / wrk,
     );
-    if words.bar && (http.is_nan() || http < wrk) {
+    if words.of.bar && (http.is_nan() || http < wrk) {
         return Err(format!("{:.2} of wrk's calls is below the bar of 1", http / wrk).into());
     }
     Ok(())

@@ -8,6 +8,23 @@ pub mod figures;
 pub mod load;
 pub mod server;
 
+/// What every comparison can be told.
+#[derive(clap::Args)]
+pub struct Rounds {
+    /// Rounds, each with all that is compared.
+    #[arg(long, default_value_t = 5)]
+    pub rounds: usize,
+    /// Seconds of load in each round, on each of them.
+    #[arg(long, default_value_t = 3)]
+    pub seconds: u64,
+    /// Connections, with one outstanding call each.
+    #[arg(long, default_value_t = 64)]
+    pub connections: usize,
+    /// Fail beyond the bar.
+    #[arg(long)]
+    pub bar: bool,
+}
+
 /// What ends a measurement early.
 pub type Failure = Box<dyn std::error::Error>;
 
