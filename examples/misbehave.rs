@@ -51,6 +51,10 @@ fn main() -> ExitCode {
             }
             Ok(deeper(how.len()))
         })
+        // Has the worker exit with this code, whatever the second number is.
+        .method("exit", |(code, _): (i32, u64)| -> Result<(), _> {
+            std::process::exit(code)
+        })
         // Ends the worker from its event loop.
         .inline("crash-inline", |(): ()| -> Result<(), _> {
             std::process::abort()

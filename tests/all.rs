@@ -24,6 +24,7 @@ mod chaos_ledger;
 mod clients;
 mod commands;
 mod errors;
+mod forgery;
 mod frames;
 mod handoff;
 mod hostile;

@@ -24,11 +24,15 @@ impl Master<'_> {
         self.actions.extend(actions);
     }
 
-    /// A worker says that none of its threads comes back, and which calls they run.
-    pub(super) fn wedged(&self, pid: Pid, threads: u64, file: Option<OwnedFd>) -> Event {
+    /// A worker says that none of its threads comes back, and which calls they run. That it says so
+    /// again is no reason to look again: one that repeats itself would keep the master busy.
+    pub(super) fn wedged(&self, pid: Pid, threads: u64, file: Option<OwnedFd>) -> Option<Event> {
+        if !self.fleet.wants_evidence(pid) {
+            return None;
+        }
         let calls = file.and_then(stuck::unpack).unwrap_or_default();
         let evidence = threads_of(pid, threads, &calls);
-        Event::Wedged { pid, evidence }
+        Some(Event::Wedged { pid, evidence })
     }
 }
 

@@ -3,6 +3,9 @@
 //!
 //! A worker makes its keeper and says in its scoreboard record who that is. When the worker has
 //! died, the record stays with the keeper, which writes there what became of the connections.
+//!
+//! What a worker says is a claim, and whoever is believed to be a keeper is waited for and, at the end,
+//! killed: so only who can be one is believed.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -20,6 +23,7 @@ use crate::link::scoreboard::Record;
 use crate::protocol::control::State;
 use crate::sys::process;
 use crate::sys::signal::Fault;
+use crate::sys::spawn;
 
 /// Keepers whose workers have been reaped.
 #[derive(Debug, Default)]
@@ -69,14 +73,15 @@ impl Keepers {
         self.0.insert(keeper, left);
     }
 
-    /// A worker was reaped. Gives the record back when nobody needs it any more.
-    pub fn left(&mut self, left: Left) -> Option<usize> {
-        match keeper_of(left.record) {
-            Some(keeper) => {
+    /// A worker was reaped, and who it has claimed to be its keeper is that if `believes` says so
+    /// and nobody else has claimed it. Gives the record back when nobody needs it any more.
+    pub fn left(&mut self, left: Left, believes: impl Fn(Pid) -> bool) -> Option<usize> {
+        match claimed_by(left.record) {
+            Some(keeper) if !self.contains(keeper) && believes(keeper) => {
                 self.0.insert(keeper, left);
                 None
             }
-            None => Some(left.record_index),
+            _ => Some(left.record_index),
         }
     }
 
@@ -92,16 +97,23 @@ impl Keepers {
 
     /// Ends all that are left, and waits for it: their descriptors are among them the ports.
     pub fn end(&mut self) {
-        for (keeper, _) in self.0.drain() {
+        for (keeper, _) in self.0.drain().filter(|(keeper, _)| can_be_one(*keeper)) {
             process::kill(keeper, Signal::SIGKILL);
             process::reap(keeper, true);
         }
     }
 }
 
-/// The keeper of a worker that shows this record.
-pub fn keeper_of(record: &Record) -> Option<Pid> {
-    Some(Pid(record.keeper.load(Relaxed))).filter(|keeper| keeper.0 > 0)
+/// Who a worker says is its keeper: whoever it likes. Good to be compared with a child that was seen
+/// or reaped, and for nothing else before it was asked whether it [can be one](can_be_one).
+pub fn claimed_by(record: &Record) -> Option<Pid> {
+    Some(Pid(record.keeper.load(Relaxed))).filter(|keeper| keeper.0 > 1)
+}
+
+/// Whether a process can be a worker's keeper: a child, and none of those that the master has made
+/// itself.
+pub fn can_be_one(pid: Pid) -> bool {
+    pid.0 > 1 && process::is_child(pid) && !process::is_forked(pid) && !spawn::is_child(pid)
 }
 
 impl Master<'_> {
@@ -114,7 +126,7 @@ impl Master<'_> {
         let Some((worker, living)) = self
             .workers
             .iter()
-            .find(|(_, worker)| keeper_of(worker.record) == Some(pid))
+            .find(|(_, worker)| claimed_by(worker.record) == Some(pid))
         else {
             return;
         };

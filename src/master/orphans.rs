@@ -48,6 +48,11 @@ impl Orphans {
         }
     }
 
+    /// Whether a child is none of the server's: it was there before.
+    pub fn is_from_before(&self, pid: Pid) -> bool {
+        self.others.contains(&pid)
+    }
+
     /// A child was reaped: a worker, or one that is not ours.
     pub fn reaped(&mut self, pid: Pid, is_worker: bool) {
         if !is_worker {

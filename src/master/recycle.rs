@@ -111,12 +111,19 @@ impl Fleet {
         );
     }
 
+    /// Whether a report that a worker's threads don't come back would be news.
+    pub fn wants_evidence(&self, pid: Pid) -> bool {
+        let child = self.table.children.get(&pid);
+        child.is_some_and(|child| child.serves() && child.wear.evidence.is_none())
+    }
+
     /// None of a worker's threads comes back: it is replaced without waiting for others.
     pub(super) fn wedged(&mut self, pid: Pid, evidence: &str) {
         let since = self.now;
-        let Some(child) = self.table.children.get_mut(&pid).filter(|it| it.serves()) else {
+        if !self.wants_evidence(pid) {
             return;
-        };
+        }
+        let child = self.child_mut(pid);
         child.wear.wish = Some(Wish {
             reason: "none of its handler threads comes back".to_owned(),
             since,

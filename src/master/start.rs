@@ -23,6 +23,7 @@ use super::upgrade::Upgrade;
 use super::workers::{Ground, Known, Workers};
 use crate::config::Settings;
 use crate::error::{Error, Result};
+use crate::sys::memory;
 use crate::sys::notify::Notifier;
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
@@ -110,7 +111,7 @@ fn start<'a>(
         signals,
         pid_file: pid_file.take().ok_or_else(lock)?,
         orphans: Orphans::new(),
-        strikes: Strikes::default(),
+        strikes: Strikes::new(memory::kills_for_want_of_it()),
         ground,
         upcoming: None,
         first_words: FirstWords::default(),

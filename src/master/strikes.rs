@@ -2,7 +2,8 @@
 //!
 //! A call gets a strike when a worker died while it ran. Where the worker could say whose thread
 //! has failed (a fault, an abort), that call alone gets it, and nobody when it was a signal of
-//! somebody else's. Where nobody could say anything (KILL, for want of memory), all that ran get
+//! somebody else's. A KILL is somebody else's too, unless the kernel had to end somebody for want of
+//! memory. Where nobody could say anything (that, or a worker that left on its own), all that ran get
 //! one; so whoever runs to the end once is acquitted of all. The third one within an hour is the last.
 
 use std::collections::HashMap;
@@ -39,9 +40,26 @@ pub struct Prisoner {
 pub struct Strikes {
     suspects: HashMap<u64, Suspect>,
     held: Vec<Prisoner>,
+    /// How many processes the kernel had ended for want of memory when last looked.
+    kills: Option<u64>,
 }
 
 impl Strikes {
+    /// Nobody is suspected yet, and the kernel has ended so many processes for want of memory.
+    pub fn new(kills: Option<u64>) -> Self {
+        Strikes {
+            kills,
+            ..Strikes::default()
+        }
+    }
+
+    /// Some workers got a KILL, and by now it is so many: whether those may be among them. Where the
+    /// kernel does not say, they are not.
+    pub fn ran_out_of_memory(&mut self, kills: Option<u64>) -> bool {
+        let before = std::mem::replace(&mut self.kills, kills);
+        matches!((before, kills), (Some(before), Some(now)) if now > before)
+    }
+
     /// A worker has died at `now` (and `at` by the wall clock) while these calls ran, by key and
     /// method. Returns those that are in quarantine from now on.
     pub fn death(
@@ -238,6 +256,17 @@ mod tests {
         world.death(Fault::Own, 5, &[5]);
         world.now += MEMORY_MS;
         assert!(world.death(Fault::Own, 5, &[5]).is_empty());
+    }
+
+    #[test]
+    fn a_kill_counts_when_the_kernel_has_run_out_of_memory_since_the_one_before() {
+        let mut strikes = Strikes::new(Some(7));
+        assert!(!strikes.ran_out_of_memory(Some(7)));
+        assert!(strikes.ran_out_of_memory(Some(9)));
+        assert!(!strikes.ran_out_of_memory(Some(9)));
+        assert!(!strikes.ran_out_of_memory(None));
+        assert!(!strikes.ran_out_of_memory(Some(12)), "nobody knows when");
+        assert!(!Strikes::new(None).ran_out_of_memory(None));
     }
 
     #[test]

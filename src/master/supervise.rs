@@ -11,11 +11,13 @@ use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
 use super::control::{ClientId, Control};
 use super::event::{Action, Event, Millis};
 use super::first_words::FirstWords;
 use super::fleet::Fleet;
+use super::keepers::can_be_one;
 use super::listeners::Listener;
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
@@ -29,6 +31,7 @@ use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
 use crate::logging;
 use crate::protocol::control::{LastReload, State};
+use crate::sys::memory;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
@@ -198,7 +201,10 @@ impl Master<'_> {
                 Report::Ready => Event::Ready { pid },
                 Report::Retiring => Event::Retiring { pid },
                 Report::Worn(calls) => Event::Worn { pid, calls },
-                Report::Wedged(threads) => self.wedged(pid, threads, file),
+                Report::Wedged(threads) => match self.wedged(pid, threads, file) {
+                    Some(event) => event,
+                    None => continue,
+                },
             };
             self.tell(event);
         }
@@ -207,18 +213,34 @@ impl Master<'_> {
     fn reap(&mut self) {
         // A bounded number, and all taken before any is replaced: workers that die as fast as
         // they are forked must not keep the master from everything else.
-        let ended: Vec<_> = std::iter::from_fn(process::reap_any)
+        let mut ended: Vec<_> = std::iter::from_fn(process::reap_any)
             .take(MOST_REAPED)
             .collect();
         self.reap_again = ended.len() == MOST_REAPED;
+        ended.retain(|ended| !self.probe_ended(ended.pid, ended.exit));
+        // Among these are keepers: one that has ended with its worker is no child any more.
+        let others: Vec<_> = ended
+            .iter()
+            .map(|ended| ended.pid)
+            .filter(|pid| self.workers.get(*pid).is_none())
+            .collect();
+        let is_killed = |ended: &process::Ended| ended.exit.is_signal(Signal::SIGKILL);
+        let is_killed_worker =
+            |ended: &process::Ended| is_killed(ended) && !others.contains(&ended.pid);
+        let out_of_memory = ended.iter().any(is_killed_worker)
+            && (self.strikes).ran_out_of_memory(memory::kills_for_want_of_it());
         for ended in ended {
             let pid = ended.pid;
-            if self.probe_ended(pid, ended.exit) {
-                continue;
-            }
             // What it said last comes before its end.
             self.reports(pid);
-            let worker = self.workers.remove(pid, self.is_suspicious(&ended));
+            // Whoever else sends a KILL has reasons of its own.
+            let is_told_apart = out_of_memory || !is_killed(&ended);
+            let suspicious = is_told_apart && self.is_suspicious(&ended);
+            let orphans = &self.orphans;
+            let may_keep = |pid: process::Pid| {
+                !orphans.is_from_before(pid) && (others.contains(&pid) || can_be_one(pid))
+            };
+            let worker = self.workers.remove(pid, suspicious, may_keep);
             self.first_words.ended(pid);
             self.orphans.reaped(pid, worker.is_some());
             let Some(worker) = worker else {
@@ -289,7 +311,7 @@ impl Master<'_> {
         self.act();
     }
 
-    fn act(&mut self) {
+    pub(super) fn act(&mut self) {
         while let Some(action) = self.actions.pop_front() {
             match action {
                 Action::Fork { slot, generation } => self.fork(slot, generation),

@@ -44,6 +44,25 @@ fn a_wedged_worker_waits_for_nobody_and_leaves_a_record_though_it_ends_in_order(
 }
 
 #[test]
+fn that_a_worker_is_wedged_is_news_once() {
+    let mut world = World::serving(LIMITS);
+    let first = world.pid(1);
+    assert!(world.fleet.wants_evidence(first));
+    let wedged = wedge(&mut world, 1);
+    assert!(!world.fleet.wants_evidence(wedged));
+    let lines = world.lines().len();
+    world.tell(Event::Wedged {
+        pid: wedged,
+        evidence: "all 2 handler threads are stuck: something else".to_owned(),
+    });
+    assert_eq!(world.lines().len(), lines);
+    world.all_ready();
+    world.let_leave();
+    assert_eq!(reason(&world), EVIDENCE);
+    assert!(!world.fleet.wants_evidence(wedged), "it is gone");
+}
+
+#[test]
 fn threads_that_stick_again_and_again_are_throttled_and_calls_on_the_loop_go_on() {
     let mut world = World::serving(LIMITS);
     for _ in 0..5 {

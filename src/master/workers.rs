@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use serde::{Deserialize, Serialize};
 
-use super::keepers::{Keepers, Left, keeper_of};
+use super::keepers::{Keepers, Left, claimed_by};
 use super::listeners::Listener;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
@@ -314,8 +314,13 @@ impl Workers {
     }
 
     /// Forgets a worker that was reaped. `suspicious` tells whether what it ran may have been what it
-    /// died of.
-    pub fn remove(&mut self, pid: Pid, suspicious: bool) -> Option<Worker> {
+    /// died of, and `believes` whether a process may be the keeper that it claims to have.
+    pub fn remove(
+        &mut self,
+        pid: Pid,
+        suspicious: bool,
+        believes: impl Fn(Pid) -> bool,
+    ) -> Option<Worker> {
         let worker = self.living.remove(&pid)?;
         let left = Left {
             worker: pid,
@@ -325,7 +330,7 @@ impl Workers {
             known: Rc::clone(&worker.known),
             suspicious,
         };
-        self.free.extend(self.keepers.left(left));
+        self.free.extend(self.keepers.left(left, believes));
         Some(worker)
     }
 
@@ -343,7 +348,7 @@ impl Workers {
 
     /// Whether a child is the keeper of a worker, gone or not.
     pub fn is_keeper(&self, pid: Pid) -> bool {
-        let of = |worker: &Worker| keeper_of(worker.record) == Some(pid);
+        let of = |worker: &Worker| claimed_by(worker.record) == Some(pid);
         self.keepers.contains(pid) || self.living.values().any(of)
     }
 

@@ -1,4 +1,5 @@
-//! What the allocator keeps for itself (mallopt(3)); nothing where it is not glibc's.
+//! What the allocator keeps for itself (mallopt(3)), nothing where it is not glibc's; and whom the
+//! kernel ends when there is no memory left.
 
 #![allow(unsafe_code)]
 
@@ -13,4 +14,15 @@ pub fn share_arenas(most: i32) {
     }
     #[cfg(not(target_env = "gnu"))]
     let _ = most;
+}
+
+/// How many processes the kernel has ended for want of memory, the machine's or a group's, since it
+/// was booted (oom_kill in /proc/vmstat, Linux 4.13). It is counted before the victim gets its
+/// SIGKILL. `None` where that can't be read.
+pub fn kills_for_want_of_it() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/vmstat").ok()?;
+    let count = text
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "))?;
+    count.trim().parse().ok()
 }

@@ -12,6 +12,7 @@ use super::super::control::{ClientId, Control};
 use super::super::event::{Event, Exit};
 use super::super::first_words::FirstWords;
 use super::super::fleet::Fleet;
+use super::super::keepers::can_be_one;
 use super::super::listeners::Listener;
 use super::super::orphans::Orphans;
 use super::super::pid_file::PidFile;
@@ -25,6 +26,7 @@ use super::state::State;
 use super::{Stage, Upgrade};
 use crate::error::{Error, Result};
 use crate::link::ids::Pid;
+use crate::sys::memory;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
@@ -94,6 +96,8 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     };
     let now = now();
     let (fleet, actions) = Fleet::import(state.fleet, now).map_err(contradiction)?;
+    // First: none of them is anybody's keeper.
+    fleet.pids().for_each(process::has_forked);
     let workers = Workers::import(state.workers, take)?;
     let same = fleet.pids().count() == workers.iter().count();
     if !same || fleet.pids().any(|pid| workers.get(pid).is_none()) {
@@ -110,7 +114,6 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
     let signals = SignalPipe::new(&HEARD).map_err(|error| Error::system("catch signals", error))?;
     process::become_subreaper().map_err(|error| Error::system("become a subreaper", error))?;
-    fleet.pids().for_each(process::has_forked);
     show_title(&setup);
     Ok(Master {
         fleet,
@@ -123,7 +126,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         ground,
         upcoming: None,
         first_words: FirstWords::default(),
-        strikes: Strikes::default(),
+        strikes: Strikes::new(memory::kills_for_want_of_it()),
         spread: Spread::default(),
         passed: pick(&state.passed)?,
         reload_asked: state.reload_asked,
@@ -159,8 +162,8 @@ impl Master<'_> {
         let lost: Vec<Pid> = self.fleet.pids().filter(gone).collect();
         for pid in lost {
             log::warn!("worker {pid} ended while the upgrade was tried, and how is not known");
-            let worker = self.workers.remove(pid, false);
             process::forget_forked(pid);
+            let worker = self.workers.remove(pid, false, can_be_one);
             self.tell(Event::Died {
                 pid,
                 how: Exit::Code(0),

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::keepers::{KeeperState, Keepers, Left};
+use super::super::keepers::{KeeperState, Keepers, Left, can_be_one};
 use super::{Known, Worker, Workers};
 use crate::error::{Error, Result};
 use crate::link::channel::MasterEnd;
@@ -17,7 +17,6 @@ use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, STRIDE, Scoreboard};
-use crate::sys::process;
 
 /// What the master holds of its workers, as it crosses an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,7 +103,8 @@ impl Workers {
         )))
     }
 
-    /// What the program before this one has left; `take` gives the descriptors.
+    /// What the program before this one has left; `take` gives the descriptors. To be called once it
+    /// is known which children are workers.
     ///
     /// # Errors
     /// Those of `take`; a scoreboard of another form; a record that is none, or two workers'.
@@ -127,7 +127,7 @@ impl Workers {
         for keeper in state.keepers {
             let (pid, worker) = (Pid(keeper.pid), Pid(keeper.worker));
             // One that is no child any more was reaped by a program that gave up.
-            if process::is_child(pid) && claim(keeper.record).is_some() {
+            if can_be_one(pid) && claim(keeper.record).is_some() {
                 let left = Left {
                     worker,
                     record: board.record(keeper.record),

@@ -1,0 +1,96 @@
+//! A worker that lies to its master, in the memory that they share: nobody is harmed but the liar.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use crate::support::{Daemon, PATIENCE, process, wait_for};
+
+fn daemon() -> Daemon {
+    Daemon::builder()
+        .config("[workers]\ncount = 1\n")
+        .expect_log("ended by SIGKILL")
+        .start()
+}
+
+/// The memory that the master shares with its workers.
+fn shared(daemon: &Daemon) -> File {
+    let entries = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+    let is_shared = |path: &std::path::PathBuf| {
+        fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("preforkd-shared"))
+    };
+    let mut found = entries.map(|entry| entry.unwrap().path()).filter(is_shared);
+    let path = found.next().expect("a master has a scoreboard");
+    assert_eq!(found.next(), None, "which of them is it?");
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
+/// Has the worker whose keeper this is say that its keeper is another process.
+fn claim(daemon: &Daemon, keeper: i32, other: i32) {
+    let shared = shared(daemon);
+    let mut bytes = vec![0; 1 << 20];
+    shared.read_exact_at(&mut bytes, 0).unwrap();
+    let places: Vec<usize> = bytes
+        .chunks_exact(4)
+        .enumerate()
+        .filter(|(_, word)| *word == keeper.to_ne_bytes())
+        .map(|(number, _)| number * 4)
+        .collect();
+    assert_eq!(places.len(), 1, "the keeper stands there once");
+    let place = places[0] as u64;
+    shared.write_all_at(&other.to_ne_bytes(), place).unwrap();
+}
+
+fn wait_successor(daemon: &Daemon, dead: i32) {
+    wait_for("a fresh worker and its keeper alone", PATIENCE, || {
+        let ready = daemon.ready_workers();
+        ready.len() == 1 && ready[0] != dead && process::children(daemon.pid()).len() == 2
+    });
+}
+
+#[test]
+fn a_process_that_is_no_keeper_is_not_ended_because_a_worker_says_so() {
+    let mut stranger = Command::new("sleep").arg("1000").spawn().unwrap();
+    let pid = stranger.id().cast_signed();
+    let mut daemon = daemon();
+    let worker = daemon.ready_workers()[0];
+    claim(&daemon, process::keepers(daemon.pid())[0], pid);
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    wait_successor(&daemon, worker);
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait_exit().success());
+    let ended = stranger.try_wait().unwrap();
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    assert_eq!(ended, None, "a stranger was ended");
+}
+
+/// The other side of it: a keeper that has been reaped is no child any more, and is believed.
+#[test]
+fn a_keeper_that_ends_in_the_same_breath_as_its_worker_is_heard() {
+    let daemon = daemon();
+    let worker = daemon.ready_workers()[0];
+    let keeper = process::keepers(daemon.pid())[0];
+    let mut client = daemon.client();
+    assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
+    daemon.signal(Signal::SIGSTOP);
+    wait_for("a master that stands still", PATIENCE, || {
+        process::state(daemon.pid()) == Some('T')
+    });
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    wait_for("two zombies", PATIENCE, || {
+        [worker, keeper]
+            .iter()
+            .all(|pid| process::state(*pid) == Some('Z'))
+    });
+    daemon.signal(Signal::SIGCONT);
+    daemon.wait_log(&format!(
+        "worker {worker} has left its connections behind: 1"
+    ));
+    assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
+    wait_successor(&daemon, worker);
+}
