@@ -7,99 +7,24 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::support::{Daemon, Dir, PATIENCE, process, wait_for};
+use crate::support::remains::{Hostile, gone};
+use crate::support::{Daemon, PATIENCE, process, wait_for};
 
-/// Forks twice with a session of its own, in the middle and at the end; ignores what can be
-/// ignored; each writes its pid and sleeps for an hour.
-const HOSTILE: &str = r#"
-import os, signal, sys, time
-for number in range(1, 32):
-    try:
-        signal.signal(number, signal.SIG_IGN)
-    except OSError:
-        pass
-def note():
-    with open(sys.argv[1], "a") as file:
-        file.write("%d\n" % os.getpid())
-note()
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        os.setsid() if os.getpid() != os.getsid(0) else None
-        note()
-        if os.fork() == 0:
-            os.setpgid(0, 0)
-            note()
-        time.sleep(3600)
-    note()
-    os._exit(0)
-if os.fork() == 0:
-    note()
-    time.sleep(3600)
-if len(sys.argv) > 2:
-    sys.exit(0)
-time.sleep(3600)
-"#;
-
-/// A daemon with that as a method, and where the pids are written.
-struct Setting {
-    daemon: Daemon,
-    pids: std::path::PathBuf,
-    _dir: Dir,
-}
-
-fn setting(timeout: &str, more: &str, expect: &[&str]) -> Setting {
-    let dir = Dir::new();
-    let program = dir.write("hostile.py", HOSTILE);
-    let pids = dir.join("pids");
-    let config = format!(
-        "[workers]\ncount = 1\n[methods.hostile]\ncommand = [\"python3\", {:?}, {:?}{more}]\n\
-         timeout = \"{timeout}\"\n",
-        program.to_str().unwrap(),
-        pids.to_str().unwrap(),
-    );
-    let mut builder = Daemon::builder().config(&config);
-    for line in expect {
-        builder = builder.expect_log(line);
-    }
-    Setting {
-        daemon: builder.start(),
-        pids,
-        _dir: dir,
-    }
-}
-
-impl Setting {
-    /// Waits until all five have written their pids.
-    fn started(&self) -> Vec<i32> {
-        let mut pids = Vec::new();
-        wait_for("five processes of one command", PATIENCE, || {
-            let text = std::fs::read_to_string(&self.pids).unwrap_or_default();
-            pids = text.lines().filter_map(|line| line.parse().ok()).collect();
-            pids.len() == 5
-        });
-        pids
-    }
-}
-
-/// Waits until none of them is left, not even as a zombie, and tells how long that took.
-#[track_caller]
-fn gone(pids: &[i32], what: &str) {
-    let began = Instant::now();
-    wait_for("the end of all processes of a command", PATIENCE, || {
-        pids.iter().all(|&pid| process::state(pid).is_none())
-    });
-    let took = began.elapsed();
-    println!("{what}: {} processes gone after {took:?}", pids.len());
-    assert!(took < Duration::from_secs(1), "{what}: {took:?}");
+/// A daemon with that as a method.
+fn hostile(timeout: &str, more: &str, expect: &[&str]) -> Hostile {
+    const REST: &str = "if len(sys.argv) > 2:\n    sys.exit(0)\ntime.sleep(3600)\n";
+    let config = |command: &str| {
+        format!("[methods.hostile]\ncommand = [{command}{more}]\ntimeout = \"{timeout}\"\n")
+    };
+    Hostile::start(REST, config, expect)
 }
 
 #[test]
 fn nothing_is_left_after_the_deadline() {
-    let setting = setting("2s", "", &[]);
+    let setting = hostile("2s", "", &[]);
     let mut client = setting.daemon.client();
     client.send(&json!({"in": "hostile"}).to_string());
-    let pids = setting.started();
+    let pids = setting.started(1);
     let answer = client.recv_json();
     assert_eq!(answer["result"]["name"], "timeout", "{answer}");
     gone(&pids, "deadline");
@@ -108,20 +33,20 @@ fn nothing_is_left_after_the_deadline() {
 
 #[test]
 fn nothing_is_left_when_the_caller_has_gone() {
-    let setting = setting("20s", "", &[]);
+    let setting = hostile("20s", "", &[]);
     let mut client = setting.daemon.client();
     client.send(&json!({"in": "hostile"}).to_string());
-    let pids = setting.started();
+    let pids = setting.started(1);
     client.reset();
     gone(&pids, "caller gone");
 }
 
 #[test]
 fn nothing_is_left_when_the_call_is_cancelled() {
-    let setting = setting("20s", "", &[]);
+    let setting = hostile("20s", "", &[]);
     let mut client = setting.daemon.client();
     client.send(&json!({"in": "hostile", "id": 7}).to_string());
-    let pids = setting.started();
+    let pids = setting.started(1);
     client.send(r#"{"in": "rpc.cancel", "params": {"id": 7}}"#);
     let answer = client.recv_json();
     assert_eq!(answer["result"]["name"], "cancelled", "{answer}");
@@ -130,12 +55,11 @@ fn nothing_is_left_when_the_call_is_cancelled() {
 
 #[test]
 fn nothing_is_left_when_the_program_just_ends() {
-    let setting = setting("20s", ", \"leave\"", &[]);
+    let setting = hostile("20s", ", \"leave\"", &[]);
     let mut client = setting.daemon.client();
     let answer = client.call(&json!({"in": "hostile"}));
     assert_eq!(answer["out"], "hostile", "{answer}");
-    let text = std::fs::read_to_string(&setting.pids).unwrap();
-    let pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+    let pids = setting.all();
     assert!(!pids.is_empty());
     gone(&pids, "program ended");
     let worker = setting.daemon.ready_workers()[0];
@@ -146,17 +70,11 @@ fn nothing_is_left_when_the_program_just_ends() {
 
 #[test]
 fn nothing_is_left_when_the_worker_is_killed() {
-    let setting = setting("20s", "", &["SIGKILL"]);
+    let setting = hostile("20s", "", &["SIGKILL"]);
     let mut client = setting.daemon.client();
     client.send(&json!({"in": "hostile"}).to_string());
-    let pids = setting.started();
-    let worker = setting.daemon.ready_workers()[0];
-    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
-    gone(&pids, "worker killed");
-    wait_for("a fresh worker and no zombie", PATIENCE, || {
-        let now = setting.daemon.ready_workers();
-        now.len() == 1 && now[0] != worker && process::zombies(setting.daemon.pid()).is_empty()
-    });
+    let pids = setting.started(1);
+    setting.end_worker(Signal::SIGKILL, &pids, "worker killed");
     // and the fresh one is not taken for a leftover
     assert_eq!(
         setting
@@ -169,22 +87,20 @@ fn nothing_is_left_when_the_worker_is_killed() {
 
 #[test]
 fn nothing_is_left_when_a_worker_is_told_to_quit() {
-    let setting = setting("20s", "", &["left unasked"]);
+    let setting = hostile("20s", "", &["left unasked"]);
     let mut client = setting.daemon.client();
     client.send(&json!({"in": "hostile"}).to_string());
-    let pids = setting.started();
-    let worker = setting.daemon.ready_workers()[0];
-    kill(Pid::from_raw(worker), Signal::SIGQUIT).unwrap();
-    gone(&pids, "worker quits");
+    let pids = setting.started(1);
+    setting.end_worker(Signal::SIGQUIT, &pids, "worker quits");
     setting.daemon.wait_log("left unasked");
 }
 
 #[test]
 fn nothing_is_left_after_the_masters_death() {
-    let mut setting = setting("2s", "", &["the master has died"]);
+    let mut setting = hostile("2s", "", &["the master has died"]);
     let mut client = setting.daemon.client();
     client.send(&json!({"in": "hostile"}).to_string());
-    let pids = setting.started();
+    let pids = setting.started(1);
     setting.daemon.signal(Signal::SIGKILL);
     setting.daemon.wait_exit();
     // what runs is answered, so the command has its time

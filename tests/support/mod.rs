@@ -18,6 +18,7 @@ pub mod nginx;
 mod notify;
 pub mod open_loop;
 pub mod process;
+pub mod remains;
 mod sweep;
 pub mod victim;
 pub mod wire;
