@@ -1,7 +1,10 @@
 //! What a program on the library can do wrong, one at a time: `MISTAKE=thread cargo run --example
 //! mistakes -- run` says what follows.
 
-use std::process::ExitCode;
+use std::error::Error;
+use std::fs::File;
+use std::io::Write;
+use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
@@ -46,6 +49,8 @@ fn main() -> ExitCode {
             Ok(())
         }),
         "master" => server.on_master_start::<()>(|| Err("the table can't be read".into())),
+        // A program beside the server, of the master's own: no mistake, and no worker's leftover.
+        "helper" => server.on_master_start(helper),
         "worker" => server.on_worker_start::<()>(|_| panic!("no database in sight")),
         // The end never comes.
         "stop" => server.on_worker_stop(|_| forever()),
@@ -58,4 +63,12 @@ fn forever() {
     loop {
         thread::park_timeout(Duration::from_secs(3600));
     }
+}
+
+fn helper() -> Result<u32, Box<dyn Error + Send + Sync>> {
+    let child = Command::new("sleep").arg("3600").spawn()?;
+    let path = std::env::var_os("HELPERS").unwrap_or_default();
+    let mut list = File::options().append(true).create(true).open(path)?;
+    writeln!(list, "{}", child.id())?;
+    Ok(child.id())
 }

@@ -1,11 +1,10 @@
 //! Upgrades in place: another binary in the same process, and no client notices.
 //!
-//! Each test has a copy of the binary of its own, which it replaces as a package manager does: by a
-//! file beside it and a rename. Those that fail, and must, are in `upgrade_failures`.
+//! Each test has a copy of the binary of its own, which it replaces. Those that fail, and must, are in `upgrade_failures`.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -14,104 +13,13 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 
 use crate::nine::{SHAPES, plan};
+use crate::support::installed::{Installed, upgrade, wait_for_children, wait_kinds};
 use crate::support::load::Load;
+use crate::support::process::{executable, kinds};
 use crate::support::wire::{DIALECTS, Dialect};
 use crate::support::{
-    Builder, Client, Daemon, Dir, PATIENCE, alone, binary, example, from_environment, process,
-    wait_for,
+    Builder, Client, Daemon, PATIENCE, alone, binary, example, from_environment, process, wait_for,
 };
-
-/// A program at a path of its own, which can be replaced.
-pub struct Installed {
-    dir: Dir,
-}
-
-impl Installed {
-    /// The binary under test.
-    pub fn new() -> Self {
-        let installed = Installed { dir: Dir::new() };
-        installed.renew();
-        installed
-    }
-
-    pub fn path(&self) -> PathBuf {
-        self.dir.join("preforkd")
-    }
-
-    /// Puts a fresh copy of the binary under test there.
-    pub fn renew(&self) {
-        self.put(&binary());
-    }
-
-    /// Puts a copy of a program there.
-    pub fn put(&self, program: &Path) {
-        let new = self.dir.join("new");
-        fs::copy(program, &new).unwrap();
-        fs::rename(new, self.path()).unwrap();
-    }
-
-    /// Puts bytes there, and makes them executable or not.
-    pub fn write(&self, bytes: &[u8], mode: u32) {
-        let new = self.dir.write("new", bytes);
-        fs::set_permissions(&new, fs::Permissions::from_mode(mode)).unwrap();
-        fs::rename(new, self.path()).unwrap();
-    }
-
-    /// Puts a script there, in which `$good` is the binary under test, `$dir` a directory of the
-    /// test's, and `$1` of `when` what it is started for: probe, exec or back.
-    pub fn script(&self, text: &str) {
-        let script = format!(
-            "#!/bin/sh\ngood={}\ndir={}\nset -- ${{PREFORKD_UPGRADE%% *}} \"$@\"\nwhen=$1\nshift\n{text}\n",
-            binary().display(),
-            self.dir.display()
-        );
-        self.write(script.as_bytes(), 0o755);
-    }
-
-    /// A file in its directory.
-    pub fn file(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
-    }
-
-    fn inode(&self) -> u64 {
-        fs::metadata(self.path()).unwrap().ino()
-    }
-}
-
-/// The inode of what a process runs, deleted or not.
-pub fn inode_of(pid: i32) -> u64 {
-    fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino()
-}
-
-/// What each of a process's descriptors is, without its number.
-pub fn kinds(pid: i32) -> Vec<String> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-    let mut kinds: Vec<String> = entries
-        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
-        .map(|target| {
-            let target = target.to_string_lossy().into_owned();
-            target
-                .trim_end_matches(|c: char| c.is_ascii_digit() || c == ']' || c == '[')
-                .to_owned()
-        })
-        .collect();
-    kinds.sort();
-    kinds
-}
-
-/// Upgrades by the command, which must succeed.
-#[track_caller]
-pub fn upgrade(daemon: &Daemon) {
-    let done = daemon.command(&["upgrade"]);
-    assert!(done.status.success(), "{done:?}\n{}", daemon.log());
-}
-
-#[track_caller]
-pub fn wait_for_children(daemon: &Daemon, count: usize) {
-    wait_for("the old workers gone", PATIENCE, || {
-        process::workers(daemon.pid()).len() == count
-    });
-}
 
 /// Runs while clients of all nine kinds call, and fails when one of them lost a call.
 #[track_caller]
@@ -149,31 +57,28 @@ fn upgrades_at_full_load_lose_no_call_and_leave_no_trace() {
     let _alone = alone();
     let upgrades = from_environment("PREFORKD_UPGRADES", 20);
     let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
-        .start();
+    let daemon = installed.daemon(CONFIG).start();
     let master = daemon.pid();
     let mut before = daemon.ready_workers();
     let fresh = kinds(master);
     without_loss(&daemon, &format!("{upgrades} upgrades"), |some_calls| {
         for _ in 0..upgrades {
             installed.renew();
-            assert_ne!(inode_of(master), installed.inode());
+            assert_ne!(executable(master), installed.inode());
             upgrade(&daemon);
-            assert_eq!(inode_of(master), installed.inode(), "the new binary runs");
+            assert_eq!(executable(master), installed.inode(), "the new binary runs");
             let after = daemon.ready_workers();
             assert_eq!(after.len(), 2);
             assert!(after.iter().all(|pid| !before.contains(pid)));
             for worker in &after {
-                assert_eq!(inode_of(*worker), installed.inode());
+                assert_eq!(executable(*worker), installed.inode());
             }
             before = after;
             some_calls();
         }
     });
     wait_for_children(&daemon, 2);
-    assert_eq!(kinds(master), fresh, "descriptors as after the start");
+    wait_kinds(master, &fresh);
     assert!(process::zombies(master).is_empty());
     assert_eq!(daemon.dir().read("preforkd.pid"), format!("{master}\n"));
     let status = daemon.status();
@@ -193,9 +98,8 @@ fn upgrades_at_full_load_lose_no_call_and_leave_no_trace() {
 fn what_status_knows_goes_on_and_a_signal_will_do() {
     let installed = Installed::new();
     let config = format!("{CONFIG}[methods.sleep]\nbuiltin = \"sleep\"\n");
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(&config)
+    let daemon = installed
+        .daemon(&config)
         .expect_log("ended by SIGSEGV")
         .start();
     let victim = daemon.ready_workers()[0];
@@ -218,7 +122,7 @@ fn what_status_knows_goes_on_and_a_signal_will_do() {
         daemon.status()["master"]["last_upgrade"]["ok"] == true
     });
     let after = daemon.status();
-    assert_eq!(inode_of(daemon.pid()), installed.inode());
+    assert_eq!(executable(daemon.pid()), installed.inode());
     assert_eq!(before["deaths"], after["deaths"]);
     assert_eq!(after["deaths"][0]["pid"], victim);
     assert_eq!(after["master"]["generation"], 3);
@@ -245,9 +149,8 @@ fn what_status_knows_goes_on_and_a_signal_will_do() {
 #[test]
 fn a_deleted_binary_is_no_reason_to_keep_the_old_one_once_there_is_a_new_one() {
     let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
+    let daemon = installed
+        .daemon(CONFIG)
         .expect_log("upgrade refused")
         .start();
     fs::remove_file(installed.path()).unwrap();
@@ -260,7 +163,7 @@ fn a_deleted_binary_is_no_reason_to_keep_the_old_one_once_there_is_a_new_one() {
     assert!(workers.iter().all(|pid| process::runs(*pid)));
     installed.renew();
     upgrade(&daemon);
-    assert_eq!(inode_of(daemon.pid()), installed.inode());
+    assert_eq!(executable(daemon.pid()), installed.inode());
 }
 
 /// A path as a shell has it, relative, for a program and its configuration; a daemon that has left
@@ -298,7 +201,7 @@ fn a_daemon_is_upgraded_as_it_was_started_and_leaves_as_it_would_have() {
             "{done:?}\n{}",
             installed.dir.read("log")
         );
-        assert_eq!(inode_of(pid), installed.inode());
+        assert_eq!(executable(pid), installed.inode());
         let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
         assert_eq!(cwd, Path::new("/"));
         assert_eq!(
@@ -310,7 +213,7 @@ fn a_daemon_is_upgraded_as_it_was_started_and_leaves_as_it_would_have() {
     wait_for("the old workers gone", PATIENCE, || {
         process::workers(pid).len() == 2
     });
-    assert_eq!(kinds(pid), fresh);
+    wait_kinds(pid, &fresh);
     let mode = fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode, 0o640);
     // the log goes on in the same file, and is reopened on request
@@ -332,16 +235,13 @@ fn a_daemon_is_upgraded_as_it_was_started_and_leaves_as_it_would_have() {
 fn a_program_built_on_the_library_is_upgraded_likewise() {
     let installed = Installed::new();
     installed.put(&example("arithmetic"));
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
-        .start();
+    let daemon = installed.daemon(CONFIG).start();
     let mut client = daemon.client();
     let sum = r#"{"in":"sum","params":[1,2,3]}"#;
     assert_eq!(client.call_text(sum), r#"{"out":"sum","result":6}"#);
     installed.put(&example("arithmetic"));
     upgrade(&daemon);
-    assert_eq!(inode_of(daemon.pid()), installed.inode());
+    assert_eq!(executable(daemon.pid()), installed.inode());
     assert_eq!(client.call_text(sum), r#"{"out":"sum","result":6}"#);
     // To a program that lacks the methods: the old workers have them as long as they drain.
     installed.renew();
@@ -419,10 +319,7 @@ fn a_term_during_the_exec_is_obeyed_after_it() {
 #[test]
 fn an_upgrade_waits_for_a_reload_and_a_reload_for_an_upgrade() {
     let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
-        .start();
+    let daemon = installed.daemon(CONFIG).start();
     installed.script("while [ ! -e $dir/go ]; do sleep 0.02; done; exec $good \"$@\"");
     std::thread::scope(|scope| {
         let upgrade = scope.spawn(|| daemon.command(&["upgrade"]));
@@ -441,4 +338,47 @@ fn an_upgrade_waits_for_a_reload_and_a_reload_for_an_upgrade() {
     });
     wait_for_children(&daemon, 2);
     assert_eq!(daemon.status()["master"]["last_reload"]["ok"], true);
+}
+
+/// What a program starts in `on_master_start`, beside what a worker's end sweeps away.
+#[test]
+fn children_of_the_new_programs_own_functions_are_no_orphans() {
+    let installed = Installed::new();
+    installed.put(&example("mistakes"));
+    let daemon = installed
+        .daemon("[workers]\ncount = 1\n")
+        .env("MISTAKE", "helper")
+        .before("export HELPERS=$TMPDIR/helpers")
+        .expect_log("ended by SIGKILL")
+        .start();
+    let helpers = || -> Vec<i32> {
+        let text = daemon.dir().read("helpers");
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    };
+    assert_eq!(helpers().len(), 1);
+    for upgrades in 1..=2 {
+        installed.put(&example("mistakes"));
+        upgrade(&daemon);
+        // that of the probe is one, and ended with what the old worker has left
+        wait_for_children(&daemon, 1 + 1 + upgrades);
+    }
+    // of the start; of a probe and of the program after it; and once more
+    let [first, lost, second, lost_again, third] = helpers()[..] else {
+        panic!("{:?}", helpers());
+    };
+    let worker = daemon.ready_workers()[0];
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    wait_for("the orphans' end", PATIENCE, || {
+        ![lost, lost_again].iter().any(|pid| process::runs(*pid))
+            && daemon
+                .ready_workers()
+                .first()
+                .is_some_and(|it| *it != worker)
+    });
+    for helper in [first, second, third] {
+        assert!(process::runs(helper), "{helper} was taken for an orphan");
+        assert_eq!(process::parent(helper), Some(daemon.pid()));
+        // which it hears: signals are blocked across the exec, and not for those
+        kill(Pid::from_raw(helper), Signal::SIGTERM).unwrap();
+    }
 }

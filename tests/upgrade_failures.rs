@@ -9,8 +9,11 @@ use std::process::Command;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::{Client, Daemon, Dir, PATIENCE, binary, process, source, wait_for};
-use crate::upgrade::{Installed, inode_of, kinds, upgrade, wait_for_children, without_loss};
+use crate::support::installed::{Installed, upgrade, wait_for_children, wait_kinds};
+use crate::support::process::{executable, kinds};
+use crate::support::sabotage::Sabotage;
+use crate::support::{Client, Daemon, PATIENCE, binary, process, wait_for};
+use crate::upgrade::without_loss;
 
 const CONFIG: &str = "[workers]\ncount = 2\nboot-timeout = \"4s\"\n";
 
@@ -25,7 +28,7 @@ impl Before {
     fn of(daemon: &Daemon) -> Self {
         Before {
             workers: daemon.ready_workers(),
-            inode: inode_of(daemon.pid()),
+            inode: executable(daemon.pid()),
             kinds: kinds(daemon.pid()),
         }
     }
@@ -37,11 +40,11 @@ impl Before {
         });
         assert_eq!(daemon.ready_workers(), self.workers, "{what}");
         assert_eq!(
-            inode_of(daemon.pid()),
+            executable(daemon.pid()),
             self.inode,
             "{what}: the old binary runs"
         );
-        assert_eq!(kinds(daemon.pid()), self.kinds, "{what}");
+        wait_kinds(daemon.pid(), &self.kinds);
         let pid = format!("{}\n", daemon.pid());
         assert_eq!(daemon.dir().read("preforkd.pid"), pid, "{what}");
         assert!(process::zombies(daemon.pid()).is_empty(), "{what}");
@@ -60,9 +63,8 @@ fn refused(daemon: &Daemon) -> String {
 #[test]
 fn what_can_not_take_over_is_found_by_the_probe_and_nothing_changes() {
     let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
+    let daemon = installed
+        .daemon(CONFIG)
         .expect_log("upgrade refused")
         .start();
     let before = Before::of(&daemon);
@@ -143,17 +145,16 @@ fn what_can_not_take_over_is_found_by_the_probe_and_nothing_changes() {
         installed.renew();
         upgrade(&daemon);
     });
-    assert_ne!(inode_of(daemon.pid()), before.inode);
+    assert_ne!(executable(daemon.pid()), before.inode);
     wait_for_children(&daemon, 2);
-    assert_eq!(kinds(daemon.pid()), before.kinds);
+    wait_kinds(daemon.pid(), &before.kinds);
 }
 
 #[test]
 fn a_configuration_that_is_wrong_is_found_by_the_probe_too() {
     let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
+    let daemon = installed
+        .daemon(CONFIG)
         .expect_log("upgrade refused")
         .start();
     let before = Before::of(&daemon);
@@ -172,9 +173,8 @@ fn a_configuration_that_is_wrong_is_found_by_the_probe_too() {
 #[test]
 fn what_fails_after_the_exec_goes_back_to_the_old_program() {
     let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
+    let daemon = installed
+        .daemon(CONFIG)
         .expect_log("reload refused")
         .expect_log("upgrade refused")
         .expect_log("not ready within boot-timeout")
@@ -208,56 +208,36 @@ fn what_fails_after_the_exec_goes_back_to_the_old_program() {
         daemon.configure(CONFIG);
         upgrade(&daemon);
     });
-    assert_ne!(inode_of(daemon.pid()), before.inode);
+    assert_ne!(executable(daemon.pid()), before.inode);
     wait_for_children(&daemon, 2);
-    assert_eq!(kinds(daemon.pid()), before.kinds);
+    wait_kinds(daemon.pid(), &before.kinds);
     // READY=1 follows each RELOADING=1: a service manager would wait for it
     let told = daemon.notifications();
     let last = |what: &str| told.iter().rposition(|line| line == what);
     assert!(last("READY=1") > last("RELOADING=1"), "{told:?}");
 }
 
-/// A library that is loaded into the new program starts a thread there. A master that has two
-/// does not fork: it panics.
+/// A daemon whose new program panics after the exec: it has a second thread, and then no master forks.
+fn panicking(installed: &Installed, sabotage: &Sabotage) -> Daemon {
+    installed
+        .daemon(CONFIG)
+        .env("LD_PRELOAD", sabotage.library())
+        .env("SABOTAGE", sabotage.place())
+        .expect_log("panic at")
+        .expect_log("reload refused")
+        .expect_log("upgrade refused")
+        .start()
+}
+
 #[test]
 fn a_panic_of_the_new_program_goes_back_to_the_old_one() {
-    const THREAD: &str = r#"
-        #[used]
-        #[unsafe(link_section = ".init_array")]
-        static START: extern "C" fn() = start;
-        extern "C" fn start() {
-            let wanted = std::env::var("STRAY_THREAD").unwrap_or_default();
-            let upgrade = std::env::var("PREFORKD_UPGRADE").unwrap_or_default();
-            if upgrade.starts_with("exec") && std::fs::remove_file(wanted).is_ok() {
-                std::thread::spawn(|| loop { std::thread::park() });
-            }
-        }"#;
-    let dir = Dir::new();
-    let (code, library) = (dir.write("thread.rs", THREAD), dir.join("thread.so"));
-    let mut compiler = Command::new("rustc");
-    compiler.args(["--edition=2024", "--crate-type=cdylib", "-Cpanic=abort"]);
-    compiler
-        .arg("-o")
-        .arg(&library)
-        .arg(code)
-        .current_dir(source());
-    let compiled = compiler.output().expect("rustc is where cargo is");
-    assert!(compiled.status.success(), "{compiled:?}");
-
-    let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config(CONFIG)
-        .env("LD_PRELOAD", &library)
-        .env("STRAY_THREAD", dir.join("wanted"))
-        .expect_log("panic at")
-        .expect_log("upgrade refused")
-        .start();
+    let (installed, sabotage) = (Installed::new(), Sabotage::new());
+    let daemon = panicking(&installed, &sabotage);
     let before = Before::of(&daemon);
     without_loss(&daemon, "panics after the exec", |some_calls| {
         for _ in 0..3 {
             installed.renew();
-            dir.write("wanted", "");
+            sabotage.order("thread", "");
             let said = refused(&daemon);
             assert!(said.contains("panicked"), "{said}");
             before.assert_same(&daemon, "a panic");
@@ -266,16 +246,105 @@ fn a_panic_of_the_new_program_goes_back_to_the_old_one() {
         upgrade(&daemon);
     });
     wait_for_children(&daemon, 2);
-    assert_eq!(kinds(daemon.pid()), before.kinds);
+    wait_kinds(daemon.pid(), &before.kinds);
+}
+
+/// With a worker of the new program that serves already.
+#[test]
+fn a_panic_on_the_way_goes_back_with_all_that_was_heard() {
+    let (installed, sabotage) = (Installed::new(), Sabotage::new());
+    let daemon = panicking(&installed, &sabotage);
+    let before = Before::of(&daemon);
+    without_loss(&daemon, "panics on the way", |some_calls| {
+        // one worker more, which the new program had put off
+        sabotage.order("fork", &(Signal::SIGTTIN as i32).to_string());
+        installed.renew();
+        let said = refused(&daemon);
+        assert!(said.contains("panicked"), "{said}");
+        wait_for("a third worker", PATIENCE, || {
+            daemon.ready_workers().len() == 3
+        });
+        wait_for_children(&daemon, 3);
+        assert_eq!(daemon.ready_workers()[..2], before.workers);
+        assert_eq!(executable(daemon.pid()), before.inode);
+        some_calls();
+        // a reload, which is the old program's to do
+        sabotage.order("fork", &(Signal::SIGHUP as i32).to_string());
+        let said = refused(&daemon);
+        assert!(said.contains("panicked"), "{said}");
+        wait_for("the reload", PATIENCE, || {
+            let status = daemon.status();
+            status["master"]["last_reload"]["ok"] == true && daemon.ready_workers().len() == 2
+        });
+        wait_for_children(&daemon, 2);
+        assert_eq!(executable(daemon.pid()), before.inode);
+    });
+    wait_kinds(daemon.pid(), &before.kinds);
+    assert!(process::zombies(daemon.pid()).is_empty());
+    assert_eq!(daemon.status()["deaths"].as_array().map(Vec::len), Some(0));
+}
+
+/// A signal that comes when the new program has looked for the last time.
+#[test]
+fn what_comes_at_the_last_moment_is_heard_by_the_old_program() {
+    let (installed, sabotage) = (Installed::new(), Sabotage::new());
+    let daemon = installed
+        .daemon(CONFIG)
+        .env("LD_PRELOAD", sabotage.library())
+        .env("SABOTAGE", sabotage.place())
+        .expect_log("not ready within boot-timeout")
+        .expect_log("reload refused")
+        .expect_log("upgrade refused")
+        .start();
+    let before = Before::of(&daemon);
+    daemon.configure("[workers]\ncount = 2\nthreads = 1000\nboot-timeout = \"1ms\"\n");
+    sabotage.order("memfd", &(Signal::SIGTTIN as i32).to_string());
+    let said = refused(&daemon);
+    assert!(said.contains("boot-timeout"), "{said}");
+    assert!(!sabotage.did("memfd"), "it was raised");
+    wait_for("a third worker", PATIENCE, || {
+        daemon.ready_workers().len() == 3
+    });
+    assert_eq!(executable(daemon.pid()), before.inode);
+    assert_eq!(daemon.ready_workers()[..2], before.workers);
+}
+
+/// What a second master over the same pid file says, which must not start.
+#[track_caller]
+fn assert_locked(daemon: &Daemon) {
+    let mut second = Command::new(binary());
+    second.arg("run").arg("--config");
+    second.arg(daemon.dir().join("preforkd.toml"));
+    let second = second.env("TMPDIR", &**daemon.dir()).output().unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(71), "{said}");
+    assert!(said.contains("holds the lock"), "{said}");
+}
+
+#[test]
+fn the_lock_is_held_all_the_way_back() {
+    let (installed, sabotage) = (Installed::new(), Sabotage::new());
+    let daemon = panicking(&installed, &sabotage);
+    let before = Before::of(&daemon);
+    for order in ["thread", "fork"] {
+        sabotage.order(order, "");
+        sabotage.order("hold", "");
+        daemon.signal(Signal::SIGUSR2);
+        wait_for("the way back", PATIENCE, || sabotage.did("held"));
+        assert_locked(&daemon);
+        sabotage.let_go();
+        wait_for("the refusal", PATIENCE, || {
+            daemon.status()["master"]["last_upgrade"]["ok"] == false
+        });
+        assert_locked(&daemon);
+        before.assert_same(&daemon, order);
+    }
 }
 
 #[test]
 fn a_second_upgrade_while_one_runs_is_refused_and_disturbs_nothing() {
     let installed = Installed::new();
-    let daemon = Daemon::builder()
-        .program(installed.path())
-        .config("[workers]\ncount = 2\n")
-        .start();
+    let daemon = installed.daemon("[workers]\ncount = 2\n").start();
     installed.script("while [ ! -e $dir/go ]; do sleep 0.02; done; exec $good \"$@\"");
     without_loss(&daemon, "a second upgrade during one", |_| {
         std::thread::scope(|scope| {
@@ -299,10 +368,7 @@ fn a_second_upgrade_while_one_runs_is_refused_and_disturbs_nothing() {
 #[test]
 fn a_stop_ends_an_upgrade_that_is_tried() {
     let installed = Installed::new();
-    let mut daemon = Daemon::builder()
-        .program(installed.path())
-        .config("[workers]\ncount = 2\n")
-        .start();
+    let mut daemon = installed.daemon("[workers]\ncount = 2\n").start();
     installed.script("echo $$ >$dir/probe; exec sleep 1000");
     std::thread::scope(|scope| {
         let upgrade = scope.spawn(|| daemon.command(&["upgrade"]));
@@ -325,12 +391,48 @@ fn installed_probe(installed: &Installed) -> String {
     fs::read_to_string(installed.file("probe")).unwrap_or_default()
 }
 
+/// What comes later stops too, and nobody but the program that was told knows when.
+#[test]
+fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
+    let installed = Installed::new();
+    let mut daemon = installed.daemon("[workers]\ncount = 2\n").start();
+    let before = executable(daemon.pid());
+    installed.script("while [ ! -e $dir/go ]; do sleep 0.02; done; exec $good \"$@\"");
+    let socket = daemon.dir().join("control.sock");
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| daemon.command(&["upgrade"]));
+        daemon.wait_log("upgrade: tries");
+        let stop = scope.spawn(|| {
+            let mut stop = Command::new(binary());
+            stop.args(["stop", "--after", "2s", "--control-socket"]);
+            stop.arg(socket).output().unwrap()
+        });
+        daemon.wait_log("stops in 2 s");
+        fs::write(installed.file("go"), "").unwrap();
+        let refused = upgrade.join().unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        assert!(said.contains("the server stops"), "{said}");
+        assert_eq!(executable(daemon.pid()), before);
+        // likewise one that is asked for from now on
+        let refused = daemon.command(&["upgrade"]);
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        let mut client = daemon.client();
+        let pong = r#"{"out":"pong","result":null}"#;
+        assert_eq!(client.call_text(r#"{"in":"ping"}"#), pong);
+        let stopped = stop.join().unwrap();
+        assert!(stopped.status.success(), "{stopped:?}");
+    });
+    assert!(daemon.wait_exit().success());
+    daemon.wait_group_gone();
+    assert!(!daemon.log().contains("upgrade: becomes"));
+}
+
 #[test]
 fn killed_after_the_exec_it_is_a_killed_master() {
     let installed = Installed::new();
-    let mut daemon = Daemon::builder()
-        .program(installed.path())
-        .config("[workers]\ncount = 2\n")
+    let mut daemon = installed
+        .daemon("[workers]\ncount = 2\n")
         .expect_log("the master has died")
         .start();
     let workers = daemon.ready_workers();
@@ -361,9 +463,8 @@ fn killed_after_the_exec_it_is_a_killed_master() {
 #[test]
 fn a_probe_does_not_outlive_a_master_that_is_killed() {
     let installed = Installed::new();
-    let mut daemon = Daemon::builder()
-        .program(installed.path())
-        .config("[workers]\ncount = 2\n")
+    let mut daemon = installed
+        .daemon("[workers]\ncount = 2\n")
         .expect_log("the master has died")
         .start();
     installed.script("echo $$ >$dir/probe; exec sleep 1000");

@@ -180,12 +180,12 @@ impl Fleet {
         self.table.other_generations(self.serving) >= MOST_DRAINING_GENERATIONS
     }
 
-    fn enter(&mut self, now: Millis) {
+    pub(super) fn enter(&mut self, now: Millis) {
         self.now = self.now.max(now);
         self.forgive_a_pause();
     }
 
-    fn leave(&mut self) -> Vec<Action> {
+    pub(super) fn leave(&mut self) -> Vec<Action> {
         self.grant_wishes();
         if let Phase::Stopping { code, .. } = self.phase
             && self.table.is_empty()

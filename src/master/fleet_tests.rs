@@ -634,3 +634,24 @@ fn a_stop_during_a_reload_gives_its_verdict_and_waits_for_forks_under_way() {
     world.let_leave();
     assert!(world.did(&Action::Exit { code: 0 }));
 }
+
+/// The take-over took so long that a worker's time was over, whose ready lies unread.
+#[test]
+fn what_came_due_during_a_take_over_is_judged_after_the_reports_are_heard() {
+    for late in [1, 900, 5_000] {
+        let mut world = World::serving(LIMITS);
+        let (first, second) = (world.pid(0), world.pid(1));
+        world.die(first, SEGV);
+        world.die(second, SEGV);
+        let (quick, slow) = (world.pid(0), world.pid(1));
+        world.now += LIMITS.boot_timeout + late;
+        world.cross();
+        assert_eq!(world.signalled(quick, Signal::SIGKILL), None);
+        world.ready(quick);
+        world.tick();
+        assert_eq!(world.signalled(quick, Signal::SIGKILL), None, "{late}");
+        world.pass(LIMITS.boot_timeout);
+        assert!(world.signalled(slow, Signal::SIGKILL).is_some(), "{late}");
+        assert_eq!(world.signalled(quick, Signal::SIGKILL), None, "{late}");
+    }
+}

@@ -75,9 +75,7 @@ impl World {
         let before = self.fleet.export();
         let table = serde_json::to_string(&before).unwrap();
         let read = serde_json::from_str(&table).unwrap();
-        let (fleet, actions) = Fleet::import(read, self.now).unwrap();
-        self.fleet = fleet;
-        self.absorb(actions);
+        self.fleet = Fleet::import(read, self.now).unwrap();
     }
 
     /// A fresh master whose workers were forked and not yet ready.

@@ -36,14 +36,24 @@ impl Orphans {
     pub fn export(&self) -> OrphansState {
         OrphansState {
             others: self.others.iter().map(|pid| pid.0).collect(),
+            children: Some(tree::adopted().into_iter().map(|pid| pid.0).collect()),
             hunts: self.hunts,
         }
     }
 
-    /// What the program before this one knew.
-    pub fn import(state: OrphansState) -> Self {
+    /// What the program before this one knew; and what the program's own functions have started since
+    /// the exec, as they may before the first fork. To be called once workers and keepers (`ours`)
+    /// are known. What was adopted meanwhile is told from that by a worker's mark.
+    pub fn import(state: OrphansState, ours: impl Fn(Pid) -> bool) -> Self {
+        let mut others: BTreeSet<Pid> = state.others.into_iter().map(Pid).collect();
+        if let Some(before) = state.children {
+            let is_new =
+                |pid: &Pid| !before.contains(&pid.0) && !process::is_forked(*pid) && !ours(*pid);
+            let started = tree::adopted().into_iter().filter(is_new);
+            others.extend(started.filter(|pid| call_of(*pid).is_none()));
+        }
         Orphans {
-            others: state.others.into_iter().map(Pid).collect(),
+            others,
             hunts: state.hunts,
         }
     }

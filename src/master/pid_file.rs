@@ -9,22 +9,23 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::libc;
 
 use super::own_path::OwnPath;
 use crate::error::{Error, Result};
+use crate::sys::lock::{lock, unlock};
 use crate::sys::process::Pid;
 
 /// The longest content, in bytes, that may have been a pid file's.
 const LONGEST: u64 = 256;
 
-/// A locked pid file.
+/// A locked pid file. Dropped, it is closed, and the lock is another descriptor's where there is one:
+/// a program that could not take over leaves it to the one before.
 #[derive(Debug)]
 pub struct PidFile {
     path: OwnPath,
-    file: Flock<File>,
+    file: File,
 }
 
 impl PidFile {
@@ -45,16 +46,16 @@ impl PidFile {
                 });
             }
             let file = open(path)?;
-            let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(file) => file,
-                Err((file, Errno::EWOULDBLOCK)) => {
+            match lock(&file) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Err(Error::AlreadyRunning {
                         pid_file: path.to_owned(),
                         pid: read_pid(&file),
                     });
                 }
-                Err((_, error)) => return Err(refused("lock", path, error.into())),
-            };
+                Err(error) => return Err(refused("lock", path, error)),
+            }
             // The one before us may have removed the file between our open and our lock: then we
             // hold the lock on a file that nobody else will ever find.
             let held = file
@@ -97,20 +98,18 @@ impl PidFile {
     /// # Errors
     /// When it does not hold the lock.
     pub fn import(path: OwnPath, fd: OwnedFd) -> Result<Self> {
+        let file = File::from(fd);
         // Locked once more, which changes nothing: the lock belongs to the open file.
-        match Flock::lock(File::from(fd), FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(PidFile { path, file }),
-            Err((_, error)) => Err(refused("keep the lock of", path.as_ref(), error.into())),
+        match lock(&file) {
+            Ok(()) => Ok(PidFile { path, file }),
+            Err(error) => Err(refused("keep the lock of", path.as_ref(), error)),
         }
     }
 
     /// Removes the file, under the lock.
     pub fn remove(self) {
         self.path.remove();
-        // Dropped, it would panic where it can't be unlocked; the process's end unlocks it too.
-        if let Err((file, _)) = self.file.unlock() {
-            std::mem::forget(file);
-        }
+        unlock(&self.file);
     }
 
     /// The descriptor that a child has to close first: flock belongs to the open file, so a
@@ -123,14 +122,14 @@ impl PidFile {
 /// Makes the file where there is none: it appears locked and with the pid in it, so that nobody
 /// ever finds it empty. `None` when there is one, or where it can't be made in this way (a file
 /// system without RENAME_NOREPLACE, rename(2)): `open` makes it then, or says why not.
-fn make_whole(path: &Path) -> Option<Flock<File>> {
+fn make_whole(path: &Path) -> Option<File> {
     if fs::symlink_metadata(path).is_ok() {
         return None;
     }
     let mut name = path.file_name()?.to_owned();
     name.push(format!(".{}", Pid::current()));
     let beside = path.with_file_name(name);
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
@@ -138,8 +137,7 @@ fn make_whole(path: &Path) -> Option<Flock<File>> {
         .open(&beside)
         .ok()?;
     let publish = || {
-        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
-        let mut file = locked.map_err(|(_, error)| error)?;
+        lock(&file)?;
         file.write_all(own_pid().as_bytes())?;
         let flags = RenameFlags::RENAME_NOREPLACE;
         renameat2(AT_FDCWD, &beside, AT_FDCWD, path, flags)?;
@@ -278,6 +276,21 @@ mod tests {
         );
         first.remove();
         assert!(!path.exists());
+        PidFile::lock(&path).unwrap().remove();
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn a_take_over_that_fails_leaves_the_lock_to_whoever_had_it() {
+        let directory = scratch("handed-on");
+        let path = directory.join("test.pid");
+        let before = PidFile::lock(&path).unwrap();
+        let (own_path, _) = before.export();
+        let duplicate = before.file.try_clone().unwrap().into();
+        let after = PidFile::import(own_path, duplicate).unwrap();
+        drop(after);
+        PidFile::lock(&path).unwrap_err();
+        before.remove();
         PidFile::lock(&path).unwrap().remove();
         fs::remove_dir_all(directory).unwrap();
     }

@@ -12,7 +12,7 @@
 use log::Level;
 
 use super::children::Seat;
-use super::event::{Action, Limits, MAX_COUNT};
+use super::event::{Action, Limits, MAX_COUNT, Millis};
 use super::fleet::{Fleet, Phase};
 use super::leave::Leave;
 use crate::link::ids::{Generation, Slot};
@@ -101,6 +101,18 @@ impl Fleet {
         }
         self.refuse_newcomers(reason);
         self.scale_as_deferred();
+    }
+
+    /// This program can't go on, and another one will with what it exports then: the reload under
+    /// way is refused, what waited for its end is done. Forks that this orders, and those ordered
+    /// before and not reported, are not to be done here.
+    pub fn give_up(&mut self, reason: &str, now: Millis) -> Vec<Action> {
+        self.enter(now);
+        if self.phase == Phase::Serving {
+            self.refuse_newcomers(reason);
+            self.scale_as_deferred();
+        }
+        self.leave()
     }
 
     /// Gives the verdict that is still open, if any: no.

@@ -37,6 +37,8 @@ impl Master<'_> {
     fn stop_after(&mut self, delay: Millis) {
         self.will_stop();
         self.tell(Event::StopAfter { delay });
+        // No other program takes over any more, forth or back: the order is this one's to obey.
+        self.drop_upgrade();
         for (pid, _) in self.workers.iter() {
             self.workers.order(pid, Order::LameDuck, None);
         }

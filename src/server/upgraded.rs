@@ -14,7 +14,7 @@ use crate::config::{self, Overrides};
 use crate::error::{Error, Result};
 use crate::logging::{self, Output};
 use crate::master;
-use crate::master::upgrade::{self, Origin, PROBE_PASSED, Trial};
+use crate::master::upgrade::{self, Origin, PANICKED, PROBE_PASSED, Trial};
 use crate::sys::title::TitleArea;
 use crate::worker;
 
@@ -48,7 +48,7 @@ impl Server {
             let reason = match &lived {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.to_string()),
-                Err(_) => Some("the new program panicked; the log says where".to_owned()),
+                Err(_) => Some(PANICKED.to_owned()),
             };
             if let Some(reason) = reason {
                 let error = trial.go_back(&reason);
@@ -87,6 +87,7 @@ impl Server {
         }
         let title = TitleArea::claim();
         let hooks = Arc::new(std::mem::take(&mut self.hooks));
+        trial.as_mut().ok_or_else(gone)?.listen()?;
         let kept = hooks.start_master().map_err(Error::NotReady)?;
         if settings.daemon {
             let _ = std::env::set_current_dir("/");

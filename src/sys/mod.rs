@@ -10,6 +10,7 @@ pub mod descriptor;
 pub mod event;
 pub mod exec;
 mod execute;
+pub mod lock;
 pub mod memory;
 pub mod notify;
 pub mod privilege;

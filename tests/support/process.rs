@@ -4,6 +4,7 @@
 //! `None` or empty, never a panic, for processes leave while one looks.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 /// One letter of /proc/PID/stat, `Z` for a zombie.
 pub fn state(pid: i32) -> Option<char> {
@@ -50,6 +51,27 @@ pub fn virtual_kib(pid: i32) -> u64 {
 /// How many descriptors it has open.
 pub fn descriptors(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// The inode of what a process runs, deleted or not.
+pub fn executable(pid: i32) -> u64 {
+    fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino()
+}
+
+/// What each of a process's descriptors is, without its number.
+pub fn kinds(pid: i32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let mut kinds: Vec<String> = entries
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .map(|target| {
+            let target = target.to_string_lossy().into_owned();
+            target
+                .trim_end_matches(|c: char| c.is_ascii_digit() || c == ']' || c == '[')
+                .to_owned()
+        })
+        .collect();
+    kinds.sort();
+    kinds
 }
 
 /// How many threads it has.

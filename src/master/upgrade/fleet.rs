@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::children::{Child, Holder, Seat, Stage, Table, Tenure, seat};
 use super::super::deaths::{Death, Deaths};
-use super::super::event::{Action, Exit, Limits, MAX_COUNT, Millis};
+use super::super::event::{Exit, Limits, MAX_COUNT, Millis};
 use super::super::fleet::{Fleet, Phase};
 use super::super::recycle::Wear;
 use crate::link::ids::{Generation, Pid, Slot};
@@ -119,26 +119,31 @@ pub struct DeathState {
 
 impl Fleet {
     /// All that another program needs to know. To be asked between two reloads
-    /// ([`Fleet::can_reload`]) and between two events: no verdict is open then and no fork ordered.
+    /// ([`Fleet::can_reload`]) and between two events: no verdict is open then and no fork ordered; or
+    /// after [`Fleet::give_up`], and then it is the other program that forks what was ordered.
     pub fn export(&self) -> FleetState {
         let Table { seats, children } = &self.table;
+        let is_wanted =
+            |(seat, tenure): &(&Seat, &Tenure)| tenure.wanted && seat.generation == self.serving;
         FleetState {
             generation: self.serving.0,
             last_generation: self.last_generation.0,
             limits: self.limits,
             count: self.count,
-            seats: seats.iter().map(seat_state).collect(),
+            seats: seats.iter().filter(is_wanted).map(seat_state).collect(),
             children: children.iter().map(child_state).collect(),
             deaths: self.deaths.iter().map(death_state).collect(),
             deaths_total: self.deaths.total(),
         }
     }
 
-    /// The fleet that another program has left, at `now` of the same clock; and what is due.
+    /// The fleet that another program has left, at `now` of the same clock. What has come due
+    /// meanwhile is for the first [`Fleet::tick`], when the workers' reports have been heard: the
+    /// ready of one whose time was over during the exec may be among them.
     ///
     /// # Errors
     /// What contradicts itself in it.
-    pub fn import(state: FleetState, now: Millis) -> Result<(Self, Vec<Action>), String> {
+    pub fn import(state: FleetState, now: Millis) -> Result<Self, String> {
         let FleetState {
             generation,
             last_generation,
@@ -204,8 +209,8 @@ impl Fleet {
             ));
         }
         fleet.deaths = Deaths::of(deaths.into_iter().map(death).collect(), deaths_total);
-        let actions = fleet.tick(now);
-        Ok((fleet, actions))
+        fleet.promised = fleet.earliest();
+        Ok(fleet)
     }
 }
 
@@ -213,7 +218,7 @@ fn seat_state((seat, tenure): (&Seat, &Tenure)) -> SeatState {
     let Tenure {
         holder,
         coming,
-        // only during a fork is it anything but true
+        // those that are not are left out
         wanted: _,
         throttle,
         since,

@@ -19,17 +19,20 @@
 //! | `state`, `fleet` | the table that crosses |
 //! | `trial` | the exec, and the way back |
 //! | `resume` | a master made of a table |
+//! | `retreat` | a panic on trial |
 
 mod fleet;
 mod origin;
 mod probe;
 mod resume;
+mod retreat;
 pub mod state;
 mod trial;
 
 #[cfg(test)]
 mod tests;
 
+use std::mem;
 use std::os::fd::BorrowedFd;
 
 use super::control::ClientId;
@@ -42,6 +45,7 @@ use crate::sys::process::{Exit, Pid};
 pub use origin::Origin;
 use probe::Probe;
 pub use resume::{take_over, try_out};
+pub use retreat::PANICKED;
 use state::{FORMAT, State};
 pub use trial::{Arrival, Trial, table_on_stdin};
 
@@ -160,7 +164,7 @@ impl Master<'_> {
                 self.become_next(file);
             }
             Stage::Failed(reason) => {
-                let reason = std::mem::take(reason);
+                let reason = mem::take(reason);
                 self.go_back(&reason);
             }
             _ => {}
@@ -186,7 +190,7 @@ impl Master<'_> {
 
     /// A child was reaped: whether it was the probe.
     pub(super) fn probe_ended(&mut self, pid: Pid, exit: Exit) -> bool {
-        match std::mem::take(&mut self.upgrade.stage) {
+        match mem::take(&mut self.upgrade.stage) {
             Stage::Probing(probe) if probe.pid() == pid => {
                 let given_up = probe.given_up;
                 match probe.verdict(exit) {
@@ -226,9 +230,17 @@ impl Master<'_> {
         self.upgrade_ended(Err(reason.to_owned()));
     }
 
-    /// The server stops, and with it what is under way of an upgrade.
+    /// The server stops, now or later, and with it what is under way of an upgrade: a program that is
+    /// on trial stays.
     pub(super) fn drop_upgrade(&mut self) {
-        self.upgrade.asked = false;
+        let under_way = match &self.upgrade.stage {
+            Stage::Idle => mem::take(&mut self.upgrade.asked),
+            Stage::Probing(probe) => !probe.given_up,
+            Stage::Passed(_) | Stage::OnTrial | Stage::Failed(_) => true,
+        };
+        if under_way {
+            log::warn!("upgrade refused: the server stops");
+        }
         *self.setup.trial = None;
         match &mut self.upgrade.stage {
             Stage::Probing(probe) if !probe.given_up => {
@@ -237,7 +249,7 @@ impl Master<'_> {
             Stage::Probing(_) => {}
             stage => *stage = Stage::Idle,
         }
-        if !self.upgrade.waiting.is_empty() {
+        if under_way {
             self.upgrade_ended(Err("the server stops".into()));
         }
     }
@@ -252,7 +264,7 @@ impl Master<'_> {
             at: wall_clock(),
             error: verdict.err(),
         });
-        for client in std::mem::take(&mut self.upgrade.waiting) {
+        for client in mem::take(&mut self.upgrade.waiting) {
             self.control.answer(client, &response, now());
         }
     }

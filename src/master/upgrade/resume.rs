@@ -3,7 +3,9 @@
 //! Nothing is bound, locked or forked: all of it is there. What fails here is returned, and whoever
 //! called goes back to the program before, which finds everything as it left it.
 
+use std::collections::VecDeque;
 use std::os::fd::{OwnedFd, RawFd};
+use std::panic::resume_unwind;
 use std::rc::Rc;
 
 use nix::sys::signal::Signal;
@@ -18,18 +20,18 @@ use super::super::orphans::Orphans;
 use super::super::pid_file::PidFile;
 use super::super::setup::Setup;
 use super::super::spread::Spread;
-use super::super::start::{HEARD, show_title};
+use super::super::start::show_title;
 use super::super::strikes::Strikes;
 use super::super::supervise::{Master, now, wall_clock};
 use super::super::workers::{Ground, Workers};
 use super::state::State;
-use super::{Stage, Upgrade};
+use super::{Stage, Trial, Upgrade};
 use crate::error::{Error, Result};
 use crate::link::ids::Pid;
 use crate::sys::memory;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
-use crate::sys::signal::{self, SignalPipe};
+use crate::sys::signal;
 
 /// Is the master that another program was, until it has to leave. `setup` holds the trial that
 /// the table came with.
@@ -56,8 +58,9 @@ pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
             master.upgrade.reload_besides = std::mem::replace(&mut master.reload_asked, true);
         }
     }
-    master.mourn();
-    master.serve();
+    if let Err(panic) = master.serve_on_trial() {
+        resume_unwind(panic);
+    }
     master.finish()
 }
 
@@ -75,9 +78,12 @@ fn contradiction(text: String) -> Error {
 }
 
 fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
+    let signals = setup.trial.as_mut().and_then(Trial::take_signals);
     let trial = setup.trial.as_ref();
-    let through = trial.ok_or_else(|| Error::Bug("a take-over without its trial".into()))?;
-    let through = through.through();
+    let (Some(trial), Some(signals)) = (trial, signals) else {
+        return Err(Error::Bug("a take-over without what it came with".into()));
+    };
+    let through = trial.through();
     let take = |number: RawFd| -> Result<OwnedFd> {
         let what = || format!("take over descriptor {number}");
         through
@@ -95,7 +101,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         some.ok_or_else(|| contradiction("it names a listener that is not there".into()))
     };
     let now = now();
-    let (fleet, actions) = Fleet::import(state.fleet, now).map_err(contradiction)?;
+    let fleet = Fleet::import(state.fleet, now).map_err(contradiction)?;
     // First: none of them is anybody's keeper.
     fleet.pids().for_each(process::has_forked);
     let workers = Workers::import(state.workers, take)?;
@@ -103,6 +109,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     if !same || fleet.pids().any(|pid| workers.get(pid).is_none()) {
         return Err(contradiction("the workers of its two lists differ".into()));
     }
+    let orphans = Orphans::import(state.orphans, |pid| workers.is_keeper(pid));
     let (path, fd) = state.pid_file;
     let settings = Rc::new(setup.settings.clone());
     let ground = Rc::new(Ground {
@@ -112,7 +119,6 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         known: Rc::new(state.known),
     });
     let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
-    let signals = SignalPipe::new(&HEARD).map_err(|error| Error::system("catch signals", error))?;
     process::become_subreaper().map_err(|error| Error::system("become a subreaper", error))?;
     show_title(&setup);
     Ok(Master {
@@ -122,7 +128,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         notifier: Notifier::from_environment(),
         signals,
         pid_file: PidFile::import(path, take(fd)?)?,
-        orphans: Orphans::import(state.orphans),
+        orphans,
         ground,
         upcoming: None,
         first_words: FirstWords::default(),
@@ -140,7 +146,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         next_watchdog: now,
         shown_status: String::new(),
         failure: None,
-        actions: actions.into(),
+        actions: VecDeque::new(),
         leave: None,
         // A SIGCHLD may have been merged with one that was taken before the exec.
         reap_again: true,
@@ -157,7 +163,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
 impl Master<'_> {
     /// Takes note of workers that are no children any more: a program after this one has reaped
     /// them before it gave up, and how they ended went with it.
-    fn mourn(&mut self) {
+    pub(super) fn mourn(&mut self) {
         let gone = |pid: &Pid| !process::is_child(*pid);
         let lost: Vec<Pid> = self.fleet.pids().filter(gone).collect();
         for pid in lost {

@@ -77,6 +77,10 @@ pub struct State {
 pub struct OrphansState {
     /// Children from before it was a master.
     pub others: Vec<i32>,
+    /// Every child there was right before the exec: what the next program finds besides, its own
+    /// functions have started. `None` from a version that did not look.
+    #[serde(default)]
+    pub children: Option<Vec<i32>>,
     /// Whether what a dead worker left may still be there.
     pub hunts: bool,
 }

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
+use super::super::start::HEARD;
 use super::origin::Origin;
 use super::probe::{arguments, directory};
 use super::state::{LONGEST, State};
@@ -49,6 +50,8 @@ pub struct Trial {
     through: Through,
     /// Why the program after this one gave up, if this is where it went back to.
     reason: Option<String>,
+    /// What is heard before there is a master to hear it.
+    signals: Option<SignalPipe>,
 }
 
 impl Arrival {
@@ -87,6 +90,7 @@ impl Arrival {
             image: image.map_err(cant)?,
             through: Through::default(),
             reason: reason.map(|reason| reason.to_string_lossy().into_owned()),
+            signals: None,
         })))
     }
 }
@@ -116,6 +120,23 @@ impl Trial {
         Ok(state)
     }
 
+    /// Lets signals through, and notes them for the master to be: what the program starts from here on
+    /// would else have those blocked that were blocked across the exec.
+    ///
+    /// # Errors
+    /// When they can't be caught.
+    pub fn listen(&mut self) -> Result<()> {
+        let signals = SignalPipe::new(&HEARD);
+        self.signals = Some(signals.map_err(|error| Error::system("catch signals", error))?);
+        signal::unblock_all();
+        Ok(())
+    }
+
+    /// What has noted them so far.
+    pub fn take_signals(&mut self) -> Option<SignalPipe> {
+        self.signals.take()
+    }
+
     /// What the table names.
     pub fn through(&self) -> &Through {
         &self.through
@@ -137,6 +158,9 @@ impl Trial {
             return io::Error::other("this is the program that the upgrade went back to");
         };
         signal::block_all();
+        if let Some(signals) = &self.signals {
+            signals.hand_back();
+        }
         if let Some(directory) = &self.directory {
             let _ = env::set_current_dir(directory);
         }

@@ -1,0 +1,128 @@
+//! A library that is loaded into a master (LD_PRELOAD) and breaks it between two programs, when and as a
+//! test orders by files: `thread`, `fork` and `memfd` are for the program that an upgrade has begun,
+//! and happen once; `hold` is for the one that it goes back to.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{Dir, source};
+
+/// A master that has a second thread does not fork: it panics. `thread` begins one before `main`;
+/// `fork` after the first worker was forked, and raises the signals whose numbers stand in it. `memfd`
+/// raises them when a table is about to be written.
+const LIBRARY: &str = r#"
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+/// The master that is on trial: its workers are no masters.
+static ON_TRIAL: AtomicI32 = AtomicI32::new(0);
+#[used]
+#[unsafe(link_section = ".init_array")]
+static START: extern "C" fn() = start;
+fn place(name: &str) -> std::path::PathBuf {
+    std::path::Path::new(&std::env::var_os("SABOTAGE").unwrap_or_default()).join(name)
+}
+fn stray_thread() {
+    std::thread::spawn(|| loop { std::thread::park() });
+}
+extern "C" fn start() {
+    let upgrade = std::env::var("PREFORKD_UPGRADE").unwrap_or_default();
+    if upgrade.starts_with("exec") {
+        ON_TRIAL.store(unsafe { getpid() }, SeqCst);
+    }
+    if upgrade.starts_with("exec") && std::fs::remove_file(place("thread")).is_ok() {
+        stray_thread();
+    }
+    if upgrade.starts_with("back") && place("hold").exists() {
+        let _ = std::fs::write(place("held"), "");
+        while place("hold").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+}
+const MEMFD_CREATE: std::ffi::c_long = if cfg!(target_arch = "x86_64") { 319 } else { 279 };
+unsafe extern "C" {
+    fn __fork() -> i32;
+    fn getpid() -> i32;
+    fn kill(pid: i32, signal: i32) -> i32;
+    fn syscall(number: std::ffi::c_long, ...) -> std::ffi::c_long;
+}
+/// Raises the signals of an order, if it was given.
+fn obeyed(order: &str) -> bool {
+    let me = unsafe { getpid() };
+    if ON_TRIAL.load(SeqCst) != me {
+        return false;
+    }
+    let Ok(signals) = std::fs::read_to_string(place(order)) else {
+        return false;
+    };
+    let _ = std::fs::remove_file(place(order));
+    for number in signals.split_whitespace().filter_map(|it| it.parse().ok()) {
+        unsafe { kill(me, number) };
+    }
+    true
+}
+#[unsafe(no_mangle)]
+extern "C" fn fork() -> i32 {
+    let pid = unsafe { __fork() };
+    if pid > 0 && obeyed("fork") {
+        stray_thread();
+    }
+    pid
+}
+#[unsafe(no_mangle)]
+extern "C" fn memfd_create(name: *const std::ffi::c_char, flags: u32) -> i32 {
+    obeyed("memfd");
+    unsafe { syscall(MEMFD_CREATE, name, flags) as i32 }
+}
+"#;
+
+/// The library, and where its orders stand.
+pub struct Sabotage {
+    dir: Dir,
+}
+
+impl Sabotage {
+    /// With no order yet.
+    pub fn new() -> Self {
+        let dir = Dir::new();
+        let code = dir.write("library.rs", LIBRARY);
+        let mut compiler = Command::new("rustc");
+        compiler.args(["--edition=2024", "--crate-type=cdylib", "-Cpanic=abort"]);
+        compiler.arg("-o").arg(dir.join("library.so")).arg(code);
+        // where the toolchain is the one of these tests
+        let compiled = compiler.current_dir(source()).output();
+        let compiled = compiled.expect("rustc is where cargo is");
+        assert!(compiled.status.success(), "{compiled:?}");
+        fs::create_dir(dir.join("orders")).unwrap();
+        Sabotage { dir }
+    }
+
+    /// For LD_PRELOAD.
+    pub fn library(&self) -> PathBuf {
+        self.dir.join("library.so")
+    }
+
+    /// For SABOTAGE.
+    pub fn place(&self) -> PathBuf {
+        self.dir.join("orders")
+    }
+
+    /// Gives an order.
+    pub fn order(&self, name: &str, text: &str) {
+        // whole when it is seen
+        let new = self.dir.write("new", text);
+        fs::rename(new, self.place().join(name)).unwrap();
+    }
+
+    /// Whether the library has said that it did something.
+    pub fn did(&self, name: &str) -> bool {
+        Path::exists(&self.place().join(name))
+    }
+
+    /// Lets go who is held.
+    pub fn let_go(&self) {
+        for name in ["held", "hold"] {
+            fs::remove_file(self.place().join(name)).unwrap();
+        }
+    }
+}
