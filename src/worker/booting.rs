@@ -47,7 +47,9 @@ impl EventLoop {
     }
 
     /// Ends all programs, of pools and of commands: who still waits for one has been answered.
-    pub(super) fn end_programs(&self) {
+    pub(super) fn end_programs(&mut self, floor: &mut Floor) {
+        self.service.threads.pools().send_home();
+        self.settle_programs(floor);
         let record = self.service.record;
         let hurry = match self.alone {
             _ if self.drain.is_at_once() => Hurry::AtOnce,

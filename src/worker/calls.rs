@@ -204,7 +204,7 @@ impl Calls {
     /// up, and the rest to be handed out then.
     pub fn hand_out(
         &mut self,
-        threads: &Threads,
+        threads: &mut Threads,
         now_ms: u64,
         backlog: impl Fn(Token, Place) -> usize,
     ) -> Option<CallKey> {
@@ -217,7 +217,7 @@ impl Calls {
     fn hand_out_lane(
         &mut self,
         lane: usize,
-        threads: &Threads,
+        threads: &mut Threads,
         now_ms: u64,
         backlog: &impl Fn(Token, Place) -> usize,
     ) -> Option<CallKey> {

@@ -68,12 +68,12 @@ fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {
     )
 }
 
-fn hand_out(calls: &mut Calls, threads: &Threads) {
+fn hand_out(calls: &mut Calls, threads: &mut Threads) {
     assert_eq!(calls.hand_out(threads, 5, |_, _| 0), None);
 }
 
 /// Waits for one report of the threads.
-fn report(threads: &Threads) -> Done {
+fn report(threads: &mut Threads) -> Done {
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
     loop {
         if let Some(done) = threads.take_done().next() {
@@ -87,7 +87,7 @@ fn report(threads: &Threads) -> Done {
 #[test]
 fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
     let registry = registry();
-    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 10);
     let key = add(&mut calls, 0, Some("7"));
     assert_eq!(calls.find(Token::for_test(1), "7"), Some(key));
@@ -95,7 +95,7 @@ fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
     assert!(!ended.begun);
     assert_eq!(ended.id.as_deref(), Some("7"));
     assert!(calls.give_up(key).is_none());
-    hand_out(&mut calls, &threads);
+    hand_out(&mut calls, &mut threads);
     assert!(calls.is_empty());
     assert_eq!(calls.counts(&threads), (0, 0, 0));
 }
@@ -103,17 +103,17 @@ fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
 #[test]
 fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
     let registry = registry();
-    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 10);
     let key = add(&mut calls, 1, None);
-    hand_out(&mut calls, &threads);
+    hand_out(&mut calls, &mut threads);
     while !calls.get_mut(key).unwrap().state.is_running() {
         std::thread::yield_now();
     }
     assert_eq!(calls.oldest(), Some((1, 5)));
     assert!(calls.give_up(key).unwrap().begun);
     assert_eq!(calls.counts(&threads), (0, 0, 1));
-    let done = report(&threads);
+    let done = report(&mut threads);
     assert!(calls.done(&done).is_none());
     assert_eq!((calls.counts(&threads), calls.oldest()), ((0, 0, 0), None));
 }
@@ -161,13 +161,13 @@ fn queue_concurrency_and_rate_are_limits() {
 #[test]
 fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     let registry = registry();
-    let threads = Threads::start(2, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(2, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 10);
     let stuck = add(&mut calls, 1, None);
     for _ in 0..1000 {
         add(&mut calls, 0, None);
-        hand_out(&mut calls, &threads);
-        calls.done(&report(&threads)).unwrap();
+        hand_out(&mut calls, &mut threads);
+        calls.done(&report(&mut threads)).unwrap();
     }
     assert!(
         calls.lanes[0].handed_out.len() < 100,
@@ -176,7 +176,7 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     );
     while calls.lanes[0].out < 2 {
         add(&mut calls, 1, None);
-        hand_out(&mut calls, &threads);
+        hand_out(&mut calls, &mut threads);
     }
     for _ in 0..1000 {
         let key = add(&mut calls, 1, Some("7"));
@@ -190,14 +190,14 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
 #[test]
 fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
     let registry = registry();
-    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 2);
     let runs = add(&mut calls, 1, None);
-    hand_out(&mut calls, &threads);
+    hand_out(&mut calls, &mut threads);
     for _ in 0..2 {
         assert!(calls.has_room(1, 1, 1).is_ok());
         add(&mut calls, 1, None);
-        hand_out(&mut calls, &threads);
+        hand_out(&mut calls, &mut threads);
     }
     assert!(calls.has_room(1, 1, 1).is_err());
     calls.give_up(runs).unwrap();
@@ -208,7 +208,7 @@ fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
 #[test]
 fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     let registry = registry();
-    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 10);
     let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     let other = calls.add(
@@ -224,16 +224,16 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
             0
         }
     };
-    assert_eq!(calls.hand_out(&threads, 5, full), None);
-    let done = report(&threads);
+    assert_eq!(calls.hand_out(&mut threads, 5, full), None);
+    let done = report(&mut threads);
     assert_eq!(done.key, other);
     calls.done(&done).unwrap();
     assert!(calls.are_parked() && calls.counts(&threads) == (0, 3, 0));
     calls.give_up(lagging[1]).unwrap();
     calls.unpark(Token::for_test(1), 5);
-    hand_out(&mut calls, &threads);
+    hand_out(&mut calls, &mut threads);
     for key in [lagging[0], lagging[2]] {
-        let done = report(&threads);
+        let done = report(&mut threads);
         assert_eq!(done.key, key);
         calls.done(&done).unwrap();
     }
@@ -245,21 +245,21 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
 #[test]
 fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     let registry = registry();
-    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 10);
     calls.loads[0].ran(Duration::from_millis(50), false);
     let shape = reply(Place::Anywhere);
     let token = Token::for_test(1);
     let late = calls.add((token, shape, None), None, (0, "1"), (100, 145));
     let fresh = calls.add((token, shape, None), None, (0, "1"), (120, 220));
-    assert_eq!(calls.hand_out(&threads, 120, |_, _| 0), Some(late));
+    assert_eq!(calls.hand_out(&mut threads, 120, |_, _| 0), Some(late));
     assert!(!calls.give_up(late).unwrap().begun);
-    assert_eq!(calls.hand_out(&threads, 120, |_, _| 0), None);
-    assert_eq!(report(&threads).key, fresh);
+    assert_eq!(calls.hand_out(&mut threads, 120, |_, _| 0), None);
+    assert_eq!(report(&mut threads).key, fresh);
     let at_once = calls.add((token, shape, None), None, (0, "1"), (300, 310));
     calls.lanes[0].out = 0;
-    assert_eq!(calls.hand_out(&threads, 300, |_, _| 0), None);
-    assert_eq!(report(&threads).key, at_once);
+    assert_eq!(calls.hand_out(&mut threads, 300, |_, _| 0), None);
+    assert_eq!(report(&mut threads).key, at_once);
 }
 
 /// Many connections may each have large calls waiting: all together they have a bound too.
@@ -282,14 +282,14 @@ fn the_params_of_all_connections_together_have_a_bound() {
 #[test]
 fn lanes_have_queues_and_limits_of_their_own() {
     let registry = registry();
-    let threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = Calls::new(registry, 2);
     let pooled: Vec<CallKey> = (0..2).map(|_| add(&mut calls, 4, None)).collect();
     assert!(calls.has_room(4, 1, 0).is_err());
     assert!(calls.has_room(0, 1, 0).is_ok());
     let on_thread = add(&mut calls, 0, None);
-    hand_out(&mut calls, &threads);
-    let done = report(&threads);
+    hand_out(&mut calls, &mut threads);
+    let done = report(&mut threads);
     assert_eq!(done.key, on_thread);
     calls.done(&done).unwrap();
     assert_eq!(calls.counts(&threads), (0, 2, 0));

@@ -46,6 +46,8 @@ const SIGNALS: u16 = 0;
 pub(super) const LINK: u16 = 1;
 const WAKER: u16 = 2;
 pub(super) const QUEUE: u16 = 3;
+/// From here on the wires of pools' programs.
+const PROGRAMS: u16 = 16;
 
 /// Trouble that clients can cause: each kind is told at most once in a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,6 +164,9 @@ impl EventLoop {
             if self.service.threads.look(self.service.now_ms) {
                 next = self.service.now_ms + 1;
             }
+            if self.service.threads.pools().has_done() {
+                next = self.service.now_ms;
+            }
             let next = next.min(self.service.timers.next().unwrap_or(u64::MAX));
             let wait = match self.drain.next() {
                 Some(at) => next.min(at),
@@ -176,6 +181,7 @@ impl EventLoop {
                 self.tick(floor);
             }
             self.hand_out(floor);
+            self.settle_programs(floor);
             self.publish(floor);
             self.feel_wear();
             match self.drain.step(
@@ -205,11 +211,28 @@ impl EventLoop {
             };
             let service = &mut self.service;
             let calls = &mut service.calls;
-            match calls.hand_out(&service.threads, service.now_ms, backlog) {
+            match calls.hand_out(&mut service.threads, service.now_ms, backlog) {
                 Some(late) => self.too_late(floor, late),
                 None => return,
             }
         }
+    }
+
+    /// Watches the wires of the programs that serve, and of no other.
+    pub(super) fn settle_programs(&mut self, floor: &mut Floor) {
+        self.service.threads.pools().settle(|program, wire| {
+            let watch = u16::try_from(program)
+                .ok()
+                .and_then(|program| program.checked_add(PROGRAMS))
+                .ok_or(io::ErrorKind::OutOfMemory)?;
+            match wire {
+                Some((fd, writing)) => floor.watch_both(watch, fd, writing),
+                None => {
+                    floor.unwatch(watch);
+                    Ok(())
+                }
+            }
+        });
     }
 
     fn beat(&mut self) {
@@ -330,9 +353,14 @@ impl Driver for EventLoop {
             Completion::Readable { watch: SIGNALS } => self.heard(floor),
             Completion::Readable { watch: LINK } => self.orders(floor),
             Completion::Readable { watch: QUEUE } => self.give_waiting(floor),
-            Completion::Readable { .. } => {
+            Completion::Readable { watch: WAKER } => {
                 self.waker.clear();
+                self.service.threads.pools().hear();
                 self.collect(floor);
+            }
+            Completion::Readable { watch } => {
+                let program = usize::from(watch - PROGRAMS);
+                self.service.threads.pools().attend(program);
             }
         }
     }

@@ -154,7 +154,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     if ran.is_ok() {
         event_loop.leaves();
     }
-    event_loop.end_programs();
+    event_loop.end_programs(&mut floor);
     ran?;
     last_words::speak(&mut event_loop);
     log::debug!("leaves");

@@ -313,6 +313,9 @@ impl Service {
     pub fn give_up(&mut self, key: CallKey) -> Option<Ended> {
         let mut ended = self.calls.give_up(key)?;
         self.timers.disarm(&mut ended.timer, Target::Call(key));
+        if ended.begun && self.calls.lane(ended.method) > 0 {
+            self.threads.pools().give_up();
+        }
         Some(ended)
     }
 

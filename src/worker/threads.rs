@@ -125,7 +125,7 @@ impl Threads {
     }
 
     /// Hands a job over to a lane; `ring` is to follow.
-    pub fn run(&self, lane: usize, job: Job) {
+    pub fn run(&mut self, lane: usize, job: Job) {
         match lane.checked_sub(1) {
             None => self.shelf.put(job),
             Some(pool) => self.pools.put(pool, job),
@@ -145,17 +145,19 @@ impl Threads {
 
     /// Whether any job is done that was not taken.
     pub fn has_done(&self) -> bool {
-        !self.done.is_empty()
+        !self.done.is_empty() || self.pools.has_done()
     }
 
     /// The programs of all pools.
-    pub fn pools(&self) -> &Pools {
-        &self.pools
+    pub fn pools(&mut self) -> &mut Pools {
+        &mut self.pools
     }
 
     /// Takes what is done, without waiting.
-    pub fn take_done(&self) -> impl Iterator<Item = Done> {
-        self.done.try_iter()
+    pub fn take_done(&mut self) -> impl Iterator<Item = Done> {
+        let mut done = Vec::new();
+        self.pools.take_done(&mut done);
+        self.done.try_iter().chain(done)
     }
 }
 

@@ -25,7 +25,7 @@ pub(super) struct Rules {
     pub boot: Millis,
     pub throttle: Limits,
     idle: Millis,
-    max_calls: u64,
+    pub max_calls: u64,
     max_memory: u64,
     max_lifetime: Millis,
 }
@@ -86,9 +86,14 @@ impl Wear {
         now.saturating_sub(self.ready_at)
     }
 
-    /// It has answered a call.
-    pub fn answered(&mut self, now: Millis) {
-        self.calls += 1;
+    /// So many calls were answered by it, the last one then; 0 is never.
+    pub fn saw(&mut self, (calls, answered_at): (u64, Millis)) {
+        self.calls = calls;
+        self.idle_since = self.idle_since.max(answered_at);
+    }
+
+    /// It has something to do.
+    pub fn is_busy(&mut self, now: Millis) {
         self.idle_since = now;
     }
 
@@ -125,8 +130,9 @@ impl Wear {
         rules.idle > 0 && now >= self.idle_since + rules.idle
     }
 
-    /// When one of these is to be asked again.
-    pub fn next(&self, rules: &Rules, is_idle: bool) -> Millis {
+    /// When one of these is to be asked again; `may_sleep`: also whether it has been idle for too
+    /// long.
+    pub fn next(&self, rules: &Rules, may_sleep: bool) -> Millis {
         let at = |wanted: bool, at: Millis| if wanted { at } else { Millis::MAX };
         at(rules.max_memory > 0, self.looked_at + LOOK)
             .min(at(
@@ -134,7 +140,7 @@ impl Wear {
                 self.ready_at.saturating_add(rules.max_lifetime),
             ))
             .min(at(
-                rules.idle > 0 && is_idle,
+                rules.idle > 0 && may_sleep,
                 self.idle_since.saturating_add(rules.idle),
             ))
     }
@@ -164,10 +170,10 @@ mod tests {
         let rules = rules();
         let mut wear = Wear::new(0);
         for now in 1..=2 {
-            wear.answered(now);
+            wear.saw((now, now));
             assert_eq!(wear.is_worn(&rules, now), None);
         }
-        wear.answered(3);
+        wear.saw((3, 3));
         assert_eq!(wear.is_worn(&rules, 3), Some("max-calls"));
         let mut wear = Wear::new(0);
         assert!(!wear.wants_look(&rules, 999) && wear.wants_look(&rules, 1000));
@@ -197,7 +203,7 @@ mod tests {
     fn idle_counts_from_the_last_answer() {
         let rules = rules();
         let mut wear = Wear::new(0);
-        wear.answered(50);
+        wear.saw((1, 50));
         assert!(!wear.is_idle_for_too_long(&rules, 149) && wear.is_idle_for_too_long(&rules, 150));
         assert_eq!(
             (wear.next(&rules, true), wear.next(&rules, false)),

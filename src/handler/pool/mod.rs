@@ -1,9 +1,10 @@
 //! Pools: programs in any language that live long and answer many calls, one at a time each.
 //!
-//! A call of a pool's method goes to a `desk`, from which the `keeper` of each program takes it: a
-//! thread that starts the `process`, writes calls to it and reads answers, and sees to it that
-//! nothing of a dead one is left. `life` says when a program is ready or worn out, `lines` makes a
-//! log of what it prints. A worker serves when each program has been ready once (`boot`).
+//! A call of a pool's method goes to a `desk`, where each program has a `seat`: the event loop writes
+//! it there over the program's `wire`, and reads the answer. What takes time is done by the `keeper`
+//! of each program, a thread that starts the `process`, ends it, and sees to it that nothing of a dead
+//! one is left. `life` says when a program is ready or worn out, `lines` makes a log of what it
+//! prints. A worker serves when each program has been ready once (`boot`).
 
 mod boot;
 mod desk;
@@ -11,18 +12,23 @@ mod keeper;
 mod life;
 mod lines;
 mod process;
+mod seat;
+mod wire;
 
+use std::collections::VecDeque;
 use std::ffi::CString;
 use std::io;
+use std::mem;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
 
 pub use boot::Stage;
 
-use super::job::{Job, Reports};
+use super::job::{Done, Job, Reports};
 use super::program::{Program, c_string};
 use super::registry::Registry;
 use super::{Context, Handler, Placement};
@@ -31,8 +37,10 @@ use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::waker::Waker;
 use boot::Boot;
-use desk::Desk;
-use keeper::{Keeper, Post};
+use desk::{Desk, Ear};
+use keeper::{Keeper, Post, Told};
+use seat::Line;
+use wire::PIECE;
 
 /// Stack of a keeper: it calls nobody's code.
 const STACK: usize = 256 * 1024;
@@ -112,13 +120,19 @@ pub enum Hurry {
     AtOnce,
 }
 
-/// The pools of a worker at work.
+/// The pools of a worker at work. Programs are numbered through, those of the first pool first.
 #[derive(Debug)]
 pub struct Pools {
-    desks: Vec<Arc<Desk>>,
+    desks: Vec<Desk>,
+    /// The number of each desk's first program.
+    firsts: Vec<usize>,
+    words: Receiver<Told>,
     boot: Arc<Boot>,
     /// Nothing is ever sent: it ends when the last keeper has.
     keepers: Receiver<()>,
+    piece: Box<[u8]>,
+    /// A call that may have been with a program was given up.
+    one_is_in_vain: bool,
 }
 
 impl Pools {
@@ -134,15 +148,24 @@ impl Pools {
         let programs = registry.pools().iter().map(|pool| pool.settings.processes);
         let boot = Arc::new(Boot::new(programs.sum(), Arc::clone(waker)));
         let (lives, keepers) = bounded::<()>(0);
-        let mut desks = Vec::new();
-        for pool in registry.pools() {
-            let wakers = (0..pool.settings.processes).map(|_| Waker::new().map(Arc::new));
-            let desk = Arc::new(Desk::new(wakers.collect::<io::Result<_>>()?));
-            for number in 0..desk.count() {
+        let (teller, words) = unbounded();
+        let (mut desks, mut firsts, mut first) = (Vec::new(), Vec::new(), 0);
+        for (desk, pool) in registry.pools().iter().enumerate() {
+            let mut ears = Vec::new();
+            for number in 0..pool.settings.processes {
+                let (sender, orders) = unbounded();
+                let waker = Arc::new(Waker::new()?);
+                ears.push(Ear {
+                    orders: sender,
+                    waker: Arc::clone(&waker),
+                });
                 let post = Post {
                     number,
+                    desk,
                     pool: Arc::clone(pool),
-                    desk: Arc::clone(&desk),
+                    orders,
+                    waker,
+                    words: teller.clone(),
                     registry: Arc::clone(registry),
                     reports: reports.clone(),
                     boot: Arc::clone(&boot),
@@ -156,22 +179,35 @@ impl Pools {
                         drop(lives);
                     })?;
             }
-            desks.push(desk);
+            firsts.push(first);
+            first += ears.len();
+            let line = Line {
+                waiting: VecDeque::new(),
+                done: Vec::new(),
+                registry: Arc::clone(registry),
+                limit: pool.limit,
+                depth: pool.depth,
+            };
+            desks.push(Desk::new(line, ears));
         }
         Ok(Pools {
+            piece: vec![0; if desks.is_empty() { 0 } else { PIECE }].into(),
             desks,
+            firsts,
+            words,
             boot,
             keepers,
+            one_is_in_vain: false,
         })
     }
 
     /// How many programs a pool has.
     pub fn count(&self, pool: usize) -> usize {
-        self.desks.get(pool).map_or(0, |desk| desk.count())
+        self.desks.get(pool).map_or(0, Desk::count)
     }
 
     /// Hands a call to a pool.
-    pub fn put(&self, pool: usize, job: Job) {
+    pub fn put(&mut self, pool: usize, job: Job) {
         self.desks[pool].put(job);
     }
 
@@ -180,8 +216,58 @@ impl Pools {
         self.boot.stage()
     }
 
+    /// The wire of the program with this number can be read or written.
+    pub fn attend(&mut self, program: usize) {
+        let pool = self.firsts.partition_point(|&first| first <= program) - 1;
+        self.desks[pool].attend(program - self.firsts[pool], &mut self.piece);
+    }
+
+    /// A call was given up that had begun: a program that works for nobody is ended by `settle`.
+    pub fn give_up(&mut self) {
+        self.one_is_in_vain = true;
+    }
+
+    /// Hears what the keepers have to say.
+    pub fn hear(&mut self) {
+        while let Ok(Told { pool, number, word }) = self.words.try_recv() {
+            self.desks[pool].hear(number, word, &mut self.piece);
+        }
+    }
+
+    /// Whether calls are done that nobody has taken.
+    pub fn has_done(&self) -> bool {
+        self.desks.iter().any(Desk::has_done)
+    }
+
+    /// Moves what is done there.
+    pub fn take_done(&mut self, done: &mut Vec<Done>) {
+        self.desks.iter_mut().for_each(|desk| desk.take_done(done));
+    }
+
+    /// Ends what works for nobody, and brings up to date what is waited for: `watch` is told of each
+    /// program, by its number, whose wire is to be watched, and whether for writing too, or not to
+    /// be watched any more. Where it fails, the program is ended.
+    pub fn settle(
+        &mut self,
+        mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,
+    ) {
+        let in_vain = mem::take(&mut self.one_is_in_vain);
+        for (desk, first) in self.desks.iter_mut().zip(&self.firsts) {
+            if in_vain {
+                desk.end_what_runs_in_vain();
+            }
+            desk.settle(|number, wire| watch(first + number, wire));
+        }
+    }
+
+    /// No program serves from now on; `settle` is to follow, and then `leave`.
+    pub fn send_home(&mut self) {
+        self.hear();
+        self.desks.iter_mut().for_each(Desk::send_home);
+    }
+
     /// Lets all programs leave, and waits for it, `beat`ing now and then.
-    pub fn leave(&self, hurry: Hurry, mut beat: impl FnMut()) {
+    pub fn leave(&mut self, hurry: Hurry, mut beat: impl FnMut()) {
         let grace = match hurry {
             Hurry::None => GRACE,
             Hurry::Some => SHORT_GRACE,
@@ -193,6 +279,8 @@ impl Pools {
         let most = (2 * grace + DYING).as_millis() / BEAT.as_millis();
         for _ in 0..=most {
             beat();
+            // Whoever was on the way to its desk has nobody there.
+            self.words.try_iter().for_each(drop);
             if self.keepers.recv_timeout(BEAT) == Err(RecvTimeoutError::Disconnected) {
                 return;
             }

@@ -129,6 +129,23 @@ impl Floor {
         Ok(())
     }
 
+    /// Tells of `fd` being readable, and where `writing` of it being writable as well, as `Readable`
+    /// under the number `watch`; what is watched under it already is to be the same.
+    ///
+    /// # Errors
+    /// When epoll refuses it or there is no descriptor left.
+    pub fn watch_both(&mut self, watch: u16, fd: impl AsFd, writing: bool) -> io::Result<()> {
+        let mut flags = EpollFlags::EPOLLIN;
+        flags.set(EpollFlags::EPOLLOUT, writing);
+        match self.watched.iter().find(|(number, _)| *number == watch) {
+            None => self.watch_for(watch, fd, flags),
+            Some((_, fd)) => {
+                let mut event = EpollEvent::new(flags, WATCH_BASE + u64::from(watch));
+                Ok(self.epoll.modify(fd, &mut event)?)
+            }
+        }
+    }
+
     /// Stops watching what is watched under `watch`.
     pub fn unwatch(&mut self, watch: u16) {
         self.watched.retain(|(number, fd)| {

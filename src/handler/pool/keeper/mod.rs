@@ -1,13 +1,12 @@
-//! The keeper of one program of a pool: a thread that starts it, gives it one call after the other,
-//! and ends it with all that came from it.
+//! The keeper of one program of a pool: a thread that starts it, lets it serve, and ends it with all
+//! that came from it.
 //!
-//! A call is written when the program has none; the next one already while an answer still
-//! arrives. A program that answers what is no answer, breaks off, or whose call is given up is
-//! killed, so that no answer ever reaches another call than its own; the answer to a call of a dead
-//! program is `crashed`, unless the program had not read it, which the kernel knows: that one has
-//! not begun, and goes to the next program. Waits in one poll(2), with the nearest deadline.
+//! A program that is ready goes with its wire to the `desk`, and comes back from there when it was
+//! asked for or can't serve any more: one that sends what is no answer, breaks off, or whose call
+//! is given up is killed here. Whatever takes time is done here, for the desk is the event loop's.
+//! Waits in one poll(2), with the nearest deadline; calls don't wake it.
 
-mod calls;
+mod ending;
 mod starting;
 
 use std::mem;
@@ -15,36 +14,41 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_channel::{Receiver, Sender};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::handler::job::Reports;
 use crate::handler::pool::Pool;
 use crate::handler::pool::boot::Boot;
-use crate::handler::pool::desk::{Desk, Entry};
+use crate::handler::pool::desk::{Order, Recall, Why, Word};
 use crate::handler::pool::life::{Rules, Wear, millis};
 use crate::handler::pool::process::Process;
+use crate::handler::pool::seat::{Seat, Tally};
+use crate::handler::pool::wire::Wire;
 use crate::handler::registry::Registry;
-use crate::sys::process::{Exit, monotonic};
+use crate::sys::process::monotonic;
+use crate::sys::waker::Waker;
 use crate::throttle::{Millis, Throttle};
 
 /// How long a program that is replaced, or sleeps, may take to leave before it is told by SIGTERM,
 /// and then until it is killed. It keeps nobody waiting.
 const LEISURE: Millis = 3000;
 
-/// A program that serves.
+/// A program that serves; its wire is at the desk.
 struct Serving {
     process: Process,
     wear: Wear,
-    running: Option<Entry>,
-    /// Written while the answer of `running` arrives; `None` where nothing is running.
-    next: Option<Entry>,
-    /// It has sent something already, so that a word of being ready is out of place.
-    has_spoken: bool,
+    tally: Arc<Tally>,
+    /// What it was asked back for, as long as there is no answer to that.
+    asked: Option<Recall>,
+    /// The desk knows that it has ended.
+    told_end: bool,
 }
 
 /// A program that is not ready yet, or waits for its predecessor to finish a call.
 struct Fresh {
     process: Process,
+    wire: Wire,
     since: Millis,
     is_ready: bool,
     has_spoken: bool,
@@ -58,23 +62,25 @@ struct Leaver {
     kill_at: Millis,
 }
 
-/// Why a program is ended.
-enum Why {
-    /// Or has closed its descriptor 3, which comes to the same.
-    Died,
-    /// What it has sent is no answer.
-    Broken(String),
-    TimedOut,
-    GivenUp,
-    /// The worker leaves.
-    Leaving,
+/// What a desk is told, of which of its pools by which of its keepers.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub pool: usize,
+    pub number: usize,
+    pub word: Word,
 }
 
 /// What a keeper is given.
 pub(super) struct Post {
     pub number: usize,
+    /// The number of the pool.
+    pub desk: usize,
     pub pool: Arc<Pool>,
-    pub desk: Arc<Desk>,
+    /// From the desk, announced by the waker.
+    pub orders: Receiver<Order>,
+    pub waker: Arc<Waker>,
+    /// To the desk, announced by the reports' waker.
+    pub words: Sender<Told>,
     pub registry: Arc<Registry>,
     pub reports: Reports,
     pub boot: Arc<Boot>,
@@ -90,6 +96,8 @@ pub(super) struct Keeper {
     throttle: Throttle,
     /// No program is started before.
     due: Millis,
+    /// It was told to the desk that there is none for a while.
+    told_down: bool,
     sleeps: bool,
     /// Why the last program ended, for those who ask in vain.
     last_end: String,
@@ -98,6 +106,8 @@ pub(super) struct Keeper {
     proven: bool,
     /// The first one never came to it: the worker leaves.
     gave_up: bool,
+    /// The worker leaves, and programs may take so long to do so.
+    closes_with: Option<Millis>,
 }
 
 fn now() -> Millis {
@@ -114,11 +124,13 @@ impl Keeper {
             leavers: Vec::new(),
             throttle: Throttle::default(),
             due: 0,
+            told_down: false,
             sleeps: false,
             last_end: String::new(),
             began: now(),
             proven: false,
             gave_up: false,
+            closes_with: None,
         }
     }
 
@@ -126,7 +138,10 @@ impl Keeper {
     pub fn keep(mut self) {
         loop {
             let now = now();
-            if let Some(grace) = self.post.desk.closes_with().or(self.gave_up.then_some(0)) {
+            while let Ok(order) = self.post.orders.try_recv() {
+                self.obey(order, now);
+            }
+            if let Some(grace) = self.closes_with.or(self.gave_up.then_some(0)) {
                 self.leave(grace, now);
                 if self.leavers.is_empty() {
                     return;
@@ -139,30 +154,69 @@ impl Keeper {
         }
     }
 
-    /// Starts, replaces and rests programs as time has come, and gives out calls.
+    fn obey(&mut self, order: Order, now: Millis) {
+        match order {
+            Order::Back(seat, Why::Recalled) => {
+                self.sleeps = self
+                    .serving
+                    .as_ref()
+                    .is_some_and(|serving| serving.asked == Some(Recall::Sleep));
+                self.retire(seat, now);
+            }
+            Order::Back(seat, why) => self.end_serving(seat, &why, now),
+            Order::Kept => {
+                if let Some(serving) = &mut self.serving {
+                    serving.asked = None;
+                    serving.wear.is_busy(now);
+                }
+            }
+            Order::Start => self.sleeps = false,
+            Order::Close(grace) => self.closes_with = Some(grace),
+        }
+    }
+
+    fn tell(&self, word: Word) {
+        let (pool, number) = (self.post.desk, self.post.number);
+        // Nobody listens any more once the worker leaves.
+        let _ = self.post.words.send(Told { pool, number, word });
+        self.post.reports.wake();
+    }
+
+    /// Asks for the program that serves, unless that was done.
+    fn recall(&mut self, recall: Recall) {
+        if let Some(serving) = &mut self.serving
+            && serving.asked.is_none()
+        {
+            serving.asked = Some(recall);
+            self.tell(Word::Recall(recall));
+        }
+    }
+
+    /// Starts, replaces and rests programs as time has come.
     fn advance(&mut self, now: Millis) {
         self.look_at_fresh(now);
-        let idle = self.serving.as_ref().is_none_or(|it| it.running.is_none());
-        if let Some(fresh) = self.fresh.take_if(|fresh| fresh.is_ready && idle) {
-            self.replace(fresh, now);
+        if self.fresh.as_ref().is_some_and(|fresh| fresh.is_ready) {
+            return match self.serving {
+                Some(_) => self.recall(Recall::Successor),
+                None => self.let_serve(now),
+            };
         }
-        if let Some(serving) = &mut self.serving {
-            if serving.wear.wants_look(&self.rules, now) {
-                let bytes = serving.process.resident_bytes();
-                serving.wear.looked(bytes, &self.rules, now);
+        let Some(serving) = &mut self.serving else {
+            if self.fresh.is_none() && !self.sleeps {
+                self.revive(now);
             }
-            let too_long = serving.wear.is_idle_for_too_long(&self.rules, now);
-            if too_long
-                && idle
-                && self.fresh.is_none()
-                && self.post.desk.fall_asleep(self.post.number)
-            {
-                log::debug!("pool {}: a program has nothing to do", self.post.pool.name);
-                self.sleeps = true;
-                return self.retire_serving(now);
-            }
-            let worn = serving.wear.is_worn(&self.rules, now);
-            if let Some(key) = worn.filter(|_| self.fresh.is_none() && now >= self.due) {
+            return;
+        };
+        serving.wear.saw(serving.tally.seen());
+        if serving.wear.wants_look(&self.rules, now) {
+            let bytes = serving.process.resident_bytes();
+            serving.wear.looked(bytes, &self.rules, now);
+        }
+        if self.fresh.is_some() {
+            return;
+        }
+        if let Some(key) = serving.wear.is_worn(&self.rules, now) {
+            if now >= self.due {
                 log::info!(
                     "pool {} [{}]: is replaced, as {key} says",
                     self.post.pool.name,
@@ -170,51 +224,50 @@ impl Keeper {
                 );
                 self.start(now);
             }
-        } else if self.fresh.is_none() {
-            self.sleeps &= !self.post.desk.is_wanted(self.post.number);
-            if !self.sleeps {
-                self.revive(now);
-            }
+        } else if serving.wear.is_idle_for_too_long(&self.rules, now) {
+            self.recall(Recall::Sleep);
         }
-        self.give_out();
     }
 
-    /// A fresh program takes over.
-    fn replace(&mut self, fresh: Fresh, now: Millis) {
-        if self.serving.is_some() {
-            self.retire_serving(now);
-        }
-        log::debug!(
-            "pool {} [{}]: is ready",
-            self.post.pool.name,
-            fresh.process.pid()
-        );
+    /// The program that is ready goes to the desk.
+    fn let_serve(&mut self, now: Millis) {
+        let Some(fresh) = self.fresh.take() else {
+            return;
+        };
+        let name = &self.post.pool.name;
+        log::debug!("pool {name} [{}]: is ready", fresh.process.pid());
+        let tally = Arc::new(Tally::default());
+        let enough = self.rules.max_calls;
+        let seat = Seat::new(fresh.wire, fresh.has_spoken, Arc::clone(&tally), enough);
         self.serving = Some(Serving {
             process: fresh.process,
             wear: Wear::new(now),
-            running: None,
-            next: None,
-            has_spoken: fresh.has_spoken,
+            tally,
+            asked: None,
+            told_end: false,
         });
+        self.told_down = false;
+        self.tell(Word::Ready(Box::new(seat)));
         if !mem::replace(&mut self.proven, true) {
             self.post.boot.one_is_ready();
         }
     }
 
-    fn retire_serving(&mut self, now: Millis) {
+    /// The program that served is done, and leaves: that its wire ends here tells it so.
+    fn retire(&mut self, seat: Box<Seat>, now: Millis) {
+        drop(seat);
         if let Some(serving) = self.serving.take() {
             self.throttle.credit(Some(serving.wear.health(now)));
             self.dismiss(serving.process, LEISURE, now);
         }
     }
 
-    /// Lets a program leave: `grace` until SIGTERM, and as long until SIGKILL.
-    fn dismiss(&mut self, mut process: Process, grace: Millis, now: Millis) {
+    /// Lets a program leave whose wire has ended: `grace` until SIGTERM, and as long until SIGKILL.
+    fn dismiss(&mut self, process: Process, grace: Millis, now: Millis) {
         // They are few: one that does not go makes room for the next.
         if self.leavers.len() > 1 {
             self.leavers.remove(0).process.end(now);
         }
-        process.dismiss();
         self.leavers.push(Leaver {
             process,
             terminate_at: now + grace,
@@ -222,14 +275,19 @@ impl Keeper {
         });
     }
 
-    /// Waits for whatever comes first, and does the reading and writing.
+    /// Waits for whatever comes first, and does the reading.
     fn wait(&mut self, now: Millis) {
-        let waker = Arc::clone(self.post.desk.waker(self.post.number));
         let left = self.next(now).saturating_sub(now);
         let timeout =
             PollTimeout::try_from(Duration::from_millis(left)).unwrap_or(PollTimeout::MAX);
-        let mut fds = Vec::with_capacity(9);
+        let waker = Arc::clone(&self.post.waker);
+        let mut fds = Vec::with_capacity(11);
         fds.push(PollFd::new(waker.as_fd(), PollFlags::POLLIN));
+        let fresh = self.fresh.as_ref().filter(|fresh| !fresh.wire.is_closed);
+        fds.push(fresh.map_or_else(
+            || PollFd::new(waker.as_fd(), PollFlags::empty()),
+            |fresh| PollFd::new(fresh.wire.as_fd(), PollFlags::POLLIN),
+        ));
         self.processes().for_each(|process| process.watch(&mut fds));
         let waited = poll(&mut fds, timeout);
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
@@ -240,10 +298,13 @@ impl Keeper {
         if ready[0] {
             waker.clear();
         }
+        if let Some(fresh) = self.fresh.as_mut().filter(|_| ready[1]) {
+            fresh.wire.receive(fresh.process.piece());
+        }
         let now = self::now();
-        let (fours, _) = ready[1..].as_chunks::<4>();
-        for (process, four) in self.processes_mut().zip(fours) {
-            process.attend(*four, now);
+        let (threes, _) = ready[2..].as_chunks::<3>();
+        for (process, three) in self.processes_mut().zip(threes) {
+            process.attend(*three, now);
         }
     }
 
@@ -273,16 +334,10 @@ impl Keeper {
             Some(_) => {}
             None => match &self.serving {
                 Some(serving) if serving.wear.is_worn(&self.rules, now).is_some() => at(self.due),
-                Some(serving) => at(serving.wear.next(&self.rules, serving.running.is_none())),
+                Some(serving) => at(serving.wear.next(&self.rules, serving.asked.is_none())),
                 None if self.sleeps => {}
                 None => at(self.due),
             },
-        }
-        if let Some(serving) = &self.serving
-            && let Some(entry) = &serving.running
-        {
-            // A millisecond more: what is rounded down would be woken for in vain.
-            at(millis(entry.job.deadline).saturating_add(1));
         }
         for leaver in &self.leavers {
             at(if leaver.terminate_at > 0 {
@@ -310,21 +365,12 @@ impl Keeper {
             at += 1;
         }
         self.judge_fresh(now);
-        self.judge_serving(now);
-    }
-
-    /// Ends a process that is at its end, and says how.
-    fn how_it_ended(&self, mut process: Process, now: Millis) -> (String, bool) {
-        // An exit closes descriptors before it is seen.
-        let by_itself = process.ends_soon();
-        let ended = process.end(now);
-        let text = match ended.exit {
-            _ if !by_itself => "has closed its descriptor 3, and is killed".into(),
-            Some(Exit::Code(code)) => format!("has left with exit code {code}"),
-            Some(exit) => format!("was ended by {exit}"),
-            None => "hangs".into(),
-        };
-        (text, ended.left_unread)
+        if let Some(serving) = &mut self.serving
+            && serving.process.has_ended
+            && !mem::replace(&mut serving.told_end, true)
+        {
+            self.tell(Word::Recall(Recall::Ended));
+        }
     }
 
     /// The worker leaves: nothing is begun any more, and who runs is told to go.
@@ -332,9 +378,8 @@ impl Keeper {
         if let Some(fresh) = self.fresh.take() {
             self.dismiss(fresh.process, grace, now);
         }
-        if self.serving.as_ref().is_some_and(|it| it.running.is_some()) {
-            self.end_serving(&Why::Leaving, now);
-        } else if let Some(serving) = self.serving.take() {
+        // One whose wire crosses this on its way to the desk.
+        if let Some(serving) = self.serving.take() {
             self.dismiss(serving.process, grace, now);
         }
         for leaver in &mut self.leavers {

@@ -1,47 +1,42 @@
 //! A keeper's program from its start until it is ready, and what follows when it does not get so far:
 //! the first one's failure is the worker's, a later one's is throttled.
 
+use std::mem;
 use std::time::Duration;
 
 use super::{Fresh, Keeper};
-use crate::handler::pool::desk::Standing;
+use crate::handler::pool::desk::Word;
 use crate::handler::pool::process::{NotStarted, Process};
-use crate::protocol::code::Code;
 use crate::protocol::frame::Decoded;
 use crate::protocol::program::{self, Sent};
-use crate::protocol::rpc_error::RpcError;
 use crate::throttle::Millis;
 
 impl Keeper {
     /// There is no program, and there is to be one.
     pub(super) fn revive(&mut self, now: Millis) {
-        let (desk, number) = (&self.post.desk, self.post.number);
         if now >= self.due {
-            desk.stand(number, Standing::Busy);
+            if mem::take(&mut self.told_down) {
+                self.tell(Word::Starts);
+            }
             return self.start(now);
         }
-        desk.stand(number, Standing::Down);
-        while let Some(entry) = self.post.desk.take_refused() {
-            let outcome = entry.job.state.begin().then(|| {
-                let text = format!(
-                    "every program of the pool {} has died too often, the last one as it {}; the \
-                     next is started in {:?}",
-                    self.post.pool.name,
-                    self.last_end,
-                    Duration::from_millis(self.due - now)
-                );
-                Err(RpcError::of(Code::Crashed, text, false))
-            });
-            self.report(entry, outcome, None);
+        // While the system has no room for it, calls wait.
+        if self.throttle.refused_forks() == 0 && !mem::replace(&mut self.told_down, true) {
+            let (name, last) = (&self.post.pool.name, &self.last_end);
+            let text = format!(
+                "every program of the pool {name} has died too often, the last one as it {last}"
+            );
+            self.tell(Word::Down(text, self.due));
         }
     }
 
     pub(super) fn start(&mut self, now: Millis) {
         match Process::start(&self.post.pool) {
-            Ok(process) => {
+            Ok((process, wire)) => {
                 self.throttle.forked(now);
                 self.fresh = Some(Fresh {
                     process,
+                    wire,
                     since: now,
                     is_ready: false,
                     has_spoken: false,
@@ -114,7 +109,6 @@ impl Keeper {
             return;
         }
         self.due = self.throttle.death(None, &self.rules.throttle, now);
-        self.post.desk.pass_on(self.post.number);
         log::warn!(
             "pool {}: its program {what}; {}",
             self.post.pool.name,
@@ -134,56 +128,37 @@ impl Keeper {
     }
 
     pub(super) fn judge_fresh(&mut self, now: Millis) {
-        let limit = self.post.pool.limit;
+        let (limit, depth) = (self.post.pool.limit, self.post.pool.depth);
+        let must_say = self.rules.handshake;
         let Some(fresh) = &mut self.fresh else {
             return;
         };
-        if self.rules.handshake && !fresh.is_ready {
-            let used = match fresh.process.frame(limit) {
-                Decoded::Whole { body, used } => {
-                    let sent = program::read(body, self.post.pool.depth);
-                    matches!(sent, Ok(Sent::Ready)).then_some(used)
+        // The word of being ready is all that it may say; without a handshake it may come unasked.
+        while fresh.wire.has_received() {
+            let used = match fresh.wire.frame(limit) {
+                Decoded::Whole { body, used } if !fresh.has_spoken => {
+                    matches!(program::read(body, depth), Ok(Sent::Ready)).then_some(used)
                 }
-                Decoded::Partial { .. } => Some(0),
-                Decoded::TooLarge { .. } => None,
+                // Nobody reads on until it serves: what is not whole is looked at then.
+                Decoded::Partial { .. } => break,
+                Decoded::Whole { .. } | Decoded::TooLarge { .. } => None,
             };
-            match used {
-                None => {
-                    let text = "has sent something else than {\"out\": \"ready\"} at its start";
-                    return self.fresh_fails(text.into(), now);
-                }
-                Some(0) => {}
-                Some(used) => {
-                    fresh.process.consume(used);
-                    fresh.is_ready = true;
-                    fresh.has_spoken = true;
-                }
-            }
-        }
-        // What nobody reads yet is not kept without end; a word of being ready may come unasked.
-        let word = match fresh.process.frame(limit) {
-            Decoded::Partial { .. } => None,
-            Decoded::TooLarge { .. } => Some((0, false)),
-            Decoded::Whole { body, used } => {
-                let sent = program::read(body, self.post.pool.depth);
-                Some((used, matches!(sent, Ok(Sent::Ready)) && !fresh.has_spoken))
-            }
-        };
-        match word {
-            None => {}
-            Some((used, true)) => {
-                fresh.process.consume(used);
-                fresh.has_spoken = true;
-            }
-            Some((_, false)) => {
-                let text = "has sent something before it was asked";
+            let Some(used) = used else {
+                let text = if must_say && !fresh.is_ready {
+                    "has sent something else than {\"out\": \"ready\"} at its start"
+                } else {
+                    "has sent something before it was asked"
+                };
                 return self.fresh_fails(text.into(), now);
-            }
+            };
+            fresh.wire.consume(used);
+            fresh.has_spoken = true;
+            fresh.is_ready |= must_say;
         }
-        if (fresh.process.is_closed || fresh.process.has_ended)
+        if (fresh.wire.is_closed || fresh.process.has_ended)
             && let Some(fresh) = self.fresh.take()
         {
-            let what = self.how_it_ended(fresh.process, now).0;
+            let what = self.how_it_ended(fresh.process, now);
             self.has_failed(&format!("{what} before it was ready"), now);
         }
     }

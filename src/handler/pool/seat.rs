@@ -1,0 +1,255 @@
+//! A program's place at the desk: its wire and its calls, as long as it serves.
+//!
+//! A call is written when the program has none; the next one already while an answer still arrives.
+//! What the program sends is judged here: an answer goes to the one call that it has, and whatever
+//! can be no answer is told in words, for the keeper to end the program: so no answer ever reaches
+//! another call than its own. It runs in the event loop and waits for nothing.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::life::millis;
+use super::wire::Wire;
+use crate::handler::job::{Done, Job};
+use crate::handler::registry::Registry;
+use crate::protocol::code::Code;
+use crate::protocol::frame::Decoded;
+use crate::protocol::program::{self, Sent};
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::process::monotonic;
+use crate::throttle::Millis;
+
+/// A call that has lain here for so long was not expected to.
+const STALE: Duration = Duration::from_millis(5);
+
+/// A call for a program.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub job: Job,
+    /// A program has died already before it had read it.
+    pub returned: bool,
+    /// When it came here, as time since boot.
+    put: Duration,
+    /// When it was written, likewise.
+    begun: Option<Duration>,
+}
+
+impl Entry {
+    pub fn new(job: Job, returned: bool) -> Self {
+        Entry {
+            job,
+            returned,
+            put: monotonic(),
+            begun: None,
+        }
+    }
+
+    /// What became of it; `None`: it was given up before it began.
+    pub fn done(self, outcome: Option<Result<Vec<u8>, RpcError>>, out: Option<Box<str>>) -> Done {
+        let took = self.begun.map(|begun| monotonic().saturating_sub(begun));
+        Done {
+            key: self.job.key,
+            outcome,
+            took: took.unwrap_or_default(),
+            out,
+        }
+    }
+}
+
+/// What a program has done, for the keeper to see.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    calls: AtomicU64,
+    answered_at: AtomicU64,
+}
+
+impl Tally {
+    /// How many calls it has answered, and when the last one.
+    pub fn seen(&self) -> (u64, Millis) {
+        // Who sees an answer counted sees its time as well.
+        let calls = self.calls.load(Ordering::Acquire);
+        (calls, self.answered_at.load(Ordering::Relaxed))
+    }
+
+    fn answered(&self, now: Millis) {
+        self.answered_at.store(now, Ordering::Relaxed);
+        self.calls.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// What all programs of a pool have in common at their desk.
+#[derive(Debug)]
+pub(super) struct Line {
+    /// Calls that no program has, in the order in which they are begun.
+    pub waiting: VecDeque<Entry>,
+    /// What became of others.
+    pub done: Vec<Done>,
+    pub registry: Arc<Registry>,
+    /// Bytes of an answer.
+    pub limit: usize,
+    /// Its nesting.
+    pub depth: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Seat {
+    pub wire: Wire,
+    pub running: Option<Entry>,
+    /// Written while the answer of `running` arrives; `None` where nothing is running.
+    pub next: Option<Entry>,
+    /// It has sent something already, so that a word of being ready is out of place.
+    has_spoken: bool,
+    tally: Arc<Tally>,
+    /// After so many calls its keeper wants to know, once; 0: never.
+    enough: u64,
+    /// Its keeper wants it back: it gets no further call.
+    pub is_recalled: bool,
+}
+
+impl Seat {
+    pub fn new(wire: Wire, has_spoken: bool, tally: Arc<Tally>, enough: u64) -> Self {
+        Seat {
+            wire,
+            running: None,
+            next: None,
+            has_spoken,
+            tally,
+            enough,
+            is_recalled: false,
+        }
+    }
+
+    /// Whether it would take a call now.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_none() && !self.is_recalled && !self.wire.is_closed
+    }
+
+    /// Whether it has answered so many calls that its keeper wants to know; tells so once.
+    pub fn has_had_enough(&mut self) -> bool {
+        let enough = self.enough > 0 && self.tally.seen().0 >= self.enough;
+        if enough {
+            self.enough = 0;
+        }
+        enough
+    }
+
+    /// Whether the call that it runs was given up.
+    pub fn runs_in_vain(&self) -> bool {
+        let running = self.running.as_ref();
+        running.is_some_and(|entry| entry.job.state.is_over())
+    }
+
+    /// Gives the program a call, when it has none.
+    pub fn give_out(&mut self, line: &mut Line) {
+        while self.is_idle()
+            && let Some(entry) = line.waiting.pop_front()
+        {
+            self.running = self.begin(entry, line);
+        }
+    }
+
+    /// Writes the next call already, behind the one whose answer arrives.
+    fn begin_next(&mut self, line: &mut Line) {
+        while self.next.is_none()
+            && self.wire.has_sent_all()
+            && !self.is_recalled
+            && let Some(entry) = line.waiting.pop_front()
+        {
+            self.next = self.begin(entry, line);
+        }
+    }
+
+    /// Begins a call and writes it; `None` when there is nothing to wait for.
+    fn begin(&mut self, mut entry: Entry, line: &mut Line) -> Option<Entry> {
+        if !entry.job.state.begin() {
+            line.done.push(entry.done(None, None));
+            return None;
+        }
+        let now = monotonic();
+        let left = entry.job.deadline.saturating_sub(now);
+        // The loop has looked at that, but a program may have had to be started meanwhile.
+        let has_waited = now.saturating_sub(entry.put) >= STALE;
+        let error =
+            if left.is_zero() || has_waited && entry.job.expected.is_some_and(|it| left < it) {
+                let text = "its time would be over before it could be done";
+                RpcError::of(Code::Timeout, text, false)
+            } else {
+                entry.begun = Some(now);
+                let method = line.registry.name(entry.job.method);
+                if self.wire.write(method, &entry.job.params) {
+                    return Some(entry);
+                }
+                RpcError::of(Code::TooLarge, "no frame is so large", false)
+            };
+        line.done.push(entry.done(Some(Err(error)), None));
+        None
+    }
+
+    /// Passes on the answers that are whole, and gives the next call out as soon as may be.
+    ///
+    /// # Errors
+    /// What is wrong with what the program has sent.
+    pub fn take_answers(&mut self, line: &mut Line) -> Result<(), String> {
+        loop {
+            let (used, answer) = match self.wire.frame(line.limit) {
+                Decoded::Partial { .. } if !self.wire.has_received() => return Ok(()),
+                Decoded::Partial { .. } if self.running.is_some() => {
+                    // Its answer is on the way.
+                    self.begin_next(line);
+                    return Ok(());
+                }
+                Decoded::Partial { .. } if !self.has_spoken => return Ok(()),
+                Decoded::Partial { .. } => return Err("it spoke unasked".into()),
+                Decoded::TooLarge { length } => {
+                    let limit = line.limit;
+                    return Err(format!(
+                        "a frame of {length} bytes; limits.frame allows {limit}"
+                    ));
+                }
+                Decoded::Whole { body, used } => match program::read(body, line.depth) {
+                    // It came whole, so the next one can be told from it; and what a program can't
+                    // say well is often what its caller gave it, who must not end it with that.
+                    Err(problem) if self.running.is_some() => {
+                        let text = format!("the program sent no answer: {problem}");
+                        let error = RpcError::of(Code::BadOutput, text, true);
+                        (used, Some((None, Err(error))))
+                    }
+                    Err(problem) => return Err(problem),
+                    Ok(Sent::Ready) if !self.has_spoken => (used, None),
+                    Ok(Sent::Ready) => return Err("it said that it is ready once more".into()),
+                    Ok(Sent::Answer(answer)) => {
+                        let Some(entry) = &self.running else {
+                            return Err("it answered though nothing was asked".into());
+                        };
+                        if self.next.is_none() && self.wire.has_unread() {
+                            return Err("it answered before it had read the call".into());
+                        }
+                        let name = line.registry.answer_name(entry.job.method);
+                        (used, Some(program::outcome(answer, name)))
+                    }
+                },
+            };
+            self.has_spoken = true;
+            self.wire.consume(used);
+            let Some((out, outcome)) = answer else {
+                continue;
+            };
+            let done = self.running.take();
+            let answered = done.map(|entry| entry.done(Some(outcome), out));
+            self.running = self.next.take();
+            self.tally.answered(millis(monotonic()));
+            // More of it is an answer only to what it has read by now.
+            let twice = self.wire.has_received() && self.wire.has_unread();
+            if self.running.is_none() && !self.wire.has_received() {
+                self.give_out(line);
+            }
+            line.done.extend(answered);
+            if twice {
+                return Err("it answered more than it was asked".into());
+            }
+        }
+    }
+}
