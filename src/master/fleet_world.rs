@@ -37,6 +37,8 @@ pub(super) struct Process {
     pub leaves: bool,
     /// Got KILL: its death is only a matter of being reported.
     pub killed: bool,
+    /// Was signalled without having been told to drain: it was too slow.
+    pub late: bool,
     /// Gives no heartbeat any more.
     pub stuck: bool,
     /// Its resident memory.
@@ -127,7 +129,16 @@ impl World {
         for action in actions {
             self.check(&action);
             match &action {
-                Action::Fork { slot, generation } => forks.push((*generation, *slot)),
+                Action::Fork { slot, generation } => {
+                    let seat = (*generation, *slot);
+                    // One that was too slow and does not go is not waited for any more.
+                    let here = |process: &&mut Process| process.seat == seat;
+                    self.living
+                        .values_mut()
+                        .filter(here)
+                        .for_each(|it| it.late = false);
+                    forks.push(seat);
+                }
                 Action::Drain { pid, .. } => {
                     let seat = self.process(*pid).seat;
                     let replaced = self.holders(seat) == 2;
@@ -137,6 +148,7 @@ impl World {
                 }
                 Action::Kill { pid, signal } => {
                     let process = self.process(*pid);
+                    process.late |= !process.leaves;
                     process.leaves = true;
                     process.killed |= *signal == Signal::SIGKILL;
                 }
@@ -178,6 +190,7 @@ impl World {
             seat,
             leaves: false,
             killed: false,
+            late: false,
             stuck: false,
             rss_bytes: 0,
             replaced: false,
@@ -196,12 +209,15 @@ impl World {
         self.living.values().filter(here).count()
     }
 
-    /// How many recycles are under way: successors on their way, and old workers not gone yet.
+    /// How many recycles are under way: successors on their way, or ended for being too slow and not
+    /// gone yet, and old workers not gone yet.
     pub fn recycles(&self) -> usize {
         let seats: BTreeSet<_> = self.living.values().map(|process| process.seat).collect();
         let coming = |seat: &&(Generation, Slot)| {
             let forks = self.ordered.iter().filter(|order| order == seat).count();
-            self.holders(**seat) + forks == 2
+            let late = |process: &&Process| process.seat == **seat && process.late;
+            let late = self.living.values().filter(late).count();
+            self.holders(**seat) + forks + late == 2
         };
         let replaced = self.living.values().filter(|process| process.replaced);
         seats.iter().filter(coming).count() + replaced.count()
