@@ -40,6 +40,28 @@ fn connections_that_come_slowly_are_shared_fairly() {
     sweep.assert_same(&daemon);
 }
 
+/// A worker that says that it is ready accepts: whoever comes next is not left to the next tick of its
+/// clock.
+#[test]
+fn who_comes_right_after_a_start_or_a_reload_is_let_in_at_once() {
+    let mut waits = Vec::new();
+    for _ in 0..3 {
+        let daemon = Daemon::builder().config("[workers]\ncount = 1\n").start();
+        for _ in 0..3 {
+            let begin = Instant::now();
+            daemon.client().call(&json!({"in": "ping"}));
+            waits.push(begin.elapsed());
+            assert!(daemon.command(&["reload"]).status.success());
+        }
+    }
+    waits.sort();
+    println!("first calls after a start or a reload: {waits:?}");
+    assert!(
+        waits[waits.len() / 2] < Duration::from_millis(300),
+        "{waits:?}"
+    );
+}
+
 #[test]
 fn connections_that_come_together_are_shared_too() {
     let _alone = alone();

@@ -2,10 +2,10 @@
 //! says that it could not save.
 //!
 //! A fault is explained by an end that was brought about, of a worker that the connection was on or
-//! of a program; and of all faults together no more than the daemon tells: each dead worker's log
-//! line says how many connections ended with it and how many calls were answered with `crashed`.
+//! of a program; and of each worker no more of them than the daemon tells: its log line says how many
+//! connections ended with it and how many calls were answered with `crashed`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use crate::support::load::Fault;
@@ -34,16 +34,27 @@ struct Ended {
     pid: i32,
     end: End,
     at: Instant,
-    /// The connections that it held.
-    ports: usize,
+    /// The clients whose connections it held; a port is used again and again.
+    ports: HashSet<u16>,
+}
+
+impl Ended {
+    /// Whether a connection may have met this end.
+    fn met(&self, fault: &Fault) -> bool {
+        let window = match self.end {
+            _ if self.ports.contains(&fault.port) => LONGEST,
+            End::Killed => return false,
+            End::Left => SHORT,
+            End::Cramped => LONGEST,
+        };
+        (self.at..self.at + window).contains(&fault.at)
+    }
 }
 
 /// What was done.
 #[derive(Debug, Default)]
 pub struct Ledger {
     ended: Vec<Ended>,
-    /// The ports of clients whose worker was ended, and when: a port is used again and again.
-    forfeited: HashMap<u16, Vec<Instant>>,
     /// When programs of the pool were killed.
     programs: Vec<Instant>,
     /// When the daemon had too few descriptors or too little memory, first of all: a worker that is
@@ -128,13 +139,9 @@ impl Kind {
 
 /// What is left to be explained by.
 struct Budget {
-    closed: usize,
-    crashed: usize,
+    /// Of each worker: connections, calls.
+    left: HashMap<i32, (usize, usize)>,
     programs: Vec<Instant>,
-    /// Of each end that others than those looked at may have met: until when, how many connections,
-    /// how many calls.
-    strangers: Vec<(Instant, Instant, usize, usize)>,
-    short_since: Option<Instant>,
 }
 
 impl Ledger {
@@ -148,18 +155,11 @@ impl Ledger {
 
     /// A worker's end is brought about, with the connections of these clients.
     pub fn ends(&mut self, pid: i32, end: End, ports: impl IntoIterator<Item = u16>) {
-        let at = Instant::now();
-        let mut count = 0;
-        for port in ports {
-            self.forfeited.entry(port).or_default().push(at);
-            count += 1;
-        }
-        let ports = count;
         self.ended.push(Ended {
             pid,
             end,
-            at,
-            ports,
+            at: Instant::now(),
+            ports: ports.into_iter().collect(),
         });
     }
 
@@ -183,20 +183,21 @@ impl Ledger {
                 .filter(|(_, fault)| Kind::of(fault) == kind)
                 .count()
         };
-        let budget = self.budget(told);
-        let (resets, crashed) = told
-            .left
-            .values()
-            .fold((0, 0), |sum, left| (sum.0 + left.0, sum.1 + left.1));
+        let sum = |left: &HashMap<i32, (usize, usize)>| {
+            let add = |sum: (usize, usize), one: &(usize, usize)| (sum.0 + one.0, sum.1 + one.1);
+            left.values().fold((0, 0), add)
+        };
+        let (resets, crashed) = sum(&told.left);
+        let most = sum(&self.budget(told).left);
         format!(
             "{} ends of workers, {} connections on them looked at, told of: {} kept, {resets} ended, \
              {crashed} calls crashed (with what could not be told {} and {}); seen: {} ended, {} calls \
              crashed, {} of {} killed programs; {} refused",
             self.ended.len(),
-            self.ended.iter().map(|it| it.ports).sum::<usize>(),
+            self.ended.iter().map(|it| it.ports.len()).sum::<usize>(),
             told.kept,
-            budget.closed,
-            budget.crashed,
+            most.0,
+            most.1,
             of(Kind::Closed),
             of(Kind::Crashed),
             of(Kind::ProgramCrashed),
@@ -206,32 +207,20 @@ impl Ledger {
     }
 
     fn budget(&self, told: &Told) -> Budget {
-        let mut budget = Budget {
-            closed: told.left.values().map(|left| left.0).sum(),
-            crashed: told.left.values().map(|left| left.1).sum(),
-            programs: self.programs.clone(),
-            strangers: Vec::new(),
-            short_since: self.short_since,
-        };
+        let mut left = told.left.clone();
         for ended in &self.ended {
-            let (reset, crashed) = told.left.get(&ended.pid).copied().unwrap_or_default();
             let latest = ended.at + LONGEST;
             let overlaps = |&(from, to): &(Instant, Instant)| from <= latest && ended.at <= to;
-            if !told.left.contains_key(&ended.pid) && self.mute.iter().any(overlaps) {
-                // not told, for it could not be: what it held is all that there is to go by
-                budget.closed += ended.ports;
-                budget.crashed += ended.ports * DEPTH;
-            } else if told.unkept.contains(&ended.pid) {
-                budget.closed += ended.ports;
+            let held = ended.ports.len();
+            // Not told where it could not be: what it held is all that there is to go by.
+            if told.unkept.contains(&ended.pid) {
+                left.insert(ended.pid, (held, 0));
+            } else if self.mute.iter().any(overlaps) {
+                left.entry(ended.pid).or_insert((held, held * DEPTH));
             }
-            let until = match ended.end {
-                End::Killed => continue,
-                End::Left => ended.at + SHORT,
-                End::Cramped => latest,
-            };
-            budget.strangers.push((ended.at, until, reset, crashed));
         }
-        budget
+        let programs = self.programs.clone();
+        Budget { left, programs }
     }
 
     /// The faults that nothing explains, each with what had been done before.
@@ -241,16 +230,34 @@ impl Ledger {
         faults.sort_by_key(|(_, fault)| fault.at);
         let mut unexplained = Vec::new();
         for (whose, fault) in faults {
-            let forfeited = self.forfeited.get(&fault.port).is_some_and(|times| {
-                let mut since = times.iter().map(|at| fault.at.checked_duration_since(*at));
-                since.any(|since| since.is_some_and(|since| since < LONGEST))
-            });
-            if !budget.explains(fault, forfeited) {
+            if !self.explains(fault, &mut budget) {
                 let before: Vec<_> = self.before(fault, LONGEST).collect();
                 unexplained.push(format!("{whose}: {fault:?} after {before:?}"));
             }
         }
         unexplained
+    }
+
+    fn explains(&self, fault: &Fault, budget: &mut Budget) -> bool {
+        // the last of the ends that it may have met is the likeliest
+        let mut ends = self.ended.iter().rev().filter(|ended| ended.met(fault));
+        let mut takes = |which: fn(&mut (usize, usize)) -> &mut usize| {
+            ends.any(|ended| {
+                let left = budget.left.get_mut(&ended.pid);
+                left.is_some_and(|left| take(which(left)))
+            })
+        };
+        match Kind::of(fault) {
+            Kind::Closed => takes(|left| &mut left.0),
+            Kind::Crashed => takes(|left| &mut left.1),
+            Kind::ProgramCrashed => {
+                let killed = |at: &Instant| (*at..*at + LONGEST).contains(&fault.at);
+                let index = budget.programs.iter().position(killed);
+                index.map(|index| budget.programs.remove(index)).is_some()
+            }
+            Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
+            Kind::Other => false,
+        }
     }
 
     /// What was done in so long before a fault, and how many milliseconds before.
@@ -260,39 +267,6 @@ impl Ledger {
             let since = at.checked_duration_since(*begin)?;
             (since <= most).then_some((since.as_millis(), *what))
         })
-    }
-}
-
-impl Budget {
-    fn explains(&mut self, fault: &Fault, forfeited: bool) -> bool {
-        match Kind::of(fault) {
-            Kind::Closed => {
-                (forfeited || self.stranger(fault, |it| &mut it.2)) && take(&mut self.closed)
-            }
-            Kind::Crashed => {
-                (forfeited || self.stranger(fault, |it| &mut it.3)) && take(&mut self.crashed)
-            }
-            Kind::ProgramCrashed => {
-                let killed = |at: &Instant| {
-                    let since = fault.at.checked_duration_since(*at);
-                    since.is_some_and(|since| since < LONGEST)
-                };
-                let index = self.programs.iter().position(killed);
-                index.map(|index| self.programs.remove(index)).is_some()
-            }
-            Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
-            Kind::Other => false,
-        }
-    }
-
-    /// Whether it met an end that one may meet unseen.
-    fn stranger(
-        &mut self,
-        fault: &Fault,
-        which: fn(&mut (Instant, Instant, usize, usize)) -> &mut usize,
-    ) -> bool {
-        let mut ends = self.strangers.iter_mut();
-        ends.any(|end| (end.0..=end.1).contains(&fault.at) && take(which(end)))
     }
 }
 

@@ -108,6 +108,35 @@ impl AdoptionQueue {
     }
 }
 
+impl AdoptionQueue {
+    /// Gives a connection away as it came, with the packet that it came with.
+    ///
+    /// # Errors
+    /// As of `give`.
+    pub fn forward(&self, client: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
+        socket::send_packet(&self.giving, &[packet], &[client])
+    }
+}
+
+/// The packet at the beginning of these bytes; `None` when there is none, or not all of it stands there.
+pub fn packet_in(bytes: &[u8]) -> Option<&[u8]> {
+    let (header, rest) = bytes.split_at_checked(HEADER)?;
+    let (unread, unsent) = lengths(header)?;
+    let inline = unsent.checked_add(unread).filter(|it| *it <= MOST_INLINE)?;
+    (inline <= rest.len()).then(|| &bytes[..HEADER + inline])
+}
+
+/// How many bytes a header says are unread, and unsent.
+fn lengths(header: &[u8]) -> Option<(usize, usize)> {
+    let word = |at: usize| Some(u32::from_le_bytes(header[at..at + 4].try_into().ok()?) as usize);
+    match header[..4].try_into().ok()? {
+        // A length of eight bytes, of which no frame needs more than four.
+        MAGIC if word(12)? == 0 => Some((word(8)?, 0)),
+        MAGIC_2 => Some((word(8)?, word(12)?)),
+        _ => None,
+    }
+}
+
 /// Whether an error of `give` is one that passes.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(
@@ -148,13 +177,7 @@ pub fn dialect(number: u8) -> Option<Dialect> {
 /// What a packet says; `None` when it is none of this format.
 pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
     let (header, inline) = packet.split_at_checked(HEADER)?;
-    let word = |at: usize| Some(u32::from_le_bytes(header[at..at + 4].try_into().ok()?) as usize);
-    let (unread, unsent) = match header[..4].try_into().ok()? {
-        // A length of eight bytes, of which no frame needs more than four.
-        MAGIC if word(12)? == 0 => (word(8)?, 0),
-        MAGIC_2 => (word(8)?, word(12)?),
-        _ => return None,
-    };
+    let (unread, unsent) = lengths(header)?;
     let (unsent, unread) = match rest {
         Some(file) => {
             let mut bytes = socket::read_memory_file(file).ok()?;
@@ -198,6 +221,9 @@ mod tests {
         drop(server);
         let mut packet = vec![0; LONGEST];
         let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
+        let inline = unsent.len() + unread.len() <= MOST_INLINE;
+        assert_eq!(packet_in(&packet), inline.then_some(&packet[..length]));
+        assert_eq!(packet_in(&packet[..length - 1]), None);
         let mut descriptors = descriptors.into_iter();
         let mut server = UnixStream::from(descriptors.next().unwrap());
         let taken = read(&packet[..length], descriptors.next()).unwrap();

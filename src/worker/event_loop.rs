@@ -334,7 +334,7 @@ impl Driver for EventLoop {
                 socket,
                 packet,
                 rest,
-            } => self.adopted(floor, socket, &packet, rest),
+            } => self.adopted(floor, socket, packet, rest),
             Completion::AcceptFailed { error } => self.accept_failed(&error),
             Completion::Received { token, bytes } => self.received(floor, token, bytes),
             Completion::Ended { token } => self.ended(floor, token),

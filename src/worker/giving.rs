@@ -9,9 +9,10 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::connection::Phase;
 use super::event_loop::{EventLoop, QUEUE, find};
+use super::ledger::note_of;
 use super::timers::Target;
 use crate::link::handoff::{self, State, is_full};
-use crate::sys::event::{Floor, Token};
+use crate::sys::event::{Floor, Owed, Token};
 use crate::sys::socket;
 
 /// Between two tries when nothing tells that there is room again: too many descriptors of this
@@ -27,6 +28,7 @@ impl EventLoop {
         packet: &[u8],
         rest: Option<OwnedFd>,
     ) {
+        let is_whole = rest.is_none();
         let Some(taken) = handoff::read(packet, rest) else {
             return log::error!(
                 "a connection was passed on with no state to be understood: closed"
@@ -34,7 +36,13 @@ impl EventLoop {
         };
         self.has_adopted(floor);
         let peer = socket::peer(&socket);
-        let adopted = floor.adopt_used(socket);
+        let owed = match (taken.unsent.is_empty(), is_whole) {
+            (true, _) => Owed::Nothing,
+            (false, true) => Owed::InPacket,
+            (false, false) => Owed::Here,
+        };
+        let note = note_of(&taken);
+        let adopted = floor.adopt_used(socket, owed, note);
         let Some(token) = self.let_in(floor, adopted, peer) else {
             return;
         };
@@ -42,6 +50,7 @@ impl EventLoop {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
+        connection.noted = note;
         connection.dialect = taken.state.dialect;
         if taken.state.closing {
             connection.phase = Phase::Closing;
@@ -56,9 +65,14 @@ impl EventLoop {
         }
         self.service.ledger.show(connection);
         self.watch_idle(token);
-        self.service.out.extend_from_slice(&taken.unsent);
+        if !taken.unsent.is_empty() {
+            self.service.out.extend_from_slice(&taken.unsent);
+            floor.send(token, &mut self.service.out);
+            // Before the sending counts as over, so that nobody sends it a second time.
+            floor.is_at_ease(token);
+            self.service.ledger.sent();
+        }
         self.advance(floor, token, false);
-        floor.is_at_ease(token);
     }
 
     /// Gives away every connection that may go; the others follow as they come to rest.
@@ -108,7 +122,8 @@ impl EventLoop {
             idle_ms: u32::try_from(idle_ms).unwrap_or(u32::MAX),
             closing: false,
         };
-        // Said before: dead in between, we must not have it passed on a second time.
+        // Said before: dead in between, we must not have it passed on a second time. Dead before the
+        // system call too, it ends, which nobody can tell from the other case: a moment of some 100 ns.
         self.service.ledger.gives(connection, true);
         let given = self
             .adoption

@@ -12,7 +12,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 
 use super::connection::{Connection, Phase, Place};
-use crate::link::handoff;
+use crate::link::handoff::{self, Taken};
 use crate::protocol::body::Form;
 use crate::protocol::http;
 use crate::protocol::reply::{Shape, Wrap};
@@ -86,6 +86,14 @@ pub mod note {
     pub const UNKEPT: u32 = 1 << 11;
     /// It is being passed on.
     pub const GIVEN: u32 = 1 << 12;
+}
+
+/// What is to be noted of a connection that comes with this, before anything else is done with it.
+pub fn note_of(taken: &Taken<'_>) -> u32 {
+    let flag = |is: bool, flag| if is { flag } else { 0 };
+    u32::from(handoff::number(taken.state.dialect))
+        | flag(taken.state.closing, note::CLOSING)
+        | flag(!taken.unread.is_empty(), note::TAIL)
 }
 
 /// The shared memory.
@@ -165,7 +173,7 @@ impl Book {
     /// # Errors
     /// When there is no memory to be had.
     pub fn new(connections: usize) -> io::Result<(Self, &'static mut [u8])> {
-        let (witness, buffer) = Witness::new(connections)?;
+        let (witness, buffer) = Witness::new(connections, handoff::LONGEST)?;
         let entries = NonZeroUsize::new(ENTRIES).unwrap_or(NonZeroUsize::MIN);
         let head = shared::array_without_file::<Head>(NonZeroUsize::MIN)?;
         let book = Book {

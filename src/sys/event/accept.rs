@@ -27,8 +27,8 @@ const FAIR_SHARE: u32 = 8;
 enum Source {
     /// A listening socket: accept4(2).
     Listener,
-    /// A packet socket whose packets carry them: recvmsg(2), at most so many bytes.
-    Queue(usize),
+    /// A packet socket whose packets carry them: recvmsg(2).
+    Queue,
 }
 
 /// Where connections come from, shared with the sibling workers.
@@ -64,7 +64,10 @@ impl Floor {
             .into_iter()
             .map(source(Source::Listener))
             .collect();
-        self.listeners.push(source(Source::Queue(longest))(queue));
+        self.listeners.push(source(Source::Queue)(queue));
+        if self.packet.len() < longest {
+            self.packet = Vec::leak(vec![0; longest]);
+        }
         self.resume_listeners()
     }
 
@@ -163,12 +166,12 @@ impl Floor {
             if let Some(witness) = &self.witness {
                 witness.comes(match listener.source {
                     Source::Listener => Coming::Fresh,
-                    Source::Queue(_) => Coming::Used,
+                    Source::Queue => Coming::Used,
                 });
             }
             let taken = match listener.source {
                 Source::Listener => accept_one(&listener.fd).map(|socket| (socket, None)),
-                Source::Queue(longest) => take_one(&listener.fd, longest),
+                Source::Queue => take_one(&listener.fd, self.packet),
             };
             if let (Some(witness), Err(_)) = (&self.witness, &taken) {
                 witness.comes(Coming::Nobody);
@@ -179,15 +182,22 @@ impl Floor {
                     if listener.accepts >= FAIR_SHARE {
                         self.go_to_the_end(index);
                     }
+                    let mut packet: &'static mut [u8] = &mut [];
                     let completion = match passed {
                         None => Completion::Accepted { socket },
-                        Some((packet, rest)) => Completion::Adopted {
-                            socket,
-                            packet,
-                            rest,
-                        },
+                        Some((length, rest)) => {
+                            packet = mem::take(&mut self.packet);
+                            Completion::Adopted {
+                                socket,
+                                packet: &packet[..length],
+                                rest,
+                            }
+                        }
                     };
                     driver.complete(self, completion);
+                    if !packet.is_empty() {
+                        self.packet = packet;
+                    }
                 }
                 Err(Errno::EAGAIN) => {
                     self.spurious_wakes += u64::from(round == 0);
@@ -225,8 +235,8 @@ impl Floor {
     }
 }
 
-/// What a packet brought along with a connection: its bytes, and a second descriptor.
-type Passed = (Vec<u8>, Option<OwnedFd>);
+/// What a packet brought along with a connection: so many bytes, and a second descriptor.
+type Passed = (usize, Option<OwnedFd>);
 
 fn accept_one(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -236,18 +246,20 @@ fn accept_one(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
 }
 
 /// Takes one packet. Without room for its descriptors it is left for a sibling: received, they
-/// would be lost.
-fn take_one(fd: &OwnedFd, longest: usize) -> Result<(OwnedFd, Option<Passed>), Errno> {
+/// would be lost. What the packet before has left begins with nothing then: whoever finds this one in
+/// there finds it whole.
+fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<(OwnedFd, Option<Passed>), Errno> {
     if !socket::has_room_for_packet(fd) {
         return Err(Errno::EMFILE);
     }
-    let mut packet = vec![0; longest];
-    let received = socket::receive_packet(fd, &mut packet);
+    if let Some(first) = packet.first_mut() {
+        *first = 0;
+    }
+    let received = socket::receive_packet(fd, packet);
     let (length, descriptors) =
         received.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
-    packet.truncate(length);
     let mut descriptors = descriptors.into_iter();
     // A packet without a connection brings nothing to anybody; the next one.
     let socket = descriptors.next().ok_or(Errno::EPROTO)?;
-    Ok((socket, Some((packet, descriptors.next()))))
+    Ok((socket, Some((length, descriptors.next()))))
 }

@@ -10,7 +10,7 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use slab::Slab;
 
 use super::accept::Listener;
-use super::witness::{RECEIVE_BUFFER, Witness};
+use super::witness::{Owed, RECEIVE_BUFFER, Witness};
 use super::{Completion, Driver, Token};
 use crate::sys::twin;
 
@@ -67,6 +67,8 @@ pub struct Floor {
     failures: Vec<(Token, io::Error)>,
     next_tag: u32,
     buffer: &'static mut [u8],
+    /// Room for what siblings pass on.
+    pub(super) packet: &'static mut [u8],
     /// Who sees what this floor does, if anybody.
     pub(super) witness: Option<Witness>,
     events: Vec<EpollEvent>,
@@ -91,17 +93,18 @@ impl Floor {
             next_tag: 0,
             // A floor lives as long as its process, or its thread.
             buffer: Vec::leak(vec![0; RECEIVE_BUFFER]),
+            packet: &mut [],
             witness: None,
             events: vec![EpollEvent::empty(); BATCH],
             spurious_wakes: 0,
         })
     }
 
-    /// Lets a witness see what this floor does from now on, and receives into `buffer`. To be called
-    /// before there is a connection.
+    /// Lets a witness see what this floor does from now on, and receives into `buffer`, which is of the
+    /// witness's making. To be called before there is a connection.
     pub fn let_see(&mut self, witness: Witness, buffer: &'static mut [u8]) {
         self.witness = Some(witness);
-        self.buffer = buffer;
+        (self.buffer, self.packet) = buffer.split_at_mut(RECEIVE_BUFFER);
     }
 
     /// Tells of `fd` being readable, under the number `watch`; it is level-triggered.
@@ -162,17 +165,17 @@ impl Floor {
     /// # Errors
     /// When epoll refuses it (ENOMEM, ENOSPC); the socket is closed then.
     pub fn adopt(&mut self, socket: OwnedFd) -> io::Result<Token> {
-        self.take_in(socket, (0, 0), false)
+        self.take_in(socket, (0, 0), (Owed::Nothing, 0))
     }
 
-    /// The same with a socket that another process has used before. For the witness it owes
-    /// something, until `is_at_ease` is called: what came along with it is in this process alone.
+    /// The same with a socket that another process has used before. The witness sees it with this
+    /// note from the beginning, and as one that is owed what came along, until `is_at_ease` is called.
     ///
     /// # Errors
     /// As of `adopt`.
-    pub fn adopt_used(&mut self, socket: OwnedFd) -> io::Result<Token> {
+    pub fn adopt_used(&mut self, socket: OwnedFd, owed: Owed, note: u32) -> io::Result<Token> {
         let passed = self.witness.and_then(|_| twin::passed_through(&socket));
-        self.take_in(socket, passed.unwrap_or_default(), true)
+        self.take_in(socket, passed.unwrap_or_default(), (owed, note))
     }
 
     /// What came along with a connection is where it belongs.
@@ -181,7 +184,7 @@ impl Floor {
         if let Some(witness) = self.witness
             && self.socket(token).is_some()
         {
-            witness.owes(token, owes);
+            witness.owes(token, if owes { Owed::Here } else { Owed::Nothing });
         }
     }
 
@@ -189,7 +192,7 @@ impl Floor {
         &mut self,
         socket: OwnedFd,
         (received_in_all, sent_in_all): (u64, u64),
-        owes: bool,
+        seen: (Owed, u32),
     ) -> io::Result<Token> {
         let tag = self.next_tag;
         let entry = self.sockets.vacant_entry();
@@ -200,7 +203,7 @@ impl Floor {
         // The upper end of the numbers belongs to listeners and watches.
         self.next_tag = (tag + 1) % 0xFFFF_0000;
         if let Some(witness) = &self.witness {
-            witness.opened(token, socket.as_raw_fd(), owes);
+            witness.opened(token, socket.as_raw_fd(), seen);
         }
         entry.insert(Socket {
             fd: socket,
@@ -265,7 +268,7 @@ impl Floor {
             Ok(sent) => {
                 socket.sent_in_all += sent as u64;
                 if let Some(witness) = &witness {
-                    witness.owes(token, true);
+                    witness.owes(token, Owed::Here);
                 }
                 socket.unsent = mem::take(bytes);
                 socket.sent = sent;
@@ -423,7 +426,7 @@ impl Floor {
                 } else {
                     socket.sent = 0;
                     if let Some(witness) = &witness {
-                        witness.owes(token, false);
+                        witness.owes(token, Owed::Nothing);
                     }
                     self.update(token);
                 }

@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 pub use floor::Floor;
-pub use witness::Witness;
+pub use witness::{Owed, Witness};
 
 /// A connection of a floor. Never reused: its lower half is a place, its upper half a count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,8 +57,8 @@ pub enum Completion<'a> {
     Adopted {
         /// The client's socket.
         socket: OwnedFd,
-        /// The packet that it came with.
-        packet: Vec<u8>,
+        /// The packet that it came with, lent until the call returns.
+        packet: &'a [u8],
         /// A second descriptor of that packet.
         rest: Option<OwnedFd>,
     },

@@ -14,7 +14,7 @@ use crate::shared_record;
 use crate::sys::shared;
 
 /// Bytes read at once, for all connections of a floor together.
-pub(super) const RECEIVE_BUFFER: usize = 64 * 1024;
+pub const RECEIVE_BUFFER: usize = 64 * 1024;
 
 /// Nothing owed and nobody there: what a zero says in the fields that hold a number plus one.
 const NONE: u32 = 0;
@@ -27,7 +27,7 @@ shared_record! {
         pub token: AtomicU64,
         /// Its descriptor plus one; 0 while the place is free. Set last and cleared first.
         pub fd: AtomicU32,
-        /// Bytes that the kernel did not take wait in the process: 1 if so.
+        /// Bytes for it that the kernel did not take, as a number of `Owed`.
         pub owed: AtomicU32,
         /// What the floors above know of it.
         pub note: AtomicU32,
@@ -63,6 +63,28 @@ shared_record! {
     }
 }
 
+/// Where bytes are that a connection is still to be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owed {
+    /// There are none.
+    Nothing = 0,
+    /// In the process.
+    Here = 1,
+    /// In the room for packets: they came along with it.
+    InPacket = 2,
+}
+
+impl Owed {
+    /// What a number says.
+    pub fn of(number: u32) -> Self {
+        match number {
+            0 => Owed::Nothing,
+            2 => Owed::InPacket,
+            _ => Owed::Here,
+        }
+    }
+}
+
 /// How a connection comes in that has no place yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coming {
@@ -70,7 +92,7 @@ pub enum Coming {
     Nobody = 0,
     /// A client has connected: nothing was read from it.
     Fresh = 1,
-    /// A sibling has passed it on: what came along with it is in this process alone.
+    /// A sibling has passed it on: what came along with it is in the room for packets.
     Used = 2,
 }
 
@@ -95,12 +117,12 @@ pub struct Witness {
 }
 
 impl Witness {
-    /// A witness for so many connections, and the floor's buffer. A connection that finds no place
-    /// is served like any other, and not seen here.
+    /// A witness for so many connections, and the floor's buffer, with room for a packet of `longest`
+    /// bytes at its end. A connection that finds no place is served like any other, and not seen here.
     ///
     /// # Errors
     /// When there is no memory to be had.
-    pub fn new(connections: usize) -> io::Result<(Self, &'static mut [u8])> {
+    pub fn new(connections: usize, longest: usize) -> io::Result<(Self, &'static mut [u8])> {
         let length = |length| NonZeroUsize::new(length).unwrap_or(NonZeroUsize::MIN);
         let moment = shared::array_without_file::<Moment>(NonZeroUsize::MIN)?;
         Ok((
@@ -108,7 +130,7 @@ impl Witness {
                 moment: &moment[0],
                 seats: shared::array_without_file(length(connections))?,
             },
-            shared::bytes(length(RECEIVE_BUFFER))?,
+            shared::bytes(length(RECEIVE_BUFFER + longest))?,
         ))
     }
 
@@ -117,10 +139,10 @@ impl Witness {
         self.seats.get(token.index())
     }
 
-    pub(super) fn opened(&self, token: Token, fd: i32, owes: bool) {
+    pub(super) fn opened(&self, token: Token, fd: i32, (owed, note): (Owed, u32)) {
         if let Some(seat) = self.seat(token) {
-            seat.owed.store(u32::from(owes), Release);
-            seat.note.store(0, Release);
+            seat.owed.store(owed as u32, Release);
+            seat.note.store(note, Release);
             seat.token.store(token.0 + 1, Release);
             seat.fd.store(fd as u32 + 1, Release);
         }
@@ -166,9 +188,9 @@ impl Witness {
         self.moment.sent.store(length as u32 + 1, Release);
     }
 
-    pub(super) fn owes(&self, token: Token, owes: bool) {
+    pub(super) fn owes(&self, token: Token, owed: Owed) {
         if let Some(seat) = self.seat(token) {
-            seat.owed.store(u32::from(owes), Release);
+            seat.owed.store(owed as u32, Release);
         }
     }
 

@@ -35,8 +35,10 @@ pub struct Unanswered {
 pub struct Held {
     /// The note of it.
     pub note: u32,
-    /// The worker had bytes that the kernel had not taken.
+    /// The worker alone had bytes that the kernel had not taken.
     pub owed: bool,
+    /// What came along with it to be sent to it first, and was not.
+    pub unsent: Vec<u8>,
     /// Its calls.
     pub calls: Vec<Unanswered>,
 }
@@ -112,7 +114,10 @@ pub fn judge(
         .collect();
     left.sort_by_key(|call| call.order);
     let closing = held.note & note::CLOSING != 0;
-    let mut unsent = Vec::new();
+    let mut unsent = match sent {
+        true => Vec::new(),
+        false => held.unsent.clone(),
+    };
     for (index, call) in left.iter().enumerate() {
         let about = About {
             last: index + 1 == left.len(),

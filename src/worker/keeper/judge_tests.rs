@@ -23,6 +23,7 @@ fn held(calls: Vec<Unanswered>) -> Held {
     Held {
         note: u32::from(handoff::number(Some(Dialect::Line))),
         owed: false,
+        unsent: Vec::new(),
         calls,
     }
 }
@@ -109,6 +110,21 @@ fn an_answer_is_given_once_wherever_the_worker_died() {
     assert_eq!(answers, "");
     // it has a part of it, or that can't be told
     assert_eq!(judge_one(&one, None, sending(Some(5))), Fate::Reset);
+    assert_eq!(judge_one(&one, None, sending(None)), Fate::Reset);
+}
+
+#[test]
+fn what_came_along_is_sent_once_wherever_the_worker_died() {
+    let mut one = held(Vec::new());
+    one.unsent = b"crashed\n".to_vec();
+    let sending = |sent| Some(Sending { length: 8, sent });
+    for not_sent in [None, sending(Some(0))] {
+        let (answers, _) = passed(judge_one(&one, None, not_sent));
+        assert_eq!(answers, "crashed\n");
+    }
+    let (answers, _) = passed(judge_one(&one, None, sending(Some(8))));
+    assert_eq!(answers, "");
+    assert_eq!(judge_one(&one, None, sending(Some(3))), Fate::Reset);
     assert_eq!(judge_one(&one, None, sending(None)), Fate::Reset);
 }
 

@@ -21,8 +21,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::ledger::{self, Book, Entry};
 use crate::link::boot::Boot;
-use crate::link::handoff::{AdoptionQueue, is_full};
-use crate::sys::event::witness::{Coming, Moment, Seat};
+use crate::link::handoff::{self, AdoptionQueue, is_full};
+use crate::sys::event::Owed;
+use crate::sys::event::witness::{Coming, Moment, RECEIVE_BUFFER, Seat};
 use crate::sys::process::{Fork, exit_now, monotonic};
 use crate::sys::socket::Bound;
 use crate::sys::{descriptor, twin};
@@ -112,12 +113,25 @@ fn take_over(
     boot.evidence.tell(ran(book.entries, highest));
     let mut calls = calls(book.entries, highest);
     let origins = &boot.settings.http_origins;
+    let packet = buffer.get(RECEIVE_BUFFER..).and_then(handoff::packet_in);
     let mut to_pass = Vec::new();
     for socket in strangers.iter().filter_map(|&fd| twin::inherit(fd)) {
-        if coming == Coming::Fresh {
-            to_pass.push((socket, judge::judge(&Held::default(), None, None, origins)));
-        } else {
-            reset(boot, &socket);
+        match (coming, packet) {
+            (Coming::Used, None) => reset(boot, &socket),
+            // As it came: nobody has done anything with it.
+            (Coming::Used, Some(packet)) => {
+                let forward = || adoption.forward(socket.as_fd(), packet);
+                let kept = insist(adoption, end, forward);
+                count(
+                    if kept {
+                        &boot.record.kept
+                    } else {
+                        &boot.record.reset
+                    },
+                    1,
+                );
+            }
+            _ => to_pass.push((socket, judge::judge(&Held::default(), None, None, origins))),
         }
     }
     for (index, fd) in left {
@@ -125,9 +139,13 @@ fn take_over(
             continue;
         };
         let seat = &book.witness.seats[index];
+        let owed = Owed::of(seat.owed.load(Relaxed));
+        let came = packet.filter(|_| owed == Owed::InPacket);
+        let came = came.and_then(|packet| handoff::read(packet, None));
         let held = Held {
             note: seat.note.load(Relaxed),
-            owed: seat.owed.load(Relaxed) != 0,
+            owed: owed != Owed::Nothing && came.is_none(),
+            unsent: came.map_or_else(Vec::new, |taken| taken.unsent.into_owned()),
             calls: calls.remove(&seat.token.load(Relaxed)).unwrap_or_default(),
         };
         let moment = book.witness.moment;
@@ -266,8 +284,15 @@ fn give(
     let Some(unread) = buffer.get(unread.clone()) else {
         return false;
     };
+    let give = || adoption.give(socket.as_fd(), *state, unsent, unread);
+    insist(adoption, end, give)
+}
+
+/// Sends something through the queue as soon as there is room, by `end` at the latest; tells whether
+/// it was.
+fn insist(adoption: &AdoptionQueue, end: Duration, send: impl Fn() -> io::Result<()>) -> bool {
     loop {
-        let error = match adoption.give(socket.as_fd(), *state, unsent, unread) {
+        let error = match send() {
             Ok(()) => return true,
             Err(error) => error,
         };
