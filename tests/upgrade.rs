@@ -359,8 +359,9 @@ fn children_of_the_new_programs_own_functions_are_no_orphans() {
     for upgrades in 1..=2 {
         installed.put(&example("mistakes"));
         upgrade(&daemon);
-        // that of the probe is one, and ended with what the old worker has left
-        wait_for_children(&daemon, 1 + 1 + upgrades);
+        // that of the probe is an orphan, and goes with what the old worker has left
+        let lost = helpers()[2 * upgrades - 1];
+        wait_for("the orphan's end", PATIENCE, || !process::runs(lost));
     }
     // of the start; of a probe and of the program after it; and once more
     let [first, lost, second, lost_again, third] = helpers()[..] else {

@@ -4,7 +4,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -398,31 +398,29 @@ fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     let mut daemon = installed.daemon("[workers]\ncount = 2\n").start();
     let before = executable(daemon.pid());
     installed.script("while [ ! -e $dir/go ]; do sleep 0.02; done; exec $good \"$@\"");
-    let socket = daemon.dir().join("control.sock");
-    std::thread::scope(|scope| {
-        let upgrade = scope.spawn(|| daemon.command(&["upgrade"]));
-        daemon.wait_log("upgrade: tries");
-        let stop = scope.spawn(|| {
-            let mut stop = Command::new(binary());
-            stop.args(["stop", "--after", "2s", "--control-socket"]);
-            stop.arg(socket).output().unwrap()
-        });
-        daemon.wait_log("stops in 2 s");
-        fs::write(installed.file("go"), "").unwrap();
-        let refused = upgrade.join().unwrap();
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert_eq!(refused.status.code(), Some(1), "{said}");
-        assert!(said.contains("the server stops"), "{said}");
-        assert_eq!(executable(daemon.pid()), before);
-        // likewise one that is asked for from now on
-        let refused = daemon.command(&["upgrade"]);
-        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
-        let mut client = daemon.client();
-        let pong = r#"{"out":"pong","result":null}"#;
-        assert_eq!(client.call_text(r#"{"in":"ping"}"#), pong);
-        let stopped = stop.join().unwrap();
-        assert!(stopped.status.success(), "{stopped:?}");
-    });
+    let ask = |arguments: &[&str]| {
+        let mut command = Command::new(binary());
+        command.args(arguments).arg("--control-socket");
+        command.arg(daemon.dir().join("control.sock"));
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let upgrade = ask(&["upgrade"]);
+    daemon.wait_log("upgrade: tries");
+    let mut stop = ask(&["stop", "--after", "2s"]);
+    daemon.wait_log("stops in 2 s");
+    fs::write(installed.file("go"), "").unwrap();
+    let refused = upgrade.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("the server stops"), "{said}");
+    assert_eq!(executable(daemon.pid()), before);
+    // likewise one that is asked for from now on
+    let refused = daemon.command(&["upgrade"]);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let mut client = daemon.client();
+    let pong = r#"{"out":"pong","result":null}"#;
+    assert_eq!(client.call_text(r#"{"in":"ping"}"#), pong);
+    assert!(stop.wait().unwrap().success());
     assert!(daemon.wait_exit().success());
     daemon.wait_group_gone();
     assert!(!daemon.log().contains("upgrade: becomes"));
