@@ -31,7 +31,8 @@ const LARGE: usize = 16 * 1024;
 const AHEAD: Duration = Duration::from_millis(4);
 const MOST_AHEAD: usize = 64;
 
-/// Bytes of params that may wait or run in a worker, of all its connections together.
+/// Bytes of params that may wait or run in a worker, of all its connections together; each lane has
+/// an equal part of that.
 const MOST_BYTES: usize = 64 * 1024 * 1024;
 
 /// A call that is to be answered now.
@@ -65,6 +66,8 @@ struct Lane {
     out: usize,
     /// Of those, the ones that run and that nobody waits for.
     lost: usize,
+    /// Bytes of params and ids, of all entries.
+    bytes: usize,
 }
 
 /// The calls of a worker.
@@ -79,8 +82,6 @@ pub struct Calls {
     loads: Vec<Load>,
     registry: Arc<Registry>,
     limit: usize,
-    /// Bytes of params and ids, of all entries.
-    bytes: usize,
 }
 
 impl Calls {
@@ -96,7 +97,6 @@ impl Calls {
             loads,
             registry,
             limit,
-            bytes: 0,
         }
     }
 
@@ -140,8 +140,9 @@ impl Calls {
             return Err(self.overloaded(method, reason));
         }
         // One of any size is taken where there is no other.
-        if self.bytes > 0 && self.bytes.saturating_add(size) > MOST_BYTES {
-            let reason = format!("the {} MiB of params that may wait", MOST_BYTES >> 20);
+        let most = MOST_BYTES / self.lanes.len();
+        if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
+            let reason = format!("the {most} bytes of params that may wait");
             return Err(self.overloaded(method, reason));
         }
         Ok(())
@@ -183,7 +184,6 @@ impl Calls {
             over: false,
             lost: false,
         });
-        self.bytes += size;
         let waiting = Waiting {
             key,
             method,
@@ -194,6 +194,7 @@ impl Calls {
         let lane = self.lane_of(method);
         lane.queue.push(waiting, read_ms);
         lane.waiting += 1;
+        lane.bytes += size;
         self.loads[method].current += 1;
         key
     }
@@ -324,7 +325,7 @@ impl Calls {
         lane.out -= 1;
         lane.lost -= usize::from(call.lost);
         lane.waiting -= usize::from(!call.over);
-        self.bytes -= call.size;
+        lane.bytes -= call.size;
         let load = &mut self.loads[call.method];
         load.current -= 1;
         if let Some(outcome) = &done.outcome {
@@ -386,7 +387,7 @@ impl Calls {
         } else {
             self.lanes[index].queue.remove(key);
             self.table.remove(key);
-            self.bytes -= size;
+            self.lanes[index].bytes -= size;
             self.loads[ended.method].current -= 1;
             self.tidy(index);
         }
