@@ -78,12 +78,8 @@ fn contradiction(text: String) -> Error {
 }
 
 fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
-    let signals = setup.trial.as_mut().and_then(Trial::take_signals);
-    let trial = setup.trial.as_ref();
-    let (Some(trial), Some(signals)) = (trial, signals) else {
-        return Err(Error::Bug("a take-over without what it came with".into()));
-    };
-    let through = trial.through();
+    let missing = || Error::Bug("a take-over without what it came with".into());
+    let through = setup.trial.as_ref().ok_or_else(missing)?.through();
     let take = |number: RawFd| -> Result<OwnedFd> {
         let what = || format!("take over descriptor {number}");
         through
@@ -120,21 +116,27 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     });
     let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
     process::become_subreaper().map_err(|error| Error::system("become a subreaper", error))?;
+    let control = Control::import(state.control, take)?;
+    let pid_file = PidFile::import(path, take(fd)?)?;
+    let passed = pick(&state.passed)?;
+    // The last that can fail: what was heard until here would be lost with them.
+    let signals = setup.trial.as_mut().and_then(Trial::take_signals);
+    let signals = signals.ok_or_else(missing)?;
     show_title(&setup);
     Ok(Master {
         fleet,
         workers,
-        control: Control::import(state.control, take)?,
+        control,
         notifier: Notifier::from_environment(),
         signals,
-        pid_file: PidFile::import(path, take(fd)?)?,
+        pid_file,
         orphans,
         ground,
         upcoming: None,
         first_words: FirstWords::default(),
         strikes: Strikes::new(memory::kills_for_want_of_it()),
         spread: Spread::default(),
-        passed: pick(&state.passed)?,
+        passed,
         reload_asked: state.reload_asked,
         reload_waits: false,
         next_verdict_for: clients(state.reload_waiting),
