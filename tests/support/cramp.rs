@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use super::{PATIENCE, pause, process};
 
@@ -36,9 +36,12 @@ struct Group {
 impl Cramp {
     /// The best that can be had.
     pub fn new() -> Self {
+        // of its own in whichever pid namespace this is
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let name = format!("preforkd-test-{}", since.map_or(0, |it| it.as_nanos()));
         let group = PLACES.iter().find_map(|(root, limit, usage)| {
             let root = Path::new(root);
-            let dir = root.join(format!("preforkd-test-{}", std::process::id()));
+            let dir = root.join(&name);
             fs::create_dir(&dir).ok()?;
             let group = Group {
                 home: home(root),
