@@ -13,6 +13,8 @@ use crate::support::load::Fault;
 /// How long a call may wait for what becomes of it: until a stopped worker is ended at its deadline,
 /// in a drain too, and another one has taken its connection up.
 const LONGEST: Duration = Duration::from_secs(18);
+/// After so long a call's time is over: limits.timeout, which is drain-timeout here.
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long what a worker does not survive may go on.
 const SHORT: Duration = Duration::from_secs(1);
 /// The most calls ahead on a connection.
@@ -117,6 +119,8 @@ enum Kind {
     /// A command that could not be started for want of descriptors or memory: not begun, and said
     /// so.
     Refused,
+    /// Its time was over before anybody could begin it, and said so.
+    Late,
     Other,
 }
 
@@ -132,6 +136,7 @@ impl Kind {
             {
                 Kind::Refused
             }
+            () if says(&["\"timeout\"", "its time was over", "\"started\":false"]) => Kind::Late,
             () => Kind::Other,
         }
     }
@@ -192,7 +197,7 @@ impl Ledger {
         format!(
             "{} ends of workers, {} connections on them looked at, told of: {} kept, {resets} ended, \
              {crashed} calls crashed (with what could not be told {} and {}); seen: {} ended, {} calls \
-             crashed, {} of {} killed programs; {} refused",
+             crashed, {} of {} killed programs; {} refused, {} late",
             self.ended.len(),
             self.ended.iter().map(|it| it.ports.len()).sum::<usize>(),
             told.kept,
@@ -203,6 +208,7 @@ impl Ledger {
             of(Kind::ProgramCrashed),
             self.programs.len(),
             of(Kind::Refused),
+            of(Kind::Late),
         )
     }
 
@@ -256,6 +262,11 @@ impl Ledger {
                 index.map(|index| budget.programs.remove(index)).is_some()
             }
             Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
+            // stopped for good, and found out late: the master was stopped too, or became another
+            Kind::Late => self.ended.iter().any(|ended| {
+                let late = ended.at + TIMEOUT..ended.at + LONGEST;
+                ended.ports.contains(&fault.port) && late.contains(&fault.at)
+            }),
             Kind::Other => false,
         }
     }
