@@ -139,7 +139,11 @@ impl<'a> Chaos<'a> {
         doomed.is_some_and(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok())
     }
 
+    /// Not while the log is full, for only the log tells who had come in.
     fn quit_worker(&mut self) -> bool {
+        if self.is_due(|it| matches!(it, Mend::Log(_))) {
+            return false;
+        }
         let Some(pid) = self.doom(End::Left) else {
             return false;
         };
@@ -262,9 +266,9 @@ impl<'a> Chaos<'a> {
         true
     }
 
-    /// A worker can have little more memory for a while, and may die of it.
+    /// A worker can have little more memory for a while, and may die of it; not while the log is full.
     fn squeeze_memory(&mut self) -> bool {
-        if self.is_due(|it| matches!(it, Mend::Memory(_))) {
+        if self.is_due(|it| matches!(it, Mend::Memory(_) | Mend::Log(_))) {
             return false;
         }
         let Some(pid) = self.worker() else {
@@ -279,7 +283,7 @@ impl<'a> Chaos<'a> {
     }
 
     fn fill_log(&mut self) -> bool {
-        if self.is_due(|it| matches!(it, Mend::Log(_))) {
+        if self.is_due(|it| matches!(it, Mend::Memory(_) | Mend::Log(_))) {
             return false;
         }
         let number = self.ledger.done().count();

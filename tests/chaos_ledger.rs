@@ -245,8 +245,16 @@ impl Ledger {
     }
 
     fn explains(&self, fault: &Fault, budget: &mut Budget) -> bool {
-        // the last of the ends that it may have met is the likeliest
-        let mut ends = self.ended.iter().rev().filter(|ended| ended.met(fault));
+        // First those that it has met for certain, the last one first: what others leave for those
+        // that nobody has seen is little.
+        let met = |ended: &&Ended| ended.met(fault);
+        let (seen, unseen): (Vec<_>, Vec<_>) = self
+            .ended
+            .iter()
+            .rev()
+            .filter(met)
+            .partition(|ended| ended.ports.contains(&fault.port));
+        let mut ends = seen.into_iter().chain(unseen);
         let mut takes = |which: fn(&mut (usize, usize)) -> &mut usize| {
             ends.any(|ended| {
                 let left = budget.left.get_mut(&ended.pid);
