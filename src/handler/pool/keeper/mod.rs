@@ -156,13 +156,7 @@ impl Keeper {
 
     fn obey(&mut self, order: Order, now: Millis) {
         match order {
-            Order::Back(seat, Why::Recalled) => {
-                self.sleeps = self
-                    .serving
-                    .as_ref()
-                    .is_some_and(|serving| serving.asked == Some(Recall::Sleep));
-                self.retire(seat, now);
-            }
+            Order::Back(seat, Why::Recalled) => self.take_back(seat, now),
             Order::Back(seat, why) => self.end_serving(seat, &why, now),
             Order::Kept => {
                 if let Some(serving) = &mut self.serving {
@@ -173,6 +167,23 @@ impl Keeper {
             Order::Start => self.sleeps = false,
             Order::Close(grace) => self.closes_with = Some(grace),
         }
+    }
+
+    /// The program that serves has nothing to do, and is here.
+    fn take_back(&mut self, mut seat: Box<Seat>, now: Millis) {
+        let Some(serving) = &mut self.serving else {
+            return;
+        };
+        let asked = serving.asked.take();
+        let has_successor = self.fresh.as_ref().is_some_and(|fresh| fresh.is_ready);
+        if asked == Some(Recall::Successor) && !has_successor {
+            // That one has died meanwhile: better an old one than none.
+            seat.is_recalled = false;
+            return self.tell(Word::Ready(seat));
+        }
+        self.sleeps = asked == Some(Recall::Sleep);
+        drop(seat);
+        self.retire(now);
     }
 
     fn tell(&self, word: Word) {
@@ -253,9 +264,8 @@ impl Keeper {
         }
     }
 
-    /// The program that served is done, and leaves: that its wire ends here tells it so.
-    fn retire(&mut self, seat: Box<Seat>, now: Millis) {
-        drop(seat);
+    /// The program that served is done, and leaves: that its wire has ended tells it so.
+    fn retire(&mut self, now: Millis) {
         if let Some(serving) = self.serving.take() {
             self.throttle.credit(Some(serving.wear.health(now)));
             self.dismiss(serving.process, LEISURE, now);
