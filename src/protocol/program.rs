@@ -16,6 +16,8 @@ use crate::error::Error;
 
 /// What a program sends once it can take calls: `{"out": "ready"}`, without a result.
 const READY: &str = "ready";
+/// So long it may be, with what else may stand there.
+const LONGEST_READY: usize = 4096;
 
 /// What a program has sent.
 #[derive(Debug)]
@@ -46,7 +48,7 @@ pub fn call(out: &mut Vec<u8>, method: &str, params: &str) -> bool {
 pub fn read(body: &[u8], depth: usize) -> Result<Sent<'_>, String> {
     match answer::read(body, depth) {
         Ok(answer) => Ok(Sent::Answer(answer)),
-        Err(_) if is_ready(body, depth) => Ok(Sent::Ready),
+        Err(_) if body.len() <= LONGEST_READY && is_ready(body, depth) => Ok(Sent::Ready),
         Err(Error::Protocol(why)) => {
             let why = why.strip_prefix(answer::NO_ANSWER).unwrap_or(&why);
             Err(why.to_owned())

@@ -78,7 +78,7 @@ pub struct EventLoop {
     pub link: WorkerEnd,
     /// TERM and QUIT.
     pub signals: SignalPipe,
-    /// Woken by handler threads.
+    /// Woken by handler threads and the keepers of programs.
     pub waker: Arc<Waker>,
     /// Which generation this worker is of.
     pub generation: Generation,

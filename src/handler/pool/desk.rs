@@ -23,17 +23,13 @@ use crate::sys::process::monotonic;
 use crate::sys::waker::Waker;
 use crate::throttle::Millis;
 
-/// Why a program goes back to its keeper.
+/// Why a program that was at the desk is to be ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    /// It was asked for, and has nothing to do.
-    Recalled,
     /// It has died, or has closed its descriptor 3, which comes to the same.
     Died,
     /// What it has sent is no answer.
     Broken(String),
-    /// The loop can't watch its wire.
-    Unwatched(String),
     /// Nobody waits for what it does.
     GivenUp,
     /// The worker leaves.
@@ -43,8 +39,10 @@ pub(super) enum Why {
 /// What a keeper hears from the desk.
 #[derive(Debug)]
 pub(super) enum Order {
-    /// Its program is its own again.
-    Back(Box<Seat>, Why),
+    /// Its program has nothing to do, and is its own again.
+    Back(Box<Seat>),
+    /// Its program is to be ended, with what it was at.
+    End(Box<Seat>, Why),
     /// Its program was not given back: it has something to do.
     Kept,
     /// Its program sleeps, and is wanted.
@@ -84,7 +82,7 @@ pub(super) enum Word {
 /// What a keeper's program is up to, as far as calls go.
 #[derive(Debug)]
 pub(super) enum Place {
-    /// It starts or ends, or was woken.
+    /// It starts or ends, or was woken; its seat may be among those that go back.
     Empty,
     /// It was ended because nothing came, and is started for the next call.
     Asleep,
@@ -116,7 +114,7 @@ pub(super) struct Desk {
     places: Vec<Place>,
     ears: Vec<Ear>,
     /// Programs that go back, once nobody watches their wires any more.
-    leaving: Vec<(usize, Box<Seat>, Why)>,
+    leaving: Vec<(usize, Order)>,
     /// Places whose wires are to be watched, or in another way than before.
     changed: Vec<usize>,
 }
@@ -132,6 +130,7 @@ impl Desk {
         }
     }
 
+    /// How many programs have a place here.
     pub fn count(&self) -> usize {
         self.places.len()
     }
@@ -152,24 +151,39 @@ impl Desk {
         self.serve();
     }
 
-    /// Lets a call that waits begin, or sees to it that one can.
+    /// Lets calls that wait begin, or sees to it that they can.
     fn serve(&mut self) {
-        while !self.line.waiting.is_empty() {
-            let idle = |place: &Place| matches!(place, Place::Taken(seat) if seat.is_idle());
-            let Some(number) = self.places.iter().position(idle) else {
-                break;
-            };
-            self.give_out(number);
-        }
-        if self.line.waiting.is_empty() {
-            return;
-        }
+        let idle = |place: &Place| matches!(place, Place::Taken(seat) if seat.is_idle());
         let asleep = |place: &Place| matches!(place, Place::Asleep);
-        if let Some(number) = self.places.iter().position(asleep) {
-            self.places[number] = Place::Empty;
-            self.ears[number].tell(Order::Start);
+        while !self.line.waiting.is_empty() {
+            if let Some(number) = self.places.iter().position(idle) {
+                self.give_out(number);
+            } else if let Some(number) = self.places.iter().position(asleep) {
+                if self.wake(number) {
+                    return;
+                }
+            } else {
+                return self.refuse();
+            }
         }
-        self.refuse();
+    }
+
+    /// Wants a program back that sleeps; tells whether it has to be started. It does not where its
+    /// keeper has not heard yet that it may sleep.
+    fn wake(&mut self, number: usize) -> bool {
+        self.places[number] = Place::Empty;
+        let still_here =
+            |(at, order): &mut (usize, Order)| *at == number && matches!(order, Order::Back(_));
+        let order =
+            if let Some((_, Order::Back(seat))) = self.leaving.extract_if(.., still_here).next() {
+                self.places[number] = Place::Taken(seat);
+                Order::Kept
+            } else {
+                Order::Start
+            };
+        let starts = matches!(order, Order::Start);
+        self.ears[number].tell(order);
+        starts
     }
 
     /// Answers for programs that are all down.
@@ -178,8 +192,14 @@ impl Desk {
             Place::Down(reason, due) => Some((*due, reason.clone())),
             _ => None,
         };
-        let downs: Option<Vec<_>> = self.places.iter().map(down).collect();
-        let Some((due, reason)) = downs.and_then(|downs| downs.into_iter().min()) else {
+        if !self
+            .places
+            .iter()
+            .all(|place| matches!(place, Place::Down(..)))
+        {
+            return;
+        }
+        let Some((due, reason)) = self.places.iter().filter_map(down).min() else {
             return;
         };
         let wait = Duration::from_millis(due.saturating_sub(millis(monotonic())));
@@ -195,75 +215,77 @@ impl Desk {
     fn give_out(&mut self, number: usize) {
         if let Some(Place::Taken(seat)) = self.places.get_mut(number) {
             seat.give_out(&mut self.line);
-            if !seat.wire.has_sent_all() {
-                self.changed.push(number);
-            }
+        }
+        self.look_at_wire(number);
+    }
+
+    /// A wire that is full is watched until it is not.
+    fn look_at_wire(&mut self, number: usize) {
+        if let Some(Place::Taken(seat)) = self.places.get(number)
+            && seat.is_watched_for_writing == seat.wire.has_sent_all()
+            && !self.changed.contains(&number)
+        {
+            self.changed.push(number);
         }
     }
 
     /// A program's wire can be read or written.
     pub fn attend(&mut self, number: usize, piece: &mut [u8]) {
-        let Some(Place::Taken(seat)) = self.places.get_mut(number) else {
-            return;
-        };
-        if !seat.wire.has_sent_all() {
+        if let Some(Place::Taken(seat)) = self.places.get_mut(number) {
             seat.wire.flush();
-            if seat.wire.has_sent_all() {
-                self.changed.push(number);
-            }
+            seat.wire.receive(piece);
+            self.judge(number);
         }
-        seat.wire.receive(piece);
-        self.judge(number, piece);
     }
 
-    /// Says what follows from what a program has sent.
-    fn judge(&mut self, number: usize, piece: &mut [u8]) {
+    /// Says what follows from what a program has sent, and from its end.
+    fn judge(&mut self, number: usize) {
         let Some(Place::Taken(seat)) = self.places.get_mut(number) else {
             return;
         };
-        let why = loop {
-            if let Err(problem) = seat.take_answers(&mut self.line) {
-                break Some(Why::Broken(problem));
-            }
-            if !seat.wire.is_closed {
-                break None;
-            }
-            // All that it has sent by then counts.
-            if !seat.wire.receive(piece) {
-                break Some(Why::Died);
+        // All that it has sent before its end counts.
+        let why = match seat.take_answers(&mut self.line) {
+            Err(problem) => Why::Broken(problem),
+            Ok(()) if seat.is_at_end() => Why::Died,
+            // What was written ahead may have been given up meanwhile.
+            Ok(()) if seat.runs_in_vain() => Why::GivenUp,
+            Ok(()) => {
+                if seat.has_had_enough() {
+                    self.ears[number].waker.wake();
+                }
+                if seat.is_recalled && seat.running.is_none() {
+                    self.give_back(number);
+                }
+                return self.look_at_wire(number);
             }
         };
-        if let Some(why) = why {
-            return self.give_back(number, why);
-        }
-        if seat.has_had_enough() {
-            self.ears[number].waker.wake();
-        }
-        if !seat.wire.has_sent_all() {
-            self.changed.push(number);
-        }
-        if seat.is_recalled && seat.running.is_none() {
-            self.give_back(number, Why::Recalled);
-        }
+        self.end(number, why);
     }
 
     /// Ends the programs whose calls were given up.
     pub fn end_what_runs_in_vain(&mut self) {
         for number in 0..self.places.len() {
             if matches!(&self.places[number], Place::Taken(seat) if seat.runs_in_vain()) {
-                self.give_back(number, Why::GivenUp);
+                self.end(number, Why::GivenUp);
             }
         }
     }
 
-    fn give_back(&mut self, number: usize, why: Why) {
-        let place = std::mem::replace(&mut self.places[number], Place::Empty);
-        match place {
-            Place::Taken(seat) => self.leaving.push((number, seat, why)),
-            other => self.places[number] = other,
-        }
+    fn end(&mut self, number: usize, why: Why) {
+        self.empty(number, |seat| Order::End(seat, why));
         // A call that found this one to be there may need another.
         self.serve();
+    }
+
+    fn give_back(&mut self, number: usize) {
+        self.empty(number, Order::Back);
+    }
+
+    fn empty(&mut self, number: usize, order: impl FnOnce(Box<Seat>) -> Order) {
+        match std::mem::replace(&mut self.places[number], Place::Empty) {
+            Place::Taken(seat) => self.leaving.push((number, order(seat))),
+            other => self.places[number] = other,
+        }
     }
 
     /// Hears what a keeper has to say.
@@ -272,9 +294,9 @@ impl Desk {
             Word::Ready(seat) => {
                 self.places[number] = Place::Taken(seat);
                 self.changed.push(number);
-                self.give_out(number);
-                // It may have said something already.
-                self.judge(number, piece);
+                // What it may have said already comes first.
+                self.judge(number);
+                self.serve();
             }
             Word::Recall(recall) => self.recall(number, recall, piece),
             Word::Starts => self.places[number] = Place::Empty,
@@ -296,62 +318,63 @@ impl Desk {
         };
         match recall {
             Recall::Sleep if seat.is_idle() && self.line.waiting.is_empty() => {
-                self.give_back(number, Why::Recalled);
+                self.give_back(number);
                 self.places[number] = Place::Asleep;
             }
             Recall::Sleep => self.ears[number].tell(Order::Kept),
             Recall::Successor => {
                 seat.is_recalled = true;
                 if seat.running.is_none() {
-                    self.give_back(number, Why::Recalled);
+                    self.give_back(number);
                 }
             }
             Recall::Ended => {
                 // It says nothing more, whoever else may still hold its end.
+                seat.has_ended = true;
                 for _ in 0..LEFT {
                     if !seat.wire.receive(piece) {
                         break;
                     }
                 }
-                seat.wire.is_closed = true;
-                self.judge(number, piece);
+                self.judge(number);
             }
         }
     }
 
     /// The wires that are to be watched otherwise: `watch` is told of each place whether there is a
-    /// wire to be watched, and whether for writing, too. It may fail, which ends the program. Then
-    /// those that go back do.
+    /// wire to be watched, and whether for writing, too. Where it fails it is asked again next time.
+    /// Then those that go back do.
     pub fn settle(
         &mut self,
         mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,
     ) {
-        while let Some(number) = self.changed.pop() {
-            if let Place::Taken(seat) = &self.places[number]
-                && let Err(error) =
-                    watch(number, Some((seat.wire.as_fd(), !seat.wire.has_sent_all())))
-            {
-                self.give_back(number, Why::Unwatched(error.to_string()));
-            }
-        }
-        for (number, seat, why) in self.leaving.drain(..) {
+        let places = &mut self.places;
+        self.changed.retain(|&number| {
+            let Place::Taken(seat) = &mut places[number] else {
+                return false;
+            };
+            let writing = !seat.wire.has_sent_all();
+            seat.is_watched_for_writing = writing;
+            watch(number, Some((seat.wire.as_fd(), writing))).is_err()
+        });
+        for (number, order) in self.leaving.drain(..) {
             // First: nobody else is to hold the wire when its keeper lets go of it.
             let _ = watch(number, None);
-            self.ears[number].tell(Order::Back(seat, why));
+            self.ears[number].tell(order);
         }
     }
 
     /// No program serves from now on: all go back; `settle` and `close` are to follow.
     pub fn send_home(&mut self) {
+        // Whoever waits here was answered, or is answered by nobody any more.
+        self.line.waiting.clear();
+        let runs = |place: &Place| matches!(place, Place::Taken(seat) if seat.running.is_some());
         for number in 0..self.places.len() {
-            let runs =
-                |place: &Place| matches!(place, Place::Taken(seat) if seat.running.is_some());
-            let why = if runs(&self.places[number]) {
-                Why::Leaving
+            if runs(&self.places[number]) {
+                self.end(number, Why::Leaving);
             } else {
-                Why::Recalled
-            };
-            self.give_back(number, why);
+                self.give_back(number);
+            }
         }
     }
 
@@ -362,3 +385,8 @@ impl Desk {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+#[path = "desk_tests.rs"]
+mod tests;

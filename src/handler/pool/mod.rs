@@ -246,7 +246,7 @@ impl Pools {
 
     /// Ends what works for nobody, and brings up to date what is waited for: `watch` is told of each
     /// program, by its number, whose wire is to be watched, and whether for writing too, or not to
-    /// be watched any more. Where it fails, the program is ended.
+    /// be watched any more. Where it fails it is asked again the next time.
     pub fn settle(
         &mut self,
         mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,

@@ -112,7 +112,11 @@ impl Process {
         // One that is closed leaves its place to one that tells nothing.
         let pid = self.child.as_fd();
         let nothing = || PollFd::new(pid, PollFlags::empty());
-        fds.push(PollFd::new(pid, PollFlags::POLLIN));
+        fds.push(if self.has_ended {
+            nothing()
+        } else {
+            PollFd::new(pid, PollFlags::POLLIN)
+        });
         for output in &self.outputs {
             let pipe = output.pipe.as_ref();
             fds.push(pipe.map_or_else(nothing, |fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));

@@ -2,8 +2,9 @@
 //!
 //! A call is written when the program has none; the next one already while an answer still arrives.
 //! What the program sends is judged here: an answer goes to the one call that it has, and whatever
-//! can be no answer is told in words, for the keeper to end the program: so no answer ever reaches
-//! another call than its own. It runs in the event loop and waits for nothing.
+//! can be no answer is told in words, for the keeper to end the program: so no answer of a program
+//! that sends one frame a call ever reaches another call than its own. It runs in the event loop and
+//! waits for nothing.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -107,6 +108,10 @@ pub(super) struct Seat {
     enough: u64,
     /// Its keeper wants it back: it gets no further call.
     pub is_recalled: bool,
+    /// The program has ended, whoever else may hold the wire's other end.
+    pub has_ended: bool,
+    /// How the wire is watched.
+    pub is_watched_for_writing: bool,
 }
 
 impl Seat {
@@ -119,12 +124,23 @@ impl Seat {
             tally,
             enough,
             is_recalled: false,
+            has_ended: false,
+            is_watched_for_writing: false,
         }
     }
 
     /// Whether it would take a call now.
     pub fn is_idle(&self) -> bool {
-        self.running.is_none() && !self.is_recalled && !self.wire.is_closed
+        self.running.is_none() && self.takes_calls()
+    }
+
+    fn takes_calls(&self) -> bool {
+        !self.is_recalled && !self.is_at_end()
+    }
+
+    /// Whether nothing more will come from it.
+    pub fn is_at_end(&self) -> bool {
+        self.has_ended || self.wire.is_closed()
     }
 
     /// Whether it has answered so many calls that its keeper wants to know; tells so once.
@@ -155,7 +171,7 @@ impl Seat {
     fn begin_next(&mut self, line: &mut Line) {
         while self.next.is_none()
             && self.wire.has_sent_all()
-            && !self.is_recalled
+            && self.takes_calls()
             && let Some(entry) = line.waiting.pop_front()
         {
             self.next = self.begin(entry, line);
@@ -188,6 +204,11 @@ impl Seat {
         None
     }
 
+    /// Whether what it has sent can be no answer to its call, for it has not read that.
+    fn answers_too_early(&self) -> bool {
+        self.running.is_some() && self.next.is_none() && self.wire.has_unread()
+    }
+
     /// Passes on the answers that are whole, and gives the next call out as soon as may be.
     ///
     /// # Errors
@@ -209,6 +230,9 @@ impl Seat {
                         "a frame of {length} bytes; limits.frame allows {limit}"
                     ));
                 }
+                Decoded::Whole { .. } if self.answers_too_early() => {
+                    return Err("it answered before it had read the call".into());
+                }
                 Decoded::Whole { body, used } => match program::read(body, line.depth) {
                     // It came whole, so the next one can be told from it; and what a program can't
                     // say well is often what its caller gave it, who must not end it with that.
@@ -224,9 +248,6 @@ impl Seat {
                         let Some(entry) = &self.running else {
                             return Err("it answered though nothing was asked".into());
                         };
-                        if self.next.is_none() && self.wire.has_unread() {
-                            return Err("it answered before it had read the call".into());
-                        }
                         let name = line.registry.answer_name(entry.job.method);
                         (used, Some(program::outcome(answer, name)))
                     }

@@ -17,6 +17,8 @@ use crate::sys::socket::has_unread;
 pub(super) const PIECE: usize = 64 * 1024;
 /// A buffer that was larger is given back: one large call need not keep its room for ever.
 const KEPT: usize = 4 * PIECE;
+/// As much as is written at once.
+const AT_ONCE: usize = 256 * 1024;
 /// Reads of what is left in a pipe or a socket at the end: what has left the process's group may
 /// write on for ever.
 pub(super) const LEFT: usize = 16;
@@ -28,8 +30,7 @@ pub(super) struct Wire {
     unsent: Vec<u8>,
     sent: usize,
     received: Vec<u8>,
-    /// It can't send any more.
-    pub is_closed: bool,
+    is_closed: bool,
     left_unread: bool,
 }
 
@@ -62,11 +63,20 @@ impl Wire {
         !self.has_sent_all() || has_unread(&self.fd)
     }
 
-    /// Writes what did not fit before.
+    /// Whether the program can't send any more.
+    pub fn is_closed(&self) -> bool {
+        self.is_closed
+    }
+
+    /// Writes what did not fit before; of a lot only some, for a program may read as fast as that.
     pub fn flush(&mut self) {
+        let end = self.unsent.len().min(self.sent + AT_ONCE);
         while self.sent < self.unsent.len() {
+            if self.sent >= end {
+                return;
+            }
             let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-            match send(self.fd.as_raw_fd(), &self.unsent[self.sent..], flags) {
+            match send(self.fd.as_raw_fd(), &self.unsent[self.sent..end], flags) {
                 Ok(count) => self.sent += count,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return,

@@ -29,10 +29,9 @@ impl Keeper {
     }
 
     /// Ends the program that serves; answers its calls, or lets them wait for another one.
-    pub(super) fn end_serving(&mut self, seat: Box<Seat>, why: &Why, now: Millis) {
-        let Some(serving) = self.serving.take() else {
-            return;
-        };
+    pub(super) fn end_serving(&mut self, seat: Seat, why: &Why, now: Millis) {
+        let serving = self.serving.take();
+        let serving = serving.expect("what was at the desk is a program that serves");
         let (running, next) = (seat.running, seat.next);
         let name = Arc::clone(&self.post.pool);
         let name = &name.name;
@@ -44,11 +43,7 @@ impl Keeper {
                 serving.process.end(now);
                 format!("is killed, for what it sent is no answer: {problem}")
             }
-            Why::Unwatched(problem) => {
-                serving.process.end(now);
-                format!("is killed, for it can't be waited for: {problem}")
-            }
-            Why::GivenUp | Why::Leaving | Why::Recalled => {
+            Why::GivenUp | Why::Leaving => {
                 serving.process.end(now);
                 String::new()
             }
@@ -59,21 +54,18 @@ impl Keeper {
         let unread_running = left_unread && next.is_none();
         if let Some(entry) = running {
             let error = match why {
-                Why::GivenUp | Why::Recalled => {
-                    RpcError::of(Code::Cancelled, "it was given up", true)
-                }
+                Why::GivenUp => RpcError::of(Code::Cancelled, "it was given up", true),
                 Why::Leaving => RpcError::of(Code::Stopping, "this worker leaves", true),
                 Why::Broken(problem) => {
                     let text = format!("the program of the pool {name} sent no answer: {problem}");
                     RpcError::of(Code::BadOutput, text, true)
                 }
-                Why::Died | Why::Unwatched(_) => {
+                Why::Died => {
                     let text = format!("the program of the pool {name} that ran it {what}");
                     RpcError::of(Code::Crashed, text, !unread_running)
                 }
             };
-            let died = matches!(why, Why::Died | Why::Unwatched(_));
-            self.answer_or_repeat(entry, unread_running && died, error);
+            self.answer_or_repeat(entry, unread_running && *why == Why::Died, error);
         }
         if let Some(entry) = next {
             let text = format!(

@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::handler::job::Reports;
 use crate::handler::pool::Pool;
 use crate::handler::pool::boot::Boot;
-use crate::handler::pool::desk::{Order, Recall, Why, Word};
+use crate::handler::pool::desk::{Order, Recall, Word};
 use crate::handler::pool::life::{Rules, Wear, millis};
 use crate::handler::pool::process::Process;
 use crate::handler::pool::seat::{Seat, Tally};
@@ -156,8 +156,8 @@ impl Keeper {
 
     fn obey(&mut self, order: Order, now: Millis) {
         match order {
-            Order::Back(seat, Why::Recalled) => self.take_back(seat, now),
-            Order::Back(seat, why) => self.end_serving(seat, &why, now),
+            Order::Back(seat) => self.take_back(seat, now),
+            Order::End(seat, why) => self.end_serving(*seat, &why, now),
             Order::Kept => {
                 if let Some(serving) = &mut self.serving {
                     serving.asked = None;
@@ -176,12 +176,15 @@ impl Keeper {
         };
         let asked = serving.asked.take();
         let has_successor = self.fresh.as_ref().is_some_and(|fresh| fresh.is_ready);
-        if asked == Some(Recall::Successor) && !has_successor {
+        if asked == Some(Recall::Successor) && !has_successor && !serving.process.has_ended {
             // That one has died meanwhile: better an old one than none.
             seat.is_recalled = false;
             return self.tell(Word::Ready(seat));
         }
-        self.sleeps = asked == Some(Recall::Sleep);
+        self.sleeps = asked == Some(Recall::Sleep) && self.fresh.is_none();
+        if self.sleeps {
+            log::debug!("pool {}: a program has nothing to do", self.post.pool.name);
+        }
         drop(seat);
         self.retire(now);
     }
@@ -257,7 +260,7 @@ impl Keeper {
             asked: None,
             told_end: false,
         });
-        self.told_down = false;
+        (self.told_down, self.sleeps) = (false, false);
         self.tell(Word::Ready(Box::new(seat)));
         if !mem::replace(&mut self.proven, true) {
             self.post.boot.one_is_ready();
@@ -291,9 +294,9 @@ impl Keeper {
         let timeout =
             PollTimeout::try_from(Duration::from_millis(left)).unwrap_or(PollTimeout::MAX);
         let waker = Arc::clone(&self.post.waker);
-        let mut fds = Vec::with_capacity(11);
+        let mut fds = Vec::with_capacity(14);
         fds.push(PollFd::new(waker.as_fd(), PollFlags::POLLIN));
-        let fresh = self.fresh.as_ref().filter(|fresh| !fresh.wire.is_closed);
+        let fresh = self.fresh.as_ref().filter(|fresh| !fresh.wire.is_closed());
         fds.push(fresh.map_or_else(
             || PollFd::new(waker.as_fd(), PollFlags::empty()),
             |fresh| PollFd::new(fresh.wire.as_fd(), PollFlags::POLLIN),

@@ -155,7 +155,7 @@ impl Keeper {
             fresh.has_spoken = true;
             fresh.is_ready |= must_say;
         }
-        if (fresh.wire.is_closed || fresh.process.has_ended)
+        if (fresh.wire.is_closed() || fresh.process.has_ended)
             && let Some(fresh) = self.fresh.take()
         {
             let what = self.how_it_ended(fresh.process, now);

@@ -1,0 +1,282 @@
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use crossbeam_channel::{Receiver, unbounded};
+use nix::sys::socket::{MsgFlags, recv, send};
+
+use super::*;
+use crate::handler::job::CallKey;
+use crate::handler::pool::seat::Tally;
+use crate::handler::pool::wire::{PIECE, Wire};
+use crate::handler::registry::Registry;
+use crate::sys::socket::stream_pair;
+
+/// A desk, with what its keepers hear, and the programs' ends of the wires.
+struct World {
+    desk: Desk,
+    orders: Vec<Receiver<Order>>,
+    programs: Vec<Option<OwnedFd>>,
+    piece: Vec<u8>,
+}
+
+impl World {
+    fn new(count: usize) -> Self {
+        let mut orders = Vec::new();
+        let ears = (0..count).map(|_| {
+            let (sender, receiver) = unbounded();
+            orders.push(receiver);
+            let waker = Arc::new(Waker::new().unwrap());
+            Ear {
+                orders: sender,
+                waker,
+            }
+        });
+        let line = Line {
+            waiting: Default::default(),
+            done: Vec::new(),
+            registry: Arc::new(Registry::new(Vec::new())),
+            limit: 1 << 20,
+            depth: 10,
+        };
+        World {
+            desk: Desk::new(line, ears.collect()),
+            orders,
+            programs: (0..count).map(|_| None).collect(),
+            piece: vec![0; PIECE],
+        }
+    }
+
+    /// One with all of its programs ready.
+    fn serving(count: usize) -> Self {
+        let mut world = World::new(count);
+        (0..count).for_each(|number| world.ready(number));
+        world
+    }
+
+    fn ready(&mut self, number: usize) {
+        let (ours, theirs) = stream_pair().unwrap();
+        self.programs[number] = Some(theirs);
+        let seat = Seat::new(Wire::new(ours), false, Arc::new(Tally::default()), 0);
+        self.hear(number, Word::Ready(Box::new(seat)));
+        self.desk.settle(|_, _| Ok(()));
+    }
+
+    fn hear(&mut self, number: usize, word: Word) {
+        self.desk.hear(number, word, &mut self.piece);
+    }
+
+    fn put(&mut self, serial: u64) -> Arc<crate::handler::CallState> {
+        let job = job(serial);
+        let state = Arc::clone(&job.state);
+        self.desk.put(job);
+        state
+    }
+
+    /// The program sends that.
+    fn sends(&mut self, number: usize, bytes: &[u8]) {
+        let fd = self.programs[number].as_ref().unwrap().as_raw_fd();
+        send(fd, bytes, MsgFlags::empty()).unwrap();
+        self.desk.attend(number, &mut self.piece);
+    }
+
+    /// Whether the program gets a call.
+    fn reads(&self, number: usize) -> bool {
+        let fd = self.programs[number].as_ref().unwrap().as_raw_fd();
+        let mut piece = [0; 4096];
+        recv(fd, &mut piece, MsgFlags::MSG_DONTWAIT).is_ok_and(|count| count > 4)
+    }
+
+    fn done(&mut self) -> Vec<(u64, bool)> {
+        let mut done = Vec::new();
+        self.desk.take_done(&mut done);
+        done.into_iter()
+            .map(|done| (done.key.serial, matches!(done.outcome, Some(Ok(_)))))
+            .collect()
+    }
+
+    fn orders(&mut self, number: usize) -> Vec<Order> {
+        self.desk.settle(|_, _| Ok(()));
+        self.orders[number].try_iter().collect()
+    }
+}
+
+fn job(serial: u64) -> Job {
+    Job {
+        key: CallKey { index: 0, serial },
+        method: 0,
+        params: "null".into(),
+        id: None,
+        peer: None,
+        expected: None,
+        deadline: Duration::MAX,
+        state: Arc::default(),
+    }
+}
+
+const ANSWER: &[u8] = b"\x1a\0\0\0{\"out\": \"?\", \"result\": 12}";
+
+#[test]
+fn a_call_goes_to_an_idle_program_and_its_answer_makes_room_for_the_next() {
+    let mut world = World::serving(2);
+    for serial in 1..=3 {
+        world.put(serial);
+    }
+    assert!(world.reads(0) && world.reads(1), "each got one");
+    assert!(!world.reads(0) && !world.reads(1), "and no more");
+    world.sends(1, ANSWER);
+    assert_eq!(world.done(), [(2, true)]);
+    assert!(world.reads(1), "the third");
+    world.sends(1, &ANSWER[..9]);
+    world.put(4);
+    world.sends(1, &ANSWER[9..12]);
+    assert!(world.reads(1), "written while the answer arrives");
+    world.sends(1, &ANSWER[12..]);
+    assert_eq!(world.done(), [(3, true)]);
+}
+
+#[test]
+fn a_call_that_finds_nobody_awake_starts_one_program_a_call() {
+    let mut world = World::serving(2);
+    for number in 0..2 {
+        world.hear(number, Word::Recall(Recall::Sleep));
+        assert!(matches!(world.orders(number)[..], [Order::Back(_)]));
+    }
+    world.put(1);
+    assert!(matches!(world.orders(0)[..], [Order::Start]));
+    assert!(world.orders(1).is_empty());
+    world.put(2);
+    world.put(3);
+    assert!(matches!(world.orders(1)[..], [Order::Start]));
+    assert!(world.orders(0).is_empty(), "it is up already");
+    world.ready(1);
+    assert!(world.reads(1));
+}
+
+/// A keeper that heard `Start` before its program came back would let that one sleep for ever.
+#[test]
+fn a_program_that_is_wanted_before_its_keeper_has_it_back_stays() {
+    let mut world = World::serving(1);
+    world.hear(0, Word::Recall(Recall::Sleep));
+    world.put(1);
+    assert!(world.reads(0));
+    assert!(matches!(world.orders(0)[..], [Order::Kept]));
+    world.sends(0, ANSWER);
+    assert_eq!(world.done(), [(1, true)]);
+}
+
+#[test]
+fn a_program_that_works_does_not_sleep_and_goes_to_its_successor_when_it_is_done() {
+    let mut world = World::serving(1);
+    world.put(1);
+    world.hear(0, Word::Recall(Recall::Sleep));
+    assert!(matches!(world.orders(0)[..], [Order::Kept]));
+    world.hear(0, Word::Recall(Recall::Successor));
+    world.put(2);
+    assert!(world.orders(0).is_empty());
+    assert!(world.reads(0));
+    world.sends(0, ANSWER);
+    assert_eq!(world.done(), [(1, true)]);
+    assert!(matches!(world.orders(0)[..], [Order::Back(_)]));
+    assert!(!world.reads(0), "the second is for the successor");
+    world.ready(0);
+    assert!(world.reads(0));
+}
+
+#[test]
+fn what_is_given_up_ends_its_program_also_when_it_was_written_ahead() {
+    let mut world = World::serving(1);
+    world.put(1);
+    let second = world.put(2);
+    assert!(world.reads(0));
+    world.sends(0, &ANSWER[..9]);
+    assert!(world.reads(0), "written ahead");
+    assert!(second.give_up(), "it has begun");
+    world.desk.end_what_runs_in_vain();
+    assert!(world.orders(0).is_empty(), "the first still runs");
+    world.sends(0, &ANSWER[9..]);
+    assert_eq!(world.done(), [(1, true)]);
+    assert!(matches!(world.orders(0)[..], [Order::End(_, Why::GivenUp)]));
+}
+
+#[test]
+fn what_can_be_no_answer_ends_its_program_with_the_reason() {
+    for bytes in [ANSWER, &b"\x02\0\0\0{}"[..], b"\xff\xff\xff\xff"] {
+        let mut world = World::serving(1);
+        world.put(1);
+        // sent before the call was read
+        world.sends(0, bytes);
+        assert_eq!(world.done(), []);
+        let orders = world.orders(0);
+        assert!(
+            matches!(&orders[..], [Order::End(seat, Why::Broken(_))] if seat.running.is_some()),
+            "{orders:?}"
+        );
+    }
+}
+
+#[test]
+fn a_program_that_has_ended_gets_nothing_more_whoever_holds_its_wire() {
+    let mut world = World::serving(1);
+    world.put(1);
+    assert!(world.reads(0));
+    let fd = world.programs[0].as_ref().unwrap().as_raw_fd();
+    send(fd, ANSWER, MsgFlags::empty()).unwrap();
+    world.put(2);
+    world.hear(0, Word::Recall(Recall::Ended));
+    assert_eq!(world.done(), [(1, true)], "what it has said counts");
+    assert!(matches!(world.orders(0)[..], [Order::End(_, Why::Died)]));
+    assert!(!world.reads(0));
+    world.hear(0, Word::Again(job(3)));
+    world.ready(0);
+    assert!(world.reads(0));
+    world.sends(0, ANSWER);
+    assert_eq!(world.done(), [(3, true)], "what came back goes first");
+}
+
+#[test]
+fn calls_are_refused_only_while_every_program_is_down() {
+    let mut world = World::serving(2);
+    let down = |text: &str, at| Word::Down(text.to_owned(), at);
+    for number in 0..2 {
+        world.programs[number] = None;
+        world.desk.attend(number, &mut [0; 10]);
+        assert!(matches!(
+            world.orders(number)[..],
+            [Order::End(_, Why::Died)]
+        ));
+    }
+    world.hear(0, down("so it was", 5));
+    world.put(1);
+    assert_eq!(world.done(), [], "the other one may come back");
+    world.hear(1, down("so it was as well", 3));
+    assert_eq!(world.done(), [(1, false)]);
+    world.put(2);
+    assert_eq!(world.done(), [(2, false)]);
+    world.hear(1, Word::Starts);
+    world.put(3);
+    assert_eq!(world.done(), []);
+}
+
+#[test]
+fn a_wire_that_is_full_is_watched_for_writing_until_it_is_not() {
+    let mut world = World::serving(1);
+    let mut large = job(1);
+    large.params = format!("\"{}\"", "x".repeat(500_000)).into();
+    world.desk.put(large);
+    let mut seen = Vec::new();
+    world.desk.settle(|_, wire| {
+        seen.push(wire.map(|(_, writing)| writing));
+        Ok(())
+    });
+    assert_eq!(seen, [Some(true)]);
+    let fd = world.programs[0].as_ref().unwrap().as_raw_fd();
+    let (mut read, mut piece) = (0, vec![0; 1 << 20]);
+    while read < 500_000 {
+        read += recv(fd, &mut piece, MsgFlags::MSG_DONTWAIT).unwrap_or(0);
+        world.desk.attend(0, &mut [0; 10]);
+    }
+    world.desk.settle(|_, wire| {
+        seen.push(wire.map(|(_, writing)| writing));
+        Ok(())
+    });
+    assert_eq!(seen, [Some(true), Some(false)]);
+}
