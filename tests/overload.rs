@@ -9,7 +9,7 @@ use crate::support::open_loop::{Offer, offer};
 use crate::support::{Daemon, alone};
 
 /// What is to be left of the peak.
-const MOST: f64 = 0.7;
+const MOST: f64 = 0.9;
 
 fn sleeper(threads: u32) -> Daemon {
     let daemon = Daemon::builder().config(&format!(
@@ -82,10 +82,9 @@ fn answers_without_an_id_keep_their_order_under_overload() {
     assert!(done > 10 && late > 10, "{done} done, {late} late");
 }
 
-/// Five times what it can do is offered, and most of what it can do is done in time. On a machine of its
-/// own that is nine tenths and more, which `cargo bench --bench goodput -- --bar` holds it to; beside other
-/// work the loop, which has five times the calls to answer, has to wait for its turn. Oldest first, it
-/// would be next to nothing.
+/// Five times what it can do is offered, and nine tenths of what it can do are done in time, as
+/// `cargo bench --bench goodput -- --bar` shows at length; beside other work in one of three tries.
+/// Oldest first, it would be next to nothing.
 #[test]
 fn a_worker_that_is_offered_five_times_what_it_can_do_does_what_it_can() {
     let _alone = alone();

@@ -31,7 +31,7 @@ INTERNAL = -32603
 PIECE = 1 << 16
 
 _methods = {}
-_decode = json.JSONDecoder().decode
+_decode = json.JSONDecoder().raw_decode
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -68,7 +68,7 @@ def serve(fd=3):
         if len(data) < 4 or len(data) < end:
             data = _more(calls, data)
             continue
-        call = _decode(data[4:end].decode())
+        call, _ = _decode(data[4:end].decode())
         calls.sendall(_frame(_answer(call["in"], call["params"])))
         data = data[end:] or calls.recv(PIECE)
 

@@ -227,7 +227,7 @@ impl Calls {
             && self.may_go_out(lane, next.method, count)
         {
             let key = next.key;
-            if next.is_late(now_ms, self.loads[next.method].expected()) {
+            if next.is_late(now_ms, self.time_needed(lane, next.method, count)) {
                 self.lanes[lane].queue.runs_out(key, now_ms);
                 return Some(key);
             }
@@ -261,6 +261,15 @@ impl Calls {
             threads.run(lane, job);
         }
         None
+    }
+
+    /// How long a call of this method is going to take until it is done, were it handed out now: what
+    /// it takes, some more, for half of its like take longer, and its turn at a thread.
+    fn time_needed(&self, lane: usize, method: usize, threads: usize) -> Option<Duration> {
+        let expected = self.loads[method].expected()?;
+        let before = (self.lanes[lane].out + 1).saturating_sub(threads);
+        let turn = expected * u32::try_from(before).ok()? / u32::try_from(threads.max(1)).ok()?;
+        Some(expected + expected / 4 + turn)
     }
 
     /// Whether a thread could take a call of this method, or will soon: so none stands idle while the

@@ -47,6 +47,8 @@ pub(super) enum Order {
     Kept,
     /// Its program sleeps, and is wanted.
     Start,
+    /// The worker leaves: no further program is started.
+    Rest,
     /// No program serves any more; how long its own may take to leave, and once more so long after
     /// SIGTERM.
     Close(Millis),
@@ -368,6 +370,7 @@ impl Desk {
     pub fn send_home(&mut self) {
         // Whoever waits here was answered, or is answered by nobody any more.
         self.line.waiting.clear();
+        self.ears.iter().for_each(|ear| ear.tell(Order::Rest));
         let runs = |place: &Place| matches!(place, Place::Taken(seat) if seat.running.is_some());
         for number in 0..self.places.len() {
             if runs(&self.places[number]) {

@@ -106,6 +106,8 @@ pub(super) struct Keeper {
     proven: bool,
     /// The first one never came to it: the worker leaves.
     gave_up: bool,
+    /// The worker is about to leave: nothing is started any more.
+    rests: bool,
     /// The worker leaves, and programs may take so long to do so.
     closes_with: Option<Millis>,
 }
@@ -130,6 +132,7 @@ impl Keeper {
             began: now(),
             proven: false,
             gave_up: false,
+            rests: false,
             closes_with: None,
         }
     }
@@ -146,7 +149,7 @@ impl Keeper {
                 if self.leavers.is_empty() {
                     return;
                 }
-            } else {
+            } else if !self.rests {
                 self.advance(now);
             }
             self.wait(now);
@@ -165,6 +168,7 @@ impl Keeper {
                 }
             }
             Order::Start => self.sleeps = false,
+            Order::Rest => self.rests = true,
             Order::Close(grace) => self.closes_with = Some(grace),
         }
     }
@@ -348,7 +352,7 @@ impl Keeper {
             None => match &self.serving {
                 Some(serving) if serving.wear.is_worn(&self.rules, now).is_some() => at(self.due),
                 Some(serving) => at(serving.wear.next(&self.rules, serving.asked.is_none())),
-                None if self.sleeps => {}
+                None if self.sleeps || self.rests => {}
                 None => at(self.due),
             },
         }
