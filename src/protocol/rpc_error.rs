@@ -62,7 +62,9 @@ impl RpcError {
         }
     }
 
-    /// The params are not what the method takes; the message says what it takes.
+    /// The params are not what the method takes; the message says what it takes. The caller is told
+    /// that the call did not begin (`started` is false), and may make it again: for a function that has
+    /// done something by then, [`RpcError::new`] with a code of its own is right.
     pub fn invalid_params(message: impl Into<String>) -> Self {
         RpcError::of(Code::InvalidParams, message, false)
     }

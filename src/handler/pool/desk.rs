@@ -204,7 +204,9 @@ impl Desk {
         let Some((due, reason)) = self.places.iter().filter_map(down).min() else {
             return;
         };
-        let wait = Duration::from_millis(due.saturating_sub(millis(monotonic())));
+        let left = due.saturating_sub(millis(monotonic()));
+        // Its keeper is about to say that it starts.
+        let wait = Duration::from_millis(left.max(1));
         for entry in self.line.waiting.drain(..) {
             let outcome = entry.job.state.begin().then(|| {
                 let text = format!("{reason}; the next is started in {wait:?}");

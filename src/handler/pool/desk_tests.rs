@@ -34,6 +34,8 @@ impl World {
             waiting: Default::default(),
             done: Vec::new(),
             registry: Arc::new(Registry::new(Vec::new())),
+            name: "p".to_owned(),
+            quiet_until: 0,
             limit: 1 << 20,
             depth: 10,
         };

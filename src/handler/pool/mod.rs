@@ -185,6 +185,8 @@ impl Pools {
                 waiting: VecDeque::new(),
                 done: Vec::new(),
                 registry: Arc::clone(registry),
+                name: pool.name.clone(),
+                quiet_until: 0,
                 limit: pool.limit,
                 depth: pool.depth,
             };

@@ -25,6 +25,9 @@ use crate::throttle::Millis;
 /// A call that has lain here for so long was not expected to.
 const STALE: Duration = Duration::from_millis(5);
 
+/// Between two lines about programs that send no answers.
+const QUIET: Millis = 10_000;
+
 /// A call for a program.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -88,10 +91,29 @@ pub(super) struct Line {
     /// What became of others.
     pub done: Vec<Done>,
     pub registry: Arc<Registry>,
+    /// The pool's name.
+    pub name: String,
+    /// Until when it was said often enough that a program sends no answers.
+    pub quiet_until: Millis,
     /// Bytes of an answer.
     pub limit: usize,
     /// Its nesting.
     pub depth: usize,
+}
+
+impl Line {
+    /// Tells that a program has sent no answer, now and then.
+    fn complain(&mut self, problem: &str) {
+        let now = millis(monotonic());
+        if now >= self.quiet_until {
+            self.quiet_until = now + QUIET;
+            log::warn!(
+                "pool {}: a program has sent a frame that is no answer: {problem}; its caller gets \
+                 bad-output, the program goes on",
+                self.name
+            );
+        }
+    }
 }
 
 /// See the module.
@@ -237,6 +259,7 @@ impl Seat {
                     // It came whole, so the next one can be told from it; and what a program can't
                     // say well is often what its caller gave it, who must not end it with that.
                     Err(problem) if self.running.is_some() => {
+                        line.complain(&problem);
                         let text = format!("the program sent no answer: {problem}");
                         let error = RpcError::of(Code::BadOutput, text, true);
                         (used, Some((None, Err(error))))

@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use log::Level;
+
 use super::Keeper;
 use crate::handler::pool::desk::{Why, Word};
 use crate::handler::pool::process::Process;
@@ -14,6 +16,9 @@ use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
 use crate::throttle::Millis;
+
+/// Between two lines about programs that were killed with their calls.
+const QUIET: Millis = 10_000;
 
 impl Keeper {
     /// Ends a process that is at its end, and says how.
@@ -75,8 +80,20 @@ impl Keeper {
             self.answer_or_repeat(entry, left_unread, error);
         }
         if what.is_empty() {
-            // No fault of the program's: the caller's patience, or the operator's.
-            log::debug!("pool {name} [{pid}]: is killed with its call");
+            // No fault of the program's: the caller's patience, or the operator's. Callers can cause
+            // many of them.
+            let level = if now < self.quiet_until {
+                Level::Debug
+            } else {
+                self.quiet_until = now + QUIET;
+                Level::Info
+            };
+            let method = method.map_or("a call", |method| self.post.registry.name(method));
+            log::log!(
+                level,
+                "pool {name} [{pid}]: is killed while it runs {method}, for nobody waits for that any \
+                 more"
+            );
             return;
         }
         what.clone_into(&mut self.last_end);

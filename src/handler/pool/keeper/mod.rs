@@ -106,6 +106,8 @@ pub(super) struct Keeper {
     proven: bool,
     /// The first one never came to it: the worker leaves.
     gave_up: bool,
+    /// Until when it was said often enough that a program is killed with its call.
+    quiet_until: Millis,
     /// The worker is about to leave: nothing is started any more.
     rests: bool,
     /// The worker leaves, and programs may take so long to do so.
@@ -132,6 +134,7 @@ impl Keeper {
             began: now(),
             proven: false,
             gave_up: false,
+            quiet_until: 0,
             rests: false,
             closes_with: None,
         }
