@@ -2,12 +2,13 @@
 //! that can't be written, a storm of signals.
 
 use std::io::{self, Read};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::load::{self, Load, Shape};
 use crate::support::{Daemon, Dir, PATIENCE, Sweep, alone, faketime, pass, wait_for};
@@ -94,6 +95,76 @@ fn a_log_that_was_full_goes_on_when_there_is_room_and_says_what_was_lost() {
         },
     );
     sweep.assert_same(&daemon);
+}
+
+/// The limit on the size of files cuts a line where it is reached, as a full disk does.
+#[test]
+fn a_line_that_a_full_disk_has_cut_is_ended_and_the_count_of_the_lost_is_a_line_like_any() {
+    let _alone = alone();
+    for form in ["text", "json"] {
+        let daemon = Daemon::builder()
+            .config(&format!(
+                "{TALKATIVE}file = \"talk\"\nformat = \"{form}\"\n"
+            ))
+            .start();
+        let workers = daemon.ready_workers();
+        let mut everybody = workers.clone();
+        everybody.push(daemon.pid());
+        let limit = |size: &str| {
+            for pid in &everybody {
+                let mut command = Command::new("prlimit");
+                command.args([
+                    "--pid",
+                    &pid.to_string(),
+                    &format!("--fsize={size}:unlimited"),
+                ]);
+                assert!(command.status().unwrap().success());
+            }
+        };
+        let talk = || std::fs::read(daemon.dir().join("talk")).unwrap();
+        let full = talk().len() + 20_000;
+        limit(&full.to_string());
+        wait_for("a full log", PATIENCE, || {
+            break_off(&daemon);
+            talk().len() == full
+        });
+        // the master has something to say too, and has lost it by the time it tells its status
+        daemon.signal(Signal::SIGUSR1);
+        assert_eq!(daemon.ready_workers(), workers);
+        limit("unlimited");
+        daemon.signal(Signal::SIGUSR1);
+        let told = |role: &str| {
+            let log = String::from_utf8(talk()).unwrap();
+            let is_it = |line: &str| line.contains("log lines were lost") && line.contains(role);
+            log.lines().any(is_it)
+        };
+        wait_for("all to tell what was lost", PATIENCE, || {
+            break_off(&daemon);
+            told("master") && told("worker")
+        });
+        assert_eq!(daemon.ready_workers(), workers);
+        let log = talk();
+        let (before, after) = log.split_at(full);
+        assert!(
+            before.ends_with(b"\n") || after.starts_with(b"\n"),
+            "{form}: the line that was cut goes on: {}",
+            String::from_utf8_lossy(after)
+        );
+        let end = after.iter().rposition(|&byte| byte == b'\n').unwrap();
+        let after = String::from_utf8(after[..end].to_vec()).unwrap();
+        let after = after.strip_prefix('\n').unwrap_or(&after);
+        for line in after.lines() {
+            let level = match form {
+                "json" => serde_json::from_str(line)
+                    .map(|line: Value| line["level"].as_str().unwrap_or("none").to_owned())
+                    .unwrap_or_else(|error| error.to_string()),
+                _ => line.split(' ').nth(1).unwrap_or("none").to_owned(),
+            };
+            let is_notice = line.contains("log lines were lost");
+            let fits = level.parse::<log::Level>().is_ok() && (!is_notice || level == "WARN");
+            assert!(fits, "{form}: {level}: {line:?}");
+        }
+    }
 }
 
 #[test]

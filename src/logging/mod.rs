@@ -8,6 +8,7 @@
 
 mod output;
 mod panics;
+mod torn;
 mod witness;
 
 use std::fs::File;
@@ -46,6 +47,8 @@ static ROLE: AtomicI32 = AtomicI32::new(COMMAND);
 const COMMAND: i32 = -2;
 const MASTER: i32 = -1;
 
+/// The form that is configured, for the one line that no logger makes.
+static FORM: Mutex<Form> = Mutex::new(Form::Text);
 static LOGGER: RwLock<Option<env_logger::Logger>> = RwLock::new(None);
 static OUTPUT: Mutex<Option<Output>> = Mutex::new(None);
 static QUEUED: RwLock<Option<Sender<Order>>> = RwLock::new(None);
@@ -93,6 +96,7 @@ pub fn configure(level: LevelFilter, form: Form) {
     builder.format(move |buffer, record| write_record(buffer, form, record));
     let logger = builder.build();
     log::set_max_level(logger.filter());
+    *FORM.lock().unwrap_or_else(PoisonError::into_inner) = form;
     *LOGGER.write().unwrap_or_else(PoisonError::into_inner) = Some(logger);
     // Refused from the second time on: it is set already.
     let _ = log::set_logger(&Current);
@@ -110,7 +114,14 @@ pub fn set_output(output: Output) -> Option<Output> {
 /// When the file can't be opened.
 pub fn open(file: Option<&Path>) -> io::Result<Output> {
     match file {
-        Some(file) => Output::file(file),
+        Some(file) => {
+            let output = Output::file(file)?;
+            if ROLE.load(Ordering::Relaxed) == COMMAND {
+                // At the start: nobody of this server writes yet.
+                output.look_at_end(file);
+            }
+            Ok(output)
+        }
         None => Output::standard_error(),
     }
 }
@@ -159,7 +170,7 @@ pub fn i_am_worker(slot: u16) {
                         if let Some(other) = lock_output().take() {
                             output = other;
                         }
-                        output.write_line(&line, &LOST);
+                        output.write_line(&line, &LOST, notice);
                     }
                     Order::Flush(done) => drop(done.send(())),
                 }
@@ -197,7 +208,7 @@ impl Write for Pipe {
                 LOST.fetch_add(1, Ordering::Relaxed);
             }
         } else if let Some(output) = lock_output().as_mut() {
-            output.write_line(line, &LOST);
+            output.write_line(line, &LOST, notice);
         }
         Ok(line.len())
     }
@@ -262,6 +273,25 @@ fn write_record(to: &mut impl Write, form: Form, record: &Record<'_>) -> io::Res
         write!(to, " {slot}")?;
     }
     writeln!(to, " {thread}] {}", printable(&record.args().to_string()))
+}
+
+/// The line that tells of lost ones. Written whatever the level, for nobody knows what is missing.
+fn notice(missing: u64) -> Vec<u8> {
+    let form = *FORM.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut line = Vec::new();
+    let written = write_record(
+        &mut line,
+        form,
+        &{ Record::builder() }
+            .level(log::Level::Warn)
+            .args(format_args!(
+                "{missing} log lines were lost: the log could not be written"
+            ))
+            .build(),
+    );
+    // Into memory: it can't fail.
+    debug_assert!(written.is_ok());
+    line
 }
 
 /// A message with its control characters escaped: what a client sends must not be able to start

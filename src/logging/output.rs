@@ -16,6 +16,8 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 
+use super::torn::Torn;
+
 /// How a descriptor is written to without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Manner {
@@ -32,8 +34,8 @@ enum Manner {
 pub struct Output {
     file: File,
     manner: Manner,
-    /// The last line was cut short: the next one starts afresh.
-    torn: bool,
+    /// Whether the last line there was cut short: the next one starts afresh.
+    torn: Torn,
 }
 
 impl Output {
@@ -52,6 +54,12 @@ impl Output {
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)?;
         Ok(Output::of(file, Manner::Write))
+    }
+
+    /// Looks whether the file at `path`, which this is, ends within a line. To be asked as long as
+    /// nobody else writes to it, who may end that line meanwhile.
+    pub fn look_at_end(&self, path: &Path) {
+        self.torn.look(path);
     }
 
     /// Standard error, whatever it is.
@@ -86,10 +94,11 @@ impl Output {
     }
 
     fn of(file: impl Into<OwnedFd>, manner: Manner) -> Self {
+        let file = File::from(file.into());
         Output {
-            file: File::from(file.into()),
+            torn: Torn::of(&file),
+            file,
             manner,
-            torn: false,
         }
     }
 
@@ -101,25 +110,34 @@ impl Output {
         Ok(Output::of(self.file.try_clone()?, self.manner))
     }
 
-    /// Writes one whole line, or counts it as lost. Says how many were lost once it can again.
-    pub fn write_line(&mut self, line: &[u8], lost: &AtomicU64) {
+    /// Writes one whole line, or counts it as lost. Says how many were lost once it can again, in
+    /// the line that `notice` makes of their number.
+    pub fn write_line(
+        &mut self,
+        line: &[u8],
+        lost: &AtomicU64,
+        notice: impl FnOnce(u64) -> Vec<u8>,
+    ) {
         let missing = lost.swap(0, Ordering::Relaxed);
         let mut text = Vec::new();
-        if self.torn {
+        let was_torn = self.torn.take();
+        if was_torn {
             text.push(b'\n');
         }
         if missing > 0 {
-            text.extend_from_slice(
-                format!("{missing} log lines were lost: the log could not be written\n").as_bytes(),
-            );
+            text.extend_from_slice(&notice(missing));
         }
+        let told = text.len();
         text.extend_from_slice(line);
         let written = self.write(&text);
-        if written < text.len() {
-            lost.fetch_add(missing + 1, Ordering::Relaxed);
-            self.torn |= written > 0;
-        } else {
-            self.torn = false;
+        if written == text.len() {
+            return;
+        }
+        let untold = if written < told { missing } else { 0 };
+        lost.fetch_add(untold + 1, Ordering::Relaxed);
+        let last = text[..written].last();
+        if last.map_or(was_torn, |&byte| byte != b'\n') {
+            self.torn.set();
         }
     }
 
@@ -171,36 +189,86 @@ impl AsFd for Output {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::io::Read;
+    use std::io::{PipeReader, Read};
 
-    #[test]
-    fn a_full_pipe_loses_lines_and_says_how_many() {
-        let (mut reader, writer) = io::pipe().unwrap();
+    fn told(missing: u64) -> Vec<u8> {
+        format!("{missing} lost\n").into_bytes()
+    }
+
+    /// A pipe whose writing end does not wait, with a mark of its own: tests run side by side.
+    fn pipe() -> (PipeReader, Output) {
+        let (reader, writer) = io::pipe().unwrap();
         let raw = writer.as_raw_fd();
         let again = OpenOptions::new()
             .append(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(format!("/proc/self/fd/{raw}"))
             .unwrap();
-        drop(writer);
         let mut output = Output::of(again, Manner::Write);
+        output.torn = Torn::by(Box::leak(Box::default()), &output.file);
+        (reader, output)
+    }
+
+    fn read(reader: &mut PipeReader) -> String {
+        let mut room = vec![0; 1 << 20];
+        let length = reader.read(&mut room).unwrap();
+        String::from_utf8(room[..length].to_vec()).unwrap()
+    }
+
+    #[test]
+    fn a_torn_line_is_ended_by_whoever_writes_next_and_once() {
+        let (mut reader, mut first) = pipe();
+        let mut second = first.duplicate().unwrap();
+        second.torn = first.torn;
+        let (lost, others) = (AtomicU64::new(0), AtomicU64::new(0));
+        // Longer than what a pipe takes wholly or not at all.
+        let line = [b"x".repeat(9_999), b"\n".to_vec()].concat();
+        while lost.load(Ordering::Relaxed) < 3 {
+            first.write_line(&line, &lost, told);
+        }
+        let full = read(&mut reader);
+        assert!(full.ends_with('x'), "nothing was torn");
+        second.write_line(b"other\n", &others, told);
+        first.write_line(b"after\n", &lost, told);
+        assert_eq!(read(&mut reader), "\nother\n3 lost\nafter\n");
+        first.write_line(b"last\n", &lost, told);
+        assert_eq!(read(&mut reader), "last\n");
+    }
+
+    #[test]
+    fn a_line_that_an_earlier_server_has_torn_is_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let lost = AtomicU64::new(0);
+        for (before, after) in [
+            ("whole\nto", "whole\nto\nline\n"),
+            ("whole\n", "whole\nline\n"),
+            ("", "line\n"),
+        ] {
+            std::fs::write(&path, before).unwrap();
+            let mut output = Output::file(&path).unwrap();
+            output.torn = Torn::by(Box::leak(Box::default()), &output.file);
+            output.look_at_end(&path);
+            output.write_line(b"line\n", &lost, told);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
+        }
+    }
+
+    #[test]
+    fn a_full_pipe_loses_lines_and_says_how_many() {
+        let (mut reader, mut output) = pipe();
         let lost = AtomicU64::new(0);
         let line = [b"x".repeat(999), b"\n".to_vec()].concat();
         for _ in 0..1000 {
-            output.write_line(&line, &lost);
+            output.write_line(&line, &lost, told);
         }
         let missing = lost.load(Ordering::Relaxed);
         assert!((900..1000).contains(&missing), "{missing}");
-        let mut room = vec![0; 1 << 20];
-        let read = reader.read(&mut room).unwrap();
-        assert!(read > 0);
-        output.write_line(b"after\n", &lost);
-        let read = reader.read(&mut room).unwrap();
-        let text = String::from_utf8_lossy(&room[..read]);
+        assert!(!read(&mut reader).is_empty());
+        output.write_line(b"after\n", &lost, told);
+        let text = read(&mut reader);
         assert!(
-            text.ends_with(&format!(
-                "{missing} log lines were lost: the log could not be written\nafter\n"
-            )),
+            text.ends_with(&format!("{missing} lost\nafter\n")),
             "{text}"
         );
         assert_eq!(lost.load(Ordering::Relaxed), 0);
@@ -210,7 +278,7 @@ mod tests {
     fn a_full_device_is_no_error() {
         let mut output = Output::file(Path::new("/dev/full")).unwrap();
         let lost = AtomicU64::new(0);
-        output.write_line(b"nobody will read this\n", &lost);
+        output.write_line(b"nobody will read this\n", &lost, told);
         assert_eq!(lost.load(Ordering::Relaxed), 1);
     }
 }
