@@ -53,6 +53,7 @@ mod queue;
 mod readme;
 mod recycle;
 mod reload;
+mod removed;
 mod scaling;
 mod serving;
 mod spreading;

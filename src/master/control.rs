@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
 use super::listeners::bind_path;
-use super::own_path::OwnPath;
+use super::own_path::{OwnPath, Standing};
 use super::pid_file::make_directory;
 use crate::error::{Error, Result};
 use crate::protocol::control::{Request, Response, to_line};
@@ -185,6 +185,35 @@ impl Control {
         })
     }
 
+    /// Makes the socket again where somebody has removed its path. Who is connected stays, and who
+    /// waits to be let in is. To be called under the pid file's lock.
+    pub fn renew(&mut self, now: Millis) {
+        let path = AsRef::<Path>::as_ref(&self.path).to_owned();
+        let name = path.display();
+        match self.path.standing() {
+            Standing::Ours => return,
+            Standing::Foreign => {
+                return log::warn!(
+                    "something else stands at {name}, where the control socket was: it is left \
+                     alone, and no command finds this master; remove it and reload with a HUP"
+                );
+            }
+            Standing::Gone => {}
+        }
+        match Control::bind(&path) {
+            Ok(made) => {
+                // Bounded by the old socket's queue, which nobody can join any more.
+                while self.accept(now) {}
+                self.listener = made.listener;
+                self.path = made.path;
+                log::warn!("somebody has removed the control socket {name}: it is made again");
+            }
+            Err(error) => log::warn!(
+                "somebody has removed the control socket, and it can't be made again: {error}"
+            ),
+        }
+    }
+
     /// Removes the path.
     pub fn remove(&self) {
         self.path.remove();
@@ -227,25 +256,26 @@ impl Control {
             .retain(|_, client| client.deadline.is_none_or(|deadline| deadline > now));
     }
 
-    /// Takes one new client.
-    pub fn accept(&mut self, now: Millis) {
+    /// Takes one new client, and says whether there was one.
+    pub fn accept(&mut self, now: Millis) -> bool {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            Err(error) if is_transient(&error) => return,
+            Err(error) if is_transient(&error) => return false,
             Err(error) => {
                 // Left in, it would be readable all the time, and the master would spin.
                 self.closed_until = now + RETRY_MS;
-                return log::debug!("the control socket can't let anybody in: {error}");
+                log::debug!("the control socket can't let anybody in: {error}");
+                return false;
             }
         };
         let user = socket::peer_user(&stream);
         let (own, _) = effective_ids();
         if !user.as_ref().is_ok_and(|&user| user == 0 || user == own) {
             log::warn!("a client of the control socket was turned away: its user is {user:?}");
-            return;
+            return true;
         }
         if stream.set_nonblocking(true).is_err() {
-            return;
+            return true;
         }
         let id = ClientId(self.next);
         self.next += 1;
@@ -261,6 +291,7 @@ impl Control {
                 deadline: Some(now + PATIENCE_MS),
             },
         );
+        true
     }
 
     /// A client is ready: sends it what waits, or reads what it asks.

@@ -17,7 +17,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 
-use super::own_path::OwnPath;
+use super::own_path::{OwnPath, Standing};
 use crate::config::{Address, Listen, Settings};
 use crate::error::{Error, Result};
 use crate::sys::notify::PassedListener;
@@ -100,6 +100,11 @@ impl Listener {
         }
     }
 
+    /// What has become of the path of a unix socket that we have bound ourselves.
+    fn standing(&self) -> Standing {
+        self.path.as_ref().map_or(Standing::Ours, OwnPath::standing)
+    }
+
     /// Removes the path of a unix socket; the descriptor is closed by its last owner.
     pub fn remove_path(&self) {
         if let Some(path) = &self.path {
@@ -109,7 +114,8 @@ impl Listener {
 }
 
 /// The listeners for `wanted`: those in `current` that have the address already, those in
-/// `passed`, and new ones. What is in `passed` is always used, by name, else by address,
+/// `passed`, and new ones; also in place of a unix socket whose path somebody has removed, whose
+/// queue is taken in by the workers that leave. What is in `passed` is always used, by name, else by address,
 /// else in order, so that no connection waits in a socket that nobody accepts from.
 ///
 /// # Errors
@@ -147,7 +153,14 @@ pub fn open(
                 .find(|has| has.address == listen.address && !is_in(passed, has))
         };
         let listener = match matched.or_else(|| spare.next()).or_else(kept) {
-            Some(listener) => Ok(Rc::clone(listener)),
+            Some(listener) => Ok(match renew(listener, listen, write_timeout) {
+                None => Rc::clone(listener),
+                Some(renewed) => {
+                    let renewed = Rc::new(renewed);
+                    fresh.push(Rc::clone(&renewed));
+                    renewed
+                }
+            }),
             None => bind(listen, write_timeout).map(|listener| {
                 let listener = Rc::new(listener);
                 fresh.push(Rc::clone(&listener));
@@ -174,6 +187,32 @@ pub fn open(
     }
     opened.extend(spare.map(Rc::clone));
     Ok(opened)
+}
+
+/// A new socket at the path of one that was removed. What can't be made again is logged, and no
+/// reason to refuse a reload: it was out of reach before.
+fn renew(has: &Listener, listen: &Listen, write_timeout: Duration) -> Option<Listener> {
+    let address = &has.bound;
+    match has.standing() {
+        Standing::Ours => None,
+        Standing::Foreign => {
+            log::warn!(
+                "something else stands at {address}, where this server listens: it is left alone, \
+                 and nobody finds the way to this listener; remove it and reload"
+            );
+            None
+        }
+        Standing::Gone => match bind(listen, write_timeout) {
+            Ok(renewed) => {
+                log::warn!("somebody has removed {address}: it is made again");
+                Some(renewed)
+            }
+            Err(error) => {
+                log::warn!("somebody has removed {address}, and it can't be made again: {error}");
+                None
+            }
+        },
+    }
 }
 
 /// Whether a listener that is there can keep another address from being bound: the same port.
@@ -273,7 +312,9 @@ fn tune_one(listener: &Listener, wanted: Option<&Listen>, write_timeout: Duratio
     socket::start_listening(&listener.fd, wanted.backlog)
         .map_err(|error| refused(&wanted.address, error))?;
     listener.backlog.set(wanted.backlog);
-    if let (Some(path), Some(mode)) = (&listener.path, wanted.mode) {
+    if let (Some(path), Some(mode), Standing::Ours) =
+        (&listener.path, wanted.mode, listener.standing())
+    {
         let path: &Path = path.as_ref();
         fs::set_permissions(path, fs::Permissions::from_mode(mode))
             .map_err(|error| Error::system(format!("set the mode of {}", path.display()), error))?;

@@ -1,4 +1,4 @@
-//! A path that the master has made, and removes again only as long as it is the same file.
+//! A path that the master has made, and touches again only as long as it is the same file.
 //!
 //! Somebody may have cleaned the directory, and another master may have made its own file there:
 //! that one is not ours to remove.
@@ -17,6 +17,17 @@ pub struct OwnPath {
     identity: Option<(u64, u64)>,
 }
 
+/// What has become of such a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It is as it was made.
+    Ours,
+    /// Nothing is there, or nothing that can be looked at.
+    Gone,
+    /// Somebody has put something else there.
+    Foreign,
+}
+
 impl OwnPath {
     /// What stands at `path` now, which this process has just made.
     pub fn of(path: &Path) -> Self {
@@ -26,9 +37,19 @@ impl OwnPath {
         }
     }
 
+    /// What stands there now. Sure of a socket that is still open, for its inode is not given to
+    /// another file.
+    pub fn standing(&self) -> Standing {
+        match identity(&self.path) {
+            None => Standing::Gone,
+            found if found == self.identity => Standing::Ours,
+            Some(_) => Standing::Foreign,
+        }
+    }
+
     /// Removes it, if it is still there.
     pub fn remove(&self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
+        if self.standing() == Standing::Ours {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -60,9 +81,13 @@ mod tests {
         let other = directory.path().join("other");
         fs::write(&other, "theirs").unwrap();
         fs::rename(&other, &path).unwrap();
+        assert_eq!(own.standing(), Standing::Foreign);
         own.remove();
         assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
-        OwnPath::of(&path).remove();
+        let own = OwnPath::of(&path);
+        assert_eq!(own.standing(), Standing::Ours);
+        own.remove();
         assert!(!path.exists());
+        assert_eq!(own.standing(), Standing::Gone);
     }
 }

@@ -40,6 +40,8 @@ impl Master<'_> {
         states.extend(NotifyState::monotonic_usec_now());
         self.notifier.tell(&states);
         log::info!("reload: reads the configuration");
+        // Whatever the verdict will be: without it nobody can ask.
+        self.control.renew(now());
         match self.prepare() {
             Ok(ground) => {
                 let limits = limits(&ground.settings);

@@ -1,0 +1,135 @@
+//! Sockets whose files somebody has removed, or replaced: found out and mended at a reload.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::support::{Client, Daemon, PATIENCE};
+
+const PING: &str = r#"{"in": "ping"}"#;
+
+/// A daemon that listens at `rpc.sock` besides.
+fn daemon() -> Daemon {
+    let daemon = Daemon::builder().config("[workers]\ncount = 2\n").start();
+    daemon.configure(&format!(
+        "[workers]\ncount = 2\n[[listen]]\naddress = \"{}\"\n\
+         [[listen]]\naddress = \"unix:rpc.sock\"\nmode = \"0640\"\n",
+        daemon.address()
+    ));
+    let done = daemon.command(&["reload"]);
+    assert!(done.status.success(), "{done:?}");
+    daemon
+}
+
+/// A connection to the control socket.
+fn control(path: &Path) -> UnixStream {
+    let stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// What it is answered.
+fn status(stream: &mut UnixStream) -> Value {
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).unwrap();
+    serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+}
+
+const ASK: &[u8] = b"{\"command\":\"status\"}\n";
+
+#[test]
+fn sockets_that_were_removed_are_made_again_at_a_reload_and_nobody_is_lost() {
+    let daemon = daemon();
+    let rpc = daemon.dir().join("rpc.sock");
+    let own = daemon.dir().join("control.sock");
+    let mut lasting = Client::connect_unix(&rpc);
+    lasting.call_text(PING);
+    let mut commands = vec![control(&own)];
+    let everybody = daemon.ready_workers();
+    let all = |signal| {
+        for &pid in &everybody {
+            kill(Pid::from_raw(pid), signal).unwrap();
+        }
+    };
+    // Nobody accepts: who comes now waits in the old queues.
+    all(Signal::SIGSTOP);
+    daemon.signal(Signal::SIGSTOP);
+    let mut waiting: Vec<Client> = (0..5).map(|_| Client::connect_unix(&rpc)).collect();
+    waiting.iter_mut().for_each(|client| client.send(PING));
+    commands.extend((0..5).map(|_| control(&own)));
+    for command in &mut commands {
+        command.write_all(ASK).unwrap();
+    }
+    for path in [&rpc, &own] {
+        fs::remove_file(path).unwrap();
+    }
+    daemon.signal(Signal::SIGHUP);
+    daemon.signal(Signal::SIGCONT);
+    daemon.wait_log("generation 3 serves");
+    for command in &mut commands {
+        let answer = status(command);
+        assert_eq!(answer["ok"], true, "{answer}");
+    }
+    let mut late = Client::connect_unix(&rpc);
+    assert_eq!(late.call(&json!({"in": "ping"}))["out"], "pong");
+    all(Signal::SIGCONT);
+    lasting.send(PING);
+    for client in waiting.iter_mut().chain([&mut lasting]) {
+        assert_eq!(client.recv_json()["out"], "pong");
+    }
+    assert_eq!(daemon.status()["master"]["generation"], 3);
+    let log = daemon.log();
+    for path in ["rpc.sock", "control.sock"] {
+        let told = |line: &str| line.contains("somebody has removed") && line.contains(path);
+        assert!(log.lines().any(told), "{path}: {log}");
+    }
+    let mode = |path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&rpc), mode(&own)), (0o640, 0o600));
+    // What is there is kept: the next reload makes nothing.
+    let again = daemon.command(&["reload"]);
+    assert!(again.status.success(), "{again:?}");
+    assert_eq!(daemon.log().matches("somebody has removed").count(), 2);
+}
+
+#[test]
+fn what_somebody_else_has_put_in_a_sockets_place_is_left_alone_and_named() {
+    let daemon = daemon();
+    let paths = ["rpc.sock", "control.sock"].map(|name| daemon.dir().join(name));
+    let mut lasting = Client::connect_unix(&paths[0]);
+    for path in &paths {
+        fs::remove_file(path).unwrap();
+        fs::write(path, "precious").unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o604)).unwrap();
+    }
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_log("generation 3 serves");
+    let log = daemon.log();
+    for path in &paths {
+        assert_eq!(fs::read_to_string(path).unwrap(), "precious");
+        assert_eq!(
+            fs::metadata(path).unwrap().permissions().mode() & 0o777,
+            0o604
+        );
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let told = |line: &str| line.contains("something else stands at") && line.contains(name);
+        assert!(log.lines().any(told), "{name}: {log}");
+    }
+    assert_eq!(lasting.call(&json!({"in": "ping"}))["out"], "pong");
+    for path in &paths {
+        fs::remove_file(path).unwrap();
+    }
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_log("generation 4 serves");
+    for path in &paths {
+        assert!(fs::metadata(path).unwrap().file_type().is_socket());
+    }
+    assert_eq!(daemon.status()["master"]["generation"], 4);
+    let mut late = Client::connect_unix(&paths[0]);
+    assert_eq!(late.call(&json!({"in": "ping"}))["out"], "pong");
+}
