@@ -155,6 +155,8 @@ pub fn i_am_master() {
 /// thread to be had, lines are written by whoever logs, as in the master.
 pub fn i_am_worker(slot: u16) {
     ROLE.store(i32::from(slot), Ordering::Relaxed);
+    // What the master has lost is the master's to tell.
+    LOST.store(0, Ordering::Relaxed);
     let Some(mut output) = lock_output().take() else {
         return;
     };
