@@ -194,7 +194,9 @@ fn peers_vanish() {
     });
     let took = gone.elapsed();
     println!("nothing of them is left in the kernel: {took:.2?}");
-    assert!(took <= last + WRITE + SLACK, "{took:?}");
+    // The kernel looks at TCP_USER_TIMEOUT when it would send once more, and waits twice as long for
+    // that each time.
+    assert!(took <= last + 2 * WRITE + SLACK, "{took:?}");
     sweep.assert_same(&daemon);
     elsewhere.end();
 }
