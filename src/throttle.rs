@@ -3,7 +3,9 @@
 //!
 //! One [`Throttle`] per slot and generation, so a reload starts with a clear count. It is told of
 //! deaths and forks and answers with a time; who waits for that time is not its business. It can't
-//! fail.
+//! fail. Beside it `limiter`: how often a repeated trouble may be logged.
+
+pub mod limiter;
 
 use std::collections::VecDeque;
 

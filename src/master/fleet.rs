@@ -11,11 +11,11 @@ use super::children::{Child, Holder, Seat, Table, Tenure, seat};
 use super::deaths::Deaths;
 use super::event::{Action, Event, Limits, MAX_COUNT, Millis};
 use super::leave::Leave;
-use super::limiter::Limiter;
 use super::recycle::Recycling;
 use super::reload::Reload;
 use crate::link::ids::{Generation, Pid};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
+use crate::throttle::limiter::Limiter;
 
 /// Troubles with workers: at most 18 lines in the first minute, 10 in each after that.
 const TROUBLES: (u64, Millis) = (8, 6_000);

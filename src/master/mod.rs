@@ -15,7 +15,6 @@
 //! | `recycle` | workers that have had enough: a successor first, then they drain |
 //! | `children` | the child table: who is where, in which stage |
 //! | [`deaths`] | the last deaths, and how a death is told |
-//! | `limiter` | how often a repeated trouble may be logged |
 //! | `spread` | who gives how many lasting connections to whom |
 //! | [`view`] | what `status` shows |
 //! | [`upgrade`] | another program in the same process |
@@ -30,7 +29,6 @@ pub mod fleet;
 mod keepers;
 mod leave;
 mod life;
-mod limiter;
 pub mod listeners;
 pub mod orphans;
 mod own_path;

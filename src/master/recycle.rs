@@ -18,9 +18,9 @@ use super::event::{Action, Millis, Span};
 use super::fleet::{Fleet, Phase, with_held_back};
 use super::leave::Leave;
 use super::life::pairs;
-use super::limiter::Limiter;
 use crate::link::ids::Pid;
 use crate::link::jitter;
+use crate::throttle::limiter::Limiter;
 
 /// Between two looks at the memory of workers that have a limit.
 const SAMPLES_APART: Millis = 1_000;

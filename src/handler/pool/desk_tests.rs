@@ -5,6 +5,7 @@ use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::*;
 use crate::handler::job::CallKey;
+use crate::handler::pool::life;
 use crate::handler::pool::seat::Tally;
 use crate::handler::pool::wire::{PIECE, Wire};
 use crate::handler::registry::Registry;
@@ -35,7 +36,7 @@ impl World {
             done: Vec::new(),
             registry: Arc::new(Registry::new(Vec::new())),
             name: "p".to_owned(),
-            quiet_until: 0,
+            complaints: life::seldom(),
             limit: 1 << 20,
             depth: 10,
         };

@@ -186,7 +186,7 @@ impl Pools {
                 done: Vec::new(),
                 registry: Arc::clone(registry),
                 name: pool.name.clone(),
-                quiet_until: 0,
+                complaints: life::seldom(),
                 limit: pool.limit,
                 depth: pool.depth,
             };

@@ -21,12 +21,10 @@ use crate::protocol::program::{self, Sent};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;
 use crate::throttle::Millis;
+use crate::throttle::limiter::Limiter;
 
 /// A call that has lain here for so long was not expected to.
 const STALE: Duration = Duration::from_millis(5);
-
-/// Between two lines about programs that send no answers.
-const QUIET: Millis = 10_000;
 
 /// A call for a program.
 #[derive(Debug)]
@@ -93,8 +91,8 @@ pub(super) struct Line {
     pub registry: Arc<Registry>,
     /// The pool's name.
     pub name: String,
-    /// Until when it was said often enough that a program sends no answers.
-    pub quiet_until: Millis,
+    /// How often it may be said that a program sends no answers.
+    pub complaints: Limiter,
     /// Bytes of an answer.
     pub limit: usize,
     /// Its nesting.
@@ -104,9 +102,7 @@ pub(super) struct Line {
 impl Line {
     /// Tells that a program has sent no answer, now and then.
     fn complain(&mut self, problem: &str) {
-        let now = millis(monotonic());
-        if now >= self.quiet_until {
-            self.quiet_until = now + QUIET;
+        if self.complaints.admit(millis(monotonic())).is_some() {
             log::warn!(
                 "pool {}: a program has sent a frame that is no answer: {problem}; its caller gets \
                  bad-output, the program goes on",

@@ -17,9 +17,6 @@ use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
 use crate::throttle::Millis;
 
-/// Between two lines about programs that were killed with their calls.
-const QUIET: Millis = 10_000;
-
 impl Keeper {
     /// Ends a process that is at its end, and says how.
     pub(super) fn how_it_ended(&self, mut process: Process, now: Millis) -> String {
@@ -82,11 +79,9 @@ impl Keeper {
         if what.is_empty() {
             // No fault of the program's: the caller's patience, or the operator's. Callers can cause
             // many of them.
-            let level = if now < self.quiet_until {
-                Level::Debug
-            } else {
-                self.quiet_until = now + QUIET;
-                Level::Info
+            let level = match self.kills.admit(now) {
+                Some(_) => Level::Info,
+                None => Level::Debug,
             };
             let method = method.map_or("a call", |method| self.post.registry.name(method));
             log::log!(

@@ -21,13 +21,14 @@ use crate::handler::job::Reports;
 use crate::handler::pool::Pool;
 use crate::handler::pool::boot::Boot;
 use crate::handler::pool::desk::{Order, Recall, Word};
-use crate::handler::pool::life::{Rules, Wear, millis};
+use crate::handler::pool::life::{Rules, Wear, millis, seldom};
 use crate::handler::pool::process::Process;
 use crate::handler::pool::seat::{Seat, Tally};
 use crate::handler::pool::wire::Wire;
 use crate::handler::registry::Registry;
 use crate::sys::process::monotonic;
 use crate::sys::waker::Waker;
+use crate::throttle::limiter::Limiter;
 use crate::throttle::{Millis, Throttle};
 
 /// How long a program that is replaced, or sleeps, may take to leave before it is told by SIGTERM,
@@ -106,8 +107,8 @@ pub(super) struct Keeper {
     proven: bool,
     /// The first one never came to it: the worker leaves.
     gave_up: bool,
-    /// Until when it was said often enough that a program is killed with its call.
-    quiet_until: Millis,
+    /// How often it may be said that a program is killed with its call.
+    kills: Limiter,
     /// The worker is about to leave: nothing is started any more.
     rests: bool,
     /// The worker leaves, and programs may take so long to do so.
@@ -134,7 +135,7 @@ impl Keeper {
             began: now(),
             proven: false,
             gave_up: false,
-            quiet_until: 0,
+            kills: seldom(),
             rests: false,
             closes_with: None,
         }

@@ -3,11 +3,11 @@
 //! A crash loop must not fill a disk, so what comes too often is counted instead, and the count is
 //! told with the next line (or by itself, when no other comes). It can't fail.
 
-use super::event::Millis;
+use super::Millis;
 
 /// A bucket of log lines.
 #[derive(Debug, Clone)]
-pub(super) struct Limiter {
+pub struct Limiter {
     /// One line more is allowed after each period.
     period: Millis,
     /// So many lines may come at once.
@@ -20,7 +20,7 @@ pub(super) struct Limiter {
 
 impl Limiter {
     /// `burst` lines at once, one more each `period`.
-    pub(super) fn new(burst: u64, period: Millis) -> Self {
+    pub fn new(burst: u64, period: Millis) -> Self {
         Limiter {
             period,
             burst,
@@ -30,7 +30,7 @@ impl Limiter {
     }
 
     /// A line wants to be written. `Some` allows it, and says how many before it were not.
-    pub(super) fn admit(&mut self, now: Millis) -> Option<u32> {
+    pub fn admit(&mut self, now: Millis) -> Option<u32> {
         let full_at = self.full_at.max(now) + self.period;
         if full_at - now > self.burst * self.period {
             self.held_back = self.held_back.saturating_add(1);
@@ -41,13 +41,13 @@ impl Limiter {
     }
 
     /// How many lines were held back, once there is room to say so.
-    pub(super) fn flush(&mut self, now: Millis) -> Option<u32> {
+    pub fn flush(&mut self, now: Millis) -> Option<u32> {
         self.flush_at().filter(|at| *at <= now)?;
         self.admit(now)
     }
 
     /// When [`Limiter::flush`] will have something to say.
-    pub(super) fn flush_at(&self) -> Option<Millis> {
+    pub fn flush_at(&self) -> Option<Millis> {
         let room_at = (self.full_at + self.period).saturating_sub(self.burst * self.period);
         (self.held_back > 0).then_some(room_at)
     }
