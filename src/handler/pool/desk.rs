@@ -173,35 +173,28 @@ impl Desk {
     /// Wants a program back that sleeps; tells whether it has to be started. It does not where its
     /// keeper has not heard yet that it may sleep.
     fn wake(&mut self, number: usize) -> bool {
-        self.places[number] = Place::Empty;
         let still_here =
             |(at, order): &mut (usize, Order)| *at == number && matches!(order, Order::Back(_));
-        let order =
-            if let Some((_, Order::Back(seat))) = self.leaving.extract_if(.., still_here).next() {
-                self.places[number] = Place::Taken(seat);
-                Order::Kept
-            } else {
-                Order::Start
-            };
-        let starts = matches!(order, Order::Start);
-        self.ears[number].tell(order);
-        starts
+        let back = self.leaving.extract_if(.., still_here).next();
+        if let Some((_, Order::Back(seat))) = back {
+            self.places[number] = Place::Taken(seat);
+            self.ears[number].tell(Order::Kept);
+            return false;
+        }
+        self.places[number] = Place::Empty;
+        self.ears[number].tell(Order::Start);
+        true
     }
 
     /// Answers for programs that are all down.
     fn refuse(&mut self) {
-        let down = |place: &Place| match place {
-            Place::Down(reason, due) => Some((*due, reason.clone())),
+        let down = |place| match place {
+            &Place::Down(ref reason, due) => Some((due, reason)),
             _ => None,
         };
-        if !self
-            .places
-            .iter()
-            .all(|place| matches!(place, Place::Down(..)))
-        {
-            return;
-        }
-        let Some((due, reason)) = self.places.iter().filter_map(down).min() else {
+        // None of them as soon as one is something else.
+        let downs: Option<Vec<_>> = self.places.iter().map(down).collect();
+        let Some((due, reason)) = downs.and_then(|downs| downs.into_iter().min()) else {
             return;
         };
         let left = due.saturating_sub(millis(monotonic()));
