@@ -61,17 +61,21 @@ fn leaves(mut daemon: Daemon) {
     });
 }
 
+/// A daemon with the configuration that is shipped beside the helper.
+fn with_the_helper() -> Daemon {
+    let config = format!(
+        "include = [{:?}]\n[workers]\ncount = 1\n",
+        example("python/pool.toml")
+    );
+    Daemon::builder().config(&config).start()
+}
+
 #[test]
 fn python_with_the_helper() {
     if !has("python3", &["-c", ""]) {
         return;
     }
-    // the configuration that is shipped beside it
-    let config = format!(
-        "include = [{:?}]\n[workers]\ncount = 1\n",
-        example("python/pool.toml")
-    );
-    let daemon = Daemon::builder().config(&config).start();
+    let daemon = with_the_helper();
     let mut client = daemon.client();
     for params in [
         json!(["a great day"]),
@@ -136,11 +140,7 @@ fn python_that_raises_answers_internal_and_lives() {
     if !has("python3", &["-c", ""]) {
         return;
     }
-    let config = format!(
-        "include = [{:?}]\n[workers]\ncount = 1\n",
-        example("python/pool.toml")
-    );
-    let daemon = Daemon::builder().config(&config).start();
+    let daemon = with_the_helper();
     let mut client = daemon.client();
     // a number has no words
     let error = &answer(&mut client, "score", &json!(5))["result"];

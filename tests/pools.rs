@@ -344,14 +344,7 @@ fn a_call_that_is_given_up_takes_its_program_along() {
     assert_eq!(answer["result"]["name"], "cancelled", "{answer}");
     assert_eq!(answer["result"]["started"], true, "{answer}");
     assert_eq!(client.recv_json()["result"], true);
-    let one_left = || {
-        programs
-            .iter()
-            .filter(|&&pid| process::state(pid).is_some())
-            .count()
-            == 1
-    };
-    wait_for("the end of one program", PATIENCE, one_left);
+    wait_for_the_end_of_one(&programs);
     wait_for("two again", PATIENCE, || {
         process::children(worker).len() == 2
     });
@@ -362,14 +355,15 @@ fn a_call_that_is_given_up_takes_its_program_along() {
         setting.daemon.workers()[0].running == 1
     });
     leaver.reset();
-    let one_left = || {
-        programs
-            .iter()
-            .filter(|&&pid| process::state(pid).is_some())
-            .count()
-            == 1
-    };
-    wait_for("the end of one program", PATIENCE, one_left);
+    wait_for_the_end_of_one(&programs);
+}
+
+/// Waits until one of two programs is there no more.
+fn wait_for_the_end_of_one(programs: &[i32]) {
+    wait_for("the end of one program", PATIENCE, || {
+        let there = |pid: &&i32| process::state(**pid).is_some();
+        programs.iter().filter(there).count() == 1
+    });
 }
 
 /// What a program has not read can't have begun: that is no crash of it.

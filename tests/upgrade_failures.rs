@@ -60,13 +60,16 @@ fn refused(daemon: &Daemon) -> String {
     said
 }
 
+/// A daemon that is going to refuse upgrades, and for which no more is to go wrong.
+fn to_refuse(installed: &Installed) -> Daemon {
+    let daemon = installed.daemon(CONFIG);
+    daemon.expect_log("upgrade refused").start()
+}
+
 #[test]
 fn what_can_not_take_over_is_found_by_the_probe_and_nothing_changes() {
     let installed = Installed::new();
-    let daemon = installed
-        .daemon(CONFIG)
-        .expect_log("upgrade refused")
-        .start();
+    let daemon = to_refuse(&installed);
     let before = Before::of(&daemon);
     let whole = fs::read(binary()).unwrap();
     type Put<'a> = Box<dyn Fn(&Installed) + 'a>;
@@ -153,10 +156,7 @@ fn what_can_not_take_over_is_found_by_the_probe_and_nothing_changes() {
 #[test]
 fn a_configuration_that_is_wrong_is_found_by_the_probe_too() {
     let installed = Installed::new();
-    let daemon = installed
-        .daemon(CONFIG)
-        .expect_log("upgrade refused")
-        .start();
+    let daemon = to_refuse(&installed);
     let before = Before::of(&daemon);
     daemon.configure("color = 1\n");
     let said = refused(&daemon);
