@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
@@ -263,4 +263,19 @@ fn idle_connections_are_closed_in_order_and_busy_ones_are_not() {
     println!("{calls} calls on a connection that was kept, 3 idle ones closed");
     busy.assert_closed();
     sweep.assert_same(&daemon);
+}
+
+#[test]
+fn the_time_that_a_call_takes_is_no_idle_time() {
+    let _alone = alone();
+    let config = "[limits]\nidle-timeout = \"1s\"\n[methods.sleep]\nbuiltin = \"sleep\"\n";
+    let daemon = Daemon::builder().config(config).start();
+    let mut client = daemon.client();
+    let call = json!({"in": "sleep", "params": 1.9});
+    assert_eq!(client.call(&call)["out"], "sleep");
+    let answered = Instant::now();
+    client.assert_closed();
+    let idled = answered.elapsed();
+    println!("closed {idled:.2?} after the answer");
+    assert!(idled > Duration::from_millis(500), "{idled:?}");
 }

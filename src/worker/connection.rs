@@ -106,7 +106,7 @@ pub struct Connection {
     pub noted: u32,
     /// Nothing was received yet: the first bytes may have waited long, while nobody accepted.
     pub fresh: bool,
-    /// When it last received something, in milliseconds.
+    /// When it last received or was sent something, in milliseconds.
     pub active_ms: u64,
     /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
     pub read_deadline: u64,

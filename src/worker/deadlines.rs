@@ -1,6 +1,6 @@
 //! What a worker does when time is over: for a frame, a reader, an idle peer, a call.
 
-use super::connection::{Connection, Phase};
+use super::connection::Connection;
 use super::event_loop::{EventLoop, Trouble, find};
 use super::service::millis;
 use super::timers::{CallKey, Target};
@@ -79,7 +79,7 @@ impl EventLoop {
             return;
         };
         connection.quiet_deadline = 0;
-        let since = if connection.is_at_rest() {
+        let since = if connection.is_at_rest() && floor.unsent(token) == 0 {
             connection.active_ms
         } else {
             self.service.now_ms
@@ -90,8 +90,7 @@ impl EventLoop {
             let armed = &mut connection.quiet_deadline;
             return self.service.timers.arm(armed, at, Target::Idle(token));
         }
-        connection.phase = Phase::Closing;
-        self.advance(floor, token, false);
+        self.close_rested(floor, token);
     }
 
     pub(super) fn time_out(&mut self, floor: &mut Floor, key: CallKey) {

@@ -37,10 +37,6 @@ const QUIET_MS: u64 = 10_000;
 const TICK_MS: u64 = 1000;
 const TICKS_PER_TIMEOUT: u64 = 4;
 
-/// At a stop, who has sent something within this time may have an answer unread or a call on its
-/// way, and is closed with the same care as after an error.
-pub(super) const ACTIVE_MS: u64 = 1000;
-
 /// The numbers under which descriptors other than connections are watched.
 const SIGNALS: u16 = 0;
 pub(super) const LINK: u16 = 1;
@@ -340,8 +336,9 @@ impl Driver for EventLoop {
             Completion::Ended { token } => self.ended(floor, token),
             Completion::Sent { token } => {
                 // It has taken something: the time begins anew.
-                let armed = find(&mut self.connections, token).map(|c| &mut c.write_deadline);
-                if let Some(armed) = armed {
+                if let Some(connection) = find(&mut self.connections, token) {
+                    connection.active_ms = self.service.now_ms;
+                    let armed = &mut connection.write_deadline;
                     self.service.timers.disarm(armed, Target::Write(token));
                 }
                 self.advance(floor, token, false);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use super::connection::Phase;
-use super::event_loop::{ACTIVE_MS, EventLoop, LINK};
+use super::event_loop::{EventLoop, LINK};
 use super::service::millis;
 use crate::link::channel::Received;
 use crate::link::message::{Order, Report};
@@ -111,22 +111,17 @@ impl EventLoop {
     }
 
     pub(super) fn close_resting(&mut self, floor: &mut Floor, partial: bool) {
-        let resting: Vec<(Token, u64)> = self
+        let resting: Vec<Token> = self
             .connections
             .iter()
             .flatten()
             .filter(|connection| connection.phase == Phase::Open)
             .filter(|connection| connection.is_at_rest() || (partial && connection.unanswered == 0))
             .filter(|connection| floor.unsent(connection.token) == 0)
-            .map(|connection| (connection.token, connection.active_ms))
+            .map(|connection| connection.token)
             .collect();
-        for (token, active_ms) in resting {
-            if self.service.now_ms.saturating_sub(active_ms) > ACTIVE_MS {
-                self.close(floor, token);
-            } else {
-                self.forget(token, |connection| connection.phase = Phase::Closing);
-                self.advance(floor, token, false);
-            }
+        for token in resting {
+            self.close_rested(floor, token);
         }
     }
 

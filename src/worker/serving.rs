@@ -15,6 +15,8 @@ use super::timers::Target;
 use crate::sys::event::{Floor, Token};
 use crate::sys::socket;
 
+/// Who has sent or was sent something within this time may have an answer unread or a call on its way.
+const ACTIVE_MS: u64 = 1000;
 /// How long the peer of a connection that we have ended may take to end it too (section 3).
 const LINGER_MS: u64 = 2000;
 
@@ -54,6 +56,9 @@ impl EventLoop {
         let service = &mut self.service;
         let pipeline = service.limits.pipeline;
         loop {
+            if !service.out.is_empty() {
+                connection.active_ms = service.now_ms;
+            }
             floor.send(token, &mut service.out);
             service.ledger.sent();
             let unsent = floor.unsent(token);
@@ -142,6 +147,19 @@ impl EventLoop {
             self.service.timers.disarm(armed, Target::Idle(token));
             self.service.timers.arm(armed, at, Target::Linger(token));
         }
+    }
+
+    /// Closes a connection on which all is answered and sent: with care, unless it has been silent for
+    /// so long that its client has read all that there was.
+    pub(super) fn close_rested(&mut self, floor: &mut Floor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        if self.service.now_ms.saturating_sub(connection.active_ms) > ACTIVE_MS {
+            return self.close(floor, token);
+        }
+        connection.phase = Phase::Closing;
+        self.advance(floor, token, false);
     }
 
     pub(super) fn ended(&mut self, floor: &mut Floor, token: Token) {
