@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::frame;
 use crate::support::wire::{Dialect, Wire, post};
-use crate::support::{Client, Daemon, PATIENCE, wait_for};
+use crate::support::{Client, Daemon, PATIENCE, pass, raise_descriptor_limit, wait_for};
 
 const CONFIG: &str = "
 [workers]
@@ -322,4 +322,38 @@ fn deaths(daemon: &Daemon) -> Vec<Value> {
     let output = daemon.command(&["status", "--json"]);
     let status: Value = serde_json::from_slice(&output.stdout).unwrap();
     status["deaths"].as_array().unwrap().clone()
+}
+
+#[test]
+fn a_server_that_was_paused_beyond_a_drain_hands_over_what_is_left() {
+    const CLIENTS: usize = 1500;
+    raise_descriptor_limit();
+    let config = "[workers]\ncount = 2\ndrain-timeout = \"2s\"\nheartbeat-timeout = \"30s\"\n";
+    let daemon = Daemon::builder().config(config).start();
+    let workers = daemon.ready_workers();
+    let send = |pid, signal| kill(Pid::from_raw(pid), signal).unwrap();
+    // Nobody takes up more than fits into the queue.
+    send(workers[0], Signal::SIGSTOP);
+    let mut clients: Vec<Client> = (0..CLIENTS).map(|_| daemon.client()).collect();
+    for client in &mut clients {
+        client.call(&json!({"in": "ping"}));
+    }
+    assert!(daemon.command(&["scale", "1"]).status.success());
+    wait_for("some handed over, others waiting", PATIENCE, || {
+        let workers = daemon.workers();
+        let leaving = workers.iter().find(|it| it.state == "draining");
+        leaving.is_some_and(|it| (1..CLIENTS as u64).contains(&it.connections))
+    });
+    for pid in [daemon.pid(), workers[1]] {
+        send(pid, Signal::SIGSTOP);
+    }
+    pass(Duration::from_secs(4));
+    for pid in [daemon.pid(), workers[1], workers[0]] {
+        send(pid, Signal::SIGCONT);
+    }
+    for client in &mut clients {
+        assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
+    }
+    wait_until_only_the_new_ones_are_left(&daemon);
+    assert_eq!(daemon.ready_workers(), workers[..1]);
 }

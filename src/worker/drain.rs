@@ -1,8 +1,9 @@
 //! How a worker leaves: pure, it is told the time and what is left, and says what to do.
 //!
 //! Draining, after a reload or a retirement: nothing new is accepted, the connections it has are
-//! handed over as they come to rest; after half of the time none is read any more, so that all do. Stopping: no further call begins, a connection is
-//! closed as soon as it rests. Both end with answers for whoever still waits.
+//! handed over as they come to rest; after half of the time none is read any more, so that all do.
+//! Stopping: no further call begins, a connection is closed as soon as it rests. Both end with answers
+//! for whoever still waits.
 
 /// After a stop, how long a client may take to finish a frame that it has begun.
 const PARTIAL_MS: u64 = 1000;
@@ -11,6 +12,9 @@ const LOOK_MS: u64 = 25;
 /// The master's last word comes when it takes the time to be over; the order may have come so much
 /// later than it was given.
 const LAST_WORD_MS: u64 = 1000;
+/// What a worker has left to drain in when it was paused until its time was over; the master, paused
+/// with it, waits a little longer (`GRACE_AFTER_PAUSE`).
+const GRACE_AFTER_PAUSE_MS: u64 = 800;
 /// At the end, how long the last answers may take to leave.
 const FLUSH_MS: u64 = 150;
 
@@ -53,6 +57,8 @@ pub struct Drain {
     quiet_ms: u64,
     until_ms: u64,
     next_look_ms: u64,
+    /// The master has said its last word.
+    is_hurried: bool,
 }
 
 impl Drain {
@@ -96,6 +102,14 @@ impl Drain {
             return;
         }
         self.until_ms = self.until_ms.min(now_ms);
+        self.is_hurried = true;
+    }
+
+    /// The worker was paused and goes on: what it could not hand over meanwhile it still may.
+    pub fn forgive_a_pause(&mut self, now_ms: u64) {
+        if self.hands_over() && !self.is_hurried {
+            self.until_ms = self.until_ms.max(now_ms + GRACE_AFTER_PAUSE_MS);
+        }
     }
 
     /// Leaves without another look at anything.
@@ -217,6 +231,23 @@ mod tests {
         assert_eq!(drain.step(10, 1, false, false), Step::Serve);
         drain.hurry(7500);
         assert_eq!(drain.step(7500, 1, false, false), Step::GiveUp);
+    }
+
+    #[test]
+    fn who_was_paused_beyond_the_drain_has_a_moment_to_hand_over_unless_the_master_hurries() {
+        let mut drain = Drain::default();
+        drain.drain(0, 1000);
+        let mut hurried = drain;
+        drain.forgive_a_pause(5000);
+        assert_eq!(drain.step(5000, 1, false, false), Step::Quieten);
+        assert_eq!(drain.step(5001, 1, false, false), Step::Serve);
+        let end = 5000 + GRACE_AFTER_PAUSE_MS;
+        assert_eq!(drain.step(end, 1, false, false), Step::GiveUp);
+        drain.forgive_a_pause(end);
+        assert_eq!(drain.step(end + FLUSH_MS, 1, false, false), Step::Leave);
+        hurried.hurry(5000);
+        hurried.forgive_a_pause(5000);
+        assert_eq!(hurried.step(5000, 1, false, false), Step::GiveUp);
     }
 
     #[test]

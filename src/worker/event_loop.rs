@@ -36,6 +36,8 @@ const QUIET_MS: u64 = 10_000;
 /// so far apart, and at least four in the time after which the master takes the loop for stuck.
 const TICK_MS: u64 = 1000;
 const TICKS_PER_TIMEOUT: u64 = 4;
+/// So late for a tick, this worker was paused.
+const PAUSE_MS: u64 = 1000;
 
 /// The numbers under which descriptors other than connections are watched.
 const SIGNALS: u16 = 0;
@@ -270,6 +272,10 @@ impl EventLoop {
     }
 
     fn tick(&mut self, floor: &mut Floor) {
+        if self.service.now_ms.saturating_sub(self.next_tick_ms) > PAUSE_MS && self.next_tick_ms > 0
+        {
+            self.drain.forgive_a_pause(self.service.now_ms);
+        }
         self.next_tick_ms = self.service.now_ms + self.tick_ms;
         if self.listen_deadline == 0 {
             self.resume_listening(floor);
