@@ -6,6 +6,7 @@
 //! is back where it was.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -128,6 +129,16 @@ fn logs(daemon: &Daemon) -> String {
     text
 }
 
+/// Keeps what is needed to find out about faults, until the next run.
+fn keep(log: &str, unexplained: &[String]) {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let faults = unexplained.join("\n");
+    for (name, text) in [("chaos.log", log), ("chaos-faults", &faults)] {
+        std::fs::write(dir.join(name), text).unwrap();
+    }
+    println!("the daemon's log and what is unexplained are kept in {dir:?}");
+}
+
 fn loads(daemon: &Daemon) -> Vec<(String, Load)> {
     let kinds = DIALECTS
         .into_iter()
@@ -192,6 +203,7 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
         assert!(!line.contains("panic"), "{line}");
     }
     let unexplained = chaos.ledger.unexplained(&faults, &told);
+    keep(&log, &unexplained);
     // the first of each kind, and how many there are
     let mut kinds = BTreeMap::new();
     for text in &unexplained {

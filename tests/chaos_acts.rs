@@ -172,8 +172,10 @@ impl<'a> Chaos<'a> {
         worker.is_some_and(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM).is_ok())
     }
 
+    /// Not one that was stopped for good: going on after the end of its drain, it could only refuse.
     fn stop_worker(&mut self) -> bool {
-        let Some(pid) = self.worker() else {
+        let worker = self.worker().filter(|pid| !self.ledger.is_doomed(*pid));
+        let Some(pid) = worker else {
             return false;
         };
         let stopped = kill(Pid::from_raw(pid), Signal::SIGSTOP).is_ok();

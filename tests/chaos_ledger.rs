@@ -6,7 +6,7 @@
 //! connections ended with it and how many calls were answered with `crashed`.
 
 use std::collections::{HashMap, HashSet};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::load::Fault;
 
@@ -168,6 +168,12 @@ impl Ledger {
         });
     }
 
+    /// Whether this worker is not to go on any more.
+    pub fn is_doomed(&self, pid: i32) -> bool {
+        let doomed = |it: &Ended| it.pid == pid && it.end == End::Killed;
+        self.ended.iter().any(doomed)
+    }
+
     pub fn program_killed(&mut self) {
         self.programs.push(Instant::now());
     }
@@ -238,7 +244,9 @@ impl Ledger {
         for (whose, fault) in faults {
             if !self.explains(fault, &mut budget) {
                 let before: Vec<_> = self.before(fault, LONGEST).collect();
-                unexplained.push(format!("{whose}: {fault:?} after {before:?}"));
+                let at = SystemTime::now() - fault.at.elapsed();
+                let at = humantime::format_rfc3339_millis(at);
+                unexplained.push(format!("{at} {whose}: {fault:?} after {before:?}"));
             }
         }
         unexplained
