@@ -130,11 +130,11 @@ fn logs(daemon: &Daemon) -> String {
 }
 
 /// Keeps what is needed to find out about faults, until the next run.
-fn keep(log: &str, unexplained: &[String]) {
+fn keep(log: &str, deaths: &str, unexplained: &[String]) {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let faults = unexplained.join("\n");
-    for (name, text) in [("chaos.log", log), ("chaos-faults", &faults)] {
-        std::fs::write(dir.join(name), text).unwrap();
+    for (name, text) in [("log", log), ("deaths", deaths), ("faults", &faults)] {
+        std::fs::write(dir.join(format!("chaos-{name}")), text).unwrap();
     }
     println!("the daemon's log and what is unexplained are kept in {dir:?}");
 }
@@ -203,7 +203,7 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
         assert!(!line.contains("panic"), "{line}");
     }
     let unexplained = chaos.ledger.unexplained(&faults, &told);
-    keep(&log, &unexplained);
+    keep(&log, &chaos.ledger.deaths(), &unexplained);
     // the first of each kind, and how many there are
     let mut kinds = BTreeMap::new();
     for text in &unexplained {

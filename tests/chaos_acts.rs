@@ -103,8 +103,9 @@ impl<'a> Chaos<'a> {
                     let _ = std::fs::remove_file(self.daemon.dir().join("daemon.log"));
                     self.daemon.signal(Signal::SIGUSR1);
                     // by then it is opened again
-                    let _ = self.daemon.command(&["status"]);
-                    self.ledger.was_mute(since);
+                    let status = self.daemon.command(&["status", "--json"]);
+                    let status = serde_json::from_slice(&status.stdout).unwrap_or_default();
+                    self.ledger.was_mute(since, &status);
                 }
             }
         }
@@ -278,7 +279,8 @@ impl<'a> Chaos<'a> {
         };
         let room = (64 << self.dice.roll(5)) * 1024;
         self.ledger.is_short();
-        self.ledger.ends(pid, End::Cramped, []);
+        let ports = victim::clients(pid, self.daemon.address());
+        self.ledger.ends(pid, End::Cramped, ports);
         let squeezed = self.cramp.squeeze(pid, room);
         self.soon(1000, Mend::Memory(pid));
         squeezed

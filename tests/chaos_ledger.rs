@@ -5,10 +5,13 @@
 //! of a program; and of each worker no more of them than the daemon tells: its log line says how many
 //! connections ended with it and how many calls were answered with `crashed`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime};
 
+use serde_json::Value;
+
 use crate::support::load::Fault;
+use crate::support::matching;
 
 /// How long a call may wait for what becomes of it: until a stopped worker is ended at its deadline,
 /// in a drain too, and another one has taken its connection up.
@@ -64,6 +67,8 @@ pub struct Ledger {
     short_since: Option<Instant>,
     /// When the log could not be written.
     mute: Vec<(Instant, Instant)>,
+    /// The deaths that `status` told of after that, by pid.
+    deaths: BTreeMap<i64, Value>,
     /// What was done, and when it was begun.
     done: Vec<(Instant, &'static str)>,
 }
@@ -142,11 +147,10 @@ impl Kind {
     }
 }
 
-/// What is left to be explained by.
+/// How much can be explained.
 struct Budget {
     /// Of each worker: connections, calls.
     left: HashMap<i32, (usize, usize)>,
-    programs: Vec<Instant>,
 }
 
 impl Ledger {
@@ -182,8 +186,19 @@ impl Ledger {
         self.short_since.get_or_insert_with(Instant::now);
     }
 
-    pub fn was_mute(&mut self, since: Instant) {
+    /// The log could not be written until now; what `status` says then.
+    pub fn was_mute(&mut self, since: Instant, status: &Value) {
         self.mute.push((since, Instant::now()));
+        for death in status["deaths"].as_array().into_iter().flatten() {
+            let pid = death["pid"].as_i64().unwrap_or_default();
+            self.deaths.insert(pid, death.clone());
+        }
+    }
+
+    /// What was told of deaths that the log may not tell.
+    pub fn deaths(&self) -> String {
+        let deaths = self.deaths.values();
+        deaths.map(|death| format!("{death}\n")).collect()
     }
 
     /// In one line: what was done to whom, what the daemon tells, and what clients saw.
@@ -231,60 +246,106 @@ impl Ledger {
                 left.entry(ended.pid).or_insert((held, held * DEPTH));
             }
         }
-        let programs = self.programs.clone();
-        Budget { left, programs }
+        Budget { left }
     }
 
     /// The faults that nothing explains, each with what had been done before.
     pub fn unexplained(&self, faults: &[(&str, &Fault)], told: &Told) -> Vec<String> {
-        let mut budget = self.budget(told);
+        let budget = self.budget(told);
         let mut faults = faults.to_vec();
         faults.sort_by_key(|(_, fault)| fault.at);
-        let mut unexplained = Vec::new();
-        for (whose, fault) in faults {
-            if !self.explains(fault, &mut budget) {
-                let before: Vec<_> = self.before(fault, LONGEST).collect();
+        let excused = self.excused(&faults, &budget);
+        let unexplained = faults.iter().zip(excused).filter(|(_, excused)| !excused);
+        unexplained
+            .map(|((whose, fault), _)| {
                 let at = SystemTime::now() - fault.at.elapsed();
                 let at = humantime::format_rfc3339_millis(at);
-                unexplained.push(format!("{at} {whose}: {fault:?} after {before:?}"));
-            }
-        }
-        unexplained
+                let before: Vec<_> = self.before(fault, LONGEST).collect();
+                let ends: Vec<_> = self.ends_before(fault, &budget).collect();
+                format!("{at} {whose}: {fault:?} after {before:?}, ends {ends:?}")
+            })
+            .collect()
     }
 
-    fn explains(&self, fault: &Fault, budget: &mut Budget) -> bool {
-        // First those that it has met for certain, the last one first: what others leave for those
-        // that nobody has seen is little.
-        let met = |ended: &&Ended| ended.met(fault);
-        let (seen, unseen): (Vec<_>, Vec<_>) = self
-            .ended
-            .iter()
-            .rev()
-            .filter(met)
-            .partition(|ended| ended.ports.contains(&fault.port));
-        let mut ends = seen.into_iter().chain(unseen);
-        let mut takes = |which: fn(&mut (usize, usize)) -> &mut usize| {
-            ends.any(|ended| {
-                let left = budget.left.get_mut(&ended.pid);
-                left.is_some_and(|left| take(which(left)))
-            })
-        };
-        match Kind::of(fault) {
-            Kind::Closed => takes(|left| &mut left.0),
-            Kind::Crashed => takes(|left| &mut left.1),
-            Kind::ProgramCrashed => {
-                let killed = |at: &Instant| (*at..*at + LONGEST).contains(&fault.at);
-                let index = budget.programs.iter().position(killed);
-                index.map(|index| budget.programs.remove(index)).is_some()
+    /// Tells of each fault whether something explains it; of each worker and program no more of them
+    /// than can be.
+    fn excused(&self, faults: &[(&str, &Fault)], budget: &Budget) -> Vec<bool> {
+        let mut excused: Vec<bool> = faults.iter().map(|it| self.is_plain(it.1)).collect();
+        let mut excuse = |kind: Kind, choices: &dyn Fn(&Fault) -> Vec<i32>, most| {
+            let is_of = |index: &usize| Kind::of(faults[*index].1) == kind;
+            let which: Vec<usize> = (0..faults.len()).filter(is_of).collect();
+            let claims: Vec<Vec<i32>> = which.iter().map(|it| choices(faults[*it].1)).collect();
+            for (index, met) in which.into_iter().zip(matching::met(&claims, &most)) {
+                excused[index] = met;
             }
-            Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
-            // stopped for good, and found out late: the master was stopped too, or became another
-            Kind::Late => self.ended.iter().any(|ended| {
-                let late = ended.at + TIMEOUT..ended.at + LONGEST;
-                ended.ports.contains(&fault.port) && late.contains(&fault.at)
-            }),
-            Kind::Other => false,
+        };
+        let workers = |fault: &Fault| self.met_by(fault);
+        let of = |which: fn(&(usize, usize)) -> usize| {
+            let left = budget.left.iter();
+            left.map(|(pid, left)| (*pid, which(left))).collect()
+        };
+        excuse(Kind::Closed, &workers, of(|left| left.0));
+        excuse(Kind::Crashed, &workers, of(|left| left.1));
+        let programs = |fault: &Fault| {
+            let killed = self.programs_killed_before(fault);
+            killed.map(|number| number as i32).collect()
+        };
+        let one_each = (0..self.programs.len()).map(|number| (number as i32, 1));
+        excuse(Kind::ProgramCrashed, &programs, one_each.collect());
+        excused
+    }
+
+    /// The workers whose end a connection may have met. First those that it has met for certain, the
+    /// last one first: what others leave for those that nobody has seen is little.
+    fn met_by(&self, fault: &Fault) -> Vec<i32> {
+        let met = self.ended.iter().rev().filter(|ended| ended.met(fault));
+        let (seen, unseen): (Vec<_>, Vec<_>) =
+            met.partition(|ended| ended.ports.contains(&fault.port));
+        let all = seen.into_iter().chain(unseen);
+        all.map(|ended| ended.pid).collect()
+    }
+
+    fn programs_killed_before(&self, fault: &Fault) -> impl Iterator<Item = usize> {
+        let killed = |at: &Instant| (*at..*at + LONGEST).contains(&fault.at);
+        let numbered = self.programs.iter().enumerate();
+        numbered
+            .filter(move |(_, at)| killed(at))
+            .map(|(number, _)| number)
+    }
+
+    /// Whether it is explained by what is not counted.
+    fn is_plain(&self, fault: &Fault) -> bool {
+        let is_short = self.short_since.is_some_and(|since| since <= fault.at);
+        match Kind::of(fault) {
+            Kind::Refused => is_short,
+            // Stopped for good, and found out late: the master was stopped too, or became another. Or
+            // its program was killed, and could not be started again for want of descriptors.
+            Kind::Late => {
+                let is_late = |ended: &Ended| {
+                    let late = ended.at + TIMEOUT..ended.at + LONGEST;
+                    ended.ports.contains(&fault.port) && late.contains(&fault.at)
+                };
+                self.ended.iter().any(is_late)
+                    || is_short && self.programs_killed_before(fault).next().is_some()
+            }
+            _ => false,
         }
+    }
+
+    /// Of the workers that ended in the time before a fault: pid and how, how many milliseconds
+    /// before, how many connections, whether this one was among them, and what it is good for.
+    fn ends_before(
+        &self,
+        fault: &Fault,
+        budget: &Budget,
+    ) -> impl Iterator<Item = (i32, End, u128, usize, bool, Option<(usize, usize)>)> {
+        self.ended.iter().filter_map(|ended| {
+            let since = fault.at.checked_duration_since(ended.at)?;
+            let is_in = ended.ports.contains(&fault.port);
+            let left = budget.left.get(&ended.pid).copied();
+            let (pid, end, held) = (ended.pid, ended.end, ended.ports.len());
+            (since <= LONGEST).then_some((pid, end, since.as_millis(), held, is_in, left))
+        })
     }
 
     /// What was done in so long before a fault, and how many milliseconds before.
@@ -295,13 +356,6 @@ impl Ledger {
             (since <= most).then_some((since.as_millis(), *what))
         })
     }
-}
-
-/// One less, if there is one.
-fn take(number: &mut usize) -> bool {
-    let taken = *number > 0;
-    *number = number.saturating_sub(1);
-    taken
 }
 
 #[cfg(test)]

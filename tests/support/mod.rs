@@ -15,6 +15,7 @@ pub mod installed;
 pub mod load;
 mod log;
 pub mod markdown;
+pub mod matching;
 pub mod nginx;
 mod notify;
 pub mod open_loop;
