@@ -3,9 +3,8 @@
 //!
 //! A hundred workers are killed under each kind of load, or as many as `PREFORKD_CRASHES` says.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+mod load;
+
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -15,6 +14,7 @@ use serde_json::{Value, json};
 use crate::lifecycle::Weight;
 use crate::support::wire::{DIALECTS, Wire, post};
 use crate::support::{Client, Daemon, PATIENCE, Sweep, from_environment, pass, process, wait_for};
+use load::{Load, Tally};
 
 const METHODS: &str = "
 [methods.echo]
@@ -50,125 +50,6 @@ fn wait_running(daemon: &Daemon, running: u64) -> i32 {
         found != 0
     });
     found
-}
-
-/// What became of the calls of a load.
-#[derive(Debug, Default)]
-struct Tally {
-    attempts: AtomicU64,
-    ok: AtomicU64,
-    crashed: AtomicU64,
-    /// Answers that are none of these, or not the call's.
-    wrong: AtomicU64,
-    /// Calls without an answer.
-    lost: AtomicU64,
-    closed: AtomicU64,
-    first_wrong: Mutex<String>,
-}
-
-impl Tally {
-    fn get(number: &AtomicU64) -> u64 {
-        number.load(Ordering::Relaxed)
-    }
-
-    fn add(number: &AtomicU64, more: u64) {
-        number.fetch_add(more, Ordering::Relaxed);
-    }
-}
-
-struct Load {
-    stop: Arc<AtomicBool>,
-    tally: Arc<Tally>,
-    clients: Vec<JoinHandle<()>>,
-}
-
-impl Load {
-    /// So many lasting connections with `depth` calls on their way each; with ids when there are
-    /// several. Every fourth is for a handler thread.
-    fn start(daemon: &Daemon, clients: usize, depth: u64) -> Self {
-        let (stop, tally) = (Arc::new(AtomicBool::new(false)), Arc::new(Tally::default()));
-        let address = daemon.address();
-        let clients = (0..clients)
-            .map(|_| {
-                let (stop, tally) = (Arc::clone(&stop), Arc::clone(&tally));
-                thread::spawn(move || {
-                    let mut client = Client::connect(address);
-                    let mut next = 0;
-                    while !stop.load(Ordering::Relaxed) {
-                        if !round(&mut client, next, depth, &tally) {
-                            Tally::add(&tally.closed, 1);
-                            client = Client::connect(address);
-                        }
-                        next += depth;
-                    }
-                })
-            })
-            .collect();
-        Load {
-            stop,
-            tally,
-            clients,
-        }
-    }
-
-    fn finish(self) -> Arc<Tally> {
-        self.stop.store(true, Ordering::Relaxed);
-        for client in self.clients {
-            client.join().unwrap();
-        }
-        self.tally
-    }
-}
-
-/// One round of calls; false when the connection ended.
-fn round(client: &mut Client, first: u64, depth: u64, tally: &Tally) -> bool {
-    Tally::add(&tally.attempts, depth);
-    for number in first..first + depth {
-        let method = if number.is_multiple_of(4) {
-            "sleep"
-        } else {
-            "echo"
-        };
-        let params = if number.is_multiple_of(4) {
-            json!(0.001)
-        } else {
-            json!(number)
-        };
-        let mut call = json!({"in": method, "params": params});
-        if depth > 1 {
-            call["id"] = number.into();
-        }
-        if client.try_send(&call.to_string()).is_err() {
-            Tally::add(&tally.lost, depth);
-            return false;
-        }
-    }
-    let mut expected: Vec<u64> = (first..first + depth).collect();
-    while !expected.is_empty() {
-        let Ok(answer) = client.recv() else {
-            Tally::add(&tally.lost, expected.len() as u64);
-            return false;
-        };
-        let answer: Value = serde_json::from_slice(&answer).unwrap();
-        let number = answer["id"].as_u64().unwrap_or(first);
-        let known = expected.iter().position(|&it| it == number);
-        let result = if number.is_multiple_of(4) {
-            json!(0.001)
-        } else {
-            json!(number)
-        };
-        let which = match known {
-            Some(_) if answer["result"] == result => &tally.ok,
-            Some(_) if answer["result"]["name"] == "crashed" => &tally.crashed,
-            _ => {
-                *tally.first_wrong.lock().unwrap() = answer.to_string();
-                &tally.wrong
-            }
-        };
-        Tally::add(which, 1);
-        expected.retain(|&it| it != number);
-    }
-    true
 }
 
 /// Kills one of two workers again and again under a load, and tells what it cost.

@@ -6,22 +6,24 @@
 //! line of its log that is an error, a panic or a KILL and was not announced with
 //! [`Builder::expect_log`].
 
+mod end;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Instant;
 
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::notify::Notifications;
-use super::{Client, Dir, PATIENCE, binary, log, pause, process, wait_for};
+use super::{Client, Dir, PATIENCE, binary, pause, process, wait_for};
 
 /// What a daemon keeps of the test's environment: enough to find programs, and the mark by which
 /// `tests/run` knows its own processes.
@@ -454,78 +456,5 @@ impl Daemon {
         wait_for("the end of the whole group", PATIENCE, || {
             process::members(self.pid()).is_empty()
         });
-    }
-
-    /// Stops it, whatever its log says: how it ended, and the log; or what went wrong. For tests
-    /// that make it fail.
-    pub fn end(mut self) -> Result<(ExitStatus, String), Vec<String>> {
-        let was_running = self.try_wait().is_none();
-        let mut faults = self.end_group();
-        // how it ended is the test's to judge
-        faults.retain(|fault| !was_running || !fault.starts_with("TERM should"));
-        let log = self.log();
-        self.child = None;
-        match (self.exited, faults.is_empty()) {
-            (Some(status), true) => Ok((status, log)),
-            _ => Err(faults),
-        }
-    }
-
-    /// Asks the master to stop, and ends what is left after a while. Returns what went wrong.
-    fn end_group(&mut self) -> Vec<String> {
-        let mut faults = Vec::new();
-        let group = Pid::from_raw(self.pid());
-        let was_running = self.try_wait().is_none();
-        if was_running {
-            // a stopped master could not even stop
-            let _ = kill(group, Signal::SIGTERM);
-            let _ = kill(group, Signal::SIGCONT);
-        }
-        let end = Instant::now() + PATIENCE;
-        while (self.try_wait().is_none() || !process::members(group.as_raw()).is_empty())
-            && Instant::now() < end
-        {
-            pause();
-        }
-        let left = process::members(group.as_raw());
-        if !left.is_empty() {
-            faults.push(format!(
-                "still there {PATIENCE:?} after TERM, so killed: {left:?}"
-            ));
-            let _ = killpg(group, Signal::SIGKILL);
-        }
-        if let Some(child) = &mut self.child {
-            self.exited = child.wait().ok();
-        }
-        match self.exited {
-            Some(status) if was_running && !status.success() => faults.push(format!(
-                "TERM should end it with code 0, but: code {:?}, signal {:?}",
-                status.code(),
-                status.signal()
-            )),
-            _ => {}
-        }
-        faults
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if self.child.is_none() {
-            return;
-        }
-        let mut faults = self.end_group();
-        let text = self.log();
-        for line in log::unexpected(&text, &self.builder.expected) {
-            faults.push(format!("unexpected in the log: {line}"));
-        }
-        for line in log::missing(&text, &self.builder.expected) {
-            faults.push(format!("expected in the log, and never came: {line}"));
-        }
-        if std::thread::panicking() {
-            eprintln!("the daemon's log:\n{text}\nand at its end: {faults:#?}");
-        } else if !faults.is_empty() {
-            panic!("the daemon's log:\n{text}\nbut: {faults:#?}");
-        }
     }
 }

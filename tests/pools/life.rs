@@ -1,0 +1,367 @@
+//! The life of a program: what it is given, when it is ready, how it is replaced, and its end.
+
+use nix::sys::signal::Signal;
+
+use super::*;
+
+#[test]
+fn a_program_inherits_nothing_but_its_calls() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let daemon = Daemon::builder()
+        .config(&config(&program, "", "", ""))
+        .env("SECRET_X", "secret")
+        .start();
+    let mut client = daemon.client();
+    let found = result(&mut client, "environment", &Value::Null);
+    let lines = found[0].as_array().unwrap();
+    let is_python = |line: &&Value| !line.as_str().unwrap().starts_with("LC_CTYPE=");
+    let lines: Vec<&Value> = lines.iter().filter(is_python).collect();
+    assert_eq!(lines.len(), 1, "{found}");
+    let call = format!("PREFORKD_CALL={}.", daemon.ready_workers()[0]);
+    assert!(lines[0].as_str().unwrap().starts_with(&call), "{found}");
+    // Python itself ignores SIGPIPE and SIGXFSZ
+    assert_eq!(
+        found[1],
+        json!(["SigBlk:\t0000000000000000", "SigIgn:\t0000000001001000"])
+    );
+    assert_eq!(found[2], json!([0, 1, 2, 3]));
+    assert_eq!(found[3], "/");
+}
+
+#[test]
+fn a_program_that_says_when_it_is_ready_is_waited_for() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let daemon = Daemon::builder()
+        .config(&config(
+            &program,
+            "ready",
+            "",
+            "ready = \"message\"\nprocesses = 2",
+        ))
+        .start();
+    let mut client = daemon.client();
+    assert_eq!(result(&mut client, "echo", &json!(1)), 1);
+    assert_eq!(result(&mut client, "asked", &Value::Null), 2);
+    // and one that says so unasked is believed all the same
+    let daemon = Daemon::builder()
+        .config(&config(&program, "ready", "", ""))
+        .start();
+    let mut client = daemon.client();
+    for n in 0..3 {
+        assert_eq!(result(&mut client, "echo", &json!(n)), n);
+    }
+}
+
+#[test]
+fn a_start_fails_with_the_reason_when_a_program_cant_start() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let start = |config: &str| {
+        let began = Instant::now();
+        let failure = Daemon::builder()
+            .config(config)
+            .try_start()
+            .map(|_| ())
+            .unwrap_err();
+        println!("refused after {:?}", began.elapsed());
+        assert_ne!(failure.code, Some(0));
+        failure.log
+    };
+    let waits = "ready = \"message\"";
+    let log = start(&config(&dir.join("missing.py"), "", "", waits));
+    assert!(
+        log.contains("the program of the pool p has left with exit code 2 before it was ready"),
+        "{log}"
+    );
+    // and the program's own words beside it
+    assert!(log.contains("missing.py"), "{log}");
+    let silent = "ready = \"message\"\nboot-timeout = \"300ms\"";
+    let log = start(&config(&program, "", "", silent));
+    assert!(
+        log.contains("has not sent {\"out\": \"ready\"} on descriptor 3 within 300ms"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_reload_to_a_program_that_cant_start_changes_nothing() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let setting = setting("", "", &["before it was ready", "can't open file"]);
+    let mut client = setting.daemon.client();
+    let before = pid(&mut client);
+    setting.daemon.configure(&config(
+        &dir.join("missing.py"),
+        "",
+        "",
+        "ready = \"message\"",
+    ));
+    let reload = setting.daemon.command(&["reload"]);
+    assert!(!reload.status.success());
+    let said = String::from_utf8_lossy(&reload.stderr).into_owned();
+    assert!(
+        said.contains("exit code 2 before it was ready") && said.contains("can't open file"),
+        "{said}"
+    );
+    assert_eq!(pid(&mut client), before);
+    // and a good one brings new programs, and ends the old ones
+    setting
+        .daemon
+        .configure(&config(&program, "", "", "processes = 2"));
+    let reload = setting.daemon.command(&["reload"]);
+    assert!(reload.status.success(), "{reload:?}");
+    wait_for("a new program's answers", PATIENCE, || {
+        pid(&mut client) != before
+    });
+    wait_for("the end of the old program", PATIENCE, || {
+        process::state(before).is_none()
+    });
+}
+
+#[test]
+fn a_worker_whose_programs_are_not_ready_lets_nobody_in() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let setting = setting("", "", &[]);
+    let slow = config(&program, "slow", "", "ready = \"message\"");
+    setting.daemon.configure(&slow);
+    std::thread::scope(|scope| {
+        let reload = scope.spawn(|| setting.daemon.command(&["reload"]));
+        wait_for("a worker that starts", PATIENCE, || {
+            setting
+                .daemon
+                .workers()
+                .iter()
+                .any(|it| it.state == "starting")
+        });
+        let mut longest = Duration::ZERO;
+        let mut calls = 0;
+        while setting
+            .daemon
+            .workers()
+            .iter()
+            .any(|it| it.state == "starting")
+        {
+            let began = Instant::now();
+            let mut client = setting.daemon.client();
+            assert_eq!(result(&mut client, "echo", &json!(calls)), calls);
+            longest = longest.max(began.elapsed());
+            calls += 1;
+        }
+        println!("{calls} new clients during a start of 1.5 s: at most {longest:?} each");
+        assert!(reload.join().unwrap().status.success());
+        assert!(
+            calls > 3 && longest < Duration::from_secs(1),
+            "{calls} {longest:?}"
+        );
+    });
+}
+
+#[test]
+fn a_program_that_keeps_dying_is_throttled_and_its_calls_are_told() {
+    let setting = setting(
+        "",
+        "respawn-burst = 1\nrespawn-max-delay = \"400ms\"",
+        &["young deaths in a row"],
+    );
+    let mut client = setting.daemon.client();
+    let is_refused = |answer: &Value| {
+        let error = &answer["result"];
+        assert_eq!(error["name"], "crashed", "{answer}");
+        let is_refused = error["started"] == false;
+        if is_refused {
+            // told at once, safe to send again
+            assert!(answer.to_string().contains("exit code 1"), "{answer}");
+        }
+        is_refused
+    };
+    wait_for("a refusal", PATIENCE, || {
+        is_refused(&call(&mut client, "leave", &json!(1)))
+    });
+    wait_for("a recovery", PATIENCE, || {
+        let answer = call(&mut client, "echo", &json!(1));
+        answer["out"] == "echo" || !is_refused(&answer)
+    });
+}
+
+#[test]
+fn an_idle_program_is_ended_and_the_next_call_starts_another() {
+    let setting = setting("", "idle-timeout = \"200ms\"\nprocesses = 2", &[]);
+    let worker = setting.daemon.ready_workers()[0];
+    let mut client = setting.daemon.client();
+    let before = pid(&mut client);
+    wait_for("no program", PATIENCE, || {
+        process::children(worker).is_empty()
+    });
+    assert_ne!(pid(&mut client), before);
+    assert_eq!(process::children(worker).len(), 1, "one call, one program");
+}
+
+#[test]
+fn programs_are_recycled_and_the_fresh_one_is_ready_first() {
+    for (keys, method, params) in [
+        ("max-calls = 10", "pid", Value::Null),
+        ("max-lifetime = \"300ms\"", "pid", Value::Null),
+        ("max-memory = \"60MiB\"", "grow", json!(100_000_000)),
+    ] {
+        let setting = setting("", keys, &[]);
+        let worker = setting.daemon.ready_workers()[0];
+        let mut client = setting.daemon.client();
+        let first = pid(&mut client);
+        let mut calls = 0;
+        wait_for(&format!("another program, by {keys}"), PATIENCE, || {
+            let answer = call(&mut client, method, &params);
+            assert_eq!(answer["out"], method, "{answer}");
+            calls += 1;
+            assert!(process::children(worker).len() <= 3);
+            pid(&mut client) != first
+        });
+        let key = keys.split(' ').next().unwrap();
+        setting
+            .daemon
+            .wait_log(&format!("is replaced, as {key} says"));
+        wait_for("the end of the first", PATIENCE, || {
+            process::state(first).is_none()
+        });
+        println!("{keys}: replaced after {calls} calls, none lost");
+    }
+}
+
+#[test]
+fn a_slow_pool_and_busy_threads_keep_each_other_waiting_for_nothing() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", PROGRAM);
+    let mut text = config(&program, "", "threads = 1", "");
+    text += "[methods.sleep]\nbuiltin = \"sleep\"\n[methods.plain]\nbuiltin = \"echo\"\n\
+             [limits]\nqueue = 5\n";
+    let daemon = Daemon::builder().config(&text).start();
+    let mut client = daemon.client();
+    // the pool is full: one runs, five wait, and one more stands ready
+    for id in 0..12 {
+        client.send(&json!({"in": "nap", "params": 0.3, "id": id}).to_string());
+    }
+    let refused = client.recv_json();
+    assert_eq!(refused["result"]["name"], "overloaded", "{refused}");
+    assert_eq!(refused["result"]["started"], false, "{refused}");
+    let began = Instant::now();
+    let mut other = daemon.client();
+    for n in 0..50 {
+        assert_eq!(
+            other.call(&json!({"in": "plain", "params": n}))["result"],
+            n
+        );
+    }
+    let beside = began.elapsed();
+    for _ in 1..12 {
+        client.recv_json();
+    }
+    // the one thread is busy
+    other.send(r#"{"in": "sleep", "params": 2}"#);
+    wait_for("the sleep", PATIENCE, || daemon.workers()[0].running == 1);
+    let began = Instant::now();
+    for n in 0..50 {
+        assert_eq!(result(&mut client, "echo", &json!(n)), n);
+    }
+    println!(
+        "50 calls of threads beside a full pool: {beside:?}; the other way round: {:?}",
+        began.elapsed()
+    );
+    assert!(beside < Duration::from_millis(300) && began.elapsed() < Duration::from_millis(1500));
+}
+
+#[test]
+fn a_stop_and_a_reload_let_the_running_call_finish() {
+    let mut setting = setting("", "", &[]);
+    let mut client = setting.daemon.client();
+    let before = pid(&mut client);
+    client.send(r#"{"in": "nap", "params": 0.7}"#);
+    wait_for("the nap", PATIENCE, || {
+        setting.daemon.workers()[0].running == 1
+    });
+    assert!(setting.daemon.command(&["reload"]).status.success());
+    assert_eq!(client.recv_json()["result"], 0.7);
+    wait_for("the end of the old program", PATIENCE, || {
+        process::state(before).is_none()
+    });
+    let last = pid(&mut client);
+    client.send(r#"{"in": "nap", "params": 0.6}"#);
+    wait_for("the nap", PATIENCE, || {
+        setting
+            .daemon
+            .workers()
+            .iter()
+            .any(|worker| worker.running == 1)
+    });
+    setting.daemon.signal(Signal::SIGTERM);
+    assert_eq!(client.recv_json()["result"], 0.6);
+    assert!(setting.daemon.wait_exit().success());
+    setting.daemon.wait_group_gone();
+    assert!(process::state(last).is_none());
+}
+
+/// The bar: each call answered, none wrong, `crashed` for those that ran, nothing left.
+#[test]
+fn ten_thousand_calls_to_programs_that_die_at_random() {
+    const CALLS: usize = 10_000;
+    const CLIENTS: usize = 8;
+    let setting = setting(
+        "",
+        "processes = 4\nrespawn-max-delay = \"0s\"",
+        &["while it ran maybe", "SIGKILL"],
+    );
+    let worker = setting.daemon.ready_workers()[0];
+    let began = Instant::now();
+    let threads: Vec<_> = (0..CLIENTS)
+        .map(|client| {
+            let mut connection = setting.daemon.client();
+            std::thread::spawn(move || {
+                let (mut right, mut crashed) = (0, 0);
+                for n in 0..CALLS / CLIENTS {
+                    let params = json!([client, n, "x".repeat(n % 200)]);
+                    let answer = call(&mut connection, "maybe", &params);
+                    if answer["out"] == "maybe" {
+                        assert_eq!(answer["result"], params);
+                        right += 1;
+                    } else {
+                        assert_eq!(answer["result"]["name"], "crashed", "{answer}");
+                        assert_eq!(answer["result"]["started"], true, "{answer}");
+                        crashed += 1;
+                    }
+                }
+                (right, crashed)
+            })
+        })
+        .collect();
+    let (mut right, mut crashed, mut zombies) = (0, 0, 0);
+    for thread in threads {
+        while !thread.is_finished() {
+            zombies = zombies.max(process::zombies(worker).len());
+            std::thread::yield_now();
+        }
+        let (its_right, its_crashed) = thread.join().unwrap();
+        right += its_right;
+        crashed += its_crashed;
+    }
+    let took = began.elapsed();
+    let deaths = setting.daemon.log().matches("while it ran maybe").count();
+    wait_for("four programs, no zombie", PATIENCE, || {
+        process::children(worker).len() == 4 && process::zombies(worker).is_empty()
+    });
+    println!(
+        "{CALLS} calls in {took:?}: {right} right, 0 wrong, {crashed} crashed by {deaths} deaths; \
+         zombies: at most {zombies} at a look, 0 at the end"
+    );
+    assert_eq!(right + crashed, CALLS);
+    assert_eq!(crashed, deaths);
+    assert!(crashed > 100, "{crashed}");
+    assert!(zombies <= 4);
+    let Setting {
+        mut daemon,
+        dir: _dir,
+    } = setting;
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_exit();
+    daemon.wait_group_gone();
+}
