@@ -1,9 +1,13 @@
 //! `call`: where its params come from, in which form it calls, and what its exit code tells.
 
 use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{Daemon, Dir, binary, example};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{Daemon, Dir, PATIENCE, binary, example, wait_for};
 
 const WITH_SLEEP: &str = "
 [workers]
@@ -88,6 +92,39 @@ fn the_exit_code_tells_what_went_wrong() {
         assert!(stderr.contains(told), "{words:?}: {stderr}");
         assert_eq!(stderr.is_empty(), code == 0, "{words:?}: {stderr}");
         assert_eq!(output.stdout.is_empty(), code != 0, "{words:?}");
+    }
+}
+
+#[test]
+fn who_ends_a_call_or_a_map_by_a_signal_has_cancelled_what_runs() {
+    let config = "
+[methods.nap]
+command = [\"sleep\", \"4712\"]
+stdin = \"none\"
+timeout = \"30s\"
+";
+    let daemon = Daemon::builder().config(config).start();
+    let running = |count: u64| {
+        let workers = daemon.workers();
+        workers.iter().map(|worker| worker.running).sum::<u64>() == count
+    };
+    for (command, calls) in [("call", 1), ("map", 2)] {
+        for signal in [Signal::SIGINT, Signal::SIGTERM] {
+            let mut child = Command::new(binary())
+                .args([command, "nap", "--address", &daemon.address().to_string()])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            // The input stays open, as a terminal does.
+            let mut stdin = child.stdin.take().unwrap();
+            let _ = stdin.write_all(b"1\n2\n");
+            wait_for("its calls to run", PATIENCE, || running(calls));
+            kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+            assert_eq!(child.wait().unwrap().signal(), Some(signal as i32));
+            wait_for("no call to run any more", PATIENCE, || running(0));
+        }
     }
 }
 

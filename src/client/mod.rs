@@ -11,7 +11,8 @@
 //! [`Client`] sends each call with one write and waits for its answer. It does not reconnect and
 //! repeats nothing: whether a call may be sent again is told by the error
 //! ([`ClientError::is_safe_to_repeat`]), and decided by the caller. After any error but a refusal the
-//! connection is closed, for an answer that comes late must not be taken for the next call's.
+//! connection is closed, for an answer that comes late must not be taken for the next call's. The
+//! server cancels the call then, as it does when this process ends in the middle of it.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -168,6 +169,8 @@ impl Client {
     /// there.
     pub fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
         let stream = Stream::connect(address, timeout)?;
+        // From the beginning, as no signal that ends this process waits for a destructor.
+        stream.forsakes(true);
         Ok(Client {
             stream: Some(stream),
             inbox: Vec::new(),
@@ -274,6 +277,15 @@ impl Client {
         match (error.kind(), self.timeout) {
             (io::ErrorKind::TimedOut, Some(limit)) => ClientError::TimedOut(limit),
             _ => ClientError::Gone(error),
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // Kept, so it is at rest: there is no call to be given up.
+        if let Some(stream) = &self.stream {
+            stream.forsakes(false);
         }
     }
 }

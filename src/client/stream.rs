@@ -82,6 +82,15 @@ impl Stream {
         };
     }
 
+    /// Whether its end, when it is closed or this process is, tells the server that nobody waits for
+    /// an answer any more: a mere end could be that of a client that has said all it had to say. On
+    /// a unix socket each end of a process tells so.
+    pub(super) fn forsakes(&self, forsakes: bool) {
+        if let Stream::Tcp(tcp) = self {
+            socket::reset_when_closed(tcp, forsakes);
+        }
+    }
+
     /// Whether the server has closed it while nobody looked.
     pub(super) fn has_ended(&self) -> bool {
         match self {

@@ -196,6 +196,17 @@ pub fn peer_user(fd: &impl AsFd) -> io::Result<u32> {
     Ok(getsockopt(fd, sockopt::PeerCredentials)?.uid())
 }
 
+/// Has a connection reset, or else merely ended, when its last descriptor is closed, by whomever:
+/// the end of a process closes it, too (SO_LINGER, socket(7)).
+pub fn reset_when_closed(fd: &impl AsFd, reset: bool) {
+    let at_once = libc::linger {
+        l_onoff: reset.into(),
+        l_linger: 0,
+    };
+    // Refused by what is no TCP socket, which just ends.
+    let _ = setsockopt(fd, sockopt::Linger, &at_once);
+}
+
 /// Whether a connection that has nothing to say was ended by its peer, or broken. What it has to
 /// say stays where it is.
 pub fn has_ended(fd: &impl AsFd) -> bool {

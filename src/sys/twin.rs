@@ -151,17 +151,6 @@ fn queued(fd: &impl AsFd, which: libc::Ioctl) -> Option<u64> {
     (done == 0).then(|| u64::try_from(bytes).ok()).flatten()
 }
 
-/// Has a connection reset, and not merely ended, when its last descriptor is closed.
-pub fn reset_when_closed(fd: &impl AsFd) {
-    use nix::sys::socket::{setsockopt, sockopt};
-    let at_once = libc::linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
-    // Refused by what is no TCP socket, which just ends.
-    let _ = setsockopt(fd, sockopt::Linger, &at_once);
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

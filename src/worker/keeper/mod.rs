@@ -25,7 +25,7 @@ use crate::link::handoff::{self, AdoptionQueue, is_full};
 use crate::sys::event::Owed;
 use crate::sys::event::witness::{Coming, Moment, RECEIVE_BUFFER, Seat};
 use crate::sys::process::{Fork, exit_now, monotonic};
-use crate::sys::socket::Bound;
+use crate::sys::socket::{Bound, reset_when_closed};
 use crate::sys::{descriptor, twin};
 use judge::{Fate, Held, Receiving, Sending, Unanswered};
 
@@ -174,7 +174,7 @@ fn take_over(
 /// Its client is told that nobody knows any more what it has sent and got.
 fn reset(boot: &Boot<'_>, socket: &OwnedFd) {
     count(&boot.record.reset, 1);
-    twin::reset_when_closed(socket);
+    reset_when_closed(socket, true);
 }
 
 /// Places that are taken, with the number of the descriptor of each.
