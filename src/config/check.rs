@@ -64,10 +64,7 @@ impl Check<'_> {
         if value >= least && value <= LONGEST {
             return Ok(value);
         }
-        let remedy = match value > LONGEST {
-            true => format!("give {} at most", Span(LONGEST)),
-            false => format!("give {} at least", Span(least)),
-        };
+        let remedy = format!("give {} to {}", Span(least), Span(LONGEST));
         Err(self
             .places
             .error(key, format!("{} is out of range", Span(value)), remedy))
@@ -80,7 +77,7 @@ impl Check<'_> {
             return Ok(delay);
         }
         let problem = format!("{} is shorter than the first delay, 100ms", Span(delay));
-        let remedy = "give 100ms or more, or \"0s\" for no throttle";
+        let remedy = format!("give 100ms to {}, or \"0s\" for no throttle", Span(LONGEST));
         Err(self.places.error(key, problem, remedy))
     }
 
@@ -90,7 +87,7 @@ impl Check<'_> {
             return Ok(word);
         }
         let remedy = match nearest(&value.to_ascii_lowercase(), words) {
-            Some(near) => format!("did you mean {near:?}?"),
+            Some(near) => format!("did you mean {near:?}? Known are {}", words.join(", ")),
             None => format!("take one of {}", words.join(", ")),
         };
         Err(self

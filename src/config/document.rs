@@ -186,6 +186,11 @@ impl Places<'_> {
         self.files.place(place.value.start).map(|(path, _)| path)
     }
 
+    /// Where the value of `key` stands, as an error names it.
+    pub fn name(&self, key: &str) -> Option<String> {
+        self.files.name(self.keys.get(key)?.value.start)
+    }
+
     /// An error about `key`: at its value, at the table that lacks it, or at no position.
     pub fn error(&self, key: &str, problem: impl Into<String>, remedy: impl Into<String>) -> Error {
         let mut known = key;
@@ -336,7 +341,7 @@ fn merge<'a>(files: &Files, path: &str, into: &mut DeTable<'a>, from: DeTable<'a
             into.insert(key, value);
             continue;
         };
-        let first = files.place(first.span().start);
+        let first = files.name(first.span().start);
         let present = into.get_mut(key.get_ref().as_ref());
         match (present.map(Spanned::get_mut), value.into_inner()) {
             (Some(DeValue::Table(into)), DeValue::Table(from)) => merge(files, &path, into, from)?,
@@ -344,9 +349,7 @@ fn merge<'a>(files: &Files, path: &str, into: &mut DeTable<'a>, from: DeTable<'a
                 from.into_iter().for_each(|element| into.push(element));
             }
             _ => {
-                let other = first.map_or_else(String::new, |(file, at)| {
-                    format!("{}:{}:{}", file.display(), at.line, at.column)
-                });
+                let other = first.unwrap_or_default();
                 return Err(files.error(
                     key.span().start,
                     &path,

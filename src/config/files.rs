@@ -91,14 +91,25 @@ impl Files {
             Some(error) => {
                 let span = error.span().unwrap_or_default();
                 let at = file.start + span.start;
-                Err(match (error.message(), file.text.get(span)) {
-                    ("duplicate key", Some(key)) => {
-                        self.error(at, key, "it is set twice", "keep one of the two")
-                    }
+                Err(match (error.message(), file.text.get(span.clone())) {
+                    ("duplicate key", Some(key)) => match header_at(&file.text, span.start) {
+                        Some(table) => self.second_header(file, at, table),
+                        None => self.error(at, key, "it is set twice", "keep one of the two"),
+                    },
                     (message, _) => self.error(at, "", format!("this is no TOML: {message}"), ""),
                 })
             }
         }
+    }
+
+    /// The error about the header of a `table` that is there already.
+    fn second_header(&self, file: &File, at: usize, table: &str) -> Error {
+        let mut before = file.text[..at - file.start].lines();
+        let problem = match before.position(|line| header(line) == Some(table)) {
+            Some(first) => format!("this table has a header in line {} already", first + 1),
+            None => "this table has keys above already".into(),
+        };
+        self.error(at, table, problem, "put all its keys below one header")
     }
 
     /// The text between two bytes of one file.
@@ -119,6 +130,12 @@ impl Files {
             offset -= 1;
         }
         Some((&file.path, position(&file.text[..offset])))
+    }
+
+    /// The byte `at` as an error names it, for one that speaks of another place than its own.
+    pub fn name(&self, at: usize) -> Option<String> {
+        let (path, at) = self.place(at)?;
+        Some(format!("{}:{}:{}", path.display(), at.line, at.column))
     }
 
     /// An error about `key` at the byte `at`.
@@ -207,6 +224,20 @@ fn includes(table: &DeTable<'_>) -> Vec<(usize, String)> {
             _ => None,
         })
         .collect()
+}
+
+/// The table whose header the byte `at` is in.
+fn header_at(text: &str, at: usize) -> Option<&str> {
+    let start = text[..at].rfind('\n').map_or(0, |newline| newline + 1);
+    header(text[start..].lines().next()?)
+}
+
+/// The table whose header a line is.
+fn header(line: &str) -> Option<&str> {
+    let inner = line.trim_start().strip_prefix('[')?;
+    let (table, _) = inner.trim_start_matches('[').split_once(']')?;
+    // A line of a value may begin like this, too.
+    (!table.contains(['=', '{'])).then(|| table.trim())
 }
 
 /// The position just behind `before`, the text that precedes it.

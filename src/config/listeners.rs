@@ -41,8 +41,12 @@ pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<Listen>> {
     };
     for (index, listen) in listeners.iter().enumerate() {
         let mut before = listeners[..index].iter();
-        if before.any(|other| other.address == listen.address) {
-            let problem = format!("there is another listener at {}", listen.address);
+        if let Some(first) = before.position(|other| other.address == listen.address) {
+            let mut problem = format!("there is another listener at {}", listen.address);
+            let first = check.places.name(&format!("listen[{first}].address"));
+            if let Some(place) = first.filter(|_| options.is_empty()) {
+                problem += &format!(", in {place}");
+            }
             return Err(error(
                 check,
                 index,

@@ -138,6 +138,10 @@ fn arguments(
         let problem = format!("there is no program {}", program.display());
         return error(problem, "install it, or correct the path");
     }
+    if program.is_dir() {
+        let problem = format!("{} is a directory", program.display());
+        return error(problem, "name a program in it");
+    }
     if !is_executable(&program) {
         let problem = format!("{} is not executable", program.display());
         return error(problem, "make it so with chmod +x, or name another one");
@@ -219,11 +223,11 @@ fn rlimits(key: &str, raw: &RawRlimits, check: &Check<'_>) -> Result<Rlimits> {
         }
     };
     let memory = raw.memory.map(|Size(bytes)| bytes);
-    if memory.is_some_and(|bytes| !(MIB..=i64::MAX as u64).contains(&bytes)) {
+    if let Some(bytes) = memory.filter(|bytes| !(MIB..=i64::MAX as u64).contains(bytes)) {
         return Err(check.places.error(
             &join(key, "memory"),
-            "no program starts with so little, and no machine has more than 8EiB",
-            "give 1MiB at least",
+            format!("{} is out of range", Size(bytes)),
+            "give 1MiB to less than 8EiB (no program starts with less, and no machine has more)",
         ));
     }
     Ok(Rlimits {

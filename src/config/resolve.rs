@@ -28,6 +28,8 @@ const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
 /// Of `max-memory` and `max-lifetime`, where they are set: below it, a worker would do little else
 /// than start.
 const LEAST_MEMORY: u64 = 1 << 20;
+/// What is meant to be more is meant to be no limit.
+const MOST_MEMORY: u64 = 1 << 50;
 const SHORTEST_LIFETIME: Duration = Duration::from_secs(1);
 
 const OWN_PATH: &str = "give each a path of its own";
@@ -140,13 +142,15 @@ fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
     let workers = &raw.workers;
     if let Some(events) = &workers.events {
         let key = "workers.events";
-        if check.choice(key, events, &["auto", "epoll", "io_uring"])? == "io_uring" {
+        if events == "io_uring" {
             return Err(check.places.error(
                 key,
                 "\"io_uring\" is not supported yet",
                 "take \"auto\" or \"epoll\"",
             ));
         }
+        // Without it: what is suggested must not be refused at the next attempt.
+        check.choice(key, events, &["auto", "epoll"])?;
     }
     Ok(())
 }
@@ -309,13 +313,17 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
 /// Zero is no limit; less than any worker has from its start on would recycle without end.
 fn max_memory(check: &Check<'_>, raw: &RawWorkers) -> Result<u64> {
     let Size(bytes) = raw.max_memory.unwrap_or(Size(0));
-    if bytes == 0 || (LEAST_MEMORY..=1 << 50).contains(&bytes) {
+    if bytes == 0 || (LEAST_MEMORY..=MOST_MEMORY).contains(&bytes) {
         return Ok(bytes);
     }
     Err(check.places.error(
         "workers.max-memory",
         format!("{} is out of range", Size(bytes)),
-        "give 1MiB or more, or \"0\" for no limit",
+        format!(
+            "give {} to {}, or \"0\" for no limit",
+            Size(LEAST_MEMORY),
+            Size(MOST_MEMORY)
+        ),
     ))
 }
 

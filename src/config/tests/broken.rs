@@ -141,8 +141,8 @@ fn errors_of_included_files_name_the_right_file() {
     let listen = b"[[listen]]\naddress = \"127.0.0.1:1\"";
     assert_eq!(
         error_of(&[main, ("d/1.toml", listen), ("d/2.toml", listen)]),
-        "d/2.toml:2:11: listen[1].address: there is another listener at 127.0.0.1:1; give each an \
-         address of its own"
+        "d/2.toml:2:11: listen[1].address: there is another listener at 127.0.0.1:1, in \
+         d/1.toml:2:11; give each an address of its own"
     );
 }
 
