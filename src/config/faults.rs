@@ -1,8 +1,9 @@
 //! All that is wrong with a configuration, not only what is found first.
 //!
 //! What was refused is taken out and the rest is judged again, as if it had not been written, until
-//! nothing is refused any more. It ends early behind a fault by which others are judged (a drain
-//! timeout, the user, syntax), for what would be said of those might not be true.
+//! nothing is refused any more. Behind a fault by which others are judged (a drain timeout, the user, a
+//! misspelt table) only unknown keys and wrong types are told, for what would be said of values might not
+//! be true; behind one of syntax, nothing.
 
 use std::collections::BTreeSet;
 
@@ -36,18 +37,25 @@ pub(super) fn settings_or_faults(
     let places = document::places(files);
     let mut faults = Vec::new();
     let mut without = BTreeSet::new();
+    // Whether all is there by which others are judged.
+    let mut complete = true;
     while faults.len() < MOST {
-        let outcome = document::parse_without(files, &without)
-            .and_then(|(raw, places)| resolve::resolve(&raw, &places, overrides, here));
-        let error = match outcome {
-            Ok(settings) if faults.is_empty() => return Ok(settings),
-            Ok(_) => break,
-            Err(error) => error,
+        let (error, is_of_form) = match document::parse_without(files, &without) {
+            Err(error) => (error, true),
+            Ok(_) if !complete => break,
+            Ok((raw, places)) => match resolve::resolve(&raw, &places, overrides, here) {
+                Ok(settings) if faults.is_empty() => return Ok(settings),
+                Ok(_) => break,
+                Err(error) => (error, false),
+            },
         };
-        let culprit = places
-            .as_ref()
-            .ok()
-            .and_then(|places| culprit(&error, places));
+        let places = places.as_ref().ok();
+        let mut culprit = places.and_then(|places| culprit(&error, places));
+        if culprit.is_none() && is_of_form {
+            // Keys and types are judged by nothing but the form, so theirs can still be told.
+            complete = false;
+            culprit = places.and_then(|places| named(&error, places));
+        }
         let is_last = culprit.is_none();
         // One that is refused though it is not there any more would be so for ever.
         if culprit.is_some_and(|key| !without.insert(key)) {
@@ -89,6 +97,15 @@ fn culprit(error: &Error, places: &Places<'_>) -> Option<String> {
     }
     let key = key.split('[').next().unwrap_or_default();
     places.is_value(key).then(|| key.to_owned())
+}
+
+/// The key that an error is about, or the array that it is in.
+fn named(error: &Error, places: &Places<'_>) -> Option<String> {
+    let Error::Config { key, .. } = error else {
+        return None;
+    };
+    let key = key.split('[').next().unwrap_or_default();
+    places.is_set(key).then(|| key.to_owned())
 }
 
 #[cfg(test)]
@@ -151,6 +168,31 @@ mod tests {
             "[methods.a]\ncommand = [\"/no/such/program\"]\nstdin = \"none\"\nrate = 1\n",
         ] {
             assert_eq!(faults(text).len(), 1, "{text}: {:#?}", faults(text));
+        }
+    }
+
+    /// The drain might be of 60 s, and the pool be there.
+    #[test]
+    fn what_is_misspelt_hides_no_fault_of_form() {
+        let told = faults(
+            "[wrokers]\ndrain-timeout = \"60s\"\n\
+             [limits]\ntimeout = \"60s\"\nbatsh = 1\n\
+             [pools.p]\ncomand = [\"x\"]\nready = 5\n\
+             [log]\nfile = 5\n\
+             [methods.a]\npool = \"p\"\n\
+             [methods.b]\nrate = \"x\"\n",
+        );
+        let begins = [
+            "1:2: wrokers: unknown key",
+            "5:1: limits.batsh: unknown key",
+            "7:1: pools.p.comand: unknown key",
+            "8:9: pools.p.ready: ",
+            "10:8: log.file: ",
+            "14:8: methods.b.rate: ",
+        ];
+        assert_eq!(told.len(), begins.len(), "{told:#?}");
+        for (fault, begin) in told.iter().zip(begins) {
+            assert!(fault.starts_with(begin), "{fault}, not {begin}");
         }
     }
 
