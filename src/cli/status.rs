@@ -6,6 +6,7 @@
 use super::output::printable;
 use super::table::{Align, Cell, Paint, Table};
 use super::units;
+use crate::logging::counted;
 use crate::protocol::control::{
     Death, LastReload, Listener, Master, Quarantined, State, Status, Worker,
 };
@@ -72,7 +73,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         _ if ready < *target => Paint::Yellow,
         _ => Paint::Green,
     };
-    let workers = format!("{ready} of {target} workers ready");
+    let workers = format!("{ready} of {} ready", counted(*target, "worker", "workers"));
     *page += &format!(
         "{}  pid {pid}  generation {generation}  up {}  {}\n",
         Paint::Bold.on(&format!("{name} {}", printable(version)), colours),
@@ -155,7 +156,8 @@ fn remark(worker: &Worker) -> String {
             threads,
             ..
         } = worker;
-        format!("{lost_threads} of {threads} threads lost")
+        let threads = counted(*threads as usize, "thread", "threads");
+        format!("{lost_threads} of {threads} lost")
     });
     let throttle = worker.throttle.as_ref().map(|throttle| {
         let wait = units::milliseconds(throttle.retry_in_ms);

@@ -6,6 +6,7 @@
 //! or a full queue costs lines and never a call; the master, which has no second thread, writes
 //! for itself.
 
+mod counted;
 mod output;
 mod panics;
 mod torn;
@@ -24,6 +25,7 @@ use crossbeam_channel::{Sender, TrySendError, bounded};
 use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
+pub use counted::counted;
 pub use output::Output;
 pub use panics::{log_panics, sparing_panics};
 pub use witness::{LONGEST as LONGEST_TOLD, stop_telling, tell, told_descriptor};

@@ -8,6 +8,7 @@ use std::panic::PanicHookInfo;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use super::counted;
 use crate::sys::process::monotonic;
 
 /// So many panics of handlers are logged in each `WHILE`.
@@ -46,7 +47,12 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
         }
     }
     if withheld > 0 {
-        log::error!("{withheld} more panics of handlers were not logged one by one");
+        let more = counted(
+            withheld as usize,
+            "more panic of a handler was",
+            "more panics of handlers were",
+        );
+        log::error!("{more} not logged one by one");
     }
     let place = panic.location().map_or_else(String::new, |place| {
         format!(" at {}:{}", place.file(), place.line())

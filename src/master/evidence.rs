@@ -59,10 +59,11 @@ fn threads_of(pid: Pid, threads: u64, calls: &[StuckCall]) -> String {
     if more > 0 {
         parts.push(format!("{more} more"));
     }
-    format!(
-        "all {threads} handler threads are stuck: {}",
-        parts.join("; ")
-    )
+    let all = match threads {
+        1 => "the only handler thread is".to_owned(),
+        _ => format!("all {threads} handler threads are"),
+    };
+    format!("{all} stuck: {}", parts.join("; "))
 }
 
 fn one_of(pid: Pid, call: &StuckCall) -> String {

@@ -20,6 +20,7 @@ use super::workers::Known;
 use crate::link::ids::Pid;
 use crate::link::quarantine::Evidence;
 use crate::link::scoreboard::Record;
+use crate::logging::counted;
 use crate::protocol::control::State;
 use crate::sys::process;
 use crate::sys::signal::Fault;
@@ -193,8 +194,10 @@ fn tell(left: &Left) {
         return;
     }
     log::info!(
-        "worker {worker} has left its connections behind: {kept} are passed on, with {crashed} calls \
-         answered as crashed; {reset} are not, and end pid={worker} kept={kept} crashed={crashed} \
-         reset={reset}"
+        "worker {worker} has left its connections behind: {}, with {} answered as crashed; {} \
+         pid={worker} kept={kept} crashed={crashed} reset={reset}",
+        counted(kept as usize, "is passed on", "are passed on"),
+        counted(crashed as usize, "call", "calls"),
+        counted(reset as usize, "is not, and ends", "are not, and end"),
     );
 }

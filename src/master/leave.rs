@@ -11,6 +11,7 @@ use super::event::{Action, Millis, Span};
 use super::fleet::{Fleet, Phase};
 use super::watch::{AFTER_DRAIN, STARTING_GRACE, kill_after};
 use crate::link::ids::{Generation, Pid};
+use crate::logging::counted;
 
 /// Two orders to stop that come so close are one: `timeout` and service managers send TERM to a
 /// process and to its group.
@@ -106,15 +107,13 @@ impl Fleet {
         self.phase = Phase::Stopping { leave, code, since };
         let pids: Vec<Pid> = self.table.children.keys().copied().collect();
         let how = match leave {
-            Leave::AtOnce => "leave now".to_owned(),
+            Leave::AtOnce => counted(pids.len(), "worker leaves now", "workers leave now"),
             Leave::Stop | Leave::Retire => {
-                format!("drain within {}", Span(self.limits.drain_timeout))
+                let drain = counted(pids.len(), "worker drains", "workers drain");
+                format!("{drain} within {}", Span(self.limits.drain_timeout))
             }
         };
-        self.log(
-            Level::Info,
-            format!("stopping: {} workers {how}", pids.len()),
-        );
+        self.log(Level::Info, format!("stopping: {how}"));
         for seat in self.table.seats_of(self.serving) {
             self.table.close(seat);
         }

@@ -12,6 +12,7 @@ use super::fleet::{Fleet, Phase, with_held_back};
 use super::leave::{Leave, begin_drain};
 use super::recycle::Wear;
 use crate::link::ids::Pid;
+use crate::logging::counted;
 
 impl Fleet {
     /// A fork that was ordered was done.
@@ -202,7 +203,10 @@ impl Fleet {
         let young = tenure.throttle.young_deaths();
         let follows = match due - now {
             0 => "replaced at once".to_owned(),
-            wait => format!("next try in {}: {young} young deaths", Span(wait)),
+            wait => {
+                let deaths = counted(young as usize, "young death", "young deaths");
+                format!("next try in {}: {deaths}", Span(wait))
+            }
         };
         let text = format!("{}; {follows} {}", death.sentence(), death.pairs());
         match limits.respawn_max_delay {

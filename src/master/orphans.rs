@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 
 use super::upgrade::state::OrphansState;
 use crate::handler::command::sweep::call_of;
+use crate::logging::counted;
 use crate::sys::process::{self, Pid};
 use crate::sys::spawn;
 use crate::sys::tree::{self, Held};
@@ -92,7 +93,8 @@ impl Orphans {
         left.retain(|&pid| is_left(pid));
         if !left.is_empty() {
             let held = tree::hold_with_descendants(&left, is_left);
-            log::debug!("killed {} processes that a dead worker left", held.len());
+            let killed = counted(held.len(), "process", "processes");
+            log::debug!("killed {killed} that a dead worker left");
             held.iter().for_each(Held::kill);
         }
         // A zombie is among them until it is reaped, which is when this is asked again.

@@ -20,6 +20,7 @@ use super::leave::Leave;
 use super::life::pairs;
 use crate::link::ids::Pid;
 use crate::link::jitter;
+use crate::logging::counted;
 use crate::throttle::limiter::Limiter;
 
 /// Between two looks at the memory of workers that have a limit.
@@ -106,7 +107,10 @@ impl Fleet {
     pub(super) fn worn(&mut self, pid: Pid, calls: u64) {
         self.wish(
             pid,
-            format!("max-calls is reached with {calls} calls"),
+            format!(
+                "max-calls is reached with {}",
+                counted(calls as usize, "call", "calls")
+            ),
             false,
         );
     }
@@ -277,7 +281,10 @@ impl Fleet {
         let young = tenure.throttle.young_deaths();
         let follows = match due - now {
             0 => "another one is started".to_owned(),
-            wait => format!("next try in {}: {young} young deaths", Span(wait)),
+            wait => {
+                let deaths = counted(young as usize, "young death", "young deaths");
+                format!("next try in {}: {deaths}", Span(wait))
+            }
         };
         let text = format!(
             "{}; the worker that it was to follow serves on; {follows} {}",
@@ -306,7 +313,8 @@ impl Fleet {
             self.recycling.next_sample = now + SAMPLES_APART;
         }
         if let Some(more) = self.recycling.lines.flush(now) {
-            let text = format!("{more} more workers were recycled, too many for a line each");
+            let more = counted(more as usize, "more worker was", "more workers were");
+            let text = format!("{more} recycled, too many for a line each");
             self.log(Level::Info, text);
         }
     }

@@ -29,7 +29,7 @@ use super::workers::{Ground, Parent, Workers};
 use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
-use crate::logging;
+use crate::logging::{self, counted};
 use crate::protocol::control::{LastReload, State};
 use crate::sys::memory;
 use crate::sys::notify::{Notifier, NotifyState};
@@ -392,8 +392,8 @@ impl Master<'_> {
                     .map(|one| one.bound.as_str())
                     .collect();
                 log::info!(
-                    "ready: {} workers serve {}",
-                    self.fleet.ready_count(),
+                    "ready: {} {}",
+                    counted(self.fleet.ready_count(), "worker serves", "workers serve"),
                     addresses.join(" and ")
                 );
                 self.notifier.tell(&[NotifyState::Ready]);
@@ -417,12 +417,17 @@ impl Master<'_> {
         let text = if self.fleet.stops_at().is_some() {
             "about to stop, serving until then".to_owned()
         } else if self.stopping {
-            format!("stopping, {} workers are left", self.workers.iter().count())
+            let left = counted(
+                self.workers.iter().count(),
+                "worker is left",
+                "workers are left",
+            );
+            format!("stopping, {left}")
         } else {
             format!(
-                "{} of {} workers ready, generation {}",
+                "{} of {} ready, generation {}",
                 self.fleet.ready_count(),
-                self.fleet.target_count(),
+                counted(self.fleet.target_count(), "worker", "workers"),
                 self.fleet.generation()
             )
         };

@@ -12,6 +12,7 @@ use super::event::{Action, Millis, Span};
 use super::fleet::{Fleet, Phase};
 use super::life::pairs;
 use crate::link::ids::Pid;
+use crate::logging::counted;
 
 /// From the drain deadline to TERM: a worker ends its drain by itself, and is given the time to.
 pub(super) const AFTER_DRAIN: Millis = 100;
@@ -64,13 +65,17 @@ impl Fleet {
         }
         self.pass_recycling();
         if let Some(more) = self.troubles.flush(now) {
-            let text = format!(
-                "{more} more lines about workers were held back; `status` shows the last deaths"
+            let more = counted(
+                more as usize,
+                "more line about workers was",
+                "more lines about workers were",
             );
+            let text = format!("{more} held back; `status` shows the last deaths");
             self.log(Level::Warn, text);
         }
         if let Some(more) = self.refusals.flush(now) {
-            self.log(Level::Warn, format!("{more} more forks were refused"));
+            let more = counted(more as usize, "more fork was", "more forks were");
+            self.log(Level::Warn, format!("{more} refused"));
         }
     }
 

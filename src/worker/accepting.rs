@@ -8,6 +8,7 @@ use super::connection::Connection;
 use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble, find};
 use super::service::millis;
 use super::timers::Target;
+use crate::logging::counted;
 use crate::sys::event::{Floor, Token};
 use crate::sys::socket;
 
@@ -44,11 +45,13 @@ impl EventLoop {
         if floor.connections() >= self.service.limits.connections {
             self.full = true;
             floor.pause_listeners();
-            self.complain(Trouble::Full, &format!(
-                "{} connections are open, as many as limits.connections allows: nothing more is \
-                 accepted here until one ends",
-                floor.connections()
-            ));
+            let open = floor.connections();
+            let open = counted(open, "connection is open", "connections are open");
+            let text = format!(
+                "{open}, as many as limits.connections allows: nothing more is accepted here until \
+                 one ends"
+            );
+            self.complain(Trouble::Full, &text);
         }
         Some(token)
     }

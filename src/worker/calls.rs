@@ -19,6 +19,7 @@ use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
+use crate::logging::counted;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
@@ -109,7 +110,8 @@ impl Calls {
         if rate == 0 || self.loads[method].admit(rate, now_ms) {
             return Ok(());
         }
-        Err(self.overloaded(method, format!("its rate of {rate} calls a second")))
+        let rate = counted(rate as usize, "call", "calls");
+        Err(self.overloaded(method, format!("its rate of {rate} a second")))
     }
 
     /// The lane of a method's calls.
@@ -136,7 +138,8 @@ impl Calls {
         let lane = &self.lanes[self.loads[method].lane];
         let begin = threads.saturating_sub(lane.lost);
         if lane.waiting >= self.limit + begin {
-            let reason = format!("the {} calls that may wait for a thread", self.limit);
+            let calls = counted(self.limit, "call that may wait", "calls that may wait");
+            let reason = format!("the {calls} for a thread");
             return Err(self.overloaded(method, reason));
         }
         // One of any size is taken where there is no other.

@@ -9,7 +9,7 @@ use super::event_loop::{EventLoop, LINK};
 use super::service::millis;
 use crate::link::channel::Received;
 use crate::link::message::{Order, Report};
-use crate::logging;
+use crate::logging::{self, counted};
 use crate::protocol::code::Code;
 use crate::sys::event::{Floor, Token};
 
@@ -139,8 +139,8 @@ impl EventLoop {
         let left = self.service.calls.all();
         if !left.is_empty() {
             log::warn!(
-                "{} calls are not done and can't be waited for any longer: answered with stopping",
-                left.len()
+                "{} done and can't be waited for any longer: answered with stopping",
+                counted(left.len(), "call is not", "calls are not")
             );
         }
         self.service.stopping = true;

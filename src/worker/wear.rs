@@ -70,10 +70,11 @@ impl EventLoop {
         if self.told_wedged {
             return;
         }
-        log::warn!(
-            "none of {threads} handler threads comes back from its call: the master is asked for a \
-             successor"
-        );
+        let none = match threads {
+            1 => "the only handler thread does not come".to_owned(),
+            _ => format!("none of {threads} handler threads comes"),
+        };
+        log::warn!("{none} back from its call: the master is asked for a successor");
         let file = stuck::pack(&calls);
         if let Err(error) = &file {
             log::warn!("what the threads run can't be told: {error}");

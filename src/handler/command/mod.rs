@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::program::Program;
 use super::{Context, Handler};
 use crate::config::{self, Output, Stdin};
+use crate::logging::counted;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
@@ -83,8 +84,8 @@ impl Command {
             Stopped::GivenUp => RpcError::of(Code::Cancelled, "it was given up", true),
             Stopped::TooMuch { stderr } => {
                 let text = format!(
-                    "it wrote more than the {} bytes of max-output, and was killed",
-                    self.max_output
+                    "it wrote more than the {} of max-output, and was killed",
+                    counted(self.max_output, "byte", "bytes")
                 );
                 let data = Data {
                     exit: None,

@@ -7,6 +7,7 @@
 use std::fmt::Write;
 use std::mem;
 
+use crate::logging::counted;
 use crate::throttle::Millis;
 
 /// Bytes of a line that are kept.
@@ -79,7 +80,8 @@ impl Lines {
         let dropped = mem::take(&mut self.dropped);
         if dropped > 0 {
             say(&format!(
-                "({dropped} lines left out: more than {PER_SECOND} a second)"
+                "({} left out: more than {PER_SECOND} a second)",
+                counted(dropped as usize, "line", "lines")
             ));
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::{Fresh, Keeper};
 use crate::handler::pool::desk::Word;
 use crate::handler::pool::process::{NotStarted, Process};
+use crate::logging::counted;
 use crate::protocol::frame::Decoded;
 use crate::protocol::program::{self, Sent};
 use crate::throttle::Millis;
@@ -121,8 +122,12 @@ impl Keeper {
             return "another one is started".into();
         }
         format!(
-            "{} young deaths in a row, so the next one is started in {:?}",
-            self.throttle.young_deaths(),
+            "{} in a row, so the next one is started in {:?}",
+            counted(
+                self.throttle.young_deaths() as usize,
+                "young death",
+                "young deaths"
+            ),
             Duration::from_millis(self.due - now)
         )
     }
