@@ -1,7 +1,9 @@
 //! `stop --after`, and the whole of a stop under load: not ready, still serving; then the answers, the
 //! deadline, the end.
 
+use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,7 +46,7 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     let address = daemon.address();
     let socket = daemon.dir().join("control.sock");
     let stopping = thread::spawn(move || {
-        std::process::Command::new(crate::support::binary())
+        Command::new(crate::support::binary())
             .args(["stop", "--after", "3s", "--control-socket"])
             .arg(socket)
             .output()
@@ -72,6 +74,13 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     assert!(left <= 3000, "{left}");
     let refused = daemon.command(&["reload"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        why.contains("reload refused: the server is about to stop, in "),
+        "{why}"
+    );
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_log("reload refused: the server is about to stop, in ");
     assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
     let (_, connecting) = (lasting.stop(), connecting.stop());
     assert!(connecting.lost.is_empty(), "{:?}", connecting.lost);
@@ -94,12 +103,55 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
 }
 
 #[test]
+fn a_reload_that_waits_for_another_is_refused_by_a_lame_duck() {
+    let mut daemon = Daemon::builder()
+        .config(CONFIG)
+        .expect_log("the server stops")
+        .expect_log("not needed any more before it was ready")
+        .start();
+    let never_ready = "
+[pools.p]
+command = [\"sleep\", \"60\"]
+ready = \"message\"
+[methods.slow]
+pool = \"p\"
+";
+    daemon.configure(&format!("{CONFIG}{never_ready}"));
+    let order = |words: &[&str]| {
+        Command::new(crate::support::binary())
+            .args(words)
+            .arg("--control-socket")
+            .arg(daemon.dir().join("control.sock"))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let first = order(&["reload"]);
+    daemon.wait_log("reload: reads the configuration");
+    let mut second = order(&["reload"]);
+    let mut told = BufReader::new(second.stderr.take().unwrap());
+    // What it waits for is told once it does.
+    let mut line = String::new();
+    told.read_line(&mut line).unwrap();
+    assert!(line.contains("waiting for"), "{line}");
+    let later = order(&["stop", "--after", "10m"]);
+    line.clear();
+    told.read_line(&mut line).unwrap();
+    assert!(line.contains("the server is about to stop, in "), "{line}");
+    assert_eq!(second.wait().unwrap().code(), Some(1));
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(first.wait_with_output().unwrap().status.code(), Some(1));
+    assert!(later.wait_with_output().unwrap().status.success());
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+#[test]
 fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
     for term in [false, true] {
         let mut daemon = Daemon::builder().config(CONFIG).start();
         let socket = daemon.dir().join("control.sock");
         let later = thread::spawn(move || {
-            std::process::Command::new(crate::support::binary())
+            Command::new(crate::support::binary())
                 .args(["stop", "--after", "10m", "--control-socket"])
                 .arg(socket)
                 .output()

@@ -140,11 +140,14 @@ impl Master<'_> {
 
     /// Tells everybody who waits for a verdict that there will be none.
     pub(super) fn refuse_waiting(&mut self, reason: &str) {
+        self.next_verdict_for.append(&mut self.verdict_for);
+        self.refuse_next_reload(reason);
+    }
+
+    /// Gives up the reload that was asked for and has not begun, and tells who waits for it.
+    pub(super) fn refuse_next_reload(&mut self, reason: &str) {
         self.reload_asked = false;
-        let waiting = mem::take(&mut self.verdict_for)
-            .into_iter()
-            .chain(mem::take(&mut self.next_verdict_for));
-        for client in waiting.collect::<Vec<_>>() {
+        for client in mem::take(&mut self.next_verdict_for) {
             let response = Response::refused(format!("reload refused: {reason}"), 1);
             self.control.answer(client, &response, now());
         }

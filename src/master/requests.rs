@@ -7,12 +7,12 @@ use std::sync::Arc;
 use nix::sys::signal::Signal;
 
 use super::control::ClientId;
-use super::event::{Event, MAX_COUNT, Millis};
+use super::event::{Event, MAX_COUNT, Millis, Span};
 use super::status::{About, status};
 use super::supervise::{Master, now};
 use super::workers::Ground;
 use crate::link::message::Order;
-use crate::logging;
+use crate::logging::{self, counted};
 use crate::protocol::control::{Request, Response};
 use crate::sys::notify::NotifyState;
 
@@ -22,6 +22,9 @@ impl Master<'_> {
             match signal {
                 Signal::SIGTERM => self.stop(Event::Stop),
                 Signal::SIGINT | Signal::SIGQUIT => self.stop(Event::StopNow),
+                Signal::SIGHUP if self.stopping => {
+                    log::warn!("reload refused: {}", self.end_in_words());
+                }
                 Signal::SIGHUP => self.reload_asked = true,
                 Signal::SIGUSR1 => self.reopen_log(),
                 Signal::SIGUSR2 => self.ask_upgrade(None),
@@ -39,8 +42,22 @@ impl Master<'_> {
         self.tell(Event::StopAfter { delay });
         // No other program takes over any more, forth or back: the order is this one's to obey.
         self.drop_upgrade();
+        // Else it would be waited for until the end.
+        let reason = self.end_in_words();
+        self.refuse_next_reload(&reason);
         for (pid, _) in self.workers.iter() {
             self.workers.order(pid, Order::LameDuck, None);
+        }
+    }
+
+    /// Why nothing is begun any more by a server that stops, or is about to.
+    pub(super) fn end_in_words(&self) -> String {
+        match self.fleet.stops_at() {
+            Some(at) => format!(
+                "the server is about to stop, in {}, and serves until then as it is",
+                Span(at.saturating_sub(now()))
+            ),
+            None => "the server stops".into(),
         }
     }
 
@@ -105,8 +122,9 @@ impl Master<'_> {
                     .answer(client, &Response::status(answer), now());
             }
             Request::Reload if self.stopping => {
-                let refused = Response::refused("the server stops", 1);
-                self.control.answer(client, &refused, now());
+                let text = format!("reload refused: {}", self.end_in_words());
+                self.control
+                    .answer(client, &Response::refused(text, 1), now());
             }
             Request::Reload => {
                 self.reload_asked = true;
@@ -115,10 +133,11 @@ impl Master<'_> {
             Request::Upgrade => self.ask_upgrade(Some(client)),
             Request::Scale { count } => {
                 let answer = if self.stopping {
-                    Response::refused("the server stops", 1)
+                    Response::refused(self.end_in_words(), 1)
                 } else if (1..=MAX_COUNT).contains(&count) {
                     self.tell(Event::Scale { count });
-                    Response::said(format!("{} workers are wanted", self.fleet.target_count()))
+                    let count = self.fleet.target_count();
+                    Response::said(counted(count, "worker is wanted", "workers are wanted"))
                 } else {
                     let most = MAX_COUNT;
                     Response::refused(format!("{count} workers: 1 to {most} can be had"), 64)

@@ -127,12 +127,12 @@ impl Master<'_> {
     /// Somebody wants an upgrade: a client that waits, or a signal.
     pub(super) fn ask_upgrade(&mut self, client: Option<ClientId>) {
         let refusal = match &self.upgrade.stage {
-            _ if self.stopping => Some("the server stops"),
+            _ if self.stopping => Some(self.end_in_words()),
             Stage::Idle => None,
             Stage::Probing(probe) if probe.given_up => {
-                Some("the probe of the one before was killed and has not ended yet")
+                Some("the probe of the one before was killed and has not ended yet".into())
             }
-            _ => Some("another one is under way"),
+            _ => Some("another one is under way".into()),
         };
         match (refusal, client) {
             // Before it begins, many are one.
