@@ -176,6 +176,18 @@ fn a_wrong_word_is_a_usage_error_that_says_what_to_write() {
         ("status now", "'now'"),
         ("stop --now --after 5s", "cannot be used with"),
         ("stop --after soon", "500ms"),
+        ("bench ping --duration 0s", "--duration is zero"),
+        ("bench ping --timeout 0s", "--timeout is zero"),
+        ("bench ping --count 0", "zero"),
+        ("bench ping --rate 0", "zero"),
+        ("bench ping --connections 0", "zero"),
+        ("bench ping --depth 0", "zero"),
+        ("bench ping --threads 0", "1..=256"),
+        (
+            "bench ping --threads 2 --connections 1",
+            "nothing to do with 1 connection;",
+        ),
+        ("map ping --jobs 0", "1..=1024"),
     ] {
         let error = read(line).unwrap_err();
         assert_eq!(error.exit_code(), 64, "{line}: {error}");

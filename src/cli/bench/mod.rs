@@ -29,6 +29,7 @@ use crossbeam_channel::{Receiver, unbounded};
 use super::args::{duration, json};
 use super::output;
 use super::target::Target;
+use super::units::plural;
 use crate::client::Client;
 use crate::config::Overrides;
 use crate::error::{Error, Result};
@@ -95,8 +96,9 @@ impl BenchOptions {
         json(self.params.clone(), "--params")?;
         if u32::from(self.threads) > self.connections.get() {
             return Err(Error::Usage(format!(
-                "{} threads have nothing to do with {} connections; each needs one at least",
-                self.threads, self.connections
+                "{} threads have nothing to do with {}; each needs one at least",
+                self.threads,
+                plural(self.connections.get().into(), "connection")
             )));
         }
         if self.depth.get() > MOST_DEPTH {
@@ -104,6 +106,12 @@ impl BenchOptions {
                 "--depth {} is more than {MOST_DEPTH}, and no server reads that far ahead",
                 self.depth
             )));
+        }
+        // Too short for anybody to mean it, and the report would be of nothing.
+        if self.duration.is_some_and(|duration| duration.is_zero()) {
+            return Err(Error::Usage(
+                "--duration is zero, and no call is made in that time; give 1s or more".into(),
+            ));
         }
         if self.timeout.is_zero() {
             return Err(Error::Usage(
