@@ -153,7 +153,8 @@ fn a_line_that_a_full_disk_has_cut_is_ended_and_the_count_of_the_lost_is_a_line_
         let end = after.iter().rposition(|&byte| byte == b'\n').unwrap();
         let after = String::from_utf8(after[..end].to_vec()).unwrap();
         let after = after.strip_prefix('\n').unwrap_or(&after);
-        for line in after.lines() {
+        // two that end the same line at once leave an empty one
+        for line in after.lines().filter(|line| !line.is_empty()) {
             let level = match form {
                 "json" => serde_json::from_str(line)
                     .map(|line: Value| line["level"].as_str().unwrap_or("none").to_owned())

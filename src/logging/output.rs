@@ -120,7 +120,7 @@ impl Output {
     ) {
         let missing = lost.swap(0, Ordering::Relaxed);
         let mut text = Vec::new();
-        let was_torn = self.torn.take();
+        let was_torn = self.torn.is_set();
         if was_torn {
             text.push(b'\n');
         }
@@ -130,14 +130,15 @@ impl Output {
         let told = text.len();
         text.extend_from_slice(line);
         let written = self.write(&text);
-        if written == text.len() {
-            return;
+        match text[..written].last() {
+            // Only now: whoever writes meanwhile ends the line too, and an empty one does no harm.
+            Some(b'\n') if was_torn => self.torn.clear(),
+            Some(b'\n') | None => {}
+            Some(_) => self.torn.set(),
         }
-        let untold = if written < told { missing } else { 0 };
-        lost.fetch_add(untold + 1, Ordering::Relaxed);
-        let last = text[..written].last();
-        if last.map_or(was_torn, |&byte| byte != b'\n') {
-            self.torn.set();
+        if written < text.len() {
+            let untold = if written < told { missing } else { 0 };
+            lost.fetch_add(untold + 1, Ordering::Relaxed);
         }
     }
 

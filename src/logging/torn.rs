@@ -61,11 +61,14 @@ impl Torn {
         self.mark.store(self.place, Ordering::Relaxed);
     }
 
-    /// Whether the end was torn: the caller mends it.
-    pub(super) fn take(&self) -> bool {
+    /// Whether the end is torn: the caller mends it, if it can.
+    pub(super) fn is_set(&self) -> bool {
+        self.mark.load(Ordering::Relaxed) == self.place
+    }
+
+    /// The end is whole again.
+    pub(super) fn clear(&self) {
         let order = Ordering::Relaxed;
-        (self.mark)
-            .compare_exchange(self.place, 0, order, order)
-            .is_ok()
+        let _ = (self.mark).compare_exchange(self.place, 0, order, order);
     }
 }
