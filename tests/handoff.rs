@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::frame;
 use crate::support::wire::{Dialect, Wire, post};
-use crate::support::{Client, Daemon, PATIENCE, pass, raise_descriptor_limit, wait_for};
+use crate::support::{Client, Daemon, PATIENCE, alone, pass, raise_descriptor_limit, wait_for};
 
 const CONFIG: &str = "
 [workers]
@@ -324,36 +324,78 @@ fn deaths(daemon: &Daemon) -> Vec<Value> {
     status["deaths"].as_array().unwrap().clone()
 }
 
+/// A worker that leaves and can't hand over all, for its only sibling is stopped.
+struct Held {
+    daemon: Daemon,
+    clients: Vec<Client>,
+    stopped: i32,
+    leaving: i32,
+}
+
+impl Held {
+    fn start(config: &str) -> Self {
+        // More than fit into the queue.
+        const CLIENTS: usize = 600;
+        raise_descriptor_limit();
+        let config = format!("[workers]\ncount = 2\nheartbeat-timeout = \"60s\"\n{config}");
+        let daemon = Daemon::builder().config(&config).start();
+        let workers = daemon.ready_workers();
+        kill(Pid::from_raw(workers[0]), Signal::SIGSTOP).unwrap();
+        let mut clients: Vec<Client> = (0..CLIENTS).map(|_| daemon.client()).collect();
+        for client in &mut clients {
+            client.call(&json!({"in": "ping"}));
+        }
+        assert!(daemon.command(&["scale", "1"]).status.success());
+        wait_for("some handed over, others waiting", PATIENCE, || {
+            let workers = daemon.workers();
+            let leaving = workers.iter().find(|it| it.state == "draining");
+            leaving.is_some_and(|it| (1..CLIENTS as u64).contains(&it.connections))
+        });
+        Held {
+            daemon,
+            clients,
+            stopped: workers[0],
+            leaving: workers[1],
+        }
+    }
+
+    fn signal(&self, signal: Signal, pids: &[i32]) {
+        for pid in pids {
+            kill(Pid::from_raw(*pid), signal).unwrap();
+        }
+    }
+
+    fn assert_all_live(mut self) {
+        for client in &mut self.clients {
+            assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
+        }
+        wait_until_only_the_new_ones_are_left(&self.daemon);
+        assert_eq!(self.daemon.ready_workers(), [self.stopped]);
+    }
+}
+
 #[test]
 fn a_server_that_was_paused_beyond_a_drain_hands_over_what_is_left() {
-    const CLIENTS: usize = 1500;
-    raise_descriptor_limit();
-    let config = "[workers]\ncount = 2\ndrain-timeout = \"2s\"\nheartbeat-timeout = \"30s\"\n";
-    let daemon = Daemon::builder().config(config).start();
-    let workers = daemon.ready_workers();
-    let send = |pid, signal| kill(Pid::from_raw(pid), signal).unwrap();
-    // Nobody takes up more than fits into the queue.
-    send(workers[0], Signal::SIGSTOP);
-    let mut clients: Vec<Client> = (0..CLIENTS).map(|_| daemon.client()).collect();
-    for client in &mut clients {
-        client.call(&json!({"in": "ping"}));
-    }
-    assert!(daemon.command(&["scale", "1"]).status.success());
-    wait_for("some handed over, others waiting", PATIENCE, || {
-        let workers = daemon.workers();
-        let leaving = workers.iter().find(|it| it.state == "draining");
-        leaving.is_some_and(|it| (1..CLIENTS as u64).contains(&it.connections))
-    });
-    for pid in [daemon.pid(), workers[1]] {
-        send(pid, Signal::SIGSTOP);
+    let _alone = alone();
+    let held = Held::start("drain-timeout = \"4s\"\n");
+    let (master, leaving) = (held.daemon.pid(), held.leaving);
+    held.signal(Signal::SIGSTOP, &[master, leaving]);
+    pass(Duration::from_secs(6));
+    held.signal(Signal::SIGCONT, &[master, leaving, held.stopped]);
+    held.assert_all_live();
+}
+
+#[test]
+fn who_calls_while_it_waits_to_be_handed_over_is_not_idle() {
+    let _alone = alone();
+    let mut held = Held::start("[limits]\nidle-timeout = \"3s\"\n");
+    for client in &mut held.clients {
+        client.send(r#"{"in": "ping"}"#);
     }
     pass(Duration::from_secs(4));
-    for pid in [daemon.pid(), workers[1], workers[0]] {
-        send(pid, Signal::SIGCONT);
+    held.signal(Signal::SIGCONT, &[held.stopped]);
+    for client in &mut held.clients {
+        assert_eq!(client.recv_json()["out"], "pong");
     }
-    for client in &mut clients {
-        assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
-    }
-    wait_until_only_the_new_ones_are_left(&daemon);
-    assert_eq!(daemon.ready_workers(), workers[..1]);
+    held.assert_all_live();
 }

@@ -232,10 +232,23 @@ pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Whether the peer of a unix stream socket has not read all that was sent (SIOCOUTQ, unix(7)).
 pub fn has_unread(fd: &impl AsFd) -> bool {
-    let mut count: libc::c_int = 0;
-    // SAFETY: the pointer is to a live value of the right type.
-    let done = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
-    done == 0 && count > 0
+    queued(fd, libc::TIOCOUTQ).is_some_and(|bytes| bytes > 0)
+}
+
+/// Whether nothing is on its way, neither what has come and was not read nor what was sent and its
+/// peer's kernel has not taken.
+pub fn is_silent(fd: &impl AsFd) -> bool {
+    [libc::FIONREAD, libc::TIOCOUTQ]
+        .into_iter()
+        .all(|which| queued(fd, which).is_none_or(|bytes| bytes == 0))
+}
+
+/// SIOCINQ and SIOCOUTQ (tcp(7), unix(7)), under their other names.
+pub(super) fn queued(fd: &impl AsFd, which: libc::Ioctl) -> Option<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the pointer is to a live integer, which is what both requests write.
+    let done = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), which, &raw mut bytes) };
+    (done == 0).then(|| u64::try_from(bytes).ok()).flatten()
 }
 
 /// Two connected ends that keep packets whole and tell when the other one is gone

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::libc;
 
 use super::process::{Fork, Pid, thread_count};
+use super::socket::queued;
 
 /// Makes a twin of this process. Its pid is in `pid` before the twin runs its first instruction, so
 /// that whoever shares that memory knows of it even when this process ends at once.
@@ -141,14 +142,6 @@ fn counters(fd: &impl AsFd) -> Option<Counters> {
         received: number(RECEIVED_AT)?,
         acknowledged: number(ACKNOWLEDGED_AT)?,
     })
-}
-
-/// SIOCINQ and SIOCOUTQ, under their other names.
-fn queued(fd: &impl AsFd, which: libc::Ioctl) -> Option<u64> {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: the pointer is to a live integer, which is what both requests write.
-    let done = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), which, &raw mut bytes) };
-    (done == 0).then(|| u64::try_from(bytes).ok()).flatten()
 }
 
 #[cfg(test)]

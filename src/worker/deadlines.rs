@@ -8,6 +8,7 @@ use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::{Floor, Token};
+use crate::sys::socket;
 
 impl EventLoop {
     pub(super) fn expire(&mut self, floor: &mut Floor) {
@@ -79,10 +80,14 @@ impl EventLoop {
             return;
         };
         connection.quiet_deadline = 0;
-        let since = if connection.is_at_rest() && floor.unsent(token) == 0 {
-            connection.active_ms
-        } else {
-            self.service.now_ms
+        // A call may have come that was not read yet: in a drain, or where a turn had no end.
+        let socket = floor.descriptor(token);
+        let is_at_rest = connection.is_at_rest()
+            && floor.unsent(token) == 0
+            && socket.is_none_or(|socket| socket::is_silent(&socket));
+        let since = match is_at_rest {
+            true => connection.active_ms,
+            false => self.service.now_ms,
         };
         let at = since + millis(self.service.limits.idle_timeout);
         if at > self.service.now_ms {

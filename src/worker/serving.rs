@@ -150,7 +150,7 @@ impl EventLoop {
     }
 
     /// Closes a connection on which all is answered and sent: with care, unless it has been silent for
-    /// so long that its client has read all that there was.
+    /// so long that its client must have read what there was.
     pub(super) fn close_rested(&mut self, floor: &mut Floor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
