@@ -134,7 +134,12 @@ impl Lane {
             }
         };
         let timeout_ms = timeout.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
-        client.call_raw(method, params, None, timeout_ms)
+        let outcome = client.call_raw(method, params, None, timeout_ms);
+        if !client.is_open() {
+            // The other handle would keep the connection, and the call that was given up with it.
+            self.wire.set(None);
+        }
+        outcome
     }
 }
 

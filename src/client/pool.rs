@@ -55,7 +55,8 @@ impl Default for Options {
 ///
 /// A connection that was lost is made again. A call is repeated only when it is certain that it did
 /// not begin (`started` is false, or the connection failed before it was sent whole) and another try
-/// can go better; any other failure is the caller's to judge.
+/// can go better; any other failure is the caller's to judge. Calls that run when the process ends
+/// are cancelled by the server: join the pool first to have them done.
 ///
 /// ```no_run
 /// use preforkd::client::{Options, Pool};
