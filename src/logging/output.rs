@@ -120,8 +120,8 @@ impl Output {
     ) {
         let missing = lost.swap(0, Ordering::Relaxed);
         let mut text = Vec::new();
-        let was_torn = self.torn.is_set();
-        if was_torn {
+        let torn = self.torn.get();
+        if torn.is_some() {
             text.push(b'\n');
         }
         if missing > 0 {
@@ -130,11 +130,11 @@ impl Output {
         let told = text.len();
         text.extend_from_slice(line);
         let written = self.write(&text);
-        match text[..written].last() {
-            // Only now: whoever writes meanwhile ends the line too, and an empty one does no harm.
-            Some(b'\n') if was_torn => self.torn.clear(),
-            Some(b'\n') | None => {}
-            Some(_) => self.torn.set(),
+        match (text[..written].last(), torn) {
+            // Only now: whoever writes meanwhile ends the line too. An empty one is better than one of two.
+            (Some(b'\n'), Some(mark)) => self.torn.clear(mark),
+            (Some(b'\n'), None) | (None, _) => {}
+            (Some(_), _) => self.torn.set(),
         }
         if written < text.len() {
             let untold = if written < told { missing } else { 0 };

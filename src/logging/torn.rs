@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::sys::shared;
 
+/// In a mark, what is not the place: how often one was set.
+const TIMES: u64 = 0xff;
+
 /// The place whose end is torn, 0 for none. Shared with what is forked once the first output was
 /// made; without memory for that, each process minds its own lines.
 static TORN: LazyLock<&'static AtomicU64> = LazyLock::new(|| {
@@ -35,9 +38,10 @@ impl Torn {
 
     pub(super) fn by(mark: &'static AtomicU64, file: &File) -> Self {
         // One that can't be looked at still has the lines of this process.
-        let place = file.metadata().map_or(1, |found| {
-            (found.ino() ^ found.dev().rotate_left(32)).max(1)
+        let place = file.metadata().map_or(0, |found| {
+            (found.ino() ^ found.dev().rotate_left(32)).rotate_left(8)
         });
+        let place = (place & !TIMES).max(TIMES + 1);
         Torn { mark, place }
     }
 
@@ -58,17 +62,19 @@ impl Torn {
     }
 
     pub(super) fn set(&self) {
-        self.mark.store(self.place, Ordering::Relaxed);
+        let times = self.mark.load(Ordering::Relaxed).wrapping_add(1) & TIMES;
+        self.mark.store(self.place | times, Ordering::Relaxed);
     }
 
-    /// Whether the end is torn: the caller mends it, if it can.
-    pub(super) fn is_set(&self) -> bool {
-        self.mark.load(Ordering::Relaxed) == self.place
+    /// The mark where the end is torn: the caller mends it, if it can.
+    pub(super) fn get(&self) -> Option<u64> {
+        let mark = self.mark.load(Ordering::Relaxed);
+        (mark & !TIMES == self.place).then_some(mark)
     }
 
-    /// The end is whole again.
-    pub(super) fn clear(&self) {
+    /// What this mark was for is whole again; another one may have been set since.
+    pub(super) fn clear(&self, mark: u64) {
         let order = Ordering::Relaxed;
-        let _ = (self.mark).compare_exchange(self.place, 0, order, order);
+        let _ = self.mark.compare_exchange(mark, 0, order, order);
     }
 }
