@@ -57,8 +57,8 @@ pub struct Drain {
     quiet_ms: u64,
     until_ms: u64,
     next_look_ms: u64,
-    /// The master has said its last word.
-    is_hurried: bool,
+    /// No time is added any more: some was, or the master has said its last word.
+    is_final: bool,
 }
 
 impl Drain {
@@ -102,13 +102,16 @@ impl Drain {
             return;
         }
         self.until_ms = self.until_ms.min(now_ms);
-        self.is_hurried = true;
+        self.is_final = true;
     }
 
-    /// The worker was paused and goes on: what it could not hand over meanwhile it still may.
+    /// The worker was paused and goes on: what it could not hand over meanwhile it still may. Once, as a
+    /// loop that is held up again and again would never leave.
     pub fn forgive_a_pause(&mut self, now_ms: u64) {
-        if self.hands_over() && !self.is_hurried {
-            self.until_ms = self.until_ms.max(now_ms + GRACE_AFTER_PAUSE_MS);
+        let until_ms = now_ms + GRACE_AFTER_PAUSE_MS;
+        if self.hands_over() && !self.is_final && self.until_ms < until_ms {
+            self.until_ms = until_ms;
+            self.is_final = true;
         }
     }
 

@@ -36,7 +36,7 @@ const QUIET_MS: u64 = 10_000;
 /// so far apart, and at least four in the time after which the master takes the loop for stuck.
 const TICK_MS: u64 = 1000;
 const TICKS_PER_TIMEOUT: u64 = 4;
-/// So late for a tick, this worker was paused.
+/// So late for a tick, this worker was paused, or its loop was held up.
 const PAUSE_MS: u64 = 1000;
 
 /// The numbers under which descriptors other than connections are watched.
