@@ -146,7 +146,9 @@ impl Master<'_> {
 
     /// Gives up the reload that was asked for and has not begun, and tells who waits for it.
     pub(super) fn refuse_next_reload(&mut self, reason: &str) {
-        self.reload_asked = false;
+        if mem::take(&mut self.reload_asked) && self.next_verdict_for.is_empty() {
+            log::warn!("reload refused: {reason}");
+        }
         for client in mem::take(&mut self.next_verdict_for) {
             let response = Response::refused(format!("reload refused: {reason}"), 1);
             self.control.answer(client, &response, now());

@@ -50,11 +50,11 @@ impl Master<'_> {
         }
     }
 
-    /// Why nothing is begun any more by a server that stops, or is about to.
+    /// Why a server that stops, or is about to, changes to nothing new any more.
     pub(super) fn end_in_words(&self) -> String {
         match self.fleet.stops_at() {
             Some(at) => format!(
-                "the server is about to stop, in {}, and serves until then as it is",
+                "the server is about to stop, in {}, and serves until then",
                 Span(at.saturating_sub(now()))
             ),
             None => "the server stops".into(),
@@ -132,7 +132,7 @@ impl Master<'_> {
             }
             Request::Upgrade => self.ask_upgrade(Some(client)),
             Request::Scale { count } => {
-                let answer = if self.stopping {
+                let answer = if self.stopping && self.fleet.stops_at().is_none() {
                     Response::refused(self.end_in_words(), 1)
                 } else if (1..=MAX_COUNT).contains(&count) {
                     self.tell(Event::Scale { count });

@@ -233,24 +233,25 @@ impl Master<'_> {
     /// The server stops, now or later, and with it what is under way of an upgrade: a program that is
     /// on trial stays.
     pub(super) fn drop_upgrade(&mut self) {
+        let reason = self.end_in_words();
         let under_way = match &self.upgrade.stage {
             Stage::Idle => mem::take(&mut self.upgrade.asked),
             Stage::Probing(probe) => !probe.given_up,
             Stage::Passed(_) | Stage::OnTrial | Stage::Failed(_) => true,
         };
         if under_way {
-            log::warn!("upgrade refused: the server stops");
+            log::warn!("upgrade refused: {reason}");
         }
         *self.setup.trial = None;
         match &mut self.upgrade.stage {
             Stage::Probing(probe) if !probe.given_up => {
-                probe.give_up(Some("the server stops"));
+                probe.give_up(Some(&reason));
             }
             Stage::Probing(_) => {}
             stage => *stage = Stage::Idle,
         }
         if under_way {
-            self.upgrade_ended(Err("the server stops".into()));
+            self.upgrade_ended(Err(reason));
         }
     }
 
