@@ -80,6 +80,8 @@ pub struct Told {
     left: HashMap<i32, (usize, usize)>,
     /// Workers that had no keeper.
     unkept: Vec<i32>,
+    /// When a program could not be started again for want of descriptors: its calls wait.
+    starved: Vec<SystemTime>,
     pub kept: usize,
 }
 
@@ -106,9 +108,22 @@ impl Told {
                     .and_then(|(_, rest)| rest.split_once(' '));
                 told.unkept
                     .extend(own.and_then(|(pid, _)| pid.parse::<i32>().ok()));
+            } else if line.contains("its program could not be started")
+                && line.contains("Too many open files")
+            {
+                let at = line.split(' ').next().unwrap_or_default();
+                told.starved.extend(humantime::parse_rfc3339(at));
             }
         }
         told
+    }
+}
+
+impl Told {
+    fn starved_before(&self, fault: &Fault) -> bool {
+        let at = SystemTime::now() - fault.at.elapsed();
+        let mut since = self.starved.iter().map(|it| at.duration_since(*it));
+        since.any(|since| since.is_ok_and(|since| (TIMEOUT / 2..LONGEST).contains(&since)))
     }
 }
 
@@ -242,11 +257,16 @@ impl Ledger {
             // Not told where it could not be: what it held is all that there is to go by.
             if told.unkept.contains(&ended.pid) {
                 left.insert(ended.pid, (held, 0));
-            } else if self.mute.iter().any(overlaps) {
+            } else if self.mute.iter().any(overlaps) && self.may_have_ended(ended) {
                 left.entry(ended.pid).or_insert((held, held * DEPTH));
             }
         }
         Budget { left }
+    }
+
+    /// Not so of one that was short of memory, unless it is known.
+    fn may_have_ended(&self, ended: &Ended) -> bool {
+        ended.end != End::Cramped || self.deaths.contains_key(&i64::from(ended.pid))
     }
 
     /// The faults that nothing explains, each with what had been done before.
@@ -254,7 +274,7 @@ impl Ledger {
         let budget = self.budget(told);
         let mut faults = faults.to_vec();
         faults.sort_by_key(|(_, fault)| fault.at);
-        let excused = self.excused(&faults, &budget);
+        let excused = self.excused(&faults, &budget, told);
         let unexplained = faults.iter().zip(excused).filter(|(_, excused)| !excused);
         unexplained
             .map(|((whose, fault), _)| {
@@ -269,8 +289,9 @@ impl Ledger {
 
     /// Tells of each fault whether something explains it; of each worker and program no more of them
     /// than can be.
-    fn excused(&self, faults: &[(&str, &Fault)], budget: &Budget) -> Vec<bool> {
-        let mut excused: Vec<bool> = faults.iter().map(|it| self.is_plain(it.1)).collect();
+    fn excused(&self, faults: &[(&str, &Fault)], budget: &Budget, told: &Told) -> Vec<bool> {
+        let plain = faults.iter().map(|it| self.is_plain(it.1, told));
+        let mut excused: Vec<bool> = plain.collect();
         let mut excuse = |kind: Kind, choices: &dyn Fn(&Fault) -> Vec<i32>, most| {
             let is_of = |index: &usize| Kind::of(faults[*index].1) == kind;
             let which: Vec<usize> = (0..faults.len()).filter(is_of).collect();
@@ -314,19 +335,18 @@ impl Ledger {
     }
 
     /// Whether it is explained by what is not counted.
-    fn is_plain(&self, fault: &Fault) -> bool {
-        let is_short = self.short_since.is_some_and(|since| since <= fault.at);
+    fn is_plain(&self, fault: &Fault, told: &Told) -> bool {
         match Kind::of(fault) {
-            Kind::Refused => is_short,
-            // Stopped for good, and found out late: the master was stopped too, or became another. Or
-            // its program was killed, and could not be started again for want of descriptors.
+            Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
+            // Stopped for good, and found out late: the master was stopped too, or became another.
             Kind::Late => {
                 let is_late = |ended: &Ended| {
                     let late = ended.at + TIMEOUT..ended.at + LONGEST;
-                    ended.ports.contains(&fault.port) && late.contains(&fault.at)
+                    ended.end == End::Killed
+                        && ended.ports.contains(&fault.port)
+                        && late.contains(&fault.at)
                 };
-                self.ended.iter().any(is_late)
-                    || is_short && self.programs_killed_before(fault).next().is_some()
+                self.ended.iter().any(is_late) || told.starved_before(fault)
             }
             _ => false,
         }
