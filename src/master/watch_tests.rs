@@ -106,6 +106,21 @@ fn a_wedged_worker_is_replaced_during_a_reload_too() {
 }
 
 #[test]
+fn a_stuck_event_loop_is_found_out_in_time_whatever_program_is_there_by_then() {
+    let mut world = World::serving(LIMITS);
+    let pid = world.pid(1);
+    world.living.get_mut(&pid).unwrap().stuck = true;
+    let since = world.now;
+    for _ in 0..3 {
+        world.pass(3_000);
+        world.cross();
+    }
+    world.pass(2_000);
+    let found_out = world.signalled(pid, Signal::SIGABRT).unwrap();
+    assert!((since + 9_000..=since + 10_500).contains(&found_out));
+}
+
+#[test]
 fn a_stuck_event_loop_is_looked_at_before_it_gets_abrt() {
     let mut world = World::serving(LIMITS);
     let pid = world.pid(0);

@@ -170,9 +170,8 @@ impl Fleet {
             return Err("the table of workers names a pid twice, or one that is none".into());
         }
         for state in children {
-            let (pid, mut child) = child(state)?;
-            // The scoreboard was not read meanwhile; a stuck worker gets a little longer.
-            child.heartbeat = child.heartbeat.max(now);
+            // Its heartbeat too is for the first tick, before which the scoreboard is read.
+            let (pid, child) = child(state)?;
             fleet.table.children.insert(pid, child);
         }
         for state in seats {
