@@ -282,7 +282,10 @@ fn a_drain_past_its_deadline_gets_term_and_then_kill() {
     assert_eq!(world.signalled(pid, Signal::SIGKILL), Some(start + 20_400));
     world.let_leave();
     let death = world.fleet.deaths().iter().next().unwrap();
-    assert_eq!(death.reason, "not done by its drain deadline");
+    assert_eq!(
+        death.reason,
+        "not done by its drain deadline; S asleep in read(0x5, ...)"
+    );
     assert_eq!(world.fleet.ready_count(), 4);
 }
 

@@ -133,7 +133,9 @@ impl Fleet {
         child.next = Some((now + kill_after(signal), Signal::SIGKILL));
         let (seat, starting) = (child.seat, child.stage == Stage::Starting);
         let begins = child.doom.is_none();
-        let examine = (stuck || starting) && begins;
+        // What is under way is told at a drain's deadline, as the worker could have ended it by itself.
+        let overdue = child.drains() && child.ready_at.is_some();
+        let examine = (stuck || starting || overdue) && begins;
         let reason = child.doom.take().unwrap_or_else(|| match child.stage {
             Stage::Starting => {
                 let timeout = Span(child.limits.boot_timeout);
