@@ -89,6 +89,7 @@ impl<'a> Chaos<'a> {
     }
 
     pub fn mend(&mut self, all: bool) {
+        self.ledger.look(process::runs);
         let now = Instant::now();
         let later = std::mem::take(&mut self.later);
         for (at, mend) in later {

@@ -16,6 +16,8 @@ use crate::support::matching;
 /// How long a call may wait for what becomes of it: until a stopped worker is ended at its deadline,
 /// in a drain too, and another one has taken its connection up.
 const LONGEST: Duration = Duration::from_secs(18);
+/// From a worker's end to the last word of it to a client that is connected.
+const AFTERWARDS: Duration = Duration::from_secs(4);
 /// After so long a call's time is over: limits.timeout, which is drain-timeout here.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long what a worker does not survive may go on.
@@ -39,6 +41,8 @@ struct Ended {
     pid: i32,
     end: End,
     at: Instant,
+    /// When it was seen to be gone.
+    gone: Option<Instant>,
     /// The clients whose connections it held; a port is used again and again.
     ports: HashSet<u16>,
 }
@@ -46,13 +50,15 @@ struct Ended {
 impl Ended {
     /// Whether a connection may have met this end.
     fn met(&self, fault: &Fault) -> bool {
-        let window = match self.end {
-            _ if self.ports.contains(&fault.port) => LONGEST,
+        let is_in = self.ports.contains(&fault.port);
+        let until = match self.end {
+            // However late the master finds out, being stopped itself and another program each time.
+            End::Killed if is_in => self.gone.map_or(fault.at, |gone| gone + AFTERWARDS),
             End::Killed => return false,
-            End::Left => SHORT,
-            End::Cramped => LONGEST,
+            End::Left if !is_in => self.at + SHORT,
+            End::Left | End::Cramped => self.at + LONGEST,
         };
-        (self.at..self.at + window).contains(&fault.at)
+        (self.at..=until).contains(&fault.at)
     }
 }
 
@@ -183,6 +189,7 @@ impl Ledger {
             pid,
             end,
             at: Instant::now(),
+            gone: None,
             ports: ports.into_iter().collect(),
         });
     }
@@ -191,6 +198,14 @@ impl Ledger {
     pub fn is_doomed(&self, pid: i32) -> bool {
         let doomed = |it: &Ended| it.pid == pid && it.end == End::Killed;
         self.ended.iter().any(doomed)
+    }
+
+    /// Notes who is gone by now.
+    pub fn look(&mut self, runs: impl Fn(i32) -> bool) {
+        let there = self.ended.iter_mut().filter(|it| it.gone.is_none());
+        for ended in there.filter(|it| !runs(it.pid)) {
+            ended.gone = Some(Instant::now());
+        }
     }
 
     pub fn program_killed(&mut self) {
@@ -251,7 +266,7 @@ impl Ledger {
     fn budget(&self, told: &Told) -> Budget {
         let mut left = told.left.clone();
         for ended in &self.ended {
-            let latest = ended.at + LONGEST;
+            let latest = ended.gone.unwrap_or(ended.at) + LONGEST;
             let overlaps = |&(from, to): &(Instant, Instant)| from <= latest && ended.at <= to;
             let held = ended.ports.len();
             // Not told where it could not be: what it held is all that there is to go by.
@@ -341,10 +356,8 @@ impl Ledger {
             // Stopped for good, and found out late: the master was stopped too, or became another.
             Kind::Late => {
                 let is_late = |ended: &Ended| {
-                    let late = ended.at + TIMEOUT..ended.at + LONGEST;
-                    ended.end == End::Killed
-                        && ended.ports.contains(&fault.port)
-                        && late.contains(&fault.at)
+                    let is_over = ended.at + TIMEOUT <= fault.at;
+                    ended.end == End::Killed && is_over && ended.met(fault)
                 };
                 self.ended.iter().any(is_late) || told.starved_before(fault)
             }
@@ -364,7 +377,7 @@ impl Ledger {
             let is_in = ended.ports.contains(&fault.port);
             let left = budget.left.get(&ended.pid).copied();
             let (pid, end, held) = (ended.pid, ended.end, ended.ports.len());
-            (since <= LONGEST).then_some((pid, end, since.as_millis(), held, is_in, left))
+            (is_in || since <= LONGEST).then_some((pid, end, since.as_millis(), held, is_in, left))
         })
     }
 
