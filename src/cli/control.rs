@@ -133,7 +133,7 @@ impl Control {
                             .into(),
                     });
                 }
-                Self::open(&config::control_socket_candidates(file.as_deref()))
+                Self::open(&config::control_socket_candidates(file.as_deref())?)
             }
         }
     }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::OFlag;
 use toml::de::{DeTable, DeValue};
 
+use super::surroundings::clean;
 use crate::error::{Error, Position, Result};
 
 /// No configuration is larger; what is, is some other file.
@@ -27,6 +28,31 @@ pub(super) struct File {
     pub text: String,
     /// Where its text begins in the count of bytes over all files.
     pub start: usize,
+}
+
+impl File {
+    /// Where it says that the control socket is, however broken it is: in a line of its own where the
+    /// whole can't be understood.
+    pub fn control_socket(&self) -> Option<PathBuf> {
+        let path = |text: &str| {
+            let table = DeTable::parse_recoverable(text).0.into_inner();
+            match table.get("control-socket")?.get_ref() {
+                DeValue::String(path) if !path.is_empty() => {
+                    Some(clean(&self.path.parent()?.join(path.as_ref())))
+                }
+                _ => None,
+            }
+        };
+        path(&self.text).or_else(|| self.text.lines().find_map(path))
+    }
+
+    /// Whether it has a line that may be meant to say that.
+    pub fn may_name_control_socket(&self) -> bool {
+        let key = |line: &str| line.trim_start_matches([' ', '\t', '"', '\'']).to_owned();
+        self.text
+            .lines()
+            .any(|line| key(line).starts_with("control"))
+    }
 }
 
 /// The main file first, then the included ones in their order. Empty: there is no configuration.

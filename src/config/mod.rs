@@ -31,8 +31,6 @@ mod units;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use toml::de::{DeTable, DeValue};
-
 pub use address::UNIX_PATH_MAX;
 pub use commands::placeholder;
 pub use restart::needs_restart;
@@ -140,26 +138,34 @@ fn settings_of(here: &Surroundings, files: &Files, overrides: &Overrides) -> Res
 /// It works on a broken file too, for that is when `reload` is needed to say so: the key is looked
 /// for in what can be read of it. A file that names its socket has no other candidate, so that no
 /// command for one server ever reaches another.
-pub fn control_socket_candidates(file: Option<&Path>) -> Vec<PathBuf> {
+///
+/// # Errors
+/// When a file was asked for that can't be read, or seems to name its socket in a way that can't be.
+pub fn control_socket_candidates(file: Option<&Path>) -> Result<Vec<PathBuf>> {
     candidates_in(&Surroundings::here(), file)
 }
 
-fn candidates_in(here: &Surroundings, file: Option<&Path>) -> Vec<PathBuf> {
-    let named = here.main_file(file).and_then(|path| {
-        let files = Files::read_leniently(&path);
-        files.iter().find_map(|file| {
-            let table = DeTable::parse_recoverable(&file.text).0.into_inner();
-            match table.get("control-socket")?.get_ref() {
-                DeValue::String(text) if !text.is_empty() => {
-                    let directory = file.path.parent()?;
-                    Some(surroundings::clean(&directory.join(text.as_ref())))
-                }
-                _ => None,
-            }
-        })
-    });
-    if let Some(path) = named {
-        return vec![path];
+fn candidates_in(here: &Surroundings, file: Option<&Path>) -> Result<Vec<PathBuf>> {
+    let main = here.main_file(file);
+    let files = main.as_deref().map(Files::read_leniently);
+    let all = || files.iter().flat_map(Files::iter);
+    if let Some(path) = all().find_map(files::File::control_socket) {
+        return Ok(vec![path]);
+    }
+    let is_read = all().next().is_some();
+    // Nobody named the default file, which may be one that only the server's own user can read.
+    if file.is_some() && (!is_read || all().any(files::File::may_name_control_socket)) {
+        return Err(Error::Config {
+            file: main,
+            position: None,
+            key: if is_read {
+                "control-socket".into()
+            } else {
+                String::new()
+            },
+            problem: "it can't be read, so it can't tell which server is meant".into(),
+            remedy: "mend it, or name the server's socket with --control-socket".into(),
+        });
     }
     let mut candidates: Vec<PathBuf> = here
         .runtime_directories
@@ -171,7 +177,7 @@ fn candidates_in(here: &Surroundings, file: Option<&Path>) -> Vec<PathBuf> {
     if !candidates.contains(&system) {
         candidates.push(system);
     }
-    candidates
+    Ok(candidates)
 }
 
 #[cfg(test)]

@@ -288,7 +288,7 @@ fn the_control_socket_is_found_in_a_broken_file() {
     let path = directory.path().join("x.toml");
     let found = |text: &[u8]| {
         fs::write(&path, text).unwrap();
-        candidates_in(&nobody(), Some(&path))
+        candidates_in(&nobody(), Some(&path)).unwrap_or_default()
     };
     let beside = [directory.path().join("c.sock")];
     for text in [
@@ -297,24 +297,31 @@ fn the_control_socket_is_found_in_a_broken_file() {
         "control-socket = \"./c.sock\"\n[log\nlevel = ",
         "pid-file = \"unclosed\ncontrol-socket = \"c.sock\"",
         "nonsense = 1\n= 5\ncontrol-socket = \"c.sock\" # and so on",
+        "[[\ncontrol-socket = \"c.sock\"\n",
     ] {
         assert_eq!(found(text.as_bytes()), beside, "{text}");
     }
     assert_eq!(found(b"control-socket = \"c.sock\"\n# \xff"), beside);
     let defaults = ["/session/preforkd", "/tmp/preforkd-65534", "/run/preforkd"]
         .map(|path| Path::new(path).join("control.sock"));
-    for text in [
-        "",
-        "daemon = false",
-        "control-socket = 5",
-        "control-socket = \"\"",
-    ] {
+    for text in ["", "daemon = false", "[[\n# control-socket = 1"] {
         assert_eq!(found(text.as_bytes()), defaults, "{text}");
     }
+    // Nothing is better than somebody else's server.
+    for text in [
+        "control-socket = 5",
+        "control-socket = \"\"",
+        "control-sockt = \"c.sock\"",
+    ] {
+        assert!(found(text.as_bytes()).is_empty(), "{text}");
+    }
     fs::remove_file(&path).unwrap();
-    assert_eq!(candidates_in(&nobody(), Some(&path)), defaults);
-    assert_eq!(candidates_in(&nobody(), None), defaults);
-    assert_eq!(candidates_in(&root(), None).len(), 1);
+    for unreadable in [&path, directory.path()] {
+        let error = candidates_in(&nobody(), Some(unreadable)).unwrap_err();
+        assert!(error.to_string().contains("which server"), "{error}");
+    }
+    assert_eq!(candidates_in(&nobody(), None).unwrap(), defaults);
+    assert_eq!(candidates_in(&root(), None).unwrap().len(), 1);
 }
 
 #[test]
@@ -329,7 +336,7 @@ fn the_control_socket_is_found_in_an_included_file() {
     .unwrap();
     fs::write(at("d/1.toml"), "control-socket = \"c.sock\"\nx = =").unwrap();
     assert_eq!(
-        candidates_in(&root(), Some(&at("x.toml"))),
+        candidates_in(&root(), Some(&at("x.toml"))).unwrap(),
         [at("d/c.sock")]
     );
 }
