@@ -153,6 +153,11 @@ fn python_that_raises_answers_internal_and_lives() {
         "{error}"
     );
     daemon.wait_log("Traceback");
+    // JSON, and more digits than Python takes for a number
+    let digits = format!(r#"{{"in": "score", "params": [{}]}}"#, "9".repeat(5000));
+    let error: Value = serde_json::from_str(&client.call_text(&digits)).unwrap();
+    let code = &error["result"]["code"];
+    assert!(*code == -32602 || *code == -32603, "{error}");
     assert!(answer(&mut client, "score", &json!("good"))["result"].is_number());
 }
 

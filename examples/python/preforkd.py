@@ -68,13 +68,18 @@ def serve(fd=3):
         if len(data) < 4 or len(data) < end:
             data = _more(calls, data)
             continue
-        call, _ = _decode(data[4:end].decode())
-        calls.sendall(_frame(_answer(call["in"], call["params"])))
+        calls.sendall(_frame(_answer(data[4:end])))
         data = data[end:] or calls.recv(PIECE)
 
 
-def _answer(name, params):
+def _answer(body):
     try:
+        try:
+            call, _ = _decode(body.decode())
+        except (ValueError, RecursionError) as error:
+            # JSON that the worker has let pass and Python does not: a number of 5,000 digits, say.
+            raise Error(INVALID_PARAMS, str(error)) from None
+        name, params = call["in"], call["params"]
         if name not in _methods:
             raise Error(METHOD_NOT_FOUND, "this program has no method %r" % name)
         function, begin = _methods[name]
