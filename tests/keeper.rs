@@ -427,3 +427,26 @@ fn a_kept_connection_moves_on_through_reloads_and_further_crashes() {
         workers.iter().map(|it| it.connections).sum::<u64>() == 30
     });
 }
+
+#[test]
+fn a_keeper_that_stands_still_is_ended_and_its_clients_wait_for_nothing() {
+    let config = format!("[workers]\ncount = 1\nheartbeat-timeout = \"1s\"\n{METHODS}");
+    let daemon = Daemon::builder()
+        .config(&config)
+        .expect_log("ended by SIGSEGV")
+        .expect_log("stands still")
+        .start();
+    let mut client = daemon.client();
+    client.call(&json!({"in": "ping"}));
+    for keeper in keepers(&daemon) {
+        kill(Pid::from_raw(keeper), Signal::SIGSTOP).unwrap();
+    }
+    client.send(r#"{"in": "sleep", "params": 5}"#);
+    crash(wait_running(&daemon, 1));
+    client.assert_closed();
+    daemon.wait_log("stands still: it gets SIGKILL");
+    wait_for("a keeper for the new worker alone", PATIENCE, || {
+        keepers(&daemon).len() == 1 && process::zombies(daemon.pid()).is_empty()
+    });
+    assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
+}

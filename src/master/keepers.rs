@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
+use super::event::Millis;
 use super::strikes::STRIKES;
 use super::supervise::{Master, now, wall_clock};
 use super::workers::Known;
@@ -30,6 +31,13 @@ use crate::sys::spawn;
 #[derive(Debug, Default)]
 pub struct Keepers(HashMap<Pid, Left>);
 
+/// What a keeper had done when it was looked at, and until when it has to do more.
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    done: u32,
+    until: Millis,
+}
+
 /// What a keeper has of its worker.
 #[derive(Debug)]
 pub struct Left {
@@ -45,6 +53,35 @@ pub struct Left {
     pub known: Rc<Known>,
     /// Whether what it ran may have been what it died of.
     pub suspicious: bool,
+    /// Not looked at yet: `None`.
+    progress: Option<Progress>,
+}
+
+impl Left {
+    /// What its keeper begins with.
+    pub fn new(
+        worker: Pid,
+        (record, record_index): (&'static Record, usize),
+        evidence: &'static Evidence,
+        known: Rc<Known>,
+        suspicious: bool,
+    ) -> Self {
+        Left {
+            worker,
+            record,
+            record_index,
+            evidence,
+            known,
+            suspicious,
+            progress: None,
+        }
+    }
+
+    /// Connections that its keeper is done with.
+    fn done(&self) -> u32 {
+        let Record { kept, reset, .. } = self.record;
+        kept.load(Relaxed).wrapping_add(reset.load(Relaxed))
+    }
 }
 
 /// A keeper whose worker is gone, as it crosses an upgrade.
@@ -96,6 +133,32 @@ impl Keepers {
         self.0.contains_key(&pid)
     }
 
+    /// The keepers that have done nothing for `limit`, each once, with their workers: stopped, most
+    /// likely, and their clients would wait for ever.
+    pub fn overdue(&mut self, now: Millis, limit: Millis) -> Vec<(Pid, Pid)> {
+        let mut overdue = Vec::new();
+        for (keeper, left) in &mut self.0 {
+            let done = left.done();
+            let until = match left.progress {
+                Some(before) if before.done == done && before.until > now => continue,
+                Some(before) if before.done == done => {
+                    overdue.push((*keeper, left.worker));
+                    Millis::MAX
+                }
+                _ => now.saturating_add(limit),
+            };
+            left.progress = Some(Progress { done, until });
+        }
+        overdue
+    }
+
+    /// When to look again.
+    pub fn next(&self) -> Option<Millis> {
+        let progress = self.0.values().filter_map(|left| left.progress);
+        let until = progress.map(|it| it.until);
+        until.filter(|at| *at < Millis::MAX).min()
+    }
+
     /// Ends all that are left, and waits for it: their descriptors are among them the ports.
     pub fn end(&mut self) {
         for (keeper, _) in self.0.drain().filter(|(keeper, _)| can_be_one(*keeper)) {
@@ -118,6 +181,24 @@ pub fn can_be_one(pid: Pid) -> bool {
 }
 
 impl Master<'_> {
+    /// Ends the keepers that stand still, as event loops that do are ended.
+    pub(super) fn watch_keepers(&mut self) {
+        let limit = match self.fleet.limits.heartbeat_timeout {
+            0 => Millis::MAX,
+            // Longer than a stuck worker is waited for, which may be all that could take from the queue.
+            timeout => timeout.saturating_mul(2),
+        };
+        for (keeper, worker) in self.workers.overdue_keepers(now(), limit) {
+            log::warn!(
+                "the keeper of worker {worker}, which has died, stands still: it gets SIGKILL, and the \
+                 connections that it has not passed on end pid={keeper}"
+            );
+            if can_be_one(keeper) {
+                process::kill(keeper, Signal::SIGKILL);
+            }
+        }
+    }
+
     /// A child that is no worker was reaped.
     pub(super) fn no_worker_ended(&mut self, pid: Pid) {
         if let Some(left) = self.workers.keeper_ended(pid) {

@@ -173,6 +173,7 @@ impl Master<'_> {
             watchdog,
             self.spread.next(),
             self.upgrade.deadline(),
+            self.workers.next_keeper(),
         ]
         .into_iter()
         .flatten()
@@ -270,6 +271,7 @@ impl Master<'_> {
     }
 
     fn pass_time(&mut self) {
+        self.watch_keepers();
         let now = now();
         if self.fleet.next_deadline().is_some_and(|at| at <= now) {
             let beats: Vec<_> = self

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use serde::{Deserialize, Serialize};
 
+use super::event::Millis;
 use super::keepers::{Keepers, Left, claimed_by};
 use super::listeners::Listener;
 use crate::config::Settings;
@@ -322,14 +323,13 @@ impl Workers {
         believes: impl Fn(Pid) -> bool,
     ) -> Option<Worker> {
         let worker = self.living.remove(&pid)?;
-        let left = Left {
-            worker: pid,
-            record: worker.record,
-            record_index: worker.record_index,
-            evidence: self.quarantine.evidence(worker.record_index),
-            known: Rc::clone(&worker.known),
+        let left = Left::new(
+            pid,
+            (worker.record, worker.record_index),
+            self.quarantine.evidence(worker.record_index),
+            Rc::clone(&worker.known),
             suspicious,
-        };
+        );
         self.free.extend(self.keepers.left(left, believes));
         Some(worker)
     }
@@ -350,6 +350,16 @@ impl Workers {
     pub fn is_keeper(&self, pid: Pid) -> bool {
         let of = |worker: &Worker| claimed_by(worker.record) == Some(pid);
         self.keepers.contains(pid) || self.living.values().any(of)
+    }
+
+    /// See [`Keepers::overdue`].
+    pub fn overdue_keepers(&mut self, now: Millis, limit: Millis) -> Vec<(Pid, Pid)> {
+        self.keepers.overdue(now, limit)
+    }
+
+    /// When to look for them again.
+    pub fn next_keeper(&self) -> Option<Millis> {
+        self.keepers.next()
     }
 
     /// Ends the keepers that are left, when no worker is.

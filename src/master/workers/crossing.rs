@@ -128,16 +128,15 @@ impl Workers {
             let (pid, worker) = (Pid(keeper.pid), Pid(keeper.worker));
             // One that is no child any more was reaped by a program that gave up.
             if can_be_one(pid) && claim(keeper.record).is_some() {
-                let left = Left {
+                // What ran in its worker was judged before, or is by nobody: the reload that
+                // follows an upgrade releases what is in quarantine.
+                let left = Left::new(
                     worker,
-                    record: board.record(keeper.record),
-                    record_index: keeper.record,
-                    // What ran in its worker was judged before, or is by nobody: the reload that
-                    // follows an upgrade releases what is in quarantine.
-                    evidence: quarantine.evidence(keeper.record),
-                    known: Rc::default(),
-                    suspicious: false,
-                };
+                    (board.record(keeper.record), keeper.record),
+                    quarantine.evidence(keeper.record),
+                    Rc::default(),
+                    false,
+                );
                 keepers.import(pid, left);
             }
         }
