@@ -30,7 +30,9 @@ pub fn clients(pid: i32, server: SocketAddr) -> HashSet<u16> {
             Some(target.trim_end_matches(']').to_owned())
         })
         .collect();
-    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+    // Read page by page while others come and go, it may leave one out; hardly so each time.
+    let tables = (0..3).map(|_| fs::read_to_string("/proc/net/tcp").unwrap_or_default());
+    let table: String = tables.collect();
     let own = format!(":{:04X}", server.port());
     let connections = table.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
