@@ -412,7 +412,7 @@ fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     let refused = upgrade.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{said}");
-    assert!(said.contains("the server stops"), "{said}");
+    assert!(said.contains("the server is about to stop"), "{said}");
     assert_eq!(executable(daemon.pid()), before);
     // likewise one that is asked for from now on
     let refused = daemon.command(&["upgrade"]);
