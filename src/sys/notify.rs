@@ -7,6 +7,7 @@
 
 use std::env;
 use std::fmt::Write;
+use std::io::ErrorKind;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -45,7 +46,11 @@ impl Notifier {
         for state in states {
             let _ = writeln!(message, "{state}");
         }
-        let _ = socket.send_to_addr(message.as_bytes(), address);
+        // A ready that is not heard ends in a start that is given up.
+        while socket
+            .send_to_addr(message.as_bytes(), address)
+            .is_err_and(|error| error.kind() == ErrorKind::Interrupted)
+        {}
     }
 }
 
