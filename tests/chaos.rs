@@ -102,17 +102,6 @@ fn settle(daemon: &Daemon) {
     });
 }
 
-/// The master's weight, once it has closed what the last command had opened.
-fn at_rest(daemon: &Daemon) -> Weight {
-    let mut looks = Vec::new();
-    wait_for("as many descriptors for a while", PATIENCE, || {
-        looks.push(process::descriptors(daemon.pid()));
-        let last = looks.iter().rev().take(20);
-        looks.len() >= 20 && last.clone().min() == last.max()
-    });
-    Weight::of(daemon.pid())
-}
-
 /// All that was logged, before the log was full and after.
 fn logs(daemon: &Daemon) -> String {
     let mut text = String::new();
@@ -167,7 +156,7 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
         .start();
     settle(&daemon);
     let sweep = Sweep::of(&daemon);
-    let before = at_rest(&daemon);
+    let before = Weight::of(daemon.pid());
     let loads = loads(&daemon);
     let dawdlers = Dawdlers::start(daemon.address(), 10);
     let mut chaos = Chaos::new(&daemon, dice);
@@ -215,7 +204,7 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
     }
     let shown: Vec<_> = kinds.values().take(20).collect();
     assert!(unexplained.is_empty(), "{}: {shown:#?}", unexplained.len());
-    let after = at_rest(&daemon);
+    let after = Weight::of(daemon.pid());
     println!("the master before {before:?}, after {after:?}");
     assert_eq!(after.descriptors, before.descriptors);
     assert!(after.rss_bytes < before.rss_bytes + (4 << 20));
