@@ -83,7 +83,7 @@ pub struct Ledger {
 #[derive(Debug, Default)]
 pub struct Told {
     /// By pid: connections that ended, calls that were answered with `crashed`.
-    left: HashMap<i32, (usize, usize)>,
+    left: Budget,
     /// Workers that had no keeper.
     unkept: Vec<i32>,
     /// When a program could not be started again for want of descriptors: its calls wait.
@@ -168,11 +168,8 @@ impl Kind {
     }
 }
 
-/// How much can be explained.
-struct Budget {
-    /// Of each worker: connections, calls.
-    left: HashMap<i32, (usize, usize)>,
-}
+/// How much can be explained: of each worker connections, calls.
+type Budget = HashMap<i32, (usize, usize)>;
 
 impl Ledger {
     pub fn did(&mut self, begin: Instant, what: &'static str) {
@@ -239,12 +236,12 @@ impl Ledger {
                 .filter(|(_, fault)| Kind::of(fault) == kind)
                 .count()
         };
-        let sum = |left: &HashMap<i32, (usize, usize)>| {
+        let sum = |left: &Budget| {
             let add = |sum: (usize, usize), one: &(usize, usize)| (sum.0 + one.0, sum.1 + one.1);
             left.values().fold((0, 0), add)
         };
         let (resets, crashed) = sum(&told.left);
-        let most = sum(&self.budget(told).left);
+        let most = sum(&self.budget(told));
         format!(
             "{} ends of workers, {} connections on them looked at, told of: {} kept, {resets} ended, \
              {crashed} calls crashed (with what could not be told {} and {}); seen: {} ended, {} calls \
@@ -276,7 +273,7 @@ impl Ledger {
                 left.entry(ended.pid).or_insert((held, held * DEPTH));
             }
         }
-        Budget { left }
+        left
     }
 
     /// Not so of one that was short of memory, unless it is known.
@@ -317,7 +314,7 @@ impl Ledger {
         };
         let workers = |fault: &Fault| self.met_by(fault);
         let of = |which: fn(&(usize, usize)) -> usize| {
-            let left = budget.left.iter();
+            let left = budget.iter();
             left.map(|(pid, left)| (*pid, which(left))).collect()
         };
         excuse(Kind::Closed, &workers, of(|left| left.0));
@@ -375,7 +372,7 @@ impl Ledger {
         self.ended.iter().filter_map(|ended| {
             let since = fault.at.checked_duration_since(ended.at)?;
             let is_in = ended.ports.contains(&fault.port);
-            let left = budget.left.get(&ended.pid).copied();
+            let left = budget.get(&ended.pid).copied();
             let (pid, end, held) = (ended.pid, ended.end, ended.ports.len());
             (is_in || since <= LONGEST).then_some((pid, end, since.as_millis(), held, is_in, left))
         })

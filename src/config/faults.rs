@@ -127,6 +127,14 @@ mod tests {
         }
     }
 
+    #[track_caller]
+    fn assert_begin(told: &[String], begins: &[&str]) {
+        assert_eq!(told.len(), begins.len(), "{told:#?}");
+        for (fault, begin) in told.iter().zip(begins) {
+            assert!(fault.starts_with(begin), "{fault}, not {begin}");
+        }
+    }
+
     #[test]
     fn independent_faults_are_told_together_in_the_order_of_the_file() {
         let told = faults(
@@ -151,10 +159,7 @@ mod tests {
             "13:10: methods.\"b c\": ",
             "16:11: methods.d.builtin: ",
         ];
-        assert_eq!(told.len(), begins.len(), "{told:#?}");
-        for (fault, begin) in told.iter().zip(begins) {
-            assert!(fault.starts_with(begin), "{fault}, not {begin}");
-        }
+        assert_begin(&told, &begins);
     }
 
     /// A method's timeout is too long for a drain of 30 s, and might be right for the one that was
@@ -190,10 +195,7 @@ mod tests {
             "10:8: log.file: ",
             "14:8: methods.b.rate: ",
         ];
-        assert_eq!(told.len(), begins.len(), "{told:#?}");
-        for (fault, begin) in told.iter().zip(begins) {
-            assert!(fault.starts_with(begin), "{fault}, not {begin}");
-        }
+        assert_begin(&told, &begins);
     }
 
     #[test]
