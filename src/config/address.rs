@@ -28,6 +28,22 @@ impl Address {
             Address::Unix(_) => false,
         }
     }
+
+    /// Whether one keeps the other from being bound though they differ: who listens on all interfaces
+    /// has the port of each (ip(7)).
+    pub fn is_in_the_way_of(&self, other: &Address) -> bool {
+        match (self, other) {
+            (Address::Tcp(one), Address::Tcp(other)) => {
+                one != other
+                    && one.port() == other.port()
+                    && one.port() != 0
+                    // A socket of ours for IPv6 takes nothing of IPv4.
+                    && one.is_ipv4() == other.is_ipv4()
+                    && (one.ip().is_unspecified() || other.ip().is_unspecified())
+            }
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for Address {
@@ -103,6 +119,25 @@ mod tests {
             "unix:x",
         ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn all_interfaces_are_in_the_way_of_one_at_the_same_port() {
+        for (one, other, expected) in [
+            ("0.0.0.0:80", "127.0.0.1:80", true),
+            ("[::]:80", "[::1]:80", true),
+            ("0.0.0.0:80", "[::1]:80", false),
+            ("0.0.0.0:80", "[::]:80", false),
+            ("0.0.0.0:80", "127.0.0.1:81", false),
+            ("0.0.0.0:0", "127.0.0.1:0", false),
+            ("127.0.0.1:80", "127.0.0.2:80", false),
+            ("127.0.0.1:80", "127.0.0.1:80", false),
+            ("0.0.0.0:80", "unix:/x", false),
+        ] {
+            let (one, other): (Address, Address) = (one.parse().unwrap(), other.parse().unwrap());
+            assert_eq!(one.is_in_the_way_of(&other), expected, "{one} {other}");
+            assert_eq!(other.is_in_the_way_of(&one), expected, "{other} {one}");
         }
     }
 

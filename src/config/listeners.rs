@@ -1,7 +1,7 @@
 //! The listeners: of the command line, else of the file, else the default one.
 //!
 //! No two may stand at one address, for one of them could never be bound, and a reload knows them
-//! by their addresses.
+//! by their addresses; nor one at a port that another has on all interfaces.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -40,20 +40,41 @@ pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<Listen>> {
         None => vec![plain(DEFAULT_ADDRESS)],
     };
     for (index, listen) in listeners.iter().enumerate() {
-        let mut before = listeners[..index].iter();
-        if let Some(first) = before.position(|other| other.address == listen.address) {
-            let mut problem = format!("there is another listener at {}", listen.address);
-            let first = check.places.name(&format!("listen[{first}].address"));
-            if let Some(place) = first.filter(|_| options.is_empty()) {
-                problem += &format!(", in {place}");
-            }
-            return Err(error(
-                check,
-                index,
-                problem,
+        let before = &listeners[..index];
+        let place = |first: usize| {
+            let place = check.places.name(&format!("listen[{first}].address"));
+            let place = place.filter(|_| options.is_empty());
+            place.map_or(String::new(), |place| format!(", in {place}"))
+        };
+        let same = |other: &Listen| other.address == listen.address;
+        // Where the service manager passes it, the address is not bound.
+        let bound = |listen: &Listen| listen.name.is_none();
+        let in_the_way = |other: &Listen| {
+            bound(other) && bound(listen) && other.address.is_in_the_way_of(&listen.address)
+        };
+        let (problem, remedy) = if let Some(first) = before.iter().position(same) {
+            (
+                format!(
+                    "there is another listener at {}{}",
+                    listen.address,
+                    place(first)
+                ),
                 "give each an address of its own",
-            ));
-        }
+            )
+        } else if let Some(first) = before.iter().position(in_the_way) {
+            let other = &before[first].address;
+            (
+                format!(
+                    "{} can't be bound beside {other}{}: one of the two is all interfaces",
+                    listen.address,
+                    place(first)
+                ),
+                "give each a port of its own, or leave the narrower one out",
+            )
+        } else {
+            continue;
+        };
+        return Err(error(check, index, problem, remedy));
     }
     Ok(listeners)
 }

@@ -246,7 +246,7 @@ fn a_user_is_taken_on_by_root_only() {
 #[test]
 fn warnings_name_what_root_exposes() {
     let warnings = |here: Surroundings, text: &str| settings(&here, text).unwrap().warnings;
-    let public = "[[listen]]\naddress = \"0.0.0.0:80\"\n[[listen]]\naddress = \"127.0.0.1:80\"";
+    let public = "[[listen]]\naddress = \"0.0.0.0:80\"\n[[listen]]\naddress = \"127.0.0.1:81\"";
     assert_eq!(
         warnings(root(), public),
         [

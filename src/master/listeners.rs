@@ -171,7 +171,9 @@ pub fn open(
             Ok(listener) => opened.push(listener),
             Err(mut error) => {
                 fresh.iter().for_each(|listener| listener.remove_path());
-                let own = current.iter().find(|has| overlap(has, &listen.address));
+                let own = current
+                    .iter()
+                    .find(|has| has.address.is_in_the_way_of(&listen.address));
                 if let (Some(own), Error::System { source, remedy, .. }) = (own, &mut error)
                     && source.kind() == io::ErrorKind::AddrInUse
                 {
@@ -212,18 +214,6 @@ fn renew(has: &Listener, listen: &Listen, write_timeout: Duration) -> Option<Lis
                 None
             }
         },
-    }
-}
-
-/// Whether a listener that is there can keep another address from being bound: the same port.
-fn overlap(has: &Listener, wanted: &Address) -> bool {
-    match (&has.address, wanted) {
-        (Address::Tcp(has), Address::Tcp(wanted)) => {
-            has.port() == wanted.port()
-                && has.is_ipv4() == wanted.is_ipv4()
-                && (has.ip().is_unspecified() || wanted.ip().is_unspecified())
-        }
-        _ => false,
     }
 }
 
