@@ -38,6 +38,8 @@ use crate::sys::signal::{self, SignalPipe};
 
 /// Children taken note of at once.
 const MOST_REAPED: usize = 64;
+/// Between two tries to tell the service manager what it had no room for.
+const NOTIFY_RETRY: Millis = 50;
 
 /// A master at work.
 pub(super) struct Master<'a> {
@@ -174,6 +176,7 @@ impl Master<'_> {
             self.spread.next(),
             self.upgrade.deadline(),
             self.workers.next_keeper(),
+            self.notifier.is_behind().then(|| now() + NOTIFY_RETRY),
         ]
         .into_iter()
         .flatten()
@@ -304,6 +307,7 @@ impl Master<'_> {
             }
             self.next_watchdog = now + (interval.as_millis() / 2) as Millis;
         }
+        self.notifier.retry();
     }
 
     /// Reports to the policy, and does what it says.
