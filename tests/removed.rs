@@ -1,4 +1,5 @@
-//! Sockets whose files somebody has removed, or replaced: found out and mended at a reload.
+//! Sockets whose files somebody has removed, or replaced, and the pid file: found out and mended at a
+//! reload.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -10,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::{Client, Daemon, PATIENCE};
+use crate::support::{Client, Daemon, PATIENCE, binary};
 
 const PING: &str = r#"{"in": "ping"}"#;
 
@@ -132,4 +133,32 @@ fn what_somebody_else_has_put_in_a_sockets_place_is_left_alone_and_named() {
     assert_eq!(daemon.status()["master"]["generation"], 4);
     let mut late = Client::connect_unix(&paths[0]);
     assert_eq!(late.call(&json!({"in": "ping"}))["out"], "pong");
+}
+
+#[test]
+fn a_pid_file_that_was_removed_is_made_again_at_a_reload_with_its_lock() {
+    let daemon = Daemon::builder().config("[workers]\ncount = 1\n").start();
+    let path = daemon.dir().join("preforkd.pid");
+    let before = fs::read_to_string(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    let done = daemon.command(&["reload"]);
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), before);
+    assert!(daemon.log().contains("somebody has removed the pid file"));
+    // The lock is held again, by the master alone.
+    let second = std::process::Command::new(binary())
+        .args(["run", "--config"])
+        .arg(daemon.dir().join("preforkd.toml"))
+        .output()
+        .unwrap();
+    assert_eq!(second.status.code(), Some(71), "{second:?}");
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(said.contains("preforkd.pid"), "{said}");
+    // Somebody else's is left alone.
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "precious").unwrap();
+    let done = daemon.command(&["reload"]);
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    assert!(daemon.log().contains("where the pid file was"));
 }

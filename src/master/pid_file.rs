@@ -12,7 +12,7 @@ use std::path::Path;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::libc;
 
-use super::own_path::OwnPath;
+use super::own_path::{OwnPath, Standing};
 use crate::error::{Error, Result};
 use crate::sys::lock::{lock, unlock};
 use crate::sys::process::Pid;
@@ -86,6 +86,37 @@ impl PidFile {
             self.file.set_len(text.len() as u64)
         };
         write().map_err(|error| refused("write", self.path.as_ref(), error))
+    }
+
+    /// Makes the file again where somebody has removed it, locked as the first one was.
+    pub fn renew(&mut self) {
+        let path = AsRef::<Path>::as_ref(&self.path).to_owned();
+        let name = path.display();
+        match self.path.standing() {
+            Standing::Ours => return,
+            Standing::Foreign => {
+                return log::warn!(
+                    "something else stands at {name}, where the pid file was: it is left alone, and \
+                     does not name this master; remove it and reload"
+                );
+            }
+            Standing::Gone => {}
+        }
+        let made = path.parent().map_or(Ok(()), make_directory);
+        match made.map(|()| make_whole(&path)) {
+            Ok(Some(file)) => {
+                // The lock of the old one, which nobody finds any more, goes with it.
+                self.file = file;
+                self.path = OwnPath::of(&path);
+                log::warn!("somebody has removed the pid file {name}: it is made again");
+            }
+            Ok(None) => log::warn!(
+                "somebody has removed the pid file {name}, and it can't be made again there"
+            ),
+            Err(error) => log::warn!(
+                "somebody has removed the pid file {name}, and it can't be made again: {error}"
+            ),
+        }
     }
 
     /// The file and its descriptor, for the program that goes on with the lock.

@@ -40,7 +40,8 @@ impl Master<'_> {
         states.extend(NotifyState::monotonic_usec_now());
         self.notifier.tell(&states);
         log::info!("reload: reads the configuration");
-        // Whatever the verdict will be: without it nobody can ask.
+        // Whatever the verdict will be: without them nobody can ask, or finds this master.
+        self.pid_file.renew();
         self.control.renew(now());
         match self.prepare() {
             Ok(ground) => {
