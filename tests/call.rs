@@ -58,6 +58,33 @@ fn params_come_from_stdin_and_the_timeout_is_kept() {
     assert!(text(&late.stderr).contains("timeout"), "{late:?}");
 }
 
+/// What else is wrong there is the server's affair; but no other server is called for it.
+#[test]
+fn a_broken_configuration_still_says_where_the_server_is() {
+    let daemon = Daemon::start();
+    let address = daemon.address();
+    for (broken, code) in [
+        (
+            format!("nonsense = 1\n[[listen]]\naddress = \"{address}\"\n"),
+            0,
+        ),
+        (
+            format!("user = \"nobody-of-that-name\"\n[[listen]]\naddress = \"{address}\"\n"),
+            0,
+        ),
+        (
+            format!("[[listen]]\naddress = \"{address}\"\nnonsense = 1\n"),
+            78,
+        ),
+        (format!("[[lisden]]\naddress = \"{address}\"\n"), 78),
+        ("daemon = \n".to_owned(), 78),
+    ] {
+        let config = daemon.dir().write("broken.toml", &broken);
+        let output = call(&["ping", "1", "--config", config.to_str().unwrap()], "");
+        assert_eq!(output.status.code(), Some(code), "{broken}: {output:?}");
+    }
+}
+
 #[test]
 fn the_exit_code_tells_what_went_wrong() {
     let daemon = Daemon::start();
@@ -110,7 +137,10 @@ timeout = \"30s\"
     };
     for (command, calls) in [("call", 1), ("map", 2)] {
         for signal in [Signal::SIGINT, Signal::SIGTERM] {
-            let mut child = Command::new(binary())
+            // In the background of a shell it would be born deaf to the first of them.
+            let mut child = Command::new("env")
+                .arg("--default-signal=INT,TERM")
+                .arg(binary())
                 .args([command, "nap", "--address", &daemon.address().to_string()])
                 .stdin(Stdio::piped())
                 .stdout(Stdio::null())

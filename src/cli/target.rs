@@ -28,13 +28,17 @@ impl Target {
         if let Some(address) = &self.address {
             return Ok(address.clone());
         }
-        let settings = match config::load(self.config.as_deref(), overrides) {
-            Ok(settings) => settings,
-            Err(error) if self.config.is_some() => return Err(error),
-            // Nobody named that file, and it may be one that only the server's own user can read.
-            Err(_) => return Ok(DEFAULT_ADDRESS.into()),
+        let file = self.config.as_deref();
+        let listen = match config::written_listeners(file) {
+            Some(listen) => listen,
+            None => match config::load(file, overrides) {
+                Ok(settings) => settings.listen,
+                Err(error) if file.is_some() => return Err(error),
+                // Nobody named that file, and it may be one that only the server's own user can read.
+                Err(_) => return Ok(DEFAULT_ADDRESS.into()),
+            },
         };
-        match settings.listen.first().map(|listen| &listen.address) {
+        match listen.first().map(|listen| &listen.address) {
             Some(Address::Tcp(address)) if address.port() == 0 => Err(Error::Usage(
                 "the configuration leaves the port to the system; say with --address which one it \
                  is (`status` shows it)"

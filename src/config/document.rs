@@ -65,6 +65,16 @@ pub(super) fn parse_without<'f>(
     Ok((raw, places))
 }
 
+/// [`parse`] as if nothing but the key `wanted` were there; `None` where it is not there either.
+pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<Option<(Raw, Places<'f>)>> {
+    let whole = merged(files)?;
+    if whole.get(wanted).is_none() {
+        return Ok(None);
+    }
+    let others = whole.keys().map(|key| join("", key.get_ref()));
+    parse_without(files, &others.filter(|key| key != wanted).collect()).map(Some)
+}
+
 /// The places of the keys of `files`, if it can be told what are keys there.
 pub(super) fn places(files: &Files) -> Result<Places<'_>> {
     Ok(Places::of(files, &merged(files)?))

@@ -40,6 +40,7 @@ pub use settings::{
 };
 
 use crate::error::{Error, Result};
+use check::Check;
 use files::Files;
 use surroundings::Surroundings;
 
@@ -91,6 +92,21 @@ pub fn load_or_faults(
         None => Files::default(),
     };
     faults::settings_or_faults(&here, &files, overrides)
+}
+
+/// The listeners that are written down, for who needs nothing else and does not mind what else is wrong.
+/// `None` where none is, or that part is wrong too: [`load`] has the default, or says why not.
+pub fn written_listeners(file: Option<&Path>) -> Option<Vec<Listen>> {
+    let here = Surroundings::here();
+    let files = Files::read(&here.main_file(file)?).ok()?;
+    let (raw, places) = document::parse_only(&files, "listen").ok()??;
+    let overrides = &Overrides::default();
+    let check = Check {
+        places: &places,
+        overrides,
+        here: &here,
+    };
+    listeners::resolve(&check, &raw).ok()
 }
 
 /// The settings that [`Settings::to_toml`] has written, perhaps in another version; `file` is where
