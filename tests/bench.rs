@@ -129,6 +129,28 @@ fn bench_goes_on_over_a_killed_worker_and_counts_what_it_took_along() {
     println!("bench: 3000 calls, one worker killed: {lost} lost with it, the load went on");
 }
 
+/// What was seen until then is worth more than that it ended early.
+#[test]
+fn bench_reports_what_it_saw_before_the_server_went_away() {
+    let daemon = Daemon::builder().config(WITH_SLEEP).start();
+    let mut bench = Command::new(binary());
+    bench.args(["bench", "ping", "-d", "10m", "-t", "2", "--json"]);
+    bench.arg("--address").arg(daemon.address().to_string());
+    let pipes = bench.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = pipes.spawn().unwrap();
+    wait_for("calls", PATIENCE, || {
+        daemon.workers().iter().all(|worker| worker.calls > 300)
+    });
+    let stopped = daemon.command(&["stop"]);
+    assert!(stopped.status.success(), "{stopped:?}");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(69), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["ok"].as_u64().unwrap() > 600, "{report}");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains(&daemon.address().to_string()), "{error}");
+}
+
 /// Each dialect in turn, with params from a file: what is called, and what comes of it.
 #[test]
 fn every_dialect_makes_the_same_calls() {

@@ -89,7 +89,8 @@ impl Engine {
     }
 
     /// Makes the load that began at `begin`, until it is over and everything is answered or given up.
-    pub(super) fn run(self, begin: Instant) -> Result<Tally> {
+    /// Why it ended early, if it did, comes with what was seen until then.
+    pub(super) fn run(self, begin: Instant) -> Result<(Tally, Option<Error>)> {
         let Engine {
             mut floor,
             timer,
@@ -104,6 +105,7 @@ impl Engine {
         }
         let mut ticked = Instant::now();
         let mut served = Instant::now();
+        let mut gone = None;
         loop {
             load.look();
             load.send_due(floor);
@@ -129,12 +131,15 @@ impl Engine {
                 let outcome = load.tick(floor);
                 if floor.connections() > 0 {
                     served = ticked;
-                } else if served.elapsed() >= WITHOUT_SERVER {
-                    outcome?;
+                } else if served.elapsed() >= WITHOUT_SERVER
+                    && let Err(error) = outcome
+                {
+                    gone = Some(error);
+                    load.end = Some(load.now);
                 }
             }
         }
-        Ok(load.finish())
+        Ok((load.finish(), gone))
     }
 }
 

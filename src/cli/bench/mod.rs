@@ -147,7 +147,7 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
     let interrupted = signal::interrupt_flag()
         .map_err(|error| Error::system("catch the interrupt signal", error))?;
     let cpu_before = process::cpu_time();
-    let tally = load(options, &address, &calls, &interrupted)?;
+    let (tally, gone) = load(options, &address, &calls, &interrupted)?;
     let report = Report {
         options,
         address: &address,
@@ -162,19 +162,21 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
             output::complain(name, &format!("warning: {warning}"));
         }
     }
-    match report.failure() {
-        Some(sentence) => Err(Error::Refused(sentence)),
-        None => Ok(()),
+    match (gone, report.failure()) {
+        (Some(error), _) => Err(error),
+        (None, Some(sentence)) => Err(Error::Refused(sentence)),
+        (None, None) => Ok(()),
     }
 }
 
-/// Runs the threads, and adds up what they saw. All connect before the first one begins.
+/// Runs the threads, and adds up what they saw; with it comes why one of them ended early, if any did.
+/// All connect before the first one begins.
 fn load(
     options: &BenchOptions,
     address: &str,
     calls: &Arc<Calls>,
     interrupted: &Arc<AtomicBool>,
-) -> Result<Tally> {
+) -> Result<(Tally, Option<Error>)> {
     let threads = u64::from(options.threads);
     let (connected, ready) = unbounded();
     let (go, start) = unbounded();
@@ -191,7 +193,7 @@ fn load(
             drop(connected);
             match start.recv() {
                 Ok(begin) => engine.run(begin),
-                Err(_) => Tally::new(),
+                Err(_) => Ok((Tally::new()?, None)),
             }
         };
         let thread = thread::Builder::new()
@@ -208,14 +210,15 @@ fn load(
         }
     }
     drop(go);
-    let mut tally = Tally::new()?;
+    let (mut tally, mut gone) = (Tally::new()?, None);
     for thread in running {
-        let one = thread
+        let (one, left) = thread
             .join()
             .map_err(|_| Error::Bug("a thread of the load panicked".into()))??;
         tally.add(&one)?;
+        gone = gone.or(left);
     }
-    Ok(tally)
+    Ok((tally, gone))
 }
 
 impl Share {
