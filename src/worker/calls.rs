@@ -111,7 +111,7 @@ impl Calls {
             return Ok(());
         }
         let rate = counted(rate as usize, "call", "calls");
-        Err(self.overloaded(method, format!("its rate of {rate} a second")))
+        Err(self.overloaded(method, format!("its rate of {rate} a second is reached")))
     }
 
     /// The lane of a method's calls.
@@ -131,7 +131,7 @@ impl Calls {
     pub fn has_room(&self, method: usize, size: usize, threads: usize) -> Result<(), RpcError> {
         let concurrency = self.registry.methods()[method].concurrency;
         if concurrency > 0 && self.loads[method].current >= concurrency {
-            let reason = format!("its concurrency of {concurrency} in this worker");
+            let reason = format!("its concurrency of {concurrency} in this worker is reached");
             return Err(self.overloaded(method, reason));
         }
         // Those that run, and those that will begin at once, do not wait.
@@ -139,21 +139,25 @@ impl Calls {
         let begin = threads.saturating_sub(lane.lost);
         if lane.waiting >= self.limit + begin {
             let calls = counted(self.limit, "call that may wait", "calls that may wait");
-            let reason = format!("the {calls} for a thread");
+            let server = match self.loads[method].lane {
+                0 => "thread",
+                _ => "program",
+            };
+            let reason = format!("the {calls} for a {server} are reached");
             return Err(self.overloaded(method, reason));
         }
         // One of any size is taken where there is no other.
         let most = MOST_BYTES / self.lanes.len();
         if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
-            let reason = format!("the {most} bytes of params that may wait");
+            let reason = format!("the {most} bytes of params that may wait are reached");
             return Err(self.overloaded(method, reason));
         }
         Ok(())
     }
 
-    fn overloaded(&self, method: usize, limit: String) -> RpcError {
+    fn overloaded(&self, method: usize, reason: String) -> RpcError {
         let name = self.registry.name(method);
-        let text = format!("{name} is refused: {limit} are reached; try again later");
+        let text = format!("{name} is refused: {reason}; try again later");
         RpcError::of(Code::Overloaded, text, false)
     }
 
