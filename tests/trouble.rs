@@ -63,6 +63,9 @@ fn a_log_on_a_full_disk_costs_no_call() {
         .start();
     let sweep = Sweep::of(&daemon);
     serve_without_a_log(&daemon, "with its log on /dev/full");
+    wait_for("a status that tells of it", PATIENCE, || {
+        daemon.status()["master"]["lost_log_lines"].as_u64() > Some(0)
+    });
     sweep.assert_same(&daemon);
 }
 

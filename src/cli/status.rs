@@ -29,6 +29,15 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
         page += &Paint::Yellow.on(&line, colours);
         page.push('\n');
     }
+    let lost = status.master.lost_log_lines;
+    if lost > 0 {
+        let line = format!(
+            "the log can't be written: {} lost so far",
+            units::plural(lost, "line")
+        );
+        page += &Paint::Red.on(&line, colours);
+        page.push('\n');
+    }
     for warning in &status.master.warnings {
         let line = format!("warning: {}", printable(warning));
         page += &Paint::Yellow.on(&line, colours);
@@ -144,7 +153,8 @@ fn workers(workers: &[Worker]) -> Table {
     table
 }
 
-/// What a worker's last column says: its oldest call, lost threads, what its slot waits for.
+/// What a worker's last column says: its oldest call, lost threads, programs that are down, what its
+/// slot waits for.
 fn remark(worker: &Worker) -> String {
     let call = worker.oldest_call.as_ref().map(|call| {
         let age = units::milliseconds(call.age_ms);
@@ -159,12 +169,17 @@ fn remark(worker: &Worker) -> String {
         let threads = counted(*threads as usize, "thread", "threads");
         format!("{lost_threads} of {threads} lost")
     });
+    let is_short = worker.state == State::Ready && worker.programs_down > 0;
+    let down = is_short.then(|| {
+        let programs = counted(worker.programs as usize, "program", "programs");
+        format!("{} of {programs} down", worker.programs_down)
+    });
     let throttle = worker.throttle.as_ref().map(|throttle| {
         let wait = units::milliseconds(throttle.retry_in_ms);
         let failures = units::plural(throttle.failures.into(), "failure");
         format!("{failures}, next try in {wait}")
     });
-    let parts: Vec<_> = [call, lost, throttle].into_iter().flatten().collect();
+    let parts: Vec<_> = [call, lost, down, throttle].into_iter().flatten().collect();
     if parts.is_empty() {
         "-".into()
     } else {

@@ -34,6 +34,7 @@ fn busy() -> Status {
             last_upgrade: None,
             target: 3,
             warnings: vec!["workers run as root".into()],
+            lost_log_lines: 1_234,
         },
         workers: vec![
             Worker {
@@ -48,7 +49,11 @@ fn busy() -> Status {
                 generation: 2,
                 ..worker(0, Some(99), State::Draining)
             },
-            worker(1, Some(4244), State::Ready),
+            Worker {
+                programs: 4,
+                programs_down: 1,
+                ..worker(1, Some(4244), State::Ready)
+            },
             Worker {
                 throttle: Some(Throttle {
                     failures: 6,
@@ -108,12 +113,13 @@ fn the_page_has_everything_in_line() {
 preforkd 0.1.0  pid 4242  generation 3  up 4d 4h  2 of 3 workers ready
 last reload: fine, 3m 20s ago
 stops in 4.2s: not ready for health checks
+the log can't be written: 1,234 lines lost so far
 warning: workers run as root
 
 SLOT   PID  GEN  STATE         UP  CONNS  RUNNING  QUEUED      CALLS  ERRORS    MEMORY  OLDEST CALL
    0  4243    3  ready      2d 4h     12        3       0  1,204,311       7  12.0 MiB  sleep, 1.2s; 1 of 8 threads lost
    0    99    2  draining   2d 4h     12        3       0  1,204,311       7  12.0 MiB  -
-   1  4244    3  ready      2d 4h     12        3       0  1,204,311       7  12.0 MiB  -
+   1  4244    3  ready      2d 4h     12        3       0  1,204,311       7  12.0 MiB  1 of 4 programs down
    2     -    3  throttled      -      -        -       -          -       -         -  6 failures, next try in 1.6s
 
 LISTENER                     QUEUE  BACKLOG

@@ -62,6 +62,10 @@ shared_record! {
         pub last_wait_ms: AtomicU32,
         /// The longest of these waits.
         pub longest_wait_ms: AtomicU32,
+        /// Programs of its pools that do not serve.
+        pub programs_down: AtomicU32,
+        /// Log lines that it could not write, and could not tell of yet.
+        pub lost_lines: AtomicU32,
     }
 }
 
@@ -123,6 +127,8 @@ impl Record {
             &self.reset,
             &self.last_wait_ms,
             &self.longest_wait_ms,
+            &self.programs_down,
+            &self.lost_lines,
         ] {
             number.store(0, Relaxed);
         }

@@ -197,6 +197,12 @@ pub fn flush(limit: Duration) {
     }
 }
 
+/// Lines of this process that are lost, as long as the log can't be written: it is told there once it
+/// can again, and this is 0.
+pub fn lost_lines() -> u64 {
+    LOST.load(Ordering::Relaxed)
+}
+
 fn lock_output() -> std::sync::MutexGuard<'static, Option<Output>> {
     OUTPUT.lock().unwrap_or_else(PoisonError::into_inner)
 }

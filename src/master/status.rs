@@ -8,6 +8,7 @@ use super::listeners::Listener;
 use super::strikes::Strikes;
 use super::view::WorkerView;
 use super::workers::Workers;
+use crate::logging;
 use crate::protocol::control::{
     self, AcceptWait, Death, LastReload, OldestCall, Quarantined, Status, Throttle, Worker,
 };
@@ -43,6 +44,7 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
             target: fleet.target_count(),
             stops_in_ms: fleet.stops_at().map(|at| at.saturating_sub(now)),
             warnings: about.warnings.to_vec(),
+            lost_log_lines: lost_log_lines(workers),
         },
         workers: fleet
             .workers()
@@ -75,6 +77,13 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
     }
 }
 
+/// Of the master and all workers together.
+fn lost_log_lines(workers: &Workers) -> u64 {
+    let of_workers = workers.iter().map(|(_, worker)| &worker.record.lost_lines);
+    let of_workers: u64 = of_workers.map(|lines| u64::from(lines.load(Relaxed))).sum();
+    logging::lost_lines() + of_workers
+}
+
 fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
     let mut shown = Worker {
         slot: view.slot.0,
@@ -104,6 +113,8 @@ fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
         longest_ms: number(&record.longest_wait_ms),
     };
     shown.threads = living.known.threads as u64;
+    shown.programs = living.known.programs as u64;
+    shown.programs_down = number(&record.programs_down);
     shown.rss_bytes = resident_bytes(pid);
     shown.oldest_call = record.oldest().map(|(method, since)| OldestCall {
         method: living.known.method(method).to_owned(),

@@ -58,6 +58,9 @@ pub struct Known {
     pub methods: Vec<String>,
     /// Handler threads of each worker.
     pub threads: usize,
+    /// Programs of all pools of each worker. Came later than the others.
+    #[serde(default)]
+    pub programs: usize,
 }
 
 impl Known {
@@ -67,6 +70,7 @@ impl Known {
         Rc::new(Known {
             methods: methods.map(|method| method.name.clone()).collect(),
             threads: settings.workers.threads,
+            programs: settings.pools.values().map(|pool| pool.processes).sum(),
         })
     }
 

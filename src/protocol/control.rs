@@ -158,6 +158,10 @@ pub struct Master {
     /// What is allowed and yet worth a word, such as workers that run as root.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// Log lines that are lost so far, while the log can't be written; 0 once it can again, and tells
+    /// of them itself.
+    #[serde(default)]
+    pub lost_log_lines: u64,
 }
 
 /// How a reload, or an upgrade, ended.
@@ -204,6 +208,12 @@ pub struct Worker {
     /// Those of them that run past their deadline.
     #[serde(default)]
     pub lost_threads: u64,
+    /// The programs of its pools.
+    #[serde(default)]
+    pub programs: u64,
+    /// Those of them that do not serve: they start, or died too often and wait.
+    #[serde(default)]
+    pub programs_down: u64,
     /// How long new connections had waited with their first bytes until they were read.
     #[serde(default)]
     pub accept_wait: AcceptWait,

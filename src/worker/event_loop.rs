@@ -23,6 +23,7 @@ use crate::link::channel::WorkerEnd;
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
+use crate::logging;
 use crate::sys::event::{Completion, Driver, Floor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
@@ -305,6 +306,12 @@ impl EventLoop {
         record
             .longest_wait_ms
             .store(self.service.longest_wait_ms as u32, Relaxed);
+        let programs_down = self.service.threads.programs_down();
+        record.programs_down.store(programs_down as u32, Relaxed);
+        let lost_lines = logging::lost_lines();
+        record
+            .lost_lines
+            .store(u32::try_from(lost_lines).unwrap_or(u32::MAX), Relaxed);
         let (method, since) = match self.service.calls.oldest() {
             Some((method, since)) => (method as u32 + 1, since),
             None => (0, 0),

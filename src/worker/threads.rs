@@ -148,6 +148,11 @@ impl Threads {
         !self.done.is_empty() || self.pools.has_done()
     }
 
+    /// How many programs of all pools do not serve.
+    pub fn programs_down(&self) -> usize {
+        self.pools.down()
+    }
+
     /// The programs of all pools.
     pub fn pools(&mut self) -> &mut Pools {
         &mut self.pools

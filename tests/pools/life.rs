@@ -180,6 +180,12 @@ fn a_program_that_keeps_dying_is_throttled_and_its_calls_are_told() {
     wait_for("a refusal", PATIENCE, || {
         is_refused(&call(&mut client, "leave", &json!(1)))
     });
+    wait_for("a status that tells of it", PATIENCE, || {
+        call(&mut client, "leave", &json!(1));
+        let worker = &setting.daemon.status()["workers"][0];
+        assert_eq!(worker["programs"], 1, "{worker}");
+        worker["programs_down"] == 1
+    });
     wait_for("a recovery", PATIENCE, || {
         let answer = call(&mut client, "echo", &json!(1));
         answer["out"] == "echo" || !is_refused(&answer)

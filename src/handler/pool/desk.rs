@@ -137,6 +137,12 @@ impl Desk {
         self.places.len()
     }
 
+    /// How many of them do not serve. One that sleeps does: it is started for the next call.
+    pub fn down(&self) -> usize {
+        let is_down = |place: &&Place| matches!(place, Place::Empty | Place::Down(..));
+        self.places.iter().filter(is_down).count()
+    }
+
     /// Whether calls are done that nobody has taken.
     pub fn has_done(&self) -> bool {
         !self.line.done.is_empty()

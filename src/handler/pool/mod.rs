@@ -208,6 +208,11 @@ impl Pools {
         self.desks.get(pool).map_or(0, Desk::count)
     }
 
+    /// How many programs of all pools do not serve: they start, or wait until they may.
+    pub fn down(&self) -> usize {
+        self.desks.iter().map(Desk::down).sum()
+    }
+
     /// Hands a call to a pool.
     pub fn put(&mut self, pool: usize, job: Job) {
         self.desks[pool].put(job);
