@@ -36,8 +36,12 @@ def say(body):
 mode = sys.argv[1] if len(sys.argv) > 1 else ""
 if mode == "slow":
     time.sleep(1.5)
-if mode in ("ready", "slow"):
+if mode == "late":
+    time.sleep(0.3)
+if mode in ("ready", "slow", "late"):
     say(b'{"out": "ready"}')
+if mode == "late":
+    time.sleep(0.3)
 asked = 0
 while True:
     length, = struct.unpack("<I", take(4))

@@ -227,6 +227,11 @@ impl Seat {
         self.running.is_some() && self.next.is_none() && self.wire.has_unread()
     }
 
+    /// Whether what it says first may still be that it is ready.
+    fn may_become_ready(&self) -> bool {
+        !self.has_spoken && (self.running.is_none() || self.wire.has_unread())
+    }
+
     /// Passes on the answers that are whole, and gives the next call out as soon as may be.
     ///
     /// # Errors
@@ -235,12 +240,13 @@ impl Seat {
         loop {
             let (used, answer) = match self.wire.frame(line.limit) {
                 Decoded::Partial { .. } if !self.wire.has_received() => return Ok(()),
+                // It may be the word of being ready, which comes late where nobody waits for it.
+                Decoded::Partial { .. } if self.may_become_ready() => return Ok(()),
                 Decoded::Partial { .. } if self.running.is_some() => {
                     // Its answer is on the way.
                     self.begin_next(line);
                     return Ok(());
                 }
-                Decoded::Partial { .. } if !self.has_spoken => return Ok(()),
                 Decoded::Partial { .. } => return Err("it spoke unasked".into()),
                 Decoded::TooLarge { length } => {
                     let limit = line.limit;
@@ -248,10 +254,11 @@ impl Seat {
                         "a frame of {length} bytes; limits.frame allows {limit}"
                     ));
                 }
-                Decoded::Whole { .. } if self.answers_too_early() => {
-                    return Err("it answered before it had read the call".into());
-                }
                 Decoded::Whole { body, used } => match program::read(body, line.depth) {
+                    Ok(Sent::Ready) if !self.has_spoken => (used, None),
+                    _ if self.answers_too_early() => {
+                        return Err("it answered before it had read the call".into());
+                    }
                     // It came whole, so the next one can be told from it; and what a program can't
                     // say well is often what its caller gave it, who must not end it with that.
                     Err(problem) if self.running.is_some() => {
@@ -261,7 +268,6 @@ impl Seat {
                         (used, Some((None, Err(error))))
                     }
                     Err(problem) => return Err(problem),
-                    Ok(Sent::Ready) if !self.has_spoken => (used, None),
                     Ok(Sent::Ready) => return Err("it said that it is ready once more".into()),
                     Ok(Sent::Answer(answer)) => {
                         let Some(entry) = &self.running else {
