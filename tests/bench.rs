@@ -134,7 +134,8 @@ fn bench_goes_on_over_a_killed_worker_and_counts_what_it_took_along() {
 fn bench_reports_what_it_saw_before_the_server_went_away() {
     let daemon = Daemon::builder().config(WITH_SLEEP).start();
     let mut bench = Command::new(binary());
-    bench.args(["bench", "ping", "-d", "10m", "-t", "2", "--json"]);
+    bench.args(["bench", "ping", "-n", "1000000", "-t", "2", "--json"]);
+    bench.args(["--rate", "10000"]);
     bench.arg("--address").arg(daemon.address().to_string());
     let pipes = bench.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = pipes.spawn().unwrap();
@@ -146,7 +147,12 @@ fn bench_reports_what_it_saw_before_the_server_went_away() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(69), "{output:?}");
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(report["ok"].as_u64().unwrap() > 600, "{report}");
+    let number = |name: &str| report[name].as_u64().unwrap();
+    assert!(number("ok") > 600, "{report}");
+    let seen = number("ok") + sum(&report["errors"]) + sum(&report["unanswered"]);
+    assert_eq!(number("calls"), seen, "{report}");
+    // Five seconds of calls at most were due to nobody, and not all that were wanted.
+    assert!((1..200_000).contains(&number("not_sent")), "{report}");
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(error.contains(&daemon.address().to_string()), "{error}");
 }

@@ -49,11 +49,17 @@ struct Ended {
 
 impl Ended {
     /// Whether a connection may have met this end.
-    fn met(&self, fault: &Fault) -> bool {
+    fn met(&self, fault: &Fault, told: &Told) -> bool {
         let is_in = self.ports.contains(&fault.port);
         let until = match self.end {
             // However late the master finds out, being stopped itself and another program each time.
-            End::Killed if is_in => self.gone.map_or(fault.at, |gone| gone + AFTERWARDS),
+            End::Killed if is_in => self.gone.map_or(fault.at, |gone| {
+                gone + if told.nobody_took_up(self.at, fault) {
+                    LONGEST
+                } else {
+                    AFTERWARDS
+                }
+            }),
             End::Killed => return false,
             End::Left if !is_in => self.at + SHORT,
             End::Left | End::Cramped => self.at + LONGEST,
@@ -88,6 +94,8 @@ pub struct Told {
     unkept: Vec<i32>,
     /// When a program could not be started again for want of descriptors: its calls wait.
     starved: Vec<SystemTime>,
+    /// When a worker had none left to take a connection up, with what is to be said to it.
+    shut: Vec<SystemTime>,
     pub kept: usize,
 }
 
@@ -114,11 +122,14 @@ impl Told {
                     .and_then(|(_, rest)| rest.split_once(' '));
                 told.unkept
                     .extend(own.and_then(|(pid, _)| pid.parse::<i32>().ok()));
-            } else if line.contains("its program could not be started")
-                && line.contains("Too many open files")
-            {
+            } else if line.contains("Too many open files") {
                 let at = line.split(' ').next().unwrap_or_default();
-                told.starved.extend(humantime::parse_rfc3339(at));
+                let at = humantime::parse_rfc3339(at);
+                if line.contains("its program could not be started") {
+                    told.starved.extend(at);
+                } else if line.contains("no connection can be accepted") {
+                    told.shut.extend(at);
+                }
             }
         }
         told
@@ -130,6 +141,15 @@ impl Told {
         let at = SystemTime::now() - fault.at.elapsed();
         let mut since = self.starved.iter().map(|it| at.duration_since(*it));
         since.any(|since| since.is_ok_and(|since| (TIMEOUT / 2..LONGEST).contains(&since)))
+    }
+
+    /// Whether a worker was shut to connections between an end and a fault.
+    fn nobody_took_up(&self, end: Instant, fault: &Fault) -> bool {
+        let (from, to) = (
+            SystemTime::now() - end.elapsed(),
+            SystemTime::now() - fault.at.elapsed(),
+        );
+        self.shut.iter().any(|at| (from..=to).contains(at))
     }
 }
 
@@ -312,7 +332,7 @@ impl Ledger {
                 excused[index] = met;
             }
         };
-        let workers = |fault: &Fault| self.met_by(fault);
+        let workers = |fault: &Fault| self.met_by(fault, told);
         let of = |which: fn(&(usize, usize)) -> usize| {
             let left = budget.iter();
             left.map(|(pid, left)| (*pid, which(left))).collect()
@@ -330,8 +350,9 @@ impl Ledger {
 
     /// The workers whose end a connection may have met. First those that it has met for certain, the
     /// last one first: what others leave for those that nobody has seen is little.
-    fn met_by(&self, fault: &Fault) -> Vec<i32> {
-        let met = self.ended.iter().rev().filter(|ended| ended.met(fault));
+    fn met_by(&self, fault: &Fault, told: &Told) -> Vec<i32> {
+        let ended = self.ended.iter().rev();
+        let met = ended.filter(|ended| ended.met(fault, told));
         let (seen, unseen): (Vec<_>, Vec<_>) =
             met.partition(|ended| ended.ports.contains(&fault.port));
         let all = seen.into_iter().chain(unseen);
@@ -354,7 +375,7 @@ impl Ledger {
             Kind::Late => {
                 let is_late = |ended: &Ended| {
                     let is_over = ended.at + TIMEOUT <= fault.at;
-                    ended.end == End::Killed && is_over && ended.met(fault)
+                    ended.end == End::Killed && is_over && ended.met(fault, told)
                 };
                 self.ended.iter().any(is_late) || told.starved_before(fault)
             }
@@ -447,4 +468,32 @@ fn a_program_that_was_killed_costs_one_call() {
     let faults = [fault(1, false, text), fault(2, false, text)];
     let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
     assert_eq!(ledger.unexplained(&named, &Told::default()).len(), 1);
+}
+
+#[test]
+fn what_a_keeper_says_waits_for_a_worker_that_can_take_the_connection_up() {
+    let text = r#"{"name":"crashed","message":"the worker that ran this call has died"}"#;
+    let ago = Duration::from_secs;
+    let mut ledger = Ledger::default();
+    ledger.ends(9, End::Killed, [100]);
+    ledger.look(|_| false);
+    ledger.ended[0].at -= ago(20);
+    ledger.ended[0].gone = Some(Instant::now() - ago(19));
+    let late = Fault {
+        at: Instant::now() - ago(10),
+        ..fault(100, false, text)
+    };
+    let at = humantime::format_rfc3339_millis(SystemTime::now() - ago(15));
+    let judge = |shut: &str| {
+        let log = format!(
+            "INFO [7 master] … pid=9 kept=1 crashed=1 reset=0\n{at} WARN [8 worker] {shut}"
+        );
+        let told = Told::of(&log);
+        ledger.unexplained(&[("a client", &late)], &told).len()
+    };
+    assert_eq!(judge("nothing of the kind"), 1);
+    assert_eq!(
+        judge("no connection can be accepted: Too many open files"),
+        0
+    );
 }

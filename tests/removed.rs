@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -145,15 +146,22 @@ fn a_pid_file_that_was_removed_is_made_again_at_a_reload_with_its_lock() {
     assert!(done.status.success(), "{done:?}");
     assert_eq!(fs::read_to_string(&path).unwrap(), before);
     assert!(daemon.log().contains("somebody has removed the pid file"));
-    // The lock is held again, by the master alone.
-    let second = std::process::Command::new(binary())
-        .args(["run", "--config"])
-        .arg(daemon.dir().join("preforkd.toml"))
-        .output()
-        .unwrap();
-    assert_eq!(second.status.code(), Some(71), "{second:?}");
-    let said = String::from_utf8_lossy(&second.stderr);
-    assert!(said.contains("preforkd.pid"), "{said}");
+    let assert_locked = || {
+        let second = Command::new("timeout")
+            .arg("10")
+            .arg(binary())
+            .args(["run", "--config"])
+            .arg(daemon.dir().join("preforkd.toml"))
+            .output()
+            .unwrap();
+        assert_eq!(second.status.code(), Some(71), "{second:?}");
+        let said = String::from_utf8_lossy(&second.stderr);
+        assert!(said.contains("preforkd.pid"), "{said}");
+    };
+    assert_locked();
+    let done = daemon.command(&["upgrade"]);
+    assert!(done.status.success(), "{done:?}");
+    assert_locked();
     // Somebody else's is left alone.
     fs::remove_file(&path).unwrap();
     fs::write(&path, "precious").unwrap();

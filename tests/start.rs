@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
+use std::os::fd::AsRawFd;
 use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -231,4 +232,105 @@ fn workers_give_up_root_for_good() {
     }
     println!("Uid of the workers: {nobody}");
     daemon.client().call_text(r#"{"in":"ping"}"#);
+}
+
+/// Refused or not, a reload under way keeps nobody at a file that was moved away.
+#[test]
+fn a_log_that_moves_on_during_a_reload_stays_there_when_that_is_refused() {
+    let dir = Dir::new();
+    let config = format!("{DETACHED}boot-timeout = \"3s\"\n{OWN_SOCKET}");
+    assert!(run(&dir, &config).status.success());
+    let daemon = Running(&dir);
+    let pool = "[pools.late]\ncommand = [\"sleep\", \"1000\"]\nready = \"message\"\n\
+                [methods.late]\npool = \"late\"\n";
+    dir.write("p.toml", format!("{config}{pool}"));
+    kill(Pid::from_raw(daemon.pid()), Signal::SIGHUP).unwrap();
+    wait_for("a reload under way", PATIENCE, || {
+        dir.read("log").contains("reload: reads") && process::workers(daemon.pid()).len() > 2
+    });
+    std::fs::rename(dir.join("log"), dir.join("log.1")).unwrap();
+    kill(Pid::from_raw(daemon.pid()), Signal::SIGUSR1).unwrap();
+    wait_for("the verdict in the new log", PATIENCE, || {
+        std::fs::read_to_string(dir.join("log")).is_ok_and(|log| log.contains("reload refused"))
+    });
+    assert!(!dir.read("log.1").contains("reload refused"));
+}
+
+/// Job control as a shell does it: a group in the background of a terminal that stops its writers.
+#[test]
+fn a_server_in_the_background_of_a_terminal_that_wants_no_output_serves_all_the_same() {
+    const SHELL: &str = "
+import os, pty, sys, termios
+pid, terminal = pty.fork()
+if pid == 0:
+    flags = termios.tcgetattr(0)
+    flags[3] |= termios.TOSTOP
+    termios.tcsetattr(0, termios.TCSANOW, flags)
+    server = os.fork()
+    if server == 0:
+        os.setpgid(0, 0)
+        os.execv(sys.argv[1], sys.argv[1:])
+    os._exit(os.WEXITSTATUS(os.waitpid(server, 0)[1]))
+try:
+    while piece := os.read(terminal, 4096):
+        sys.stdout.buffer.write(piece)
+        sys.stdout.flush()
+except OSError:
+    pass
+sys.exit(os.WEXITSTATUS(os.waitpid(pid, 0)[1]))
+";
+    let dir = Dir::new();
+    let config = DETACHED
+        .replace("daemon = true\n", "")
+        .replace("log.file = \"log\"\n", "");
+    dir.write("p.toml", format!("{config}{OWN_SOCKET}"));
+    let mut shell = Command::new("python3");
+    shell
+        .args(["-c", SHELL])
+        .arg(binary())
+        .args(["run", "--config"]);
+    let shell = shell.arg(dir.join("p.toml")).stdout(Stdio::piped());
+    let shell = shell.spawn().unwrap();
+    let daemon = Running(&dir);
+    wait_for("a server", PATIENCE, || {
+        preforkd(&dir, &["status"])
+            .output()
+            .unwrap()
+            .status
+            .success()
+    });
+    let stopped = preforkd(&dir, &["stop"]).output().unwrap();
+    assert!(stopped.status.success(), "{stopped:?}");
+    drop(daemon);
+    let output = shell.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("] left"), "{said}");
+}
+
+/// Each command that gives up leaves a connection in the queue of a master that does not look.
+#[test]
+fn commands_do_not_wait_for_room_at_a_master_that_is_stopped() {
+    let daemon = Daemon::start();
+    daemon.signal(Signal::SIGSTOP);
+    let path = daemon.dir().join("control.sock");
+    let waiting: Vec<_> = std::iter::from_fn(|| {
+        let socket = nix::sys::socket::socket(
+            nix::sys::socket::AddressFamily::Unix,
+            nix::sys::socket::SockType::Stream,
+            nix::sys::socket::SockFlag::SOCK_NONBLOCK,
+            None,
+        )
+        .unwrap();
+        let address = nix::sys::socket::UnixAddr::new(&path).unwrap();
+        let connected = nix::sys::socket::connect(socket.as_raw_fd(), &address);
+        connected.is_ok().then_some(socket)
+    })
+    .collect();
+    let status = daemon.command(&["status"]);
+    daemon.signal(Signal::SIGCONT);
+    assert_eq!(status.status.code(), Some(69), "{status:?}");
+    let said = String::from_utf8_lossy(&status.stderr);
+    assert!(said.contains("stopped or stuck"), "{said}");
+    drop(waiting);
+    assert!(daemon.command(&["status"]).status.success());
 }

@@ -21,10 +21,13 @@ use crate::error::{Error, Result};
 use crate::protocol::control::{
     MOST_DRAINING_GENERATIONS, Request, Response, State, Status, to_line,
 };
+use crate::sys::socket;
 
 /// How long the master may take for what it answers at once. It does not wait for workers then, so
 /// a master that takes longer is stopped or stuck.
 const PROMPT: Duration = Duration::from_secs(10);
+
+const STUCK: &str = "the master does not answer: it is stopped or stuck";
 
 /// How long a stop may take before it is said what it waits for.
 const HINT_AFTER: Duration = Duration::from_secs(2);
@@ -143,7 +146,7 @@ impl Control {
         let mut forbidden = None;
         let mut nobody = io::Error::from(ErrorKind::NotFound);
         for path in candidates {
-            match UnixStream::connect(path) {
+            match socket::connect_unix(path, Some(PROMPT)) {
                 Ok(stream) => {
                     return Ok(Control {
                         stream: BufReader::new(stream),
@@ -155,6 +158,10 @@ impl Control {
                     | ErrorKind::ConnectionRefused
                     | ErrorKind::NotADirectory => nobody = error,
                     ErrorKind::PermissionDenied => forbidden = forbidden.or(Some(path)),
+                    // So many wait there already.
+                    ErrorKind::TimedOut => {
+                        return Err(Error::Protocol(format!("{}: {STUCK}", path.display())));
+                    }
                     _ => {
                         let attempt = format!("connect to the control socket {}", path.display());
                         return Err(Error::system(attempt, error));
@@ -196,7 +203,7 @@ impl Control {
     fn ask(&mut self, request: &Request, patience: Patience<'_>) -> Result<(Response, String)> {
         let line = self.exchange(request, patience).map_err(|error| {
             let text = match error.kind() {
-                ErrorKind::WouldBlock => "the master does not answer: it is stopped or stuck",
+                ErrorKind::WouldBlock => STUCK,
                 ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
                     "the master left before it answered; its log says why"
                 }

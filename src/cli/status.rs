@@ -32,7 +32,7 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
     let lost = status.master.lost_log_lines;
     if lost > 0 {
         let line = format!(
-            "the log can't be written: {} lost so far",
+            "the log can't be written: {} lost",
             units::plural(lost, "line")
         );
         page += &Paint::Red.on(&line, colours);

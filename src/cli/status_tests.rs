@@ -113,7 +113,7 @@ fn the_page_has_everything_in_line() {
 preforkd 0.1.0  pid 4242  generation 3  up 4d 4h  2 of 3 workers ready
 last reload: fine, 3m 20s ago
 stops in 4.2s: not ready for health checks
-the log can't be written: 1,234 lines lost so far
+the log can't be written: 1,234 lines lost
 warning: workers run as root
 
 SLOT   PID  GEN  STATE         UP  CONNS  RUNNING  QUEUED      CALLS  ERRORS    MEMORY  OLDEST CALL

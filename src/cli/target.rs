@@ -7,9 +7,6 @@ use clap::Args;
 use crate::config::{self, Address, Overrides};
 use crate::error::{Error, Result};
 
-/// Where a server without a configuration listens.
-const DEFAULT_ADDRESS: &str = "127.0.0.1:8080";
-
 /// The server that is to be called.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct Target {
@@ -28,24 +25,15 @@ impl Target {
         if let Some(address) = &self.address {
             return Ok(address.clone());
         }
-        let file = self.config.as_deref();
-        let listen = match config::written_listeners(file) {
-            Some(listen) => listen,
-            None => match config::load(file, overrides) {
-                Ok(settings) => settings.listen,
-                Err(error) if file.is_some() => return Err(error),
-                // Nobody named that file, and it may be one that only the server's own user can read.
-                Err(_) => return Ok(DEFAULT_ADDRESS.into()),
-            },
-        };
-        match listen.first().map(|listen| &listen.address) {
+        let listeners = config::listeners(self.config.as_deref(), overrides)?;
+        match listeners.first().map(|listen| &listen.address) {
             Some(Address::Tcp(address)) if address.port() == 0 => Err(Error::Usage(
                 "the configuration leaves the port to the system; say with --address which one it \
                  is (`status` shows it)"
                     .into(),
             )),
             Some(address) => Ok(address.to_string()),
-            None => Ok(DEFAULT_ADDRESS.into()),
+            None => Err(Error::Bug("a configuration without a listener".into())),
         }
     }
 }

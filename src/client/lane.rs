@@ -3,6 +3,7 @@
 //! The connection is made when it is needed and again when it was lost; what is repeated is
 //! [`Retry`]'s decision. A lane ends when no job can come any more.
 
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +18,10 @@ use super::{Client, ClientError, Reply};
 /// How much longer than the server this side waits: it is the server that answers `timeout`, and
 /// its answer needs time to arrive.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// Without a limit it is waited for a connection in pieces of this: whoever terminates the pool has no other
+/// way to end that.
+const PIECE: Duration = Duration::from_secs(5);
 
 /// What is done with an outcome.
 pub(super) type Done = Box<dyn FnOnce(Result<Reply, ClientError>) + Send>;
@@ -46,7 +51,16 @@ impl Shared {
     /// A connection of the pool.
     pub(super) fn connect(&self) -> Result<Client, ClientError> {
         let patience = self.timeout.map(|limit| limit.saturating_add(GRACE));
-        Client::connect(&self.address, patience)
+        loop {
+            match Client::connect(&self.address, Some(patience.unwrap_or(PIECE))) {
+                Ok(client) => return Ok(client.with_timeout(patience)),
+                Err(ClientError::NoServer { source, .. })
+                    if patience.is_none()
+                        && source.kind() == ErrorKind::TimedOut
+                        && !self.ended.load(Ordering::SeqCst) => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 
@@ -144,6 +158,12 @@ impl Lane {
 }
 
 impl Client {
+    /// The same with another limit for answers.
+    fn with_timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
     /// A second handle of the connection.
     pub(super) fn second(&self) -> Option<Stream> {
         self.stream.as_ref()?.second().ok()

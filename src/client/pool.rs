@@ -186,7 +186,8 @@ impl Pool {
     /// Calls a method for each of `items` and waits for all results, which come in the items' order.
     ///
     /// # Errors
-    /// The first error in the items' order; the calls behind it that have begun go on.
+    /// The first error in the items' order; those calls behind it that were handed out already are made all the
+    /// same, a few for each connection.
     pub fn map<P: Serialize, R: DeserializeOwned>(
         &self,
         method: &str,

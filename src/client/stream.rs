@@ -7,6 +7,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::ClientError;
@@ -27,8 +28,8 @@ impl Stream {
             source,
         };
         if let Some(path) = address.strip_prefix("unix:") {
-            // connect(2) on a unix socket waits only while the backlog is full.
-            return UnixStream::connect(path).map(Stream::Unix).map_err(nobody);
+            let connected = socket::connect_unix(Path::new(path), timeout);
+            return connected.map(Stream::Unix).map_err(nobody);
         }
         let wrong = || {
             ClientError::Address(format!(

@@ -248,14 +248,17 @@ impl CallState {
     /// What was to run it is gone, and it is certain that it had not begun: it waits again. False
     /// when it was given up meanwhile.
     fn wait_again(&self) -> bool {
-        let waits = self
-            .phase
+        self.phase
             .compare_exchange(RUNNING, WAITING, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok();
-        if let (true, Some(shown)) = (waits, self.shown) {
+            .is_ok()
+    }
+
+    /// Shows that it waits, if it still does. For the loop alone, which gives calls up: behind that, the
+    /// place where it is shown may be another call's.
+    fn show_waiting(&self) {
+        if let (WAITING, Some(shown)) = (self.phase.load(Ordering::Acquire), self.shown) {
             shown.store(0, Ordering::Release);
         }
-        waits
     }
 
     /// What it is known by, if anything.

@@ -197,14 +197,33 @@ pub fn flush(limit: Duration) {
     }
 }
 
-/// Lines of this process that are lost, as long as the log can't be written: it is told there once it
-/// can again, and this is 0.
+/// Lines of this process that are lost, and not told of in the log: it can't be written now.
 pub fn lost_lines() -> u64 {
     LOST.load(Ordering::Relaxed)
 }
 
+/// Tells of lost lines, if that can be done by now; else the next line does.
+pub fn tell_lost() {
+    if lost_lines() > 0 {
+        submit(Vec::new());
+    }
+}
+
 fn lock_output() -> std::sync::MutexGuard<'static, Option<Output>> {
     OUTPUT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has a line written, or counts it as lost. An empty one tells of those that are.
+fn submit(line: Vec<u8>) {
+    let counts = u64::from(!line.is_empty());
+    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(queue) = queued.as_ref() {
+        if let Err(TrySendError::Full(_)) = queue.try_send(Order::Line(line)) {
+            LOST.fetch_add(counts, Ordering::Relaxed);
+        }
+    } else if let Some(output) = lock_output().as_mut() {
+        output.write_line(&line, &LOST, notice);
+    }
 }
 
 /// What env_logger writes to: always takes the line.
@@ -212,14 +231,7 @@ struct Pipe;
 
 impl Write for Pipe {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(queue) = queued.as_ref() {
-            if let Err(TrySendError::Full(_)) = queue.try_send(Order::Line(line.to_vec())) {
-                LOST.fetch_add(1, Ordering::Relaxed);
-            }
-        } else if let Some(output) = lock_output().as_mut() {
-            output.write_line(line, &LOST, notice);
-        }
+        submit(line.to_vec());
         Ok(line.len())
     }
 

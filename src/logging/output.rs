@@ -6,7 +6,7 @@
 //! is lost and counted.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -14,9 +14,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send};
 
 use super::torn::Torn;
+use crate::sys::signal::Held;
 
 /// How a descriptor is written to without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +36,7 @@ enum Manner {
 pub struct Output {
     file: File,
     manner: Manner,
+    is_terminal: bool,
     /// Whether the last line there was cut short: the next one starts afresh.
     torn: Torn,
 }
@@ -97,6 +100,7 @@ impl Output {
         let file = File::from(file.into());
         Output {
             torn: Torn::of(&file),
+            is_terminal: file.is_terminal(),
             file,
             manner,
         }
@@ -111,7 +115,7 @@ impl Output {
     }
 
     /// Writes one whole line, or counts it as lost. Says how many were lost once it can again, in
-    /// the line that `notice` makes of their number.
+    /// the line that `notice` makes of their number; an empty line is for that alone.
     pub fn write_line(
         &mut self,
         line: &[u8],
@@ -138,11 +142,14 @@ impl Output {
         }
         if written < text.len() {
             let untold = if written < told { missing } else { 0 };
-            lost.fetch_add(untold + 1, Ordering::Relaxed);
+            lost.fetch_add(untold + u64::from(!line.is_empty()), Ordering::Relaxed);
         }
     }
 
     fn write(&mut self, bytes: &[u8]) -> usize {
+        // From the background of a terminal with `tostop` a line would bring this signal, which the master
+        // heeds in its own way, and never be written; blocked, it is (termios(3)).
+        let _held = self.is_terminal.then(|| Held::of(Signal::SIGTTOU));
         let mut written = 0;
         while written < bytes.len() {
             match self.write_some(&bytes[written..]) {

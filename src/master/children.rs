@@ -132,6 +132,11 @@ impl Child {
         self.stage == Stage::Ready && self.doom.is_none()
     }
 
+    /// Whether it was killed and does not end: the kernel holds it.
+    pub fn has_outlived_kill(&self) -> bool {
+        self.killed && self.next.is_none()
+    }
+
     /// When its event loop counts as stuck, one that drains no less than one that serves.
     pub fn stale_at(&self) -> Option<Millis> {
         let timeout = self.limits.heartbeat_timeout;
@@ -240,11 +245,12 @@ impl Table {
         })
     }
 
-    /// Generations other than this one that still have a child.
+    /// Generations other than this one that still have a child, but for those that nothing ends.
     pub fn other_generations(&self, serving: Generation) -> usize {
         let others: BTreeSet<_> = self
             .children
             .values()
+            .filter(|child| !child.has_outlived_kill())
             .map(|child| child.seat.generation)
             .filter(|generation| *generation != serving)
             .collect();

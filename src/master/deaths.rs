@@ -126,8 +126,7 @@ pub(super) fn reason(child: &Child, how: Exit) -> String {
     let words = match (child.stage, how) {
         (Stage::Draining { .. }, _) => "died while it drained",
         (Stage::Starting, _) => "died before it was ready",
-        // Seldom anything else.
-        (Stage::Ready, Exit::Code(0)) => "left unasked, as after a SIGQUIT to it",
+        (Stage::Ready, Exit::Code(0)) => "left unasked, by a SIGQUIT or by its own exit",
         (Stage::Ready, Exit::Code(_)) => "left unasked",
         (Stage::Ready, how) if how.is_signal(Signal::SIGKILL) => {
             "killed from outside, by hand or by the kernel for want of memory"

@@ -15,7 +15,7 @@ use super::recycle::Recycling;
 use super::reload::Reload;
 use crate::link::ids::{Generation, Pid};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
-use crate::throttle::limiter::Limiter;
+use crate::throttle::limiter::{Limiter, with_held_back};
 
 /// Troubles with workers: at most 18 lines in the first minute, 10 in each after that.
 const TROUBLES: (u64, Millis) = (8, 6_000);
@@ -288,13 +288,5 @@ impl Fleet {
     pub(super) fn tenure(&mut self, seat: Seat) -> &mut Tenure {
         let tenure = self.table.seats.get_mut(&seat);
         tenure.expect("the caller saw somebody in this seat")
-    }
-}
-
-/// A line that tells how many before it were not written.
-pub(super) fn with_held_back(text: String, more: u32) -> String {
-    match more {
-        0 => text,
-        more => format!("{text} held_back_before={more}"),
     }
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::event::Millis;
 use super::strikes::STRIKES;
 use super::supervise::{Master, now, wall_clock};
-use super::workers::Known;
+use super::workers::{Known, Worker};
 use crate::link::ids::Pid;
 use crate::link::quarantine::Evidence;
 use crate::link::scoreboard::Record;
@@ -220,15 +220,20 @@ impl Master<'_> {
             .any(|view| view.pid == Some(worker) && view.state == State::Ready);
         // Nobody can be made the twin of a process that has threads.
         log::warn!(
-            "the keeper of worker {worker} has died: {}",
-            if ready {
-                "the worker retires, for one with a keeper"
-            } else {
-                "should the worker crash, its connections end with it"
-            }
+            "the keeper of worker {worker} has died: the worker retires{}, for one with a keeper",
+            if ready { "" } else { " once it is ready" }
         );
+        living.keeper_is_lost.set(true);
+        if ready {
+            self.retire_without_keeper(worker);
+        }
+    }
+
+    /// A worker that is ready, and whose keeper has died, is not to serve without one for life.
+    pub(super) fn retire_without_keeper(&self, worker: Pid) {
+        let is_lost = |worker: &Worker| worker.keeper_is_lost.get();
         // It may have been reaped in the same round, and be told of next.
-        if ready && process::is_forked(worker) {
+        if self.workers.get(worker).is_some_and(is_lost) && process::is_forked(worker) {
             process::kill(worker, Signal::SIGTERM);
         }
     }

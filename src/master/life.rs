@@ -8,11 +8,12 @@ use nix::sys::signal::Signal;
 use super::children::{Child, Holder, Seat, Stage, Tenure};
 use super::deaths::{self, Death};
 use super::event::{Exit, Limits, Millis, Span};
-use super::fleet::{Fleet, Phase, with_held_back};
+use super::fleet::{Fleet, Phase};
 use super::leave::{Leave, begin_drain};
 use super::recycle::Wear;
 use crate::link::ids::Pid;
 use crate::logging::counted;
+use crate::throttle::limiter::with_held_back;
 
 impl Fleet {
     /// A fork that was ordered was done.

@@ -102,17 +102,13 @@ impl PidFile {
             }
             Standing::Gone => {}
         }
-        let made = path.parent().map_or(Ok(()), make_directory);
-        match made.map(|()| make_whole(&path)) {
-            Ok(Some(file)) => {
+        let made = PidFile::lock(&path).and_then(|mut made| made.write().map(|()| made));
+        match made {
+            Ok(made) => {
                 // The lock of the old one, which nobody finds any more, goes with it.
-                self.file = file;
-                self.path = OwnPath::of(&path);
+                *self = made;
                 log::warn!("somebody has removed the pid file {name}: it is made again");
             }
-            Ok(None) => log::warn!(
-                "somebody has removed the pid file {name}, and it can't be made again there"
-            ),
             Err(error) => log::warn!(
                 "somebody has removed the pid file {name}, and it can't be made again: {error}"
             ),

@@ -15,13 +15,13 @@ use serde::{Deserialize, Serialize};
 use super::children::{Child, Holder, Seat};
 use super::deaths::{self, Death};
 use super::event::{Action, Millis, Span};
-use super::fleet::{Fleet, Phase, with_held_back};
+use super::fleet::{Fleet, Phase};
 use super::leave::Leave;
 use super::life::pairs;
 use crate::link::ids::Pid;
 use crate::link::jitter;
 use crate::logging::counted;
-use crate::throttle::limiter::Limiter;
+use crate::throttle::limiter::{Limiter, with_held_back};
 
 /// Between two looks at the memory of workers that have a limit.
 const SAMPLES_APART: Millis = 1_000;

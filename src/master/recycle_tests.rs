@@ -51,6 +51,19 @@ fn a_worn_worker_serves_until_its_successor_is_ready_and_its_end_is_no_death() {
 }
 
 #[test]
+fn a_worker_that_the_kernel_holds_holds_up_no_other_recycling() {
+    let mut world = World::serving(LIMITS);
+    let old = worn(&mut world, 1);
+    world.all_ready();
+    world.living.get_mut(&old).unwrap().stuck = true;
+    worn(&mut world, 2);
+    world.pass(60_000);
+    assert!(has_line(&world, "is held by the kernel"));
+    assert!(has_line(&world, "nothing waits for it"));
+    assert!(world.forks(2).len() > 1, "slot 2 is recycled all the same");
+}
+
+#[test]
 fn what_is_said_once_more_or_by_a_stranger_changes_nothing() {
     let mut world = World::serving(LIMITS);
     let old = worn(&mut world, 1);

@@ -41,8 +41,10 @@ impl Master<'_> {
         self.notifier.tell(&states);
         log::info!("reload: reads the configuration");
         // Whatever the verdict will be: without them nobody can ask, or finds this master.
-        self.pid_file.renew();
-        self.control.renew(now());
+        if !self.upgrade.is_on_trial() {
+            self.pid_file.renew();
+            self.control.renew(now());
+        }
         match self.prepare() {
             Ok(ground) => {
                 let limits = limits(&ground.settings);

@@ -10,9 +10,10 @@ use super::control::ClientId;
 use super::event::{Event, MAX_COUNT, Millis, Span};
 use super::status::{About, status};
 use super::supervise::{Master, now};
-use super::workers::Ground;
+use super::workers::{Ground, Worker};
+use crate::link::ids::Generation;
 use crate::link::message::Order;
-use crate::logging::{self, counted};
+use crate::logging::{self, Output, counted};
 use crate::protocol::control::{Request, Response};
 use crate::sys::notify::NotifyState;
 
@@ -88,27 +89,62 @@ impl Master<'_> {
     }
 
     fn reopen_log(&mut self) {
-        let Some(file) = &self.ground.settings.log.file else {
-            return log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
+        let serving = self.fleet.generation();
+        match &self.upcoming {
+            None => {
+                if let Some(output) = self.reopen_log_of(&self.ground, |_| true) {
+                    logging::set_output(output);
+                    log::info!("log file reopened");
+                }
+            }
+            // This process logs where the newcomers do, until the verdict is no.
+            Some(upcoming) => {
+                let old = self.reopen_log_of(&self.ground, |generation| generation <= serving);
+                let new = self.reopen_log_of(upcoming, |generation| generation > serving);
+                if let Some(output) = old {
+                    self.old_log = Some(output);
+                }
+                if let Some(output) = new {
+                    logging::set_output(output);
+                    log::info!("log file reopened");
+                }
+            }
+        }
+    }
+
+    /// Opens a log file anew, and passes it to the workers of these generations. `None` where there is no
+    /// file, or it can't be opened.
+    fn reopen_log_of(
+        &self,
+        ground: &Ground,
+        is_theirs: impl Fn(Generation) -> bool,
+    ) -> Option<Output> {
+        let Some(file) = &ground.settings.log.file else {
+            log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
+            return None;
         };
         match logging::open(Some(file)) {
             Ok(output) => {
-                for (pid, _) in self.workers.iter() {
+                let theirs = |worker: &Worker| is_theirs(worker.generation);
+                for (pid, _) in self.workers.iter().filter(|(_, worker)| theirs(worker)) {
                     self.workers.order(pid, Order::Log, Some(output.as_fd()));
                 }
-                logging::set_output(output);
-                log::info!("log file reopened");
+                Some(output)
             }
-            Err(error) => log::error!(
-                "{} can't be reopened: {error}; the log goes on where it was",
-                file.display()
-            ),
+            Err(error) => {
+                log::error!(
+                    "{} can't be reopened: {error}; the log goes on where it was",
+                    file.display()
+                );
+                None
+            }
         }
     }
 
     pub(super) fn request(&mut self, client: ClientId, request: Request) {
         match request {
             Request::Status => {
+                logging::tell_lost();
                 let about = About {
                     started: self.started,
                     last_reload: self.last_reload.as_ref(),

@@ -114,6 +114,8 @@ impl Master<'_> {
             self.spread();
             self.reload_if_asked();
             self.advance_upgrade();
+            // Again: an upgrade that has failed lets one begin that has waited for it.
+            self.reload_if_asked();
             self.show_status();
         }
     }
@@ -211,6 +213,9 @@ impl Master<'_> {
                 },
             };
             self.tell(event);
+            if report == Report::Ready {
+                self.retire_without_keeper(pid);
+            }
         }
     }
 

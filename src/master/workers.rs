@@ -5,6 +5,7 @@
 
 mod crossing;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -70,7 +71,7 @@ impl Known {
         Rc::new(Known {
             methods: methods.map(|method| method.name.clone()).collect(),
             threads: settings.workers.threads,
-            programs: settings.pools.values().map(|pool| pool.processes).sum(),
+            programs: registry.pools().iter().map(|pool| pool.processes()).sum(),
         })
     }
 
@@ -112,6 +113,8 @@ pub struct Worker {
     slot: Slot,
     /// What it logs before it is ready; `None` where nobody waits for that.
     words: Option<OwnedFd>,
+    /// Its keeper has died before it was ready.
+    pub keeper_is_lost: Cell<bool>,
 }
 
 /// All living workers.
@@ -219,6 +222,7 @@ impl Workers {
                 link: Some(master_end),
                 slot,
                 words,
+                keeper_is_lost: Cell::new(false),
             },
         );
         Ok(pid)

@@ -158,8 +158,8 @@ pub struct Master {
     /// What is allowed and yet worth a word, such as workers that run as root.
     #[serde(default)]
     pub warnings: Vec<String>,
-    /// Log lines that are lost so far, while the log can't be written; 0 once it can again, and tells
-    /// of them itself.
+    /// Log lines of the master and the workers that are lost, while the log can't be written; 0 once it can
+    /// again, and tells of them itself.
     #[serde(default)]
     pub lost_log_lines: u64,
 }

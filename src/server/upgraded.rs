@@ -44,15 +44,20 @@ impl Server {
         logging::log_panics();
         let mut trial = Some(trial);
         let lived = catch_unwind(AssertUnwindSafe(|| self.taken_over(&mut trial, overrides)));
-        if let Some(trial) = trial.filter(Trial::can_go_back) {
-            let reason = match &lived {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.to_string()),
-                Err(_) => Some(PANICKED.to_owned()),
-            };
-            if let Some(reason) = reason {
+        let reason = match &lived {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some(PANICKED.to_owned()),
+        };
+        match (trial.filter(Trial::can_go_back), reason) {
+            (_, None) => {}
+            (Some(trial), Some(reason)) => {
                 let error = trial.go_back(&reason);
                 log::error!("upgrade: {reason}; and there is no way back: {error}");
+            }
+            // The old program once more, or one that had taken over for good.
+            (None, Some(reason)) => {
+                log::error!("the master ends, and its workers with it: {reason}")
             }
         }
         end(lived, None)

@@ -116,6 +116,27 @@ fn set_mask(set: &SigSet) {
         .expect("a valid mask is always accepted (sigprocmask(2))");
 }
 
+/// Keeps a signal from this thread until it is dropped.
+#[derive(Debug)]
+pub struct Held(SigSet);
+
+impl Held {
+    /// Holds this one.
+    pub fn of(signal: Signal) -> Self {
+        let mut before = SigSet::empty();
+        let one = SigSet::from(signal);
+        nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&one), Some(&mut before))
+            .expect("a valid mask is always accepted (sigprocmask(2))");
+        Held(before)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        set_mask(&self.0);
+    }
+}
+
 /// Ignores `signals` in this process.
 pub fn ignore(signals: &[Signal]) {
     let action = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());

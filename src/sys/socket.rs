@@ -10,6 +10,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Seek, Write};
 use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -79,6 +80,33 @@ pub fn peer(fd: &impl AsRawFd) -> Option<SocketAddr> {
 fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     Ok(socket(family, SockType::Stream, flags, None)?)
+}
+
+/// Connects to a unix stream socket, and waits at most so long for room in its backlog; `None` for ever.
+///
+/// # Errors
+/// `TimedOut` when there was none; ECONNREFUSED, ENOENT, EACCES, and what else connect(2) knows.
+pub fn connect_unix(path: &Path, limit: Option<Duration>) -> io::Result<UnixStream> {
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    let stream = UnixStream::from(fd);
+    let address = UnixAddr::new(path)?;
+    // SO_SNDTIMEO holds for connect(2) too, and zero would be no limit (socket(7)).
+    stream.set_write_timeout(limit.map(|limit| limit.max(Duration::from_millis(1))))?;
+    loop {
+        match connect(stream.as_raw_fd(), &address) {
+            Ok(()) => break,
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    stream.set_write_timeout(None)?;
+    Ok(stream)
 }
 
 /// Connects to a unix stream socket and lets go again, without waiting: `Ok`, and every error but

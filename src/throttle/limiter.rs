@@ -19,6 +19,11 @@ pub struct Limiter {
 }
 
 impl Limiter {
+    /// For what others can cause again and again: one line, then one each ten seconds.
+    pub fn seldom() -> Self {
+        Limiter::new(1, 10_000)
+    }
+
     /// `burst` lines at once, one more each `period`.
     pub fn new(burst: u64, period: Millis) -> Self {
         Limiter {
@@ -50,6 +55,14 @@ impl Limiter {
     pub fn flush_at(&self) -> Option<Millis> {
         let room_at = (self.full_at + self.period).saturating_sub(self.burst * self.period);
         (self.held_back > 0).then_some(room_at)
+    }
+}
+
+/// A line that tells how many before it were not written.
+pub fn with_held_back(text: String, more: u32) -> String {
+    match more {
+        0 => text,
+        more => format!("{text} held_back_before={more}"),
     }
 }
 

@@ -385,7 +385,9 @@ impl Load {
         if let (Some(interval), false) = (self.share.interval, self.stopped)
             && let Some(end) = self.end
         {
-            while interval.due(self.tally.sent + self.tally.not_sent) < end {
+            let most = self.share.count.unwrap_or(u64::MAX);
+            let due = |calls| calls < most && interval.due(calls) < end;
+            while due(self.tally.sent + self.tally.not_sent) {
                 self.tally.not_sent += 1;
             }
         }

@@ -308,6 +308,7 @@ impl Desk {
                 self.serve();
             }
             Word::Again(job) => {
+                job.state.show_waiting();
                 self.line.waiting.push_front(Entry::new(job, true));
                 self.serve();
             }

@@ -5,11 +5,11 @@ use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::*;
 use crate::handler::job::CallKey;
-use crate::handler::pool::life;
 use crate::handler::pool::seat::Tally;
 use crate::handler::pool::wire::{PIECE, Wire};
 use crate::handler::registry::Registry;
 use crate::sys::socket::stream_pair;
+use crate::throttle::limiter::Limiter;
 
 /// A desk, with what its keepers hear, and the programs' ends of the wires.
 struct World {
@@ -36,7 +36,7 @@ impl World {
             done: Vec::new(),
             registry: Arc::new(Registry::new(Vec::new())),
             name: "p".to_owned(),
-            complaints: life::seldom(),
+            complaints: Limiter::seldom(),
             limit: 1 << 20,
             depth: 10,
         };

@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use crate::config::Pool;
-use crate::throttle::limiter::Limiter;
 use crate::throttle::{Limits, Millis};
 
 /// A program without a handshake is ready when it is still there after so long.
@@ -54,11 +53,6 @@ impl Rules {
     pub fn ready_at(&self, since: Millis) -> Option<Millis> {
         (!self.handshake).then_some(since + ALIVE)
     }
-}
-
-/// For what callers can cause again and again: one line, then one each ten seconds.
-pub(super) fn seldom() -> Limiter {
-    Limiter::new(1, 10_000)
 }
 
 /// A duration in milliseconds.

@@ -36,6 +36,7 @@ use crate::config;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::waker::Waker;
+use crate::throttle::limiter::Limiter;
 use boot::Boot;
 use desk::{Desk, Ear};
 use keeper::{Keeper, Post, Told};
@@ -88,6 +89,11 @@ impl Pool {
             limit: settings.limits.frame,
             depth: settings.limits.depth,
         }
+    }
+
+    /// How many programs a worker has of it.
+    pub fn processes(&self) -> usize {
+        self.settings.processes
     }
 }
 
@@ -145,14 +151,14 @@ impl Pools {
         reports: &Reports,
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
-        let programs = registry.pools().iter().map(|pool| pool.settings.processes);
+        let programs = registry.pools().iter().map(|pool| pool.processes());
         let boot = Arc::new(Boot::new(programs.sum(), Arc::clone(waker)));
         let (lives, keepers) = bounded::<()>(0);
         let (teller, words) = unbounded();
         let (mut desks, mut firsts, mut first) = (Vec::new(), Vec::new(), 0);
         for (desk, pool) in registry.pools().iter().enumerate() {
             let mut ears = Vec::new();
-            for number in 0..pool.settings.processes {
+            for number in 0..pool.processes() {
                 let (sender, orders) = unbounded();
                 let waker = Arc::new(Waker::new()?);
                 ears.push(Ear {
@@ -186,7 +192,7 @@ impl Pools {
                 done: Vec::new(),
                 registry: Arc::clone(registry),
                 name: pool.name.clone(),
-                complaints: life::seldom(),
+                complaints: Limiter::seldom(),
                 limit: pool.limit,
                 depth: pool.depth,
             };

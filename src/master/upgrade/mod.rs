@@ -99,6 +99,11 @@ impl Upgrade {
         }
     }
 
+    /// Whether this is the new program, and may have to go back to the one before with all that came.
+    pub fn is_on_trial(&self) -> bool {
+        matches!(self.stage, Stage::OnTrial)
+    }
+
     /// What the probe writes to, to be polled.
     pub fn output(&self) -> Option<BorrowedFd<'_>> {
         match &self.stage {
@@ -278,7 +283,7 @@ impl Master<'_> {
         verdict: &Result<Generation, String>,
         words: &str,
     ) -> bool {
-        if !matches!(self.upgrade.stage, Stage::OnTrial) || self.stopping {
+        if !self.upgrade.is_on_trial() || self.stopping {
             return false;
         }
         match verdict {

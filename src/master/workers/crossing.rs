@@ -3,6 +3,7 @@
 //! Plain numbers: descriptors, places, pids. Whoever takes them over believes none that is not so;
 //! what can't be taken over is an error, and the program before goes on.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
@@ -161,6 +162,7 @@ impl Workers {
                     slot: Slot(worker.slot),
                     // No verdict is open.
                     words: None,
+                    keeper_is_lost: Cell::new(false),
                 },
             );
             if before.is_some() {

@@ -21,7 +21,7 @@ use crate::handler::job::Reports;
 use crate::handler::pool::Pool;
 use crate::handler::pool::boot::Boot;
 use crate::handler::pool::desk::{Order, Recall, Word};
-use crate::handler::pool::life::{Rules, Wear, millis, seldom};
+use crate::handler::pool::life::{Rules, Wear, millis};
 use crate::handler::pool::process::Process;
 use crate::handler::pool::seat::{Seat, Tally};
 use crate::handler::pool::wire::Wire;
@@ -135,7 +135,7 @@ impl Keeper {
             began: now(),
             proven: false,
             gave_up: false,
-            kills: seldom(),
+            kills: Limiter::seldom(),
             rests: false,
             closes_with: None,
         }
