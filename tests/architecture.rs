@@ -37,7 +37,7 @@ const FLOORS: [(&str, &[&str]); 13] = [
     (
         "worker",
         &[
-            "sys", "error", "logging", "protocol", "config", "handler", "link",
+            "sys", "error", "logging", "throttle", "protocol", "config", "handler", "link",
         ],
     ),
     (

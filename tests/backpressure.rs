@@ -149,6 +149,71 @@ fn large_params_that_wait_are_held_back_too() {
     sweep.assert_same(&daemon);
 }
 
+/// Many that send much and finish nothing: bounded together, told so, and no harm to anybody else.
+#[test]
+fn unfinished_calls_have_a_limit_of_all_together_and_what_is_beyond_is_told() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n[limits]\nframe = \"4MiB\"\nunfinished = \"32MiB\"\n")
+        .expect_log("limits.unfinished")
+        .start();
+    let sweep = Sweep::of(&daemon);
+    let pid = daemon.ready_workers()[0];
+    let before = process::rss_bytes(pid).unwrap();
+    let load = Load::start(daemon.address(), 2, Shape::Lasting);
+    let length = 4 << 20;
+    let partial = [
+        &u32::to_le_bytes(length)[..],
+        &vec![b' '; length as usize - 1],
+    ]
+    .concat();
+    let mut holding = Vec::new();
+    let mut refused = 0;
+    for _ in 0..60 {
+        let mut client = daemon.client();
+        // Who is refused finds its connection ended under its hands, after the answer.
+        let whole = client.try_send_raw(&partial).is_ok();
+        let rss = process::rss_bytes(pid).unwrap().saturating_sub(before);
+        assert!(rss < 48 * MIB, "{rss} bytes");
+        if whole && daemon_keeps(&client) {
+            holding.push(client);
+            continue;
+        }
+        let error = client.recv_json();
+        assert_eq!(error["result"]["name"], "overloaded", "{error}");
+        assert_eq!(error["result"]["started"], false, "{error}");
+        refused += 1;
+    }
+    println!(
+        "{} of 60 partial frames of 4 MiB kept, {refused} refused",
+        holding.len()
+    );
+    assert!((6..=9).contains(&holding.len()), "{}", holding.len());
+    // Those that were kept can be finished, and then there is room again.
+    for client in &mut holding {
+        client.send_raw(b" ");
+        assert_eq!(client.recv_json()["result"]["name"], "parse-error");
+    }
+    let mut late = daemon.client();
+    late.send_raw(&partial);
+    late.send_raw(b" ");
+    assert_eq!(late.recv_json()["result"]["name"], "parse-error");
+    load.stop().assert_whole("beside unfinished calls");
+    drop((holding, late));
+    sweep.assert_same(&daemon);
+}
+
+/// Whether nothing was said to this client, a moment later.
+fn daemon_keeps(client: &Client) -> bool {
+    let stream = client.stream();
+    stream
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
+    let kept = stream.peek(&mut [0]).is_err();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    kept
+}
+
 /// A reader that was held back gets every answer, once it reads.
 #[test]
 fn a_late_reader_gets_every_answer() {

@@ -53,10 +53,16 @@ fn a_post_to_the_root_takes_a_call_and_one_to_a_method_its_params() {
         ("/ping", "", "null"),
         ("/ping?a=b", " 7 ", "7"),
         ("http://x/ping", "{}", "{}"),
+        ("http://x/ping?y=/nope", "{}", "{}"),
         ("/p%69ng", "1e400", "1e400"),
     ] {
         let bare = wire.send(post(target, body)).response();
         assert_eq!((bare.status, &*bare.body), (200, result), "{target}");
+    }
+    // Where the authority ends without a path, that is the root's, whatever the query says.
+    for target in ["http://x?y=/ping", "http://x#/ping", "http://x"] {
+        let answer = wire.send(post(target, "7")).response();
+        assert_eq!(answer.status, 400, "{target}: {}", answer.body);
     }
     assert!(!wire.is_closed());
 }

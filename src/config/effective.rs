@@ -77,6 +77,7 @@ fn limits(settings: &Settings) -> RawLimits {
     RawLimits {
         connections: Some(limits.connections as i64),
         frame: Some(Size(limits.frame as u64)),
+        unfinished: Some(Size(limits.unfinished as u64)),
         depth: Some(limits.depth as i64),
         pipeline: Some(limits.pipeline as i64),
         batch: Some(limits.batch as i64),

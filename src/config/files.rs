@@ -65,6 +65,13 @@ impl Files {
         Self::of_text(path, read(path)?)
     }
 
+    /// Reads `path`, and nothing of what it includes.
+    pub fn read_alone(path: &Path) -> Result<Self> {
+        let mut files = Files::default();
+        files.push(path.to_owned(), read(path)?);
+        Ok(files)
+    }
+
     /// Takes `text` for the content of `path`, and reads what it includes.
     pub fn of_text(path: &Path, text: String) -> Result<Self> {
         let mut files = Files::default();

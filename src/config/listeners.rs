@@ -37,13 +37,24 @@ pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<Listen>> {
             .enumerate()
             .map(|(index, raw)| listener(check, &format!("listen[{index}]"), raw))
             .collect::<Result<_>>()?,
-        None => vec![plain(DEFAULT_ADDRESS)],
+        None => default(),
     };
+    refuse_collisions(check, &listeners)?;
+    Ok(listeners)
+}
+
+/// Where a server listens that is told nothing.
+pub(super) fn default() -> Vec<Listen> {
+    vec![plain(DEFAULT_ADDRESS)]
+}
+
+/// Two listeners of which one could not be bound.
+fn refuse_collisions(check: &Check<'_>, listeners: &[Listen]) -> Result<()> {
     for (index, listen) in listeners.iter().enumerate() {
         let before = &listeners[..index];
         let place = |first: usize| {
             let place = check.places.name(&format!("listen[{first}].address"));
-            let place = place.filter(|_| options.is_empty());
+            let place = place.filter(|_| check.overrides.listen.is_empty());
             place.map_or(String::new(), |place| format!(", in {place}"))
         };
         let same = |other: &Listen| other.address == listen.address;
@@ -76,7 +87,7 @@ pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<Listen>> {
         };
         return Err(error(check, index, problem, remedy));
     }
-    Ok(listeners)
+    Ok(())
 }
 
 /// An error about the address of the listener with that index, wherever it was given.

@@ -94,19 +94,43 @@ pub fn load_or_faults(
     faults::settings_or_faults(&here, &files, overrides)
 }
 
-/// The listeners that are written down, for who needs nothing else and does not mind what else is wrong.
-/// `None` where none is, or that part is wrong too: [`load`] has the default, or says why not.
-pub fn written_listeners(file: Option<&Path>) -> Option<Vec<Listen>> {
-    let here = Surroundings::here();
-    let files = Files::read(&here.main_file(file)?).ok()?;
-    let (raw, places) = document::parse_only(&files, "listen").ok()??;
-    let overrides = &Overrides::default();
-    let check = Check {
-        places: &places,
-        overrides,
-        here: &here,
+/// The listeners of the server that has this configuration, for who needs nothing else and does not mind
+/// what else is wrong there.
+///
+/// # Errors
+/// When it can't be told where that server is: no call for one server is to reach another.
+pub fn listeners(file: Option<&Path>, overrides: &Overrides) -> Result<Vec<Listen>> {
+    listeners_in(&Surroundings::here(), file, overrides)
+}
+
+fn listeners_in(
+    here: &Surroundings,
+    file: Option<&Path>,
+    overrides: &Overrides,
+) -> Result<Vec<Listen>> {
+    let settings = || load_in(here, file, overrides);
+    let Some(main) = here.main_file(file) else {
+        return Ok(settings()?.listen);
     };
-    listeners::resolve(&check, &raw).ok()
+    let written = |files: &Files| {
+        let (raw, places) = document::parse_only(files, "listen").ok()??;
+        let check = Check {
+            places: &places,
+            overrides,
+            here,
+        };
+        listeners::resolve(&check, &raw).ok()
+    };
+    let alone = match Files::read_alone(&main) {
+        // Nobody named that file, which may be for the server's own user alone.
+        Err(Error::System { .. }) if file.is_none() => return Ok(listeners::default()),
+        alone => alone?,
+    };
+    // What is included may be for that user alone, too.
+    match Files::read(&main).ok().and_then(|whole| written(&whole)) {
+        Some(listeners) => Ok(listeners),
+        None => written(&alone).map_or_else(|| Ok(settings()?.listen), Ok),
+    }
 }
 
 /// The settings that [`Settings::to_toml`] has written, perhaps in another version; `file` is where

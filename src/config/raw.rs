@@ -64,6 +64,7 @@ pub(super) struct RawWorkers {
 pub(super) struct RawLimits {
     pub connections: Option<i64>,
     pub frame: Option<Size>,
+    pub unfinished: Option<Size>,
     pub depth: Option<i64>,
     pub pipeline: Option<i64>,
     pub batch: Option<i64>,

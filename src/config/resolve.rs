@@ -64,7 +64,7 @@ pub(super) fn resolve(
     let log = log(&check, &raw.log)?;
     let daemon = daemon(&check, raw, &log)?;
     let workers = workers(&check, &raw.workers)?;
-    let limits = limits(&check, &raw.limits, workers.drain_timeout)?;
+    let limits = limits(&check, &raw.limits, &workers)?;
     let listen = listeners::resolve(&check, raw)?;
     let root_workers = here.uid == 0 && account.is_none();
     let ids = account
@@ -340,7 +340,32 @@ fn max_lifetime(check: &Check<'_>, raw: &RawWorkers) -> Result<Duration> {
     }
 }
 
-fn limits(check: &Check<'_>, raw: &RawLimits, drain: Duration) -> Result<Limits> {
+/// How much of a worker's share of the memory may be unfinished calls: what is whole, what runs and what
+/// is answered needs some too.
+const UNFINISHED_SHARE: u64 = 4;
+/// What a client can send before it is looked at.
+const LEAST_UNFINISHED: u64 = 64 << 10;
+
+/// Bytes of all unfinished calls of a worker. Where nothing is said, whole mebibytes.
+fn unfinished(check: &Check<'_>, set: Option<Size>, workers: &Workers) -> Result<usize> {
+    let bytes = match set {
+        Some(Size(bytes)) => bytes,
+        None => {
+            let share = check.here.memory / UNFINISHED_SHARE / workers.count as u64;
+            (share >> 20).max(1) << 20
+        }
+    };
+    if bytes < LEAST_UNFINISHED {
+        return Err(check.places.error(
+            "limits.unfinished",
+            format!("{} is out of range", Size(bytes)),
+            format!("give {} or more", Size(LEAST_UNFINISHED)),
+        ));
+    }
+    Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
+}
+
+fn limits(check: &Check<'_>, raw: &RawLimits, workers: &Workers) -> Result<Limits> {
     const COUNTS: RangeInclusive<i64> = 1..=1_000_000;
     let frame = raw.frame.map_or(16 << 20, |Size(bytes)| bytes);
     if !(1 << 10..=128 << 20).contains(&frame) {
@@ -361,13 +386,14 @@ fn limits(check: &Check<'_>, raw: &RawLimits, drain: Duration) -> Result<Limits>
             "",
         )?,
         frame: frame as usize,
+        unfinished: unfinished(check, raw.unfinished, workers)?,
         depth: check.integer("limits.depth", raw.depth, 128, 1..=10_000, "")?,
         pipeline: check.integer("limits.pipeline", raw.pipeline, 1024, COUNTS, "")?,
         batch: check.integer("limits.batch", raw.batch, 1000, COUNTS, "")?,
         queue: check.integer("limits.queue", raw.queue, 4096, COUNTS, "")?,
         // Who shortens the drain alone wants shorter calls as well, and need not say so.
         timeout: match raw.timeout {
-            None => DEFAULT_TIMEOUT.min(drain),
+            None => DEFAULT_TIMEOUT.min(workers.drain_timeout),
             set => timeout("limits.timeout", set)?,
         },
         read_timeout: timeout("limits.read-timeout", raw.read_timeout)?,

@@ -7,7 +7,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::sys::account;
+use crate::sys::{account, memory};
 
 /// What is read when no file is named.
 const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
@@ -27,6 +27,8 @@ pub(super) struct Surroundings {
     pub directory: PathBuf,
     /// How many CPUs this process may use.
     pub cpus: usize,
+    /// How much memory it may use, in bytes.
+    pub memory: u64,
 }
 
 impl Surroundings {
@@ -42,6 +44,7 @@ impl Surroundings {
             // A directory that was deleted has no name; only relative paths would need it.
             directory: env::current_dir().unwrap_or_else(|_| "/".into()),
             cpus: num_cpus::get(),
+            memory: memory::in_all(),
         }
     }
 

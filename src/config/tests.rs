@@ -20,6 +20,7 @@ pub(super) fn root() -> Surroundings {
         default_file: "/no/such/file".into(),
         directory: "/home".into(),
         cpus: 4,
+        memory: 8 << 30,
     }
 }
 
@@ -241,6 +242,40 @@ fn a_user_is_taken_on_by_root_only() {
         settings.pid_file,
         Path::new("/session/preforkd/preforkd.pid")
     );
+}
+
+#[test]
+fn where_a_server_is_is_told_by_its_file_whatever_else_is_wrong_or_not_at_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("preforkd.toml");
+    let here = Surroundings {
+        default_file: file.clone(),
+        ..root()
+    };
+    let listen = "[[listen]]\naddress = \"127.0.0.1:9000\"\n";
+    let of = |named: Option<&Path>| {
+        let found = listeners_in(&here, named, &Overrides::default()).ok()?;
+        Some(found[0].address.to_string())
+    };
+    assert_eq!(of(None).unwrap(), "127.0.0.1:8080");
+    for (text, expected) in [
+        (listen.to_owned(), Some("127.0.0.1:9000")),
+        (format!("nonsense = 1\n{listen}"), Some("127.0.0.1:9000")),
+        (
+            format!("include = [\"gone.toml\"]\n{listen}"),
+            Some("127.0.0.1:9000"),
+        ),
+        ("daemon = false".to_owned(), Some("127.0.0.1:8080")),
+        ("include = [\"gone.toml\"]".to_owned(), None),
+        ("[[lisden]]".to_owned(), None),
+        ("daemon =".to_owned(), None),
+        (format!("{listen}nonsense = 1"), None),
+    ] {
+        fs::write(&file, &text).unwrap();
+        for named in [None, Some(file.as_path())] {
+            assert_eq!(of(named).as_deref(), expected, "{text}");
+        }
+    }
 }
 
 #[test]

@@ -35,10 +35,12 @@ pub struct Shape {
 #[derive(Debug, Clone, Copy)]
 pub struct About<'a> {
     /// It is the last one of its connection if that is `closing`, or the answer's own code is one
-    /// that closes.
+    /// that closes and is `ours`.
     pub last: bool,
     /// The connection is to be closed.
     pub closing: bool,
+    /// Its error is the server's own, whose code may close the connection.
+    pub ours: bool,
     /// The listed origins.
     pub origins: &'a [String],
 }
@@ -50,7 +52,7 @@ impl About<'_> {
             .err()
             .and_then(RpcError::table_code)
             .is_some_and(Code::closes);
-        self.last && (self.closing || code)
+        self.last && (self.closing || self.ours && code)
     }
 }
 

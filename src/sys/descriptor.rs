@@ -1,14 +1,16 @@
-//! Descriptors that a process must not keep: closed by number, in one sweep.
+//! Descriptors that a process must not keep: closed by number, in one sweep; and what waits in one.
 //!
-//! Used once, by a new worker, which keeps a short list and drops whatever else the master had
-//! open (its pid-file lock, the control socket, the other workers' links). Never fails: where
+//! The sweep is used once, by a new worker, which keeps a short list and drops whatever else the master
+//! had open (its pid-file lock, the control socket, the other workers' links). Never fails: where
 //! close_range(2) is missing (Linux before 5.9) each number is closed in turn.
 
 #![allow(unsafe_code)]
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use nix::libc;
+
+use super::socket::queued;
 
 /// Closes every descriptor from 3 up that is not in `keep`.
 ///
@@ -30,6 +32,12 @@ pub fn close_all_but(keep: &[RawFd]) {
         }
     }
     close_between(from, u32::MAX);
+}
+
+/// How many bytes a pipe or socket has to be read (FIONREAD, pipe(7)); 0 where that can't be told.
+pub fn unread(fd: &OwnedFd) -> usize {
+    let bytes = queued(fd, libc::FIONREAD).unwrap_or_default();
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Closes one descriptor, under the same promise.

@@ -1,7 +1,9 @@
-//! What the allocator keeps for itself (mallopt(3)), nothing where it is not glibc's; and whom the
-//! kernel ends when there is no memory left.
+//! What the allocator keeps for itself (mallopt(3)), nothing where it is not glibc's; how much memory
+//! there is; and whom the kernel ends when there is none left.
 
 #![allow(unsafe_code)]
+
+use std::path::{Path, PathBuf};
 
 /// Lets all threads of this process share so many arenas at most. Each one keeps what was freed in it
 /// for its own threads: with one for each, a few large results lie about eight times. An operator who
@@ -16,6 +18,50 @@ pub fn share_arenas(most: i32) {
     let _ = most;
 }
 
+/// How many bytes of memory this process may use: the machine's, or as many as the control groups that it
+/// is in are allowed (memory.max, cgroups(7)). A gibibyte where nothing can be read.
+pub fn in_all() -> u64 {
+    let machine = read_machine().unwrap_or(1 << 30);
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    group_files(&groups)
+        .filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok())
+        .fold(machine, u64::min)
+}
+
+/// MemTotal of /proc/meminfo (proc_meminfo(5)).
+fn read_machine() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes << 10)
+}
+
+/// The files with the limits of the groups that /proc/self/cgroup names, and of those around them. In a
+/// container the outermost is where it sees its own.
+fn group_files(groups: &str) -> impl Iterator<Item = PathBuf> {
+    groups.lines().flat_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (hierarchy, controllers) = (parts.next(), parts.next().unwrap_or_default());
+        let (root, file) = match hierarchy {
+            Some("0") => ("/sys/fs/cgroup", "memory.max"),
+            _ if controllers.split(',').any(|name| name == "memory") => {
+                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            }
+            _ => return Vec::new(),
+        };
+        let path = parts.next().unwrap_or("/");
+        let around = Path::new(path).ancestors();
+        around
+            .map(|group| {
+                let inside = group.strip_prefix("/").unwrap_or(group);
+                Path::new(root).join(inside).join(file)
+            })
+            .collect()
+    })
+}
+
 /// How many processes the kernel has ended for want of memory, the machine's or a group's, since it
 /// was booted (oom_kill in /proc/vmstat, Linux 4.13). It is counted before the victim gets its
 /// SIGKILL. `None` where that can't be read.
@@ -25,4 +71,34 @@ pub fn kills_for_want_of_it() -> Option<u64> {
         .lines()
         .find_map(|line| line.strip_prefix("oom_kill "))?;
     count.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limits_of_all_groups_around_count() {
+        let files = |groups: &str| -> Vec<String> {
+            group_files(groups)
+                .map(|file| file.display().to_string())
+                .collect()
+        };
+        assert_eq!(
+            files("0::/system.slice/x.service\n"),
+            [
+                "/sys/fs/cgroup/system.slice/x.service/memory.max",
+                "/sys/fs/cgroup/system.slice/memory.max",
+                "/sys/fs/cgroup/memory.max",
+            ]
+        );
+        assert_eq!(
+            files("5:cpu:/a\n4:hugetlb,memory:/a\n"),
+            [
+                "/sys/fs/cgroup/memory/a/memory.limit_in_bytes",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            ]
+        );
+        assert!(in_all() > 1 << 20);
+    }
 }

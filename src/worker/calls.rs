@@ -138,18 +138,17 @@ impl Calls {
         let lane = &self.lanes[self.loads[method].lane];
         let begin = threads.saturating_sub(lane.lost);
         if lane.waiting >= self.limit + begin {
-            let calls = counted(self.limit, "call that may wait", "calls that may wait");
             let server = match self.loads[method].lane {
                 0 => "thread",
                 _ => "program",
             };
-            let reason = format!("the {calls} for a {server} are reached");
+            let reason = format!("the queue of {} for a {server} is full", self.limit);
             return Err(self.overloaded(method, reason));
         }
         // One of any size is taken where there is no other.
         let most = MOST_BYTES / self.lanes.len();
         if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
-            let reason = format!("the {most} bytes of params that may wait are reached");
+            let reason = format!("more than {most} bytes of params would wait");
             return Err(self.overloaded(method, reason));
         }
         Ok(())

@@ -129,7 +129,7 @@ fn queue_concurrency_and_rate_are_limits() {
             .has_room(0, 1, 0)
             .unwrap_err()
             .message
-            .contains("2 calls that may wait")
+            .contains("the queue of 2 for a thread is full")
     );
     assert!(
         calls.has_room(0, 1, 1).is_ok(),

@@ -3,7 +3,7 @@
 //! State and its rules alone; sockets, calls and clocks belong to others. A connection at rest
 //! owns no buffer, which is what makes ten thousand of them cheap.
 
-use std::collections::VecDeque;
+use std::collections::{TryReserveError, VecDeque};
 use std::mem;
 use std::net::SocketAddr;
 
@@ -92,6 +92,8 @@ pub struct Connection {
     pub unanswered: usize,
     /// Bytes received and not consumed: an unfinished frame, or frames that may not be taken yet.
     pub tail: Vec<u8>,
+    /// Bytes of the tail that the worker has counted.
+    pub counted: usize,
     /// Answers of calls without an id, from number `first` on; `None` is still to come. The front
     /// one is `None`, or there is none.
     waiting: VecDeque<Option<(Vec<u8>, Mark)>>,
@@ -131,6 +133,7 @@ impl Connection {
             batches: Slab::new(),
             unanswered: 0,
             tail: Vec::new(),
+            counted: 0,
             waiting: VecDeque::new(),
             first: 0,
             held: 0,
@@ -274,8 +277,13 @@ impl Connection {
     }
 
     /// Keeps what was received and not consumed.
-    pub fn keep(&mut self, rest: &[u8]) {
+    ///
+    /// # Errors
+    /// When there is no memory for it; then nothing of it is kept.
+    pub fn keep(&mut self, rest: &[u8]) -> Result<(), TryReserveError> {
+        self.tail.try_reserve(rest.len())?;
         self.tail.extend_from_slice(rest);
+        Ok(())
     }
 
     /// Drops what was consumed of the tail, and its memory when that was all.

@@ -4,6 +4,7 @@
 //! `Floor::turn`. What fails on one connection ends that connection; what fails on the floor
 //! itself ends the worker, with the reason in the log.
 
+use std::array;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -28,11 +29,10 @@ use crate::sys::event::{Completion, Driver, Floor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
+use crate::throttle::limiter::{Limiter, with_held_back};
 
 /// Between two tries to accept when the system had no descriptor left.
 pub(super) const LISTEN_RETRY_MS: u64 = 200;
-/// Between two lines about the same trouble.
-const QUIET_MS: u64 = 10_000;
 /// The heartbeat, and the look for connections that a stopped sibling left in the queue: at most
 /// so far apart, and at least four in the time after which the master takes the loop for stuck.
 const TICK_MS: u64 = 1000;
@@ -61,10 +61,12 @@ pub(super) enum Trouble {
     Writing,
     /// A thread does not come back.
     Lost,
+    /// Clients send more than there is room for, and finish nothing.
+    Unfinished,
 }
 
 impl Trouble {
-    const KINDS: usize = 5;
+    const KINDS: usize = 6;
 }
 
 /// A worker at work.
@@ -95,8 +97,8 @@ pub struct EventLoop {
     /// How long a drain may take when the master can't say so any more.
     pub drain_timeout: Duration,
     pub(super) listen_deadline: u64,
-    /// Until when each kind of trouble was told often enough.
-    quiet_until_ms: [u64; Trouble::KINDS],
+    /// How often each kind of trouble may be told.
+    complaints: [Limiter; Trouble::KINDS],
     tick_ms: u64,
     next_tick_ms: u64,
     pub(super) full: bool,
@@ -135,7 +137,7 @@ impl EventLoop {
             drain: Drain::default(),
             drain_timeout: workers.drain_timeout,
             listen_deadline: 0,
-            quiet_until_ms: [0; Trouble::KINDS],
+            complaints: array::from_fn(|_| Limiter::seldom()),
             tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
             full: false,
@@ -284,6 +286,7 @@ impl EventLoop {
         floor.try_accept(self);
         self.feel_stuck();
         sweep::tidy();
+        logging::tell_lost();
     }
 
     fn publish(&self, floor: &Floor) {
@@ -322,12 +325,10 @@ impl EventLoop {
 
     /// Logs something that clients can cause, at most one line in a while.
     pub(super) fn complain(&mut self, trouble: Trouble, text: &str) {
-        let quiet_until_ms = &mut self.quiet_until_ms[trouble as usize];
-        if self.service.now_ms < *quiet_until_ms {
-            return log::debug!("{text}");
+        match self.complaints[trouble as usize].admit(self.service.now_ms) {
+            Some(more) => log::warn!("{}", with_held_back(text.to_owned(), more)),
+            None => log::debug!("{text}"),
         }
-        *quiet_until_ms = self.service.now_ms + QUIET_MS;
-        log::warn!("{text}");
     }
 }
 

@@ -146,7 +146,10 @@ impl EventLoop {
                 .disarm(&mut connection.read_deadline, target);
         }
         self.waiting_to_give.push_back(token);
-        self.retry_giving();
+        // Who joins must not put off those that wait already.
+        if self.give_deadline == 0 {
+            self.retry_giving();
+        }
     }
 
     fn retry_giving(&mut self) {

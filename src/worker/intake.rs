@@ -5,6 +5,8 @@
 //! dialect's own rules is answered here and ends the connection, for nothing behind it can be
 //! told from the rest of it.
 
+use std::mem;
+
 use super::connection::{Connection, Phase, Reply};
 use super::service::Service;
 use crate::protocol::body::{self, Form};
@@ -16,6 +18,9 @@ use crate::protocol::http::{self, Refusal, Rules, response};
 use crate::protocol::reply::{Shape, Wrap};
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{answer, line};
+
+/// So much of an unfinished call has room whatever the others keep: most calls are no larger.
+const ALWAYS_ROOM: usize = 16 * 1024;
 
 impl Service {
     /// Takes as many whole bodies from `input` as may be taken, with `unsent` bytes of earlier
@@ -156,7 +161,6 @@ impl Service {
     }
 
     fn refuse_request(&mut self, connection: &mut Connection, reply: http::Reply, why: &Refusal) {
-        self.errors += 1;
         let mut body = Vec::new();
         answer::error(&mut body, &why.error, None);
         self.respond(connection, reply, why.status, &body);
@@ -189,10 +193,51 @@ impl Service {
 
     /// Answers `too-large`; what follows can't be told apart from the rest of what was refused.
     fn end(&mut self, connection: &mut Connection, wrap: Wrap, why: String, input: &[u8]) -> usize {
+        self.read += 1;
         let reply = self.seat(connection, wrap, Form::Plain, None);
         let error = RpcError::of(Code::TooLarge, why, false);
         self.refuse(connection, reply, None, error);
         input.len()
+    }
+
+    /// Counts what a connection keeps of an unfinished call.
+    pub fn count(&mut self, connection: &mut Connection) {
+        self.unfinished += connection.tail.len();
+        self.unfinished -= mem::replace(&mut connection.counted, connection.tail.len());
+    }
+
+    /// Whether there is no room for what a connection keeps, as counted. For what is little, or all there
+    /// is, there always is.
+    pub fn has_no_room_for(&self, connection: &Connection) -> bool {
+        self.unfinished > self.limits.unfinished
+            && connection.counted > ALWAYS_ROOM
+            && connection.counted < self.unfinished
+    }
+
+    /// Answers a call for whose rest there is no room, and ends its connection: what follows can't be told
+    /// from that.
+    pub fn shed(&mut self, connection: &mut Connection) {
+        let limit = self.limits.unfinished;
+        let text = format!(
+            "the unfinished calls of this worker are as much as limits.unfinished allows, {limit} bytes; send \
+             it again later"
+        );
+        let error = RpcError::of(Code::Overloaded, text, false);
+        connection.phase = Phase::Closing;
+        self.ledger.ends(connection);
+        let wrap = match connection.dialect {
+            Some(Dialect::Http) => {
+                let refusal = Refusal { status: 503, error };
+                self.read += 1;
+                self.errors += 1;
+                return self.refuse_request(connection, http::Reply::default(), &refusal);
+            }
+            Some(Dialect::Line) => Wrap::Line,
+            _ => Wrap::Frame,
+        };
+        self.read += 1;
+        let reply = self.seat(connection, wrap, Form::Plain, None);
+        self.refuse(connection, reply, None, error);
     }
 
     /// Takes a place for a call's answer. In HTTP nothing tells answers apart but their order.

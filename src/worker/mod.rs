@@ -129,6 +129,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         longest_wait_ms: 0,
         last_wait_ms: 0,
         stopping: false,
+        unfinished: 0,
         read: 0,
         errors: 0,
         record: boot.record,

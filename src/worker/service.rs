@@ -56,6 +56,8 @@ pub struct Service {
     pub lame: bool,
     /// No further call begins: the server stops.
     pub stopping: bool,
+    /// Bytes of all unfinished frames, lines and requests.
+    pub unfinished: usize,
     /// Calls read so far.
     pub read: u64,
     /// Answers that were errors so far.
@@ -354,7 +356,12 @@ impl Service {
         (name, id): (&str, Option<&str>),
         fill: impl FnOnce(&mut Vec<u8>) -> Result<(), RpcError>,
     ) {
-        let about = self.about(connection, reply);
+        // A code of a handler's own does not end its caller's connection.
+        let ours = name.is_empty() || self.stopping;
+        let about = About {
+            ours,
+            ..self.about(connection, reply)
+        };
         let is_member = reply.shape.wrap == Wrap::Member;
         let limit = self.limits.frame;
         let mut outcome = Ok(());
@@ -373,9 +380,7 @@ impl Service {
         });
         if let Err(error) = &outcome {
             self.errors += 1;
-            // A code of a handler's own does not end its caller's connection.
-            let is_ours = name.is_empty() || self.stopping;
-            if is_ours && error.table_code().is_some_and(Code::closes) {
+            if ours && error.table_code().is_some_and(Code::closes) {
                 connection.phase = Phase::Closing;
             }
         }
@@ -392,6 +397,7 @@ impl Service {
         About {
             last,
             closing: connection.phase != Phase::Open,
+            ours: false,
             origins: self.origins,
         }
     }

@@ -7,7 +7,7 @@
 use std::mem;
 
 use super::connection::{HIGH_WATER, Phase};
-use super::event_loop::{EventLoop, find};
+use super::event_loop::{EventLoop, Trouble, find};
 use super::service::millis;
 use super::spreading::may_go;
 use super::threads::Done;
@@ -40,7 +40,9 @@ impl EventLoop {
         } else {
             0
         };
-        connection.keep(&bytes[used..]);
+        if connection.keep(&bytes[used..]).is_err() {
+            self.service.shed(connection);
+        }
         self.service.ledger.closes(connection, bytes.len());
         self.advance(floor, token, used > 0);
         self.service.waited_ms = 0;
@@ -55,6 +57,7 @@ impl EventLoop {
         };
         let service = &mut self.service;
         let pipeline = service.limits.pipeline;
+        let mut shed = false;
         loop {
             if !service.out.is_empty() {
                 connection.active_ms = service.now_ms;
@@ -71,12 +74,18 @@ impl EventLoop {
             connection.consume(used);
             whole |= used > 0;
             if used == 0 && service.out.is_empty() {
-                break;
+                service.count(connection);
+                if !service.has_no_room_for(connection) {
+                    break;
+                }
+                service.shed(connection);
+                shed = true;
             }
         }
         if connection.phase != Phase::Open {
             connection.tail = Vec::new();
         }
+        service.count(connection);
         // While the floor still lends what it has received: what is kept of it is lost with us.
         service.ledger.show(connection);
         let unsent = floor.unsent(token);
@@ -91,7 +100,10 @@ impl EventLoop {
             service.out = Vec::new();
         }
         let now = service.now_ms;
-        if connection.tail.is_empty() || connection.blocked || connection.ended {
+        let sent = connection.tail.len();
+        let waits = connection.http.as_ref().is_some_and(|it| it.waits(sent));
+        let holds_back = connection.blocked || waits && connection.unanswered > 0;
+        if connection.tail.is_empty() || holds_back || connection.ended {
             // While we hold the peer back, the time it takes is ours.
             service
                 .timers
@@ -112,7 +124,15 @@ impl EventLoop {
                 .timers
                 .arm(&mut connection.write_deadline, at, Target::Write(token));
         }
-        if connection.unanswered == 0 && unsent == 0 {
+        let rests = connection.unanswered == 0 && unsent == 0;
+        if shed {
+            self.complain(
+                Trouble::Unfinished,
+                "a client's unfinished call is refused: those of this worker have as much as \
+                 limits.unfinished allows",
+            );
+        }
+        if rests {
             self.settle(floor, token);
         }
     }
@@ -189,6 +209,7 @@ impl EventLoop {
             _ => Target::Idle(token),
         };
         timers.disarm(&mut connection.quiet_deadline, target);
+        self.service.unfinished -= connection.counted;
         floor.close(token);
         self.service.calls.unpark(token, self.service.now_ms);
         if connection.unanswered > 0 {

@@ -19,15 +19,13 @@ use nix::unistd::{pipe2, read, write};
 
 use super::output::Tail;
 use crate::handler::Context;
+use crate::sys::descriptor;
 use crate::sys::process::Exit;
 use crate::sys::spawn::{Child, SpawnError, Stdio, Step, Template, null, spawn};
 use crate::sys::waker::Waker;
 
 /// As much as is read at once.
 const PIECE: usize = 16 * 1024;
-/// Reads of what is left in a pipe at the end: a pipe's default capacity four times. A process
-/// that left the group may write on for ever.
-const LEFT: usize = 16;
 
 /// A command that has ended.
 pub(super) struct Ran {
@@ -143,17 +141,9 @@ impl Process {
         }
         // While it is not reaped its group's number can't be another's.
         self.child.kill();
-        let mut too_much = false;
-        for _ in 0..LEFT {
-            let out = pull(&mut self.stdout, |piece| {
-                stdout.extend_from_slice(piece);
-            });
-            too_much |= stdout.len() > max_output;
-            let err = pull(&mut self.stderr, |piece| stderr.add(piece));
-            if too_much || (!out && !err) {
-                break;
-            }
-        }
+        pull_what_is_there(&mut self.stdout, |piece| stdout.extend_from_slice(piece));
+        pull_what_is_there(&mut self.stderr, |piece| stderr.add(piece));
+        let too_much = stdout.len() > max_output;
         let exit = self.child.reap();
         let stderr = stderr.into_text();
         match exit {
@@ -240,6 +230,17 @@ enum End {
     TimedOut,
     GivenUp,
     TooMuch,
+}
+
+/// Reads what is in a pipe now, and no more: a process that left the group may write on for ever.
+fn pull_what_is_there(pipe: &mut Option<OwnedFd>, mut take: impl FnMut(&[u8])) {
+    let mut left = pipe.as_ref().map_or(0, descriptor::unread);
+    while left > 0
+        && pull(pipe, |piece| {
+            left = left.saturating_sub(piece.len());
+            take(piece);
+        })
+    {}
 }
 
 /// Reads once from a pipe that is still open, without waiting; tells whether there was something.

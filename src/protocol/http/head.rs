@@ -175,7 +175,11 @@ fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, Refusal> {
             .then(|| &target[scheme.len()..])
     };
     let path = match after("http://").or_else(|| after("https://")) {
-        Some(rest) if !rest.starts_with('/') => rest.find('/').map_or("/", |at| &rest[at..]),
+        // The authority ends where any of these begins (RFC 3986, section 3.2).
+        Some(rest) if !rest.starts_with('/') => match rest.find(['/', '?', '#']) {
+            Some(at) if rest[at..].starts_with('/') => &rest[at..],
+            _ => "/",
+        },
         None if target.starts_with('/') => target,
         None if target == "*" && method == "OPTIONS" => "/",
         None if method == "CONNECT" => "/",

@@ -100,6 +100,13 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// Whether the client, which has sent so many bytes of its request, waits for [`CONTINUE`] before it sends
+    /// the body.
+    pub fn waits(&self, sent: usize) -> bool {
+        let is_asked = |head: &Head| head.expects && sent == head.length;
+        !self.continued && self.head.as_ref().is_some_and(is_asked)
+    }
+
     /// Remembers that [`CONTINUE`] was sent.
     pub fn continued(&mut self) {
         self.continued = true;
@@ -111,11 +118,7 @@ pub fn decode<'a>(bytes: &'a [u8], progress: &mut Progress, rules: &Rules<'_>) -
     match whole(bytes, progress, rules) {
         Ok(Some((head, body, used))) => Decoded::Whole { head, body, used },
         Ok(None) => Decoded::Partial {
-            waits: !progress.continued
-                && progress
-                    .head
-                    .as_ref()
-                    .is_some_and(|head| head.expects && bytes.len() == head.length),
+            waits: progress.waits(bytes.len()),
         },
         Err(refusal) => Decoded::Refused(refusal),
     }

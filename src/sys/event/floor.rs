@@ -22,6 +22,10 @@ const WATCH_BASE: u64 = u64::MAX - 0xFFFF;
 pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
 /// One connection's socket.
+/// Where a stream stands of which nobody knows: behind all that a kernel has counted, so that what was
+/// received or sent can't be told by counting from here.
+const UNKNOWN: (u64, u64) = (u64::MAX / 2, u64::MAX / 2);
+
 #[derive(Debug)]
 struct Socket {
     fd: OwnedFd,
@@ -175,7 +179,7 @@ impl Floor {
     /// As of `adopt`.
     pub fn adopt_used(&mut self, socket: OwnedFd, owed: Owed, note: u32) -> io::Result<Token> {
         let passed = self.witness.and_then(|_| twin::passed_through(&socket));
-        self.take_in(socket, passed.unwrap_or_default(), (owed, note))
+        self.take_in(socket, passed.unwrap_or(UNKNOWN), (owed, note))
     }
 
     /// What came along with a connection is where it belongs.

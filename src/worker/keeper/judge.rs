@@ -122,6 +122,7 @@ pub fn judge(
         let about = About {
             last: index + 1 == left.len(),
             closing,
+            ours: true,
             origins,
         };
         let error = RpcError::of(Code::Crashed, words(call.begun), call.begun);
