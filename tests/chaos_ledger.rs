@@ -143,12 +143,11 @@ impl Told {
         since.any(|since| since.is_ok_and(|since| (TIMEOUT / 2..LONGEST).contains(&since)))
     }
 
-    /// Whether a worker was shut to connections between an end and a fault.
+    /// Whether a worker was shut to connections between an end and a fault. It says so once in ten
+    /// seconds.
     fn nobody_took_up(&self, end: Instant, fault: &Fault) -> bool {
-        let (from, to) = (
-            SystemTime::now() - end.elapsed(),
-            SystemTime::now() - fault.at.elapsed(),
-        );
+        let from = SystemTime::now() - end.elapsed() - Duration::from_secs(10);
+        let to = SystemTime::now() - fault.at.elapsed();
         self.shut.iter().any(|at| (from..=to).contains(at))
     }
 }
@@ -483,17 +482,17 @@ fn what_a_keeper_says_waits_for_a_worker_that_can_take_the_connection_up() {
         at: Instant::now() - ago(10),
         ..fault(100, false, text)
     };
-    let at = humantime::format_rfc3339_millis(SystemTime::now() - ago(15));
-    let judge = |shut: &str| {
+    let judge = |shut: &str, seconds| {
+        let at = humantime::format_rfc3339_millis(SystemTime::now() - ago(seconds));
         let log = format!(
             "INFO [7 master] … pid=9 kept=1 crashed=1 reset=0\n{at} WARN [8 worker] {shut}"
         );
         let told = Told::of(&log);
         ledger.unexplained(&[("a client", &late)], &told).len()
     };
-    assert_eq!(judge("nothing of the kind"), 1);
-    assert_eq!(
-        judge("no connection can be accepted: Too many open files"),
-        0
-    );
+    let full = "no connection can be accepted: Too many open files";
+    assert_eq!(judge("nothing of the kind", 15), 1);
+    assert_eq!(judge(full, 15), 0);
+    assert_eq!(judge(full, 5), 1, "only afterwards");
+    assert_eq!(judge(full, 40), 1, "long before");
 }

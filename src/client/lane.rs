@@ -19,9 +19,10 @@ use super::{Client, ClientError, Reply};
 /// its answer needs time to arrive.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Without a limit it is waited for a connection in pieces of this: whoever terminates the pool has no other
-/// way to end that.
+/// Without a limit, room in a unix socket's backlog is waited for in pieces of this, for whoever terminates the
+/// pool has no other way to end that; and for so long in all as TCP tries (tcp_syn_retries, tcp(7)).
 const PIECE: Duration = Duration::from_secs(5);
+const LONGEST: Duration = Duration::from_secs(127);
 
 /// What is done with an outcome.
 pub(super) type Done = Box<dyn FnOnce(Result<Reply, ClientError>) + Send>;
@@ -51,12 +52,16 @@ impl Shared {
     /// A connection of the pool.
     pub(super) fn connect(&self) -> Result<Client, ClientError> {
         let patience = self.timeout.map(|limit| limit.saturating_add(GRACE));
+        let is_endless = patience.is_none() && self.address.starts_with("unix:");
+        let limit = if is_endless { Some(PIECE) } else { patience };
+        let begun = Instant::now();
         loop {
-            match Client::connect(&self.address, Some(patience.unwrap_or(PIECE))) {
+            match Client::connect(&self.address, limit) {
                 Ok(client) => return Ok(client.with_timeout(patience)),
                 Err(ClientError::NoServer { source, .. })
-                    if patience.is_none()
+                    if is_endless
                         && source.kind() == ErrorKind::TimedOut
+                        && begun.elapsed() < LONGEST
                         && !self.ended.load(Ordering::SeqCst) => {}
                 Err(error) => return Err(error),
             }

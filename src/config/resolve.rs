@@ -343,25 +343,27 @@ fn max_lifetime(check: &Check<'_>, raw: &RawWorkers) -> Result<Duration> {
 /// How much of a worker's share of the memory may be unfinished calls: what is whole, what runs and what
 /// is answered needs some too.
 const UNFINISHED_SHARE: u64 = 4;
-/// What a client can send before it is looked at.
-const LEAST_UNFINISHED: u64 = 64 << 10;
 
-/// Bytes of all unfinished calls of a worker. Where nothing is said, whole mebibytes.
-fn unfinished(check: &Check<'_>, set: Option<Size>, workers: &Workers) -> Result<usize> {
+/// Bytes of all unfinished calls of a worker: one frame at least. Where nothing is said, whole mebibytes.
+fn unfinished(
+    check: &Check<'_>,
+    set: Option<Size>,
+    (frame, workers): (u64, &Workers),
+) -> Result<usize> {
     let bytes = match set {
+        Some(Size(bytes)) if bytes < frame => {
+            let (problem, remedy) = (
+                format!("{} is less than one frame", Size(bytes)),
+                format!("give {} (limits.frame) or more", Size(frame)),
+            );
+            return Err(check.places.error("limits.unfinished", problem, remedy));
+        }
         Some(Size(bytes)) => bytes,
         None => {
             let share = check.here.memory / UNFINISHED_SHARE / workers.count as u64;
-            (share >> 20).max(1) << 20
+            ((share >> 20) << 20).max(frame)
         }
     };
-    if bytes < LEAST_UNFINISHED {
-        return Err(check.places.error(
-            "limits.unfinished",
-            format!("{} is out of range", Size(bytes)),
-            format!("give {} or more", Size(LEAST_UNFINISHED)),
-        ));
-    }
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
 }
 
@@ -386,7 +388,7 @@ fn limits(check: &Check<'_>, raw: &RawLimits, workers: &Workers) -> Result<Limit
             "",
         )?,
         frame: frame as usize,
-        unfinished: unfinished(check, raw.unfinished, workers)?,
+        unfinished: unfinished(check, raw.unfinished, (frame, workers))?,
         depth: check.integer("limits.depth", raw.depth, 128, 1..=10_000, "")?,
         pipeline: check.integer("limits.pipeline", raw.pipeline, 1024, COUNTS, "")?,
         batch: check.integer("limits.batch", raw.batch, 1000, COUNTS, "")?,

@@ -111,7 +111,7 @@ pub struct Limits {
     pub connections: usize,
     /// Bytes of a frame's body, 1 KiB to 128 MiB.
     pub frame: usize,
-    /// Bytes of all unfinished frames, lines and requests of a worker, 64 KiB at least.
+    /// Bytes of all unfinished frames, lines and requests of a worker, one frame's at least.
     pub unfinished: usize,
     /// Nesting of a JSON document, 1 to 10,000.
     pub depth: usize,

@@ -26,6 +26,7 @@ use crate::protocol::control::State;
 use crate::sys::process;
 use crate::sys::signal::Fault;
 use crate::sys::spawn;
+use crate::throttle::limiter::Limiter;
 
 /// Keepers whose workers have been reaped.
 #[derive(Debug, Default)]
@@ -168,6 +169,11 @@ impl Keepers {
     }
 }
 
+/// So many workers are replaced at once when their keepers die, and one more each ten seconds.
+pub(super) fn keepers_lost() -> Limiter {
+    Limiter::new(64, 10_000)
+}
+
 /// Who a worker says is its keeper: whoever it likes. Good to be compared with a child that was seen
 /// or reaped, and for nothing else before it was asked whether it [can be one](can_be_one).
 pub fn claimed_by(record: &Record) -> Option<Pid> {
@@ -213,18 +219,23 @@ impl Master<'_> {
             return;
         };
         living.record.keeper.store(0, Relaxed);
-        let ready = self
-            .fleet
-            .workers()
-            .iter()
-            .any(|view| view.pid == Some(worker) && view.state == State::Ready);
+        let state = self.fleet.workers().into_iter();
+        let mut state = state.filter(|view| view.pid == Some(worker));
+        let state = state.next().map(|view| view.state);
+        // Where all keepers die, workers without one are better than workers that only come and go.
+        let is_replaced = matches!(state, Some(State::Starting | State::Ready))
+            && self.keepers_lost.admit(now()).is_some();
+        living.keeper_is_lost.set(is_replaced);
         // Nobody can be made the twin of a process that has threads.
         log::warn!(
-            "the keeper of worker {worker} has died: the worker retires{}, for one with a keeper",
-            if ready { "" } else { " once it is ready" }
+            "the keeper of worker {worker} has died: {}",
+            match state {
+                Some(State::Ready) if is_replaced => "the worker retires, for one with a keeper",
+                _ if is_replaced => "the worker retires once it is ready, for one with a keeper",
+                _ => "should the worker crash, its connections end with it",
+            }
         );
-        living.keeper_is_lost.set(true);
-        if ready {
+        if state == Some(State::Ready) {
             self.retire_without_keeper(worker);
         }
     }

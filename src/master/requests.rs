@@ -90,25 +90,22 @@ impl Master<'_> {
 
     fn reopen_log(&mut self) {
         let serving = self.fleet.generation();
-        match &self.upcoming {
-            None => {
-                if let Some(output) = self.reopen_log_of(&self.ground, |_| true) {
-                    logging::set_output(output);
-                    log::info!("log file reopened");
-                }
-            }
+        let (new, old) = match &self.upcoming {
+            None => (self.reopen_log_of(&self.ground, |_| true), None),
             // This process logs where the newcomers do, until the verdict is no.
-            Some(upcoming) => {
-                let old = self.reopen_log_of(&self.ground, |generation| generation <= serving);
-                let new = self.reopen_log_of(upcoming, |generation| generation > serving);
-                if let Some(output) = old {
-                    self.old_log = Some(output);
-                }
-                if let Some(output) = new {
-                    logging::set_output(output);
-                    log::info!("log file reopened");
-                }
+            Some(upcoming) => (
+                self.reopen_log_of(upcoming, |generation| generation > serving),
+                self.reopen_log_of(&self.ground, |generation| generation <= serving),
+            ),
+        };
+        if new.is_some() || old.is_some() {
+            if let Some(output) = new {
+                logging::set_output(output);
             }
+            self.old_log = old.or(self.old_log.take());
+            log::info!("log file reopened");
+        } else if self.ground.settings.log.file.is_none() {
+            log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
         }
     }
 
@@ -119,10 +116,7 @@ impl Master<'_> {
         ground: &Ground,
         is_theirs: impl Fn(Generation) -> bool,
     ) -> Option<Output> {
-        let Some(file) = &ground.settings.log.file else {
-            log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
-            return None;
-        };
+        let file = ground.settings.log.file.as_ref()?;
         match logging::open(Some(file)) {
             Ok(output) => {
                 let theirs = |worker: &Worker| is_theirs(worker.generation);

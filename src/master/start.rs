@@ -12,6 +12,7 @@ use super::control::Control;
 use super::event::{Limits, Millis};
 use super::first_words::FirstWords;
 use super::fleet::Fleet;
+use super::keepers::keepers_lost;
 use super::listeners::{self, Listener};
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
@@ -112,6 +113,7 @@ fn start<'a>(
         pid_file: pid_file.take().ok_or_else(lock)?,
         orphans: Orphans::new(),
         strikes: Strikes::new(memory::kills_for_want_of_it()),
+        keepers_lost: keepers_lost(),
         ground,
         upcoming: None,
         first_words: FirstWords::default(),

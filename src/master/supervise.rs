@@ -35,6 +35,7 @@ use crate::sys::memory;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
+use crate::throttle::limiter::Limiter;
 
 /// Children taken note of at once.
 const MOST_REAPED: usize = 64;
@@ -52,6 +53,8 @@ pub(super) struct Master<'a> {
     pub(super) pid_file: PidFile,
     pub(super) orphans: Orphans,
     pub(super) strikes: Strikes,
+    /// How often a worker is replaced for want of a keeper.
+    pub(super) keepers_lost: Limiter,
     /// What the generation that serves runs on.
     pub(super) ground: Rc<Ground>,
     /// What the generation of a reload under way runs on.

@@ -67,6 +67,15 @@ pub struct Batch {
     pub out: Vec<u8>,
 }
 
+/// What is still to come of a call for which there was no room: it is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    /// So many bytes.
+    Bytes(usize),
+    /// Whatever there is until a line ends.
+    Line,
+}
+
 /// One client connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -92,8 +101,10 @@ pub struct Connection {
     pub unanswered: usize,
     /// Bytes received and not consumed: an unfinished frame, or frames that may not be taken yet.
     pub tail: Vec<u8>,
-    /// Bytes of the tail that the worker has counted.
+    /// Bytes of the tail that the worker has counted, those that may not be taken yet among them.
     pub counted: usize,
+    /// What is dropped of what it sends next.
+    pub skips: Option<Rest>,
     /// Answers of calls without an id, from number `first` on; `None` is still to come. The front
     /// one is `None`, or there is none.
     waiting: VecDeque<Option<(Vec<u8>, Mark)>>,
@@ -134,6 +145,7 @@ impl Connection {
             unanswered: 0,
             tail: Vec::new(),
             counted: 0,
+            skips: None,
             waiting: VecDeque::new(),
             first: 0,
             held: 0,
@@ -181,7 +193,29 @@ impl Connection {
 
     /// Nothing is read, running or waiting: it can be closed without losing anything.
     pub fn is_at_rest(&self) -> bool {
-        self.unanswered == 0 && self.tail.is_empty()
+        self.unanswered == 0 && !self.is_within_call()
+    }
+
+    /// Whether something has come of a call that is not taken, and may not be whole.
+    pub fn is_within_call(&self) -> bool {
+        !self.tail.is_empty() || self.skips.is_some()
+    }
+
+    /// Drops what is to be dropped of `input`; returns how many bytes of it.
+    pub fn skip(&mut self, input: &[u8]) -> usize {
+        let (dropped, left) = match self.skips {
+            None => (0, None),
+            Some(Rest::Bytes(left)) if left > input.len() => {
+                (input.len(), Some(Rest::Bytes(left - input.len())))
+            }
+            Some(Rest::Bytes(left)) => (left, None),
+            Some(Rest::Line) => match input.iter().position(|&byte| byte == b'\n') {
+                Some(at) => (at + 1, None),
+                None => (input.len(), Some(Rest::Line)),
+            },
+        };
+        self.skips = left;
+        dropped
     }
 
     /// Takes a call; `with_id` tells whether it may be answered out of order.

@@ -93,6 +93,10 @@ impl EventLoop {
 
     /// Gives a connection away, now or as soon as there is room.
     pub(super) fn give(&mut self, floor: &mut Floor, token: Token) {
+        // What it sends now is to be dropped, which nobody else would know.
+        if find(&mut self.connections, token).is_some_and(|it| it.skips.is_some()) {
+            return;
+        }
         // First come, first given: else a busy connection could wait for ever.
         if !self.waiting_to_give.is_empty() {
             return self.wait_to_give(floor, token);

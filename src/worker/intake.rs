@@ -7,7 +7,7 @@
 
 use std::mem;
 
-use super::connection::{Connection, Phase, Reply};
+use super::connection::{Connection, Phase, Reply, Rest};
 use super::service::Service;
 use crate::protocol::body::{self, Form};
 use crate::protocol::code::Code;
@@ -214,8 +214,8 @@ impl Service {
             && connection.counted < self.unfinished
     }
 
-    /// Answers a call for whose rest there is no room, and ends its connection: what follows can't be told
-    /// from that.
+    /// Answers a call for whose rest there is no room, and drops it. In HTTP that ends the connection,
+    /// which its response has words for.
     pub fn shed(&mut self, connection: &mut Connection) {
         let limit = self.limits.unfinished;
         let text = format!(
@@ -223,19 +223,27 @@ impl Service {
              it again later"
         );
         let error = RpcError::of(Code::Overloaded, text, false);
-        connection.phase = Phase::Closing;
-        self.ledger.ends(connection);
-        let wrap = match connection.dialect {
+        self.read += 1;
+        let tail = mem::take(&mut connection.tail);
+        let (wrap, rest) = match connection.dialect {
             Some(Dialect::Http) => {
-                let refusal = Refusal { status: 503, error };
-                self.read += 1;
+                connection.phase = Phase::Closing;
+                self.ledger.ends(connection);
                 self.errors += 1;
+                let refusal = Refusal { status: 503, error };
                 return self.refuse_request(connection, http::Reply::default(), &refusal);
             }
-            Some(Dialect::Line) => Wrap::Line,
-            _ => Wrap::Frame,
+            Some(Dialect::Line) => (Wrap::Line, Rest::Line),
+            _ => {
+                let need = match frame::decode(&tail, self.limits.frame) {
+                    Decoded::Partial { need } => need,
+                    _ => tail.len(),
+                };
+                (Wrap::Frame, Rest::Bytes(need - tail.len()))
+            }
         };
-        self.read += 1;
+        connection.scanned = 0;
+        connection.skips = Some(rest);
         let reply = self.seat(connection, wrap, Form::Plain, None);
         self.refuse(connection, reply, None, error);
     }

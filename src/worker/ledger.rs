@@ -210,7 +210,7 @@ impl Ledger {
     /// So many bytes were received, and all are taken or in the tail by now. The tail is shown first:
     /// what is taken from it later has no place in the stream, so a crash must not find it unread.
     pub fn closes(&mut self, connection: &mut Connection, taken: usize) {
-        if !connection.tail.is_empty() {
+        if connection.is_within_call() {
             self.adds(connection, note::TAIL);
         }
         if let (Some(book), Some(start)) = (self.book, self.start.take()) {
@@ -313,7 +313,7 @@ impl Ledger {
         connection.unkept &= connection.unanswered > 0;
         let flag = |is: bool, flag| if is { flag } else { 0 };
         let note = u32::from(handoff::number(connection.dialect))
-            | flag(!connection.tail.is_empty(), note::TAIL)
+            | flag(connection.is_within_call(), note::TAIL)
             | flag(connection.phase == Phase::Closing, note::CLOSING)
             | flag(connection.phase == Phase::Lingering, note::SHUT)
             | flag(connection.unkept, note::UNKEPT);

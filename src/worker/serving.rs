@@ -35,16 +35,21 @@ impl EventLoop {
             self.service.waited(socket.map_or(0, socket::waited_ms));
         }
         self.service.ledger.opens();
-        let used = if connection.tail.is_empty() {
+        let dropped = connection.skip(bytes);
+        let used = if dropped == 0 && connection.tail.is_empty() {
             self.service.consume(connection, bytes, unsent)
         } else {
-            0
+            dropped
         };
-        if connection.keep(&bytes[used..]).is_err() {
-            self.service.shed(connection);
-        }
+        let kept = connection.keep(&bytes[used..]);
         self.service.ledger.closes(connection, bytes.len());
-        self.advance(floor, token, used > 0);
+        if let Err(error) = kept {
+            let text = format!("a connection ends, for nothing more can be kept of it: {error}");
+            self.complain(Trouble::Unfinished, &text);
+            return self.close(floor, token);
+        }
+        let whole = used > dropped || dropped > 0 && connection.skips.is_none();
+        self.advance(floor, token, whole);
         self.service.waited_ms = 0;
     }
 
@@ -75,7 +80,8 @@ impl EventLoop {
             whole |= used > 0;
             if used == 0 && service.out.is_empty() {
                 service.count(connection);
-                if !service.has_no_room_for(connection) {
+                // While others of its calls are under way, it is read no further instead.
+                if connection.unanswered > 0 || !service.has_no_room_for(connection) {
                     break;
                 }
                 service.shed(connection);
@@ -89,8 +95,11 @@ impl EventLoop {
         // While the floor still lends what it has received: what is kept of it is lost with us.
         service.ledger.show(connection);
         let unsent = floor.unsent(token);
+        let takes_no_more = !connection.takes_calls(pipeline, unsent)
+            || connection.unanswered > 0 && service.has_no_room_for(connection);
+        // What is to be dropped is no call.
         connection.blocked =
-            connection.phase == Phase::Open && !connection.takes_calls(pipeline, unsent);
+            connection.phase == Phase::Open && connection.skips.is_none() && takes_no_more;
         floor.set_reading(token, !connection.blocked);
         if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
             service.calls.unpark(token, service.now_ms);
@@ -103,7 +112,7 @@ impl EventLoop {
         let sent = connection.tail.len();
         let waits = connection.http.as_ref().is_some_and(|it| it.waits(sent));
         let holds_back = connection.blocked || waits && connection.unanswered > 0;
-        if connection.tail.is_empty() || holds_back || connection.ended {
+        if !connection.is_within_call() || holds_back || connection.ended {
             // While we hold the peer back, the time it takes is ours.
             service
                 .timers
@@ -144,14 +153,15 @@ impl EventLoop {
         };
         let open = connection.phase == Phase::Open;
         // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
-        if open && self.drain.hands_over() && !(connection.ended && connection.tail.is_empty()) {
+        let has_more = !connection.ended || connection.is_within_call();
+        if open && self.drain.hands_over() && has_more {
             return self.give(floor, token);
         }
         if self.spreading.gives() && may_go(connection) {
             return self.give_by_order(floor, token);
         }
         if connection.ended && connection.phase != Phase::Lingering {
-            if !connection.tail.is_empty() {
+            if connection.is_within_call() {
                 log::debug!("a client ended in the middle of a frame");
             }
             return self.close(floor, token);

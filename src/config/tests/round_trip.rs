@@ -63,14 +63,14 @@ prop_compose! {
 prop_compose! {
     fn limits()(
         connections in 1..=1usize << 20, frame in 1usize << 10..=128 << 20,
-        unfinished in 64usize << 10..=1 << 40, depth in 1..=10_000usize,
+        more in 0usize..=1 << 40, depth in 1..=10_000usize,
         counts in [1..=1_000_000usize, 1..=1_000_000, 1..=1_000_000],
         times in [duration(1), duration(1), duration(1)], idle_timeout in or_zero(1),
     ) -> Limits {
         let [pipeline, batch, queue] = counts;
         let [timeout, read_timeout, write_timeout] = times;
         Limits {
-            connections, frame, unfinished, depth, pipeline, batch, queue, timeout, read_timeout,
+            connections, frame, depth, unfinished: frame + more, pipeline, batch, queue, timeout, read_timeout,
             write_timeout, idle_timeout,
         }
     }

@@ -14,7 +14,7 @@ use super::super::control::{ClientId, Control};
 use super::super::event::{Event, Exit};
 use super::super::first_words::FirstWords;
 use super::super::fleet::Fleet;
-use super::super::keepers::can_be_one;
+use super::super::keepers::{can_be_one, keepers_lost};
 use super::super::listeners::Listener;
 use super::super::orphans::Orphans;
 use super::super::pid_file::PidFile;
@@ -135,6 +135,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         upcoming: None,
         first_words: FirstWords::default(),
         strikes: Strikes::new(memory::kills_for_want_of_it()),
+        keepers_lost: keepers_lost(),
         spread: Spread::default(),
         passed,
         reload_asked: state.reload_asked,

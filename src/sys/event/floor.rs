@@ -21,11 +21,11 @@ const BATCH: usize = 256;
 const WATCH_BASE: u64 = u64::MAX - 0xFFFF;
 pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
-/// One connection's socket.
 /// Where a stream stands of which nobody knows: behind all that a kernel has counted, so that what was
 /// received or sent can't be told by counting from here.
 const UNKNOWN: (u64, u64) = (u64::MAX / 2, u64::MAX / 2);
 
+/// One connection's socket.
 #[derive(Debug)]
 struct Socket {
     fd: OwnedFd,
