@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use super::event::{Action, Event, Exit, Limits, Millis};
 use super::fleet::Fleet;
 use super::view::WorkerView;
+use super::watch::kill_after;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::State;
 
@@ -219,7 +220,13 @@ impl World {
             let late = self.living.values().filter(late).count();
             self.holders(**seat) + forks + late == 2
         };
-        let replaced = self.living.values().filter(|process| process.replaced);
+        // One that even KILL does not end is nobody's to wait for.
+        let is_held = |pid: &Pid| {
+            let killed = self.signalled(*pid, Signal::SIGKILL);
+            killed.is_some_and(|at| self.now >= at + kill_after(Signal::SIGKILL))
+        };
+        let replaced = self.living.iter();
+        let replaced = replaced.filter(|(pid, process)| process.replaced && !is_held(pid));
         seats.iter().filter(coming).count() + replaced.count()
     }
 

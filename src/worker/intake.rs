@@ -209,7 +209,7 @@ impl Service {
     /// Whether there is no room for what a connection keeps, as counted. For what is little, or all there
     /// is, there always is.
     pub fn has_no_room_for(&self, connection: &Connection) -> bool {
-        self.unfinished > self.limits.unfinished
+        self.unfinished > self.limits.unfinished.saturating_add(frame::HEADER)
             && connection.counted > ALWAYS_ROOM
             && connection.counted < self.unfinished
     }

@@ -46,6 +46,10 @@ impl EventLoop {
         if let Err(error) = kept {
             let text = format!("a connection ends, for nothing more can be kept of it: {error}");
             self.complain(Trouble::Unfinished, &text);
+            self.service.waited_ms = 0;
+            // What was answered meanwhile goes, or would go to somebody else.
+            floor.send(token, &mut self.service.out);
+            self.service.ledger.sent();
             return self.close(floor, token);
         }
         let whole = used > dropped || dropped > 0 && connection.skips.is_none();
@@ -80,8 +84,11 @@ impl EventLoop {
             whole |= used > 0;
             if used == 0 && service.out.is_empty() {
                 service.count(connection);
-                // While others of its calls are under way, it is read no further instead.
-                if connection.unanswered > 0 || !service.has_no_room_for(connection) {
+                // While others of its calls are under way, it is read no further instead; and one that is to be
+                // handed over is.
+                let goes_elsewhere = self.drain.hands_over();
+                let stays = !service.has_no_room_for(connection);
+                if stays || goes_elsewhere || connection.unanswered > 0 {
                     break;
                 }
                 service.shed(connection);
@@ -153,7 +160,7 @@ impl EventLoop {
         };
         let open = connection.phase == Phase::Open;
         // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
-        let has_more = !connection.ended || connection.is_within_call();
+        let has_more = !connection.ended || !connection.tail.is_empty();
         if open && self.drain.hands_over() && has_more {
             return self.give(floor, token);
         }
