@@ -32,6 +32,9 @@ const TOP_KEYS: [&str; 7] = [
     "http-origins",
 ];
 
+/// The tables of the file.
+const TABLES: [&str; 6] = ["log", "workers", "limits", "listen", "methods", "pools"];
+
 /// Where each key stands.
 #[derive(Debug)]
 pub(super) struct Places<'a> {
@@ -63,6 +66,12 @@ pub(super) fn parse_without<'f>(
     let raw = Raw::deserialize(Deserializer::from(Spanned::new(0..0, whole)))
         .map_err(|error| places.explain(&error))?;
     Ok((raw, places))
+}
+
+/// Whether `files` have a key at their top that is none, and may be meant for another one.
+pub(super) fn has_stranger(files: &Files) -> Result<bool> {
+    let is_known = |key: &str| TOP_KEYS.contains(&key) || TABLES.contains(&key);
+    Ok(merged(files)?.keys().any(|key| !is_known(key.get_ref())))
 }
 
 /// [`parse`] as if nothing but the key `wanted` were there; `None` where it is not there either.

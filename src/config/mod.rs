@@ -127,9 +127,17 @@ fn listeners_in(
         alone => alone?,
     };
     // What is included may be for that user alone, too.
-    match Files::read(&main).ok().and_then(|whole| written(&whole)) {
-        Some(listeners) => Ok(listeners),
-        None => written(&alone).map_or_else(|| Ok(settings()?.listen), Ok),
+    let whole = Files::read(&main).ok();
+    if let Some(listeners) = whole.as_ref().and_then(written).or_else(|| written(&alone)) {
+        return Ok(listeners);
+    }
+    let says_nothing = |files: &Files| {
+        let unwritten = matches!(document::parse_only(files, "listen"), Ok(None));
+        unwritten && matches!(document::has_stranger(files), Ok(false))
+    };
+    match whole.is_some_and(|whole| says_nothing(&whole)) {
+        true => Ok(listeners::default()),
+        false => Ok(settings()?.listen),
     }
 }
 

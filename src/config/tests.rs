@@ -266,6 +266,7 @@ fn where_a_server_is_is_told_by_its_file_whatever_else_is_wrong_or_not_at_all() 
             Some("127.0.0.1:9000"),
         ),
         ("daemon = false".to_owned(), Some("127.0.0.1:8080")),
+        ("[workers]\ncuont = 1".to_owned(), Some("127.0.0.1:8080")),
         ("include = [\"gone.toml\"]".to_owned(), None),
         ("[[lisden]]".to_owned(), None),
         ("daemon =".to_owned(), None),
