@@ -17,6 +17,7 @@ const MOST: usize = 5;
 const ABOUT: About<'static> = About {
     last: false,
     closing: false,
+    ours: true,
     origins: &[],
 };
 

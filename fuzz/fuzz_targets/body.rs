@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 const ABOUT: About<'static> = About {
     last: false,
     closing: false,
+    ours: true,
     origins: &[],
 };
 
