@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
 use super::listeners::bind_path;
-use super::own_path::{OwnPath, Standing};
+use super::own_path::OwnPath;
 use super::pid_file::make_directory;
 use crate::error::{Error, Result};
 use crate::protocol::control::{Request, Response, to_line};
@@ -190,15 +190,10 @@ impl Control {
     pub fn renew(&mut self, now: Millis) {
         let path = AsRef::<Path>::as_ref(&self.path).to_owned();
         let name = path.display();
-        match self.path.standing() {
-            Standing::Ours => return,
-            Standing::Foreign => {
-                return log::warn!(
-                    "something else stands at {name}, where the control socket was: it is left \
-                     alone, and no command finds this master; remove it and reload with a HUP"
-                );
-            }
-            Standing::Gone => {}
+        let what = "the control socket was: it is left alone, and no command finds this master; remove it \
+                    and reload with a HUP";
+        if !self.path.is_missing(&name, what) {
+            return;
         }
         match Control::bind(&path) {
             Ok(made) => {

@@ -195,25 +195,20 @@ pub fn open(
 /// reason to refuse a reload: it was out of reach before.
 fn renew(has: &Listener, listen: &Listen, write_timeout: Duration) -> Option<Listener> {
     let address = &has.bound;
-    match has.standing() {
-        Standing::Ours => None,
-        Standing::Foreign => {
-            log::warn!(
-                "something else stands at {address}, where this server listens: it is left alone, \
-                 and nobody finds the way to this listener; remove it and reload"
-            );
+    let what = "this server listens: it is left alone, and nobody finds the way to this listener; remove it \
+                and reload";
+    if !has.path.as_ref()?.is_missing(address, what) {
+        return None;
+    }
+    match bind(listen, write_timeout) {
+        Ok(renewed) => {
+            log::warn!("somebody has removed {address}: it is made again");
+            Some(renewed)
+        }
+        Err(error) => {
+            log::warn!("somebody has removed {address}, and it can't be made again: {error}");
             None
         }
-        Standing::Gone => match bind(listen, write_timeout) {
-            Ok(renewed) => {
-                log::warn!("somebody has removed {address}: it is made again");
-                Some(renewed)
-            }
-            Err(error) => {
-                log::warn!("somebody has removed {address}, and it can't be made again: {error}");
-                None
-            }
-        },
     }
 }
 

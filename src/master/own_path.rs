@@ -3,6 +3,7 @@
 //! Somebody may have cleaned the directory, and another master may have made its own file there:
 //! that one is not ours to remove.
 
+use std::fmt::Display;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -45,6 +46,16 @@ impl OwnPath {
             found if found == self.identity => Standing::Ours,
             Some(_) => Standing::Foreign,
         }
+    }
+
+    /// Whether it is gone, and may be made again. What somebody has put in its place is left alone, with a
+    /// warning that calls it `name` and says `what` it stands in for.
+    pub fn is_missing(&self, name: &dyn Display, what: &str) -> bool {
+        let standing = self.standing();
+        if standing == Standing::Foreign {
+            log::warn!("something else stands at {name}, where {what}");
+        }
+        standing == Standing::Gone
     }
 
     /// Removes it, if it is still there.

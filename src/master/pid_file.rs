@@ -12,7 +12,7 @@ use std::path::Path;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::libc;
 
-use super::own_path::{OwnPath, Standing};
+use super::own_path::OwnPath;
 use crate::error::{Error, Result};
 use crate::sys::lock::{lock, unlock};
 use crate::sys::process::Pid;
@@ -92,15 +92,9 @@ impl PidFile {
     pub fn renew(&mut self) {
         let path = AsRef::<Path>::as_ref(&self.path).to_owned();
         let name = path.display();
-        match self.path.standing() {
-            Standing::Ours => return,
-            Standing::Foreign => {
-                return log::warn!(
-                    "something else stands at {name}, where the pid file was: it is left alone, and \
-                     does not name this master; remove it and reload"
-                );
-            }
-            Standing::Gone => {}
+        let what = "the pid file was: it is left alone, and does not name this master; remove it and reload";
+        if !self.path.is_missing(&name, what) {
+            return;
         }
         let made = PidFile::lock(&path).and_then(|mut made| made.write().map(|()| made));
         match made {
