@@ -68,20 +68,15 @@ pub(super) fn parse_without<'f>(
     Ok((raw, places))
 }
 
-/// Whether `files` have a key at their top that is none, and may be meant for another one.
-pub(super) fn has_stranger(files: &Files) -> Result<bool> {
-    let is_known = |key: &str| TOP_KEYS.contains(&key) || TABLES.contains(&key);
-    Ok(merged(files)?.keys().any(|key| !is_known(key.get_ref())))
-}
-
-/// [`parse`] as if nothing but the key `wanted` were there; `None` where it is not there either.
-pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<Option<(Raw, Places<'f>)>> {
+/// [`parse`] as if nothing but the key `wanted` were there. Where it is not, a key that is none may be meant
+/// for it, and is refused.
+pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, Places<'f>)> {
     let whole = merged(files)?;
-    if whole.get(wanted).is_none() {
-        return Ok(None);
-    }
-    let others = whole.keys().map(|key| join("", key.get_ref()));
-    parse_without(files, &others.filter(|key| key != wanted).collect()).map(Some)
+    let is_there = whole.get(wanted).is_some();
+    let is_known = |key: &str| TOP_KEYS.contains(&key) || TABLES.contains(&key);
+    let others = whole.keys().map(|key| key.get_ref().as_ref());
+    let others = others.filter(|key| *key != wanted && (is_there || is_known(key)));
+    parse_without(files, &others.map(|key| join("", key)).collect())
 }
 
 /// The places of the keys of `files`, if it can be told what are keys there.

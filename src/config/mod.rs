@@ -112,33 +112,28 @@ fn listeners_in(
     let Some(main) = here.main_file(file) else {
         return Ok(settings()?.listen);
     };
-    let written = |files: &Files| {
-        let (raw, places) = document::parse_only(files, "listen").ok()??;
-        let check = Check {
-            places: &places,
-            overrides,
-            here,
-        };
-        listeners::resolve(&check, &raw).ok()
-    };
     let alone = match Files::read_alone(&main) {
         // Nobody named that file, which may be for the server's own user alone.
         Err(Error::System { .. }) if file.is_none() => return Ok(listeners::default()),
         alone => alone?,
     };
+    let said = |files: &Files, is_whole: bool| {
+        let (raw, places) = document::parse_only(files, "listen").ok()?;
+        let check = Check {
+            places: &places,
+            overrides,
+            here,
+        };
+        // Who says nothing means the default, if that was all.
+        let says_all = is_whole || raw.listen.is_some();
+        says_all.then(|| listeners::resolve(&check, &raw).ok())?
+    };
     // What is included may be for that user alone, too.
     let whole = Files::read(&main).ok();
-    if let Some(listeners) = whole.as_ref().and_then(written).or_else(|| written(&alone)) {
-        return Ok(listeners);
-    }
-    let says_nothing = |files: &Files| {
-        let unwritten = matches!(document::parse_only(files, "listen"), Ok(None));
-        unwritten && matches!(document::has_stranger(files), Ok(false))
-    };
-    match whole.is_some_and(|whole| says_nothing(&whole)) {
-        true => Ok(listeners::default()),
-        false => Ok(settings()?.listen),
-    }
+    let whole = whole.as_ref().and_then(|files| said(files, true));
+    whole
+        .or_else(|| said(&alone, false))
+        .map_or_else(|| Ok(settings()?.listen), Ok)
 }
 
 /// The settings that [`Settings::to_toml`] has written, perhaps in another version; `file` is where
