@@ -219,9 +219,9 @@ impl Master<'_> {
             return;
         };
         living.record.keeper.store(0, Relaxed);
-        let state = self.fleet.workers().into_iter();
-        let mut state = state.filter(|view| view.pid == Some(worker));
-        let state = state.next().map(|view| view.state);
+        let mut views = self.fleet.workers().into_iter();
+        let view = views.find(|view| view.pid == Some(worker));
+        let state = view.map(|view| view.state);
         // Where all keepers die, workers without one are better than workers that only come and go.
         let is_replaced = matches!(state, Some(State::Starting | State::Ready))
             && self.keepers_lost.admit(now()).is_some();

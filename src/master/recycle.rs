@@ -100,7 +100,10 @@ impl Fleet {
         let seats = self.table.seats.values();
         let leaving = self.table.children.values();
         seats.filter(|tenure| tenure.coming.is_some()).count()
-            + leaving.filter(|child| child.wear.replaced).count()
+            + leaving
+                // One that nothing ends holds up no other.
+                .filter(|child| child.wear.replaced && !child.has_outlived_kill())
+                .count()
     }
 
     /// A worker says that it has read as many calls as it may.

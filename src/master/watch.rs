@@ -178,8 +178,6 @@ impl Fleet {
         let now = self.now;
         let child = self.child_mut(pid);
         child.next = None;
-        // Nor is any other one's recycling held up.
-        child.wear.replaced = false;
         let (seat, limits, health) = (child.seat, child.limits, child.health(now));
         let coming = self.table.is_coming(pid, seat);
         let follows = match coming || self.table.holds(pid, seat) {

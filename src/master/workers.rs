@@ -113,7 +113,7 @@ pub struct Worker {
     slot: Slot,
     /// What it logs before it is ready; `None` where nobody waits for that.
     words: Option<OwnedFd>,
-    /// Its keeper has died before it was ready.
+    /// Its keeper has died, and it is to retire for that, at once or when it is ready.
     pub keeper_is_lost: Cell<bool>,
 }
 

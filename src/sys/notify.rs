@@ -54,8 +54,8 @@ impl Notifier {
         }
         // Of these the latest alone is of interest.
         if let [NotifyState::Status(_) | NotifyState::Watchdog] = states {
-            let kind = |message: &str| message.split('=').next().map(str::to_owned);
-            self.unsent.retain(|other| kind(other) != kind(&message));
+            let kind = message.split('=').next().unwrap_or_default();
+            self.unsent.retain(|other| !other.starts_with(kind));
         }
         if self.unsent.len() == MOST_UNSENT {
             self.unsent.pop_front();

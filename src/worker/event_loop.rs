@@ -287,6 +287,8 @@ impl EventLoop {
         self.feel_stuck();
         sweep::tidy();
         logging::tell_lost();
+        let lost = u32::try_from(logging::lost_lines()).unwrap_or(u32::MAX);
+        self.service.record.lost_lines.store(lost, Relaxed);
     }
 
     fn publish(&self, floor: &Floor) {
@@ -311,10 +313,6 @@ impl EventLoop {
             .store(self.service.longest_wait_ms as u32, Relaxed);
         let programs_down = self.service.threads.programs_down();
         record.programs_down.store(programs_down as u32, Relaxed);
-        let lost_lines = logging::lost_lines();
-        record
-            .lost_lines
-            .store(u32::try_from(lost_lines).unwrap_or(u32::MAX), Relaxed);
         let (method, since) = match self.service.calls.oldest() {
             Some((method, since)) => (method as u32 + 1, since),
             None => (0, 0),
