@@ -80,7 +80,7 @@ fn a_killed_worker_is_replaced_in_its_slot() {
     let deaths = daemon.status()["deaths"].take();
     assert_eq!(deaths[0]["pid"], before[1], "{deaths}");
     assert_eq!(deaths[0]["signal"], "SIGKILL", "{deaths}");
-    assert!(process::zombies(daemon.pid()).is_empty());
+    process::wait_for_no_zombies(daemon.pid());
 }
 
 #[test]

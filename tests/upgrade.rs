@@ -18,7 +18,8 @@ use crate::support::load::Load;
 use crate::support::process::{executable, kinds};
 use crate::support::wire::{DIALECTS, Dialect};
 use crate::support::{
-    Builder, Client, Daemon, PATIENCE, alone, binary, example, from_environment, process, wait_for,
+    Builder, Client, Daemon, PATIENCE, alone, binary, control, example, from_environment, process,
+    wait_for,
 };
 
 /// Runs while clients of all nine kinds call, and fails when one of them lost a call.
@@ -79,7 +80,7 @@ fn upgrades_at_full_load_lose_no_call_and_leave_no_trace() {
     });
     wait_for_children(&daemon, 2);
     wait_kinds(master, &fresh);
-    assert!(process::zombies(master).is_empty());
+    process::wait_for_no_zombies(master);
     assert_eq!(daemon.dir().read("preforkd.pid"), format!("{master}\n"));
     let status = daemon.status();
     assert_eq!(status["master"]["pid"], master);
@@ -192,6 +193,7 @@ fn a_daemon_is_upgraded_as_it_was_started_and_leaves_as_it_would_have() {
     let socket = installed.file("rpc.sock");
     let mut client = Client::connect_unix(&socket);
     client.call_text(r#"{"in":"ping"}"#);
+    control::status(&installed.file("c.sock"));
     let fresh = kinds(pid);
     for _ in 0..3 {
         installed.renew();
@@ -302,7 +304,7 @@ fn a_hup_and_a_death_during_the_exec_are_heard_after_it() {
     let status = daemon.status();
     assert_eq!(status["deaths"][0]["pid"], workers[0], "{status}");
     assert_eq!(status["deaths"][0]["signal"], "SIGKILL");
-    assert!(process::zombies(daemon.pid()).is_empty());
+    process::wait_for_no_zombies(daemon.pid());
 }
 
 #[test]

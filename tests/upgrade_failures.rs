@@ -47,7 +47,7 @@ impl Before {
         wait_kinds(daemon.pid(), &self.kinds);
         let pid = format!("{}\n", daemon.pid());
         assert_eq!(daemon.dir().read("preforkd.pid"), pid, "{what}");
-        assert!(process::zombies(daemon.pid()).is_empty(), "{what}");
+        process::wait_for_no_zombies(daemon.pid());
     }
 }
 
@@ -280,7 +280,7 @@ fn a_panic_on_the_way_goes_back_with_all_that_was_heard() {
         assert_eq!(executable(daemon.pid()), before.inode);
     });
     wait_kinds(daemon.pid(), &before.kinds);
-    assert!(process::zombies(daemon.pid()).is_empty());
+    process::wait_for_no_zombies(daemon.pid());
     assert_eq!(daemon.status()["deaths"].as_array().map(Vec::len), Some(0));
 }
 

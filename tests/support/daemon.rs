@@ -23,7 +23,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::notify::Notifications;
-use super::{Client, Dir, PATIENCE, binary, pause, process, wait_for};
+use super::{Client, Dir, PATIENCE, binary, control, pause, process, wait_for};
 
 /// What a daemon keeps of the test's environment: enough to find programs, and the mark by which
 /// `tests/run` knows its own processes.
@@ -365,12 +365,10 @@ impl Daemon {
             .unwrap()
     }
 
-    /// Its status, as the documented JSON.
+    /// Its status, as the documented JSON; the master has closed what it was asked on.
     #[track_caller]
     pub fn status(&self) -> Value {
-        let output = self.command(&["status", "--json"]);
-        assert!(output.status.success(), "status: {output:?}");
-        serde_json::from_slice(&output.stdout).unwrap()
+        control::status(&self.dir.join("control.sock"))
     }
 
     /// Its workers, draining ones included, slots without one left out.

@@ -90,8 +90,8 @@ pub fn wait_for_children(daemon: &Daemon, count: usize) {
     });
 }
 
-/// Waits until a master has these descriptors, by what they are: it closes that of who asked for its
-/// status last a moment after it has answered.
+/// Waits until a master has these descriptors, by what they are: it closes that of who gave it the
+/// last command a moment after it has answered.
 #[track_caller]
 pub fn wait_kinds(pid: i32, kinds: &[String]) {
     wait_for(&format!("these open: {kinds:?}"), PATIENCE, || {

@@ -6,6 +6,7 @@
 
 mod callers;
 pub mod client;
+pub mod control;
 mod cramp;
 pub mod daemon;
 mod dawdlers;

@@ -6,6 +6,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
+use super::{PATIENCE, wait_for};
+
 /// One letter of /proc/PID/stat, `Z` for a zombie.
 pub fn state(pid: i32) -> Option<char> {
     stat(pid).and_then(|fields| fields[0].chars().next())
@@ -125,6 +127,12 @@ pub fn zombies(pid: i32) -> Vec<i32> {
     let mut children = children(pid);
     children.retain(|&child| state(child) == Some('Z'));
     children
+}
+
+/// Waits until it has waited for each of its children that have ended: none stays a zombie.
+#[track_caller]
+pub fn wait_for_no_zombies(pid: i32) {
+    wait_for("every zombie reaped", PATIENCE, || zombies(pid).is_empty());
 }
 
 /// Its children, theirs and so on, zombies included. Whoever a subreaper has adopted is one of

@@ -37,7 +37,7 @@ impl Sweep {
         wait_for("as many descriptors as before", PATIENCE, || {
             counts(&Sweep::of(daemon).workers) == counts(&self.workers)
         });
-        assert!(process::zombies(daemon.pid()).is_empty());
+        process::wait_for_no_zombies(daemon.pid());
     }
 
     /// The same, and nobody has died.
@@ -60,6 +60,6 @@ impl Sweep {
         assert_eq!(now.workers, self.workers, "pids and descriptors of workers");
         let deaths = daemon.status()["deaths"].take();
         assert_eq!(deaths.as_array().map(Vec::len), Some(0), "{deaths}");
-        assert!(process::zombies(daemon.pid()).is_empty());
+        process::wait_for_no_zombies(daemon.pid());
     }
 }
