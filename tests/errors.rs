@@ -36,9 +36,9 @@ fn narrow(more: &str) -> Daemon {
 
 #[track_caller]
 fn wait_running(daemon: &Daemon, running: u64, queued: u64) {
-    wait_for("calls to run and to wait", PATIENCE, || {
-        let workers = daemon.workers();
-        workers[0].running == running && workers[0].queued == queued
+    daemon.wait_running(running);
+    wait_for("calls to wait", PATIENCE, || {
+        daemon.workers()[0].queued == queued
     });
 }
 
@@ -138,24 +138,47 @@ fn time_that_is_over_ends_a_call_that_waits_and_one_that_runs() {
     let _alone = alone();
     let daemon = narrow("");
     let mut client = daemon.client();
-    let mut worst = Duration::ZERO;
+    let mut late = Vec::new();
     for round in 0..5 {
         let begin = Instant::now();
-        client.send(r#"{"in": "sleep", "params": 30, "id": "runs", "timeout_ms": 400}"#);
-        client.send(r#"{"in": "sleep", "params": 30, "id": "waits", "timeout_ms": 200}"#);
-        for (id, after, started) in [("waits", 200, false), ("runs", 400, true)] {
+        client.send_together([("runs", 800), ("waits", 200)].map(
+            |(id, limit)| json!({"in": "sleep", "params": 30, "id": id, "timeout_ms": limit}),
+        ));
+        for (id, after, started) in [("waits", 200, false), ("runs", 800, true)] {
             let answer = client.recv_json();
-            let off = begin.elapsed().abs_diff(Duration::from_millis(after));
             assert_eq!(answer["id"], id, "{round}: {answer}");
             assert_error(&answer, -32001, "timeout", started);
-            worst = worst.max(off);
+            late.push(lateness(begin, after));
         }
     }
     let answer = client.call(&json!({"in": "ping", "timeout_ms": 0}));
     assert_error(&answer, -32001, "timeout", false);
     assert_kept(&mut client);
-    println!("10 timeouts, the worst {worst:?} off");
-    assert!(worst < Duration::from_millis(100), "{worst:?}");
+    assert_prompt(late);
+}
+
+/// By how much an answer comes later than so many milliseconds after its call was sent; early, which
+/// nothing excuses, it never is.
+#[track_caller]
+fn lateness(sent: Instant, due_ms: u64) -> Duration {
+    let (took, due) = (sent.elapsed(), Duration::from_millis(due_ms));
+    // counted in whole milliseconds, from the last wake-up of the loop
+    assert!(
+        took + Duration::from_millis(5) >= due,
+        "after {took:?}, and {due:?} were its time"
+    );
+    took.saturating_sub(due)
+}
+
+/// Asserts that most come within what is promised; who is held off by others may be late once.
+#[track_caller]
+fn assert_prompt(mut late: Vec<Duration>) {
+    late.sort();
+    println!("late by {late:?}");
+    assert!(
+        late[late.len() / 2] < Duration::from_millis(100),
+        "{late:?}"
+    );
 }
 
 #[test]
@@ -170,11 +193,13 @@ fn the_shorter_of_the_callers_and_the_methods_time_holds() {
         (r#", "timeout_ms": 5000"#, 300),
         (r#", "timeout_ms": 100"#, 100),
     ] {
-        let begin = Instant::now();
-        client.send(&format!(r#"{{"in": "sleep", "params": 30{asked}}}"#));
-        assert_error(&client.recv_json(), -32001, "timeout", true);
-        let off = begin.elapsed().abs_diff(Duration::from_millis(holds));
-        assert!(off < Duration::from_millis(100), "{asked}: {off:?} off");
+        let late = (0..3).map(|_| {
+            let begin = Instant::now();
+            client.send(&format!(r#"{{"in": "sleep", "params": 30{asked}}}"#));
+            assert_error(&client.recv_json(), -32001, "timeout", true);
+            lateness(begin, holds)
+        });
+        assert_prompt(late.collect());
     }
 }
 
@@ -182,9 +207,7 @@ fn the_shorter_of_the_callers_and_the_methods_time_holds() {
 fn a_full_queue_refuses_at_once_and_every_call_is_answered() {
     let daemon = narrow("[limits]\nqueue = 2\n");
     let mut client = daemon.client();
-    for id in 0..8 {
-        client.send(&json!({"in": "sleep", "params": 0.3, "id": id}).to_string());
-    }
+    client.send_together((0..8).map(|id| json!({"in": "sleep", "params": 0.3, "id": id})));
     let answers: Vec<Value> = (0..8).map(|_| client.recv_json()).collect();
     // one begins, two wait
     let refused: Vec<&Value> = answers.iter().filter(|it| it["out"] == "error").collect();
@@ -205,9 +228,7 @@ fn concurrency_and_rate_of_a_method_are_kept() {
         )
         .start();
     let mut client = daemon.client();
-    for id in 0..5 {
-        client.send(&json!({"in": "sleep", "params": 0.2, "id": id}).to_string());
-    }
+    client.send_together((0..5).map(|id| json!({"in": "sleep", "params": 0.2, "id": id})));
     let refused = (0..5)
         .map(|_| client.recv_json())
         .filter(|answer| answer["result"]["code"] == -32002)
@@ -263,9 +284,9 @@ fn a_length_over_the_limit_is_answered_and_closed() {
 
 #[test]
 fn stopping_refuses_what_has_not_begun_and_closes() {
-    let mut daemon = narrow("drain-timeout = \"1s\"\n[limits]\ntimeout = \"1s\"\n");
+    let mut daemon = narrow("drain-timeout = \"9s\"\n[limits]\ntimeout = \"9s\"\n");
     let mut client = daemon.client();
-    client.send(r#"{"in": "sleep", "params": 0.9, "id": "runs"}"#);
+    client.send(r#"{"in": "sleep", "params": 3, "id": "runs"}"#);
     wait_running(&daemon, 1, 0);
     daemon.signal(Signal::SIGTERM);
     daemon.wait_log("stop");
@@ -285,7 +306,7 @@ fn stopping_refuses_what_has_not_begun_and_closes() {
 
 #[test]
 fn a_running_call_at_the_drain_deadline_is_told_so() {
-    let mut daemon = narrow("drain-timeout = \"1s\"\n[limits]\ntimeout = \"1s\"\n");
+    let mut daemon = narrow("drain-timeout = \"3s\"\n[limits]\ntimeout = \"3s\"\n");
     let mut client = daemon.client();
     client.send(r#"{"in": "sleep", "params": 20, "id": "runs"}"#);
     client.send(r#"{"in": "sleep", "params": 20, "id": "waits"}"#);
@@ -376,13 +397,15 @@ fn a_stuck_function_costs_one_thread_and_its_caller_hears_in_time() {
         .start();
     let mut client = daemon.client();
     let begin = Instant::now();
-    client.send(r#"{"in": "spin", "params": 1500, "id": "stuck", "timeout_ms": 200}"#);
-    client.send(r#"{"in": "spin", "params": 1, "id": "fine"}"#);
+    client.send_together([
+        json!({"in": "spin", "params": 5000, "id": "stuck", "timeout_ms": 1000}),
+        json!({"in": "spin", "params": 1, "id": "fine"}),
+    ]);
     assert_eq!(client.recv_json()["id"], "fine");
     let answer = client.recv_json();
     assert_error(&answer, -32001, "timeout", true);
-    let off = begin.elapsed().abs_diff(Duration::from_millis(200));
-    assert!(off < Duration::from_millis(100), "{off:?} off");
+    let late = lateness(begin, 1000);
+    assert!(late < Duration::from_secs(2), "{late:?}");
     for number in 0..100 {
         let answer = client.call(&json!({"in": "add", "params": [number, 1]}));
         assert_eq!(answer["result"], number + 1);

@@ -58,7 +58,7 @@ fn a_process_that_is_no_keeper_is_not_ended_because_a_worker_says_so() {
     let pid = stranger.id().cast_signed();
     let mut daemon = daemon();
     let worker = daemon.ready_workers()[0];
-    claim(&daemon, process::keepers(daemon.pid())[0], pid);
+    claim(&daemon, process::wait_for_keepers(daemon.pid(), 1)[0], pid);
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     wait_successor(&daemon, worker);
     daemon.signal(Signal::SIGTERM);
@@ -74,7 +74,7 @@ fn a_process_that_is_no_keeper_is_not_ended_because_a_worker_says_so() {
 fn a_keeper_that_ends_in_the_same_breath_as_its_worker_is_heard() {
     let daemon = daemon();
     let worker = daemon.ready_workers()[0];
-    let keeper = process::keepers(daemon.pid())[0];
+    let keeper = process::wait_for_keepers(daemon.pid(), 1)[0];
     let mut client = daemon.client();
     assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
     daemon.signal(Signal::SIGSTOP);

@@ -49,10 +49,12 @@ fn a_hundred_thousand_calls_sent_ahead_come_back_in_order() {
 fn an_id_overtakes_a_slow_call_and_order_is_kept_without_one() {
     let daemon = Daemon::builder().config(WITH_BUILTINS).start();
     let mut client = daemon.client();
-    client.send(r#"{"in": "sleep", "params": 0.3}"#);
-    client.send(r#"{"in": "ping", "params": "behind"}"#);
-    client.send(r#"{"in": "ping", "params": "ahead", "id": "a"}"#);
-    client.send(r#"{"in": "sleep", "params": 0.1, "id": 2}"#);
+    client.send_together([
+        json!({"in": "sleep", "params": 2}),
+        json!({"in": "ping", "params": "behind"}),
+        json!({"in": "ping", "params": "ahead", "id": "a"}),
+        json!({"in": "sleep", "params": 0.1, "id": 2}),
+    ]);
     assert_eq!(client.recv_json()["id"], "a");
     assert_eq!(client.recv_json()["id"], 2);
     assert_eq!(client.recv_json()["out"], "sleep");

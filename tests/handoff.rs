@@ -13,7 +13,9 @@ use serde_json::{Value, json};
 
 use crate::support::client::frame;
 use crate::support::wire::{Dialect, Wire, post};
-use crate::support::{Client, Daemon, PATIENCE, alone, pass, raise_descriptor_limit, wait_for};
+use crate::support::{
+    Client, Daemon, PATIENCE, alone, pass, process, raise_descriptor_limit, wait_for,
+};
 
 const CONFIG: &str = "
 [workers]
@@ -258,9 +260,7 @@ fn a_running_call_is_answered_where_it_runs_and_the_next_one_elsewhere() {
     let daemon = Daemon::builder().config(CONFIG).start();
     let mut client = daemon.client();
     client.send(&json!({"in": "sleep", "params": 1}).to_string());
-    wait_for("the call running", PATIENCE, || {
-        daemon.workers().iter().any(|worker| worker.running == 1)
-    });
+    daemon.wait_running(1);
     reload(&daemon);
     assert_eq!(client.recv_json()["result"], 1);
     wait_until_only_the_new_ones_are_left(&daemon);
@@ -299,6 +299,56 @@ fn nothing_is_lost_on_lasting_pipelined_connections_over_twenty_reloads() {
     assert!(deaths(&daemon).is_empty());
 }
 
+/// Who has calls on its way at any time never rests by itself; one that takes its time is among them
+/// for a while, which holds nobody up.
+#[test]
+fn a_connection_that_never_rests_is_handed_over_in_a_moment() {
+    const DEPTH: u64 = 16;
+    let _alone = alone();
+    let daemon = Daemon::builder().config(CONFIG).start();
+    let mut client = daemon.client();
+    let send = |client: &mut Client, id: u64, seconds: f64| {
+        client.send(&json!({"in": "sleep", "params": seconds, "id": id}).to_string());
+    };
+    (1..=DEPTH).for_each(|id| send(&mut client, id, 0.01));
+    let mut next = DEPTH;
+    let mut one_more = |client: &mut Client| {
+        let id = client.recv_json()["id"].as_u64().unwrap();
+        next += 1;
+        send(client, next, 0.01);
+        id
+    };
+    for _ in 0..100 {
+        one_more(&mut client);
+    }
+    // the long one is under way when the reload begins, and each short one overtakes it
+    send(&mut client, 0, 5.0);
+    let old = daemon.ready_workers();
+    for _ in 0..30 {
+        assert_ne!(one_more(&mut client), 0);
+    }
+    reload(&daemon);
+    let mut before = 0;
+    while one_more(&mut client) != 0 {
+        before += 1;
+    }
+    let begin = Instant::now();
+    while old.iter().any(|&pid| process::runs(pid)) {
+        one_more(&mut client);
+        assert!(begin.elapsed() < PATIENCE, "it is held on to");
+    }
+    let took = begin.elapsed();
+    println!(
+        "{before} calls overtook a long one in the drain; the old workers left {took:?} later"
+    );
+    assert!(before > 20, "{before}");
+    // drain-timeout is 30 s
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    for _ in 0..=DEPTH {
+        client.recv_json();
+    }
+}
+
 #[test]
 fn nothing_is_lost_when_workers_retire_and_when_their_number_changes() {
     let daemon = Daemon::builder().config(CONFIG).start();
@@ -310,7 +360,7 @@ fn nothing_is_lost_when_workers_retire_and_when_their_number_changes() {
             1 => daemon.signal(Signal::SIGTTOU),
             2 => drop(daemon.command(&["scale", "1"])),
             _ => {
-                let worker = daemon.workers()[0].pid;
+                let worker = daemon.ready_workers()[0];
                 kill(Pid::from_raw(worker), Signal::SIGTERM).unwrap();
             }
         }
@@ -381,18 +431,18 @@ fn a_server_that_was_paused_beyond_a_drain_hands_over_what_is_left() {
     let (master, leaving) = (held.daemon.pid(), held.leaving);
     held.signal(Signal::SIGSTOP, &[master, leaving]);
     pass(Duration::from_secs(6));
-    held.signal(Signal::SIGCONT, &[master, leaving, held.stopped]);
+    held.signal(Signal::SIGCONT, &[held.stopped, leaving, master]);
     held.assert_all_live();
 }
 
 #[test]
 fn who_calls_while_it_waits_to_be_handed_over_is_not_idle() {
     let _alone = alone();
-    let mut held = Held::start("[limits]\nidle-timeout = \"3s\"\n");
+    let mut held = Held::start("[limits]\nidle-timeout = \"6s\"\n");
     for client in &mut held.clients {
         client.send(r#"{"in": "ping"}"#);
     }
-    pass(Duration::from_secs(4));
+    pass(Duration::from_secs(8));
     held.signal(Signal::SIGCONT, &[held.stopped]);
     for client in &mut held.clients {
         assert_eq!(client.recv_json()["out"], "pong");

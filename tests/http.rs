@@ -95,7 +95,9 @@ fn each_code_of_the_plain_form_has_its_status() {
         assert_eq!(error["code"], code, "{target} {body}: {error}");
         assert!(!response.closes());
     }
-    let busy = (0..3).map(|_| wire.send(post("/rare", "1")).response());
+    // in one write, so that no second begins in between
+    wire.send(post("/rare", "1").repeat(3));
+    let busy = (0..3).map(|_| wire.response());
     let busy = busy.last().unwrap();
     assert_eq!(busy.status, 503, "{busy:?}");
     assert!(busy.headers.contains(&"retry-after: 1".to_owned()));
@@ -338,13 +340,11 @@ fn a_web_page_may_not_call_unless_its_origin_is_listed() {
 fn a_stop_answers_what_runs_and_says_that_the_connection_ends() {
     let mut daemon = start();
     let mut wire = Wire::to(&daemon);
-    wire.send(post("/sleep", "0.5"));
-    wait_for("the call to run", PATIENCE, || {
-        daemon.workers().iter().any(|worker| worker.running == 1)
-    });
+    wire.send(post("/sleep", "2"));
+    daemon.wait_running(1);
     daemon.signal(Signal::SIGTERM);
     let response = wire.response();
-    assert_eq!((response.status, &*response.body), (200, "0.5"));
+    assert_eq!((response.status, &*response.body), (200, "2"));
     assert!(response.closes(), "{response:?}");
     assert_eq!(wire.rest(), b"");
     assert!(daemon.wait_exit().success());
@@ -354,16 +354,17 @@ fn a_stop_answers_what_runs_and_says_that_the_connection_ends() {
 fn a_call_during_a_stop_is_refused_as_unavailable() {
     let mut daemon = start();
     let mut wire = Wire::to(&daemon);
-    wire.send(post("/sleep", "0.5"));
+    wire.send(post("/sleep", "3"));
     let mut late = Wire::to(&daemon);
     assert_eq!(late.send(post("/ping", "1")).response().status, 200);
     // In the middle of a request when the stop comes: it may be finished, and is told.
     late.send(&post("/ping", "1")[..40]);
-    wait_for("the call to run", PATIENCE, || {
-        daemon.workers().iter().any(|worker| worker.running == 1)
-    });
+    daemon.wait_running(1);
     daemon.signal(Signal::SIGTERM);
-    daemon.wait_log("drain");
+    // The master says it before it gives the order; a worker that has heard it lets nobody in.
+    wait_for("the worker to stop", PATIENCE, || {
+        daemon.try_client().is_err()
+    });
     late.send(&post("/ping", "1")[40..]);
     let refused = late.response();
     assert_eq!(refused.status, 503, "{refused:?}");

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::support::wire::{Wire, post};
-use crate::support::{Callers, Client, Daemon, PATIENCE, alone, wait_for};
+use crate::support::{Callers, Client, Daemon, PATIENCE, alone, assert_within, wait_for};
 
 const CONFIG: &str = "
 [workers]
@@ -47,7 +47,7 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     let socket = daemon.dir().join("control.sock");
     let stopping = thread::spawn(move || {
         Command::new(crate::support::binary())
-            .args(["stop", "--after", "3s", "--control-socket"])
+            .args(["stop", "--after", "15s", "--control-socket"])
             .arg(socket)
             .output()
             .unwrap()
@@ -56,11 +56,14 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
         .notify()
         .wait(told, PATIENCE, |line| line == "STOPPING=1")
         .expect("the service manager is told at the beginning");
-    daemon.wait_log("stops in 3 s");
+    daemon.wait_log("stops in 15 s");
     wait_for("all workers to have read the order", PATIENCE, || {
         health(&daemon).iter().all(|&status| status == 503)
     });
     let not_ready_after = begin.elapsed();
+    // what runs in the worker that is killed next would be lost with it
+    let connecting = connecting.stop();
+    assert!(connecting.lost.is_empty(), "{:?}", connecting.lost);
     // One that is replaced meanwhile is no readier.
     let worker = daemon.ready_workers()[0];
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker), Signal::SIGKILL).unwrap();
@@ -71,7 +74,7 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     assert!(health(&daemon).iter().all(|&status| status == 503));
     let status = daemon.status();
     let left = status["master"]["stops_in_ms"].as_u64().unwrap();
-    assert!(left <= 3000, "{left}");
+    assert!(left <= 15_000, "{left}");
     let refused = daemon.command(&["reload"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     let why = String::from_utf8(refused.stderr).unwrap();
@@ -82,24 +85,23 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     daemon.signal(Signal::SIGHUP);
     daemon.wait_log("reload refused: the server is about to stop, in ");
     assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
-    let (_, connecting) = (lasting.stop(), connecting.stop());
-    assert!(connecting.lost.is_empty(), "{:?}", connecting.lost);
+    lasting.stop();
     let mut running = daemon.client();
-    running.send(&json!({"in": "sleep", "params": 3.5}).to_string());
+    running.send(&json!({"in": "sleep", "params": 16}).to_string());
     wait_for("new connections refused", PATIENCE, || {
         TcpStream::connect(address).is_err()
     });
     let refused_after = begin.elapsed();
-    assert_eq!(running.recv_json()["result"], 3.5);
+    assert_eq!(running.recv_json()["result"], 16);
     let stopped = stopping.join().unwrap();
     assert!(stopped.status.success(), "{stopped:?}");
     assert_eq!(daemon.wait_exit().code(), Some(0));
     println!("not ready after {not_ready_after:?}, refused after {refused_after:?}");
     assert!(
-        refused_after >= Duration::from_millis(2900),
+        refused_after >= Duration::from_millis(14_900),
         "{refused_after:?}"
     );
-    assert!(refused_after <= Duration::from_secs(4), "{refused_after:?}");
+    assert_within("refused", refused_after, Duration::from_secs(16));
 }
 
 #[test]
@@ -111,7 +113,7 @@ fn a_reload_that_waits_for_another_is_refused_by_a_lame_duck() {
         .start();
     let never_ready = "
 [pools.p]
-command = [\"sleep\", \"60\"]
+command = [\"sh\", \"-c\", \"trap '' TERM; while :; do sleep 1; done\"]
 ready = \"message\"
 [methods.slow]
 pool = \"p\"
@@ -159,28 +161,22 @@ fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
         });
         daemon.wait_log("stops in 600 s");
         let mut running = daemon.client();
-        running.send(&json!({"in": "sleep", "params": 0.7}).to_string());
-        wait_for("the call to run", PATIENCE, || {
-            daemon.workers().iter().any(|worker| worker.running == 1)
-        });
+        running.send(&json!({"in": "sleep", "params": 3}).to_string());
+        daemon.wait_running(1);
         let begin = Instant::now();
         match term {
             true => daemon.signal(Signal::SIGTERM),
             false => assert!(daemon.command(&["stop"]).status.success()),
         }
         // gracefully: the call that runs is answered
-        assert_eq!(running.recv_json()["result"], 0.7);
+        assert_eq!(running.recv_json()["result"], 3);
         assert_eq!(daemon.wait_exit().code(), Some(0));
-        assert!(
-            begin.elapsed() < Duration::from_secs(5),
-            "{:?}",
-            begin.elapsed()
-        );
+        assert_within("left", begin.elapsed(), Duration::from_secs(5));
         assert!(later.join().unwrap().status.success());
     }
 }
 
-/// The promise about TERM, whole: 100 calls of two seconds, one of a minute, 50 idle connections.
+/// The promise about TERM, whole: 100 calls of three seconds, one of a minute, 50 idle connections.
 #[test]
 fn a_stop_answers_a_hundred_calls_gives_the_endless_one_up_and_keeps_to_its_deadline() {
     const DEADLINE: Duration = Duration::from_secs(5);
@@ -203,9 +199,9 @@ builtin = \"sleep\"
     let mut calls: Vec<Client> = (0..100).map(|_| daemon.client()).collect();
     let mut endless = daemon.client();
     let mut web = Wire::to(&daemon);
-    web.send(post("/sleep", "2"));
+    web.send(post("/sleep", "3"));
     for (id, client) in calls.iter_mut().enumerate() {
-        client.send(&json!({"in": "sleep", "params": 2, "id": id}).to_string());
+        client.send(&json!({"in": "sleep", "params": 3, "id": id}).to_string());
     }
     endless.send(&json!({"in": "sleep", "params": 60, "id": "endless"}).to_string());
     wait_for("all of them to run", PATIENCE, || {
@@ -223,7 +219,7 @@ builtin = \"sleep\"
         .filter_map(|(id, client)| {
             let answer = client.recv_json();
             client.assert_closed();
-            (answer["result"] == 2 && answer["id"] == id).then_some(())
+            (answer["result"] == 3 && answer["id"] == id).then_some(())
         })
         .count();
     let response = web.response();
@@ -237,17 +233,14 @@ builtin = \"sleep\"
          left after {took:?} with {status:?}"
     );
     assert_eq!(answered, 100);
-    assert!(
-        refused_after <= Duration::from_millis(100),
-        "{refused_after:?}"
-    );
+    assert_within("refused", refused_after, Duration::from_millis(100));
     assert!(
         matches!(given_up["result"]["code"].as_i64(), Some(-32005 | -32001)),
         "{given_up}"
     );
     assert_eq!(given_up["result"]["started"], true);
     assert_eq!(status.code(), Some(0));
-    assert!(took <= DEADLINE + Duration::from_millis(500), "{took:?}");
+    assert_within("left", took, DEADLINE + Duration::from_millis(500));
     drop(idle);
     daemon.wait_group_gone();
 }

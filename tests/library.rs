@@ -58,9 +58,12 @@ fn state_of_the_master_is_made_once_and_state_of_a_worker_in_each() {
     // it is the master's for life: a reload makes none anew
     let reload = daemon.command(&["reload"]);
     assert!(reload.status.success(), "{reload:?}");
-    let about = daemon.client().call(&json!({"in": "about"}));
-    assert_eq!(about["result"]["pids"][0], daemon.pid());
-    assert!(!pids.contains(&about["result"]["pids"][1].as_i64().unwrap()));
+    // one that has not heard yet that it is to drain may be quicker
+    wait_for("an answer of a new worker", PATIENCE, || {
+        let about = daemon.client().call(&json!({"in": "about"}));
+        assert_eq!(about["result"]["pids"][0], daemon.pid());
+        !pids.contains(&about["result"]["pids"][1].as_i64().unwrap())
+    });
 }
 
 #[test]
@@ -120,13 +123,13 @@ fn a_caller_who_leaves_or_cancels_ends_what_pauses_for_him() {
     let sweep = Sweep::of(&daemon);
     let mut client = daemon.client();
     client.send(r#"{"in": "wait", "params": 60, "id": 1}"#);
-    wait_for("it to run", PATIENCE, || daemon.workers()[0].running == 1);
+    daemon.wait_running(1);
     let answer = client.call(&json!({"in": "rpc.cancel", "params": {"id": 1}, "id": 2}));
     assert_eq!(answer["result"]["name"], "cancelled", "{answer}");
     assert_eq!(client.recv_json()["result"], true);
     wait_for("its line", PATIENCE, || ledger(&daemon).len() == 1);
     client.send(r#"{"in": "wait", "params": 60}"#);
-    wait_for("it to run", PATIENCE, || daemon.workers()[0].running == 1);
+    daemon.wait_running(1);
     client.reset();
     wait_for("its line", PATIENCE, || ledger(&daemon).len() == 2);
     assert_eq!(ledger(&daemon), ["not waited for", "not waited for"]);
@@ -153,10 +156,8 @@ fn a_lock_that_a_panic_has_poisoned_is_taken_by_the_next_call() {
 fn each_worker_says_its_last_words_after_its_last_call() {
     let mut daemon = shop("[workers]\ncount = 2\n");
     let mut client = daemon.client();
-    client.send(r#"{"in": "wait", "params": 0.5}"#);
-    wait_for("it to run", PATIENCE, || {
-        daemon.workers().iter().any(|it| it.running == 1)
-    });
+    client.send(r#"{"in": "wait", "params": 3}"#);
+    daemon.wait_running(1);
     // a reload, with the call under way: those of the old generation
     assert!(daemon.command(&["reload"]).status.success());
     wait_for("the old workers' words", PATIENCE, || {
@@ -238,7 +239,7 @@ fn last_words_that_never_end_hold_up_nobody() {
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait_exit().success());
     let took = begin.elapsed();
-    assert!((1000..3000).contains(&took.as_millis()), "{took:?}");
+    assert!((1000..8000).contains(&took.as_millis()), "{took:?}");
     assert!(pids.iter().all(|&pid| !process::runs(pid)));
     assert!(
         daemon.log().contains("on_worker_stop is not done"),

@@ -57,7 +57,7 @@ fn reloads_at_full_load_lose_no_call_in_any_of_nine_cells() {
     let reloads = from_environment("PREFORKD_RELOADS", 10);
     let daemon = Daemon::builder().config(CONFIG).start();
     let sweep = Sweep::of(&daemon);
-    let descriptors = process::descriptors(daemon.pid());
+    let descriptors = process::descriptors_at_rest(daemon.pid());
     let mut faulty = Vec::new();
     for dialect in DIALECTS {
         for shape in &SHAPES {
@@ -78,7 +78,9 @@ fn reloads_at_full_load_lose_no_call_in_any_of_nine_cells() {
     wait_for("the old generations gone", PATIENCE, || {
         process::workers(daemon.pid()).len() == 2
     });
-    assert_eq!(process::descriptors(daemon.pid()), descriptors);
+    wait_for("the master's descriptors", PATIENCE, || {
+        process::descriptors(daemon.pid()) == descriptors
+    });
     sweep.assert_like(&daemon);
     drop(daemon);
 

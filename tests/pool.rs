@@ -307,7 +307,7 @@ fn a_pipeline_sends_more_ahead_than_the_server_reads_and_loses_none() {
     let daemon = Daemon::builder().config(WITH_SLEEP).start();
     let address = daemon.address().to_string();
     let pipeline = Pipeline::connect(&address, Some(PATIENCE)).unwrap();
-    let slow = pipeline.submit::<f64>("sleep", 1.0).unwrap();
+    let slow = pipeline.submit::<f64>("sleep", 5.0).unwrap();
     let first = pipeline.submit::<u64>("ping", CALLS).unwrap();
     assert_eq!(first.wait().unwrap(), CALLS);
     assert!(!slow.is_ready(), "an id overtakes a slow call");

@@ -4,8 +4,8 @@
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::process;
 use crate::support::remains::{Hostile, gone};
+use crate::support::{PATIENCE, process, wait_for};
 
 /// It answers calls, but for one that never ends.
 const REST: &str = r#"
@@ -46,8 +46,11 @@ fn nothing_is_left_of_a_program_after_its_calls_deadline() {
         let answer = client.call(&json!({"in": "pid"}));
         assert_eq!(answer["result"], pids[0], "{answer}");
     }
+    wait_for("the one that leaves by itself", PATIENCE, || {
+        pids.iter().filter(|&&pid| process::runs(pid)).count() <= 4
+    });
     let alive = pids.iter().filter(|&&pid| process::runs(pid)).count();
-    assert_eq!(alive, 4, "all but the one that has left by itself");
+    assert_eq!(alive, 4, "all but that one");
     let answer = client.call(&json!({"in": "hang"}));
     assert_eq!(answer["result"]["name"], "timeout", "{answer}");
     gone(&pids, "deadline");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Client, Daemon, Dir, PATIENCE, process, wait_for};
+use crate::support::{Client, Daemon, Dir, PATIENCE, assert_within, process, wait_for};
 
 /// The ways in which a program can behave, each a method of it.
 const PROGRAM: &str = r#"
@@ -201,10 +201,8 @@ fn a_crash_costs_its_one_call() {
     );
     let mut other = setting.daemon.client();
     let mut client = setting.daemon.client();
-    other.send(r#"{"in": "nap", "params": 0.5}"#);
-    wait_for("the nap", PATIENCE, || {
-        setting.daemon.workers()[0].running == 1
-    });
+    other.send(r#"{"in": "nap", "params": 3}"#);
+    setting.daemon.wait_running(1);
     for (method, params, word) in [
         ("die", json!("SIGSEGV"), "SIGSEGV"),
         ("leave", json!(3), "code 3"),
@@ -215,7 +213,7 @@ fn a_crash_costs_its_one_call() {
         assert_eq!(error["started"], true);
         assert!(error["message"].as_str().unwrap().contains(word), "{error}");
     }
-    assert_eq!(other.recv_json()["result"], 0.5);
+    assert_eq!(other.recv_json()["result"], 3);
     assert_eq!(result(&mut client, "echo", &json!(1)), 1);
     let worker = setting.daemon.ready_workers()[0];
     wait_for("two programs and no zombie", PATIENCE, || {
@@ -228,11 +226,11 @@ fn a_timeout_kills_the_program_and_its_late_answer_reaches_nobody() {
     let setting = setting("", "", &[]);
     let mut client = setting.daemon.client();
     let before = pid(&mut client);
-    let began = Instant::now();
-    let answer = client.call(&json!({"in": "nap", "params": 0.4, "timeout_ms": 200}));
+    // the first one shows that an answer comes in a little while, were it not for the kill
+    assert_eq!(result(&mut client, "nap", &json!(0.4)), 0.4);
+    let answer = client.call(&json!({"in": "nap", "params": 1.5, "timeout_ms": 200}));
     assert_eq!(answer["result"]["name"], "timeout", "{answer}");
     assert_eq!(answer["result"]["started"], true);
-    assert!(began.elapsed() < Duration::from_millis(390));
     for n in 0..20 {
         assert_eq!(result(&mut client, "echo", &json!(n)), n);
     }
@@ -312,7 +310,7 @@ fn half_an_answer_and_a_closed_descriptor_wait_for_nothing() {
     let began = Instant::now();
     let error = result(&mut client, "hang_up", &Value::Null);
     assert_eq!(error["name"], "crashed", "{error}");
-    assert!(began.elapsed() < Duration::from_secs(2));
+    assert_within("told", began.elapsed(), Duration::from_secs(2));
     assert_eq!(result(&mut client, "echo", &json!(2)), 2);
 }
 
@@ -341,9 +339,7 @@ fn a_call_that_is_given_up_takes_its_program_along() {
     let programs = process::children(worker);
     assert_eq!(programs.len(), 2);
     client.send(r#"{"in": "nap", "params": 60, "id": 7}"#);
-    wait_for("the nap", PATIENCE, || {
-        setting.daemon.workers()[0].running == 1
-    });
+    setting.daemon.wait_running(1);
     client.send(r#"{"in": "rpc.cancel", "params": {"id": 7}}"#);
     let answer = client.recv_json();
     assert_eq!(answer["result"]["name"], "cancelled", "{answer}");
@@ -356,9 +352,7 @@ fn a_call_that_is_given_up_takes_its_program_along() {
     let programs = process::children(worker);
     let mut leaver = setting.daemon.client();
     leaver.send(r#"{"in": "nap", "params": 60}"#);
-    wait_for("the nap", PATIENCE, || {
-        setting.daemon.workers()[0].running == 1
-    });
+    setting.daemon.wait_running(1);
     leaver.reset();
     wait_for_the_end_of_one(&programs);
 }

@@ -38,13 +38,6 @@ fn wait_deaths(daemon: &Daemon, count: usize) {
     });
 }
 
-fn wait_running(daemon: &Daemon, running: u64) -> i32 {
-    wait_for("the calls running", PATIENCE, || {
-        daemon.workers().iter().any(|it| it.running == running)
-    });
-    daemon.ready_workers()[0]
-}
-
 #[test]
 fn a_call_that_ends_its_worker_three_times_is_refused_until_the_next_reload() {
     let daemon = daemon("ended by SIG");
@@ -94,7 +87,7 @@ fn whoever_only_ran_beside_it_goes_on() {
     let crash = json!({"in": "crash", "params": "abort"});
     for deaths in 1..=3 {
         beside.send(&long);
-        wait_running(&daemon, 1);
+        daemon.wait_running(1);
         assert!(began(&client.call(&crash)));
         assert!(began(&beside.recv_json()));
         wait_deaths(&daemon, deaths);
@@ -103,7 +96,7 @@ fn whoever_only_ran_beside_it_goes_on() {
     let held = quarantine(&daemon);
     assert_eq!(held.len(), 1, "{held:?}");
     beside.send(&long);
-    wait_running(&daemon, 1);
+    daemon.wait_running(1);
     kill(Pid::from_raw(daemon.ready_workers()[0]), Signal::SIGSEGV).unwrap();
     assert!(began(&beside.recv_json()));
 }
@@ -111,7 +104,7 @@ fn whoever_only_ran_beside_it_goes_on() {
 /// Kills the worker while a call runs.
 fn kill_running(daemon: &Daemon, client: &mut Client, call: &Value, signal: Signal, deaths: usize) {
     client.send(&call.to_string());
-    kill(Pid::from_raw(wait_running(daemon, 1)), signal).unwrap();
+    kill(Pid::from_raw(daemon.wait_running(1)), signal).unwrap();
     assert!(began(&client.recv_json()));
     wait_deaths(daemon, deaths);
 }
@@ -134,11 +127,11 @@ fn nobody_is_blamed_for_a_signal_from_outside() {
 fn where_nobody_knows_who_it_was_a_call_that_ends_well_is_acquitted() {
     let daemon = daemon("exit code 3");
     let (mut client, mut beside) = (daemon.client(), daemon.client());
-    let some = json!({"in": "wait", "params": 1000});
+    let some = json!({"in": "wait", "params": 4000});
     let mut deaths = 0;
     let mut exit_beside = |client: &mut Client| {
         client.send(&some.to_string());
-        wait_running(&daemon, 1);
+        daemon.wait_running(1);
         // each another call, so that none of them is caught
         deaths += 1;
         let exit = json!({"in": "exit", "params": [3, deaths]});
@@ -149,7 +142,7 @@ fn where_nobody_knows_who_it_was_a_call_that_ends_well_is_acquitted() {
     for _ in 1..=2 {
         exit_beside(&mut client);
     }
-    assert_eq!(client.call(&some)["result"], 1000);
+    assert_eq!(client.call(&some)["result"], 4000);
     for _ in 3..=4 {
         exit_beside(&mut client);
     }

@@ -87,10 +87,8 @@ fn a_killed_worker_is_replaced_in_its_slot() {
 fn stopping_answers_the_running_call_first() {
     let mut daemon = Daemon::builder().config(WITH_SLEEP).start();
     let mut client = daemon.client();
-    client.send(r#"{"in": "sleep", "params": 0.5}"#);
-    wait_for("the call to run", PATIENCE, || {
-        daemon.workers().iter().any(|worker| worker.running == 1)
-    });
+    client.send(r#"{"in": "sleep", "params": 3}"#);
+    daemon.wait_running(1);
     daemon.signal(Signal::SIGTERM);
     let answer = client.recv_json();
     assert_eq!(answer["out"], "sleep", "{answer}");

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::support::{Client, Daemon, PATIENCE, pass, process, wait_for};
+use crate::support::{Client, Daemon, PATIENCE, assert_within, pass, process, wait_for};
 
 /// Room for a hundred calls that sleep.
 const WIDE: &str = "
@@ -60,7 +60,7 @@ fn term_with_a_hundred_running_calls_answers_them_all_and_refuses_new_ones() {
     let mut daemon = Daemon::builder().config(WIDE).start();
     // Idle ones are no reason to wait.
     let _idle: Vec<Client> = (0..20).map(|_| daemon.client()).collect();
-    let mut clients = running_calls(&daemon, 100, 1.5);
+    let mut clients = running_calls(&daemon, 100, 4.0);
     daemon.signal(Signal::SIGTERM);
     let refused = time_to_refusal(&daemon);
     let mut answered = 0;
@@ -75,7 +75,7 @@ fn term_with_a_hundred_running_calls_answers_them_all_and_refuses_new_ones() {
     let status = daemon.wait_exit();
     println!("{answered} of 100 calls answered, new connections refused after {refused:?}");
     assert_eq!(answered, 100);
-    assert!(refused <= REFUSED_WITHIN, "{refused:?}");
+    assert_within("refused", refused, REFUSED_WITHIN);
     assert_eq!(status.code(), Some(0));
     daemon.wait_group_gone();
 }
@@ -119,7 +119,7 @@ fn leaves_at_once(order: impl FnOnce(&Daemon)) {
     let took = begin.elapsed();
     println!("left {took:?} after the order, with 10 calls running");
     assert_eq!(status.code(), Some(0));
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_within("left", took, Duration::from_secs(2));
     daemon.wait_group_gone();
     clients.iter_mut().for_each(Client::assert_closed);
 }
@@ -132,9 +132,9 @@ fn at_the_drain_deadline_calls_are_answered_with_stopping() {
 [workers]
 count = 1
 threads = 1
-drain-timeout = \"2s\"
+drain-timeout = \"6s\"
 [limits]
-timeout = \"2s\"
+timeout = \"6s\"
 [methods.sleep]
 builtin = \"sleep\"
 ",
@@ -142,18 +142,17 @@ builtin = \"sleep\"
         .expect_log("can't be waited for any longer")
         .start();
     let mut client = daemon.client();
-    client.send(r#"{"in": "sleep", "params": 0.9, "id": "first"}"#);
-    wait_for("the call to run", PATIENCE, || {
-        daemon.workers()[0].running == 1
-    });
+    client.send(r#"{"in": "sleep", "params": 2.7, "id": "first"}"#);
+    daemon.wait_running(1);
     let begin = Instant::now();
     let worker = Pid::from_raw(daemon.ready_workers()[0]);
     kill(worker, Signal::SIGTERM).unwrap();
     // Later than the drain, so that they have more time left than it has; while a call runs, so
     // that the connection is not handed on; and within the half of the drain in which it is read.
-    pass(Duration::from_millis(500));
-    client.send(r#"{"in": "sleep", "params": 1.9, "id": "running"}"#);
-    client.send(r#"{"in": "sleep", "params": 1.9, "id": "queued"}"#);
+    pass(Duration::from_secs(1));
+    client.send_together(
+        ["running", "queued"].map(|id| json!({"in": "sleep", "params": 5.9, "id": id})),
+    );
     assert_eq!(client.recv_json()["id"], "first");
     let answers = [client.recv_json(), client.recv_json()];
     let took = begin.elapsed();
@@ -162,9 +161,9 @@ builtin = \"sleep\"
         assert_eq!(answer["result"]["code"], -32005, "{answer}");
         assert_eq!(answer["result"]["started"], answer["id"] == "running");
     }
-    assert!(took >= Duration::from_millis(1900), "{took:?}");
+    assert!(took >= Duration::from_millis(5900), "{took:?}");
     client.assert_closed();
-    wait_for("the worker's end", Duration::from_secs(4), || {
+    wait_for("the worker's end", PATIENCE, || {
         !process::runs(worker.as_raw())
     });
     assert_eq!(daemon.ready_workers().len(), 1);
@@ -196,8 +195,8 @@ fn idle_workers_leave_a_killed_master_and_the_next_one_starts_over_its_pid_file(
         });
         let gone = begin.elapsed();
         times.push((refused, gone));
-        assert!(refused <= REFUSED_WITHIN, "{refused:?}");
-        assert!(gone <= Duration::from_secs(1), "{gone:?}");
+        assert_within("refused", refused, REFUSED_WITHIN);
+        assert_within("gone", gone, Duration::from_secs(1));
         let stale = daemon.dir().read("preforkd.pid");
         assert_eq!(stale.trim(), old.to_string());
         daemon.wait_group_gone();
@@ -217,10 +216,10 @@ fn calls_that_run_when_the_master_is_killed_are_answered_first() {
         .config(WIDE)
         .expect_log("the master has died")
         .start();
-    let mut clients = running_calls(&daemon, 20, 1.0);
+    let mut clients = running_calls(&daemon, 20, 3.0);
     daemon.signal(Signal::SIGKILL);
     let refused = time_to_refusal(&daemon);
-    assert!(refused <= REFUSED_WITHIN, "{refused:?}");
+    assert_within("refused", refused, REFUSED_WITHIN);
     let answered = clients
         .iter_mut()
         .filter_map(|client| (client.recv_json()["out"] == "sleep").then_some(()))
@@ -255,5 +254,5 @@ builtin = \"sleep\"
     daemon.wait_exit();
     // Stopped it does nothing, not even die by an alarm; going on, it leaves.
     kill(Pid::from_raw(worker), Signal::SIGCONT).unwrap();
-    wait_for("its end", Duration::from_secs(4), || !process::runs(worker));
+    wait_for("its end", PATIENCE, || !process::runs(worker));
 }

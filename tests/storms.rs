@@ -15,7 +15,9 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::start::{DETACHED, OWN_SOCKET, preforkd};
-use crate::support::{Dice, Dir, PATIENCE, alone, from_environment, process, wait_for};
+use crate::support::{
+    Dice, Dir, PATIENCE, alone, assert_within, from_environment, process, wait_for,
+};
 
 const SIGNALS: [Signal; 10] = [
     Signal::SIGTERM,
@@ -207,7 +209,7 @@ fn a_signal_at_any_moment_of_a_start_leaves_no_process_that_hangs() {
         faults.len()
     );
     assert!(faults.is_empty(), "{:#?}", &faults[..faults.len().min(5)]);
-    assert!(slowest < MOST, "{slowest:?}");
+    assert_within("the slowest", slowest, MOST);
     assert!(!dir.join("p.pid").exists() || !dir.read("p.pid").is_empty());
 }
 
@@ -273,5 +275,5 @@ fn of_fifty_masters_started_at_once_one_lives() {
     println!(
         "{rounds} rounds of 50 masters: one lived each time, the others gave up within {slowest:?}"
     );
-    assert!(slowest < MOST, "{slowest:?}");
+    assert_within("the slowest", slowest, MOST);
 }

@@ -7,7 +7,9 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::support::daemon::Builder;
-use crate::support::{Callers, Client, Daemon, PATIENCE, alone, example, process, wait_for};
+use crate::support::{
+    Callers, Client, Daemon, PATIENCE, alone, assert_within, example, pass, process, wait_for,
+};
 
 const SHORT: &str = "[workers]\ncount = 2\nthreads = 2\nheartbeat-timeout = \"1s\"\n";
 
@@ -34,8 +36,11 @@ fn a_stopped_worker_is_replaced_after_its_heartbeat_timeout() {
         now.len() == 2 && now[0] != before[0]
     });
     let took = begin.elapsed();
-    println!("replaced {took:?} after SIGSTOP, heartbeat-timeout 1 s");
-    assert!(took <= Duration::from_secs(2), "{took:?}");
+    assert_within(
+        "replaced after a heartbeat-timeout of 1 s",
+        took,
+        Duration::from_secs(2),
+    );
     assert_eq!(daemon.ready_workers()[1], before[1]);
     assert!(!process::runs(before[0]));
 }
@@ -43,6 +48,7 @@ fn a_stopped_worker_is_replaced_after_its_heartbeat_timeout() {
 #[test]
 fn idle_workers_live_with_the_shortest_heartbeat_timeout() {
     let daemon = Daemon::builder().config(SHORT).start();
+    let _turn = alone();
     let before = process::workers(daemon.pid());
     watch_for(Duration::from_secs(4), "the same workers", || {
         process::workers(daemon.pid()) == before
@@ -51,19 +57,18 @@ fn idle_workers_live_with_the_shortest_heartbeat_timeout() {
 
 #[test]
 fn a_master_that_was_stopped_ends_nobody() {
-    let daemon = Daemon::builder().config(SHORT).start();
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 2\nthreads = 2\nheartbeat-timeout = \"3s\"\n")
+        .start();
     let before = daemon.ready_workers();
     let load = Callers::lasting(daemon.address(), 2);
     daemon.signal(Signal::SIGSTOP);
-    let stopped = Instant::now();
-    wait_for("twice the timeout", PATIENCE, || {
-        stopped.elapsed() > Duration::from_secs(2)
-    });
+    pass(Duration::from_secs(6));
     daemon.signal(Signal::SIGCONT);
-    watch_for(Duration::from_secs(2), "the same workers", || {
+    watch_for(Duration::from_secs(5), "the same workers", || {
         daemon.ready_workers() == before
     });
-    load.stop_without_loss("a master stopped for 2 s");
+    load.stop_without_loss("a master stopped for 6 s");
 }
 
 /// Two workers of `examples/misbehave`, or as many as `more` says.
@@ -88,10 +93,9 @@ fn refused(client: &mut Client, call: &str) -> (String, bool, Duration) {
 }
 
 fn assert_on_time(took: Duration, deadline: Duration) {
-    println!("answered {took:?} after the call, its deadline was {deadline:?}");
     // Deadlines are counted in whole milliseconds, from the last wake-up of the loop.
     assert!(took + Duration::from_millis(5) >= deadline, "{took:?}");
-    assert!(took <= deadline + Duration::from_millis(100), "{took:?}");
+    assert_within("answered", took, deadline + Duration::from_millis(100));
 }
 
 /// Waits until slot 0 of a daemon with one worker has another one.
@@ -131,6 +135,12 @@ fn wedge(method: &str, params: &str) -> String {
             std::thread::spawn(move || (refused(&mut client, &call), client))
         })
         .collect();
+    daemon.wait_running(2);
+    // Behind them a call waits for a thread that does not come.
+    let behind = std::thread::spawn(move || {
+        let told = refused(&mut held, r#"{"in":"spin","params":0,"id":8}"#);
+        (told, held)
+    });
     let mut clients: Vec<Client> = Vec::new();
     for caller in stuck {
         let ((name, started, took), client) = caller.join().unwrap();
@@ -138,8 +148,7 @@ fn wedge(method: &str, params: &str) -> String {
         assert_on_time(took, deadline);
         clients.push(client);
     }
-    // Behind them a call waits for a thread that does not come.
-    let (name, started, took) = refused(&mut held, r#"{"in":"spin","params":0,"id":8}"#);
+    let ((name, started, took), held) = behind.join().unwrap();
     assert_eq!((name.as_str(), started), ("timeout", false));
     assert_on_time(took, deadline);
     wait_successor(&daemon, &before);
@@ -221,8 +230,11 @@ fn a_blocked_event_loop_is_replaced_and_its_record_says_what_it_ran() {
     client.send(r#"{"in":"block","params":60}"#);
     wait_successor(&daemon, &before);
     let took = begin.elapsed();
-    println!("replaced {took:?} after the call, heartbeat-timeout 1 s");
-    assert!(took <= Duration::from_secs(2), "{took:?}");
+    assert_within(
+        "replaced after a heartbeat-timeout of 1 s",
+        took,
+        Duration::from_secs(2),
+    );
     let answer = client.recv_json();
     assert_eq!(answer["result"]["name"], "crashed", "{answer}");
     let death = last_death(&daemon);
@@ -232,7 +244,7 @@ fn a_blocked_event_loop_is_replaced_and_its_record_says_what_it_ran() {
         (&death["signal"], &death["method"]),
         (&"SIGABRT".into(), &"block".into())
     );
-    assert!(reason.starts_with("event loop stuck for 1"), "{reason}");
+    assert!(reason.starts_with("event loop stuck for "), "{reason}");
     assert!(reason.contains("; event loop: R running"), "{reason}");
     assert!(reason.contains("; it runs block"), "{reason}");
 }
@@ -244,7 +256,12 @@ fn a_draining_worker_whose_event_loop_is_blocked_is_ended_by_its_heartbeat_too()
         .start();
     let before = daemon.ready_workers();
     let mut client = daemon.client();
+    let ticks = || process::cpu_ticks(before[0]);
+    let idle = ticks();
     client.send(r#"{"in":"block","params":60}"#);
+    wait_for("it to be blocked", PATIENCE, || {
+        ticks() > idle.map(|it| it + 2)
+    });
     let reload = daemon.command(&["reload"]);
     assert!(reload.status.success(), "{reload:?}");
     let begin = Instant::now();
@@ -252,8 +269,11 @@ fn a_draining_worker_whose_event_loop_is_blocked_is_ended_by_its_heartbeat_too()
         !process::runs(before[0])
     });
     let took = begin.elapsed();
-    println!("gone {took:?} after the reload, heartbeat-timeout 1 s, drain-timeout 30 s");
-    assert!(took <= Duration::from_secs(2), "{took:?}");
+    assert_within(
+        "gone after a heartbeat-timeout of 1 s",
+        took,
+        Duration::from_secs(2),
+    );
     wait_for("its record", PATIENCE, || {
         last_death(&daemon)["signal"] == "SIGABRT"
     });
@@ -294,8 +314,11 @@ fn no_new_connection_waits_a_second_for_a_stopped_worker_and_its_record_says_tha
     assert!(longest <= Duration::from_secs(1), "{longest:?}");
     wait_successor(&daemon, &before);
     let took = begin.elapsed();
-    println!("replaced {took:?} after SIGSTOP, heartbeat-timeout 10 s");
-    assert!(took <= Duration::from_secs(11), "{took:?}");
+    assert_within(
+        "replaced after a heartbeat-timeout of 10 s",
+        took,
+        Duration::from_secs(11),
+    );
     let reason = last_death(&daemon)["reason"].as_str().unwrap().to_owned();
     assert!(
         reason.contains("event loop: T stopped by a signal"),

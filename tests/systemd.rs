@@ -104,16 +104,15 @@ impl Sandbox {
         serde_json::from_str(&self.run("preforkd status --json")).unwrap()
     }
 
-    /// The pids of the workers, after a look that all of them are ready.
+    /// The pids of the workers, all of them ready, once those before them have left.
     #[track_caller]
     fn ready_workers(&self) -> Vec<i64> {
-        let status = self.status();
-        let workers = status["workers"].as_array().unwrap().clone();
-        assert!(!workers.is_empty(), "{status}");
-        assert!(
-            workers.iter().all(|worker| worker["state"] == "ready"),
-            "{status}"
-        );
+        let mut workers = Vec::new();
+        wait_for("all workers to be ready", PATIENCE, || {
+            workers = self.status()["workers"].as_array().unwrap().clone();
+            workers.iter().all(|worker| worker["state"] == "ready")
+        });
+        assert!(!workers.is_empty());
         workers
             .iter()
             .map(|worker| worker["pid"].as_i64().unwrap())
@@ -168,7 +167,12 @@ fn systemd_start_returns_when_every_worker_is_ready() {
     let sandbox = Sandbox::with_preforkd("", "");
     sandbox.run("systemctl start preforkd");
     // no waiting here: this is what Type=notify is for
-    sandbox.ready_workers();
+    let status = sandbox.status();
+    let mut workers = status["workers"].as_array().unwrap().iter();
+    assert!(
+        workers.len() > 0 && workers.all(|it| it["state"] == "ready"),
+        "{status}"
+    );
     sandbox.assert_serves();
     assert_eq!(sandbox.property("ActiveState"), "active");
     assert!(
@@ -293,7 +297,7 @@ fn systemd_a_broken_configuration_does_not_start() {
 #[test]
 #[ignore = "needs root and cgroup2: tests/run runs it where they are"]
 fn systemd_replaces_a_master_that_stands_still() {
-    let sandbox = Sandbox::with_preforkd("", "WatchdogSec=1s");
+    let sandbox = Sandbox::with_preforkd("", "WatchdogSec=4s");
     sandbox.run("systemctl start preforkd");
     let before = sandbox.property("MainPID");
     sandbox.run(&format!("kill -STOP {before}"));
@@ -325,7 +329,7 @@ fn systemd_restarts_a_killed_master() {
 fn systemd_stop_answers_the_running_call() {
     let sandbox = Sandbox::with_preforkd(SLEEP, "");
     sandbox.run("systemctl start preforkd");
-    let mut call = sandbox.command("preforkd call sleep 1");
+    let mut call = sandbox.command("preforkd call sleep 5");
     let call = call
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -89,9 +89,13 @@ fn upgrades_at_full_load_lose_no_call_and_leave_no_trace() {
     assert_eq!(process::comm(master), "preforkd master");
     assert!(process::title(master).starts_with("preforkd: master /"));
     // told as reloads are
-    let told = daemon.notifications();
-    let count = |what: &str| told.iter().filter(|line| *line == what).count() as u64;
-    assert_eq!(count("READY=1"), 1 + upgrades);
+    let count = |what: &str| {
+        let told = daemon.notifications();
+        told.iter().filter(|line| *line == what).count() as u64
+    };
+    wait_for("the last word of it", PATIENCE, || {
+        count("READY=1") == 1 + upgrades
+    });
     assert_eq!(count("RELOADING=1"), upgrades);
 }
 
@@ -112,10 +116,8 @@ fn what_status_knows_goes_on_and_a_signal_will_do() {
     wait_for_children(&daemon, 2);
     // A call that runs all the while is answered by the worker that took it.
     let mut slow = daemon.client();
-    slow.send(r#"{"in":"sleep","params":2}"#);
-    wait_for("the call to run", PATIENCE, || {
-        daemon.workers().iter().any(|worker| worker.running == 1)
-    });
+    slow.send(r#"{"in":"sleep","params":8}"#);
+    daemon.wait_running(1);
     let before = daemon.status();
     installed.renew();
     daemon.signal(Signal::SIGUSR2);
@@ -133,7 +135,7 @@ fn what_status_knows_goes_on_and_a_signal_will_do() {
         .into_iter()
         .find(|worker| worker.running == 1);
     assert_eq!(draining.expect("it runs there").generation, 2);
-    assert_eq!(slow.recv_text(), r#"{"out":"sleep","result":2}"#);
+    assert_eq!(slow.recv_text(), r#"{"out":"sleep","result":8}"#);
     wait_for_children(&daemon, 2);
 
     // and by the new binary everything works as by the old one

@@ -17,6 +17,18 @@ use crate::upgrade::without_loss;
 
 const CONFIG: &str = "[workers]\ncount = 2\nboot-timeout = \"4s\"\n";
 
+/// Its workers wait for a program that never says that it is ready.
+const TOO_SLOW: &str = "
+[workers]
+count = 2
+boot-timeout = \"500ms\"
+[pools.p]
+command = [\"sleep\", \"60\"]
+ready = \"message\"
+[methods.m]
+pool = \"p\"
+";
+
 /// What has to be the same after an upgrade that was refused.
 struct Before {
     workers: Vec<i32>,
@@ -184,11 +196,10 @@ fn what_fails_after_the_exec_goes_back_to_the_old_program() {
     let (own, taken) = (daemon.address(), held.local_addr().unwrap());
     let in_use =
         format!("{CONFIG}[[listen]]\naddress = \"{own}\"\n[[listen]]\naddress = \"{taken}\"\n");
-    let too_slow = "[workers]\ncount = 2\nthreads = 1000\nboot-timeout = \"1ms\"\n";
     without_loss(&daemon, "errors after the exec", |some_calls| {
         for (number, (config, reason)) in [
             (in_use.as_str(), "another server"),
-            (too_slow, "boot-timeout"),
+            (TOO_SLOW, "boot-timeout"),
             (in_use.as_str(), "another server"),
         ]
         .into_iter()
@@ -212,9 +223,11 @@ fn what_fails_after_the_exec_goes_back_to_the_old_program() {
     wait_for_children(&daemon, 2);
     wait_kinds(daemon.pid(), &before.kinds);
     // READY=1 follows each RELOADING=1: a service manager would wait for it
-    let told = daemon.notifications();
-    let last = |what: &str| told.iter().rposition(|line| line == what);
-    assert!(last("READY=1") > last("RELOADING=1"), "{told:?}");
+    wait_for("the last word of it", PATIENCE, || {
+        let told = daemon.notifications();
+        let last = |what: &str| told.iter().rposition(|line| line == what);
+        last("READY=1") > last("RELOADING=1")
+    });
 }
 
 /// A daemon whose new program panics after the exec: it has a second thread, and then no master forks.
@@ -297,7 +310,7 @@ fn what_comes_at_the_last_moment_is_heard_by_the_old_program() {
         .expect_log("upgrade refused")
         .start();
     let before = Before::of(&daemon);
-    daemon.configure("[workers]\ncount = 2\nthreads = 1000\nboot-timeout = \"1ms\"\n");
+    daemon.configure(TOO_SLOW);
     sabotage.order("memfd", &(Signal::SIGTTIN as i32).to_string());
     let said = refused(&daemon);
     assert!(said.contains("boot-timeout"), "{said}");
@@ -406,8 +419,8 @@ fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     };
     let upgrade = ask(&["upgrade"]);
     daemon.wait_log("upgrade: tries");
-    let mut stop = ask(&["stop", "--after", "2s"]);
-    daemon.wait_log("stops in 2 s");
+    let mut stop = ask(&["stop", "--after", "8s"]);
+    daemon.wait_log("stops in 8 s");
     fs::write(installed.file("go"), "").unwrap();
     let refused = upgrade.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();

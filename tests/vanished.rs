@@ -23,13 +23,13 @@ const CLIENT: &str = "192.0.2.2";
 const PORT: u16 = 4747;
 
 /// Over before it are the times of all others.
-const IDLE: Duration = Duration::from_secs(7);
-const READ: Duration = Duration::from_secs(2);
-const WRITE: Duration = Duration::from_secs(3);
+const IDLE: Duration = Duration::from_secs(12);
+const READ: Duration = Duration::from_secs(5);
+const WRITE: Duration = Duration::from_secs(6);
 /// How long the calls run whose answers find nobody.
-const CALL: Duration = Duration::from_secs(1);
+const CALL: Duration = Duration::from_secs(3);
 /// What a busy machine may add.
-const SLACK: Duration = Duration::from_secs(1);
+const SLACK: Duration = Duration::from_secs(2);
 
 const IDLERS: usize = 1000;
 const MID_FRAME: usize = 100;

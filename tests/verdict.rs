@@ -1,8 +1,8 @@
 //! What whoever waits for a reload or a start is told: the verdict, its reason, and what the new
 //! workers logged.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::thread;
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -20,7 +20,7 @@ fn a_refused_reload_quotes_what_the_new_worker_has_logged() {
         .expect_log("reload refused")
         .start();
     let before = daemon.ready_workers();
-    let descriptors = process::descriptors(daemon.pid());
+    let descriptors = process::descriptors_at_rest(daemon.pid());
     daemon.cramp();
     let refused = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -34,7 +34,9 @@ fn a_refused_reload_quotes_what_the_new_worker_has_logged() {
     // the log has both already, each once
     assert_eq!(daemon.log().matches(REASON).count(), 1);
     assert_eq!(daemon.ready_workers(), before);
-    assert_eq!(process::descriptors(daemon.pid()), descriptors);
+    wait_for("the master's descriptors", PATIENCE, || {
+        process::descriptors(daemon.pid()) == descriptors
+    });
     // What one verdict had to quote is nothing to the next.
     daemon.configure("color = 1\n");
     let refused = daemon.command(&["reload"]);
@@ -135,23 +137,23 @@ fn a_reload_waits_while_four_old_generations_drain_and_its_caller_is_told() {
         })
         .collect();
     assert_eq!(daemon.workers().len(), 5);
-    let waiting = thread::scope(|scope| {
-        let waiting = scope.spawn(|| daemon.command(&["reload"]));
-        daemon.wait_log("a reload waits: 4 generations");
-        // it is the caller's hint that takes its two seconds
-        let begin = std::time::Instant::now();
-        wait_for("the caller to be told", PATIENCE, || {
-            begin.elapsed().as_millis() > 2500
-        });
-        assert!(!waiting.is_finished());
-        assert_eq!(daemon.status()["master"]["generation"], 5);
-        // Its caller is gone: nobody waits for that call any more, and its worker leaves.
-        held.remove(0).reset();
-        waiting.join().unwrap()
-    });
-    let hint = String::from_utf8_lossy(&waiting.stderr).into_owned();
+    let mut waiting = Command::new(binary())
+        .args(["reload", "--control-socket"])
+        .arg(daemon.dir().join("control.sock"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut hint = String::new();
+    BufReader::new(waiting.stderr.take().unwrap())
+        .read_line(&mut hint)
+        .unwrap();
     println!("{hint}");
-    assert!(waiting.status.success(), "{waiting:?}");
+    assert_eq!(waiting.try_wait().unwrap(), None);
+    assert!(daemon.log().contains("a reload waits: 4 generations"));
+    assert_eq!(daemon.status()["master"]["generation"], 5);
+    // Its caller is gone: nobody waits for that call any more, and its worker leaves.
+    held.remove(0).reset();
+    assert!(waiting.wait().unwrap().success());
     assert!(
         hint.contains("one of the 4 generations that still drain"),
         "{hint}"

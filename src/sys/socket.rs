@@ -453,9 +453,9 @@ mod tests {
         };
         let mut client = std::net::TcpStream::connect(address).unwrap();
         assert_eq!(accept_queue(&fd), Some((1, 7)));
+        let begin = std::time::Instant::now();
         client.write_all(b"x").unwrap();
         let server = std::net::TcpListener::from(fd).accept().unwrap().0;
-        let begin = std::time::Instant::now();
         let waited = loop {
             match waited_ms(&server) {
                 0 => assert!(begin.elapsed() < Duration::from_secs(5)),

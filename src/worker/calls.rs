@@ -428,15 +428,13 @@ impl Calls {
 
     /// The call of a connection with this id, as JSON.
     pub fn find(&self, token: Token, id: &str) -> Option<CallKey> {
-        let mut calls = self.table.of(token);
-        let (key, _) = calls.find(|(_, call)| !call.over && call.id.as_deref() == Some(id))?;
-        Some(key)
+        let mut calls = self.of(token);
+        Some(calls.find(|(_, call)| call.id.as_deref() == Some(id))?.0)
     }
 
     /// All calls of a connection that are not over.
-    pub fn of(&self, token: Token) -> Vec<CallKey> {
-        let calls = self.table.of(token).filter(|(_, call)| !call.over);
-        calls.map(|(key, _)| key).collect()
+    pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &Call)> {
+        self.table.of(token).filter(|(_, call)| !call.over)
     }
 
     /// All calls that are not over: those that wait, then those that run.

@@ -1,13 +1,15 @@
 //! How a worker leaves: pure, it is told the time and what is left, and says what to do.
 //!
 //! Draining, after a reload or a retirement: nothing new is accepted, the connections it has are
-//! handed over as they come to rest; after half of the time none is read any more, so that all do.
+//! handed over as they come to rest. What runs briefly lets its connection rest before more is taken
+//! from it, what takes longer holds nobody up; after half of the time none is read any more, so that
+//! all come to rest.
 //! Stopping: no further call begins, a connection is closed as soon as it rests. Both end with answers
 //! for whoever still waits.
 
 /// After a stop, how long a client may take to finish a frame that it has begun.
 const PARTIAL_MS: u64 = 1000;
-/// Between two looks for connections that have come to rest.
+/// Between two looks for connections that have come to rest, or that take too long to.
 const LOOK_MS: u64 = 25;
 /// The master's last word comes when it takes the time to be over; the order may have come so much
 /// later than it was given.
@@ -36,6 +38,8 @@ enum Mode {
 pub enum Step {
     /// Go on.
     Serve,
+    /// Look again which connections are to come to rest before more is taken from them.
+    ReadOn,
     /// Take nothing more from any connection.
     Quieten,
     /// Close the connections that rest; `partial`: also those in the middle of a frame.
@@ -76,6 +80,7 @@ impl Drain {
     pub fn drain(&mut self, now_ms: u64, until_ms: u64) {
         if self.mode == Mode::Serving {
             self.mode = Mode::Draining;
+            self.next_look_ms = now_ms + LOOK_MS;
             self.quiet_ms = now_ms + until_ms.saturating_sub(now_ms) / 2;
             self.until_ms = until_ms;
         }
@@ -135,7 +140,7 @@ impl Drain {
     pub fn next(&self) -> Option<u64> {
         match self.mode {
             Mode::Serving => None,
-            Mode::Draining => Some(self.until_ms.min(self.quiet_ms)),
+            Mode::Draining => Some(self.until_ms.min(self.quiet_ms).min(self.next_look_ms)),
             Mode::Quiet | Mode::Flushing => Some(self.until_ms),
             Mode::Stopping => Some(self.until_ms.min(self.next_look_ms)),
             Mode::Leaving => Some(0),
@@ -160,6 +165,10 @@ impl Drain {
             Mode::Draining if now_ms >= self.quiet_ms => {
                 self.mode = Mode::Quiet;
                 Step::Quieten
+            }
+            Mode::Draining if now_ms >= self.next_look_ms => {
+                self.next_look_ms = now_ms + LOOK_MS;
+                Step::ReadOn
             }
             Mode::Draining | Mode::Quiet => Step::Serve,
             Mode::Stopping if self.started_ms == 0 => {
@@ -193,6 +202,10 @@ mod tests {
         assert_eq!(drain.step(0, 5, false, false), Step::Serve);
         drain.drain(0, 1000);
         assert!(!drain.is_serving());
+        assert_eq!(drain.next(), Some(LOOK_MS));
+        assert_eq!(drain.step(LOOK_MS - 1, 1, true, false), Step::Serve);
+        assert_eq!(drain.step(LOOK_MS, 1, true, false), Step::ReadOn);
+        assert_eq!(drain.step(499, 1, true, false), Step::ReadOn);
         assert_eq!(drain.step(499, 1, true, false), Step::Serve);
         assert_eq!(drain.step(500, 1, true, false), Step::Quieten);
         assert_eq!(drain.step(999, 1, true, false), Step::Serve);

@@ -192,6 +192,7 @@ impl EventLoop {
                 more,
             ) {
                 Step::Serve => {}
+                Step::ReadOn => self.read_on(floor),
                 Step::Quieten => self.quieten(floor),
                 Step::CloseResting { partial } => self.close_resting(floor, partial),
                 Step::GiveUp => self.give_up_all(floor),

@@ -21,6 +21,8 @@ use crate::protocol::{answer, line};
 
 /// So much of an unfinished call has room whatever the others keep: most calls are no larger.
 const ALWAYS_ROOM: usize = 16 * 1024;
+/// While the worker drains, how long it waits for a connection to come to rest before it reads on.
+const YOUNG_MS: u64 = 100;
 
 impl Service {
     /// Takes as many whole bodies from `input` as may be taken, with `unsent` bytes of earlier
@@ -38,8 +40,18 @@ impl Service {
         }
     }
 
-    fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
+    /// Whether another call may be taken, with `unsent` bytes of earlier answers still on their way.
+    pub(super) fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
         connection.takes_calls(self.limits.pipeline, unsent + self.out.len())
+            && !(self.draining && self.rests_soon(connection))
+    }
+
+    /// Whether a connection has nothing but young calls under way: it will rest in a moment, if
+    /// nothing more is taken. Who has an old one would hold up what comes behind it.
+    fn rests_soon(&self, connection: &Connection) -> bool {
+        let since_ms = self.now_ms.saturating_sub(YOUNG_MS);
+        let mut calls = self.calls.of(connection.token);
+        connection.unanswered > 0 && calls.all(|(_, call)| call.read_ms >= since_ms)
     }
 
     fn frames(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::connection::Phase;
+use super::connection::{Connection, Phase};
 use super::event_loop::{EventLoop, LINK};
 use super::service::millis;
 use crate::link::channel::Received;
@@ -72,14 +72,21 @@ impl EventLoop {
         floor.accept_the_rest(false, self);
         let now = self.service.now_ms;
         self.drain.drain(now, now.saturating_add(millis(limit)));
+        self.service.draining = self.drain.hands_over();
         self.give_resting(floor);
+    }
+
+    /// Some connections were read no further, so that they come to rest, and did not: their calls
+    /// take longer, and nobody is to wait for that.
+    pub(super) fn read_on(&mut self, floor: &mut Floor) {
+        self.advance_open(floor, |connection| connection.blocked);
     }
 
     /// Half of the drain is over and some connections never rest: nothing more is taken from
     /// them, so that they do once what runs is answered.
     pub(super) fn quieten(&mut self, floor: &mut Floor) {
         self.service.limits.pipeline = 0;
-        self.advance_open(floor);
+        self.advance_open(floor, |_| true);
     }
 
     pub(super) fn start_stop(&mut self, floor: &mut Floor, limit: Duration) {
@@ -92,17 +99,18 @@ impl EventLoop {
         self.service.ledger.stops();
         // What was not taken for the handoff's sake is answered now.
         self.service.limits.pipeline = usize::MAX;
+        self.service.draining = false;
         let now = self.service.now_ms;
         self.drain.stop(now.saturating_add(millis(limit)));
-        self.advance_open(floor);
+        self.advance_open(floor, |_| true);
     }
 
-    fn advance_open(&mut self, floor: &mut Floor) {
+    fn advance_open(&mut self, floor: &mut Floor, which: impl Fn(&Connection) -> bool) {
         let open: Vec<Token> = self
             .connections
             .iter()
             .flatten()
-            .filter(|connection| connection.phase == Phase::Open)
+            .filter(|connection| connection.phase == Phase::Open && which(connection))
             .map(|connection| connection.token)
             .collect();
         for token in open {

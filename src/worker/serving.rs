@@ -65,7 +65,6 @@ impl EventLoop {
             return self.service.out.clear();
         };
         let service = &mut self.service;
-        let pipeline = service.limits.pipeline;
         let mut shed = false;
         loop {
             if !service.out.is_empty() {
@@ -74,7 +73,7 @@ impl EventLoop {
             floor.send(token, &mut service.out);
             service.ledger.sent();
             let unsent = floor.unsent(token);
-            if connection.tail.is_empty() || !connection.takes_calls(pipeline, unsent) {
+            if connection.tail.is_empty() || !service.may_take(connection, unsent) {
                 break;
             }
             let mut tail = connection.take_tail();
@@ -102,7 +101,7 @@ impl EventLoop {
         // While the floor still lends what it has received: what is kept of it is lost with us.
         service.ledger.show(connection);
         let unsent = floor.unsent(token);
-        let takes_no_more = !connection.takes_calls(pipeline, unsent)
+        let takes_no_more = !service.may_take(connection, unsent)
             || connection.unanswered > 0 && service.has_no_room_for(connection);
         // What is to be dropped is no call.
         connection.blocked =
@@ -230,7 +229,8 @@ impl EventLoop {
         floor.close(token);
         self.service.calls.unpark(token, self.service.now_ms);
         if connection.unanswered > 0 {
-            for key in self.service.calls.of(token) {
+            let calls: Vec<_> = self.service.calls.of(token).map(|(key, _)| key).collect();
+            for key in calls {
                 if let Some(ended) = self.service.give_up(key) {
                     self.service.ledger.forget(ended.reply.mark);
                 }

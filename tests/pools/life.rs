@@ -172,12 +172,10 @@ fn a_worker_whose_programs_are_not_ready_lets_nobody_in() {
             longest = longest.max(began.elapsed());
             calls += 1;
         }
-        println!("{calls} new clients during a start of 1.5 s: at most {longest:?} each");
         assert!(reload.join().unwrap().status.success());
-        assert!(
-            calls > 3 && longest < Duration::from_secs(1),
-            "{calls} {longest:?}"
-        );
+        println!("{calls} new clients during a start that takes its time");
+        assert!(calls > 3, "{calls}");
+        assert_within("the longest", longest, Duration::from_secs(1));
     });
 }
 
@@ -224,7 +222,10 @@ fn an_idle_program_is_ended_and_the_next_call_starts_another() {
         process::children(worker).is_empty()
     });
     assert_ne!(pid(&mut client), before);
-    assert_eq!(process::children(worker).len(), 1, "one call, one program");
+    assert!(
+        process::children(worker).len() <= 1,
+        "one call, one program"
+    );
 }
 
 #[test]
@@ -267,13 +268,10 @@ fn a_slow_pool_and_busy_threads_keep_each_other_waiting_for_nothing() {
     let daemon = Daemon::builder().config(&text).start();
     let mut client = daemon.client();
     // the pool is full: one runs, five wait, and one more stands ready
-    for id in 0..12 {
-        client.send(&json!({"in": "nap", "params": 0.3, "id": id}).to_string());
-    }
+    client.send_together((0..12).map(|id| json!({"in": "nap", "params": 0.5, "id": id})));
     let refused = client.recv_json();
     assert_eq!(refused["result"]["name"], "overloaded", "{refused}");
     assert_eq!(refused["result"]["started"], false, "{refused}");
-    let began = Instant::now();
     let mut other = daemon.client();
     for n in 0..50 {
         assert_eq!(
@@ -281,22 +279,20 @@ fn a_slow_pool_and_busy_threads_keep_each_other_waiting_for_nothing() {
             n
         );
     }
-    let beside = began.elapsed();
+    assert!(daemon.workers()[0].running > 0, "the pool is done already");
     for _ in 1..12 {
         client.recv_json();
     }
     // the one thread is busy
-    other.send(r#"{"in": "sleep", "params": 2}"#);
-    wait_for("the sleep", PATIENCE, || daemon.workers()[0].running == 1);
-    let began = Instant::now();
+    other.send(r#"{"in": "sleep", "params": 4}"#);
+    daemon.wait_running(1);
     for n in 0..50 {
         assert_eq!(result(&mut client, "echo", &json!(n)), n);
     }
-    println!(
-        "50 calls of threads beside a full pool: {beside:?}; the other way round: {:?}",
-        began.elapsed()
+    assert!(
+        daemon.workers()[0].running > 0,
+        "the thread is done already"
     );
-    assert!(beside < Duration::from_millis(300) && began.elapsed() < Duration::from_millis(1500));
 }
 
 #[test]
@@ -304,26 +300,18 @@ fn a_stop_and_a_reload_let_the_running_call_finish() {
     let mut setting = setting("", "", &[]);
     let mut client = setting.daemon.client();
     let before = pid(&mut client);
-    client.send(r#"{"in": "nap", "params": 0.7}"#);
-    wait_for("the nap", PATIENCE, || {
-        setting.daemon.workers()[0].running == 1
-    });
+    client.send(r#"{"in": "nap", "params": 3}"#);
+    setting.daemon.wait_running(1);
     assert!(setting.daemon.command(&["reload"]).status.success());
-    assert_eq!(client.recv_json()["result"], 0.7);
+    assert_eq!(client.recv_json()["result"], 3);
     wait_for("the end of the old program", PATIENCE, || {
         process::state(before).is_none()
     });
     let last = pid(&mut client);
-    client.send(r#"{"in": "nap", "params": 0.6}"#);
-    wait_for("the nap", PATIENCE, || {
-        setting
-            .daemon
-            .workers()
-            .iter()
-            .any(|worker| worker.running == 1)
-    });
+    client.send(r#"{"in": "nap", "params": 2}"#);
+    setting.daemon.wait_running(1);
     setting.daemon.signal(Signal::SIGTERM);
-    assert_eq!(client.recv_json()["result"], 0.6);
+    assert_eq!(client.recv_json()["result"], 2);
     assert!(setting.daemon.wait_exit().success());
     setting.daemon.wait_group_gone();
     assert!(process::state(last).is_none());
@@ -373,7 +361,9 @@ fn ten_thousand_calls_to_programs_that_die_at_random() {
         crashed += its_crashed;
     }
     let took = began.elapsed();
-    let deaths = setting.daemon.log().matches("while it ran maybe").count();
+    let deaths = || setting.daemon.log().matches("while it ran maybe").count();
+    wait_for("each death in the log", PATIENCE, || deaths() >= crashed);
+    let deaths = deaths();
     wait_for("four programs, no zombie", PATIENCE, || {
         process::children(worker).len() == 4 && process::zombies(worker).is_empty()
     });

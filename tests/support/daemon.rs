@@ -15,7 +15,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -23,7 +23,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::notify::Notifications;
-use super::{Client, Dir, PATIENCE, binary, control, pause, process, wait_for};
+use super::{Client, Dir, PATIENCE, binary, control, pass, pause, process, wait_for};
 
 /// What a daemon keeps of the test's environment: enough to find programs, and the mark by which
 /// `tests/run` knows its own processes.
@@ -389,6 +389,25 @@ impl Daemon {
         workers.retain(|worker| worker.state == "ready");
         workers.sort_by_key(|worker| worker.slot);
         workers.iter().map(|worker| worker.pid).collect()
+    }
+
+    /// Waits until so many calls run in one worker, and have begun; which worker that is.
+    ///
+    /// The status counts a call from when it is given to a thread that is free. That it has begun in there
+    /// too, a moment later, is told by nothing but the call, so this lets a moment pass.
+    #[track_caller]
+    pub fn wait_running(&self, count: u64) -> i32 {
+        let mut found = None;
+        wait_for("calls to run", PATIENCE, || {
+            let workers = self.workers();
+            found = workers
+                .iter()
+                .find(|it| it.running == count)
+                .map(|it| it.pid);
+            found.is_some()
+        });
+        pass(Duration::from_millis(100));
+        found.unwrap()
     }
 
     /// Writes another configuration, for the next reload.

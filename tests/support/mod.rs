@@ -150,6 +150,22 @@ pub fn wait_for(what: &str, deadline: Duration, mut condition: impl FnMut() -> b
     }
 }
 
+/// Asserts that something took no longer than is promised. On a machine that is not at rest a process is
+/// held off for a while now and then, so it may take so much longer; with `PREFORKD_STRICT=1` it may not.
+#[track_caller]
+pub fn assert_within(what: &str, took: Duration, promised: Duration) {
+    const HELD_OFF: Duration = Duration::from_secs(3);
+    println!("{what}: {took:?}, promised are {promised:?}");
+    let excused = match from_environment("PREFORKD_STRICT", 0) {
+        0 => HELD_OFF,
+        _ => Duration::ZERO,
+    };
+    assert!(
+        took <= promised + excused,
+        "{what}: {took:?}, promised are {promised:?}"
+    );
+}
+
 /// Lets time pass, for what is measured over a time: CPU ticks of an idle process, a pace of
 /// arrivals. Never to wait for something.
 pub fn pass(time: Duration) {

@@ -55,6 +55,19 @@ pub fn descriptors(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
+/// How many it has open at rest: as many for a while. A worker that looks for its children, and a
+/// master that was just asked for something, has one more for a moment.
+#[track_caller]
+pub fn descriptors_at_rest(pid: i32) -> usize {
+    let mut looks = Vec::new();
+    wait_for("as many descriptors for a while", PATIENCE, || {
+        looks.push(descriptors(pid));
+        let last = looks.iter().rev().take(20);
+        looks.len() >= 20 && last.clone().min() == last.max()
+    });
+    looks[looks.len() - 1]
+}
+
 /// The inode of what a process runs, deleted or not.
 pub fn executable(pid: i32) -> u64 {
     fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino()
@@ -76,9 +89,19 @@ pub fn kinds(pid: i32) -> Vec<String> {
     kinds
 }
 
+/// Its threads. Each is found in /proc as a process is.
+pub fn tasks(pid: i32) -> Vec<i32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let names = tasks
+        .into_iter()
+        .flatten()
+        .filter_map(|task| task.ok()?.file_name().into_string().ok());
+    names.filter_map(|name| name.parse().ok()).collect()
+}
+
 /// How many threads it has.
 pub fn threads(pid: i32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+    tasks(pid).len()
 }
 
 /// Its title: the argv area as `ps` shows it.
@@ -115,11 +138,22 @@ pub fn workers(master: i32) -> Vec<i32> {
     children
 }
 
-/// Their keepers.
+/// Their keepers, from when they have that name.
 pub fn keepers(master: i32) -> Vec<i32> {
     let mut children = children(master);
     children.retain(|&child| comm(child).ends_with("keeper"));
     children
+}
+
+/// The same, once there are so many: a worker is ready without waiting for its keeper's name.
+#[track_caller]
+pub fn wait_for_keepers(master: i32, count: usize) -> Vec<i32> {
+    let mut found = Vec::new();
+    wait_for("keepers", PATIENCE, || {
+        found = keepers(master);
+        found.len() == count
+    });
+    found
 }
 
 /// Those of its children that nobody has waited for.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Daemon, Dir, PATIENCE, process, wait_for};
+use super::{Daemon, Dir, PATIENCE, assert_within, process, wait_for};
 
 /// How many processes [`HOSTILE`] is.
 const PROCESSES: usize = 5;
@@ -114,6 +114,6 @@ pub fn gone(pids: &[i32], what: &str) {
         pids.iter().all(|&pid| process::state(pid).is_none())
     });
     let took = began.elapsed();
-    println!("{what}: {} processes gone after {took:?}", pids.len());
-    assert!(took < Duration::from_secs(1), "{what}: {took:?}");
+    let what = format!("{what}, {} processes gone", pids.len());
+    assert_within(&what, took, Duration::from_secs(1));
 }

@@ -1,6 +1,8 @@
 //! What a daemon must be again after a test has done its worst: the same workers, no death, as
 //! many descriptors as before.
 
+use std::time::Instant;
+
 use super::{Daemon, PATIENCE, process, wait_for};
 
 /// A daemon as it was.
@@ -20,7 +22,7 @@ impl Sweep {
         Sweep {
             workers: pids
                 .into_iter()
-                .map(|pid| (pid, process::descriptors(pid)))
+                .map(|pid| (pid, process::descriptors_at_rest(pid)))
                 .collect(),
         }
     }
@@ -51,12 +53,12 @@ impl Sweep {
     /// Waits until all connections are gone; fails when anything else has changed.
     #[track_caller]
     pub fn assert_same(&self, daemon: &Daemon) {
-        wait_for("descriptors back to where they were", PATIENCE, || {
-            self.workers
-                .iter()
-                .all(|&(pid, before)| !process::runs(pid) || process::descriptors(pid) == before)
-        });
-        let now = Sweep::of(daemon);
+        let mut now = Sweep::of(daemon);
+        let end = Instant::now() + PATIENCE;
+        // who has come and gone may not have been let in yet
+        while now.workers != self.workers && Instant::now() < end {
+            now = Sweep::of(daemon);
+        }
         assert_eq!(now.workers, self.workers, "pids and descriptors of workers");
         let deaths = daemon.status()["deaths"].take();
         assert_eq!(deaths.as_array().map(Vec::len), Some(0), "{deaths}");
