@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::support::client::frame;
 use crate::support::wire::{Dialect, Wire, post};
 use crate::support::{
-    Client, Daemon, PATIENCE, alone, pass, process, raise_descriptor_limit, wait_for,
+    Client, Daemon, PATIENCE, alone, assert_within, pass, process, raise_descriptor_limit, wait_for,
 };
 
 const CONFIG: &str = "
@@ -346,6 +346,36 @@ fn a_connection_that_never_rests_is_handed_over_in_a_moment() {
     assert!(took < Duration::from_secs(5), "{took:?}");
     for _ in 0..=DEPTH {
         client.recv_json();
+    }
+}
+
+/// What is read of a connection that is to come to rest runs side by side as ever.
+#[test]
+fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
+    const CALLS: u64 = 500;
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(&CONFIG.replace("count = 2", "count = 2\nthreads = 10"))
+        .start();
+    for _ in 0..3 {
+        let mut client = daemon.client();
+        client.send(&json!({"in": "sleep", "params": 0.3, "id": 0}).to_string());
+        let worker = daemon.wait_running(1);
+        kill(Pid::from_raw(worker), Signal::SIGTERM).unwrap();
+        let begin = Instant::now();
+        client.send(&json!({"in": "sleep", "params": 0.09, "id": 0}).to_string());
+        client
+            .send_together((1..=CALLS).map(|id| json!({"in": "sleep", "params": 0.02, "id": id})));
+        for _ in 0..CALLS + 2 {
+            assert_eq!(client.recv_json()["out"], "sleep");
+        }
+        // 10 s, one by one
+        assert_within(
+            "500 calls of 20 ms",
+            begin.elapsed(),
+            Duration::from_secs(2),
+        );
+        wait_for("the drained one gone", PATIENCE, || !process::runs(worker));
     }
 }
 

@@ -19,8 +19,8 @@ use super::{Client, ClientError, Reply};
 /// its answer needs time to arrive.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Without a limit, room in a unix socket's backlog is waited for in pieces of this, for whoever terminates the
-/// pool has no other way to end that; and for so long in all as TCP tries (tcp_syn_retries, tcp(7)).
+/// A server that does not answer is waited for in pieces of this, for whoever terminates the pool has no
+/// other way to end that; and without a limit for so long in all as TCP tries (tcp_syn_retries, tcp(7)).
 const PIECE: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(127);
 
@@ -52,16 +52,16 @@ impl Shared {
     /// A connection of the pool.
     pub(super) fn connect(&self) -> Result<Client, ClientError> {
         let patience = self.timeout.map(|limit| limit.saturating_add(GRACE));
-        let is_endless = patience.is_none() && self.address.starts_with("unix:");
-        let limit = if is_endless { Some(PIECE) } else { patience };
-        let begun = Instant::now();
+        let (begun, most) = (Instant::now(), patience.unwrap_or(LONGEST));
         loop {
-            match Client::connect(&self.address, limit) {
+            let left = most.saturating_sub(begun.elapsed());
+            match Client::connect(&self.address, Some(left.min(PIECE))) {
                 Ok(client) => return Ok(client.with_timeout(patience)),
                 Err(ClientError::NoServer { source, .. })
-                    if is_endless
-                        && source.kind() == ErrorKind::TimedOut
-                        && begun.elapsed() < LONGEST
+                    // one with a number is the system's, which has given up
+                    if source.kind() == ErrorKind::TimedOut
+                        && source.raw_os_error().is_none()
+                        && begun.elapsed() < most
                         && !self.ended.load(Ordering::SeqCst) => {}
                 Err(error) => return Err(error),
             }

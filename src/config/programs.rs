@@ -6,6 +6,8 @@
 //! started.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -146,6 +148,16 @@ fn arguments(
         let problem = format!("{} is not executable", program.display());
         return error(problem, "make it so with chmod +x, or name another one");
     }
+    if names_no_interpreter(&program) {
+        let problem = format!(
+            "{} is a script that does not say what it is for",
+            program.display()
+        );
+        return error(
+            problem,
+            "begin it with its interpreter, as in #!/bin/sh, or put that before it",
+        );
+    }
     Ok((program, arguments))
 }
 
@@ -153,6 +165,16 @@ fn arguments(
 fn is_executable(path: &Path) -> bool {
     let any_x = |file: std::fs::Metadata| file.is_file() && file.permissions().mode() & 0o111 != 0;
     path.metadata().is_ok_and(any_x)
+}
+
+/// Whether it is text without a first line that the kernel would look for (ENOEXEC, execve(2)). What is no
+/// text may be of a kind that this system was taught (binfmt_misc).
+fn names_no_interpreter(path: &Path) -> bool {
+    let mut head = Vec::new();
+    // One that may only be executed, and not read, has to be believed.
+    let read = File::open(path).and_then(|file| file.take(512).read_to_end(&mut head));
+    let is_text = !head.contains(&0) && !head.starts_with(b"\x7fELF");
+    read.is_ok() && is_text && !head.starts_with(b"#!")
 }
 
 fn directory(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<PathBuf> {

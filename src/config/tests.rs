@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::time::Duration;
 
 use super::*;
@@ -375,6 +375,35 @@ fn the_control_socket_is_found_in_an_included_file() {
         candidates_in(&root(), Some(&at("x.toml"))).unwrap(),
         [at("d/c.sock")]
     );
+}
+
+#[test]
+fn a_script_has_to_say_what_it_is_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.toml");
+    fs::write(&path, "[methods.a]\ncommand = [\"./program\"]\n").unwrap();
+    for (head, is_program) in [
+        (&b"echo here\n"[..], false),
+        (b"", false),
+        (b"#!/bin/sh\necho here\n", true),
+        (b"\x7fELF\x02", true),
+        // what the system may have been taught
+        (b"\xca\xfe\xba\xbe\0\0", true),
+    ] {
+        let program = directory.path().join("program");
+        fs::write(&program, head).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        match load_in(&root(), Some(&path), &Overrides::default()) {
+            Ok(_) => assert!(is_program, "{}", head.escape_ascii()),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(
+                    !is_program && text.contains("is a script that does not say"),
+                    "{text}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

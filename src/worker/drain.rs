@@ -80,10 +80,16 @@ impl Drain {
     pub fn drain(&mut self, now_ms: u64, until_ms: u64) {
         if self.mode == Mode::Serving {
             self.mode = Mode::Draining;
-            self.next_look_ms = now_ms + LOOK_MS;
+            self.next_look_ms = u64::MAX;
             self.quiet_ms = now_ms + until_ms.saturating_sub(now_ms) / 2;
             self.until_ms = until_ms;
         }
+    }
+
+    /// A connection is read no further, so that it comes to rest, and is to be looked at again should it
+    /// take too long to.
+    pub fn look_again(&mut self, now_ms: u64) {
+        self.next_look_ms = self.next_look_ms.min(now_ms + LOOK_MS);
     }
 
     /// Ends what there is by `until_ms`, or by what an earlier drain has said if that is sooner.
@@ -167,7 +173,7 @@ impl Drain {
                 Step::Quieten
             }
             Mode::Draining if now_ms >= self.next_look_ms => {
-                self.next_look_ms = now_ms + LOOK_MS;
+                self.next_look_ms = u64::MAX;
                 Step::ReadOn
             }
             Mode::Draining | Mode::Quiet => Step::Serve,
@@ -202,10 +208,12 @@ mod tests {
         assert_eq!(drain.step(0, 5, false, false), Step::Serve);
         drain.drain(0, 1000);
         assert!(!drain.is_serving());
-        assert_eq!(drain.next(), Some(LOOK_MS));
-        assert_eq!(drain.step(LOOK_MS - 1, 1, true, false), Step::Serve);
-        assert_eq!(drain.step(LOOK_MS, 1, true, false), Step::ReadOn);
-        assert_eq!(drain.step(499, 1, true, false), Step::ReadOn);
+        assert_eq!(drain.next(), Some(500));
+        drain.look_again(100);
+        drain.look_again(110);
+        assert_eq!(drain.next(), Some(100 + LOOK_MS));
+        assert_eq!(drain.step(99 + LOOK_MS, 1, true, false), Step::Serve);
+        assert_eq!(drain.step(100 + LOOK_MS, 1, true, false), Step::ReadOn);
         assert_eq!(drain.step(499, 1, true, false), Step::Serve);
         assert_eq!(drain.step(500, 1, true, false), Step::Quieten);
         assert_eq!(drain.step(999, 1, true, false), Step::Serve);

@@ -201,7 +201,7 @@ impl EventLoop {
         }
     }
 
-    fn hand_out(&mut self, floor: &mut Floor) {
+    pub(super) fn hand_out(&mut self, floor: &mut Floor) {
         loop {
             let connections = &self.connections;
             let backlog = |token: Token, place| {

@@ -40,18 +40,21 @@ impl Service {
         }
     }
 
-    /// Whether another call may be taken, with `unsent` bytes of earlier answers still on their way.
-    pub(super) fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
+    fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
         connection.takes_calls(self.limits.pipeline, unsent + self.out.len())
-            && !(self.draining && self.rests_soon(connection))
     }
 
-    /// Whether a connection has nothing but young calls under way: it will rest in a moment, if
-    /// nothing more is taken. Who has an old one would hold up what comes behind it.
-    fn rests_soon(&self, connection: &Connection) -> bool {
+    /// Whether a connection that is not at rest will be in a moment, if nothing more is read of it: all
+    /// that it has under way are young calls, or answers that its client takes. Who has an old one would hold
+    /// up what comes behind it.
+    pub(super) fn rests_soon(&self, connection: &Connection, unsent: usize) -> bool {
         let since_ms = self.now_ms.saturating_sub(YOUNG_MS);
         let mut calls = self.calls.of(connection.token);
-        connection.unanswered > 0 && calls.all(|(_, call)| call.read_ms >= since_ms)
+        match connection.unanswered {
+            // In the middle of a call it may read nothing until that is sent.
+            0 => unsent > 0 && !connection.is_within_call() && connection.active_ms >= since_ms,
+            _ => calls.all(|(_, call)| call.read_ms >= since_ms),
+        }
     }
 
     fn frames(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {

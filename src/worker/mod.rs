@@ -124,7 +124,6 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         origins: Vec::leak(boot.settings.http_origins.clone()),
         out: Vec::new(),
         now_ms: 0,
-        draining: false,
         lame: false,
         waited_ms: 0,
         longest_wait_ms: 0,

@@ -72,7 +72,6 @@ impl EventLoop {
         floor.accept_the_rest(false, self);
         let now = self.service.now_ms;
         self.drain.drain(now, now.saturating_add(millis(limit)));
-        self.service.draining = self.drain.hands_over();
         self.give_resting(floor);
     }
 
@@ -80,6 +79,8 @@ impl EventLoop {
     /// take longer, and nobody is to wait for that.
     pub(super) fn read_on(&mut self, floor: &mut Floor) {
         self.advance_open(floor, |connection| connection.blocked);
+        self.hand_out(floor);
+        self.settle_programs(floor);
     }
 
     /// Half of the drain is over and some connections never rest: nothing more is taken from
@@ -99,7 +100,6 @@ impl EventLoop {
         self.service.ledger.stops();
         // What was not taken for the handoff's sake is answered now.
         self.service.limits.pipeline = usize::MAX;
-        self.service.draining = false;
         let now = self.service.now_ms;
         self.drain.stop(now.saturating_add(millis(limit)));
         self.advance_open(floor, |_| true);

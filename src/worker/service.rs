@@ -52,8 +52,6 @@ pub struct Service {
     pub longest_wait_ms: u64,
     /// See `longest_wait_ms`.
     pub last_wait_ms: u64,
-    /// What is read goes to the siblings as soon as it may.
-    pub draining: bool,
     /// A stop will come: not ready for who asks, and serving.
     pub lame: bool,
     /// No further call begins: the server stops.

@@ -65,6 +65,7 @@ impl EventLoop {
             return self.service.out.clear();
         };
         let service = &mut self.service;
+        let pipeline = service.limits.pipeline;
         let mut shed = false;
         loop {
             if !service.out.is_empty() {
@@ -73,7 +74,7 @@ impl EventLoop {
             floor.send(token, &mut service.out);
             service.ledger.sent();
             let unsent = floor.unsent(token);
-            if connection.tail.is_empty() || !service.may_take(connection, unsent) {
+            if connection.tail.is_empty() || !connection.takes_calls(pipeline, unsent) {
                 break;
             }
             let mut tail = connection.take_tail();
@@ -101,7 +102,12 @@ impl EventLoop {
         // While the floor still lends what it has received: what is kept of it is lost with us.
         service.ledger.show(connection);
         let unsent = floor.unsent(token);
-        let takes_no_more = !service.may_take(connection, unsent)
+        let may_rest = self.drain.hands_over() && service.rests_soon(connection, unsent);
+        if may_rest {
+            self.drain.look_again(service.now_ms);
+        }
+        let takes_no_more = may_rest
+            || !connection.takes_calls(pipeline, unsent)
             || connection.unanswered > 0 && service.has_no_room_for(connection);
         // What is to be dropped is no call.
         connection.blocked =
