@@ -128,6 +128,43 @@ fn a_broken_configuration_changes_nothing_and_its_reason_is_told() {
 }
 
 #[test]
+fn methods_that_are_gone_are_told() {
+    let daemon = Daemon::builder()
+        .config(&format!("{GOOD}[methods.echo]\nbuiltin = \"echo\"\n"))
+        .start();
+    daemon.configure(GOOD);
+    let done = daemon.command(&["reload"]);
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert_eq!(
+        said, "generation 2 serves; no longer served: echo\n",
+        "{done:?}"
+    );
+    daemon.wait_log("reload: no longer served: echo");
+}
+
+#[test]
+fn what_only_a_restart_changes_is_told_and_stands_in_the_status() {
+    let daemon = Daemon::builder().config(GOOD).start();
+    let file = daemon.dir().read("preforkd.toml");
+    let moved = file.replace("pid-file = \"preforkd.pid\"", "pid-file = \"other.pid\"");
+    assert_ne!(file, moved);
+    daemon.dir().write("preforkd.toml", moved);
+    let done = daemon.command(&["reload"]);
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    let why = "pid-file can't change while the master runs: restart it for that";
+    assert!(done.status.success() && said.contains(why), "{done:?}");
+    let warned = || {
+        daemon.status()["master"]["warnings"]
+            .to_string()
+            .contains(why)
+    };
+    assert!(warned());
+    daemon.dir().write("preforkd.toml", file);
+    assert!(daemon.command(&["reload"]).status.success());
+    assert!(!warned());
+}
+
+#[test]
 fn twenty_reloads_lose_no_call() {
     let daemon = Daemon::builder().config(GOOD).start();
     let descriptors = process::descriptors_at_rest(daemon.pid());

@@ -27,7 +27,8 @@ use crate::sys::socket;
 /// a master that takes longer is stopped or stuck.
 const PROMPT: Duration = Duration::from_secs(10);
 
-const STUCK: &str = "the master does not answer: it is stopped or stuck";
+const STUCK: &str = "the master does not answer: it is stopped or stuck, and does what was asked of it when it \
+                     goes on";
 
 /// How long a stop may take before it is said what it waits for.
 const HINT_AFTER: Duration = Duration::from_secs(2);
@@ -308,13 +309,12 @@ fn waits_for(status: Option<&Status>) -> String {
 
 /// What a reload waits for, as far as it can be known.
 fn reload_waits_for(status: Option<&Status>) -> String {
-    let mut drain: Vec<u32> = status.map_or_else(Vec::new, |status| {
-        let workers = status.workers.iter();
-        workers
-            .filter(|worker| worker.state == State::Draining)
-            .map(|worker| worker.generation)
-            .collect()
-    });
+    let Some(status) = status else {
+        return format!("{STUCK}; waiting for that");
+    };
+    let workers = status.workers.iter();
+    let draining = workers.filter(|worker| worker.state == State::Draining);
+    let mut drain: Vec<u32> = draining.map(|worker| worker.generation).collect();
     drain.sort_unstable();
     drain.dedup();
     match drain.len() {

@@ -13,6 +13,8 @@ use crate::protocol::control::{
 
 /// How many deaths are shown; `status --json` has them all.
 const DEATHS_SHOWN: usize = 10;
+/// An event loop that has not turned for longer is worth a word.
+const SILENT_MS: u64 = 3000;
 /// Characters of a death's reason that are shown; likewise.
 const LONGEST_REASON: usize = 120;
 
@@ -153,13 +155,15 @@ fn workers(workers: &[Worker]) -> Table {
     table
 }
 
-/// What a worker's last column says: its oldest call, lost threads, programs that are down, what its
+/// What a worker's last column says: its oldest call, that its loop stands still, lost threads, programs that are down, what its
 /// slot waits for.
 fn remark(worker: &Worker) -> String {
     let call = worker.oldest_call.as_ref().map(|call| {
         let age = units::milliseconds(call.age_ms);
         format!("{}, {age}", call.method)
     });
+    let silent = (worker.silent_ms > SILENT_MS)
+        .then(|| format!("silent for {}", units::milliseconds(worker.silent_ms)));
     let lost = (worker.lost_threads > 0).then(|| {
         let Worker {
             lost_threads,
@@ -179,7 +183,10 @@ fn remark(worker: &Worker) -> String {
         let failures = units::plural(throttle.failures.into(), "failure");
         format!("{failures}, next try in {wait}")
     });
-    let parts: Vec<_> = [call, lost, down, throttle].into_iter().flatten().collect();
+    let parts: Vec<_> = [call, silent, lost, down, throttle]
+        .into_iter()
+        .flatten()
+        .collect();
     if parts.is_empty() {
         "-".into()
     } else {

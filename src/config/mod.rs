@@ -4,7 +4,7 @@
 //! more than the first fault (`faults`). It goes in steps, a file each:
 //! `files` reads the text, `document` merges it and knows where each key stands, `raw` is serde's
 //! mirror of it, `resolve` with `listeners`, `methods` and `pools` makes [`Settings`] of the mirror, where
-//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`needs_restart`] says what no reload changes.
+//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`as_running`] says what no reload changes.
 //!
 //! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
 //! error is [`Error::Config`] with file, line, column and key, but for a
@@ -33,7 +33,7 @@ use std::path::{Path, PathBuf};
 
 pub use address::UNIX_PATH_MAX;
 pub use commands::placeholder;
-pub use restart::needs_restart;
+pub use restart::as_running;
 pub use settings::{
     Address, Builtin, Command, Limits, Listen, Log, LogFormat, Method, MethodKind, Output, Pool,
     Program, Rlimits, Settings, Stdin, Workers,

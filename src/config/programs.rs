@@ -6,8 +6,10 @@
 //! started.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -148,15 +150,10 @@ fn arguments(
         let problem = format!("{} is not executable", program.display());
         return error(problem, "make it so with chmod +x, or name another one");
     }
-    if names_no_interpreter(&program) {
-        let problem = format!(
-            "{} is a script that does not say what it is for",
-            program.display()
-        );
-        return error(
-            problem,
-            "begin it with its interpreter, as in #!/bin/sh, or put that before it",
-        );
+    if let Some(problem) = wrong_script(&program) {
+        let problem = format!("{} {problem}", program.display());
+        let remedy = "begin it with its interpreter, as in #!/bin/sh, or name that in front of it";
+        return error(problem, remedy);
     }
     Ok((program, arguments))
 }
@@ -167,14 +164,30 @@ fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(any_x)
 }
 
-/// Whether it is text without a first line that the kernel would look for (ENOEXEC, execve(2)). What is no
-/// text may be of a kind that this system was taught (binfmt_misc).
-fn names_no_interpreter(path: &Path) -> bool {
+/// What is wrong with a script's first line, by which the kernel finds its interpreter (execve(2)). What is
+/// no text may be of a kind that this system was taught (binfmt_misc).
+fn wrong_script(path: &Path) -> Option<String> {
     let mut head = Vec::new();
     // One that may only be executed, and not read, has to be believed.
-    let read = File::open(path).and_then(|file| file.take(512).read_to_end(&mut head));
-    let is_text = !head.contains(&0) && !head.starts_with(b"\x7fELF");
-    read.is_ok() && is_text && !head.starts_with(b"#!")
+    File::open(path)
+        .and_then(|file| file.take(256).read_to_end(&mut head))
+        .ok()?;
+    let Some(line) = head.strip_prefix(b"#!") else {
+        let is_text = !head.contains(&0) && !head.starts_with(b"\x7fELF");
+        return is_text.then(|| "is a script that does not say what it is for".into());
+    };
+    let line = line.split(|&byte| byte == b'\n').next()?;
+    let mut words = line.split(|byte| b" \t\0".contains(byte));
+    let interpreter = words.find(|word| !word.is_empty()).unwrap_or_default();
+    let file = Path::new(OsStr::from_bytes(interpreter));
+    // A relative one is looked for in the directory that it will run in.
+    if interpreter.starts_with(b"/") && is_executable(file)
+        || file.is_relative() && !interpreter.is_empty()
+    {
+        return None;
+    }
+    let name = interpreter.escape_ascii();
+    Some(format!("is a script for \"{name}\", which is no program"))
 }
 
 fn directory(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<PathBuf> {

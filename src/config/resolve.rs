@@ -15,7 +15,7 @@ use super::address::{Address, check_unix_path};
 use super::check::{Check, MILLISECOND, command_line};
 use super::document::Places;
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
-use super::settings::{Limits, Log, LogFormat, MethodKind, Settings, Workers};
+use super::settings::{Limits, Listen, Log, LogFormat, MethodKind, Settings, Workers};
 use super::surroundings::Surroundings;
 use super::units::{Size, Span};
 use super::{listeners, methods, pools};
@@ -33,8 +33,9 @@ const MOST_MEMORY: u64 = 1 << 50;
 const SHORTEST_LIFETIME: Duration = Duration::from_secs(1);
 
 const OWN_PATH: &str = "give each a path of its own";
-const ROOT_WORKERS: &str = "workers run as root, and so does whatever goes wrong in a handler; set \
-                            user to an account without rights";
+/// Told where the workers run as root.
+pub(super) const ROOT_WORKERS: &str = "workers run as root, and so does whatever goes wrong in a handler; set \
+                                       user to an account without rights";
 
 /// Makes settings of the mirror `raw`, whose keys stand at `places`.
 pub(super) fn resolve(
@@ -59,14 +60,16 @@ pub(super) fn resolve(
     )?;
     check_unix_path(&control_socket)
         .map_err(|problem| places.error("control-socket", problem, ""))?;
-    let mut warnings = Vec::new();
-    let account = account(&check, raw, &mut warnings)?;
+    let account = account(&check, raw)?;
     let log = log(&check, &raw.log)?;
     let daemon = daemon(&check, raw, &log)?;
     let workers = workers(&check, &raw.workers)?;
     let limits = limits(&check, &raw.limits, &workers)?;
     let listen = listeners::resolve(&check, raw)?;
-    let root_workers = here.uid == 0 && account.is_none();
+    let mut warnings = Vec::new();
+    if here.uid == 0 && account.is_none() {
+        warnings.extend(root_warnings(&listen));
+    }
     let ids = account
         .as_ref()
         .map_or((here.uid, here.gid), |account| (account.uid, account.gid));
@@ -84,15 +87,6 @@ pub(super) fn resolve(
             listen.address
         ));
     }
-    for listen in listen.iter().filter(|_| root_workers) {
-        if listen.address.is_public() {
-            warnings.push(format!(
-                "{} can be reached from other machines and workers run as root; anyone there can \
-                 call every method; set user, or listen on 127.0.0.1 or a unix socket",
-                listen.address
-            ));
-        }
-    }
     let settings = Settings {
         file: places.main().map(Path::to_owned),
         daemon,
@@ -107,6 +101,7 @@ pub(super) fn resolve(
         limits,
         listen,
         warnings,
+        needs_restart: Vec::new(),
     };
     paths_differ(&check, &settings)?;
     Ok(settings)
@@ -155,8 +150,21 @@ fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
     Ok(())
 }
 
+/// What is told where the workers run as root and accept on `listen`.
+pub(super) fn root_warnings(listen: &[Listen]) -> impl Iterator<Item = String> {
+    let public = listen.iter().filter(|listen| listen.address.is_public());
+    let warnings = public.map(|listen| {
+        format!(
+            "{} can be reached from other machines and workers run as root; anyone there can \
+             call every method; set user, or listen on 127.0.0.1 or a unix socket",
+            listen.address
+        )
+    });
+    std::iter::once(ROOT_WORKERS.to_owned()).chain(warnings)
+}
+
 /// Whom the workers become, which is nobody new when it is who we are.
-fn account(check: &Check<'_>, raw: &Raw, warnings: &mut Vec<String>) -> Result<Option<Account>> {
+fn account(check: &Check<'_>, raw: &Raw) -> Result<Option<Account>> {
     let is_root = check.here.uid == 0;
     let Some(user) = &raw.user else {
         if raw.group.is_some() {
@@ -165,9 +173,6 @@ fn account(check: &Check<'_>, raw: &Raw, warnings: &mut Vec<String>) -> Result<O
                 "it is set without a user",
                 "set user beside it, or take it out",
             ));
-        }
-        if is_root {
-            warnings.push(ROOT_WORKERS.into());
         }
         return Ok(None);
     };
@@ -180,9 +185,6 @@ fn account(check: &Check<'_>, raw: &Raw, warnings: &mut Vec<String>) -> Result<O
         check.places.error(key, error.to_string(), remedy)
     })?;
     if account.uid == check.here.uid && account.gid == check.here.gid {
-        if is_root {
-            warnings.push(ROOT_WORKERS.into());
-        }
         return Ok(None);
     }
     if account.uid == 0 && is_root {

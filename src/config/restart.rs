@@ -3,11 +3,37 @@
 //! Pure comparison. Everything else takes effect with the new generation of workers; which
 //! listeners are kept, opened and closed is for whoever opens them.
 
+use super::resolve::{ROOT_WORKERS, root_warnings};
 use super::settings::Settings;
+
+/// `new` as it takes effect at a reload of `running`: what belongs to the master's own life stays as it is,
+/// and what it says of that is told.
+pub fn as_running(mut new: Settings, running: &Settings) -> Settings {
+    new.needs_restart = needs_restart(running, &new);
+    new.daemon = running.daemon;
+    new.pid_file.clone_from(&running.pid_file);
+    new.control_socket.clone_from(&running.control_socket);
+    new.account.clone_from(&running.account);
+    if new.needs_restart.is_empty() {
+        return new;
+    }
+    // Whom the workers run as is what it was, whatever the file says now.
+    let about_root: Vec<String> = root_warnings(&new.listen).collect();
+    new.warnings.retain(|warning| !about_root.contains(warning));
+    if running
+        .warnings
+        .iter()
+        .any(|warning| warning == ROOT_WORKERS)
+    {
+        new.warnings.splice(0..0, about_root);
+    }
+    new.warnings.extend(new.restart_warning());
+    new
+}
 
 /// The keys that differ and that only a restart brings into effect, in the file's order, as in
 /// PostgreSQL.
-pub fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
+fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
     let names = |settings: &Settings| {
         let account = settings.account.as_ref();
         account.map_or((None, None), |account| {
@@ -42,6 +68,22 @@ mod tests {
         assert!(needs_restart(&old, &old).is_empty());
         let new = of("[workers]\ncount = 7\n[[listen]]\naddress = '127.0.0.1:3'");
         assert!(needs_restart(&old, &new).is_empty());
+    }
+
+    #[test]
+    fn who_keeps_root_is_warned_of_it_whatever_the_file_says() {
+        let of = |text: &str| settings(&root(), text).unwrap();
+        let public = "[[listen]]\naddress = '0.0.0.0:3'";
+        let (running, new) = (of(""), of(&format!("user = 'nobody'\n{public}")));
+        assert!(new.warnings.is_empty());
+        let kept = as_running(new.clone(), &running);
+        assert_eq!((kept.account, kept.warnings.len()), (None, 3));
+        assert_eq!(kept.warnings[0], ROOT_WORKERS);
+        assert!(kept.warnings[1].starts_with("0.0.0.0:3 can be reached"));
+        assert!(kept.warnings[2].starts_with("user can't change"));
+        // and who has given it up is not
+        let kept = as_running(of(public), &new);
+        assert_eq!((kept.account.is_some(), kept.warnings.len()), (true, 1));
     }
 
     #[test]

@@ -42,6 +42,17 @@ pub struct Settings {
     pub pools: BTreeMap<String, Pool>,
     /// What is allowed and yet worth a word, a sentence each, for the log and for `check`.
     pub warnings: Vec<String>,
+    /// The keys whose new values a reload could not bring into effect.
+    pub needs_restart: Vec<&'static str>,
+}
+
+impl Settings {
+    /// What is told of the keys that wait for a restart, if there are any.
+    pub fn restart_warning(&self) -> Option<String> {
+        let keys = self.needs_restart.join(", ");
+        (!keys.is_empty())
+            .then(|| format!("{keys} can't change while the master runs: restart it for that"))
+    }
 }
 
 /// `[log]`.

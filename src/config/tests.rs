@@ -385,6 +385,12 @@ fn a_script_has_to_say_what_it_is_for() {
     for (head, is_program) in [
         (&b"echo here\n"[..], false),
         (b"", false),
+        (b"#!\n", false),
+        (b"#!/no/such/interpreter -x\n", false),
+        (b"#!/bin/sh\r\necho here\r\n", false),
+        (b"\xef\xbb\xbf#!/bin/sh\n", false),
+        (b"#! /bin/sh -e\n", true),
+        (b"#!sh", true),
         (b"#!/bin/sh\necho here\n", true),
         (b"\x7fELF\x02", true),
         // what the system may have been taught
@@ -398,7 +404,7 @@ fn a_script_has_to_say_what_it_is_for() {
             Err(error) => {
                 let text = error.to_string();
                 assert!(
-                    !is_program && text.contains("is a script that does not say"),
+                    !is_program && text.contains("/program is a script "),
                     "{text}"
                 );
             }

@@ -11,7 +11,7 @@ use super::listeners;
 use super::start::limits;
 use super::supervise::{Master, now, wall_clock};
 use super::workers::{Ground, Known};
-use crate::config::{self, Settings};
+use crate::config;
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::protocol::control::{LastReload, MOST_DRAINING_GENERATIONS, Response};
@@ -60,14 +60,7 @@ impl Master<'_> {
 
     /// Reads and checks the new configuration and opens what it names.
     fn prepare(&mut self) -> Result<Ground> {
-        let settings = self.setup.host.load()?;
-        let waiting = config::needs_restart(&self.ground.settings, &settings);
-        if !waiting.is_empty() {
-            log::warn!(
-                "reload: {} can't change while the master runs: restart it for that",
-                waiting.join(", ")
-            );
-        }
+        let settings = config::as_running(self.setup.host.load()?, &self.ground.settings);
         if self.ground.settings.daemon && settings.log.file.is_none() {
             return Err(Error::Config {
                 file: settings.file,
@@ -91,7 +84,7 @@ impl Master<'_> {
         Ok(Ground {
             known: Known::of(&settings, &registry),
             registry,
-            settings: Rc::new(keep_life_settings(settings, &self.ground.settings)),
+            settings: Rc::new(settings),
             listeners,
         })
     }
@@ -100,7 +93,7 @@ impl Master<'_> {
     pub(super) fn verdict(&mut self, verdict: std::result::Result<Generation, String>) {
         let upcoming = self.upcoming.take();
         self.workers.forget_words();
-        let words = self.first_words.take();
+        let mut words = self.first_words.take();
         let before = Rc::clone(&self.ground);
         let response = match &verdict {
             Ok(generation) => {
@@ -113,7 +106,18 @@ impl Master<'_> {
                 self.old_log = None;
                 self.strikes.pardon(self.workers.quarantine());
                 log::info!("reload: generation {generation} serves, the one before drains");
-                Response::said(format!("generation {generation} serves"))
+                words = String::new();
+                let gone = self.ground.known.misses(&before.known);
+                if let Some(gone) = &gone {
+                    log::warn!("reload: {gone}");
+                }
+                for word in [gone, self.ground.settings.restart_warning()]
+                    .into_iter()
+                    .flatten()
+                {
+                    words += &format!("; {word}");
+                }
+                Response::said(format!("generation {generation} serves{words}"))
             }
             Err(reason) => {
                 if let Some(ground) = upcoming {
@@ -131,7 +135,11 @@ impl Master<'_> {
         self.last_reload = Some(LastReload {
             ok: verdict.is_ok(),
             at: wall_clock(),
-            error: verdict.err(),
+            // with what the log has most lately of its workers, where there is something
+            error: verdict.err().map(|reason| match words.lines().last() {
+                Some(word) => format!("{reason}; {}", word.trim()),
+                None => reason,
+            }),
         });
         for client in mem::take(&mut self.verdict_for) {
             self.control.answer(client, &response, now());
@@ -164,15 +172,6 @@ impl Master<'_> {
             self.setup.host.restore_log(&self.ground.settings, output);
         }
     }
-}
-
-/// The settings with those of the master's own life as they are.
-fn keep_life_settings(mut settings: Settings, running: &Settings) -> Settings {
-    settings.daemon = running.daemon;
-    settings.pid_file.clone_from(&running.pid_file);
-    settings.control_socket.clone_from(&running.control_socket);
-    settings.account.clone_from(&running.account);
-    settings
 }
 
 /// Removes the paths of the listeners that `old` has and `new` has not.

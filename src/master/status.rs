@@ -112,6 +112,7 @@ fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
         last_ms: number(&record.last_wait_ms),
         longest_ms: number(&record.longest_wait_ms),
     };
+    shown.silent_ms = living.heartbeat().map_or(0, |at| now.saturating_sub(at));
     shown.threads = living.known.threads as u64;
     shown.programs = living.known.programs as u64;
     shown.programs_down = number(&record.programs_down);

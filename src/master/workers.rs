@@ -75,6 +75,19 @@ impl Known {
         })
     }
 
+    /// What is to be told of methods that there were `before` and that nobody serves any more.
+    pub fn misses(&self, before: &Known) -> Option<String> {
+        let before = before.methods.iter();
+        let gone: Vec<_> = before.filter(|name| !self.methods.contains(name)).collect();
+        let shown: Vec<&str> = gone.iter().take(10).map(|name| name.as_str()).collect();
+        let more = match gone.len() - shown.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let names = shown.join(", ");
+        (!gone.is_empty()).then(|| format!("no longer served: {names}{more}"))
+    }
+
     /// The name of a method by its number; a question mark for a number that is none.
     pub fn method(&self, number: usize) -> &str {
         self.methods.get(number).map_or("?", String::as_str)

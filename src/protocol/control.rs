@@ -202,6 +202,10 @@ pub struct Worker {
     pub rss_bytes: u64,
     /// The call that has been running for longest; null when none runs.
     pub oldest_call: Option<OldestCall>,
+    /// How long ago its event loop turned last, in milliseconds: about a second at most, unless it is stopped
+    /// or stuck.
+    #[serde(default)]
+    pub silent_ms: u64,
     /// Its handler threads.
     #[serde(default)]
     pub threads: u64,

@@ -173,7 +173,7 @@ prop_compose! {
                 .then(|| Account::lookup("nobody", Some("root")).unwrap()),
             log: Log { level, format, file: daemon.then_some(file) },
             workers, limits, listen, methods, pools,
-            warnings: Vec::new(),
+            warnings: Vec::new(), needs_restart: Vec::new(),
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod sweep;
 
 use nix::errno::Errno;
 use serde::Serialize;
+use std::ffi::CStr;
 
 use super::program::Program;
 use super::{Context, Handler};
@@ -68,7 +69,7 @@ impl Command {
             &environment,
             input.is_some(),
         )
-        .map_err(|error| not_started(&error))
+        .map_err(|error| not_started(&self.program.template.program, &error))
         .and_then(|process| {
             process
                 .finish(input.unwrap_or_default(), self.max_output, context)
@@ -138,8 +139,11 @@ impl<'a> Data<'a> {
     }
 }
 
-fn not_started(error: &SpawnError) -> RpcError {
-    let text = format!("the command could not be started: {error}");
+fn not_started(program: &CStr, error: &SpawnError) -> RpcError {
+    let text = format!(
+        "{} could not be started: {error}",
+        program.to_string_lossy()
+    );
     match (error.step, error.errno) {
         (_, Errno::E2BIG) => RpcError::invalid_params(
             "the arguments and the environment together are longer than the system allows",

@@ -293,7 +293,8 @@ impl Master<'_> {
                 self.upgrade.stage = Stage::Idle;
                 self.upgrade.settings = None;
                 let version = env!("CARGO_PKG_VERSION");
-                let text = format!("preforkd {version} runs, generation {generation} serves");
+                let text =
+                    format!("preforkd {version} runs, generation {generation} serves{words}");
                 log::info!("upgrade: {text}");
                 self.upgrade_ended(Ok(text));
                 false
