@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::support::open_loop::{Offer, offer};
-use crate::support::{Daemon, alone};
+use crate::support::{Daemon, alone, assert_within};
 
 /// What is to be left of the peak.
 const MOST: f64 = 0.9;
@@ -54,6 +54,32 @@ fn a_call_that_can_not_be_in_time_any_more_is_not_begun() {
         order.push(answer["id"].as_str().unwrap().to_owned());
     }
     assert_eq!(order.last().unwrap(), "in time");
+}
+
+/// Who sends much ahead keeps nobody waiting but himself.
+#[test]
+fn connections_take_turns_at_the_threads() {
+    let _alone = alone();
+    let daemon = sleeper(2);
+    let (mut greedy, mut modest) = (daemon.client(), daemon.client());
+    // 5 s of work for two threads
+    greedy.send_together((0..200).map(|id| json!({"in": "sleep", "params": 0.05, "id": id})));
+    assert_eq!(greedy.recv_json()["out"], "sleep");
+    let begin = Instant::now();
+    for round in 0..5 {
+        let call = json!({"in": "sleep", "params": 0.01, "id": round});
+        assert_eq!(modest.call(&call)["result"], 0.01);
+    }
+    // each waits for one of those that run, and perhaps for one more
+    assert_within(
+        "5 calls beside 200",
+        begin.elapsed(),
+        Duration::from_millis(600),
+    );
+    assert!(daemon.workers()[0].queued > 10, "the others are done");
+    for _ in 1..200 {
+        assert_eq!(greedy.recv_json()["out"], "sleep");
+    }
 }
 
 /// Calls of one connection without an id keep their order, also when the newest of all go first.

@@ -193,7 +193,9 @@ impl Calls {
         let waiting = Waiting {
             key,
             method,
-            line: (reply.place != Place::Anywhere).then_some(token),
+            token,
+            in_order: reply.place != Place::Anywhere,
+            turn: 0,
             since_ms: read_ms,
             deadline_ms,
         };

@@ -7,7 +7,10 @@ fn call(serial: u64, line: Option<usize>, since_ms: u64, deadline_ms: u64) -> Wa
     Waiting {
         key: CallKey { index: 0, serial },
         method: 0,
-        line: line.map(Token::for_test),
+        // who is in no line is of a connection of its own
+        token: Token::for_test(line.unwrap_or(100 + serial as usize)),
+        in_order: line.is_some(),
+        turn: 0,
         since_ms,
         deadline_ms,
     }
@@ -56,6 +59,24 @@ fn the_newest_goes_first_once_a_standing_queue_lets_its_oldest_down() {
     assert_eq!(take(&mut queue, 299), Some(4));
     // nothing more has run out of time since
     assert_eq!(take(&mut queue, 300), Some(2));
+}
+
+#[test]
+fn connections_take_turns_whoever_sends_how_much_ahead() {
+    for in_order in [true, false] {
+        let mut queue = Queue::default();
+        let of = |connection, serial| Waiting {
+            in_order,
+            ..call(serial, Some(connection), 0, 60_000)
+        };
+        (1..=4).for_each(|serial| queue.push(of(1, serial), 0));
+        assert_eq!(take(&mut queue, 0), Some(1));
+        (5..=6).for_each(|serial| queue.push(of(2, serial), 0));
+        queue.push(of(3, 7), 0);
+        let order: Vec<u64> = std::iter::from_fn(|| take(&mut queue, 0)).collect();
+        assert_eq!(order, [2, 5, 7, 3, 6, 4]);
+        assert!(queue.connections.is_empty() && queue.turns.is_empty() && queue.lines.is_empty());
+    }
 }
 
 #[test]
