@@ -451,18 +451,30 @@ fn a_slow_command_keeps_nobody_else_waiting() {
 #[test]
 #[ignore = "needs root, which alone can become another user: tests/run runs it"]
 fn a_command_runs_as_its_user_with_no_rights_left() {
-    let daemon = Daemon::builder()
-        .config(
-            "[workers]\ncount = 1\n[methods.who]\ncommand = [\"sh\", \"-c\", \"id -u; id -G; \
-             grep -E '^(CapInh|CapPrm|CapEff|CapAmb)' /proc/self/status\"]\nuser = \"nobody\"\n",
-        )
-        .start();
-    let text = result(&mut daemon.client(), "who", &Value::Null);
+    let methods = "[workers]\ncount = 1\n[methods.who]\ncommand = [\"sh\", \"-c\", \"id -u; id -G; \
+                   grep -E '^(CapInh|CapPrm|CapEff|CapAmb)' /proc/self/status\"]\nuser = \"nobody\"\n";
+    let of_workers = format!("user = \"nobody\"\n{methods}");
     let nobody = nix::unistd::User::from_name("nobody").unwrap().unwrap();
     let mut expected = vec![nobody.uid.to_string(), nobody.gid.to_string()];
     for name in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
         expected.extend([name.to_owned(), "0".repeat(16)]);
     }
-    let words: Vec<&str> = text.as_str().unwrap().split_whitespace().collect();
-    assert_eq!(words, expected);
+    let assert_nobody = |daemon: &Daemon| {
+        let text = result(&mut daemon.client(), "who", &Value::Null);
+        let words: Vec<&str> = text.as_str().unwrap().split_whitespace().collect();
+        assert_eq!(words, expected);
+    };
+    // where the workers are that user already, too
+    assert_nobody(&Daemon::builder().config(&of_workers).start());
+    let daemon = Daemon::builder().config(methods).start();
+    assert_nobody(&daemon);
+    // and where the file says so, and no reload can bring it about
+    daemon.configure(&of_workers);
+    let done = daemon.command(&["reload"]);
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(said.contains("user can't change"), "{done:?}");
+    wait_for("the old worker gone", PATIENCE, || {
+        daemon.workers().iter().all(|it| it.generation == 2)
+    });
+    assert_nobody(&daemon);
 }

@@ -1,6 +1,7 @@
 //! More calls than can be done: what is not begun, what is begun first, and what is left of the work that
 //! a worker does.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -80,6 +81,40 @@ fn connections_take_turns_at_the_threads() {
     for _ in 1..200 {
         assert_eq!(greedy.recv_json()["out"], "sleep");
     }
+}
+
+/// Nor do many who send one at a time keep one waiting who sends some ahead.
+#[test]
+fn who_sends_ahead_has_a_turn_among_many() {
+    let _alone = alone();
+    let daemon = sleeper(2);
+    let call = json!({"in": "sleep", "params": 0.01});
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            let mut client = daemon.client();
+            let (stop, call) = (&stop, &call);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(client.call(call)["result"], 0.01);
+                }
+            });
+        }
+        let mut some = daemon.client();
+        let begin = Instant::now();
+        some.send_together((0..20).map(|id| json!({"in": "sleep", "params": 0.01, "id": id})));
+        for _ in 0..20 {
+            assert_eq!(some.recv_json()["out"], "sleep");
+        }
+        let took = begin.elapsed();
+        stop.store(true, Ordering::Relaxed);
+        // a ninth of two threads
+        assert_within(
+            "20 calls of 10 ms beside 8 clients",
+            took,
+            Duration::from_millis(1500),
+        );
+    });
 }
 
 /// Calls of one connection without an id keep their order, also when the newest of all go first.

@@ -27,8 +27,10 @@ use crate::sys::socket;
 /// a master that takes longer is stopped or stuck.
 const PROMPT: Duration = Duration::from_secs(10);
 
-const STUCK: &str = "the master does not answer: it is stopped or stuck, and does what was asked of it when it \
-                     goes on";
+const STUCK: &str = "the master does not answer: it is stopped, stuck or busy";
+/// To whoever has asked for more than its status.
+const STUCK_LATER: &str = "the master does not answer: it is stopped, stuck or busy, and does what was asked \
+                           of it when it goes on";
 
 /// How long a stop may take before it is said what it waits for.
 const HINT_AFTER: Duration = Duration::from_secs(2);
@@ -204,7 +206,8 @@ impl Control {
     fn ask(&mut self, request: &Request, patience: Patience<'_>) -> Result<(Response, String)> {
         let line = self.exchange(request, patience).map_err(|error| {
             let text = match error.kind() {
-                ErrorKind::WouldBlock => STUCK,
+                ErrorKind::WouldBlock if *request == Request::Status => STUCK,
+                ErrorKind::WouldBlock => STUCK_LATER,
                 ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
                     "the master left before it answered; its log says why"
                 }
@@ -310,7 +313,7 @@ fn waits_for(status: Option<&Status>) -> String {
 /// What a reload waits for, as far as it can be known.
 fn reload_waits_for(status: Option<&Status>) -> String {
     let Some(status) = status else {
-        return format!("{STUCK}; waiting for that");
+        return format!("{STUCK}; waiting for it");
     };
     let workers = status.workers.iter();
     let draining = workers.filter(|worker| worker.state == State::Draining);

@@ -148,7 +148,11 @@ pub fn of_effective(
 ) -> Result<Settings> {
     let place = file.clone().unwrap_or_else(|| "/".into());
     let files = Files::of_text(&place, text)?;
-    let settings = settings_of(&Surroundings::here(), &files, overrides)?;
+    let here = Surroundings {
+        has_served: true,
+        ..Surroundings::here()
+    };
+    let settings = settings_of(&here, &files, overrides)?;
     Ok(Settings { file, ..settings })
 }
 

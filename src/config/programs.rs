@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -138,6 +138,9 @@ fn arguments(
         };
         found
     };
+    if check.here.has_served {
+        return Ok((program, arguments));
+    }
     if !program.exists() {
         let problem = format!("there is no program {}", program.display());
         return error(problem, "install it, or correct the path");
@@ -164,30 +167,38 @@ fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(any_x)
 }
 
-/// What is wrong with a script's first line, by which the kernel finds its interpreter (execve(2)). What is
-/// no text may be of a kind that this system was taught (binfmt_misc).
+/// What is wrong with a script's first line, by which the kernel finds its interpreter (execve(2)). What can't be
+/// known here is believed: what we may not look at, and what this system was taught to run.
 fn wrong_script(path: &Path) -> Option<String> {
     let mut head = Vec::new();
-    // One that may only be executed, and not read, has to be believed.
     File::open(path)
         .and_then(|file| file.take(256).read_to_end(&mut head))
         .ok()?;
     let Some(line) = head.strip_prefix(b"#!") else {
         let is_text = !head.contains(&0) && !head.starts_with(b"\x7fELF");
-        return is_text.then(|| "is a script that does not say what it is for".into());
+        let known = !is_text || knows_more_kinds();
+        return (!known).then(|| "is a script that does not say what it is for".into());
     };
     let line = line.split(|&byte| byte == b'\n').next()?;
     let mut words = line.split(|byte| b" \t\0".contains(byte));
     let interpreter = words.find(|word| !word.is_empty()).unwrap_or_default();
     let file = Path::new(OsStr::from_bytes(interpreter));
+    let is_there = match file.metadata() {
+        Err(error) => error.kind() == ErrorKind::PermissionDenied,
+        Ok(_) => is_executable(file),
+    };
     // A relative one is looked for in the directory that it will run in.
-    if interpreter.starts_with(b"/") && is_executable(file)
-        || file.is_relative() && !interpreter.is_empty()
-    {
+    if is_there || file.is_relative() && !interpreter.is_empty() {
         return None;
     }
     let name = interpreter.escape_ascii();
     Some(format!("is a script for \"{name}\", which is no program"))
+}
+
+/// Whether this system was taught to run more than programs and scripts (binfmt_misc): whatever has an entry
+/// beside the two that are always there.
+fn knows_more_kinds() -> bool {
+    std::fs::read_dir("/proc/sys/fs/binfmt_misc").is_ok_and(|entries| entries.count() > 2)
 }
 
 fn directory(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<PathBuf> {
@@ -195,7 +206,7 @@ fn directory(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<PathBuf> {
         return Ok("/".into());
     };
     let path = check.path(key, text)?;
-    if path.is_dir() {
+    if path.is_dir() || check.here.has_served {
         return Ok(path);
     }
     let problem = format!("there is no directory {}", path.display());
@@ -204,7 +215,7 @@ fn directory(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<PathBuf> {
         .error(key, problem, "create it, or name another one"))
 }
 
-/// Whom a command runs as, which is nobody new when the workers are that user already.
+/// Whom a command runs as.
 fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Result<Option<Account>> {
     let (user_key, group_key) = (join(key, "user"), join(key, "group"));
     let Some(user) = keys.user else {
@@ -225,10 +236,8 @@ fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Resul
         };
         check.places.error(key, error.to_string(), remedy)
     })?;
-    if (account.uid, account.gid) == workers {
-        return Ok(None);
-    }
-    if workers.0 != 0 {
+    // Who the workers are already is kept as well: a reload can't change them, and the file may say so.
+    if workers.0 != 0 && (account.uid, account.gid) != workers {
         let problem = format!(
             "workers run as uid {}, gid {}, and only root's can run a program as {}:{}",
             workers.0, workers.1, account.name, account.group

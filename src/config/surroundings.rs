@@ -29,6 +29,9 @@ pub(super) struct Surroundings {
     pub cpus: usize,
     /// How much memory it may use, in bytes.
     pub memory: u64,
+    /// Whether what is read has served already: programs and directories that have gone since are told when one
+    /// of them is started, and are no reason to end a server.
+    pub has_served: bool,
 }
 
 impl Surroundings {
@@ -45,6 +48,7 @@ impl Surroundings {
             directory: env::current_dir().unwrap_or_else(|_| "/".into()),
             cpus: num_cpus::get(),
             memory: memory::in_all(),
+            has_served: false,
         }
     }
 

@@ -21,6 +21,7 @@ pub(super) fn root() -> Surroundings {
         directory: "/home".into(),
         cpus: 4,
         memory: 8 << 30,
+        has_served: false,
     }
 }
 

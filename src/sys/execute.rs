@@ -76,7 +76,10 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             step: Step::Limits,
             errno,
         })?;
-        if let Some(account) = &template.account {
+        // Who is that user already needs no rights for it, and may have none.
+        if let Some(account) = &template.account
+            && (libc::geteuid(), libc::getegid()) != (account.uid, account.gid)
+        {
             become_account(account).map_err(|errno| SpawnError {
                 step: Step::Account,
                 errno,

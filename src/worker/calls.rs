@@ -195,7 +195,6 @@ impl Calls {
             method,
             token,
             in_order: reply.place != Place::Anywhere,
-            turn: 0,
             since_ms: read_ms,
             deadline_ms,
         };
@@ -239,7 +238,7 @@ impl Calls {
                 self.lanes[lane].queue.runs_out(key, now_ms);
                 return Some(key);
             }
-            self.lanes[lane].queue.remove(key);
+            self.lanes[lane].queue.take(key);
             let Some(call) = self.table.get(key) else {
                 continue;
             };

@@ -1,6 +1,6 @@
 //! Which of the calls that wait begins next, and which are not begun any more.
 //!
-//! Connections take turns, and of one turn the oldest call goes first, as long as that serves everybody: who
+//! Connections take turns, and the oldest call of one goes first, as long as that serves everybody: who
 //! sends a thousand calls ahead keeps nobody waiting but himself. Where the queue stands (it has not
 //! been empty for a while, and the call whose turn it is ran out of time), that would begin each call
 //! just before its caller stops waiting: then the newest goes first, whose caller still has the most
@@ -31,8 +31,6 @@ pub struct Waiting {
     pub token: Token,
     /// Whether it is answered in the order of that.
     pub in_order: bool,
-    /// Its turn, which the queue gives it; 0 where it has none yet.
-    pub turn: u64,
     /// Since when, in milliseconds.
     pub since_ms: u64,
     /// When it must be answered, in milliseconds.
@@ -54,12 +52,14 @@ impl Waiting {
 pub struct Queue {
     /// By serial, which is the order of arrival.
     waiting: BTreeMap<u64, Waiting>,
-    /// By turn, and in that by serial.
-    turns: BTreeSet<(u64, u64)>,
-    /// How many calls of a connection wait, and the last one's turn.
-    connections: HashMap<Token, (usize, u64)>,
-    /// Those that are answered in the order of their connection.
-    lines: BTreeSet<(Token, u64)>,
+    /// The same by connection, and of each in that order.
+    calls: BTreeSet<(Token, u64)>,
+    /// The connections that have some, by their turn.
+    turns: BTreeSet<(u64, Token)>,
+    /// The turn of each.
+    turn_of: HashMap<Token, u64>,
+    /// The last turn that was given. Never one twice, so who joins comes behind all that wait.
+    last_turn: u64,
     /// When the first one came after it had been empty.
     since_ms: u64,
     /// Until when its next call's bad luck counts.
@@ -67,63 +67,74 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Lets a call wait: behind those of its connection, or at its old place.
-    pub fn push(&mut self, mut call: Waiting, now_ms: u64) {
+    /// Lets a call wait: behind the older ones of its connection.
+    pub fn push(&mut self, call: Waiting, now_ms: u64) {
         if self.waiting.is_empty() {
             self.since_ms = now_ms;
         }
-        let turn = self.turns.first().map_or(1, |(turn, _)| *turn);
-        let (count, last) = self.connections.entry(call.token).or_default();
-        if call.turn == 0 {
-            call.turn = turn.max(*last + 1);
+        self.calls.insert((call.token, call.key.serial));
+        self.waiting.insert(call.key.serial, call);
+        if !self.turn_of.contains_key(&call.token) {
+            self.give_turn(call.token);
         }
-        (*count, *last) = (*count + 1, call.turn.max(*last));
-        let serial = call.key.serial;
-        if call.in_order {
-            self.lines.insert((call.token, serial));
-        }
-        self.turns.insert((call.turn, serial));
-        self.waiting.insert(serial, call);
     }
 
     /// Who is next.
     pub fn next(&self, now_ms: u64) -> Option<&Waiting> {
-        let next = if self.is_behind(now_ms) {
-            self.waiting.values().next_back()?
-        } else {
-            self.waiting.get(&self.turns.first()?.1)?
-        };
-        if !next.in_order {
-            return Some(next);
+        if !self.is_behind(now_ms) {
+            return self.first_of(self.turns.first()?.1);
         }
+        let newest = self.waiting.values().next_back()?;
         // Its answer waits for those before it: the first of them it is.
-        let (_, serial) = self.lines.range((next.token, 0)..).next()?;
+        if newest.in_order {
+            self.first_of(newest.token)
+        } else {
+            Some(newest)
+        }
+    }
+
+    fn first_of(&self, token: Token) -> Option<&Waiting> {
+        let (_, serial) = self.calls.range((token, 0)..=(token, u64::MAX)).next()?;
         self.waiting.get(serial)
     }
 
-    /// Takes a call out.
-    pub fn remove(&mut self, key: CallKey) {
-        let Some(call) = self.waiting.remove(&key.serial) else {
+    /// Takes a call out to be begun: the next turns are the other connections'.
+    pub fn take(&mut self, key: CallKey) {
+        let Some(call) = self.remove(key) else {
             return;
         };
-        self.turns.remove(&(call.turn, key.serial));
-        self.lines.remove(&(call.token, key.serial));
-        if let Some((count, _)) = self.connections.get_mut(&call.token) {
-            *count -= 1;
-            if *count == 0 {
-                self.connections.remove(&call.token);
-            }
+        if let Some(turn) = self.turn_of.remove(&call.token) {
+            self.turns.remove(&(turn, call.token));
+            self.give_turn(call.token);
         }
+    }
+
+    /// Takes a call out that is not begun: that was no turn of its connection's.
+    pub fn remove(&mut self, key: CallKey) -> Option<Waiting> {
+        let call = self.waiting.remove(&key.serial)?;
+        self.calls.remove(&(call.token, key.serial));
+        if self.first_of(call.token).is_none()
+            && let Some(turn) = self.turn_of.remove(&call.token)
+        {
+            self.turns.remove(&(turn, call.token));
+        }
+        Some(call)
+    }
+
+    fn give_turn(&mut self, token: Token) {
+        self.last_turn += 1;
+        self.turn_of.insert(token, self.last_turn);
+        self.turns.insert((self.last_turn, token));
     }
 
     /// A call runs out of time; to be told before it is taken out.
     pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
         // One with little patience behind others is no sign: they may all be in time.
-        if self
+        let next = self
             .turns
             .first()
-            .is_some_and(|(_, serial)| *serial == key.serial)
-        {
+            .and_then(|(_, token)| self.first_of(*token));
+        if next.is_some_and(|next| next.key == key) {
             self.behind_until_ms = now_ms + STANDING_MS;
         }
     }

@@ -10,7 +10,6 @@ fn call(serial: u64, line: Option<usize>, since_ms: u64, deadline_ms: u64) -> Wa
         // who is in no line is of a connection of its own
         token: Token::for_test(line.unwrap_or(100 + serial as usize)),
         in_order: line.is_some(),
-        turn: 0,
         since_ms,
         deadline_ms,
     }
@@ -18,7 +17,7 @@ fn call(serial: u64, line: Option<usize>, since_ms: u64, deadline_ms: u64) -> Wa
 
 fn take(queue: &mut Queue, now_ms: u64) -> Option<u64> {
     let key = queue.next(now_ms)?.key;
-    queue.remove(key);
+    queue.take(key);
     Some(key.serial)
 }
 
@@ -75,8 +74,44 @@ fn connections_take_turns_whoever_sends_how_much_ahead() {
         queue.push(of(3, 7), 0);
         let order: Vec<u64> = std::iter::from_fn(|| take(&mut queue, 0)).collect();
         assert_eq!(order, [2, 5, 7, 3, 6, 4]);
-        assert!(queue.connections.is_empty() && queue.turns.is_empty() && queue.lines.is_empty());
+        assert!(queue.turn_of.is_empty() && queue.turns.is_empty() && queue.calls.is_empty());
     }
+}
+
+#[test]
+fn who_has_two_calls_has_a_turn_among_many_who_have_one_each() {
+    let mut queue = Queue::default();
+    (1..=2).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), 0));
+    (3..=10).for_each(|serial| queue.push(call(serial, Some(serial as usize), 0, 60_000), 0));
+    // each of them calls again as soon as it is served
+    let mut order = Vec::new();
+    for serial in 11..=30 {
+        let key = queue.next(0).unwrap().key;
+        let line = queue.waiting[&key.serial].token;
+        queue.take(key);
+        order.push(key.serial);
+        queue.push(
+            Waiting {
+                token: line,
+                ..call(serial, Some(1), 0, 60_000)
+            },
+            0,
+        );
+    }
+    assert!(order[..10].contains(&2), "{order:?}");
+}
+
+#[test]
+fn who_gives_up_calls_loses_no_turn() {
+    let mut queue = Queue::default();
+    (1..=4).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), 0));
+    (5..=6).for_each(|serial| queue.push(call(serial, Some(2), 0, 60_000), 0));
+    for serial in 1..=3 {
+        let key = CallKey { index: 0, serial };
+        assert!(queue.remove(key).is_some() && queue.remove(key).is_none());
+    }
+    assert_eq!(take(&mut queue, 0), Some(4));
+    assert_eq!(take(&mut queue, 0), Some(5));
 }
 
 #[test]
