@@ -19,7 +19,7 @@ fuzz_target!(|text: &str| {
             let again = settings.to_toml();
             let again = config::load_text(file, again, &overrides).expect("what check prints");
             assert_eq!(again, settings);
-            assert!(config::needs_restart(&settings, &again).is_empty());
+            assert!(config::as_running(again, &settings).needs_restart.is_empty());
         }
         Err(error) => {
             let Error::Config { position, .. } = &error else {
