@@ -373,7 +373,8 @@ impl Ledger {
             // Stopped for good, and found out late: the master was stopped too, or became another.
             Kind::Late => {
                 let is_late = |ended: &Ended| {
-                    let is_over = ended.at + TIMEOUT <= fault.at;
+                    // it was stopped a moment before it was looked at
+                    let is_over = ended.at + TIMEOUT <= fault.at + SHORT;
                     ended.end == End::Killed && is_over && ended.met(fault, told)
                 };
                 self.ended.iter().any(is_late) || told.starved_before(fault)

@@ -353,20 +353,31 @@ fn a_connection_that_never_rests_is_handed_over_in_a_moment() {
 #[test]
 fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
     const CALLS: u64 = 500;
+    const AHEAD: u64 = 20;
     let _alone = alone();
     let daemon = Daemon::builder()
         .config(&CONFIG.replace("count = 2", "count = 2\nthreads = 10"))
         .start();
+    let call = |id: u64| json!({"in": "sleep", "params": 0.02, "id": id});
     for _ in 0..3 {
         let mut client = daemon.client();
-        client.send(&json!({"in": "sleep", "params": 0.3, "id": 0}).to_string());
-        let worker = daemon.wait_running(1);
+        client.call(&call(0));
+        let holder = || {
+            let workers = daemon.workers();
+            Some(workers.iter().find(|it| it.connections == 1)?.pid)
+        };
+        wait_for("its worker", PATIENCE, || holder().is_some());
+        let worker = holder().unwrap();
+        // young calls are under way at all times, then the order to drain comes, and the burst
+        client.send_together((1..=AHEAD).map(call));
+        for id in 0..50 {
+            client.recv_json();
+            client.send(&call(id).to_string());
+        }
         kill(Pid::from_raw(worker), Signal::SIGTERM).unwrap();
         let begin = Instant::now();
-        client.send(&json!({"in": "sleep", "params": 0.09, "id": 0}).to_string());
-        client
-            .send_together((1..=CALLS).map(|id| json!({"in": "sleep", "params": 0.02, "id": id})));
-        for _ in 0..CALLS + 2 {
+        client.send_together((1..=CALLS).map(call));
+        for _ in 0..CALLS + AHEAD {
             assert_eq!(client.recv_json()["out"], "sleep");
         }
         // 10 s, one by one
@@ -375,7 +386,15 @@ fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
             begin.elapsed(),
             Duration::from_secs(2),
         );
+        drop(client);
         wait_for("the drained one gone", PATIENCE, || !process::runs(worker));
+        wait_for("nobody connected", PATIENCE, || {
+            let workers = daemon.workers();
+            workers.len() == 2
+                && workers
+                    .iter()
+                    .all(|it| it.connections == 0 && it.state == "ready")
+        });
     }
 }
 
