@@ -3,8 +3,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
-use std::process::{Command, Stdio};
-use std::thread;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -44,14 +43,7 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     );
     let begin = Instant::now();
     let address = daemon.address();
-    let socket = daemon.dir().join("control.sock");
-    let stopping = thread::spawn(move || {
-        Command::new(crate::support::binary())
-            .args(["stop", "--after", "15s", "--control-socket"])
-            .arg(socket)
-            .output()
-            .unwrap()
-    });
+    let mut stopping = daemon.asking(&["stop", "--after", "15s"]).spawn().unwrap();
     daemon
         .notify()
         .wait(told, PATIENCE, |line| line == "STOPPING=1")
@@ -93,8 +85,8 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     });
     let refused_after = begin.elapsed();
     assert_eq!(running.recv_json()["result"], 16);
-    let stopped = stopping.join().unwrap();
-    assert!(stopped.status.success(), "{stopped:?}");
+    let stopped = stopping.wait().unwrap();
+    assert!(stopped.success(), "{stopped:?}");
     assert_eq!(daemon.wait_exit().code(), Some(0));
     println!("not ready after {not_ready_after:?}, refused after {refused_after:?}");
     assert!(
@@ -120,13 +112,8 @@ pool = \"p\"
 ";
     daemon.configure(&format!("{CONFIG}{never_ready}"));
     let order = |words: &[&str]| {
-        Command::new(crate::support::binary())
-            .args(words)
-            .arg("--control-socket")
-            .arg(daemon.dir().join("control.sock"))
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
+        let mut command = daemon.asking(words);
+        command.stderr(Stdio::piped()).spawn().unwrap()
     };
     let first = order(&["reload"]);
     daemon.wait_log("reload: reads the configuration");
@@ -151,14 +138,7 @@ pool = \"p\"
 fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
     for term in [false, true] {
         let mut daemon = Daemon::builder().config(CONFIG).start();
-        let socket = daemon.dir().join("control.sock");
-        let later = thread::spawn(move || {
-            Command::new(crate::support::binary())
-                .args(["stop", "--after", "10m", "--control-socket"])
-                .arg(socket)
-                .output()
-                .unwrap()
-        });
+        let mut later = daemon.asking(&["stop", "--after", "10m"]).spawn().unwrap();
         daemon.wait_log("stops in 600 s");
         let mut running = daemon.client();
         running.send(&json!({"in": "sleep", "params": 3}).to_string());
@@ -172,7 +152,7 @@ fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
         assert_eq!(running.recv_json()["result"], 3);
         assert_eq!(daemon.wait_exit().code(), Some(0));
         assert_within("left", begin.elapsed(), Duration::from_secs(5));
-        assert!(later.join().unwrap().status.success());
+        assert!(later.wait().unwrap().success());
     }
 }
 

@@ -78,9 +78,7 @@ fn reloads_at_full_load_lose_no_call_in_any_of_nine_cells() {
     wait_for("the old generations gone", PATIENCE, || {
         process::workers(daemon.pid()).len() == 2
     });
-    wait_for("the master's descriptors", PATIENCE, || {
-        process::descriptors(daemon.pid()) == descriptors
-    });
+    process::wait_for_descriptors(daemon.pid(), descriptors);
     sweep.assert_like(&daemon);
     drop(daemon);
 

@@ -115,9 +115,7 @@ fn a_broken_configuration_changes_nothing_and_its_reason_is_told() {
     assert_eq!(daemon.ready_workers(), before);
     println!("{} broken configurations, each refused twice", cases.len());
     lasting.stop_without_loss("lasting connections");
-    wait_for("the master's descriptors", PATIENCE, || {
-        process::descriptors(daemon.pid()) == descriptors
-    });
+    process::wait_for_descriptors(daemon.pid(), descriptors);
 
     daemon.configure(GOOD);
     let accepted = daemon.command(&["reload"]);
@@ -182,9 +180,7 @@ fn twenty_reloads_lose_no_call() {
     wait_for("the old generations gone", PATIENCE, || {
         process::workers(daemon.pid()).len() == 2
     });
-    wait_for("the master's descriptors", PATIENCE, || {
-        process::descriptors(daemon.pid()) == descriptors
-    });
+    process::wait_for_descriptors(daemon.pid(), descriptors);
 }
 
 #[test]

@@ -5,14 +5,13 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::{Client, Daemon, PATIENCE, binary};
+use crate::support::{Client, Daemon, binary, control};
 
 const PING: &str = r#"{"in": "ping"}"#;
 
@@ -29,21 +28,12 @@ fn daemon() -> Daemon {
     daemon
 }
 
-/// A connection to the control socket.
-fn control(path: &Path) -> UnixStream {
-    let stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream
-}
-
 /// What it is answered.
 fn status(stream: &mut UnixStream) -> Value {
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).unwrap();
     serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
 }
-
-const ASK: &[u8] = b"{\"command\":\"status\"}\n";
 
 #[test]
 fn sockets_that_were_removed_are_made_again_at_a_reload_and_nobody_is_lost() {
@@ -52,7 +42,7 @@ fn sockets_that_were_removed_are_made_again_at_a_reload_and_nobody_is_lost() {
     let own = daemon.dir().join("control.sock");
     let mut lasting = Client::connect_unix(&rpc);
     lasting.call_text(PING);
-    let mut commands = vec![control(&own)];
+    let mut commands = vec![control::connect(&own)];
     let everybody = daemon.ready_workers();
     let all = |signal| {
         for &pid in &everybody {
@@ -64,9 +54,9 @@ fn sockets_that_were_removed_are_made_again_at_a_reload_and_nobody_is_lost() {
     daemon.signal(Signal::SIGSTOP);
     let mut waiting: Vec<Client> = (0..5).map(|_| Client::connect_unix(&rpc)).collect();
     waiting.iter_mut().for_each(|client| client.send(PING));
-    commands.extend((0..5).map(|_| control(&own)));
+    commands.extend((0..5).map(|_| control::connect(&own)));
     for command in &mut commands {
-        command.write_all(ASK).unwrap();
+        command.write_all(control::STATUS).unwrap();
     }
     for path in [&rpc, &own] {
         fs::remove_file(path).unwrap();

@@ -412,9 +412,7 @@ fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     let before = executable(daemon.pid());
     installed.script("while [ ! -e $dir/go ]; do sleep 0.02; done; exec $good \"$@\"");
     let ask = |arguments: &[&str]| {
-        let mut command = Command::new(binary());
-        command.args(arguments).arg("--control-socket");
-        command.arg(daemon.dir().join("control.sock"));
+        let mut command = daemon.asking(arguments);
         command.stderr(Stdio::piped()).spawn().unwrap()
     };
     let upgrade = ask(&["upgrade"]);

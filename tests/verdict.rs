@@ -34,9 +34,7 @@ fn a_refused_reload_quotes_what_the_new_worker_has_logged() {
     // the log has both already, each once
     assert_eq!(daemon.log().matches(REASON).count(), 1);
     assert_eq!(daemon.ready_workers(), before);
-    wait_for("the master's descriptors", PATIENCE, || {
-        process::descriptors(daemon.pid()) == descriptors
-    });
+    process::wait_for_descriptors(daemon.pid(), descriptors);
     // What one verdict had to quote is nothing to the next.
     daemon.configure("color = 1\n");
     let refused = daemon.command(&["reload"]);
@@ -137,12 +135,8 @@ fn a_reload_waits_while_four_old_generations_drain_and_its_caller_is_told() {
         })
         .collect();
     assert_eq!(daemon.workers().len(), 5);
-    let mut waiting = Command::new(binary())
-        .args(["reload", "--control-socket"])
-        .arg(daemon.dir().join("control.sock"))
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut command = daemon.asking(&["reload"]);
+    let mut waiting = command.stderr(Stdio::piped()).spawn().unwrap();
     let mut hint = String::new();
     BufReader::new(waiting.stderr.take().unwrap())
         .read_line(&mut hint)

@@ -28,9 +28,6 @@ use crate::sys::socket;
 const PROMPT: Duration = Duration::from_secs(10);
 
 const STUCK: &str = "the master does not answer: it is stopped, stuck or busy";
-/// To whoever has asked for more than its status.
-const STUCK_LATER: &str = "the master does not answer: it is stopped, stuck or busy, and does what was asked \
-                           of it when it goes on";
 
 /// How long a stop may take before it is said what it waits for.
 const HINT_AFTER: Duration = Duration::from_secs(2);
@@ -207,7 +204,10 @@ impl Control {
         let line = self.exchange(request, patience).map_err(|error| {
             let text = match error.kind() {
                 ErrorKind::WouldBlock if *request == Request::Status => STUCK,
-                ErrorKind::WouldBlock => STUCK_LATER,
+                ErrorKind::WouldBlock => {
+                    let text = format!("{STUCK}, and does what was asked of it when it goes on");
+                    return self.alien(&text);
+                }
                 ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
                     "the master left before it answered; its log says why"
                 }

@@ -13,10 +13,10 @@ use crate::protocol::control::{
 
 /// How many deaths are shown; `status --json` has them all.
 const DEATHS_SHOWN: usize = 10;
-/// An event loop that has not turned for longer is worth a word.
-const SILENT_MS: u64 = 3000;
 /// Characters of a death's reason that are shown; likewise.
 const LONGEST_REASON: usize = 120;
+/// An event loop that has not turned for longer is worth a word.
+const SILENT_MS: u64 = 3000;
 
 /// The page. `name` is the program's; `now` in seconds since 1970.
 pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> String {
@@ -155,8 +155,8 @@ fn workers(workers: &[Worker]) -> Table {
     table
 }
 
-/// What a worker's last column says: its oldest call, that its loop stands still, lost threads, programs that are down, what its
-/// slot waits for.
+/// What a worker's last column says: its oldest call, that its loop stands still, lost threads, programs
+/// that are down, what its slot waits for.
 fn remark(worker: &Worker) -> String {
     let call = worker.oldest_call.as_ref().map(|call| {
         let age = units::milliseconds(call.age_ms);

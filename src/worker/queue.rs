@@ -14,7 +14,8 @@ use std::time::Duration;
 use super::timers::CallKey;
 use crate::sys::event::Token;
 
-/// A queue that was not empty for so long stands, and so long after its next call ran out of time it is taken to be more than can be done.
+/// A queue that was not empty for so long stands, and so long after its next call ran out of time it is
+/// taken to be more than can be done.
 const STANDING_MS: u64 = 100;
 
 /// A call that has waited less found its thread as good as idle: it is begun whatever it takes.
@@ -82,7 +83,7 @@ impl Queue {
     /// Who is next.
     pub fn next(&self, now_ms: u64) -> Option<&Waiting> {
         if !self.is_behind(now_ms) {
-            return self.first_of(self.turns.first()?.1);
+            return self.in_turn();
         }
         let newest = self.waiting.values().next_back()?;
         // Its answer waits for those before it: the first of them it is.
@@ -93,6 +94,11 @@ impl Queue {
         }
     }
 
+    /// The oldest call of the connection whose turn it is.
+    fn in_turn(&self) -> Option<&Waiting> {
+        self.first_of(self.turns.first()?.1)
+    }
+
     fn first_of(&self, token: Token) -> Option<&Waiting> {
         let (_, serial) = self.calls.range((token, 0)..=(token, u64::MAX)).next()?;
         self.waiting.get(serial)
@@ -100,11 +106,9 @@ impl Queue {
 
     /// Takes a call out to be begun: the next turns are the other connections'.
     pub fn take(&mut self, key: CallKey) {
-        let Some(call) = self.remove(key) else {
-            return;
-        };
-        if let Some(turn) = self.turn_of.remove(&call.token) {
-            self.turns.remove(&(turn, call.token));
+        if let Some(call) = self.remove(key)
+            && self.turn_of.contains_key(&call.token)
+        {
             self.give_turn(call.token);
         }
     }
@@ -121,20 +125,19 @@ impl Queue {
         Some(call)
     }
 
+    /// The last turn of all, in place of the one that it may have.
     fn give_turn(&mut self, token: Token) {
         self.last_turn += 1;
-        self.turn_of.insert(token, self.last_turn);
+        if let Some(turn) = self.turn_of.insert(token, self.last_turn) {
+            self.turns.remove(&(turn, token));
+        }
         self.turns.insert((self.last_turn, token));
     }
 
     /// A call runs out of time; to be told before it is taken out.
     pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
         // One with little patience behind others is no sign: they may all be in time.
-        let next = self
-            .turns
-            .first()
-            .and_then(|(_, token)| self.first_of(*token));
-        if next.is_some_and(|next| next.key == key) {
+        if self.in_turn().is_some_and(|next| next.key == key) {
             self.behind_until_ms = now_ms + STANDING_MS;
         }
     }

@@ -346,9 +346,14 @@ impl Daemon {
         std::net::TcpStream::connect_timeout(&self.address, PATIENCE).map(Client::over)
     }
 
-    /// Runs a command of preforkd against it: `command(&["status", "--json"])`. Those that ask
-    /// the master find its control socket, `call` its address.
+    /// Runs a command of preforkd against it: `command(&["status", "--json"])`.
     pub fn command(&self, arguments: &[&str]) -> Output {
+        self.asking(arguments).output().unwrap()
+    }
+
+    /// A command of preforkd against it, to be run. Those that ask the master find its control socket,
+    /// `call` its address.
+    pub fn asking(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command.args(arguments);
         if matches!(arguments.first(), Some(&("call" | "map" | "bench"))) {
@@ -358,11 +363,8 @@ impl Daemon {
                 .arg("--control-socket")
                 .arg(self.dir.join("control.sock"));
         }
+        command.env_remove("RUST_LOG").stdin(Stdio::null());
         command
-            .env_remove("RUST_LOG")
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
     }
 
     /// Its status, as the documented JSON; the master has closed what it was asked on.

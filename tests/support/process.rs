@@ -68,6 +68,13 @@ pub fn descriptors_at_rest(pid: i32) -> usize {
     looks[looks.len() - 1]
 }
 
+/// Waits until it has so many open.
+#[track_caller]
+pub fn wait_for_descriptors(pid: i32, count: usize) {
+    let what = format!("{count} descriptors of {pid}");
+    wait_for(&what, PATIENCE, || descriptors(pid) == count);
+}
+
 /// The inode of what a process runs, deleted or not.
 pub fn executable(pid: i32) -> u64 {
     fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino()
