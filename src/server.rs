@@ -97,10 +97,14 @@ impl Server {
     /// What kept it from starting, or ended it.
     pub fn serve(mut self, file: Option<PathBuf>, mut overrides: Overrides) -> Result<()> {
         overrides.functions = self.functions();
+        // First: from here on we open descriptors too.
+        let opened_in_main = opened_in_main();
         match Arrival::take()? {
             None => {}
             Some(Arrival::Probe) => return self.probe(overrides),
-            Some(Arrival::TakeOver(trial)) => return self.take_over(trial, overrides),
+            Some(Arrival::TakeOver(trial)) => {
+                return self.take_over(trial, overrides, &opened_in_main);
+            }
         }
         self.check_names()?;
         one_thread()?;
@@ -122,7 +126,7 @@ impl Server {
             match daemon::detach().map_err(|error| Error::system("detach", error))? {
                 Detached::Launcher(word) => return launched(word),
                 Detached::Daemon(waiting) => {
-                    leave_descriptors(&waiting, &passed);
+                    leave_descriptors(&waiting, &passed, &opened_in_main);
                     launcher = Some(waiting);
                 }
             }
@@ -130,8 +134,7 @@ impl Server {
         logging::i_am_master();
         raise_descriptor_limit();
         let hooks = Arc::new(std::mem::take(&mut self.hooks));
-        let made = hooks.start_master().map_err(Error::NotReady);
-        let kept = match made.and_then(|kept| one_thread().map(|()| kept)) {
+        let kept = match start_hooks(&hooks, &opened_in_main) {
             Ok(kept) => kept,
             Err(error) => return end(Ok(Err(error)), launcher),
         };
@@ -269,13 +272,44 @@ fn open_log(settings: &Settings) -> Result<Output> {
     })
 }
 
+/// The descriptors that the program has opened so far: those that its exec would have closed. Another
+/// one may come from the shell, and nothing tells which does.
+fn opened_in_main() -> BTreeSet<RawFd> {
+    let mut open = descriptor::list_open();
+    open.retain(|&fd| descriptor::is_closed_on_exec(fd));
+    open
+}
+
+/// Lets the program make what the master keeps, and finds out which descriptors are the program's.
+fn start_hooks(hooks: &Hooks, opened_in_main: &BTreeSet<RawFd>) -> Result<Kept> {
+    let before = descriptor::list_open();
+    let kept = hooks.start_master().map_err(Error::NotReady)?;
+    // Before the next look: what a thread closes at its end is not the program's any more.
+    one_thread()?;
+    // The master itself opens nothing in between.
+    let mut descriptors = descriptor::list_open();
+    descriptors.retain(|fd| opened_in_main.contains(fd) || !before.contains(fd));
+    // A C library may open one without O_CLOEXEC, which the program after an upgrade would inherit.
+    descriptors
+        .iter()
+        .copied()
+        .for_each(descriptor::close_on_exec);
+    Ok(kept.with_descriptors(descriptors))
+}
+
 /// Closes what the launching shell had open besides the standard streams: a daemon that keeps a
-/// pipe or a lock of a script's would hold that script up for as long as it lives.
-fn leave_descriptors(launcher: &Launcher, passed: &[PassedListener]) {
+/// pipe or a lock of a script's would hold that script up for as long as it lives. What the program has
+/// opened stays open.
+fn leave_descriptors(
+    launcher: &Launcher,
+    passed: &[PassedListener],
+    opened_in_main: &BTreeSet<RawFd>,
+) {
     let mut keep: Vec<RawFd> = passed
         .iter()
         .map(|listener| listener.fd.as_raw_fd())
         .collect();
+    keep.extend(opened_in_main);
     keep.push(launcher.raw_descriptor());
     keep.extend(logging::output_descriptor());
     descriptor::close_all_but(&keep);

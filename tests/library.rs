@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::start::{DETACHED, OWN_SOCKET, Running};
+use crate::support::installed::{Installed, upgrade, wait_for_children, wait_kinds};
 use crate::support::wire::{DIALECTS, Dialect, Wire};
-use crate::support::{Builder, Daemon, PATIENCE, Sweep, example, process, wait_for};
+use crate::support::{Builder, Client, Daemon, PATIENCE, Sweep, example, process, wait_for};
 
 fn shop(config: &str) -> Daemon {
     let daemon = Daemon::builder()
@@ -100,7 +102,7 @@ fn over_a_unix_socket_there_is_no_peer_address() {
         ))
         .program(example("state"))
         .start();
-    let mut client = crate::support::Client::connect_unix(&path);
+    let mut client = Client::connect_unix(&path);
     let about = client.call(&json!({"in": "about"}));
     assert_eq!(about["result"]["peer"], Value::Null, "{about}");
     drop(daemon);
@@ -331,4 +333,87 @@ fn the_primes_of_a_range_are_summed_by_all_workers() {
     let calls: Vec<u64> = daemon.workers().iter().map(|it| it.calls).collect();
     println!("{sum} in 64 pieces, by worker: {calls:?}");
     assert_eq!(calls.iter().sum::<u64>(), 64);
+}
+
+/// `examples/before_fork` at a path of its own, so that it can be upgraded.
+fn before_fork() -> Installed {
+    let installed = Installed::new();
+    installed.put(&example("before_fork"));
+    installed
+}
+
+/// Has a worker append `line` to each file that the program has opened before the fork.
+#[track_caller]
+fn record(installed: &Installed, client: &mut Client, line: &str) {
+    for name in ["main", "hook", "library"] {
+        let answer = client.call(&json!({"in": "record", "params": [name, line]}));
+        assert_eq!(answer["result"], Value::Null, "{name}, {line}: {answer}");
+        let text = installed.dir.read(name);
+        let last = text.lines().next_back();
+        assert_eq!(last, Some(line), "{name}: {text:?}");
+    }
+}
+
+/// Whether one of these processes has a file open that the shell had open before it became the server.
+fn has_shells_file(pids: &[i32]) -> bool {
+    let has = |pid: &i32| {
+        process::kinds(*pid)
+            .iter()
+            .any(|it| it.ends_with("/shells"))
+    };
+    pids.iter().any(has)
+}
+
+#[test]
+fn a_file_opened_before_the_fork_is_usable_in_a_handler() {
+    let installed = before_fork();
+    let daemon = installed
+        .daemon("[workers]\ncount = 2\n")
+        .env("RECORDS", &*installed.dir)
+        .before("exec 8>$TMPDIR/shells")
+        .start();
+    record(&installed, &mut daemon.client(), "start");
+    assert!(!has_shells_file(&daemon.ready_workers()));
+    assert!(daemon.command(&["reload"]).status.success());
+    record(&installed, &mut daemon.client(), "reload");
+    wait_for_children(&daemon, 2);
+    let kinds = process::kinds(daemon.pid());
+    installed.put(&example("before_fork"));
+    upgrade(&daemon);
+    record(&installed, &mut daemon.client(), "upgrade");
+    assert!(!has_shells_file(&daemon.ready_workers()));
+    wait_for_children(&daemon, 2);
+    // The next program opens its files itself: none of the program before it is left.
+    wait_kinds(daemon.pid(), &kinds);
+}
+
+#[test]
+fn a_file_opened_before_the_fork_is_usable_in_a_handler_of_a_daemon() {
+    let installed = before_fork();
+    let config = installed
+        .dir
+        .write("p.toml", format!("{DETACHED}{OWN_SOCKET}"));
+    let mut start = Command::new("/bin/sh");
+    start
+        .args(["-c", "exec 8>shells; exec ./preforkd run --config p.toml"])
+        .current_dir(&*installed.dir)
+        .env("TMPDIR", &*installed.dir)
+        .env("RECORDS", &*installed.dir);
+    let started = start.output().unwrap();
+    assert!(started.status.success(), "{started:?}");
+    let daemon = Running(&installed.dir);
+    let client = || Client::connect_unix(&installed.dir.join("rpc.sock"));
+    record(&installed, &mut client(), "start");
+    let family = || [&[daemon.pid()][..], &process::workers(daemon.pid())].concat();
+    assert!(!has_shells_file(&family()));
+    installed.put(&example("before_fork"));
+    let upgraded = Command::new(installed.path())
+        .args(["upgrade", "--config"])
+        .arg(&config)
+        .env("RECORDS", &*installed.dir)
+        .output()
+        .unwrap();
+    assert!(upgraded.status.success(), "{upgraded:?}");
+    record(&installed, &mut client(), "upgrade");
+    assert!(!has_shells_file(&family()));
 }

@@ -38,10 +38,10 @@ fn run(dir: &Dir, config: &str) -> Output {
 }
 
 /// The master that the pid file names, stopped when the test ends, however it ends.
-struct Running<'a>(&'a Dir);
+pub struct Running<'a>(pub &'a Dir);
 
 impl Running<'_> {
-    fn pid(&self) -> i32 {
+    pub fn pid(&self) -> i32 {
         self.0.read("p.pid").trim().parse().unwrap()
     }
 }

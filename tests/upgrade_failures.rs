@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use crate::support::installed::{Installed, upgrade, wait_for_children, wait_kinds};
 use crate::support::process::{executable, kinds};
 use crate::support::sabotage::Sabotage;
-use crate::support::{Client, Daemon, PATIENCE, binary, process, wait_for};
+use crate::support::{Builder, Client, Daemon, PATIENCE, binary, process, wait_for};
 use crate::upgrade::without_loss;
 
 const CONFIG: &str = "[workers]\ncount = 2\nboot-timeout = \"4s\"\n";
@@ -230,16 +230,34 @@ fn what_fails_after_the_exec_goes_back_to_the_old_program() {
     });
 }
 
-/// A daemon whose new program panics after the exec: it has a second thread, and then no master forks.
-fn panicking(installed: &Installed, sabotage: &Sabotage) -> Daemon {
+/// A daemon whose new program is broken as a test orders.
+fn sabotaged(installed: &Installed, sabotage: &Sabotage) -> Builder {
     installed
         .daemon(CONFIG)
         .env("LD_PRELOAD", sabotage.library())
         .env("SABOTAGE", sabotage.place())
+        .expect_log("upgrade refused")
+}
+
+/// A daemon whose new program panics after the exec: it has a second thread, and then no master forks.
+fn panicking(installed: &Installed, sabotage: &Sabotage) -> Daemon {
+    sabotaged(installed, sabotage)
         .expect_log("panic at")
         .expect_log("reload refused")
-        .expect_log("upgrade refused")
         .start()
+}
+
+#[test]
+fn a_second_thread_of_the_new_program_goes_back_to_the_old_one_without_a_panic() {
+    let (installed, sabotage) = (Installed::new(), Sabotage::new());
+    let daemon = sabotaged(&installed, &sabotage).start();
+    let before = Before::of(&daemon);
+    installed.renew();
+    sabotage.order("main-thread", "");
+    let said = refused(&daemon);
+    assert!(said.contains("2 threads run in the master"), "{said}");
+    before.assert_same(&daemon, "a thread");
+    upgrade(&daemon);
 }
 
 #[test]
@@ -301,13 +319,9 @@ fn a_panic_on_the_way_goes_back_with_all_that_was_heard() {
 #[test]
 fn what_comes_at_the_last_moment_is_heard_by_the_old_program() {
     let (installed, sabotage) = (Installed::new(), Sabotage::new());
-    let daemon = installed
-        .daemon(CONFIG)
-        .env("LD_PRELOAD", sabotage.library())
-        .env("SABOTAGE", sabotage.place())
+    let daemon = sabotaged(&installed, &sabotage)
         .expect_log("not ready within boot-timeout")
         .expect_log("reload refused")
-        .expect_log("upgrade refused")
         .start();
     let before = Before::of(&daemon);
     daemon.configure(TOO_SLOW);

@@ -39,6 +39,13 @@ const BUG: u8 = 70;
 impl Server {
     /// Does what the command line says, `run` and all the other commands: the whole `main` of a
     /// program. The exit code is one of sysexits.h(3head); README has the list.
+    ///
+    /// # Before the fork
+    /// - **Files:** a file, socket or pipe that the program opens in `main` or in
+    ///   [`Server::on_master_start`] stays open in all workers, also with `--daemon` and after an upgrade.
+    ///   All workers share it, its position included, so open files for writing with `append`. In `main`
+    ///   a C library must open it with `O_CLOEXEC`, as [`std::fs`] does. A descriptor without that flag
+    ///   counts as passed on by the shell, and a worker closes it.
     pub fn run(self) -> ExitCode {
         main(self)
     }

@@ -6,7 +6,9 @@
 //! start, a worker does not become ready.
 
 use std::any::{Any, TypeId, type_name};
+use std::collections::BTreeSet;
 use std::fmt;
+use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -117,9 +119,25 @@ fn guarded(name: &str, make: impl FnOnce() -> Result<Thing, StartError>) -> Resu
 #[derive(Clone, Default)]
 pub struct Kept {
     things: Vec<Thing>,
+    /// Those that the program has opened before the fork.
+    descriptors: BTreeSet<RawFd>,
 }
 
 impl Kept {
+    /// The same with the descriptors that the program has opened before the fork.
+    #[must_use]
+    pub fn with_descriptors(self, descriptors: BTreeSet<RawFd>) -> Self {
+        Kept {
+            descriptors,
+            ..self
+        }
+    }
+
+    /// The descriptors that the program has opened before the fork, for its handlers.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        self.descriptors.iter().copied()
+    }
+
     /// The thing of this type that was made last.
     fn find<T: 'static>(&self) -> Option<&T> {
         let wanted = TypeId::of::<T>();

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::os::fd::RawFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -95,6 +96,11 @@ impl Registry {
     /// The pools, by number.
     pub fn pools(&self) -> &[Arc<Pool>] {
         &self.pools
+    }
+
+    /// The descriptors that the program has opened before the fork: its handlers may use them.
+    pub fn program_descriptors(&self) -> impl Iterator<Item = RawFd> {
+        self.kept.descriptors()
     }
 
     /// Lets the program make what each worker has for itself: once, in a worker, before any call.

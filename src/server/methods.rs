@@ -160,6 +160,7 @@ impl Server {
     /// thread, a pool of connections) belongs into [`Server::on_worker_start`], and so does what
     /// may not be shared by several processes (a connection, an open transaction, a random seed).
     /// A thread that is left running here is an error of the start.
+    /// A file that is opened here stays open in all workers, as [`Server::run`] says.
     ///
     /// ```no_run
     /// struct Words(Vec<String>);

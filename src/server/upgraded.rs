@@ -5,11 +5,13 @@
 //! fails in a probe is told to the master that asks; what fails in a take-over, a panic too, goes back
 //! to the program before.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
+use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::{Running, Server, end, form, one_thread, open_log};
+use super::{Running, Server, end, form, one_thread, open_log, start_hooks};
 use crate::config::{self, Overrides};
 use crate::error::{Error, Result};
 use crate::logging::{self, Output};
@@ -31,8 +33,7 @@ impl Server {
         logging::log_panics();
         logging::configure(settings.log.level, form(&settings));
         logging::set_output(open_log_of_probe()?);
-        self.hooks.start_master().map_err(Error::NotReady)?;
-        one_thread()?;
+        start_hooks(&self.hooks, &BTreeSet::new())?;
         let mut stdout = io::stdout();
         writeln!(stdout, "{PROBE_PASSED}")
             .and_then(|()| stdout.flush())
@@ -40,10 +41,17 @@ impl Server {
     }
 
     /// Is the master that the program before was. On any error it becomes that one once more.
-    pub(super) fn take_over(self, trial: Trial, overrides: Overrides) -> Result<()> {
+    pub(super) fn take_over(
+        self,
+        trial: Trial,
+        overrides: Overrides,
+        opened_in_main: &BTreeSet<RawFd>,
+    ) -> Result<()> {
         logging::log_panics();
         let mut trial = Some(trial);
-        let lived = catch_unwind(AssertUnwindSafe(|| self.taken_over(&mut trial, overrides)));
+        let lived = catch_unwind(AssertUnwindSafe(|| {
+            self.taken_over(&mut trial, overrides, opened_in_main)
+        }));
         let reason = match &lived {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
@@ -63,7 +71,12 @@ impl Server {
         end(lived, None)
     }
 
-    fn taken_over(mut self, trial: &mut Option<Trial>, mut overrides: Overrides) -> Result<()> {
+    fn taken_over(
+        mut self,
+        trial: &mut Option<Trial>,
+        mut overrides: Overrides,
+        opened_in_main: &BTreeSet<RawFd>,
+    ) -> Result<()> {
         let gone = || Error::Bug("a take-over without its trial".into());
         let program = self.name();
         let state = trial.as_mut().ok_or_else(gone)?.read()?;
@@ -93,7 +106,7 @@ impl Server {
         let title = TitleArea::claim();
         let hooks = Arc::new(std::mem::take(&mut self.hooks));
         trial.as_mut().ok_or_else(gone)?.listen()?;
-        let kept = hooks.start_master().map_err(Error::NotReady)?;
+        let kept = start_hooks(&hooks, opened_in_main)?;
         if settings.daemon {
             let _ = std::env::set_current_dir("/");
         }

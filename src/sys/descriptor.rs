@@ -1,16 +1,57 @@
-//! Descriptors that a process must not keep: closed by number, in one sweep; and what waits in one.
+//! Descriptors by number: which are open, which are closed by an exec, closing all but a few; and what
+//! waits in one.
 //!
-//! The sweep is used once, by a new worker, which keeps a short list and drops whatever else the master
-//! had open (its pid-file lock, the control socket, the other workers' links). Never fails: where
-//! close_range(2) is missing (Linux before 5.9) each number is closed in turn.
+//! A new worker keeps a short list and closes whatever else the master had open (its pid-file lock, the
+//! control socket, the other workers' links). Never fails: where close_range(2) is missing (Linux before
+//! 5.9) each number is closed in turn, and where /proc is not mounted each number is looked at.
 
 #![allow(unsafe_code)]
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::os::fd::{OwnedFd, RawFd};
 
 use nix::libc;
 
 use super::socket::queued;
+
+/// How many numbers are looked at where /proc does not list the open descriptors.
+const MAX_PROBED: RawFd = 1 << 16;
+
+/// The numbers of all open descriptors from 3 up (proc_pid_fd(5)).
+pub fn list_open() -> BTreeSet<RawFd> {
+    let is_open = |fd: &RawFd| *fd >= 3 && flags(*fd).is_some();
+    let listed: Option<Vec<RawFd>> = fs::read_dir("/proc/self/fd").ok().map(|entries| {
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        names.filter_map(|name| name.parse().ok()).collect()
+    });
+    match listed {
+        // The descriptor of the listing itself is closed again by now.
+        Some(listed) => listed.into_iter().filter(is_open).collect(),
+        None => (3..MAX_PROBED).filter(is_open).collect(),
+    }
+}
+
+/// Whether an exec closes this descriptor (FD_CLOEXEC, fcntl(2)). If it does not, whoever has executed
+/// this program may have passed it on. `false` for a number that is not open.
+pub fn is_closed_on_exec(fd: RawFd) -> bool {
+    flags(fd).is_some_and(|flags| flags & libc::FD_CLOEXEC != 0)
+}
+
+/// Has an exec close this descriptor. Does nothing if the number is not open.
+pub fn close_on_exec(fd: RawFd) {
+    if let Some(flags) = flags(fd) {
+        // SAFETY: plain numbers; the descriptor stays open and keeps its owner.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) };
+    }
+}
+
+/// The descriptor's flags. `None`: it is not open.
+fn flags(fd: RawFd) -> Option<libc::c_int> {
+    // SAFETY: plain numbers; nothing but the flags is asked for.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    (flags >= 0).then_some(flags)
+}
 
 /// Closes every descriptor from 3 up that is not in `keep`.
 ///
@@ -60,5 +101,28 @@ fn close_between(first: u32, last: u32) {
     for fd in first..=last.min(limit) {
         // SAFETY: as above.
         unsafe { libc::close(fd as RawFd) };
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::sys::socket::memory_file;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn an_open_descriptor_is_listed_with_whether_an_exec_closes_it() {
+        let file = memory_file(b"").unwrap();
+        let number = file.as_raw_fd();
+        assert!(list_open().contains(&number));
+        assert!(is_closed_on_exec(number));
+        // SAFETY: plain numbers.
+        unsafe { libc::fcntl(number, libc::F_SETFD, 0) };
+        assert!(!is_closed_on_exec(number));
+        close_on_exec(number);
+        assert!(is_closed_on_exec(number));
+        assert!(!list_open().iter().any(|&fd| fd < 3));
+        assert!(!is_closed_on_exec(RawFd::MAX));
     }
 }

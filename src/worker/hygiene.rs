@@ -43,7 +43,8 @@ pub fn become_worker(
     boot.master_signals.detach();
     // 3. Every other descriptor of the master's: control socket, the siblings' links (a sibling
     //    could not tell that the master died), listeners of other generations (which would keep
-    //    their port).
+    //    their port). What the program has opened before the fork stays open: if its number went to
+    //    a client's connection, a handler would write into that. What the shell has passed on goes.
     //    Its own listeners too: the master's values in this copy of its memory own the numbers as
     //    well and are never dropped, so that a worker which drains could not close them.
     for listener in &mut boot.listeners {
@@ -56,6 +57,7 @@ pub fn become_worker(
     keep.push(boot.adoption.taking.as_raw_fd());
     keep.extend(logging::output_descriptor());
     keep.extend(logging::told_descriptor());
+    keep.extend(boot.registry.program_descriptors());
     descriptor::close_all_but(&keep);
     signal::ignore(&NOT_OURS);
     let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGQUIT])

@@ -1,6 +1,6 @@
 //! A library that is loaded into a master (LD_PRELOAD) and breaks it between two programs, when and as a
-//! test orders by files: `thread`, `fork` and `memfd` are for the program that an upgrade has begun,
-//! and happen once; `hold` is for the one that it goes back to.
+//! test orders by files: `main-thread`, `thread`, `fork` and `memfd` are for the program that an upgrade
+//! has begun, and happen once; `hold` is for the one that it goes back to.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,8 @@ use std::process::Command;
 
 use super::{Dir, source};
 
-/// A master that has a second thread does not fork: it panics. `thread` begins one before `main`;
+/// A master that has a second thread does not fork: it panics. `main-thread` begins one before `main`,
+/// which the master finds before it forks; `thread` when the master sets its title, after it has looked;
 /// `fork` after the first worker was forked, and raises the signals whose numbers stand in it. `memfd`
 /// raises them when a table is about to be written.
 const LIBRARY: &str = r#"
@@ -29,7 +30,7 @@ extern "C" fn start() {
     if upgrade.starts_with("exec") {
         ON_TRIAL.store(unsafe { getpid() }, SeqCst);
     }
-    if upgrade.starts_with("exec") && std::fs::remove_file(place("thread")).is_ok() {
+    if upgrade.starts_with("exec") && std::fs::remove_file(place("main-thread")).is_ok() {
         stray_thread();
     }
     if upgrade.starts_with("back") && place("hold").exists() {
@@ -40,6 +41,8 @@ extern "C" fn start() {
     }
 }
 const MEMFD_CREATE: std::ffi::c_long = if cfg!(target_arch = "x86_64") { 319 } else { 279 };
+const PRCTL: std::ffi::c_long = if cfg!(target_arch = "x86_64") { 157 } else { 167 };
+const PR_SET_NAME: i32 = 15;
 unsafe extern "C" {
     fn __fork() -> i32;
     fn getpid() -> i32;
@@ -68,6 +71,13 @@ extern "C" fn fork() -> i32 {
         stray_thread();
     }
     pid
+}
+#[unsafe(no_mangle)]
+extern "C" fn prctl(option: i32, a: u64, b: u64, c: u64, d: u64) -> i32 {
+    if option == PR_SET_NAME && obeyed("thread") {
+        stray_thread();
+    }
+    unsafe { syscall(PRCTL, option, a, b, c, d) as i32 }
 }
 #[unsafe(no_mangle)]
 extern "C" fn memfd_create(name: *const std::ffi::c_char, flags: u32) -> i32 {
