@@ -1,26 +1,49 @@
 //! What a program may do before its workers are forked: open files, in `main` and in
-//! `on_master_start`.
+//! `on_master_start`, and compute something with threads.
 //!
 //! `RECORDS=/tmp cargo run --example before_fork -- run`, then
-//! `preforkd call record '["main", "a line"]'` appends a line to `/tmp/main`.
+//! `preforkd call record '["main", "a line"]'` appends a line to `/tmp/main`. `THREADS` is the number
+//! of threads. If `/tmp/slow` exists, each thread ends only some time after it is waited for.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
+use std::time::Duration;
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use preforkd::{Context, RpcError, Server, StartError};
 
+/// How long a slow thread lives on after its scope has waited for it.
+const SLOW_END: Duration = Duration::from_millis(300);
+
 /// The files that are opened in `on_master_start`. All workers share them.
 type Files = BTreeMap<&'static str, File>;
+
+/// Sleeps when it is dropped: a thread's own values are dropped after its scope has waited for it.
+struct SlowEnd;
+
+impl Drop for SlowEnd {
+    fn drop(&mut self) {
+        thread::sleep(SLOW_END);
+    }
+}
+
+thread_local! {
+    static AT_END: RefCell<Option<SlowEnd>> = const { RefCell::new(None) };
+}
 
 fn main() -> ExitCode {
     let main = record("main").expect("RECORDS names a directory that may be written to");
     Server::new()
         .on_master_start(open_files)
+        .on_master_start(sum_with_threads)
         .method_with(
             "record",
             move |call: &Context<'_>, (name, line): (String, String)| {
@@ -31,6 +54,7 @@ fn main() -> ExitCode {
                     .map_err(|error| RpcError::new(500, error.to_string()))
             },
         )
+        .method_with("sum", |call: &Context<'_>, ()| Ok(*call.state::<u64>()))
         .run()
 }
 
@@ -52,4 +76,23 @@ fn open_files() -> Result<Files, StartError> {
         ("hook", record("hook")?),
         ("library", library.into()),
     ]))
+}
+
+fn sum_with_threads() -> Result<u64, StartError> {
+    let count = std::env::var("THREADS").map_or(Ok(0), |count| count.parse())?;
+    let is_slow = path("slow").exists();
+    let sum = AtomicU64::new(0);
+    // The scope waits until the threads have done their work, but not until they have ended.
+    thread::scope(|scope| {
+        for number in 1..=count {
+            let sum = &sum;
+            scope.spawn(move || {
+                if is_slow {
+                    AT_END.set(Some(SlowEnd));
+                }
+                sum.fetch_add(number, Relaxed);
+            });
+        }
+    });
+    Ok(sum.into_inner())
 }

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
@@ -28,6 +29,9 @@ use crate::sys::notify::{self, PassedListener};
 use crate::sys::process;
 use crate::sys::title::TitleArea;
 use crate::worker;
+
+/// How long threads that were joined before the fork may take to end.
+const THREADS_END: Duration = Duration::from_secs(1);
 
 /// A server with the methods that a program gives it.
 ///
@@ -315,9 +319,10 @@ fn leave_descriptors(
     descriptor::close_all_but(&keep);
 }
 
-/// A fork copies this thread alone, and every lock that another one holds.
+/// A fork copies this thread alone, and every lock that another one holds. Threads that were joined may
+/// still be counted for a short time, so they are waited for.
 fn one_thread() -> Result<()> {
-    match process::thread_count() {
+    match process::wait_for_one_thread(THREADS_END) {
         0 | 1 => Ok(()),
         threads => Err(Error::Usage(format!(
             "{threads} threads run in the master, whose fork would copy but one of them; start \

@@ -417,3 +417,40 @@ fn a_file_opened_before_the_fork_is_usable_in_a_handler_of_a_daemon() {
     record(&installed, &mut client(), "upgrade");
     assert!(!has_shells_file(&family()));
 }
+
+/// Joined threads are counted by the kernel until it has taken them down, which takes some microseconds,
+/// or 300 ms with the file `slow`. Many starts in 30 s at most, then a slow one.
+#[test]
+fn threads_joined_in_on_master_start_do_not_fail_the_start() {
+    let installed = before_fork();
+    let start = || {
+        let daemon = installed
+            .daemon("[workers]\ncount = 1\nthreads = 1\n")
+            .env("RECORDS", &*installed.dir)
+            .env("THREADS", "8")
+            .start();
+        let sum = daemon.client().call(&json!({"in": "sum"}));
+        assert_eq!(sum["result"], 36, "{sum}");
+    };
+    let end = Instant::now() + Duration::from_secs(30);
+    let starts = (0..200).take_while(|_| Instant::now() < end);
+    let starts = starts.map(|_| start()).count();
+    println!("{starts} starts");
+    installed.dir.write("slow", "");
+    start();
+}
+
+#[test]
+fn threads_joined_in_on_master_start_do_not_fail_an_upgrade() {
+    let installed = before_fork();
+    let daemon = installed
+        .daemon("[workers]\ncount = 1\n")
+        .env("RECORDS", &*installed.dir)
+        .env("THREADS", "2")
+        .start();
+    installed.dir.write("slow", "");
+    installed.put(&example("before_fork"));
+    upgrade(&daemon);
+    let sum = daemon.client().call(&json!({"in": "sum"}));
+    assert_eq!(sum["result"], 3, "{sum}");
+}

@@ -46,6 +46,8 @@ impl Server {
     ///   All workers share it, its position included, so open files for writing with `append`. In `main`
     ///   a C library must open it with `O_CLOEXEC`, as [`std::fs`] does. A descriptor without that flag
     ///   counts as passed on by the shell, and a worker closes it.
+    /// - **Threads:** join them before the fork, which copies one thread only. They may be started in
+    ///   [`Server::on_worker_start`] instead.
     pub fn run(self) -> ExitCode {
         main(self)
     }

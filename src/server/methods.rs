@@ -159,8 +159,8 @@ impl Server {
     /// A fork copies one thread and no other: whatever starts a thread (a client with a background
     /// thread, a pool of connections) belongs into [`Server::on_worker_start`], and so does what
     /// may not be shared by several processes (a connection, an open transaction, a random seed).
-    /// A thread that is left running here is an error of the start.
-    /// A file that is opened here stays open in all workers, as [`Server::run`] says.
+    /// A thread that is left running here is an error of the start. A thread that was joined may take up
+    /// to a second to end. A file that is opened here stays open in all workers, as [`Server::run`] says.
     ///
     /// ```no_run
     /// struct Words(Vec<String>);

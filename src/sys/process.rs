@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::poll::poll;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::time::TimeValLike;
@@ -179,6 +180,20 @@ pub fn is_forked(pid: Pid) -> bool {
     with_forked(|forked| forked.contains(&pid))
 }
 
+/// Waits until this process has one thread, at most `limit`. A thread that was joined is counted until
+/// the kernel has taken it down, and no event tells when that is done (a pidfd of a thread needs Linux
+/// 6.9), so this looks every millisecond. Returns the number of threads, 0 where /proc is not mounted.
+pub fn wait_for_one_thread(limit: Duration) -> u64 {
+    let end = monotonic().saturating_add(limit);
+    loop {
+        let threads = thread_count();
+        if threads <= 1 || monotonic() >= end {
+            return threads;
+        }
+        let _ = poll(&mut [], 1_u8);
+    }
+}
+
 /// The threads of this process, or 0 where /proc is not mounted.
 pub fn thread_count() -> u64 {
     // A directory's link count is two more than its subdirectories: one stat(2), no listing.
@@ -332,6 +347,15 @@ mod tests {
         let (_hold, wait) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || wait.recv());
         let _ = fork();
+    }
+
+    #[test]
+    fn another_thread_is_waited_for_until_the_limit() {
+        let (_hold, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::spawn(move || wait.recv());
+        let begin = monotonic();
+        assert!(wait_for_one_thread(Duration::from_millis(20)) > 1);
+        assert!(monotonic() - begin >= Duration::from_millis(20));
     }
 
     #[test]
