@@ -5,10 +5,14 @@ use std::error::Error;
 use std::fs::File;
 use std::io::Write;
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
 use preforkd::{RawValue, RpcError, Server};
+use signal_hook::consts::SIGPIPE;
+use signal_hook::flag::register_conditional_default;
 
 /// Panics when it is dropped.
 #[derive(serde::Serialize)]
@@ -52,6 +56,11 @@ fn main() -> ExitCode {
         // A program beside the server, of the master's own: no mistake, and no worker's leftover.
         "helper" => server.on_master_start(helper),
         "worker" => server.on_worker_start::<()>(|_| panic!("no database in sight")),
+        // A write to a pipe that has no reader would end the process, as it does in C programs.
+        "sigpipe" => server.on_master_start(|| {
+            let at_once = Arc::new(AtomicBool::new(true));
+            Ok(register_conditional_default(SIGPIPE, at_once)?)
+        }),
         // The end never comes.
         "stop" => server.on_worker_stop(|_| forever()),
         _ => server,

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
 use crate::handler::command::Command;
@@ -27,6 +29,7 @@ use crate::sys::daemon::{self, Detached, Launcher};
 use crate::sys::descriptor;
 use crate::sys::notify::{self, PassedListener};
 use crate::sys::process;
+use crate::sys::signal;
 use crate::sys::title::TitleArea;
 use crate::worker;
 
@@ -123,6 +126,8 @@ impl Server {
         // Before the pid changes, which the service manager has written into the variables.
         let passed = notify::take_listeners()
             .map_err(|error| Error::system("take the service manager's listeners", error))?;
+        // The program may have set its default, which would end the master when the log loses its reader.
+        signal::ignore(&[Signal::SIGPIPE]);
         configure_log(&settings)?;
         logging::log_panics();
         let mut launcher = None;

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::{Daemon, Dir, PATIENCE, binary, process, wait_for};
+use crate::support::{Daemon, Dir, PATIENCE, binary, example, process, wait_for};
 
 /// A configuration with a socket and a log of its own, so that no port is needed.
 pub const DETACHED: &str = "daemon = true
@@ -333,4 +333,28 @@ fn commands_do_not_wait_for_room_at_a_master_that_is_stopped() {
     assert!(said.contains("the master does not answer"), "{said}");
     drop(waiting);
     assert!(daemon.command(&["status"]).status.success());
+}
+
+/// The Rust runtime ignores SIGPIPE, but the program around the library may have it end the process.
+#[test]
+fn a_log_pipe_without_reader_does_not_end_the_master() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n")
+        .program(example("mistakes"))
+        .env("MISTAKE", "sigpipe")
+        .stderr(writer)
+        .start();
+    drop(reader);
+    let before = daemon.ready_workers();
+    kill(Pid::from_raw(before[0]), Signal::SIGKILL).unwrap();
+    wait_for("a worker in its place", PATIENCE, || {
+        assert!(daemon.try_wait().is_none(), "the master has ended");
+        let workers = process::workers(daemon.pid());
+        workers.iter().any(|pid| !before.contains(pid))
+    });
+    wait_for("the worker to be ready", PATIENCE, || {
+        daemon.ready_workers().len() == 1
+    });
+    assert!(daemon.status()["master"]["lost_log_lines"].as_u64() > Some(0));
 }

@@ -52,7 +52,9 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     // Until the handlers are there, a signal must wait: its default would end us half-started.
     signal::block_all();
     signal::die_of_sent_faults();
-    signal::ignore(&[Signal::SIGXFSZ]);
+    // SIGPIPE: the program's on_master_start may have set its default, which would end the master when
+    // the log loses its reader.
+    signal::ignore(&[Signal::SIGXFSZ, Signal::SIGPIPE]);
     let mut pid_file = Some(PidFile::lock(&setup.settings.pid_file)?);
     let mut opened = Vec::new();
     let started = start(setup, &mut pid_file, &mut opened);

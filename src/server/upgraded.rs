@@ -11,12 +11,15 @@ use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use nix::sys::signal::Signal;
+
 use super::{Running, Server, end, form, one_thread, open_log, start_hooks};
 use crate::config::{self, Overrides};
 use crate::error::{Error, Result};
 use crate::logging::{self, Output};
 use crate::master;
 use crate::master::upgrade::{self, Origin, PANICKED, PROBE_PASSED, Trial};
+use crate::sys::signal;
 use crate::sys::title::TitleArea;
 use crate::worker;
 
@@ -47,6 +50,8 @@ impl Server {
         overrides: Overrides,
         opened_in_main: &BTreeSet<RawFd>,
     ) -> Result<()> {
+        // The program may have set its default, which would end the master when the log loses its reader.
+        signal::ignore(&[Signal::SIGPIPE]);
         logging::log_panics();
         let mut trial = Some(trial);
         let lived = catch_unwind(AssertUnwindSafe(|| {

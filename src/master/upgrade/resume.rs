@@ -41,7 +41,9 @@ use crate::sys::signal;
 pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
     signal::block_all();
     signal::die_of_sent_faults();
-    signal::ignore(&[Signal::SIGXFSZ]);
+    // SIGPIPE: the program's on_master_start may have set its default, which would end the master when
+    // the log loses its reader.
+    signal::ignore(&[Signal::SIGXFSZ, Signal::SIGPIPE]);
     let reason = setup.trial.as_ref().and_then(|trial| trial.reason());
     let reason = reason.map(str::to_owned);
     let mut master = resume(setup, state)?;
