@@ -41,6 +41,8 @@ impl Server {
     /// program. The exit code is one of sysexits.h(3head); README has the list.
     ///
     /// # Before the fork
+    /// - **Arguments:** read [`std::env::args`] before `run`, never in a handler. The titles that `ps`
+    ///   shows are written over the arguments, so what is read later is wrong.
     /// - **Files:** a file, socket or pipe that the program opens in `main` or in
     ///   [`Server::on_master_start`] stays open in all workers, also with `--daemon` and after an upgrade.
     ///   All workers share it, its position included, so open files for writing with `append`. In `main`
@@ -48,6 +50,15 @@ impl Server {
     ///   counts as passed on by the shell, and a worker closes it.
     /// - **Threads:** join them before the fork, which copies one thread only. They may be started in
     ///   [`Server::on_worker_start`] instead.
+    ///
+    /// ```no_run
+    /// fn main() -> std::process::ExitCode {
+    ///     let arguments: Vec<String> = std::env::args().collect();
+    ///     preforkd::Server::new()
+    ///         .method("arguments", move |()| Ok(arguments.clone()))
+    ///         .run()
+    /// }
+    /// ```
     pub fn run(self) -> ExitCode {
         main(self)
     }

@@ -61,8 +61,9 @@ impl TitleArea {
         let room = self.end - self.start;
         let length = title.len().min(room - 1);
         // SAFETY: start to end is the writable memory of this process's arguments and
-        // environment, which nothing refers to any more: std copied the arguments when they were
-        // asked for, and `claim` moved the environment.
+        // environment. `claim` moved the environment. std::env::args() reads the arguments here, so
+        // this crate asks for them before the first title only, and `Server::run` says that handlers
+        // must not ask for them. The last byte stays 0, so even such a read ends within the area.
         let area = unsafe { std::slice::from_raw_parts_mut(self.start as *mut u8, room) };
         area.fill(0);
         area[..length].copy_from_slice(&title.as_bytes()[..length]);
