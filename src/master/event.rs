@@ -216,6 +216,28 @@ pub enum Action {
     },
 }
 
+impl Action {
+    /// The child that it is about.
+    pub(super) fn child(&self) -> Option<Pid> {
+        match self {
+            Action::Drain { pid, .. } | Action::Examine { pid } | Action::Kill { pid, .. } => {
+                Some(*pid)
+            }
+            Action::Fork { .. }
+            | Action::StartUpDone(_)
+            | Action::ReloadDone(_)
+            | Action::StopDue
+            | Action::Log { .. }
+            | Action::Exit { .. } => None,
+        }
+    }
+
+    /// Whether it gives the result of a start or a reload.
+    pub(super) fn is_result(&self) -> bool {
+        matches!(self, Action::StartUpDone(_) | Action::ReloadDone(_))
+    }
+}
+
 /// A duration as people say it: `350 ms`, `1.6 s`.
 pub(super) struct Span(pub(super) Millis);
 

@@ -33,6 +33,7 @@ pub mod listeners;
 pub mod orphans;
 mod own_path;
 pub mod pid_file;
+mod reaping;
 mod recycle;
 mod reload;
 mod reloading;

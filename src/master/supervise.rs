@@ -11,13 +11,11 @@ use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
 
 use super::control::{ClientId, Control};
 use super::event::{Action, Event, Millis};
 use super::first_words::FirstWords;
 use super::fleet::Fleet;
-use super::keepers::can_be_one;
 use super::listeners::Listener;
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
@@ -30,15 +28,12 @@ use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
 use crate::logging::{self, counted};
-use crate::protocol::control::{LastReload, State};
-use crate::sys::memory;
+use crate::protocol::control::LastReload;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal::{self, SignalPipe};
 use crate::throttle::limiter::Limiter;
 
-/// Children taken note of at once.
-const MOST_REAPED: usize = 64;
 /// Between two tries to tell the service manager what it had no room for.
 const NOTIFY_RETRY: Millis = 50;
 
@@ -98,7 +93,8 @@ impl Master<'_> {
             let ready = self.wait();
             self.hear();
             for pid in ready.links {
-                self.reports(pid);
+                self.queue_reports(pid);
+                self.act();
             }
             if ready.probe {
                 self.upgrade.listen();
@@ -203,7 +199,8 @@ impl Master<'_> {
             .words(pid, |slot, line| first_words.heard(pid, slot, line));
     }
 
-    fn reports(&mut self, pid: process::Pid) {
+    /// Passes what a worker has reported to the policy, and queues the actions that follow.
+    pub(super) fn queue_reports(&mut self, pid: process::Pid) {
         self.words(pid);
         for (report, file) in self.workers.reports(pid) {
             let event = match report {
@@ -215,70 +212,11 @@ impl Master<'_> {
                     None => continue,
                 },
             };
-            self.tell(event);
+            self.queue_actions(event);
             if report == Report::Ready {
                 self.retire_without_keeper(pid);
             }
         }
-    }
-
-    fn reap(&mut self) {
-        // A bounded number, and all taken before any is replaced: workers that die as fast as
-        // they are forked must not keep the master from everything else.
-        let mut ended: Vec<_> = std::iter::from_fn(process::reap_any)
-            .take(MOST_REAPED)
-            .collect();
-        self.reap_again = ended.len() == MOST_REAPED;
-        ended.retain(|ended| !self.probe_ended(ended.pid, ended.exit));
-        // Among these are keepers: one that has ended with its worker is no child any more.
-        let others: Vec<_> = ended
-            .iter()
-            .map(|ended| ended.pid)
-            .filter(|pid| self.workers.get(*pid).is_none())
-            .collect();
-        let is_killed = |ended: &process::Ended| ended.exit.is_signal(Signal::SIGKILL);
-        let is_killed_worker =
-            |ended: &process::Ended| is_killed(ended) && !others.contains(&ended.pid);
-        let out_of_memory = ended.iter().any(is_killed_worker)
-            && (self.strikes).ran_out_of_memory(memory::kills_for_want_of_it());
-        for ended in ended {
-            let pid = ended.pid;
-            // What it said last comes before its end.
-            self.reports(pid);
-            // Whoever else sends a KILL has reasons of its own.
-            let is_told_apart = out_of_memory || !is_killed(&ended);
-            let suspicious = is_told_apart && self.is_suspicious(&ended);
-            let orphans = &self.orphans;
-            let may_keep = |pid: process::Pid| {
-                !orphans.is_from_before(pid) && (others.contains(&pid) || can_be_one(pid))
-            };
-            let worker = self.workers.remove(pid, suspicious, may_keep);
-            self.first_words.ended(pid);
-            self.orphans.reaped(pid, worker.is_some());
-            let Some(worker) = worker else {
-                self.no_worker_ended(pid);
-                continue;
-            };
-            self.tell(Event::Died {
-                pid,
-                how: ended.exit,
-                method: worker.last_method(),
-                rss_bytes: ended.peak_rss_bytes,
-                at: wall_clock(),
-            });
-        }
-        // After the dead are replaced, which is urgent.
-        self.orphans.end(|pid| self.workers.is_keeper(pid));
-    }
-
-    /// Whether a worker's end may be a call's doing: not what it was told to do.
-    fn is_suspicious(&self, ended: &process::Ended) -> bool {
-        let serves = |view: &super::view::WorkerView| {
-            view.pid == Some(ended.pid) && view.state == State::Ready
-        };
-        !self.stopping
-            && ended.exit != process::Exit::Code(0)
-            && self.fleet.workers().iter().any(serves)
     }
 
     fn pass_time(&mut self) {
@@ -320,9 +258,14 @@ impl Master<'_> {
 
     /// Reports to the policy, and does what it says.
     pub(super) fn tell(&mut self, event: Event) {
+        self.queue_actions(event);
+        self.act();
+    }
+
+    /// Passes an event to the policy and queues the actions that follow.
+    pub(super) fn queue_actions(&mut self, event: Event) {
         let actions = self.fleet.handle(event, now());
         self.actions.extend(actions);
-        self.act();
     }
 
     pub(super) fn act(&mut self) {
@@ -390,8 +333,7 @@ impl Master<'_> {
                 reason: error.to_string(),
             },
         };
-        let actions = self.fleet.handle(event, now());
-        self.actions.extend(actions);
+        self.queue_actions(event);
     }
 
     fn started(&mut self, outcome: std::result::Result<(), String>) {

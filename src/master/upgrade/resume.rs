@@ -171,11 +171,11 @@ impl Master<'_> {
     pub(super) fn mourn(&mut self) {
         let gone = |pid: &Pid| !process::is_child(*pid);
         let lost: Vec<Pid> = self.fleet.pids().filter(gone).collect();
-        for pid in lost {
+        for &pid in &lost {
             log::warn!("worker {pid} ended while the upgrade was tried, and how is not known");
             process::forget_forked(pid);
             let worker = self.workers.remove(pid, false, can_be_one);
-            self.tell(Event::Died {
+            self.queue_actions(Event::Died {
                 pid,
                 how: Exit::Code(0),
                 method: worker.and_then(|worker| worker.last_method()),
@@ -183,5 +183,7 @@ impl Master<'_> {
                 at: wall_clock(),
             });
         }
+        // Only now: a new worker may get the pid of one that is removed here.
+        self.act_except(&lost);
     }
 }
