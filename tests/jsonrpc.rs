@@ -1,9 +1,12 @@
 //! JSON-RPC 2.0: every example of its specification, in each dialect, to the letter.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
 use serde_json::{Value, json};
 
 use crate::support::wire::{DIALECTS, Dialect, Wire};
-use crate::support::{Daemon, example};
+use crate::support::{Daemon, Dir, PATIENCE, example, wait_for};
 
 /// The specification's examples (section 7): what is sent, and what comes back, if anything.
 const EXAMPLES: [(&str, Option<&str>); 15] = [
@@ -283,4 +286,58 @@ fn rpc_cancel_in_one_form_ends_a_call_in_the_other() {
             r#"{"jsonrpc":"2.0","result":true,"id":"c"}"#
         );
     }
+}
+
+/// A worker with one handler thread behind a unix socket, where each call of `note` adds a line to a
+/// file in `dir`.
+fn notebook(dir: &Dir, limits: &str) -> Daemon {
+    let config = format!(
+        "[workers]\ncount = 1\nthreads = 1\n[limits]\n{limits}\n\
+         [[listen]]\naddress = \"unix:rpc.sock\"\n\
+         [methods.sleep]\nbuiltin = \"sleep\"\n\
+         [methods.note]\ncommand = [\"sh\", \"-c\", \"echo noted >> {}/notes\"]\n",
+        dir.display()
+    );
+    Daemon::builder().config(&config).start()
+}
+
+fn notes(dir: &Dir) -> usize {
+    dir.read("notes").lines().count()
+}
+
+/// Sends these lines over the unix socket and closes at once.
+fn send_and_close(daemon: &Daemon, lines: &str) {
+    let mut stream = UnixStream::connect(daemon.dir().join("rpc.sock")).unwrap();
+    stream.write_all(lines.as_bytes()).unwrap();
+}
+
+const NOTIFICATION: &str = "{\"jsonrpc\":\"2.0\",\"method\":\"note\"}\n";
+
+#[test]
+fn notifications_before_a_close_run_over_unix() {
+    // With the second limit the worker has not read all of them when the client closes.
+    for limits in ["", "pipeline = 4"] {
+        let dir = Dir::new();
+        let daemon = notebook(&dir, limits);
+        send_and_close(&daemon, &NOTIFICATION.repeat(20));
+        wait_for("all notifications", PATIENCE, || notes(&dir) == 20);
+    }
+}
+
+#[test]
+fn a_close_over_unix_cancels_the_calls_that_expect_an_answer_and_no_others() {
+    let dir = Dir::new();
+    let daemon = notebook(&dir, "pipeline = 4");
+    // The first call has the thread, the others wait for it; the last ones are not read yet.
+    let sleep = "{\"in\":\"sleep\",\"params\":3600,\"id\":1}\n";
+    let call = "{\"in\":\"note\",\"id\":2}\n";
+    let in_order = "{\"in\":\"note\"}\n";
+    let batch = "[{\"jsonrpc\":\"2.0\",\"method\":\"note\"},{\"jsonrpc\":\"2.0\",\"method\":\"note\",\"id\":3}]\n";
+    let lines = [sleep, call, in_order, &NOTIFICATION.repeat(3), batch, call];
+    send_and_close(&daemon, &lines.concat());
+    wait_for("all notifications", PATIENCE, || notes(&dir) == 4);
+    wait_for("the end of the connection", PATIENCE, || {
+        daemon.status()["workers"][0]["connections"] == 0
+    });
+    assert_eq!(notes(&dir), 4);
 }

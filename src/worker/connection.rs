@@ -11,6 +11,7 @@ use slab::Slab;
 
 use super::ledger::Mark;
 use crate::protocol::Dialect;
+use crate::protocol::body::Form;
 use crate::protocol::http::Progress;
 use crate::protocol::reply::Shape;
 use crate::sys::event::Token;
@@ -87,6 +88,8 @@ pub struct Connection {
     pub phase: Phase,
     /// The peer will send nothing more.
     pub ended: bool,
+    /// The peer has closed the connection: no answer reaches it.
+    pub peer_gone: bool,
     /// It is not read, because it may not take another call yet.
     pub blocked: bool,
     /// What it speaks, once its first four bytes have told.
@@ -137,6 +140,7 @@ impl Connection {
             peer,
             phase: Phase::Open,
             ended: false,
+            peer_gone: false,
             blocked: false,
             dialect: None,
             scanned: 0,
@@ -158,6 +162,11 @@ impl Connection {
             write_deadline: 0,
             quiet_deadline: 0,
         }
+    }
+
+    /// Whether an answer to a call of this form would reach nobody. A notification has none.
+    pub fn drops_answer(&self, form: Form) -> bool {
+        self.peer_gone && form != Form::Silent
     }
 
     /// Whether another call may be taken, with `unsent` bytes of answers on their way.

@@ -347,6 +347,7 @@ impl Driver for EventLoop {
             Completion::AcceptFailed { error } => self.accept_failed(&error),
             Completion::Received { token, bytes } => self.received(floor, token, bytes),
             Completion::Ended { token } => self.ended(floor, token),
+            Completion::HungUp { token } => self.on_hang_up(floor, token),
             Completion::Sent { token } => {
                 // It has taken something: the time begins anew.
                 if let Some(connection) = find(&mut self.connections, token) {

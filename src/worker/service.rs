@@ -157,6 +157,9 @@ impl Service {
             let error = RpcError::of(Code::Stopping, "the server stops", false);
             return self.refuse(connection, reply, id, error);
         }
+        if connection.drops_answer(reply.shape.form) {
+            return self.refuse(connection, reply, id, caller_gone(false));
+        }
         let Some(method) = self.registry.find(name) else {
             return self.begin_own(connection, reply, name, params, id);
         };
@@ -379,7 +382,8 @@ impl Service {
             });
         });
         if let Err(error) = &outcome {
-            self.errors += 1;
+            // An answer that nobody gets is not counted.
+            self.errors += u64::from(!connection.drops_answer(reply.shape.form));
             if ours && error.table_code().is_some_and(Code::closes) {
                 connection.phase = Phase::Closing;
             }
@@ -448,6 +452,11 @@ fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
     }
     let text = format!("a result of {length} bytes; limits.frame allows {limit}");
     Err(RpcError::of(Code::BadOutput, text, true))
+}
+
+/// The error of a call whose caller has closed the connection.
+pub(super) fn caller_gone(begun: bool) -> RpcError {
+    RpcError::of(Code::Cancelled, "its caller has disconnected", begun)
 }
 
 /// A duration in milliseconds, as long as can be said.

@@ -8,7 +8,7 @@ use std::mem;
 
 use super::connection::{HIGH_WATER, Phase};
 use super::event_loop::{EventLoop, Trouble, find};
-use super::service::millis;
+use super::service::{caller_gone, millis};
 use super::spreading::may_go;
 use super::threads::Done;
 use super::timers::Target;
@@ -211,6 +211,28 @@ impl EventLoop {
         connection.ended = true;
         if connection.phase == Phase::Lingering {
             return self.close(floor, token);
+        }
+        self.advance(floor, token, false);
+    }
+
+    /// The peer has closed the connection. Calls that expect an answer are cancelled, because no answer
+    /// reaches it. Notifications run, also those that are not read yet.
+    pub(super) fn on_hang_up(&mut self, floor: &mut Floor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        connection.peer_gone = true;
+        let service = &mut self.service;
+        let calls = service.calls.of(token);
+        let cancelled: Vec<_> = calls
+            .filter(|(_, call)| connection.drops_answer(call.reply.shape.form))
+            .map(|(key, _)| key)
+            .collect();
+        for key in cancelled {
+            if let Some(ended) = service.give_up(key) {
+                let error = caller_gone(ended.begun);
+                service.answer(connection, &ended, Err(error), None);
+            }
         }
         self.advance(floor, token, false);
     }

@@ -409,7 +409,8 @@ impl Driver for Load {
             Completion::Ended { token } => self.lose(floor, token, "connection closed"),
             Completion::Failed { token, .. } => self.lose(floor, token, "connection reset"),
             // The timer's whole message is that the wait is over; no listener is here.
-            Completion::Sent { .. }
+            Completion::HungUp { .. }
+            | Completion::Sent { .. }
             | Completion::Readable { .. }
             | Completion::Accepted { .. }
             | Completion::Adopted { .. }

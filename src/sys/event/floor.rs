@@ -6,10 +6,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv};
 use slab::Slab;
 
 use super::accept::Listener;
+use super::output::{is_closed_unix, send_some};
 use super::witness::{Owed, RECEIVE_BUFFER, Witness};
 use super::{Completion, Driver, Token};
 use crate::sys::twin;
@@ -27,22 +28,28 @@ const UNKNOWN: (u64, u64) = (u64::MAX / 2, u64::MAX / 2);
 
 /// One connection's socket.
 #[derive(Debug)]
-struct Socket {
-    fd: OwnedFd,
+pub(super) struct Socket {
+    pub(super) fd: OwnedFd,
     tag: u32,
     /// What epoll watches for; always what `wanted` says after a change.
     interest: EpollFlags,
-    reading: bool,
+    pub(super) reading: bool,
     /// The peer's end was seen; there is nothing more to read, ever.
-    ended: bool,
+    pub(super) ended: bool,
     /// A failure was told or is about to be.
-    failed: bool,
+    pub(super) failed: bool,
+    /// The peer takes nothing any more: what is to be sent to it is dropped.
+    pub(super) output_closed: bool,
+    /// `HungUp` was told: epoll watches the socket only while it is read, as EPOLLHUP can't be masked.
+    pub(super) hung_up: bool,
+    /// Whether epoll watches it.
+    watched: bool,
     /// What the kernel did not take yet, from `sent` on.
-    unsent: Vec<u8>,
-    sent: usize,
+    pub(super) unsent: Vec<u8>,
+    pub(super) sent: usize,
     /// Bytes of its whole stream that were received and sent; for the witness alone.
     received_in_all: u64,
-    sent_in_all: u64,
+    pub(super) sent_in_all: u64,
 }
 
 impl Socket {
@@ -216,6 +223,9 @@ impl Floor {
             reading: true,
             ended: false,
             failed: false,
+            output_closed: false,
+            hung_up: false,
+            watched: true,
             unsent: Vec::new(),
             sent: 0,
             received_in_all,
@@ -247,7 +257,7 @@ impl Floor {
         let Some(socket) = self.socket(token) else {
             return bytes.clear();
         };
-        if socket.failed || bytes.is_empty() {
+        if socket.failed || socket.output_closed || bytes.is_empty() {
             return bytes.clear();
         }
         if socket.sent < socket.unsent.len() {
@@ -280,7 +290,11 @@ impl Floor {
             }
             Err(error) => {
                 bytes.clear();
-                self.fail(token, error);
+                if is_closed_unix(socket, error) {
+                    self.drop_output(token);
+                } else {
+                    self.fail(token, error);
+                }
             }
         }
     }
@@ -372,7 +386,10 @@ impl Floor {
     ) {
         let witness = self.witness;
         let broken = flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
-        if flags.contains(EpollFlags::EPOLLOUT) {
+        let hung_up = broken && !flags.contains(EpollFlags::EPOLLERR);
+        if hung_up {
+            self.drop_output(token);
+        } else if flags.contains(EpollFlags::EPOLLOUT) {
             self.send_unsent(token, driver);
         }
         let Some(socket) = self.socket(token) else {
@@ -410,44 +427,17 @@ impl Floor {
             if let Some(witness) = &witness {
                 witness.receiving_is_over();
             }
-        } else if broken {
+        } else if broken && !hung_up {
             self.fail(token, Errno::ECONNRESET);
         }
-    }
-
-    fn send_unsent(&mut self, token: Token, driver: &mut impl Driver) {
-        let witness = self.witness;
-        let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
-            return;
-        };
-        let unsent = mem::take(&mut socket.unsent);
-        match send_some(socket, &unsent[socket.sent..]) {
-            Ok(sent) => {
-                socket.sent += sent;
-                socket.sent_in_all += sent as u64;
-                if socket.sent < unsent.len() {
-                    socket.unsent = unsent;
-                } else {
-                    socket.sent = 0;
-                    if let Some(witness) = &witness {
-                        witness.owes(token, Owed::Nothing);
-                    }
-                    self.update(token);
-                }
-                if sent > 0 {
-                    driver.complete(self, Completion::Sent { token });
-                }
-            }
-            Err(error) => {
-                socket.sent = 0;
-                self.fail(token, error);
-            }
+        if hung_up {
+            self.tell_hang_up(token, driver);
         }
     }
 
     /// Remembers a failure, to be told at the end of the turn: `send` is called by the driver,
     /// which must not be called from within.
-    fn fail(&mut self, token: Token, error: Errno) {
+    pub(super) fn fail(&mut self, token: Token, error: Errno) {
         if let Some(socket) = self.socket(token) {
             socket.failed = true;
             socket.ended = true;
@@ -459,36 +449,31 @@ impl Floor {
         }
     }
 
-    fn update(&mut self, token: Token) {
-        let Some(socket) = self.socket(token) else {
+    pub(super) fn update(&mut self, token: Token) {
+        let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
             return;
         };
         let wanted = socket.wanted();
-        if wanted != socket.interest && !socket.failed {
-            socket.interest = wanted;
-            let mut event = EpollEvent::new(wanted, token.0);
-            let index = token.index();
-            if let Err(error) = self.epoll.modify(&self.sockets[index].fd, &mut event) {
-                self.fail(token, error);
-            }
+        let is_watched = !socket.hung_up || wanted.contains(EpollFlags::EPOLLIN);
+        let was_watched = mem::replace(&mut socket.watched, is_watched);
+        let before = mem::replace(&mut socket.interest, wanted);
+        let mut event = EpollEvent::new(wanted, token.0);
+        let fd = &self.sockets[token.index()].fd;
+        let changed = match (was_watched, is_watched) {
+            (true, true) if wanted == before => Ok(()),
+            (true, true) => self.epoll.modify(fd, &mut event),
+            (true, false) => self.epoll.delete(fd),
+            (false, true) => self.epoll.add(fd, event),
+            (false, false) => Ok(()),
+        };
+        if let Err(error) = changed {
+            self.fail(token, error);
         }
     }
 
-    fn socket(&mut self, token: Token) -> Option<&mut Socket> {
+    pub(super) fn socket(&mut self, token: Token) -> Option<&mut Socket> {
         self.sockets
             .get_mut(token.index())
             .filter(|socket| Token::new(token.index(), socket.tag) == token)
-    }
-}
-
-/// Sends what the kernel takes now: 0 when it is full.
-fn send_some(socket: &Socket, bytes: &[u8]) -> Result<usize, Errno> {
-    loop {
-        // MSG_NOSIGNAL: whether SIGPIPE is ignored is the host program's affair.
-        return match send(socket.fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
-            Err(Errno::EINTR) => continue,
-            Err(Errno::EAGAIN) => Ok(0),
-            other => other,
-        };
     }
 }

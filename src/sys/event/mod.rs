@@ -11,6 +11,7 @@
 
 mod accept;
 mod floor;
+mod output;
 pub mod witness;
 
 use std::io;
@@ -77,6 +78,12 @@ pub enum Completion<'a> {
     },
     /// The peer sends no more, but may still read.
     Ended {
+        /// The connection.
+        token: Token,
+    },
+    /// The peer has closed the connection, and it was read to its end, or it is not read at the moment.
+    /// What it sent before can still be read; what is sent to it is dropped.
+    HungUp {
         /// The connection.
         token: Token,
     },

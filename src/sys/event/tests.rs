@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ struct Log {
     tokens: Vec<Token>,
     received: Vec<u8>,
     ended: usize,
+    hung_up: usize,
     failed: usize,
     sent: usize,
     readable: Vec<u16>,
@@ -28,6 +30,7 @@ impl Driver for Log {
             Completion::AcceptFailed { error } => panic!("{error}"),
             Completion::Received { bytes, .. } => self.received.extend_from_slice(bytes),
             Completion::Ended { .. } => self.ended += 1,
+            Completion::HungUp { .. } => self.hung_up += 1,
             Completion::Sent { .. } => self.sent += 1,
             Completion::Failed { token, .. } => {
                 self.failed += 1;
@@ -117,6 +120,66 @@ fn a_paused_connection_is_not_read_and_a_reset_is_told() {
     turn_until(&mut floor, &mut log, |log| log.failed + log.ended > 0);
     floor.close(token);
     assert_eq!(floor.connections(), 0);
+}
+
+/// A floor with one end of a unix socket, the token of that end, and the other end.
+fn unix_pair() -> (Floor, UnixStream, Token) {
+    let mut floor = Floor::new().unwrap();
+    let (client, server) = UnixStream::pair().unwrap();
+    server.set_nonblocking(true).unwrap();
+    let token = floor.adopt(server.into()).unwrap();
+    (floor, client, token)
+}
+
+#[test]
+fn what_a_unix_peer_sent_before_it_closed_is_read_to_the_end() {
+    let (mut floor, mut client, token) = unix_pair();
+    let mut log = Log::default();
+    let whole = vec![7; 150_000];
+    client.set_nonblocking(true).unwrap();
+    let sent = client.write(&whole).unwrap();
+    assert!(sent > 100_000, "more than one turn reads: {sent}");
+    drop(client);
+    // An answer to a peer that has closed is dropped, and nothing else is.
+    floor.send(token, &mut b"answer".to_vec());
+    assert_eq!(floor.unsent(token), 0);
+    turn_until(&mut floor, &mut log, |log| log.hung_up == 1);
+    assert_eq!((log.received.len(), log.ended, log.failed), (sent, 1, 0));
+    // And the loop is not woken again.
+    let begun = Instant::now();
+    floor.turn(50, &mut log).unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(45));
+    assert_eq!((log.ended, log.hung_up, log.failed), (1, 1, 0));
+    floor.close(token);
+    assert_eq!(floor.connections(), 0);
+}
+
+#[test]
+fn a_unix_peer_that_closes_while_it_is_not_read_is_read_later() {
+    let (mut floor, mut client, token) = unix_pair();
+    let mut log = Log::default();
+    floor.set_reading(token, false);
+    client.write_all(b"held back").unwrap();
+    drop(client);
+    turn_until(&mut floor, &mut log, |log| log.hung_up == 1);
+    let begun = Instant::now();
+    floor.turn(50, &mut log).unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(45), "it spins");
+    assert!(log.received.is_empty());
+    floor.set_reading(token, true);
+    turn_until(&mut floor, &mut log, |log| log.ended == 1);
+    assert_eq!(log.received, b"held back");
+    assert_eq!((log.hung_up, log.failed), (1, 0));
+}
+
+#[test]
+fn a_unix_peer_that_closes_with_an_answer_unread_has_reset_the_connection() {
+    let (mut floor, client, token) = unix_pair();
+    let mut log = Log::default();
+    floor.send(token, &mut b"never read".to_vec());
+    drop(client);
+    turn_until(&mut floor, &mut log, |log| log.failed == 1);
+    assert_eq!((log.ended, log.hung_up), (0, 0));
 }
 
 #[test]
