@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -319,6 +319,29 @@ fn a_pipeline_sends_more_ahead_than_the_server_reads_and_loses_none() {
     }
     slow.wait().unwrap();
     println!("pipeline: {CALLS} calls ahead, none lost, a slow one overtaken");
+}
+
+/// The server ends a call when its caller's time is over: its thread is free for the next one.
+#[test]
+fn a_pipeline_call_ends_at_its_timeout() {
+    let config = format!("{WITH_SLEEP}timeout = \"30s\"\n");
+    let config = config.replace("count = 2", "count = 1\nthreads = 1");
+    let daemon = Daemon::builder().config(&config).start();
+    let address = daemon.address().to_string();
+    let limit = Duration::from_secs(1);
+    let pipeline = Pipeline::connect(&address, Some(limit)).unwrap();
+    let begun = Instant::now();
+    let error = pipeline.submit::<f64>("sleep", 30).unwrap().wait();
+    // Both sides count, and either may be first.
+    match error.unwrap_err() {
+        ClientError::TimedOut(_) => {}
+        ClientError::Refused(error) => assert_eq!(error.name, "timeout"),
+        error => panic!("{error}"),
+    }
+    let patient = Pipeline::connect(&address, Some(PATIENCE)).unwrap();
+    patient.submit::<f64>("sleep", 0.0).unwrap().wait().unwrap();
+    let took = begun.elapsed();
+    assert!(took >= limit && took < Duration::from_secs(20), "{took:?}");
 }
 
 /// How long a pool waits for a server that is away is its caller's word.

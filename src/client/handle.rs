@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::de::DeserializeOwned;
 
+use super::pipeline::Entry;
 use super::{ClientError, Reply};
 
 /// A call whose result, of the type `R`, can be had later.
@@ -16,6 +17,8 @@ pub struct Handle<R> {
     outcome: Receiver<Result<Reply, ClientError>>,
     /// When to give up, and after how long that is.
     limit: Option<(Instant, Duration)>,
+    /// Held for its drop: the call of a pipeline is forgotten with its handle.
+    _entry: Option<Entry>,
     result: PhantomData<fn() -> R>,
 }
 
@@ -29,7 +32,16 @@ impl<R> Handle<R> {
         Handle {
             outcome,
             limit,
+            _entry: None,
             result: PhantomData,
+        }
+    }
+
+    /// The same for a call of a pipeline, with its entry there.
+    pub(super) fn with_entry(self, entry: Entry) -> Self {
+        Handle {
+            _entry: Some(entry),
+            ..self
         }
     }
 

@@ -42,7 +42,7 @@ struct Connection {
 type Outcome = Result<Reply, ClientError>;
 
 #[derive(Debug, Default)]
-struct Unanswered {
+pub(super) struct Unanswered {
     /// Ids that were given; an answer to one of them that nobody waits for is merely late.
     given: u64,
     calls: HashMap<u64, Sender<Outcome>>,
@@ -52,7 +52,8 @@ struct Unanswered {
 
 impl Pipeline {
     /// Connects, as [`Client::connect`](super::Client::connect) does. `timeout` is also how long each
-    /// answer may take, counted from its submission.
+    /// answer may take, counted from its submission. The server is told, and does not run a call for
+    /// longer (`timeout_ms`).
     ///
     /// # Errors
     /// [`ClientError::Address`], [`ClientError::NoServer`], [`ClientError::NoThread`].
@@ -106,7 +107,11 @@ impl Pipeline {
             }
             return Err(error);
         }
-        Ok(Handle::new(outcome, self.timeout))
+        let entry = Entry {
+            id,
+            unanswered: Arc::clone(&connection.unanswered),
+        };
+        Ok(Handle::new(outcome, self.timeout).with_entry(entry))
     }
 }
 
@@ -122,7 +127,7 @@ fn write(
         method,
         params,
         id: Some(&id),
-        timeout_ms: None,
+        timeout_ms: timeout.map(whole_millis),
     })?;
     let deadline = timeout.and_then(|limit| Instant::now().checked_add(limit));
     connection
@@ -132,6 +137,11 @@ fn write(
             (io::ErrorKind::TimedOut, Some(limit)) => ClientError::TimedOut(limit),
             _ => ClientError::NotSent(error),
         })
+}
+
+/// A limit in milliseconds, rounded up: a limit of 0 ms is over before the call is read.
+fn whole_millis(limit: Duration) -> u64 {
+    u64::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }
 
 impl Connection {
@@ -169,6 +179,20 @@ impl Drop for Connection {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
+    }
+}
+
+/// A call's entry among the unanswered ones, removed when nobody waits for the answer any more: it came,
+/// its time was over, or the handle was dropped.
+#[derive(Debug)]
+pub(super) struct Entry {
+    id: u64,
+    unanswered: Arc<Mutex<Unanswered>>,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        lock(&self.unanswered).calls.remove(&self.id);
     }
 }
 
@@ -230,4 +254,51 @@ fn hand_out(body: &[u8], unanswered: &mut Unanswered) -> Result<(), String> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    use super::super::tests::{framed, read_frame};
+    use super::*;
+
+    fn unanswered(pipeline: &Pipeline) -> usize {
+        let connection = lock(&pipeline.connection);
+        lock(&connection.as_ref().unwrap().unanswered).calls.len()
+    }
+
+    #[test]
+    fn a_call_carries_its_timeout_and_is_forgotten_when_that_is_over() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let limit = Duration::from_millis(200);
+        let pipeline = Pipeline::connect(&address, Some(limit)).unwrap();
+        let mut stream = listener.accept().unwrap().0;
+        let late: Handle<i64> = pipeline.submit("sleep", 30).unwrap();
+        assert_eq!(
+            read_frame(&mut stream).unwrap(),
+            r#"{"in":"sleep","params":30,"id":1,"timeout_ms":200}"#
+        );
+        assert_eq!(unanswered(&pipeline), 1);
+        let error = late.wait().unwrap_err();
+        assert!(matches!(error, ClientError::TimedOut(_)), "{error:?}");
+        assert_eq!(unanswered(&pipeline), 0);
+        // A late answer harms nothing.
+        stream
+            .write_all(&framed(r#"{"out":"sleep","result":30,"id":1}"#))
+            .unwrap();
+        let dropped: Handle<i64> = pipeline.submit("ping", 2).unwrap();
+        drop(dropped);
+        assert_eq!(unanswered(&pipeline), 0);
+    }
+
+    #[test]
+    fn limits_are_told_in_whole_milliseconds_rounded_up() {
+        assert_eq!(whole_millis(Duration::from_micros(1)), 1);
+        assert_eq!(whole_millis(Duration::from_millis(1000)), 1000);
+        assert_eq!(whole_millis(Duration::MAX), u64::MAX);
+    }
 }
