@@ -11,6 +11,7 @@ use slab::Slab;
 
 use super::accept::Listener;
 use super::output::{is_closed_unix, send_some};
+use super::send_buffer::SendBuffer;
 use super::witness::{Owed, RECEIVE_BUFFER, Witness};
 use super::{Completion, Driver, Token};
 use crate::sys::twin;
@@ -44,9 +45,8 @@ pub(super) struct Socket {
     pub(super) hung_up: bool,
     /// Whether epoll watches it.
     watched: bool,
-    /// What the kernel did not take yet, from `sent` on.
-    pub(super) unsent: Vec<u8>,
-    pub(super) sent: usize,
+    /// What the kernel did not take yet.
+    pub(super) unsent: SendBuffer,
     /// Bytes of its whole stream that were received and sent; for the witness alone.
     received_in_all: u64,
     pub(super) sent_in_all: u64,
@@ -58,7 +58,7 @@ impl Socket {
         if self.reading && !self.ended {
             wanted |= EpollFlags::EPOLLIN;
         }
-        if self.sent < self.unsent.len() {
+        if self.unsent.len() > 0 {
             wanted |= EpollFlags::EPOLLOUT;
         }
         wanted
@@ -226,8 +226,7 @@ impl Floor {
             output_closed: false,
             hung_up: false,
             watched: true,
-            unsent: Vec::new(),
-            sent: 0,
+            unsent: SendBuffer::default(),
             received_in_all,
             sent_in_all,
         });
@@ -260,12 +259,8 @@ impl Floor {
         if socket.failed || socket.output_closed || bytes.is_empty() {
             return bytes.clear();
         }
-        if socket.sent < socket.unsent.len() {
-            // A peer that always leaves something unread must not make the sent part pile up.
-            if socket.sent > socket.unsent.len() / 2 {
-                socket.unsent.drain(..mem::take(&mut socket.sent));
-            }
-            socket.unsent.extend_from_slice(bytes);
+        if socket.unsent.len() > 0 {
+            socket.unsent.append(bytes);
             return bytes.clear();
         }
         if let Some(witness) = &witness {
@@ -284,8 +279,7 @@ impl Floor {
                 if let Some(witness) = &witness {
                     witness.owes(token, Owed::Here);
                 }
-                socket.unsent = mem::take(bytes);
-                socket.sent = sent;
+                socket.unsent.fill(bytes, sent);
                 self.update(token);
             }
             Err(error) => {
@@ -302,9 +296,15 @@ impl Floor {
     /// Bytes given to `send` that the kernel has not taken.
     pub fn unsent(&self, token: Token) -> usize {
         match self.sockets.get(token.index()) {
-            Some(socket) => socket.unsent.len() - socket.sent,
+            Some(socket) => socket.unsent.len(),
             None => 0,
         }
+    }
+
+    /// The memory in bytes that these need.
+    pub fn unsent_memory(&self, token: Token) -> usize {
+        let socket = self.sockets.get(token.index());
+        socket.map_or(0, |socket| socket.unsent.memory())
     }
 
     /// Tells the peer that nothing more will come (shutdown(2)).
@@ -441,8 +441,7 @@ impl Floor {
         if let Some(socket) = self.socket(token) {
             socket.failed = true;
             socket.ended = true;
-            socket.unsent = Vec::new();
-            socket.sent = 0;
+            socket.unsent = SendBuffer::default();
             // EPOLLERR and EPOLLHUP can't be masked: out of epoll altogether.
             let _ = self.epoll.delete(&self.sockets[token.index()].fd);
             self.failures.push((token, error.into()));

@@ -12,6 +12,7 @@
 mod accept;
 mod floor;
 mod output;
+mod send_buffer;
 pub mod witness;
 
 use std::io;

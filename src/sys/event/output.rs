@@ -3,13 +3,13 @@
 //! A peer that has closed may have sent bytes before, which are read to the end. So only what was to be
 //! sent to it is dropped. An error of the connection itself is left to `Floor::fail`.
 
-use std::mem;
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, getsockname, send};
 
 use super::floor::{Floor, Socket};
+use super::send_buffer::SendBuffer;
 use super::witness::Owed;
 use super::{Completion, Driver, Token};
 
@@ -19,15 +19,11 @@ impl Floor {
         let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
             return;
         };
-        let unsent = mem::take(&mut socket.unsent);
-        match send_some(socket, &unsent[socket.sent..]) {
+        match send_some(socket, socket.unsent.pending()) {
             Ok(sent) => {
-                socket.sent += sent;
+                socket.unsent.consume(sent);
                 socket.sent_in_all += sent as u64;
-                if socket.sent < unsent.len() {
-                    socket.unsent = unsent;
-                } else {
-                    socket.sent = 0;
+                if socket.unsent.len() == 0 {
                     if let Some(witness) = &witness {
                         witness.owes(token, Owed::Nothing);
                     }
@@ -41,10 +37,7 @@ impl Floor {
                 self.drop_output(token);
                 driver.complete(self, Completion::Sent { token });
             }
-            Err(error) => {
-                socket.sent = 0;
-                self.fail(token, error);
-            }
+            Err(error) => self.fail(token, error),
         }
     }
 
@@ -69,8 +62,7 @@ impl Floor {
             return;
         };
         socket.output_closed = true;
-        socket.unsent = Vec::new();
-        socket.sent = 0;
+        socket.unsent = SendBuffer::default();
         if let Some(witness) = &witness {
             witness.owes(token, Owed::Nothing);
         }
