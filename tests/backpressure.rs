@@ -228,6 +228,119 @@ fn unfinished_calls_have_a_limit_of_all_together_and_what_is_beyond_is_told() {
     sweep.assert_same(&daemon);
 }
 
+/// Waits until the only worker has read this number of calls, and returns its resident memory.
+#[track_caller]
+fn rss_after_calls(daemon: &Daemon, calls: u64) -> u64 {
+    wait_for("the calls to be read", PATIENCE, || {
+        daemon.workers()[0].calls >= calls
+    });
+    process::rss_bytes(daemon.workers()[0].pid).unwrap()
+}
+
+/// The limit is 16 MiB. At the limit, a connection with untaken answers is read no further, and the others
+/// are served. At twice the limit, the connection with the most is closed.
+#[test]
+fn unread_answers_of_many_connections_are_bounded() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(
+            "[workers]\ncount = 1\ndrain-timeout = \"2m\"\n[limits]\nframe = \"8MiB\"\n\
+             unfinished = \"16MiB\"\nwrite-timeout = \"10m\"\ntimeout = \"2m\"\n[methods.echo]\n\
+             builtin = \"echo\"\n[methods.sleep]\nbuiltin = \"sleep\"\n",
+        )
+        .expect_log("limits.unfinished")
+        .start();
+    let sweep = Sweep::of(&daemon);
+    let before = process::rss_bytes(daemon.ready_workers()[0]).unwrap();
+    let mut healthy = daemon.client();
+    // Its second answer waits for its first one: 100 kB, less than what stops one connection.
+    let holding = daemon.client();
+    let mut second = holding.second();
+    second.send(r#"{"in": "sleep", "params": 100}"#);
+    second.send(&json!({"in": "echo", "params": "x".repeat(100_000)}).to_string());
+    let call = json!({"in": "echo", "params": "x".repeat(7_500_000)}).to_string();
+    let mut calls = 2;
+    let mut most = 0;
+    let unread: Vec<Client> = (0..20)
+        .map(|_| {
+            let mut client = daemon.client();
+            setsockopt(client.stream(), sockopt::RcvBuf, &8192).unwrap();
+            client.send(&call);
+            calls += 1;
+            most = most.max(rss_after_calls(&daemon, calls));
+            client
+        })
+        .collect();
+    let growth = most.saturating_sub(before);
+    let open = daemon.workers()[0].connections;
+    println!(
+        "20 answers of 7.5 MB, never read: the worker grew by {} kB, {open} connections are left",
+        growth / 1000
+    );
+    assert!(growth < 56 * MIB, "{growth} bytes");
+    assert!((5..=13).contains(&open), "{open}");
+    // The worker is at the limit: no call is taken from a connection that holds an answer.
+    second.send(r#"{"in": "ping", "id": 1}"#);
+    for _ in 0..100 {
+        assert_eq!(healthy.call(&json!({"in": "ping"}))["out"], "pong");
+    }
+    calls += 100;
+    assert_eq!(rss_after_calls(&daemon, calls).min(1), 1);
+    assert_eq!(daemon.workers()[0].calls, calls, "it was read");
+    // There is room again: the call is taken, although this client has read nothing in between.
+    drop(unread);
+    assert_eq!(second.recv_json()["id"], 1);
+    let answer = healthy.call(&serde_json::from_str(&call).unwrap());
+    assert_eq!(answer["result"].as_str().map(str::len), Some(7_500_000));
+    drop(second);
+    holding.reset();
+    drop(healthy);
+    sweep.assert_same(&daemon);
+}
+
+/// Answers that wait for another member of their batch are answers that were not taken.
+#[test]
+fn held_answers_of_batches_are_bounded_too() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config(
+            "[workers]\ncount = 1\nthreads = 1\ndrain-timeout = \"2m\"\n[limits]\nframe = \"8MiB\"\n\
+             unfinished = \"16MiB\"\ntimeout = \"2m\"\n[methods.echo]\nbuiltin = \"echo\"\n\
+             [methods.slow]\ncommand = [\"sleep\", \"100\"]\n[methods.quick]\n\
+             command = [\"true\"]\n",
+        )
+        .expect_log("limits.unfinished")
+        .start();
+    // The thread keeps a descriptor for commands.
+    daemon.client().call(&json!({"in": "quick"}));
+    let sweep = Sweep::of(&daemon);
+    let before = process::rss_bytes(daemon.ready_workers()[0]).unwrap();
+    let batch = json!([
+        {"jsonrpc": "2.0", "method": "slow", "id": 0},
+        {"jsonrpc": "2.0", "method": "echo", "params": ["x".repeat(4_000_000)], "id": 1},
+    ])
+    .to_string();
+    let mut most = 0;
+    let clients: Vec<Client> = (1..=16)
+        .map(|number| {
+            let mut client = daemon.client();
+            client.send(&batch);
+            most = most.max(rss_after_calls(&daemon, 2 * number + 1));
+            client
+        })
+        .collect();
+    let growth = most.saturating_sub(before);
+    let open = daemon.workers()[0].connections;
+    println!(
+        "16 batches of 4 MB with a slow member: the worker grew by {} kB, {open} are left",
+        growth / 1000
+    );
+    assert!(growth < 48 * MIB, "{growth} bytes");
+    assert!((6..=8).contains(&open), "{open}");
+    clients.into_iter().for_each(Client::reset);
+    sweep.assert_same(&daemon);
+}
+
 /// A reader that was held back gets every answer, once it reads.
 #[test]
 fn a_late_reader_gets_every_answer() {

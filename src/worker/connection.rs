@@ -106,6 +106,8 @@ pub struct Connection {
     pub tail: Vec<u8>,
     /// Bytes of the tail that the worker has counted, those that may not be taken yet among them.
     pub counted: usize,
+    /// Bytes of answers that its client has not taken, as the worker has counted them.
+    pub counted_unsent: usize,
     /// What is dropped of what it sends next.
     pub skips: Option<Rest>,
     /// Answers of calls without an id, from number `first` on; `None` is still to come. The front
@@ -149,6 +151,7 @@ impl Connection {
             unanswered: 0,
             tail: Vec::new(),
             counted: 0,
+            counted_unsent: 0,
             skips: None,
             waiting: VecDeque::new(),
             first: 0,
@@ -193,6 +196,11 @@ impl Connection {
             }
             _ => unsent + self.held,
         }
+    }
+
+    /// Bytes of answers that wait for others.
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     /// Whether answers wait for their turn.

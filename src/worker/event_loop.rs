@@ -63,10 +63,12 @@ pub(super) enum Trouble {
     Lost,
     /// Clients send more than there is room for, and finish nothing.
     Unfinished,
+    /// Clients do not take their answers, which are more than there is room for.
+    Unsent,
 }
 
 impl Trouble {
-    const KINDS: usize = 6;
+    const KINDS: usize = 7;
 }
 
 /// A worker at work.
@@ -285,6 +287,9 @@ impl EventLoop {
             self.resume_listening(floor);
         }
         floor.try_accept(self);
+        if self.service.unsent.take_room_for_blocked() {
+            self.advance_open(floor, |connection| connection.blocked);
+        }
         self.feel_stuck();
         sweep::tidy();
         logging::tell_lost();

@@ -40,8 +40,11 @@ impl Service {
         }
     }
 
-    fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
+    /// Whether another call may be taken from a connection, with `unsent` bytes of earlier answers still
+    /// on their way. Answers in `out` are not among them: their client may take them at once.
+    pub(super) fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
         connection.takes_calls(self.limits.pipeline, unsent + self.out.len())
+            && !(self.unsent.is_full() && connection.held() + unsent > 0)
     }
 
     /// Whether a connection that is not at rest will be in a moment, if nothing more is read of it: all

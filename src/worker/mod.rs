@@ -28,6 +28,7 @@ mod spreading;
 mod table;
 mod threads;
 mod timers;
+mod unsent;
 mod wear;
 
 use std::io;
@@ -53,6 +54,7 @@ use ledger::Ledger;
 use service::Service;
 use threads::Threads;
 use timers::Timers;
+use unsent::UnsentAnswers;
 
 /// A worker ends with this when it could not start; sysexits(3head), EX_OSERR.
 const CANT_START: i32 = 71;
@@ -115,6 +117,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         .listen(boot.listeners, (Rc::clone(&boot.adoption.taking), LONGEST))
         .map_err(cant("watch its listeners"))?;
     let limits = boot.settings.limits.clone();
+    let unsent_limit = limits.unfinished;
     let service = Service {
         calls: Calls::new(Arc::clone(&boot.registry), limits.queue),
         registry: boot.registry,
@@ -130,6 +133,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         last_wait_ms: 0,
         stopping: false,
         unfinished: 0,
+        unsent: UnsentAnswers::new(unsent_limit),
         read: 0,
         errors: 0,
         record: boot.record,

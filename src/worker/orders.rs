@@ -105,7 +105,7 @@ impl EventLoop {
         self.advance_open(floor, |_| true);
     }
 
-    fn advance_open(&mut self, floor: &mut Floor, which: impl Fn(&Connection) -> bool) {
+    pub(super) fn advance_open(&mut self, floor: &mut Floor, which: impl Fn(&Connection) -> bool) {
         let open: Vec<Token> = self
             .connections
             .iter()

@@ -14,6 +14,7 @@ use super::connection::{Connection, Phase, Place, Reply};
 use super::ledger::{Ledger, Mark};
 use super::threads::Threads;
 use super::timers::{CallKey, Target, Timers};
+use super::unsent::UnsentAnswers;
 use crate::config::Limits;
 use crate::handler::registry::{self, Registry};
 use crate::handler::{Context, Placement, guard};
@@ -58,6 +59,8 @@ pub struct Service {
     pub stopping: bool,
     /// Bytes of all unfinished frames, lines and requests.
     pub unfinished: usize,
+    /// Bytes of all answers that clients have not taken.
+    pub unsent: UnsentAnswers,
     /// Calls read so far.
     pub read: u64,
     /// Answers that were errors so far.

@@ -65,7 +65,6 @@ impl EventLoop {
             return self.service.out.clear();
         };
         let service = &mut self.service;
-        let pipeline = service.limits.pipeline;
         let mut shed = false;
         loop {
             if !service.out.is_empty() {
@@ -74,7 +73,13 @@ impl EventLoop {
             floor.send(token, &mut service.out);
             service.ledger.sent();
             let unsent = floor.unsent(token);
-            if connection.tail.is_empty() || !connection.takes_calls(pipeline, unsent) {
+            let mut untaken = connection.held();
+            if unsent > 0 {
+                untaken += floor.unsent_memory(token);
+            }
+            let counted = &mut connection.counted_unsent;
+            service.unsent.update(counted, untaken);
+            if connection.tail.is_empty() || !service.may_take(connection, unsent) {
                 break;
             }
             let mut tail = connection.take_tail();
@@ -107,12 +112,13 @@ impl EventLoop {
             self.drain.look_again(service.now_ms);
         }
         let takes_no_more = may_rest
-            || !connection.takes_calls(pipeline, unsent)
+            || !service.may_take(connection, unsent)
             || connection.unanswered > 0 && service.has_no_room_for(connection);
         // What is to be dropped is no call.
         connection.blocked =
             connection.phase == Phase::Open && connection.skips.is_none() && takes_no_more;
         floor.set_reading(token, !connection.blocked);
+        service.unsent.note_blocked(connection.blocked);
         if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
             service.calls.unpark(token, service.now_ms);
         }
@@ -155,6 +161,30 @@ impl EventLoop {
         }
         if rests {
             self.settle(floor, token);
+        }
+        if self.service.unsent.is_exceeded() {
+            self.close_most_unsent(floor);
+        }
+    }
+
+    /// Closes the connections with the most untaken answers until those of the worker are below twice
+    /// their limit. Each search of all connections closes one of them, so calls do not pay for it.
+    #[cold]
+    fn close_most_unsent(&mut self, floor: &mut Floor) {
+        while self.service.unsent.is_exceeded() {
+            let connections = self.connections.iter().flatten();
+            let Some(most) = connections.max_by_key(|connection| connection.counted_unsent) else {
+                return;
+            };
+            let (token, bytes) = (most.token, most.counted_unsent);
+            let peer = (most.peer).map_or("unix".to_owned(), |peer| peer.to_string());
+            let text = format!(
+                "answers that clients have not taken reach twice limits.unfinished: the connection with \
+                 the most is closed; its client must read sooner, or raise limits.unfinished peer={peer} \
+                 bytes={bytes}"
+            );
+            self.complain(Trouble::Unsent, &text);
+            self.close(floor, token);
         }
     }
 
@@ -254,6 +284,8 @@ impl EventLoop {
         };
         timers.disarm(&mut connection.quiet_deadline, target);
         self.service.unfinished -= connection.counted;
+        let unsent = &mut self.service.unsent;
+        unsent.update(&mut connection.counted_unsent, 0);
         floor.close(token);
         self.service.calls.unpark(token, self.service.now_ms);
         if connection.unanswered > 0 {
@@ -297,6 +329,10 @@ impl EventLoop {
             if let Some(connection) = find(&mut self.connections, token) {
                 self.service
                     .answer(connection, &ended, outcome, out.as_deref());
+            } else {
+                // Its connection was closed in this loop, at twice limits.unfinished. `close` did not find
+                // the call, because it is not in the table any more.
+                self.service.ledger.forget(ended.reply.mark);
             }
             if done.peek().is_none_or(|(next, _, _)| next.token != token) {
                 self.advance(floor, token, false);

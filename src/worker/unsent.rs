@@ -1,0 +1,85 @@
+//! Bounds the answers that clients have not taken, of all connections of a worker together.
+//!
+//! It counts answers that the kernel has not taken yet, and answers that are held back for others: in
+//! their order, or in a batch. At the limit no call is taken from a connection that has such answers. At
+//! twice the limit the connection with the most is closed, because nothing else frees the memory of
+//! answers that are already there. Pure: the event loop reads, sends and closes.
+
+/// The total of a worker, and its limit.
+#[derive(Debug)]
+pub struct UnsentAnswers {
+    bytes: usize,
+    limit: usize,
+    has_blocked: bool,
+}
+
+impl UnsentAnswers {
+    /// Nothing is counted yet. Calls are taken freely below `limit` bytes; connections are closed at twice
+    /// that.
+    pub fn new(limit: usize) -> Self {
+        UnsentAnswers {
+            bytes: 0,
+            limit,
+            has_blocked: false,
+        }
+    }
+
+    /// Records that a connection has `bytes` of such answers now. `counted` is the number that was recorded
+    /// for the connection before, and is set to `bytes`.
+    #[inline]
+    pub fn update(&mut self, counted: &mut usize, bytes: usize) {
+        self.bytes -= *counted;
+        self.bytes += bytes;
+        *counted = bytes;
+    }
+
+    /// Whether no call is taken from connections that have such answers.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.bytes >= self.limit
+    }
+
+    /// Whether a connection has to be closed.
+    #[inline]
+    pub fn is_exceeded(&self) -> bool {
+        self.bytes >= self.limit.saturating_mul(2)
+    }
+
+    /// Remembers that a connection was blocked at the limit. If its client reads nothing, it gets no event
+    /// when there is room again, so the event loop has to look for it.
+    #[inline]
+    pub fn note_blocked(&mut self, is_blocked: bool) {
+        self.has_blocked |= is_blocked && self.is_full();
+    }
+
+    /// Returns whether there is room again for connections that were blocked. Returns `true` once each time.
+    pub fn take_room_for_blocked(&mut self) -> bool {
+        let has_room = self.has_blocked && !self.is_full();
+        self.has_blocked &= !has_room;
+        has_room
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_total_follows_each_connection_and_room_is_told_once() {
+        let mut unsent = UnsentAnswers::new(100);
+        let (mut first, mut second) = (0, 0);
+        unsent.update(&mut first, 60);
+        unsent.note_blocked(true);
+        assert!(!unsent.is_full() && !unsent.take_room_for_blocked());
+        unsent.update(&mut second, 140);
+        assert!(unsent.is_full() && unsent.is_exceeded());
+        unsent.update(&mut second, 139);
+        assert!(unsent.is_full() && !unsent.is_exceeded());
+        unsent.note_blocked(true);
+        assert!(!unsent.take_room_for_blocked());
+        unsent.update(&mut second, 0);
+        assert!(unsent.take_room_for_blocked() && !unsent.take_room_for_blocked());
+        unsent.update(&mut first, 0);
+        assert_eq!((unsent.bytes, first, second), (0, 0, 0));
+    }
+}
