@@ -2,12 +2,15 @@
 //!
 //! `cargo bench --bench idle` measures the same with ten thousand.
 
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::support::load::{Load, Shape};
-use crate::support::{Client, Daemon, Sweep, alone, pass, process, raise_descriptor_limit};
+use crate::support::{
+    Client, Daemon, PATIENCE, Sweep, alone, pass, process, raise_descriptor_limit, wait_for,
+};
 
 #[test]
 fn two_thousand_idle_connections_cost_a_kibibyte_apiece_and_no_cpu() {
@@ -67,5 +70,65 @@ fn two_thousand_idle_connections_cost_a_kibibyte_apiece_and_no_cpu() {
     let most = without.0 * 3 / 2 + Duration::from_micros(100);
     assert!(with.0 < most, "{with:?} against {without:?}");
     drop(idle);
+    sweep.assert_same(&daemon);
+}
+
+/// A full worker closes the oldest connection that never sent a byte, and none that had a call. Where it
+/// can, it keeps room for one more, so one is closed as soon as it is full again.
+#[test]
+fn silent_connections_make_room_when_full() {
+    let _alone = alone();
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n[limits]\nconnections = 8\nread-timeout = \"2s\"\n")
+        .start();
+    let sweep = Sweep::of(&daemon);
+    let ping = json!({"in": "ping"});
+    let open = |count| {
+        wait_for("the connection to be accepted", PATIENCE, || {
+            daemon.workers()[0].connections == count
+        });
+    };
+    let mut served = daemon.client();
+    served.call(&ping);
+    let began = Instant::now();
+    let mut silent: VecDeque<Client> = (2..=8)
+        .map(|count| {
+            let client = daemon.client();
+            open(count);
+            client
+        })
+        .collect();
+    // Accepted once the first of them has been silent for read-timeout, and not before.
+    let mut late = vec![daemon.client()];
+    assert_eq!(late[0].call(&ping)["out"], "pong");
+    let waited = began.elapsed();
+    assert!(waited >= Duration::from_secs(2), "{waited:?}");
+    silent.pop_front().unwrap().assert_closed();
+    while let Some(mut oldest) = silent.pop_front() {
+        for younger in silent.iter().skip(1) {
+            younger.stream().set_nonblocking(true).unwrap();
+            let is_open = younger.stream().peek(&mut [0]).is_err();
+            younger.stream().set_nonblocking(false).unwrap();
+            assert!(is_open, "a younger one was closed before it");
+        }
+        let mut client = daemon.client();
+        assert_eq!(client.call(&ping)["out"], "pong");
+        late.push(client);
+        oldest.assert_closed();
+    }
+    // Nothing is left but connections that had a call: the next one waits until one of them closes.
+    let mut last = daemon.client();
+    last.send(&ping.to_string());
+    pass(Duration::from_secs(3));
+    for client in late.iter_mut().chain([&mut served]) {
+        assert_eq!(client.call(&ping)["out"], "pong");
+    }
+    last.stream().set_nonblocking(true).unwrap();
+    assert!(last.stream().peek(&mut [0]).is_err(), "it was accepted");
+    last.stream().set_nonblocking(false).unwrap();
+    late.pop();
+    assert_eq!(last.recv_json()["out"], "pong");
+    println!("7 silent connections made room for others, the first after {waited:.2?}");
+    drop((served, late, last));
     sweep.assert_same(&daemon);
 }

@@ -42,7 +42,7 @@ impl EventLoop {
         }
         self.connections[token.index()] = Some(connection);
         self.watch_idle(token);
-        if floor.connections() >= self.service.limits.connections {
+        if !self.make_room(floor) {
             self.full = true;
             floor.pause_listeners();
             let open = floor.connections();

@@ -44,6 +44,10 @@ impl EventLoop {
                     self.give_waiting(floor);
                 }
                 Target::Spread => self.end_spreading(floor),
+                Target::Silent => {
+                    self.silent.deadline = 0;
+                    self.make_room(floor);
+                }
                 Target::Listen => {
                     self.listen_deadline = 0;
                     self.resume_listening(floor);

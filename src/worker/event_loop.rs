@@ -15,6 +15,7 @@ use std::time::Duration;
 use super::connection::Connection;
 use super::drain::{Drain, Step};
 use super::service::{Service, millis};
+use super::silent::SilentConnections;
 use super::spreading::Spreading;
 use super::timers::Target;
 use super::wear;
@@ -65,10 +66,12 @@ pub(super) enum Trouble {
     Unfinished,
     /// Clients do not take their answers, which are more than there is room for.
     Unsent,
+    /// A connection is closed to make room for another one.
+    Silent,
 }
 
 impl Trouble {
-    const KINDS: usize = 7;
+    const KINDS: usize = 8;
 }
 
 /// A worker at work.
@@ -104,6 +107,7 @@ pub struct EventLoop {
     tick_ms: u64,
     next_tick_ms: u64,
     pub(super) full: bool,
+    pub(super) silent: SilentConnections,
     /// After so many calls the master is told that it is enough.
     pub(super) worn_after: u64,
     /// Whether the master has died. Its link ends before its children have another parent.
@@ -143,6 +147,7 @@ impl EventLoop {
             tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
             full: false,
+            silent: SilentConnections::default(),
             worn_after: wear::enough(workers.max_calls),
             alone: false,
             serves: false,

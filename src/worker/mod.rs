@@ -24,6 +24,7 @@ mod queue;
 mod service;
 mod serving;
 mod shelf;
+mod silent;
 mod spreading;
 mod table;
 mod threads;

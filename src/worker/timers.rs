@@ -27,6 +27,8 @@ pub enum Target {
     Give,
     /// An order to spread connections is over.
     Spread,
+    /// A silent connection may be old enough to make room for another one.
+    Silent,
 }
 
 /// The deadlines of a worker.
