@@ -62,6 +62,7 @@ mod stop;
 mod storms;
 mod stuck;
 mod systemd;
+mod terminal;
 mod throttle;
 mod trouble;
 mod upgrade;

@@ -336,7 +336,7 @@ fn a_stop_ends_every_connection_and_leaves_no_keeper() {
             client.assert_closed();
         }
         assert!(daemon.wait_exit().success());
-        assert!(process::members(daemon.pid()).is_empty(), "left with it");
+        assert!(daemon.processes().is_empty(), "left with it");
         // the port is free at once
         std::net::TcpListener::bind(daemon.address()).unwrap();
     }

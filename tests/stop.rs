@@ -191,7 +191,7 @@ fn idle_workers_leave_a_killed_master_and_the_next_one_starts_over_its_pid_file(
         assert_eq!(status.signal(), Some(signal as i32), "{status:?}");
         // Dead is enough here: it is not ours to reap orphans.
         wait_for("the workers' end", PATIENCE, || {
-            process::members(old).iter().all(|&pid| !process::runs(pid))
+            daemon.processes().is_empty()
         });
         let gone = begin.elapsed();
         times.push((refused, gone));

@@ -5,13 +5,14 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::start::{DETACHED, OWN_SOCKET, preforkd};
@@ -54,27 +55,36 @@ fn foreground(dir: &Dir) {
     dir.write("p.toml", config);
 }
 
-/// A start under way, in a group of its own, which is ended however the test ends.
+/// A start under way, in a group of its own, which is ended with its workers however the test ends.
 struct Start<'a> {
     dir: &'a Dir,
     master: Child,
+    /// Its log, by file system and number.
+    log: (u64, u64),
     ended: Option<ExitStatus>,
 }
 
 impl<'a> Start<'a> {
     fn new(dir: &'a Dir) -> Self {
         let log = File::create(dir.join("log")).unwrap();
+        let seen = log.metadata().unwrap();
         let mut command = preforkd(dir, &["run"]);
         let master = command.process_group(0).stderr(log).spawn().unwrap();
         Start {
             dir,
             master,
+            log: (seen.dev(), seen.ino()),
             ended: None,
         }
     }
 
     fn pid(&self) -> Pid {
         Pid::from_raw(self.master.id().cast_signed())
+    }
+
+    /// The master and its workers.
+    fn processes(&self) -> Vec<i32> {
+        process::with_standard_error(self.log)
     }
 
     fn has_ended(&mut self) -> bool {
@@ -105,8 +115,11 @@ impl<'a> Start<'a> {
 
 impl Drop for Start<'_> {
     fn drop(&mut self) {
-        let _ = killpg(self.pid(), Signal::SIGKILL);
+        let _ = self.master.kill();
         let _ = self.master.wait();
+        for pid in self.processes() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
     }
 }
 
@@ -169,9 +182,8 @@ fn disturb(dir: &Dir, dice: &mut Dice) -> Result<Duration, String> {
     wait_for(&format!("the end after {case} and TERM"), PATIENCE, || {
         start.has_ended()
     });
-    let group = start.pid().as_raw();
     wait_for(&format!("no orphan after {case}"), PATIENCE, || {
-        process::members(group).is_empty()
+        start.processes().is_empty()
     });
     slowest = slowest.max(begin.elapsed());
     let status = start.ended.unwrap();

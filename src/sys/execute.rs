@@ -61,7 +61,10 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
     // and are gone around.
     unsafe {
         default_signals();
-        check(Step::Group, libc::setpgid(0, 0))?;
+        // A session of its own, and so a process group of its own: with the terminal of our session
+        // it could type into the operator's shell. As a session leader it has no terminal, and
+        // opens /dev/tty in vain. A fresh clone leads no group yet, so setsid is not refused.
+        check(Step::Session, libc::setsid())?;
         for (number, &fd) in plan.stdio.iter().enumerate() {
             check(Step::Descriptors, libc::dup2(fd, number as c_int))?;
         }

@@ -284,6 +284,20 @@ pub fn become_subreaper() -> io::Result<()> {
     Ok(nix::sys::prctl::set_child_subreaper(true)?)
 }
 
+/// Leaves the session, the process group and the terminal of the process that forked this one
+/// (setsid(2)). Descriptor 0 becomes /dev/null and descriptor 1 a copy of descriptor 2. Otherwise a
+/// handler could read what the operator types, or type into the operator's shell (TIOCSTI,
+/// ioctl_tty(2)). To be called by a forked child, because the leader of a process group is refused.
+///
+/// # Errors
+/// EPERM in the leader of a process group; what open(2) says of /dev/null.
+pub fn leave_session() -> io::Result<()> {
+    unistd::setsid()?;
+    unistd::dup2_stdin(fs::File::open("/dev/null")?)?;
+    unistd::dup2_stdout(io::stderr())?;
+    Ok(())
+}
+
 /// Raises the soft limit of open descriptors to the hard one and returns it (getrlimit(2)).
 ///
 /// # Errors

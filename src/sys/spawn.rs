@@ -76,8 +76,8 @@ pub struct Stdio<'a> {
 pub enum Step {
     /// Be created.
     Create,
-    /// Lead a process group.
-    Group,
+    /// Lead a session.
+    Session,
     /// Take its descriptors.
     Descriptors,
     /// Take its limits.
@@ -113,7 +113,7 @@ impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let step = match self.step {
             Step::Create => "no process could be created",
-            Step::Group => "it could not lead a process group",
+            Step::Session => "it could not lead a session",
             Step::Descriptors => "it could not take its descriptors",
             Step::Limits => "it could not take its limits",
             Step::Account => "it could not become its user",
@@ -158,7 +158,8 @@ pub fn children() -> Vec<Pid> {
     with_children(|children| children.iter().copied().map(Pid).collect())
 }
 
-/// A child, leader of a process group of its own. Dropped, it is killed with its group and reaped.
+/// A child, leader of a session and a process group of its own. Dropped, it is killed with its group
+/// and reaped.
 #[derive(Debug)]
 pub struct Child {
     /// Its pid, and its group's; nobody else's before it is reaped.

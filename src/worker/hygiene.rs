@@ -15,8 +15,8 @@ use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::{descriptor, privilege, process};
 
-/// Signals that are the master's business: Ctrl-C and a closing terminal reach the whole group,
-/// and an operator may take a worker for the master.
+/// Signals that are the master's business. A worker is in a session of its own, so neither Ctrl-C nor
+/// a closing terminal reaches it; but an operator may take a worker for the master.
 const NOT_OURS: [Signal; 8] = [
     Signal::SIGINT,
     Signal::SIGHUP,
@@ -59,16 +59,20 @@ pub fn become_worker(
     keep.extend(logging::told_descriptor());
     keep.extend(boot.registry.program_descriptors());
     descriptor::close_all_but(&keep);
+    // 4. The session and the terminal of whoever has started the master: a handler with them could
+    //    read what the operator types, and type into the operator's shell. Before the keeper is made,
+    //    which shares the descriptors and the session.
+    process::leave_session().map_err(|error| ("leave the session of the master", error))?;
     signal::ignore(&NOT_OURS);
     let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGQUIT])
         .map_err(|error| ("catch signals", error))?;
-    // 4. Root is given up before anything of a client's is touched.
+    // 5. Root is given up before anything of a client's is touched.
     if let Some(account) = &boot.settings.account {
         privilege::drop_to(account).map_err(|error| ("give up root", error))?;
     }
-    // 5. What handlers leave behind is this worker's to end, not the master's while we live.
+    // 6. What handlers leave behind is this worker's to end, not the master's while we live.
     process::become_subreaper().map_err(|error| ("become a subreaper", error))?;
-    // 6. After the last change of user, which would take it back.
+    // 7. After the last change of user, which would take it back.
     let grace = boot.settings.workers.drain_timeout;
     match signal::on_parent_death(boot.master, grace) {
         Ok(true) => {}
@@ -77,7 +81,7 @@ pub fn become_worker(
         }
         Err(error) => return Err(("ask to be told of the master's death", error)),
     }
-    // 7. The keeper, which is a copy of what has become of this process by now: it has nothing of
+    // 8. The keeper, which is a copy of what has become of this process by now: it has nothing of
     //    the master's either, and nothing yet of what is to come.
     let keeping = boot
         .settings
@@ -92,10 +96,10 @@ pub fn become_worker(
             );
             None
         });
-    // 8. From here on `ps` says who this is: not before, so that a keeper never bears that name, nor
+    // 9. From here on `ps` says who this is: not before, so that a keeper never bears that name, nor
     //    this process a keeper's.
     boot.show("worker");
-    // 9. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
+    // 10. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
     //    siblings have inherited the same state.
     signal::unblock_all();
     Ok((signals, keeping))

@@ -12,6 +12,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -149,6 +150,7 @@ impl Builder {
         let mut daemon = Daemon {
             child: None,
             exited: None,
+            standard_error: None,
             address,
             builder: self,
             notifications,
@@ -193,6 +195,8 @@ pub struct Daemon {
     child: Option<Child>,
     /// `Some` once it was waited for.
     exited: Option<ExitStatus>,
+    /// What it has as its standard error, and nobody else has.
+    standard_error: Option<(u64, u64)>,
     address: SocketAddr,
     /// What it was started from.
     builder: Builder,
@@ -225,14 +229,13 @@ impl Daemon {
 
     /// Forks and execs, with a listener or without.
     fn spawn(&mut self, listener: Option<OwnedFd>) {
-        let log = match self.builder.stderr.take() {
-            Some(to) => Stdio::from(to),
-            None => {
-                let mut log = File::options();
-                let log = log.create(true).append(true);
-                Stdio::from(log.open(self.dir.join("log")).unwrap())
-            }
-        };
+        let log = self.builder.stderr.take().unwrap_or_else(|| {
+            let mut log = File::options();
+            let log = log.create(true).append(true);
+            log.open(self.dir.join("log")).unwrap().into()
+        });
+        let seen = File::from(log.try_clone().unwrap()).metadata().unwrap();
+        self.standard_error = Some((seen.dev(), seen.ino()));
         let program = self.builder.program.clone().unwrap_or_else(binary);
         let mut command = Command::new("/bin/sh");
         command.args(["-c", HAND_OVER, "sh", &self.builder.before]);
@@ -469,11 +472,17 @@ impl Daemon {
         self.exited.expect("it was just waited for")
     }
 
+    /// Its processes: the master, workers and keepers, whoever their parent is by now.
+    pub fn processes(&self) -> Vec<i32> {
+        let standard_error = self.standard_error;
+        standard_error.map_or_else(Vec::new, process::with_standard_error)
+    }
+
     /// Waits until no process of it is left, workers included.
     #[track_caller]
     pub fn wait_group_gone(&self) {
-        wait_for("the end of the whole group", PATIENCE, || {
-            process::members(self.pid()).is_empty()
+        wait_for("the end of all its processes", PATIENCE, || {
+            self.processes().is_empty()
         });
     }
 }

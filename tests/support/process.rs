@@ -23,9 +23,21 @@ pub fn parent(pid: i32) -> Option<i32> {
     stat(pid)?[1].parse().ok()
 }
 
-/// Its process group.
-pub fn group(pid: i32) -> Option<i32> {
-    stat(pid)?[2].parse().ok()
+/// Its session.
+pub fn session(pid: i32) -> Option<i32> {
+    stat(pid)?[3].parse().ok()
+}
+
+/// The number of its controlling terminal; 0: it has none.
+pub fn terminal(pid: i32) -> Option<i32> {
+    stat(pid)?[4].parse().ok()
+}
+
+/// What a process has as its standard error: the file system and the number of the file, pipe or
+/// socket. `None` of a zombie, which has nothing open.
+pub fn standard_error(pid: i32) -> Option<(u64, u64)> {
+    let found = fs::metadata(format!("/proc/{pid}/fd/2")).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 /// CPU time so far, user and system, in clock ticks (100 a second).
@@ -188,9 +200,13 @@ pub fn descendants(pid: i32) -> Vec<i32> {
     found
 }
 
-/// All members of a process group, zombies included.
-pub fn members(group_id: i32) -> Vec<i32> {
-    all().filter(|&pid| group(pid) == Some(group_id)).collect()
+/// All processes with this standard error but the calling one: those of a server that has one of its
+/// own. Its workers and keepers are in sessions of their own, so no process group holds them
+/// together; what they start has another standard error.
+pub fn with_standard_error(wanted: (u64, u64)) -> Vec<i32> {
+    let me = std::process::id().cast_signed();
+    let has_it = |pid: &i32| *pid != me && standard_error(*pid) == Some(wanted);
+    all().filter(has_it).collect()
 }
 
 fn all() -> impl Iterator<Item = i32> {
@@ -203,7 +219,8 @@ fn all() -> impl Iterator<Item = i32> {
 /// The fields of /proc/PID/stat from the state on: the name before it may hold blanks and
 /// parentheses, so the last parenthesis is where they begin.
 fn stat(pid: i32) -> Option<Vec<String>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let bytes = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
     let (_, fields) = text.rsplit_once(')')?;
     let fields: Vec<String> = fields.split_whitespace().map(str::to_owned).collect();
     (fields.len() > 20).then_some(fields)

@@ -4,10 +4,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::Instant;
 
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::super::{PATIENCE, log, pause, process};
+use super::super::{PATIENCE, log, pause};
 use super::Daemon;
 
 impl Daemon {
@@ -29,25 +29,25 @@ impl Daemon {
     /// Asks the master to stop, and ends what is left after a while. Returns what went wrong.
     pub(super) fn end_group(&mut self) -> Vec<String> {
         let mut faults = Vec::new();
-        let group = Pid::from_raw(self.pid());
+        let master = Pid::from_raw(self.pid());
         let was_running = self.try_wait().is_none();
         if was_running {
             // a stopped master could not even stop
-            let _ = kill(group, Signal::SIGTERM);
-            let _ = kill(group, Signal::SIGCONT);
+            let _ = kill(master, Signal::SIGTERM);
+            let _ = kill(master, Signal::SIGCONT);
         }
         let end = Instant::now() + PATIENCE;
-        while (self.try_wait().is_none() || !process::members(group.as_raw()).is_empty())
-            && Instant::now() < end
-        {
+        while (self.try_wait().is_none() || !self.processes().is_empty()) && Instant::now() < end {
             pause();
         }
-        let left = process::members(group.as_raw());
+        let left = self.processes();
         if !left.is_empty() {
             faults.push(format!(
                 "still there {PATIENCE:?} after TERM, so killed: {left:?}"
             ));
-            let _ = killpg(group, Signal::SIGKILL);
+            for pid in left {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
         }
         if let Some(child) = &mut self.child {
             self.exited = child.wait().ok();
