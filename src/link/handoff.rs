@@ -27,6 +27,9 @@ const HEADER: usize = 16;
 pub const MOST_IDLE_MS: u32 = 0x00FF_FFFF;
 /// Most unread bytes in the packet itself: a few such packets fit the socket's default buffer.
 const MOST_INLINE: usize = 64 * 1024;
+/// Most bytes in the file of memory beside a packet: the largest frame that can be configured, with as
+/// much again for the answers before it.
+const MOST_BESIDE: usize = 256 << 20;
 /// Bytes of the longest packet.
 pub const LONGEST: usize = HEADER + MOST_INLINE;
 
@@ -180,8 +183,9 @@ pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
     let (unread, unsent) = lengths(header)?;
     let (unsent, unread) = match rest {
         Some(file) => {
-            let mut bytes = socket::read_memory_file(file).ok()?;
-            let whole = bytes.len() == unsent + unread;
+            let length = unsent.checked_add(unread).filter(|it| *it <= MOST_BESIDE)?;
+            let mut bytes = socket::read_memory_file(file, length as u64).ok()?;
+            let whole = bytes.len() == length;
             let rest = whole.then(|| bytes.split_off(unsent))?;
             (Cow::Owned(bytes), Cow::Owned(rest))
         }
@@ -270,6 +274,27 @@ mod tests {
             assert!(read(&packet[..length], None).is_some());
         }
         assert!(give().is_ok());
+    }
+
+    #[test]
+    fn a_file_beside_a_packet_is_as_long_as_the_packet_says_and_of_memory() {
+        let header = |unread: u32, unsent: u32| {
+            let lengths = [unread.to_le_bytes(), unsent.to_le_bytes()].concat();
+            [&MAGIC_2[..], &[0; 4], &lengths].concat()
+        };
+        let file = |length: u64| {
+            let file = std::fs::File::from(socket::memory_file(b"").unwrap());
+            file.set_len(length).unwrap();
+            OwnedFd::from(file)
+        };
+        let (packet, much) = (header(70_000, 0), header(u32::MAX, u32::MAX));
+        assert!(read(&packet, Some(file(70_000))).is_some());
+        // what takes no memory of the sender would take the receiver's
+        assert_eq!(read(&packet, Some(file(1 << 40))), None);
+        assert_eq!(read(&much, Some(file(2 * u64::from(u32::MAX)))), None);
+        assert_eq!(read(&packet, Some(file(69_999))), None);
+        let (reader, _writer) = io::pipe().unwrap();
+        assert_eq!(read(&packet, Some(reader.into())), None, "would block");
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub fn pack(calls: &[StuckCall]) -> io::Result<OwnedFd> {
 
 /// Reads them back; `None` when it is no such file.
 pub fn unpack(file: OwnedFd) -> Option<Vec<StuckCall>> {
-    let bytes = socket::read_small_memory_file(file, MOST_BYTES).ok()?;
+    let bytes = socket::read_memory_file(file, MOST_BYTES).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 

@@ -14,6 +14,7 @@ use std::os::raw::c_void;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
@@ -60,8 +61,12 @@ macro_rules! shared_record {
 /// # Errors
 /// ENOMEM, or no descriptor left.
 pub fn array<T: Record>(length: NonZeroUsize) -> io::Result<(&'static [T], OwnedFd)> {
-    let file = File::from(memfd_create(c"preforkd-shared", MFdFlags::MFD_CLOEXEC)?);
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(c"preforkd-shared", flags)?);
     file.set_len(bytes_of::<T>(length)?.get() as u64)?;
+    // A process that could make it shorter would end all others that look at it (SIGBUS, mmap(2)).
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     let file = OwnedFd::from(file);
     Ok((map(&file, length)?, file))
 }

@@ -385,24 +385,13 @@ pub fn memory_file(bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Takes back what `memory_file` has put into one.
-///
-/// # Errors
-/// When it can't be read.
-pub fn read_memory_file(fd: OwnedFd) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let mut file = File::from(fd);
-    file.rewind()?;
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// The same, when whoever sent it is not trusted: no more than `most` bytes, and of a file of memory
-/// alone, whose reading waits for nobody (F_GET_SEALS, fcntl(2)).
+/// Takes back what `memory_file` has put into one. The sender is not trusted, for it may be a worker
+/// that a client has taken over: at most `most` bytes are read, and only from a file of memory, because the
+/// read of any other file can block (F_GET_SEALS, fcntl(2)).
 ///
 /// # Errors
 /// When it is longer or no such file, or can't be read.
-pub fn read_small_memory_file(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
+pub fn read_memory_file(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
     fcntl(&fd, FcntlArg::F_GET_SEALS)?;
     let mut bytes = Vec::new();
     let mut file = File::from(fd);
