@@ -23,6 +23,7 @@ mod chaos_acts;
 mod chaos_ledger;
 mod clients;
 mod commands;
+mod environments;
 mod errors;
 mod forgery;
 mod frames;

@@ -39,9 +39,9 @@ impl Program {
 
     /// All of its environment, with the variable of the call.
     pub fn environment<'a>(&'a self, call: &'a CStr) -> Vec<&'a CStr> {
-        let mut environment: Vec<&CStr> = self.environment.iter().map(|one| &**one).collect();
-        environment.push(call);
-        environment
+        // First: of a long environment only the beginning is read when what a call left is looked for.
+        let configured = self.environment.iter().map(|one| &**one);
+        [call].into_iter().chain(configured).collect()
     }
 }
 

@@ -30,6 +30,7 @@ mod keepers;
 mod leave;
 mod life;
 pub mod listeners;
+mod marks;
 pub mod orphans;
 mod own_path;
 pub mod pid_file;

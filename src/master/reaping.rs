@@ -109,7 +109,9 @@ impl Master<'_> {
             .take(MOST_REAPED)
             .collect();
         self.reap_again = round.len() == MOST_REAPED;
-        round.retain(|ended| !self.probe_ended(ended.pid, ended.exit));
+        round.retain(|ended| {
+            !self.probe_ended(ended.pid, ended.exit) && !self.orphans.reader_ended(ended.pid)
+        });
         let is_killed_worker = |ended: &Ended| {
             ended.exit.is_signal(Signal::SIGKILL) && self.workers.get(ended.pid).is_some()
         };
@@ -121,7 +123,7 @@ impl Master<'_> {
         };
         handle_round(&mut target, &round);
         // After the dead are replaced, which is urgent.
-        self.orphans.end(|pid| self.workers.is_keeper(pid));
+        self.end_orphans();
     }
 
     /// Applies the queued actions, except those about the children `ended`, whose pids may be given

@@ -136,8 +136,10 @@ impl Master<'_> {
                 .map(|(_, fd, wanted)| PollFd::new(*fd, *wanted)),
         );
         let probe = self.upgrade.output();
+        let marks = self.orphans.output();
         fds.extend(listener.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         fds.extend(probe.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        fds.extend(marks.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, self.timeout()) {
             Ok(_) | Err(Errno::EINTR) => {}
             // Out of memory for a moment: signals and the clock are looked at all the same.
@@ -176,6 +178,7 @@ impl Master<'_> {
             watchdog,
             self.spread.next(),
             self.upgrade.deadline(),
+            self.orphans.deadline(),
             self.workers.next_keeper(),
             self.notifier.is_behind().then(|| now() + NOTIFY_RETRY),
         ]

@@ -5,6 +5,7 @@
 //! its head how it fails.
 
 pub mod account;
+pub mod bounded;
 pub mod daemon;
 pub mod descriptor;
 pub mod event;

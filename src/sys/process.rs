@@ -23,6 +23,8 @@ use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd;
 
+use super::bounded;
+
 /// The id of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pid(pub i32);
@@ -312,7 +314,7 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
 
 /// Resident memory of a process in bytes, or 0 where it can't be read (proc_pid_statm(5)).
 pub fn resident_bytes(pid: Pid) -> u64 {
-    let Ok(statm) = fs::read_to_string(format!("/proc/{pid}/statm")) else {
+    let Ok(statm) = bounded::read_lines(format!("/proc/{pid}/statm")) else {
         return 0;
     };
     let pages: u64 = statm

@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::libc;
 use nix::unistd::{SysconfVar, sysconf};
 
+use super::bounded;
 use super::process::Pid;
 
 /// Frames of a kernel stack that are told, innermost first.
@@ -58,7 +59,8 @@ pub fn threads(pid: Pid) -> Vec<Pid> {
 
 /// Looks at a thread of a process; `None` when it is gone.
 pub fn look(pid: Pid, thread: Pid) -> Option<Look> {
-    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/task/{thread}/{file}")).ok();
+    let path = |file: &str| format!("/proc/{pid}/task/{thread}/{file}");
+    let read = |file: &str| bounded::read_lines(path(file)).ok();
     let stat = read("stat")?;
     // The name may hold blanks and parentheses: the last one ends it.
     let (name, fields) = stat.split_once('(')?.1.rsplit_once(')')?;

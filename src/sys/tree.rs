@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::bounded;
 use super::process::{Pid, monotonic};
 
 /// A process that is held: its pid may be another's by now, this is still it.
@@ -83,10 +84,12 @@ pub fn ends_within(pidfds: &[BorrowedFd<'_>], limit: Duration) -> bool {
 pub fn adopted() -> Vec<Pid> {
     let me = Pid::current();
     let path = format!("/proc/self/task/{me}/children");
-    match fs::read_to_string(path) {
+    // Beyond the limit they are found when those before them are gone.
+    match bounded::read_pieces(path, b' ', bounded::PIDS) {
         Ok(text) => {
-            let pids = text.split_ascii_whitespace();
-            pids.filter_map(|pid| pid.parse().ok().map(Pid)).collect()
+            let pids = text.split(u8::is_ascii_whitespace);
+            let pids = pids.filter_map(|pid| std::str::from_utf8(pid).ok()?.parse().ok());
+            pids.map(Pid).collect()
         }
         // A kernel without that file (CONFIG_PROC_CHILDREN): all children, then.
         Err(_) => {
@@ -138,9 +141,11 @@ pub fn descendants(roots: &[Pid]) -> Vec<Held> {
 }
 
 /// The value that a process was started with for this variable of its environment; `None` also
-/// where that can't be read (another user's process).
+/// where that can't be read (another user's process), or stands beyond [`bounded::ENVIRONMENT`]. May
+/// block for as long as the owner of the process likes.
 pub fn variable(pid: Pid, name: &str) -> Option<String> {
-    let bytes = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let path = format!("/proc/{pid}/environ");
+    let bytes = bounded::read_pieces(path, 0, bounded::ENVIRONMENT).ok()?;
     bytes.split(|&byte| byte == 0).find_map(|pair| {
         let value = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
         Some(String::from_utf8_lossy(value).into_owned())
@@ -162,7 +167,7 @@ fn parents() -> BTreeMap<Pid, Pid> {
 
 /// A process's state and parent. The name before them may hold blanks and parentheses.
 fn stat(pid: Pid) -> Option<(char, Pid)> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let text = bounded::read_lines(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = text.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;

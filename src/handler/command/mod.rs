@@ -7,6 +7,7 @@
 //! is woken when the call is given up.
 
 mod arguments;
+mod marks;
 pub mod output;
 mod run;
 pub mod sweep;

@@ -2,9 +2,10 @@
 //! outlive the program that they came from.
 //!
 //! A worker is a subreaper, so they become its children, and their environment says which call
-//! they belong to; a program of a pool counts as one call for life. After each call its leftovers are killed and reaped; after the last one of a
-//! worker, everything below it. One that clears its environment is found only then. What the kill
-//! of a worker leaves is the master's, which adopts it and knows the same variable.
+//! they belong to (`marks` reads it); a program of a pool counts as one call for life. After each call its
+//! leftovers are killed and reaped; after the last one of a worker, everything below it. One that
+//! clears its environment, or makes it unreadable, is found only then. What the kill of a worker leaves is
+//! the master's, which adopts it and knows the same variable.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use nix::libc::pid_t;
 
+use super::marks::{Mark, Reader};
 use crate::sys::process::{self, Pid, monotonic};
 use crate::sys::spawn;
 use crate::sys::tree::{self, Held};
@@ -30,6 +32,8 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 static RUNNING: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
 /// Whether this worker leaves, so that no command may begin.
 static LEAVES: RwLock<bool> = RwLock::new(false);
+/// What reads the marks of adopted ones.
+static READER: Reader = Reader::new();
 /// Held by who sweeps: what is adopted is reaped by nobody else then, so pids stay whose they are.
 static SWEEPING: Mutex<()> = Mutex::new(());
 
@@ -68,12 +72,20 @@ impl Drop for Running {
         spawn::reap_abandoned();
         // Most leave nothing.
         if !strangers().is_empty() {
-            let me = Pid::current();
-            sweep(|pid| {
-                call_of(pid).is_some_and(|(worker, number)| worker == me && !is_running(number))
-            });
+            sweep_ended();
         }
     }
+}
+
+/// Ends what calls have left that have ended.
+fn sweep_ended() {
+    let me = Pid::current();
+    sweep(|mut pids| {
+        let marks = READER.marks(&pids, call_of, sweep_ended);
+        let is_over = |&(worker, number): &Mark| worker == me && !is_running(number);
+        pids.retain(|pid| marks.get(pid).is_some_and(is_over));
+        pids
+    });
 }
 
 fn running<T>(look: impl FnOnce(&mut BTreeSet<u64>) -> T) -> T {
@@ -84,8 +96,9 @@ fn is_running(number: u64) -> bool {
     running(|calls| calls.contains(&number))
 }
 
-/// The call that a process belongs to, as far as its environment says.
-pub fn call_of(pid: Pid) -> Option<(Pid, u64)> {
+/// The call that a process belongs to, as far as its environment says. May block for as long as the
+/// owner of that process likes: for a thread or a process that nobody waits for.
+pub fn call_of(pid: Pid) -> Option<Mark> {
     let value = tree::variable(pid, VARIABLE)?;
     let (worker, number) = value.split_once('.')?;
     Some((Pid(worker.parse::<pid_t>().ok()?), number.parse().ok()?))
@@ -107,7 +120,7 @@ pub fn end_all() {
         std::thread::yield_now();
     }
     // What cleared its environment as well: nothing else is a child of the first thread.
-    sweep(|_| true);
+    sweep(|pids| pids);
 }
 
 /// Reaps adopted ones that have ended. To be called now and then by the first thread, whose
@@ -128,24 +141,29 @@ fn strangers() -> Vec<Pid> {
     pids
 }
 
-/// Kills those adopted ones that are `over`, with all below them, and reaps them; again until none
+/// Kills those adopted ones that `choose` picks, with all below them, and reaps them; again until none
 /// is left, for they may have forked meanwhile, and what was below them is adopted then.
-fn sweep(is_over: impl Fn(Pid) -> bool) {
+fn sweep(choose: impl Fn(Vec<Pid>) -> Vec<Pid>) {
     let _one_at_a_time = SWEEPING.lock().unwrap_or_else(PoisonError::into_inner);
     let end = monotonic().saturating_add(DYING);
     loop {
-        let mut over = Vec::new();
-        for pid in strangers() {
-            if tree::is_zombie(pid) {
+        let mut living = strangers();
+        living.retain(|&pid| {
+            let is_zombie = tree::is_zombie(pid);
+            if is_zombie {
                 process::reap(pid, false);
-            } else if is_over(pid) {
-                over.push(pid);
             }
+            !is_zombie
+        });
+        if living.is_empty() {
+            return;
         }
+        let over = choose(living);
         if over.is_empty() || monotonic() > end {
             return;
         }
-        let held = tree::hold_with_descendants(&over, &is_over);
+        // Nobody else reaps them, so none of these pids can be another process's by now.
+        let held = tree::hold_with_descendants(&over, |_| true);
         held.iter().for_each(Held::kill);
         wait(&held);
     }
