@@ -29,6 +29,7 @@ mod forgery;
 mod frames;
 mod handoff;
 mod hostile;
+mod hostile_descriptors;
 mod http;
 mod http_corpus;
 mod idle;

@@ -9,6 +9,7 @@ use super::handoff::AdoptionQueue;
 use super::ids::{Generation, Pid, Slot};
 use super::quarantine::{Evidence, Quarantine};
 use super::scoreboard::Record;
+use super::stuck::StuckCalls;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
 use crate::sys::signal::SignalPipe;
@@ -38,6 +39,8 @@ pub struct Boot<'a> {
     pub quarantine: Quarantine,
     /// What is known of its end, once it has died.
     pub evidence: &'static Evidence,
+    /// Where it writes which calls are stuck.
+    pub stuck: &'static StuckCalls,
     /// Its copy of the master's signal pipe, to be left.
     pub master_signals: &'a mut SignalPipe,
     /// Its copy of the pid file's descriptor, to be closed.

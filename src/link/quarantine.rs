@@ -12,6 +12,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use super::scoreboard::RECORDS;
+use super::stuck::StuckCalls;
 use crate::shared_record;
 use crate::sys::shared;
 
@@ -62,6 +63,7 @@ shared_record! {
 pub struct Quarantine {
     board: &'static Board,
     evidence: &'static [Evidence],
+    stuck: &'static [StuckCalls],
     hasher: RandomState,
 }
 
@@ -75,6 +77,7 @@ impl Quarantine {
         Ok(Quarantine {
             board: &shared::array_without_file(NonZeroUsize::MIN)?[0],
             evidence: shared::array_without_file(records)?,
+            stuck: shared::array_without_file(records)?,
             hasher: RandomState::new(),
         })
     }
@@ -85,6 +88,14 @@ impl Quarantine {
     /// When `index` is not below `RECORDS`.
     pub fn evidence(&self, index: usize) -> &'static Evidence {
         &self.evidence[index]
+    }
+
+    /// The stuck calls of the worker with this record of the scoreboard.
+    ///
+    /// # Panics
+    /// When `index` is not below `RECORDS`.
+    pub fn stuck(&self, index: usize) -> &'static StuckCalls {
+        &self.stuck[index]
     }
 
     /// Who is refused, and who is watched.

@@ -5,12 +5,14 @@
 //! mode and by who the kernel says is there. What a request does is the master's affair.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
@@ -20,6 +22,8 @@ use super::pid_file::make_directory;
 use crate::error::{Error, Result};
 use crate::protocol::control::{Request, Response, to_line};
 use crate::sys::account::effective_ids;
+use crate::sys::process::close_in_child;
+use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::socket;
 
 /// Clients at one time; more wait in the socket's queue.
@@ -38,7 +42,7 @@ pub struct ClientId(pub(super) u64);
 /// One client.
 #[derive(Debug)]
 struct Client {
-    stream: UnixStream,
+    stream: GuardedSocket,
     received: Vec<u8>,
     /// What it has not taken yet of its answer.
     unsent: Vec<u8>,
@@ -154,7 +158,7 @@ impl Control {
     ) -> Result<Self> {
         let mut clients = BTreeMap::new();
         for client in state.clients {
-            let stream = UnixStream::from(take(client.fd)?);
+            let stream = GuardedSocket::new(take(client.fd)?, close_in_child);
             let ClientState {
                 id,
                 fd: _,
@@ -176,9 +180,12 @@ impl Control {
             };
             clients.insert(ClientId(id), client);
         }
+        let listener = take(state.fd)?;
+        // Older versions did not.
+        rights::refuse(&listener);
         Ok(Control {
             path: state.path,
-            listener: take(state.fd)?.into(),
+            listener: listener.into(),
             clients,
             next: state.next,
             closed_until: 0,
@@ -263,13 +270,16 @@ impl Control {
                 return false;
             }
         };
+        let is_nonblocking = stream.set_nonblocking(true).is_ok();
+        // Before it may be turned away: that closes it.
+        let stream = GuardedSocket::new(stream.into(), close_in_child);
         let user = socket::peer_user(&stream);
         let (own, _) = effective_ids();
         if !user.as_ref().is_ok_and(|&user| user == 0 || user == own) {
             log::warn!("a client of the control socket was turned away: its user is {user:?}");
             return true;
         }
-        if stream.set_nonblocking(true).is_err() {
+        if !is_nonblocking {
             return true;
         }
         let id = ClientId(self.next);
@@ -297,7 +307,8 @@ impl Control {
             return None;
         }
         let mut bytes = [0; 1024];
-        match client.stream.read(&mut bytes) {
+        // EBADMSG: descriptors are attached, so the client is given up.
+        match client.stream.receive(&mut bytes) {
             Ok(0) if client.asked && !client.ended => {
                 client.ended = true;
                 return None;
@@ -308,7 +319,7 @@ impl Control {
                 return None;
             }
             Ok(length) => client.received.extend_from_slice(&bytes[..length]),
-            Err(error) if is_transient(&error) => return None,
+            Err(Errno::EAGAIN | Errno::EINTR) => return None,
             Err(_) => {
                 self.clients.remove(&id);
                 return None;
@@ -352,9 +363,10 @@ impl Control {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        match client.stream.write(&client.unsent) {
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        match send(client.stream.as_raw_fd(), &client.unsent, flags) {
             Ok(sent) => drop(client.unsent.drain(..sent)),
-            Err(error) if is_transient(&error) => return,
+            Err(Errno::EAGAIN | Errno::EINTR) => return,
             Err(_) => drop(self.clients.remove(&id)),
         }
         if let Some(client) = self.clients.get_mut(&id)

@@ -4,13 +4,11 @@
 //! The scoreboard names the calls, /proc the state of threads. Nothing here waits for the worker, and what
 //! can't be read is left out.
 
-use std::os::fd::OwnedFd;
-
 use super::event::{Event, Span};
 use super::supervise::{Master, now};
 use super::workers::Worker;
 use crate::link::ids::Pid;
-use crate::link::stuck::{self, StuckCall};
+use crate::link::stuck::StuckCall;
 use crate::sys::task;
 
 impl Master<'_> {
@@ -26,12 +24,12 @@ impl Master<'_> {
 
     /// A worker says that none of its threads comes back, and which calls they run. That it says so
     /// again is no reason to look again: one that repeats itself would keep the master busy.
-    pub(super) fn wedged(&self, pid: Pid, threads: u64, file: Option<OwnedFd>) -> Option<Event> {
+    pub(super) fn wedged(&self, pid: Pid, threads: u64) -> Option<Event> {
         if !self.fleet.wants_evidence(pid) {
             return None;
         }
-        let calls = file.and_then(stuck::unpack).unwrap_or_default();
-        let evidence = threads_of(pid, threads, &calls);
+        let worker = self.workers.get(pid)?;
+        let evidence = threads_of(pid, threads, worker);
         Some(Event::Wedged { pid, evidence })
     }
 }
@@ -53,8 +51,10 @@ fn event_loop(pid: Pid, worker: &Worker) -> String {
 }
 
 /// Each call that is stuck, and its thread.
-fn threads_of(pid: Pid, threads: u64, calls: &[StuckCall]) -> String {
-    let mut parts: Vec<String> = calls.iter().map(|call| one_of(pid, call)).collect();
+fn threads_of(pid: Pid, threads: u64, worker: &Worker) -> String {
+    let calls = worker.stuck.read();
+    let one = |call: &StuckCall| one_of(pid, call, worker.known.method(call.method));
+    let mut parts: Vec<String> = calls.iter().map(one).collect();
     let more = threads.saturating_sub(parts.len() as u64);
     if more > 0 {
         parts.push(format!("{more} more"));
@@ -66,10 +66,10 @@ fn threads_of(pid: Pid, threads: u64, calls: &[StuckCall]) -> String {
     format!("{all} stuck: {}", parts.join("; "))
 }
 
-fn one_of(pid: Pid, call: &StuckCall) -> String {
+fn one_of(pid: Pid, call: &StuckCall, method: &str) -> String {
     let StuckCall {
         thread,
-        method,
+        method: _,
         id,
         age_ms,
     } = call;

@@ -21,6 +21,7 @@ use super::own_path::{OwnPath, Standing};
 use crate::config::{Address, Listen, Settings};
 use crate::error::{Error, Result};
 use crate::sys::notify::PassedListener;
+use crate::sys::rights;
 use crate::sys::socket::{self, Bound};
 
 /// A listening socket.
@@ -79,6 +80,8 @@ impl Listener {
         if !socket::is_listening(&fd) {
             return Err(wrong("its descriptor is no listening socket"));
         }
+        // Older versions did not.
+        rights::refuse(&fd);
         Ok(Listener {
             address: state
                 .address
@@ -239,6 +242,8 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
             if !socket::is_listening(&fd) {
                 return Err(not_ours());
             }
+            // Also where it serves before its options are set.
+            rights::refuse(&fd);
             // A blocking one would block the event loop of whoever loses the race for a client.
             fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
                 .map_err(|error| refuse(error.into()))?;
@@ -309,6 +314,7 @@ fn tune_one(listener: &Listener, wanted: Option<&Listen>, write_timeout: Duratio
 
 fn set_options(listener: &Listener, write_timeout: Duration) -> Result<()> {
     if matches!(listener.address, Address::Unix(_)) {
+        rights::refuse(&*listener.fd);
         return Ok(());
     }
     socket::set_tcp_options(&listener.fd, write_timeout)

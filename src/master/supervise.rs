@@ -205,12 +205,12 @@ impl Master<'_> {
     /// Passes what a worker has reported to the policy, and queues the actions that follow.
     pub(super) fn queue_reports(&mut self, pid: process::Pid) {
         self.words(pid);
-        for (report, file) in self.workers.reports(pid) {
+        for report in self.workers.reports(pid) {
             let event = match report {
                 Report::Ready => Event::Ready { pid },
                 Report::Retiring => Event::Retiring { pid },
                 Report::Worn(calls) => Event::Worn { pid, calls },
-                Report::Wedged(threads) => match self.wedged(pid, threads, file) {
+                Report::Wedged(threads) => match self.wedged(pid, threads) {
                     Some(event) => event,
                     None => continue,
                 },

@@ -8,11 +8,12 @@ mod crossing;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
@@ -27,8 +28,10 @@ use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
 use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, Record, Scoreboard};
+use crate::link::stuck::StuckCalls;
 use crate::logging;
-use crate::sys::process::{Fork, fork};
+use crate::sys::process::{Fork, close_in_child, fork};
+use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::socket;
 use crate::sys::title::TitleArea;
@@ -121,11 +124,15 @@ pub struct Worker {
     /// What it shows.
     pub record: &'static Record,
     record_index: usize,
+    /// Where it writes which calls are stuck.
+    pub stuck: &'static StuckCalls,
     /// `None` once it has closed its end.
     link: Option<MasterEnd>,
+    /// It has attached descriptors to a report, so nothing more is read from its link.
+    is_unheard: bool,
     slot: Slot,
     /// What it logs before it is ready; `None` where nobody waits for that.
-    words: Option<OwnedFd>,
+    words: Option<GuardedSocket>,
     /// Its keeper has died, and it is to retire for that, at once or when it is ready.
     pub keeper_is_lost: Cell<bool>,
 }
@@ -187,13 +194,19 @@ impl Workers {
     ) -> io::Result<Pid> {
         let (master_end, worker_end) = channel::pair()?;
         let (words, witness) = match parent.awaited {
-            true => socket::packet_pair().map(|(ours, its)| (Some(ours), Some(its)))?,
+            true => {
+                let (ours, its) = socket::packet_pair()?;
+                rights::refuse(&ours);
+                (Some(GuardedSocket::new(ours, close_in_child)), Some(its))
+            }
             false => (None, None),
         };
         let record = self.board.record(record_index);
         record.clear();
         let evidence = self.quarantine.evidence(record_index);
         evidence.clear();
+        let stuck = self.quarantine.stuck(record_index);
+        stuck.clear();
         let master = Pid::current();
         // A signal between fork and the child's own handlers would wake the master, or be lost.
         signal::block_all();
@@ -214,6 +227,7 @@ impl Workers {
                 record,
                 quarantine: self.quarantine.clone(),
                 evidence,
+                stuck,
                 master_signals: parent.signals,
                 pid_file: parent.pid_file,
                 title: parent.title,
@@ -232,7 +246,9 @@ impl Workers {
                 known: Rc::clone(&ground.known),
                 record,
                 record_index,
+                stuck,
                 link: Some(master_end),
+                is_unheard: false,
                 slot,
                 words,
                 keeper_is_lost: Cell::new(false),
@@ -254,7 +270,8 @@ impl Workers {
     /// What workers may be heard on, to be polled.
     pub fn links(&self) -> impl Iterator<Item = (Pid, BorrowedFd<'_>)> {
         self.living.iter().flat_map(|(pid, worker)| {
-            let link = worker.link.as_ref().map(AsFd::as_fd);
+            let link = worker.link.as_ref().filter(|_| !worker.is_unheard);
+            let link = link.map(AsFd::as_fd);
             let words = worker.words.as_ref().map(AsFd::as_fd);
             link.into_iter().chain(words).map(|fd| (*pid, fd))
         })
@@ -270,10 +287,11 @@ impl Workers {
             let Some(words) = &worker.words else {
                 return;
             };
-            match socket::receive_packet(words, &mut line) {
-                Ok((0, _)) => worker.words = None,
-                Ok((length, _)) => heard(worker.slot, &line[..length]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            match words.receive(&mut line) {
+                Ok(0) => worker.words = None,
+                Ok(length) => heard(worker.slot, &line[..length]),
+                Err(Errno::EAGAIN) => return,
+                // EBADMSG among them: a worker has no descriptors to send.
                 Err(_) => worker.words = None,
             }
         }
@@ -287,21 +305,34 @@ impl Workers {
     }
 
     /// What a worker has reported since the last look.
-    pub fn reports(&mut self, pid: Pid) -> Vec<(Report, Option<OwnedFd>)> {
+    pub fn reports(&mut self, pid: Pid) -> Vec<Report> {
         let mut reports = Vec::new();
         let Some(worker) = self.living.get_mut(&pid) else {
             return reports;
         };
         // A bounded number: a child that floods us must not keep us from the others.
         while reports.len() < MOST_REPORTS
+            && !worker.is_unheard
             && let Some(link) = &worker.link
         {
             match link.receive() {
                 // A child is never trusted: what does not speak for itself is not heard.
-                Received::Message(message, file) if message.pid == pid => {
-                    reports.push((message.body, file));
+                Received::Message(message, _) if message.pid == pid => {
+                    reports.push(message.body);
                 }
-                Received::Message(..) | Received::Garbage => {
+                // A worker of an older version has nothing more to say after that, or an attacker
+                // has it. It gets its orders all the same.
+                Received::WithDescriptors(message) if message.pid == pid => {
+                    worker.is_unheard = true;
+                    reports.push(message.body);
+                    if !matches!(message.body, Report::Wedged(_)) {
+                        log::warn!(
+                            "worker {pid} sent descriptors with a report: it is not listened to any \
+                             more"
+                        );
+                    }
+                }
+                Received::Message(..) | Received::WithDescriptors(_) | Received::Garbage => {
                     log::warn!(
                         "worker {pid} sent something that is no report of its own: it is not \
                          listened to any more"

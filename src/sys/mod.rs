@@ -6,6 +6,7 @@
 
 pub mod account;
 pub mod bounded;
+pub mod closer;
 pub mod daemon;
 pub mod descriptor;
 pub mod event;
@@ -16,6 +17,7 @@ pub mod memory;
 pub mod notify;
 pub mod privilege;
 pub mod process;
+pub mod rights;
 pub mod shared;
 pub mod signal;
 pub mod socket;

@@ -25,6 +25,8 @@ use nix::sys::socket::{
     recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 
+use super::rights;
+
 /// How long half-open peers are kept (design.md, `limits.idle-timeout`).
 const KEEPALIVE_IDLE_S: u32 = 60;
 const KEEPALIVE_INTERVAL_S: u32 = 10;
@@ -60,6 +62,8 @@ pub fn bind_tcp(address: SocketAddr) -> io::Result<OwnedFd> {
 /// EADDRINUSE when the path exists, EACCES, ENOENT, ENAMETOOLONG.
 pub fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
     let fd = stream_socket(AddressFamily::Unix)?;
+    // Before anybody can connect: connections have this from the beginning.
+    rights::refuse(&fd);
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(fd)
 }
@@ -246,8 +250,8 @@ pub fn has_ended(fd: &impl AsFd) -> bool {
     }
 }
 
-/// Two stream sockets that are each other's peers: ours, which does not wait, and another
-/// program's, which does.
+/// Two stream sockets that are each other's peers: ours, which does not wait and takes no
+/// descriptors where the kernel can refuse them, and another program's, which waits.
 ///
 /// # Errors
 /// When there is no descriptor left.
@@ -255,6 +259,7 @@ pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
     fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    rights::refuse(&ours);
     Ok((ours, theirs))
 }
 
@@ -294,8 +299,9 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
-/// Most descriptors in one packet of ours.
-const MOST_DESCRIPTORS: usize = 2;
+/// Most descriptors in one packet of anybody's (SCM_MAX_FD, unix(7)): the kernel would close what
+/// finds no room, and its close may block.
+const MOST_DESCRIPTORS: usize = 253;
 
 /// How often a packet is sent again at once.
 const MOST_TRIES: u32 = 3;
@@ -401,6 +407,16 @@ pub fn read_memory_file(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
         true => Err(io::ErrorKind::FileTooLarge.into()),
         false => Ok(bytes),
     }
+}
+
+/// Whether it is a file of memory, whose reading and closing wait for nobody (F_GET_SEALS, fcntl(2)).
+pub fn is_memory_file(fd: &impl AsFd) -> bool {
+    fcntl(fd.as_fd(), FcntlArg::F_GET_SEALS).is_ok()
+}
+
+/// Whether it is a stream socket, with or without another end.
+pub fn is_stream_socket(fd: &impl AsFd) -> bool {
+    getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
 }
 
 #[cfg(test)]

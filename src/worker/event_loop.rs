@@ -7,7 +7,6 @@
 use std::array;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -25,6 +24,7 @@ use crate::link::channel::WorkerEnd;
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
+use crate::link::stuck::StuckCalls;
 use crate::logging;
 use crate::sys::event::{Completion, Driver, Floor, Token};
 use crate::sys::process::monotonic;
@@ -116,6 +116,8 @@ pub struct EventLoop {
     pub(super) serves: bool,
     /// The master was told that no handler thread comes back.
     pub(super) told_wedged: bool,
+    /// Where it reads which calls they run.
+    pub(super) stuck: &'static StuckCalls,
 }
 
 impl EventLoop {
@@ -123,7 +125,7 @@ impl EventLoop {
     pub fn new(
         service: Service,
         (link, signals, waker): (WorkerEnd, SignalPipe, Arc<Waker>),
-        adoption: AdoptionQueue,
+        (adoption, stuck): (AdoptionQueue, &'static StuckCalls),
         show_draining: Box<dyn Fn()>,
         generation: Generation,
         workers: &Workers,
@@ -152,6 +154,7 @@ impl EventLoop {
             alone: false,
             serves: false,
             told_wedged: false,
+            stuck,
         }
     }
 
@@ -255,25 +258,13 @@ impl EventLoop {
     /// # Errors
     /// When the message can't be sent, which is logged.
     pub(super) fn report(&self, body: Report) -> io::Result<()> {
-        self.report_with(body, None)
-    }
-
-    /// Tells the master something, with a descriptor beside it.
-    ///
-    /// # Errors
-    /// As above.
-    pub(super) fn report_with(
-        &self,
-        body: Report,
-        descriptor: Option<BorrowedFd<'_>>,
-    ) -> io::Result<()> {
         let message = Message {
             pid: Pid::current(),
             generation: self.generation,
             body,
         };
         // A master that is gone is noticed by the link's end.
-        match self.link.send(message, descriptor) {
+        match self.link.send(message, None) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 log::warn!("the master could not be told {body:?}: {error}");
                 Err(error)

@@ -13,7 +13,7 @@ use super::ledger::note_of;
 use super::timers::Target;
 use crate::link::handoff::{self, State, is_full};
 use crate::sys::event::{Floor, Owed, Token};
-use crate::sys::socket;
+use crate::sys::{closer, socket};
 
 /// Between two tries when nothing tells that there is room again: too many descriptors of this
 /// user are on their way (ETOOMANYREFS, unix(7)).
@@ -30,6 +30,7 @@ impl EventLoop {
     ) {
         let is_whole = rest.is_none();
         let Some(taken) = handoff::read(packet, rest) else {
+            closer::close(socket);
             return log::error!(
                 "a connection was passed on with no state to be understood: closed"
             );
@@ -137,6 +138,7 @@ impl EventLoop {
             return Err(error);
         }
         // The queue holds it now: closing our descriptor ends nothing.
+        socket.mark_shared();
         self.close(floor, token);
         Ok(())
     }

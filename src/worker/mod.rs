@@ -145,7 +145,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     let event_loop = EventLoop::new(
         service,
         (boot.link, signals, waker),
-        boot.adoption,
+        (boot.adoption, boot.stuck),
         Box::new(move || {
             if let Some(area) = boot.title {
                 area.set(&format!("{}: worker {} draining", boot.program, boot.slot));

@@ -32,7 +32,9 @@ impl EventLoop {
                         ),
                     },
                 },
-                Received::Garbage => log::warn!("the master sent something that is no order"),
+                Received::Garbage | Received::WithDescriptors(_) => {
+                    log::warn!("the master sent something that is no order")
+                }
                 Received::Empty => break,
                 Received::End => {
                     floor.unwatch(LINK);

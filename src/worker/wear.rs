@@ -3,14 +3,12 @@
 //!
 //! It goes on as before. The master starts a successor, and orders the drain when that is ready.
 
-use std::os::fd::AsFd;
-
 use super::event_loop::{EventLoop, Trouble};
 use super::table::Call;
 use crate::link::ids::Pid;
 use crate::link::jitter;
 use crate::link::message::Report;
-use crate::link::stuck::{self, StuckCall};
+use crate::link::stuck::StuckCall;
 
 /// So long a handler may take to notice that its time is over; a command must be killed by then.
 const GRACE_MS: u64 = 1000;
@@ -46,7 +44,7 @@ impl EventLoop {
         }
         let call = |(serial, call): (u64, &Call)| StuckCall {
             thread: service.threads.posts.thread_of(serial),
-            method: service.registry.name(call.method).to_owned(),
+            method: call.method,
             id: call.id.as_deref().map(str::to_owned),
             age_ms: service.now_ms.saturating_sub(call.read_ms),
         };
@@ -60,7 +58,8 @@ impl EventLoop {
         if calls.len() < threads {
             let id = oldest.id.as_ref();
             let id = id.map_or(String::new(), |id| format!(" (id {id})"));
-            let (lost, method, age) = (calls.len(), &oldest.method, oldest.age_ms / 1000);
+            let (lost, age) = (calls.len(), oldest.age_ms / 1000);
+            let method = service.registry.name(oldest.method);
             let text = format!(
                 "{lost} of {threads} handler threads are lost until their handlers come back, which heed \
                  no deadline: {method}{id} has run for {age} s"
@@ -75,13 +74,9 @@ impl EventLoop {
             _ => format!("none of {threads} handler threads comes"),
         };
         log::warn!("{none} back from its call: the master is asked for a successor");
-        let file = stuck::pack(&calls);
-        if let Err(error) = &file {
-            log::warn!("what the threads run can't be told: {error}");
-        }
-        let file = file.as_ref().ok().map(AsFd::as_fd);
+        self.stuck.write(&calls);
         // If it could not be told, at the next tick.
-        let told = self.report_with(Report::Wedged(threads as u64), file);
+        let told = self.report(Report::Wedged(threads as u64));
         self.told_wedged = told.is_ok();
     }
 }

@@ -10,6 +10,7 @@ pub mod control;
 mod cramp;
 pub mod daemon;
 mod dawdlers;
+pub mod descriptors;
 mod dice;
 mod dir;
 pub mod installed;

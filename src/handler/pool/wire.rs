@@ -7,10 +7,12 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, send};
 
 use crate::protocol::frame::{Decoded, decode};
 use crate::protocol::program;
+use crate::sys::closer;
+use crate::sys::rights::GuardedSocket;
 use crate::sys::socket::has_unread;
 
 /// As much as is read at once, into a buffer that is lent.
@@ -26,7 +28,7 @@ pub(super) const LEFT: usize = 16;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Wire {
-    fd: OwnedFd,
+    fd: GuardedSocket,
     unsent: Vec<u8>,
     sent: usize,
     received: Vec<u8>,
@@ -37,7 +39,7 @@ pub(super) struct Wire {
 impl Wire {
     pub fn new(fd: OwnedFd) -> Self {
         Wire {
-            fd,
+            fd: GuardedSocket::new(fd, closer::close),
             unsent: Vec::new(),
             sent: 0,
             received: Vec::new(),
@@ -97,7 +99,7 @@ impl Wire {
         if self.is_closed {
             return false;
         }
-        match recv(self.fd.as_raw_fd(), piece, MsgFlags::MSG_DONTWAIT) {
+        match self.fd.receive(piece) {
             Ok(count @ 1..) => {
                 self.received.extend_from_slice(&piece[..count]);
                 return true;
@@ -105,6 +107,7 @@ impl Wire {
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             // So the kernel says that the other end was closed with bytes unread (unix(7)).
             Err(Errno::ECONNRESET) => (self.left_unread, self.is_closed) = (true, true),
+            // EBADMSG among them: descriptors are attached to what it sends, so it is not heard.
             Ok(0) | Err(_) => self.is_closed = true,
         }
         false

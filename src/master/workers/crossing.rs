@@ -158,7 +158,10 @@ impl Workers {
                     known: Rc::clone(known),
                     record: board.record(worker.record),
                     record_index: worker.record,
+                    // Not the memory that it writes into: that does not cross.
+                    stuck: quarantine.stuck(worker.record),
                     link,
+                    is_unheard: false,
                     slot: Slot(worker.slot),
                     // No verdict is open.
                     words: None,

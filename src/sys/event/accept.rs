@@ -15,7 +15,7 @@ use nix::sys::socket::{SockFlag, accept4};
 use super::floor::{Floor, LISTENER_BASE};
 use super::witness::Coming;
 use super::{Completion, Driver};
-use crate::sys::socket;
+use crate::sys::{closer, rights, socket};
 
 /// Accepts after which a worker goes to the end of the kernel's queue of waiters. EPOLLEXCLUSIVE
 /// wakes the first of that queue, so without this one worker would get all that comes slowly;
@@ -60,6 +60,7 @@ impl Floor {
                 accepts: 0,
             }
         };
+        self.has_unix = listeners.iter().any(|fd| rights::is_unix(&**fd));
         self.listeners = listeners
             .into_iter()
             .map(source(Source::Listener))
@@ -238,6 +239,17 @@ impl Floor {
 /// What a packet brought along with a connection: so many bytes, and a second descriptor.
 type Passed = (usize, Option<OwnedFd>);
 
+/// The descriptor, if it is of the kind that belongs there. A sibling is not trusted: the close of
+/// another kind may block.
+fn expect(fd: Option<OwnedFd>, is_right: impl Fn(&OwnedFd) -> bool) -> Option<OwnedFd> {
+    let fd = fd?;
+    if is_right(&fd) {
+        return Some(fd);
+    }
+    closer::close(fd);
+    None
+}
+
 fn accept_one(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = accept4(fd.as_raw_fd(), flags)?;
@@ -259,7 +271,18 @@ fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<(OwnedFd, Option<Passed>)
     let (length, descriptors) =
         received.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
     let mut descriptors = descriptors.into_iter();
-    // A packet without a connection brings nothing to anybody; the next one.
-    let socket = descriptors.next().ok_or(Errno::EPROTO)?;
-    Ok((socket, Some((length, descriptors.next()))))
+    let socket = descriptors.next();
+    let socket = expect(socket, socket::is_stream_socket);
+    let rest = descriptors.next();
+    let has_rest = rest.is_some();
+    let rest = expect(rest, socket::is_memory_file);
+    descriptors.for_each(closer::close);
+    match socket {
+        Some(socket) if rest.is_some() == has_rest => Ok((socket, Some((length, rest)))),
+        // A packet without a connection brings nothing to anybody; the next one.
+        socket => {
+            socket.into_iter().for_each(closer::close);
+            Err(Errno::EPROTO)
+        }
+    }
 }

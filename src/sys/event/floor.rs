@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{MsgFlags, recv};
 use slab::Slab;
 
 use super::accept::Listener;
@@ -14,7 +13,7 @@ use super::output::{is_closed_unix, send_some};
 use super::send_buffer::SendBuffer;
 use super::witness::{Owed, RECEIVE_BUFFER, Witness};
 use super::{Completion, Driver, Token};
-use crate::sys::twin;
+use crate::sys::{closer, rights::GuardedSocket, twin};
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 256;
@@ -30,7 +29,7 @@ const UNKNOWN: (u64, u64) = (u64::MAX / 2, u64::MAX / 2);
 /// One connection's socket.
 #[derive(Debug)]
 pub(super) struct Socket {
-    pub(super) fd: OwnedFd,
+    pub(super) fd: GuardedSocket,
     tag: u32,
     /// What epoll watches for; always what `wanted` says after a change.
     interest: EpollFlags,
@@ -73,6 +72,8 @@ pub struct Floor {
     pub(super) listeners: Vec<Listener>,
     /// The siblings' queue is not to be watched, whatever else is.
     pub(super) queue_is_left: bool,
+    /// Clients may come over a unix socket.
+    pub(super) has_unix: bool,
     watched: Vec<(u16, OwnedFd)>,
     /// Failures met outside of `turn`, told in the next one.
     failures: Vec<(Token, io::Error)>,
@@ -99,6 +100,7 @@ impl Floor {
             sockets: Slab::new(),
             listeners: Vec::new(),
             queue_is_left: false,
+            has_unix: false,
             watched: Vec::new(),
             failures: Vec::new(),
             next_tag: 0,
@@ -176,6 +178,7 @@ impl Floor {
     /// # Errors
     /// When epoll refuses it (ENOMEM, ENOSPC); the socket is closed then.
     pub fn adopt(&mut self, socket: OwnedFd) -> io::Result<Token> {
+        let socket = GuardedSocket::accepted(socket, self.has_unix, closer::close);
         self.take_in(socket, (0, 0), (Owed::Nothing, 0))
     }
 
@@ -186,6 +189,7 @@ impl Floor {
     /// As of `adopt`.
     pub fn adopt_used(&mut self, socket: OwnedFd, owed: Owed, note: u32) -> io::Result<Token> {
         let passed = self.witness.and_then(|_| twin::passed_through(&socket));
+        let socket = GuardedSocket::received(socket, closer::close);
         self.take_in(socket, passed.unwrap_or(UNKNOWN), (owed, note))
     }
 
@@ -201,7 +205,7 @@ impl Floor {
 
     fn take_in(
         &mut self,
-        socket: OwnedFd,
+        socket: GuardedSocket,
         (received_in_all, sent_in_all): (u64, u64),
         seen: (Owed, u32),
     ) -> io::Result<Token> {
@@ -331,7 +335,7 @@ impl Floor {
     }
 
     /// The socket of a connection.
-    pub fn descriptor(&self, token: Token) -> Option<&OwnedFd> {
+    pub fn descriptor(&self, token: Token) -> Option<&GuardedSocket> {
         let socket = self.sockets.get(token.index())?;
         (Token::new(token.index(), socket.tag) == token).then_some(&socket.fd)
     }
@@ -404,7 +408,8 @@ impl Floor {
             if let Some(witness) = &witness {
                 witness.receives(token, socket.received_in_all);
             }
-            match recv(socket.fd.as_raw_fd(), buffer, MsgFlags::empty()) {
+            // EBADMSG: descriptors are attached, so the connection ends.
+            match socket.fd.receive(buffer) {
                 Ok(0) => {
                     if let Some(witness) = &witness {
                         witness.received(0);

@@ -1,0 +1,243 @@
+//! Peers of unix sockets that attach descriptors whose close blocks (SO_LINGER with unsent bytes):
+//! clients, pool programs, workers in an attacker's hands. Nobody else may notice.
+
+use std::io::{ErrorKind, Read};
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::support::descriptors::{LINGER, allow, borrow, lingering, send, sockets_of};
+use crate::support::{Client, Daemon, PATIENCE, control, frame, wait_for};
+
+const UNIX: &str = "[workers]\ncount = 1\n[[listen]]\naddress = \"unix:u.sock\"\n";
+
+/// Fails when this takes about as long as the close of an attached descriptor.
+#[track_caller]
+fn at_once<T>(what: &str, run: impl FnOnce() -> T) -> T {
+    let begin = Instant::now();
+    let done = run();
+    let took = begin.elapsed();
+    assert!(took < LINGER / 2, "{what} took {took:?}");
+    done
+}
+
+#[track_caller]
+fn ping(daemon: &Daemon) {
+    let mut client = Client::connect_unix(&daemon.dir().join("u.sock"));
+    at_once("a call of another client", || {
+        assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
+    });
+}
+
+fn daemon() -> Daemon {
+    Daemon::builder().config(UNIX).start()
+}
+
+/// `None` where this process may not trace others.
+fn borrowed(pid: i32, fd: RawFd) -> Option<OwnedFd> {
+    let copy = borrow(pid, fd);
+    if let Err(error) = &copy {
+        println!("not run: {error}");
+    }
+    copy.ok()
+}
+
+/// Sends calls with a descriptor whose close blocks, one on each connection.
+fn attack(path: &PathBuf) -> Vec<(UnixStream, TcpStream)> {
+    let one = |_| {
+        let client = UnixStream::connect(path).unwrap();
+        let (fd, deaf) = lingering();
+        // Refused by the kernel since Linux 6.16, where the listener says so.
+        let _ = send(&client, &frame(br#"{"in":"ping"}"#), &[fd.as_raw_fd()]);
+        (client, deaf)
+    };
+    (0..4).map(one).collect()
+}
+
+#[test]
+fn a_client_that_attaches_a_descriptor_delays_nobody() {
+    let daemon = daemon();
+    let path = daemon.dir().join("u.sock");
+    let clients = attack(&path);
+    ping(&daemon);
+    // Also those that lie in a connection unread when it is closed.
+    drop(clients);
+    ping(&daemon);
+}
+
+/// The listener as it is on older kernels, or came from a service manager with connections in it.
+#[test]
+fn a_client_that_can_attach_a_descriptor_is_closed_and_delays_nobody() {
+    let daemon = daemon();
+    let path = daemon.dir().join("u.sock");
+    for (_, fd) in sockets_of(daemon.pid()) {
+        let Some(socket) = borrowed(daemon.pid(), fd) else {
+            return;
+        };
+        if getsockopt(&socket, sockopt::AcceptConn) == Ok(true) {
+            allow(&socket);
+        }
+    }
+    for _ in 0..3 {
+        for (mut client, _deaf) in attack(&path) {
+            ping(&daemon);
+            client.set_read_timeout(Some(LINGER / 2)).unwrap();
+            let end = client.read(&mut [0]).unwrap_err();
+            assert_eq!(
+                end.kind(),
+                ErrorKind::ConnectionReset,
+                "its call is not received"
+            );
+        }
+    }
+    ping(&daemon);
+}
+
+/// The ends of a worker's packet sockets: those that report to the master, and those of the
+/// adoption queue, which the master has too.
+fn packet_sockets(daemon: &Daemon, worker: i32) -> Option<(Vec<OwnedFd>, Vec<OwnedFd>)> {
+    let of_master = sockets_of(daemon.pid());
+    let (mut reports, mut queue) = (Vec::new(), Vec::new());
+    for (inode, fd) in sockets_of(worker) {
+        let socket = borrowed(worker, fd)?;
+        if getsockopt(&socket, sockopt::SockType) == Ok(SockType::SeqPacket) {
+            let is_shared = of_master.iter().any(|(other, _)| *other == inode);
+            if is_shared { &mut queue } else { &mut reports }.push(socket);
+        }
+    }
+    assert!(!reports.is_empty() && queue.len() == 2);
+    Some((reports, queue))
+}
+
+/// A report of a worker (src/link/message.rs).
+fn report(kind: u32, worker: i32) -> Vec<u8> {
+    let mut packet = b"pfd\x01".to_vec();
+    packet.extend(kind.to_le_bytes());
+    packet.extend(worker.to_le_bytes());
+    packet.extend(1_u32.to_le_bytes());
+    packet.resize(32, 0);
+    packet
+}
+
+#[test]
+fn a_worker_that_attaches_descriptors_to_its_reports_does_not_stop_the_master() {
+    let daemon = Daemon::builder()
+        .config("[workers]\ncount = 2\n")
+        .expect_log("ended by SIGKILL")
+        .start();
+    let worker = daemon.ready_workers()[0];
+    let Some((reports, _)) = packet_sockets(&daemon, worker) else {
+        return;
+    };
+    let mut deaf = Vec::new();
+    for socket in reports.iter().cycle().take(8) {
+        let (fd, peer) = lingering();
+        deaf.push(peer);
+        let _ = send(socket, &report(101, worker), &[fd.as_raw_fd()]);
+    }
+    at_once("the status", || daemon.status());
+    at_once("the successor of a killed worker", || {
+        kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+        wait_for("a successor", PATIENCE, || {
+            let ready = daemon.ready_workers();
+            ready.len() == 2 && !ready.contains(&worker)
+        });
+    });
+}
+
+#[test]
+fn a_worker_that_passes_on_what_is_no_connection_does_not_stop_its_siblings() {
+    let daemon = Daemon::builder()
+        .config(UNIX)
+        .expect_log("with no state to be understood: closed")
+        .start();
+    let worker = daemon.ready_workers()[0];
+    let Some((_, queue)) = packet_sockets(&daemon, worker) else {
+        return;
+    };
+    // An empty packet of a connection that is to be closed at once (src/link/handoff.rs).
+    let mut closing = b"pfh\x02\x80".to_vec();
+    closing.resize(16, 0);
+    let mut deaf = Vec::new();
+    for packet in [&closing[..], b"nothing that is known"] {
+        for end in &queue {
+            let fds: Vec<OwnedFd> = (0..3)
+                .map(|_| {
+                    let (fd, peer) = lingering();
+                    deaf.push(peer);
+                    fd
+                })
+                .collect();
+            let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+            send(end, packet, &numbers[..1]).unwrap();
+            send(end, packet, &numbers).unwrap();
+        }
+    }
+    for _ in 0..20 {
+        ping(&daemon);
+    }
+    daemon.wait_log("state to be understood");
+}
+
+#[test]
+fn a_command_that_attaches_a_descriptor_does_not_stop_the_master() {
+    let daemon = Daemon::start();
+    let socket = daemon.dir().join("control.sock");
+    let (fd, _deaf) = lingering();
+    let client = control::connect(&socket);
+    let _ = send(&client, control::STATUS, &[fd.as_raw_fd()]);
+    drop((fd, client));
+    at_once("the status", || control::status(&socket));
+}
+
+/// Answers with a descriptor attached, or without where that is refused.
+const PROGRAM: &str = r#"
+import array, json, socket, struct
+calls = socket.socket(fileno=3)
+deaf = socket.create_server(("127.0.0.1", 0))
+while head := calls.recv(4, socket.MSG_WAITALL):
+    calls.recv(struct.unpack("<I", head)[0], socket.MSG_WAITALL)
+    evil = socket.create_connection(deaf.getsockname())
+    evil.setblocking(False)
+    try:
+        while True: evil.send(bytes(65536))
+    except BlockingIOError:
+        pass
+    evil.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 5))
+    body = json.dumps({"out": "ok", "result": 1}).encode()
+    answer = struct.pack("<I", len(body)) + body
+    try:
+        calls.sendmsg([answer], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [evil.fileno()]))])
+        evil.close()
+    except OSError:
+        calls.sendall(answer)
+        evil.detach()
+"#;
+
+#[test]
+fn a_program_that_attaches_a_descriptor_delays_no_other_call() {
+    let config = format!(
+        "{UNIX}[pools.p]\ncommand = [\"python3\", \"evil.py\"]\ndirectory = \".\"\n\
+         environment = {{ PATH = \"/usr/local/bin:/usr/bin:/bin\" }}\n[methods.evil]\npool = \"p\"\n"
+    );
+    let daemon = Daemon::builder()
+        .config(&config)
+        .file("evil.py", PROGRAM)
+        .start();
+    let mut client = Client::connect_unix(&daemon.dir().join("u.sock"));
+    // Its close is the last one only if it comes first.
+    for _ in 0..10 {
+        let answer = at_once("its own call", || {
+            client.call(&json!({"in": "evil", "params": Value::Null}))
+        });
+        assert_eq!(answer["result"], 1, "{answer}");
+        ping(&daemon);
+    }
+}
