@@ -27,6 +27,7 @@ mod environments;
 mod errors;
 mod forgery;
 mod frames;
+mod guard;
 mod handoff;
 mod hostile;
 mod hostile_descriptors;

@@ -15,7 +15,7 @@ use crate::support::load::{Load, Shape};
 use crate::support::{Daemon, alone, from_environment, pass};
 
 /// What fails, how, and in how many different places at least.
-const FAILURES: [(&str, &[&str], u64); 27] = [
+const FAILURES: [(&str, &[&str], u64); 30] = [
     ("accept4", &["EMFILE", "ECONNABORTED", "EINTR"], 2),
     ("recvfrom", &["ECONNRESET", "ENOMEM", "EINTR"], 2),
     ("recvmsg", &["ENOMEM", "EINTR"], 2),
@@ -43,6 +43,9 @@ const FAILURES: [(&str, &[&str], u64); 27] = [
     ("prctl", &["EINVAL"], 3),
     ("close_range", &["ENOSYS"], 2),
     ("memfd_create", &["EMFILE"], 1),
+    ("landlock_create_ruleset", &["ENOSYS", "EMFILE"], 3),
+    ("landlock_add_rule", &["ENOMEM"], 1),
+    ("landlock_restrict_self", &["E2BIG"], 2),
 ];
 
 const CONFIG: &str = "
@@ -216,5 +219,36 @@ fn every_seventh_call_that_can_wait_is_interrupted_and_no_call_is_lost() {
     }
     for load in loads {
         load.stop().assert_whole("every seventh call interrupted");
+    }
+}
+
+/// A kernel without Landlock, one where it is off, a filter that knows nothing of it.
+#[test]
+#[ignore = "needs strace and the right to trace; tests/run runs it"]
+fn where_landlock_is_missing_programs_run_and_the_status_says_why() {
+    for (error, reason) in [
+        ("ENOSYS", "this kernel has no Landlock"),
+        ("EOPNOTSUPP", "Landlock is off in this kernel"),
+        (
+            "EPERM",
+            "a system call filter refuses landlock_create_ruleset",
+        ),
+    ] {
+        let words = injected(&[("landlock_create_ruleset", &format!("error={error}"))]);
+        let daemon = Daemon::builder().config(CONFIG).under(&words).start();
+        assert_eq!(
+            daemon.client().call(&json!({"in": "cat", "params": error}))["result"],
+            error
+        );
+        let warnings = daemon.status()["master"]["warnings"].clone();
+        let warnings: Vec<String> = serde_json::from_value(warnings).unwrap();
+        let about: Vec<&String> = warnings
+            .iter()
+            .filter(|warning| warning.contains("without a guard"))
+            .collect();
+        assert_eq!(about.len(), 1, "{warnings:?}");
+        assert!(about[0].contains(reason), "{about:?}");
+        let log = daemon.log();
+        assert_eq!(log.matches("without a guard").count(), 1, "{log}");
     }
 }

@@ -138,6 +138,7 @@ fn command(command: &Command) -> RawMethod {
         user: account.map(|account| account.name.clone()),
         group: account.map(|account| account.group.clone()),
         rlimits: rlimits(&program.rlimits),
+        guard: Some(program.guard),
         ..RawMethod::default()
     }
 }
@@ -161,6 +162,7 @@ fn pool(pool: &Pool) -> RawPool {
         user: account.map(|account| account.name.clone()),
         group: account.map(|account| account.group.clone()),
         rlimits: rlimits(&program.rlimits),
+        guard: Some(program.guard),
     }
 }
 

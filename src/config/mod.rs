@@ -17,6 +17,7 @@ mod document;
 mod effective;
 mod faults;
 mod files;
+mod guarded;
 mod listeners;
 mod methods;
 mod pools;

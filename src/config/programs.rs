@@ -38,6 +38,7 @@ pub(super) struct Keys<'a> {
     user: &'a Option<String>,
     group: &'a Option<String>,
     rlimits: Option<&'a RawRlimits>,
+    guard: Option<bool>,
 }
 
 macro_rules! keys_of {
@@ -50,6 +51,7 @@ macro_rules! keys_of {
                     user: &raw.user,
                     group: &raw.group,
                     rlimits: raw.rlimits.as_deref(),
+                    guard: raw.guard,
                 }
             }
         }
@@ -81,6 +83,7 @@ pub(super) fn resolve(
             Some(raw) => rlimits(&join(key, "rlimits"), raw, check)?,
             None => Rlimits::default(),
         },
+        guard: keys.guard.unwrap_or(true),
     })
 }
 

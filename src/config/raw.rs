@@ -102,6 +102,7 @@ pub(super) struct RawMethod {
     pub user: Option<String>,
     pub group: Option<String>,
     pub rlimits: Option<Table<RawRlimits>>,
+    pub guard: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -122,6 +123,7 @@ pub(super) struct RawPool {
     pub user: Option<String>,
     pub group: Option<String>,
     pub rlimits: Option<Table<RawRlimits>>,
+    pub guard: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -145,6 +147,7 @@ impl RawMethod {
             ("user", self.user.is_some()),
             ("group", self.group.is_some()),
             ("rlimits", self.rlimits.is_some()),
+            ("guard", self.guard.is_some()),
         ]
         .into_iter()
         .find_map(|(key, is_set)| is_set.then_some(key))

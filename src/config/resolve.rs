@@ -18,7 +18,7 @@ use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
 use super::settings::{Limits, Listen, Log, LogFormat, MethodKind, Settings, Workers};
 use super::surroundings::Surroundings;
 use super::units::{Size, Span};
-use super::{listeners, methods, pools};
+use super::{guarded, listeners, methods, pools};
 use crate::error::Result;
 use crate::sys::account::{Account, AccountError};
 
@@ -87,7 +87,7 @@ pub(super) fn resolve(
             listen.address
         ));
     }
-    let settings = Settings {
+    let mut settings = Settings {
         file: places.main().map(Path::to_owned),
         daemon,
         pid_file,
@@ -104,6 +104,8 @@ pub(super) fn resolve(
         needs_restart: Vec::new(),
     };
     paths_differ(&check, &settings)?;
+    let about_guards = guarded::warnings(&settings, here, ids);
+    settings.warnings.extend(about_guards);
     Ok(settings)
 }
 

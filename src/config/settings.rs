@@ -157,6 +157,8 @@ pub struct Program {
     pub account: Option<Account>,
     /// Its resource limits.
     pub rlimits: Rlimits,
+    /// Whether it is kept from the memory of processes that it did not start, and from setuid files.
+    pub guard: bool,
 }
 
 /// The keys of a method with `command`.

@@ -7,7 +7,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::sys::{account, memory};
+use crate::sys::{account, guard, memory};
 
 /// What is read when no file is named.
 const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
@@ -29,6 +29,10 @@ pub(super) struct Surroundings {
     pub cpus: usize,
     /// How much memory it may use, in bytes.
     pub memory: u64,
+    /// Why programs cannot be guarded here; `None`: they can be.
+    pub guard_missing: Option<&'static str>,
+    /// Whether setuid files and file capabilities have no effect in this process anyway.
+    pub no_new_privs: bool,
     /// Whether what is read has served already: programs and directories that have gone since are told when one
     /// of them is started, and are no reason to end a server.
     pub has_served: bool,
@@ -48,6 +52,8 @@ impl Surroundings {
             directory: env::current_dir().unwrap_or_else(|_| "/".into()),
             cpus: num_cpus::get(),
             memory: memory::in_all(),
+            guard_missing: guard::missing(),
+            no_new_privs: guard::has_no_new_privs(),
             has_served: false,
         }
     }

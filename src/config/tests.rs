@@ -21,6 +21,8 @@ pub(super) fn root() -> Surroundings {
         directory: "/home".into(),
         cpus: 4,
         memory: 8 << 30,
+        guard_missing: None,
+        no_new_privs: false,
         has_served: false,
     }
 }
@@ -278,6 +280,76 @@ fn where_a_server_is_is_told_by_its_file_whatever_else_is_wrong_or_not_at_all() 
             assert_eq!(of(named).as_deref(), expected, "{text}");
         }
     }
+}
+
+#[test]
+fn programs_are_guarded_unless_they_say_otherwise() {
+    let text = "[methods.a]\ncommand = [\"true\"]\n[methods.b]\ncommand = [\"true\"]\nguard = false\n\
+                [pools.c]\ncommand = [\"true\"]\n[pools.d]\ncommand = [\"true\"]\nguard = false\n";
+    let settings = settings(&root(), text).unwrap();
+    let command = |name: &str| match &settings.methods[name].kind {
+        MethodKind::Command(command) => command.program.guard,
+        kind => panic!("{kind:?}"),
+    };
+    let pool = |name: &str| settings.pools[name].program.guard;
+    assert_eq!([command("a"), command("b")], [true, false]);
+    assert_eq!([pool("c"), pool("d")], [true, false]);
+}
+
+#[test]
+fn warnings_name_what_the_guard_is_in_the_way_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = |name: &str, mode| {
+        let path = dir.path().join(name);
+        fs::write(&path, "\x7fELF").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        path
+    };
+    let (gdb, setuid) = (program("gdb-14", 0o755), program("tool", 0o4755));
+    let text = |guard: bool| {
+        format!(
+            "[methods.look]\ncommand = [{gdb:?}]\nguard = {guard}\n\
+             [methods.get]\ncommand = [{setuid:?}]\nguard = {guard}\n"
+        )
+    };
+    // a file of whoever runs this: another user's for one of the two that are asked as
+    let stranger = Surroundings {
+        uid: 54_321,
+        gid: 54_321,
+        ..nobody()
+    };
+    let warnings = |here: &Surroundings, guard| settings(here, &text(guard)).unwrap().warnings;
+    assert_eq!(
+        warnings(&stranger, true),
+        [
+            format!(
+                "{}, the program of methods.get, is a setuid file, which has no effect in the \
+                 guard; if it needs that, set guard = false there",
+                setuid.display()
+            ),
+            format!(
+                "{}, the program of methods.look, looks into processes, and the guard hides those \
+                 that it did not start; if it needs that, set guard = false there",
+                gdb.display()
+            ),
+        ]
+    );
+    assert!(warnings(&stranger, false).is_empty());
+    // where they have no effect anyway, the guard takes nothing from them
+    let without = Surroundings {
+        no_new_privs: true,
+        ..stranger.clone()
+    };
+    assert_eq!(warnings(&without, true).len(), 1);
+    // once for all, and not for those that want no guard
+    let old = Surroundings {
+        guard_missing: Some("this kernel has no Landlock"),
+        ..stranger
+    };
+    let found = warnings(&old, true);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains("without a guard: this kernel has no Landlock."));
+    assert!(warnings(&old, false).is_empty());
 }
 
 #[test]

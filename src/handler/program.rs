@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::config;
-use crate::sys::spawn::{Limits, Template};
+use crate::sys::spawn::{Limits, SpawnError, Step, Template};
 
 /// What all processes of a program have in common.
 #[derive(Debug)]
@@ -30,6 +30,7 @@ impl Program {
                     files: limits.files,
                     processes: limits.processes,
                 },
+                guard: program.guard,
             },
             environment: variables
                 .map(|(name, value)| c_string(format!("{name}={value}")))
@@ -42,6 +43,14 @@ impl Program {
         // First: of a long environment only the beginning is read when what a call left is looked for.
         let configured = self.environment.iter().map(|one| &**one);
         [call].into_iter().chain(configured).collect()
+    }
+}
+
+/// Returns what an operator can do where the system refuses the guard; else nothing.
+pub(super) fn guard_hint(error: &SpawnError) -> &'static str {
+    match error.step {
+        Step::Guard => "; guard = false starts it without one",
+        _ => "",
     }
 }
 

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::libc;
 
 use super::account::Account;
+use super::guard;
 use super::spawn::{Limits, SpawnError, Step, Template};
 
 /// What files a child creates can be read by all, and written by its user.
@@ -30,6 +31,8 @@ pub(super) struct Plan<'a> {
     pub envp: &'a [*const c_char],
     /// By the number that each has in the child.
     pub stdio: &'a [RawFd],
+    /// The rule set of its guard, if it is guarded.
+    pub ruleset: Option<RawFd>,
     /// Whether the kernel kills it when the thread that starts it ends.
     pub dies_with_us: bool,
     pub failed: Cell<Option<SpawnError>>,
@@ -85,6 +88,13 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
         {
             become_account(account).map_err(|errno| SpawnError {
                 step: Step::Account,
+                errno,
+            })?;
+        }
+        if let Some(ruleset) = plan.ruleset {
+            // Before the death signal, which a change of credentials can take back.
+            guard::enter(ruleset).map_err(|errno| SpawnError {
+                step: Step::Guard,
                 errno,
             })?;
         }

@@ -12,6 +12,7 @@ pub mod descriptor;
 pub mod event;
 pub mod exec;
 mod execute;
+pub mod guard;
 pub mod lock;
 pub mod memory;
 pub mod notify;

@@ -25,6 +25,7 @@ use nix::libc;
 
 use super::account::Account;
 use super::execute::{Plan, become_program};
+use super::guard;
 use super::process::{self, Exit, Pid};
 use super::tree::{self, ends_within};
 
@@ -43,6 +44,8 @@ pub struct Template {
     pub account: Option<Account>,
     /// Its resource limits.
     pub limits: Limits,
+    /// Whether it is guarded (see `guard`), where the kernel can do that.
+    pub guard: bool,
 }
 
 /// Resource limits (getrlimit(2)); `None` leaves ours.
@@ -84,6 +87,8 @@ pub enum Step {
     Limits,
     /// Become its user.
     Account,
+    /// Enter its guard.
+    Guard,
     /// Enter its directory.
     Directory,
     /// Become its program.
@@ -117,6 +122,7 @@ impl fmt::Display for SpawnError {
             Step::Descriptors => "it could not take its descriptors",
             Step::Limits => "it could not take its limits",
             Step::Account => "it could not become its user",
+            Step::Guard => "it could not enter its guard",
             Step::Directory => "it could not enter its directory",
             Step::Execute => "the program could not be executed",
         };
@@ -240,11 +246,20 @@ fn start(
         }
         fds.push(raw);
     }
+    let ruleset = if template.guard {
+        guard::ruleset().map_err(|errno| SpawnError {
+            step: Step::Guard,
+            errno,
+        })?
+    } else {
+        None
+    };
     let plan = Plan {
         template,
         argv: &argv,
         envp: &envp,
         stdio: &fds,
+        ruleset,
         dies_with_us,
         failed: Cell::new(None),
     };

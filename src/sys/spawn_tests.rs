@@ -9,6 +9,7 @@ fn template(program: &str) -> Template {
         directory: c"/".into(),
         account: None,
         limits: Limits::default(),
+        guard: false,
     }
 }
 
@@ -113,4 +114,28 @@ fn a_dropped_child_is_gone_with_its_group() {
     assert!(!is_child(pid));
     // The end of the pipe comes when nobody holds it any more, the second sleep included.
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_guarded_child_cannot_look_into_us_and_others_can() {
+    let script = "readlink /proc/$PPID/exe >/dev/null 2>&1 && echo opened
+        exec grep NoNewPrivs /proc/self/status";
+    let free = template("/bin/sh");
+    let own = u8::from(guard::has_no_new_privs());
+    let (text, _) = shell(&free, script);
+    assert_eq!(text, format!("opened\nNoNewPrivs:\t{own}\n"));
+    let guarded = Template {
+        guard: true,
+        ..free
+    };
+    // As without it, where the kernel has none.
+    let expected = match guard::missing() {
+        Some(_) => text,
+        None => "NoNewPrivs:\t1\n".to_owned(),
+    };
+    // Twice: the rule set is used again.
+    for _ in 0..2 {
+        let (text, exit) = shell(&guarded, script);
+        assert_eq!((text, exit), (expected.clone(), Exit::Code(0)));
+    }
 }

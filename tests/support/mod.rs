@@ -82,6 +82,14 @@ pub fn example(name: &str) -> PathBuf {
     directory.join(name)
 }
 
+/// Returns whether the kernel can guard programs: Landlock of version 2 or later. Asked without the
+/// crate, and of Python, because a test has no system call of its own.
+pub fn has_landlock() -> bool {
+    const ASK: &str = "import ctypes; print(ctypes.CDLL(None).syscall(444, None, 0, 1) >= 2)";
+    let asked = Command::new("python3").args(["-c", ASK]).output();
+    asked.is_ok_and(|output| output.stdout.starts_with(b"True"))
+}
+
 /// For tests that measure time, memory or CPU, or that put much load on the machine: one of them
 /// at a time. Held until it is dropped.
 pub fn alone() -> MutexGuard<'static, ()> {

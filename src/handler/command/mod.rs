@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use serde::Serialize;
 use std::ffi::CStr;
 
-use super::program::Program;
+use super::program::{Program, guard_hint};
 use super::{Context, Handler};
 use crate::config::{self, Output, Stdin};
 use crate::logging::counted;
@@ -146,7 +146,7 @@ fn not_started(program: &CStr, error: &SpawnError) -> RpcError {
         program.to_string_lossy()
     );
     match (error.step, error.errno) {
-        (_, Errno::E2BIG) => RpcError::invalid_params(
+        (Step::Execute, Errno::E2BIG) => RpcError::invalid_params(
             "the arguments and the environment together are longer than the system allows",
         ),
         // The system has nothing to give for now: sending it again is safe, and may do.
@@ -160,7 +160,7 @@ fn not_started(program: &CStr, error: &SpawnError) -> RpcError {
             RpcError::of(Code::CommandFailed, text, true)
         }
         _ => {
-            log::error!("{text}");
+            log::error!("{text}{}", guard_hint(error));
             RpcError::of(Code::CommandFailed, text, true)
         }
     }

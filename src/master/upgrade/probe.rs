@@ -77,6 +77,8 @@ impl Probe {
             directory: c_string(directory(origin)).map_err(cant)?,
             account: None,
             limits: Limits::default(),
+            // It is the next master: what it starts has to be as free as what we start.
+            guard: false,
         };
         let arguments = arguments(origin).map_err(cant)?;
         // It is not what the service manager waits to hear from.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::{Fresh, Keeper};
 use crate::handler::pool::desk::Word;
 use crate::handler::pool::process::{NotStarted, Process};
+use crate::handler::program::guard_hint;
 use crate::logging::counted;
 use crate::protocol::frame::Decoded;
 use crate::protocol::program::{self, Sent};
@@ -60,7 +61,8 @@ impl Keeper {
                 }
             }
             Err(NotStarted::Refused(error)) => {
-                self.has_failed(&format!("could not be started: {error}"), now);
+                let hint = guard_hint(&error);
+                self.has_failed(&format!("could not be started: {error}{hint}"), now);
             }
         }
     }
