@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{PATIENCE, binary, markdown, source, wait_for};
+use crate::support::{PATIENCE, binary, has_landlock, markdown, source, wait_for};
 
 /// A booted systemd, gone with its test.
 struct Sandbox {
@@ -200,6 +200,30 @@ fn systemd_exposure_is_within_its_bar() {
     let sandbox = Sandbox::with_preforkd("", "");
     let table = sandbox.run("systemd-analyze security --no-pager --threshold=12 preforkd.service");
     println!("{}", table.lines().last().unwrap_or_default());
+}
+
+/// None of its processes is root there, so the guard is all that stands before a worker's memory.
+#[test]
+#[ignore = "needs root and cgroup2: tests/run runs it where they are"]
+fn systemd_programs_are_guarded_in_the_unit() {
+    let method = |name: &str, guard: bool| {
+        format!(
+            "[methods.{name}]\nguard = {guard}\ncommand = [\"sh\", \"-c\", \
+             \"(exec 4</proc/$PPID/mem) 2>/dev/null && echo opened || echo refused\"]\n"
+        )
+    };
+    let config = method("with", true) + &method("without", false);
+    let sandbox = Sandbox::with_preforkd(&config, "");
+    sandbox.run("systemctl start preforkd");
+    let call = |name: &str| sandbox.run(&format!("preforkd call {name}"));
+    let warnings = sandbox.status()["master"]["warnings"].to_string();
+    if !has_landlock() {
+        println!("not run: this kernel has no Landlock");
+        return;
+    }
+    assert!(!warnings.contains("without a guard"), "{warnings}");
+    assert_eq!(call("with"), "\"refused\\n\"\n");
+    assert_eq!(call("without"), "\"opened\\n\"\n");
 }
 
 #[test]
