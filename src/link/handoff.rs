@@ -305,4 +305,47 @@ mod tests {
         short[..4].copy_from_slice(&MAGIC);
         assert_eq!(read(&short, None), None, "a length that does not match");
     }
+
+    /// Workers of two versions exchange these bytes.
+    #[test]
+    fn a_packet_has_the_bytes_that_other_versions_know() {
+        let check = |state: State, unsent: &[u8], unread: &[u8], bytes: &[u8]| {
+            let queue = AdoptionQueue::new().unwrap();
+            let (_client, server) = UnixStream::pair().unwrap();
+            queue.give(server.as_fd(), state, unsent, unread).unwrap();
+            let mut packet = vec![0; LONGEST];
+            let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
+            assert_eq!((&packet[..length], descriptors.len()), (bytes, 1));
+            let taken = read(bytes, None).unwrap();
+            assert_eq!(
+                (taken.state, &*taken.unsent, &*taken.unread),
+                (state, unsent, unread)
+            );
+        };
+        let state = |dialect, closing| State {
+            dialect,
+            idle_ms: 0x0003_0201,
+            closing,
+        };
+        for (number, dialect) in [
+            (0, None),
+            (1, Some(Dialect::Frame)),
+            (2, Some(Dialect::Line)),
+            (3, Some(Dialect::Http)),
+            (4, Some(Dialect::Unknown)),
+        ] {
+            let mut bytes = *b"pfh\x01D\x01\x02\x03\x02\0\0\0\0\0\0\0{}";
+            bytes[4] = number;
+            check(state(dialect, false), b"", b"{}", &bytes);
+        }
+        let answer_first = b"pfh\x02\x02\x01\x02\x03\x02\0\0\0\x03\0\0\0ok\n{}";
+        check(
+            state(Some(Dialect::Line), false),
+            b"ok\n",
+            b"{}",
+            answer_first,
+        );
+        let closing = b"pfh\x02\x83\x01\x02\x03\0\0\0\0\x01\0\0\0x";
+        check(state(Some(Dialect::Http), true), b"x", b"", closing);
+    }
 }

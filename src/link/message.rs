@@ -197,4 +197,35 @@ mod tests {
         assert_eq!(Message::<Report>::decode(&[0; PACKET]), None);
         assert_eq!(Message::<Report>::decode(&[]), None);
     }
+
+    /// Master and workers of two versions exchange these bytes.
+    #[test]
+    fn every_message_has_the_bytes_that_other_versions_know() {
+        fn check<T: Body + Copy + PartialEq + std::fmt::Debug>(body: T, kind: u8, value: [u8; 8]) {
+            let mut bytes = [0; 32];
+            bytes[..4].copy_from_slice(b"pfd\x01");
+            bytes[4] = kind;
+            bytes[8..12].copy_from_slice(b"\x92\x10\0\0");
+            bytes[12..16].copy_from_slice(b"\x07\0\0\0");
+            bytes[16..24].copy_from_slice(&value);
+            let message = Message {
+                pid: Pid(4242),
+                generation: Generation(7),
+                body,
+            };
+            assert_eq!(message.encode(), bytes);
+            assert_eq!(Message::decode(&bytes), Some(message));
+        }
+        let shares = Shares { give: 1, take: 2 };
+        let limit = Duration::from_millis(30_000);
+        check(Order::Drain(limit), 1, *b"\x30\x75\0\0\0\0\0\0");
+        check(Order::Stop(limit), 2, *b"\x30\x75\0\0\0\0\0\0");
+        check(Order::Log, 3, [0; 8]);
+        check(Order::Spread(shares), 4, *b"\x02\0\0\0\x01\0\0\0");
+        check(Order::LameDuck, 5, [0; 8]);
+        check(Report::Ready, 101, [0; 8]);
+        check(Report::Retiring, 102, [0; 8]);
+        check(Report::Worn(258), 103, *b"\x02\x01\0\0\0\0\0\0");
+        check(Report::Wedged(8), 104, *b"\x08\0\0\0\0\0\0\0");
+    }
 }

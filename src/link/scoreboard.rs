@@ -69,6 +69,32 @@ shared_record! {
     }
 }
 
+/// Where each field lies: another version reads and writes the same memory.
+const _: () = {
+    use std::mem::offset_of;
+    assert!(RECORDS == 4096 && STRIDE == 256);
+    assert!(offset_of!(Record, heartbeat_ms) == 0);
+    assert!(offset_of!(Record, connections) == 8);
+    assert!(offset_of!(Record, running) == 12);
+    assert!(offset_of!(Record, queued) == 16);
+    assert!(offset_of!(Record, lost_threads) == 20);
+    assert!(offset_of!(Record, calls) == 24);
+    assert!(offset_of!(Record, errors) == 32);
+    assert!(offset_of!(Record, last_method) == 40);
+    assert!(offset_of!(Record, inline_running) == 44);
+    assert!(offset_of!(Record, oldest_method) == 48);
+    assert!(offset_of!(Record, spurious_wakes) == 52);
+    assert!(offset_of!(Record, oldest_since_ms) == 56);
+    assert!(offset_of!(Record, keeper) == 64);
+    assert!(offset_of!(Record, kept) == 68);
+    assert!(offset_of!(Record, crashed) == 72);
+    assert!(offset_of!(Record, reset) == 76);
+    assert!(offset_of!(Record, last_wait_ms) == 80);
+    assert!(offset_of!(Record, longest_wait_ms) == 84);
+    assert!(offset_of!(Record, programs_down) == 88);
+    assert!(offset_of!(Record, lost_lines) == 92);
+};
+
 /// The records of all workers; which is whose is the master's knowledge.
 #[derive(Debug)]
 pub struct Scoreboard {

@@ -13,6 +13,9 @@ use crate::config::{self, Overrides};
 /// Written by version 0.1.0, by hand made fuller, and not to be changed.
 const STORED: &str = include_str!("../../../tests/upgrade-state.json");
 
+/// Written by version 0.1.0 with every member that it knows, and not to be changed either.
+const STORED_WHOLE: &str = include_str!("../../../tests/upgrade-state-2.json");
+
 fn stored() -> Value {
     serde_json::from_str(STORED).unwrap()
 }
@@ -61,6 +64,73 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
             again[name]
         );
     }
+}
+
+#[test]
+fn every_member_of_the_version_before_is_read_and_written_back() {
+    for text in [STORED, STORED_WHOLE] {
+        let stored: Value = serde_json::from_str(text).unwrap();
+        let state = read(&stored).unwrap();
+        let fleet = Fleet::import(state.fleet.clone(), 3_268_900).unwrap();
+        assert_eq!(fleet.export(), state.fleet);
+        let file = state.origin.file.clone();
+        let settings = state.settings.clone();
+        let settings = config::of_effective(settings, file, &Overrides::default()).unwrap();
+        let printed = settings.to_toml();
+        for line in state.settings.lines() {
+            assert!(
+                printed.lines().any(|it| it == line),
+                "{line:?} in {printed}"
+            );
+        }
+        let again: Value = serde_json::from_slice(&state.to_json().unwrap()).unwrap();
+        let lost = missing("", &again, &stored);
+        assert!(lost.is_empty(), "read, and not written back: {lost:#?}");
+    }
+}
+
+/// The paths in `part` whose values are not in `whole`.
+fn missing(path: &str, whole: &Value, part: &Value) -> Vec<String> {
+    let members: Vec<(String, &Value)> = match part {
+        Value::Object(members) => {
+            let member = |(name, value)| (format!("/{name}"), value);
+            members.iter().map(member).collect()
+        }
+        Value::Array(values) => {
+            let value = |(number, value)| (format!("/{number}"), value);
+            values.iter().enumerate().map(value).collect()
+        }
+        _ => Vec::new(),
+    };
+    if members.is_empty() {
+        return (whole != part)
+            .then(|| path.to_owned())
+            .into_iter()
+            .collect();
+    }
+    let member = |(name, value): (String, &Value)| {
+        let path = format!("{path}{name}");
+        match whole.pointer(&name) {
+            Some(other) => missing(&path, other, value),
+            None => vec![path],
+        }
+    };
+    members.into_iter().flat_map(member).collect()
+}
+
+/// The program before this one sets the variables and waits for the line.
+#[test]
+fn the_words_of_an_upgrade_are_those_of_the_version_before() {
+    use super::{PROBE_PASSED, REASON, VARIABLE};
+    assert_eq!(
+        (VARIABLE, REASON),
+        ("PREFORKD_UPGRADE", "PREFORKD_UPGRADE_REASON")
+    );
+    assert_eq!(
+        PROBE_PASSED,
+        "preforkd: this program can take the running server over"
+    );
+    assert_eq!(FORMAT, 1);
 }
 
 /// Whether all that is in `part` is in `whole`: additions are welcome.
