@@ -59,6 +59,7 @@ mod reload;
 mod removed;
 mod scaling;
 mod serving;
+mod snapshots;
 mod spreading;
 mod start;
 mod stop;

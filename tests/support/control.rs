@@ -1,6 +1,6 @@
 //! The master's control socket, asked without a command in between.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -30,4 +30,15 @@ pub fn status(socket: &Path) -> Value {
     let mut answer: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(answer["ok"], true, "{answer}");
     answer["status"].take()
+}
+
+/// Sends a request, and answers the first line that comes back: for what the master does at once, while the
+/// command of that name waits for more.
+#[track_caller]
+pub fn ask(socket: &Path, request: &str) -> String {
+    let mut stream = connect(socket);
+    stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    answer.trim_end().to_owned()
 }
