@@ -70,6 +70,7 @@ mod terminal;
 mod throttle;
 mod trouble;
 mod upgrade;
+mod upgrade_baseline;
 mod upgrade_failures;
 mod vanished;
 mod verdict;
