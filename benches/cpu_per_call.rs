@@ -4,10 +4,15 @@
 //! outstanding ping each. Counted is the user and system time of all the server's processes while the
 //! load runs, connecting left out. The medians and their ratio are printed; with `--bar` a ratio above
 //! [`BAR`] is a failure. The order changes from round to round, so that none is always the first.
+//!
+//! With `--against PATH` this build is compared with another binary of preforkd instead: see `against`.
 #![allow(unsafe_code, clippy::print_stdout)]
 
+#[path = "cpu_per_call/against.rs"]
+mod against;
 mod support;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
@@ -15,21 +20,40 @@ use clap::Parser;
 use support::figures::{line, median};
 use support::load::{self, Load, Until};
 use support::server::Server;
-use support::{Failure, Rounds, bare, words};
+use support::{Failure, bare, words};
 
 /// The most that preforkd may cost, in times of what the bare server costs.
 const BAR: f64 = 1.25;
 
 #[derive(Parser)]
 struct Words {
-    #[command(flatten)]
-    of: Rounds,
-    /// Workers of each server.
-    #[arg(long, default_value_t = 2)]
-    workers: usize,
-    /// Measure the bare server against itself: the ratio shows the noise.
+    /// Rounds, each with all that is compared [default: 5, or 9 with --against].
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Seconds of load in each round, on each server. Not used with --against.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+    /// Connections, with one outstanding call each.
+    #[arg(long, default_value_t = 64)]
+    connections: usize,
+    /// Workers of each server [default: 2, or 1 with --against].
+    #[arg(long)]
+    workers: Option<usize>,
+    /// Fail beyond the bar.
+    #[arg(long)]
+    bar: bool,
+    /// Measure the bare server against itself, or with --against that binary: the ratio shows the noise.
     #[arg(long)]
     self_check: bool,
+    /// Compare this build with another binary of preforkd.
+    #[arg(long, value_name = "PATH")]
+    against: Option<PathBuf>,
+    /// With --against: use this binary instead of the one that was built with this program.
+    #[arg(long, value_name = "PATH", requires = "against")]
+    binary: Option<PathBuf>,
+    /// With --against: inline calls to each server in each round. Slower kinds of calls are fewer.
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    calls: u64,
 }
 
 fn main() -> Result<(), Failure> {
@@ -38,8 +62,15 @@ fn main() -> Result<(), Failure> {
         let answer = load::frame(bare::PONG);
         return bare::serve(address.parse()?, workers.parse()?, &answer);
     }
+    if words.first().is_some_and(|word| word == "answer") {
+        return against::answer();
+    }
     let program = "cpu_per_call".to_owned();
     let words = Words::parse_from([program].into_iter().chain(words));
+    if let Some(path) = &words.against {
+        return against::compare(path, &words);
+    }
+    let (rounds, workers) = (words.rounds.unwrap_or(5), words.workers.unwrap_or(2));
     let other = if words.self_check {
         "bare again"
     } else {
@@ -47,15 +78,15 @@ fn main() -> Result<(), Failure> {
     };
 
     let (mut bare, mut ours) = (Vec::new(), Vec::new());
-    for round in 0..words.of.rounds {
+    for round in 0..rounds {
         for turn in [round % 2, 1 - round % 2] {
             let (name, figures) = match turn {
                 0 => ("bare", &mut bare),
                 _ => (other, &mut ours),
             };
             let server = match name {
-                "preforkd" => Server::preforkd(words.workers, "")?,
-                _ => Server::bare(words.workers)?,
+                "preforkd" => Server::preforkd(workers, "")?,
+                _ => Server::bare(workers)?,
             };
             let cost = measure(&server, &words, name)?;
             figures.push(cost);
@@ -63,14 +94,13 @@ fn main() -> Result<(), Failure> {
     }
     let ratio = median(&ours) / median(&bare);
     println!(
-        "CPU time per call at {} connections, medians of {} rounds: bare {:.2} us, {other} {:.2} us, \
+        "CPU time per call at {} connections, medians of {rounds} rounds: bare {:.2} us, {other} {:.2} us, \
          ratio {ratio:.3} (bar: {BAR})",
-        words.of.connections,
-        words.of.rounds,
+        words.connections,
         median(&bare),
         median(&ours),
     );
-    if words.of.bar && (ratio.is_nan() || ratio > BAR) {
+    if words.bar && (ratio.is_nan() || ratio > BAR) {
         return Err(format!("the ratio {ratio:.3} is above the bar of {BAR}").into());
     }
     Ok(())
@@ -78,11 +108,11 @@ fn main() -> Result<(), Failure> {
 
 /// Microseconds of CPU time per call.
 fn measure(server: &Server, words: &Words, name: &str) -> Result<f64, Failure> {
-    let mut load = Load::open(server.address, words.of.connections, bare::PARAMS)?;
+    let mut load = Load::open(server.address, words.connections, bare::PARAMS)?;
     // Caches, buffers and clock speed as they are under load.
     load.run(Until::Calls(20_000))?;
     let before = server.cpu_time()?;
-    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.of.seconds)))?;
+    let outcome = load.run(Until::Elapsed(Duration::from_secs(words.seconds)))?;
     let used = server.cpu_time()?.saturating_sub(before);
     let cost = used.as_secs_f64() * 1e6 / outcome.calls as f64;
     println!("{name:>10}: {cost:.2} us CPU per call; {}", line(&outcome));

@@ -6,6 +6,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -41,7 +42,27 @@ pub struct Load {
     connections: Vec<Connection>,
     epoll: Epoll,
     request: Vec<u8>,
-    answer: Vec<u8>,
+    answer: Answer,
+}
+
+/// What a load calls. Params and result are JSON.
+#[derive(Debug, Clone, Copy)]
+pub struct Call<'a> {
+    /// The method.
+    pub method: &'a str,
+    /// The params of each call.
+    pub params: &'a str,
+    /// The result of each call.
+    pub result: &'a str,
+    /// Whether it is a request in HTTP instead of a frame.
+    pub http: bool,
+}
+
+/// The answer that every call gets, length or head included.
+struct Answer {
+    bytes: Vec<u8>,
+    /// Bytes of it that are not compared: the value of a `Date` header, which changes.
+    varying: Range<usize>,
 }
 
 struct Connection {
@@ -72,22 +93,32 @@ impl Load {
         method: &str,
         params: &str,
     ) -> Result<Self, Failure> {
-        let request = frame(&format!(r#"{{"in":"{method}","params":{params}}}"#));
+        let call = Call {
+            method,
+            params,
+            result: params,
+            http: false,
+        };
+        Self::calling(address, count, &call)
+    }
+
+    /// Likewise, with any call.
+    pub fn calling(address: SocketAddr, count: usize, call: &Call<'_>) -> Result<Self, Failure> {
+        let request = call.request();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let mut connections = Vec::with_capacity(count);
-        let mut answer = Vec::new();
+        let mut answer: Option<Answer> = None;
         for token in 0..count {
             let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(PATIENCE))?;
             stream.set_write_timeout(Some(PATIENCE))?;
             stream.write_all(&request)?;
-            let first = read_frame(&mut stream)?;
-            if answer.is_empty() {
-                check(&first, method, params)?;
-                answer = first;
-            } else if first != answer {
-                return Err("the connections get different answers".into());
+            let first = call.read_answer(&mut stream)?;
+            match &answer {
+                None => answer = Some(first),
+                Some(answer) if answer.is_like(&first) => {}
+                Some(_) => return Err("the connections get different answers".into()),
             }
             let token = token as u64;
             epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
@@ -101,13 +132,13 @@ impl Load {
             connections,
             epoll,
             request,
-            answer,
+            answer: answer.ok_or("no connection")?,
         })
     }
 
     /// The answer that every call gets, length and body.
     pub fn answer(&self) -> &[u8] {
-        &self.answer
+        &self.answer.bytes
     }
 
     /// Calls on all connections until it is over; an answer that is wrong or missing is a failure.
@@ -164,18 +195,67 @@ impl Connection {
     }
 
     /// Reads once; whether the answer is whole now.
-    fn receive(&mut self, answer: &[u8], buffer: &mut [u8]) -> Result<bool, Failure> {
+    fn receive(&mut self, answer: &Answer, buffer: &mut [u8]) -> Result<bool, Failure> {
         let count = self.stream.read(buffer)?;
         if count == 0 {
             return Err("the server closed a connection".into());
         }
         let end = self.received + count;
-        if answer.get(self.received..end) != Some(&buffer[..count]) {
+        if !answer.holds(self.received, &buffer[..count]) {
             let got = buffer[..count.min(200)].escape_ascii();
             return Err(format!("a wrong answer: \"{got}\"").into());
         }
-        self.received = if end == answer.len() { 0 } else { end };
+        self.received = if end == answer.bytes.len() { 0 } else { end };
         Ok(self.received == 0)
+    }
+}
+
+impl Call<'_> {
+    fn request(&self) -> Vec<u8> {
+        let body = format!(r#"{{"in":"{}","params":{}}}"#, self.method, self.params);
+        match self.http {
+            false => frame(&body),
+            true => format!(
+                "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+                 Content-Length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .into_bytes(),
+        }
+    }
+
+    /// Reads one answer, which has to be the right one.
+    fn read_answer(&self, stream: &mut TcpStream) -> Result<Answer, Failure> {
+        let answer = match self.http {
+            false => Answer {
+                bytes: read_frame(stream)?,
+                varying: 0..0,
+            },
+            true => read_response(stream)?,
+        };
+        let body = match self.http {
+            false => 4,
+            true => head_length(&answer.bytes).unwrap_or(0),
+        };
+        check(&answer.bytes[body..], self)?;
+        Ok(answer)
+    }
+}
+
+impl Answer {
+    /// Returns whether these bytes stand at `offset` in it.
+    fn holds(&self, offset: usize, bytes: &[u8]) -> bool {
+        let end = offset + bytes.len();
+        let Some(own) = self.bytes.get(offset..end) else {
+            return false;
+        };
+        let skipped_from = self.varying.start.clamp(offset, end) - offset;
+        let skipped_to = self.varying.end.clamp(offset, end) - offset;
+        own[..skipped_from] == bytes[..skipped_from] && own[skipped_to..] == bytes[skipped_to..]
+    }
+
+    fn is_like(&self, other: &Answer) -> bool {
+        self.bytes.len() == other.bytes.len() && self.holds(0, &other.bytes)
     }
 }
 
@@ -191,14 +271,48 @@ fn read_frame(stream: &mut TcpStream) -> Result<Vec<u8>, Failure> {
     }
 }
 
-/// Whether it is the answer to such a call.
-fn check(answer: &[u8], method: &str, params: &str) -> Result<(), Failure> {
-    let value: serde_json::Value = serde_json::from_slice(&answer[4..])?;
-    let params: serde_json::Value = serde_json::from_str(params)?;
-    let out = if method == "ping" { "pong" } else { method };
-    if value["out"] == out && value["result"] == params {
+/// The length of an HTTP head with the empty line at its end, once all of it is there.
+fn head_length(bytes: &[u8]) -> Option<usize> {
+    let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")?;
+    Some(end + 4)
+}
+
+/// Reads one HTTP response, which has to have a `Content-Length`.
+fn read_response(stream: &mut TcpStream) -> Result<Answer, Failure> {
+    let mut bytes = Vec::new();
+    let head = loop {
+        if let Some(length) = head_length(&bytes) {
+            break length;
+        }
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        bytes.push(byte[0]);
+    };
+    let text = String::from_utf8_lossy(&bytes).to_lowercase();
+    let value = |name: &str| {
+        let start = text.find(name)? + name.len();
+        let length = text[start..].find("\r\n")?;
+        Some(start..start + length)
+    };
+    let length = value("\r\ncontent-length: ").ok_or("a response without Content-Length")?;
+    let length: usize = text[length].parse()?;
+    let varying = value("\r\ndate: ").unwrap_or(0..0);
+    bytes.resize(head + length, 0);
+    stream.read_exact(&mut bytes[head..])?;
+    Ok(Answer { bytes, varying })
+}
+
+/// Fails unless it is the answer to such a call.
+fn check(body: &[u8], call: &Call<'_>) -> Result<(), Failure> {
+    let value: serde_json::Value = serde_json::from_slice(body)?;
+    let result: serde_json::Value = serde_json::from_str(call.result)?;
+    let out = match call.method {
+        "ping" => "pong",
+        method => method,
+    };
+    if value["out"] == out && value["result"] == result {
         Ok(())
     } else {
-        Err(format!("not the answer to {method}: {value}").into())
+        Err(format!("not the answer to {}: {value}", call.method).into())
     }
 }

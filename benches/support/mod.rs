@@ -4,7 +4,9 @@
 #![allow(dead_code)]
 
 pub mod bare;
+pub mod cores;
 pub mod figures;
+pub mod instructions;
 pub mod load;
 pub mod server;
 

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
+use nix::time::clock_getcpuclockid;
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use super::Failure;
@@ -58,14 +59,18 @@ impl Server {
         Self::program(std::env::current_exe()?, tables)
     }
 
-    fn program(program: PathBuf, tables: &str) -> Result<Self, Failure> {
+    /// Any build of preforkd. It logs warnings, if the tables do not say otherwise.
+    pub fn program(program: PathBuf, tables: &str) -> Result<Self, Failure> {
         let directory = new_directory()?;
         let address = free_address()?;
         let config = directory.join("preforkd.toml");
+        let log = match tables.contains("[log]") {
+            true => "",
+            false => "[log]\nlevel = \"warn\"\n",
+        };
         let text = format!(
             "pid-file = \"pid\"\ncontrol-socket = \"control.sock\"\n\
-             [[listen]]\naddress = \"{address}\"\n\
-             [log]\nlevel = \"warn\"\n{tables}"
+             [[listen]]\naddress = \"{address}\"\n{log}{tables}"
         );
         fs::write(&config, text)?;
         let mut command = Command::new(program);
@@ -143,8 +148,29 @@ impl Server {
     /// waited for; to the clock tick, 10 ms mostly.
     pub fn cpu_time(&self) -> Result<Duration, Failure> {
         let ticks: u64 = self.processes()?.iter().map(|stat| stat.ticks).sum();
-        let per_second = sysconf(SysconfVar::CLK_TCK)?.ok_or("no clock tick")?;
-        Ok(Duration::from_secs(ticks) / u32::try_from(per_second)?)
+        ticks_to_time(ticks)
+    }
+
+    /// Its processes that run the server's own program, so without the programs of a pool.
+    pub fn own_processes(&self) -> io::Result<Vec<Stat>> {
+        let program = |pid: u32| fs::read_link(format!("/proc/{pid}/exe")).ok();
+        let own = program(self.child.id());
+        let mut processes = self.processes()?;
+        processes.retain(|stat| program(stat.pid) == own);
+        Ok(processes)
+    }
+
+    /// The CPU time of those processes to the nanosecond, and of their children that ended and were
+    /// waited for, to the clock tick.
+    pub fn own_cpu_time(&self) -> Result<Duration, Failure> {
+        let mut time = Duration::ZERO;
+        let mut ticks = 0;
+        for process in self.own_processes()? {
+            let clock = clock_getcpuclockid(Pid::from_raw(process.pid.cast_signed()))?;
+            time += Duration::from(clock.now()?);
+            ticks += process.waited_ticks;
+        }
+        Ok(time + ticks_to_time(ticks)?)
     }
 }
 
@@ -169,6 +195,8 @@ pub struct Stat {
     pub parent: u32,
     /// utime, stime, cutime and cstime together, in clock ticks.
     pub ticks: u64,
+    /// cutime and cstime alone: of children that were waited for.
+    pub waited_ticks: u64,
 }
 
 impl Stat {
@@ -177,12 +205,19 @@ impl Stat {
         // The name stands in parentheses, and may hold anything, those too.
         let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
         let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+        let waited_ticks = number(16)? + number(17)?;
         Some(Stat {
             pid,
             parent: u32::try_from(number(4)?).ok()?,
-            ticks: number(14)? + number(15)? + number(16)? + number(17)?,
+            ticks: number(14)? + number(15)? + waited_ticks,
+            waited_ticks,
         })
     }
+}
+
+fn ticks_to_time(ticks: u64) -> Result<Duration, Failure> {
+    let per_second = sysconf(SysconfVar::CLK_TCK)?.ok_or("no clock tick")?;
+    Ok(Duration::from_secs(ticks) / u32::try_from(per_second)?)
 }
 
 /// A port that was free a moment ago.
