@@ -9,20 +9,20 @@ use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble, find};
 use super::service::millis;
 use super::timers::Target;
 use crate::logging::counted;
-use crate::sys::event::{Floor, Token};
+use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
 impl EventLoop {
-    pub(super) fn accepted(&mut self, floor: &mut Floor, socket: OwnedFd) -> Option<Token> {
+    pub(super) fn accepted(&mut self, floor: &mut Reactor, socket: OwnedFd) -> Option<Token> {
         let peer = socket::peer(&socket);
-        let adopted = floor.adopt(socket);
+        let adopted = floor.register(socket);
         self.let_in(floor, adopted, peer)
     }
 
     /// Makes a connection of what the floor has adopted.
     pub(super) fn let_in(
         &mut self,
-        floor: &mut Floor,
+        floor: &mut Reactor,
         adopted: io::Result<Token>,
         peer: Option<SocketAddr>,
     ) -> Option<Token> {
@@ -79,7 +79,7 @@ impl EventLoop {
             .arm(&mut self.listen_deadline, at, Target::Listen);
     }
 
-    pub(super) fn resume_listening(&mut self, floor: &mut Floor) {
+    pub(super) fn resume_listening(&mut self, floor: &mut Reactor) {
         if self.full || !self.serves || !self.drain.is_serving() {
             return;
         }

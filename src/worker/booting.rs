@@ -13,7 +13,7 @@ use crate::handler::command::sweep;
 use crate::handler::pool::{Hurry, Stage};
 use crate::link::message::Report;
 use crate::logging;
-use crate::sys::event::Floor;
+use crate::sys::event::Reactor;
 use crate::sys::process::monotonic;
 
 /// With less time than that until its drain is over, a worker's programs have to hurry.
@@ -21,14 +21,14 @@ const PROGRAMS_MS: u64 = 2500;
 
 impl EventLoop {
     /// Lets nobody in as long as programs are missing.
-    pub(super) fn hold_back(&mut self, floor: &mut Floor) {
+    pub(super) fn hold_back(&mut self, floor: &mut Reactor) {
         if self.service.threads.pools().stage() != Stage::Ready {
             floor.pause_listeners();
         }
     }
 
     /// Begins to serve, once that is possible.
-    pub(super) fn open(&mut self, floor: &mut Floor) -> io::Result<()> {
+    pub(super) fn open(&mut self, floor: &mut Reactor) -> io::Result<()> {
         if self.serves || !self.drain.is_serving() {
             return Ok(());
         }
@@ -47,7 +47,7 @@ impl EventLoop {
     }
 
     /// Ends all programs, of pools and of commands: who still waits for one has been answered.
-    pub(super) fn end_programs(&mut self, floor: &mut Floor) {
+    pub(super) fn end_programs(&mut self, floor: &mut Reactor) {
         self.service.threads.pools().send_home();
         self.settle_programs(floor);
         let record = self.service.record;

@@ -7,11 +7,11 @@ use super::timers::{CallKey, Target};
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::rpc_error::RpcError;
-use crate::sys::event::{Floor, Token};
+use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
 impl EventLoop {
-    pub(super) fn expire(&mut self, floor: &mut Floor) {
+    pub(super) fn expire(&mut self, floor: &mut Reactor) {
         while let Some(target) = self.service.timers.expired(self.service.now_ms) {
             match target {
                 Target::Read(token) => {
@@ -58,7 +58,7 @@ impl EventLoop {
 
     /// Fewer than four bytes have come: a line that is so short is answered now. Tells whether
     /// anything was.
-    fn decide(&mut self, floor: &mut Floor, token: Token) -> bool {
+    fn decide(&mut self, floor: &mut Reactor, token: Token) -> bool {
         let Some(connection) = find(&mut self.connections, token) else {
             return true;
         };
@@ -79,7 +79,7 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn idle(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn idle(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -102,7 +102,7 @@ impl EventLoop {
         self.close_rested(floor, token);
     }
 
-    pub(super) fn time_out(&mut self, floor: &mut Floor, key: CallKey) {
+    pub(super) fn time_out(&mut self, floor: &mut Reactor, key: CallKey) {
         if let Some(call) = self.service.calls.get_mut(key) {
             call.timer = 0;
         }
@@ -112,13 +112,13 @@ impl EventLoop {
     }
 
     /// A call that waits could not be done in time any more.
-    pub(super) fn too_late(&mut self, floor: &mut Floor, key: CallKey) {
+    pub(super) fn too_late(&mut self, floor: &mut Reactor, key: CallKey) {
         let text = "its time would be over before it could be done, so it was not begun";
         self.end_call(floor, key, Code::Timeout, text);
     }
 
     /// Answers a call with an error, whether it waits or runs.
-    pub(super) fn end_call(&mut self, floor: &mut Floor, key: CallKey, code: Code, text: &str) {
+    pub(super) fn end_call(&mut self, floor: &mut Reactor, key: CallKey, code: Code, text: &str) {
         let Some(ended) = self.service.give_up(key) else {
             return;
         };

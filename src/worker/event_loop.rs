@@ -26,7 +26,7 @@ use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
 use crate::link::stuck::StuckCalls;
 use crate::logging;
-use crate::sys::event::{Completion, Driver, Floor, Token};
+use crate::sys::event::{Completion, Driver, Reactor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
@@ -163,7 +163,7 @@ impl EventLoop {
     ///
     /// # Errors
     /// When the floor fails, a program of a pool does that has to be there, or the master can't be told.
-    pub fn run(&mut self, floor: &mut Floor) -> io::Result<()> {
+    pub fn run(&mut self, floor: &mut Reactor) -> io::Result<()> {
         floor.watch(SIGNALS, &self.signals)?;
         floor.watch(LINK, &self.link)?;
         floor.watch(WAKER, &*self.waker)?;
@@ -183,7 +183,7 @@ impl EventLoop {
                 Some(at) => next.min(at),
                 None => next,
             };
-            let more = floor.turn(wait.saturating_sub(self.service.now_ms), self)?;
+            let more = floor.poll_once(wait.saturating_sub(self.service.now_ms), self)?;
             if self.service.threads.has_done() {
                 self.collect(floor);
             }
@@ -211,7 +211,7 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn hand_out(&mut self, floor: &mut Floor) {
+    pub(super) fn hand_out(&mut self, floor: &mut Reactor) {
         loop {
             let connections = &self.connections;
             let backlog = |token: Token, place| {
@@ -231,7 +231,7 @@ impl EventLoop {
     }
 
     /// Watches the wires of the programs that serve, and of no other.
-    pub(super) fn settle_programs(&mut self, floor: &mut Floor) {
+    pub(super) fn settle_programs(&mut self, floor: &mut Reactor) {
         self.service.threads.pools().settle(|program, wire| {
             let watch = u16::try_from(program)
                 .ok()
@@ -273,7 +273,7 @@ impl EventLoop {
         }
     }
 
-    fn tick(&mut self, floor: &mut Floor) {
+    fn tick(&mut self, floor: &mut Reactor) {
         if self.service.now_ms.saturating_sub(self.next_tick_ms) > PAUSE_MS && self.next_tick_ms > 0
         {
             self.drain.forgive_a_pause(self.service.now_ms);
@@ -293,7 +293,7 @@ impl EventLoop {
         self.service.record.lost_lines.store(lost, Relaxed);
     }
 
-    fn publish(&self, floor: &Floor) {
+    fn publish(&self, floor: &Reactor) {
         let record = self.service.record;
         let (running, queued, lost) = self.service.calls.counts(&self.service.threads);
         record
@@ -337,7 +337,7 @@ impl Driver for EventLoop {
         self.beat();
     }
 
-    fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>) {
+    fn complete(&mut self, floor: &mut Reactor, completion: Completion<'_>) {
         match completion {
             Completion::Accepted { socket } => drop(self.accepted(floor, socket)),
             Completion::Adopted {

@@ -12,7 +12,7 @@ use super::event_loop::{EventLoop, QUEUE, find};
 use super::ledger::note_of;
 use super::timers::Target;
 use crate::link::handoff::{self, State, is_full};
-use crate::sys::event::{Floor, Owed, Token};
+use crate::sys::event::{Reactor, Token, UnsentData};
 use crate::sys::{closer, socket};
 
 /// Between two tries when nothing tells that there is room again: too many descriptors of this
@@ -23,7 +23,7 @@ impl EventLoop {
     /// Takes up a connection that a sibling has passed on.
     pub(super) fn adopted(
         &mut self,
-        floor: &mut Floor,
+        floor: &mut Reactor,
         socket: OwnedFd,
         packet: &[u8],
         rest: Option<OwnedFd>,
@@ -38,12 +38,12 @@ impl EventLoop {
         self.has_adopted(floor);
         let peer = socket::peer(&socket);
         let owed = match (taken.unsent.is_empty(), is_whole) {
-            (true, _) => Owed::Nothing,
-            (false, true) => Owed::InPacket,
-            (false, false) => Owed::Here,
+            (true, _) => UnsentData::Nothing,
+            (false, true) => UnsentData::InPacket,
+            (false, false) => UnsentData::Here,
         };
         let note = note_of(&taken);
-        let adopted = floor.adopt_used(socket, owed, note);
+        let adopted = floor.register_adopted(socket, owed, note);
         let Some(token) = self.let_in(floor, adopted, peer) else {
             return;
         };
@@ -70,14 +70,14 @@ impl EventLoop {
             self.service.out.extend_from_slice(&taken.unsent);
             floor.send(token, &mut self.service.out);
             // Before the sending counts as over, so that nobody sends it a second time.
-            floor.is_at_ease(token);
+            floor.clear_carried_output(token);
             self.service.ledger.sent();
         }
         self.advance(floor, token, false);
     }
 
     /// Gives away every connection that may go; the others follow as they come to rest.
-    pub(super) fn give_resting(&mut self, floor: &mut Floor) {
+    pub(super) fn give_resting(&mut self, floor: &mut Reactor) {
         let open: Vec<Token> = self
             .connections
             .iter()
@@ -93,7 +93,7 @@ impl EventLoop {
     }
 
     /// Gives a connection away, now or as soon as there is room.
-    pub(super) fn give(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn give(&mut self, floor: &mut Reactor, token: Token) {
         // What it sends now is to be dropped, which nobody else would know.
         if find(&mut self.connections, token).is_some_and(|it| it.skips.is_some()) {
             return;
@@ -111,7 +111,7 @@ impl EventLoop {
         }
     }
 
-    fn try_give(&mut self, floor: &mut Floor, token: Token) -> io::Result<()> {
+    fn try_give(&mut self, floor: &mut Reactor, token: Token) -> io::Result<()> {
         let Some(connection) = find(&mut self.connections, token) else {
             return Ok(());
         };
@@ -143,7 +143,7 @@ impl EventLoop {
         Ok(())
     }
 
-    fn wait_to_give(&mut self, floor: &mut Floor, token: Token) {
+    fn wait_to_give(&mut self, floor: &mut Reactor, token: Token) {
         floor.set_reading(token, false);
         if let Some(connection) = find(&mut self.connections, token) {
             let target = Target::Read(token);
@@ -166,7 +166,7 @@ impl EventLoop {
     }
 
     /// The queue may have room again.
-    pub(super) fn give_waiting(&mut self, floor: &mut Floor) {
+    pub(super) fn give_waiting(&mut self, floor: &mut Reactor) {
         floor.unwatch(QUEUE);
         while let Some(&token) = self.waiting_to_give.front() {
             match self.try_give(floor, token) {
@@ -191,7 +191,7 @@ impl EventLoop {
     }
 
     /// Gives nothing more: what waits stays here.
-    pub(super) fn stop_giving(&mut self, floor: &mut Floor) {
+    pub(super) fn stop_giving(&mut self, floor: &mut Reactor) {
         self.waiting_to_give.clear();
         floor.unwatch(QUEUE);
         self.service

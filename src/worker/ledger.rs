@@ -17,7 +17,7 @@ use crate::protocol::body::Form;
 use crate::protocol::http;
 use crate::protocol::reply::{Shape, Wrap};
 use crate::shared_record;
-use crate::sys::event::Witness;
+use crate::sys::event::IoProgress;
 use crate::sys::shared;
 
 /// Calls that can be in the ledger at once. Only what is used takes memory.
@@ -104,7 +104,7 @@ pub struct Book {
     /// The calls.
     pub entries: &'static [Entry],
     /// The connections, as the event floor has them.
-    pub witness: Witness,
+    pub witness: IoProgress,
 }
 
 /// The entry of a call in the ledger, if it has one.
@@ -173,7 +173,7 @@ impl Book {
     /// # Errors
     /// When there is no memory to be had.
     pub fn new(connections: usize) -> io::Result<(Self, &'static mut [u8])> {
-        let (witness, buffer) = Witness::new(connections, handoff::LONGEST)?;
+        let (witness, buffer) = IoProgress::new(connections, handoff::LONGEST)?;
         let entries = NonZeroUsize::new(ENTRIES).unwrap_or(NonZeroUsize::MIN);
         let head = shared::array_without_file::<Head>(NonZeroUsize::MIN)?;
         let book = Book {
@@ -295,7 +295,7 @@ impl Ledger {
         while let Some(mark) = self.answered.pop() {
             self.forget(mark);
         }
-        book.witness.sending_is_over();
+        book.witness.clear_send();
     }
 
     /// It needs no answer any more.

@@ -42,7 +42,7 @@ use std::time::Duration;
 use crate::link::boot::Boot;
 use crate::link::handoff::LONGEST;
 use crate::logging;
-use crate::sys::event::Floor;
+use crate::sys::event::Reactor;
 use crate::sys::memory;
 use crate::sys::process::exit_now;
 use crate::sys::signal;
@@ -104,7 +104,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         .map_err(cant("start handler threads"))?;
     signal::unblock_all();
     // Not dropped should the loop panic: what is open then is its keeper's.
-    let floor = Floor::new().map_err(cant("make its event floor"))?;
+    let floor = Reactor::new().map_err(cant("make its event floor"))?;
     let mut floor = ManuallyDrop::new(floor);
     let mut ledger = Ledger::default();
     let mut quarantine = None;
@@ -112,7 +112,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
         ledger = Ledger::new(book);
         quarantine = Some(boot.quarantine);
         signal::tell_faults(&boot.evidence.fault, &boot.evidence.culprit);
-        floor.let_see(book.witness, buffer);
+        floor.attach_progress(book.witness, buffer);
     }
     floor
         .listen(boot.listeners, (Rc::clone(&boot.adoption.taking), LONGEST))

@@ -11,10 +11,10 @@ use crate::link::channel::Received;
 use crate::link::message::{Order, Report};
 use crate::logging::{self, counted};
 use crate::protocol::code::Code;
-use crate::sys::event::{Floor, Token};
+use crate::sys::event::{Reactor, Token};
 
 impl EventLoop {
-    pub(super) fn orders(&mut self, floor: &mut Floor) {
+    pub(super) fn orders(&mut self, floor: &mut Reactor) {
         let mut shares = None;
         loop {
             match self.link.receive() {
@@ -52,7 +52,7 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn heard(&mut self, floor: &mut Floor) {
+    pub(super) fn heard(&mut self, floor: &mut Reactor) {
         for signal in self.signals.take() {
             match signal {
                 Signal::SIGQUIT => self.drain.leave_now(),
@@ -68,10 +68,10 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn start_drain(&mut self, floor: &mut Floor, limit: Duration) {
+    pub(super) fn start_drain(&mut self, floor: &mut Reactor, limit: Duration) {
         self.end_spreading(floor);
         (self.show_draining)();
-        floor.accept_the_rest(false, self);
+        floor.drain_accept_queues(false, self);
         let now = self.service.now_ms;
         self.drain.drain(now, now.saturating_add(millis(limit)));
         self.give_resting(floor);
@@ -79,7 +79,7 @@ impl EventLoop {
 
     /// Some connections were read no further, so that they come to rest, and did not: their calls
     /// take longer, and nobody is to wait for that.
-    pub(super) fn read_on(&mut self, floor: &mut Floor) {
+    pub(super) fn read_on(&mut self, floor: &mut Reactor) {
         self.advance_open(floor, |connection| connection.blocked);
         self.hand_out(floor);
         self.settle_programs(floor);
@@ -87,16 +87,16 @@ impl EventLoop {
 
     /// Half of the drain is over and some connections never rest: nothing more is taken from
     /// them, so that they do once what runs is answered.
-    pub(super) fn quieten(&mut self, floor: &mut Floor) {
+    pub(super) fn quieten(&mut self, floor: &mut Reactor) {
         self.service.limits.pipeline = 0;
         self.advance_open(floor, |_| true);
     }
 
-    pub(super) fn start_stop(&mut self, floor: &mut Floor, limit: Duration) {
+    pub(super) fn start_stop(&mut self, floor: &mut Reactor, limit: Duration) {
         self.end_spreading(floor);
         // Who is in a queue has connected and may have sent a call already, and what siblings have
         // passed on has nobody else to go to.
-        floor.accept_the_rest(true, self);
+        floor.drain_accept_queues(true, self);
         self.stop_giving(floor);
         self.service.stopping = true;
         self.service.ledger.stops();
@@ -107,7 +107,11 @@ impl EventLoop {
         self.advance_open(floor, |_| true);
     }
 
-    pub(super) fn advance_open(&mut self, floor: &mut Floor, which: impl Fn(&Connection) -> bool) {
+    pub(super) fn advance_open(
+        &mut self,
+        floor: &mut Reactor,
+        which: impl Fn(&Connection) -> bool,
+    ) {
         let open: Vec<Token> = self
             .connections
             .iter()
@@ -120,7 +124,7 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn close_resting(&mut self, floor: &mut Floor, partial: bool) {
+    pub(super) fn close_resting(&mut self, floor: &mut Reactor, partial: bool) {
         let resting: Vec<Token> = self
             .connections
             .iter()
@@ -144,7 +148,7 @@ impl EventLoop {
     }
 
     /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
-    pub(super) fn give_up_all(&mut self, floor: &mut Floor) {
+    pub(super) fn give_up_all(&mut self, floor: &mut Reactor) {
         // Those that wait first: a thread that is let go would begin one of them at this late hour.
         let left = self.service.calls.all();
         if !left.is_empty() {

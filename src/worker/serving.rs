@@ -12,7 +12,7 @@ use super::service::{caller_gone, millis};
 use super::spreading::may_go;
 use super::threads::Done;
 use super::timers::Target;
-use crate::sys::event::{Floor, Token};
+use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
 /// Who has sent or was sent something within this time may have an answer unread or a call on its way.
@@ -21,7 +21,7 @@ const ACTIVE_MS: u64 = 1000;
 const LINGER_MS: u64 = 2000;
 
 impl EventLoop {
-    pub(super) fn received(&mut self, floor: &mut Floor, token: Token, bytes: &[u8]) {
+    pub(super) fn received(&mut self, floor: &mut Reactor, token: Token, bytes: &[u8]) {
         let unsent = floor.unsent(token);
         let Some(connection) = find(&mut self.connections, token) else {
             return;
@@ -59,7 +59,7 @@ impl EventLoop {
 
     /// Sends what was answered, takes what may be taken now, and sets what follows from it:
     /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
-    pub(super) fn advance(&mut self, floor: &mut Floor, token: Token, mut whole: bool) {
+    pub(super) fn advance(&mut self, floor: &mut Reactor, token: Token, mut whole: bool) {
         let Some(connection) = find(&mut self.connections, token) else {
             self.service.ledger.sent();
             return self.service.out.clear();
@@ -170,7 +170,7 @@ impl EventLoop {
     /// Closes the connections with the most untaken answers until those of the worker are below twice
     /// their limit. Each search of all connections closes one of them, so calls do not pay for it.
     #[cold]
-    fn close_most_unsent(&mut self, floor: &mut Floor) {
+    fn close_most_unsent(&mut self, floor: &mut Reactor) {
         while self.service.unsent.is_exceeded() {
             let connections = self.connections.iter().flatten();
             let Some(most) = connections.max_by_key(|connection| connection.counted_unsent) else {
@@ -189,7 +189,7 @@ impl EventLoop {
     }
 
     /// Everything read is answered and sent: ends the connection if it is to end.
-    fn settle(&mut self, floor: &mut Floor, token: Token) {
+    fn settle(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -223,7 +223,7 @@ impl EventLoop {
 
     /// Closes a connection on which all is answered and sent: with care, unless it has been silent for
     /// so long that its client must have read what there was.
-    pub(super) fn close_rested(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn close_rested(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -234,7 +234,7 @@ impl EventLoop {
         self.advance(floor, token, false);
     }
 
-    pub(super) fn ended(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn ended(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -247,7 +247,7 @@ impl EventLoop {
 
     /// The peer has closed the connection. Calls that expect an answer are cancelled, because no answer
     /// reaches it. Notifications run, also those that are not read yet.
-    pub(super) fn on_hang_up(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn on_hang_up(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -268,7 +268,7 @@ impl EventLoop {
     }
 
     /// Closes a connection; whatever its calls answer is for nobody.
-    pub(super) fn close(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn close(&mut self, floor: &mut Reactor, token: Token) {
         let Some(slot) = self.connections.get_mut(token.index()) else {
             return;
         };
@@ -306,7 +306,7 @@ impl EventLoop {
     }
 
     /// Answers what the threads have done: one write for each connection.
-    pub(super) fn collect(&mut self, floor: &mut Floor) {
+    pub(super) fn collect(&mut self, floor: &mut Reactor) {
         let mut done: Vec<_> = self
             .service
             .threads

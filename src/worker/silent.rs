@@ -11,7 +11,7 @@ use super::connection::{Connection, Phase};
 use super::event_loop::{EventLoop, Trouble, find};
 use super::service::millis;
 use super::timers::Target;
-use crate::sys::event::{Floor, Token};
+use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
 /// Between two searches, in milliseconds. One of 16,384 connections takes about 0.1 ms.
@@ -31,7 +31,7 @@ pub struct SilentConnections {
 impl EventLoop {
     /// Closes silent connections until there is room for one more. Returns whether there is room. If not,
     /// a timer tries again when the oldest silent connection is old enough.
-    pub(super) fn make_room(&mut self, floor: &mut Floor) -> bool {
+    pub(super) fn make_room(&mut self, floor: &mut Reactor) -> bool {
         let limit = self.service.limits.connections;
         while floor.connections() >= limit {
             let Some(token) = self.silent.found.pop_front() else {

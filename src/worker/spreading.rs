@@ -12,7 +12,7 @@ use super::connection::{Connection, Phase};
 use super::event_loop::EventLoop;
 use super::timers::Target;
 use crate::link::message::Shares;
-use crate::sys::event::{Floor, Token};
+use crate::sys::event::{Reactor, Token};
 
 /// How long an order holds.
 const MOMENT_MS: u64 = 150;
@@ -37,7 +37,7 @@ impl Spreading {
 
 impl EventLoop {
     /// The master has counted: gives so many, takes so many.
-    pub(super) fn spread(&mut self, floor: &mut Floor, shares: Shares) {
+    pub(super) fn spread(&mut self, floor: &mut Reactor, shares: Shares) {
         if !self.drain.is_serving() {
             return;
         }
@@ -45,7 +45,7 @@ impl EventLoop {
         let timers = &mut self.service.timers;
         timers.arm(&mut self.spreading.until, at, Target::Spread);
         self.spreading.take = Some(shares.take);
-        floor.take_from_queue(shares.take > 0);
+        floor.set_adopting(shares.take > 0);
         // Those that wait for room in the queue were given already, by the order before.
         let waiting: HashSet<Token> = self.waiting_to_give.iter().copied().collect();
         self.spreading.give = shares.give.saturating_sub(waiting.len() as u32);
@@ -69,27 +69,27 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn give_by_order(&mut self, floor: &mut Floor, token: Token) {
+    pub(super) fn give_by_order(&mut self, floor: &mut Reactor, token: Token) {
         self.spreading.give -= 1;
         self.give(floor, token);
     }
 
     /// One was taken out of the queue.
-    pub(super) fn has_adopted(&mut self, floor: &mut Floor) {
+    pub(super) fn has_adopted(&mut self, floor: &mut Reactor) {
         if let Some(left) = &mut self.spreading.take {
             *left = left.saturating_sub(1);
             if *left == 0 {
-                floor.take_from_queue(false);
+                floor.set_adopting(false);
             }
         }
     }
 
     /// The moment is over, or the worker serves no more.
-    pub(super) fn end_spreading(&mut self, floor: &mut Floor) {
+    pub(super) fn end_spreading(&mut self, floor: &mut Reactor) {
         let timers = &mut self.service.timers;
         timers.disarm(&mut self.spreading.until, Target::Spread);
         if std::mem::take(&mut self.spreading).take.is_some() {
-            floor.take_from_queue(true);
+            floor.set_adopting(true);
             self.resume_listening(floor);
         }
     }

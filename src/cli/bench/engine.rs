@@ -17,7 +17,7 @@ use super::pace::{Interval, nanoseconds};
 use super::tally::Tally;
 use crate::client::connect_nonblocking;
 use crate::error::{Error, Result};
-use crate::sys::event::{Completion, Driver, Floor, Token};
+use crate::sys::event::{Completion, Driver, Reactor, Token};
 use crate::sys::timer::Timer;
 
 /// How often it looks for calls without an answer, lost connections, and the interrupt.
@@ -44,7 +44,7 @@ pub(super) struct Share {
 
 /// See the module.
 pub(super) struct Engine {
-    floor: Floor,
+    floor: Reactor,
     timer: Timer,
     load: Load,
     interrupted: Arc<AtomicBool>,
@@ -59,7 +59,7 @@ impl Engine {
         interrupted: Arc<AtomicBool>,
     ) -> Result<Self> {
         let system = |error: io::Error| Error::system("make an event loop for the load", error);
-        let mut floor = Floor::new().map_err(system)?;
+        let mut floor = Reactor::new().map_err(system)?;
         let timer = Timer::new().map_err(system)?;
         floor.watch(TIMER, &timer).map_err(system)?;
         let mut load = Load {
@@ -121,7 +121,9 @@ impl Engine {
                 }
                 None => TICK,
             };
-            floor.turn(wait.as_millis() as u64, load).map_err(failed)?;
+            floor
+                .poll_once(wait.as_millis() as u64, load)
+                .map_err(failed)?;
             if load.share.interval.is_some() {
                 timer.clear().map_err(failed)?;
             }
@@ -186,10 +188,10 @@ impl Load {
         self.now = nanoseconds(self.begin.elapsed());
     }
 
-    fn connect(&mut self, floor: &mut Floor) -> Result<()> {
+    fn connect(&mut self, floor: &mut Reactor) -> Result<()> {
         let socket = connect_nonblocking(&self.address, Some(self.share.timeout))?;
         let token = floor
-            .adopt(socket)
+            .register(socket)
             .map_err(|error| Error::system("watch a connection", error))?;
         let index = token.index();
         if self.connections.len() <= index {
@@ -228,7 +230,7 @@ impl Load {
     }
 
     /// In an open loop, sends what is due.
-    fn send_due(&mut self, floor: &mut Floor) {
+    fn send_due(&mut self, floor: &mut Reactor) {
         while let Some(due) = self.next_due()
             && due <= self.now
         {
@@ -242,7 +244,7 @@ impl Load {
     }
 
     /// In a closed loop, fills every connection.
-    fn fill_all(&mut self, floor: &mut Floor) {
+    fn fill_all(&mut self, floor: &mut Reactor) {
         for index in 0..self.connections.len() {
             if let Some(connection) = &self.connections[index] {
                 let token = connection.token;
@@ -253,7 +255,7 @@ impl Load {
     }
 
     /// Sends so many calls at once, or as many as are still to be made.
-    fn send(&mut self, floor: &mut Floor, token: Token, calls: usize, due: u64) {
+    fn send(&mut self, floor: &mut Reactor, token: Token, calls: usize, due: u64) {
         let Some(connection) = connection(&mut self.connections, token) else {
             return;
         };
@@ -276,7 +278,7 @@ impl Load {
         connection(&mut self.connections, token)
     }
 
-    fn received(&mut self, floor: &mut Floor, token: Token, bytes: &[u8]) {
+    fn received(&mut self, floor: &mut Reactor, token: Token, bytes: &[u8]) {
         self.look();
         let Some(connection) = connection(&mut self.connections, token) else {
             return;
@@ -326,7 +328,7 @@ impl Load {
     }
 
     /// A connection is of no use any more.
-    fn lose(&mut self, floor: &mut Floor, token: Token, reason: &'static str) {
+    fn lose(&mut self, floor: &mut Reactor, token: Token, reason: &'static str) {
         floor.close(token);
         let Some(connection) = self
             .connections
@@ -345,7 +347,7 @@ impl Load {
     }
 
     /// Makes those connections again that are missing. In a closed loop they begin to call.
-    fn reconnect(&mut self, floor: &mut Floor) -> Result<()> {
+    fn reconnect(&mut self, floor: &mut Reactor) -> Result<()> {
         while self.missing > 0 {
             self.connect(floor)?;
             self.missing -= 1;
@@ -358,7 +360,7 @@ impl Load {
     }
 
     /// Gives up what has no answer in time, and makes lost connections again.
-    fn tick(&mut self, floor: &mut Floor) -> Result<()> {
+    fn tick(&mut self, floor: &mut Reactor) -> Result<()> {
         self.look();
         let timeout = nanoseconds(self.share.timeout);
         let late: Vec<Token> = self
@@ -403,7 +405,7 @@ fn connection(connections: &mut [Option<Connection>], token: Token) -> Option<&m
 }
 
 impl Driver for Load {
-    fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>) {
+    fn complete(&mut self, floor: &mut Reactor, completion: Completion<'_>) {
         match completion {
             Completion::Received { token, bytes } => self.received(floor, token, bytes),
             Completion::Ended { token } => self.lose(floor, token, "connection closed"),

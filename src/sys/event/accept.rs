@@ -12,8 +12,8 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockFlag, accept4};
 
-use super::floor::{Floor, LISTENER_BASE};
-use super::witness::Coming;
+use super::floor::{LISTENER_BASE, Reactor};
+use super::witness::PendingAccept;
 use super::{Completion, Driver};
 use crate::sys::{closer, rights, socket};
 
@@ -24,7 +24,7 @@ const FAIR_SHARE: u32 = 8;
 
 /// How connections come out of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Source {
+enum SourceKind {
     /// A listening socket: accept4(2).
     Listener,
     /// A packet socket whose packets carry them: recvmsg(2).
@@ -33,15 +33,15 @@ enum Source {
 
 /// Where connections come from, shared with the sibling workers.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(super) struct AcceptSource {
     fd: Rc<OwnedFd>,
-    source: Source,
+    source: SourceKind,
     watched: bool,
     /// Accepts since this worker last went to the end of the queue.
     accepts: u32,
 }
 
-impl Floor {
+impl Reactor {
     /// Takes part in accepting from `listeners`, and in taking what siblings pass on in packets of
     /// at most `longest` bytes through `queue`.
     ///
@@ -53,7 +53,7 @@ impl Floor {
         (queue, longest): (Rc<OwnedFd>, usize),
     ) -> io::Result<()> {
         let source = |source| {
-            move |fd| Listener {
+            move |fd| AcceptSource {
                 fd,
                 source,
                 watched: false,
@@ -63,9 +63,9 @@ impl Floor {
         self.has_unix = listeners.iter().any(|fd| rights::is_unix(&**fd));
         self.listeners = listeners
             .into_iter()
-            .map(source(Source::Listener))
+            .map(source(SourceKind::Listener))
             .collect();
-        self.listeners.push(source(Source::Queue)(queue));
+        self.listeners.push(source(SourceKind::Queue)(queue));
         if self.packet.len() < longest {
             self.packet = Vec::leak(vec![0; longest]);
         }
@@ -79,7 +79,7 @@ impl Floor {
     pub fn resume_listeners(&mut self) -> io::Result<()> {
         for index in 0..self.listeners.len() {
             let listener = &self.listeners[index];
-            let is_left = self.queue_is_left && listener.source != Source::Listener;
+            let is_left = self.queue_is_left && listener.source != SourceKind::Listener;
             if !listener.watched && !is_left {
                 self.watch_listener(index)?;
             }
@@ -98,7 +98,7 @@ impl Floor {
 
     /// Takes part in taking what siblings pass on, or does not until told again; the listening sockets
     /// are left as they are.
-    pub fn take_from_queue(&mut self, takes: bool) {
+    pub fn set_adopting(&mut self, takes: bool) {
         self.queue_is_left = !takes;
         if !takes {
             self.pause_queue();
@@ -124,7 +124,7 @@ impl Floor {
     /// Accepts all that waits in the listening sockets, and leaves them: the last owner's closing
     /// would reset who is in there. The queue of siblings is left at once, or, with `keep_queue`,
     /// taken from now and further on.
-    pub fn accept_the_rest(&mut self, keep_queue: bool, driver: &mut impl Driver) {
+    pub fn drain_accept_queues(&mut self, keep_queue: bool, driver: &mut impl Driver) {
         if !keep_queue {
             self.pause_queue();
         }
@@ -135,14 +135,14 @@ impl Floor {
         }
         self.pause_listeners();
         self.listeners
-            .retain(|listener| keep_queue && listener.source != Source::Listener);
+            .retain(|listener| keep_queue && listener.source != SourceKind::Listener);
         // Refused for want of memory: what is in there ends with the last of us.
         let _ = self.resume_listeners();
     }
 
     fn pause_queue(&mut self) {
         for listener in &mut self.listeners {
-            if listener.source != Source::Listener && mem::take(&mut listener.watched) {
+            if listener.source != SourceKind::Listener && mem::take(&mut listener.watched) {
                 let _ = self.epoll.delete(listener.fd.as_fd());
             }
         }
@@ -166,22 +166,22 @@ impl Floor {
             };
             if let Some(witness) = &self.witness {
                 witness.comes(match listener.source {
-                    Source::Listener => Coming::Fresh,
-                    Source::Queue => Coming::Used,
+                    SourceKind::Listener => PendingAccept::Fresh,
+                    SourceKind::Queue => PendingAccept::Used,
                 });
             }
             let taken = match listener.source {
-                Source::Listener => accept_one(&listener.fd).map(|socket| (socket, None)),
-                Source::Queue => take_one(&listener.fd, self.packet),
+                SourceKind::Listener => accept_one(&listener.fd).map(|socket| (socket, None)),
+                SourceKind::Queue => take_one(&listener.fd, self.packet),
             };
             if let (Some(witness), Err(_)) = (&self.witness, &taken) {
-                witness.comes(Coming::Nobody);
+                witness.comes(PendingAccept::Nobody);
             }
             match taken {
                 Ok((socket, passed)) => {
                     listener.accepts += 1;
                     if listener.accepts >= FAIR_SHARE {
-                        self.go_to_the_end(index);
+                        self.requeue_listener(index);
                     }
                     let mut packet: &'static mut [u8] = &mut [];
                     let completion = match passed {
@@ -228,7 +228,7 @@ impl Floor {
         }
     }
 
-    fn go_to_the_end(&mut self, index: usize) {
+    fn requeue_listener(&mut self, index: usize) {
         let _ = self.epoll.delete(self.listeners[index].fd.as_fd());
         self.listeners[index].watched = false;
         // Refused for want of memory: the next tick's `resume_listeners` tries again.

@@ -8,10 +8,10 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
 
-use super::accept::Listener;
+use super::accept::AcceptSource;
 use super::output::{is_closed_unix, send_some};
 use super::send_buffer::SendBuffer;
-use super::witness::{Owed, RECEIVE_BUFFER, Witness};
+use super::witness::{IoProgress, RECEIVE_BUFFER, UnsentData};
 use super::{Completion, Driver, Token};
 use crate::sys::{closer, rights::GuardedSocket, twin};
 
@@ -66,10 +66,10 @@ impl Socket {
 
 /// The event floor of one worker.
 #[derive(Debug)]
-pub struct Floor {
+pub struct Reactor {
     pub(super) epoll: Epoll,
     sockets: Slab<Socket>,
-    pub(super) listeners: Vec<Listener>,
+    pub(super) listeners: Vec<AcceptSource>,
     /// The siblings' queue is not to be watched, whatever else is.
     pub(super) queue_is_left: bool,
     /// Clients may come over a unix socket.
@@ -82,20 +82,20 @@ pub struct Floor {
     /// Room for what siblings pass on.
     pub(super) packet: &'static mut [u8],
     /// Who sees what this floor does, if anybody.
-    pub(super) witness: Option<Witness>,
+    pub(super) witness: Option<IoProgress>,
     events: Vec<EpollEvent>,
     /// Times that a listener was readable and somebody else had taken the connection.
     pub spurious_wakes: u64,
 }
 
-impl Floor {
+impl Reactor {
     /// A floor with its own epoll: to be made after fork, because an inherited one would be
     /// shared with the parent.
     ///
     /// # Errors
     /// When there is no descriptor left.
     pub fn new() -> io::Result<Self> {
-        Ok(Floor {
+        Ok(Reactor {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             sockets: Slab::new(),
             listeners: Vec::new(),
@@ -115,7 +115,7 @@ impl Floor {
 
     /// Lets a witness see what this floor does from now on, and receives into `buffer`, which is of the
     /// witness's making. To be called before there is a connection.
-    pub fn let_see(&mut self, witness: Witness, buffer: &'static mut [u8]) {
+    pub fn attach_progress(&mut self, witness: IoProgress, buffer: &'static mut [u8]) {
         self.witness = Some(witness);
         (self.buffer, self.packet) = buffer.split_at_mut(RECEIVE_BUFFER);
     }
@@ -177,9 +177,9 @@ impl Floor {
     ///
     /// # Errors
     /// When epoll refuses it (ENOMEM, ENOSPC); the socket is closed then.
-    pub fn adopt(&mut self, socket: OwnedFd) -> io::Result<Token> {
+    pub fn register(&mut self, socket: OwnedFd) -> io::Result<Token> {
         let socket = GuardedSocket::accepted(socket, self.has_unix, closer::close);
-        self.take_in(socket, (0, 0), (Owed::Nothing, 0))
+        self.insert_socket(socket, (0, 0), (UnsentData::Nothing, 0))
     }
 
     /// The same with a socket that another process has used before. The witness sees it with this
@@ -187,27 +187,39 @@ impl Floor {
     ///
     /// # Errors
     /// As of `adopt`.
-    pub fn adopt_used(&mut self, socket: OwnedFd, owed: Owed, note: u32) -> io::Result<Token> {
+    pub fn register_adopted(
+        &mut self,
+        socket: OwnedFd,
+        owed: UnsentData,
+        note: u32,
+    ) -> io::Result<Token> {
         let passed = self.witness.and_then(|_| twin::passed_through(&socket));
         let socket = GuardedSocket::received(socket, closer::close);
-        self.take_in(socket, passed.unwrap_or(UNKNOWN), (owed, note))
+        self.insert_socket(socket, passed.unwrap_or(UNKNOWN), (owed, note))
     }
 
     /// What came along with a connection is where it belongs.
-    pub fn is_at_ease(&mut self, token: Token) {
+    pub fn clear_carried_output(&mut self, token: Token) {
         let owes = self.unsent(token) > 0;
         if let Some(witness) = self.witness
             && self.socket(token).is_some()
         {
-            witness.owes(token, if owes { Owed::Here } else { Owed::Nothing });
+            witness.owes(
+                token,
+                if owes {
+                    UnsentData::Here
+                } else {
+                    UnsentData::Nothing
+                },
+            );
         }
     }
 
-    fn take_in(
+    fn insert_socket(
         &mut self,
         socket: GuardedSocket,
         (received_in_all, sent_in_all): (u64, u64),
-        seen: (Owed, u32),
+        seen: (UnsentData, u32),
     ) -> io::Result<Token> {
         let tag = self.next_tag;
         let entry = self.sockets.vacant_entry();
@@ -268,20 +280,20 @@ impl Floor {
             return bytes.clear();
         }
         if let Some(witness) = &witness {
-            witness.sends(token, socket.sent_in_all, bytes.len());
+            witness.begin_send(token, socket.sent_in_all, bytes.len());
         }
         match send_some(socket, bytes) {
             Ok(sent) if sent == bytes.len() => {
                 socket.sent_in_all += sent as u64;
                 if let Some(witness) = &witness {
-                    witness.sent(sent);
+                    witness.end_send(sent);
                 }
                 bytes.clear();
             }
             Ok(sent) => {
                 socket.sent_in_all += sent as u64;
                 if let Some(witness) = &witness {
-                    witness.owes(token, Owed::Here);
+                    witness.owes(token, UnsentData::Here);
                 }
                 socket.unsent.fill(bytes, sent);
                 self.update(token);
@@ -345,7 +357,7 @@ impl Floor {
     ///
     /// # Errors
     /// When epoll_wait(2) fails, other than by a signal.
-    pub fn turn(&mut self, timeout_ms: u64, driver: &mut impl Driver) -> io::Result<bool> {
+    pub fn poll_once(&mut self, timeout_ms: u64, driver: &mut impl Driver) -> io::Result<bool> {
         let timeout = if self.failures.is_empty() {
             u16::try_from(timeout_ms).unwrap_or(u16::MAX)
         } else {
@@ -406,13 +418,13 @@ impl Floor {
         // zero bytes.
         if socket.reading && !socket.ended && (broken || flags.contains(EpollFlags::EPOLLIN)) {
             if let Some(witness) = &witness {
-                witness.receives(token, socket.received_in_all);
+                witness.begin_recv(token, socket.received_in_all);
             }
             // EBADMSG: descriptors are attached, so the connection ends.
             match socket.fd.receive(buffer) {
                 Ok(0) => {
                     if let Some(witness) = &witness {
-                        witness.received(0);
+                        witness.end_recv(0);
                     }
                     socket.ended = true;
                     self.update(token);
@@ -420,7 +432,7 @@ impl Floor {
                 }
                 Ok(length) => {
                     if let Some(witness) = &witness {
-                        witness.received(length);
+                        witness.end_recv(length);
                     }
                     socket.received_in_all += length as u64;
                     let bytes = &buffer[..length];
@@ -430,7 +442,7 @@ impl Floor {
                 Err(error) => self.fail(token, error),
             }
             if let Some(witness) = &witness {
-                witness.receiving_is_over();
+                witness.clear_recv();
             }
         } else if broken && !hung_up {
             self.fail(token, Errno::ECONNRESET);

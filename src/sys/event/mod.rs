@@ -18,8 +18,8 @@ pub mod witness;
 use std::io;
 use std::os::fd::OwnedFd;
 
-pub use floor::Floor;
-pub use witness::{Owed, Witness};
+pub use floor::Reactor;
+pub use witness::{IoProgress, UnsentData};
 
 /// A connection of a floor. Never reused: its lower half is a place, its upper half a count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,7 +113,7 @@ pub trait Driver {
     fn woken(&mut self) {}
 
     /// Called once for each completion.
-    fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>);
+    fn complete(&mut self, floor: &mut Reactor, completion: Completion<'_>);
 }
 
 #[cfg(test)]

@@ -8,12 +8,12 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, getsockname, send};
 
-use super::floor::{Floor, Socket};
+use super::floor::{Reactor, Socket};
 use super::send_buffer::SendBuffer;
-use super::witness::Owed;
+use super::witness::UnsentData;
 use super::{Completion, Driver, Token};
 
-impl Floor {
+impl Reactor {
     pub(super) fn send_unsent(&mut self, token: Token, driver: &mut impl Driver) {
         let witness = self.witness;
         let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
@@ -25,7 +25,7 @@ impl Floor {
                 socket.sent_in_all += sent as u64;
                 if socket.unsent.len() == 0 {
                     if let Some(witness) = &witness {
-                        witness.owes(token, Owed::Nothing);
+                        witness.owes(token, UnsentData::Nothing);
                     }
                     self.update(token);
                 }
@@ -64,7 +64,7 @@ impl Floor {
         socket.output_closed = true;
         socket.unsent = SendBuffer::default();
         if let Some(witness) = &witness {
-            witness.owes(token, Owed::Nothing);
+            witness.owes(token, UnsentData::Nothing);
         }
         self.update(token);
     }

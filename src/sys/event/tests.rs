@@ -23,9 +23,9 @@ struct Log {
 }
 
 impl Driver for Log {
-    fn complete(&mut self, floor: &mut Floor, completion: Completion<'_>) {
+    fn complete(&mut self, floor: &mut Reactor, completion: Completion<'_>) {
         match completion {
-            Completion::Accepted { socket } => self.tokens.push(floor.adopt(socket).unwrap()),
+            Completion::Accepted { socket } => self.tokens.push(floor.register(socket).unwrap()),
             Completion::Adopted { .. } => unreachable!("nobody gives"),
             Completion::AcceptFailed { error } => panic!("{error}"),
             Completion::Received { bytes, .. } => self.received.extend_from_slice(bytes),
@@ -41,20 +41,20 @@ impl Driver for Log {
     }
 }
 
-fn turn_until(floor: &mut Floor, log: &mut Log, done: impl Fn(&Log) -> bool) {
+fn turn_until(floor: &mut Reactor, log: &mut Log, done: impl Fn(&Log) -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !done(log) {
         assert!(Instant::now() < deadline, "nothing came in 10 s");
-        floor.turn(50, log).unwrap();
+        floor.poll_once(50, log).unwrap();
     }
 }
 
 /// A floor that listens, one client, and the token of its connection.
-fn connected() -> (Floor, Log, TcpStream, Token) {
+fn connected() -> (Reactor, Log, TcpStream, Token) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     listener.set_nonblocking(true).unwrap();
-    let mut floor = Floor::new().unwrap();
+    let mut floor = Reactor::new().unwrap();
     let (_giving, taking) = crate::sys::socket::packet_pair().unwrap();
     floor
         .listen(vec![Rc::new(listener.into())], (Rc::new(taking), 64))
@@ -78,7 +78,7 @@ fn bytes_come_and_go_and_the_end_is_told_once() {
     client.shutdown(Shutdown::Write).unwrap();
     turn_until(&mut floor, &mut log, |log| log.ended == 1);
     // A half-closed peer still reads, and its end does not wake the loop again.
-    floor.turn(20, &mut log).unwrap();
+    floor.poll_once(20, &mut log).unwrap();
     assert_eq!((log.ended, log.failed), (1, 0));
     floor.send(token, &mut b"later".to_vec());
     client.read_exact(&mut answer).unwrap();
@@ -110,7 +110,7 @@ fn a_paused_connection_is_not_read_and_a_reset_is_told() {
     let (mut floor, mut log, mut client, token) = connected();
     floor.set_reading(token, false);
     client.write_all(b"held back").unwrap();
-    floor.turn(20, &mut log).unwrap();
+    floor.poll_once(20, &mut log).unwrap();
     assert!(log.received.is_empty());
     floor.set_reading(token, true);
     turn_until(&mut floor, &mut log, |log| log.received == b"held back");
@@ -123,11 +123,11 @@ fn a_paused_connection_is_not_read_and_a_reset_is_told() {
 }
 
 /// A floor with one end of a unix socket, the token of that end, and the other end.
-fn unix_pair() -> (Floor, UnixStream, Token) {
-    let mut floor = Floor::new().unwrap();
+fn unix_pair() -> (Reactor, UnixStream, Token) {
+    let mut floor = Reactor::new().unwrap();
     let (client, server) = UnixStream::pair().unwrap();
     server.set_nonblocking(true).unwrap();
-    let token = floor.adopt(server.into()).unwrap();
+    let token = floor.register(server.into()).unwrap();
     (floor, client, token)
 }
 
@@ -147,7 +147,7 @@ fn what_a_unix_peer_sent_before_it_closed_is_read_to_the_end() {
     assert_eq!((log.received.len(), log.ended, log.failed), (sent, 1, 0));
     // And the loop is not woken again.
     let begun = Instant::now();
-    floor.turn(50, &mut log).unwrap();
+    floor.poll_once(50, &mut log).unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(45));
     assert_eq!((log.ended, log.hung_up, log.failed), (1, 1, 0));
     floor.close(token);
@@ -163,7 +163,7 @@ fn a_unix_peer_that_closes_while_it_is_not_read_is_read_later() {
     drop(client);
     turn_until(&mut floor, &mut log, |log| log.hung_up == 1);
     let begun = Instant::now();
-    floor.turn(50, &mut log).unwrap();
+    floor.poll_once(50, &mut log).unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(45), "it spins");
     assert!(log.received.is_empty());
     floor.set_reading(token, true);
@@ -189,32 +189,32 @@ fn a_stale_token_reaches_nobody() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     other.set_nonblocking(true).unwrap();
-    let next = floor.adopt(other.into()).unwrap();
+    let next = floor.register(other.into()).unwrap();
     assert_eq!(next.index(), token.index());
     assert_ne!(next, token);
     floor.send(token, &mut b"to the dead".to_vec());
     assert_eq!(floor.unsent(token), 0);
     floor.close(token);
     assert_eq!(floor.connections(), 1);
-    floor.turn(0, &mut log).unwrap();
+    floor.poll_once(0, &mut log).unwrap();
     drop(client);
 }
 
 #[test]
 fn a_waker_is_told_and_cleared() {
     let waker = crate::sys::waker::Waker::new().unwrap();
-    let mut floor = Floor::new().unwrap();
+    let mut floor = Reactor::new().unwrap();
     floor.watch(7, &waker).unwrap();
     let mut log = Log::default();
     waker.wake();
     waker.wake();
     turn_until(&mut floor, &mut log, |log| log.readable == [7]);
     waker.clear();
-    floor.turn(10, &mut log).unwrap();
+    floor.poll_once(10, &mut log).unwrap();
     assert_eq!(log.readable, [7]);
     floor.unwatch(7);
     waker.wake();
-    floor.turn(10, &mut log).unwrap();
+    floor.poll_once(10, &mut log).unwrap();
     assert_eq!(log.readable, [7]);
 }
 
@@ -224,7 +224,7 @@ fn paused_listeners_leave_clients_in_the_queue() {
     floor.pause_listeners();
     assert!(!floor.is_listening());
     let _second = TcpStream::connect(client.peer_addr().unwrap()).unwrap();
-    floor.turn(20, &mut log).unwrap();
+    floor.poll_once(20, &mut log).unwrap();
     assert_eq!(log.tokens.len(), 1);
     floor.resume_listeners().unwrap();
     turn_until(&mut floor, &mut log, |log| log.tokens.len() == 2);

@@ -22,7 +22,7 @@ const NONE: u32 = 0;
 shared_record! {
     /// One place of a floor. All zero: free.
     #[derive(Debug)]
-    pub struct Seat {
+    pub struct ConnectionRecord {
         /// Whose it is: the token's number plus one. Valid while `fd` is not zero.
         pub token: AtomicU64,
         /// Its descriptor plus one; 0 while the place is free. Set last and cleared first.
@@ -39,7 +39,7 @@ shared_record! {
 shared_record! {
     /// What the loop is at; at most one connection each at any moment.
     #[derive(Debug)]
-    pub struct Moment {
+    pub struct CurrentIo {
         /// The place plus one of the connection that bytes are received from.
         pub receiving: AtomicU32,
         /// How many have come, plus one; 0 while that is not known.
@@ -65,7 +65,7 @@ shared_record! {
 
 /// Where bytes are that a connection is still to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owed {
+pub enum UnsentData {
     /// There are none.
     Nothing = 0,
     /// In the process.
@@ -74,20 +74,20 @@ pub enum Owed {
     InPacket = 2,
 }
 
-impl Owed {
+impl UnsentData {
     /// What a number says.
     pub fn of(number: u32) -> Self {
         match number {
-            0 => Owed::Nothing,
-            2 => Owed::InPacket,
-            _ => Owed::Here,
+            0 => UnsentData::Nothing,
+            2 => UnsentData::InPacket,
+            _ => UnsentData::Here,
         }
     }
 }
 
 /// How a connection comes in that has no place yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Coming {
+pub enum PendingAccept {
     /// None does.
     Nobody = 0,
     /// A client has connected: nothing was read from it.
@@ -96,27 +96,27 @@ pub enum Coming {
     Used = 2,
 }
 
-impl Coming {
+impl PendingAccept {
     /// What a number says.
     pub fn of(number: u32) -> Self {
         match number {
-            0 => Coming::Nobody,
-            1 => Coming::Fresh,
-            _ => Coming::Used,
+            0 => PendingAccept::Nobody,
+            1 => PendingAccept::Fresh,
+            _ => PendingAccept::Used,
         }
     }
 }
 
 /// Both, and the buffer that bytes are received into.
 #[derive(Debug, Clone, Copy)]
-pub struct Witness {
+pub struct IoProgress {
     /// What the loop is at.
-    pub moment: &'static Moment,
+    pub moment: &'static CurrentIo,
     /// By `Token::index`.
-    pub seats: &'static [Seat],
+    pub seats: &'static [ConnectionRecord],
 }
 
-impl Witness {
+impl IoProgress {
     /// A witness for so many connections, and the floor's buffer, with room for a packet of `longest`
     /// bytes at its end. A connection that finds no place is served like any other, and not seen here.
     ///
@@ -124,9 +124,9 @@ impl Witness {
     /// When there is no memory to be had.
     pub fn new(connections: usize, longest: usize) -> io::Result<(Self, &'static mut [u8])> {
         let length = |length| NonZeroUsize::new(length).unwrap_or(NonZeroUsize::MIN);
-        let moment = shared::array_without_file::<Moment>(NonZeroUsize::MIN)?;
+        let moment = shared::array_without_file::<CurrentIo>(NonZeroUsize::MIN)?;
         Ok((
-            Witness {
+            IoProgress {
                 moment: &moment[0],
                 seats: shared::array_without_file(length(connections))?,
             },
@@ -135,21 +135,21 @@ impl Witness {
     }
 
     /// The place of a connection.
-    pub fn seat(&self, token: Token) -> Option<&'static Seat> {
+    pub fn seat(&self, token: Token) -> Option<&'static ConnectionRecord> {
         self.seats.get(token.index())
     }
 
-    pub(super) fn opened(&self, token: Token, fd: i32, (owed, note): (Owed, u32)) {
+    pub(super) fn opened(&self, token: Token, fd: i32, (owed, note): (UnsentData, u32)) {
         if let Some(seat) = self.seat(token) {
             seat.owed.store(owed as u32, Release);
             seat.note.store(note, Release);
             seat.token.store(token.0 + 1, Release);
             seat.fd.store(fd as u32 + 1, Release);
         }
-        self.comes(Coming::Nobody);
+        self.comes(PendingAccept::Nobody);
     }
 
-    pub(super) fn comes(&self, coming: Coming) {
+    pub(super) fn comes(&self, coming: PendingAccept) {
         self.moment.accepting.store(coming as u32, Release);
     }
 
@@ -160,7 +160,7 @@ impl Witness {
         }
     }
 
-    pub(super) fn receives(&self, token: Token, start: u64) {
+    pub(super) fn begin_recv(&self, token: Token, start: u64) {
         self.moment.received.store(0, Release);
         self.moment.start.store(start, Release);
         self.moment.taken.store(start, Release);
@@ -169,33 +169,33 @@ impl Witness {
             .store(token.index() as u32 + 1, Release);
     }
 
-    pub(super) fn received(&self, length: usize) {
+    pub(super) fn end_recv(&self, length: usize) {
         self.moment.received.store(length as u32 + 1, Release);
     }
 
-    pub(super) fn receiving_is_over(&self) {
+    pub(super) fn clear_recv(&self) {
         self.moment.receiving.store(NONE, Release);
     }
 
-    pub(super) fn sends(&self, token: Token, before: u64, length: usize) {
+    pub(super) fn begin_send(&self, token: Token, before: u64, length: usize) {
         self.moment.sent.store(0, Release);
         self.moment.before.store(before, Release);
         self.moment.length.store(length as u64, Release);
         self.moment.sending.store(token.index() as u32 + 1, Release);
     }
 
-    pub(super) fn sent(&self, length: usize) {
+    pub(super) fn end_send(&self, length: usize) {
         self.moment.sent.store(length as u32 + 1, Release);
     }
 
-    pub(super) fn owes(&self, token: Token, owed: Owed) {
+    pub(super) fn owes(&self, token: Token, owed: UnsentData) {
         if let Some(seat) = self.seat(token) {
             seat.owed.store(owed as u32, Release);
         }
     }
 
     /// To be called once what was sent needs no answer any more.
-    pub fn sending_is_over(&self) {
+    pub fn clear_send(&self) {
         self.moment.sending.store(NONE, Release);
     }
 }

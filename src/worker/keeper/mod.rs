@@ -22,8 +22,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::ledger::{self, Book, Entry};
 use crate::link::boot::Boot;
 use crate::link::handoff::{self, AdoptionQueue, is_full};
-use crate::sys::event::Owed;
-use crate::sys::event::witness::{Coming, Moment, RECEIVE_BUFFER, Seat};
+use crate::sys::event::UnsentData;
+use crate::sys::event::witness::{ConnectionRecord, CurrentIo, PendingAccept, RECEIVE_BUFFER};
 use crate::sys::process::{Fork, exit_now, monotonic};
 use crate::sys::socket::{Bound, reset_when_closed};
 use crate::sys::{descriptor, twin};
@@ -86,10 +86,10 @@ fn keep(
     // From here on the descriptors are this process's alone.
     if book.head.leaves.load(Acquire) == 0 && book.head.stops.load(Acquire) == 0 {
         let end = monotonic().saturating_add(boot.settings.workers.drain_timeout);
-        let coming = Coming::of(book.witness.moment.accepting.load(Acquire));
+        let coming = PendingAccept::of(book.witness.moment.accepting.load(Acquire));
         let strangers = match coming {
-            Coming::Nobody => Vec::new(),
-            Coming::Fresh | Coming::Used => strangers::find(addresses, &known(book)),
+            PendingAccept::Nobody => Vec::new(),
+            PendingAccept::Fresh | PendingAccept::Used => strangers::find(addresses, &known(book)),
         };
         take_over(boot, book, (buffer, &strangers, coming), end);
     }
@@ -100,7 +100,7 @@ fn keep(
 fn take_over(
     boot: &Boot<'_>,
     book: Book,
-    (buffer, strangers, coming): (&[u8], &[RawFd], Coming),
+    (buffer, strangers, coming): (&[u8], &[RawFd], PendingAccept),
     end: Duration,
 ) {
     let left = connections(book);
@@ -117,9 +117,9 @@ fn take_over(
     let mut to_pass = Vec::new();
     for socket in strangers.iter().filter_map(|&fd| twin::inherit(fd)) {
         match (coming, packet) {
-            (Coming::Used, None) => reset(boot, &socket),
+            (PendingAccept::Used, None) => reset(boot, &socket),
             // As it came: nobody has done anything with it.
-            (Coming::Used, Some(packet)) => {
+            (PendingAccept::Used, Some(packet)) => {
                 let forward = || adoption.forward(socket.as_fd(), packet);
                 let kept = insist(adoption, end, forward);
                 count(
@@ -139,12 +139,12 @@ fn take_over(
             continue;
         };
         let seat = &book.witness.seats[index];
-        let owed = Owed::of(seat.owed.load(Relaxed));
-        let came = packet.filter(|_| owed == Owed::InPacket);
+        let owed = UnsentData::of(seat.owed.load(Relaxed));
+        let came = packet.filter(|_| owed == UnsentData::InPacket);
         let came = came.and_then(|packet| handoff::read(packet, None));
         let held = Held {
             note: seat.note.load(Relaxed),
-            owed: owed != Owed::Nothing && came.is_none(),
+            owed: owed != UnsentData::Nothing && came.is_none(),
             unsent: came.map_or_else(Vec::new, |taken| taken.unsent.into_owned()),
             calls: calls.remove(&seat.token.load(Relaxed)).unwrap_or_default(),
         };
@@ -179,7 +179,7 @@ fn reset(boot: &Boot<'_>, socket: &OwnedFd) {
 
 /// Places that are taken, with the number of the descriptor of each.
 fn connections(book: Book) -> Vec<(usize, RawFd)> {
-    let fd = |seat: &Seat| RawFd::try_from(seat.fd.load(Acquire).checked_sub(1)?).ok();
+    let fd = |seat: &ConnectionRecord| RawFd::try_from(seat.fd.load(Acquire).checked_sub(1)?).ok();
     let seats = book.witness.seats.iter().enumerate();
     seats
         .filter_map(|(index, seat)| Some((index, fd(seat)?)))
@@ -238,7 +238,7 @@ fn call(entry: &Entry) -> Unanswered {
 
 /// What was being received when the worker died. Where it died before it knew how much that was,
 /// the kernel does.
-fn receiving(moment: &Moment, index: usize, socket: &OwnedFd) -> Option<Receiving> {
+fn receiving(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Receiving> {
     (moment.receiving.load(Acquire) == index as u32 + 1).then(|| {
         let start = moment.start.load(Relaxed);
         let told = moment.received.load(Relaxed).checked_sub(1).map(u64::from);
@@ -252,7 +252,7 @@ fn receiving(moment: &Moment, index: usize, socket: &OwnedFd) -> Option<Receivin
 }
 
 /// Likewise of what was being sent.
-fn sending(moment: &Moment, index: usize, socket: &OwnedFd) -> Option<Sending> {
+fn sending(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Sending> {
     (moment.sending.load(Acquire) == index as u32 + 1).then(|| {
         let before = moment.before.load(Relaxed);
         let told = moment.sent.load(Relaxed).checked_sub(1).map(u64::from);
