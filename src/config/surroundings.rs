@@ -51,7 +51,7 @@ impl Surroundings {
             // A directory that was deleted has no name; only relative paths would need it.
             directory: env::current_dir().unwrap_or_else(|_| "/".into()),
             cpus: num_cpus::get(),
-            memory: memory::in_all(),
+            memory: memory::memory_limit(),
             guard_missing: guard::missing(),
             no_new_privs: guard::has_no_new_privs(),
             has_served: false,

@@ -5,12 +5,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::config;
-use crate::sys::spawn::{Limits, SpawnError, Step, Template};
+use crate::sys::spawn::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
 
 /// What all processes of a program have in common.
 #[derive(Debug)]
 pub(super) struct Program {
-    pub template: Template,
+    pub template: SpawnTemplate,
     /// All of its environment but the variable of the call.
     environment: Vec<CString>,
 }
@@ -20,11 +20,11 @@ impl Program {
         let limits = &program.rlimits;
         let variables = program.environment.iter();
         Program {
-            template: Template {
+            template: SpawnTemplate {
                 program: c_path(&program.file),
                 directory: c_path(&program.directory),
                 account: program.account.clone(),
-                limits: Limits {
+                limits: ProcessLimits {
                     cpu_seconds: limits.cpu.map(|time| time.as_secs()),
                     memory: limits.memory,
                     files: limits.files,
@@ -49,7 +49,7 @@ impl Program {
 /// Returns what an operator can do where the system refuses the guard; else nothing.
 pub(super) fn guard_hint(error: &SpawnError) -> &'static str {
     match error.step {
-        Step::Guard => "; guard = false starts it without one",
+        SpawnStep::Guard => "; guard = false starts it without one",
         _ => "",
     }
 }

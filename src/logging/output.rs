@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send};
 
 use super::torn::Torn;
-use crate::sys::signal::Held;
+use crate::sys::signal::SignalBlock;
 
 /// How a descriptor is written to without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,7 +149,7 @@ impl Output {
     fn write(&mut self, bytes: &[u8]) -> usize {
         // From the background of a terminal with `tostop` a line would bring this signal, which the master
         // heeds in its own way, and never be written; blocked, it is (termios(3)).
-        let _held = self.is_terminal.then(|| Held::of(Signal::SIGTTOU));
+        let _held = self.is_terminal.then(|| SignalBlock::of(Signal::SIGTTOU));
         let mut written = 0;
         while written < bytes.len() {
             match self.write_some(&bytes[written..]) {

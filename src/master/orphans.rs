@@ -17,7 +17,7 @@ use super::upgrade::state::OrphansState;
 use crate::logging::counted;
 use crate::sys::process::{self, Pid};
 use crate::sys::spawn;
-use crate::sys::tree::{self, Held};
+use crate::sys::tree::{self, PidFd};
 
 /// Readers that are late and have not ended; with so many, marks are not read any more.
 const MOST_LATE: usize = 4;
@@ -51,7 +51,7 @@ impl Orphans {
     /// To be made before the first fork.
     pub fn new() -> Self {
         Orphans {
-            others: tree::adopted().into_iter().collect(),
+            others: tree::direct_children().into_iter().collect(),
             ..Orphans::default()
         }
     }
@@ -60,7 +60,7 @@ impl Orphans {
     pub fn export(&self) -> OrphansState {
         // What is unclear is new to the next program too, which finds out what it is.
         let is_clear = |pid: &Pid| !self.unclear.contains(pid);
-        let children = tree::adopted().into_iter().filter(is_clear);
+        let children = tree::direct_children().into_iter().filter(is_clear);
         OrphansState {
             others: self.others.iter().map(|pid| pid.0).collect(),
             children: Some(children.map(|pid| pid.0).collect()),
@@ -81,7 +81,7 @@ impl Orphans {
                     && !process::is_forked(*pid)
                     && !ours(*pid)
             };
-            unclear.extend(tree::adopted().into_iter().filter(is_new));
+            unclear.extend(tree::direct_children().into_iter().filter(is_new));
         }
         Orphans {
             others,
@@ -153,7 +153,7 @@ impl Orphans {
             return;
         }
         let is_known = |pid: Pid| process::is_forked(pid) || spawn::is_child(pid) || ours(pid);
-        let mut left = tree::adopted();
+        let mut left = tree::direct_children();
         left.retain(|&pid| !is_known(pid) && !self.others.contains(&pid));
         let is_init = Pid::current() == Pid(1);
         if self.hunts && !is_init {
@@ -271,8 +271,8 @@ fn kill(pids: &[Pid]) {
     if pids.is_empty() {
         return;
     }
-    let held = tree::hold_with_descendants(pids, |_| true);
+    let held = tree::open_with_descendants(pids, |_| true);
     let killed = counted(held.len(), "process", "processes");
     log::debug!("killed {killed} that a dead worker left");
-    held.iter().for_each(Held::kill);
+    held.iter().for_each(PidFd::kill);
 }

@@ -13,7 +13,7 @@ use super::keepers::can_be_one;
 use super::supervise::{Master, wall_clock};
 use crate::protocol::control::State;
 use crate::sys::memory;
-use crate::sys::process::{self, Ended, Exit, Pid};
+use crate::sys::process::{self, Exit, Pid, ReapedChild};
 
 /// Children taken note of at once.
 const MOST_REAPED: usize = 64;
@@ -24,7 +24,7 @@ trait ReapTarget {
     fn is_worker(&self, pid: Pid) -> bool;
     /// Removes a worker from the tables and passes its death to the policy. `others` are the children
     /// of the same round that are no workers.
-    fn remove_worker(&mut self, child: &Ended, others: &[Pid]);
+    fn remove_worker(&mut self, child: &ReapedChild, others: &[Pid]);
     /// Removes a child that is no worker from the tables.
     fn remove_other(&mut self, pid: Pid);
     /// Applies the queued actions, except those about the children `ended`.
@@ -32,8 +32,8 @@ trait ReapTarget {
 }
 
 /// Removes all children of a round, and only then applies the actions that follow.
-fn handle_round(target: &mut impl ReapTarget, round: &[Ended]) {
-    let (workers, others): (Vec<&Ended>, Vec<&Ended>) =
+fn handle_round(target: &mut impl ReapTarget, round: &[ReapedChild]) {
+    let (workers, others): (Vec<&ReapedChild>, Vec<&ReapedChild>) =
         round.iter().partition(|child| target.is_worker(child.pid));
     let others: Vec<Pid> = others.iter().map(|child| child.pid).collect();
     // Workers first: a keeper of the same round is recognized by what its worker leaves.
@@ -65,7 +65,7 @@ impl ReapTarget for Round<'_, '_> {
         self.master.workers.get(pid).is_some()
     }
 
-    fn remove_worker(&mut self, child: &Ended, others: &[Pid]) {
+    fn remove_worker(&mut self, child: &ReapedChild, others: &[Pid]) {
         let (master, pid) = (&mut *self.master, child.pid);
         // What it said last comes before its end.
         master.queue_reports(pid);
@@ -112,11 +112,11 @@ impl Master<'_> {
         round.retain(|ended| {
             !self.probe_ended(ended.pid, ended.exit) && !self.orphans.reader_ended(ended.pid)
         });
-        let is_killed_worker = |ended: &Ended| {
+        let is_killed_worker = |ended: &ReapedChild| {
             ended.exit.is_signal(Signal::SIGKILL) && self.workers.get(ended.pid).is_some()
         };
         let out_of_memory = round.iter().any(is_killed_worker)
-            && (self.strikes).ran_out_of_memory(memory::kills_for_want_of_it());
+            && (self.strikes).ran_out_of_memory(memory::oom_kill_count());
         let mut target = Round {
             master: self,
             out_of_memory,
@@ -134,7 +134,7 @@ impl Master<'_> {
     }
 
     /// Whether a worker's end may be a call's doing: not what it was told to do.
-    fn is_suspicious(&self, ended: &Ended) -> bool {
+    fn is_suspicious(&self, ended: &ReapedChild) -> bool {
         let serves = |view: &super::view::WorkerView| {
             view.pid == Some(ended.pid) && view.state == State::Ready
         };
@@ -214,12 +214,12 @@ mod tests {
 
         /// These end by SIGSEGV in one round.
         fn reap(&mut self, pids: &[i32]) {
-            let child = |pid: &i32| Ended {
+            let child = |pid: &i32| ReapedChild {
                 pid: Pid(*pid),
                 exit: SEGV,
                 peak_rss_bytes: 0,
             };
-            let round: Vec<Ended> = pids.iter().map(child).collect();
+            let round: Vec<ReapedChild> = pids.iter().map(child).collect();
             handle_round(self, &round);
         }
 
@@ -238,7 +238,7 @@ mod tests {
             self.workers.contains(&pid)
         }
 
-        fn remove_worker(&mut self, child: &Ended, _others: &[Pid]) {
+        fn remove_worker(&mut self, child: &ReapedChild, _others: &[Pid]) {
             assert!(self.workers.remove(&child.pid));
             self.queue(Event::Died {
                 pid: child.pid,

@@ -51,7 +51,7 @@ pub(super) const HEARD: [Signal; 9] = [
 pub fn run(setup: Setup<'_>) -> Result<()> {
     // Until the handlers are there, a signal must wait: its default would end us half-started.
     signal::block_all();
-    signal::die_of_sent_faults();
+    signal::install_fault_handlers();
     // SIGPIPE: the program's on_master_start may have set its default, which would end the master when
     // the log loses its reader.
     signal::ignore(&[Signal::SIGXFSZ, Signal::SIGPIPE]);
@@ -114,7 +114,7 @@ fn start<'a>(
         signals,
         pid_file: pid_file.take().ok_or_else(lock)?,
         orphans: Orphans::new(),
-        strikes: Strikes::new(memory::kills_for_want_of_it()),
+        strikes: Strikes::new(memory::oom_kill_count()),
         keepers_lost: keepers_lost(),
         ground,
         upcoming: None,

@@ -180,7 +180,9 @@ impl Master<'_> {
             self.upgrade.deadline(),
             self.orphans.deadline(),
             self.workers.next_keeper(),
-            self.notifier.is_behind().then(|| now() + NOTIFY_RETRY),
+            self.notifier
+                .has_unsent_states()
+                .then(|| now() + NOTIFY_RETRY),
         ]
         .into_iter()
         .flatten()

@@ -76,7 +76,7 @@ pub fn close_all_but(keep: &[RawFd]) {
 }
 
 /// How many bytes a pipe or socket has to be read (FIONREAD, pipe(7)); 0 where that can't be told.
-pub fn unread(fd: &OwnedFd) -> usize {
+pub fn readable_bytes(fd: &OwnedFd) -> usize {
     let bytes = queued(fd, libc::FIONREAD).unwrap_or_default();
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

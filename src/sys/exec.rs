@@ -84,7 +84,7 @@ pub enum Image<'a> {
 
 /// Becomes the program, with the descriptors in `through` besides the standard streams. Returns
 /// only when that failed: then nothing has changed.
-pub fn become_image(
+pub fn exec_image(
     image: Image<'_>,
     arguments: &[CString],
     environment: &[CString],
@@ -143,13 +143,13 @@ fn set_flags(numbers: &[RawFd], flags: FdFlag) -> io::Result<()> {
 /// Descriptors that came through an exec, by their numbers. They stay open as long as this lives, so
 /// that all are still there to go back with: who needs one takes a duplicate.
 #[derive(Debug, Default)]
-pub struct Through {
+pub struct InheritedFds {
     all: RefCell<BTreeMap<RawFd, OwnedFd>>,
     /// Nobody goes back: who needs one takes it itself, and no second descriptor is needed.
     for_good: bool,
 }
 
-impl Through {
+impl InheritedFds {
     /// Takes over `numbers`, and closes them to the next exec. To be called once in the life of a
     /// program, before it has opened anything that could have one of the numbers.
     ///
@@ -168,7 +168,7 @@ impl Through {
             // us for us to own, and each number is taken once.
             claimed.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
         }
-        Ok(Through {
+        Ok(InheritedFds {
             all: RefCell::new(claimed),
             for_good,
         })
@@ -222,14 +222,14 @@ mod tests {
         assert!(read_whole(file.as_fd(), 4).is_err());
         let number = file.into_raw_fd();
         set_flags(&[number], FdFlag::empty()).unwrap();
-        let through = Through::claim(&BTreeSet::from([number]), false).unwrap();
+        let through = InheritedFds::claim(&BTreeSet::from([number]), false).unwrap();
         let one = through.take(number).unwrap();
         let flags = fcntl(one.as_fd(), FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
         assert!(through.take(number + 1000).is_err());
-        assert!(Through::claim(&BTreeSet::from([1]), false).is_err());
-        assert!(Through::claim(&BTreeSet::from([i32::MAX]), false).is_err());
-        let through = Through::claim(&BTreeSet::from([one.into_raw_fd()]), true).unwrap();
+        assert!(InheritedFds::claim(&BTreeSet::from([1]), false).is_err());
+        assert!(InheritedFds::claim(&BTreeSet::from([i32::MAX]), false).is_err());
+        let through = InheritedFds::claim(&BTreeSet::from([one.into_raw_fd()]), true).unwrap();
         let number = through.numbers()[0];
         assert_eq!(through.take(number).unwrap().as_raw_fd(), number);
         assert!(through.take(number).is_err(), "it is gone");
@@ -239,7 +239,7 @@ mod tests {
     fn an_exec_that_fails_leaves_everything_as_it_was() {
         let file = memory_file(b"").unwrap();
         let number = file.as_raw_fd();
-        let error = become_image(Image::At(Path::new("/nowhere")), &[], &[], &[number]);
+        let error = exec_image(Image::At(Path::new("/nowhere")), &[], &[], &[number]);
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         let flags = fcntl(file.as_fd(), FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());

@@ -16,7 +16,7 @@ use nix::libc;
 
 use super::account::Account;
 use super::guard;
-use super::spawn::{Limits, SpawnError, Step, Template};
+use super::spawn::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
 
 /// What files a child creates can be read by all, and written by its user.
 const UMASK: libc::mode_t = 0o022;
@@ -26,7 +26,7 @@ const FILES: u64 = 1024;
 
 /// What the child reads, and writes why it failed.
 pub(super) struct Plan<'a> {
-    pub template: &'a Template,
+    pub template: &'a SpawnTemplate,
     pub argv: &'a [*const c_char],
     pub envp: &'a [*const c_char],
     /// By the number that each has in the child.
@@ -54,7 +54,7 @@ pub(super) extern "C" fn become_program(plan: *mut c_void) -> c_int {
 /// To be called in a child that shares memory with its suspended parent, and nowhere else.
 unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnError> {
     let template = plan.template;
-    let check = |step: Step, result: c_int| {
+    let check = |step: SpawnStep, result: c_int| {
         Errno::result(result)
             .map(drop)
             .map_err(|errno| SpawnError { step, errno })
@@ -67,9 +67,9 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
         // A session of its own, and so a process group of its own: with the terminal of our session
         // it could type into the operator's shell. As a session leader it has no terminal, and
         // opens /dev/tty in vain. A fresh clone leads no group yet, so setsid is not refused.
-        check(Step::Session, libc::setsid())?;
+        check(SpawnStep::Session, libc::setsid())?;
         for (number, &fd) in plan.stdio.iter().enumerate() {
-            check(Step::Descriptors, libc::dup2(fd, number as c_int))?;
+            check(SpawnStep::Descriptors, libc::dup2(fd, number as c_int))?;
         }
         // All of ours have CLOEXEC: a belt, for a library that opened one without.
         libc::syscall(
@@ -79,7 +79,7 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             libc::CLOSE_RANGE_CLOEXEC,
         );
         set_limits(&template.limits).map_err(|errno| SpawnError {
-            step: Step::Limits,
+            step: SpawnStep::Limits,
             errno,
         })?;
         // Who is that user already needs no rights for it, and may have none.
@@ -87,14 +87,14 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             && (libc::geteuid(), libc::getegid()) != (account.uid, account.gid)
         {
             become_account(account).map_err(|errno| SpawnError {
-                step: Step::Account,
+                step: SpawnStep::Account,
                 errno,
             })?;
         }
         if let Some(ruleset) = plan.ruleset {
             // Before the death signal, which a change of credentials can take back.
             guard::enter(ruleset).map_err(|errno| SpawnError {
-                step: Step::Guard,
+                step: SpawnStep::Guard,
                 errno,
             })?;
         }
@@ -103,7 +103,10 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         }
         // As that user, who may not enter what we may.
-        check(Step::Directory, libc::chdir(template.directory.as_ptr()))?;
+        check(
+            SpawnStep::Directory,
+            libc::chdir(template.directory.as_ptr()),
+        )?;
         libc::umask(UMASK);
         // Last: from here on a signal ends us.
         let none: libc::sigset_t = std::mem::zeroed();
@@ -112,7 +115,7 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
         libc::execve(path, plan.argv.as_ptr(), plan.envp.as_ptr());
     }
     Err(SpawnError {
-        step: Step::Execute,
+        step: SpawnStep::Execute,
         errno: Errno::last(),
     })
 }
@@ -134,7 +137,7 @@ unsafe fn default_signals() {
 
 /// # Safety
 /// As `execute`.
-unsafe fn set_limits(limits: &Limits) -> Result<(), Errno> {
+unsafe fn set_limits(limits: &ProcessLimits) -> Result<(), Errno> {
     let set = |resource, soft: u64, hard: u64| {
         let limit = libc::rlimit {
             rlim_cur: soft,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// Lets all threads of this process share so many arenas at most. Each one keeps what was freed in it
 /// for its own threads: with one for each, a few large results lie about eight times. An operator who
 /// has set MALLOC_ARENA_MAX knows better.
-pub fn share_arenas(most: i32) {
+pub fn limit_malloc_arenas(most: i32) {
     #[cfg(target_env = "gnu")]
     if std::env::var_os("MALLOC_ARENA_MAX").is_none() {
         // SAFETY: a number for the allocator, which takes its own lock.
@@ -20,7 +20,7 @@ pub fn share_arenas(most: i32) {
 
 /// How many bytes of memory this process may use: the machine's, or as many as the control groups that it
 /// is in are allowed (memory.max, cgroups(7)). A gibibyte where nothing can be read.
-pub fn in_all() -> u64 {
+pub fn memory_limit() -> u64 {
     let machine = read_machine().unwrap_or(1 << 30);
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     group_files(&groups)
@@ -65,7 +65,7 @@ fn group_files(groups: &str) -> impl Iterator<Item = PathBuf> {
 /// How many processes the kernel has ended for want of memory, the machine's or a group's, since it
 /// was booted (oom_kill in /proc/vmstat, Linux 4.13). It is counted before the victim gets its
 /// SIGKILL. `None` where that can't be read.
-pub fn kills_for_want_of_it() -> Option<u64> {
+pub fn oom_kill_count() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/vmstat").ok()?;
     let count = text
         .lines()
@@ -99,6 +99,6 @@ mod tests {
                 "/sys/fs/cgroup/memory/memory.limit_in_bytes",
             ]
         );
-        assert!(in_all() > 1 << 20);
+        assert!(memory_limit() > 1 << 20);
     }
 }

@@ -65,7 +65,7 @@ impl Notifier {
     }
 
     /// Whether something waits for room.
-    pub fn is_behind(&self) -> bool {
+    pub fn has_unsent_states(&self) -> bool {
         !self.unsent.is_empty()
     }
 
@@ -174,10 +174,10 @@ mod tests {
         notifier.tell(&[NotifyState::Status("well")]);
         notifier.tell(&[NotifyState::Ready]);
         notifier.tell(&[NotifyState::Status("fine")]);
-        assert!(notifier.is_behind());
+        assert!(notifier.has_unsent_states());
         assert!(heard(&manager).iter().all(|message| message == "other"));
         notifier.retry();
-        assert!(!notifier.is_behind());
+        assert!(!notifier.has_unsent_states());
         assert_eq!(heard(&manager), ["READY=1\n", "STATUS=fine\n"]);
         // One that never reads holds nothing up, and is not remembered without end.
         for _ in 0..10_000 {
@@ -192,6 +192,6 @@ mod tests {
         assert_eq!(dogs.count(), 1);
         drop(manager);
         notifier.retry();
-        assert!(!notifier.is_behind());
+        assert!(!notifier.has_unsent_states());
     }
 }

@@ -232,7 +232,7 @@ pub fn thread_count() -> u64 {
 
 /// A child that has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ended {
+pub struct ReapedChild {
     /// Which.
     pub pid: Pid,
     /// How.
@@ -243,7 +243,7 @@ pub struct Ended {
 
 /// Takes the status of one ended child, whichever it is, without waiting (wait4(2)). `None`: no
 /// child has ended, or there is none.
-pub fn reap_any() -> Option<Ended> {
+pub fn reap_any() -> Option<ReapedChild> {
     loop {
         let mut status = 0;
         // SAFETY: the structure is plain data for the kernel to fill; zero is a valid value.
@@ -256,7 +256,7 @@ pub fn reap_any() -> Option<Ended> {
             _ => return None,
         }
         with_forked(|forked| forked.remove(&Pid(pid)));
-        return Some(Ended {
+        return Some(ReapedChild {
             pid: Pid(pid),
             exit: Exit::of(status),
             peak_rss_bytes: usage.ru_maxrss.unsigned_abs() * 1024,

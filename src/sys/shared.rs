@@ -23,16 +23,16 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 /// # Safety
 /// The type consists of atomics (and arrays of them) alone, all bits zero is a valid value of it,
 /// and it needs no drop.
-pub unsafe trait Record {}
+pub unsafe trait SharedRecord {}
 
 // SAFETY: atomics, valid when zero, no drop.
-unsafe impl Record for AtomicU64 {}
+unsafe impl SharedRecord for AtomicU64 {}
 // SAFETY: as above.
-unsafe impl Record for AtomicU32 {}
+unsafe impl SharedRecord for AtomicU32 {}
 // SAFETY: as above.
-unsafe impl Record for AtomicI32 {}
+unsafe impl SharedRecord for AtomicI32 {}
 // SAFETY: what holds for each holds for all of them.
-unsafe impl<T: Record, const N: usize> Record for [T; N] {}
+unsafe impl<T: SharedRecord, const N: usize> SharedRecord for [T; N] {}
 
 /// Declares a structure of atomics, which may therefore be a [`Record`]; so that the promise is
 /// made here, once, and not by each floor above.
@@ -45,12 +45,12 @@ macro_rules! shared_record {
         #[repr(C)]
         $visibility struct $name { $($(#[$field_meta])* $field_visibility $field: $type),* }
         const _: () = {
-            const fn must_be_a_record<T: $crate::sys::shared::Record>() {}
+            const fn must_be_a_record<T: $crate::sys::shared::SharedRecord>() {}
             $(must_be_a_record::<$type>();)*
         };
         #[allow(unsafe_code)]
         // SAFETY: every field is a record, as the lines above have the compiler check.
-        unsafe impl $crate::sys::shared::Record for $name {}
+        unsafe impl $crate::sys::shared::SharedRecord for $name {}
     };
 }
 
@@ -60,7 +60,7 @@ macro_rules! shared_record {
 ///
 /// # Errors
 /// ENOMEM, or no descriptor left.
-pub fn array<T: Record>(length: NonZeroUsize) -> io::Result<(&'static [T], OwnedFd)> {
+pub fn array<T: SharedRecord>(length: NonZeroUsize) -> io::Result<(&'static [T], OwnedFd)> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(c"preforkd-shared", flags)?);
     file.set_len(bytes_of::<T>(length)?.get() as u64)?;
@@ -75,7 +75,7 @@ pub fn array<T: Record>(length: NonZeroUsize) -> io::Result<(&'static [T], Owned
 ///
 /// # Errors
 /// ENOMEM; EINVAL when the file is too short for so many records.
-pub fn array_in<T: Record>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [T]> {
+pub fn array_in<T: SharedRecord>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [T]> {
     let there = File::from(file.try_clone()?).metadata()?.len();
     if there < bytes_of::<T>(length)?.get() as u64 {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -90,7 +90,7 @@ fn bytes_of<T>(length: NonZeroUsize) -> io::Result<NonZeroUsize> {
 
 /// The file is at least as long as the records, and nobody cuts it: it has no name, and only this
 /// program and what becomes of it have its descriptor.
-fn map<T: Record>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [T]> {
+fn map<T: SharedRecord>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [T]> {
     let bytes = bytes_of::<T>(length)?;
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping at an address of the kernel's choice touches nobody's memory.
@@ -106,7 +106,7 @@ fn map<T: Record>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'static [
 ///
 /// # Errors
 /// ENOMEM.
-pub fn array_without_file<T: Record>(length: NonZeroUsize) -> io::Result<&'static [T]> {
+pub fn array_without_file<T: SharedRecord>(length: NonZeroUsize) -> io::Result<&'static [T]> {
     let start = map_anonymous(bytes_of::<T>(length)?)?;
     // SAFETY: as in `map`.
     Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })

@@ -66,7 +66,7 @@ impl SignalPipe {
 
     /// Makes those that have come since the last `take` pending once more, for the program that this
     /// process becomes. To be called while all are blocked.
-    pub fn hand_back(&self) {
+    pub fn requeue_pending(&self) {
         for signal in self.take() {
             let _ = nix::sys::signal::raise(signal);
         }
@@ -118,20 +118,20 @@ fn set_mask(set: &SigSet) {
 
 /// Keeps a signal from this thread until it is dropped.
 #[derive(Debug)]
-pub struct Held(SigSet);
+pub struct SignalBlock(SigSet);
 
-impl Held {
+impl SignalBlock {
     /// Holds this one.
     pub fn of(signal: Signal) -> Self {
         let mut before = SigSet::empty();
         let one = SigSet::from(signal);
         nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&one), Some(&mut before))
             .expect("a valid mask is always accepted (sigprocmask(2))");
-        Held(before)
+        SignalBlock(before)
     }
 }
 
-impl Drop for Held {
+impl Drop for SignalBlock {
     fn drop(&mut self) {
         set_mask(&self.0);
     }
@@ -163,7 +163,7 @@ static OF_STD: [AtomicUsize; FAULTS.len()] = [const { AtomicUsize::new(0) }; FAU
 /// as soon as they return: one that was sent does not, and would be lost. What the processor
 /// raises is still theirs. Threads and forked children inherit it. [`tell_faults`] is served by
 /// the same handler.
-pub fn die_of_sent_faults() {
+pub fn install_fault_handlers() {
     for (signal, of_std) in FAULTS.into_iter().zip(&OF_STD) {
         // SAFETY: the structures are plain data, and the handler has the signature that
         // SA_SIGINFO asks for; it is installed after the one it hands on to is known.
@@ -217,14 +217,14 @@ thread_local! {
 
 /// Has a fault of this process told as it ends: which kind it was, and what the thread was at that
 /// has failed.
-pub fn tell_faults(fault: &'static AtomicU32, culprit: &'static AtomicU64) {
+pub fn set_fault_report(fault: &'static AtomicU32, culprit: &'static AtomicU64) {
     CULPRIT.store(std::ptr::from_ref(culprit).cast_mut(), Ordering::SeqCst);
     FAULT.store(std::ptr::from_ref(fault).cast_mut(), Ordering::SeqCst);
 }
 
 /// This thread is at something with this number; 0: at nothing that is to be told.
 #[inline]
-pub fn at(number: u64) {
+pub fn set_current_call(number: u64) {
     AT.set(number);
 }
 

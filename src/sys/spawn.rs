@@ -35,7 +35,7 @@ const STACK: usize = 64 * 1024;
 const DYING: Duration = Duration::from_secs(1);
 /// What all children of one kind have in common.
 #[derive(Debug, Clone)]
-pub struct Template {
+pub struct SpawnTemplate {
     /// The program; absolute, for no search path is asked.
     pub program: CString,
     /// The working directory.
@@ -43,14 +43,14 @@ pub struct Template {
     /// Whom the child becomes, if anybody else.
     pub account: Option<Account>,
     /// Its resource limits.
-    pub limits: Limits,
+    pub limits: ProcessLimits,
     /// Whether it is guarded (see `guard`), where the kernel can do that.
     pub guard: bool,
 }
 
 /// Resource limits (getrlimit(2)); `None` leaves ours.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Limits {
+pub struct ProcessLimits {
     /// Seconds of CPU time: then SIGXCPU, and SIGKILL one second later.
     pub cpu_seconds: Option<u64>,
     /// Bytes of address space.
@@ -76,7 +76,7 @@ pub struct Stdio<'a> {
 
 /// What a child could not do, which is why there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum SpawnStep {
     /// Be created.
     Create,
     /// Lead a session.
@@ -99,7 +99,7 @@ pub enum Step {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SpawnError {
     /// What failed.
-    pub step: Step,
+    pub step: SpawnStep,
     /// With what.
     pub errno: Errno,
 }
@@ -117,14 +117,14 @@ impl SpawnError {
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let step = match self.step {
-            Step::Create => "no process could be created",
-            Step::Session => "it could not lead a session",
-            Step::Descriptors => "it could not take its descriptors",
-            Step::Limits => "it could not take its limits",
-            Step::Account => "it could not become its user",
-            Step::Guard => "it could not enter its guard",
-            Step::Directory => "it could not enter its directory",
-            Step::Execute => "the program could not be executed",
+            SpawnStep::Create => "no process could be created",
+            SpawnStep::Session => "it could not lead a session",
+            SpawnStep::Descriptors => "it could not take its descriptors",
+            SpawnStep::Limits => "it could not take its limits",
+            SpawnStep::Account => "it could not become its user",
+            SpawnStep::Guard => "it could not enter its guard",
+            SpawnStep::Directory => "it could not enter its directory",
+            SpawnStep::Execute => "the program could not be executed",
         };
         write!(f, "{step}: {}", self.errno.desc())
     }
@@ -167,7 +167,7 @@ pub fn children() -> Vec<Pid> {
 /// A child, leader of a session and a process group of its own. Dropped, it is killed with its group
 /// and reaped.
 #[derive(Debug)]
-pub struct Child {
+pub struct ChildProcess {
     /// Its pid, and its group's; nobody else's before it is reaped.
     pid: Pid,
     pidfd: OwnedFd,
@@ -195,11 +195,11 @@ pub fn null() -> io::Result<BorrowedFd<'static>> {
 /// # Errors
 /// What failed; nothing of the child is left then.
 pub fn spawn(
-    template: &Template,
+    template: &SpawnTemplate,
     arguments: &[&CStr],
     environment: &[&CStr],
     stdio: Stdio<'_>,
-) -> Result<Child, SpawnError> {
+) -> Result<ChildProcess, SpawnError> {
     start(template, arguments, environment, stdio, false)
 }
 
@@ -209,21 +209,21 @@ pub fn spawn(
 /// # Errors
 /// As `spawn`.
 pub fn spawn_dying_with_us(
-    template: &Template,
+    template: &SpawnTemplate,
     arguments: &[&CStr],
     environment: &[&CStr],
     stdio: Stdio<'_>,
-) -> Result<Child, SpawnError> {
+) -> Result<ChildProcess, SpawnError> {
     start(template, arguments, environment, stdio, true)
 }
 
 fn start(
-    template: &Template,
+    template: &SpawnTemplate,
     arguments: &[&CStr],
     environment: &[&CStr],
     stdio: Stdio<'_>,
     dies_with_us: bool,
-) -> Result<Child, SpawnError> {
+) -> Result<ChildProcess, SpawnError> {
     let pointers = |strings: &[&CStr]| -> Vec<*const c_char> {
         let strings = strings.iter().map(|string| string.as_ptr());
         strings.chain([ptr::null()]).collect()
@@ -238,7 +238,7 @@ fn start(
             // SAFETY: plain numbers; what is returned is a descriptor of nobody else's.
             let clone = unsafe { libc::fcntl(raw, libc::F_DUPFD_CLOEXEC, 4) };
             raw = Errno::result(clone).map_err(|errno| SpawnError {
-                step: Step::Descriptors,
+                step: SpawnStep::Descriptors,
                 errno,
             })?;
             // SAFETY: as above.
@@ -248,7 +248,7 @@ fn start(
     }
     let ruleset = if template.guard {
         guard::ruleset().map_err(|errno| SpawnError {
-            step: Step::Guard,
+            step: SpawnStep::Guard,
             errno,
         })?
     } else {
@@ -286,11 +286,11 @@ fn start(
     mask.restore();
     drop(stack);
     let pid = created.map_err(|errno| SpawnError {
-        step: Step::Create,
+        step: SpawnStep::Create,
         errno,
     })?;
     with_children(|children| children.insert(pid));
-    let mut child = Child {
+    let mut child = ChildProcess {
         pid: Pid(pid),
         // SAFETY: clone has put a descriptor there that nobody else owns.
         pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
@@ -306,7 +306,7 @@ fn start(
     }
 }
 
-impl Child {
+impl ChildProcess {
     /// Its pid.
     pub fn pid(&self) -> Pid {
         self.pid
@@ -335,7 +335,7 @@ impl Child {
         // Before the kill: afterwards nobody could say whose children they were.
         let below = tree::descendants(&[self.pid]);
         self.kill();
-        below.iter().for_each(tree::Held::kill);
+        below.iter().for_each(tree::PidFd::kill);
         if self.ends_within(DYING) {
             self.reap()
         } else {
@@ -366,14 +366,14 @@ impl Child {
     }
 }
 
-impl AsFd for Child {
+impl AsFd for ChildProcess {
     /// Readable once it has ended (pidfd_open(2)).
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
 }
 
-impl Drop for Child {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         if self.reaped {
             return;

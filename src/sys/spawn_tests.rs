@@ -3,18 +3,18 @@ use super::*;
 use std::fs::File;
 use std::io::Read;
 
-fn template(program: &str) -> Template {
-    Template {
+fn template(program: &str) -> SpawnTemplate {
+    SpawnTemplate {
         program: CString::new(program).unwrap(),
         directory: c"/".into(),
         account: None,
-        limits: Limits::default(),
+        limits: ProcessLimits::default(),
         guard: false,
     }
 }
 
 /// Runs a shell with this script, and returns what it wrote and how it ended.
-fn shell(template: &Template, script: &str) -> (String, Exit) {
+fn shell(template: &SpawnTemplate, script: &str) -> (String, Exit) {
     let null = File::open("/dev/null").unwrap();
     let (mut reader, writer) = io::pipe().unwrap();
     let script = CString::new(script).unwrap();
@@ -63,14 +63,17 @@ fn what_fails_before_exec_is_told_and_leaves_no_child() {
     let missing = spawn(&template("/no/such"), &[c"x"], &[], stdio).unwrap_err();
     assert_eq!(
         (missing.step, missing.errno),
-        (Step::Execute, Errno::ENOENT)
+        (SpawnStep::Execute, Errno::ENOENT)
     );
-    let nowhere = Template {
+    let nowhere = SpawnTemplate {
         directory: c"/no/such".into(),
         ..template("/bin/sh")
     };
     let error = spawn(&nowhere, &[c"x"], &[], stdio).unwrap_err();
-    assert_eq!((error.step, error.errno), (Step::Directory, Errno::ENOENT));
+    assert_eq!(
+        (error.step, error.errno),
+        (SpawnStep::Directory, Errno::ENOENT)
+    );
     assert_eq!(
         error.to_string(),
         "it could not enter its directory: No such file or directory"
@@ -79,8 +82,8 @@ fn what_fails_before_exec_is_told_and_leaves_no_child() {
 
 #[test]
 fn limits_hold_in_the_child_and_only_there() {
-    let limited = Template {
-        limits: Limits {
+    let limited = SpawnTemplate {
+        limits: ProcessLimits {
             cpu_seconds: Some(3),
             memory: Some(1 << 30),
             files: Some(32),
@@ -124,7 +127,7 @@ fn a_guarded_child_cannot_look_into_us_and_others_can() {
     let own = u8::from(guard::has_no_new_privs());
     let (text, _) = shell(&free, script);
     assert_eq!(text, format!("opened\nNoNewPrivs:\t{own}\n"));
-    let guarded = Template {
+    let guarded = SpawnTemplate {
         guard: true,
         ..free
     };

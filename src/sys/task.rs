@@ -21,7 +21,7 @@ const MOST_FRAMES: usize = 8;
 
 /// A look at one thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Look {
+pub struct ThreadState {
     /// Its name.
     pub name: String,
     /// The letter of its state, `R` or `S` say.
@@ -29,7 +29,7 @@ pub struct Look {
     /// CPU time so far, user and system.
     pub cpu: Duration,
     /// The system call that it waits in, if it waits in one and that may be known.
-    pub call: Option<Call>,
+    pub call: Option<BlockedSyscall>,
     /// The kernel's function that it sleeps in.
     pub place: Option<String>,
     /// The kernel's functions from there on outwards.
@@ -40,7 +40,7 @@ pub struct Look {
 
 /// A system call that a thread is in.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Call {
+pub struct BlockedSyscall {
     /// Its number.
     pub number: i64,
     /// Its first argument, often a descriptor.
@@ -58,7 +58,7 @@ pub fn threads(pid: Pid) -> Vec<Pid> {
 }
 
 /// Looks at a thread of a process; `None` when it is gone.
-pub fn look(pid: Pid, thread: Pid) -> Option<Look> {
+pub fn look(pid: Pid, thread: Pid) -> Option<ThreadState> {
     let path = |file: &str| format!("/proc/{pid}/task/{thread}/{file}");
     let read = |file: &str| bounded::read_lines(path(file)).ok();
     let stat = read("stat")?;
@@ -69,7 +69,7 @@ pub fn look(pid: Pid, thread: Pid) -> Option<Look> {
     let place = read("wchan").map(|place| place.trim().to_owned());
     let stack = read("stack").unwrap_or_default();
     let status = read("status").unwrap_or_default();
-    Some(Look {
+    Some(ThreadState {
         name: name.to_owned(),
         state: fields.first()?.chars().next()?,
         cpu: of_ticks(ticks(11)? + ticks(12)?),
@@ -86,11 +86,11 @@ pub fn look(pid: Pid, thread: Pid) -> Option<Look> {
 }
 
 /// A line of syscall: the number and six arguments, or `running`, or -1 when it waits in none.
-fn call(line: &str) -> Option<Call> {
+fn call(line: &str) -> Option<BlockedSyscall> {
     let mut fields = line.split_ascii_whitespace();
     let number: i64 = fields.next()?.parse().ok().filter(|&number| number >= 0)?;
     let first = fields.next()?.to_owned();
-    Some(Call { number, first })
+    Some(BlockedSyscall { number, first })
 }
 
 /// A line of stack: `[<0>] futex_wait+0x1f/0x40`.
@@ -112,7 +112,7 @@ fn of_ticks(ticks: u64) -> Duration {
     Duration::from_millis(ticks * 1000 / a_second.unsigned_abs().max(1))
 }
 
-impl fmt::Display for Look {
+impl fmt::Display for ThreadState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words = match self.state {
             'R' => "running",
@@ -124,7 +124,7 @@ impl fmt::Display for Look {
             _ => "idle",
         };
         write!(f, "{} {words}", self.state)?;
-        if let Some(Call { number, first }) = &self.call {
+        if let Some(BlockedSyscall { number, first }) = &self.call {
             match name_of(*number) {
                 Some(name) => write!(f, " in {name}({first}, ...)")?,
                 None => write!(f, " in system call {number}({first}, ...)")?,
@@ -235,7 +235,7 @@ mod tests {
     use std::io::Read;
 
     /// A thread of this process that waits in read(2), once it does.
-    fn reader() -> (Look, std::io::PipeWriter) {
+    fn reader() -> (ThreadState, std::io::PipeWriter) {
         let (mut from, to) = std::io::pipe().unwrap();
         let (tell, told) = std::sync::mpsc::channel();
         std::thread::Builder::new()
@@ -256,7 +256,7 @@ mod tests {
         (look, to)
     }
 
-    impl Look {
+    impl ThreadState {
         fn place_or_call(&self) -> bool {
             self.state == 'S'
                 && (self
@@ -282,7 +282,7 @@ mod tests {
         let first = "0x5".to_owned();
         assert_eq!(
             call("0 0x5 0x7f 0x1 0x0 0x0 0x0 0x7ff 0x7f\n"),
-            Some(Call { number: 0, first })
+            Some(BlockedSyscall { number: 0, first })
         );
         assert_eq!(frame("[<0>] futex_wait+0x1f/0x40"), Some("futex_wait"));
         assert_eq!(frame("[<0>] 0xffffffff"), None);
@@ -293,11 +293,11 @@ mod tests {
 
     #[test]
     fn a_look_is_told_in_words() {
-        let look = Look {
+        let look = ThreadState {
             name: "handler-0".into(),
             state: 'D',
             cpu: Duration::from_millis(1234),
-            call: Some(Call {
+            call: Some(BlockedSyscall {
                 number: 9_999,
                 first: "0x1".into(),
             }),

@@ -21,18 +21,18 @@ use super::process::{Pid, monotonic};
 
 /// A process that is held: its pid may be another's by now, this is still it.
 #[derive(Debug)]
-pub struct Held {
+pub struct PidFd {
     pidfd: OwnedFd,
 }
 
-impl Held {
+impl PidFd {
     /// Holds whoever has this pid now.
     fn open(pid: Pid) -> Option<Self> {
         // SAFETY: plain numbers; what is returned is a descriptor of nobody else's.
         unsafe {
             let fd = libc::syscall(libc::SYS_pidfd_open, pid.0, 0);
             let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0)?;
-            Some(Held {
+            Some(PidFd {
                 pidfd: OwnedFd::from_raw_fd(fd),
             })
         }
@@ -54,7 +54,7 @@ impl Held {
     }
 }
 
-impl AsFd for Held {
+impl AsFd for PidFd {
     /// Readable once it has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
@@ -81,7 +81,7 @@ pub fn ends_within(pidfds: &[BorrowedFd<'_>], limit: Duration) -> bool {
 
 /// The children of this process's first thread. Those are the ones that it has started itself, and
 /// those that it adopts as a subreaper, whose parents have died; not what other threads start.
-pub fn adopted() -> Vec<Pid> {
+pub fn direct_children() -> Vec<Pid> {
     let me = Pid::current();
     let path = format!("/proc/self/task/{me}/children");
     // Beyond the limit they are found when those before them are gone.
@@ -108,11 +108,11 @@ pub fn is_zombie(pid: Pid) -> bool {
 }
 
 /// Holds each of `roots` that is (still) what `is_one` says, and all that descend from those.
-pub fn hold_with_descendants(roots: &[Pid], is_one: impl Fn(Pid) -> bool) -> Vec<Held> {
+pub fn open_with_descendants(roots: &[Pid], is_one: impl Fn(Pid) -> bool) -> Vec<PidFd> {
     let mut held = Vec::new();
     let mut above = Vec::new();
     for &root in roots {
-        if let Some(one) = Held::open(root).filter(|_| is_one(root)) {
+        if let Some(one) = PidFd::open(root).filter(|_| is_one(root)) {
             held.push(one);
             above.push(root);
         }
@@ -122,7 +122,7 @@ pub fn hold_with_descendants(roots: &[Pid], is_one: impl Fn(Pid) -> bool) -> Vec
 }
 
 /// Holds all that descend from `roots`, themselves left out.
-pub fn descendants(roots: &[Pid]) -> Vec<Held> {
+pub fn descendants(roots: &[Pid]) -> Vec<PidFd> {
     let mut held = Vec::new();
     if roots.is_empty() {
         return held;
@@ -132,7 +132,7 @@ pub fn descendants(roots: &[Pid]) -> Vec<Held> {
     while let Some(parent) = above.pop() {
         for (&pid, _) in parents.iter().filter(|(_, of)| **of == parent) {
             // Its pid may be another's by now; that one has another parent then.
-            let one = Held::open(pid).filter(|_| stat(pid).is_some_and(|(_, of)| of == parent));
+            let one = PidFd::open(pid).filter(|_| stat(pid).is_some_and(|(_, of)| of == parent));
             held.extend(one);
             above.push(pid);
         }

@@ -29,7 +29,7 @@ use super::socket::queued;
 /// # Errors
 /// EAGAIN or ENOMEM when the system has no process to give, EINVAL in the first process of a pid
 /// namespace, EPERM where a filter forbids it.
-pub fn make(pid: &AtomicI32) -> io::Result<Fork> {
+pub fn clone_process(pid: &AtomicI32) -> io::Result<Fork> {
     let threads = thread_count();
     assert!(
         threads <= 1,
@@ -52,7 +52,7 @@ pub fn make(pid: &AtomicI32) -> io::Result<Fork> {
 ///
 /// # Errors
 /// ENOSYS before Linux 5.3, EMFILE.
-pub fn hold_this_process() -> io::Result<OwnedFd> {
+pub fn pidfd_self() -> io::Result<OwnedFd> {
     // SAFETY: no pointer is passed.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, Pid::current().0, 0) };
     let fd = RawFd::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
@@ -73,7 +73,7 @@ pub fn end_with_parent(parent: Pid) -> io::Result<bool> {
 /// Takes over a descriptor that the other one of two twins has left behind, by its number; `None`
 /// when there is none of that number. For the one that goes on after the other has ended, and that
 /// owns no value of its own for that number.
-pub fn inherit(fd: RawFd) -> Option<OwnedFd> {
+pub fn take_fd(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: F_GETFD takes no argument; a number that is not open is an error.
     let open = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     // SAFETY: it is open, and its owner has ended: that nobody else here owns it is the caller's
@@ -82,8 +82,8 @@ pub fn inherit(fd: RawFd) -> Option<OwnedFd> {
 }
 
 /// Looks at a descriptor by its number, under the same promise; `None` when there is none.
-pub fn with_descriptor<T>(fd: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
-    let held = inherit(fd)?;
+pub fn borrow_fd<T>(fd: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
+    let held = take_fd(fd)?;
     let seen = look(held.as_fd());
     // It is not taken over yet.
     let _ = std::os::fd::IntoRawFd::into_raw_fd(held);
@@ -93,7 +93,7 @@ pub fn with_descriptor<T>(fd: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> 
 /// What a stream of TCP has passed on so far, seen from the process that has it: bytes that were
 /// taken out of it, and bytes that were put into it (tcp(7), tcp_info in linux/tcp.h). `None` where
 /// the kernel does not count, or where an end of the stream is among what it counts.
-pub fn passed_through(fd: &impl AsFd) -> Option<(u64, u64)> {
+pub fn stream_offsets(fd: &impl AsFd) -> Option<(u64, u64)> {
     // Both may move while they are read: the peer sends and acknowledges.
     for _ in 0..16 {
         let before = counters(fd)?;
@@ -156,25 +156,25 @@ mod tests {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
-        assert_eq!(passed_through(&server), Some((0, 0)));
+        assert_eq!(stream_offsets(&server), Some((0, 0)));
         client.write_all(&[7; 1000]).unwrap();
         let mut some = [0; 300];
         server.read_exact(&mut some).unwrap();
-        assert_eq!(passed_through(&server), Some((300, 0)));
+        assert_eq!(stream_offsets(&server), Some((300, 0)));
         server.write_all(&[1; 5000]).unwrap();
-        assert_eq!(passed_through(&server), Some((300, 5000)));
+        assert_eq!(stream_offsets(&server), Some((300, 5000)));
         let mut answer = [0; 5000];
         client.read_exact(&mut answer).unwrap();
-        assert_eq!(passed_through(&server), Some((300, 5000)));
+        assert_eq!(stream_offsets(&server), Some((300, 5000)));
         drop(client);
         let mut rest = Vec::new();
         server.read_to_end(&mut rest).unwrap_or_default();
-        assert_eq!(passed_through(&server), None, "an end is no byte");
+        assert_eq!(stream_offsets(&server), None, "an end is no byte");
     }
 
     #[test]
     fn of_a_unix_stream_nothing_is_counted() {
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert_eq!(passed_through(&one), None);
+        assert_eq!(stream_offsets(&one), None);
     }
 }

@@ -88,7 +88,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     logging::tell(boot.witness.take());
     let cant = |attempt| move |error| (attempt, error);
     let (signals, keeping) = hygiene::become_worker(&mut boot)?;
-    memory::share_arenas(ARENAS);
+    memory::limit_malloc_arenas(ARENAS);
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
     // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
     signal::block_all();
@@ -111,7 +111,7 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     if let Some(Keeping { book, buffer }) = keeping {
         ledger = Ledger::new(book);
         quarantine = Some(boot.quarantine);
-        signal::tell_faults(&boot.evidence.fault, &boot.evidence.culprit);
+        signal::set_fault_report(&boot.evidence.fault, &boot.evidence.culprit);
         floor.attach_progress(book.witness, buffer);
     }
     floor

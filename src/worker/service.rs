@@ -261,7 +261,7 @@ impl Service {
         self.record.last_method.store(number as u32 + 1, Relaxed);
         self.record.inline_running.store(1, Relaxed);
         reply.mark.begins();
-        signal::at(reply.mark.key());
+        signal::set_current_call(reply.mark.key());
         let limit = self.limits.frame;
         let name = method.handler.answer_name().unwrap_or(&method.name);
         self.compose(connection, reply, (name, id), |out| {
@@ -270,7 +270,7 @@ impl Service {
             guard::run(&method.name, run)?;
             check_size(out.len() - start, limit)
         });
-        signal::at(0);
+        signal::set_current_call(0);
         self.acquit(reply.mark);
         self.record.inline_running.store(0, Relaxed);
     }

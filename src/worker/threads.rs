@@ -67,10 +67,10 @@ impl Threads {
                     (job, brisk) = shelf.take(brisk);
                     posts.take_on(number, job.key.serial);
                     let begun = Instant::now();
-                    signal::at(job.state.key());
+                    signal::set_current_call(job.state.key());
                     let outcome = job.state.begin().then(|| run(&job, slot, &registry));
                     let took = begun.elapsed();
-                    signal::at(0);
+                    signal::set_current_call(0);
                     let done = Done {
                         key: job.key,
                         outcome,

@@ -23,7 +23,7 @@ use crate::logging::counted;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
-use crate::sys::spawn::{SpawnError, Step};
+use crate::sys::spawn::{SpawnError, SpawnStep};
 
 use arguments::Arguments;
 use run::{Ran, Stopped};
@@ -146,7 +146,7 @@ fn not_started(program: &CStr, error: &SpawnError) -> RpcError {
         program.to_string_lossy()
     );
     match (error.step, error.errno) {
-        (Step::Execute, Errno::E2BIG) => RpcError::invalid_params(
+        (SpawnStep::Execute, Errno::E2BIG) => RpcError::invalid_params(
             "the arguments and the environment together are longer than the system allows",
         ),
         // The system has nothing to give for now: sending it again is safe, and may do.
@@ -155,7 +155,7 @@ fn not_started(program: &CStr, error: &SpawnError) -> RpcError {
             RpcError::of(Code::Overloaded, text, false)
         }
         // What was there at `check` is not any more: somebody has to look at it.
-        (Step::Execute | Step::Directory, _) => {
+        (SpawnStep::Execute | SpawnStep::Directory, _) => {
             log::error!("{text}; correct the configuration, or put back what is missing");
             RpcError::of(Code::CommandFailed, text, true)
         }

@@ -21,7 +21,7 @@ use super::output::Tail;
 use crate::handler::Context;
 use crate::sys::descriptor;
 use crate::sys::process::Exit;
-use crate::sys::spawn::{Child, SpawnError, Stdio, Step, Template, null, spawn};
+use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, SpawnTemplate, Stdio, null, spawn};
 use crate::sys::waker::Waker;
 
 /// As much as is read at once.
@@ -46,7 +46,7 @@ pub(super) enum Stopped {
 
 /// A command that runs.
 pub(super) struct Process {
-    child: Child,
+    child: ChildProcess,
     /// `None` once it is closed.
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
@@ -71,13 +71,13 @@ fn waker() -> io::Result<Arc<Waker>> {
 
 /// Starts a command; `feeds`: there will be something to read for it.
 pub(super) fn start(
-    template: &Template,
+    template: &SpawnTemplate,
     arguments: &[Cow<'_, CStr>],
     environment: &[&CStr],
     feeds: bool,
 ) -> Result<Process, SpawnError> {
     let none_left = |errno| SpawnError {
-        step: Step::Descriptors,
+        step: SpawnStep::Descriptors,
         errno,
     };
     let of_io = |error: io::Error| none_left(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
@@ -234,7 +234,7 @@ enum End {
 
 /// Reads what is in a pipe now, and no more: a process that left the group may write on for ever.
 fn pull_what_is_there(pipe: &mut Option<OwnedFd>, mut take: impl FnMut(&[u8])) {
-    let mut left = pipe.as_ref().map_or(0, descriptor::unread);
+    let mut left = pipe.as_ref().map_or(0, descriptor::readable_bytes);
     while left > 0
         && pull(pipe, |piece| {
             left = left.saturating_sub(piece.len());

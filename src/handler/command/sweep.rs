@@ -18,7 +18,7 @@ use nix::libc::pid_t;
 use super::marks::{Mark, Reader};
 use crate::sys::process::{self, Pid, monotonic};
 use crate::sys::spawn;
-use crate::sys::tree::{self, Held};
+use crate::sys::tree::{self, PidFd};
 
 /// The variable that says which call a process belongs to: `WORKER.NUMBER`.
 pub const VARIABLE: &str = "PREFORKD_CALL";
@@ -114,8 +114,8 @@ pub fn end_all() {
     let end = monotonic().saturating_add(DYING);
     // Again while a thread is about to start one, or has not noticed its end.
     while running(|calls| !calls.is_empty()) && monotonic() < end {
-        let held = tree::hold_with_descendants(&spawn::children(), spawn::is_child);
-        held.iter().for_each(Held::kill);
+        let held = tree::open_with_descendants(&spawn::children(), spawn::is_child);
+        held.iter().for_each(PidFd::kill);
         wait(&held);
         std::thread::yield_now();
     }
@@ -136,7 +136,7 @@ pub fn tidy() {
 
 /// Children of the first thread that it has not started: those that were adopted.
 fn strangers() -> Vec<Pid> {
-    let mut pids = tree::adopted();
+    let mut pids = tree::direct_children();
     pids.retain(|&pid| !spawn::is_child(pid));
     pids
 }
@@ -163,13 +163,13 @@ fn sweep(choose: impl Fn(Vec<Pid>) -> Vec<Pid>) {
             return;
         }
         // Nobody else reaps them, so none of these pids can be another process's by now.
-        let held = tree::hold_with_descendants(&over, |_| true);
-        held.iter().for_each(Held::kill);
+        let held = tree::open_with_descendants(&over, |_| true);
+        held.iter().for_each(PidFd::kill);
         wait(&held);
     }
 }
 
-fn wait(held: &[Held]) {
+fn wait(held: &[PidFd]) {
     use std::os::fd::AsFd;
     let pidfds: Vec<_> = held.iter().map(AsFd::as_fd).collect();
     tree::ends_within(&pidfds, DYING);

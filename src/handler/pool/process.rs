@@ -21,7 +21,7 @@ use super::wire::{LEFT, PIECE, Wire};
 use crate::handler::command::sweep::Running;
 use crate::sys::process::{Exit, Pid, resident_bytes};
 use crate::sys::socket::stream_pair;
-use crate::sys::spawn::{Child, SpawnError, Stdio, Step, null, spawn};
+use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, Stdio, null, spawn};
 use crate::throttle::Millis;
 
 /// How long an exit may take that has closed the calls already.
@@ -45,7 +45,7 @@ struct Output {
 
 /// See the module.
 pub(super) struct Process {
-    child: Child,
+    child: ChildProcess,
     /// Its part in the worker's table of what runs, for as long as it lives. Dropped after the
     /// child is reaped: what is left of it by then is swept.
     _running: Running,
@@ -198,7 +198,7 @@ impl Process {
 
 fn no_descriptor(errno: Errno) -> NotStarted {
     NotStarted::Refused(SpawnError {
-        step: Step::Descriptors,
+        step: SpawnStep::Descriptors,
         errno,
     })
 }

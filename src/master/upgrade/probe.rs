@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::sys::exec::{self, c_string};
 use crate::sys::process::{Exit, Pid};
 use crate::sys::socket::{memory_file, nonblocking_pipe};
-use crate::sys::spawn::{Child, Limits, Stdio, Template, spawn_dying_with_us};
+use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn_dying_with_us};
 
 /// What is kept of what it writes: its end.
 const KEPT: usize = 4096;
@@ -32,7 +32,7 @@ const LINES: usize = 10;
 /// A probe at work.
 #[derive(Debug)]
 pub struct Probe {
-    child: Child,
+    child: ChildProcess,
     output: io::PipeReader,
     /// The end of what it has written.
     said: Vec<u8>,
@@ -72,11 +72,11 @@ impl Probe {
         let path = origin.path.display();
         let cant = |error| Error::system(format!("start {path} as a probe"), error);
         let file = identity(&origin.path);
-        let template = Template {
+        let template = SpawnTemplate {
             program: c_string(&origin.path).map_err(cant)?,
             directory: c_string(directory(origin)).map_err(cant)?,
             account: None,
-            limits: Limits::default(),
+            limits: ProcessLimits::default(),
             // It is the next master: what it starts has to be as free as what we start.
             guard: false,
         };

@@ -40,7 +40,7 @@ use crate::sys::signal;
 /// What kept it from taking over.
 pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
     signal::block_all();
-    signal::die_of_sent_faults();
+    signal::install_fault_handlers();
     // SIGPIPE: the program's on_master_start may have set its default, which would end the master when
     // the log loses its reader.
     signal::ignore(&[Signal::SIGXFSZ, Signal::SIGPIPE]);
@@ -136,7 +136,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         ground,
         upcoming: None,
         first_words: FirstWords::default(),
-        strikes: Strikes::new(memory::kills_for_want_of_it()),
+        strikes: Strikes::new(memory::oom_kill_count()),
         keepers_lost: keepers_lost(),
         spread: Spread::default(),
         passed,

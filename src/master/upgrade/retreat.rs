@@ -31,7 +31,7 @@ impl Master<'_> {
             let _ = catch_unwind(AssertUnwindSafe(|| self.retreat()));
             // Whoever goes on hears what was not heard yet.
             signal::block_all();
-            self.signals.hand_back();
+            self.signals.requeue_pending();
         }
         lived
     }

@@ -18,7 +18,7 @@ use super::probe::{arguments, directory};
 use super::state::{LONGEST, State};
 use super::{REASON, VARIABLE};
 use crate::error::{Error, Result};
-use crate::sys::exec::{self, Image, Through, become_image, c_string};
+use crate::sys::exec::{self, Image, InheritedFds, c_string, exec_image};
 use crate::sys::process::Pid;
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::socket::memory_file;
@@ -47,7 +47,7 @@ pub struct Trial {
     /// The program before, unless this is where it went back to.
     image: Option<OwnedFd>,
     /// All that the table names, once it was read.
-    through: Through,
+    through: InheritedFds,
     /// Why the program after this one gave up, if this is where it went back to.
     reason: Option<String>,
     /// What is heard before there is a master to hear it.
@@ -81,14 +81,14 @@ impl Arrival {
         };
         let cant = |error| Error::system("take over what the program before left", error);
         let both = BTreeSet::from_iter([table].into_iter().chain(image));
-        let both = Through::claim(&both, true).map_err(cant)?;
+        let both = InheritedFds::claim(&both, true).map_err(cant)?;
         let image = image.map(|image| both.take(image)).transpose();
         Ok(Some(Arrival::TakeOver(Trial {
             arguments: env::args_os().collect(),
             directory: None,
             table: both.take(table).map_err(cant)?,
             image: image.map_err(cant)?,
-            through: Through::default(),
+            through: InheritedFds::default(),
             reason: reason.map(|reason| reason.to_string_lossy().into_owned()),
             signals: None,
         })))
@@ -116,7 +116,7 @@ impl Trial {
         let state = State::of_json(&table)?;
         self.directory = Some(directory(&state.origin).to_owned());
         let for_good = self.image.is_none();
-        self.through = Through::claim(&state.descriptors(), for_good).map_err(cant)?;
+        self.through = InheritedFds::claim(&state.descriptors(), for_good).map_err(cant)?;
         Ok(state)
     }
 
@@ -138,7 +138,7 @@ impl Trial {
     }
 
     /// What the table names.
-    pub fn through(&self) -> &Through {
+    pub fn through(&self) -> &InheritedFds {
         &self.through
     }
 
@@ -159,7 +159,7 @@ impl Trial {
         };
         signal::block_all();
         if let Some(signals) = &self.signals {
-            signals.hand_back();
+            signals.requeue_pending();
         }
         if let Some(directory) = &self.directory {
             let _ = env::set_current_dir(directory);
@@ -173,7 +173,7 @@ impl Trial {
         let table = self.table.as_raw_fd();
         numbers.push(table);
         let environment = back(table, reason);
-        become_image(
+        exec_image(
             Image::Open(image.as_fd()),
             &arguments,
             &environment,
@@ -245,9 +245,9 @@ fn depart(
     // What comes from here on stays pending, and so does what has come and was not looked at: the
     // next program hears it (execve(2) keeps mask and pending signals).
     signal::block_all();
-    signals.hand_back();
+    signals.requeue_pending();
     let here = enter(&state.origin);
-    let error = become_image(image, &arguments, &environment, &through);
+    let error = exec_image(image, &arguments, &environment, &through);
     if let Some(here) = here {
         let _ = env::set_current_dir(here);
     }

@@ -193,7 +193,7 @@ impl Reactor {
         owed: UnsentData,
         note: u32,
     ) -> io::Result<Token> {
-        let passed = self.witness.and_then(|_| twin::passed_through(&socket));
+        let passed = self.witness.and_then(|_| twin::stream_offsets(&socket));
         let socket = GuardedSocket::received(socket, closer::close);
         self.insert_socket(socket, passed.unwrap_or(UNKNOWN), (owed, note))
     }

@@ -50,9 +50,9 @@ pub struct Keeping {
 pub fn make(boot: &Boot<'_>) -> io::Result<Keeping> {
     let connections = boot.settings.limits.connections + SPARE_SEATS;
     let (book, buffer) = Book::new(connections)?;
-    let worker = twin::hold_this_process()?;
+    let worker = twin::pidfd_self()?;
     let addresses = strangers::addresses(&boot.listeners);
-    let made = twin::make(&boot.record.keeper);
+    let made = twin::clone_process(&boot.record.keeper);
     if matches!(made, Ok(Fork::Child)) {
         boot.show("keeper");
         keep(boot, (&worker, &addresses), book, buffer);
@@ -115,7 +115,7 @@ fn take_over(
     let origins = &boot.settings.http_origins;
     let packet = buffer.get(RECEIVE_BUFFER..).and_then(handoff::packet_in);
     let mut to_pass = Vec::new();
-    for socket in strangers.iter().filter_map(|&fd| twin::inherit(fd)) {
+    for socket in strangers.iter().filter_map(|&fd| twin::take_fd(fd)) {
         match (coming, packet) {
             (PendingAccept::Used, None) => reset(boot, &socket),
             // As it came: nobody has done anything with it.
@@ -135,7 +135,7 @@ fn take_over(
         }
     }
     for (index, fd) in left {
-        let Some(socket) = twin::inherit(fd) else {
+        let Some(socket) = twin::take_fd(fd) else {
             continue;
         };
         let seat = &book.witness.seats[index];
@@ -242,7 +242,7 @@ fn receiving(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Recei
     (moment.receiving.load(Acquire) == index as u32 + 1).then(|| {
         let start = moment.start.load(Relaxed);
         let told = moment.received.load(Relaxed).checked_sub(1).map(u64::from);
-        let counted = || twin::passed_through(socket)?.0.checked_sub(start);
+        let counted = || twin::stream_offsets(socket)?.0.checked_sub(start);
         Receiving {
             start,
             taken: moment.taken.load(Relaxed),
@@ -256,7 +256,7 @@ fn sending(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Sending
     (moment.sending.load(Acquire) == index as u32 + 1).then(|| {
         let before = moment.before.load(Relaxed);
         let told = moment.sent.load(Relaxed).checked_sub(1).map(u64::from);
-        let counted = || twin::passed_through(socket)?.1.checked_sub(before);
+        let counted = || twin::stream_offsets(socket)?.1.checked_sub(before);
         Sending {
             length: moment.length.load(Relaxed),
             sent: told.or_else(counted),

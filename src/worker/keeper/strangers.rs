@@ -26,7 +26,7 @@ pub fn find(addresses: &[Bound], known: &[RawFd]) -> Vec<RawFd> {
     // Read to the end first: the directory itself is open meanwhile.
     let numbers: Vec<RawFd> = numbers.collect();
     let is_client = |number: &RawFd| {
-        twin::with_descriptor(*number, |fd| is_client_of(fd, addresses)).unwrap_or(false)
+        twin::borrow_fd(*number, |fd| is_client_of(fd, addresses)).unwrap_or(false)
     };
     numbers.into_iter().filter(is_client).collect()
 }
