@@ -22,7 +22,7 @@ use crate::handler::kept::{Hooks, Kept};
 use crate::handler::pool::{Pool, Pooled};
 use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, builtin};
-use crate::logging::{self, Form, Output};
+use crate::logging::{self, LineFormat, LogOutput};
 use crate::master;
 use crate::master::upgrade::{Arrival, Origin};
 use crate::sys::daemon::{self, Detached, Launcher};
@@ -140,7 +140,7 @@ impl Server {
                 }
             }
         }
-        logging::i_am_master();
+        logging::init_master_log();
         raise_descriptor_limit();
         let hooks = Arc::new(std::mem::take(&mut self.hooks));
         let kept = match start_hooks(&hooks, &opened_in_main) {
@@ -193,11 +193,11 @@ impl master::Host for Running<'_> {
         config::load(self.file.as_deref(), &self.overrides)
     }
 
-    fn configure_log(&self, settings: &Settings) -> Result<Option<Output>> {
+    fn configure_log(&self, settings: &Settings) -> Result<Option<LogOutput>> {
         configure_log(settings)
     }
 
-    fn restore_log(&self, settings: &Settings, output: Output) {
+    fn restore_log(&self, settings: &Settings, output: LogOutput) {
         logging::configure(settings.log.level, form(settings));
         logging::set_output(output);
     }
@@ -255,21 +255,23 @@ fn launched(word: Option<(u8, String)>) -> Result<()> {
     }
 }
 
-fn form(settings: &Settings) -> Form {
+fn form(settings: &Settings) -> LineFormat {
     match settings.log.format {
-        LogFormat::Json => Form::Json,
-        LogFormat::Text if settings.log.file.is_none() && logging::is_journal() => Form::Journal,
-        LogFormat::Text => Form::Text,
+        LogFormat::Json => LineFormat::Json,
+        LogFormat::Text if settings.log.file.is_none() && logging::is_journal() => {
+            LineFormat::Journal
+        }
+        LogFormat::Text => LineFormat::Text,
     }
 }
 
-fn configure_log(settings: &Settings) -> Result<Option<Output>> {
+fn configure_log(settings: &Settings) -> Result<Option<LogOutput>> {
     let output = open_log(settings)?;
     logging::configure(settings.log.level, form(settings));
     Ok(logging::set_output(output))
 }
 
-fn open_log(settings: &Settings) -> Result<Output> {
+fn open_log(settings: &Settings) -> Result<LogOutput> {
     let file = settings.log.file.as_deref();
     logging::open(file).map_err(|error| {
         let place = file.map_or("standard error".into(), |file| file.display().to_string());

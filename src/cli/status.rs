@@ -6,7 +6,7 @@
 use super::output::printable;
 use super::table::{Align, Cell, Paint, Table};
 use super::units;
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::protocol::control::{
     Death, LastReload, Listener, Master, Quarantined, State, Status, Worker,
 };
@@ -84,7 +84,10 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         _ if ready < *target => Paint::Yellow,
         _ => Paint::Green,
     };
-    let workers = format!("{ready} of {} ready", counted(*target, "worker", "workers"));
+    let workers = format!(
+        "{ready} of {} ready",
+        pluralize(*target, "worker", "workers")
+    );
     *page += &format!(
         "{}  pid {pid}  generation {generation}  up {}  {}\n",
         Paint::Bold.on(&format!("{name} {}", printable(version)), colours),
@@ -170,12 +173,12 @@ fn remark(worker: &Worker) -> String {
             threads,
             ..
         } = worker;
-        let threads = counted(*threads as usize, "thread", "threads");
+        let threads = pluralize(*threads as usize, "thread", "threads");
         format!("{lost_threads} of {threads} lost")
     });
     let is_short = worker.state == State::Ready && worker.programs_down > 0;
     let down = is_short.then(|| {
-        let programs = counted(worker.programs as usize, "program", "programs");
+        let programs = pluralize(worker.programs as usize, "program", "programs");
         format!("{} of {programs} down", worker.programs_down)
     });
     let throttle = worker.throttle.as_ref().map(|throttle| {

@@ -14,7 +14,7 @@ use crate::protocol::rpc_error::RpcError;
 /// # Errors
 /// What the handler returns, or `internal`.
 pub fn run(method: &str, handler: impl FnOnce() -> Result<(), RpcError>) -> Result<(), RpcError> {
-    let outcome = logging::sparing_panics(|| catch_unwind(AssertUnwindSafe(handler)));
+    let outcome = logging::rate_limit_panics(|| catch_unwind(AssertUnwindSafe(handler)));
     outcome.unwrap_or_else(|payload| {
         discard(payload);
         let text = format!("the handler of {method} panicked; the server's log has the reason");

@@ -25,17 +25,17 @@ use crossbeam_channel::{Sender, TrySendError, bounded};
 use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
-pub use counted::counted;
-pub use output::Output;
-pub use panics::{log_panics, sparing_panics};
-pub use witness::{LONGEST as LONGEST_TOLD, stop_telling, tell, told_descriptor};
+pub use counted::pluralize;
+pub use output::LogOutput;
+pub use panics::{log_panics, rate_limit_panics};
+pub use witness::{LONGEST as LONGEST_TOLD, forwarding_fd, start_forwarding, stop_forwarding};
 
 /// Lines that wait for the writing thread of a worker.
 const QUEUE: usize = 4096;
 
 /// The form of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum LineFormat {
     /// Time, level, who, message.
     Text,
     /// The same without the time, behind the priority that journald reads (sd-daemon(3)).
@@ -50,14 +50,14 @@ const COMMAND: i32 = -2;
 const MASTER: i32 = -1;
 
 /// The form that is configured, for the one line that no logger makes.
-static FORM: Mutex<Form> = Mutex::new(Form::Text);
+static FORM: Mutex<LineFormat> = Mutex::new(LineFormat::Text);
 static LOGGER: RwLock<Option<env_logger::Logger>> = RwLock::new(None);
-static OUTPUT: Mutex<Option<Output>> = Mutex::new(None);
-static QUEUED: RwLock<Option<Sender<Order>>> = RwLock::new(None);
+static OUTPUT: Mutex<Option<LogOutput>> = Mutex::new(None);
+static QUEUED: RwLock<Option<Sender<WriterCommand>>> = RwLock::new(None);
 static LOST: AtomicU64 = AtomicU64::new(0);
 
 /// What the writing thread is asked to do.
-enum Order {
+enum WriterCommand {
     Line(Vec<u8>),
     /// Answered when everything before it was written.
     Flush(Sender<()>),
@@ -65,9 +65,9 @@ enum Order {
 
 /// Hands each record to the logger that is configured now: it can change at a reload, and the
 /// log crate takes one logger for life.
-struct Current;
+struct ReloadableLogger;
 
-impl Log for Current {
+impl Log for ReloadableLogger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         let logger = LOGGER.read().unwrap_or_else(PoisonError::into_inner);
         logger
@@ -88,25 +88,25 @@ impl Log for Current {
 
 /// Sets level and form, at start and at each reload. RUST_LOG, where it is set, wins over
 /// `level`.
-pub fn configure(level: LevelFilter, form: Form) {
+pub fn configure(level: LevelFilter, form: LineFormat) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
     if let Ok(filters) = std::env::var("RUST_LOG") {
         builder.parse_filters(&filters);
     }
-    builder.target(env_logger::Target::Pipe(Box::new(Pipe)));
+    builder.target(env_logger::Target::Pipe(Box::new(QueueWriter)));
     builder.format(move |buffer, record| write_record(buffer, form, record));
     let logger = builder.build();
     log::set_max_level(logger.filter());
     *FORM.lock().unwrap_or_else(PoisonError::into_inner) = form;
     *LOGGER.write().unwrap_or_else(PoisonError::into_inner) = Some(logger);
     // Refused from the second time on: it is set already.
-    let _ = log::set_logger(&Current);
+    let _ = log::set_logger(&ReloadableLogger);
 }
 
 /// Where lines go from now on, in the master and in whatever is forked from it; returns where they
 /// went before. In a worker its writing thread takes the output over with the next line.
-pub fn set_output(output: Output) -> Option<Output> {
+pub fn set_output(output: LogOutput) -> Option<LogOutput> {
     lock_output().replace(output)
 }
 
@@ -114,17 +114,17 @@ pub fn set_output(output: Output) -> Option<Output> {
 ///
 /// # Errors
 /// When the file can't be opened.
-pub fn open(file: Option<&Path>) -> io::Result<Output> {
+pub fn open(file: Option<&Path>) -> io::Result<LogOutput> {
     match file {
         Some(file) => {
-            let output = Output::file(file)?;
+            let output = LogOutput::file(file)?;
             if ROLE.load(Ordering::Relaxed) == COMMAND {
                 // At the start: nobody of this server writes yet.
                 output.look_at_end(file);
             }
             Ok(output)
         }
-        None => Output::standard_error(),
+        None => LogOutput::standard_error(),
     }
 }
 
@@ -149,13 +149,13 @@ pub fn output_descriptor() -> Option<RawFd> {
 }
 
 /// From now on this process is the master.
-pub fn i_am_master() {
+pub fn init_master_log() {
     ROLE.store(MASTER, Ordering::Relaxed);
 }
 
 /// From now on this process is the worker in `slot`; starts the thread that writes. Without a
 /// thread to be had, lines are written by whoever logs, as in the master.
-pub fn i_am_worker(slot: u16) {
+pub fn init_worker_log(slot: u16) {
     ROLE.store(i32::from(slot), Ordering::Relaxed);
     // What the master has lost is the master's to tell.
     LOST.store(0, Ordering::Relaxed);
@@ -170,13 +170,13 @@ pub fn i_am_worker(slot: u16) {
         .spawn(move || {
             for order in receiver {
                 match order {
-                    Order::Line(line) => {
+                    WriterCommand::Line(line) => {
                         if let Some(other) = lock_output().take() {
                             output = other;
                         }
                         output.write_line(&line, &LOST, notice);
                     }
-                    Order::Flush(done) => drop(done.send(())),
+                    WriterCommand::Flush(done) => drop(done.send(())),
                 }
             }
         });
@@ -191,7 +191,10 @@ pub fn flush(limit: Duration) {
     let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
     if let Some(queue) = queued.as_ref() {
         let (done, wait) = bounded(1);
-        if queue.send_timeout(Order::Flush(done), limit).is_ok() {
+        if queue
+            .send_timeout(WriterCommand::Flush(done), limit)
+            .is_ok()
+        {
             let _ = wait.recv_timeout(limit);
         }
     }
@@ -203,13 +206,13 @@ pub fn lost_lines() -> u64 {
 }
 
 /// Tells of lost lines, if that can be done by now; else the next line does.
-pub fn tell_lost() {
+pub fn report_lost_lines() {
     if lost_lines() > 0 {
         submit(Vec::new());
     }
 }
 
-fn lock_output() -> std::sync::MutexGuard<'static, Option<Output>> {
+fn lock_output() -> std::sync::MutexGuard<'static, Option<LogOutput>> {
     OUTPUT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -218,7 +221,7 @@ fn submit(line: Vec<u8>) {
     let counts = u64::from(!line.is_empty());
     let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
     if let Some(queue) = queued.as_ref() {
-        if let Err(TrySendError::Full(_)) = queue.try_send(Order::Line(line)) {
+        if let Err(TrySendError::Full(_)) = queue.try_send(WriterCommand::Line(line)) {
             LOST.fetch_add(counts, Ordering::Relaxed);
         }
     } else if let Some(output) = lock_output().as_mut() {
@@ -227,9 +230,9 @@ fn submit(line: Vec<u8>) {
 }
 
 /// What env_logger writes to: always takes the line.
-struct Pipe;
+struct QueueWriter;
 
-impl Write for Pipe {
+impl Write for QueueWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         submit(line.to_vec());
         Ok(line.len())
@@ -253,7 +256,7 @@ struct JsonLine<'a> {
     message: String,
 }
 
-fn write_record(to: &mut impl Write, form: Form, record: &Record<'_>) -> io::Result<()> {
+fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> io::Result<()> {
     let slot = ROLE.load(Ordering::Relaxed);
     let current = std::thread::current();
     let (role, thread) = match (slot, current.name()) {
@@ -266,7 +269,7 @@ fn write_record(to: &mut impl Write, form: Form, record: &Record<'_>) -> io::Res
     let slot = (slot >= 0).then_some(slot);
     let pid = std::process::id();
     let time = || humantime::format_rfc3339_millis(SystemTime::now()).to_string();
-    if form == Form::Json {
+    if form == LineFormat::Json {
         let line = JsonLine {
             time: time(),
             level: record.level().as_str(),
@@ -279,7 +282,7 @@ fn write_record(to: &mut impl Write, form: Form, record: &Record<'_>) -> io::Res
         serde_json::to_writer(&mut *to, &line)?;
         return writeln!(to);
     }
-    if form == Form::Journal {
+    if form == LineFormat::Journal {
         let priority = match record.level() {
             log::Level::Error => 3,
             log::Level::Warn => 4,
@@ -335,7 +338,7 @@ pub fn printable(message: &str) -> String {
 mod tests {
     use super::*;
 
-    fn line(form: Form, message: &str) -> String {
+    fn line(form: LineFormat, message: &str) -> String {
         let mut line = Vec::new();
         let record = Record::builder();
         write_record(
@@ -352,15 +355,16 @@ mod tests {
 
     #[test]
     fn a_message_stays_on_its_line() {
-        let text = line(Form::Text, "one\ntwo \u{1b}[2J");
+        let text = line(LineFormat::Text, "one\ntwo \u{1b}[2J");
         assert!(text.ends_with("one\\ntwo \\u{1b}[2J\n"), "{text}");
         assert!(text.contains(" WARN  ["), "{text}");
-        assert!(line(Form::Journal, "x").starts_with("<4>["));
+        assert!(line(LineFormat::Journal, "x").starts_with("<4>["));
     }
 
     #[test]
     fn a_json_line_is_json() {
-        let value: serde_json::Value = serde_json::from_str(&line(Form::Json, "a\n\"b\"")).unwrap();
+        let value: serde_json::Value =
+            serde_json::from_str(&line(LineFormat::Json, "a\n\"b\"")).unwrap();
         assert_eq!(value["message"], "a\n\"b\"");
         assert_eq!(value["level"], "WARN");
         assert_eq!(value["pid"], std::process::id());

@@ -17,12 +17,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send};
 
-use super::torn::Torn;
+use super::torn::PartialLine;
 use crate::sys::signal::SignalBlock;
 
 /// How a descriptor is written to without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Manner {
+enum WriteMode {
     /// As it is: a file, or a description of our own that is non-blocking.
     Write,
     /// MSG_DONTWAIT.
@@ -33,15 +33,15 @@ enum Manner {
 
 /// Where lines go.
 #[derive(Debug)]
-pub struct Output {
+pub struct LogOutput {
     file: File,
-    manner: Manner,
+    manner: WriteMode,
     is_terminal: bool,
     /// Whether the last line there was cut short: the next one starts afresh.
-    torn: Torn,
+    torn: PartialLine,
 }
 
-impl Output {
+impl LogOutput {
     /// Appends to the file at `path`, which is made if it is not there.
     ///
     /// # Errors
@@ -56,7 +56,7 @@ impl Output {
             .mode(0o640)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)?;
-        Ok(Output::of(file, Manner::Write))
+        Ok(LogOutput::of(file, WriteMode::Write))
     }
 
     /// Looks whether the file at `path`, which this is, ends within a line. To be asked as long as
@@ -81,25 +81,25 @@ impl Output {
                 .open("/proc/self/fd/2")
         };
         Ok(match kind {
-            Ok(kind) if kind.is_socket() => Output::of(own, Manner::Send),
-            Ok(kind) if kind.is_file() => Output::of(own, Manner::Write),
+            Ok(kind) if kind.is_socket() => LogOutput::of(own, WriteMode::Send),
+            Ok(kind) if kind.is_file() => LogOutput::of(own, WriteMode::Write),
             // Not allowed where another user's terminal or pipe was inherited.
             _ => match again() {
-                Ok(file) => Output::of(file, Manner::Write),
-                Err(_) => Output::of(own, Manner::WhenReady),
+                Ok(file) => LogOutput::of(file, WriteMode::Write),
+                Err(_) => LogOutput::of(own, WriteMode::WhenReady),
             },
         })
     }
 
     /// What another process has passed: always a log file of `Output::file`.
     pub fn received(fd: OwnedFd) -> Self {
-        Output::of(fd, Manner::Write)
+        LogOutput::of(fd, WriteMode::Write)
     }
 
-    fn of(file: impl Into<OwnedFd>, manner: Manner) -> Self {
+    fn of(file: impl Into<OwnedFd>, manner: WriteMode) -> Self {
         let file = File::from(file.into());
-        Output {
-            torn: Torn::of(&file),
+        LogOutput {
+            torn: PartialLine::of(&file),
             is_terminal: file.is_terminal(),
             file,
             manner,
@@ -111,7 +111,7 @@ impl Output {
     /// # Errors
     /// When there is no descriptor left.
     pub fn duplicate(&self) -> io::Result<Self> {
-        Ok(Output::of(self.file.try_clone()?, self.manner))
+        Ok(LogOutput::of(self.file.try_clone()?, self.manner))
     }
 
     /// Writes one whole line, or counts it as lost. Says how many were lost once it can again, in
@@ -164,12 +164,12 @@ impl Output {
 
     fn write_some(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.manner {
-            Manner::Write => self.file.write(bytes),
-            Manner::Send => {
+            WriteMode::Write => self.file.write(bytes),
+            WriteMode::Send => {
                 let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
                 Ok(send(self.file.as_raw_fd(), bytes, flags)?)
             }
-            Manner::WhenReady => {
+            WriteMode::WhenReady => {
                 let mut wanted = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
                 poll(&mut wanted, PollTimeout::ZERO)?;
                 let ready = wanted[0]
@@ -187,7 +187,7 @@ impl Output {
     }
 }
 
-impl AsFd for Output {
+impl AsFd for LogOutput {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -204,7 +204,7 @@ mod tests {
     }
 
     /// A pipe whose writing end does not wait, with a mark of its own: tests run side by side.
-    fn pipe() -> (PipeReader, Output) {
+    fn pipe() -> (PipeReader, LogOutput) {
         let (reader, writer) = io::pipe().unwrap();
         let raw = writer.as_raw_fd();
         let again = OpenOptions::new()
@@ -212,8 +212,8 @@ mod tests {
             .custom_flags(libc::O_NONBLOCK)
             .open(format!("/proc/self/fd/{raw}"))
             .unwrap();
-        let mut output = Output::of(again, Manner::Write);
-        output.torn = Torn::by(Box::leak(Box::default()), &output.file);
+        let mut output = LogOutput::of(again, WriteMode::Write);
+        output.torn = PartialLine::by(Box::leak(Box::default()), &output.file);
         (reader, output)
     }
 
@@ -254,8 +254,8 @@ mod tests {
             ("", "line\n"),
         ] {
             std::fs::write(&path, before).unwrap();
-            let mut output = Output::file(&path).unwrap();
-            output.torn = Torn::by(Box::leak(Box::default()), &output.file);
+            let mut output = LogOutput::file(&path).unwrap();
+            output.torn = PartialLine::by(Box::leak(Box::default()), &output.file);
             output.look_at_end(&path);
             output.write_line(b"line\n", &lost, told);
             assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_full_device_is_no_error() {
-        let mut output = Output::file(Path::new("/dev/full")).unwrap();
+        let mut output = LogOutput::file(Path::new("/dev/full")).unwrap();
         let lost = AtomicU64::new(0);
         output.write_line(b"nobody will read this\n", &lost, told);
         assert_eq!(lost.load(Ordering::Relaxed), 1);

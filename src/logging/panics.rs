@@ -8,7 +8,7 @@ use std::panic::PanicHookInfo;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::counted;
+use super::counted::pluralize;
 use crate::sys::process::monotonic;
 
 /// So many panics of handlers are logged in each `WHILE`.
@@ -25,7 +25,7 @@ static BUDGET: Mutex<Budget> = Mutex::new(Budget {
 });
 
 /// Runs `may_panic`, which catches its panics: they are logged sparingly.
-pub fn sparing_panics<T>(may_panic: impl FnOnce() -> T) -> T {
+pub fn rate_limit_panics<T>(may_panic: impl FnOnce() -> T) -> T {
     let before = SPARING.replace(true);
     let result = may_panic();
     SPARING.set(before);
@@ -47,7 +47,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
         }
     }
     if withheld > 0 {
-        let more = counted(
+        let more = pluralize(
             withheld as usize,
             "more panic of a handler was",
             "more panics of handlers were",

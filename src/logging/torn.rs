@@ -25,15 +25,15 @@ static TORN: LazyLock<&'static AtomicU64> = LazyLock::new(|| {
 
 /// What is known of the end of one log.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Torn {
+pub(super) struct PartialLine {
     mark: &'static AtomicU64,
     place: u64,
 }
 
-impl Torn {
+impl PartialLine {
     /// That of an open file.
     pub(super) fn of(file: &File) -> Self {
-        Torn::by(&TORN, file)
+        PartialLine::by(&TORN, file)
     }
 
     pub(super) fn by(mark: &'static AtomicU64, file: &File) -> Self {
@@ -42,7 +42,7 @@ impl Torn {
             (found.ino() ^ found.dev().rotate_left(32)).rotate_left(8)
         });
         let place = (place & !TIMES).max(TIMES + 1);
-        Torn { mark, place }
+        PartialLine { mark, place }
     }
 
     /// Notes what an earlier server has left at the end of a file.

@@ -18,17 +18,17 @@ pub const LONGEST: usize = 600;
 static WITNESS: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
 /// From now on warnings and errors of this process are told there too.
-pub fn tell(to: Option<OwnedFd>) {
+pub fn start_forwarding(to: Option<OwnedFd>) {
     *lock() = to;
 }
 
 /// Tells nothing more.
-pub fn stop_telling() {
+pub fn stop_forwarding() {
     *lock() = None;
 }
 
 /// The descriptor that lines are told to, for a list of what to keep.
-pub fn told_descriptor() -> Option<RawFd> {
+pub fn forwarding_fd() -> Option<RawFd> {
     lock().as_ref().map(AsRawFd::as_raw_fd)
 }
 

@@ -21,7 +21,7 @@ use super::workers::{Known, Worker};
 use crate::link::ids::Pid;
 use crate::link::quarantine::Evidence;
 use crate::link::scoreboard::Record;
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::protocol::control::State;
 use crate::sys::process;
 use crate::sys::signal::Fault;
@@ -293,8 +293,8 @@ fn tell(left: &Left) {
     log::info!(
         "worker {worker} has left its connections behind: {}, with {} answered as crashed; {} \
          pid={worker} kept={kept} crashed={crashed} reset={reset}",
-        counted(kept as usize, "is passed on", "are passed on"),
-        counted(crashed as usize, "call", "calls"),
-        counted(reset as usize, "is not, and ends", "are not, and end"),
+        pluralize(kept as usize, "is passed on", "are passed on"),
+        pluralize(crashed as usize, "call", "calls"),
+        pluralize(reset as usize, "is not, and ends", "are not, and end"),
     );
 }

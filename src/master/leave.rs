@@ -11,7 +11,7 @@ use super::event::{Action, Millis, Span};
 use super::fleet::{Fleet, Phase};
 use super::watch::{AFTER_DRAIN, STARTING_GRACE, kill_after};
 use crate::link::ids::{Generation, Pid};
-use crate::logging::counted;
+use crate::logging::pluralize;
 
 /// Two orders to stop that come so close are one: `timeout` and service managers send TERM to a
 /// process and to its group.
@@ -107,9 +107,9 @@ impl Fleet {
         self.phase = Phase::Stopping { leave, code, since };
         let pids: Vec<Pid> = self.table.children.keys().copied().collect();
         let how = match leave {
-            Leave::AtOnce => counted(pids.len(), "worker leaves now", "workers leave now"),
+            Leave::AtOnce => pluralize(pids.len(), "worker leaves now", "workers leave now"),
             Leave::Stop | Leave::Retire => {
-                let drain = counted(pids.len(), "worker drains", "workers drain");
+                let drain = pluralize(pids.len(), "worker drains", "workers drain");
                 format!("{drain} within {}", Span(self.limits.drain_timeout))
             }
         };

@@ -12,7 +12,7 @@ use super::fleet::{Fleet, Phase};
 use super::leave::{Leave, begin_drain};
 use super::recycle::Wear;
 use crate::link::ids::Pid;
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::throttle::limiter::with_held_back;
 
 impl Fleet {
@@ -205,7 +205,7 @@ impl Fleet {
         let follows = match due - now {
             0 => "replaced at once".to_owned(),
             wait => {
-                let deaths = counted(young as usize, "young death", "young deaths");
+                let deaths = pluralize(young as usize, "young death", "young deaths");
                 format!("next try in {}: {deaths}", Span(wait))
             }
         };

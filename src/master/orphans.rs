@@ -14,7 +14,7 @@ use super::event::{Millis, Span};
 use super::marks::{MOST_ASKED, MarkReader, Origin};
 use super::supervise::{Master, now};
 use super::upgrade::state::OrphansState;
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::sys::process::{self, Pid};
 use crate::sys::spawn;
 use crate::sys::tree::{self, PidFd};
@@ -272,7 +272,7 @@ fn kill(pids: &[Pid]) {
         return;
     }
     let held = tree::open_with_descendants(pids, |_| true);
-    let killed = counted(held.len(), "process", "processes");
+    let killed = pluralize(held.len(), "process", "processes");
     log::debug!("killed {killed} that a dead worker left");
     held.iter().for_each(PidFd::kill);
 }

@@ -20,7 +20,7 @@ use super::leave::Leave;
 use super::life::pairs;
 use crate::link::ids::Pid;
 use crate::link::jitter;
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::throttle::limiter::{Limiter, with_held_back};
 
 /// Between two looks at the memory of workers that have a limit.
@@ -112,7 +112,7 @@ impl Fleet {
             pid,
             format!(
                 "max-calls is reached with {}",
-                counted(calls as usize, "call", "calls")
+                pluralize(calls as usize, "call", "calls")
             ),
             false,
         );
@@ -285,7 +285,7 @@ impl Fleet {
         let follows = match due - now {
             0 => "another one is started".to_owned(),
             wait => {
-                let deaths = counted(young as usize, "young death", "young deaths");
+                let deaths = pluralize(young as usize, "young death", "young deaths");
                 format!("next try in {}: {deaths}", Span(wait))
             }
         };
@@ -316,7 +316,7 @@ impl Fleet {
             self.recycling.next_sample = now + SAMPLES_APART;
         }
         if let Some(more) = self.recycling.lines.flush(now) {
-            let more = counted(more as usize, "more worker was", "more workers were");
+            let more = pluralize(more as usize, "more worker was", "more workers were");
             let text = format!("{more} recycled, too many for a line each");
             self.log(Level::Info, text);
         }

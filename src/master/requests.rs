@@ -13,7 +13,7 @@ use super::supervise::{Master, now};
 use super::workers::{Ground, Worker};
 use crate::link::ids::Generation;
 use crate::link::message::Order;
-use crate::logging::{self, Output, counted};
+use crate::logging::{self, LogOutput, pluralize};
 use crate::protocol::control::{Request, Response};
 use crate::sys::notify::NotifyState;
 
@@ -115,7 +115,7 @@ impl Master<'_> {
         &self,
         ground: &Ground,
         is_theirs: impl Fn(Generation) -> bool,
-    ) -> Option<Output> {
+    ) -> Option<LogOutput> {
         let file = ground.settings.log.file.as_ref()?;
         match logging::open(Some(file)) {
             Ok(output) => {
@@ -138,7 +138,7 @@ impl Master<'_> {
     pub(super) fn request(&mut self, client: ClientId, request: Request) {
         match request {
             Request::Status => {
-                logging::tell_lost();
+                logging::report_lost_lines();
                 let about = About {
                     started: self.started,
                     last_reload: self.last_reload.as_ref(),
@@ -167,7 +167,7 @@ impl Master<'_> {
                 } else if (1..=MAX_COUNT).contains(&count) {
                     self.tell(Event::Scale { count });
                     let count = self.fleet.target_count();
-                    Response::said(counted(count, "worker is wanted", "workers are wanted"))
+                    Response::said(pluralize(count, "worker is wanted", "workers are wanted"))
                 } else {
                     let most = MAX_COUNT;
                     Response::refused(format!("{count} workers: 1 to {most} can be had"), 64)

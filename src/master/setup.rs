@@ -7,7 +7,7 @@ use crate::config::Settings;
 use crate::error::Result;
 use crate::handler::registry::Registry;
 use crate::link::boot::Become;
-use crate::logging::Output;
+use crate::logging::LogOutput;
 use crate::sys::daemon::Launcher;
 use crate::sys::notify::PassedListener;
 use crate::sys::title::TitleArea;
@@ -25,9 +25,9 @@ pub trait Host {
     ///
     /// # Errors
     /// When the log file can't be opened; then nothing has changed.
-    fn configure_log(&self, settings: &Settings) -> Result<Option<Output>>;
+    fn configure_log(&self, settings: &Settings) -> Result<Option<LogOutput>>;
     /// Sets them back to what an earlier configuration says, with the output of then.
-    fn restore_log(&self, settings: &Settings, output: Output);
+    fn restore_log(&self, settings: &Settings, output: LogOutput);
 }
 
 /// What a master is started from.

@@ -27,7 +27,7 @@ use super::workers::{Ground, Parent, Workers};
 use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
-use crate::logging::{self, counted};
+use crate::logging::{self, pluralize};
 use crate::protocol::control::LastReload;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
@@ -69,7 +69,7 @@ pub(super) struct Master<'a> {
     pub(super) verdict_for: Vec<ClientId>,
     pub(super) last_reload: Option<LastReload>,
     /// Where the log went before the reload under way.
-    pub(super) old_log: Option<logging::Output>,
+    pub(super) old_log: Option<logging::LogOutput>,
     pub(super) stopping: bool,
     pub(super) started: Millis,
     pub(super) next_watchdog: Millis,
@@ -354,7 +354,7 @@ impl Master<'_> {
                     .collect();
                 log::info!(
                     "ready: {} {}",
-                    counted(self.fleet.ready_count(), "worker serves", "workers serve"),
+                    pluralize(self.fleet.ready_count(), "worker serves", "workers serve"),
                     addresses.join(" and ")
                 );
                 self.notifier.tell(&[NotifyState::Ready]);
@@ -378,7 +378,7 @@ impl Master<'_> {
         let text = if self.fleet.stops_at().is_some() {
             "about to stop, serving until then".to_owned()
         } else if self.stopping {
-            let left = counted(
+            let left = pluralize(
                 self.workers.iter().count(),
                 "worker is left",
                 "workers are left",
@@ -388,7 +388,7 @@ impl Master<'_> {
             format!(
                 "{} of {} ready, generation {}",
                 self.fleet.ready_count(),
-                counted(self.fleet.target_count(), "worker", "workers"),
+                pluralize(self.fleet.target_count(), "worker", "workers"),
                 self.fleet.generation()
             )
         };

@@ -12,7 +12,7 @@ use super::event::{Action, Millis, Span};
 use super::fleet::{Fleet, Phase};
 use super::life::pairs;
 use crate::link::ids::Pid;
-use crate::logging::counted;
+use crate::logging::pluralize;
 
 /// From the drain deadline to TERM: a worker ends its drain by itself, and is given the time to.
 pub(super) const AFTER_DRAIN: Millis = 100;
@@ -65,7 +65,7 @@ impl Fleet {
         }
         self.pass_recycling();
         if let Some(more) = self.troubles.flush(now) {
-            let more = counted(
+            let more = pluralize(
                 more as usize,
                 "more line about workers was",
                 "more lines about workers were",
@@ -74,7 +74,7 @@ impl Fleet {
             self.log(Level::Warn, text);
         }
         if let Some(more) = self.refusals.flush(now) {
-            let more = counted(more as usize, "more fork was", "more forks were");
+            let more = pluralize(more as usize, "more fork was", "more forks were");
             self.log(Level::Warn, format!("{more} refused"));
         }
     }

@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use super::{Running, Server, end, form, one_thread, open_log, start_hooks};
 use crate::config::{self, Overrides};
 use crate::error::{Error, Result};
-use crate::logging::{self, Output};
+use crate::logging::{self, LogOutput};
 use crate::master;
 use crate::master::upgrade::{self, Origin, PANICKED, PROBE_PASSED, Trial};
 use crate::sys::signal;
@@ -95,13 +95,13 @@ impl Server {
                 Err(error) => (config::load(file.as_deref(), &overrides)?, Some(error)),
             };
         let log = match (state.log, trial.as_ref()) {
-            (Some(number), Some(trial)) => trial.through().take(number).map(Output::received),
-            _ => Output::standard_error(),
+            (Some(number), Some(trial)) => trial.through().take(number).map(LogOutput::received),
+            _ => LogOutput::standard_error(),
         };
         let log = log.map_err(|error| Error::system("go on with the log", error))?;
         logging::configure(settings.log.level, form(&settings));
         logging::set_output(log);
-        logging::i_am_master();
+        logging::init_master_log();
         if let Some(error) = strange {
             log::warn!(
                 "the configuration of the workers that serve can't be read by this version, so one \
@@ -137,7 +137,7 @@ impl Server {
 }
 
 /// What a probe logs is part of its reason, if it has one.
-fn open_log_of_probe() -> Result<Output> {
+fn open_log_of_probe() -> Result<LogOutput> {
     logging::open(None).map_err(|error| Error::system("log to standard error", error))
 }
 

@@ -8,7 +8,7 @@ use super::connection::Connection;
 use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble, find};
 use super::service::millis;
 use super::timers::Target;
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
@@ -46,7 +46,7 @@ impl EventLoop {
             self.full = true;
             floor.pause_listeners();
             let open = floor.connections();
-            let open = counted(open, "connection is open", "connections are open");
+            let open = pluralize(open, "connection is open", "connections are open");
             let text = format!(
                 "{open}, as many as limits.connections allows: nothing more is accepted here until \
                  one ends"

@@ -40,7 +40,7 @@ impl EventLoop {
                 self.resume_listening(floor);
                 // One that the master does not know of would be ended at boot-timeout.
                 self.report(Report::Ready)?;
-                logging::stop_telling();
+                logging::stop_forwarding();
             }
         }
         Ok(())

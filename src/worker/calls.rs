@@ -19,7 +19,7 @@ use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
@@ -110,7 +110,7 @@ impl Calls {
         if rate == 0 || self.loads[method].admit(rate, now_ms) {
             return Ok(());
         }
-        let rate = counted(rate as usize, "call", "calls");
+        let rate = pluralize(rate as usize, "call", "calls");
         Err(self.overloaded(method, format!("its rate of {rate} a second is reached")))
     }
 

@@ -288,7 +288,7 @@ impl EventLoop {
         }
         self.feel_stuck();
         sweep::tidy();
-        logging::tell_lost();
+        logging::report_lost_lines();
         let lost = u32::try_from(logging::lost_lines()).unwrap_or(u32::MAX);
         self.service.record.lost_lines.store(lost, Relaxed);
     }

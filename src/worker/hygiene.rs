@@ -56,7 +56,7 @@ pub fn become_worker(
     keep.push(boot.adoption.giving.as_raw_fd());
     keep.push(boot.adoption.taking.as_raw_fd());
     keep.extend(logging::output_descriptor());
-    keep.extend(logging::told_descriptor());
+    keep.extend(logging::forwarding_fd());
     keep.extend(boot.registry.program_descriptors());
     descriptor::close_all_but(&keep);
     // 4. The session and the terminal of whoever has started the master: a handler with them could

@@ -85,14 +85,14 @@ pub fn run(boot: Boot<'_>) -> ! {
 }
 
 fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
-    logging::tell(boot.witness.take());
+    logging::start_forwarding(boot.witness.take());
     let cant = |attempt| move |error| (attempt, error);
     let (signals, keeping) = hygiene::become_worker(&mut boot)?;
     memory::limit_malloc_arenas(ARENAS);
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
     // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
     signal::block_all();
-    logging::i_am_worker(boot.slot.0);
+    logging::init_worker_log(boot.slot.0);
     // With the log's thread, and signals as any program has them: it may start programs and threads.
     signal::unblock_all();
     boot.registry

@@ -9,7 +9,7 @@ use super::event_loop::{EventLoop, LINK};
 use super::service::millis;
 use crate::link::channel::Received;
 use crate::link::message::{Order, Report};
-use crate::logging::{self, counted};
+use crate::logging::{self, pluralize};
 use crate::protocol::code::Code;
 use crate::sys::event::{Reactor, Token};
 
@@ -25,7 +25,7 @@ impl EventLoop {
                     Order::Spread(order) => shares = Some(order),
                     Order::LameDuck => self.service.lame = true,
                     Order::Log => match descriptor {
-                        Some(file) => drop(logging::set_output(logging::Output::received(file))),
+                        Some(file) => drop(logging::set_output(logging::LogOutput::received(file))),
                         None => log::warn!(
                             "the reopened log did not come along, for want of a descriptor: \
                                  this worker goes on with the old one"
@@ -154,7 +154,7 @@ impl EventLoop {
         if !left.is_empty() {
             log::warn!(
                 "{} done and can't be waited for any longer: answered with stopping",
-                counted(left.len(), "call is not", "calls are not")
+                pluralize(left.len(), "call is not", "calls are not")
             );
         }
         self.service.stopping = true;

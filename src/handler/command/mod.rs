@@ -19,7 +19,7 @@ use std::ffi::CStr;
 use super::program::{Program, guard_hint};
 use super::{Context, Handler};
 use crate::config::{self, Output, Stdin};
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
@@ -87,7 +87,7 @@ impl Command {
             Stopped::TooMuch { stderr } => {
                 let text = format!(
                     "it wrote more than the {} of max-output, and was killed",
-                    counted(self.max_output, "byte", "bytes")
+                    pluralize(self.max_output, "byte", "bytes")
                 );
                 let data = Data {
                     exit: None,

@@ -7,7 +7,7 @@
 use std::fmt::Write;
 use std::mem;
 
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::throttle::Millis;
 
 /// Bytes of a line that are kept.
@@ -81,7 +81,7 @@ impl Lines {
         if dropped > 0 {
             say(&format!(
                 "({} left out: more than {PER_SECOND} a second)",
-                counted(dropped as usize, "line", "lines")
+                pluralize(dropped as usize, "line", "lines")
             ));
         }
     }

@@ -8,7 +8,7 @@ use super::{Fresh, Keeper};
 use crate::handler::pool::desk::Word;
 use crate::handler::pool::process::{NotStarted, Process};
 use crate::handler::program::guard_hint;
-use crate::logging::counted;
+use crate::logging::pluralize;
 use crate::protocol::frame::Decoded;
 use crate::protocol::program::{self, Sent};
 use crate::throttle::Millis;
@@ -125,7 +125,7 @@ impl Keeper {
         }
         format!(
             "{} in a row, so the next one is started in {:?}",
-            counted(
+            pluralize(
                 self.throttle.young_deaths() as usize,
                 "young death",
                 "young deaths"
