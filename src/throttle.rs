@@ -16,7 +16,7 @@ pub type Millis = u64;
 
 /// What the configuration says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct ThrottleLimits {
     /// How many young deaths are followed by a start at once.
     pub burst: u32,
     /// The longest wait; 0 is no throttle.
@@ -45,21 +45,27 @@ pub struct Throttle {
     /// The times of the last throttled forks, at most [`FORKS_PER_WINDOW`].
     forks: VecDeque<Millis>,
     /// Whether the next fork is a throttled one.
-    late: bool,
+    #[serde(rename = "late")]
+    is_delayed: bool,
 }
 
 impl Throttle {
     /// A worker of the slot died after `health` of being ready (`None`: it never was). Answers when
     /// its successor may be forked: `now` is at once.
-    pub fn death(&mut self, health: Option<Millis>, limits: &Limits, now: Millis) -> Millis {
-        self.credit(health);
+    pub fn death(
+        &mut self,
+        health: Option<Millis>,
+        limits: &ThrottleLimits,
+        now: Millis,
+    ) -> Millis {
+        self.record_ready_time(health);
         if health.is_none_or(|health| health < HEALTHY_AFTER) {
             self.young = self.young.saturating_add(1);
         }
         if self.young <= limits.burst || limits.max_delay == 0 {
             return now;
         }
-        self.late = true;
+        self.is_delayed = true;
         let doublings = self.young - limits.burst - 1;
         let due = now + doubled(doublings).min(limits.max_delay);
         match self.forks.front() {
@@ -69,7 +75,7 @@ impl Throttle {
     }
 
     /// A fork was refused. Answers when to try again: never at once, so that a refusal is no loop.
-    pub fn refusal(&mut self, now: Millis) -> Millis {
+    pub fn record_refused_fork(&mut self, now: Millis) -> Millis {
         let delay = doubled(self.refused).min(LONGEST_AFTER_REFUSAL);
         self.refused = self.refused.saturating_add(1);
         now + delay
@@ -78,7 +84,7 @@ impl Throttle {
     /// A fork was done.
     pub fn forked(&mut self, now: Millis) {
         self.refused = 0;
-        if std::mem::take(&mut self.late) {
+        if std::mem::take(&mut self.is_delayed) {
             if self.forks.len() == FORKS_PER_WINDOW {
                 self.forks.pop_front();
             }
@@ -87,7 +93,7 @@ impl Throttle {
     }
 
     /// A worker leaves after `health` of being ready: enough of it clears the count.
-    pub fn credit(&mut self, health: Option<Millis>) {
+    pub fn record_ready_time(&mut self, health: Option<Millis>) {
         if health.is_some_and(|health| health >= HEALTHY_AFTER) {
             *self = Throttle::default();
         }
@@ -113,12 +119,12 @@ fn doubled(times: u32) -> Millis {
 mod tests {
     use super::*;
 
-    fn limits(burst: u32, max_delay: Millis) -> Limits {
-        Limits { burst, max_delay }
+    fn limits(burst: u32, max_delay: Millis) -> ThrottleLimits {
+        ThrottleLimits { burst, max_delay }
     }
 
     /// The waits of a worker that dies as soon as it is forked.
-    fn waits(limits: &Limits, deaths: usize) -> Vec<Millis> {
+    fn waits(limits: &ThrottleLimits, deaths: usize) -> Vec<Millis> {
         let (mut throttle, mut now, mut waits) = (Throttle::default(), 0, Vec::new());
         for _ in 0..deaths {
             let due = throttle.death(None, limits, now);
@@ -172,9 +178,9 @@ mod tests {
         let limits = limits(0, 0);
         assert!(waits(&limits, 10_000).iter().all(|wait| *wait == 0));
         let mut throttle = Throttle::default();
-        let waits: Vec<_> = (0..6).map(|_| throttle.refusal(0)).collect();
+        let waits: Vec<_> = (0..6).map(|_| throttle.record_refused_fork(0)).collect();
         assert_eq!(waits, [100, 200, 400, 800, 1000, 1000]);
         throttle.forked(0);
-        assert_eq!(throttle.refusal(0), 100);
+        assert_eq!(throttle.record_refused_fork(0), 100);
     }
 }

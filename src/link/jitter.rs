@@ -6,7 +6,7 @@ use super::ids::Pid;
 const PART: u64 = 10;
 
 /// The limit for this worker: up to a tenth below `limit`, and the same whoever asks.
-pub fn earlier(limit: u64, worker: Pid) -> u64 {
+pub fn with_jitter(limit: u64, worker: Pid) -> u64 {
     limit - scatter(u64::from(worker.0.unsigned_abs())) % (limit / PART + 1)
 }
 
@@ -24,14 +24,16 @@ mod tests {
 
     #[test]
     fn neighbours_get_limits_far_apart_and_none_a_tenth_below() {
-        let limits: Vec<u64> = (1..=1000).map(|pid| earlier(10_000, Pid(pid))).collect();
+        let limits: Vec<u64> = (1..=1000)
+            .map(|pid| with_jitter(10_000, Pid(pid)))
+            .collect();
         assert!(limits.iter().all(|limit| (9_000..=10_000).contains(limit)));
         let lower = limits.iter().filter(|limit| **limit < 9_500).count();
         assert!((400..600).contains(&lower), "{lower} of 1000 in one half");
         let near = |pair: &&[u64]| pair[0].abs_diff(pair[1]) < 50;
         let near = limits.windows(2).filter(near).count();
         assert!(near < 150, "{near} of 999 within a twentieth of the jitter");
-        assert_eq!(earlier(10_000, Pid(7)), limits[6]);
-        assert_eq!(earlier(3, Pid(7)), 3);
+        assert_eq!(with_jitter(10_000, Pid(7)), limits[6]);
+        assert_eq!(with_jitter(3, Pid(7)), 3);
     }
 }

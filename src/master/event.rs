@@ -45,8 +45,8 @@ pub struct Limits {
 
 impl Limits {
     /// The part that is the throttle's.
-    pub fn throttle(&self) -> throttle::Limits {
-        throttle::Limits {
+    pub fn throttle(&self) -> throttle::ThrottleLimits {
+        throttle::ThrottleLimits {
             burst: self.respawn_burst,
             max_delay: self.respawn_max_delay,
         }

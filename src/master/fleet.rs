@@ -15,7 +15,7 @@ use super::recycle::Recycling;
 use super::reload::Reload;
 use crate::link::ids::{Generation, Pid};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
-use crate::throttle::limiter::{Limiter, with_held_back};
+use crate::throttle::limiter::{Limiter, with_suppressed_count};
 
 /// Troubles with workers: at most 18 lines in the first minute, 10 in each after that.
 const TROUBLES: (u64, Millis) = (8, 6_000);
@@ -211,7 +211,7 @@ impl Fleet {
     /// A line about a worker that may come again and again.
     pub(super) fn trouble(&mut self, level: Level, text: String) {
         if let Some(more) = self.troubles.admit(self.now) {
-            self.log(level, with_held_back(text, more));
+            self.log(level, with_suppressed_count(text, more));
         }
     }
 

@@ -13,7 +13,7 @@ use super::leave::{Leave, begin_drain};
 use super::recycle::Wear;
 use crate::link::ids::Pid;
 use crate::logging::pluralize;
-use crate::throttle::limiter::with_held_back;
+use crate::throttle::limiter::with_suppressed_count;
 
 impl Fleet {
     /// A fork that was ordered was done.
@@ -66,7 +66,7 @@ impl Fleet {
             self.table.seats.remove(&seat);
             return;
         }
-        let due = tenure.throttle.refusal(now);
+        let due = tenure.throttle.record_refused_fork(now);
         tenure.since = now;
         let is_successor = tenure.coming.is_some();
         *Self::forking_in(tenure) = Holder::Throttled { until: due };
@@ -80,7 +80,7 @@ impl Fleet {
                  on, raise the limit on processes (ulimit -u, pids.max, TasksMax) slot={slot}",
                 Span(due - now),
             );
-            self.log(Level::Error, with_held_back(text, more));
+            self.log(Level::Error, with_suppressed_count(text, more));
         }
     }
 
@@ -128,7 +128,7 @@ impl Fleet {
         let deadline = now + child.limits.drain_timeout;
         begin_drain(child, deadline, now);
         if let Some(tenure) = self.table.seats.get_mut(&seat) {
-            tenure.throttle.credit(health);
+            tenure.throttle.record_ready_time(health);
         }
         let (slot, pairs) = (seat.slot, pairs(pid, seat));
         let text = format!("worker {pid} retires, slot {slot} gets a fresh one {pairs}");

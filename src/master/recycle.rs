@@ -21,7 +21,7 @@ use super::life::pairs;
 use crate::link::ids::Pid;
 use crate::link::jitter;
 use crate::logging::pluralize;
-use crate::throttle::limiter::{Limiter, with_held_back};
+use crate::throttle::limiter::{Limiter, with_suppressed_count};
 
 /// Between two looks at the memory of workers that have a limit.
 const SAMPLES_APART: Millis = 1_000;
@@ -78,7 +78,7 @@ impl Child {
     fn ends_at(&self, pid: Pid) -> Option<Millis> {
         let lifetime = self.limits.max_lifetime;
         let ready_at = self.ready_at.filter(|_| self.is_fresh() && lifetime > 0)?;
-        Some(ready_at + jitter::earlier(lifetime, pid))
+        Some(ready_at + jitter::with_jitter(lifetime, pid))
     }
 
     fn has_memory_to_watch(&self) -> bool {
@@ -243,7 +243,7 @@ impl Fleet {
                 "worker {pid} (slot {slot}) is recycled once its successor is ready: {reason} {}",
                 pairs(pid, seat)
             );
-            self.log(Level::Info, with_held_back(text, more));
+            self.log(Level::Info, with_suppressed_count(text, more));
         }
         self.refill_coming(seat, due);
     }
@@ -272,7 +272,7 @@ impl Fleet {
         let child = self.child_mut(old);
         child.wear.replaced = true;
         let health = child.health(now);
-        self.tenure(seat).throttle.credit(health);
+        self.tenure(seat).throttle.record_ready_time(health);
         self.dismiss(old, Leave::Retire);
     }
 

@@ -20,7 +20,7 @@ pub struct Limiter {
 
 impl Limiter {
     /// For what others can cause again and again: one line, then one each ten seconds.
-    pub fn seldom() -> Self {
+    pub fn rare() -> Self {
         Limiter::new(1, 10_000)
     }
 
@@ -59,7 +59,7 @@ impl Limiter {
 }
 
 /// A line that tells how many before it were not written.
-pub fn with_held_back(text: String, more: u32) -> String {
+pub fn with_suppressed_count(text: String, more: u32) -> String {
     match more {
         0 => text,
         more => format!("{text} held_back_before={more}"),

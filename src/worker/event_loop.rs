@@ -30,7 +30,7 @@ use crate::sys::event::{Completion, Driver, Reactor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
-use crate::throttle::limiter::{Limiter, with_held_back};
+use crate::throttle::limiter::{Limiter, with_suppressed_count};
 
 /// Between two tries to accept when the system had no descriptor left.
 pub(super) const LISTEN_RETRY_MS: u64 = 200;
@@ -145,7 +145,7 @@ impl EventLoop {
             drain: Drain::default(),
             drain_timeout: workers.drain_timeout,
             listen_deadline: 0,
-            complaints: array::from_fn(|_| Limiter::seldom()),
+            complaints: array::from_fn(|_| Limiter::rare()),
             tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
             full: false,
@@ -326,7 +326,7 @@ impl EventLoop {
     /// Logs something that clients can cause, at most one line in a while.
     pub(super) fn complain(&mut self, trouble: Trouble, text: &str) {
         match self.complaints[trouble as usize].admit(self.service.now_ms) {
-            Some(more) => log::warn!("{}", with_held_back(text.to_owned(), more)),
+            Some(more) => log::warn!("{}", with_suppressed_count(text.to_owned(), more)),
             None => log::debug!("{text}"),
         }
     }

@@ -20,7 +20,7 @@ const TELL_AGAIN: u64 = 100;
 pub(super) fn enough(max_calls: u64) -> u64 {
     match max_calls {
         0 => u64::MAX,
-        most => jitter::earlier(most, Pid::current()),
+        most => jitter::with_jitter(most, Pid::current()),
     }
 }
 

@@ -36,7 +36,7 @@ impl World {
             done: Vec::new(),
             registry: Arc::new(Registry::new(Vec::new())),
             name: "p".to_owned(),
-            complaints: Limiter::seldom(),
+            complaints: Limiter::rare(),
             limit: 1 << 20,
             depth: 10,
         };

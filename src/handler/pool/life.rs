@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use crate::config::Pool;
-use crate::throttle::{Limits, Millis};
+use crate::throttle::{Millis, ThrottleLimits};
 
 /// A program without a handshake is ready when it is still there after so long.
 const ALIVE: Millis = 50;
@@ -23,7 +23,7 @@ const SPREAD: u64 = 10;
 pub(super) struct Rules {
     pub handshake: bool,
     pub boot: Millis,
-    pub throttle: Limits,
+    pub throttle: ThrottleLimits,
     idle: Millis,
     pub max_calls: u64,
     max_memory: u64,
@@ -38,7 +38,7 @@ impl Rules {
         Rules {
             handshake: pool.handshake,
             boot: millis(pool.boot_timeout),
-            throttle: Limits {
+            throttle: ThrottleLimits {
                 burst: pool.respawn_burst,
                 max_delay: millis(pool.respawn_max_delay),
             },
@@ -154,7 +154,7 @@ mod tests {
         Rules {
             handshake: false,
             boot: 1000,
-            throttle: Limits {
+            throttle: ThrottleLimits {
                 burst: 5,
                 max_delay: 0,
             },

@@ -192,7 +192,7 @@ impl Pools {
                 done: Vec::new(),
                 registry: Arc::clone(registry),
                 name: pool.name.clone(),
-                complaints: Limiter::seldom(),
+                complaints: Limiter::rare(),
                 limit: pool.limit,
                 depth: pool.depth,
             };

@@ -135,7 +135,7 @@ impl Keeper {
             began: now(),
             proven: false,
             gave_up: false,
-            kills: Limiter::seldom(),
+            kills: Limiter::rare(),
             rests: false,
             closes_with: None,
         }
@@ -278,7 +278,8 @@ impl Keeper {
     /// The program that served is done, and leaves: that its wire has ended tells it so.
     fn retire(&mut self, now: Millis) {
         if let Some(serving) = self.serving.take() {
-            self.throttle.credit(Some(serving.wear.health(now)));
+            self.throttle
+                .record_ready_time(Some(serving.wear.health(now)));
             self.dismiss(serving.process, LEISURE, now);
         }
     }

@@ -51,7 +51,7 @@ impl Keeper {
                 if !in_time {
                     return self.has_failed(&format!("could not be started: {error}"), now);
                 }
-                self.due = self.throttle.refusal(now);
+                self.due = self.throttle.record_refused_fork(now);
                 if self.throttle.refused_forks() == 1 {
                     log::warn!(
                         "pool {}: its program could not be started: {error}; it is tried again, \
