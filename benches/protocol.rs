@@ -4,7 +4,7 @@
 //! Each figure is the fastest of several rounds: what else runs on the machine only adds.
 #![allow(clippy::print_stdout)]
 
-use preforkd::protocol::frame::{self, Decoded};
+use preforkd::protocol::frame::{self, DecodedFrame};
 use preforkd::protocol::{answer, call};
 use std::hint::black_box;
 use std::time::Instant;
@@ -65,7 +65,7 @@ fn fastest(body: &str) -> f64 {
 }
 
 fn serve(mut received: &[u8], out: &mut Vec<u8>) {
-    while let Decoded::Whole { body, used } = frame::decode(received, LIMIT) {
+    while let DecodedFrame::Whole { body, used } = frame::decode(received, LIMIT) {
         let mark = frame::begin(out);
         match call::parse(body, DEPTH) {
             Ok(call) if call.method == "ping" => answer::result(out, "pong", call.params, call.id),

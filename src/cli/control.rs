@@ -19,7 +19,7 @@ use super::units;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::protocol::control::{
-    MOST_DRAINING_GENERATIONS, Request, Response, State, Status, to_line,
+    ControlRequest, ControlResponse, MOST_DRAINING_GENERATIONS, Status, WorkerPhase, to_line,
 };
 use crate::sys::socket;
 
@@ -71,7 +71,7 @@ pub(super) fn reload(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String
     // No limit: the verdict takes as long as two times boot-timeout, and longer while another
     // reload is under way. A master that dies ends the wait.
     let response = Control::find(place)?
-        .ask(&Request::Reload, Patience::Endless(hint))?
+        .ask(&ControlRequest::Reload, Patience::Endless(hint))?
         .0;
     Ok(response.message.unwrap_or_else(|| "reloaded".into()))
 }
@@ -81,14 +81,14 @@ pub(super) fn reload(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String
 pub(super) fn upgrade(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String> {
     // No limit, as for a reload, which is the last part of it.
     let response = Control::find(place)?
-        .ask(&Request::Upgrade, Patience::Endless(hint))?
+        .ask(&ControlRequest::Upgrade, Patience::Endless(hint))?
         .0;
     Ok(response.message.unwrap_or_else(|| "upgraded".into()))
 }
 
 /// Asks for so many workers. Returns what the master says about it.
 pub(super) fn scale(place: &Place, count: usize) -> Result<String> {
-    let request = Request::Scale { count };
+    let request = ControlRequest::Scale { count };
     let response = Control::find(place)?
         .ask(&request, Patience::AtMost(PROMPT))?
         .0;
@@ -107,7 +107,7 @@ pub(super) fn stop(
 ) -> Result<()> {
     let mut control = Control::find(place)?;
     let after_ms = after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
-    let request = Request::Stop { now, after_ms };
+    let request = ControlRequest::Stop { now, after_ms };
     control.ask(&request, Patience::AtMost(PROMPT))?;
     let quiet = HINT_AFTER.saturating_add(after.unwrap_or_default());
     if control.ends_within(Some(quiet))? {
@@ -187,7 +187,7 @@ impl Control {
     }
 
     fn status(mut self) -> Result<Answered> {
-        let (response, line) = self.ask(&Request::Status, Patience::AtMost(PROMPT))?;
+        let (response, line) = self.ask(&ControlRequest::Status, Patience::AtMost(PROMPT))?;
         let raw: Option<Raw> = serde_json::from_str(&line).ok();
         match (response.status, raw.and_then(|raw| raw.status)) {
             (Some(status), Some(json)) => Ok(Answered {
@@ -200,10 +200,14 @@ impl Control {
 
     /// Sends a request and waits for its answer, which is returned read and as it came. A refusal
     /// is an error.
-    fn ask(&mut self, request: &Request, patience: Patience<'_>) -> Result<(Response, String)> {
+    fn ask(
+        &mut self,
+        request: &ControlRequest,
+        patience: Patience<'_>,
+    ) -> Result<(ControlResponse, String)> {
         let line = self.exchange(request, patience).map_err(|error| {
             let text = match error.kind() {
-                ErrorKind::WouldBlock if *request == Request::Status => STUCK,
+                ErrorKind::WouldBlock if *request == ControlRequest::Status => STUCK,
                 ErrorKind::WouldBlock => {
                     let text = format!("{STUCK}, and does what was asked of it when it goes on");
                     return self.alien(&text);
@@ -215,7 +219,7 @@ impl Control {
             };
             self.alien(text)
         })?;
-        let response: Response = serde_json::from_str(&line)
+        let response: ControlResponse = serde_json::from_str(&line)
             .map_err(|error| self.alien(&format!("the answer is none: {error}")))?;
         if response.ok {
             return Ok((response, line));
@@ -235,7 +239,7 @@ impl Control {
         Some(again.ok()?.status)
     }
 
-    fn exchange(&mut self, request: &Request, patience: Patience<'_>) -> io::Result<String> {
+    fn exchange(&mut self, request: &ControlRequest, patience: Patience<'_>) -> io::Result<String> {
         let first = match patience {
             Patience::AtMost(limit) => limit,
             Patience::Endless(_) => HINT_AFTER,
@@ -316,7 +320,7 @@ fn reload_waits_for(status: Option<&Status>) -> String {
         return format!("{STUCK}; waiting for it");
     };
     let workers = status.workers.iter();
-    let draining = workers.filter(|worker| worker.state == State::Draining);
+    let draining = workers.filter(|worker| worker.state == WorkerPhase::Draining);
     let mut drain: Vec<u32> = draining.map(|worker| worker.generation).collect();
     drain.sort_unstable();
     drain.dedup();

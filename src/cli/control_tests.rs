@@ -10,7 +10,9 @@ use std::thread::{self, JoinHandle};
 
 use super::args::Place;
 use super::control::{reload, scale, status, stop};
-use crate::protocol::control::{OldestCall, Request, Response, Status, Worker, to_line};
+use crate::protocol::control::{
+    ControlRequest, ControlResponse, OldestCall, Status, WorkerStatus, to_line,
+};
 
 /// A path of this test's own for a socket; the file is removed with it.
 struct Socket(PathBuf);
@@ -32,7 +34,7 @@ impl Socket {
 
     /// A master that answers one request a connection with these bytes, then keeps the connections
     /// open until it has done them all. Returns the requests.
-    fn master(&self, answers: Vec<Vec<u8>>) -> JoinHandle<Vec<Request>> {
+    fn master(&self, answers: Vec<Vec<u8>>) -> JoinHandle<Vec<ControlRequest>> {
         let listener = UnixListener::bind(&self.0).unwrap();
         thread::spawn(move || {
             let mut open = Vec::new();
@@ -54,13 +56,13 @@ impl Drop for Socket {
     }
 }
 
-fn take(stream: &mut BufReader<UnixStream>) -> Request {
+fn take(stream: &mut BufReader<UnixStream>) -> ControlRequest {
     let mut line = String::new();
     stream.read_line(&mut line).unwrap();
     serde_json::from_str(&line).unwrap()
 }
 
-fn line(response: &Response) -> Vec<u8> {
+fn line(response: &ControlResponse) -> Vec<u8> {
     to_line(response).unwrap()
 }
 
@@ -68,9 +70,9 @@ fn line(response: &Response) -> Vec<u8> {
 fn each_command_asks_in_its_words_and_returns_what_the_master_says() {
     let socket = Socket::new();
     let master = socket.master(vec![
-        line(&Response::said("generation 2 serves")),
-        line(&Response::done()),
-        line(&Response::done()),
+        line(&ControlResponse::said("generation 2 serves")),
+        line(&ControlResponse::done()),
+        line(&ControlResponse::done()),
     ]);
     assert_eq!(
         reload(&socket.place(), &mut |_| {}).unwrap(),
@@ -81,9 +83,9 @@ fn each_command_asks_in_its_words_and_returns_what_the_master_says() {
     assert_eq!(
         master.join().unwrap(),
         [
-            Request::Reload,
-            Request::Scale { count: 4 },
-            Request::Stop {
+            ControlRequest::Reload,
+            ControlRequest::Scale { count: 4 },
+            ControlRequest::Stop {
                 now: true,
                 after_ms: None
             }
@@ -107,8 +109,11 @@ fn a_status_comes_read_and_to_the_letter() {
 fn a_refusal_has_the_masters_reason_and_exit_code() {
     let socket = Socket::new();
     socket.master(vec![
-        line(&Response::refused("preforkd.toml:3:1: no\nworker 0: oh", 1)),
-        line(&Response::refused("not yours", 77)),
+        line(&ControlResponse::refused(
+            "preforkd.toml:3:1: no\nworker 0: oh",
+            1,
+        )),
+        line(&ControlResponse::refused("not yours", 77)),
     ]);
     let error = reload(&socket.place(), &mut |_| {}).unwrap_err();
     assert_eq!(error.to_string(), "preforkd.toml:3:1: no\nworker 0: oh");
@@ -122,7 +127,7 @@ fn a_master_that_leaves_or_talks_nonsense_is_said_to() {
     // The master ends, and with it all its connections, once it has taken the last request.
     socket.master(vec![
         b"hello\n".to_vec(),
-        line(&Response::done()),
+        line(&ControlResponse::done()),
         Vec::new(),
     ]);
     for told in [
@@ -144,31 +149,31 @@ fn a_stop_waits_for_the_end_and_says_what_for() {
         let mut stopping = BufReader::new(listener.accept().unwrap().0);
         assert_eq!(
             take(&mut stopping),
-            Request::Stop {
+            ControlRequest::Stop {
                 now: false,
                 after_ms: None
             }
         );
         stopping
             .get_mut()
-            .write_all(&line(&Response::done()))
+            .write_all(&line(&ControlResponse::done()))
             .unwrap();
         // The command says nothing at first, then asks what runs; the master ends after that.
         let mut asking = BufReader::new(listener.accept().unwrap().0);
-        assert_eq!(take(&mut asking), Request::Status);
+        assert_eq!(take(&mut asking), ControlRequest::Status);
         let status = Status {
-            workers: vec![Worker {
+            workers: vec![WorkerStatus {
                 pid: Some(5),
                 running: 3,
                 oldest_call: Some(OldestCall {
                     method: "sleep".into(),
                     age_ms: 4_200,
                 }),
-                ..Worker::default()
+                ..WorkerStatus::default()
             }],
             ..Status::default()
         };
-        let response = Response::status(status);
+        let response = ControlResponse::status(status);
         asking.get_mut().write_all(&line(&response)).unwrap();
     });
     let mut hints = Vec::new();

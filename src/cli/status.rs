@@ -8,7 +8,8 @@ use super::table::{Align, Cell, Paint, Table};
 use super::units;
 use crate::logging::pluralize;
 use crate::protocol::control::{
-    Death, LastReload, Listener, Master, Quarantined, State, Status, Worker,
+    DeathStatus, LastReload, ListenerStatus, MasterStatus, Quarantined, Status, WorkerPhase,
+    WorkerStatus,
 };
 
 /// How many deaths are shown; `status --json` has them all.
@@ -65,7 +66,7 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
 }
 
 fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
-    let Master {
+    let MasterStatus {
         pid,
         version,
         generation,
@@ -77,7 +78,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
     let ready = status
         .workers
         .iter()
-        .filter(|worker| worker.state == State::Ready && worker.generation == *generation)
+        .filter(|worker| worker.state == WorkerPhase::Ready && worker.generation == *generation)
         .count();
     let paint = match ready {
         0 => Paint::Red,
@@ -96,7 +97,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
     );
 }
 
-fn last_reload(page: &mut String, master: &Master, now: u64, colours: bool) {
+fn last_reload(page: &mut String, master: &MasterStatus, now: u64, colours: bool) {
     *page += &match &master.last_reload {
         None => Paint::Dim.on("last reload: none since the start", colours),
         Some(reload) => ended("reload", reload, now, colours),
@@ -121,7 +122,7 @@ fn ended(what: &str, how: &LastReload, now: u64, colours: bool) -> String {
     }
 }
 
-fn workers(workers: &[Worker]) -> Table {
+fn workers(workers: &[WorkerStatus]) -> Table {
     use Align::{Left, Right};
     let mut table = Table::new(&[
         ("SLOT", Right),
@@ -160,7 +161,7 @@ fn workers(workers: &[Worker]) -> Table {
 
 /// What a worker's last column says: its oldest call, that its loop stands still, lost threads, programs
 /// that are down, what its slot waits for.
-fn remark(worker: &Worker) -> String {
+fn remark(worker: &WorkerStatus) -> String {
     let call = worker.oldest_call.as_ref().map(|call| {
         let age = units::milliseconds(call.age_ms);
         format!("{}, {age}", call.method)
@@ -168,7 +169,7 @@ fn remark(worker: &Worker) -> String {
     let silent = (worker.silent_ms > SILENT_MS)
         .then(|| format!("silent for {}", units::milliseconds(worker.silent_ms)));
     let lost = (worker.lost_threads > 0).then(|| {
-        let Worker {
+        let WorkerStatus {
             lost_threads,
             threads,
             ..
@@ -176,7 +177,7 @@ fn remark(worker: &Worker) -> String {
         let threads = pluralize(*threads as usize, "thread", "threads");
         format!("{lost_threads} of {threads} lost")
     });
-    let is_short = worker.state == State::Ready && worker.programs_down > 0;
+    let is_short = worker.state == WorkerPhase::Ready && worker.programs_down > 0;
     let down = is_short.then(|| {
         let programs = pluralize(worker.programs as usize, "program", "programs");
         format!("{} of {programs} down", worker.programs_down)
@@ -197,16 +198,16 @@ fn remark(worker: &Worker) -> String {
     }
 }
 
-fn paint_of(state: State) -> Paint {
+fn paint_of(state: WorkerPhase) -> Paint {
     match state {
-        State::Ready => Paint::Green,
-        State::Starting => Paint::Yellow,
-        State::Draining => Paint::Cyan,
-        State::Throttled | State::Dead => Paint::Red,
+        WorkerPhase::Ready => Paint::Green,
+        WorkerPhase::Starting => Paint::Yellow,
+        WorkerPhase::Draining => Paint::Cyan,
+        WorkerPhase::Throttled | WorkerPhase::Dead => Paint::Red,
     }
 }
 
-fn listeners(listeners: &[Listener]) -> Table {
+fn listeners(listeners: &[ListenerStatus]) -> Table {
     let mut table = Table::new(&[
         ("LISTENER", Align::Left),
         ("QUEUE", Align::Right),
@@ -252,7 +253,7 @@ fn quarantine(calls: &[Quarantined], now: u64) -> Table {
     table
 }
 
-fn deaths(deaths: &[Death], now: u64) -> Table {
+fn deaths(deaths: &[DeathStatus], now: u64) -> Table {
     let mut table = Table::new(&[
         ("AGO", Align::Right),
         ("SLOT", Align::Right),

@@ -5,7 +5,7 @@ use super::status::render;
 use crate::protocol::control::*;
 
 fn busy() -> Status {
-    let worker = |slot, pid, state| Worker {
+    let worker = |slot, pid, state| WorkerStatus {
         slot,
         pid,
         generation: 3,
@@ -17,10 +17,10 @@ fn busy() -> Status {
         errors: 7,
         rss_bytes: 12 << 20,
         threads: 8,
-        ..Worker::default()
+        ..WorkerStatus::default()
     };
     Status {
-        master: Master {
+        master: MasterStatus {
             pid: 4242,
             version: "0.1.0".into(),
             generation: 3,
@@ -37,29 +37,29 @@ fn busy() -> Status {
             lost_log_lines: 1_234,
         },
         workers: vec![
-            Worker {
+            WorkerStatus {
                 oldest_call: Some(OldestCall {
                     method: "sleep".into(),
                     age_ms: 1_250,
                 }),
                 lost_threads: 1,
-                ..worker(0, Some(4243), State::Ready)
+                ..worker(0, Some(4243), WorkerPhase::Ready)
             },
-            Worker {
+            WorkerStatus {
                 generation: 2,
-                ..worker(0, Some(99), State::Draining)
+                ..worker(0, Some(99), WorkerPhase::Draining)
             },
-            Worker {
+            WorkerStatus {
                 programs: 4,
                 programs_down: 1,
-                ..worker(1, Some(4244), State::Ready)
+                ..worker(1, Some(4244), WorkerPhase::Ready)
             },
-            Worker {
-                throttle: Some(Throttle {
+            WorkerStatus {
+                throttle: Some(ThrottleStatus {
                     failures: 6,
                     retry_in_ms: 1_600,
                 }),
-                ..worker(2, None, State::Throttled)
+                ..worker(2, None, WorkerPhase::Throttled)
             },
         ],
         quarantine: vec![Quarantined {
@@ -69,7 +69,7 @@ fn busy() -> Status {
             at: 1_000,
         }],
         deaths: vec![
-            Death {
+            DeathStatus {
                 slot: 2,
                 pid: 4245,
                 exit: Some(0),
@@ -77,9 +77,9 @@ fn busy() -> Status {
                 rss_bytes: 5 << 20,
                 reason: "told to retire".into(),
                 at: 1_100,
-                ..Death::default()
+                ..DeathStatus::default()
             },
-            Death {
+            DeathStatus {
                 slot: 2,
                 pid: 4250,
                 signal: Some("SIGSEGV".into()),
@@ -88,16 +88,16 @@ fn busy() -> Status {
                 rss_bytes: 812 << 10,
                 reason: "died of \x1b[31mitself\nagain".into(),
                 at: 1_195,
-                ..Death::default()
+                ..DeathStatus::default()
             },
         ],
         listeners: vec![
-            Listener {
+            ListenerStatus {
                 address: "127.0.0.1:8080".into(),
                 queue: Some(0),
                 backlog: 4096,
             },
-            Listener {
+            ListenerStatus {
                 address: "unix:/run/preforkd/rpc.sock".into(),
                 queue: None,
                 backlog: 128,

@@ -72,7 +72,7 @@ pub use pipeline::Pipeline;
 pub use pool::{Options, Pool};
 
 use crate::protocol::code::Code;
-use crate::protocol::frame::{self, Decoded};
+use crate::protocol::frame::{self, DecodedFrame};
 use stream::Stream;
 
 /// The largest body that can be told from the other dialects, in bytes: a length's fourth byte is
@@ -305,13 +305,13 @@ fn receive(
 ) -> Result<Vec<u8>, Lost> {
     loop {
         let need = match frame::decode(inbox, BODY_MAX) {
-            Decoded::Whole { body, used } => {
+            DecodedFrame::Whole { body, used } => {
                 let body = body.to_vec();
                 inbox.drain(..used);
                 return Ok(body);
             }
-            Decoded::Partial { need } => need,
-            Decoded::TooLarge { .. } => {
+            DecodedFrame::Partial { need } => need,
+            DecodedFrame::TooLarge { .. } => {
                 return Err(Lost::Alien(format!(
                     "the answer begins with \"{}\", which is no frame: some other server is there",
                     inbox.escape_ascii()

@@ -39,7 +39,7 @@ where
             )
         })?;
         // A raw value may be written over several lines; nothing else is.
-        json::join_lines(&mut result[start..]);
+        json::flatten_to_one_line(&mut result[start..]);
         Ok(())
     };
     Function {
@@ -56,7 +56,7 @@ pub fn raw(
     let function = move |params: &str, context: &Context<'_>, result: &mut Vec<u8>| {
         let start = result.len();
         result.extend_from_slice(function(context, params)?.get().as_bytes());
-        json::join_lines(&mut result[start..]);
+        json::flatten_to_one_line(&mut result[start..]);
         Ok(())
     };
     Function {

@@ -20,7 +20,7 @@ use super::listeners::bind_path;
 use super::own_path::OwnPath;
 use super::pid_file::make_directory;
 use crate::error::{Error, Result};
-use crate::protocol::control::{Request, Response, to_line};
+use crate::protocol::control::{ControlRequest, ControlResponse, to_line};
 use crate::sys::account::effective_ids;
 use crate::sys::process::close_in_child;
 use crate::sys::rights::{self, GuardedSocket};
@@ -300,7 +300,7 @@ impl Control {
     }
 
     /// A client is ready: sends it what waits, or reads what it asks.
-    pub fn serve(&mut self, id: ClientId, now: Millis) -> Option<Request> {
+    pub fn serve(&mut self, id: ClientId, now: Millis) -> Option<ControlRequest> {
         let client = self.clients.get_mut(&id)?;
         if !client.unsent.is_empty() {
             self.send(id);
@@ -336,14 +336,14 @@ impl Control {
             Ok(request) => Some(request),
             Err(error) => {
                 let text = format!("this master does not know that command: {error}");
-                self.answer(id, &Response::refused(text, 64), now);
+                self.answer(id, &ControlResponse::refused(text, 64), now);
                 None
             }
         }
     }
 
     /// Answers a client, and closes it once it has the answer.
-    pub fn answer(&mut self, id: ClientId, response: &Response, now: Millis) {
+    pub fn answer(&mut self, id: ClientId, response: &ControlResponse, now: Millis) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.unsent = to_line(response).unwrap_or_default();
             client.deadline = Some(now + PATIENCE_MS);
@@ -352,7 +352,7 @@ impl Control {
     }
 
     /// Answers a client that stays until the master leaves.
-    pub fn answer_and_keep(&mut self, id: ClientId, response: &Response, now: Millis) {
+    pub fn answer_and_keep(&mut self, id: ClientId, response: &ControlResponse, now: Millis) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.keep = true;
             self.answer(id, response, now);

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::event::{Event, Exit, Limits, Millis};
 use super::fleet_world::{LIMITS, World};
 use crate::link::ids::Pid;
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 
 /// Something that happens. A number picks among those living.
 #[derive(Debug, Clone)]
@@ -207,7 +207,7 @@ proptest! {
         be_quiet(&mut world, 200_000);
         prop_assert_eq!(world.fleet.ready_count(), world.fleet.target_count());
         prop_assert_eq!(world.living.len(), world.fleet.target_count());
-        prop_assert_eq!(world.count(State::Ready), world.fleet.target_count());
+        prop_assert_eq!(world.count(WorkerPhase::Ready), world.fleet.target_count());
         prop_assert!(world.fleet.can_reload());
         prop_assert!(world.fleet.deaths().iter().len() <= 100);
     }
@@ -249,7 +249,7 @@ proptest! {
         for life in lives {
             world.pass(if short { life / 100 } else { life });
             world.let_leave();
-            if let Some(pid) = world.first(State::Ready) {
+            if let Some(pid) = world.first(WorkerPhase::Ready) {
                 world.die(pid, Exit::Signal { number: Signal::SIGSEGV as i32, core_dumped: false });
             }
             world.all_ready();

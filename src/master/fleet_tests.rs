@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use super::event::{Action, Event, Exit, Limits};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::{Generation, Pid, Slot};
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 
 fn reload(count: usize) -> Event {
     let limits = Limits { count, ..LIMITS };
@@ -117,7 +117,7 @@ fn a_crash_is_replaced_at_once_and_told_with_all_that_is_known() {
     );
     let death = world.fleet.deaths().iter().next().unwrap();
     assert_eq!((death.pid, death.slot, death.uptime), (pid, Slot(2), 3_200));
-    assert_eq!(world.view(2).state, State::Starting);
+    assert_eq!(world.view(2).state, WorkerPhase::Starting);
     assert_eq!(world.view(2).young_deaths, 1);
 }
 
@@ -131,7 +131,7 @@ fn a_crash_loop_is_throttled_and_shown_and_the_other_slots_go_on() {
     let view = world.view(1);
     assert_eq!(
         (view.state, view.pid, view.young_deaths),
-        (State::Throttled, None, 6)
+        (WorkerPhase::Throttled, None, 6)
     );
     assert_eq!(view.next_fork, Some(world.now + 100));
     assert!(
@@ -147,7 +147,7 @@ fn a_crash_loop_is_throttled_and_shown_and_the_other_slots_go_on() {
     world.die(other, SEGV);
     assert_eq!(world.forks(0).len(), 2);
     world.pass(100);
-    assert_eq!(world.view(1).state, State::Starting);
+    assert_eq!(world.view(1).state, WorkerPhase::Starting);
     world.all_ready();
     world.pass(60_000);
     assert_eq!(world.view(1).young_deaths, 0, "a minute of health");
@@ -157,7 +157,7 @@ fn a_crash_loop_is_throttled_and_shown_and_the_other_slots_go_on() {
 fn crash_loop(world: &mut World, span: u64) {
     let end = world.now + span;
     while world.now < end {
-        while let Some(pid) = world.first(State::Starting) {
+        while let Some(pid) = world.first(WorkerPhase::Starting) {
             world.die(pid, Exit::Code(1));
         }
         let wake = world.fleet.next_deadline().unwrap_or(end).min(end);
@@ -222,7 +222,7 @@ fn refused_forks_are_tried_again_and_full_strength_is_back_within_two_seconds() 
         let pid = world.pid(slot);
         world.die(pid, SEGV);
     }
-    assert_eq!(world.view(0).state, State::Throttled);
+    assert_eq!(world.view(0).state, WorkerPhase::Throttled);
     let before = world.lines().len();
     world.pass(10_000);
     assert!(world.view(0).refused_forks > 8);
@@ -374,7 +374,10 @@ fn a_reload_starts_a_canary_then_the_rest_and_drains_the_old_after_the_verdict()
         (Generation(2), 3)
     );
     world.let_leave();
-    assert_eq!((world.living.len(), world.count(State::Ready)), (3, 3));
+    assert_eq!(
+        (world.living.len(), world.count(WorkerPhase::Ready)),
+        (3, 3)
+    );
     assert_eq!(world.fleet.deaths().total(), 0);
 }
 
@@ -448,7 +451,7 @@ fn a_reload_ends_the_throttle() {
         let pid = world.pid(1);
         world.die(pid, Exit::Code(1));
     }
-    assert_eq!(world.view(1).state, State::Throttled);
+    assert_eq!(world.view(1).state, WorkerPhase::Throttled);
     world.tell(reload(4));
     world.all_ready();
     assert_eq!(world.fleet.ready_count(), 4);
@@ -486,7 +489,7 @@ fn scaling_forks_what_is_missing_and_drains_the_highest_slots() {
     world.tell(Event::ScaleBy { by: 1 });
     assert_eq!(
         (world.view(1).state, world.fleet.target_count()),
-        (State::Starting, 2)
+        (WorkerPhase::Starting, 2)
     );
     world.tell(Event::Scale { count: 5_000 });
     assert_eq!(world.fleet.target_count(), 1024);
@@ -599,7 +602,7 @@ fn a_stop_after_a_while_serves_until_then_and_replaces_who_dies() {
     world.die(pid, SEGV);
     world.all_ready();
     world.pass(4_999);
-    assert_eq!(world.count(State::Ready), 4);
+    assert_eq!(world.count(WorkerPhase::Ready), 4);
     assert!(world.drained().is_empty() && !world.did(&Action::StopDue));
     world.pass(1);
     assert!(world.did(&Action::StopDue));

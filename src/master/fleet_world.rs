@@ -11,7 +11,7 @@ use super::fleet::Fleet;
 use super::view::WorkerView;
 use super::watch::kill_after;
 use crate::link::ids::{Generation, Pid, Slot};
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 
 pub(super) const LIMITS: Limits = Limits {
     count: 4,
@@ -312,7 +312,7 @@ impl World {
     pub fn pid_in(&self, generation: u32, slot: u16) -> Pid {
         let view = self.fleet.workers().into_iter().find(|view| {
             let seat = (view.generation, view.slot);
-            seat == (Generation(generation), Slot(slot)) && view.state != State::Draining
+            seat == (Generation(generation), Slot(slot)) && view.state != WorkerPhase::Draining
         });
         view.and_then(|view| view.pid).expect("somebody sits there")
     }
@@ -330,7 +330,7 @@ impl World {
     pub fn all_ready(&mut self) {
         let mut told = BTreeSet::new();
         loop {
-            let starting = |view: &WorkerView| view.state == State::Starting;
+            let starting = |view: &WorkerView| view.state == WorkerPhase::Starting;
             let views = self.fleet.workers().into_iter().filter(starting);
             let Some(pid) = views.filter_map(|v| v.pid).find(|pid| told.insert(*pid)) else {
                 return;
@@ -369,7 +369,7 @@ impl World {
         }
     }
 
-    pub fn first(&self, state: State) -> Option<Pid> {
+    pub fn first(&self, state: WorkerPhase) -> Option<Pid> {
         let view = self.fleet.workers().into_iter().find(|v| v.state == state);
         view.and_then(|view| view.pid)
     }
@@ -381,7 +381,7 @@ impl World {
     }
 
     /// How many are in a state.
-    pub fn count(&self, state: State) -> usize {
+    pub fn count(&self, state: WorkerPhase) -> usize {
         let views = self.fleet.workers();
         views.iter().filter(|view| view.state == state).count()
     }

@@ -22,7 +22,7 @@ use crate::link::ids::Pid;
 use crate::link::quarantine::Evidence;
 use crate::link::scoreboard::Record;
 use crate::logging::pluralize;
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 use crate::sys::process;
 use crate::sys::signal::Fault;
 use crate::sys::spawn;
@@ -223,19 +223,20 @@ impl Master<'_> {
         let view = views.find(|view| view.pid == Some(worker));
         let state = view.map(|view| view.state);
         // Where all keepers die, workers without one are better than workers that only come and go.
-        let is_replaced = matches!(state, Some(State::Starting | State::Ready))
+        let is_replaced = matches!(state, Some(WorkerPhase::Starting | WorkerPhase::Ready))
             && self.keepers_lost.admit(now()).is_some();
         living.keeper_is_lost.set(is_replaced);
         // Nobody can be made the twin of a process that has threads.
         log::warn!(
             "the keeper of worker {worker} has died: {}",
             match state {
-                Some(State::Ready) if is_replaced => "the worker retires, for one with a keeper",
+                Some(WorkerPhase::Ready) if is_replaced =>
+                    "the worker retires, for one with a keeper",
                 _ if is_replaced => "the worker retires once it is ready, for one with a keeper",
                 _ => "should the worker crash, its connections end with it",
             }
         );
-        if state == Some(State::Ready) {
+        if state == Some(WorkerPhase::Ready) {
             self.retire_without_keeper(worker);
         }
     }

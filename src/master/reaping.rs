@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use super::event::{Action, Event};
 use super::keepers::can_be_one;
 use super::supervise::{Master, wall_clock};
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 use crate::sys::memory;
 use crate::sys::process::{self, Exit, Pid, ReapedChild};
 
@@ -136,7 +136,7 @@ impl Master<'_> {
     /// Whether a worker's end may be a call's doing: not what it was told to do.
     fn is_suspicious(&self, ended: &ReapedChild) -> bool {
         let serves = |view: &super::view::WorkerView| {
-            view.pid == Some(ended.pid) && view.state == State::Ready
+            view.pid == Some(ended.pid) && view.state == WorkerPhase::Ready
         };
         !self.stopping && ended.exit != Exit::Code(0) && self.fleet.workers().iter().any(serves)
     }
@@ -224,10 +224,10 @@ mod tests {
         }
 
         /// The worker in a slot that does not drain, with its state.
-        fn worker(&self, slot: u16) -> (i32, State) {
+        fn worker(&self, slot: u16) -> (i32, WorkerPhase) {
             let views = self.fleet.workers().into_iter();
             let mut here =
-                views.filter(|view| view.slot == Slot(slot) && view.state != State::Draining);
+                views.filter(|view| view.slot == Slot(slot) && view.state != WorkerPhase::Draining);
             let view = here.next().unwrap();
             (view.pid.unwrap().0, view.state)
         }
@@ -264,9 +264,9 @@ mod tests {
         let mut master = FakeMaster::serving(3);
         master.free = [Pid(102), Pid(101)].into();
         master.reap(&[101, 102]);
-        assert_eq!(master.worker(0), (102, State::Starting));
-        assert_eq!(master.worker(1), (101, State::Starting));
-        assert_eq!(master.worker(2), (103, State::Ready));
+        assert_eq!(master.worker(0), (102, WorkerPhase::Starting));
+        assert_eq!(master.worker(1), (101, WorkerPhase::Starting));
+        assert_eq!(master.worker(2), (103, WorkerPhase::Ready));
         assert_eq!(master.workers, [Pid(101), Pid(102), Pid(103)].into());
     }
 
@@ -277,7 +277,7 @@ mod tests {
             master.keepers = [Pid(201)].into();
             master.free = [Pid(201)].into();
             master.reap(&round);
-            assert_eq!(master.worker(0), (201, State::Starting));
+            assert_eq!(master.worker(0), (201, WorkerPhase::Starting));
             assert_eq!(master.workers, [Pid(201)].into());
             assert!(master.keepers.is_empty());
         }
@@ -293,7 +293,7 @@ mod tests {
         // The death of 103 fails the reload, so 102 is told to drain. 101 is replaced.
         master.free = [Pid(102)].into();
         master.reap(&[101, 103, 102]);
-        assert_eq!(master.worker(0), (102, State::Starting));
+        assert_eq!(master.worker(0), (102, WorkerPhase::Starting));
         assert_eq!(master.ordered, BTreeSet::new());
     }
 }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::event::{Event, Exit, Limits, Millis};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::{Pid, Slot};
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 
 const LIFETIME: Millis = 600_000;
 
@@ -30,10 +30,10 @@ fn a_worn_worker_serves_until_its_successor_is_ready_and_its_end_is_no_death() {
         "worker 102 (slot 1) is recycled once its successor is ready: max-calls is \
                               reached with 1000 calls slot=1 pid=102 generation=1"
     ));
-    let new = world.first(State::Starting).unwrap();
+    let new = world.first(WorkerPhase::Starting).unwrap();
     assert_eq!(
         (world.view(1).pid, world.view(1).state),
-        (Some(old), State::Ready)
+        (Some(old), WorkerPhase::Ready)
     );
     assert!(
         world.drained().is_empty(),
@@ -178,10 +178,10 @@ fn a_successor_that_dies_is_throttled_and_the_old_worker_serves_on() {
     let mut world = World::serving(LIMITS);
     let old = worn(&mut world, 2);
     for _ in 0..6 {
-        let new = world.first(State::Starting).unwrap();
+        let new = world.first(WorkerPhase::Starting).unwrap();
         world.die(new, Exit::Code(3));
     }
-    assert_eq!(world.first(State::Throttled), None);
+    assert_eq!(world.first(WorkerPhase::Throttled), None);
     let throttled: Vec<_> = world
         .fleet
         .workers()
@@ -215,12 +215,12 @@ fn a_successor_that_can_not_be_forked_or_never_gets_ready_is_tried_again() {
     ));
     world.refuse_forks = false;
     world.pass(100);
-    let late = world.first(State::Starting).unwrap();
+    let late = world.first(WorkerPhase::Starting).unwrap();
     world.pass(30_000);
     assert!(world.signalled(late, Signal::SIGKILL).is_some());
     assert_eq!(world.pid(0), old);
     world.let_leave();
-    assert!(world.first(State::Starting).is_some());
+    assert!(world.first(WorkerPhase::Starting).is_some());
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn who_dies_or_retires_while_its_successor_starts_leaves_it_the_seat() {
     for retires in [true, false] {
         let mut world = World::serving(LIMITS);
         let old = worn(&mut world, 1);
-        let new = world.first(State::Starting).unwrap();
+        let new = world.first(WorkerPhase::Starting).unwrap();
         if retires {
             world.tell(Event::Retiring { pid: old });
         } else {
@@ -250,7 +250,7 @@ fn a_throttled_successor_is_forked_at_once_when_the_old_worker_is_gone() {
         ..LIMITS
     });
     let old = worn(&mut world, 1);
-    let new = world.first(State::Starting).unwrap();
+    let new = world.first(WorkerPhase::Starting).unwrap();
     world.die(new, Exit::Code(3));
     world.pass(50);
     world.tell(Event::Retiring { pid: old });
@@ -284,7 +284,7 @@ fn a_scale_down_takes_worker_and_successor() {
 fn a_reload_waits_for_nobody_and_no_recycle_begins_before_its_verdict() {
     let mut world = World::serving(LIMITS);
     worn(&mut world, 0);
-    let half_way = world.first(State::Starting).unwrap();
+    let half_way = world.first(WorkerPhase::Starting).unwrap();
     world.tell(Event::Reload { limits: LIMITS });
     worn(&mut world, 1);
     assert_eq!(world.forks(1).len(), 1, "it waits");

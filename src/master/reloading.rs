@@ -14,7 +14,7 @@ use super::workers::{Ground, Known};
 use crate::config;
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
-use crate::protocol::control::{LastReload, MOST_DRAINING_GENERATIONS, Response};
+use crate::protocol::control::{ControlResponse, LastReload, MOST_DRAINING_GENERATIONS};
 use crate::sys::notify::NotifyState;
 
 impl Master<'_> {
@@ -117,7 +117,7 @@ impl Master<'_> {
                 {
                     words += &format!("; {word}");
                 }
-                Response::said(format!("generation {generation} serves{words}"))
+                ControlResponse::said(format!("generation {generation} serves{words}"))
             }
             Err(reason) => {
                 if let Some(ground) = upcoming {
@@ -126,7 +126,7 @@ impl Master<'_> {
                 }
                 log::error!("reload refused, everything stays as it was: {reason}");
                 // What its workers logged stands in the log; who waits elsewhere has only this.
-                Response::refused(format!("reload refused: {reason}{words}"), 1)
+                ControlResponse::refused(format!("reload refused: {reason}{words}"), 1)
             }
         };
         if self.upgrade_judged(&verdict, &words) {
@@ -161,7 +161,7 @@ impl Master<'_> {
             log::warn!("reload refused: {reason}");
         }
         for client in mem::take(&mut self.next_verdict_for) {
-            let response = Response::refused(format!("reload refused: {reason}"), 1);
+            let response = ControlResponse::refused(format!("reload refused: {reason}"), 1);
             self.control.answer(client, &response, now());
         }
     }

@@ -14,7 +14,7 @@ use super::workers::{Ground, Worker};
 use crate::link::ids::Generation;
 use crate::link::message::Order;
 use crate::logging::{self, LogOutput, pluralize};
-use crate::protocol::control::{Request, Response};
+use crate::protocol::control::{ControlRequest, ControlResponse};
 use crate::sys::notify::NotifyState;
 
 impl Master<'_> {
@@ -135,9 +135,9 @@ impl Master<'_> {
         }
     }
 
-    pub(super) fn request(&mut self, client: ClientId, request: Request) {
+    pub(super) fn request(&mut self, client: ClientId, request: ControlRequest) {
         match request {
-            Request::Status => {
+            ControlRequest::Status => {
                 logging::report_lost_lines();
                 let about = About {
                     started: self.started,
@@ -149,38 +149,42 @@ impl Master<'_> {
                 };
                 let answer = status(&self.fleet, &self.workers, &about, now());
                 self.control
-                    .answer(client, &Response::status(answer), now());
+                    .answer(client, &ControlResponse::status(answer), now());
             }
-            Request::Reload if self.stopping => {
+            ControlRequest::Reload if self.stopping => {
                 let text = format!("reload refused: {}", self.end_in_words());
                 self.control
-                    .answer(client, &Response::refused(text, 1), now());
+                    .answer(client, &ControlResponse::refused(text, 1), now());
             }
-            Request::Reload => {
+            ControlRequest::Reload => {
                 self.reload_asked = true;
                 self.next_verdict_for.push(client);
             }
-            Request::Upgrade => self.ask_upgrade(Some(client)),
-            Request::Scale { count } => {
+            ControlRequest::Upgrade => self.ask_upgrade(Some(client)),
+            ControlRequest::Scale { count } => {
                 let answer = if self.stopping && self.fleet.stops_at().is_none() {
-                    Response::refused(self.end_in_words(), 1)
+                    ControlResponse::refused(self.end_in_words(), 1)
                 } else if (1..=MAX_COUNT).contains(&count) {
                     self.tell(Event::Scale { count });
                     let count = self.fleet.target_count();
-                    Response::said(pluralize(count, "worker is wanted", "workers are wanted"))
+                    ControlResponse::said(pluralize(
+                        count,
+                        "worker is wanted",
+                        "workers are wanted",
+                    ))
                 } else {
                     let most = MAX_COUNT;
-                    Response::refused(format!("{count} workers: 1 to {most} can be had"), 64)
+                    ControlResponse::refused(format!("{count} workers: 1 to {most} can be had"), 64)
                 };
                 self.control.answer(client, &answer, now());
             }
-            Request::Stop {
+            ControlRequest::Stop {
                 now: at_once,
                 after_ms,
             } => {
                 // Answered before anything else: the end of the connection is the rest.
                 self.control
-                    .answer_and_keep(client, &Response::done(), now());
+                    .answer_and_keep(client, &ControlResponse::done(), now());
                 match after_ms {
                     Some(delay) if !at_once => self.stop_after(delay),
                     _ => self.stop(if at_once { Event::StopNow } else { Event::Stop }),

@@ -10,7 +10,8 @@ use super::view::WorkerView;
 use super::workers::Workers;
 use crate::logging;
 use crate::protocol::control::{
-    self, AcceptWait, Death, LastReload, OldestCall, Quarantined, Status, Throttle, Worker,
+    self, AcceptWait, DeathStatus, LastReload, OldestCall, Quarantined, Status, ThrottleStatus,
+    WorkerStatus,
 };
 use crate::sys::process::{Pid, resident_bytes};
 
@@ -34,7 +35,7 @@ pub struct About<'a> {
 /// The whole status, at `now`.
 pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) -> Status {
     Status {
-        master: control::Master {
+        master: control::MasterStatus {
             pid: Pid::current().0,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             generation: fleet.generation().0,
@@ -57,7 +58,7 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
             .iter()
             .map(|listener| {
                 let (queue, backlog) = listener.queue();
-                control::Listener {
+                control::ListenerStatus {
                     address: listener.bound.clone(),
                     queue,
                     backlog,
@@ -84,17 +85,17 @@ fn lost_log_lines(workers: &Workers) -> u64 {
     logging::lost_lines() + of_workers
 }
 
-fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
-    let mut shown = Worker {
+fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> WorkerStatus {
+    let mut shown = WorkerStatus {
         slot: view.slot.0,
         pid: view.pid.map(|pid| pid.0),
         generation: view.generation.0,
         state: view.state,
-        throttle: view.next_fork.map(|at| Throttle {
+        throttle: view.next_fork.map(|at| ThrottleStatus {
             failures: view.young_deaths + view.refused_forks,
             retry_in_ms: at.saturating_sub(now),
         }),
-        ..Worker::default()
+        ..WorkerStatus::default()
     };
     let Some((pid, living)) = view.pid.and_then(|pid| Some((pid, workers.get(pid)?))) else {
         return shown;
@@ -124,8 +125,8 @@ fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> Worker {
     shown
 }
 
-fn death(death: &super::deaths::Death) -> Death {
-    Death {
+fn death(death: &super::deaths::Death) -> DeathStatus {
+    DeathStatus {
         slot: death.slot.0,
         pid: death.pid.0,
         exit: death.how.code(),

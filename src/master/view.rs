@@ -5,7 +5,7 @@ use super::deaths::Deaths;
 use super::event::Millis;
 use super::fleet::{Fleet, Phase};
 use crate::link::ids::{Generation, Pid, Slot};
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 use crate::throttle::HEALTHY_AFTER;
 
 /// One line of `status`: a worker, or a slot without one.
@@ -18,7 +18,7 @@ pub struct WorkerView {
     /// `None` iff throttled or dead.
     pub pid: Option<Pid>,
     /// Its state.
-    pub state: State,
+    pub state: WorkerPhase,
     /// Since when it is in that state.
     pub since: Millis,
     /// When it was forked; without a worker, as `since`.
@@ -49,7 +49,7 @@ impl Fleet {
             .chain(draining.map(|(pid, child)| view_draining(*pid, child)))
             .collect();
         views.sort_by_key(|view| {
-            let drains = view.state == State::Draining;
+            let drains = view.state == WorkerPhase::Draining;
             (view.slot, drains, std::cmp::Reverse(view.generation))
         });
         views
@@ -102,7 +102,7 @@ impl Fleet {
             slot: seat.slot,
             generation: seat.generation,
             pid: None,
-            state: State::Dead,
+            state: WorkerPhase::Dead,
             since: tenure.since,
             born: tenure.since,
             young_deaths: tenure.throttle.young_deaths(),
@@ -112,7 +112,7 @@ impl Fleet {
         match holder {
             Holder::Forking => {}
             Holder::Throttled { until } => {
-                view.state = State::Throttled;
+                view.state = WorkerPhase::Throttled;
                 view.next_fork = Some(until);
             }
             Holder::Worker(pid) => {
@@ -121,9 +121,9 @@ impl Fleet {
                 view.since = child.since;
                 view.born = child.born;
                 view.state = match child.stage {
-                    Stage::Starting => State::Starting,
-                    Stage::Ready => State::Ready,
-                    Stage::Draining { .. } => State::Draining,
+                    Stage::Starting => WorkerPhase::Starting,
+                    Stage::Ready => WorkerPhase::Ready,
+                    Stage::Draining { .. } => WorkerPhase::Draining,
                 };
                 // So much health has cleared the count, though it is only noted at its end.
                 if child.health(self.now).is_some_and(|ms| ms >= HEALTHY_AFTER) {
@@ -140,7 +140,7 @@ fn view_draining(pid: Pid, child: &Child) -> WorkerView {
         slot: child.seat.slot,
         generation: child.seat.generation,
         pid: Some(pid),
-        state: State::Draining,
+        state: WorkerPhase::Draining,
         since: child.since,
         born: child.born,
         young_deaths: 0,

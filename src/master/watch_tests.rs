@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use super::event::{Action, Event, Exit, Limits};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::Pid;
-use crate::protocol::control::State;
+use crate::protocol::control::WorkerPhase;
 
 const EVIDENCE: &str = "all 2 handler threads are stuck: hang (id 7) for 1.2 s";
 
@@ -183,7 +183,7 @@ fn the_master_does_not_wait_for_one_that_the_kernel_holds() {
     assert_eq!(world.forks(3).len(), 2);
     world.all_ready();
     assert_eq!(world.fleet.ready_count(), 4);
-    assert_eq!(world.count(State::Draining), 1);
+    assert_eq!(world.count(WorkerPhase::Draining), 1);
     world.pass(600_000);
     world.let_leave();
     assert_eq!(world.fleet.deaths().total(), 1);

@@ -67,7 +67,7 @@ pub struct Answer<'a> {
 /// [`Error::Protocol`] for what is no answer.
 pub fn read(body: &[u8], depth: usize) -> Result<Answer<'_>> {
     let text = json::text(body, depth).map_err(|error| no_answer(&error.message))?;
-    let envelope: Envelope<'_> = object(text).ok_or_else(|| no_answer("not an object"))??;
+    let envelope: CallMembers<'_> = object(text).ok_or_else(|| no_answer("not an object"))??;
     let outcome = if envelope.out == ERROR {
         let failure: Failure = object(envelope.result.get())
             .ok_or_else(|| no_answer("the result of an error is not an object"))??;
@@ -83,7 +83,7 @@ pub fn read(body: &[u8], depth: usize) -> Result<Answer<'_>> {
 }
 
 #[derive(Deserialize)]
-struct Envelope<'a> {
+struct CallMembers<'a> {
     #[serde(borrow)]
     out: Cow<'a, str>,
     #[serde(borrow)]

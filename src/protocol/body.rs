@@ -3,8 +3,8 @@
 //! An object with `jsonrpc` is a JSON-RPC 2.0 call, an array always a batch of them; what is no
 //! JSON is answered in the form that its bytes hint at. Everything else is the plain form.
 
-use super::call::{Call, Refusal, invalid, not_a_call};
-use super::envelope::{Envelope, Member};
+use super::call::{Call, InvalidCall, invalid, not_a_call};
+use super::envelope::{CallMembers, Member};
 use super::json;
 use super::jsonrpc::{self, Elements};
 use super::rpc_error::RpcError;
@@ -19,16 +19,16 @@ pub enum Form {
     /// JSON-RPC 2.0.
     JsonRpc,
     /// A notification of JSON-RPC 2.0: not answered.
-    Silent,
+    Notification,
     /// The params alone, answered with the result or the error alone: HTTP's `POST /METHOD`.
-    Bare,
+    ParamsOnly,
 }
 
 /// A body that was read.
 #[derive(Debug)]
 pub enum Body<'a> {
     /// One call, or something that is none.
-    One(Form, Result<Call<'a>, Refusal<'a>>),
+    One(Form, Result<Call<'a>, InvalidCall<'a>>),
     /// Calls that are answered together; [`jsonrpc::member`] reads each.
     Batch {
         /// The whole body.
@@ -47,7 +47,7 @@ pub fn read(body: &[u8], depth: usize, most: usize) -> Body<'_> {
         Err(error) => return unreadable(body, error),
     };
     match text.trim_start_matches([' ', '\t', '\n', '\r']).as_bytes() {
-        [b'{', ..] => match serde_json::from_str::<Envelope<'_>>(text) {
+        [b'{', ..] => match serde_json::from_str::<CallMembers<'_>>(text) {
             Ok(envelope) if envelope.get(Member::Jsonrpc).is_none() => {
                 Body::One(Form::Plain, envelope.into_call(text))
             }
@@ -69,9 +69,9 @@ pub fn read(body: &[u8], depth: usize, most: usize) -> Body<'_> {
 }
 
 /// The form in which a JSON-RPC call is answered: a notification is not, one that is none is.
-pub fn request_form(call: &Result<Call<'_>, Refusal<'_>>) -> Form {
+pub fn request_form(call: &Result<Call<'_>, InvalidCall<'_>>) -> Form {
     match call {
-        Ok(call) if call.id.is_none() => Form::Silent,
+        Ok(call) if call.id.is_none() => Form::Notification,
         _ => Form::JsonRpc,
     }
 }
@@ -118,5 +118,5 @@ fn unreadable(body: &[u8], error: RpcError) -> Body<'_> {
 }
 
 fn refused<'a>(form: Form, error: RpcError) -> Body<'a> {
-    Body::One(form, Err(Refusal { error, id: None }))
+    Body::One(form, Err(InvalidCall { error, id: None }))
 }

@@ -14,7 +14,7 @@
 //! Which form a body has is told by [`body`](super::body); here it is the plain one.
 
 use super::code::Code;
-use super::envelope::{Envelope, Member, inside_quotes};
+use super::envelope::{CallMembers, Member, inside_quotes};
 use super::json;
 use super::rpc_error::RpcError;
 use serde_json::value::RawValue;
@@ -35,7 +35,7 @@ pub struct Call<'a> {
 
 /// Why a body is no call.
 #[derive(Debug, Clone)]
-pub struct Refusal<'a> {
+pub struct InvalidCall<'a> {
     /// `parse-error` or `invalid-request`.
     pub error: RpcError,
     /// The id to echo, where one could be read.
@@ -43,13 +43,13 @@ pub struct Refusal<'a> {
 }
 
 /// Reads a body. `depth` is the deepest nesting that is taken; the call's own object is level 1.
-pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, Refusal<'_>> {
-    let without_id = |error| Refusal { error, id: None };
+pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, InvalidCall<'_>> {
+    let without_id = |error| InvalidCall { error, id: None };
     let text = json::text(body, depth).map_err(without_id)?;
     let not_json = |error| without_id(json::not_json(text, &error));
     match text.trim_start_matches([' ', '\t', '\n', '\r']).as_bytes() {
         [b'{', ..] => {
-            let envelope: Envelope<'_> = serde_json::from_str(text).map_err(not_json)?;
+            let envelope: CallMembers<'_> = serde_json::from_str(text).map_err(not_json)?;
             envelope.into_call(text)
         }
         _ => {
@@ -81,9 +81,9 @@ impl Call<'_> {
     }
 }
 
-impl<'a> Envelope<'a> {
+impl<'a> CallMembers<'a> {
     /// Judges the members. `text` is the body, to say where they stand in it.
-    pub(super) fn into_call(self, text: &'a str) -> Result<Call<'a>, Refusal<'a>> {
+    pub(super) fn into_call(self, text: &'a str) -> Result<Call<'a>, InvalidCall<'a>> {
         let id = self.id(text);
         let echoed = id.as_ref().ok().copied().flatten();
         let call = || {
@@ -95,7 +95,7 @@ impl<'a> Envelope<'a> {
                 timeout_ms: self.timeout_ms(text)?,
             })
         };
-        call().map_err(|error| Refusal { error, id: echoed })
+        call().map_err(|error| InvalidCall { error, id: echoed })
     }
 
     /// The value of `in`. Refuses what another reader could take for another call, and what is

@@ -14,7 +14,7 @@ struct Params<'a> {
 
 /// The id of the call to be cancelled, as JSON; `None` when the params name none. Ids are
 /// compared as they were written: `1` and `1.0` are two.
-pub fn wanted(params: &str) -> Option<&str> {
+pub fn target_id(params: &str) -> Option<&str> {
     // An array would do for serde as well, and is no object.
     if !params.starts_with('{') {
         return None;
@@ -29,8 +29,8 @@ mod tests {
 
     #[test]
     fn only_an_object_with_an_id_names_a_call() {
-        assert_eq!(wanted(r#"{"id": 7}"#), Some("7"));
-        assert_eq!(wanted(r#"{"id": "a", "why": null}"#), Some("\"a\""));
+        assert_eq!(target_id(r#"{"id": 7}"#), Some("7"));
+        assert_eq!(target_id(r#"{"id": "a", "why": null}"#), Some("\"a\""));
         for params in [
             "7",
             "[7]",
@@ -39,7 +39,7 @@ mod tests {
             r#"{"id": null}"#,
             r#"{"id": [7]}"#,
         ] {
-            assert_eq!(wanted(params), None, "{params}");
+            assert_eq!(target_id(params), None, "{params}");
         }
     }
 }

@@ -14,7 +14,7 @@ pub const MOST_DRAINING_GENERATIONS: usize = 4;
 /// What a command asks the master for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
-pub enum Request {
+pub enum ControlRequest {
     /// What the server is doing now. Answered at once, without asking any worker.
     Status,
     /// Reads the configuration again. Answered with the verdict, which can take as long as
@@ -41,7 +41,7 @@ pub enum Request {
 
 /// What the master answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Response {
+pub struct ControlResponse {
     /// Whether it was done.
     pub ok: bool,
     /// The answer to [`Request::Status`].
@@ -58,37 +58,37 @@ pub struct Response {
     pub code: Option<u8>,
 }
 
-impl Response {
+impl ControlResponse {
     /// It was done, and there is nothing to say.
     pub fn done() -> Self {
-        Response {
+        ControlResponse {
             ok: true,
-            ..Response::default()
+            ..ControlResponse::default()
         }
     }
 
     /// It was done, and this is worth saying.
     pub fn said(message: impl Into<String>) -> Self {
-        Response {
+        ControlResponse {
             message: Some(message.into()),
-            ..Response::done()
+            ..ControlResponse::done()
         }
     }
 
     /// The answer to [`Request::Status`].
     pub fn status(status: Status) -> Self {
-        Response {
+        ControlResponse {
             status: Some(status),
-            ..Response::done()
+            ..ControlResponse::done()
         }
     }
 
     /// It was not done: why, and the exit code for the command.
     pub fn refused(error: impl Into<String>, code: u8) -> Self {
-        Response {
+        ControlResponse {
             error: Some(error.into()),
             code: Some(code),
-            ..Response::default()
+            ..ControlResponse::default()
         }
     }
 }
@@ -107,14 +107,14 @@ pub fn to_line(message: &impl Serialize) -> io::Result<Vec<u8>> {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The master.
-    pub master: Master,
+    pub master: MasterStatus,
     /// Each worker that lives, draining ones too, and each slot without one; by slot, then
     /// generation.
-    pub workers: Vec<Worker>,
+    pub workers: Vec<WorkerStatus>,
     /// The last deaths, at most 100, the latest last.
-    pub deaths: Vec<Death>,
+    pub deaths: Vec<DeathStatus>,
     /// Each listener, in the configuration's order.
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<ListenerStatus>,
     /// Calls that are refused, for each time they ran their worker has died; until the next reload.
     #[serde(default)]
     pub quarantine: Vec<Quarantined>,
@@ -135,7 +135,7 @@ pub struct Quarantined {
 
 /// The one parent process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Master {
+pub struct MasterStatus {
     /// Its process id.
     pub pid: i32,
     /// The version of preforkd that it runs.
@@ -177,7 +177,7 @@ pub struct LastReload {
 
 /// One worker, or a slot that has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Worker {
+pub struct WorkerStatus {
     /// Its slot.
     pub slot: u16,
     /// Its process id; null while the slot has no worker.
@@ -185,7 +185,7 @@ pub struct Worker {
     /// Its generation.
     pub generation: u32,
     /// What it is.
-    pub state: State,
+    pub state: WorkerPhase,
     /// Seconds since it was forked; 0 while the slot has no worker.
     pub uptime_s: u64,
     /// Client connections that are open.
@@ -223,13 +223,13 @@ pub struct Worker {
     pub accept_wait: AcceptWait,
     /// Why the slot waits; `Some` iff the state is throttled.
     #[serde(default)]
-    pub throttle: Option<Throttle>,
+    pub throttle: Option<ThrottleStatus>,
 }
 
 /// What a worker, or its slot, is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum State {
+pub enum WorkerPhase {
     /// Forked, and not ready yet.
     Starting,
     /// It serves.
@@ -243,15 +243,15 @@ pub enum State {
     Dead,
 }
 
-impl State {
+impl WorkerPhase {
     /// The word, as in JSON.
     pub const fn name(self) -> &'static str {
         match self {
-            State::Starting => "starting",
-            State::Ready => "ready",
-            State::Draining => "draining",
-            State::Throttled => "throttled",
-            State::Dead => "dead",
+            WorkerPhase::Starting => "starting",
+            WorkerPhase::Ready => "ready",
+            WorkerPhase::Draining => "draining",
+            WorkerPhase::Throttled => "throttled",
+            WorkerPhase::Dead => "dead",
         }
     }
 }
@@ -277,7 +277,7 @@ pub struct AcceptWait {
 
 /// Why a slot waits.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Throttle {
+pub struct ThrottleStatus {
     /// Its young deaths and failed forks in a row.
     pub failures: u32,
     /// Milliseconds until the next try.
@@ -286,7 +286,7 @@ pub struct Throttle {
 
 /// A worker that died.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Death {
+pub struct DeathStatus {
     /// Its slot.
     pub slot: u16,
     /// Its process id then.
@@ -309,7 +309,7 @@ pub struct Death {
 
 /// A listening socket.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Listener {
+pub struct ListenerStatus {
     /// Its address as in the configuration, with the port that it really has.
     pub address: String,
     /// Connections that wait to be accepted (tcp(7), `TCP_INFO`); null where that can't be told.
@@ -327,22 +327,22 @@ mod tests {
     #[test]
     fn requests_are_written_as_the_contract_says() {
         for (request, written) in [
-            (Request::Status, json!({"command": "status"})),
-            (Request::Reload, json!({"command": "reload"})),
-            (Request::Upgrade, json!({"command": "upgrade"})),
+            (ControlRequest::Status, json!({"command": "status"})),
+            (ControlRequest::Reload, json!({"command": "reload"})),
+            (ControlRequest::Upgrade, json!({"command": "upgrade"})),
             (
-                Request::Scale { count: 4 },
+                ControlRequest::Scale { count: 4 },
                 json!({"command": "scale", "count": 4}),
             ),
             (
-                Request::Stop {
+                ControlRequest::Stop {
                     now: false,
                     after_ms: None,
                 },
                 json!({"command": "stop", "now": false}),
             ),
             (
-                Request::Stop {
+                ControlRequest::Stop {
                     now: false,
                     after_ms: Some(5),
                 },
@@ -350,10 +350,13 @@ mod tests {
             ),
         ] {
             assert_eq!(to_value(&request).unwrap(), written);
-            assert_eq!(serde_json::from_value::<Request>(written).unwrap(), request);
+            assert_eq!(
+                serde_json::from_value::<ControlRequest>(written).unwrap(),
+                request
+            );
         }
-        let short: Request = serde_json::from_str(r#"{"command": "stop"}"#).unwrap();
-        let plain = Request::Stop {
+        let short: ControlRequest = serde_json::from_str(r#"{"command": "stop"}"#).unwrap();
+        let plain = ControlRequest::Stop {
             now: false,
             after_ms: None,
         };
@@ -363,16 +366,19 @@ mod tests {
     #[test]
     fn responses_hold_no_member_that_says_nothing() {
         for (response, written) in [
-            (Response::done(), json!({"ok": true})),
-            (Response::said("two"), json!({"ok": true, "message": "two"})),
+            (ControlResponse::done(), json!({"ok": true})),
             (
-                Response::refused("no", 1),
+                ControlResponse::said("two"),
+                json!({"ok": true, "message": "two"}),
+            ),
+            (
+                ControlResponse::refused("no", 1),
                 json!({"ok": false, "error": "no", "code": 1}),
             ),
         ] {
             assert_eq!(to_value(&response).unwrap(), written);
             assert_eq!(
-                serde_json::from_value::<Response>(written).unwrap(),
+                serde_json::from_value::<ControlResponse>(written).unwrap(),
                 response
             );
         }
@@ -381,9 +387,9 @@ mod tests {
     #[test]
     fn a_status_has_each_member_of_the_contract_even_when_null() {
         let status = Status {
-            workers: vec![Worker::default()],
-            deaths: vec![Death::default()],
-            listeners: vec![Listener::default()],
+            workers: vec![WorkerStatus::default()],
+            deaths: vec![DeathStatus::default()],
+            listeners: vec![ListenerStatus::default()],
             ..Status::default()
         };
         let value = to_value(&status).unwrap();
@@ -410,7 +416,7 @@ mod tests {
 
     #[test]
     fn a_message_is_one_line_whatever_it_says() {
-        let line = to_line(&Response::refused("first\nsecond", 1)).unwrap();
+        let line = to_line(&ControlResponse::refused("first\nsecond", 1)).unwrap();
         let ends: Vec<_> = line.iter().filter(|byte| **byte == b'\n').collect();
         assert_eq!((ends.len(), line.last()), (1, Some(&b'\n')));
     }

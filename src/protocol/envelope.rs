@@ -66,13 +66,13 @@ impl Member {
 
 /// The members' values as JSON text.
 #[derive(Default)]
-pub(super) struct Envelope<'a> {
+pub(super) struct CallMembers<'a> {
     first: [Option<&'a str>; Member::ALL.len()],
     /// `Some` only where `first` is.
     again: [Option<&'a str>; Member::ALL.len()],
 }
 
-impl<'a> Envelope<'a> {
+impl<'a> CallMembers<'a> {
     /// A member's value; the first one, should there be more.
     #[inline]
     pub(super) fn get(&self, member: Member) -> Option<&'a str> {
@@ -99,7 +99,7 @@ pub(super) fn inside_quotes(raw: &str) -> Option<&str> {
     raw.strip_prefix('"')?.strip_suffix('"')
 }
 
-impl<'de> Deserialize<'de> for Envelope<'de> {
+impl<'de> Deserialize<'de> for CallMembers<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_map(EnvelopeVisitor)
     }
@@ -108,14 +108,14 @@ impl<'de> Deserialize<'de> for Envelope<'de> {
 struct EnvelopeVisitor;
 
 impl<'de> Visitor<'de> for EnvelopeVisitor {
-    type Value = Envelope<'de>;
+    type Value = CallMembers<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a call")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Envelope<'de>, A::Error> {
-        let mut envelope = Envelope::default();
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<CallMembers<'de>, A::Error> {
+        let mut envelope = CallMembers::default();
         // Keys are taken raw: decoded, those with a lone surrogate would be refused as no JSON.
         while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
             if let Some(member) = Member::of(key.get()) {

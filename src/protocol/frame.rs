@@ -9,7 +9,7 @@ pub const HEADER: usize = 4;
 
 /// What stands at the head of some received bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decoded<'a> {
+pub enum DecodedFrame<'a> {
     /// A whole frame.
     Whole {
         /// Its body; empty for a length of 0.
@@ -32,21 +32,21 @@ pub enum Decoded<'a> {
 /// Reads the frame at the head of `bytes`. `limit` is the largest body in bytes; a body of just
 /// that size is taken.
 #[inline]
-pub fn decode(bytes: &[u8], limit: usize) -> Decoded<'_> {
+pub fn decode(bytes: &[u8], limit: usize) -> DecodedFrame<'_> {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else {
-        return Decoded::Partial { need: HEADER };
+        return DecodedFrame::Partial { need: HEADER };
     };
     let length = u32::from_le_bytes(*header);
     let size = length as usize;
     if size > limit {
-        return Decoded::TooLarge { length };
+        return DecodedFrame::TooLarge { length };
     }
     match rest.get(..size) {
-        Some(body) => Decoded::Whole {
+        Some(body) => DecodedFrame::Whole {
             body,
             used: HEADER + size,
         },
-        None => Decoded::Partial {
+        None => DecodedFrame::Partial {
             need: HEADER + size,
         },
     }

@@ -9,19 +9,22 @@ fn a_length_over_the_limit_is_refused_from_its_four_bytes() {
     let limit = 16;
     for length in [17, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF_u32] {
         let bytes = length.to_le_bytes();
-        assert_eq!(decode(&bytes, limit), Decoded::TooLarge { length });
+        assert_eq!(decode(&bytes, limit), DecodedFrame::TooLarge { length });
     }
     assert_eq!(
         decode(&16_u32.to_le_bytes(), limit),
-        Decoded::Partial { need: 20 }
+        DecodedFrame::Partial { need: 20 }
     );
 }
 
 #[test]
 fn an_empty_body_is_a_frame() {
-    assert_eq!(decode(&[0; 4], 16), Decoded::Whole { body: &[], used: 4 });
-    assert_eq!(decode(&[], 16), Decoded::Partial { need: 4 });
-    assert_eq!(decode(&[0; 3], 16), Decoded::Partial { need: 4 });
+    assert_eq!(
+        decode(&[0; 4], 16),
+        DecodedFrame::Whole { body: &[], used: 4 }
+    );
+    assert_eq!(decode(&[], 16), DecodedFrame::Partial { need: 4 });
+    assert_eq!(decode(&[0; 3], 16), DecodedFrame::Partial { need: 4 });
 }
 
 #[test]
@@ -39,7 +42,7 @@ fn bodies(chunks: &[&[u8]]) -> Vec<Vec<u8>> {
     for chunk in chunks {
         kept.extend_from_slice(chunk);
         let mut at = 0;
-        while let Decoded::Whole { body, used } = decode(&kept[at..], LIMIT) {
+        while let DecodedFrame::Whole { body, used } = decode(&kept[at..], LIMIT) {
             bodies.push(body.to_vec());
             at += used;
         }
@@ -72,12 +75,12 @@ proptest! {
 
     #[test]
     fn what_is_needed_is_what_makes_it_whole(bytes in prop::collection::vec(0..4_u8, 0..40)) {
-        if let Decoded::Partial { need } = decode(&bytes, LIMIT) {
+        if let DecodedFrame::Partial { need } = decode(&bytes, LIMIT) {
             prop_assert!(need > bytes.len());
             let mut longer = bytes.clone();
             longer.resize(need, 0);
             if need > HEADER {
-                let whole = matches!(decode(&longer, LIMIT), Decoded::Whole { used, .. } if used == need);
+                let whole = matches!(decode(&longer, LIMIT), DecodedFrame::Whole { used, .. } if used == need);
                 prop_assert!(whole);
             }
         }

@@ -29,7 +29,7 @@ pub fn text(body: &[u8], depth: usize) -> Result<&str, RpcError> {
 
 /// Makes one line of JSON that may stand on several: a line break can only stand between tokens,
 /// where a blank does as well; in the dialect of lines it would end the answer.
-pub fn join_lines(json: &mut [u8]) {
+pub fn flatten_to_one_line(json: &mut [u8]) {
     let mut at = 0;
     while let Some(found) = memchr2(b'\n', b'\r', &json[at..]) {
         at += found;

@@ -6,9 +6,9 @@
 //! handler's own `data`. `timeout_ms` means what it means in the plain form.
 
 use super::answer;
-use super::call::{Call, Refusal, decoded, invalid, offset, wrong};
+use super::call::{Call, InvalidCall, decoded, invalid, offset, wrong};
 use super::code::Code;
-use super::envelope::{Envelope, Member};
+use super::envelope::{CallMembers, Member};
 use super::rpc_error::RpcError;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -20,9 +20,9 @@ const VERSION: &str = "\"2.0\"";
 /// The id of an answer to a call whose id could not be read, or was null.
 pub const NULL: &str = "null";
 
-impl<'a> Envelope<'a> {
+impl<'a> CallMembers<'a> {
     /// Judges the members of a call in this form. `text` is the body, to say where they stand.
-    pub(super) fn into_request(self, text: &'a str) -> Result<Call<'a>, Refusal<'a>> {
+    pub(super) fn into_request(self, text: &'a str) -> Result<Call<'a>, InvalidCall<'a>> {
         let id = self.request_id(text);
         let echoed = id.as_ref().ok().copied().flatten();
         let call = || {
@@ -52,7 +52,7 @@ impl<'a> Envelope<'a> {
                 timeout_ms: self.timeout_ms(text)?,
             })
         };
-        call().map_err(|error| Refusal { error, id: echoed })
+        call().map_err(|error| InvalidCall { error, id: echoed })
     }
 
     /// The id: a string, a number, or null; absent in a notification.
@@ -80,8 +80,8 @@ impl<'a> Envelope<'a> {
 }
 
 /// One call of a batch, `raw`, whose grammar was judged with that of the whole `text`.
-pub fn member<'a>(text: &'a str, raw: &'a str) -> Result<Call<'a>, Refusal<'a>> {
-    let refused = |error| Refusal { error, id: None };
+pub fn member<'a>(text: &'a str, raw: &'a str) -> Result<Call<'a>, InvalidCall<'a>> {
+    let refused = |error| InvalidCall { error, id: None };
     if !raw.starts_with('{') {
         let at = offset(text, raw);
         let text = format!(
@@ -90,7 +90,7 @@ pub fn member<'a>(text: &'a str, raw: &'a str) -> Result<Call<'a>, Refusal<'a>> 
         );
         return Err(refused(invalid(text)));
     }
-    let envelope: Envelope<'_> =
+    let envelope: CallMembers<'_> =
         serde_json::from_str(raw).map_err(|error| refused(super::json::not_json(raw, &error)))?;
     envelope.into_request(text)
 }

@@ -5,7 +5,7 @@ use crate::protocol::body::{self, Body, Form};
 use proptest::prelude::*;
 use serde_json::Value;
 
-fn one(text: &str) -> (Form, Result<Call<'_>, Refusal<'_>>) {
+fn one(text: &str) -> (Form, Result<Call<'_>, InvalidCall<'_>>) {
     match body::read(text.as_bytes(), 16, 3) {
         Body::One(form, call) => (form, call),
         Body::Batch { .. } => panic!("{text} was taken for a batch"),
@@ -18,7 +18,7 @@ fn the_form_is_told_by_the_member_and_of_no_json_by_its_bytes() {
         (r#"{"in":"ping"}"#, Form::Plain),
         (r#"{"jsonrpc":"2.0","method":"a","id":1}"#, Form::JsonRpc),
         (r#"{"jsonrpc":"2.0","method":"a","id":null}"#, Form::JsonRpc),
-        (r#"{"jsonrpc":"2.0","method":"a"}"#, Form::Silent),
+        (r#"{"jsonrpc":"2.0","method":"a"}"#, Form::Notification),
         (r#"{"jsonrpc":"2.0"}"#, Form::JsonRpc),
         (r#"{"json\u0072pc":null,"in":"a"}"#, Form::JsonRpc),
         (r#"{"jsonrpc""#, Form::JsonRpc),

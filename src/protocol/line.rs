@@ -8,7 +8,7 @@ use memchr::memchr;
 
 /// What stands at the head of some received bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decoded<'a> {
+pub enum DecodedLine<'a> {
     /// A whole line.
     Whole {
         /// Its text, without the newline.
@@ -29,23 +29,23 @@ pub enum Decoded<'a> {
 
 /// Reads the line at the head of `bytes`, of which the first `scanned` are known to have no
 /// newline. `limit` is the longest line in bytes, `ended` tells that nothing follows.
-pub fn decode(bytes: &[u8], scanned: usize, limit: usize, ended: bool) -> Decoded<'_> {
+pub fn decode(bytes: &[u8], scanned: usize, limit: usize, ended: bool) -> DecodedLine<'_> {
     let rest = bytes.get(scanned..).unwrap_or_default();
     let newline = memchr(b'\n', rest).map(|at| scanned + at);
     let length = newline.unwrap_or(bytes.len());
     if length > limit {
-        return Decoded::TooLarge;
+        return DecodedLine::TooLarge;
     }
     let used = match newline {
         Some(at) => at + 1,
         None if ended && length > 0 => length,
-        None => return Decoded::Partial,
+        None => return DecodedLine::Partial,
     };
     let body = &bytes[..length];
     if body.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r')) {
-        return Decoded::Blank { used };
+        return DecodedLine::Blank { used };
     }
-    Decoded::Whole { body, used }
+    DecodedLine::Whole { body, used }
 }
 
 /// Ends the line that was begun at `mark` of `out`. A handler may have written its result over
@@ -71,16 +71,16 @@ mod tests {
         for (end, ended) in [(split, false), (bytes.len(), true)] {
             loop {
                 match decode(&bytes[at..end], scanned, 20, ended) {
-                    Decoded::Whole { body, used } => {
+                    DecodedLine::Whole { body, used } => {
                         found.push(body.to_vec());
                         (at, scanned) = (at + used, 0);
                     }
-                    Decoded::Blank { used } => (at, scanned) = (at + used, 0),
-                    Decoded::Partial => {
+                    DecodedLine::Blank { used } => (at, scanned) = (at + used, 0),
+                    DecodedLine::Partial => {
                         scanned = end - at;
                         break;
                     }
-                    Decoded::TooLarge => return (found, true),
+                    DecodedLine::TooLarge => return (found, true),
                 }
             }
         }
@@ -92,17 +92,17 @@ mod tests {
         let (found, refused) = lines(b"\r\n \n{}\r\n[1]\n\n2", 4);
         assert_eq!(found, [&b"{}\r"[..], b"[1]", b"2"]);
         assert!(!refused);
-        assert_eq!(decode(b"", 0, 5, true), Decoded::Partial);
+        assert_eq!(decode(b"", 0, 5, true), DecodedLine::Partial);
     }
 
     #[test]
     fn a_line_of_just_the_limit_is_taken_and_a_longer_one_refused_before_its_end() {
         assert!(matches!(
             decode(b"12345\n", 0, 5, false),
-            Decoded::Whole { .. }
+            DecodedLine::Whole { .. }
         ));
-        assert_eq!(decode(b"123456", 0, 5, false), Decoded::TooLarge);
-        assert_eq!(decode(b"12345", 0, 5, false), Decoded::Partial);
+        assert_eq!(decode(b"123456", 0, 5, false), DecodedLine::TooLarge);
+        assert_eq!(decode(b"12345", 0, 5, false), DecodedLine::Partial);
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub fn outcome(answer: Answer<'_>, method: &str) -> (Option<Box<str>>, Result<Ve
     match answer.outcome {
         Ok(result) => {
             let mut line = result.as_bytes().to_vec();
-            json::join_lines(&mut line);
+            json::flatten_to_one_line(&mut line);
             let name = (answer.name != method).then(|| answer.name.into());
             (name, Ok(line))
         }

@@ -11,29 +11,29 @@ use super::{answer, frame, jsonrpc, line};
 
 /// What an answer is wrapped in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wrap {
+pub enum Framing {
     /// A length before it.
     Frame,
     /// A newline behind it.
     Line,
     /// A head before it.
-    Http(http::Reply),
+    Http(http::ResponseOptions),
     /// A comma between it and the one before: it is a part of a batch's answer.
     Member,
 }
 
 /// The shape of one answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub struct AnswerFormat {
     /// The form.
     pub form: Form,
     /// The dialect's part.
-    pub wrap: Wrap,
+    pub wrap: Framing,
 }
 
 /// What an answer says beside its result, where a dialect has a place for it.
 #[derive(Debug, Clone, Copy)]
-pub struct About<'a> {
+pub struct AnswerContext<'a> {
     /// It is the last one of its connection if that is `closing`, or the answer's own code is one
     /// that closes and is `ours`.
     pub last: bool,
@@ -45,7 +45,7 @@ pub struct About<'a> {
     pub origins: &'a [String],
 }
 
-impl About<'_> {
+impl AnswerContext<'_> {
     fn closes(&self, outcome: &Result<(), RpcError>) -> bool {
         let code = outcome
             .as_ref()
@@ -56,14 +56,14 @@ impl About<'_> {
     }
 }
 
-impl Shape {
+impl AnswerFormat {
     /// Appends one whole answer: named `name`, with the result that `fill` appends as JSON, or
     /// the error that it returns, which is returned again.
     #[inline]
     pub fn compose(
         self,
         out: &mut Vec<u8>,
-        about: About<'_>,
+        about: AnswerContext<'_>,
         (name, id): (&str, Option<&str>),
         fill: impl FnOnce(&mut Vec<u8>) -> Result<(), RpcError>,
     ) -> Result<(), RpcError> {
@@ -72,26 +72,26 @@ impl Shape {
         match self.form {
             Form::Plain => answer::begin(out, name),
             Form::JsonRpc => jsonrpc::begin(out),
-            Form::Bare | Form::Silent => {}
+            Form::ParamsOnly | Form::Notification => {}
         }
         let outcome = fill(out);
         match (&outcome, self.form) {
-            (_, Form::Silent) => out.truncate(start),
+            (_, Form::Notification) => out.truncate(start),
             (Ok(()), Form::Plain) => answer::end(out, id),
             (Ok(()), Form::JsonRpc) => jsonrpc::end(out, id),
-            (Ok(()), Form::Bare) => {}
+            (Ok(()), Form::ParamsOnly) => {}
             (Err(error), form) => {
                 out.truncate(start);
                 match form {
                     Form::JsonRpc => jsonrpc::error(out, error, id),
-                    Form::Bare => answer::bare_error(out, error),
-                    Form::Plain | Form::Silent => answer::error(out, error, id),
+                    Form::ParamsOnly => answer::bare_error(out, error),
+                    Form::Plain | Form::Notification => answer::error(out, error, id),
                 }
             }
         }
         let status = match (&outcome, self.form) {
-            (_, Form::Silent) => 204,
-            (Err(error), Form::Plain | Form::Bare) => response::status_of(error.code),
+            (_, Form::Notification) => 204,
+            (Err(error), Form::Plain | Form::ParamsOnly) => response::status_of(error.code),
             _ => 200,
         };
         self.wrap
@@ -101,7 +101,7 @@ impl Shape {
 
     /// Appends the answer of a whole batch, of which `members` were composed one after the other.
     /// Where none of them has an answer, the batch has none either.
-    pub fn batch(self, out: &mut Vec<u8>, about: About<'_>, members: &[u8]) {
+    pub fn batch(self, out: &mut Vec<u8>, about: AnswerContext<'_>, members: &[u8]) {
         let mark = self.wrap.begin(out);
         let mut status = 204;
         if !members.is_empty() {
@@ -115,13 +115,13 @@ impl Shape {
     }
 }
 
-impl Wrap {
+impl Framing {
     #[inline]
     fn begin(self, out: &mut Vec<u8>) -> usize {
         match self {
-            Wrap::Frame => frame::begin(out),
-            Wrap::Line | Wrap::Http(_) => out.len(),
-            Wrap::Member => {
+            Framing::Frame => frame::begin(out),
+            Framing::Line | Framing::Http(_) => out.len(),
+            Framing::Member => {
                 let mark = out.len();
                 if mark > 0 {
                     out.push(b',');
@@ -135,13 +135,13 @@ impl Wrap {
     #[inline]
     fn finish(self, out: &mut Vec<u8>, mark: usize, status: u16, close: bool, origins: &[String]) {
         match self {
-            Wrap::Http(reply) => response::finish(out, mark, reply, status, close, origins),
+            Framing::Http(reply) => response::finish(out, mark, reply, status, close, origins),
             _ if status == 204 => out.truncate(mark),
-            Wrap::Frame => {
+            Framing::Frame => {
                 frame::finish(out, mark);
             }
-            Wrap::Line => line::finish(out, mark),
-            Wrap::Member => {}
+            Framing::Line => line::finish(out, mark),
+            Framing::Member => {}
         }
     }
 }

@@ -4,7 +4,7 @@ use super::*;
 use crate::handler::builtin::{Echo, Sleep};
 use crate::handler::{Context, Handler, Placement};
 use crate::protocol::body::Form;
-use crate::protocol::reply::{Shape, Wrap};
+use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::sys::waker::Waker;
 use crate::worker::connection::Place;
 
@@ -43,9 +43,9 @@ fn registry() -> Arc<Registry> {
 }
 
 fn reply(place: Place) -> Reply {
-    let shape = Shape {
+    let shape = AnswerFormat {
         form: Form::Plain,
-        wrap: Wrap::Frame,
+        wrap: Framing::Frame,
     };
     Reply {
         place,

@@ -12,8 +12,8 @@ use slab::Slab;
 use super::ledger::Mark;
 use crate::protocol::Dialect;
 use crate::protocol::body::Form;
-use crate::protocol::http::Progress;
-use crate::protocol::reply::Shape;
+use crate::protocol::http::ParseProgress;
+use crate::protocol::reply::AnswerFormat;
 use crate::sys::event::Token;
 
 /// Bytes of answers that may wait on one connection before no further call is taken from it: what
@@ -52,7 +52,7 @@ pub struct Reply {
     /// Where.
     pub place: Place,
     /// What it looks like.
-    pub shape: Shape,
+    pub shape: AnswerFormat,
     /// Its call in the ledger.
     pub mark: Mark,
 }
@@ -97,7 +97,7 @@ pub struct Connection {
     /// Lines: how much of the tail is known to have no newline.
     pub scanned: usize,
     /// HTTP: how far an unfinished request was looked at; `None` between requests.
-    pub http: Option<Box<Progress>>,
+    pub http: Option<Box<ParseProgress>>,
     /// JSON-RPC batches that are not answered yet.
     pub batches: Slab<Batch>,
     /// Calls taken and not answered.
@@ -169,7 +169,7 @@ impl Connection {
 
     /// Whether an answer to a call of this form would reach nobody. A notification has none.
     pub fn drops_answer(&self, form: Form) -> bool {
-        self.peer_gone && form != Form::Silent
+        self.peer_gone && form != Form::Notification
     }
 
     /// Whether another call may be taken, with `unsent` bytes of answers on their way.

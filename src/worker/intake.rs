@@ -12,10 +12,10 @@ use super::service::Service;
 use crate::protocol::body::{self, Form};
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
-use crate::protocol::frame::{self, Decoded};
-use crate::protocol::http::head::{Ask, Head};
-use crate::protocol::http::{self, Refusal, Rules, response};
-use crate::protocol::reply::{Shape, Wrap};
+use crate::protocol::frame::{self, DecodedFrame};
+use crate::protocol::http::head::{Ask, RequestHead};
+use crate::protocol::http::{self, RejectedRequest, RequestLimits, response};
+use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{answer, line};
 
@@ -64,16 +64,16 @@ impl Service {
         let mut at = 0;
         while self.may_take(connection, unsent) {
             match frame::decode(&input[at..], self.limits.frame) {
-                Decoded::Whole { body, used } => {
+                DecodedFrame::Whole { body, used } => {
                     at += used;
                     self.ledger.reaches(at);
-                    self.take(connection, Wrap::Frame, body);
+                    self.take(connection, Framing::Frame, body);
                 }
-                Decoded::Partial { .. } => break,
-                Decoded::TooLarge { length } => {
+                DecodedFrame::Partial { .. } => break,
+                DecodedFrame::TooLarge { length } => {
                     let limit = self.limits.frame;
                     let text = format!("a frame of {length} bytes; limits.frame allows {limit}");
-                    return self.end(connection, Wrap::Frame, text, input);
+                    return self.end(connection, Framing::Frame, text, input);
                 }
             }
         }
@@ -86,23 +86,23 @@ impl Service {
             let rest = &input[at..];
             let limit = self.limits.frame;
             match line::decode(rest, connection.scanned, limit, connection.ended) {
-                line::Decoded::Whole { body, used } => {
+                line::DecodedLine::Whole { body, used } => {
                     connection.scanned = 0;
                     at += used;
                     self.ledger.reaches(at);
-                    self.take(connection, Wrap::Line, body);
+                    self.take(connection, Framing::Line, body);
                 }
-                line::Decoded::Blank { used } => {
+                line::DecodedLine::Blank { used } => {
                     connection.scanned = 0;
                     at += used;
                 }
-                line::Decoded::Partial => {
+                line::DecodedLine::Partial => {
                     connection.scanned = rest.len();
                     break;
                 }
-                line::Decoded::TooLarge => {
+                line::DecodedLine::TooLarge => {
                     let text = format!("a line of more than limits.frame allows, {limit} bytes");
-                    return self.end(connection, Wrap::Line, text, input);
+                    return self.end(connection, Framing::Line, text, input);
                 }
             }
         }
@@ -113,12 +113,12 @@ impl Service {
         let mut at = 0;
         let mut progress = connection.http.take().unwrap_or_default();
         while self.may_take(connection, unsent) {
-            let rules = Rules {
+            let rules = RequestLimits {
                 body: self.limits.frame,
                 origins: self.origins,
             };
             match http::decode(&input[at..], &mut progress, &rules) {
-                http::Decoded::Whole { head, body, used } => {
+                http::DecodedRequest::Whole { head, body, used } => {
                     at += used;
                     self.ledger.reaches(at);
                     if head.close {
@@ -127,7 +127,7 @@ impl Service {
                     }
                     self.request(connection, head, &body);
                 }
-                http::Decoded::Partial { waits } => {
+                http::DecodedRequest::Partial { waits } => {
                     // It may only be asked to go on once all before it is answered.
                     if waits && connection.unanswered == 0 {
                         progress.continued();
@@ -135,9 +135,9 @@ impl Service {
                     }
                     break;
                 }
-                http::Decoded::Refused(refusal) => {
+                http::DecodedRequest::Refused(refusal) => {
                     connection.phase = Phase::Closing;
-                    self.refuse_request(connection, http::Reply::default(), &refusal);
+                    self.refuse_request(connection, http::ResponseOptions::default(), &refusal);
                 }
             }
         }
@@ -150,13 +150,13 @@ impl Service {
         at
     }
 
-    fn request(&mut self, connection: &mut Connection, head: Head, body: &[u8]) {
-        let wrap = Wrap::Http(head.reply);
+    fn request(&mut self, connection: &mut Connection, head: RequestHead, body: &[u8]) {
+        let wrap = Framing::Http(head.reply);
         match head.ask {
             Ask::Call => self.take(connection, wrap, body),
             Ask::Method(method) => {
                 self.read += 1;
-                let reply = self.seat(connection, wrap, Form::Bare, None);
+                let reply = self.seat(connection, wrap, Form::ParamsOnly, None);
                 match body::params(body, self.limits.depth) {
                     Ok(params) => self.begin(connection, reply, &method, params, None, None),
                     Err(error) => self.refuse(connection, reply, None, error),
@@ -167,7 +167,7 @@ impl Service {
             }
             Ask::Health => self.respond(connection, head.reply, 200, b"{\"status\":\"ok\"}"),
             Ask::Preflight => {
-                let reply = self.seat(connection, wrap, Form::Silent, None);
+                let reply = self.seat(connection, wrap, Form::Notification, None);
                 let about = self.about(connection, reply);
                 let close = about.last && about.closing;
                 self.write(connection, reply, |out| {
@@ -178,7 +178,12 @@ impl Service {
         }
     }
 
-    fn refuse_request(&mut self, connection: &mut Connection, reply: http::Reply, why: &Refusal) {
+    fn refuse_request(
+        &mut self,
+        connection: &mut Connection,
+        reply: http::ResponseOptions,
+        why: &RejectedRequest,
+    ) {
         let mut body = Vec::new();
         answer::error(&mut body, &why.error, None);
         self.respond(connection, reply, why.status, &body);
@@ -188,11 +193,11 @@ impl Service {
     fn respond(
         &mut self,
         connection: &mut Connection,
-        http: http::Reply,
+        http: http::ResponseOptions,
         status: u16,
         body: &[u8],
     ) {
-        let reply = self.seat(connection, Wrap::Http(http), Form::Bare, None);
+        let reply = self.seat(connection, Framing::Http(http), Form::ParamsOnly, None);
         let about = self.about(connection, reply);
         let close = about.last && about.closing;
         self.write(connection, reply, |out| {
@@ -206,11 +211,17 @@ impl Service {
     fn alien(&mut self, connection: &mut Connection, input: &[u8]) -> usize {
         let text = "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
                     length and that many bytes of JSON), a line of JSON, or an HTTP request";
-        self.end(connection, Wrap::Frame, text.to_owned(), input)
+        self.end(connection, Framing::Frame, text.to_owned(), input)
     }
 
     /// Answers `too-large`; what follows can't be told apart from the rest of what was refused.
-    fn end(&mut self, connection: &mut Connection, wrap: Wrap, why: String, input: &[u8]) -> usize {
+    fn end(
+        &mut self,
+        connection: &mut Connection,
+        wrap: Framing,
+        why: String,
+        input: &[u8],
+    ) -> usize {
         self.read += 1;
         let reply = self.seat(connection, wrap, Form::Plain, None);
         let error = RpcError::of(Code::TooLarge, why, false);
@@ -248,16 +259,16 @@ impl Service {
                 connection.phase = Phase::Closing;
                 self.ledger.ends(connection);
                 self.errors += 1;
-                let refusal = Refusal { status: 503, error };
-                return self.refuse_request(connection, http::Reply::default(), &refusal);
+                let refusal = RejectedRequest { status: 503, error };
+                return self.refuse_request(connection, http::ResponseOptions::default(), &refusal);
             }
-            Some(Dialect::Line) => (Wrap::Line, Rest::Line),
+            Some(Dialect::Line) => (Framing::Line, Rest::Line),
             _ => {
                 let need = match frame::decode(&tail, self.limits.frame) {
-                    Decoded::Partial { need } => need,
+                    DecodedFrame::Partial { need } => need,
                     _ => tail.len(),
                 };
-                (Wrap::Frame, Rest::Bytes(need - tail.len()))
+                (Framing::Frame, Rest::Bytes(need - tail.len()))
             }
         };
         connection.scanned = 0;
@@ -270,15 +281,15 @@ impl Service {
     pub(super) fn seat(
         &mut self,
         connection: &mut Connection,
-        wrap: Wrap,
+        wrap: Framing,
         form: Form,
         id: Option<&str>,
     ) -> Reply {
         let free = match wrap {
-            Wrap::Http(_) => false,
-            _ => form == Form::Silent || id.is_some_and(|id| id != "null"),
+            Framing::Http(_) => false,
+            _ => form == Form::Notification || id.is_some_and(|id| id != "null"),
         };
-        let (place, shape) = (connection.take(free), Shape { form, wrap });
+        let (place, shape) = (connection.take(free), AnswerFormat { form, wrap });
         let mark = self.ledger.take(connection, shape, place, id);
         Reply { place, shape, mark }
     }

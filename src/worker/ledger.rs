@@ -15,7 +15,7 @@ use super::connection::{Connection, Phase, Place};
 use crate::link::handoff::{self, Taken};
 use crate::protocol::body::Form;
 use crate::protocol::http;
-use crate::protocol::reply::{Shape, Wrap};
+use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::shared_record;
 use crate::sys::event::IoProgress;
 use crate::sys::shared;
@@ -225,7 +225,7 @@ impl Ledger {
     pub fn take(
         &mut self,
         connection: &mut Connection,
-        shape: Shape,
+        shape: AnswerFormat,
         place: Place,
         id: Option<&str>,
     ) -> Mark {
@@ -372,18 +372,18 @@ impl Ledger {
 }
 
 /// A shape in one number.
-fn number(shape: Shape) -> u32 {
+fn number(shape: AnswerFormat) -> u32 {
     let form = match shape.form {
         Form::Plain => 0,
         Form::JsonRpc => 1,
-        Form::Silent => 2,
-        Form::Bare => 3,
+        Form::Notification => 2,
+        Form::ParamsOnly => 3,
     };
     let wrap = match shape.wrap {
-        Wrap::Frame => 0,
-        Wrap::Line => 1,
-        Wrap::Member => 2,
-        Wrap::Http(reply) => {
+        Framing::Frame => 0,
+        Framing::Line => 1,
+        Framing::Member => 2,
+        Framing::Http(reply) => {
             let origin = reply.origin.map_or(0, |origin| u32::from(origin) + 1);
             3 | u32::from(reply.old) << 2 | u32::from(reply.bodiless) << 3 | origin << 4
         }
@@ -392,19 +392,19 @@ fn number(shape: Shape) -> u32 {
 }
 
 /// The shape of a number.
-pub fn shape(number: u32) -> Shape {
+pub fn shape(number: u32) -> AnswerFormat {
     let form = match number & 3 {
         0 => Form::Plain,
         1 => Form::JsonRpc,
-        2 => Form::Silent,
-        _ => Form::Bare,
+        2 => Form::Notification,
+        _ => Form::ParamsOnly,
     };
     let rest = number >> 2;
     let wrap = match rest & 3 {
-        0 => Wrap::Frame,
-        1 => Wrap::Line,
-        2 => Wrap::Member,
-        _ => Wrap::Http(http::Reply {
+        0 => Framing::Frame,
+        1 => Framing::Line,
+        2 => Framing::Member,
+        _ => Framing::Http(http::ResponseOptions {
             old: rest & 4 != 0,
             bodiless: rest & 8 != 0,
             origin: (rest >> 4)
@@ -412,7 +412,7 @@ pub fn shape(number: u32) -> Shape {
                 .and_then(|origin| u16::try_from(origin).ok()),
         }),
     };
-    Shape { form, wrap }
+    AnswerFormat { form, wrap }
 }
 
 #[cfg(test)]

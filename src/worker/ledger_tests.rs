@@ -9,9 +9,9 @@ fn connection(book: Book) -> Connection {
     connection
 }
 
-const PLAIN: Shape = Shape {
+const PLAIN: AnswerFormat = AnswerFormat {
     form: Form::Plain,
-    wrap: Wrap::Frame,
+    wrap: Framing::Frame,
 };
 
 fn living(book: Book) -> usize {
@@ -80,23 +80,28 @@ fn what_finds_no_room_makes_its_connection_one_that_is_not_kept() {
 #[test]
 fn a_shape_survives_its_number() {
     let reply = |old, bodiless, origin| {
-        Wrap::Http(http::Reply {
+        Framing::Http(http::ResponseOptions {
             old,
             bodiless,
             origin,
         })
     };
     let wraps = [
-        Wrap::Frame,
-        Wrap::Line,
-        Wrap::Member,
+        Framing::Frame,
+        Framing::Line,
+        Framing::Member,
         reply(false, false, None),
         reply(true, false, Some(0)),
         reply(false, true, Some(u16::MAX)),
     ];
     for wrap in wraps {
-        for form in [Form::Plain, Form::JsonRpc, Form::Silent, Form::Bare] {
-            let one = Shape { form, wrap };
+        for form in [
+            Form::Plain,
+            Form::JsonRpc,
+            Form::Notification,
+            Form::ParamsOnly,
+        ] {
+            let one = AnswerFormat { form, wrap };
             assert_eq!(shape(number(one)), one);
         }
     }

@@ -23,7 +23,7 @@ use crate::link::scoreboard::Record;
 use crate::protocol::body::{self, Body, Form};
 use crate::protocol::call::Call;
 use crate::protocol::code::Code;
-use crate::protocol::reply::{About, Shape, Wrap};
+use crate::protocol::reply::{AnswerContext, AnswerFormat, Framing};
 use crate::protocol::rpc_error::{RpcError, excerpt};
 use crate::protocol::{cancel, jsonrpc};
 use crate::sys::signal;
@@ -84,7 +84,7 @@ impl Service {
     }
 
     /// Takes one body, which came wrapped in `wrap`.
-    pub(super) fn take(&mut self, connection: &mut Connection, wrap: Wrap, body: &[u8]) {
+    pub(super) fn take(&mut self, connection: &mut Connection, wrap: Framing, body: &[u8]) {
         match body::read(body, self.limits.depth, self.limits.batch) {
             Body::One(form, Ok(call)) => {
                 let reply = self.seat(connection, wrap, form, call.id);
@@ -103,7 +103,7 @@ impl Service {
     fn take_batch(
         &mut self,
         connection: &mut Connection,
-        wrap: Wrap,
+        wrap: Framing,
         text: &str,
         members: &[&str],
     ) {
@@ -114,9 +114,9 @@ impl Service {
         let place = connection.begin_batch(whole, members.len());
         for member in members {
             let call = jsonrpc::member(text, member);
-            let shape = Shape {
+            let shape = AnswerFormat {
                 form: body::request_form(&call),
-                wrap: Wrap::Member,
+                wrap: Framing::Member,
             };
             let reply = Reply {
                 place,
@@ -291,7 +291,7 @@ impl Service {
         id: Option<&str>,
         params: &str,
     ) {
-        let Some(wanted) = cancel::wanted(params) else {
+        let Some(wanted) = cancel::target_id(params) else {
             let error = RpcError::invalid_params("rpc.cancel takes {\"id\": ID}");
             return self.refuse(connection, reply, id, error);
         };
@@ -364,11 +364,11 @@ impl Service {
     ) {
         // A code of a handler's own does not end its caller's connection.
         let ours = name.is_empty() || self.stopping;
-        let about = About {
+        let about = AnswerContext {
             ours,
             ..self.about(connection, reply)
         };
-        let is_member = reply.shape.wrap == Wrap::Member;
+        let is_member = reply.shape.wrap == Framing::Member;
         let limit = self.limits.frame;
         let mut outcome = Ok(());
         self.write(connection, reply, |out| {
@@ -395,13 +395,17 @@ impl Service {
 
     /// What the answer at a place says about the connection. A client that is told that its
     /// connection ends (HTTP alone has the words) is told in the last answer.
-    pub(super) fn about(&self, connection: &mut Connection, reply: Reply) -> About<'static> {
-        let is_http = matches!(reply.shape.wrap, Wrap::Http(_));
+    pub(super) fn about(
+        &self,
+        connection: &mut Connection,
+        reply: Reply,
+    ) -> AnswerContext<'static> {
+        let is_http = matches!(reply.shape.wrap, Framing::Http(_));
         let last = is_http && connection.is_last(reply.place);
         if last && self.stopping {
             connection.phase = Phase::Closing;
         }
-        About {
+        AnswerContext {
             last,
             closing: connection.phase != Phase::Open,
             ours: false,

@@ -159,14 +159,14 @@ fn key(index: usize, entry: &Entry) -> CallKey {
 mod tests {
     use super::*;
     use crate::protocol::body::Form;
-    use crate::protocol::reply::{Shape, Wrap};
+    use crate::protocol::reply::{AnswerFormat, Framing};
     use crate::worker::connection::Place;
     use proptest::prelude::*;
 
     fn call(token: Token) -> Call {
-        let shape = Shape {
+        let shape = AnswerFormat {
             form: Form::Plain,
-            wrap: Wrap::Frame,
+            wrap: Framing::Frame,
         };
         Call {
             token,

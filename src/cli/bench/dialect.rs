@@ -14,7 +14,7 @@ use serde::de::IgnoredAny;
 use super::http::{self, Response};
 use crate::error::{Error, Result};
 use crate::protocol::Code;
-use crate::protocol::frame::{self, Decoded};
+use crate::protocol::frame::{self, DecodedFrame};
 
 /// The largest body that an answer may declare, in bytes.
 const BODY_MAX: usize = 0x08FF_FFFF;
@@ -114,9 +114,9 @@ impl Calls {
     pub(super) fn read(&self, bytes: &[u8]) -> Answer {
         match self.dialect {
             Dialect::Frame => match frame::decode(bytes, BODY_MAX) {
-                Decoded::Whole { body, used } => judge(body, used),
-                Decoded::Partial { .. } => Answer::Partial,
-                Decoded::TooLarge { .. } => Answer::Alien,
+                DecodedFrame::Whole { body, used } => judge(body, used),
+                DecodedFrame::Partial { .. } => Answer::Partial,
+                DecodedFrame::TooLarge { .. } => Answer::Alien,
             },
             Dialect::Line => match memchr(b'\n', bytes) {
                 Some(end) => judge(&bytes[..end], end + 1),

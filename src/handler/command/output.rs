@@ -38,7 +38,7 @@ pub fn append(
                 serde_json::from_str(text).map_err(|error| json::not_json(text, &error).message)?;
             let start = result.len();
             result.extend_from_slice(value.get().as_bytes());
-            json::join_lines(&mut result[start..]);
+            json::flatten_to_one_line(&mut result[start..]);
             Ok(())
         }
     }

@@ -16,7 +16,7 @@ use super::wire::Wire;
 use crate::handler::job::{Done, Job};
 use crate::handler::registry::Registry;
 use crate::protocol::code::Code;
-use crate::protocol::frame::Decoded;
+use crate::protocol::frame::DecodedFrame;
 use crate::protocol::program::{self, Sent};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;
@@ -239,22 +239,22 @@ impl Seat {
     pub fn take_answers(&mut self, line: &mut Line) -> Result<(), String> {
         loop {
             let (used, answer) = match self.wire.frame(line.limit) {
-                Decoded::Partial { .. } if !self.wire.has_received() => return Ok(()),
+                DecodedFrame::Partial { .. } if !self.wire.has_received() => return Ok(()),
                 // It may be the word of being ready, which comes late where nobody waits for it.
-                Decoded::Partial { .. } if self.may_become_ready() => return Ok(()),
-                Decoded::Partial { .. } if self.running.is_some() => {
+                DecodedFrame::Partial { .. } if self.may_become_ready() => return Ok(()),
+                DecodedFrame::Partial { .. } if self.running.is_some() => {
                     // Its answer is on the way.
                     self.begin_next(line);
                     return Ok(());
                 }
-                Decoded::Partial { .. } => return Err("it spoke unasked".into()),
-                Decoded::TooLarge { length } => {
+                DecodedFrame::Partial { .. } => return Err("it spoke unasked".into()),
+                DecodedFrame::TooLarge { length } => {
                     let limit = line.limit;
                     return Err(format!(
                         "a frame of {length} bytes; limits.frame allows {limit}"
                     ));
                 }
-                Decoded::Whole { body, used } => match program::read(body, line.depth) {
+                DecodedFrame::Whole { body, used } => match program::read(body, line.depth) {
                     Ok(Sent::Ready) if !self.has_spoken => (used, None),
                     _ if self.answers_too_early() => {
                         return Err("it answered before it had read the call".into());

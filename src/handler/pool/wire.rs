@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
-use crate::protocol::frame::{Decoded, decode};
+use crate::protocol::frame::{DecodedFrame, decode};
 use crate::protocol::program;
 use crate::sys::closer;
 use crate::sys::rights::GuardedSocket;
@@ -114,7 +114,7 @@ impl Wire {
     }
 
     /// The frame at the head of what it has sent.
-    pub fn frame(&self, limit: usize) -> Decoded<'_> {
+    pub fn frame(&self, limit: usize) -> DecodedFrame<'_> {
         decode(&self.received, limit)
     }
 

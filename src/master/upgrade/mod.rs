@@ -39,7 +39,7 @@ use super::control::ClientId;
 use super::event::Millis;
 use super::supervise::{Master, now, wall_clock};
 use crate::link::ids::Generation;
-use crate::protocol::control::{LastReload, Response};
+use crate::protocol::control::{ControlResponse, LastReload};
 use crate::sys::process::{Exit, Pid};
 
 pub use origin::Origin;
@@ -146,7 +146,7 @@ impl Master<'_> {
                 self.upgrade.waiting.extend(client);
             }
             (Some(reason), Some(client)) => {
-                let response = Response::refused(format!("upgrade refused: {reason}"), 1);
+                let response = ControlResponse::refused(format!("upgrade refused: {reason}"), 1);
                 self.control.answer(client, &response, now());
             }
             (Some(reason), None) => log::warn!("upgrade refused: {reason}"),
@@ -262,8 +262,8 @@ impl Master<'_> {
 
     fn upgrade_ended(&mut self, verdict: Result<String, String>) {
         let response = match &verdict {
-            Ok(text) => Response::said(text.clone()),
-            Err(reason) => Response::refused(format!("upgrade refused: {reason}"), 1),
+            Ok(text) => ControlResponse::said(text.clone()),
+            Err(reason) => ControlResponse::refused(format!("upgrade refused: {reason}"), 1),
         };
         self.upgrade.last = Some(LastReload {
             ok: verdict.is_ok(),

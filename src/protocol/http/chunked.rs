@@ -3,7 +3,7 @@
 //! A size is hexadecimal digits and nothing else; extensions and trailers are checked and passed
 //! over. What frames the message may not stand in a trailer.
 
-use super::{HEAD_MAX, Refusal};
+use super::{HEAD_MAX, RejectedRequest};
 use memchr::memchr;
 
 /// The longest line of a chunk's size with its extensions.
@@ -29,7 +29,7 @@ pub fn walk(
     total: &mut usize,
     limit: usize,
     mut each: impl FnMut(&[u8]),
-) -> Result<Walked, Refusal> {
+) -> Result<Walked, RejectedRequest> {
     loop {
         let rest = bytes.get(*at..).unwrap_or_default();
         let Some((line, begin)) = line(rest, SIZE_LINE_MAX, "a chunk's size")? else {
@@ -46,12 +46,12 @@ pub fn walk(
         }
         if size > (limit - *total) as u64 {
             let text = format!("a body of more than limits.frame allows, {limit} bytes");
-            return Err(Refusal::new(413, text));
+            return Err(RejectedRequest::new(413, text));
         }
         // Small chunks cost more than they hold, and all of it is kept until the body is whole.
         if *at > 2 * limit + HEAD_MAX {
             let text = "a body in chunks so small that they take thrice its room";
-            return Err(Refusal::new(413, text));
+            return Err(RejectedRequest::new(413, text));
         }
         let end = begin + size as usize;
         match rest.get(end..) {
@@ -65,8 +65,8 @@ pub fn walk(
     }
 }
 
-fn malformed(what: &str) -> Refusal {
-    Refusal::new(400, format!("malformed chunks: {what}"))
+fn malformed(what: &str) -> RejectedRequest {
+    RejectedRequest::new(400, format!("malformed chunks: {what}"))
 }
 
 /// The line at the head of `bytes` and where the next begins; `None` while it is unfinished.
@@ -74,7 +74,7 @@ fn line<'a>(
     bytes: &'a [u8],
     most: usize,
     what: &str,
-) -> Result<Option<(&'a [u8], usize)>, Refusal> {
+) -> Result<Option<(&'a [u8], usize)>, RejectedRequest> {
     let seen = &bytes[..bytes.len().min(most + 2)];
     let Some(newline) = memchr(b'\n', seen) else {
         if seen.len() == most + 2 {
@@ -97,7 +97,7 @@ fn line<'a>(
     }
 }
 
-fn size(line: &[u8]) -> Result<u64, Refusal> {
+fn size(line: &[u8]) -> Result<u64, RejectedRequest> {
     let digits = line
         .iter()
         .take_while(|byte| byte.is_ascii_hexdigit())
@@ -112,11 +112,12 @@ fn size(line: &[u8]) -> Result<u64, Refusal> {
     if text.is_empty() {
         return Ok(0);
     }
-    u64::from_str_radix(text, 16).map_err(|_| Refusal::new(413, "a chunk of more than 2^64 bytes"))
+    u64::from_str_radix(text, 16)
+        .map_err(|_| RejectedRequest::new(413, "a chunk of more than 2^64 bytes"))
 }
 
 /// Bytes of the trailers and the empty line behind them; `None` while that has not come.
-fn trailers(bytes: &[u8]) -> Result<Option<usize>, Refusal> {
+fn trailers(bytes: &[u8]) -> Result<Option<usize>, RejectedRequest> {
     let mut at = 0;
     loop {
         let room = HEAD_MAX - at;

@@ -1,6 +1,6 @@
 //! What a request's head says: which call, how long a body, and whether it is one at all.
 
-use super::{Refusal, Reply, Rules};
+use super::{RejectedRequest, RequestLimits, ResponseOptions};
 use httparse::{EMPTY_HEADER, Error, Header, Status};
 
 /// The most header lines.
@@ -31,12 +31,12 @@ pub enum Ask {
     /// What a page of a listed origin may do (a browser asks before it calls).
     Preflight,
     /// Nothing that is served; the connection may go on.
-    Refused(Refusal),
+    Refused(RejectedRequest),
 }
 
 /// A head that was understood.
 #[derive(Debug, Clone)]
-pub struct Head {
+pub struct RequestHead {
     /// Its bytes, the empty line included.
     pub length: usize,
     /// What is asked.
@@ -44,7 +44,7 @@ pub struct Head {
     /// The body.
     pub body: Length,
     /// How to respond.
-    pub reply: Reply,
+    pub reply: ResponseOptions,
     /// The client waits to be asked for the body (`Expect: 100-continue`).
     pub expects: bool,
     /// No further request is to be taken from the connection.
@@ -70,14 +70,18 @@ struct Fields<'a> {
 
 /// Judges a head whose lines are known to end as they should; `length` is what it takes of the
 /// connection's bytes.
-pub(super) fn read(bytes: &[u8], length: usize, rules: &Rules<'_>) -> Result<Head, Refusal> {
+pub(super) fn read(
+    bytes: &[u8],
+    length: usize,
+    rules: &RequestLimits<'_>,
+) -> Result<RequestHead, RejectedRequest> {
     let mut headers = [EMPTY_HEADER; HEADERS_MAX];
     let mut request = httparse::Request::new(&mut headers);
     match request.parse(bytes) {
         Ok(Status::Complete(_)) => {}
         Err(Error::TooManyHeaders) => {
             let text = format!("more than {HEADERS_MAX} headers");
-            return Err(Refusal::new(431, text));
+            return Err(RejectedRequest::new(431, text));
         }
         Err(Error::Version) => return Err(malformed("this is no version of HTTP/1")),
         Err(error) => return Err(malformed(&error.to_string())),
@@ -94,14 +98,14 @@ pub(super) fn read(bytes: &[u8], length: usize, rules: &Rules<'_>) -> Result<Hea
         return Err(malformed("a request of HTTP/1.1 has one Host"));
     }
     let body = body(&fields, old)?;
-    let mut head = Head {
+    let mut head = RequestHead {
         length,
         ask: Ask::Health,
         body,
-        reply: Reply {
+        reply: ResponseOptions {
             old,
             bodiless: method == "HEAD",
-            ..Reply::default()
+            ..ResponseOptions::default()
         },
         expects: false,
         close: if old { !fields.keep } else { fields.close },
@@ -120,11 +124,11 @@ pub(super) fn read(bytes: &[u8], length: usize, rules: &Rules<'_>) -> Result<Hea
     Ok(head)
 }
 
-fn malformed(what: &str) -> Refusal {
-    Refusal::new(400, format!("malformed HTTP: {what}"))
+fn malformed(what: &str) -> RejectedRequest {
+    RejectedRequest::new(400, format!("malformed HTTP: {what}"))
 }
 
-fn fields<'a>(headers: &[Header<'a>]) -> Result<Fields<'a>, Refusal> {
+fn fields<'a>(headers: &[Header<'a>]) -> Result<Fields<'a>, RejectedRequest> {
     let mut fields = Fields::default();
     for Header { name, value } in headers {
         let is = |known: &str| name.eq_ignore_ascii_case(known);
@@ -164,7 +168,7 @@ fn list(value: &[u8]) -> impl Iterator<Item = &[u8]> {
 }
 
 /// The path of a target, without query and fragment.
-fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, Refusal> {
+fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, RejectedRequest> {
     if !target.is_ascii() {
         return Err(malformed("a target that is not ASCII"));
     }
@@ -189,7 +193,7 @@ fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, Refusal> {
 }
 
 /// How long the body is: told once and in one way, or it is nobody's request.
-fn body(fields: &Fields<'_>, old: bool) -> Result<Length, Refusal> {
+fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedRequest> {
     if let [.., last] = fields.codings[..] {
         let chunked = |coding: &&[u8]| coding.eq_ignore_ascii_case(b"chunked");
         let times = fields
@@ -206,7 +210,10 @@ fn body(fields: &Fields<'_>, old: bool) -> Result<Length, Refusal> {
         // What is left of RFC 2616: a coding that does nothing.
         let known = |coding: &&[u8]| chunked(coding) || coding.eq_ignore_ascii_case(b"identity");
         if !fields.codings.iter().all(known) {
-            return Err(Refusal::new(501, "no transfer coding is known but chunked"));
+            return Err(RejectedRequest::new(
+                501,
+                "no transfer coding is known but chunked",
+            ));
         }
         return Ok(Length::Chunked);
     }
@@ -226,13 +233,13 @@ fn ask(
     method: &str,
     path: &str,
     fields: &Fields<'_>,
-    rules: &Rules<'_>,
-    head: &mut Head,
-) -> Result<Ask, Refusal> {
+    rules: &RequestLimits<'_>,
+    head: &mut RequestHead,
+) -> Result<Ask, RejectedRequest> {
     if let Some(origin) = fields.origin {
         let listed = rules.origins.iter().position(|o| o.as_bytes() == origin);
         let Some(listed) = listed.filter(|_| fields.origins == 1) else {
-            return Err(Refusal::new(
+            return Err(RejectedRequest::new(
                 403,
                 "a web page may not call this server: http-origins does not list its origin",
             ));
@@ -246,12 +253,12 @@ fn ask(
         "OPTIONS" if head.reply.origin.is_some() && no_body => return Ok(Ask::Preflight),
         _ => {
             let text = "calls are made with POST; GET and HEAD answer at /healthz alone";
-            return Err(Refusal::new(405, text));
+            return Err(RejectedRequest::new(405, text));
         }
     }
     match fields.expect {
         Some(expect) if !expect.eq_ignore_ascii_case(b"100-continue") => {
-            return Err(Refusal::new(
+            return Err(RejectedRequest::new(
                 417,
                 "nothing can be expected but 100-continue",
             ));
@@ -261,17 +268,17 @@ fn ask(
     }
     if fields.encoded {
         let text = "a body is JSON as it stands: no Content-Encoding is known";
-        return Err(Refusal::new(415, text));
+        return Err(RejectedRequest::new(415, text));
     }
     match head.body {
         Length::None => {
             let text = "a POST has a Content-Length, or comes in chunks";
-            return Err(Refusal::new(411, text));
+            return Err(RejectedRequest::new(411, text));
         }
         Length::Known(length) if length > rules.body => {
             let limit = rules.body;
             let text = format!("a body of {length} bytes; limits.frame allows {limit}");
-            return Err(Refusal::new(413, text));
+            return Err(RejectedRequest::new(413, text));
         }
         _ => {}
     }
@@ -282,7 +289,7 @@ fn ask(
 }
 
 /// A method's name out of a path, with its percent signs taken for what they stand for.
-fn method_name(path: &str) -> Result<String, Refusal> {
+fn method_name(path: &str) -> Result<String, RejectedRequest> {
     let wrong = || malformed("a path whose percent signs are not UTF-8");
     let mut bytes = Vec::with_capacity(path.len());
     let mut rest = path.bytes();

@@ -17,11 +17,11 @@ pub mod response;
 use super::code::Code;
 use super::rpc_error::RpcError;
 use chunked::Walked;
-use head::{Head, Length};
+use head::{Length, RequestHead};
 use memchr::{memchr, memchr_iter};
 use std::borrow::Cow;
 
-pub use response::Reply;
+pub use response::ResponseOptions;
 
 /// The most bytes of a head, request line included, and of a trailer section.
 pub const HEAD_MAX: usize = 16 * 1024;
@@ -31,7 +31,7 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// What a server allows.
 #[derive(Debug, Clone, Copy)]
-pub struct Rules<'r> {
+pub struct RequestLimits<'r> {
     /// The most bytes of a body.
     pub body: usize,
     /// The origins whose pages may call.
@@ -40,21 +40,21 @@ pub struct Rules<'r> {
 
 /// A request that is not served.
 #[derive(Debug, Clone)]
-pub struct Refusal {
+pub struct RejectedRequest {
     /// The status of the response.
     pub status: u16,
     /// What the response says.
     pub error: RpcError,
 }
 
-impl Refusal {
+impl RejectedRequest {
     /// Two statuses speak of size, the others of a request that is none.
     pub(super) fn new(status: u16, message: impl Into<String>) -> Self {
         let code = match status {
             413 | 431 => Code::TooLarge,
             _ => Code::InvalidRequest,
         };
-        Refusal {
+        RejectedRequest {
             status,
             error: RpcError::of(code, message, false),
         }
@@ -63,11 +63,11 @@ impl Refusal {
 
 /// What stands at the head of some received bytes.
 #[derive(Debug)]
-pub enum Decoded<'a> {
+pub enum DecodedRequest<'a> {
     /// A whole request.
     Whole {
         /// What its head said.
-        head: Head,
+        head: RequestHead,
         /// Its body: borrowed, unless it came in chunks.
         body: Cow<'a, [u8]>,
         /// How many bytes it took.
@@ -79,19 +79,19 @@ pub enum Decoded<'a> {
         waits: bool,
     },
     /// To be answered and closed: what follows can't be told from the rest of this request.
-    Refused(Refusal),
+    Refused(RejectedRequest),
 }
 
 /// How far an unfinished request was looked at.
 #[derive(Debug, Default)]
-pub struct Progress {
+pub struct ParseProgress {
     /// No newline ends the head before this byte.
     scanned: usize,
     /// Where the line at `scanned` began.
     line: usize,
     /// Bytes of an empty line before the request.
     blank: usize,
-    head: Option<Head>,
+    head: Option<RequestHead>,
     /// Where the first chunk that is not whole begins, counted from the body's first byte, and
     /// how much those before it held.
     chunk: (usize, usize),
@@ -99,11 +99,11 @@ pub struct Progress {
     continued: bool,
 }
 
-impl Progress {
+impl ParseProgress {
     /// Whether the client, which has sent so many bytes of its request, waits for [`CONTINUE`] before it sends
     /// the body.
     pub fn waits(&self, sent: usize) -> bool {
-        let is_asked = |head: &Head| head.expects && sent == head.length;
+        let is_asked = |head: &RequestHead| head.expects && sent == head.length;
         !self.continued && self.head.as_ref().is_some_and(is_asked)
     }
 
@@ -114,23 +114,27 @@ impl Progress {
 }
 
 /// Reads the request at the head of `bytes`, which are those of the last time and more.
-pub fn decode<'a>(bytes: &'a [u8], progress: &mut Progress, rules: &Rules<'_>) -> Decoded<'a> {
+pub fn decode<'a>(
+    bytes: &'a [u8],
+    progress: &mut ParseProgress,
+    rules: &RequestLimits<'_>,
+) -> DecodedRequest<'a> {
     match whole(bytes, progress, rules) {
-        Ok(Some((head, body, used))) => Decoded::Whole { head, body, used },
-        Ok(None) => Decoded::Partial {
+        Ok(Some((head, body, used))) => DecodedRequest::Whole { head, body, used },
+        Ok(None) => DecodedRequest::Partial {
             waits: progress.waits(bytes.len()),
         },
-        Err(refusal) => Decoded::Refused(refusal),
+        Err(refusal) => DecodedRequest::Refused(refusal),
     }
 }
 
-type Request<'a> = (Head, Cow<'a, [u8]>, usize);
+type Request<'a> = (RequestHead, Cow<'a, [u8]>, usize);
 
 fn whole<'a>(
     bytes: &'a [u8],
-    progress: &mut Progress,
-    rules: &Rules<'_>,
-) -> Result<Option<Request<'a>>, Refusal> {
+    progress: &mut ParseProgress,
+    rules: &RequestLimits<'_>,
+) -> Result<Option<Request<'a>>, RejectedRequest> {
     let head = match progress.head.take() {
         Some(head) => head,
         None => match head_end(bytes, progress)? {
@@ -160,15 +164,18 @@ fn whole<'a>(
         }
     };
     let used = head.length + used;
-    *progress = Progress::default();
+    *progress = ParseProgress::default();
     Ok(Some((head, body, used)))
 }
 
 /// The body out of chunks that are known to be whole.
-fn gathered(rest: &[u8], total: usize, limit: usize) -> Result<Vec<u8>, Refusal> {
+fn gathered(rest: &[u8], total: usize, limit: usize) -> Result<Vec<u8>, RejectedRequest> {
     let mut body = Vec::new();
     if body.try_reserve_exact(total).is_err() {
-        return Err(Refusal::new(413, "there is no memory for this body now"));
+        return Err(RejectedRequest::new(
+            413,
+            "there is no memory for this body now",
+        ));
     }
     let (mut at, mut again) = (0, 0);
     chunked::walk(rest, &mut at, &mut again, limit, |part| {
@@ -179,13 +186,13 @@ fn gathered(rest: &[u8], total: usize, limit: usize) -> Result<Vec<u8>, Refusal>
 
 /// Where the head ends, once its last line is there. Every line ends with CR LF, and no CR
 /// stands elsewhere: what other servers are lenient about is what requests are smuggled with.
-fn head_end(bytes: &[u8], progress: &mut Progress) -> Result<Option<usize>, Refusal> {
+fn head_end(bytes: &[u8], progress: &mut ParseProgress) -> Result<Option<usize>, RejectedRequest> {
     let seen = &bytes[..bytes.len().min(HEAD_MAX)];
     while let Some(found) = memchr(b'\n', seen.get(progress.scanned..).unwrap_or_default()) {
         let newline = progress.scanned + found;
         let line = &seen[progress.line..newline];
         let Some((b'\r', line)) = line.split_last() else {
-            return Err(Refusal::new(
+            return Err(RejectedRequest::new(
                 400,
                 format!("a line that ends without a carriage return, at byte {newline}"),
             ));
@@ -193,7 +200,7 @@ fn head_end(bytes: &[u8], progress: &mut Progress) -> Result<Option<usize>, Refu
         if let Some(at) = memchr_iter(b'\r', line).next() {
             let at = progress.line + at;
             let text = format!("a carriage return within a line, at byte {at}");
-            return Err(Refusal::new(400, text));
+            return Err(RejectedRequest::new(400, text));
         }
         let first = progress.line == progress.blank;
         (progress.scanned, progress.line) = (newline + 1, newline + 1);
@@ -205,14 +212,17 @@ fn head_end(bytes: &[u8], progress: &mut Progress) -> Result<Option<usize>, Refu
         }
         // One empty line before a request is passed over (RFC 9112, section 2.2).
         if progress.blank > 0 {
-            return Err(Refusal::new(400, "empty lines where a request should be"));
+            return Err(RejectedRequest::new(
+                400,
+                "empty lines where a request should be",
+            ));
         }
         progress.blank = newline + 1;
     }
     progress.scanned = progress.scanned.max(seen.len());
     if bytes.len() >= HEAD_MAX {
         let text = format!("a head of more than {HEAD_MAX} bytes");
-        return Err(Refusal::new(431, text));
+        return Err(RejectedRequest::new(431, text));
     }
     Ok(None)
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 
 /// How a request is to be responded to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Reply {
+pub struct ResponseOptions {
     /// It spoke HTTP/1.0, where a connection ends unless both sides say otherwise.
     pub old: bool,
     /// It asked for the head alone.
@@ -32,7 +32,7 @@ pub fn status_of(code: i64) -> u16 {
 pub fn finish(
     out: &mut Vec<u8>,
     mark: usize,
-    reply: Reply,
+    reply: ResponseOptions,
     status: u16,
     close: bool,
     origins: &[String],
@@ -72,7 +72,7 @@ pub fn finish(
 }
 
 /// Appends the response to a preflight request: what a page of a listed origin may do.
-pub fn preflight(out: &mut Vec<u8>, reply: Reply, close: bool, origins: &[String]) {
+pub fn preflight(out: &mut Vec<u8>, reply: ResponseOptions, close: bool, origins: &[String]) {
     let mark = out.len();
     finish(out, mark, reply, 204, close, origins);
     out.truncate(out.len() - 2);

@@ -4,7 +4,7 @@ use super::head::Ask;
 use super::*;
 use proptest::prelude::*;
 
-const RULES: Rules<'static> = Rules {
+const RULES: RequestLimits<'static> = RequestLimits {
     body: 40,
     origins: &[],
 };
@@ -14,11 +14,11 @@ type Session = (Vec<(String, Vec<u8>)>, Option<u16>, usize);
 /// What some bytes are when they come in two pieces: each request's ask and body, and the status
 /// of the refusal that ended it.
 fn read(bytes: &[u8], split: usize) -> Session {
-    let (mut found, mut at, mut progress) = (Vec::new(), 0, Progress::default());
+    let (mut found, mut at, mut progress) = (Vec::new(), 0, ParseProgress::default());
     for end in [split, bytes.len()] {
         loop {
             match decode(&bytes[at..end], &mut progress, &RULES) {
-                Decoded::Whole { head, body, used } => {
+                DecodedRequest::Whole { head, body, used } => {
                     assert!(used > 0 && at + used <= end);
                     let ask = match head.ask {
                         Ask::Refused(refusal) => refusal.status.to_string(),
@@ -27,8 +27,8 @@ fn read(bytes: &[u8], split: usize) -> Session {
                     found.push((ask, body.into_owned()));
                     at += used;
                 }
-                Decoded::Partial { .. } => break,
-                Decoded::Refused(refusal) => return (found, Some(refusal.status), at),
+                DecodedRequest::Partial { .. } => break,
+                DecodedRequest::Refused(refusal) => return (found, Some(refusal.status), at),
             }
         }
     }
@@ -79,14 +79,14 @@ fn bodies_are_limited_before_they_come() {
 fn a_response_tells_its_length_and_whether_it_is_the_last() {
     let mut out = b"before".to_vec();
     out.extend_from_slice(b"{}");
-    response::finish(&mut out, 6, Reply::default(), 503, true, &[]);
+    response::finish(&mut out, 6, ResponseOptions::default(), 503, true, &[]);
     assert_eq!(
         String::from_utf8(out).unwrap(),
         "beforeHTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n\
          Content-Length: 2\r\nRetry-After: 1\r\nConnection: close\r\n\r\n{}"
     );
     let mut out = b"{}".to_vec();
-    let bodiless = Reply {
+    let bodiless = ResponseOptions {
         bodiless: true,
         old: true,
         origin: None,

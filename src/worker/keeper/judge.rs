@@ -10,14 +10,14 @@ use std::ops::Range;
 use super::super::ledger::note;
 use crate::link::handoff::{self, State};
 use crate::protocol::code::Code;
-use crate::protocol::reply::{About, Shape};
+use crate::protocol::reply::{AnswerContext, AnswerFormat};
 use crate::protocol::rpc_error::RpcError;
 
 /// A call without an answer.
 #[derive(Debug, Clone)]
 pub struct Unanswered {
     /// The shape of its answer.
-    pub shape: Shape,
+    pub shape: AnswerFormat,
     /// Its place among those in order; `None`: anywhere.
     pub order: Option<u64>,
     /// Its id, as JSON.
@@ -119,7 +119,7 @@ pub fn judge(
         false => held.unsent.clone(),
     };
     for (index, call) in left.iter().enumerate() {
-        let about = About {
+        let about = AnswerContext {
             last: index + 1 == left.len(),
             closing,
             ours: true,

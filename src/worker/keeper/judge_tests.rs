@@ -3,13 +3,13 @@
 use super::*;
 use crate::protocol::Dialect;
 use crate::protocol::body::Form;
-use crate::protocol::reply::Wrap;
+use crate::protocol::reply::Framing;
 
 fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> Unanswered {
     Unanswered {
-        shape: Shape {
+        shape: AnswerFormat {
             form: Form::Plain,
-            wrap: Wrap::Line,
+            wrap: Framing::Line,
         },
         order,
         id: id.map(str::to_owned),
@@ -174,7 +174,7 @@ fn one_that_was_to_close_says_so_in_its_last_answer() {
     let mut one = held(vec![call(Some(0), None, true), call(Some(1), None, true)]);
     one.note |= note::CLOSING;
     for call in &mut one.calls {
-        call.shape.wrap = Wrap::Http(Default::default());
+        call.shape.wrap = Framing::Http(Default::default());
     }
     let fate = judge_one(&one, None, None);
     assert!(matches!(fate, Fate::PassOn { state, .. } if state.closing));

@@ -9,7 +9,7 @@ use crate::handler::pool::desk::Word;
 use crate::handler::pool::process::{NotStarted, Process};
 use crate::handler::program::guard_hint;
 use crate::logging::pluralize;
-use crate::protocol::frame::Decoded;
+use crate::protocol::frame::DecodedFrame;
 use crate::protocol::program::{self, Sent};
 use crate::throttle::Millis;
 
@@ -143,12 +143,12 @@ impl Keeper {
         // The word of being ready is all that it may say; without a handshake it may come unasked.
         while fresh.wire.has_received() {
             let used = match fresh.wire.frame(limit) {
-                Decoded::Whole { body, used } if !fresh.has_spoken => {
+                DecodedFrame::Whole { body, used } if !fresh.has_spoken => {
                     matches!(program::read(body, depth), Ok(Sent::Ready)).then_some(used)
                 }
                 // Nobody reads on until it serves: what is not whole is looked at then.
-                Decoded::Partial { .. } => break,
-                Decoded::Whole { .. } | Decoded::TooLarge { .. } => None,
+                DecodedFrame::Partial { .. } => break,
+                DecodedFrame::Whole { .. } | DecodedFrame::TooLarge { .. } => None,
             };
             let Some(used) = used else {
                 let text = if must_say && !fresh.is_ready {
