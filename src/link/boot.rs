@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::channel::WorkerEnd;
 use super::handoff::AdoptionQueue;
 use super::ids::{Generation, Pid, Slot};
-use super::quarantine::{Evidence, Quarantine};
-use super::scoreboard::Record;
+use super::quarantine::{CrashReport, Quarantine};
+use super::scoreboard::WorkerRecord;
 use super::stuck::StuckCalls;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
@@ -16,7 +16,7 @@ use crate::sys::signal::SignalPipe;
 use crate::sys::title::{self, TitleArea};
 
 /// What a worker gets from the master.
-pub struct Boot<'a> {
+pub struct WorkerInit<'a> {
     /// Its slot.
     pub slot: Slot,
     /// Its generation.
@@ -32,13 +32,13 @@ pub struct Boot<'a> {
     /// The way to the master.
     pub link: WorkerEnd,
     /// Where its warnings and errors are told until it is ready, if somebody waits for that.
-    pub witness: Option<OwnedFd>,
+    pub startup_log_tx: Option<OwnedFd>,
     /// Where it shows what it does.
-    pub record: &'static Record,
+    pub record: &'static WorkerRecord,
     /// Calls that it is not to run.
     pub quarantine: Quarantine,
     /// What is known of its end, once it has died.
-    pub evidence: &'static Evidence,
+    pub crash_report: &'static CrashReport,
     /// Where it writes which calls are stuck.
     pub stuck: &'static StuckCalls,
     /// Its copy of the master's signal pipe, to be left.
@@ -53,7 +53,7 @@ pub struct Boot<'a> {
     pub master: Pid,
 }
 
-impl Boot<'_> {
+impl WorkerInit<'_> {
     /// Lets `ps` say what this process is, in both of its forms.
     pub fn show(&self, role: &str) {
         if let Some(area) = self.title {
@@ -64,4 +64,4 @@ impl Boot<'_> {
 }
 
 /// What a forked child becomes: the worker's own code, which the master does not know.
-pub type Become = fn(Boot<'_>) -> !;
+pub type WorkerMain = fn(WorkerInit<'_>) -> !;

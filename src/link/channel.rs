@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
-use super::message::{Body, Message, Order, PACKET, Report};
+use super::message::{Message, MessageBody, Order, PACKET, Report};
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::{process, socket};
 
@@ -89,7 +89,7 @@ impl MasterEnd {
     }
 }
 
-impl<S: Body, R> Channel<S, R> {
+impl<S: MessageBody, R> Channel<S, R> {
     /// Sends a message, with a descriptor if it needs one.
     ///
     /// # Errors
@@ -163,7 +163,7 @@ mod tests {
         let order = Message {
             pid: Pid(7),
             generation: Generation(1),
-            body: Order::Log,
+            body: Order::ReopenLog,
         };
         master.send(order, Some(reader.as_fd())).unwrap();
         assert!(matches!(worker.receive(), Received::Message(_, Some(_))));
@@ -177,13 +177,13 @@ mod tests {
         let (master, worker) = socket::packet_pair().unwrap();
         let master = MasterEnd::of(master);
         let (reader, _writer) = pipe().unwrap();
-        let packet = report(Report::Wedged(3)).encode();
+        let packet = report(Report::AllThreadsStuck(3)).encode();
         socket::send_packet(&worker, &[&packet], &[reader.as_fd()]).unwrap();
         for _ in 0..2 {
             let Received::WithDescriptors(message) = master.receive() else {
                 panic!("no report with descriptors");
             };
-            assert_eq!(message, report(Report::Wedged(3)));
+            assert_eq!(message, report(Report::AllThreadsStuck(3)));
         }
     }
 }

@@ -37,14 +37,14 @@ pub const LONGEST: usize = HEADER + MOST_INLINE;
 #[derive(Debug, Clone)]
 pub struct AdoptionQueue {
     /// Where connections are given.
-    pub giving: Rc<OwnedFd>,
+    pub tx: Rc<OwnedFd>,
     /// Where they are taken.
-    pub taking: Rc<OwnedFd>,
+    pub rx: Rc<OwnedFd>,
 }
 
 /// What crosses with a connection, besides its unread bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct State {
+pub struct HandoffState {
     /// What it speaks, once that is known.
     pub dialect: Option<Dialect>,
     /// For how many milliseconds nothing has come from it, at most [`MOST_IDLE_MS`]: its idle time
@@ -56,9 +56,9 @@ pub struct State {
 
 /// A connection that was taken, all but its socket.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Taken<'a> {
+pub struct AdoptedConnection<'a> {
     /// Its state.
-    pub state: State,
+    pub state: HandoffState,
     /// Answers that it has not been sent: they go first.
     pub unsent: Cow<'a, [u8]>,
     /// What it had sent that nobody has consumed.
@@ -73,8 +73,8 @@ impl AdoptionQueue {
     pub fn new() -> io::Result<Self> {
         let (giving, taking) = socket::packet_pair()?;
         Ok(AdoptionQueue {
-            giving: Rc::new(giving),
-            taking: Rc::new(taking),
+            tx: Rc::new(giving),
+            rx: Rc::new(taking),
         })
     }
 
@@ -83,16 +83,16 @@ impl AdoptionQueue {
     ///
     /// # Errors
     /// EAGAIN and ETOOMANYREFS: not now.
-    pub fn give(
+    pub fn send(
         &self,
         client: BorrowedFd<'_>,
-        state: State,
+        state: HandoffState,
         unsent: &[u8],
         unread: &[u8],
     ) -> io::Result<()> {
         let mut header = [0; HEADER];
         header[..4].copy_from_slice(&MAGIC);
-        header[4] = number(state.dialect);
+        header[4] = dialect_code(state.dialect);
         let idle_ms = state.idle_ms.min(MOST_IDLE_MS);
         header[5..8].copy_from_slice(&idle_ms.to_le_bytes()[..3]);
         header[8..].copy_from_slice(&(unread.len() as u64).to_le_bytes());
@@ -104,10 +104,10 @@ impl AdoptionQueue {
             header[12..].copy_from_slice(&length(unsent)?.to_le_bytes());
         }
         if unsent.len() + unread.len() <= MOST_INLINE {
-            return socket::send_packet(&self.giving, &[&header, unsent, unread], &[client]);
+            return socket::send_packet(&self.tx, &[&header, unsent, unread], &[client]);
         }
         let rest = socket::memory_file(&[unsent, unread].concat())?;
-        socket::send_packet(&self.giving, &[&header], &[client, rest.as_fd()])
+        socket::send_packet(&self.tx, &[&header], &[client, rest.as_fd()])
     }
 }
 
@@ -116,8 +116,8 @@ impl AdoptionQueue {
     ///
     /// # Errors
     /// As of `give`.
-    pub fn forward(&self, client: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
-        socket::send_packet(&self.giving, &[packet], &[client])
+    pub fn resend(&self, client: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
+        socket::send_packet(&self.tx, &[packet], &[client])
     }
 }
 
@@ -156,7 +156,7 @@ pub fn is_full(error: &io::Error) -> bool {
 }
 
 /// A dialect's number in a packet; 0 while it is not known.
-pub fn number(dialect: Option<Dialect>) -> u8 {
+pub fn dialect_code(dialect: Option<Dialect>) -> u8 {
     match dialect {
         None => 0,
         Some(Dialect::Frame) => 1,
@@ -178,7 +178,7 @@ pub fn dialect(number: u8) -> Option<Dialect> {
 }
 
 /// What a packet says; `None` when it is none of this format.
-pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
+pub fn decode_packet(packet: &[u8], rest: Option<OwnedFd>) -> Option<AdoptedConnection<'_>> {
     let (header, inline) = packet.split_at_checked(HEADER)?;
     let (unread, unsent) = lengths(header)?;
     let (unsent, unread) = match rest {
@@ -195,8 +195,8 @@ pub fn read(packet: &[u8], rest: Option<OwnedFd>) -> Option<Taken<'_>> {
         }
         None => return None,
     };
-    Some(Taken {
-        state: State {
+    Some(AdoptedConnection {
+        state: HandoffState {
             dialect: dialect(header[4] & !CLOSING),
             idle_ms: u32::from_le_bytes([header[5], header[6], header[7], 0]),
             closing: header[4] & CLOSING != 0,
@@ -216,21 +216,21 @@ mod tests {
     fn cross(closing: bool, unsent: &[u8], unread: &[u8]) {
         let queue = AdoptionQueue::new().unwrap();
         let (mut client, server) = UnixStream::pair().unwrap();
-        let state = State {
+        let state = HandoffState {
             dialect: Some(Dialect::Http),
             idle_ms: 3_600_123,
             closing,
         };
-        queue.give(server.as_fd(), state, unsent, unread).unwrap();
+        queue.send(server.as_fd(), state, unsent, unread).unwrap();
         drop(server);
         let mut packet = vec![0; LONGEST];
-        let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
+        let (length, descriptors) = socket::receive_packet(&queue.rx, &mut packet).unwrap();
         let inline = unsent.len() + unread.len() <= MOST_INLINE;
         assert_eq!(packet_in(&packet), inline.then_some(&packet[..length]));
         assert_eq!(packet_in(&packet[..length - 1]), None);
         let mut descriptors = descriptors.into_iter();
         let mut server = UnixStream::from(descriptors.next().unwrap());
-        let taken = read(&packet[..length], descriptors.next()).unwrap();
+        let taken = decode_packet(&packet[..length], descriptors.next()).unwrap();
         assert_eq!(taken.state, state);
         assert!(taken.unsent == unsent && taken.unread == unread);
         server.write_all(b"still here").unwrap();
@@ -261,7 +261,7 @@ mod tests {
     fn a_full_queue_is_told_and_loses_nothing() {
         let queue = AdoptionQueue::new().unwrap();
         let (_client, server) = UnixStream::pair().unwrap();
-        let give = || queue.give(server.as_fd(), State::default(), b"", b"x");
+        let give = || queue.send(server.as_fd(), HandoffState::default(), b"", b"x");
         let mut given = 0;
         while give().is_ok() {
             given += 1;
@@ -269,9 +269,9 @@ mod tests {
         assert!(given > 0);
         let mut packet = vec![0; LONGEST];
         for _ in 0..given {
-            let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
+            let (length, descriptors) = socket::receive_packet(&queue.rx, &mut packet).unwrap();
             assert_eq!(descriptors.len(), 1);
-            assert!(read(&packet[..length], None).is_some());
+            assert!(decode_packet(&packet[..length], None).is_some());
         }
         assert!(give().is_ok());
     }
@@ -288,41 +288,52 @@ mod tests {
             OwnedFd::from(file)
         };
         let (packet, much) = (header(70_000, 0), header(u32::MAX, u32::MAX));
-        assert!(read(&packet, Some(file(70_000))).is_some());
+        assert!(decode_packet(&packet, Some(file(70_000))).is_some());
         // what takes no memory of the sender would take the receiver's
-        assert_eq!(read(&packet, Some(file(1 << 40))), None);
-        assert_eq!(read(&much, Some(file(2 * u64::from(u32::MAX)))), None);
-        assert_eq!(read(&packet, Some(file(69_999))), None);
+        assert_eq!(decode_packet(&packet, Some(file(1 << 40))), None);
+        assert_eq!(
+            decode_packet(&much, Some(file(2 * u64::from(u32::MAX)))),
+            None
+        );
+        assert_eq!(decode_packet(&packet, Some(file(69_999))), None);
         let (reader, _writer) = io::pipe().unwrap();
-        assert_eq!(read(&packet, Some(reader.into())), None, "would block");
+        assert_eq!(
+            decode_packet(&packet, Some(reader.into())),
+            None,
+            "would block"
+        );
     }
 
     #[test]
     fn what_is_no_packet_is_not_taken_for_one() {
-        assert_eq!(read(b"", None), None);
-        assert_eq!(read(&[0; HEADER], None), None);
+        assert_eq!(decode_packet(b"", None), None);
+        assert_eq!(decode_packet(&[0; HEADER], None), None);
         let mut short = [0; HEADER + 1];
         short[..4].copy_from_slice(&MAGIC);
-        assert_eq!(read(&short, None), None, "a length that does not match");
+        assert_eq!(
+            decode_packet(&short, None),
+            None,
+            "a length that does not match"
+        );
     }
 
     /// Workers of two versions exchange these bytes.
     #[test]
     fn a_packet_has_the_bytes_that_other_versions_know() {
-        let check = |state: State, unsent: &[u8], unread: &[u8], bytes: &[u8]| {
+        let check = |state: HandoffState, unsent: &[u8], unread: &[u8], bytes: &[u8]| {
             let queue = AdoptionQueue::new().unwrap();
             let (_client, server) = UnixStream::pair().unwrap();
-            queue.give(server.as_fd(), state, unsent, unread).unwrap();
+            queue.send(server.as_fd(), state, unsent, unread).unwrap();
             let mut packet = vec![0; LONGEST];
-            let (length, descriptors) = socket::receive_packet(&queue.taking, &mut packet).unwrap();
+            let (length, descriptors) = socket::receive_packet(&queue.rx, &mut packet).unwrap();
             assert_eq!((&packet[..length], descriptors.len()), (bytes, 1));
-            let taken = read(bytes, None).unwrap();
+            let taken = decode_packet(bytes, None).unwrap();
             assert_eq!(
                 (taken.state, &*taken.unsent, &*taken.unread),
                 (state, unsent, unread)
             );
         };
-        let state = |dialect, closing| State {
+        let state = |dialect, closing| HandoffState {
             dialect,
             idle_ms: 0x0003_0201,
             closing,

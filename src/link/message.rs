@@ -15,7 +15,7 @@ const MAGIC: u32 = u32::from_le_bytes(*b"pfd\x01");
 
 /// How many of its connections a worker is to give to its siblings, and to take from them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shares {
+pub struct RebalanceOrder {
     /// So many away, as far as they rest.
     pub give: u32,
     /// So many, and no more for a moment.
@@ -30,11 +30,11 @@ pub enum Order {
     /// The server stops: answer what was read, refuse what comes, close, leave by then.
     Stop(Duration),
     /// Log to the file whose descriptor comes along.
-    Log,
+    ReopenLog,
     /// Spread the connections that last over the workers.
-    Spread(Shares),
+    Rebalance(RebalanceOrder),
     /// A stop will come: serve on, and tell who asks for your health that you are not ready.
-    LameDuck,
+    StopPending,
 }
 
 /// What a worker tells the master.
@@ -45,10 +45,10 @@ pub enum Report {
     /// It was told to retire (TERM) and drains: it wants to be replaced.
     Retiring,
     /// It has read so many calls, as many as it may: it wants a successor, and serves until then.
-    Worn(u64),
+    MaxCallsReached(u64),
     /// All its handler threads, so many, run past their deadlines: it wants a successor. What they
     /// run stands in shared memory ([`super::stuck`]).
-    Wedged(u64),
+    AllThreadsStuck(u64),
 }
 
 /// A packet: who it is from or for, and what it says.
@@ -63,22 +63,24 @@ pub struct Message<T> {
 }
 
 /// A body that fits a packet: a number that says which, and a value.
-pub trait Body: Sized {
+pub trait MessageBody: Sized {
     /// Which it is, and its value.
     fn encode(self) -> (u32, u64);
     /// The same back, if it is one.
     fn decode(kind: u32, value: u64) -> Option<Self>;
 }
 
-impl Body for Order {
+impl MessageBody for Order {
     fn encode(self) -> (u32, u64) {
         let millis = |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         match self {
             Order::Drain(limit) => (1, millis(limit)),
             Order::Stop(limit) => (2, millis(limit)),
-            Order::Log => (3, 0),
-            Order::LameDuck => (5, 0),
-            Order::Spread(Shares { give, take }) => (4, u64::from(give) << 32 | u64::from(take)),
+            Order::ReopenLog => (3, 0),
+            Order::StopPending => (5, 0),
+            Order::Rebalance(RebalanceOrder { give, take }) => {
+                (4, u64::from(give) << 32 | u64::from(take))
+            }
         }
     }
 
@@ -86,24 +88,24 @@ impl Body for Order {
         match kind {
             1 => Some(Order::Drain(Duration::from_millis(value))),
             2 => Some(Order::Stop(Duration::from_millis(value))),
-            3 => Some(Order::Log),
-            4 => Some(Order::Spread(Shares {
+            3 => Some(Order::ReopenLog),
+            4 => Some(Order::Rebalance(RebalanceOrder {
                 give: (value >> 32) as u32,
                 take: value as u32,
             })),
-            5 => Some(Order::LameDuck),
+            5 => Some(Order::StopPending),
             _ => None,
         }
     }
 }
 
-impl Body for Report {
+impl MessageBody for Report {
     fn encode(self) -> (u32, u64) {
         match self {
             Report::Ready => (101, 0),
             Report::Retiring => (102, 0),
-            Report::Worn(calls) => (103, calls),
-            Report::Wedged(threads) => (104, threads),
+            Report::MaxCallsReached(calls) => (103, calls),
+            Report::AllThreadsStuck(threads) => (104, threads),
         }
     }
 
@@ -111,14 +113,14 @@ impl Body for Report {
         match kind {
             101 => Some(Report::Ready),
             102 => Some(Report::Retiring),
-            103 => Some(Report::Worn(value)),
-            104 => Some(Report::Wedged(value)),
+            103 => Some(Report::MaxCallsReached(value)),
+            104 => Some(Report::AllThreadsStuck(value)),
             _ => None,
         }
     }
 }
 
-impl<T: Body> Message<T> {
+impl<T: MessageBody> Message<T> {
     /// The packet.
     pub fn encode(self) -> [u8; PACKET] {
         let (kind, value) = self.body.encode();
@@ -167,9 +169,9 @@ mod tests {
         for order in [
             Order::Drain(Duration::from_millis(30_000)),
             Order::Stop(Duration::from_millis(u64::MAX)),
-            Order::Log,
-            Order::LameDuck,
-            Order::Spread(Shares {
+            Order::ReopenLog,
+            Order::StopPending,
+            Order::Rebalance(RebalanceOrder {
                 give: u32::MAX,
                 take: 7,
             }),
@@ -182,8 +184,8 @@ mod tests {
         for report in [
             Report::Ready,
             Report::Retiring,
-            Report::Worn(u64::MAX),
-            Report::Wedged(8),
+            Report::MaxCallsReached(u64::MAX),
+            Report::AllThreadsStuck(8),
         ] {
             let packet = Message {
                 pid: Pid(1),
@@ -201,7 +203,11 @@ mod tests {
     /// Master and workers of two versions exchange these bytes.
     #[test]
     fn every_message_has_the_bytes_that_other_versions_know() {
-        fn check<T: Body + Copy + PartialEq + std::fmt::Debug>(body: T, kind: u8, value: [u8; 8]) {
+        fn check<T: MessageBody + Copy + PartialEq + std::fmt::Debug>(
+            body: T,
+            kind: u8,
+            value: [u8; 8],
+        ) {
             let mut bytes = [0; 32];
             bytes[..4].copy_from_slice(b"pfd\x01");
             bytes[4] = kind;
@@ -216,16 +222,16 @@ mod tests {
             assert_eq!(message.encode(), bytes);
             assert_eq!(Message::decode(&bytes), Some(message));
         }
-        let shares = Shares { give: 1, take: 2 };
+        let shares = RebalanceOrder { give: 1, take: 2 };
         let limit = Duration::from_millis(30_000);
         check(Order::Drain(limit), 1, *b"\x30\x75\0\0\0\0\0\0");
         check(Order::Stop(limit), 2, *b"\x30\x75\0\0\0\0\0\0");
-        check(Order::Log, 3, [0; 8]);
-        check(Order::Spread(shares), 4, *b"\x02\0\0\0\x01\0\0\0");
-        check(Order::LameDuck, 5, [0; 8]);
+        check(Order::ReopenLog, 3, [0; 8]);
+        check(Order::Rebalance(shares), 4, *b"\x02\0\0\0\x01\0\0\0");
+        check(Order::StopPending, 5, [0; 8]);
         check(Report::Ready, 101, [0; 8]);
         check(Report::Retiring, 102, [0; 8]);
-        check(Report::Worn(258), 103, *b"\x02\x01\0\0\0\0\0\0");
-        check(Report::Wedged(8), 104, *b"\x08\0\0\0\0\0\0\0");
+        check(Report::MaxCallsReached(258), 103, *b"\x02\x01\0\0\0\0\0\0");
+        check(Report::AllThreadsStuck(8), 104, *b"\x08\0\0\0\0\0\0\0");
     }
 }

@@ -19,19 +19,19 @@ use crate::sys::shared;
 /// Calls that can be in quarantine, and under suspicion, at once.
 pub const PLACES: usize = 64;
 /// Running calls that are told of one worker's death.
-pub const TOLD: usize = 16;
+pub const MAX_REPORTED_CALLS: usize = 16;
 /// Of longer params only so many bytes at each end are looked at, and their length: a hash of
 /// megabytes would keep the event loop from everything else.
-const ENDS: usize = 4096;
+const SAMPLED_BYTES: usize = 4096;
 
 shared_record! {
     /// Who is refused, and who is watched.
     #[derive(Debug)]
-    pub struct Board {
+    pub struct QuarantineTable {
         /// How many are in quarantine.
-        pub held: AtomicU32,
+        pub quarantined_count: AtomicU32,
         /// How many are under suspicion.
-        pub watched: AtomicU32,
+        pub suspect_count: AtomicU32,
         /// The keys in quarantine; 0: a free place.
         pub keys: [AtomicU64; PLACES],
         /// How often each was refused.
@@ -44,13 +44,13 @@ shared_record! {
 shared_record! {
     /// What is known of the end of one worker.
     #[derive(Debug)]
-    pub struct Evidence {
+    pub struct CrashReport {
         /// The keys of the calls that ran; 0 ends them.
-        pub keys: [AtomicU64; TOLD],
+        pub keys: [AtomicU64; MAX_REPORTED_CALLS],
         /// The numbers of their methods.
-        pub methods: [AtomicU32; TOLD],
+        pub methods: [AtomicU32; MAX_REPORTED_CALLS],
         /// The key of the call whose thread has failed, where `fault` says that one has.
-        pub culprit: AtomicU64,
+        pub faulting_call: AtomicU64,
         /// What the worker knows of its end: a number of `sys::signal`.
         pub fault: AtomicU32,
         /// Keeps the size a multiple of eight.
@@ -61,8 +61,8 @@ shared_record! {
 /// The shared memory, and what keys are made with.
 #[derive(Debug, Clone)]
 pub struct Quarantine {
-    board: &'static Board,
-    evidence: &'static [Evidence],
+    board: &'static QuarantineTable,
+    evidence: &'static [CrashReport],
     stuck: &'static [StuckCalls],
     hasher: RandomState,
 }
@@ -86,7 +86,7 @@ impl Quarantine {
     ///
     /// # Panics
     /// When `index` is not below `RECORDS`.
-    pub fn evidence(&self, index: usize) -> &'static Evidence {
+    pub fn evidence(&self, index: usize) -> &'static CrashReport {
         &self.evidence[index]
     }
 
@@ -99,7 +99,7 @@ impl Quarantine {
     }
 
     /// Who is refused, and who is watched.
-    pub fn board(&self) -> &'static Board {
+    pub fn board(&self) -> &'static QuarantineTable {
         self.board
     }
 
@@ -108,11 +108,11 @@ impl Quarantine {
         let mut hasher = self.hasher.build_hasher();
         method.hash(&mut hasher);
         let bytes = params.as_bytes();
-        if bytes.len() <= 2 * ENDS {
+        if bytes.len() <= 2 * SAMPLED_BYTES {
             hasher.write(bytes);
         } else {
-            hasher.write(&bytes[..ENDS]);
-            hasher.write(&bytes[bytes.len() - ENDS..]);
+            hasher.write(&bytes[..SAMPLED_BYTES]);
+            hasher.write(&bytes[bytes.len() - SAMPLED_BYTES..]);
             hasher.write_usize(bytes.len());
         }
         hasher.finish() | 1
@@ -120,8 +120,8 @@ impl Quarantine {
 
     /// Whether a call is to be refused, which is counted.
     #[inline]
-    pub fn refuses(&self, key: u64) -> bool {
-        self.board.held.load(Relaxed) > 0 && self.is_held(key)
+    pub fn is_quarantined(&self, key: u64) -> bool {
+        self.board.quarantined_count.load(Relaxed) > 0 && self.is_held(key)
     }
 
     #[cold]
@@ -135,8 +135,8 @@ impl Quarantine {
 
     /// A call has run to its end.
     #[inline]
-    pub fn acquits(&self, key: u64) {
-        if self.board.watched.load(Relaxed) > 0
+    pub fn clear_suspicion(&self, key: u64) {
+        if self.board.suspect_count.load(Relaxed) > 0
             && let Some(place) = place_of(&self.board.suspects, key)
         {
             self.board.suspects[place].store(0, Relaxed);
@@ -149,16 +149,16 @@ pub fn place_of(keys: &[AtomicU64; PLACES], key: u64) -> Option<usize> {
     keys.iter().position(|it| it.load(Relaxed) == key)
 }
 
-impl Evidence {
+impl CrashReport {
     /// Makes it empty, for the next worker.
     pub fn clear(&self) {
         self.keys[0].store(0, Relaxed);
-        self.culprit.store(0, Relaxed);
+        self.faulting_call.store(0, Relaxed);
         self.fault.store(0, Relaxed);
     }
 
     /// The calls that ran, by key and method.
-    pub fn ran(&self) -> Vec<(u64, usize)> {
+    pub fn running_calls(&self) -> Vec<(u64, usize)> {
         let keys = self.keys.iter().map(|key| key.load(Relaxed));
         let methods = self
             .methods
@@ -170,7 +170,7 @@ impl Evidence {
     /// Says which ran; more than there are places for are not told.
     pub fn tell(&self, calls: impl Iterator<Item = (u64, u32)>) {
         let mut told = 0;
-        for (key, method) in calls.take(TOLD) {
+        for (key, method) in calls.take(MAX_REPORTED_CALLS) {
             self.methods[told].store(method, Relaxed);
             self.keys[told].store(key, Relaxed);
             told += 1;
@@ -201,12 +201,12 @@ mod tests {
     #[test]
     fn evidence_is_told_and_forgotten() {
         let evidence = Quarantine::new().unwrap().evidence(7);
-        assert!(evidence.ran().is_empty());
+        assert!(evidence.running_calls().is_empty());
         evidence.tell((1..100).map(|key| (key, key as u32 + 1)));
-        assert_eq!(evidence.ran().len(), TOLD);
+        assert_eq!(evidence.running_calls().len(), MAX_REPORTED_CALLS);
         evidence.tell([(9, 2)].into_iter());
-        assert_eq!(evidence.ran(), [(9, 2)]);
+        assert_eq!(evidence.running_calls(), [(9, 2)]);
         evidence.clear();
-        assert!(evidence.ran().is_empty());
+        assert!(evidence.running_calls().is_empty());
     }
 }

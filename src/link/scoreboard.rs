@@ -19,13 +19,16 @@ const LENGTH: NonZeroUsize = NonZeroUsize::new(RECORDS).expect("there are some")
 /// Bytes from one record to the next. Fixed, so that workers of one version and a master of the
 /// next mean the same by it: a field may be added at the end, none moved or taken away.
 pub const STRIDE: usize = 256;
-const _: () = assert!(size_of::<Record>() == STRIDE, "a record outgrew its place");
+const _: () = assert!(
+    size_of::<WorkerRecord>() == STRIDE,
+    "a record outgrew its place"
+);
 
 shared_record! {
     /// What one worker shows. All zero: nothing yet.
     #[derive(Debug)]
     #[repr(align(256))]
-    pub struct Record {
+    pub struct WorkerRecord {
         /// Milliseconds (CLOCK_MONOTONIC) at which its event loop last turned; ticks when idle too.
         pub heartbeat_ms: AtomicU64,
         /// Connections that are open.
@@ -73,32 +76,32 @@ shared_record! {
 const _: () = {
     use std::mem::offset_of;
     assert!(RECORDS == 4096 && STRIDE == 256);
-    assert!(offset_of!(Record, heartbeat_ms) == 0);
-    assert!(offset_of!(Record, connections) == 8);
-    assert!(offset_of!(Record, running) == 12);
-    assert!(offset_of!(Record, queued) == 16);
-    assert!(offset_of!(Record, lost_threads) == 20);
-    assert!(offset_of!(Record, calls) == 24);
-    assert!(offset_of!(Record, errors) == 32);
-    assert!(offset_of!(Record, last_method) == 40);
-    assert!(offset_of!(Record, inline_running) == 44);
-    assert!(offset_of!(Record, oldest_method) == 48);
-    assert!(offset_of!(Record, spurious_wakes) == 52);
-    assert!(offset_of!(Record, oldest_since_ms) == 56);
-    assert!(offset_of!(Record, keeper) == 64);
-    assert!(offset_of!(Record, kept) == 68);
-    assert!(offset_of!(Record, crashed) == 72);
-    assert!(offset_of!(Record, reset) == 76);
-    assert!(offset_of!(Record, last_wait_ms) == 80);
-    assert!(offset_of!(Record, longest_wait_ms) == 84);
-    assert!(offset_of!(Record, programs_down) == 88);
-    assert!(offset_of!(Record, lost_lines) == 92);
+    assert!(offset_of!(WorkerRecord, heartbeat_ms) == 0);
+    assert!(offset_of!(WorkerRecord, connections) == 8);
+    assert!(offset_of!(WorkerRecord, running) == 12);
+    assert!(offset_of!(WorkerRecord, queued) == 16);
+    assert!(offset_of!(WorkerRecord, lost_threads) == 20);
+    assert!(offset_of!(WorkerRecord, calls) == 24);
+    assert!(offset_of!(WorkerRecord, errors) == 32);
+    assert!(offset_of!(WorkerRecord, last_method) == 40);
+    assert!(offset_of!(WorkerRecord, inline_running) == 44);
+    assert!(offset_of!(WorkerRecord, oldest_method) == 48);
+    assert!(offset_of!(WorkerRecord, spurious_wakes) == 52);
+    assert!(offset_of!(WorkerRecord, oldest_since_ms) == 56);
+    assert!(offset_of!(WorkerRecord, keeper) == 64);
+    assert!(offset_of!(WorkerRecord, kept) == 68);
+    assert!(offset_of!(WorkerRecord, crashed) == 72);
+    assert!(offset_of!(WorkerRecord, reset) == 76);
+    assert!(offset_of!(WorkerRecord, last_wait_ms) == 80);
+    assert!(offset_of!(WorkerRecord, longest_wait_ms) == 84);
+    assert!(offset_of!(WorkerRecord, programs_down) == 88);
+    assert!(offset_of!(WorkerRecord, lost_lines) == 92);
 };
 
 /// The records of all workers; which is whose is the master's knowledge.
 #[derive(Debug)]
 pub struct Scoreboard {
-    records: &'static [Record],
+    records: &'static [WorkerRecord],
     /// What they lie in.
     file: OwnedFd,
 }
@@ -131,12 +134,12 @@ impl Scoreboard {
     ///
     /// # Panics
     /// When `index` is not below `RECORDS`.
-    pub fn record(&self, index: usize) -> &'static Record {
+    pub fn record(&self, index: usize) -> &'static WorkerRecord {
         &self.records[index]
     }
 }
 
-impl Record {
+impl WorkerRecord {
     /// Makes it zero again, for the next worker.
     pub fn clear(&self) {
         for number in [

@@ -19,8 +19,8 @@ use super::strikes::STRIKES;
 use super::supervise::{Master, now, wall_clock};
 use super::workers::{Known, Worker};
 use crate::link::ids::Pid;
-use crate::link::quarantine::Evidence;
-use crate::link::scoreboard::Record;
+use crate::link::quarantine::CrashReport;
+use crate::link::scoreboard::WorkerRecord;
 use crate::logging::pluralize;
 use crate::protocol::control::WorkerPhase;
 use crate::sys::process;
@@ -45,11 +45,11 @@ pub struct Left {
     /// The worker.
     pub worker: Pid,
     /// Its record.
-    pub record: &'static Record,
+    pub record: &'static WorkerRecord,
     /// The number of the record, which is free once the keeper is done.
     pub record_index: usize,
     /// What is known of its end.
-    pub evidence: &'static Evidence,
+    pub evidence: &'static CrashReport,
     /// What is told of it.
     pub known: Rc<Known>,
     /// Whether what it ran may have been what it died of.
@@ -62,8 +62,8 @@ impl Left {
     /// What its keeper begins with.
     pub fn new(
         worker: Pid,
-        (record, record_index): (&'static Record, usize),
-        evidence: &'static Evidence,
+        (record, record_index): (&'static WorkerRecord, usize),
+        evidence: &'static CrashReport,
         known: Rc<Known>,
         suspicious: bool,
     ) -> Self {
@@ -80,7 +80,7 @@ impl Left {
 
     /// Connections that its keeper is done with.
     fn done(&self) -> u32 {
-        let Record { kept, reset, .. } = self.record;
+        let WorkerRecord { kept, reset, .. } = self.record;
         kept.load(Relaxed).wrapping_add(reset.load(Relaxed))
     }
 }
@@ -176,7 +176,7 @@ pub(super) fn keepers_lost() -> Limiter {
 
 /// Who a worker says is its keeper: whoever it likes. Good to be compared with a child that was seen
 /// or reaped, and for nothing else before it was asked whether it [can be one](can_be_one).
-pub fn claimed_by(record: &Record) -> Option<Pid> {
+pub fn claimed_by(record: &WorkerRecord) -> Option<Pid> {
     Some(Pid(record.keeper.load(Relaxed))).filter(|keeper| keeper.0 > 1)
 }
 
@@ -258,7 +258,7 @@ impl Master<'_> {
             return;
         }
         let evidence = left.evidence;
-        let mut ran = evidence.ran();
+        let mut ran = evidence.running_calls();
         // The same call on several threads is one call for one death.
         ran.sort_unstable_by_key(|(key, _)| *key);
         ran.dedup_by_key(|(key, _)| *key);
@@ -267,7 +267,7 @@ impl Master<'_> {
             .map(|(key, method)| (key, left.known.method(method).to_owned()))
             .collect();
         let fault = Fault::of(evidence.fault.load(Relaxed));
-        let culprit = evidence.culprit.load(Relaxed);
+        let culprit = evidence.faulting_call.load(Relaxed);
         let when = (now(), wall_clock());
         let quarantine = self.workers.quarantine();
         for caught in self.strikes.death(quarantine, (fault, culprit), &ran, when) {

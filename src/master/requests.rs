@@ -47,7 +47,7 @@ impl Master<'_> {
         let reason = self.end_in_words();
         self.refuse_next_reload(&reason);
         for (pid, _) in self.workers.iter() {
-            self.workers.order(pid, Order::LameDuck, None);
+            self.workers.order(pid, Order::StopPending, None);
         }
     }
 
@@ -121,7 +121,8 @@ impl Master<'_> {
             Ok(output) => {
                 let theirs = |worker: &Worker| is_theirs(worker.generation);
                 for (pid, _) in self.workers.iter().filter(|(_, worker)| theirs(worker)) {
-                    self.workers.order(pid, Order::Log, Some(output.as_fd()));
+                    self.workers
+                        .order(pid, Order::ReopenLog, Some(output.as_fd()));
                 }
                 Some(output)
             }

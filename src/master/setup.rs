@@ -6,7 +6,7 @@ use super::upgrade::{Origin, Trial};
 use crate::config::Settings;
 use crate::error::Result;
 use crate::handler::registry::Registry;
-use crate::link::boot::Become;
+use crate::link::boot::WorkerMain;
 use crate::logging::LogOutput;
 use crate::sys::daemon::Launcher;
 use crate::sys::notify::PassedListener;
@@ -41,7 +41,7 @@ pub struct Setup<'a> {
     /// What the program around it knows.
     pub host: &'a dyn Host,
     /// What a forked child becomes.
-    pub becomes: Become,
+    pub becomes: WorkerMain,
     /// Listeners of the service manager's.
     pub passed: Vec<PassedListener>,
     /// How it was started, for an upgrade.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::spread::Share;
 use super::supervise::{Master, now};
-use crate::link::message::{Order, Shares};
+use crate::link::message::{Order, RebalanceOrder};
 
 impl Master<'_> {
     /// Looks, if it is time to.
@@ -24,11 +24,11 @@ impl Master<'_> {
         }
         for Share { pid, give, take } in orders {
             let most = |count| u32::try_from(count).unwrap_or(u32::MAX);
-            let shares = Shares {
+            let shares = RebalanceOrder {
                 give: most(give),
                 take: most(take),
             };
-            self.workers.order(pid, Order::Spread(shares), None);
+            self.workers.order(pid, Order::Rebalance(shares), None);
         }
     }
 }

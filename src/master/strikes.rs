@@ -177,8 +177,12 @@ impl Strikes {
     fn count(&self, quarantine: &Quarantine) {
         let board = quarantine.board();
         debug_assert!(self.held.len() <= PLACES && self.suspects.len() <= PLACES);
-        board.watched.store(self.suspects.len() as u32, Relaxed);
-        board.held.store(self.held.len() as u32, Relaxed);
+        board
+            .suspect_count
+            .store(self.suspects.len() as u32, Relaxed);
+        board
+            .quarantined_count
+            .store(self.held.len() as u32, Relaxed);
     }
 }
 
@@ -219,13 +223,13 @@ mod tests {
         let mut world = World::new();
         assert!(world.death(Fault::Own, 7, &[5, 7, 9]).is_empty());
         assert!(world.death(Fault::Own, 7, &[5, 7]).is_empty());
-        assert!(!world.quarantine.refuses(7));
+        assert!(!world.quarantine.is_quarantined(7));
         assert_eq!(world.death(Fault::Own, 7, &[7, 5]), [7]);
-        assert!(world.quarantine.refuses(7) && !world.quarantine.refuses(5));
+        assert!(world.quarantine.is_quarantined(7) && !world.quarantine.is_quarantined(5));
         let held: Vec<_> = world.strikes.held(&world.quarantine).collect();
         assert_eq!((held.len(), held[0].1), (1, 1), "refused once, just now");
         world.strikes.pardon(&world.quarantine);
-        assert!(!world.quarantine.refuses(7));
+        assert!(!world.quarantine.is_quarantined(7));
         // and is watched anew
         assert!(world.death(Fault::Own, 7, &[7]).is_empty());
     }
@@ -235,13 +239,13 @@ mod tests {
         let mut world = World::new();
         for _ in 0..10 {
             assert!(world.death(Fault::Unknown, 0, &[5]).is_empty());
-            world.quarantine.acquits(5);
+            world.quarantine.clear_suspicion(5);
         }
         // the culprit is never acquitted, whoever runs beside it
         world.death(Fault::Unknown, 0, &[5, 7]);
-        world.quarantine.acquits(5);
+        world.quarantine.clear_suspicion(5);
         world.death(Fault::Unknown, 0, &[5, 7]);
-        world.quarantine.acquits(5);
+        world.quarantine.clear_suspicion(5);
         assert_eq!(world.death(Fault::Unknown, 0, &[5, 7]), [7]);
     }
 
@@ -277,7 +281,7 @@ mod tests {
             world.death(Fault::Unknown, 0, &many);
         }
         assert_eq!(world.strikes.held(&world.quarantine).count(), PLACES);
-        assert!(world.quarantine.refuses(1));
-        assert!(!world.quarantine.refuses(PLACES as u64 + 20));
+        assert!(world.quarantine.is_quarantined(1));
+        assert!(!world.quarantine.is_quarantined(PLACES as u64 + 20));
     }
 }

@@ -211,8 +211,8 @@ impl Master<'_> {
             let event = match report {
                 Report::Ready => Event::Ready { pid },
                 Report::Retiring => Event::Retiring { pid },
-                Report::Worn(calls) => Event::Worn { pid, calls },
-                Report::Wedged(threads) => match self.wedged(pid, threads) {
+                Report::MaxCallsReached(calls) => Event::Worn { pid, calls },
+                Report::AllThreadsStuck(threads) => match self.wedged(pid, threads) {
                     Some(event) => event,
                     None => continue,
                 },
@@ -324,7 +324,7 @@ impl Master<'_> {
         let event = match self.workers.fork(slot, generation, &ground, parent) {
             Ok(pid) => {
                 if self.stopping {
-                    self.workers.order(pid, Order::LameDuck, None);
+                    self.workers.order(pid, Order::StopPending, None);
                 }
                 Event::Forked {
                     slot,

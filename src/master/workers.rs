@@ -21,13 +21,13 @@ use super::keepers::{Keepers, Left, claimed_by};
 use super::listeners::Listener;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
-use crate::link::boot::{Become, Boot};
+use crate::link::boot::{WorkerInit, WorkerMain};
 use crate::link::channel::{self, MasterEnd, Received};
 use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
 use crate::link::quarantine::Quarantine;
-use crate::link::scoreboard::{RECORDS, Record, Scoreboard};
+use crate::link::scoreboard::{RECORDS, Scoreboard, WorkerRecord};
 use crate::link::stuck::StuckCalls;
 use crate::logging;
 use crate::sys::process::{Fork, close_in_child, fork};
@@ -108,7 +108,7 @@ pub struct Parent<'a> {
     /// The program's name.
     pub program: &'a str,
     /// What the child becomes.
-    pub becomes: Become,
+    pub becomes: WorkerMain,
     /// Whether somebody waits for it to become ready, and is to hear what it logs until then.
     pub awaited: bool,
 }
@@ -122,7 +122,7 @@ pub struct Worker {
     /// it has ended.
     pub known: Rc<Known>,
     /// What it shows.
-    pub record: &'static Record,
+    pub record: &'static WorkerRecord,
     record_index: usize,
     /// Where it writes which calls are stuck.
     pub stuck: &'static StuckCalls,
@@ -211,7 +211,7 @@ impl Workers {
         // A signal between fork and the child's own handlers would wake the master, or be lost.
         signal::block_all();
         let forked = match fork() {
-            Ok(Fork::Child) => (parent.becomes)(Boot {
+            Ok(Fork::Child) => (parent.becomes)(WorkerInit {
                 slot,
                 generation,
                 settings: Rc::clone(&ground.settings),
@@ -223,10 +223,10 @@ impl Workers {
                     .collect(),
                 adoption: self.adoption.clone(),
                 link: worker_end,
-                witness,
+                startup_log_tx: witness,
                 record,
                 quarantine: self.quarantine.clone(),
-                evidence,
+                crash_report: evidence,
                 stuck,
                 master_signals: parent.signals,
                 pid_file: parent.pid_file,
@@ -325,7 +325,7 @@ impl Workers {
                 Received::WithDescriptors(message) if message.pid == pid => {
                     worker.is_unheard = true;
                     reports.push(message.body);
-                    if !matches!(message.body, Report::Wedged(_)) {
+                    if !matches!(message.body, Report::AllThreadsStuck(_)) {
                         log::warn!(
                             "worker {pid} sent descriptors with a report: it is not listened to any \
                              more"

@@ -11,7 +11,7 @@ use super::connection::Phase;
 use super::event_loop::{EventLoop, QUEUE, find};
 use super::ledger::note_of;
 use super::timers::Target;
-use crate::link::handoff::{self, State, is_full};
+use crate::link::handoff::{self, HandoffState, is_full};
 use crate::sys::event::{Reactor, Token, UnsentData};
 use crate::sys::{closer, socket};
 
@@ -29,7 +29,7 @@ impl EventLoop {
         rest: Option<OwnedFd>,
     ) {
         let is_whole = rest.is_none();
-        let Some(taken) = handoff::read(packet, rest) else {
+        let Some(taken) = handoff::decode_packet(packet, rest) else {
             closer::close(socket);
             return log::error!(
                 "a connection was passed on with no state to be understood: closed"
@@ -122,7 +122,7 @@ impl EventLoop {
             return Ok(()); // It was ended while it waited for room.
         }
         let idle_ms = self.service.now_ms.saturating_sub(connection.active_ms);
-        let state = State {
+        let state = HandoffState {
             dialect: connection.dialect,
             idle_ms: u32::try_from(idle_ms).unwrap_or(u32::MAX),
             closing: false,
@@ -132,7 +132,7 @@ impl EventLoop {
         self.service.ledger.gives(connection, true);
         let given = self
             .adoption
-            .give(socket.as_fd(), state, b"", &connection.tail);
+            .send(socket.as_fd(), state, b"", &connection.tail);
         if let Err(error) = given {
             self.service.ledger.gives(connection, false);
             return Err(error);
@@ -172,7 +172,7 @@ impl EventLoop {
             match self.try_give(floor, token) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     // Told when somebody has taken one; the timer is for when that can't be.
-                    if let Err(error) = floor.watch_writable(QUEUE, &*self.adoption.giving) {
+                    if let Err(error) = floor.watch_writable(QUEUE, &*self.adoption.tx) {
                         log::debug!("the adoption queue can't be watched: {error}");
                     }
                     return self.retry_giving();

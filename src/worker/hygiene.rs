@@ -10,7 +10,7 @@ use std::rc::Rc;
 use nix::sys::signal::Signal;
 
 use super::keeper::{self, Keeping};
-use crate::link::boot::Boot;
+use crate::link::boot::WorkerInit;
 use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::{descriptor, privilege, process};
@@ -35,7 +35,7 @@ const NOT_OURS: [Signal; 8] = [
 /// # Errors
 /// What the system refused, with what was tried.
 pub fn become_worker(
-    boot: &mut Boot<'_>,
+    boot: &mut WorkerInit<'_>,
 ) -> Result<(SignalPipe, Option<Keeping>), (&'static str, io::Error)> {
     // 1. The pid file's lock belongs to the open file: kept here, it would outlive the master.
     descriptor::close(boot.pid_file);
@@ -53,8 +53,8 @@ pub fn become_worker(
     }
     let mut keep: Vec<RawFd> = boot.listeners.iter().map(|fd| fd.as_raw_fd()).collect();
     keep.push(boot.link.as_raw_fd());
-    keep.push(boot.adoption.giving.as_raw_fd());
-    keep.push(boot.adoption.taking.as_raw_fd());
+    keep.push(boot.adoption.tx.as_raw_fd());
+    keep.push(boot.adoption.rx.as_raw_fd());
     keep.extend(logging::output_descriptor());
     keep.extend(logging::forwarding_fd());
     keep.extend(boot.registry.program_descriptors());

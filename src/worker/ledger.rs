@@ -12,7 +12,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 
 use super::connection::{Connection, Phase, Place};
-use crate::link::handoff::{self, Taken};
+use crate::link::handoff::{self, AdoptedConnection};
 use crate::protocol::body::Form;
 use crate::protocol::http;
 use crate::protocol::reply::{AnswerFormat, Framing};
@@ -89,9 +89,9 @@ pub mod note {
 }
 
 /// What is to be noted of a connection that comes with this, before anything else is done with it.
-pub fn note_of(taken: &Taken<'_>) -> u32 {
+pub fn note_of(taken: &AdoptedConnection<'_>) -> u32 {
     let flag = |is: bool, flag| if is { flag } else { 0 };
-    u32::from(handoff::number(taken.state.dialect))
+    u32::from(handoff::dialect_code(taken.state.dialect))
         | flag(taken.state.closing, note::CLOSING)
         | flag(!taken.unread.is_empty(), note::TAIL)
 }
@@ -312,7 +312,7 @@ impl Ledger {
         let Some(book) = self.book else { return };
         connection.unkept &= connection.unanswered > 0;
         let flag = |is: bool, flag| if is { flag } else { 0 };
-        let note = u32::from(handoff::number(connection.dialect))
+        let note = u32::from(handoff::dialect_code(connection.dialect))
             | flag(connection.is_within_call(), note::TAIL)
             | flag(connection.phase == Phase::Closing, note::CLOSING)
             | flag(connection.phase == Phase::Lingering, note::SHUT)

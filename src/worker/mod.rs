@@ -39,7 +39,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::link::boot::Boot;
+use crate::link::boot::WorkerInit;
 use crate::link::handoff::LONGEST;
 use crate::logging;
 use crate::sys::event::Reactor;
@@ -67,7 +67,7 @@ const ARENAS: i32 = 2;
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// Is the worker, in a freshly forked child with all signals blocked.
-pub fn run(boot: Boot<'_>) -> ! {
+pub fn run(boot: WorkerInit<'_>) -> ! {
     let lived = catch_unwind(AssertUnwindSafe(|| live(boot)));
     let code = match lived {
         Ok(Ok(())) => 0,
@@ -84,8 +84,8 @@ pub fn run(boot: Boot<'_>) -> ! {
     exit_now(code)
 }
 
-fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
-    logging::start_forwarding(boot.witness.take());
+fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
+    logging::start_forwarding(boot.startup_log_tx.take());
     let cant = |attempt| move |error| (attempt, error);
     let (signals, keeping) = hygiene::become_worker(&mut boot)?;
     memory::limit_malloc_arenas(ARENAS);
@@ -111,11 +111,11 @@ fn live(mut boot: Boot<'_>) -> Result<(), (&'static str, io::Error)> {
     if let Some(Keeping { book, buffer }) = keeping {
         ledger = Ledger::new(book);
         quarantine = Some(boot.quarantine);
-        signal::set_fault_report(&boot.evidence.fault, &boot.evidence.culprit);
+        signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
         floor.attach_progress(book.witness, buffer);
     }
     floor
-        .listen(boot.listeners, (Rc::clone(&boot.adoption.taking), LONGEST))
+        .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
         .map_err(cant("watch its listeners"))?;
     let limits = boot.settings.limits.clone();
     let unsent_limit = limits.unfinished;

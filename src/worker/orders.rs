@@ -22,9 +22,9 @@ impl EventLoop {
                     Order::Drain(limit) => self.start_drain(floor, limit),
                     Order::Stop(limit) => self.start_stop(floor, limit),
                     // Of several that came while this worker was stopped, the last one is true.
-                    Order::Spread(order) => shares = Some(order),
-                    Order::LameDuck => self.service.lame = true,
-                    Order::Log => match descriptor {
+                    Order::Rebalance(order) => shares = Some(order),
+                    Order::StopPending => self.service.lame = true,
+                    Order::ReopenLog => match descriptor {
                         Some(file) => drop(logging::set_output(logging::LogOutput::received(file))),
                         None => log::warn!(
                             "the reopened log did not come along, for want of a descriptor: \

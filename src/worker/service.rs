@@ -19,7 +19,7 @@ use crate::config::Limits;
 use crate::handler::registry::{self, Registry};
 use crate::handler::{Context, Placement, guard};
 use crate::link::quarantine::Quarantine;
-use crate::link::scoreboard::Record;
+use crate::link::scoreboard::WorkerRecord;
 use crate::protocol::body::{self, Body, Form};
 use crate::protocol::call::Call;
 use crate::protocol::code::Code;
@@ -66,7 +66,7 @@ pub struct Service {
     /// Answers that were errors so far.
     pub errors: u64,
     /// Where this worker shows what it does.
-    pub record: &'static Record,
+    pub record: &'static WorkerRecord,
     /// Its slot.
     pub slot: u16,
     /// What is not answered yet, for the keeper.
@@ -193,7 +193,7 @@ impl Service {
         }
         if let Some(quarantine) = &self.quarantine {
             let key = quarantine.key(name, params);
-            if quarantine.refuses(key) {
+            if quarantine.is_quarantined(key) {
                 let text = "this very call has ended its worker again and again: it is not run any \
                             more until the next reload";
                 let error = RpcError::of(Code::Crashed, text, false);
@@ -279,7 +279,7 @@ impl Service {
     #[inline]
     pub fn acquit(&self, mark: Mark) {
         if let Some(quarantine) = &self.quarantine {
-            quarantine.acquits(mark.key());
+            quarantine.clear_suspicion(mark.key());
         }
     }
 

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use super::connection::{Connection, Phase};
 use super::event_loop::EventLoop;
 use super::timers::Target;
-use crate::link::message::Shares;
+use crate::link::message::RebalanceOrder;
 use crate::sys::event::{Reactor, Token};
 
 /// How long an order holds.
@@ -37,7 +37,7 @@ impl Spreading {
 
 impl EventLoop {
     /// The master has counted: gives so many, takes so many.
-    pub(super) fn spread(&mut self, floor: &mut Reactor, shares: Shares) {
+    pub(super) fn spread(&mut self, floor: &mut Reactor, shares: RebalanceOrder) {
         if !self.drain.is_serving() {
             return;
         }

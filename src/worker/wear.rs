@@ -28,7 +28,7 @@ impl EventLoop {
     /// To be asked after every turn: one comparison, when there is nothing to tell.
     pub(super) fn feel_wear(&mut self) {
         if self.service.read >= self.worn_after {
-            self.worn_after = match self.report(Report::Worn(self.service.read)) {
+            self.worn_after = match self.report(Report::MaxCallsReached(self.service.read)) {
                 Ok(()) => u64::MAX,
                 Err(_) => self.service.read + TELL_AGAIN,
             };
@@ -76,7 +76,7 @@ impl EventLoop {
         log::warn!("{none} back from its call: the master is asked for a successor");
         self.stuck.write(&calls);
         // If it could not be told, at the next tick.
-        let told = self.report(Report::Wedged(threads as u64));
+        let told = self.report(Report::AllThreadsStuck(threads as u64));
         self.told_wedged = told.is_ok();
     }
 }

@@ -81,8 +81,8 @@ impl Workers {
             board: self.board.file().as_raw_fd(),
             records: RECORDS,
             stride: STRIDE,
-            giving: self.adoption.giving.as_raw_fd(),
-            taking: self.adoption.taking.as_raw_fd(),
+            giving: self.adoption.tx.as_raw_fd(),
+            taking: self.adoption.rx.as_raw_fd(),
             living,
             known: known.into_iter().map(|known| (**known).clone()).collect(),
             keepers: self.keepers.export(),
@@ -179,8 +179,8 @@ impl Workers {
             keepers,
             quarantine,
             adoption: AdoptionQueue {
-                giving: Rc::new(take(state.giving)?),
-                taking: Rc::new(take(state.taking)?),
+                tx: Rc::new(take(state.giving)?),
+                rx: Rc::new(take(state.taking)?),
             },
         })
     }

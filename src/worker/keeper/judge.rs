@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::super::ledger::note;
-use crate::link::handoff::{self, State};
+use crate::link::handoff::{self, HandoffState};
 use crate::protocol::code::Code;
 use crate::protocol::reply::{AnswerContext, AnswerFormat};
 use crate::protocol::rpc_error::RpcError;
@@ -69,7 +69,7 @@ pub enum Fate {
     /// Another worker goes on with it.
     PassOn {
         /// Its state.
-        state: State,
+        state: HandoffState,
         /// Answers that go first.
         unsent: Vec<u8>,
         /// What is unread, in the buffer.
@@ -132,7 +132,7 @@ pub fn judge(
             .compose(&mut unsent, about, ("", id), |_| Err(error));
     }
     Fate::PassOn {
-        state: State {
+        state: HandoffState {
             dialect: handoff::dialect((held.note & 0xFF) as u8),
             idle_ms: 0,
             closing,

@@ -21,7 +21,7 @@ fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> Unanswered {
 
 fn held(calls: Vec<Unanswered>) -> Held {
     Held {
-        note: u32::from(handoff::number(Some(Dialect::Line))),
+        note: u32::from(handoff::dialect_code(Some(Dialect::Line))),
         owed: false,
         unsent: Vec::new(),
         calls,
@@ -46,7 +46,7 @@ fn a_connection_at_rest_is_passed_on_as_it_is() {
     assert_eq!(
         fate,
         Fate::PassOn {
-            state: State {
+            state: HandoffState {
                 dialect: Some(Dialect::Line),
                 idle_ms: 0,
                 closing: false

@@ -20,7 +20,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::ledger::{self, Book, Entry};
-use crate::link::boot::Boot;
+use crate::link::boot::WorkerInit;
 use crate::link::handoff::{self, AdoptionQueue, is_full};
 use crate::sys::event::UnsentData;
 use crate::sys::event::witness::{ConnectionRecord, CurrentIo, PendingAccept, RECEIVE_BUFFER};
@@ -47,7 +47,7 @@ pub struct Keeping {
 ///
 /// # Errors
 /// When there is no memory, no descriptor or no process to be had.
-pub fn make(boot: &Boot<'_>) -> io::Result<Keeping> {
+pub fn make(boot: &WorkerInit<'_>) -> io::Result<Keeping> {
     let connections = boot.settings.limits.connections + SPARE_SEATS;
     let (book, buffer) = Book::new(connections)?;
     let worker = twin::pidfd_self()?;
@@ -65,7 +65,7 @@ pub fn make(boot: &Boot<'_>) -> io::Result<Keeping> {
 
 /// Is the keeper.
 fn keep(
-    boot: &Boot<'_>,
+    boot: &WorkerInit<'_>,
     (worker, addresses): (&OwnedFd, &[Bound]),
     book: Book,
     buffer: &[u8],
@@ -98,7 +98,7 @@ fn keep(
 
 /// Does with each connection what there is to be done.
 fn take_over(
-    boot: &Boot<'_>,
+    boot: &WorkerInit<'_>,
     book: Book,
     (buffer, strangers, coming): (&[u8], &[RawFd], PendingAccept),
     end: Duration,
@@ -106,11 +106,11 @@ fn take_over(
     let left = connections(book);
     let fds = known(book);
     let adoption = &boot.adoption;
-    let queue = [adoption.giving.as_raw_fd(), adoption.taking.as_raw_fd()];
+    let queue = [adoption.tx.as_raw_fd(), adoption.rx.as_raw_fd()];
     // The worker's listeners and its link, and what was on its way to handlers' programs.
     descriptor::close_all_but(&[&fds[..], strangers, &queue].concat());
     let highest = book.head.highest.load(Acquire);
-    boot.evidence.tell(ran(book.entries, highest));
+    boot.crash_report.tell(ran(book.entries, highest));
     let mut calls = calls(book.entries, highest);
     let origins = &boot.settings.http_origins;
     let packet = buffer.get(RECEIVE_BUFFER..).and_then(handoff::packet_in);
@@ -120,7 +120,7 @@ fn take_over(
             (PendingAccept::Used, None) => reset(boot, &socket),
             // As it came: nobody has done anything with it.
             (PendingAccept::Used, Some(packet)) => {
-                let forward = || adoption.forward(socket.as_fd(), packet);
+                let forward = || adoption.resend(socket.as_fd(), packet);
                 let kept = insist(adoption, end, forward);
                 count(
                     if kept {
@@ -141,7 +141,7 @@ fn take_over(
         let seat = &book.witness.seats[index];
         let owed = UnsentData::of(seat.owed.load(Relaxed));
         let came = packet.filter(|_| owed == UnsentData::InPacket);
-        let came = came.and_then(|packet| handoff::read(packet, None));
+        let came = came.and_then(|packet| handoff::decode_packet(packet, None));
         let held = Held {
             note: seat.note.load(Relaxed),
             owed: owed != UnsentData::Nothing && came.is_none(),
@@ -172,7 +172,7 @@ fn take_over(
 }
 
 /// Its client is told that nobody knows any more what it has sent and got.
-fn reset(boot: &Boot<'_>, socket: &OwnedFd) {
+fn reset(boot: &WorkerInit<'_>, socket: &OwnedFd) {
     count(&boot.record.reset, 1);
     reset_when_closed(socket, true);
 }
@@ -284,7 +284,7 @@ fn give(
     let Some(unread) = buffer.get(unread.clone()) else {
         return false;
     };
-    let give = || adoption.give(socket.as_fd(), *state, unsent, unread);
+    let give = || adoption.send(socket.as_fd(), *state, unsent, unread);
     insist(adoption, end, give)
 }
 
@@ -300,7 +300,7 @@ fn insist(adoption: &AdoptionQueue, end: Duration, send: impl Fn() -> io::Result
         if !is_full(&error) || left.is_zero() {
             return false;
         }
-        let queue = PollFd::new(adoption.giving.as_fd(), PollFlags::POLLOUT);
+        let queue = PollFd::new(adoption.tx.as_fd(), PollFlags::POLLOUT);
         let timeout = |wait: Duration| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
         let _ = if error.kind() == io::ErrorKind::WouldBlock {
             poll(&mut [queue], timeout(left))
