@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use super::connection::Connection;
-use super::event_loop::{EventLoop, LISTEN_RETRY_MS, Trouble, find};
+use super::event_loop::{EventLoop, LISTEN_RETRY_MS, WarningKind, find};
 use super::service::millis;
-use super::timers::Target;
+use super::timers::TimerTarget;
 use crate::logging::pluralize;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
@@ -16,11 +16,11 @@ impl EventLoop {
     pub(super) fn accepted(&mut self, floor: &mut Reactor, socket: OwnedFd) -> Option<Token> {
         let peer = socket::peer(&socket);
         let adopted = floor.register(socket);
-        self.let_in(floor, adopted, peer)
+        self.register_connection(floor, adopted, peer)
     }
 
     /// Makes a connection of what the floor has adopted.
-    pub(super) fn let_in(
+    pub(super) fn register_connection(
         &mut self,
         floor: &mut Reactor,
         adopted: io::Result<Token>,
@@ -29,8 +29,8 @@ impl EventLoop {
         let token = match adopted {
             Ok(token) => token,
             Err(error) => {
-                self.complain(
-                    Trouble::Accepting,
+                self.warn_limited(
+                    WarningKind::Accepting,
                     &format!("a connection was not taken: {error}"),
                 );
                 return None;
@@ -43,7 +43,7 @@ impl EventLoop {
         self.connections[token.index()] = Some(connection);
         self.watch_idle(token);
         if !self.make_room(floor) {
-            self.full = true;
+            self.is_at_limit = true;
             floor.pause_listeners();
             let open = floor.connections();
             let open = pluralize(open, "connection is open", "connections are open");
@@ -51,7 +51,7 @@ impl EventLoop {
                 "{open}, as many as limits.connections allows: nothing more is accepted here until \
                  one ends"
             );
-            self.complain(Trouble::Full, &text);
+            self.warn_limited(WarningKind::Full, &text);
         }
         Some(token)
     }
@@ -64,27 +64,27 @@ impl EventLoop {
         {
             let at = connection.active_ms + idle_ms;
             let timers = &mut self.service.timers;
-            timers.arm(&mut connection.quiet_deadline, at, Target::Idle(token));
+            timers.arm(&mut connection.quiet_deadline, at, TimerTarget::Idle(token));
         }
     }
 
-    pub(super) fn accept_failed(&mut self, error: &io::Error) {
-        self.complain(Trouble::Accepting, &format!(
+    pub(super) fn on_accept_error(&mut self, error: &io::Error) {
+        self.warn_limited(WarningKind::Accepting, &format!(
             "no connection can be accepted: {error}; those that are open are served, the others \
              wait; raise the limit of open files, or lower limits.connections"
         ));
         let at = self.service.now_ms + LISTEN_RETRY_MS;
         self.service
             .timers
-            .arm(&mut self.listen_deadline, at, Target::Listen);
+            .arm(&mut self.listen_deadline, at, TimerTarget::Listen);
     }
 
     pub(super) fn resume_listening(&mut self, floor: &mut Reactor) {
-        if self.full || !self.serves || !self.drain.is_serving() {
+        if self.is_at_limit || !self.is_accepting || !self.drain.is_serving() {
             return;
         }
         if let Err(error) = floor.resume_listeners() {
-            self.accept_failed(&error);
+            self.on_accept_error(&error);
         }
     }
 }

@@ -21,22 +21,22 @@ const PROGRAMS_MS: u64 = 2500;
 
 impl EventLoop {
     /// Lets nobody in as long as programs are missing.
-    pub(super) fn hold_back(&mut self, floor: &mut Reactor) {
+    pub(super) fn defer_accepting(&mut self, floor: &mut Reactor) {
         if self.service.threads.pools().stage() != Stage::Ready {
             floor.pause_listeners();
         }
     }
 
     /// Begins to serve, once that is possible.
-    pub(super) fn open(&mut self, floor: &mut Reactor) -> io::Result<()> {
-        if self.serves || !self.drain.is_serving() {
+    pub(super) fn start_accepting(&mut self, floor: &mut Reactor) -> io::Result<()> {
+        if self.is_accepting || !self.drain.is_serving() {
             return Ok(());
         }
         match self.service.threads.pools().stage() {
             Stage::Starting => {}
             Stage::Failed(reason) => return Err(io::Error::other(reason)),
             Stage::Ready => {
-                self.serves = true;
+                self.is_accepting = true;
                 self.resume_listening(floor);
                 // One that the master does not know of would be ended at boot-timeout.
                 self.report(Report::Ready)?;
@@ -51,11 +51,11 @@ impl EventLoop {
         self.service.threads.pools().send_home();
         self.settle_programs(floor);
         let record = self.service.record;
-        let hurry = match self.alone {
+        let hurry = match self.master_gone {
             _ if self.drain.is_at_once() => Hurry::AtOnce,
             true => Hurry::Some,
             // The master does not wait much longer than the drain may last.
-            false if self.drain.last_words_ms(self.service.now_ms) < Some(PROGRAMS_MS) => {
+            false if self.drain.stop_hook_budget_ms(self.service.now_ms) < Some(PROGRAMS_MS) => {
                 Hurry::Some
             }
             false => Hurry::None,

@@ -11,10 +11,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::connection::{HIGH_WATER, Place, Reply};
-use super::load::Load;
+use super::connection::{AnswerPosition, HIGH_WATER, PendingAnswer};
+use super::load::MethodStats;
 use super::queue::{Queue, Waiting};
-use super::table::{Call, Table};
+use super::table::{CallTable, ScheduledCall};
 use super::threads::{Done, Job, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
@@ -38,11 +38,11 @@ const MOST_BYTES: usize = 64 * 1024 * 1024;
 
 /// A call that is to be answered now.
 #[derive(Debug)]
-pub struct Ended {
+pub struct FinishedCall {
     /// Whose it is.
     pub token: Token,
     /// Where its answer goes, and how it looks there.
-    pub reply: Reply,
+    pub reply: PendingAnswer,
     /// Its id, as JSON.
     pub id: Option<Arc<str>>,
     /// The number of its method.
@@ -50,7 +50,7 @@ pub struct Ended {
     /// Its timer, to be disarmed.
     pub timer: u64,
     /// What its connection was charged with for it, in bytes.
-    pub weight: usize,
+    pub charged_bytes: usize,
     /// Whether it had begun.
     pub begun: bool,
 }
@@ -73,28 +73,28 @@ struct Lane {
 
 /// The calls of a worker.
 #[derive(Debug)]
-pub struct Calls {
-    table: Table,
+pub struct CallScheduler {
+    table: CallTable,
     /// By the lane of a method: each has its own queue, its own limit and its own threads.
     lanes: Vec<Lane>,
     /// Taken out of the queue because their connection has answers enough to send, until that
     /// changes.
-    parked: HashMap<Token, Vec<Waiting>>,
-    loads: Vec<Load>,
+    blocked_on_output: HashMap<Token, Vec<Waiting>>,
+    loads: Vec<MethodStats>,
     registry: Arc<Registry>,
     limit: usize,
 }
 
-impl Calls {
+impl CallScheduler {
     /// An empty table that lets `limit` calls wait in each lane.
     pub fn new(registry: Arc<Registry>, limit: usize) -> Self {
-        let load = |method: &Method| Load::in_lane(method.handler.placement().lane());
-        let loads: Vec<Load> = registry.methods().iter().map(load).collect();
+        let load = |method: &Method| MethodStats::in_lane(method.handler.placement().lane());
+        let loads: Vec<MethodStats> = registry.methods().iter().map(load).collect();
         let last = loads.iter().map(|load| load.lane).max().unwrap_or(0);
-        Calls {
-            table: Table::default(),
+        CallScheduler {
+            table: CallTable::default(),
             lanes: (0..=last).map(|_| Lane::default()).collect(),
-            parked: HashMap::new(),
+            blocked_on_output: HashMap::new(),
             loads,
             registry,
             limit,
@@ -163,7 +163,7 @@ impl Calls {
     /// Lets a call wait.
     pub fn add(
         &mut self,
-        (token, reply, id): (Token, Reply, Option<&str>),
+        (token, reply, id): (Token, PendingAnswer, Option<&str>),
         peer: Option<SocketAddr>,
         (method, params): (usize, &str),
         (read_ms, deadline_ms): (u64, u64),
@@ -173,7 +173,7 @@ impl Calls {
         // fetched, cost room as well.
         let result = self.loads[method].last_result;
         let weight = size + if result < LARGE { 0 } else { result };
-        let key = self.table.insert(Call {
+        let key = self.table.insert(ScheduledCall {
             token,
             reply,
             id: id.map(Arc::from),
@@ -183,18 +183,18 @@ impl Calls {
             deadline_ms,
             timer: 0,
             size,
-            weight,
+            charged_bytes: weight,
             params: Some(params.into()),
             state: Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key())),
             handed_out: false,
-            over: false,
-            lost: false,
+            is_answered: false,
+            is_orphaned: false,
         });
         let waiting = Waiting {
             key,
             method,
             token,
-            in_order: reply.place != Place::Anywhere,
+            in_order: reply.place != AnswerPosition::Anywhere,
             since_ms: read_ms,
             deadline_ms,
         };
@@ -214,7 +214,7 @@ impl Calls {
         &mut self,
         threads: &mut Threads,
         now_ms: u64,
-        backlog: impl Fn(Token, Place) -> usize,
+        backlog: impl Fn(Token, AnswerPosition) -> usize,
     ) -> Option<CallKey> {
         let late = (0..self.lanes.len())
             .find_map(|lane| self.hand_out_lane(lane, threads, now_ms, &backlog));
@@ -227,7 +227,7 @@ impl Calls {
         lane: usize,
         threads: &mut Threads,
         now_ms: u64,
-        backlog: &impl Fn(Token, Place) -> usize,
+        backlog: &impl Fn(Token, AnswerPosition) -> usize,
     ) -> Option<CallKey> {
         let count = threads.count(lane);
         while let Some(&next) = self.lanes[lane].queue.next(now_ms)
@@ -243,7 +243,10 @@ impl Calls {
                 continue;
             };
             if !self.fits(call, backlog(call.token, call.reply.place)) {
-                self.parked.entry(call.token).or_default().push(next);
+                self.blocked_on_output
+                    .entry(call.token)
+                    .or_default()
+                    .push(next);
                 continue;
             }
             let Some(call) = self.table.get_mut(key) else {
@@ -302,7 +305,7 @@ impl Calls {
     /// with answers to what it sent ahead. A result's size is known once it is there, so the last
     /// one of its method speaks for it: no more of them are made for one connection at once than
     /// may wait for it. Whoever wants more of large results at once has several connections.
-    fn fits(&self, call: &Call, backlog: usize) -> bool {
+    fn fits(&self, call: &ScheduledCall, backlog: usize) -> bool {
         if backlog >= HIGH_WATER {
             return false;
         }
@@ -314,19 +317,19 @@ impl Calls {
             .handed_out
             .iter()
             .filter_map(|key| self.table.get(*key))
-            .filter(|it| !it.over && it.token == call.token)
+            .filter(|it| !it.is_answered && it.token == call.token)
             .count();
         running == 0 || backlog + running * expected <= HIGH_WATER
     }
 
     /// Whether calls of any connection are held back.
     pub fn are_parked(&self) -> bool {
-        !self.parked.is_empty()
+        !self.blocked_on_output.is_empty()
     }
 
     /// A connection may have room again: its calls wait where they would be without that.
     pub fn unpark(&mut self, token: Token, now_ms: u64) {
-        for waiting in self.parked.remove(&token).into_iter().flatten() {
+        for waiting in self.blocked_on_output.remove(&token).into_iter().flatten() {
             if self.table.get(waiting.key).is_some() {
                 self.lane_of(waiting.method).queue.push(waiting, now_ms);
             }
@@ -334,20 +337,20 @@ impl Calls {
     }
 
     /// A thread has reported: the call that is to be answered now, if anybody still waits.
-    pub fn done(&mut self, done: &Done) -> Option<Ended> {
+    pub fn done(&mut self, done: &Done) -> Option<FinishedCall> {
         let call = self.table.remove(done.key)?;
         let index = self.loads[call.method].lane;
         let lane = &mut self.lanes[index];
         lane.out -= 1;
-        lane.lost -= usize::from(call.lost);
-        lane.waiting -= usize::from(!call.over);
+        lane.lost -= usize::from(call.is_orphaned);
+        lane.waiting -= usize::from(!call.is_answered);
         lane.bytes -= call.size;
         let load = &mut self.loads[call.method];
         load.current -= 1;
         if let Some(outcome) = &done.outcome {
             // What was refused before it began says nothing about how long a call takes.
             if done.took > Duration::ZERO {
-                load.ran(done.took, call.over);
+                load.record_run(done.took, call.is_answered);
             }
             if let Ok(result) = outcome {
                 load.last_result = result.len();
@@ -359,42 +362,42 @@ impl Calls {
             self.lanes[index].handed_out.pop_front();
         }
         self.tidy(index);
-        if call.over {
+        if call.is_answered {
             return None;
         }
-        Some(Ended {
+        Some(FinishedCall {
             token: call.token,
             reply: call.reply,
             id: call.id,
             method: call.method,
             timer: call.timer,
-            weight: call.weight,
+            charged_bytes: call.charged_bytes,
             begun: true,
         })
     }
 
     /// Gives a call up: its time is over, or the caller does not want it any more. `None` when it
     /// is over already.
-    pub fn give_up(&mut self, key: CallKey) -> Option<Ended> {
+    pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
         let call = self.table.get_mut(key)?;
-        if call.over {
+        if call.is_answered {
             return None;
         }
-        call.over = true;
+        call.is_answered = true;
         let begun = call.state.give_up();
-        let ended = Ended {
+        let ended = FinishedCall {
             token: call.token,
             reply: call.reply,
             // Kept with the entry too: should its thread never come back, it is asked for.
             id: call.id.clone(),
             method: call.method,
             timer: std::mem::take(&mut call.timer),
-            weight: call.weight,
+            charged_bytes: call.charged_bytes,
             begun,
         };
         let size = call.size;
         call.params = None;
-        call.lost = begun;
+        call.is_orphaned = begun;
         let index = self.loads[ended.method].lane;
         self.lanes[index].waiting -= 1;
         if call.handed_out {
@@ -434,20 +437,20 @@ impl Calls {
     }
 
     /// All calls of a connection that are not over.
-    pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &Call)> {
-        self.table.of(token).filter(|(_, call)| !call.over)
+    pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
+        self.table.of(token).filter(|(_, call)| !call.is_answered)
     }
 
     /// All calls that are not over: those that wait, then those that run.
     pub fn all(&self) -> Vec<CallKey> {
-        let calls = || self.table.iter().filter(|(_, call)| !call.over);
+        let calls = || self.table.iter().filter(|(_, call)| !call.is_answered);
         let waiting = calls().filter(|(_, call)| !call.is_running());
         let running = calls().filter(|(_, call)| call.is_running());
         waiting.chain(running).map(|(key, _)| key).collect()
     }
 
     /// A call, to keep its timer.
-    pub fn get_mut(&mut self, key: CallKey) -> Option<&mut Call> {
+    pub fn get_mut(&mut self, key: CallKey) -> Option<&mut ScheduledCall> {
         self.table.get_mut(key)
     }
 
@@ -472,10 +475,10 @@ impl Calls {
 
     /// The calls that keep handler threads past their deadline and `grace_ms` beyond, with their
     /// serials.
-    pub fn stuck(&self, now_ms: u64, grace_ms: u64) -> impl Iterator<Item = (u64, &Call)> {
+    pub fn stuck(&self, now_ms: u64, grace_ms: u64) -> impl Iterator<Item = (u64, &ScheduledCall)> {
         self.table
             .iter()
-            .filter(|(_, call)| call.lost && self.lane(call.method) == 0)
+            .filter(|(_, call)| call.is_orphaned && self.lane(call.method) == 0)
             .filter(move |(_, call)| call.deadline_ms.saturating_add(grace_ms) <= now_ms)
             .map(|(key, call)| (key.serial, call))
     }

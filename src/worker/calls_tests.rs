@@ -6,7 +6,7 @@ use crate::handler::{Context, Handler, Placement};
 use crate::protocol::body::Form;
 use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::sys::waker::Waker;
-use crate::worker::connection::Place;
+use crate::worker::connection::AnswerPosition;
 
 /// Stands for the methods of a pool; only its lane is asked for.
 struct Pooled;
@@ -42,23 +42,23 @@ fn registry() -> Arc<Registry> {
     ]))
 }
 
-fn reply(place: Place) -> Reply {
+fn reply(place: AnswerPosition) -> PendingAnswer {
     let shape = AnswerFormat {
         form: Form::Plain,
         wrap: Framing::Frame,
     };
-    Reply {
+    PendingAnswer {
         place,
         shape,
         mark: Default::default(),
     }
 }
 
-fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {
+fn add(calls: &mut CallScheduler, method: usize, id: Option<&str>) -> CallKey {
     let place = if id.is_some() {
-        Place::Anywhere
+        AnswerPosition::Anywhere
     } else {
-        Place::InOrder(0)
+        AnswerPosition::InOrder(0)
     };
     calls.add(
         (Token::for_test(1), reply(place), id),
@@ -68,7 +68,7 @@ fn add(calls: &mut Calls, method: usize, id: Option<&str>) -> CallKey {
     )
 }
 
-fn hand_out(calls: &mut Calls, threads: &mut Threads) {
+fn hand_out(calls: &mut CallScheduler, threads: &mut Threads) {
     assert_eq!(calls.hand_out(threads, 5, |_, _| 0), None);
 }
 
@@ -88,7 +88,7 @@ fn report(threads: &mut Threads) -> Done {
 fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
     let registry = registry();
     let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = Calls::new(registry, 10);
+    let mut calls = CallScheduler::new(registry, 10);
     let key = add(&mut calls, 0, Some("7"));
     assert_eq!(calls.find(Token::for_test(1), "7"), Some(key));
     let ended = calls.give_up(key).unwrap();
@@ -104,7 +104,7 @@ fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
 fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
     let registry = registry();
     let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = Calls::new(registry, 10);
+    let mut calls = CallScheduler::new(registry, 10);
     let key = add(&mut calls, 1, None);
     hand_out(&mut calls, &mut threads);
     while !calls.get_mut(key).unwrap().state.is_running() {
@@ -120,7 +120,7 @@ fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
 
 #[test]
 fn queue_concurrency_and_rate_are_limits() {
-    let mut calls = Calls::new(registry(), 2);
+    let mut calls = CallScheduler::new(registry(), 2);
     add(&mut calls, 0, None);
     assert!(calls.has_room(0, 1, 0).is_ok());
     add(&mut calls, 2, None);
@@ -162,7 +162,7 @@ fn queue_concurrency_and_rate_are_limits() {
 fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     let registry = registry();
     let mut threads = Threads::start(2, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = Calls::new(registry, 10);
+    let mut calls = CallScheduler::new(registry, 10);
     let stuck = add(&mut calls, 1, None);
     for _ in 0..1000 {
         add(&mut calls, 0, None);
@@ -191,7 +191,7 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
 fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
     let registry = registry();
     let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = Calls::new(registry, 2);
+    let mut calls = CallScheduler::new(registry, 2);
     let runs = add(&mut calls, 1, None);
     hand_out(&mut calls, &mut threads);
     for _ in 0..2 {
@@ -209,10 +209,10 @@ fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
 fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     let registry = registry();
     let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = Calls::new(registry, 10);
+    let mut calls = CallScheduler::new(registry, 10);
     let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     let other = calls.add(
-        (Token::for_test(2), reply(Place::Anywhere), None),
+        (Token::for_test(2), reply(AnswerPosition::Anywhere), None),
         None,
         (0, "1"),
         (5, 9),
@@ -246,9 +246,9 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
 fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     let registry = registry();
     let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = Calls::new(registry, 10);
-    calls.loads[0].ran(Duration::from_millis(50), false);
-    let shape = reply(Place::Anywhere);
+    let mut calls = CallScheduler::new(registry, 10);
+    calls.loads[0].record_run(Duration::from_millis(50), false);
+    let shape = reply(AnswerPosition::Anywhere);
     let token = Token::for_test(1);
     let late = calls.add((token, shape, None), None, (0, "1"), (100, 145));
     let fresh = calls.add((token, shape, None), None, (0, "1"), (120, 220));
@@ -265,7 +265,7 @@ fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
 /// Many connections may each have large calls waiting: all together they have a bound too.
 #[test]
 fn the_params_of_all_connections_together_have_a_bound() {
-    let mut calls = Calls::new(registry(), 10);
+    let mut calls = CallScheduler::new(registry(), 10);
     assert!(
         calls.has_room(0, MOST_BYTES + 1, 0).is_ok(),
         "one of any size"
@@ -286,7 +286,7 @@ fn the_params_of_all_connections_together_have_a_bound() {
 fn lanes_have_queues_and_limits_of_their_own() {
     let registry = registry();
     let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = Calls::new(registry, 2);
+    let mut calls = CallScheduler::new(registry, 2);
     let pooled: Vec<CallKey> = (0..2).map(|_| add(&mut calls, 4, None)).collect();
     assert!(calls.has_room(4, 1, 0).is_err());
     assert!(calls.has_room(0, 1, 0).is_ok());
@@ -301,7 +301,7 @@ fn lanes_have_queues_and_limits_of_their_own() {
         let &waiting = calls.lanes[1].queue.next(5).unwrap();
         assert_eq!(waiting.key, *key);
         calls.lanes[1].queue.remove(*key);
-        let held_back = calls.parked.entry(Token::for_test(1));
+        let held_back = calls.blocked_on_output.entry(Token::for_test(1));
         held_back.or_default().push(waiting);
     }
     calls.unpark(Token::for_test(1), 5);

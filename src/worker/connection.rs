@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 
 use slab::Slab;
 
-use super::ledger::Mark;
+use super::ledger::CallRef;
 use crate::protocol::Dialect;
 use crate::protocol::body::Form;
 use crate::protocol::http::ParseProgress;
@@ -26,7 +26,7 @@ pub const HIGH_PENDING: usize = 4 * 1024 * 1024;
 
 /// Whether and how a connection goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+pub enum ConnectionPhase {
     /// Calls are taken.
     Open,
     /// Nothing more is taken: it is closed once all answers are sent.
@@ -37,7 +37,7 @@ pub enum Phase {
 
 /// Where an answer belongs among the others of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum AnswerPosition {
     /// Calls without an id are answered in their order: this is the call's number.
     InOrder(u64),
     /// A call with an id is answered as soon as it is done.
@@ -48,20 +48,20 @@ pub enum Place {
 
 /// Where an answer belongs, and what it looks like there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reply {
+pub struct PendingAnswer {
     /// Where.
-    pub place: Place,
+    pub place: AnswerPosition,
     /// What it looks like.
     pub shape: AnswerFormat,
     /// Its call in the ledger.
-    pub mark: Mark,
+    pub mark: CallRef,
 }
 
 /// A JSON-RPC batch that is not answered yet.
 #[derive(Debug)]
 pub struct Batch {
     /// Where and how all of it is answered.
-    pub reply: Reply,
+    pub reply: PendingAnswer,
     /// Calls that are not done.
     pub left: usize,
     /// The answers of those that are.
@@ -70,7 +70,7 @@ pub struct Batch {
 
 /// What is still to come of a call for which there was no room: it is dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rest {
+pub enum Discard {
     /// So many bytes.
     Bytes(usize),
     /// Whatever there is until a line ends.
@@ -85,13 +85,13 @@ pub struct Connection {
     /// Where it comes from; `None` over a unix socket.
     pub peer: Option<SocketAddr>,
     /// Whether it goes on.
-    pub phase: Phase,
+    pub phase: ConnectionPhase,
     /// The peer will send nothing more.
-    pub ended: bool,
+    pub peer_closed: bool,
     /// The peer has closed the connection: no answer reaches it.
     pub peer_gone: bool,
     /// It is not read, because it may not take another call yet.
-    pub blocked: bool,
+    pub is_read_paused: bool,
     /// What it speaks, once its first four bytes have told.
     pub dialect: Option<Dialect>,
     /// Lines: how much of the tail is known to have no newline.
@@ -103,27 +103,27 @@ pub struct Connection {
     /// Calls taken and not answered.
     pub unanswered: usize,
     /// Bytes received and not consumed: an unfinished frame, or frames that may not be taken yet.
-    pub tail: Vec<u8>,
+    pub input: Vec<u8>,
     /// Bytes of the tail that the worker has counted, those that may not be taken yet among them.
-    pub counted: usize,
+    pub accounted_bytes: usize,
     /// Bytes of answers that its client has not taken, as the worker has counted them.
     pub counted_unsent: usize,
     /// What is dropped of what it sends next.
-    pub skips: Option<Rest>,
+    pub discarding: Option<Discard>,
     /// Answers of calls without an id, from number `first` on; `None` is still to come. The front
     /// one is `None`, or there is none.
-    waiting: VecDeque<Option<(Vec<u8>, Mark)>>,
+    waiting: VecDeque<Option<(Vec<u8>, CallRef)>>,
     first: u64,
     /// Bytes in `waiting`.
-    held: usize,
+    queued_bytes: usize,
     /// The weight of the calls that wait or run.
     pub pending: usize,
     /// Some of what is unanswered is not in the ledger.
-    pub unkept: bool,
+    pub has_unlogged_calls: bool,
     /// What the ledger says of it.
-    pub noted: u32,
+    pub recorded_flags: u32,
     /// Nothing was received yet: the first bytes may have waited long, while nobody accepted.
-    pub fresh: bool,
+    pub is_first_read: bool,
     /// When it last received or was sent something, in milliseconds.
     pub active_ms: u64,
     /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
@@ -140,26 +140,26 @@ impl Connection {
         Connection {
             token,
             peer,
-            phase: Phase::Open,
-            ended: false,
+            phase: ConnectionPhase::Open,
+            peer_closed: false,
             peer_gone: false,
-            blocked: false,
+            is_read_paused: false,
             dialect: None,
             scanned: 0,
             http: None,
             batches: Slab::new(),
             unanswered: 0,
-            tail: Vec::new(),
-            counted: 0,
+            input: Vec::new(),
+            accounted_bytes: 0,
             counted_unsent: 0,
-            skips: None,
+            discarding: None,
             waiting: VecDeque::new(),
             first: 0,
-            held: 0,
+            queued_bytes: 0,
             pending: 0,
-            unkept: false,
-            noted: 0,
-            fresh: true,
+            has_unlogged_calls: false,
+            recorded_flags: 0,
+            is_first_read: true,
             active_ms: now_ms,
             read_deadline: 0,
             write_deadline: 0,
@@ -174,113 +174,113 @@ impl Connection {
 
     /// Whether another call may be taken, with `unsent` bytes of answers on their way.
     pub fn takes_calls(&self, pipeline: usize, unsent: usize) -> bool {
-        self.phase == Phase::Open
+        self.phase == ConnectionPhase::Open
             && self.unanswered < pipeline
             && self.pending < HIGH_PENDING
-            && self.held + unsent < HIGH_WATER
+            && self.queued_bytes + unsent < HIGH_WATER
     }
 
     /// Bytes of answers that stand in the way of one more at `place`, with `unsent` bytes on their
     /// way. None where it is the one that those held back wait for.
-    pub fn backlog(&self, place: Place, unsent: usize) -> usize {
+    pub fn backlog(&self, place: AnswerPosition, unsent: usize) -> usize {
         match place {
-            Place::InOrder(_) if self.is_next(place) => unsent,
+            AnswerPosition::InOrder(_) if self.is_next(place) => unsent,
             // What the others of its batch have answered waits for it, and not the other way round.
-            Place::Member(key) => {
+            AnswerPosition::Member(key) => {
                 let batch = &self.batches[key];
                 if self.is_next(batch.reply.place) {
                     unsent
                 } else {
-                    unsent + self.held - batch.out.len()
+                    unsent + self.queued_bytes - batch.out.len()
                 }
             }
-            _ => unsent + self.held,
+            _ => unsent + self.queued_bytes,
         }
     }
 
     /// Bytes of answers that wait for others.
-    pub fn held(&self) -> usize {
-        self.held
+    pub fn queued_bytes(&self) -> usize {
+        self.queued_bytes
     }
 
     /// Whether answers wait for their turn.
     pub fn holds(&self) -> bool {
-        self.held > 0
+        self.queued_bytes > 0
     }
 
     /// Nothing is read, running or waiting: it can be closed without losing anything.
-    pub fn is_at_rest(&self) -> bool {
-        self.unanswered == 0 && !self.is_within_call()
+    pub fn is_quiescent(&self) -> bool {
+        self.unanswered == 0 && !self.has_partial_input()
     }
 
     /// Whether something has come of a call that is not taken, and may not be whole.
-    pub fn is_within_call(&self) -> bool {
-        !self.tail.is_empty() || self.skips.is_some()
+    pub fn has_partial_input(&self) -> bool {
+        !self.input.is_empty() || self.discarding.is_some()
     }
 
     /// Drops what is to be dropped of `input`; returns how many bytes of it.
     pub fn skip(&mut self, input: &[u8]) -> usize {
-        let (dropped, left) = match self.skips {
+        let (dropped, left) = match self.discarding {
             None => (0, None),
-            Some(Rest::Bytes(left)) if left > input.len() => {
-                (input.len(), Some(Rest::Bytes(left - input.len())))
+            Some(Discard::Bytes(left)) if left > input.len() => {
+                (input.len(), Some(Discard::Bytes(left - input.len())))
             }
-            Some(Rest::Bytes(left)) => (left, None),
-            Some(Rest::Line) => match input.iter().position(|&byte| byte == b'\n') {
+            Some(Discard::Bytes(left)) => (left, None),
+            Some(Discard::Line) => match input.iter().position(|&byte| byte == b'\n') {
                 Some(at) => (at + 1, None),
-                None => (input.len(), Some(Rest::Line)),
+                None => (input.len(), Some(Discard::Line)),
             },
         };
-        self.skips = left;
+        self.discarding = left;
         dropped
     }
 
     /// Takes a call; `with_id` tells whether it may be answered out of order.
-    pub fn take(&mut self, with_id: bool) -> Place {
+    pub fn take(&mut self, with_id: bool) -> AnswerPosition {
         self.unanswered += 1;
         if with_id {
-            return Place::Anywhere;
+            return AnswerPosition::Anywhere;
         }
         let number = self.first + self.waiting.len() as u64;
         self.waiting.push_back(None);
-        Place::InOrder(number)
+        AnswerPosition::InOrder(number)
     }
 
     /// Whether an answer at `place` can be written straight to the output.
-    pub fn is_next(&self, place: Place) -> bool {
+    pub fn is_next(&self, place: AnswerPosition) -> bool {
         match place {
-            Place::Anywhere | Place::Member(_) => true,
-            Place::InOrder(number) => number == self.first,
+            AnswerPosition::Anywhere | AnswerPosition::Member(_) => true,
+            AnswerPosition::InOrder(number) => number == self.first,
         }
     }
 
     /// Whether nothing that is taken is to be answered behind `place`.
-    pub fn is_last(&self, place: Place) -> bool {
+    pub fn is_last(&self, place: AnswerPosition) -> bool {
         match place {
-            Place::InOrder(number) => number + 1 == self.first + self.waiting.len() as u64,
-            Place::Anywhere | Place::Member(_) => false,
+            AnswerPosition::InOrder(number) => number + 1 == self.first + self.waiting.len() as u64,
+            AnswerPosition::Anywhere | AnswerPosition::Member(_) => false,
         }
     }
 
     /// Begins a batch of so many calls; each is to be answered at the place returned.
-    pub fn begin_batch(&mut self, reply: Reply, left: usize) -> Place {
+    pub fn begin_batch(&mut self, reply: PendingAnswer, left: usize) -> AnswerPosition {
         let out = Vec::new();
-        Place::Member(self.batches.insert(Batch { reply, left, out }))
+        AnswerPosition::Member(self.batches.insert(Batch { reply, left, out }))
     }
 
     /// One call of a batch is answered, by what `write` appends to the answers of the others.
     /// Returns the batch when it was the last one.
     pub fn member(&mut self, key: usize, write: impl FnOnce(&mut Vec<u8>)) -> Option<Batch> {
         let batch = &mut self.batches[key];
-        self.held -= batch.out.len();
+        self.queued_bytes -= batch.out.len();
         write(&mut batch.out);
-        self.held += batch.out.len();
+        self.queued_bytes += batch.out.len();
         batch.left -= 1;
         if batch.left > 0 {
             return None;
         }
         let batch = self.batches.remove(key);
-        self.held -= batch.out.len();
+        self.queued_bytes -= batch.out.len();
         if self.batches.is_empty() {
             self.batches = Slab::new();
         }
@@ -289,9 +289,14 @@ impl Connection {
 
     /// An answer that was next has been written to `out`; those that waited for it follow, and
     /// `follows` is told of each.
-    pub fn answered(&mut self, place: Place, out: &mut Vec<u8>, mut follows: impl FnMut(Mark)) {
+    pub fn answered(
+        &mut self,
+        place: AnswerPosition,
+        out: &mut Vec<u8>,
+        mut follows: impl FnMut(CallRef),
+    ) {
         self.unanswered -= 1;
-        if place == Place::Anywhere {
+        if place == AnswerPosition::Anywhere {
             return;
         }
         self.waiting.pop_front();
@@ -301,7 +306,7 @@ impl Connection {
                 follows(mark);
                 self.first += 1;
                 self.unanswered -= 1;
-                self.held -= answer.len();
+                self.queued_bytes -= answer.len();
                 out.extend_from_slice(&answer);
             }
         }
@@ -311,18 +316,18 @@ impl Connection {
     }
 
     /// Keeps an answer until those before it are there.
-    pub fn hold(&mut self, place: Place, answer: Vec<u8>, mark: Mark) {
-        let Place::InOrder(number) = place else {
+    pub fn queue_answer(&mut self, place: AnswerPosition, answer: Vec<u8>, mark: CallRef) {
+        let AnswerPosition::InOrder(number) = place else {
             unreachable!("only answers in order wait for others");
         };
-        self.held += answer.len();
+        self.queued_bytes += answer.len();
         let index = usize::try_from(number - self.first).expect("it was counted in memory");
         self.waiting[index] = Some((answer, mark));
     }
 
     /// The calls whose answers are held back, and the batches: whatever is unanswered and neither
     /// waits for a thread nor runs on one.
-    pub fn marks(&self) -> impl Iterator<Item = Mark> {
+    pub fn marks(&self) -> impl Iterator<Item = CallRef> {
         let held = self.waiting.iter().flatten().map(|(_, mark)| *mark);
         held.chain(self.batches.iter().map(|(_, batch)| batch.reply.mark))
     }
@@ -332,27 +337,27 @@ impl Connection {
     /// # Errors
     /// When there is no memory for it; then nothing of it is kept.
     pub fn keep(&mut self, rest: &[u8]) -> Result<(), TryReserveError> {
-        self.tail.try_reserve(rest.len())?;
-        self.tail.extend_from_slice(rest);
+        self.input.try_reserve(rest.len())?;
+        self.input.extend_from_slice(rest);
         Ok(())
     }
 
     /// Drops what was consumed of the tail, and its memory when that was all.
     pub fn consume(&mut self, length: usize) {
-        if length == self.tail.len() {
-            self.tail = Vec::new();
+        if length == self.input.len() {
+            self.input = Vec::new();
         } else if length > 0 {
-            self.tail.drain(..length);
+            self.input.drain(..length);
             // A large frame has passed: what follows it need not keep its room.
-            if self.tail.len() < self.tail.capacity() / 8 {
-                self.tail.shrink_to_fit();
+            if self.input.len() < self.input.capacity() / 8 {
+                self.input.shrink_to_fit();
             }
         }
     }
 
     /// Takes the tail out, to be consumed; what is left of it has to be put back.
     pub fn take_tail(&mut self) -> Vec<u8> {
-        mem::take(&mut self.tail)
+        mem::take(&mut self.input)
     }
 }
 

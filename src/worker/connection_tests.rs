@@ -8,12 +8,12 @@ fn connection() -> Connection {
 }
 
 /// Answers as the worker does: straight out when it is next, else held.
-fn answer(connection: &mut Connection, place: Place, byte: u8, out: &mut Vec<u8>) {
+fn answer(connection: &mut Connection, place: AnswerPosition, byte: u8, out: &mut Vec<u8>) {
     if connection.is_next(place) {
         out.push(byte);
         connection.answered(place, out, |_| {});
     } else {
-        connection.hold(place, vec![byte], Mark::default());
+        connection.queue_answer(place, vec![byte], CallRef::default());
     }
 }
 
@@ -29,7 +29,7 @@ fn answers_without_an_id_keep_their_order_and_those_with_one_overtake() {
     assert_eq!(out, b"i");
     answer(&mut connection, first, b'1', &mut out);
     assert_eq!(out, b"i12");
-    assert!(connection.is_at_rest());
+    assert!(connection.is_quiescent());
 }
 
 #[test]
@@ -38,7 +38,7 @@ fn held_answers_count_towards_the_high_water_mark() {
     let _first = connection.take(false);
     let second = connection.take(false);
     assert!(connection.takes_calls(1024, 0));
-    connection.hold(second, vec![0; HIGH_WATER], Mark::default());
+    connection.queue_answer(second, vec![0; HIGH_WATER], CallRef::default());
     assert!(!connection.takes_calls(1024, 0));
 }
 
@@ -58,13 +58,13 @@ proptest! {
         order in Just((0..40_u8).collect::<Vec<_>>()).prop_shuffle()
     ) {
         let mut connection = connection();
-        let places: Vec<Place> = (0..40).map(|_| connection.take(false)).collect();
+        let places: Vec<AnswerPosition> = (0..40).map(|_| connection.take(false)).collect();
         let mut out = Vec::new();
         for number in order {
             answer(&mut connection, places[usize::from(number)], number, &mut out);
         }
         prop_assert_eq!(out, (0..40_u8).collect::<Vec<_>>());
-        prop_assert!(connection.is_at_rest());
-        prop_assert_eq!(connection.held, 0);
+        prop_assert!(connection.is_quiescent());
+        prop_assert_eq!(connection.queued_bytes, 0);
     }
 }

@@ -1,9 +1,9 @@
 //! What a worker does when time is over: for a frame, a reader, an idle peer, a call.
 
 use super::connection::Connection;
-use super::event_loop::{EventLoop, Trouble, find};
+use super::event_loop::{EventLoop, WarningKind, find};
 use super::service::millis;
-use super::timers::{CallKey, Target};
+use super::timers::{CallKey, TimerTarget};
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::rpc_error::RpcError;
@@ -14,41 +14,41 @@ impl EventLoop {
     pub(super) fn expire(&mut self, floor: &mut Reactor) {
         while let Some(target) = self.service.timers.expired(self.service.now_ms) {
             match target {
-                Target::Read(token) => {
+                TimerTarget::Read(token) => {
                     self.forget(token, |connection| connection.read_deadline = 0);
-                    if !self.decide(floor, token) {
-                        self.complain(
-                            Trouble::Reading,
+                    if !self.answer_short_line(floor, token) {
+                        self.warn_limited(
+                            WarningKind::Reading,
                             "a client did not finish its frame, line or request within \
                              limits.read-timeout",
                         );
                         self.close(floor, token);
                     }
                 }
-                Target::Write(token) => {
-                    self.complain(
-                        Trouble::Writing,
+                TimerTarget::Write(token) => {
+                    self.warn_limited(
+                        WarningKind::Writing,
                         "a client took none of its answers within limits.write-timeout",
                     );
                     self.forget(token, |connection| connection.write_deadline = 0);
                     self.close(floor, token);
                 }
-                Target::Idle(token) => self.idle(floor, token),
-                Target::Linger(token) => {
+                TimerTarget::Idle(token) => self.idle(floor, token),
+                TimerTarget::Linger(token) => {
                     self.forget(token, |connection| connection.quiet_deadline = 0);
                     self.close(floor, token);
                 }
-                Target::Call(key) => self.time_out(floor, key),
-                Target::Give => {
+                TimerTarget::Call(key) => self.on_call_timeout(floor, key),
+                TimerTarget::Give => {
                     self.give_deadline = 0;
-                    self.give_waiting(floor);
+                    self.retry_handoffs(floor);
                 }
-                Target::Spread => self.end_spreading(floor),
-                Target::Silent => {
+                TimerTarget::Spread => self.end_spreading(floor),
+                TimerTarget::Silent => {
                     self.silent.deadline = 0;
                     self.make_room(floor);
                 }
-                Target::Listen => {
+                TimerTarget::Listen => {
                     self.listen_deadline = 0;
                     self.resume_listening(floor);
                 }
@@ -58,17 +58,17 @@ impl EventLoop {
 
     /// Fewer than four bytes have come: a line that is so short is answered now. Tells whether
     /// anything was.
-    fn decide(&mut self, floor: &mut Reactor, token: Token) -> bool {
+    fn answer_short_line(&mut self, floor: &mut Reactor, token: Token) -> bool {
         let Some(connection) = find(&mut self.connections, token) else {
             return true;
         };
-        let first = connection.tail.first().copied();
+        let first = connection.input.first().copied();
         if connection.dialect.is_some() || !first.is_some_and(detect::is_line) {
             return false;
         }
         connection.dialect = Some(Dialect::Line);
         let before = self.service.read;
-        self.advance(floor, token, false);
+        self.pump(floor, token, false);
         self.service.read > before
     }
 
@@ -86,7 +86,7 @@ impl EventLoop {
         connection.quiet_deadline = 0;
         // A call may have come that was not read yet: in a drain, or where a turn had no end.
         let socket = floor.descriptor(token);
-        let is_at_rest = connection.is_at_rest()
+        let is_at_rest = connection.is_quiescent()
             && floor.unsent(token) == 0
             && socket.is_none_or(|socket| socket::is_silent(&socket));
         let since = match is_at_rest {
@@ -97,35 +97,35 @@ impl EventLoop {
         if at > self.service.now_ms {
             // Armed once and looked at when it is due: a busy connection pays nothing for it.
             let armed = &mut connection.quiet_deadline;
-            return self.service.timers.arm(armed, at, Target::Idle(token));
+            return self.service.timers.arm(armed, at, TimerTarget::Idle(token));
         }
-        self.close_rested(floor, token);
+        self.close_quiescent(floor, token);
     }
 
-    pub(super) fn time_out(&mut self, floor: &mut Reactor, key: CallKey) {
+    pub(super) fn on_call_timeout(&mut self, floor: &mut Reactor, key: CallKey) {
         if let Some(call) = self.service.calls.get_mut(key) {
             call.timer = 0;
         }
         self.service.calls.runs_out(key, self.service.now_ms);
         let text = "its time was over before it was done";
-        self.end_call(floor, key, Code::Timeout, text);
+        self.abort_call(floor, key, Code::Timeout, text);
     }
 
     /// A call that waits could not be done in time any more.
-    pub(super) fn too_late(&mut self, floor: &mut Reactor, key: CallKey) {
+    pub(super) fn reject_late_call(&mut self, floor: &mut Reactor, key: CallKey) {
         let text = "its time would be over before it could be done, so it was not begun";
-        self.end_call(floor, key, Code::Timeout, text);
+        self.abort_call(floor, key, Code::Timeout, text);
     }
 
     /// Answers a call with an error, whether it waits or runs.
-    pub(super) fn end_call(&mut self, floor: &mut Reactor, key: CallKey, code: Code, text: &str) {
+    pub(super) fn abort_call(&mut self, floor: &mut Reactor, key: CallKey, code: Code, text: &str) {
         let Some(ended) = self.service.give_up(key) else {
             return;
         };
         if let Some(connection) = find(&mut self.connections, ended.token) {
             let error = RpcError::of(code, text, ended.begun);
             self.service.answer(connection, &ended, Err(error), None);
-            self.advance(floor, ended.token, false);
+            self.pump(floor, ended.token, false);
         }
     }
 }

@@ -35,7 +35,7 @@ enum Mode {
 
 /// What to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum DrainStep {
     /// Go on.
     Serve,
     /// Look again which connections are to come to rest before more is taken from them.
@@ -72,7 +72,7 @@ impl Drain {
     }
 
     /// Whether connections that rest go to the siblings.
-    pub fn hands_over(&self) -> bool {
+    pub fn is_handing_off(&self) -> bool {
         matches!(self.mode, Mode::Draining | Mode::Quiet)
     }
 
@@ -106,7 +106,7 @@ impl Drain {
 
     /// The master's last word, when the time is over: whoever waits is told, and that is all. One
     /// that comes far earlier asks for what is under way already, and may have crossed the order.
-    pub fn hurry(&mut self, now_ms: u64) {
+    pub fn expire_now(&mut self, now_ms: u64) {
         // Whoever waits is told already, and what they are told is on its way.
         let told = self.mode == Mode::Flushing;
         if told || self.until_ms > now_ms + LAST_WORD_MS {
@@ -118,9 +118,9 @@ impl Drain {
 
     /// The worker was paused and goes on: what it could not hand over meanwhile it still may. Once, as a
     /// loop that is held up again and again would never leave.
-    pub fn forgive_a_pause(&mut self, now_ms: u64) {
+    pub fn extend_after_pause(&mut self, now_ms: u64) {
         let until_ms = now_ms + GRACE_AFTER_PAUSE_MS;
-        if self.hands_over() && !self.is_final && self.until_ms < until_ms {
+        if self.is_handing_off() && !self.is_final && self.until_ms < until_ms {
             self.until_ms = until_ms;
             self.is_final = true;
         }
@@ -132,7 +132,7 @@ impl Drain {
     }
 
     /// How long the program's own words at the end may take; `None` where all is to end at once.
-    pub fn last_words_ms(&self, now_ms: u64) -> Option<u64> {
+    pub fn stop_hook_budget_ms(&self, now_ms: u64) -> Option<u64> {
         let left = self.until_ms.saturating_sub(now_ms).max(FLUSH_MS);
         (!self.is_at_once()).then_some(left)
     }
@@ -155,42 +155,48 @@ impl Drain {
 
     /// What to do at `now_ms`, with so many connections and whether no call is left. To be asked
     /// after every turn of the loop; `more` tells that not all that had arrived was looked at.
-    pub fn step(&mut self, now_ms: u64, connections: usize, no_calls: bool, more: bool) -> Step {
+    pub fn step(
+        &mut self,
+        now_ms: u64,
+        connections: usize,
+        no_calls: bool,
+        more: bool,
+    ) -> DrainStep {
         let empty = connections == 0 && no_calls;
         match self.mode {
-            Mode::Serving => Step::Serve,
-            Mode::Leaving => Step::Leave,
-            Mode::Flushing if empty || now_ms >= self.until_ms => Step::Leave,
-            Mode::Flushing => Step::Serve,
-            _ if empty => Step::Leave,
+            Mode::Serving => DrainStep::Serve,
+            Mode::Leaving => DrainStep::Leave,
+            Mode::Flushing if empty || now_ms >= self.until_ms => DrainStep::Leave,
+            Mode::Flushing => DrainStep::Serve,
+            _ if empty => DrainStep::Leave,
             _ if now_ms >= self.until_ms => {
                 self.mode = Mode::Flushing;
                 self.until_ms = now_ms + FLUSH_MS;
-                Step::GiveUp
+                DrainStep::GiveUp
             }
             Mode::Draining if now_ms >= self.quiet_ms => {
                 self.mode = Mode::Quiet;
-                Step::Quieten
+                DrainStep::Quieten
             }
             Mode::Draining if now_ms >= self.next_look_ms => {
                 self.next_look_ms = u64::MAX;
-                Step::ReadOn
+                DrainStep::ReadOn
             }
-            Mode::Draining | Mode::Quiet => Step::Serve,
+            Mode::Draining | Mode::Quiet => DrainStep::Serve,
             Mode::Stopping if self.started_ms == 0 => {
                 // One more look first, so that calls which have arrived by now are answered.
                 self.started_ms = now_ms.max(1);
                 self.next_look_ms = now_ms;
-                Step::Serve
+                DrainStep::Serve
             }
             Mode::Stopping if more => {
                 self.next_look_ms = now_ms;
-                Step::Serve
+                DrainStep::Serve
             }
-            Mode::Stopping if now_ms < self.next_look_ms => Step::Serve,
+            Mode::Stopping if now_ms < self.next_look_ms => DrainStep::Serve,
             Mode::Stopping => {
                 self.next_look_ms = now_ms + LOOK_MS;
-                Step::CloseResting {
+                DrainStep::CloseResting {
                     partial: now_ms >= self.started_ms + PARTIAL_MS,
                 }
             }
@@ -205,56 +211,59 @@ mod tests {
     #[test]
     fn draining_serves_until_the_last_connection_ends_or_time_is_over() {
         let mut drain = Drain::default();
-        assert_eq!(drain.step(0, 5, false, false), Step::Serve);
+        assert_eq!(drain.step(0, 5, false, false), DrainStep::Serve);
         drain.drain(0, 1000);
         assert!(!drain.is_serving());
         assert_eq!(drain.next(), Some(500));
         drain.look_again(100);
         drain.look_again(110);
         assert_eq!(drain.next(), Some(100 + LOOK_MS));
-        assert_eq!(drain.step(99 + LOOK_MS, 1, true, false), Step::Serve);
-        assert_eq!(drain.step(100 + LOOK_MS, 1, true, false), Step::ReadOn);
-        assert_eq!(drain.step(499, 1, true, false), Step::Serve);
-        assert_eq!(drain.step(500, 1, true, false), Step::Quieten);
-        assert_eq!(drain.step(999, 1, true, false), Step::Serve);
-        assert_eq!(drain.step(999, 0, true, false), Step::Leave);
-        assert_eq!(drain.last_words_ms(400), Some(600));
-        assert_eq!(drain.step(1000, 1, true, false), Step::GiveUp);
-        assert_eq!(drain.step(1001, 1, true, false), Step::Serve);
-        drain.hurry(1001);
-        assert_eq!(drain.step(1001, 1, true, false), Step::Serve);
-        assert_eq!(drain.step(1000 + FLUSH_MS, 1, true, false), Step::Leave);
+        assert_eq!(drain.step(99 + LOOK_MS, 1, true, false), DrainStep::Serve);
+        assert_eq!(drain.step(100 + LOOK_MS, 1, true, false), DrainStep::ReadOn);
+        assert_eq!(drain.step(499, 1, true, false), DrainStep::Serve);
+        assert_eq!(drain.step(500, 1, true, false), DrainStep::Quieten);
+        assert_eq!(drain.step(999, 1, true, false), DrainStep::Serve);
+        assert_eq!(drain.step(999, 0, true, false), DrainStep::Leave);
+        assert_eq!(drain.stop_hook_budget_ms(400), Some(600));
+        assert_eq!(drain.step(1000, 1, true, false), DrainStep::GiveUp);
+        assert_eq!(drain.step(1001, 1, true, false), DrainStep::Serve);
+        drain.expire_now(1001);
+        assert_eq!(drain.step(1001, 1, true, false), DrainStep::Serve);
+        assert_eq!(
+            drain.step(1000 + FLUSH_MS, 1, true, false),
+            DrainStep::Leave
+        );
     }
 
     #[test]
     fn stopping_looks_once_more_before_it_closes_what_rests() {
         let mut drain = Drain::default();
         drain.stop(5000);
-        assert_eq!(drain.step(10, 2, false, false), Step::Serve);
+        assert_eq!(drain.step(10, 2, false, false), DrainStep::Serve);
         assert_eq!(drain.next(), Some(10));
         // more than one turn can take has arrived: nobody is closed unheard
-        assert_eq!(drain.step(10, 2, false, true), Step::Serve);
+        assert_eq!(drain.step(10, 2, false, true), DrainStep::Serve);
         assert_eq!(
             drain.step(10, 2, false, false),
-            Step::CloseResting { partial: false }
+            DrainStep::CloseResting { partial: false }
         );
         assert_eq!(
             drain.step(1010, 1, false, false),
-            Step::CloseResting { partial: true }
+            DrainStep::CloseResting { partial: true }
         );
-        assert_eq!(drain.step(5000, 1, false, false), Step::GiveUp);
-        assert_eq!(drain.last_words_ms(5001), Some(FLUSH_MS));
-        assert_eq!(drain.step(5001, 0, true, false), Step::Leave);
+        assert_eq!(drain.step(5000, 1, false, false), DrainStep::GiveUp);
+        assert_eq!(drain.stop_hook_budget_ms(5001), Some(FLUSH_MS));
+        assert_eq!(drain.step(5001, 0, true, false), DrainStep::Leave);
     }
 
     #[test]
     fn a_last_word_ends_a_drain_only_when_its_time_is_about_over() {
         let mut drain = Drain::default();
         drain.drain(0, 8000);
-        drain.hurry(10);
-        assert_eq!(drain.step(10, 1, false, false), Step::Serve);
-        drain.hurry(7500);
-        assert_eq!(drain.step(7500, 1, false, false), Step::GiveUp);
+        drain.expire_now(10);
+        assert_eq!(drain.step(10, 1, false, false), DrainStep::Serve);
+        drain.expire_now(7500);
+        assert_eq!(drain.step(7500, 1, false, false), DrainStep::GiveUp);
     }
 
     #[test]
@@ -262,16 +271,19 @@ mod tests {
         let mut drain = Drain::default();
         drain.drain(0, 1000);
         let mut hurried = drain;
-        drain.forgive_a_pause(5000);
-        assert_eq!(drain.step(5000, 1, false, false), Step::Quieten);
-        assert_eq!(drain.step(5001, 1, false, false), Step::Serve);
+        drain.extend_after_pause(5000);
+        assert_eq!(drain.step(5000, 1, false, false), DrainStep::Quieten);
+        assert_eq!(drain.step(5001, 1, false, false), DrainStep::Serve);
         let end = 5000 + GRACE_AFTER_PAUSE_MS;
-        assert_eq!(drain.step(end, 1, false, false), Step::GiveUp);
-        drain.forgive_a_pause(end);
-        assert_eq!(drain.step(end + FLUSH_MS, 1, false, false), Step::Leave);
-        hurried.hurry(5000);
-        hurried.forgive_a_pause(5000);
-        assert_eq!(hurried.step(5000, 1, false, false), Step::GiveUp);
+        assert_eq!(drain.step(end, 1, false, false), DrainStep::GiveUp);
+        drain.extend_after_pause(end);
+        assert_eq!(
+            drain.step(end + FLUSH_MS, 1, false, false),
+            DrainStep::Leave
+        );
+        hurried.expire_now(5000);
+        hurried.extend_after_pause(5000);
+        assert_eq!(hurried.step(5000, 1, false, false), DrainStep::GiveUp);
     }
 
     #[test]
@@ -279,12 +291,12 @@ mod tests {
         let mut drain = Drain::default();
         drain.drain(0, 1000);
         drain.stop(9000);
-        assert_eq!(drain.step(1000, 1, false, false), Step::GiveUp);
-        assert_eq!(drain.last_words_ms(1000), Some(FLUSH_MS));
+        assert_eq!(drain.step(1000, 1, false, false), DrainStep::GiveUp);
+        assert_eq!(drain.stop_hook_budget_ms(1000), Some(FLUSH_MS));
         drain.leave_now();
-        assert_eq!(drain.last_words_ms(500), None);
-        assert_eq!(drain.step(1000, 1, false, false), Step::Leave);
+        assert_eq!(drain.stop_hook_budget_ms(500), None);
+        assert_eq!(drain.step(1000, 1, false, false), DrainStep::Leave);
         drain.stop(1);
-        assert_eq!(drain.step(1000, 1, false, false), Step::Leave);
+        assert_eq!(drain.step(1000, 1, false, false), DrainStep::Leave);
     }
 }

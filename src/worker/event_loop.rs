@@ -12,11 +12,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::connection::Connection;
-use super::drain::{Drain, Step};
-use super::service::{Service, millis};
+use super::drain::{Drain, DrainStep};
+use super::service::{CallDispatcher, millis};
 use super::silent::SilentConnections;
-use super::spreading::Spreading;
-use super::timers::Target;
+use super::spreading::ActiveRebalance;
+use super::timers::TimerTarget;
 use super::wear;
 use crate::config::Workers;
 use crate::handler::command::sweep;
@@ -51,7 +51,7 @@ const PROGRAMS: u16 = 16;
 
 /// Trouble that clients can cause: each kind is told at most once in a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(super) enum WarningKind {
     /// Nobody can be let in.
     Accepting,
     /// As many are in as may be.
@@ -70,14 +70,14 @@ pub(super) enum Trouble {
     Silent,
 }
 
-impl Trouble {
+impl WarningKind {
     const KINDS: usize = 8;
 }
 
 /// A worker at work.
 pub struct EventLoop {
     /// What answers calls.
-    pub service: Service,
+    pub service: CallDispatcher,
     /// By `Token::index`.
     pub connections: Vec<Option<Connection>>,
     /// The way to the master.
@@ -94,7 +94,7 @@ pub struct EventLoop {
     pub(super) waiting_to_give: VecDeque<Token>,
     pub(super) give_deadline: u64,
     /// What the master has ordered for the sake of evenness.
-    pub(super) spreading: Spreading,
+    pub(super) spreading: ActiveRebalance,
     /// Shows that this worker drains.
     pub(super) show_draining: Box<dyn Fn()>,
     /// How this worker leaves, once it has to.
@@ -103,19 +103,19 @@ pub struct EventLoop {
     pub drain_timeout: Duration,
     pub(super) listen_deadline: u64,
     /// How often each kind of trouble may be told.
-    complaints: [Limiter; Trouble::KINDS],
+    complaints: [Limiter; WarningKind::KINDS],
     tick_ms: u64,
     next_tick_ms: u64,
-    pub(super) full: bool,
+    pub(super) is_at_limit: bool,
     pub(super) silent: SilentConnections,
     /// After so many calls the master is told that it is enough.
-    pub(super) worn_after: u64,
+    pub(super) recycle_at: u64,
     /// Whether the master has died. Its link ends before its children have another parent.
-    pub(super) alone: bool,
+    pub(super) master_gone: bool,
     /// Whether the master was told that it does.
-    pub(super) serves: bool,
+    pub(super) is_accepting: bool,
     /// The master was told that no handler thread comes back.
-    pub(super) told_wedged: bool,
+    pub(super) stuck_reported: bool,
     /// Where it reads which calls they run.
     pub(super) stuck: &'static StuckCalls,
 }
@@ -123,7 +123,7 @@ pub struct EventLoop {
 impl EventLoop {
     /// A loop that has not turned yet.
     pub fn new(
-        service: Service,
+        service: CallDispatcher,
         (link, signals, waker): (WorkerEnd, SignalPipe, Arc<Waker>),
         (adoption, stuck): (AdoptionQueue, &'static StuckCalls),
         show_draining: Box<dyn Fn()>,
@@ -140,7 +140,7 @@ impl EventLoop {
             adoption,
             waiting_to_give: VecDeque::new(),
             give_deadline: 0,
-            spreading: Spreading::default(),
+            spreading: ActiveRebalance::default(),
             show_draining,
             drain: Drain::default(),
             drain_timeout: workers.drain_timeout,
@@ -148,12 +148,12 @@ impl EventLoop {
             complaints: array::from_fn(|_| Limiter::rare()),
             tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
-            full: false,
+            is_at_limit: false,
             silent: SilentConnections::default(),
-            worn_after: wear::enough(workers.max_calls),
-            alone: false,
-            serves: false,
-            told_wedged: false,
+            recycle_at: wear::recycle_threshold(workers.max_calls),
+            master_gone: false,
+            is_accepting: false,
+            stuck_reported: false,
             stuck,
         }
     }
@@ -167,10 +167,10 @@ impl EventLoop {
         floor.watch(SIGNALS, &self.signals)?;
         floor.watch(LINK, &self.link)?;
         floor.watch(WAKER, &*self.waker)?;
-        self.beat();
-        self.hold_back(floor);
+        self.record_heartbeat();
+        self.defer_accepting(floor);
         loop {
-            self.open(floor)?;
+            self.start_accepting(floor)?;
             let mut next = self.next_tick_ms;
             if self.service.threads.look(self.service.now_ms) {
                 next = self.service.now_ms + 1;
@@ -185,7 +185,7 @@ impl EventLoop {
             };
             let more = floor.poll_once(wait.saturating_sub(self.service.now_ms), self)?;
             if self.service.threads.has_done() {
-                self.collect(floor);
+                self.on_results(floor);
             }
             self.expire(floor);
             if self.service.now_ms >= self.next_tick_ms {
@@ -194,19 +194,19 @@ impl EventLoop {
             self.hand_out(floor);
             self.settle_programs(floor);
             self.publish(floor);
-            self.feel_wear();
+            self.check_recycle_limits();
             match self.drain.step(
                 self.service.now_ms,
                 floor.connections(),
                 self.service.calls.is_empty(),
                 more,
             ) {
-                Step::Serve => {}
-                Step::ReadOn => self.read_on(floor),
-                Step::Quieten => self.quieten(floor),
-                Step::CloseResting { partial } => self.close_resting(floor, partial),
-                Step::GiveUp => self.give_up_all(floor),
-                Step::Leave => return Ok(()),
+                DrainStep::Serve => {}
+                DrainStep::ReadOn => self.resume_reading(floor),
+                DrainStep::Quieten => self.stop_reading(floor),
+                DrainStep::CloseResting { partial } => self.close_resting(floor, partial),
+                DrainStep::GiveUp => self.give_up_all(floor),
+                DrainStep::Leave => return Ok(()),
             }
         }
     }
@@ -224,7 +224,7 @@ impl EventLoop {
             let service = &mut self.service;
             let calls = &mut service.calls;
             match calls.hand_out(&mut service.threads, service.now_ms, backlog) {
-                Some(late) => self.too_late(floor, late),
+                Some(late) => self.reject_late_call(floor, late),
                 None => return,
             }
         }
@@ -247,7 +247,7 @@ impl EventLoop {
         });
     }
 
-    fn beat(&mut self) {
+    fn record_heartbeat(&mut self) {
         self.service.now_ms = millis(monotonic());
         self.service
             .record
@@ -276,7 +276,7 @@ impl EventLoop {
     fn tick(&mut self, floor: &mut Reactor) {
         if self.service.now_ms.saturating_sub(self.next_tick_ms) > PAUSE_MS && self.next_tick_ms > 0
         {
-            self.drain.forgive_a_pause(self.service.now_ms);
+            self.drain.extend_after_pause(self.service.now_ms);
         }
         self.next_tick_ms = self.service.now_ms + self.tick_ms;
         if self.listen_deadline == 0 {
@@ -284,9 +284,9 @@ impl EventLoop {
         }
         floor.try_accept(self);
         if self.service.unsent.take_room_for_blocked() {
-            self.advance_open(floor, |connection| connection.blocked);
+            self.advance_open(floor, |connection| connection.is_read_paused);
         }
-        self.feel_stuck();
+        self.check_stuck_threads();
         sweep::tidy();
         logging::report_lost_lines();
         let lost = u32::try_from(logging::lost_lines()).unwrap_or(u32::MAX);
@@ -324,7 +324,7 @@ impl EventLoop {
     }
 
     /// Logs something that clients can cause, at most one line in a while.
-    pub(super) fn complain(&mut self, trouble: Trouble, text: &str) {
+    pub(super) fn warn_limited(&mut self, trouble: WarningKind, text: &str) {
         match self.complaints[trouble as usize].admit(self.service.now_ms) {
             Some(more) => log::warn!("{}", with_suppressed_count(text.to_owned(), more)),
             None => log::debug!("{text}"),
@@ -334,7 +334,7 @@ impl EventLoop {
 
 impl Driver for EventLoop {
     fn woken(&mut self) {
-        self.beat();
+        self.record_heartbeat();
     }
 
     fn complete(&mut self, floor: &mut Reactor, completion: Completion<'_>) {
@@ -345,30 +345,30 @@ impl Driver for EventLoop {
                 packet,
                 rest,
             } => self.adopted(floor, socket, packet, rest),
-            Completion::AcceptFailed { error } => self.accept_failed(&error),
-            Completion::Received { token, bytes } => self.received(floor, token, bytes),
-            Completion::Ended { token } => self.ended(floor, token),
+            Completion::AcceptFailed { error } => self.on_accept_error(&error),
+            Completion::Received { token, bytes } => self.on_bytes(floor, token, bytes),
+            Completion::Ended { token } => self.on_end(floor, token),
             Completion::HungUp { token } => self.on_hang_up(floor, token),
             Completion::Sent { token } => {
                 // It has taken something: the time begins anew.
                 if let Some(connection) = find(&mut self.connections, token) {
                     connection.active_ms = self.service.now_ms;
                     let armed = &mut connection.write_deadline;
-                    self.service.timers.disarm(armed, Target::Write(token));
+                    self.service.timers.disarm(armed, TimerTarget::Write(token));
                 }
-                self.advance(floor, token, false);
+                self.pump(floor, token, false);
             }
             Completion::Failed { token, error } => {
                 log::debug!("a connection broke: {error}");
                 self.close(floor, token);
             }
-            Completion::Readable { watch: SIGNALS } => self.heard(floor),
+            Completion::Readable { watch: SIGNALS } => self.on_signal(floor),
             Completion::Readable { watch: LINK } => self.orders(floor),
-            Completion::Readable { watch: QUEUE } => self.give_waiting(floor),
+            Completion::Readable { watch: QUEUE } => self.retry_handoffs(floor),
             Completion::Readable { watch: WAKER } => {
                 self.waker.clear();
                 self.service.threads.pools().hear();
-                self.collect(floor);
+                self.on_results(floor);
             }
             Completion::Readable { watch } => {
                 let program = usize::from(watch - PROGRAMS);

@@ -7,10 +7,10 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::connection::Phase;
+use super::connection::ConnectionPhase;
 use super::event_loop::{EventLoop, QUEUE, find};
 use super::ledger::note_of;
-use super::timers::Target;
+use super::timers::TimerTarget;
 use crate::link::handoff::{self, HandoffState, is_full};
 use crate::sys::event::{Reactor, Token, UnsentData};
 use crate::sys::{closer, socket};
@@ -44,27 +44,27 @@ impl EventLoop {
         };
         let note = note_of(&taken);
         let adopted = floor.register_adopted(socket, owed, note);
-        let Some(token) = self.let_in(floor, adopted, peer) else {
+        let Some(token) = self.register_connection(floor, adopted, peer) else {
             return;
         };
         let now_ms = self.service.now_ms;
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
-        connection.noted = note;
+        connection.recorded_flags = note;
         connection.dialect = taken.state.dialect;
         if taken.state.closing {
-            connection.phase = Phase::Closing;
+            connection.phase = ConnectionPhase::Closing;
         } else {
             if taken.unread.is_empty() {
                 let idle_ms = u64::from(taken.state.idle_ms);
                 connection.active_ms = now_ms.saturating_sub(idle_ms);
             }
             // What has come to the sibling already: the socket can't tell when.
-            connection.fresh = taken.unread.is_empty();
-            connection.tail = taken.unread.into_owned();
+            connection.is_first_read = taken.unread.is_empty();
+            connection.input = taken.unread.into_owned();
         }
-        self.service.ledger.show(connection);
+        self.service.ledger.update_flags(connection);
         self.watch_idle(token);
         if !taken.unsent.is_empty() {
             self.service.out.extend_from_slice(&taken.unsent);
@@ -73,16 +73,18 @@ impl EventLoop {
             floor.clear_carried_output(token);
             self.service.ledger.sent();
         }
-        self.advance(floor, token, false);
+        self.pump(floor, token, false);
     }
 
     /// Gives away every connection that may go; the others follow as they come to rest.
-    pub(super) fn give_resting(&mut self, floor: &mut Reactor) {
+    pub(super) fn send_quiescent(&mut self, floor: &mut Reactor) {
         let open: Vec<Token> = self
             .connections
             .iter()
             .flatten()
-            .filter(|connection| connection.phase == Phase::Open && connection.unanswered == 0)
+            .filter(|connection| {
+                connection.phase == ConnectionPhase::Open && connection.unanswered == 0
+            })
             .map(|connection| connection.token)
             .collect();
         for token in open {
@@ -95,30 +97,30 @@ impl EventLoop {
     /// Gives a connection away, now or as soon as there is room.
     pub(super) fn give(&mut self, floor: &mut Reactor, token: Token) {
         // What it sends now is to be dropped, which nobody else would know.
-        if find(&mut self.connections, token).is_some_and(|it| it.skips.is_some()) {
+        if find(&mut self.connections, token).is_some_and(|it| it.discarding.is_some()) {
             return;
         }
         // First come, first given: else a busy connection could wait for ever.
         if !self.waiting_to_give.is_empty() {
-            return self.wait_to_give(floor, token);
+            return self.queue_for_handoff(floor, token);
         }
-        match self.try_give(floor, token) {
+        match self.try_send(floor, token) {
             Ok(()) => {}
-            Err(error) if is_full(&error) => self.wait_to_give(floor, token),
+            Err(error) if is_full(&error) => self.queue_for_handoff(floor, token),
             Err(error) => {
                 log::error!("a connection could not be passed on: {error}; it is served here");
             }
         }
     }
 
-    fn try_give(&mut self, floor: &mut Reactor, token: Token) -> io::Result<()> {
+    fn try_send(&mut self, floor: &mut Reactor, token: Token) -> io::Result<()> {
         let Some(connection) = find(&mut self.connections, token) else {
             return Ok(());
         };
         let Some(socket) = floor.descriptor(token) else {
             return Ok(());
         };
-        if connection.phase != Phase::Open {
+        if connection.phase != ConnectionPhase::Open {
             return Ok(()); // It was ended while it waited for room.
         }
         let idle_ms = self.service.now_ms.saturating_sub(connection.active_ms);
@@ -129,12 +131,12 @@ impl EventLoop {
         };
         // Said before: dead in between, we must not have it passed on a second time. Dead before the
         // system call too, it ends, which nobody can tell from the other case: a moment of some 100 ns.
-        self.service.ledger.gives(connection, true);
+        self.service.ledger.set_handed_off(connection, true);
         let given = self
             .adoption
-            .send(socket.as_fd(), state, b"", &connection.tail);
+            .send(socket.as_fd(), state, b"", &connection.input);
         if let Err(error) = given {
-            self.service.ledger.gives(connection, false);
+            self.service.ledger.set_handed_off(connection, false);
             return Err(error);
         }
         // The queue holds it now: closing our descriptor ends nothing.
@@ -143,10 +145,10 @@ impl EventLoop {
         Ok(())
     }
 
-    fn wait_to_give(&mut self, floor: &mut Reactor, token: Token) {
+    fn queue_for_handoff(&mut self, floor: &mut Reactor, token: Token) {
         floor.set_reading(token, false);
         if let Some(connection) = find(&mut self.connections, token) {
-            let target = Target::Read(token);
+            let target = TimerTarget::Read(token);
             self.service
                 .timers
                 .disarm(&mut connection.read_deadline, target);
@@ -162,14 +164,14 @@ impl EventLoop {
         let at = self.service.now_ms + RETRY_MS;
         self.service
             .timers
-            .arm(&mut self.give_deadline, at, Target::Give);
+            .arm(&mut self.give_deadline, at, TimerTarget::Give);
     }
 
     /// The queue may have room again.
-    pub(super) fn give_waiting(&mut self, floor: &mut Reactor) {
+    pub(super) fn retry_handoffs(&mut self, floor: &mut Reactor) {
         floor.unwatch(QUEUE);
         while let Some(&token) = self.waiting_to_give.front() {
-            match self.try_give(floor, token) {
+            match self.try_send(floor, token) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     // Told when somebody has taken one; the timer is for when that can't be.
                     if let Err(error) = floor.watch_writable(QUEUE, &*self.adoption.tx) {
@@ -196,6 +198,6 @@ impl EventLoop {
         floor.unwatch(QUEUE);
         self.service
             .timers
-            .disarm(&mut self.give_deadline, Target::Give);
+            .disarm(&mut self.give_deadline, TimerTarget::Give);
     }
 }

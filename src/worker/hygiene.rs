@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
-use super::keeper::{self, Keeping};
+use super::keeper::{self, KeeperSetup};
 use crate::link::boot::WorkerInit;
 use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
@@ -34,9 +34,9 @@ const NOT_OURS: [Signal; 8] = [
 ///
 /// # Errors
 /// What the system refused, with what was tried.
-pub fn become_worker(
+pub fn init_worker_process(
     boot: &mut WorkerInit<'_>,
-) -> Result<(SignalPipe, Option<Keeping>), (&'static str, io::Error)> {
+) -> Result<(SignalPipe, Option<KeeperSetup>), (&'static str, io::Error)> {
     // 1. The pid file's lock belongs to the open file: kept here, it would outlive the master.
     descriptor::close(boot.pid_file);
     // 2. The master's signal pipe: a signal to this process would wake the master.

@@ -7,8 +7,8 @@
 
 use std::mem;
 
-use super::connection::{Connection, Phase, Reply, Rest};
-use super::service::Service;
+use super::connection::{Connection, ConnectionPhase, Discard, PendingAnswer};
+use super::service::CallDispatcher;
 use crate::protocol::body::{self, Form};
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
@@ -24,10 +24,15 @@ const ALWAYS_ROOM: usize = 16 * 1024;
 /// While the worker drains, how long it waits for a connection to come to rest before it reads on.
 const YOUNG_MS: u64 = 100;
 
-impl Service {
+impl CallDispatcher {
     /// Takes as many whole bodies from `input` as may be taken, with `unsent` bytes of earlier
     /// answers still on their way. Returns how many bytes were consumed.
-    pub fn consume(&mut self, connection: &mut Connection, input: &[u8], unsent: usize) -> usize {
+    pub fn read_requests(
+        &mut self,
+        connection: &mut Connection,
+        input: &[u8],
+        unsent: usize,
+    ) -> usize {
         if connection.dialect.is_none() {
             connection.dialect = dialect_of(connection, input);
         }
@@ -35,7 +40,7 @@ impl Service {
             Some(Dialect::Frame) => self.frames(connection, input, unsent),
             Some(Dialect::Line) => self.lines(connection, input, unsent),
             Some(Dialect::Http) => self.requests(connection, input, unsent),
-            Some(Dialect::Unknown) => self.alien(connection, input),
+            Some(Dialect::Unknown) => self.reject_unknown_dialect(connection, input),
             None => 0,
         }
     }
@@ -44,18 +49,18 @@ impl Service {
     /// on their way. Answers in `out` are not among them: their client may take them at once.
     pub(super) fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
         connection.takes_calls(self.limits.pipeline, unsent + self.out.len())
-            && !(self.unsent.is_full() && connection.held() + unsent > 0)
+            && !(self.unsent.is_full() && connection.queued_bytes() + unsent > 0)
     }
 
     /// Whether a connection that is not at rest will be in a moment, if nothing more is read of it: all
     /// that it has under way are young calls, or answers that its client takes. Who has an old one would hold
     /// up what comes behind it.
-    pub(super) fn rests_soon(&self, connection: &Connection, unsent: usize) -> bool {
+    pub(super) fn is_soon_quiescent(&self, connection: &Connection, unsent: usize) -> bool {
         let since_ms = self.now_ms.saturating_sub(YOUNG_MS);
         let mut calls = self.calls.of(connection.token);
         match connection.unanswered {
             // In the middle of a call it may read nothing until that is sent.
-            0 => unsent > 0 && !connection.is_within_call() && connection.active_ms >= since_ms,
+            0 => unsent > 0 && !connection.has_partial_input() && connection.active_ms >= since_ms,
             _ => calls.all(|(_, call)| call.read_ms >= since_ms),
         }
     }
@@ -67,13 +72,13 @@ impl Service {
                 DecodedFrame::Whole { body, used } => {
                     at += used;
                     self.ledger.reaches(at);
-                    self.take(connection, Framing::Frame, body);
+                    self.on_body(connection, Framing::Frame, body);
                 }
                 DecodedFrame::Partial { .. } => break,
                 DecodedFrame::TooLarge { length } => {
                     let limit = self.limits.frame;
                     let text = format!("a frame of {length} bytes; limits.frame allows {limit}");
-                    return self.end(connection, Framing::Frame, text, input);
+                    return self.reject_too_large(connection, Framing::Frame, text, input);
                 }
             }
         }
@@ -85,12 +90,12 @@ impl Service {
         while self.may_take(connection, unsent) {
             let rest = &input[at..];
             let limit = self.limits.frame;
-            match line::decode(rest, connection.scanned, limit, connection.ended) {
+            match line::decode(rest, connection.scanned, limit, connection.peer_closed) {
                 line::DecodedLine::Whole { body, used } => {
                     connection.scanned = 0;
                     at += used;
                     self.ledger.reaches(at);
-                    self.take(connection, Framing::Line, body);
+                    self.on_body(connection, Framing::Line, body);
                 }
                 line::DecodedLine::Blank { used } => {
                     connection.scanned = 0;
@@ -102,7 +107,7 @@ impl Service {
                 }
                 line::DecodedLine::TooLarge => {
                     let text = format!("a line of more than limits.frame allows, {limit} bytes");
-                    return self.end(connection, Framing::Line, text, input);
+                    return self.reject_too_large(connection, Framing::Line, text, input);
                 }
             }
         }
@@ -122,8 +127,8 @@ impl Service {
                     at += used;
                     self.ledger.reaches(at);
                     if head.close {
-                        connection.phase = Phase::Closing;
-                        self.ledger.ends(connection);
+                        connection.phase = ConnectionPhase::Closing;
+                        self.ledger.mark_closing(connection);
                     }
                     self.request(connection, head, &body);
                 }
@@ -136,12 +141,12 @@ impl Service {
                     break;
                 }
                 http::DecodedRequest::Refused(refusal) => {
-                    connection.phase = Phase::Closing;
+                    connection.phase = ConnectionPhase::Closing;
                     self.refuse_request(connection, http::ResponseOptions::default(), &refusal);
                 }
             }
         }
-        if connection.phase != Phase::Open {
+        if connection.phase != ConnectionPhase::Open {
             return input.len();
         }
         if at < input.len() {
@@ -153,22 +158,22 @@ impl Service {
     fn request(&mut self, connection: &mut Connection, head: RequestHead, body: &[u8]) {
         let wrap = Framing::Http(head.reply);
         match head.ask {
-            Ask::Call => self.take(connection, wrap, body),
+            Ask::Call => self.on_body(connection, wrap, body),
             Ask::Method(method) => {
                 self.read += 1;
-                let reply = self.seat(connection, wrap, Form::ParamsOnly, None);
+                let reply = self.reserve_answer(connection, wrap, Form::ParamsOnly, None);
                 match body::params(body, self.limits.depth) {
-                    Ok(params) => self.begin(connection, reply, &method, params, None, None),
-                    Err(error) => self.refuse(connection, reply, None, error),
+                    Ok(params) => self.dispatch(connection, reply, &method, params, None, None),
+                    Err(error) => self.answer_error(connection, reply, None, error),
                 }
             }
-            Ask::Health if self.stopping || self.lame => {
+            Ask::Health if self.stopping || self.stop_pending => {
                 self.respond(connection, head.reply, 503, b"{\"status\":\"stopping\"}");
             }
             Ask::Health => self.respond(connection, head.reply, 200, b"{\"status\":\"ok\"}"),
             Ask::Preflight => {
-                let reply = self.seat(connection, wrap, Form::Notification, None);
-                let about = self.about(connection, reply);
+                let reply = self.reserve_answer(connection, wrap, Form::Notification, None);
+                let about = self.answer_context(connection, reply);
                 let close = about.last && about.closing;
                 self.write(connection, reply, |out| {
                     response::preflight(out, head.reply, close, about.origins);
@@ -197,8 +202,8 @@ impl Service {
         status: u16,
         body: &[u8],
     ) {
-        let reply = self.seat(connection, Framing::Http(http), Form::ParamsOnly, None);
-        let about = self.about(connection, reply);
+        let reply = self.reserve_answer(connection, Framing::Http(http), Form::ParamsOnly, None);
+        let about = self.answer_context(connection, reply);
         let close = about.last && about.closing;
         self.write(connection, reply, |out| {
             let mark = out.len();
@@ -208,14 +213,14 @@ impl Service {
     }
 
     /// Neither a length nor text that one of the dialects begins with.
-    fn alien(&mut self, connection: &mut Connection, input: &[u8]) -> usize {
+    fn reject_unknown_dialect(&mut self, connection: &mut Connection, input: &[u8]) -> usize {
         let text = "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
                     length and that many bytes of JSON), a line of JSON, or an HTTP request";
-        self.end(connection, Framing::Frame, text.to_owned(), input)
+        self.reject_too_large(connection, Framing::Frame, text.to_owned(), input)
     }
 
     /// Answers `too-large`; what follows can't be told apart from the rest of what was refused.
-    fn end(
+    fn reject_too_large(
         &mut self,
         connection: &mut Connection,
         wrap: Framing,
@@ -223,29 +228,29 @@ impl Service {
         input: &[u8],
     ) -> usize {
         self.read += 1;
-        let reply = self.seat(connection, wrap, Form::Plain, None);
+        let reply = self.reserve_answer(connection, wrap, Form::Plain, None);
         let error = RpcError::of(Code::TooLarge, why, false);
-        self.refuse(connection, reply, None, error);
+        self.answer_error(connection, reply, None, error);
         input.len()
     }
 
     /// Counts what a connection keeps of an unfinished call.
-    pub fn count(&mut self, connection: &mut Connection) {
-        self.unfinished += connection.tail.len();
-        self.unfinished -= mem::replace(&mut connection.counted, connection.tail.len());
+    pub fn update_unfinished_total(&mut self, connection: &mut Connection) {
+        self.unfinished += connection.input.len();
+        self.unfinished -= mem::replace(&mut connection.accounted_bytes, connection.input.len());
     }
 
     /// Whether there is no room for what a connection keeps, as counted. For what is little, or all there
     /// is, there always is.
     pub fn has_no_room_for(&self, connection: &Connection) -> bool {
         self.unfinished > self.limits.unfinished.saturating_add(frame::HEADER)
-            && connection.counted > ALWAYS_ROOM
-            && connection.counted < self.unfinished
+            && connection.accounted_bytes > ALWAYS_ROOM
+            && connection.accounted_bytes < self.unfinished
     }
 
     /// Answers a call for whose rest there is no room, and drops it. In HTTP that ends the connection,
     /// which its response has words for.
-    pub fn shed(&mut self, connection: &mut Connection) {
+    pub fn reject_unfinished(&mut self, connection: &mut Connection) {
         let limit = self.limits.unfinished;
         let text = format!(
             "the unfinished calls of this worker are as much as limits.unfinished allows, {limit} bytes; send \
@@ -253,45 +258,45 @@ impl Service {
         );
         let error = RpcError::of(Code::Overloaded, text, false);
         self.read += 1;
-        let tail = mem::take(&mut connection.tail);
+        let input = mem::take(&mut connection.input);
         let (wrap, rest) = match connection.dialect {
             Some(Dialect::Http) => {
-                connection.phase = Phase::Closing;
-                self.ledger.ends(connection);
+                connection.phase = ConnectionPhase::Closing;
+                self.ledger.mark_closing(connection);
                 self.errors += 1;
                 let refusal = RejectedRequest { status: 503, error };
                 return self.refuse_request(connection, http::ResponseOptions::default(), &refusal);
             }
-            Some(Dialect::Line) => (Framing::Line, Rest::Line),
+            Some(Dialect::Line) => (Framing::Line, Discard::Line),
             _ => {
-                let need = match frame::decode(&tail, self.limits.frame) {
+                let need = match frame::decode(&input, self.limits.frame) {
                     DecodedFrame::Partial { need } => need,
-                    _ => tail.len(),
+                    _ => input.len(),
                 };
-                (Framing::Frame, Rest::Bytes(need - tail.len()))
+                (Framing::Frame, Discard::Bytes(need - input.len()))
             }
         };
         connection.scanned = 0;
-        connection.skips = Some(rest);
-        let reply = self.seat(connection, wrap, Form::Plain, None);
-        self.refuse(connection, reply, None, error);
+        connection.discarding = Some(rest);
+        let reply = self.reserve_answer(connection, wrap, Form::Plain, None);
+        self.answer_error(connection, reply, None, error);
     }
 
     /// Takes a place for a call's answer. In HTTP nothing tells answers apart but their order.
-    pub(super) fn seat(
+    pub(super) fn reserve_answer(
         &mut self,
         connection: &mut Connection,
         wrap: Framing,
         form: Form,
         id: Option<&str>,
-    ) -> Reply {
+    ) -> PendingAnswer {
         let free = match wrap {
             Framing::Http(_) => false,
             _ => form == Form::Notification || id.is_some_and(|id| id != "null"),
         };
         let (place, shape) = (connection.take(free), AnswerFormat { form, wrap });
         let mark = self.ledger.take(connection, shape, place, id);
-        Reply { place, shape, mark }
+        PendingAnswer { place, shape, mark }
     }
 }
 
@@ -300,7 +305,9 @@ impl Service {
 fn dialect_of(connection: &Connection, input: &[u8]) -> Option<Dialect> {
     match (input.first_chunk(), input) {
         (Some(first_four), _) => Some(detect::detect(*first_four)),
-        (None, [first, ..]) if connection.ended => detect::is_line(*first).then_some(Dialect::Line),
+        (None, [first, ..]) if connection.peer_closed => {
+            detect::is_line(*first).then_some(Dialect::Line)
+        }
         _ => None,
     }
 }

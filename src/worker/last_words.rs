@@ -18,9 +18,9 @@ use crate::sys::process::monotonic;
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Lets the program say its last words, if it has any.
-pub fn speak(event_loop: &mut EventLoop) {
+pub fn run_stop_hooks(event_loop: &mut EventLoop) {
     let registry = &event_loop.service.registry;
-    let Some(limit_ms) = event_loop.drain.last_words_ms(millis(monotonic())) else {
+    let Some(limit_ms) = event_loop.drain.stop_hook_budget_ms(millis(monotonic())) else {
         return;
     };
     if !registry.has_last_words() {

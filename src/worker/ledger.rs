@@ -11,7 +11,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 
-use super::connection::{Connection, Phase, Place};
+use super::connection::{AnswerPosition, Connection, ConnectionPhase};
 use crate::link::handoff::{self, AdoptedConnection};
 use crate::protocol::body::Form;
 use crate::protocol::http;
@@ -33,7 +33,7 @@ pub const ANSWERED: u32 = 1;
 shared_record! {
     /// A call that was taken and has no answer yet.
     #[derive(Debug)]
-    pub struct Entry {
+    pub struct CallRecord {
         /// Whose it is: the token's number plus one; 0 while the entry is free. Set last.
         pub of: AtomicU64,
         /// Its place among the answers in order, plus one; 0: anywhere.
@@ -62,7 +62,7 @@ shared_record! {
 shared_record! {
     /// What the worker is about as a whole.
     #[derive(Debug)]
-    pub struct Head {
+    pub struct JournalHeader {
         /// It leaves in order: its connections are to end with it.
         pub leaves: AtomicU32,
         /// The server stops: they go nowhere any more.
@@ -98,29 +98,29 @@ pub fn note_of(taken: &AdoptedConnection<'_>) -> u32 {
 
 /// The shared memory.
 #[derive(Debug, Clone, Copy)]
-pub struct Book {
+pub struct SharedJournal {
     /// The worker.
-    pub head: &'static Head,
+    pub head: &'static JournalHeader,
     /// The calls.
-    pub entries: &'static [Entry],
+    pub entries: &'static [CallRecord],
     /// The connections, as the event floor has them.
     pub witness: IoProgress,
 }
 
 /// The entry of a call in the ledger, if it has one.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Mark(Option<&'static Entry>);
+pub struct CallRef(Option<&'static CallRecord>);
 
-impl PartialEq for Mark {
+impl PartialEq for CallRef {
     fn eq(&self, other: &Self) -> bool {
-        let address = |mark: &Mark| mark.0.map(std::ptr::from_ref);
+        let address = |mark: &CallRef| mark.0.map(std::ptr::from_ref);
         address(self) == address(other)
     }
 }
 
-impl Eq for Mark {}
+impl Eq for CallRef {}
 
-impl Mark {
+impl CallRef {
     /// Where it is to be said that the handler of the call begins.
     #[inline]
     pub fn begun(self) -> Option<&'static AtomicU32> {
@@ -153,21 +153,21 @@ impl Mark {
 
 /// The worker's side of it.
 #[derive(Debug, Default)]
-pub struct Ledger {
+pub struct CallJournal {
     /// `None` without a keeper.
-    book: Option<Book>,
+    book: Option<SharedJournal>,
     /// Entries that were used and are free.
-    free: Vec<&'static Entry>,
+    free: Vec<&'static CallRecord>,
     next: usize,
     /// Those whose answers are sent next.
-    answered: Vec<Mark>,
+    answered: Vec<CallRef>,
     /// Where the bytes that are being taken begin in their stream, while they are those that the
     /// floor has just received.
     start: Option<u64>,
     end: u64,
 }
 
-impl Book {
+impl SharedJournal {
     /// An empty one, for so many connections; and the buffer for the floor.
     ///
     /// # Errors
@@ -175,8 +175,8 @@ impl Book {
     pub fn new(connections: usize) -> io::Result<(Self, &'static mut [u8])> {
         let (witness, buffer) = IoProgress::new(connections, handoff::LONGEST)?;
         let entries = NonZeroUsize::new(ENTRIES).unwrap_or(NonZeroUsize::MIN);
-        let head = shared::array_without_file::<Head>(NonZeroUsize::MIN)?;
-        let book = Book {
+        let head = shared::array_without_file::<JournalHeader>(NonZeroUsize::MIN)?;
+        let book = SharedJournal {
             head: &head[0],
             entries: shared::array_without_file(entries)?,
             witness,
@@ -185,12 +185,12 @@ impl Book {
     }
 }
 
-impl Ledger {
+impl CallJournal {
     /// One that writes into this book.
-    pub fn new(book: Book) -> Self {
-        Ledger {
+    pub fn new(book: SharedJournal) -> Self {
+        CallJournal {
             book: Some(book),
-            ..Ledger::default()
+            ..CallJournal::default()
         }
     }
 
@@ -210,8 +210,8 @@ impl Ledger {
     /// So many bytes were received, and all are taken or in the tail by now. The tail is shown first:
     /// what is taken from it later has no place in the stream, so a crash must not find it unread.
     pub fn closes(&mut self, connection: &mut Connection, taken: usize) {
-        if connection.is_within_call() {
-            self.adds(connection, note::TAIL);
+        if connection.has_partial_input() {
+            self.set_flag(connection, note::TAIL);
         }
         if let (Some(book), Some(start)) = (self.book, self.start.take()) {
             let taken = start + taken as u64;
@@ -226,20 +226,20 @@ impl Ledger {
         &mut self,
         connection: &mut Connection,
         shape: AnswerFormat,
-        place: Place,
+        place: AnswerPosition,
         id: Option<&str>,
-    ) -> Mark {
+    ) -> CallRef {
         let Some(book) = self.book else {
-            return Mark::default();
+            return CallRef::default();
         };
         let fits = id.is_none_or(|id| id.len() <= ID_WORDS * 8);
         let Some(entry) = fits.then(|| self.room(book)).flatten() else {
-            self.cant_keep(connection);
-            return Mark::default();
+            self.mark_unlogged(connection);
+            return CallRef::default();
         };
         let order = match place {
-            Place::InOrder(number) => number + 1,
-            Place::Anywhere | Place::Member(_) => 0,
+            AnswerPosition::InOrder(number) => number + 1,
+            AnswerPosition::Anywhere | AnswerPosition::Member(_) => 0,
         };
         entry.order.store(order, Relaxed);
         entry.end.store(self.end, Relaxed);
@@ -260,10 +260,10 @@ impl Ledger {
         };
         entry.id_length.store(length, Relaxed);
         entry.of.store(connection.token.number() + 1, Release);
-        Mark(Some(entry))
+        CallRef(Some(entry))
     }
 
-    fn room(&mut self, book: Book) -> Option<&'static Entry> {
+    fn room(&mut self, book: SharedJournal) -> Option<&'static CallRecord> {
         if let Some(entry) = self.free.pop() {
             return Some(entry);
         }
@@ -274,14 +274,14 @@ impl Ledger {
     }
 
     /// A connection has something that is not in here: it can't be kept until all is answered.
-    pub fn cant_keep(&self, connection: &mut Connection) {
-        connection.unkept = true;
-        self.show(connection);
+    pub fn mark_unlogged(&self, connection: &mut Connection) {
+        connection.has_unlogged_calls = true;
+        self.update_flags(connection);
     }
 
     /// Its answer is among the bytes that are sent next.
     #[inline]
-    pub fn answers(&mut self, mark: Mark) {
+    pub fn answers(&mut self, mark: CallRef) {
         if let Some(entry) = mark.0 {
             entry.stage.store(ANSWERED, Release);
             self.answered.push(mark);
@@ -299,7 +299,7 @@ impl Ledger {
     }
 
     /// It needs no answer any more.
-    pub fn forget(&mut self, mark: Mark) {
+    pub fn forget(&mut self, mark: CallRef) {
         if let Some(entry) = mark.0 {
             entry.of.store(0, Release);
             self.free.push(entry);
@@ -308,17 +308,17 @@ impl Ledger {
 
     /// Says what is to be known of a connection. To be called before what it says is relied on.
     #[inline]
-    pub fn show(&self, connection: &mut Connection) {
+    pub fn update_flags(&self, connection: &mut Connection) {
         let Some(book) = self.book else { return };
-        connection.unkept &= connection.unanswered > 0;
+        connection.has_unlogged_calls &= connection.unanswered > 0;
         let flag = |is: bool, flag| if is { flag } else { 0 };
         let note = u32::from(handoff::dialect_code(connection.dialect))
-            | flag(connection.is_within_call(), note::TAIL)
-            | flag(connection.phase == Phase::Closing, note::CLOSING)
-            | flag(connection.phase == Phase::Lingering, note::SHUT)
-            | flag(connection.unkept, note::UNKEPT);
-        if note != connection.noted {
-            connection.noted = note;
+            | flag(connection.has_partial_input(), note::TAIL)
+            | flag(connection.phase == ConnectionPhase::Closing, note::CLOSING)
+            | flag(connection.phase == ConnectionPhase::Lingering, note::SHUT)
+            | flag(connection.has_unlogged_calls, note::UNKEPT);
+        if note != connection.recorded_flags {
+            connection.recorded_flags = note;
             if let Some(seat) = book.witness.seat(connection.token) {
                 seat.note.store(note, Release);
             }
@@ -326,29 +326,29 @@ impl Ledger {
     }
 
     /// It is to end with the answers to what was taken: whatever it has sent behind that is for nobody.
-    pub fn ends(&self, connection: &mut Connection) {
-        self.adds(connection, note::CLOSING);
+    pub fn mark_closing(&self, connection: &mut Connection) {
+        self.set_flag(connection, note::CLOSING);
     }
 
     /// Says one thing more of a connection, and takes nothing back.
-    fn adds(&self, connection: &mut Connection, flag: u32) {
+    fn set_flag(&self, connection: &mut Connection, flag: u32) {
         if let Some(book) = self.book
-            && connection.noted & flag == 0
+            && connection.recorded_flags & flag == 0
         {
-            connection.noted |= flag;
+            connection.recorded_flags |= flag;
             if let Some(seat) = book.witness.seat(connection.token) {
-                seat.note.store(connection.noted, Release);
+                seat.note.store(connection.recorded_flags, Release);
             }
         }
     }
 
     /// It is about to be passed on, or was not after all.
-    pub fn gives(&self, connection: &Connection, given: bool) {
+    pub fn set_handed_off(&self, connection: &Connection, given: bool) {
         if let Some(book) = self.book
             && let Some(seat) = book.witness.seat(connection.token)
         {
             let flag = if given { note::GIVEN } else { 0 };
-            seat.note.store(connection.noted | flag, Release);
+            seat.note.store(connection.recorded_flags | flag, Release);
         }
     }
 
@@ -361,7 +361,7 @@ impl Ledger {
 
     /// The worker leaves in order, and so many connections end with it, which is counted in
     /// `ended`: but for a stop of the server nobody has told their clients so.
-    pub fn leaves(&self, connections: usize, ended: &AtomicU32) {
+    pub fn record_exit(&self, connections: usize, ended: &AtomicU32) {
         if let Some(book) = self.book {
             if book.head.stops.load(Relaxed) == 0 {
                 ended.store(connections as u32, Relaxed);

@@ -3,7 +3,7 @@
 use super::*;
 use crate::sys::event::Token;
 
-fn connection(book: Book) -> Connection {
+fn connection(book: SharedJournal) -> Connection {
     let connection = Connection::new(Token::for_test(1), None, 0);
     book.witness.seats[1].fd.store(6, Relaxed);
     connection
@@ -14,15 +14,15 @@ const PLAIN: AnswerFormat = AnswerFormat {
     wrap: Framing::Frame,
 };
 
-fn living(book: Book) -> usize {
+fn living(book: SharedJournal) -> usize {
     let entries = book.entries.iter();
     entries.filter(|entry| entry.of.load(Relaxed) != 0).count()
 }
 
 #[test]
 fn a_call_is_in_the_ledger_from_its_taking_until_its_answer_has_left() {
-    let (book, _) = Book::new(4).unwrap();
-    let mut ledger = Ledger::new(book);
+    let (book, _) = SharedJournal::new(4).unwrap();
+    let mut ledger = CallJournal::new(book);
     let mut connection = connection(book);
     book.witness.moment.start.store(1000, Relaxed);
     ledger.opens();
@@ -53,23 +53,23 @@ fn a_call_is_in_the_ledger_from_its_taking_until_its_answer_has_left() {
 
 #[test]
 fn what_finds_no_room_makes_its_connection_one_that_is_not_kept() {
-    let (book, _) = Book::new(4).unwrap();
-    let mut ledger = Ledger::new(book);
+    let (book, _) = SharedJournal::new(4).unwrap();
+    let mut ledger = CallJournal::new(book);
     let mut connection = connection(book);
     let place = connection.take(true);
     let note = || book.witness.seats[1].note.load(Relaxed);
     let long = format!("\"{}\"", "x".repeat(100));
     let mark = ledger.take(&mut connection, PLAIN, place, Some(&long));
-    assert_eq!((mark, note()), (Mark::default(), note::UNKEPT));
+    assert_eq!((mark, note()), (CallRef::default(), note::UNKEPT));
     // until all is answered
     connection.answered(place, &mut Vec::new(), |_| {});
-    ledger.show(&mut connection);
+    ledger.update_flags(&mut connection);
     assert_eq!(note(), 0);
     for _ in 0..ENTRIES {
         let place = connection.take(true);
         assert_ne!(
             ledger.take(&mut connection, PLAIN, place, None),
-            Mark::default()
+            CallRef::default()
         );
     }
     let place = connection.take(true);
@@ -109,26 +109,26 @@ fn a_shape_survives_its_number() {
 
 #[test]
 fn without_a_keeper_nothing_is_written() {
-    let mut ledger = Ledger::default();
+    let mut ledger = CallJournal::default();
     let mut connection = Connection::new(Token::for_test(0), None, 0);
     let place = connection.take(false);
     let mark = ledger.take(&mut connection, PLAIN, place, None);
-    assert_eq!(mark, Mark::default());
+    assert_eq!(mark, CallRef::default());
     ledger.answers(mark);
     ledger.sent();
-    assert!(!connection.unkept);
+    assert!(!connection.has_unlogged_calls);
 }
 
 #[test]
 fn connections_that_end_with_their_worker_are_counted_but_for_a_stop_of_the_server() {
     for (stops, expected) in [(false, 3), (true, 0)] {
-        let (book, _) = Book::new(4).unwrap();
-        let ledger = Ledger::new(book);
+        let (book, _) = SharedJournal::new(4).unwrap();
+        let ledger = CallJournal::new(book);
         if stops {
             ledger.stops();
         }
         let ended = AtomicU32::new(0);
-        ledger.leaves(3, &ended);
+        ledger.record_exit(3, &ended);
         assert_eq!(ended.load(Relaxed), expected);
         assert_eq!(book.head.leaves.load(Relaxed), 1);
     }

@@ -8,7 +8,7 @@ const STEP: u64 = 8;
 
 /// A method's calls of late.
 #[derive(Debug, Clone, Default)]
-pub struct Load {
+pub struct MethodStats {
     /// Where its calls wait and run.
     pub lane: usize,
     /// Waiting and running ones.
@@ -19,15 +19,15 @@ pub struct Load {
     credit: u64,
     credited_ms: u64,
     /// How long a call runs, in microseconds: half of the last ones took longer. 0 where none ran.
-    typical_us: u64,
+    median_us: u64,
 }
 
-impl Load {
+impl MethodStats {
     /// That of a method which has had no call.
     pub fn in_lane(lane: usize) -> Self {
-        Load {
+        MethodStats {
             lane,
-            ..Load::default()
+            ..MethodStats::default()
         }
     }
 
@@ -46,11 +46,11 @@ impl Load {
     }
 
     /// A call has run for so long; `cut`: it was given up, so it might have run for longer.
-    pub fn ran(&mut self, took: Duration, cut: bool) {
+    pub fn record_run(&mut self, took: Duration, cut: bool) {
         let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
-        let step = (self.typical_us / STEP).max(1);
+        let step = (self.median_us / STEP).max(1);
         // The median, not the mean: one call of ten seconds says nothing about the next.
-        self.typical_us = match self.typical_us {
+        self.median_us = match self.median_us {
             // The first one may be the one that hangs: it is no reason to refuse the next.
             0 if cut => 0,
             0 => took_us,
@@ -62,7 +62,7 @@ impl Load {
 
     /// How long a call is expected to run; `None` where none has run yet.
     pub fn expected(&self) -> Option<Duration> {
-        (self.typical_us > 0).then(|| Duration::from_micros(self.typical_us))
+        (self.median_us > 0).then(|| Duration::from_micros(self.median_us))
     }
 }
 
@@ -71,16 +71,16 @@ impl Load {
 mod tests {
     use super::*;
 
-    fn after(load: &mut Load, runs: impl IntoIterator<Item = u64>) -> u64 {
+    fn after(load: &mut MethodStats, runs: impl IntoIterator<Item = u64>) -> u64 {
         for run in runs {
-            load.ran(Duration::from_millis(run), false);
+            load.record_run(Duration::from_millis(run), false);
         }
         u64::try_from(load.expected().unwrap().as_millis()).unwrap()
     }
 
     #[test]
     fn the_expectation_follows_what_most_calls_take() {
-        let mut load = Load::default();
+        let mut load = MethodStats::default();
         assert_eq!(load.expected(), None);
         assert_eq!(after(&mut load, [5]), 5);
         assert_eq!(after(&mut load, [30_000, 5]), 5, "one of half a minute");
@@ -92,19 +92,19 @@ mod tests {
 
     #[test]
     fn a_call_that_was_cut_off_is_no_proof_of_speed() {
-        let mut load = Load::default();
-        load.ran(Duration::from_secs(4), true);
+        let mut load = MethodStats::default();
+        load.record_run(Duration::from_secs(4), true);
         assert_eq!(load.expected(), None);
         after(&mut load, [100]);
-        (0..50).for_each(|_| load.ran(Duration::from_millis(10), true));
+        (0..50).for_each(|_| load.record_run(Duration::from_millis(10), true));
         assert_eq!(load.expected(), Some(Duration::from_millis(100)));
-        load.ran(Duration::from_millis(900), true);
+        load.record_run(Duration::from_millis(900), true);
         assert!(load.expected() > Some(Duration::from_millis(100)));
     }
 
     #[test]
     fn a_rate_lets_a_seconds_worth_be_saved_up() {
-        let mut load = Load::default();
+        let mut load = MethodStats::default();
         assert_eq!((0..20).filter(|_| load.admit(10, 1_000_000)).count(), 10);
         assert!(load.admit(10, 1_000_100));
         assert!(!load.admit(10, 1_000_100));

@@ -48,11 +48,11 @@ use crate::sys::process::exit_now;
 use crate::sys::signal;
 use crate::sys::waker::Waker;
 
-use calls::Calls;
+use calls::CallScheduler;
 use event_loop::EventLoop;
-use keeper::Keeping;
-use ledger::Ledger;
-use service::Service;
+use keeper::KeeperSetup;
+use ledger::CallJournal;
+use service::CallDispatcher;
 use threads::Threads;
 use timers::Timers;
 use unsent::UnsentAnswers;
@@ -87,7 +87,7 @@ pub fn run(boot: WorkerInit<'_>) -> ! {
 fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     logging::start_forwarding(boot.startup_log_tx.take());
     let cant = |attempt| move |error| (attempt, error);
-    let (signals, keeping) = hygiene::become_worker(&mut boot)?;
+    let (signals, keeping) = hygiene::init_worker_process(&mut boot)?;
     memory::limit_malloc_arenas(ARENAS);
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
     // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
@@ -106,10 +106,10 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     // Not dropped should the loop panic: what is open then is its keeper's.
     let floor = Reactor::new().map_err(cant("make its event floor"))?;
     let mut floor = ManuallyDrop::new(floor);
-    let mut ledger = Ledger::default();
+    let mut ledger = CallJournal::default();
     let mut quarantine = None;
-    if let Some(Keeping { book, buffer }) = keeping {
-        ledger = Ledger::new(book);
+    if let Some(KeeperSetup { book, buffer }) = keeping {
+        ledger = CallJournal::new(book);
         quarantine = Some(boot.quarantine);
         signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
         floor.attach_progress(book.witness, buffer);
@@ -119,8 +119,8 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         .map_err(cant("watch its listeners"))?;
     let limits = boot.settings.limits.clone();
     let unsent_limit = limits.unfinished;
-    let service = Service {
-        calls: Calls::new(Arc::clone(&boot.registry), limits.queue),
+    let service = CallDispatcher {
+        calls: CallScheduler::new(Arc::clone(&boot.registry), limits.queue),
         registry: boot.registry,
         threads,
         timers: Timers::default(),
@@ -128,8 +128,8 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         origins: Vec::leak(boot.settings.http_origins.clone()),
         out: Vec::new(),
         now_ms: 0,
-        lame: false,
-        waited_ms: 0,
+        stop_pending: false,
+        accept_wait_ms: 0,
         longest_wait_ms: 0,
         last_wait_ms: 0,
         stopping: false,
@@ -162,7 +162,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     }
     event_loop.end_programs(&mut floor);
     ran?;
-    last_words::speak(&mut event_loop);
+    last_words::run_stop_hooks(&mut event_loop);
     log::debug!("leaves");
     drop(ManuallyDrop::into_inner(floor));
     Ok(())

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::connection::{Connection, Phase};
+use super::connection::{Connection, ConnectionPhase};
 use super::event_loop::{EventLoop, LINK};
 use super::service::millis;
 use crate::link::channel::Received;
@@ -23,7 +23,7 @@ impl EventLoop {
                     Order::Stop(limit) => self.start_stop(floor, limit),
                     // Of several that came while this worker was stopped, the last one is true.
                     Order::Rebalance(order) => shares = Some(order),
-                    Order::StopPending => self.service.lame = true,
+                    Order::StopPending => self.service.stop_pending = true,
                     Order::ReopenLog => match descriptor {
                         Some(file) => drop(logging::set_output(logging::LogOutput::received(file))),
                         None => log::warn!(
@@ -38,7 +38,7 @@ impl EventLoop {
                 Received::Empty => break,
                 Received::End => {
                     floor.unwatch(LINK);
-                    self.alone = true;
+                    self.master_gone = true;
                     log::error!(
                         "the master has died: this worker accepts nothing more, answers what runs \
                          and leaves; start a new master"
@@ -52,7 +52,7 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn heard(&mut self, floor: &mut Reactor) {
+    pub(super) fn on_signal(&mut self, floor: &mut Reactor) {
         for signal in self.signals.take() {
             match signal {
                 Signal::SIGQUIT => self.drain.leave_now(),
@@ -63,7 +63,7 @@ impl EventLoop {
                     self.start_drain(floor, self.drain_timeout);
                 }
                 // To one that drains: the master's last word, or what it does already.
-                _ => self.drain.hurry(self.service.now_ms),
+                _ => self.drain.expire_now(self.service.now_ms),
             }
         }
     }
@@ -74,20 +74,20 @@ impl EventLoop {
         floor.drain_accept_queues(false, self);
         let now = self.service.now_ms;
         self.drain.drain(now, now.saturating_add(millis(limit)));
-        self.give_resting(floor);
+        self.send_quiescent(floor);
     }
 
     /// Some connections were read no further, so that they come to rest, and did not: their calls
     /// take longer, and nobody is to wait for that.
-    pub(super) fn read_on(&mut self, floor: &mut Reactor) {
-        self.advance_open(floor, |connection| connection.blocked);
+    pub(super) fn resume_reading(&mut self, floor: &mut Reactor) {
+        self.advance_open(floor, |connection| connection.is_read_paused);
         self.hand_out(floor);
         self.settle_programs(floor);
     }
 
     /// Half of the drain is over and some connections never rest: nothing more is taken from
     /// them, so that they do once what runs is answered.
-    pub(super) fn quieten(&mut self, floor: &mut Reactor) {
+    pub(super) fn stop_reading(&mut self, floor: &mut Reactor) {
         self.service.limits.pipeline = 0;
         self.advance_open(floor, |_| true);
     }
@@ -116,11 +116,11 @@ impl EventLoop {
             .connections
             .iter()
             .flatten()
-            .filter(|connection| connection.phase == Phase::Open && which(connection))
+            .filter(|connection| connection.phase == ConnectionPhase::Open && which(connection))
             .map(|connection| connection.token)
             .collect();
         for token in open {
-            self.advance(floor, token, false);
+            self.pump(floor, token, false);
         }
     }
 
@@ -129,22 +129,26 @@ impl EventLoop {
             .connections
             .iter()
             .flatten()
-            .filter(|connection| connection.phase == Phase::Open)
-            .filter(|connection| connection.is_at_rest() || (partial && connection.unanswered == 0))
+            .filter(|connection| connection.phase == ConnectionPhase::Open)
+            .filter(|connection| {
+                connection.is_quiescent() || (partial && connection.unanswered == 0)
+            })
             .filter(|connection| floor.unsent(connection.token) == 0)
             .map(|connection| connection.token)
             .collect();
         for token in resting {
-            self.close_rested(floor, token);
+            self.close_quiescent(floor, token);
         }
     }
 
     /// The worker leaves. Who is still connected, and has not been told of the end, is counted.
     pub(super) fn leaves(&self) {
         let connected = self.connections.iter().flatten();
-        let left = connected.filter(|it| it.phase != Phase::Lingering).count();
+        let left = connected
+            .filter(|it| it.phase != ConnectionPhase::Lingering)
+            .count();
         let service = &self.service;
-        service.ledger.leaves(left, &service.record.reset);
+        service.ledger.record_exit(left, &service.record.reset);
     }
 
     /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
@@ -159,7 +163,7 @@ impl EventLoop {
         }
         self.service.stopping = true;
         for key in left {
-            self.end_call(
+            self.abort_call(
                 floor,
                 key,
                 Code::Stopping,

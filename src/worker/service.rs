@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use super::calls::{Calls, Ended};
-use super::connection::{Connection, Phase, Place, Reply};
-use super::ledger::{Ledger, Mark};
+use super::calls::{CallScheduler, FinishedCall};
+use super::connection::{AnswerPosition, Connection, ConnectionPhase, PendingAnswer};
+use super::ledger::{CallJournal, CallRef};
 use super::threads::Threads;
-use super::timers::{CallKey, Target, Timers};
+use super::timers::{CallKey, TimerTarget, Timers};
 use super::unsent::UnsentAnswers;
 use crate::config::Limits;
 use crate::handler::registry::{self, Registry};
@@ -30,11 +30,11 @@ use crate::sys::signal;
 
 /// What answers calls.
 #[derive(Debug)]
-pub struct Service {
+pub struct CallDispatcher {
     /// The methods.
     pub registry: Arc<Registry>,
     /// Calls that wait or run.
-    pub calls: Calls,
+    pub calls: CallScheduler,
     /// What runs them.
     pub threads: Threads,
     /// All deadlines of the worker.
@@ -48,13 +48,13 @@ pub struct Service {
     /// The time, in milliseconds (CLOCK_MONOTONIC), as of the last wake-up.
     pub now_ms: u64,
     /// For how long the bytes being read have waited for somebody to accept their connection.
-    pub waited_ms: u64,
+    pub accept_wait_ms: u64,
     /// The longest and the last such time.
     pub longest_wait_ms: u64,
     /// See `longest_wait_ms`.
     pub last_wait_ms: u64,
     /// A stop will come: not ready for who asks, and serving.
-    pub lame: bool,
+    pub stop_pending: bool,
     /// No further call begins: the server stops.
     pub stopping: bool,
     /// Bytes of all unfinished frames, lines and requests.
@@ -70,30 +70,30 @@ pub struct Service {
     /// Its slot.
     pub slot: u16,
     /// What is not answered yet, for the keeper.
-    pub ledger: Ledger,
+    pub ledger: CallJournal,
     /// Calls that are not to be run; `None` without a keeper.
     pub quarantine: Option<Quarantine>,
 }
 
-impl Service {
+impl CallDispatcher {
     /// What is read now has waited so long for somebody to accept its connection.
     pub(super) fn waited(&mut self, wait_ms: u64) {
-        self.waited_ms = wait_ms;
+        self.accept_wait_ms = wait_ms;
         self.last_wait_ms = wait_ms;
         self.longest_wait_ms = self.longest_wait_ms.max(wait_ms);
     }
 
     /// Takes one body, which came wrapped in `wrap`.
-    pub(super) fn take(&mut self, connection: &mut Connection, wrap: Framing, body: &[u8]) {
+    pub(super) fn on_body(&mut self, connection: &mut Connection, wrap: Framing, body: &[u8]) {
         match body::read(body, self.limits.depth, self.limits.batch) {
             Body::One(form, Ok(call)) => {
-                let reply = self.seat(connection, wrap, form, call.id);
+                let reply = self.reserve_answer(connection, wrap, form, call.id);
                 self.take_call(connection, reply, &call);
             }
             Body::One(form, Err(refusal)) => {
                 self.read += 1;
-                let reply = self.seat(connection, wrap, form, refusal.id);
-                self.refuse(connection, reply, refusal.id, refusal.error);
+                let reply = self.reserve_answer(connection, wrap, form, refusal.id);
+                self.answer_error(connection, reply, refusal.id, refusal.error);
             }
             Body::Batch { text, members } => self.take_batch(connection, wrap, text, &members),
         }
@@ -107,10 +107,10 @@ impl Service {
         text: &str,
         members: &[&str],
     ) {
-        let whole = self.seat(connection, wrap, Form::JsonRpc, None);
+        let whole = self.reserve_answer(connection, wrap, Form::JsonRpc, None);
         // Its answer is of many parts, which the ledger does not know. Only once it counts as
         // unanswered: that is how long it holds.
-        self.ledger.cant_keep(connection);
+        self.ledger.mark_unlogged(connection);
         let place = connection.begin_batch(whole, members.len());
         for member in members {
             let call = jsonrpc::member(text, member);
@@ -118,25 +118,25 @@ impl Service {
                 form: body::request_form(&call),
                 wrap: Framing::Member,
             };
-            let reply = Reply {
+            let reply = PendingAnswer {
                 place,
                 shape,
-                mark: Mark::default(),
+                mark: CallRef::default(),
             };
             match call {
                 Ok(call) => self.take_call(connection, reply, &call),
                 Err(refusal) => {
                     self.read += 1;
-                    self.refuse(connection, reply, refusal.id, refusal.error);
+                    self.answer_error(connection, reply, refusal.id, refusal.error);
                 }
             }
         }
     }
 
-    fn take_call(&mut self, connection: &mut Connection, reply: Reply, call: &Call<'_>) {
+    fn take_call(&mut self, connection: &mut Connection, reply: PendingAnswer, call: &Call<'_>) {
         self.read += 1;
         let asked_ms = call.timeout_ms;
-        self.begin(
+        self.dispatch(
             connection,
             reply,
             &call.method,
@@ -147,10 +147,10 @@ impl Service {
     }
 
     /// Runs a call, or lets it wait for a thread, or says why not.
-    pub(super) fn begin(
+    pub(super) fn dispatch(
         &mut self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
         name: &str,
         params: &str,
         id: Option<&str>,
@@ -158,18 +158,18 @@ impl Service {
     ) {
         if self.stopping {
             let error = RpcError::of(Code::Stopping, "the server stops", false);
-            return self.refuse(connection, reply, id, error);
+            return self.answer_error(connection, reply, id, error);
         }
         if connection.drops_answer(reply.shape.form) {
-            return self.refuse(connection, reply, id, caller_gone(false));
+            return self.answer_error(connection, reply, id, caller_gone(false));
         }
         let Some(method) = self.registry.find(name) else {
-            return self.begin_own(connection, reply, name, params, id);
+            return self.dispatch_builtin(connection, reply, name, params, id);
         };
         let own_ms = millis(self.registry.methods()[method].timeout);
         let timeout_ms = asked_ms.map_or(own_ms, |asked| asked.min(own_ms));
         // Its caller counts from when it was sent, and not from when somebody came to read it.
-        let timeout_ms = timeout_ms.saturating_sub(self.waited_ms);
+        let timeout_ms = timeout_ms.saturating_sub(self.accept_wait_ms);
         let inline = self.registry.methods()[method].handler.placement() == Placement::Inline;
         let admitted = if timeout_ms == 0 {
             Err(RpcError::of(
@@ -189,7 +189,7 @@ impl Service {
                 .and_then(|()| self.calls.admit(method, self.now_ms))
         };
         if let Err(error) = admitted {
-            return self.refuse(connection, reply, id, error);
+            return self.answer_error(connection, reply, id, error);
         }
         if let Some(quarantine) = &self.quarantine {
             let key = quarantine.key(name, params);
@@ -197,7 +197,7 @@ impl Service {
                 let text = "this very call has ended its worker again and again: it is not run any \
                             more until the next reload";
                 let error = RpcError::of(Code::Crashed, text, false);
-                return self.refuse(connection, reply, id, error);
+                return self.answer_error(connection, reply, id, error);
             }
             reply.mark.is_named(key, method);
         }
@@ -212,17 +212,17 @@ impl Service {
             (self.now_ms, deadline_ms),
         );
         if let Some(added) = self.calls.get_mut(key) {
-            connection.pending += added.weight;
+            connection.pending += added.charged_bytes;
             self.timers
-                .arm(&mut added.timer, deadline_ms, Target::Call(key));
+                .arm(&mut added.timer, deadline_ms, TimerTarget::Call(key));
         }
     }
 
     /// The methods of the protocol itself.
-    fn begin_own(
+    fn dispatch_builtin(
         &mut self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
         name: &str,
         params: &str,
         id: Option<&str>,
@@ -240,7 +240,7 @@ impl Service {
             _ => {
                 let text = format!("there is no method {:?} here", excerpt(name));
                 let error = RpcError::of(Code::MethodNotFound, text, false);
-                self.refuse(connection, reply, id, error);
+                self.answer_error(connection, reply, id, error);
             }
         }
     }
@@ -248,7 +248,7 @@ impl Service {
     fn run_inline(
         &mut self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
         (number, params): (usize, &str),
         id: Option<&str>,
         deadline_ms: u64,
@@ -277,7 +277,7 @@ impl Service {
 
     /// A call has run to its end: whatever it was suspected of, it was not that.
     #[inline]
-    pub fn acquit(&self, mark: Mark) {
+    pub fn acquit(&self, mark: CallRef) {
         if let Some(quarantine) = &self.quarantine {
             quarantine.clear_suspicion(mark.key());
         }
@@ -287,13 +287,13 @@ impl Service {
     fn cancel(
         &mut self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
         id: Option<&str>,
         params: &str,
     ) {
         let Some(wanted) = cancel::target_id(params) else {
             let error = RpcError::invalid_params("rpc.cancel takes {\"id\": ID}");
-            return self.refuse(connection, reply, id, error);
+            return self.answer_error(connection, reply, id, error);
         };
         let key = self.calls.find(connection.token, wanted);
         if let Some(ended) = key.and_then(|key| self.give_up(key)) {
@@ -307,10 +307,10 @@ impl Service {
     }
 
     /// Answers a call that is not begun, in its turn; ends the connection where the code says so.
-    pub(super) fn refuse(
+    pub(super) fn answer_error(
         &mut self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
         id: Option<&str>,
         error: RpcError,
     ) {
@@ -318,9 +318,9 @@ impl Service {
     }
 
     /// Gives up a call that waits or runs, and its timer with it.
-    pub fn give_up(&mut self, key: CallKey) -> Option<Ended> {
+    pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
         let mut ended = self.calls.give_up(key)?;
-        self.timers.disarm(&mut ended.timer, Target::Call(key));
+        self.timers.disarm(&mut ended.timer, TimerTarget::Call(key));
         if ended.begun && self.calls.lane(ended.method) > 0 {
             self.threads.pools().give_up();
         }
@@ -331,11 +331,11 @@ impl Service {
     pub fn answer(
         &mut self,
         connection: &mut Connection,
-        ended: &Ended,
+        ended: &FinishedCall,
         outcome: Result<Vec<u8>, RpcError>,
         out: Option<&str>,
     ) {
-        connection.pending -= ended.weight;
+        connection.pending -= ended.charged_bytes;
         let registry = Arc::clone(&self.registry);
         let method = &registry.methods()[ended.method];
         let name = out.or_else(|| method.handler.answer_name());
@@ -358,7 +358,7 @@ impl Service {
     fn compose(
         &mut self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
         (name, id): (&str, Option<&str>),
         fill: impl FnOnce(&mut Vec<u8>) -> Result<(), RpcError>,
     ) {
@@ -366,7 +366,7 @@ impl Service {
         let ours = name.is_empty() || self.stopping;
         let about = AnswerContext {
             ours,
-            ..self.about(connection, reply)
+            ..self.answer_context(connection, reply)
         };
         let is_member = reply.shape.wrap == Framing::Member;
         let limit = self.limits.frame;
@@ -388,26 +388,26 @@ impl Service {
             // An answer that nobody gets is not counted.
             self.errors += u64::from(!connection.drops_answer(reply.shape.form));
             if ours && error.table_code().is_some_and(Code::closes) {
-                connection.phase = Phase::Closing;
+                connection.phase = ConnectionPhase::Closing;
             }
         }
     }
 
     /// What the answer at a place says about the connection. A client that is told that its
     /// connection ends (HTTP alone has the words) is told in the last answer.
-    pub(super) fn about(
+    pub(super) fn answer_context(
         &self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
     ) -> AnswerContext<'static> {
         let is_http = matches!(reply.shape.wrap, Framing::Http(_));
         let last = is_http && connection.is_last(reply.place);
         if last && self.stopping {
-            connection.phase = Phase::Closing;
+            connection.phase = ConnectionPhase::Closing;
         }
         AnswerContext {
             last,
-            closing: connection.phase != Phase::Open,
+            closing: connection.phase != ConnectionPhase::Open,
             ours: false,
             origins: self.origins,
         }
@@ -418,26 +418,26 @@ impl Service {
     pub(super) fn write(
         &mut self,
         connection: &mut Connection,
-        reply: Reply,
+        reply: PendingAnswer,
         write: impl FnOnce(&mut Vec<u8>),
     ) {
-        if let Place::Member(key) = reply.place {
+        if let AnswerPosition::Member(key) = reply.place {
             if let Some(batch) = connection.member(key, write) {
-                let about = self.about(connection, batch.reply);
+                let about = self.answer_context(connection, batch.reply);
                 let shape = batch.reply.shape;
-                self.write_whole(connection, batch.reply, |out| {
+                self.append_in_order(connection, batch.reply, |out| {
                     shape.batch(out, about, &batch.out);
                 });
             }
             return;
         }
-        self.write_whole(connection, reply, write);
+        self.append_in_order(connection, reply, write);
     }
 
-    fn write_whole(
+    fn append_in_order(
         &mut self,
         connection: &mut Connection,
-        Reply { place, mark, .. }: Reply,
+        PendingAnswer { place, mark, .. }: PendingAnswer,
         write: impl FnOnce(&mut Vec<u8>),
     ) {
         if connection.is_next(place) {
@@ -448,7 +448,7 @@ impl Service {
         } else {
             let mut answer = Vec::new();
             write(&mut answer);
-            connection.hold(place, answer, mark);
+            connection.queue_answer(place, answer, mark);
         }
     }
 }

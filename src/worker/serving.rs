@@ -6,12 +6,12 @@
 
 use std::mem;
 
-use super::connection::{HIGH_WATER, Phase};
-use super::event_loop::{EventLoop, Trouble, find};
+use super::connection::{ConnectionPhase, HIGH_WATER};
+use super::event_loop::{EventLoop, WarningKind, find};
 use super::service::{caller_gone, millis};
-use super::spreading::may_go;
+use super::spreading::is_transferable;
 use super::threads::Done;
-use super::timers::Target;
+use super::timers::TimerTarget;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
@@ -21,23 +21,23 @@ const ACTIVE_MS: u64 = 1000;
 const LINGER_MS: u64 = 2000;
 
 impl EventLoop {
-    pub(super) fn received(&mut self, floor: &mut Reactor, token: Token, bytes: &[u8]) {
+    pub(super) fn on_bytes(&mut self, floor: &mut Reactor, token: Token, bytes: &[u8]) {
         let unsent = floor.unsent(token);
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
-        if connection.phase != Phase::Open {
+        if connection.phase != ConnectionPhase::Open {
             return;
         }
         connection.active_ms = self.service.now_ms;
-        if mem::take(&mut connection.fresh) {
+        if mem::take(&mut connection.is_first_read) {
             let socket = floor.descriptor(token);
             self.service.waited(socket.map_or(0, socket::waited_ms));
         }
         self.service.ledger.opens();
         let dropped = connection.skip(bytes);
-        let used = if dropped == 0 && connection.tail.is_empty() {
-            self.service.consume(connection, bytes, unsent)
+        let used = if dropped == 0 && connection.input.is_empty() {
+            self.service.read_requests(connection, bytes, unsent)
         } else {
             dropped
         };
@@ -45,21 +45,21 @@ impl EventLoop {
         self.service.ledger.closes(connection, bytes.len());
         if let Err(error) = kept {
             let text = format!("a connection ends, for nothing more can be kept of it: {error}");
-            self.complain(Trouble::Unfinished, &text);
-            self.service.waited_ms = 0;
+            self.warn_limited(WarningKind::Unfinished, &text);
+            self.service.accept_wait_ms = 0;
             // What was answered meanwhile goes, or would go to somebody else.
             floor.send(token, &mut self.service.out);
             self.service.ledger.sent();
             return self.close(floor, token);
         }
-        let whole = used > dropped || dropped > 0 && connection.skips.is_none();
-        self.advance(floor, token, whole);
-        self.service.waited_ms = 0;
+        let whole = used > dropped || dropped > 0 && connection.discarding.is_none();
+        self.pump(floor, token, whole);
+        self.service.accept_wait_ms = 0;
     }
 
     /// Sends what was answered, takes what may be taken now, and sets what follows from it:
     /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
-    pub(super) fn advance(&mut self, floor: &mut Reactor, token: Token, mut whole: bool) {
+    pub(super) fn pump(&mut self, floor: &mut Reactor, token: Token, mut whole: bool) {
         let Some(connection) = find(&mut self.connections, token) else {
             self.service.ledger.sent();
             return self.service.out.clear();
@@ -73,41 +73,41 @@ impl EventLoop {
             floor.send(token, &mut service.out);
             service.ledger.sent();
             let unsent = floor.unsent(token);
-            let mut untaken = connection.held();
+            let mut untaken = connection.queued_bytes();
             if unsent > 0 {
                 untaken += floor.unsent_memory(token);
             }
             let counted = &mut connection.counted_unsent;
             service.unsent.update(counted, untaken);
-            if connection.tail.is_empty() || !service.may_take(connection, unsent) {
+            if connection.input.is_empty() || !service.may_take(connection, unsent) {
                 break;
             }
             let mut tail = connection.take_tail();
-            let used = service.consume(connection, &tail, unsent);
-            mem::swap(&mut connection.tail, &mut tail);
+            let used = service.read_requests(connection, &tail, unsent);
+            mem::swap(&mut connection.input, &mut tail);
             connection.consume(used);
             whole |= used > 0;
             if used == 0 && service.out.is_empty() {
-                service.count(connection);
+                service.update_unfinished_total(connection);
                 // While others of its calls are under way, it is read no further instead; and one that is to be
                 // handed over is.
-                let goes_elsewhere = self.drain.hands_over();
+                let goes_elsewhere = self.drain.is_handing_off();
                 let stays = !service.has_no_room_for(connection);
                 if stays || goes_elsewhere || connection.unanswered > 0 {
                     break;
                 }
-                service.shed(connection);
+                service.reject_unfinished(connection);
                 shed = true;
             }
         }
-        if connection.phase != Phase::Open {
-            connection.tail = Vec::new();
+        if connection.phase != ConnectionPhase::Open {
+            connection.input = Vec::new();
         }
-        service.count(connection);
+        service.update_unfinished_total(connection);
         // While the floor still lends what it has received: what is kept of it is lost with us.
-        service.ledger.show(connection);
+        service.ledger.update_flags(connection);
         let unsent = floor.unsent(token);
-        let may_rest = self.drain.hands_over() && service.rests_soon(connection, unsent);
+        let may_rest = self.drain.is_handing_off() && service.is_soon_quiescent(connection, unsent);
         if may_rest {
             self.drain.look_again(service.now_ms);
         }
@@ -115,10 +115,11 @@ impl EventLoop {
             || !service.may_take(connection, unsent)
             || connection.unanswered > 0 && service.has_no_room_for(connection);
         // What is to be dropped is no call.
-        connection.blocked =
-            connection.phase == Phase::Open && connection.skips.is_none() && takes_no_more;
-        floor.set_reading(token, !connection.blocked);
-        service.unsent.note_blocked(connection.blocked);
+        connection.is_read_paused = connection.phase == ConnectionPhase::Open
+            && connection.discarding.is_none()
+            && takes_no_more;
+        floor.set_reading(token, !connection.is_read_paused);
+        service.unsent.note_blocked(connection.is_read_paused);
         if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
             service.calls.unpark(token, service.now_ms);
         }
@@ -127,40 +128,42 @@ impl EventLoop {
             service.out = Vec::new();
         }
         let now = service.now_ms;
-        let sent = connection.tail.len();
+        let sent = connection.input.len();
         let waits = connection.http.as_ref().is_some_and(|it| it.waits(sent));
-        let holds_back = connection.blocked || waits && connection.unanswered > 0;
-        if !connection.is_within_call() || holds_back || connection.ended {
+        let holds_back = connection.is_read_paused || waits && connection.unanswered > 0;
+        if !connection.has_partial_input() || holds_back || connection.peer_closed {
             // While we hold the peer back, the time it takes is ours.
             service
                 .timers
-                .disarm(&mut connection.read_deadline, Target::Read(token));
+                .disarm(&mut connection.read_deadline, TimerTarget::Read(token));
         } else if whole || connection.read_deadline == 0 {
             let at = now + millis(service.limits.read_timeout);
             service
                 .timers
-                .arm(&mut connection.read_deadline, at, Target::Read(token));
+                .arm(&mut connection.read_deadline, at, TimerTarget::Read(token));
         }
         if unsent == 0 {
             service
                 .timers
-                .disarm(&mut connection.write_deadline, Target::Write(token));
+                .disarm(&mut connection.write_deadline, TimerTarget::Write(token));
         } else if connection.write_deadline == 0 {
             let at = now + millis(service.limits.write_timeout);
-            service
-                .timers
-                .arm(&mut connection.write_deadline, at, Target::Write(token));
+            service.timers.arm(
+                &mut connection.write_deadline,
+                at,
+                TimerTarget::Write(token),
+            );
         }
         let rests = connection.unanswered == 0 && unsent == 0;
         if shed {
-            self.complain(
-                Trouble::Unfinished,
+            self.warn_limited(
+                WarningKind::Unfinished,
                 "a client's unfinished call is refused: those of this worker have as much as \
                  limits.unfinished allows",
             );
         }
         if rests {
-            self.settle(floor, token);
+            self.finish_if_idle(floor, token);
         }
         if self.service.unsent.is_exceeded() {
             self.close_most_unsent(floor);
@@ -183,66 +186,68 @@ impl EventLoop {
                  the most is closed; its client must read sooner, or raise limits.unfinished peer={peer} \
                  bytes={bytes}"
             );
-            self.complain(Trouble::Unsent, &text);
+            self.warn_limited(WarningKind::Unsent, &text);
             self.close(floor, token);
         }
     }
 
     /// Everything read is answered and sent: ends the connection if it is to end.
-    fn settle(&mut self, floor: &mut Reactor, token: Token) {
+    fn finish_if_idle(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
-        let open = connection.phase == Phase::Open;
+        let open = connection.phase == ConnectionPhase::Open;
         // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
-        let has_more = !connection.ended || !connection.tail.is_empty();
-        if open && self.drain.hands_over() && has_more {
+        let has_more = !connection.peer_closed || !connection.input.is_empty();
+        if open && self.drain.is_handing_off() && has_more {
             return self.give(floor, token);
         }
-        if self.spreading.gives() && may_go(connection) {
+        if self.spreading.gives() && is_transferable(connection) {
             return self.give_by_order(floor, token);
         }
-        if connection.ended && connection.phase != Phase::Lingering {
-            if connection.is_within_call() {
+        if connection.peer_closed && connection.phase != ConnectionPhase::Lingering {
+            if connection.has_partial_input() {
                 log::debug!("a client ended in the middle of a frame");
             }
             return self.close(floor, token);
         }
-        if connection.phase == Phase::Closing {
+        if connection.phase == ConnectionPhase::Closing {
             // Closing at once would reset the connection if something more arrived, and a reset
             // takes along the answer that the client has not read yet.
-            connection.phase = Phase::Lingering;
-            self.service.ledger.show(connection);
+            connection.phase = ConnectionPhase::Lingering;
+            self.service.ledger.update_flags(connection);
             floor.shutdown(token);
             let at = self.service.now_ms + LINGER_MS;
             let armed = &mut connection.quiet_deadline;
-            self.service.timers.disarm(armed, Target::Idle(token));
-            self.service.timers.arm(armed, at, Target::Linger(token));
+            self.service.timers.disarm(armed, TimerTarget::Idle(token));
+            self.service
+                .timers
+                .arm(armed, at, TimerTarget::Linger(token));
         }
     }
 
     /// Closes a connection on which all is answered and sent: with care, unless it has been silent for
     /// so long that its client must have read what there was.
-    pub(super) fn close_rested(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn close_quiescent(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
         if self.service.now_ms.saturating_sub(connection.active_ms) > ACTIVE_MS {
             return self.close(floor, token);
         }
-        connection.phase = Phase::Closing;
-        self.advance(floor, token, false);
+        connection.phase = ConnectionPhase::Closing;
+        self.pump(floor, token, false);
     }
 
-    pub(super) fn ended(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn on_end(&mut self, floor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
-        connection.ended = true;
-        if connection.phase == Phase::Lingering {
+        connection.peer_closed = true;
+        if connection.phase == ConnectionPhase::Lingering {
             return self.close(floor, token);
         }
-        self.advance(floor, token, false);
+        self.pump(floor, token, false);
     }
 
     /// The peer has closed the connection. Calls that expect an answer are cancelled, because no answer
@@ -264,7 +269,7 @@ impl EventLoop {
                 service.answer(connection, &ended, Err(error), None);
             }
         }
-        self.advance(floor, token, false);
+        self.pump(floor, token, false);
     }
 
     /// Closes a connection; whatever its calls answer is for nobody.
@@ -276,14 +281,14 @@ impl EventLoop {
             return;
         };
         let timers = &mut self.service.timers;
-        timers.disarm(&mut connection.read_deadline, Target::Read(token));
-        timers.disarm(&mut connection.write_deadline, Target::Write(token));
+        timers.disarm(&mut connection.read_deadline, TimerTarget::Read(token));
+        timers.disarm(&mut connection.write_deadline, TimerTarget::Write(token));
         let target = match connection.phase {
-            Phase::Lingering => Target::Linger(token),
-            _ => Target::Idle(token),
+            ConnectionPhase::Lingering => TimerTarget::Linger(token),
+            _ => TimerTarget::Idle(token),
         };
         timers.disarm(&mut connection.quiet_deadline, target);
-        self.service.unfinished -= connection.counted;
+        self.service.unfinished -= connection.accounted_bytes;
         let unsent = &mut self.service.unsent;
         unsent.update(&mut connection.counted_unsent, 0);
         floor.close(token);
@@ -299,14 +304,14 @@ impl EventLoop {
                 self.service.ledger.forget(mark);
             }
         }
-        if self.full && floor.connections() < self.service.limits.connections {
-            self.full = false;
+        if self.is_at_limit && floor.connections() < self.service.limits.connections {
+            self.is_at_limit = false;
             self.resume_listening(floor);
         }
     }
 
     /// Answers what the threads have done: one write for each connection.
-    pub(super) fn collect(&mut self, floor: &mut Reactor) {
+    pub(super) fn on_results(&mut self, floor: &mut Reactor) {
         let mut done: Vec<_> = self
             .service
             .threads
@@ -315,7 +320,7 @@ impl EventLoop {
             .into_iter()
             .filter_map(|done| {
                 let mut ended = self.service.calls.done(&done)?;
-                let target = Target::Call(done.key);
+                let target = TimerTarget::Call(done.key);
                 self.service.timers.disarm(&mut ended.timer, target);
                 Some((ended, done.outcome?, done.out))
             })
@@ -335,7 +340,7 @@ impl EventLoop {
                 self.service.ledger.forget(ended.reply.mark);
             }
             if done.peek().is_none_or(|(next, _, _)| next.token != token) {
-                self.advance(floor, token, false);
+                self.pump(floor, token, false);
             }
         }
     }

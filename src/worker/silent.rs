@@ -7,10 +7,10 @@
 
 use std::collections::VecDeque;
 
-use super::connection::{Connection, Phase};
-use super::event_loop::{EventLoop, Trouble, find};
+use super::connection::{Connection, ConnectionPhase};
+use super::event_loop::{EventLoop, WarningKind, find};
 use super::service::millis;
-use super::timers::Target;
+use super::timers::TimerTarget;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
@@ -49,7 +49,7 @@ impl EventLoop {
                     "limits.connections is reached ({limit}): the oldest connection that sent nothing \
                      within limits.read-timeout is closed to accept another one"
                 );
-                self.complain(Trouble::Silent, &text);
+                self.warn_limited(WarningKind::Silent, &text);
                 self.close(floor, token);
             }
         }
@@ -81,7 +81,7 @@ impl EventLoop {
             at = (since_ms + read_timeout_ms).max(self.silent.next_search_ms);
         }
         let armed = &mut self.silent.deadline;
-        self.service.timers.arm(armed, at, Target::Silent);
+        self.service.timers.arm(armed, at, TimerTarget::Silent);
         false
     }
 }
@@ -89,5 +89,7 @@ impl EventLoop {
 /// Returns whether the connection never received a byte. If a sibling has handed it over, `fresh` is true
 /// again, and only the dialect tells that it had calls.
 fn is_silent(connection: &Connection) -> bool {
-    connection.fresh && connection.dialect.is_none() && connection.phase == Phase::Open
+    connection.is_first_read
+        && connection.dialect.is_none()
+        && connection.phase == ConnectionPhase::Open
 }

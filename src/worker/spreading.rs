@@ -8,18 +8,18 @@
 
 use std::collections::HashSet;
 
-use super::connection::{Connection, Phase};
+use super::connection::{Connection, ConnectionPhase};
 use super::event_loop::EventLoop;
-use super::timers::Target;
+use super::timers::TimerTarget;
 use crate::link::message::RebalanceOrder;
 use crate::sys::event::{Reactor, Token};
 
 /// How long an order holds.
-const MOMENT_MS: u64 = 150;
+const REBALANCE_TTL_MS: u64 = 150;
 
 /// An order under way.
 #[derive(Debug, Default)]
-pub struct Spreading {
+pub struct ActiveRebalance {
     /// Connections that are to be given as they come to rest.
     give: u32,
     /// `Some` while the queue is taken from by order alone: so many more.
@@ -28,7 +28,7 @@ pub struct Spreading {
     until: u64,
 }
 
-impl Spreading {
+impl ActiveRebalance {
     /// Whether a connection that has come to rest is to be given away.
     pub fn gives(&self) -> bool {
         self.give > 0
@@ -41,9 +41,9 @@ impl EventLoop {
         if !self.drain.is_serving() {
             return;
         }
-        let at = self.service.now_ms + MOMENT_MS;
+        let at = self.service.now_ms + REBALANCE_TTL_MS;
         let timers = &mut self.service.timers;
-        timers.arm(&mut self.spreading.until, at, Target::Spread);
+        timers.arm(&mut self.spreading.until, at, TimerTarget::Spread);
         self.spreading.take = Some(shares.take);
         floor.set_adopting(shares.take > 0);
         // Those that wait for room in the queue were given already, by the order before.
@@ -53,7 +53,7 @@ impl EventLoop {
             .connections
             .iter()
             .flatten()
-            .filter(|connection| may_go(connection) && floor.unsent(connection.token) == 0)
+            .filter(|connection| is_transferable(connection) && floor.unsent(connection.token) == 0)
             .map(|connection| connection.token)
             .filter(|token| !waiting.contains(token))
             .take(self.spreading.give as usize)
@@ -87,7 +87,7 @@ impl EventLoop {
     /// The moment is over, or the worker serves no more.
     pub(super) fn end_spreading(&mut self, floor: &mut Reactor) {
         let timers = &mut self.service.timers;
-        timers.disarm(&mut self.spreading.until, Target::Spread);
+        timers.disarm(&mut self.spreading.until, TimerTarget::Spread);
         if std::mem::take(&mut self.spreading).take.is_some() {
             floor.set_adopting(true);
             self.resume_listening(floor);
@@ -96,6 +96,8 @@ impl EventLoop {
 }
 
 /// At rest between two calls, and no frame begun: its read deadline would begin anew elsewhere.
-pub(super) fn may_go(connection: &Connection) -> bool {
-    connection.phase == Phase::Open && !connection.ended && connection.is_at_rest()
+pub(super) fn is_transferable(connection: &Connection) -> bool {
+    connection.phase == ConnectionPhase::Open
+        && !connection.peer_closed
+        && connection.is_quiescent()
 }

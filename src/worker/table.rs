@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use slab::Slab;
 
-use super::connection::Reply;
+use super::connection::PendingAnswer;
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::sys::event::Token;
@@ -18,11 +18,11 @@ const NONE: usize = usize::MAX;
 
 /// A call that waits or runs.
 #[derive(Debug)]
-pub struct Call {
+pub struct ScheduledCall {
     /// Whose it is.
     pub token: Token,
     /// Where its answer goes, and how it looks there.
-    pub reply: Reply,
+    pub reply: PendingAnswer,
     /// Its id, as JSON.
     pub id: Option<Arc<str>>,
     /// Where its connection comes from.
@@ -39,18 +39,18 @@ pub struct Call {
     pub(super) size: usize,
     /// The same and the bytes that its result is expected to have, if those are many: what its
     /// connection is charged with.
-    pub weight: usize,
+    pub charged_bytes: usize,
     /// What it asks for; `None` once it was handed out or is over.
     pub(super) params: Option<Box<str>>,
     pub(super) state: Arc<CallState>,
     pub(super) handed_out: bool,
     /// Nobody waits for its answer any more.
-    pub(super) over: bool,
+    pub(super) is_answered: bool,
     /// It runs for nobody: its thread is lost until it reports.
-    pub(super) lost: bool,
+    pub(super) is_orphaned: bool,
 }
 
-impl Call {
+impl ScheduledCall {
     /// Whether a thread runs it.
     pub fn is_running(&self) -> bool {
         self.state.is_running()
@@ -58,9 +58,9 @@ impl Call {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct CallEntry {
     serial: u64,
-    call: Call,
+    call: ScheduledCall,
     /// The next older and the next newer call of its connection's place.
     older: usize,
     newer: usize,
@@ -68,16 +68,16 @@ struct Entry {
 
 /// All calls.
 #[derive(Debug, Default)]
-pub struct Table {
-    entries: Slab<Entry>,
+pub struct CallTable {
+    entries: Slab<CallEntry>,
     /// By `Token::index`, the newest call of whoever has that place.
     newest: Vec<usize>,
     serial: u64,
 }
 
-impl Table {
+impl CallTable {
     /// Adds a call.
-    pub fn insert(&mut self, call: Call) -> CallKey {
+    pub fn insert(&mut self, call: ScheduledCall) -> CallKey {
         let place = call.token.index();
         if place >= self.newest.len() {
             self.newest.resize(place + 1, NONE);
@@ -85,7 +85,7 @@ impl Table {
         self.serial += 1;
         let serial = self.serial;
         let older = self.newest[place];
-        let index = self.entries.insert(Entry {
+        let index = self.entries.insert(CallEntry {
             serial,
             call,
             older,
@@ -99,7 +99,7 @@ impl Table {
     }
 
     /// Takes a call out.
-    pub fn remove(&mut self, key: CallKey) -> Option<Call> {
+    pub fn remove(&mut self, key: CallKey) -> Option<ScheduledCall> {
         self.get(key)?;
         let entry = self.entries.remove(key.index);
         if let Some(older) = self.entries.get_mut(entry.older) {
@@ -113,19 +113,19 @@ impl Table {
     }
 
     /// A call, if it is still there.
-    pub fn get(&self, key: CallKey) -> Option<&Call> {
+    pub fn get(&self, key: CallKey) -> Option<&ScheduledCall> {
         let entry = self.entries.get(key.index)?;
         (entry.serial == key.serial).then_some(&entry.call)
     }
 
     /// Likewise, to be changed.
-    pub fn get_mut(&mut self, key: CallKey) -> Option<&mut Call> {
+    pub fn get_mut(&mut self, key: CallKey) -> Option<&mut ScheduledCall> {
         let entry = self.entries.get_mut(key.index)?;
         (entry.serial == key.serial).then_some(&mut entry.call)
     }
 
     /// The calls of a connection, newest first.
-    pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &Call)> {
+    pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
         let first = self.newest.get(token.index()).copied().unwrap_or(NONE);
         let at = |index: usize| Some((index, self.entries.get(index)?));
         std::iter::successors(at(first), move |(_, entry)| at(entry.older))
@@ -135,7 +135,7 @@ impl Table {
     }
 
     /// All calls.
-    pub fn iter(&self) -> impl Iterator<Item = (CallKey, &Call)> {
+    pub fn iter(&self) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
         self.entries
             .iter()
             .map(|(index, entry)| (key(index, entry), &entry.call))
@@ -147,7 +147,7 @@ impl Table {
     }
 }
 
-fn key(index: usize, entry: &Entry) -> CallKey {
+fn key(index: usize, entry: &CallEntry) -> CallKey {
     CallKey {
         index,
         serial: entry.serial,
@@ -160,18 +160,18 @@ mod tests {
     use super::*;
     use crate::protocol::body::Form;
     use crate::protocol::reply::{AnswerFormat, Framing};
-    use crate::worker::connection::Place;
+    use crate::worker::connection::AnswerPosition;
     use proptest::prelude::*;
 
-    fn call(token: Token) -> Call {
+    fn call(token: Token) -> ScheduledCall {
         let shape = AnswerFormat {
             form: Form::Plain,
             wrap: Framing::Frame,
         };
-        Call {
+        ScheduledCall {
             token,
-            reply: Reply {
-                place: Place::Anywhere,
+            reply: PendingAnswer {
+                place: AnswerPosition::Anywhere,
                 shape,
                 mark: Default::default(),
             },
@@ -182,12 +182,12 @@ mod tests {
             deadline_ms: 0,
             timer: 0,
             size: 0,
-            weight: 0,
+            charged_bytes: 0,
             params: None,
             state: Arc::default(),
             handed_out: false,
-            over: false,
-            lost: false,
+            is_answered: false,
+            is_orphaned: false,
         }
     }
 
@@ -196,7 +196,7 @@ mod tests {
         fn a_connections_chain_is_its_calls_and_no_others(
             steps in prop::collection::vec((0..4_usize, any::<bool>(), any::<prop::sample::Index>()), 0..200)
         ) {
-            let mut table = Table::default();
+            let mut table = CallTable::default();
             let mut model: Vec<(CallKey, Token)> = Vec::new();
             for (place, add, which) in steps {
                 let token = Token::for_test(place);

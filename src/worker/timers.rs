@@ -10,7 +10,7 @@ use crate::sys::event::Token;
 
 /// What a deadline is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Target {
+pub enum TimerTarget {
     /// A started frame must be whole.
     Read(Token),
     /// The reader must have taken something.
@@ -34,19 +34,19 @@ pub enum Target {
 /// The deadlines of a worker.
 #[derive(Debug, Default)]
 pub struct Timers {
-    set: BTreeSet<(u64, Target)>,
+    set: BTreeSet<(u64, TimerTarget)>,
 }
 
 impl Timers {
     /// Arms a deadline in place of the one in `armed` (0: none), and keeps it there.
-    pub fn arm(&mut self, armed: &mut u64, at: u64, target: Target) {
+    pub fn arm(&mut self, armed: &mut u64, at: u64, target: TimerTarget) {
         self.disarm(armed, target);
         *armed = at.max(1);
         self.set.insert((*armed, target));
     }
 
     /// Takes back the deadline in `armed`, if there is one.
-    pub fn disarm(&mut self, armed: &mut u64, target: Target) {
+    pub fn disarm(&mut self, armed: &mut u64, target: TimerTarget) {
         if *armed != 0 {
             self.set.remove(&(*armed, target));
             *armed = 0;
@@ -59,7 +59,7 @@ impl Timers {
     }
 
     /// Takes one deadline that has passed.
-    pub fn expired(&mut self, now: u64) -> Option<Target> {
+    pub fn expired(&mut self, now: u64) -> Option<TimerTarget> {
         let &(at, target) = self.set.first()?;
         (at <= now).then(|| {
             self.set.pop_first();
@@ -76,7 +76,7 @@ mod tests {
     fn deadlines_come_in_order_once_and_not_when_taken_back() {
         let mut timers = Timers::default();
         let (mut first, mut second, mut third) = (0, 0, 0);
-        let key = |index| Target::Call(CallKey { index, serial: 1 });
+        let key = |index| TimerTarget::Call(CallKey { index, serial: 1 });
         timers.arm(&mut second, 20, key(2));
         timers.arm(&mut first, 10, key(1));
         timers.arm(&mut third, 5, key(3));

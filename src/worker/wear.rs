@@ -3,8 +3,8 @@
 //!
 //! It goes on as before. The master starts a successor, and orders the drain when that is ready.
 
-use super::event_loop::{EventLoop, Trouble};
-use super::table::Call;
+use super::event_loop::{EventLoop, WarningKind};
+use super::table::ScheduledCall;
 use crate::link::ids::Pid;
 use crate::link::jitter;
 use crate::link::message::Report;
@@ -17,7 +17,7 @@ const GRACE_MS: u64 = 1000;
 const TELL_AGAIN: u64 = 100;
 
 /// After how many calls this worker has had enough; 0 is never.
-pub(super) fn enough(max_calls: u64) -> u64 {
+pub(super) fn recycle_threshold(max_calls: u64) -> u64 {
     match max_calls {
         0 => u64::MAX,
         most => jitter::with_jitter(most, Pid::current()),
@@ -26,9 +26,9 @@ pub(super) fn enough(max_calls: u64) -> u64 {
 
 impl EventLoop {
     /// To be asked after every turn: one comparison, when there is nothing to tell.
-    pub(super) fn feel_wear(&mut self) {
-        if self.service.read >= self.worn_after {
-            self.worn_after = match self.report(Report::MaxCallsReached(self.service.read)) {
+    pub(super) fn check_recycle_limits(&mut self) {
+        if self.service.read >= self.recycle_at {
+            self.recycle_at = match self.report(Report::MaxCallsReached(self.service.read)) {
                 Ok(()) => u64::MAX,
                 Err(_) => self.service.read + TELL_AGAIN,
             };
@@ -36,13 +36,13 @@ impl EventLoop {
     }
 
     /// To be asked at every tick: threads whose handlers heed no deadline.
-    pub(super) fn feel_stuck(&mut self) {
+    pub(super) fn check_stuck_threads(&mut self) {
         let service = &self.service;
         let threads = service.threads.count(0);
         if service.calls.counts(&service.threads).2 == 0 || !self.drain.is_serving() {
             return;
         }
-        let call = |(serial, call): (u64, &Call)| StuckCall {
+        let call = |(serial, call): (u64, &ScheduledCall)| StuckCall {
             thread: service.threads.posts.thread_of(serial),
             method: call.method,
             id: call.id.as_deref().map(str::to_owned),
@@ -64,9 +64,9 @@ impl EventLoop {
                 "{lost} of {threads} handler threads are lost until their handlers come back, which heed \
                  no deadline: {method}{id} has run for {age} s"
             );
-            return self.complain(Trouble::Lost, &text);
+            return self.warn_limited(WarningKind::Lost, &text);
         }
-        if self.told_wedged {
+        if self.stuck_reported {
             return;
         }
         let none = match threads {
@@ -77,6 +77,6 @@ impl EventLoop {
         self.stuck.write(&calls);
         // If it could not be told, at the next tick.
         let told = self.report(Report::AllThreadsStuck(threads as u64));
-        self.told_wedged = told.is_ok();
+        self.stuck_reported = told.is_ok();
     }
 }

@@ -15,7 +15,7 @@ use crate::protocol::rpc_error::RpcError;
 
 /// A call without an answer.
 #[derive(Debug, Clone)]
-pub struct Unanswered {
+pub struct UnansweredCall {
     /// The shape of its answer.
     pub shape: AnswerFormat,
     /// Its place among those in order; `None`: anywhere.
@@ -32,7 +32,7 @@ pub struct Unanswered {
 
 /// A connection, as the ledger has it.
 #[derive(Debug, Clone, Default)]
-pub struct Held {
+pub struct ConnectionSnapshot {
     /// The note of it.
     pub note: u32,
     /// The worker alone had bytes that the kernel had not taken.
@@ -40,7 +40,7 @@ pub struct Held {
     /// What came along with it to be sent to it first, and was not.
     pub unsent: Vec<u8>,
     /// Its calls.
-    pub calls: Vec<Unanswered>,
+    pub calls: Vec<UnansweredCall>,
 }
 
 /// Bytes were being received from it.
@@ -65,7 +65,7 @@ pub struct Sending {
 
 /// What becomes of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fate {
+pub enum Recovery {
     /// Another worker goes on with it.
     PassOn {
         /// Its state.
@@ -84,30 +84,30 @@ pub enum Fate {
 }
 
 /// Decides.
-pub fn judge(
-    held: &Held,
+pub fn decide(
+    held: &ConnectionSnapshot,
     receiving: Option<Receiving>,
     sending: Option<Sending>,
     origins: &[String],
-) -> Fate {
+) -> Recovery {
     if held.note & (note::SHUT | note::GIVEN) != 0 {
-        return Fate::Close;
+        return Recovery::Close;
     }
     if held.owed || held.note & (note::TAIL | note::UNKEPT) != 0 {
-        return Fate::Reset;
+        return Recovery::Reset;
     }
     let sent = match sending {
         None => false,
         Some(Sending { length, sent }) => match sent {
             Some(0) => false,
             Some(sent) if sent == length => true,
-            _ => return Fate::Reset,
+            _ => return Recovery::Reset,
         },
     };
     let Some(unread) = unread(held, receiving) else {
-        return Fate::Reset;
+        return Recovery::Reset;
     };
-    let mut left: Vec<&Unanswered> = held
+    let mut left: Vec<&UnansweredCall> = held
         .calls
         .iter()
         .filter(|call| !(sent && call.answered))
@@ -131,7 +131,7 @@ pub fn judge(
             .shape
             .compose(&mut unsent, about, ("", id), |_| Err(error));
     }
-    Fate::PassOn {
+    Recovery::PassOn {
         state: HandoffState {
             dialect: handoff::dialect((held.note & 0xFF) as u8),
             idle_ms: 0,
@@ -152,7 +152,7 @@ fn words(begun: bool) -> &'static str {
 }
 
 /// Which bytes of the buffer nobody has taken; `None` when that can't be told.
-fn unread(held: &Held, receiving: Option<Receiving>) -> Option<Range<usize>> {
+fn unread(held: &ConnectionSnapshot, receiving: Option<Receiving>) -> Option<Range<usize>> {
     let Some(receiving) = receiving else {
         return Some(0..0);
     };

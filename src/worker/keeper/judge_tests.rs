@@ -5,8 +5,8 @@ use crate::protocol::Dialect;
 use crate::protocol::body::Form;
 use crate::protocol::reply::Framing;
 
-fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> Unanswered {
-    Unanswered {
+fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> UnansweredCall {
+    UnansweredCall {
         shape: AnswerFormat {
             form: Form::Plain,
             wrap: Framing::Line,
@@ -19,8 +19,8 @@ fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> Unanswered {
     }
 }
 
-fn held(calls: Vec<Unanswered>) -> Held {
-    Held {
+fn held(calls: Vec<UnansweredCall>) -> ConnectionSnapshot {
+    ConnectionSnapshot {
         note: u32::from(handoff::dialect_code(Some(Dialect::Line))),
         owed: false,
         unsent: Vec::new(),
@@ -29,15 +29,19 @@ fn held(calls: Vec<Unanswered>) -> Held {
 }
 
 /// The answers that go first, and what is unread.
-fn passed(fate: Fate) -> (String, Range<usize>) {
+fn passed(fate: Recovery) -> (String, Range<usize>) {
     match fate {
-        Fate::PassOn { unsent, unread, .. } => (String::from_utf8(unsent).unwrap(), unread),
+        Recovery::PassOn { unsent, unread, .. } => (String::from_utf8(unsent).unwrap(), unread),
         other => panic!("{other:?}"),
     }
 }
 
-fn judge_one(held: &Held, receiving: Option<Receiving>, sending: Option<Sending>) -> Fate {
-    judge(held, receiving, sending, &[])
+fn judge_one(
+    held: &ConnectionSnapshot,
+    receiving: Option<Receiving>,
+    sending: Option<Sending>,
+) -> Recovery {
+    decide(held, receiving, sending, &[])
 }
 
 #[test]
@@ -45,7 +49,7 @@ fn a_connection_at_rest_is_passed_on_as_it_is() {
     let fate = judge_one(&held(Vec::new()), None, None);
     assert_eq!(
         fate,
-        Fate::PassOn {
+        Recovery::PassOn {
             state: HandoffState {
                 dialect: Some(Dialect::Line),
                 idle_ms: 0,
@@ -63,11 +67,11 @@ fn what_only_the_worker_had_can_not_be_passed_on() {
     for flag in [note::TAIL, note::UNKEPT] {
         let mut held = held(Vec::new());
         held.note |= flag;
-        assert_eq!(judge_one(&held, None, None), Fate::Reset);
+        assert_eq!(judge_one(&held, None, None), Recovery::Reset);
     }
     let mut owing = held(Vec::new());
     owing.owed = true;
-    assert_eq!(judge_one(&owing, None, None), Fate::Reset);
+    assert_eq!(judge_one(&owing, None, None), Recovery::Reset);
 }
 
 #[test]
@@ -75,7 +79,7 @@ fn what_has_ended_or_is_on_its_way_is_only_let_go() {
     for flag in [note::SHUT, note::GIVEN] {
         let mut held = held(Vec::new());
         held.note |= flag | note::TAIL;
-        assert_eq!(judge_one(&held, None, None), Fate::Close);
+        assert_eq!(judge_one(&held, None, None), Recovery::Close);
     }
 }
 
@@ -109,8 +113,8 @@ fn an_answer_is_given_once_wherever_the_worker_died() {
     let (answers, _) = passed(judge_one(&one, None, sending(Some(90))));
     assert_eq!(answers, "");
     // it has a part of it, or that can't be told
-    assert_eq!(judge_one(&one, None, sending(Some(5))), Fate::Reset);
-    assert_eq!(judge_one(&one, None, sending(None)), Fate::Reset);
+    assert_eq!(judge_one(&one, None, sending(Some(5))), Recovery::Reset);
+    assert_eq!(judge_one(&one, None, sending(None)), Recovery::Reset);
 }
 
 #[test]
@@ -124,8 +128,8 @@ fn what_came_along_is_sent_once_wherever_the_worker_died() {
     }
     let (answers, _) = passed(judge_one(&one, None, sending(Some(8))));
     assert_eq!(answers, "");
-    assert_eq!(judge_one(&one, None, sending(Some(3))), Fate::Reset);
-    assert_eq!(judge_one(&one, None, sending(None)), Fate::Reset);
+    assert_eq!(judge_one(&one, None, sending(Some(3))), Recovery::Reset);
+    assert_eq!(judge_one(&one, None, sending(None)), Recovery::Reset);
 }
 
 #[test]
@@ -162,10 +166,13 @@ fn bytes_that_nobody_took_go_on_and_those_of_a_taken_call_do_not() {
     ));
     assert_eq!(unread, 70..70);
     // not known how many, or fewer than were taken
-    assert_eq!(judge_one(&none, receiving(1000, None), None), Fate::Reset);
+    assert_eq!(
+        judge_one(&none, receiving(1000, None), None),
+        Recovery::Reset
+    );
     assert_eq!(
         judge_one(&none, receiving(1050, Some(40)), None),
-        Fate::Reset
+        Recovery::Reset
     );
 }
 
@@ -177,7 +184,7 @@ fn one_that_was_to_close_says_so_in_its_last_answer() {
         call.shape.wrap = Framing::Http(Default::default());
     }
     let fate = judge_one(&one, None, None);
-    assert!(matches!(fate, Fate::PassOn { state, .. } if state.closing));
+    assert!(matches!(fate, Recovery::PassOn { state, .. } if state.closing));
     let (answers, _) = passed(fate);
     assert_eq!(answers.matches("Connection: close").count(), 1, "{answers}");
     assert!(answers.rfind("HTTP/1.1 500") < answers.find("Connection: close"));

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::ledger::{self, Book, Entry};
+use super::ledger::{self, CallRecord, SharedJournal};
 use crate::link::boot::WorkerInit;
 use crate::link::handoff::{self, AdoptionQueue, is_full};
 use crate::sys::event::UnsentData;
@@ -27,7 +27,7 @@ use crate::sys::event::witness::{ConnectionRecord, CurrentIo, PendingAccept, REC
 use crate::sys::process::{Fork, exit_now, monotonic};
 use crate::sys::socket::{Bound, reset_when_closed};
 use crate::sys::{descriptor, twin};
-use judge::{Fate, Held, Receiving, Sending, Unanswered};
+use judge::{ConnectionSnapshot, Receiving, Recovery, Sending, UnansweredCall};
 
 /// Places beyond `limits.connections`: what is adopted or found in a queue may exceed it.
 const SPARE_SEATS: usize = 256;
@@ -35,9 +35,9 @@ const SPARE_SEATS: usize = 256;
 const RETRY: Duration = Duration::from_millis(20);
 
 /// What a worker that has a keeper writes into.
-pub struct Keeping {
+pub struct KeeperSetup {
     /// The ledger.
-    pub book: Book,
+    pub book: SharedJournal,
     /// What the event floor receives into.
     pub buffer: &'static mut [u8],
 }
@@ -47,27 +47,27 @@ pub struct Keeping {
 ///
 /// # Errors
 /// When there is no memory, no descriptor or no process to be had.
-pub fn make(boot: &WorkerInit<'_>) -> io::Result<Keeping> {
+pub fn make(boot: &WorkerInit<'_>) -> io::Result<KeeperSetup> {
     let connections = boot.settings.limits.connections + SPARE_SEATS;
-    let (book, buffer) = Book::new(connections)?;
+    let (book, buffer) = SharedJournal::new(connections)?;
     let worker = twin::pidfd_self()?;
     let addresses = strangers::addresses(&boot.listeners);
     let made = twin::clone_process(&boot.record.keeper);
     if matches!(made, Ok(Fork::Child)) {
         boot.show("keeper");
-        keep(boot, (&worker, &addresses), book, buffer);
+        run_keeper(boot, (&worker, &addresses), book, buffer);
     }
     made?;
     // Its number is what the keeper waits by, for as long as this process lives.
     std::mem::forget(worker);
-    Ok(Keeping { book, buffer })
+    Ok(KeeperSetup { book, buffer })
 }
 
 /// Is the keeper.
-fn keep(
+fn run_keeper(
     boot: &WorkerInit<'_>,
     (worker, addresses): (&OwnedFd, &[Bound]),
-    book: Book,
+    book: SharedJournal,
     buffer: &[u8],
 ) -> ! {
     if !matches!(twin::end_with_parent(boot.master), Ok(true)) {
@@ -91,15 +91,15 @@ fn keep(
             PendingAccept::Nobody => Vec::new(),
             PendingAccept::Fresh | PendingAccept::Used => strangers::find(addresses, &known(book)),
         };
-        take_over(boot, book, (buffer, &strangers, coming), end);
+        recover_connections(boot, book, (buffer, &strangers, coming), end);
     }
     exit_now(0);
 }
 
 /// Does with each connection what there is to be done.
-fn take_over(
+fn recover_connections(
     boot: &WorkerInit<'_>,
-    book: Book,
+    book: SharedJournal,
     (buffer, strangers, coming): (&[u8], &[RawFd], PendingAccept),
     end: Duration,
 ) {
@@ -121,7 +121,7 @@ fn take_over(
             // As it came: nobody has done anything with it.
             (PendingAccept::Used, Some(packet)) => {
                 let forward = || adoption.resend(socket.as_fd(), packet);
-                let kept = insist(adoption, end, forward);
+                let kept = send_until(adoption, end, forward);
                 count(
                     if kept {
                         &boot.record.kept
@@ -131,7 +131,10 @@ fn take_over(
                     1,
                 );
             }
-            _ => to_pass.push((socket, judge::judge(&Held::default(), None, None, origins))),
+            _ => to_pass.push((
+                socket,
+                judge::decide(&ConnectionSnapshot::default(), None, None, origins),
+            )),
         }
     }
     for (index, fd) in left {
@@ -142,7 +145,7 @@ fn take_over(
         let owed = UnsentData::of(seat.owed.load(Relaxed));
         let came = packet.filter(|_| owed == UnsentData::InPacket);
         let came = came.and_then(|packet| handoff::decode_packet(packet, None));
-        let held = Held {
+        let held = ConnectionSnapshot {
             note: seat.note.load(Relaxed),
             owed: owed != UnsentData::Nothing && came.is_none(),
             unsent: came.map_or_else(Vec::new, |taken| taken.unsent.into_owned()),
@@ -153,14 +156,14 @@ fn take_over(
             receiving(moment, index, &socket),
             sending(moment, index, &socket),
         );
-        match judge::judge(&held, receiving, sending, origins) {
-            Fate::Close => {}
-            Fate::Reset => reset(boot, &socket),
-            fate @ Fate::PassOn { .. } => to_pass.push((socket, fate)),
+        match judge::decide(&held, receiving, sending, origins) {
+            Recovery::Close => {}
+            Recovery::Reset => reset(boot, &socket),
+            fate @ Recovery::PassOn { .. } => to_pass.push((socket, fate)),
         }
     }
     for (socket, fate) in to_pass {
-        if let Fate::PassOn { crashed, .. } = &fate
+        if let Recovery::PassOn { crashed, .. } = &fate
             && give(adoption, &socket, &fate, buffer, end)
         {
             count(&boot.record.kept, 1);
@@ -178,7 +181,7 @@ fn reset(boot: &WorkerInit<'_>, socket: &OwnedFd) {
 }
 
 /// Places that are taken, with the number of the descriptor of each.
-fn connections(book: Book) -> Vec<(usize, RawFd)> {
+fn connections(book: SharedJournal) -> Vec<(usize, RawFd)> {
     let fd = |seat: &ConnectionRecord| RawFd::try_from(seat.fd.load(Acquire).checked_sub(1)?).ok();
     let seats = book.witness.seats.iter().enumerate();
     seats
@@ -187,13 +190,13 @@ fn connections(book: Book) -> Vec<(usize, RawFd)> {
 }
 
 /// The numbers alone.
-fn known(book: Book) -> Vec<RawFd> {
+fn known(book: SharedJournal) -> Vec<RawFd> {
     connections(book).into_iter().map(|(_, fd)| fd).collect()
 }
 
 /// The calls without an answer, by what their entries say whose they are.
-fn calls(entries: &[Entry], highest: u32) -> HashMap<u64, Vec<Unanswered>> {
-    let mut calls: HashMap<u64, Vec<Unanswered>> = HashMap::new();
+fn calls(entries: &[CallRecord], highest: u32) -> HashMap<u64, Vec<UnansweredCall>> {
+    let mut calls: HashMap<u64, Vec<UnansweredCall>> = HashMap::new();
     for entry in entries.iter().take(highest as usize) {
         let of = entry.of.load(Acquire);
         if of > 0 {
@@ -204,8 +207,8 @@ fn calls(entries: &[Entry], highest: u32) -> HashMap<u64, Vec<Unanswered>> {
 }
 
 /// What ran when the worker died, by key and method.
-fn ran(entries: &[Entry], highest: u32) -> impl Iterator<Item = (u64, u32)> {
-    let ran = |entry: &&Entry| {
+fn ran(entries: &[CallRecord], highest: u32) -> impl Iterator<Item = (u64, u32)> {
+    let ran = |entry: &&CallRecord| {
         entry.of.load(Acquire) != 0
             && entry.begun.load(Relaxed) != 0
             && entry.stage.load(Relaxed) != ledger::ANSWERED
@@ -216,7 +219,7 @@ fn ran(entries: &[Entry], highest: u32) -> impl Iterator<Item = (u64, u32)> {
         .filter(|(key, _)| *key != 0)
 }
 
-fn call(entry: &Entry) -> Unanswered {
+fn call(entry: &CallRecord) -> UnansweredCall {
     let id = entry.id_length.load(Relaxed).checked_sub(1).map(|length| {
         let mut bytes: Vec<u8> = entry
             .id
@@ -226,7 +229,7 @@ fn call(entry: &Entry) -> Unanswered {
         bytes.truncate(length as usize);
         String::from_utf8_lossy(&bytes).into_owned()
     });
-    Unanswered {
+    UnansweredCall {
         shape: ledger::shape(entry.shape.load(Relaxed)),
         order: entry.order.load(Relaxed).checked_sub(1),
         id,
@@ -268,11 +271,11 @@ fn sending(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Sending
 fn give(
     adoption: &AdoptionQueue,
     socket: &OwnedFd,
-    fate: &Fate,
+    fate: &Recovery,
     buffer: &[u8],
     end: Duration,
 ) -> bool {
-    let Fate::PassOn {
+    let Recovery::PassOn {
         state,
         unsent,
         unread,
@@ -285,12 +288,12 @@ fn give(
         return false;
     };
     let give = || adoption.send(socket.as_fd(), *state, unsent, unread);
-    insist(adoption, end, give)
+    send_until(adoption, end, give)
 }
 
 /// Sends something through the queue as soon as there is room, by `end` at the latest; tells whether
 /// it was.
-fn insist(adoption: &AdoptionQueue, end: Duration, send: impl Fn() -> io::Result<()>) -> bool {
+fn send_until(adoption: &AdoptionQueue, end: Duration, send: impl Fn() -> io::Result<()>) -> bool {
     loop {
         let error = match send() {
             Ok(()) => return true,
