@@ -17,8 +17,8 @@ use nix::sys::signal::Signal;
 
 use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
-use crate::handler::command::Command;
-use crate::handler::kept::{Hooks, Kept};
+use crate::handler::command::CommandHandler;
+use crate::handler::kept::{HandlerState, Hooks};
 use crate::handler::pool::{Pool, Pooled};
 use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, builtin};
@@ -185,7 +185,7 @@ struct Running<'a> {
     file: Option<PathBuf>,
     overrides: Overrides,
     hooks: Arc<Hooks>,
-    kept: Kept,
+    kept: HandlerState,
 }
 
 impl master::Host for Running<'_> {
@@ -220,7 +220,7 @@ impl master::Host for Running<'_> {
                 MethodKind::Builtin(Builtin::Sleep) => Arc::new(builtin::Sleep),
                 // `config` lets only names through that it was told of.
                 MethodKind::Command(command) => {
-                    Arc::new(Command::new(command, settings.limits.depth))
+                    Arc::new(CommandHandler::new(command, settings.limits.depth))
                 }
                 MethodKind::Pool(name) => Arc::new(Pooled {
                     number: pools.iter().position(|(pool, _)| *pool == name)?,
@@ -292,7 +292,7 @@ fn opened_in_main() -> BTreeSet<RawFd> {
 }
 
 /// Lets the program make what the master keeps, and finds out which descriptors are the program's.
-fn start_hooks(hooks: &Hooks, opened_in_main: &BTreeSet<RawFd>) -> Result<Kept> {
+fn start_hooks(hooks: &Hooks, opened_in_main: &BTreeSet<RawFd>) -> Result<HandlerState> {
     let before = descriptor::list_open();
     let kept = hooks.start_master().map_err(Error::NotReady)?;
     // Before the next look: what a thread closes at its end is not the program's any more.

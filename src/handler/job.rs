@@ -24,7 +24,7 @@ pub struct CallKey {
 
 /// A call for the threads.
 #[derive(Debug)]
-pub struct Job {
+pub struct HandlerCall {
     /// Which call.
     pub key: CallKey,
     /// The number of its method.

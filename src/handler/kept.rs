@@ -15,9 +15,9 @@ use std::sync::Arc;
 /// Why a program's own function could not make what it was to make. Any error and any text will do.
 pub type StartError = Box<dyn std::error::Error + Send + Sync>;
 
-type Thing = Arc<dyn Any + Send + Sync>;
-type OnMaster = Box<dyn Fn() -> Result<Thing, StartError> + Send + Sync>;
-type OnStart = Box<dyn Fn(&Worker) -> Result<Thing, StartError> + Send + Sync>;
+type StateValue = Arc<dyn Any + Send + Sync>;
+type OnMaster = Box<dyn Fn() -> Result<StateValue, StartError> + Send + Sync>;
+type OnStart = Box<dyn Fn(&Worker) -> Result<StateValue, StartError> + Send + Sync>;
 type OnStop = Box<dyn Fn(&Worker) + Send + Sync>;
 
 /// The functions of a program that are called around its methods.
@@ -34,7 +34,7 @@ impl Hooks {
         &mut self,
         make: impl Fn() -> Result<T, StartError> + Send + Sync + 'static,
     ) {
-        let make = move || Ok(Arc::new(make()?) as Thing);
+        let make = move || Ok(Arc::new(make()?) as StateValue);
         self.master_start.push(Box::new(make));
     }
 
@@ -43,7 +43,7 @@ impl Hooks {
         &mut self,
         make: impl Fn(&Worker) -> Result<T, StartError> + Send + Sync + 'static,
     ) {
-        let make = move |worker: &Worker| Ok(Arc::new(make(worker)?) as Thing);
+        let make = move |worker: &Worker| Ok(Arc::new(make(worker)?) as StateValue);
         self.worker_start.push(Box::new(make));
     }
 
@@ -53,7 +53,7 @@ impl Hooks {
     }
 
     /// Whether anything is to be done when a worker ends.
-    pub fn has_last_words(&self) -> bool {
+    pub fn has_stop_hooks(&self) -> bool {
         !self.worker_stop.is_empty()
     }
 
@@ -61,8 +61,8 @@ impl Hooks {
     ///
     /// # Errors
     /// What the first function that failed has said.
-    pub fn start_master(&self) -> Result<Kept, String> {
-        let mut kept = Kept::default();
+    pub fn start_master(&self) -> Result<HandlerState, String> {
+        let mut kept = HandlerState::default();
         for make in &self.master_start {
             kept.things.push(guarded("on_master_start", make)?);
         }
@@ -74,7 +74,7 @@ impl Hooks {
     ///
     /// # Errors
     /// Likewise.
-    pub fn start_worker(&self, slot: u16, kept: &Kept) -> Result<Worker, String> {
+    pub fn start_worker(&self, slot: u16, kept: &HandlerState) -> Result<Worker, String> {
         let mut worker = Worker {
             slot,
             kept: kept.clone(),
@@ -92,7 +92,7 @@ impl Hooks {
             // The hook has logged a panic; the others have their turn all the same.
             let _ = guarded("on_worker_stop", || {
                 end(worker);
-                Ok(Arc::new(()) as Thing)
+                Ok(Arc::new(()) as StateValue)
             });
         }
     }
@@ -104,7 +104,10 @@ impl fmt::Debug for Hooks {
     }
 }
 
-fn guarded(name: &str, make: impl FnOnce() -> Result<Thing, StartError>) -> Result<Thing, String> {
+fn guarded(
+    name: &str,
+    make: impl FnOnce() -> Result<StateValue, StartError>,
+) -> Result<StateValue, String> {
     match catch_unwind(AssertUnwindSafe(make)) {
         Ok(Ok(thing)) => Ok(thing),
         Ok(Err(error)) => Err(format!("{name} failed: {error}")),
@@ -117,17 +120,17 @@ fn guarded(name: &str, make: impl FnOnce() -> Result<Thing, StartError>) -> Resu
 
 /// Things, each found by its type.
 #[derive(Clone, Default)]
-pub struct Kept {
-    things: Vec<Thing>,
+pub struct HandlerState {
+    things: Vec<StateValue>,
     /// Those that the program has opened before the fork.
     descriptors: BTreeSet<RawFd>,
 }
 
-impl Kept {
+impl HandlerState {
     /// The same with the descriptors that the program has opened before the fork.
     #[must_use]
     pub fn with_descriptors(self, descriptors: BTreeSet<RawFd>) -> Self {
-        Kept {
+        HandlerState {
             descriptors,
             ..self
         }
@@ -148,7 +151,7 @@ impl Kept {
     }
 }
 
-impl fmt::Debug for Kept {
+impl fmt::Debug for HandlerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Kept").finish_non_exhaustive()
     }
@@ -158,7 +161,7 @@ impl fmt::Debug for Kept {
 #[derive(Debug)]
 pub struct Worker {
     slot: u16,
-    kept: Kept,
+    kept: HandlerState,
 }
 
 impl Worker {
@@ -226,10 +229,14 @@ mod tests {
             1 => panic!("on purpose"),
             _ => Ok(()),
         });
-        let fails = |slot| hooks.start_worker(slot, &Kept::default()).unwrap_err();
+        let fails = |slot| {
+            hooks
+                .start_worker(slot, &HandlerState::default())
+                .unwrap_err()
+        };
         assert_eq!(fails(0), "on_worker_start failed: the database is away");
         assert_eq!(fails(1), "on_worker_start panicked, as logged above");
-        assert!(hooks.start_worker(2, &Kept::default()).is_ok());
+        assert!(hooks.start_worker(2, &HandlerState::default()).is_ok());
     }
 
     #[test]
@@ -243,7 +250,7 @@ mod tests {
                 told.lock().unwrap().push(number);
             });
         }
-        hooks.stop_worker(&hooks.start_worker(0, &Kept::default()).unwrap());
+        hooks.stop_worker(&hooks.start_worker(0, &HandlerState::default()).unwrap());
         assert_eq!(*told.lock().unwrap(), [2, 0]);
     }
 }

@@ -9,17 +9,17 @@ use crate::sys::spawn::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
 
 /// What all processes of a program have in common.
 #[derive(Debug)]
-pub(super) struct Program {
+pub(super) struct PreparedProgram {
     pub template: SpawnTemplate,
     /// All of its environment but the variable of the call.
     environment: Vec<CString>,
 }
 
-impl Program {
+impl PreparedProgram {
     pub fn new(program: &config::Program) -> Self {
         let limits = &program.rlimits;
         let variables = program.environment.iter();
-        Program {
+        PreparedProgram {
             template: SpawnTemplate {
                 program: c_path(&program.file),
                 directory: c_path(&program.directory),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Handler;
-use super::kept::{Hooks, Kept, Worker};
+use super::kept::{HandlerState, Hooks, Worker};
 use super::pool::Pool;
 
 /// The method that answers with [`Registry::describe`].
@@ -55,7 +55,7 @@ pub struct Registry {
     by_name: HashMap<String, usize>,
     hooks: Arc<Hooks>,
     /// What the master keeps for all workers.
-    kept: Kept,
+    kept: HandlerState,
     /// Set in a worker, once what it keeps for itself is there.
     worker: OnceLock<Worker>,
     /// By the number that the methods' handlers have.
@@ -79,7 +79,7 @@ impl Registry {
 
     /// The same with what the program does around its methods, and keeps in the master.
     #[must_use]
-    pub fn with(self, hooks: Arc<Hooks>, kept: Kept) -> Self {
+    pub fn with(self, hooks: Arc<Hooks>, kept: HandlerState) -> Self {
         Registry {
             hooks,
             kept,
@@ -120,8 +120,8 @@ impl Registry {
     }
 
     /// Whether the program wants to be told of a worker's end.
-    pub fn has_last_words(&self) -> bool {
-        self.hooks.has_last_words()
+    pub fn has_stop_hooks(&self) -> bool {
+        self.hooks.has_stop_hooks()
     }
 
     /// Tells it.

@@ -63,6 +63,6 @@ impl EventLoop {
         self.service.threads.pools().leave(hurry, || {
             record.heartbeat_ms.store(millis(monotonic()), Relaxed);
         });
-        sweep::end_all();
+        sweep::kill_all();
     }
 }

@@ -15,7 +15,7 @@ use super::connection::{AnswerPosition, HIGH_WATER, PendingAnswer};
 use super::load::MethodStats;
 use super::queue::{Queue, Waiting};
 use super::table::{CallTable, ScheduledCall};
-use super::threads::{Done, Job, Threads};
+use super::threads::{Done, HandlerCall, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
@@ -256,7 +256,7 @@ impl CallScheduler {
                 continue;
             };
             call.handed_out = true;
-            let job = Job {
+            let job = HandlerCall {
                 key,
                 method: call.method,
                 params,

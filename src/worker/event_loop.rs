@@ -287,7 +287,7 @@ impl EventLoop {
             self.advance_open(floor, |connection| connection.is_read_paused);
         }
         self.check_stuck_threads();
-        sweep::tidy();
+        sweep::reap_adopted();
         logging::report_lost_lines();
         let lost = u32::try_from(logging::lost_lines()).unwrap_or(u32::MAX);
         self.service.record.lost_lines.store(lost, Relaxed);

@@ -23,7 +23,7 @@ pub fn run_stop_hooks(event_loop: &mut EventLoop) {
     let Some(limit_ms) = event_loop.drain.stop_hook_budget_ms(millis(monotonic())) else {
         return;
     };
-    if !registry.has_last_words() {
+    if !registry.has_stop_hooks() {
         return;
     }
     let registry = Arc::clone(registry);

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::handler::job::Job;
+use crate::handler::job::HandlerCall;
 
 /// So much expected work is one thread's.
 const SHARE: Duration = Duration::from_micros(100);
@@ -23,7 +23,7 @@ pub struct Shelf {
 
 #[derive(Debug, Default)]
 struct State {
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<HandlerCall>,
     /// What those are expected to take.
     work: Duration,
     /// Threads that sleep and that nobody has woken.
@@ -59,7 +59,7 @@ impl State {
 }
 
 /// What a job is taken to need where that is not known: a thread of its own.
-fn expected(job: &Job) -> Duration {
+fn expected(job: &HandlerCall) -> Duration {
     job.expected
         .unwrap_or(SHARE)
         .clamp(Duration::from_nanos(1), SHARE)
@@ -71,7 +71,7 @@ impl Shelf {
     }
 
     /// Adds a job; nobody is woken for it before `ring`.
-    pub fn put(&self, job: Job) {
+    pub fn put(&self, job: HandlerCall) {
         let mut state = self.lock();
         state.work += expected(&job);
         state.jobs.push_back(job);
@@ -87,7 +87,7 @@ impl Shelf {
 
     /// Takes a job, and waits for one; for a thread that has just done `brisk`, the kind that its last
     /// one was. Tells whether the one that it takes is of that kind.
-    pub fn take(&self, brisk: bool) -> (Job, bool) {
+    pub fn take(&self, brisk: bool) -> (HandlerCall, bool) {
         let mut state = self.lock();
         state.brisk -= usize::from(brisk);
         loop {

@@ -7,8 +7,8 @@ use std::time::Instant;
 use super::*;
 use crate::handler::job::CallKey;
 
-fn job(serial: u64, expected_us: Option<u64>) -> Job {
-    Job {
+fn job(serial: u64, expected_us: Option<u64>) -> HandlerCall {
+    HandlerCall {
         key: CallKey { index: 0, serial },
         method: 0,
         params: "".into(),

@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, unbounded};
 use super::posts::Posts;
 use super::shelf::Shelf;
 use crate::handler::job::Reports;
-pub use crate::handler::job::{Done, Job};
+pub use crate::handler::job::{Done, HandlerCall};
 use crate::handler::pool::Pools;
 use crate::handler::registry::Registry;
 use crate::handler::{Context, guard};
@@ -125,7 +125,7 @@ impl Threads {
     }
 
     /// Hands a job over to a lane; `ring` is to follow.
-    pub fn run(&mut self, lane: usize, job: Job) {
+    pub fn run(&mut self, lane: usize, job: HandlerCall) {
         match lane.checked_sub(1) {
             None => self.shelf.put(job),
             Some(pool) => self.pools.put(pool, job),
@@ -166,7 +166,7 @@ impl Threads {
     }
 }
 
-fn run(job: &Job, slot: u16, registry: &Registry) -> Result<Vec<u8>, RpcError> {
+fn run(job: &HandlerCall, slot: u16, registry: &Registry) -> Result<Vec<u8>, RpcError> {
     let method = &registry.methods()[job.method];
     let context = Context::on_thread(&method.name, slot, job.deadline, &job.state)
         .with((job.id.as_deref(), job.peer), registry.worker());

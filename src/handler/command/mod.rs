@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use serde::Serialize;
 use std::ffi::CStr;
 
-use super::program::{Program, guard_hint};
+use super::program::{PreparedProgram, guard_hint};
 use super::{Context, Handler};
 use crate::config::{self, Output, Stdin};
 use crate::logging::pluralize;
@@ -27,12 +27,12 @@ use crate::sys::spawn::{SpawnError, SpawnStep};
 
 use arguments::Arguments;
 use run::{Ran, Stopped};
-use sweep::Running;
+use sweep::RunningCommand;
 
 /// A command and what is to be done with its output.
 #[derive(Debug)]
-pub struct Command {
-    program: Program,
+pub struct CommandHandler {
+    program: PreparedProgram,
     arguments: Arguments,
     stdin: Stdin,
     output: Output,
@@ -41,11 +41,11 @@ pub struct Command {
     depth: usize,
 }
 
-impl Command {
+impl CommandHandler {
     /// The handler of a configured command, whose results may be nested `depth` levels deep.
     pub fn new(command: &config::Command, depth: usize) -> Self {
-        Command {
-            program: Program::new(&command.program),
+        CommandHandler {
+            program: PreparedProgram::new(&command.program),
             arguments: Arguments::new(&command.program.arguments),
             stdin: command.stdin,
             output: command.output,
@@ -56,7 +56,7 @@ impl Command {
 
     fn run(&self, params: &str, context: &Context<'_>) -> Result<Ran, RpcError> {
         let arguments = self.arguments.of_call(params)?;
-        let running = Running::begin()
+        let running = RunningCommand::begin()
             .ok_or_else(|| RpcError::of(Code::Stopping, "this worker leaves", false))?;
         let variable = running.variable();
         let environment = self.program.environment(&variable);
@@ -100,7 +100,7 @@ impl Command {
     }
 }
 
-impl Handler for Command {
+impl Handler for CommandHandler {
     fn call(
         &self,
         params: &str,

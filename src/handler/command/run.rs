@@ -45,7 +45,7 @@ pub(super) enum Stopped {
 }
 
 /// A command that runs.
-pub(super) struct Process {
+pub(super) struct CommandProcess {
     child: ChildProcess,
     /// `None` once it is closed.
     stdin: Option<OwnedFd>,
@@ -75,7 +75,7 @@ pub(super) fn start(
     arguments: &[Cow<'_, CStr>],
     environment: &[&CStr],
     feeds: bool,
-) -> Result<Process, SpawnError> {
+) -> Result<CommandProcess, SpawnError> {
     let none_left = |errno| SpawnError {
         step: SpawnStep::Descriptors,
         errno,
@@ -106,7 +106,7 @@ pub(super) fn start(
         calls: None,
     };
     let child = spawn(template, &arguments, environment, stdio)?;
-    Ok(Process {
+    Ok(CommandProcess {
         child,
         stdin: stdin.map(|(_, writer)| writer),
         stdout: Some(our_stdout),
@@ -115,7 +115,7 @@ pub(super) fn start(
     })
 }
 
-impl Process {
+impl CommandProcess {
     /// Feeds it `input`, and reads what it writes until it has ended.
     pub fn finish(
         mut self,

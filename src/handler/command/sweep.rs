@@ -40,9 +40,9 @@ static SWEEPING: Mutex<()> = Mutex::new(());
 /// A command of a call, or a program of a pool with all its calls, from before it is started until
 /// nothing of it is left.
 #[derive(Debug)]
-pub(in crate::handler) struct Running(u64);
+pub(in crate::handler) struct RunningCommand(u64);
 
-impl Running {
+impl RunningCommand {
     /// `None`: the worker leaves.
     pub fn begin() -> Option<Self> {
         let leaves = LEAVES.read().unwrap_or_else(PoisonError::into_inner);
@@ -51,7 +51,7 @@ impl Running {
         }
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         running(|calls| calls.insert(number));
-        Some(Running(number))
+        Some(RunningCommand(number))
     }
 
     /// The variable with its value, for the environment.
@@ -66,12 +66,12 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningCommand {
     fn drop(&mut self) {
         running(|calls| calls.remove(&self.0));
         spawn::reap_abandoned();
         // Most leave nothing.
-        if !strangers().is_empty() {
+        if !adopted_children().is_empty() {
             sweep_ended();
         }
     }
@@ -106,7 +106,7 @@ pub fn call_of(pid: Pid) -> Option<Mark> {
 
 /// Ends everything that this worker's commands have left or still run; none begins any more. To be
 /// called when it leaves.
-pub fn end_all() {
+pub fn kill_all() {
     *LEAVES.write().unwrap_or_else(PoisonError::into_inner) = true;
     if NEXT.load(Ordering::Relaxed) == 1 {
         return;
@@ -125,7 +125,7 @@ pub fn end_all() {
 
 /// Reaps adopted ones that have ended. To be called now and then by the first thread, whose
 /// children they are.
-pub fn tidy() {
+pub fn reap_adopted() {
     while let Some(pid) = process::ended_child().filter(|&pid| !spawn::is_child(pid)) {
         let Ok(_one_at_a_time) = SWEEPING.try_lock() else {
             return;
@@ -135,7 +135,7 @@ pub fn tidy() {
 }
 
 /// Children of the first thread that it has not started: those that were adopted.
-fn strangers() -> Vec<Pid> {
+fn adopted_children() -> Vec<Pid> {
     let mut pids = tree::direct_children();
     pids.retain(|&pid| !spawn::is_child(pid));
     pids
@@ -147,7 +147,7 @@ fn sweep(choose: impl Fn(Vec<Pid>) -> Vec<Pid>) {
     let _one_at_a_time = SWEEPING.lock().unwrap_or_else(PoisonError::into_inner);
     let end = monotonic().saturating_add(DYING);
     loop {
-        let mut living = strangers();
+        let mut living = adopted_children();
         living.retain(|&pid| {
             let is_zombie = tree::is_zombie(pid);
             if is_zombie {

@@ -16,7 +16,7 @@ use crossbeam_channel::Sender;
 use super::life::millis;
 use super::seat::{Entry, Line, Seat};
 use super::wire::LEFT;
-use crate::handler::job::{Done, Job};
+use crate::handler::job::{Done, HandlerCall};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;
@@ -78,7 +78,7 @@ pub(super) enum Word {
     /// It starts its program.
     Starts,
     /// The program had not read that call when it ended.
-    Again(Job),
+    Again(HandlerCall),
 }
 
 /// What a keeper's program is up to, as far as calls go.
@@ -154,7 +154,7 @@ impl Desk {
     }
 
     /// A call for whichever program is the first to be free.
-    pub fn put(&mut self, job: Job) {
+    pub fn put(&mut self, job: HandlerCall) {
         self.line.waiting.push_back(Entry::new(job, false));
         self.serve();
     }

@@ -102,8 +102,8 @@ impl World {
     }
 }
 
-fn job(serial: u64) -> Job {
-    Job {
+fn job(serial: u64) -> HandlerCall {
+    HandlerCall {
         key: CallKey { index: 0, serial },
         method: 0,
         params: "null".into(),

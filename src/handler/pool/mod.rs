@@ -28,8 +28,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
 
 pub use boot::Stage;
 
-use super::job::{Done, Job, Reports};
-use super::program::{Program, c_string};
+use super::job::{Done, HandlerCall, Reports};
+use super::program::{PreparedProgram, c_string};
 use super::registry::Registry;
 use super::{Context, Handler, Placement};
 use crate::config;
@@ -58,7 +58,7 @@ const BEAT: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Pool {
     name: String,
-    program: Program,
+    program: PreparedProgram,
     arguments: Vec<CString>,
     settings: config::Pool,
     /// How long the first start of each program may take, which a new worker waits for.
@@ -77,7 +77,7 @@ impl Pool {
         let first_boot = pool.boot_timeout.min(worker - worker / 10);
         Pool {
             name: name.to_owned(),
-            program: Program::new(&pool.program),
+            program: PreparedProgram::new(&pool.program),
             arguments: pool
                 .program
                 .arguments
@@ -220,7 +220,7 @@ impl Pools {
     }
 
     /// Hands a call to a pool.
-    pub fn put(&mut self, pool: usize, job: Job) {
+    pub fn put(&mut self, pool: usize, job: HandlerCall) {
         self.desks[pool].put(job);
     }
 

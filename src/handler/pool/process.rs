@@ -18,7 +18,7 @@ use nix::unistd::{pipe2, read};
 use super::Pool;
 use super::lines::Lines;
 use super::wire::{LEFT, PIECE, Wire};
-use crate::handler::command::sweep::Running;
+use crate::handler::command::sweep::RunningCommand;
 use crate::sys::process::{Exit, Pid, resident_bytes};
 use crate::sys::socket::stream_pair;
 use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, Stdio, null, spawn};
@@ -48,7 +48,7 @@ pub(super) struct Process {
     child: ChildProcess,
     /// Its part in the worker's table of what runs, for as long as it lives. Dropped after the
     /// child is reaped: what is left of it by then is swept.
-    _running: Running,
+    _running: RunningCommand,
     outputs: [Output; 2],
     piece: Box<[u8]>,
     /// What stands before it in the log.
@@ -60,7 +60,7 @@ pub(super) struct Process {
 impl Process {
     /// Starts a program of the pool, and the wire to it.
     pub fn start(pool: &Pool) -> Result<(Self, Wire), NotStarted> {
-        let running = Running::begin().ok_or(NotStarted::Leaving)?;
+        let running = RunningCommand::begin().ok_or(NotStarted::Leaving)?;
         let (calls, theirs) = stream_pair().map_err(|error| of_io(&error))?;
         let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(no_descriptor);
         let ((our_stdout, stdout), (our_stderr, stderr)) = (pipe()?, pipe()?);

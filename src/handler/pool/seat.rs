@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::life::millis;
 use super::wire::Wire;
-use crate::handler::job::{Done, Job};
+use crate::handler::job::{Done, HandlerCall};
 use crate::handler::registry::Registry;
 use crate::protocol::code::Code;
 use crate::protocol::frame::DecodedFrame;
@@ -29,7 +29,7 @@ const STALE: Duration = Duration::from_millis(5);
 /// A call for a program.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub job: Job,
+    pub job: HandlerCall,
     /// A program has died already before it had read it.
     pub returned: bool,
     /// When it came here, as time since boot.
@@ -39,7 +39,7 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    pub fn new(job: Job, returned: bool) -> Self {
+    pub fn new(job: HandlerCall, returned: bool) -> Self {
         Entry {
             job,
             returned,
