@@ -161,7 +161,7 @@ impl Server {
                 hooks,
                 kept,
             },
-            becomes: worker::run,
+            worker_main: worker::run,
             passed,
             launcher: &mut launcher,
         };
@@ -188,7 +188,7 @@ struct Running<'a> {
     kept: HandlerState,
 }
 
-impl master::Host for Running<'_> {
+impl master::Embedder for Running<'_> {
     fn load(&self) -> Result<Settings> {
         config::load(self.file.as_deref(), &self.overrides)
     }

@@ -10,14 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
-use super::event::{Limits, Millis};
-use super::recycle::Wear;
+use super::event::{Millis, PolicyLimits};
+use super::recycle::RecycleState;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::throttle::Throttle;
 
 /// A slot of one generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Seat {
+pub(super) struct SlotId {
     /// The generation.
     pub generation: Generation,
     /// The slot.
@@ -26,7 +26,7 @@ pub(super) struct Seat {
 
 /// Who sits there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Holder {
+pub(super) enum SlotState {
     /// Nobody: throttled until then.
     Throttled {
         /// When to fork.
@@ -38,38 +38,38 @@ pub(super) enum Holder {
     Worker(Pid),
 }
 
-impl Holder {
+impl SlotState {
     /// Nobody yet: what follows when a fork is due then.
     pub fn due(at: Millis, now: Millis) -> Self {
         match at > now {
-            true => Holder::Throttled { until: at },
-            false => Holder::Forking,
+            true => SlotState::Throttled { until: at },
+            false => SlotState::Forking,
         }
     }
 }
 
 /// What the master knows of a seat.
 #[derive(Debug)]
-pub(super) struct Tenure {
+pub(super) struct SlotEntry {
     /// Who sits there.
-    pub holder: Holder,
+    pub state: SlotState,
     /// Who is to follow the holder once it is ready; `Some` only beside [`Holder::Worker`], so that
     /// a seat has one fork under way at most.
-    pub coming: Option<Holder>,
+    pub successor: Option<SlotState>,
     /// False for a seat given up while its fork was under way: what comes of it is drained.
-    pub wanted: bool,
+    pub is_active: bool,
     /// How soon it may be forked again.
     pub throttle: Throttle,
     /// When it last changed who sits there, or is to.
     pub since: Millis,
 }
 
-impl Tenure {
+impl SlotEntry {
     /// When a throttled fork of it is due.
     pub fn fork_at(&self) -> Option<Millis> {
-        match self.coming.unwrap_or(self.holder) {
-            Holder::Throttled { until } => Some(until),
-            Holder::Forking | Holder::Worker(_) => None,
+        match self.successor.unwrap_or(self.state) {
+            SlotState::Throttled { until } => Some(until),
+            SlotState::Forking | SlotState::Worker(_) => None,
         }
     }
 }
@@ -77,7 +77,7 @@ impl Tenure {
 /// Where a child is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Stage {
+pub enum WorkerStage {
     /// Forked, not yet ready.
     Starting,
     /// Serves.
@@ -91,88 +91,88 @@ pub enum Stage {
 
 /// One living child.
 #[derive(Debug)]
-pub(super) struct Child {
+pub(super) struct ChildRecord {
     /// Its seat, also once it drains and somebody else sits there.
-    pub seat: Seat,
+    pub seat: SlotId,
     /// Its configuration's limits.
-    pub limits: Limits,
+    pub limits: PolicyLimits,
     /// When it was forked.
-    pub born: Millis,
+    pub forked_at: Millis,
     /// When it said ready.
     pub ready_at: Option<Millis>,
     /// Where it is in its life.
-    pub stage: Stage,
+    pub stage: WorkerStage,
     /// Since when.
-    pub since: Millis,
+    pub stage_since: Millis,
     /// The last sign of its event loop, or a later moment from which to count.
     pub heartbeat: Millis,
     /// The next signal that it gets if nothing changes, and when.
-    pub next: Option<(Millis, Signal)>,
+    pub next_signal: Option<(Millis, Signal)>,
     /// It got KILL.
-    pub killed: bool,
+    pub is_sigkill_sent: bool,
     /// `Some` iff the master has begun to end it by force: why.
-    pub doom: Option<String>,
+    pub kill_reason: Option<String>,
     /// What it has been through.
-    pub wear: Wear,
+    pub recycle: RecycleState,
 }
 
-impl Child {
+impl ChildRecord {
     /// For how long it has been ready; `None` if it never was.
-    pub fn health(&self, now: Millis) -> Option<Millis> {
+    pub fn ready_for(&self, now: Millis) -> Option<Millis> {
         self.ready_at.map(|at| now - at)
     }
 
     /// Whether its end was asked for.
     pub fn drains(&self) -> bool {
-        matches!(self.stage, Stage::Draining { .. })
+        matches!(self.stage, WorkerStage::Draining { .. })
     }
 
     /// Whether it is ready, and not being ended.
     pub fn serves(&self) -> bool {
-        self.stage == Stage::Ready && self.doom.is_none()
+        self.stage == WorkerStage::Ready && self.kill_reason.is_none()
     }
 
     /// Whether it was killed and does not end: the kernel holds it.
-    pub fn has_outlived_kill(&self) -> bool {
-        self.killed && self.next.is_none()
+    pub fn is_unkillable(&self) -> bool {
+        self.is_sigkill_sent && self.next_signal.is_none()
     }
 
     /// When its event loop counts as stuck, one that drains no less than one that serves.
-    pub fn stale_at(&self) -> Option<Millis> {
+    pub fn heartbeat_deadline(&self) -> Option<Millis> {
         let timeout = self.limits.heartbeat_timeout;
-        let is_watched = self.ready_at.is_some() && self.doom.is_none() && timeout > 0;
+        let is_watched = self.ready_at.is_some() && self.kill_reason.is_none() && timeout > 0;
         is_watched.then(|| self.heartbeat + timeout)
     }
 
     /// When something is due for it.
     pub fn due_at(&self) -> Option<Millis> {
-        let next = self.next.map(|(at, _)| at);
-        next.into_iter().chain(self.stale_at()).min()
+        let next = self.next_signal.map(|(at, _)| at);
+        next.into_iter().chain(self.heartbeat_deadline()).min()
     }
 }
 
 /// All seats and children.
 #[derive(Debug, Default)]
-pub(super) struct Table {
+pub(super) struct SlotTable {
     /// The seats of the generation that serves and, during a reload, of the next one; and those
     /// given up whose fork has not been reported yet.
-    pub seats: BTreeMap<Seat, Tenure>,
+    pub seats: BTreeMap<SlotId, SlotEntry>,
     /// Every child not yet reaped.
-    pub children: BTreeMap<Pid, Child>,
+    pub children: BTreeMap<Pid, ChildRecord>,
 }
 
-impl Table {
+impl SlotTable {
     /// Opens a seat for forking. False if its fork is under way already.
-    pub fn open(&mut self, seat: Seat, now: Millis) -> bool {
+    pub fn add_slots(&mut self, seat: SlotId, now: Millis) -> bool {
         if let Some(tenure) = self.seats.get_mut(&seat) {
-            assert!(!tenure.wanted, "{seat:?} is opened twice");
-            tenure.wanted = true;
+            assert!(!tenure.is_active, "{seat:?} is opened twice");
+            tenure.is_active = true;
             return false;
         }
-        let tenure = Tenure {
-            holder: Holder::Forking,
-            coming: None,
-            wanted: true,
+        let tenure = SlotEntry {
+            state: SlotState::Forking,
+            successor: None,
+            is_active: true,
             throttle: Throttle::default(),
             since: now,
         };
@@ -181,29 +181,29 @@ impl Table {
     }
 
     /// Gives a seat up, and says which workers sat there or were to: two at most.
-    pub fn close(&mut self, seat: Seat) -> Vec<Pid> {
+    pub fn remove_slots(&mut self, seat: SlotId) -> Vec<Pid> {
         let Some(tenure) = self.seats.get_mut(&seat) else {
             return Vec::new();
         };
-        let all = [Some(tenure.holder), tenure.coming.take()];
-        if all.contains(&Some(Holder::Forking)) {
+        let all = [Some(tenure.state), tenure.successor.take()];
+        if all.contains(&Some(SlotState::Forking)) {
             // The fork's report must find it.
-            tenure.holder = Holder::Forking;
-            tenure.wanted = false;
+            tenure.state = SlotState::Forking;
+            tenure.is_active = false;
         } else {
             self.seats.remove(&seat);
         }
         let workers = all.into_iter().flatten();
         workers
             .filter_map(|holder| match holder {
-                Holder::Worker(pid) => Some(pid),
-                Holder::Forking | Holder::Throttled { .. } => None,
+                SlotState::Worker(pid) => Some(pid),
+                SlotState::Forking | SlotState::Throttled { .. } => None,
             })
             .collect()
     }
 
     /// Puts a new child into the table.
-    pub fn insert(&mut self, pid: Pid, child: Child) {
+    pub fn insert(&mut self, pid: Pid, child: ChildRecord) {
         let before = self.children.insert(pid, child);
         assert!(
             before.is_none(),
@@ -212,33 +212,33 @@ impl Table {
     }
 
     /// The wanted seats of a generation, lowest slot first.
-    pub fn seats_of(&self, generation: Generation) -> Vec<Seat> {
+    pub fn seats_of(&self, generation: Generation) -> Vec<SlotId> {
         let all = seat(generation, 0)..=seat(generation, u16::MAX);
         self.seats
             .range(all)
-            .filter(|(_, tenure)| tenure.wanted)
+            .filter(|(_, tenure)| tenure.is_active)
             .map(|(seat, _)| *seat)
             .collect()
     }
 
     /// Whether the worker sits there (and not, draining, beside its successor).
-    pub fn holds(&self, pid: Pid, seat: Seat) -> bool {
+    pub fn holds(&self, pid: Pid, seat: SlotId) -> bool {
         self.seats
             .get(&seat)
-            .is_some_and(|tenure| tenure.holder == Holder::Worker(pid))
+            .is_some_and(|tenure| tenure.state == SlotState::Worker(pid))
     }
 
     /// Whether the worker is to follow the one that sits there.
-    pub fn is_coming(&self, pid: Pid, seat: Seat) -> bool {
+    pub fn is_coming(&self, pid: Pid, seat: SlotId) -> bool {
         self.seats
             .get(&seat)
-            .is_some_and(|tenure| tenure.coming == Some(Holder::Worker(pid)))
+            .is_some_and(|tenure| tenure.successor == Some(SlotState::Worker(pid)))
     }
 
     /// Whether each of a generation's seats has a worker that is ready.
     pub fn all_ready(&self, generation: Generation) -> bool {
         self.seats_of(generation).iter().all(|seat| {
-            let Holder::Worker(pid) = self.seats[seat].holder else {
+            let SlotState::Worker(pid) = self.seats[seat].state else {
                 return false;
             };
             self.children[&pid].serves()
@@ -250,7 +250,7 @@ impl Table {
         let others: BTreeSet<_> = self
             .children
             .values()
-            .filter(|child| !child.has_outlived_kill())
+            .filter(|child| !child.is_unkillable())
             .map(|child| child.seat.generation)
             .filter(|generation| *generation != serving)
             .collect();
@@ -264,8 +264,8 @@ impl Table {
 }
 
 /// The seat of a slot's number in a generation.
-pub(super) fn seat(generation: Generation, slot: u16) -> Seat {
-    Seat {
+pub(super) fn seat(generation: Generation, slot: u16) -> SlotId {
+    SlotId {
         generation,
         slot: Slot(slot),
     }

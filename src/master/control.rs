@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
 use super::listeners::bind_path;
-use super::own_path::OwnPath;
+use super::own_path::OwnedPath;
 use super::pid_file::make_directory;
 use crate::error::{Error, Result};
 use crate::protocol::control::{ControlRequest, ControlResponse, to_line};
@@ -31,7 +31,7 @@ const MOST_CLIENTS: usize = 32;
 /// The longest request, in bytes.
 const LONGEST_REQUEST: usize = 4096;
 /// How long a client may take to ask, and then to take its answer.
-const PATIENCE_MS: Millis = 5000;
+const CLIENT_TIMEOUT_MS: Millis = 5000;
 /// Between two tries to let somebody in when the system had no descriptor left.
 const RETRY_MS: Millis = 200;
 
@@ -41,7 +41,7 @@ pub struct ClientId(pub(super) u64);
 
 /// One client.
 #[derive(Debug)]
-struct Client {
+struct ControlClient {
     stream: GuardedSocket,
     received: Vec<u8>,
     /// What it has not taken yet of its answer.
@@ -56,10 +56,10 @@ struct Client {
 
 /// The control socket and its clients.
 #[derive(Debug)]
-pub struct Control {
-    path: OwnPath,
+pub struct ControlSocket {
+    path: OwnedPath,
     listener: UnixListener,
-    clients: BTreeMap<ClientId, Client>,
+    clients: BTreeMap<ClientId, ControlClient>,
     next: u64,
     /// Nobody is let in before: the system could not.
     closed_until: Millis,
@@ -69,7 +69,7 @@ pub struct Control {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlState {
     /// Its path.
-    pub path: OwnPath,
+    pub path: OwnedPath,
     /// Its descriptor's number.
     pub fd: RawFd,
     /// The number that the next client gets.
@@ -99,7 +99,7 @@ pub struct ClientState {
     pub deadline: Option<Millis>,
 }
 
-impl Control {
+impl ControlSocket {
     /// Binds the socket. To be called under the pid file's lock.
     ///
     /// # Errors
@@ -119,8 +119,8 @@ impl Control {
         };
         let fd = bind_path(path, Some(0o600)).map_err(refused)?;
         socket::start_listening(&fd, 16).map_err(refused)?;
-        Ok(Control {
-            path: OwnPath::of(path),
+        Ok(ControlSocket {
+            path: OwnedPath::of(path),
             listener: fd.into(),
             clients: BTreeMap::new(),
             next: 0,
@@ -130,7 +130,7 @@ impl Control {
 
     /// What the program after this one has to know.
     pub fn export(&self) -> ControlState {
-        let client = |(id, client): (&ClientId, &Client)| ClientState {
+        let client = |(id, client): (&ClientId, &ControlClient)| ClientState {
             id: id.0,
             fd: client.stream.as_raw_fd(),
             received: client.received.clone(),
@@ -169,7 +169,7 @@ impl Control {
                 keep,
                 deadline,
             } = client;
-            let client = Client {
+            let client = ControlClient {
                 stream,
                 received,
                 unsent,
@@ -183,7 +183,7 @@ impl Control {
         let listener = take(state.fd)?;
         // Older versions did not.
         rights::refuse(&listener);
-        Ok(Control {
+        Ok(ControlSocket {
             path: state.path,
             listener: listener.into(),
             clients,
@@ -199,10 +199,10 @@ impl Control {
         let name = path.display();
         let what = "the control socket was: it is left alone, and no command finds this master; remove it \
                     and reload with a HUP";
-        if !self.path.is_missing(&name, what) {
+        if !self.path.warn_if_replaced(&name, what) {
             return;
         }
-        match Control::bind(&path) {
+        match ControlSocket::bind(&path) {
             Ok(made) => {
                 // Bounded by the old socket's queue, which nobody can join any more.
                 while self.accept(now) {}
@@ -286,14 +286,14 @@ impl Control {
         self.next += 1;
         self.clients.insert(
             id,
-            Client {
+            ControlClient {
                 stream,
                 received: Vec::new(),
                 unsent: Vec::new(),
                 asked: false,
                 ended: false,
                 keep: false,
-                deadline: Some(now + PATIENCE_MS),
+                deadline: Some(now + CLIENT_TIMEOUT_MS),
             },
         );
         true
@@ -346,7 +346,7 @@ impl Control {
     pub fn answer(&mut self, id: ClientId, response: &ControlResponse, now: Millis) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.unsent = to_line(response).unwrap_or_default();
-            client.deadline = Some(now + PATIENCE_MS);
+            client.deadline = Some(now + CLIENT_TIMEOUT_MS);
             self.send(id);
         }
     }

@@ -7,12 +7,12 @@ use std::collections::VecDeque;
 
 use nix::sys::signal::Signal;
 
-use super::children::{Child, Stage};
-use super::event::{Exit, Millis, Span};
+use super::children::{ChildRecord, WorkerStage};
+use super::event::{Exit, HumanDuration, Millis};
 use crate::link::ids::{Generation, Pid, Slot};
 
 /// So many records are kept.
-pub const KEPT: usize = 100;
+pub const MAX_DEATH_RECORDS: usize = 100;
 /// Longest method name that is kept, in characters.
 const LONGEST_METHOD: usize = 128;
 /// Longest text of evidence that is kept, in characters.
@@ -51,7 +51,7 @@ impl Death {
             reason,
             ..
         } = self;
-        let after = Span(self.uptime);
+        let after = HumanDuration(self.uptime);
         let method = match &self.method {
             Some(method) => format!(", last method {method}"),
             None => String::new(),
@@ -60,7 +60,7 @@ impl Death {
     }
 
     /// The death as the key=value pairs that end a log line.
-    pub(super) fn pairs(&self) -> String {
+    pub(super) fn log_fields(&self) -> String {
         let mut pairs = format!(
             "slot={} pid={} generation={}",
             self.slot, self.pid, self.generation
@@ -91,14 +91,14 @@ pub struct Deaths {
 impl Deaths {
     /// Records, oldest first, of `total` deaths.
     pub(super) fn of(mut records: VecDeque<Death>, total: u64) -> Self {
-        let surplus = records.len().saturating_sub(KEPT);
+        let surplus = records.len().saturating_sub(MAX_DEATH_RECORDS);
         records.drain(..surplus);
         Deaths { records, total }
     }
 
     /// Keeps one more record, in place of the oldest.
     pub(super) fn keep(&mut self, death: Death) {
-        if self.records.len() == KEPT {
+        if self.records.len() == MAX_DEATH_RECORDS {
             self.records.pop_front();
         }
         self.records.push_back(death);
@@ -117,21 +117,21 @@ impl Deaths {
 }
 
 /// Why a worker died, as far as the master knows.
-pub(super) fn reason(child: &Child, how: Exit) -> String {
-    match (&child.doom, &child.wear.evidence) {
+pub(super) fn reason(child: &ChildRecord, how: Exit) -> String {
+    match (&child.kill_reason, &child.recycle.evidence) {
         (Some(doom), Some(evidence)) => return format!("{doom}; {evidence}"),
         (Some(reason), None) | (None, Some(reason)) => return reason.clone(),
         (None, None) => {}
     }
     let words = match (child.stage, how) {
-        (Stage::Draining { .. }, _) => "died while it drained",
-        (Stage::Starting, _) => "died before it was ready",
-        (Stage::Ready, Exit::Code(0)) => "left unasked, by a SIGQUIT or by its own exit",
-        (Stage::Ready, Exit::Code(_)) => "left unasked",
-        (Stage::Ready, how) if how.is_signal(Signal::SIGKILL) => {
+        (WorkerStage::Draining { .. }, _) => "died while it drained",
+        (WorkerStage::Starting, _) => "died before it was ready",
+        (WorkerStage::Ready, Exit::Code(0)) => "left unasked, by a SIGQUIT or by its own exit",
+        (WorkerStage::Ready, Exit::Code(_)) => "left unasked",
+        (WorkerStage::Ready, how) if how.is_signal(Signal::SIGKILL) => {
             "killed from outside, by hand or by the kernel for want of memory"
         }
-        (Stage::Ready, _) => "crashed",
+        (WorkerStage::Ready, _) => "crashed",
     };
     words.to_owned()
 }
@@ -183,7 +183,7 @@ mod tests {
              add?[fake]?line"
         );
         assert_eq!(
-            death(77).pairs(),
+            death(77).log_fields(),
             "slot=2 pid=77 generation=1 signal=SIGSEGV core=true uptime_ms=3250 \
              method=add?[fake]?line"
         );
@@ -193,7 +193,7 @@ mod tests {
     fn the_last_hundred_are_kept_and_all_are_counted() {
         let mut deaths = Deaths::default();
         (0..250).for_each(|pid| deaths.keep(death(pid)));
-        assert_eq!(deaths.iter().len(), KEPT);
+        assert_eq!(deaths.iter().len(), MAX_DEATH_RECORDS);
         assert_eq!(deaths.iter().next().unwrap().pid, Pid(150));
         assert_eq!(deaths.total(), 250);
     }

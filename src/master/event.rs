@@ -22,7 +22,7 @@ pub const MAX_COUNT: usize = 1024;
 /// the program before an upgrade did not know it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Limits {
+pub struct PolicyLimits {
     /// How many workers: 1 to [`MAX_COUNT`]; what lies outside is moved to the nearer end.
     pub count: usize,
     /// How long a worker may take until it says ready; 0 is no limit.
@@ -43,7 +43,7 @@ pub struct Limits {
     pub max_unavailable: usize,
 }
 
-impl Limits {
+impl PolicyLimits {
     /// The part that is the throttle's.
     pub fn throttle(&self) -> throttle::ThrottleLimits {
         throttle::ThrottleLimits {
@@ -137,7 +137,7 @@ pub enum Event {
     /// [`super::Fleet::can_reload`] says yes; a reload that comes earlier is the caller's to keep.
     Reload {
         /// What the new configuration says.
-        limits: Limits,
+        limits: PolicyLimits,
     },
     /// So many workers from now on (1 to [`MAX_COUNT`]).
     Scale {
@@ -183,7 +183,7 @@ pub enum Action {
     },
     /// Look at what a worker is stuck in, and report it with [`Event::Evidence`] before the next
     /// action, which may end it.
-    Examine {
+    Diagnose {
         /// The worker.
         pid: Pid,
     },
@@ -220,7 +220,7 @@ impl Action {
     /// The child that it is about.
     pub(super) fn child(&self) -> Option<Pid> {
         match self {
-            Action::Drain { pid, .. } | Action::Examine { pid } | Action::Kill { pid, .. } => {
+            Action::Drain { pid, .. } | Action::Diagnose { pid } | Action::Kill { pid, .. } => {
                 Some(*pid)
             }
             Action::Fork { .. }
@@ -239,9 +239,9 @@ impl Action {
 }
 
 /// A duration as people say it: `350 ms`, `1.6 s`.
-pub(super) struct Span(pub(super) Millis);
+pub(super) struct HumanDuration(pub(super) Millis);
 
-impl fmt::Display for Span {
+impl fmt::Display for HumanDuration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             ms @ 0..1000 => write!(f, "{ms} ms"),
@@ -269,8 +269,8 @@ mod tests {
             core_dumped: false,
         };
         assert_eq!(odd.to_string(), "SIG40");
-        assert_eq!(Span(350).to_string(), "350 ms");
-        assert_eq!(Span(1600).to_string(), "1.6 s");
-        assert_eq!(Span(30_000).to_string(), "30 s");
+        assert_eq!(HumanDuration(350).to_string(), "350 ms");
+        assert_eq!(HumanDuration(1600).to_string(), "1.6 s");
+        assert_eq!(HumanDuration(30_000).to_string(), "30 s");
     }
 }

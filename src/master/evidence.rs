@@ -4,16 +4,16 @@
 //! The scoreboard names the calls, /proc the state of threads. Nothing here waits for the worker, and what
 //! can't be read is left out.
 
-use super::event::{Event, Span};
+use super::event::{Event, HumanDuration};
 use super::supervise::{Master, now};
-use super::workers::Worker;
+use super::workers::WorkerHandle;
 use crate::link::ids::Pid;
 use crate::link::stuck::StuckCall;
 use crate::sys::task;
 
 impl Master<'_> {
     /// The policy wants to know what an event loop is at before it is ended.
-    pub(super) fn examine(&mut self, pid: Pid) {
+    pub(super) fn diagnose(&mut self, pid: Pid) {
         let Some(worker) = self.workers.get(pid) else {
             return;
         };
@@ -24,7 +24,7 @@ impl Master<'_> {
 
     /// A worker says that none of its threads comes back, and which calls they run. That it says so
     /// again is no reason to look again: one that repeats itself would keep the master busy.
-    pub(super) fn wedged(&self, pid: Pid, threads: u64) -> Option<Event> {
+    pub(super) fn diagnose_threads(&self, pid: Pid, threads: u64) -> Option<Event> {
         if !self.fleet.wants_evidence(pid) {
             return None;
         }
@@ -35,7 +35,7 @@ impl Master<'_> {
 }
 
 /// The thread of the event loop, which is the process's first, and what it was to do.
-fn event_loop(pid: Pid, worker: &Worker) -> String {
+fn event_loop(pid: Pid, worker: &WorkerHandle) -> String {
     let mut parts = Vec::new();
     if let Some(look) = task::look(pid, pid) {
         parts.push(format!("event loop: {look}"));
@@ -45,13 +45,16 @@ fn event_loop(pid: Pid, worker: &Worker) -> String {
     }
     if let Some((method, since)) = worker.record.oldest() {
         let (name, age) = (worker.known.method(method), now().saturating_sub(since));
-        parts.push(format!("oldest call on a thread: {name} for {}", Span(age)));
+        parts.push(format!(
+            "oldest call on a thread: {name} for {}",
+            HumanDuration(age)
+        ));
     }
     parts.join("; ")
 }
 
 /// Each call that is stuck, and its thread.
-fn threads_of(pid: Pid, threads: u64, worker: &Worker) -> String {
+fn threads_of(pid: Pid, threads: u64, worker: &WorkerHandle) -> String {
     let calls = worker.stuck.read();
     let one = |call: &StuckCall| one_of(pid, call, worker.known.method(call.method));
     let mut parts: Vec<String> = calls.iter().map(one).collect();
@@ -76,7 +79,7 @@ fn one_of(pid: Pid, call: &StuckCall, method: &str) -> String {
     let id = id
         .as_ref()
         .map_or(String::new(), |id| format!(" (id {id})"));
-    let age = Span(*age_ms);
+    let age = HumanDuration(*age_ms);
     match task::look(pid, Pid(*thread)) {
         Some(look) => format!("{method}{id} for {age} on {}: {look}", look.name),
         None => format!("{method}{id} for {age}"),

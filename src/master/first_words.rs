@@ -13,15 +13,15 @@ const MOST_LINES: usize = 20;
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct FirstWords {
+pub struct StartupLog {
     said: BTreeMap<Pid, (Slot, VecDeque<String>)>,
     /// Who ended last, or was made to: most likely the reason of the verdict.
     ended: Option<Pid>,
 }
 
-impl FirstWords {
+impl StartupLog {
     /// A worker has logged this.
-    pub fn heard(&mut self, pid: Pid, slot: Slot, line: &[u8]) {
+    pub fn push(&mut self, pid: Pid, slot: Slot, line: &[u8]) {
         let (_, lines) = self.said.entry(pid).or_insert((slot, VecDeque::new()));
         if lines.len() == MOST_LINES {
             lines.pop_front();
@@ -62,12 +62,12 @@ mod tests {
 
     #[test]
     fn the_one_that_ended_is_quoted_and_the_last_lines_of_it_alone() {
-        let mut words = FirstWords::default();
+        let mut words = StartupLog::default();
         words.ended(Pid(7));
         assert_eq!(words.take(), "", "it said nothing");
-        words.heard(Pid(8), Slot(1), b"WARN a neighbour");
+        words.push(Pid(8), Slot(1), b"WARN a neighbour");
         for number in 0..30 {
-            words.heard(Pid(7), Slot(0), format!("ERROR {number}\x1b").as_bytes());
+            words.push(Pid(7), Slot(0), format!("ERROR {number}\x1b").as_bytes());
         }
         words.ended(Pid(7));
         words.ended(Pid(9));
@@ -83,9 +83,9 @@ mod tests {
 
     #[test]
     fn where_nobody_is_known_to_have_ended_all_are_quoted() {
-        let mut words = FirstWords::default();
-        words.heard(Pid(8), Slot(1), b"WARN one");
-        words.heard(Pid(7), Slot(0), b"WARN other");
+        let mut words = StartupLog::default();
+        words.push(Pid(8), Slot(1), b"WARN one");
+        words.push(Pid(7), Slot(0), b"WARN other");
         let text = words.take();
         assert!(
             text.contains("WARN one") && text.contains("WARN other"),

@@ -7,12 +7,12 @@
 
 use log::Level;
 
-use super::children::{Child, Holder, Seat, Table, Tenure, seat};
+use super::children::{ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, seat};
 use super::deaths::Deaths;
-use super::event::{Action, Event, Limits, MAX_COUNT, Millis};
-use super::leave::Leave;
+use super::event::{Action, Event, MAX_COUNT, Millis, PolicyLimits};
+use super::leave::StopMode;
 use super::recycle::Recycling;
-use super::reload::Reload;
+use super::reload::PendingReload;
 use crate::link::ids::{Generation, Pid};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
 use crate::throttle::limiter::{Limiter, with_suppressed_count};
@@ -24,7 +24,7 @@ const REFUSALS: (u64, Millis) = (1, 5_000);
 
 /// Where the master itself is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(super) enum ServerPhase {
     /// Not every worker has been ready yet.
     StartUp,
     /// They have.
@@ -32,7 +32,7 @@ pub(super) enum Phase {
     /// No fork any more; leave when the last child is gone.
     Stopping {
         /// How the workers leave: [`Leave::Stop`] or [`Leave::AtOnce`].
-        leave: Leave,
+        leave: StopMode,
         /// The exit code then.
         code: u8,
         /// Since when.
@@ -48,18 +48,18 @@ type Deferred = (Option<usize>, i64);
 /// All workers, and what to do about them.
 #[derive(Debug)]
 pub struct Fleet {
-    pub(super) phase: Phase,
+    pub(super) phase: ServerPhase,
     /// The generation that serves.
     pub(super) serving: Generation,
     /// Its limits.
-    pub(super) limits: Limits,
+    pub(super) limits: PolicyLimits,
     /// How many workers it shall have; differs from `limits.count` after a scale.
     pub(super) count: usize,
     /// The generation after it, while its verdict is open. `Some` only while serving.
-    pub(super) reload: Option<Reload>,
+    pub(super) reload: Option<PendingReload>,
     /// The last generation's number given out.
     pub(super) last_generation: Generation,
-    pub(super) table: Table,
+    pub(super) table: SlotTable,
     pub(super) deaths: Deaths,
     pub(super) troubles: Limiter,
     pub(super) refusals: Limiter,
@@ -69,7 +69,7 @@ pub struct Fleet {
     /// Scales that came during start-up or a reload.
     deferred: Option<Deferred>,
     /// When the caller was to come back at the latest.
-    pub(super) promised: Option<Millis>,
+    pub(super) next_tick_at: Option<Millis>,
     /// The time of the call being answered; never goes back.
     pub(super) now: Millis,
     /// The answer being made; empty between calls.
@@ -78,32 +78,32 @@ pub struct Fleet {
 
 impl Fleet {
     /// A fleet whose workers are all still to be forked: the actions say so.
-    pub fn new(limits: Limits, now: Millis) -> (Self, Vec<Action>) {
-        let mut fleet = Fleet::bare(limits, now);
+    pub fn new(limits: PolicyLimits, now: Millis) -> (Self, Vec<Action>) {
+        let mut fleet = Fleet::empty(limits, now);
         let count = fleet.count;
-        fleet.open(Generation::FIRST, 0, count);
-        let actions = fleet.leave();
+        fleet.add_slots(Generation::FIRST, 0, count);
+        let actions = fleet.finish_event();
         (fleet, actions)
     }
 
     /// One without a seat.
-    pub(super) fn bare(limits: Limits, now: Millis) -> Self {
+    pub(super) fn empty(limits: PolicyLimits, now: Millis) -> Self {
         let count = limits.count.clamp(1, MAX_COUNT);
         Fleet {
-            phase: Phase::StartUp,
+            phase: ServerPhase::StartUp,
             serving: Generation::FIRST,
             limits,
             count,
             reload: None,
             last_generation: Generation::FIRST,
-            table: Table::default(),
+            table: SlotTable::default(),
             deaths: Deaths::default(),
             troubles: Limiter::new(TROUBLES.0, TROUBLES.1),
             refusals: Limiter::new(REFUSALS.0, REFUSALS.1),
             recycling: Recycling::new(),
             stop_at: None,
             deferred: None,
-            promised: None,
+            next_tick_at: None,
             now,
             actions: Vec::new(),
         }
@@ -111,8 +111,8 @@ impl Fleet {
 
     /// Something happened: what now.
     pub fn handle(&mut self, event: Event, now: Millis) -> Vec<Action> {
-        self.enter(now);
-        if self.phase == Phase::Gone {
+        self.begin_event(now);
+        if self.phase == ServerPhase::Gone {
             return Vec::new();
         }
         match event {
@@ -143,33 +143,33 @@ impl Fleet {
             Event::Reload { limits } => self.start_reload(limits),
             Event::Scale { count } => self.scale((Some(count), 0)),
             Event::ScaleBy { by } => self.scale((None, i64::from(by))),
-            Event::Stop => self.stop(Leave::Stop, 0, "the server stops"),
+            Event::Stop => self.stop(StopMode::Stop, 0, "the server stops"),
             Event::StopAfter { delay } => self.stop_after(delay),
-            Event::StopNow => self.stop(Leave::AtOnce, 0, "the server stops now"),
+            Event::StopNow => self.stop(StopMode::AtOnce, 0, "the server stops now"),
         }
-        self.leave()
+        self.finish_event()
     }
 
     /// Time has passed: what now. To be called when [`Fleet::next_deadline`] is reached, with the
     /// heartbeats fed first; sooner does no harm.
     pub fn tick(&mut self, now: Millis) -> Vec<Action> {
-        self.enter(now);
-        if self.phase == Phase::Gone {
+        self.begin_event(now);
+        if self.phase == ServerPhase::Gone {
             return Vec::new();
         }
         self.pass_time();
-        self.leave()
+        self.finish_event()
     }
 
     /// When the next [`Fleet::tick`] is due; `None` when only an event can change anything.
     pub fn next_deadline(&self) -> Option<Millis> {
-        self.promised
+        self.next_tick_at
     }
 
     /// Whether [`Event::Reload`] may come now: not during a start-up, a reload or a stop, nor while
     /// four old generations still drain. Ask again after each event.
     pub fn can_reload(&self) -> bool {
-        self.phase == Phase::Serving
+        self.phase == ServerPhase::Serving
             && self.reload.is_none()
             && self.stop_at.is_none()
             && !self.drains_too_much()
@@ -180,21 +180,21 @@ impl Fleet {
         self.table.other_generations(self.serving) >= MOST_DRAINING_GENERATIONS
     }
 
-    pub(super) fn enter(&mut self, now: Millis) {
+    pub(super) fn begin_event(&mut self, now: Millis) {
         self.now = self.now.max(now);
         self.forgive_a_pause();
     }
 
-    pub(super) fn leave(&mut self) -> Vec<Action> {
-        self.grant_wishes();
-        if let Phase::Stopping { code, .. } = self.phase
+    pub(super) fn finish_event(&mut self) -> Vec<Action> {
+        self.start_due_recycles();
+        if let ServerPhase::Stopping { code, .. } = self.phase
             && self.table.is_empty()
         {
-            self.phase = Phase::Gone;
+            self.phase = ServerPhase::Gone;
             self.act(Action::Exit { code });
         }
-        self.promised = match self.phase {
-            Phase::Gone => None,
+        self.next_tick_at = match self.phase {
+            ServerPhase::Gone => None,
             _ => self.earliest(),
         };
         std::mem::take(&mut self.actions)
@@ -216,11 +216,11 @@ impl Fleet {
     }
 
     /// Opens the seats `from..to` of a generation: all are forked at once.
-    pub(super) fn open(&mut self, generation: Generation, from: usize, to: usize) {
+    pub(super) fn add_slots(&mut self, generation: Generation, from: usize, to: usize) {
         for slot in from..to {
             let slot = u16::try_from(slot).expect("counts are at most MAX_COUNT");
             let seat = seat(generation, slot);
-            if self.table.open(seat, self.now) {
+            if self.table.add_slots(seat, self.now) {
                 let slot = seat.slot;
                 self.act(Action::Fork { slot, generation });
             }
@@ -228,14 +228,14 @@ impl Fleet {
     }
 
     /// A child that the table itself named.
-    pub(super) fn child_mut(&mut self, pid: Pid) -> &mut Child {
+    pub(super) fn child_mut(&mut self, pid: Pid) -> &mut ChildRecord {
         let child = self.table.children.get_mut(&pid);
         child.expect("the table named this child itself")
     }
 
     /// Meets a wish for another count, or keeps it for when start-up or reload are over.
     fn scale(&mut self, wish: Deferred) {
-        if self.phase == Phase::StartUp || self.reload.is_some() {
+        if self.phase == ServerPhase::StartUp || self.reload.is_some() {
             let (set, by) = self.deferred.unwrap_or((None, 0));
             self.deferred = Some(match wish {
                 (Some(count), _) => (Some(count), 0),
@@ -244,7 +244,7 @@ impl Fleet {
             let text = "the count of workers changes once the new ones are ready".to_owned();
             return self.log(Level::Info, text);
         }
-        if self.phase != Phase::Serving {
+        if self.phase != ServerPhase::Serving {
             let text = "the count of workers stays as it is: the server stops".to_owned();
             return self.log(Level::Warn, text);
         }
@@ -254,9 +254,9 @@ impl Fleet {
         let text = format!("workers: {before} before, {} from now on", self.count);
         self.log(Level::Info, text);
         if self.count > before {
-            self.open(self.serving, before, self.count);
+            self.add_slots(self.serving, before, self.count);
         } else {
-            self.close(self.serving, self.count, Leave::Retire);
+            self.remove_slots(self.serving, self.count, StopMode::Retire);
         }
     }
 
@@ -269,15 +269,15 @@ impl Fleet {
 
     /// Nobody sits there any more: whoever was to follow does, else fork at once, or when the
     /// throttle allows it.
-    pub(super) fn refill(&mut self, seat: Seat, due: Millis) {
+    pub(super) fn respawn(&mut self, seat: SlotId, due: Millis) {
         let now = self.now;
         let tenure = self.tenure(seat);
         tenure.since = now;
-        if let Some(next @ (Holder::Forking | Holder::Worker(_))) = tenure.coming.take() {
-            tenure.holder = next;
+        if let Some(next @ (SlotState::Forking | SlotState::Worker(_))) = tenure.successor.take() {
+            tenure.state = next;
             return;
         }
-        tenure.holder = Holder::due(due, now);
+        tenure.state = SlotState::due(due, now);
         if due <= now {
             let (slot, generation) = (seat.slot, seat.generation);
             self.act(Action::Fork { slot, generation });
@@ -285,7 +285,7 @@ impl Fleet {
     }
 
     /// A seat that is known to be in the table.
-    pub(super) fn tenure(&mut self, seat: Seat) -> &mut Tenure {
+    pub(super) fn tenure(&mut self, seat: SlotId) -> &mut SlotEntry {
         let tenure = self.table.seats.get_mut(&seat);
         tenure.expect("the caller saw somebody in this seat")
     }

@@ -4,7 +4,7 @@
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
 
-use super::event::{Event, Exit, Limits, Millis};
+use super::event::{Event, Exit, Millis, PolicyLimits};
 use super::fleet_world::{LIMITS, World};
 use crate::link::ids::Pid;
 use crate::protocol::control::WorkerPhase;
@@ -68,7 +68,7 @@ fn happening() -> impl Strategy<Value = Happening> {
     ]
 }
 
-fn limits() -> impl Strategy<Value = Limits> {
+fn limits() -> impl Strategy<Value = PolicyLimits> {
     let delays = prop_oneof![Just(0u64), 1u64..5_000, Just(30_000)];
     let heartbeats = prop_oneof![Just(0u64), 1_000u64..20_000];
     // No shorter than quiet time needs to come to rest between two of them.
@@ -76,7 +76,7 @@ fn limits() -> impl Strategy<Value = Limits> {
     let recycling = (prop_oneof![Just(0u64), Just(1 << 20)], lifetimes, 1usize..4);
     let respawn = (0u32..7, delays);
     (1usize..6, respawn, heartbeats, 0u64..40_000, recycling).prop_map(
-        |(count, respawn, heartbeat_timeout, drain_timeout, recycling)| Limits {
+        |(count, respawn, heartbeat_timeout, drain_timeout, recycling)| PolicyLimits {
             count,
             respawn_burst: respawn.0,
             respawn_max_delay: respawn.1,
@@ -96,7 +96,7 @@ fn pick(world: &World, number: usize) -> Option<Pid> {
     world.living.keys().nth(at).copied()
 }
 
-fn happen(world: &mut World, limits: Limits, happening: Happening) {
+fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
     match happening {
         Happening::Passes(span) => world.pass(span),
         Happening::MasterPaused(span) => {
@@ -150,7 +150,7 @@ fn happen(world: &mut World, limits: Limits, happening: Happening) {
         }
         Happening::Reload(count) => {
             if world.fleet.can_reload() {
-                let limits = Limits { count, ..limits };
+                let limits = PolicyLimits { count, ..limits };
                 world.tell(Event::Reload { limits });
             }
         }
@@ -243,7 +243,7 @@ proptest! {
         lives in prop::collection::vec(0u64..59_000, 30..60),
         short in any::<bool>(),
     ) {
-        let limits = Limits { count: 1, respawn_max_delay: limits.respawn_max_delay.max(1), ..limits };
+        let limits = PolicyLimits { count: 1, respawn_max_delay: limits.respawn_max_delay.max(1), ..limits };
         let mut world = World::new(limits);
         world.all_ready();
         for life in lives {

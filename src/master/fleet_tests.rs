@@ -3,13 +3,13 @@
 
 use nix::sys::signal::Signal;
 
-use super::event::{Action, Event, Exit, Limits};
+use super::event::{Action, Event, Exit, PolicyLimits};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::WorkerPhase;
 
 fn reload(count: usize) -> Event {
-    let limits = Limits { count, ..LIMITS };
+    let limits = PolicyLimits { count, ..LIMITS };
     Event::Reload { limits }
 }
 
@@ -198,7 +198,7 @@ fn one_crash_in_seventy_seconds_is_always_replaced_at_once() {
 
 #[test]
 fn without_a_throttle_ten_thousand_deaths_are_ten_thousand_forks() {
-    let mut world = World::serving(Limits {
+    let mut world = World::serving(PolicyLimits {
         respawn_max_delay: 0,
         count: 1,
         ..LIMITS

@@ -6,14 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::event::{Action, Event, Exit, Limits, Millis};
+use super::event::{Action, Event, Exit, Millis, PolicyLimits};
 use super::fleet::Fleet;
 use super::view::WorkerView;
 use super::watch::kill_after;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::WorkerPhase;
 
-pub(super) const LIMITS: Limits = Limits {
+pub(super) const LIMITS: PolicyLimits = PolicyLimits {
     count: 4,
     boot_timeout: 30_000,
     drain_timeout: 20_000,
@@ -82,7 +82,7 @@ impl World {
     }
 
     /// A fresh master whose workers were forked and not yet ready.
-    pub fn new(limits: Limits) -> World {
+    pub fn new(limits: PolicyLimits) -> World {
         let (fleet, actions) = Fleet::new(limits, 1_000);
         let mut world = World {
             fleet,
@@ -104,7 +104,7 @@ impl World {
     }
 
     /// A master that serves.
-    pub fn serving(limits: Limits) -> World {
+    pub fn serving(limits: PolicyLimits) -> World {
         let mut world = World::new(limits);
         world.all_ready();
         assert!(world.did(&Action::StartUpDone(Ok(()))));
@@ -154,7 +154,7 @@ impl World {
                     process.killed |= *signal == Signal::SIGKILL;
                 }
                 // Its answer comes before the next action.
-                Action::Examine { pid } => {
+                Action::Diagnose { pid } => {
                     let text = "S asleep in read(0x5, ...)".to_owned();
                     self.tell(Event::Evidence { pid: *pid, text });
                 }

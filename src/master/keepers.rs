@@ -15,9 +15,9 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
-use super::strikes::STRIKES;
+use super::strikes::MAX_CRASHES;
 use super::supervise::{Master, now, wall_clock};
-use super::workers::{Known, Worker};
+use super::workers::{GenerationInfo, WorkerHandle};
 use crate::link::ids::Pid;
 use crate::link::quarantine::CrashReport;
 use crate::link::scoreboard::WorkerRecord;
@@ -30,18 +30,18 @@ use crate::throttle::limiter::Limiter;
 
 /// Keepers whose workers have been reaped.
 #[derive(Debug, Default)]
-pub struct Keepers(HashMap<Pid, Left>);
+pub struct Keepers(HashMap<Pid, DeadWorker>);
 
 /// What a keeper had done when it was looked at, and until when it has to do more.
 #[derive(Debug, Clone, Copy)]
-struct Progress {
+struct KeeperProgress {
     done: u32,
     until: Millis,
 }
 
 /// What a keeper has of its worker.
 #[derive(Debug)]
-pub struct Left {
+pub struct DeadWorker {
     /// The worker.
     pub worker: Pid,
     /// Its record.
@@ -51,23 +51,23 @@ pub struct Left {
     /// What is known of its end.
     pub evidence: &'static CrashReport,
     /// What is told of it.
-    pub known: Rc<Known>,
+    pub known: Rc<GenerationInfo>,
     /// Whether what it ran may have been what it died of.
     pub suspicious: bool,
     /// Not looked at yet: `None`.
-    progress: Option<Progress>,
+    progress: Option<KeeperProgress>,
 }
 
-impl Left {
+impl DeadWorker {
     /// What its keeper begins with.
     pub fn new(
         worker: Pid,
         (record, record_index): (&'static WorkerRecord, usize),
         evidence: &'static CrashReport,
-        known: Rc<Known>,
+        known: Rc<GenerationInfo>,
         suspicious: bool,
     ) -> Self {
-        Left {
+        DeadWorker {
             worker,
             record,
             record_index,
@@ -99,7 +99,7 @@ pub struct KeeperState {
 impl Keepers {
     /// What the program after this one has to know.
     pub fn export(&self) -> Vec<KeeperState> {
-        let keeper = |(pid, left): (&Pid, &Left)| KeeperState {
+        let keeper = |(pid, left): (&Pid, &DeadWorker)| KeeperState {
             pid: pid.0,
             worker: left.worker.0,
             record: left.record_index,
@@ -108,14 +108,14 @@ impl Keepers {
     }
 
     /// The program before this one had this keeper.
-    pub fn import(&mut self, keeper: Pid, left: Left) {
+    pub fn import(&mut self, keeper: Pid, left: DeadWorker) {
         self.0.insert(keeper, left);
     }
 
     /// A worker was reaped, and who it has claimed to be its keeper is that if `believes` says so
     /// and nobody else has claimed it. Gives the record back when nobody needs it any more.
-    pub fn left(&mut self, left: Left, believes: impl Fn(Pid) -> bool) -> Option<usize> {
-        match claimed_by(left.record) {
+    pub fn left(&mut self, left: DeadWorker, believes: impl Fn(Pid) -> bool) -> Option<usize> {
+        match claimed_keeper(left.record) {
             Some(keeper) if !self.contains(keeper) && believes(keeper) => {
                 self.0.insert(keeper, left);
                 None
@@ -125,7 +125,7 @@ impl Keepers {
     }
 
     /// A child was reaped: what it had of its worker, if it was the keeper of one that is gone.
-    pub fn ended(&mut self, keeper: Pid) -> Option<Left> {
+    pub fn ended(&mut self, keeper: Pid) -> Option<DeadWorker> {
         self.0.remove(&keeper)
     }
 
@@ -136,7 +136,7 @@ impl Keepers {
 
     /// The keepers that have done nothing for `limit`, each once, with their workers: stopped, most
     /// likely, and their clients would wait for ever.
-    pub fn overdue(&mut self, now: Millis, limit: Millis) -> Vec<(Pid, Pid)> {
+    pub fn stalled(&mut self, now: Millis, limit: Millis) -> Vec<(Pid, Pid)> {
         let mut overdue = Vec::new();
         for (keeper, left) in &mut self.0 {
             let done = left.done();
@@ -148,7 +148,7 @@ impl Keepers {
                 }
                 _ => now.saturating_add(limit),
             };
-            left.progress = Some(Progress { done, until });
+            left.progress = Some(KeeperProgress { done, until });
         }
         overdue
     }
@@ -162,7 +162,11 @@ impl Keepers {
 
     /// Ends all that are left, and waits for it: their descriptors are among them the ports.
     pub fn end(&mut self) {
-        for (keeper, _) in self.0.drain().filter(|(keeper, _)| can_be_one(*keeper)) {
+        for (keeper, _) in self
+            .0
+            .drain()
+            .filter(|(keeper, _)| is_plausible_keeper(*keeper))
+        {
             process::kill(keeper, Signal::SIGKILL);
             process::reap(keeper, true);
         }
@@ -176,13 +180,13 @@ pub(super) fn keepers_lost() -> Limiter {
 
 /// Who a worker says is its keeper: whoever it likes. Good to be compared with a child that was seen
 /// or reaped, and for nothing else before it was asked whether it [can be one](can_be_one).
-pub fn claimed_by(record: &WorkerRecord) -> Option<Pid> {
+pub fn claimed_keeper(record: &WorkerRecord) -> Option<Pid> {
     Some(Pid(record.keeper.load(Relaxed))).filter(|keeper| keeper.0 > 1)
 }
 
 /// Whether a process can be a worker's keeper: a child, and none of those that the master has made
 /// itself.
-pub fn can_be_one(pid: Pid) -> bool {
+pub fn is_plausible_keeper(pid: Pid) -> bool {
     pid.0 > 1 && process::is_child(pid) && !process::is_forked(pid) && !spawn::is_child(pid)
 }
 
@@ -199,7 +203,7 @@ impl Master<'_> {
                 "the keeper of worker {worker}, which has died, stands still: it gets SIGKILL, and the \
                  connections that it has not passed on end pid={keeper}"
             );
-            if can_be_one(keeper) {
+            if is_plausible_keeper(keeper) {
                 process::kill(keeper, Signal::SIGKILL);
             }
         }
@@ -214,7 +218,7 @@ impl Master<'_> {
         let Some((worker, living)) = self
             .workers
             .iter()
-            .find(|(_, worker)| claimed_by(worker.record) == Some(pid))
+            .find(|(_, worker)| claimed_keeper(worker.record) == Some(pid))
         else {
             return;
         };
@@ -243,7 +247,7 @@ impl Master<'_> {
 
     /// A worker that is ready, and whose keeper has died, is not to serve without one for life.
     pub(super) fn retire_without_keeper(&self, worker: Pid) {
-        let is_lost = |worker: &Worker| worker.keeper_is_lost.get();
+        let is_lost = |worker: &WorkerHandle| worker.keeper_is_lost.get();
         // It may have been reaped in the same round, and be told of next.
         if self.workers.get(worker).is_some_and(is_lost) && process::is_forked(worker) {
             process::kill(worker, Signal::SIGTERM);
@@ -253,7 +257,7 @@ impl Master<'_> {
 
 impl Master<'_> {
     /// What a worker ran when it died is suspected of that.
-    fn suspect(&mut self, left: &Left) {
+    fn suspect(&mut self, left: &DeadWorker) {
         if !left.suspicious {
             return;
         }
@@ -272,7 +276,7 @@ impl Master<'_> {
         let quarantine = self.workers.quarantine();
         for caught in self.strikes.death(quarantine, (fault, culprit), &ran, when) {
             log::warn!(
-                "a call of {method} was running each time when a worker died, {STRIKES} times now: that very \
+                "a call of {method} was running each time when a worker died, {MAX_CRASHES} times now: that very \
                  call is refused with crashed until the next reload; mend its handler method={method} \
                  key={key:016x}",
                 method = caught.method,
@@ -283,8 +287,8 @@ impl Master<'_> {
 }
 
 /// Says what a keeper has done.
-fn tell(left: &Left) {
-    let Left { worker, record, .. } = left;
+fn tell(left: &DeadWorker) {
+    let DeadWorker { worker, record, .. } = left;
     let number = |number: &std::sync::atomic::AtomicU32| number.load(Relaxed);
     let (kept, crashed) = (number(&record.kept), number(&record.crashed));
     let reset = number(&record.reset);

@@ -6,20 +6,20 @@
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::children::{Child, Stage};
-use super::event::{Action, Millis, Span};
-use super::fleet::{Fleet, Phase};
+use super::children::{ChildRecord, WorkerStage};
+use super::event::{Action, HumanDuration, Millis};
+use super::fleet::{Fleet, ServerPhase};
 use super::watch::{AFTER_DRAIN, STARTING_GRACE, kill_after};
 use crate::link::ids::{Generation, Pid};
 use crate::logging::pluralize;
 
 /// Two orders to stop that come so close are one: `timeout` and service managers send TERM to a
 /// process and to its group.
-const SAME_STOP: Millis = 100;
+const STOP_DEBOUNCE: Millis = 100;
 
 /// How a worker is told to leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Leave {
+pub(super) enum StopMode {
     /// Drain; its connections go on elsewhere.
     Retire,
     /// Drain; its connections end with their last answer.
@@ -30,11 +30,11 @@ pub(super) enum Leave {
 
 impl Fleet {
     /// Gives up a generation's seats from a slot on: highest first, their workers leave.
-    pub(super) fn close(&mut self, generation: Generation, from: usize, leave: Leave) {
+    pub(super) fn remove_slots(&mut self, generation: Generation, from: usize, leave: StopMode) {
         for seat in self.table.seats_of(generation).into_iter().rev() {
             if usize::from(seat.slot.0) >= from {
-                for pid in self.table.close(seat) {
-                    self.dismiss(pid, leave);
+                for pid in self.table.remove_slots(seat) {
+                    self.order_exit(pid, leave);
                 }
             }
         }
@@ -42,19 +42,19 @@ impl Fleet {
 
     /// Tells a worker that holds no seat any more to leave. One that is being ended by force
     /// already needs no order.
-    pub(super) fn dismiss(&mut self, pid: Pid, leave: Leave) {
+    pub(super) fn order_exit(&mut self, pid: Pid, leave: StopMode) {
         let now = self.now;
         let child = self.child_mut(pid);
         let mut deadline = now + child.limits.drain_timeout;
-        if let Stage::Draining { deadline: earlier } = child.stage {
+        if let WorkerStage::Draining { deadline: earlier } = child.stage {
             deadline = deadline.min(earlier);
         }
         begin_drain(child, deadline, now);
-        if child.doom.is_some() {
+        if child.kill_reason.is_some() {
             return;
         }
-        if leave != Leave::AtOnce {
-            let stop = leave == Leave::Stop;
+        if leave != StopMode::AtOnce {
+            let stop = leave == StopMode::Stop;
             return self.act(Action::Drain {
                 pid,
                 deadline,
@@ -66,74 +66,77 @@ impl Fleet {
             Some(_) => Signal::SIGQUIT,
             None => Signal::SIGTERM,
         };
-        child.doom = Some("the server stops now".to_owned());
-        child.next = Some((now + kill_after(signal), Signal::SIGKILL));
+        child.kill_reason = Some("the server stops now".to_owned());
+        child.next_signal = Some((now + kill_after(signal), Signal::SIGKILL));
         self.act(Action::Kill { pid, signal });
     }
 
     /// Serves on for a while, and stops then. The last word counts.
     pub(super) fn stop_after(&mut self, delay: Millis) {
-        if matches!(self.phase, Phase::Stopping { .. } | Phase::Gone) {
+        if matches!(self.phase, ServerPhase::Stopping { .. } | ServerPhase::Gone) {
             return;
         }
         self.stop_at = Some(self.now.saturating_add(delay));
         let text = format!(
             "stops in {}: serves until then, and is not ready for who asks",
-            Span(delay)
+            HumanDuration(delay)
         );
         self.log(Level::Info, text);
     }
 
     /// Ends everything, the first time gracefully unless told otherwise. `reason` is for whoever
     /// waits for a verdict.
-    pub(super) fn stop(&mut self, mut leave: Leave, mut code: u8, reason: &str) {
+    pub(super) fn stop(&mut self, mut leave: StopMode, mut code: u8, reason: &str) {
         match self.phase {
-            Phase::Gone
-            | Phase::Stopping {
-                leave: Leave::AtOnce,
+            ServerPhase::Gone
+            | ServerPhase::Stopping {
+                leave: StopMode::AtOnce,
                 ..
             } => return,
-            Phase::Stopping { since, .. }
-                if leave == Leave::Stop && self.now < since + SAME_STOP =>
+            ServerPhase::Stopping { since, .. }
+                if leave == StopMode::Stop && self.now < since + STOP_DEBOUNCE =>
             {
                 return;
             }
-            Phase::Stopping { code: first, .. } => (leave, code) = (Leave::AtOnce, first),
-            Phase::StartUp | Phase::Serving => {}
+            ServerPhase::Stopping { code: first, .. } => (leave, code) = (StopMode::AtOnce, first),
+            ServerPhase::StartUp | ServerPhase::Serving => {}
         }
         self.refuse_newcomers(reason);
         self.stop_at = None;
         let since = self.now;
-        self.phase = Phase::Stopping { leave, code, since };
+        self.phase = ServerPhase::Stopping { leave, code, since };
         let pids: Vec<Pid> = self.table.children.keys().copied().collect();
         let how = match leave {
-            Leave::AtOnce => pluralize(pids.len(), "worker leaves now", "workers leave now"),
-            Leave::Stop | Leave::Retire => {
+            StopMode::AtOnce => pluralize(pids.len(), "worker leaves now", "workers leave now"),
+            StopMode::Stop | StopMode::Retire => {
                 let drain = pluralize(pids.len(), "worker drains", "workers drain");
-                format!("{drain} within {}", Span(self.limits.drain_timeout))
+                format!(
+                    "{drain} within {}",
+                    HumanDuration(self.limits.drain_timeout)
+                )
             }
         };
         self.log(Level::Info, format!("stopping: {how}"));
         for seat in self.table.seats_of(self.serving) {
-            self.table.close(seat);
+            self.table.remove_slots(seat);
         }
         // Those of older generations too: their connections have nowhere to go any more.
         for pid in pids {
-            self.dismiss(pid, leave);
+            self.order_exit(pid, leave);
         }
     }
 }
 
 /// Puts a child into the draining stage, with the signals that await it if it overstays.
-pub(super) fn begin_drain(child: &mut Child, deadline: Millis, now: Millis) {
+pub(super) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis) {
     if !child.drains() {
-        child.since = now;
+        child.stage_since = now;
     }
-    child.stage = Stage::Draining { deadline };
-    if child.doom.is_some() {
+    child.stage = WorkerStage::Draining { deadline };
+    if child.kill_reason.is_some() {
         return; // Its end is under way already, and sooner.
     }
-    child.next = Some(match child.ready_at {
+    child.next_signal = Some(match child.ready_at {
         Some(_) => (deadline + AFTER_DRAIN, Signal::SIGTERM),
         // It has no call to finish, and may not read orders for long. If its ready is on the way,
         // it comes in time.

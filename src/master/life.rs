@@ -5,71 +5,71 @@
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::children::{Child, Holder, Seat, Stage, Tenure};
+use super::children::{ChildRecord, SlotEntry, SlotId, SlotState, WorkerStage};
 use super::deaths::{self, Death};
-use super::event::{Exit, Limits, Millis, Span};
-use super::fleet::{Fleet, Phase};
-use super::leave::{Leave, begin_drain};
-use super::recycle::Wear;
+use super::event::{Exit, HumanDuration, Millis, PolicyLimits};
+use super::fleet::{Fleet, ServerPhase};
+use super::leave::{StopMode, begin_drain};
+use super::recycle::RecycleState;
 use crate::link::ids::Pid;
 use crate::logging::pluralize;
 use crate::throttle::limiter::with_suppressed_count;
 
 impl Fleet {
     /// A fork that was ordered was done.
-    pub(super) fn forked(&mut self, seat: Seat, pid: Pid) {
+    pub(super) fn forked(&mut self, seat: SlotId, pid: Pid) {
         let (limits, now) = (self.limits_of(seat), self.now);
         let tenure = self.forking(seat);
-        let wanted = tenure.wanted;
+        let wanted = tenure.is_active;
         tenure.throttle.forked(now);
-        *Self::forking_in(tenure) = Holder::Worker(pid);
+        *Self::forking_in(tenure) = SlotState::Worker(pid);
         tenure.since = now;
         let boot_deadline = (limits.boot_timeout > 0).then_some(now + limits.boot_timeout);
-        let child = Child {
+        let child = ChildRecord {
             seat,
             limits,
-            born: now,
+            forked_at: now,
             ready_at: None,
-            stage: Stage::Starting,
-            since: now,
+            stage: WorkerStage::Starting,
+            stage_since: now,
             heartbeat: now,
-            next: boot_deadline.map(|at| (at, Signal::SIGKILL)),
-            killed: false,
-            doom: None,
-            wear: Wear::default(),
+            next_signal: boot_deadline.map(|at| (at, Signal::SIGKILL)),
+            is_sigkill_sent: false,
+            kill_reason: None,
+            recycle: RecycleState::default(),
         };
         self.table.insert(pid, child);
         self.log(
             Level::Debug,
-            format!("worker {pid} starts {}", pairs(pid, seat)),
+            format!("worker {pid} starts {}", log_fields(pid, seat)),
         );
         if wanted {
             return;
         }
         // Its seat was given up while it was forked.
         self.table.seats.remove(&seat);
-        self.dismiss(
+        self.order_exit(
             pid,
             match self.phase {
-                Phase::Stopping { leave, .. } => leave,
-                _ => Leave::Retire,
+                ServerPhase::Stopping { leave, .. } => leave,
+                _ => StopMode::Retire,
             },
         );
     }
 
     /// A fork that was ordered was refused.
-    pub(super) fn fork_failed(&mut self, seat: Seat, reason: &str) {
+    pub(super) fn fork_failed(&mut self, seat: SlotId, reason: &str) {
         let now = self.now;
         let tenure = self.forking(seat);
         let slot = seat.slot;
-        if !tenure.wanted {
+        if !tenure.is_active {
             self.table.seats.remove(&seat);
             return;
         }
         let due = tenure.throttle.record_refused_fork(now);
         tenure.since = now;
-        let is_successor = tenure.coming.is_some();
-        *Self::forking_in(tenure) = Holder::Throttled { until: due };
+        let is_successor = tenure.successor.is_some();
+        *Self::forking_in(tenure) = SlotState::Throttled { until: due };
         if self.is_newcomer(seat) {
             return self.newcomer_failed(&format!("slot {slot} could not be forked: {reason}"));
         }
@@ -78,7 +78,7 @@ impl Fleet {
             let text = format!(
                 "slot {slot} has no {lack}: fork was refused ({reason}); next try in {}; if it goes \
                  on, raise the limit on processes (ulimit -u, pids.max, TasksMax) slot={slot}",
-                Span(due - now),
+                HumanDuration(due - now),
             );
             self.log(Level::Error, with_suppressed_count(text, more));
         }
@@ -88,29 +88,32 @@ impl Fleet {
     pub(super) fn ready(&mut self, pid: Pid) {
         let now = self.now;
         let Some(child) = self.table.children.get_mut(&pid) else {
-            return self.odd_report(pid, "ready");
+            return self.warn_unexpected_report(pid, "ready");
         };
         if child.ready_at.is_some() {
-            return self.odd_report(pid, "ready for a second time");
+            return self.warn_unexpected_report(pid, "ready for a second time");
         }
         child.ready_at = Some(now);
         child.heartbeat = now;
-        let (seat, took) = (child.seat, Span(now - child.born));
-        if let Stage::Draining { deadline } = child.stage {
+        let (seat, took) = (child.seat, HumanDuration(now - child.forked_at));
+        if let WorkerStage::Draining { deadline } = child.stage {
             // It was ready before it read the order, so it may have calls: they get their time.
             begin_drain(child, deadline, now);
             return;
         }
-        if child.doom.is_some() {
+        if child.kill_reason.is_some() {
             return; // Too late: the KILL is on its way.
         }
-        child.stage = Stage::Ready;
-        child.since = now;
-        child.next = None;
-        let text = format!("worker {pid} is ready after {took} {}", pairs(pid, seat));
+        child.stage = WorkerStage::Ready;
+        child.stage_since = now;
+        child.next_signal = None;
+        let text = format!(
+            "worker {pid} is ready after {took} {}",
+            log_fields(pid, seat)
+        );
         self.log(Level::Debug, text);
         if self.table.is_coming(pid, seat) {
-            return self.succeed(pid, seat);
+            return self.promote_successor(pid, seat);
         }
         self.newcomer_ready(seat);
     }
@@ -119,23 +122,23 @@ impl Fleet {
     pub(super) fn retiring(&mut self, pid: Pid) {
         let now = self.now;
         let Some(child) = self.table.children.get_mut(&pid) else {
-            return self.odd_report(pid, "retiring");
+            return self.warn_unexpected_report(pid, "retiring");
         };
-        if child.drains() || child.doom.is_some() {
+        if child.drains() || child.kill_reason.is_some() {
             return; // Asked for twice, or too late.
         }
-        let (seat, health) = (child.seat, child.health(now));
+        let (seat, health) = (child.seat, child.ready_for(now));
         let deadline = now + child.limits.drain_timeout;
         begin_drain(child, deadline, now);
         if let Some(tenure) = self.table.seats.get_mut(&seat) {
             tenure.throttle.record_ready_time(health);
         }
-        let (slot, pairs) = (seat.slot, pairs(pid, seat));
+        let (slot, pairs) = (seat.slot, log_fields(pid, seat));
         let text = format!("worker {pid} retires, slot {slot} gets a fresh one {pairs}");
         self.trouble(Level::Info, text);
         match self.table.is_coming(pid, seat) {
-            true => self.refill_coming(seat, now),
-            false => self.refill(seat, now),
+            true => self.spawn_successor(seat, now),
+            false => self.respawn(seat, now),
         }
     }
 
@@ -165,7 +168,7 @@ impl Fleet {
             pid,
             generation: child.seat.generation,
             how,
-            uptime: self.now - child.born,
+            uptime: self.now - child.forked_at,
             method: method.filter(|name| !name.is_empty()).map(deaths::clean),
             rss_bytes,
             reason: deaths::reason(&child, how),
@@ -178,20 +181,20 @@ impl Fleet {
         } else {
             self.left(&child, &death);
         }
-        if !as_asked(&child, how) || child.wear.evidence.is_some() {
+        if !as_asked(&child, how) || child.recycle.evidence.is_some() {
             self.deaths.keep(death);
         }
     }
 
     /// Nobody asked for this end.
-    fn died_in_its_seat(&mut self, child: &Child, death: &Death) {
+    fn died_in_its_seat(&mut self, child: &ChildRecord, death: &Death) {
         let (seat, now) = (child.seat, self.now);
         let newcomer = self.is_newcomer(seat);
         let starting = child.ready_at.is_none();
-        if newcomer && (starting || self.phase == Phase::Serving) {
+        if newcomer && (starting || self.phase == ServerPhase::Serving) {
             // The table must forget it first: the verdict closes all seats of its generation.
             self.table.seats.remove(&seat);
-            let text = format!("{} {}", death.sentence(), death.pairs());
+            let text = format!("{} {}", death.sentence(), death.log_fields());
             self.trouble(Level::Warn, text);
             return self.newcomer_failed(&death.sentence());
         }
@@ -200,55 +203,55 @@ impl Fleet {
         let tenure = tenure.expect("the caller saw the worker in this seat");
         let due = tenure
             .throttle
-            .death(child.health(now), &limits.throttle(), now);
+            .death(child.ready_for(now), &limits.throttle(), now);
         let young = tenure.throttle.young_deaths();
         let follows = match due - now {
             0 => "replaced at once".to_owned(),
             wait => {
                 let deaths = pluralize(young as usize, "young death", "young deaths");
-                format!("next try in {}: {deaths}", Span(wait))
+                format!("next try in {}: {deaths}", HumanDuration(wait))
             }
         };
-        let text = format!("{}; {follows} {}", death.sentence(), death.pairs());
+        let text = format!("{}; {follows} {}", death.sentence(), death.log_fields());
         match limits.respawn_max_delay {
             // No throttle was asked for, so none on the log either.
             0 => self.log(Level::Error, text),
             _ => self.trouble(Level::Error, text),
         }
-        self.refill(seat, due);
+        self.respawn(seat, due);
     }
 
     /// Its end was asked for; only one out of order is worth a line.
-    fn left(&mut self, child: &Child, death: &Death) {
-        let text = format!("{} {}", death.sentence(), death.pairs());
+    fn left(&mut self, child: &ChildRecord, death: &Death) {
+        let text = format!("{} {}", death.sentence(), death.log_fields());
         match as_asked(child, death.how) {
             true => self.log(Level::Debug, text),
             false => self.trouble(Level::Warn, text),
         }
     }
 
-    fn odd_report(&mut self, pid: Pid, report: &str) {
+    fn warn_unexpected_report(&mut self, pid: Pid, report: &str) {
         let text = format!("a report that fits no worker is ignored: {report} pid={pid}");
         self.trouble(Level::Warn, text);
     }
 
     /// The seat whose fork is reported.
-    fn forking(&mut self, seat: Seat) -> &mut Tenure {
+    fn forking(&mut self, seat: SlotId) -> &mut SlotEntry {
         let tenure = self.table.seats.get_mut(&seat);
-        let is_forking = |tenure: &&mut Tenure| {
-            tenure.holder == Holder::Forking || tenure.coming == Some(Holder::Forking)
+        let is_forking = |tenure: &&mut SlotEntry| {
+            tenure.state == SlotState::Forking || tenure.successor == Some(SlotState::Forking)
         };
         let tenure = tenure.filter(is_forking);
         tenure.expect("a fork is reported once for each order")
     }
 
     /// Whom the fork under way in a seat is for: the successor, if there is to be one.
-    fn forking_in(tenure: &mut Tenure) -> &mut Holder {
-        tenure.coming.as_mut().unwrap_or(&mut tenure.holder)
+    fn forking_in(tenure: &mut SlotEntry) -> &mut SlotState {
+        tenure.successor.as_mut().unwrap_or(&mut tenure.state)
     }
 
     /// The limits of a seat's generation; one that was given up lives by the serving ones.
-    fn limits_of(&self, seat: Seat) -> Limits {
+    fn limits_of(&self, seat: SlotId) -> PolicyLimits {
         match &self.reload {
             Some(reload) if reload.generation == seat.generation => reload.limits,
             _ => self.limits,
@@ -257,16 +260,16 @@ impl Fleet {
 }
 
 /// Whether a worker ended the way it was told to: no death record, no alarm.
-fn as_asked(child: &Child, how: Exit) -> bool {
+fn as_asked(child: &ChildRecord, how: Exit) -> bool {
     let by_order = match child.ready_at {
-        Some(_) => child.doom.is_some() && how.is_signal(Signal::SIGQUIT),
+        Some(_) => child.kill_reason.is_some() && how.is_signal(Signal::SIGQUIT),
         None => how.is_signal(Signal::SIGTERM),
     };
     child.drains() && (how == Exit::Code(0) || by_order)
 }
 
 /// The key=value pairs that end a line about a worker.
-pub(super) fn pairs(pid: Pid, seat: Seat) -> String {
+pub(super) fn log_fields(pid: Pid, seat: SlotId) -> String {
     format!(
         "slot={} pid={pid} generation={}",
         seat.slot, seat.generation

@@ -17,7 +17,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 
-use super::own_path::{OwnPath, Standing};
+use super::own_path::{OwnedPath, PathState};
 use crate::config::{Address, Listen, Settings};
 use crate::error::{Error, Result};
 use crate::sys::notify::PassedListener;
@@ -38,7 +38,7 @@ pub struct Listener {
     /// The backlog that was asked for last.
     backlog: Cell<u32>,
     /// The path to remove at the end: of a unix socket that we have bound ourselves.
-    path: Option<OwnPath>,
+    path: Option<OwnedPath>,
 }
 
 /// A listener as it crosses an upgrade.
@@ -53,7 +53,7 @@ pub struct ListenerState {
     /// The backlog that was asked for.
     pub backlog: u32,
     /// The path that is to be removed at the end.
-    pub path: Option<OwnPath>,
+    pub path: Option<OwnedPath>,
     /// Its descriptor's number.
     pub fd: RawFd,
 }
@@ -104,8 +104,10 @@ impl Listener {
     }
 
     /// What has become of the path of a unix socket that we have bound ourselves.
-    fn standing(&self) -> Standing {
-        self.path.as_ref().map_or(Standing::Ours, OwnPath::standing)
+    fn standing(&self) -> PathState {
+        self.path
+            .as_ref()
+            .map_or(PathState::Ours, OwnedPath::standing)
     }
 
     /// Removes the path of a unix socket; the descriptor is closed by its last owner.
@@ -200,7 +202,7 @@ fn renew(has: &Listener, listen: &Listen, write_timeout: Duration) -> Option<Lis
     let address = &has.bound;
     let what = "this server listens: it is left alone, and nobody finds the way to this listener; remove it \
                 and reload";
-    if !has.path.as_ref()?.is_missing(address, what) {
+    if !has.path.as_ref()?.warn_if_replaced(address, what) {
         return None;
     }
     match bind(listen, write_timeout) {
@@ -271,7 +273,7 @@ fn bind(listen: &Listen, write_timeout: Duration) -> Result<Listener> {
         name: None,
         fd: Rc::new(fd),
         backlog: Cell::new(listen.backlog),
-        path: path.map(|path| OwnPath::of(path)),
+        path: path.map(|path| OwnedPath::of(path)),
     };
     let listening = socket::start_listening(&listener.fd, listen.backlog)
         .map_err(|error| refused(&listen.address, error))
@@ -302,7 +304,7 @@ fn tune_one(listener: &Listener, wanted: Option<&Listen>, write_timeout: Duratio
     socket::start_listening(&listener.fd, wanted.backlog)
         .map_err(|error| refused(&wanted.address, error))?;
     listener.backlog.set(wanted.backlog);
-    if let (Some(path), Some(mode), Standing::Ours) =
+    if let (Some(path), Some(mode), PathState::Ours) =
         (&listener.path, wanted.mode, listener.standing())
     {
         let path: &Path = path.as_ref();

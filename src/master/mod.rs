@@ -62,7 +62,7 @@ mod recycle_tests;
 #[cfg(test)]
 mod watch_tests;
 
-pub use event::{Action, Event, Exit, Limits, Millis};
+pub use event::{Action, Event, Exit, Millis, PolicyLimits};
 pub use fleet::Fleet;
-pub use setup::{Host, Setup};
+pub use setup::{Embedder, Setup};
 pub use start::run;

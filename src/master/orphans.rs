@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 
-use super::event::{Millis, Span};
+use super::event::{HumanDuration, Millis};
 use super::marks::{MOST_ASKED, MarkReader, Origin};
 use super::supervise::{Master, now};
 use super::upgrade::state::OrphansState;
@@ -28,12 +28,12 @@ const RETRY: Millis = 1_000;
 #[derive(Debug, Default)]
 pub(super) struct Orphans {
     /// Children from before, such as a shell's that became us by exec.
-    others: BTreeSet<Pid>,
+    preexisting: BTreeSet<Pid>,
     /// Children that were found after an upgrade. The mark tells whether a worker has left them, or the
     /// new program has started them; they are left alone until it is read.
     unclear: BTreeSet<Pid>,
     /// A worker has died, and what it left may not be gone yet.
-    hunts: bool,
+    is_sweep_pending: bool,
     /// Children whose marks were read since a worker has died.
     read: BTreeSet<Pid>,
     /// Children whose marks could not be read in time.
@@ -51,7 +51,7 @@ impl Orphans {
     /// To be made before the first fork.
     pub fn new() -> Self {
         Orphans {
-            others: tree::direct_children().into_iter().collect(),
+            preexisting: tree::direct_children().into_iter().collect(),
             ..Orphans::default()
         }
     }
@@ -62,9 +62,9 @@ impl Orphans {
         let is_clear = |pid: &Pid| !self.unclear.contains(pid);
         let children = tree::direct_children().into_iter().filter(is_clear);
         OrphansState {
-            others: self.others.iter().map(|pid| pid.0).collect(),
+            others: self.preexisting.iter().map(|pid| pid.0).collect(),
             children: Some(children.map(|pid| pid.0).collect()),
-            hunts: self.hunts,
+            hunts: self.is_sweep_pending,
         }
     }
 
@@ -84,16 +84,16 @@ impl Orphans {
             unclear.extend(tree::direct_children().into_iter().filter(is_new));
         }
         Orphans {
-            others,
+            preexisting: others,
             unclear,
-            hunts: state.hunts,
+            is_sweep_pending: state.hunts,
             ..Orphans::default()
         }
     }
 
     /// Whether a child is none of the server's, as far as is known: it was there before.
     pub fn is_from_before(&self, pid: Pid) -> bool {
-        self.others.contains(&pid) || self.unclear.contains(&pid)
+        self.preexisting.contains(&pid) || self.unclear.contains(&pid)
     }
 
     /// A child was reaped: a worker, or one that is not ours.
@@ -103,7 +103,7 @@ impl Orphans {
             log::debug!("reaped {pid}, which is no worker");
         }
         let sets = [
-            &mut self.others,
+            &mut self.preexisting,
             &mut self.unclear,
             &mut self.read,
             &mut self.unreadable,
@@ -116,7 +116,7 @@ impl Orphans {
             reader.forget(pid);
         }
         if is_worker {
-            self.hunts = true;
+            self.is_sweep_pending = true;
             // What belongs to it did not belong to a dead worker when it was read.
             self.read.clear();
         }
@@ -147,28 +147,28 @@ impl Orphans {
 
     /// Kills what is adopted from dead workers, but for those that are `ours` without having been
     /// forked here. To be called after each round of deaths, and at the deadline.
-    pub fn end(&mut self, now: Millis, origin: Origin<'_>, ours: impl Fn(Pid) -> bool) {
-        self.hear(now);
-        if !self.hunts && self.unclear.is_empty() {
+    pub fn kill_leftovers(&mut self, now: Millis, origin: Origin<'_>, ours: impl Fn(Pid) -> bool) {
+        self.read_marks(now);
+        if !self.is_sweep_pending && self.unclear.is_empty() {
             return;
         }
         let is_known = |pid: Pid| process::is_forked(pid) || spawn::is_child(pid) || ours(pid);
         let mut left = tree::direct_children();
-        left.retain(|&pid| !is_known(pid) && !self.others.contains(&pid));
+        left.retain(|&pid| !is_known(pid) && !self.preexisting.contains(&pid));
         let is_init = Pid::current() == Pid(1);
-        if self.hunts && !is_init {
+        if self.is_sweep_pending && !is_init {
             let mut all = left.clone();
             all.retain(|pid| !self.unclear.contains(pid));
             kill(&all);
             // A zombie is among them until it is reaped, which is when this is asked again.
-            self.hunts = !all.is_empty();
+            self.is_sweep_pending = !all.is_empty();
         }
         left.retain(|pid| {
-            let is_wanted = is_init && self.hunts || self.unclear.contains(pid);
+            let is_wanted = is_init && self.is_sweep_pending || self.unclear.contains(pid);
             is_wanted && !self.is_read(*pid) && !tree::is_zombie(*pid)
         });
         if is_init && left.is_empty() && self.reader.is_none() && self.killed.is_empty() {
-            self.hunts = false;
+            self.is_sweep_pending = false;
         }
         self.ask(left, now, origin);
     }
@@ -195,7 +195,7 @@ impl Orphans {
                 log::warn!(
                     "no process could be started that looks for what a dead worker has left: {error}; \
                      tried again in {}",
-                    Span(RETRY)
+                    HumanDuration(RETRY)
                 );
                 self.retry_at = Some(now + RETRY);
             }
@@ -203,7 +203,7 @@ impl Orphans {
     }
 
     /// Takes in what a reader has found out, once it has ended or is late.
-    fn hear(&mut self, now: Millis) {
+    fn read_marks(&mut self, now: Millis) {
         let is_done = |reader: &mut MarkReader| {
             reader.listen();
             reader.was_reaped || now >= reader.deadline
@@ -230,14 +230,14 @@ impl Orphans {
                 None => {
                     self.read.insert(pid);
                     if was_unclear {
-                        self.others.insert(pid);
+                        self.preexisting.insert(pid);
                     }
                 }
             }
         }
         kill(&left);
         // What they had below them is adopted when they are reaped.
-        self.hunts |= !left.is_empty();
+        self.is_sweep_pending |= !left.is_empty();
         missing.into_iter().for_each(|pid| self.cannot_read(pid));
     }
 
@@ -249,7 +249,7 @@ impl Orphans {
         );
         self.unreadable.insert(pid);
         if self.unclear.remove(&pid) {
-            self.others.insert(pid);
+            self.preexisting.insert(pid);
         }
     }
 }
@@ -262,7 +262,7 @@ impl Master<'_> {
             program: &self.setup.program,
         };
         let is_keeper = |pid| self.workers.is_keeper(pid);
-        self.orphans.end(now(), origin, is_keeper);
+        self.orphans.kill_leftovers(now(), origin, is_keeper);
     }
 }
 

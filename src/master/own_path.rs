@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 /// A file or socket by its path and its identity.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OwnPath {
+pub struct OwnedPath {
     path: PathBuf,
     /// Device and inode; `None` when it was gone before it could be looked at.
     identity: Option<(u64, u64)>,
@@ -20,7 +20,7 @@ pub struct OwnPath {
 
 /// What has become of such a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum PathState {
     /// It is as it was made.
     Ours,
     /// Nothing is there, or nothing that can be looked at.
@@ -29,10 +29,10 @@ pub enum Standing {
     Foreign,
 }
 
-impl OwnPath {
+impl OwnedPath {
     /// What stands at `path` now, which this process has just made.
     pub fn of(path: &Path) -> Self {
-        OwnPath {
+        OwnedPath {
             path: path.to_owned(),
             identity: identity(path),
         }
@@ -40,33 +40,33 @@ impl OwnPath {
 
     /// What stands there now. Sure of a socket that is still open, for its inode is not given to
     /// another file.
-    pub fn standing(&self) -> Standing {
+    pub fn standing(&self) -> PathState {
         match identity(&self.path) {
-            None => Standing::Gone,
-            found if found == self.identity => Standing::Ours,
-            Some(_) => Standing::Foreign,
+            None => PathState::Gone,
+            found if found == self.identity => PathState::Ours,
+            Some(_) => PathState::Foreign,
         }
     }
 
     /// Whether it is gone, and may be made again. What somebody has put in its place is left alone, with a
     /// warning that calls it `name` and says `what` it stands in for.
-    pub fn is_missing(&self, name: &dyn Display, what: &str) -> bool {
+    pub fn warn_if_replaced(&self, name: &dyn Display, what: &str) -> bool {
         let standing = self.standing();
-        if standing == Standing::Foreign {
+        if standing == PathState::Foreign {
             log::warn!("something else stands at {name}, where {what}");
         }
-        standing == Standing::Gone
+        standing == PathState::Gone
     }
 
     /// Removes it, if it is still there.
     pub fn remove(&self) {
-        if self.standing() == Standing::Ours {
+        if self.standing() == PathState::Ours {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-impl AsRef<Path> for OwnPath {
+impl AsRef<Path> for OwnedPath {
     fn as_ref(&self) -> &Path {
         &self.path
     }
@@ -87,18 +87,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         fs::write(&path, "ours").unwrap();
-        let own = OwnPath::of(&path);
+        let own = OwnedPath::of(&path);
         // made beside it first, so that it can't get the same inode
         let other = directory.path().join("other");
         fs::write(&other, "theirs").unwrap();
         fs::rename(&other, &path).unwrap();
-        assert_eq!(own.standing(), Standing::Foreign);
+        assert_eq!(own.standing(), PathState::Foreign);
         own.remove();
         assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
-        let own = OwnPath::of(&path);
-        assert_eq!(own.standing(), Standing::Ours);
+        let own = OwnedPath::of(&path);
+        assert_eq!(own.standing(), PathState::Ours);
         own.remove();
         assert!(!path.exists());
-        assert_eq!(own.standing(), Standing::Gone);
+        assert_eq!(own.standing(), PathState::Gone);
     }
 }

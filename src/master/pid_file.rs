@@ -12,7 +12,7 @@ use std::path::Path;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::libc;
 
-use super::own_path::OwnPath;
+use super::own_path::OwnedPath;
 use crate::error::{Error, Result};
 use crate::sys::lock::{lock, unlock};
 use crate::sys::process::Pid;
@@ -24,7 +24,7 @@ const LONGEST: u64 = 256;
 /// a program that could not take over leaves it to the one before.
 #[derive(Debug)]
 pub struct PidFile {
-    path: OwnPath,
+    path: OwnedPath,
     file: File,
 }
 
@@ -41,7 +41,7 @@ impl PidFile {
         loop {
             if let Some(file) = make_whole(path) {
                 return Ok(PidFile {
-                    path: OwnPath::of(path),
+                    path: OwnedPath::of(path),
                     file,
                 });
             }
@@ -64,7 +64,7 @@ impl PidFile {
             match fs::symlink_metadata(path) {
                 Ok(found) if (found.dev(), found.ino()) == (held.dev(), held.ino()) => {
                     return Ok(PidFile {
-                        path: OwnPath::of(path),
+                        path: OwnedPath::of(path),
                         file,
                     });
                 }
@@ -93,7 +93,7 @@ impl PidFile {
         let path = AsRef::<Path>::as_ref(&self.path).to_owned();
         let name = path.display();
         let what = "the pid file was: it is left alone, and does not name this master; remove it and reload";
-        if !self.path.is_missing(&name, what) {
+        if !self.path.warn_if_replaced(&name, what) {
             return;
         }
         let made = PidFile::lock(&path).and_then(|mut made| made.write().map(|()| made));
@@ -110,7 +110,7 @@ impl PidFile {
     }
 
     /// The file and its descriptor, for the program that goes on with the lock.
-    pub fn export(&self) -> (OwnPath, RawFd) {
+    pub fn export(&self) -> (OwnedPath, RawFd) {
         (self.path.clone(), self.raw_descriptor())
     }
 
@@ -118,7 +118,7 @@ impl PidFile {
     ///
     /// # Errors
     /// When it does not hold the lock.
-    pub fn import(path: OwnPath, fd: OwnedFd) -> Result<Self> {
+    pub fn import(path: OwnedPath, fd: OwnedFd) -> Result<Self> {
         let file = File::from(fd);
         // Locked once more, which changes nothing: the lock belongs to the open file.
         match lock(&file) {

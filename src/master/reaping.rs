@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use nix::sys::signal::Signal;
 
 use super::event::{Action, Event};
-use super::keepers::can_be_one;
+use super::keepers::is_plausible_keeper;
 use super::supervise::{Master, wall_clock};
 use crate::protocol::control::WorkerPhase;
 use crate::sys::memory;
@@ -73,8 +73,9 @@ impl ReapTarget for Round<'_, '_> {
         let is_told_apart = self.out_of_memory || !child.exit.is_signal(Signal::SIGKILL);
         let suspicious = is_told_apart && master.is_suspicious(child);
         let orphans = &master.orphans;
-        let may_keep =
-            |pid: Pid| !orphans.is_from_before(pid) && (others.contains(&pid) || can_be_one(pid));
+        let may_keep = |pid: Pid| {
+            !orphans.is_from_before(pid) && (others.contains(&pid) || is_plausible_keeper(pid))
+        };
         let worker = master.workers.remove(pid, suspicious, may_keep);
         // The log lines of the worker that decided a start or a reload are reported with its result,
         // so a later death of the same round must not replace them.
@@ -130,7 +131,7 @@ impl Master<'_> {
     /// to new workers.
     pub(super) fn act_except(&mut self, ended: &[Pid]) {
         drop_actions_about(&mut self.actions, ended);
-        self.act();
+        self.apply_actions();
     }
 
     /// Whether a worker's end may be a call's doing: not what it was told to do.
@@ -147,7 +148,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::collections::BTreeSet;
 
-    use super::super::event::{Limits, Millis};
+    use super::super::event::{Millis, PolicyLimits};
     use super::super::fleet::Fleet;
     use super::super::fleet_world::{LIMITS, SEGV};
     use super::*;
@@ -170,7 +171,7 @@ mod tests {
     impl FakeMaster {
         /// Its workers are 101 and the following pids, and ready.
         fn serving(count: usize) -> Self {
-            let (fleet, actions) = Fleet::new(Limits { count, ..LIMITS }, NOW);
+            let (fleet, actions) = Fleet::new(PolicyLimits { count, ..LIMITS }, NOW);
             let mut master = FakeMaster {
                 fleet,
                 actions: actions.into(),
@@ -286,7 +287,7 @@ mod tests {
     #[test]
     fn an_order_to_a_reaped_worker_does_not_reach_a_new_one_with_its_pid() {
         let mut master = FakeMaster::serving(1);
-        let limits = Limits { count: 2, ..LIMITS };
+        let limits = PolicyLimits { count: 2, ..LIMITS };
         master.handle(Event::Reload { limits });
         master.handle(Event::Ready { pid: Pid(102) });
         assert_eq!(master.workers, [101, 102, 103].map(Pid).into());

@@ -12,12 +12,12 @@
 use log::Level;
 use serde::{Deserialize, Serialize};
 
-use super::children::{Child, Holder, Seat};
+use super::children::{ChildRecord, SlotId, SlotState};
 use super::deaths::{self, Death};
-use super::event::{Action, Millis, Span};
-use super::fleet::{Fleet, Phase};
-use super::leave::Leave;
-use super::life::pairs;
+use super::event::{Action, HumanDuration, Millis};
+use super::fleet::{Fleet, ServerPhase};
+use super::leave::StopMode;
+use super::life::log_fields;
 use crate::link::ids::Pid;
 use crate::link::jitter;
 use crate::logging::pluralize;
@@ -31,9 +31,10 @@ const LINES: (u64, Millis) = (20, 1_000);
 /// What a worker has been through.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Wear {
+pub struct RecycleState {
     /// It is to be replaced.
-    pub(super) wish: Option<Wish>,
+    #[serde(rename = "wish")]
+    pub(super) request: Option<RecycleRequest>,
     /// Its memory was above the limit when last seen.
     above: bool,
     /// Its successor has taken over; `Some` wish, and it drains.
@@ -44,7 +45,7 @@ pub struct Wear {
 
 /// Why a worker is to be replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Wish {
+pub struct RecycleRequest {
     reason: String,
     since: Millis,
     /// It can't wait for others.
@@ -68,21 +69,23 @@ impl Recycling {
     }
 }
 
-impl Child {
+impl ChildRecord {
     /// Serves, and is not to be replaced yet.
-    fn is_fresh(&self) -> bool {
-        self.serves() && self.wear.wish.is_none()
+    fn may_recycle(&self) -> bool {
+        self.serves() && self.recycle.request.is_none()
     }
 
     /// When it is old enough.
-    fn ends_at(&self, pid: Pid) -> Option<Millis> {
+    fn lifetime_end(&self, pid: Pid) -> Option<Millis> {
         let lifetime = self.limits.max_lifetime;
-        let ready_at = self.ready_at.filter(|_| self.is_fresh() && lifetime > 0)?;
+        let ready_at = self
+            .ready_at
+            .filter(|_| self.may_recycle() && lifetime > 0)?;
         Some(ready_at + jitter::with_jitter(lifetime, pid))
     }
 
     fn has_memory_to_watch(&self) -> bool {
-        self.is_fresh() && self.limits.max_memory > 0
+        self.may_recycle() && self.limits.max_memory > 0
     }
 }
 
@@ -99,16 +102,16 @@ impl Fleet {
     pub fn recycles(&self) -> usize {
         let seats = self.table.seats.values();
         let leaving = self.table.children.values();
-        seats.filter(|tenure| tenure.coming.is_some()).count()
+        seats.filter(|tenure| tenure.successor.is_some()).count()
             + leaving
                 // One that nothing ends holds up no other.
-                .filter(|child| child.wear.replaced && !child.has_outlived_kill())
+                .filter(|child| child.recycle.replaced && !child.is_unkillable())
                 .count()
     }
 
     /// A worker says that it has read as many calls as it may.
     pub(super) fn worn(&mut self, pid: Pid, calls: u64) {
-        self.wish(
+        self.request_recycle(
             pid,
             format!(
                 "max-calls is reached with {}",
@@ -121,7 +124,7 @@ impl Fleet {
     /// Whether a report that a worker's threads don't come back would be news.
     pub fn wants_evidence(&self, pid: Pid) -> bool {
         let child = self.table.children.get(&pid);
-        child.is_some_and(|child| child.serves() && child.wear.evidence.is_none())
+        child.is_some_and(|child| child.serves() && child.recycle.evidence.is_none())
     }
 
     /// None of a worker's threads comes back: it is replaced without waiting for others.
@@ -131,7 +134,7 @@ impl Fleet {
             return;
         }
         let child = self.child_mut(pid);
-        child.wear.wish = Some(Wish {
+        child.recycle.request = Some(RecycleRequest {
             reason: "none of its handler threads comes back".to_owned(),
             since,
             urgent: true,
@@ -145,8 +148,8 @@ impl Fleet {
             return;
         };
         let text = deaths::clean_text(text);
-        let (slot, pairs) = (child.seat.slot, pairs(pid, child.seat));
-        child.wear.evidence = Some(text.clone());
+        let (slot, pairs) = (child.seat.slot, log_fields(pid, child.seat));
+        child.recycle.evidence = Some(text.clone());
         self.trouble(
             Level::Warn,
             format!("worker {pid} (slot {slot}): {text} {pairs}"),
@@ -160,19 +163,19 @@ impl Fleet {
         };
         let limit = child.limits.max_memory;
         let above = limit > 0 && rss_bytes > limit;
-        if std::mem::replace(&mut child.wear.above, above) && above {
+        if std::mem::replace(&mut child.recycle.above, above) && above {
             let text = format!("{rss_bytes} bytes are resident, max-memory is {limit}");
-            self.wish(pid, text, false);
+            self.request_recycle(pid, text, false);
         }
     }
 
     /// A worker is to be replaced; the first reason counts.
-    fn wish(&mut self, pid: Pid, reason: String, urgent: bool) {
+    fn request_recycle(&mut self, pid: Pid, reason: String, urgent: bool) {
         let since = self.now;
         if let Some(child) = self.table.children.get_mut(&pid)
-            && child.is_fresh()
+            && child.may_recycle()
         {
-            child.wear.wish = Some(Wish {
+            child.recycle.request = Some(RecycleRequest {
                 reason,
                 since,
                 urgent,
@@ -184,24 +187,24 @@ impl Fleet {
     fn note_ages(&mut self) {
         let now = self.now;
         let old: Vec<(Pid, Millis)> = (self.table.children.iter())
-            .filter(|(pid, child)| child.ends_at(**pid).is_some_and(|at| at <= now))
-            .filter_map(|(pid, child)| Some((*pid, child.health(now)?)))
+            .filter(|(pid, child)| child.lifetime_end(**pid).is_some_and(|at| at <= now))
+            .filter_map(|(pid, child)| Some((*pid, child.ready_for(now)?)))
             .collect();
         for (pid, age) in old {
-            let text = format!("max-lifetime is reached at {}", Span(age));
-            self.wish(pid, text, false);
+            let text = format!("max-lifetime is reached at {}", HumanDuration(age));
+            self.request_recycle(pid, text, false);
         }
     }
 
     /// Grants the wishes that may be granted now. To be asked after every event.
-    pub(super) fn grant_wishes(&mut self) {
+    pub(super) fn start_due_recycles(&mut self) {
         self.note_ages();
-        if self.phase != Phase::Serving {
+        if self.phase != ServerPhase::Serving {
             return;
         }
         let mut wishes: Vec<(bool, Millis, Pid)> = (self.table.children.iter())
             .filter(|(pid, child)| child.serves() && self.may_be_followed(**pid, child.seat))
-            .filter_map(|(pid, child)| Some((pid, child.wear.wish.as_ref()?)))
+            .filter_map(|(pid, child)| Some((pid, child.recycle.request.as_ref()?)))
             .map(|(pid, wish)| (!wish.urgent, wish.since, *pid))
             .collect();
         wishes.sort_unstable();
@@ -216,18 +219,18 @@ impl Fleet {
     }
 
     /// Whether it holds a seat of the generation that serves, and nobody is to follow there yet.
-    fn may_be_followed(&self, pid: Pid, seat: Seat) -> bool {
+    fn may_be_followed(&self, pid: Pid, seat: SlotId) -> bool {
         seat.generation == self.serving
             && self.table.holds(pid, seat)
-            && self.table.seats[&seat].coming.is_none()
+            && self.table.seats[&seat].successor.is_none()
     }
 
     /// Starts the successor of a worker that serves.
     fn recycle(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
-        let (seat, limits, health) = (child.seat, child.limits, child.health(now));
-        let Some(wish) = child.wear.wish.clone() else {
+        let (seat, limits, health) = (child.seat, child.limits, child.ready_for(now));
+        let Some(wish) = child.recycle.request.clone() else {
             return;
         };
         let due = match wish.urgent {
@@ -241,43 +244,43 @@ impl Fleet {
             let (slot, reason) = (seat.slot, wish.reason);
             let text = format!(
                 "worker {pid} (slot {slot}) is recycled once its successor is ready: {reason} {}",
-                pairs(pid, seat)
+                log_fields(pid, seat)
             );
             self.log(Level::Info, with_suppressed_count(text, more));
         }
-        self.refill_coming(seat, due);
+        self.spawn_successor(seat, due);
     }
 
     /// The successor in a seat is to be forked, at once or when the throttle allows it.
-    pub(super) fn refill_coming(&mut self, seat: Seat, due: Millis) {
+    pub(super) fn spawn_successor(&mut self, seat: SlotId, due: Millis) {
         let now = self.now;
-        let holder = Holder::due(due, now);
-        self.tenure(seat).coming = Some(holder);
-        if holder == Holder::Forking {
+        let holder = SlotState::due(due, now);
+        self.tenure(seat).successor = Some(holder);
+        if holder == SlotState::Forking {
             let (slot, generation) = (seat.slot, seat.generation);
             self.act(Action::Fork { slot, generation });
         }
     }
 
     /// The successor is ready: the seat is its own, and the old worker drains.
-    pub(super) fn succeed(&mut self, pid: Pid, seat: Seat) {
+    pub(super) fn promote_successor(&mut self, pid: Pid, seat: SlotId) {
         let now = self.now;
         let tenure = self.tenure(seat);
-        tenure.coming = None;
+        tenure.successor = None;
         tenure.since = now;
-        let before = std::mem::replace(&mut tenure.holder, Holder::Worker(pid));
-        let Holder::Worker(old) = before else {
+        let before = std::mem::replace(&mut tenure.state, SlotState::Worker(pid));
+        let SlotState::Worker(old) = before else {
             unreachable!("a successor comes beside a worker only, and {before:?} is none");
         };
         let child = self.child_mut(old);
-        child.wear.replaced = true;
-        let health = child.health(now);
+        child.recycle.replaced = true;
+        let health = child.ready_for(now);
         self.tenure(seat).throttle.record_ready_time(health);
-        self.dismiss(old, Leave::Retire);
+        self.order_exit(old, StopMode::Retire);
     }
 
     /// The successor died before it was ready: it is tried again, and the old worker serves on.
-    pub(super) fn successor_died(&mut self, child: &Child, death: &Death) {
+    pub(super) fn successor_died(&mut self, child: &ChildRecord, death: &Death) {
         let (seat, now) = (child.seat, self.now);
         let tenure = self.tenure(seat);
         let due = tenure.throttle.death(None, &child.limits.throttle(), now);
@@ -286,24 +289,28 @@ impl Fleet {
             0 => "another one is started".to_owned(),
             wait => {
                 let deaths = pluralize(young as usize, "young death", "young deaths");
-                format!("next try in {}: {deaths}", Span(wait))
+                format!("next try in {}: {deaths}", HumanDuration(wait))
             }
         };
         let text = format!(
             "{}; the worker that it was to follow serves on; {follows} {}",
             death.sentence(),
-            death.pairs()
+            death.log_fields()
         );
         self.trouble(Level::Error, text);
-        self.refill_coming(seat, due);
+        self.spawn_successor(seat, due);
     }
 
     /// When recycling wants to be looked at again.
     pub(super) fn next_recycling(&self) -> Option<Millis> {
         let children = self.table.children.iter();
-        let samples = self.table.children.values().any(Child::has_memory_to_watch);
+        let samples = self
+            .table
+            .children
+            .values()
+            .any(ChildRecord::has_memory_to_watch);
         children
-            .filter_map(|(pid, child)| child.ends_at(*pid))
+            .filter_map(|(pid, child)| child.lifetime_end(*pid))
             .chain(samples.then_some(self.recycling.next_sample))
             .chain(self.recycling.lines.flush_at())
             .min()

@@ -4,7 +4,7 @@
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
 
-use super::event::{Event, Exit, Limits, Millis};
+use super::event::{Event, Exit, Millis, PolicyLimits};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::{Pid, Slot};
 use crate::protocol::control::WorkerPhase;
@@ -87,7 +87,7 @@ fn what_is_said_once_more_or_by_a_stranger_changes_nothing() {
 
 #[test]
 fn one_budget_holds_for_all_reasons_until_the_old_worker_is_gone() {
-    let mut world = World::serving(Limits {
+    let mut world = World::serving(PolicyLimits {
         max_unavailable: 2,
         max_memory: 1 << 20,
         ..LIMITS
@@ -118,7 +118,7 @@ fn one_budget_holds_for_all_reasons_until_the_old_worker_is_gone() {
 
 #[test]
 fn memory_counts_when_it_is_seen_above_its_limit_twice_in_a_row() {
-    let mut world = World::serving(Limits {
+    let mut world = World::serving(PolicyLimits {
         max_memory: 1 << 20,
         ..LIMITS
     });
@@ -141,7 +141,7 @@ fn memory_counts_when_it_is_seen_above_its_limit_twice_in_a_row() {
 
 #[test]
 fn ages_end_apart_and_within_a_tenth() {
-    let mut world = World::serving(Limits {
+    let mut world = World::serving(PolicyLimits {
         max_lifetime: LIFETIME,
         max_unavailable: 4,
         ..LIMITS
@@ -165,7 +165,7 @@ fn ages_end_apart_and_within_a_tenth() {
 
 #[test]
 fn without_limits_nothing_is_looked_at_and_nothing_is_due() {
-    let world = World::serving(Limits {
+    let world = World::serving(PolicyLimits {
         heartbeat_timeout: 0,
         ..LIMITS
     });
@@ -244,7 +244,7 @@ fn who_dies_or_retires_while_its_successor_starts_leaves_it_the_seat() {
 
 #[test]
 fn a_throttled_successor_is_forked_at_once_when_the_old_worker_is_gone() {
-    let mut world = World::serving(Limits {
+    let mut world = World::serving(PolicyLimits {
         respawn_burst: 0,
         respawn_max_delay: 30_000,
         ..LIMITS
@@ -348,7 +348,7 @@ proptest! {
         max_lifetime in prop_oneof![Just(0u64), 1_000u64..100_000],
         history in prop::collection::vec(happening(), 0..150),
     ) {
-        let limits = Limits { count, max_unavailable, max_lifetime, max_memory: 1 << 20, ..LIMITS };
+        let limits = PolicyLimits { count, max_unavailable, max_lifetime, max_memory: 1 << 20, ..LIMITS };
         let mut world = World::serving(limits);
         for happening in history {
             let pick = |number: usize| *world.living.keys().nth(number % world.living.len()).unwrap();

@@ -11,10 +11,10 @@
 
 use log::Level;
 
-use super::children::Seat;
-use super::event::{Action, Limits, MAX_COUNT, Millis};
-use super::fleet::{Fleet, Phase};
-use super::leave::Leave;
+use super::children::SlotId;
+use super::event::{Action, MAX_COUNT, Millis, PolicyLimits};
+use super::fleet::{Fleet, ServerPhase};
+use super::leave::StopMode;
 use crate::link::ids::{Generation, Slot};
 
 /// The exit code when the first workers did not come up: as `Error::NotReady`.
@@ -22,18 +22,18 @@ const NOT_READY: u8 = 71;
 
 /// A reload whose verdict is open.
 #[derive(Debug)]
-pub(super) struct Reload {
+pub(super) struct PendingReload {
     /// The next generation.
     pub generation: Generation,
     /// Its limits, the count within bounds.
-    pub limits: Limits,
+    pub limits: PolicyLimits,
     /// Whether the canary was ready, so that all seats are open.
     pub canary_ready: bool,
 }
 
 impl Fleet {
     /// Starts the next generation with its canary.
-    pub(super) fn start_reload(&mut self, limits: Limits) {
+    pub(super) fn start_reload(&mut self, limits: PolicyLimits) {
         if !self.can_reload() {
             // The caller's own mistake; a verdict here would be taken for the running reload's.
             let text = "a reload came out of turn and is ignored".to_owned();
@@ -42,29 +42,29 @@ impl Fleet {
         let generation = self.last_generation.next();
         self.last_generation = generation;
         let count = limits.count.clamp(1, MAX_COUNT);
-        self.reload = Some(Reload {
+        self.reload = Some(PendingReload {
             generation,
-            limits: Limits { count, ..limits },
+            limits: PolicyLimits { count, ..limits },
             canary_ready: false,
         });
-        self.open(generation, 0, 1);
+        self.add_slots(generation, 0, 1);
     }
 
     /// Whether the seat's generation still awaits its verdict.
-    pub(super) fn is_newcomer(&self, seat: Seat) -> bool {
+    pub(super) fn is_newcomer(&self, seat: SlotId) -> bool {
         match &self.reload {
             Some(reload) => reload.generation == seat.generation,
-            None => self.phase == Phase::StartUp,
+            None => self.phase == ServerPhase::StartUp,
         }
     }
 
     /// Whether somebody waits for the workers of a slot that is about to be forked.
     pub fn awaits(&self, slot: Slot, generation: Generation) -> bool {
-        self.is_newcomer(Seat { generation, slot })
+        self.is_newcomer(SlotId { generation, slot })
     }
 
     /// A worker became ready: is it the one that was waited for?
-    pub(super) fn newcomer_ready(&mut self, seat: Seat) {
+    pub(super) fn newcomer_ready(&mut self, seat: SlotId) {
         if !self.is_newcomer(seat) {
             return;
         }
@@ -73,14 +73,14 @@ impl Fleet {
             && !std::mem::replace(&mut reload.canary_ready, true)
         {
             let count = reload.limits.count;
-            self.open(generation, 1, count);
+            self.add_slots(generation, 1, count);
         }
         if !self.table.all_ready(generation) {
             return;
         }
         match self.reload.take() {
             None => {
-                self.phase = Phase::Serving;
+                self.phase = ServerPhase::Serving;
                 self.act(Action::StartUpDone(Ok(())));
             }
             Some(reload) => {
@@ -88,7 +88,7 @@ impl Fleet {
                 self.limits = reload.limits;
                 self.count = reload.limits.count;
                 self.act(Action::ReloadDone(Ok(generation)));
-                self.close(old, 0, Leave::Retire);
+                self.remove_slots(old, 0, StopMode::Retire);
             }
         }
         self.scale_as_deferred();
@@ -96,8 +96,8 @@ impl Fleet {
 
     /// A worker whose generation awaits its verdict did not come up: this is the verdict.
     pub(super) fn newcomer_failed(&mut self, reason: &str) {
-        if self.phase == Phase::StartUp {
-            return self.stop(Leave::AtOnce, NOT_READY, reason);
+        if self.phase == ServerPhase::StartUp {
+            return self.stop(StopMode::AtOnce, NOT_READY, reason);
         }
         self.refuse_newcomers(reason);
         self.scale_as_deferred();
@@ -106,25 +106,25 @@ impl Fleet {
     /// This program can't go on, and another one will with what it exports then: the reload under
     /// way is refused, what waited for its end is done. Forks that this orders, and those ordered
     /// before and not reported, are not to be done here.
-    pub fn give_up(&mut self, reason: &str, now: Millis) -> Vec<Action> {
-        self.enter(now);
-        if self.phase == Phase::Serving {
+    pub fn abandon_reload(&mut self, reason: &str, now: Millis) -> Vec<Action> {
+        self.begin_event(now);
+        if self.phase == ServerPhase::Serving {
             self.refuse_newcomers(reason);
             self.scale_as_deferred();
         }
-        self.leave()
+        self.finish_event()
     }
 
     /// Gives the verdict that is still open, if any: no.
     pub(super) fn refuse_newcomers(&mut self, reason: &str) {
-        if self.phase == Phase::StartUp {
+        if self.phase == ServerPhase::StartUp {
             let text = format!("not every worker became ready: {reason}");
             self.act(Action::StartUpDone(Err(text)));
         }
-        if let Some(Reload { generation, .. }) = self.reload.take() {
+        if let Some(PendingReload { generation, .. }) = self.reload.take() {
             let text = format!("generation {generation} did not become ready: {reason}");
             self.act(Action::ReloadDone(Err(text)));
-            self.close(generation, 0, Leave::Retire);
+            self.remove_slots(generation, 0, StopMode::Retire);
         }
     }
 }

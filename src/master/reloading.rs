@@ -10,7 +10,7 @@ use super::event::Event;
 use super::listeners;
 use super::start::limits;
 use super::supervise::{Master, now, wall_clock};
-use super::workers::{Ground, Known};
+use super::workers::{GenerationContext, GenerationInfo};
 use crate::config;
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
@@ -48,20 +48,20 @@ impl Master<'_> {
         match self.prepare() {
             Ok(ground) => {
                 let limits = limits(&ground.settings);
-                self.upcoming = Some(Rc::new(ground));
-                self.tell(Event::Reload { limits });
+                self.next_context = Some(Rc::new(ground));
+                self.handle_event(Event::Reload { limits });
             }
             Err(error) => {
                 self.restore_log();
-                self.verdict(Err(error.to_string()));
+                self.finish_reload(Err(error.to_string()));
             }
         }
     }
 
     /// Reads and checks the new configuration and opens what it names.
-    fn prepare(&mut self) -> Result<Ground> {
-        let settings = config::as_running(self.setup.host.load()?, &self.ground.settings);
-        if self.ground.settings.daemon && settings.log.file.is_none() {
+    fn prepare(&mut self) -> Result<GenerationContext> {
+        let settings = config::as_running(self.setup.host.load()?, &self.serving_context.settings);
+        if self.serving_context.settings.daemon && settings.log.file.is_none() {
             return Err(Error::Config {
                 file: settings.file,
                 position: None,
@@ -70,10 +70,10 @@ impl Master<'_> {
                 remedy: "name a file".into(),
             });
         }
-        self.old_log = self.setup.host.configure_log(&settings)?;
+        self.previous_log = self.setup.host.configure_log(&settings)?;
         let listeners = listeners::open(
             &settings.listen,
-            &self.ground.listeners,
+            &self.serving_context.listeners,
             &self.passed,
             settings.limits.write_timeout,
         )?;
@@ -81,8 +81,8 @@ impl Master<'_> {
             log::warn!("{warning}");
         }
         let registry = self.setup.host.registry(&settings);
-        Ok(Ground {
-            known: Known::of(&settings, &registry),
+        Ok(GenerationContext {
+            known: GenerationInfo::of(&settings, &registry),
             registry,
             settings: Rc::new(settings),
             listeners,
@@ -90,28 +90,28 @@ impl Master<'_> {
     }
 
     /// The reload is over, one way or the other.
-    pub(super) fn verdict(&mut self, verdict: std::result::Result<Generation, String>) {
-        let upcoming = self.upcoming.take();
+    pub(super) fn finish_reload(&mut self, verdict: std::result::Result<Generation, String>) {
+        let upcoming = self.next_context.take();
         self.workers.forget_words();
         let mut words = self.first_words.take();
-        let before = Rc::clone(&self.ground);
+        let before = Rc::clone(&self.serving_context);
         let response = match &verdict {
             Ok(generation) => {
                 if let Some(ground) = upcoming {
                     remove_paths(&before, &ground);
                     // Only now, for a refused reload must not have touched what goes on.
                     listeners::tune(&ground.settings, &ground.listeners);
-                    self.ground = ground;
+                    self.serving_context = ground;
                 }
-                self.old_log = None;
-                self.strikes.pardon(self.workers.quarantine());
+                self.previous_log = None;
+                self.strikes.reset(self.workers.quarantine());
                 log::info!("reload: generation {generation} serves, the one before drains");
                 words = String::new();
-                let gone = self.ground.known.misses(&before.known);
+                let gone = self.serving_context.known.removed_methods(&before.known);
                 if let Some(gone) = &gone {
                     log::warn!("reload: {gone}");
                 }
-                for word in [gone, self.ground.settings.restart_warning()]
+                for word in [gone, self.serving_context.settings.restart_warning()]
                     .into_iter()
                     .flatten()
                 {
@@ -168,14 +168,16 @@ impl Master<'_> {
 
     /// Puts the log back to where it was, without opening anything.
     fn restore_log(&mut self) {
-        if let Some(output) = self.old_log.take() {
-            self.setup.host.restore_log(&self.ground.settings, output);
+        if let Some(output) = self.previous_log.take() {
+            self.setup
+                .host
+                .restore_log(&self.serving_context.settings, output);
         }
     }
 }
 
 /// Removes the paths of the listeners that `old` has and `new` has not.
-fn remove_paths(old: &Ground, new: &Ground) {
+fn remove_paths(old: &GenerationContext, new: &GenerationContext) {
     for listener in &old.listeners {
         if !new
             .listeners

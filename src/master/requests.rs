@@ -7,10 +7,10 @@ use std::sync::Arc;
 use nix::sys::signal::Signal;
 
 use super::control::ClientId;
-use super::event::{Event, MAX_COUNT, Millis, Span};
+use super::event::{Event, HumanDuration, MAX_COUNT, Millis};
 use super::status::{About, status};
 use super::supervise::{Master, now};
-use super::workers::{Ground, Worker};
+use super::workers::{GenerationContext, WorkerHandle};
 use crate::link::ids::Generation;
 use crate::link::message::Order;
 use crate::logging::{self, LogOutput, pluralize};
@@ -18,7 +18,7 @@ use crate::protocol::control::{ControlRequest, ControlResponse};
 use crate::sys::notify::NotifyState;
 
 impl Master<'_> {
-    pub(super) fn hear(&mut self) {
+    pub(super) fn on_signals(&mut self) {
         for signal in self.signals.take() {
             match signal {
                 Signal::SIGTERM => self.stop(Event::Stop),
@@ -29,8 +29,8 @@ impl Master<'_> {
                 Signal::SIGHUP => self.reload_asked = true,
                 Signal::SIGUSR1 => self.reopen_log(),
                 Signal::SIGUSR2 => self.ask_upgrade(None),
-                Signal::SIGTTIN => self.tell(Event::ScaleBy { by: 1 }),
-                Signal::SIGTTOU => self.tell(Event::ScaleBy { by: -1 }),
+                Signal::SIGTTIN => self.handle_event(Event::ScaleBy { by: 1 }),
+                Signal::SIGTTOU => self.handle_event(Event::ScaleBy { by: -1 }),
                 // SIGCHLD: every wake-up reaps.
                 _ => {}
             }
@@ -40,7 +40,7 @@ impl Master<'_> {
     /// Serves on for a while, and says to who asks that it will stop.
     fn stop_after(&mut self, delay: Millis) {
         self.will_stop();
-        self.tell(Event::StopAfter { delay });
+        self.handle_event(Event::StopAfter { delay });
         // No other program takes over any more, forth or back: the order is this one's to obey.
         self.drop_upgrade();
         // Else it would be waited for until the end.
@@ -56,7 +56,7 @@ impl Master<'_> {
         match self.fleet.stops_at() {
             Some(at) => format!(
                 "the server is about to stop, in {}, and serves until then",
-                Span(at.saturating_sub(now()))
+                HumanDuration(at.saturating_sub(now()))
             ),
             None => "the server stops".into(),
         }
@@ -72,17 +72,17 @@ impl Master<'_> {
 
     pub(super) fn stop(&mut self, event: Event) {
         self.will_stop();
-        self.tell(event);
+        self.handle_event(event);
         self.drop_upgrade();
         // Closed after the workers were told, who first take in what is in the queue.
-        for listener in &self.ground.listeners {
+        for listener in &self.serving_context.listeners {
             listener.remove_path();
         }
-        self.ground = Rc::new(Ground {
-            settings: Rc::clone(&self.ground.settings),
-            registry: Arc::clone(&self.ground.registry),
+        self.serving_context = Rc::new(GenerationContext {
+            settings: Rc::clone(&self.serving_context.settings),
+            registry: Arc::clone(&self.serving_context.registry),
             listeners: Vec::new(),
-            known: Rc::clone(&self.ground.known),
+            known: Rc::clone(&self.serving_context.known),
         });
         self.passed.clear();
         self.refuse_waiting("the server stops");
@@ -90,21 +90,21 @@ impl Master<'_> {
 
     fn reopen_log(&mut self) {
         let serving = self.fleet.generation();
-        let (new, old) = match &self.upcoming {
-            None => (self.reopen_log_of(&self.ground, |_| true), None),
+        let (new, old) = match &self.next_context {
+            None => (self.reopen_log_of(&self.serving_context, |_| true), None),
             // This process logs where the newcomers do, until the verdict is no.
             Some(upcoming) => (
                 self.reopen_log_of(upcoming, |generation| generation > serving),
-                self.reopen_log_of(&self.ground, |generation| generation <= serving),
+                self.reopen_log_of(&self.serving_context, |generation| generation <= serving),
             ),
         };
         if new.is_some() || old.is_some() {
             if let Some(output) = new {
                 logging::set_output(output);
             }
-            self.old_log = old.or(self.old_log.take());
+            self.previous_log = old.or(self.previous_log.take());
             log::info!("log file reopened");
-        } else if self.ground.settings.log.file.is_none() {
+        } else if self.serving_context.settings.log.file.is_none() {
             log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
         }
     }
@@ -113,13 +113,13 @@ impl Master<'_> {
     /// file, or it can't be opened.
     fn reopen_log_of(
         &self,
-        ground: &Ground,
+        ground: &GenerationContext,
         is_theirs: impl Fn(Generation) -> bool,
     ) -> Option<LogOutput> {
         let file = ground.settings.log.file.as_ref()?;
         match logging::open(Some(file)) {
             Ok(output) => {
-                let theirs = |worker: &Worker| is_theirs(worker.generation);
+                let theirs = |worker: &WorkerHandle| is_theirs(worker.generation);
                 for (pid, _) in self.workers.iter().filter(|(_, worker)| theirs(worker)) {
                     self.workers
                         .order(pid, Order::ReopenLog, Some(output.as_fd()));
@@ -144,8 +144,8 @@ impl Master<'_> {
                     started: self.started,
                     last_reload: self.last_reload.as_ref(),
                     last_upgrade: self.upgrade.last.as_ref(),
-                    warnings: &self.ground.settings.warnings,
-                    listeners: &self.ground.listeners,
+                    warnings: &self.serving_context.settings.warnings,
+                    listeners: &self.serving_context.listeners,
                     strikes: &self.strikes,
                 };
                 let answer = status(&self.fleet, &self.workers, &about, now());
@@ -166,7 +166,7 @@ impl Master<'_> {
                 let answer = if self.stopping && self.fleet.stops_at().is_none() {
                     ControlResponse::refused(self.end_in_words(), 1)
                 } else if (1..=MAX_COUNT).contains(&count) {
-                    self.tell(Event::Scale { count });
+                    self.handle_event(Event::Scale { count });
                     let count = self.fleet.target_count();
                     ControlResponse::said(pluralize(
                         count,

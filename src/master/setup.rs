@@ -13,7 +13,7 @@ use crate::sys::notify::PassedListener;
 use crate::sys::title::TitleArea;
 
 /// What the master asks of the program that it runs in: at a start and at each reload.
-pub trait Host {
+pub trait Embedder {
     /// Reads and checks the configuration.
     ///
     /// # Errors
@@ -39,9 +39,9 @@ pub struct Setup<'a> {
     /// The configuration to start with.
     pub settings: Settings,
     /// What the program around it knows.
-    pub host: &'a dyn Host,
+    pub host: &'a dyn Embedder,
     /// What a forked child becomes.
-    pub becomes: WorkerMain,
+    pub worker_main: WorkerMain,
     /// Listeners of the service manager's.
     pub passed: Vec<PassedListener>,
     /// How it was started, for an upgrade.

@@ -37,14 +37,14 @@ pub struct Share {
 
 /// When to look.
 #[derive(Debug, Default)]
-pub struct Spread {
+pub struct Rebalancer {
     /// Who was there at the last look at them.
     workers: BTreeSet<Pid>,
     next: Option<Millis>,
     until: Millis,
 }
 
-impl Spread {
+impl Rebalancer {
     /// Who lives now, those that drain included: whoever comes or goes may leave things uneven.
     pub fn note(&mut self, workers: impl Iterator<Item = Pid>, now: Millis) {
         let workers: BTreeSet<Pid> = workers.collect();
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn it_looks_for_a_while_after_a_change_and_then_no_more() {
-        let mut spread = Spread::default();
+        let mut spread = Rebalancer::default();
         let workers = || [Pid(1), Pid(2)].into_iter();
         assert_eq!(spread.next(), None);
         spread.note(workers(), 1000);

@@ -8,20 +8,20 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::control::Control;
-use super::event::{Limits, Millis};
-use super::first_words::FirstWords;
+use super::control::ControlSocket;
+use super::event::{Millis, PolicyLimits};
+use super::first_words::StartupLog;
 use super::fleet::Fleet;
 use super::keepers::keepers_lost;
 use super::listeners::{self, Listener};
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
-use super::spread::Spread;
-use super::strikes::Strikes;
+use super::spread::Rebalancer;
+use super::strikes::CrashCounts;
 use super::supervise::{Master, now};
 use super::upgrade::Upgrade;
-use super::workers::{Ground, Known, Workers};
+use super::workers::{Children, GenerationContext, GenerationInfo};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::sys::memory;
@@ -31,7 +31,7 @@ use crate::sys::signal::{self, SignalPipe};
 use crate::sys::title;
 
 /// The signals that a master listens to.
-pub(super) const HEARD: [Signal; 9] = [
+pub(super) const MASTER_SIGNALS: [Signal; 9] = [
     Signal::SIGTERM,
     Signal::SIGINT,
     Signal::SIGQUIT,
@@ -66,7 +66,7 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     // Held for a failure's sake alone: a listener that the master gives up must be closed.
     drop(opened);
     let mut master = started?;
-    for warning in &master.ground.settings.warnings {
+    for warning in &master.serving_context.settings.warnings {
         log::warn!("{warning}");
     }
     master.serve();
@@ -89,17 +89,17 @@ fn start<'a>(
     if let Some(pid_file) = pid_file {
         pid_file.write()?;
     }
-    let signals = SignalPipe::new(&HEARD).map_err(system("catch signals"))?;
-    let workers = Workers::new().map_err(system("make the scoreboard"))?;
+    let signals = SignalPipe::new(&MASTER_SIGNALS).map_err(system("catch signals"))?;
+    let workers = Children::new().map_err(system("make the scoreboard"))?;
     process::become_subreaper().map_err(system("become a subreaper"))?;
     // The last that can fail: its path needs no taking back.
-    let control = Control::bind(&settings.control_socket)?;
+    let control = ControlSocket::bind(&settings.control_socket)?;
     show_title(&setup);
     let now = now();
     let (fleet, actions) = Fleet::new(limits(&settings), now);
     let registry = setup.host.registry(&settings);
-    let ground = Rc::new(Ground {
-        known: Known::of(&settings, &registry),
+    let ground = Rc::new(GenerationContext {
+        known: GenerationInfo::of(&settings, &registry),
         registry,
         settings,
         listeners,
@@ -114,36 +114,36 @@ fn start<'a>(
         signals,
         pid_file: pid_file.take().ok_or_else(lock)?,
         orphans: Orphans::new(),
-        strikes: Strikes::new(memory::oom_kill_count()),
+        strikes: CrashCounts::new(memory::oom_kill_count()),
         keepers_lost: keepers_lost(),
-        ground,
-        upcoming: None,
-        first_words: FirstWords::default(),
-        spread: Spread::default(),
+        serving_context: ground,
+        next_context: None,
+        first_words: StartupLog::default(),
+        spread: Rebalancer::default(),
         passed,
         reload_asked: false,
         reload_waits: false,
         next_verdict_for: Vec::new(),
         verdict_for: Vec::new(),
         last_reload: None,
-        old_log: None,
+        previous_log: None,
         stopping: false,
         started: now,
         next_watchdog: now,
         shown_status: String::new(),
         failure: None,
         actions: actions.into(),
-        leave: None,
+        exit_code: None,
         reap_again: false,
         upgrade: Upgrade::default(),
     })
 }
 
 /// What the policy needs to know of a configuration.
-pub(super) fn limits(settings: &Settings) -> Limits {
+pub(super) fn limits(settings: &Settings) -> PolicyLimits {
     let workers = &settings.workers;
     let millis = |duration: Duration| duration.as_millis() as Millis;
-    Limits {
+    PolicyLimits {
         count: workers.count,
         boot_timeout: millis(workers.boot_timeout),
         drain_timeout: millis(workers.drain_timeout),

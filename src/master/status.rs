@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::event::Millis;
 use super::fleet::Fleet;
 use super::listeners::Listener;
-use super::strikes::Strikes;
+use super::strikes::CrashCounts;
 use super::view::WorkerView;
-use super::workers::Workers;
+use super::workers::Children;
 use crate::logging;
 use crate::protocol::control::{
     self, AcceptWait, DeathStatus, LastReload, OldestCall, Quarantined, Status, ThrottleStatus,
@@ -29,11 +29,11 @@ pub struct About<'a> {
     /// The listeners of the generation that serves.
     pub listeners: &'a [std::rc::Rc<Listener>],
     /// Who is in quarantine.
-    pub strikes: &'a Strikes,
+    pub strikes: &'a CrashCounts,
 }
 
 /// The whole status, at `now`.
-pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) -> Status {
+pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis) -> Status {
     Status {
         master: control::MasterStatus {
             pid: Pid::current().0,
@@ -67,7 +67,7 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
             .collect(),
         quarantine: about
             .strikes
-            .held(workers.quarantine())
+            .quarantined(workers.quarantine())
             .map(|(prisoner, refused)| Quarantined {
                 method: prisoner.method.clone(),
                 key: format!("{:016x}", prisoner.key),
@@ -79,13 +79,13 @@ pub fn status(fleet: &Fleet, workers: &Workers, about: &About<'_>, now: Millis) 
 }
 
 /// Of the master and all workers together.
-fn lost_log_lines(workers: &Workers) -> u64 {
+fn lost_log_lines(workers: &Children) -> u64 {
     let of_workers = workers.iter().map(|(_, worker)| &worker.record.lost_lines);
     let of_workers: u64 = of_workers.map(|lines| u64::from(lines.load(Relaxed))).sum();
     logging::lost_lines() + of_workers
 }
 
-fn worker(view: &WorkerView, workers: &Workers, now: Millis) -> WorkerStatus {
+fn worker(view: &WorkerView, workers: &Children, now: Millis) -> WorkerStatus {
     let mut shown = WorkerStatus {
         slot: view.slot.0,
         pid: view.pid.map(|pid| pid.0),

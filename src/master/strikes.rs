@@ -14,9 +14,9 @@ use crate::link::quarantine::{PLACES, Quarantine, place_of};
 use crate::sys::signal::Fault;
 
 /// So many deaths.
-pub const STRIKES: u32 = 3;
+pub const MAX_CRASHES: u32 = 3;
 /// Within so long.
-const MEMORY_MS: Millis = 3_600_000;
+const CRASH_WINDOW_MS: Millis = 3_600_000;
 
 #[derive(Debug)]
 struct Suspect {
@@ -26,7 +26,7 @@ struct Suspect {
 
 /// A call in quarantine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Prisoner {
+pub struct QuarantinedCall {
     /// Its key.
     pub key: u64,
     /// Its method.
@@ -37,19 +37,19 @@ pub struct Prisoner {
 
 /// Suspects and prisoners.
 #[derive(Debug, Default)]
-pub struct Strikes {
+pub struct CrashCounts {
     suspects: HashMap<u64, Suspect>,
-    held: Vec<Prisoner>,
+    quarantined: Vec<QuarantinedCall>,
     /// How many processes the kernel had ended for want of memory when last looked.
     kills: Option<u64>,
 }
 
-impl Strikes {
+impl CrashCounts {
     /// Nobody is suspected yet, and the kernel has ended so many processes for want of memory.
     pub fn new(kills: Option<u64>) -> Self {
-        Strikes {
+        CrashCounts {
             kills,
-            ..Strikes::default()
+            ..CrashCounts::default()
         }
     }
 
@@ -68,7 +68,7 @@ impl Strikes {
         (fault, culprit): (Fault, u64),
         ran: &[(u64, String)],
         (now, at): (Millis, u64),
-    ) -> Vec<Prisoner> {
+    ) -> Vec<QuarantinedCall> {
         self.forget(quarantine, now);
         let mut caught = Vec::new();
         for (key, method) in ran {
@@ -77,13 +77,13 @@ impl Strikes {
                 Fault::Own => *key == culprit,
                 Fault::Sent => false,
             };
-            if !blamed || self.held.iter().any(|prisoner| prisoner.key == *key) {
+            if !blamed || self.quarantined.iter().any(|prisoner| prisoner.key == *key) {
                 continue;
             }
             let strikes = self.strike(quarantine, *key, now);
-            if strikes >= STRIKES {
+            if strikes >= MAX_CRASHES {
                 self.release(quarantine, *key);
-                let prisoner = Prisoner {
+                let prisoner = QuarantinedCall {
                     key: *key,
                     method: method.clone(),
                     at,
@@ -98,12 +98,12 @@ impl Strikes {
     }
 
     /// Those in quarantine, and how often each was refused.
-    pub fn held<'a>(
+    pub fn quarantined<'a>(
         &'a self,
         quarantine: &'a Quarantine,
-    ) -> impl Iterator<Item = (&'a Prisoner, u64)> {
+    ) -> impl Iterator<Item = (&'a QuarantinedCall, u64)> {
         let board = quarantine.board();
-        self.held.iter().map(|prisoner| {
+        self.quarantined.iter().map(|prisoner| {
             let place = place_of(&board.keys, prisoner.key);
             let refused = place.map_or(0, |place| board.refused[place].load(Relaxed));
             (prisoner, refused)
@@ -111,7 +111,7 @@ impl Strikes {
     }
 
     /// Lets everybody go, and forgets what they were suspected of.
-    pub fn pardon(&mut self, quarantine: &Quarantine) {
+    pub fn reset(&mut self, quarantine: &Quarantine) {
         for key in quarantine.board().keys.iter() {
             key.store(0, Relaxed);
         }
@@ -119,7 +119,7 @@ impl Strikes {
             suspect.store(0, Relaxed);
         }
         self.suspects.clear();
-        self.held.clear();
+        self.quarantined.clear();
         self.count(quarantine);
     }
 
@@ -150,14 +150,14 @@ impl Strikes {
         self.suspects.remove(&key);
     }
 
-    fn hold(&mut self, quarantine: &Quarantine, prisoner: Prisoner) -> bool {
+    fn hold(&mut self, quarantine: &Quarantine, prisoner: QuarantinedCall) -> bool {
         let board = quarantine.board();
         let Some(free) = place_of(&board.keys, 0) else {
             return false;
         };
         board.refused[free].store(0, Relaxed);
         board.keys[free].store(prisoner.key, Relaxed);
-        self.held.push(prisoner);
+        self.quarantined.push(prisoner);
         true
     }
 
@@ -166,7 +166,7 @@ impl Strikes {
         let suspects = &quarantine.board().suspects;
         self.suspects.retain(|&key, suspect| {
             let place = place_of(suspects, key);
-            let old = now.saturating_sub(suspect.last) > MEMORY_MS;
+            let old = now.saturating_sub(suspect.last) > CRASH_WINDOW_MS;
             if let (Some(place), true) = (place, old) {
                 suspects[place].store(0, Relaxed);
             }
@@ -176,13 +176,13 @@ impl Strikes {
 
     fn count(&self, quarantine: &Quarantine) {
         let board = quarantine.board();
-        debug_assert!(self.held.len() <= PLACES && self.suspects.len() <= PLACES);
+        debug_assert!(self.quarantined.len() <= PLACES && self.suspects.len() <= PLACES);
         board
             .suspect_count
             .store(self.suspects.len() as u32, Relaxed);
         board
             .quarantined_count
-            .store(self.held.len() as u32, Relaxed);
+            .store(self.quarantined.len() as u32, Relaxed);
     }
 }
 
@@ -193,7 +193,7 @@ mod tests {
 
     struct World {
         quarantine: Quarantine,
-        strikes: Strikes,
+        strikes: CrashCounts,
         now: Millis,
     }
 
@@ -201,7 +201,7 @@ mod tests {
         fn new() -> Self {
             World {
                 quarantine: Quarantine::new().unwrap(),
-                strikes: Strikes::default(),
+                strikes: CrashCounts::default(),
                 now: 1000,
             }
         }
@@ -226,9 +226,9 @@ mod tests {
         assert!(!world.quarantine.is_quarantined(7));
         assert_eq!(world.death(Fault::Own, 7, &[7, 5]), [7]);
         assert!(world.quarantine.is_quarantined(7) && !world.quarantine.is_quarantined(5));
-        let held: Vec<_> = world.strikes.held(&world.quarantine).collect();
+        let held: Vec<_> = world.strikes.quarantined(&world.quarantine).collect();
         assert_eq!((held.len(), held[0].1), (1, 1), "refused once, just now");
-        world.strikes.pardon(&world.quarantine);
+        world.strikes.reset(&world.quarantine);
         assert!(!world.quarantine.is_quarantined(7));
         // and is watched anew
         assert!(world.death(Fault::Own, 7, &[7]).is_empty());
@@ -258,19 +258,19 @@ mod tests {
         }
         world.death(Fault::Own, 5, &[5]);
         world.death(Fault::Own, 5, &[5]);
-        world.now += MEMORY_MS;
+        world.now += CRASH_WINDOW_MS;
         assert!(world.death(Fault::Own, 5, &[5]).is_empty());
     }
 
     #[test]
     fn a_kill_counts_when_the_kernel_has_run_out_of_memory_since_the_one_before() {
-        let mut strikes = Strikes::new(Some(7));
+        let mut strikes = CrashCounts::new(Some(7));
         assert!(!strikes.ran_out_of_memory(Some(7)));
         assert!(strikes.ran_out_of_memory(Some(9)));
         assert!(!strikes.ran_out_of_memory(Some(9)));
         assert!(!strikes.ran_out_of_memory(None));
         assert!(!strikes.ran_out_of_memory(Some(12)), "nobody knows when");
-        assert!(!Strikes::new(None).ran_out_of_memory(None));
+        assert!(!CrashCounts::new(None).ran_out_of_memory(None));
     }
 
     #[test]
@@ -280,7 +280,7 @@ mod tests {
             let many: Vec<u64> = (1..=PLACES as u64 + 20).collect();
             world.death(Fault::Unknown, 0, &many);
         }
-        assert_eq!(world.strikes.held(&world.quarantine).count(), PLACES);
+        assert_eq!(world.strikes.quarantined(&world.quarantine).count(), PLACES);
         assert!(world.quarantine.is_quarantined(1));
         assert!(!world.quarantine.is_quarantined(PLACES as u64 + 20));
     }

@@ -12,18 +12,18 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::control::{ClientId, Control};
+use super::control::{ClientId, ControlSocket};
 use super::event::{Action, Event, Millis};
-use super::first_words::FirstWords;
+use super::first_words::StartupLog;
 use super::fleet::Fleet;
 use super::listeners::Listener;
 use super::orphans::Orphans;
 use super::pid_file::PidFile;
 use super::setup::Setup;
-use super::spread::Spread;
-use super::strikes::Strikes;
+use super::spread::Rebalancer;
+use super::strikes::CrashCounts;
 use super::upgrade::Upgrade;
-use super::workers::{Ground, Parent, Workers};
+use super::workers::{Children, ForkContext, GenerationContext};
 use crate::error::{Error, Result};
 use crate::link::ids::{Generation, Slot};
 use crate::link::message::{Order, Report};
@@ -41,23 +41,23 @@ const NOTIFY_RETRY: Millis = 50;
 pub(super) struct Master<'a> {
     pub(super) setup: Setup<'a>,
     pub(super) fleet: Fleet,
-    pub(super) workers: Workers,
-    pub(super) control: Control,
+    pub(super) workers: Children,
+    pub(super) control: ControlSocket,
     pub(super) notifier: Notifier,
     pub(super) signals: SignalPipe,
     pub(super) pid_file: PidFile,
     pub(super) orphans: Orphans,
-    pub(super) strikes: Strikes,
+    pub(super) strikes: CrashCounts,
     /// How often a worker is replaced for want of a keeper.
     pub(super) keepers_lost: Limiter,
     /// What the generation that serves runs on.
-    pub(super) ground: Rc<Ground>,
+    pub(super) serving_context: Rc<GenerationContext>,
     /// What the generation of a reload under way runs on.
-    pub(super) upcoming: Option<Rc<Ground>>,
+    pub(super) next_context: Option<Rc<GenerationContext>>,
     /// What the workers of a generation that awaits its verdict have logged.
-    pub(super) first_words: FirstWords,
+    pub(super) first_words: StartupLog,
     /// When to look whether lasting connections lie evenly.
-    pub(super) spread: Spread,
+    pub(super) spread: Rebalancer,
     /// What was passed by the service manager, for life.
     pub(super) passed: Vec<Rc<Listener>>,
     /// A reload was asked for and has not begun; who waits for its verdict.
@@ -69,14 +69,14 @@ pub(super) struct Master<'a> {
     pub(super) verdict_for: Vec<ClientId>,
     pub(super) last_reload: Option<LastReload>,
     /// Where the log went before the reload under way.
-    pub(super) old_log: Option<logging::LogOutput>,
+    pub(super) previous_log: Option<logging::LogOutput>,
     pub(super) stopping: bool,
     pub(super) started: Millis,
     pub(super) next_watchdog: Millis,
     pub(super) shown_status: String,
     pub(super) failure: Option<Error>,
     pub(super) actions: VecDeque<Action>,
-    pub(super) leave: Option<u8>,
+    pub(super) exit_code: Option<u8>,
     /// More children may have ended than one look takes.
     pub(super) reap_again: bool,
     pub(super) upgrade: Upgrade,
@@ -84,17 +84,17 @@ pub(super) struct Master<'a> {
 
 impl Master<'_> {
     pub(super) fn serve(&mut self) {
-        self.act();
+        self.apply_actions();
         signal::unblock_all();
         // After an upgrade its reload has begun, or failed, before anything else comes.
         self.reload_if_asked();
         self.advance_upgrade();
-        while self.leave.is_none() {
+        while self.exit_code.is_none() {
             let ready = self.wait();
-            self.hear();
+            self.on_signals();
             for pid in ready.links {
                 self.queue_reports(pid);
-                self.act();
+                self.apply_actions();
             }
             if ready.probe {
                 self.upgrade.listen();
@@ -198,21 +198,21 @@ impl Master<'_> {
     }
 
     /// What an awaited worker has logged comes before what it reports or how it ends.
-    fn words(&mut self, pid: process::Pid) {
+    fn read_startup_log(&mut self, pid: process::Pid) {
         let first_words = &mut self.first_words;
         self.workers
-            .words(pid, |slot, line| first_words.heard(pid, slot, line));
+            .read_startup_log(pid, |slot, line| first_words.push(pid, slot, line));
     }
 
     /// Passes what a worker has reported to the policy, and queues the actions that follow.
     pub(super) fn queue_reports(&mut self, pid: process::Pid) {
-        self.words(pid);
-        for report in self.workers.reports(pid) {
+        self.read_startup_log(pid);
+        for report in self.workers.read_reports(pid) {
             let event = match report {
                 Report::Ready => Event::Ready { pid },
                 Report::Retiring => Event::Retiring { pid },
                 Report::MaxCallsReached(calls) => Event::Worn { pid, calls },
-                Report::AllThreadsStuck(threads) => match self.wedged(pid, threads) {
+                Report::AllThreadsStuck(threads) => match self.diagnose_threads(pid, threads) {
                     Some(event) => event,
                     None => continue,
                 },
@@ -243,11 +243,11 @@ impl Master<'_> {
                 Event::Memory { pid, rss_bytes }
             });
             for seen in beats.into_iter().chain(samples) {
-                self.tell(seen);
+                self.handle_event(seen);
             }
             let actions = self.fleet.tick(now);
             self.actions.extend(actions);
-            self.act();
+            self.apply_actions();
         }
         if let Some(interval) = self.notifier.watchdog()
             && now >= self.next_watchdog
@@ -262,9 +262,9 @@ impl Master<'_> {
     }
 
     /// Reports to the policy, and does what it says.
-    pub(super) fn tell(&mut self, event: Event) {
+    pub(super) fn handle_event(&mut self, event: Event) {
         self.queue_actions(event);
-        self.act();
+        self.apply_actions();
     }
 
     /// Passes an event to the policy and queues the actions that follow.
@@ -273,7 +273,7 @@ impl Master<'_> {
         self.actions.extend(actions);
     }
 
-    pub(super) fn act(&mut self) {
+    pub(super) fn apply_actions(&mut self) {
         while let Some(action) = self.actions.pop_front() {
             match action {
                 Action::Fork { slot, generation } => self.fork(slot, generation),
@@ -290,35 +290,35 @@ impl Master<'_> {
                     };
                     self.workers.order(pid, order, None);
                 }
-                Action::Examine { pid } => self.examine(pid),
+                Action::Diagnose { pid } => self.diagnose(pid),
                 Action::Kill { pid, signal } => {
                     // Only what was not reaped: no pid of anybody else's.
                     if self.workers.get(pid).is_some() && process::is_forked(pid) {
-                        self.words(pid);
+                        self.read_startup_log(pid);
                         self.first_words.ended(pid);
                         process::kill(pid, signal);
                     }
                 }
-                Action::StartUpDone(outcome) => self.started(outcome),
-                Action::ReloadDone(verdict) => self.verdict(verdict),
+                Action::StartUpDone(outcome) => self.finish_start(outcome),
+                Action::ReloadDone(verdict) => self.finish_reload(verdict),
                 Action::StopDue => self.stop(Event::Stop),
                 Action::Log { level, text } => log::log!(level, "{text}"),
-                Action::Exit { code } => self.leave = Some(code),
+                Action::Exit { code } => self.exit_code = Some(code),
             }
         }
     }
 
     fn fork(&mut self, slot: Slot, generation: Generation) {
-        let ground = match &self.upcoming {
+        let ground = match &self.next_context {
             Some(upcoming) if generation > self.fleet.generation() => Rc::clone(upcoming),
-            _ => Rc::clone(&self.ground),
+            _ => Rc::clone(&self.serving_context),
         };
-        let parent = Parent {
+        let parent = ForkContext {
             signals: &mut self.signals,
             pid_file: self.pid_file.raw_descriptor(),
             title: self.setup.title,
             program: &self.setup.program,
-            becomes: self.setup.becomes,
+            worker_main: self.setup.worker_main,
             awaited: self.fleet.awaits(slot, generation),
         };
         let event = match self.workers.fork(slot, generation, &ground, parent) {
@@ -341,13 +341,13 @@ impl Master<'_> {
         self.queue_actions(event);
     }
 
-    fn started(&mut self, outcome: std::result::Result<(), String>) {
+    fn finish_start(&mut self, outcome: std::result::Result<(), String>) {
         self.workers.forget_words();
         let words = self.first_words.take();
         match outcome {
             Ok(()) => {
                 let addresses: Vec<&str> = self
-                    .ground
+                    .serving_context
                     .listeners
                     .iter()
                     .map(|one| one.bound.as_str())
@@ -364,7 +364,7 @@ impl Master<'_> {
             }
             Err(reason) => {
                 // Where the log goes to standard error, it stands there already.
-                let words = match self.ground.settings.log.file {
+                let words = match self.serving_context.settings.log.file {
                     Some(_) => words,
                     None => String::new(),
                 };
@@ -400,7 +400,7 @@ impl Master<'_> {
 
     pub(super) fn finish(mut self) -> Result<()> {
         self.workers.end_keepers();
-        for listener in &self.ground.listeners {
+        for listener in &self.serving_context.listeners {
             listener.remove_path();
         }
         self.control.remove();
@@ -410,7 +410,7 @@ impl Master<'_> {
             launcher.failed(error.exit_code(), &error.to_string());
         }
         log::info!("left");
-        match (self.leave, self.failure) {
+        match (self.exit_code, self.failure) {
             // A start that was stopped by order has not failed.
             (None | Some(0), _) => Ok(()),
             (Some(_), Some(error)) => Err(error),

@@ -1,9 +1,9 @@
 //! What `status` shows of the fleet: read access, no decision.
 
-use super::children::{Child, Holder, Seat, Stage, Tenure};
+use super::children::{ChildRecord, SlotEntry, SlotId, SlotState, WorkerStage};
 use super::deaths::Deaths;
 use super::event::Millis;
-use super::fleet::{Fleet, Phase};
+use super::fleet::{Fleet, ServerPhase};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::WorkerPhase;
 use crate::throttle::HEALTHY_AFTER;
@@ -35,7 +35,11 @@ impl Fleet {
     /// Every worker and every slot without one: by slot, the newest generation first, and those
     /// that drain after the one that serves; who is to follow that one stands behind it.
     pub fn workers(&self) -> Vec<WorkerView> {
-        let seats = self.table.seats.iter().filter(|(_, tenure)| tenure.wanted);
+        let seats = self
+            .table
+            .seats
+            .iter()
+            .filter(|(_, tenure)| tenure.is_active);
         let draining = self
             .table
             .children
@@ -43,7 +47,7 @@ impl Fleet {
             .filter(|(_, child)| child.drains());
         let mut views: Vec<_> = seats
             .flat_map(|(seat, tenure)| {
-                let all = [Some(tenure.holder), tenure.coming].into_iter().flatten();
+                let all = [Some(tenure.state), tenure.successor].into_iter().flatten();
                 all.map(|holder| self.view_seat(*seat, tenure, holder))
             })
             .chain(draining.map(|(pid, child)| view_draining(*pid, child)))
@@ -67,15 +71,15 @@ impl Fleet {
 
     /// How many workers of the serving generation are ready.
     pub fn ready_count(&self) -> usize {
-        let ready = |child: &&Child| child.serves() && child.seat.generation == self.serving;
+        let ready = |child: &&ChildRecord| child.serves() && child.seat.generation == self.serving;
         self.table.children.values().filter(ready).count()
     }
 
     /// The workers that serve, while nothing else is under way that moves connections: none during a
     /// start-up, a reload or a stop.
     pub fn settled(&self) -> impl Iterator<Item = Pid> {
-        let settled = self.phase == Phase::Serving && self.reload.is_none();
-        let serves = |child: &Child| child.serves() && child.seat.generation == self.serving;
+        let settled = self.phase == ServerPhase::Serving && self.reload.is_none();
+        let serves = |child: &ChildRecord| child.serves() && child.seat.generation == self.serving;
         let children = self.table.children.iter();
         children
             .filter(move |(_, child)| settled && serves(child))
@@ -97,7 +101,7 @@ impl Fleet {
         &self.deaths
     }
 
-    fn view_seat(&self, seat: Seat, tenure: &Tenure, holder: Holder) -> WorkerView {
+    fn view_seat(&self, seat: SlotId, tenure: &SlotEntry, holder: SlotState) -> WorkerView {
         let mut view = WorkerView {
             slot: seat.slot,
             generation: seat.generation,
@@ -110,23 +114,26 @@ impl Fleet {
             next_fork: None,
         };
         match holder {
-            Holder::Forking => {}
-            Holder::Throttled { until } => {
+            SlotState::Forking => {}
+            SlotState::Throttled { until } => {
                 view.state = WorkerPhase::Throttled;
                 view.next_fork = Some(until);
             }
-            Holder::Worker(pid) => {
+            SlotState::Worker(pid) => {
                 let child = &self.table.children[&pid];
                 view.pid = Some(pid);
-                view.since = child.since;
-                view.born = child.born;
+                view.since = child.stage_since;
+                view.born = child.forked_at;
                 view.state = match child.stage {
-                    Stage::Starting => WorkerPhase::Starting,
-                    Stage::Ready => WorkerPhase::Ready,
-                    Stage::Draining { .. } => WorkerPhase::Draining,
+                    WorkerStage::Starting => WorkerPhase::Starting,
+                    WorkerStage::Ready => WorkerPhase::Ready,
+                    WorkerStage::Draining { .. } => WorkerPhase::Draining,
                 };
                 // So much health has cleared the count, though it is only noted at its end.
-                if child.health(self.now).is_some_and(|ms| ms >= HEALTHY_AFTER) {
+                if child
+                    .ready_for(self.now)
+                    .is_some_and(|ms| ms >= HEALTHY_AFTER)
+                {
                     view.young_deaths = 0;
                 }
             }
@@ -135,14 +142,14 @@ impl Fleet {
     }
 }
 
-fn view_draining(pid: Pid, child: &Child) -> WorkerView {
+fn view_draining(pid: Pid, child: &ChildRecord) -> WorkerView {
     WorkerView {
         slot: child.seat.slot,
         generation: child.seat.generation,
         pid: Some(pid),
         state: WorkerPhase::Draining,
-        since: child.since,
-        born: child.born,
+        since: child.stage_since,
+        born: child.forked_at,
         young_deaths: 0,
         refused_forks: 0,
         next_fork: None,

@@ -7,10 +7,10 @@
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::children::{Child, Seat, Stage, Tenure};
-use super::event::{Action, Millis, Span};
-use super::fleet::{Fleet, Phase};
-use super::life::pairs;
+use super::children::{ChildRecord, SlotEntry, SlotId, WorkerStage};
+use super::event::{Action, HumanDuration, Millis};
+use super::fleet::{Fleet, ServerPhase};
+use super::life::log_fields;
 use crate::link::ids::Pid;
 use crate::logging::pluralize;
 
@@ -42,7 +42,7 @@ impl Fleet {
             self.stop_at = None;
             self.act(Action::StopDue);
         }
-        let is_due = |child: &Child| child.due_at().is_some_and(|at| at <= now);
+        let is_due = |child: &ChildRecord| child.due_at().is_some_and(|at| at <= now);
         let due: Vec<Pid> = (self.table.children.iter())
             .filter(|(_, child)| is_due(child))
             .map(|(pid, _)| *pid)
@@ -53,14 +53,14 @@ impl Fleet {
                 self.signal(pid);
             }
         }
-        let due: Vec<Seat> = (self.table.seats.iter())
+        let due: Vec<SlotId> = (self.table.seats.iter())
             .filter(|(_, tenure)| tenure.fork_at().is_some_and(|at| at <= now))
             .map(|(seat, _)| *seat)
             .collect();
         for seat in due {
-            match self.tenure(seat).coming {
-                Some(_) => self.refill_coming(seat, now),
-                None => self.refill(seat, now),
+            match self.tenure(seat).successor {
+                Some(_) => self.spawn_successor(seat, now),
+                None => self.respawn(seat, now),
             }
         }
         self.pass_recycling();
@@ -81,8 +81,8 @@ impl Fleet {
 
     /// When the next of these is due.
     pub(super) fn earliest(&self) -> Option<Millis> {
-        let children = self.table.children.values().filter_map(Child::due_at);
-        let seats = self.table.seats.values().filter_map(Tenure::fork_at);
+        let children = self.table.children.values().filter_map(ChildRecord::due_at);
+        let seats = self.table.seats.values().filter_map(SlotEntry::fork_at);
         children
             .chain(seats)
             .chain(self.next_recycling())
@@ -95,7 +95,7 @@ impl Fleet {
     /// If the master comes far later than it had to, everybody's clock starts afresh.
     pub(super) fn forgive_a_pause(&mut self) {
         let now = self.now;
-        let Some(late) = self.promised.and_then(|at| now.checked_sub(at)) else {
+        let Some(late) = self.next_tick_at.and_then(|at| now.checked_sub(at)) else {
             return;
         };
         if late <= PAUSE {
@@ -103,15 +103,17 @@ impl Fleet {
         }
         for child in self.table.children.values_mut() {
             child.heartbeat = now;
-            if let Some((at, _)) = &mut child.next {
+            if let Some((at, _)) = &mut child.next_signal {
                 *at = match child.stage {
                     // Its doom too waits: the death may be in the queue.
-                    Stage::Starting if child.doom.is_none() => now + child.limits.boot_timeout,
+                    WorkerStage::Starting if child.kill_reason.is_none() => {
+                        now + child.limits.boot_timeout
+                    }
                     _ => (*at).max(now + GRACE_AFTER_PAUSE),
                 };
             }
         }
-        let late = Span(late);
+        let late = HumanDuration(late);
         let text = format!("the master was paused for {late} or more: all deadlines start afresh");
         self.trouble(Level::Warn, text);
     }
@@ -120,48 +122,53 @@ impl Fleet {
     fn signal(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
-        let stuck = child.stale_at().is_some_and(|at| at <= now);
-        let signal = match child.next {
+        let stuck = child.heartbeat_deadline().is_some_and(|at| at <= now);
+        let signal = match child.next_signal {
             // A loop that is stuck hears of no order, and of TERM neither.
             Some((at, signal)) if at <= now && !stuck => signal,
             _ => Signal::SIGABRT,
         };
-        if child.killed {
+        if child.is_sigkill_sent {
             return self.outlived(pid);
         }
-        child.killed = signal == Signal::SIGKILL;
-        child.next = Some((now + kill_after(signal), Signal::SIGKILL));
-        let (seat, starting) = (child.seat, child.stage == Stage::Starting);
-        let begins = child.doom.is_none();
+        child.is_sigkill_sent = signal == Signal::SIGKILL;
+        child.next_signal = Some((now + kill_after(signal), Signal::SIGKILL));
+        let (seat, starting) = (child.seat, child.stage == WorkerStage::Starting);
+        let begins = child.kill_reason.is_none();
         // What is under way is told at a drain's deadline, as the worker could have ended it by itself.
         let overdue = child.drains() && child.ready_at.is_some();
         let examine = (stuck || starting || overdue) && begins;
-        let reason = child.doom.take().unwrap_or_else(|| match child.stage {
-            Stage::Starting => {
-                let timeout = Span(child.limits.boot_timeout);
-                format!("not ready within boot-timeout ({timeout})")
-            }
-            Stage::Ready | Stage::Draining { .. } if stuck => {
-                let silent = Span(now - child.heartbeat);
-                let when = if child.drains() {
-                    " while it drained"
-                } else {
-                    ""
-                };
-                format!("event loop stuck for {silent}{when}")
-            }
-            Stage::Draining { .. } if child.ready_at.is_none() => {
-                "not needed any more before it was ready".to_owned()
-            }
-            Stage::Ready | Stage::Draining { .. } => "not done by its drain deadline".to_owned(),
-        });
-        child.doom = Some(reason.clone());
+        let reason = child
+            .kill_reason
+            .take()
+            .unwrap_or_else(|| match child.stage {
+                WorkerStage::Starting => {
+                    let timeout = HumanDuration(child.limits.boot_timeout);
+                    format!("not ready within boot-timeout ({timeout})")
+                }
+                WorkerStage::Ready | WorkerStage::Draining { .. } if stuck => {
+                    let silent = HumanDuration(now - child.heartbeat);
+                    let when = if child.drains() {
+                        " while it drained"
+                    } else {
+                        ""
+                    };
+                    format!("event loop stuck for {silent}{when}")
+                }
+                WorkerStage::Draining { .. } if child.ready_at.is_none() => {
+                    "not needed any more before it was ready".to_owned()
+                }
+                WorkerStage::Ready | WorkerStage::Draining { .. } => {
+                    "not done by its drain deadline".to_owned()
+                }
+            });
+        child.kill_reason = Some(reason.clone());
         let unready = child.ready_at.is_none() && child.drains();
         if examine {
-            self.act(Action::Examine { pid });
+            self.act(Action::Diagnose { pid });
         }
         self.act(Action::Kill { pid, signal });
-        let (slot, pairs) = (seat.slot, pairs(pid, seat));
+        let (slot, pairs) = (seat.slot, log_fields(pid, seat));
         let text = format!("worker {pid} (slot {slot}) gets {signal}: {reason} {pairs}");
         match unready && signal == Signal::SIGTERM {
             true => self.log(Level::Debug, text),
@@ -177,15 +184,15 @@ impl Fleet {
     fn outlived(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
-        child.next = None;
-        let (seat, limits, health) = (child.seat, child.limits, child.health(now));
+        child.next_signal = None;
+        let (seat, limits, health) = (child.seat, child.limits, child.ready_for(now));
         let coming = self.table.is_coming(pid, seat);
         let follows = match coming || self.table.holds(pid, seat) {
             true => "its slot gets another one",
             false => "nothing waits for it",
         };
-        self.act(Action::Examine { pid });
-        let (slot, pairs) = (seat.slot, pairs(pid, seat));
+        self.act(Action::Diagnose { pid });
+        let (slot, pairs) = (seat.slot, log_fields(pid, seat));
         let text = format!(
             "worker {pid} (slot {slot}) is held by the kernel and does not end, though it was killed: \
              {follows} {pairs}"
@@ -195,9 +202,9 @@ impl Fleet {
             return;
         }
         let child = self.child_mut(pid);
-        child.stage = Stage::Draining { deadline: now };
-        child.since = now;
-        if self.is_newcomer(seat) && self.phase == Phase::Serving {
+        child.stage = WorkerStage::Draining { deadline: now };
+        child.stage_since = now;
+        if self.is_newcomer(seat) && self.phase == ServerPhase::Serving {
             self.table.seats.remove(&seat);
             return self
                 .newcomer_failed(&format!("worker {pid} (slot {slot}) is held by the kernel"));
@@ -207,8 +214,8 @@ impl Fleet {
             .throttle
             .death(health, &limits.throttle(), now);
         match coming {
-            true => self.refill_coming(seat, due),
-            false => self.refill(seat, due),
+            true => self.spawn_successor(seat, due),
+            false => self.respawn(seat, due),
         }
     }
 }

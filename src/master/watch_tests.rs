@@ -4,7 +4,7 @@
 
 use nix::sys::signal::Signal;
 
-use super::event::{Action, Event, Exit, Limits};
+use super::event::{Action, Event, Exit, PolicyLimits};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::Pid;
 use crate::protocol::control::WorkerPhase;
@@ -136,7 +136,7 @@ fn a_stuck_event_loop_is_looked_at_before_it_gets_abrt() {
         pid,
         signal: Signal::SIGABRT,
     };
-    assert!(at(&Action::Examine { pid }).unwrap() < at(&abrt).unwrap());
+    assert!(at(&Action::Diagnose { pid }).unwrap() < at(&abrt).unwrap());
     world.die(
         pid,
         Exit::Signal {
@@ -194,7 +194,7 @@ fn the_master_does_not_wait_for_one_that_the_kernel_holds() {
 fn a_newcomer_that_the_kernel_holds_fails_its_reload() {
     let mut world = World::serving(LIMITS);
     world.tell(Event::Reload {
-        limits: Limits {
+        limits: PolicyLimits {
             heartbeat_timeout: 1_000,
             ..LIMITS
         },

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::event::Millis;
-use super::keepers::{Keepers, Left, claimed_by};
+use super::keepers::{DeadWorker, Keepers, claimed_keeper};
 use super::listeners::Listener;
 use crate::config::Settings;
 use crate::handler::registry::Registry;
@@ -43,7 +43,7 @@ const MOST_REPORTS: usize = 64;
 
 /// What the workers of one configuration are started from.
 #[derive(Debug)]
-pub struct Ground {
+pub struct GenerationContext {
     /// The configuration.
     pub settings: Rc<Settings>,
     /// Its methods.
@@ -51,13 +51,13 @@ pub struct Ground {
     /// Its listeners.
     pub listeners: Vec<Rc<Listener>>,
     /// What is told of its workers.
-    pub known: Rc<Known>,
+    pub known: Rc<GenerationInfo>,
 }
 
 /// What the master tells of the workers of one configuration, for as long as one of them lives:
 /// less than the configuration, for that may be another version's.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Known {
+pub struct GenerationInfo {
     /// The names of the methods, by the numbers that the scoreboard has.
     pub methods: Vec<String>,
     /// Handler threads of each worker.
@@ -67,11 +67,11 @@ pub struct Known {
     pub programs: usize,
 }
 
-impl Known {
+impl GenerationInfo {
     /// What there is to tell of these.
     pub fn of(settings: &Settings, registry: &Registry) -> Rc<Self> {
         let methods = registry.methods().iter();
-        Rc::new(Known {
+        Rc::new(GenerationInfo {
             methods: methods.map(|method| method.name.clone()).collect(),
             threads: settings.workers.threads,
             programs: registry.pools().iter().map(|pool| pool.processes()).sum(),
@@ -79,7 +79,7 @@ impl Known {
     }
 
     /// What is to be told of methods that there were `before` and that nobody serves any more.
-    pub fn misses(&self, before: &Known) -> Option<String> {
+    pub fn removed_methods(&self, before: &GenerationInfo) -> Option<String> {
         let before = before.methods.iter();
         let gone: Vec<_> = before.filter(|name| !self.methods.contains(name)).collect();
         let shown: Vec<&str> = gone.iter().take(10).map(|name| name.as_str()).collect();
@@ -98,7 +98,7 @@ impl Known {
 }
 
 /// What every fork needs of the master.
-pub struct Parent<'a> {
+pub struct ForkContext<'a> {
     /// The signal pipe, which the child leaves.
     pub signals: &'a mut SignalPipe,
     /// The pid file, which the child closes.
@@ -108,19 +108,19 @@ pub struct Parent<'a> {
     /// The program's name.
     pub program: &'a str,
     /// What the child becomes.
-    pub becomes: WorkerMain,
+    pub worker_main: WorkerMain,
     /// Whether somebody waits for it to become ready, and is to hear what it logs until then.
     pub awaited: bool,
 }
 
 /// One living worker.
 #[derive(Debug)]
-pub struct Worker {
+pub struct WorkerHandle {
     /// Its generation.
     pub generation: Generation,
     /// What is told of it. Not its configuration with the listeners, which the master closes before
     /// it has ended.
-    pub known: Rc<Known>,
+    pub known: Rc<GenerationInfo>,
     /// What it shows.
     pub record: &'static WorkerRecord,
     record_index: usize,
@@ -132,30 +132,30 @@ pub struct Worker {
     is_unheard: bool,
     slot: Slot,
     /// What it logs before it is ready; `None` where nobody waits for that.
-    words: Option<GuardedSocket>,
+    startup_log: Option<GuardedSocket>,
     /// Its keeper has died, and it is to retire for that, at once or when it is ready.
     pub keeper_is_lost: Cell<bool>,
 }
 
 /// All living workers.
 #[derive(Debug)]
-pub struct Workers {
+pub struct Children {
     board: Scoreboard,
     free: Vec<usize>,
-    living: HashMap<Pid, Worker>,
+    living: HashMap<Pid, WorkerHandle>,
     keepers: Keepers,
     quarantine: Quarantine,
     /// For life: connections on their way outlive any worker.
     adoption: AdoptionQueue,
 }
 
-impl Workers {
+impl Children {
     /// None yet.
     ///
     /// # Errors
     /// When there is no memory for the scoreboard, or no descriptor.
     pub fn new() -> io::Result<Self> {
-        Ok(Workers {
+        Ok(Children {
             board: Scoreboard::new()?,
             free: (0..RECORDS).rev().collect(),
             living: HashMap::new(),
@@ -173,8 +173,8 @@ impl Workers {
         &mut self,
         slot: Slot,
         generation: Generation,
-        ground: &Rc<Ground>,
-        parent: Parent<'_>,
+        ground: &Rc<GenerationContext>,
+        parent: ForkContext<'_>,
     ) -> io::Result<Pid> {
         let index = self.free.pop().ok_or(io::ErrorKind::ResourceBusy)?;
         let forked = self.fork_with(slot, generation, ground, parent, index);
@@ -188,8 +188,8 @@ impl Workers {
         &mut self,
         slot: Slot,
         generation: Generation,
-        ground: &Rc<Ground>,
-        parent: Parent<'_>,
+        ground: &Rc<GenerationContext>,
+        parent: ForkContext<'_>,
         record_index: usize,
     ) -> io::Result<Pid> {
         let (master_end, worker_end) = channel::pair()?;
@@ -211,7 +211,7 @@ impl Workers {
         // A signal between fork and the child's own handlers would wake the master, or be lost.
         signal::block_all();
         let forked = match fork() {
-            Ok(Fork::Child) => (parent.becomes)(WorkerInit {
+            Ok(Fork::Child) => (parent.worker_main)(WorkerInit {
                 slot,
                 generation,
                 settings: Rc::clone(&ground.settings),
@@ -241,7 +241,7 @@ impl Workers {
         let pid = forked?;
         self.living.insert(
             pid,
-            Worker {
+            WorkerHandle {
                 generation,
                 known: Rc::clone(&ground.known),
                 record,
@@ -250,7 +250,7 @@ impl Workers {
                 link: Some(master_end),
                 is_unheard: false,
                 slot,
-                words,
+                startup_log: words,
                 keeper_is_lost: Cell::new(false),
             },
         );
@@ -258,12 +258,12 @@ impl Workers {
     }
 
     /// A worker that lives, or has not been reaped yet.
-    pub fn get(&self, pid: Pid) -> Option<&Worker> {
+    pub fn get(&self, pid: Pid) -> Option<&WorkerHandle> {
         self.living.get(&pid)
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = (Pid, &Worker)> {
+    pub fn iter(&self) -> impl Iterator<Item = (Pid, &WorkerHandle)> {
         self.living.iter().map(|(pid, worker)| (*pid, worker))
     }
 
@@ -272,27 +272,27 @@ impl Workers {
         self.living.iter().flat_map(|(pid, worker)| {
             let link = worker.link.as_ref().filter(|_| !worker.is_unheard);
             let link = link.map(AsFd::as_fd);
-            let words = worker.words.as_ref().map(AsFd::as_fd);
+            let words = worker.startup_log.as_ref().map(AsFd::as_fd);
             link.into_iter().chain(words).map(|fd| (*pid, fd))
         })
     }
 
     /// What a worker that is awaited has logged since the last look.
-    pub fn words(&mut self, pid: Pid, mut heard: impl FnMut(Slot, &[u8])) {
+    pub fn read_startup_log(&mut self, pid: Pid, mut heard: impl FnMut(Slot, &[u8])) {
         let Some(worker) = self.living.get_mut(&pid) else {
             return;
         };
         let mut line = [0; logging::LONGEST_TOLD];
         for _ in 0..MOST_REPORTS {
-            let Some(words) = &worker.words else {
+            let Some(words) = &worker.startup_log else {
                 return;
             };
             match words.receive(&mut line) {
-                Ok(0) => worker.words = None,
+                Ok(0) => worker.startup_log = None,
                 Ok(length) => heard(worker.slot, &line[..length]),
                 Err(Errno::EAGAIN) => return,
                 // EBADMSG among them: a worker has no descriptors to send.
-                Err(_) => worker.words = None,
+                Err(_) => worker.startup_log = None,
             }
         }
     }
@@ -300,12 +300,12 @@ impl Workers {
     /// The verdict is given: what they log is the log's alone.
     pub fn forget_words(&mut self) {
         for worker in self.living.values_mut() {
-            worker.words = None;
+            worker.startup_log = None;
         }
     }
 
     /// What a worker has reported since the last look.
-    pub fn reports(&mut self, pid: Pid) -> Vec<Report> {
+    pub fn read_reports(&mut self, pid: Pid) -> Vec<Report> {
         let mut reports = Vec::new();
         let Some(worker) = self.living.get_mut(&pid) else {
             return reports;
@@ -373,9 +373,9 @@ impl Workers {
         pid: Pid,
         suspicious: bool,
         believes: impl Fn(Pid) -> bool,
-    ) -> Option<Worker> {
+    ) -> Option<WorkerHandle> {
         let worker = self.living.remove(&pid)?;
-        let left = Left::new(
+        let left = DeadWorker::new(
             pid,
             (worker.record, worker.record_index),
             self.quarantine.evidence(worker.record_index),
@@ -387,7 +387,7 @@ impl Workers {
     }
 
     /// A child was reaped: what it had of its worker, if it was the keeper of one that is gone.
-    pub fn keeper_ended(&mut self, keeper: Pid) -> Option<Left> {
+    pub fn keeper_ended(&mut self, keeper: Pid) -> Option<DeadWorker> {
         let left = self.keepers.ended(keeper)?;
         self.free.push(left.record_index);
         Some(left)
@@ -400,13 +400,13 @@ impl Workers {
 
     /// Whether a child is the keeper of a worker, gone or not.
     pub fn is_keeper(&self, pid: Pid) -> bool {
-        let of = |worker: &Worker| claimed_by(worker.record) == Some(pid);
+        let of = |worker: &WorkerHandle| claimed_keeper(worker.record) == Some(pid);
         self.keepers.contains(pid) || self.living.values().any(of)
     }
 
     /// See [`Keepers::overdue`].
     pub fn overdue_keepers(&mut self, now: Millis, limit: Millis) -> Vec<(Pid, Pid)> {
-        self.keepers.overdue(now, limit)
+        self.keepers.stalled(now, limit)
     }
 
     /// When to look for them again.
@@ -420,7 +420,7 @@ impl Workers {
     }
 }
 
-impl Worker {
+impl WorkerHandle {
     /// The method to name when it has died.
     pub fn last_method(&self) -> Option<String> {
         let method = self.record.last_method()?;

@@ -128,7 +128,7 @@ impl Server {
                 hooks,
                 kept,
             },
-            becomes: worker::run,
+            worker_main: worker::run,
             passed: Vec::new(),
             launcher: &mut None,
         };

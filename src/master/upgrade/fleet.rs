@@ -9,11 +9,13 @@ use std::collections::BTreeSet;
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
-use super::super::children::{Child, Holder, Seat, Stage, Table, Tenure, seat};
+use super::super::children::{
+    ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, WorkerStage, seat,
+};
 use super::super::deaths::{Death, Deaths};
-use super::super::event::{Exit, Limits, MAX_COUNT, Millis};
-use super::super::fleet::{Fleet, Phase};
-use super::super::recycle::Wear;
+use super::super::event::{Exit, MAX_COUNT, Millis, PolicyLimits};
+use super::super::fleet::{Fleet, ServerPhase};
+use super::super::recycle::RecycleState;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::throttle::Throttle;
 
@@ -25,7 +27,7 @@ pub struct FleetState {
     /// The last generation's number given out.
     pub last_generation: u32,
     /// What the configuration of the generation that serves says.
-    pub limits: Limits,
+    pub limits: PolicyLimits,
     /// How many workers there shall be.
     pub count: usize,
     /// The seats of the generation that serves.
@@ -69,13 +71,13 @@ pub struct ChildState {
     /// Its slot.
     pub slot: u16,
     /// Its configuration's limits.
-    pub limits: Limits,
+    pub limits: PolicyLimits,
     /// When it was forked.
     pub born: Millis,
     /// When it said ready.
     pub ready_at: Option<Millis>,
     /// Where it is in its life.
-    pub stage: Stage,
+    pub stage: WorkerStage,
     /// Since when.
     pub since: Millis,
     /// The last sign of its event loop.
@@ -86,7 +88,7 @@ pub struct ChildState {
     pub doom: Option<String>,
     /// What it has been through.
     #[serde(default)]
-    pub wear: Wear,
+    pub wear: RecycleState,
     /// Whether it got KILL.
     #[serde(default)]
     pub killed: bool,
@@ -122,9 +124,10 @@ impl Fleet {
     /// ([`Fleet::can_reload`]) and between two events: no verdict is open then and no fork ordered; or
     /// after [`Fleet::give_up`], and then it is the other program that forks what was ordered.
     pub fn export(&self) -> FleetState {
-        let Table { seats, children } = &self.table;
-        let is_wanted =
-            |(seat, tenure): &(&Seat, &Tenure)| tenure.wanted && seat.generation == self.serving;
+        let SlotTable { seats, children } = &self.table;
+        let is_wanted = |(seat, tenure): &(&SlotId, &SlotEntry)| {
+            tenure.is_active && seat.generation == self.serving
+        };
         FleetState {
             generation: self.serving.0,
             last_generation: self.last_generation.0,
@@ -160,8 +163,8 @@ impl Fleet {
                 "{count} workers of generation {generation}, the last one being {last_generation}"
             ));
         }
-        let mut fleet = Fleet::bare(limits, now);
-        fleet.phase = Phase::Serving;
+        let mut fleet = Fleet::empty(limits, now);
+        fleet.phase = ServerPhase::Serving;
         fleet.serving = serving;
         fleet.last_generation = Generation(last_generation);
         fleet.count = count;
@@ -181,19 +184,19 @@ impl Fleet {
                 child.is_some_and(|child| child.seat == at && !child.drains())
             };
             let holder = |worker: Option<i32>, until: Option<Millis>| match worker.map(Pid) {
-                Some(pid) if sits(pid) => Ok(Some(Holder::Worker(pid))),
+                Some(pid) if sits(pid) => Ok(Some(SlotState::Worker(pid))),
                 Some(pid) => Err(format!("slot {} has no worker {pid}", state.slot)),
-                None => Ok(until.map(|until| Holder::Throttled { until })),
+                None => Ok(until.map(|until| SlotState::Throttled { until })),
             };
             let first = holder(state.worker, state.until)?;
             let second = holder(state.coming, state.coming_until)?;
             if second.is_some() && (state.worker.is_none() || state.worker == state.coming) {
                 return Err(format!("slot {} has only one to follow", state.slot));
             }
-            let tenure = Tenure {
-                holder: first.unwrap_or(Holder::Throttled { until: now }),
-                coming: second,
-                wanted: true,
+            let tenure = SlotEntry {
+                state: first.unwrap_or(SlotState::Throttled { until: now }),
+                successor: second,
+                is_active: true,
                 throttle: state.throttle,
                 since: state.since,
             };
@@ -208,27 +211,27 @@ impl Fleet {
             ));
         }
         fleet.deaths = Deaths::of(deaths.into_iter().map(death).collect(), deaths_total);
-        fleet.promised = fleet.earliest();
+        fleet.next_tick_at = fleet.earliest();
         Ok(fleet)
     }
 }
 
-fn seat_state((seat, tenure): (&Seat, &Tenure)) -> SeatState {
-    let Tenure {
-        holder,
-        coming,
+fn seat_state((seat, tenure): (&SlotId, &SlotEntry)) -> SeatState {
+    let SlotEntry {
+        state,
+        successor,
         // those that are not are left out
-        wanted: _,
+        is_active: _,
         throttle,
         since,
     } = tenure;
-    let parts = |holder: Holder| match holder {
-        Holder::Worker(pid) => (Some(pid.0), None),
-        Holder::Throttled { until } => (None, Some(until)),
-        Holder::Forking => (None, None),
+    let parts = |holder: SlotState| match holder {
+        SlotState::Worker(pid) => (Some(pid.0), None),
+        SlotState::Throttled { until } => (None, Some(until)),
+        SlotState::Forking => (None, None),
     };
-    let (worker, until) = parts(*holder);
-    let (coming, coming_until) = coming.map_or((None, None), parts);
+    let (worker, until) = parts(*state);
+    let (coming, coming_until) = successor.map_or((None, None), parts);
     SeatState {
         slot: seat.slot.0,
         worker,
@@ -240,38 +243,38 @@ fn seat_state((seat, tenure): (&Seat, &Tenure)) -> SeatState {
     }
 }
 
-fn child_state((pid, child): (&Pid, &Child)) -> ChildState {
-    let Child {
+fn child_state((pid, child): (&Pid, &ChildRecord)) -> ChildState {
+    let ChildRecord {
         seat,
         limits,
-        born,
+        forked_at,
         ready_at,
         stage,
-        since,
+        stage_since,
         heartbeat,
-        next,
-        doom,
-        wear,
-        killed,
+        next_signal,
+        kill_reason,
+        recycle,
+        is_sigkill_sent,
     } = child;
     ChildState {
         pid: pid.0,
         generation: seat.generation.0,
         slot: seat.slot.0,
         limits: *limits,
-        born: *born,
+        born: *forked_at,
         ready_at: *ready_at,
         stage: *stage,
-        since: *since,
+        since: *stage_since,
         heartbeat: *heartbeat,
-        next: next.map(|(at, signal)| (at, signal as i32)),
-        doom: doom.clone(),
-        wear: wear.clone(),
-        killed: *killed,
+        next: next_signal.map(|(at, signal)| (at, signal as i32)),
+        doom: kill_reason.clone(),
+        wear: recycle.clone(),
+        killed: *is_sigkill_sent,
     }
 }
 
-fn child(state: ChildState) -> Result<(Pid, Child), String> {
+fn child(state: ChildState) -> Result<(Pid, ChildRecord), String> {
     let next = match state.next {
         None => None,
         Some((at, number)) => {
@@ -279,18 +282,18 @@ fn child(state: ChildState) -> Result<(Pid, Child), String> {
             Some((at, signal))
         }
     };
-    let child = Child {
+    let child = ChildRecord {
         seat: seat(Generation(state.generation), state.slot),
         limits: state.limits,
-        born: state.born,
+        forked_at: state.born,
         ready_at: state.ready_at,
         stage: state.stage,
-        since: state.since,
+        stage_since: state.since,
         heartbeat: state.heartbeat,
-        next,
-        doom: state.doom,
-        wear: state.wear,
-        killed: state.killed,
+        next_signal: next,
+        kill_reason: state.doom,
+        recycle: state.wear,
+        is_sigkill_sent: state.killed,
     };
     Ok((Pid(state.pid), child))
 }

@@ -182,7 +182,12 @@ impl Master<'_> {
 
     fn probe(&mut self) {
         log::info!("upgrade: tries {}", self.program());
-        let limit = self.ground.settings.workers.boot_timeout.as_millis() as Millis;
+        let limit = self
+            .serving_context
+            .settings
+            .workers
+            .boot_timeout
+            .as_millis() as Millis;
         let started = self
             .export()
             .to_json()
@@ -324,7 +329,7 @@ impl Master<'_> {
 
     /// All that the next program has to know. To be asked between two turns of the loop.
     fn export(&self) -> State {
-        let mut listeners = self.ground.listeners.clone();
+        let mut listeners = self.serving_context.listeners.clone();
         for passed in &self.passed {
             if !listeners.iter().any(|one| std::rc::Rc::ptr_eq(one, passed)) {
                 listeners.push(passed.clone());
@@ -346,20 +351,20 @@ impl Master<'_> {
             started: self.started,
             settings: match &self.upgrade.settings {
                 Some(settings) => settings.clone(),
-                None => self.ground.settings.to_toml(),
+                None => self.serving_context.settings.to_toml(),
             },
-            log: match self.ground.settings.log.file {
+            log: match self.serving_context.settings.log.file {
                 Some(_) => crate::logging::output_descriptor(),
                 None => None,
             },
             pid_file: self.pid_file.export(),
             control: self.control.export(),
             listeners: listeners.iter().map(|one| one.export()).collect(),
-            serving: places(&self.ground.listeners),
+            serving: places(&self.serving_context.listeners),
             passed: places(&self.passed),
             fleet: self.fleet.export(),
             workers: self.workers.export(),
-            known: (*self.ground.known).clone(),
+            known: (*self.serving_context.known).clone(),
             orphans: self.orphans.export(),
             last_reload: self.last_reload.clone(),
             last_upgrade: self.upgrade.last.clone(),

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::super::event::{Millis, Span};
+use super::super::event::{HumanDuration, Millis};
 use super::origin::Origin;
 use super::{PROBE_PASSED, VARIABLE};
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ use crate::sys::socket::{memory_file, nonblocking_pipe};
 use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn_dying_with_us};
 
 /// What is kept of what it writes: its end.
-const KEPT: usize = 4096;
+const MAX_DEATH_RECORDS: usize = 4096;
 /// Read from it at once; it may write without end, and we have other things to do.
 const MOST_AT_ONCE: usize = 64 * 1024;
 /// How many of its last lines tell why.
@@ -128,7 +128,7 @@ impl Probe {
 
     /// Takes in what it has written.
     pub fn listen(&mut self) {
-        let mut buffer = [0; KEPT];
+        let mut buffer = [0; MAX_DEATH_RECORDS];
         let mut taken = 0;
         while !self.ended && taken < MOST_AT_ONCE {
             match self.output.read(&mut buffer) {
@@ -141,7 +141,7 @@ impl Probe {
                         .said
                         .split(|&byte| byte == b'\n')
                         .any(|line| line == PROBE_PASSED.as_bytes());
-                    let surplus = self.said.len().saturating_sub(KEPT);
+                    let surplus = self.said.len().saturating_sub(MAX_DEATH_RECORDS);
                     self.said.drain(..surplus);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -156,7 +156,7 @@ impl Probe {
         self.given_up = true;
         self.child.kill();
         self.listen();
-        let lasted = Span(self.deadline - self.started);
+        let lasted = HumanDuration(self.deadline - self.started);
         match why {
             Some(why) => why.to_owned(),
             None => format!(

@@ -10,20 +10,20 @@ use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
-use super::super::control::{ClientId, Control};
+use super::super::control::{ClientId, ControlSocket};
 use super::super::event::{Event, Exit};
-use super::super::first_words::FirstWords;
+use super::super::first_words::StartupLog;
 use super::super::fleet::Fleet;
-use super::super::keepers::{can_be_one, keepers_lost};
+use super::super::keepers::{is_plausible_keeper, keepers_lost};
 use super::super::listeners::Listener;
 use super::super::orphans::Orphans;
 use super::super::pid_file::PidFile;
 use super::super::setup::Setup;
-use super::super::spread::Spread;
+use super::super::spread::Rebalancer;
 use super::super::start::show_title;
-use super::super::strikes::Strikes;
+use super::super::strikes::CrashCounts;
 use super::super::supervise::{Master, now, wall_clock};
-use super::super::workers::{Ground, Workers};
+use super::super::workers::{Children, GenerationContext};
 use super::state::State;
 use super::{Stage, Trial, Upgrade};
 use crate::error::{Error, Result};
@@ -72,7 +72,7 @@ pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
 /// What can't be read, or contradicts itself.
 pub fn try_out(state: State) -> Result<()> {
     Fleet::import(state.fleet, now()).map_err(contradiction)?;
-    Workers::fits(&state.workers)
+    Children::fits(&state.workers)
 }
 
 fn contradiction(text: String) -> Error {
@@ -102,7 +102,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     let fleet = Fleet::import(state.fleet, now).map_err(contradiction)?;
     // First: none of them is anybody's keeper.
     fleet.pids().for_each(process::has_forked);
-    let workers = Workers::import(state.workers, take)?;
+    let workers = Children::import(state.workers, take)?;
     let same = fleet.pids().count() == workers.iter().count();
     if !same || fleet.pids().any(|pid| workers.get(pid).is_none()) {
         return Err(contradiction("the workers of its two lists differ".into()));
@@ -110,7 +110,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     let orphans = Orphans::import(state.orphans, |pid| workers.is_keeper(pid));
     let (path, fd) = state.pid_file;
     let settings = Rc::new(setup.settings.clone());
-    let ground = Rc::new(Ground {
+    let ground = Rc::new(GenerationContext {
         registry: setup.host.registry(&settings),
         settings,
         listeners: pick(&state.serving)?,
@@ -118,7 +118,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     });
     let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
     process::become_subreaper().map_err(|error| Error::system("become a subreaper", error))?;
-    let control = Control::import(state.control, take)?;
+    let control = ControlSocket::import(state.control, take)?;
     let pid_file = PidFile::import(path, take(fd)?)?;
     let passed = pick(&state.passed)?;
     // The last that can fail: what was heard until here would be lost with them.
@@ -133,26 +133,26 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
         signals,
         pid_file,
         orphans,
-        ground,
-        upcoming: None,
-        first_words: FirstWords::default(),
-        strikes: Strikes::new(memory::oom_kill_count()),
+        serving_context: ground,
+        next_context: None,
+        first_words: StartupLog::default(),
+        strikes: CrashCounts::new(memory::oom_kill_count()),
         keepers_lost: keepers_lost(),
-        spread: Spread::default(),
+        spread: Rebalancer::default(),
         passed,
         reload_asked: state.reload_asked,
         reload_waits: false,
         next_verdict_for: clients(state.reload_waiting),
         verdict_for: Vec::new(),
         last_reload: state.last_reload,
-        old_log: None,
+        previous_log: None,
         stopping: false,
         started: state.started,
         next_watchdog: now,
         shown_status: String::new(),
         failure: None,
         actions: VecDeque::new(),
-        leave: None,
+        exit_code: None,
         // A SIGCHLD may have been merged with one that was taken before the exec.
         reap_again: true,
         upgrade: Upgrade {
@@ -174,7 +174,7 @@ impl Master<'_> {
         for &pid in &lost {
             log::warn!("worker {pid} ended while the upgrade was tried, and how is not known");
             process::forget_forked(pid);
-            let worker = self.workers.remove(pid, false, can_be_one);
+            let worker = self.workers.remove(pid, false, is_plausible_keeper);
             self.queue_actions(Event::Died {
                 pid,
                 how: Exit::Code(0),

@@ -38,7 +38,7 @@ impl Master<'_> {
 
     /// Becomes the program before. Returns only when that can't be.
     fn retreat(&mut self) {
-        let given_up = self.fleet.give_up(PANICKED, now());
+        let given_up = self.fleet.abandon_reload(PANICKED, now());
         let left = mem::take(&mut self.actions);
         // The other program forks: this one may have panicked because it can't.
         let is_fork = |action: &Action| matches!(action, Action::Fork { .. });
@@ -47,7 +47,7 @@ impl Master<'_> {
             .chain(given_up)
             .filter(|it| !is_fork(it))
             .collect();
-        self.act();
+        self.apply_actions();
         let reason = match mem::take(&mut self.upgrade.stage) {
             Stage::Failed(reason) => reason,
             // Its reload had no verdict to be given: it had not begun.

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::super::control::ControlState;
 use super::super::event::Millis;
 use super::super::listeners::ListenerState;
-use super::super::own_path::OwnPath;
-use super::super::workers::{Known, WorkersState};
+use super::super::own_path::OwnedPath;
+use super::super::workers::{GenerationInfo, WorkersState};
 use super::fleet::FleetState;
 use super::origin::Origin;
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ pub struct State {
     /// The log file's descriptor, where it is not standard error.
     pub log: Option<RawFd>,
     /// The pid file, and the descriptor that its lock belongs to.
-    pub pid_file: (OwnPath, RawFd),
+    pub pid_file: (OwnedPath, RawFd),
     /// The control socket and its clients.
     pub control: ControlState,
     /// Every listener.
@@ -56,7 +56,7 @@ pub struct State {
     /// How they are spoken with.
     pub workers: WorkersState,
     /// What is told of the generation that serves.
-    pub known: Known,
+    pub known: GenerationInfo,
     /// Children that are nobody's business.
     pub orphans: OrphansState,
     /// How the last reload ended.

@@ -4,9 +4,9 @@
 
 use serde_json::{Value, json};
 
-use super::super::children::Holder;
+use super::super::children::SlotState;
 use super::super::fleet::Fleet;
-use super::super::workers::Workers;
+use super::super::workers::Children;
 use super::state::{FORMAT, State};
 use crate::config::{self, Overrides};
 
@@ -31,7 +31,7 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
         state.descriptors().into_iter().collect::<Vec<_>>(),
         [3, 4, 5, 6, 7, 18, 19, 20, 21, 22, 23]
     );
-    Workers::fits(&state.workers).unwrap();
+    Children::fits(&state.workers).unwrap();
     let origin = state.origin.clone();
     let settings =
         config::of_effective(state.settings.clone(), origin.file, &Overrides::default()).unwrap();
@@ -47,10 +47,10 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
     assert_eq!(fleet.next_deadline(), Some(3_269_400));
     assert_eq!(fleet.deaths().total(), 102);
     assert!(fleet.can_reload());
-    let holders: Vec<_> = fleet.table.seats.values().map(|seat| seat.holder).collect();
+    let holders: Vec<_> = fleet.table.seats.values().map(|seat| seat.state).collect();
     let until = 3_270_000;
     assert!(
-        matches!(holders[..], [Holder::Worker(_), Holder::Throttled { until: at }] if at == until)
+        matches!(holders[..], [SlotState::Worker(_), SlotState::Throttled { until: at }] if at == until)
     );
 
     // What is written today is still the same.
@@ -209,6 +209,6 @@ fn a_table_that_contradicts_itself_is_an_error_and_no_panic() {
     }
     let mut table = stored();
     table["workers"]["stride"] = json!(128);
-    let error = Workers::fits(&read(&table).unwrap().workers).unwrap_err();
+    let error = Children::fits(&read(&table).unwrap().workers).unwrap_err();
     assert!(error.to_string().contains("128"), "{error}");
 }

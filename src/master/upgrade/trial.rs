@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use super::super::start::HEARD;
+use super::super::start::MASTER_SIGNALS;
 use super::origin::Origin;
 use super::probe::{arguments, directory};
 use super::state::{LONGEST, State};
@@ -126,7 +126,7 @@ impl Trial {
     /// # Errors
     /// When they can't be caught.
     pub fn listen(&mut self) -> Result<()> {
-        let signals = SignalPipe::new(&HEARD);
+        let signals = SignalPipe::new(&MASTER_SIGNALS);
         self.signals = Some(signals.map_err(|error| Error::system("catch signals", error))?);
         signal::unblock_all();
         Ok(())

@@ -10,8 +10,8 @@ use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::keepers::{KeeperState, Keepers, Left, can_be_one};
-use super::{Known, Worker, Workers};
+use super::super::keepers::{DeadWorker, KeeperState, Keepers, is_plausible_keeper};
+use super::{Children, GenerationInfo, WorkerHandle};
 use crate::error::{Error, Result};
 use crate::link::channel::MasterEnd;
 use crate::link::handoff::AdoptionQueue;
@@ -35,7 +35,7 @@ pub struct WorkersState {
     /// Those that live.
     pub living: Vec<WorkerState>,
     /// What is told of them, each once.
-    pub known: Vec<Known>,
+    pub known: Vec<GenerationInfo>,
     /// Keepers of workers that are gone.
     #[serde(default)]
     pub keepers: Vec<KeeperState>,
@@ -58,10 +58,10 @@ pub struct WorkerState {
     pub known: usize,
 }
 
-impl Workers {
+impl Children {
     /// What the program after this one has to know.
     pub fn export(&self) -> WorkersState {
-        let mut known: Vec<&Rc<Known>> = Vec::new();
+        let mut known: Vec<&Rc<GenerationInfo>> = Vec::new();
         let mut living = Vec::new();
         for (pid, worker) in &self.living {
             let there = known.iter().position(|one| Rc::ptr_eq(one, &worker.known));
@@ -114,10 +114,10 @@ impl Workers {
         mut take: impl FnMut(RawFd) -> Result<OwnedFd>,
     ) -> Result<Self> {
         let refuse = |text: String| Error::Refused(text);
-        Workers::fits(&state)?;
+        Children::fits(&state)?;
         let board = Scoreboard::of(take(state.board)?)
             .map_err(|error| Error::system("map the scoreboard", error))?;
-        let known: Vec<Rc<Known>> = state.known.into_iter().map(Rc::new).collect();
+        let known: Vec<Rc<GenerationInfo>> = state.known.into_iter().map(Rc::new).collect();
         let mut free: Vec<usize> = (0..RECORDS).rev().collect();
         let mut claim = |index: usize| {
             let place = free.iter().position(|&other| other == index)?;
@@ -128,10 +128,10 @@ impl Workers {
         for keeper in state.keepers {
             let (pid, worker) = (Pid(keeper.pid), Pid(keeper.worker));
             // One that is no child any more was reaped by a program that gave up.
-            if can_be_one(pid) && claim(keeper.record).is_some() {
+            if is_plausible_keeper(pid) && claim(keeper.record).is_some() {
                 // What ran in its worker was judged before, or is by nobody: the reload that
                 // follows an upgrade releases what is in quarantine.
-                let left = Left::new(
+                let left = DeadWorker::new(
                     worker,
                     (board.record(keeper.record), keeper.record),
                     quarantine.evidence(keeper.record),
@@ -153,7 +153,7 @@ impl Workers {
             };
             let before = living.insert(
                 pid,
-                Worker {
+                WorkerHandle {
                     generation: Generation(worker.generation),
                     known: Rc::clone(known),
                     record: board.record(worker.record),
@@ -164,7 +164,7 @@ impl Workers {
                     is_unheard: false,
                     slot: Slot(worker.slot),
                     // No verdict is open.
-                    words: None,
+                    startup_log: None,
                     keeper_is_lost: Cell::new(false),
                 },
             );
@@ -172,7 +172,7 @@ impl Workers {
                 return Err(refuse(format!("worker {pid} is there twice")));
             }
         }
-        Ok(Workers {
+        Ok(Children {
             board,
             free,
             living,
