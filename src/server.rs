@@ -24,7 +24,7 @@ use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, builtin};
 use crate::logging::{self, LineFormat, LogOutput};
 use crate::master;
-use crate::master::upgrade::{Arrival, Origin};
+use crate::master::upgrade::{StartMode, StartParams};
 use crate::sys::daemon::{self, Detached, Launcher};
 use crate::sys::descriptor;
 use crate::sys::notify::{self, PassedListener};
@@ -106,10 +106,10 @@ impl Server {
         overrides.functions = self.functions();
         // First: from here on we open descriptors too.
         let opened_in_main = opened_in_main();
-        match Arrival::take()? {
+        match StartMode::take()? {
             None => {}
-            Some(Arrival::Probe) => return self.probe(overrides),
-            Some(Arrival::TakeOver(trial)) => {
+            Some(StartMode::Probe) => return self.probe(overrides),
+            Some(StartMode::TakeOver(trial)) => {
                 return self.take_over(trial, overrides, &opened_in_main);
             }
         }
@@ -121,7 +121,7 @@ impl Server {
         let file = settings.file.clone().or(file);
         let program = self.name();
         // Before the title is written over the arguments, and before the directory is left.
-        let origin = Origin::of_this_process(file.clone(), &overrides);
+        let origin = StartParams::of_this_process(file.clone(), &overrides);
         let title = TitleArea::claim();
         // Before the pid changes, which the service manager has written into the variables.
         let passed = notify::take_listeners()
@@ -154,7 +154,7 @@ impl Server {
             settings,
             origin,
             trial: &mut trial,
-            host: &Running {
+            host: &RunningServer {
                 server: &self,
                 file,
                 overrides,
@@ -180,7 +180,7 @@ impl Server {
 }
 
 /// A server that runs: what a reload needs to know of its start.
-struct Running<'a> {
+struct RunningServer<'a> {
     server: &'a Server,
     file: Option<PathBuf>,
     overrides: Overrides,
@@ -188,7 +188,7 @@ struct Running<'a> {
     kept: HandlerState,
 }
 
-impl master::Embedder for Running<'_> {
+impl master::Embedder for RunningServer<'_> {
     fn load(&self) -> Result<Settings> {
         config::load(self.file.as_deref(), &self.overrides)
     }

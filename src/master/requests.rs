@@ -42,7 +42,7 @@ impl Master<'_> {
         self.will_stop();
         self.handle_event(Event::StopAfter { delay });
         // No other program takes over any more, forth or back: the order is this one's to obey.
-        self.drop_upgrade();
+        self.cancel_upgrade();
         // Else it would be waited for until the end.
         let reason = self.end_in_words();
         self.refuse_next_reload(&reason);
@@ -73,7 +73,7 @@ impl Master<'_> {
     pub(super) fn stop(&mut self, event: Event) {
         self.will_stop();
         self.handle_event(event);
-        self.drop_upgrade();
+        self.cancel_upgrade();
         // Closed after the workers were told, who first take in what is in the queue.
         for listener in &self.serving_context.listeners {
             listener.remove_path();

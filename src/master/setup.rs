@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::upgrade::{Origin, Trial};
+use super::upgrade::{ExecAttempt, StartParams};
 use crate::config::Settings;
 use crate::error::Result;
 use crate::handler::registry::Registry;
@@ -45,9 +45,9 @@ pub struct Setup<'a> {
     /// Listeners of the service manager's.
     pub passed: Vec<PassedListener>,
     /// How it was started, for an upgrade.
-    pub origin: Origin,
+    pub origin: StartParams,
     /// The upgrade that this program was started by, until its verdict.
-    pub trial: &'a mut Option<Trial>,
+    pub trial: &'a mut Option<ExecAttempt>,
     /// The shell that waits for a daemon; taken once it has its answer.
     pub launcher: &'a mut Option<Launcher>,
 }

@@ -13,12 +13,12 @@ use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 
-use super::{Running, Server, end, form, one_thread, open_log, start_hooks};
+use super::{RunningServer, Server, end, form, one_thread, open_log, start_hooks};
 use crate::config::{self, Overrides};
 use crate::error::{Error, Result};
 use crate::logging::{self, LogOutput};
 use crate::master;
-use crate::master::upgrade::{self, Origin, PANICKED, PROBE_PASSED, Trial};
+use crate::master::upgrade::{self, ExecAttempt, PANICKED, PROBE_PASSED, StartParams};
 use crate::sys::signal;
 use crate::sys::title::TitleArea;
 use crate::worker;
@@ -32,7 +32,7 @@ impl Server {
         restore(&mut overrides, &state.origin);
         let settings = config::load(state.origin.file.as_deref(), &overrides)?;
         open_log(&settings)?;
-        upgrade::try_out(state)?;
+        upgrade::check_state(state)?;
         logging::log_panics();
         logging::configure(settings.log.level, form(&settings));
         logging::set_output(open_log_of_probe()?);
@@ -46,7 +46,7 @@ impl Server {
     /// Is the master that the program before was. On any error it becomes that one once more.
     pub(super) fn take_over(
         self,
-        trial: Trial,
+        trial: ExecAttempt,
         overrides: Overrides,
         opened_in_main: &BTreeSet<RawFd>,
     ) -> Result<()> {
@@ -62,10 +62,10 @@ impl Server {
             Ok(Err(error)) => Some(error.to_string()),
             Err(_) => Some(PANICKED.to_owned()),
         };
-        match (trial.filter(Trial::can_go_back), reason) {
+        match (trial.filter(ExecAttempt::can_go_back), reason) {
             (_, None) => {}
             (Some(trial), Some(reason)) => {
-                let error = trial.go_back(&reason);
+                let error = trial.exec_old(&reason);
                 log::error!("upgrade: {reason}; and there is no way back: {error}");
             }
             // The old program once more, or one that had taken over for good.
@@ -78,7 +78,7 @@ impl Server {
 
     fn taken_over(
         mut self,
-        trial: &mut Option<Trial>,
+        trial: &mut Option<ExecAttempt>,
         mut overrides: Overrides,
         opened_in_main: &BTreeSet<RawFd>,
     ) -> Result<()> {
@@ -121,7 +121,7 @@ impl Server {
             settings,
             origin,
             trial,
-            host: &Running {
+            host: &RunningServer {
                 server: &self,
                 file,
                 overrides,
@@ -142,7 +142,7 @@ fn open_log_of_probe() -> Result<LogOutput> {
 }
 
 /// Puts in what the command line said at the first start, as it was understood there and then.
-fn restore(overrides: &mut Overrides, origin: &Origin) {
+fn restore(overrides: &mut Overrides, origin: &StartParams) {
     overrides.daemon = origin.daemon;
     overrides.listen.clone_from(&origin.listen);
 }

@@ -42,12 +42,12 @@ use crate::link::ids::Generation;
 use crate::protocol::control::{ControlResponse, LastReload};
 use crate::sys::process::{Exit, Pid};
 
-pub use origin::Origin;
+pub use origin::StartParams;
 use probe::Probe;
-pub use resume::{take_over, try_out};
+pub use resume::{check_state, take_over};
 pub use retreat::PANICKED;
-use state::{FORMAT, State};
-pub use trial::{Arrival, Trial, table_on_stdin};
+use state::{FORMAT, UpgradeState};
+pub use trial::{ExecAttempt, StartMode, table_on_stdin};
 
 /// The variable that tells a program that it is started by an upgrade.
 const VARIABLE: &str = "PREFORKD_UPGRADE";
@@ -58,7 +58,7 @@ pub const PROBE_PASSED: &str = "preforkd: this program can take the running serv
 
 /// Where an upgrade is.
 #[derive(Debug, Default)]
-enum Stage {
+enum UpgradeStage {
     /// There is none.
     #[default]
     Idle,
@@ -67,9 +67,9 @@ enum Stage {
     /// The probe has passed.
     Passed(probe::FileIdentity),
     /// This is the new program, and its reload's verdict is open.
-    OnTrial,
+    AwaitingReload,
     /// This is the new program, and it has to go back.
-    Failed(String),
+    RollingBack(String),
 }
 
 /// The upgrade that is asked for or under way.
@@ -79,9 +79,9 @@ pub(super) struct Upgrade {
     asked: bool,
     /// Who waits for its verdict.
     waiting: Vec<ClientId>,
-    stage: Stage,
+    stage: UpgradeStage,
     /// On trial: a reload was asked for besides, which the upgrade's own takes the place of.
-    reload_besides: bool,
+    reload_also_requested: bool,
     /// On trial: the old workers' configuration as it came, which this version may not know how to
     /// write.
     settings: Option<String>,
@@ -93,28 +93,28 @@ impl Upgrade {
     /// Whether a reload has to wait for it.
     pub fn holds_reload(&self) -> bool {
         match &self.stage {
-            Stage::Probing(probe) => !probe.given_up,
-            Stage::Passed(_) | Stage::Failed(_) => true,
-            Stage::Idle | Stage::OnTrial => false,
+            UpgradeStage::Probing(probe) => !probe.given_up,
+            UpgradeStage::Passed(_) | UpgradeStage::RollingBack(_) => true,
+            UpgradeStage::Idle | UpgradeStage::AwaitingReload => false,
         }
     }
 
     /// Whether this is the new program, and may have to go back to the one before with all that came.
     pub fn is_on_trial(&self) -> bool {
-        matches!(self.stage, Stage::OnTrial)
+        matches!(self.stage, UpgradeStage::AwaitingReload)
     }
 
     /// What the probe writes to, to be polled.
     pub fn output(&self) -> Option<BorrowedFd<'_>> {
         match &self.stage {
-            Stage::Probing(probe) => probe.output(),
+            UpgradeStage::Probing(probe) => probe.output(),
             _ => None,
         }
     }
 
     /// The probe has written something.
     pub fn listen(&mut self) {
-        if let Stage::Probing(probe) = &mut self.stage {
+        if let UpgradeStage::Probing(probe) = &mut self.stage {
             probe.listen();
         }
     }
@@ -122,7 +122,7 @@ impl Upgrade {
     /// When the probe is given up.
     pub fn deadline(&self) -> Option<Millis> {
         match &self.stage {
-            Stage::Probing(probe) => probe.deadline(),
+            UpgradeStage::Probing(probe) => probe.deadline(),
             _ => None,
         }
     }
@@ -133,8 +133,8 @@ impl Master<'_> {
     pub(super) fn ask_upgrade(&mut self, client: Option<ClientId>) {
         let refusal = match &self.upgrade.stage {
             _ if self.stopping => Some(self.end_in_words()),
-            Stage::Idle => None,
-            Stage::Probing(probe) if probe.given_up => {
+            UpgradeStage::Idle => None,
+            UpgradeStage::Probing(probe) if probe.given_up => {
                 Some("the probe of the one before was killed and has not ended yet".into())
             }
             _ => Some("another one is under way".into()),
@@ -156,21 +156,23 @@ impl Master<'_> {
     /// Does what is next for an upgrade, between two turns of the loop.
     pub(super) fn advance_upgrade(&mut self) {
         match &mut self.upgrade.stage {
-            Stage::Idle if self.upgrade.asked && !self.reload_asked && self.fleet.can_reload() => {
+            UpgradeStage::Idle
+                if self.upgrade.asked && !self.reload_asked && self.fleet.can_reload() =>
+            {
                 self.upgrade.asked = false;
                 self.probe();
             }
-            Stage::Probing(probe) if probe.deadline().is_some_and(|at| at <= now()) => {
+            UpgradeStage::Probing(probe) if probe.deadline().is_some_and(|at| at <= now()) => {
                 let reason = probe.give_up(None);
                 self.refuse_upgrade(&format!("{}: {reason}", self.program()));
             }
-            Stage::Passed(file) => {
+            UpgradeStage::Passed(file) => {
                 let file = *file;
                 self.become_next(file);
             }
-            Stage::Failed(reason) => {
+            UpgradeStage::RollingBack(reason) => {
                 let reason = mem::take(reason);
-                self.go_back(&reason);
+                self.exec_old(&reason);
             }
             _ => {}
         }
@@ -193,7 +195,7 @@ impl Master<'_> {
             .to_json()
             .and_then(|table| Probe::start(&self.setup.origin, &table, now(), limit));
         match started {
-            Ok(probe) => self.upgrade.stage = Stage::Probing(Box::new(probe)),
+            Ok(probe) => self.upgrade.stage = UpgradeStage::Probing(Box::new(probe)),
             Err(error) => self.refuse_upgrade(&error.to_string()),
         }
     }
@@ -201,11 +203,11 @@ impl Master<'_> {
     /// A child was reaped: whether it was the probe.
     pub(super) fn probe_ended(&mut self, pid: Pid, exit: Exit) -> bool {
         match mem::take(&mut self.upgrade.stage) {
-            Stage::Probing(probe) if probe.pid() == pid => {
+            UpgradeStage::Probing(probe) if probe.pid() == pid => {
                 let given_up = probe.given_up;
                 match probe.verdict(exit) {
                     _ if given_up => {}
-                    Ok(file) => self.upgrade.stage = Stage::Passed(file),
+                    Ok(file) => self.upgrade.stage = UpgradeStage::Passed(file),
                     Err(reason) => self.refuse_upgrade(&format!("{}: {reason}", self.program())),
                 }
                 true
@@ -224,7 +226,7 @@ impl Master<'_> {
             return self.refuse_upgrade(&reason);
         }
         log::info!("upgrade: becomes {}", self.program());
-        let error = trial::begin(&self.export(), &self.signals);
+        let error = trial::exec_new(&self.export(), &self.signals);
         self.refuse_upgrade(&format!("{} can't be executed: {error}", self.program()));
     }
 
@@ -233,32 +235,35 @@ impl Master<'_> {
         // What follows the first line stands in the log already.
         let first = reason.lines().next().unwrap_or_default();
         log::error!("upgrade refused, everything stays as it was: {first}");
-        let given_up = |stage: &Stage| matches!(stage, Stage::Probing(probe) if probe.given_up);
+        let given_up =
+            |stage: &UpgradeStage| matches!(stage, UpgradeStage::Probing(probe) if probe.given_up);
         if !given_up(&self.upgrade.stage) {
-            self.upgrade.stage = Stage::Idle;
+            self.upgrade.stage = UpgradeStage::Idle;
         }
         self.upgrade_ended(Err(reason.to_owned()));
     }
 
     /// The server stops, now or later, and with it what is under way of an upgrade: a program that is
     /// on trial stays.
-    pub(super) fn drop_upgrade(&mut self) {
+    pub(super) fn cancel_upgrade(&mut self) {
         let reason = self.end_in_words();
         let under_way = match &self.upgrade.stage {
-            Stage::Idle => mem::take(&mut self.upgrade.asked),
-            Stage::Probing(probe) => !probe.given_up,
-            Stage::Passed(_) | Stage::OnTrial | Stage::Failed(_) => true,
+            UpgradeStage::Idle => mem::take(&mut self.upgrade.asked),
+            UpgradeStage::Probing(probe) => !probe.given_up,
+            UpgradeStage::Passed(_)
+            | UpgradeStage::AwaitingReload
+            | UpgradeStage::RollingBack(_) => true,
         };
         if under_way {
             log::warn!("upgrade refused: {reason}");
         }
         *self.setup.trial = None;
         match &mut self.upgrade.stage {
-            Stage::Probing(probe) if !probe.given_up => {
+            UpgradeStage::Probing(probe) if !probe.given_up => {
                 probe.give_up(Some(&reason));
             }
-            Stage::Probing(_) => {}
-            stage => *stage = Stage::Idle,
+            UpgradeStage::Probing(_) => {}
+            stage => *stage = UpgradeStage::Idle,
         }
         if under_way {
             self.upgrade_ended(Err(reason));
@@ -295,7 +300,7 @@ impl Master<'_> {
             Ok(generation) => {
                 // What it came with is closed here, and the program before.
                 *self.setup.trial = None;
-                self.upgrade.stage = Stage::Idle;
+                self.upgrade.stage = UpgradeStage::Idle;
                 self.upgrade.settings = None;
                 let version = env!("CARGO_PKG_VERSION");
                 let text =
@@ -305,20 +310,20 @@ impl Master<'_> {
                 false
             }
             Err(reason) => {
-                self.upgrade.stage = Stage::Failed(format!("{reason}{words}"));
+                self.upgrade.stage = UpgradeStage::RollingBack(format!("{reason}{words}"));
                 // They are told of a reload by the program that does it.
                 self.next_verdict_for.append(&mut self.verdict_for);
-                self.reload_asked |= self.upgrade.reload_besides;
+                self.reload_asked |= self.upgrade.reload_also_requested;
                 true
             }
         }
     }
 
     /// Becomes the program before, whose workers have served all along.
-    fn go_back(&mut self, reason: &str) {
+    fn exec_old(&mut self, reason: &str) {
         log::info!("upgrade: goes back to the program before");
         let error = match self.setup.trial.take() {
-            Some(trial) => trial.go_back_with(&self.export(), &self.signals, reason),
+            Some(trial) => trial.exec_old_with_state(&self.export(), &self.signals, reason),
             None => std::io::Error::other("there is none"),
         };
         // This one goes on then: what is old are its workers, and they serve.
@@ -328,7 +333,7 @@ impl Master<'_> {
     }
 
     /// All that the next program has to know. To be asked between two turns of the loop.
-    fn export(&self) -> State {
+    fn export(&self) -> UpgradeState {
         let mut listeners = self.serving_context.listeners.clone();
         for passed in &self.passed {
             if !listeners.iter().any(|one| std::rc::Rc::ptr_eq(one, passed)) {
@@ -344,7 +349,7 @@ impl Master<'_> {
             some.iter().filter_map(place).collect()
         };
         let numbers = |clients: &[ClientId]| clients.iter().map(|client| client.0).collect();
-        State {
+        UpgradeState {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             origin: self.setup.origin.clone(),

@@ -18,7 +18,7 @@ const OWN_IMAGE: &str = "/proc/self/exe";
 
 /// See the module.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
+pub struct StartParams {
     /// The program, absolute; its symbolic links are kept, for they may lead elsewhere later.
     pub path: PathBuf,
     /// Its arguments, its own name first.
@@ -33,7 +33,7 @@ pub struct Origin {
     pub listen: Vec<String>,
 }
 
-impl Origin {
+impl StartParams {
     /// That of this process, while its arguments and its directory are as at the start.
     pub fn of_this_process(file: Option<PathBuf>, overrides: &Overrides) -> Self {
         let directory = env::current_dir().unwrap_or_else(|_| "/".into());
@@ -41,7 +41,7 @@ impl Origin {
         let name = arguments
             .first()
             .map_or(OsStr::new(""), OsString::as_os_str);
-        Origin {
+        StartParams {
             path: program(name, &directory, env::var_os("PATH").as_deref()),
             arguments,
             directory,

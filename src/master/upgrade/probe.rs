@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::super::event::{HumanDuration, Millis};
-use super::origin::Origin;
+use super::origin::StartParams;
 use super::{PROBE_PASSED, VARIABLE};
 use crate::error::{Error, Result};
 use crate::sys::exec::{self, c_string};
@@ -68,7 +68,7 @@ impl Probe {
     ///
     /// # Errors
     /// When there is no such program, or it can't be executed.
-    pub fn start(origin: &Origin, state: &[u8], now: Millis, limit: Millis) -> Result<Self> {
+    pub fn start(origin: &StartParams, state: &[u8], now: Millis, limit: Millis) -> Result<Self> {
         let path = origin.path.display();
         let cant = |error| Error::system(format!("start {path} as a probe"), error);
         let file = identity(&origin.path);
@@ -195,7 +195,7 @@ impl Probe {
 }
 
 /// Where the program is started: where this one was, if that is still there.
-pub fn directory(origin: &Origin) -> &Path {
+pub fn directory(origin: &StartParams) -> &Path {
     match origin.directory.is_dir() {
         true => &origin.directory,
         false => Path::new("/"),
@@ -206,7 +206,7 @@ pub fn directory(origin: &Origin) -> &Path {
 ///
 /// # Errors
 /// None that arguments of a start can cause.
-pub fn arguments(origin: &Origin) -> io::Result<Vec<CString>> {
+pub fn arguments(origin: &StartParams) -> io::Result<Vec<CString>> {
     origin.arguments.iter().map(c_string).collect()
 }
 

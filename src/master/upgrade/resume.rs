@@ -24,8 +24,8 @@ use super::super::start::show_title;
 use super::super::strikes::CrashCounts;
 use super::super::supervise::{Master, now, wall_clock};
 use super::super::workers::{Children, GenerationContext};
-use super::state::State;
-use super::{Stage, Trial, Upgrade};
+use super::state::UpgradeState;
+use super::{ExecAttempt, Upgrade, UpgradeStage};
 use crate::error::{Error, Result};
 use crate::link::ids::Pid;
 use crate::sys::memory;
@@ -38,7 +38,7 @@ use crate::sys::signal;
 ///
 /// # Errors
 /// What kept it from taking over.
-pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
+pub fn take_over(setup: Setup<'_>, state: UpgradeState) -> Result<()> {
     signal::block_all();
     signal::install_fault_handlers();
     // SIGPIPE: the program's on_master_start may have set its default, which would end the master when
@@ -56,11 +56,12 @@ pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
             master.refuse_upgrade(&reason);
         }
         None => {
-            master.upgrade.stage = Stage::OnTrial;
-            master.upgrade.reload_besides = std::mem::replace(&mut master.reload_asked, true);
+            master.upgrade.stage = UpgradeStage::AwaitingReload;
+            master.upgrade.reload_also_requested =
+                std::mem::replace(&mut master.reload_asked, true);
         }
     }
-    if let Err(panic) = master.serve_on_trial() {
+    if let Err(panic) = master.serve_until_confirmed() {
         resume_unwind(panic);
     }
     master.finish()
@@ -70,7 +71,7 @@ pub fn take_over(setup: Setup<'_>, state: State) -> Result<()> {
 ///
 /// # Errors
 /// What can't be read, or contradicts itself.
-pub fn try_out(state: State) -> Result<()> {
+pub fn check_state(state: UpgradeState) -> Result<()> {
     Fleet::import(state.fleet, now()).map_err(contradiction)?;
     Children::fits(&state.workers)
 }
@@ -79,7 +80,7 @@ fn contradiction(text: String) -> Error {
     Error::Refused(format!("the table contradicts itself: {text}"))
 }
 
-fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
+fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let missing = || Error::Bug("a take-over without what it came with".into());
     let through = setup.trial.as_ref().ok_or_else(missing)?.through();
     let take = |number: RawFd| -> Result<OwnedFd> {
@@ -122,7 +123,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
     let pid_file = PidFile::import(path, take(fd)?)?;
     let passed = pick(&state.passed)?;
     // The last that can fail: what was heard until here would be lost with them.
-    let signals = setup.trial.as_mut().and_then(Trial::take_signals);
+    let signals = setup.trial.as_mut().and_then(ExecAttempt::take_signals);
     let signals = signals.ok_or_else(missing)?;
     show_title(&setup);
     Ok(Master {
@@ -168,7 +169,7 @@ fn resume(setup: Setup<'_>, state: State) -> Result<Master<'_>> {
 impl Master<'_> {
     /// Takes note of workers that are no children any more: a program after this one has reaped
     /// them before it gave up, and how they ended went with it.
-    pub(super) fn mourn(&mut self) {
+    pub(super) fn report_vanished_workers(&mut self) {
         let gone = |pid: &Pid| !process::is_child(*pid);
         let lost: Vec<Pid> = self.fleet.pids().filter(gone).collect();
         for &pid in &lost {

@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::super::event::Action;
 use super::super::fleet::Fleet;
 use super::super::supervise::{Master, now};
-use super::Stage;
+use super::UpgradeStage;
 use crate::sys::signal;
 
 /// What people are told.
@@ -20,15 +20,15 @@ pub const PANICKED: &str = "the new program panicked; the log says where";
 impl Master<'_> {
     /// Is the master until it has to leave; what a panic on trial ends is handed back. Returns a panic
     /// that it could not get away from.
-    pub(super) fn serve_on_trial(&mut self) -> Result<(), Box<dyn Any + Send>> {
+    pub(super) fn serve_until_confirmed(&mut self) -> Result<(), Box<dyn Any + Send>> {
         let lived = catch_unwind(AssertUnwindSafe(|| {
-            self.mourn();
+            self.report_vanished_workers();
             self.serve();
         }));
         let is_on_trial = self.setup.trial.as_ref().is_some_and(|it| it.can_go_back());
         if lived.is_err() && is_on_trial {
             // A second one, for it is in no good state, leads to the other way back.
-            let _ = catch_unwind(AssertUnwindSafe(|| self.retreat()));
+            let _ = catch_unwind(AssertUnwindSafe(|| self.roll_back_after_panic()));
             // Whoever goes on hears what was not heard yet.
             signal::block_all();
             self.signals.requeue_pending();
@@ -37,7 +37,7 @@ impl Master<'_> {
     }
 
     /// Becomes the program before. Returns only when that can't be.
-    fn retreat(&mut self) {
+    fn roll_back_after_panic(&mut self) {
         let given_up = self.fleet.abandon_reload(PANICKED, now());
         let left = mem::take(&mut self.actions);
         // The other program forks: this one may have panicked because it can't.
@@ -49,7 +49,7 @@ impl Master<'_> {
             .collect();
         self.apply_actions();
         let reason = match mem::take(&mut self.upgrade.stage) {
-            Stage::Failed(reason) => reason,
+            UpgradeStage::RollingBack(reason) => reason,
             // Its reload had no verdict to be given: it had not begun.
             _ => PANICKED.to_owned(),
         };
@@ -61,7 +61,7 @@ impl Master<'_> {
             return log::error!("upgrade: what the new program knew is of no use any more");
         };
         log::info!("upgrade: goes back to the program before");
-        let error = trial.go_back_with(&table, &self.signals, &reason);
+        let error = trial.exec_old_with_state(&table, &self.signals, &reason);
         log::error!("upgrade: the program before can't be executed again: {error}");
     }
 }

@@ -17,7 +17,7 @@ use super::super::listeners::ListenerState;
 use super::super::own_path::OwnedPath;
 use super::super::workers::{GenerationInfo, WorkersState};
 use super::fleet::FleetState;
-use super::origin::Origin;
+use super::origin::StartParams;
 use crate::error::{Error, Result};
 use crate::protocol::control::LastReload;
 
@@ -28,13 +28,13 @@ pub const LONGEST: u64 = 64 << 20;
 
 /// All that crosses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
+pub struct UpgradeState {
     /// Which form this is: [`FORMAT`].
     pub format: u32,
     /// The version of preforkd that wrote it.
     pub version: String,
     /// How the server was started.
-    pub origin: Origin,
+    pub origin: StartParams,
     /// When, on the clock of all these times (CLOCK_MONOTONIC, in milliseconds).
     pub started: Millis,
     /// The configuration of the generation that serves, as `check` prints it.
@@ -87,13 +87,13 @@ pub struct OrphansState {
 
 /// What is read before anything else.
 #[derive(Deserialize)]
-struct Head {
+struct StateHeader {
     format: u32,
     #[serde(default)]
     version: String,
 }
 
-impl State {
+impl UpgradeState {
     /// The table as it is written.
     ///
     /// # Errors
@@ -115,7 +115,7 @@ impl State {
                 env!("CARGO_PKG_VERSION")
             ))
         };
-        let head: Head = serde_json::from_slice(bytes).map_err(unreadable)?;
+        let head: StateHeader = serde_json::from_slice(bytes).map_err(unreadable)?;
         if head.format != FORMAT {
             return Err(Error::Refused(format!(
                 "version {} of preforkd passes on what it knows in form {}, and version {} reads \

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::super::children::SlotState;
 use super::super::fleet::Fleet;
 use super::super::workers::Children;
-use super::state::{FORMAT, State};
+use super::state::{FORMAT, UpgradeState};
 use crate::config::{self, Overrides};
 
 /// Written by version 0.1.0, by hand made fuller, and not to be changed.
@@ -20,8 +20,8 @@ fn stored() -> Value {
     serde_json::from_str(STORED).unwrap()
 }
 
-fn read(table: &Value) -> Result<State, String> {
-    State::of_json(table.to_string().as_bytes()).map_err(|error| error.to_string())
+fn read(table: &Value) -> Result<UpgradeState, String> {
+    UpgradeState::of_json(table.to_string().as_bytes()).map_err(|error| error.to_string())
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn another_form_is_refused_by_its_number_alone() {
         let error = read(&table).unwrap_err();
         assert!(error.contains(reason), "{error}");
     }
-    assert!(State::of_json(b"\xff").is_err());
+    assert!(UpgradeState::of_json(b"\xff").is_err());
 }
 
 #[test]

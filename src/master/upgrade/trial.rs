@@ -13,9 +13,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use super::super::start::MASTER_SIGNALS;
-use super::origin::Origin;
+use super::origin::StartParams;
 use super::probe::{arguments, directory};
-use super::state::{LONGEST, State};
+use super::state::{LONGEST, UpgradeState};
 use super::{REASON, VARIABLE};
 use crate::error::{Error, Result};
 use crate::sys::exec::{self, Image, InheritedFds, c_string, exec_image};
@@ -28,16 +28,16 @@ const LONGEST_REASON: usize = 4096;
 
 /// What a program finds when it is started by an upgrade.
 #[derive(Debug)]
-pub enum Arrival {
+pub enum StartMode {
     /// It is asked whether it could take over; the table is on its standard input.
     Probe,
     /// It takes over.
-    TakeOver(Trial),
+    TakeOver(ExecAttempt),
 }
 
 /// A take-over that may still be taken back.
 #[derive(Debug)]
-pub struct Trial {
+pub struct ExecAttempt {
     /// How this program was called.
     arguments: Vec<OsString>,
     /// Where the program before worked.
@@ -54,7 +54,7 @@ pub struct Trial {
     signals: Option<SignalPipe>,
 }
 
-impl Arrival {
+impl StartMode {
     /// What this program was started for, if by an upgrade. To be asked once, early, while it has
     /// one thread.
     ///
@@ -69,7 +69,7 @@ impl Arrival {
         let mut words = value.split(' ');
         let word = words.next().unwrap_or_default();
         if word == "probe" {
-            return Ok(Some(Arrival::Probe));
+            return Ok(Some(StartMode::Probe));
         }
         let numbers: Vec<i32> = words.filter_map(|word| word.parse().ok()).collect();
         let (table, image) = match (word, numbers[..].split_first()) {
@@ -83,7 +83,7 @@ impl Arrival {
         let both = BTreeSet::from_iter([table].into_iter().chain(image));
         let both = InheritedFds::claim(&both, true).map_err(cant)?;
         let image = image.map(|image| both.take(image)).transpose();
-        Ok(Some(Arrival::TakeOver(Trial {
+        Ok(Some(StartMode::TakeOver(ExecAttempt {
             arguments: env::args_os().collect(),
             directory: None,
             table: both.take(table).map_err(cant)?,
@@ -99,21 +99,21 @@ impl Arrival {
 ///
 /// # Errors
 /// When there is none, or none that can be read.
-pub fn table_on_stdin() -> Result<State> {
+pub fn table_on_stdin() -> Result<UpgradeState> {
     let bytes = exec::read_whole(io::stdin().as_fd(), LONGEST)
         .map_err(|error| Error::system("read the server's table from standard input", error))?;
-    State::of_json(&bytes)
+    UpgradeState::of_json(&bytes)
 }
 
-impl Trial {
+impl ExecAttempt {
     /// Reads the table and takes over what it names, closed to the next exec.
     ///
     /// # Errors
     /// When it can't be read, or what it names is not there.
-    pub fn read(&mut self) -> Result<State> {
+    pub fn read(&mut self) -> Result<UpgradeState> {
         let cant = |error| Error::system("take over what the program before left", error);
         let table = exec::read_whole(self.table.as_fd(), LONGEST).map_err(cant)?;
-        let state = State::of_json(&table)?;
+        let state = UpgradeState::of_json(&table)?;
         self.directory = Some(directory(&state.origin).to_owned());
         let for_good = self.image.is_none();
         self.through = InheritedFds::claim(&state.descriptors(), for_good).map_err(cant)?;
@@ -153,7 +153,7 @@ impl Trial {
     }
 
     /// Becomes the program before, with everything as it came. Returns only when that failed.
-    pub fn go_back(&self, reason: &str) -> io::Error {
+    pub fn exec_old(&self, reason: &str) -> io::Error {
         let Some(image) = &self.image else {
             return io::Error::other("this is the program that the upgrade went back to");
         };
@@ -182,11 +182,16 @@ impl Trial {
     }
 
     /// Becomes the program before, with the table as it is now. Returns only when that failed.
-    pub fn go_back_with(&self, state: &State, signals: &SignalPipe, reason: &str) -> io::Error {
+    pub fn exec_old_with_state(
+        &self,
+        state: &UpgradeState,
+        signals: &SignalPipe,
+        reason: &str,
+    ) -> io::Error {
         let Some(image) = &self.image else {
             return io::Error::other("there is no program to go back to");
         };
-        depart(Image::Open(image.as_fd()), state, signals, |table| {
+        exec_with_state(Image::Open(image.as_fd()), state, signals, |table| {
             (back(table, reason), None)
         })
     }
@@ -194,12 +199,12 @@ impl Trial {
 
 /// Becomes the program that stands at the server's path now. Returns only when that failed, and
 /// then nothing has changed.
-pub fn begin(state: &State, signals: &SignalPipe) -> io::Error {
+pub fn exec_new(state: &UpgradeState, signals: &SignalPipe) -> io::Error {
     let own = match exec::own_image() {
         Ok(own) => own,
         Err(error) => return error,
     };
-    depart(Image::At(&state.origin.path), state, signals, |table| {
+    exec_with_state(Image::At(&state.origin.path), state, signals, |table| {
         let value = format!("exec {} {table} {}", Pid::current(), own.as_raw_fd());
         let value = OsString::from(value);
         let environment = exec::environment(&[REASON], &[(VARIABLE, &value)]);
@@ -224,9 +229,9 @@ fn back(table: RawFd, reason: &str) -> Vec<CString> {
 }
 
 /// The exec itself; `environment` is told the table's number, and adds a descriptor that crosses.
-fn depart(
+fn exec_with_state(
     image: Image<'_>,
-    state: &State,
+    state: &UpgradeState,
     signals: &SignalPipe,
     environment: impl FnOnce(RawFd) -> (Vec<CString>, Option<RawFd>),
 ) -> io::Error {
@@ -256,7 +261,7 @@ fn depart(
 }
 
 /// Goes where the program was started, and says where it was before.
-fn enter(origin: &Origin) -> Option<PathBuf> {
+fn enter(origin: &StartParams) -> Option<PathBuf> {
     let here = env::current_dir().ok();
     let _ = env::set_current_dir(directory(origin));
     here
