@@ -115,7 +115,7 @@ impl Server {
         }
         self.check_names()?;
         one_thread()?;
-        overrides.anchor();
+        overrides.make_absolute();
         let settings = config::load(file.as_deref(), &overrides)?;
         // A reload must find the same file from wherever the daemon then is.
         let file = settings.file.clone().or(file);
@@ -213,7 +213,7 @@ impl master::Embedder for RunningServer<'_> {
             .iter()
             .filter(|(name, _)| is_used(name))
             .collect();
-        let method = |(name, method): (&String, &config::Method)| {
+        let method = |(name, method): (&String, &config::MethodConfig)| {
             let handler: Arc<dyn Handler> = match &method.kind {
                 MethodKind::Builtin(Builtin::Ping) => Arc::new(builtin::Ping),
                 MethodKind::Builtin(Builtin::Echo) => Arc::new(builtin::Echo),
@@ -236,8 +236,9 @@ impl master::Embedder for RunningServer<'_> {
             })
         };
         let methods = settings.methods.iter().filter_map(method).collect();
-        let pool =
-            |(name, pool): &(&String, &config::Pool)| Arc::new(Pool::new(name, pool, settings));
+        let pool = |(name, pool): &(&String, &config::PoolConfig)| {
+            Arc::new(Pool::new(name, pool, settings))
+        };
         let pools = pools.iter().map(pool).collect();
         let registry = Registry::new(methods).with_pools(pools);
         Arc::new(registry.with(Arc::clone(&self.hooks), self.kept.clone()))

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Overrides;
-use super::document::{Places, nearest};
-use super::surroundings::{Surroundings, clean};
-use super::units::Span;
+use super::document::{SourceMap, nearest};
+use super::surroundings::{Environment, clean};
+use super::units::DurationValue;
 use crate::error::{Error, Result};
 
 /// The shortest duration where zero makes no sense.
@@ -21,9 +21,9 @@ const LONGEST: Duration = Duration::from_secs(365 * 86_400);
 
 /// What every check needs.
 pub(super) struct Check<'a> {
-    pub places: &'a Places<'a>,
+    pub places: &'a SourceMap<'a>,
     pub overrides: &'a Overrides,
-    pub here: &'a Surroundings,
+    pub here: &'a Environment,
 }
 
 impl Check<'_> {
@@ -56,28 +56,40 @@ impl Check<'_> {
     pub fn duration(
         &self,
         key: &str,
-        value: Option<Span>,
+        value: Option<DurationValue>,
         default: Duration,
         least: Duration,
     ) -> Result<Duration> {
-        let value = value.map_or(default, |Span(value)| value);
+        let value = value.map_or(default, |DurationValue(value)| value);
         if value >= least && value <= LONGEST {
             return Ok(value);
         }
-        let remedy = format!("give {} to {}", Span(least), Span(LONGEST));
-        Err(self
-            .places
-            .error(key, format!("{} is out of range", Span(value)), remedy))
+        let remedy = format!(
+            "give {} to {}",
+            DurationValue(least),
+            DurationValue(LONGEST)
+        );
+        Err(self.places.error(
+            key,
+            format!("{} is out of range", DurationValue(value)),
+            remedy,
+        ))
     }
 
     /// Where the delay between deaths ends.
-    pub fn respawn_max_delay(&self, key: &str, value: Option<Span>) -> Result<Duration> {
+    pub fn respawn_max_delay(&self, key: &str, value: Option<DurationValue>) -> Result<Duration> {
         let delay = self.duration(key, value, Duration::from_secs(30), Duration::ZERO)?;
         if delay.is_zero() || delay >= FIRST_RESPAWN_DELAY {
             return Ok(delay);
         }
-        let problem = format!("{} is shorter than the first delay, 100ms", Span(delay));
-        let remedy = format!("give 100ms to {}, or \"0s\" for no throttle", Span(LONGEST));
+        let problem = format!(
+            "{} is shorter than the first delay, 100ms",
+            DurationValue(delay)
+        );
+        let remedy = format!(
+            "give 100ms to {}, or \"0s\" for no throttle",
+            DurationValue(LONGEST)
+        );
         Err(self.places.error(key, problem, remedy))
     }
 

@@ -5,8 +5,8 @@ use super::check::Check;
 use super::document::join;
 use super::programs::{self, Ids};
 use super::raw::RawMethod;
-use super::settings::{Command, Output, Stdin};
-use super::units::Size;
+use super::settings::{CommandConfig, OutputFormat, Stdin};
+use super::units::ByteSize;
 use crate::error::Result;
 
 const MIB: u64 = 1 << 20;
@@ -42,7 +42,7 @@ pub(super) fn resolve(
     raw: &RawMethod,
     check: &Check<'_>,
     workers: Ids,
-) -> Result<Command> {
+) -> Result<CommandConfig> {
     check_placeholders(&join(key, "command"), command, check)?;
     let example = "[\"getent\", \"hosts\", \"{name}\"]";
     let program = programs::resolve(key, (command, example), &raw.into(), check, workers)?;
@@ -59,21 +59,21 @@ pub(super) fn resolve(
         },
     };
     let output = match &raw.output {
-        None => Output::Text,
+        None => OutputFormat::Text,
         Some(word) => match check.choice(&join(key, "output"), word, &["text", "json"])? {
-            "json" => Output::Json,
-            _ => Output::Text,
+            "json" => OutputFormat::Json,
+            _ => OutputFormat::Text,
         },
     };
-    let max_output = raw.max_output.map_or(MIB, |Size(bytes)| bytes);
+    let max_output = raw.max_output.map_or(MIB, |ByteSize(bytes)| bytes);
     if !(1..=128 * MIB).contains(&max_output) {
         return Err(check.places.error(
             &join(key, "max-output"),
-            format!("{} is out of range", Size(max_output)),
+            format!("{} is out of range", ByteSize(max_output)),
             "give 1 to 128MiB",
         ));
     }
-    Ok(Command {
+    Ok(CommandConfig {
         program,
         stdin,
         output,

@@ -37,14 +37,14 @@ const TABLES: [&str; 6] = ["log", "workers", "limits", "listen", "methods", "poo
 
 /// Where each key stands.
 #[derive(Debug)]
-pub(super) struct Places<'a> {
+pub(super) struct SourceMap<'a> {
     files: &'a Files,
     /// By the dotted key, such as `workers.count`, `listen[0].address`, `methods."a.b".timeout`.
-    keys: BTreeMap<String, Place>,
+    keys: BTreeMap<String, SourceSpan>,
 }
 
 #[derive(Debug)]
-struct Place {
+struct SourceSpan {
     /// The bytes of the key; those of the value where it has none, as in an array.
     key: Range<usize>,
     value: Range<usize>,
@@ -52,7 +52,7 @@ struct Place {
 }
 
 /// Parses all of `files` into one mirror and the places of its keys.
-pub(super) fn parse(files: &Files) -> Result<(Raw, Places<'_>)> {
+pub(super) fn parse(files: &Files) -> Result<(Raw, SourceMap<'_>)> {
     parse_without(files, &BTreeSet::new())
 }
 
@@ -60,9 +60,9 @@ pub(super) fn parse(files: &Files) -> Result<(Raw, Places<'_>)> {
 pub(super) fn parse_without<'f>(
     files: &'f Files,
     without: &BTreeSet<String>,
-) -> Result<(Raw, Places<'f>)> {
+) -> Result<(Raw, SourceMap<'f>)> {
     let whole = pruned("", merged(files)?, without);
-    let places = Places::of(files, &whole);
+    let places = SourceMap::of(files, &whole);
     let raw = Raw::deserialize(Deserializer::from(Spanned::new(0..0, whole)))
         .map_err(|error| places.explain(&error))?;
     Ok((raw, places))
@@ -70,7 +70,7 @@ pub(super) fn parse_without<'f>(
 
 /// [`parse`] as if nothing but the key `wanted` were there. Where it is not, a key that is none may be meant
 /// for it, and is refused.
-pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, Places<'f>)> {
+pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, SourceMap<'f>)> {
     let whole = merged(files)?;
     let is_there = whole.get(wanted).is_some();
     let is_known = |key: &str| TOP_KEYS.contains(&key) || TABLES.contains(&key);
@@ -80,8 +80,8 @@ pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, Pla
 }
 
 /// The places of the keys of `files`, if it can be told what are keys there.
-pub(super) fn places(files: &Files) -> Result<Places<'_>> {
-    Ok(Places::of(files, &merged(files)?))
+pub(super) fn places(files: &Files) -> Result<SourceMap<'_>> {
+    Ok(SourceMap::of(files, &merged(files)?))
 }
 
 /// The tables of all files as one.
@@ -149,9 +149,9 @@ pub(super) fn nearest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str>
         .map(|(_, candidate)| candidate)
 }
 
-impl<'a> Places<'a> {
+impl<'a> SourceMap<'a> {
     fn of(files: &'a Files, whole: &DeTable<'_>) -> Self {
-        let mut places = Places {
+        let mut places = SourceMap {
             files,
             keys: BTreeMap::new(),
         };
@@ -160,7 +160,7 @@ impl<'a> Places<'a> {
     }
 }
 
-impl Places<'_> {
+impl SourceMap<'_> {
     /// The main file.
     pub fn main(&self) -> Option<&Path> {
         self.files.main()
@@ -247,7 +247,7 @@ impl Places<'_> {
             }
             _ => {}
         }
-        let place = Place {
+        let place = SourceSpan {
             key,
             value: value.span(),
             kind: value.get_ref().type_str(),
@@ -299,7 +299,7 @@ impl Places<'_> {
     }
 
     /// A value as it stands in the file.
-    fn found(&self, place: &Place) -> String {
+    fn found(&self, place: &SourceSpan) -> String {
         match place.kind {
             "array" => return "an array".into(),
             "table" => return "a table".into(),
@@ -316,7 +316,7 @@ impl Places<'_> {
 }
 
 /// What to do about a key that serde does not know. `message` lists those that it does know.
-fn unknown_key_remedy(path: &str, place: Option<&Place>, message: &str) -> String {
+fn unknown_key_remedy(path: &str, place: Option<&SourceSpan>, message: &str) -> String {
     let listed = message
         .rsplit_once(", expected ")
         .map_or("", |(_, list)| list);

@@ -4,10 +4,13 @@
 //! mirror, so quoting and names are serde's business and can't differ from what is read.
 
 use super::raw::{
-    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawWorkers, Table,
+    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawWorkers,
+    StrictTable,
 };
-use super::settings::{Command, Log, Method, MethodKind, Pool, Rlimits, Settings};
-use super::units::{Size, Span};
+use super::settings::{
+    CommandConfig, LogConfig, MethodConfig, MethodKind, PoolConfig, RlimitsConfig, Settings,
+};
+use super::units::{ByteSize, DurationValue};
 
 impl Settings {
     /// The effective configuration as TOML. Read with the same functions registered, it makes
@@ -28,24 +31,24 @@ fn mirror(settings: &Settings) -> Raw {
         group: account.map(|account| account.group.clone()),
         include: None,
         http_origins: Some(settings.http_origins.clone()),
-        log: Table(log(&settings.log)),
-        workers: Table(workers(settings)),
-        limits: Table(limits(settings)),
+        log: StrictTable(log(&settings.log)),
+        workers: StrictTable(workers(settings)),
+        limits: StrictTable(limits(settings)),
         listen: Some(listen(settings)),
         methods: settings
             .methods
             .iter()
-            .map(|(name, method)| (name.clone(), Table(self::method(method))))
+            .map(|(name, method)| (name.clone(), StrictTable(self::method(method))))
             .collect(),
         pools: settings
             .pools
             .iter()
-            .map(|(name, pool)| (name.clone(), Table(self::pool(pool))))
+            .map(|(name, pool)| (name.clone(), StrictTable(self::pool(pool))))
             .collect(),
     }
 }
 
-fn log(log: &Log) -> RawLog {
+fn log(log: &LogConfig) -> RawLog {
     RawLog {
         level: Some(log.level.as_str().to_ascii_lowercase()),
         format: Some(log.format.name().into()),
@@ -58,15 +61,15 @@ fn workers(settings: &Settings) -> RawWorkers {
     RawWorkers {
         count: Some(Count::Number(workers.count as i64)),
         threads: Some(workers.threads as i64),
-        boot_timeout: Some(Span(workers.boot_timeout)),
-        drain_timeout: Some(Span(workers.drain_timeout)),
-        heartbeat_timeout: Some(Span(workers.heartbeat_timeout)),
+        boot_timeout: Some(DurationValue(workers.boot_timeout)),
+        drain_timeout: Some(DurationValue(workers.drain_timeout)),
+        heartbeat_timeout: Some(DurationValue(workers.heartbeat_timeout)),
         respawn_burst: Some(workers.respawn_burst.into()),
-        respawn_max_delay: Some(Span(workers.respawn_max_delay)),
+        respawn_max_delay: Some(DurationValue(workers.respawn_max_delay)),
         keep_connections: Some(workers.keep_connections),
         max_calls: Some(workers.max_calls as i64),
-        max_memory: Some(Size(workers.max_memory)),
-        max_lifetime: Some(Span(workers.max_lifetime)),
+        max_memory: Some(ByteSize(workers.max_memory)),
+        max_lifetime: Some(DurationValue(workers.max_lifetime)),
         max_unavailable: Some(workers.max_unavailable as i64),
         ..RawWorkers::default()
     }
@@ -76,25 +79,25 @@ fn limits(settings: &Settings) -> RawLimits {
     let limits = &settings.limits;
     RawLimits {
         connections: Some(limits.connections as i64),
-        frame: Some(Size(limits.frame as u64)),
-        unfinished: Some(Size(limits.unfinished as u64)),
+        frame: Some(ByteSize(limits.frame as u64)),
+        unfinished: Some(ByteSize(limits.unfinished as u64)),
         depth: Some(limits.depth as i64),
         pipeline: Some(limits.pipeline as i64),
         batch: Some(limits.batch as i64),
         queue: Some(limits.queue as i64),
-        timeout: Some(Span(limits.timeout)),
-        read_timeout: Some(Span(limits.read_timeout)),
-        write_timeout: Some(Span(limits.write_timeout)),
-        idle_timeout: Some(Span(limits.idle_timeout)),
+        timeout: Some(DurationValue(limits.timeout)),
+        read_timeout: Some(DurationValue(limits.read_timeout)),
+        write_timeout: Some(DurationValue(limits.write_timeout)),
+        idle_timeout: Some(DurationValue(limits.idle_timeout)),
     }
 }
 
-fn listen(settings: &Settings) -> Vec<Table<RawListen>> {
+fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {
     settings
         .listen
         .iter()
         .map(|listen| {
-            Table(RawListen {
+            StrictTable(RawListen {
                 address: Some(listen.address.to_string()),
                 name: listen.name.clone(),
                 backlog: Some(listen.backlog.into()),
@@ -104,7 +107,7 @@ fn listen(settings: &Settings) -> Vec<Table<RawListen>> {
         .collect()
 }
 
-fn method(method: &Method) -> RawMethod {
+fn method(method: &MethodConfig) -> RawMethod {
     let of_kind = match &method.kind {
         MethodKind::Builtin(builtin) => RawMethod {
             builtin: Some(builtin.name().into()),
@@ -118,21 +121,21 @@ fn method(method: &Method) -> RawMethod {
         MethodKind::Function => RawMethod::default(),
     };
     RawMethod {
-        timeout: Some(Span(method.timeout)),
+        timeout: Some(DurationValue(method.timeout)),
         concurrency: Some(method.concurrency as i64),
         rate: Some(method.rate.into()),
         ..of_kind
     }
 }
 
-fn command(command: &Command) -> RawMethod {
+fn command(command: &CommandConfig) -> RawMethod {
     let program = &command.program;
     let account = program.account.as_ref();
     RawMethod {
         command: Some(program.arguments.clone()),
         stdin: Some(command.stdin.name().into()),
         output: Some(command.output.name().into()),
-        max_output: Some(Size(command.max_output as u64)),
+        max_output: Some(ByteSize(command.max_output as u64)),
         environment: Some(program.environment.clone()),
         directory: Some(program.directory.to_string_lossy().into()),
         user: account.map(|account| account.name.clone()),
@@ -143,20 +146,20 @@ fn command(command: &Command) -> RawMethod {
     }
 }
 
-fn pool(pool: &Pool) -> RawPool {
+fn pool(pool: &PoolConfig) -> RawPool {
     let program = &pool.program;
     let account = program.account.as_ref();
     RawPool {
         command: Some(program.arguments.clone()),
         processes: Some(pool.processes as i64),
         ready: Some(if pool.handshake { "message" } else { "alive" }.into()),
-        boot_timeout: Some(Span(pool.boot_timeout)),
-        idle_timeout: Some(Span(pool.idle_timeout)),
+        boot_timeout: Some(DurationValue(pool.boot_timeout)),
+        idle_timeout: Some(DurationValue(pool.idle_timeout)),
         max_calls: Some(pool.max_calls as i64),
-        max_memory: Some(Size(pool.max_memory)),
-        max_lifetime: Some(Span(pool.max_lifetime)),
+        max_memory: Some(ByteSize(pool.max_memory)),
+        max_lifetime: Some(DurationValue(pool.max_lifetime)),
         respawn_burst: Some(pool.respawn_burst.into()),
-        respawn_max_delay: Some(Span(pool.respawn_max_delay)),
+        respawn_max_delay: Some(DurationValue(pool.respawn_max_delay)),
         environment: Some(program.environment.clone()),
         directory: Some(program.directory.to_string_lossy().into()),
         user: account.map(|account| account.name.clone()),
@@ -166,13 +169,13 @@ fn pool(pool: &Pool) -> RawPool {
     }
 }
 
-fn rlimits(limits: &Rlimits) -> Option<Table<RawRlimits>> {
+fn rlimits(limits: &RlimitsConfig) -> Option<StrictTable<RawRlimits>> {
     // None of them can be above what an i64 holds: they were one.
     let integer = |value: Option<u64>| value.map(|value| value as i64);
-    (*limits != Rlimits::default()).then(|| {
-        Table(RawRlimits {
-            cpu: limits.cpu.map(Span),
-            memory: limits.memory.map(Size),
+    (*limits != RlimitsConfig::default()).then(|| {
+        StrictTable(RawRlimits {
+            cpu: limits.cpu.map(DurationValue),
+            memory: limits.memory.map(ByteSize),
             files: integer(limits.files),
             processes: integer(limits.processes),
         })

@@ -8,18 +8,18 @@
 use std::collections::BTreeSet;
 
 use super::Overrides;
-use super::document::{self, Places};
+use super::document::{self, SourceMap};
 use super::files::Files;
 use super::resolve;
 use super::settings::Settings;
-use super::surroundings::Surroundings;
+use super::surroundings::Environment;
 use crate::error::Error;
 
 /// The most that is told at once: a file with more was meant for another program.
 const MOST: usize = 20;
 
 /// Keys that others are judged by.
-const LEANED_ON: [&str; 6] = [
+const PREREQUISITES: [&str; 6] = [
     "include",
     "user",
     "log.file",
@@ -30,7 +30,7 @@ const LEANED_ON: [&str; 6] = [
 
 /// The settings of `files`, or every fault that can be told, at least one, in the order of the files.
 pub(super) fn settings_or_faults(
-    here: &Surroundings,
+    here: &Environment,
     files: &Files,
     overrides: &Overrides,
 ) -> Result<Settings, Vec<Error>> {
@@ -77,7 +77,7 @@ pub(super) fn settings_or_faults(
 }
 
 /// What to take out so that the rest can be judged without this error; `None` when it can't be.
-fn culprit(error: &Error, places: &Places<'_>) -> Option<String> {
+fn culprit(error: &Error, places: &SourceMap<'_>) -> Option<String> {
     let Error::Config { key, .. } = error else {
         return None;
     };
@@ -85,7 +85,7 @@ fn culprit(error: &Error, places: &Places<'_>) -> Option<String> {
         let rest = key.strip_prefix(table);
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
     };
-    if LEANED_ON.iter().any(|leaned_on| within(leaned_on)) {
+    if PREREQUISITES.iter().any(|leaned_on| within(leaned_on)) {
         return None;
     }
     // No listener leans on another, no method on another; their keys do on each other.
@@ -100,7 +100,7 @@ fn culprit(error: &Error, places: &Places<'_>) -> Option<String> {
 }
 
 /// The key that an error is about, or the array that it is in.
-fn named(error: &Error, places: &Places<'_>) -> Option<String> {
+fn named(error: &Error, places: &SourceMap<'_>) -> Option<String> {
     let Error::Config { key, .. } = error else {
         return None;
     };
@@ -116,7 +116,7 @@ mod tests {
     use super::super::tests::root;
     use super::*;
 
-    fn faults(text: &str) -> Vec<String> {
+    fn diagnostics(text: &str) -> Vec<String> {
         let files = Files::of_text(Path::new("/etc/x.toml"), text.to_owned()).unwrap();
         match settings_or_faults(&root(), &files, &Overrides::default()) {
             Ok(settings) => panic!("accepted: {settings:?}"),
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn independent_faults_are_told_together_in_the_order_of_the_file() {
-        let told = faults(
+        let told = diagnostics(
             "deamon = true\n\
              http-origins = [\"nowhere\"]\n\
              [limits]\nframe = \"1GiB\"\nbatch = 0\n\
@@ -172,14 +172,19 @@ mod tests {
             "daemon = true\n[log]\nfile = \"/no/such/directory/log\"\n",
             "[methods.a]\ncommand = [\"/no/such/program\"]\nstdin = \"none\"\nrate = 1\n",
         ] {
-            assert_eq!(faults(text).len(), 1, "{text}: {:#?}", faults(text));
+            assert_eq!(
+                diagnostics(text).len(),
+                1,
+                "{text}: {:#?}",
+                diagnostics(text)
+            );
         }
     }
 
     /// The drain might be of 60 s, and the pool be there.
     #[test]
     fn what_is_misspelt_hides_no_fault_of_form() {
-        let told = faults(
+        let told = diagnostics(
             "[wrokers]\ndrain-timeout = \"60s\"\n\
              [limits]\ntimeout = \"60s\"\nbatsh = 1\n\
              [pools.p]\ncomand = [\"x\"]\nready = 5\n\
@@ -201,6 +206,6 @@ mod tests {
     #[test]
     fn a_file_of_faults_alone_is_cut_short() {
         let many: String = (0..100).map(|number| format!("k{number} = 1\n")).collect();
-        assert_eq!(faults(&many).len(), MOST);
+        assert_eq!(diagnostics(&many).len(), MOST);
     }
 }

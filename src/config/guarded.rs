@@ -6,8 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::programs::Ids;
-use super::settings::{MethodKind, Program, Settings};
-use super::surroundings::Surroundings;
+use super::settings::{MethodKind, ProgramConfig, Settings};
+use super::surroundings::Environment;
 use crate::sys::guard;
 
 /// Programs that look into processes which they did not start.
@@ -44,7 +44,7 @@ const SETUID: u32 = 0o4000;
 const SETGID: u32 = 0o2000;
 
 /// Returns the warnings about `settings`; `ids` are those of the workers.
-pub(super) fn warnings(settings: &Settings, here: &Surroundings, ids: Ids) -> Vec<String> {
+pub(super) fn warnings(settings: &Settings, here: &Environment, ids: Ids) -> Vec<String> {
     let methods = settings.methods.iter();
     let commands = methods.filter_map(|(name, method)| match &method.kind {
         MethodKind::Command(command) => Some(("methods", name, &command.program)),
@@ -81,7 +81,7 @@ pub(super) fn warnings(settings: &Settings, here: &Surroundings, ids: Ids) -> Ve
 
 /// What the program is and what the guard keeps from it. `is_privileged`: setuid files have an
 /// effect in the workers.
-fn in_the_way(program: &Program, is_privileged: bool, ids: Ids) -> Option<String> {
+fn in_the_way(program: &ProgramConfig, is_privileged: bool, ids: Ids) -> Option<String> {
     let name = program.file.file_name()?.to_str()?;
     if INSPECTORS.iter().any(|known| is_named(name, known)) {
         return Some(

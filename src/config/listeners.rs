@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::address::{Address, check_unix_path};
 use super::check::{Check, command_line};
 use super::raw::{Raw, RawListen};
-use super::settings::Listen;
+use super::settings::ListenConfig;
 use crate::error::{Error, Result};
 
 const DEFAULT_ADDRESS: Address =
@@ -17,9 +17,9 @@ const DEFAULT_ADDRESS: Address =
 const DEFAULT_BACKLOG: u32 = 4096;
 
 /// The listeners of the command line, else those of the file, else the default one.
-pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<Listen>> {
+pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<ListenConfig>> {
     let options = &check.overrides.listen;
-    let listeners: Vec<Listen> = match &raw.listen {
+    let listeners: Vec<ListenConfig> = match &raw.listen {
         _ if !options.is_empty() => options
             .iter()
             .map(|text| {
@@ -44,12 +44,12 @@ pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<Listen>> {
 }
 
 /// Where a server listens that is told nothing.
-pub(super) fn default() -> Vec<Listen> {
+pub(super) fn default() -> Vec<ListenConfig> {
     vec![plain(DEFAULT_ADDRESS)]
 }
 
 /// Two listeners of which one could not be bound.
-fn refuse_collisions(check: &Check<'_>, listeners: &[Listen]) -> Result<()> {
+fn refuse_collisions(check: &Check<'_>, listeners: &[ListenConfig]) -> Result<()> {
     for (index, listen) in listeners.iter().enumerate() {
         let before = &listeners[..index];
         let place = |first: usize| {
@@ -57,10 +57,10 @@ fn refuse_collisions(check: &Check<'_>, listeners: &[Listen]) -> Result<()> {
             let place = place.filter(|_| check.overrides.listen.is_empty());
             place.map_or(String::new(), |place| format!(", in {place}"))
         };
-        let same = |other: &Listen| other.address == listen.address;
+        let same = |other: &ListenConfig| other.address == listen.address;
         // Where the service manager passes it, the address is not bound.
-        let bound = |listen: &Listen| listen.name.is_none();
-        let in_the_way = |other: &Listen| {
+        let bound = |listen: &ListenConfig| listen.name.is_none();
+        let in_the_way = |other: &ListenConfig| {
             bound(other) && bound(listen) && other.address.is_in_the_way_of(&listen.address)
         };
         let (problem, remedy) = if let Some(first) = before.iter().position(same) {
@@ -100,7 +100,7 @@ pub(super) fn error(check: &Check<'_>, index: usize, problem: String, remedy: &s
     }
 }
 
-fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<Listen> {
+fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfig> {
     let at = &format!("{key}.address");
     let Some(text) = &raw.address else {
         let remedy = "add address = \"127.0.0.1:8080\", or where it is to listen";
@@ -125,7 +125,7 @@ fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<Listen> {
     if let Some(name) = &raw.name {
         check_name(check, &format!("{key}.name"), name)?;
     }
-    Ok(Listen {
+    Ok(ListenConfig {
         address,
         name: raw.name.clone(),
         backlog,
@@ -162,8 +162,8 @@ fn mode(check: &Check<'_>, key: &str, text: &str, address: &Address) -> Result<u
     }
 }
 
-fn plain(address: Address) -> Listen {
-    Listen {
+fn plain(address: Address) -> ListenConfig {
+    ListenConfig {
         address,
         name: None,
         backlog: DEFAULT_BACKLOG,

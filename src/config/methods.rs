@@ -10,11 +10,11 @@ use super::commands;
 use super::document::{join, nearest};
 use super::programs::Ids;
 use super::raw::{Raw, RawMethod};
-use super::settings::{Builtin, Limits, Method, MethodKind, Pool, Workers};
-use super::units::Span;
+use super::settings::{Builtin, LimitsConfig, MethodConfig, MethodKind, PoolConfig, WorkersConfig};
+use super::units::DurationValue;
 use crate::error::{Error, Result};
 
-type Pools = BTreeMap<String, Pool>;
+type Pools = BTreeMap<String, PoolConfig>;
 
 /// The longest name of a method, in bytes.
 const NAME_MAX: usize = 128;
@@ -23,9 +23,9 @@ const NAME_MAX: usize = 128;
 pub(super) fn resolve(
     raw: &Raw,
     check: &Check<'_>,
-    (workers, ids): (&Workers, Ids),
-    (limits, pools): (&Limits, &Pools),
-) -> Result<BTreeMap<String, Method>> {
+    (workers, ids): (&WorkersConfig, Ids),
+    (limits, pools): (&LimitsConfig, &Pools),
+) -> Result<BTreeMap<String, MethodConfig>> {
     let functions = &check.overrides.functions;
     for name in functions {
         let problem = match name.as_str() {
@@ -49,7 +49,7 @@ pub(super) fn resolve(
             method(name, &key, raw, check, (limits, (pools, ids)))?,
         );
     }
-    let with_defaults = |kind| Method {
+    let with_defaults = |kind| MethodConfig {
         kind,
         timeout: limits.timeout,
         concurrency: 0,
@@ -91,14 +91,16 @@ fn method(
     key: &str,
     raw: &RawMethod,
     check: &Check<'_>,
-    (limits, programs): (&Limits, (&Pools, Ids)),
-) -> Result<Method> {
-    let timeout = raw.timeout.map_or(limits.timeout, |Span(timeout)| timeout);
-    Ok(Method {
+    (limits, programs): (&LimitsConfig, (&Pools, Ids)),
+) -> Result<MethodConfig> {
+    let timeout = raw
+        .timeout
+        .map_or(limits.timeout, |DurationValue(timeout)| timeout);
+    Ok(MethodConfig {
         kind: kind(name, key, raw, check, programs)?,
         timeout: check.duration(
             &join(key, "timeout"),
-            Some(Span(timeout)),
+            Some(DurationValue(timeout)),
             timeout,
             MILLISECOND,
         )?,
@@ -223,15 +225,15 @@ fn by_program_kind(
 /// the operator set: the method's timeout or the default one, which is never longer unless it is set.
 fn fits_into_a_drain(
     name: &str,
-    method: &Method,
+    method: &MethodConfig,
     check: &Check<'_>,
-    workers: &Workers,
+    workers: &WorkersConfig,
 ) -> Result<()> {
-    let drain = Span(workers.drain_timeout);
+    let drain = DurationValue(workers.drain_timeout);
     if method.timeout <= drain.0 {
         return Ok(());
     }
-    let timeout = Span(method.timeout);
+    let timeout = DurationValue(method.timeout);
     let own = join(&join("methods", name), "timeout");
     let key = if check.places.is_set(&own) {
         own.as_str()

@@ -34,16 +34,17 @@ use std::path::{Path, PathBuf};
 
 pub use address::UNIX_PATH_MAX;
 pub use commands::placeholder;
-pub use restart::as_running;
+pub use restart::keep_restart_only_keys;
 pub use settings::{
-    Address, Builtin, Command, Limits, Listen, Log, LogFormat, Method, MethodKind, Output, Pool,
-    Program, Rlimits, Settings, Stdin, Workers,
+    Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogConfig, LogFormat,
+    MethodConfig, MethodKind, OutputFormat, PoolConfig, ProgramConfig, RlimitsConfig, Settings,
+    Stdin, WorkersConfig,
 };
 
 use crate::error::{Error, Result};
 use check::Check;
 use files::Files;
-use surroundings::Surroundings;
+use surroundings::Environment;
 
 /// What the command line and the program itself say; it has precedence over the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -59,8 +60,8 @@ pub struct Overrides {
 impl Overrides {
     /// Makes relative socket paths absolute by the current directory. To be called before the
     /// master leaves that directory, so that a reload means the same sockets as the start did.
-    pub fn anchor(&mut self) {
-        let here = Surroundings::here();
+    pub fn make_absolute(&mut self) {
+        let here = Environment::here();
         for address in &mut self.listen {
             if let Some(path) = address
                 .strip_prefix("unix:")
@@ -75,7 +76,7 @@ impl Overrides {
 /// Reads and checks the whole configuration. Without a `file` it is that of
 /// /etc/preforkd/preforkd.toml, and without that one the defaults.
 pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
-    load_in(&Surroundings::here(), file, overrides)
+    load_in(&Environment::here(), file, overrides)
 }
 
 /// [`load`] for who wants to know all that is wrong at once: where something is, as much of it as can be
@@ -87,7 +88,7 @@ pub fn load_or_faults(
     file: Option<&Path>,
     overrides: &Overrides,
 ) -> std::result::Result<Settings, Vec<Error>> {
-    let here = Surroundings::here();
+    let here = Environment::here();
     let files = match here.main_file(file) {
         Some(path) => Files::read(&path).map_err(|error| vec![error])?,
         None => Files::default(),
@@ -100,15 +101,15 @@ pub fn load_or_faults(
 ///
 /// # Errors
 /// When it can't be told where that server is: no call for one server is to reach another.
-pub fn listeners(file: Option<&Path>, overrides: &Overrides) -> Result<Vec<Listen>> {
-    listeners_in(&Surroundings::here(), file, overrides)
+pub fn listeners(file: Option<&Path>, overrides: &Overrides) -> Result<Vec<ListenConfig>> {
+    listeners_in(&Environment::here(), file, overrides)
 }
 
 fn listeners_in(
-    here: &Surroundings,
+    here: &Environment,
     file: Option<&Path>,
     overrides: &Overrides,
-) -> Result<Vec<Listen>> {
+) -> Result<Vec<ListenConfig>> {
     let settings = || load_in(here, file, overrides);
     let Some(main) = here.main_file(file) else {
         return Ok(settings()?.listen);
@@ -142,23 +143,23 @@ fn listeners_in(
 ///
 /// # Errors
 /// What this version would not read.
-pub fn of_effective(
+pub fn from_effective(
     text: String,
     file: Option<PathBuf>,
     overrides: &Overrides,
 ) -> Result<Settings> {
     let place = file.clone().unwrap_or_else(|| "/".into());
     let files = Files::of_text(&place, text)?;
-    let here = Surroundings {
+    let here = Environment {
         has_served: true,
-        ..Surroundings::here()
+        ..Environment::here()
     };
     let settings = settings_of(&here, &files, overrides)?;
     Ok(Settings { file, ..settings })
 }
 
 /// [`load`] with nothing taken from the process.
-fn load_in(here: &Surroundings, file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
+fn load_in(here: &Environment, file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
     let files = match here.main_file(file) {
         Some(path) => Files::read(&path)?,
         None => Files::default(),
@@ -172,10 +173,10 @@ fn load_in(here: &Surroundings, file: Option<&Path>, overrides: &Overrides) -> R
 /// As for [`load`].
 pub fn load_text(file: &Path, text: String, overrides: &Overrides) -> Result<Settings> {
     let files = Files::of_text(file, text)?;
-    settings_of(&Surroundings::here(), &files, overrides)
+    settings_of(&Environment::here(), &files, overrides)
 }
 
-fn settings_of(here: &Surroundings, files: &Files, overrides: &Overrides) -> Result<Settings> {
+fn settings_of(here: &Environment, files: &Files, overrides: &Overrides) -> Result<Settings> {
     let (raw, places) = document::parse(files)?;
     resolve::resolve(&raw, &places, overrides, here)
 }
@@ -190,10 +191,10 @@ fn settings_of(here: &Surroundings, files: &Files, overrides: &Overrides) -> Res
 /// # Errors
 /// When a file was asked for that can't be read, or seems to name its socket in a way that can't be.
 pub fn control_socket_candidates(file: Option<&Path>) -> Result<Vec<PathBuf>> {
-    candidates_in(&Surroundings::here(), file)
+    candidates_in(&Environment::here(), file)
 }
 
-fn candidates_in(here: &Surroundings, file: Option<&Path>) -> Result<Vec<PathBuf>> {
+fn candidates_in(here: &Environment, file: Option<&Path>) -> Result<Vec<PathBuf>> {
     let main = here.main_file(file);
     let files = main.as_deref().map(Files::read_leniently);
     let all = || files.iter().flat_map(Files::iter);

@@ -11,8 +11,8 @@ use super::check::{Check, MILLISECOND};
 use super::document::join;
 use super::programs::{self, Ids};
 use super::raw::{Raw, RawPool};
-use super::settings::{Pool, Workers};
-use super::units::{Size, Span};
+use super::settings::{PoolConfig, WorkersConfig};
+use super::units::{ByteSize, DurationValue};
 use crate::error::Result;
 
 const DEFAULT_BOOT: Duration = Duration::from_secs(30);
@@ -22,9 +22,9 @@ const NAME_MAX: usize = 64;
 pub(super) fn resolve(
     raw: &Raw,
     check: &Check<'_>,
-    (workers, ids): (&Workers, Ids),
+    (workers, ids): (&WorkersConfig, Ids),
     warnings: &mut Vec<String>,
-) -> Result<BTreeMap<String, Pool>> {
+) -> Result<BTreeMap<String, PoolConfig>> {
     let mut pools = BTreeMap::new();
     for (name, pool) in &raw.pools {
         let key = join("pools", name);
@@ -57,8 +57,8 @@ fn resolve_one(
     key: &str,
     raw: &RawPool,
     check: &Check<'_>,
-    (workers, ids): (&Workers, Ids),
-) -> Result<Pool> {
+    (workers, ids): (&WorkersConfig, Ids),
+) -> Result<PoolConfig> {
     let key_of = |name: &str| join(key, name);
     let example = "[\"python3\", \"/srv/model.py\"]";
     let Some(command) = &raw.command else {
@@ -80,25 +80,25 @@ fn resolve_one(
         MILLISECOND,
     )?;
     if boot_timeout > workers.boot_timeout {
-        let limit = Span(workers.boot_timeout);
+        let limit = DurationValue(workers.boot_timeout);
         return Err(check.places.error(
             &boot_key,
             format!(
                 "{} is longer than workers.boot-timeout ({limit}), after which the worker is \
                  given up",
-                Span(boot_timeout)
+                DurationValue(boot_timeout)
             ),
             format!("give {limit} at most, or raise workers.boot-timeout"),
         ));
     }
-    Ok(Pool {
+    Ok(PoolConfig {
         program,
         processes: check.integer(&key_of("processes"), raw.processes, 1, 1..=1024, "")?,
         handshake: check.choice(&key_of("ready"), ready, &["alive", "message"])? == "message",
         boot_timeout,
         idle_timeout: or_never("idle-timeout", raw.idle_timeout)?,
         max_calls: number("max-calls", raw.max_calls, 0, i64::MAX)?,
-        max_memory: raw.max_memory.map_or(0, |Size(bytes)| bytes),
+        max_memory: raw.max_memory.map_or(0, |ByteSize(bytes)| bytes),
         max_lifetime: or_never("max-lifetime", raw.max_lifetime)?,
         respawn_burst: check.integer(
             &key_of("respawn-burst"),
@@ -114,7 +114,7 @@ fn resolve_one(
 
 /// A relative path in the arguments is the program's to resolve, by its directory. Where it is
 /// not there, but beside the file that names it, that is most likely what was meant.
-fn misplaced(name: &str, key: &str, pool: &Pool, check: &Check<'_>) -> Option<String> {
+fn misplaced(name: &str, key: &str, pool: &PoolConfig, check: &Check<'_>) -> Option<String> {
     let program = &pool.program;
     let key = join(key, "command");
     let argument = program.arguments[1..].iter().find(|argument| {

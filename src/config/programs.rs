@@ -17,8 +17,8 @@ use std::time::Duration;
 use super::check::Check;
 use super::document::join;
 use super::raw::{RawMethod, RawPool, RawRlimits};
-use super::settings::{Program, Rlimits};
-use super::units::{Size, Span};
+use super::settings::{ProgramConfig, RlimitsConfig};
+use super::units::{ByteSize, DurationValue};
 use crate::error::Result;
 use crate::sys::account::{Account, AccountError};
 
@@ -69,11 +69,11 @@ pub(super) fn resolve(
     keys: &Keys<'_>,
     check: &Check<'_>,
     workers: Ids,
-) -> Result<Program> {
+) -> Result<ProgramConfig> {
     let environment = environment(&join(key, "environment"), keys, check)?;
     let command_key = join(key, "command");
     let (file, arguments) = arguments(&command_key, (command, example), &environment, check)?;
-    Ok(Program {
+    Ok(ProgramConfig {
         file,
         arguments,
         environment,
@@ -81,7 +81,7 @@ pub(super) fn resolve(
         account: account(key, keys, check, workers)?,
         rlimits: match keys.rlimits {
             Some(raw) => rlimits(&join(key, "rlimits"), raw, check)?,
-            None => Rlimits::default(),
+            None => RlimitsConfig::default(),
         },
         guard: keys.guard.unwrap_or(true),
     })
@@ -251,7 +251,7 @@ fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Resul
     Ok(Some(account))
 }
 
-fn rlimits(key: &str, raw: &RawRlimits, check: &Check<'_>) -> Result<Rlimits> {
+fn rlimits(key: &str, raw: &RawRlimits, check: &Check<'_>) -> Result<RlimitsConfig> {
     const SECOND: Duration = Duration::from_secs(1);
     let integer = |name: &str, value: Option<i64>, least: i64, most: i64| {
         let key = join(key, name);
@@ -261,23 +261,23 @@ fn rlimits(key: &str, raw: &RawRlimits, check: &Check<'_>) -> Result<Rlimits> {
     let cpu_key = join(key, "cpu");
     let cpu = match raw.cpu {
         None => None,
-        Some(Span(cpu)) => {
-            let cpu = check.duration(&cpu_key, Some(Span(cpu)), SECOND, SECOND)?;
+        Some(DurationValue(cpu)) => {
+            let cpu = check.duration(&cpu_key, Some(DurationValue(cpu)), SECOND, SECOND)?;
             // The kernel counts whole seconds; less than was said would be a surprise.
             Some(Duration::from_secs(
                 cpu.as_secs() + u64::from(cpu.subsec_nanos() > 0),
             ))
         }
     };
-    let memory = raw.memory.map(|Size(bytes)| bytes);
+    let memory = raw.memory.map(|ByteSize(bytes)| bytes);
     if let Some(bytes) = memory.filter(|bytes| !(MIB..=i64::MAX as u64).contains(bytes)) {
         return Err(check.places.error(
             &join(key, "memory"),
-            format!("{} is out of range", Size(bytes)),
+            format!("{} is out of range", ByteSize(bytes)),
             "give 1MiB to less than 8EiB (no program starts with less, and no machine has more)",
         ));
     }
-    Ok(Rlimits {
+    Ok(RlimitsConfig {
         cpu,
         memory,
         files: integer("files", raw.files, 3, 1 << 20)?,

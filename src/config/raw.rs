@@ -11,7 +11,7 @@ use std::ops::Deref;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::units::{Size, Span};
+use super::units::{ByteSize, DurationValue};
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -25,12 +25,12 @@ pub(super) struct Raw {
     /// Done with before serde runs; here for its name and its type.
     pub include: Option<Vec<String>>,
     pub http_origins: Option<Vec<String>>,
-    pub log: Table<RawLog>,
-    pub workers: Table<RawWorkers>,
-    pub limits: Table<RawLimits>,
-    pub listen: Option<Vec<Table<RawListen>>>,
-    pub methods: BTreeMap<String, Table<RawMethod>>,
-    pub pools: BTreeMap<String, Table<RawPool>>,
+    pub log: StrictTable<RawLog>,
+    pub workers: StrictTable<RawWorkers>,
+    pub limits: StrictTable<RawLimits>,
+    pub listen: Option<Vec<StrictTable<RawListen>>>,
+    pub methods: BTreeMap<String, StrictTable<RawMethod>>,
+    pub pools: BTreeMap<String, StrictTable<RawPool>>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -47,15 +47,15 @@ pub(super) struct RawWorkers {
     pub count: Option<Count>,
     pub threads: Option<i64>,
     pub events: Option<String>,
-    pub boot_timeout: Option<Span>,
-    pub drain_timeout: Option<Span>,
-    pub heartbeat_timeout: Option<Span>,
+    pub boot_timeout: Option<DurationValue>,
+    pub drain_timeout: Option<DurationValue>,
+    pub heartbeat_timeout: Option<DurationValue>,
     pub respawn_burst: Option<i64>,
-    pub respawn_max_delay: Option<Span>,
+    pub respawn_max_delay: Option<DurationValue>,
     pub keep_connections: Option<bool>,
     pub max_calls: Option<i64>,
-    pub max_memory: Option<Size>,
-    pub max_lifetime: Option<Span>,
+    pub max_memory: Option<ByteSize>,
+    pub max_lifetime: Option<DurationValue>,
     pub max_unavailable: Option<i64>,
 }
 
@@ -63,16 +63,16 @@ pub(super) struct RawWorkers {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawLimits {
     pub connections: Option<i64>,
-    pub frame: Option<Size>,
-    pub unfinished: Option<Size>,
+    pub frame: Option<ByteSize>,
+    pub unfinished: Option<ByteSize>,
     pub depth: Option<i64>,
     pub pipeline: Option<i64>,
     pub batch: Option<i64>,
     pub queue: Option<i64>,
-    pub timeout: Option<Span>,
-    pub read_timeout: Option<Span>,
-    pub write_timeout: Option<Span>,
-    pub idle_timeout: Option<Span>,
+    pub timeout: Option<DurationValue>,
+    pub read_timeout: Option<DurationValue>,
+    pub write_timeout: Option<DurationValue>,
+    pub idle_timeout: Option<DurationValue>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -89,19 +89,19 @@ pub(super) struct RawListen {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawMethod {
     pub builtin: Option<String>,
-    pub timeout: Option<Span>,
+    pub timeout: Option<DurationValue>,
     pub concurrency: Option<i64>,
     pub rate: Option<i64>,
     pub command: Option<Vec<String>>,
     pub pool: Option<String>,
     pub stdin: Option<String>,
     pub output: Option<String>,
-    pub max_output: Option<Size>,
+    pub max_output: Option<ByteSize>,
     pub environment: Option<BTreeMap<String, String>>,
     pub directory: Option<String>,
     pub user: Option<String>,
     pub group: Option<String>,
-    pub rlimits: Option<Table<RawRlimits>>,
+    pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
 }
 
@@ -111,26 +111,26 @@ pub(super) struct RawPool {
     pub command: Option<Vec<String>>,
     pub processes: Option<i64>,
     pub ready: Option<String>,
-    pub boot_timeout: Option<Span>,
-    pub idle_timeout: Option<Span>,
+    pub boot_timeout: Option<DurationValue>,
+    pub idle_timeout: Option<DurationValue>,
     pub max_calls: Option<i64>,
-    pub max_memory: Option<Size>,
-    pub max_lifetime: Option<Span>,
+    pub max_memory: Option<ByteSize>,
+    pub max_lifetime: Option<DurationValue>,
     pub respawn_burst: Option<i64>,
-    pub respawn_max_delay: Option<Span>,
+    pub respawn_max_delay: Option<DurationValue>,
     pub environment: Option<BTreeMap<String, String>>,
     pub directory: Option<String>,
     pub user: Option<String>,
     pub group: Option<String>,
-    pub rlimits: Option<Table<RawRlimits>>,
+    pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawRlimits {
-    pub cpu: Option<Span>,
-    pub memory: Option<Size>,
+    pub cpu: Option<DurationValue>,
+    pub memory: Option<ByteSize>,
     pub files: Option<i64>,
     pub processes: Option<i64>,
 }
@@ -157,9 +157,9 @@ impl RawMethod {
 /// A table and nothing else: left to itself, serde takes an array for a struct.
 #[derive(Debug, Default, Serialize)]
 #[serde(transparent)]
-pub(super) struct Table<T>(pub T);
+pub(super) struct StrictTable<T>(pub T);
 
-impl<T> Deref for Table<T> {
+impl<T> Deref for StrictTable<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -167,19 +167,19 @@ impl<T> Deref for Table<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for StrictTable<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Visitor<T>(PhantomData<T>);
 
         impl<'de, T: Deserialize<'de>> de::Visitor<'de> for Visitor<T> {
-            type Value = Table<T>;
+            type Value = StrictTable<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a table")
             }
 
-            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Table<T>, A::Error> {
-                T::deserialize(de::value::MapAccessDeserializer::new(map)).map(Table)
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<StrictTable<T>, A::Error> {
+                T::deserialize(de::value::MapAccessDeserializer::new(map)).map(StrictTable)
             }
         }
 

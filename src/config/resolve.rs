@@ -13,11 +13,13 @@ use log::LevelFilter;
 use super::Overrides;
 use super::address::{Address, check_unix_path};
 use super::check::{Check, MILLISECOND, command_line};
-use super::document::Places;
+use super::document::SourceMap;
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
-use super::settings::{Limits, Listen, Log, LogFormat, MethodKind, Settings, Workers};
-use super::surroundings::Surroundings;
-use super::units::{Size, Span};
+use super::settings::{
+    LimitsConfig, ListenConfig, LogConfig, LogFormat, MethodKind, Settings, WorkersConfig,
+};
+use super::surroundings::Environment;
+use super::units::{ByteSize, DurationValue};
 use super::{guarded, listeners, methods, pools};
 use crate::error::Result;
 use crate::sys::account::{Account, AccountError};
@@ -40,9 +42,9 @@ pub(super) const ROOT_WORKERS: &str = "workers run as root, and so does whatever
 /// Makes settings of the mirror `raw`, whose keys stand at `places`.
 pub(super) fn resolve(
     raw: &Raw,
-    places: &Places<'_>,
+    places: &SourceMap<'_>,
     overrides: &Overrides,
-    here: &Surroundings,
+    here: &Environment,
 ) -> Result<Settings> {
     let check = Check {
         places,
@@ -153,7 +155,7 @@ fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
 }
 
 /// What is told where the workers run as root and accept on `listen`.
-pub(super) fn root_warnings(listen: &[Listen]) -> impl Iterator<Item = String> {
+pub(super) fn root_warnings(listen: &[ListenConfig]) -> impl Iterator<Item = String> {
     let public = listen.iter().filter(|listen| listen.address.is_public());
     let warnings = public.map(|listen| {
         format!(
@@ -210,7 +212,7 @@ fn account(check: &Check<'_>, raw: &Raw) -> Result<Option<Account>> {
     Ok(Some(account))
 }
 
-fn log(check: &Check<'_>, raw: &RawLog) -> Result<Log> {
+fn log(check: &Check<'_>, raw: &RawLog) -> Result<LogConfig> {
     let level = match &raw.level {
         None => LevelFilter::Info,
         Some(level) => {
@@ -232,7 +234,7 @@ fn log(check: &Check<'_>, raw: &RawLog) -> Result<Log> {
         None => None,
         Some(text) => Some(log_file(check, text)?),
     };
-    Ok(Log {
+    Ok(LogConfig {
         level,
         format,
         file,
@@ -257,7 +259,7 @@ fn log_file(check: &Check<'_>, text: &str) -> Result<PathBuf> {
     }
 }
 
-fn daemon(check: &Check<'_>, raw: &Raw, log: &Log) -> Result<bool> {
+fn daemon(check: &Check<'_>, raw: &Raw, log: &LogConfig) -> Result<bool> {
     let by_file = raw.daemon.unwrap_or(false);
     let daemon = by_file || check.overrides.daemon;
     if daemon && log.file.is_none() {
@@ -272,7 +274,7 @@ fn daemon(check: &Check<'_>, raw: &Raw, log: &Log) -> Result<bool> {
     Ok(daemon)
 }
 
-fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
+fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<WorkersConfig> {
     const COUNTS: RangeInclusive<i64> = 1..=1024;
     let count = match raw.count {
         Some(Count::Number(number)) => {
@@ -281,7 +283,7 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
         Some(Count::Auto) | None => check.here.cpus.clamp(1, 1024),
     };
     let timeout = |key, value, least| check.duration(key, value, DEFAULT_TIMEOUT, least);
-    Ok(Workers {
+    Ok(WorkersConfig {
         count,
         threads: check.integer("workers.threads", raw.threads, 8, COUNTS, "")?,
         boot_timeout: timeout("workers.boot-timeout", raw.boot_timeout, MILLISECOND)?,
@@ -316,17 +318,17 @@ fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<Workers> {
 
 /// Zero is no limit; less than any worker has from its start on would recycle without end.
 fn max_memory(check: &Check<'_>, raw: &RawWorkers) -> Result<u64> {
-    let Size(bytes) = raw.max_memory.unwrap_or(Size(0));
+    let ByteSize(bytes) = raw.max_memory.unwrap_or(ByteSize(0));
     if bytes == 0 || (LEAST_MEMORY..=MOST_MEMORY).contains(&bytes) {
         return Ok(bytes);
     }
     Err(check.places.error(
         "workers.max-memory",
-        format!("{} is out of range", Size(bytes)),
+        format!("{} is out of range", ByteSize(bytes)),
         format!(
             "give {} to {}, or \"0\" for no limit",
-            Size(LEAST_MEMORY),
-            Size(MOST_MEMORY)
+            ByteSize(LEAST_MEMORY),
+            ByteSize(MOST_MEMORY)
         ),
     ))
 }
@@ -334,7 +336,7 @@ fn max_memory(check: &Check<'_>, raw: &RawWorkers) -> Result<u64> {
 /// Zero is no limit.
 fn max_lifetime(check: &Check<'_>, raw: &RawWorkers) -> Result<Duration> {
     match raw.max_lifetime {
-        Some(Span(time)) if !time.is_zero() => check.duration(
+        Some(DurationValue(time)) if !time.is_zero() => check.duration(
             "workers.max-lifetime",
             raw.max_lifetime,
             Duration::ZERO,
@@ -351,18 +353,18 @@ const UNFINISHED_SHARE: u64 = 4;
 /// Bytes of all unfinished calls of a worker: one frame at least. Where nothing is said, whole mebibytes.
 fn unfinished(
     check: &Check<'_>,
-    set: Option<Size>,
-    (frame, workers): (u64, &Workers),
+    set: Option<ByteSize>,
+    (frame, workers): (u64, &WorkersConfig),
 ) -> Result<usize> {
     let bytes = match set {
-        Some(Size(bytes)) if bytes < frame => {
+        Some(ByteSize(bytes)) if bytes < frame => {
             let (problem, remedy) = (
-                format!("{} is less than one frame", Size(bytes)),
-                format!("give {} (limits.frame) or more", Size(frame)),
+                format!("{} is less than one frame", ByteSize(bytes)),
+                format!("give {} (limits.frame) or more", ByteSize(frame)),
             );
             return Err(check.places.error("limits.unfinished", problem, remedy));
         }
-        Some(Size(bytes)) => bytes,
+        Some(ByteSize(bytes)) => bytes,
         None => {
             let share = check.here.memory / UNFINISHED_SHARE / workers.count as u64;
             ((share >> 20) << 20).max(frame)
@@ -371,19 +373,19 @@ fn unfinished(
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
 }
 
-fn limits(check: &Check<'_>, raw: &RawLimits, workers: &Workers) -> Result<Limits> {
+fn limits(check: &Check<'_>, raw: &RawLimits, workers: &WorkersConfig) -> Result<LimitsConfig> {
     const COUNTS: RangeInclusive<i64> = 1..=1_000_000;
-    let frame = raw.frame.map_or(16 << 20, |Size(bytes)| bytes);
+    let frame = raw.frame.map_or(16 << 20, |ByteSize(bytes)| bytes);
     if !(1 << 10..=128 << 20).contains(&frame) {
         return Err(check.places.error(
             "limits.frame",
-            format!("{} is out of range", Size(frame)),
+            format!("{} is out of range", ByteSize(frame)),
             // Section 3 of the protocol: a longer one could be taken for text.
             "give 1KiB to 128MiB (the length of a longer frame would look like text)",
         ));
     }
     let timeout = |key, value| check.duration(key, value, DEFAULT_TIMEOUT, MILLISECOND);
-    Ok(Limits {
+    Ok(LimitsConfig {
         connections: check.integer(
             "limits.connections",
             raw.connections,

@@ -8,7 +8,7 @@ use super::settings::Settings;
 
 /// `new` as it takes effect at a reload of `running`: what belongs to the master's own life stays as it is,
 /// and what it says of that is told.
-pub fn as_running(mut new: Settings, running: &Settings) -> Settings {
+pub fn keep_restart_only_keys(mut new: Settings, running: &Settings) -> Settings {
     new.needs_restart = needs_restart(running, &new);
     new.daemon = running.daemon;
     new.pid_file.clone_from(&running.pid_file);
@@ -76,13 +76,13 @@ mod tests {
         let public = "[[listen]]\naddress = '0.0.0.0:3'";
         let (running, new) = (of(""), of(&format!("user = 'nobody'\n{public}")));
         assert!(new.warnings.is_empty());
-        let kept = as_running(new.clone(), &running);
+        let kept = keep_restart_only_keys(new.clone(), &running);
         assert_eq!((kept.account, kept.warnings.len()), (None, 3));
         assert_eq!(kept.warnings[0], ROOT_WORKERS);
         assert!(kept.warnings[1].starts_with("0.0.0.0:3 can be reached"));
         assert!(kept.warnings[2].starts_with("user can't change"));
         // and who has given it up is not
-        let kept = as_running(of(public), &new);
+        let kept = keep_restart_only_keys(of(public), &new);
         assert_eq!((kept.account.is_some(), kept.warnings.len()), (true, 1));
     }
 

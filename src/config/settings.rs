@@ -29,17 +29,17 @@ pub struct Settings {
     /// The origins whose web pages may call, each as a browser sends it.
     pub http_origins: Vec<String>,
     /// The log.
-    pub log: Log,
+    pub log: LogConfig,
     /// The workers.
-    pub workers: Workers,
+    pub workers: WorkersConfig,
     /// What a worker takes at most.
-    pub limits: Limits,
+    pub limits: LimitsConfig,
     /// The listeners, at least one, no two at the same address.
-    pub listen: Vec<Listen>,
+    pub listen: Vec<ListenConfig>,
     /// The methods by name; `ping` is always there.
-    pub methods: BTreeMap<String, Method>,
+    pub methods: BTreeMap<String, MethodConfig>,
     /// The pools by name; each method that names one names one of these.
-    pub pools: BTreeMap<String, Pool>,
+    pub pools: BTreeMap<String, PoolConfig>,
     /// What is allowed and yet worth a word, a sentence each, for the log and for `check`.
     pub warnings: Vec<String>,
     /// The keys whose new values a reload could not bring into effect.
@@ -57,7 +57,7 @@ impl Settings {
 
 /// `[log]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Log {
+pub struct LogConfig {
     /// The least severe level that is written, unless `RUST_LOG` says otherwise.
     pub level: LevelFilter,
     /// How a line looks.
@@ -87,7 +87,7 @@ impl LogFormat {
 
 /// `[workers]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Workers {
+pub struct WorkersConfig {
     /// How many, 1 to 1024; `"auto"` has become the number of CPUs.
     pub count: usize,
     /// Handler threads of each, 1 to 1024.
@@ -117,7 +117,7 @@ pub struct Workers {
 
 /// `[limits]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
+pub struct LimitsConfig {
     /// Connections of a worker at one time, 1 to 1,048,576.
     pub connections: usize,
     /// Bytes of a frame's body, 1 KiB to 128 MiB.
@@ -144,7 +144,7 @@ pub struct Limits {
 
 /// A program that is started for calls, and what surrounds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Program {
+pub struct ProgramConfig {
     /// Its file, absolute.
     pub file: PathBuf,
     /// Its arguments, its own name first: as written, but for a relative path of the program.
@@ -156,29 +156,29 @@ pub struct Program {
     /// Whom it runs as; `None`: as the workers do.
     pub account: Option<Account>,
     /// Its resource limits.
-    pub rlimits: Rlimits,
+    pub rlimits: RlimitsConfig,
     /// Whether it is kept from the memory of processes that it did not start, and from setuid files.
     pub guard: bool,
 }
 
 /// The keys of a method with `command`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Command {
+pub struct CommandConfig {
     /// What is run.
-    pub program: Program,
+    pub program: ProgramConfig,
     /// What it reads from its standard input.
     pub stdin: Stdin,
     /// What its standard output is taken for.
-    pub output: Output,
+    pub output: OutputFormat,
     /// Bytes that it may write there, 1 to 128 MiB.
     pub max_output: usize,
 }
 
 /// One `[pools.NAME]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pool {
+pub struct PoolConfig {
     /// What is run.
-    pub program: Program,
+    pub program: ProgramConfig,
     /// Copies under each worker, 1 to 1024.
     pub processes: usize,
     /// Whether it says when it is ready; else it is when it has been alive for 50 ms.
@@ -220,26 +220,26 @@ impl Stdin {
 
 /// What a command's standard output is taken for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Output {
+pub enum OutputFormat {
     /// Text: the result is a string.
     Text,
     /// One JSON value: it is the result.
     Json,
 }
 
-impl Output {
+impl OutputFormat {
     /// The name in the file.
     pub fn name(self) -> &'static str {
         match self {
-            Output::Text => "text",
-            Output::Json => "json",
+            OutputFormat::Text => "text",
+            OutputFormat::Json => "json",
         }
     }
 }
 
 /// Resource limits of a program (getrlimit(2)); `None` leaves those of the workers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Rlimits {
+pub struct RlimitsConfig {
     /// CPU time; whole seconds, 1 s at least.
     pub cpu: Option<Duration>,
     /// Bytes of address space, 1 MiB at least.
@@ -252,7 +252,7 @@ pub struct Rlimits {
 
 /// One `[[listen]]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listen {
+pub struct ListenConfig {
     /// Where; a unix path is absolute and at most 107 bytes long.
     pub address: Address,
     /// The name of the service manager's socket that takes its place, where one of that name is
@@ -267,7 +267,7 @@ pub struct Listen {
 
 /// One `[methods.NAME]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Method {
+pub struct MethodConfig {
     /// What answers it.
     pub kind: MethodKind,
     /// The time of a call, 1 ms to `workers.drain_timeout`.
@@ -282,7 +282,7 @@ pub struct Method {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MethodKind {
     /// A program, one process for each call.
-    Command(Box<Command>),
+    Command(Box<CommandConfig>),
     /// The programs of the pool of this name.
     Pool(String),
     /// A handler of the server's own.

@@ -14,7 +14,7 @@ const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
 
 /// See the module.
 #[derive(Debug, Clone)]
-pub(super) struct Surroundings {
+pub(super) struct Environment {
     /// The effective user.
     pub uid: u32,
     /// The effective group.
@@ -38,12 +38,12 @@ pub(super) struct Surroundings {
     pub has_served: bool,
 }
 
-impl Surroundings {
+impl Environment {
     /// Those of this process, now.
     pub fn here() -> Self {
         let (uid, gid) = account::effective_ids();
         let xdg = env::var_os("XDG_RUNTIME_DIR");
-        Surroundings {
+        Environment {
             uid,
             gid,
             runtime_directories: runtime_directories(uid, xdg.as_deref(), &env::temp_dir()),
@@ -133,9 +133,9 @@ mod tests {
 
     #[test]
     fn paths_become_absolute_and_keep_their_double_dots() {
-        let here = Surroundings {
+        let here = Environment {
             directory: "/home/me".into(),
-            ..Surroundings::here()
+            ..Environment::here()
         };
         for (path, absolute) in [
             ("a.toml", "/home/me/a.toml"),

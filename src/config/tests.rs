@@ -12,8 +12,8 @@ mod broken;
 mod round_trip;
 
 /// A machine with 4 CPUs, seen by root.
-pub(super) fn root() -> Surroundings {
-    Surroundings {
+pub(super) fn root() -> Environment {
+    Environment {
         uid: 0,
         gid: 0,
         runtime_directories: vec!["/run/preforkd".into()],
@@ -28,9 +28,9 @@ pub(super) fn root() -> Surroundings {
 }
 
 /// The same, seen by nobody: a user that every machine has.
-fn nobody() -> Surroundings {
+fn nobody() -> Environment {
     let nobody = crate::sys::account::Account::lookup("nobody", None).unwrap();
-    Surroundings {
+    Environment {
         uid: nobody.uid,
         gid: nobody.gid,
         runtime_directories: vec!["/session/preforkd".into(), "/tmp/preforkd-65534".into()],
@@ -39,11 +39,11 @@ fn nobody() -> Surroundings {
 }
 
 /// The settings of a file /etc/x.toml with that content.
-pub(super) fn settings(here: &Surroundings, text: &str) -> Result<Settings> {
+pub(super) fn settings(here: &Environment, text: &str) -> Result<Settings> {
     with(here, text, &Overrides::default())
 }
 
-fn with(here: &Surroundings, text: &str, overrides: &Overrides) -> Result<Settings> {
+fn with(here: &Environment, text: &str, overrides: &Overrides) -> Result<Settings> {
     let files = Files::of_text(Path::new("/etc/x.toml"), text.to_owned())?;
     settings_of(here, &files, overrides)
 }
@@ -91,7 +91,7 @@ fn the_default_file_is_read_when_it_is_there() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("preforkd.toml");
     fs::write(&path, "[workers]\ncount = 3").unwrap();
-    let here = Surroundings {
+    let here = Environment {
         default_file: path.clone(),
         ..root()
     };
@@ -130,7 +130,7 @@ fn relative_paths_are_beside_the_file_that_sets_them() {
 #[test]
 fn the_file_is_absolute_and_keeps_its_symbolic_link() {
     let directory = tempfile::tempdir().unwrap();
-    let here = Surroundings {
+    let here = Environment {
         directory: directory.path().into(),
         ..root()
     };
@@ -156,7 +156,7 @@ fn listen_options_take_the_place_of_all_listeners() {
 #[test]
 fn anchored_options_do_not_depend_on_the_directory() {
     let mut overrides = listen(&["unix:x.sock", "127.0.0.1:1", "unix:/y", "unix:"]);
-    overrides.anchor();
+    overrides.make_absolute();
     let here = std::env::current_dir().unwrap();
     let expected = format!("unix:{}", here.join("x.sock").display());
     assert_eq!(
@@ -171,7 +171,7 @@ fn functions_have_an_entry_with_or_without_the_file() {
                 concurrency = 2\n[methods.wait]\nbuiltin = \"sleep\"";
     let settings = with(&root(), text, &functions(&["a.b", "add"])).unwrap();
     let seconds = Duration::from_secs;
-    let of = |kind, timeout| Method {
+    let of = |kind, timeout| MethodConfig {
         kind,
         timeout: seconds(timeout),
         concurrency: 0,
@@ -189,7 +189,7 @@ fn functions_have_an_entry_with_or_without_the_file() {
         settings.methods["wait"],
         of(MethodKind::Builtin(Builtin::Sleep), 7)
     );
-    let dotted = Method {
+    let dotted = MethodConfig {
         concurrency: 2,
         rate: 3,
         ..of(MethodKind::Function, 2)
@@ -251,7 +251,7 @@ fn a_user_is_taken_on_by_root_only() {
 fn where_a_server_is_is_told_by_its_file_whatever_else_is_wrong_or_not_at_all() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("preforkd.toml");
-    let here = Surroundings {
+    let here = Environment {
         default_file: file.clone(),
         ..root()
     };
@@ -313,12 +313,12 @@ fn warnings_name_what_the_guard_is_in_the_way_of() {
         )
     };
     // a file of whoever runs this: another user's for one of the two that are asked as
-    let stranger = Surroundings {
+    let stranger = Environment {
         uid: 54_321,
         gid: 54_321,
         ..nobody()
     };
-    let warnings = |here: &Surroundings, guard| settings(here, &text(guard)).unwrap().warnings;
+    let warnings = |here: &Environment, guard| settings(here, &text(guard)).unwrap().warnings;
     assert_eq!(
         warnings(&stranger, true),
         [
@@ -336,13 +336,13 @@ fn warnings_name_what_the_guard_is_in_the_way_of() {
     );
     assert!(warnings(&stranger, false).is_empty());
     // where they have no effect anyway, the guard takes nothing from them
-    let without = Surroundings {
+    let without = Environment {
         no_new_privs: true,
         ..stranger.clone()
     };
     assert_eq!(warnings(&without, true).len(), 1);
     // once for all, and not for those that want no guard
-    let old = Surroundings {
+    let old = Environment {
         guard_missing: Some("this kernel has no Landlock"),
         ..stranger
     };
@@ -354,7 +354,7 @@ fn warnings_name_what_the_guard_is_in_the_way_of() {
 
 #[test]
 fn warnings_name_what_root_exposes() {
-    let warnings = |here: Surroundings, text: &str| settings(&here, text).unwrap().warnings;
+    let warnings = |here: Environment, text: &str| settings(&here, text).unwrap().warnings;
     let public = "[[listen]]\naddress = \"0.0.0.0:80\"\n[[listen]]\naddress = \"127.0.0.1:81\"";
     assert_eq!(
         warnings(root(), public),

@@ -7,18 +7,17 @@
 use std::fmt;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A duration in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Span(pub Duration);
+pub(super) struct DurationValue(pub Duration);
 
 /// A size in the file, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Size(pub u64);
+pub(super) struct ByteSize(pub u64);
 
-impl Span {
+impl DurationValue {
     fn parse(text: &str) -> Result<Self, String> {
         if text.trim_start().starts_with('-') {
             return Err(format!(
@@ -26,14 +25,14 @@ impl Span {
             ));
         }
         humantime::parse_duration(text)
-            .map(Span)
+            .map(DurationValue)
             .map_err(|problem| {
                 format!("{text:?} is no duration ({problem}); write it as in \"30s\" or \"1m 30s\"")
             })
     }
 }
 
-impl fmt::Display for Span {
+impl fmt::Display for DurationValue {
     /// One number in the largest unit that holds it exactly.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SECOND: u128 = 1_000_000_000;
@@ -60,14 +59,14 @@ impl fmt::Display for Span {
     }
 }
 
-impl Size {
+impl ByteSize {
     fn parse(text: &str) -> Result<Self, String> {
         if text.trim_start().starts_with('-') {
             return Err(format!("{text:?} is negative; give a size of 0 or more"));
         }
         text.trim()
-            .parse::<ByteSize>()
-            .map(|size| Size(size.as_u64()))
+            .parse::<bytesize::ByteSize>()
+            .map(|size| ByteSize(size.as_u64()))
             .map_err(|_| {
                 format!(
                     "{text:?} is no size; write bytes as in \"65536\", or a unit as in \"16MiB\""
@@ -76,7 +75,7 @@ impl Size {
     }
 }
 
-impl fmt::Display for Size {
+impl fmt::Display for ByteSize {
     /// One number in the largest binary unit that holds it exactly.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (shift, suffix) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
@@ -106,31 +105,31 @@ impl<T> de::Visitor<'_> for Text<T> {
     }
 }
 
-impl<'de> Deserialize<'de> for Span {
+impl<'de> Deserialize<'de> for DurationValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_str(Text {
             expecting: "a duration such as \"30s\"",
-            parse: Span::parse,
+            parse: DurationValue::parse,
         })
     }
 }
 
-impl<'de> Deserialize<'de> for Size {
+impl<'de> Deserialize<'de> for ByteSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_str(Text {
             expecting: "a size such as \"16MiB\"",
-            parse: Size::parse,
+            parse: ByteSize::parse,
         })
     }
 }
 
-impl Serialize for Span {
+impl Serialize for DurationValue {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
 }
 
-impl Serialize for Size {
+impl Serialize for ByteSize {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
@@ -154,12 +153,12 @@ mod tests {
             ("1500ms", 1_500, "1500ms"),
             ("1.5s", 1_500, "1500ms"),
         ] {
-            let span = Span::parse(text).unwrap();
+            let span = DurationValue::parse(text).unwrap();
             assert_eq!(span.0, Duration::from_millis(milliseconds), "{text}");
             assert_eq!(span.to_string(), written, "{text}");
         }
         for text in ["", "5", "s", "-1s", "3 parsecs", "99999999999999999999s"] {
-            assert!(Span::parse(text).is_err(), "{text}");
+            assert!(DurationValue::parse(text).is_err(), "{text}");
         }
     }
 
@@ -173,12 +172,12 @@ mod tests {
             ("16MiB", 16 << 20, "16MiB"),
             ("1.5 GiB", 3 << 29, "1536MiB"),
         ] {
-            let size = Size::parse(text).unwrap();
+            let size = ByteSize::parse(text).unwrap();
             assert_eq!(size.0, bytes, "{text}");
             assert_eq!(size.to_string(), written, "{text}");
         }
         for text in ["", "-1", "MiB", "12 parsecs", "1..5kB"] {
-            assert!(Size::parse(text).is_err(), "{text}");
+            assert!(ByteSize::parse(text).is_err(), "{text}");
         }
     }
 
@@ -188,9 +187,9 @@ mod tests {
             nanoseconds in 0..u64::MAX, seconds in 0..40_000_000u64, size in any::<u64>(),
         ) {
             for span in [Duration::from_nanos(nanoseconds), Duration::from_secs(seconds)] {
-                prop_assert_eq!(Span::parse(&Span(span).to_string()).unwrap().0, span);
+                prop_assert_eq!(DurationValue::parse(&DurationValue(span).to_string()).unwrap().0, span);
             }
-            prop_assert_eq!(Size::parse(&Size(size).to_string()).unwrap().0, size);
+            prop_assert_eq!(ByteSize::parse(&ByteSize(size).to_string()).unwrap().0, size);
         }
     }
 }

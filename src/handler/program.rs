@@ -16,7 +16,7 @@ pub(super) struct PreparedProgram {
 }
 
 impl PreparedProgram {
-    pub fn new(program: &config::Program) -> Self {
+    pub fn new(program: &config::ProgramConfig) -> Self {
         let limits = &program.rlimits;
         let variables = program.environment.iter();
         PreparedProgram {

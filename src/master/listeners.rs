@@ -18,7 +18,7 @@ use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 
 use super::own_path::{OwnedPath, PathState};
-use crate::config::{Address, Listen, Settings};
+use crate::config::{Address, ListenConfig, Settings};
 use crate::error::{Error, Result};
 use crate::sys::notify::PassedListener;
 use crate::sys::rights;
@@ -126,7 +126,7 @@ impl Listener {
 /// # Errors
 /// When an address can't be bound; what was bound until then is closed again.
 pub fn open(
-    wanted: &[Listen],
+    wanted: &[ListenConfig],
     current: &[Rc<Listener>],
     passed: &[Rc<Listener>],
     write_timeout: Duration,
@@ -198,7 +198,7 @@ pub fn open(
 
 /// A new socket at the path of one that was removed. What can't be made again is logged, and no
 /// reason to refuse a reload: it was out of reach before.
-fn renew(has: &Listener, listen: &Listen, write_timeout: Duration) -> Option<Listener> {
+fn renew(has: &Listener, listen: &ListenConfig, write_timeout: Duration) -> Option<Listener> {
     let address = &has.bound;
     let what = "this server listens: it is left alone, and nobody finds the way to this listener; remove it \
                 and reload";
@@ -261,7 +261,7 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
         .collect()
 }
 
-fn bind(listen: &Listen, write_timeout: Duration) -> Result<Listener> {
+fn bind(listen: &ListenConfig, write_timeout: Duration) -> Result<Listener> {
     let (fd, path) = match &listen.address {
         Address::Tcp(address) => (socket::bind_tcp(*address), None),
         Address::Unix(path) => (bind_path(path, listen.mode), Some(path)),
@@ -296,7 +296,11 @@ pub fn tune(settings: &Settings, listeners: &[Rc<Listener>]) {
     }
 }
 
-fn tune_one(listener: &Listener, wanted: Option<&Listen>, write_timeout: Duration) -> Result<()> {
+fn tune_one(
+    listener: &Listener,
+    wanted: Option<&ListenConfig>,
+    write_timeout: Duration,
+) -> Result<()> {
     set_options(listener, write_timeout)?;
     let Some(wanted) = wanted else {
         return Ok(());
@@ -388,8 +392,8 @@ fn refused(address: &Address, error: io::Error) -> Error {
 mod tests {
     use super::*;
 
-    fn listen(address: &str) -> Listen {
-        Listen {
+    fn listen(address: &str) -> ListenConfig {
+        ListenConfig {
             address: address.parse().unwrap(),
             name: None,
             backlog: 16,
@@ -418,7 +422,7 @@ mod tests {
             PassedListener { fd, name }
         };
         let passed = adopt_passed(vec![pass("a"), pass("b"), pass("c"), pass("rpc")]).unwrap();
-        let named = Listen {
+        let named = ListenConfig {
             name: Some("rpc".into()),
             ..listen("127.0.0.1:8081")
         };

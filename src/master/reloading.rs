@@ -60,7 +60,8 @@ impl Master<'_> {
 
     /// Reads and checks the new configuration and opens what it names.
     fn prepare(&mut self) -> Result<GenerationContext> {
-        let settings = config::as_running(self.setup.host.load()?, &self.serving_context.settings);
+        let settings =
+            config::keep_restart_only_keys(self.setup.host.load()?, &self.serving_context.settings);
         if self.serving_context.settings.daemon && settings.log.file.is_none() {
             return Err(Error::Config {
                 file: settings.file,

@@ -90,7 +90,7 @@ impl Server {
         // What the old workers run on; where it means nothing to this version, what the new ones will.
         let file = origin.file.clone();
         let (settings, strange) =
-            match config::of_effective(state.settings.clone(), file.clone(), &overrides) {
+            match config::from_effective(state.settings.clone(), file.clone(), &overrides) {
                 Ok(settings) => (settings, None),
                 Err(error) => (config::load(file.as_deref(), &overrides)?, Some(error)),
             };

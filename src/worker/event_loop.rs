@@ -18,7 +18,7 @@ use super::silent::SilentConnections;
 use super::spreading::ActiveRebalance;
 use super::timers::TimerTarget;
 use super::wear;
-use crate::config::Workers;
+use crate::config::WorkersConfig;
 use crate::handler::command::sweep;
 use crate::link::channel::WorkerEnd;
 use crate::link::handoff::AdoptionQueue;
@@ -128,7 +128,7 @@ impl EventLoop {
         (adoption, stuck): (AdoptionQueue, &'static StuckCalls),
         show_draining: Box<dyn Fn()>,
         generation: Generation,
-        workers: &Workers,
+        workers: &WorkersConfig,
     ) -> Self {
         EventLoop {
             service,

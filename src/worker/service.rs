@@ -15,7 +15,7 @@ use super::ledger::{CallJournal, CallRef};
 use super::threads::Threads;
 use super::timers::{CallKey, TimerTarget, Timers};
 use super::unsent::UnsentAnswers;
-use crate::config::Limits;
+use crate::config::LimitsConfig;
 use crate::handler::registry::{self, Registry};
 use crate::handler::{Context, Placement, guard};
 use crate::link::quarantine::Quarantine;
@@ -40,7 +40,7 @@ pub struct CallDispatcher {
     /// All deadlines of the worker.
     pub timers: Timers,
     /// The configured limits.
-    pub limits: Limits,
+    pub limits: LimitsConfig,
     /// The origins whose web pages may call. A worker has them for life.
     pub origins: &'static [String],
     /// Answers of one connection that are not sent yet.

@@ -38,9 +38,9 @@ fn address() -> impl Strategy<Value = Address> {
 prop_compose! {
     fn listener()(
         address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
-    ) -> Listen {
+    ) -> ListenConfig {
         let mode = (with && matches!(address, Address::Unix(_))).then_some(mode);
-        Listen { address, name: Some(format!("socket {backlog}")), backlog, mode }
+        ListenConfig { address, name: Some(format!("socket {backlog}")), backlog, mode }
     }
 }
 
@@ -51,8 +51,8 @@ prop_compose! {
         respawn_max_delay in or_zero(100), keep_connections: bool, max_unavailable in 1..=1024usize,
         max_calls in 0..=1u64 << 50, max_memory in prop_oneof![Just(0), 1u64 << 20..=1 << 50],
         max_lifetime in or_zero(1000),
-    ) -> Workers {
-        Workers {
+    ) -> WorkersConfig {
+        WorkersConfig {
             count, threads, boot_timeout, heartbeat_timeout, respawn_burst, respawn_max_delay,
             keep_connections, max_calls, max_memory, max_lifetime, max_unavailable,
             drain_timeout: Duration::from_secs(365 * 86_400),
@@ -66,10 +66,10 @@ prop_compose! {
         more in 0usize..=1 << 40, depth in 1..=10_000usize,
         counts in [1..=1_000_000usize, 1..=1_000_000, 1..=1_000_000],
         times in [duration(1), duration(1), duration(1)], idle_timeout in or_zero(1),
-    ) -> Limits {
+    ) -> LimitsConfig {
         let [pipeline, batch, queue] = counts;
         let [timeout, read_timeout, write_timeout] = times;
-        Limits {
+        LimitsConfig {
             connections, frame, depth, unfinished: frame + more, pipeline, batch, queue, timeout, read_timeout,
             write_timeout, idle_timeout,
         }
@@ -83,16 +83,16 @@ prop_compose! {
         environment in prop::collection::btree_map("[A-OQ-Z][A-Z_]{0,5}", "[^\0]{0,9}", 0..3),
         cpu in prop::option::of(1..1000u64), memory in prop::option::of(1u64 << 20..1 << 40),
         files in prop::option::of(3..1000u64), processes in prop::option::of(1..1000u64), guard: bool,
-    ) -> Program {
+    ) -> ProgramConfig {
         let file = PathBuf::from("/bin/sh").canonicalize().unwrap();
         let name = if by_name { "sh".to_owned() } else { file.to_str().unwrap().to_owned() };
-        Program {
+        ProgramConfig {
             file,
             arguments: [name].into_iter().chain(more).collect(),
             environment,
             directory: "/etc".into(),
             account: user.then(|| Account::lookup("nobody", Some("root")).unwrap()),
-            rlimits: Rlimits { cpu: cpu.map(Duration::from_secs), memory, files, processes },
+            rlimits: RlimitsConfig { cpu: cpu.map(Duration::from_secs), memory, files, processes },
             guard,
         }
     }
@@ -101,11 +101,11 @@ prop_compose! {
 prop_compose! {
     fn command()(
         program in program(), params: bool, json: bool, max_output in 1..=128usize << 20,
-    ) -> Command {
-        Command {
+    ) -> CommandConfig {
+        CommandConfig {
             program,
             stdin: if params { Stdin::Params } else { Stdin::None },
-            output: if json { Output::Json } else { Output::Text },
+            output: if json { OutputFormat::Json } else { OutputFormat::Text },
             max_output,
         }
     }
@@ -116,9 +116,9 @@ prop_compose! {
         program in program(), processes in 1..=1024usize, handshake: bool,
         times in [or_zero(1), or_zero(1)], respawn_max_delay in or_zero(100),
         max_calls in 0..i64::MAX as u64, max_memory: u64, respawn_burst in 0..=1_000_000u32,
-    ) -> Pool {
+    ) -> PoolConfig {
         let [idle_timeout, max_lifetime] = times;
-        Pool {
+        PoolConfig {
             program, processes, handshake, idle_timeout, max_lifetime, respawn_max_delay,
             max_calls, max_memory, respawn_burst,
             boot_timeout: Duration::from_millis(1),
@@ -130,7 +130,7 @@ prop_compose! {
     fn method()(
         kind in 0..6usize, command in command(), timeout in duration(1),
         concurrency in 0..=1000usize, rate: u32,
-    ) -> Method {
+    ) -> MethodConfig {
         let kind = match kind {
             4 => MethodKind::Command(Box::new(command)),
             5 => MethodKind::Pool("first".into()),
@@ -139,7 +139,7 @@ prop_compose! {
             2 => MethodKind::Builtin(Builtin::Echo),
             _ => MethodKind::Builtin(Builtin::Sleep),
         };
-        Method { kind, timeout, concurrency, rate }
+        MethodConfig { kind, timeout, concurrency, rate }
     }
 }
 
@@ -157,7 +157,7 @@ prop_compose! {
         let kind = MethodKind::Builtin(Builtin::Ping);
         let methods: BTreeMap<_, _> = methods
             .into_iter()
-            .chain([("ping".to_owned(), Method { kind, ..ping })])
+            .chain([("ping".to_owned(), MethodConfig { kind, ..ping })])
             .collect();
         let mut pools = BTreeMap::from([("first".to_owned(), first)]);
         pools.extend(more.map(|pool| ("a.second-1".to_owned(), pool)));
@@ -172,14 +172,14 @@ prop_compose! {
             // Only workers of root's can run a command as somebody else.
             account: (user && !has_account)
                 .then(|| Account::lookup("nobody", Some("root")).unwrap()),
-            log: Log { level, format, file: daemon.then_some(file) },
+            log: LogConfig { level, format, file: daemon.then_some(file) },
             workers, limits, listen, methods, pools,
             warnings: Vec::new(), needs_restart: Vec::new(),
         }
     }
 }
 
-fn program_of(method: &Method) -> Option<&Program> {
+fn program_of(method: &MethodConfig) -> Option<&ProgramConfig> {
     match &method.kind {
         MethodKind::Command(command) => Some(&command.program),
         _ => None,
@@ -190,7 +190,7 @@ proptest! {
     #[test]
     fn what_check_prints_reads_to_the_same_settings(expected in any_settings()) {
         let text = expected.to_toml();
-        let is_function = |method: &Method| method.kind == MethodKind::Function;
+        let is_function = |method: &MethodConfig| method.kind == MethodKind::Function;
         let methods = expected.methods.iter();
         let names: Vec<&str> =
             methods.filter(|(_, m)| is_function(m)).map(|(name, _)| name.as_str()).collect();

@@ -18,7 +18,7 @@ use std::ffi::CStr;
 
 use super::program::{PreparedProgram, guard_hint};
 use super::{Context, Handler};
-use crate::config::{self, Output, Stdin};
+use crate::config::{self, OutputFormat, Stdin};
 use crate::logging::pluralize;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
@@ -35,7 +35,7 @@ pub struct CommandHandler {
     program: PreparedProgram,
     arguments: Arguments,
     stdin: Stdin,
-    output: Output,
+    output: OutputFormat,
     max_output: usize,
     /// The nesting that a result may have.
     depth: usize,
@@ -43,7 +43,7 @@ pub struct CommandHandler {
 
 impl CommandHandler {
     /// The handler of a configured command, whose results may be nested `depth` levels deep.
-    pub fn new(command: &config::Command, depth: usize) -> Self {
+    pub fn new(command: &config::CommandConfig, depth: usize) -> Self {
         CommandHandler {
             program: PreparedProgram::new(&command.program),
             arguments: Arguments::new(&command.program.arguments),

@@ -5,7 +5,7 @@
 
 use serde_json::value::RawValue;
 
-use crate::config::Output;
+use crate::config::OutputFormat;
 use crate::protocol::json;
 
 /// Bytes of the end of standard error that are kept.
@@ -17,19 +17,19 @@ const STDERR_END: usize = 4096;
 /// # Errors
 /// Why it can't be a result; `result` is as it was then.
 pub fn append(
-    output: Output,
+    output: OutputFormat,
     stdout: Vec<u8>,
     depth: usize,
     result: &mut Vec<u8>,
 ) -> Result<(), String> {
     match output {
-        Output::Text => {
+        OutputFormat::Text => {
             let text = String::from_utf8(stdout).map_err(|error| {
                 format!("not UTF-8 at byte {}", error.utf8_error().valid_up_to())
             })?;
             serde_json::to_writer(result, &text).map_err(|error| error.to_string())
         }
-        Output::Json => {
+        OutputFormat::Json => {
             if stdout.trim_ascii().is_empty() {
                 return Err("nothing, where one JSON value is to be".into());
             }
@@ -87,7 +87,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn result(output: Output, stdout: &[u8]) -> Result<String, String> {
+    fn result(output: OutputFormat, stdout: &[u8]) -> Result<String, String> {
         let mut result = Vec::new();
         append(output, stdout.to_vec(), 3, &mut result)?;
         Ok(String::from_utf8_lossy(&result).into_owned())
@@ -95,10 +95,10 @@ mod tests {
 
     #[test]
     fn text_is_a_string_whole_and_json_is_one_value_on_one_line() {
-        let text = |stdout| result(Output::Text, stdout);
+        let text = |stdout| result(OutputFormat::Text, stdout);
         assert_eq!(text(b"a\r\n\"b\"\n"), Ok(r#""a\r\n\"b\"\n""#.into()));
         assert_eq!(text(b""), Ok(r#""""#.into()));
-        let json = |stdout| result(Output::Json, stdout);
+        let json = |stdout| result(OutputFormat::Json, stdout);
         assert_eq!(json(b" {\"a\":\r\n1.50}\n"), Ok("{\"a\":  1.50}".into()));
         for (stdout, told) in [
             (&b""[..], "nothing"),

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::config::Pool;
+use crate::config::PoolConfig;
 use crate::throttle::{Millis, ThrottleLimits};
 
 /// A program without a handshake is ready when it is still there after so long.
@@ -32,7 +32,7 @@ pub(super) struct Rules {
 
 impl Rules {
     /// Those of the program with this number.
-    pub fn new(pool: &Pool, number: usize) -> Self {
+    pub fn new(pool: &PoolConfig, number: usize) -> Self {
         let share = number as u64 * SPREAD / pool.processes as u64;
         let earlier = |value: u64| value - value / SPREAD * share / SPREAD;
         Rules {

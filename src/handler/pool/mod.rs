@@ -60,7 +60,7 @@ pub struct Pool {
     name: String,
     program: PreparedProgram,
     arguments: Vec<CString>,
-    settings: config::Pool,
+    settings: config::PoolConfig,
     /// How long the first start of each program may take, which a new worker waits for.
     first_boot: u64,
     /// Bytes of an answer.
@@ -71,7 +71,7 @@ pub struct Pool {
 
 impl Pool {
     /// The pool of that name in these settings.
-    pub fn new(name: &str, pool: &config::Pool, settings: &config::Settings) -> Self {
+    pub fn new(name: &str, pool: &config::PoolConfig, settings: &config::Settings) -> Self {
         // Somewhat earlier than the master would give the worker up without knowing why.
         let worker = settings.workers.boot_timeout;
         let first_boot = pool.boot_timeout.min(worker - worker / 10);

@@ -34,7 +34,7 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
     Children::fits(&state.workers).unwrap();
     let origin = state.origin.clone();
     let settings =
-        config::of_effective(state.settings.clone(), origin.file, &Overrides::default()).unwrap();
+        config::from_effective(state.settings.clone(), origin.file, &Overrides::default()).unwrap();
     let text = settings.to_toml();
     for line in state.settings.lines() {
         assert!(text.lines().any(|now| now == line), "{line:?} in {text}");
@@ -75,7 +75,7 @@ fn every_member_of_the_version_before_is_read_and_written_back() {
         assert_eq!(fleet.export(), state.fleet);
         let file = state.origin.file.clone();
         let settings = state.settings.clone();
-        let settings = config::of_effective(settings, file, &Overrides::default()).unwrap();
+        let settings = config::from_effective(settings, file, &Overrides::default()).unwrap();
         let printed = settings.to_toml();
         for line in state.settings.lines() {
             assert!(
