@@ -115,7 +115,7 @@ impl std::error::Error for ClientError {
 }
 
 /// The same failure once more, for each of the calls that it took along.
-pub(super) fn once_more(error: &io::Error) -> io::Error {
+pub(super) fn clone_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 

@@ -25,14 +25,14 @@ const PIECE: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(127);
 
 /// What is done with an outcome.
-pub(super) type Done = Box<dyn FnOnce(Result<Reply, ClientError>) + Send>;
+pub(super) type ClientResult = Box<dyn FnOnce(Result<Reply, ClientError>) + Send>;
 
 /// A call to be made.
-pub(super) struct Job {
+pub(super) struct ClientCall {
     pub(super) method: Arc<str>,
     /// JSON.
     pub(super) params: Box<str>,
-    pub(super) done: Done,
+    pub(super) done: ClientResult,
 }
 
 /// What a pool and its lanes share.
@@ -71,9 +71,9 @@ impl Shared {
 
 /// The way to end a lane's connection from outside.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Wire(Arc<Mutex<Option<Stream>>>);
+pub(super) struct ConnectionHandle(Arc<Mutex<Option<Stream>>>);
 
-impl Wire {
+impl ConnectionHandle {
     fn set(&self, stream: Option<Stream>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = stream;
     }
@@ -88,18 +88,18 @@ impl Wire {
 }
 
 /// See the module.
-pub(super) struct Lane {
+pub(super) struct PoolThread {
     pub(super) shared: Arc<Shared>,
-    pub(super) wire: Wire,
+    pub(super) wire: ConnectionHandle,
     /// `None` until the first call, and after the connection was lost.
     pub(super) client: Option<Client>,
     /// Disconnected when the pool is terminated; nothing is ever sent.
     pub(super) stop: Receiver<()>,
 }
 
-impl Lane {
+impl PoolThread {
     /// Takes jobs until there can't be any more.
-    pub(super) fn run(mut self, jobs: &Receiver<Job>) {
+    pub(super) fn run(mut self, jobs: &Receiver<ClientCall>) {
         if let Some(client) = &self.client {
             self.wire.set(client.second());
         }
@@ -171,6 +171,6 @@ impl Client {
 
     /// A second handle of the connection.
     pub(super) fn second(&self) -> Option<Stream> {
-        self.stream.as_ref()?.second().ok()
+        self.stream.as_ref()?.try_clone().ok()
     }
 }

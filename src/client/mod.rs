@@ -135,7 +135,7 @@ impl Reply {
 
 /// A call as it is written.
 #[derive(Serialize)]
-struct Call<'a> {
+struct OutgoingCall<'a> {
     #[serde(rename = "in")]
     method: &'a str,
     params: &'a RawValue,
@@ -170,7 +170,7 @@ impl Client {
     pub fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
         let stream = Stream::connect(address, timeout)?;
         // From the beginning, as no signal that ends this process waits for a destructor.
-        stream.forsakes(true);
+        stream.set_abort_on_close(true);
         Ok(Client {
             stream: Some(stream),
             inbox: Vec::new(),
@@ -188,7 +188,7 @@ impl Client {
         params: impl Serialize,
     ) -> Result<R, ClientError> {
         let params = to_raw_value(&params).map_err(ClientError::Params)?;
-        let call = Call {
+        let call = OutgoingCall {
             method,
             params: &params,
             id: None,
@@ -211,7 +211,7 @@ impl Client {
         timeout_ms: Option<u64>,
     ) -> Result<Reply, ClientError> {
         let raw = |text| serde_json::from_str::<&RawValue>(text).map_err(ClientError::Params);
-        let call = Call {
+        let call = OutgoingCall {
             method,
             params: raw(params_json)?,
             id: id.map(raw).transpose()?,
@@ -285,7 +285,7 @@ impl Drop for Client {
     fn drop(&mut self) {
         // Kept, so it is at rest: there is no call to be given up.
         if let Some(stream) = &self.stream {
-            stream.forsakes(false);
+            stream.set_abort_on_close(false);
         }
     }
 }

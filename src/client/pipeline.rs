@@ -14,9 +14,9 @@ use crossbeam_channel::{Sender, bounded};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::error::once_more;
+use super::error::clone_error;
 use super::stream::Stream;
-use super::{Call, ClientError, Handle, Lost, Reply, answer, frame_of, receive};
+use super::{ClientError, Handle, Lost, OutgoingCall, Reply, answer, frame_of, receive};
 
 /// A connection on which calls are sent without waiting for the answers before.
 ///
@@ -28,13 +28,13 @@ pub struct Pipeline {
     timeout: Option<Duration>,
     /// `None` before a lost connection is made again. Held while a call is written: frames must
     /// not mix.
-    connection: Mutex<Option<Connection>>,
+    connection: Mutex<Option<PipelineConnection>>,
 }
 
 #[derive(Debug)]
-struct Connection {
+struct PipelineConnection {
     stream: Stream,
-    unanswered: Arc<Mutex<Unanswered>>,
+    unanswered: Arc<Mutex<PipelinedCalls>>,
     /// `Some` until it was waited for.
     reader: Option<JoinHandle<()>>,
 }
@@ -42,7 +42,7 @@ struct Connection {
 type Outcome = Result<Reply, ClientError>;
 
 #[derive(Debug, Default)]
-pub(super) struct Unanswered {
+pub(super) struct PipelinedCalls {
     /// Ids that were given; an answer to one of them that nobody waits for is merely late.
     given: u64,
     calls: HashMap<u64, Sender<Outcome>>,
@@ -58,7 +58,7 @@ impl Pipeline {
     /// # Errors
     /// [`ClientError::Address`], [`ClientError::NoServer`], [`ClientError::NoThread`].
     pub fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
-        let connection = Connection::open(address, timeout)?;
+        let connection = PipelineConnection::open(address, timeout)?;
         Ok(Pipeline {
             address: address.to_owned(),
             timeout,
@@ -92,9 +92,9 @@ impl Pipeline {
 
     fn send<R>(&self, method: &str, params: &RawValue) -> Result<Handle<R>, ClientError> {
         let mut slot = lock(&self.connection);
-        let connection = match slot.take().filter(Connection::is_alive) {
+        let connection = match slot.take().filter(PipelineConnection::is_alive) {
             Some(connection) => slot.insert(connection),
-            None => slot.insert(Connection::open(&self.address, self.timeout)?),
+            None => slot.insert(PipelineConnection::open(&self.address, self.timeout)?),
         };
         let (sender, outcome) = bounded(1);
         let id = lock(&connection.unanswered).add(sender);
@@ -116,14 +116,14 @@ impl Pipeline {
 }
 
 fn write(
-    connection: &mut Connection,
+    connection: &mut PipelineConnection,
     method: &str,
     params: &RawValue,
     id: u64,
     timeout: Option<Duration>,
 ) -> Result<(), ClientError> {
     let id = to_raw_value(&id).map_err(ClientError::Params)?;
-    let bytes = frame_of(&Call {
+    let bytes = frame_of(&OutgoingCall {
         method,
         params,
         id: Some(&id),
@@ -144,15 +144,15 @@ fn whole_millis(limit: Duration) -> u64 {
     u64::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }
 
-impl Connection {
+impl PipelineConnection {
     fn open(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
         let nobody = |source| ClientError::NoServer {
             address: address.to_owned(),
             source,
         };
         let stream = Stream::connect(address, timeout)?;
-        let reading = stream.second().map_err(nobody)?;
-        let unanswered = Arc::new(Mutex::new(Unanswered::default()));
+        let reading = stream.try_clone().map_err(nobody)?;
+        let unanswered = Arc::new(Mutex::new(PipelinedCalls::default()));
         let reader = thread::Builder::new()
             .name("answers".into())
             .spawn({
@@ -160,7 +160,7 @@ impl Connection {
                 move || read_all(reading, &unanswered)
             })
             .map_err(ClientError::NoThread)?;
-        Ok(Connection {
+        Ok(PipelineConnection {
             stream,
             unanswered,
             reader: Some(reader),
@@ -172,7 +172,7 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for PipelineConnection {
     /// What is unanswered loses its connection.
     fn drop(&mut self) {
         self.stream.end();
@@ -187,7 +187,7 @@ impl Drop for Connection {
 #[derive(Debug)]
 pub(super) struct Entry {
     id: u64,
-    unanswered: Arc<Mutex<Unanswered>>,
+    unanswered: Arc<Mutex<PipelinedCalls>>,
 }
 
 impl Drop for Entry {
@@ -196,7 +196,7 @@ impl Drop for Entry {
     }
 }
 
-impl Unanswered {
+impl PipelinedCalls {
     fn add(&mut self, sender: Sender<Outcome>) -> u64 {
         self.given += 1;
         self.calls.insert(self.given, sender);
@@ -205,7 +205,7 @@ impl Unanswered {
 }
 
 /// Hands out answers until the connection ends, and then tells those that have none.
-fn read_all(mut stream: Stream, unanswered: &Mutex<Unanswered>) {
+fn read_all(mut stream: Stream, unanswered: &Mutex<PipelinedCalls>) {
     let mut inbox = Vec::new();
     let lost = loop {
         match receive(&mut stream, &mut inbox, None) {
@@ -224,14 +224,14 @@ fn read_all(mut stream: Stream, unanswered: &Mutex<Unanswered>) {
     for (_, sender) in unanswered.calls.drain() {
         // A handle that was dropped wants nothing.
         let _ = sender.send(Err(match &lost {
-            Lost::Io(error) => ClientError::Gone(once_more(error)),
+            Lost::Io(error) => ClientError::Gone(clone_error(error)),
             Lost::Alien(text) => ClientError::Protocol(text.clone()),
         }));
     }
 }
 
 /// Gives an answer to its call; an error when there is none.
-fn hand_out(body: &[u8], unanswered: &mut Unanswered) -> Result<(), String> {
+fn hand_out(body: &[u8], unanswered: &mut PipelinedCalls) -> Result<(), String> {
     let (id, outcome) = answer::read(body).map_err(|error| error.to_string())?;
     let number = id.as_ref().and_then(|id| id.get().parse().ok());
     match number {

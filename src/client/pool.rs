@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::imap::{Imap, ImapUnordered};
-use super::lane::{Job, Lane, Shared, Wire};
+use super::lane::{ClientCall, ConnectionHandle, PoolThread, Shared};
 use super::retry::Retry;
 use super::{ClientError, Handle, Reply};
 
@@ -70,10 +70,10 @@ impl Default for Options {
 pub struct Pool {
     shared: Arc<Shared>,
     /// `None` once the pool is closed.
-    jobs: Mutex<Option<Sender<Job>>>,
+    jobs: Mutex<Option<Sender<ClientCall>>>,
     /// Dropped to wake the lanes that wait before they repeat.
     stop: Mutex<Option<Sender<()>>>,
-    wires: Vec<Wire>,
+    wires: Vec<ConnectionHandle>,
     lanes: Vec<JoinHandle<()>>,
 }
 
@@ -94,7 +94,7 @@ impl Pool {
             repeated: AtomicU64::new(0),
         });
         let mut first = Some(shared.connect()?);
-        let (jobs, taken) = unbounded::<Job>();
+        let (jobs, taken) = unbounded::<ClientCall>();
         let (stop, stopped) = bounded(0);
         let mut pool = Pool {
             shared: Arc::clone(&shared),
@@ -104,8 +104,8 @@ impl Pool {
             lanes: Vec::new(),
         };
         for number in 0..options.connections.max(1) {
-            let wire = Wire::default();
-            let lane = Lane {
+            let wire = ConnectionHandle::default();
+            let lane = PoolThread {
                 shared: Arc::clone(&shared),
                 wire: wire.clone(),
                 client: first.take(),
@@ -266,7 +266,7 @@ impl Pool {
         done: impl FnOnce(Result<Reply, ClientError>) + Send + 'static,
     ) -> Result<(), ClientError> {
         let done = Box::new(done);
-        let job = Job {
+        let job = ClientCall {
             method,
             params,
             done,

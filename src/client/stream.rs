@@ -67,7 +67,7 @@ impl Stream {
     }
 
     /// A second handle of the same connection, for whoever reads, or ends it from outside.
-    pub(super) fn second(&self) -> io::Result<Self> {
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
         match self {
             Stream::Tcp(tcp) => tcp.try_clone().map(Stream::Tcp),
             Stream::Unix(unix) => unix.try_clone().map(Stream::Unix),
@@ -86,7 +86,7 @@ impl Stream {
     /// Whether its end, when it is closed or this process is, tells the server that nobody waits for
     /// an answer any more: a mere end could be that of a client that has said all it had to say. On
     /// a unix socket each end of a process tells so.
-    pub(super) fn forsakes(&self, forsakes: bool) {
+    pub(super) fn set_abort_on_close(&self, forsakes: bool) {
         if let Stream::Tcp(tcp) = self {
             socket::reset_when_closed(tcp, forsakes);
         }
