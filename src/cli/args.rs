@@ -15,12 +15,12 @@ use serde_json::value::RawValue;
 
 use super::bench::BenchOptions;
 use super::map::MapOptions;
-use super::target::Target;
+use super::target::TargetArgs;
 use crate::error::{Error, Result};
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Command {
+pub enum CliCommand {
     /// Print this: help, or the version.
     Print(String),
     /// Start a server.
@@ -40,38 +40,38 @@ pub enum Command {
     /// Show what a server does.
     Status {
         /// Which server.
-        place: Place,
+        place: ServerSelector,
         /// `--json`.
         json: bool,
     },
     /// Have a server read its configuration again.
     Reload {
         /// Which server.
-        place: Place,
+        place: ServerSelector,
     },
     /// Have a server run its new binary.
     Upgrade {
         /// Which server.
-        place: Place,
+        place: ServerSelector,
     },
     /// Change a server's number of workers.
     Scale {
         /// Which server.
-        place: Place,
+        place: ServerSelector,
         /// How many there are to be, 1 to 1024.
         count: usize,
     },
     /// End a server.
     Stop {
         /// Which server.
-        place: Place,
+        place: ServerSelector,
         /// `--now`.
         now: bool,
         /// `--after`: serve so long first, not ready for health checks.
         after: Option<Duration>,
     },
     /// Call a method.
-    Call(Call),
+    Call(CallArgs),
     /// Call a method for each line of stdin.
     Map(MapOptions),
     /// Load a server.
@@ -80,7 +80,7 @@ pub enum Command {
 
 /// Which running server is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum ServerSelector {
     /// That of this configuration file, or of the default one.
     Config(Option<PathBuf>),
     /// The one with this control socket.
@@ -89,13 +89,13 @@ pub enum Place {
 
 /// A call, as the command line has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Call {
+pub struct CallArgs {
     /// The method.
     pub method: String,
     /// The params.
-    pub params: Params,
+    pub params: ParamsSource,
     /// `--address` and `--config`.
-    pub target: Target,
+    pub target: TargetArgs,
     /// `--timeout`.
     pub timeout: Option<Duration>,
     /// `--id`, as JSON: a string or a number.
@@ -106,7 +106,7 @@ pub struct Call {
 
 /// Where a call's params are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Params {
+pub enum ParamsSource {
     /// Here, as JSON.
     Here(String),
     /// They come on stdin.
@@ -189,7 +189,7 @@ enum LowCommand {
         #[arg(default_value = "null", allow_negative_numbers = true)]
         params: String,
         #[command(flatten)]
-        target: Target,
+        target: TargetArgs,
         /// How long to wait for the answer, such as 500ms or 30s [default: the server's limit]
         #[arg(long, value_name = "TIME", value_parser = duration)]
         timeout: Option<Duration>,
@@ -222,18 +222,18 @@ struct LowPlace {
     control_socket: Option<PathBuf>,
 }
 
-impl From<LowPlace> for Place {
+impl From<LowPlace> for ServerSelector {
     fn from(low: LowPlace) -> Self {
         match low.control_socket {
-            Some(path) => Place::Socket(path),
-            None => Place::Config(low.config.config),
+            Some(path) => ServerSelector::Socket(path),
+            None => ServerSelector::Config(low.config.config),
         }
     }
 }
 
 /// Reads the command line. `name` is what the program calls itself; `words` begins with the
 /// program's own.
-pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Command> {
+pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<CliCommand> {
     let own = concat!("preforkd ", env!("CARGO_PKG_VERSION"));
     let version = match own.split_once(' ') {
         Some((library, version)) if library == name => version.to_owned(),
@@ -248,7 +248,7 @@ pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Co
         Err(error) => Err(error),
     };
     match low {
-        Ok(Low { command: None }) => Ok(Command::Print(command.render_help().to_string())),
+        Ok(Low { command: None }) => Ok(CliCommand::Print(command.render_help().to_string())),
         Ok(Low {
             command: Some(command),
         }) => raise(command),
@@ -258,7 +258,7 @@ pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Co
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
             ) =>
         {
-            Ok(Command::Print(error.render().to_string()))
+            Ok(CliCommand::Print(error.render().to_string()))
         }
         Err(error) => {
             let text = error.render().to_string();
@@ -269,35 +269,35 @@ pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Co
 }
 
 /// From the words to what they mean.
-fn raise(low: LowCommand) -> Result<Command> {
+fn raise(low: LowCommand) -> Result<CliCommand> {
     Ok(match low {
         LowCommand::Run {
             config,
             daemon,
             listen,
-        } => Command::Run {
+        } => CliCommand::Run {
             config: config.config,
             daemon,
             listen,
         },
-        LowCommand::Check { config } => Command::Check {
+        LowCommand::Check { config } => CliCommand::Check {
             config: config.config,
         },
-        LowCommand::Status { place, json } => Command::Status {
+        LowCommand::Status { place, json } => CliCommand::Status {
             place: place.into(),
             json,
         },
-        LowCommand::Reload { place } => Command::Reload {
+        LowCommand::Reload { place } => CliCommand::Reload {
             place: place.into(),
         },
-        LowCommand::Upgrade { place } => Command::Upgrade {
+        LowCommand::Upgrade { place } => CliCommand::Upgrade {
             place: place.into(),
         },
-        LowCommand::Scale { count, place } => Command::Scale {
+        LowCommand::Scale { count, place } => CliCommand::Scale {
             place: place.into(),
             count: count.into(),
         },
-        LowCommand::Stop { place, now, after } => Command::Stop {
+        LowCommand::Stop { place, now, after } => CliCommand::Stop {
             place: place.into(),
             now,
             after,
@@ -309,19 +309,19 @@ fn raise(low: LowCommand) -> Result<Command> {
             timeout,
             id,
             jsonrpc,
-        } => Command::Call(Call {
+        } => CliCommand::Call(CallArgs {
             method,
             params: match params.as_str() {
-                "-" => Params::Stdin,
-                _ => Params::Here(json(params, "PARAMS")?),
+                "-" => ParamsSource::Stdin,
+                _ => ParamsSource::Here(json(params, "PARAMS")?),
             },
             target,
             timeout,
             id: id.map(id_as_json),
             jsonrpc,
         }),
-        LowCommand::Map(options) => Command::Map(options),
-        LowCommand::Bench(options) => Command::Bench(options.checked()?),
+        LowCommand::Map(options) => CliCommand::Map(options),
+        LowCommand::Bench(options) => CliCommand::Bench(options.checked()?),
     })
 }
 

@@ -1,12 +1,12 @@
 //! What the command line means, a row a way to write it.
 #![allow(clippy::unwrap_used)]
 
-use super::args::{Call, Command, Params, Place, parse};
-use super::target::Target;
+use super::args::{CallArgs, CliCommand, ParamsSource, ServerSelector, parse};
+use super::target::TargetArgs;
 use crate::error::Error;
 use std::time::Duration;
 
-fn read(line: &str) -> Result<Command, Error> {
+fn read(line: &str) -> Result<CliCommand, Error> {
     let words = line.split_whitespace().map(Into::into);
     parse(
         "preforkd",
@@ -16,11 +16,11 @@ fn read(line: &str) -> Result<Command, Error> {
     )
 }
 
-fn default_call() -> Call {
-    Call {
+fn default_call() -> CallArgs {
+    CallArgs {
         method: "ping".into(),
-        params: Params::Here("null".into()),
-        target: Target::default(),
+        params: ParamsSource::Here("null".into()),
+        target: TargetArgs::default(),
         timeout: None,
         id: None,
         jsonrpc: false,
@@ -29,11 +29,11 @@ fn default_call() -> Call {
 
 #[test]
 fn each_command_means_what_the_contract_says() {
-    let here = || Place::Config(None);
+    let here = || ServerSelector::Config(None);
     for (line, command) in [
         (
             "run",
-            Command::Run {
+            CliCommand::Run {
                 config: None,
                 daemon: false,
                 listen: vec![],
@@ -41,7 +41,7 @@ fn each_command_means_what_the_contract_says() {
         ),
         (
             "run --daemon --config a.toml --listen [::1]:1 --listen unix:/x",
-            Command::Run {
+            CliCommand::Run {
                 config: Some("a.toml".into()),
                 daemon: true,
                 listen: vec!["[::1]:1".into(), "unix:/x".into()],
@@ -49,41 +49,41 @@ fn each_command_means_what_the_contract_says() {
         ),
         (
             "check --config a.toml",
-            Command::Check {
+            CliCommand::Check {
                 config: Some("a.toml".into()),
             },
         ),
         (
             "status",
-            Command::Status {
+            CliCommand::Status {
                 place: here(),
                 json: false,
             },
         ),
         (
             "status --json --control-socket /s",
-            Command::Status {
-                place: Place::Socket("/s".into()),
+            CliCommand::Status {
+                place: ServerSelector::Socket("/s".into()),
                 json: true,
             },
         ),
         (
             "reload --config a.toml",
-            Command::Reload {
-                place: Place::Config(Some("a.toml".into())),
+            CliCommand::Reload {
+                place: ServerSelector::Config(Some("a.toml".into())),
             },
         ),
-        ("upgrade", Command::Upgrade { place: here() }),
+        ("upgrade", CliCommand::Upgrade { place: here() }),
         (
             "scale 4",
-            Command::Scale {
+            CliCommand::Scale {
                 place: here(),
                 count: 4,
             },
         ),
         (
             "stop",
-            Command::Stop {
+            CliCommand::Stop {
                 place: here(),
                 now: false,
                 after: None,
@@ -91,7 +91,7 @@ fn each_command_means_what_the_contract_says() {
         ),
         (
             "stop --after 5s",
-            Command::Stop {
+            CliCommand::Stop {
                 place: here(),
                 now: false,
                 after: Some(Duration::from_secs(5)),
@@ -99,18 +99,18 @@ fn each_command_means_what_the_contract_says() {
         ),
         (
             "stop --now",
-            Command::Stop {
+            CliCommand::Stop {
                 place: here(),
                 now: true,
                 after: None,
             },
         ),
-        ("call ping", Command::Call(default_call())),
+        ("call ping", CliCommand::Call(default_call())),
         (
             "call ping - --address unix:/x --timeout 1m --id 7",
-            Command::Call(Call {
-                params: Params::Stdin,
-                target: Target {
+            CliCommand::Call(CallArgs {
+                params: ParamsSource::Stdin,
+                target: TargetArgs {
                     address: Some("unix:/x".into()),
                     config: None,
                 },
@@ -121,16 +121,16 @@ fn each_command_means_what_the_contract_says() {
         ),
         (
             "call ping --jsonrpc [1]",
-            Command::Call(Call {
-                params: Params::Here("[1]".into()),
+            CliCommand::Call(CallArgs {
+                params: ParamsSource::Here("[1]".into()),
                 jsonrpc: true,
                 ..default_call()
             }),
         ),
         (
             "call ping -5 --id -5",
-            Command::Call(Call {
-                params: Params::Here("-5".into()),
+            CliCommand::Call(CallArgs {
+                params: ParamsSource::Here("-5".into()),
                 id: Some("-5".into()),
                 ..default_call()
             }),
@@ -150,7 +150,7 @@ fn an_id_that_is_no_json_is_a_string() {
         ("null", "\"null\""),
         ("a\"b", "\"a\\\"b\""),
     ] {
-        let Command::Call(call) = read(&format!("call ping --id {word}")).unwrap() else {
+        let CliCommand::Call(call) = read(&format!("call ping --id {word}")).unwrap() else {
             panic!("not a call");
         };
         assert_eq!(call.id.as_deref(), Some(id), "{word}");
@@ -198,10 +198,10 @@ fn a_wrong_word_is_a_usage_error_that_says_what_to_write() {
 
 #[test]
 fn help_and_version_are_printed_under_the_programs_own_name() {
-    let Command::Print(help) = read("").unwrap() else {
+    let CliCommand::Print(help) = read("").unwrap() else {
         panic!("plain preforkd prints help");
     };
-    assert_eq!(read("--help").unwrap(), Command::Print(help.clone()));
+    assert_eq!(read("--help").unwrap(), CliCommand::Print(help.clone()));
     for word in "run check status reload upgrade scale stop call map bench".split(' ') {
         assert!(help.contains(&format!("\n  {word} ")), "{word} in {help}");
     }
@@ -209,13 +209,13 @@ fn help_and_version_are_printed_under_the_programs_own_name() {
 
     let number = env!("CARGO_PKG_VERSION");
     let version = read("--version").unwrap();
-    assert_eq!(version, Command::Print(format!("preforkd {number}\n")));
+    assert_eq!(version, CliCommand::Print(format!("preforkd {number}\n")));
     let other = parse("adder", ["x", "--version"].map(Into::into)).unwrap();
     assert_eq!(
         other,
-        Command::Print(format!("adder (preforkd {number})\n"))
+        CliCommand::Print(format!("adder (preforkd {number})\n"))
     );
-    let Command::Print(help) = parse("adder", ["x", "run", "--help"].map(Into::into)).unwrap()
+    let CliCommand::Print(help) = parse("adder", ["x", "run", "--help"].map(Into::into)).unwrap()
     else {
         panic!("help is printed");
     };

@@ -5,7 +5,7 @@
 use std::io::{self, Read};
 use std::time::Duration;
 
-use super::args::{self, Call, Params};
+use super::args::{self, CallArgs, ParamsSource};
 use crate::client::{Client, ClientError};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
@@ -16,11 +16,11 @@ use crate::protocol::rpc_error::RpcError;
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Makes the call; the result as JSON.
-pub(super) fn call(call: &Call, overrides: &Overrides) -> Result<String> {
+pub(super) fn call(call: &CallArgs, overrides: &Overrides) -> Result<String> {
     let stdin;
     let params = match &call.params {
-        Params::Here(text) => text,
-        Params::Stdin => {
+        ParamsSource::Here(text) => text,
+        ParamsSource::Stdin => {
             stdin = read_params(io::stdin().lock())?;
             &stdin
         }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::args::Place;
+use super::args::ServerSelector;
 use super::units;
 use crate::config;
 use crate::error::{Error, Result};
@@ -41,7 +41,7 @@ enum Patience<'a> {
 }
 
 /// A connection to a master, good for one request.
-pub(super) struct Control {
+pub(super) struct ControlConnection {
     stream: BufReader<UnixStream>,
     path: PathBuf,
 }
@@ -61,16 +61,16 @@ pub(super) struct Answered {
 }
 
 /// Asks for the status.
-pub(super) fn status(place: &Place) -> Result<Answered> {
-    Control::find(place)?.status()
+pub(super) fn status(place: &ServerSelector) -> Result<Answered> {
+    ControlConnection::find(place)?.status()
 }
 
 /// Asks for a reload and waits for the verdict. Returns what the master says about it. After a while
 /// `hint` is told what it waits for.
-pub(super) fn reload(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String> {
+pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
     // No limit: the verdict takes as long as two times boot-timeout, and longer while another
     // reload is under way. A master that dies ends the wait.
-    let response = Control::find(place)?
+    let response = ControlConnection::find(place)?
         .ask(&ControlRequest::Reload, Patience::Endless(hint))?
         .0;
     Ok(response.message.unwrap_or_else(|| "reloaded".into()))
@@ -78,18 +78,18 @@ pub(super) fn reload(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String
 
 /// Asks for the upgrade to the binary that is installed now and waits for the verdict, which comes
 /// from the new one. Returns what it says. After a while `hint` is told what it waits for.
-pub(super) fn upgrade(place: &Place, hint: &mut dyn FnMut(&str)) -> Result<String> {
+pub(super) fn upgrade(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
     // No limit, as for a reload, which is the last part of it.
-    let response = Control::find(place)?
+    let response = ControlConnection::find(place)?
         .ask(&ControlRequest::Upgrade, Patience::Endless(hint))?
         .0;
     Ok(response.message.unwrap_or_else(|| "upgraded".into()))
 }
 
 /// Asks for so many workers. Returns what the master says about it.
-pub(super) fn scale(place: &Place, count: usize) -> Result<String> {
+pub(super) fn scale(place: &ServerSelector, count: usize) -> Result<String> {
     let request = ControlRequest::Scale { count };
-    let response = Control::find(place)?
+    let response = ControlConnection::find(place)?
         .ask(&request, Patience::AtMost(PROMPT))?
         .0;
     Ok(response
@@ -100,12 +100,12 @@ pub(super) fn scale(place: &Place, count: usize) -> Result<String> {
 /// Ends the server, which may serve on for a time `after` that, and waits until the master is gone.
 /// After a while `hint` is told what it waits for.
 pub(super) fn stop(
-    place: &Place,
+    place: &ServerSelector,
     now: bool,
     after: Option<Duration>,
     hint: &mut dyn FnMut(&str),
 ) -> Result<()> {
-    let mut control = Control::find(place)?;
+    let mut control = ControlConnection::find(place)?;
     let after_ms = after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
     let request = ControlRequest::Stop { now, after_ms };
     control.ask(&request, Patience::AtMost(PROMPT))?;
@@ -117,12 +117,12 @@ pub(super) fn stop(
     control.ends_within(None).map(|_| ())
 }
 
-impl Control {
+impl ControlConnection {
     /// Connects to the master that is meant.
-    fn find(place: &Place) -> Result<Self> {
+    fn find(place: &ServerSelector) -> Result<Self> {
         match place {
-            Place::Socket(path) => Self::open(slice::from_ref(path)),
-            Place::Config(file) => {
+            ServerSelector::Socket(path) => Self::open(slice::from_ref(path)),
+            ServerSelector::Config(file) => {
                 // A broken file is fine, for that is when a reload has something to say. But one
                 // that is not there is a slip of the pen, and the default server not the one meant.
                 if let Some(file) = file.as_deref().filter(|file| !file.exists()) {
@@ -148,7 +148,7 @@ impl Control {
         for path in candidates {
             match socket::connect_unix(path, Some(PROMPT)) {
                 Ok(stream) => {
-                    return Ok(Control {
+                    return Ok(ControlConnection {
                         stream: BufReader::new(stream),
                         path: path.clone(),
                     });
@@ -235,7 +235,8 @@ impl Control {
 
     /// The status, asked for on a second connection.
     fn status_beside(&self) -> Option<Status> {
-        let again = Control::open(slice::from_ref(&self.path)).and_then(Control::status);
+        let again = ControlConnection::open(slice::from_ref(&self.path))
+            .and_then(ControlConnection::status);
         Some(again.ok()?.status)
     }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
-use super::args::Place;
+use super::args::ServerSelector;
 use super::control::{reload, scale, status, stop};
 use crate::protocol::control::{
     ControlRequest, ControlResponse, OldestCall, Status, WorkerStatus, to_line,
@@ -28,8 +28,8 @@ impl Socket {
         Socket(std::env::temp_dir().join(name))
     }
 
-    fn place(&self) -> Place {
-        Place::Socket(self.0.clone())
+    fn place(&self) -> ServerSelector {
+        ServerSelector::Socket(self.0.clone())
     }
 
     /// A master that answers one request a connection with these bytes, then keeps the connections
@@ -205,7 +205,7 @@ fn nobody_there_is_told_with_the_places_that_were_tried() {
 
 #[test]
 fn a_configuration_file_that_is_not_there_names_no_server() {
-    let place = Place::Config(Some("/nonexistent/preforkd.toml".into()));
+    let place = ServerSelector::Config(Some("/nonexistent/preforkd.toml".into()));
     let error = stop(&place, true, None, &mut |_| {}).unwrap_err();
     assert_eq!(error.exit_code(), 78, "{error}");
     assert!(

@@ -31,7 +31,7 @@ use std::time::SystemTime;
 use crate::config::Overrides;
 use crate::error::{Error, Result};
 use crate::server::Server;
-use args::Command;
+use args::CliCommand;
 
 /// The exit code of a panic, whose own message has been printed when it gets here.
 const BUG: u8 = 70;
@@ -70,7 +70,7 @@ pub fn main(server: Server) -> ExitCode {
     let code = match catch_unwind(AssertUnwindSafe(|| dispatch(&name, server))) {
         Ok(Ok(())) => 0,
         Ok(Err(error)) => {
-            output::complain(&name, &error.to_string());
+            output::print_error(&name, &error.to_string());
             error.exit_code()
         }
         Err(_) => BUG,
@@ -84,8 +84,8 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
         ..Overrides::default()
     };
     match args::parse(name, env::args_os())? {
-        Command::Print(text) => output::print(&text),
-        Command::Run {
+        CliCommand::Print(text) => output::print(&text),
+        CliCommand::Run {
             config,
             daemon,
             listen,
@@ -94,15 +94,15 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             overrides.listen = listen;
             server.serve(config, overrides)
         }
-        Command::Check { config } => {
+        CliCommand::Check { config } => {
             let checked = check::check(config.as_deref(), &overrides)
                 .map_err(|faults| all_but_last(name, faults))?;
             for warning in &checked.warnings {
-                output::complain(name, &format!("warning: {warning}"));
+                output::print_error(name, &format!("warning: {warning}"));
             }
             output::print(&checked.effective)
         }
-        Command::Status { place, json } => {
+        CliCommand::Status { place, json } => {
             let answered = control::status(&place)?;
             if json {
                 return print_line(answered.json);
@@ -110,20 +110,20 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             let colours = output::wants_colours();
             output::print(&status::render(name, &answered.status, now(), colours))
         }
-        Command::Reload { place } => print_line(control::reload(&place, &mut |hint| {
-            output::complain(name, hint);
+        CliCommand::Reload { place } => print_line(control::reload(&place, &mut |hint| {
+            output::print_error(name, hint);
         })?),
-        Command::Upgrade { place } => print_line(control::upgrade(&place, &mut |hint| {
-            output::complain(name, hint);
+        CliCommand::Upgrade { place } => print_line(control::upgrade(&place, &mut |hint| {
+            output::print_error(name, hint);
         })?),
-        Command::Scale { place, count } => print_line(control::scale(&place, count)?),
-        Command::Stop { place, now, after } => {
-            let hint = &mut |hint: &str| output::complain(name, hint);
+        CliCommand::Scale { place, count } => print_line(control::scale(&place, count)?),
+        CliCommand::Stop { place, now, after } => {
+            let hint = &mut |hint: &str| output::print_error(name, hint);
             control::stop(&place, now, after, hint)
         }
-        Command::Call(call) => print_line(call::call(&call, &overrides)?),
-        Command::Map(options) => map::map(name, &options, &overrides),
-        Command::Bench(options) => bench::bench(name, &options, &overrides),
+        CliCommand::Call(call) => print_line(call::call(&call, &overrides)?),
+        CliCommand::Map(options) => map::map(name, &options, &overrides),
+        CliCommand::Bench(options) => bench::bench(name, &options, &overrides),
     }
 }
 
@@ -131,7 +131,7 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
 fn all_but_last(name: &str, mut errors: Vec<Error>) -> Error {
     let last = errors.pop();
     for error in errors {
-        output::complain(name, &error.to_string());
+        output::print_error(name, &error.to_string());
     }
     last.unwrap_or_else(|| Error::Bug("a refusal without a reason".into()))
 }

@@ -25,7 +25,7 @@ fn deliver(out: &mut impl Write, text: &str) -> Result<()> {
 }
 
 /// Writes one message to stderr, behind the program's name.
-pub fn complain(name: &str, text: &str) {
+pub fn print_error(name: &str, text: &str) {
     let line = format!("{name}: {}\n", printable(text));
     // One write, so that the lines of several programs on one terminal do not mix.
     let _ = io::stderr().lock().write_all(line.as_bytes());

@@ -4,7 +4,7 @@
 //! is for programs and does not pass here.
 
 use super::output::printable;
-use super::table::{Align, Cell, Paint, Table};
+use super::table::{Align, Cell, Style, TextTable};
 use super::units;
 use crate::logging::pluralize;
 use crate::protocol::control::{
@@ -29,7 +29,7 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
             "stops in {}: not ready for health checks",
             units::milliseconds(left)
         );
-        page += &Paint::Yellow.on(&line, colours);
+        page += &Style::Yellow.on(&line, colours);
         page.push('\n');
     }
     let lost = status.master.lost_log_lines;
@@ -38,12 +38,12 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
             "the log can't be written: {} lost",
             units::plural(lost, "line")
         );
-        page += &Paint::Red.on(&line, colours);
+        page += &Style::Red.on(&line, colours);
         page.push('\n');
     }
     for warning in &status.master.warnings {
         let line = format!("warning: {}", printable(warning));
-        page += &Paint::Yellow.on(&line, colours);
+        page += &Style::Yellow.on(&line, colours);
         page.push('\n');
     }
     page.push('\n');
@@ -81,9 +81,9 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         .filter(|worker| worker.state == WorkerPhase::Ready && worker.generation == *generation)
         .count();
     let paint = match ready {
-        0 => Paint::Red,
-        _ if ready < *target => Paint::Yellow,
-        _ => Paint::Green,
+        0 => Style::Red,
+        _ if ready < *target => Style::Yellow,
+        _ => Style::Green,
     };
     let workers = format!(
         "{ready} of {} ready",
@@ -91,7 +91,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
     );
     *page += &format!(
         "{}  pid {pid}  generation {generation}  up {}  {}\n",
-        Paint::Bold.on(&format!("{name} {}", printable(version)), colours),
+        Style::Bold.on(&format!("{name} {}", printable(version)), colours),
         units::seconds(*uptime_s),
         paint.on(&workers, colours),
     );
@@ -99,7 +99,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
 
 fn last_reload(page: &mut String, master: &MasterStatus, now: u64, colours: bool) {
     *page += &match &master.last_reload {
-        None => Paint::Dim.on("last reload: none since the start", colours),
+        None => Style::Dim.on("last reload: none since the start", colours),
         Some(reload) => ended("reload", reload, now, colours),
     };
     page.push('\n');
@@ -117,14 +117,14 @@ fn ended(what: &str, how: &LastReload, now: u64, colours: bool) -> String {
         error => {
             let reason = error.as_deref().unwrap_or("no reason is known");
             let line = format!("last {what}: refused {ago} ago: {}", printable(reason));
-            Paint::Red.on(&line, colours)
+            Style::Red.on(&line, colours)
         }
     }
 }
 
-fn workers(workers: &[WorkerStatus]) -> Table {
+fn workers(workers: &[WorkerStatus]) -> TextTable {
     use Align::{Left, Right};
-    let mut table = Table::new(&[
+    let mut table = TextTable::new(&[
         ("SLOT", Right),
         ("PID", Right),
         ("GEN", Right),
@@ -198,17 +198,17 @@ fn remark(worker: &WorkerStatus) -> String {
     }
 }
 
-fn paint_of(state: WorkerPhase) -> Paint {
+fn paint_of(state: WorkerPhase) -> Style {
     match state {
-        WorkerPhase::Ready => Paint::Green,
-        WorkerPhase::Starting => Paint::Yellow,
-        WorkerPhase::Draining => Paint::Cyan,
-        WorkerPhase::Throttled | WorkerPhase::Dead => Paint::Red,
+        WorkerPhase::Ready => Style::Green,
+        WorkerPhase::Starting => Style::Yellow,
+        WorkerPhase::Draining => Style::Cyan,
+        WorkerPhase::Throttled | WorkerPhase::Dead => Style::Red,
     }
 }
 
-fn listeners(listeners: &[ListenerStatus]) -> Table {
-    let mut table = Table::new(&[
+fn listeners(listeners: &[ListenerStatus]) -> TextTable {
+    let mut table = TextTable::new(&[
         ("LISTENER", Align::Left),
         ("QUEUE", Align::Right),
         ("BACKLOG", Align::Right),
@@ -220,7 +220,7 @@ fn listeners(listeners: &[ListenerStatus]) -> Table {
         let queue = listener.queue.map_or("-".into(), |queue| queue.to_string());
         table.row([
             Cell::new(&listener.address),
-            Cell::painted(queue, if full { Paint::Red } else { Paint::Plain }),
+            Cell::painted(queue, if full { Style::Red } else { Style::Plain }),
             Cell::new(listener.backlog.to_string()),
         ]);
     }
@@ -235,8 +235,8 @@ fn shortened(reason: &str) -> String {
     }
 }
 
-fn quarantine(calls: &[Quarantined], now: u64) -> Table {
-    let mut table = Table::new(&[
+fn quarantine(calls: &[Quarantined], now: u64) -> TextTable {
+    let mut table = TextTable::new(&[
         ("SINCE", Align::Right),
         ("METHOD", Align::Left),
         ("KEY", Align::Left),
@@ -253,8 +253,8 @@ fn quarantine(calls: &[Quarantined], now: u64) -> Table {
     table
 }
 
-fn deaths(deaths: &[DeathStatus], now: u64) -> Table {
-    let mut table = Table::new(&[
+fn deaths(deaths: &[DeathStatus], now: u64) -> TextTable {
+    let mut table = TextTable::new(&[
         ("AGO", Align::Right),
         ("SLOT", Align::Right),
         ("PID", Align::Right),
@@ -276,7 +276,7 @@ fn deaths(deaths: &[DeathStatus], now: u64) -> Table {
             Cell::new(death.slot.to_string()),
             Cell::new(death.pid.to_string()),
             Cell::new(units::seconds(death.uptime_s)),
-            Cell::painted(end, if clean { Paint::Plain } else { Paint::Red }),
+            Cell::painted(end, if clean { Style::Plain } else { Style::Red }),
             Cell::new(death.method.as_deref().unwrap_or("-")),
             Cell::new(units::bytes(death.rss_bytes)),
             Cell::new(shortened(&death.reason)),

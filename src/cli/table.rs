@@ -7,7 +7,7 @@ use super::output::printable;
 
 /// How a text stands out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Paint {
+pub(super) enum Style {
     Plain,
     Bold,
     Dim,
@@ -17,17 +17,17 @@ pub(super) enum Paint {
     Cyan,
 }
 
-impl Paint {
+impl Style {
     /// The parameter of ECMA-48's SGR sequence.
     fn code(self) -> Option<u8> {
         match self {
-            Paint::Plain => None,
-            Paint::Bold => Some(1),
-            Paint::Dim => Some(2),
-            Paint::Red => Some(31),
-            Paint::Green => Some(32),
-            Paint::Yellow => Some(33),
-            Paint::Cyan => Some(36),
+            Style::Plain => None,
+            Style::Bold => Some(1),
+            Style::Dim => Some(2),
+            Style::Red => Some(31),
+            Style::Green => Some(32),
+            Style::Yellow => Some(33),
+            Style::Cyan => Some(36),
         }
     }
 
@@ -50,7 +50,7 @@ pub(super) enum Align {
 /// One field.
 pub(super) struct Cell {
     text: String,
-    paint: Paint,
+    paint: Style,
 }
 
 impl Cell {
@@ -59,11 +59,11 @@ impl Cell {
         let text = printable(text.as_ref()).replace(['\n', '\t'], " ");
         Cell {
             text,
-            paint: Paint::Plain,
+            paint: Style::Plain,
         }
     }
 
-    pub(super) fn painted(text: impl AsRef<str>, paint: Paint) -> Self {
+    pub(super) fn painted(text: impl AsRef<str>, paint: Style) -> Self {
         Cell {
             paint,
             ..Cell::new(text)
@@ -76,14 +76,14 @@ impl Cell {
 }
 
 /// Rows under a heading.
-pub(super) struct Table {
+pub(super) struct TextTable {
     heading: Vec<(&'static str, Align)>,
     rows: Vec<Vec<Cell>>,
 }
 
-impl Table {
+impl TextTable {
     pub(super) fn new(heading: &[(&'static str, Align)]) -> Self {
-        Table {
+        TextTable {
             heading: heading.to_vec(),
             rows: Vec::new(),
         }
@@ -100,7 +100,7 @@ impl Table {
         let heading: Vec<Cell> = self
             .heading
             .iter()
-            .map(|(name, _)| Cell::painted(name, Paint::Bold))
+            .map(|(name, _)| Cell::painted(name, Style::Bold))
             .collect();
         self.rows.insert(0, heading);
         let widths: Vec<usize> = (0..self.heading.len())

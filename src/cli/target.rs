@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 /// The server that is to be called.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
-pub struct Target {
+pub struct TargetArgs {
     /// Where the server is, such as 127.0.0.1:8080 or unix:/run/preforkd/rpc.sock [default: the
     /// configuration's first listener]
     #[arg(long, value_name = "ADDR")]
@@ -19,7 +19,7 @@ pub struct Target {
     pub config: Option<PathBuf>,
 }
 
-impl Target {
+impl TargetArgs {
     /// Its address, as the client takes it.
     pub(super) fn address(&self, overrides: &Overrides) -> Result<String> {
         if let Some(address) = &self.address {

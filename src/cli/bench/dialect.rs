@@ -11,7 +11,7 @@ use memchr::memchr;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::http::{self, Response};
+use super::http::{self, HttpResponse};
 use crate::error::{Error, Result};
 use crate::protocol::Code;
 use crate::protocol::frame::{self, DecodedFrame};
@@ -21,7 +21,7 @@ const BODY_MAX: usize = 0x08FF_FFFF;
 
 /// How calls are written on the connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dialect {
+pub enum BenchDialect {
     /// A length of four bytes, then JSON
     Frame,
     /// A line of JSON
@@ -30,27 +30,27 @@ pub enum Dialect {
     Http,
 }
 
-impl Dialect {
+impl BenchDialect {
     /// The word, as it is written.
     pub(super) const fn name(self) -> &'static str {
         match self {
-            Dialect::Frame => "frame",
-            Dialect::Line => "line",
-            Dialect::Http => "http",
+            BenchDialect::Frame => "frame",
+            BenchDialect::Line => "line",
+            BenchDialect::Http => "http",
         }
     }
 }
 
 /// The calls of a load, ready to be sent.
 #[derive(Debug)]
-pub(super) struct Calls {
-    dialect: Dialect,
+pub(super) struct CallEncoder {
+    dialect: BenchDialect,
     written: Vec<Vec<u8>>,
 }
 
 /// What stands at the head of the bytes of a connection.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum ParsedAnswer {
     /// A result.
     Result { used: usize },
     /// An error, called so in the report.
@@ -61,10 +61,10 @@ pub(super) enum Answer {
     Alien,
 }
 
-impl Calls {
+impl CallEncoder {
     /// Calls of `method` at `address` with each of `params`, which are JSON.
     pub(super) fn new(
-        dialect: Dialect,
+        dialect: BenchDialect,
         address: &str,
         method: &str,
         params: &[String],
@@ -74,7 +74,7 @@ impl Calls {
             format!(r#"{{"in":{method},"params":{params}}}"#).into_bytes()
         };
         let write = |params: &String| match dialect {
-            Dialect::Frame => {
+            BenchDialect::Frame => {
                 let mut bytes = Vec::new();
                 let mark = frame::begin(&mut bytes);
                 bytes.append(&mut plain(params));
@@ -86,15 +86,15 @@ impl Calls {
                     ))
                 }
             }
-            Dialect::Line => {
+            BenchDialect::Line => {
                 // Between two tokens, where alone JSON has line breaks, a blank says the same.
                 let mut bytes = plain(&params.replace(['\n', '\r'], " "));
                 bytes.push(b'\n');
                 Ok(bytes)
             }
-            Dialect::Http => Ok(http::request(address, method, params)),
+            BenchDialect::Http => Ok(http::request(address, method, params)),
         };
-        Ok(Calls {
+        Ok(CallEncoder {
             dialect,
             written: params.iter().map(write).collect::<Result<_>>()?,
         })
@@ -111,28 +111,28 @@ impl Calls {
 
     /// Reads the answer at the head of `bytes`.
     #[inline]
-    pub(super) fn read(&self, bytes: &[u8]) -> Answer {
+    pub(super) fn read(&self, bytes: &[u8]) -> ParsedAnswer {
         match self.dialect {
-            Dialect::Frame => match frame::decode(bytes, BODY_MAX) {
+            BenchDialect::Frame => match frame::decode(bytes, BODY_MAX) {
                 DecodedFrame::Whole { body, used } => judge(body, used),
-                DecodedFrame::Partial { .. } => Answer::Partial,
-                DecodedFrame::TooLarge { .. } => Answer::Alien,
+                DecodedFrame::Partial { .. } => ParsedAnswer::Partial,
+                DecodedFrame::TooLarge { .. } => ParsedAnswer::Alien,
             },
-            Dialect::Line => match memchr(b'\n', bytes) {
+            BenchDialect::Line => match memchr(b'\n', bytes) {
                 Some(end) => judge(&bytes[..end], end + 1),
-                None if bytes.len() > BODY_MAX => Answer::Alien,
-                None => Answer::Partial,
+                None if bytes.len() > BODY_MAX => ParsedAnswer::Alien,
+                None => ParsedAnswer::Partial,
             },
-            Dialect::Http => match http::read(bytes, BODY_MAX) {
-                Response::Whole {
+            BenchDialect::Http => match http::read(bytes, BODY_MAX) {
+                HttpResponse::Whole {
                     status: 200, used, ..
-                } => Answer::Result { used },
-                Response::Whole { status, body, used } => Answer::Error {
+                } => ParsedAnswer::Result { used },
+                HttpResponse::Whole { status, body, used } => ParsedAnswer::Error {
                     used,
                     name: refusal_name(status, body),
                 },
-                Response::Partial => Answer::Partial,
-                Response::Alien => Answer::Alien,
+                HttpResponse::Partial => ParsedAnswer::Partial,
+                HttpResponse::Alien => ParsedAnswer::Alien,
             },
         }
     }
@@ -144,10 +144,10 @@ const HEAD: &[u8] = br#"{"out":""#;
 const ERROR: &[u8] = br#"error""#;
 
 #[inline]
-fn judge(body: &[u8], used: usize) -> Answer {
+fn judge(body: &[u8], used: usize) -> ParsedAnswer {
     match body.strip_prefix(HEAD) {
         Some(rest) if !rest.starts_with(ERROR) && rest.first() != Some(&b'\\') => {
-            Answer::Result { used }
+            ParsedAnswer::Result { used }
         }
         _ => judge_slowly(body, used),
     }
@@ -160,7 +160,7 @@ struct Coded {
 }
 
 #[cold]
-fn judge_slowly(body: &[u8], used: usize) -> Answer {
+fn judge_slowly(body: &[u8], used: usize) -> ParsedAnswer {
     #[derive(Deserialize)]
     struct Head<'a> {
         #[serde(borrow)]
@@ -174,14 +174,14 @@ fn judge_slowly(body: &[u8], used: usize) -> Answer {
     }
     match serde_json::from_slice::<Head<'_>>(body) {
         Ok(head) if head.out == "error" => match serde_json::from_slice::<Refusal>(body) {
-            Ok(refusal) => Answer::Error {
+            Ok(refusal) => ParsedAnswer::Error {
                 used,
                 name: error_name(refusal.result.code),
             },
-            Err(_) => Answer::Alien,
+            Err(_) => ParsedAnswer::Alien,
         },
-        Ok(_) => Answer::Result { used },
-        Err(_) => Answer::Alien,
+        Ok(_) => ParsedAnswer::Result { used },
+        Err(_) => ParsedAnswer::Alien,
     }
 }
 
@@ -207,19 +207,19 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn calls(dialect: Dialect, params: &[&str]) -> Calls {
+    fn calls(dialect: BenchDialect, params: &[&str]) -> CallEncoder {
         let params: Vec<String> = params.iter().map(|text| (*text).to_owned()).collect();
-        Calls::new(dialect, "unix:/run/x", "pi\"ng", &params).unwrap()
+        CallEncoder::new(dialect, "unix:/run/x", "pi\"ng", &params).unwrap()
     }
 
     #[test]
     fn params_come_in_turn_and_names_are_escaped() {
-        let frames = calls(Dialect::Frame, &["1", "[2]"]);
+        let frames = calls(BenchDialect::Frame, &["1", "[2]"]);
         assert_eq!(&frames.call(0)[4..], br#"{"in":"pi\"ng","params":1}"#);
         assert_eq!(&frames.call(3)[4..], br#"{"in":"pi\"ng","params":[2]}"#);
-        let lines = calls(Dialect::Line, &["[1,\r\n2]"]);
+        let lines = calls(BenchDialect::Line, &["[1,\r\n2]"]);
         assert_eq!(lines.call(7), b"{\"in\":\"pi\\\"ng\",\"params\":[1,  2]}\n");
-        let http = calls(Dialect::Http, &["[2]"]);
+        let http = calls(BenchDialect::Http, &["[2]"]);
         let request = b"POST /pi%22ng HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n[2]";
         assert_eq!(http.call(0), request);
     }
@@ -231,21 +231,22 @@ mod tests {
         framed.extend_from_slice(body.as_bytes());
         frame::finish(&mut framed, mark);
         let line = format!("{body}\n").into_bytes();
-        let all = [(Dialect::Frame, framed), (Dialect::Line, line)].map(|(dialect, bytes)| {
-            let calls = calls(dialect, &["1"]);
-            assert_eq!(calls.read(&bytes[..bytes.len() - 1]), Answer::Partial);
-            match calls.read(&bytes) {
-                Answer::Result { used } => {
-                    assert_eq!(used, bytes.len());
-                    "result".to_owned()
+        let all =
+            [(BenchDialect::Frame, framed), (BenchDialect::Line, line)].map(|(dialect, bytes)| {
+                let calls = calls(dialect, &["1"]);
+                assert_eq!(calls.read(&bytes[..bytes.len() - 1]), ParsedAnswer::Partial);
+                match calls.read(&bytes) {
+                    ParsedAnswer::Result { used } => {
+                        assert_eq!(used, bytes.len());
+                        "result".to_owned()
+                    }
+                    ParsedAnswer::Error { used, name } => {
+                        assert_eq!(used, bytes.len());
+                        name
+                    }
+                    other => format!("{other:?}"),
                 }
-                Answer::Error { used, name } => {
-                    assert_eq!(used, bytes.len());
-                    name
-                }
-                other => format!("{other:?}"),
-            }
-        });
+            });
         let [frame, line] = all;
         assert_eq!(frame, line, "{body}");
         line
@@ -265,13 +266,13 @@ mod tests {
         ] {
             assert_eq!(told(body), is, "{body}");
         }
-        let frames = calls(Dialect::Frame, &["1"]);
-        assert_eq!(frames.read(b"HTTP/1.1 400"), Answer::Alien);
+        let frames = calls(BenchDialect::Frame, &["1"]);
+        assert_eq!(frames.read(b"HTTP/1.1 400"), ParsedAnswer::Alien);
     }
 
     #[test]
     fn a_response_is_judged_by_its_status_and_its_code() {
-        let http = calls(Dialect::Http, &["1"]);
+        let http = calls(BenchDialect::Http, &["1"]);
         let response = |status: &str, body: &str| {
             let length = body.len();
             format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
@@ -287,14 +288,14 @@ mod tests {
         ] {
             let used = bytes.len();
             let expected = match is {
-                None => Answer::Result { used },
-                Some(name) => Answer::Error {
+                None => ParsedAnswer::Result { used },
+                Some(name) => ParsedAnswer::Error {
                     used,
                     name: name.into(),
                 },
             };
             assert_eq!(http.read(&bytes), expected);
         }
-        assert_eq!(http.read(b"{\"out\":\"pong\"}"), Answer::Alien);
+        assert_eq!(http.read(b"{\"out\":\"pong\"}"), ParsedAnswer::Alien);
     }
 }

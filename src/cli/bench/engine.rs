@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::dialect::{Answer, Calls};
+use super::dialect::{CallEncoder, ParsedAnswer};
 use super::pace::{Interval, nanoseconds};
-use super::tally::Tally;
+use super::tally::BenchTotals;
 use crate::client::connect_nonblocking;
 use crate::error::{Error, Result};
 use crate::sys::event::{Completion, Driver, Reactor, Token};
@@ -29,7 +29,7 @@ const TIMER: u16 = 0;
 
 /// What a thread has to do.
 #[derive(Debug, Clone)]
-pub(super) struct Share {
+pub(super) struct LoadShare {
     pub(super) connections: u64,
     /// Unanswered calls that a connection may have.
     pub(super) depth: usize,
@@ -54,8 +54,8 @@ impl Engine {
     /// Connects as often as its share says.
     pub(super) fn connect(
         address: &str,
-        share: Share,
-        calls: Arc<Calls>,
+        share: LoadShare,
+        calls: Arc<CallEncoder>,
         interrupted: Arc<AtomicBool>,
     ) -> Result<Self> {
         let system = |error: io::Error| Error::system("make an event loop for the load", error);
@@ -75,7 +75,7 @@ impl Engine {
             missing: 0,
             stopped: false,
             outbox: Vec::new(),
-            tally: Tally::new()?,
+            tally: BenchTotals::new()?,
         };
         for _ in 0..load.share.connections {
             load.connect(&mut floor)?;
@@ -90,7 +90,7 @@ impl Engine {
 
     /// Makes the load that began at `begin`, until it is over and everything is answered or given up.
     /// Why it ended early, if it did, comes with what was seen until then.
-    pub(super) fn run(self, begin: Instant) -> Result<(Tally, Option<Error>)> {
+    pub(super) fn run(self, begin: Instant) -> Result<(BenchTotals, Option<Error>)> {
         let Engine {
             mut floor,
             timer,
@@ -162,8 +162,8 @@ struct Connection {
 /// Everything but the floor, which drives it. Times are nanoseconds since the beginning.
 struct Load {
     address: String,
-    share: Share,
-    calls: Arc<Calls>,
+    share: LoadShare,
+    calls: Arc<CallEncoder>,
     begin: Instant,
     now: u64,
     /// When nothing is begun any more.
@@ -180,7 +180,7 @@ struct Load {
     stopped: bool,
     /// Kept for its capacity.
     outbox: Vec<u8>,
-    tally: Tally,
+    tally: BenchTotals,
 }
 
 impl Load {
@@ -293,10 +293,10 @@ impl Load {
         let (mut used, mut answered) = (0, 0);
         let fault = loop {
             let (length, error) = match self.calls.read(&bytes[used..]) {
-                Answer::Result { used } => (used, None),
-                Answer::Error { used, name } => (used, Some(name)),
-                Answer::Partial => break None,
-                Answer::Alien => break Some("not an answer"),
+                ParsedAnswer::Result { used } => (used, None),
+                ParsedAnswer::Error { used, name } => (used, Some(name)),
+                ParsedAnswer::Partial => break None,
+                ParsedAnswer::Alien => break Some("not an answer"),
             };
             used += length;
             let Some((due, _)) = connection.unanswered.pop_front() else {
@@ -383,7 +383,7 @@ impl Load {
     }
 
     /// The tally, with what was due and never sent.
-    fn finish(&mut self) -> Tally {
+    fn finish(&mut self) -> BenchTotals {
         if let (Some(interval), false) = (self.share.interval, self.stopped)
             && let Some(end) = self.end
         {

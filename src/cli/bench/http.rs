@@ -9,7 +9,7 @@ use httparse::{EMPTY_HEADER, Status};
 const HEADERS_MAX: usize = 64;
 
 /// What stands at the head of the bytes of a connection.
-pub(super) enum Response<'a> {
+pub(super) enum HttpResponse<'a> {
     /// A whole response.
     Whole {
         status: u16,
@@ -52,13 +52,13 @@ fn encoded(name: &str) -> String {
 
 /// Reads the response at the head of `bytes`, whose body has at most `limit` bytes.
 #[inline]
-pub(super) fn read(bytes: &[u8], limit: usize) -> Response<'_> {
+pub(super) fn read(bytes: &[u8], limit: usize) -> HttpResponse<'_> {
     let mut headers = [EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
     let head = match response.parse(bytes) {
         Ok(Status::Complete(head)) => head,
-        Ok(Status::Partial) => return Response::Partial,
-        Err(_) => return Response::Alien,
+        Ok(Status::Partial) => return HttpResponse::Partial,
+        Err(_) => return HttpResponse::Alien,
     };
     let status = response.code.unwrap_or_default();
     let mut length = matches!(status, 204 | 304).then_some(0);
@@ -67,19 +67,19 @@ pub(super) fn read(bytes: &[u8], limit: usize) -> Response<'_> {
             let digits = std::str::from_utf8(header.value).ok();
             length = digits.and_then(|digits| digits.parse().ok());
         } else if header.name.eq_ignore_ascii_case("transfer-encoding") {
-            return Response::Alien;
+            return HttpResponse::Alien;
         }
     }
     match length {
         Some(length) if length <= limit => match bytes[head..].get(..length) {
-            Some(body) => Response::Whole {
+            Some(body) => HttpResponse::Whole {
                 status,
                 body,
                 used: head + length,
             },
-            None => Response::Partial,
+            None => HttpResponse::Partial,
         },
-        _ => Response::Alien,
+        _ => HttpResponse::Alien,
     }
 }
 
@@ -89,9 +89,9 @@ mod tests {
 
     fn told(bytes: &[u8]) -> Option<(u16, &[u8], usize)> {
         match read(bytes, 100) {
-            Response::Whole { status, body, used } => Some((status, body, used)),
-            Response::Partial => None,
-            Response::Alien => Some((0, b"", 0)),
+            HttpResponse::Whole { status, body, used } => Some((status, body, used)),
+            HttpResponse::Partial => None,
+            HttpResponse::Alien => Some((0, b"", 0)),
         }
     }
 

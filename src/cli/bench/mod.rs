@@ -28,18 +28,18 @@ use crossbeam_channel::{Receiver, unbounded};
 
 use super::args::{duration, json};
 use super::output;
-use super::target::Target;
+use super::target::TargetArgs;
 use super::units::plural;
 use crate::client::Client;
 use crate::config::Overrides;
 use crate::error::{Error, Result};
 use crate::sys::{process, signal};
-use dialect::Calls;
-pub use dialect::Dialect;
-use engine::{Engine, Share};
+pub use dialect::BenchDialect;
+use dialect::CallEncoder;
+use engine::{Engine, LoadShare};
 use pace::Interval;
-use report::Report;
-use tally::Tally;
+use report::BenchReport;
+use tally::BenchTotals;
 
 /// The words of `bench`.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
@@ -48,7 +48,7 @@ pub struct BenchOptions {
     pub method: String,
     /// The server
     #[command(flatten)]
-    pub target: Target,
+    pub target: TargetArgs,
     /// How many connections
     #[arg(long, short, value_name = "N", default_value = "64")]
     pub connections: NonZeroU32,
@@ -84,7 +84,7 @@ pub struct BenchOptions {
     pub timeout: Duration,
     /// How calls are written
     #[arg(long, value_name = "NAME", default_value = "frame")]
-    pub dialect: Dialect,
+    pub dialect: BenchDialect,
     /// Print it as JSON, for programs
     #[arg(long)]
     pub json: bool,
@@ -134,7 +134,7 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
         Some(path) => read_params(path)?,
         None => vec![options.params.clone()],
     };
-    let calls = Arc::new(Calls::new(
+    let calls = Arc::new(CallEncoder::new(
         options.dialect,
         &address,
         &options.method,
@@ -148,7 +148,7 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
         .map_err(|error| Error::system("catch the interrupt signal", error))?;
     let cpu_before = process::cpu_time();
     let (tally, gone) = load(options, &address, &calls, &interrupted)?;
-    let report = Report {
+    let report = BenchReport {
         options,
         address: &address,
         tally: &tally,
@@ -159,7 +159,7 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
     } else {
         output::print(&report.to_text(output::wants_colours()))?;
         if let Some(warning) = report.warning() {
-            output::complain(name, &format!("warning: {warning}"));
+            output::print_error(name, &format!("warning: {warning}"));
         }
     }
     match (gone, report.failure()) {
@@ -174,15 +174,15 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
 fn load(
     options: &BenchOptions,
     address: &str,
-    calls: &Arc<Calls>,
+    calls: &Arc<CallEncoder>,
     interrupted: &Arc<AtomicBool>,
-) -> Result<(Tally, Option<Error>)> {
+) -> Result<(BenchTotals, Option<Error>)> {
     let threads = u64::from(options.threads);
     let (connected, ready) = unbounded();
     let (go, start) = unbounded();
     let mut running = Vec::new();
     for number in 0..threads {
-        let share = Share::of(options, threads, number);
+        let share = LoadShare::of(options, threads, number);
         let (address, calls) = (address.to_owned(), Arc::clone(calls));
         let (interrupted, connected) = (Arc::clone(interrupted), connected.clone());
         let start: Receiver<Instant> = start.clone();
@@ -193,7 +193,7 @@ fn load(
             drop(connected);
             match start.recv() {
                 Ok(begin) => engine.run(begin),
-                Err(_) => Ok((Tally::new()?, None)),
+                Err(_) => Ok((BenchTotals::new()?, None)),
             }
         };
         let thread = thread::Builder::new()
@@ -210,7 +210,7 @@ fn load(
         }
     }
     drop(go);
-    let (mut tally, mut gone) = (Tally::new()?, None);
+    let (mut tally, mut gone) = (BenchTotals::new()?, None);
     for thread in running {
         let (one, left) = thread
             .join()
@@ -221,10 +221,10 @@ fn load(
     Ok((tally, gone))
 }
 
-impl Share {
+impl LoadShare {
     /// What number `number` of so many threads has to do.
     fn of(options: &BenchOptions, threads: u64, number: u64) -> Self {
-        Share {
+        LoadShare {
             connections: part(options.connections.get().into(), threads, number),
             depth: options.depth.get() as usize,
             count: options

@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::BenchOptions;
-use super::tally::Tally;
-use crate::cli::table::Paint;
+use super::tally::BenchTotals;
+use crate::cli::table::Style;
 use crate::cli::units::{count, plural};
 use crate::error::{Error, Result};
 
@@ -20,15 +20,15 @@ const WIDTH: usize = 40;
 const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
 
 /// A load that is over.
-pub(super) struct Report<'a> {
+pub(super) struct BenchReport<'a> {
     pub(super) options: &'a BenchOptions,
     pub(super) address: &'a str,
-    pub(super) tally: &'a Tally,
+    pub(super) tally: &'a BenchTotals,
     /// CPU time of the load's own.
     pub(super) cpu: Duration,
 }
 
-impl Report<'_> {
+impl BenchReport<'_> {
     fn answered(&self) -> u64 {
         self.tally.ok + self.tally.refused()
     }
@@ -138,7 +138,7 @@ impl Report<'_> {
         let rate = format!("{} calls/s", count(self.calls_per_second().round() as u64));
         text += &format!(
             "{}   {} in {:.2} s\n",
-            Paint::Bold.on(&rate, colours),
+            Style::Bold.on(&rate, colours),
             plural(self.answered(), "answer"),
             self.seconds()
         );
@@ -162,7 +162,7 @@ impl Report<'_> {
         } else {
             ""
         };
-        let head = Paint::Bold.on("latency", colours);
+        let head = Style::Bold.on("latency", colours);
         let mut text = format!("\n{head}{since}\n");
         for percentile in PERCENTILES {
             let name = format!("{percentile} %");
@@ -179,7 +179,7 @@ impl Report<'_> {
         let most = buckets.iter().map(|(_, calls)| *calls).max().unwrap_or(1);
         let mut text = String::from("\n");
         for (below, calls) in buckets {
-            let bar = Paint::Cyan.on(&bar(calls, most), colours);
+            let bar = Style::Cyan.on(&bar(calls, most), colours);
             let line = format!("  < {:>8}  {:>12}  {bar}", time(below), count(calls));
             text += line.trim_end();
             text.push('\n');
@@ -219,7 +219,7 @@ impl Report<'_> {
         if faults.is_empty() {
             return String::new();
         }
-        let head = Paint::Red.on("without a result", colours);
+        let head = Style::Red.on("without a result", colours);
         let mut text = format!("\n{head}\n");
         for (name, calls) in faults {
             text += &format!("  {:>12}  {name}\n", count(calls));

@@ -11,7 +11,7 @@ const LONGEST: u64 = 3_600_000_000_000;
 
 /// See the module. Every call that was sent is in exactly one of `ok`, `errors` and `unanswered`.
 #[derive(Debug, Clone)]
-pub(super) struct Tally {
+pub(super) struct BenchTotals {
     /// Calls that were sent.
     pub(super) sent: u64,
     /// Those with a result.
@@ -30,11 +30,11 @@ pub(super) struct Tally {
     pub(super) latencies: Histogram<u64>,
 }
 
-impl Tally {
+impl BenchTotals {
     pub(super) fn new() -> Result<Self> {
         let latencies = Histogram::new_with_bounds(100, LONGEST, 3)
             .map_err(|error| Error::Bug(format!("no histogram: {error}")))?;
-        Ok(Tally {
+        Ok(BenchTotals {
             sent: 0,
             ok: 0,
             errors: BTreeMap::new(),
@@ -60,7 +60,7 @@ impl Tally {
     }
 
     /// Adds what another thread saw.
-    pub(super) fn add(&mut self, other: &Tally) -> Result<()> {
+    pub(super) fn add(&mut self, other: &BenchTotals) -> Result<()> {
         self.sent += other.sent;
         self.ok += other.ok;
         self.not_sent += other.not_sent;

@@ -12,7 +12,7 @@ use crossbeam_channel::Sender;
 use crate::error::{Error, Result};
 
 /// A line of the input.
-pub(super) struct Line {
+pub(super) struct InputLine {
     /// Counted from 1.
     pub(super) number: u64,
     /// Without its end.
@@ -22,7 +22,7 @@ pub(super) struct Line {
 }
 
 /// A line, or why there are no more.
-pub(super) type Incoming = io::Result<Line>;
+pub(super) type Incoming = io::Result<InputLine>;
 
 /// Reads stdin into `feed`.
 pub(super) fn read(feed: Sender<Incoming>) -> Result<()> {
@@ -44,7 +44,7 @@ fn read_all(mut from: impl BufRead, feed: &Sender<Incoming>) {
                 if text.last() == Some(&b'\n') {
                     text.pop();
                 }
-                Ok(Line { number, text, read })
+                Ok(InputLine { number, text, read })
             }
             Err(error) => Err(error),
         };
@@ -66,7 +66,7 @@ mod tests {
         let (feed, lines) = unbounded();
         read_all(&b"1\n\n{\"a\": 2}"[..], &feed);
         drop(feed);
-        let lines: Vec<Line> = lines.iter().map(|line| line.unwrap()).collect();
+        let lines: Vec<InputLine> = lines.iter().map(|line| line.unwrap()).collect();
         let told: Vec<_> = lines
             .iter()
             .map(|line| (line.number, &line.text[..], line.read))

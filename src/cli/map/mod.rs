@@ -21,15 +21,15 @@ use crossbeam_channel::{Sender, bounded, never, select, unbounded};
 use super::args::duration;
 use super::call::refusal;
 use super::output;
-use super::target::Target;
+use super::target::TargetArgs;
 use super::units::plural;
 use crate::client::{ClientError, Options, Pool, Reply};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
-use lines::{Incoming, Line};
-use order::Order;
-use progress::Progress;
-use record::Record;
+use lines::{Incoming, InputLine};
+use order::ReorderBuffer;
+use progress::ProgressBar;
+use record::ResumeFile;
 
 /// Lines for each connection that may be ahead of the results that were written.
 const WINDOW: usize = 64;
@@ -41,7 +41,7 @@ pub struct MapOptions {
     pub method: String,
     /// The server
     #[command(flatten)]
-    pub target: Target,
+    pub target: TargetArgs,
     /// How many calls run at once, each on a connection of its own
     #[arg(long, short, value_name = "N", default_value_t = 8,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -75,7 +75,7 @@ type Outcome = std::result::Result<Reply, ClientError>;
 pub(super) fn map(name: &str, options: &MapOptions, overrides: &Overrides) -> Result<()> {
     let address = options.target.address(overrides)?;
     let record = match &options.resume {
-        Some(path) => Some(Record::open(path, &options.method)?),
+        Some(path) => Some(ResumeFile::open(path, &options.method)?),
         None => None,
     };
     let pool = Pool::new(
@@ -91,10 +91,10 @@ pub(super) fn map(name: &str, options: &MapOptions, overrides: &Overrides) -> Re
         options,
         method: options.method.as_str().into(),
         pool: &pool,
-        order: Order::default(),
+        order: ReorderBuffer::default(),
         record,
-        progress: Progress::new(),
-        tally: Tally::default(),
+        progress: ProgressBar::new(),
+        tally: MapTotals::default(),
     };
     let outcome = run.all();
     run.progress.clear();
@@ -116,7 +116,7 @@ pub(super) fn map(name: &str, options: &MapOptions, overrides: &Overrides) -> Re
 
 /// What became of the lines.
 #[derive(Debug, Clone, Copy, Default)]
-struct Tally {
+struct MapTotals {
     done: u64,
     failed: u64,
     /// Done in an earlier run.
@@ -127,7 +127,7 @@ struct Tally {
 fn tell(
     name: &str,
     options: &MapOptions,
-    tally: &Tally,
+    tally: &MapTotals,
     repeated: u64,
     end: Result<()>,
 ) -> Result<()> {
@@ -152,13 +152,13 @@ fn tell(
     match end {
         Ok(()) => {
             if tally.skipped > 0 || repeated > 0 {
-                output::complain(name, &counts);
+                output::print_error(name, &counts);
             }
             Ok(())
         }
         Err(Error::Refused(_)) => Err(Error::Refused(counts + &again)),
         Err(error) => {
-            output::complain(name, &(counts + &again));
+            output::print_error(name, &(counts + &again));
             Err(error)
         }
     }
@@ -182,10 +182,10 @@ struct Run<'a> {
     options: &'a MapOptions,
     method: Arc<str>,
     pool: &'a Pool,
-    order: Order<(Origin, Outcome)>,
-    record: Option<Record>,
-    progress: Progress,
-    tally: Tally,
+    order: ReorderBuffer<(Origin, Outcome)>,
+    record: Option<ResumeFile>,
+    progress: ProgressBar,
+    tally: MapTotals,
 }
 
 impl Run<'_> {
@@ -225,7 +225,7 @@ impl Run<'_> {
         incoming: Incoming,
         sender: &Sender<(u64, Origin, Outcome)>,
     ) -> std::result::Result<(), End> {
-        let Line { number, text, read } = incoming.map_err(|error| {
+        let InputLine { number, text, read } = incoming.map_err(|error| {
             let attempt = "read the params from stdin";
             End::Failed(Error::system(attempt, error))
         })?;
@@ -330,7 +330,7 @@ impl Run<'_> {
     /// On the bar, where the lines in so many bytes of the input have ended.
     fn show(&self, passed: Option<u64>) {
         if let Some(passed) = passed {
-            let Tally { done, failed, .. } = self.tally;
+            let MapTotals { done, failed, .. } = self.tally;
             self.progress.show(done, failed, passed);
         }
     }
@@ -339,6 +339,6 @@ impl Run<'_> {
         self.tally.failed += 1;
         let name = self.name;
         self.progress
-            .aside(|| output::complain(name, &format!("line {number}: {why}")));
+            .aside(|| output::print_error(name, &format!("line {number}: {why}")));
     }
 }

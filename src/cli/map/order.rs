@@ -6,22 +6,22 @@ use std::collections::VecDeque;
 
 /// Things that come in any order and go in that of their announcement.
 #[derive(Debug)]
-pub(super) struct Order<T> {
+pub(super) struct ReorderBuffer<T> {
     /// The place of the first one that did not go yet.
     first: u64,
     held: VecDeque<Option<T>>,
 }
 
-impl<T> Default for Order<T> {
+impl<T> Default for ReorderBuffer<T> {
     fn default() -> Self {
-        Order {
+        ReorderBuffer {
             first: 0,
             held: VecDeque::new(),
         }
     }
 }
 
-impl<T> Order<T> {
+impl<T> ReorderBuffer<T> {
     /// Announces one; its place.
     pub(super) fn expect(&mut self) -> u64 {
         self.held.push_back(None);
@@ -64,7 +64,7 @@ mod tests {
 
     #[test]
     fn what_ends_in_any_order_goes_in_its_own() {
-        let mut order = Order::default();
+        let mut order = ReorderBuffer::default();
         let places: Vec<u64> = (0..4).map(|_| order.expect()).collect();
         order.put(places[2], "c");
         order.put(places[1], "b");

@@ -8,23 +8,23 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressDrawTarget, ProgressStyle};
 
 use super::super::units::count;
 /// How often the bar is drawn by itself, so that the clock goes on while nothing ends.
 const TICK: Duration = Duration::from_millis(200);
 
 /// See the module.
-pub(super) struct Progress(Option<ProgressBar>);
+pub(super) struct ProgressBar(Option<indicatif::ProgressBar>);
 
-impl Progress {
+impl ProgressBar {
     /// A bar for stdin's lines; none when stderr is no terminal.
     pub(super) fn new() -> Self {
         if !io::stderr().is_terminal() {
-            return Progress(None);
+            return ProgressBar(None);
         }
         let size = input_size();
-        let bar = ProgressBar::with_draw_target(size, ProgressDrawTarget::stderr());
+        let bar = indicatif::ProgressBar::with_draw_target(size, ProgressDrawTarget::stderr());
         let template = if size.is_some() {
             "{percent:>3}% {wide_bar} {msg}  {elapsed} + {eta}"
         } else {
@@ -35,7 +35,7 @@ impl Progress {
             bar.set_style(style);
         }
         bar.enable_steady_tick(TICK);
-        Progress(Some(bar))
+        ProgressBar(Some(bar))
     }
 
     /// So many lines are done, and so many have failed, which were in the first `passed` bytes of the

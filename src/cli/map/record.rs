@@ -18,13 +18,13 @@ const HEAD: &str = "# preforkd map ";
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct ResumeFile {
     path: PathBuf,
     file: Flock<File>,
     done: BTreeSet<u64>,
 }
 
-impl Record {
+impl ResumeFile {
     /// Opens the record at `path`, or begins one there.
     pub(super) fn open(path: &Path, method: &str) -> Result<Self> {
         let failed = |what: &str, error| Error::system(format!("{what} {}", path.display()), error);
@@ -61,7 +61,7 @@ impl Record {
             file.write_all(head.as_bytes())
                 .map_err(|error| failed("write", error))?;
         }
-        Ok(Record {
+        Ok(ResumeFile {
             path: path.to_owned(),
             file,
             done,
@@ -122,10 +122,10 @@ mod tests {
     fn what_is_added_is_known_to_the_next_run() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("record");
-        let mut record = Record::open(&path, "ping").unwrap();
+        let mut record = ResumeFile::open(&path, "ping").unwrap();
         record.add(&[1, 3]).unwrap();
         record.add(&[20]).unwrap();
-        let locked = Record::open(&path, "ping").unwrap_err();
+        let locked = ResumeFile::open(&path, "ping").unwrap_err();
         assert!(locked.to_string().contains("in use"), "{locked}");
         drop(record);
 
@@ -133,7 +133,7 @@ mod tests {
         let mut text = fs::read_to_string(&path).unwrap();
         text += "2";
         fs::write(&path, &text).unwrap();
-        let mut record = Record::open(&path, "ping").unwrap();
+        let mut record = ResumeFile::open(&path, "ping").unwrap();
         let has = [1, 2, 3, 20].map(|number| record.has(number));
         assert_eq!(has, [true, false, true, true]);
         record.add(&[4]).unwrap();
@@ -152,7 +152,7 @@ mod tests {
         ] {
             let path = dir.path().join("record");
             fs::write(&path, text).unwrap();
-            let error = Record::open(&path, "ping").unwrap_err();
+            let error = ResumeFile::open(&path, "ping").unwrap_err();
             assert_eq!(error.exit_code(), 64);
             assert!(error.to_string().contains(told), "{error}");
             assert_eq!(
