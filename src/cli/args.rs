@@ -1,8 +1,8 @@
 //! The command line: what may be written there, and what it means.
 //!
-//! In two steps: clap's mirror of the words, then one [`Command`] with everything parsed
+//! In two steps: clap's mirror of the words, then one [`CliCommand`] with everything parsed
 //! that can be parsed without looking at the machine. A wrong word is an
-//! [`Error::Usage`] that says what to write instead; help and version are a [`Command`] like any
+//! [`Error::Usage`] that says what to write instead; help and version are a [`CliCommand`] like any
 //! other, so that nothing here prints or exits.
 
 use std::ffi::OsString;

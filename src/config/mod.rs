@@ -4,7 +4,7 @@
 //! more than the first fault (`faults`). It goes in steps, a file each:
 //! `files` reads the text, `document` merges it and knows where each key stands, `raw` is serde's
 //! mirror of it, `resolve` with `listeners`, `methods` and `pools` makes [`Settings`] of the mirror, where
-//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`as_running`] says what no reload changes.
+//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`keep_restart_only_keys`] says what no reload changes.
 //!
 //! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
 //! error is [`Error::Config`] with file, line, column and key, but for a

@@ -1,6 +1,6 @@
 //! The log: what a line looks like, and where it goes.
 //!
-//! Lines are made by env_logger (levels, RUST_LOG) in one of three forms and go to an `Output`
+//! Lines are made by env_logger (levels, RUST_LOG) in one of three forms and go to an `LogOutput`
 //! that never blocks and never fails: a line that can't be written is counted, and the count is
 //! written as soon as something can be. In a worker a thread does the writing, so that a slow disk
 //! or a full queue costs lines and never a call; the master, which has no second thread, writes

@@ -91,7 +91,7 @@ impl LogOutput {
         })
     }
 
-    /// What another process has passed: always a log file of `Output::file`.
+    /// What another process has passed: always a log file of `LogOutput::file`.
     pub fn received(fd: OwnedFd) -> Self {
         LogOutput::of(fd, WriteMode::Write)
     }

@@ -53,7 +53,7 @@ impl SlotState {
 pub(super) struct SlotEntry {
     /// Who sits there.
     pub state: SlotState,
-    /// Who is to follow the holder once it is ready; `Some` only beside [`Holder::Worker`], so that
+    /// Who is to follow the holder once it is ready; `Some` only beside [`SlotState::Worker`], so that
     /// a seat has one fork under way at most.
     pub successor: Option<SlotState>,
     /// False for a seat given up while its fork was under way: what comes of it is drained.

@@ -81,7 +81,7 @@ impl Death {
     }
 }
 
-/// The last [`KEPT`] deaths, oldest first, and how many there were in all.
+/// The last [`MAX_DEATH_RECORDS`] deaths, oldest first, and how many there were in all.
 #[derive(Debug, Clone, Default)]
 pub struct Deaths {
     records: VecDeque<Death>,

@@ -99,7 +99,7 @@ pub enum Event {
         /// What its threads are at, a sentence.
         evidence: String,
     },
-    /// What [`Action::Examine`] has found.
+    /// What [`Action::Diagnose`] has found.
     Evidence {
         /// The worker.
         pid: Pid,

@@ -31,7 +31,7 @@ pub(super) enum ServerPhase {
     Serving,
     /// No fork any more; leave when the last child is gone.
     Stopping {
-        /// How the workers leave: [`Leave::Stop`] or [`Leave::AtOnce`].
+        /// How the workers leave: [`StopMode::Stop`] or [`StopMode::AtOnce`].
         leave: StopMode,
         /// The exit code then.
         code: u8,

@@ -122,7 +122,7 @@ impl Orphans {
         }
     }
 
-    /// A child was reaped: whether it was a reader of marks. What follows from its answers is for `end`,
+    /// A child was reaped: whether it was a reader of marks. What follows from its answers is for `kill_leftovers`,
     /// which knows who else was reaped.
     pub fn reader_ended(&mut self, pid: Pid) -> bool {
         match &mut self.reader {
@@ -139,7 +139,7 @@ impl Orphans {
         self.reader.as_ref().and_then(MarkReader::output)
     }
 
-    /// When `end` is to be called at the latest.
+    /// When `kill_leftovers` is to be called at the latest.
     pub fn deadline(&self) -> Option<Millis> {
         let reader = self.reader.as_ref().map(|reader| reader.deadline);
         reader.or(self.retry_at)

@@ -6,7 +6,7 @@
 //! the old worker is gone, and not while a reload's verdict is open, which replaces everybody.
 //! One whose threads are all stuck answers next to nothing and does not wait for that.
 //!
-//! The successor is the seat's `coming` one ([`super::children::Tenure`]). When it fails, it is throttled like
+//! The successor is the seat's `successor` one ([`super::children::SlotEntry`]). When it fails, it is throttled like
 //! any other, and the old worker serves on; when the old one goes first, the seat is the successor's.
 
 use log::Level;

@@ -1,6 +1,6 @@
 //! What the passing of time brings: throttled slots come due, workers overstay, event loops stick.
 //!
-//! Each child has at most one next signal ([`super::children::Child::next`]); here it is sent and
+//! Each child has at most one next signal ([`super::children::ChildRecord::next_signal`]); here it is sent and
 //! the one after it set. A master that was itself paused (SIGSTOP, a frozen group) finds every
 //! deadline long gone, and its workers' reports unread: then nobody is ended, all get a fresh grace.
 

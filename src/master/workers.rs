@@ -404,7 +404,7 @@ impl Children {
         self.keepers.contains(pid) || self.living.values().any(of)
     }
 
-    /// See [`Keepers::overdue`].
+    /// See [`Keepers::stalled`].
     pub fn overdue_keepers(&mut self, now: Millis, limit: Millis) -> Vec<(Pid, Pid)> {
         self.keepers.stalled(now, limit)
     }

@@ -76,7 +76,7 @@ pub fn request_form(call: &Result<Call<'_>, InvalidCall<'_>>) -> Form {
     }
 }
 
-/// The params of a [`Form::Bare`] call as JSON text; an empty body is null.
+/// The params of a [`Form::ParamsOnly`] call as JSON text; an empty body is null.
 ///
 /// # Errors
 /// `parse-error`.

@@ -44,7 +44,7 @@ pub enum ControlRequest {
 pub struct ControlResponse {
     /// Whether it was done.
     pub ok: bool,
-    /// The answer to [`Request::Status`].
+    /// The answer to [`ControlRequest::Status`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<Status>,
     /// What was done, a sentence or more for people.
@@ -75,7 +75,7 @@ impl ControlResponse {
         }
     }
 
-    /// The answer to [`Request::Status`].
+    /// The answer to [`ControlRequest::Status`].
     pub fn status(status: Status) -> Self {
         ControlResponse {
             status: Some(status),

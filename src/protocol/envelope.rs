@@ -1,6 +1,6 @@
 //! The members of a call's object, before anything is made of them.
 //!
-//! [`Envelope`] takes an object apart without a tree: it knows the members that some form of a
+//! [`CallMembers`] takes an object apart without a tree: it knows the members that some form of a
 //! call has, each as its JSON text, and which of them were given again. What they must be, and
 //! what is said about it, is the form's business. The grammar is judged to the end of the body
 //! before any of them is looked at.

@@ -1,6 +1,6 @@
 //! An answer in the form of its call and the dialect of its connection.
 //!
-//! [`Shape::compose`] appends it to a buffer, so that one write carries many. What goes into it
+//! [`AnswerFormat::compose`] appends it to a buffer, so that one write carries many. What goes into it
 //! (a handler's result, to the letter) is appended by whoever knows it.
 
 use super::body::Form;

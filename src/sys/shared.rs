@@ -34,7 +34,7 @@ unsafe impl SharedRecord for AtomicI32 {}
 // SAFETY: what holds for each holds for all of them.
 unsafe impl<T: SharedRecord, const N: usize> SharedRecord for [T; N] {}
 
-/// Declares a structure of atomics, which may therefore be a [`Record`]; so that the promise is
+/// Declares a structure of atomics, which may therefore be a [`SharedRecord`]; so that the promise is
 /// made here, once, and not by each floor above.
 #[macro_export]
 macro_rules! shared_record {
@@ -97,7 +97,7 @@ fn map<T: SharedRecord>(file: &OwnedFd, length: NonZeroUsize) -> io::Result<&'st
     let start: NonNull<c_void> =
         unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, file, 0) }?;
     // SAFETY: the mapping is page-aligned, as long as `length` records, zeroed by the kernel where
-    // nobody wrote, never unmapped, and `Record` says that zeroes are valid and that others may
+    // nobody wrote, never unmapped, and `SharedRecord` says that zeroes are valid and that others may
     // change it.
     Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
 }

@@ -161,7 +161,7 @@ static OF_STD: [AtomicUsize; FAULTS.len()] = [const { AtomicUsize::new(0) }; FAU
 /// Lets a SIGSEGV or SIGBUS that somebody sends end the process, as it does elsewhere. std's
 /// handlers, which tell of an overflown stack, take any other cause for a fault that comes again
 /// as soon as they return: one that was sent does not, and would be lost. What the processor
-/// raises is still theirs. Threads and forked children inherit it. [`tell_faults`] is served by
+/// raises is still theirs. Threads and forked children inherit it. [`set_fault_report`] is served by
 /// the same handler.
 pub fn install_fault_handlers() {
     for (signal, of_std) in FAULTS.into_iter().zip(&OF_STD) {

@@ -1,7 +1,7 @@
 //! The event loop of a worker: completions, deadlines and orders in, answers out.
 //!
 //! It joins the event floor with the connections and the service, and never waits anywhere but in
-//! `Floor::turn`. What fails on one connection ends that connection; what fails on the floor
+//! `Reactor::poll_once`. What fails on one connection ends that connection; what fails on the floor
 //! itself ends the worker, with the reason in the log.
 
 use std::array;

@@ -1,6 +1,6 @@
 //! What a connection's bytes, its end and its answers lead to: calls taken, answers sent, the end.
 //!
-//! Everything that changes a connection ends in `advance`, which sends what was answered, takes
+//! Everything that changes a connection ends in `pump`, which sends what was answered, takes
 //! what may be taken, and sets reading and deadlines anew. What fails on one connection ends it and
 //! no other.
 

@@ -86,7 +86,7 @@ impl EventLoop {
     }
 }
 
-/// Returns whether the connection never received a byte. If a sibling has handed it over, `fresh` is true
+/// Returns whether the connection never received a byte. If a sibling has handed it over, `is_first_read` is true
 /// again, and only the dialect tells that it had calls.
 fn is_silent(connection: &Connection) -> bool {
     connection.is_first_read

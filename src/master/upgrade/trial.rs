@@ -1,7 +1,7 @@
 //! Between two programs in one process: how the next one is begun, and how it goes back.
 //!
 //! The program that is begun finds in its environment which descriptors hold the table and the
-//! program before it ([`Arrival`]). As long as its upgrade is on trial it keeps everything just as it
+//! program before it ([`StartMode`]). As long as its upgrade is on trial it keeps everything just as it
 //! came, and on any error of its own becomes the program before once more, with the same table.
 //! What can't even go back is an error like any other, and ends the master.
 

@@ -6,7 +6,7 @@
 //! that leaves in doubt where the next request begins closes the connection: no second request is
 //! ever parsed out of a refused one.
 //!
-//! The bytes of a request stay with the connection until it is whole: [`Progress`] remembers how
+//! The bytes of a request stay with the connection until it is whole: [`ParseProgress`] remembers how
 //! far they were looked at, and what the head said. It can be dropped at any time, and the bytes
 //! be looked at again.
 

@@ -75,7 +75,7 @@ pub struct Reactor {
     /// Clients may come over a unix socket.
     pub(super) has_unix: bool,
     watched: Vec<(u16, OwnedFd)>,
-    /// Failures met outside of `turn`, told in the next one.
+    /// Failures met outside of `poll_once`, told in the next one.
     failures: Vec<(Token, io::Error)>,
     next_tag: u32,
     buffer: &'static mut [u8],
@@ -183,10 +183,10 @@ impl Reactor {
     }
 
     /// The same with a socket that another process has used before. The witness sees it with this
-    /// note from the beginning, and as one that is owed what came along, until `is_at_ease` is called.
+    /// note from the beginning, and as one that is owed what came along, until `clear_carried_output` is called.
     ///
     /// # Errors
-    /// As of `adopt`.
+    /// As of `register`.
     pub fn register_adopted(
         &mut self,
         socket: OwnedFd,

@@ -7,7 +7,7 @@
 //! Three rules keep it from spinning: interest in writing lives only while something waits to be
 //! written, a connection whose end was seen is not read again, and a listener that can't accept
 //! (no descriptor left) is taken out until `resume_listeners`. Errors of one connection are a
-//! completion; only `Floor::new` and `turn` fail, when epoll itself does.
+//! completion; only `Reactor::new` and `turn` fail, when epoll itself does.
 
 mod accept;
 mod floor;
@@ -50,7 +50,7 @@ impl Token {
 /// What has happened.
 #[derive(Debug)]
 pub enum Completion<'a> {
-    /// A client has connected; `Floor::adopt` makes a connection of it.
+    /// A client has connected; `Reactor::register` makes a connection of it.
     Accepted {
         /// Its socket.
         socket: OwnedFd,
@@ -65,7 +65,7 @@ pub enum Completion<'a> {
         rest: Option<OwnedFd>,
     },
     /// The system can't accept at the moment (EMFILE, ENFILE, ENOBUFS, ENOMEM). No listener is
-    /// watched until `Floor::resume_listeners`.
+    /// watched until `Reactor::resume_listeners`.
     AcceptFailed {
         /// What it answered.
         error: io::Error,
@@ -88,7 +88,7 @@ pub enum Completion<'a> {
         /// The connection.
         token: Token,
     },
-    /// Some of what waited has been sent; `Floor::unsent` tells what is left.
+    /// Some of what waited has been sent; `Reactor::unsent` tells what is left.
     Sent {
         /// The connection.
         token: Token,

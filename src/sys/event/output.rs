@@ -1,7 +1,7 @@
 //! Sends what waits, and notices that a peer has closed its end.
 //!
 //! A peer that has closed may have sent bytes before, which are read to the end. So only what was to be
-//! sent to it is dropped. An error of the connection itself is left to `Floor::fail`.
+//! sent to it is dropped. An error of the connection itself is left to `Reactor::fail`.
 
 use std::os::fd::AsRawFd;
 

@@ -27,7 +27,7 @@ shared_record! {
         pub token: AtomicU64,
         /// Its descriptor plus one; 0 while the place is free. Set last and cleared first.
         pub fd: AtomicU32,
-        /// Bytes for it that the kernel did not take, as a number of `Owed`.
+        /// Bytes for it that the kernel did not take, as a number of `UnsentData`.
         pub owed: AtomicU32,
         /// What the floors above know of it.
         pub note: AtomicU32,
@@ -56,7 +56,7 @@ shared_record! {
         pub before: AtomicU64,
         /// Bytes that it is given.
         pub length: AtomicU64,
-        /// A connection is coming in, as a number of `Coming`.
+        /// A connection is coming in, as a number of `PendingAccept`.
         pub accepting: AtomicU32,
         /// Keeps the size a multiple of eight.
         pub spare: AtomicU32,
