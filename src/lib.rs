@@ -43,8 +43,9 @@ pub mod server;
 pub mod sys;
 pub mod throttle;
 pub mod worker;
+pub mod worker_init;
 
-pub use handler::kept::{StartError, Worker};
+pub use crate::handler::handler_state::{StartError, Worker};
 pub use handler::{Context, Handler};
 pub use protocol::RpcError;
 pub use serde_json::value::RawValue;

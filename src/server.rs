@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
 use crate::handler::command::CommandHandler;
-use crate::handler::kept::{HandlerState, Hooks};
+use crate::handler::handler_state::{HandlerState, Hooks};
 use crate::handler::pool::{Pool, Pooled};
 use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, builtin};

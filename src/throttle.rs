@@ -5,6 +5,7 @@
 //! deaths and forks and answers with a time; who waits for that time is not its business. It can't
 //! fail. Beside it `limiter`: how often a repeated trouble may be logged.
 
+pub mod jitter;
 pub mod limiter;
 
 use std::collections::VecDeque;

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::link::handoff;
+use preforkd::link::adoption_queue;
 use preforkd::sys::socket;
 
 fuzz_target!(|input: &[u8]| {

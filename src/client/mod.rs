@@ -47,11 +47,11 @@ mod error;
 mod handle;
 mod imap;
 mod jsonrpc;
-mod lane;
 mod pipeline;
 mod pool;
 #[cfg(test)]
 mod pool_tests;
+mod pool_thread;
 mod retry;
 mod stream;
 #[cfg(test)]

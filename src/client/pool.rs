@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::imap::{Imap, ImapUnordered};
-use super::lane::{ClientCall, ConnectionHandle, PoolThread, Shared};
+use super::pool_thread::{ClientCall, ConnectionHandle, PoolThread, Shared};
 use super::retry::Retry;
 use super::{ClientError, Handle, Reply};
 

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Overrides;
-use super::document::{SourceMap, nearest};
-use super::surroundings::{Environment, clean};
+use super::environment::{Environment, clean};
+use super::source_map::{SourceMap, nearest};
 use super::units::DurationValue;
 use crate::error::{Error, Result};
 

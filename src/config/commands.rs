@@ -2,10 +2,10 @@
 //! input and output. The program itself is `programs`' business.
 
 use super::check::Check;
-use super::document::join;
 use super::programs::{self, Ids};
 use super::raw::RawMethod;
 use super::settings::{CommandConfig, OutputFormat, Stdin};
+use super::source_map::join;
 use super::units::ByteSize;
 use crate::error::Result;
 

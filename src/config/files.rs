@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::OFlag;
 use toml::de::{DeTable, DeValue};
 
-use super::surroundings::clean;
+use super::environment::clean;
 use crate::error::{Error, Position, Result};
 
 /// No configuration is larger; what is, is some other file.

@@ -5,9 +5,9 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use super::environment::Environment;
 use super::programs::Ids;
 use super::settings::{MethodKind, ProgramConfig, Settings};
-use super::surroundings::Environment;
 use crate::sys::guard;
 
 /// Programs that look into processes which they did not start.

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 
 use super::check::{Check, MILLISECOND};
 use super::commands;
-use super::document::{join, nearest};
 use super::programs::Ids;
 use super::raw::{Raw, RawMethod};
 use super::settings::{Builtin, LimitsConfig, MethodConfig, MethodKind, PoolConfig, WorkersConfig};
+use super::source_map::{join, nearest};
 use super::units::DurationValue;
 use crate::error::{Error, Result};
 

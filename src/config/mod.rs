@@ -13,9 +13,9 @@
 mod address;
 mod check;
 mod commands;
-mod document;
+mod diagnostics;
 mod effective;
-mod faults;
+mod environment;
 mod files;
 mod guarded;
 mod listeners;
@@ -26,7 +26,7 @@ mod raw;
 mod resolve;
 mod restart;
 mod settings;
-mod surroundings;
+mod source_map;
 mod units;
 
 use std::collections::BTreeSet;
@@ -43,8 +43,8 @@ pub use settings::{
 
 use crate::error::{Error, Result};
 use check::Check;
+use environment::Environment;
 use files::Files;
-use surroundings::Environment;
 
 /// What the command line and the program itself say; it has precedence over the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -93,7 +93,7 @@ pub fn load_or_faults(
         Some(path) => Files::read(&path).map_err(|error| vec![error])?,
         None => Files::default(),
     };
-    faults::settings_or_faults(&here, &files, overrides)
+    diagnostics::settings_or_faults(&here, &files, overrides)
 }
 
 /// The listeners of the server that has this configuration, for who needs nothing else and does not mind
@@ -120,7 +120,7 @@ fn listeners_in(
         alone => alone?,
     };
     let said = |files: &Files, is_whole: bool| {
-        let (raw, places) = document::parse_only(files, "listen").ok()?;
+        let (raw, places) = source_map::parse_only(files, "listen").ok()?;
         let check = Check {
             places: &places,
             overrides,
@@ -177,7 +177,7 @@ pub fn load_text(file: &Path, text: String, overrides: &Overrides) -> Result<Set
 }
 
 fn settings_of(here: &Environment, files: &Files, overrides: &Overrides) -> Result<Settings> {
-    let (raw, places) = document::parse(files)?;
+    let (raw, places) = source_map::parse(files)?;
     resolve::resolve(&raw, &places, overrides, here)
 }
 

@@ -8,10 +8,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::check::{Check, MILLISECOND};
-use super::document::join;
 use super::programs::{self, Ids};
 use super::raw::{Raw, RawPool};
 use super::settings::{PoolConfig, WorkersConfig};
+use super::source_map::join;
 use super::units::{ByteSize, DurationValue};
 use crate::error::Result;
 

@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check::Check;
-use super::document::join;
 use super::raw::{RawMethod, RawPool, RawRlimits};
 use super::settings::{ProgramConfig, RlimitsConfig};
+use super::source_map::join;
 use super::units::{ByteSize, DurationValue};
 use crate::error::Result;
 use crate::sys::account::{Account, AccountError};

@@ -13,12 +13,12 @@ use log::LevelFilter;
 use super::Overrides;
 use super::address::{Address, check_unix_path};
 use super::check::{Check, MILLISECOND, command_line};
-use super::document::SourceMap;
+use super::environment::Environment;
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
 use super::settings::{
     LimitsConfig, ListenConfig, LogConfig, LogFormat, MethodKind, Settings, WorkersConfig,
 };
-use super::surroundings::Environment;
+use super::source_map::SourceMap;
 use super::units::{ByteSize, DurationValue};
 use super::{guarded, listeners, methods, pools};
 use crate::error::Result;

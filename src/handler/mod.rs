@@ -5,13 +5,13 @@
 //! and answered with `internal`.
 
 pub mod builtin;
+pub mod call_state;
 pub mod command;
 pub mod function;
 pub mod guard;
-pub mod job;
-pub mod kept;
+pub mod handler_state;
 pub mod pool;
-mod program;
+mod prepared_program;
 pub mod registry;
 
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use kept::Worker;
+use handler_state::Worker;
 
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Handler;
-use super::kept::{HandlerState, Hooks, Worker};
+use super::handler_state::{HandlerState, Hooks, Worker};
 use super::pool::Pool;
 
 /// The method that answers with [`Registry::describe`].

@@ -47,7 +47,7 @@ pub enum Report {
     /// It has read so many calls, as many as it may: it wants a successor, and serves until then.
     MaxCallsReached(u64),
     /// All its handler threads, so many, run past their deadlines: it wants a successor. What they
-    /// run stands in shared memory ([`super::stuck`]).
+    /// run stands in shared memory ([`super::stuck_calls`]).
     AllThreadsStuck(u64),
 }
 

@@ -12,9 +12,9 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use super::scoreboard::RECORDS;
-use super::stuck::StuckCalls;
+use super::stuck_calls::StuckCalls;
 use crate::shared_record;
-use crate::sys::shared;
+use crate::sys::shared_memory;
 
 /// Calls that can be in quarantine, and under suspicion, at once.
 pub const PLACES: usize = 64;
@@ -75,9 +75,9 @@ impl Quarantine {
     pub fn new() -> io::Result<Self> {
         let records = NonZeroUsize::new(RECORDS).unwrap_or(NonZeroUsize::MIN);
         Ok(Quarantine {
-            board: &shared::array_without_file(NonZeroUsize::MIN)?[0],
-            evidence: shared::array_without_file(records)?,
-            stuck: shared::array_without_file(records)?,
+            board: &shared_memory::array_without_file(NonZeroUsize::MIN)?[0],
+            evidence: shared_memory::array_without_file(records)?,
+            stuck: shared_memory::array_without_file(records)?,
             hasher: RandomState::new(),
         })
     }

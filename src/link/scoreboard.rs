@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::shared_record;
-use crate::sys::shared;
+use crate::sys::shared_memory;
 
 /// Workers that can be alive at once, those of generations that drain included.
 pub const RECORDS: usize = 4096;
@@ -112,7 +112,7 @@ impl Scoreboard {
     /// # Errors
     /// When there is no memory to be had.
     pub fn new() -> io::Result<Self> {
-        let (records, file) = shared::array(LENGTH)?;
+        let (records, file) = shared_memory::array(LENGTH)?;
         Ok(Scoreboard { records, file })
     }
 
@@ -121,7 +121,7 @@ impl Scoreboard {
     /// # Errors
     /// When there is no memory to be had, or the file is none.
     pub fn of(file: OwnedFd) -> io::Result<Self> {
-        let records = shared::array_in(&file, LENGTH)?;
+        let records = shared_memory::array_in(&file, LENGTH)?;
         Ok(Scoreboard { records, file })
     }
 

@@ -6,11 +6,11 @@
 //! or a full queue costs lines and never a call; the master, which has no second thread, writes
 //! for itself.
 
-mod counted;
 mod output;
 mod panics;
-mod torn;
-mod witness;
+mod partial_line;
+mod startup_forward;
+mod text;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -25,10 +25,12 @@ use crossbeam_channel::{Sender, TrySendError, bounded};
 use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
-pub use counted::pluralize;
 pub use output::LogOutput;
 pub use panics::{log_panics, rate_limit_panics};
-pub use witness::{LONGEST as LONGEST_TOLD, forwarding_fd, start_forwarding, stop_forwarding};
+pub use startup_forward::{
+    LONGEST as LONGEST_TOLD, forwarding_fd, start_forwarding, stop_forwarding,
+};
+pub use text::pluralize;
 
 /// Lines that wait for the writing thread of a worker.
 const QUEUE: usize = 4096;
@@ -80,7 +82,7 @@ impl Log for ReloadableLogger {
         if let Some(logger) = logger.as_ref() {
             logger.log(record);
         }
-        witness::pass_on(record);
+        startup_forward::pass_on(record);
     }
 
     fn flush(&self) {}

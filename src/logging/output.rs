@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send};
 
-use super::torn::PartialLine;
+use super::partial_line::PartialLine;
 use crate::sys::signal::SignalBlock;
 
 /// How a descriptor is written to without waiting.

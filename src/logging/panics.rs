@@ -8,7 +8,7 @@ use std::panic::PanicHookInfo;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::counted::pluralize;
+use super::text::pluralize;
 use crate::sys::process::monotonic;
 
 /// So many panics of handlers are logged in each `WHILE`.

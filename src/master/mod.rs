@@ -20,49 +20,18 @@
 //! | [`upgrade`] | another program in the same process |
 
 mod children;
-mod control;
-pub mod deaths;
-pub mod event;
-mod evidence;
-mod first_words;
-pub mod fleet;
-mod keepers;
-mod leave;
-mod life;
-pub mod listeners;
-mod marks;
-pub mod orphans;
-mod own_path;
-pub mod pid_file;
+mod endpoints;
+mod main_loop;
+mod policy;
 mod reaping;
-mod recycle;
-mod reload;
-mod reloading;
+mod rebalance;
 mod requests;
+pub mod resume;
 mod setup;
-mod spread;
-mod spreading;
 mod start;
-mod status;
-mod strikes;
-mod supervise;
 pub mod upgrade;
-pub mod view;
-mod watch;
-mod workers;
 
-#[cfg(test)]
-mod fleet_properties;
-#[cfg(test)]
-mod fleet_tests;
-#[cfg(test)]
-mod fleet_world;
-#[cfg(test)]
-mod recycle_tests;
-#[cfg(test)]
-mod watch_tests;
-
-pub use event::{Action, Event, Exit, Millis, PolicyLimits};
-pub use fleet::Fleet;
+pub use policy::event::{Action, Event, Exit, Millis, PolicyLimits};
+pub use policy::fleet::Fleet;
 pub use setup::{Embedder, Setup};
 pub use start::run;

@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 
 use nix::sys::signal::Signal;
 
-use super::event::{Action, Event};
-use super::keepers::is_plausible_keeper;
-use super::supervise::{Master, wall_clock};
+use super::children::keepers::is_plausible_keeper;
+use super::main_loop::{Master, wall_clock};
+use super::policy::event::{Action, Event};
 use crate::protocol::control::WorkerPhase;
 use crate::sys::memory;
 use crate::sys::process::{self, Exit, Pid, ReapedChild};
@@ -136,7 +136,7 @@ impl Master<'_> {
 
     /// Whether a worker's end may be a call's doing: not what it was told to do.
     fn is_suspicious(&self, ended: &ReapedChild) -> bool {
-        let serves = |view: &super::view::WorkerView| {
+        let serves = |view: &super::policy::status_view::WorkerView| {
             view.pid == Some(ended.pid) && view.state == WorkerPhase::Ready
         };
         !self.stopping && ended.exit != Exit::Code(0) && self.fleet.workers().iter().any(serves)
@@ -148,9 +148,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::collections::BTreeSet;
 
-    use super::super::event::{Millis, PolicyLimits};
-    use super::super::fleet::Fleet;
-    use super::super::fleet_world::{LIMITS, SEGV};
+    use super::super::policy::event::{Millis, PolicyLimits};
+    use super::super::policy::fleet::Fleet;
+    use super::super::policy::fleet_world::{LIMITS, SEGV};
     use super::*;
     use crate::link::ids::Slot;
 

@@ -6,11 +6,11 @@ use super::upgrade::{ExecAttempt, StartParams};
 use crate::config::Settings;
 use crate::error::Result;
 use crate::handler::registry::Registry;
-use crate::link::boot::WorkerMain;
 use crate::logging::LogOutput;
 use crate::sys::daemon::Launcher;
 use crate::sys::notify::PassedListener;
 use crate::sys::title::TitleArea;
+use crate::worker_init::WorkerMain;
 
 /// What the master asks of the program that it runs in: at a start and at each reload.
 pub trait Embedder {

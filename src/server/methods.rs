@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::Server;
-use crate::handler::kept::{StartError, Worker};
+use crate::handler::handler_state::{StartError, Worker};
 use crate::handler::{Context, Handler, Placement, function};
 use crate::protocol::RpcError;
 

@@ -4,9 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
+use super::call_dispatcher::millis;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, LISTEN_RETRY_MS, WarningKind, find};
-use super::service::millis;
 use super::timers::TimerTarget;
 use crate::logging::pluralize;
 use crate::sys::event::{Reactor, Token};

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 
 use slab::Slab;
 
-use super::ledger::CallRef;
+use super::crash::journal::CallRef;
 use crate::protocol::Dialect;
 use crate::protocol::body::Form;
 use crate::protocol::http::ParseProgress;

@@ -1,8 +1,8 @@
 //! What a worker does when time is over: for a frame, a reader, an idle peer, a call.
 
+use super::call_dispatcher::millis;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
-use super::service::millis;
 use super::timers::{CallKey, TimerTarget};
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};

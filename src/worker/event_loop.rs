@@ -11,20 +11,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use super::call_dispatcher::{CallDispatcher, millis};
 use super::connection::Connection;
 use super::drain::{Drain, DrainStep};
-use super::service::{CallDispatcher, millis};
+use super::rebalance::ActiveRebalance;
+use super::recycle_check;
 use super::silent::SilentConnections;
-use super::spreading::ActiveRebalance;
 use super::timers::TimerTarget;
-use super::wear;
 use crate::config::WorkersConfig;
 use crate::handler::command::sweep;
+use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::channel::WorkerEnd;
-use crate::link::handoff::AdoptionQueue;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
-use crate::link::stuck::StuckCalls;
+use crate::link::stuck_calls::StuckCalls;
 use crate::logging;
 use crate::sys::event::{Completion, Driver, Reactor, Token};
 use crate::sys::process::monotonic;
@@ -150,7 +150,7 @@ impl EventLoop {
             next_tick_ms: 0,
             is_at_limit: false,
             silent: SilentConnections::default(),
-            recycle_at: wear::recycle_threshold(workers.max_calls),
+            recycle_at: recycle_check::recycle_threshold(workers.max_calls),
             master_gone: false,
             is_accepting: false,
             stuck_reported: false,

@@ -5,32 +5,31 @@
 //! replaces; a panic of a handler is an answer.
 
 mod accepting;
-mod booting;
-mod calls;
+mod call_dispatcher;
+mod call_scheduler;
+mod call_table;
 mod connection;
+mod connections;
+mod crash;
 mod deadlines;
 mod drain;
 mod event_loop;
-mod giving;
-mod hygiene;
-mod intake;
-mod keeper;
-mod last_words;
-mod ledger;
-mod load;
+mod handoff;
+mod input_parser;
+mod method_stats;
 mod orders;
+mod post_fork;
 mod posts;
 mod queue;
-mod service;
-mod serving;
+mod rebalance;
+mod recycle_check;
 mod shelf;
 mod silent;
-mod spreading;
-mod table;
+mod startup;
+mod stop_hooks;
 mod threads;
 mod timers;
 mod unsent;
-mod wear;
 
 use std::io;
 use std::mem::ManuallyDrop;
@@ -39,20 +38,20 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::link::boot::WorkerInit;
-use crate::link::handoff::LONGEST;
+use crate::link::adoption_queue::LONGEST;
 use crate::logging;
 use crate::sys::event::Reactor;
 use crate::sys::memory;
 use crate::sys::process::exit_now;
 use crate::sys::signal;
 use crate::sys::waker::Waker;
+use crate::worker_init::WorkerInit;
 
-use calls::CallScheduler;
+use call_dispatcher::CallDispatcher;
+use call_scheduler::CallScheduler;
+use crash::journal::CallJournal;
+use crash::keeper::KeeperSetup;
 use event_loop::EventLoop;
-use keeper::KeeperSetup;
-use ledger::CallJournal;
-use service::CallDispatcher;
 use threads::Threads;
 use timers::Timers;
 use unsent::UnsentAnswers;
@@ -87,7 +86,7 @@ pub fn run(boot: WorkerInit<'_>) -> ! {
 fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     logging::start_forwarding(boot.startup_log_tx.take());
     let cant = |attempt| move |error| (attempt, error);
-    let (signals, keeping) = hygiene::init_worker_process(&mut boot)?;
+    let (signals, keeping) = post_fork::init_worker_process(&mut boot)?;
     memory::limit_malloc_arenas(ARENAS);
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
     // Threads inherit the mask: none of them hears a signal, TERM and QUIT are the loop's.
@@ -162,7 +161,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     }
     event_loop.end_programs(&mut floor);
     ran?;
-    last_words::run_stop_hooks(&mut event_loop);
+    stop_hooks::run_stop_hooks(&mut event_loop);
     log::debug!("leaves");
     drop(ManuallyDrop::into_inner(floor));
     Ok(())

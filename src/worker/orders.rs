@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use super::call_dispatcher::millis;
 use super::connection::{Connection, ConnectionPhase};
 use super::event_loop::{EventLoop, LINK};
-use super::service::millis;
 use crate::link::channel::Received;
 use crate::link::message::{Order, Report};
 use crate::logging::{self, pluralize};

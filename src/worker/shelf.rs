@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::handler::job::HandlerCall;
+use crate::handler::call_state::HandlerCall;
 
 /// So much expected work is one thread's.
 const SHARE: Duration = Duration::from_micros(100);

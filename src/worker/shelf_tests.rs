@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::*;
-use crate::handler::job::CallKey;
+use crate::handler::call_state::CallKey;
 
 fn job(serial: u64, expected_us: Option<u64>) -> HandlerCall {
     HandlerCall {

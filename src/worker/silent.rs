@@ -7,9 +7,9 @@
 
 use std::collections::VecDeque;
 
+use super::call_dispatcher::millis;
 use super::connection::{Connection, ConnectionPhase};
 use super::event_loop::{EventLoop, WarningKind, find};
-use super::service::millis;
 use super::timers::TimerTarget;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;

@@ -14,8 +14,8 @@ use crossbeam_channel::{Receiver, unbounded};
 
 use super::posts::Posts;
 use super::shelf::Shelf;
-use crate::handler::job::Reports;
-pub use crate::handler::job::{Done, HandlerCall};
+use crate::handler::call_state::Reports;
+pub use crate::handler::call_state::{Done, HandlerCall};
 use crate::handler::pool::Pools;
 use crate::handler::registry::Registry;
 use crate::handler::{Context, guard};

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-pub use crate::handler::job::CallKey;
+pub use crate::handler::call_state::CallKey;
 use crate::sys::event::Token;
 
 /// What a deadline is for.

@@ -7,13 +7,14 @@
 mod callers;
 pub mod client;
 pub mod control;
-mod cramp;
+pub mod crash_target;
 pub mod daemon;
-mod dawdlers;
 pub mod descriptors;
-mod dice;
 mod dir;
+mod end_state_check;
+pub mod fault_library;
 pub mod installed;
+pub mod leftover_check;
 pub mod load;
 mod log;
 pub mod markdown;
@@ -22,10 +23,9 @@ pub mod nginx;
 mod notify;
 pub mod open_loop;
 pub mod process;
-pub mod remains;
-pub mod sabotage;
-mod sweep;
-pub mod victim;
+mod rlimits;
+mod rng;
+mod slow_clients;
 pub mod wire;
 
 use std::path::{Path, PathBuf};
@@ -37,12 +37,12 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub use callers::Callers;
 pub use client::{Client, frame};
-pub use cramp::Cramp;
 pub use daemon::{Builder, Daemon};
-pub use dawdlers::Dawdlers;
-pub use dice::Dice;
 pub use dir::Dir;
-pub use sweep::Sweep;
+pub use end_state_check::Sweep;
+pub use rlimits::Cramp;
+pub use rng::Dice;
+pub use slow_clients::Dawdlers;
 
 /// How long anything may take that takes milliseconds on an idle machine. Generous on purpose:
 /// it decides when a test gives up, never how long one takes.

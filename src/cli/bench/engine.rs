@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::dialect::{CallEncoder, ParsedAnswer};
 use super::pace::{Interval, nanoseconds};
-use super::tally::BenchTotals;
+use super::totals::BenchTotals;
 use crate::client::connect_nonblocking;
 use crate::error::{Error, Result};
 use crate::sys::event::{Completion, Driver, Reactor, Token};

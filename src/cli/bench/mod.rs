@@ -13,7 +13,7 @@ mod engine;
 mod http;
 mod pace;
 mod report;
-mod tally;
+mod totals;
 
 use std::fs;
 use std::num::{NonZeroU32, NonZeroU64};
@@ -39,7 +39,7 @@ use dialect::CallEncoder;
 use engine::{Engine, LoadShare};
 use pace::Interval;
 use report::BenchReport;
-use tally::BenchTotals;
+use totals::BenchTotals;
 
 /// The words of `bench`.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]

@@ -6,9 +6,9 @@
 //! leaves no result; the others go on. Without a server, and with a reader that left, it ends.
 
 mod lines;
-mod order;
 mod progress;
-mod record;
+mod reorder;
+mod resume_file;
 
 use std::io::{self, ErrorKind, Write};
 use std::path::PathBuf;
@@ -27,9 +27,9 @@ use crate::client::{ClientError, Options, Pool, Reply};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
 use lines::{Incoming, InputLine};
-use order::ReorderBuffer;
 use progress::ProgressBar;
-use record::ResumeFile;
+use reorder::ReorderBuffer;
+use resume_file::ResumeFile;
 
 /// Lines for each connection that may be ahead of the results that were written.
 const WINDOW: usize = 64;

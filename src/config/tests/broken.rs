@@ -36,7 +36,8 @@ fn the_sentence_is_among_all_that_check_tells() {
         let Ok(files) = Files::of_text(Path::new("/etc/x.toml"), text.clone()) else {
             continue;
         };
-        let told = faults::settings_or_faults(&root(), &files, &functions(&["f"])).unwrap_err();
+        let told =
+            diagnostics::settings_or_faults(&root(), &files, &functions(&["f"])).unwrap_err();
         let told: Vec<String> = told
             .iter()
             .map(|fault| fault.to_string().replace("/etc/x.toml:", ""))

@@ -13,7 +13,7 @@ use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::config::placeholder;
-use crate::handler::program::c_string;
+use crate::handler::prepared_program::c_string;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
 /// The longest argument that the kernel takes, without its NUL (MAX_ARG_STRLEN, execve(2)).

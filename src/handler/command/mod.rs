@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use serde::Serialize;
 use std::ffi::CStr;
 
-use super::program::{PreparedProgram, guard_hint};
+use super::prepared_program::{PreparedProgram, guard_hint};
 use super::{Context, Handler};
 use crate::config::{self, OutputFormat, Stdin};
 use crate::logging::pluralize;

@@ -17,8 +17,9 @@ use nix::libc::pid_t;
 
 use super::marks::{Mark, Reader};
 use crate::sys::process::{self, Pid, monotonic};
+use crate::sys::process_tree;
+use crate::sys::process_tree::PidFd;
 use crate::sys::spawn;
-use crate::sys::tree::{self, PidFd};
 
 /// The variable that says which call a process belongs to: `WORKER.NUMBER`.
 pub const VARIABLE: &str = "PREFORKD_CALL";
@@ -40,7 +41,7 @@ static SWEEPING: Mutex<()> = Mutex::new(());
 /// A command of a call, or a program of a pool with all its calls, from before it is started until
 /// nothing of it is left.
 #[derive(Debug)]
-pub(in crate::handler) struct RunningCommand(u64);
+pub(crate) struct RunningCommand(u64);
 
 impl RunningCommand {
     /// `None`: the worker leaves.
@@ -99,7 +100,7 @@ fn is_running(number: u64) -> bool {
 /// The call that a process belongs to, as far as its environment says. May block for as long as the
 /// owner of that process likes: for a thread or a process that nobody waits for.
 pub fn call_of(pid: Pid) -> Option<Mark> {
-    let value = tree::variable(pid, VARIABLE)?;
+    let value = process_tree::variable(pid, VARIABLE)?;
     let (worker, number) = value.split_once('.')?;
     Some((Pid(worker.parse::<pid_t>().ok()?), number.parse().ok()?))
 }
@@ -114,7 +115,7 @@ pub fn kill_all() {
     let end = monotonic().saturating_add(DYING);
     // Again while a thread is about to start one, or has not noticed its end.
     while running(|calls| !calls.is_empty()) && monotonic() < end {
-        let held = tree::open_with_descendants(&spawn::children(), spawn::is_child);
+        let held = process_tree::open_with_descendants(&spawn::children(), spawn::is_child);
         held.iter().for_each(PidFd::kill);
         wait(&held);
         std::thread::yield_now();
@@ -136,7 +137,7 @@ pub fn reap_adopted() {
 
 /// Children of the first thread that it has not started: those that were adopted.
 fn adopted_children() -> Vec<Pid> {
-    let mut pids = tree::direct_children();
+    let mut pids = process_tree::direct_children();
     pids.retain(|&pid| !spawn::is_child(pid));
     pids
 }
@@ -149,7 +150,7 @@ fn sweep(choose: impl Fn(Vec<Pid>) -> Vec<Pid>) {
     loop {
         let mut living = adopted_children();
         living.retain(|&pid| {
-            let is_zombie = tree::is_zombie(pid);
+            let is_zombie = process_tree::is_zombie(pid);
             if is_zombie {
                 process::reap(pid, false);
             }
@@ -163,7 +164,7 @@ fn sweep(choose: impl Fn(Vec<Pid>) -> Vec<Pid>) {
             return;
         }
         // Nobody else reaps them, so none of these pids can be another process's by now.
-        let held = tree::open_with_descendants(&over, |_| true);
+        let held = process_tree::open_with_descendants(&over, |_| true);
         held.iter().for_each(PidFd::kill);
         wait(&held);
     }
@@ -172,5 +173,5 @@ fn sweep(choose: impl Fn(Vec<Pid>) -> Vec<Pid>) {
 fn wait(held: &[PidFd]) {
     use std::os::fd::AsFd;
     let pidfds: Vec<_> = held.iter().map(AsFd::as_fd).collect();
-    tree::ends_within(&pidfds, DYING);
+    process_tree::ends_within(&pidfds, DYING);
 }

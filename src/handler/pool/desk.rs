@@ -16,7 +16,7 @@ use crossbeam_channel::Sender;
 use super::life::millis;
 use super::seat::{Entry, Line, Seat};
 use super::wire::LEFT;
-use crate::handler::job::{Done, HandlerCall};
+use crate::handler::call_state::{Done, HandlerCall};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;

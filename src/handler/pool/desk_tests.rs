@@ -4,7 +4,7 @@ use crossbeam_channel::{Receiver, unbounded};
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::*;
-use crate::handler::job::CallKey;
+use crate::handler::call_state::CallKey;
 use crate::handler::pool::seat::Tally;
 use crate::handler::pool::wire::{PIECE, Wire};
 use crate::handler::registry::Registry;

@@ -28,8 +28,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
 
 pub use boot::Stage;
 
-use super::job::{Done, HandlerCall, Reports};
-use super::program::{PreparedProgram, c_string};
+use super::call_state::{Done, HandlerCall, Reports};
+use super::prepared_program::{PreparedProgram, c_string};
 use super::registry::Registry;
 use super::{Context, Handler, Placement};
 use crate::config;

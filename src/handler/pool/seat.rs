@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::life::millis;
 use super::wire::Wire;
-use crate::handler::job::{Done, HandlerCall};
+use crate::handler::call_state::{Done, HandlerCall};
 use crate::handler::registry::Registry;
 use crate::protocol::code::Code;
 use crate::protocol::frame::DecodedFrame;

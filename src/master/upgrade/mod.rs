@@ -21,13 +21,10 @@
 //! | `resume` | a master made of a table |
 //! | `retreat` | a panic on trial |
 
-mod fleet;
-mod origin;
+mod exec_attempt;
 mod probe;
-mod resume;
-mod retreat;
+mod start_params;
 pub mod state;
-mod trial;
 
 #[cfg(test)]
 mod tests;
@@ -35,19 +32,19 @@ mod tests;
 use std::mem;
 use std::os::fd::BorrowedFd;
 
-use super::control::ClientId;
-use super::event::Millis;
-use super::supervise::{Master, now, wall_clock};
+use super::endpoints::control_socket::ClientId;
+use super::main_loop::{Master, now, wall_clock};
+use super::policy::event::Millis;
 use crate::link::ids::Generation;
 use crate::protocol::control::{ControlResponse, LastReload};
 use crate::sys::process::{Exit, Pid};
 
-pub use origin::StartParams;
+pub use super::requests::rollback::PANICKED;
+pub use super::resume::{check_state, take_over};
+pub use exec_attempt::{ExecAttempt, StartMode, table_on_stdin};
 use probe::Probe;
-pub use resume::{check_state, take_over};
-pub use retreat::PANICKED;
+pub use start_params::StartParams;
 use state::{FORMAT, UpgradeState};
-pub use trial::{ExecAttempt, StartMode, table_on_stdin};
 
 /// The variable that tells a program that it is started by an upgrade.
 const VARIABLE: &str = "PREFORKD_UPGRADE";
@@ -58,7 +55,7 @@ pub const PROBE_PASSED: &str = "preforkd: this program can take the running serv
 
 /// Where an upgrade is.
 #[derive(Debug, Default)]
-enum UpgradeStage {
+pub(super) enum UpgradeStage {
     /// There is none.
     #[default]
     Idle,
@@ -76,15 +73,15 @@ enum UpgradeStage {
 #[derive(Debug, Default)]
 pub(super) struct Upgrade {
     /// It was asked for and has not begun.
-    asked: bool,
+    pub(super) asked: bool,
     /// Who waits for its verdict.
-    waiting: Vec<ClientId>,
-    stage: UpgradeStage,
+    pub(super) waiting: Vec<ClientId>,
+    pub(super) stage: UpgradeStage,
     /// On trial: a reload was asked for besides, which the upgrade's own takes the place of.
-    reload_also_requested: bool,
+    pub(super) reload_also_requested: bool,
     /// On trial: the old workers' configuration as it came, which this version may not know how to
     /// write.
-    settings: Option<String>,
+    pub(super) settings: Option<String>,
     /// How the last one ended.
     pub last: Option<LastReload>,
 }
@@ -226,7 +223,7 @@ impl Master<'_> {
             return self.refuse_upgrade(&reason);
         }
         log::info!("upgrade: becomes {}", self.program());
-        let error = trial::exec_new(&self.export(), &self.signals);
+        let error = exec_attempt::exec_new(&self.export(), &self.signals);
         self.refuse_upgrade(&format!("{} can't be executed: {error}", self.program()));
     }
 
@@ -333,14 +330,14 @@ impl Master<'_> {
     }
 
     /// All that the next program has to know. To be asked between two turns of the loop.
-    fn export(&self) -> UpgradeState {
+    pub(super) fn export(&self) -> UpgradeState {
         let mut listeners = self.serving_context.listeners.clone();
         for passed in &self.passed {
             if !listeners.iter().any(|one| std::rc::Rc::ptr_eq(one, passed)) {
                 listeners.push(passed.clone());
             }
         }
-        let places = |some: &[std::rc::Rc<super::listeners::Listener>]| {
+        let places = |some: &[std::rc::Rc<super::endpoints::listeners::Listener>]| {
             let place = |one| {
                 listeners
                     .iter()

@@ -13,12 +13,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::super::event::{HumanDuration, Millis};
-use super::origin::StartParams;
+use super::super::policy::event::{HumanDuration, Millis};
+use super::start_params::StartParams;
 use super::{PROBE_PASSED, VARIABLE};
 use crate::error::{Error, Result};
-use crate::sys::exec::{self, c_string};
 use crate::sys::process::{Exit, Pid};
+use crate::sys::reexec;
+use crate::sys::reexec::c_string;
 use crate::sys::socket::{memory_file, nonblocking_pipe};
 use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn_dying_with_us};
 
@@ -82,7 +83,8 @@ impl Probe {
         };
         let arguments = arguments(origin).map_err(cant)?;
         // It is not what the service manager waits to hear from.
-        let environment = exec::environment(&["NOTIFY_SOCKET"], &[(VARIABLE, OsStr::new("probe"))]);
+        let environment =
+            reexec::environment(&["NOTIFY_SOCKET"], &[(VARIABLE, OsStr::new("probe"))]);
         let stdin = memory_file(state).map_err(cant)?;
         let (output, stdout) = nonblocking_pipe().map_err(cant)?;
         let stdio = Stdio {

@@ -11,14 +11,14 @@ use std::os::fd::RawFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::control::ControlState;
-use super::super::event::Millis;
-use super::super::listeners::ListenerState;
-use super::super::own_path::OwnedPath;
-use super::super::workers::{GenerationInfo, WorkersState};
-use super::fleet::FleetState;
-use super::origin::StartParams;
+use super::super::children::workers::{GenerationInfo, WorkersState};
+use super::super::endpoints::control_socket::ControlState;
+use super::super::endpoints::listeners::ListenerState;
+use super::super::endpoints::owned_path::OwnedPath;
+use super::super::policy::event::Millis;
+use super::start_params::StartParams;
 use crate::error::{Error, Result};
+use crate::master::policy::fleet_state::FleetState;
 use crate::protocol::control::LastReload;
 
 /// The form of the table; the number is its first member for all time.

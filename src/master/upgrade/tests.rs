@@ -4,9 +4,9 @@
 
 use serde_json::{Value, json};
 
-use super::super::children::SlotState;
-use super::super::fleet::Fleet;
-use super::super::workers::Children;
+use super::super::children::workers::Children;
+use super::super::policy::fleet::Fleet;
+use super::super::policy::slots::SlotState;
 use super::state::{FORMAT, UpgradeState};
 use crate::config::{self, Overrides};
 

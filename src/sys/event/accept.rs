@@ -12,8 +12,8 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{SockFlag, accept4};
 
-use super::floor::{LISTENER_BASE, Reactor};
-use super::witness::PendingAccept;
+use super::io_progress::PendingAccept;
+use super::reactor::{LISTENER_BASE, Reactor};
 use super::{Completion, Driver};
 use crate::sys::{closer, rights, socket};
 

@@ -10,16 +10,16 @@
 //! completion; only `Reactor::new` and `turn` fail, when epoll itself does.
 
 mod accept;
-mod floor;
+pub mod io_progress;
 mod output;
+mod reactor;
 mod send_buffer;
-pub mod witness;
 
 use std::io;
 use std::os::fd::OwnedFd;
 
-pub use floor::Reactor;
-pub use witness::{IoProgress, UnsentData};
+pub use io_progress::{IoProgress, UnsentData};
+pub use reactor::Reactor;
 
 /// A connection of a floor. Never reused: its lower half is a place, its upper half a count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

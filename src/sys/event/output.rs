@@ -8,9 +8,9 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, getsockname, send};
 
-use super::floor::{Reactor, Socket};
+use super::io_progress::UnsentData;
+use super::reactor::{Reactor, Socket};
 use super::send_buffer::SendBuffer;
-use super::witness::UnsentData;
 use super::{Completion, Driver, Token};
 
 impl Reactor {

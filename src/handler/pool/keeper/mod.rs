@@ -17,7 +17,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::handler::job::Reports;
+use crate::handler::call_state::Reports;
 use crate::handler::pool::Pool;
 use crate::handler::pool::boot::Boot;
 use crate::handler::pool::desk::{Order, Recall, Word};

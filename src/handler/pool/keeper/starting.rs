@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{Fresh, Keeper};
 use crate::handler::pool::desk::Word;
 use crate::handler::pool::process::{NotStarted, Process};
-use crate::handler::program::guard_hint;
+use crate::handler::prepared_program::guard_hint;
 use crate::logging::pluralize;
 use crate::protocol::frame::DecodedFrame;
 use crate::protocol::program::{self, Sent};

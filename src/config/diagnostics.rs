@@ -1,0 +1,212 @@
+//! All that is wrong with a configuration, not only what is found first.
+//!
+//! What was refused is taken out and the rest is judged again, as if it had not been written, until
+//! nothing is refused any more. Behind a fault by which others are judged (a drain timeout, the user, a
+//! misspelt table) only unknown keys and wrong types are told, for what would be said of values might not
+//! be true; behind one of syntax, nothing.
+
+use std::collections::BTreeSet;
+
+use super::Overrides;
+use super::environment::Environment;
+use super::files::Files;
+use super::resolve;
+use super::settings::Settings;
+use super::source_map;
+use super::source_map::SourceMap;
+use crate::error::Error;
+
+/// The most that is told at once: a file with more was meant for another program.
+const MOST: usize = 20;
+
+/// Keys that others are judged by.
+const PREREQUISITES: [&str; 6] = [
+    "include",
+    "user",
+    "log.file",
+    "workers.drain-timeout",
+    "limits.timeout",
+    "pools",
+];
+
+/// The settings of `files`, or every fault that can be told, at least one, in the order of the files.
+pub(super) fn settings_or_faults(
+    here: &Environment,
+    files: &Files,
+    overrides: &Overrides,
+) -> Result<Settings, Vec<Error>> {
+    let places = source_map::places(files);
+    let mut faults = Vec::new();
+    let mut without = BTreeSet::new();
+    // Whether all is there by which others are judged.
+    let mut complete = true;
+    while faults.len() < MOST {
+        let (error, is_of_form) = match source_map::parse_without(files, &without) {
+            Err(error) => (error, true),
+            Ok(_) if !complete => break,
+            Ok((raw, places)) => match resolve::resolve(&raw, &places, overrides, here) {
+                Ok(settings) if faults.is_empty() => return Ok(settings),
+                Ok(_) => break,
+                Err(error) => (error, false),
+            },
+        };
+        let places = places.as_ref().ok();
+        let mut culprit = places.and_then(|places| culprit(&error, places));
+        if culprit.is_none() && is_of_form {
+            // Keys and types are judged by nothing but the form, so theirs can still be told.
+            complete = false;
+            culprit = places.and_then(|places| named(&error, places));
+        }
+        let is_last = culprit.is_none();
+        // One that is refused though it is not there any more would be so for ever.
+        if culprit.is_some_and(|key| !without.insert(key)) {
+            break;
+        }
+        faults.push(error);
+        if is_last {
+            break;
+        }
+    }
+    faults.sort_by_key(|fault| match fault {
+        Error::Config { file, position, .. } => {
+            let place = position.map(|position| (position.line, position.column));
+            (file.clone(), place)
+        }
+        _ => (None, None),
+    });
+    Err(faults)
+}
+
+/// What to take out so that the rest can be judged without this error; `None` when it can't be.
+fn culprit(error: &Error, places: &SourceMap<'_>) -> Option<String> {
+    let Error::Config { key, .. } = error else {
+        return None;
+    };
+    let within = |table: &str| {
+        let rest = key.strip_prefix(table);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    };
+    if PREREQUISITES.iter().any(|leaned_on| within(leaned_on)) {
+        return None;
+    }
+    // No listener leans on another, no method on another; their keys do on each other.
+    if within("listen") {
+        return Some("listen".into());
+    }
+    if within("methods") {
+        return places.method_of(key);
+    }
+    let key = key.split('[').next().unwrap_or_default();
+    places.is_value(key).then(|| key.to_owned())
+}
+
+/// The key that an error is about, or the array that it is in.
+fn named(error: &Error, places: &SourceMap<'_>) -> Option<String> {
+    let Error::Config { key, .. } = error else {
+        return None;
+    };
+    let key = key.split('[').next().unwrap_or_default();
+    places.is_set(key).then(|| key.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
+    use super::super::tests::root;
+    use super::*;
+
+    fn diagnostics(text: &str) -> Vec<String> {
+        let files = Files::of_text(Path::new("/etc/x.toml"), text.to_owned()).unwrap();
+        match settings_or_faults(&root(), &files, &Overrides::default()) {
+            Ok(settings) => panic!("accepted: {settings:?}"),
+            Err(faults) => faults
+                .iter()
+                .map(|fault| fault.to_string().replace("/etc/x.toml:", ""))
+                .collect(),
+        }
+    }
+
+    #[track_caller]
+    fn assert_begin(told: &[String], begins: &[&str]) {
+        assert_eq!(told.len(), begins.len(), "{told:#?}");
+        for (fault, begin) in told.iter().zip(begins) {
+            assert!(fault.starts_with(begin), "{fault}, not {begin}");
+        }
+    }
+
+    #[test]
+    fn independent_faults_are_told_together_in_the_order_of_the_file() {
+        let told = diagnostics(
+            "deamon = true\n\
+             http-origins = [\"nowhere\"]\n\
+             [limits]\nframe = \"1GiB\"\nbatch = 0\n\
+             [workers]\ncuont = 3\nthreads = \"many\"\n\
+             [[listen]]\naddress = \"here\"\n\
+             [methods.a]\ncommand = [\"/no/such/program\"]\n\
+             [methods.\"b c\"]\nbuiltin = \"echo\"\n\
+             [methods.d]\nbuiltin = \"ehco\"\n",
+        );
+        let begins = [
+            "1:1: deamon: unknown key",
+            "2:",
+            "4:9: limits.frame: ",
+            "5:9: limits.batch: ",
+            "7:1: workers.cuont: unknown key",
+            "8:11: workers.threads: ",
+            "10:11: listen[0].address: ",
+            "12:11: methods.a.command: ",
+            "13:10: methods.\"b c\": ",
+            "16:11: methods.d.builtin: ",
+        ];
+        assert_begin(&told, &begins);
+    }
+
+    /// A method's timeout is too long for a drain of 30 s, and might be right for the one that was
+    /// meant; a group needs the user that is misspelt.
+    #[test]
+    fn nothing_is_said_that_another_fault_may_have_caused() {
+        for text in [
+            "[workers]\ndrain-timeout = \"400d\"\n[limits]\ntimeout = \"60s\"\n",
+            "user = \"no-such-user\"\ngroup = \"daemon\"\n",
+            "daemon = true\n[log]\nfile = \"/no/such/directory/log\"\n",
+            "[methods.a]\ncommand = [\"/no/such/program\"]\nstdin = \"none\"\nrate = 1\n",
+        ] {
+            assert_eq!(
+                diagnostics(text).len(),
+                1,
+                "{text}: {:#?}",
+                diagnostics(text)
+            );
+        }
+    }
+
+    /// The drain might be of 60 s, and the pool be there.
+    #[test]
+    fn what_is_misspelt_hides_no_fault_of_form() {
+        let told = diagnostics(
+            "[wrokers]\ndrain-timeout = \"60s\"\n\
+             [limits]\ntimeout = \"60s\"\nbatsh = 1\n\
+             [pools.p]\ncomand = [\"x\"]\nready = 5\n\
+             [log]\nfile = 5\n\
+             [methods.a]\npool = \"p\"\n\
+             [methods.b]\nrate = \"x\"\n",
+        );
+        let begins = [
+            "1:2: wrokers: unknown key",
+            "5:1: limits.batsh: unknown key",
+            "7:1: pools.p.comand: unknown key",
+            "8:9: pools.p.ready: ",
+            "10:8: log.file: ",
+            "14:8: methods.b.rate: ",
+        ];
+        assert_begin(&told, &begins);
+    }
+
+    #[test]
+    fn a_file_of_faults_alone_is_cut_short() {
+        let many: String = (0..100).map(|number| format!("k{number} = 1\n")).collect();
+        assert_eq!(diagnostics(&many).len(), MOST);
+    }
+}

@@ -1,0 +1,477 @@
+//! The listening sockets: bound once by the master, passed by the service manager, or kept from
+//! one generation to the next.
+//!
+//! Everything is opened before anything old is closed, so that a reload which fails here has
+//! changed nothing. Errors name the address, who may have it, and what to do.
+
+use std::cell::Cell;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{Mode, umask};
+use serde::{Deserialize, Serialize};
+
+use super::owned_path::{OwnedPath, PathState};
+use crate::config::{Address, ListenConfig, Settings};
+use crate::error::{Error, Result};
+use crate::sys::notify::PassedListener;
+use crate::sys::rights;
+use crate::sys::socket::{self, Bound};
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    /// The address that it is configured under.
+    pub address: Address,
+    /// The name that the service manager gave it, if it did.
+    name: Option<String>,
+    /// The address that it really has: another one where port 0 was asked for.
+    pub bound: String,
+    /// The socket, shared with the workers.
+    pub fd: Rc<OwnedFd>,
+    /// The backlog that was asked for last.
+    backlog: Cell<u32>,
+    /// The path to remove at the end: of a unix socket that we have bound ourselves.
+    path: Option<OwnedPath>,
+}
+
+/// A listener as it crosses an upgrade.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerState {
+    /// As the configuration has it.
+    pub address: String,
+    /// The service manager's name for it.
+    pub name: Option<String>,
+    /// As it is bound.
+    pub bound: String,
+    /// The backlog that was asked for.
+    pub backlog: u32,
+    /// The path that is to be removed at the end.
+    pub path: Option<OwnedPath>,
+    /// Its descriptor's number.
+    pub fd: RawFd,
+}
+
+impl Listener {
+    /// What the program after this one has to know.
+    pub fn export(&self) -> ListenerState {
+        ListenerState {
+            address: self.address.to_string(),
+            name: self.name.clone(),
+            bound: self.bound.clone(),
+            backlog: self.backlog.get(),
+            path: self.path.clone(),
+            fd: self.fd.as_raw_fd(),
+        }
+    }
+
+    /// What the program before this one has left, with its descriptor.
+    ///
+    /// # Errors
+    /// When it is no listening socket, or the address is none.
+    pub fn import(state: ListenerState, fd: OwnedFd) -> Result<Self> {
+        let wrong = |what: &str| Error::Refused(format!("listener {}: {what}", state.address));
+        if !socket::is_listening(&fd) {
+            return Err(wrong("its descriptor is no listening socket"));
+        }
+        // Older versions did not.
+        rights::refuse(&fd);
+        Ok(Listener {
+            address: state
+                .address
+                .parse()
+                .map_err(|error: String| wrong(&error))?,
+            name: state.name,
+            bound: state.bound,
+            fd: Rc::new(fd),
+            backlog: Cell::new(state.backlog),
+            path: state.path,
+        })
+    }
+
+    /// Connections that wait, and how many may.
+    pub fn queue(&self) -> (Option<u32>, u32) {
+        match socket::accept_queue(&self.fd) {
+            Some((queue, limit)) => (Some(queue), limit),
+            None => (None, self.backlog.get()),
+        }
+    }
+
+    /// What has become of the path of a unix socket that we have bound ourselves.
+    fn standing(&self) -> PathState {
+        self.path
+            .as_ref()
+            .map_or(PathState::Ours, OwnedPath::standing)
+    }
+
+    /// Removes the path of a unix socket; the descriptor is closed by its last owner.
+    pub fn remove_path(&self) {
+        if let Some(path) = &self.path {
+            path.remove();
+        }
+    }
+}
+
+/// The listeners for `wanted`: those in `current` that have the address already, those in
+/// `passed`, and new ones; also in place of a unix socket whose path somebody has removed, whose
+/// queue is taken in by the workers that leave. What is in `passed` is always used, by name, else by address,
+/// else in order, so that no connection waits in a socket that nobody accepts from.
+///
+/// # Errors
+/// When an address can't be bound; what was bound until then is closed again.
+pub fn open(
+    wanted: &[ListenConfig],
+    current: &[Rc<Listener>],
+    passed: &[Rc<Listener>],
+    write_timeout: Duration,
+) -> Result<Vec<Rc<Listener>>> {
+    let mut spare: Vec<&Rc<Listener>> = passed.iter().collect();
+    let mut take = |fits: &dyn Fn(&Listener) -> bool| {
+        let found = spare.iter().position(|has| fits(has))?;
+        Some(spare.remove(found))
+    };
+    // All by name, then all by address, whatever the order; what is left goes in order.
+    let mut matched: Vec<Option<&Rc<Listener>>> = wanted
+        .iter()
+        .map(|listen| {
+            let name = listen.name.as_ref()?;
+            take(&|has| has.name.as_ref() == Some(name))
+        })
+        .collect();
+    for (listen, matched) in wanted.iter().zip(&mut matched) {
+        let address = listen.address.to_string();
+        *matched = matched.or_else(|| take(&|has| has.bound == address));
+    }
+    let mut spare = spare.into_iter();
+    let mut opened: Vec<Rc<Listener>> = Vec::new();
+    let mut fresh: Vec<Rc<Listener>> = Vec::new();
+    for (listen, matched) in wanted.iter().zip(matched) {
+        let kept = || {
+            current
+                .iter()
+                .find(|has| has.address == listen.address && !is_in(passed, has))
+        };
+        let listener = match matched.or_else(|| spare.next()).or_else(kept) {
+            Some(listener) => Ok(match renew(listener, listen, write_timeout) {
+                None => Rc::clone(listener),
+                Some(renewed) => {
+                    let renewed = Rc::new(renewed);
+                    fresh.push(Rc::clone(&renewed));
+                    renewed
+                }
+            }),
+            None => bind(listen, write_timeout).map(|listener| {
+                let listener = Rc::new(listener);
+                fresh.push(Rc::clone(&listener));
+                listener
+            }),
+        };
+        match listener {
+            Ok(listener) => opened.push(listener),
+            Err(mut error) => {
+                fresh.iter().for_each(|listener| listener.remove_path());
+                let own = current
+                    .iter()
+                    .find(|has| has.address.is_in_the_way_of(&listen.address));
+                if let (Some(own), Error::System { source, remedy, .. }) = (own, &mut error)
+                    && source.kind() == io::ErrorKind::AddrInUse
+                {
+                    *remedy = format!(
+                        "this server itself listens at {}, which it keeps until the new workers are \
+                         ready: restart it to change from one to the other",
+                        own.bound
+                    );
+                }
+                return Err(error);
+            }
+        }
+    }
+    opened.extend(spare.map(Rc::clone));
+    Ok(opened)
+}
+
+/// A new socket at the path of one that was removed. What can't be made again is logged, and no
+/// reason to refuse a reload: it was out of reach before.
+fn renew(has: &Listener, listen: &ListenConfig, write_timeout: Duration) -> Option<Listener> {
+    let address = &has.bound;
+    let what = "this server listens: it is left alone, and nobody finds the way to this listener; remove it \
+                and reload";
+    if !has.path.as_ref()?.warn_if_replaced(address, what) {
+        return None;
+    }
+    match bind(listen, write_timeout) {
+        Ok(renewed) => {
+            log::warn!("somebody has removed {address}: it is made again");
+            Some(renewed)
+        }
+        Err(error) => {
+            log::warn!("somebody has removed {address}, and it can't be made again: {error}");
+            None
+        }
+    }
+}
+
+fn is_in(all: &[Rc<Listener>], one: &Rc<Listener>) -> bool {
+    all.iter().any(|other| Rc::ptr_eq(other, one))
+}
+
+/// Makes listeners of what the service manager has passed.
+///
+/// # Errors
+/// When one of them is no listening stream socket.
+pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
+    passed
+        .into_iter()
+        .map(|PassedListener { fd, name }| {
+            let refuse = |error: io::Error| {
+                Error::system_with(
+                    format!("take over the socket {name:?} of the service manager"),
+                    error,
+                    "pass listening stream sockets: ListenStream= in the socket unit, Accept=no",
+                )
+            };
+            let not_ours = || refuse(io::Error::other("it is no listening stream socket"));
+            let address = match socket::bound_address(&fd).ok_or_else(not_ours)? {
+                Bound::Tcp(address) => Address::Tcp(address),
+                Bound::Unix(path) => Address::Unix(path),
+            };
+            if !socket::is_listening(&fd) {
+                return Err(not_ours());
+            }
+            // Also where it serves before its options are set.
+            rights::refuse(&fd);
+            // A blocking one would block the event loop of whoever loses the race for a client.
+            fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+                .map_err(|error| refuse(error.into()))?;
+            Ok(Rc::new(Listener {
+                bound: address.to_string(),
+                address,
+                name: Some(name),
+                fd: Rc::new(fd),
+                backlog: Cell::new(socket::MOST_BACKLOG),
+                path: None,
+            }))
+        })
+        .collect()
+}
+
+fn bind(listen: &ListenConfig, write_timeout: Duration) -> Result<Listener> {
+    let (fd, path) = match &listen.address {
+        Address::Tcp(address) => (socket::bind_tcp(*address), None),
+        Address::Unix(path) => (bind_path(path, listen.mode), Some(path)),
+    };
+    let fd = fd.map_err(|error| refused(&listen.address, error))?;
+    let listener = Listener {
+        bound: bound_name(&fd, &listen.address),
+        address: listen.address.clone(),
+        name: None,
+        fd: Rc::new(fd),
+        backlog: Cell::new(listen.backlog),
+        path: path.map(|path| OwnedPath::of(path)),
+    };
+    let listening = socket::start_listening(&listener.fd, listen.backlog)
+        .map_err(|error| refused(&listen.address, error))
+        .and_then(|()| set_options(&listener, write_timeout));
+    if let Err(error) = listening {
+        listener.remove_path();
+        return Err(error);
+    }
+    Ok(listener)
+}
+
+/// Gives listeners that were there before the backlog, the mode and the options that are wanted
+/// now. What can't be set is logged, and stays as it was.
+pub fn tune(settings: &Settings, listeners: &[Rc<Listener>]) {
+    for (number, listener) in listeners.iter().enumerate() {
+        let wanted = settings.listen.get(number);
+        if let Err(error) = tune_one(listener, wanted, settings.limits.write_timeout) {
+            log::warn!("{error}; it stays as it was");
+        }
+    }
+}
+
+fn tune_one(
+    listener: &Listener,
+    wanted: Option<&ListenConfig>,
+    write_timeout: Duration,
+) -> Result<()> {
+    set_options(listener, write_timeout)?;
+    let Some(wanted) = wanted else {
+        return Ok(());
+    };
+    socket::start_listening(&listener.fd, wanted.backlog)
+        .map_err(|error| refused(&wanted.address, error))?;
+    listener.backlog.set(wanted.backlog);
+    if let (Some(path), Some(mode), PathState::Ours) =
+        (&listener.path, wanted.mode, listener.standing())
+    {
+        let path: &Path = path.as_ref();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+            .map_err(|error| Error::system(format!("set the mode of {}", path.display()), error))?;
+    }
+    Ok(())
+}
+
+fn set_options(listener: &Listener, write_timeout: Duration) -> Result<()> {
+    if matches!(listener.address, Address::Unix(_)) {
+        rights::refuse(&*listener.fd);
+        return Ok(());
+    }
+    socket::set_tcp_options(&listener.fd, write_timeout)
+        .map_err(|error| Error::system(format!("set the options of {}", listener.bound), error))
+}
+
+/// Binds a unix socket. To be called under the pid file's lock: a path that a dead server left
+/// behind is removed.
+pub fn bind_path(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
+    if let Ok(found) = fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            let text = "there is something that is no socket; it is left alone";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        // Only what nobody listens to any more is removed: anything else is somebody's.
+        match socket::try_unix(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path)?
+            }
+            _ => return Err(io::ErrorKind::AddrInUse.into()),
+        }
+    }
+    // Made for its owner alone: between bind and chmod nobody else gets in.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let bound = socket::bind_unix(path);
+    umask(before);
+    let fd = bound?;
+    let mode = mode.unwrap_or(0o666 & !before.bits());
+    if let Err(error) = fs::set_permissions(path, fs::Permissions::from_mode(mode)) {
+        let _ = fs::remove_file(path);
+        return Err(error);
+    }
+    Ok(fd)
+}
+
+fn bound_name(fd: &OwnedFd, wanted: &Address) -> String {
+    match socket::bound_address(fd) {
+        Some(Bound::Tcp(address)) => address.to_string(),
+        _ => wanted.to_string(),
+    }
+}
+
+fn refused(address: &Address, error: io::Error) -> Error {
+    let remedy = match (error.kind(), address) {
+        (io::ErrorKind::AddrInUse, Address::Tcp(address)) => format!(
+            "another server has it (`ss -ltnp 'sport = :{}'` says which): stop that one, or listen \
+             at another address with [[listen]] or --listen",
+            address.port()
+        ),
+        (io::ErrorKind::AddrInUse, Address::Unix(_)) => {
+            "another server answers there: stop that one, or choose another path".into()
+        }
+        (io::ErrorKind::AddrNotAvailable, _) => {
+            "no interface of this machine has that address".into()
+        }
+        (io::ErrorKind::PermissionDenied, Address::Tcp(address)) if address.port() < 1024 => {
+            "ports below 1024 want root, CAP_NET_BIND_SERVICE or a socket unit".into()
+        }
+        (io::ErrorKind::PermissionDenied, _) => "choose a place this user may write to".into(),
+        (io::ErrorKind::NotFound, _) => "make the directory first".into(),
+        (io::ErrorKind::AlreadyExists, _) => "remove it, or choose another path".into(),
+        _ => String::new(),
+    };
+    Error::system_with(format!("listen at {address}"), error, remedy)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn listen(address: &str) -> ListenConfig {
+        ListenConfig {
+            address: address.parse().unwrap(),
+            name: None,
+            backlog: 16,
+            mode: None,
+        }
+    }
+
+    const TIMEOUT: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn a_listener_is_kept_as_long_as_its_address_is_wanted() {
+        let first = open(&[listen("127.0.0.1:0")], &[], &[], TIMEOUT).unwrap();
+        let wanted = [listen("127.0.0.1:0"), listen("[::1]:0")];
+        let second = open(&wanted, &first, &[], TIMEOUT).unwrap();
+        assert!(Rc::ptr_eq(&first[0], &second[0]));
+        assert_eq!(second.len(), 2);
+        assert_eq!(second[0].queue(), (Some(0), 16));
+    }
+
+    #[test]
+    fn passed_listeners_are_matched_by_name_by_address_then_in_order_and_none_is_left_out() {
+        let pass = |name: &str| {
+            let fd = socket::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+            socket::start_listening(&fd, 8).unwrap();
+            let name = name.to_owned();
+            PassedListener { fd, name }
+        };
+        let passed = adopt_passed(vec![pass("a"), pass("b"), pass("c"), pass("rpc")]).unwrap();
+        let named = ListenConfig {
+            name: Some("rpc".into()),
+            ..listen("127.0.0.1:8081")
+        };
+        let wanted = [listen("127.0.0.1:8080"), listen(&passed[0].bound), named];
+        let opened = open(&wanted, &[], &passed, TIMEOUT).unwrap();
+        let order: Vec<usize> = opened
+            .iter()
+            .map(|one| {
+                passed
+                    .iter()
+                    .position(|other| Rc::ptr_eq(one, other))
+                    .unwrap()
+            })
+            .collect();
+        assert_eq!(order, [1, 0, 3, 2]);
+    }
+
+    #[test]
+    fn an_address_in_use_is_named_with_its_remedy() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap().to_string();
+        let error = open(&[listen(&address)], &[], &[], TIMEOUT).unwrap_err();
+        assert_eq!(error.exit_code(), 71);
+        let text = error.to_string();
+        assert!(
+            text.contains(&address) && text.contains("another server"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_stale_path_is_replaced_and_a_file_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rpc.sock");
+        drop(socket::bind_unix(&path).unwrap());
+        let fd = bind_path(&path, Some(0o660)).unwrap();
+        socket::start_listening(&fd, 8).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o660
+        );
+        let in_use = bind_path(&path, None).unwrap_err();
+        assert_eq!(in_use.kind(), io::ErrorKind::AddrInUse);
+        let file = directory.path().join("file");
+        fs::write(&file, "precious").unwrap();
+        assert_eq!(
+            bind_path(&file, None).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
+        assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    }
+}

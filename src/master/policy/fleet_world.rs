@@ -1,0 +1,448 @@
+//! A pretended kernel around [`Fleet`]: forks, dies and lets time pass as tests tell it, does each
+//! action at once, and checks the promises that hold in every history.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use log::Level;
+use nix::sys::signal::Signal;
+
+use super::event::{Action, Event, Exit, Millis, PolicyLimits};
+use super::fleet::Fleet;
+use super::status_view::WorkerView;
+use super::timeouts::kill_after;
+use crate::link::ids::{Generation, Pid, Slot};
+use crate::protocol::control::WorkerPhase;
+
+pub(crate) const LIMITS: PolicyLimits = PolicyLimits {
+    count: 4,
+    boot_timeout: 30_000,
+    drain_timeout: 20_000,
+    heartbeat_timeout: 10_000,
+    respawn_burst: 5,
+    respawn_max_delay: 30_000,
+    max_memory: 0,
+    max_lifetime: 0,
+    max_unavailable: 1,
+};
+
+pub(crate) const SEGV: Exit = Exit::Signal {
+    number: Signal::SIGSEGV as i32,
+    core_dumped: true,
+};
+
+/// What the world knows of a living process.
+#[derive(Debug, Clone)]
+pub(crate) struct Process {
+    pub seat: (Generation, Slot),
+    /// Told to leave, leaving by itself, or signalled: its seat may be given to another.
+    pub leaves: bool,
+    /// Got KILL: its death is only a matter of being reported.
+    pub killed: bool,
+    /// Was signalled without having been told to drain: it was too slow.
+    pub late: bool,
+    /// Gives no heartbeat any more.
+    pub stuck: bool,
+    /// Its resident memory.
+    pub rss_bytes: u64,
+    /// Was told to drain while its successor sat there already.
+    pub replaced: bool,
+}
+
+pub(crate) struct World {
+    pub fleet: Fleet,
+    pub now: Millis,
+    pub living: BTreeMap<Pid, Process>,
+    /// Every action with its time.
+    pub history: Vec<(Millis, Action)>,
+    /// Forks ordered and not yet done.
+    pub ordered: Vec<(Generation, Slot)>,
+    /// Whether forks wait in `ordered`.
+    pub hold_forks: bool,
+    /// Whether the system refuses to fork.
+    pub refuse_forks: bool,
+    reloads: usize,
+    verdicts: usize,
+    started: bool,
+    stopped: bool,
+    pub exited: bool,
+    last_pid: i32,
+}
+
+impl World {
+    /// Another program goes on with the fleet, where an upgrade may come.
+    #[allow(clippy::unwrap_used)]
+    pub fn cross(&mut self) {
+        if !self.fleet.can_reload() || !self.ordered.is_empty() {
+            return;
+        }
+        let before = self.fleet.export();
+        let table = serde_json::to_string(&before).unwrap();
+        let read = serde_json::from_str(&table).unwrap();
+        self.fleet = Fleet::import(read, self.now).unwrap();
+    }
+
+    /// A fresh master whose workers were forked and not yet ready.
+    pub fn new(limits: PolicyLimits) -> World {
+        let (fleet, actions) = Fleet::new(limits, 1_000);
+        let mut world = World {
+            fleet,
+            now: 1_000,
+            living: BTreeMap::new(),
+            history: Vec::new(),
+            ordered: Vec::new(),
+            hold_forks: false,
+            refuse_forks: false,
+            reloads: 0,
+            verdicts: 0,
+            started: false,
+            stopped: false,
+            exited: false,
+            last_pid: 100,
+        };
+        world.absorb(actions);
+        world
+    }
+
+    /// A master that serves.
+    pub fn serving(limits: PolicyLimits) -> World {
+        let mut world = World::new(limits);
+        world.all_ready();
+        assert!(world.did(&Action::StartUpDone(Ok(()))));
+        world
+    }
+
+    /// Tells the fleet, and does what it says.
+    pub fn tell(&mut self, event: Event) {
+        match &event {
+            Event::Reload { .. } => self.reloads += 1,
+            Event::Stop | Event::StopNow => self.stopped = true,
+            Event::Retiring { pid } => self.living.get_mut(pid).into_iter().for_each(|process| {
+                process.leaves = true;
+            }),
+            _ => {}
+        }
+        let actions = self.fleet.handle(event, self.now);
+        self.absorb(actions);
+    }
+
+    fn absorb(&mut self, actions: Vec<Action>) {
+        let mut forks = Vec::new();
+        for action in actions {
+            self.check(&action);
+            match &action {
+                Action::Fork { slot, generation } => {
+                    let seat = (*generation, *slot);
+                    // One that was too slow and does not go is not waited for any more.
+                    let here = |process: &&mut Process| process.seat == seat;
+                    self.living
+                        .values_mut()
+                        .filter(here)
+                        .for_each(|it| it.late = false);
+                    forks.push(seat);
+                }
+                Action::Drain { pid, .. } => {
+                    let seat = self.process(*pid).seat;
+                    let replaced = self.holders(seat) == 2;
+                    let process = self.process(*pid);
+                    process.leaves = true;
+                    process.replaced = replaced;
+                }
+                Action::Kill { pid, signal } => {
+                    let process = self.process(*pid);
+                    process.late |= !process.leaves;
+                    process.leaves = true;
+                    process.killed |= *signal == Signal::SIGKILL;
+                }
+                // Its answer comes before the next action.
+                Action::Diagnose { pid } => {
+                    let text = "S asleep in read(0x5, ...)".to_owned();
+                    self.tell(Event::Evidence { pid: *pid, text });
+                }
+                _ => {}
+            }
+            self.history.push((self.now, action));
+        }
+        self.ordered.append(&mut forks);
+        self.do_forks();
+    }
+
+    pub fn do_forks(&mut self) {
+        while !self.hold_forks && !self.ordered.is_empty() {
+            self.do_fork();
+        }
+    }
+
+    /// Does, or refuses, the oldest fork ordered.
+    pub fn do_fork(&mut self) {
+        let (generation, slot) = self.ordered.remove(0);
+        if self.refuse_forks {
+            let reason = "Resource temporarily unavailable".to_owned();
+            return self.tell(Event::ForkFailed {
+                slot,
+                generation,
+                reason,
+            });
+        }
+        self.last_pid += 1;
+        let pid = Pid(self.last_pid);
+        let seat = (generation, slot);
+        assert!(self.holders(seat) <= 1, "three workers in {seat:?}");
+        let process = Process {
+            seat,
+            leaves: false,
+            killed: false,
+            late: false,
+            stuck: false,
+            rss_bytes: 0,
+            replaced: false,
+        };
+        self.living.insert(pid, process);
+        self.tell(Event::Forked {
+            slot,
+            generation,
+            pid,
+        });
+    }
+
+    /// Those in a seat who were not told to leave: a worker, and the one that is to follow it.
+    fn holders(&self, seat: (Generation, Slot)) -> usize {
+        let here = |process: &&Process| process.seat == seat && !process.leaves;
+        self.living.values().filter(here).count()
+    }
+
+    /// How many recycles are under way: successors on their way, or ended for being too slow and not
+    /// gone yet, and old workers not gone yet.
+    pub fn recycles(&self) -> usize {
+        let seats: BTreeSet<_> = self.living.values().map(|process| process.seat).collect();
+        let coming = |seat: &&(Generation, Slot)| {
+            let forks = self.ordered.iter().filter(|order| order == seat).count();
+            let late = |process: &&Process| process.seat == **seat && process.late;
+            let late = self.living.values().filter(late).count();
+            self.holders(**seat) + forks + late == 2
+        };
+        // One that even KILL does not end is nobody's to wait for.
+        let is_held = |pid: &Pid| {
+            let killed = self.signalled(*pid, Signal::SIGKILL);
+            killed.is_some_and(|at| self.now >= at + kill_after(Signal::SIGKILL))
+        };
+        let replaced = self.living.iter();
+        let replaced = replaced.filter(|(pid, process)| process.replaced && !is_held(pid));
+        seats.iter().filter(coming).count() + replaced.count()
+    }
+
+    /// What no history may contain.
+    fn check(&mut self, action: &Action) {
+        assert!(!self.exited, "{action:?} after the exit");
+        match action {
+            Action::Fork { slot, generation } => {
+                assert!(!self.stopped, "a fork after the stop");
+                let order = (*generation, *slot);
+                assert!(!self.ordered.contains(&order), "{order:?} forked twice");
+            }
+            Action::StartUpDone(_) => {
+                assert!(!std::mem::replace(&mut self.started, true), "started twice");
+            }
+            Action::ReloadDone(_) => {
+                self.verdicts += 1;
+                assert!(self.verdicts <= self.reloads, "a verdict nobody awaits");
+            }
+            Action::Drain { pid, .. } => {
+                let process = self.living[pid].clone();
+                let serves = process.seat.0 == self.fleet.generation();
+                // One just forked may have lost its seat before.
+                let newborn = pid.0 == self.last_pid;
+                let open = self.verdicts < self.reloads;
+                let replaced = self.holders(process.seat) == 2;
+                assert!(
+                    !open || !serves || newborn || replaced,
+                    "drained before the verdict"
+                );
+            }
+            Action::Kill { pid, signal } if *signal == Signal::SIGABRT => {
+                assert!(self.living[pid].stuck, "{pid} was well and got ABRT");
+            }
+            Action::Exit { .. } => {
+                assert!(self.living.is_empty(), "left children behind");
+                assert!(self.ordered.is_empty(), "left a fork behind");
+                assert_eq!(self.verdicts, self.reloads, "left without a verdict");
+                self.exited = true;
+            }
+            _ => {}
+        }
+    }
+
+    fn process(&mut self, pid: Pid) -> &mut Process {
+        self.living.get_mut(&pid).expect("actions name the living")
+    }
+
+    /// Lets time pass as the master's loop does: it wakes at each deadline, heartbeats first.
+    pub fn pass(&mut self, span: Millis) {
+        let end = self.now + span;
+        // Twice at one moment is right: what is done then may be due again.
+        let (mut last, mut rounds) = (self.now, 0);
+        loop {
+            rounds = if self.now == last { rounds + 1 } else { 0 };
+            last = self.now;
+            assert!(rounds < 100, "{:?} never ends", self.fleet);
+            let wake = self.fleet.next_deadline().map_or(end, |at| at.min(end));
+            self.now = self.now.max(wake);
+            self.tick();
+            if self.now == end && self.fleet.next_deadline().is_none_or(|at| at > end) {
+                break;
+            }
+        }
+    }
+
+    /// One round of the master's loop.
+    pub fn tick(&mut self) {
+        let well = self.living.iter().filter(|(_, process)| !process.stuck);
+        for pid in well.map(|(pid, _)| *pid).collect::<Vec<_>>() {
+            let at = self.now;
+            self.tell(Event::Heartbeat { pid, at });
+        }
+        for pid in self.fleet.to_sample(self.now) {
+            let rss_bytes = self.process(pid).rss_bytes;
+            self.tell(Event::Memory { pid, rss_bytes });
+        }
+        let actions = self.fleet.tick(self.now);
+        self.absorb(actions);
+    }
+
+    /// The worker that holds a slot of a generation.
+    pub fn pid_in(&self, generation: u32, slot: u16) -> Pid {
+        let view = self.fleet.workers().into_iter().find(|view| {
+            let seat = (view.generation, view.slot);
+            seat == (Generation(generation), Slot(slot)) && view.state != WorkerPhase::Draining
+        });
+        view.and_then(|view| view.pid).expect("somebody sits there")
+    }
+
+    /// The worker that holds a slot of the serving generation.
+    pub fn pid(&self, slot: u16) -> Pid {
+        self.pid_in(self.fleet.generation().0, slot)
+    }
+
+    pub fn ready(&mut self, pid: Pid) {
+        self.tell(Event::Ready { pid });
+    }
+
+    /// Lets all that start say ready, and those forked for it.
+    pub fn all_ready(&mut self) {
+        let mut told = BTreeSet::new();
+        loop {
+            let starting = |view: &WorkerView| view.state == WorkerPhase::Starting;
+            let views = self.fleet.workers().into_iter().filter(starting);
+            let Some(pid) = views.filter_map(|v| v.pid).find(|pid| told.insert(*pid)) else {
+                return;
+            };
+            self.ready(pid);
+        }
+    }
+
+    pub fn die(&mut self, pid: Pid, how: Exit) {
+        self.living.remove(&pid);
+        self.tell(Event::Died {
+            pid,
+            how,
+            method: Some("add".to_owned()),
+            rss_bytes: 1 << 20,
+            at: 1_700_000_000,
+        });
+    }
+
+    /// Lets all that were told to leave do so, and reports those killed.
+    pub fn let_leave(&mut self) {
+        let leaving = self.living.iter().filter(|(_, process)| process.leaves);
+        for (pid, process) in leaving.map(|(p, s)| (*p, s.clone())).collect::<Vec<_>>() {
+            let killed = Exit::Signal {
+                number: Signal::SIGKILL as i32,
+                core_dumped: false,
+            };
+            self.die(
+                pid,
+                if process.killed {
+                    killed
+                } else {
+                    Exit::Code(0)
+                },
+            );
+        }
+    }
+
+    pub fn first(&self, state: WorkerPhase) -> Option<Pid> {
+        let view = self.fleet.workers().into_iter().find(|v| v.state == state);
+        view.and_then(|view| view.pid)
+    }
+
+    pub fn view(&self, slot: u16) -> WorkerView {
+        let views = self.fleet.workers();
+        let view = views.into_iter().find(|view| view.slot == Slot(slot));
+        view.expect("the slot exists")
+    }
+
+    /// How many are in a state.
+    pub fn count(&self, state: WorkerPhase) -> usize {
+        let views = self.fleet.workers();
+        views.iter().filter(|view| view.state == state).count()
+    }
+
+    pub fn did(&self, action: &Action) -> bool {
+        self.history.iter().any(|(_, done)| done == action)
+    }
+
+    /// When a worker got a signal.
+    pub fn signalled(&self, pid: Pid, signal: Signal) -> Option<Millis> {
+        let wanted = Action::Kill { pid, signal };
+        let hit = self.history.iter().find(|(_, action)| *action == wanted);
+        hit.map(|(at, _)| *at)
+    }
+
+    /// Those ordered to drain.
+    pub fn drained(&self) -> BTreeSet<Pid> {
+        let pid = |(_, action): &(Millis, Action)| match action {
+            Action::Drain { pid, .. } => Some(*pid),
+            _ => None,
+        };
+        self.history.iter().filter_map(pid).collect()
+    }
+
+    /// The times of a slot's forks.
+    pub fn forks(&self, slot: u16) -> Vec<Millis> {
+        let of_slot =
+            |action: &Action| matches!(action, Action::Fork { slot: s, .. } if s.0 == slot);
+        let hits = self.history.iter().filter(|(_, action)| of_slot(action));
+        hits.map(|(at, _)| *at).collect()
+    }
+
+    /// The log lines that an operator sees, with their times.
+    pub fn lines(&self) -> Vec<(Millis, &str)> {
+        let line = |(at, action): &'_ (Millis, Action)| match action {
+            Action::Log { level, .. } if *level <= Level::Info => Some(*at),
+            _ => None,
+        };
+        let lines = self.history.iter();
+        lines
+            .filter_map(|entry| Some((line(entry)?, text(&entry.1)?)))
+            .collect()
+    }
+
+    /// The last reload's error.
+    pub fn refusal(&self) -> Option<&str> {
+        let hit = self
+            .history
+            .iter()
+            .rev()
+            .find_map(|(_, action)| match action {
+                Action::ReloadDone(result) => Some(result),
+                _ => None,
+            });
+        hit?.as_ref().err().map(String::as_str)
+    }
+}
+
+fn text(action: &Action) -> Option<&str> {
+    match action {
+        Action::Log { text, .. } => Some(text),
+        _ => None,
+    }
+}

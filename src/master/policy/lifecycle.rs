@@ -1,0 +1,278 @@
+//! A worker's life: forked, ready, retiring, dead; and a fork that was refused.
+//!
+//! Reports come from processes that may be broken: one that fits nothing is a warning, never more.
+
+use log::Level;
+use nix::sys::signal::Signal;
+
+use super::death_log;
+use super::death_log::Death;
+use super::event::{Exit, HumanDuration, Millis, PolicyLimits};
+use super::fleet::{Fleet, ServerPhase};
+use super::recycle::RecycleState;
+use super::shutdown::{StopMode, begin_drain};
+use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, WorkerStage};
+use crate::link::ids::Pid;
+use crate::logging::pluralize;
+use crate::throttle::limiter::with_suppressed_count;
+
+impl Fleet {
+    /// A fork that was ordered was done.
+    pub(crate) fn forked(&mut self, seat: SlotId, pid: Pid) {
+        let (limits, now) = (self.limits_of(seat), self.now);
+        let tenure = self.forking(seat);
+        let wanted = tenure.is_active;
+        tenure.throttle.forked(now);
+        *Self::forking_in(tenure) = SlotState::Worker(pid);
+        tenure.since = now;
+        let boot_deadline = (limits.boot_timeout > 0).then_some(now + limits.boot_timeout);
+        let child = ChildRecord {
+            seat,
+            limits,
+            forked_at: now,
+            ready_at: None,
+            stage: WorkerStage::Starting,
+            stage_since: now,
+            heartbeat: now,
+            next_signal: boot_deadline.map(|at| (at, Signal::SIGKILL)),
+            is_sigkill_sent: false,
+            kill_reason: None,
+            recycle: RecycleState::default(),
+        };
+        self.table.insert(pid, child);
+        self.log(
+            Level::Debug,
+            format!("worker {pid} starts {}", log_fields(pid, seat)),
+        );
+        if wanted {
+            return;
+        }
+        // Its seat was given up while it was forked.
+        self.table.seats.remove(&seat);
+        self.order_exit(
+            pid,
+            match self.phase {
+                ServerPhase::Stopping { leave, .. } => leave,
+                _ => StopMode::Retire,
+            },
+        );
+    }
+
+    /// A fork that was ordered was refused.
+    pub(crate) fn fork_failed(&mut self, seat: SlotId, reason: &str) {
+        let now = self.now;
+        let tenure = self.forking(seat);
+        let slot = seat.slot;
+        if !tenure.is_active {
+            self.table.seats.remove(&seat);
+            return;
+        }
+        let due = tenure.throttle.record_refused_fork(now);
+        tenure.since = now;
+        let is_successor = tenure.successor.is_some();
+        *Self::forking_in(tenure) = SlotState::Throttled { until: due };
+        if self.is_newcomer(seat) {
+            return self.newcomer_failed(&format!("slot {slot} could not be forked: {reason}"));
+        }
+        if let Some(more) = self.refusals.admit(now) {
+            let lack = if is_successor { "successor" } else { "worker" };
+            let text = format!(
+                "slot {slot} has no {lack}: fork was refused ({reason}); next try in {}; if it goes \
+                 on, raise the limit on processes (ulimit -u, pids.max, TasksMax) slot={slot}",
+                HumanDuration(due - now),
+            );
+            self.log(Level::Error, with_suppressed_count(text, more));
+        }
+    }
+
+    /// A worker says that it serves.
+    pub(crate) fn ready(&mut self, pid: Pid) {
+        let now = self.now;
+        let Some(child) = self.table.children.get_mut(&pid) else {
+            return self.warn_unexpected_report(pid, "ready");
+        };
+        if child.ready_at.is_some() {
+            return self.warn_unexpected_report(pid, "ready for a second time");
+        }
+        child.ready_at = Some(now);
+        child.heartbeat = now;
+        let (seat, took) = (child.seat, HumanDuration(now - child.forked_at));
+        if let WorkerStage::Draining { deadline } = child.stage {
+            // It was ready before it read the order, so it may have calls: they get their time.
+            begin_drain(child, deadline, now);
+            return;
+        }
+        if child.kill_reason.is_some() {
+            return; // Too late: the KILL is on its way.
+        }
+        child.stage = WorkerStage::Ready;
+        child.stage_since = now;
+        child.next_signal = None;
+        let text = format!(
+            "worker {pid} is ready after {took} {}",
+            log_fields(pid, seat)
+        );
+        self.log(Level::Debug, text);
+        if self.table.is_coming(pid, seat) {
+            return self.promote_successor(pid, seat);
+        }
+        self.newcomer_ready(seat);
+    }
+
+    /// A worker says that it drains by itself: a fresh one takes its seat at once.
+    pub(crate) fn retiring(&mut self, pid: Pid) {
+        let now = self.now;
+        let Some(child) = self.table.children.get_mut(&pid) else {
+            return self.warn_unexpected_report(pid, "retiring");
+        };
+        if child.drains() || child.kill_reason.is_some() {
+            return; // Asked for twice, or too late.
+        }
+        let (seat, health) = (child.seat, child.ready_for(now));
+        let deadline = now + child.limits.drain_timeout;
+        begin_drain(child, deadline, now);
+        if let Some(tenure) = self.table.seats.get_mut(&seat) {
+            tenure.throttle.record_ready_time(health);
+        }
+        let (slot, pairs) = (seat.slot, log_fields(pid, seat));
+        let text = format!("worker {pid} retires, slot {slot} gets a fresh one {pairs}");
+        self.trouble(Level::Info, text);
+        match self.table.is_coming(pid, seat) {
+            true => self.spawn_successor(seat, now),
+            false => self.respawn(seat, now),
+        }
+    }
+
+    /// A worker's event loop was alive at that moment.
+    pub(crate) fn heartbeat(&mut self, pid: Pid, at: Millis) {
+        // An unknown pid is a scoreboard record that nobody uses: no report at all.
+        if let Some(child) = self.table.children.get_mut(&pid) {
+            child.heartbeat = child.heartbeat.max(at.min(self.now));
+        }
+    }
+
+    /// A child is gone.
+    pub(crate) fn died(
+        &mut self,
+        pid: Pid,
+        how: Exit,
+        method: Option<&str>,
+        rss_bytes: u64,
+        at: u64,
+    ) {
+        let Some(child) = self.table.children.remove(&pid) else {
+            // As PID 1 or subreaper the master inherits other people's children.
+            return self.log(Level::Debug, format!("reaped {pid}, which was no worker"));
+        };
+        let death = Death {
+            slot: child.seat.slot,
+            pid,
+            generation: child.seat.generation,
+            how,
+            uptime: self.now - child.forked_at,
+            method: method.filter(|name| !name.is_empty()).map(death_log::clean),
+            rss_bytes,
+            reason: death_log::reason(&child, how),
+            at,
+        };
+        if self.table.holds(pid, child.seat) {
+            self.died_in_its_seat(&child, &death);
+        } else if self.table.is_coming(pid, child.seat) {
+            self.successor_died(&child, &death);
+        } else {
+            self.left(&child, &death);
+        }
+        if !as_asked(&child, how) || child.recycle.evidence.is_some() {
+            self.deaths.keep(death);
+        }
+    }
+
+    /// Nobody asked for this end.
+    fn died_in_its_seat(&mut self, child: &ChildRecord, death: &Death) {
+        let (seat, now) = (child.seat, self.now);
+        let newcomer = self.is_newcomer(seat);
+        let starting = child.ready_at.is_none();
+        if newcomer && (starting || self.phase == ServerPhase::Serving) {
+            // The table must forget it first: the verdict closes all seats of its generation.
+            self.table.seats.remove(&seat);
+            let text = format!("{} {}", death.sentence(), death.log_fields());
+            self.trouble(Level::Warn, text);
+            return self.newcomer_failed(&death.sentence());
+        }
+        let limits = self.limits_of(seat);
+        let tenure = self.table.seats.get_mut(&seat);
+        let tenure = tenure.expect("the caller saw the worker in this seat");
+        let due = tenure
+            .throttle
+            .death(child.ready_for(now), &limits.throttle(), now);
+        let young = tenure.throttle.young_deaths();
+        let follows = match due - now {
+            0 => "replaced at once".to_owned(),
+            wait => {
+                let deaths = pluralize(young as usize, "young death", "young deaths");
+                format!("next try in {}: {deaths}", HumanDuration(wait))
+            }
+        };
+        let text = format!("{}; {follows} {}", death.sentence(), death.log_fields());
+        match limits.respawn_max_delay {
+            // No throttle was asked for, so none on the log either.
+            0 => self.log(Level::Error, text),
+            _ => self.trouble(Level::Error, text),
+        }
+        self.respawn(seat, due);
+    }
+
+    /// Its end was asked for; only one out of order is worth a line.
+    fn left(&mut self, child: &ChildRecord, death: &Death) {
+        let text = format!("{} {}", death.sentence(), death.log_fields());
+        match as_asked(child, death.how) {
+            true => self.log(Level::Debug, text),
+            false => self.trouble(Level::Warn, text),
+        }
+    }
+
+    fn warn_unexpected_report(&mut self, pid: Pid, report: &str) {
+        let text = format!("a report that fits no worker is ignored: {report} pid={pid}");
+        self.trouble(Level::Warn, text);
+    }
+
+    /// The seat whose fork is reported.
+    fn forking(&mut self, seat: SlotId) -> &mut SlotEntry {
+        let tenure = self.table.seats.get_mut(&seat);
+        let is_forking = |tenure: &&mut SlotEntry| {
+            tenure.state == SlotState::Forking || tenure.successor == Some(SlotState::Forking)
+        };
+        let tenure = tenure.filter(is_forking);
+        tenure.expect("a fork is reported once for each order")
+    }
+
+    /// Whom the fork under way in a seat is for: the successor, if there is to be one.
+    fn forking_in(tenure: &mut SlotEntry) -> &mut SlotState {
+        tenure.successor.as_mut().unwrap_or(&mut tenure.state)
+    }
+
+    /// The limits of a seat's generation; one that was given up lives by the serving ones.
+    fn limits_of(&self, seat: SlotId) -> PolicyLimits {
+        match &self.reload {
+            Some(reload) if reload.generation == seat.generation => reload.limits,
+            _ => self.limits,
+        }
+    }
+}
+
+/// Whether a worker ended the way it was told to: no death record, no alarm.
+fn as_asked(child: &ChildRecord, how: Exit) -> bool {
+    let by_order = match child.ready_at {
+        Some(_) => child.kill_reason.is_some() && how.is_signal(Signal::SIGQUIT),
+        None => how.is_signal(Signal::SIGTERM),
+    };
+    child.drains() && (how == Exit::Code(0) || by_order)
+}
+
+/// The key=value pairs that end a line about a worker.
+pub(crate) fn log_fields(pid: Pid, seat: SlotId) -> String {
+    format!(
+        "slot={} pid={pid} generation={}",
+        seat.slot, seat.generation
+    )
+}

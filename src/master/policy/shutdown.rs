@@ -1,0 +1,145 @@
+//! How workers leave when the master wants it: a drain with its deadline, the stop, the stop at once.
+//!
+//! Here the orders are given and the first signal of those who overstay is set; [`super::timeouts`]
+//! sends it. What asks for a drain (reload, scale, retire) is decided elsewhere.
+
+use log::Level;
+use nix::sys::signal::Signal;
+
+use super::event::{Action, HumanDuration, Millis};
+use super::fleet::{Fleet, ServerPhase};
+use super::slots::{ChildRecord, WorkerStage};
+use super::timeouts::{AFTER_DRAIN, STARTING_GRACE, kill_after};
+use crate::link::ids::{Generation, Pid};
+use crate::logging::pluralize;
+
+/// Two orders to stop that come so close are one: `timeout` and service managers send TERM to a
+/// process and to its group.
+const STOP_DEBOUNCE: Millis = 100;
+
+/// How a worker is told to leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StopMode {
+    /// Drain; its connections go on elsewhere.
+    Retire,
+    /// Drain; its connections end with their last answer.
+    Stop,
+    /// Now, whatever it does.
+    AtOnce,
+}
+
+impl Fleet {
+    /// Gives up a generation's seats from a slot on: highest first, their workers leave.
+    pub(crate) fn remove_slots(&mut self, generation: Generation, from: usize, leave: StopMode) {
+        for seat in self.table.seats_of(generation).into_iter().rev() {
+            if usize::from(seat.slot.0) >= from {
+                for pid in self.table.remove_slots(seat) {
+                    self.order_exit(pid, leave);
+                }
+            }
+        }
+    }
+
+    /// Tells a worker that holds no seat any more to leave. One that is being ended by force
+    /// already needs no order.
+    pub(crate) fn order_exit(&mut self, pid: Pid, leave: StopMode) {
+        let now = self.now;
+        let child = self.child_mut(pid);
+        let mut deadline = now + child.limits.drain_timeout;
+        if let WorkerStage::Draining { deadline: earlier } = child.stage {
+            deadline = deadline.min(earlier);
+        }
+        begin_drain(child, deadline, now);
+        if child.kill_reason.is_some() {
+            return;
+        }
+        if leave != StopMode::AtOnce {
+            let stop = leave == StopMode::Stop;
+            return self.act(Action::Drain {
+                pid,
+                deadline,
+                stop,
+            });
+        }
+        // Before a worker handles it, QUIT would write a core.
+        let signal = match child.ready_at {
+            Some(_) => Signal::SIGQUIT,
+            None => Signal::SIGTERM,
+        };
+        child.kill_reason = Some("the server stops now".to_owned());
+        child.next_signal = Some((now + kill_after(signal), Signal::SIGKILL));
+        self.act(Action::Kill { pid, signal });
+    }
+
+    /// Serves on for a while, and stops then. The last word counts.
+    pub(crate) fn stop_after(&mut self, delay: Millis) {
+        if matches!(self.phase, ServerPhase::Stopping { .. } | ServerPhase::Gone) {
+            return;
+        }
+        self.stop_at = Some(self.now.saturating_add(delay));
+        let text = format!(
+            "stops in {}: serves until then, and is not ready for who asks",
+            HumanDuration(delay)
+        );
+        self.log(Level::Info, text);
+    }
+
+    /// Ends everything, the first time gracefully unless told otherwise. `reason` is for whoever
+    /// waits for a verdict.
+    pub(crate) fn stop(&mut self, mut leave: StopMode, mut code: u8, reason: &str) {
+        match self.phase {
+            ServerPhase::Gone
+            | ServerPhase::Stopping {
+                leave: StopMode::AtOnce,
+                ..
+            } => return,
+            ServerPhase::Stopping { since, .. }
+                if leave == StopMode::Stop && self.now < since + STOP_DEBOUNCE =>
+            {
+                return;
+            }
+            ServerPhase::Stopping { code: first, .. } => (leave, code) = (StopMode::AtOnce, first),
+            ServerPhase::StartUp | ServerPhase::Serving => {}
+        }
+        self.refuse_newcomers(reason);
+        self.stop_at = None;
+        let since = self.now;
+        self.phase = ServerPhase::Stopping { leave, code, since };
+        let pids: Vec<Pid> = self.table.children.keys().copied().collect();
+        let how = match leave {
+            StopMode::AtOnce => pluralize(pids.len(), "worker leaves now", "workers leave now"),
+            StopMode::Stop | StopMode::Retire => {
+                let drain = pluralize(pids.len(), "worker drains", "workers drain");
+                format!(
+                    "{drain} within {}",
+                    HumanDuration(self.limits.drain_timeout)
+                )
+            }
+        };
+        self.log(Level::Info, format!("stopping: {how}"));
+        for seat in self.table.seats_of(self.serving) {
+            self.table.remove_slots(seat);
+        }
+        // Those of older generations too: their connections have nowhere to go any more.
+        for pid in pids {
+            self.order_exit(pid, leave);
+        }
+    }
+}
+
+/// Puts a child into the draining stage, with the signals that await it if it overstays.
+pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis) {
+    if !child.drains() {
+        child.stage_since = now;
+    }
+    child.stage = WorkerStage::Draining { deadline };
+    if child.kill_reason.is_some() {
+        return; // Its end is under way already, and sooner.
+    }
+    child.next_signal = Some(match child.ready_at {
+        Some(_) => (deadline + AFTER_DRAIN, Signal::SIGTERM),
+        // It has no call to finish, and may not read orders for long. If its ready is on the way,
+        // it comes in time.
+        None => (deadline.min(now + STARTING_GRACE), Signal::SIGTERM),
+    });
+}

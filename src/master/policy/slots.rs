@@ -1,0 +1,272 @@
+//! The child table: which worker is where, and in which stage of its life.
+//!
+//! A *seat* is a slot as one generation has it. A seat's holder is the worker that starts or serves
+//! there; a draining worker holds none any more, so a slot can have one worker and any number that
+//! drain. The table answers questions and keeps its own invariants; what to do is decided by
+//! [`super::fleet`]. What a child says never breaks it; a pid forked twice does, and is a panic.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
+
+use super::event::{Millis, PolicyLimits};
+use super::recycle::RecycleState;
+use crate::link::ids::{Generation, Pid, Slot};
+use crate::throttle::Throttle;
+
+/// A slot of one generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SlotId {
+    /// The generation.
+    pub generation: Generation,
+    /// The slot.
+    pub slot: Slot,
+}
+
+/// Who sits there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SlotState {
+    /// Nobody: throttled until then.
+    Throttled {
+        /// When to fork.
+        until: Millis,
+    },
+    /// Nobody yet: a fork was ordered and not yet reported.
+    Forking,
+    /// This worker, which is in the table, and starting or ready.
+    Worker(Pid),
+}
+
+impl SlotState {
+    /// Nobody yet: what follows when a fork is due then.
+    pub fn due(at: Millis, now: Millis) -> Self {
+        match at > now {
+            true => SlotState::Throttled { until: at },
+            false => SlotState::Forking,
+        }
+    }
+}
+
+/// What the master knows of a seat.
+#[derive(Debug)]
+pub(crate) struct SlotEntry {
+    /// Who sits there.
+    pub state: SlotState,
+    /// Who is to follow the holder once it is ready; `Some` only beside [`SlotState::Worker`], so that
+    /// a seat has one fork under way at most.
+    pub successor: Option<SlotState>,
+    /// False for a seat given up while its fork was under way: what comes of it is drained.
+    pub is_active: bool,
+    /// How soon it may be forked again.
+    pub throttle: Throttle,
+    /// When it last changed who sits there, or is to.
+    pub since: Millis,
+}
+
+impl SlotEntry {
+    /// When a throttled fork of it is due.
+    pub fn fork_at(&self) -> Option<Millis> {
+        match self.successor.unwrap_or(self.state) {
+            SlotState::Throttled { until } => Some(until),
+            SlotState::Forking | SlotState::Worker(_) => None,
+        }
+    }
+}
+
+/// Where a child is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WorkerStage {
+    /// Forked, not yet ready.
+    Starting,
+    /// Serves.
+    Ready,
+    /// Its end was asked for. It holds no seat.
+    Draining {
+        /// When it must be done.
+        deadline: Millis,
+    },
+}
+
+/// One living child.
+#[derive(Debug)]
+pub(crate) struct ChildRecord {
+    /// Its seat, also once it drains and somebody else sits there.
+    pub seat: SlotId,
+    /// Its configuration's limits.
+    pub limits: PolicyLimits,
+    /// When it was forked.
+    pub forked_at: Millis,
+    /// When it said ready.
+    pub ready_at: Option<Millis>,
+    /// Where it is in its life.
+    pub stage: WorkerStage,
+    /// Since when.
+    pub stage_since: Millis,
+    /// The last sign of its event loop, or a later moment from which to count.
+    pub heartbeat: Millis,
+    /// The next signal that it gets if nothing changes, and when.
+    pub next_signal: Option<(Millis, Signal)>,
+    /// It got KILL.
+    pub is_sigkill_sent: bool,
+    /// `Some` iff the master has begun to end it by force: why.
+    pub kill_reason: Option<String>,
+    /// What it has been through.
+    pub recycle: RecycleState,
+}
+
+impl ChildRecord {
+    /// For how long it has been ready; `None` if it never was.
+    pub fn ready_for(&self, now: Millis) -> Option<Millis> {
+        self.ready_at.map(|at| now - at)
+    }
+
+    /// Whether its end was asked for.
+    pub fn drains(&self) -> bool {
+        matches!(self.stage, WorkerStage::Draining { .. })
+    }
+
+    /// Whether it is ready, and not being ended.
+    pub fn serves(&self) -> bool {
+        self.stage == WorkerStage::Ready && self.kill_reason.is_none()
+    }
+
+    /// Whether it was killed and does not end: the kernel holds it.
+    pub fn is_unkillable(&self) -> bool {
+        self.is_sigkill_sent && self.next_signal.is_none()
+    }
+
+    /// When its event loop counts as stuck, one that drains no less than one that serves.
+    pub fn heartbeat_deadline(&self) -> Option<Millis> {
+        let timeout = self.limits.heartbeat_timeout;
+        let is_watched = self.ready_at.is_some() && self.kill_reason.is_none() && timeout > 0;
+        is_watched.then(|| self.heartbeat + timeout)
+    }
+
+    /// When something is due for it.
+    pub fn due_at(&self) -> Option<Millis> {
+        let next = self.next_signal.map(|(at, _)| at);
+        next.into_iter().chain(self.heartbeat_deadline()).min()
+    }
+}
+
+/// All seats and children.
+#[derive(Debug, Default)]
+pub(crate) struct SlotTable {
+    /// The seats of the generation that serves and, during a reload, of the next one; and those
+    /// given up whose fork has not been reported yet.
+    pub seats: BTreeMap<SlotId, SlotEntry>,
+    /// Every child not yet reaped.
+    pub children: BTreeMap<Pid, ChildRecord>,
+}
+
+impl SlotTable {
+    /// Opens a seat for forking. False if its fork is under way already.
+    pub fn add_slots(&mut self, seat: SlotId, now: Millis) -> bool {
+        if let Some(tenure) = self.seats.get_mut(&seat) {
+            assert!(!tenure.is_active, "{seat:?} is opened twice");
+            tenure.is_active = true;
+            return false;
+        }
+        let tenure = SlotEntry {
+            state: SlotState::Forking,
+            successor: None,
+            is_active: true,
+            throttle: Throttle::default(),
+            since: now,
+        };
+        self.seats.insert(seat, tenure);
+        true
+    }
+
+    /// Gives a seat up, and says which workers sat there or were to: two at most.
+    pub fn remove_slots(&mut self, seat: SlotId) -> Vec<Pid> {
+        let Some(tenure) = self.seats.get_mut(&seat) else {
+            return Vec::new();
+        };
+        let all = [Some(tenure.state), tenure.successor.take()];
+        if all.contains(&Some(SlotState::Forking)) {
+            // The fork's report must find it.
+            tenure.state = SlotState::Forking;
+            tenure.is_active = false;
+        } else {
+            self.seats.remove(&seat);
+        }
+        let workers = all.into_iter().flatten();
+        workers
+            .filter_map(|holder| match holder {
+                SlotState::Worker(pid) => Some(pid),
+                SlotState::Forking | SlotState::Throttled { .. } => None,
+            })
+            .collect()
+    }
+
+    /// Puts a new child into the table.
+    pub fn insert(&mut self, pid: Pid, child: ChildRecord) {
+        let before = self.children.insert(pid, child);
+        assert!(
+            before.is_none(),
+            "pid {pid} was forked twice and never reaped"
+        );
+    }
+
+    /// The wanted seats of a generation, lowest slot first.
+    pub fn seats_of(&self, generation: Generation) -> Vec<SlotId> {
+        let all = seat(generation, 0)..=seat(generation, u16::MAX);
+        self.seats
+            .range(all)
+            .filter(|(_, tenure)| tenure.is_active)
+            .map(|(seat, _)| *seat)
+            .collect()
+    }
+
+    /// Whether the worker sits there (and not, draining, beside its successor).
+    pub fn holds(&self, pid: Pid, seat: SlotId) -> bool {
+        self.seats
+            .get(&seat)
+            .is_some_and(|tenure| tenure.state == SlotState::Worker(pid))
+    }
+
+    /// Whether the worker is to follow the one that sits there.
+    pub fn is_coming(&self, pid: Pid, seat: SlotId) -> bool {
+        self.seats
+            .get(&seat)
+            .is_some_and(|tenure| tenure.successor == Some(SlotState::Worker(pid)))
+    }
+
+    /// Whether each of a generation's seats has a worker that is ready.
+    pub fn all_ready(&self, generation: Generation) -> bool {
+        self.seats_of(generation).iter().all(|seat| {
+            let SlotState::Worker(pid) = self.seats[seat].state else {
+                return false;
+            };
+            self.children[&pid].serves()
+        })
+    }
+
+    /// Generations other than this one that still have a child, but for those that nothing ends.
+    pub fn other_generations(&self, serving: Generation) -> usize {
+        let others: BTreeSet<_> = self
+            .children
+            .values()
+            .filter(|child| !child.is_unkillable())
+            .map(|child| child.seat.generation)
+            .filter(|generation| *generation != serving)
+            .collect();
+        others.len()
+    }
+
+    /// Whether nothing lives and nothing is about to.
+    pub fn is_empty(&self) -> bool {
+        self.children.is_empty() && self.seats.is_empty()
+    }
+}
+
+/// The seat of a slot's number in a generation.
+pub(crate) fn seat(generation: Generation, slot: u16) -> SlotId {
+    SlotId {
+        generation,
+        slot: Slot(slot),
+    }
+}

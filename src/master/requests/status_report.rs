@@ -1,0 +1,140 @@
+//! What `status` answers: put together from the fleet, the scoreboard and /proc, asking nobody.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::logging;
+use crate::master::children::workers::Children;
+use crate::master::endpoints::listeners::Listener;
+use crate::master::policy::crash_counts::CrashCounts;
+use crate::master::policy::event::Millis;
+use crate::master::policy::fleet::Fleet;
+use crate::master::policy::status_view::WorkerView;
+use crate::protocol::control::{
+    self, AcceptWait, DeathStatus, LastReload, OldestCall, Quarantined, Status, ThrottleStatus,
+    WorkerStatus,
+};
+use crate::sys::process::{Pid, resident_bytes};
+
+/// What the master itself adds.
+#[derive(Debug)]
+pub struct About<'a> {
+    /// When it started.
+    pub started: Millis,
+    /// How the last reload ended.
+    pub last_reload: Option<&'a LastReload>,
+    /// How the last upgrade ended.
+    pub last_upgrade: Option<&'a LastReload>,
+    /// What is worth a word.
+    pub warnings: &'a [String],
+    /// The listeners of the generation that serves.
+    pub listeners: &'a [std::rc::Rc<Listener>],
+    /// Who is in quarantine.
+    pub strikes: &'a CrashCounts,
+}
+
+/// The whole status, at `now`.
+pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis) -> Status {
+    Status {
+        master: control::MasterStatus {
+            pid: Pid::current().0,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            generation: fleet.generation().0,
+            uptime_s: now.saturating_sub(about.started) / 1000,
+            last_reload: about.last_reload.cloned(),
+            last_upgrade: about.last_upgrade.cloned(),
+            target: fleet.target_count(),
+            stops_in_ms: fleet.stops_at().map(|at| at.saturating_sub(now)),
+            warnings: about.warnings.to_vec(),
+            lost_log_lines: lost_log_lines(workers),
+        },
+        workers: fleet
+            .workers()
+            .iter()
+            .map(|view| worker(view, workers, now))
+            .collect(),
+        deaths: fleet.deaths().iter().map(death).collect(),
+        listeners: about
+            .listeners
+            .iter()
+            .map(|listener| {
+                let (queue, backlog) = listener.queue();
+                control::ListenerStatus {
+                    address: listener.bound.clone(),
+                    queue,
+                    backlog,
+                }
+            })
+            .collect(),
+        quarantine: about
+            .strikes
+            .quarantined(workers.quarantine())
+            .map(|(prisoner, refused)| Quarantined {
+                method: prisoner.method.clone(),
+                key: format!("{:016x}", prisoner.key),
+                refused,
+                at: prisoner.at,
+            })
+            .collect(),
+    }
+}
+
+/// Of the master and all workers together.
+fn lost_log_lines(workers: &Children) -> u64 {
+    let of_workers = workers.iter().map(|(_, worker)| &worker.record.lost_lines);
+    let of_workers: u64 = of_workers.map(|lines| u64::from(lines.load(Relaxed))).sum();
+    logging::lost_lines() + of_workers
+}
+
+fn worker(view: &WorkerView, workers: &Children, now: Millis) -> WorkerStatus {
+    let mut shown = WorkerStatus {
+        slot: view.slot.0,
+        pid: view.pid.map(|pid| pid.0),
+        generation: view.generation.0,
+        state: view.state,
+        throttle: view.next_fork.map(|at| ThrottleStatus {
+            failures: view.young_deaths + view.refused_forks,
+            retry_in_ms: at.saturating_sub(now),
+        }),
+        ..WorkerStatus::default()
+    };
+    let Some((pid, living)) = view.pid.and_then(|pid| Some((pid, workers.get(pid)?))) else {
+        return shown;
+    };
+    let record = living.record;
+    let number = |value: &std::sync::atomic::AtomicU32| u64::from(value.load(Relaxed));
+    shown.uptime_s = now.saturating_sub(view.born) / 1000;
+    shown.connections = number(&record.connections);
+    shown.running = number(&record.running);
+    shown.queued = number(&record.queued);
+    shown.lost_threads = number(&record.lost_threads);
+    shown.calls = record.calls.load(Relaxed);
+    shown.errors = record.errors.load(Relaxed);
+    shown.accept_wait = AcceptWait {
+        last_ms: number(&record.last_wait_ms),
+        longest_ms: number(&record.longest_wait_ms),
+    };
+    shown.silent_ms = living.heartbeat().map_or(0, |at| now.saturating_sub(at));
+    shown.threads = living.known.threads as u64;
+    shown.programs = living.known.programs as u64;
+    shown.programs_down = number(&record.programs_down);
+    shown.rss_bytes = resident_bytes(pid);
+    shown.oldest_call = record.oldest().map(|(method, since)| OldestCall {
+        method: living.known.method(method).to_owned(),
+        age_ms: now.saturating_sub(since),
+    });
+    shown
+}
+
+fn death(death: &crate::master::policy::death_log::Death) -> DeathStatus {
+    DeathStatus {
+        slot: death.slot.0,
+        pid: death.pid.0,
+        exit: death.how.code(),
+        signal: death.how.signal_name(),
+        uptime_s: death.uptime / 1000,
+        method: death.method.clone(),
+        rss_bytes: death.rss_bytes,
+        reason: death.reason.clone(),
+        at: death.at,
+    }
+}

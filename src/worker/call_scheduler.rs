@@ -1,0 +1,499 @@
+//! The calls of a worker that are for its threads: which wait, which run, which are over.
+//!
+//! The loop decides alone; threads only get what is handed to them. Which goes first is `queue`'s
+//! to say. Of short calls a few more than there are threads are handed out, so that none stands idle
+//! while the loop is busy. An entry lives until its thread has reported, also when the caller was
+//! answered long before. The handler threads and each pool have a lane of their own: what fills one
+//! keeps nobody waiting in another.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::call_table::{CallTable, ScheduledCall};
+use super::connection::{AnswerPosition, HIGH_WATER, PendingAnswer};
+use super::method_stats::MethodStats;
+use super::queue::{Queue, Waiting};
+use super::threads::{Done, HandlerCall, Threads};
+use super::timers::CallKey;
+use crate::handler::CallState;
+use crate::handler::registry::{Method, Registry};
+use crate::logging::pluralize;
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::event::Token;
+
+/// A result from here up counts as large: how many of its like run for one connection is limited.
+const LARGE: usize = 16 * 1024;
+
+/// What is handed out ahead, so that no thread need wait for the loop, finds one within this time, as
+/// far as that can be expected; and so many at most.
+const AHEAD: Duration = Duration::from_millis(4);
+const MOST_AHEAD: usize = 64;
+
+/// Bytes of params that may wait or run in a worker, of all its connections together; each lane has
+/// an equal part of that.
+const MOST_BYTES: usize = 64 * 1024 * 1024;
+
+/// A call that is to be answered now.
+#[derive(Debug)]
+pub struct FinishedCall {
+    /// Whose it is.
+    pub token: Token,
+    /// Where its answer goes, and how it looks there.
+    pub reply: PendingAnswer,
+    /// Its id, as JSON.
+    pub id: Option<Arc<str>>,
+    /// The number of its method.
+    pub method: usize,
+    /// Its timer, to be disarmed.
+    pub timer: u64,
+    /// What its connection was charged with for it, in bytes.
+    pub charged_bytes: usize,
+    /// Whether it had begun.
+    pub begun: bool,
+}
+
+/// The calls that one crew of threads serves: the handler threads, or those of a pool.
+#[derive(Debug, Default)]
+struct Lane {
+    queue: Queue,
+    /// Those handed out, oldest first; ones that are done are skipped.
+    handed_out: VecDeque<CallKey>,
+    /// Entries that wait in `queue` or at the threads, to be answered.
+    waiting: usize,
+    /// Entries with the threads.
+    out: usize,
+    /// Of those, the ones that run and that nobody waits for.
+    lost: usize,
+    /// Bytes of params and ids, of all entries.
+    bytes: usize,
+}
+
+/// The calls of a worker.
+#[derive(Debug)]
+pub struct CallScheduler {
+    table: CallTable,
+    /// By the lane of a method: each has its own queue, its own limit and its own threads.
+    lanes: Vec<Lane>,
+    /// Taken out of the queue because their connection has answers enough to send, until that
+    /// changes.
+    blocked_on_output: HashMap<Token, Vec<Waiting>>,
+    loads: Vec<MethodStats>,
+    registry: Arc<Registry>,
+    limit: usize,
+}
+
+impl CallScheduler {
+    /// An empty table that lets `limit` calls wait in each lane.
+    pub fn new(registry: Arc<Registry>, limit: usize) -> Self {
+        let load = |method: &Method| MethodStats::in_lane(method.handler.placement().lane());
+        let loads: Vec<MethodStats> = registry.methods().iter().map(load).collect();
+        let last = loads.iter().map(|load| load.lane).max().unwrap_or(0);
+        CallScheduler {
+            table: CallTable::default(),
+            lanes: (0..=last).map(|_| Lane::default()).collect(),
+            blocked_on_output: HashMap::new(),
+            loads,
+            registry,
+            limit,
+        }
+    }
+
+    /// Whether the rate of a method allows one more call now; counts it.
+    ///
+    /// # Errors
+    /// `overloaded`.
+    pub fn admit(&mut self, method: usize, now_ms: u64) -> Result<(), RpcError> {
+        let rate = self.registry.methods()[method].rate;
+        if rate == 0 || self.loads[method].admit(rate, now_ms) {
+            return Ok(());
+        }
+        let rate = pluralize(rate as usize, "call", "calls");
+        Err(self.overloaded(method, format!("its rate of {rate} a second is reached")))
+    }
+
+    /// The lane of a method's calls.
+    pub fn lane(&self, method: usize) -> usize {
+        self.loads[method].lane
+    }
+
+    fn lane_of(&mut self, method: usize) -> &mut Lane {
+        &mut self.lanes[self.loads[method].lane]
+    }
+
+    /// Whether there is room for one more call of a method to wait, with so many threads in its
+    /// lane.
+    ///
+    /// # Errors
+    /// `overloaded`.
+    pub fn has_room(&self, method: usize, size: usize, threads: usize) -> Result<(), RpcError> {
+        let concurrency = self.registry.methods()[method].concurrency;
+        if concurrency > 0 && self.loads[method].current >= concurrency {
+            let reason = format!("its concurrency of {concurrency} in this worker is reached");
+            return Err(self.overloaded(method, reason));
+        }
+        // Those that run, and those that will begin at once, do not wait.
+        let lane = &self.lanes[self.loads[method].lane];
+        let begin = threads.saturating_sub(lane.lost);
+        if lane.waiting >= self.limit + begin {
+            let server = match self.loads[method].lane {
+                0 => "thread",
+                _ => "program",
+            };
+            let reason = format!("the queue of {} for a {server} is full", self.limit);
+            return Err(self.overloaded(method, reason));
+        }
+        // One of any size is taken where there is no other.
+        let most = MOST_BYTES / self.lanes.len();
+        if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
+            let reason = format!("more than {most} bytes of params would wait");
+            return Err(self.overloaded(method, reason));
+        }
+        Ok(())
+    }
+
+    fn overloaded(&self, method: usize, reason: String) -> RpcError {
+        let name = self.registry.name(method);
+        let text = format!("{name} is refused: {reason}; try again later");
+        RpcError::of(Code::Overloaded, text, false)
+    }
+
+    /// Lets a call wait.
+    pub fn add(
+        &mut self,
+        (token, reply, id): (Token, PendingAnswer, Option<&str>),
+        peer: Option<SocketAddr>,
+        (method, params): (usize, &str),
+        (read_ms, deadline_ms): (u64, u64),
+    ) -> CallKey {
+        let size = params.len() + id.map_or(0, str::len);
+        // Large results are taken for what the last one was: calls ahead, whose answers are not
+        // fetched, cost room as well.
+        let result = self.loads[method].last_result;
+        let weight = size + if result < LARGE { 0 } else { result };
+        let key = self.table.insert(ScheduledCall {
+            token,
+            reply,
+            id: id.map(Arc::from),
+            peer,
+            method,
+            read_ms,
+            deadline_ms,
+            timer: 0,
+            size,
+            charged_bytes: weight,
+            params: Some(params.into()),
+            state: Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key())),
+            handed_out: false,
+            is_answered: false,
+            is_orphaned: false,
+        });
+        let waiting = Waiting {
+            key,
+            method,
+            token,
+            in_order: reply.place != AnswerPosition::Anywhere,
+            since_ms: read_ms,
+            deadline_ms,
+        };
+        let lane = self.lane_of(method);
+        lane.queue.push(waiting, read_ms);
+        lane.waiting += 1;
+        lane.bytes += size;
+        self.loads[method].current += 1;
+        key
+    }
+
+    /// Hands waiting calls to the threads, as long as one of them could soon be idle. `backlog`
+    /// tells how many bytes of answers a connection has yet to send before such a call's. Returns
+    /// a call that could not be done in time any more, where it comes upon one: it is to be given
+    /// up, and the rest to be handed out then.
+    pub fn hand_out(
+        &mut self,
+        threads: &mut Threads,
+        now_ms: u64,
+        backlog: impl Fn(Token, AnswerPosition) -> usize,
+    ) -> Option<CallKey> {
+        let late = (0..self.lanes.len())
+            .find_map(|lane| self.hand_out_lane(lane, threads, now_ms, &backlog));
+        threads.ring();
+        late
+    }
+
+    fn hand_out_lane(
+        &mut self,
+        lane: usize,
+        threads: &mut Threads,
+        now_ms: u64,
+        backlog: &impl Fn(Token, AnswerPosition) -> usize,
+    ) -> Option<CallKey> {
+        let count = threads.count(lane);
+        while let Some(&next) = self.lanes[lane].queue.next(now_ms)
+            && self.may_go_out(lane, next.method, count)
+        {
+            let key = next.key;
+            if next.is_late(now_ms, self.time_needed(lane, next.method, count)) {
+                self.lanes[lane].queue.runs_out(key, now_ms);
+                return Some(key);
+            }
+            self.lanes[lane].queue.take(key);
+            let Some(call) = self.table.get(key) else {
+                continue;
+            };
+            if !self.fits(call, backlog(call.token, call.reply.place)) {
+                self.blocked_on_output
+                    .entry(call.token)
+                    .or_default()
+                    .push(next);
+                continue;
+            }
+            let Some(call) = self.table.get_mut(key) else {
+                continue;
+            };
+            let Some(params) = call.params.take() else {
+                continue;
+            };
+            call.handed_out = true;
+            let job = HandlerCall {
+                key,
+                method: call.method,
+                params,
+                id: call.id.clone(),
+                peer: call.peer,
+                expected: self.loads[call.method].expected(),
+                deadline: Duration::from_millis(call.deadline_ms),
+                state: Arc::clone(&call.state),
+            };
+            self.lanes[lane].out += 1;
+            self.lanes[lane].handed_out.push_back(key);
+            threads.run(lane, job);
+        }
+        None
+    }
+
+    /// How long a call of this method is going to take until it is done, were it handed out now: what
+    /// it takes, some more, for half of its like take longer, and its turn at a thread.
+    fn time_needed(&self, lane: usize, method: usize, threads: usize) -> Option<Duration> {
+        let expected = self.loads[method].expected()?;
+        let before = (self.lanes[lane].out + 1).saturating_sub(threads);
+        let turn = expected * u32::try_from(before).ok()? / u32::try_from(threads.max(1)).ok()?;
+        Some(expected + expected / 4 + turn)
+    }
+
+    /// Whether a thread could take a call of this method, or will soon: so none stands idle while the
+    /// loop is busy. Of what runs for long no more than there are threads are out: which goes
+    /// first is decided when a thread is there for it.
+    fn may_go_out(&self, lane: usize, method: usize, threads: usize) -> bool {
+        let load = &self.loads[method];
+        let ahead = match load.expected() {
+            Some(expected) if threads > 0 => {
+                let of_time = AHEAD.as_micros() * threads as u128 / expected.as_micros().max(1);
+                let of_memory = LARGE * 4 / load.last_result.max(1);
+                // A program of a pool has a call of its own ahead, and no more.
+                let most = if lane == 0 { MOST_AHEAD } else { threads };
+                most.min(of_memory)
+                    .min(usize::try_from(of_time).unwrap_or(most))
+            }
+            _ => 0,
+        };
+        self.lanes[lane].out < threads + ahead
+    }
+
+    /// Whether a call's answer will find room: a client that never reads must not fill the memory
+    /// with answers to what it sent ahead. A result's size is known once it is there, so the last
+    /// one of its method speaks for it: no more of them are made for one connection at once than
+    /// may wait for it. Whoever wants more of large results at once has several connections.
+    fn fits(&self, call: &ScheduledCall, backlog: usize) -> bool {
+        if backlog >= HIGH_WATER {
+            return false;
+        }
+        let expected = self.loads[call.method].last_result;
+        if expected < LARGE {
+            return true;
+        }
+        let running = self.lanes[self.loads[call.method].lane]
+            .handed_out
+            .iter()
+            .filter_map(|key| self.table.get(*key))
+            .filter(|it| !it.is_answered && it.token == call.token)
+            .count();
+        running == 0 || backlog + running * expected <= HIGH_WATER
+    }
+
+    /// Whether calls of any connection are held back.
+    pub fn are_parked(&self) -> bool {
+        !self.blocked_on_output.is_empty()
+    }
+
+    /// A connection may have room again: its calls wait where they would be without that.
+    pub fn unpark(&mut self, token: Token, now_ms: u64) {
+        for waiting in self.blocked_on_output.remove(&token).into_iter().flatten() {
+            if self.table.get(waiting.key).is_some() {
+                self.lane_of(waiting.method).queue.push(waiting, now_ms);
+            }
+        }
+    }
+
+    /// A thread has reported: the call that is to be answered now, if anybody still waits.
+    pub fn done(&mut self, done: &Done) -> Option<FinishedCall> {
+        let call = self.table.remove(done.key)?;
+        let index = self.loads[call.method].lane;
+        let lane = &mut self.lanes[index];
+        lane.out -= 1;
+        lane.lost -= usize::from(call.is_orphaned);
+        lane.waiting -= usize::from(!call.is_answered);
+        lane.bytes -= call.size;
+        let load = &mut self.loads[call.method];
+        load.current -= 1;
+        if let Some(outcome) = &done.outcome {
+            // What was refused before it began says nothing about how long a call takes.
+            if done.took > Duration::ZERO {
+                load.record_run(done.took, call.is_answered);
+            }
+            if let Ok(result) = outcome {
+                load.last_result = result.len();
+            }
+        }
+        while let Some(&key) = self.lanes[index].handed_out.front()
+            && self.table.get(key).is_none()
+        {
+            self.lanes[index].handed_out.pop_front();
+        }
+        self.tidy(index);
+        if call.is_answered {
+            return None;
+        }
+        Some(FinishedCall {
+            token: call.token,
+            reply: call.reply,
+            id: call.id,
+            method: call.method,
+            timer: call.timer,
+            charged_bytes: call.charged_bytes,
+            begun: true,
+        })
+    }
+
+    /// Gives a call up: its time is over, or the caller does not want it any more. `None` when it
+    /// is over already.
+    pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
+        let call = self.table.get_mut(key)?;
+        if call.is_answered {
+            return None;
+        }
+        call.is_answered = true;
+        let begun = call.state.give_up();
+        let ended = FinishedCall {
+            token: call.token,
+            reply: call.reply,
+            // Kept with the entry too: should its thread never come back, it is asked for.
+            id: call.id.clone(),
+            method: call.method,
+            timer: std::mem::take(&mut call.timer),
+            charged_bytes: call.charged_bytes,
+            begun,
+        };
+        let size = call.size;
+        call.params = None;
+        call.is_orphaned = begun;
+        let index = self.loads[ended.method].lane;
+        self.lanes[index].waiting -= 1;
+        if call.handed_out {
+            // It lives on until its thread reports.
+            self.lanes[index].lost += usize::from(begun);
+        } else {
+            self.lanes[index].queue.remove(key);
+            self.table.remove(key);
+            self.lanes[index].bytes -= size;
+            self.loads[ended.method].current -= 1;
+            self.tidy(index);
+        }
+        Some(ended)
+    }
+
+    /// A waiting call's time is over, or a running one's; to be told before it is given up.
+    pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
+        if let Some(call) = self.table.get(key) {
+            let method = call.method;
+            self.lane_of(method).queue.runs_out(key, now_ms);
+        }
+    }
+
+    /// Drops keys whose calls are gone, once they are the most of those handed out: behind one call
+    /// that never ends they would pile up for as long as the worker lives.
+    fn tidy(&mut self, lane: usize) {
+        let handed_out = &mut self.lanes[lane].handed_out;
+        if handed_out.len() > 2 * self.table.len() + 64 {
+            handed_out.retain(|key| self.table.get(*key).is_some());
+        }
+    }
+
+    /// The call of a connection with this id, as JSON.
+    pub fn find(&self, token: Token, id: &str) -> Option<CallKey> {
+        let mut calls = self.of(token);
+        Some(calls.find(|(_, call)| call.id.as_deref() == Some(id))?.0)
+    }
+
+    /// All calls of a connection that are not over.
+    pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
+        self.table.of(token).filter(|(_, call)| !call.is_answered)
+    }
+
+    /// All calls that are not over: those that wait, then those that run.
+    pub fn all(&self) -> Vec<CallKey> {
+        let calls = || self.table.iter().filter(|(_, call)| !call.is_answered);
+        let waiting = calls().filter(|(_, call)| !call.is_running());
+        let running = calls().filter(|(_, call)| call.is_running());
+        waiting.chain(running).map(|(key, _)| key).collect()
+    }
+
+    /// A call, to keep its timer.
+    pub fn get_mut(&mut self, key: CallKey) -> Option<&mut ScheduledCall> {
+        self.table.get_mut(key)
+    }
+
+    /// Whether no call waits or runs.
+    pub fn is_empty(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.waiting == 0)
+    }
+
+    /// How many run on a thread, wait for one, and run for nobody. Of the latter, those of the
+    /// handler threads alone: a pool's program is ended then.
+    pub fn counts(&self, threads: &Threads) -> (usize, usize, usize) {
+        let (mut running, mut queued) = (0, 0);
+        for (number, lane) in self.lanes.iter().enumerate() {
+            let at_work = (lane.out - lane.lost)
+                .min(threads.count(number).saturating_sub(lane.lost))
+                .min(lane.waiting);
+            running += at_work;
+            queued += lane.waiting - at_work;
+        }
+        (running, queued, self.lanes[0].lost)
+    }
+
+    /// The calls that keep handler threads past their deadline and `grace_ms` beyond, with their
+    /// serials.
+    pub fn stuck(&self, now_ms: u64, grace_ms: u64) -> impl Iterator<Item = (u64, &ScheduledCall)> {
+        self.table
+            .iter()
+            .filter(|(_, call)| call.is_orphaned && self.lane(call.method) == 0)
+            .filter(move |(_, call)| call.deadline_ms.saturating_add(grace_ms) <= now_ms)
+            .map(|(key, call)| (key.serial, call))
+    }
+
+    /// The method of the call that is the longest with the threads, and when it was read.
+    pub fn oldest(&self) -> Option<(usize, u64)> {
+        let oldest = |lane: &Lane| {
+            let call = self.table.get(*lane.handed_out.front()?)?;
+            Some((call.method, call.read_ms))
+        };
+        let lanes = self.lanes.iter().filter_map(oldest);
+        lanes.min_by_key(|&(_, read_ms)| read_ms)
+    }
+}
+
+#[cfg(test)]
+#[path = "call_scheduler_tests.rs"]
+mod tests;

@@ -1,0 +1,347 @@
+//! What a connection's bytes, its end and its answers lead to: calls taken, answers sent, the end.
+//!
+//! Everything that changes a connection ends in `pump`, which sends what was answered, takes
+//! what may be taken, and sets reading and deadlines anew. What fails on one connection ends it and
+//! no other.
+
+use std::mem;
+
+use super::call_dispatcher::{caller_gone, millis};
+use super::connection::{ConnectionPhase, HIGH_WATER};
+use super::event_loop::{EventLoop, WarningKind, find};
+use super::rebalance::is_transferable;
+use super::threads::Done;
+use super::timers::TimerTarget;
+use crate::sys::event::{Reactor, Token};
+use crate::sys::socket;
+
+/// Who has sent or was sent something within this time may have an answer unread or a call on its way.
+const ACTIVE_MS: u64 = 1000;
+/// How long the peer of a connection that we have ended may take to end it too (section 3).
+const LINGER_MS: u64 = 2000;
+
+impl EventLoop {
+    pub(super) fn on_bytes(&mut self, floor: &mut Reactor, token: Token, bytes: &[u8]) {
+        let unsent = floor.unsent(token);
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        if connection.phase != ConnectionPhase::Open {
+            return;
+        }
+        connection.active_ms = self.service.now_ms;
+        if mem::take(&mut connection.is_first_read) {
+            let socket = floor.descriptor(token);
+            self.service.waited(socket.map_or(0, socket::waited_ms));
+        }
+        self.service.ledger.opens();
+        let dropped = connection.skip(bytes);
+        let used = if dropped == 0 && connection.input.is_empty() {
+            self.service.read_requests(connection, bytes, unsent)
+        } else {
+            dropped
+        };
+        let kept = connection.keep(&bytes[used..]);
+        self.service.ledger.closes(connection, bytes.len());
+        if let Err(error) = kept {
+            let text = format!("a connection ends, for nothing more can be kept of it: {error}");
+            self.warn_limited(WarningKind::Unfinished, &text);
+            self.service.accept_wait_ms = 0;
+            // What was answered meanwhile goes, or would go to somebody else.
+            floor.send(token, &mut self.service.out);
+            self.service.ledger.sent();
+            return self.close(floor, token);
+        }
+        let whole = used > dropped || dropped > 0 && connection.discarding.is_none();
+        self.pump(floor, token, whole);
+        self.service.accept_wait_ms = 0;
+    }
+
+    /// Sends what was answered, takes what may be taken now, and sets what follows from it:
+    /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
+    pub(super) fn pump(&mut self, floor: &mut Reactor, token: Token, mut whole: bool) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            self.service.ledger.sent();
+            return self.service.out.clear();
+        };
+        let service = &mut self.service;
+        let mut shed = false;
+        loop {
+            if !service.out.is_empty() {
+                connection.active_ms = service.now_ms;
+            }
+            floor.send(token, &mut service.out);
+            service.ledger.sent();
+            let unsent = floor.unsent(token);
+            let mut untaken = connection.queued_bytes();
+            if unsent > 0 {
+                untaken += floor.unsent_memory(token);
+            }
+            let counted = &mut connection.counted_unsent;
+            service.unsent.update(counted, untaken);
+            if connection.input.is_empty() || !service.may_take(connection, unsent) {
+                break;
+            }
+            let mut tail = connection.take_tail();
+            let used = service.read_requests(connection, &tail, unsent);
+            mem::swap(&mut connection.input, &mut tail);
+            connection.consume(used);
+            whole |= used > 0;
+            if used == 0 && service.out.is_empty() {
+                service.update_unfinished_total(connection);
+                // While others of its calls are under way, it is read no further instead; and one that is to be
+                // handed over is.
+                let goes_elsewhere = self.drain.is_handing_off();
+                let stays = !service.has_no_room_for(connection);
+                if stays || goes_elsewhere || connection.unanswered > 0 {
+                    break;
+                }
+                service.reject_unfinished(connection);
+                shed = true;
+            }
+        }
+        if connection.phase != ConnectionPhase::Open {
+            connection.input = Vec::new();
+        }
+        service.update_unfinished_total(connection);
+        // While the floor still lends what it has received: what is kept of it is lost with us.
+        service.ledger.update_flags(connection);
+        let unsent = floor.unsent(token);
+        let may_rest = self.drain.is_handing_off() && service.is_soon_quiescent(connection, unsent);
+        if may_rest {
+            self.drain.look_again(service.now_ms);
+        }
+        let takes_no_more = may_rest
+            || !service.may_take(connection, unsent)
+            || connection.unanswered > 0 && service.has_no_room_for(connection);
+        // What is to be dropped is no call.
+        connection.is_read_paused = connection.phase == ConnectionPhase::Open
+            && connection.discarding.is_none()
+            && takes_no_more;
+        floor.set_reading(token, !connection.is_read_paused);
+        service.unsent.note_blocked(connection.is_read_paused);
+        if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
+            service.calls.unpark(token, service.now_ms);
+        }
+        if service.out.capacity() > 4 * HIGH_WATER {
+            // One large answer need not keep its room for as long as the worker lives.
+            service.out = Vec::new();
+        }
+        let now = service.now_ms;
+        let sent = connection.input.len();
+        let waits = connection.http.as_ref().is_some_and(|it| it.waits(sent));
+        let holds_back = connection.is_read_paused || waits && connection.unanswered > 0;
+        if !connection.has_partial_input() || holds_back || connection.peer_closed {
+            // While we hold the peer back, the time it takes is ours.
+            service
+                .timers
+                .disarm(&mut connection.read_deadline, TimerTarget::Read(token));
+        } else if whole || connection.read_deadline == 0 {
+            let at = now + millis(service.limits.read_timeout);
+            service
+                .timers
+                .arm(&mut connection.read_deadline, at, TimerTarget::Read(token));
+        }
+        if unsent == 0 {
+            service
+                .timers
+                .disarm(&mut connection.write_deadline, TimerTarget::Write(token));
+        } else if connection.write_deadline == 0 {
+            let at = now + millis(service.limits.write_timeout);
+            service.timers.arm(
+                &mut connection.write_deadline,
+                at,
+                TimerTarget::Write(token),
+            );
+        }
+        let rests = connection.unanswered == 0 && unsent == 0;
+        if shed {
+            self.warn_limited(
+                WarningKind::Unfinished,
+                "a client's unfinished call is refused: those of this worker have as much as \
+                 limits.unfinished allows",
+            );
+        }
+        if rests {
+            self.finish_if_idle(floor, token);
+        }
+        if self.service.unsent.is_exceeded() {
+            self.close_most_unsent(floor);
+        }
+    }
+
+    /// Closes the connections with the most untaken answers until those of the worker are below twice
+    /// their limit. Each search of all connections closes one of them, so calls do not pay for it.
+    #[cold]
+    fn close_most_unsent(&mut self, floor: &mut Reactor) {
+        while self.service.unsent.is_exceeded() {
+            let connections = self.connections.iter().flatten();
+            let Some(most) = connections.max_by_key(|connection| connection.counted_unsent) else {
+                return;
+            };
+            let (token, bytes) = (most.token, most.counted_unsent);
+            let peer = (most.peer).map_or("unix".to_owned(), |peer| peer.to_string());
+            let text = format!(
+                "answers that clients have not taken reach twice limits.unfinished: the connection with \
+                 the most is closed; its client must read sooner, or raise limits.unfinished peer={peer} \
+                 bytes={bytes}"
+            );
+            self.warn_limited(WarningKind::Unsent, &text);
+            self.close(floor, token);
+        }
+    }
+
+    /// Everything read is answered and sent: ends the connection if it is to end.
+    fn finish_if_idle(&mut self, floor: &mut Reactor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        let open = connection.phase == ConnectionPhase::Open;
+        // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
+        let has_more = !connection.peer_closed || !connection.input.is_empty();
+        if open && self.drain.is_handing_off() && has_more {
+            return self.give(floor, token);
+        }
+        if self.spreading.gives() && is_transferable(connection) {
+            return self.give_by_order(floor, token);
+        }
+        if connection.peer_closed && connection.phase != ConnectionPhase::Lingering {
+            if connection.has_partial_input() {
+                log::debug!("a client ended in the middle of a frame");
+            }
+            return self.close(floor, token);
+        }
+        if connection.phase == ConnectionPhase::Closing {
+            // Closing at once would reset the connection if something more arrived, and a reset
+            // takes along the answer that the client has not read yet.
+            connection.phase = ConnectionPhase::Lingering;
+            self.service.ledger.update_flags(connection);
+            floor.shutdown(token);
+            let at = self.service.now_ms + LINGER_MS;
+            let armed = &mut connection.quiet_deadline;
+            self.service.timers.disarm(armed, TimerTarget::Idle(token));
+            self.service
+                .timers
+                .arm(armed, at, TimerTarget::Linger(token));
+        }
+    }
+
+    /// Closes a connection on which all is answered and sent: with care, unless it has been silent for
+    /// so long that its client must have read what there was.
+    pub(super) fn close_quiescent(&mut self, floor: &mut Reactor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        if self.service.now_ms.saturating_sub(connection.active_ms) > ACTIVE_MS {
+            return self.close(floor, token);
+        }
+        connection.phase = ConnectionPhase::Closing;
+        self.pump(floor, token, false);
+    }
+
+    pub(super) fn on_end(&mut self, floor: &mut Reactor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        connection.peer_closed = true;
+        if connection.phase == ConnectionPhase::Lingering {
+            return self.close(floor, token);
+        }
+        self.pump(floor, token, false);
+    }
+
+    /// The peer has closed the connection. Calls that expect an answer are cancelled, because no answer
+    /// reaches it. Notifications run, also those that are not read yet.
+    pub(super) fn on_hang_up(&mut self, floor: &mut Reactor, token: Token) {
+        let Some(connection) = find(&mut self.connections, token) else {
+            return;
+        };
+        connection.peer_gone = true;
+        let service = &mut self.service;
+        let calls = service.calls.of(token);
+        let cancelled: Vec<_> = calls
+            .filter(|(_, call)| connection.drops_answer(call.reply.shape.form))
+            .map(|(key, _)| key)
+            .collect();
+        for key in cancelled {
+            if let Some(ended) = service.give_up(key) {
+                let error = caller_gone(ended.begun);
+                service.answer(connection, &ended, Err(error), None);
+            }
+        }
+        self.pump(floor, token, false);
+    }
+
+    /// Closes a connection; whatever its calls answer is for nobody.
+    pub(super) fn close(&mut self, floor: &mut Reactor, token: Token) {
+        let Some(slot) = self.connections.get_mut(token.index()) else {
+            return;
+        };
+        let Some(mut connection) = slot.take_if(|connection| connection.token == token) else {
+            return;
+        };
+        let timers = &mut self.service.timers;
+        timers.disarm(&mut connection.read_deadline, TimerTarget::Read(token));
+        timers.disarm(&mut connection.write_deadline, TimerTarget::Write(token));
+        let target = match connection.phase {
+            ConnectionPhase::Lingering => TimerTarget::Linger(token),
+            _ => TimerTarget::Idle(token),
+        };
+        timers.disarm(&mut connection.quiet_deadline, target);
+        self.service.unfinished -= connection.accounted_bytes;
+        let unsent = &mut self.service.unsent;
+        unsent.update(&mut connection.counted_unsent, 0);
+        floor.close(token);
+        self.service.calls.unpark(token, self.service.now_ms);
+        if connection.unanswered > 0 {
+            let calls: Vec<_> = self.service.calls.of(token).map(|(key, _)| key).collect();
+            for key in calls {
+                if let Some(ended) = self.service.give_up(key) {
+                    self.service.ledger.forget(ended.reply.mark);
+                }
+            }
+            for mark in connection.marks() {
+                self.service.ledger.forget(mark);
+            }
+        }
+        if self.is_at_limit && floor.connections() < self.service.limits.connections {
+            self.is_at_limit = false;
+            self.resume_listening(floor);
+        }
+    }
+
+    /// Answers what the threads have done: one write for each connection.
+    pub(super) fn on_results(&mut self, floor: &mut Reactor) {
+        let mut done: Vec<_> = self
+            .service
+            .threads
+            .take_done()
+            .collect::<Vec<Done>>()
+            .into_iter()
+            .filter_map(|done| {
+                let mut ended = self.service.calls.done(&done)?;
+                let target = TimerTarget::Call(done.key);
+                self.service.timers.disarm(&mut ended.timer, target);
+                Some((ended, done.outcome?, done.out))
+            })
+            .collect();
+        // Stable: answers of one connection stay in the order in which they were done.
+        done.sort_by_key(|(ended, _, _)| ended.token);
+        let mut done = done.into_iter().peekable();
+        while let Some((ended, outcome, out)) = done.next() {
+            let token = ended.token;
+            self.service.acquit(ended.reply.mark);
+            if let Some(connection) = find(&mut self.connections, token) {
+                self.service
+                    .answer(connection, &ended, outcome, out.as_deref());
+            } else {
+                // Its connection was closed in this loop, at twice limits.unfinished. `close` did not find
+                // the call, because it is not in the table any more.
+                self.service.ledger.forget(ended.reply.mark);
+            }
+            if done.peek().is_none_or(|(next, _, _)| next.token != token) {
+                self.pump(floor, token, false);
+            }
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Connections that a worker had accepted and not written down when it died: between accept4(2) and
+//! the witness there is a moment, in which only the table of descriptors knows of one.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::rc::Rc;
+
+use crate::sys::clone_files;
+use crate::sys::socket::{self, Bound};
+
+/// Where the listeners are, known before any of their numbers can be another descriptor's.
+pub fn addresses(listeners: &[Rc<OwnedFd>]) -> Vec<Bound> {
+    let bound = listeners.iter().map(|fd| socket::bound_address(&**fd));
+    bound.flatten().collect()
+}
+
+/// Connected sockets of these listeners that are not among the `known` ones.
+pub fn find(addresses: &[Bound], known: &[RawFd]) -> Vec<RawFd> {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
+        return Vec::new();
+    };
+    let numbers = entries.flatten().filter_map(|entry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        (!known.contains(&number)).then_some(number)
+    });
+    // Read to the end first: the directory itself is open meanwhile.
+    let numbers: Vec<RawFd> = numbers.collect();
+    let is_client = |number: &RawFd| {
+        clone_files::borrow_fd(*number, |fd| is_client_of(fd, addresses)).unwrap_or(false)
+    };
+    numbers.into_iter().filter(is_client).collect()
+}
+
+fn is_client_of(fd: BorrowedFd<'_>, addresses: &[Bound]) -> bool {
+    let here = |bound: &Bound| match (bound, socket::bound_address(&fd)) {
+        // A listener for all addresses of the machine has clients at each of them.
+        (Bound::Tcp(listener), Some(Bound::Tcp(client))) => {
+            listener.port() == client.port()
+                && (listener.ip() == client.ip() || listener.ip().is_unspecified())
+        }
+        (Bound::Unix(listener), Some(Bound::Unix(client))) => *listener == client,
+        _ => false,
+    };
+    socket::is_connected(&fd.as_fd()) && addresses.iter().any(here)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn what_was_accepted_is_found_and_nothing_else() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (one, _) = listener.accept().unwrap();
+        let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (two, _) = listener.accept().unwrap();
+        let listeners = [Rc::new(OwnedFd::from(listener))];
+        let found = find(&addresses(&listeners), &[one.as_raw_fd()]);
+        assert_eq!(found, [two.as_raw_fd()]);
+        drop((client, other));
+    }
+}

@@ -1,0 +1,10 @@
+//! Commands, documentation, the library, and measured bars.
+
+mod bars;
+mod bench;
+mod call;
+mod commands;
+mod guard;
+mod library;
+mod manual;
+mod readme;

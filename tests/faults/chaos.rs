@@ -1,0 +1,221 @@
+//! Everything at once, for as long as one likes: workers killed and stopped, programs killed, reloads
+//! good and bad, upgrades, other counts, no descriptors, no memory, no room for the log, clients that
+//! dawdle and break off, while nine kinds of clients call. `tests/chaos --minutes 30` is the command.
+//!
+//! What is done stands in `chaos_acts`, what may be lost by it in `chaos_ledger`. At the end everything
+//! is back where it was.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::faults::chaos_acts::Chaos;
+use crate::faults::chaos_ledger::Told;
+use crate::lifecycle::reload_matrix::{SHAPES, plan};
+use crate::lifecycle::worker_deaths::Weight;
+use crate::support::load::{Load, Plan, Tally};
+use crate::support::wire::DIALECTS;
+use crate::support::{
+    Daemon, Dawdlers, Dice, PATIENCE, Sweep, alone, from_environment, pass, process, wait_for,
+};
+
+/// Short deadlines, so that what waits for one happens often.
+pub fn config(count: usize, threads: usize) -> String {
+    format!(
+        "[log]
+file = \"daemon.log\"
+[workers]
+count = {count}
+threads = {threads}
+heartbeat-timeout = \"4s\"
+drain-timeout = \"10s\"
+boot-timeout = \"10s\"
+respawn-max-delay = \"1s\"
+[methods.echo]
+builtin = \"echo\"
+[methods.sleep]
+builtin = \"sleep\"
+[methods.cat]
+command = [\"cat\"]
+output = \"json\"
+[methods.mirror]
+pool = \"mirror\"
+[pools.mirror]
+command = [\"python3\", \"-IS\", \"mirror.py\"]
+directory = \".\"
+ready = \"message\"
+respawn-max-delay = \"0s\"
+"
+    )
+}
+
+/// A program of the pool: what goes in comes out, after a while in which it can be killed.
+const MIRROR: &str = r#"
+import json, socket, struct, time
+
+calls = socket.socket(fileno=3)
+
+def take(length):
+    data = b""
+    while len(data) < length:
+        piece = calls.recv(length - len(data))
+        if not piece:
+            raise SystemExit
+        data += piece
+    return data
+
+def say(answer):
+    body = json.dumps(answer).encode()
+    calls.sendall(struct.pack("<I", len(body)) + body)
+
+say({"out": "ready"})
+while True:
+    length, = struct.unpack("<I", take(4))
+    call = json.loads(take(length).decode())
+    time.sleep(0.003)
+    say({"out": call["in"], "result": call["params"]})
+"#;
+
+pub const COUNT: usize = 3;
+const THREADS: usize = 4;
+
+/// What is called, by turns.
+const METHODS: [&str; 9] = [
+    "ping", "echo", "mirror", "ping", "sleep", "ping", "echo", "mirror", "cat",
+];
+
+/// Waits until it is again as it was: the same count of workers, none of an older generation, each with
+/// its keeper and its program and nobody else.
+fn settle(daemon: &Daemon) {
+    wait_for("a reload that is accepted", PATIENCE * 2, || {
+        daemon.configure(&config(COUNT, THREADS));
+        daemon.command(&["reload"]).status.success()
+    });
+    wait_for("only ready workers", PATIENCE, || {
+        let workers = daemon.workers();
+        workers.len() == COUNT && workers.iter().all(|it| it.state == "ready")
+    });
+    wait_for("workers, keepers, programs, nobody else", PATIENCE, || {
+        process::descendants(daemon.pid()).len() == 3 * COUNT
+    });
+}
+
+/// All that was logged, before the log was full and after.
+fn logs(daemon: &Daemon) -> String {
+    let mut text = String::new();
+    for entry in std::fs::read_dir(&**daemon.dir()).unwrap() {
+        let entry = entry.unwrap();
+        let is_log = entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with("daemon.log");
+        if is_log && entry.file_type().unwrap().is_file() {
+            text += &String::from_utf8_lossy(&std::fs::read(entry.path()).unwrap());
+        }
+    }
+    text
+}
+
+/// Keeps what is needed to find out about faults, until the next run.
+fn keep(log: &str, deaths: &str, unexplained: &[String]) {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let faults = unexplained.join("\n");
+    for (name, text) in [("log", log), ("deaths", deaths), ("faults", &faults)] {
+        std::fs::write(dir.join(format!("chaos-{name}")), text).unwrap();
+    }
+    println!("the daemon's log and what is unexplained are kept in {dir:?}");
+}
+
+fn loads(daemon: &Daemon) -> Vec<(String, Load)> {
+    let kinds = DIALECTS
+        .into_iter()
+        .flat_map(|dialect| SHAPES.iter().map(move |shape| (dialect, shape)));
+    let loads = kinds.map(|(dialect, shape)| {
+        let load = Load::of(Plan {
+            clients: 2,
+            pause: Duration::from_millis(2),
+            methods: &METHODS,
+            ..plan(daemon.address(), dialect, shape)
+        });
+        (format!("{dialect:?}, {}", shape.0), load)
+    });
+    loads.collect()
+}
+
+#[test]
+#[ignore = "takes a minute, or PREFORKD_CHAOS_MINUTES; tests/run runs it"]
+fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
+    let _alone = alone();
+    let time = Duration::from_secs(60 * from_environment("PREFORKD_CHAOS_MINUTES", 1));
+    let dice = Dice::of_the_day("PREFORKD_CHAOS_SEED");
+    let mut daemon = Daemon::builder()
+        .file("mirror.py", MIRROR)
+        .config(&config(COUNT, THREADS))
+        .start();
+    settle(&daemon);
+    let sweep = Sweep::of(&daemon);
+    let before = Weight::of(daemon.pid());
+    let loads = loads(&daemon);
+    let dawdlers = Dawdlers::start(daemon.address(), 10);
+    let mut chaos = Chaos::new(&daemon, dice);
+    println!("memory is taken by {}", chaos.means());
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        chaos.act();
+        pass(Duration::from_millis(100 + chaos.dice.roll(700) as u64));
+        chaos.mend(false);
+        assert!(process::runs(daemon.pid()), "the master is gone");
+    }
+    chaos.mend(true);
+    let stopped = loads.into_iter().map(|(name, load)| (name, load.stop()));
+    let mut tallies: Vec<(String, Tally)> = stopped.collect();
+    let slow = dawdlers.stop().into_iter();
+    tallies.extend(slow.map(|it| ("a slow one".to_owned(), it)));
+    settle(&daemon);
+    // No line of it is owed any more.
+    let log = logs(&daemon);
+    let told = Told::of(&log);
+    let mut faults = Vec::new();
+    for (name, tally) in &tallies {
+        println!("{name}: {}", tally.line());
+        faults.extend(tally.faults.iter().map(|fault| (name.as_str(), fault)));
+    }
+    let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
+    for what in chaos.ledger.done() {
+        *counts.entry(what).or_default() += 1;
+    }
+    println!("{counts:?}");
+    println!("{}", chaos.ledger.account(&faults, &told));
+    for line in log.lines() {
+        assert!(!line.contains("panic"), "{line}");
+    }
+    let unexplained = chaos.ledger.unexplained(&faults, &told);
+    if !unexplained.is_empty() {
+        keep(&log, &chaos.ledger.deaths(), &unexplained);
+    }
+    // the first of each kind, and how many there are
+    let mut kinds = BTreeMap::new();
+    for text in &unexplained {
+        let what = text.split_once("what: ").map_or("", |(_, what)| what);
+        let what: String = what.chars().take(160).collect();
+        kinds.entry(what).or_insert((0, text)).0 += 1;
+    }
+    let shown: Vec<_> = kinds.values().take(20).collect();
+    assert!(unexplained.is_empty(), "{}: {shown:#?}", unexplained.len());
+    let after = Weight::of(daemon.pid());
+    println!("the master before {before:?}, after {after:?}");
+    assert_eq!(after.descriptors, before.descriptors);
+    assert!(after.rss_bytes < before.rss_bytes + (4 << 20));
+    sweep.assert_as_many(&daemon);
+    let everybody = process::descendants(daemon.pid());
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    daemon.wait_group_gone();
+    let left: Vec<i32> = everybody
+        .into_iter()
+        .filter(|it| process::runs(*it))
+        .collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+}

@@ -1,0 +1,16 @@
+//! What clients see on the wire: dialects, forms, limits, errors, overload.
+
+mod accept;
+mod accept_wait;
+mod backpressure;
+mod clients;
+pub mod errors;
+pub mod frames;
+mod hostile;
+mod http;
+mod http_corpus;
+mod idle;
+mod json_suite;
+mod jsonrpc;
+mod lines;
+mod overload;
