@@ -26,7 +26,7 @@ use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
 use crate::link::stuck_calls::StuckCalls;
 use crate::logging;
-use crate::sys::event::{Completion, Driver, Reactor, Token};
+use crate::sys::event::{Completion, Driver, Interest, Reactor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
@@ -164,9 +164,9 @@ impl EventLoop {
     /// # Errors
     /// When the floor fails, a program of a pool does that has to be there, or the master can't be told.
     pub fn run(&mut self, floor: &mut Reactor) -> io::Result<()> {
-        floor.watch(SIGNALS, &self.signals)?;
-        floor.watch(LINK, &self.link)?;
-        floor.watch(WAKER, &*self.waker)?;
+        floor.watch(SIGNALS, &self.signals, Interest::Read)?;
+        floor.watch(LINK, &self.link, Interest::Read)?;
+        floor.watch(WAKER, &*self.waker, Interest::Read)?;
         self.record_heartbeat();
         self.defer_accepting(floor);
         loop {
@@ -238,7 +238,8 @@ impl EventLoop {
                 .and_then(|program| program.checked_add(PROGRAMS))
                 .ok_or(io::ErrorKind::OutOfMemory)?;
             match wire {
-                Some((fd, writing)) => floor.watch_both(watch, fd, writing),
+                Some((fd, false)) => floor.watch(watch, fd, Interest::Read),
+                Some((fd, true)) => floor.watch(watch, fd, Interest::Both),
                 None => {
                     floor.unwatch(watch);
                     Ok(())

@@ -13,7 +13,7 @@ use super::event_loop::{EventLoop, QUEUE, find};
 use super::timers::TimerTarget;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::{HandoffState, is_full};
-use crate::sys::event::{Reactor, Token, UnsentData};
+use crate::sys::event::{Interest, Reactor, Token, UnsentData};
 use crate::sys::{closer, socket};
 
 /// Between two tries when nothing tells that there is room again: too many descriptors of this
@@ -175,7 +175,7 @@ impl EventLoop {
             match self.try_send(floor, token) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     // Told when somebody has taken one; the timer is for when that can't be.
-                    if let Err(error) = floor.watch_writable(QUEUE, &*self.adoption.tx) {
+                    if let Err(error) = floor.watch(QUEUE, &*self.adoption.tx, Interest::Write) {
                         log::debug!("the adoption queue can't be watched: {error}");
                     }
                     return self.retry_giving();

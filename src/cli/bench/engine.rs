@@ -17,7 +17,7 @@ use super::pace::{Interval, nanoseconds};
 use super::totals::BenchTotals;
 use crate::client::connect_nonblocking;
 use crate::error::{Error, Result};
-use crate::sys::event::{Completion, Driver, Reactor, Token};
+use crate::sys::event::{Completion, Driver, Interest, Reactor, Token};
 use crate::sys::timer::Timer;
 
 /// How often it looks for calls without an answer, lost connections, and the interrupt.
@@ -61,7 +61,7 @@ impl Engine {
         let system = |error: io::Error| Error::system("make an event loop for the load", error);
         let mut floor = Reactor::new().map_err(system)?;
         let timer = Timer::new().map_err(system)?;
-        floor.watch(TIMER, &timer).map_err(system)?;
+        floor.watch(TIMER, &timer, Interest::Read).map_err(system)?;
         let mut load = Load {
             address: address.to_owned(),
             end: share.duration.map(nanoseconds),

@@ -1,5 +1,4 @@
-//! Accepting, from shared listeners and from the queue in which siblings pass connections on: a
-//! fair share of what comes.
+//! Accepts connections from shared listeners and from the adoption queue, in fair shares.
 
 #![allow(unsafe_code)]
 
@@ -9,18 +8,19 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::errno::Errno;
-use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{SockFlag, accept4};
 
-use super::io_progress::PendingAccept;
-use super::reactor::{LISTENER_BASE, Reactor};
-use super::{Completion, Driver};
-use crate::sys::{closer, rights, socket};
+use super::io_progress::{IoProgress, PendingAccept};
+use crate::sys::{closer, socket};
 
 /// Accepts after which a worker goes to the end of the kernel's queue of waiters. EPOLLEXCLUSIVE
 /// wakes the first of that queue, so without this one worker would get all that comes slowly;
 /// a smaller number is fairer, and costs two epoll_ctl(2) per that many accepts.
-const FAIR_SHARE: u32 = 8;
+pub(super) const FAIR_SHARE: u32 = 8;
+
+/// Event data from here up to that of watches are sources of connections.
+pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
 /// How connections come out of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,181 +31,164 @@ enum SourceKind {
     Queue,
 }
 
-/// Where connections come from, shared with the sibling workers.
+/// One source of connections, shared with the sibling workers.
 #[derive(Debug)]
-pub(super) struct AcceptSource {
+struct AcceptSource {
     fd: Rc<OwnedFd>,
-    source: SourceKind,
+    kind: SourceKind,
     watched: bool,
-    /// Accepts since this worker last went to the end of the queue.
+    /// Accepts since this worker was last put at the end of the kernel's queue of waiters.
     accepts: u32,
 }
 
-impl Reactor {
-    /// Takes part in accepting from `listeners`, and in taking what siblings pass on in packets of
-    /// at most `longest` bytes through `queue`.
-    ///
-    /// # Errors
-    /// When epoll refuses one.
-    pub fn listen(
-        &mut self,
-        listeners: Vec<Rc<OwnedFd>>,
-        (queue, longest): (Rc<OwnedFd>, usize),
-    ) -> io::Result<()> {
-        let source = |source| {
-            move |fd| AcceptSource {
-                fd,
-                source,
-                watched: false,
-                accepts: 0,
-            }
+/// What one attempt to accept gave.
+pub(super) enum Taken {
+    /// A client connected.
+    Fresh(OwnedFd),
+    /// A sibling passed a connection on: its socket, the length of the packet, a second descriptor.
+    Adopted(OwnedFd, usize, Option<OwnedFd>),
+    /// Nothing waits.
+    Nothing,
+    /// This source is not watched: the driver paused it since the wake-up.
+    Paused,
+    /// A connection that failed before it was accepted.
+    Gone,
+    /// The system cannot accept now. All sources were paused.
+    Failed(Errno),
+}
+
+/// The listening sockets and the adoption queue of one worker.
+#[derive(Debug, Default)]
+pub(super) struct AcceptSources {
+    sources: Vec<AcceptSource>,
+    /// The adoption queue stays unwatched, also when the rest is resumed.
+    is_queue_left: bool,
+}
+
+impl AcceptSources {
+    /// Replaces all sources. None is watched until `resume`.
+    pub fn set(&mut self, listeners: Vec<Rc<OwnedFd>>, queue: Rc<OwnedFd>) {
+        let source = |kind, fd| AcceptSource {
+            fd,
+            kind,
+            watched: false,
+            accepts: 0,
         };
-        self.has_unix = listeners.iter().any(|fd| rights::is_unix(&**fd));
-        self.listeners = listeners
+        self.sources = listeners
             .into_iter()
-            .map(source(SourceKind::Listener))
+            .map(|fd| source(SourceKind::Listener, fd))
             .collect();
-        self.listeners.push(source(SourceKind::Queue)(queue));
-        if self.packet.len() < longest {
-            self.packet = Vec::leak(vec![0; longest]);
-        }
-        self.resume_listeners()
+        self.sources.push(source(SourceKind::Queue, queue));
     }
 
-    /// Watches the listeners again, after `AcceptFailed` or `pause_listeners`.
+    /// The number of sources.
+    pub fn len(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// Watches all sources again, except a queue that was left.
     ///
     /// # Errors
-    /// When epoll refuses one.
-    pub fn resume_listeners(&mut self) -> io::Result<()> {
-        for index in 0..self.listeners.len() {
-            let listener = &self.listeners[index];
-            let is_left = self.queue_is_left && listener.source != SourceKind::Listener;
-            if !listener.watched && !is_left {
-                self.watch_listener(index)?;
+    /// If epoll refuses one.
+    pub fn resume(&mut self, epoll: &Epoll) -> io::Result<()> {
+        for index in 0..self.sources.len() {
+            let source = &self.sources[index];
+            let is_left = self.is_queue_left && source.kind == SourceKind::Queue;
+            if !source.watched && !is_left {
+                self.watch(index, epoll)?;
             }
         }
         Ok(())
     }
 
-    /// Accepts nothing until `resume_listeners`; the siblings go on.
-    pub fn pause_listeners(&mut self) {
-        for listener in &mut self.listeners {
-            if mem::take(&mut listener.watched) {
-                let _ = self.epoll.delete(listener.fd.as_fd());
+    /// Watches nothing until `resume`. Siblings continue to accept.
+    pub fn pause(&mut self, epoll: &Epoll) {
+        self.pause_kind(epoll, None);
+    }
+
+    /// Adopts connections of siblings, or stops until called again. Listeners stay as they are.
+    pub fn set_adopting(&mut self, adopts: bool, epoll: &Epoll) {
+        self.is_queue_left = !adopts;
+        if !adopts {
+            self.pause_queue(epoll);
+        }
+    }
+
+    pub fn pause_queue(&mut self, epoll: &Epoll) {
+        self.pause_kind(epoll, Some(SourceKind::Queue));
+    }
+
+    fn pause_kind(&mut self, epoll: &Epoll, kind: Option<SourceKind>) {
+        for source in &mut self.sources {
+            if kind.is_none_or(|kind| source.kind == kind) && mem::take(&mut source.watched) {
+                let _ = epoll.delete(source.fd.as_fd());
             }
         }
     }
 
-    /// Takes part in taking what siblings pass on, or does not until told again; the listening sockets
-    /// are left as they are.
-    pub fn set_adopting(&mut self, takes: bool) {
-        self.queue_is_left = !takes;
-        if !takes {
-            self.pause_queue();
-        }
+    /// Forgets the listening sockets, and the queue unless `keep_queue`.
+    pub fn leave(&mut self, keep_queue: bool) {
+        self.sources
+            .retain(|source| keep_queue && source.kind == SourceKind::Queue);
     }
 
-    /// Whether any listener is watched.
-    pub fn is_listening(&self) -> bool {
-        self.listeners.iter().any(|listener| listener.watched)
+    pub fn is_watched(&self, index: usize) -> bool {
+        self.sources.get(index).is_some_and(|source| source.watched)
     }
 
-    fn watch_listener(&mut self, index: usize) -> io::Result<()> {
-        let listener = &mut self.listeners[index];
-        // EPOLLEXCLUSIVE can't be changed by EPOLL_CTL_MOD: leaving and joining is the only way.
+    /// Whether any source is watched.
+    pub fn is_any_watched(&self) -> bool {
+        self.sources.iter().any(|source| source.watched)
+    }
+
+    fn watch(&mut self, index: usize, epoll: &Epoll) -> io::Result<()> {
+        let source = &mut self.sources[index];
+        // EPOLLEXCLUSIVE cannot be changed with EPOLL_CTL_MOD: remove and add is the only way.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
         let event = EpollEvent::new(flags, LISTENER_BASE + index as u64);
-        self.epoll.add(listener.fd.as_fd(), event)?;
-        listener.watched = true;
-        listener.accepts = 0;
+        epoll.add(source.fd.as_fd(), event)?;
+        source.watched = true;
+        source.accepts = 0;
         Ok(())
     }
 
-    /// Accepts all that waits in the listening sockets, and leaves them: the last owner's closing
-    /// would reset who is in there. The queue of siblings is left at once, or, with `keep_queue`,
-    /// taken from now and further on.
-    pub fn drain_accept_queues(&mut self, keep_queue: bool, driver: &mut impl Driver) {
-        if !keep_queue {
-            self.pause_queue();
+    /// Accepts one connection from a source. `packet` has room for what a sibling sends with it.
+    pub fn take(
+        &mut self,
+        index: usize,
+        packet: &mut [u8],
+        progress: Option<&IoProgress>,
+        epoll: &Epoll,
+    ) -> Taken {
+        let Some(source) = self.sources.get_mut(index).filter(|one| one.watched) else {
+            return Taken::Paused;
+        };
+        let pending = match source.kind {
+            SourceKind::Listener => PendingAccept::Fresh,
+            SourceKind::Queue => PendingAccept::Used,
+        };
+        if let Some(progress) = progress {
+            progress.comes(pending);
         }
-        let mut before = usize::MAX;
-        while self.is_listening() && self.connections() != before {
-            before = self.connections();
-            self.try_accept(driver);
-        }
-        self.pause_listeners();
-        self.listeners
-            .retain(|listener| keep_queue && listener.source != SourceKind::Listener);
-        // Refused for want of memory: what is in there ends with the last of us.
-        let _ = self.resume_listeners();
-    }
-
-    fn pause_queue(&mut self) {
-        for listener in &mut self.listeners {
-            if listener.source != SourceKind::Listener && mem::take(&mut listener.watched) {
-                let _ = self.epoll.delete(listener.fd.as_fd());
-            }
-        }
-    }
-
-    /// Accepts whatever waits, a bounded number, from every watched listener: a sibling that was
-    /// stopped may have swallowed the wake-up.
-    pub fn try_accept(&mut self, driver: &mut impl Driver) {
-        for index in 0..self.listeners.len() {
-            if self.listeners.get(index).is_some_and(|l| l.watched) {
-                self.accept(index, driver);
-            }
-        }
-    }
-
-    pub(super) fn accept(&mut self, index: usize, driver: &mut impl Driver) {
-        for round in 0..FAIR_SHARE {
-            // The driver may have closed or paused the listeners in between.
-            let Some(listener) = self.listeners.get_mut(index).filter(|l| l.watched) else {
-                return;
-            };
-            if let Some(witness) = &self.witness {
-                witness.comes(match listener.source {
-                    SourceKind::Listener => PendingAccept::Fresh,
-                    SourceKind::Queue => PendingAccept::Used,
-                });
-            }
-            let taken = match listener.source {
-                SourceKind::Listener => accept_one(&listener.fd).map(|socket| (socket, None)),
-                SourceKind::Queue => take_one(&listener.fd, self.packet),
-            };
-            if let (Some(witness), Err(_)) = (&self.witness, &taken) {
-                witness.comes(PendingAccept::Nobody);
-            }
-            match taken {
-                Ok((socket, passed)) => {
-                    listener.accepts += 1;
-                    if listener.accepts >= FAIR_SHARE {
-                        self.requeue_listener(index);
-                    }
-                    let mut packet: &'static mut [u8] = &mut [];
-                    let completion = match passed {
-                        None => Completion::Accepted { socket },
-                        Some((length, rest)) => {
-                            packet = mem::take(&mut self.packet);
-                            Completion::Adopted {
-                                socket,
-                                packet: &packet[..length],
-                                rest,
-                            }
-                        }
-                    };
-                    driver.complete(self, completion);
-                    if !packet.is_empty() {
-                        self.packet = packet;
-                    }
+        let taken = match source.kind {
+            SourceKind::Listener => accept_one(&source.fd).map(Taken::Fresh),
+            SourceKind::Queue => take_one(&source.fd, packet),
+        };
+        match taken {
+            Ok(taken) => {
+                source.accepts += 1;
+                if source.accepts >= FAIR_SHARE {
+                    self.requeue(index, epoll);
                 }
-                Err(Errno::EAGAIN) => {
-                    self.spurious_wakes += u64::from(round == 0);
-                    return;
+                taken
+            }
+            Err(error) => {
+                if let Some(progress) = progress {
+                    progress.comes(PendingAccept::Nobody);
                 }
-                // The connection was gone before we came, or its network was: the next one.
-                Err(
+                match error {
+                    Errno::EAGAIN => Taken::Nothing,
+                    // The connection or its network was gone before it was accepted.
                     Errno::EINTR
                     | Errno::ECONNABORTED
                     | Errno::ENETDOWN
@@ -216,31 +199,28 @@ impl Reactor {
                     | Errno::EHOSTUNREACH
                     | Errno::EOPNOTSUPP
                     | Errno::ENETUNREACH
-                    | Errno::EPERM,
-                ) => {}
-                Err(error) => {
-                    // Left in, a level-triggered listener would spin at 100 %.
-                    self.pause_listeners();
-                    let error = error.into();
-                    return driver.complete(self, Completion::AcceptFailed { error });
+                    | Errno::EPERM => Taken::Gone,
+                    error => {
+                        // A level-triggered listener that stays watched would spin at 100 %.
+                        self.pause(epoll);
+                        Taken::Failed(error)
+                    }
                 }
             }
         }
     }
 
-    fn requeue_listener(&mut self, index: usize) {
-        let _ = self.epoll.delete(self.listeners[index].fd.as_fd());
-        self.listeners[index].watched = false;
-        // Refused for want of memory: the next tick's `resume_listeners` tries again.
-        let _ = self.watch_listener(index);
+    /// Puts this worker at the end of the kernel's queue of waiters for a source.
+    fn requeue(&mut self, index: usize, epoll: &Epoll) {
+        let _ = epoll.delete(self.sources[index].fd.as_fd());
+        self.sources[index].watched = false;
+        // If memory is short, the next tick's `resume` tries again.
+        let _ = self.watch(index, epoll);
     }
 }
 
-/// What a packet brought along with a connection: so many bytes, and a second descriptor.
-type Passed = (usize, Option<OwnedFd>);
-
-/// The descriptor, if it is of the kind that belongs there. A sibling is not trusted: the close of
-/// another kind may block.
+/// Returns the descriptor if it is of the kind that belongs there. A sibling is not trusted: the close
+/// of another kind may block, so the closer thread does it.
 fn expect(fd: Option<OwnedFd>, is_right: impl Fn(&OwnedFd) -> bool) -> Option<OwnedFd> {
     let fd = fd?;
     if is_right(&fd) {
@@ -260,7 +240,7 @@ fn accept_one(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
 /// Takes one packet. Without room for its descriptors it is left for a sibling: received, they
 /// would be lost. What the packet before has left begins with nothing then: whoever finds this one in
 /// there finds it whole.
-fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<(OwnedFd, Option<Passed>), Errno> {
+fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<Taken, Errno> {
     if !socket::has_room_for_packet(fd) {
         return Err(Errno::EMFILE);
     }
@@ -278,8 +258,8 @@ fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<(OwnedFd, Option<Passed>)
     let rest = expect(rest, socket::is_memory_file);
     descriptors.for_each(closer::close);
     match socket {
-        Some(socket) if rest.is_some() == has_rest => Ok((socket, Some((length, rest)))),
-        // A packet without a connection brings nothing to anybody; the next one.
+        Some(socket) if rest.is_some() == has_rest => Ok(Taken::Adopted(socket, length, rest)),
+        // A packet without a connection is of no use. The next one may have one.
         socket => {
             socket.into_iter().for_each(closer::close);
             Err(Errno::EPROTO)

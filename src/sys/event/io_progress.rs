@@ -9,7 +9,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Release};
 
-use super::Token;
+use super::completion::Token;
 use crate::shared_record;
 use crate::sys::shared_memory;
 

@@ -1,19 +1,20 @@
-//! The floor itself, over epoll: sockets, what they wait for, and the turn that serves them.
+//! Waits for events of sockets with epoll and reports them as completions: the `Reactor`.
 
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::rc::Rc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
 
-use super::accept::AcceptSource;
+use super::accept::{AcceptSources, FAIR_SHARE, LISTENER_BASE, Taken};
+use super::completion::{Completion, Interest, Token};
 use super::io_progress::{IoProgress, RECEIVE_BUFFER, UnsentData};
-use super::output::{is_closed_unix, send_some};
 use super::send_buffer::SendBuffer;
-use super::{Completion, Driver, Token};
-use crate::sys::rights::GuardedSocket;
+use super::socket::Socket;
+use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::{clone_files, closer};
 
 /// Events taken from the kernel at once.
@@ -21,69 +22,37 @@ const BATCH: usize = 256;
 
 /// The events' data from here up are not connections.
 const WATCH_BASE: u64 = u64::MAX - 0xFFFF;
-pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
 /// Where a stream stands of which nobody knows: behind all that a kernel has counted, so that what was
 /// received or sent can't be told by counting from here.
 const UNKNOWN: (u64, u64) = (u64::MAX / 2, u64::MAX / 2);
 
-/// One connection's socket.
-#[derive(Debug)]
-pub(super) struct Socket {
-    pub(super) fd: GuardedSocket,
-    tag: u32,
-    /// What epoll watches for; always what `wanted` says after a change.
-    interest: EpollFlags,
-    pub(super) reading: bool,
-    /// The peer's end was seen; there is nothing more to read, ever.
-    pub(super) ended: bool,
-    /// A failure was told or is about to be.
-    pub(super) failed: bool,
-    /// The peer takes nothing any more: what is to be sent to it is dropped.
-    pub(super) output_closed: bool,
-    /// `HungUp` was told: epoll watches the socket only while it is read, as EPOLLHUP can't be masked.
-    pub(super) hung_up: bool,
-    /// Whether epoll watches it.
-    watched: bool,
-    /// What the kernel did not take yet.
-    pub(super) unsent: SendBuffer,
-    /// Bytes of its whole stream that were received and sent; for the witness alone.
-    received_in_all: u64,
-    pub(super) sent_in_all: u64,
+/// Receives the completions of a [`Reactor`].
+pub trait Driver {
+    /// Called once a turn, after the wait and before the completions: time has passed.
+    fn woken(&mut self) {}
+
+    /// Called once for each completion.
+    fn complete(&mut self, reactor: &mut Reactor, completion: Completion<'_>);
 }
 
-impl Socket {
-    fn wanted(&self) -> EpollFlags {
-        let mut wanted = EpollFlags::empty();
-        if self.reading && !self.ended {
-            wanted |= EpollFlags::EPOLLIN;
-        }
-        if self.unsent.len() > 0 {
-            wanted |= EpollFlags::EPOLLOUT;
-        }
-        wanted
-    }
-}
-
-/// The event floor of one worker.
+/// The event loop's view of the kernel: one epoll instance and its sockets.
 #[derive(Debug)]
 pub struct Reactor {
-    pub(super) epoll: Epoll,
+    epoll: Epoll,
     sockets: Slab<Socket>,
-    pub(super) listeners: Vec<AcceptSource>,
-    /// The siblings' queue is not to be watched, whatever else is.
-    pub(super) queue_is_left: bool,
-    /// Clients may come over a unix socket.
-    pub(super) has_unix: bool,
+    sources: AcceptSources,
+    /// Clients may connect over a unix socket.
+    has_unix: bool,
     watched: Vec<(u16, OwnedFd)>,
     /// Failures met outside of `poll_once`, told in the next one.
     failures: Vec<(Token, io::Error)>,
     next_tag: u32,
     buffer: &'static mut [u8],
     /// Room for what siblings pass on.
-    pub(super) packet: &'static mut [u8],
+    packet: &'static mut [u8],
     /// Who sees what this floor does, if anybody.
-    pub(super) witness: Option<IoProgress>,
+    witness: Option<IoProgress>,
     events: Vec<EpollEvent>,
     /// Times that a listener was readable and somebody else had taken the connection.
     pub spurious_wakes: u64,
@@ -99,8 +68,7 @@ impl Reactor {
         Ok(Reactor {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             sockets: Slab::new(),
-            listeners: Vec::new(),
-            queue_is_left: false,
+            sources: AcceptSources::default(),
             has_unix: false,
             watched: Vec::new(),
             failures: Vec::new(),
@@ -121,46 +89,26 @@ impl Reactor {
         (self.buffer, self.packet) = buffer.split_at_mut(RECEIVE_BUFFER);
     }
 
-    /// Tells of `fd` being readable, under the number `watch`; it is level-triggered.
+    /// Reports `Readable` with the number `watch` while `fd` is ready for what `interest` says
+    /// (level-triggered). If this number is watched already, `fd` must be the same.
     ///
     /// # Errors
-    /// When epoll refuses it or there is no descriptor left.
-    pub fn watch(&mut self, watch: u16, fd: impl AsFd) -> io::Result<()> {
-        self.watch_for(watch, fd, EpollFlags::EPOLLIN)
-    }
-
-    /// Tells of `fd` being writable, as `Readable` under the number `watch`.
-    ///
-    /// # Errors
-    /// When epoll refuses it or there is no descriptor left.
-    pub fn watch_writable(&mut self, watch: u16, fd: impl AsFd) -> io::Result<()> {
-        self.watch_for(watch, fd, EpollFlags::EPOLLOUT)
-    }
-
-    fn watch_for(&mut self, watch: u16, fd: impl AsFd, flags: EpollFlags) -> io::Result<()> {
-        // A duplicate that the floor owns: the watch can't outlive the descriptor it is for.
+    /// If epoll refuses it, or no descriptor is left.
+    pub fn watch(&mut self, watch: u16, fd: impl AsFd, interest: Interest) -> io::Result<()> {
+        let flags = match interest {
+            Interest::Read => EpollFlags::EPOLLIN,
+            Interest::Write => EpollFlags::EPOLLOUT,
+            Interest::Both => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
+        };
+        let mut event = EpollEvent::new(flags, WATCH_BASE + u64::from(watch));
+        if let Some((_, fd)) = self.watched.iter().find(|(number, _)| *number == watch) {
+            return Ok(self.epoll.modify(fd, &mut event)?);
+        }
+        // A duplicate that the reactor owns, so the watch cannot outlive its descriptor.
         let fd = fd.as_fd().try_clone_to_owned()?;
-        let event = EpollEvent::new(flags, WATCH_BASE + u64::from(watch));
         self.epoll.add(&fd, event)?;
         self.watched.push((watch, fd));
         Ok(())
-    }
-
-    /// Tells of `fd` being readable, and where `writing` of it being writable as well, as `Readable`
-    /// under the number `watch`; what is watched under it already is to be the same.
-    ///
-    /// # Errors
-    /// When epoll refuses it or there is no descriptor left.
-    pub fn watch_both(&mut self, watch: u16, fd: impl AsFd, writing: bool) -> io::Result<()> {
-        let mut flags = EpollFlags::EPOLLIN;
-        flags.set(EpollFlags::EPOLLOUT, writing);
-        match self.watched.iter().find(|(number, _)| *number == watch) {
-            None => self.watch_for(watch, fd, flags),
-            Some((_, fd)) => {
-                let mut event = EpollEvent::new(flags, WATCH_BASE + u64::from(watch));
-                Ok(self.epoll.modify(fd, &mut event)?)
-            }
-        }
     }
 
     /// Stops watching what is watched under `watch`.
@@ -194,10 +142,10 @@ impl Reactor {
         owed: UnsentData,
         note: u32,
     ) -> io::Result<Token> {
+        let socket = GuardedSocket::received(socket, closer::close);
         let passed = self
             .witness
             .and_then(|_| clone_files::stream_offsets(&socket));
-        let socket = GuardedSocket::received(socket, closer::close);
         self.insert_socket(socket, passed.unwrap_or(UNKNOWN), (owed, note))
     }
 
@@ -285,7 +233,7 @@ impl Reactor {
         if let Some(witness) = &witness {
             witness.begin_send(token, socket.sent_in_all, bytes.len());
         }
-        match send_some(socket, bytes) {
+        match socket.send_some(bytes) {
             Ok(sent) if sent == bytes.len() => {
                 socket.sent_in_all += sent as u64;
                 if let Some(witness) = &witness {
@@ -303,7 +251,7 @@ impl Reactor {
             }
             Err(error) => {
                 bytes.clear();
-                if is_closed_unix(socket, error) {
+                if socket.is_closed_unix(error) {
                     self.drop_output(token);
                 } else {
                     self.fail(token, error);
@@ -353,6 +301,115 @@ impl Reactor {
     pub fn descriptor(&self, token: Token) -> Option<&GuardedSocket> {
         let socket = self.sockets.get(token.index())?;
         (Token::new(token.index(), socket.tag) == token).then_some(&socket.fd)
+    }
+
+    /// Accepts from `listeners`, and adopts what siblings send through `queue` in packets of at
+    /// most `longest` bytes.
+    ///
+    /// # Errors
+    /// If epoll refuses one.
+    pub fn listen(
+        &mut self,
+        listeners: Vec<Rc<OwnedFd>>,
+        (queue, longest): (Rc<OwnedFd>, usize),
+    ) -> io::Result<()> {
+        self.has_unix = listeners.iter().any(|fd| rights::is_unix(&**fd));
+        self.sources.set(listeners, queue);
+        if self.packet.len() < longest {
+            self.packet = Vec::leak(vec![0; longest]);
+        }
+        self.resume_listeners()
+    }
+
+    /// Watches the listeners again, after `AcceptFailed` or `pause_listeners`.
+    ///
+    /// # Errors
+    /// If epoll refuses one.
+    pub fn resume_listeners(&mut self) -> io::Result<()> {
+        self.sources.resume(&self.epoll)
+    }
+
+    /// Accepts nothing until `resume_listeners`. Siblings continue to accept.
+    pub fn pause_listeners(&mut self) {
+        self.sources.pause(&self.epoll);
+    }
+
+    /// Adopts connections of siblings, or stops until called again. Listeners stay as they are.
+    pub fn set_adopting(&mut self, adopts: bool) {
+        self.sources.set_adopting(adopts, &self.epoll);
+    }
+
+    /// Whether any listener is watched.
+    pub fn is_listening(&self) -> bool {
+        self.sources.is_any_watched()
+    }
+
+    /// Accepts all connections that wait at the listening sockets and closes those: if the last
+    /// owner closed one with connections waiting, they would be reset. The adoption queue is left
+    /// at once, or kept with `keep_queue`.
+    pub fn drain_accept_queues(&mut self, keep_queue: bool, driver: &mut impl Driver) {
+        if !keep_queue {
+            self.sources.pause_queue(&self.epoll);
+        }
+        let mut before = usize::MAX;
+        while self.is_listening() && self.connections() != before {
+            before = self.connections();
+            self.try_accept(driver);
+        }
+        self.pause_listeners();
+        self.sources.leave(keep_queue);
+        // If memory is short, what is in the queue ends with its last owner.
+        let _ = self.resume_listeners();
+    }
+
+    /// Accepts a bounded number of waiting connections from every watched listener: a sibling that
+    /// was stopped may have swallowed the wake-up.
+    pub fn try_accept(&mut self, driver: &mut impl Driver) {
+        for index in 0..self.sources.len() {
+            if self.sources.is_watched(index) {
+                self.accept(index, driver);
+            }
+        }
+    }
+
+    fn accept(&mut self, index: usize, driver: &mut impl Driver) {
+        for round in 0..FAIR_SHARE {
+            // Taken out, because the driver gets the reactor while it reads the packet.
+            let packet = mem::take(&mut self.packet);
+            let taken = self
+                .sources
+                .take(index, packet, self.witness.as_ref(), &self.epoll);
+            match taken {
+                Taken::Fresh(socket) => {
+                    self.packet = packet;
+                    driver.complete(self, Completion::Accepted { socket });
+                }
+                Taken::Adopted(socket, length, rest) => {
+                    let completion = Completion::Adopted {
+                        socket,
+                        packet: &packet[..length],
+                        rest,
+                    };
+                    driver.complete(self, completion);
+                    self.packet = packet;
+                }
+                Taken::Gone => self.packet = packet,
+                Taken::Paused => {
+                    self.packet = packet;
+                    return;
+                }
+                Taken::Nothing => {
+                    self.packet = packet;
+                    self.spurious_wakes += u64::from(round == 0);
+                    return;
+                }
+                Taken::Failed(error) => {
+                    self.packet = packet;
+                    let error = error.into();
+                    return driver.complete(self, Completion::AcceptFailed { error });
+                }
+            }
+        }
     }
 
     /// Waits at most `timeout_ms` and tells `driver` what has happened. Returns whether more may
@@ -455,9 +512,64 @@ impl Reactor {
         }
     }
 
+    fn send_unsent(&mut self, token: Token, driver: &mut impl Driver) {
+        let witness = self.witness;
+        let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
+            return;
+        };
+        match socket.send_some(socket.unsent.pending()) {
+            Ok(sent) => {
+                socket.unsent.consume(sent);
+                socket.sent_in_all += sent as u64;
+                if socket.unsent.len() == 0 {
+                    if let Some(witness) = &witness {
+                        witness.owes(token, UnsentData::Nothing);
+                    }
+                    self.update(token);
+                }
+                if sent > 0 {
+                    driver.complete(self, Completion::Sent { token });
+                }
+            }
+            Err(error) if socket.is_closed_unix(error) => {
+                self.drop_output(token);
+                driver.complete(self, Completion::Sent { token });
+            }
+            Err(error) => self.fail(token, error),
+        }
+    }
+
+    /// The peer has closed the connection. That is told once everything was read, or if it is not read
+    /// at the moment.
+    fn tell_hang_up(&mut self, token: Token, driver: &mut impl Driver) {
+        let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
+            return;
+        };
+        let is_read = socket.reading && !socket.ended;
+        if !is_read && !socket.hung_up {
+            socket.hung_up = true;
+            self.update(token);
+            driver.complete(self, Completion::HungUp { token });
+        }
+    }
+
+    /// Drops what was to be sent, and from now on whatever is to be sent: the peer takes nothing.
+    fn drop_output(&mut self, token: Token) {
+        let witness = self.witness;
+        let Some(socket) = self.socket(token).filter(|socket| !socket.output_closed) else {
+            return;
+        };
+        socket.output_closed = true;
+        socket.unsent = SendBuffer::default();
+        if let Some(witness) = &witness {
+            witness.owes(token, UnsentData::Nothing);
+        }
+        self.update(token);
+    }
+
     /// Remembers a failure, to be told at the end of the turn: `send` is called by the driver,
     /// which must not be called from within.
-    pub(super) fn fail(&mut self, token: Token, error: Errno) {
+    fn fail(&mut self, token: Token, error: Errno) {
         if let Some(socket) = self.socket(token) {
             socket.failed = true;
             socket.ended = true;
@@ -468,7 +580,7 @@ impl Reactor {
         }
     }
 
-    pub(super) fn update(&mut self, token: Token) {
+    fn update(&mut self, token: Token) {
         let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
             return;
         };
@@ -490,7 +602,7 @@ impl Reactor {
         }
     }
 
-    pub(super) fn socket(&mut self, token: Token) -> Option<&mut Socket> {
+    fn socket(&mut self, token: Token) -> Option<&mut Socket> {
         self.sockets
             .get_mut(token.index())
             .filter(|socket| Token::new(token.index(), socket.tag) == token)

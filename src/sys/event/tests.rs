@@ -204,7 +204,7 @@ fn a_stale_token_reaches_nobody() {
 fn a_waker_is_told_and_cleared() {
     let waker = crate::sys::waker::Waker::new().unwrap();
     let mut floor = Reactor::new().unwrap();
-    floor.watch(7, &waker).unwrap();
+    floor.watch(7, &waker, Interest::Read).unwrap();
     let mut log = Log::default();
     waker.wake();
     waker.wake();

@@ -1,0 +1,68 @@
+//! Holds the state of one connection's socket: what it waits for, and what is still unsent.
+
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, getsockname, send};
+
+use super::send_buffer::SendBuffer;
+use crate::sys::rights::GuardedSocket;
+
+/// One connection's socket.
+#[derive(Debug)]
+pub(super) struct Socket {
+    pub fd: GuardedSocket,
+    pub tag: u32,
+    /// What epoll watches for; always what `wanted` says after a change.
+    pub interest: EpollFlags,
+    pub reading: bool,
+    /// The peer's end was seen; there is nothing more to read, ever.
+    pub ended: bool,
+    /// A failure was told or is about to be.
+    pub failed: bool,
+    /// The peer takes nothing any more: what is to be sent to it is dropped.
+    pub output_closed: bool,
+    /// `HungUp` was told: epoll watches the socket only while it is read, as EPOLLHUP can't be masked.
+    pub hung_up: bool,
+    /// Whether epoll watches it.
+    pub watched: bool,
+    /// What the kernel did not take yet.
+    pub unsent: SendBuffer,
+    /// Bytes of its whole stream that were received and sent; for the witness alone.
+    pub received_in_all: u64,
+    pub sent_in_all: u64,
+}
+
+impl Socket {
+    /// What epoll must watch for now.
+    pub fn wanted(&self) -> EpollFlags {
+        let mut wanted = EpollFlags::empty();
+        if self.reading && !self.ended {
+            wanted |= EpollFlags::EPOLLIN;
+        }
+        if self.unsent.len() > 0 {
+            wanted |= EpollFlags::EPOLLOUT;
+        }
+        wanted
+    }
+
+    /// Sends what the kernel takes now. Returns the number of bytes: 0 if the socket is full.
+    pub fn send_some(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        loop {
+            // MSG_NOSIGNAL: the host program decides whether SIGPIPE is ignored.
+            return match send(self.fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => Ok(0),
+                other => other,
+            };
+        }
+    }
+
+    /// Returns whether `error` of send(2) says that the peer has closed a unix socket. What it sent
+    /// before can still be read. On TCP, EPIPE may stand for a reset.
+    pub fn is_closed_unix(&self, error: Errno) -> bool {
+        let name = || getsockname::<SockaddrStorage>(self.fd.as_raw_fd());
+        error == Errno::EPIPE && name().is_ok_and(|name| name.family() == Some(AddressFamily::Unix))
+    }
+}
