@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use serde_json::value::RawValue;
 
 use super::bench::BenchOptions;
-use super::map::MapOptions;
+use super::map::options::MapOptions;
+use super::parse::{duration, id_as_json, json};
 use super::target::TargetArgs;
 use crate::error::{Error, Result};
 
@@ -323,32 +323,4 @@ fn raise(low: LowCommand) -> Result<CliCommand> {
         LowCommand::Map(options) => CliCommand::Map(options),
         LowCommand::Bench(options) => CliCommand::Bench(options.checked()?),
     })
-}
-
-/// A length of time, as people write it.
-pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
-    humantime::parse_duration(text)
-        .map_err(|error| format!("{error}; write it as in 500ms, 30s or 5m"))
-}
-
-/// Checks that a text is JSON; `what` is where it stood.
-pub(super) fn json(text: String, what: &str) -> Result<String> {
-    match serde_json::from_str::<&RawValue>(&text) {
-        Ok(_) => Ok(text),
-        Err(error) => Err(Error::Usage(format!(
-            "{what} is not JSON: {error}; a string needs quotes of its own, as in '\"hello\"'"
-        ))),
-    }
-}
-
-/// An id is a number or a string; what is no number in JSON's eyes is taken for a string, so that
-/// nobody has to quote twice.
-fn id_as_json(text: String) -> String {
-    let is_number = serde_json::from_str::<serde_json::Number>(&text).is_ok();
-    let is_string = serde_json::from_str::<String>(&text).is_ok();
-    if is_number || is_string {
-        text
-    } else {
-        serde_json::Value::from(text).to_string()
-    }
 }

@@ -5,7 +5,8 @@
 use std::io::{self, Read};
 use std::time::Duration;
 
-use super::args::{self, CallArgs, ParamsSource};
+use super::args::{CallArgs, ParamsSource};
+use super::parse;
 use crate::client::{Client, ClientError};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
@@ -48,7 +49,7 @@ pub(super) fn call(call: &CallArgs, overrides: &Overrides) -> Result<String> {
 fn read_params(mut from: impl Read) -> Result<String> {
     let mut text = String::new();
     match from.read_to_string(&mut text) {
-        Ok(_) => args::json(text, "stdin"),
+        Ok(_) => parse::json(text, "stdin"),
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             Err(Error::Usage("stdin is not UTF-8, so it is not JSON".into()))
         }

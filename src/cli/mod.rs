@@ -11,6 +11,7 @@ mod check;
 mod control;
 pub mod map;
 pub mod output;
+mod parse;
 mod status;
 mod table;
 pub mod target;

@@ -6,7 +6,8 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{ClientError, Reply};
+use super::error::ClientError;
+use super::reply::Reply;
 use crate::protocol::rpc_error::RpcError;
 
 #[derive(Deserialize)]

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::de::DeserializeOwned;
 
+use super::error::ClientError;
 use super::pipeline::Entry;
-use super::{ClientError, Reply};
+use super::reply::Reply;
 
 /// A call whose result, of the type `R`, can be had later.
 #[derive(Debug)]

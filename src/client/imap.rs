@@ -11,7 +11,45 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{ClientError, Pool, Reply};
+use super::error::ClientError;
+use super::pool::Pool;
+use super::reply::Reply;
+
+impl Pool {
+    /// Calls a method for each of `items` and waits for all results, which come in the items' order.
+    ///
+    /// # Errors
+    /// The first error in the items' order; those calls behind it that were handed out already are made all the
+    /// same, a few for each connection.
+    pub fn map<P: Serialize, R: DeserializeOwned>(
+        &self,
+        method: &str,
+        items: impl IntoIterator<Item = P>,
+    ) -> Result<Vec<R>, ClientError> {
+        self.imap(method, items).collect()
+    }
+
+    /// Calls a method for each of `items`; the results come in the items' order, each as soon as those
+    /// before it are there. Items are taken while there is room: at most four for each
+    /// connection are ahead of the results.
+    pub fn imap<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
+        &self,
+        method: &str,
+        items: I,
+    ) -> Imap<'_, I::IntoIter, R> {
+        Imap::new(self.imap_unordered(method, items))
+    }
+
+    /// Calls a method for each of `items`; the results come as they are done, each with the place of its
+    /// item.
+    pub fn imap_unordered<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
+        &self,
+        method: &str,
+        items: I,
+    ) -> ImapUnordered<'_, I::IntoIter, R> {
+        ImapUnordered::new(self, method.into(), items.into_iter(), self.lanes.len() * 4)
+    }
+}
 
 type Numbered = (usize, Result<Reply, ClientError>);
 

@@ -6,7 +6,9 @@
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
-use super::{Client, ClientError, Reply, frame_of};
+use super::connection::{Client, frame_of};
+use super::error::ClientError;
+use super::reply::Reply;
 use crate::protocol::rpc_error::RpcError;
 
 /// The id of a call that was given none: without an id it would be a notification.

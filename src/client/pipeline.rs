@@ -14,9 +14,13 @@ use crossbeam_channel::{Sender, bounded};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
+use super::answer;
+use super::connection::{Lost, OutgoingCall, frame_of, receive};
+use super::error::ClientError;
 use super::error::clone_error;
+use super::handle::Handle;
+use super::reply::Reply;
 use super::stream::Stream;
-use super::{ClientError, Handle, Lost, OutgoingCall, Reply, answer, frame_of, receive};
 
 /// A connection on which calls are sent without waiting for the answers before.
 ///

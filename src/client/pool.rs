@@ -11,10 +11,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use super::imap::{Imap, ImapUnordered};
+use super::error::ClientError;
+use super::handle::Handle;
 use super::pool_thread::{ClientCall, ConnectionHandle, PoolThread, Shared};
+use super::reply::Reply;
 use super::retry::Retry;
-use super::{ClientError, Handle, Reply};
 
 /// How a pool calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +75,7 @@ pub struct Pool {
     /// Dropped to wake the lanes that wait before they repeat.
     stop: Mutex<Option<Sender<()>>>,
     wires: Vec<ConnectionHandle>,
-    lanes: Vec<JoinHandle<()>>,
+    pub(super) lanes: Vec<JoinHandle<()>>,
 }
 
 impl Pool {
@@ -181,40 +182,6 @@ impl Pool {
     ) -> Result<(), ClientError> {
         serde_json::from_str::<&RawValue>(params_json).map_err(ClientError::Params)?;
         self.start(Arc::clone(method), params_json.into(), callback)
-    }
-
-    /// Calls a method for each of `items` and waits for all results, which come in the items' order.
-    ///
-    /// # Errors
-    /// The first error in the items' order; those calls behind it that were handed out already are made all the
-    /// same, a few for each connection.
-    pub fn map<P: Serialize, R: DeserializeOwned>(
-        &self,
-        method: &str,
-        items: impl IntoIterator<Item = P>,
-    ) -> Result<Vec<R>, ClientError> {
-        self.imap(method, items).collect()
-    }
-
-    /// Calls a method for each of `items`; the results come in the items' order, each as soon as those
-    /// before it are there. Items are taken while there is room: at most four for each
-    /// connection are ahead of the results.
-    pub fn imap<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
-        &self,
-        method: &str,
-        items: I,
-    ) -> Imap<'_, I::IntoIter, R> {
-        Imap::new(self.imap_unordered(method, items))
-    }
-
-    /// Calls a method for each of `items`; the results come as they are done, each with the place of its
-    /// item.
-    pub fn imap_unordered<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
-        &self,
-        method: &str,
-        items: I,
-    ) -> ImapUnordered<'_, I::IntoIter, R> {
-        ImapUnordered::new(self, method.into(), items.into_iter(), self.lanes.len() * 4)
     }
 
     /// How often a call has been made again so far.

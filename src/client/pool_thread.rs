@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use super::connection::Client;
+use super::error::ClientError;
+use super::reply::Reply;
 use super::retry::Retry;
 use super::stream::Stream;
-use super::{Client, ClientError, Reply};
 
 /// How much longer than the server this side waits: it is the server that answers `timeout`, and
 /// its answer needs time to arrive.

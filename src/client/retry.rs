@@ -7,7 +7,7 @@
 use std::io::ErrorKind;
 use std::time::Duration;
 
-use super::ClientError;
+use super::error::ClientError;
 use crate::protocol::code::Code;
 
 /// The delay after the second failure in a row; each further one doubles it.

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::ClientError;
+use super::error::ClientError;
 use crate::sys::socket;
 
 /// See the module.

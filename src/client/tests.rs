@@ -7,7 +7,10 @@ use std::os::unix::net::UnixListener;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use std::io;
+
 use super::*;
+use crate::protocol::frame;
 
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(10));
 

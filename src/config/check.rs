@@ -6,8 +6,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Overrides;
 use super::environment::{Environment, clean};
+use super::overrides::Overrides;
 use super::source_map::{SourceMap, nearest};
 use super::units::DurationValue;
 use crate::error::{Error, Result};

@@ -7,9 +7,9 @@
 
 use std::collections::BTreeSet;
 
-use super::Overrides;
 use super::environment::Environment;
 use super::files::Files;
+use super::overrides::Overrides;
 use super::resolve;
 use super::settings::Settings;
 use super::source_map;

@@ -20,6 +20,7 @@ mod files;
 mod guarded;
 mod listeners;
 mod methods;
+mod overrides;
 mod pools;
 mod programs;
 mod raw;
@@ -29,11 +30,11 @@ mod settings;
 mod source_map;
 mod units;
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 pub use address::UNIX_PATH_MAX;
 pub use commands::placeholder;
+pub use overrides::Overrides;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
     Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogConfig, LogFormat,
@@ -45,33 +46,6 @@ use crate::error::{Error, Result};
 use check::Check;
 use environment::Environment;
 use files::Files;
-
-/// What the command line and the program itself say; it has precedence over the file.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Overrides {
-    /// `--daemon`.
-    pub daemon: bool,
-    /// Each `--listen`; any takes the place of all `[[listen]]`.
-    pub listen: Vec<String>,
-    /// The names of the handlers that the program registered.
-    pub functions: BTreeSet<String>,
-}
-
-impl Overrides {
-    /// Makes relative socket paths absolute by the current directory. To be called before the
-    /// master leaves that directory, so that a reload means the same sockets as the start did.
-    pub fn make_absolute(&mut self) {
-        let here = Environment::here();
-        for address in &mut self.listen {
-            if let Some(path) = address
-                .strip_prefix("unix:")
-                .filter(|path| !path.is_empty())
-            {
-                *address = format!("unix:{}", here.absolute(Path::new(path)).display());
-            }
-        }
-    }
-}
 
 /// Reads and checks the whole configuration. Without a `file` it is that of
 /// /etc/preforkd/preforkd.toml, and without that one the defaults.

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
-use super::Overrides;
 use super::address::{Address, check_unix_path};
 use super::check::{Check, MILLISECOND, command_line};
 use super::environment::Environment;
+use super::overrides::Overrides;
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
 use super::settings::{
     LimitsConfig, ListenConfig, LogConfig, LogFormat, MethodKind, Settings, WorkersConfig,

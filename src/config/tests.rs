@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::time::Duration;
 
+use std::collections::BTreeSet;
+
 use super::*;
 use crate::error::Error;
 

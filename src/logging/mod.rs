@@ -30,7 +30,7 @@ pub use panics::{log_panics, rate_limit_panics};
 pub use startup_forward::{
     LONGEST as LONGEST_TOLD, forwarding_fd, start_forwarding, stop_forwarding,
 };
-pub use text::pluralize;
+pub use text::{pluralize, printable};
 
 /// Lines that wait for the writing thread of a worker.
 const QUEUE: usize = 4096;
@@ -319,20 +319,6 @@ fn notice(missing: u64) -> Vec<u8> {
     // Into memory: it can't fail.
     debug_assert!(written.is_ok());
     line
-}
-
-/// A message with its control characters escaped: what a client sends must not be able to start
-/// a line of its own, or to speak to a terminal.
-pub fn printable(message: &str) -> String {
-    let mut safe = String::with_capacity(message.len());
-    for character in message.chars() {
-        if character.is_control() {
-            safe.extend(character.escape_default());
-        } else {
-            safe.push(character);
-        }
-    }
-    safe
 }
 
 #[cfg(test)]

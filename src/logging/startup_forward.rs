@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use log::{Level, Record};
 
-use super::printable;
+use super::text::printable;
 use crate::sys::socket;
 
 /// The most bytes of a line that are told.

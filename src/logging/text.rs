@@ -1,9 +1,23 @@
-//! Counts of things in sentences, whose words and verbs agree with the number.
+//! Makes text for messages: counts with the right plural, and escaped control characters.
 
 /// So many things, as in `1 worker drains`, `2 workers drain`.
 pub fn pluralize(number: usize, one: &str, several: &str) -> String {
     let things = if number == 1 { one } else { several };
     format!("{number} {things}")
+}
+
+/// Returns a message with its control characters escaped, so that text of a client cannot start a
+/// line of its own or control a terminal.
+pub fn printable(message: &str) -> String {
+    let mut safe = String::with_capacity(message.len());
+    for character in message.chars() {
+        if character.is_control() {
+            safe.extend(character.escape_default());
+        } else {
+            safe.push(character);
+        }
+    }
+    safe
 }
 
 #[cfg(test)]

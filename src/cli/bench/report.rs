@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use super::BenchOptions;
+use super::options::BenchOptions;
 use super::totals::BenchTotals;
 use crate::cli::table::Style;
 use crate::cli::units::{count, plural};

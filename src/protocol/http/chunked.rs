@@ -3,7 +3,7 @@
 //! A size is hexadecimal digits and nothing else; extensions and trailers are checked and passed
 //! over. What frames the message may not stand in a trailer.
 
-use super::{HEAD_MAX, RejectedRequest};
+use super::refusal::{HEAD_MAX, RejectedRequest};
 use memchr::memchr;
 
 /// The longest line of a chunk's size with its extensions.

@@ -1,6 +1,7 @@
 //! What a request's head says: which call, how long a body, and whether it is one at all.
 
-use super::{RejectedRequest, RequestLimits, ResponseOptions};
+use super::refusal::{RejectedRequest, RequestLimits};
+use super::response::ResponseOptions;
 use httparse::{EMPTY_HEADER, Error, Header, Status};
 
 /// The most header lines.

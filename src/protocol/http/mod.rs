@@ -12,54 +12,19 @@
 
 pub mod chunked;
 pub mod head;
+mod refusal;
 pub mod response;
 
-use super::code::Code;
-use super::rpc_error::RpcError;
 use chunked::Walked;
 use head::{Length, RequestHead};
 use memchr::{memchr, memchr_iter};
 use std::borrow::Cow;
 
+pub use refusal::{HEAD_MAX, RejectedRequest, RequestLimits};
 pub use response::ResponseOptions;
-
-/// The most bytes of a head, request line included, and of a trailer section.
-pub const HEAD_MAX: usize = 16 * 1024;
 
 /// What is sent to a client that waits to be asked for its body.
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
-
-/// What a server allows.
-#[derive(Debug, Clone, Copy)]
-pub struct RequestLimits<'r> {
-    /// The most bytes of a body.
-    pub body: usize,
-    /// The origins whose pages may call.
-    pub origins: &'r [String],
-}
-
-/// A request that is not served.
-#[derive(Debug, Clone)]
-pub struct RejectedRequest {
-    /// The status of the response.
-    pub status: u16,
-    /// What the response says.
-    pub error: RpcError,
-}
-
-impl RejectedRequest {
-    /// Two statuses speak of size, the others of a request that is none.
-    pub(super) fn new(status: u16, message: impl Into<String>) -> Self {
-        let code = match status {
-            413 | 431 => Code::TooLarge,
-            _ => Code::InvalidRequest,
-        };
-        RejectedRequest {
-            status,
-            error: RpcError::of(code, message, false),
-        }
-    }
-}
 
 /// What stands at the head of some received bytes.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use std::ptr;
 use nix::errno::Errno;
 use nix::libc;
 
-use super::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
+use super::plan::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
 use crate::sys::account::Account;
 use crate::sys::guard;
 

@@ -9,10 +9,12 @@
 
 #![allow(unsafe_code)]
 
+mod child;
+mod plan;
+
 use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::ffi::{CStr, CString, c_char};
-use std::fmt;
+use std::ffi::{CStr, c_char};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -23,45 +25,18 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 
-use self::child::{Plan, become_program};
-use super::account::Account;
+pub use plan::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
+
 use super::guard;
 use super::process::{self, Exit, Pid};
 use super::process_tree;
 use super::process_tree::ends_within;
+use child::{Plan, become_program};
 
 /// The child's stack until its exec: its frames are small, and nothing of it recurses.
 const STACK: usize = 64 * 1024;
 /// How long a killed child may take to end; longer takes only one that hangs in the kernel.
 const DYING: Duration = Duration::from_secs(1);
-/// What all children of one kind have in common.
-#[derive(Debug, Clone)]
-pub struct SpawnTemplate {
-    /// The program; absolute, for no search path is asked.
-    pub program: CString,
-    /// The working directory.
-    pub directory: CString,
-    /// Whom the child becomes, if anybody else.
-    pub account: Option<Account>,
-    /// Its resource limits.
-    pub limits: ProcessLimits,
-    /// Whether it is guarded (see `guard`), where the kernel can do that.
-    pub guard: bool,
-}
-
-/// Resource limits (getrlimit(2)); `None` leaves ours.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ProcessLimits {
-    /// Seconds of CPU time: then SIGXCPU, and SIGKILL one second later.
-    pub cpu_seconds: Option<u64>,
-    /// Bytes of address space.
-    pub memory: Option<u64>,
-    /// Open descriptors.
-    pub files: Option<u64>,
-    /// Processes of the child's user, threads counted.
-    pub processes: Option<u64>,
-}
-
 /// The descriptors of a child: 0, 1, 2, and for some one more, 3.
 #[derive(Debug, Clone, Copy)]
 pub struct Stdio<'a> {
@@ -74,64 +49,6 @@ pub struct Stdio<'a> {
     /// Descriptor 3, if it has one.
     pub calls: Option<BorrowedFd<'a>>,
 }
-
-/// What a child could not do, which is why there is none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SpawnStep {
-    /// Be created.
-    Create,
-    /// Lead a session.
-    Session,
-    /// Take its descriptors.
-    Descriptors,
-    /// Take its limits.
-    Limits,
-    /// Become its user.
-    Account,
-    /// Enter its guard.
-    Guard,
-    /// Enter its directory.
-    Directory,
-    /// Become its program.
-    Execute,
-}
-
-/// Why there is no child.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SpawnError {
-    /// What failed.
-    pub step: SpawnStep,
-    /// With what.
-    pub errno: Errno,
-}
-
-impl SpawnError {
-    /// Whether the system just has nothing to give for now.
-    pub fn is_temporary(&self) -> bool {
-        matches!(
-            self.errno,
-            Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE
-        )
-    }
-}
-
-impl fmt::Display for SpawnError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let step = match self.step {
-            SpawnStep::Create => "no process could be created",
-            SpawnStep::Session => "it could not lead a session",
-            SpawnStep::Descriptors => "it could not take its descriptors",
-            SpawnStep::Limits => "it could not take its limits",
-            SpawnStep::Account => "it could not become its user",
-            SpawnStep::Guard => "it could not enter its guard",
-            SpawnStep::Directory => "it could not enter its directory",
-            SpawnStep::Execute => "the program could not be executed",
-        };
-        write!(f, "{step}: {}", self.errno.desc())
-    }
-}
-
-impl std::error::Error for SpawnError {}
 
 /// Children that were started here and are not reaped: those that a look for adopted ones leaves.
 static CHILDREN: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
@@ -412,7 +329,6 @@ impl Mask {
     }
 }
 
-pub mod child;
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;

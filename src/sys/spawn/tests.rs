@@ -1,4 +1,6 @@
 #![allow(clippy::unwrap_used)]
+use std::ffi::CString;
+
 use super::*;
 use std::fs::File;
 use std::io::Read;
