@@ -4,8 +4,8 @@
 //! Each figure is the fastest of several rounds: what else runs on the machine only adds.
 #![allow(clippy::print_stdout)]
 
-use preforkd::protocol::frame::{self, DecodedFrame};
-use preforkd::protocol::{answer, call};
+use preforkd::internals::frame::{self, DecodedFrame};
+use preforkd::internals::{answer, call};
 use std::hint::black_box;
 use std::time::Instant;
 

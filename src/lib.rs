@@ -30,23 +30,42 @@
 //! To follow one call, read `worker::event_loop`, then `worker::service`; to follow one death,
 //! `master::supervise`, then `master::life`.
 
-pub mod cli;
+mod cli;
 pub mod client;
-pub mod config;
-pub mod error;
-pub mod handler;
-pub mod link;
-pub mod logging;
-pub mod master;
-pub mod protocol;
-pub mod server;
-pub mod sys;
-pub mod throttle;
-pub mod worker;
-pub mod worker_init;
+mod config;
+mod error;
+mod handler;
+mod link;
+mod logging;
+mod master;
+mod protocol;
+mod server;
+mod sys;
+mod throttle;
+mod worker;
+mod worker_init;
 
-pub use crate::handler::handler_state::{StartError, Worker};
-pub use handler::{Context, Handler};
-pub use protocol::RpcError;
+pub use handler::handler_state::{StartError, Worker};
+pub use handler::{Context, Handler, Placement};
+pub use protocol::{Code, RpcError};
 pub use serde_json::value::RawValue;
 pub use server::Server;
+
+/// What the fuzz targets and the benchmark of the protocol call. Not for users: it changes without
+/// notice.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::error::Error;
+    pub use crate::handler::command::output;
+    pub use crate::link::adoption_queue;
+    pub use crate::master::pid_in;
+    pub use crate::protocol::{
+        Code, answer, body, call, control, detect, frame, http, json, jsonrpc, line, program, reply,
+    };
+    pub use crate::sys::socket;
+
+    pub mod config {
+        pub use crate::config::{OutputFormat, Overrides, keep_restart_only_keys, load_text};
+    }
+}

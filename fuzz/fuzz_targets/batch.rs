@@ -5,16 +5,16 @@
 use std::collections::BTreeMap;
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::Code;
-use preforkd::protocol::body::{self, Body, Form};
-use preforkd::protocol::jsonrpc;
-use preforkd::protocol::reply::{About, Shape, Wrap};
+use preforkd::internals::Code;
+use preforkd::internals::body::{self, Body, Form};
+use preforkd::internals::jsonrpc;
+use preforkd::internals::reply::{AnswerContext, AnswerFormat, Framing};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 const DEPTH: usize = 8;
 const MOST: usize = 5;
-const ABOUT: About<'static> = About {
+const ABOUT: AnswerContext<'static> = AnswerContext {
     last: false,
     closing: false,
     ours: true,
@@ -58,13 +58,13 @@ fuzz_target!(|bytes: &[u8]| {
     };
     assert!((1..=MOST).contains(&members.len()));
     assert_eq!(text.as_bytes().as_ptr(), bytes.as_ptr());
-    let shape = |form, wrap| Shape { form, wrap };
+    let shape = |form, wrap| AnswerFormat { form, wrap };
     let mut answers = Vec::new();
     let mut count = 0;
     for raw in &members {
         let call = jsonrpc::member(text, raw);
         let form = body::request_form(&call);
-        count += usize::from(form != Form::Silent);
+        count += usize::from(form != Form::Notification);
         // An oracle that takes the last of two equal members, or rounds a number, can't judge those.
         if let Ok(element) = serde_json::from_str::<Value>(raw) {
             match (&call, asked(&element)) {
@@ -79,7 +79,7 @@ fuzz_target!(|bytes: &[u8]| {
                 (Err(refusal), Ok(_)) => assert!(!refusal.error.started),
             }
         }
-        let shape = shape(form, Wrap::Member);
+        let shape = shape(form, Framing::Member);
         let _ = match call {
             Ok(call) => shape.compose(&mut answers, ABOUT, (&call.method, call.id), |out| {
                 out.extend_from_slice(call.params.as_bytes());
@@ -95,11 +95,11 @@ fuzz_target!(|bytes: &[u8]| {
             }
         };
     }
-    for wrap in [Wrap::Frame, Wrap::Line] {
+    for wrap in [Framing::Frame, Framing::Line] {
         let mut out = Vec::new();
         shape(Form::JsonRpc, wrap).batch(&mut out, ABOUT, &answers);
         let written = match wrap {
-            Wrap::Frame if !out.is_empty() => &out[4..],
+            Framing::Frame if !out.is_empty() => &out[4..],
             _ => &out[..],
         };
         if count == 0 {

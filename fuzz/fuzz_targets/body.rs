@@ -2,21 +2,21 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::body::{self, Body, Form};
-use preforkd::protocol::call::{Call, Refusal};
-use preforkd::protocol::jsonrpc;
-use preforkd::protocol::reply::{About, Shape, Wrap};
+use preforkd::internals::body::{self, Body, Form};
+use preforkd::internals::call::{Call, InvalidCall};
+use preforkd::internals::jsonrpc;
+use preforkd::internals::reply::{AnswerContext, AnswerFormat, Framing};
 use serde_json::value::RawValue;
 
-const ABOUT: About<'static> = About {
+const ABOUT: AnswerContext<'static> = AnswerContext {
     last: false,
     closing: false,
     ours: true,
     origins: &[],
 };
 
-fn answer(out: &mut Vec<u8>, wrap: Wrap, form: Form, call: Result<Call<'_>, Refusal<'_>>) {
-    let shape = Shape { form, wrap };
+fn answer(out: &mut Vec<u8>, wrap: Framing, form: Form, call: Result<Call<'_>, InvalidCall<'_>>) {
+    let shape = AnswerFormat { form, wrap };
     let _ = match call {
         Ok(call) => shape.compose(out, ABOUT, (&call.method, call.id), |out| {
             out.extend_from_slice(call.params.as_bytes());
@@ -29,17 +29,17 @@ fn answer(out: &mut Vec<u8>, wrap: Wrap, form: Form, call: Result<Call<'_>, Refu
 fuzz_target!(|bytes: &[u8]| {
     let mut out = Vec::new();
     match body::read(bytes, 8, 5) {
-        Body::One(form, call) => answer(&mut out, Wrap::Line, form, call),
+        Body::One(form, call) => answer(&mut out, Framing::Line, form, call),
         Body::Batch { text, members } => {
             assert!(!members.is_empty() && members.len() <= 5);
             let mut answers = Vec::new();
             for raw in members {
                 let call = jsonrpc::member(text, raw);
-                answer(&mut answers, Wrap::Member, body::request_form(&call), call);
+                answer(&mut answers, Framing::Member, body::request_form(&call), call);
             }
-            let shape = Shape {
+            let shape = AnswerFormat {
                 form: Form::JsonRpc,
-                wrap: Wrap::Line,
+                wrap: Framing::Line,
             };
             shape.batch(&mut out, ABOUT, &answers);
         }

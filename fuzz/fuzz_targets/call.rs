@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::{Code, answer, call};
+use preforkd::internals::{Code, answer, call};
 use serde_json::value::RawValue;
 
 const DEPTH: usize = 8;

@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::config::{self, Overrides};
-use preforkd::error::Error;
+use preforkd::internals::config::{self, Overrides};
+use preforkd::internals::Error;
 
 fuzz_target!(|text: &str| {
     // What it includes is whatever the machine has, and no matter of this text.
@@ -19,7 +19,7 @@ fuzz_target!(|text: &str| {
             let again = settings.to_toml();
             let again = config::load_text(file, again, &overrides).expect("what check prints");
             assert_eq!(again, settings);
-            assert!(config::as_running(again, &settings).needs_restart.is_empty());
+            assert!(config::keep_restart_only_keys(again, &settings).needs_restart.is_empty());
         }
         Err(error) => {
             let Error::Config { position, .. } = &error else {

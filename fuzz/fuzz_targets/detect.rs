@@ -3,8 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::detect::{self, Dialect, FRAME_LIMIT_MAX};
-use preforkd::protocol::{frame, http, line};
+use preforkd::internals::detect::{self, Dialect, FRAME_LIMIT_MAX};
+use preforkd::internals::{frame, http, line};
 
 const LIMIT: usize = 1 << 12;
 
@@ -29,34 +29,34 @@ fn judged(first: [u8; 4]) -> Dialect {
 
 /// How many bodies some bytes have in a dialect, and whether a rule was broken behind them.
 fn bodies(dialect: Dialect, bytes: &[u8], split: usize) -> (usize, bool) {
-    let rules = http::Rules {
+    let rules = http::RequestLimits {
         body: LIMIT,
         origins: &[],
     };
     let (mut found, mut at, mut scanned) = (0, 0, 0);
-    let mut progress = http::Progress::default();
+    let mut progress = http::ParseProgress::default();
     for (end, ended) in [(split, false), (bytes.len(), true)] {
         loop {
             let rest = &bytes[at..end];
             let (body, used) = match dialect {
                 Dialect::Frame => match frame::decode(rest, LIMIT) {
-                    frame::Decoded::Whole { used, .. } => (true, used),
-                    frame::Decoded::Partial { .. } => break,
-                    frame::Decoded::TooLarge { .. } => return (found, true),
+                    frame::DecodedFrame::Whole { used, .. } => (true, used),
+                    frame::DecodedFrame::Partial { .. } => break,
+                    frame::DecodedFrame::TooLarge { .. } => return (found, true),
                 },
                 Dialect::Line => match line::decode(rest, scanned, LIMIT, ended) {
-                    line::Decoded::Whole { used, .. } => (true, used),
-                    line::Decoded::Blank { used } => (false, used),
-                    line::Decoded::Partial => {
+                    line::DecodedLine::Whole { used, .. } => (true, used),
+                    line::DecodedLine::Blank { used } => (false, used),
+                    line::DecodedLine::Partial => {
                         scanned = rest.len();
                         break;
                     }
-                    line::Decoded::TooLarge => return (found, true),
+                    line::DecodedLine::TooLarge => return (found, true),
                 },
                 Dialect::Http => match http::decode(rest, &mut progress, &rules) {
-                    http::Decoded::Whole { used, .. } => (true, used),
-                    http::Decoded::Partial { .. } => break,
-                    http::Decoded::Refused(_) => return (found, true),
+                    http::DecodedRequest::Whole { used, .. } => (true, used),
+                    http::DecodedRequest::Partial { .. } => break,
+                    http::DecodedRequest::Refused(_) => return (found, true),
                 },
                 Dialect::Unknown => return (0, true),
             };

@@ -2,16 +2,16 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::frame::{self, Decoded};
+use preforkd::internals::frame::{self, DecodedFrame};
 
 const LIMIT: usize = 1 << 16;
 
 /// The bodies at the head of the bytes, how many bytes they took, and what stands behind them.
-fn frames(bytes: &[u8]) -> (Vec<&[u8]>, usize, Decoded<'_>) {
+fn frames(bytes: &[u8]) -> (Vec<&[u8]>, usize, DecodedFrame<'_>) {
     let (mut bodies, mut at) = (Vec::new(), 0);
     loop {
         match frame::decode(&bytes[at..], LIMIT) {
-            Decoded::Whole { body, used } => {
+            DecodedFrame::Whole { body, used } => {
                 assert_eq!(used, body.len() + frame::HEADER);
                 bodies.push(body);
                 at += used;
@@ -27,9 +27,9 @@ fuzz_target!(|input: &[u8]| {
     };
     let (bodies, used, last) = frames(bytes);
     match last {
-        Decoded::Partial { need } => assert!(need > bytes.len() - used),
-        Decoded::TooLarge { length } => assert!(length as usize > LIMIT),
-        Decoded::Whole { .. } => unreachable!("the loop above takes these"),
+        DecodedFrame::Partial { need } => assert!(need > bytes.len() - used),
+        DecodedFrame::TooLarge { length } => assert!(length as usize > LIMIT),
+        DecodedFrame::Whole { .. } => unreachable!("the loop above takes these"),
     }
 
     let split = usize::from(u16::from_le_bytes(*split)) % (bytes.len() + 1);

@@ -2,8 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::link::adoption_queue;
-use preforkd::sys::socket;
+use preforkd::internals::adoption_queue;
+use preforkd::internals::socket;
 
 fuzz_target!(|input: &[u8]| {
     let Some((by_file, packet)) = input.split_first() else {
@@ -11,14 +11,14 @@ fuzz_target!(|input: &[u8]| {
     };
     match by_file & 1 {
         0 => {
-            if let Some(taken) = handoff::read(packet, None) {
+            if let Some(taken) = adoption_queue::decode_packet(packet, None) {
                 assert!(packet.ends_with(&taken.unread) && taken.unread.len() < packet.len());
             }
         }
         _ => {
             let (header, rest) = packet.split_at(packet.len().min(16));
             let file = socket::memory_file(rest).expect("a file of memory");
-            if let Some(taken) = handoff::read(header, Some(file)) {
+            if let Some(taken) = adoption_queue::decode_packet(header, Some(file)) {
                 assert_eq!([&*taken.unsent, &*taken.unread].concat(), rest);
             }
         }

@@ -2,27 +2,27 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::http::{Decoded, Progress, Rules, decode};
+use preforkd::internals::http::{DecodedRequest, ParseProgress, RequestLimits, decode};
 
 /// The requests at the head of the bytes, the status of the refusal that ended them, and how many
 /// bytes they took.
 fn requests(bytes: &[u8], split: usize) -> (Vec<(String, Vec<u8>)>, Option<u16>, usize) {
     let origins = ["https://a.example".to_owned()];
-    let rules = Rules {
+    let rules = RequestLimits {
         body: 100,
         origins: &origins,
     };
-    let (mut found, mut at, mut progress) = (Vec::new(), 0, Progress::default());
+    let (mut found, mut at, mut progress) = (Vec::new(), 0, ParseProgress::default());
     for end in [split, bytes.len()] {
         loop {
             match decode(&bytes[at..end], &mut progress, &rules) {
-                Decoded::Whole { head, body, used } => {
+                DecodedRequest::Whole { head, body, used } => {
                     assert!(used > 0 && at + used <= end && body.len() <= 100);
                     found.push((format!("{head:?}"), body.into_owned()));
                     at += used;
                 }
-                Decoded::Partial { .. } => break,
-                Decoded::Refused(refusal) => {
+                DecodedRequest::Partial { .. } => break,
+                DecodedRequest::Refused(refusal) => {
                     assert!((400..600).contains(&refusal.status) && !refusal.error.started);
                     return (found, Some(refusal.status), at);
                 }

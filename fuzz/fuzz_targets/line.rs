@@ -2,24 +2,24 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::line::{Decoded, decode};
+use preforkd::internals::line::{DecodedLine, decode};
 
 fn lines(bytes: &[u8], split: usize) -> (Vec<&[u8]>, bool) {
     let (mut found, mut at, mut scanned) = (Vec::new(), 0, 0);
     for (end, ended) in [(split, false), (bytes.len(), true)] {
         loop {
             match decode(&bytes[at..end], scanned, 64, ended) {
-                Decoded::Whole { body, used } => {
+                DecodedLine::Whole { body, used } => {
                     assert!(!body.contains(&b'\n') && body.len() <= 64);
                     found.push(body);
                     (at, scanned) = (at + used, 0);
                 }
-                Decoded::Blank { used } => (at, scanned) = (at + used, 0),
-                Decoded::Partial => {
+                DecodedLine::Blank { used } => (at, scanned) = (at + used, 0),
+                DecodedLine::Partial => {
                     scanned = end - at;
                     break;
                 }
-                Decoded::TooLarge => return (found, true),
+                DecodedLine::TooLarge => return (found, true),
             }
         }
     }

@@ -2,10 +2,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::config::Output;
-use preforkd::handler::command::output::{self, Tail};
-use preforkd::protocol::answer;
-use preforkd::protocol::json;
+use preforkd::internals::config::OutputFormat;
+use preforkd::internals::output::{self, Tail};
+use preforkd::internals::answer;
+use preforkd::internals::json;
 use serde_json::value::RawValue;
 
 const DEPTH: usize = 8;
@@ -15,7 +15,7 @@ fuzz_target!(|input: &[u8]| {
         return;
     };
     let readable = std::str::from_utf8(bytes).is_ok();
-    for kind in [Output::Text, Output::Json] {
+    for kind in [OutputFormat::Text, OutputFormat::Json] {
         let mut result = b"before".to_vec();
         match output::append(kind, bytes.to_vec(), DEPTH, &mut result) {
             Ok(()) => {
@@ -23,11 +23,11 @@ fuzz_target!(|input: &[u8]| {
                 assert!(readable && !result.contains(&b'\n') && !result.contains(&b'\r'));
                 let text = std::str::from_utf8(result).expect("a result is text");
                 match kind {
-                    Output::Text => {
+                    OutputFormat::Text => {
                         let written: String = serde_json::from_str(text).expect("a string");
                         assert_eq!(written.as_bytes(), bytes);
                     }
-                    Output::Json => {
+                    OutputFormat::Json => {
                         let result: serde_json::Value =
                             serde_json::from_str(text).unwrap_or_default();
                         let written: serde_json::Value =
@@ -42,8 +42,8 @@ fuzz_target!(|input: &[u8]| {
             Err(why) => {
                 assert!(!why.is_empty() && result == b"before");
                 match kind {
-                    Output::Text => assert!(!readable),
-                    Output::Json => assert!(
+                    OutputFormat::Text => assert!(!readable),
+                    OutputFormat::Json => assert!(
                         json::text(bytes, DEPTH).is_err()
                             || serde_json::from_slice::<&RawValue>(bytes).is_err()
                     ),

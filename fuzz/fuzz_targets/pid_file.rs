@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::master::endpoints::pid_file::pid_in;
+use preforkd::internals::pid_in;
 
 fuzz_target!(|content: &[u8]| {
     if let Some(pid) = pid_in(content) {

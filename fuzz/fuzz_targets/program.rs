@@ -3,8 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preforkd::protocol::frame::{Decoded, decode};
-use preforkd::protocol::program::{self, Sent};
+use preforkd::internals::frame::{DecodedFrame, decode};
+use preforkd::internals::program::{self, Sent};
 use serde_json::value::RawValue;
 
 const LIMIT: usize = 64;
@@ -16,7 +16,7 @@ fn sent(bytes: &[u8], split: usize) -> (Vec<String>, bool) {
     for end in [split, bytes.len()] {
         loop {
             match decode(&bytes[at..end], LIMIT) {
-                Decoded::Whole { body, used } => {
+                DecodedFrame::Whole { body, used } => {
                     at += used;
                     match program::read(body, DEPTH) {
                         Ok(sent) => found.push(told(sent)),
@@ -26,8 +26,8 @@ fn sent(bytes: &[u8], split: usize) -> (Vec<String>, bool) {
                         }
                     }
                 }
-                Decoded::Partial { .. } => break,
-                Decoded::TooLarge { .. } => return (found, true),
+                DecodedFrame::Partial { .. } => break,
+                DecodedFrame::TooLarge { .. } => return (found, true),
             }
         }
     }

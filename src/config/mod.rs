@@ -32,14 +32,12 @@ mod units;
 
 use std::path::{Path, PathBuf};
 
-pub use address::UNIX_PATH_MAX;
 pub use commands::placeholder;
 pub use overrides::Overrides;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
-    Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogConfig, LogFormat,
-    MethodConfig, MethodKind, OutputFormat, PoolConfig, ProgramConfig, RlimitsConfig, Settings,
-    Stdin, WorkersConfig,
+    Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogFormat, MethodConfig,
+    MethodKind, OutputFormat, PoolConfig, ProgramConfig, Settings, Stdin, WorkersConfig,
 };
 
 use crate::error::{Error, Result};
@@ -145,6 +143,7 @@ fn load_in(here: &Environment, file: Option<&Path>, overrides: &Overrides) -> Re
 ///
 /// # Errors
 /// As for [`load`].
+#[cfg(feature = "internals")]
 pub fn load_text(file: &Path, text: String, overrides: &Overrides) -> Result<Settings> {
     let files = Files::of_text(file, text)?;
     settings_of(&Environment::here(), &files, overrides)

@@ -22,6 +22,7 @@ use super::source_map::SourceMap;
 use super::units::{ByteSize, DurationValue};
 use super::{guarded, listeners, methods, pools};
 use crate::error::Result;
+use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::{Account, AccountError};
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -376,7 +377,7 @@ fn unfinished(
 fn limits(check: &Check<'_>, raw: &RawLimits, workers: &WorkersConfig) -> Result<LimitsConfig> {
     const COUNTS: RangeInclusive<i64> = 1..=1_000_000;
     let frame = raw.frame.map_or(16 << 20, |ByteSize(bytes)| bytes);
-    if !(1 << 10..=128 << 20).contains(&frame) {
+    if !(1 << 10..=FRAME_LIMIT_MAX as u64).contains(&frame) {
         return Err(check.places.error(
             "limits.frame",
             format!("{} is out of range", ByteSize(frame)),

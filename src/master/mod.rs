@@ -31,7 +31,7 @@ mod setup;
 mod start;
 pub mod upgrade;
 
-pub use policy::event::{Action, Event, Exit, Millis, PolicyLimits};
-pub use policy::fleet::Fleet;
+#[cfg(feature = "internals")]
+pub use endpoints::pid_file::pid_in;
 pub use setup::{Embedder, Setup};
 pub use start::run;

@@ -19,6 +19,7 @@ pub const ERROR: &str = "error";
 pub(super) const NO_ANSWER: &str = "what came back is no answer: ";
 
 /// Appends the answer of a call that has a result. `result` and `id` must be JSON.
+#[cfg(any(test, feature = "internals"))]
 pub fn result(out: &mut Vec<u8>, name: &str, result: &str, id: Option<&str>) {
     begin(out, name);
     out.extend_from_slice(result.as_bytes());
@@ -57,6 +58,7 @@ pub struct Answer<'a> {
     /// The result as JSON text, or the error.
     pub outcome: std::result::Result<&'a str, RpcError>,
     /// The id as JSON text; none when it is absent or null.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code))]
     pub id: Option<&'a str>,
 }
 

@@ -15,9 +15,7 @@
 
 use super::code::Code;
 use super::envelope::{CallMembers, Member, inside_quotes};
-use super::json;
 use super::rpc_error::RpcError;
-use serde_json::value::RawValue;
 use std::borrow::Cow;
 
 /// A call, borrowed from its body.
@@ -43,7 +41,11 @@ pub struct InvalidCall<'a> {
 }
 
 /// Reads a body. `depth` is the deepest nesting that is taken; the call's own object is level 1.
+#[cfg(any(test, feature = "internals"))]
 pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, InvalidCall<'_>> {
+    use super::json;
+    use serde_json::value::RawValue;
+
     let without_id = |error| InvalidCall { error, id: None };
     let text = json::text(body, depth).map_err(without_id)?;
     let not_json = |error| without_id(json::not_json(text, &error));

@@ -43,8 +43,6 @@ pub mod program;
 pub mod reply;
 pub mod rpc_error;
 
-pub use answer::Answer;
-pub use call::{Call, InvalidCall};
 pub use code::Code;
 pub use detect::Dialect;
 pub use rpc_error::RpcError;

@@ -47,16 +47,6 @@ pub struct BlockedSyscall {
     pub first: String,
 }
 
-/// The threads of a process.
-pub fn threads(pid: Pid) -> Vec<Pid> {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return Vec::new();
-    };
-    entries
-        .filter_map(|entry| Some(Pid(entry.ok()?.file_name().to_str()?.parse().ok()?)))
-        .collect()
-}
-
 /// Looks at a thread of a process; `None` when it is gone.
 pub fn look(pid: Pid, thread: Pid) -> Option<ThreadState> {
     let path = |file: &str| format!("/proc/{pid}/task/{thread}/{file}");
@@ -270,7 +260,6 @@ mod tests {
     fn a_thread_that_waits_for_a_pipe_says_so() {
         let (look, _to) = reader();
         assert_eq!(look.name, "a (reader)");
-        assert!(threads(Pid::current()).len() > 1);
         let text = look.to_string();
         assert!(text.starts_with("S asleep in read(0x"), "{text}");
     }

@@ -31,7 +31,6 @@ use crate::client::Client;
 use crate::config::Overrides;
 use crate::error::{Error, Result};
 use crate::sys::{process, signal};
-pub use dialect::BenchDialect;
 use dialect::CallEncoder;
 use engine::{Engine, LoadShare};
 pub use options::BenchOptions;

@@ -7,6 +7,7 @@ use log::LevelFilter;
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::settings::{LogConfig, RlimitsConfig};
 use crate::sys::account::Account;
 
 fn duration(least_ms: u64) -> impl Strategy<Value = Duration> {

@@ -106,14 +106,14 @@ pub enum Event {
         /// What it is at, in words.
         text: String,
     },
-    /// What a worker of [`crate::master::Fleet::to_sample`] has in memory.
+    /// What a worker of [`Fleet::to_sample`] has in memory.
     Memory {
         /// The worker.
         pid: Pid,
         /// Resident, in bytes.
         rss_bytes: u64,
     },
-    /// What the scoreboard says about a worker's event loop. Feed it before [`crate::master::Fleet::tick`].
+    /// What the scoreboard says about a worker's event loop. Feed it before [`Fleet::tick`].
     Heartbeat {
         /// The worker.
         pid: Pid,
@@ -134,7 +134,7 @@ pub enum Event {
         at: u64,
     },
     /// A checked configuration, its listeners bound: start its generation. Only while
-    /// [`crate::master::Fleet::can_reload`] says yes; a reload that comes earlier is the caller's to keep.
+    /// [`Fleet::can_reload`] says yes; a reload that comes earlier is the caller's to keep.
     Reload {
         /// What the new configuration says.
         limits: PolicyLimits,
