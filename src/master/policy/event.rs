@@ -274,3 +274,14 @@ mod tests {
         assert_eq!(HumanDuration(30_000).to_string(), "30 s");
     }
 }
+
+/// How a worker is told to leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StopMode {
+    /// Drain; its connections go on elsewhere.
+    Retire,
+    /// Drain; its connections end with their last answer.
+    Stop,
+    /// Now, whatever it does.
+    AtOnce,
+}

@@ -8,10 +8,7 @@
 use log::Level;
 
 use super::death_log::Deaths;
-use super::event::{Action, Event, MAX_COUNT, Millis, PolicyLimits};
-use super::generation::PendingReload;
-use super::recycle::Recycling;
-use super::shutdown::StopMode;
+use super::event::{Action, Event, MAX_COUNT, Millis, PolicyLimits, StopMode};
 use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, seat};
 use crate::link::ids::{Generation, Pid};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
@@ -44,6 +41,37 @@ pub(crate) enum ServerPhase {
 
 /// A wish for another count that came when it could not be met: so many, then this difference.
 type Deferred = (Option<usize>, i64);
+
+/// What the fleet knows of recycling, beside each worker's own.
+#[derive(Debug)]
+pub(crate) struct Recycling {
+    pub(crate) next_sample: Millis,
+    pub(crate) lines: Limiter,
+}
+
+impl Recycling {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Recycling {
+            next_sample: 0,
+            lines: Limiter::new(RECYCLE_LINES.0, RECYCLE_LINES.1),
+        }
+    }
+}
+
+/// Lines about recycling: so many at once, then one a period.
+const RECYCLE_LINES: (u64, Millis) = (20, 1_000);
+
+/// A reload whose verdict is open.
+#[derive(Debug)]
+pub(crate) struct PendingReload {
+    /// The next generation.
+    pub generation: Generation,
+    /// Its limits, the count within bounds.
+    pub limits: PolicyLimits,
+    /// Whether the canary was ready, so that all seats are open.
+    pub canary_ready: bool,
+}
 
 /// All workers, and what to do about them.
 #[derive(Debug)]

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::death_log::{Death, Deaths};
 use super::event::{Exit, MAX_COUNT, Millis, PolicyLimits};
 use super::fleet::{Fleet, ServerPhase};
-use super::recycle::RecycleState;
-use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, WorkerStage, seat};
+use super::slots::{
+    ChildRecord, RecycleState, SlotEntry, SlotId, SlotState, SlotTable, WorkerStage, seat,
+};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::throttle::Throttle;
 

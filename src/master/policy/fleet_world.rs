@@ -8,8 +8,8 @@ use nix::sys::signal::Signal;
 
 use super::event::{Action, Event, Exit, Millis, PolicyLimits};
 use super::fleet::Fleet;
+use super::slots::kill_after;
 use super::status_view::WorkerView;
-use super::timeouts::kill_after;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::WorkerPhase;
 

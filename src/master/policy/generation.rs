@@ -11,25 +11,13 @@
 
 use log::Level;
 
-use super::event::{Action, MAX_COUNT, Millis, PolicyLimits};
-use super::fleet::{Fleet, ServerPhase};
-use super::shutdown::StopMode;
+use super::event::{Action, MAX_COUNT, Millis, PolicyLimits, StopMode};
+use super::fleet::{Fleet, PendingReload, ServerPhase};
 use super::slots::SlotId;
 use crate::link::ids::{Generation, Slot};
 
 /// The exit code when the first workers did not come up: as `Error::NotReady`.
 const NOT_READY: u8 = 71;
-
-/// A reload whose verdict is open.
-#[derive(Debug)]
-pub(crate) struct PendingReload {
-    /// The next generation.
-    pub generation: Generation,
-    /// Its limits, the count within bounds.
-    pub limits: PolicyLimits,
-    /// Whether the canary was ready, so that all seats are open.
-    pub canary_ready: bool,
-}
 
 impl Fleet {
     /// Starts the next generation with its canary.

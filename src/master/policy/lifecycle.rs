@@ -7,11 +7,11 @@ use nix::sys::signal::Signal;
 
 use super::death_log;
 use super::death_log::Death;
-use super::event::{Exit, HumanDuration, Millis, PolicyLimits};
+use super::event::{Exit, HumanDuration, Millis, PolicyLimits, StopMode};
 use super::fleet::{Fleet, ServerPhase};
-use super::recycle::RecycleState;
-use super::shutdown::{StopMode, begin_drain};
-use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, WorkerStage};
+use super::slots::{
+    ChildRecord, RecycleState, SlotEntry, SlotId, SlotState, WorkerStage, begin_drain, log_fields,
+};
 use crate::link::ids::Pid;
 use crate::logging::pluralize;
 use crate::throttle::limiter::with_suppressed_count;
@@ -267,12 +267,4 @@ fn as_asked(child: &ChildRecord, how: Exit) -> bool {
         None => how.is_signal(Signal::SIGTERM),
     };
     child.drains() && (how == Exit::Code(0) || by_order)
-}
-
-/// The key=value pairs that end a line about a worker.
-pub(crate) fn log_fields(pid: Pid, seat: SlotId) -> String {
-    format!(
-        "slot={} pid={pid} generation={}",
-        seat.slot, seat.generation
-    )
 }

@@ -10,66 +10,19 @@
 //! any other, and the old worker serves on; when the old one goes first, the seat is the successor's.
 
 use log::Level;
-use serde::{Deserialize, Serialize};
 
 use super::death_log;
 use super::death_log::Death;
-use super::event::{Action, HumanDuration, Millis};
+use super::event::{Action, HumanDuration, Millis, StopMode};
 use super::fleet::{Fleet, ServerPhase};
-use super::lifecycle::log_fields;
-use super::shutdown::StopMode;
-use super::slots::{ChildRecord, SlotId, SlotState};
+use super::slots::{ChildRecord, RecycleRequest, SlotId, SlotState, log_fields};
 use crate::link::ids::Pid;
 use crate::logging::pluralize;
 use crate::throttle::jitter;
-use crate::throttle::limiter::{Limiter, with_suppressed_count};
+use crate::throttle::limiter::with_suppressed_count;
 
 /// Between two looks at the memory of workers that have a limit.
 const SAMPLES_APART: Millis = 1_000;
-/// Lines about recycling: so many at once, then one a period.
-const LINES: (u64, Millis) = (20, 1_000);
-
-/// What a worker has been through.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct RecycleState {
-    /// It is to be replaced.
-    #[serde(rename = "wish")]
-    pub(crate) request: Option<RecycleRequest>,
-    /// Its memory was above the limit when last seen.
-    above: bool,
-    /// Its successor has taken over; `Some` wish, and it drains.
-    pub(crate) replaced: bool,
-    /// What it was stuck in, if it was.
-    pub(crate) evidence: Option<String>,
-}
-
-/// Why a worker is to be replaced.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RecycleRequest {
-    reason: String,
-    since: Millis,
-    /// It can't wait for others.
-    urgent: bool,
-}
-
-/// What the fleet knows of recycling, beside each worker's own.
-#[derive(Debug)]
-pub(crate) struct Recycling {
-    next_sample: Millis,
-    lines: Limiter,
-}
-
-impl Recycling {
-    /// Nothing yet.
-    pub fn new() -> Self {
-        Recycling {
-            next_sample: 0,
-            lines: Limiter::new(LINES.0, LINES.1),
-        }
-    }
-}
-
 impl ChildRecord {
     /// Serves, and is not to be replaced yet.
     fn may_recycle(&self) -> bool {

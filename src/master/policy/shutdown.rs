@@ -6,27 +6,15 @@
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::event::{Action, HumanDuration, Millis};
+use super::event::{Action, HumanDuration, Millis, StopMode};
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{ChildRecord, WorkerStage};
-use super::timeouts::{AFTER_DRAIN, STARTING_GRACE, kill_after};
+use super::slots::{WorkerStage, begin_drain, kill_after};
 use crate::link::ids::{Generation, Pid};
 use crate::logging::pluralize;
 
 /// Two orders to stop that come so close are one: `timeout` and service managers send TERM to a
 /// process and to its group.
 const STOP_DEBOUNCE: Millis = 100;
-
-/// How a worker is told to leave.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum StopMode {
-    /// Drain; its connections go on elsewhere.
-    Retire,
-    /// Drain; its connections end with their last answer.
-    Stop,
-    /// Now, whatever it does.
-    AtOnce,
-}
 
 impl Fleet {
     /// Gives up a generation's seats from a slot on: highest first, their workers leave.
@@ -125,21 +113,4 @@ impl Fleet {
             self.order_exit(pid, leave);
         }
     }
-}
-
-/// Puts a child into the draining stage, with the signals that await it if it overstays.
-pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis) {
-    if !child.drains() {
-        child.stage_since = now;
-    }
-    child.stage = WorkerStage::Draining { deadline };
-    if child.kill_reason.is_some() {
-        return; // Its end is under way already, and sooner.
-    }
-    child.next_signal = Some(match child.ready_at {
-        Some(_) => (deadline + AFTER_DRAIN, Signal::SIGTERM),
-        // It has no call to finish, and may not read orders for long. If its ready is on the way,
-        // it comes in time.
-        None => (deadline.min(now + STARTING_GRACE), Signal::SIGTERM),
-    });
 }

@@ -11,7 +11,6 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::event::{Millis, PolicyLimits};
-use super::recycle::RecycleState;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::throttle::Throttle;
 
@@ -46,6 +45,30 @@ impl SlotState {
             false => SlotState::Forking,
         }
     }
+}
+
+/// What a worker has been through.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RecycleState {
+    /// It is to be replaced.
+    #[serde(rename = "wish")]
+    pub(crate) request: Option<RecycleRequest>,
+    /// Its memory was above the limit when last seen.
+    pub(crate) above: bool,
+    /// Its successor has taken over; `Some` wish, and it drains.
+    pub(crate) replaced: bool,
+    /// What it was stuck in, if it was.
+    pub(crate) evidence: Option<String>,
+}
+
+/// Why a worker is to be replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecycleRequest {
+    pub(crate) reason: String,
+    pub(crate) since: Millis,
+    /// It can't wait for others.
+    pub(crate) urgent: bool,
 }
 
 /// What the master knows of a seat.
@@ -269,4 +292,46 @@ pub(crate) fn seat(generation: Generation, slot: u16) -> SlotId {
         generation,
         slot: Slot(slot),
     }
+}
+
+/// From the drain deadline to TERM: a worker ends its drain by itself, and is given the time to.
+pub(crate) const AFTER_DRAIN: Millis = 100;
+
+/// For a worker whose end is asked for before it is ready: so long its ready may be on the way.
+pub(crate) const STARTING_GRACE: Millis = 500;
+
+/// How long a signal is given to work before KILL.
+pub(crate) fn kill_after(signal: Signal) -> Millis {
+    match signal {
+        // With AFTER_DRAIN within half a second of the drain deadline.
+        Signal::SIGTERM => 300,
+        // Its end is the kernel's affair then, and takes a while where there is much memory.
+        Signal::SIGKILL => 3_000,
+        _ => 500,
+    }
+}
+
+/// Puts a child into the draining stage, with the signals that await it if it overstays.
+pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis) {
+    if !child.drains() {
+        child.stage_since = now;
+    }
+    child.stage = WorkerStage::Draining { deadline };
+    if child.kill_reason.is_some() {
+        return; // Its end is under way already, and sooner.
+    }
+    child.next_signal = Some(match child.ready_at {
+        Some(_) => (deadline + AFTER_DRAIN, Signal::SIGTERM),
+        // It has no call to finish, and may not read orders for long. If its ready is on the way,
+        // it comes in time.
+        None => (deadline.min(now + STARTING_GRACE), Signal::SIGTERM),
+    });
+}
+
+/// The key=value pairs that end a line about a worker.
+pub(crate) fn log_fields(pid: Pid, seat: SlotId) -> String {
+    format!(
+        "slot={} pid={pid} generation={}",
+        seat.slot, seat.generation
+    )
 }

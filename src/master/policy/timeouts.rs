@@ -9,30 +9,14 @@ use nix::sys::signal::Signal;
 
 use super::event::{Action, HumanDuration, Millis};
 use super::fleet::{Fleet, ServerPhase};
-use super::lifecycle::log_fields;
-use super::slots::{ChildRecord, SlotEntry, SlotId, WorkerStage};
+use super::slots::{ChildRecord, SlotEntry, SlotId, WorkerStage, kill_after, log_fields};
 use crate::link::ids::Pid;
 use crate::logging::pluralize;
 
-/// From the drain deadline to TERM: a worker ends its drain by itself, and is given the time to.
-pub(crate) const AFTER_DRAIN: Millis = 100;
-/// For a worker whose end is asked for before it is ready: so long its ready may be on the way.
-pub(crate) const STARTING_GRACE: Millis = 500;
 /// Later than this for a deadline, the master was paused.
 const PAUSE: Millis = 1_000;
 /// At least so long everybody has after a pause.
 const GRACE_AFTER_PAUSE: Millis = 1_000;
-
-/// How long a signal is given to work before KILL.
-pub(crate) fn kill_after(signal: Signal) -> Millis {
-    match signal {
-        // With AFTER_DRAIN within half a second of the drain deadline.
-        Signal::SIGTERM => 300,
-        // Its end is the kernel's affair then, and takes a while where there is much memory.
-        Signal::SIGKILL => 3_000,
-        _ => 500,
-    }
-}
 
 impl Fleet {
     /// Does what is due.
