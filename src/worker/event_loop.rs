@@ -11,11 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use super::active_rebalance::ActiveRebalance;
 use super::call_dispatcher::{CallDispatcher, millis};
 use super::connection::Connection;
 use super::drain::{Drain, DrainStep};
-use super::rebalance::ActiveRebalance;
-use super::recycle_check;
 use super::silent::SilentConnections;
 use super::timers::TimerTarget;
 use crate::config::WorkersConfig;
@@ -30,6 +29,7 @@ use crate::sys::event::{Completion, Driver, Interest, Reactor, Token};
 use crate::sys::process::monotonic;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
+use crate::throttle::jitter;
 use crate::throttle::limiter::{Limiter, with_suppressed_count};
 
 /// Between two tries to accept when the system had no descriptor left.
@@ -150,7 +150,7 @@ impl EventLoop {
             next_tick_ms: 0,
             is_at_limit: false,
             silent: SilentConnections::default(),
-            recycle_at: recycle_check::recycle_threshold(workers.max_calls),
+            recycle_at: recycle_threshold(workers.max_calls),
             master_gone: false,
             is_accepting: false,
             stuck_reported: false,
@@ -388,4 +388,12 @@ pub(super) fn find(
         .get_mut(token.index())?
         .as_mut()
         .filter(|connection| connection.token == token)
+}
+
+/// After how many calls this worker has had enough; 0 is never.
+fn recycle_threshold(max_calls: u64) -> u64 {
+    match max_calls {
+        0 => u64::MAX,
+        most => jitter::with_jitter(most, u64::from(Pid::current().0.unsigned_abs())),
+    }
 }

@@ -5,6 +5,7 @@
 //! replaces; a panic of a handler is an answer.
 
 mod accepting;
+mod active_rebalance;
 mod call_dispatcher;
 mod call_scheduler;
 mod call_table;

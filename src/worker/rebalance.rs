@@ -17,24 +17,6 @@ use crate::sys::event::{Reactor, Token};
 /// How long an order holds.
 const REBALANCE_TTL_MS: u64 = 150;
 
-/// An order under way.
-#[derive(Debug, Default)]
-pub struct ActiveRebalance {
-    /// Connections that are to be given as they come to rest.
-    give: u32,
-    /// `Some` while the queue is taken from by order alone: so many more.
-    take: Option<u32>,
-    /// Its timer; `Timers::arm` keeps it.
-    until: u64,
-}
-
-impl ActiveRebalance {
-    /// Whether a connection that has come to rest is to be given away.
-    pub fn gives(&self) -> bool {
-        self.give > 0
-    }
-}
-
 impl EventLoop {
     /// The master has counted: gives so many, takes so many.
     pub(super) fn spread(&mut self, floor: &mut Reactor, shares: RebalanceOrder) {

@@ -5,24 +5,14 @@
 
 use super::call_table::ScheduledCall;
 use super::event_loop::{EventLoop, WarningKind};
-use crate::link::ids::Pid;
 use crate::link::message::Report;
 use crate::link::stuck_calls::StuckCall;
-use crate::throttle::jitter;
 
 /// So long a handler may take to notice that its time is over; a command must be killed by then.
 const GRACE_MS: u64 = 1000;
 
 /// So many calls later the master is told once more, when it could not be.
 const TELL_AGAIN: u64 = 100;
-
-/// After how many calls this worker has had enough; 0 is never.
-pub(super) fn recycle_threshold(max_calls: u64) -> u64 {
-    match max_calls {
-        0 => u64::MAX,
-        most => jitter::with_jitter(most, u64::from(Pid::current().0.unsigned_abs())),
-    }
-}
 
 impl EventLoop {
     /// To be asked after every turn: one comparison, when there is nothing to tell.
