@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::de::DeserializeOwned;
 
 use super::error::ClientError;
-use super::pipeline::Entry;
+use super::pipelined_calls::Entry;
 use super::reply::Reply;
 
 /// A call whose result, of the type `R`, can be had later.

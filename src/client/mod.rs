@@ -49,6 +49,7 @@ mod handle;
 mod imap;
 mod jsonrpc;
 mod pipeline;
+mod pipelined_calls;
 mod pool;
 #[cfg(test)]
 mod pool_tests;

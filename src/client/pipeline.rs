@@ -4,13 +4,12 @@
 //! is not held up by a slow one before it. A connection that ended takes its unanswered calls along
 //! ([`ClientError::Gone`]: they may have run); the next call makes a new one. Nothing is repeated.
 
-use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::bounded;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -19,7 +18,7 @@ use super::connection::{Lost, OutgoingCall, frame_of, receive};
 use super::error::ClientError;
 use super::error::clone_error;
 use super::handle::Handle;
-use super::reply::Reply;
+use super::pipelined_calls::{Entry, PipelinedCalls, lock};
 use super::stream::Stream;
 
 /// A connection on which calls are sent without waiting for the answers before.
@@ -41,17 +40,6 @@ struct PipelineConnection {
     unanswered: Arc<Mutex<PipelinedCalls>>,
     /// `Some` until it was waited for.
     reader: Option<JoinHandle<()>>,
-}
-
-type Outcome = Result<Reply, ClientError>;
-
-#[derive(Debug, Default)]
-pub(super) struct PipelinedCalls {
-    /// Ids that were given; an answer to one of them that nobody waits for is merely late.
-    given: u64,
-    calls: HashMap<u64, Sender<Outcome>>,
-    /// The reader has seen the end: nothing sent from now on is answered.
-    ended: bool,
 }
 
 impl Pipeline {
@@ -186,28 +174,6 @@ impl Drop for PipelineConnection {
     }
 }
 
-/// A call's entry among the unanswered ones, removed when nobody waits for the answer any more: it came,
-/// its time was over, or the handle was dropped.
-#[derive(Debug)]
-pub(super) struct Entry {
-    id: u64,
-    unanswered: Arc<Mutex<PipelinedCalls>>,
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        lock(&self.unanswered).calls.remove(&self.id);
-    }
-}
-
-impl PipelinedCalls {
-    fn add(&mut self, sender: Sender<Outcome>) -> u64 {
-        self.given += 1;
-        self.calls.insert(self.given, sender);
-        self.given
-    }
-}
-
 /// Hands out answers until the connection ends, and then tells those that have none.
 fn read_all(mut stream: Stream, unanswered: &Mutex<PipelinedCalls>) {
     let mut inbox = Vec::new();
@@ -254,10 +220,6 @@ fn hand_out(body: &[u8], unanswered: &mut PipelinedCalls) -> Result<(), String> 
             ),
         }),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

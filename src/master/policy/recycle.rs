@@ -44,7 +44,7 @@ impl ChildRecord {
 }
 
 impl Fleet {
-    /// The workers whose memory is to be fed with [`crate::master::Event::Memory`] before a tick at `now`.
+    /// The workers whose memory is to be fed with [`crate::master::policy::event::Event::Memory`] before a tick at `now`.
     pub fn to_sample(&self, now: Millis) -> Vec<Pid> {
         let is_due = self.recycling.next_sample <= now;
         let watched =
