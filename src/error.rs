@@ -13,9 +13,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// A place in a configuration file, counted from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
-    /// The line.
     pub line: usize,
-    /// The column, in characters.
     pub column: usize,
 }
 
@@ -48,7 +46,6 @@ pub enum Error {
     },
     /// Another master holds the pid file (exit code 71).
     AlreadyRunning {
-        /// The pid file.
         pid_file: PathBuf,
         /// The content of the pid file: a hint, not the truth.
         pid: Option<i32>,

@@ -82,7 +82,6 @@ impl Throttle {
         now + delay
     }
 
-    /// A fork was done.
     pub fn forked(&mut self, now: Millis) {
         self.refused = 0;
         if std::mem::take(&mut self.is_delayed) {
@@ -100,12 +99,10 @@ impl Throttle {
         }
     }
 
-    /// Young deaths in a row.
     pub fn young_deaths(&self) -> u32 {
         self.young
     }
 
-    /// Refused forks in a row.
     pub fn refused_forks(&self) -> u32 {
         self.refused
     }

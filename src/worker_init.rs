@@ -17,15 +17,12 @@ use crate::sys::title::{self, TitleArea};
 
 /// What a worker gets from the master.
 pub struct WorkerInit<'a> {
-    /// Its slot.
     pub slot: Slot,
-    /// Its generation.
     pub generation: Generation,
     /// The configuration of that generation.
     pub settings: Rc<Settings>,
     /// The methods of that generation.
     pub registry: Arc<Registry>,
-    /// The listeners of that generation.
     pub listeners: Vec<Rc<OwnedFd>>,
     /// Where live connections pass between workers.
     pub adoption: AdoptionQueue,

@@ -60,7 +60,6 @@ pub(super) struct Answered {
     pub json: String,
 }
 
-/// Asks for the status.
 pub(super) fn status(place: &ServerSelector) -> Result<Answered> {
     ControlConnection::find(place)?.status()
 }

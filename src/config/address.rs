@@ -11,7 +11,6 @@ use std::str::FromStr;
 /// The longest path of a unix socket, in bytes: `sun_path` of unix(7) without its NUL.
 pub const UNIX_PATH_MAX: usize = 107;
 
-/// An address to listen at.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Address {
     /// An IP address and a port; port 0 lets the kernel pick one.

@@ -12,7 +12,6 @@ use crate::sys::{account, guard, memory};
 /// What is read when no file is named.
 const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
 
-/// See the module.
 #[derive(Debug, Clone)]
 pub(super) struct Environment {
     /// The effective user.

@@ -20,7 +20,6 @@ use crate::error::{Error, Position, Result};
 /// No configuration is larger; what is, is some other file.
 const SIZE_MAX: u64 = 16 << 20;
 
-/// One file.
 #[derive(Debug)]
 pub(super) struct File {
     /// Absolute.

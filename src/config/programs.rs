@@ -25,7 +25,6 @@ use crate::sys::account::{Account, AccountError};
 /// Where a program is looked for that is a name and no path, unless its own environment has a PATH.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const MIB: u64 = 1 << 20;
-/// The variable that is ours.
 const CALL_VARIABLE: &str = "PREFORKD_CALL";
 
 /// The user and the group that the workers have.

@@ -84,7 +84,6 @@ pub(super) struct RawListen {
     pub mode: Option<String>,
 }
 
-/// A method.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawMethod {

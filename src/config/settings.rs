@@ -28,9 +28,7 @@ pub struct Settings {
     pub account: Option<Account>,
     /// The origins whose web pages may call, each as a browser sends it.
     pub http_origins: Vec<String>,
-    /// The log.
     pub log: LogConfig,
-    /// The workers.
     pub workers: WorkersConfig,
     /// What a worker takes at most.
     pub limits: LimitsConfig,
@@ -76,7 +74,6 @@ pub enum LogFormat {
 }
 
 impl LogFormat {
-    /// The name in the file.
     pub fn name(self) -> &'static str {
         match self {
             LogFormat::Text => "text",
@@ -145,7 +142,6 @@ pub struct LimitsConfig {
 /// A program that is started for calls, and what surrounds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProgramConfig {
-    /// Its file, absolute.
     pub file: PathBuf,
     /// Its arguments, its own name first: as written, but for a relative path of the program.
     pub arguments: Vec<String>,
@@ -202,14 +198,12 @@ pub struct PoolConfig {
 /// What a command reads from its standard input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stdin {
-    /// The params, as JSON.
     Params,
     /// Nothing.
     None,
 }
 
 impl Stdin {
-    /// The name in the file.
     pub fn name(self) -> &'static str {
         match self {
             Stdin::Params => "params",
@@ -228,7 +222,6 @@ pub enum OutputFormat {
 }
 
 impl OutputFormat {
-    /// The name in the file.
     pub fn name(self) -> &'static str {
         match self {
             OutputFormat::Text => "text",
@@ -278,7 +271,6 @@ pub struct MethodConfig {
     pub rate: u32,
 }
 
-/// What answers a method.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MethodKind {
     /// A program, one process for each call.
@@ -303,7 +295,6 @@ pub enum Builtin {
 }
 
 impl Builtin {
-    /// The name in the file.
     pub fn name(self) -> &'static str {
         match self {
             Builtin::Ping => "ping",

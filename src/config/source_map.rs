@@ -32,7 +32,6 @@ const TOP_KEYS: [&str; 7] = [
     "http-origins",
 ];
 
-/// The tables of the file.
 const TABLES: [&str; 6] = ["log", "workers", "limits", "listen", "methods", "pools"];
 
 /// Where each key stands.
@@ -161,7 +160,6 @@ impl<'a> SourceMap<'a> {
 }
 
 impl SourceMap<'_> {
-    /// The main file.
     pub fn main(&self) -> Option<&Path> {
         self.files.main()
     }

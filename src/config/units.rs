@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// A duration in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DurationValue(pub Duration);
 

@@ -22,16 +22,11 @@ pub struct CallKey {
     pub serial: u64,
 }
 
-/// A call for the threads.
 #[derive(Debug)]
 pub struct HandlerCall {
-    /// Which call.
     pub key: CallKey,
-    /// The number of its method.
     pub method: usize,
-    /// Its params, as JSON.
     pub params: Box<str>,
-    /// Its id, as JSON.
     pub id: Option<Arc<str>>,
     /// Where its connection comes from.
     pub peer: Option<SocketAddr>,
@@ -46,7 +41,6 @@ pub struct HandlerCall {
 /// What became of a job.
 #[derive(Debug)]
 pub struct Done {
-    /// Which call.
     pub key: CallKey,
     /// Its result as JSON, or its error; `None` when it was given up before it began.
     pub outcome: Option<Result<Vec<u8>, RpcError>>,

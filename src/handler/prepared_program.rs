@@ -58,7 +58,6 @@ fn c_path(path: &Path) -> CString {
     CString::new(path.as_os_str().as_bytes()).expect("`config` lets no path with NUL through")
 }
 
-/// A string of the configuration.
 pub(super) fn c_string(text: impl Into<Vec<u8>>) -> CString {
     CString::new(text).expect("`config` lets nothing with NUL through")
 }

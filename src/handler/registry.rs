@@ -28,7 +28,6 @@ const OWN: [(&str, &str); 2] = [
 /// A method: its handler and its limits.
 #[derive(Clone)]
 pub struct Method {
-    /// Its name, as called.
     pub name: String,
     /// What answers it.
     pub handler: Arc<dyn Handler>,
@@ -93,7 +92,6 @@ impl Registry {
         Registry { pools, ..self }
     }
 
-    /// The pools, by number.
     pub fn pools(&self) -> &[Arc<Pool>] {
         &self.pools
     }
@@ -136,7 +134,6 @@ impl Registry {
         self.by_name.get(name).copied()
     }
 
-    /// The methods, by number.
     pub fn methods(&self) -> &[Method] {
         &self.methods
     }

@@ -21,7 +21,6 @@ const MAGIC: [u8; 4] = *b"pfh\x01";
 const MAGIC_2: [u8; 4] = *b"pfh\x02";
 /// Beside the dialect: the connection is to be closed once the answers are sent.
 const CLOSING: u8 = 0x80;
-/// Bytes of a header.
 const HEADER: usize = 16;
 /// The longest idle time that crosses: four hours and a half, in three bytes.
 pub const MOST_IDLE_MS: u32 = 0x00FF_FFFF;
@@ -57,7 +56,6 @@ pub struct HandoffState {
 /// A connection that was taken, all but its socket.
 #[derive(Debug, PartialEq, Eq)]
 pub struct AdoptedConnection<'a> {
-    /// Its state.
     pub state: HandoffState,
     /// Answers that it has not been sent: they go first.
     pub unsent: Cow<'a, [u8]>,
@@ -166,7 +164,6 @@ pub fn dialect_code(dialect: Option<Dialect>) -> u8 {
     }
 }
 
-/// The dialect of a number.
 pub fn dialect(number: u8) -> Option<Dialect> {
     match number {
         1 => Some(Dialect::Frame),

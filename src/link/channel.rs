@@ -22,9 +22,7 @@ pub struct Channel<S, R> {
     bodies: PhantomData<fn(S) -> R>,
 }
 
-/// The master's end.
 pub type MasterEnd = Channel<Order, Report>;
-/// The worker's end.
 pub type WorkerEnd = Channel<Report, Order>;
 
 /// What came in.

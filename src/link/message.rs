@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use super::ids::{Generation, Pid};
 
-/// Bytes of a packet.
 pub const PACKET: usize = 32;
 /// First in each packet: "pfd" and the version of the format.
 const MAGIC: u32 = u32::from_le_bytes(*b"pfd\x01");
@@ -56,7 +55,6 @@ pub enum Report {
 pub struct Message<T> {
     /// The worker that this is about.
     pub pid: Pid,
-    /// Its generation.
     pub generation: Generation,
     /// What is said.
     pub body: T,
@@ -121,7 +119,6 @@ impl MessageBody for Report {
 }
 
 impl<T: MessageBody> Message<T> {
-    /// The packet.
     pub fn encode(self) -> [u8; PACKET] {
         let (kind, value) = self.body.encode();
         let mut packet = [0; PACKET];

@@ -28,13 +28,11 @@ shared_record! {
     /// Who is refused, and who is watched.
     #[derive(Debug)]
     pub struct QuarantineTable {
-        /// How many are in quarantine.
         pub quarantined_count: AtomicU32,
         /// How many are under suspicion.
         pub suspect_count: AtomicU32,
         /// The keys in quarantine; 0: a free place.
         pub keys: [AtomicU64; PLACES],
-        /// How often each was refused.
         pub refused: [AtomicU64; PLACES],
         /// The keys under suspicion; 0: a free place, or one that was acquitted.
         pub suspects: [AtomicU64; PLACES],
@@ -47,7 +45,6 @@ shared_record! {
     pub struct CrashReport {
         /// The keys of the calls that ran; 0 ends them.
         pub keys: [AtomicU64; MAX_REPORTED_CALLS],
-        /// The numbers of their methods.
         pub methods: [AtomicU32; MAX_REPORTED_CALLS],
         /// The key of the call whose thread has failed, where `fault` says that one has.
         pub faulting_call: AtomicU64,

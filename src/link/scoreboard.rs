@@ -31,7 +31,6 @@ shared_record! {
     pub struct WorkerRecord {
         /// Milliseconds (CLOCK_MONOTONIC) at which its event loop last turned; ticks when idle too.
         pub heartbeat_ms: AtomicU64,
-        /// Connections that are open.
         pub connections: AtomicU32,
         /// Calls that run on a handler thread.
         pub running: AtomicU32,
@@ -63,7 +62,6 @@ shared_record! {
         pub reset: AtomicU32,
         /// For how long the first bytes of the last new connection had waited, in milliseconds.
         pub last_wait_ms: AtomicU32,
-        /// The longest of these waits.
         pub longest_wait_ms: AtomicU32,
         /// Programs of its pools that do not serve.
         pub programs_down: AtomicU32,
@@ -125,7 +123,6 @@ impl Scoreboard {
         Ok(Scoreboard { records, file })
     }
 
-    /// The file that it lies in.
     pub fn file(&self) -> &OwnedFd {
         &self.file
     }

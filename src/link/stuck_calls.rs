@@ -18,7 +18,6 @@ const ID_WORDS: usize = 8;
 pub struct StuckCall {
     /// The thread that runs it; 0 if that is not known.
     pub thread: i32,
-    /// The number of its method.
     pub method: usize,
     /// Its id as JSON, if it has one; a long one is cut.
     pub id: Option<String>,
@@ -89,7 +88,6 @@ impl StuckCalls {
         self.count.store(calls.len().min(MOST) as u32, Relaxed);
     }
 
-    /// Reads them back.
     pub fn read(&self) -> Vec<StuckCall> {
         let count = (self.count.load(Relaxed) as usize).min(MOST);
         self.entries[..count].iter().map(StuckEntry::read).collect()

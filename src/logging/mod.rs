@@ -35,14 +35,12 @@ pub use text::{pluralize, printable};
 /// Lines that wait for the writing thread of a worker.
 const QUEUE: usize = 4096;
 
-/// The form of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LineFormat {
     /// Time, level, who, message.
     Text,
     /// The same without the time, behind the priority that journald reads (sd-daemon(3)).
     Journal,
-    /// One JSON object.
     Json,
 }
 
@@ -245,7 +243,6 @@ impl Write for QueueWriter {
     }
 }
 
-/// One line of JSON.
 #[derive(Serialize)]
 struct JsonLine<'a> {
     time: String,

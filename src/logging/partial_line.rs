@@ -31,7 +31,6 @@ pub(super) struct PartialLine {
 }
 
 impl PartialLine {
-    /// That of an open file.
     pub(super) fn of(file: &File) -> Self {
         PartialLine::by(&TORN, file)
     }

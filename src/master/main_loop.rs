@@ -37,7 +37,6 @@ use crate::throttle::limiter::Limiter;
 /// Between two tries to tell the service manager what it had no room for.
 const NOTIFY_RETRY: Millis = 50;
 
-/// A master at work.
 pub(super) struct Master<'a> {
     pub(super) setup: Setup<'a>,
     pub(super) fleet: Fleet,

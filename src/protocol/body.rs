@@ -24,7 +24,6 @@ pub enum Form {
     ParamsOnly,
 }
 
-/// A body that was read.
 #[derive(Debug)]
 pub enum Body<'a> {
     /// One call, or something that is none.

@@ -3,7 +3,6 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-/// Its method.
 pub const METHOD: &str = "rpc.cancel";
 
 #[derive(Deserialize)]

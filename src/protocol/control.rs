@@ -106,7 +106,6 @@ pub fn to_line(message: &impl Serialize) -> io::Result<Vec<u8>> {
 /// What the whole server is doing: `preforkd status --json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// The master.
     pub master: MasterStatus,
     /// Each worker that lives, draining ones too, and each slot without one; by slot, then
     /// generation.
@@ -120,14 +119,11 @@ pub struct Status {
     pub quarantine: Vec<Quarantined>,
 }
 
-/// A call in quarantine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantined {
-    /// Its method.
     pub method: String,
     /// What tells it from the method's other calls; as in the log.
     pub key: String,
-    /// How often it was refused.
     pub refused: u64,
     /// Since when, in seconds since 1970.
     pub at: u64,
@@ -140,7 +136,6 @@ pub struct MasterStatus {
     pub pid: i32,
     /// The version of preforkd that it runs.
     pub version: String,
-    /// The generation that serves.
     pub generation: u32,
     /// Seconds since it started.
     pub uptime_s: u64,
@@ -178,13 +173,10 @@ pub struct LastReload {
 /// One worker, or a slot that has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerStatus {
-    /// Its slot.
     pub slot: u16,
     /// Its process id; null while the slot has no worker.
     pub pid: Option<i32>,
-    /// Its generation.
     pub generation: u32,
-    /// What it is.
     pub state: WorkerPhase,
     /// Seconds since it was forked; 0 while the slot has no worker.
     pub uptime_s: u64,
@@ -206,13 +198,11 @@ pub struct WorkerStatus {
     /// or stuck.
     #[serde(default)]
     pub silent_ms: u64,
-    /// Its handler threads.
     #[serde(default)]
     pub threads: u64,
     /// Those of them that run past their deadline.
     #[serde(default)]
     pub lost_threads: u64,
-    /// The programs of its pools.
     #[serde(default)]
     pub programs: u64,
     /// Those of them that do not serve: they start, or died too often and wait.
@@ -259,7 +249,6 @@ impl WorkerPhase {
 /// The call of a worker that has been running for longest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OldestCall {
-    /// Its method.
     pub method: String,
     /// How long it has been running, in milliseconds.
     pub age_ms: u64,
@@ -287,7 +276,6 @@ pub struct ThrottleStatus {
 /// A worker that died.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeathStatus {
-    /// Its slot.
     pub slot: u16,
     /// Its process id then.
     pub pid: i32,
@@ -307,7 +295,6 @@ pub struct DeathStatus {
     pub at: u64,
 }
 
-/// A listening socket.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerStatus {
     /// Its address as in the configuration, with the port that it really has.

@@ -10,7 +10,6 @@ pub const HEADER: usize = 4;
 /// What stands at the head of some received bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DecodedFrame<'a> {
-    /// A whole frame.
     Whole {
         /// Its body; empty for a length of 0.
         body: &'a [u8],
@@ -23,10 +22,7 @@ pub enum DecodedFrame<'a> {
         need: usize,
     },
     /// A length over the limit: no frame boundary after it can be trusted.
-    TooLarge {
-        /// The length that was declared.
-        length: u32,
-    },
+    TooLarge { length: u32 },
 }
 
 /// Reads the frame at the head of `bytes`. `limit` is the largest body in bytes; a body of just

@@ -9,7 +9,6 @@ use memchr::memchr;
 /// What stands at the head of some received bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DecodedLine<'a> {
-    /// A whole line.
     Whole {
         /// Its text, without the newline.
         body: &'a [u8],

@@ -19,12 +19,10 @@ const READY: &str = "ready";
 /// So long it may be, with what else may stand there.
 const LONGEST_READY: usize = 4096;
 
-/// What a program has sent.
 #[derive(Debug)]
 pub enum Sent<'a> {
     /// That it can take calls.
     Ready,
-    /// An answer.
     Answer(Answer<'a>),
 }
 

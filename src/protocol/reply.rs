@@ -22,10 +22,8 @@ pub enum Framing {
     Member,
 }
 
-/// The shape of one answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AnswerFormat {
-    /// The form.
     pub form: Form,
     /// The dialect's part.
     pub wrap: Framing,
@@ -37,11 +35,9 @@ pub struct AnswerContext<'a> {
     /// It is the last one of its connection if that is `closing`, or the answer's own code is one
     /// that closes and is `ours`.
     pub last: bool,
-    /// The connection is to be closed.
     pub closing: bool,
     /// Its error is the server's own, whose code may close the connection.
     pub ours: bool,
-    /// The listed origins.
     pub origins: &'a [String],
 }
 

@@ -13,7 +13,6 @@ use nix::unistd::{Gid, Group, User};
 /// The account that workers run under.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {
-    /// The user's name.
     pub name: String,
     /// The user's id.
     pub uid: u32,
@@ -28,9 +27,7 @@ pub struct Account {
 /// Why there is no such account.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccountError {
-    /// No user of that name.
     NoUser(String),
-    /// No group of that name.
     NoGroup(String),
     /// The database of users or groups did not answer.
     System(Errno),

@@ -30,7 +30,6 @@ const REFER: u64 = 1 << 13;
 const VERSION: u32 = 1;
 /// The first version that knows `REFER` (Linux 5.19).
 const LEAST_VERSION: libc::c_long = 2;
-/// LANDLOCK_RULE_PATH_BENEATH.
 const PATH_BENEATH: u32 = 1;
 
 /// struct landlock_ruleset_attr of version 1; the kernel takes what is missing for zero.
@@ -39,7 +38,6 @@ struct RulesetAttr {
     handled_access_fs: u64,
 }
 
-/// struct landlock_path_beneath_attr.
 #[repr(C, packed)]
 struct PathBeneathAttr {
     allowed_access: u64,

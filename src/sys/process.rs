@@ -57,7 +57,6 @@ impl Pid {
 pub enum Fork {
     /// The parent, with the pid of the new child.
     Parent(Pid),
-    /// The child.
     Child,
 }
 
@@ -66,11 +65,8 @@ pub enum Fork {
 pub enum Exit {
     /// By `exit` with this code, 0 to 255.
     Code(i32),
-    /// By a signal.
     Signal {
-        /// The signal's number.
         number: i32,
-        /// Whether a core was dumped.
         core_dumped: bool,
     },
 }
@@ -230,12 +226,9 @@ pub fn thread_count() -> u64 {
     fs::metadata("/proc/self/task").map_or(0, |task| task.nlink().saturating_sub(2))
 }
 
-/// A child that has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReapedChild {
-    /// Which.
     pub pid: Pid,
-    /// How.
     pub exit: Exit,
     /// The most memory that it ever had resident, in bytes (ru_maxrss, getrusage(2)).
     pub peak_rss_bytes: u64,

@@ -187,7 +187,6 @@ impl InheritedFds {
         all.get(&number).ok_or_else(missing)?.try_clone()
     }
 
-    /// Their numbers.
     pub fn numbers(&self) -> Vec<RawFd> {
         self.all.borrow().keys().copied().collect()
     }

@@ -19,10 +19,8 @@ use super::process::Pid;
 /// Frames of a kernel stack that are told, innermost first.
 const MOST_FRAMES: usize = 8;
 
-/// A look at one thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThreadState {
-    /// Its name.
     pub name: String,
     /// The letter of its state, `R` or `S` say.
     pub state: char,
@@ -41,7 +39,6 @@ pub struct ThreadState {
 /// A system call that a thread is in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockedSyscall {
-    /// Its number.
     pub number: i64,
     /// Its first argument, often a descriptor.
     pub first: String,

@@ -11,7 +11,6 @@ use std::time::Duration;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-/// See the module.
 #[derive(Debug)]
 pub struct Timer(TimerFd);
 

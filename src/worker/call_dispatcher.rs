@@ -28,7 +28,6 @@ use crate::protocol::rpc_error::{RpcError, excerpt};
 use crate::protocol::{cancel, jsonrpc};
 use crate::sys::signal;
 
-/// What answers calls.
 #[derive(Debug)]
 pub struct CallDispatcher {
     /// The methods.
@@ -39,7 +38,6 @@ pub struct CallDispatcher {
     pub threads: Threads,
     /// All deadlines of the worker.
     pub timers: Timers,
-    /// The configured limits.
     pub limits: LimitsConfig,
     /// The origins whose web pages may call. A worker has them for life.
     pub origins: &'static [String],
@@ -67,7 +65,6 @@ pub struct CallDispatcher {
     pub errors: u64,
     /// Where this worker shows what it does.
     pub record: &'static WorkerRecord,
-    /// Its slot.
     pub slot: u16,
     /// What is not answered yet, for the keeper.
     pub ledger: CallJournal,

@@ -43,11 +43,8 @@ pub struct FinishedCall {
     pub token: Token,
     /// Where its answer goes, and how it looks there.
     pub reply: PendingAnswer,
-    /// Its id, as JSON.
     pub id: Option<Arc<str>>,
-    /// The number of its method.
     pub method: usize,
-    /// Its timer, to be disarmed.
     pub timer: u64,
     /// What its connection was charged with for it, in bytes.
     pub charged_bytes: usize,
@@ -71,7 +68,6 @@ struct Lane {
     bytes: usize,
 }
 
-/// The calls of a worker.
 #[derive(Debug)]
 pub struct CallScheduler {
     table: CallTable,

@@ -23,11 +23,9 @@ pub struct ScheduledCall {
     pub token: Token,
     /// Where its answer goes, and how it looks there.
     pub reply: PendingAnswer,
-    /// Its id, as JSON.
     pub id: Option<Arc<str>>,
     /// Where its connection comes from.
     pub peer: Option<SocketAddr>,
-    /// The number of its method.
     pub method: usize,
     /// When it was read, in milliseconds.
     pub read_ms: u64,
@@ -66,7 +64,6 @@ struct CallEntry {
     newer: usize,
 }
 
-/// All calls.
 #[derive(Debug, Default)]
 pub struct CallTable {
     entries: Slab<CallEntry>,
@@ -76,7 +73,6 @@ pub struct CallTable {
 }
 
 impl CallTable {
-    /// Adds a call.
     pub fn insert(&mut self, call: ScheduledCall) -> CallKey {
         let place = call.token.index();
         if place >= self.newest.len() {
@@ -134,7 +130,6 @@ impl CallTable {
             .filter(move |(_, call)| call.token == token)
     }
 
-    /// All calls.
     pub fn iter(&self) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
         self.entries
             .iter()

@@ -53,7 +53,6 @@ pub struct PendingAnswer {
     pub place: AnswerPosition,
     /// What it looks like.
     pub shape: AnswerFormat,
-    /// Its call in the ledger.
     pub mark: CallRef,
 }
 
@@ -77,7 +76,6 @@ pub enum Discard {
     Line,
 }
 
-/// One client connection.
 #[derive(Debug)]
 pub struct Connection {
     /// Its name on the event floor.

@@ -76,7 +76,6 @@ impl WarningKind {
 
 /// A worker at work.
 pub struct EventLoop {
-    /// What answers calls.
     pub service: CallDispatcher,
     /// By `Token::index`.
     pub connections: Vec<Option<Connection>>,
@@ -86,7 +85,6 @@ pub struct EventLoop {
     pub signals: SignalPipe,
     /// Woken by handler threads and the keepers of programs.
     pub waker: Arc<Waker>,
-    /// Which generation this worker is of.
     pub generation: Generation,
     /// Where connections pass between siblings.
     pub adoption: AdoptionQueue,
@@ -95,7 +93,6 @@ pub struct EventLoop {
     pub(super) give_deadline: u64,
     /// What the master has ordered for the sake of evenness.
     pub(super) spreading: ActiveRebalance,
-    /// Shows that this worker drains.
     pub(super) show_draining: Box<dyn Fn()>,
     /// How this worker leaves, once it has to.
     pub drain: Drain,

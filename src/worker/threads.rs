@@ -29,7 +29,6 @@ const STACK: usize = 2 * 1024 * 1024;
 /// The loop hears of what is done after so much work at the latest.
 const UNTOLD: Duration = Duration::from_micros(100);
 
-/// The threads.
 #[derive(Debug)]
 pub struct Threads {
     shelf: Arc<Shelf>,
@@ -153,12 +152,10 @@ impl Threads {
         self.pools.down()
     }
 
-    /// The programs of all pools.
     pub fn pools(&mut self) -> &mut Pools {
         &mut self.pools
     }
 
-    /// Takes what is done, without waiting.
     pub fn take_done(&mut self) -> impl Iterator<Item = Done> {
         let mut done = Vec::new();
         self.pools.take_done(&mut done);

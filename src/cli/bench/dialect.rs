@@ -51,10 +51,14 @@ pub(super) struct CallEncoder {
 /// What stands at the head of the bytes of a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum ParsedAnswer {
-    /// A result.
-    Result { used: usize },
+    Result {
+        used: usize,
+    },
     /// An error, called so in the report.
-    Error { used: usize, name: String },
+    Error {
+        used: usize,
+        name: String,
+    },
     /// Not whole yet.
     Partial,
     /// Something else.

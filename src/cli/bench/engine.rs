@@ -42,7 +42,6 @@ pub(super) struct LoadShare {
     pub(super) first: u64,
 }
 
-/// See the module.
 pub(super) struct Engine {
     floor: Reactor,
     timer: Timer,

@@ -10,7 +10,6 @@ const HEADERS_MAX: usize = 64;
 
 /// What stands at the head of the bytes of a connection.
 pub(super) enum HttpResponse<'a> {
-    /// A whole response.
     Whole {
         status: u16,
         body: &'a [u8],

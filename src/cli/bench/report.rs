@@ -12,7 +12,6 @@ use crate::cli::table::Style;
 use crate::cli::units::{count, plural};
 use crate::error::{Error, Result};
 
-/// The percentiles that are told.
 const PERCENTILES: [f64; 6] = [50.0, 75.0, 90.0, 99.0, 99.9, 99.99];
 /// The widest bar of the picture, in characters.
 const WIDTH: usize = 40;

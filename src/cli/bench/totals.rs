@@ -9,10 +9,8 @@ use crate::error::{Error, Result};
 /// The longest latency that is told from longer ones, in nanoseconds: an hour.
 const LONGEST: u64 = 3_600_000_000_000;
 
-/// See the module. Every call that was sent is in exactly one of `ok`, `errors` and `unanswered`.
 #[derive(Debug, Clone)]
 pub(super) struct BenchTotals {
-    /// Calls that were sent.
     pub(super) sent: u64,
     /// Those with a result.
     pub(super) ok: u64,

@@ -11,7 +11,6 @@ use crossbeam_channel::Sender;
 
 use crate::error::{Error, Result};
 
-/// A line of the input.
 pub(super) struct InputLine {
     /// Counted from 1.
     pub(super) number: u64,

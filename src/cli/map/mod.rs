@@ -138,7 +138,6 @@ fn tell(
 
 /// Why it ends before the input does.
 enum End {
-    /// Who reads the results has left.
     ReaderLeft,
     Failed(Error),
 }

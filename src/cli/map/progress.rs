@@ -14,7 +14,6 @@ use super::super::units::count;
 /// How often the bar is drawn by itself, so that the clock goes on while nothing ends.
 const TICK: Duration = Duration::from_millis(200);
 
-/// See the module.
 pub(super) struct ProgressBar(Option<indicatif::ProgressBar>);
 
 impl ProgressBar {

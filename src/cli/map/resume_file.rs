@@ -16,7 +16,6 @@ use crate::error::{Error, Result};
 
 const HEAD: &str = "# preforkd map ";
 
-/// See the module.
 #[derive(Debug)]
 pub(super) struct ResumeFile {
     path: PathBuf,

@@ -19,7 +19,6 @@ use crate::protocol::rpc_error::{RpcError, excerpt};
 /// The longest argument that the kernel takes, without its NUL (MAX_ARG_STRLEN, execve(2)).
 const LONGEST: usize = 128 * 1024 - 1;
 
-/// The arguments of a command.
 #[derive(Debug)]
 pub(super) struct Arguments(Vec<Argument>);
 
@@ -93,7 +92,6 @@ fn list(names: &[&str]) -> String {
     quoted.join(", ")
 }
 
-/// A value as an argument.
 fn checked(name: &str, value: &RawValue, after_dashes: bool) -> Result<CString, RpcError> {
     let refused = |problem: String| {
         Err(RpcError::invalid_params(format!(

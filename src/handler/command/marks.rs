@@ -26,7 +26,6 @@ const STACK: usize = 256 * 1024;
 /// Which worker a process belongs to, and which of its calls.
 pub type Mark = (Pid, u64);
 
-/// The readers of one worker.
 #[derive(Debug)]
 pub(super) struct Reader {
     /// Processes that a thread is stuck at, and nobody waits for any more.

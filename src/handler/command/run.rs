@@ -44,7 +44,6 @@ pub(super) enum Stopped {
     },
 }
 
-/// A command that runs.
 pub(super) struct CommandProcess {
     child: ChildProcess,
     /// `None` once it is closed.

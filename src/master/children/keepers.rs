@@ -28,7 +28,6 @@ use crate::sys::signal::Fault;
 use crate::sys::spawn;
 use crate::throttle::limiter::Limiter;
 
-/// Keepers whose workers have been reaped.
 #[derive(Debug, Default)]
 pub struct Keepers(HashMap<Pid, DeadWorker>);
 
@@ -42,9 +41,7 @@ struct KeeperProgress {
 /// What a keeper has of its worker.
 #[derive(Debug)]
 pub struct DeadWorker {
-    /// The worker.
     pub worker: Pid,
-    /// Its record.
     pub record: &'static WorkerRecord,
     /// The number of the record, which is free once the keeper is done.
     pub record_index: usize,
@@ -88,11 +85,8 @@ impl DeadWorker {
 /// A keeper whose worker is gone, as it crosses an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeeperState {
-    /// Who it is.
     pub pid: i32,
-    /// Its worker.
     pub worker: i32,
-    /// The place of the record.
     pub record: usize,
 }
 

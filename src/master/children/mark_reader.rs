@@ -31,11 +31,9 @@ const ANSWER: usize = size_of::<i32>();
 pub(crate) struct Origin<'a> {
     /// Where its title goes.
     pub title: Option<TitleArea>,
-    /// The name of the program.
     pub program: &'a str,
 }
 
-/// A reader at work.
 #[derive(Debug)]
 pub(crate) struct MarkReader {
     /// Its pid; it is reaped by the master's loop.

@@ -25,7 +25,6 @@ const MOST_LATE: usize = 4;
 /// Between two tries when there is no process to be had.
 const RETRY: Millis = 1_000;
 
-/// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Orphans {
     /// Children from before, such as a shell's that became us by exec.

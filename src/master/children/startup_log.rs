@@ -11,7 +11,6 @@ use crate::logging::printable;
 /// The last lines that are kept of each worker, and told of all.
 const MOST_LINES: usize = 20;
 
-/// See the module.
 #[derive(Debug, Default)]
 pub struct StartupLog {
     said: BTreeMap<Pid, (Slot, VecDeque<String>)>,

@@ -46,7 +46,6 @@ pub struct GenerationContext {
     pub settings: Rc<Settings>,
     /// Its methods.
     pub registry: Arc<Registry>,
-    /// Its listeners.
     pub listeners: Vec<Rc<Listener>>,
     /// What is told of its workers.
     pub known: Rc<GenerationInfo>,
@@ -111,10 +110,8 @@ pub struct ForkContext<'a> {
     pub awaited: bool,
 }
 
-/// One living worker.
 #[derive(Debug)]
 pub struct WorkerHandle {
-    /// Its generation.
     pub generation: Generation,
     /// What is told of it. Not its configuration with the listeners, which the master closes before
     /// it has ended.
@@ -260,7 +257,6 @@ impl Children {
         self.living.get(&pid)
     }
 
-    /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = (Pid, &WorkerHandle)> {
         self.living.iter().map(|(pid, worker)| (*pid, worker))
     }

@@ -32,7 +32,6 @@ pub struct WorkersState {
     pub giving: RawFd,
     /// Likewise.
     pub taking: RawFd,
-    /// Those that live.
     pub living: Vec<WorkerState>,
     /// What is told of them, each once.
     pub known: Vec<GenerationInfo>,
@@ -44,13 +43,9 @@ pub struct WorkersState {
 /// One living worker, likewise.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerState {
-    /// Who it is.
     pub pid: i32,
-    /// Its generation.
     pub generation: u32,
-    /// Its slot.
     pub slot: u16,
-    /// The place of its record.
     pub record: usize,
     /// Its link's descriptor, while that stands.
     pub link: Option<RawFd>,

@@ -39,7 +39,6 @@ const RETRY_MS: Millis = 200;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub(crate) u64);
 
-/// One client.
 #[derive(Debug)]
 struct ControlClient {
     stream: GuardedSocket,
@@ -54,7 +53,6 @@ struct ControlClient {
     deadline: Option<Millis>,
 }
 
-/// The control socket and its clients.
 #[derive(Debug)]
 pub struct ControlSocket {
     path: OwnedPath,
@@ -68,13 +66,11 @@ pub struct ControlSocket {
 /// The control socket as it crosses an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlState {
-    /// Its path.
     pub path: OwnedPath,
     /// Its descriptor's number.
     pub fd: RawFd,
     /// The number that the next client gets.
     pub next: u64,
-    /// Its clients.
     pub clients: Vec<ClientState>,
 }
 
@@ -89,7 +85,6 @@ pub struct ClientState {
     pub received: Vec<u8>,
     /// What it has not taken yet of its answer.
     pub unsent: Vec<u8>,
-    /// Whether it has asked.
     pub asked: bool,
     /// Whether it sends nothing more.
     pub ended: bool,
@@ -216,7 +211,6 @@ impl ControlSocket {
         }
     }
 
-    /// Removes the path.
     pub fn remove(&self) {
         self.path.remove();
     }

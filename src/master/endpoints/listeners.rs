@@ -24,7 +24,6 @@ use crate::sys::notify::PassedListener;
 use crate::sys::rights;
 use crate::sys::socket::{self, Bound};
 
-/// A listening socket.
 #[derive(Debug)]
 pub struct Listener {
     /// The address that it is configured under.
@@ -48,9 +47,7 @@ pub struct ListenerState {
     pub address: String,
     /// The service manager's name for it.
     pub name: Option<String>,
-    /// As it is bound.
     pub bound: String,
-    /// The backlog that was asked for.
     pub backlog: u32,
     /// The path that is to be removed at the end.
     pub path: Option<OwnedPath>,

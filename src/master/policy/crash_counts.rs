@@ -24,12 +24,9 @@ struct Suspect {
     last: Millis,
 }
 
-/// A call in quarantine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QuarantinedCall {
-    /// Its key.
     pub key: u64,
-    /// Its method.
     pub method: String,
     /// When it was put there, in seconds since 1970.
     pub at: u64,

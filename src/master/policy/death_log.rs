@@ -18,12 +18,10 @@ const LONGEST_METHOD: usize = 128;
 /// Longest text of evidence that is kept, in characters.
 const LONGEST_TEXT: usize = 4096;
 
-/// One death.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Death {
     /// Where the worker was.
     pub slot: Slot,
-    /// Who it was.
     pub pid: Pid,
     /// Which configuration it ran.
     pub generation: Generation,

@@ -124,7 +124,6 @@ pub enum Event {
     Died {
         /// Who. Need not be a worker: what is unknown is ignored.
         pid: Pid,
-        /// How.
         how: Exit,
         /// The method that it last ran, as its scoreboard record says.
         method: Option<String>,
@@ -157,7 +156,6 @@ pub enum Event {
         /// How long.
         delay: Millis,
     },
-    /// Stop now.
     StopNow,
 }
 
@@ -166,7 +164,6 @@ pub enum Event {
 pub enum Action {
     /// Fork a worker, and report [`Event::Forked`] or [`Event::ForkFailed`]: exactly one of them.
     Fork {
-        /// Its slot.
         slot: Slot,
         /// Its generation: which configuration it runs.
         generation: Generation,
@@ -202,7 +199,6 @@ pub enum Action {
     ReloadDone(Result<Generation, String>),
     /// The time of [`Event::StopAfter`] is over: report [`Event::Stop`].
     StopDue,
-    /// A line for the log.
     Log {
         /// How bad it is.
         level: log::Level,
@@ -210,14 +206,10 @@ pub enum Action {
         text: String,
     },
     /// No child is left, nothing is left to do: leave. The last action of all.
-    Exit {
-        /// The exit code.
-        code: u8,
-    },
+    Exit { code: u8 },
 }
 
 impl Action {
-    /// The child that it is about.
     pub(crate) fn child(&self) -> Option<Pid> {
         match self {
             Action::Drain { pid, .. } | Action::Diagnose { pid } | Action::Kill { pid, .. } => {

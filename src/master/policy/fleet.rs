@@ -24,7 +24,6 @@ const REFUSALS: (u64, Millis) = (1, 5_000);
 pub(crate) enum ServerPhase {
     /// Not every worker has been ready yet.
     StartUp,
-    /// They have.
     Serving,
     /// No fork any more; leave when the last child is gone.
     Stopping {
@@ -32,7 +31,6 @@ pub(crate) enum ServerPhase {
         leave: StopMode,
         /// The exit code then.
         code: u8,
-        /// Since when.
         since: Millis,
     },
     /// [`Action::Exit`] was given.
@@ -65,7 +63,6 @@ const RECYCLE_LINES: (u64, Millis) = (20, 1_000);
 /// A reload whose verdict is open.
 #[derive(Debug)]
 pub(crate) struct PendingReload {
-    /// The next generation.
     pub generation: Generation,
     /// Its limits, the count within bounds.
     pub limits: PolicyLimits,
@@ -77,9 +74,7 @@ pub(crate) struct PendingReload {
 #[derive(Debug)]
 pub struct Fleet {
     pub(crate) phase: ServerPhase,
-    /// The generation that serves.
     pub(crate) serving: Generation,
-    /// Its limits.
     pub(crate) limits: PolicyLimits,
     /// How many workers it shall have; differs from `limits.count` after a scale.
     pub(crate) count: usize,

@@ -21,7 +21,6 @@ use crate::throttle::Throttle;
 /// A fleet between two reloads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FleetState {
-    /// The generation that serves.
     pub generation: u32,
     /// The last generation's number given out.
     pub last_generation: u32,
@@ -42,7 +41,6 @@ pub struct FleetState {
 /// A seat and who sits there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeatState {
-    /// Its slot.
     pub slot: u16,
     /// Who sits there, if anybody does.
     pub worker: Option<i32>,
@@ -60,24 +58,17 @@ pub struct SeatState {
     pub throttle: Throttle,
 }
 
-/// A living child.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChildState {
-    /// Who it is.
     pub pid: i32,
-    /// Its generation.
     pub generation: u32,
-    /// Its slot.
     pub slot: u16,
-    /// Its configuration's limits.
     pub limits: PolicyLimits,
     /// When it was forked.
     pub born: Millis,
-    /// When it said ready.
     pub ready_at: Option<Millis>,
     /// Where it is in its life.
     pub stage: WorkerStage,
-    /// Since when.
     pub since: Millis,
     /// The last sign of its event loop.
     pub heartbeat: Millis,
@@ -93,14 +84,11 @@ pub struct ChildState {
     pub killed: bool,
 }
 
-/// A death record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeathState {
     /// Where the worker was.
     pub slot: u16,
-    /// Who it was.
     pub pid: i32,
-    /// Its generation.
     pub generation: u32,
     /// Its exit code, if it left by one.
     pub exit: Option<i32>,

@@ -58,7 +58,6 @@ pub(crate) struct World {
     pub ordered: Vec<(Generation, Slot)>,
     /// Whether forks wait in `ordered`.
     pub hold_forks: bool,
-    /// Whether the system refuses to fork.
     pub refuse_forks: bool,
     reloads: usize,
     verdicts: usize,
@@ -103,7 +102,6 @@ impl World {
         world
     }
 
-    /// A master that serves.
     pub fn serving(limits: PolicyLimits) -> World {
         let mut world = World::new(limits);
         world.all_ready();
@@ -380,7 +378,6 @@ impl World {
         view.expect("the slot exists")
     }
 
-    /// How many are in a state.
     pub fn count(&self, state: WorkerPhase) -> usize {
         let views = self.fleet.workers();
         views.iter().filter(|view| view.state == state).count()
@@ -397,7 +394,6 @@ impl World {
         hit.map(|(at, _)| *at)
     }
 
-    /// Those ordered to drain.
     pub fn drained(&self) -> BTreeSet<Pid> {
         let pid = |(_, action): &(Millis, Action)| match action {
             Action::Drain { pid, .. } => Some(*pid),

@@ -236,7 +236,6 @@ impl Fleet {
         self.trouble(Level::Warn, text);
     }
 
-    /// The seat whose fork is reported.
     fn forking(&mut self, seat: SlotId) -> &mut SlotEntry {
         let tenure = self.table.seats.get_mut(&seat);
         let is_forking = |tenure: &&mut SlotEntry| {

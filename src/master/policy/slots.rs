@@ -14,12 +14,9 @@ use super::event::{Millis, PolicyLimits};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::throttle::Throttle;
 
-/// A slot of one generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct SlotId {
-    /// The generation.
     pub generation: Generation,
-    /// The slot.
     pub slot: Slot,
 }
 
@@ -112,20 +109,15 @@ pub enum WorkerStage {
     },
 }
 
-/// One living child.
 #[derive(Debug)]
 pub(crate) struct ChildRecord {
     /// Its seat, also once it drains and somebody else sits there.
     pub seat: SlotId,
-    /// Its configuration's limits.
     pub limits: PolicyLimits,
-    /// When it was forked.
     pub forked_at: Millis,
-    /// When it said ready.
     pub ready_at: Option<Millis>,
     /// Where it is in its life.
     pub stage: WorkerStage,
-    /// Since when.
     pub stage_since: Millis,
     /// The last sign of its event loop, or a later moment from which to count.
     pub heartbeat: Millis,
@@ -167,7 +159,6 @@ impl ChildRecord {
         is_watched.then(|| self.heartbeat + timeout)
     }
 
-    /// When something is due for it.
     pub fn due_at(&self) -> Option<Millis> {
         let next = self.next_signal.map(|(at, _)| at);
         next.into_iter().chain(self.heartbeat_deadline()).min()

@@ -11,13 +11,10 @@ use crate::throttle::HEALTHY_AFTER;
 /// One line of `status`: a worker, or a slot without one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerView {
-    /// Its slot.
     pub slot: Slot,
-    /// Its generation.
     pub generation: Generation,
     /// `None` iff throttled or dead.
     pub pid: Option<Pid>,
-    /// Its state.
     pub state: WorkerPhase,
     /// Since when it is in that state.
     pub since: Millis,
@@ -59,7 +56,6 @@ impl Fleet {
         views
     }
 
-    /// The generation that serves.
     pub fn generation(&self) -> Generation {
         self.serving
     }

@@ -18,7 +18,6 @@ use crate::sys::process::{Pid, resident_bytes};
 /// What the master itself adds.
 #[derive(Debug)]
 pub struct About<'a> {
-    /// When it started.
     pub started: Millis,
     /// How the last reload ended.
     pub last_reload: Option<&'a LastReload>,

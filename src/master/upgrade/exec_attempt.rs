@@ -32,7 +32,6 @@ const LONGEST_REASON: usize = 4096;
 pub enum StartMode {
     /// It is asked whether it could take over; the table is on its standard input.
     Probe,
-    /// It takes over.
     TakeOver(ExecAttempt),
 }
 

@@ -53,7 +53,6 @@ const REASON: &str = "PREFORKD_UPGRADE_REASON";
 /// What a probe writes on a line of its own when it could take over.
 pub const PROBE_PASSED: &str = "preforkd: this program can take the running server over";
 
-/// Where an upgrade is.
 #[derive(Debug, Default)]
 pub(super) enum UpgradeStage {
     /// There is none.
@@ -61,7 +60,6 @@ pub(super) enum UpgradeStage {
     Idle,
     /// The probe runs; or it was given up and has not ended yet.
     Probing(Box<Probe>),
-    /// The probe has passed.
     Passed(probe::FileIdentity),
     /// This is the new program, and its reload's verdict is open.
     AwaitingReload,
@@ -74,7 +72,6 @@ pub(super) enum UpgradeStage {
 pub(super) struct Upgrade {
     /// It was asked for and has not begun.
     pub(super) asked: bool,
-    /// Who waits for its verdict.
     pub(super) waiting: Vec<ClientId>,
     pub(super) stage: UpgradeStage,
     /// On trial: a reload was asked for besides, which the upgrade's own takes the place of.

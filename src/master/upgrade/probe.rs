@@ -30,7 +30,6 @@ const MOST_AT_ONCE: usize = 64 * 1024;
 /// How many of its last lines tell why.
 const LINES: usize = 10;
 
-/// A probe at work.
 #[derive(Debug)]
 pub struct Probe {
     child: ChildProcess,
@@ -45,7 +44,6 @@ pub struct Probe {
     deadline: Millis,
     /// Killed at its deadline; the verdict was given.
     pub given_up: bool,
-    /// The file that it runs.
     file: FileIdentity,
 }
 
@@ -113,7 +111,6 @@ impl Probe {
         })
     }
 
-    /// Who it is.
     pub fn pid(&self) -> Pid {
         self.child.pid()
     }

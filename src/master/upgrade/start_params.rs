@@ -16,14 +16,12 @@ use crate::config::Overrides;
 
 const OWN_IMAGE: &str = "/proc/self/exe";
 
-/// See the module.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartParams {
     /// The program, absolute; its symbolic links are kept, for they may lead elsewhere later.
     pub path: PathBuf,
     /// Its arguments, its own name first.
     pub arguments: Vec<OsString>,
-    /// Its working directory.
     pub directory: PathBuf,
     /// The configuration file, absolute, if there is one.
     pub file: Option<PathBuf>,

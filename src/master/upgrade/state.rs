@@ -33,7 +33,6 @@ pub struct UpgradeState {
     pub format: u32,
     /// The version of preforkd that wrote it.
     pub version: String,
-    /// How the server was started.
     pub origin: StartParams,
     /// When, on the clock of all these times (CLOCK_MONOTONIC, in milliseconds).
     pub started: Millis,
@@ -45,7 +44,6 @@ pub struct UpgradeState {
     pub pid_file: (OwnedPath, RawFd),
     /// The control socket and its clients.
     pub control: ControlState,
-    /// Every listener.
     pub listeners: Vec<ListenerState>,
     /// Those of the generation that serves, by their place in `listeners`.
     pub serving: Vec<usize>,

@@ -16,11 +16,9 @@ pub enum Length {
     None,
     /// So many bytes.
     Known(usize),
-    /// Its chunks tell.
     Chunked,
 }
 
-/// What a request asks for.
 #[derive(Debug, Clone)]
 pub enum Ask {
     /// `POST /`: the body is a call, or a batch.
@@ -35,14 +33,11 @@ pub enum Ask {
     Refused(RejectedRequest),
 }
 
-/// A head that was understood.
 #[derive(Debug, Clone)]
 pub struct RequestHead {
     /// Its bytes, the empty line included.
     pub length: usize,
-    /// What is asked.
     pub ask: Ask,
-    /// The body.
     pub body: Length,
     /// How to respond.
     pub reply: ResponseOptions,

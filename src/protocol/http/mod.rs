@@ -29,9 +29,7 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 /// What stands at the head of some received bytes.
 #[derive(Debug)]
 pub enum DecodedRequest<'a> {
-    /// A whole request.
     Whole {
-        /// What its head said.
         head: RequestHead,
         /// Its body: borrowed, unless it came in chunks.
         body: Cow<'a, [u8]>,

@@ -15,10 +15,8 @@ pub struct RequestLimits<'r> {
     pub origins: &'r [String],
 }
 
-/// A request that is not served.
 #[derive(Debug, Clone)]
 pub struct RejectedRequest {
-    /// The status of the response.
     pub status: u16,
     /// What the response says.
     pub error: RpcError,

@@ -47,7 +47,6 @@ pub(super) enum Taken {
     Fresh(OwnedFd),
     /// A sibling passed a connection on: its socket, the length of the packet, a second descriptor.
     Adopted(OwnedFd, usize, Option<OwnedFd>),
-    /// Nothing waits.
     Nothing,
     /// This source is not watched: the driver paused it since the wake-up.
     Paused,

@@ -34,13 +34,9 @@ impl Token {
 #[derive(Debug)]
 pub enum Completion<'a> {
     /// A client has connected; `Reactor::register` makes a connection of it.
-    Accepted {
-        /// Its socket.
-        socket: OwnedFd,
-    },
+    Accepted { socket: OwnedFd },
     /// A sibling has passed a connection on.
     Adopted {
-        /// The client's socket.
         socket: OwnedFd,
         /// The packet that it came with, lent until the call returns.
         packet: &'a [u8],
@@ -57,7 +53,6 @@ pub enum Completion<'a> {
     Received {
         /// From whom.
         token: Token,
-        /// What.
         bytes: &'a [u8],
     },
     /// The peer sends no more, but may still read.
@@ -80,7 +75,6 @@ pub enum Completion<'a> {
     Failed {
         /// The connection.
         token: Token,
-        /// How.
         error: io::Error,
     },
     /// A watched descriptor is readable.

@@ -75,7 +75,6 @@ pub enum UnsentData {
 }
 
 impl UnsentData {
-    /// What a number says.
     pub fn of(number: u32) -> Self {
         match number {
             0 => UnsentData::Nothing,
@@ -97,7 +96,6 @@ pub enum PendingAccept {
 }
 
 impl PendingAccept {
-    /// What a number says.
     pub fn of(number: u32) -> Self {
         match number {
             0 => PendingAccept::Nobody,
@@ -134,7 +132,6 @@ impl IoProgress {
         ))
     }
 
-    /// The place of a connection.
     pub fn seat(&self, token: Token) -> Option<&'static ConnectionRecord> {
         self.seats.get(token.index())
     }

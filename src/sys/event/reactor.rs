@@ -200,7 +200,6 @@ impl Reactor {
         Ok(token)
     }
 
-    /// Connections that are open.
     pub fn connections(&self) -> usize {
         self.sockets.len()
     }
@@ -297,7 +296,6 @@ impl Reactor {
         }
     }
 
-    /// The socket of a connection.
     pub fn descriptor(&self, token: Token) -> Option<&GuardedSocket> {
         let socket = self.sockets.get(token.index())?;
         (Token::new(token.index(), socket.tag) == token).then_some(&socket.fd)

@@ -9,7 +9,6 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, g
 use super::send_buffer::SendBuffer;
 use crate::sys::rights::GuardedSocket;
 
-/// One connection's socket.
 #[derive(Debug)]
 pub(super) struct Socket {
     pub fd: GuardedSocket,

@@ -77,7 +77,6 @@ pub fn is_child(pid: Pid) -> bool {
     with_children(|children| children.contains(&pid.0))
 }
 
-/// All of those children.
 pub fn children() -> Vec<Pid> {
     with_children(|children| children.iter().copied().map(Pid).collect())
 }
@@ -225,7 +224,6 @@ fn start(
 }
 
 impl ChildProcess {
-    /// Its pid.
     pub fn pid(&self) -> Pid {
         self.pid
     }

@@ -12,11 +12,9 @@ use crate::sys::account::Account;
 pub struct SpawnTemplate {
     /// The program; absolute, for no search path is asked.
     pub program: CString,
-    /// The working directory.
     pub directory: CString,
     /// Whom the child becomes, if anybody else.
     pub account: Option<Account>,
-    /// Its resource limits.
     pub limits: ProcessLimits,
     /// Whether it is guarded (see `guard`), where the kernel can do that.
     pub guard: bool,
@@ -38,19 +36,13 @@ pub struct ProcessLimits {
 /// What a child could not do, which is why there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpawnStep {
-    /// Be created.
     Create,
-    /// Lead a session.
     Session,
-    /// Take its descriptors.
     Descriptors,
-    /// Take its limits.
     Limits,
     /// Become its user.
     Account,
-    /// Enter its guard.
     Guard,
-    /// Enter its directory.
     Directory,
     /// Become its program.
     Execute,
@@ -61,7 +53,6 @@ pub enum SpawnStep {
 pub struct SpawnError {
     /// What failed.
     pub step: SpawnStep,
-    /// With what.
     pub errno: Errno,
 }
 

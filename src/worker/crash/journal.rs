@@ -41,7 +41,6 @@ shared_record! {
         pub order: AtomicU64,
         /// Where its bytes end in the stream of the connection.
         pub end: AtomicU64,
-        /// The shape of its answer.
         pub shape: AtomicU32,
         /// `TAKEN` or `ANSWERED`.
         pub stage: AtomicU32,
@@ -51,11 +50,9 @@ shared_record! {
         pub id_length: AtomicU32,
         /// What it is known by in quarantine; 0 while that was not asked.
         pub key: AtomicU64,
-        /// The number of its method.
         pub method: AtomicU32,
         /// Keeps the next field in its place.
         pub spare: AtomicU32,
-        /// Its id, as JSON.
         pub id: [AtomicU64; ID_WORDS],
     }
 }
@@ -97,12 +94,10 @@ pub fn note_of(taken: &AdoptedConnection<'_>) -> u32 {
         | flag(!taken.unread.is_empty(), note::TAIL)
 }
 
-/// The shared memory.
 #[derive(Debug, Clone, Copy)]
 pub struct SharedJournal {
     /// The worker.
     pub head: &'static JournalHeader,
-    /// The calls.
     pub entries: &'static [CallRecord],
     /// The connections, as the event floor has them.
     pub witness: IoProgress,
@@ -353,7 +348,6 @@ impl CallJournal {
         }
     }
 
-    /// The server stops.
     pub fn stops(&self) {
         if let Some(book) = self.book {
             book.head.stops.store(1, Release);
@@ -372,7 +366,6 @@ impl CallJournal {
     }
 }
 
-/// A shape in one number.
 fn number(shape: AnswerFormat) -> u32 {
     let form = match shape.form {
         Form::Plain => 0,
@@ -392,7 +385,6 @@ fn number(shape: AnswerFormat) -> u32 {
     form | wrap << 2
 }
 
-/// The shape of a number.
 pub fn shape(number: u32) -> AnswerFormat {
     let form = match number & 3 {
         0 => Form::Plain,

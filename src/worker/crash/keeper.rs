@@ -62,7 +62,6 @@ pub fn make(boot: &WorkerInit<'_>) -> io::Result<KeeperSetup> {
     Ok(KeeperSetup { book, buffer })
 }
 
-/// Is the keeper.
 fn run_keeper(
     boot: &WorkerInit<'_>,
     (worker, addresses): (&OwnedFd, &[Bound]),

@@ -17,13 +17,10 @@ use crate::protocol::rpc_error::RpcError;
 /// A call without an answer.
 #[derive(Debug, Clone)]
 pub struct UnansweredCall {
-    /// The shape of its answer.
     pub shape: AnswerFormat,
     /// Its place among those in order; `None`: anywhere.
     pub order: Option<u64>,
-    /// Its id, as JSON.
     pub id: Option<String>,
-    /// Its handler may have begun.
     pub begun: bool,
     /// Its answer was among the bytes to be sent.
     pub answered: bool,
@@ -34,13 +31,11 @@ pub struct UnansweredCall {
 /// A connection, as the ledger has it.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionSnapshot {
-    /// The note of it.
     pub note: u32,
     /// The worker alone had bytes that the kernel had not taken.
     pub owed: bool,
     /// What came along with it to be sent to it first, and was not.
     pub unsent: Vec<u8>,
-    /// Its calls.
     pub calls: Vec<UnansweredCall>,
 }
 
@@ -69,11 +64,9 @@ pub struct Sending {
 pub enum Recovery {
     /// Another worker goes on with it.
     PassOn {
-        /// Its state.
         state: HandoffState,
         /// Answers that go first.
         unsent: Vec<u8>,
-        /// What is unread, in the buffer.
         unread: Range<usize>,
         /// How many calls are answered with `crashed`.
         crashed: usize,
@@ -84,7 +77,6 @@ pub enum Recovery {
     Reset,
 }
 
-/// Decides.
 pub fn decide(
     held: &ConnectionSnapshot,
     receiving: Option<Receiving>,
