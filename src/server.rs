@@ -3,6 +3,8 @@
 //! A program registers its methods (`methods`) and runs; commands and options are `cli`'s. Fails with
 //! what stopped the master from starting, or with the panic that ended it.
 
+#![allow(unsafe_code)]
+
 mod methods;
 mod upgraded;
 
@@ -122,9 +124,11 @@ impl Server {
         let program = self.name();
         // Before the title is written over the arguments, and before the directory is left.
         let origin = StartParams::of_this_process(file.clone(), &overrides);
-        let title = TitleArea::claim();
+        // SAFETY: one thread runs, as checked above.
+        let title = unsafe { TitleArea::claim() };
         // Before the pid changes, which the service manager has written into the variables.
-        let passed = notify::take_listeners()
+        // SAFETY: one thread runs, as checked above, and nothing owns a passed descriptor yet.
+        let passed = unsafe { notify::take_listeners() }
             .map_err(|error| Error::system("take the service manager's listeners", error))?;
         // The program may have set its default, which would end the master when the log loses its reader.
         signal::ignore(&[Signal::SIGPIPE]);
@@ -324,7 +328,9 @@ fn leave_descriptors(
     keep.extend(opened_in_main);
     keep.push(launcher.raw_descriptor());
     keep.extend(logging::output_descriptor());
-    descriptor::close_all_but(&keep);
+    // SAFETY: nothing but the kept descriptors is used from here on: the program has opened the
+    // rest before, or the shell has passed it on, and no value of this process owns it.
+    unsafe { descriptor::close_all_but(&keep) };
 }
 
 /// A fork copies this thread alone, and every lock that another one holds. Threads that were joined may

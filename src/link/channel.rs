@@ -13,7 +13,7 @@ use nix::errno::Errno;
 
 use super::message::{Message, MessageBody, Order, PACKET, Report};
 use crate::sys::rights::{self, GuardedSocket};
-use crate::sys::{process, socket};
+use crate::sys::{closer, socket};
 
 /// One end: sends `S`, receives `R`.
 #[derive(Debug)]
@@ -61,7 +61,7 @@ impl MasterEnd {
     /// its threads are stuck otherwise.
     pub fn of(fd: OwnedFd) -> Self {
         Channel {
-            fd: GuardedSocket::new(fd, process::close_in_child),
+            fd: GuardedSocket::new(fd, closer::close_in_child),
             bodies: PhantomData,
         }
     }

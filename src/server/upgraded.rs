@@ -5,6 +5,8 @@
 //! fails in a probe is told to the master that asks; what fails in a take-over, a panic too, goes back
 //! to the program before.
 
+#![allow(unsafe_code)]
+
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::os::fd::RawFd;
@@ -108,7 +110,8 @@ impl Server {
                  that dies is replaced on the new one: {error}"
             );
         }
-        let title = TitleArea::claim();
+        // SAFETY: one thread runs, as checked above.
+        let title = unsafe { TitleArea::claim() };
         let hooks = Arc::new(std::mem::take(&mut self.hooks));
         trial.as_mut().ok_or_else(gone)?.listen()?;
         let kept = start_hooks(&hooks, opened_in_main)?;

@@ -70,22 +70,27 @@ pub fn end_with_parent(parent: Pid) -> io::Result<bool> {
     Ok(Pid::parent() == parent)
 }
 
-/// Takes over a descriptor that the other one of two twins has left behind, by its number; `None`
-/// when there is none of that number. For the one that goes on after the other has ended, and that
-/// owns no value of its own for that number.
-pub fn take_fd(fd: RawFd) -> Option<OwnedFd> {
+/// Takes ownership of a descriptor by its number. Returns `None` if it is not open.
+///
+/// # Safety
+/// No value of this process may own the descriptor. A keeper keeps this after its worker, which
+/// shared the descriptor table and owned it, has ended.
+pub unsafe fn take_fd(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: F_GETFD takes no argument; a number that is not open is an error.
     let open = unsafe { libc::fcntl(fd, libc::F_GETFD) };
-    // SAFETY: it is open, and its owner has ended: that nobody else here owns it is the caller's
-    // promise.
+    // SAFETY: it is open, and the caller promises that nothing here owns it.
     (open >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Looks at a descriptor by its number, under the same promise; `None` when there is none.
-pub fn borrow_fd<T>(fd: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
-    let held = take_fd(fd)?;
+/// Calls `look` with a descriptor by its number. Returns `None` if it is not open.
+///
+/// # Safety
+/// The descriptor must stay open until `look` returns.
+pub unsafe fn borrow_fd<T>(fd: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
+    // SAFETY: it is given back below, so it is not owned twice.
+    let held = unsafe { take_fd(fd) }?;
     let seen = look(held.as_fd());
-    // It is not taken over yet.
+    // Not ours to close.
     let _ = std::os::fd::IntoRawFd::into_raw_fd(held);
     Some(seen)
 }

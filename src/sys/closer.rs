@@ -6,15 +6,19 @@
 //! task is exiting). So one that would block for an hour keeps no other one open. What can't be
 //! started is tried again with the next descriptor; until then they stay open.
 
-use std::io;
+#![allow(unsafe_code)]
+
+use std::io::{self, Read};
 use std::mem;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::Builder;
 
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigSet, SigmaskHow};
 
+use super::process::{Fork, exit_now, fork, thread_count};
 use super::{descriptor, signal};
 
 /// Bytes of a stack: these threads call next to nothing.
@@ -68,7 +72,8 @@ fn close_all(fds: Vec<OwnedFd>) {
         signal::block_all();
         // A table of its own: the descriptors are open in both from here on.
         if unshare(CloneFlags::CLONE_FILES).is_ok() {
-            descriptor::close_all_but(&numbers);
+            // SAFETY: this thread has a descriptor table of its own, and uses none of the closed ones.
+            unsafe { descriptor::close_all_but(&numbers) };
         }
         let _ = holds.send(());
         let _ = are_closed.recv();
@@ -78,4 +83,32 @@ fn close_all(fds: Vec<OwnedFd>) {
     }
     drop(fds);
     drop(closed);
+}
+
+/// Closes a descriptor whose close may block, in a child: what the end of a process closes waits
+/// for no unsent bytes. For the master, whose only thread must not wait. Without a process to be had
+/// it stays open. A process with more threads leaves it to one of them.
+pub fn close_in_child(fd: OwnedFd) {
+    if thread_count() > 1 {
+        return close(fd);
+    }
+    // The child must not take a signal to the pipe that it shares with this process.
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    match io::pipe().and_then(|pipe| Ok((fork()?, pipe))) {
+        Ok((Fork::Child, (mut closed, _))) => {
+            // SAFETY: this child never returns to the code that owns the descriptors.
+            unsafe { descriptor::close_all_but(&[fd.as_raw_fd(), closed.as_raw_fd()]) };
+            // Until the other process has closed its own, or is gone.
+            let _ = closed.read(&mut [0]);
+            exit_now(0);
+        }
+        Ok((Fork::Parent(_), pipe)) => {
+            drop(fd);
+            drop(pipe);
+        }
+        Err(_) => drop(fd.into_raw_fd()),
+    }
+    if let Ok(mask) = mask {
+        let _ = mask.thread_set_mask();
+    }
 }

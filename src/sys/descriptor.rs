@@ -55,9 +55,10 @@ fn flags(fd: RawFd) -> Option<libc::c_int> {
 
 /// Closes every descriptor from 3 up that is not in `keep`.
 ///
-/// Values that own one of the closed descriptors must not be used or dropped afterwards: the
-/// caller is a forked child that never returns into the code they belong to.
-pub fn close_all_but(keep: &[RawFd]) {
+/// # Safety
+/// No value that owns one of the closed descriptors may be used or dropped afterwards. A forked
+/// child keeps this if it never returns to the code that the values belong to.
+pub unsafe fn close_all_but(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep
         .iter()
         .filter_map(|&fd| u32::try_from(fd).ok())
@@ -67,12 +68,14 @@ pub fn close_all_but(keep: &[RawFd]) {
     for fd in keep {
         if fd >= from {
             if fd > from {
-                close_between(from, fd - 1);
+                // SAFETY: the caller promises that no owner of these numbers is left.
+                unsafe { close_between(from, fd - 1) };
             }
             from = fd + 1;
         }
     }
-    close_between(from, u32::MAX);
+    // SAFETY: likewise.
+    unsafe { close_between(from, u32::MAX) };
 }
 
 /// How many bytes a pipe or socket has to be read (FIONREAD, pipe(7)); 0 where that can't be told.
@@ -81,15 +84,22 @@ pub fn readable_bytes(fd: &OwnedFd) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
-/// Closes one descriptor, under the same promise.
-pub fn close(fd: RawFd) {
+/// Closes one descriptor.
+///
+/// # Safety
+/// As for [`close_all_but`].
+pub unsafe fn close(fd: RawFd) {
     if let Ok(fd) = u32::try_from(fd) {
-        close_between(fd, fd);
+        // SAFETY: the caller promises that no owner of this number is left.
+        unsafe { close_between(fd, fd) };
     }
 }
 
 /// Closes the descriptors `first` to `last`, both included.
-fn close_between(first: u32, last: u32) {
+///
+/// # Safety
+/// As for [`close_all_but`].
+unsafe fn close_between(first: u32, last: u32) {
     // SAFETY: no pointer is passed; that nobody uses these numbers again is the caller's promise.
     let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     if done == 0 {

@@ -120,15 +120,18 @@ pub struct PassedListener {
 }
 
 /// Takes the listeners that the service manager has passed (sd_listen_fds(3)) and clears the
-/// variables, so that no child takes them for its own. To be called once, while the process has
-/// one thread.
+/// variables, so that no child takes them for its own.
+///
+/// # Safety
+/// The process must have one thread, because the environment is changed. Call it once, before
+/// anything else takes ownership of the passed descriptors.
 ///
 /// # Errors
 /// When the variables make no sense or name descriptors that are not open.
-pub fn take_listeners() -> io::Result<Vec<PassedListener>> {
+pub unsafe fn take_listeners() -> io::Result<Vec<PassedListener>> {
     let named = sd_notify::listen_fds_with_names().map(Iterator::collect::<Vec<_>>);
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
-        // SAFETY: there is one thread, so nobody reads the environment meanwhile.
+        // SAFETY: the caller promises that there is one thread.
         unsafe { env::remove_var(variable) };
     }
     Ok(named?

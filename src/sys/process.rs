@@ -9,8 +9,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -19,12 +18,12 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::poll;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::signal::Signal;
 use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd;
 
-use super::{bounded, closer, descriptor};
+use super::bounded;
 
 /// The id of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -190,33 +189,6 @@ pub fn wait_for_one_thread(limit: Duration) -> u64 {
             return threads;
         }
         let _ = poll(&mut [], 1_u8);
-    }
-}
-
-/// Closes a descriptor whose close may block, in a child: what the end of a process closes waits
-/// for no unsent bytes. For the master, whose only thread must not wait. Without a process to be had
-/// it stays open. A process with more threads leaves it to one of them.
-pub fn close_in_child(fd: OwnedFd) {
-    if thread_count() > 1 {
-        return closer::close(fd);
-    }
-    // The child must not take a signal to the pipe that it shares with this process.
-    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    match io::pipe().and_then(|pipe| Ok((fork()?, pipe))) {
-        Ok((Fork::Child, (mut closed, _))) => {
-            descriptor::close_all_but(&[fd.as_raw_fd(), closed.as_raw_fd()]);
-            // Until the other process has closed its own, or is gone.
-            let _ = closed.read(&mut [0]);
-            exit_now(0);
-        }
-        Ok((Fork::Parent(_), pipe)) => {
-            drop(fd);
-            drop(pipe);
-        }
-        Err(_) => drop(fd.into_raw_fd()),
-    }
-    if let Ok(mask) = mask {
-        let _ = mask.thread_set_mask();
     }
 }
 

@@ -36,12 +36,15 @@ pub fn own_image() -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Takes a variable out of the environment, so that no child sees it. To be called while the
-/// process has one thread.
-pub fn take_variable(name: &str) -> Option<OsString> {
+/// Removes a variable from the environment, so that no child sees it, and returns its value.
+///
+/// # Safety
+/// The process must have one thread: removing a variable while another thread reads the environment
+/// is undefined behaviour (setenv(3)).
+pub unsafe fn take_variable(name: &str) -> Option<OsString> {
     let value = env::var_os(name);
     if value.is_some() {
-        // SAFETY: there is one thread, so nobody reads the environment meanwhile.
+        // SAFETY: the caller promises that there is one thread.
         unsafe { env::remove_var(name) };
     }
     value
@@ -150,12 +153,15 @@ pub struct InheritedFds {
 }
 
 impl InheritedFds {
-    /// Takes over `numbers`, and closes them to the next exec. To be called once in the life of a
-    /// program, before it has opened anything that could have one of the numbers.
+    /// Takes ownership of `numbers`, and has the next exec close them.
+    ///
+    /// # Safety
+    /// No value of this process may own one of `numbers`. So call it once, before the program opens
+    /// anything that could get one of them.
     ///
     /// # Errors
-    /// When one of them is not open, or is a standard stream.
-    pub fn claim(numbers: &BTreeSet<RawFd>, for_good: bool) -> io::Result<Self> {
+    /// If one of them is not open, or is a standard stream.
+    pub unsafe fn claim(numbers: &BTreeSet<RawFd>, for_good: bool) -> io::Result<Self> {
         let mut claimed = BTreeMap::new();
         let all: Vec<RawFd> = numbers.iter().copied().collect();
         if all.iter().any(|&number| number <= 2) {
@@ -164,8 +170,8 @@ impl InheritedFds {
         // All of them first: an error must not close those that are already owned.
         set_flags(&all, FdFlag::FD_CLOEXEC)?;
         for number in all {
-            // SAFETY: it is open, as the line above has found, was passed by the program before
-            // us for us to own, and each number is taken once.
+            // SAFETY: it is open, as `set_flags` has found, and the caller promises that nothing
+            // else owns it.
             claimed.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
         }
         Ok(InheritedFds {
@@ -221,14 +227,19 @@ mod tests {
         assert!(read_whole(file.as_fd(), 4).is_err());
         let number = file.into_raw_fd();
         set_flags(&[number], FdFlag::empty()).unwrap();
-        let through = InheritedFds::claim(&BTreeSet::from([number]), false).unwrap();
+        // SAFETY: the test owns the descriptors and uses them no more, or they are not open.
+        let through = unsafe { InheritedFds::claim(&BTreeSet::from([number]), false) }.unwrap();
         let one = through.take(number).unwrap();
         let flags = fcntl(one.as_fd(), FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
         assert!(through.take(number + 1000).is_err());
-        assert!(InheritedFds::claim(&BTreeSet::from([1]), false).is_err());
-        assert!(InheritedFds::claim(&BTreeSet::from([i32::MAX]), false).is_err());
-        let through = InheritedFds::claim(&BTreeSet::from([one.into_raw_fd()]), true).unwrap();
+        // SAFETY: the test owns the descriptors and uses them no more, or they are not open.
+        assert!(unsafe { InheritedFds::claim(&BTreeSet::from([1]), false) }.is_err());
+        // SAFETY: the test owns the descriptors and uses them no more, or they are not open.
+        assert!(unsafe { InheritedFds::claim(&BTreeSet::from([i32::MAX]), false) }.is_err());
+        let through =
+            // SAFETY: likewise.
+            unsafe { InheritedFds::claim(&BTreeSet::from([one.into_raw_fd()]), true) }.unwrap();
         let number = through.numbers()[0];
         assert_eq!(through.take(number).unwrap().as_raw_fd(), number);
         assert!(through.take(number).is_err(), "it is gone");

@@ -7,7 +7,6 @@
 //! the rights of ptrace(2), the kernel's stack those of an administrator.
 
 use std::fmt;
-use std::fs;
 use std::time::Duration;
 
 use nix::libc;

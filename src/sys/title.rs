@@ -20,9 +20,13 @@ pub struct TitleArea {
 }
 
 impl TitleArea {
-    /// Finds the area and moves the environment out of it. To be called once, early, while the
-    /// process has one thread: it writes the environment anew.
-    pub fn claim() -> Option<Self> {
+    /// Finds the area and moves the environment out of it. Call it once, early. Returns `None` if
+    /// /proc does not tell where the area is.
+    ///
+    /// # Safety
+    /// The process must have one thread: the environment is written anew, and another thread may
+    /// read it (setenv(3)).
+    pub unsafe fn claim() -> Option<Self> {
         let stat = fs::read_to_string("/proc/self/stat").ok()?;
         // The name in parentheses may hold anything; fields are counted behind it (proc_pid_stat(5)).
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
@@ -38,7 +42,7 @@ impl TitleArea {
             if name.is_empty() || name.as_encoded_bytes().contains(&b'=') {
                 continue;
             }
-            // SAFETY: there is one thread, so nobody reads the environment meanwhile.
+            // SAFETY: the caller promises that there is one thread.
             unsafe {
                 // glibc keeps the old string when nothing would change: remove it first.
                 env::remove_var(name);

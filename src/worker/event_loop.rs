@@ -15,7 +15,7 @@ use super::active_rebalance::ActiveRebalance;
 use super::call_dispatcher::{CallDispatcher, millis};
 use super::connection::Connection;
 use super::drain::{Drain, DrainStep};
-use super::silent::SilentConnections;
+use super::silent_connections::SilentConnections;
 use super::timers::TimerTarget;
 use crate::config::WorkersConfig;
 use crate::handler::command::sweep;

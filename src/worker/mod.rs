@@ -26,6 +26,7 @@ mod rebalance;
 mod recycle_check;
 mod shelf;
 mod silent;
+mod silent_connections;
 mod startup;
 mod stop_hooks;
 mod threads;

@@ -3,6 +3,8 @@
 //! One list, in an order that matters; each step says why it stands where it does. Fails with
 //! what the worker then tells the log before it leaves; it has served nobody yet.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
@@ -39,7 +41,9 @@ pub fn init_worker_process(
     boot: &mut WorkerInit<'_>,
 ) -> Result<(SignalPipe, Option<KeeperSetup>), (&'static str, io::Error)> {
     // 1. The pid file's lock belongs to the open file: kept here, it would outlive the master.
-    descriptor::close(boot.pid_file);
+    // SAFETY: the master's value that owns it is in this copy of its memory, and is never used or
+    // dropped here: a worker does not return to the master's code.
+    unsafe { descriptor::close(boot.pid_file) };
     // 2. The master's signal pipe: a signal to this process would wake the master.
     boot.master_signals.detach();
     // 3. Every other descriptor of the master's: control socket, the siblings' links (a sibling
@@ -59,7 +63,8 @@ pub fn init_worker_process(
     keep.extend(logging::output_descriptor());
     keep.extend(logging::forwarding_fd());
     keep.extend(boot.registry.program_descriptors());
-    descriptor::close_all_but(&keep);
+    // SAFETY: likewise for all that belongs to the master.
+    unsafe { descriptor::close_all_but(&keep) };
     // 4. The session and the terminal of whoever has started the master: a handler with them could
     //    read what the operator types, and type into the operator's shell. Before the keeper is made,
     //    which shares the descriptors and the session.

@@ -5,8 +5,6 @@
 //! call is never closed for this. Connections are searched only while the worker is full, and only when
 //! the last search is used up, so an accept does not cost a search.
 
-use std::collections::VecDeque;
-
 use super::call_dispatcher::millis;
 use super::connection::{Connection, ConnectionPhase};
 use super::event_loop::{EventLoop, WarningKind, find};
@@ -16,17 +14,6 @@ use crate::sys::socket;
 
 /// Between two searches, in milliseconds. One of 16,384 connections takes about 0.1 ms.
 const SEARCH_MS: u64 = 100;
-
-/// Connections that may be closed to make room.
-#[derive(Debug, Default)]
-pub struct SilentConnections {
-    /// The result of the last search, oldest first. Connections that have sent something since, or are
-    /// closed, are skipped.
-    found: VecDeque<Token>,
-    next_search_ms: u64,
-    /// The time of the next search, if the worker is still full then; `Timers::arm` keeps it.
-    pub(super) deadline: u64,
-}
 
 impl EventLoop {
     /// Closes silent connections until there is room for one more. Returns whether there is room. If not,

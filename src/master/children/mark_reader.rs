@@ -6,6 +6,8 @@
 //! other. At the deadline the reader gets SIGKILL; one that hangs in the kernel is reaped whenever it ends.
 //! Fails with the system's error where there is no process or no descriptor to be had.
 
+#![allow(unsafe_code)]
+
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -137,7 +139,8 @@ impl MarkReader {
 fn read_marks(asked: &[Pid], mut writer: PipeWriter, origin: Origin<'_>, master: Pid) {
     // 1. All descriptors but the pipe: the pid file's lock would outlive a killed master, and a port
     //    would stay taken.
-    descriptor::close_all_but(&[writer.as_raw_fd()]);
+    // SAFETY: this child never returns to the master's code, which owns the descriptors.
+    unsafe { descriptor::close_all_but(&[writer.as_raw_fd()]) };
     // 2. The session and the terminal.
     if process::leave_session().is_err() {
         return;

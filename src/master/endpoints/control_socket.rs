@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::master::policy::event::Millis;
 use crate::protocol::control::{ControlRequest, ControlResponse, to_line};
 use crate::sys::account::effective_ids;
-use crate::sys::process::close_in_child;
+use crate::sys::closer::close_in_child;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::socket;
 

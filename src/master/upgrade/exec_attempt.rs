@@ -5,6 +5,8 @@
 //! came, and on any error of its own becomes the program before once more, with the same table.
 //! What can't even go back is an error like any other, and ends the master.
 
+#![allow(unsafe_code)]
+
 use std::collections::BTreeSet;
 use std::env;
 use std::ffi::{CString, OsStr, OsString};
@@ -61,10 +63,13 @@ impl StartMode {
     /// # Errors
     /// When what it was promised is not there.
     pub fn take() -> Result<Option<Self>> {
-        let Some(value) = reexec::take_variable(VARIABLE) else {
+        // SAFETY: `Server::serve` calls this first, before the program starts a thread; it refuses
+        // to continue with more than one.
+        let Some(value) = (unsafe { reexec::take_variable(VARIABLE) }) else {
             return Ok(None);
         };
-        let reason = reexec::take_variable(REASON);
+        // SAFETY: likewise.
+        let reason = unsafe { reexec::take_variable(REASON) };
         let value = value.to_string_lossy().into_owned();
         let mut words = value.split(' ');
         let word = words.next().unwrap_or_default();
@@ -81,7 +86,9 @@ impl StartMode {
         };
         let cant = |error| Error::system("take over what the program before left", error);
         let both = BTreeSet::from_iter([table].into_iter().chain(image));
-        let both = InheritedFds::claim(&both, true).map_err(cant)?;
+        // SAFETY: the program before passed these two for this one alone, and the variable that
+        // names them is gone, so they are claimed once.
+        let both = unsafe { InheritedFds::claim(&both, true) }.map_err(cant)?;
         let image = image.map(|image| both.take(image)).transpose();
         Ok(Some(StartMode::TakeOver(ExecAttempt {
             arguments: env::args_os().collect(),
@@ -116,7 +123,10 @@ impl ExecAttempt {
         let state = UpgradeState::of_json(&table)?;
         self.directory = Some(directory(&state.origin).to_owned());
         let for_good = self.image.is_none();
-        self.through = InheritedFds::claim(&state.descriptors(), for_good).map_err(cant)?;
+        // SAFETY: the state lists what the program before passed on. It is read once, and nothing
+        // here owns one of these numbers yet.
+        self.through =
+            unsafe { InheritedFds::claim(&state.descriptors(), for_good) }.map_err(cant)?;
         Ok(state)
     }
 

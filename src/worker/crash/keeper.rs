@@ -8,6 +8,8 @@
 //! crash costs the calls that ran, and nobody their connection. It ends at once with the master.
 //! What it can't do it leaves: the connection ends with it.
 
+#![allow(unsafe_code)]
+
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -108,7 +110,8 @@ fn recover_connections(
     let adoption = &boot.adoption;
     let queue = [adoption.tx.as_raw_fd(), adoption.rx.as_raw_fd()];
     // The worker's listeners and its link, and what was on its way to handlers' programs.
-    descriptor::close_all_but(&[&fds[..], strangers, &queue].concat());
+    // SAFETY: the worker that owned these descriptors has ended, and the keeper uses none of them.
+    unsafe { descriptor::close_all_but(&[&fds[..], strangers, &queue].concat()) };
     let highest = book.head.highest.load(Acquire);
     boot.crash_report.tell(ran(book.entries, highest));
     let mut calls = calls(book.entries, highest);
@@ -117,7 +120,9 @@ fn recover_connections(
         .get(RECEIVE_BUFFER..)
         .and_then(adoption_queue::packet_in);
     let mut to_pass = Vec::new();
-    for socket in strangers.iter().filter_map(|&fd| clone_files::take_fd(fd)) {
+    // SAFETY: the worker that owned them has ended, and each number is taken once.
+    let take = |&fd: &RawFd| unsafe { clone_files::take_fd(fd) };
+    for socket in strangers.iter().filter_map(take) {
         match (coming, packet) {
             (PendingAccept::Used, None) => reset(boot, &socket),
             // As it came: nobody has done anything with it.
@@ -145,7 +150,8 @@ fn recover_connections(
         }
     }
     for (index, fd) in left {
-        let Some(socket) = clone_files::take_fd(fd) else {
+        // SAFETY: likewise. The journal names each descriptor once.
+        let Some(socket) = (unsafe { clone_files::take_fd(fd) }) else {
             continue;
         };
         let seat = &book.witness.seats[index];

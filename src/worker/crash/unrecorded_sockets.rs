@@ -1,6 +1,8 @@
 //! Connections that a worker had accepted and not written down when it died: between accept4(2) and
 //! the witness there is a moment, in which only the table of descriptors knows of one.
 
+#![allow(unsafe_code)]
+
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
@@ -26,7 +28,9 @@ pub fn find(addresses: &[Bound], known: &[RawFd]) -> Vec<RawFd> {
     // Read to the end first: the directory itself is open meanwhile.
     let numbers: Vec<RawFd> = numbers.collect();
     let is_client = |number: &RawFd| {
-        clone_files::borrow_fd(*number, |fd| is_client_of(fd, addresses)).unwrap_or(false)
+        let look = |fd: BorrowedFd<'_>| is_client_of(fd, addresses);
+        // SAFETY: the worker that could close it has ended, and the keeper has one thread.
+        unsafe { clone_files::borrow_fd(*number, look) }.unwrap_or(false)
     };
     numbers.into_iter().filter(is_client).collect()
 }
