@@ -1,11 +1,11 @@
-//! A server with the methods of the JSON-RPC 2.0 specification's examples: a few closures, and it
-//! is a daemon with all commands. `cargo run --example arithmetic -- run`, then
+//! A daemon with the methods from the examples in the JSON-RPC 2.0 specification. A few closures are
+//! enough, and it has all commands. Run `cargo run --example arithmetic -- run`, then
 //! `curl 127.0.0.1:8080 -d '{"jsonrpc": "2.0", "method": "subtract", "params": [42, 23], "id": 1}'`.
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-/// By name or in this order, as the caller likes: serde reads both.
+/// The caller gives the params by name, or as a list in this order. serde reads both.
 #[derive(Deserialize)]
 struct Subtract {
     minuend: i64,

@@ -1,9 +1,9 @@
-//! What a program may do before its workers are forked: open files, in `main` and in
-//! `on_master_start`, and compute something with threads.
+//! Shows what a program may do before its workers are forked. It may open files in `main` and in
+//! `on_master_start`, and use threads for a computation.
 //!
-//! `RECORDS=/tmp cargo run --example before_fork -- run`, then
+//! Run `RECORDS=/tmp cargo run --example before_fork -- run`. Then
 //! `preforkd call record '["main", "a line"]'` appends a line to `/tmp/main`. `THREADS` is the number
-//! of threads. If `/tmp/slow` exists, each thread ends only some time after it is waited for.
+//! of threads. If `/tmp/slow` exists, each thread ends only some time after its scope has waited for it.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -20,13 +20,14 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use preforkd::{Context, RpcError, Server, StartError};
 
-/// How long a slow thread lives on after its scope has waited for it.
+/// How long a slow thread continues after its scope has waited for it.
 const SLOW_END: Duration = Duration::from_millis(300);
 
 /// The files that are opened in `on_master_start`. All workers share them.
 type Files = BTreeMap<&'static str, File>;
 
-/// Sleeps when it is dropped: a thread's own values are dropped after its scope has waited for it.
+/// Sleeps when it is dropped. The thread-local values of a thread are dropped after its scope has waited
+/// for the thread.
 struct SlowEnd;
 
 impl Drop for SlowEnd {
@@ -63,13 +64,13 @@ fn path(name: &str) -> PathBuf {
     directory.join(name)
 }
 
-/// Opens a file for whole lines: with O_APPEND, no process overwrites what another has written.
+/// Opens a file for whole lines. With O_APPEND, no process overwrites the lines of another process.
 fn record(name: &str) -> io::Result<File> {
     File::options().create(true).append(true).open(path(name))
 }
 
 fn open_files() -> Result<Files, StartError> {
-    // As a C library may open its file: without O_CLOEXEC.
+    // Open it without O_CLOEXEC, as a C library may do.
     let flags = OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_WRONLY;
     let library = open(&path("library"), flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
     Ok(Files::from([
@@ -82,7 +83,7 @@ fn sum_with_threads() -> Result<u64, StartError> {
     let count = std::env::var("THREADS").map_or(Ok(0), |count| count.parse())?;
     let is_slow = path("slow").exists();
     let sum = AtomicU64::new(0);
-    // The scope waits until the threads have done their work, but not until they have ended.
+    // The scope waits until the threads have finished their work, but not until they have ended.
     thread::scope(|scope| {
         for number in 1..=count {
             let sum = &sum;

@@ -1,9 +1,13 @@
-//! A whole daemon around a few functions: `cargo run --example minimal -- run`, then
+//! A complete daemon with a few functions. Run `cargo run --example minimal -- run`, then
 //! `preforkd call add '[1, 2]'`.
 //!
-//! It has all commands, signals and the configuration of the `preforkd` program. Beside the sum
-//! stand the things that a function may do to its server: panic, take its time, refuse its params,
-//! answer a lot.
+//! It has all commands, signals and the configuration of the `preforkd` program. `add` computes a sum.
+//! The other functions show what else a function can do:
+//!
+//! - panic
+//! - take a long time
+//! - refuse its params
+//! - return a large result
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -16,11 +20,11 @@ fn main() -> ExitCode {
             a.checked_add(b)
                 .ok_or_else(|| RpcError::invalid_params("the sum is no 64-bit integer"))
         })
-        // A panic is answered with `internal`, and the worker lives.
+        // A panic is answered with `internal`, and the worker survives.
         .method("divide", |(a, b): (i64, i64)| Ok(a / b))
-        // On the event loop: for what takes microseconds. It may panic no less.
+        // Runs on the event loop, for calls that take microseconds. It may panic too.
         .inline("divide_inline", |(a, b): (i64, i64)| Ok(a / b))
-        // Keeps its thread busy for so many milliseconds; nothing can end it early.
+        // Keeps its thread busy for this number of milliseconds. Nothing can end it early.
         .method("spin", |milliseconds: u64| {
             let begin = Instant::now();
             while begin.elapsed() < Duration::from_millis(milliseconds) {
@@ -28,9 +32,9 @@ fn main() -> ExitCode {
             }
             Ok(milliseconds)
         })
-        // So many letters, from a handler thread.
+        // Returns this number of letters, from a handler thread.
         .method("letters", |count: usize| Ok("x".repeat(count)))
-        // An error of the function's own.
+        // Returns an error with a code and data of the function.
         .method("refuse", |reason: String| {
             Err::<(), _>(RpcError::new(1, reason).with_data(["its", "own", "data"]))
         })

@@ -1,9 +1,12 @@
-//! Functions that do their server harm, to see what becomes of it: memory that never comes back,
-//! threads that never come back, an event loop that stands still, a crash.
+//! Functions that harm their server, to show how the server reacts:
 //!
-//! `cargo run --example misbehave -- run`, with `max-memory`, `heartbeat-timeout` or a short
-//! `limits.timeout` in the configuration, then `preforkd call leak 1000000` and
-//! `preforkd status`.
+//! - memory that is never freed
+//! - threads that never return
+//! - an event loop that is stuck
+//! - a crash
+//!
+//! Set `max-memory`, `heartbeat-timeout` or a short `limits.timeout` in the configuration. Run
+//! `cargo run --example misbehave -- run`, then `preforkd call leak 1000000` and `preforkd status`.
 
 use std::process::ExitCode;
 use std::thread;
@@ -24,34 +27,35 @@ fn deeper(depth: usize) -> usize {
 
 fn main() -> ExitCode {
     preforkd::Server::new()
-        // So many bytes more, for as long as the worker lives.
+        // Leaks this number of bytes until the worker ends.
         .method("leak", |bytes: usize| {
             Ok(Box::leak(vec![1_u8; bytes].into_boxed_slice()).len())
         })
-        // Waits for what never comes, and hears of no deadline.
+        // Waits for an event that never happens, and ignores its deadline.
         .method("hang", |(): ()| -> Result<(), _> {
             loop {
                 thread::park();
             }
         })
-        // Keeps its thread busy for so many seconds, and hears of no deadline.
+        // Keeps its thread busy for this number of seconds, and ignores its deadline.
         .method("spin", |seconds: u64| {
             spin(Duration::from_secs(seconds));
             Ok(seconds)
         })
-        // Keeps the event loop from everything else for so many seconds.
+        // Blocks the event loop for this number of seconds.
         .inline("block", |seconds: u64| {
             spin(Duration::from_secs(seconds));
             Ok(seconds)
         })
-        // Ends the worker: with "abort" on a thread, else by filling its stack.
+        // Ends the worker by an abort on a thread if the text is "abort". Any other text overflows the
+        // stack.
         .method("crash", |how: String| -> Result<usize, _> {
             if how == "abort" {
                 std::process::abort();
             }
             Ok(deeper(how.len()))
         })
-        // Has the worker exit with this code, whatever the second number is.
+        // Makes the worker exit with this code. The second number is ignored.
         .method("exit", |(code, _): (i32, u64)| -> Result<(), _> {
             std::process::exit(code)
         })
@@ -59,7 +63,7 @@ fn main() -> ExitCode {
         .inline("crash-inline", |(): ()| -> Result<(), _> {
             std::process::abort()
         })
-        // Is done after so many milliseconds.
+        // Returns after this number of milliseconds.
         .method("wait", |millis: u64| {
             thread::sleep(Duration::from_millis(millis));
             Ok(millis)

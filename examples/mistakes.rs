@@ -1,5 +1,5 @@
-//! What a program on the library can do wrong, one at a time: `MISTAKE=thread cargo run --example
-//! mistakes -- run` says what follows.
+//! Mistakes that a program on the library can make, one at a time. For example, run
+//! `MISTAKE=thread cargo run --example mistakes -- run` to see the message for a thread in the master.
 
 use std::error::Error;
 use std::fs::File;
@@ -36,32 +36,33 @@ fn main() -> ExitCode {
             std::panic::panic_any(Grudge)
         })
         .method("grudge", |()| Ok(Grudge))
-        // Nobody made it.
+        // Asks for state that was never created.
         .method_with("no_state", |call, ()| Ok(*call.state::<u64>()))
-        // JSON over several lines, which would be several answers to whoever speaks in lines.
+        // Returns JSON on several lines. A client of the line dialect would read several answers.
         .raw("lines", |_, params| {
             RawValue::from_string(format!("[\n  {params},\r\n  {params}\n]"))
                 .map_err(|error| RpcError::new(1, error.to_string()))
         });
     let mistake = std::env::var("MISTAKE").unwrap_or_default();
     match &*mistake {
-        // A name that is taken.
+        // Registers a name that is already used.
         "twice" => server.method("panic", |()| Ok(())),
-        // A thread in the master: the fork would copy but one.
+        // Starts a thread in the master. A fork copies only the thread that calls it.
         "thread" => server.on_master_start(|| {
             thread::spawn(forever);
             Ok(())
         }),
         "master" => server.on_master_start::<()>(|| Err("the table can't be read".into())),
-        // A program beside the server, of the master's own: no mistake, and no worker's leftover.
+        // Starts a program as a child of the master. This is not a mistake. The program is not left over
+        // from a worker.
         "helper" => server.on_master_start(helper),
         "worker" => server.on_worker_start::<()>(|_| panic!("no database in sight")),
-        // A write to a pipe that has no reader would end the process, as it does in C programs.
+        // Lets SIGPIPE end the process when it writes to a pipe without a reader, as in C programs.
         "sigpipe" => server.on_master_start(|| {
             let at_once = Arc::new(AtomicBool::new(true));
             Ok(register_conditional_default(SIGPIPE, at_once)?)
         }),
-        // The end never comes.
+        // Never returns from the stop hook.
         "stop" => server.on_worker_stop(|_| forever()),
         _ => server,
     }

@@ -1,8 +1,9 @@
-//! Work for all processors: sums the primes of a range. `cargo run --release --example parallel_sum --
-//! run`, then `cargo run --release --example parallel_sum_client -- 127.0.0.1:8080 2000000`.
+//! Sums the primes of a range on all processors. Run
+//! `cargo run --release --example parallel_sum -- run`, then
+//! `cargo run --release --example parallel_sum_client -- 127.0.0.1:8080 2000000`.
 //!
-//! It is the example that Python's `multiprocessing.Pool` is shown with, over a socket: the caller
-//! cuts the range into pieces, the workers do one each at a time.
+//! It is the usual example for Python's `multiprocessing.Pool`, but over a socket. The caller cuts the
+//! range into pieces, and the workers sum one piece each at a time.
 
 use std::process::ExitCode;
 
@@ -12,11 +13,11 @@ fn main() -> ExitCode {
     Server::new().method_with("sum_primes", sum_primes).run()
 }
 
-/// The sum of the primes from `from` up to, and without, `to`.
+/// Returns the sum of the primes from `from` (included) to `to` (excluded).
 fn sum_primes(call: &Context<'_>, (from, to): (u64, u64)) -> Result<u64, RpcError> {
     let mut sum: u64 = 0;
     for number in from..to {
-        // A caller who has left, or waits no longer, needs no sum.
+        // If the caller has disconnected or no longer waits, it needs no sum.
         if number % 1024 == 0 && call.is_cancelled() {
             return Err(RpcError::new(1, format!("left at {number}")));
         }

@@ -1,10 +1,11 @@
-//! Calls the workers of `parallel_sum`: ADDRESS, and up to where primes are summed.
+//! Calls the workers of `parallel_sum`. Arguments: ADDRESS, and UP_TO, where the range of the sum ends.
 
 use std::error::Error;
 
 use preforkd::client::{Options, Pool};
 
-/// Pieces: more than there are processors, so that none waits for the last one.
+/// The number of pieces. There are more pieces than processors, so that no processor is idle while the
+/// last piece is summed.
 const PIECES: u64 = 64;
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -1,9 +1,9 @@
-//! State for functions: prices that are read once in the master and shared by all workers, and a
-//! ledger that each worker opens for itself.
+//! Shows state for functions. The master reads the prices once, and all workers share them. Each worker
+//! opens its own ledger.
 //!
-//! `LEDGER=/tmp/ledger cargo run --example state -- run`, then
-//! `preforkd call shop.order '{"item": "tea", "count": 2}'`. After a stop the ledger has a line of
-//! each order and one of each worker.
+//! Run `LEDGER=/tmp/ledger cargo run --example state -- run`, then
+//! `preforkd call shop.order '{"item": "tea", "count": 2}'`. After a stop, the ledger has a line for
+//! each order and a line for each worker.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,14 +15,14 @@ use std::time::Duration;
 use preforkd::{Context, RpcError, Server, StartError, Worker};
 use serde::{Deserialize, Serialize};
 
-/// Made in the master before the fork. Nobody writes to it, so all workers share its memory.
+/// Created in the master before the fork. No process writes to it, so all workers share its memory.
 struct Prices {
     by_item: BTreeMap<&'static str, u64>,
     made_by: u32,
 }
 
-/// Opened by each worker after the fork: two processes that share a handle of a database would get
-/// each other's answers.
+/// Opened by each worker after the fork. If two processes share a database handle, each can get the
+/// answers of the other.
 struct Ledger {
     file: Mutex<File>,
     orders: Mutex<u64>,
@@ -39,8 +39,8 @@ impl Ledger {
     }
 
     fn write(&self, line: &str) -> io::Result<()> {
-        // A panic of another call while it held the lock has left nothing half done here, so the
-        // lock is taken all the same.
+        // Ignore the poisoning: if another call panicked while it held the lock, it left nothing
+        // half written here.
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.write_all(format!("{line}\n").as_bytes())
     }
@@ -58,7 +58,7 @@ struct Order {
     count: u64,
 }
 
-/// What a function may know about its call.
+/// The information that a function has about its call.
 #[derive(Serialize)]
 struct About {
     method: String,
@@ -85,14 +85,14 @@ fn main() -> ExitCode {
         })
         .method_with("about", |call: &Context<'_>, ()| Ok(about(call)))
         .inline_with("about_inline", |call: &Context<'_>, ()| Ok(about(call)))
-        // Leaves early when nobody waits for it any more.
+        // Returns early if the caller no longer waits.
         .method_with("wait", |call: &Context<'_>, seconds: f64| {
             let gone = call.pause(Duration::from_secs_f64(seconds));
             let ledger = call.state::<Ledger>();
             let line = if gone { "not waited for" } else { "waited for" };
             ledger.write(line).map_err(trouble)
         })
-        // Panics with the lock in hand.
+        // Panics while it holds the lock.
         .method_with("tear", |call: &Context<'_>, ()| -> Result<(), RpcError> {
             let _page = call.state::<Ledger>().file.lock();
             panic!("torn on purpose")

@@ -1,7 +1,7 @@
-// A pool program in JavaScript: calls are frames on descriptor 3, one at a time.
+// A pool program in JavaScript. Calls are frames on descriptor 3, one at a time.
 //
-// A frame is four bytes of length, little-endian, then JSON. It may arrive in pieces, with the
-// beginning of the next one behind it.
+// A frame is a 4-byte little-endian length, then JSON. A frame can arrive in pieces. The last piece can
+// contain the start of the next frame.
 
 const net = require("net");
 
@@ -47,7 +47,7 @@ function send(stream, value) {
 
 async function serve() {
   const calls = new net.Socket({ fd: 3, readable: true, writable: true });
-  send(calls, { out: "ready" }); // for `ready = "message"`; harmless without
+  send(calls, { out: "ready" }); // needed for `ready = "message"`, harmless otherwise
   for await (const body of bodies(calls)) {
     send(calls, await answer(JSON.parse(body.toString())));
   }

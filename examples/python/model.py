@@ -1,10 +1,10 @@
-"""A model that is loaded once and asked many times: the methods of the pool in pool.toml."""
+"""A model that is loaded once and called many times. It has the methods of the pool in pool.toml."""
 
 import time
 
 from preforkd import Error, method, serve
 
-# What takes long stands here: it is done once in each process, and not for each call.
+# Slow work belongs here: it runs once in each process, not once for each call.
 WEIGHTS = {"good": 1.0, "great": 2.0, "bad": -1.0, "awful": -2.0}
 LOADED = time.time()
 

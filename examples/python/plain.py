@@ -1,6 +1,6 @@
-"""The same without help: the loop that one writes for a socket, on descriptor 3.
+"""A pool program without the helper preforkd.py: a plain socket loop on descriptor 3.
 
-It is valid in Python 2 as well as in Python 3.
+It runs in Python 2 and in Python 3.
 """
 
 import json

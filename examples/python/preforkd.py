@@ -1,6 +1,6 @@
-"""Methods in Python for a pool of preforkd: one file, nothing to install.
+"""Serves Python functions as methods of a preforkd pool. It is one file, with nothing to install.
 
-Put it beside your program, and write
+Put it beside your program, and write:
 
     from preforkd import method, serve
 
@@ -10,10 +10,18 @@ Put it beside your program, and write
 
     serve()
 
-A list of params becomes positional arguments, an object keyword arguments, null none, and any
-other value the only one. What a function returns is the result. Raise Error(code, message, data)
-for an error of your own; any other exception is answered too, with its traceback on stderr, which
-goes to preforkd's log. Calls come one at a time; more at once is `processes` in the configuration.
+The params become the arguments of the function:
+
+- a list: positional arguments
+- an object: keyword arguments
+- null: no argument
+- any other value: the only argument
+
+The return value of the function is the result. Raise Error(code, message, data) for your own errors.
+Any other exception is answered with an error too. Its traceback goes to stderr, which goes to
+preforkd's log.
+
+Calls come one at a time. For more calls at once, set `processes` in the configuration.
 """
 
 import json
@@ -27,7 +35,7 @@ INVALID_PARAMS = -32602
 METHOD_NOT_FOUND = -32601
 INTERNAL = -32603
 
-# As much as is read at once: most calls come whole.
+# The number of bytes to read at once. Most calls arrive in one piece.
 PIECE = 1 << 16
 
 _methods = {}
@@ -36,7 +44,7 @@ _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Error(Exception):
-    """An error for the caller: a code of your own, a sentence, and whatever else it should have."""
+    """An error for the caller: your own code, a message, and optional data."""
 
     def __init__(self, code, message, data=None):
         super().__init__(message)
@@ -46,7 +54,7 @@ class Error(Exception):
 
 
 def method(name=None):
-    """Makes a function a method: `@method`, or `@method("a.name")` where its own will not do."""
+    """Registers a function as a method: `@method`, or `@method("a.name")` to give it another name."""
 
     def register(function, name=None):
         name = name or function.__name__
@@ -61,7 +69,7 @@ def method(name=None):
 def serve(fd=3):
     """Answers calls until the worker closes its end."""
     calls = socket.socket(fileno=fd)
-    calls.sendall(_frame('{"out": "ready"}'))  # for `ready = "message"`; harmless without
+    calls.sendall(_frame('{"out": "ready"}'))  # needed for `ready = "message"`, harmless otherwise
     data = calls.recv(PIECE)
     while data:
         end = 4 + int.from_bytes(data[:4], "little")
@@ -77,7 +85,7 @@ def _answer(body):
         try:
             call, _ = _decode(body.decode())
         except (ValueError, RecursionError) as error:
-            # JSON that the worker has let pass and Python does not: a number of 5,000 digits, say.
+            # Python refuses some JSON that the worker accepts, for example a number of 5,000 digits.
             raise Error(INVALID_PARAMS, str(error)) from None
         name, params = call["in"], call["params"]
         if name not in _methods:
@@ -106,14 +114,15 @@ def _call(function, args, kwargs):
     try:
         return function(*args, **kwargs)
     except TypeError as error:
-        # The caller's fault where the params do not fit, else the function's own.
+        # No further frame in the traceback: the params do not fit, so it is an error of the caller.
+        # Otherwise the function itself raised the TypeError.
         if error.__traceback__.tb_next is not None:
             raise
         raise Error(INVALID_PARAMS, str(error)) from None
 
 
 def _more(calls, data):
-    """What has come, and as much as makes the frame at its head whole; nothing at the end."""
+    """Reads until the first frame in data is complete. Returns all bytes, or b"" at the end of input."""
     pieces, length = [data], len(data)
     while True:
         if length >= 4:

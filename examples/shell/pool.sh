@@ -1,8 +1,8 @@
 #!/bin/bash
-# A pool program in bash: calls are frames on descriptor 3, one at a time. It needs jq.
+# A pool program in bash. Calls are frames on descriptor 3, one at a time. It needs jq.
 #
-# A frame is four bytes of length, little-endian, then JSON. Only numbers and text without NUL are
-# the shell's to hold, so jq does what is JSON.
+# A frame is a 4-byte little-endian length, then JSON. The shell can hold only numbers and text without
+# NUL, so jq handles the JSON.
 export LC_ALL=C # lengths are bytes
 
 exec <&3 >&3
@@ -16,7 +16,7 @@ send() {
 	printf "$length%s" "$1"
 }
 
-# The length of the next frame; fails at the end of calls.
+# Reads the length of the next frame into size. Fails at the end of the calls.
 length() {
 	local b
 	read -r -a b < <(head -c 4 | od -A n -t u1)
