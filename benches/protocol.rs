@@ -1,4 +1,4 @@
-//! What the protocol floor costs a call, in nanoseconds of one thread: a frame decoded, its body
+//! What the protocol reactor costs a call, in nanoseconds of one thread: a frame decoded, its body
 //! parsed, the answer written. `cargo bench --bench protocol`.
 //!
 //! Each figure is the fastest of several rounds: what else runs on the machine only adds.

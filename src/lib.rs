@@ -1,7 +1,7 @@
 //! preforkd: a prefork RPC server for Linux, nginx's process model for functions.
 //!
-//! A master binds once, forks one worker per CPU and keeps them alive; the workers answer JSON
-//! calls over TCP. This crate is the daemon and the library behind it:
+//! A master binds once, forks one worker per CPU and keeps the workers alive. The workers answer
+//! JSON calls over TCP or a unix socket. A program gives the server its functions:
 //!
 //! ```no_run
 //! fn main() -> std::process::ExitCode {
@@ -9,26 +9,25 @@
 //! }
 //! ```
 //!
-//! is a whole server, with all commands, options, signals and the configuration of the `preforkd`
-//! program.
+//! This program is a whole server. It has all commands, options, signals and configuration keys of
+//! the `preforkd` program.
 //!
-//! # The floors
+//! - [`Server`] registers methods and runs the server. [`Handler`] and [`Context`] are for methods that
+//!   need more than a function: raw JSON, deadline, cancellation, the caller.
+//! - [`RpcError`] and [`Code`] are the errors that a method returns.
+//! - [`Worker`] and [`StartError`] are for state that is made once per worker.
+//! - [`client`] calls a server: one call at a time, many ahead, or from several threads.
 //!
-//! Imports go down only; `tests/architecture.rs` holds the table. From the ground up:
+//! # For developers of this crate
 //!
-//! * [`sys`]: the kernel in safe wrappers, and the only `unsafe`. The event floor in it speaks in
-//!   completions: a connection was accepted, these bytes were received.
-//! * [`error`], [`logging`], [`throttle`]: the one error type with its exit codes; a log that never
-//!   blocks; how soon what died may be started again.
-//! * [`protocol`] and [`config`]: bytes to calls and back; a file to settings. Both pure.
-//! * [`handler`] and [`link`]: what answers a call; what master and workers share.
-//! * [`worker`] | [`master`]: the two kinds of process. Neither knows the other's code, but for the
-//!   one place where the master forks and the child becomes a worker.
-//! * [`server`]: joins them.
-//! * [`client`] and [`cli`]: a blocking client, and the commands.
+//! The modules are layers, and imports only go down. From the base: `sys` (system calls), `error`;
+//! `throttle`, `logging`; `protocol` (bytes to calls); `link` (what processes share); `config`;
+//! `handler` (what answers a call); `worker_init`; `worker` and `master` (the two kinds of process);
+//! `server`; `client` and `cli`. `tests/architecture` holds the table.
 //!
-//! To follow one call, read `worker::event_loop`, then `worker::service`; to follow one death,
-//! `master::supervise`, then `master::life`.
+//! To follow one call, read `worker/event_loop.rs`, then `worker/call_dispatcher.rs`. To follow one
+//! death of a worker, read `master/main_loop.rs`, then `master/policy/lifecycle.rs`.
+//! docs/architecture.md names the file of each behaviour.
 
 mod cli;
 pub mod client;

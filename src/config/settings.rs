@@ -1,4 +1,4 @@
-//! The validated configuration: what every floor above works with.
+//! The validated configuration: what every layer above works with.
 //!
 //! Plain data without an `Option` where a default exists; whoever holds it need check nothing.
 //! `resolve` is the only maker, `effective` writes it out again, `diff` compares two.

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use super::scoreboard::RECORDS;
 use super::stuck_calls::StuckCalls;
-use crate::shared_record;
 use crate::sys::shared_memory;
+use crate::sys::shared_memory::shared_record;
 
 /// Calls that can be in quarantine, and under suspicion, at once.
 pub const PLACES: usize = 64;

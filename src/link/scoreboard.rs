@@ -9,8 +9,8 @@ use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use crate::shared_record;
 use crate::sys::shared_memory;
+use crate::sys::shared_memory::shared_record;
 
 /// Workers that can be alive at once, those of generations that drain included.
 pub const RECORDS: usize = 4096;

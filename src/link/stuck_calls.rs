@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use crate::shared_record;
+use crate::sys::shared_memory::shared_record;
 
 /// Calls that are told of; a worker may have more threads.
 pub const MOST: usize = 32;

@@ -1,7 +1,7 @@
-//! The protocol floor: bytes to calls, and answers to bytes.
+//! The protocol layer: bytes to calls, and answers to bytes.
 //!
 //! Pure: no system call, no clock, no connection. What a stranger can send is judged here and
-//! nowhere else, so everything in this floor takes any bytes at all without panicking, without
+//! nowhere else, so everything in this layer takes any bytes at all without panicking, without
 //! recursion, and without memory in proportion to a length that was only declared.
 //!
 //! From the bottom up:

@@ -1,4 +1,4 @@
-//! The ground floor: safe wrappers around what the kernel offers, and the only place with
+//! The base layer: safe wrappers around what the kernel offers, and the only place with
 //! `unsafe` in it.
 //!
 //! One file per concern. Nothing here knows of calls, workers or configuration; each file says in

@@ -34,9 +34,8 @@ unsafe impl SharedRecord for AtomicI32 {}
 // SAFETY: what holds for each holds for all of them.
 unsafe impl<T: SharedRecord, const N: usize> SharedRecord for [T; N] {}
 
-/// Declares a structure of atomics, which may therefore be a [`SharedRecord`]; so that the promise is
-/// made here, once, and not by each floor above.
-#[macro_export]
+/// Declares a structure of atomics that is a [`SharedRecord`]. So the promise is made here once, and not
+/// by each layer above.
 macro_rules! shared_record {
     ($(#[$meta:meta])* $visibility:vis struct $name:ident {
         $($(#[$field_meta:meta])* $field_visibility:vis $field:ident : $type:ty),* $(,)?
@@ -53,6 +52,8 @@ macro_rules! shared_record {
         unsafe impl $crate::sys::shared_memory::SharedRecord for $name {}
     };
 }
+
+pub(crate) use shared_record;
 
 /// An array of `length` zeroed records, shared with every process forked from now on, and the file
 /// that it lies in. Memory is taken only for those that are touched, and never given back: the

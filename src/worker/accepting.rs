@@ -13,16 +13,16 @@ use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
 impl EventLoop {
-    pub(super) fn accepted(&mut self, floor: &mut Reactor, socket: OwnedFd) -> Option<Token> {
+    pub(super) fn accepted(&mut self, reactor: &mut Reactor, socket: OwnedFd) -> Option<Token> {
         let peer = socket::peer(&socket);
-        let adopted = floor.register(socket);
-        self.register_connection(floor, adopted, peer)
+        let adopted = reactor.register(socket);
+        self.register_connection(reactor, adopted, peer)
     }
 
-    /// Makes a connection of what the floor has adopted.
+    /// Makes a connection of what the reactor has adopted.
     pub(super) fn register_connection(
         &mut self,
-        floor: &mut Reactor,
+        reactor: &mut Reactor,
         adopted: io::Result<Token>,
         peer: Option<SocketAddr>,
     ) -> Option<Token> {
@@ -42,10 +42,10 @@ impl EventLoop {
         }
         self.connections[token.index()] = Some(connection);
         self.watch_idle(token);
-        if !self.make_room(floor) {
+        if !self.make_room(reactor) {
             self.is_at_limit = true;
-            floor.pause_listeners();
-            let open = floor.connections();
+            reactor.pause_listeners();
+            let open = reactor.connections();
             let open = pluralize(open, "connection is open", "connections are open");
             let text = format!(
                 "{open}, as many as limits.connections allows: nothing more is accepted here until \
@@ -79,11 +79,11 @@ impl EventLoop {
             .arm(&mut self.listen_deadline, at, TimerTarget::Listen);
     }
 
-    pub(super) fn resume_listening(&mut self, floor: &mut Reactor) {
+    pub(super) fn resume_listening(&mut self, reactor: &mut Reactor) {
         if self.is_at_limit || !self.is_accepting || !self.drain.is_serving() {
             return;
         }
-        if let Err(error) = floor.resume_listeners() {
+        if let Err(error) = reactor.resume_listeners() {
             self.on_accept_error(&error);
         }
     }

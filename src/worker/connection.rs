@@ -78,7 +78,7 @@ pub enum Discard {
 
 #[derive(Debug)]
 pub struct Connection {
-    /// Its name on the event floor.
+    /// Its name on the event layer.
     pub token: Token,
     /// Where it comes from; `None` over a unix socket.
     pub peer: Option<SocketAddr>,

@@ -21,8 +21,8 @@ const ACTIVE_MS: u64 = 1000;
 const LINGER_MS: u64 = 2000;
 
 impl EventLoop {
-    pub(super) fn on_bytes(&mut self, floor: &mut Reactor, token: Token, bytes: &[u8]) {
-        let unsent = floor.unsent(token);
+    pub(super) fn on_bytes(&mut self, reactor: &mut Reactor, token: Token, bytes: &[u8]) {
+        let unsent = reactor.unsent(token);
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -31,7 +31,7 @@ impl EventLoop {
         }
         connection.active_ms = self.service.now_ms;
         if mem::take(&mut connection.is_first_read) {
-            let socket = floor.descriptor(token);
+            let socket = reactor.descriptor(token);
             self.service.waited(socket.map_or(0, socket::waited_ms));
         }
         self.service.ledger.opens();
@@ -48,18 +48,18 @@ impl EventLoop {
             self.warn_limited(WarningKind::Unfinished, &text);
             self.service.accept_wait_ms = 0;
             // What was answered meanwhile goes, or would go to somebody else.
-            floor.send(token, &mut self.service.out);
+            reactor.send(token, &mut self.service.out);
             self.service.ledger.sent();
-            return self.close(floor, token);
+            return self.close(reactor, token);
         }
         let whole = used > dropped || dropped > 0 && connection.discarding.is_none();
-        self.pump(floor, token, whole);
+        self.pump(reactor, token, whole);
         self.service.accept_wait_ms = 0;
     }
 
     /// Sends what was answered, takes what may be taken now, and sets what follows from it:
     /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
-    pub(super) fn pump(&mut self, floor: &mut Reactor, token: Token, mut whole: bool) {
+    pub(super) fn pump(&mut self, reactor: &mut Reactor, token: Token, mut whole: bool) {
         let Some(connection) = find(&mut self.connections, token) else {
             self.service.ledger.sent();
             return self.service.out.clear();
@@ -70,12 +70,12 @@ impl EventLoop {
             if !service.out.is_empty() {
                 connection.active_ms = service.now_ms;
             }
-            floor.send(token, &mut service.out);
+            reactor.send(token, &mut service.out);
             service.ledger.sent();
-            let unsent = floor.unsent(token);
+            let unsent = reactor.unsent(token);
             let mut untaken = connection.queued_bytes();
             if unsent > 0 {
-                untaken += floor.unsent_memory(token);
+                untaken += reactor.unsent_memory(token);
             }
             let counted = &mut connection.counted_unsent;
             service.unsent.update(counted, untaken);
@@ -104,9 +104,9 @@ impl EventLoop {
             connection.input = Vec::new();
         }
         service.update_unfinished_total(connection);
-        // While the floor still lends what it has received: what is kept of it is lost with us.
+        // While the reactor still lends what it has received: what is kept of it is lost with us.
         service.ledger.update_flags(connection);
-        let unsent = floor.unsent(token);
+        let unsent = reactor.unsent(token);
         let may_rest = self.drain.is_handing_off() && service.is_soon_quiescent(connection, unsent);
         if may_rest {
             self.drain.look_again(service.now_ms);
@@ -118,7 +118,7 @@ impl EventLoop {
         connection.is_read_paused = connection.phase == ConnectionPhase::Open
             && connection.discarding.is_none()
             && takes_no_more;
-        floor.set_reading(token, !connection.is_read_paused);
+        reactor.set_reading(token, !connection.is_read_paused);
         service.unsent.note_blocked(connection.is_read_paused);
         if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
             service.calls.unpark(token, service.now_ms);
@@ -163,17 +163,17 @@ impl EventLoop {
             );
         }
         if rests {
-            self.finish_if_idle(floor, token);
+            self.finish_if_idle(reactor, token);
         }
         if self.service.unsent.is_exceeded() {
-            self.close_most_unsent(floor);
+            self.close_most_unsent(reactor);
         }
     }
 
     /// Closes the connections with the most untaken answers until those of the worker are below twice
     /// their limit. Each search of all connections closes one of them, so calls do not pay for it.
     #[cold]
-    fn close_most_unsent(&mut self, floor: &mut Reactor) {
+    fn close_most_unsent(&mut self, reactor: &mut Reactor) {
         while self.service.unsent.is_exceeded() {
             let connections = self.connections.iter().flatten();
             let Some(most) = connections.max_by_key(|connection| connection.counted_unsent) else {
@@ -187,12 +187,12 @@ impl EventLoop {
                  bytes={bytes}"
             );
             self.warn_limited(WarningKind::Unsent, &text);
-            self.close(floor, token);
+            self.close(reactor, token);
         }
     }
 
     /// Everything read is answered and sent: ends the connection if it is to end.
-    fn finish_if_idle(&mut self, floor: &mut Reactor, token: Token) {
+    fn finish_if_idle(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -200,23 +200,23 @@ impl EventLoop {
         // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
         let has_more = !connection.peer_closed || !connection.input.is_empty();
         if open && self.drain.is_handing_off() && has_more {
-            return self.give(floor, token);
+            return self.give(reactor, token);
         }
         if self.spreading.gives() && is_transferable(connection) {
-            return self.give_by_order(floor, token);
+            return self.give_by_order(reactor, token);
         }
         if connection.peer_closed && connection.phase != ConnectionPhase::Lingering {
             if connection.has_partial_input() {
                 log::debug!("a client ended in the middle of a frame");
             }
-            return self.close(floor, token);
+            return self.close(reactor, token);
         }
         if connection.phase == ConnectionPhase::Closing {
             // Closing at once would reset the connection if something more arrived, and a reset
             // takes along the answer that the client has not read yet.
             connection.phase = ConnectionPhase::Lingering;
             self.service.ledger.update_flags(connection);
-            floor.shutdown(token);
+            reactor.shutdown(token);
             let at = self.service.now_ms + LINGER_MS;
             let armed = &mut connection.quiet_deadline;
             self.service.timers.disarm(armed, TimerTarget::Idle(token));
@@ -228,31 +228,31 @@ impl EventLoop {
 
     /// Closes a connection on which all is answered and sent: with care, unless it has been silent for
     /// so long that its client must have read what there was.
-    pub(super) fn close_quiescent(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn close_quiescent(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
         if self.service.now_ms.saturating_sub(connection.active_ms) > ACTIVE_MS {
-            return self.close(floor, token);
+            return self.close(reactor, token);
         }
         connection.phase = ConnectionPhase::Closing;
-        self.pump(floor, token, false);
+        self.pump(reactor, token, false);
     }
 
-    pub(super) fn on_end(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn on_end(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
         connection.peer_closed = true;
         if connection.phase == ConnectionPhase::Lingering {
-            return self.close(floor, token);
+            return self.close(reactor, token);
         }
-        self.pump(floor, token, false);
+        self.pump(reactor, token, false);
     }
 
     /// The peer has closed the connection. Calls that expect an answer are cancelled, because no answer
     /// reaches it. Notifications run, also those that are not read yet.
-    pub(super) fn on_hang_up(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn on_hang_up(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
@@ -269,11 +269,11 @@ impl EventLoop {
                 service.answer(connection, &ended, Err(error), None);
             }
         }
-        self.pump(floor, token, false);
+        self.pump(reactor, token, false);
     }
 
     /// Closes a connection; whatever its calls answer is for nobody.
-    pub(super) fn close(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn close(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(slot) = self.connections.get_mut(token.index()) else {
             return;
         };
@@ -291,7 +291,7 @@ impl EventLoop {
         self.service.unfinished -= connection.accounted_bytes;
         let unsent = &mut self.service.unsent;
         unsent.update(&mut connection.counted_unsent, 0);
-        floor.close(token);
+        reactor.close(token);
         self.service.calls.unpark(token, self.service.now_ms);
         if connection.unanswered > 0 {
             let calls: Vec<_> = self.service.calls.of(token).map(|(key, _)| key).collect();
@@ -304,14 +304,14 @@ impl EventLoop {
                 self.service.ledger.forget(mark);
             }
         }
-        if self.is_at_limit && floor.connections() < self.service.limits.connections {
+        if self.is_at_limit && reactor.connections() < self.service.limits.connections {
             self.is_at_limit = false;
-            self.resume_listening(floor);
+            self.resume_listening(reactor);
         }
     }
 
     /// Answers what the threads have done: one write for each connection.
-    pub(super) fn on_results(&mut self, floor: &mut Reactor) {
+    pub(super) fn on_results(&mut self, reactor: &mut Reactor) {
         let mut done: Vec<_> = self
             .service
             .threads
@@ -340,7 +340,7 @@ impl EventLoop {
                 self.service.ledger.forget(ended.reply.mark);
             }
             if done.peek().is_none_or(|(next, _, _)| next.token != token) {
-                self.pump(floor, token, false);
+                self.pump(reactor, token, false);
             }
         }
     }

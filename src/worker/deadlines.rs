@@ -11,18 +11,18 @@ use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
 impl EventLoop {
-    pub(super) fn expire(&mut self, floor: &mut Reactor) {
+    pub(super) fn expire(&mut self, reactor: &mut Reactor) {
         while let Some(target) = self.service.timers.expired(self.service.now_ms) {
             match target {
                 TimerTarget::Read(token) => {
                     self.forget(token, |connection| connection.read_deadline = 0);
-                    if !self.answer_short_line(floor, token) {
+                    if !self.answer_short_line(reactor, token) {
                         self.warn_limited(
                             WarningKind::Reading,
                             "a client did not finish its frame, line or request within \
                              limits.read-timeout",
                         );
-                        self.close(floor, token);
+                        self.close(reactor, token);
                     }
                 }
                 TimerTarget::Write(token) => {
@@ -31,26 +31,26 @@ impl EventLoop {
                         "a client took none of its answers within limits.write-timeout",
                     );
                     self.forget(token, |connection| connection.write_deadline = 0);
-                    self.close(floor, token);
+                    self.close(reactor, token);
                 }
-                TimerTarget::Idle(token) => self.idle(floor, token),
+                TimerTarget::Idle(token) => self.idle(reactor, token),
                 TimerTarget::Linger(token) => {
                     self.forget(token, |connection| connection.quiet_deadline = 0);
-                    self.close(floor, token);
+                    self.close(reactor, token);
                 }
-                TimerTarget::Call(key) => self.on_call_timeout(floor, key),
+                TimerTarget::Call(key) => self.on_call_timeout(reactor, key),
                 TimerTarget::Give => {
                     self.give_deadline = 0;
-                    self.retry_handoffs(floor);
+                    self.retry_handoffs(reactor);
                 }
-                TimerTarget::Spread => self.end_spreading(floor),
+                TimerTarget::Spread => self.end_spreading(reactor),
                 TimerTarget::Silent => {
                     self.silent.deadline = 0;
-                    self.make_room(floor);
+                    self.make_room(reactor);
                 }
                 TimerTarget::Listen => {
                     self.listen_deadline = 0;
-                    self.resume_listening(floor);
+                    self.resume_listening(reactor);
                 }
             }
         }
@@ -58,7 +58,7 @@ impl EventLoop {
 
     /// Fewer than four bytes have come: a line that is so short is answered now. Tells whether
     /// anything was.
-    fn answer_short_line(&mut self, floor: &mut Reactor, token: Token) -> bool {
+    fn answer_short_line(&mut self, reactor: &mut Reactor, token: Token) -> bool {
         let Some(connection) = find(&mut self.connections, token) else {
             return true;
         };
@@ -68,7 +68,7 @@ impl EventLoop {
         }
         connection.dialect = Some(Dialect::Line);
         let before = self.service.read;
-        self.pump(floor, token, false);
+        self.pump(reactor, token, false);
         self.service.read > before
     }
 
@@ -79,15 +79,15 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn idle(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn idle(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
         connection.quiet_deadline = 0;
         // A call may have come that was not read yet: in a drain, or where a turn had no end.
-        let socket = floor.descriptor(token);
+        let socket = reactor.descriptor(token);
         let is_at_rest = connection.is_quiescent()
-            && floor.unsent(token) == 0
+            && reactor.unsent(token) == 0
             && socket.is_none_or(|socket| socket::is_silent(&socket));
         let since = match is_at_rest {
             true => connection.active_ms,
@@ -99,33 +99,39 @@ impl EventLoop {
             let armed = &mut connection.quiet_deadline;
             return self.service.timers.arm(armed, at, TimerTarget::Idle(token));
         }
-        self.close_quiescent(floor, token);
+        self.close_quiescent(reactor, token);
     }
 
-    pub(super) fn on_call_timeout(&mut self, floor: &mut Reactor, key: CallKey) {
+    pub(super) fn on_call_timeout(&mut self, reactor: &mut Reactor, key: CallKey) {
         if let Some(call) = self.service.calls.get_mut(key) {
             call.timer = 0;
         }
         self.service.calls.runs_out(key, self.service.now_ms);
         let text = "its time was over before it was done";
-        self.abort_call(floor, key, Code::Timeout, text);
+        self.abort_call(reactor, key, Code::Timeout, text);
     }
 
     /// A call that waits could not be done in time any more.
-    pub(super) fn reject_late_call(&mut self, floor: &mut Reactor, key: CallKey) {
+    pub(super) fn reject_late_call(&mut self, reactor: &mut Reactor, key: CallKey) {
         let text = "its time would be over before it could be done, so it was not begun";
-        self.abort_call(floor, key, Code::Timeout, text);
+        self.abort_call(reactor, key, Code::Timeout, text);
     }
 
     /// Answers a call with an error, whether it waits or runs.
-    pub(super) fn abort_call(&mut self, floor: &mut Reactor, key: CallKey, code: Code, text: &str) {
+    pub(super) fn abort_call(
+        &mut self,
+        reactor: &mut Reactor,
+        key: CallKey,
+        code: Code,
+        text: &str,
+    ) {
         let Some(ended) = self.service.give_up(key) else {
             return;
         };
         if let Some(connection) = find(&mut self.connections, ended.token) {
             let error = RpcError::of(code, text, ended.begun);
             self.service.answer(connection, &ended, Err(error), None);
-            self.pump(floor, ended.token, false);
+            self.pump(reactor, ended.token, false);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The event loop of a worker: completions, deadlines and orders in, answers out.
 //!
-//! It joins the event floor with the connections and the service, and never waits anywhere but in
-//! `Reactor::poll_once`. What fails on one connection ends that connection; what fails on the floor
+//! It joins the event layer with the connections and the service, and never waits anywhere but in
+//! `Reactor::poll_once`. What fails on one connection ends that connection; what fails on the reactor
 //! itself ends the worker, with the reason in the log.
 
 use std::array;
@@ -159,15 +159,15 @@ impl EventLoop {
     /// leave.
     ///
     /// # Errors
-    /// When the floor fails, a program of a pool does that has to be there, or the master can't be told.
-    pub fn run(&mut self, floor: &mut Reactor) -> io::Result<()> {
-        floor.watch(SIGNALS, &self.signals, Interest::Read)?;
-        floor.watch(LINK, &self.link, Interest::Read)?;
-        floor.watch(WAKER, &*self.waker, Interest::Read)?;
+    /// When the reactor fails, a program of a pool does that has to be there, or the master can't be told.
+    pub fn run(&mut self, reactor: &mut Reactor) -> io::Result<()> {
+        reactor.watch(SIGNALS, &self.signals, Interest::Read)?;
+        reactor.watch(LINK, &self.link, Interest::Read)?;
+        reactor.watch(WAKER, &*self.waker, Interest::Read)?;
         self.record_heartbeat();
-        self.defer_accepting(floor);
+        self.defer_accepting(reactor);
         loop {
-            self.start_accepting(floor)?;
+            self.start_accepting(reactor)?;
             let mut next = self.next_tick_ms;
             if self.service.threads.look(self.service.now_ms) {
                 next = self.service.now_ms + 1;
@@ -180,65 +180,65 @@ impl EventLoop {
                 Some(at) => next.min(at),
                 None => next,
             };
-            let more = floor.poll_once(wait.saturating_sub(self.service.now_ms), self)?;
+            let more = reactor.poll_once(wait.saturating_sub(self.service.now_ms), self)?;
             if self.service.threads.has_done() {
-                self.on_results(floor);
+                self.on_results(reactor);
             }
-            self.expire(floor);
+            self.expire(reactor);
             if self.service.now_ms >= self.next_tick_ms {
-                self.tick(floor);
+                self.tick(reactor);
             }
-            self.hand_out(floor);
-            self.settle_programs(floor);
-            self.publish(floor);
+            self.hand_out(reactor);
+            self.settle_programs(reactor);
+            self.publish(reactor);
             self.check_recycle_limits();
             match self.drain.step(
                 self.service.now_ms,
-                floor.connections(),
+                reactor.connections(),
                 self.service.calls.is_empty(),
                 more,
             ) {
                 DrainStep::Serve => {}
-                DrainStep::ReadOn => self.resume_reading(floor),
-                DrainStep::Quieten => self.stop_reading(floor),
-                DrainStep::CloseResting { partial } => self.close_resting(floor, partial),
-                DrainStep::GiveUp => self.give_up_all(floor),
+                DrainStep::ReadOn => self.resume_reading(reactor),
+                DrainStep::Quieten => self.stop_reading(reactor),
+                DrainStep::CloseResting { partial } => self.close_resting(reactor, partial),
+                DrainStep::GiveUp => self.give_up_all(reactor),
                 DrainStep::Leave => return Ok(()),
             }
         }
     }
 
-    pub(super) fn hand_out(&mut self, floor: &mut Reactor) {
+    pub(super) fn hand_out(&mut self, reactor: &mut Reactor) {
         loop {
             let connections = &self.connections;
             let backlog = |token: Token, place| {
                 let connection = connections.get(token.index()).and_then(Option::as_ref);
                 match connection.filter(|connection| connection.token == token) {
-                    Some(connection) => connection.backlog(place, floor.unsent(token)),
+                    Some(connection) => connection.backlog(place, reactor.unsent(token)),
                     None => 0,
                 }
             };
             let service = &mut self.service;
             let calls = &mut service.calls;
             match calls.hand_out(&mut service.threads, service.now_ms, backlog) {
-                Some(late) => self.reject_late_call(floor, late),
+                Some(late) => self.reject_late_call(reactor, late),
                 None => return,
             }
         }
     }
 
     /// Watches the wires of the programs that serve, and of no other.
-    pub(super) fn settle_programs(&mut self, floor: &mut Reactor) {
+    pub(super) fn settle_programs(&mut self, reactor: &mut Reactor) {
         self.service.threads.pools().settle(|program, wire| {
             let watch = u16::try_from(program)
                 .ok()
                 .and_then(|program| program.checked_add(PROGRAMS))
                 .ok_or(io::ErrorKind::OutOfMemory)?;
             match wire {
-                Some((fd, false)) => floor.watch(watch, fd, Interest::Read),
-                Some((fd, true)) => floor.watch(watch, fd, Interest::Both),
+                Some((fd, false)) => reactor.watch(watch, fd, Interest::Read),
+                Some((fd, true)) => reactor.watch(watch, fd, Interest::Both),
                 None => {
-                    floor.unwatch(watch);
+                    reactor.unwatch(watch);
                     Ok(())
                 }
             }
@@ -271,18 +271,18 @@ impl EventLoop {
         }
     }
 
-    fn tick(&mut self, floor: &mut Reactor) {
+    fn tick(&mut self, reactor: &mut Reactor) {
         if self.service.now_ms.saturating_sub(self.next_tick_ms) > PAUSE_MS && self.next_tick_ms > 0
         {
             self.drain.extend_after_pause(self.service.now_ms);
         }
         self.next_tick_ms = self.service.now_ms + self.tick_ms;
         if self.listen_deadline == 0 {
-            self.resume_listening(floor);
+            self.resume_listening(reactor);
         }
-        floor.try_accept(self);
+        reactor.try_accept(self);
         if self.service.unsent.take_room_for_blocked() {
-            self.advance_open(floor, |connection| connection.is_read_paused);
+            self.advance_open(reactor, |connection| connection.is_read_paused);
         }
         self.check_stuck_threads();
         sweep::reap_adopted();
@@ -291,12 +291,12 @@ impl EventLoop {
         self.service.record.lost_lines.store(lost, Relaxed);
     }
 
-    fn publish(&self, floor: &Reactor) {
+    fn publish(&self, reactor: &Reactor) {
         let record = self.service.record;
         let (running, queued, lost) = self.service.calls.counts(&self.service.threads);
         record
             .connections
-            .store(floor.connections() as u32, Relaxed);
+            .store(reactor.connections() as u32, Relaxed);
         record.running.store(running as u32, Relaxed);
         record.queued.store(queued as u32, Relaxed);
         record.lost_threads.store(lost as u32, Relaxed);
@@ -304,7 +304,7 @@ impl EventLoop {
         record.errors.store(self.service.errors, Relaxed);
         record
             .spurious_wakes
-            .store(floor.spurious_wakes as u32, Relaxed);
+            .store(reactor.spurious_wakes as u32, Relaxed);
         record
             .last_wait_ms
             .store(self.service.last_wait_ms as u32, Relaxed);
@@ -335,18 +335,18 @@ impl Driver for EventLoop {
         self.record_heartbeat();
     }
 
-    fn complete(&mut self, floor: &mut Reactor, completion: Completion<'_>) {
+    fn complete(&mut self, reactor: &mut Reactor, completion: Completion<'_>) {
         match completion {
-            Completion::Accepted { socket } => drop(self.accepted(floor, socket)),
+            Completion::Accepted { socket } => drop(self.accepted(reactor, socket)),
             Completion::Adopted {
                 socket,
                 packet,
                 rest,
-            } => self.adopted(floor, socket, packet, rest),
+            } => self.adopted(reactor, socket, packet, rest),
             Completion::AcceptFailed { error } => self.on_accept_error(&error),
-            Completion::Received { token, bytes } => self.on_bytes(floor, token, bytes),
-            Completion::Ended { token } => self.on_end(floor, token),
-            Completion::HungUp { token } => self.on_hang_up(floor, token),
+            Completion::Received { token, bytes } => self.on_bytes(reactor, token, bytes),
+            Completion::Ended { token } => self.on_end(reactor, token),
+            Completion::HungUp { token } => self.on_hang_up(reactor, token),
             Completion::Sent { token } => {
                 // It has taken something: the time begins anew.
                 if let Some(connection) = find(&mut self.connections, token) {
@@ -354,19 +354,19 @@ impl Driver for EventLoop {
                     let armed = &mut connection.write_deadline;
                     self.service.timers.disarm(armed, TimerTarget::Write(token));
                 }
-                self.pump(floor, token, false);
+                self.pump(reactor, token, false);
             }
             Completion::Failed { token, error } => {
                 log::debug!("a connection broke: {error}");
-                self.close(floor, token);
+                self.close(reactor, token);
             }
-            Completion::Readable { watch: SIGNALS } => self.on_signal(floor),
-            Completion::Readable { watch: LINK } => self.orders(floor),
-            Completion::Readable { watch: QUEUE } => self.retry_handoffs(floor),
+            Completion::Readable { watch: SIGNALS } => self.on_signal(reactor),
+            Completion::Readable { watch: LINK } => self.orders(reactor),
+            Completion::Readable { watch: QUEUE } => self.retry_handoffs(reactor),
             Completion::Readable { watch: WAKER } => {
                 self.waker.clear();
                 self.service.threads.pools().hear();
-                self.on_results(floor);
+                self.on_results(reactor);
             }
             Completion::Readable { watch } => {
                 let program = usize::from(watch - PROGRAMS);

@@ -24,7 +24,7 @@ impl EventLoop {
     /// Takes up a connection that a sibling has passed on.
     pub(super) fn adopted(
         &mut self,
-        floor: &mut Reactor,
+        reactor: &mut Reactor,
         socket: OwnedFd,
         packet: &[u8],
         rest: Option<OwnedFd>,
@@ -36,7 +36,7 @@ impl EventLoop {
                 "a connection was passed on with no state to be understood: closed"
             );
         };
-        self.has_adopted(floor);
+        self.has_adopted(reactor);
         let peer = socket::peer(&socket);
         let owed = match (taken.unsent.is_empty(), is_whole) {
             (true, _) => UnsentData::Nothing,
@@ -44,8 +44,8 @@ impl EventLoop {
             (false, false) => UnsentData::Here,
         };
         let note = note_of(&taken);
-        let adopted = floor.register_adopted(socket, owed, note);
-        let Some(token) = self.register_connection(floor, adopted, peer) else {
+        let adopted = reactor.register_adopted(socket, owed, note);
+        let Some(token) = self.register_connection(reactor, adopted, peer) else {
             return;
         };
         let now_ms = self.service.now_ms;
@@ -69,16 +69,16 @@ impl EventLoop {
         self.watch_idle(token);
         if !taken.unsent.is_empty() {
             self.service.out.extend_from_slice(&taken.unsent);
-            floor.send(token, &mut self.service.out);
+            reactor.send(token, &mut self.service.out);
             // Before the sending counts as over, so that nobody sends it a second time.
-            floor.clear_carried_output(token);
+            reactor.clear_carried_output(token);
             self.service.ledger.sent();
         }
-        self.pump(floor, token, false);
+        self.pump(reactor, token, false);
     }
 
     /// Gives away every connection that may go; the others follow as they come to rest.
-    pub(super) fn send_quiescent(&mut self, floor: &mut Reactor) {
+    pub(super) fn send_quiescent(&mut self, reactor: &mut Reactor) {
         let open: Vec<Token> = self
             .connections
             .iter()
@@ -89,36 +89,36 @@ impl EventLoop {
             .map(|connection| connection.token)
             .collect();
         for token in open {
-            if floor.unsent(token) == 0 {
-                self.give(floor, token);
+            if reactor.unsent(token) == 0 {
+                self.give(reactor, token);
             }
         }
     }
 
     /// Gives a connection away, now or as soon as there is room.
-    pub(super) fn give(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn give(&mut self, reactor: &mut Reactor, token: Token) {
         // What it sends now is to be dropped, which nobody else would know.
         if find(&mut self.connections, token).is_some_and(|it| it.discarding.is_some()) {
             return;
         }
         // First come, first given: else a busy connection could wait for ever.
         if !self.waiting_to_give.is_empty() {
-            return self.queue_for_handoff(floor, token);
+            return self.queue_for_handoff(reactor, token);
         }
-        match self.try_send(floor, token) {
+        match self.try_send(reactor, token) {
             Ok(()) => {}
-            Err(error) if is_full(&error) => self.queue_for_handoff(floor, token),
+            Err(error) if is_full(&error) => self.queue_for_handoff(reactor, token),
             Err(error) => {
                 log::error!("a connection could not be passed on: {error}; it is served here");
             }
         }
     }
 
-    fn try_send(&mut self, floor: &mut Reactor, token: Token) -> io::Result<()> {
+    fn try_send(&mut self, reactor: &mut Reactor, token: Token) -> io::Result<()> {
         let Some(connection) = find(&mut self.connections, token) else {
             return Ok(());
         };
-        let Some(socket) = floor.descriptor(token) else {
+        let Some(socket) = reactor.descriptor(token) else {
             return Ok(());
         };
         if connection.phase != ConnectionPhase::Open {
@@ -142,12 +142,12 @@ impl EventLoop {
         }
         // The queue holds it now: closing our descriptor ends nothing.
         socket.mark_shared();
-        self.close(floor, token);
+        self.close(reactor, token);
         Ok(())
     }
 
-    fn queue_for_handoff(&mut self, floor: &mut Reactor, token: Token) {
-        floor.set_reading(token, false);
+    fn queue_for_handoff(&mut self, reactor: &mut Reactor, token: Token) {
+        reactor.set_reading(token, false);
         if let Some(connection) = find(&mut self.connections, token) {
             let target = TimerTarget::Read(token);
             self.service
@@ -169,13 +169,13 @@ impl EventLoop {
     }
 
     /// The queue may have room again.
-    pub(super) fn retry_handoffs(&mut self, floor: &mut Reactor) {
-        floor.unwatch(QUEUE);
+    pub(super) fn retry_handoffs(&mut self, reactor: &mut Reactor) {
+        reactor.unwatch(QUEUE);
         while let Some(&token) = self.waiting_to_give.front() {
-            match self.try_send(floor, token) {
+            match self.try_send(reactor, token) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     // Told when somebody has taken one; the timer is for when that can't be.
-                    if let Err(error) = floor.watch(QUEUE, &*self.adoption.tx, Interest::Write) {
+                    if let Err(error) = reactor.watch(QUEUE, &*self.adoption.tx, Interest::Write) {
                         log::debug!("the adoption queue can't be watched: {error}");
                     }
                     return self.retry_giving();
@@ -184,19 +184,19 @@ impl EventLoop {
                 Err(error) if is_full(&error) => return self.retry_giving(),
                 Err(error) => {
                     log::error!("a connection could not be passed on: {error}; it is served here");
-                    floor.set_reading(token, true);
+                    reactor.set_reading(token, true);
                 }
                 Ok(()) => {}
             }
             self.waiting_to_give.pop_front();
         }
-        self.stop_giving(floor);
+        self.stop_giving(reactor);
     }
 
     /// Gives nothing more: what waits stays here.
-    pub(super) fn stop_giving(&mut self, floor: &mut Reactor) {
+    pub(super) fn stop_giving(&mut self, reactor: &mut Reactor) {
         self.waiting_to_give.clear();
-        floor.unwatch(QUEUE);
+        reactor.unwatch(QUEUE);
         self.service
             .timers
             .disarm(&mut self.give_deadline, TimerTarget::Give);

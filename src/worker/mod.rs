@@ -105,17 +105,17 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         .map_err(cant("start handler threads"))?;
     signal::unblock_all();
     // Not dropped should the loop panic: what is open then is its keeper's.
-    let floor = Reactor::new().map_err(cant("make its event floor"))?;
-    let mut floor = ManuallyDrop::new(floor);
+    let reactor = Reactor::new().map_err(cant("make its event layer"))?;
+    let mut reactor = ManuallyDrop::new(reactor);
     let mut ledger = CallJournal::default();
     let mut quarantine = None;
     if let Some(KeeperSetup { book, buffer }) = keeping {
         ledger = CallJournal::new(book);
         quarantine = Some(boot.quarantine);
         signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
-        floor.attach_progress(book.witness, buffer);
+        reactor.attach_progress(book.witness, buffer);
     }
-    floor
+    reactor
         .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
         .map_err(cant("watch its listeners"))?;
     let limits = boot.settings.limits.clone();
@@ -157,14 +157,14 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     );
     // The process ends after this: threads that still run handlers end with it, unasked.
     let mut event_loop = ManuallyDrop::new(event_loop);
-    let ran = event_loop.run(&mut floor).map_err(cant("serve"));
+    let ran = event_loop.run(&mut reactor).map_err(cant("serve"));
     if ran.is_ok() {
         event_loop.leaves();
     }
-    event_loop.end_programs(&mut floor);
+    event_loop.end_programs(&mut reactor);
     ran?;
     stop_hooks::run_stop_hooks(&mut event_loop);
     log::debug!("leaves");
-    drop(ManuallyDrop::into_inner(floor));
+    drop(ManuallyDrop::into_inner(reactor));
     Ok(())
 }

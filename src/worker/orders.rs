@@ -14,13 +14,13 @@ use crate::protocol::code::Code;
 use crate::sys::event::{Reactor, Token};
 
 impl EventLoop {
-    pub(super) fn orders(&mut self, floor: &mut Reactor) {
+    pub(super) fn orders(&mut self, reactor: &mut Reactor) {
         let mut shares = None;
         loop {
             match self.link.receive() {
                 Received::Message(message, descriptor) => match message.body {
-                    Order::Drain(limit) => self.start_drain(floor, limit),
-                    Order::Stop(limit) => self.start_stop(floor, limit),
+                    Order::Drain(limit) => self.start_drain(reactor, limit),
+                    Order::Stop(limit) => self.start_stop(reactor, limit),
                     // Of several that came while this worker was stopped, the last one is true.
                     Order::Rebalance(order) => shares = Some(order),
                     Order::StopPending => self.service.stop_pending = true,
@@ -37,22 +37,22 @@ impl EventLoop {
                 }
                 Received::Empty => break,
                 Received::End => {
-                    floor.unwatch(LINK);
+                    reactor.unwatch(LINK);
                     self.master_gone = true;
                     log::error!(
                         "the master has died: this worker accepts nothing more, answers what runs \
                          and leaves; start a new master"
                     );
-                    return self.start_stop(floor, self.drain_timeout);
+                    return self.start_stop(reactor, self.drain_timeout);
                 }
             }
         }
         if let Some(shares) = shares {
-            self.spread(floor, shares);
+            self.spread(reactor, shares);
         }
     }
 
-    pub(super) fn on_signal(&mut self, floor: &mut Reactor) {
+    pub(super) fn on_signal(&mut self, reactor: &mut Reactor) {
         for signal in self.signals.take() {
             match signal {
                 Signal::SIGQUIT => self.drain.leave_now(),
@@ -60,7 +60,7 @@ impl EventLoop {
                     log::info!("retires: asked by SIGTERM");
                     // Untold, the master finds out when this worker has left.
                     let _ = self.report(Report::Retiring);
-                    self.start_drain(floor, self.drain_timeout);
+                    self.start_drain(reactor, self.drain_timeout);
                 }
                 // To one that drains: the master's last word, or what it does already.
                 _ => self.drain.expire_now(self.service.now_ms),
@@ -68,48 +68,48 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn start_drain(&mut self, floor: &mut Reactor, limit: Duration) {
-        self.end_spreading(floor);
+    pub(super) fn start_drain(&mut self, reactor: &mut Reactor, limit: Duration) {
+        self.end_spreading(reactor);
         (self.show_draining)();
-        floor.drain_accept_queues(false, self);
+        reactor.drain_accept_queues(false, self);
         let now = self.service.now_ms;
         self.drain.drain(now, now.saturating_add(millis(limit)));
-        self.send_quiescent(floor);
+        self.send_quiescent(reactor);
     }
 
     /// Some connections were read no further, so that they come to rest, and did not: their calls
     /// take longer, and nobody is to wait for that.
-    pub(super) fn resume_reading(&mut self, floor: &mut Reactor) {
-        self.advance_open(floor, |connection| connection.is_read_paused);
-        self.hand_out(floor);
-        self.settle_programs(floor);
+    pub(super) fn resume_reading(&mut self, reactor: &mut Reactor) {
+        self.advance_open(reactor, |connection| connection.is_read_paused);
+        self.hand_out(reactor);
+        self.settle_programs(reactor);
     }
 
     /// Half of the drain is over and some connections never rest: nothing more is taken from
     /// them, so that they do once what runs is answered.
-    pub(super) fn stop_reading(&mut self, floor: &mut Reactor) {
+    pub(super) fn stop_reading(&mut self, reactor: &mut Reactor) {
         self.service.limits.pipeline = 0;
-        self.advance_open(floor, |_| true);
+        self.advance_open(reactor, |_| true);
     }
 
-    pub(super) fn start_stop(&mut self, floor: &mut Reactor, limit: Duration) {
-        self.end_spreading(floor);
+    pub(super) fn start_stop(&mut self, reactor: &mut Reactor, limit: Duration) {
+        self.end_spreading(reactor);
         // Who is in a queue has connected and may have sent a call already, and what siblings have
         // passed on has nobody else to go to.
-        floor.drain_accept_queues(true, self);
-        self.stop_giving(floor);
+        reactor.drain_accept_queues(true, self);
+        self.stop_giving(reactor);
         self.service.stopping = true;
         self.service.ledger.stops();
         // What was not taken for the handoff's sake is answered now.
         self.service.limits.pipeline = usize::MAX;
         let now = self.service.now_ms;
         self.drain.stop(now.saturating_add(millis(limit)));
-        self.advance_open(floor, |_| true);
+        self.advance_open(reactor, |_| true);
     }
 
     pub(super) fn advance_open(
         &mut self,
-        floor: &mut Reactor,
+        reactor: &mut Reactor,
         which: impl Fn(&Connection) -> bool,
     ) {
         let open: Vec<Token> = self
@@ -120,11 +120,11 @@ impl EventLoop {
             .map(|connection| connection.token)
             .collect();
         for token in open {
-            self.pump(floor, token, false);
+            self.pump(reactor, token, false);
         }
     }
 
-    pub(super) fn close_resting(&mut self, floor: &mut Reactor, partial: bool) {
+    pub(super) fn close_resting(&mut self, reactor: &mut Reactor, partial: bool) {
         let resting: Vec<Token> = self
             .connections
             .iter()
@@ -133,11 +133,11 @@ impl EventLoop {
             .filter(|connection| {
                 connection.is_quiescent() || (partial && connection.unanswered == 0)
             })
-            .filter(|connection| floor.unsent(connection.token) == 0)
+            .filter(|connection| reactor.unsent(connection.token) == 0)
             .map(|connection| connection.token)
             .collect();
         for token in resting {
-            self.close_quiescent(floor, token);
+            self.close_quiescent(reactor, token);
         }
     }
 
@@ -152,7 +152,7 @@ impl EventLoop {
     }
 
     /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
-    pub(super) fn give_up_all(&mut self, floor: &mut Reactor) {
+    pub(super) fn give_up_all(&mut self, reactor: &mut Reactor) {
         // Those that wait first: a thread that is let go would begin one of them at this late hour.
         let left = self.service.calls.all();
         if !left.is_empty() {
@@ -164,12 +164,12 @@ impl EventLoop {
         self.service.stopping = true;
         for key in left {
             self.abort_call(
-                floor,
+                reactor,
                 key,
                 Code::Stopping,
                 "the server stops and could not wait longer",
             );
         }
-        self.close_resting(floor, true);
+        self.close_resting(reactor, true);
     }
 }

@@ -19,7 +19,7 @@ const REBALANCE_TTL_MS: u64 = 150;
 
 impl EventLoop {
     /// The master has counted: gives so many, takes so many.
-    pub(super) fn spread(&mut self, floor: &mut Reactor, shares: RebalanceOrder) {
+    pub(super) fn spread(&mut self, reactor: &mut Reactor, shares: RebalanceOrder) {
         if !self.drain.is_serving() {
             return;
         }
@@ -27,7 +27,7 @@ impl EventLoop {
         let timers = &mut self.service.timers;
         timers.arm(&mut self.spreading.until, at, TimerTarget::Spread);
         self.spreading.take = Some(shares.take);
-        floor.set_adopting(shares.take > 0);
+        reactor.set_adopting(shares.take > 0);
         // Those that wait for room in the queue were given already, by the order before.
         let waiting: HashSet<Token> = self.waiting_to_give.iter().copied().collect();
         self.spreading.give = shares.give.saturating_sub(waiting.len() as u32);
@@ -35,7 +35,9 @@ impl EventLoop {
             .connections
             .iter()
             .flatten()
-            .filter(|connection| is_transferable(connection) && floor.unsent(connection.token) == 0)
+            .filter(|connection| {
+                is_transferable(connection) && reactor.unsent(connection.token) == 0
+            })
             .map(|connection| connection.token)
             .filter(|token| !waiting.contains(token))
             .take(self.spreading.give as usize)
@@ -47,32 +49,32 @@ impl EventLoop {
             shares.take
         );
         for token in resting {
-            self.give_by_order(floor, token);
+            self.give_by_order(reactor, token);
         }
     }
 
-    pub(super) fn give_by_order(&mut self, floor: &mut Reactor, token: Token) {
+    pub(super) fn give_by_order(&mut self, reactor: &mut Reactor, token: Token) {
         self.spreading.give -= 1;
-        self.give(floor, token);
+        self.give(reactor, token);
     }
 
     /// One was taken out of the queue.
-    pub(super) fn has_adopted(&mut self, floor: &mut Reactor) {
+    pub(super) fn has_adopted(&mut self, reactor: &mut Reactor) {
         if let Some(left) = &mut self.spreading.take {
             *left = left.saturating_sub(1);
             if *left == 0 {
-                floor.set_adopting(false);
+                reactor.set_adopting(false);
             }
         }
     }
 
     /// The moment is over, or the worker serves no more.
-    pub(super) fn end_spreading(&mut self, floor: &mut Reactor) {
+    pub(super) fn end_spreading(&mut self, reactor: &mut Reactor) {
         let timers = &mut self.service.timers;
         timers.disarm(&mut self.spreading.until, TimerTarget::Spread);
         if std::mem::take(&mut self.spreading).take.is_some() {
-            floor.set_adopting(true);
-            self.resume_listening(floor);
+            reactor.set_adopting(true);
+            self.resume_listening(reactor);
         }
     }
 }

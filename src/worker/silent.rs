@@ -18,9 +18,9 @@ const SEARCH_MS: u64 = 100;
 impl EventLoop {
     /// Closes silent connections until there is room for one more. Returns whether there is room. If not,
     /// a timer tries again when the oldest silent connection is old enough.
-    pub(super) fn make_room(&mut self, floor: &mut Reactor) -> bool {
+    pub(super) fn make_room(&mut self, reactor: &mut Reactor) -> bool {
         let limit = self.service.limits.connections;
-        while floor.connections() >= limit {
+        while reactor.connections() >= limit {
             let Some(token) = self.silent.found.pop_front() else {
                 if self.find_silent() {
                     continue;
@@ -28,7 +28,7 @@ impl EventLoop {
                 return false;
             };
             // A call may have come that was not read yet.
-            let socket = floor.descriptor(token);
+            let socket = reactor.descriptor(token);
             if find(&mut self.connections, token).is_some_and(|it| is_silent(it))
                 && socket.is_some_and(socket::is_silent)
             {
@@ -37,7 +37,7 @@ impl EventLoop {
                      within limits.read-timeout is closed to accept another one"
                 );
                 self.warn_limited(WarningKind::Silent, &text);
-                self.close(floor, token);
+                self.close(reactor, token);
             }
         }
         true

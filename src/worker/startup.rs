@@ -21,14 +21,14 @@ const PROGRAMS_MS: u64 = 2500;
 
 impl EventLoop {
     /// Lets nobody in as long as programs are missing.
-    pub(super) fn defer_accepting(&mut self, floor: &mut Reactor) {
+    pub(super) fn defer_accepting(&mut self, reactor: &mut Reactor) {
         if self.service.threads.pools().stage() != Stage::Ready {
-            floor.pause_listeners();
+            reactor.pause_listeners();
         }
     }
 
     /// Begins to serve, once that is possible.
-    pub(super) fn start_accepting(&mut self, floor: &mut Reactor) -> io::Result<()> {
+    pub(super) fn start_accepting(&mut self, reactor: &mut Reactor) -> io::Result<()> {
         if self.is_accepting || !self.drain.is_serving() {
             return Ok(());
         }
@@ -37,7 +37,7 @@ impl EventLoop {
             Stage::Failed(reason) => return Err(io::Error::other(reason)),
             Stage::Ready => {
                 self.is_accepting = true;
-                self.resume_listening(floor);
+                self.resume_listening(reactor);
                 // One that the master does not know of would be ended at boot-timeout.
                 self.report(Report::Ready)?;
                 logging::stop_forwarding();
@@ -47,9 +47,9 @@ impl EventLoop {
     }
 
     /// Ends all programs, of pools and of commands: who still waits for one has been answered.
-    pub(super) fn end_programs(&mut self, floor: &mut Reactor) {
+    pub(super) fn end_programs(&mut self, reactor: &mut Reactor) {
         self.service.threads.pools().send_home();
-        self.settle_programs(floor);
+        self.settle_programs(reactor);
         let record = self.service.record;
         let hurry = match self.master_gone {
             _ if self.drain.is_at_once() => Hurry::AtOnce,

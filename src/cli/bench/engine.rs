@@ -1,4 +1,4 @@
-//! The loop of one thread of the load: its connections, on the event floor.
+//! The loop of one thread of the load: its connections, on the event layer.
 //!
 //! It must never be the bottleneck: a call costs one send, one receive, and a share of one wait; calls
 //! that can leave together do. Answers come in the order of the calls, for those have no ids. A
@@ -24,7 +24,7 @@ use crate::sys::timer::Timer;
 const TICK: Duration = Duration::from_millis(100);
 /// How long it goes on without a single connection.
 const WITHOUT_SERVER: Duration = Duration::from_secs(5);
-/// The number under which the floor tells of the timer.
+/// The number under which the reactor tells of the timer.
 const TIMER: u16 = 0;
 
 /// What a thread has to do.
@@ -43,7 +43,7 @@ pub(super) struct LoadShare {
 }
 
 pub(super) struct Engine {
-    floor: Reactor,
+    reactor: Reactor,
     timer: Timer,
     load: Load,
     interrupted: Arc<AtomicBool>,
@@ -58,9 +58,11 @@ impl Engine {
         interrupted: Arc<AtomicBool>,
     ) -> Result<Self> {
         let system = |error: io::Error| Error::system("make an event loop for the load", error);
-        let mut floor = Reactor::new().map_err(system)?;
+        let mut reactor = Reactor::new().map_err(system)?;
         let timer = Timer::new().map_err(system)?;
-        floor.watch(TIMER, &timer, Interest::Read).map_err(system)?;
+        reactor
+            .watch(TIMER, &timer, Interest::Read)
+            .map_err(system)?;
         let mut load = Load {
             address: address.to_owned(),
             end: share.duration.map(nanoseconds),
@@ -77,10 +79,10 @@ impl Engine {
             tally: BenchTotals::new()?,
         };
         for _ in 0..load.share.connections {
-            load.connect(&mut floor)?;
+            load.connect(&mut reactor)?;
         }
         Ok(Engine {
-            floor,
+            reactor,
             timer,
             load,
             interrupted,
@@ -91,23 +93,23 @@ impl Engine {
     /// Why it ended early, if it did, comes with what was seen until then.
     pub(super) fn run(self, begin: Instant) -> Result<(BenchTotals, Option<Error>)> {
         let Engine {
-            mut floor,
+            mut reactor,
             timer,
             mut load,
             interrupted,
         } = self;
-        let (floor, load) = (&mut floor, &mut load);
+        let (reactor, load) = (&mut reactor, &mut load);
         load.begin = begin;
         load.look();
         if load.share.interval.is_none() {
-            load.fill_all(floor);
+            load.fill_all(reactor);
         }
         let mut ticked = Instant::now();
         let mut served = Instant::now();
         let mut gone = None;
         loop {
             load.look();
-            load.send_due(floor);
+            load.send_due(reactor);
             if load.is_over() && load.outstanding == 0 {
                 break;
             }
@@ -120,7 +122,7 @@ impl Engine {
                 }
                 None => TICK,
             };
-            floor
+            reactor
                 .poll_once(wait.as_millis() as u64, load)
                 .map_err(failed)?;
             if load.share.interval.is_some() {
@@ -129,8 +131,8 @@ impl Engine {
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
                 load.stopped |= interrupted.load(Ordering::SeqCst);
-                let outcome = load.tick(floor);
-                if floor.connections() > 0 {
+                let outcome = load.tick(reactor);
+                if reactor.connections() > 0 {
                     served = ticked;
                 } else if served.elapsed() >= WITHOUT_SERVER
                     && let Err(error) = outcome
@@ -158,7 +160,7 @@ struct Connection {
     answered: bool,
 }
 
-/// Everything but the floor, which drives it. Times are nanoseconds since the beginning.
+/// Everything but the reactor, which drives it. Times are nanoseconds since the beginning.
 struct Load {
     address: String,
     share: LoadShare,
@@ -187,9 +189,9 @@ impl Load {
         self.now = nanoseconds(self.begin.elapsed());
     }
 
-    fn connect(&mut self, floor: &mut Reactor) -> Result<()> {
+    fn connect(&mut self, reactor: &mut Reactor) -> Result<()> {
         let socket = connect_nonblocking(&self.address, Some(self.share.timeout))?;
-        let token = floor
+        let token = reactor
             .register(socket)
             .map_err(|error| Error::system("watch a connection", error))?;
         let index = token.index();
@@ -229,7 +231,7 @@ impl Load {
     }
 
     /// In an open loop, sends what is due.
-    fn send_due(&mut self, floor: &mut Reactor) {
+    fn send_due(&mut self, reactor: &mut Reactor) {
         while let Some(due) = self.next_due()
             && due <= self.now
         {
@@ -237,24 +239,24 @@ impl Load {
                 return;
             };
             if self.connection(token).is_some() {
-                self.send(floor, token, 1, due);
+                self.send(reactor, token, 1, due);
             }
         }
     }
 
     /// In a closed loop, fills every connection.
-    fn fill_all(&mut self, floor: &mut Reactor) {
+    fn fill_all(&mut self, reactor: &mut Reactor) {
         for index in 0..self.connections.len() {
             if let Some(connection) = &self.connections[index] {
                 let token = connection.token;
                 let room = self.share.depth - connection.unanswered.len();
-                self.send(floor, token, room, self.now);
+                self.send(reactor, token, room, self.now);
             }
         }
     }
 
     /// Sends so many calls at once, or as many as are still to be made.
-    fn send(&mut self, floor: &mut Reactor, token: Token, calls: usize, due: u64) {
+    fn send(&mut self, reactor: &mut Reactor, token: Token, calls: usize, due: u64) {
         let Some(connection) = connection(&mut self.connections, token) else {
             return;
         };
@@ -270,14 +272,14 @@ impl Load {
             self.tally.sent += 1;
         }
         self.outstanding += calls;
-        floor.send(token, &mut self.outbox);
+        reactor.send(token, &mut self.outbox);
     }
 
     fn connection(&mut self, token: Token) -> Option<&mut Connection> {
         connection(&mut self.connections, token)
     }
 
-    fn received(&mut self, floor: &mut Reactor, token: Token, bytes: &[u8]) {
+    fn received(&mut self, reactor: &mut Reactor, token: Token, bytes: &[u8]) {
         self.look();
         let Some(connection) = connection(&mut self.connections, token) else {
             return;
@@ -316,19 +318,19 @@ impl Load {
         self.outstanding -= answered;
         self.tally.elapsed = self.now;
         if let Some(reason) = fault {
-            return self.lose(floor, token, reason);
+            return self.lose(reactor, token, reason);
         }
         if self.share.interval.is_some() {
             self.free.extend((0..answered).map(|_| token));
-            self.send_due(floor);
+            self.send_due(reactor);
         } else if answered > 0 && !self.is_over() {
-            self.send(floor, token, answered, self.now);
+            self.send(reactor, token, answered, self.now);
         }
     }
 
     /// A connection is of no use any more.
-    fn lose(&mut self, floor: &mut Reactor, token: Token, reason: &'static str) {
-        floor.close(token);
+    fn lose(&mut self, reactor: &mut Reactor, token: Token, reason: &'static str) {
+        reactor.close(token);
         let Some(connection) = self
             .connections
             .get_mut(token.index())
@@ -341,25 +343,25 @@ impl Load {
         self.missing += 1;
         // One that a server closes at once would be made again without end.
         if connection.answered && !self.is_over() {
-            let _ = self.reconnect(floor);
+            let _ = self.reconnect(reactor);
         }
     }
 
     /// Makes those connections again that are missing. In a closed loop they begin to call.
-    fn reconnect(&mut self, floor: &mut Reactor) -> Result<()> {
+    fn reconnect(&mut self, reactor: &mut Reactor) -> Result<()> {
         while self.missing > 0 {
-            self.connect(floor)?;
+            self.connect(reactor)?;
             self.missing -= 1;
             self.tally.reconnects += 1;
         }
         if self.share.interval.is_none() {
-            self.fill_all(floor);
+            self.fill_all(reactor);
         }
         Ok(())
     }
 
     /// Gives up what has no answer in time, and makes lost connections again.
-    fn tick(&mut self, floor: &mut Reactor) -> Result<()> {
+    fn tick(&mut self, reactor: &mut Reactor) -> Result<()> {
         self.look();
         let timeout = nanoseconds(self.share.timeout);
         let late: Vec<Token> = self
@@ -373,12 +375,12 @@ impl Load {
             .map(|connection| connection.token)
             .collect();
         for token in late {
-            self.lose(floor, token, "no answer in time");
+            self.lose(reactor, token, "no answer in time");
         }
         if self.is_over() {
             return Ok(());
         }
-        self.reconnect(floor)
+        self.reconnect(reactor)
     }
 
     /// The tally, with what was due and never sent.
@@ -404,11 +406,11 @@ fn connection(connections: &mut [Option<Connection>], token: Token) -> Option<&m
 }
 
 impl Driver for Load {
-    fn complete(&mut self, floor: &mut Reactor, completion: Completion<'_>) {
+    fn complete(&mut self, reactor: &mut Reactor, completion: Completion<'_>) {
         match completion {
-            Completion::Received { token, bytes } => self.received(floor, token, bytes),
-            Completion::Ended { token } => self.lose(floor, token, "connection closed"),
-            Completion::Failed { token, .. } => self.lose(floor, token, "connection reset"),
+            Completion::Received { token, bytes } => self.received(reactor, token, bytes),
+            Completion::Ended { token } => self.lose(reactor, token, "connection closed"),
+            Completion::Failed { token, .. } => self.lose(reactor, token, "connection reset"),
             // The timer's whole message is that the wait is over; no listener is here.
             Completion::HungUp { .. }
             | Completion::Sent { .. }

@@ -1,4 +1,4 @@
-//! What a floor was doing, in memory that outlives its process: for a twin that takes its
+//! What a reactor was doing, in memory that outlives its process: for a twin that takes its
 //! connections over when it has died.
 //!
 //! A process can die between any two of its instructions, so each store here has its place: what is
@@ -10,17 +10,17 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Release};
 
 use super::completion::Token;
-use crate::shared_record;
 use crate::sys::shared_memory;
+use crate::sys::shared_memory::shared_record;
 
-/// Bytes read at once, for all connections of a floor together.
+/// Bytes read at once, for all connections of a reactor together.
 pub const RECEIVE_BUFFER: usize = 64 * 1024;
 
 /// Nothing owed and nobody there: what a zero says in the fields that hold a number plus one.
 const NONE: u32 = 0;
 
 shared_record! {
-    /// One place of a floor. All zero: free.
+    /// One place of a reactor. All zero: free.
     #[derive(Debug)]
     pub struct ConnectionRecord {
         /// Whose it is: the token's number plus one. Valid while `fd` is not zero.
@@ -115,7 +115,7 @@ pub struct IoProgress {
 }
 
 impl IoProgress {
-    /// A witness for so many connections, and the floor's buffer, with room for a packet of `longest`
+    /// A witness for so many connections, and the reactor's buffer, with room for a packet of `longest`
     /// bytes at its end. A connection that finds no place is served like any other, and not seen here.
     ///
     /// # Errors

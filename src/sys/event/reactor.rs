@@ -51,7 +51,7 @@ pub struct Reactor {
     buffer: &'static mut [u8],
     /// Room for what siblings pass on.
     packet: &'static mut [u8],
-    /// Who sees what this floor does, if anybody.
+    /// Who sees what this reactor does, if anybody.
     witness: Option<IoProgress>,
     events: Vec<EpollEvent>,
     /// Times that a listener was readable and somebody else had taken the connection.
@@ -59,7 +59,7 @@ pub struct Reactor {
 }
 
 impl Reactor {
-    /// A floor with its own epoll: to be made after fork, because an inherited one would be
+    /// A reactor with its own epoll: to be made after fork, because an inherited one would be
     /// shared with the parent.
     ///
     /// # Errors
@@ -73,7 +73,7 @@ impl Reactor {
             watched: Vec::new(),
             failures: Vec::new(),
             next_tag: 0,
-            // A floor lives as long as its process, or its thread.
+            // A reactor lives as long as its process, or its thread.
             buffer: Vec::leak(vec![0; RECEIVE_BUFFER]),
             packet: &mut [],
             witness: None,
@@ -82,7 +82,7 @@ impl Reactor {
         })
     }
 
-    /// Lets a witness see what this floor does from now on, and receives into `buffer`, which is of the
+    /// Lets a witness see what this reactor does from now on, and receives into `buffer`, which is of the
     /// witness's making. To be called before there is a connection.
     pub fn attach_progress(&mut self, witness: IoProgress, buffer: &'static mut [u8]) {
         self.witness = Some(witness);

@@ -16,9 +16,9 @@ use crate::link::adoption_queue::AdoptedConnection;
 use crate::protocol::body::Form;
 use crate::protocol::http;
 use crate::protocol::reply::{AnswerFormat, Framing};
-use crate::shared_record;
 use crate::sys::event::IoProgress;
 use crate::sys::shared_memory;
+use crate::sys::shared_memory::shared_record;
 use crate::worker::connection::{AnswerPosition, Connection, ConnectionPhase};
 
 /// Calls that can be in the ledger at once. Only what is used takes memory.
@@ -99,7 +99,7 @@ pub struct SharedJournal {
     /// The worker.
     pub head: &'static JournalHeader,
     pub entries: &'static [CallRecord],
-    /// The connections, as the event floor has them.
+    /// The connections, as the event layer has them.
     pub witness: IoProgress,
 }
 
@@ -158,13 +158,13 @@ pub struct CallJournal {
     /// Those whose answers are sent next.
     answered: Vec<CallRef>,
     /// Where the bytes that are being taken begin in their stream, while they are those that the
-    /// floor has just received.
+    /// reactor has just received.
     start: Option<u64>,
     end: u64,
 }
 
 impl SharedJournal {
-    /// An empty one, for so many connections; and the buffer for the floor.
+    /// An empty one, for so many connections; and the buffer for the reactor.
     ///
     /// # Errors
     /// When there is no memory to be had.
@@ -284,7 +284,7 @@ impl CallJournal {
         }
     }
 
-    /// They were sent, or will be: they are in the kernel, or owed by the floor, which says so.
+    /// They were sent, or will be: they are in the kernel, or owed by the reactor, which says so.
     #[inline]
     pub fn sent(&mut self) {
         let Some(book) = self.book else { return };

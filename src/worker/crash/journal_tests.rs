@@ -41,7 +41,7 @@ fn a_call_is_in_the_ledger_from_its_taking_until_its_answer_has_left() {
     assert_eq!((living(book), entry.stage.load(Relaxed)), (1, ANSWERED));
     ledger.sent();
     assert_eq!(living(book), 0);
-    // what is taken from a tail has no place in what the floor has received
+    // what is taken from a tail has no place in what the reactor has received
     ledger.reaches(7);
     let mark = ledger.take(&mut connection, PLAIN, place, None);
     assert_eq!(entry.end.load(Relaxed), 0);

@@ -39,7 +39,7 @@ const RETRY: Duration = Duration::from_millis(20);
 pub struct KeeperSetup {
     /// The ledger.
     pub book: SharedJournal,
-    /// What the event floor receives into.
+    /// What the event layer receives into.
     pub buffer: &'static mut [u8],
 }
 
