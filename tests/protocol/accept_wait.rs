@@ -85,6 +85,10 @@ fn the_queue_and_its_limit_stand_in_the_status_where_the_kernel_tells_them() {
          [[listen]]\naddress = \"unix:rpc.sock\"\nbacklog = 20\n"
     ));
     assert!(daemon.command(&["reload"]).status.success());
+    // A worker of the old generation may still accept, until it reads the order to drain.
+    wait_for("the old workers gone", PATIENCE, || {
+        daemon.workers().len() == 2
+    });
     let workers = daemon.ready_workers();
     signal(&workers, Signal::SIGSTOP);
     let _tcp: Vec<Client> = (0..3).map(|_| daemon.client()).collect();
