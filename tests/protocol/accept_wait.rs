@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use crate::support::installed::wait_for_children;
 use crate::support::{Client, Daemon, PATIENCE, pass, wait_for};
 
 const CONFIG: &str = "
@@ -86,9 +87,7 @@ fn the_queue_and_its_limit_stand_in_the_status_where_the_kernel_tells_them() {
     ));
     assert!(daemon.command(&["reload"]).status.success());
     // A worker of the old generation may still accept, until it reads the order to drain.
-    wait_for("the old workers gone", PATIENCE, || {
-        daemon.workers().len() == 2
-    });
+    wait_for_children(&daemon, 2);
     let workers = daemon.ready_workers();
     signal(&workers, Signal::SIGSTOP);
     let _tcp: Vec<Client> = (0..3).map(|_| daemon.client()).collect();
