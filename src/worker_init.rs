@@ -32,6 +32,8 @@ pub struct WorkerInit<'a> {
     pub startup_log_tx: Option<OwnedFd>,
     /// Where it shows what it does.
     pub record: &'static WorkerRecord,
+    /// The records of all workers, and the index of its own.
+    pub records: (&'static [WorkerRecord], usize),
     /// Calls that it is not to run.
     pub quarantine: Quarantine,
     /// What is known of its end, once it has died.

@@ -159,8 +159,8 @@ fn workers(workers: &[WorkerStatus]) -> TextTable {
     table
 }
 
-/// What a worker's last column says: its oldest call, that its loop stands still, lost threads, programs
-/// that are down, what its slot waits for.
+/// What a worker's last column says: its oldest call, that its loop is stuck, lost threads, programs that
+/// are down, forwarded calls, what its slot waits for.
 fn remark(worker: &WorkerStatus) -> String {
     let call = worker.oldest_call.as_ref().map(|call| {
         let age = units::milliseconds(call.age_ms);
@@ -182,12 +182,15 @@ fn remark(worker: &WorkerStatus) -> String {
         let programs = pluralize(worker.programs as usize, "program", "programs");
         format!("{} of {programs} down", worker.programs_down)
     });
+    let sent = (worker.sent > 0).then(|| format!("{} run in other workers", worker.sent));
+    let for_others = (worker.running_for_others > 0)
+        .then(|| format!("runs {} of other workers", worker.running_for_others));
     let throttle = worker.throttle.as_ref().map(|throttle| {
         let wait = units::milliseconds(throttle.retry_in_ms);
         let failures = units::plural(throttle.failures.into(), "failure");
         format!("{failures}, next try in {wait}")
     });
-    let parts: Vec<_> = [call, silent, lost, down, throttle]
+    let parts: Vec<_> = [call, silent, lost, down, sent, for_others, throttle]
         .into_iter()
         .flatten()
         .collect();

@@ -205,6 +205,9 @@ enum Sleeper {
     Waker(Arc<Waker>),
 }
 
+/// Shown of a call that another process may have begun.
+pub const BEGUN_ELSEWHERE: u32 = 2;
+
 const WAITING: u8 = 0;
 const RUNNING: u8 = 1;
 const OVER: u8 = 2;
@@ -236,6 +239,18 @@ impl CallState {
         begins
     }
 
+    /// Another process begins it, which is shown as 2: it is not what this process dies of. False when the call was given up meanwhile.
+    pub fn begin_elsewhere(&self) -> bool {
+        let begins = self
+            .phase
+            .compare_exchange(WAITING, RUNNING, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok();
+        if let (true, Some(shown)) = (begins, self.shown) {
+            shown.store(BEGUN_ELSEWHERE, Ordering::Release);
+        }
+        begins
+    }
+
     /// One whose beginning is shown there, as 1, and that is known by `key`.
     pub fn shown(shown: Option<&'static AtomicU32>, key: u64) -> Self {
         CallState {
@@ -247,7 +262,7 @@ impl CallState {
 
     /// What was to run it is gone, and it is certain that it had not begun: it waits again. False
     /// when it was given up meanwhile.
-    fn wait_again(&self) -> bool {
+    pub fn wait_again(&self) -> bool {
         self.phase
             .compare_exchange(RUNNING, WAITING, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
@@ -255,7 +270,7 @@ impl CallState {
 
     /// Shows that it waits, if it still does. For the loop alone, which gives calls up: behind that, the
     /// place where it is shown may be another call's.
-    fn show_waiting(&self) {
+    pub fn show_waiting(&self) {
         if let (WAITING, Some(shown)) = (self.phase.load(Ordering::Acquire), self.shown) {
             shown.store(0, Ordering::Release);
         }

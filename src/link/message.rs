@@ -34,6 +34,8 @@ pub enum Order {
     Rebalance(RebalanceOrder),
     /// A stop will come: serve on, and tell who asks for your health that you are not ready.
     StopPending,
+    /// A link to the worker with this record of the scoreboard; its descriptor comes along.
+    Link(u32),
 }
 
 /// What a worker tells the master.
@@ -48,6 +50,10 @@ pub enum Report {
     /// All its handler threads, so many, run past their deadlines: it wants a successor. What they
     /// run stands in shared memory ([`super::stuck_calls`]).
     AllThreadsStuck(u64),
+    /// It needs a link to the worker with this record of the scoreboard.
+    LinkWanted(u32),
+    /// After some accepts it has more than its share of the connections.
+    Uneven,
 }
 
 /// A packet: who it is from or for, and what it says.
@@ -76,6 +82,7 @@ impl MessageBody for Order {
             Order::Stop(limit) => (2, millis(limit)),
             Order::ReopenLog => (3, 0),
             Order::StopPending => (5, 0),
+            Order::Link(record) => (6, record.into()),
             Order::Rebalance(RebalanceOrder { give, take }) => {
                 (4, u64::from(give) << 32 | u64::from(take))
             }
@@ -92,6 +99,7 @@ impl MessageBody for Order {
                 take: value as u32,
             })),
             5 => Some(Order::StopPending),
+            6 => u32::try_from(value).ok().map(Order::Link),
             _ => None,
         }
     }
@@ -104,6 +112,8 @@ impl MessageBody for Report {
             Report::Retiring => (102, 0),
             Report::MaxCallsReached(calls) => (103, calls),
             Report::AllThreadsStuck(threads) => (104, threads),
+            Report::LinkWanted(record) => (105, record.into()),
+            Report::Uneven => (106, 0),
         }
     }
 
@@ -113,6 +123,8 @@ impl MessageBody for Report {
             102 => Some(Report::Retiring),
             103 => Some(Report::MaxCallsReached(value)),
             104 => Some(Report::AllThreadsStuck(value)),
+            105 => u32::try_from(value).ok().map(Report::LinkWanted),
+            106 => Some(Report::Uneven),
             _ => None,
         }
     }
@@ -168,6 +180,7 @@ mod tests {
             Order::Stop(Duration::from_millis(u64::MAX)),
             Order::ReopenLog,
             Order::StopPending,
+            Order::Link(4095),
             Order::Rebalance(RebalanceOrder {
                 give: u32::MAX,
                 take: 7,
@@ -183,6 +196,8 @@ mod tests {
             Report::Retiring,
             Report::MaxCallsReached(u64::MAX),
             Report::AllThreadsStuck(8),
+            Report::LinkWanted(4095),
+            Report::Uneven,
         ] {
             let packet = Message {
                 pid: Pid(1),
@@ -226,9 +241,12 @@ mod tests {
         check(Order::ReopenLog, 3, [0; 8]);
         check(Order::Rebalance(shares), 4, *b"\x02\0\0\0\x01\0\0\0");
         check(Order::StopPending, 5, [0; 8]);
+        check(Order::Link(3), 6, *b"\x03\0\0\0\0\0\0\0");
         check(Report::Ready, 101, [0; 8]);
         check(Report::Retiring, 102, [0; 8]);
         check(Report::MaxCallsReached(258), 103, *b"\x02\x01\0\0\0\0\0\0");
         check(Report::AllThreadsStuck(8), 104, *b"\x08\0\0\0\0\0\0\0");
+        check(Report::LinkWanted(3), 105, *b"\x03\0\0\0\0\0\0\0");
+        check(Report::Uneven, 106, [0; 8]);
     }
 }

@@ -2,6 +2,8 @@
 //! from, ids, messages, the socket pair, the scoreboard.
 
 pub mod adoption_queue;
+pub mod call_frame;
+pub mod call_link;
 pub mod channel;
 pub mod ids;
 pub mod message;

@@ -16,6 +16,9 @@ use crate::sys::shared_memory::shared_record;
 pub const RECORDS: usize = 4096;
 const LENGTH: NonZeroUsize = NonZeroUsize::new(RECORDS).expect("there are some");
 
+/// Lanes whose calls can be forwarded: the handler threads, and this number of pools less one.
+pub const LANES: usize = 16;
+
 /// Bytes from one record to the next. Fixed, so that workers of one version and a master of the
 /// next mean the same by it: a field may be added at the end, none moved or taken away.
 pub const STRIDE: usize = 256;
@@ -67,6 +70,20 @@ shared_record! {
         pub programs_down: AtomicU32,
         /// Log lines that it could not write, and could not tell of yet.
         pub lost_lines: AtomicU32,
+        /// Its generation plus one while it takes part in forwarding; 0: it does not.
+        pub generation: AtomicU32,
+        /// Counts up whenever one of the two following has been written.
+        pub capacity_epoch: AtomicU32,
+        /// By lane, how many calls it could begin now.
+        pub idle: [AtomicU32; LANES],
+        /// By lane, how many calls wait that another worker could run.
+        pub waiting: [AtomicU32; LANES],
+        /// Calls of its connections that run in other processes.
+        pub sent: AtomicU32,
+        /// Calls of other workers that it runs.
+        pub running_for_others: AtomicU32,
+        /// Calls that it has sent to other processes since it started.
+        pub forwarded: AtomicU64,
     }
 }
 
@@ -94,6 +111,13 @@ const _: () = {
     assert!(offset_of!(WorkerRecord, longest_wait_ms) == 84);
     assert!(offset_of!(WorkerRecord, programs_down) == 88);
     assert!(offset_of!(WorkerRecord, lost_lines) == 92);
+    assert!(offset_of!(WorkerRecord, generation) == 96);
+    assert!(offset_of!(WorkerRecord, capacity_epoch) == 100);
+    assert!(offset_of!(WorkerRecord, idle) == 104);
+    assert!(offset_of!(WorkerRecord, waiting) == 168);
+    assert!(offset_of!(WorkerRecord, sent) == 232);
+    assert!(offset_of!(WorkerRecord, running_for_others) == 236);
+    assert!(offset_of!(WorkerRecord, forwarded) == 240);
 };
 
 /// The records of all workers; which is whose is the master's knowledge.
@@ -127,6 +151,11 @@ impl Scoreboard {
         &self.file
     }
 
+    /// All records.
+    pub fn records(&self) -> &'static [WorkerRecord] {
+        self.records
+    }
+
     /// One record.
     ///
     /// # Panics
@@ -155,16 +184,28 @@ impl WorkerRecord {
             &self.longest_wait_ms,
             &self.programs_down,
             &self.lost_lines,
+            &self.sent,
+            &self.running_for_others,
         ] {
             number.store(0, Relaxed);
         }
+        self.clear_capacity();
         self.keeper.store(0, Relaxed);
         for number in [
             &self.heartbeat_ms,
             &self.calls,
             &self.errors,
             &self.oldest_since_ms,
+            &self.forwarded,
         ] {
+            number.store(0, Relaxed);
+        }
+    }
+
+    /// Takes it out of forwarding: it has no capacity, and nothing of it waits.
+    pub fn clear_capacity(&self) {
+        self.generation.store(0, Relaxed);
+        for number in self.idle.iter().chain(&self.waiting) {
             number.store(0, Relaxed);
         }
     }

@@ -215,6 +215,14 @@ impl Master<'_> {
                     Some(event) => event,
                     None => continue,
                 },
+                Report::Uneven => {
+                    self.spread.look_soon(now());
+                    continue;
+                }
+                Report::LinkWanted(record) => {
+                    self.workers.link(pid, record as usize);
+                    continue;
+                }
             };
             self.queue_actions(event);
             if report == Report::Ready {

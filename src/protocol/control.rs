@@ -208,6 +208,12 @@ pub struct WorkerStatus {
     /// Those of them that do not serve: they start, or died too often and wait.
     #[serde(default)]
     pub programs_down: u64,
+    /// Calls of its connections that run in other workers.
+    #[serde(default)]
+    pub sent: u64,
+    /// Calls of other workers' connections that it runs.
+    #[serde(default)]
+    pub running_for_others: u64,
     /// How long new connections had waited with their first bytes until they were read.
     #[serde(default)]
     pub accept_wait: AcceptWait,

@@ -16,7 +16,9 @@ impl EventLoop {
     pub(super) fn accepted(&mut self, reactor: &mut Reactor, socket: OwnedFd) -> Option<Token> {
         let peer = socket::peer(&socket);
         let adopted = reactor.register(socket);
-        self.register_connection(reactor, adopted, peer)
+        let token = self.register_connection(reactor, adopted, peer);
+        self.has_accepted(reactor);
+        token
     }
 
     /// Makes a connection of what the reactor has adopted.

@@ -12,7 +12,8 @@ use std::time::Duration;
 use super::call_scheduler::{CallScheduler, FinishedCall};
 use super::connection::{AnswerPosition, Connection, ConnectionPhase, PendingAnswer};
 use super::crash::journal::{CallJournal, CallRef};
-use super::threads::Threads;
+use super::forwarding::Forwarding;
+use super::threads::{Done, Threads};
 use super::timers::{CallKey, TimerTarget, Timers};
 use super::unsent::UnsentAnswers;
 use crate::config::LimitsConfig;
@@ -36,6 +37,10 @@ pub struct CallDispatcher {
     pub calls: CallScheduler,
     /// What runs them.
     pub threads: Threads,
+    /// The other workers that run calls of this one, and whose calls it runs.
+    pub forwarding: Forwarding,
+    /// What came back from them, to be answered.
+    pub answered_elsewhere: Vec<Done>,
     /// All deadlines of the worker.
     pub timers: Timers,
     pub limits: LimitsConfig,
@@ -280,6 +285,12 @@ impl CallDispatcher {
         }
     }
 
+    /// Whether the call with this key is refused. A call without a key has 0 and is not.
+    pub fn is_quarantined(&self, key: u64) -> bool {
+        let quarantine = self.quarantine.as_ref().filter(|_| key != 0);
+        quarantine.is_some_and(|quarantine| quarantine.is_quarantined(key))
+    }
+
     /// `rpc.cancel`: ends the call with that id, and answers whether there was one.
     fn cancel(
         &mut self,
@@ -318,7 +329,9 @@ impl CallDispatcher {
     pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
         let mut ended = self.calls.give_up(key)?;
         self.timers.disarm(&mut ended.timer, TimerTarget::Call(key));
-        if ended.begun && self.calls.lane(ended.method) > 0 {
+        if let Some(call) = ended.sent_to {
+            self.forwarding.cancel(call);
+        } else if ended.begun && self.calls.lane(ended.method) > 0 {
             self.threads.pools().give_up();
         }
         Some(ended)

@@ -1,24 +1,24 @@
 //! The calls of a worker that are for its threads: which wait, which run, which are over.
 //!
-//! The loop decides alone; threads only get what is handed to them. Which goes first is `queue`'s
-//! to say. Of short calls a few more than there are threads are handed out, so that none stands idle
-//! while the loop is busy. An entry lives until its thread has reported, also when the caller was
-//! answered long before. The handler threads and each pool have a lane of their own: what fills one
-//! keeps nobody waiting in another.
+//! The event loop decides; threads only get what is handed to them. `queue` says which call is next. A
+//! few short calls are handed out ahead, so that no thread is idle while the loop is busy. An entry lives
+//! until its thread has reported. The handler threads and each pool have a lane of their own.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::call_table::{CallTable, ScheduledCall};
+pub use super::call_table::FinishedCall;
+use super::call_table::{CallTable, RemoteCall, ScheduledCall};
 use super::connection::{AnswerPosition, HIGH_WATER, PendingAnswer};
 use super::method_stats::MethodStats;
-use super::queue::{Queue, Waiting};
+use super::queue::{Lane, Waiting};
 use super::threads::{Done, HandlerCall, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
+use crate::link::call_frame::CallFrame;
 use crate::logging::pluralize;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
@@ -27,46 +27,12 @@ use crate::sys::event::Token;
 /// A result from here up counts as large: how many of its like run for one connection is limited.
 const LARGE: usize = 16 * 1024;
 
-/// What is handed out ahead, so that no thread need wait for the loop, finds one within this time, as
-/// far as that can be expected; and so many at most.
-const AHEAD: Duration = Duration::from_millis(4);
+/// Calls that are handed out ahead at most, so that no thread need wait for the loop.
 const MOST_AHEAD: usize = 64;
 
 /// Bytes of params that may wait or run in a worker, of all its connections together; each lane has
 /// an equal part of that.
 const MOST_BYTES: usize = 64 * 1024 * 1024;
-
-/// A call that is to be answered now.
-#[derive(Debug)]
-pub struct FinishedCall {
-    /// Whose it is.
-    pub token: Token,
-    /// Where its answer goes, and how it looks there.
-    pub reply: PendingAnswer,
-    pub id: Option<Arc<str>>,
-    pub method: usize,
-    pub timer: u64,
-    /// What its connection was charged with for it, in bytes.
-    pub charged_bytes: usize,
-    /// Whether it had begun.
-    pub begun: bool,
-}
-
-/// The calls that one crew of threads serves: the handler threads, or those of a pool.
-#[derive(Debug, Default)]
-struct Lane {
-    queue: Queue,
-    /// Those handed out, oldest first; ones that are done are skipped.
-    handed_out: VecDeque<CallKey>,
-    /// Entries that wait in `queue` or at the threads, to be answered.
-    waiting: usize,
-    /// Entries with the threads.
-    out: usize,
-    /// Of those, the ones that run and that nobody waits for.
-    lost: usize,
-    /// Bytes of params and ids, of all entries.
-    bytes: usize,
-}
 
 #[derive(Debug)]
 pub struct CallScheduler {
@@ -133,7 +99,7 @@ impl CallScheduler {
         // Those that run, and those that will begin at once, do not wait.
         let lane = &self.lanes[self.loads[method].lane];
         let begin = threads.saturating_sub(lane.lost);
-        if lane.waiting >= self.limit + begin {
+        if lane.waiting - lane.sent >= self.limit + begin {
             let server = match self.loads[method].lane {
                 0 => "thread",
                 _ => "program",
@@ -183,23 +149,36 @@ impl CallScheduler {
             params: Some(params.into()),
             state: Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key())),
             handed_out: false,
+            sent_to: None,
+            number_at_home: 0,
             is_answered: false,
             is_orphaned: false,
         });
-        let waiting = Waiting {
-            key,
-            method,
-            token,
-            in_order: reply.place != AnswerPosition::Anywhere,
-            since_ms: read_ms,
-            deadline_ms,
-        };
+        self.enqueue(key, read_ms);
         let lane = self.lane_of(method);
-        lane.queue.push(waiting, read_ms);
         lane.waiting += 1;
         lane.bytes += size;
         self.loads[method].current += 1;
         key
+    }
+
+    /// Puts a call of the table into the queue of its lane.
+    fn enqueue(&mut self, key: CallKey, now_ms: u64) {
+        let Some(call) = self.table.get(key) else {
+            return;
+        };
+        let waiting = Waiting {
+            key,
+            method: call.method,
+            token: call.token,
+            in_order: call.reply.place != AnswerPosition::Anywhere,
+            since_ms: call.read_ms,
+            deadline_ms: call.deadline_ms,
+            // The limit counts the calls of one worker on its own threads.
+            can_be_sent: self.registry.methods()[call.method].concurrency == 0
+                || self.loads[call.method].lane > 0,
+        };
+        self.lane_of(waiting.method).queue.push(waiting, now_ms);
     }
 
     /// Hands waiting calls to the threads, as long as one of them could soon be idle. `backlog`
@@ -227,46 +206,185 @@ impl CallScheduler {
     ) -> Option<CallKey> {
         let count = threads.count(lane);
         while let Some(&next) = self.lanes[lane].queue.next(now_ms)
-            && self.may_go_out(lane, next.method, count)
+            && self.may_go_out(lane, next.method, threads)
         {
-            let key = next.key;
             if next.is_late(now_ms, self.time_needed(lane, next.method, count)) {
-                self.lanes[lane].queue.runs_out(key, now_ms);
-                return Some(key);
+                self.lanes[lane].queue.runs_out(next.key, now_ms);
+                return Some(next.key);
             }
-            self.lanes[lane].queue.take(key);
-            let Some(call) = self.table.get(key) else {
-                continue;
-            };
-            if !self.fits(call, backlog(call.token, call.reply.place)) {
-                self.blocked_on_output
-                    .entry(call.token)
-                    .or_default()
-                    .push(next);
-                continue;
+            if self.take_next(lane, next, backlog) {
+                self.give_to_thread(lane, next.key, threads);
             }
-            let Some(call) = self.table.get_mut(key) else {
-                continue;
-            };
-            let Some(params) = call.params.take() else {
-                continue;
-            };
-            call.handed_out = true;
-            let job = HandlerCall {
-                key,
-                method: call.method,
-                params,
-                id: call.id.clone(),
-                peer: call.peer,
-                expected: self.loads[call.method].expected(),
-                deadline: Duration::from_millis(call.deadline_ms),
-                state: Arc::clone(&call.state),
-            };
-            self.lanes[lane].out += 1;
-            self.lanes[lane].handed_out.push_back(key);
-            threads.run(lane, job);
         }
         None
+    }
+
+    /// Takes a call out of the queue to be begun. Returns false if its answer would find no room: then
+    /// it waits elsewhere for that.
+    fn take_next(
+        &mut self,
+        lane: usize,
+        next: Waiting,
+        backlog: &impl Fn(Token, AnswerPosition) -> usize,
+    ) -> bool {
+        self.lanes[lane].queue.take(next.key);
+        let Some(call) = self.table.get(next.key) else {
+            return false;
+        };
+        let fits = self.fits(call, backlog(call.token, call.reply.place));
+        if !fits {
+            let blocked = self.blocked_on_output.entry(next.token).or_default();
+            blocked.push(next);
+        }
+        fits
+    }
+
+    fn give_to_thread(&mut self, lane: usize, key: CallKey, threads: &mut Threads) {
+        let Some(call) = self.table.get_mut(key) else {
+            return;
+        };
+        let Some(params) = call.params.take() else {
+            return;
+        };
+        call.handed_out = true;
+        let job = HandlerCall {
+            key,
+            method: call.method,
+            params,
+            id: call.id.clone(),
+            peer: call.peer,
+            expected: self.loads[call.method].expected(),
+            deadline: Duration::from_millis(call.deadline_ms),
+            state: Arc::clone(&call.state),
+        };
+        self.lanes[lane].out += 1;
+        self.lanes[lane].handed_out.push_back(key);
+        threads.run(lane, job);
+    }
+
+    /// Takes calls back that were handed out ahead, because the threads are at calls that take long.
+    /// They wait again, for whichever thread is free first.
+    pub fn take_back_ahead(&mut self, threads: &mut Threads, now_ms: u64) {
+        for job in threads.take_back_ahead() {
+            let Some(call) = self.table.get_mut(job.key) else {
+                continue;
+            };
+            let lane = self.loads[job.method].lane;
+            self.lanes[lane].out -= 1;
+            if call.is_answered {
+                // Its caller has an answer, and no thread will report it.
+                self.lanes[lane].lost -= usize::from(call.is_orphaned);
+                self.lanes[lane].bytes -= call.size;
+                self.loads[job.method].current -= usize::from(call.is_own());
+                self.table.remove(job.key);
+            } else {
+                call.handed_out = false;
+                call.params = Some(job.params);
+                self.enqueue(job.key, now_ms);
+            }
+            self.tidy(lane);
+        }
+    }
+
+    /// How many lanes there are.
+    pub fn lanes(&self) -> usize {
+        self.lanes.len()
+    }
+
+    /// How many calls of a lane could begin here now.
+    pub fn idle(&self, lane: usize, threads: &Threads) -> usize {
+        let lane_state = &self.lanes[lane];
+        if !lane_state.queue.is_empty() {
+            return 0;
+        }
+        threads.available(lane).saturating_sub(lane_state.out)
+    }
+
+    /// How many calls of a lane wait that another worker could run.
+    pub fn sendable(&self, lane: usize) -> usize {
+        self.lanes[lane].queue.sendable()
+    }
+
+    /// How many calls other processes run for this one.
+    pub fn sent(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.sent).sum()
+    }
+
+    /// The next call that another worker is to run, taken out of its queue; `None` if none may. `send`
+    /// is to follow.
+    pub fn next_to_send(
+        &mut self,
+        lane: usize,
+        now_ms: u64,
+        backlog: &impl Fn(Token, AnswerPosition) -> usize,
+    ) -> Option<CallKey> {
+        loop {
+            let next = *self.lanes[lane].queue.next_to_send(now_ms)?;
+            if self.take_next(lane, next, backlog) {
+                return Some(next.key);
+            }
+        }
+    }
+
+    /// Another process runs a call. Returns the call, to be sent; `None` if it was given up meanwhile.
+    pub fn send(&mut self, key: CallKey, to: RemoteCall) -> Option<&ScheduledCall> {
+        let call = self.table.get_mut(key)?;
+        if !call.state.begin_elsewhere() {
+            return None;
+        }
+        call.sent_to = Some(to);
+        self.lanes[self.loads[call.method].lane].sent += 1;
+        self.table.get(key)
+    }
+
+    /// Another process could not begin a call: it waits again where it was.
+    pub fn take_back(&mut self, key: CallKey, now_ms: u64) {
+        let Some(call) = self.table.get_mut(key) else {
+            return;
+        };
+        if call.sent_to.take().is_some() && call.state.wait_again() {
+            call.state.show_waiting();
+            self.lanes[self.loads[call.method].lane].sent -= 1;
+            self.enqueue(key, now_ms);
+        }
+    }
+
+    /// Runs a call of another worker, which knows it by `number`. To be called only if the lane has
+    /// capacity.
+    pub fn run_for_peer(
+        &mut self,
+        (link, number): (Token, u64),
+        call: &CallFrame<'_>,
+        reply: PendingAnswer,
+        threads: &mut Threads,
+        now_ms: u64,
+    ) -> CallKey {
+        let method = call.method as usize;
+        let size = call.params.len() + call.client_id.as_deref().map_or(0, str::len);
+        let key = self.table.insert(ScheduledCall {
+            token: link,
+            reply,
+            id: call.client_id.as_deref().map(Arc::from),
+            peer: call.peer,
+            method,
+            read_ms: now_ms,
+            deadline_ms: call.deadline_ms,
+            timer: 0,
+            size,
+            charged_bytes: 0,
+            params: Some(call.params.as_ref().into()),
+            state: Arc::new(CallState::shown(reply.mark.begun(), call.key)),
+            handed_out: false,
+            sent_to: None,
+            number_at_home: number,
+            is_answered: false,
+            is_orphaned: false,
+        });
+        let lane = self.loads[method].lane;
+        self.lanes[lane].waiting += 1;
+        self.lanes[lane].bytes += size;
+        self.give_to_thread(lane, key, threads);
+        key
     }
 
     /// How long a call of this method is going to take until it is done, were it handed out now: what
@@ -281,20 +399,18 @@ impl CallScheduler {
     /// Whether a thread could take a call of this method, or will soon: so none stands idle while the
     /// loop is busy. Of what runs for long no more than there are threads are out: which goes
     /// first is decided when a thread is there for it.
-    fn may_go_out(&self, lane: usize, method: usize, threads: usize) -> bool {
-        let load = &self.loads[method];
-        let ahead = match load.expected() {
-            Some(expected) if threads > 0 => {
-                let of_time = AHEAD.as_micros() * threads as u128 / expected.as_micros().max(1);
-                let of_memory = LARGE * 4 / load.last_result.max(1);
-                // A program of a pool has a call of its own ahead, and no more.
-                let most = if lane == 0 { MOST_AHEAD } else { threads };
-                most.min(of_memory)
-                    .min(usize::try_from(of_time).unwrap_or(most))
-            }
-            _ => 0,
+    fn may_go_out(&self, lane: usize, method: usize, threads: &Threads) -> bool {
+        let count = threads.count(lane);
+        if self.lanes[lane].out < count {
+            return true;
+        }
+        // A program of a pool has a call of its own ahead, and no more.
+        let most = if lane == 0 { MOST_AHEAD } else { count };
+        let ahead = match threads.is_blocked(lane) {
+            false => self.loads[method].ahead(count, most),
+            true => 0,
         };
-        self.lanes[lane].out < threads + ahead
+        self.lanes[lane].out < count + ahead
     }
 
     /// Whether a call's answer will find room: a client that never reads must not fill the memory
@@ -337,12 +453,15 @@ impl CallScheduler {
         let call = self.table.remove(done.key)?;
         let index = self.loads[call.method].lane;
         let lane = &mut self.lanes[index];
-        lane.out -= 1;
+        match call.sent_to {
+            Some(_) => lane.sent -= 1,
+            None => lane.out -= 1,
+        }
         lane.lost -= usize::from(call.is_orphaned);
         lane.waiting -= usize::from(!call.is_answered);
         lane.bytes -= call.size;
         let load = &mut self.loads[call.method];
-        load.current -= 1;
+        load.current -= usize::from(call.is_own());
         if let Some(outcome) = &done.outcome {
             // What was refused before it began says nothing about how long a call takes.
             if done.took > Duration::ZERO {
@@ -369,6 +488,8 @@ impl CallScheduler {
             timer: call.timer,
             charged_bytes: call.charged_bytes,
             begun: true,
+            sent_to: call.sent_to,
+            number_at_home: call.number_at_home,
         })
     }
 
@@ -390,12 +511,15 @@ impl CallScheduler {
             timer: std::mem::take(&mut call.timer),
             charged_bytes: call.charged_bytes,
             begun,
+            sent_to: call.sent_to,
+            number_at_home: call.number_at_home,
         };
-        let size = call.size;
+        let (size, is_own) = (call.size, call.is_own());
         call.params = None;
-        call.is_orphaned = begun;
+        call.is_orphaned = begun && call.sent_to.is_none();
         let index = self.loads[ended.method].lane;
         self.lanes[index].waiting -= 1;
+        self.lanes[index].sent -= usize::from(call.sent_to.is_some());
         if call.handed_out {
             // It lives on until its thread reports.
             self.lanes[index].lost += usize::from(begun);
@@ -403,7 +527,7 @@ impl CallScheduler {
             self.lanes[index].queue.remove(key);
             self.table.remove(key);
             self.lanes[index].bytes -= size;
-            self.loads[ended.method].current -= 1;
+            self.loads[ended.method].current -= usize::from(is_own);
             self.tidy(index);
         }
         Some(ended)
@@ -462,9 +586,9 @@ impl CallScheduler {
         for (number, lane) in self.lanes.iter().enumerate() {
             let at_work = (lane.out - lane.lost)
                 .min(threads.count(number).saturating_sub(lane.lost))
-                .min(lane.waiting);
+                .min(lane.waiting - lane.sent);
             running += at_work;
-            queued += lane.waiting - at_work;
+            queued += lane.waiting - lane.sent - at_work;
         }
         (running, queued, self.lanes[0].lost)
     }

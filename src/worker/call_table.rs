@@ -16,10 +16,19 @@ use crate::sys::event::Token;
 /// No call: the end of a chain.
 const NONE: usize = usize::MAX;
 
+/// A call that another process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RemoteCall {
+    /// The link to that process.
+    pub link: usize,
+    /// The number of the call on that link.
+    pub number: u64,
+}
+
 /// A call that waits or runs.
 #[derive(Debug)]
 pub struct ScheduledCall {
-    /// Whose it is.
+    /// The connection, or the process that has it.
     pub token: Token,
     /// Where its answer goes, and how it looks there.
     pub reply: PendingAnswer,
@@ -42,6 +51,10 @@ pub struct ScheduledCall {
     pub(super) params: Option<Box<str>>,
     pub(super) state: Arc<CallState>,
     pub(super) handed_out: bool,
+    /// Where it runs, if that is another process.
+    pub(super) sent_to: Option<RemoteCall>,
+    /// The number that its home worker gave it; 0 for a call of this worker's own connections.
+    pub(super) number_at_home: u64,
     /// Nobody waits for its answer any more.
     pub(super) is_answered: bool,
     /// It runs for nobody: its thread is lost until it reports.
@@ -49,10 +62,35 @@ pub struct ScheduledCall {
 }
 
 impl ScheduledCall {
-    /// Whether a thread runs it.
+    /// Whether it came over a connection of this worker, and not from another one.
+    pub fn is_own(&self) -> bool {
+        self.number_at_home == 0
+    }
+
+    /// Whether a thread or another process runs it.
     pub fn is_running(&self) -> bool {
         self.state.is_running()
     }
+}
+
+/// A call that is to be answered now.
+#[derive(Debug)]
+pub struct FinishedCall {
+    /// Whose it is.
+    pub token: Token,
+    /// Where its answer goes, and how it looks there.
+    pub reply: PendingAnswer,
+    pub id: Option<Arc<str>>,
+    pub method: usize,
+    pub timer: u64,
+    /// What its connection was charged with for it, in bytes.
+    pub charged_bytes: usize,
+    /// Whether it had begun.
+    pub begun: bool,
+    /// Where it ran, if that was another process.
+    pub sent_to: Option<RemoteCall>,
+    /// The number that its home worker gave it; 0 for a call of this worker's own connections.
+    pub number_at_home: u64,
 }
 
 #[derive(Debug)]
@@ -181,6 +219,8 @@ mod tests {
             params: None,
             state: Arc::default(),
             handed_out: false,
+            sent_to: None,
+            number_at_home: 0,
             is_answered: false,
             is_orphaned: false,
         }

@@ -124,6 +124,8 @@ pub struct Connection {
     pub is_first_read: bool,
     /// When it last received or was sent something, in milliseconds.
     pub active_ms: u64,
+    /// When it came here for the sake of evenness, in milliseconds; 0: it did not.
+    pub rebalanced_ms: u64,
     /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
     pub read_deadline: u64,
     /// See `read_deadline`.
@@ -159,6 +161,7 @@ impl Connection {
             recorded_flags: 0,
             is_first_read: true,
             active_ms: now_ms,
+            rebalanced_ms: 0,
             read_deadline: 0,
             write_deadline: 0,
             quiet_deadline: 0,

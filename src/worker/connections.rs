@@ -9,8 +9,8 @@ use std::mem;
 use super::call_dispatcher::{caller_gone, millis};
 use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
+use super::peer_calls;
 use super::rebalance::is_transferable;
-use super::threads::Done;
 use super::timers::TimerTarget;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
@@ -202,7 +202,7 @@ impl EventLoop {
         if open && self.drain.is_handing_off() && has_more {
             return self.give(reactor, token);
         }
-        if self.spreading.gives() && is_transferable(connection) {
+        if self.spreading.gives() && is_transferable(connection, self.service.now_ms) {
             return self.give_by_order(reactor, token);
         }
         if connection.peer_closed && connection.phase != ConnectionPhase::Lingering {
@@ -312,25 +312,28 @@ impl EventLoop {
 
     /// Answers what the threads have done: one write for each connection.
     pub(super) fn on_results(&mut self, reactor: &mut Reactor) {
-        let mut done: Vec<_> = self
-            .service
-            .threads
-            .take_done()
-            .collect::<Vec<Done>>()
+        let mut done = mem::take(&mut self.service.answered_elsewhere);
+        done.extend(self.service.threads.take_done());
+        let mut done: Vec<_> = done
             .into_iter()
             .filter_map(|done| {
                 let mut ended = self.service.calls.done(&done)?;
                 let target = TimerTarget::Call(done.key);
                 self.service.timers.disarm(&mut ended.timer, target);
-                Some((ended, done.outcome?, done.out))
+                Some((ended, done.outcome?, (done.out, done.took)))
             })
             .collect();
         // Stable: answers of one connection stay in the order in which they were done.
         done.sort_by_key(|(ended, _, _)| ended.token);
         let mut done = done.into_iter().peekable();
-        while let Some((ended, outcome, out)) = done.next() {
+        while let Some((ended, outcome, (out, took))) = done.next() {
             let token = ended.token;
             self.service.acquit(ended.reply.mark);
+            if token.process().is_some() {
+                let name = out.as_deref();
+                peer_calls::answer(&mut self.service, &ended, outcome, took, name);
+                continue;
+            }
             if let Some(connection) = find(&mut self.connections, token) {
                 self.service
                     .answer(connection, &ended, outcome, out.as_deref());

@@ -1,8 +1,11 @@
 //! What a worker does when time is over: for a frame, a reader, an idle peer, a call.
 
+use std::time::Duration;
+
 use super::call_dispatcher::millis;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
+use super::peer_calls;
 use super::timers::{CallKey, TimerTarget};
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
@@ -128,6 +131,10 @@ impl EventLoop {
         let Some(ended) = self.service.give_up(key) else {
             return;
         };
+        if ended.token.process().is_some() {
+            let error = Err(RpcError::of(code, text, ended.begun));
+            return peer_calls::answer(&mut self.service, &ended, error, Duration::ZERO, None);
+        }
         if let Some(connection) = find(&mut self.connections, ended.token) {
             let error = RpcError::of(code, text, ended.begun);
             self.service.answer(connection, &ended, Err(error), None);

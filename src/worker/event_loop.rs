@@ -13,8 +13,10 @@ use std::time::Duration;
 
 use super::active_rebalance::ActiveRebalance;
 use super::call_dispatcher::{CallDispatcher, millis};
-use super::connection::Connection;
+use super::connection::{AnswerPosition, Connection};
 use super::drain::{Drain, DrainStep};
+use super::forwarding::LINK_BASE;
+use super::peer_calls;
 use super::silent_connections::SilentConnections;
 use super::timers::TimerTarget;
 use crate::config::WorkersConfig;
@@ -104,6 +106,8 @@ pub struct EventLoop {
     tick_ms: u64,
     next_tick_ms: u64,
     pub(super) is_at_limit: bool,
+    /// Connections accepted since it was looked whether they are too many.
+    pub(super) accepts: u32,
     pub(super) silent: SilentConnections,
     /// After so many calls the master is told that it is enough.
     pub(super) recycle_at: u64,
@@ -146,6 +150,7 @@ impl EventLoop {
             tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
             is_at_limit: false,
+            accepts: 0,
             silent: SilentConnections::default(),
             recycle_at: recycle_threshold(workers.max_calls),
             master_gone: false,
@@ -175,27 +180,34 @@ impl EventLoop {
             if self.service.threads.pools().has_done() {
                 next = self.service.now_ms;
             }
-            let next = next.min(self.service.timers.next().unwrap_or(u64::MAX));
+            let forwarding = &self.service.forwarding;
+            let next = next
+                .min(self.service.timers.next().unwrap_or(u64::MAX))
+                .min(forwarding.recheck_ms.unwrap_or(u64::MAX));
             let wait = match self.drain.next() {
                 Some(at) => next.min(at),
                 None => next,
             };
             let more = reactor.poll_once(wait.saturating_sub(self.service.now_ms), self)?;
-            if self.service.threads.has_done() {
+            if self.service.threads.has_done() || !self.service.answered_elsewhere.is_empty() {
                 self.on_results(reactor);
             }
             self.expire(reactor);
             if self.service.now_ms >= self.next_tick_ms {
                 self.tick(reactor);
             }
+            self.service
+                .calls
+                .take_back_ahead(&mut self.service.threads, self.service.now_ms);
             self.hand_out(reactor);
+            self.exchange_calls(reactor);
             self.settle_programs(reactor);
             self.publish(reactor);
             self.check_recycle_limits();
             match self.drain.step(
                 self.service.now_ms,
                 reactor.connections(),
-                self.service.calls.is_empty(),
+                self.service.calls.is_empty() && !self.service.forwarding.has_unsent(),
                 more,
             ) {
                 DrainStep::Serve => {}
@@ -210,14 +222,7 @@ impl EventLoop {
 
     pub(super) fn hand_out(&mut self, reactor: &mut Reactor) {
         loop {
-            let connections = &self.connections;
-            let backlog = |token: Token, place| {
-                let connection = connections.get(token.index()).and_then(Option::as_ref);
-                match connection.filter(|connection| connection.token == token) {
-                    Some(connection) => connection.backlog(place, reactor.unsent(token)),
-                    None => 0,
-                }
-            };
+            let backlog = |token, place| backlog(&self.connections, reactor, token, place);
             let service = &mut self.service;
             let calls = &mut service.calls;
             match calls.hand_out(&mut service.threads, service.now_ms, backlog) {
@@ -225,6 +230,20 @@ impl EventLoop {
                 None => return,
             }
         }
+    }
+
+    /// Sends calls to other workers, and asks the master for links to those that have none.
+    fn exchange_calls(&mut self, reactor: &mut Reactor) {
+        let is_serving = self.is_accepting && self.drain.is_serving();
+        let shown = &*reactor;
+        peer_calls::exchange(&mut self.service, is_serving, |token, place| {
+            backlog(&self.connections, shown, token, place)
+        });
+        for record in self.service.forwarding.take_wanted() {
+            // If the master cannot be told, the next search asks again.
+            let _ = self.report(Report::LinkWanted(record));
+        }
+        self.service.forwarding.settle(reactor);
     }
 
     /// Watches the wires of the programs that serve, and of no other.
@@ -299,6 +318,10 @@ impl EventLoop {
             .store(reactor.connections() as u32, Relaxed);
         record.running.store(running as u32, Relaxed);
         record.queued.store(queued as u32, Relaxed);
+        let forwarding = &self.service.forwarding;
+        record.sent.store(self.service.calls.sent() as u32, Relaxed);
+        let for_others = forwarding.running_for_others() as u32;
+        record.running_for_others.store(for_others, Relaxed);
         record.lost_threads.store(lost as u32, Relaxed);
         record.calls.store(self.service.read, Relaxed);
         record.errors.store(self.service.errors, Relaxed);
@@ -368,11 +391,35 @@ impl Driver for EventLoop {
                 self.service.threads.pools().hear();
                 self.on_results(reactor);
             }
+            Completion::Readable { watch } if watch >= LINK_BASE => {
+                let is_serving = self.is_accepting && self.drain.is_serving();
+                let link = usize::from(watch - LINK_BASE);
+                let (connections, shown) = (&self.connections, &*reactor);
+                let backlog = |token, place| backlog(connections, shown, token, place);
+                if !peer_calls::receive(&mut self.service, link, is_serving, backlog) {
+                    peer_calls::end(&mut self.service, link, reactor);
+                }
+                self.on_results(reactor);
+            }
             Completion::Readable { watch } => {
                 let program = usize::from(watch - PROGRAMS);
                 self.service.threads.pools().attend(program);
             }
         }
+    }
+}
+
+/// How many bytes of answers a connection has yet to send before that of a call at `place`.
+fn backlog(
+    connections: &[Option<Connection>],
+    reactor: &Reactor,
+    token: Token,
+    place: AnswerPosition,
+) -> usize {
+    let connection = connections.get(token.index()).and_then(Option::as_ref);
+    match connection.filter(|connection| connection.token == token) {
+        Some(connection) => connection.backlog(place, reactor.unsent(token)),
+        None => 0,
     }
 }
 

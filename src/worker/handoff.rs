@@ -36,7 +36,7 @@ impl EventLoop {
                 "a connection was passed on with no state to be understood: closed"
             );
         };
-        self.has_adopted(reactor);
+        let is_rebalanced = self.has_adopted(reactor);
         let peer = socket::peer(&socket);
         let owed = match (taken.unsent.is_empty(), is_whole) {
             (true, _) => UnsentData::Nothing,
@@ -53,6 +53,9 @@ impl EventLoop {
             return;
         };
         connection.recorded_flags = note;
+        if is_rebalanced {
+            connection.rebalanced_ms = now_ms;
+        }
         connection.dialect = taken.state.dialect;
         if taken.state.closing {
             connection.phase = ConnectionPhase::Closing;

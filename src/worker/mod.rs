@@ -15,10 +15,12 @@ mod crash;
 mod deadlines;
 mod drain;
 mod event_loop;
+mod forwarding;
 mod handoff;
 mod input_parser;
 mod method_stats;
 mod orders;
+mod peer_calls;
 mod post_fork;
 mod posts;
 mod queue;
@@ -54,6 +56,7 @@ use call_scheduler::CallScheduler;
 use crash::journal::CallJournal;
 use crash::keeper::KeeperSetup;
 use event_loop::EventLoop;
+use forwarding::Forwarding;
 use threads::Threads;
 use timers::Timers;
 use unsent::UnsentAnswers;
@@ -124,6 +127,8 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         calls: CallScheduler::new(Arc::clone(&boot.registry), limits.queue),
         registry: boot.registry,
         threads,
+        forwarding: Forwarding::new(boot.records.0, boot.records.1, boot.generation.0),
+        answered_elsewhere: Vec::new(),
         timers: Timers::default(),
         limits,
         origins: Vec::leak(boot.settings.http_origins.clone()),

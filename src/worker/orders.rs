@@ -24,6 +24,11 @@ impl EventLoop {
                     // Of several that came while this worker was stopped, the last one is true.
                     Order::Rebalance(order) => shares = Some(order),
                     Order::StopPending => self.service.stop_pending = true,
+                    Order::Link(record) => {
+                        if let Some(link) = descriptor {
+                            self.service.forwarding.add(record, link);
+                        }
+                    }
                     Order::ReopenLog => match descriptor {
                         Some(file) => drop(logging::set_output(logging::LogOutput::received(file))),
                         None => log::warn!(

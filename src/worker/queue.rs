@@ -8,7 +8,7 @@
 //! it can do still does what it can. Calls of one connection that are answered in their order are
 //! begun in their order in either case. Pure: it is told what time it is.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 use super::timers::CallKey;
@@ -36,6 +36,8 @@ pub struct Waiting {
     pub since_ms: u64,
     /// When it must be answered, in milliseconds.
     pub deadline_ms: u64,
+    /// Whether another worker may run it.
+    pub can_be_sent: bool,
 }
 
 impl Waiting {
@@ -61,6 +63,8 @@ pub struct Queue {
     turn_of: HashMap<Token, u64>,
     /// The last turn that was given. Never one twice, so who joins comes behind all that wait.
     last_turn: u64,
+    /// Calls that another worker may run.
+    sendable: usize,
     /// When the first one came after it had been empty.
     since_ms: u64,
     /// Until when its next call's bad luck counts.
@@ -73,6 +77,7 @@ impl Queue {
         if self.waiting.is_empty() {
             self.since_ms = now_ms;
         }
+        self.sendable += usize::from(call.can_be_sent);
         self.calls.insert((call.token, call.key.serial));
         self.waiting.insert(call.key.serial, call);
         if !self.turn_of.contains_key(&call.token) {
@@ -92,6 +97,28 @@ impl Queue {
         } else {
             Some(newest)
         }
+    }
+
+    /// The call that another worker runs next, if it may run one: the first that is next in its
+    /// connection and may be sent.
+    pub fn next_to_send(&self, now_ms: u64) -> Option<&Waiting> {
+        if self.sendable == 0 {
+            return None;
+        }
+        let next = self.next(now_ms).filter(|next| next.can_be_sent);
+        next.or_else(|| {
+            let mut firsts = self.turns.iter().map(|(_, token)| self.first_of(*token));
+            firsts.find_map(|first| first.filter(|first| first.can_be_sent))
+        })
+    }
+
+    /// How many calls another worker may run.
+    pub fn sendable(&self) -> usize {
+        self.sendable
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
     }
 
     /// The oldest call of the connection whose turn it is.
@@ -116,6 +143,7 @@ impl Queue {
     /// Takes a call out that is not begun: that was no turn of its connection's.
     pub fn remove(&mut self, key: CallKey) -> Option<Waiting> {
         let call = self.waiting.remove(&key.serial)?;
+        self.sendable -= usize::from(call.can_be_sent);
         self.calls.remove(&(call.token, key.serial));
         if self.first_of(call.token).is_none()
             && let Some(turn) = self.turn_of.remove(&call.token)
@@ -152,6 +180,24 @@ impl Queue {
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
+}
+
+/// The calls that one crew of threads serves: the handler threads, or those of a pool.
+#[derive(Debug, Default)]
+pub struct Lane {
+    pub queue: Queue,
+    /// Those handed out, oldest first; ones that are done are skipped.
+    pub handed_out: VecDeque<CallKey>,
+    /// Entries that wait in `queue` or at the threads, to be answered.
+    pub waiting: usize,
+    /// Of those, the ones that other processes run.
+    pub sent: usize,
+    /// Entries with the threads.
+    pub out: usize,
+    /// Of those, the ones that run and that nobody waits for.
+    pub lost: usize,
+    /// Bytes of params and ids, of all entries.
+    pub bytes: usize,
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ fn call(serial: u64, line: Option<usize>, since_ms: u64, deadline_ms: u64) -> Wa
         in_order: line.is_some(),
         since_ms,
         deadline_ms,
+        can_be_sent: true,
     }
 }
 
@@ -179,7 +180,7 @@ proptest! {
                 left.extend(turn(&mut queue, now));
             }
         }
-        while queue.len() > 0 {
+        while !queue.is_empty() {
             now += 1;
             left.extend(turn(&mut queue, now));
         }

@@ -11,9 +11,13 @@ use std::collections::HashSet;
 use super::connection::{Connection, ConnectionPhase};
 use super::event_loop::EventLoop;
 use super::timers::TimerTarget;
-use crate::link::message::RebalanceOrder;
+use crate::link::message::{RebalanceOrder, Report};
 use crate::sys::event::{Reactor, Token};
 
+/// For this long a connection is not moved a second time.
+const STAYS_MS: u64 = 10_000;
+/// Accepts after which it is looked whether this worker has too many connections.
+const ACCEPTS_PER_LOOK: u32 = 8;
 /// How long an order holds.
 const REBALANCE_TTL_MS: u64 = 150;
 
@@ -36,7 +40,8 @@ impl EventLoop {
             .iter()
             .flatten()
             .filter(|connection| {
-                is_transferable(connection) && reactor.unsent(connection.token) == 0
+                is_transferable(connection, self.service.now_ms)
+                    && reactor.unsent(connection.token) == 0
             })
             .map(|connection| connection.token)
             .filter(|token| !waiting.contains(token))
@@ -58,13 +63,33 @@ impl EventLoop {
         self.give(reactor, token);
     }
 
-    /// One was taken out of the queue.
-    pub(super) fn has_adopted(&mut self, reactor: &mut Reactor) {
+    /// One was taken out of the queue. Returns whether it came for the sake of evenness.
+    pub(super) fn has_adopted(&mut self, reactor: &mut Reactor) -> bool {
+        let by_order = self.spreading.take.is_some_and(|left| left > 0);
         if let Some(left) = &mut self.spreading.take {
             *left = left.saturating_sub(1);
             if *left == 0 {
                 reactor.set_adopting(false);
             }
+        }
+        by_order
+    }
+
+    /// One was accepted. Now and then it is looked whether this worker has more than its share of the
+    /// connections; then the master counts them all.
+    pub(super) fn has_accepted(&mut self, reactor: &Reactor) {
+        self.accepts += 1;
+        if self.accepts < ACCEPTS_PER_LOOK {
+            return;
+        }
+        self.accepts = 0;
+        let forwarding = &self.service.forwarding;
+        let (workers, others) = forwarding.other_connections();
+        let (workers, own) = (workers + 1, reactor.connections());
+        let total = others + own;
+        if own * workers > total + (total / 4).max(workers) && self.drain.is_serving() {
+            // Untold, it is told the next time.
+            let _ = self.report(Report::Uneven);
         }
     }
 
@@ -80,8 +105,11 @@ impl EventLoop {
 }
 
 /// At rest between two calls, and no frame begun: its read deadline would begin anew elsewhere.
-pub(super) fn is_transferable(connection: &Connection) -> bool {
-    connection.phase == ConnectionPhase::Open
+pub(super) fn is_transferable(connection: &Connection, now_ms: u64) -> bool {
+    let has_rested = connection.rebalanced_ms == 0
+        || now_ms.saturating_sub(connection.rebalanced_ms) >= STAYS_MS;
+    has_rested
+        && connection.phase == ConnectionPhase::Open
         && !connection.peer_closed
         && connection.is_quiescent()
 }

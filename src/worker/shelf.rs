@@ -39,6 +39,9 @@ struct State {
     looked_ms: u64,
     /// The loop will look within a millisecond, whether it is woken or not.
     watched: bool,
+    /// At a look none had been taken since the look before, though all threads are up: what lies here
+    /// waits behind calls that take longer than expected. So many had been taken then.
+    stalled_at: Option<u64>,
 }
 
 impl State {
@@ -119,6 +122,19 @@ impl Shelf {
         state.watched && !state.jobs.is_empty()
     }
 
+    /// Whether all threads are at calls that take long, so that what lies here would wait for them.
+    pub fn is_blocked(&self) -> bool {
+        let state = self.lock();
+        state.stalled_at == Some(state.taken) || state.idle + state.brisk + state.waking == 0
+    }
+
+    /// Takes all jobs back that no thread has taken.
+    pub fn take_back(&self) -> Vec<HandlerCall> {
+        let mut state = self.lock();
+        state.work = Duration::ZERO;
+        state.jobs.drain(..).collect()
+    }
+
     /// Looks whether the jobs get on, and wakes one more thread when none was taken for a
     /// millisecond. Tells whether to look again in a millisecond.
     pub fn look(&self, now_ms: u64) -> bool {
@@ -138,6 +154,7 @@ impl Shelf {
         if stands && state.idle == 0 {
             // What was to be short is not.
             state.watched = false;
+            state.stalled_at = Some(state.taken);
             return false;
         }
         if stands {

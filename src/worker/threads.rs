@@ -31,7 +31,8 @@ const UNTOLD: Duration = Duration::from_micros(100);
 
 #[derive(Debug)]
 pub struct Threads {
-    shelf: Arc<Shelf>,
+    /// Calls that were handed out and that no thread has taken.
+    ahead: Arc<Shelf>,
     done: Receiver<Done>,
     count: usize,
     pools: Pools,
@@ -107,7 +108,7 @@ impl Threads {
             }
         }
         Ok(Threads {
-            shelf,
+            ahead: shelf,
             done,
             count: started,
             pools: Pools::start(registry, &reports, waker)?,
@@ -123,23 +124,44 @@ impl Threads {
         }
     }
 
+    /// How many of those are there for calls; a program that starts or waits until it may is not.
+    pub fn available(&self, lane: usize) -> usize {
+        match lane.checked_sub(1) {
+            None => self.count,
+            Some(pool) => self.pools.available(pool),
+        }
+    }
+
     /// Hands a job over to a lane; `ring` is to follow.
     pub fn run(&mut self, lane: usize, job: HandlerCall) {
         match lane.checked_sub(1) {
-            None => self.shelf.put(job),
+            None => self.ahead.put(job),
             Some(pool) => self.pools.put(pool, job),
         }
     }
 
     /// Wakes whom the jobs need that were handed over.
     pub fn ring(&self) {
-        self.shelf.ring();
+        self.ahead.ring();
     }
 
     /// Sees to it that no job lies there for want of a thread; tells whether any lies there, or any
     /// was done that the loop was not woken for: it is to look again soon.
     pub fn look(&self, now_ms: u64) -> bool {
-        self.shelf.look(now_ms) || self.has_done()
+        self.ahead.look(now_ms) || self.has_done()
+    }
+
+    /// Whether what is handed out ahead in a lane would wait behind calls that take long.
+    pub fn is_blocked(&self, lane: usize) -> bool {
+        lane == 0 && self.ahead.is_blocked()
+    }
+
+    /// Takes back what was handed out ahead and waits behind calls that take long.
+    pub fn take_back_ahead(&self) -> Vec<HandlerCall> {
+        match self.ahead.is_blocked() {
+            true => self.ahead.take_back(),
+            false => Vec::new(),
+        }
     }
 
     /// Whether any job is done that was not taken.

@@ -5,6 +5,7 @@ mod accept_wait;
 mod backpressure;
 mod clients;
 pub mod errors;
+mod forwarding;
 pub mod frames;
 mod hostile;
 mod http;

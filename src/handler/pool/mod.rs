@@ -214,6 +214,12 @@ impl Pools {
         self.desks.get(pool).map_or(0, Desk::count)
     }
 
+    /// How many programs of a pool serve, or would as soon as a call comes.
+    pub fn available(&self, pool: usize) -> usize {
+        let pool = self.desks.get(pool);
+        pool.map_or(0, |pool| pool.count() - pool.down())
+    }
+
     /// How many programs of all pools do not serve: they start, or wait until they may.
     pub fn down(&self) -> usize {
         self.desks.iter().map(Desk::down).sum()

@@ -1,6 +1,7 @@
 //! The master's child processes: forking them, reading their reports, cleaning up after them.
 
 pub mod diagnosis;
+pub mod generation_info;
 pub mod keepers;
 pub mod mark_reader;
 pub mod orphans;

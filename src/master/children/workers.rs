@@ -3,21 +3,19 @@
 //! Forks them, speaks with them, and forgets them when they are reaped. Who is forked when is
 //! decided by `Fleet`.
 
-use std::cell::Cell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use nix::errno::Errno;
-use serde::{Deserialize, Serialize};
-
 use super::keepers::{DeadWorker, Keepers, claimed_keeper};
 use crate::config::Settings;
 use crate::handler::registry::Registry;
 use crate::link::adoption_queue::AdoptionQueue;
+use crate::link::call_link;
 use crate::link::channel::{self, MasterEnd, Received};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
@@ -34,9 +32,13 @@ use crate::sys::signal::{self, SignalPipe};
 use crate::sys::socket;
 use crate::sys::title::TitleArea;
 use crate::worker_init::{WorkerInit, WorkerMain};
+use nix::errno::Errno;
 
+pub use super::generation_info::GenerationInfo;
 pub use super::workers_state::WorkersState;
 
+/// Links to other workers that one may have.
+const MAX_LINKS: usize = 64;
 /// Reports taken from one worker at once.
 const MOST_REPORTS: usize = 64;
 
@@ -50,49 +52,6 @@ pub struct GenerationContext {
     pub listeners: Vec<Rc<Listener>>,
     /// What is told of its workers.
     pub known: Rc<GenerationInfo>,
-}
-
-/// What the master tells of the workers of one configuration, for as long as one of them lives:
-/// less than the configuration, for that may be another version's.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GenerationInfo {
-    /// The names of the methods, by the numbers that the scoreboard has.
-    pub methods: Vec<String>,
-    /// Handler threads of each worker.
-    pub threads: usize,
-    /// Programs of all pools of each worker. Came later than the others.
-    #[serde(default)]
-    pub programs: usize,
-}
-
-impl GenerationInfo {
-    /// What there is to tell of these.
-    pub fn of(settings: &Settings, registry: &Registry) -> Rc<Self> {
-        let methods = registry.methods().iter();
-        Rc::new(GenerationInfo {
-            methods: methods.map(|method| method.name.clone()).collect(),
-            threads: settings.workers.threads,
-            programs: registry.pools().iter().map(|pool| pool.processes()).sum(),
-        })
-    }
-
-    /// What is to be told of methods that there were `before` and that nobody serves any more.
-    pub fn removed_methods(&self, before: &GenerationInfo) -> Option<String> {
-        let before = before.methods.iter();
-        let gone: Vec<_> = before.filter(|name| !self.methods.contains(name)).collect();
-        let shown: Vec<&str> = gone.iter().take(10).map(|name| name.as_str()).collect();
-        let more = match gone.len() - shown.len() {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        let names = shown.join(", ");
-        (!gone.is_empty()).then(|| format!("no longer served: {names}{more}"))
-    }
-
-    /// The name of a method by its number; a question mark for a number that is none.
-    pub fn method(&self, number: usize) -> &str {
-        self.methods.get(number).map_or("?", String::as_str)
-    }
 }
 
 /// What every fork needs of the master.
@@ -131,6 +90,8 @@ pub struct WorkerHandle {
     pub(super) startup_log: Option<GuardedSocket>,
     /// Its keeper has died, and it is to retire for that, at once or when it is ready.
     pub keeper_is_lost: Cell<bool>,
+    /// The workers that it has links to.
+    pub(super) linked: RefCell<HashSet<Pid>>,
 }
 
 /// All living workers.
@@ -221,6 +182,7 @@ impl Children {
                 link: worker_end,
                 startup_log_tx: witness,
                 record,
+                records: (self.board.records(), record_index),
                 quarantine: self.quarantine.clone(),
                 crash_report: evidence,
                 stuck,
@@ -248,6 +210,7 @@ impl Children {
                 slot,
                 startup_log: words,
                 keeper_is_lost: Cell::new(false),
+                linked: RefCell::default(),
             },
         );
         Ok(pid)
@@ -361,6 +324,40 @@ impl Children {
         }
     }
 
+    /// Links two workers of one generation, as one of them has asked. A worker that asks for what is
+    /// no worker of its generation, or has this link already, gets nothing.
+    pub fn link(&self, pid: Pid, record_index: usize) {
+        let Some(asking) = self.living.get(&pid) else {
+            return;
+        };
+        let mut others = self.living.iter().filter(|(other, worker)| {
+            worker.record_index == record_index
+                && worker.generation == asking.generation
+                && **other != pid
+        });
+        let Some((&other, worker)) = others.next() else {
+            return;
+        };
+        let (own_index, own, theirs) = (asking.record_index, &asking.linked, &worker.linked);
+        if own.borrow().contains(&other) || own.borrow().len() >= MAX_LINKS {
+            return;
+        }
+        let (one_end, other_end) = match call_link::pair() {
+            Ok(ends) => ends,
+            Err(error) => {
+                return log::warn!("workers {pid} and {other} could not be linked: {error}");
+            }
+        };
+        own.borrow_mut().insert(other);
+        theirs.borrow_mut().insert(pid);
+        self.order(pid, Order::Link(record_index as u32), Some(one_end.as_fd()));
+        self.order(
+            other,
+            Order::Link(own_index as u32),
+            Some(other_end.as_fd()),
+        );
+    }
+
     /// Forgets a worker that was reaped. `suspicious` tells whether what it ran may have been what it
     /// died of, and `believes` whether a process may be the keeper that it claims to have.
     pub fn remove(
@@ -370,6 +367,10 @@ impl Children {
         believes: impl Fn(Pid) -> bool,
     ) -> Option<WorkerHandle> {
         let worker = self.living.remove(&pid)?;
+        worker.record.clear_capacity();
+        for other in self.living.values() {
+            other.linked.borrow_mut().remove(&pid);
+        }
         let left = DeadWorker::new(
             pid,
             (worker.record, worker.record_index),

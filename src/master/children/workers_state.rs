@@ -3,7 +3,7 @@
 //! Plain numbers: descriptors, places, pids. Whoever takes them over believes none that is not so;
 //! what can't be taken over is an error, and the program before goes on.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
@@ -161,6 +161,7 @@ impl Children {
                     // No verdict is open.
                     startup_log: None,
                     keeper_is_lost: Cell::new(false),
+                    linked: RefCell::default(),
                 },
             );
             if before.is_some() {

@@ -16,6 +16,10 @@ use crate::link::ids::Pid;
 const FIRST_LOOK: Millis = 250;
 /// Between two looks: a round is over by then.
 const NEXT_LOOK: Millis = 250;
+/// From a report of a worker to the first look: the burst that it is in is mostly accepted by then.
+const LOOK_SOON: Millis = 50;
+/// How long after such a report it is looked.
+const LOOKS_AFTER_ACCEPTS: Millis = 1_500;
 /// How long after a change it is looked.
 const LOOKS_FOR: Millis = 5_000;
 /// One worker with more than this over the mean, or with more than that below it, in percent, and it is
@@ -53,6 +57,12 @@ impl Rebalancer {
             self.next.get_or_insert(now + FIRST_LOOK);
             self.until = now + LOOKS_FOR;
         }
+    }
+
+    /// A worker has accepted more than its share: connections may lie unevenly.
+    pub fn look_soon(&mut self, now: Millis) {
+        self.next.get_or_insert(now + LOOK_SOON);
+        self.until = self.until.max(now + LOOKS_AFTER_ACCEPTS);
     }
 
     /// When `plan` is due.
@@ -106,6 +116,22 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_report_of_a_worker_starts_a_few_looks_and_no_more() {
+        let mut spread = Rebalancer::default();
+        assert_eq!(spread.next(), None);
+        spread.look_soon(1000);
+        spread.look_soon(1010);
+        assert_eq!(spread.next(), Some(1050));
+        assert_eq!(spread.plan(|| of(&[20, 0]), 1050).len(), 2);
+        let mut looks = 0;
+        while let Some(at) = spread.next() {
+            assert!(spread.plan(|| of(&[10, 10]), at).is_empty());
+            looks += 1;
+        }
+        assert!((1..10).contains(&looks), "{looks}");
+    }
 
     fn of(counts: &[usize]) -> Vec<(Pid, usize)> {
         let pids = (1..).map(Pid);

@@ -116,6 +116,8 @@ fn worker(view: &WorkerView, workers: &Children, now: Millis) -> WorkerStatus {
     shown.threads = living.known.threads as u64;
     shown.programs = living.known.programs as u64;
     shown.programs_down = number(&record.programs_down);
+    shown.sent = number(&record.sent);
+    shown.running_for_others = number(&record.running_for_others);
     shown.rss_bytes = resident_bytes(pid);
     shown.oldest_call = record.oldest().map(|(method, since)| OldestCall {
         method: living.known.method(method).to_owned(),

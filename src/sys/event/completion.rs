@@ -8,6 +8,9 @@ use std::os::fd::OwnedFd;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Token(pub(super) u64);
 
+/// Connections have lower tags; see `Reactor`.
+const PROCESS_TAG: u32 = 0xFFFF_0000;
+
 impl Token {
     /// The index of this connection: small, dense, and reused after the connection was closed.
     pub fn index(self) -> usize {
@@ -17,6 +20,17 @@ impl Token {
     /// The token as a number, for what is kept outside of this process.
     pub fn number(self) -> u64 {
         self.0
+    }
+
+    /// The token of another process with this number (below 2^32), for tables that hold what belongs
+    /// to connections and to processes. It equals no connection's token.
+    pub fn of_process(number: usize) -> Self {
+        Token::new(number, PROCESS_TAG)
+    }
+
+    /// The number of the process that this is the token of; `None` for a connection's.
+    pub fn process(self) -> Option<usize> {
+        ((self.0 >> 32) as u32 == PROCESS_TAG).then_some(self.index())
     }
 
     /// A token without a connection, for tests.

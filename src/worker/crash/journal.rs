@@ -259,6 +259,25 @@ impl CallJournal {
         CallRef(Some(entry))
     }
 
+    /// A call of another worker begins here. No connection of this worker has it, so the keeper sends
+    /// no answer for it. It may be what this worker dies of.
+    pub fn take_for_peer(&mut self, key: u64, method: usize) -> CallRef {
+        let Some(entry) = self.book.and_then(|book| self.room(book)) else {
+            return CallRef::default();
+        };
+        entry.order.store(0, Relaxed);
+        entry.end.store(0, Relaxed);
+        entry.shape.store(0, Relaxed);
+        entry.stage.store(TAKEN, Relaxed);
+        entry.begun.store(0, Relaxed);
+        entry.id_length.store(0, Relaxed);
+        entry.method.store(method as u32, Relaxed);
+        entry.key.store(key, Relaxed);
+        // No connection has this number: it is larger than any token.
+        entry.of.store(u64::MAX, Release);
+        CallRef(Some(entry))
+    }
+
     fn room(&mut self, book: SharedJournal) -> Option<&'static CallRecord> {
         if let Some(entry) = self.free.pop() {
             return Some(entry);

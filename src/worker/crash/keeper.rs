@@ -21,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::journal;
 use super::journal::{CallRecord, SharedJournal};
 use super::recovery::{ConnectionSnapshot, Receiving, Recovery, Sending, UnansweredCall};
+use crate::handler::BEGUN_ELSEWHERE;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::{AdoptionQueue, is_full};
 use crate::sys::event::UnsentData;
@@ -223,7 +224,8 @@ fn calls(entries: &[CallRecord], highest: u32) -> HashMap<u64, Vec<UnansweredCal
 fn ran(entries: &[CallRecord], highest: u32) -> impl Iterator<Item = (u64, u32)> {
     let ran = |entry: &&CallRecord| {
         entry.of.load(Acquire) != 0
-            && entry.begun.load(Relaxed) != 0
+            // What ran in another process is not what this one died of.
+            && ![0, BEGUN_ELSEWHERE].contains(&entry.begun.load(Relaxed))
             && entry.stage.load(Relaxed) != journal::ANSWERED
     };
     let entries = entries.iter().take(highest as usize).filter(ran);

@@ -1,0 +1,338 @@
+//! Calls per second that a server makes of its capacity: does a call wait while another worker is idle?
+//!
+//! 4 workers with 2 handler threads each, and a pool of 2 programs for each worker. Each call sleeps for
+//! 0.1 s, so 80 calls per second are possible. Every round starts a fresh server and opens all connections
+//! in one burst. Rows: lasting connections in a closed loop, a new connection for each call, and one
+//! connection that sends 64 calls ahead. The last row is about short calls beside long ones.
+//! `-- --bar` fails below the bar of any row.
+#![allow(unsafe_code, clippy::print_stdout)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use serde_json::Value;
+
+use support::figures::median;
+use support::load::frame;
+use support::server::Server;
+use support::{Failure, words};
+
+const WORKERS: usize = 4;
+const THREADS: usize = 2;
+/// Seconds that a call takes.
+const CALL: f64 = 0.1;
+/// Calls per second that are possible.
+const POSSIBLE: f64 = (WORKERS * THREADS) as f64 / CALL;
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Parser)]
+struct Options {
+    /// Rounds, each with a fresh server for each row.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds of load in each round.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+    /// Fail below the bar.
+    #[arg(long)]
+    bar: bool,
+}
+
+/// What is measured: a name, the part of what is possible that must be reached, and how.
+struct Row {
+    name: String,
+    bar: f64,
+    load: Box<dyn Fn(SocketAddr, Duration) -> Result<f64, Failure>>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse_from(["capacity".to_owned()].into_iter().chain(words()));
+    match measure(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            println!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(options: &Options) -> Result<(), Failure> {
+    println!(
+        "{WORKERS} workers x {THREADS}, calls of {CALL} s: {POSSIBLE} calls/s are possible. Calls/s of \
+         each round:"
+    );
+    let mut missed = Vec::new();
+    for row in rows() {
+        let mut parts = Vec::new();
+        for _ in 0..options.rounds {
+            let server = Server::preforkd_with(&config())?;
+            let rate = (row.load)(server.address, Duration::from_secs(options.seconds))?;
+            parts.push(rate / POSSIBLE);
+        }
+        let lowest = parts.iter().copied().fold(f64::INFINITY, f64::min);
+        let shown: Vec<String> = parts
+            .iter()
+            .map(|part| format!("{:.0}", part * POSSIBLE))
+            .collect();
+        println!(
+            "{:<28} {:<24} lowest {lowest:.3} of what is possible (bar {})",
+            row.name,
+            shown.join(" "),
+            row.bar
+        );
+        if lowest < row.bar {
+            missed.push(row.name);
+        }
+    }
+    if !mixed(options)? {
+        missed.push("short beside long".to_owned());
+    }
+    match (options.bar, missed.is_empty()) {
+        (true, false) => Err(format!("below the bar: {}", missed.join(", ")).into()),
+        _ => Ok(()),
+    }
+}
+
+fn config() -> String {
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/capacity/sleep.py");
+    format!(
+        "[workers]\ncount = {WORKERS}\nthreads = {THREADS}\n\
+         [methods.thread]\nbuiltin = \"sleep\"\n\
+         [pools.p]\ncommand = [\"python3\", {program:?}]\nprocesses = {THREADS}\n\
+         ready = \"message\"\n\
+         [methods.pool]\npool = \"p\"\n"
+    )
+}
+
+fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for method in ["thread", "pool"] {
+        for connections in [8, 16, 32] {
+            rows.push(Row {
+                name: format!("{method}, {connections} connections"),
+                bar: 0.95,
+                load: Box::new(move |address, length| {
+                    lasting(address, method, connections, length)
+                }),
+            });
+        }
+        rows.push(Row {
+            name: format!("{method}, a connection per call"),
+            bar: 0.93,
+            load: Box::new(move |address, length| one_call_each(address, method, length)),
+        });
+        rows.push(Row {
+            name: format!("{method}, 64 ahead"),
+            bar: 0.95,
+            load: Box::new(move |address, length| ahead(address, method, length)),
+        });
+    }
+    rows
+}
+
+fn connect(address: SocketAddr) -> Result<TcpStream, Failure> {
+    let stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+fn request(method: &str, seconds: f64, id: usize) -> Vec<u8> {
+    frame(&format!(
+        r#"{{"in": "{method}", "params": {seconds}, "id": {id}}}"#
+    ))
+}
+
+/// Reads one answer, which has to be a result.
+fn answer(stream: &mut TcpStream) -> Result<(), Failure> {
+    let mut length = [0; 4];
+    stream.read_exact(&mut length)?;
+    let mut body = vec![0; u32::from_le_bytes(length) as usize];
+    stream.read_exact(&mut body)?;
+    let body: Value = serde_json::from_slice(&body)?;
+    match body["out"] == "error" {
+        true => Err(format!("an error: {body}").into()),
+        false => Ok(()),
+    }
+}
+
+/// Runs `client` on so many threads until the time is over. Returns calls per second.
+fn clients(
+    count: usize,
+    length: Duration,
+    client: impl Fn(usize, &dyn Fn() -> bool) -> Result<(), String> + Sync,
+) -> Result<f64, Failure> {
+    let done = AtomicUsize::new(0);
+    let begin = Instant::now();
+    // Whether to make one more call; the last one is counted when it asks again.
+    let goes_on = |calls: &std::cell::Cell<usize>| {
+        if calls.get() > 0 {
+            done.fetch_add(1, Relaxed);
+        }
+        calls.set(calls.get() + 1);
+        begin.elapsed() < length
+    };
+    let failures: Vec<String> = thread::scope(|scope| {
+        let running: Vec<_> = (0..count)
+            .map(|number| {
+                let (client, goes_on) = (&client, &goes_on);
+                scope.spawn(move || {
+                    let calls = std::cell::Cell::new(0);
+                    client(number, &|| goes_on(&calls))
+                })
+            })
+            .collect();
+        let ended = running.into_iter().map(|one| one.join());
+        ended
+            .filter_map(|ended| {
+                ended
+                    .unwrap_or_else(|_| Err("a client has panicked".into()))
+                    .err()
+            })
+            .collect()
+    });
+    match failures.first() {
+        Some(failure) => Err(failure.as_str().into()),
+        None => Ok(done.load(Relaxed) as f64 / begin.elapsed().as_secs_f64()),
+    }
+}
+
+fn lasting(
+    address: SocketAddr,
+    method: &str,
+    connections: usize,
+    length: Duration,
+) -> Result<f64, Failure> {
+    let mut streams = Vec::new();
+    for _ in 0..connections {
+        streams.push(connect(address)?);
+    }
+    clients(connections, length, |number, goes_on| {
+        let mut stream = streams[number]
+            .try_clone()
+            .map_err(|error| error.to_string())?;
+        while goes_on() {
+            stream
+                .write_all(&request(method, CALL, 0))
+                .map_err(|error| error.to_string())?;
+            answer(&mut stream).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    })
+}
+
+fn one_call_each(address: SocketAddr, method: &str, length: Duration) -> Result<f64, Failure> {
+    clients(WORKERS * THREADS, length, |_, goes_on| {
+        let call = || {
+            let mut stream = connect(address)?;
+            stream.write_all(&request(method, CALL, 0))?;
+            answer(&mut stream)
+        };
+        while goes_on() {
+            call().map_err(|error: Failure| error.to_string())?;
+        }
+        Ok(())
+    })
+}
+
+fn ahead(address: SocketAddr, method: &str, length: Duration) -> Result<f64, Failure> {
+    let mut stream = connect(address)?;
+    for id in 0..64 {
+        stream.write_all(&request(method, CALL, id))?;
+    }
+    let begin = Instant::now();
+    let (mut sent, mut done) = (64, 0);
+    let mut at_the_end = None;
+    while done < sent {
+        answer(&mut stream)?;
+        done += 1;
+        if begin.elapsed() < length {
+            stream.write_all(&request(method, CALL, sent))?;
+            sent += 1;
+        } else if at_the_end.is_none() {
+            // What is left then is less than can run at once, at the very end.
+            at_the_end = Some(done as f64 / begin.elapsed().as_secs_f64());
+        }
+    }
+    at_the_end.ok_or_else(|| "no call was answered in time".into())
+}
+
+/// 1,000 short calls from 32 connections while six threads hold long calls: their p99 beside that on one
+/// worker with all threads, at most three times as long.
+fn mixed(options: &Options) -> Result<bool, Failure> {
+    let several = config();
+    let one = format!(
+        "[workers]\ncount = 1\nthreads = {}\n[methods.thread]\nbuiltin = \"sleep\"\n",
+        WORKERS * THREADS
+    );
+    let mut ratios = Vec::new();
+    let mut shown = Vec::new();
+    for _ in 0..options.rounds {
+        let (several, one) = (short_beside_long(&several)?, short_beside_long(&one)?);
+        ratios.push(several.as_secs_f64() / one.as_secs_f64());
+        shown.push(format!("{several:.1?}/{one:.1?}"));
+    }
+    let ratio = median(&ratios);
+    println!(
+        "{:<28} {}: median {ratio:.2} times one worker's p99 (bar 3)",
+        "short beside long",
+        shown.join(" ")
+    );
+    Ok(ratio <= 3.0)
+}
+
+fn short_beside_long(config: &str) -> Result<Duration, Failure> {
+    let server = Server::preforkd_with(config)?;
+    let address = server.address;
+    // Short ones first, so that it is known how long they take.
+    for _ in 0..64 {
+        let mut stream = connect(address)?;
+        stream.write_all(&request("thread", 0.0, 0))?;
+        answer(&mut stream)?;
+    }
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        let mut stream = connect(address)?;
+        stream.write_all(&request("thread", 10.0, 0))?;
+        held.push(stream);
+    }
+    thread::sleep(Duration::from_millis(200));
+    let times: Result<Vec<Vec<Duration>>, Failure> = thread::scope(|scope| {
+        let clients: Vec<_> = (0..32)
+            .map(|_| {
+                scope.spawn(move || {
+                    let calls = || {
+                        let mut stream = connect(address)?;
+                        let mut times = Vec::new();
+                        for _ in 0..1000 / 32 {
+                            let begin = Instant::now();
+                            stream.write_all(&request("thread", 0.0, 0))?;
+                            answer(&mut stream)?;
+                            times.push(begin.elapsed());
+                        }
+                        Ok(times)
+                    };
+                    calls().map_err(|error: Failure| error.to_string())
+                })
+            })
+            .collect();
+        let ended = clients.into_iter().map(|client| match client.join() {
+            Ok(times) => times.map_err(Failure::from),
+            Err(_) => Err("a client has panicked".into()),
+        });
+        ended.collect()
+    });
+    let mut times: Vec<Duration> = times?.concat();
+    times.sort_unstable();
+    let place = (times.len() * 99 / 100).min(times.len().saturating_sub(1));
+    times.get(place).copied().ok_or_else(|| "no call".into())
+}

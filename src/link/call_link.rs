@@ -1,0 +1,174 @@
+//! One end of an internal link: sends and receives call frames over a stream socket, without waiting.
+//!
+//! What the socket does not take is kept and sent when it is writable. The sender of calls stops at
+//! `is_congested`, so a peer that does not read costs a bounded amount of memory. The peer may be in an
+//! attacker's hands: descriptors that it attaches end the link.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send};
+
+use super::call_frame::Frame;
+use crate::sys::rights::{self, GuardedSocket};
+use crate::sys::{closer, socket};
+
+/// Above this number of unsent bytes no further call is sent.
+const CONGESTED_LEN: usize = 1024 * 1024;
+/// A buffer that was larger than this is given back when it is empty.
+const KEPT_LEN: usize = 256 * 1024;
+
+/// Two connected ends, for two processes.
+///
+/// # Errors
+/// If there is no descriptor left.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (one, other) = socket::stream_pair()?;
+    rights::refuse(&one);
+    rights::refuse(&other);
+    Ok((one, other))
+}
+
+/// One end, in the process that uses it.
+#[derive(Debug)]
+pub struct CallLink {
+    fd: GuardedSocket,
+    unsent: Vec<u8>,
+    sent: usize,
+    received: Vec<u8>,
+    is_closed: bool,
+}
+
+impl CallLink {
+    pub fn new(fd: OwnedFd) -> Self {
+        CallLink {
+            fd: GuardedSocket::received(fd, closer::close),
+            unsent: Vec::new(),
+            sent: 0,
+            received: Vec::new(),
+            is_closed: false,
+        }
+    }
+
+    /// Queues a frame; `flush` sends it. Returns false if it is too long for a frame.
+    pub fn queue(&mut self, frame: &Frame<'_>) -> bool {
+        frame.encode(&mut self.unsent)
+    }
+
+    /// Sends as much as the socket takes.
+    pub fn flush(&mut self) {
+        while self.sent < self.unsent.len() {
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+            match send(self.fd.as_raw_fd(), &self.unsent[self.sent..], flags) {
+                Ok(count) => self.sent += count,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return,
+                // The peer is gone. What it has sent is still read: `receive` finds the end.
+                Err(_) => break,
+            }
+        }
+        self.unsent.clear();
+        self.unsent.shrink_to(KEPT_LEN);
+        self.sent = 0;
+    }
+
+    pub fn has_unsent(&self) -> bool {
+        self.sent < self.unsent.len()
+    }
+
+    /// Whether the peer reads so slowly that no further call should be sent to it.
+    pub fn is_congested(&self) -> bool {
+        self.unsent.len() - self.sent > CONGESTED_LEN
+    }
+
+    /// Receives once, at most `piece.len()` bytes. Returns whether more may be there.
+    pub fn receive(&mut self, piece: &mut [u8]) -> bool {
+        if self.is_closed {
+            return false;
+        }
+        match self.fd.receive(piece) {
+            Ok(0) => self.is_closed = true,
+            Ok(count) => {
+                self.received.extend_from_slice(&piece[..count]);
+                return count == piece.len();
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            // EBADMSG among them: descriptors are attached.
+            Err(_) => self.is_closed = true,
+        }
+        false
+    }
+
+    /// What was received and not consumed, to be decoded while the link is used; `put_back` follows.
+    pub fn take_received(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.received)
+    }
+
+    /// Puts back what `take_received` gave, without the first `consumed` bytes.
+    pub fn put_back(&mut self, mut received: Vec<u8>, consumed: usize) {
+        received.drain(..consumed);
+        if received.is_empty() {
+            received.shrink_to(KEPT_LEN);
+        }
+        self.received = received;
+    }
+
+    /// Whether the peer is gone.
+    pub fn is_closed(&self) -> bool {
+        self.is_closed
+    }
+}
+
+impl AsFd for CallLink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::borrow::Cow;
+
+    use super::*;
+    use crate::link::call_frame::{AnswerFrame, DecodedCallFrame};
+
+    fn answer(id: u64, length: usize) -> Frame<'static> {
+        Frame::Answer(AnswerFrame {
+            id,
+            took_us: 1,
+            name: None,
+            outcome: Ok(Cow::Owned(vec![b'1'; length])),
+        })
+    }
+
+    #[test]
+    fn frames_larger_than_the_socket_arrive_whole_and_the_end_after_them() {
+        let (one, other) = pair().unwrap();
+        let (mut one, mut other) = (CallLink::new(one), CallLink::new(other));
+        for id in 0..4 {
+            assert!(one.queue(&answer(id, 700_000)));
+        }
+        assert!(one.is_congested());
+        let (mut piece, mut seen) = (vec![0; 64 * 1024], Vec::new());
+        while seen.len() < 4 {
+            one.flush();
+            while other.receive(&mut piece) {}
+            let (received, mut at) = (other.take_received(), 0);
+            while let DecodedCallFrame::Whole(Frame::Answer(answer), used) =
+                Frame::decode(&received[at..], 1_000_000)
+            {
+                assert_eq!(answer.outcome.unwrap().len(), 700_000);
+                seen.push(answer.id);
+                at += used;
+            }
+            other.put_back(received, at);
+        }
+        assert_eq!(seen, [0, 1, 2, 3]);
+        assert!(!one.has_unsent() && !other.is_closed());
+        drop(one);
+        other.receive(&mut piece);
+        assert!(other.is_closed());
+    }
+}

@@ -1,0 +1,51 @@
+//! Holds what the master tells of the workers of one configuration.
+
+use std::rc::Rc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Settings;
+use crate::handler::registry::Registry;
+
+/// What the master tells of the workers of one configuration, for as long as one of them lives:
+/// less than the configuration, for that may be another version's.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationInfo {
+    /// The names of the methods, by the numbers that the scoreboard has.
+    pub methods: Vec<String>,
+    /// Handler threads of each worker.
+    pub threads: usize,
+    /// Programs of all pools of each worker. Came later than the others.
+    #[serde(default)]
+    pub programs: usize,
+}
+
+impl GenerationInfo {
+    /// What there is to tell of these.
+    pub fn of(settings: &Settings, registry: &Registry) -> Rc<Self> {
+        let methods = registry.methods().iter();
+        Rc::new(GenerationInfo {
+            methods: methods.map(|method| method.name.clone()).collect(),
+            threads: settings.workers.threads,
+            programs: registry.pools().iter().map(|pool| pool.processes()).sum(),
+        })
+    }
+
+    /// What is to be told of methods that there were `before` and that nobody serves any more.
+    pub fn removed_methods(&self, before: &GenerationInfo) -> Option<String> {
+        let before = before.methods.iter();
+        let gone: Vec<_> = before.filter(|name| !self.methods.contains(name)).collect();
+        let shown: Vec<&str> = gone.iter().take(10).map(|name| name.as_str()).collect();
+        let more = match gone.len() - shown.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let names = shown.join(", ");
+        (!gone.is_empty()).then(|| format!("no longer served: {names}{more}"))
+    }
+
+    /// The name of a method by its number; a question mark for a number that is none.
+    pub fn method(&self, number: usize) -> &str {
+        self.methods.get(number).map_or("?", String::as_str)
+    }
+}

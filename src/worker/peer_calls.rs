@@ -1,0 +1,321 @@
+//! Sends calls to other workers and runs theirs.
+//!
+//! Called once per turn of the event loop, after calls were given to this worker's own threads: a call
+//! goes elsewhere only if no thread here can begin it. A worker that drains sends nothing and returns
+//! what it gets, but finishes what it has begun.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use super::call_dispatcher::CallDispatcher;
+use super::call_scheduler::FinishedCall;
+use super::connection::{AnswerPosition, PendingAnswer};
+use super::forwarding::LaneLoad;
+use super::threads::Done;
+use super::timers::TimerTarget;
+use crate::link::call_frame::{AnswerFrame, CallFrame, DecodedCallFrame, Frame};
+use crate::link::scoreboard::LANES;
+use crate::protocol::body::Form;
+use crate::protocol::code::Code;
+use crate::protocol::reply::{AnswerFormat, Framing};
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::event::{Reactor, Token};
+
+/// Reads from one link before the others get their turn.
+const MAX_READS: usize = 16;
+
+/// Shows what this worker has to the others, sends waiting calls to those with capacity, and offers
+/// capacity to those with waiting calls. `backlog` is that of `CallScheduler::hand_out`.
+pub fn exchange(
+    service: &mut CallDispatcher,
+    is_serving: bool,
+    backlog: impl Fn(Token, AnswerPosition) -> usize,
+) {
+    let now_ms = service.now_ms;
+    let is_due = service.forwarding.recheck_ms.is_some_and(|at| at <= now_ms);
+    if is_due {
+        service.forwarding.recheck_ms = None;
+    }
+    for lane in 0..service.calls.lanes().min(LANES) {
+        let load = match is_serving {
+            true => LaneLoad {
+                idle: service.calls.idle(lane, &service.threads) as u32,
+                waiting: service.calls.sendable(lane) as u32,
+            },
+            false => LaneLoad::default(),
+        };
+        let has_more = service.forwarding.show(lane, load);
+        if load.waiting > 0 {
+            send_waiting(service, lane, &backlog);
+        } else if load.idle > 0 && (has_more || is_due) {
+            offer(service, lane, load.idle as usize);
+        }
+    }
+}
+
+fn send_waiting(
+    service: &mut CallDispatcher,
+    lane: usize,
+    backlog: &impl Fn(Token, AnswerPosition) -> usize,
+) {
+    while service.calls.sendable(lane) > 0
+        && let Some(peer) = service.forwarding.find_idle(lane, service.now_ms)
+    {
+        if !send_next(service, lane, peer, backlog) {
+            return;
+        }
+    }
+    show(service, lane);
+}
+
+fn show(service: &mut CallDispatcher, lane: usize) {
+    let load = LaneLoad {
+        waiting: service.calls.sendable(lane) as u32,
+        ..service.forwarding.load(lane)
+    };
+    service.forwarding.show(lane, load);
+}
+
+/// Sends the next waiting call of a lane to a worker. Returns false if no call may be sent.
+fn send_next(
+    service: &mut CallDispatcher,
+    lane: usize,
+    peer: usize,
+    backlog: &impl Fn(Token, AnswerPosition) -> usize,
+) -> bool {
+    let Some(key) = service.calls.next_to_send(lane, service.now_ms, backlog) else {
+        return false;
+    };
+    let to = service.forwarding.next_call(peer);
+    if let Some(call) = service.calls.send(key, to)
+        && !service.forwarding.send(to, lane, key, call)
+    {
+        // No frame is so long: it is run here.
+        service.calls.take_back(key, service.now_ms);
+        return false;
+    }
+    true
+}
+
+fn offer(service: &mut CallDispatcher, lane: usize, idle: usize) {
+    let now_ms = service.now_ms;
+    let waiting = service.forwarding.find_waiting(lane, idle, now_ms);
+    let share = idle.div_ceil(waiting.len().max(1));
+    for peer in waiting {
+        service.forwarding.offer(peer, lane, share, now_ms);
+    }
+}
+
+/// Reads what another worker has sent. Answers to calls of this worker are added to
+/// `CallDispatcher::answered_elsewhere`. Returns false if the link has ended: `end` is to follow.
+#[must_use]
+pub fn receive(
+    service: &mut CallDispatcher,
+    link: usize,
+    is_serving: bool,
+    backlog: impl Fn(Token, AnswerPosition) -> usize,
+) -> bool {
+    let mut piece = service.forwarding.take_piece();
+    let mut is_alive = true;
+    for _ in 0..MAX_READS {
+        let Some(peer) = service.forwarding.peers.get_mut(link) else {
+            break;
+        };
+        let has_more = peer.link.receive(&mut piece);
+        let is_closed = peer.link.is_closed();
+        is_alive = read_frames(service, link, is_serving, &backlog) && !is_closed;
+        if !has_more || !is_alive {
+            break;
+        }
+    }
+    service.forwarding.put_piece(piece);
+    is_alive
+}
+
+/// Returns false if the other worker sent no frame.
+fn read_frames(
+    service: &mut CallDispatcher,
+    link: usize,
+    is_serving: bool,
+    backlog: &impl Fn(Token, AnswerPosition) -> usize,
+) -> bool {
+    let Some(peer) = service.forwarding.peers.get_mut(link) else {
+        return false;
+    };
+    let (received, mut at) = (peer.link.take_received(), 0);
+    let is_understood = loop {
+        match Frame::decode(&received[at..], service.limits.frame) {
+            DecodedCallFrame::Partial => break true,
+            DecodedCallFrame::Invalid => break false,
+            DecodedCallFrame::Whole(frame, used) => {
+                at += used;
+                read_frame(service, link, frame, is_serving, backlog);
+            }
+        }
+    };
+    if !is_understood {
+        log::warn!("another worker sent no frame over an internal link: the link is closed");
+    }
+    if let Some(peer) = service.forwarding.peers.get_mut(link) {
+        peer.link.put_back(received, at);
+    }
+    is_understood
+}
+
+fn read_frame(
+    service: &mut CallDispatcher,
+    link: usize,
+    frame: Frame<'_>,
+    is_serving: bool,
+    backlog: &impl Fn(Token, AnswerPosition) -> usize,
+) {
+    let now_ms = service.now_ms;
+    match frame {
+        Frame::Call(call) => run(service, link, &call, is_serving),
+        Frame::Cancel { id } => {
+            let peer = service.forwarding.peers.get_mut(link);
+            if let Some(key) = peer.and_then(|peer| peer.running.remove(&id))
+                && let Some(ended) = service.give_up(key)
+            {
+                service.ledger.forget(ended.reply.mark);
+            }
+        }
+        Frame::Answer(answer) => {
+            let peer = service.forwarding.peers.get_mut(link);
+            // An answer to a call that was given up meanwhile is dropped.
+            if let Some(key) = peer.and_then(|peer| peer.sent.remove(&answer.id)) {
+                service.answered_elsewhere.push(Done {
+                    key,
+                    outcome: Some(match answer.outcome {
+                        Ok(result) => Ok(result.into_owned()),
+                        Err(error) => Err(error.into_owned()),
+                    }),
+                    took: Duration::from_micros(answer.took_us),
+                    out: answer.name.map(|name| name.into_owned().into_boxed_str()),
+                });
+            }
+        }
+        Frame::Returned { id } => {
+            let peer = service.forwarding.peers.get_mut(link);
+            if let Some(key) = peer.and_then(|peer| peer.sent.remove(&id)) {
+                service.calls.take_back(key, now_ms);
+            }
+        }
+        Frame::Offer { lane, count } => {
+            let lane = usize::from(lane);
+            if is_serving && lane < service.calls.lanes().min(LANES) {
+                for _ in 0..count {
+                    if !send_next(service, lane, link, backlog) {
+                        break;
+                    }
+                }
+                show(service, lane);
+            }
+        }
+    }
+}
+
+/// Runs a call of another worker, or returns it.
+fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_serving: bool) {
+    let method = call.method as usize;
+    let is_known = method < service.registry.methods().len() && call.id > 0;
+    let lane = if is_known {
+        service.calls.lane(method)
+    } else {
+        0
+    };
+    if !is_known || !is_serving || service.calls.idle(lane, &service.threads) == 0 {
+        return service.forwarding.return_call(link, call.id);
+    }
+    let refused = |code, text: &str| Err(Cow::Owned(RpcError::of(code, text, false)));
+    let outcome = if service.is_quarantined(call.key) {
+        let text = "call quarantined: it crashed its worker 3 times; refused until the next reload";
+        refused(Code::Crashed, text)
+    } else if call.deadline_ms <= service.now_ms {
+        refused(
+            Code::Timeout,
+            "its time was over when it came to the worker that was to run it",
+        )
+    } else {
+        Ok(())
+    };
+    let Some(peer) = service.forwarding.peers.get_mut(link) else {
+        return;
+    };
+    if let Err(error) = outcome {
+        peer.link.queue(&Frame::Answer(AnswerFrame {
+            id: call.id,
+            took_us: 0,
+            name: None,
+            outcome: Err(error),
+        }));
+        return;
+    }
+    let reply = PendingAnswer {
+        place: AnswerPosition::Anywhere,
+        shape: AnswerFormat {
+            form: Form::Plain,
+            wrap: Framing::Frame,
+        },
+        mark: service.ledger.take_for_peer(call.key, method),
+    };
+    let key = service.calls.run_for_peer(
+        (Token::of_process(link), call.id),
+        call,
+        reply,
+        &mut service.threads,
+        service.now_ms,
+    );
+    peer.running.insert(call.id, key);
+    if let Some(added) = service.calls.get_mut(key) {
+        let target = TimerTarget::Call(key);
+        service
+            .timers
+            .arm(&mut added.timer, call.deadline_ms, target);
+    }
+}
+
+/// Sends the answer to a call of another worker.
+pub fn answer(
+    service: &mut CallDispatcher,
+    ended: &FinishedCall,
+    outcome: Result<Vec<u8>, RpcError>,
+    took: Duration,
+    name: Option<&str>,
+) {
+    service.ledger.forget(ended.reply.mark);
+    if let Some(link) = ended.token.process() {
+        service.forwarding.answer(
+            link,
+            &AnswerFrame {
+                id: ended.number_at_home,
+                took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+                name: name.map(Cow::Borrowed),
+                outcome: outcome.map(Cow::Owned).map_err(Cow::Owned),
+            },
+        );
+    }
+}
+
+/// Another worker is gone: the calls that it ran are answered with `crashed`, and its own end.
+pub fn end(service: &mut CallDispatcher, link: usize, reactor: &mut Reactor) {
+    let Some(peer) = service.forwarding.remove(link, reactor) else {
+        return;
+    };
+    for key in peer.sent.into_values() {
+        let text = "the worker that ran it has ended";
+        service.answered_elsewhere.push(Done {
+            key,
+            outcome: Some(Err(RpcError::of(Code::Crashed, text, true))),
+            took: Duration::ZERO,
+            out: None,
+        });
+    }
+    for key in peer.running.into_values() {
+        if let Some(ended) = service.give_up(key) {
+            service.ledger.forget(ended.reply.mark);
+        }
+    }
+    // Capacity that was offered to it may be for others.
+    service.forwarding.recheck_ms = Some(service.now_ms);
+}
