@@ -1,6 +1,6 @@
 //! Calls per second that a server makes of its capacity: does a call wait while another worker is idle?
 //!
-//! 4 workers with 2 handler threads each, and a pool of 2 programs for each worker. Each call sleeps for
+//! 4 workers with 2 handler threads each, and a pool of 8 programs. Each call sleeps for
 //! 0.1 s, so 80 calls per second are possible. Every round starts a fresh server and opens all connections
 //! in one burst. Rows: lasting connections in a closed loop, a new connection for each call, and one
 //! connection that sends 64 calls ahead. The last row is about short calls beside long ones.
@@ -107,9 +107,9 @@ fn config() -> String {
     format!(
         "[workers]\ncount = {WORKERS}\nthreads = {THREADS}\n\
          [methods.thread]\nbuiltin = \"sleep\"\n\
-         [pools.p]\ncommand = [\"python3\", {program:?}]\nprocesses = {THREADS}\n\
-         ready = \"message\"\n\
-         [methods.pool]\npool = \"p\"\n"
+         [pools.p]\ncommand = [\"python3\", {program:?}]\nprocesses = {}\n\
+         [methods.pool]\npool = \"p\"\n",
+        WORKERS * THREADS
     )
 }
 

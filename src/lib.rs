@@ -57,7 +57,7 @@ pub use server::Server;
 pub mod internals {
     pub use crate::error::Error;
     pub use crate::handler::command::output;
-    pub use crate::link::adoption_queue;
+    pub use crate::link::{adoption_queue, call_frame};
     pub use crate::master::pid_in;
     pub use crate::protocol::{
         Code, answer, body, call, control, detect, frame, http, json, jsonrpc, line, program, reply,

@@ -207,16 +207,7 @@ impl master::Embedder for RunningServer<'_> {
     }
 
     fn registry(&self, settings: &Settings) -> Arc<Registry> {
-        // Those that no method uses are not started.
-        let is_used = |name: &String| {
-            let mut methods = settings.methods.values();
-            methods.any(|method| method.kind == MethodKind::Pool(name.clone()))
-        };
-        let pools: Vec<_> = settings
-            .pools
-            .iter()
-            .filter(|(name, _)| is_used(name))
-            .collect();
+        let pools = settings.used_pools();
         let method = |(name, method): (&String, &config::MethodConfig)| {
             let handler: Arc<dyn Handler> = match &method.kind {
                 MethodKind::Builtin(Builtin::Ping) => Arc::new(builtin::Ping),
@@ -227,7 +218,7 @@ impl master::Embedder for RunningServer<'_> {
                     Arc::new(CommandHandler::new(command, settings.limits.depth))
                 }
                 MethodKind::Pool(name) => Arc::new(Pooled {
-                    number: pools.iter().position(|(pool, _)| *pool == name)?,
+                    number: pools.iter().position(|pool| *pool == name)?,
                 }),
                 MethodKind::Function => Arc::clone(self.server.methods.get(name)?),
             };
@@ -240,10 +231,14 @@ impl master::Embedder for RunningServer<'_> {
             })
         };
         let methods = settings.methods.iter().filter_map(method).collect();
-        let pool = |(name, pool): &(&String, &config::PoolConfig)| {
-            Arc::new(Pool::new(name, pool, settings))
+        let pool = |name: &&String| {
+            Some(Arc::new(Pool::new(
+                name,
+                settings.pools.get(*name)?,
+                settings,
+            )))
         };
-        let pools = pools.iter().map(pool).collect();
+        let pools = pools.iter().filter_map(pool).collect();
         let registry = Registry::new(methods).with_pools(pools);
         Arc::new(registry.with(Arc::clone(&self.hooks), self.kept.clone()))
     }

@@ -17,6 +17,7 @@ use crate::sys::title::{self, TitleArea};
 
 /// What a worker gets from the master.
 pub struct WorkerInit<'a> {
+    /// Where it is; that of a pool process says which pool.
     pub slot: Slot,
     pub generation: Generation,
     /// The configuration of that generation.
@@ -56,9 +57,26 @@ impl WorkerInit<'_> {
     /// Lets `ps` say what this process is, in both of its forms.
     pub fn show(&self, role: &str) {
         if let Some(area) = self.title {
-            area.set(&format!("{}: {role} {}", self.program, self.slot));
+            area.set(&format!("{}: {role} {}", self.program, self.name()));
         }
         title::set_comm(&self.program, role);
+    }
+
+    /// What the process is, for its title.
+    pub fn role(&self) -> &'static str {
+        match self.slot.pool() {
+            Some(_) => "pool",
+            None => "worker",
+        }
+    }
+
+    /// Which of its kind it is: the name of a pool, or the number of a slot.
+    pub fn name(&self) -> String {
+        let pool = self
+            .slot
+            .pool()
+            .and_then(|pool| self.registry.pools().get(pool));
+        pool.map_or(self.slot.to_string(), |pool| pool.name().to_owned())
     }
 }
 

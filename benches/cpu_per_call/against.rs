@@ -122,7 +122,7 @@ fn rows() -> Result<Vec<Row>, Failure> {
     };
     let program = std::env::current_exe()?;
     let pool = format!(
-        "[pools.p]\ncommand = [{program:?}, \"answer\"]\nprocesses = 2\n[methods.pool]\npool = \"p\"\n"
+        "[pools.p]\ncommand = [{program:?}, \"answer\"]\nprocesses = 2\nready = \"alive\"\n[methods.pool]\npool = \"p\"\n"
     );
     let thread = Call {
         method: "sleep",

@@ -8,8 +8,8 @@ use super::table::{Align, Cell, Style, TextTable};
 use super::units;
 use crate::logging::pluralize;
 use crate::protocol::control::{
-    DeathStatus, LastReload, ListenerStatus, MasterStatus, Quarantined, Status, WorkerPhase,
-    WorkerStatus,
+    DeathStatus, LastReload, ListenerStatus, MasterStatus, PoolStatus, Quarantined, Status,
+    WorkerPhase, WorkerStatus,
 };
 
 /// How many deaths are shown; `status --json` has them all.
@@ -49,6 +49,10 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
     page.push('\n');
     workers(&status.workers).render(&mut page, colours);
     page.push('\n');
+    if !status.pools.is_empty() {
+        pools(&status.pools).render(&mut page, colours);
+        page.push('\n');
+    }
     listeners(&status.listeners).render(&mut page, colours);
     if !status.quarantine.is_empty() {
         page += "\nIn quarantine until the next reload:\n";
@@ -154,6 +158,48 @@ fn workers(workers: &[WorkerStatus]) -> TextTable {
             living(units::count(worker.errors)),
             living(units::bytes(worker.rss_bytes)),
             Cell::new(remark(worker)),
+        ]);
+    }
+    table
+}
+
+fn pools(pools: &[PoolStatus]) -> TextTable {
+    use Align::{Left, Right};
+    let mut table = TextTable::new(&[
+        ("POOL", Left),
+        ("PID", Right),
+        ("GEN", Right),
+        ("STATE", Left),
+        ("UP", Right),
+        ("PROGRAMS", Right),
+        ("BUSY", Right),
+        ("DOWN", Right),
+        ("QUEUED", Right),
+        ("CALLS", Right),
+        ("OLDEST CALL", Left),
+    ]);
+    for pool in pools {
+        let living = |text: String| Cell::new(if pool.pid.is_some() { &text } else { "-" });
+        let call = pool.oldest_call.as_ref().map(|call| {
+            let age = units::milliseconds(call.age_ms);
+            format!("{}, {age}", call.method)
+        });
+        let throttle = pool.throttle.as_ref().map(|throttle| {
+            let wait = units::milliseconds(throttle.retry_in_ms);
+            format!("next try in {wait}")
+        });
+        table.row([
+            Cell::new(&*printable(&pool.name)),
+            Cell::new(pool.pid.map_or("-".into(), |pid| pid.to_string())),
+            Cell::new(pool.generation.to_string()),
+            Cell::painted(pool.state.name(), paint_of(pool.state)),
+            living(units::seconds(pool.uptime_s)),
+            Cell::new(units::count(pool.programs)),
+            living(units::count(pool.busy)),
+            living(units::count(pool.down)),
+            Cell::new(units::count(pool.queued)),
+            living(units::count(pool.calls)),
+            Cell::new(call.or(throttle).unwrap_or_else(|| "-".into())),
         ]);
     }
     table

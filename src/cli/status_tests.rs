@@ -20,6 +20,7 @@ fn busy() -> Status {
         ..WorkerStatus::default()
     };
     Status {
+        pools: Vec::new(),
         master: MasterStatus {
             pid: 4242,
             version: "0.1.0".into(),

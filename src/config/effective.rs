@@ -151,7 +151,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
     let account = program.account.as_ref();
     RawPool {
         command: Some(program.arguments.clone()),
-        processes: Some(pool.processes as i64),
+        processes: Some(Count::Number(pool.processes as i64)),
         ready: Some(if pool.handshake { "message" } else { "alive" }.into()),
         boot_timeout: Some(DurationValue(pool.boot_timeout)),
         idle_timeout: Some(DurationValue(pool.idle_timeout)),

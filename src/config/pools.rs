@@ -4,12 +4,13 @@
 //! uses it, which is worth a word of its own.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
 use super::check::{Check, MILLISECOND};
 use super::programs::{self, Ids};
-use super::raw::{Raw, RawPool};
+use super::raw::{Count, Raw, RawPool};
 use super::settings::{PoolConfig, WorkersConfig};
 use super::source_map::join;
 use super::units::{ByteSize, DurationValue};
@@ -17,6 +18,7 @@ use crate::error::Result;
 
 const DEFAULT_BOOT: Duration = Duration::from_secs(30);
 const NAME_MAX: usize = 64;
+const PROCESSES: RangeInclusive<i64> = 1..=1024;
 
 /// All pools by name.
 pub(super) fn resolve(
@@ -66,7 +68,7 @@ fn resolve_one(
         return Err(check.places.error(key, "the pool has no program", &remedy));
     };
     let program = programs::resolve(key, (command, example), &raw.into(), check, ids)?;
-    let ready = raw.ready.as_deref().unwrap_or("alive");
+    let ready = raw.ready.as_deref().unwrap_or("message");
     let number = |name: &str, value, default, most| {
         check.integer(&key_of(name), value, default, 0..=most, "")
     };
@@ -93,7 +95,7 @@ fn resolve_one(
     }
     Ok(PoolConfig {
         program,
-        processes: check.integer(&key_of("processes"), raw.processes, 1, 1..=1024, "")?,
+        processes: processes(&key_of("processes"), raw, check)?,
         handshake: check.choice(&key_of("ready"), ready, &["alive", "message"])? == "message",
         boot_timeout,
         idle_timeout: or_never("idle-timeout", raw.idle_timeout)?,
@@ -110,6 +112,17 @@ fn resolve_one(
         respawn_max_delay: check
             .respawn_max_delay(&key_of("respawn-max-delay"), raw.respawn_max_delay)?,
     })
+}
+
+/// How many programs the server has of the pool.
+fn processes(key: &str, raw: &RawPool, check: &Check<'_>) -> Result<usize> {
+    match &raw.processes {
+        None => check.integer(key, None, 1, PROCESSES, ""),
+        Some(Count::Number(number)) => {
+            check.integer(key, Some(*number), 1, PROCESSES, "or \"auto\"")
+        }
+        Some(Count::Auto) => Ok(check.here.cpus.clamp(1, 1024)),
+    }
 }
 
 /// A relative path in the arguments is the program's to resolve, by its directory. Where it is

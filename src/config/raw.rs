@@ -108,7 +108,7 @@ pub(super) struct RawMethod {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawPool {
     pub command: Option<Vec<String>>,
-    pub processes: Option<i64>,
+    pub processes: Option<Count>,
     pub ready: Option<String>,
     pub boot_timeout: Option<DurationValue>,
     pub idle_timeout: Option<DurationValue>,

@@ -170,6 +170,17 @@ pub struct CommandConfig {
     pub max_output: usize,
 }
 
+impl Settings {
+    /// The names of the pools that a method uses, in their order. The others are not started.
+    pub fn used_pools(&self) -> Vec<&String> {
+        let is_used = |name: &&String| {
+            let mut methods = self.methods.values();
+            methods.any(|method| matches!(&method.kind, MethodKind::Pool(pool) if pool == *name))
+        };
+        self.pools.keys().filter(is_used).collect()
+    }
+}
+
 /// One `[pools.NAME]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolConfig {

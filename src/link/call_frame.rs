@@ -24,6 +24,8 @@ const CANCEL: u8 = 2;
 const ANSWER: u8 = 3;
 const RETURNED: u8 = 4;
 const OFFER: u8 = 5;
+const LEAVE: u8 = 6;
+const LEAVE_NOTED: u8 = 7;
 
 /// A call for another process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +78,10 @@ pub enum Frame<'a> {
         lane: u16,
         count: u32,
     },
+    /// The sender begins no further call. It leaves when it has the answer to this.
+    Leave,
+    /// The answer to `Leave`: the sender has sent its last call.
+    LeaveNoted,
 }
 
 /// What stands at the head of a buffer.
@@ -138,6 +144,8 @@ impl Frame<'_> {
                 put_u32(out, *count);
                 OFFER
             }
+            Frame::Leave => LEAVE,
+            Frame::LeaveNoted => LEAVE_NOTED,
         };
         match u32::try_from(out.len() - start - 4) {
             Ok(length) => {
@@ -205,6 +213,8 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
             lane: u16::try_from(fields.u32()?).ok()?,
             count: fields.u32()?,
         },
+        LEAVE => Frame::Leave,
+        LEAVE_NOTED => Frame::LeaveNoted,
         _ => return None,
     };
     fields.0.is_empty().then_some(frame)

@@ -63,6 +63,8 @@ fn any_frame() -> impl Strategy<Value = Frame<'static>> {
         answer,
         any::<u64>().prop_map(|id| Frame::Cancel { id }),
         any::<u64>().prop_map(|id| Frame::Returned { id }),
+        Just(()).prop_map(|()| Frame::Leave),
+        Just(()).prop_map(|()| Frame::LeaveNoted),
         any::<(u16, u32)>().prop_map(|(lane, count)| Frame::Offer { lane, count }),
     ]
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
 use super::call_frame::Frame;
 use crate::sys::rights::{self, GuardedSocket};
@@ -63,9 +63,19 @@ impl CallLink {
             match send(self.fd.as_raw_fd(), &self.unsent[self.sent..], flags) {
                 Ok(count) => self.sent += count,
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return,
-                // The peer is gone. What it has sent is still read: `receive` finds the end.
-                Err(_) => break,
+                Err(Errno::EAGAIN) => {
+                    if self.sent > KEPT_LEN {
+                        self.unsent.drain(..self.sent);
+                        self.sent = 0;
+                    }
+                    return;
+                }
+                // The peer is gone, or there is no memory. Both sides read what is there, and the end:
+                // a frame that is not sent must not be missing in the middle.
+                Err(_) => {
+                    let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Both);
+                    break;
+                }
             }
         }
         self.unsent.clear();

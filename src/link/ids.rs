@@ -7,9 +7,26 @@ use std::fmt;
 
 pub use crate::sys::process::Pid;
 
-/// A worker's place, 0 to N-1. A respawned worker takes the slot of the one that died.
+/// A worker's place, 0 to N-1, or that of a pool process. A respawned process takes the slot of the one
+/// that died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(pub u16);
+
+/// The slot of the first pool; the number of a worker's slot is lower.
+const FIRST_POOL: u16 = 0x8000;
+
+impl Slot {
+    /// The slot of the pool process of the pool with this number, counted from 0.
+    pub fn of_pool(number: usize) -> Slot {
+        let number = u16::try_from(number).unwrap_or(u16::MAX);
+        Slot(FIRST_POOL.saturating_add(number))
+    }
+
+    /// The number of the pool whose pool process has this slot; `None` for a worker's.
+    pub fn pool(self) -> Option<usize> {
+        self.0.checked_sub(FIRST_POOL).map(usize::from)
+    }
+}
 
 /// Which configuration a worker was started from: 1 at the start, one more at each reload, also at
 /// those that are refused.
@@ -29,7 +46,10 @@ impl Generation {
 
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        match self.pool() {
+            Some(number) => write!(f, "pool-{number}"),
+            None => self.0.fmt(f),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::sys::shared_memory::shared_record;
 pub const RECORDS: usize = 4096;
 const LENGTH: NonZeroUsize = NonZeroUsize::new(RECORDS).expect("there are some");
 
-/// Lanes whose calls can be forwarded: the handler threads, and this number of pools less one.
+/// Numbers of waiting calls that a worker shows: one for each lane, the last for all further ones.
 pub const LANES: usize = 16;
 
 /// Bytes from one record to the next. Fixed, so that workers of one version and a master of the
@@ -74,9 +74,12 @@ shared_record! {
         pub generation: AtomicU32,
         /// Counts up whenever one of the two following has been written.
         pub capacity_epoch: AtomicU32,
-        /// By lane, how many calls it could begin now.
-        pub idle: [AtomicU32; LANES],
-        /// By lane, how many calls wait that another worker could run.
+        /// The lane whose calls it runs.
+        pub lane: AtomicU32,
+        /// How many calls of that lane it could begin now.
+        pub idle: AtomicU32,
+        /// By lane, how many of its calls wait that another process could run. The last number is that
+        /// of all further lanes together.
         pub waiting: [AtomicU32; LANES],
         /// Calls of its connections that run in other processes.
         pub sent: AtomicU32,
@@ -113,11 +116,12 @@ const _: () = {
     assert!(offset_of!(WorkerRecord, lost_lines) == 92);
     assert!(offset_of!(WorkerRecord, generation) == 96);
     assert!(offset_of!(WorkerRecord, capacity_epoch) == 100);
-    assert!(offset_of!(WorkerRecord, idle) == 104);
-    assert!(offset_of!(WorkerRecord, waiting) == 168);
-    assert!(offset_of!(WorkerRecord, sent) == 232);
-    assert!(offset_of!(WorkerRecord, running_for_others) == 236);
-    assert!(offset_of!(WorkerRecord, forwarded) == 240);
+    assert!(offset_of!(WorkerRecord, lane) == 104);
+    assert!(offset_of!(WorkerRecord, idle) == 108);
+    assert!(offset_of!(WorkerRecord, waiting) == 112);
+    assert!(offset_of!(WorkerRecord, sent) == 176);
+    assert!(offset_of!(WorkerRecord, running_for_others) == 180);
+    assert!(offset_of!(WorkerRecord, forwarded) == 184);
 };
 
 /// The records of all workers; which is whose is the master's knowledge.
@@ -205,7 +209,8 @@ impl WorkerRecord {
     /// Takes it out of forwarding: it has no capacity, and nothing of it waits.
     pub fn clear_capacity(&self) {
         self.generation.store(0, Relaxed);
-        for number in self.idle.iter().chain(&self.waiting) {
+        self.idle.store(0, Relaxed);
+        for number in &self.waiting {
             number.store(0, Relaxed);
         }
     }

@@ -48,6 +48,8 @@ pub enum LineFormat {
 static ROLE: AtomicI32 = AtomicI32::new(COMMAND);
 const COMMAND: i32 = -2;
 const MASTER: i32 = -1;
+/// From here on the slots of pool processes; see `link::ids::Slot`.
+const FIRST_POOL: i32 = 0x8000;
 
 /// The form that is configured, for the one line that no logger makes.
 static FORM: Mutex<LineFormat> = Mutex::new(LineFormat::Text);
@@ -261,11 +263,13 @@ fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> i
     let (role, thread) = match (slot, current.name()) {
         (COMMAND, thread) => ("command", thread),
         (MASTER, thread) => ("master", thread),
+        (FIRST_POOL.., Some("main") | None) => ("pool", Some("loop")),
+        (FIRST_POOL.., thread) => ("pool", thread),
         (_, Some("main") | None) => ("worker", Some("loop")),
         (_, thread) => ("worker", thread),
     };
     let thread = thread.unwrap_or("main");
-    let slot = (slot >= 0).then_some(slot);
+    let slot = (slot >= 0).then_some(slot % FIRST_POOL);
     let pid = std::process::id();
     let time = || humantime::format_rfc3339_millis(SystemTime::now()).to_string();
     if form == LineFormat::Json {

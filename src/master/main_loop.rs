@@ -226,6 +226,7 @@ impl Master<'_> {
             };
             self.queue_actions(event);
             if report == Report::Ready {
+                self.workers.link_pools(pid);
                 self.retire_without_keeper(pid);
             }
         }

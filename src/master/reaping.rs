@@ -94,6 +94,7 @@ impl ReapTarget for Round<'_, '_> {
 
     fn remove_other(&mut self, pid: Pid) {
         self.master.orphans.reaped(pid, false);
+        self.master.workers.release_record(pid);
         self.master.no_worker_ended(pid);
     }
 

@@ -145,6 +145,7 @@ pub(super) fn limits(settings: &Settings) -> PolicyLimits {
     let workers = &settings.workers;
     let millis = |duration: Duration| duration.as_millis() as Millis;
     PolicyLimits {
+        pools: settings.used_pools().len(),
         count: workers.count,
         boot_timeout: millis(workers.boot_timeout),
         drain_timeout: millis(workers.drain_timeout),

@@ -110,6 +110,10 @@ pub struct Status {
     /// Each worker that lives, draining ones too, and each slot without one; by slot, then
     /// generation.
     pub workers: Vec<WorkerStatus>,
+    /// Each pool process, draining ones too, and each place of one without a process; by pool, then
+    /// generation.
+    #[serde(default)]
+    pub pools: Vec<PoolStatus>,
     /// The last deaths, at most 100, the latest last.
     pub deaths: Vec<DeathStatus>,
     /// Each listener, in the configuration's order.
@@ -219,6 +223,37 @@ pub struct WorkerStatus {
     pub accept_wait: AcceptWait,
     /// Why the slot waits; `Some` iff the state is throttled.
     #[serde(default)]
+    pub throttle: Option<ThrottleStatus>,
+}
+
+/// One pool process with its programs, or the place of one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// The name of the pool.
+    pub name: String,
+    /// Its process id; null while the place has no process.
+    pub pid: Option<i32>,
+    pub generation: u32,
+    pub state: WorkerPhase,
+    /// Seconds since it was forked.
+    pub uptime_s: u64,
+    /// The programs that it is meant to have.
+    pub programs: u64,
+    /// Calls that its programs run.
+    pub busy: u64,
+    /// Programs that do not serve: they start, or died too often and wait.
+    pub down: u64,
+    /// Calls that wait for it in the workers.
+    pub queued: u64,
+    /// Calls that it was given since its start.
+    pub calls: u64,
+    /// Its own resident memory in bytes, without its programs.
+    pub rss_bytes: u64,
+    /// The call that has been running for longest; null when none runs.
+    pub oldest_call: Option<OldestCall>,
+    /// How long ago its event loop turned last, in milliseconds.
+    pub silent_ms: u64,
+    /// Why the place waits; `Some` iff the state is throttled.
     pub throttle: Option<ThrottleStatus>,
 }
 

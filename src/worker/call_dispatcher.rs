@@ -85,6 +85,35 @@ impl CallDispatcher {
         self.longest_wait_ms = self.longest_wait_ms.max(wait_ms);
     }
 
+    /// Shows to the master what this process does.
+    pub fn publish(&self, connections: usize, spurious_wakes: u64) {
+        let record = self.record;
+        let (running, queued, lost) = self.calls.counts(&self.threads);
+        record.connections.store(connections as u32, Relaxed);
+        record.running.store(running as u32, Relaxed);
+        record.queued.store(queued as u32, Relaxed);
+        let forwarding = &self.forwarding;
+        record.sent.store(self.calls.sent() as u32, Relaxed);
+        let for_others = forwarding.running_for_others() as u32;
+        record.running_for_others.store(for_others, Relaxed);
+        record.lost_threads.store(lost as u32, Relaxed);
+        record.calls.store(self.read, Relaxed);
+        record.errors.store(self.errors, Relaxed);
+        record.spurious_wakes.store(spurious_wakes as u32, Relaxed);
+        record.last_wait_ms.store(self.last_wait_ms as u32, Relaxed);
+        record
+            .longest_wait_ms
+            .store(self.longest_wait_ms as u32, Relaxed);
+        let programs_down = self.threads.programs_down();
+        record.programs_down.store(programs_down as u32, Relaxed);
+        let (method, since) = match self.calls.oldest() {
+            Some((method, since)) => (method as u32 + 1, since),
+            None => (0, 0),
+        };
+        record.oldest_since_ms.store(since, Relaxed);
+        record.oldest_method.store(method, Relaxed);
+    }
+
     /// Takes one body, which came wrapped in `wrap`.
     pub(super) fn on_body(&mut self, connection: &mut Connection, wrap: Framing, body: &[u8]) {
         match body::read(body, self.limits.depth, self.limits.batch) {
@@ -186,7 +215,7 @@ impl CallDispatcher {
                 .has_room(
                     method,
                     params.len(),
-                    self.threads.count(self.calls.lane(method)),
+                    self.threads.crew(self.calls.lane(method)),
                 )
                 .and_then(|()| self.calls.admit(method, self.now_ms))
         };
@@ -283,6 +312,12 @@ impl CallDispatcher {
         if let Some(quarantine) = &self.quarantine {
             quarantine.clear_suspicion(mark.key());
         }
+    }
+
+    /// Whether the pool process of each pool of this generation serves.
+    pub fn has_all_pools(&self) -> bool {
+        let pools = self.registry.pools().len();
+        (1..=pools).all(|lane| self.forwarding.is_served(lane))
     }
 
     /// Whether the call with this key is refused. A call without a key has 0 and is not.
@@ -463,7 +498,9 @@ impl CallDispatcher {
     }
 }
 
-fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
+/// # Errors
+/// `bad-output`, if a result is longer than its limit.
+pub(super) fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
     if length <= limit {
         return Ok(());
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 pub use super::call_table::FinishedCall;
 use super::call_table::{CallTable, RemoteCall, ScheduledCall};
 use super::connection::{AnswerPosition, HIGH_WATER, PendingAnswer};
-use super::method_stats::MethodStats;
+use super::method_stats::{self, MethodStats};
 use super::queue::{Lane, Waiting};
 use super::threads::{Done, HandlerCall, Threads};
 use super::timers::CallKey;
@@ -175,8 +175,9 @@ impl CallScheduler {
             since_ms: call.read_ms,
             deadline_ms: call.deadline_ms,
             // The limit counts the calls of one worker on its own threads.
-            can_be_sent: self.registry.methods()[call.method].concurrency == 0
-                || self.loads[call.method].lane > 0,
+            can_be_sent: call.is_own()
+                && (self.registry.methods()[call.method].concurrency == 0
+                    || self.loads[call.method].lane > 0),
         };
         self.lane_of(waiting.method).queue.push(waiting, now_ms);
     }
@@ -204,7 +205,7 @@ impl CallScheduler {
         now_ms: u64,
         backlog: &impl Fn(Token, AnswerPosition) -> usize,
     ) -> Option<CallKey> {
-        let count = threads.count(lane);
+        let count = threads.crew(lane);
         while let Some(&next) = self.lanes[lane].queue.next(now_ms)
             && self.may_go_out(lane, next.method, threads)
         {
@@ -231,7 +232,7 @@ impl CallScheduler {
         let Some(call) = self.table.get(next.key) else {
             return false;
         };
-        let fits = self.fits(call, backlog(call.token, call.reply.place));
+        let fits = !call.is_own() || self.fits(call, backlog(call.token, call.reply.place));
         if !fits {
             let blocked = self.blocked_on_output.entry(next.token).or_default();
             blocked.push(next);
@@ -297,7 +298,13 @@ impl CallScheduler {
         if !lane_state.queue.is_empty() {
             return 0;
         }
-        threads.available(lane).saturating_sub(lane_state.out)
+        let available = threads.available(lane);
+        let methods = self.loads.iter().filter(|load| load.lane == lane);
+        let ahead = match lane {
+            0 => 0,
+            _ => method_stats::ahead_of_programs(methods, available),
+        };
+        (available + ahead).saturating_sub(lane_state.out)
     }
 
     /// How many calls of a lane wait that another worker could run.
@@ -310,20 +317,30 @@ impl CallScheduler {
         self.lanes.iter().map(|lane| lane.sent).sum()
     }
 
-    /// The next call that another worker is to run, taken out of its queue; `None` if none may. `send`
+    /// The next call that another process is to run, taken out of its queue; `None` if none may. `send`
     /// is to follow.
+    ///
+    /// # Errors
+    /// A call that cannot be done in time any more, as of `hand_out`.
     pub fn next_to_send(
         &mut self,
         lane: usize,
+        threads: &Threads,
         now_ms: u64,
         backlog: &impl Fn(Token, AnswerPosition) -> usize,
-    ) -> Option<CallKey> {
-        loop {
-            let next = *self.lanes[lane].queue.next_to_send(now_ms)?;
+    ) -> Result<Option<CallKey>, CallKey> {
+        while let Some(&next) = self.lanes[lane].queue.next_to_send(now_ms) {
+            // It begins at once there, so it has no turn to wait for.
+            let needed = self.time_needed(lane, next.method, threads.crew(lane));
+            if next.is_late(now_ms, needed) {
+                self.lanes[lane].queue.runs_out(next.key, now_ms);
+                return Err(next.key);
+            }
             if self.take_next(lane, next, backlog) {
-                return Some(next.key);
+                return Ok(Some(next.key));
             }
         }
+        Ok(None)
     }
 
     /// Another process runs a call. Returns the call, to be sent; `None` if it was given up meanwhile.
@@ -425,11 +442,8 @@ impl CallScheduler {
         if expected < LARGE {
             return true;
         }
-        let running = self.lanes[self.loads[call.method].lane]
-            .handed_out
-            .iter()
-            .filter_map(|key| self.table.get(*key))
-            .filter(|it| !it.is_answered && it.token == call.token)
+        let running = (self.table.of(call.token))
+            .filter(|(_, it)| !it.is_answered && (it.handed_out || it.sent_to.is_some()))
             .count();
         running == 0 || backlog + running * expected <= HIGH_WATER
     }
@@ -450,7 +464,7 @@ impl CallScheduler {
 
     /// A thread has reported: the call that is to be answered now, if anybody still waits.
     pub fn done(&mut self, done: &Done) -> Option<FinishedCall> {
-        let call = self.table.remove(done.key)?;
+        let mut call = self.table.remove(done.key)?;
         let index = self.loads[call.method].lane;
         let lane = &mut self.lanes[index];
         match call.sent_to {
@@ -480,17 +494,7 @@ impl CallScheduler {
         if call.is_answered {
             return None;
         }
-        Some(FinishedCall {
-            token: call.token,
-            reply: call.reply,
-            id: call.id,
-            method: call.method,
-            timer: call.timer,
-            charged_bytes: call.charged_bytes,
-            begun: true,
-            sent_to: call.sent_to,
-            number_at_home: call.number_at_home,
-        })
+        Some(call.finish(true))
     }
 
     /// Gives a call up: its time is over, or the caller does not want it any more. `None` when it
@@ -502,18 +506,7 @@ impl CallScheduler {
         }
         call.is_answered = true;
         let begun = call.state.give_up();
-        let ended = FinishedCall {
-            token: call.token,
-            reply: call.reply,
-            // Kept with the entry too: should its thread never come back, it is asked for.
-            id: call.id.clone(),
-            method: call.method,
-            timer: std::mem::take(&mut call.timer),
-            charged_bytes: call.charged_bytes,
-            begun,
-            sent_to: call.sent_to,
-            number_at_home: call.number_at_home,
-        };
+        let ended = call.finish(begun);
         let (size, is_own) = (call.size, call.is_own());
         call.params = None;
         call.is_orphaned = begun && call.sent_to.is_none();

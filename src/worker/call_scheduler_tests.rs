@@ -87,7 +87,8 @@ fn report(threads: &mut Threads) -> Done {
 #[test]
 fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
     let registry = registry();
-    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads =
+        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = CallScheduler::new(registry, 10);
     let key = add(&mut calls, 0, Some("7"));
     assert_eq!(calls.find(Token::for_test(1), "7"), Some(key));
@@ -103,7 +104,8 @@ fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
 #[test]
 fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
     let registry = registry();
-    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads =
+        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = CallScheduler::new(registry, 10);
     let key = add(&mut calls, 1, None);
     hand_out(&mut calls, &mut threads);
@@ -161,7 +163,8 @@ fn queue_concurrency_and_rate_are_limits() {
 #[test]
 fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     let registry = registry();
-    let mut threads = Threads::start(2, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads =
+        Threads::start(2, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = CallScheduler::new(registry, 10);
     let stuck = add(&mut calls, 1, None);
     for _ in 0..1000 {
@@ -190,7 +193,8 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
 #[test]
 fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
     let registry = registry();
-    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads =
+        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = CallScheduler::new(registry, 2);
     let runs = add(&mut calls, 1, None);
     hand_out(&mut calls, &mut threads);
@@ -208,7 +212,8 @@ fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
 #[test]
 fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     let registry = registry();
-    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads =
+        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = CallScheduler::new(registry, 10);
     let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     let other = calls.add(
@@ -245,7 +250,8 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
 #[test]
 fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     let registry = registry();
-    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads =
+        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = CallScheduler::new(registry, 10);
     calls.loads[0].record_run(Duration::from_millis(50), false);
     let shape = reply(AnswerPosition::Anywhere);
@@ -285,7 +291,8 @@ fn the_params_of_all_connections_together_have_a_bound() {
 #[test]
 fn lanes_have_queues_and_limits_of_their_own() {
     let registry = registry();
-    let mut threads = Threads::start(1, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads =
+        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
     let mut calls = CallScheduler::new(registry, 2);
     let pooled: Vec<CallKey> = (0..2).map(|_| add(&mut calls, 4, None)).collect();
     assert!(calls.has_room(4, 1, 0).is_err());

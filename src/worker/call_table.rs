@@ -67,6 +67,21 @@ impl ScheduledCall {
         self.number_at_home == 0
     }
 
+    /// What is needed to answer it. Its id stays: should its thread never come back, it is asked for.
+    pub fn finish(&mut self, begun: bool) -> FinishedCall {
+        FinishedCall {
+            token: self.token,
+            reply: self.reply,
+            id: self.id.clone(),
+            method: self.method,
+            timer: std::mem::take(&mut self.timer),
+            charged_bytes: self.charged_bytes,
+            begun,
+            sent_to: self.sent_to,
+            number_at_home: self.number_at_home,
+        }
+    }
+
     /// Whether a thread or another process runs it.
     pub fn is_running(&self) -> bool {
         self.state.is_running()

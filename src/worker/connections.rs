@@ -328,7 +328,10 @@ impl EventLoop {
         let mut done = done.into_iter().peekable();
         while let Some((ended, outcome, (out, took))) = done.next() {
             let token = ended.token;
-            self.service.acquit(ended.reply.mark);
+            // What ran elsewhere is cleared there, if it did not end its process.
+            if ended.sent_to.is_none() {
+                self.service.acquit(ended.reply.mark);
+            }
             if token.process().is_some() {
                 let name = out.as_deref();
                 peer_calls::answer(&mut self.service, &ended, outcome, took, name);

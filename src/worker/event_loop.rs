@@ -40,6 +40,8 @@ pub(super) const LISTEN_RETRY_MS: u64 = 200;
 /// so far apart, and at least four in the time after which the master takes the loop for stuck.
 const TICK_MS: u64 = 1000;
 const TICKS_PER_TIMEOUT: u64 = 4;
+/// Between two looks whether the pool processes serve, while they start.
+const POOL_LOOK_MS: u64 = 10;
 /// So late for a tick, this worker was paused, or its loop was held up.
 const PAUSE_MS: u64 = 1000;
 
@@ -111,8 +113,12 @@ pub struct EventLoop {
     pub(super) silent: SilentConnections,
     /// After so many calls the master is told that it is enough.
     pub(super) recycle_at: u64,
-    /// Whether the master has died. Its link ends before its children have another parent.
-    pub(super) master_gone: bool,
+    /// When the link to the master has ended, in milliseconds; `None` while it stands. It ends before the
+    /// master's children have another parent.
+    pub(super) master_gone: Option<u64>,
+    /// Whether it begins to accept only once the pool processes of its generation serve: for a start and
+    /// a reload, not for a worker that is replaced.
+    pub(super) waits_for_pools: bool,
     /// Whether the master was told that it does.
     pub(super) is_accepting: bool,
     /// The master was told that no handler thread comes back.
@@ -132,7 +138,6 @@ impl EventLoop {
         workers: &WorkersConfig,
     ) -> Self {
         EventLoop {
-            service,
             connections: Vec::new(),
             link,
             signals,
@@ -152,8 +157,14 @@ impl EventLoop {
             is_at_limit: false,
             accepts: 0,
             silent: SilentConnections::default(),
-            recycle_at: recycle_threshold(workers.max_calls),
-            master_gone: false,
+            // A pool process counts the calls of others, and has limits of its own.
+            recycle_at: match service.forwarding.lane {
+                0 => recycle_threshold(workers.max_calls),
+                _ => u64::MAX,
+            },
+            service,
+            master_gone: None,
+            waits_for_pools: false,
             is_accepting: false,
             stuck_reported: false,
             stuck,
@@ -172,10 +183,18 @@ impl EventLoop {
         self.record_heartbeat();
         self.defer_accepting(reactor);
         loop {
+            let was_accepting = self.is_accepting;
             self.start_accepting(reactor)?;
             let mut next = self.next_tick_ms;
+            if self.is_accepting != was_accepting {
+                // What it has is shown at once: others may wait for that.
+                next = self.service.now_ms;
+            }
             if self.service.threads.look(self.service.now_ms) {
                 next = self.service.now_ms + 1;
+            }
+            if self.waits_for_pools && !self.is_accepting {
+                next = next.min(self.service.now_ms + POOL_LOOK_MS);
             }
             if self.service.threads.pools().has_done() {
                 next = self.service.now_ms;
@@ -202,12 +221,14 @@ impl EventLoop {
             self.hand_out(reactor);
             self.exchange_calls(reactor);
             self.settle_programs(reactor);
-            self.publish(reactor);
+            self.service
+                .publish(reactor.connections(), reactor.spurious_wakes);
             self.check_recycle_limits();
             match self.drain.step(
                 self.service.now_ms,
                 reactor.connections(),
-                self.service.calls.is_empty() && !self.service.forwarding.has_unsent(),
+                self.service.calls.is_empty()
+                    && self.service.forwarding.is_settled(self.service.now_ms),
                 more,
             ) {
                 DrainStep::Serve => {}
@@ -235,10 +256,15 @@ impl EventLoop {
     /// Sends calls to other workers, and asks the master for links to those that have none.
     fn exchange_calls(&mut self, reactor: &mut Reactor) {
         let is_serving = self.is_accepting && self.drain.is_serving();
-        let shown = &*reactor;
-        peer_calls::exchange(&mut self.service, is_serving, |token, place| {
-            backlog(&self.connections, shown, token, place)
-        });
+        loop {
+            let (connections, shown) = (&self.connections, &*reactor);
+            let backlog = |token, place| backlog(connections, shown, token, place);
+            let phase = (is_serving, !self.drain.is_serving());
+            match peer_calls::exchange(&mut self.service, phase, backlog) {
+                Some(late) => self.reject_late_call(reactor, late),
+                None => break,
+            }
+        }
         for record in self.service.forwarding.take_wanted() {
             // If the master cannot be told, the next search asks again.
             let _ = self.report(Report::LinkWanted(record));
@@ -304,44 +330,11 @@ impl EventLoop {
             self.advance_open(reactor, |connection| connection.is_read_paused);
         }
         self.check_stuck_threads();
+        self.leave_without_master(reactor);
         sweep::reap_adopted();
         logging::report_lost_lines();
         let lost = u32::try_from(logging::lost_lines()).unwrap_or(u32::MAX);
         self.service.record.lost_lines.store(lost, Relaxed);
-    }
-
-    fn publish(&self, reactor: &Reactor) {
-        let record = self.service.record;
-        let (running, queued, lost) = self.service.calls.counts(&self.service.threads);
-        record
-            .connections
-            .store(reactor.connections() as u32, Relaxed);
-        record.running.store(running as u32, Relaxed);
-        record.queued.store(queued as u32, Relaxed);
-        let forwarding = &self.service.forwarding;
-        record.sent.store(self.service.calls.sent() as u32, Relaxed);
-        let for_others = forwarding.running_for_others() as u32;
-        record.running_for_others.store(for_others, Relaxed);
-        record.lost_threads.store(lost as u32, Relaxed);
-        record.calls.store(self.service.read, Relaxed);
-        record.errors.store(self.service.errors, Relaxed);
-        record
-            .spurious_wakes
-            .store(reactor.spurious_wakes as u32, Relaxed);
-        record
-            .last_wait_ms
-            .store(self.service.last_wait_ms as u32, Relaxed);
-        record
-            .longest_wait_ms
-            .store(self.service.longest_wait_ms as u32, Relaxed);
-        let programs_down = self.service.threads.programs_down();
-        record.programs_down.store(programs_down as u32, Relaxed);
-        let (method, since) = match self.service.calls.oldest() {
-            Some((method, since)) => (method as u32 + 1, since),
-            None => (0, 0),
-        };
-        record.oldest_since_ms.store(since, Relaxed);
-        record.oldest_method.store(method, Relaxed);
     }
 
     /// Logs something that clients can cause, at most one line in a while.

@@ -14,9 +14,9 @@ use std::sync::atomic::fence;
 use slab::Slab;
 
 use super::call_table::{RemoteCall, ScheduledCall};
+use super::peer::{LeaveState, Peer, is_fresh};
 use super::timers::CallKey;
 use crate::link::call_frame::{AnswerFrame, CallFrame, Frame};
-use crate::link::call_link::CallLink;
 use crate::link::scoreboard::{LANES, WorkerRecord};
 use crate::sys::event::{Interest, Reactor};
 
@@ -26,41 +26,27 @@ const MAX_LINKS: usize = 64;
 const SEARCH_GAP: usize = 64;
 /// Between two requests to the master for the same link.
 const ASK_AGAIN_MS: u64 = 100;
-/// A worker whose event loop has not run for this long gets no calls. It runs once a second if idle.
-const STALE_MS: u64 = 2000;
 /// If no call came for what was offered within this time, it is offered to others.
 const OFFER_TTL_MS: u64 = 2;
+/// How long a process that leaves waits until the others have noted that.
+const LEAVE_TTL_MS: u64 = 200;
 /// Bytes received from a link at once.
 const PIECE_LEN: usize = 64 * 1024;
 /// The numbers under which a reactor watches links.
 pub const LINK_BASE: u16 = 0x8000;
 
-/// What a worker shows of one of its lanes.
+/// What a worker shows to the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct LaneLoad {
-    /// Calls that could begin now.
+pub struct Load {
+    /// Calls of its own lane that could begin now.
     pub idle: u32,
-    /// Calls that wait and that another worker could run.
-    pub waiting: u32,
+    /// By place of the lane, calls that wait and that another process could run.
+    pub waiting: [u32; LANES],
 }
 
-/// Another worker.
-#[derive(Debug)]
-pub struct Peer {
-    record: &'static WorkerRecord,
-    record_index: usize,
-    pub link: CallLink,
-    /// Calls of our connections that it runs.
-    pub sent: HashMap<u64, CallKey>,
-    /// Its calls that run here, by its numbers.
-    pub running: HashMap<u64, CallKey>,
-    /// How far it was, by its capacity epoch, when `sent_since` was zero.
-    epoch: u32,
-    /// By lane, calls sent that its record may not show yet.
-    sent_since: [u32; LANES],
-    /// By lane, its epoch plus one when capacity was offered to it last.
-    offered_at: [u32; LANES],
-    interest: Option<Interest>,
+/// The place of a lane among the numbers of waiting calls.
+pub fn place(lane: usize) -> usize {
+    lane.min(LANES - 1)
 }
 
 /// The links, and what is shown to others.
@@ -68,10 +54,12 @@ pub struct Peer {
 pub struct Forwarding {
     records: &'static [WorkerRecord],
     own: usize,
+    /// The lane whose calls this process runs.
+    pub lane: usize,
     /// As the records have it.
     generation: u32,
     pub peers: Slab<Peer>,
-    shown: [LaneLoad; LANES],
+    shown: Load,
     /// When the master was asked for the link to a record.
     asked: HashMap<usize, u64>,
     /// Records that the master is to be asked for.
@@ -81,40 +69,57 @@ pub struct Forwarding {
     turn: usize,
     /// Room to receive into, from the first link on.
     piece: Vec<u8>,
-    /// When to look whether an offer was taken.
+    /// When to look whether an offer was taken, or whether this process may leave.
     pub recheck_ms: Option<u64>,
+    /// Calls have come since the load was shown: their senders must not count them any more.
+    pub is_stale: bool,
+    /// Capacity was added that was not offered yet.
+    pub owes_offer: bool,
+    /// Until when it is waited for the others' notes that this process leaves.
+    leave_by_ms: Option<u64>,
 }
 
 impl Forwarding {
-    /// Without links. `own` is the index of this worker's record.
-    pub fn new(records: &'static [WorkerRecord], own: usize, generation: u32) -> Self {
+    /// Without links. `own` is the index of this process's record, `lane` the lane whose calls it runs.
+    pub fn new(records: &'static [WorkerRecord], own: usize, lane: usize, generation: u32) -> Self {
         Forwarding {
             records,
             own,
+            lane,
             generation: generation.wrapping_add(1).max(1),
             peers: Slab::new(),
-            shown: [LaneLoad::default(); LANES],
+            shown: Load::default(),
             asked: HashMap::new(),
             wanted: Vec::new(),
             last_number: 0,
             turn: 0,
             piece: Vec::new(),
             recheck_ms: None,
+            is_stale: false,
+            owes_offer: false,
+            leave_by_ms: None,
         }
     }
 
-    /// Shows the load of a lane to the other workers. Returns whether capacity was added.
-    pub fn show(&mut self, lane: usize, load: LaneLoad) -> bool {
-        let before = std::mem::replace(&mut self.shown[lane], load);
+    /// Shows the load to the other processes. Returns whether capacity was added.
+    pub fn show(&mut self, load: Load) -> bool {
+        let before = std::mem::replace(&mut self.shown, load);
+        let was_stale = std::mem::take(&mut self.is_stale);
         if before == load {
-            return false;
+            if was_stale {
+                self.touch();
+            }
+            return was_stale;
         }
         let record = &self.records[self.own];
         record.generation.store(self.generation, Relaxed);
-        record.idle[lane].store(load.idle, Relaxed);
-        record.waiting[lane].store(load.waiting, Relaxed);
+        record.lane.store(self.lane as u32, Relaxed);
+        record.idle.store(load.idle, Relaxed);
+        for (shown, waiting) in record.waiting.iter().zip(load.waiting) {
+            shown.store(waiting, Relaxed);
+        }
         self.touch();
-        load.idle > before.idle
+        was_stale || load.idle > before.idle
     }
 
     /// Says that what is shown is newer than what was received so far. To be followed by a look at
@@ -122,10 +127,6 @@ impl Forwarding {
     fn touch(&self) {
         self.records[self.own].capacity_epoch.fetch_add(1, Relaxed);
         fence(SeqCst);
-    }
-
-    pub fn load(&self, lane: usize) -> LaneLoad {
-        self.shown[lane]
     }
 
     /// Another worker with capacity in a lane, if a link to one exists. Without a link the master is
@@ -140,20 +141,35 @@ impl Forwarding {
             .skip(start)
             .chain(self.peers.iter().take(start));
         let best = order
-            .filter(|(_, peer)| !peer.link.is_congested() && is_fresh(peer.record, now_ms))
-            .map(|(key, peer)| (peer.room(lane), key))
+            .filter(|(_, peer)| {
+                !peer.is_leaving && !peer.link.is_congested() && is_fresh(peer.record, now_ms)
+            })
+            .filter(|(_, peer)| peer.serves(lane, self.generation))
+            .map(|(key, peer)| (peer.room(), key))
             .filter(|(room, _)| *room > 0)
             // Of equals the first one.
             .reduce(|best, next| if next.0 > best.0 { next } else { best });
         if best.is_none() {
-            self.want_links(now_ms, |record| record.idle[lane].load(Relaxed) > 0);
+            let is_idle = |peer: &Peer| {
+                peer.serves(lane, self.generation)
+                    && !peer.is_leaving
+                    && peer.record.idle.load(Relaxed) > 0
+            };
+            if self.peers.iter().any(|(_, peer)| is_idle(peer)) {
+                // It is at an inline call, or has not seen what was sent: it may not offer its capacity.
+                self.recheck_ms.get_or_insert(now_ms + OFFER_TTL_MS);
+            }
+            self.want_links(now_ms, |record| {
+                record.lane.load(Relaxed) as usize == lane && record.idle.load(Relaxed) > 0
+            });
         }
         best.map(|(_, key)| key)
     }
 
-    /// Other workers with waiting calls in a lane to which nothing was offered since they showed that;
-    /// at most `most`.
-    pub fn find_waiting(&mut self, lane: usize, most: usize, now_ms: u64) -> Vec<usize> {
+    /// Workers with waiting calls of the own lane, at most `most`. If `is_repeated`, only those to which
+    /// nothing was offered since they showed that.
+    pub fn find_waiting(&mut self, most: usize, is_repeated: bool, now_ms: u64) -> Vec<usize> {
+        let place = place(self.lane);
         self.turn = self.turn.wrapping_add(1);
         let links = self.peers.len();
         let start = if links == 0 { 0 } else { self.turn % links };
@@ -166,29 +182,40 @@ impl Forwarding {
             .filter(|(_, peer)| {
                 let epoch = peer.record.capacity_epoch.load(Relaxed);
                 peer.record.generation.load(Relaxed) == self.generation
-                    && peer.record.waiting[lane].load(Relaxed) > 0
-                    && peer.offered_at[lane] != epoch.wrapping_add(1)
+                    && peer.record.waiting[place].load(Relaxed) > 0
+                    && (!is_repeated || peer.offered_at != epoch.wrapping_add(1))
             })
             .map(|(key, _)| key)
             .take(most)
             .collect();
-        if waiting.len() < most {
-            self.want_links(now_ms, |record| record.waiting[lane].load(Relaxed) > 0);
+        // Workers and pool processes have links already.
+        if waiting.len() < most && self.lane == 0 {
+            self.want_links(now_ms, |record| record.waiting[place].load(Relaxed) > 0);
         }
         waiting
     }
 
     /// Offers capacity to another worker.
-    pub fn offer(&mut self, peer: usize, lane: usize, count: usize, now_ms: u64) {
+    pub fn offer(&mut self, peer: usize, count: usize, now_ms: u64) {
+        let lane = self.lane;
         if let Some(peer) = self.peers.get_mut(peer) {
             let epoch = peer.record.capacity_epoch.load(Relaxed);
-            peer.offered_at[lane] = epoch.wrapping_add(1);
+            peer.offered_at = epoch.wrapping_add(1);
             peer.link.queue(&Frame::Offer {
                 lane: lane as u16,
                 count: count as u32,
             });
             self.recheck_ms.get_or_insert(now_ms + OFFER_TTL_MS);
         }
+    }
+
+    /// Whether a process of this generation runs the calls of a lane.
+    pub fn is_served(&self, lane: usize) -> bool {
+        let mut records = self.records.iter();
+        records.any(|record| {
+            record.lane.load(Relaxed) as usize == lane
+                && record.generation.load(Relaxed) == self.generation
+        })
     }
 
     /// How many other workers of this generation serve, and the connections that they have.
@@ -200,7 +227,8 @@ impl Forwarding {
             if unused > SEARCH_GAP {
                 break;
             }
-            if generation == self.generation && index != self.own {
+            let is_worker = record.lane.load(Relaxed) == 0;
+            if generation == self.generation && index != self.own && is_worker {
                 workers += 1;
                 connections += record.connections.load(Relaxed) as usize;
             }
@@ -214,8 +242,13 @@ impl Forwarding {
         for (index, record) in self.records.iter().enumerate() {
             let generation = record.generation.load(Relaxed);
             unused = if generation == 0 { unused + 1 } else { 0 };
-            if unused > SEARCH_GAP || self.peers.len() + self.wanted.len() >= MAX_LINKS {
+            if unused > SEARCH_GAP {
                 return;
+            }
+            // A link to or from a pool process is always made.
+            let is_pool = self.lane > 0 || record.lane.load(Relaxed) > 0;
+            if !is_pool && self.peers.len() + self.wanted.len() >= MAX_LINKS {
+                continue;
             }
             let is_asked = |at: &u64| now_ms.saturating_sub(*at) < ASK_AGAIN_MS;
             if index == self.own
@@ -247,20 +280,7 @@ impl Forwarding {
             return;
         };
         self.asked.remove(&index);
-        if self.peers.len() >= MAX_LINKS {
-            return;
-        }
-        self.peers.insert(Peer {
-            record,
-            record_index: index,
-            link: CallLink::new(fd),
-            sent: HashMap::new(),
-            running: HashMap::new(),
-            epoch: record.capacity_epoch.load(Relaxed),
-            sent_since: [0; LANES],
-            offered_at: [0; LANES],
-            interest: None,
-        });
+        self.peers.insert(Peer::new(record, index, fd));
     }
 
     /// Room to receive into; `put_piece` gives it back.
@@ -285,13 +305,7 @@ impl Forwarding {
     }
 
     /// Sends a call. `key` is its key in quarantine.
-    pub fn send(
-        &mut self,
-        to: RemoteCall,
-        lane: usize,
-        key: CallKey,
-        call: &ScheduledCall,
-    ) -> bool {
+    pub fn send(&mut self, to: RemoteCall, key: CallKey, call: &ScheduledCall) -> bool {
         let Some(peer) = self.peers.get_mut(to.link) else {
             return false;
         };
@@ -307,7 +321,7 @@ impl Forwarding {
         if queued {
             peer.sent.insert(to.number, key);
             peer.note_epoch();
-            peer.sent_since[lane] += 1;
+            peer.sent_since += 1;
             let record = &self.records[self.own];
             record
                 .forwarded
@@ -323,6 +337,13 @@ impl Forwarding {
         {
             peer.link.queue(&Frame::Cancel { id: call.number });
         }
+    }
+
+    /// Whether calls of a lane may be sent over a link.
+    pub fn may_send(&self, link: usize, lane: usize) -> bool {
+        self.peers.get(link).is_some_and(|peer| {
+            peer.serves(lane, self.generation) && !peer.is_leaving && !peer.link.is_congested()
+        })
     }
 
     /// Answers a call of another worker.
@@ -347,13 +368,29 @@ impl Forwarding {
         if let Some(peer) = self.peers.get_mut(link) {
             peer.link.queue(&Frame::Returned { id });
         }
-        // Its home worker must not send it here again for what it saw before.
-        self.touch();
     }
 
-    /// Whether something is not sent that another worker waits for.
-    pub fn has_unsent(&self) -> bool {
-        self.peers.iter().any(|(_, peer)| peer.link.has_unsent())
+    /// Tells the others that this process begins no further call, once. A call may be on its way from one
+    /// that has seen capacity just before.
+    pub fn leave(&mut self, now_ms: u64) {
+        for (_, peer) in &mut self.peers {
+            if peer.leave == LeaveState::NotTold {
+                peer.leave = LeaveState::Told;
+                peer.link.queue(&Frame::Leave);
+                // The first one counts: who is stopped in the middle of sending keeps nobody here.
+                self.leave_by_ms.get_or_insert(now_ms + LEAVE_TTL_MS);
+            }
+        }
+        if !self.is_settled(now_ms) {
+            self.recheck_ms = self.leave_by_ms.filter(|at| *at > now_ms);
+        }
+    }
+
+    /// Whether this process may leave: nothing is unsent, and no call is on its way.
+    pub fn is_settled(&self, now_ms: u64) -> bool {
+        let is_noted = |peer: &Peer| peer.leave != LeaveState::Told;
+        let is_over = self.leave_by_ms.is_some_and(|at| at <= now_ms);
+        (self.peers.iter()).all(|(_, peer)| !peer.link.has_unsent() && (is_over || is_noted(peer)))
     }
 
     /// How many calls of other workers run here.
@@ -386,33 +423,4 @@ impl Forwarding {
         reactor.unwatch(LINK_BASE + link as u16);
         Some(peer)
     }
-}
-
-impl Peer {
-    /// Once its record has changed, what was sent before shows in it.
-    fn note_epoch(&mut self) {
-        let epoch = self.record.capacity_epoch.load(Relaxed);
-        if epoch != self.epoch {
-            self.epoch = epoch;
-            self.sent_since = [0; LANES];
-        }
-    }
-
-    /// How many calls of a lane it could begin, as far as is known.
-    fn room(&self, lane: usize) -> u32 {
-        // A call on its event loop may take long, and what is sent waits for that.
-        if self.record.inline_running.load(Relaxed) > 0 {
-            return 0;
-        }
-        let sent = match self.record.capacity_epoch.load(Relaxed) == self.epoch {
-            true => self.sent_since[lane],
-            false => 0,
-        };
-        self.record.idle[lane].load(Relaxed).saturating_sub(sent)
-    }
-}
-
-/// Whether the event loop of a worker has run lately.
-fn is_fresh(record: &WorkerRecord, now_ms: u64) -> bool {
-    now_ms.saturating_sub(record.heartbeat_ms.load(Relaxed)) < STALE_MS
 }

@@ -5,6 +5,10 @@ use std::time::Duration;
 
 /// What is handed out ahead finds a thread within this time, as far as can be expected.
 const AHEAD: Duration = Duration::from_millis(4);
+/// What the programs of a pool have ahead is done within this time, as far as can be expected; and this
+/// number of calls at most for each.
+const SHORT_AHEAD: Duration = Duration::from_millis(1);
+const MOST_AHEAD_EACH: usize = 16;
 /// Bytes of results that calls ahead may have together.
 const MOST_RESULTS_AHEAD: usize = 64 * 1024;
 /// The estimate of a run time follows each run by so much: a part of itself.
@@ -82,10 +86,42 @@ impl MethodStats {
     }
 }
 
+/// How many calls `programs` programs of a pool with these methods may have ahead. A call that goes to
+/// another process and back costs more than a short call takes, so several of those go at once.
+pub fn ahead_of_programs<'a>(
+    methods: impl Iterator<Item = &'a MethodStats>,
+    programs: usize,
+) -> usize {
+    let slowest = methods.filter_map(MethodStats::expected).max();
+    let Some(slowest) = slowest.filter(|_| programs > 0) else {
+        return 0;
+    };
+    let in_time = SHORT_AHEAD.as_micros() / slowest.as_micros().max(1);
+    let each = usize::try_from(in_time).unwrap_or(MOST_AHEAD_EACH);
+    programs * each.min(MOST_AHEAD_EACH)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn programs_have_short_calls_ahead_and_none_where_one_method_is_slow() {
+        let of = |runs_us: &[u64]| {
+            let mut load = MethodStats::in_lane(1);
+            for run in runs_us {
+                load.record_run(Duration::from_micros(*run), false);
+            }
+            load
+        };
+        let ahead = |loads: &[MethodStats]| ahead_of_programs(loads.iter(), 2);
+        assert_eq!(ahead(&[of(&[])]), 0, "nothing is known");
+        assert_eq!(ahead(&[of(&[10]), of(&[])]), 32);
+        assert_eq!(ahead(&[of(&[250])]), 8);
+        assert_eq!(ahead(&[of(&[10]), of(&[2000])]), 0);
+        assert_eq!(ahead_of_programs([of(&[10])].iter(), 0), 0);
+    }
 
     fn after(load: &mut MethodStats, runs: impl IntoIterator<Item = u64>) -> u64 {
         for run in runs {

@@ -20,6 +20,7 @@ mod handoff;
 mod input_parser;
 mod method_stats;
 mod orders;
+mod peer;
 mod peer_calls;
 mod post_fork;
 mod posts;
@@ -89,6 +90,7 @@ pub fn run(boot: WorkerInit<'_>) -> ! {
 }
 
 fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
+    let is_awaited = boot.startup_log_tx.is_some();
     logging::start_forwarding(boot.startup_log_tx.take());
     let cant = |attempt| move |error| (attempt, error);
     let (signals, keeping) = post_fork::init_worker_process(&mut boot)?;
@@ -99,12 +101,16 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     logging::init_worker_log(boot.slot.0);
     // With the log's thread, and signals as any program has them: it may start programs and threads.
     signal::unblock_all();
-    boot.registry
-        .start_worker(boot.slot.0)
-        .map_err(|reason| ("start", io::Error::other(reason)))?;
+    let pool = boot.slot.pool();
+    let (role, name) = (boot.role(), boot.name());
+    if pool.is_none() {
+        boot.registry
+            .start_worker(boot.slot.0)
+            .map_err(|reason| ("start", io::Error::other(reason)))?;
+    }
     signal::block_all();
     let count = boot.settings.workers.threads;
-    let threads = Threads::start(count, boot.slot.0, &boot.registry, &waker)
+    let threads = Threads::start(count, pool, boot.slot.0, &boot.registry, &waker)
         .map_err(cant("start handler threads"))?;
     signal::unblock_all();
     // Not dropped should the loop panic: what is open then is its keeper's.
@@ -118,16 +124,23 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
         reactor.attach_progress(book.witness, buffer);
     }
-    reactor
-        .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
-        .map_err(cant("watch its listeners"))?;
+    if pool.is_none() {
+        reactor
+            .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
+            .map_err(cant("watch its listeners"))?;
+    }
     let limits = boot.settings.limits.clone();
     let unsent_limit = limits.unfinished;
     let service = CallDispatcher {
         calls: CallScheduler::new(Arc::clone(&boot.registry), limits.queue),
         registry: boot.registry,
         threads,
-        forwarding: Forwarding::new(boot.records.0, boot.records.1, boot.generation.0),
+        forwarding: Forwarding::new(
+            boot.records.0,
+            boot.records.1,
+            pool.map_or(0, |pool| pool + 1),
+            boot.generation.0,
+        ),
         answered_elsewhere: Vec::new(),
         timers: Timers::default(),
         limits,
@@ -148,18 +161,19 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         ledger,
         quarantine,
     };
-    let event_loop = EventLoop::new(
+    let mut event_loop = EventLoop::new(
         service,
         (boot.link, signals, waker),
         (boot.adoption, boot.stuck),
         Box::new(move || {
             if let Some(area) = boot.title {
-                area.set(&format!("{}: worker {} draining", boot.program, boot.slot));
+                area.set(&format!("{}: {role} {name} draining", boot.program));
             }
         }),
         boot.generation,
         &boot.settings.workers,
     );
+    event_loop.waits_for_pools = is_awaited && pool.is_none();
     // The process ends after this: threads that still run handlers end with it, unasked.
     let mut event_loop = ManuallyDrop::new(event_loop);
     let ran = event_loop.run(&mut reactor).map_err(cant("serve"));

@@ -43,7 +43,11 @@ impl EventLoop {
                 Received::Empty => break,
                 Received::End => {
                     reactor.unwatch(LINK);
-                    self.master_gone = true;
+                    self.master_gone = Some(self.service.now_ms);
+                    if self.is_pool() {
+                        // Workers use it; after an upgrade another program is the master.
+                        return;
+                    }
                     log::error!(
                         "the master has died: this worker accepts nothing more, answers what runs \
                          and leaves; start a new master"
@@ -61,6 +65,10 @@ impl EventLoop {
         for signal in self.signals.take() {
             match signal {
                 Signal::SIGQUIT => self.drain.leave_now(),
+                // It serves until it is ordered to leave.
+                _ if self.is_pool() && self.drain.is_serving() => {
+                    let _ = self.report(Report::Retiring);
+                }
                 _ if self.drain.is_serving() => {
                     log::info!("retires: asked by SIGTERM");
                     // Untold, the master finds out when this worker has left.
@@ -69,6 +77,25 @@ impl EventLoop {
                 }
                 // To one that drains: the master's last word, or what it does already.
                 _ => self.drain.expire_now(self.service.now_ms),
+            }
+        }
+    }
+
+    /// Whether this is a pool process, and not a worker.
+    fn is_pool(&self) -> bool {
+        self.service.forwarding.lane > 0
+    }
+
+    /// A pool process whose master is gone leaves when no process uses it any more, at `drain-timeout` at
+    /// the latest.
+    pub(super) fn leave_without_master(&mut self, reactor: &mut Reactor) {
+        if let Some(since) = self.master_gone
+            && self.is_pool()
+            && self.drain.is_serving()
+        {
+            let end = since.saturating_add(millis(self.drain_timeout));
+            if self.service.forwarding.peers.is_empty() || self.service.now_ms >= end {
+                self.start_drain(reactor, self.drain_timeout);
             }
         }
     }

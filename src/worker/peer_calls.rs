@@ -7,12 +7,13 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use super::call_dispatcher::CallDispatcher;
+use super::call_dispatcher::{CallDispatcher, check_size};
 use super::call_scheduler::FinishedCall;
 use super::connection::{AnswerPosition, PendingAnswer};
-use super::forwarding::LaneLoad;
+use super::forwarding::{Load, place};
+use super::peer::LeaveState;
 use super::threads::Done;
-use super::timers::TimerTarget;
+use super::timers::{CallKey, TimerTarget};
 use crate::link::call_frame::{AnswerFrame, CallFrame, DecodedCallFrame, Frame};
 use crate::link::scoreboard::LANES;
 use crate::protocol::body::Form;
@@ -24,85 +25,117 @@ use crate::sys::event::{Reactor, Token};
 /// Reads from one link before the others get their turn.
 const MAX_READS: usize = 16;
 
-/// Shows what this worker has to the others, sends waiting calls to those with capacity, and offers
-/// capacity to those with waiting calls. `backlog` is that of `CallScheduler::hand_out`.
+/// Shows what this process has to the others, sends waiting calls to those with capacity, and offers
+/// capacity to those with waiting calls. `backlog` is that of `CallScheduler::hand_out`. Returns a call that
+/// cannot be done in time any more: it is to be given up, and this to be called again.
+#[must_use]
 pub fn exchange(
     service: &mut CallDispatcher,
-    is_serving: bool,
+    (is_serving, is_leaving): (bool, bool),
     backlog: impl Fn(Token, AnswerPosition) -> usize,
-) {
+) -> Option<CallKey> {
     let now_ms = service.now_ms;
     let is_due = service.forwarding.recheck_ms.is_some_and(|at| at <= now_ms);
     if is_due {
         service.forwarding.recheck_ms = None;
     }
-    for lane in 0..service.calls.lanes().min(LANES) {
-        let load = match is_serving {
-            true => LaneLoad {
-                idle: service.calls.idle(lane, &service.threads) as u32,
-                waiting: service.calls.sendable(lane) as u32,
-            },
-            false => LaneLoad::default(),
-        };
-        let has_more = service.forwarding.show(lane, load);
-        if load.waiting > 0 {
-            send_waiting(service, lane, &backlog);
-        } else if load.idle > 0 && (has_more || is_due) {
-            offer(service, lane, load.idle as usize);
+    if is_leaving {
+        service.forwarding.leave(now_ms);
+    }
+    let load = load(service, (is_serving, is_leaving));
+    service.forwarding.owes_offer |= is_due | service.forwarding.show(load);
+    if load.waiting != [0; LANES] {
+        for lane in first_lane(is_serving)..service.calls.lanes() {
+            if let Some(late) = send_waiting(service, lane, &backlog) {
+                return Some(late);
+            }
+        }
+        let load = self::load(service, (is_serving, is_leaving));
+        service.forwarding.show(load);
+    }
+    if std::mem::take(&mut service.forwarding.owes_offer) && load.idle > 0 {
+        offer(service, load.idle as usize, is_due);
+    }
+    None
+}
+
+/// The first lane whose calls may be sent: a worker that drains sends calls to pool processes only.
+fn first_lane(is_serving: bool) -> usize {
+    usize::from(!is_serving)
+}
+
+/// What this process has now; nothing before it serves.
+fn load(service: &CallDispatcher, (is_serving, is_leaving): (bool, bool)) -> Load {
+    let mut load = Load::default();
+    if is_serving || is_leaving {
+        for lane in first_lane(is_serving)..service.calls.lanes() {
+            load.waiting[place(lane)] += service.calls.sendable(lane) as u32;
         }
     }
+    if is_serving {
+        load.idle = service
+            .calls
+            .idle(service.forwarding.lane, &service.threads) as u32;
+    }
+    load
 }
 
 fn send_waiting(
     service: &mut CallDispatcher,
     lane: usize,
     backlog: &impl Fn(Token, AnswerPosition) -> usize,
-) {
+) -> Option<CallKey> {
     while service.calls.sendable(lane) > 0
         && let Some(peer) = service.forwarding.find_idle(lane, service.now_ms)
     {
-        if !send_next(service, lane, peer, backlog) {
-            return;
+        match send_next(service, lane, peer, backlog) {
+            Sent::Call => {}
+            Sent::Nothing => return None,
+            Sent::Late(late) => return Some(late),
         }
     }
-    show(service, lane);
+    None
 }
 
-fn show(service: &mut CallDispatcher, lane: usize) {
-    let load = LaneLoad {
-        waiting: service.calls.sendable(lane) as u32,
-        ..service.forwarding.load(lane)
-    };
-    service.forwarding.show(lane, load);
+/// What became of the attempt to send a call.
+enum Sent {
+    Call,
+    /// No call may be sent.
+    Nothing,
+    /// The next call cannot be done in time any more.
+    Late(CallKey),
 }
 
-/// Sends the next waiting call of a lane to a worker. Returns false if no call may be sent.
+/// Sends the next waiting call of a lane to another process.
 fn send_next(
     service: &mut CallDispatcher,
     lane: usize,
     peer: usize,
     backlog: &impl Fn(Token, AnswerPosition) -> usize,
-) -> bool {
-    let Some(key) = service.calls.next_to_send(lane, service.now_ms, backlog) else {
-        return false;
+) -> Sent {
+    let (now_ms, threads) = (service.now_ms, &service.threads);
+    let key = match service.calls.next_to_send(lane, threads, now_ms, backlog) {
+        Ok(Some(key)) => key,
+        Ok(None) => return Sent::Nothing,
+        Err(late) => return Sent::Late(late),
     };
     let to = service.forwarding.next_call(peer);
     if let Some(call) = service.calls.send(key, to)
-        && !service.forwarding.send(to, lane, key, call)
+        && !service.forwarding.send(to, key, call)
     {
-        // No frame is so long: it is run here.
+        // No frame is so long, which limits.frame does not allow.
         service.calls.take_back(key, service.now_ms);
-        return false;
+        return Sent::Nothing;
     }
-    true
+    Sent::Call
 }
 
-fn offer(service: &mut CallDispatcher, lane: usize, idle: usize) {
+fn offer(service: &mut CallDispatcher, idle: usize, is_repeated: bool) {
     let now_ms = service.now_ms;
-    let waiting = service.forwarding.find_waiting(lane, idle, now_ms);
+    let waiting = service.forwarding.find_waiting(idle, is_repeated, now_ms);
     let share = idle.div_ceil(waiting.len().max(1));
     for peer in waiting {
-        service.forwarding.offer(peer, lane, share, now_ms);
+        service.forwarding.offer(peer, share, now_ms);
     }
 }
 
@@ -149,7 +182,9 @@ fn read_frames(
             DecodedCallFrame::Invalid => break false,
             DecodedCallFrame::Whole(frame, used) => {
                 at += used;
-                read_frame(service, link, frame, is_serving, backlog);
+                if !read_frame(service, link, frame, is_serving, backlog) {
+                    break false;
+                }
             }
         }
     };
@@ -162,16 +197,17 @@ fn read_frames(
     is_understood
 }
 
+/// Returns false if the frame makes no sense.
 fn read_frame(
     service: &mut CallDispatcher,
     link: usize,
     frame: Frame<'_>,
     is_serving: bool,
     backlog: &impl Fn(Token, AnswerPosition) -> usize,
-) {
+) -> bool {
     let now_ms = service.now_ms;
     match frame {
-        Frame::Call(call) => run(service, link, &call, is_serving),
+        Frame::Call(call) => return run(service, link, &call, is_serving),
         Frame::Cancel { id } => {
             let peer = service.forwarding.peers.get_mut(link);
             if let Some(key) = peer.and_then(|peer| peer.running.remove(&id))
@@ -184,13 +220,18 @@ fn read_frame(
             let peer = service.forwarding.peers.get_mut(link);
             // An answer to a call that was given up meanwhile is dropped.
             if let Some(key) = peer.and_then(|peer| peer.sent.remove(&answer.id)) {
+                let read_ms = service
+                    .calls
+                    .get_mut(key)
+                    .map_or(now_ms, |call| call.read_ms);
+                let longest = Duration::from_millis(now_ms.saturating_sub(read_ms) + 1);
                 service.answered_elsewhere.push(Done {
                     key,
                     outcome: Some(match answer.outcome {
                         Ok(result) => Ok(result.into_owned()),
                         Err(error) => Err(error.into_owned()),
                     }),
-                    took: Duration::from_micros(answer.took_us),
+                    took: Duration::from_micros(answer.took_us).min(longest),
                     out: answer.name.map(|name| name.into_owned().into_boxed_str()),
                 });
             }
@@ -201,22 +242,37 @@ fn read_frame(
                 service.calls.take_back(key, now_ms);
             }
         }
+        Frame::Leave => {
+            if let Some(peer) = service.forwarding.peers.get_mut(link) {
+                peer.is_leaving = true;
+                peer.link.queue(&Frame::LeaveNoted);
+            }
+        }
+        Frame::LeaveNoted => {
+            if let Some(peer) = service.forwarding.peers.get_mut(link) {
+                peer.leave = LeaveState::Noted;
+            }
+        }
         Frame::Offer { lane, count } => {
             let lane = usize::from(lane);
-            if is_serving && lane < service.calls.lanes().min(LANES) {
+            let is_sent = lane >= first_lane(is_serving) && lane < service.calls.lanes();
+            if is_sent && service.forwarding.may_send(link, lane) {
                 for _ in 0..count {
-                    if !send_next(service, lane, link, backlog) {
+                    if !matches!(send_next(service, lane, link, backlog), Sent::Call) {
                         break;
                     }
                 }
-                show(service, lane);
             }
         }
     }
+    true
 }
 
-/// Runs a call of another worker, or returns it.
-fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_serving: bool) {
+/// Runs a call of another worker, or returns it. Returns false if the call has the number of one that
+/// runs.
+fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_serving: bool) -> bool {
+    // What this process shows is older than this call, also if it has ended when that is looked at next.
+    service.forwarding.is_stale = true;
     let method = call.method as usize;
     let is_known = method < service.registry.methods().len() && call.id > 0;
     let lane = if is_known {
@@ -224,8 +280,13 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
     } else {
         0
     };
-    if !is_known || !is_serving || service.calls.idle(lane, &service.threads) == 0 {
-        return service.forwarding.return_call(link, call.id);
+    if !is_known
+        || !is_serving
+        || lane != service.forwarding.lane
+        || service.calls.idle(lane, &service.threads) == 0
+    {
+        service.forwarding.return_call(link, call.id);
+        return true;
     }
     let refused = |code, text: &str| Err(Cow::Owned(RpcError::of(code, text, false)));
     let outcome = if service.is_quarantined(call.key) {
@@ -240,8 +301,11 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
         Ok(())
     };
     let Some(peer) = service.forwarding.peers.get_mut(link) else {
-        return;
+        return false;
     };
+    if peer.running.contains_key(&call.id) {
+        return false;
+    }
     if let Err(error) = outcome {
         peer.link.queue(&Frame::Answer(AnswerFrame {
             id: call.id,
@@ -249,7 +313,7 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
             name: None,
             outcome: Err(error),
         }));
-        return;
+        return true;
     }
     let reply = PendingAnswer {
         place: AnswerPosition::Anywhere,
@@ -267,12 +331,17 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
         service.now_ms,
     );
     peer.running.insert(call.id, key);
+    if lane > 0 {
+        // A pool process has no calls of its own.
+        service.read += 1;
+    }
     if let Some(added) = service.calls.get_mut(key) {
         let target = TimerTarget::Call(key);
         service
             .timers
             .arm(&mut added.timer, call.deadline_ms, target);
     }
+    true
 }
 
 /// Sends the answer to a call of another worker.
@@ -284,6 +353,13 @@ pub fn answer(
     name: Option<&str>,
 ) {
     service.ledger.forget(ended.reply.mark);
+    let limit = service.limits.frame;
+    let outcome = outcome
+        .and_then(|result| check_size(result.len(), limit).map(|()| result))
+        .or_else(|error| {
+            let length = error.message.len() + error.data.as_ref().map_or(0, |it| it.get().len());
+            check_size(length, limit).and(Err(error))
+        });
     if let Some(link) = ended.token.process() {
         service.forwarding.answer(
             link,

@@ -89,10 +89,9 @@ pub fn init_worker_process(
     }
     // 8. The keeper, which is a copy of what has become of this process by now: it has nothing of
     //    the master's either, and nothing yet of what is to come.
-    let keeping = boot
-        .settings
-        .workers
-        .keep_connections
+    // A pool process has no connection.
+    let has_keeper = boot.settings.workers.keep_connections && boot.slot.pool().is_none();
+    let keeping = has_keeper
         .then(|| keeper::make(boot))
         .transpose()
         .unwrap_or_else(|error| {
@@ -104,7 +103,7 @@ pub fn init_worker_process(
         });
     // 9. From here on `ps` says who this is: not before, so that a keeper never bears that name, nor
     //    this process a keeper's.
-    boot.show("worker");
+    boot.show(boot.role());
     // 10. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
     //    siblings have inherited the same state.
     signal::unblock_all();

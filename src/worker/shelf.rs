@@ -131,6 +131,7 @@ impl Shelf {
     /// Takes all jobs back that no thread has taken.
     pub fn take_back(&self) -> Vec<HandlerCall> {
         let mut state = self.lock();
+        state.stalled_at = None;
         state.work = Duration::ZERO;
         state.jobs.drain(..).collect()
     }
@@ -155,7 +156,8 @@ impl Shelf {
             // What was to be short is not.
             state.watched = false;
             state.stalled_at = Some(state.taken);
-            return false;
+            // The loop takes them back at once.
+            return true;
         }
         if stands {
             state.idle -= 1;

@@ -99,8 +99,11 @@ fn a_shelf_that_waits_for_busy_threads_is_not_looked_at_all_the_time() {
         "one may take it, and leave what it has done untold"
     );
     assert!(shelf.goes_on());
-    assert!(!shelf.look(11) && !shelf.look(12));
+    assert!(shelf.look(11), "the loop takes it back at once");
+    assert!(shelf.is_blocked());
     assert!(!shelf.goes_on(), "the loop would not hear of it");
+    assert_eq!(shelf.take_back().len(), 1);
+    assert!(!shelf.look(12));
 }
 
 #[test]

@@ -35,6 +35,8 @@ impl EventLoop {
         match self.service.threads.pools().stage() {
             Stage::Starting => {}
             Stage::Failed(reason) => return Err(io::Error::other(reason)),
+            // A client's call would wait for its pool otherwise.
+            Stage::Ready if self.waits_for_pools && !self.service.has_all_pools() => {}
             Stage::Ready => {
                 self.is_accepting = true;
                 self.resume_listening(reactor);
@@ -51,7 +53,7 @@ impl EventLoop {
         self.service.threads.pools().send_home();
         self.settle_programs(reactor);
         let record = self.service.record;
-        let hurry = match self.master_gone {
+        let hurry = match self.master_gone.is_some() {
             _ if self.drain.is_at_once() => Hurry::AtOnce,
             true => Hurry::Some,
             // The master does not wait much longer than the drain may last.

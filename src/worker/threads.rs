@@ -36,17 +36,22 @@ pub struct Threads {
     done: Receiver<Done>,
     count: usize,
     pools: Pools,
+    /// The lane whose calls run in this process: that of the threads, or of one pool.
+    lane: usize,
+    registry: Arc<Registry>,
     /// Which thread runs what.
     pub(super) posts: Arc<Posts>,
 }
 
 impl Threads {
-    /// Starts `count` threads, or as many as the system gives.
+    /// Starts `count` threads, or as many as the system gives; with the number of a pool, its programs
+    /// instead.
     ///
     /// # Errors
     /// When it gives none at all.
     pub fn start(
         count: usize,
+        pool: Option<usize>,
         slot: u16,
         registry: &Arc<Registry>,
         waker: &Arc<Waker>,
@@ -56,6 +61,7 @@ impl Threads {
         let reports = Reports::new(sender, Arc::clone(waker));
         let posts = Arc::new(Posts::new(count));
         let mut started = 0;
+        let count = if pool.is_some() { 0 } else { count };
         for number in 0..count {
             let (shelf, reports) = (Arc::clone(&shelf), reports.clone());
             let (registry, posts) = (Arc::clone(registry), Arc::clone(&posts));
@@ -111,32 +117,44 @@ impl Threads {
             ahead: shelf,
             done,
             count: started,
-            pools: Pools::start(registry, &reports, waker)?,
+            pools: Pools::start(registry, pool, &reports, waker)?,
+            lane: pool.map_or(0, |pool| pool + 1),
+            registry: Arc::clone(registry),
             posts,
         })
     }
 
-    /// How many serve a lane: handler threads, or programs of a pool.
+    /// How many serve a lane in this process: handler threads, or programs of a pool.
     pub fn count(&self, lane: usize) -> usize {
-        match lane.checked_sub(1) {
-            None => self.count,
-            Some(pool) => self.pools.count(pool),
+        match self.lane == lane {
+            true => self.crew(lane),
+            false => 0,
         }
     }
 
-    /// How many of those are there for calls; a program that starts or waits until it may is not.
-    pub fn available(&self, lane: usize) -> usize {
+    /// How many serve a lane: the handler threads of this worker, or all programs of a pool.
+    pub fn crew(&self, lane: usize) -> usize {
         match lane.checked_sub(1) {
             None => self.count,
-            Some(pool) => self.pools.available(pool),
+            Some(pool) => (self.registry.pools().get(pool)).map_or(0, |pool| pool.processes()),
+        }
+    }
+
+    /// How many of those in this process are there for calls; a program that starts or waits until it
+    /// may is not.
+    pub fn available(&self, lane: usize) -> usize {
+        match lane {
+            _ if lane != self.lane => 0,
+            0 => self.count,
+            _ => self.pools.available(0),
         }
     }
 
     /// Hands a job over to a lane; `ring` is to follow.
     pub fn run(&mut self, lane: usize, job: HandlerCall) {
-        match lane.checked_sub(1) {
-            None => self.ahead.put(job),
-            Some(pool) => self.pools.put(pool, job),
+        match lane {
+            0 => self.ahead.put(job),
+            _ => self.pools.put(0, job),
         }
     }
 

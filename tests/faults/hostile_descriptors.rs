@@ -224,7 +224,7 @@ while head := calls.recv(4, socket.MSG_WAITALL):
 #[test]
 fn a_program_that_attaches_a_descriptor_delays_no_other_call() {
     let config = format!(
-        "{UNIX}[pools.p]\ncommand = [\"python3\", \"evil.py\"]\ndirectory = \".\"\n\
+        "{UNIX}[pools.p]\ncommand = [\"python3\", \"evil.py\"]\nready = \"alive\"\ndirectory = \".\"\n\
          environment = {{ PATH = \"/usr/local/bin:/usr/bin:/bin\" }}\n[methods.evil]\npool = \"p\"\n"
     );
     let daemon = Daemon::builder()

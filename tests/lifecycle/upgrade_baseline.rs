@@ -52,9 +52,11 @@ const METHODS: &str = r#"
 [pools.quick]
 command = ["python3", "pool.py"]
 directory = "."
+ready = "alive"
 [pools.held]
 command = ["python3", "pool.py"]
 directory = "."
+ready = "alive"
 [methods.program]
 pool = "quick"
 [methods.held_program]

@@ -29,7 +29,7 @@ while True:
 fn hostile(expect: &[&str]) -> Hostile {
     let config = |command: &str| {
         format!(
-            "[pools.p]\ncommand = [{command}]\n\
+            "[pools.p]\ncommand = [{command}]\nready = \"alive\"\n\
              [methods.hang]\npool = \"p\"\ntimeout = \"1s\"\n[methods.pid]\npool = \"p\"\n"
         )
     };
@@ -59,10 +59,10 @@ fn nothing_is_left_of_a_program_after_its_calls_deadline() {
 }
 
 #[test]
-fn nothing_is_left_of_a_program_when_its_worker_is_killed() {
+fn nothing_is_left_of_a_program_when_its_pool_process_is_killed() {
     let setting = hostile(&["SIGKILL"]);
     let pids = setting.started(1);
-    setting.end_worker(Signal::SIGKILL, &pids, "worker killed");
+    setting.end_pool(Signal::SIGKILL, &pids, "pool process killed");
     // whose program is not taken for a leftover
     let answer = setting.daemon.client().call(&json!({"in": "pid"}));
     assert_eq!(answer["out"], "pid", "{answer}");
@@ -82,7 +82,7 @@ fn nothing_is_left_of_a_program_after_the_masters_death() {
 fn nothing_is_left_of_a_program_after_a_quit_and_a_stop() {
     let mut setting = hostile(&["left unasked"]);
     let pids = setting.started(1);
-    setting.end_worker(Signal::SIGQUIT, &pids, "worker quits");
+    setting.end_pool(Signal::SIGQUIT, &pids, "pool process quits");
     let pids = setting.started(2);
     setting.daemon.signal(Signal::SIGTERM);
     assert!(setting.daemon.wait_exit().success());

@@ -35,6 +35,10 @@ fn has(program: &str, arguments: &[&str]) -> bool {
 
 /// A daemon with one pool of this command, which answers these methods.
 fn daemon(command: &[&str], keys: &str, methods: &[&str]) -> Daemon {
+    let keys = match keys.contains("ready =") {
+        true => keys.to_owned(),
+        false => format!("ready = \"alive\"\n{keys}"),
+    };
     let mut text = format!(
         "[workers]\ncount = 1\n[pools.p]\ncommand = {command:?}\n\
          environment = {{ PATH = {PATH:?} }}\n{keys}\n"
@@ -51,8 +55,7 @@ fn answer(client: &mut Client, method: &str, params: &Value) -> Value {
 
 /// Its programs are gone when it is stopped, and needed no signal.
 fn leaves(mut daemon: Daemon) {
-    let worker = daemon.ready_workers()[0];
-    let programs = process::children(worker);
+    let programs = process::children(daemon.pool());
     assert_eq!(programs.len(), 1);
     daemon.signal(nix::sys::signal::Signal::SIGTERM);
     daemon.wait_exit();

@@ -125,9 +125,13 @@ const METHODS: [&str; 18] = [
 /// The configuration of a pool `p` with that program and these further keys, which all methods use.
 fn config(program: &Path, argument: &str, workers: &str, pool: &str) -> String {
     let program = program.to_str().unwrap();
+    let ready = match pool.contains("ready =") {
+        true => "",
+        false => "ready = \"alive\"\n",
+    };
     let mut text = format!(
         "[workers]\ncount = 1\n{workers}\n[pools.p]\ncommand = [\"python3\", {program:?}, \
-         \"{argument}\"]\n{pool}\n",
+         \"{argument}\"]\n{ready}{pool}\n",
     );
     for method in METHODS {
         text += &format!("[methods.{method}]\npool = \"p\"\ntimeout = \"5s\"\n");
@@ -202,7 +206,7 @@ fn a_crash_costs_its_one_call() {
     let mut other = setting.daemon.client();
     let mut client = setting.daemon.client();
     other.send(r#"{"in": "nap", "params": 3}"#);
-    setting.daemon.wait_running(1);
+    setting.daemon.wait_busy(1);
     for (method, params, word) in [
         ("die", json!("SIGSEGV"), "SIGSEGV"),
         ("leave", json!(3), "code 3"),
@@ -215,9 +219,9 @@ fn a_crash_costs_its_one_call() {
     }
     assert_eq!(other.recv_json()["result"], 3);
     assert_eq!(result(&mut client, "echo", &json!(1)), 1);
-    let worker = setting.daemon.ready_workers()[0];
+    let pool = setting.daemon.pool();
     wait_for("two programs and no zombie", PATIENCE, || {
-        process::children(worker).len() == 2 && process::zombies(worker).is_empty()
+        process::children(pool).len() == 2 && process::zombies(pool).is_empty()
     });
 }
 
@@ -335,24 +339,22 @@ fn an_answer_that_nobody_asked_for_reaches_nobody() {
 fn a_call_that_is_given_up_takes_its_program_along() {
     let setting = setting("", "processes = 2", &[]);
     let mut client = setting.daemon.client();
-    let worker = setting.daemon.ready_workers()[0];
-    let programs = process::children(worker);
+    let pool = setting.daemon.pool();
+    let programs = process::children(pool);
     assert_eq!(programs.len(), 2);
     client.send(r#"{"in": "nap", "params": 60, "id": 7}"#);
-    setting.daemon.wait_running(1);
+    setting.daemon.wait_busy(1);
     client.send(r#"{"in": "rpc.cancel", "params": {"id": 7}}"#);
     let answer = client.recv_json();
     assert_eq!(answer["result"]["name"], "cancelled", "{answer}");
     assert_eq!(answer["result"]["started"], true, "{answer}");
     assert_eq!(client.recv_json()["result"], true);
     wait_for_the_end_of_one(&programs);
-    wait_for("two again", PATIENCE, || {
-        process::children(worker).len() == 2
-    });
-    let programs = process::children(worker);
+    wait_for("two again", PATIENCE, || process::children(pool).len() == 2);
+    let programs = process::children(pool);
     let mut leaver = setting.daemon.client();
     leaver.send(r#"{"in": "nap", "params": 60}"#);
-    setting.daemon.wait_running(1);
+    setting.daemon.wait_busy(1);
     leaver.reset();
     wait_for_the_end_of_one(&programs);
 }

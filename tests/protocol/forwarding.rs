@@ -86,7 +86,7 @@ fn no_call_waits_while_a_thread_or_a_program_of_any_worker_is_idle() {
     let daemon = Daemon::builder()
         .config(&format!(
             "[workers]\ncount = 4\nthreads = 2\n[methods.thread]\nbuiltin = \"sleep\"\n\
-             [pools.p]\ncommand = [\"python3\", {program:?}]\nprocesses = 2\nready = \"message\"\n\
+             [pools.p]\ncommand = [\"python3\", {program:?}]\nprocesses = 8\n\
              [methods.pool]\npool = \"p\"\n"
         ))
         .start();

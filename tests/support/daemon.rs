@@ -396,6 +396,26 @@ impl Daemon {
         workers.iter().map(|worker| worker.pid).collect()
     }
 
+    /// The process of the first pool that serves.
+    pub fn pool(&self) -> i32 {
+        let status = self.status();
+        let mut pools = status["pools"].as_array().unwrap().iter();
+        let ready = pools.find(|pool| pool["state"] == "ready");
+        let pid = ready.and_then(|pool| pool["pid"].as_i64());
+        i32::try_from(pid.unwrap_or_else(|| panic!("{status}"))).unwrap()
+    }
+
+    /// Waits until so many calls run in programs of pools.
+    #[track_caller]
+    pub fn wait_busy(&self, count: u64) {
+        wait_for("calls to run in programs", PATIENCE, || {
+            let status = self.status();
+            let pools = status["pools"].as_array().unwrap().iter();
+            pools.filter_map(|pool| pool["busy"].as_u64()).sum::<u64>() == count
+        });
+        pass(Duration::from_millis(20));
+    }
+
     /// Waits until so many calls run in one worker, and have begun; which worker that is.
     ///
     /// The status counts a call from when it is given to a thread that is free. That it has begun in there

@@ -92,6 +92,22 @@ impl Hostile {
         pids
     }
 
+    /// Ends the pool process by a signal, and waits until none of `pids` is left and there is another
+    /// pool process.
+    #[track_caller]
+    pub fn end_pool(&self, signal: Signal, pids: &[i32], what: &str) {
+        let pool = self.daemon.pool();
+        kill(Pid::from_raw(pool), signal).unwrap();
+        gone(pids, what);
+        wait_for("a fresh pool process and no zombie", PATIENCE, || {
+            let status = self.daemon.status();
+            let now = &status["pools"][0];
+            now["state"] == "ready"
+                && now["pid"] != pool
+                && process::zombies(self.daemon.pid()).is_empty()
+        });
+    }
+
     /// Ends the worker by a signal, and waits until none of `pids` is left and there is another
     /// worker.
     #[track_caller]

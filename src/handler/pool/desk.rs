@@ -143,6 +143,12 @@ impl Desk {
         self.places.iter().filter(is_down).count()
     }
 
+    /// Whether calls are refused, because no program will serve for a while.
+    pub fn refuses(&self) -> bool {
+        let is_down = |place: &Place| matches!(place, Place::Down(..));
+        self.places.iter().all(is_down)
+    }
+
     /// Whether calls are done that nobody has taken.
     pub fn has_done(&self) -> bool {
         !self.line.done.is_empty()

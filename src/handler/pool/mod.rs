@@ -91,7 +91,11 @@ impl Pool {
         }
     }
 
-    /// How many programs a worker has of it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How many programs the server has of it.
     pub fn processes(&self) -> usize {
         self.settings.processes
     }
@@ -142,21 +146,26 @@ pub struct Pools {
 }
 
 impl Pools {
-    /// Starts a keeper for each program of the registry's pools.
+    /// Starts a keeper for each program of the pool with this number in the registry; of none without.
     ///
     /// # Errors
     /// When there is no thread or no descriptor to be had.
     pub fn start(
         registry: &Arc<Registry>,
+        pool: Option<usize>,
         reports: &Reports,
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
-        let programs = registry.pools().iter().map(|pool| pool.processes());
+        let pools: Vec<_> = (registry.pools().iter().enumerate())
+            .filter(|(number, _)| Some(*number) == pool)
+            .map(|(_, pool)| pool)
+            .collect();
+        let programs = pools.iter().map(|pool| pool.processes());
         let boot = Arc::new(Boot::new(programs.sum(), Arc::clone(waker)));
         let (lives, keepers) = bounded::<()>(0);
         let (teller, words) = unbounded();
         let (mut desks, mut firsts, mut first) = (Vec::new(), Vec::new(), 0);
-        for (desk, pool) in registry.pools().iter().enumerate() {
+        for (desk, pool) in pools.into_iter().enumerate() {
             let mut ears = Vec::new();
             for number in 0..pool.processes() {
                 let (sender, orders) = unbounded();
@@ -209,15 +218,16 @@ impl Pools {
         })
     }
 
-    /// How many programs a pool has.
-    pub fn count(&self, pool: usize) -> usize {
-        self.desks.get(pool).map_or(0, Desk::count)
-    }
-
     /// How many programs of a pool serve, or would as soon as a call comes.
     pub fn available(&self, pool: usize) -> usize {
-        let pool = self.desks.get(pool);
-        pool.map_or(0, |pool| pool.count() - pool.down())
+        let Some(pool) = self.desks.get(pool) else {
+            return 0;
+        };
+        // While all of them wait until they may start, calls are refused, which takes no program.
+        match pool.refuses() {
+            true => pool.count(),
+            false => pool.count() - pool.down(),
+        }
     }
 
     /// How many programs of all pools do not serve: they start, or wait until they may.

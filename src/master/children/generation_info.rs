@@ -1,11 +1,25 @@
-//! Holds what the master tells of the workers of one configuration.
+//! Holds what the workers of one configuration are started from, and what the master tells of them.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::Settings;
 use crate::handler::registry::Registry;
+use crate::master::endpoints::listeners::Listener;
+
+/// What the workers of one configuration are started from.
+#[derive(Debug)]
+pub struct GenerationContext {
+    /// The configuration.
+    pub settings: Rc<Settings>,
+    /// Its methods.
+    pub registry: Arc<Registry>,
+    pub listeners: Vec<Rc<Listener>>,
+    /// What is told of its workers.
+    pub known: Rc<GenerationInfo>,
+}
 
 /// What the master tells of the workers of one configuration, for as long as one of them lives:
 /// less than the configuration, for that may be another version's.
@@ -15,9 +29,12 @@ pub struct GenerationInfo {
     pub methods: Vec<String>,
     /// Handler threads of each worker.
     pub threads: usize,
-    /// Programs of all pools of each worker. Came later than the others.
+    /// Programs of all pools of each worker; 0 since pools have processes of their own.
     #[serde(default)]
     pub programs: usize,
+    /// The names of the pools and their programs, by the numbers that their slots have.
+    #[serde(default)]
+    pub pools: Vec<(String, usize)>,
 }
 
 impl GenerationInfo {
@@ -27,7 +44,12 @@ impl GenerationInfo {
         Rc::new(GenerationInfo {
             methods: methods.map(|method| method.name.clone()).collect(),
             threads: settings.workers.threads,
-            programs: registry.pools().iter().map(|pool| pool.processes()).sum(),
+            programs: 0,
+            pools: registry
+                .pools()
+                .iter()
+                .map(|pool| (pool.name().to_owned(), pool.processes()))
+                .collect(),
         })
     }
 

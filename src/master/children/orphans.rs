@@ -57,12 +57,15 @@ impl Orphans {
     }
 
     /// What the program after this one has to know.
-    pub fn export(&self) -> OrphansState {
+    /// `pools` are the pool processes: a program that does not know them must not end them.
+    pub fn export(&self, pools: impl Iterator<Item = Pid>) -> OrphansState {
         // What is unclear is new to the next program too, which finds out what it is.
         let is_clear = |pid: &Pid| !self.unclear.contains(pid);
         let children = process_tree::direct_children().into_iter().filter(is_clear);
         OrphansState {
-            others: self.preexisting.iter().map(|pid| pid.0).collect(),
+            others: (self.preexisting.iter().copied().chain(pools))
+                .map(|pid| pid.0)
+                .collect(),
             children: Some(children.map(|pid| pid.0).collect()),
             hunts: self.is_sweep_pending,
         }

@@ -4,16 +4,15 @@
 //! decided by `Fleet`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use super::keepers::{DeadWorker, Keepers, claimed_keeper};
-use crate::config::Settings;
-use crate::handler::registry::Registry;
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::call_link;
 use crate::link::channel::{self, MasterEnd, Received};
@@ -23,10 +22,9 @@ use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, Scoreboard, WorkerRecord};
 use crate::link::stuck_calls::StuckCalls;
 use crate::logging;
-use crate::master::endpoints::listeners::Listener;
 use crate::master::policy::event::Millis;
 use crate::sys::closer::close_in_child;
-use crate::sys::process::{Fork, fork};
+use crate::sys::process::{Fork, fork, monotonic};
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::signal::{self, SignalPipe};
 use crate::sys::socket;
@@ -34,25 +32,15 @@ use crate::sys::title::TitleArea;
 use crate::worker_init::{WorkerInit, WorkerMain};
 use nix::errno::Errno;
 
-pub use super::generation_info::GenerationInfo;
+pub use super::generation_info::{GenerationContext, GenerationInfo};
 pub use super::workers_state::WorkersState;
 
+/// Who asks for a link again within this time gets none.
+const LINK_AGAIN: Duration = Duration::from_secs(1);
 /// Links to other workers that one may have.
 const MAX_LINKS: usize = 64;
 /// Reports taken from one worker at once.
 const MOST_REPORTS: usize = 64;
-
-/// What the workers of one configuration are started from.
-#[derive(Debug)]
-pub struct GenerationContext {
-    /// The configuration.
-    pub settings: Rc<Settings>,
-    /// Its methods.
-    pub registry: Arc<Registry>,
-    pub listeners: Vec<Rc<Listener>>,
-    /// What is told of its workers.
-    pub known: Rc<GenerationInfo>,
-}
 
 /// What every fork needs of the master.
 pub struct ForkContext<'a> {
@@ -90,8 +78,8 @@ pub struct WorkerHandle {
     pub(super) startup_log: Option<GuardedSocket>,
     /// Its keeper has died, and it is to retire for that, at once or when it is ready.
     pub keeper_is_lost: Cell<bool>,
-    /// The workers that it has links to.
-    pub(super) linked: RefCell<HashSet<Pid>>,
+    /// The processes that it was linked to, and when, as time since boot.
+    pub(super) linked: RefCell<HashMap<Pid, Duration>>,
 }
 
 /// All living workers.
@@ -100,6 +88,8 @@ pub struct Children {
     pub(super) board: Scoreboard,
     pub(super) free: Vec<usize>,
     pub(super) living: HashMap<Pid, WorkerHandle>,
+    /// The records of pool processes that the program before an upgrade has forked.
+    pub(super) reserved: HashMap<Pid, usize>,
     pub(super) keepers: Keepers,
     pub(super) quarantine: Quarantine,
     /// For life: connections on their way outlive any worker.
@@ -116,6 +106,7 @@ impl Children {
             board: Scoreboard::new()?,
             free: (0..RECORDS).rev().collect(),
             living: HashMap::new(),
+            reserved: HashMap::new(),
             keepers: Keepers::default(),
             quarantine: Quarantine::new()?,
             adoption: AdoptionQueue::new()?,
@@ -176,6 +167,7 @@ impl Children {
                 listeners: ground
                     .listeners
                     .iter()
+                    .filter(|_| slot.pool().is_none())
                     .map(|one| Rc::clone(&one.fd))
                     .collect(),
                 adoption: self.adoption.clone(),
@@ -324,8 +316,25 @@ impl Children {
         }
     }
 
-    /// Links two workers of one generation, as one of them has asked. A worker that asks for what is
-    /// no worker of its generation, or has this link already, gets nothing.
+    /// Links a process that is ready with the pool processes of its generation, or a pool process with the
+    /// workers.
+    pub fn link_pools(&self, pid: Pid) {
+        let Some(ready) = self.living.get(&pid) else {
+            return;
+        };
+        let is_pool = |worker: &WorkerHandle| worker.slot.pool().is_some();
+        let others: Vec<usize> = (self.living.values())
+            .filter(|other| other.generation == ready.generation)
+            .filter(|other| is_pool(other) != is_pool(ready))
+            .filter(|other| other.record.generation.load(Relaxed) != 0)
+            .map(|other| other.record_index)
+            .collect();
+        for record in others {
+            self.link(pid, record);
+        }
+    }
+
+    /// Links two processes of one generation. One that asks for another generation's gets nothing.
     pub fn link(&self, pid: Pid, record_index: usize) {
         let Some(asking) = self.living.get(&pid) else {
             return;
@@ -339,17 +348,21 @@ impl Children {
             return;
         };
         let (own_index, own, theirs) = (asking.record_index, &asking.linked, &worker.linked);
-        if own.borrow().contains(&other) || own.borrow().len() >= MAX_LINKS {
+        let is_pool = asking.slot.pool().is_some() || worker.slot.pool().is_some();
+        let now = monotonic();
+        // Both may ask at once; later, their link has ended.
+        let is_new = |at: &Duration| now.saturating_sub(*at) < LINK_AGAIN;
+        if own.borrow().get(&other).is_some_and(is_new)
+            || !is_pool && own.borrow().len() >= MAX_LINKS
+        {
             return;
         }
         let (one_end, other_end) = match call_link::pair() {
             Ok(ends) => ends,
-            Err(error) => {
-                return log::warn!("workers {pid} and {other} could not be linked: {error}");
-            }
+            Err(error) => return log::warn!("{pid} and {other} could not be linked: {error}"),
         };
-        own.borrow_mut().insert(other);
-        theirs.borrow_mut().insert(pid);
+        own.borrow_mut().insert(other, now);
+        theirs.borrow_mut().insert(pid, now);
         self.order(pid, Order::Link(record_index as u32), Some(one_end.as_fd()));
         self.order(
             other,

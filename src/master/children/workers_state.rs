@@ -18,6 +18,7 @@ use crate::link::channel::MasterEnd;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, STRIDE, Scoreboard};
+use crate::sys::process;
 
 /// What the master holds of its workers, as it crosses an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +39,17 @@ pub struct WorkersState {
     /// Keepers of workers that are gone.
     #[serde(default)]
     pub keepers: Vec<KeeperState>,
+    /// Pool processes: they serve until nothing uses them, without a master.
+    #[serde(default)]
+    pub pools: Vec<PoolState>,
+}
+
+/// A pool process that a program before has forked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolState {
+    pub pid: i32,
+    /// Its record in the scoreboard, which it writes while it lives.
+    pub record: usize,
 }
 
 /// One living worker, likewise.
@@ -54,11 +66,38 @@ pub struct WorkerState {
 }
 
 impl Children {
+    /// A child was reaped that is no worker: its record may be used again.
+    pub fn release_record(&mut self, pid: Pid) {
+        if let Some(record) = self.reserved.remove(&pid) {
+            self.board.record(record).clear_capacity();
+            self.free.push(record);
+        }
+    }
+
+    /// All pool processes, those that the program before an upgrade has forked as well.
+    pub fn pool_pids(&self) -> impl Iterator<Item = Pid> {
+        let living = self.living.iter();
+        let pools = living.filter(|(_, worker)| worker.slot.pool().is_some());
+        pools
+            .map(|(pid, _)| *pid)
+            .chain(self.reserved.keys().copied())
+    }
+
     /// What the program after this one has to know.
     pub fn export(&self) -> WorkersState {
         let mut known: Vec<&Rc<GenerationInfo>> = Vec::new();
         let mut living = Vec::new();
+        let mut pools: Vec<PoolState> = (self.reserved.iter())
+            .map(|(pid, &record)| PoolState { pid: pid.0, record })
+            .collect();
         for (pid, worker) in &self.living {
+            if worker.slot.pool().is_some() {
+                pools.push(PoolState {
+                    pid: pid.0,
+                    record: worker.record_index,
+                });
+                continue;
+            }
             let there = known.iter().position(|one| Rc::ptr_eq(one, &worker.known));
             living.push(WorkerState {
                 pid: pid.0,
@@ -81,6 +120,7 @@ impl Children {
             living,
             known: known.into_iter().map(|known| (**known).clone()).collect(),
             keepers: self.keepers.export(),
+            pools,
         }
     }
 
@@ -136,6 +176,14 @@ impl Children {
                 keepers.import(pid, left);
             }
         }
+        let mut reserved = HashMap::new();
+        for pool in state.pools {
+            let pid = Pid(pool.pid);
+            // One that is no child any more writes no record.
+            if process::is_child(pid) && claim(pool.record).is_some() {
+                reserved.insert(pid, pool.record);
+            }
+        }
         let mut living = HashMap::new();
         for worker in state.living {
             let pid = Pid(worker.pid);
@@ -172,6 +220,7 @@ impl Children {
             board,
             free,
             living,
+            reserved,
             keepers,
             quarantine,
             adoption: AdoptionQueue {

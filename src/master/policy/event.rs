@@ -25,6 +25,8 @@ pub const MAX_COUNT: usize = 1024;
 pub struct PolicyLimits {
     /// How many workers: 1 to [`MAX_COUNT`]; what lies outside is moved to the nearer end.
     pub count: usize,
+    /// How many pools have a pool process.
+    pub pools: usize,
     /// How long a worker may take until it says ready; 0 is no limit.
     pub boot_timeout: Millis,
     /// How long a draining worker may take to finish.

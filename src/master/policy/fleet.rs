@@ -9,8 +9,8 @@ use log::Level;
 
 use super::death_log::Deaths;
 use super::event::{Action, Event, MAX_COUNT, Millis, PolicyLimits, StopMode};
-use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, seat};
-use crate::link::ids::{Generation, Pid};
+use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, slot_id};
+use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
 use crate::throttle::limiter::{Limiter, with_suppressed_count};
 
@@ -66,7 +66,7 @@ pub(crate) struct PendingReload {
     pub generation: Generation,
     /// Its limits, the count within bounds.
     pub limits: PolicyLimits,
-    /// Whether the canary was ready, so that all seats are open.
+    /// Whether the canary was ready, so that all slots are open.
     pub canary_ready: bool,
 }
 
@@ -105,11 +105,12 @@ impl Fleet {
         let mut fleet = Fleet::empty(limits, now);
         let count = fleet.count;
         fleet.add_slots(Generation::FIRST, 0, count);
+        fleet.add_pools(Generation::FIRST, limits.pools);
         let actions = fleet.finish_event();
         (fleet, actions)
     }
 
-    /// One without a seat.
+    /// One without a slot.
     pub(crate) fn empty(limits: PolicyLimits, now: Millis) -> Self {
         let count = limits.count.clamp(1, MAX_COUNT);
         Fleet {
@@ -143,12 +144,12 @@ impl Fleet {
                 slot,
                 generation,
                 pid,
-            } => self.forked(seat(generation, slot.0), pid),
+            } => self.forked(slot_id(generation, slot.0), pid),
             Event::ForkFailed {
                 slot,
                 generation,
                 reason,
-            } => self.fork_failed(seat(generation, slot.0), &reason),
+            } => self.fork_failed(slot_id(generation, slot.0), &reason),
             Event::Ready { pid } => self.ready(pid),
             Event::Retiring { pid } => self.retiring(pid),
             Event::Worn { pid, calls } => self.worn(pid, calls),
@@ -210,6 +211,7 @@ impl Fleet {
 
     pub(crate) fn finish_event(&mut self) -> Vec<Action> {
         self.start_due_recycles();
+        self.release_pools();
         if let ServerPhase::Stopping { code, .. } = self.phase
             && self.table.is_empty()
         {
@@ -238,15 +240,24 @@ impl Fleet {
         }
     }
 
-    /// Opens the seats `from..to` of a generation: all are forked at once.
+    /// Opens the slots `from..to` of a generation: all are forked at once.
     pub(crate) fn add_slots(&mut self, generation: Generation, from: usize, to: usize) {
         for slot in from..to {
             let slot = u16::try_from(slot).expect("counts are at most MAX_COUNT");
-            let seat = seat(generation, slot);
-            if self.table.add_slots(seat, self.now) {
-                let slot = seat.slot;
-                self.act(Action::Fork { slot, generation });
-            }
+            self.add_slot(generation, Slot(slot));
+        }
+    }
+
+    /// Opens the places of a generation's pool processes.
+    pub(crate) fn add_pools(&mut self, generation: Generation, count: usize) {
+        for number in 0..count {
+            self.add_slot(generation, Slot::of_pool(number));
+        }
+    }
+
+    fn add_slot(&mut self, generation: Generation, slot: Slot) {
+        if self.table.add_slots(SlotId { generation, slot }, self.now) {
+            self.act(Action::Fork { slot, generation });
         }
     }
 
@@ -292,9 +303,9 @@ impl Fleet {
 
     /// Nobody sits there any more: whoever was to follow does, else fork at once, or when the
     /// throttle allows it.
-    pub(crate) fn respawn(&mut self, seat: SlotId, due: Millis) {
+    pub(crate) fn respawn(&mut self, slot_id: SlotId, due: Millis) {
         let now = self.now;
-        let tenure = self.tenure(seat);
+        let tenure = self.tenure(slot_id);
         tenure.since = now;
         if let Some(next @ (SlotState::Forking | SlotState::Worker(_))) = tenure.successor.take() {
             tenure.state = next;
@@ -302,14 +313,14 @@ impl Fleet {
         }
         tenure.state = SlotState::due(due, now);
         if due <= now {
-            let (slot, generation) = (seat.slot, seat.generation);
+            let (slot, generation) = (slot_id.slot, slot_id.generation);
             self.act(Action::Fork { slot, generation });
         }
     }
 
-    /// A seat that is known to be in the table.
-    pub(crate) fn tenure(&mut self, seat: SlotId) -> &mut SlotEntry {
-        let tenure = self.table.seats.get_mut(&seat);
-        tenure.expect("the caller saw somebody in this seat")
+    /// A slot that is known to be in the table.
+    pub(crate) fn tenure(&mut self, slot_id: SlotId) -> &mut SlotEntry {
+        let tenure = self.table.slots.get_mut(&slot_id);
+        tenure.expect("the caller saw somebody in this slot")
     }
 }

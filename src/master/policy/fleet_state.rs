@@ -13,10 +13,14 @@ use super::death_log::{Death, Deaths};
 use super::event::{Exit, MAX_COUNT, Millis, PolicyLimits};
 use super::fleet::{Fleet, ServerPhase};
 use super::slots::{
-    ChildRecord, RecycleState, SlotEntry, SlotId, SlotState, SlotTable, WorkerStage, seat,
+    ChildRecord, RecycleState, SlotEntry, SlotId, SlotState, SlotTable, WorkerStage, slot_id,
 };
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::throttle::Throttle;
+
+/// After an upgrade the pool processes of the program before serve on, without the master. New ones are
+/// forked for them after this time, unless the reload that follows has replaced their generation.
+const POOLS_AFTER_UPGRADE: Millis = 3_000;
 
 /// A fleet between two reloads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +32,7 @@ pub struct FleetState {
     pub limits: PolicyLimits,
     /// How many workers there shall be.
     pub count: usize,
-    /// The seats of the generation that serves.
+    /// The slots of the generation that serves.
     pub seats: Vec<SeatState>,
     /// Every child not yet reaped.
     pub children: Vec<ChildState>,
@@ -38,7 +42,7 @@ pub struct FleetState {
     pub deaths_total: u64,
 }
 
-/// A seat and who sits there.
+/// A slot and who sits there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeatState {
     pub slot: u16,
@@ -111,17 +115,22 @@ impl Fleet {
     /// ([`Fleet::can_reload`]) and between two events: no verdict is open then and no fork ordered; or
     /// after [`Fleet::give_up`], and then it is the other program that forks what was ordered.
     pub fn export(&self) -> FleetState {
-        let SlotTable { seats, children } = &self.table;
-        let is_wanted = |(seat, tenure): &(&SlotId, &SlotEntry)| {
-            tenure.is_active && seat.generation == self.serving
+        let SlotTable {
+            slots: seats,
+            children,
+        } = &self.table;
+        let is_wanted = |(slot_id, tenure): &(&SlotId, &SlotEntry)| {
+            tenure.is_active && slot_id.generation == self.serving && !slot_id.is_pool()
         };
+        // Pool processes are told of elsewhere: a program that does not know them must not end them.
+        let is_worker = |(_, child): &(&Pid, &ChildRecord)| !child.slot_id.is_pool();
         FleetState {
             generation: self.serving.0,
             last_generation: self.last_generation.0,
             limits: self.limits,
             count: self.count,
             seats: seats.iter().filter(is_wanted).map(seat_state).collect(),
-            children: children.iter().map(child_state).collect(),
+            children: children.iter().filter(is_worker).map(child_state).collect(),
             deaths: self.deaths.iter().map(death_state).collect(),
             deaths_total: self.deaths.total(),
         }
@@ -165,10 +174,10 @@ impl Fleet {
             fleet.table.children.insert(pid, child);
         }
         for state in seats {
-            let at = seat(serving, state.slot);
+            let at = slot_id(serving, state.slot);
             let sits = |pid: Pid| {
                 let child = fleet.table.children.get(&pid);
-                child.is_some_and(|child| child.seat == at && !child.drains())
+                child.is_some_and(|child| child.slot_id == at && !child.drains())
             };
             let holder = |worker: Option<i32>, until: Option<Millis>| match worker.map(Pid) {
                 Some(pid) if sits(pid) => Ok(Some(SlotState::Worker(pid))),
@@ -187,15 +196,33 @@ impl Fleet {
                 throttle: state.throttle,
                 since: state.since,
             };
-            if usize::from(state.slot) >= count || fleet.table.seats.insert(at, tenure).is_some() {
+            if usize::from(state.slot) >= count || fleet.table.slots.insert(at, tenure).is_some() {
                 return Err(format!("slot {} is there twice, or is none", state.slot));
             }
         }
-        if fleet.table.seats.len() != count {
+        if fleet.table.slots.len() != count {
             return Err(format!(
                 "{} slots where {count} are wanted",
-                fleet.table.seats.len()
+                fleet.table.slots.len()
             ));
+        }
+        // The pool processes that there were serve until nobody uses them.
+        for number in 0..limits.pools {
+            let slot = Slot::of_pool(number);
+            let entry = SlotEntry {
+                state: SlotState::Throttled {
+                    until: now + POOLS_AFTER_UPGRADE,
+                },
+                successor: None,
+                is_active: true,
+                throttle: Throttle::default(),
+                since: now,
+            };
+            let at = SlotId {
+                generation: serving,
+                slot,
+            };
+            fleet.table.slots.insert(at, entry);
         }
         fleet.deaths = Deaths::of(deaths.into_iter().map(death).collect(), deaths_total);
         fleet.next_tick_at = fleet.earliest();
@@ -203,7 +230,7 @@ impl Fleet {
     }
 }
 
-fn seat_state((seat, tenure): (&SlotId, &SlotEntry)) -> SeatState {
+fn seat_state((slot_id, tenure): (&SlotId, &SlotEntry)) -> SeatState {
     let SlotEntry {
         state,
         successor,
@@ -220,7 +247,7 @@ fn seat_state((seat, tenure): (&SlotId, &SlotEntry)) -> SeatState {
     let (worker, until) = parts(*state);
     let (coming, coming_until) = successor.map_or((None, None), parts);
     SeatState {
-        slot: seat.slot.0,
+        slot: slot_id.slot.0,
         worker,
         until,
         coming,
@@ -232,7 +259,7 @@ fn seat_state((seat, tenure): (&SlotId, &SlotEntry)) -> SeatState {
 
 fn child_state((pid, child): (&Pid, &ChildRecord)) -> ChildState {
     let ChildRecord {
-        seat,
+        slot_id,
         limits,
         forked_at,
         ready_at,
@@ -246,8 +273,8 @@ fn child_state((pid, child): (&Pid, &ChildRecord)) -> ChildState {
     } = child;
     ChildState {
         pid: pid.0,
-        generation: seat.generation.0,
-        slot: seat.slot.0,
+        generation: slot_id.generation.0,
+        slot: slot_id.slot.0,
         limits: *limits,
         born: *forked_at,
         ready_at: *ready_at,
@@ -270,7 +297,7 @@ fn child(state: ChildState) -> Result<(Pid, ChildRecord), String> {
         }
     };
     let child = ChildRecord {
-        seat: seat(Generation(state.generation), state.slot),
+        slot_id: slot_id(Generation(state.generation), state.slot),
         limits: state.limits,
         forked_at: state.born,
         ready_at: state.ready_at,

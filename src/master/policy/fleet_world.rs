@@ -15,6 +15,7 @@ use crate::protocol::control::WorkerPhase;
 
 pub(crate) const LIMITS: PolicyLimits = PolicyLimits {
     count: 4,
+    pools: 0,
     boot_timeout: 30_000,
     drain_timeout: 20_000,
     heartbeat_timeout: 10_000,
@@ -33,8 +34,8 @@ pub(crate) const SEGV: Exit = Exit::Signal {
 /// What the world knows of a living process.
 #[derive(Debug, Clone)]
 pub(crate) struct Process {
-    pub seat: (Generation, Slot),
-    /// Told to leave, leaving by itself, or signalled: its seat may be given to another.
+    pub slot_id: (Generation, Slot),
+    /// Told to leave, leaving by itself, or signalled: its slot may be given to another.
     pub leaves: bool,
     /// Got KILL: its death is only a matter of being reported.
     pub killed: bool,
@@ -129,18 +130,18 @@ impl World {
             self.check(&action);
             match &action {
                 Action::Fork { slot, generation } => {
-                    let seat = (*generation, *slot);
+                    let slot_id = (*generation, *slot);
                     // One that was too slow and does not go is not waited for any more.
-                    let here = |process: &&mut Process| process.seat == seat;
+                    let here = |process: &&mut Process| process.slot_id == slot_id;
                     self.living
                         .values_mut()
                         .filter(here)
                         .for_each(|it| it.late = false);
-                    forks.push(seat);
+                    forks.push(slot_id);
                 }
                 Action::Drain { pid, .. } => {
-                    let seat = self.process(*pid).seat;
-                    let replaced = self.holders(seat) == 2;
+                    let slot_id = self.process(*pid).slot_id;
+                    let replaced = self.holders(slot_id) == 2;
                     let process = self.process(*pid);
                     process.leaves = true;
                     process.replaced = replaced;
@@ -183,10 +184,10 @@ impl World {
         }
         self.last_pid += 1;
         let pid = Pid(self.last_pid);
-        let seat = (generation, slot);
-        assert!(self.holders(seat) <= 1, "three workers in {seat:?}");
+        let slot_id = (generation, slot);
+        assert!(self.holders(slot_id) <= 1, "three workers in {slot_id:?}");
         let process = Process {
-            seat,
+            slot_id,
             leaves: false,
             killed: false,
             late: false,
@@ -202,21 +203,25 @@ impl World {
         });
     }
 
-    /// Those in a seat who were not told to leave: a worker, and the one that is to follow it.
-    fn holders(&self, seat: (Generation, Slot)) -> usize {
-        let here = |process: &&Process| process.seat == seat && !process.leaves;
+    /// Those in a slot who were not told to leave: a worker, and the one that is to follow it.
+    fn holders(&self, slot_id: (Generation, Slot)) -> usize {
+        let here = |process: &&Process| process.slot_id == slot_id && !process.leaves;
         self.living.values().filter(here).count()
     }
 
     /// How many recycles are under way: successors on their way, or ended for being too slow and not
     /// gone yet, and old workers not gone yet.
     pub fn recycles(&self) -> usize {
-        let seats: BTreeSet<_> = self.living.values().map(|process| process.seat).collect();
-        let coming = |seat: &&(Generation, Slot)| {
-            let forks = self.ordered.iter().filter(|order| order == seat).count();
-            let late = |process: &&Process| process.seat == **seat && process.late;
+        let slots: BTreeSet<_> = self
+            .living
+            .values()
+            .map(|process| process.slot_id)
+            .collect();
+        let coming = |slot_id: &&(Generation, Slot)| {
+            let forks = self.ordered.iter().filter(|order| order == slot_id).count();
+            let late = |process: &&Process| process.slot_id == **slot_id && process.late;
             let late = self.living.values().filter(late).count();
-            self.holders(**seat) + forks + late == 2
+            self.holders(**slot_id) + forks + late == 2
         };
         // One that even KILL does not end is nobody's to wait for.
         let is_held = |pid: &Pid| {
@@ -225,7 +230,7 @@ impl World {
         };
         let replaced = self.living.iter();
         let replaced = replaced.filter(|(pid, process)| process.replaced && !is_held(pid));
-        seats.iter().filter(coming).count() + replaced.count()
+        slots.iter().filter(coming).count() + replaced.count()
     }
 
     /// What no history may contain.
@@ -246,11 +251,11 @@ impl World {
             }
             Action::Drain { pid, .. } => {
                 let process = self.living[pid].clone();
-                let serves = process.seat.0 == self.fleet.generation();
-                // One just forked may have lost its seat before.
+                let serves = process.slot_id.0 == self.fleet.generation();
+                // One just forked may have lost its slot before.
                 let newborn = pid.0 == self.last_pid;
                 let open = self.verdicts < self.reloads;
-                let replaced = self.holders(process.seat) == 2;
+                let replaced = self.holders(process.slot_id) == 2;
                 assert!(
                     !open || !serves || newborn || replaced,
                     "drained before the verdict"
@@ -309,8 +314,8 @@ impl World {
     /// The worker that holds a slot of a generation.
     pub fn pid_in(&self, generation: u32, slot: u16) -> Pid {
         let view = self.fleet.workers().into_iter().find(|view| {
-            let seat = (view.generation, view.slot);
-            seat == (Generation(generation), Slot(slot)) && view.state != WorkerPhase::Draining
+            let slot_id = (view.generation, view.slot);
+            slot_id == (Generation(generation), Slot(slot)) && view.state != WorkerPhase::Draining
         });
         view.and_then(|view| view.pid).expect("somebody sits there")
     }
@@ -329,7 +334,8 @@ impl World {
         let mut told = BTreeSet::new();
         loop {
             let starting = |view: &WorkerView| view.state == WorkerPhase::Starting;
-            let views = self.fleet.workers().into_iter().filter(starting);
+            let all = self.fleet.workers().into_iter().chain(self.fleet.pools());
+            let views = all.filter(starting);
             let Some(pid) = views.filter_map(|v| v.pid).find(|pid| told.insert(*pid)) else {
                 return;
             };

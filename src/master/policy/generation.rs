@@ -4,7 +4,7 @@
 //! misses boot-timeout fails the start: the verdict says why, the rest is stopped, exit code 71. A
 //! daemon that can't start must say so, not loop.
 //!
-//! *Reload* forks slot 0 first, the canary; then the rest; when all are ready the verdict is given,
+//! *Reload* forks slot 0 first, the canary, and the pool processes; then the rest; when all are ready the verdict is given,
 //! and only then the old generation drains. Any death before that, any refused fork, any missed
 //! boot-timeout (which counts for each worker from its own fork) fails it: the new generation
 //! drains, and the old one, which was replaced and throttled all the while as ever, goes on.
@@ -36,12 +36,13 @@ impl Fleet {
             canary_ready: false,
         });
         self.add_slots(generation, 0, 1);
+        self.add_pools(generation, limits.pools);
     }
 
-    /// Whether the seat's generation still awaits its verdict.
-    pub(crate) fn is_newcomer(&self, seat: SlotId) -> bool {
+    /// Whether the slot's generation still awaits its verdict.
+    pub(crate) fn is_newcomer(&self, slot_id: SlotId) -> bool {
         match &self.reload {
-            Some(reload) => reload.generation == seat.generation,
+            Some(reload) => reload.generation == slot_id.generation,
             None => self.phase == ServerPhase::StartUp,
         }
     }
@@ -52,12 +53,13 @@ impl Fleet {
     }
 
     /// A worker became ready: is it the one that was waited for?
-    pub(crate) fn newcomer_ready(&mut self, seat: SlotId) {
-        if !self.is_newcomer(seat) {
+    pub(crate) fn newcomer_ready(&mut self, slot_id: SlotId) {
+        if !self.is_newcomer(slot_id) {
             return;
         }
-        let generation = seat.generation;
+        let generation = slot_id.generation;
         if let Some(reload) = &mut self.reload
+            && !slot_id.is_pool()
             && !std::mem::replace(&mut reload.canary_ready, true)
         {
             let count = reload.limits.count;

@@ -18,16 +18,16 @@ use crate::throttle::limiter::with_suppressed_count;
 
 impl Fleet {
     /// A fork that was ordered was done.
-    pub(crate) fn forked(&mut self, seat: SlotId, pid: Pid) {
-        let (limits, now) = (self.limits_of(seat), self.now);
-        let tenure = self.forking(seat);
+    pub(crate) fn forked(&mut self, slot_id: SlotId, pid: Pid) {
+        let (limits, now) = (self.limits_of(slot_id), self.now);
+        let tenure = self.forking(slot_id);
         let wanted = tenure.is_active;
         tenure.throttle.forked(now);
         *Self::forking_in(tenure) = SlotState::Worker(pid);
         tenure.since = now;
         let boot_deadline = (limits.boot_timeout > 0).then_some(now + limits.boot_timeout);
         let child = ChildRecord {
-            seat,
+            slot_id,
             limits,
             forked_at: now,
             ready_at: None,
@@ -42,13 +42,13 @@ impl Fleet {
         self.table.insert(pid, child);
         self.log(
             Level::Debug,
-            format!("worker {pid} starts {}", log_fields(pid, seat)),
+            format!("worker {pid} starts {}", log_fields(pid, slot_id)),
         );
         if wanted {
             return;
         }
-        // Its seat was given up while it was forked.
-        self.table.seats.remove(&seat);
+        // Its slot was given up while it was forked.
+        self.table.slots.remove(&slot_id);
         self.order_exit(
             pid,
             match self.phase {
@@ -59,19 +59,19 @@ impl Fleet {
     }
 
     /// A fork that was ordered was refused.
-    pub(crate) fn fork_failed(&mut self, seat: SlotId, reason: &str) {
+    pub(crate) fn fork_failed(&mut self, slot_id: SlotId, reason: &str) {
         let now = self.now;
-        let tenure = self.forking(seat);
-        let slot = seat.slot;
+        let tenure = self.forking(slot_id);
+        let slot = slot_id.slot;
         if !tenure.is_active {
-            self.table.seats.remove(&seat);
+            self.table.slots.remove(&slot_id);
             return;
         }
         let due = tenure.throttle.record_refused_fork(now);
         tenure.since = now;
         let is_successor = tenure.successor.is_some();
         *Self::forking_in(tenure) = SlotState::Throttled { until: due };
-        if self.is_newcomer(seat) {
+        if self.is_newcomer(slot_id) {
             return self.newcomer_failed(&format!("slot {slot} could not be forked: {reason}"));
         }
         if let Some(more) = self.refusals.admit(now) {
@@ -96,7 +96,7 @@ impl Fleet {
         }
         child.ready_at = Some(now);
         child.heartbeat = now;
-        let (seat, took) = (child.seat, HumanDuration(now - child.forked_at));
+        let (slot_id, took) = (child.slot_id, HumanDuration(now - child.forked_at));
         if let WorkerStage::Draining { deadline } = child.stage {
             // It was ready before it read the order, so it may have calls: they get their time.
             begin_drain(child, deadline, now);
@@ -110,16 +110,16 @@ impl Fleet {
         child.next_signal = None;
         let text = format!(
             "worker {pid} is ready after {took} {}",
-            log_fields(pid, seat)
+            log_fields(pid, slot_id)
         );
         self.log(Level::Debug, text);
-        if self.table.is_coming(pid, seat) {
-            return self.promote_successor(pid, seat);
+        if self.table.is_coming(pid, slot_id) {
+            return self.promote_successor(pid, slot_id);
         }
-        self.newcomer_ready(seat);
+        self.newcomer_ready(slot_id);
     }
 
-    /// A worker says that it drains by itself: a fresh one takes its seat at once.
+    /// A worker says that it drains by itself: a fresh one takes its slot at once.
     pub(crate) fn retiring(&mut self, pid: Pid) {
         let now = self.now;
         let Some(child) = self.table.children.get_mut(&pid) else {
@@ -128,18 +128,22 @@ impl Fleet {
         if child.drains() || child.kill_reason.is_some() {
             return; // Asked for twice, or too late.
         }
-        let (seat, health) = (child.seat, child.ready_for(now));
+        if child.slot_id.is_pool() {
+            // Workers use it: it serves until its successor does.
+            return self.request_recycle(pid, "it was asked to retire".to_owned(), false);
+        }
+        let (slot_id, health) = (child.slot_id, child.ready_for(now));
         let deadline = now + child.limits.drain_timeout;
         begin_drain(child, deadline, now);
-        if let Some(tenure) = self.table.seats.get_mut(&seat) {
+        if let Some(tenure) = self.table.slots.get_mut(&slot_id) {
             tenure.throttle.record_ready_time(health);
         }
-        let (slot, pairs) = (seat.slot, log_fields(pid, seat));
+        let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
         let text = format!("worker {pid} retires, slot {slot} gets a fresh one {pairs}");
         self.trouble(Level::Info, text);
-        match self.table.is_coming(pid, seat) {
-            true => self.spawn_successor(seat, now),
-            false => self.respawn(seat, now),
+        match self.table.is_coming(pid, slot_id) {
+            true => self.spawn_successor(slot_id, now),
+            false => self.respawn(slot_id, now),
         }
     }
 
@@ -165,9 +169,9 @@ impl Fleet {
             return self.log(Level::Debug, format!("reaped {pid}, which was no worker"));
         };
         let death = Death {
-            slot: child.seat.slot,
+            slot: child.slot_id.slot,
             pid,
-            generation: child.seat.generation,
+            generation: child.slot_id.generation,
             how,
             uptime: self.now - child.forked_at,
             method: method.filter(|name| !name.is_empty()).map(death_log::clean),
@@ -175,9 +179,9 @@ impl Fleet {
             reason: death_log::reason(&child, how),
             at,
         };
-        if self.table.holds(pid, child.seat) {
-            self.died_in_its_seat(&child, &death);
-        } else if self.table.is_coming(pid, child.seat) {
+        if self.table.holds(pid, child.slot_id) {
+            self.died_in_its_slot(&child, &death);
+        } else if self.table.is_coming(pid, child.slot_id) {
             self.successor_died(&child, &death);
         } else {
             self.left(&child, &death);
@@ -188,20 +192,20 @@ impl Fleet {
     }
 
     /// Nobody asked for this end.
-    fn died_in_its_seat(&mut self, child: &ChildRecord, death: &Death) {
-        let (seat, now) = (child.seat, self.now);
-        let newcomer = self.is_newcomer(seat);
+    fn died_in_its_slot(&mut self, child: &ChildRecord, death: &Death) {
+        let (slot_id, now) = (child.slot_id, self.now);
+        let newcomer = self.is_newcomer(slot_id);
         let starting = child.ready_at.is_none();
         if newcomer && (starting || self.phase == ServerPhase::Serving) {
-            // The table must forget it first: the verdict closes all seats of its generation.
-            self.table.seats.remove(&seat);
+            // The table must forget it first: the verdict closes all slots of its generation.
+            self.table.slots.remove(&slot_id);
             let text = format!("{} {}", death.sentence(), death.log_fields());
             self.trouble(Level::Warn, text);
             return self.newcomer_failed(&death.sentence());
         }
-        let limits = self.limits_of(seat);
-        let tenure = self.table.seats.get_mut(&seat);
-        let tenure = tenure.expect("the caller saw the worker in this seat");
+        let limits = self.limits_of(slot_id);
+        let tenure = self.table.slots.get_mut(&slot_id);
+        let tenure = tenure.expect("the caller saw the worker in this slot_id");
         let due = tenure
             .throttle
             .death(child.ready_for(now), &limits.throttle(), now);
@@ -219,7 +223,7 @@ impl Fleet {
             0 => self.log(Level::Error, text),
             _ => self.trouble(Level::Error, text),
         }
-        self.respawn(seat, due);
+        self.respawn(slot_id, due);
     }
 
     /// Its end was asked for; only one out of order is worth a line.
@@ -236,8 +240,8 @@ impl Fleet {
         self.trouble(Level::Warn, text);
     }
 
-    fn forking(&mut self, seat: SlotId) -> &mut SlotEntry {
-        let tenure = self.table.seats.get_mut(&seat);
+    fn forking(&mut self, slot_id: SlotId) -> &mut SlotEntry {
+        let tenure = self.table.slots.get_mut(&slot_id);
         let is_forking = |tenure: &&mut SlotEntry| {
             tenure.state == SlotState::Forking || tenure.successor == Some(SlotState::Forking)
         };
@@ -245,15 +249,15 @@ impl Fleet {
         tenure.expect("a fork is reported once for each order")
     }
 
-    /// Whom the fork under way in a seat is for: the successor, if there is to be one.
+    /// Whom the fork under way in a slot is for: the successor, if there is to be one.
     fn forking_in(tenure: &mut SlotEntry) -> &mut SlotState {
         tenure.successor.as_mut().unwrap_or(&mut tenure.state)
     }
 
-    /// The limits of a seat's generation; one that was given up lives by the serving ones.
-    fn limits_of(&self, seat: SlotId) -> PolicyLimits {
+    /// The limits of a slot's generation; one that was given up lives by the serving ones.
+    fn limits_of(&self, slot_id: SlotId) -> PolicyLimits {
         match &self.reload {
-            Some(reload) if reload.generation == seat.generation => reload.limits,
+            Some(reload) if reload.generation == slot_id.generation => reload.limits,
             _ => self.limits,
         }
     }

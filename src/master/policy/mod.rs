@@ -16,6 +16,8 @@ pub mod fleet_tests;
 pub mod fleet_world;
 pub mod generation;
 pub mod lifecycle;
+#[cfg(test)]
+pub mod pool_tests;
 pub mod rebalancer;
 pub mod recycle;
 #[cfg(test)]

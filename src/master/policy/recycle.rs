@@ -6,8 +6,8 @@
 //! the old worker is gone, and not while a reload's verdict is open, which replaces everybody.
 //! One whose threads are all stuck answers next to nothing and does not wait for that.
 //!
-//! The successor is the seat's `successor` one ([`super::slots::SlotEntry`]). When it fails, it is throttled like
-//! any other, and the old worker serves on; when the old one goes first, the seat is the successor's.
+//! The successor is the slot's `successor` one ([`super::slots::SlotEntry`]). When it fails, it is throttled like
+//! any other, and the old worker serves on; when the old one goes first, the slot is the successor's.
 
 use log::Level;
 
@@ -34,12 +34,12 @@ impl ChildRecord {
         let lifetime = self.limits.max_lifetime;
         let ready_at = self
             .ready_at
-            .filter(|_| self.may_recycle() && lifetime > 0)?;
+            .filter(|_| self.may_recycle() && lifetime > 0 && !self.slot_id.is_pool())?;
         Some(ready_at + jitter::with_jitter(lifetime, u64::from(pid.0.unsigned_abs())))
     }
 
     fn has_memory_to_watch(&self) -> bool {
-        self.may_recycle() && self.limits.max_memory > 0
+        self.may_recycle() && self.limits.max_memory > 0 && !self.slot_id.is_pool()
     }
 }
 
@@ -54,9 +54,9 @@ impl Fleet {
 
     /// How many recycles are under way.
     pub fn recycles(&self) -> usize {
-        let seats = self.table.seats.values();
+        let slots = self.table.slots.values();
         let leaving = self.table.children.values();
-        seats.filter(|tenure| tenure.successor.is_some()).count()
+        slots.filter(|tenure| tenure.successor.is_some()).count()
             + leaving
                 // One that nothing ends holds up no other.
                 .filter(|child| child.recycle.replaced && !child.is_unkillable())
@@ -102,7 +102,7 @@ impl Fleet {
             return;
         };
         let text = death_log::clean_text(text);
-        let (slot, pairs) = (child.seat.slot, log_fields(pid, child.seat));
+        let (slot, pairs) = (child.slot_id.slot, log_fields(pid, child.slot_id));
         child.recycle.evidence = Some(text.clone());
         self.trouble(
             Level::Warn,
@@ -124,7 +124,7 @@ impl Fleet {
     }
 
     /// A worker is to be replaced; the first reason counts.
-    fn request_recycle(&mut self, pid: Pid, reason: String, urgent: bool) {
+    pub(crate) fn request_recycle(&mut self, pid: Pid, reason: String, urgent: bool) {
         let since = self.now;
         if let Some(child) = self.table.children.get_mut(&pid)
             && child.may_recycle()
@@ -157,7 +157,7 @@ impl Fleet {
             return;
         }
         let mut wishes: Vec<(bool, Millis, Pid)> = (self.table.children.iter())
-            .filter(|(pid, child)| child.serves() && self.may_be_followed(**pid, child.seat))
+            .filter(|(pid, child)| child.serves() && self.may_be_followed(**pid, child.slot_id))
             .filter_map(|(pid, child)| Some((pid, child.recycle.request.as_ref()?)))
             .map(|(pid, wish)| (!wish.urgent, wish.since, *pid))
             .collect();
@@ -172,54 +172,54 @@ impl Fleet {
         }
     }
 
-    /// Whether it holds a seat of the generation that serves, and nobody is to follow there yet.
-    fn may_be_followed(&self, pid: Pid, seat: SlotId) -> bool {
-        seat.generation == self.serving
-            && self.table.holds(pid, seat)
-            && self.table.seats[&seat].successor.is_none()
+    /// Whether it holds a slot of the generation that serves, and nobody is to follow there yet.
+    fn may_be_followed(&self, pid: Pid, slot_id: SlotId) -> bool {
+        slot_id.generation == self.serving
+            && self.table.holds(pid, slot_id)
+            && self.table.slots[&slot_id].successor.is_none()
     }
 
     /// Starts the successor of a worker that serves.
     fn recycle(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
-        let (seat, limits, health) = (child.seat, child.limits, child.ready_for(now));
+        let (slot_id, limits, health) = (child.slot_id, child.limits, child.ready_for(now));
         let Some(wish) = child.recycle.request.clone() else {
             return;
         };
         let due = match wish.urgent {
             true => self
-                .tenure(seat)
+                .tenure(slot_id)
                 .throttle
                 .death(health, &limits.throttle(), now),
             false => now,
         };
         if let Some(more) = self.recycling.lines.admit(now) {
-            let (slot, reason) = (seat.slot, wish.reason);
+            let (slot, reason) = (slot_id.slot, wish.reason);
             let text = format!(
                 "worker {pid} (slot {slot}) is recycled once its successor is ready: {reason} {}",
-                log_fields(pid, seat)
+                log_fields(pid, slot_id)
             );
             self.log(Level::Info, with_suppressed_count(text, more));
         }
-        self.spawn_successor(seat, due);
+        self.spawn_successor(slot_id, due);
     }
 
-    /// The successor in a seat is to be forked, at once or when the throttle allows it.
-    pub(crate) fn spawn_successor(&mut self, seat: SlotId, due: Millis) {
+    /// The successor in a slot is to be forked, at once or when the throttle allows it.
+    pub(crate) fn spawn_successor(&mut self, slot_id: SlotId, due: Millis) {
         let now = self.now;
         let holder = SlotState::due(due, now);
-        self.tenure(seat).successor = Some(holder);
+        self.tenure(slot_id).successor = Some(holder);
         if holder == SlotState::Forking {
-            let (slot, generation) = (seat.slot, seat.generation);
+            let (slot, generation) = (slot_id.slot, slot_id.generation);
             self.act(Action::Fork { slot, generation });
         }
     }
 
-    /// The successor is ready: the seat is its own, and the old worker drains.
-    pub(crate) fn promote_successor(&mut self, pid: Pid, seat: SlotId) {
+    /// The successor is ready: the slot is its own, and the old worker drains.
+    pub(crate) fn promote_successor(&mut self, pid: Pid, slot_id: SlotId) {
         let now = self.now;
-        let tenure = self.tenure(seat);
+        let tenure = self.tenure(slot_id);
         tenure.successor = None;
         tenure.since = now;
         let before = std::mem::replace(&mut tenure.state, SlotState::Worker(pid));
@@ -229,14 +229,14 @@ impl Fleet {
         let child = self.child_mut(old);
         child.recycle.replaced = true;
         let health = child.ready_for(now);
-        self.tenure(seat).throttle.record_ready_time(health);
+        self.tenure(slot_id).throttle.record_ready_time(health);
         self.order_exit(old, StopMode::Retire);
     }
 
     /// The successor died before it was ready: it is tried again, and the old worker serves on.
     pub(crate) fn successor_died(&mut self, child: &ChildRecord, death: &Death) {
-        let (seat, now) = (child.seat, self.now);
-        let tenure = self.tenure(seat);
+        let (slot_id, now) = (child.slot_id, self.now);
+        let tenure = self.tenure(slot_id);
         let due = tenure.throttle.death(None, &child.limits.throttle(), now);
         let young = tenure.throttle.young_deaths();
         let follows = match due - now {
@@ -252,7 +252,7 @@ impl Fleet {
             death.log_fields()
         );
         self.trouble(Level::Error, text);
-        self.spawn_successor(seat, due);
+        self.spawn_successor(slot_id, due);
     }
 
     /// When recycling wants to be looked at again.

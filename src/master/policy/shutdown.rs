@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::event::{Action, HumanDuration, Millis, StopMode};
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{WorkerStage, begin_drain, kill_after};
+use super::slots::{ChildRecord, WorkerStage, begin_drain, kill_after};
 use crate::link::ids::{Generation, Pid};
 use crate::logging::pluralize;
 
@@ -17,18 +17,49 @@ use crate::logging::pluralize;
 const STOP_DEBOUNCE: Millis = 100;
 
 impl Fleet {
-    /// Gives up a generation's seats from a slot on: highest first, their workers leave.
+    /// Gives up a generation's slots from a slot on: highest first, their workers leave.
     pub(crate) fn remove_slots(&mut self, generation: Generation, from: usize, leave: StopMode) {
-        for seat in self.table.seats_of(generation).into_iter().rev() {
-            if usize::from(seat.slot.0) >= from {
-                for pid in self.table.remove_slots(seat) {
+        for slot_id in self.table.slots_of(generation).into_iter().rev() {
+            // A count of workers says nothing about pools.
+            if usize::from(slot_id.slot.0) < from || from > 0 && slot_id.is_pool() {
+                continue;
+            }
+            for pid in self.table.remove_slots(slot_id) {
+                if !slot_id.is_pool() {
                     self.order_exit(pid, leave);
                 }
             }
         }
     }
 
-    /// Tells a worker that holds no seat any more to leave. One that is being ended by force
+    /// Lets pool processes leave that no worker uses any more: those of a generation whose last worker
+    /// is gone, and at a stop all of them behind the last worker. To be asked after every event.
+    pub(crate) fn release_pools(&mut self) {
+        let leave = match self.phase {
+            ServerPhase::Stopping { leave, .. } => leave,
+            _ => StopMode::Retire,
+        };
+        let is_stopping = matches!(self.phase, ServerPhase::Stopping { .. });
+        let pending = self.reload.as_ref().map(|reload| reload.generation);
+        let is_used = |generation: Generation| match is_stopping {
+            true => self.table.has_workers(|_| true),
+            false => {
+                generation == self.serving
+                    || Some(generation) == pending
+                    || self.table.has_workers(|of| of == generation)
+            }
+        };
+        let unused: Vec<Pid> = (self.table.children.iter())
+            .filter(|(_, child)| child.slot_id.is_pool() && !child.drains())
+            .filter(|(_, child)| !is_used(child.slot_id.generation))
+            .map(|(pid, _)| *pid)
+            .collect();
+        for pid in unused {
+            self.order_exit(pid, leave);
+        }
+    }
+
+    /// Tells a worker that holds no slot any more to leave. One that is being ended by force
     /// already needs no order.
     pub(crate) fn order_exit(&mut self, pid: Pid, leave: StopMode) {
         let now = self.now;
@@ -93,7 +124,13 @@ impl Fleet {
         self.stop_at = None;
         let since = self.now;
         self.phase = ServerPhase::Stopping { leave, code, since };
-        let pids: Vec<Pid> = self.table.children.keys().copied().collect();
+        // Pool processes leave behind the workers that use them.
+        let now_leaves =
+            |child: &ChildRecord| !child.slot_id.is_pool() || leave == StopMode::AtOnce;
+        let pids: Vec<Pid> = (self.table.children.iter())
+            .filter(|(_, child)| now_leaves(child))
+            .map(|(pid, _)| *pid)
+            .collect();
         let how = match leave {
             StopMode::AtOnce => pluralize(pids.len(), "worker leaves now", "workers leave now"),
             StopMode::Stop | StopMode::Retire => {
@@ -105,8 +142,8 @@ impl Fleet {
             }
         };
         self.log(Level::Info, format!("stopping: {how}"));
-        for seat in self.table.seats_of(self.serving) {
-            self.table.remove_slots(seat);
+        for slot_id in self.table.slots_of(self.serving) {
+            self.table.remove_slots(slot_id);
         }
         // Those of older generations too: their connections have nowhere to go any more.
         for pid in pids {

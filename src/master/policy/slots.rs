@@ -1,6 +1,6 @@
 //! The child table: which worker is where, and in which stage of its life.
 //!
-//! A *seat* is a slot as one generation has it. A seat's holder is the worker that starts or serves
+//! A *slot* is a slot as one generation has it. A slot's holder is the worker that starts or serves
 //! there; a draining worker holds none any more, so a slot can have one worker and any number that
 //! drain. The table answers questions and keeps its own invariants; what to do is decided by
 //! [`super::fleet`]. What a child says never breaks it; a pid forked twice does, and is a panic.
@@ -18,6 +18,13 @@ use crate::throttle::Throttle;
 pub(crate) struct SlotId {
     pub generation: Generation,
     pub slot: Slot,
+}
+
+impl SlotId {
+    /// Whether it is the place of a pool process, and not of a worker.
+    pub fn is_pool(self) -> bool {
+        self.slot.pool().is_some()
+    }
 }
 
 /// Who sits there.
@@ -68,15 +75,15 @@ pub struct RecycleRequest {
     pub(crate) urgent: bool,
 }
 
-/// What the master knows of a seat.
+/// What the master knows of a slot.
 #[derive(Debug)]
 pub(crate) struct SlotEntry {
     /// Who sits there.
     pub state: SlotState,
     /// Who is to follow the holder once it is ready; `Some` only beside [`SlotState::Worker`], so that
-    /// a seat has one fork under way at most.
+    /// a slot has one fork under way at most.
     pub successor: Option<SlotState>,
-    /// False for a seat given up while its fork was under way: what comes of it is drained.
+    /// False for a slot given up while its fork was under way: what comes of it is drained.
     pub is_active: bool,
     /// How soon it may be forked again.
     pub throttle: Throttle,
@@ -102,7 +109,7 @@ pub enum WorkerStage {
     Starting,
     /// Serves.
     Ready,
-    /// Its end was asked for. It holds no seat.
+    /// Its end was asked for. It holds no slot.
     Draining {
         /// When it must be done.
         deadline: Millis,
@@ -111,8 +118,8 @@ pub enum WorkerStage {
 
 #[derive(Debug)]
 pub(crate) struct ChildRecord {
-    /// Its seat, also once it drains and somebody else sits there.
-    pub seat: SlotId,
+    /// Its slot, also once it drains and somebody else sits there.
+    pub slot_id: SlotId,
     pub limits: PolicyLimits,
     pub forked_at: Millis,
     pub ready_at: Option<Millis>,
@@ -165,21 +172,21 @@ impl ChildRecord {
     }
 }
 
-/// All seats and children.
+/// All slots and children.
 #[derive(Debug, Default)]
 pub(crate) struct SlotTable {
-    /// The seats of the generation that serves and, during a reload, of the next one; and those
+    /// The slots of the generation that serves and, during a reload, of the next one; and those
     /// given up whose fork has not been reported yet.
-    pub seats: BTreeMap<SlotId, SlotEntry>,
+    pub slots: BTreeMap<SlotId, SlotEntry>,
     /// Every child not yet reaped.
     pub children: BTreeMap<Pid, ChildRecord>,
 }
 
 impl SlotTable {
-    /// Opens a seat for forking. False if its fork is under way already.
-    pub fn add_slots(&mut self, seat: SlotId, now: Millis) -> bool {
-        if let Some(tenure) = self.seats.get_mut(&seat) {
-            assert!(!tenure.is_active, "{seat:?} is opened twice");
+    /// Opens a slot for forking. False if its fork is under way already.
+    pub fn add_slots(&mut self, slot_id: SlotId, now: Millis) -> bool {
+        if let Some(tenure) = self.slots.get_mut(&slot_id) {
+            assert!(!tenure.is_active, "{slot_id:?} is opened twice");
             tenure.is_active = true;
             return false;
         }
@@ -190,13 +197,13 @@ impl SlotTable {
             throttle: Throttle::default(),
             since: now,
         };
-        self.seats.insert(seat, tenure);
+        self.slots.insert(slot_id, tenure);
         true
     }
 
-    /// Gives a seat up, and says which workers sat there or were to: two at most.
-    pub fn remove_slots(&mut self, seat: SlotId) -> Vec<Pid> {
-        let Some(tenure) = self.seats.get_mut(&seat) else {
+    /// Gives a slot up, and says which workers sat there or were to: two at most.
+    pub fn remove_slots(&mut self, slot_id: SlotId) -> Vec<Pid> {
+        let Some(tenure) = self.slots.get_mut(&slot_id) else {
             return Vec::new();
         };
         let all = [Some(tenure.state), tenure.successor.take()];
@@ -205,7 +212,7 @@ impl SlotTable {
             tenure.state = SlotState::Forking;
             tenure.is_active = false;
         } else {
-            self.seats.remove(&seat);
+            self.slots.remove(&slot_id);
         }
         let workers = all.into_iter().flatten();
         workers
@@ -225,34 +232,39 @@ impl SlotTable {
         );
     }
 
-    /// The wanted seats of a generation, lowest slot first.
-    pub fn seats_of(&self, generation: Generation) -> Vec<SlotId> {
-        let all = seat(generation, 0)..=seat(generation, u16::MAX);
-        self.seats
+    /// The wanted slots of a generation, lowest slot first.
+    pub fn slots_of(&self, generation: Generation) -> Vec<SlotId> {
+        let all = slot_id(generation, 0)..=slot_id(generation, u16::MAX);
+        self.slots
             .range(all)
             .filter(|(_, tenure)| tenure.is_active)
-            .map(|(seat, _)| *seat)
+            .map(|(slot_id, _)| *slot_id)
             .collect()
     }
 
     /// Whether the worker sits there (and not, draining, beside its successor).
-    pub fn holds(&self, pid: Pid, seat: SlotId) -> bool {
-        self.seats
-            .get(&seat)
+    pub fn holds(&self, pid: Pid, slot_id: SlotId) -> bool {
+        self.slots
+            .get(&slot_id)
             .is_some_and(|tenure| tenure.state == SlotState::Worker(pid))
     }
 
     /// Whether the worker is to follow the one that sits there.
-    pub fn is_coming(&self, pid: Pid, seat: SlotId) -> bool {
-        self.seats
-            .get(&seat)
+    pub fn is_coming(&self, pid: Pid, slot_id: SlotId) -> bool {
+        self.slots
+            .get(&slot_id)
             .is_some_and(|tenure| tenure.successor == Some(SlotState::Worker(pid)))
     }
 
-    /// Whether each of a generation's seats has a worker that is ready.
+    /// Whether the worker sits there, or is to follow the one that does.
+    pub fn holds_any(&self, pid: Pid, slot_id: SlotId) -> bool {
+        self.holds(pid, slot_id) || self.is_coming(pid, slot_id)
+    }
+
+    /// Whether each of a generation's slots has a worker that is ready.
     pub fn all_ready(&self, generation: Generation) -> bool {
-        self.seats_of(generation).iter().all(|seat| {
-            let SlotState::Worker(pid) = self.seats[seat].state else {
+        self.slots_of(generation).iter().all(|slot_id| {
+            let SlotState::Worker(pid) = self.slots[slot_id].state else {
                 return false;
             };
             self.children[&pid].serves()
@@ -265,20 +277,26 @@ impl SlotTable {
             .children
             .values()
             .filter(|child| !child.is_unkillable())
-            .map(|child| child.seat.generation)
+            .map(|child| child.slot_id.generation)
             .filter(|generation| *generation != serving)
             .collect();
         others.len()
     }
 
+    /// Whether a worker lives that uses the pools of a generation.
+    pub fn has_workers(&self, of: impl Fn(Generation) -> bool) -> bool {
+        let mut children = self.children.values();
+        children.any(|child| !child.slot_id.is_pool() && of(child.slot_id.generation))
+    }
+
     /// Whether nothing lives and nothing is about to.
     pub fn is_empty(&self) -> bool {
-        self.children.is_empty() && self.seats.is_empty()
+        self.children.is_empty() && self.slots.is_empty()
     }
 }
 
-/// The seat of a slot's number in a generation.
-pub(crate) fn seat(generation: Generation, slot: u16) -> SlotId {
+/// The slot of a slot's number in a generation.
+pub(crate) fn slot_id(generation: Generation, slot: u16) -> SlotId {
     SlotId {
         generation,
         slot: Slot(slot),
@@ -320,9 +338,9 @@ pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis
 }
 
 /// The key=value pairs that end a line about a worker.
-pub(crate) fn log_fields(pid: Pid, seat: SlotId) -> String {
+pub(crate) fn log_fields(pid: Pid, slot_id: SlotId) -> String {
     format!(
         "slot={} pid={pid} generation={}",
-        seat.slot, seat.generation
+        slot_id.slot, slot_id.generation
     )
 }

@@ -29,23 +29,35 @@ pub struct WorkerView {
 }
 
 impl Fleet {
-    /// Every worker and every slot without one: by slot, the newest generation first, and those
-    /// that drain after the one that serves; who is to follow that one stands behind it.
+    /// Every worker and every slot without one; see `views`.
     pub fn workers(&self) -> Vec<WorkerView> {
-        let seats = self
+        let mut views = self.views();
+        views.retain(|view| view.slot.pool().is_none());
+        views
+    }
+
+    /// Every pool process and every place without one; see `views`.
+    pub fn pools(&self) -> Vec<WorkerView> {
+        let mut views = self.views();
+        views.retain(|view| view.slot.pool().is_some());
+        views
+    }
+
+    /// All of them: by slot, the newest generation first, and those
+    /// that drain after the one that serves; who is to follow that one stands behind it.
+    fn views(&self) -> Vec<WorkerView> {
+        let slots = self
             .table
-            .seats
+            .slots
             .iter()
             .filter(|(_, tenure)| tenure.is_active);
-        let draining = self
-            .table
-            .children
-            .iter()
-            .filter(|(_, child)| child.drains());
-        let mut views: Vec<_> = seats
-            .flat_map(|(seat, tenure)| {
+        let draining = self.table.children.iter().filter(|(pid, child)| {
+            child.drains() || child.slot_id.is_pool() && !self.table.holds_any(**pid, child.slot_id)
+        });
+        let mut views: Vec<_> = slots
+            .flat_map(|(slot_id, tenure)| {
                 let all = [Some(tenure.state), tenure.successor].into_iter().flatten();
-                all.map(|holder| self.view_seat(*seat, tenure, holder))
+                all.map(|holder| self.view_slot(*slot_id, tenure, holder))
             })
             .chain(draining.map(|(pid, child)| view_draining(*pid, child)))
             .collect();
@@ -67,7 +79,9 @@ impl Fleet {
 
     /// How many workers of the serving generation are ready.
     pub fn ready_count(&self) -> usize {
-        let ready = |child: &&ChildRecord| child.serves() && child.seat.generation == self.serving;
+        let ready = |child: &&ChildRecord| {
+            child.serves() && child.slot_id.generation == self.serving && !child.slot_id.is_pool()
+        };
         self.table.children.values().filter(ready).count()
     }
 
@@ -75,7 +89,9 @@ impl Fleet {
     /// start-up, a reload or a stop.
     pub fn settled(&self) -> impl Iterator<Item = Pid> {
         let settled = self.phase == ServerPhase::Serving && self.reload.is_none();
-        let serves = |child: &ChildRecord| child.serves() && child.seat.generation == self.serving;
+        let serves = |child: &ChildRecord| {
+            child.serves() && child.slot_id.generation == self.serving && !child.slot_id.is_pool()
+        };
         let children = self.table.children.iter();
         children
             .filter(move |(_, child)| settled && serves(child))
@@ -97,10 +113,10 @@ impl Fleet {
         &self.deaths
     }
 
-    fn view_seat(&self, seat: SlotId, tenure: &SlotEntry, holder: SlotState) -> WorkerView {
+    fn view_slot(&self, slot_id: SlotId, tenure: &SlotEntry, holder: SlotState) -> WorkerView {
         let mut view = WorkerView {
-            slot: seat.slot,
-            generation: seat.generation,
+            slot: slot_id.slot,
+            generation: slot_id.generation,
             pid: None,
             state: WorkerPhase::Dead,
             since: tenure.since,
@@ -140,8 +156,8 @@ impl Fleet {
 
 fn view_draining(pid: Pid, child: &ChildRecord) -> WorkerView {
     WorkerView {
-        slot: child.seat.slot,
-        generation: child.seat.generation,
+        slot: child.slot_id.slot,
+        generation: child.slot_id.generation,
         pid: Some(pid),
         state: WorkerPhase::Draining,
         since: child.stage_since,

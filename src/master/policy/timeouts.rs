@@ -37,14 +37,14 @@ impl Fleet {
                 self.signal(pid);
             }
         }
-        let due: Vec<SlotId> = (self.table.seats.iter())
+        let due: Vec<SlotId> = (self.table.slots.iter())
             .filter(|(_, tenure)| tenure.fork_at().is_some_and(|at| at <= now))
-            .map(|(seat, _)| *seat)
+            .map(|(slot_id, _)| *slot_id)
             .collect();
-        for seat in due {
-            match self.tenure(seat).successor {
-                Some(_) => self.spawn_successor(seat, now),
-                None => self.respawn(seat, now),
+        for slot_id in due {
+            match self.tenure(slot_id).successor {
+                Some(_) => self.spawn_successor(slot_id, now),
+                None => self.respawn(slot_id, now),
             }
         }
         self.pass_recycling();
@@ -66,9 +66,9 @@ impl Fleet {
     /// When the next of these is due.
     pub(crate) fn earliest(&self) -> Option<Millis> {
         let children = self.table.children.values().filter_map(ChildRecord::due_at);
-        let seats = self.table.seats.values().filter_map(SlotEntry::fork_at);
+        let slots = self.table.slots.values().filter_map(SlotEntry::fork_at);
         children
-            .chain(seats)
+            .chain(slots)
             .chain(self.next_recycling())
             .chain(self.troubles.flush_at())
             .chain(self.refusals.flush_at())
@@ -117,7 +117,7 @@ impl Fleet {
         }
         child.is_sigkill_sent = signal == Signal::SIGKILL;
         child.next_signal = Some((now + kill_after(signal), Signal::SIGKILL));
-        let (seat, starting) = (child.seat, child.stage == WorkerStage::Starting);
+        let (slot_id, starting) = (child.slot_id, child.stage == WorkerStage::Starting);
         let begins = child.kill_reason.is_none();
         // What is under way is told at a drain's deadline, as the worker could have ended it by itself.
         let overdue = child.drains() && child.ready_at.is_some();
@@ -152,54 +152,54 @@ impl Fleet {
             self.act(Action::Diagnose { pid });
         }
         self.act(Action::Kill { pid, signal });
-        let (slot, pairs) = (seat.slot, log_fields(pid, seat));
+        let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
         let text = format!("worker {pid} (slot {slot}) gets {signal}: {reason} {pairs}");
         match unready && signal == Signal::SIGTERM {
             true => self.log(Level::Debug, text),
             false => self.trouble(Level::Warn, text),
         }
-        if starting && begins && self.is_newcomer(seat) {
+        if starting && begins && self.is_newcomer(slot_id) {
             self.newcomer_failed(&format!("worker {pid} (slot {slot}): {reason}"));
         }
     }
 
     /// KILL has not ended it: the kernel holds it, for want of a disk or a file server mostly, and
-    /// nobody can say for how long. Its seat is not kept empty for it.
+    /// nobody can say for how long. Its slot is not kept empty for it.
     fn outlived(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
         child.next_signal = None;
-        let (seat, limits, health) = (child.seat, child.limits, child.ready_for(now));
-        let coming = self.table.is_coming(pid, seat);
-        let follows = match coming || self.table.holds(pid, seat) {
+        let (slot_id, limits, health) = (child.slot_id, child.limits, child.ready_for(now));
+        let coming = self.table.is_coming(pid, slot_id);
+        let follows = match coming || self.table.holds(pid, slot_id) {
             true => "its slot gets another one",
             false => "nothing waits for it",
         };
         self.act(Action::Diagnose { pid });
-        let (slot, pairs) = (seat.slot, log_fields(pid, seat));
+        let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
         let text = format!(
             "worker {pid} (slot {slot}) is held by the kernel and does not end, though it was killed: \
              {follows} {pairs}"
         );
         self.trouble(Level::Error, text);
-        if !coming && !self.table.holds(pid, seat) {
+        if !coming && !self.table.holds(pid, slot_id) {
             return;
         }
         let child = self.child_mut(pid);
         child.stage = WorkerStage::Draining { deadline: now };
         child.stage_since = now;
-        if self.is_newcomer(seat) && self.phase == ServerPhase::Serving {
-            self.table.seats.remove(&seat);
+        if self.is_newcomer(slot_id) && self.phase == ServerPhase::Serving {
+            self.table.slots.remove(&slot_id);
             return self
                 .newcomer_failed(&format!("worker {pid} (slot {slot}) is held by the kernel"));
         }
         let due = self
-            .tenure(seat)
+            .tenure(slot_id)
             .throttle
             .death(health, &limits.throttle(), now);
         match coming {
-            true => self.spawn_successor(seat, due),
-            false => self.respawn(seat, due),
+            true => self.spawn_successor(slot_id, due),
+            false => self.respawn(slot_id, due),
         }
     }
 }

@@ -97,7 +97,7 @@ fn a_wedged_worker_is_replaced_during_a_reload_too() {
     let successor = world
         .living
         .iter()
-        .find(|(_, it)| it.seat == world.living[&wedged].seat && !it.leaves);
+        .find(|(_, it)| it.slot_id == world.living[&wedged].slot_id && !it.leaves);
     assert!(successor.is_some());
     assert_eq!(world.forks(1).len(), 2);
     world.all_ready();

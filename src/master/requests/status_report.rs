@@ -10,8 +10,8 @@ use crate::master::policy::event::Millis;
 use crate::master::policy::fleet::Fleet;
 use crate::master::policy::status_view::WorkerView;
 use crate::protocol::control::{
-    self, AcceptWait, DeathStatus, LastReload, OldestCall, Quarantined, Status, ThrottleStatus,
-    WorkerStatus,
+    self, AcceptWait, DeathStatus, LastReload, OldestCall, PoolStatus, Quarantined, Status,
+    ThrottleStatus, WorkerStatus,
 };
 use crate::sys::process::{Pid, resident_bytes};
 
@@ -50,6 +50,11 @@ pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis)
             .workers()
             .iter()
             .map(|view| worker(view, workers, now))
+            .collect(),
+        pools: fleet
+            .pools()
+            .iter()
+            .map(|view| pool(view, workers, now))
             .collect(),
         deaths: fleet.deaths().iter().map(death).collect(),
         listeners: about
@@ -124,6 +129,37 @@ fn worker(view: &WorkerView, workers: &Children, now: Millis) -> WorkerStatus {
         age_ms: now.saturating_sub(since),
     });
     shown
+}
+
+/// A pool process is shown by what a worker with its record would be.
+fn pool(view: &WorkerView, workers: &Children, now: Millis) -> PoolStatus {
+    let shown = worker(view, workers, now);
+    let number = view.slot.pool().unwrap_or_default();
+    // Without a process of its own, any of its generation knows its name.
+    let handles = || workers.iter().map(|(_, handle)| handle);
+    let of_generation = || handles().filter(|handle| handle.generation == view.generation);
+    let info = of_generation().find_map(|handle| handle.known.pools.get(number).cloned());
+    let (name, programs) = info.unwrap_or_default();
+    let queued = of_generation().map(|handle| {
+        let waiting = &handle.record.waiting;
+        u64::from(waiting[(number + 1).min(waiting.len() - 1)].load(Relaxed))
+    });
+    PoolStatus {
+        name,
+        pid: shown.pid,
+        generation: shown.generation,
+        state: shown.state,
+        uptime_s: shown.uptime_s,
+        programs: programs as u64,
+        busy: shown.running,
+        down: shown.programs_down,
+        queued: queued.sum(),
+        calls: shown.calls,
+        rss_bytes: shown.rss_bytes,
+        oldest_call: shown.oldest_call,
+        silent_ms: shown.silent_ms,
+        throttle: shown.throttle,
+    }
 }
 
 fn death(death: &crate::master::policy::death_log::Death) -> DeathStatus {

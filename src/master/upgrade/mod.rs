@@ -364,7 +364,7 @@ impl Master<'_> {
             fleet: self.fleet.export(),
             workers: self.workers.export(),
             known: (*self.serving_context.known).clone(),
-            orphans: self.orphans.export(),
+            orphans: self.orphans.export(self.workers.pool_pids()),
             last_reload: self.last_reload.clone(),
             last_upgrade: self.upgrade.last.clone(),
             waiting: numbers(&self.upgrade.waiting),

@@ -47,7 +47,7 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
     assert_eq!(fleet.next_deadline(), Some(3_269_400));
     assert_eq!(fleet.deaths().total(), 102);
     assert!(fleet.can_reload());
-    let holders: Vec<_> = fleet.table.seats.values().map(|seat| seat.state).collect();
+    let holders: Vec<_> = fleet.table.slots.values().map(|slot| slot.state).collect();
     let until = 3_270_000;
     assert!(
         matches!(holders[..], [SlotState::Worker(_), SlotState::Throttled { until: at }] if at == until)
