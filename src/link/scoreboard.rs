@@ -7,7 +7,7 @@
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 use crate::sys::shared_memory;
 use crate::sys::shared_memory::shared_record;
@@ -87,6 +87,10 @@ shared_record! {
         pub running_for_others: AtomicU32,
         /// Calls that it has sent to other processes since it started.
         pub forwarded: AtomicU64,
+        /// Whether the master takes requests of this worker, see [`WorkerRecord::request`].
+        requests: AtomicU32,
+        /// The pool process that writes it, for a master after one that did not know of pool processes.
+        pub pool_pid: AtomicI32,
     }
 }
 
@@ -122,6 +126,8 @@ const _: () = {
     assert!(offset_of!(WorkerRecord, sent) == 176);
     assert!(offset_of!(WorkerRecord, running_for_others) == 180);
     assert!(offset_of!(WorkerRecord, forwarded) == 184);
+    assert!(offset_of!(WorkerRecord, requests) == 192);
+    assert!(offset_of!(WorkerRecord, pool_pid) == 196);
 };
 
 /// The records of all workers; which is whose is the master's knowledge.
@@ -169,7 +175,43 @@ impl Scoreboard {
     }
 }
 
+/// States of `WorkerRecord::requests`.
+const REFUSED: u32 = 0;
+const ALLOWED: u32 = 1;
+const SENDING: u32 = 2;
+
 impl WorkerRecord {
+    /// Sends a report that a master of an older version would not understand, unless the master has
+    /// forbidden it. Between the question and the sending the master does not become another program.
+    pub fn request(&self, send: impl FnOnce()) {
+        let state = &self.requests;
+        if state
+            .compare_exchange(ALLOWED, SENDING, SeqCst, Relaxed)
+            .is_ok()
+        {
+            send();
+            // Unless the master did not want to wait any longer.
+            let _ = state.compare_exchange(SENDING, ALLOWED, SeqCst, Relaxed);
+        }
+    }
+
+    /// For the master: it takes requests.
+    pub fn allow_requests(&self) {
+        self.requests.store(ALLOWED, SeqCst);
+    }
+
+    /// For the master: it takes no more requests. Returns false while one is being sent: ask again.
+    pub fn forbid_requests(&self) -> bool {
+        let state = &self.requests;
+        let before = state.compare_exchange(ALLOWED, REFUSED, SeqCst, SeqCst);
+        before != Err(SENDING)
+    }
+
+    /// For the master: forbids them although one seems to be sent, for the worker is stopped.
+    pub fn cut_off_requests(&self) {
+        self.requests.store(REFUSED, SeqCst);
+    }
+
     /// Makes it zero again, for the next worker.
     pub fn clear(&self) {
         for number in [
@@ -194,7 +236,9 @@ impl WorkerRecord {
             number.store(0, Relaxed);
         }
         self.clear_capacity();
+        self.cut_off_requests();
         self.keeper.store(0, Relaxed);
+        self.pool_pid.store(0, Relaxed);
         for number in [
             &self.heartbeat_ms,
             &self.calls,
@@ -260,5 +304,31 @@ mod tests {
         assert_eq!(record.oldest(), Some((4, 77)));
         record.clear();
         assert_eq!((record.last_method(), record.oldest()), (None, None));
+    }
+
+    #[test]
+    fn a_request_is_sent_only_while_the_master_takes_requests() {
+        let board = Scoreboard::new().unwrap();
+        let record = board.record(0);
+        let sent = std::cell::Cell::new(0);
+        let send = || sent.set(sent.get() + 1);
+        record.request(send);
+        assert_eq!(sent.get(), 0, "a master that says nothing is an older one");
+        record.allow_requests();
+        record.request(|| {
+            send();
+            assert!(!record.forbid_requests(), "it is not done yet");
+        });
+        assert!(record.forbid_requests());
+        record.request(send);
+        assert_eq!(sent.get(), 1);
+        record.allow_requests();
+        record.request(|| record.cut_off_requests());
+        record.request(send);
+        assert_eq!(
+            sent.get(),
+            1,
+            "a worker that took too long does not undo it"
+        );
     }
 }

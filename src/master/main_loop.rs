@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::children::generation_info::OldContexts;
 use super::children::orphans::Orphans;
 use super::children::startup_log::StartupLog;
 use super::children::workers::{Children, ForkContext, GenerationContext};
@@ -51,6 +52,7 @@ pub(super) struct Master<'a> {
     pub(super) keepers_lost: Limiter,
     /// What the generation that serves runs on.
     pub(super) serving_context: Rc<GenerationContext>,
+    pub(super) old_contexts: OldContexts,
     /// What the generation of a reload under way runs on.
     pub(super) next_context: Option<Rc<GenerationContext>>,
     /// What the workers of a generation that awaits its verdict have logged.
@@ -317,10 +319,10 @@ impl Master<'_> {
     }
 
     fn fork(&mut self, slot: Slot, generation: Generation) {
-        let ground = match &self.next_context {
-            Some(upcoming) if generation > self.fleet.generation() => Rc::clone(upcoming),
-            _ => Rc::clone(&self.serving_context),
-        };
+        let of_reload = self.next_context.as_ref();
+        let ground = of_reload.filter(|_| generation > self.fleet.generation());
+        let ground = ground.or_else(|| self.old_contexts.of(generation));
+        let ground = Rc::clone(ground.unwrap_or(&self.serving_context));
         let parent = ForkContext {
             signals: &mut self.signals,
             pid_file: self.pid_file.raw_descriptor(),
@@ -330,22 +332,22 @@ impl Master<'_> {
             awaited: self.fleet.awaits(slot, generation),
         };
         let event = match self.workers.fork(slot, generation, &ground, parent) {
-            Ok(pid) => {
-                if self.stopping {
-                    self.workers.order(pid, Order::StopPending, None);
-                }
-                Event::Forked {
-                    slot,
-                    generation,
-                    pid,
-                }
-            }
+            Ok(pid) => Event::Forked {
+                slot,
+                generation,
+                pid,
+            },
             Err(error) => Event::ForkFailed {
                 slot,
                 generation,
                 reason: error.to_string(),
             },
         };
+        if let Event::Forked { pid, .. } = event
+            && self.stopping
+        {
+            self.workers.order(pid, Order::StopPending, None);
+        }
         self.queue_actions(event);
     }
 

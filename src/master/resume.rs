@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
+use super::children::generation_info::OldContexts;
 use super::children::keepers::{is_plausible_keeper, keepers_lost};
 use super::children::orphans::Orphans;
 use super::children::startup_log::StartupLog;
@@ -126,6 +127,7 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let signals = setup.trial.as_mut().and_then(ExecAttempt::take_signals);
     let signals = signals.ok_or_else(missing)?;
     show_title(&setup);
+    workers.allow_requests();
     Ok(Master {
         fleet,
         workers,
@@ -135,6 +137,7 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
         pid_file,
         orphans,
         serving_context: ground,
+        old_contexts: OldContexts::default(),
         next_context: None,
         first_words: StartupLog::default(),
         strikes: CrashCounts::new(memory::oom_kill_count()),

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use super::children::generation_info::OldContexts;
 use super::children::keepers::keepers_lost;
 use super::children::orphans::Orphans;
 use super::children::startup_log::StartupLog;
@@ -118,6 +119,7 @@ fn start<'a>(
         strikes: CrashCounts::new(memory::oom_kill_count()),
         keepers_lost: keepers_lost(),
         serving_context: ground,
+        old_contexts: OldContexts::default(),
         next_context: None,
         first_words: StartupLog::default(),
         spread: Rebalancer::default(),

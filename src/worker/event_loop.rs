@@ -266,8 +266,8 @@ impl EventLoop {
             }
         }
         for record in self.service.forwarding.take_wanted() {
-            // If the master cannot be told, the next search asks again.
-            let _ = self.report(Report::LinkWanted(record));
+            // If it cannot be sent, the next search asks again.
+            self.request(Report::LinkWanted(record));
         }
         self.service.forwarding.settle(reactor);
     }
@@ -296,6 +296,13 @@ impl EventLoop {
             .record
             .heartbeat_ms
             .store(self.service.now_ms, Relaxed);
+    }
+
+    /// Sends a report that a master of an older version would not understand, if this one does.
+    pub(super) fn request(&self, body: Report) {
+        self.service.record.request(|| {
+            let _ = self.report(body);
+        });
     }
 
     /// # Errors

@@ -22,7 +22,7 @@ use crate::sys::event::{Interest, Reactor};
 
 /// Links that a worker may have.
 const MAX_LINKS: usize = 64;
-/// After this number of unused records in a row no worker is expected behind them.
+/// After this number of unused records in a row no process is expected behind them.
 const SEARCH_GAP: usize = 64;
 /// Between two requests to the master for the same link.
 const ASK_AGAIN_MS: u64 = 100;
@@ -211,8 +211,8 @@ impl Forwarding {
 
     /// Whether a process of this generation runs the calls of a lane.
     pub fn is_served(&self, lane: usize) -> bool {
-        let mut records = self.records.iter();
-        records.any(|record| {
+        let mut used = used(self.records);
+        used.any(|(_, record)| {
             record.lane.load(Relaxed) as usize == lane
                 && record.generation.load(Relaxed) == self.generation
         })
@@ -220,15 +220,11 @@ impl Forwarding {
 
     /// How many other workers of this generation serve, and the connections that they have.
     pub fn other_connections(&self) -> (usize, usize) {
-        let (mut workers, mut connections, mut unused) = (0, 0, 0);
-        for (index, record) in self.records.iter().enumerate() {
-            let generation = record.generation.load(Relaxed);
-            unused = if generation == 0 { unused + 1 } else { 0 };
-            if unused > SEARCH_GAP {
-                break;
-            }
+        let (mut workers, mut connections) = (0, 0);
+        for (index, record) in used(self.records) {
             let is_worker = record.lane.load(Relaxed) == 0;
-            if generation == self.generation && index != self.own && is_worker {
+            let is_same = record.generation.load(Relaxed) == self.generation;
+            if is_same && index != self.own && is_worker {
                 workers += 1;
                 connections += record.connections.load(Relaxed) as usize;
             }
@@ -238,13 +234,8 @@ impl Forwarding {
 
     /// Remembers which workers the master is to be asked for: those without a link that are `useful`.
     fn want_links(&mut self, now_ms: u64, useful: impl Fn(&WorkerRecord) -> bool) {
-        let mut unused = 0;
-        for (index, record) in self.records.iter().enumerate() {
+        for (index, record) in used(self.records) {
             let generation = record.generation.load(Relaxed);
-            unused = if generation == 0 { unused + 1 } else { 0 };
-            if unused > SEARCH_GAP {
-                return;
-            }
             // A link to or from a pool process is always made.
             let is_pool = self.lane > 0 || record.lane.load(Relaxed) > 0;
             if !is_pool && self.peers.len() + self.wanted.len() >= MAX_LINKS {
@@ -423,4 +414,22 @@ impl Forwarding {
         reactor.unwatch(LINK_BASE + link as u16);
         Some(peer)
     }
+}
+
+/// The records of processes that take part in forwarding, with their indices: workers have the lowest ones
+/// and pool processes the highest.
+fn used(records: &'static [WorkerRecord]) -> impl Iterator<Item = (usize, &'static WorkerRecord)> {
+    let all = || records.iter().enumerate();
+    until_gap(all()).chain(until_gap(all().rev()))
+}
+
+fn until_gap<'a>(
+    records: impl Iterator<Item = (usize, &'a WorkerRecord)>,
+) -> impl Iterator<Item = (usize, &'a WorkerRecord)> {
+    let mut unused = 0;
+    records.take_while(move |(_, record)| {
+        let is_used = record.generation.load(Relaxed) != 0;
+        unused = if is_used { 0 } else { unused + 1 };
+        unused <= SEARCH_GAP
+    })
 }

@@ -73,12 +73,16 @@ const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// Is the worker, in a freshly forked child with all signals blocked.
 pub fn run(boot: WorkerInit<'_>) -> ! {
+    let role = match boot.slot.pool() {
+        Some(_) => "pool process",
+        None => "worker",
+    };
     let lived = catch_unwind(AssertUnwindSafe(|| live(boot)));
     let code = match lived {
         Ok(Ok(())) => 0,
         Ok(Err((attempt, error))) => {
             log::error!(
-                "this worker can't {attempt}: {error}; it leaves, the master decides what follows"
+                "this {role} can't {attempt}: {error}; it leaves, the master decides what follows"
             );
             CANT_START
         }
@@ -177,8 +181,10 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     // The process ends after this: threads that still run handlers end with it, unasked.
     let mut event_loop = ManuallyDrop::new(event_loop);
     let ran = event_loop.run(&mut reactor).map_err(cant("serve"));
-    if ran.is_ok() {
-        event_loop.leaves();
+    match ran {
+        Ok(()) => event_loop.leaves(),
+        // Its reason is to be heard before the master's patience ends, and nobody waits for a program.
+        Err(_) => event_loop.drain.leave_now(),
     }
     event_loop.end_programs(&mut reactor);
     ran?;

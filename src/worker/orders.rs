@@ -45,7 +45,10 @@ impl EventLoop {
                     reactor.unwatch(LINK);
                     self.master_gone = Some(self.service.now_ms);
                     if self.is_pool() {
-                        // Workers use it; after an upgrade another program is the master.
+                        // Workers may use it; after an upgrade another program is the master.
+                        if !self.is_accepting {
+                            self.drain.leave_now();
+                        }
                         return;
                     }
                     log::error!(

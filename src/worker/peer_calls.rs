@@ -379,7 +379,7 @@ pub fn end(service: &mut CallDispatcher, link: usize, reactor: &mut Reactor) {
         return;
     };
     for key in peer.sent.into_values() {
-        let text = "the worker that ran it has ended";
+        let text = "the process that ran it has ended";
         service.answered_elsewhere.push(Done {
             key,
             outcome: Some(Err(RpcError::of(Code::Crashed, text, true))),

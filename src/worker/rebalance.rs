@@ -89,7 +89,7 @@ impl EventLoop {
         let total = others + own;
         if own * workers > total + (total / 4).max(workers) && self.drain.is_serving() {
             // Untold, it is told the next time.
-            let _ = self.report(Report::Uneven);
+            self.request(Report::Uneven);
         }
     }
 

@@ -20,11 +20,16 @@ use crate::sys::process::monotonic;
 const PROGRAMS_MS: u64 = 2500;
 
 impl EventLoop {
-    /// Lets nobody in as long as programs are missing.
+    /// Takes no connection as long as programs are missing.
     pub(super) fn defer_accepting(&mut self, reactor: &mut Reactor) {
-        if self.service.threads.pools().stage() != Stage::Ready {
+        if self.service.threads.pools().stage() != Stage::Ready || self.lacks_pools() {
             reactor.pause_listeners();
         }
+    }
+
+    /// Whether it is to wait for a pool process. A client's call would wait for that otherwise.
+    fn lacks_pools(&self) -> bool {
+        self.waits_for_pools && !self.service.has_all_pools()
     }
 
     /// Begins to serve, once that is possible.
@@ -35,8 +40,7 @@ impl EventLoop {
         match self.service.threads.pools().stage() {
             Stage::Starting => {}
             Stage::Failed(reason) => return Err(io::Error::other(reason)),
-            // A client's call would wait for its pool otherwise.
-            Stage::Ready if self.waits_for_pools && !self.service.has_all_pools() => {}
+            Stage::Ready if self.lacks_pools() => {}
             Stage::Ready => {
                 self.is_accepting = true;
                 self.resume_listening(reactor);

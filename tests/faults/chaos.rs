@@ -87,7 +87,7 @@ const METHODS: [&str; 9] = [
 ];
 
 /// Waits until it is again as it was: the same count of workers, none of an older generation, each with
-/// its keeper and its program and nobody else.
+/// its keeper, the pool and nobody else.
 fn settle(daemon: &Daemon) {
     wait_for("a reload that is accepted", PATIENCE * 2, || {
         daemon.configure(&config(COUNT, THREADS));
@@ -97,8 +97,9 @@ fn settle(daemon: &Daemon) {
         let workers = daemon.workers();
         workers.len() == COUNT && workers.iter().all(|it| it.state == "ready")
     });
-    wait_for("workers, keepers, programs, nobody else", PATIENCE, || {
-        process::descendants(daemon.pid()).len() == 3 * COUNT
+    // The pool has one process, with one program.
+    wait_for("workers, keepers, the pool, nobody else", PATIENCE, || {
+        process::descendants(daemon.pid()).len() == 2 * COUNT + 2
     });
 }
 

@@ -60,7 +60,7 @@ impl<'a> Chaos<'a> {
     }
 
     pub fn act(&mut self) {
-        let kinds: [(&'static str, Act<'a>); 19] = [
+        let kinds: [(&'static str, Act<'a>); 20] = [
             ("worker killed", Self::kill_worker),
             ("worker killed", Self::kill_worker),
             ("worker quit", Self::quit_worker),
@@ -75,6 +75,7 @@ impl<'a> Chaos<'a> {
             ("USR2", Self::upgrade),
             ("scaled", Self::scale),
             ("program killed", Self::kill_program),
+            ("pool process killed", Self::kill_pool),
             ("no descriptors", Self::squeeze_descriptors),
             ("no memory", Self::squeeze_memory),
             ("log full", Self::fill_log),
@@ -154,7 +155,7 @@ impl<'a> Chaos<'a> {
     }
 
     fn kill_program(&mut self) -> bool {
-        let mut programs: Vec<i32> = process::workers(self.daemon.pid())
+        let mut programs: Vec<i32> = process::pools(self.daemon.pid())
             .into_iter()
             .flat_map(process::children)
             .collect();
@@ -167,6 +168,16 @@ impl<'a> Chaos<'a> {
         // noted first: its call may be answered before we are told
         self.ledger.program_killed();
         kill(program, self.dice.pick(&ways)).is_ok()
+    }
+
+    fn kill_pool(&mut self) -> bool {
+        let pools = process::pools(self.daemon.pid());
+        if pools.is_empty() {
+            return false;
+        }
+        let pool = self.dice.pick(&pools);
+        self.ledger.pool_killed();
+        kill(Pid::from_raw(pool), Signal::SIGKILL).is_ok()
     }
 
     fn retire_worker(&mut self) -> bool {

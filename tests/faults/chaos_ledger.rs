@@ -24,6 +24,10 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const SHORT: Duration = Duration::from_secs(1);
 /// The most calls ahead on a connection.
 const DEPTH: usize = 16;
+/// The most calls that one worker runs for others: it has no more threads.
+const THREADS: usize = 8;
+/// The most calls that a pool process has: one for its program, and one on its way from each worker.
+const POOL_CALLS: usize = 6;
 
 /// How a worker's end was brought about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +78,8 @@ pub struct Ledger {
     ended: Vec<Ended>,
     /// When programs of the pool were killed.
     programs: Vec<Instant>,
+    /// When pool processes were killed.
+    pools: Vec<Instant>,
     /// When the daemon had too few descriptors or too little memory, first of all: a worker that is
     /// forked meanwhile has them for life.
     short_since: Option<Instant>,
@@ -161,6 +167,8 @@ enum Kind {
     Crashed,
     /// The same, for a program of a pool.
     ProgramCrashed,
+    /// The same, for the process to which its worker had sent the call.
+    RunnerCrashed,
     /// A command that could not be started for want of descriptors or memory: not begun, and said
     /// so.
     Refused,
@@ -176,6 +184,7 @@ impl Kind {
             () if fault.closed => Kind::Closed,
             () if says(&["\"crashed\"", "the pool "]) => Kind::ProgramCrashed,
             () if says(&["\"crashed\"", "the worker that "]) => Kind::Crashed,
+            () if says(&["\"crashed\"", "the process that ran it"]) => Kind::RunnerCrashed,
             () if says(&["overloaded", "Too many open files", "\"started\":false"])
                 || says(&["overloaded", "Cannot allocate memory", "\"started\":false"]) =>
             {
@@ -228,6 +237,10 @@ impl Ledger {
         self.programs.push(Instant::now());
     }
 
+    pub fn pool_killed(&mut self) {
+        self.pools.push(Instant::now());
+    }
+
     pub fn is_short(&mut self) {
         self.short_since.get_or_insert_with(Instant::now);
     }
@@ -264,7 +277,8 @@ impl Ledger {
         format!(
             "{} ends of workers, {} connections on them looked at, told of: {} kept, {resets} ended, \
              {crashed} calls crashed (with what could not be told {} and {}); seen: {} ended, {} calls \
-             crashed, {} of {} killed programs; {} refused, {} late",
+             crashed, {} of {} killed programs, {} sent to processes that ended ({} of them pool \
+             processes); {} refused, {} late",
             self.ended.len(),
             self.ended.iter().map(|it| it.ports.len()).sum::<usize>(),
             told.kept,
@@ -274,6 +288,8 @@ impl Ledger {
             of(Kind::Crashed),
             of(Kind::ProgramCrashed),
             self.programs.len(),
+            of(Kind::RunnerCrashed),
+            self.pools.len(),
             of(Kind::Refused),
             of(Kind::Late),
         )
@@ -344,6 +360,10 @@ impl Ledger {
         };
         let one_each = (0..self.programs.len()).map(|number| (number as i32, 1));
         excuse(Kind::ProgramCrashed, &programs, one_each.collect());
+        let runners = |fault: &Fault| self.runners_ended_before(fault);
+        let pools = (0..self.pools.len()).map(|number| (-1 - number as i32, POOL_CALLS));
+        let runs = self.ended.iter().map(|ended| (ended.pid, THREADS));
+        excuse(Kind::RunnerCrashed, &runners, pools.chain(runs).collect());
         excused
     }
 
@@ -356,6 +376,20 @@ impl Ledger {
             met.partition(|ended| ended.ports.contains(&fault.port));
         let all = seen.into_iter().chain(unseen);
         all.map(|ended| ended.pid).collect()
+    }
+
+    /// The processes that may have run a call which another worker had sent: pool processes by their
+    /// negative number, and workers.
+    fn runners_ended_before(&self, fault: &Fault) -> Vec<i32> {
+        let is_before = |at: Instant, most| (at..=at + most).contains(&fault.at);
+        let pools = self.pools.iter().enumerate();
+        let pools = pools.filter(|(_, at)| is_before(**at, AFTERWARDS));
+        let workers = self.ended.iter().filter(|ended| {
+            let gone = ended.gone.unwrap_or(fault.at);
+            (ended.at..=gone + AFTERWARDS).contains(&fault.at)
+        });
+        let pools = pools.map(|(number, _)| -1 - number as i32);
+        pools.chain(workers.map(|ended| ended.pid)).collect()
     }
 
     fn programs_killed_before(&self, fault: &Fault) -> impl Iterator<Item = usize> {
@@ -496,4 +530,19 @@ fn what_a_keeper_says_waits_for_a_worker_that_can_take_the_connection_up() {
     assert_eq!(judge(full, 15), 0);
     assert_eq!(judge(full, 5), 1, "only afterwards");
     assert_eq!(judge(full, 40), 1, "long before");
+}
+
+#[test]
+fn what_a_process_ran_for_others_is_excused_if_it_was_killed() {
+    let text = r#"{"name":"crashed","message":"the process that ran it has ended"}"#;
+    let mut ledger = Ledger::default();
+    let faults: Vec<Fault> = (0..20).map(|port| fault(port, false, text)).collect();
+    let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
+    assert_eq!(ledger.unexplained(&named, &Told::default()).len(), 20);
+    let at = Instant::now() - SHORT;
+    ledger.pools.push(at);
+    ledger.ends(9, End::Killed, []);
+    ledger.ended[0].at = at;
+    let rest = 20 - POOL_CALLS - THREADS;
+    assert_eq!(ledger.unexplained(&named, &Told::default()).len(), rest);
 }

@@ -222,11 +222,7 @@ fn upgrade_and_roll_back(first: &Path, second: &Path) {
     // `second` writes the first two lines before the rollback, and `first` writes the third one after it.
     let upgraded = Upgraded::start(
         first,
-        &[
-            "not ready within boot-timeout",
-            "reload refused",
-            "upgrade refused",
-        ],
+        &["within boot-timeout", "reload refused", "upgrade refused"],
     );
     let daemon = &upgraded.daemon;
     let inode = executable(daemon.pid());

@@ -189,7 +189,7 @@ fn what_fails_after_the_exec_goes_back_to_the_old_program() {
         .daemon(CONFIG)
         .expect_log("reload refused")
         .expect_log("upgrade refused")
-        .expect_log("not ready within boot-timeout")
+        .expect_log("within boot-timeout")
         .start();
     let before = Before::of(&daemon);
     let held = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -320,7 +320,7 @@ fn a_panic_on_the_way_goes_back_with_all_that_was_heard() {
 fn what_comes_at_the_last_moment_is_heard_by_the_old_program() {
     let (installed, sabotage) = (Installed::new(), Sabotage::new());
     let daemon = sabotaged(&installed, &sabotage)
-        .expect_log("not ready within boot-timeout")
+        .expect_log("within boot-timeout")
         .expect_log("reload refused")
         .start();
     let before = Before::of(&daemon);

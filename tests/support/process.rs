@@ -157,6 +157,13 @@ pub fn workers(master: i32) -> Vec<i32> {
     children
 }
 
+/// Its pool processes.
+pub fn pools(master: i32) -> Vec<i32> {
+    let mut children = children(master);
+    children.retain(|&child| title(child).contains("preforkd: pool "));
+    children
+}
+
 /// Their keepers, from when they have that name.
 pub fn keepers(master: i32) -> Vec<i32> {
     let mut children = children(master);

@@ -1,5 +1,6 @@
 //! Holds what the workers of one configuration are started from, and what the master tells of them.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Settings;
 use crate::handler::registry::Registry;
+use crate::link::ids::Generation;
 use crate::master::endpoints::listeners::Listener;
 
 /// What the workers of one configuration are started from.
@@ -19,6 +21,39 @@ pub struct GenerationContext {
     pub listeners: Vec<Rc<Listener>>,
     /// What is told of its workers.
     pub known: Rc<GenerationInfo>,
+}
+
+/// What earlier generations run on, without listeners: one of their pool processes may have to be
+/// replaced.
+#[derive(Debug, Default)]
+pub struct OldContexts {
+    /// By the generation that came after.
+    contexts: BTreeMap<Generation, Rc<GenerationContext>>,
+}
+
+impl OldContexts {
+    /// What a generation runs on, if it is an earlier one.
+    pub fn of(&self, generation: Generation) -> Option<&Rc<GenerationContext>> {
+        let mut later = self.contexts.range(generation.next()..);
+        later.next().map(|(_, context)| context)
+    }
+
+    /// Adds what ran until the generation `after`, and forgets those before which no generation `is_used`.
+    pub fn add(
+        &mut self,
+        after: Generation,
+        context: &GenerationContext,
+        is_used: impl Fn(Generation) -> bool,
+    ) {
+        let context = GenerationContext {
+            settings: Rc::clone(&context.settings),
+            registry: Arc::clone(&context.registry),
+            listeners: Vec::new(),
+            known: Rc::clone(&context.known),
+        };
+        self.contexts.insert(after, Rc::new(context));
+        self.contexts.retain(|after, _| is_used(*after));
+    }
 }
 
 /// What the master tells of the workers of one configuration, for as long as one of them lives:

@@ -3,6 +3,7 @@
 pub mod diagnosis;
 pub mod generation_info;
 pub mod keepers;
+pub mod links;
 pub mod mark_reader;
 pub mod orphans;
 pub mod startup_log;

@@ -3,16 +3,16 @@
 //! Forks them, speaks with them, and forgets them when they are reaped. Who is forked when is
 //! decided by `Fleet`.
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
 use super::keepers::{DeadWorker, Keepers, claimed_keeper};
+use super::links::Links;
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::call_link;
 use crate::link::channel::{self, MasterEnd, Received};
@@ -35,10 +35,6 @@ use nix::errno::Errno;
 pub use super::generation_info::{GenerationContext, GenerationInfo};
 pub use super::workers_state::WorkersState;
 
-/// Who asks for a link again within this time gets none.
-const LINK_AGAIN: Duration = Duration::from_secs(1);
-/// Links to other workers that one may have.
-const MAX_LINKS: usize = 64;
 /// Reports taken from one worker at once.
 const MOST_REPORTS: usize = 64;
 
@@ -74,22 +70,23 @@ pub struct WorkerHandle {
     /// It has attached descriptors to a report, so nothing more is read from its link.
     pub(super) is_unheard: bool,
     pub(super) slot: Slot,
+    /// It has said that it is ready.
+    pub(super) is_ready: bool,
     /// What it logs before it is ready; `None` where nobody waits for that.
     pub(super) startup_log: Option<GuardedSocket>,
     /// Its keeper has died, and it is to retire for that, at once or when it is ready.
     pub keeper_is_lost: Cell<bool>,
-    /// The processes that it was linked to, and when, as time since boot.
-    pub(super) linked: RefCell<HashMap<Pid, Duration>>,
 }
 
 /// All living workers.
 #[derive(Debug)]
 pub struct Children {
     pub(super) board: Scoreboard,
-    pub(super) free: Vec<usize>,
+    pub(super) free: BTreeSet<usize>,
     pub(super) living: HashMap<Pid, WorkerHandle>,
     /// The records of pool processes that the program before an upgrade has forked.
     pub(super) reserved: HashMap<Pid, usize>,
+    pub(super) links: Links,
     pub(super) keepers: Keepers,
     pub(super) quarantine: Quarantine,
     /// For life: connections on their way outlive any worker.
@@ -104,9 +101,10 @@ impl Children {
     pub fn new() -> io::Result<Self> {
         Ok(Children {
             board: Scoreboard::new()?,
-            free: (0..RECORDS).rev().collect(),
+            free: (0..RECORDS).collect(),
             living: HashMap::new(),
             reserved: HashMap::new(),
+            links: Links::default(),
             keepers: Keepers::default(),
             quarantine: Quarantine::new()?,
             adoption: AdoptionQueue::new()?,
@@ -124,10 +122,16 @@ impl Children {
         ground: &Rc<GenerationContext>,
         parent: ForkContext<'_>,
     ) -> io::Result<Pid> {
-        let index = self.free.pop().ok_or(io::ErrorKind::ResourceBusy)?;
+        // Workers have the lowest records and pool processes the highest: an older version to which an
+        // upgrade goes back knows of no pool processes, and gives the lowest to its next worker.
+        let index = match slot.pool() {
+            Some(_) => self.free.pop_last(),
+            None => self.free.pop_first(),
+        }
+        .ok_or(io::ErrorKind::ResourceBusy)?;
         let forked = self.fork_with(slot, generation, ground, parent, index);
         if forked.is_err() {
-            self.free.push(index);
+            self.free.insert(index);
         }
         forked
     }
@@ -151,6 +155,7 @@ impl Children {
         };
         let record = self.board.record(record_index);
         record.clear();
+        record.allow_requests();
         let evidence = self.quarantine.evidence(record_index);
         evidence.clear();
         let stuck = self.quarantine.stuck(record_index);
@@ -189,6 +194,9 @@ impl Children {
         };
         signal::unblock_all();
         let pid = forked?;
+        if slot.pool().is_some() {
+            record.pool_pid.store(pid.0, Relaxed);
+        }
         self.living.insert(
             pid,
             WorkerHandle {
@@ -200,9 +208,9 @@ impl Children {
                 link: Some(master_end),
                 is_unheard: false,
                 slot,
+                is_ready: false,
                 startup_log: words,
                 keeper_is_lost: Cell::new(false),
-                linked: RefCell::default(),
             },
         );
         Ok(pid)
@@ -318,15 +326,15 @@ impl Children {
 
     /// Links a process that is ready with the pool processes of its generation, or a pool process with the
     /// workers.
-    pub fn link_pools(&self, pid: Pid) {
-        let Some(ready) = self.living.get(&pid) else {
+    pub fn link_pools(&mut self, pid: Pid) {
+        let Some(ready) = self.living.get_mut(&pid) else {
             return;
         };
-        let is_pool = |worker: &WorkerHandle| worker.slot.pool().is_some();
+        ready.is_ready = true;
+        let (generation, is_pool) = (ready.generation, ready.slot.pool().is_some());
         let others: Vec<usize> = (self.living.values())
-            .filter(|other| other.generation == ready.generation)
-            .filter(|other| is_pool(other) != is_pool(ready))
-            .filter(|other| other.record.generation.load(Relaxed) != 0)
+            .filter(|other| other.is_ready && other.generation == generation)
+            .filter(|other| other.slot.pool().is_some() != is_pool)
             .map(|other| other.record_index)
             .collect();
         for record in others {
@@ -335,7 +343,7 @@ impl Children {
     }
 
     /// Links two processes of one generation. One that asks for another generation's gets nothing.
-    pub fn link(&self, pid: Pid, record_index: usize) {
+    pub fn link(&mut self, pid: Pid, record_index: usize) {
         let Some(asking) = self.living.get(&pid) else {
             return;
         };
@@ -347,22 +355,16 @@ impl Children {
         let Some((&other, worker)) = others.next() else {
             return;
         };
-        let (own_index, own, theirs) = (asking.record_index, &asking.linked, &worker.linked);
+        let own_index = asking.record_index;
         let is_pool = asking.slot.pool().is_some() || worker.slot.pool().is_some();
-        let now = monotonic();
-        // Both may ask at once; later, their link has ended.
-        let is_new = |at: &Duration| now.saturating_sub(*at) < LINK_AGAIN;
-        if own.borrow().get(&other).is_some_and(is_new)
-            || !is_pool && own.borrow().len() >= MAX_LINKS
-        {
+        let now = monotonic().as_millis() as Millis;
+        if !self.links.begin(pid, other, is_pool, now) {
             return;
         }
         let (one_end, other_end) = match call_link::pair() {
             Ok(ends) => ends,
             Err(error) => return log::warn!("{pid} and {other} could not be linked: {error}"),
         };
-        own.borrow_mut().insert(other, now);
-        theirs.borrow_mut().insert(pid, now);
         self.order(pid, Order::Link(record_index as u32), Some(one_end.as_fd()));
         self.order(
             other,
@@ -381,9 +383,7 @@ impl Children {
     ) -> Option<WorkerHandle> {
         let worker = self.living.remove(&pid)?;
         worker.record.clear_capacity();
-        for other in self.living.values() {
-            other.linked.borrow_mut().remove(&pid);
-        }
+        self.links.forget(pid);
         let left = DeadWorker::new(
             pid,
             (worker.record, worker.record_index),
@@ -398,7 +398,7 @@ impl Children {
     /// A child was reaped: what it had of its worker, if it was the keeper of one that is gone.
     pub fn keeper_ended(&mut self, keeper: Pid) -> Option<DeadWorker> {
         let left = self.keepers.ended(keeper)?;
-        self.free.push(left.record_index);
+        self.free.insert(left.record_index);
         Some(left)
     }
 

@@ -3,14 +3,18 @@
 //! Plain numbers: descriptors, places, pids. Whoever takes them over believes none that is not so;
 //! what can't be taken over is an error, and the program before goes on.
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::keepers::{DeadWorker, KeeperState, Keepers, is_plausible_keeper};
+use super::links::Links;
 use super::workers::{Children, GenerationInfo, WorkerHandle};
 use crate::error::{Error, Result};
 use crate::link::adoption_queue::AdoptionQueue;
@@ -18,7 +22,11 @@ use crate::link::channel::MasterEnd;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, STRIDE, Scoreboard};
-use crate::sys::process;
+use crate::sys::process::{self, monotonic};
+
+/// For how long a worker may take to send a request. It takes a few microseconds unless it is stopped just
+/// then.
+const MAX_SENDING: Duration = Duration::from_millis(20);
 
 /// What the master holds of its workers, as it crosses an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +78,7 @@ impl Children {
     pub fn release_record(&mut self, pid: Pid) {
         if let Some(record) = self.reserved.remove(&pid) {
             self.board.record(record).clear_capacity();
-            self.free.push(record);
+            self.free.insert(record);
         }
     }
 
@@ -81,6 +89,25 @@ impl Children {
         pools
             .map(|(pid, _)| *pid)
             .chain(self.reserved.keys().copied())
+    }
+
+    /// From here on no worker sends a request, and all that were sent can be read: the next program may
+    /// be of a version that does not know them.
+    pub fn forbid_requests(&self) {
+        for worker in self.living.values() {
+            let end = monotonic() + MAX_SENDING;
+            while !worker.record.forbid_requests() && monotonic() < end {
+                thread::yield_now();
+            }
+            worker.record.cut_off_requests();
+        }
+    }
+
+    /// The next program could not be executed, or this is the next program: requests are read.
+    pub fn allow_requests(&self) {
+        for worker in self.living.values() {
+            worker.record.allow_requests();
+        }
     }
 
     /// What the program after this one has to know.
@@ -153,11 +180,8 @@ impl Children {
         let board = Scoreboard::of(take(state.board)?)
             .map_err(|error| Error::system("map the scoreboard", error))?;
         let known: Vec<Rc<GenerationInfo>> = state.known.into_iter().map(Rc::new).collect();
-        let mut free: Vec<usize> = (0..RECORDS).rev().collect();
-        let mut claim = |index: usize| {
-            let place = free.iter().position(|&other| other == index)?;
-            Some(free.remove(place))
-        };
+        let mut free: BTreeSet<usize> = (0..RECORDS).collect();
+        let mut claim = |index: usize| free.take(&index);
         let quarantine = Quarantine::new().map_err(|error| Error::system("share memory", error))?;
         let mut keepers = Keepers::default();
         for keeper in state.keepers {
@@ -206,14 +230,23 @@ impl Children {
                     link,
                     is_unheard: false,
                     slot: Slot(worker.slot),
+                    // The pool processes of its generation have no link to this program.
+                    is_ready: true,
                     // No verdict is open.
                     startup_log: None,
                     keeper_is_lost: Cell::new(false),
-                    linked: RefCell::default(),
                 },
             );
             if before.is_some() {
                 return Err(refuse(format!("worker {pid} is there twice")));
+            }
+        }
+        // Those that the program before this one did not know of.
+        for (index, record) in board.records().iter().enumerate() {
+            let pid = Pid(record.pool_pid.load(Relaxed));
+            let is_pool = pid.0 > 0 && !living.contains_key(&pid) && process::is_child(pid);
+            if is_pool && claim(index).is_some() {
+                reserved.insert(pid, index);
             }
         }
         Ok(Children {
@@ -221,6 +254,7 @@ impl Children {
             free,
             living,
             reserved,
+            links: Links::default(),
             keepers,
             quarantine,
             adoption: AdoptionQueue {

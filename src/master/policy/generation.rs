@@ -115,6 +115,10 @@ impl Fleet {
             let text = format!("generation {generation} did not become ready: {reason}");
             self.act(Action::ReloadDone(Err(text)));
             self.remove_slots(generation, 0, StopMode::Retire);
+            // Its pool processes are not replaced: it has served nobody.
+            for slot_id in self.table.slots_of(generation) {
+                self.table.remove_slots(slot_id);
+            }
         }
     }
 }

@@ -76,6 +76,26 @@ fn the_old_pool_process_leaves_behind_the_last_worker_that_uses_it() {
 }
 
 #[test]
+fn an_old_pool_process_is_replaced_as_long_as_a_worker_uses_it() {
+    let mut world = World::serving(POOLS);
+    let (old, old_workers) = (pool(&world, 1), workers(&world));
+    world.tell(Event::Reload { limits: POOLS });
+    world.all_ready();
+    world.die(old, SEGV);
+    world.all_ready();
+    let replaced = pool(&world, 1);
+    assert!(replaced != old && !is_told_to_leave(&world, replaced));
+    assert!(world.fleet.has_pools_before(Generation(2)));
+    for pid in old_workers {
+        world.die(pid, Exit::Code(0));
+    }
+    assert!(is_told_to_leave(&world, replaced));
+    assert!(!world.fleet.has_pools_before(Generation(2)));
+    world.die(replaced, Exit::Code(0));
+    assert_eq!(world.fleet.pools().len(), 1, "nobody uses it any more");
+}
+
+#[test]
 fn pool_processes_leave_last_at_a_stop() {
     let mut world = World::serving(POOLS);
     let (pool, workers) = (pool(&world, 1), workers(&world));

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::event::{Action, HumanDuration, Millis, StopMode};
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{ChildRecord, WorkerStage, begin_drain, kill_after};
+use super::slots::{ChildRecord, SlotId, WorkerStage, begin_drain, kill_after};
 use crate::link::ids::{Generation, Pid};
 use crate::logging::pluralize;
 
@@ -17,23 +17,21 @@ use crate::logging::pluralize;
 const STOP_DEBOUNCE: Millis = 100;
 
 impl Fleet {
-    /// Gives up a generation's slots from a slot on: highest first, their workers leave.
+    /// Gives up a generation's slots of workers from a slot on: highest first, their workers leave.
     pub(crate) fn remove_slots(&mut self, generation: Generation, from: usize, leave: StopMode) {
         for slot_id in self.table.slots_of(generation).into_iter().rev() {
-            // A count of workers says nothing about pools.
-            if usize::from(slot_id.slot.0) < from || from > 0 && slot_id.is_pool() {
+            if usize::from(slot_id.slot.0) < from || slot_id.is_pool() {
                 continue;
             }
             for pid in self.table.remove_slots(slot_id) {
-                if !slot_id.is_pool() {
-                    self.order_exit(pid, leave);
-                }
+                self.order_exit(pid, leave);
             }
         }
     }
 
-    /// Lets pool processes leave that no worker uses any more: those of a generation whose last worker
-    /// is gone, and at a stop all of them behind the last worker. To be asked after every event.
+    /// Gives up the slots of pool processes that no worker uses any more: those of a generation whose
+    /// last worker is gone, and at a stop all of them behind the last worker. To be asked after every
+    /// event. Until then one that dies is replaced: calls wait for it.
     pub(crate) fn release_pools(&mut self) {
         let leave = match self.phase {
             ServerPhase::Stopping { leave, .. } => leave,
@@ -54,6 +52,14 @@ impl Fleet {
             .filter(|(_, child)| !is_used(child.slot_id.generation))
             .map(|(pid, _)| *pid)
             .collect();
+        let slots = self.table.slots.iter();
+        let slots: Vec<SlotId> = slots
+            .filter(|(id, tenure)| tenure.is_active && id.is_pool() && !is_used(id.generation))
+            .map(|(slot_id, _)| *slot_id)
+            .collect();
+        for slot_id in slots {
+            self.table.remove_slots(slot_id);
+        }
         for pid in unused {
             self.order_exit(pid, leave);
         }
@@ -142,7 +148,8 @@ impl Fleet {
             }
         };
         self.log(Level::Info, format!("stopping: {how}"));
-        for slot_id in self.table.slots_of(self.serving) {
+        let slots: Vec<SlotId> = self.table.slots.keys().copied().collect();
+        for slot_id in slots {
             self.table.remove_slots(slot_id);
         }
         // Those of older generations too: their connections have nowhere to go any more.

@@ -40,6 +40,12 @@ impl Fleet {
     pub fn pools(&self) -> Vec<WorkerView> {
         let mut views = self.views();
         views.retain(|view| view.slot.pool().is_some());
+        for view in &mut views {
+            if view.generation < self.serving && view.state == WorkerPhase::Ready {
+                // It serves what is left of its generation.
+                view.state = WorkerPhase::Draining;
+            }
+        }
         views
     }
 
@@ -66,6 +72,12 @@ impl Fleet {
             (view.slot, drains, std::cmp::Reverse(view.generation))
         });
         views
+    }
+
+    /// Whether a generation before this one has pool processes, or is to get some.
+    pub fn has_pools_before(&self, generation: Generation) -> bool {
+        let mut slots = self.table.slots.keys();
+        slots.any(|slot_id| slot_id.is_pool() && slot_id.generation < generation)
     }
 
     pub fn generation(&self) -> Generation {

@@ -103,6 +103,9 @@ impl Master<'_> {
                     // Only now, for a refused reload must not have touched what goes on.
                     listeners::tune(&ground.settings, &ground.listeners);
                     self.serving_context = ground;
+                    let fleet = &self.fleet;
+                    let is_used = |after| fleet.has_pools_before(after);
+                    self.old_contexts.add(*generation, &before, is_used);
                 }
                 self.previous_log = None;
                 self.strikes.reset(self.workers.quarantine());

@@ -38,6 +38,7 @@ impl Master<'_> {
 
     /// Becomes the program before. Returns only when that can't be.
     fn roll_back_after_panic(&mut self) {
+        self.queue_last_requests();
         let given_up = self.fleet.abandon_reload(PANICKED, now());
         let left = mem::take(&mut self.actions);
         // The other program forks: this one may have panicked because it can't.
@@ -62,6 +63,7 @@ impl Master<'_> {
         };
         log::info!("upgrade: goes back to the program before");
         let error = trial.exec_old_with_state(&table, &self.signals, &reason);
+        self.workers.allow_requests();
         log::error!("upgrade: the program before can't be executed again: {error}");
     }
 }

@@ -220,7 +220,10 @@ impl Master<'_> {
             return self.refuse_upgrade(&reason);
         }
         log::info!("upgrade: becomes {}", self.program());
+        self.queue_last_requests();
+        self.apply_actions();
         let error = exec_attempt::exec_new(&self.export(), &self.signals);
+        self.workers.allow_requests();
         self.refuse_upgrade(&format!("{} can't be executed: {error}", self.program()));
     }
 
@@ -316,14 +319,26 @@ impl Master<'_> {
     /// Becomes the program before, whose workers have served all along.
     fn exec_old(&mut self, reason: &str) {
         log::info!("upgrade: goes back to the program before");
+        self.queue_last_requests();
+        self.apply_actions();
         let error = match self.setup.trial.take() {
             Some(trial) => trial.exec_old_with_state(&self.export(), &self.signals, reason),
             None => std::io::Error::other("there is none"),
         };
         // This one goes on then: what is old are its workers, and they serve.
+        self.workers.allow_requests();
         self.refuse_upgrade(&format!(
             "{reason}; and the program before can't be executed again ({error}), so this one goes on"
         ));
+    }
+
+    /// Reads what the workers have sent that the next program may not understand. They send no more of it.
+    pub(super) fn queue_last_requests(&mut self) {
+        self.workers.forbid_requests();
+        let pids: Vec<_> = self.workers.iter().map(|(pid, _)| pid).collect();
+        for pid in pids {
+            self.queue_reports(pid);
+        }
     }
 
     /// All that the next program has to know. To be asked between two turns of the loop.

@@ -102,7 +102,9 @@ fn a_start_fails_with_the_reason_when_a_program_cant_start() {
     let silent = "ready = \"message\"\nboot-timeout = \"300ms\"";
     let log = start(&config(&program, "", "", silent));
     assert!(
-        log.contains("has not sent {\"out\": \"ready\"} on descriptor 3 within 300ms"),
+        log.contains(
+            "has not sent {\"out\": \"ready\"} on descriptor 3 within boot-timeout (300ms)"
+        ),
         "{log}"
     );
 }

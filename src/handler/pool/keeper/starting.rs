@@ -77,7 +77,8 @@ impl Keeper {
             fresh.is_ready = true;
         } else if by_itself.is_none() && now >= fresh.since.saturating_add(boot) {
             let text = format!(
-                "has not sent {{\"out\": \"ready\"}} on descriptor 3 within {:?}",
+                "has not sent {{\"out\": \"ready\"}} on descriptor 3 within boot-timeout ({:?}): let it \
+                 send that, or set ready = \"alive\"",
                 Duration::from_millis(boot)
             );
             self.fresh_fails(text, now);
