@@ -218,13 +218,14 @@ impl Forwarding {
         })
     }
 
-    /// How many other workers of this generation serve, and the connections that they have.
-    pub fn other_connections(&self) -> (usize, usize) {
+    /// How many other workers of this generation serve, and the connections that they have. One that is
+    /// stopped does not count.
+    pub fn other_connections(&self, now_ms: u64) -> (usize, usize) {
         let (mut workers, mut connections) = (0, 0);
         for (index, record) in used(self.records) {
             let is_worker = record.lane.load(Relaxed) == 0;
             let is_same = record.generation.load(Relaxed) == self.generation;
-            if is_same && index != self.own && is_worker {
+            if is_same && index != self.own && is_worker && is_fresh(record, now_ms) {
                 workers += 1;
                 connections += record.connections.load(Relaxed) as usize;
             }

@@ -17,7 +17,10 @@ use crate::sys::event::{Reactor, Token};
 /// For this long a connection is not moved a second time.
 const STAYS_MS: u64 = 10_000;
 /// Accepts after which it is looked whether this worker has too many connections.
-const ACCEPTS_PER_LOOK: u32 = 8;
+const ACCEPTS_PER_LOOK: u32 = 4;
+/// For how long one that has too many leaves accepting to the others. A worker that counts and does not
+/// run, because it is stopped, costs new connections so much.
+const LEAVE_MS: u64 = 3;
 /// How long an order holds.
 const REBALANCE_TTL_MS: u64 = 150;
 
@@ -76,20 +79,25 @@ impl EventLoop {
     }
 
     /// One was accepted. Now and then it is looked whether this worker has more than its share of the
-    /// connections; then the master counts them all.
-    pub(super) fn has_accepted(&mut self, reactor: &Reactor) {
+    /// connections. Then it leaves accepting to the others for a moment, and the master counts all
+    /// connections.
+    pub(super) fn has_accepted(&mut self, reactor: &mut Reactor) {
         self.accepts += 1;
         if self.accepts < ACCEPTS_PER_LOOK {
             return;
         }
         self.accepts = 0;
         let forwarding = &self.service.forwarding;
-        let (workers, others) = forwarding.other_connections();
+        let (workers, others) = forwarding.other_connections(self.service.now_ms);
         let (workers, own) = (workers + 1, reactor.connections());
         let total = others + own;
         if own * workers > total + (total / 4).max(workers) && self.drain.is_serving() {
             // Untold, it is told the next time.
             self.request(Report::Uneven);
+            reactor.leave_listeners();
+            let at = self.service.now_ms + LEAVE_MS;
+            let timers = &mut self.service.timers;
+            timers.arm(&mut self.listen_deadline, at, TimerTarget::Listen);
         }
     }
 
@@ -99,8 +107,8 @@ impl EventLoop {
         timers.disarm(&mut self.spreading.until, TimerTarget::Spread);
         if std::mem::take(&mut self.spreading).take.is_some() {
             reactor.set_adopting(true);
-            self.resume_listening(reactor);
         }
+        self.resume_listening(reactor);
     }
 }
 

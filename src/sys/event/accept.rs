@@ -113,6 +113,11 @@ impl AcceptSources {
         }
     }
 
+    /// Watches no listener until `resume`. The adoption queue stays as it is.
+    pub fn leave_listeners(&mut self, epoll: &Epoll) {
+        self.pause_kind(epoll, Some(SourceKind::Listener));
+    }
+
     pub fn pause_queue(&mut self, epoll: &Epoll) {
         self.pause_kind(epoll, Some(SourceKind::Queue));
     }

@@ -332,6 +332,11 @@ impl Reactor {
         self.sources.pause(&self.epoll);
     }
 
+    /// Leaves accepting to siblings until `resume_listeners`. Goes on to adopt connections of theirs.
+    pub fn leave_listeners(&mut self) {
+        self.sources.leave_listeners(&self.epoll);
+    }
+
     /// Adopts connections of siblings, or stops until called again. Listeners stay as they are.
     pub fn set_adopting(&mut self, adopts: bool) {
         self.sources.set_adopting(adopts, &self.epoll);
