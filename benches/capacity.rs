@@ -1,7 +1,8 @@
 //! Calls per second that a server makes of its capacity: does a call wait while another worker is idle?
 //!
-//! 4 workers with 2 handler threads each, and a pool of 8 programs. Each call sleeps for
-//! 0.1 s, so 80 calls per second are possible. Every round starts a fresh server and opens all connections
+//! 4 workers with 2 handler threads each, a pool of 8 programs, and a pool of one Python program that may
+//! have 100 calls at once. Each call sleeps for 0.1 s, so 80 calls per second are possible, and 1,000 in
+//! the last pool. Every round starts a fresh server and opens all connections
 //! in one burst. Rows: lasting connections in a closed loop, a new connection for each call, and one
 //! connection that sends 64 calls ahead. The last row is about short calls beside long ones.
 //! `-- --bar` fails below the bar of any row.
@@ -31,6 +32,8 @@ const THREADS: usize = 2;
 const CALL: f64 = 0.1;
 /// Calls per second that are possible.
 const POSSIBLE: f64 = (WORKERS * THREADS) as f64 / CALL;
+/// Calls at once in the program that has several.
+const CONCURRENCY: usize = 100;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -50,6 +53,8 @@ struct Options {
 /// What is measured: a name, the part of what is possible that must be reached, and how.
 struct Row {
     name: String,
+    /// Calls per second that are possible.
+    possible: f64,
     bar: f64,
     load: Box<dyn Fn(SocketAddr, Duration) -> Result<f64, Failure>>,
 }
@@ -76,12 +81,12 @@ fn measure(options: &Options) -> Result<(), Failure> {
         for _ in 0..options.rounds {
             let server = Server::preforkd_with(&config())?;
             let rate = (row.load)(server.address, Duration::from_secs(options.seconds))?;
-            parts.push(rate / POSSIBLE);
+            parts.push(rate / row.possible);
         }
         let lowest = parts.iter().copied().fold(f64::INFINITY, f64::min);
         let shown: Vec<String> = parts
             .iter()
-            .map(|part| format!("{:.0}", part * POSSIBLE))
+            .map(|part| format!("{:.0}", part * row.possible))
             .collect();
         println!(
             "{:<28} {:<24} lowest {lowest:.3} of what is possible (bar {})",
@@ -103,12 +108,18 @@ fn measure(options: &Options) -> Result<(), Failure> {
 }
 
 fn config() -> String {
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/capacity/sleep.py");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/capacity");
+    let (program, asynchronous) = (
+        directory.join("sleep.py"),
+        directory.join("asynchronous.py"),
+    );
     format!(
         "[workers]\ncount = {WORKERS}\nthreads = {THREADS}\n\
          [methods.thread]\nbuiltin = \"sleep\"\n\
          [pools.p]\ncommand = [\"python3\", {program:?}]\nprocesses = {}\n\
-         [methods.pool]\npool = \"p\"\n",
+         [methods.pool]\npool = \"p\"\n\
+         [pools.a]\ncommand = [\"python3\", {asynchronous:?}]\nconcurrency = {CONCURRENCY}\n\
+         [methods.async]\npool = \"a\"\n",
         WORKERS * THREADS
     )
 }
@@ -119,6 +130,7 @@ fn rows() -> Vec<Row> {
         for connections in [8, 16, 32] {
             rows.push(Row {
                 name: format!("{method}, {connections} connections"),
+                possible: POSSIBLE,
                 bar: 0.95,
                 load: Box::new(move |address, length| {
                     lasting(address, method, connections, length)
@@ -127,15 +139,23 @@ fn rows() -> Vec<Row> {
         }
         rows.push(Row {
             name: format!("{method}, a connection per call"),
+            possible: POSSIBLE,
             bar: 0.93,
             load: Box::new(move |address, length| one_call_each(address, method, length)),
         });
         rows.push(Row {
             name: format!("{method}, 64 ahead"),
+            possible: POSSIBLE,
             bar: 0.95,
             load: Box::new(move |address, length| ahead(address, method, length)),
         });
     }
+    rows.push(Row {
+        name: format!("async, {CONCURRENCY} connections"),
+        possible: CONCURRENCY as f64 / CALL,
+        bar: 0.9,
+        load: Box::new(|address, length| lasting(address, "async", CONCURRENCY, length)),
+    });
     rows
 }
 

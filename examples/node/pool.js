@@ -1,4 +1,5 @@
-// A pool program in JavaScript. Calls are frames on descriptor 3, one at a time.
+// A pool program in JavaScript. Calls are frames on descriptor 3, one at a time. If the pool has
+// `concurrency` above 1, several calls come at once, each with an id, which its answer returns.
 //
 // A frame is a 4-byte little-endian length, then JSON. A frame can arrive in pieces. The last piece can
 // contain the start of the next frame.
@@ -7,6 +8,7 @@ const net = require("net");
 
 const methods = {
   "js.upper": async (params) => String(params).toUpperCase(),
+  "js.nap": (seconds) => new Promise((done) => setTimeout(done, seconds * 1000, seconds)),
   "js.sum": async (params) => params.reduce((sum, value) => sum + value, 0),
 };
 
@@ -49,7 +51,13 @@ async function serve() {
   const calls = new net.Socket({ fd: 3, readable: true, writable: true });
   send(calls, { out: "ready" }); // needed for `ready = "message"`, harmless otherwise
   for await (const body of bodies(calls)) {
-    send(calls, await answer(JSON.parse(body.toString())));
+    const call = JSON.parse(body.toString());
+    if (call.id !== undefined) {
+      answer(call).then((value) => send(calls, { ...value, id: call.id }));
+    } else if (call.in !== "rpc.cancel") {
+      // A cancelled call is answered when it is done, like any other.
+      send(calls, await answer(call));
+    }
   }
   process.exit(0);
 }

@@ -21,23 +21,32 @@ The return value of the function is the result. Raise Error(code, message, data)
 Any other exception is answered with an error too. Its traceback goes to stderr, which goes to
 preforkd's log.
 
-Calls come one at a time. For more calls at once, set `processes` in the configuration.
+Calls come one at a time. For more calls at once, set `processes` in the configuration, or
+`concurrency`: then one program gets several calls at once. `async def` functions run together on one
+asyncio loop, other functions on threads. A call whose client does not wait any more is cancelled
+if its function is an `async def`.
 """
 
 import json
+import os
+import re
 import socket
 import sys
 import traceback
+import types
 
 __all__ = ["Error", "method", "serve"]
 
 INVALID_PARAMS = -32602
 METHOD_NOT_FOUND = -32601
 INTERNAL = -32603
+CANCELLED = -32006
 
 # The number of bytes to read at once. Most calls arrive in one piece.
 PIECE = 1 << 16
 
+# The id of a call: its last member, as preforkd writes it.
+_ID = re.compile(rb',"id":(\d+)\}$')
 _methods = {}
 _decode = json.JSONDecoder().raw_decode
 _encode = json.JSONEncoder(allow_nan=False).encode
@@ -67,7 +76,7 @@ def method(name=None):
 
 
 def serve(fd=3):
-    """Answers calls until the worker closes its end."""
+    """Answers calls until preforkd closes its end."""
     calls = socket.socket(fileno=fd)
     calls.sendall(_frame('{"out": "ready"}'))  # needed for `ready = "message"`, harmless otherwise
     data = calls.recv(PIECE)
@@ -76,38 +85,141 @@ def serve(fd=3):
         if len(data) < 4 or len(data) < end:
             data = _more(calls, data)
             continue
-        calls.sendall(_frame(_answer(data[4:end])))
+        body = data[4:end]
+        # The id is the last member of a call.
+        if _ID.search(body, max(0, len(body) - 40)):
+            import asyncio  # only here, because it takes long to load
+
+            return asyncio.run(_serve_together(calls, data))
+        calls.sendall(_frame(_answer(body)))
         data = data[end:] or calls.recv(PIECE)
+
+
+async def _serve_together(calls, data):
+    """Answers calls that have ids, several at once; data is what was read already."""
+    import asyncio
+    import inspect
+    from concurrent.futures import ThreadPoolExecutor
+
+    loop = asyncio.get_running_loop()
+    # As many threads as there are calls at once; they start when they are needed.
+    threads = ThreadPoolExecutor(max_workers=1 << 16)
+    tasks, answers, wake = {}, [], asyncio.Event()
+    calls.setblocking(False)
+
+    def done(key, answer):
+        tasks.pop(key, None)
+        answers.append(_frame(answer[:-1] + ', "id": ' + key + "}"))
+        wake.set()
+
+    async def send():
+        while True:
+            await wake.wait()
+            wake.clear()
+            data = b"".join(answers)
+            answers.clear()
+            await loop.sock_sendall(calls, data)
+
+    async def run(key, body):
+        answer = None
+        try:
+            function, args, kwargs, begin = _find(_read(body))
+            if inspect.iscoroutinefunction(function):
+                tasks[key][1] = True
+                result = await _call(function, args, kwargs)
+            else:
+                result = await loop.run_in_executor(threads, _call, function, args, kwargs)
+            answer = begin + _encode(result) + "}"
+        except asyncio.CancelledError:
+            answer = _failure(CANCELLED, "cancelled")
+        except Error as error:
+            answer = _failure(error.code, error.message, error.data)
+        except Exception as problem:
+            answer = _unexpected(problem)
+        finally:
+            done(key, answer or _failure(INTERNAL, "the function ended the program"))
+
+    def take(body):
+        found = _ID.search(body, max(0, len(body) - 40))
+        if found:
+            key = found.group(1).decode()
+            tasks[key] = [loop.create_task(run(key, body)), False]
+            return
+        # The only call without an id is rpc.cancel. Its task may not have begun yet.
+        loop.call_soon(cancel, str(_read(body)["params"]["id"]))
+
+    def cancel(key):
+        # A thread cannot be cancelled: its call is answered when it is done.
+        task, is_async = tasks.get(key, (None, False))
+        if is_async:
+            task.cancel()
+
+    sender = loop.create_task(send())
+    while True:
+        start = 0
+        while len(data) - start >= 4:
+            end = start + 4 + int.from_bytes(data[start : start + 4], "little")
+            if len(data) < end:
+                break
+            take(data[start + 4 : end])
+            start = end
+        piece = await loop.sock_recv(calls, PIECE)
+        if not piece or sender.done():
+            if tasks:
+                # These calls are given up, and Python would wait for their threads.
+                sys.stdout.flush()
+                os._exit(0)
+            return
+        data = data[start:] + piece
+
+
+def _read(body):
+    try:
+        return _decode(body.decode())[0]
+    except (ValueError, RecursionError) as error:
+        # Python refuses some JSON that preforkd accepts, for example a number of 5,000 digits.
+        raise Error(INVALID_PARAMS, str(error)) from None
+
+
+def _find(call):
+    """The function of a call, its arguments, and the begin of its answer."""
+    name, params = call["in"], call["params"]
+    if name not in _methods:
+        raise Error(METHOD_NOT_FOUND, "this program has no method %r" % name)
+    function, begin = _methods[name]
+    if isinstance(params, list):
+        return function, params, {}, begin
+    if isinstance(params, dict):
+        return function, [], params, begin
+    return function, [] if params is None else [params], {}, begin
 
 
 def _answer(body):
     try:
-        try:
-            call, _ = _decode(body.decode())
-        except (ValueError, RecursionError) as error:
-            # Python refuses some JSON that the worker accepts, for example a number of 5,000 digits.
-            raise Error(INVALID_PARAMS, str(error)) from None
-        name, params = call["in"], call["params"]
-        if name not in _methods:
-            raise Error(METHOD_NOT_FOUND, "this program has no method %r" % name)
-        function, begin = _methods[name]
-        if isinstance(params, list):
-            result = _call(function, params, {})
-        elif isinstance(params, dict):
-            result = _call(function, [], params)
-        else:
-            result = _call(function, [] if params is None else [params], {})
+        function, args, kwargs, begin = _find(_read(body))
+        result = _call(function, args, kwargs)
+        if isinstance(result, types.CoroutineType):
+            import asyncio
+
+            result = asyncio.run(result)
         return begin + _encode(result) + "}"
     except Error as error:
-        result = {"code": error.code, "message": error.message}
-        if error.data is not None:
-            result["data"] = error.data
-        return _encode({"out": "error", "result": result})
+        return _failure(error.code, error.message, error.data)
     except Exception as problem:
-        traceback.print_exc()
-        sys.stderr.flush()
-        text = "%s: %s" % (type(problem).__name__, problem)
-        return _encode({"out": "error", "result": {"code": INTERNAL, "message": text}})
+        return _unexpected(problem)
+
+
+def _failure(code, message, data=None):
+    result = {"code": code, "message": message}
+    if data is not None:
+        result["data"] = data
+    return _encode({"out": "error", "result": result})
+
+
+def _unexpected(problem):
+    traceback.print_exc()
+    sys.stderr.flush()
+    return _failure(INTERNAL, "%s: %s" % (type(problem).__name__, problem))
 
 
 def _call(function, args, kwargs):

@@ -152,6 +152,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
     RawPool {
         command: Some(program.arguments.clone()),
         processes: Some(Count::Number(pool.processes as i64)),
+        concurrency: Some(pool.concurrency as i64),
         ready: Some(if pool.handshake { "message" } else { "alive" }.into()),
         boot_timeout: Some(DurationValue(pool.boot_timeout)),
         idle_timeout: Some(DurationValue(pool.idle_timeout)),

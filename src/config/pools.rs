@@ -19,6 +19,7 @@ use crate::error::Result;
 const DEFAULT_BOOT: Duration = Duration::from_secs(30);
 const NAME_MAX: usize = 64;
 const PROCESSES: RangeInclusive<i64> = 1..=1024;
+const CONCURRENCY: RangeInclusive<i64> = 1..=65_536;
 
 /// All pools by name.
 pub(super) fn resolve(
@@ -96,6 +97,7 @@ fn resolve_one(
     Ok(PoolConfig {
         program,
         processes: processes(&key_of("processes"), raw, check)?,
+        concurrency: check.integer(&key_of("concurrency"), raw.concurrency, 1, CONCURRENCY, "")?,
         handshake: check.choice(&key_of("ready"), ready, &["alive", "message"])? == "message",
         boot_timeout,
         idle_timeout: or_never("idle-timeout", raw.idle_timeout)?,

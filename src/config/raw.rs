@@ -109,6 +109,7 @@ pub(super) struct RawMethod {
 pub(super) struct RawPool {
     pub command: Option<Vec<String>>,
     pub processes: Option<Count>,
+    pub concurrency: Option<i64>,
     pub ready: Option<String>,
     pub boot_timeout: Option<DurationValue>,
     pub idle_timeout: Option<DurationValue>,

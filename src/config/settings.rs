@@ -186,8 +186,10 @@ impl Settings {
 pub struct PoolConfig {
     /// What is run.
     pub program: ProgramConfig,
-    /// Copies under each worker, 1 to 1024.
+    /// Programs of the server, 1 to 1024.
     pub processes: usize,
+    /// Calls at once in one program, 1 to 65,536. Above 1 calls carry an id.
+    pub concurrency: usize,
     /// Whether it says when it is ready; else it is when it has been alive for 50 ms.
     pub handshake: bool,
     /// How long it may take to say so; 1 ms to `workers.boot_timeout`.

@@ -16,6 +16,8 @@ use crate::error::Error;
 
 /// What a program sends once it can take calls: `{"out": "ready"}`, without a result.
 const READY: &str = "ready";
+/// The method that takes back a call.
+const CANCEL: &str = "rpc.cancel";
 /// So long it may be, with what else may stand there.
 const LONGEST_READY: usize = 4096;
 
@@ -26,17 +28,37 @@ pub enum Sent<'a> {
     Answer(Answer<'a>),
 }
 
-/// Appends the frame of a call. `params` must be JSON; it stays as it is.
-pub fn call(out: &mut Vec<u8>, method: &str, params: &str) -> bool {
+/// Appends the frame of a call, with an id for a program that has several at once. `params` must be JSON;
+/// it stays as it is.
+pub fn call(out: &mut Vec<u8>, method: &str, params: &str, id: Option<u64>) -> bool {
     let mark = frame::begin(out);
+    let id = id.map(|id| id.to_string());
     let call = Call {
         method: Cow::Borrowed(method),
         params,
-        id: None,
+        id: id.as_deref(),
         timeout_ms: None,
     };
     call.write(out);
     frame::finish(out, mark)
+}
+
+/// Appends the frame that tells a program that the call with this id was given up.
+pub fn cancel(out: &mut Vec<u8>, id: u64) -> bool {
+    call(out, CANCEL, &format!("{{\"id\":{id}}}"), None)
+}
+
+/// The id of an answer of a program that has several calls at once, also of one that makes no sense
+/// otherwise.
+pub fn id(body: &[u8]) -> Option<u64> {
+    #[derive(Deserialize)]
+    struct OnlyId {
+        id: u64,
+    }
+    let text = std::str::from_utf8(body).ok()?;
+    let is_object = text.trim_start().starts_with('{');
+    let only: Option<OnlyId> = serde_json::from_str(text).ok();
+    only.filter(|_| is_object).map(|only| only.id)
 }
 
 /// Reads the body of a program's frame, nested at most `depth` deep.
@@ -108,10 +130,38 @@ mod tests {
     #[test]
     fn a_call_is_a_frame_whose_params_are_to_the_letter() {
         let mut out = Vec::new();
-        assert!(call(&mut out, "a.b", "{\"n\": 1.50,\n\"n\": 2}"));
+        assert!(call(&mut out, "a.b", "{\"n\": 1.50,\n\"n\": 2}", None));
         let body = b"{\"in\":\"a.b\",\"params\":{\"n\": 1.50,\n\"n\": 2}}";
         assert_eq!(out[..4], (body.len() as u32).to_le_bytes());
         assert_eq!(&out[4..], body);
+    }
+
+    #[test]
+    fn calls_at_once_have_ids() {
+        let mut out = Vec::new();
+        assert!(call(&mut out, "m", "1", Some(7)) && cancel(&mut out, 7));
+        let text = String::from_utf8_lossy(&out);
+        assert!(text.contains(r#"{"in":"m","params":1,"id":7}"#), "{text}");
+        assert!(
+            text.contains(r#"{"in":"rpc.cancel","params":{"id":7}}"#),
+            "{text}"
+        );
+        for (body, found) in [
+            (
+                r#"{"out": "m", "result": [[1]], "id": 18446744073709551615}"#,
+                Some(u64::MAX),
+            ),
+            (r#"{"id": 3}"#, Some(3)),
+            (r#"{"out": "m", "result": 1}"#, None),
+            (r#"{"id": -1}"#, None),
+            (r#"{"id": "3"}"#, None),
+            (r#"{"id": 3, "id": 4}"#, None),
+            ("[3]", None),
+            ("", None),
+        ] {
+            assert_eq!(id(body.as_bytes()), found, "{body}");
+        }
+        assert_eq!(id(b"\xff"), None);
     }
 
     #[test]

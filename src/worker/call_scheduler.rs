@@ -302,6 +302,7 @@ impl CallScheduler {
         let methods = self.loads.iter().filter(|load| load.lane == lane);
         let ahead = match lane {
             0 => 0,
+            _ if threads.has_parallel_programs() => 0,
             _ => method_stats::ahead_of_programs(methods, available),
         };
         (available + ahead).saturating_sub(lane_state.out)

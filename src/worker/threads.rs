@@ -136,7 +136,7 @@ impl Threads {
     pub fn crew(&self, lane: usize) -> usize {
         match lane.checked_sub(1) {
             None => self.count,
-            Some(pool) => (self.registry.pools().get(pool)).map_or(0, |pool| pool.processes()),
+            Some(pool) => (self.registry.pools().get(pool)).map_or(0, |pool| pool.capacity()),
         }
     }
 
@@ -148,6 +148,11 @@ impl Threads {
             0 => self.count,
             _ => self.pools.available(0),
         }
+    }
+
+    /// Whether the programs of the pool may have several calls at once.
+    pub fn has_parallel_programs(&self) -> bool {
+        self.pools.concurrency() > 1
     }
 
     /// Hands a job over to a lane; `ring` is to follow.

@@ -2,5 +2,6 @@
 
 mod client;
 mod leftovers;
+mod parallel;
 mod programs;
 mod supervision;

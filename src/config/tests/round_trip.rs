@@ -114,13 +114,14 @@ prop_compose! {
 
 prop_compose! {
     fn pool()(
-        program in program(), processes in 1..=1024usize, handshake: bool,
+        program in program(), processes in 1..=1024usize, concurrency in 1..=65_536usize,
+        handshake: bool,
         times in [or_zero(1), or_zero(1)], respawn_max_delay in or_zero(100),
         max_calls in 0..i64::MAX as u64, max_memory: u64, respawn_burst in 0..=1_000_000u32,
     ) -> PoolConfig {
         let [idle_timeout, max_lifetime] = times;
         PoolConfig {
-            program, processes, handshake, idle_timeout, max_lifetime, respawn_max_delay,
+            program, processes, concurrency, handshake, idle_timeout, max_lifetime, respawn_max_delay,
             max_calls, max_memory, respawn_burst,
             boot_timeout: Duration::from_millis(1),
         }

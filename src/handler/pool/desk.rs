@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 
+use super::entry::Entry;
 use super::life::millis;
-use super::seat::{Entry, Line, Seat};
+use super::seat::{Line, Seat};
 use super::wire::LEFT;
 use crate::handler::call_state::{Done, HandlerCall};
 use crate::protocol::code::Code;
@@ -23,7 +24,7 @@ use crate::sys::process::monotonic;
 use crate::sys::waker::Waker;
 use crate::throttle::Millis;
 
-/// Why a program that was at the desk is to be ended.
+/// Why a program that served is to be ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Why {
     /// It has died, or has closed its descriptor 3, which comes to the same.
@@ -115,7 +116,7 @@ pub(super) struct Desk {
     line: Line,
     places: Vec<Place>,
     ears: Vec<Ear>,
-    /// Programs that go back, once nobody watches their wires any more.
+    /// Programs that go back, once their wires are not watched any more.
     leaving: Vec<(usize, Order)>,
     /// Places whose wires are to be watched, or in another way than before.
     changed: Vec<usize>,
@@ -149,6 +150,20 @@ impl Desk {
         self.places.iter().all(is_down)
     }
 
+    /// How many calls its programs may have now, if each may have `concurrency`.
+    pub fn capacity(&self, concurrency: usize) -> usize {
+        // While all of them wait until they may start, calls are refused, which takes no program.
+        if self.refuses() {
+            return self.count() * concurrency;
+        }
+        let of = |place: &Place| match place {
+            Place::Taken(seat) if concurrency > 1 => seat.capacity(),
+            Place::Taken(_) | Place::Asleep => concurrency,
+            Place::Empty | Place::Down(..) => 0,
+        };
+        self.places.iter().map(of).sum()
+    }
+
     /// Whether calls are done that nobody has taken.
     pub fn has_done(&self) -> bool {
         !self.line.done.is_empty()
@@ -167,11 +182,10 @@ impl Desk {
 
     /// Lets calls that wait begin, or sees to it that they can.
     fn serve(&mut self) {
-        let idle = |place: &Place| matches!(place, Place::Taken(seat) if seat.is_idle());
         let asleep = |place: &Place| matches!(place, Place::Asleep);
         while !self.line.waiting.is_empty() {
-            if let Some(number) = self.places.iter().position(idle) {
-                self.give_out(number);
+            if let Some(number) = self.least_busy() {
+                self.give_one(number);
             } else if let Some(number) = self.places.iter().position(asleep) {
                 if self.wake(number) {
                     return;
@@ -221,9 +235,19 @@ impl Desk {
         }
     }
 
-    fn give_out(&mut self, number: usize) {
+    /// The program with the fewest calls of those that take one; the first one of equals.
+    fn least_busy(&self) -> Option<usize> {
+        let places = self.places.iter().enumerate();
+        let idle = places.filter_map(|(number, place)| match place {
+            Place::Taken(seat) if seat.is_idle() => Some((seat.count(), number)),
+            _ => None,
+        });
+        idle.min().map(|(_, number)| number)
+    }
+
+    fn give_one(&mut self, number: usize) {
         if let Some(Place::Taken(seat)) = self.places.get_mut(number) {
-            seat.give_out(&mut self.line);
+            seat.give_one(&mut self.line);
         }
         self.look_at_wire(number);
     }
@@ -262,7 +286,7 @@ impl Desk {
                 if seat.has_had_enough() {
                     self.ears[number].waker.wake();
                 }
-                if seat.is_recalled && seat.running.is_none() {
+                if seat.is_recalled && seat.count() == 0 {
                     self.give_back(number);
                 }
                 return self.look_at_wire(number);
@@ -271,10 +295,27 @@ impl Desk {
         self.end(number, why);
     }
 
-    /// Ends the programs whose calls were given up.
+    /// Ends the programs whose calls were given up, or tells those that have others too.
     pub fn end_what_runs_in_vain(&mut self) {
         for number in 0..self.places.len() {
-            if matches!(&self.places[number], Place::Taken(seat) if seat.runs_in_vain()) {
+            let Place::Taken(seat) = &mut self.places[number] else {
+                continue;
+            };
+            seat.cancel_given_up(&mut self.line);
+            if seat.runs_in_vain() {
+                self.end(number, Why::GivenUp);
+            } else if seat.is_recalled && seat.count() == 0 {
+                self.give_back(number);
+            } else {
+                self.look_at_wire(number);
+            }
+        }
+    }
+
+    /// Ends programs that keep a cancelled call for too long and have no other one.
+    fn end_overdue(&mut self) {
+        for number in 0..self.places.len() {
+            if matches!(&self.places[number], Place::Taken(seat) if seat.is_overdue()) {
                 self.end(number, Why::GivenUp);
             }
         }
@@ -327,14 +368,16 @@ impl Desk {
             return;
         };
         match recall {
-            Recall::Sleep if seat.is_idle() && self.line.waiting.is_empty() => {
+            Recall::Sleep
+                if seat.is_idle() && seat.count() == 0 && self.line.waiting.is_empty() =>
+            {
                 self.give_back(number);
                 self.places[number] = Place::Asleep;
             }
             Recall::Sleep => self.ears[number].tell(Order::Kept),
             Recall::Successor => {
                 seat.is_recalled = true;
-                if seat.running.is_none() {
+                if seat.count() == 0 {
                     self.give_back(number);
                 }
             }
@@ -358,6 +401,7 @@ impl Desk {
         &mut self,
         mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,
     ) {
+        self.end_overdue();
         let places = &mut self.places;
         self.changed.retain(|&number| {
             let Place::Taken(seat) = &mut places[number] else {
@@ -379,7 +423,7 @@ impl Desk {
         // Whoever waits here was answered, or is answered by nobody any more.
         self.line.waiting.clear();
         self.ears.iter().for_each(|ear| ear.tell(Order::Rest));
-        let runs = |place: &Place| matches!(place, Place::Taken(seat) if seat.running.is_some());
+        let runs = |place: &Place| matches!(place, Place::Taken(seat) if seat.count() > 0);
         for number in 0..self.places.len() {
             if runs(&self.places[number]) {
                 self.end(number, Why::Leaving);

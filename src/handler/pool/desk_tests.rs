@@ -17,6 +17,7 @@ struct World {
     orders: Vec<Receiver<Order>>,
     programs: Vec<Option<OwnedFd>>,
     piece: Vec<u8>,
+    concurrency: usize,
 }
 
 impl World {
@@ -45,6 +46,7 @@ impl World {
             orders,
             programs: (0..count).map(|_| None).collect(),
             piece: vec![0; PIECE],
+            concurrency: 1,
         }
     }
 
@@ -55,10 +57,49 @@ impl World {
         world
     }
 
+    /// The same, and each may have so many calls at once.
+    fn parallel(count: usize, concurrency: usize) -> Self {
+        let mut world = World::new(count);
+        world.concurrency = concurrency;
+        (0..count).for_each(|number| world.ready(number));
+        world
+    }
+
+    fn capacity(&self, concurrency: usize) -> usize {
+        self.desk.capacity(concurrency)
+    }
+
+    fn end_given_up(&mut self) {
+        self.desk.end_what_runs_in_vain();
+    }
+
+    /// The program answers the call with this id.
+    fn answers(&mut self, number: usize, id: u64) {
+        let body = format!(r#"{{"out": "?", "result": 12, "id": {id}}}"#);
+        let mut frame = (body.len() as u32).to_le_bytes().to_vec();
+        frame.extend_from_slice(body.as_bytes());
+        self.sends(number, &frame);
+    }
+
+    /// The bodies that the program gets.
+    fn bodies(&self, number: usize) -> Vec<String> {
+        let fd = self.programs[number].as_ref().unwrap().as_raw_fd();
+        let mut piece = [0; 4096];
+        let count = recv(fd, &mut piece, MsgFlags::MSG_DONTWAIT).unwrap_or(0);
+        let (mut rest, mut bodies) = (&piece[..count], Vec::new());
+        while let Some((length, tail)) = rest.split_first_chunk() {
+            let (body, tail) = tail.split_at(u32::from_le_bytes(*length) as usize);
+            bodies.push(String::from_utf8_lossy(body).into_owned());
+            rest = tail;
+        }
+        bodies
+    }
+
     fn ready(&mut self, number: usize) {
         let (ours, theirs) = stream_pair().unwrap();
         self.programs[number] = Some(theirs);
-        let seat = Seat::new(Wire::new(ours), false, Arc::new(Tally::default()), 0);
+        let wire = (Wire::new(ours), false);
+        let seat = Seat::new(wire, self.concurrency, Arc::new(Tally::default()), 0);
         self.hear(number, Word::Ready(Box::new(seat)));
         self.desk.settle(|_, _| Ok(()));
     }
@@ -68,7 +109,10 @@ impl World {
     }
 
     fn put(&mut self, serial: u64) -> Arc<crate::handler::CallState> {
-        let job = job(serial);
+        self.put_job(job(serial))
+    }
+
+    fn put_job(&mut self, job: HandlerCall) -> Arc<crate::handler::CallState> {
         let state = Arc::clone(&job.state);
         self.desk.put(job);
         state
@@ -282,4 +326,84 @@ fn a_wire_that_is_full_is_watched_for_writing_until_it_is_not() {
         Ok(())
     });
     assert_eq!(seen, [Some(true), Some(false)]);
+}
+
+#[test]
+fn programs_with_several_calls_get_them_evenly_and_answer_in_any_order() {
+    let mut world = World::parallel(2, 3);
+    for serial in 1..=7 {
+        world.put(serial);
+    }
+    assert_eq!(world.capacity(3), 6);
+    let calls = |ids: [u64; 3]| ids.map(|id| format!(r#"{{"in":"?","params":null,"id":{id}}}"#));
+    assert_eq!(world.bodies(0), calls([1, 2, 3]));
+    assert_eq!(world.bodies(1), calls([1, 2, 3]));
+    world.answers(1, 3);
+    assert_eq!(world.done(), [(6, true)]);
+    assert_eq!(world.bodies(1).len(), 1, "the seventh");
+    world.answers(1, 1);
+    world.answers(0, 2);
+    assert_eq!(world.done(), [(2, true), (3, true)]);
+}
+
+#[test]
+fn a_cancelled_call_is_told_and_its_answer_is_dropped() {
+    let mut world = World::parallel(1, 2);
+    let first = world.put(1);
+    world.put(2);
+    world.put(3);
+    assert_eq!(world.bodies(0).len(), 2);
+    assert!(first.give_up(), "it has begun");
+    world.end_given_up();
+    assert_eq!(world.done(), [(1, false)]);
+    let told = r#"{"in":"rpc.cancel","params":{"id":1}}"#;
+    assert_eq!(
+        world.bodies(0),
+        [told],
+        "and the third waits: the program still has two"
+    );
+    assert_eq!(world.capacity(2), 1);
+    world.answers(0, 1);
+    assert!(world.done().is_empty());
+    assert_eq!(world.bodies(0).len(), 1, "the third");
+    assert!(world.orders(0).is_empty());
+}
+
+#[test]
+fn a_program_that_keeps_a_cancelled_call_is_ended_without_the_others() {
+    let mut world = World::parallel(1, 2);
+    let mut job = job(1);
+    job.deadline = monotonic() + Duration::from_millis(50);
+    let state = world.put_job(job);
+    world.put(2);
+    assert!(state.give_up());
+    world.end_given_up();
+    assert!(world.orders(0).is_empty());
+    std::thread::sleep(Duration::from_millis(1100));
+    world.put(3);
+    assert_eq!(world.capacity(2), 1, "no further call");
+    assert!(world.orders(0).is_empty(), "the second runs");
+    world.answers(0, 2);
+    assert!(matches!(world.orders(0)[..], [Order::End(_, Why::GivenUp)]));
+}
+
+#[test]
+fn a_wrong_id_ends_a_program_and_a_bad_answer_costs_its_call_only() {
+    let mut world = World::parallel(1, 2);
+    world.put(1);
+    world.put(2);
+    let bad = br#"{"out": 1, "result": 1, "id": 1}"#;
+    world.sends(0, &[&(bad.len() as u32).to_le_bytes()[..], bad].concat());
+    assert_eq!(world.done(), [(1, false)]);
+    assert!(world.orders(0).is_empty());
+    world.answers(0, 1);
+    let orders = world.orders(0);
+    let [Order::End(seat, Why::Broken(problem))] = &orders[..] else {
+        panic!("{orders:?}");
+    };
+    assert!(
+        problem.contains("id 1, which no open call has"),
+        "{problem}"
+    );
+    assert_eq!(seat.count(), 1, "the second");
 }

@@ -1,4 +1,5 @@
-//! Pools: programs in any language that live long and answer many calls, one at a time each.
+//! Pools: programs in any language that live long and answer many calls, one at a time each or several
+//! (`parallel`).
 //!
 //! A call of a pool's method goes to a `desk`, where each program has a `seat`: the event loop writes
 //! it there over the program's `wire`, and reads the answer. What takes time is done by the `keeper`
@@ -8,9 +9,11 @@
 
 mod boot;
 mod desk;
+mod entry;
 mod keeper;
 mod life;
 mod lines;
+mod parallel;
 mod process;
 mod seat;
 mod wire;
@@ -95,6 +98,16 @@ impl Pool {
         &self.name
     }
 
+    /// How many calls its programs may have at once.
+    pub fn capacity(&self) -> usize {
+        self.settings.processes * self.settings.concurrency
+    }
+
+    /// How many calls one program may have at once.
+    pub fn concurrency(&self) -> usize {
+        self.settings.concurrency
+    }
+
     /// How many programs the server has of it.
     pub fn processes(&self) -> usize {
         self.settings.processes
@@ -141,6 +154,8 @@ pub struct Pools {
     /// Nothing is ever sent: it ends when the last keeper has.
     keepers: Receiver<()>,
     piece: Box<[u8]>,
+    /// Calls that a program may have at once.
+    concurrency: usize,
     /// A call that may have been with a program was given up.
     one_is_in_vain: bool,
 }
@@ -160,6 +175,7 @@ impl Pools {
             .filter(|(number, _)| Some(*number) == pool)
             .map(|(_, pool)| pool)
             .collect();
+        let concurrency = pools.iter().map(|pool| pool.concurrency()).max();
         let programs = pools.iter().map(|pool| pool.processes());
         let boot = Arc::new(Boot::new(programs.sum(), Arc::clone(waker)));
         let (lives, keepers) = bounded::<()>(0);
@@ -214,20 +230,21 @@ impl Pools {
             words,
             boot,
             keepers,
+            concurrency: concurrency.unwrap_or(1),
             one_is_in_vain: false,
         })
     }
 
-    /// How many programs of a pool serve, or would as soon as a call comes.
+    /// How many calls a program may have at once.
+    pub fn concurrency(&self) -> usize {
+        self.concurrency
+    }
+
+    /// How many calls the programs of a pool may have now. One that sleeps counts: it starts as soon as a
+    /// call comes.
     pub fn available(&self, pool: usize) -> usize {
-        let Some(pool) = self.desks.get(pool) else {
-            return 0;
-        };
-        // While all of them wait until they may start, calls are refused, which takes no program.
-        match pool.refuses() {
-            true => pool.count(),
-            false => pool.count() - pool.down(),
-        }
+        let pool = self.desks.get(pool);
+        pool.map_or(0, |it| it.capacity(self.concurrency))
     }
 
     /// How many programs of all pools do not serve: they start, or wait until they may.

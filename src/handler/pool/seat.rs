@@ -11,9 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::entry::Entry;
 use super::life::millis;
+use super::parallel::{OpenCall, ParallelCalls};
 use super::wire::Wire;
-use crate::handler::call_state::{Done, HandlerCall};
+use crate::handler::call_state::Done;
 use crate::handler::registry::Registry;
 use crate::protocol::code::Code;
 use crate::protocol::frame::DecodedFrame;
@@ -25,40 +27,6 @@ use crate::throttle::limiter::Limiter;
 
 /// A call that has lain here for so long was not expected to.
 const STALE: Duration = Duration::from_millis(5);
-
-/// A call for a program.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub job: HandlerCall,
-    /// A program has died already before it had read it.
-    pub returned: bool,
-    /// When it came here, as time since boot.
-    put: Duration,
-    /// When it was written, likewise.
-    begun: Option<Duration>,
-}
-
-impl Entry {
-    pub fn new(job: HandlerCall, returned: bool) -> Self {
-        Entry {
-            job,
-            returned,
-            put: monotonic(),
-            begun: None,
-        }
-    }
-
-    /// What became of it; `None`: it was given up before it began.
-    pub fn done(self, outcome: Option<Result<Vec<u8>, RpcError>>, out: Option<Box<str>>) -> Done {
-        let took = self.begun.map(|begun| monotonic().saturating_sub(begun));
-        Done {
-            key: self.job.key,
-            outcome,
-            took: took.unwrap_or_default(),
-            out,
-        }
-    }
-}
 
 /// What a program has done, for the keeper to see.
 #[derive(Debug, Default)]
@@ -119,6 +87,8 @@ pub(super) struct Seat {
     pub running: Option<Entry>,
     /// Written while the answer of `running` arrives; `None` where nothing is running.
     pub next: Option<Entry>,
+    /// Its calls instead of these two, if it may have several at once.
+    pub parallel: Option<ParallelCalls>,
     /// It has sent something already, so that a word of being ready is out of place.
     has_spoken: bool,
     tally: Arc<Tally>,
@@ -133,11 +103,17 @@ pub(super) struct Seat {
 }
 
 impl Seat {
-    pub fn new(wire: Wire, has_spoken: bool, tally: Arc<Tally>, enough: u64) -> Self {
+    pub fn new(
+        (wire, has_spoken): (Wire, bool),
+        concurrency: usize,
+        tally: Arc<Tally>,
+        enough: u64,
+    ) -> Self {
         Seat {
             wire,
             running: None,
             next: None,
+            parallel: (concurrency > 1).then(|| ParallelCalls::new(concurrency)),
             has_spoken,
             tally,
             enough,
@@ -149,7 +125,45 @@ impl Seat {
 
     /// Whether it would take a call now.
     pub fn is_idle(&self) -> bool {
-        self.running.is_none() && self.takes_calls()
+        let has_room = match &self.parallel {
+            Some(calls) => calls.has_room(millis(monotonic())),
+            None => self.running.is_none(),
+        };
+        has_room && self.takes_calls()
+    }
+
+    /// How many calls it runs whose clients still wait.
+    pub fn count(&self) -> usize {
+        match &self.parallel {
+            Some(calls) => calls.count(),
+            None => usize::from(self.running.is_some()),
+        }
+    }
+
+    /// How many calls it may have, those that it has included.
+    pub fn capacity(&self) -> usize {
+        let calls = self.parallel.as_ref();
+        calls.map_or(1, |calls| calls.capacity(millis(monotonic())))
+    }
+
+    /// Whether it keeps a call that was cancelled for too long, and has no other one.
+    pub fn is_overdue(&self) -> bool {
+        let calls = self.parallel.as_ref();
+        calls.is_some_and(|calls| calls.count() == 0 && calls.is_overdue(millis(monotonic())))
+    }
+
+    /// Tells the program which of its calls were given up.
+    pub fn cancel_given_up(&mut self, line: &mut Line) {
+        let calls = self.parallel.as_mut();
+        for (id, entry) in calls
+            .map(ParallelCalls::cancel_given_up)
+            .into_iter()
+            .flatten()
+        {
+            self.wire.cancel(id);
+            let error = RpcError::of(Code::Cancelled, "it was given up", true);
+            line.done.push(entry.done(Some(Err(error)), None));
+        }
     }
 
     fn takes_calls(&self) -> bool {
@@ -176,13 +190,30 @@ impl Seat {
         running.is_some_and(|entry| entry.job.state.is_over())
     }
 
-    /// Gives the program a call, when it has none.
+    /// Gives the program calls, as many as it may have.
     pub fn give_out(&mut self, line: &mut Line) {
-        while self.is_idle()
-            && let Some(entry) = line.waiting.pop_front()
-        {
-            self.running = self.begin(entry, line);
+        while self.give_one(line) {}
+    }
+
+    /// Gives the program the next call, if it may have one; it may have been given up. Returns whether
+    /// there was one.
+    pub fn give_one(&mut self, line: &mut Line) -> bool {
+        if !self.is_idle() {
+            return false;
         }
+        let Some(entry) = line.waiting.pop_front() else {
+            return false;
+        };
+        let begun = self.begin(entry, line);
+        match &mut self.parallel {
+            Some(calls) => {
+                if let Some(entry) = begun {
+                    calls.add(entry);
+                }
+            }
+            None => self.running = begun,
+        }
+        true
     }
 
     /// Writes the next call already, behind the one whose answer arrives.
@@ -213,7 +244,8 @@ impl Seat {
             } else {
                 entry.begun = Some(now);
                 let method = line.registry.name(entry.job.method);
-                if self.wire.write(method, &entry.job.params) {
+                let id = self.parallel.as_ref().map(ParallelCalls::next_id);
+                if self.wire.write(method, &entry.job.params, id) {
                     return Some(entry);
                 }
                 RpcError::of(Code::TooLarge, "no frame is so large", false)
@@ -237,6 +269,12 @@ impl Seat {
     /// # Errors
     /// What is wrong with what the program has sent.
     pub fn take_answers(&mut self, line: &mut Line) -> Result<(), String> {
+        if let Some(mut calls) = self.parallel.take() {
+            let taken = self.take_parallel_answers(&mut calls, line);
+            self.parallel = Some(calls);
+            self.give_out(line);
+            return taken;
+        }
         loop {
             let (used, answer) = match self.wire.frame(line.limit) {
                 DecodedFrame::Partial { .. } if !self.wire.has_received() => return Ok(()),
@@ -295,6 +333,78 @@ impl Seat {
             line.done.extend(answered);
             if twice {
                 return Err("it answered more than it was asked".into());
+            }
+        }
+    }
+
+    /// The same for a program that has several calls.
+    fn take_parallel_answers(
+        &mut self,
+        calls: &mut ParallelCalls,
+        line: &mut Line,
+    ) -> Result<(), String> {
+        loop {
+            let (body, used) = match self.wire.frame(line.limit) {
+                DecodedFrame::Partial { .. }
+                    if self.wire.has_received() && self.has_spoken && calls.is_empty() =>
+                {
+                    return Err("it spoke unasked".into());
+                }
+                DecodedFrame::Partial { .. } => return Ok(()),
+                DecodedFrame::TooLarge { length } => {
+                    let limit = line.limit;
+                    return Err(format!(
+                        "a frame of {length} bytes; limits.frame allows {limit}"
+                    ));
+                }
+                DecodedFrame::Whole { body, used } => (body, used),
+            };
+            let sent = program::read(body, line.depth);
+            let id = match &sent {
+                Ok(Sent::Ready) if !self.has_spoken => {
+                    self.has_spoken = true;
+                    self.wire.consume(used);
+                    continue;
+                }
+                Ok(Sent::Ready) => return Err("it said that it is ready once more".into()),
+                _ => program::id(body),
+            };
+            self.has_spoken = true;
+            let Some(id) = id else {
+                let problem = sent.err();
+                return Err(
+                    problem.unwrap_or_else(|| "an answer without the id of its call".into())
+                );
+            };
+            let entry = match calls.take(id) {
+                OpenCall::Call(entry) => Some(entry),
+                OpenCall::Cancelled => None,
+                OpenCall::Unknown => {
+                    return Err(format!(
+                        "an answer with the id {id}, which no open call has"
+                    ));
+                }
+            };
+            let answered = entry.map(|entry| match sent {
+                Ok(Sent::Answer(answer)) => {
+                    let name = line.registry.answer_name(entry.job.method);
+                    let (out, outcome) = program::outcome(answer, name);
+                    (entry.done(Some(outcome), out), None)
+                }
+                Ok(Sent::Ready) | Err(_) => {
+                    let problem = sent.err().unwrap_or_default();
+                    let text = format!("the program sent no answer: {problem}");
+                    let error = RpcError::of(Code::BadOutput, text, true);
+                    (entry.done(Some(Err(error)), None), Some(problem))
+                }
+            });
+            self.wire.consume(used);
+            self.tally.answered(millis(monotonic()));
+            if let Some((done, problem)) = answered {
+                line.done.push(done);
+                if let Some(problem) = problem {
+                    line.complain(&problem);
+                }
             }
         }
     }

@@ -49,10 +49,16 @@ impl Wire {
     }
 
     /// Writes a call; what does not fit goes out as it is read. False when it fits no frame.
-    pub fn write(&mut self, method: &str, params: &str) -> bool {
-        let whole = program::call(&mut self.unsent, method, params);
+    pub fn write(&mut self, method: &str, params: &str, id: Option<u64>) -> bool {
+        let whole = program::call(&mut self.unsent, method, params, id);
         self.flush();
         whole
+    }
+
+    /// Tells the program that a call was given up.
+    pub fn cancel(&mut self, id: u64) {
+        program::cancel(&mut self.unsent, id);
+        self.flush();
     }
 
     /// Whether all that was written is with the kernel.

@@ -10,8 +10,10 @@ use log::Level;
 
 use super::Keeper;
 use crate::handler::pool::desk::{Why, Word};
+use crate::handler::pool::entry::Entry;
+use crate::handler::pool::parallel::ParallelCalls;
 use crate::handler::pool::process::Process;
-use crate::handler::pool::seat::{Entry, Seat};
+use crate::handler::pool::seat::Seat;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::Exit;
@@ -33,8 +35,10 @@ impl Keeper {
     /// Ends the program that serves; answers its calls, or lets them wait for another one.
     pub(super) fn end_serving(&mut self, seat: Seat, why: &Why, now: Millis) {
         let serving = self.serving.take();
-        let serving = serving.expect("what was at the desk is a program that serves");
+        let serving = serving.expect("only a program that serves is ended so");
         let (running, next) = (seat.running, seat.next);
+        let parallel = seat.parallel.into_iter();
+        let parallel: Vec<Entry> = parallel.flat_map(ParallelCalls::into_running).collect();
         let name = Arc::clone(&self.post.pool);
         let name = &name.name;
         let pid = serving.process.pid();
@@ -51,7 +55,19 @@ impl Keeper {
             }
         };
         let left_unread = seat.wire.was_left_unread();
-        let method = running.as_ref().map(|entry| entry.job.method);
+        let method = running.iter().chain(&parallel).next();
+        let method = method.map(|entry| entry.job.method);
+        for entry in parallel {
+            let error = match why {
+                Why::Leaving => RpcError::of(Code::Stopping, "this worker leaves", true),
+                // One of its calls may be to blame, and not this one.
+                Why::Died | Why::Broken(_) | Why::GivenUp => {
+                    let text = format!("the program of the pool {name} that ran it {what}");
+                    RpcError::of(Code::Crashed, text, true)
+                }
+            };
+            self.answer_or_repeat(entry, false, error);
+        }
         // What came last is what was left.
         let unread_running = left_unread && next.is_none();
         if let Some(entry) = running {

@@ -260,7 +260,12 @@ impl Keeper {
         log::debug!("pool {name} [{}]: is ready", fresh.process.pid());
         let tally = Arc::new(Tally::default());
         let enough = self.rules.max_calls;
-        let seat = Seat::new(fresh.wire, fresh.has_spoken, Arc::clone(&tally), enough);
+        let seat = Seat::new(
+            (fresh.wire, fresh.has_spoken),
+            self.post.pool.concurrency(),
+            Arc::clone(&tally),
+            enough,
+        );
         self.serving = Some(Serving {
             process: fresh.process,
             wear: Wear::new(now),

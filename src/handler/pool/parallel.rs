@@ -1,0 +1,119 @@
+//! The calls of a program that runs several at once (`concurrency` above 1).
+//!
+//! Each call has an id, which the program returns with the answer. A call that was given up is cancelled
+//! with a notification. Its id stays known, because the program must still answer it.
+
+use std::collections::BTreeMap;
+
+use super::entry::Entry;
+use super::life::millis;
+
+use crate::throttle::Millis;
+
+/// How long after its deadline a cancelled call may stay unanswered. Milliseconds.
+const GRACE: Millis = 1000;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct ParallelCalls {
+    /// As many as the program may have.
+    most: usize,
+    last_id: u64,
+    running: BTreeMap<u64, Entry>,
+    /// Until when the program may answer cancelled ones, by id.
+    cancelled: BTreeMap<u64, Millis>,
+}
+
+/// What the id of an answer stands for.
+#[derive(Debug)]
+pub(super) enum OpenCall {
+    Call(Entry),
+    /// A call that was cancelled: the answer is dropped.
+    Cancelled,
+    /// No call that is open.
+    Unknown,
+}
+
+impl ParallelCalls {
+    /// For a program that may have `most` calls at once.
+    pub fn new(most: usize) -> Self {
+        ParallelCalls {
+            most,
+            last_id: 0,
+            running: BTreeMap::new(),
+            cancelled: BTreeMap::new(),
+        }
+    }
+
+    /// The id of the next call.
+    pub fn next_id(&self) -> u64 {
+        self.last_id + 1
+    }
+
+    /// Adds the call that was written with `next_id`.
+    pub fn add(&mut self, entry: Entry) {
+        self.last_id += 1;
+        self.running.insert(self.last_id, entry);
+    }
+
+    /// How many calls it runs whose clients still wait.
+    pub fn count(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Whether the program owes no answer.
+    pub fn is_empty(&self) -> bool {
+        self.running.is_empty() && self.cancelled.is_empty()
+    }
+
+    /// How many calls it may have, those that it has included.
+    pub fn capacity(&self, now: Millis) -> usize {
+        match self.is_overdue(now) {
+            true => self.running.len(),
+            false => self.most - self.cancelled.len().min(self.most),
+        }
+    }
+
+    /// Whether it may get another call.
+    pub fn has_room(&self, now: Millis) -> bool {
+        self.running.len() < self.capacity(now)
+    }
+
+    /// Whether it keeps a cancelled call for too long. It gets no further call then, and is ended when it
+    /// has no other one.
+    pub fn is_overdue(&self, now: Millis) -> bool {
+        self.cancelled.values().any(|until| *until < now)
+    }
+
+    /// Takes the calls that were given up out, and returns them with their ids, for the program to be told.
+    pub fn cancel_given_up(&mut self) -> Vec<(u64, Entry)> {
+        let running = self.running.iter();
+        let ids = running.filter(|(_, entry)| entry.job.state.is_over());
+        let ids: Vec<u64> = ids.map(|(id, _)| *id).collect();
+        let given_up = ids
+            .into_iter()
+            .filter_map(|id| Some((id, self.running.remove(&id)?)));
+        let given_up: Vec<(u64, Entry)> = given_up.collect();
+        for (id, entry) in &given_up {
+            let until = millis(entry.job.deadline).saturating_add(GRACE);
+            self.cancelled.insert(*id, until);
+        }
+        given_up
+    }
+
+    /// The call that an answer belongs to.
+    pub fn take(&mut self, id: u64) -> OpenCall {
+        if let Some(entry) = self.running.remove(&id) {
+            return OpenCall::Call(entry);
+        }
+        match self.cancelled.remove(&id) {
+            Some(_) => OpenCall::Cancelled,
+            None => OpenCall::Unknown,
+        }
+    }
+
+    /// All calls that it runs.
+    pub fn into_running(self) -> impl Iterator<Item = Entry> {
+        self.running.into_values()
+    }
+}
