@@ -19,7 +19,12 @@ pub struct RebalanceOrder {
     pub give: u32,
     /// So many, and no more for a moment.
     pub take: u32,
+    /// The workers have changed: if there are no others, also connections that were moved lately.
+    pub after_change: bool,
 }
+
+/// Stands in the number of those to give if the workers have changed.
+const AFTER_CHANGE: u32 = 1 << 31;
 
 /// What the master tells a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,8 +88,10 @@ impl MessageBody for Order {
             Order::ReopenLog => (3, 0),
             Order::StopPending => (5, 0),
             Order::Link(record) => (6, record.into()),
-            Order::Rebalance(RebalanceOrder { give, take }) => {
-                (4, u64::from(give) << 32 | u64::from(take))
+            Order::Rebalance(order) => {
+                let flag = if order.after_change { AFTER_CHANGE } else { 0 };
+                let give = order.give.min(AFTER_CHANGE - 1) | flag;
+                (4, u64::from(give) << 32 | u64::from(order.take))
             }
         }
     }
@@ -95,8 +102,9 @@ impl MessageBody for Order {
             2 => Some(Order::Stop(Duration::from_millis(value))),
             3 => Some(Order::ReopenLog),
             4 => Some(Order::Rebalance(RebalanceOrder {
-                give: (value >> 32) as u32,
+                give: (value >> 32) as u32 & !AFTER_CHANGE,
                 take: value as u32,
+                after_change: (value >> 32) as u32 & AFTER_CHANGE != 0,
             })),
             5 => Some(Order::StopPending),
             6 => u32::try_from(value).ok().map(Order::Link),
@@ -182,8 +190,9 @@ mod tests {
             Order::StopPending,
             Order::Link(4095),
             Order::Rebalance(RebalanceOrder {
-                give: u32::MAX,
+                give: AFTER_CHANGE - 1,
                 take: 7,
+                after_change: true,
             }),
         ] {
             let packet = about(order).encode();
@@ -234,7 +243,11 @@ mod tests {
             assert_eq!(message.encode(), bytes);
             assert_eq!(Message::decode(&bytes), Some(message));
         }
-        let shares = RebalanceOrder { give: 1, take: 2 };
+        let shares = RebalanceOrder {
+            give: 1,
+            take: 2,
+            after_change: false,
+        };
         let limit = Duration::from_millis(30_000);
         check(Order::Drain(limit), 1, *b"\x30\x75\0\0\0\0\0\0");
         check(Order::Stop(limit), 2, *b"\x30\x75\0\0\0\0\0\0");

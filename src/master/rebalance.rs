@@ -27,6 +27,7 @@ impl Master<'_> {
             let shares = RebalanceOrder {
                 give: most(give),
                 take: most(take),
+                after_change: self.spread.is_after_change(now),
             };
             self.workers.order(pid, Order::Rebalance(shares), None);
         }

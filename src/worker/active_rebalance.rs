@@ -5,6 +5,8 @@
 pub struct ActiveRebalance {
     /// Connections that are to be given as they come to rest.
     pub(super) give: u32,
+    /// Also those that were moved lately.
+    pub(super) after_change: bool,
     /// `Some` while the queue is taken from by order alone: so many more.
     pub(super) take: Option<u32>,
     /// Its timer; `Timers::arm` keeps it.

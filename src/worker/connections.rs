@@ -202,7 +202,8 @@ impl EventLoop {
         if open && self.drain.is_handing_off() && has_more {
             return self.give(reactor, token);
         }
-        if self.spreading.gives() && is_transferable(connection, self.service.now_ms) {
+        let again = self.spreading.after_change;
+        if self.spreading.gives() && is_transferable(connection, again, self.service.now_ms) {
             return self.give_by_order(reactor, token);
         }
         if connection.peer_closed && connection.phase != ConnectionPhase::Lingering {

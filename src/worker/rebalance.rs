@@ -14,7 +14,7 @@ use super::timers::TimerTarget;
 use crate::link::message::{RebalanceOrder, Report};
 use crate::sys::event::{Reactor, Token};
 
-/// For this long a connection is not moved a second time.
+/// For this long a connection is not moved a second time, unless the workers have changed.
 const STAYS_MS: u64 = 10_000;
 /// Accepts after which it is looked whether this worker has too many connections.
 const ACCEPTS_PER_LOOK: u32 = 4;
@@ -34,22 +34,26 @@ impl EventLoop {
         let timers = &mut self.service.timers;
         timers.arm(&mut self.spreading.until, at, TimerTarget::Spread);
         self.spreading.take = Some(shares.take);
+        self.spreading.after_change = shares.after_change;
         reactor.set_adopting(shares.take > 0);
         // Those that wait for room in the queue were given already, by the order before.
         let waiting: HashSet<Token> = self.waiting_to_give.iter().copied().collect();
         self.spreading.give = shares.give.saturating_sub(waiting.len() as u32);
-        let resting: Vec<Token> = self
+        let now_ms = self.service.now_ms;
+        let mut resting: Vec<&Connection> = self
             .connections
             .iter()
             .flatten()
             .filter(|connection| {
-                is_transferable(connection, self.service.now_ms)
+                is_transferable(connection, shares.after_change, now_ms)
                     && reactor.unsent(connection.token) == 0
             })
-            .map(|connection| connection.token)
-            .filter(|token| !waiting.contains(token))
-            .take(self.spreading.give as usize)
+            .filter(|connection| !waiting.contains(&connection.token))
             .collect();
+        // Those that were moved lately come last.
+        resting.sort_by_key(|connection| !has_stayed(connection, now_ms));
+        resting.truncate(self.spreading.give as usize);
+        let resting: Vec<Token> = resting.iter().map(|connection| connection.token).collect();
         log::debug!(
             "gives {} of {} connections to siblings, takes {}",
             resting.len(),
@@ -112,11 +116,15 @@ impl EventLoop {
     }
 }
 
-/// At rest between two calls, and no frame begun: its read deadline would begin anew elsewhere.
-pub(super) fn is_transferable(connection: &Connection, now_ms: u64) -> bool {
-    let has_rested = connection.rebalanced_ms == 0
-        || now_ms.saturating_sub(connection.rebalanced_ms) >= STAYS_MS;
-    has_rested
+/// Whether it was not moved lately.
+fn has_stayed(connection: &Connection, now_ms: u64) -> bool {
+    connection.rebalanced_ms == 0 || now_ms.saturating_sub(connection.rebalanced_ms) >= STAYS_MS
+}
+
+/// At rest between two calls, and no frame begun: its read deadline would begin anew elsewhere. `again`
+/// allows those that were moved lately.
+pub(super) fn is_transferable(connection: &Connection, again: bool, now_ms: u64) -> bool {
+    (again || has_stayed(connection, now_ms))
         && connection.phase == ConnectionPhase::Open
         && !connection.peer_closed
         && connection.is_quiescent()

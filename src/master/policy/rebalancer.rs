@@ -46,6 +46,8 @@ pub struct Rebalancer {
     workers: BTreeSet<Pid>,
     next: Option<Millis>,
     until: Millis,
+    /// Until when looks are those after a change of the workers.
+    change_until: Millis,
 }
 
 impl Rebalancer {
@@ -56,7 +58,14 @@ impl Rebalancer {
             self.workers = workers;
             self.next.get_or_insert(now + FIRST_LOOK);
             self.until = now + LOOKS_FOR;
+            self.change_until = self.until;
         }
+    }
+
+    /// Whether the workers have changed lately, so that evenness may need connections that were moved
+    /// already.
+    pub fn is_after_change(&self, now: Millis) -> bool {
+        now <= self.change_until
     }
 
     /// A worker has accepted more than its share: connections may lie unevenly.
