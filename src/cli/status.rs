@@ -228,7 +228,7 @@ fn remark(worker: &WorkerStatus) -> String {
         let programs = pluralize(worker.programs as usize, "program", "programs");
         format!("{} of {programs} down", worker.programs_down)
     });
-    let sent = (worker.sent > 0).then(|| format!("{} run in other workers", worker.sent));
+    let sent = (worker.sent > 0).then(|| format!("{} run in other processes", worker.sent));
     let for_others = (worker.running_for_others > 0)
         .then(|| format!("runs {} of other workers", worker.running_for_others));
     let throttle = worker.throttle.as_ref().map(|throttle| {

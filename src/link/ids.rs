@@ -26,6 +26,14 @@ impl Slot {
     pub fn pool(self) -> Option<usize> {
         self.0.checked_sub(FIRST_POOL).map(usize::from)
     }
+
+    /// What its process is, for the log.
+    pub fn role(self) -> &'static str {
+        match self.pool() {
+            Some(_) => "pool process",
+            None => "worker",
+        }
+    }
 }
 
 /// Which configuration a worker was started from: 1 at the start, one more at each reload, also at

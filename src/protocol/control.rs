@@ -212,7 +212,7 @@ pub struct WorkerStatus {
     /// Those of them that do not serve: they start, or died too often and wait.
     #[serde(default)]
     pub programs_down: u64,
-    /// Calls of its connections that run in other workers.
+    /// Calls of its connections that run in other processes.
     #[serde(default)]
     pub sent: u64,
     /// Calls of other workers' connections that it runs.
@@ -255,6 +255,40 @@ pub struct PoolStatus {
     pub silent_ms: u64,
     /// Why the place waits; `Some` iff the state is throttled.
     pub throttle: Option<ThrottleStatus>,
+    /// Each of its programs; empty while the place has no process.
+    #[serde(default)]
+    pub list: Vec<ProgramStatus>,
+}
+
+/// One program of a pool, or the place of one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramStatus {
+    /// Its process id; null while there is none.
+    pub pid: Option<i32>,
+    pub state: ProgramPhase,
+    /// Calls that it has answered.
+    pub calls: u64,
+    /// Its resident memory in bytes, without that of its children.
+    pub rss_bytes: u64,
+    /// Seconds since it was started.
+    pub uptime_s: u64,
+}
+
+/// What a program, or its place, is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProgramPhase {
+    /// There is none; the next one is started soon, or after a while if they died too often.
+    #[default]
+    Down,
+    /// It is not ready yet.
+    Starting,
+    /// It serves and has no call.
+    Idle,
+    /// It has at least one call.
+    Busy,
+    /// It was ended because no call came (`idle-timeout`), and is started for the next one.
+    Asleep,
 }
 
 /// What a worker, or its slot, is.

@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::os::raw::c_void;
 use std::ptr::NonNull;
@@ -16,7 +17,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// A record that may lie in memory which another process changes.
 ///
@@ -111,6 +112,37 @@ pub fn array_without_file<T: SharedRecord>(length: NonZeroUsize) -> io::Result<&
     let start = map_anonymous(bytes_of::<T>(length)?)?;
     // SAFETY: as in `map`.
     Ok(unsafe { std::slice::from_raw_parts(start.as_ptr().cast(), length.get()) })
+}
+
+/// Zeroed records, shared with every process forked from now on, until this process drops them.
+#[derive(Debug)]
+pub struct OwnedArray<T: SharedRecord + 'static> {
+    records: &'static [T],
+}
+
+impl<T: SharedRecord> OwnedArray<T> {
+    /// # Errors
+    /// ENOMEM.
+    pub fn new(length: NonZeroUsize) -> io::Result<Self> {
+        let records = array_without_file(length)?;
+        Ok(OwnedArray { records })
+    }
+}
+
+impl<T: SharedRecord> Deref for OwnedArray<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.records
+    }
+}
+
+impl<T: SharedRecord> Drop for OwnedArray<T> {
+    fn drop(&mut self) {
+        let start = NonNull::from(self.records).cast();
+        // SAFETY: `new` has mapped so many bytes there, and references into them end with this value.
+        let _ = unsafe { munmap(start, size_of_val(self.records)) };
+    }
 }
 
 /// So many bytes, zero, shared with every process forked from now on, which has to leave them alone

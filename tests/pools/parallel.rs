@@ -232,3 +232,65 @@ fn node_runs_calls_together() {
     assert_eq!(result(&mut client, "js.upper", &json!("a")), "A");
     assert_eq!(result(&mut client, "js.nap", &json!(0)), 0);
 }
+
+#[test]
+fn the_status_lists_each_program() {
+    let helper = source().join("examples/python/preforkd.py");
+    let keys = "processes = 2\nidle-timeout = \"1s\"";
+    let daemon = Daemon::builder()
+        .file("program.py", PROGRAM)
+        .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
+        .config(&config(
+            "[\"python3\", \"program.py\"]",
+            &["held", "pid"],
+            keys,
+        ))
+        .expect_log("was ended by SIGKILL")
+        .start();
+    let list = || {
+        daemon.status()["pools"][0]["list"]
+            .as_array()
+            .unwrap()
+            .clone()
+    };
+    let mut pids: Vec<i64> = Vec::new();
+    for program in list() {
+        assert_eq!(
+            (&program["state"], &program["calls"]),
+            (&json!("idle"), &json!(0))
+        );
+        assert!(program["rss_bytes"].as_u64() > Some(1 << 20), "{program}");
+        pids.extend(program["pid"].as_i64());
+    }
+    let mut children = process::children(daemon.pool());
+    children.sort_unstable();
+    let mut listed: Vec<i32> = pids.iter().map(|pid| *pid as i32).collect();
+    listed.sort_unstable();
+    assert_eq!(listed, children);
+    let mut client = daemon.client();
+    client.send(&json!({"in": "held", "params": "go"}).to_string());
+    let states = || -> Vec<String> {
+        let states = list()
+            .into_iter()
+            .map(|it| it["state"].as_str().unwrap().to_owned());
+        states.collect()
+    };
+    wait_for("one that is busy", PATIENCE, || {
+        states() == ["busy", "idle"]
+    });
+    wait_for("the other one asleep", PATIENCE, || {
+        states() == ["busy", "asleep"]
+    });
+    assert_eq!(list()[1]["pid"], Value::Null);
+    daemon.dir().write("go", "");
+    client.recv_json();
+    wait_for("a call that is counted", PATIENCE, || {
+        list()[0]["calls"] == 1
+    });
+    let pid = Pid::from_raw(pids[0] as i32);
+    kill(pid, Signal::SIGKILL).unwrap();
+    wait_for("the next program", PATIENCE, || {
+        let first = &list()[0];
+        first["state"] == "idle" && first["pid"] != pids[0] && first["calls"] == 0
+    });
+}

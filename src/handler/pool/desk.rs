@@ -1,10 +1,8 @@
-//! Where a pool's calls meet its programs: what the loop puts in is written to whichever program is
-//! free, and what comes back is an answer, or the end of that program.
+//! Where a pool's calls meet its programs: the loop puts calls in, each is written to the least busy
+//! program, and what comes back is an answer, or the end of that program.
 //!
 //! The loop's alone. It starts and ends nothing: a program comes from its `keeper` with its wire, and
-//! goes back there for its end. The loop keeps the queue short (`worker::calls` decides what goes
-//! first); a call is never bound to a program before it is written to it, and wakes a program that
-//! is ready and idle before one that sleeps.
+//! goes back there for its end. A call is never bound to a program before it is written to it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -402,6 +400,11 @@ impl Desk {
         mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,
     ) {
         self.end_overdue();
+        for (number, place) in self.places.iter().enumerate() {
+            if let Place::Taken(seat) = place {
+                self.line.show(number, seat);
+            }
+        }
         let places = &mut self.places;
         self.changed.retain(|&number| {
             let Place::Taken(seat) = &mut places[number] else {

@@ -40,6 +40,7 @@ impl World {
             complaints: Limiter::rare(),
             limit: 1 << 20,
             depth: 10,
+            pool: None,
         };
         World {
             desk: Desk::new(line, ears.collect()),

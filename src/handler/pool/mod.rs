@@ -15,6 +15,7 @@ mod life;
 mod lines;
 mod parallel;
 mod process;
+pub mod program_record;
 mod seat;
 mod wire;
 
@@ -22,6 +23,7 @@ use std::collections::VecDeque;
 use std::ffi::CString;
 use std::io;
 use std::mem;
+use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread;
@@ -38,11 +40,13 @@ use super::{Context, Handler, Placement};
 use crate::config;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
+use crate::sys::shared_memory::OwnedArray;
 use crate::sys::waker::Waker;
 use crate::throttle::limiter::Limiter;
 use boot::Boot;
 use desk::{Desk, Ear};
 use keeper::{Keeper, Post, Told};
+use program_record::ProgramRecord;
 use seat::Line;
 use wire::PIECE;
 
@@ -70,6 +74,8 @@ pub struct Pool {
     limit: usize,
     /// Its nesting.
     depth: usize,
+    /// What its programs do; `None` if there was no memory for it.
+    records: Option<OwnedArray<ProgramRecord>>,
 }
 
 impl Pool {
@@ -91,11 +97,18 @@ impl Pool {
             first_boot: life::millis(first_boot),
             limit: settings.limits.frame,
             depth: settings.limits.depth,
+            records: NonZeroUsize::new(pool.processes)
+                .and_then(|count| OwnedArray::new(count).ok()),
         }
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What its programs do, as the pool process shows it.
+    pub fn records(&self) -> &[ProgramRecord] {
+        self.records.as_deref().unwrap_or_default()
     }
 
     /// How many calls its programs may have at once.
@@ -220,6 +233,7 @@ impl Pools {
                 complaints: Limiter::rare(),
                 limit: pool.limit,
                 depth: pool.depth,
+                pool: Some(Arc::clone(pool)),
             };
             desks.push(Desk::new(line, ears));
         }

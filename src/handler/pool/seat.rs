@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::Pool;
 use super::entry::Entry;
 use super::life::millis;
 use super::parallel::{OpenCall, ParallelCalls};
@@ -65,9 +66,19 @@ pub(super) struct Line {
     pub limit: usize,
     /// Its nesting.
     pub depth: usize,
+    /// Where is shown what its programs do.
+    pub pool: Option<Arc<Pool>>,
 }
 
 impl Line {
+    /// Shows what a program does.
+    pub fn show(&self, number: usize, seat: &Seat) {
+        let pool = self.pool.as_ref();
+        if let Some(record) = pool.and_then(|pool| pool.records().get(number)) {
+            record.show_calls(seat.count(), seat.tally.seen().0);
+        }
+    }
+
     /// Tells that a program has sent no answer, now and then.
     fn complain(&mut self, problem: &str) {
         if self.complaints.admit(millis(monotonic())).is_some() {

@@ -47,8 +47,9 @@ impl StartupLog {
         for (pid, (slot, lines)) in said {
             let begin = lines.len().saturating_sub(left);
             left -= lines.len() - begin;
+            let role = slot.role();
             for line in lines.range(begin..) {
-                text += &format!("\n  worker {pid} (slot {slot}) logged: {line}");
+                text += &format!("\n  {role} {pid} (slot {slot}) logged: {line}");
             }
         }
         text

@@ -1,7 +1,6 @@
 //! The master's hold on its living workers: the link, the scoreboard record, the generation.
 //!
-//! Forks them, speaks with them, and forgets them when they are reaped. Who is forked when is
-//! decided by `Fleet`.
+//! Forks them, speaks with them, and forgets them when they are reaped. `Fleet` decides who is forked.
 
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
@@ -13,6 +12,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::keepers::{DeadWorker, Keepers, claimed_keeper};
 use super::links::Links;
+use crate::handler::pool::Pool;
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::call_link;
 use crate::link::channel::{self, MasterEnd, Received};
@@ -72,6 +72,8 @@ pub struct WorkerHandle {
     pub(super) slot: Slot,
     /// It has said that it is ready.
     pub(super) is_ready: bool,
+    /// The pool, of a pool process.
+    pub pool: Option<Arc<Pool>>,
     /// What it logs before it is ready; `None` where nobody waits for that.
     pub(super) startup_log: Option<GuardedSocket>,
     /// Its keeper has died, and it is to retire for that, at once or when it is ready.
@@ -122,8 +124,7 @@ impl Children {
         ground: &Rc<GenerationContext>,
         parent: ForkContext<'_>,
     ) -> io::Result<Pid> {
-        // Workers have the lowest records and pool processes the highest: an older version to which an
-        // upgrade goes back knows of no pool processes, and gives the lowest to its next worker.
+        // Pool processes have the highest: an older version gives the lowest to its next worker.
         let index = match slot.pool() {
             Some(_) => self.free.pop_last(),
             None => self.free.pop_first(),
@@ -194,9 +195,8 @@ impl Children {
         };
         signal::unblock_all();
         let pid = forked?;
-        if slot.pool().is_some() {
-            record.pool_pid.store(pid.0, Relaxed);
-        }
+        let pool_pid = slot.pool().map_or(0, |_| pid.0);
+        record.pool_pid.store(pool_pid, Relaxed);
         self.living.insert(
             pid,
             WorkerHandle {
@@ -209,6 +209,7 @@ impl Children {
                 is_unheard: false,
                 slot,
                 is_ready: false,
+                pool: (slot.pool()).and_then(|pool| ground.registry.pools().get(pool).cloned()),
                 startup_log: words,
                 keeper_is_lost: Cell::new(false),
             },

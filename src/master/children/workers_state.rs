@@ -232,6 +232,7 @@ impl Children {
                     slot: Slot(worker.slot),
                     // The pool processes of its generation have no link to this program.
                     is_ready: true,
+                    pool: None,
                     // No verdict is open.
                     startup_log: None,
                     keeper_is_lost: Cell::new(false),

@@ -54,7 +54,8 @@ impl Death {
             Some(method) => format!(", last method {method}"),
             None => String::new(),
         };
-        format!("worker {pid} (slot {slot}) ended by {how} after {after}: {reason}{method}")
+        let role = slot.role();
+        format!("{role} {pid} (slot {slot}) ended by {how} after {after}: {reason}{method}")
     }
 
     /// The death as the key=value pairs that end a log line.

@@ -42,7 +42,11 @@ impl Fleet {
         self.table.insert(pid, child);
         self.log(
             Level::Debug,
-            format!("worker {pid} starts {}", log_fields(pid, slot_id)),
+            format!(
+                "{} {pid} starts {}",
+                slot_id.slot.role(),
+                log_fields(pid, slot_id)
+            ),
         );
         if wanted {
             return;
@@ -109,7 +113,8 @@ impl Fleet {
         child.stage_since = now;
         child.next_signal = None;
         let text = format!(
-            "worker {pid} is ready after {took} {}",
+            "{} {pid} is ready after {took} {}",
+            slot_id.slot.role(),
             log_fields(pid, slot_id)
         );
         self.log(Level::Debug, text);

@@ -104,9 +104,10 @@ impl Fleet {
         let text = death_log::clean_text(text);
         let (slot, pairs) = (child.slot_id.slot, log_fields(pid, child.slot_id));
         child.recycle.evidence = Some(text.clone());
+        let role = slot.role();
         self.trouble(
             Level::Warn,
-            format!("worker {pid} (slot {slot}): {text} {pairs}"),
+            format!("{role} {pid} (slot {slot}): {text} {pairs}"),
         );
     }
 
@@ -196,8 +197,9 @@ impl Fleet {
         };
         if let Some(more) = self.recycling.lines.admit(now) {
             let (slot, reason) = (slot_id.slot, wish.reason);
+            let role = slot.role();
             let text = format!(
-                "worker {pid} (slot {slot}) is recycled once its successor is ready: {reason} {}",
+                "{role} {pid} (slot {slot}) is recycled once its successor is ready: {reason} {}",
                 log_fields(pid, slot_id)
             );
             self.log(Level::Info, with_suppressed_count(text, more));

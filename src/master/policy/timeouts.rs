@@ -153,13 +153,14 @@ impl Fleet {
         }
         self.act(Action::Kill { pid, signal });
         let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
-        let text = format!("worker {pid} (slot {slot}) gets {signal}: {reason} {pairs}");
+        let role = slot.role();
+        let text = format!("{role} {pid} (slot {slot}) gets {signal}: {reason} {pairs}");
         match unready && signal == Signal::SIGTERM {
             true => self.log(Level::Debug, text),
             false => self.trouble(Level::Warn, text),
         }
         if starting && begins && self.is_newcomer(slot_id) {
-            self.newcomer_failed(&format!("worker {pid} (slot {slot}): {reason}"));
+            self.newcomer_failed(&format!("{role} {pid} (slot {slot}): {reason}"));
         }
     }
 
@@ -177,8 +178,9 @@ impl Fleet {
         };
         self.act(Action::Diagnose { pid });
         let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
+        let role = slot.role();
         let text = format!(
-            "worker {pid} (slot {slot}) is held by the kernel and does not end, though it was killed: \
+            "{role} {pid} (slot {slot}) is held by the kernel and does not end, though it was killed: \
              {follows} {pairs}"
         );
         self.trouble(Level::Error, text);
@@ -191,7 +193,7 @@ impl Fleet {
         if self.is_newcomer(slot_id) && self.phase == ServerPhase::Serving {
             self.table.slots.remove(&slot_id);
             return self
-                .newcomer_failed(&format!("worker {pid} (slot {slot}) is held by the kernel"));
+                .newcomer_failed(&format!("{role} {pid} (slot {slot}) is held by the kernel"));
         }
         let due = self
             .tenure(slot_id)

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use crate::handler::pool::program_record::{ProgramRecord, ProgramState};
 use crate::logging;
 use crate::master::children::workers::Children;
 use crate::master::endpoints::listeners::Listener;
@@ -10,8 +11,8 @@ use crate::master::policy::event::Millis;
 use crate::master::policy::fleet::Fleet;
 use crate::master::policy::status_view::WorkerView;
 use crate::protocol::control::{
-    self, AcceptWait, DeathStatus, LastReload, OldestCall, PoolStatus, Quarantined, Status,
-    ThrottleStatus, WorkerStatus,
+    self, AcceptWait, DeathStatus, LastReload, OldestCall, PoolStatus, ProgramPhase, ProgramStatus,
+    Quarantined, Status, ThrottleStatus, WorkerStatus,
 };
 use crate::sys::process::{Pid, resident_bytes};
 
@@ -159,7 +160,33 @@ fn pool(view: &WorkerView, workers: &Children, now: Millis) -> PoolStatus {
         oldest_call: shown.oldest_call,
         silent_ms: shown.silent_ms,
         throttle: shown.throttle,
+        list: programs_of(view, workers, now),
     }
+}
+
+/// Each program of a pool process.
+fn programs_of(view: &WorkerView, workers: &Children, now: Millis) -> Vec<ProgramStatus> {
+    let handle = view.pid.and_then(|pid| workers.get(pid));
+    let pool = handle.and_then(|handle| handle.pool.as_ref());
+    let records = pool.map(|pool| pool.records()).unwrap_or_default();
+    let program = |record: &ProgramRecord| {
+        let view = record.view();
+        let age = view.pid.map(|_| now.saturating_sub(view.started_ms));
+        ProgramStatus {
+            pid: view.pid,
+            state: match view.state {
+                ProgramState::Down => ProgramPhase::Down,
+                ProgramState::Starting => ProgramPhase::Starting,
+                ProgramState::Idle => ProgramPhase::Idle,
+                ProgramState::Busy => ProgramPhase::Busy,
+                ProgramState::Asleep => ProgramPhase::Asleep,
+            },
+            calls: view.calls,
+            rss_bytes: view.pid.map_or(0, |pid| resident_bytes(Pid(pid))),
+            uptime_s: age.unwrap_or_default() / 1000,
+        }
+    };
+    records.iter().map(program).collect()
 }
 
 fn death(death: &crate::master::policy::death_log::Death) -> DeathStatus {

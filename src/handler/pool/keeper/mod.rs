@@ -23,6 +23,7 @@ use crate::handler::pool::boot::Boot;
 use crate::handler::pool::desk::{Order, Recall, Word};
 use crate::handler::pool::life::{Rules, Wear, millis};
 use crate::handler::pool::process::Process;
+use crate::handler::pool::program_record::ProgramState;
 use crate::handler::pool::seat::{Seat, Tally};
 use crate::handler::pool::wire::Wire;
 use crate::handler::registry::Registry;
@@ -38,6 +39,8 @@ const LEISURE: Millis = 3000;
 /// A program that serves; its wire is at the desk.
 struct Serving {
     process: Process,
+    /// When it was started.
+    since: Millis,
     wear: Wear,
     tally: Arc<Tally>,
     /// What it was asked back for, as long as there is no answer to that.
@@ -156,8 +159,22 @@ impl Keeper {
             } else if !self.rests {
                 self.advance(now);
             }
+            self.show();
             self.wait(now);
             self.judge();
+        }
+    }
+
+    /// Shows how far its program is.
+    fn show(&self) {
+        let (pid, state, since) = match (&self.serving, &self.fresh) {
+            (Some(one), _) => (one.process.pid().0, ProgramState::Idle, one.since),
+            (None, Some(one)) => (one.process.pid().0, ProgramState::Starting, one.since),
+            (None, None) if self.sleeps => (0, ProgramState::Asleep, 0),
+            (None, None) => (0, ProgramState::Down, 0),
+        };
+        if let Some(record) = self.post.pool.records().get(self.post.number) {
+            record.show(pid, state, since);
         }
     }
 
@@ -268,6 +285,7 @@ impl Keeper {
         );
         self.serving = Some(Serving {
             process: fresh.process,
+            since: fresh.since,
             wear: Wear::new(now),
             tally,
             asked: None,
