@@ -55,7 +55,8 @@ impl EventLoop {
                 .map(|connection| (connection.active_ms, connection.token))
                 .collect();
             silent.sort_unstable();
-            let read_timeout_ms = millis(self.service.limits.read_timeout);
+            // The worker's clock has whole milliseconds: one more, so that none is closed too early.
+            let read_timeout_ms = millis(self.service.limits.read_timeout) + 1;
             let is_old = |&(since_ms, _): &(u64, Token)| since_ms + read_timeout_ms <= now_ms;
             let old = silent.partition_point(is_old);
             self.silent.found = silent[..old].iter().map(|&(_, token)| token).collect();

@@ -102,8 +102,7 @@ fn silent_connections_make_room_when_full() {
     let mut late = vec![daemon.client()];
     assert_eq!(late[0].call(&ping)["out"], "pong");
     let waited = began.elapsed();
-    // The worker's clock has whole milliseconds.
-    assert!(waited >= Duration::from_millis(1999), "{waited:?}");
+    assert!(waited >= Duration::from_secs(2), "{waited:?}");
     silent.pop_front().unwrap().assert_closed();
     while let Some(mut oldest) = silent.pop_front() {
         for younger in silent.iter().skip(1) {
