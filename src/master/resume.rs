@@ -27,6 +27,7 @@ use super::setup::Setup;
 use super::start::show_title;
 use super::upgrade::state::UpgradeState;
 use super::upgrade::{ExecAttempt, Upgrade, UpgradeStage};
+use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::link::ids::Pid;
 use crate::sys::memory;
@@ -81,6 +82,18 @@ fn contradiction(text: String) -> Error {
     Error::Refused(format!("the table contradicts itself: {text}"))
 }
 
+/// Tells what `processes` means now: the version before ran so many programs of a pool for each worker.
+fn explain_processes(settings: &Settings) {
+    let workers = settings.workers.count;
+    for (name, pool) in &settings.pools {
+        let (count, before) = (pool.processes, pool.processes * workers);
+        log::info!(
+            "upgrade: processes = {count} of the pool {name} is the number for all workers now, and was \
+             that for each of {workers} workers; to keep the total, set processes = {before}"
+        );
+    }
+}
+
 fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let missing = || Error::Bug("a take-over without what it came with".into());
     let through = setup.trial.as_ref().ok_or_else(missing)?.through();
@@ -104,6 +117,10 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let fleet = Fleet::import(state.fleet, now).map_err(contradiction)?;
     // First: none of them is anybody's keeper.
     fleet.pids().for_each(process::has_forked);
+    let is_on_trial = setup.trial.as_ref().is_some_and(ExecAttempt::can_go_back);
+    if is_on_trial && state.workers.pools.is_none() {
+        explain_processes(&setup.settings);
+    }
     let workers = Children::import(state.workers, take)?;
     let same = fleet.pids().count() == workers.iter().count();
     if !same || fleet.pids().any(|pid| workers.get(pid).is_none()) {

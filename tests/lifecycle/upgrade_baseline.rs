@@ -209,6 +209,11 @@ fn upgrade_back_and_forth(first: &Path, second: &Path) {
             some_calls();
         }
     });
+    // The binary under test says once at each upgrade to it what has changed.
+    let said = "processes = 1 of the pool quick is the number for all workers now, and was that for each of \
+                2 workers";
+    let times = daemon.log().matches(said).count() as u64;
+    assert_eq!(times, upgrades / 2, "{}", daemon.log());
     let status = daemon.status();
     assert_eq!(status["master"]["generation"], 1 + upgrades);
     assert_eq!(status["deaths"].as_array().map(Vec::len), Some(0));

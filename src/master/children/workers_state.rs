@@ -49,7 +49,7 @@ pub struct WorkersState {
     pub keepers: Vec<KeeperState>,
     /// Pool processes: they serve until nothing uses them, without a master.
     #[serde(default)]
-    pub pools: Vec<PoolState>,
+    pub pools: Option<Vec<PoolState>>,
 }
 
 /// A pool process that a program before has forked.
@@ -147,7 +147,7 @@ impl Children {
             living,
             known: known.into_iter().map(|known| (**known).clone()).collect(),
             keepers: self.keepers.export(),
-            pools,
+            pools: Some(pools),
         }
     }
 
@@ -201,7 +201,7 @@ impl Children {
             }
         }
         let mut reserved = HashMap::new();
-        for pool in state.pools {
+        for pool in state.pools.into_iter().flatten() {
             let pid = Pid(pool.pid);
             // One that is no child any more writes no record.
             if process::is_child(pid) && claim(pool.record).is_some() {
