@@ -40,7 +40,8 @@ struct State {
     /// The loop will look within a millisecond, whether it is woken or not.
     watched: bool,
     /// At a look none had been taken since the look before, though all threads are up: what lies here
-    /// waits behind calls that take longer than expected. So many had been taken then.
+    /// waits behind calls that take longer than expected. So many had been taken then. It holds until a
+    /// thread is done.
     stalled_at: Option<u64>,
 }
 
@@ -106,6 +107,7 @@ impl Shelf {
                 return (job, brisk);
             }
             state.idle += 1;
+            state.stalled_at = None;
             while state.waking == 0 {
                 state = self
                     .woken
@@ -131,7 +133,6 @@ impl Shelf {
     /// Takes all jobs back that no thread has taken.
     pub fn take_back(&self) -> Vec<HandlerCall> {
         let mut state = self.lock();
-        state.stalled_at = None;
         state.work = Duration::ZERO;
         state.jobs.drain(..).collect()
     }

@@ -104,6 +104,7 @@ fn a_shelf_that_waits_for_busy_threads_is_not_looked_at_all_the_time() {
     assert!(!shelf.goes_on(), "the loop would not hear of it");
     assert_eq!(shelf.take_back().len(), 1);
     assert!(!shelf.look(12));
+    assert!(shelf.is_blocked(), "until a thread is done");
 }
 
 #[test]

@@ -113,6 +113,32 @@ fn no_call_waits_while_a_thread_or_a_program_of_any_worker_is_idle() {
     }
 }
 
+/// The same method was short before, so such calls are handed out ahead.
+#[test]
+fn short_calls_do_not_wait_behind_a_long_one() {
+    let _alone = alone();
+    let (_daemon, _, mut clients) = one_sided(Daemon::builder(), 12);
+    for client in &mut clients {
+        for _ in 0..5 {
+            client.call(&json!({"in": "sleep", "params": 0}));
+        }
+    }
+    let begin = Instant::now();
+    let (long, short) = clients.split_first_mut().unwrap();
+    long.send(r#"{"in": "sleep", "params": 5}"#);
+    pass(Duration::from_millis(100));
+    for _ in 0..5 {
+        for client in &mut *short {
+            client.send(r#"{"in": "sleep", "params": 0}"#);
+        }
+        for client in &mut *short {
+            assert_eq!(client.recv_json()["result"], 0);
+        }
+    }
+    assert_within("55 short calls", begin.elapsed(), Duration::from_secs(2));
+    assert_eq!(long.recv_json()["result"], 5);
+}
+
 #[test]
 fn a_method_with_a_concurrency_runs_at_home() {
     let (daemon, workers, mut clients) = one_sided(Daemon::builder(), 2);
