@@ -239,7 +239,8 @@ impl CallState {
         begins
     }
 
-    /// Another process begins it, which is shown as 2: it is not what this process dies of. False when the call was given up meanwhile.
+    /// Another process begins it, which is shown as 2: this process does not die of it. False if the call
+    /// was given up meanwhile.
     pub fn begin_elsewhere(&self) -> bool {
         let begins = self
             .phase

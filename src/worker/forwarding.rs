@@ -129,22 +129,24 @@ impl Forwarding {
         fence(SeqCst);
     }
 
+    /// All peers, each time from another one on.
+    fn peers_in_turn(&mut self) -> impl Iterator<Item = (usize, &Peer)> {
+        self.turn = self.turn.wrapping_add(1);
+        let start = self.turn % self.peers.len().max(1);
+        let peers = &self.peers;
+        peers.iter().skip(start).chain(peers.iter().take(start))
+    }
+
     /// Another worker with capacity in a lane, if a link to one exists. Without a link the master is
     /// asked for one.
     pub fn find_idle(&mut self, lane: usize, now_ms: u64) -> Option<usize> {
-        self.turn = self.turn.wrapping_add(1);
-        let links = self.peers.len();
-        let start = if links == 0 { 0 } else { self.turn % links };
-        let order = self
-            .peers
-            .iter()
-            .skip(start)
-            .chain(self.peers.iter().take(start));
+        let generation = self.generation;
+        let order = self.peers_in_turn();
         let best = order
             .filter(|(_, peer)| {
                 !peer.is_leaving && !peer.link.is_congested() && is_fresh(peer.record, now_ms)
             })
-            .filter(|(_, peer)| peer.serves(lane, self.generation))
+            .filter(|(_, peer)| peer.serves(lane, generation))
             .map(|(key, peer)| (peer.room(), key))
             .filter(|(room, _)| *room > 0)
             // Of equals the first one.
@@ -170,18 +172,12 @@ impl Forwarding {
     /// nothing was offered since they showed that.
     pub fn find_waiting(&mut self, most: usize, is_repeated: bool, now_ms: u64) -> Vec<usize> {
         let place = place(self.lane);
-        self.turn = self.turn.wrapping_add(1);
-        let links = self.peers.len();
-        let start = if links == 0 { 0 } else { self.turn % links };
-        let order = self
-            .peers
-            .iter()
-            .skip(start)
-            .chain(self.peers.iter().take(start));
+        let generation = self.generation;
+        let order = self.peers_in_turn();
         let waiting: Vec<usize> = order
             .filter(|(_, peer)| {
                 let epoch = peer.record.capacity_epoch.load(Relaxed);
-                peer.record.generation.load(Relaxed) == self.generation
+                peer.record.generation.load(Relaxed) == generation
                     && peer.record.waiting[place].load(Relaxed) > 0
                     && (!is_repeated || peer.offered_at != epoch.wrapping_add(1))
             })

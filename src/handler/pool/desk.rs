@@ -155,8 +155,8 @@ impl Desk {
             return self.count() * concurrency;
         }
         let of = |place: &Place| match place {
-            Place::Taken(seat) if concurrency > 1 => seat.capacity(),
-            Place::Taken(_) | Place::Asleep => concurrency,
+            Place::Taken(seat) => seat.capacity(),
+            Place::Asleep => concurrency,
             Place::Empty | Place::Down(..) => 0,
         };
         self.places.iter().map(of).sum()

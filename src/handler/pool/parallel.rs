@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 
 use super::entry::Entry;
 use super::life::millis;
-
 use crate::throttle::Millis;
 
 /// How long after its deadline a cancelled call may stay unanswered. Milliseconds.
