@@ -14,7 +14,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -185,29 +185,33 @@ fn answer(stream: &mut TcpStream) -> Result<(), Failure> {
     }
 }
 
-/// Runs `client` on so many threads until the time is over. Returns calls per second.
+/// Runs `client` on this number of threads until the time is over. Returns calls per second. Of a call that
+/// is in progress when the time is over, the part before counts.
 fn clients(
     count: usize,
     length: Duration,
     client: impl Fn(usize, &dyn Fn() -> bool) -> Result<(), String> + Sync,
 ) -> Result<f64, Failure> {
-    let done = AtomicUsize::new(0);
+    let done = Mutex::new(0.0);
     let begin = Instant::now();
     // Whether to make one more call; the last one is counted when it asks again.
-    let goes_on = |calls: &std::cell::Cell<usize>| {
-        if calls.get() > 0 {
-            done.fetch_add(1, Relaxed);
+    let goes_on = |last: &std::cell::Cell<Option<Duration>>| {
+        let now = begin.elapsed();
+        if let Some(sent) = last.get() {
+            let part = (length.min(now) - sent.min(length)).as_secs_f64();
+            let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+            *done += part / (now - sent).as_secs_f64();
         }
-        calls.set(calls.get() + 1);
-        begin.elapsed() < length
+        last.set(Some(now));
+        now < length
     };
     let failures: Vec<String> = thread::scope(|scope| {
         let running: Vec<_> = (0..count)
             .map(|number| {
                 let (client, goes_on) = (&client, &goes_on);
                 scope.spawn(move || {
-                    let calls = std::cell::Cell::new(0);
-                    client(number, &|| goes_on(&calls))
+                    let last = std::cell::Cell::new(None);
+                    client(number, &|| goes_on(&last))
                 })
             })
             .collect();
@@ -222,7 +226,10 @@ fn clients(
     });
     match failures.first() {
         Some(failure) => Err(failure.as_str().into()),
-        None => Ok(done.load(Relaxed) as f64 / begin.elapsed().as_secs_f64()),
+        None => {
+            let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+            Ok(done / length.as_secs_f64())
+        }
     }
 }
 
@@ -271,19 +278,20 @@ fn ahead(address: SocketAddr, method: &str, length: Duration) -> Result<f64, Fai
     }
     let begin = Instant::now();
     let (mut sent, mut done) = (64, 0);
-    let mut at_the_end = None;
+    let mut rate = None;
     while done < sent {
         answer(&mut stream)?;
         done += 1;
         if begin.elapsed() < length {
             stream.write_all(&request(method, CALL, sent))?;
             sent += 1;
-        } else if at_the_end.is_none() {
-            // What is left then is less than can run at once, at the very end.
-            at_the_end = Some(done as f64 / begin.elapsed().as_secs_f64());
+            // They end together, as many as can run at once.
+            if done % (WORKERS * THREADS) == 0 {
+                rate = Some(done as f64 / begin.elapsed().as_secs_f64());
+            }
         }
     }
-    at_the_end.ok_or_else(|| "no call was answered in time".into())
+    rate.ok_or_else(|| "no call was answered in time".into())
 }
 
 /// 1,000 short calls from 32 connections while six threads hold long calls: their p99 beside that on one

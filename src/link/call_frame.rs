@@ -38,6 +38,8 @@ pub struct CallFrame<'a> {
     pub key: u64,
     /// When it must be answered, in milliseconds (CLOCK_MONOTONIC).
     pub deadline_ms: u64,
+    /// Which connection of the sender it came over.
+    pub client: u32,
     /// The caller's id, as JSON.
     pub client_id: Option<Cow<'a, str>>,
     /// Where the caller's connection comes from; `None` over a unix socket.
@@ -73,10 +75,12 @@ pub enum Frame<'a> {
     Returned {
         id: u64,
     },
-    /// The sender could begin so many calls of this lane.
+    /// The sender could begin `count` calls of this lane now, and `short` more that take microseconds within a
+    /// millisecond.
     Offer {
         lane: u16,
         count: u32,
+        short: u32,
     },
     /// The sender begins no further call. It leaves when it has the answer to this.
     Leave,
@@ -106,6 +110,7 @@ impl Frame<'_> {
                 put_u32(out, call.method);
                 put_u64(out, call.key);
                 put_u64(out, call.deadline_ms);
+                put_u32(out, call.client);
                 put_option(out, call.client_id.as_deref().map(str::as_bytes));
                 let peer = call.peer.map(|peer| peer.to_string());
                 put_option(out, peer.as_deref().map(str::as_bytes));
@@ -139,9 +144,10 @@ impl Frame<'_> {
                 put_u64(out, *id);
                 RETURNED
             }
-            Frame::Offer { lane, count } => {
+            Frame::Offer { lane, count, short } => {
                 put_u32(out, u32::from(*lane));
                 put_u32(out, *count);
+                put_u32(out, *short);
                 OFFER
             }
             Frame::Leave => LEAVE,
@@ -187,6 +193,7 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
                 method: fields.u32()?,
                 key: fields.u64()?,
                 deadline_ms: fields.u64()?,
+                client: fields.u32()?,
                 client_id: fields.text_option()?,
                 peer: match fields.text_option()? {
                     Some(peer) => Some(peer.parse().ok()?),
@@ -212,6 +219,7 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
         OFFER => Frame::Offer {
             lane: u16::try_from(fields.u32()?).ok()?,
             count: fields.u32()?,
+            short: fields.u32()?,
         },
         LEAVE => Frame::Leave,
         LEAVE_NOTED => Frame::LeaveNoted,

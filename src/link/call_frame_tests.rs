@@ -36,6 +36,7 @@ fn any_frame() -> impl Strategy<Value = Frame<'static>> {
                     method,
                     key,
                     deadline_ms,
+                    client: method ^ 1,
                     client_id: client_id.map(Cow::Owned),
                     peer: peer.map(SocketAddr::from),
                     params: Cow::Owned(params),
@@ -65,7 +66,11 @@ fn any_frame() -> impl Strategy<Value = Frame<'static>> {
         any::<u64>().prop_map(|id| Frame::Returned { id }),
         Just(()).prop_map(|()| Frame::Leave),
         Just(()).prop_map(|()| Frame::LeaveNoted),
-        any::<(u16, u32)>().prop_map(|(lane, count)| Frame::Offer { lane, count }),
+        any::<(u16, u32, u32)>().prop_map(|(lane, count, short)| Frame::Offer {
+            lane,
+            count,
+            short
+        }),
     ]
 }
 

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -305,6 +306,16 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     Ok(hard)
 }
 
+/// The soft limit of open descriptors, and how many more this process may open if those that are open have
+/// the lowest numbers.
+pub fn descriptors_left() -> (usize, usize) {
+    let soft = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    let soft = usize::try_from(soft).unwrap_or(usize::MAX);
+    let lowest = io::stderr().as_fd().try_clone_to_owned();
+    let lowest = lowest.map_or(soft, |fd| fd.as_raw_fd().unsigned_abs() as usize);
+    (soft, soft.saturating_sub(lowest))
+}
+
 /// Resident memory of a process in bytes, or 0 where it can't be read (proc_pid_statm(5)).
 pub fn resident_bytes(pid: Pid) -> u64 {
     let Ok(statm) = bounded::read_lines(format!("/proc/{pid}/statm")) else {
@@ -344,6 +355,11 @@ pub fn monotonic() -> Duration {
         now.num_seconds().unsigned_abs(),
         now.tv_nsec().unsigned_abs() as u32,
     )
+}
+
+/// The same in milliseconds.
+pub fn monotonic_ms() -> u64 {
+    u64::try_from(monotonic().as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -7,14 +7,21 @@ use std::os::fd::OwnedFd;
 use super::call_dispatcher::millis;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, LISTEN_RETRY_MS, WarningKind, find};
+use super::shares::Source;
 use super::timers::TimerTarget;
 use crate::logging::pluralize;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
+/// Where a connection comes from.
+pub(super) fn peer_of(socket: &OwnedFd) -> (Option<SocketAddr>, Source) {
+    let peer = socket::peer(socket);
+    (peer, Source::of(peer, || socket::peer_user(socket).ok()))
+}
+
 impl EventLoop {
     pub(super) fn accepted(&mut self, reactor: &mut Reactor, socket: OwnedFd) -> Option<Token> {
-        let peer = socket::peer(&socket);
+        let peer = peer_of(&socket);
         let adopted = reactor.register(socket);
         let token = self.register_connection(reactor, adopted, peer);
         self.has_accepted(reactor);
@@ -26,7 +33,7 @@ impl EventLoop {
         &mut self,
         reactor: &mut Reactor,
         adopted: io::Result<Token>,
-        peer: Option<SocketAddr>,
+        (peer, source): (Option<SocketAddr>, Source),
     ) -> Option<Token> {
         let token = match adopted {
             Ok(token) => token,
@@ -38,7 +45,7 @@ impl EventLoop {
                 return None;
             }
         };
-        let connection = Connection::new(token, peer, self.service.now_ms);
+        let connection = Connection::new(token, peer, source, self.service.now_ms);
         if self.connections.len() <= token.index() {
             self.connections.resize_with(token.index() + 1, || None);
         }

@@ -9,10 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use super::call_room;
 use super::call_scheduler::{CallScheduler, FinishedCall};
 use super::connection::{AnswerPosition, Connection, ConnectionPhase, PendingAnswer};
 use super::crash::journal::{CallJournal, CallRef};
 use super::forwarding::Forwarding;
+use super::remote_calls;
+use super::shares::Shares;
 use super::threads::{Done, Threads};
 use super::timers::{CallKey, TimerTarget, Timers};
 use super::unsent::UnsentAnswers;
@@ -39,7 +42,7 @@ pub struct CallDispatcher {
     pub threads: Threads,
     /// The other workers that run calls of this one, and whose calls it runs.
     pub forwarding: Forwarding,
-    /// What came back from them, to be answered.
+    /// What came back from them, and calls that made room for others: to be answered.
     pub answered_elsewhere: Vec<Done>,
     /// All deadlines of the worker.
     pub timers: Timers,
@@ -62,6 +65,8 @@ pub struct CallDispatcher {
     pub stopping: bool,
     /// Bytes of all unfinished frames, lines and requests.
     pub unfinished: usize,
+    /// Who has them.
+    pub unfinished_shares: Shares,
     /// Bytes of all answers that clients have not taken.
     pub unsent: UnsentAnswers,
     /// Calls read so far.
@@ -93,7 +98,9 @@ impl CallDispatcher {
         record.running.store(running as u32, Relaxed);
         record.queued.store(queued as u32, Relaxed);
         let forwarding = &self.forwarding;
-        record.sent.store(self.calls.sent() as u32, Relaxed);
+        record
+            .sent
+            .store(remote_calls::sent(&self.calls) as u32, Relaxed);
         let for_others = forwarding.running_for_others() as u32;
         record.running_for_others.store(for_others, Relaxed);
         record.lost_threads.store(lost as u32, Relaxed);
@@ -106,7 +113,7 @@ impl CallDispatcher {
             .store(self.longest_wait_ms as u32, Relaxed);
         let programs_down = self.threads.programs_down();
         record.programs_down.store(programs_down as u32, Relaxed);
-        let (method, since) = match self.calls.oldest() {
+        let (method, since) = match self.calls.oldest(&self.threads) {
             Some((method, since)) => (method as u32 + 1, since),
             None => (0, 0),
         };
@@ -211,12 +218,7 @@ impl CallDispatcher {
         } else if inline {
             self.calls.admit(method, self.now_ms)
         } else {
-            self.calls
-                .has_room(
-                    method,
-                    params.len(),
-                    self.threads.crew(self.calls.lane(method)),
-                )
+            self.make_room(connection, (method, params.len()))
                 .and_then(|()| self.calls.admit(method, self.now_ms))
         };
         if let Err(error) = admitted {
@@ -238,7 +240,7 @@ impl CallDispatcher {
         }
         let key = self.calls.add(
             (connection.token, reply, id),
-            connection.peer,
+            (connection.peer, connection.source),
             (method, params),
             (self.now_ms, deadline_ms),
         );
@@ -247,6 +249,18 @@ impl CallDispatcher {
             self.timers
                 .arm(&mut added.timer, deadline_ms, TimerTarget::Call(key));
         }
+    }
+
+    /// Makes room for a call to wait, if need be at the cost of another connection that has more.
+    fn make_room(
+        &mut self,
+        connection: &Connection,
+        (method, size): (usize, usize),
+    ) -> Result<(), RpcError> {
+        let owner = (connection.source, connection.token);
+        let threads = self.threads.crew(self.calls.lane(method));
+        let evicted = &mut self.answered_elsewhere;
+        call_room::make_room(&mut self.calls, (method, size), owner, threads, evicted)
     }
 
     /// The methods of the protocol itself.
@@ -506,6 +520,12 @@ pub(super) fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
     }
     let text = format!("a result of {length} bytes; limits.frame allows {limit}");
     Err(RpcError::of(Code::BadOutput, text, true))
+}
+
+/// The error of a call that waits and has too little time left.
+pub(super) fn too_late() -> RpcError {
+    let text = "its time would be over before it could be done, so it was not begun";
+    RpcError::of(Code::Timeout, text, false)
 }
 
 /// The error of a call whose caller has closed the connection.

@@ -1,24 +1,26 @@
-//! The calls of a worker that are for its threads: which wait, which run, which are over.
+//! The calls of a worker that are not inline: which wait, which run, which are over.
 //!
-//! The event loop decides; threads only get what is handed to them. `queue` says which call is next. A
-//! few short calls are handed out ahead, so that no thread is idle while the loop is busy. An entry lives
-//! until its thread has reported. The handler threads and each pool have a lane of their own.
+//! A call that was read waits in the queue of its lane: handler threads take theirs from there, and what is
+//! sent to other processes is taken out by the event loop. An entry lives until it was reported as done.
+//! The handler threads and each pool have a lane of their own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use super::call_table::FinishedCall;
-use super::call_table::{CallTable, RemoteCall, ScheduledCall};
+use super::call_table::{CallTable, ScheduledCall};
 use super::connection::{AnswerPosition, HIGH_WATER, PendingAnswer};
-use super::method_stats::{self, MethodStats};
-use super::queue::{Lane, Waiting};
+use super::fair_queue::Waiting;
+use super::lane::Lane;
+use super::method_stats::MethodStats;
+use super::run_queue::RunQueue;
+use super::shares::Source;
 use super::threads::{Done, HandlerCall, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
-use crate::link::call_frame::CallFrame;
 use crate::logging::pluralize;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
@@ -27,35 +29,39 @@ use crate::sys::event::Token;
 /// A result from here up counts as large: how many of its like run for one connection is limited.
 const LARGE: usize = 16 * 1024;
 
-/// Calls that are handed out ahead at most, so that no thread need wait for the loop.
-const MOST_AHEAD: usize = 64;
-
-/// Bytes of params that may wait or run in a worker, of all its connections together; each lane has
-/// an equal part of that.
-const MOST_BYTES: usize = 64 * 1024 * 1024;
-
 #[derive(Debug)]
 pub struct CallScheduler {
-    table: CallTable,
+    pub(super) table: CallTable,
     /// By the lane of a method: each has its own queue, its own limit and its own threads.
-    lanes: Vec<Lane>,
-    /// Taken out of the queue because their connection has answers enough to send, until that
-    /// changes.
-    blocked_on_output: HashMap<Token, Vec<Waiting>>,
-    loads: Vec<MethodStats>,
-    registry: Arc<Registry>,
-    limit: usize,
+    pub(super) lanes: Vec<Lane>,
+    /// In a pool process, calls that programs have, oldest first; ones that are done are skipped.
+    pub(super) with_programs: VecDeque<CallKey>,
+    /// Calls that were read or returned in this turn, and are not in a queue yet.
+    pub(super) unqueued: Vec<CallKey>,
+    /// Calls that are in no queue because their connection has answers enough to send, until that changes.
+    blocked_on_output: HashMap<Token, Vec<CallKey>>,
+    pub(super) loads: Vec<MethodStats>,
+    pub(super) registry: Arc<Registry>,
+    pub(super) limit: usize,
 }
 
 impl CallScheduler {
-    /// An empty table that lets `limit` calls wait in each lane.
-    pub fn new(registry: Arc<Registry>, limit: usize) -> Self {
+    /// An empty table that lets `limit` calls wait in each lane. `threads` is the queue of the handler
+    /// threads.
+    pub fn new(registry: Arc<Registry>, limit: usize, threads: Arc<RunQueue>) -> Self {
         let load = |method: &Method| MethodStats::in_lane(method.handler.placement().lane());
         let loads: Vec<MethodStats> = registry.methods().iter().map(load).collect();
         let last = loads.iter().map(|load| load.lane).max().unwrap_or(0);
+        let methods = loads.len();
+        let pools = (0..last).map(|_| Arc::new(RunQueue::new(methods)));
         CallScheduler {
             table: CallTable::default(),
-            lanes: (0..=last).map(|_| Lane::default()).collect(),
+            lanes: std::iter::once(threads)
+                .chain(pools)
+                .map(Lane::new)
+                .collect(),
+            with_programs: VecDeque::new(),
+            unqueued: Vec::new(),
             blocked_on_output: HashMap::new(),
             loads,
             registry,
@@ -85,38 +91,7 @@ impl CallScheduler {
         &mut self.lanes[self.loads[method].lane]
     }
 
-    /// Whether there is room for one more call of a method to wait, with so many threads in its
-    /// lane.
-    ///
-    /// # Errors
-    /// `overloaded`.
-    pub fn has_room(&self, method: usize, size: usize, threads: usize) -> Result<(), RpcError> {
-        let concurrency = self.registry.methods()[method].concurrency;
-        if concurrency > 0 && self.loads[method].current >= concurrency {
-            let reason = format!("its concurrency of {concurrency} in this worker is reached");
-            return Err(self.overloaded(method, reason));
-        }
-        // Those that run, and those that will begin at once, do not wait.
-        let lane = &self.lanes[self.loads[method].lane];
-        let begin = threads.saturating_sub(lane.lost);
-        if lane.waiting - lane.sent >= self.limit + begin {
-            let server = match self.loads[method].lane {
-                0 => "thread",
-                _ => "program",
-            };
-            let reason = format!("the queue of {} for a {server} is full", self.limit);
-            return Err(self.overloaded(method, reason));
-        }
-        // One of any size is taken where there is no other.
-        let most = MOST_BYTES / self.lanes.len();
-        if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
-            let reason = format!("more than {most} bytes of params would wait");
-            return Err(self.overloaded(method, reason));
-        }
-        Ok(())
-    }
-
-    fn overloaded(&self, method: usize, reason: String) -> RpcError {
+    pub(super) fn overloaded(&self, method: usize, reason: String) -> RpcError {
         let name = self.registry.name(method);
         let text = format!("{name} is refused: {reason}; try again later");
         RpcError::of(Code::Overloaded, text, false)
@@ -126,7 +101,7 @@ impl CallScheduler {
     pub fn add(
         &mut self,
         (token, reply, id): (Token, PendingAnswer, Option<&str>),
-        peer: Option<SocketAddr>,
+        (peer, source): (Option<SocketAddr>, Source),
         (method, params): (usize, &str),
         (read_ms, deadline_ms): (u64, u64),
     ) -> CallKey {
@@ -135,42 +110,86 @@ impl CallScheduler {
         // fetched, cost room as well.
         let result = self.loads[method].last_result;
         let weight = size + if result < LARGE { 0 } else { result };
+        let state = Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key()));
+        let id: Option<Arc<str>> = id.map(Arc::from);
         let key = self.table.insert(ScheduledCall {
             token,
             reply,
-            id: id.map(Arc::from),
-            peer,
+            id: id.clone(),
+            source,
             method,
             read_ms,
             deadline_ms,
             timer: 0,
             size,
             charged_bytes: weight,
-            params: Some(params.into()),
-            state: Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key())),
-            handed_out: false,
+            job: None,
+            state: Arc::clone(&state),
             sent_to: None,
             number_at_home: 0,
             is_answered: false,
+            is_evicted: false,
             is_orphaned: false,
         });
-        self.enqueue(key, read_ms);
+        if let Some(call) = self.table.get_mut(key) {
+            call.job = Some(HandlerCall {
+                key,
+                method,
+                params: params.into(),
+                id,
+                peer,
+                expected: self.loads[method].expected(),
+                deadline: Duration::from_millis(deadline_ms),
+                state,
+            });
+        }
+        self.unqueued.push(key);
         let lane = self.lane_of(method);
-        lane.waiting += 1;
+        lane.unanswered += 1;
         lane.bytes += size;
+        lane.shares.0.add((source, token), 1);
+        lane.shares.1.add((source, token), size);
         self.loads[method].current += 1;
         key
     }
 
-    /// Puts a call of the table into the queue of its lane.
-    fn enqueue(&mut self, key: CallKey, now_ms: u64) {
-        let Some(call) = self.table.get(key) else {
+    /// Puts the calls of this turn into their queues, except those whose answers would find no room.
+    /// `backlog` says how many bytes of answers a connection has yet to send before such a call's.
+    pub fn queue_calls(&mut self, now_ms: u64, backlog: impl Fn(Token, AnswerPosition) -> usize) {
+        if self.unqueued.is_empty() {
             return;
-        };
-        let waiting = Waiting {
+        }
+        for key in std::mem::take(&mut self.unqueued) {
+            let Some(call) = self.table.get(key) else {
+                continue;
+            };
+            if !self.fits(call, backlog(call.token, call.reply.place)) {
+                let blocked = self.blocked_on_output.entry(call.token).or_default();
+                blocked.push(key);
+            } else if let Some(call) = self.table.get_mut(key)
+                && let Some(job) = call.job.take()
+            {
+                let waiting = self.waiting(key);
+                let lane = self.lane_of(job.method);
+                lane.local += 1;
+                lane.batch.extend(waiting.map(|waiting| (waiting, job)));
+            }
+        }
+        for lane in &mut self.lanes {
+            if !lane.batch.is_empty() {
+                lane.queue.put(lane.batch.drain(..), now_ms);
+            }
+        }
+    }
+
+    /// A call as its queue sees it.
+    pub(super) fn waiting(&self, key: CallKey) -> Option<Waiting> {
+        let call = self.table.get(key)?;
+        Some(Waiting {
             key,
             method: call.method,
             token: call.token,
+            client: 0,
             in_order: call.reply.place != AnswerPosition::Anywhere,
             since_ms: call.read_ms,
             deadline_ms: call.deadline_ms,
@@ -178,113 +197,8 @@ impl CallScheduler {
             can_be_sent: call.is_own()
                 && (self.registry.methods()[call.method].concurrency == 0
                     || self.loads[call.method].lane > 0),
-        };
-        self.lane_of(waiting.method).queue.push(waiting, now_ms);
-    }
-
-    /// Hands waiting calls to the threads, as long as one of them could soon be idle. `backlog`
-    /// tells how many bytes of answers a connection has yet to send before such a call's. Returns
-    /// a call that could not be done in time any more, where it comes upon one: it is to be given
-    /// up, and the rest to be handed out then.
-    pub fn hand_out(
-        &mut self,
-        threads: &mut Threads,
-        now_ms: u64,
-        backlog: impl Fn(Token, AnswerPosition) -> usize,
-    ) -> Option<CallKey> {
-        let late = (0..self.lanes.len())
-            .find_map(|lane| self.hand_out_lane(lane, threads, now_ms, &backlog));
-        threads.ring();
-        late
-    }
-
-    fn hand_out_lane(
-        &mut self,
-        lane: usize,
-        threads: &mut Threads,
-        now_ms: u64,
-        backlog: &impl Fn(Token, AnswerPosition) -> usize,
-    ) -> Option<CallKey> {
-        let count = threads.crew(lane);
-        while let Some(&next) = self.lanes[lane].queue.next(now_ms)
-            && self.may_go_out(lane, next.method, threads)
-        {
-            if next.is_late(now_ms, self.time_needed(lane, next.method, count)) {
-                self.lanes[lane].queue.runs_out(next.key, now_ms);
-                return Some(next.key);
-            }
-            if self.take_next(lane, next, backlog) {
-                self.give_to_thread(lane, next.key, threads);
-            }
-        }
-        None
-    }
-
-    /// Takes a call out of the queue to be begun. Returns false if its answer would find no room: then
-    /// it waits elsewhere for that.
-    fn take_next(
-        &mut self,
-        lane: usize,
-        next: Waiting,
-        backlog: &impl Fn(Token, AnswerPosition) -> usize,
-    ) -> bool {
-        self.lanes[lane].queue.take(next.key);
-        let Some(call) = self.table.get(next.key) else {
-            return false;
-        };
-        let fits = !call.is_own() || self.fits(call, backlog(call.token, call.reply.place));
-        if !fits {
-            let blocked = self.blocked_on_output.entry(next.token).or_default();
-            blocked.push(next);
-        }
-        fits
-    }
-
-    fn give_to_thread(&mut self, lane: usize, key: CallKey, threads: &mut Threads) {
-        let Some(call) = self.table.get_mut(key) else {
-            return;
-        };
-        let Some(params) = call.params.take() else {
-            return;
-        };
-        call.handed_out = true;
-        let job = HandlerCall {
-            key,
-            method: call.method,
-            params,
-            id: call.id.clone(),
-            peer: call.peer,
             expected: self.loads[call.method].expected(),
-            deadline: Duration::from_millis(call.deadline_ms),
-            state: Arc::clone(&call.state),
-        };
-        self.lanes[lane].out += 1;
-        self.lanes[lane].handed_out.push_back(key);
-        threads.run(lane, job);
-    }
-
-    /// Takes calls back that were handed out ahead, because the threads are at calls that take long.
-    /// They wait again, for whichever thread is free first.
-    pub fn take_back_ahead(&mut self, threads: &mut Threads, now_ms: u64) {
-        for job in threads.take_back_ahead() {
-            let Some(call) = self.table.get_mut(job.key) else {
-                continue;
-            };
-            let lane = self.loads[job.method].lane;
-            self.lanes[lane].out -= 1;
-            if call.is_answered {
-                // Its caller has an answer, and no thread will report it.
-                self.lanes[lane].lost -= usize::from(call.is_orphaned);
-                self.lanes[lane].bytes -= call.size;
-                self.loads[job.method].current -= usize::from(call.is_own());
-                self.table.remove(job.key);
-            } else {
-                call.handed_out = false;
-                call.params = Some(job.params);
-                self.enqueue(job.key, now_ms);
-            }
-            self.tidy(lane);
-        }
+        })
     }
 
     /// How many lanes there are.
@@ -292,150 +206,14 @@ impl CallScheduler {
         self.lanes.len()
     }
 
-    /// How many calls of a lane could begin here now.
-    pub fn idle(&self, lane: usize, threads: &Threads) -> usize {
-        let lane_state = &self.lanes[lane];
-        if !lane_state.queue.is_empty() {
-            return 0;
-        }
-        let available = threads.available(lane);
-        let methods = self.loads.iter().filter(|load| load.lane == lane);
-        let ahead = match lane {
-            0 => 0,
-            _ if threads.has_parallel_programs() => 0,
-            _ => method_stats::ahead_of_programs(methods, available),
-        };
-        (available + ahead).saturating_sub(lane_state.out)
-    }
-
-    /// How many calls of a lane wait that another worker could run.
-    pub fn sendable(&self, lane: usize) -> usize {
-        self.lanes[lane].queue.sendable()
-    }
-
-    /// How many calls other processes run for this one.
-    pub fn sent(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.sent).sum()
-    }
-
-    /// The next call that another process is to run, taken out of its queue; `None` if none may. `send`
-    /// is to follow.
-    ///
-    /// # Errors
-    /// A call that cannot be done in time any more, as of `hand_out`.
-    pub fn next_to_send(
-        &mut self,
-        lane: usize,
-        threads: &Threads,
-        now_ms: u64,
-        backlog: &impl Fn(Token, AnswerPosition) -> usize,
-    ) -> Result<Option<CallKey>, CallKey> {
-        while let Some(&next) = self.lanes[lane].queue.next_to_send(now_ms) {
-            // It begins at once there, so it has no turn to wait for.
-            let needed = self.time_needed(lane, next.method, threads.crew(lane));
-            if next.is_late(now_ms, needed) {
-                self.lanes[lane].queue.runs_out(next.key, now_ms);
-                return Err(next.key);
-            }
-            if self.take_next(lane, next, backlog) {
-                return Ok(Some(next.key));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Another process runs a call. Returns the call, to be sent; `None` if it was given up meanwhile.
-    pub fn send(&mut self, key: CallKey, to: RemoteCall) -> Option<&ScheduledCall> {
-        let call = self.table.get_mut(key)?;
-        if !call.state.begin_elsewhere() {
-            return None;
-        }
-        call.sent_to = Some(to);
-        self.lanes[self.loads[call.method].lane].sent += 1;
-        self.table.get(key)
-    }
-
-    /// Another process could not begin a call: it waits again where it was.
-    pub fn take_back(&mut self, key: CallKey, now_ms: u64) {
-        let Some(call) = self.table.get_mut(key) else {
-            return;
-        };
-        if call.sent_to.take().is_some() && call.state.wait_again() {
-            call.state.show_waiting();
-            self.lanes[self.loads[call.method].lane].sent -= 1;
-            self.enqueue(key, now_ms);
-        }
-    }
-
-    /// Runs a call of another worker, which knows it by `number`. To be called only if the lane has
-    /// capacity.
-    pub fn run_for_peer(
-        &mut self,
-        (link, number): (Token, u64),
-        call: &CallFrame<'_>,
-        reply: PendingAnswer,
-        threads: &mut Threads,
-        now_ms: u64,
-    ) -> CallKey {
-        let method = call.method as usize;
-        let size = call.params.len() + call.client_id.as_deref().map_or(0, str::len);
-        let key = self.table.insert(ScheduledCall {
-            token: link,
-            reply,
-            id: call.client_id.as_deref().map(Arc::from),
-            peer: call.peer,
-            method,
-            read_ms: now_ms,
-            deadline_ms: call.deadline_ms,
-            timer: 0,
-            size,
-            charged_bytes: 0,
-            params: Some(call.params.as_ref().into()),
-            state: Arc::new(CallState::shown(reply.mark.begun(), call.key)),
-            handed_out: false,
-            sent_to: None,
-            number_at_home: number,
-            is_answered: false,
-            is_orphaned: false,
-        });
-        let lane = self.loads[method].lane;
-        self.lanes[lane].waiting += 1;
-        self.lanes[lane].bytes += size;
-        self.give_to_thread(lane, key, threads);
-        key
-    }
-
-    /// How long a call of this method is going to take until it is done, were it handed out now: what
-    /// it takes, some more, for half of its like take longer, and its turn at a thread.
-    fn time_needed(&self, lane: usize, method: usize, threads: usize) -> Option<Duration> {
-        let expected = self.loads[method].expected()?;
-        let before = (self.lanes[lane].out + 1).saturating_sub(threads);
-        let turn = expected * u32::try_from(before).ok()? / u32::try_from(threads.max(1)).ok()?;
-        Some(expected + expected / 4 + turn)
-    }
-
-    /// Whether a thread could take a call of this method, or will soon: so none stands idle while the
-    /// loop is busy. Of what runs for long no more than there are threads are out: which goes
-    /// first is decided when a thread is there for it.
-    fn may_go_out(&self, lane: usize, method: usize, threads: &Threads) -> bool {
-        let count = threads.count(lane);
-        if self.lanes[lane].out < count {
-            return true;
-        }
-        // A program of a pool has a call of its own ahead, and no more.
-        let most = if lane == 0 { MOST_AHEAD } else { count };
-        let ahead = match threads.is_blocked(lane) {
-            false => self.loads[method].ahead(count, most),
-            true => 0,
-        };
-        self.lanes[lane].out < count + ahead
-    }
-
     /// Whether a call's answer will find room: a client that never reads must not fill the memory
     /// with answers to what it sent ahead. A result's size is known once it is there, so the last
     /// one of its method speaks for it: no more of them are made for one connection at once than
     /// may wait for it. Whoever wants more of large results at once has several connections.
     fn fits(&self, call: &ScheduledCall, backlog: usize) -> bool {
+        if !call.is_own() {
+            return true;
+        }
         if backlog >= HIGH_WATER {
             return false;
         }
@@ -443,10 +221,10 @@ impl CallScheduler {
         if expected < LARGE {
             return true;
         }
-        let running = (self.table.of(call.token))
-            .filter(|(_, it)| !it.is_answered && (it.handed_out || it.sent_to.is_some()))
+        let queued = (self.table.of(call.token))
+            .filter(|(_, it)| !it.is_answered && (it.job.is_none() || it.sent_to.is_some()))
             .count();
-        running == 0 || backlog + running * expected <= HIGH_WATER
+        queued == 0 || backlog + queued * expected <= HIGH_WATER
     }
 
     /// Whether calls of any connection are held back.
@@ -454,26 +232,42 @@ impl CallScheduler {
         !self.blocked_on_output.is_empty()
     }
 
-    /// A connection may have room again: its calls wait where they would be without that.
-    pub fn unpark(&mut self, token: Token, now_ms: u64) {
-        for waiting in self.blocked_on_output.remove(&token).into_iter().flatten() {
-            if self.table.get(waiting.key).is_some() {
-                self.lane_of(waiting.method).queue.push(waiting, now_ms);
+    /// A connection may have room again: its calls that were held back go to their queues, if that is so.
+    pub fn unpark(&mut self, token: Token) {
+        let blocked = self.blocked_on_output.remove(&token);
+        self.unqueued.extend(blocked.into_iter().flatten());
+    }
+
+    /// A connection has answers enough to send: its calls that wait are looked at again.
+    pub fn park(&mut self, token: Token) {
+        for lane in &mut self.lanes {
+            if lane.local == 0 {
+                continue;
+            }
+            for job in lane.queue.take_all_of(token) {
+                lane.local -= 1;
+                self.unqueued.push(job.key);
+                if let Some(call) = self.table.get_mut(job.key) {
+                    call.job = Some(job);
+                }
             }
         }
     }
 
-    /// A thread has reported: the call that is to be answered now, if anybody still waits.
+    /// A call is over: returns it if its caller still waits for the answer.
     pub fn done(&mut self, done: &Done) -> Option<FinishedCall> {
         let mut call = self.table.remove(done.key)?;
         let index = self.loads[call.method].lane;
         let lane = &mut self.lanes[index];
         match call.sent_to {
             Some(_) => lane.sent -= 1,
-            None => lane.out -= 1,
+            None => lane.local -= 1,
         }
         lane.lost -= usize::from(call.is_orphaned);
-        lane.waiting -= usize::from(!call.is_answered);
+        lane.evicted -= usize::from(call.is_evicted);
+        if !call.is_answered {
+            lane.forget(&call);
+        }
         lane.bytes -= call.size;
         let load = &mut self.loads[call.method];
         load.current -= usize::from(call.is_own());
@@ -481,21 +275,20 @@ impl CallScheduler {
             // What was refused before it began says nothing about how long a call takes.
             if done.took > Duration::ZERO {
                 load.record_run(done.took, call.is_answered);
+                if let Some(expected) = load.expected() {
+                    lane.queue.expect(call.method, expected);
+                }
             }
             if let Ok(result) = outcome {
                 load.last_result = result.len();
             }
         }
-        while let Some(&key) = self.lanes[index].handed_out.front()
-            && self.table.get(key).is_none()
-        {
-            self.lanes[index].handed_out.pop_front();
-        }
-        self.tidy(index);
+        self.skip_done();
         if call.is_answered {
             return None;
         }
-        Some(call.finish(true))
+        let begun = call.is_running();
+        Some(call.finish(begun))
     }
 
     /// Gives a call up: its time is over, or the caller does not want it any more. `None` when it
@@ -509,20 +302,21 @@ impl CallScheduler {
         let begun = call.state.give_up();
         let ended = call.finish(begun);
         let (size, is_own) = (call.size, call.is_own());
-        call.params = None;
-        call.is_orphaned = begun && call.sent_to.is_none();
-        let index = self.loads[ended.method].lane;
-        self.lanes[index].waiting -= 1;
-        self.lanes[index].sent -= usize::from(call.sent_to.is_some());
-        if call.handed_out {
-            // It lives on until its thread reports.
-            self.lanes[index].lost += usize::from(begun);
+        let lane = &mut self.lanes[self.loads[ended.method].lane];
+        lane.forget(call);
+        let is_remote = call.sent_to.is_some();
+        lane.sent -= usize::from(is_remote);
+        let was_queued = call.job.is_none() && lane.queue.remove(key);
+        lane.local -= usize::from(was_queued);
+        if call.job.take().is_none() && !was_queued {
+            // It lives on until it is reported.
+            call.is_orphaned = begun;
+            lane.lost += usize::from(begun);
         } else {
-            self.lanes[index].queue.remove(key);
             self.table.remove(key);
-            self.lanes[index].bytes -= size;
+            lane.bytes -= size;
             self.loads[ended.method].current -= usize::from(is_own);
-            self.tidy(index);
+            self.skip_done();
         }
         Some(ended)
     }
@@ -535,12 +329,15 @@ impl CallScheduler {
         }
     }
 
-    /// Drops keys whose calls are gone, once they are the most of those handed out: behind one call
-    /// that never ends they would pile up for as long as the worker lives.
-    fn tidy(&mut self, lane: usize) {
-        let handed_out = &mut self.lanes[lane].handed_out;
-        if handed_out.len() > 2 * self.table.len() + 64 {
-            handed_out.retain(|key| self.table.get(*key).is_some());
+    /// Drops keys whose calls are gone: at the front, and all of them once they are the most. Behind one call
+    /// that never ends they would pile up for as long as the process lives.
+    fn skip_done(&mut self) {
+        let (keys, table) = (&mut self.with_programs, &self.table);
+        while keys.front().is_some_and(|key| table.get(*key).is_none()) {
+            keys.pop_front();
+        }
+        if keys.len() > 2 * table.len() + 64 {
+            keys.retain(|key| table.get(*key).is_some());
         }
     }
 
@@ -570,7 +367,7 @@ impl CallScheduler {
 
     /// Whether no call waits or runs.
     pub fn is_empty(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.waiting == 0)
+        self.lanes.iter().all(|lane| lane.unanswered == 0)
     }
 
     /// How many run on a thread, wait for one, and run for nobody. Of the latter, those of the
@@ -578,11 +375,11 @@ impl CallScheduler {
     pub fn counts(&self, threads: &Threads) -> (usize, usize, usize) {
         let (mut running, mut queued) = (0, 0);
         for (number, lane) in self.lanes.iter().enumerate() {
-            let at_work = (lane.out - lane.lost)
+            let at_work = (lane.local - lane.lost)
                 .min(threads.count(number).saturating_sub(lane.lost))
-                .min(lane.waiting - lane.sent);
+                .min(lane.unanswered - lane.sent);
             running += at_work;
-            queued += lane.waiting - lane.sent - at_work;
+            queued += lane.unanswered - lane.sent - at_work;
         }
         (running, queued, self.lanes[0].lost)
     }
@@ -597,14 +394,20 @@ impl CallScheduler {
             .map(|(key, call)| (key.serial, call))
     }
 
-    /// The method of the call that is the longest with the threads, and when it was read.
-    pub fn oldest(&self) -> Option<(usize, u64)> {
-        let oldest = |lane: &Lane| {
-            let call = self.table.get(*lane.handed_out.front()?)?;
-            Some((call.method, call.read_ms))
-        };
-        let lanes = self.lanes.iter().filter_map(oldest);
-        lanes.min_by_key(|&(_, read_ms)| read_ms)
+    /// The method of the call that has run longest, and when it was read. A call that was queued just now may
+    /// be about to begin.
+    pub fn oldest(&self, threads: &Threads) -> Option<(usize, u64)> {
+        let running = threads
+            .calls
+            .keys()
+            .chain(self.with_programs.front().copied());
+        let running = running.filter_map(|key| self.table.get(key));
+        let oldest = running.min_by_key(|call| call.read_ms);
+        let call = match oldest {
+            None if self.lanes[0].local > 0 => self.table.get(self.lanes[0].queue.first()?),
+            oldest => oldest,
+        }?;
+        Some((call.method, call.read_ms))
     }
 }
 

@@ -5,8 +5,11 @@ use crate::handler::builtin::{Echo, Sleep};
 use crate::handler::{Context, Handler, Placement};
 use crate::protocol::body::Form;
 use crate::protocol::reply::{AnswerFormat, Framing};
+use crate::sys::process::monotonic_ms;
 use crate::sys::waker::Waker;
 use crate::worker::connection::AnswerPosition;
+use crate::worker::lane::MOST_BYTES;
+use crate::worker::{call_room, remote_calls};
 
 /// Stands for the methods of a pool; only its lane is asked for.
 struct Pooled;
@@ -42,6 +45,13 @@ fn registry() -> Arc<Registry> {
     ]))
 }
 
+/// One without threads.
+fn scheduler(limit: usize) -> CallScheduler {
+    let registry = registry();
+    let queue = Arc::new(RunQueue::new(registry.methods().len()));
+    CallScheduler::new(registry, limit, queue)
+}
+
 fn reply(place: AnswerPosition) -> PendingAnswer {
     let shape = AnswerFormat {
         form: Form::Plain,
@@ -62,14 +72,28 @@ fn add(calls: &mut CallScheduler, method: usize, id: Option<&str>) -> CallKey {
     };
     calls.add(
         (Token::for_test(1), reply(place), id),
-        None,
+        (None, Source::Unknown),
         (method, "3600"),
         (5, u64::MAX / 2),
     )
 }
 
-fn hand_out(calls: &mut CallScheduler, threads: &mut Threads) {
-    assert_eq!(calls.hand_out(threads, 5, |_, _| 0), None);
+/// Asks for room for a call of a connection that has as much as any other.
+fn room(
+    calls: &mut CallScheduler,
+    method: usize,
+    size: usize,
+    threads: usize,
+) -> Result<(), RpcError> {
+    let owner = (Source::Unknown, Token::for_test(1));
+    let mut evicted = Vec::new();
+    let made = call_room::make_room(calls, (method, size), owner, threads, &mut evicted);
+    assert!(evicted.is_empty());
+    made
+}
+
+fn queue(calls: &mut CallScheduler) {
+    calls.queue_calls(5, |_, _| 0);
 }
 
 /// Waits for one report of the threads.
@@ -87,16 +111,15 @@ fn report(threads: &mut Threads) -> Done {
 #[test]
 fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
     let registry = registry();
-    let mut threads =
-        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = CallScheduler::new(registry, 10);
+    let threads = Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let key = add(&mut calls, 0, Some("7"));
     assert_eq!(calls.find(Token::for_test(1), "7"), Some(key));
     let ended = calls.give_up(key).unwrap();
     assert!(!ended.begun);
     assert_eq!(ended.id.as_deref(), Some("7"));
     assert!(calls.give_up(key).is_none());
-    hand_out(&mut calls, &mut threads);
+    queue(&mut calls);
     assert!(calls.is_empty());
     assert_eq!(calls.counts(&threads), (0, 0, 0));
 }
@@ -106,40 +129,41 @@ fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
     let registry = registry();
     let mut threads =
         Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = CallScheduler::new(registry, 10);
+    let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let key = add(&mut calls, 1, None);
-    hand_out(&mut calls, &mut threads);
+    queue(&mut calls);
     while !calls.get_mut(key).unwrap().state.is_running() {
         std::thread::yield_now();
     }
-    assert_eq!(calls.oldest(), Some((1, 5)));
+    assert_eq!(calls.oldest(&threads), Some((1, 5)));
     assert!(calls.give_up(key).unwrap().begun);
     assert_eq!(calls.counts(&threads), (0, 0, 1));
     let done = report(&mut threads);
     assert!(calls.done(&done).is_none());
-    assert_eq!((calls.counts(&threads), calls.oldest()), ((0, 0, 0), None));
+    assert_eq!(
+        (calls.counts(&threads), calls.oldest(&threads)),
+        ((0, 0, 0), None)
+    );
 }
 
 #[test]
 fn queue_concurrency_and_rate_are_limits() {
-    let mut calls = CallScheduler::new(registry(), 2);
+    let mut calls = scheduler(2);
     add(&mut calls, 0, None);
-    assert!(calls.has_room(0, 1, 0).is_ok());
+    assert!(room(&mut calls, 0, 1, 0).is_ok());
     add(&mut calls, 2, None);
     assert!(
-        calls
-            .has_room(0, 1, 0)
+        room(&mut calls, 0, 1, 0)
             .unwrap_err()
             .message
             .contains("the queue of 2 for a thread is full")
     );
     assert!(
-        calls.has_room(0, 1, 1).is_ok(),
+        room(&mut calls, 0, 1, 1).is_ok(),
         "an idle thread would begin one at once"
     );
     assert!(
-        calls
-            .has_room(2, 1, 5)
+        room(&mut calls, 2, 1, 5)
             .unwrap_err()
             .message
             .contains("concurrency of 1")
@@ -165,27 +189,22 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     let registry = registry();
     let mut threads =
         Threads::start(2, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = CallScheduler::new(registry, 10);
+    let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let stuck = add(&mut calls, 1, None);
     for _ in 0..1000 {
         add(&mut calls, 0, None);
-        hand_out(&mut calls, &mut threads);
+        queue(&mut calls);
         calls.done(&report(&mut threads)).unwrap();
     }
-    assert!(
-        calls.lanes[0].handed_out.len() < 100,
-        "{}",
-        calls.lanes[0].handed_out.len()
-    );
-    while calls.lanes[0].out < 2 {
-        add(&mut calls, 1, None);
-        hand_out(&mut calls, &mut threads);
-    }
+    add(&mut calls, 1, None);
+    queue(&mut calls);
     for _ in 0..1000 {
         let key = add(&mut calls, 1, Some("7"));
-        calls.give_up(key).unwrap();
+        queue(&mut calls);
+        assert!(!calls.give_up(key).unwrap().begun);
     }
-    assert_eq!(calls.lanes[0].queue.len(), 0);
+    assert_eq!((calls.table.len(), calls.lanes[0].local), (2, 2));
+    assert_eq!(calls.lanes[0].queue.first(), None);
     assert!(calls.give_up(stuck).unwrap().begun);
 }
 
@@ -193,17 +212,16 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
 #[test]
 fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
     let registry = registry();
-    let mut threads =
-        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = CallScheduler::new(registry, 2);
+    let threads = Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut calls = CallScheduler::new(registry, 2, Arc::clone(&threads.queue));
     let runs = add(&mut calls, 1, None);
-    hand_out(&mut calls, &mut threads);
+    queue(&mut calls);
     for _ in 0..2 {
-        assert!(calls.has_room(1, 1, 1).is_ok());
+        assert!(room(&mut calls, 1, 1, 1).is_ok());
         add(&mut calls, 1, None);
-        hand_out(&mut calls, &mut threads);
+        queue(&mut calls);
     }
-    assert!(calls.has_room(1, 1, 1).is_err());
+    assert!(room(&mut calls, 1, 1, 1).is_err());
     calls.give_up(runs).unwrap();
 }
 
@@ -214,13 +232,13 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     let registry = registry();
     let mut threads =
         Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = CallScheduler::new(registry, 10);
+    let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     let other = calls.add(
         (Token::for_test(2), reply(AnswerPosition::Anywhere), None),
-        None,
+        (None, Source::Unknown),
         (0, "1"),
-        (5, 9),
+        (5, u64::MAX / 2),
     );
     let full = |token: Token, _| {
         if token == Token::for_test(1) {
@@ -229,14 +247,14 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
             0
         }
     };
-    assert_eq!(calls.hand_out(&mut threads, 5, full), None);
+    calls.queue_calls(5, full);
     let done = report(&mut threads);
     assert_eq!(done.key, other);
     calls.done(&done).unwrap();
     assert!(calls.are_parked() && calls.counts(&threads) == (0, 3, 0));
     calls.give_up(lagging[1]).unwrap();
-    calls.unpark(Token::for_test(1), 5);
-    hand_out(&mut calls, &mut threads);
+    calls.unpark(Token::for_test(1));
+    queue(&mut calls);
     for key in [lagging[0], lagging[2]] {
         let done = report(&mut threads);
         assert_eq!(done.key, key);
@@ -252,39 +270,83 @@ fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     let registry = registry();
     let mut threads =
         Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = CallScheduler::new(registry, 10);
-    calls.loads[0].record_run(Duration::from_millis(50), false);
+    let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
+    calls.lanes[0].queue.expect(0, Duration::from_secs(50));
     let shape = reply(AnswerPosition::Anywhere);
     let token = Token::for_test(1);
-    let late = calls.add((token, shape, None), None, (0, "1"), (100, 145));
-    let fresh = calls.add((token, shape, None), None, (0, "1"), (120, 220));
-    assert_eq!(calls.hand_out(&mut threads, 120, |_, _| 0), Some(late));
-    assert!(!calls.give_up(late).unwrap().begun);
-    assert_eq!(calls.hand_out(&mut threads, 120, |_, _| 0), None);
-    assert_eq!(report(&mut threads).key, fresh);
-    let at_once = calls.add((token, shape, None), None, (0, "1"), (300, 310));
-    calls.lanes[0].out = 0;
-    assert_eq!(calls.hand_out(&mut threads, 300, |_, _| 0), None);
-    assert_eq!(report(&mut threads).key, at_once);
+    let now_ms = monotonic_ms();
+    let late = calls.add(
+        (token, shape, None),
+        (None, Source::Unknown),
+        (0, "1"),
+        (now_ms - 20, now_ms + 25_000),
+    );
+    queue(&mut calls);
+    let done = report(&mut threads);
+    assert_eq!((done.key, done.outcome.is_none()), (late, true));
+    assert!(!calls.done(&done).unwrap().begun);
+    let enough = now_ms + 100_000;
+    let in_time = calls.add(
+        (token, shape, None),
+        (None, Source::Unknown),
+        (0, "1"),
+        (now_ms - 20, enough),
+    );
+    queue(&mut calls);
+    let done = report(&mut threads);
+    assert_eq!((done.key, done.outcome.is_some()), (in_time, true));
+    assert!(calls.done(&done).unwrap().begun);
+    // It has found its thread idle.
+    let now_ms = monotonic_ms() + 1000;
+    let at_once = calls.add(
+        (token, shape, None),
+        (None, Source::Unknown),
+        (0, "1"),
+        (now_ms, now_ms + 25_000),
+    );
+    queue(&mut calls);
+    let done = report(&mut threads);
+    assert_eq!((done.key, done.outcome.is_some()), (at_once, true));
+}
+
+/// What waits for a thread is taken back once answers pile up, and goes on when they are taken.
+#[test]
+fn queued_calls_of_a_connection_are_held_back_when_it_has_answers_enough() {
+    let mut calls = scheduler(10);
+    let keys: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
+    queue(&mut calls);
+    calls.park(Token::for_test(2));
+    assert_eq!(calls.lanes[0].local, 3);
+    calls.park(Token::for_test(1));
+    calls.queue_calls(5, |_, _| HIGH_WATER);
+    assert!(calls.lanes[0].local == 0 && calls.are_parked());
+    assert_eq!(calls.lanes[0].queue.first(), None);
+    calls.unpark(Token::for_test(1));
+    queue(&mut calls);
+    assert_eq!(calls.lanes[0].queue.first(), Some(keys[0]));
+    for key in keys {
+        assert!(!calls.give_up(key).unwrap().begun);
+    }
+    assert!(calls.is_empty() && calls.lanes[0].local == 0);
 }
 
 /// Many connections may each have large calls waiting: all together they have a bound too.
 #[test]
 fn the_params_of_all_connections_together_have_a_bound() {
-    let mut calls = CallScheduler::new(registry(), 10);
+    let mut calls = scheduler(10);
     assert!(
-        calls.has_room(0, MOST_BYTES + 1, 0).is_ok(),
+        room(&mut calls, 0, MOST_BYTES + 1, 0).is_ok(),
         "one of any size"
     );
     let key = add(&mut calls, 0, None);
     // the threads' lane and that of a pool have half of it each
     let most = MOST_BYTES / 2;
-    assert!(calls.has_room(0, most - 10, 0).is_ok());
-    let refused = calls.has_room(0, most, 0).unwrap_err();
+    assert!(room(&mut calls, 0, most - 10, 0).is_ok());
+    let refused = room(&mut calls, 0, most, 0).unwrap_err();
     assert!(refused.message.contains("33554432 bytes"), "{refused}");
-    assert!(calls.has_room(4, most, 0).is_ok(), "another lane's");
+    assert!(room(&mut calls, 4, most, 0).is_ok(), "another lane's");
     calls.give_up(key).unwrap();
-    assert!(calls.has_room(0, most, 0).is_ok());
+    assert!(room(&mut calls, 0, most, 0).is_ok());
 }
 
 /// A pool that has nobody to serve its calls fills its own queue and no other.
@@ -293,30 +355,84 @@ fn lanes_have_queues_and_limits_of_their_own() {
     let registry = registry();
     let mut threads =
         Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
-    let mut calls = CallScheduler::new(registry, 2);
+    let mut calls = CallScheduler::new(registry, 2, Arc::clone(&threads.queue));
     let pooled: Vec<CallKey> = (0..2).map(|_| add(&mut calls, 4, None)).collect();
-    assert!(calls.has_room(4, 1, 0).is_err());
-    assert!(calls.has_room(0, 1, 0).is_ok());
+    assert!(room(&mut calls, 4, 1, 0).is_err());
+    assert!(room(&mut calls, 0, 1, 0).is_ok());
     let on_thread = add(&mut calls, 0, None);
-    hand_out(&mut calls, &mut threads);
+    queue(&mut calls);
     let done = report(&mut threads);
     assert_eq!(done.key, on_thread);
     calls.done(&done).unwrap();
     assert_eq!(calls.counts(&threads), (0, 2, 0));
-    // held back and let go again, they come to their own queue, in their order
-    for key in &pooled {
-        let &waiting = calls.lanes[1].queue.next(5).unwrap();
-        assert_eq!(waiting.key, *key);
-        calls.lanes[1].queue.remove(*key);
-        let held_back = calls.blocked_on_output.entry(Token::for_test(1));
-        held_back.or_default().push(waiting);
-    }
-    calls.unpark(Token::for_test(1), 5);
-    let queue = &calls.lanes[1].queue;
-    assert_eq!((queue.next(5).unwrap().key, queue.len()), (pooled[0], 2));
-    assert_eq!(calls.lanes[0].queue.len(), 0);
+    assert_eq!(calls.lanes[1].queue.first(), Some(pooled[0]));
+    assert_eq!(calls.lanes[0].queue.first(), None);
+    assert_eq!(remote_calls::sendable(&calls, 1, &threads, 5), 2);
     for key in pooled {
         assert!(!calls.give_up(key).unwrap().begun);
     }
     assert!(calls.is_empty());
+}
+
+/// A connection with little finds room at the cost of one with much, whose newest call is refused.
+#[test]
+fn the_connection_with_the_most_calls_makes_room() {
+    let mut calls = scheduler(3);
+    let add = |calls: &mut CallScheduler, token: usize, source| {
+        let caller = (
+            Token::for_test(token),
+            reply(AnswerPosition::Anywhere),
+            None,
+        );
+        let time = (5, u64::MAX / 2);
+        calls.add(caller, (None, Source::User(source)), (0, "1"), time)
+    };
+    let greedy: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 1, 1)).collect();
+    queue(&mut calls);
+    let mut evicted = Vec::new();
+    let mut ask = |calls: &mut CallScheduler, token, source| {
+        let owner = (Source::User(source), Token::for_test(token));
+        call_room::make_room(calls, (0, 1), owner, 0, &mut evicted)
+    };
+    assert!(ask(&mut calls, 1, 1).is_err());
+    ask(&mut calls, 2, 1).unwrap();
+    let modest = add(&mut calls, 2, 1);
+    queue(&mut calls);
+    ask(&mut calls, 3, 2).unwrap();
+    let other = add(&mut calls, 3, 2);
+    queue(&mut calls);
+    assert!(
+        ask(&mut calls, 2, 1).is_err(),
+        "both of its source have one"
+    );
+    assert!(
+        ask(&mut calls, 3, 2).is_err(),
+        "its source would have as much"
+    );
+    let keys: Vec<CallKey> = evicted.iter().map(|done| done.key).collect();
+    assert_eq!(keys, [greedy[2], greedy[1]]);
+    for done in evicted {
+        let ended = calls.done(&done).unwrap();
+        assert!(
+            !ended.begun
+                && done
+                    .outcome
+                    .unwrap()
+                    .unwrap_err()
+                    .message
+                    .contains("is full")
+        );
+    }
+    for key in [greedy[0], modest, other] {
+        assert!(!calls.give_up(key).unwrap().begun);
+    }
+    assert!(calls.is_empty());
+    assert_eq!(
+        (
+            calls.lanes[0].local,
+            calls.lanes[0].bytes,
+            calls.lanes[0].evicted
+        ),
+        (0, 0, 0)
+    );
 }

@@ -3,14 +3,15 @@
 //! The calls of one connection are chained, so that what concerns one connection (a cancelled id,
 //! its end) looks at its calls and at no others, however many there are. Pure.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use slab::Slab;
 
 use super::connection::PendingAnswer;
+use super::shares::Source;
 use super::timers::CallKey;
 use crate::handler::CallState;
+use crate::handler::call_state::HandlerCall;
 use crate::sys::event::Token;
 
 /// No call: the end of a chain.
@@ -34,7 +35,7 @@ pub struct ScheduledCall {
     pub reply: PendingAnswer,
     pub id: Option<Arc<str>>,
     /// Where its connection comes from.
-    pub peer: Option<SocketAddr>,
+    pub source: Source,
     pub method: usize,
     /// When it was read, in milliseconds.
     pub read_ms: u64,
@@ -47,16 +48,18 @@ pub struct ScheduledCall {
     /// The same and the bytes that its result is expected to have, if those are many: what its
     /// connection is charged with.
     pub charged_bytes: usize,
-    /// What it asks for; `None` once it was handed out or is over.
-    pub(super) params: Option<Box<str>>,
+    /// What is needed to run it, while it is in no queue, or runs in another process; `None` while it is in the
+    /// queue or with the executor.
+    pub(super) job: Option<HandlerCall>,
     pub(super) state: Arc<CallState>,
-    pub(super) handed_out: bool,
     /// Where it runs, if that is another process.
     pub(super) sent_to: Option<RemoteCall>,
     /// The number that its home worker gave it; 0 for a call of this worker's own connections.
     pub(super) number_at_home: u64,
     /// Nobody waits for its answer any more.
     pub(super) is_answered: bool,
+    /// It made room for another call, and is refused.
+    pub(super) is_evicted: bool,
     /// It runs for nobody: its thread is lost until it reports.
     pub(super) is_orphaned: bool,
 }
@@ -224,19 +227,19 @@ mod tests {
                 mark: Default::default(),
             },
             id: None,
-            peer: None,
+            source: Source::Unknown,
             method: 0,
             read_ms: 0,
             deadline_ms: 0,
             timer: 0,
             size: 0,
             charged_bytes: 0,
-            params: None,
+            job: None,
             state: Arc::default(),
-            handed_out: false,
             sent_to: None,
             number_at_home: 0,
             is_answered: false,
+            is_evicted: false,
             is_orphaned: false,
         }
     }

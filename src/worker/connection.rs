@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use slab::Slab;
 
 use super::crash::journal::CallRef;
+use super::shares::Source;
 use crate::protocol::Dialect;
 use crate::protocol::body::Form;
 use crate::protocol::http::ParseProgress;
@@ -82,6 +83,8 @@ pub struct Connection {
     pub token: Token,
     /// Where it comes from; `None` over a unix socket.
     pub peer: Option<SocketAddr>,
+    /// With whom it shares what all clients share.
+    pub source: Source,
     /// Whether it goes on.
     pub phase: ConnectionPhase,
     /// The peer will send nothing more.
@@ -136,10 +139,11 @@ pub struct Connection {
 
 impl Connection {
     /// A fresh one.
-    pub fn new(token: Token, peer: Option<SocketAddr>, now_ms: u64) -> Self {
+    pub fn new(token: Token, peer: Option<SocketAddr>, source: Source, now_ms: u64) -> Self {
         Connection {
             token,
             peer,
+            source,
             phase: ConnectionPhase::Open,
             peer_closed: false,
             peer_gone: false,

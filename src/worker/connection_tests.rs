@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn connection() -> Connection {
-    Connection::new(Token::for_test(1), None, 0)
+    Connection::new(Token::for_test(1), None, Source::Unknown, 0)
 }
 
 /// Answers as the worker does: straight out when it is next, else held.

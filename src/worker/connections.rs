@@ -6,7 +6,7 @@
 
 use std::mem;
 
-use super::call_dispatcher::{caller_gone, millis};
+use super::call_dispatcher::{caller_gone, millis, too_late};
 use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
@@ -65,7 +65,7 @@ impl EventLoop {
             return self.service.out.clear();
         };
         let service = &mut self.service;
-        let mut shed = false;
+        let (mut shed, mut payer) = (false, None);
         loop {
             if !service.out.is_empty() {
                 connection.active_ms = service.now_ms;
@@ -77,8 +77,9 @@ impl EventLoop {
             if unsent > 0 {
                 untaken += reactor.unsent_memory(token);
             }
+            let owner = (connection.source, token);
             let counted = &mut connection.counted_unsent;
-            service.unsent.update(counted, untaken);
+            service.unsent.update(owner, counted, untaken);
             if connection.input.is_empty() || !service.may_take(connection, unsent) {
                 break;
             }
@@ -94,6 +95,10 @@ impl EventLoop {
                 let goes_elsewhere = self.drain.is_handing_off();
                 let stays = !service.has_no_room_for(connection);
                 if stays || goes_elsewhere || connection.unanswered > 0 {
+                    break;
+                }
+                payer = service.payer_for(connection);
+                if payer.is_some() {
                     break;
                 }
                 service.reject_unfinished(connection);
@@ -120,8 +125,11 @@ impl EventLoop {
             && takes_no_more;
         reactor.set_reading(token, !connection.is_read_paused);
         service.unsent.note_blocked(connection.is_read_paused);
+        if unsent + connection.queued_bytes() >= HIGH_WATER {
+            service.calls.park(token);
+        }
         if service.calls.are_parked() && (unsent < HIGH_WATER || connection.holds()) {
-            service.calls.unpark(token, service.now_ms);
+            service.calls.unpark(token);
         }
         if service.out.capacity() > 4 * HIGH_WATER {
             // One large answer need not keep its room for as long as the worker lives.
@@ -156,11 +164,11 @@ impl EventLoop {
         }
         let rests = connection.unanswered == 0 && unsent == 0;
         if shed {
-            self.warn_limited(
-                WarningKind::Unfinished,
-                "a client's unfinished call is refused: those of this worker have as much as \
-                 limits.unfinished allows",
-            );
+            self.warn_refused_unfinished();
+        }
+        if let Some(payer) = payer {
+            let pays = self.may_be_refused(reactor, payer);
+            self.refuse_unfinished(reactor, if pays { payer } else { token });
         }
         if rests {
             self.finish_if_idle(reactor, token);
@@ -170,13 +178,46 @@ impl EventLoop {
         }
     }
 
+    /// Whether a connection has an unfinished call, and nothing else, in its input.
+    fn may_be_refused(&mut self, reactor: &Reactor, token: Token) -> bool {
+        let unsent = reactor.unsent(token);
+        let connection = find(&mut self.connections, token);
+        // It would have taken a whole call.
+        connection.is_some_and(|connection| {
+            connection.phase == ConnectionPhase::Open
+                && !connection.input.is_empty()
+                && self.service.may_take(connection, unsent)
+        })
+    }
+
+    /// Refuses the unfinished call of a connection to make room.
+    #[cold]
+    fn refuse_unfinished(&mut self, reactor: &mut Reactor, token: Token) {
+        if let Some(connection) = find(&mut self.connections, token) {
+            self.service.reject_unfinished(connection);
+            self.warn_refused_unfinished();
+            self.pump(reactor, token, false);
+        }
+    }
+
+    fn warn_refused_unfinished(&mut self) {
+        self.warn_limited(
+            WarningKind::Unfinished,
+            "a client's unfinished call is refused: those of this worker have as much as \
+             limits.unfinished allows, and this client has the most",
+        );
+    }
+
     /// Closes the connections with the most untaken answers until those of the worker are below twice
-    /// their limit. Each search of all connections closes one of them, so calls do not pay for it.
+    /// their limit: of the source that has the most. Each search of all closes one of them, so calls do not pay
+    /// for it.
     #[cold]
     fn close_most_unsent(&mut self, reactor: &mut Reactor) {
         while self.service.unsent.is_exceeded() {
-            let connections = self.connections.iter().flatten();
-            let Some(most) = connections.max_by_key(|connection| connection.counted_unsent) else {
+            let Some(token) = self.service.unsent.shares.heaviest() else {
+                return;
+            };
+            let Some(most) = find(&mut self.connections, token) else {
                 return;
             };
             let (token, bytes) = (most.token, most.counted_unsent);
@@ -290,10 +331,13 @@ impl EventLoop {
         };
         timers.disarm(&mut connection.quiet_deadline, target);
         self.service.unfinished -= connection.accounted_bytes;
+        let owner = (connection.source, token);
+        let shares = &mut self.service.unfinished_shares;
+        shares.remove(owner, connection.accounted_bytes);
         let unsent = &mut self.service.unsent;
-        unsent.update(&mut connection.counted_unsent, 0);
+        unsent.update(owner, &mut connection.counted_unsent, 0);
         reactor.close(token);
-        self.service.calls.unpark(token, self.service.now_ms);
+        self.service.calls.unpark(token);
         if connection.unanswered > 0 {
             let calls: Vec<_> = self.service.calls.of(token).map(|(key, _)| key).collect();
             for key in calls {
@@ -321,7 +365,8 @@ impl EventLoop {
                 let mut ended = self.service.calls.done(&done)?;
                 let target = TimerTarget::Call(done.key);
                 self.service.timers.disarm(&mut ended.timer, target);
-                Some((ended, done.outcome?, (done.out, done.took)))
+                let outcome = done.outcome.unwrap_or_else(|| Err(too_late()));
+                Some((ended, outcome, (done.out, done.took)))
             })
             .collect();
         // Stable: answers of one connection stay in the order in which they were done.
@@ -330,7 +375,7 @@ impl EventLoop {
         while let Some((ended, outcome, (out, took))) = done.next() {
             let token = ended.token;
             // What ran elsewhere is cleared there, if it did not end its process.
-            if ended.sent_to.is_none() {
+            if ended.sent_to.is_none() && ended.begun {
                 self.service.acquit(ended.reply.mark);
             }
             if token.process().is_some() {

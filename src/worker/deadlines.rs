@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::call_dispatcher::millis;
+use super::call_dispatcher::{millis, too_late};
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
@@ -116,8 +116,7 @@ impl EventLoop {
 
     /// A call that waits could not be done in time any more.
     pub(super) fn reject_late_call(&mut self, reactor: &mut Reactor, key: CallKey) {
-        let text = "its time would be over before it could be done, so it was not begun";
-        self.abort_call(reactor, key, Code::Timeout, text);
+        self.abort_call(reactor, key, Code::Timeout, &too_late().message);
     }
 
     /// Answers a call with an error, whether it waits or runs.

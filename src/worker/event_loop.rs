@@ -28,7 +28,7 @@ use crate::link::message::{Message, Report};
 use crate::link::stuck_calls::StuckCalls;
 use crate::logging;
 use crate::sys::event::{Completion, Driver, Interest, Reactor, Token};
-use crate::sys::process::monotonic;
+use crate::sys::process::monotonic_ms;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
 use crate::throttle::jitter;
@@ -182,6 +182,7 @@ impl EventLoop {
         reactor.watch(WAKER, &*self.waker, Interest::Read)?;
         self.record_heartbeat();
         self.defer_accepting(reactor);
+        let mut is_watched = false;
         loop {
             let was_accepting = self.is_accepting;
             self.start_accepting(reactor)?;
@@ -190,7 +191,7 @@ impl EventLoop {
                 // What it has is shown at once: others may wait for that.
                 next = self.service.now_ms;
             }
-            if self.service.threads.look(self.service.now_ms) {
+            if is_watched {
                 next = self.service.now_ms + 1;
             }
             if self.waits_for_pools && !self.is_accepting {
@@ -215,10 +216,8 @@ impl EventLoop {
             if self.service.now_ms >= self.next_tick_ms {
                 self.tick(reactor);
             }
-            self.service
-                .calls
-                .take_back_ahead(&mut self.service.threads, self.service.now_ms);
-            self.hand_out(reactor);
+            self.queue_calls(reactor);
+            is_watched = self.service.threads.look(self.service.now_ms);
             self.exchange_calls(reactor);
             self.settle_programs(reactor);
             self.service
@@ -241,29 +240,19 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn hand_out(&mut self, reactor: &mut Reactor) {
-        loop {
-            let backlog = |token, place| backlog(&self.connections, reactor, token, place);
-            let service = &mut self.service;
-            let calls = &mut service.calls;
-            match calls.hand_out(&mut service.threads, service.now_ms, backlog) {
-                Some(late) => self.reject_late_call(reactor, late),
-                None => return,
-            }
-        }
+    /// Lets the calls of this turn wait for threads and programs.
+    pub(super) fn queue_calls(&mut self, reactor: &Reactor) {
+        let backlog = |token, place| backlog(&self.connections, reactor, token, place);
+        let now_ms = self.service.now_ms;
+        self.service.calls.queue_calls(now_ms, backlog);
     }
 
     /// Sends calls to other workers, and asks the master for links to those that have none.
     fn exchange_calls(&mut self, reactor: &mut Reactor) {
         let is_serving = self.is_accepting && self.drain.is_serving();
-        loop {
-            let (connections, shown) = (&self.connections, &*reactor);
-            let backlog = |token, place| backlog(connections, shown, token, place);
-            let phase = (is_serving, !self.drain.is_serving());
-            match peer_calls::exchange(&mut self.service, phase, backlog) {
-                Some(late) => self.reject_late_call(reactor, late),
-                None => break,
-            }
+        let phase = (is_serving, !self.drain.is_serving());
+        while let Some(late) = peer_calls::exchange(&mut self.service, phase) {
+            self.reject_late_call(reactor, late);
         }
         for record in self.service.forwarding.take_wanted() {
             // If it cannot be sent, the next search asks again.
@@ -291,7 +280,7 @@ impl EventLoop {
     }
 
     fn record_heartbeat(&mut self) {
-        self.service.now_ms = millis(monotonic());
+        self.service.now_ms = monotonic_ms();
         self.service
             .record
             .heartbeat_ms
@@ -394,9 +383,7 @@ impl Driver for EventLoop {
             Completion::Readable { watch } if watch >= LINK_BASE => {
                 let is_serving = self.is_accepting && self.drain.is_serving();
                 let link = usize::from(watch - LINK_BASE);
-                let (connections, shown) = (&self.connections, &*reactor);
-                let backlog = |token, place| backlog(connections, shown, token, place);
-                if !peer_calls::receive(&mut self.service, link, is_serving, backlog) {
+                if !peer_calls::receive(&mut self.service, link, is_serving) {
                     peer_calls::end(&mut self.service, link, reactor);
                 }
                 self.on_results(reactor);

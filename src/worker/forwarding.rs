@@ -13,17 +13,15 @@ use std::sync::atomic::fence;
 
 use slab::Slab;
 
-use super::call_table::{RemoteCall, ScheduledCall};
-use super::peer::{LeaveState, Peer, is_fresh};
-use super::timers::CallKey;
+use super::call_table::RemoteCall;
+use super::peer::{LeaveState, Peer, is_fresh, used};
+use crate::handler::call_state::HandlerCall;
 use crate::link::call_frame::{AnswerFrame, CallFrame, Frame};
 use crate::link::scoreboard::{LANES, WorkerRecord};
 use crate::sys::event::{Interest, Reactor};
 
 /// Links that a worker may have.
 const MAX_LINKS: usize = 64;
-/// After this number of unused records in a row no process is expected behind them.
-const SEARCH_GAP: usize = 64;
 /// Between two requests to the master for the same link.
 const ASK_AGAIN_MS: u64 = 100;
 /// If no call came for what was offered within this time, it is offered to others.
@@ -62,6 +60,10 @@ pub struct Forwarding {
     shown: Load,
     /// When the master was asked for the link to a record.
     asked: HashMap<usize, u64>,
+    /// When capacity for short calls was offered last.
+    short_offered_ms: u64,
+    /// When links may be asked for ahead of need again.
+    prepare_ms: u64,
     /// Records that the master is to be asked for.
     wanted: Vec<u32>,
     last_number: u64,
@@ -90,6 +92,8 @@ impl Forwarding {
             peers: Slab::new(),
             shown: Load::default(),
             asked: HashMap::new(),
+            short_offered_ms: 0,
+            prepare_ms: 0,
             wanted: Vec::new(),
             last_number: 0,
             turn: 0,
@@ -191,8 +195,17 @@ impl Forwarding {
         waiting
     }
 
-    /// Offers capacity to another worker.
-    pub fn offer(&mut self, peer: usize, count: usize, now_ms: u64) {
+    /// Whether capacity for short calls may be offered again.
+    pub fn may_offer_short(&mut self, now_ms: u64) -> bool {
+        let may = now_ms > self.short_offered_ms && !self.peers.is_empty();
+        if may {
+            self.short_offered_ms = now_ms;
+        }
+        may
+    }
+
+    /// Offers capacity to another worker: for `count` calls, and for `short` more that are short.
+    pub fn offer(&mut self, peer: usize, (count, short): (usize, usize), now_ms: u64) {
         let lane = self.lane;
         if let Some(peer) = self.peers.get_mut(peer) {
             let epoch = peer.record.capacity_epoch.load(Relaxed);
@@ -200,6 +213,7 @@ impl Forwarding {
             peer.link.queue(&Frame::Offer {
                 lane: lane as u16,
                 count: count as u32,
+                short: short as u32,
             });
             self.recheck_ms.get_or_insert(now_ms + OFFER_TTL_MS);
         }
@@ -227,6 +241,17 @@ impl Forwarding {
             }
         }
         (workers, connections)
+    }
+
+    /// All threads of this worker are busy: asks for links to workers with capacity before a call waits for
+    /// one.
+    pub fn prepare_links(&mut self, now_ms: u64) {
+        if self.lane == 0 && now_ms >= self.prepare_ms {
+            self.prepare_ms = now_ms + ASK_AGAIN_MS;
+            self.want_links(now_ms, |record| {
+                record.lane.load(Relaxed) == 0 && record.idle.load(Relaxed) > 0
+            });
+        }
     }
 
     /// Remembers which workers the master is to be asked for: those without a link that are `useful`.
@@ -292,8 +317,8 @@ impl Forwarding {
         }
     }
 
-    /// Sends a call. `key` is its key in quarantine.
-    pub fn send(&mut self, to: RemoteCall, key: CallKey, call: &ScheduledCall) -> bool {
+    /// Sends a call of the connection with number `client`.
+    pub fn send(&mut self, to: RemoteCall, client: u32, call: &HandlerCall) -> bool {
         let Some(peer) = self.peers.get_mut(to.link) else {
             return false;
         };
@@ -301,13 +326,14 @@ impl Forwarding {
             id: to.number,
             method: call.method as u32,
             key: call.state.key(),
-            deadline_ms: call.deadline_ms,
+            deadline_ms: u64::try_from(call.deadline.as_millis()).unwrap_or(u64::MAX),
+            client,
             client_id: call.id.as_deref().map(Into::into),
             peer: call.peer,
-            params: call.params.as_deref().unwrap_or("null").into(),
+            params: call.params.as_ref().into(),
         }));
         if queued {
-            peer.sent.insert(to.number, key);
+            peer.sent.insert(to.number, call.key);
             peer.note_epoch();
             peer.sent_since += 1;
             let record = &self.records[self.own];
@@ -354,6 +380,7 @@ impl Forwarding {
     /// Returns a call that could not begin here.
     pub fn return_call(&mut self, link: usize, id: u64) {
         if let Some(peer) = self.peers.get_mut(link) {
+            peer.running.remove(&id);
             peer.link.queue(&Frame::Returned { id });
         }
     }
@@ -411,22 +438,4 @@ impl Forwarding {
         reactor.unwatch(LINK_BASE + link as u16);
         Some(peer)
     }
-}
-
-/// The records of processes that take part in forwarding, with their indices: workers have the lowest ones
-/// and pool processes the highest.
-fn used(records: &'static [WorkerRecord]) -> impl Iterator<Item = (usize, &'static WorkerRecord)> {
-    let all = || records.iter().enumerate();
-    until_gap(all()).chain(until_gap(all().rev()))
-}
-
-fn until_gap<'a>(
-    records: impl Iterator<Item = (usize, &'a WorkerRecord)>,
-) -> impl Iterator<Item = (usize, &'a WorkerRecord)> {
-    let mut unused = 0;
-    records.take_while(move |(_, record)| {
-        let is_used = record.generation.load(Relaxed) != 0;
-        unused = if is_used { 0 } else { unused + 1 };
-        unused <= SEARCH_GAP
-    })
 }

@@ -7,14 +7,15 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use super::accepting::peer_of;
 use super::connection::ConnectionPhase;
 use super::crash::journal::note_of;
 use super::event_loop::{EventLoop, QUEUE, find};
 use super::timers::TimerTarget;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::{HandoffState, is_full};
+use crate::sys::closer;
 use crate::sys::event::{Interest, Reactor, Token, UnsentData};
-use crate::sys::{closer, socket};
 
 /// Between two tries when nothing tells that there is room again: too many descriptors of this
 /// user are on their way (ETOOMANYREFS, unix(7)).
@@ -37,7 +38,7 @@ impl EventLoop {
             );
         };
         let is_rebalanced = self.has_adopted(reactor);
-        let peer = socket::peer(&socket);
+        let peer = peer_of(&socket);
         let owed = match (taken.unsent.is_empty(), is_whole) {
             (true, _) => UnsentData::Nothing,
             (false, true) => UnsentData::InPacket,

@@ -18,6 +18,7 @@ use crate::protocol::http::{self, RejectedRequest, RequestLimits, response};
 use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{answer, line};
+use crate::sys::event::Token;
 
 /// So much of an unfinished call has room whatever the others keep: most calls are no larger.
 const ALWAYS_ROOM: usize = 16 * 1024;
@@ -49,7 +50,8 @@ impl CallDispatcher {
     /// on their way. Answers in `out` are not among them: their client may take them at once.
     pub(super) fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
         connection.takes_calls(self.limits.pipeline, unsent + self.out.len())
-            && !(self.unsent.is_full() && connection.queued_bytes() + unsent > 0)
+            && !(connection.queued_bytes() + unsent > 0
+                && self.unsent.blocks((connection.source, connection.token)))
     }
 
     /// Whether a connection that is not at rest will be in a moment, if nothing more is read of it: all
@@ -236,8 +238,22 @@ impl CallDispatcher {
 
     /// Counts what a connection keeps of an unfinished call.
     pub fn update_unfinished_total(&mut self, connection: &mut Connection) {
-        self.unfinished += connection.input.len();
-        self.unfinished -= mem::replace(&mut connection.accounted_bytes, connection.input.len());
+        let bytes = connection.input.len();
+        if bytes != connection.accounted_bytes {
+            let owner = (connection.source, connection.token);
+            self.unfinished_shares
+                .remove(owner, connection.accounted_bytes);
+            self.unfinished_shares.add(owner, bytes);
+            self.unfinished += bytes;
+            self.unfinished -= mem::replace(&mut connection.accounted_bytes, bytes);
+        }
+    }
+
+    /// There is no room for what a connection keeps: the connection that has more and is to make room, if
+    /// there is one.
+    pub fn payer_for(&self, connection: &Connection) -> Option<Token> {
+        let owner = (connection.source, connection.token);
+        self.unfinished_shares.payer(owner, 0)
     }
 
     /// Whether there is no room for what a connection keeps, as counted. For what is little, or all there

@@ -3,14 +3,10 @@
 
 use std::time::Duration;
 
-/// What is handed out ahead finds a thread within this time, as far as can be expected.
-const AHEAD: Duration = Duration::from_millis(4);
 /// What the programs of a pool have ahead is done within this time, as far as can be expected; and this
 /// number of calls at most for each.
 const SHORT_AHEAD: Duration = Duration::from_millis(1);
 const MOST_AHEAD_EACH: usize = 16;
-/// Bytes of results that calls ahead may have together.
-const MOST_RESULTS_AHEAD: usize = 64 * 1024;
 /// The estimate of a run time follows each run by so much: a part of itself.
 const STEP: u64 = 8;
 
@@ -66,18 +62,6 @@ impl MethodStats {
             typical if cut => typical,
             typical => typical.saturating_sub(step).max(took_us),
         };
-    }
-
-    /// How many calls of it `threads` threads may have ahead, `most` at most: what a thread finishes
-    /// soon, and whose results are small.
-    pub fn ahead(&self, threads: usize, most: usize) -> usize {
-        let Some(expected) = self.expected().filter(|_| threads > 0) else {
-            return 0;
-        };
-        let of_time = AHEAD.as_micros() * threads as u128 / expected.as_micros().max(1);
-        let of_memory = MOST_RESULTS_AHEAD / self.last_result.max(1);
-        most.min(of_memory)
-            .min(usize::try_from(of_time).unwrap_or(most))
     }
 
     /// How long a call is expected to run; `None` where none has run yet.

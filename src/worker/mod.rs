@@ -7,6 +7,7 @@
 mod accepting;
 mod active_rebalance;
 mod call_dispatcher;
+mod call_room;
 mod call_scheduler;
 mod call_table;
 mod connection;
@@ -15,23 +16,26 @@ mod crash;
 mod deadlines;
 mod drain;
 mod event_loop;
+mod fair_queue;
 mod forwarding;
 mod handoff;
 mod input_parser;
+mod lane;
 mod method_stats;
 mod orders;
 mod peer;
 mod peer_calls;
 mod post_fork;
-mod posts;
-mod queue;
 mod rebalance;
 mod recycle_check;
-mod shelf;
+mod remote_calls;
+mod run_queue;
+mod shares;
 mod silent;
 mod silent_connections;
 mod startup;
 mod stop_hooks;
+mod thread_calls;
 mod threads;
 mod timers;
 mod unsent;
@@ -43,11 +47,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::LimitsConfig;
 use crate::link::adoption_queue::LONGEST;
+use crate::link::ids::Slot;
 use crate::logging;
 use crate::sys::event::Reactor;
 use crate::sys::memory;
-use crate::sys::process::exit_now;
+use crate::sys::process::{descriptors_left, exit_now};
 use crate::sys::signal;
 use crate::sys::waker::Waker;
 use crate::worker_init::WorkerInit;
@@ -58,6 +64,7 @@ use crash::journal::CallJournal;
 use crash::keeper::KeeperSetup;
 use event_loop::EventLoop;
 use forwarding::Forwarding;
+use shares::Shares;
 use threads::Threads;
 use timers::Timers;
 use unsent::UnsentAnswers;
@@ -91,6 +98,26 @@ pub fn run(boot: WorkerInit<'_>) -> ! {
     };
     logging::flush(LAST_WORDS);
     exit_now(code)
+}
+
+/// Descriptors that connections leave to handlers, commands and links.
+const KEPT_BACK: usize = 64;
+
+/// Limits the connections so that handlers find descriptors: 64, at most a quarter of all.
+fn keep_descriptors_back(limits: &mut LimitsConfig, slot: Slot) {
+    let (limit, left) = descriptors_left();
+    let room = left.saturating_sub((limit / 4).min(KEPT_BACK)).max(1);
+    if room < limits.connections {
+        if slot == Slot(0) {
+            log::warn!(
+                "limits.connections is {}, but the limit of open files, {limit}, has room for {room} connections in \
+                 a worker: no more are accepted; raise the limit of open files (LimitNOFILE in a unit), or lower \
+                 limits.connections",
+                limits.connections
+            );
+        }
+        limits.connections = room;
+    }
 }
 
 fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
@@ -133,10 +160,15 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
             .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
             .map_err(cant("watch its listeners"))?;
     }
-    let limits = boot.settings.limits.clone();
+    let mut limits = boot.settings.limits.clone();
+    keep_descriptors_back(&mut limits, boot.slot);
     let unsent_limit = limits.unfinished;
     let service = CallDispatcher {
-        calls: CallScheduler::new(Arc::clone(&boot.registry), limits.queue),
+        calls: CallScheduler::new(
+            Arc::clone(&boot.registry),
+            limits.queue,
+            Arc::clone(&threads.queue),
+        ),
         registry: boot.registry,
         threads,
         forwarding: Forwarding::new(
@@ -157,6 +189,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         last_wait_ms: 0,
         stopping: false,
         unfinished: 0,
+        unfinished_shares: Shares::default(),
         unsent: UnsentAnswers::new(unsent_limit),
         read: 0,
         errors: 0,

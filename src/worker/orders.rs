@@ -116,7 +116,7 @@ impl EventLoop {
     /// take longer, and nobody is to wait for that.
     pub(super) fn resume_reading(&mut self, reactor: &mut Reactor) {
         self.advance_open(reactor, |connection| connection.is_read_paused);
-        self.hand_out(reactor);
+        self.queue_calls(reactor);
         self.settle_programs(reactor);
     }
 

@@ -12,6 +12,9 @@ use crate::sys::event::Interest;
 /// A worker whose event loop has not run for this long gets no calls. It runs once a second if idle.
 const STALE_MS: u64 = 2000;
 
+/// After this number of unused records in a row no process is expected behind them.
+const SEARCH_GAP: usize = 64;
+
 /// Another worker.
 #[derive(Debug)]
 pub struct Peer {
@@ -93,4 +96,24 @@ impl Peer {
 /// Whether the event loop of a worker has run lately.
 pub fn is_fresh(record: &WorkerRecord, now_ms: u64) -> bool {
     now_ms.saturating_sub(record.heartbeat_ms.load(Relaxed)) < STALE_MS
+}
+
+/// The records of processes that take part in forwarding, with their indices: workers have the lowest ones
+/// and pool processes the highest.
+pub fn used(
+    records: &'static [WorkerRecord],
+) -> impl Iterator<Item = (usize, &'static WorkerRecord)> {
+    let all = || records.iter().enumerate();
+    until_gap(all()).chain(until_gap(all().rev()))
+}
+
+fn until_gap<'a>(
+    records: impl Iterator<Item = (usize, &'a WorkerRecord)>,
+) -> impl Iterator<Item = (usize, &'a WorkerRecord)> {
+    let mut unused = 0;
+    records.take_while(move |(_, record)| {
+        let is_used = record.generation.load(Relaxed) != 0;
+        unused = if is_used { 0 } else { unused + 1 };
+        unused <= SEARCH_GAP
+    })
 }

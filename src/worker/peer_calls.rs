@@ -12,6 +12,7 @@ use super::call_scheduler::FinishedCall;
 use super::connection::{AnswerPosition, PendingAnswer};
 use super::forwarding::{Load, place};
 use super::peer::LeaveState;
+use super::remote_calls;
 use super::threads::Done;
 use super::timers::{CallKey, TimerTarget};
 use crate::link::call_frame::{AnswerFrame, CallFrame, DecodedCallFrame, Frame};
@@ -26,13 +27,12 @@ use crate::sys::event::{Reactor, Token};
 const MAX_READS: usize = 16;
 
 /// Shows what this process has to the others, sends waiting calls to those with capacity, and offers
-/// capacity to those with waiting calls. `backlog` is that of `CallScheduler::hand_out`. Returns a call that
+/// capacity to those with waiting calls. Returns a call that
 /// cannot be done in time any more: it is to be given up, and this to be called again.
 #[must_use]
 pub fn exchange(
     service: &mut CallDispatcher,
     (is_serving, is_leaving): (bool, bool),
-    backlog: impl Fn(Token, AnswerPosition) -> usize,
 ) -> Option<CallKey> {
     let now_ms = service.now_ms;
     let is_due = service.forwarding.recheck_ms.is_some_and(|at| at <= now_ms);
@@ -46,15 +46,20 @@ pub fn exchange(
     service.forwarding.owes_offer |= is_due | service.forwarding.show(load);
     if load.waiting != [0; LANES] {
         for lane in first_lane(is_serving)..service.calls.lanes() {
-            if let Some(late) = send_waiting(service, lane, &backlog) {
+            if let Some(late) = send_waiting(service, lane) {
                 return Some(late);
             }
         }
         let load = self::load(service, (is_serving, is_leaving));
         service.forwarding.show(load);
     }
-    if std::mem::take(&mut service.forwarding.owes_offer) && load.idle > 0 {
-        offer(service, load.idle as usize, is_due);
+    if is_serving && load.idle == 0 {
+        service.forwarding.prepare_links(now_ms);
+    }
+    return_waiting(service);
+    let owes_offer = std::mem::take(&mut service.forwarding.owes_offer) && load.idle > 0;
+    if is_serving && (owes_offer || service.forwarding.may_offer_short(now_ms)) {
+        offer(service, load.idle as usize, is_due || !owes_offer);
     }
     None
 }
@@ -69,26 +74,26 @@ fn load(service: &CallDispatcher, (is_serving, is_leaving): (bool, bool)) -> Loa
     let mut load = Load::default();
     if is_serving || is_leaving {
         for lane in first_lane(is_serving)..service.calls.lanes() {
-            load.waiting[place(lane)] += service.calls.sendable(lane) as u32;
+            load.waiting[place(lane)] += sendable(service, lane) as u32;
         }
     }
     if is_serving {
-        load.idle = service
-            .calls
-            .idle(service.forwarding.lane, &service.threads) as u32;
+        load.idle =
+            remote_calls::idle(&service.calls, service.forwarding.lane, &service.threads) as u32;
     }
     load
 }
 
-fn send_waiting(
-    service: &mut CallDispatcher,
-    lane: usize,
-    backlog: &impl Fn(Token, AnswerPosition) -> usize,
-) -> Option<CallKey> {
-    while service.calls.sendable(lane) > 0
+fn sendable(service: &CallDispatcher, lane: usize) -> usize {
+    let (threads, now_ms) = (&service.threads, service.now_ms);
+    remote_calls::sendable(&service.calls, lane, threads, now_ms)
+}
+
+fn send_waiting(service: &mut CallDispatcher, lane: usize) -> Option<CallKey> {
+    while sendable(service, lane) > 0
         && let Some(peer) = service.forwarding.find_idle(lane, service.now_ms)
     {
-        match send_next(service, lane, peer, backlog) {
+        match send_next(service, lane, peer, false) {
             Sent::Call => {}
             Sent::Nothing => return None,
             Sent::Late(late) => return Some(late),
@@ -106,48 +111,56 @@ enum Sent {
     Late(CallKey),
 }
 
-/// Sends the next waiting call of a lane to another process.
-fn send_next(
-    service: &mut CallDispatcher,
-    lane: usize,
-    peer: usize,
-    backlog: &impl Fn(Token, AnswerPosition) -> usize,
-) -> Sent {
-    let (now_ms, threads) = (service.now_ms, &service.threads);
-    let key = match service.calls.next_to_send(lane, threads, now_ms, backlog) {
+/// Sends the next waiting call of a lane to another process, if it is short where `only_short` is set.
+fn send_next(service: &mut CallDispatcher, lane: usize, peer: usize, only_short: bool) -> Sent {
+    let now_ms = service.now_ms;
+    let key = match remote_calls::next_to_send(&mut service.calls, lane, only_short, now_ms) {
         Ok(Some(key)) => key,
         Ok(None) => return Sent::Nothing,
         Err(late) => return Sent::Late(late),
     };
     let to = service.forwarding.next_call(peer);
-    if let Some(call) = service.calls.send(key, to)
-        && !service.forwarding.send(to, key, call)
+    let client = (service.calls.get_mut(key)).map_or(0, |call| call.token.index() as u32);
+    if let Some(call) = remote_calls::send(&mut service.calls, key, to)
+        && !service.forwarding.send(to, client, call)
     {
         // No frame is so long, which limits.frame does not allow.
-        service.calls.take_back(key, service.now_ms);
+        remote_calls::take_back(&mut service.calls, key);
         return Sent::Nothing;
     }
     Sent::Call
 }
 
+/// Returns calls of other workers that wait behind long calls: another worker may have capacity.
+fn return_waiting(service: &mut CallDispatcher) {
+    for (key, mut ended) in remote_calls::take_foreign_back(&mut service.calls) {
+        let target = TimerTarget::Call(key);
+        service.timers.disarm(&mut ended.timer, target);
+        service.ledger.forget(ended.reply.mark);
+        if let Some(link) = ended.token.process() {
+            service.forwarding.return_call(link, ended.number_at_home);
+        }
+    }
+}
+
 fn offer(service: &mut CallDispatcher, idle: usize, is_repeated: bool) {
     let now_ms = service.now_ms;
-    let waiting = service.forwarding.find_waiting(idle, is_repeated, now_ms);
-    let share = idle.div_ceil(waiting.len().max(1));
+    let short = match service.forwarding.lane {
+        0 => remote_calls::room_for_short(&service.calls),
+        _ => 0,
+    };
+    let waiting = (service.forwarding).find_waiting(idle.max(short), is_repeated, now_ms);
+    let share = |count: usize| count.div_ceil(waiting.len().max(1));
+    let shares = (share(idle), share(short));
     for peer in waiting {
-        service.forwarding.offer(peer, share, now_ms);
+        service.forwarding.offer(peer, shares, now_ms);
     }
 }
 
 /// Reads what another worker has sent. Answers to calls of this worker are added to
 /// `CallDispatcher::answered_elsewhere`. Returns false if the link has ended: `end` is to follow.
 #[must_use]
-pub fn receive(
-    service: &mut CallDispatcher,
-    link: usize,
-    is_serving: bool,
-    backlog: impl Fn(Token, AnswerPosition) -> usize,
-) -> bool {
+pub fn receive(service: &mut CallDispatcher, link: usize, is_serving: bool) -> bool {
     let mut piece = service.forwarding.take_piece();
     let mut is_alive = true;
     for _ in 0..MAX_READS {
@@ -156,7 +169,7 @@ pub fn receive(
         };
         let has_more = peer.link.receive(&mut piece);
         let is_closed = peer.link.is_closed();
-        is_alive = read_frames(service, link, is_serving, &backlog) && !is_closed;
+        is_alive = read_frames(service, link, is_serving) && !is_closed;
         if !has_more || !is_alive {
             break;
         }
@@ -166,12 +179,7 @@ pub fn receive(
 }
 
 /// Returns false if the other worker sent no frame.
-fn read_frames(
-    service: &mut CallDispatcher,
-    link: usize,
-    is_serving: bool,
-    backlog: &impl Fn(Token, AnswerPosition) -> usize,
-) -> bool {
+fn read_frames(service: &mut CallDispatcher, link: usize, is_serving: bool) -> bool {
     let Some(peer) = service.forwarding.peers.get_mut(link) else {
         return false;
     };
@@ -182,7 +190,7 @@ fn read_frames(
             DecodedCallFrame::Invalid => break false,
             DecodedCallFrame::Whole(frame, used) => {
                 at += used;
-                if !read_frame(service, link, frame, is_serving, backlog) {
+                if !read_frame(service, link, frame, is_serving) {
                     break false;
                 }
             }
@@ -203,7 +211,6 @@ fn read_frame(
     link: usize,
     frame: Frame<'_>,
     is_serving: bool,
-    backlog: &impl Fn(Token, AnswerPosition) -> usize,
 ) -> bool {
     let now_ms = service.now_ms;
     match frame {
@@ -239,7 +246,7 @@ fn read_frame(
         Frame::Returned { id } => {
             let peer = service.forwarding.peers.get_mut(link);
             if let Some(key) = peer.and_then(|peer| peer.sent.remove(&id)) {
-                service.calls.take_back(key, now_ms);
+                remote_calls::take_back(&mut service.calls, key);
             }
         }
         Frame::Leave => {
@@ -253,12 +260,15 @@ fn read_frame(
                 peer.leave = LeaveState::Noted;
             }
         }
-        Frame::Offer { lane, count } => {
+        Frame::Offer { lane, count, short } => {
             let lane = usize::from(lane);
             let is_sent = lane >= first_lane(is_serving) && lane < service.calls.lanes();
             if is_sent && service.forwarding.may_send(link, lane) {
-                for _ in 0..count {
-                    if !matches!(send_next(service, lane, link, backlog), Sent::Call) {
+                for number in 0..count.saturating_add(short) {
+                    let only_short = number >= count;
+                    if sendable(service, lane) == 0
+                        || !matches!(send_next(service, lane, link, only_short), Sent::Call)
+                    {
                         break;
                     }
                 }
@@ -266,6 +276,12 @@ fn read_frame(
         }
     }
     true
+}
+
+/// Whether a call of another worker begins here, at once or soon.
+fn has_capacity(service: &CallDispatcher, lane: usize, method: usize) -> bool {
+    remote_calls::idle(&service.calls, lane, &service.threads) > 0
+        || lane == 0 && remote_calls::begins_soon(&service.calls, method)
 }
 
 /// Runs a call of another worker, or returns it. Returns false if the call has the number of one that
@@ -283,7 +299,7 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
     if !is_known
         || !is_serving
         || lane != service.forwarding.lane
-        || service.calls.idle(lane, &service.threads) == 0
+        || !has_capacity(service, lane, method)
     {
         service.forwarding.return_call(link, call.id);
         return true;
@@ -323,7 +339,8 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
         },
         mark: service.ledger.take_for_peer(call.key, method),
     };
-    let key = service.calls.run_for_peer(
+    let key = remote_calls::run_for_peer(
+        &mut service.calls,
         (Token::of_process(link), call.id),
         call,
         reply,

@@ -33,7 +33,7 @@ impl EventLoop {
             return;
         }
         let call = |(serial, call): (u64, &ScheduledCall)| StuckCall {
-            thread: service.threads.posts.thread_of(serial),
+            thread: service.threads.calls.thread_of(serial),
             method: call.method,
             id: call.id.as_deref().map(str::to_owned),
             age_ms: service.now_ms.saturating_sub(call.read_ms),

@@ -7,14 +7,13 @@
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::call_dispatcher::millis;
 use super::event_loop::EventLoop;
 use crate::handler::command::sweep;
 use crate::handler::pool::{Hurry, Stage};
 use crate::link::message::Report;
 use crate::logging;
 use crate::sys::event::Reactor;
-use crate::sys::process::monotonic;
+use crate::sys::process::monotonic_ms;
 
 /// With less time than that until its drain is over, a worker's programs have to hurry.
 const PROGRAMS_MS: u64 = 2500;
@@ -67,7 +66,7 @@ impl EventLoop {
             false => Hurry::None,
         };
         self.service.threads.pools().leave(hurry, || {
-            record.heartbeat_ms.store(millis(monotonic()), Relaxed);
+            record.heartbeat_ms.store(monotonic_ms(), Relaxed);
         });
         sweep::kill_all();
     }

@@ -12,7 +12,7 @@ use crossbeam_channel::{RecvTimeoutError, bounded};
 
 use super::call_dispatcher::millis;
 use super::event_loop::EventLoop;
-use crate::sys::process::monotonic;
+use crate::sys::process::{monotonic, monotonic_ms};
 
 /// Between two looks for a signal, with a heartbeat each.
 const LOOK: Duration = Duration::from_millis(100);
@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Lets the program say its last words, if it has any.
 pub fn run_stop_hooks(event_loop: &mut EventLoop) {
     let registry = &event_loop.service.registry;
-    let Some(limit_ms) = event_loop.drain.stop_hook_budget_ms(millis(monotonic())) else {
+    let Some(limit_ms) = event_loop.drain.stop_hook_budget_ms(monotonic_ms()) else {
         return;
     };
     if !registry.has_stop_hooks() {

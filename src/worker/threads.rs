@@ -1,38 +1,38 @@
-//! The handler threads of a worker: they run one call after the other and wake the loop. Beside them
-//! the programs of pools, which take calls in the same way.
+//! The handler threads of a worker: they run one call after the other and wake the event loop. Beside them
+//! the programs of pools, in a pool process.
 //!
-//! What waits for a thread, and which goes first, is decided by `calls`; `shelf` is a short queue that
-//! keeps threads from standing idle in between. Of calls that take microseconds the loop hears of
-//! a handful at once. A panic in a handler is an answer.
+//! Threads take their calls from a `RunQueue`. Of calls that take microseconds the event loop hears of
+//! several at once. A panic in a handler is an answer.
 
 use std::io;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, unbounded};
 
-use super::posts::Posts;
-use super::shelf::Shelf;
+use super::run_queue::{NextCall, RunQueue};
+use super::thread_calls::ThreadCalls;
 use crate::handler::call_state::Reports;
 pub use crate::handler::call_state::{Done, HandlerCall};
 use crate::handler::pool::Pools;
 use crate::handler::registry::Registry;
 use crate::handler::{Context, guard};
 use crate::protocol::rpc_error::RpcError;
+use crate::sys::process::monotonic;
 use crate::sys::signal;
 use crate::sys::waker::Waker;
 
 /// Stack of a handler thread, the same as std's default: deep enough for serde_json's own limit.
 const STACK: usize = 2 * 1024 * 1024;
 
-/// The loop hears of what is done after so much work at the latest.
-const UNTOLD: Duration = Duration::from_micros(100);
+/// After this much work the event loop is woken for what is done.
+const MAX_UNREPORTED: Duration = Duration::from_micros(100);
 
 #[derive(Debug)]
 pub struct Threads {
-    /// Calls that were handed out and that no thread has taken.
-    ahead: Arc<Shelf>,
+    /// Where the threads take their calls from.
+    pub queue: Arc<RunQueue>,
     done: Receiver<Done>,
     count: usize,
     pools: Pools,
@@ -40,7 +40,7 @@ pub struct Threads {
     lane: usize,
     registry: Arc<Registry>,
     /// Which thread runs what.
-    pub(super) posts: Arc<Posts>,
+    pub calls: Arc<ThreadCalls>,
 }
 
 impl Threads {
@@ -56,29 +56,33 @@ impl Threads {
         registry: &Arc<Registry>,
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
-        let shelf = Arc::new(Shelf::default());
+        let queue = Arc::new(RunQueue::new(registry.methods().len()));
         let (sender, done) = unbounded();
         let reports = Reports::new(sender, Arc::clone(waker));
-        let posts = Arc::new(Posts::new(count));
+        let calls = Arc::new(ThreadCalls::new(count));
         let mut started = 0;
         let count = if pool.is_some() { 0 } else { count };
         for number in 0..count {
-            let (shelf, reports) = (Arc::clone(&shelf), reports.clone());
-            let (registry, posts) = (Arc::clone(registry), Arc::clone(&posts));
+            let (queue, reports) = (Arc::clone(&queue), reports.clone());
+            let (registry, calls) = (Arc::clone(registry), Arc::clone(&calls));
             let body = move || {
-                posts.arrive(number);
-                let (mut untold, mut brisk) = (Duration::ZERO, false);
+                calls.register(number);
+                let (mut unreported, mut was_short) = (Duration::ZERO, false);
                 loop {
-                    let job;
-                    (job, brisk) = shelf.take(brisk);
-                    posts.take_on(number, job.key.serial);
-                    let begun = Instant::now();
-                    signal::set_current_call(job.state.key());
-                    let outcome = job.state.begin().then(|| run(&job, slot, &registry));
-                    let took = begun.elapsed();
+                    let NextCall {
+                        call,
+                        begins,
+                        is_short,
+                        begun,
+                    } = queue.take(was_short);
+                    was_short = is_short;
+                    calls.set(number, call.key);
+                    signal::set_current_call(call.state.key());
+                    let outcome = begins.then(|| run(&call, slot, &registry));
+                    let took = monotonic().saturating_sub(begun);
                     signal::set_current_call(0);
                     let done = Done {
-                        key: job.key,
+                        key: call.key,
                         outcome,
                         took,
                         out: None,
@@ -86,10 +90,10 @@ impl Threads {
                     if !reports.leave(done) {
                         return;
                     }
-                    untold += took;
-                    // While jobs lie there, the loop looks by itself now and then.
-                    if !brisk || untold >= UNTOLD || !shelf.goes_on() {
-                        untold = Duration::ZERO;
+                    unreported += took;
+                    // While calls wait, the event loop looks by itself now and then.
+                    if !is_short || unreported >= MAX_UNREPORTED || !queue.goes_on() {
+                        unreported = Duration::ZERO;
                         reports.wake();
                     }
                 }
@@ -114,13 +118,13 @@ impl Threads {
             }
         }
         Ok(Threads {
-            ahead: shelf,
+            queue,
             done,
             count: started,
             pools: Pools::start(registry, pool, &reports, waker)?,
             lane: pool.map_or(0, |pool| pool + 1),
             registry: Arc::clone(registry),
-            posts,
+            calls,
         })
     }
 
@@ -155,36 +159,10 @@ impl Threads {
         self.pools.concurrency() > 1
     }
 
-    /// Hands a job over to a lane; `ring` is to follow.
-    pub fn run(&mut self, lane: usize, job: HandlerCall) {
-        match lane {
-            0 => self.ahead.put(job),
-            _ => self.pools.put(0, job),
-        }
-    }
-
-    /// Wakes whom the jobs need that were handed over.
-    pub fn ring(&self) {
-        self.ahead.ring();
-    }
-
-    /// Sees to it that no job lies there for want of a thread; tells whether any lies there, or any
-    /// was done that the loop was not woken for: it is to look again soon.
+    /// Sees to it that no call waits for want of a thread. Returns whether any waits, or any was done that
+    /// the event loop was not woken for: it is to look again soon.
     pub fn look(&self, now_ms: u64) -> bool {
-        self.ahead.look(now_ms) || self.has_done()
-    }
-
-    /// Whether what is handed out ahead in a lane would wait behind calls that take long.
-    pub fn is_blocked(&self, lane: usize) -> bool {
-        lane == 0 && self.ahead.is_blocked()
-    }
-
-    /// Takes back what was handed out ahead and waits behind calls that take long.
-    pub fn take_back_ahead(&self) -> Vec<HandlerCall> {
-        match self.ahead.is_blocked() {
-            true => self.ahead.take_back(),
-            false => Vec::new(),
-        }
+        self.queue.look(now_ms) || self.has_done()
     }
 
     /// Whether any job is done that was not taken.

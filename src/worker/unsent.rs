@@ -1,14 +1,19 @@
 //! Bounds the answers that clients have not taken, of all connections of a worker together.
 //!
 //! It counts answers that the kernel has not taken yet, and answers that are held back for others: in
-//! their order, or in a batch. At the limit no call is taken from a connection that has such answers. At
-//! twice the limit the connection with the most is closed, because nothing else frees the memory of
-//! answers that are already there. Pure: the event loop reads, sends and closes.
+//! their order, or in a batch. At the limit no call is taken from the source and connection with the most. At
+//! twice the limit that connection is closed, because nothing else frees the memory of answers that are
+//! already there. Pure: the event loop reads, sends and closes.
+
+use super::shares::{Shares, Source};
+use crate::sys::event::Token;
 
 /// The total of a worker, and its limit.
 #[derive(Debug)]
 pub struct UnsentAnswers {
     bytes: usize,
+    /// Who has them.
+    pub shares: Shares,
     limit: usize,
     has_blocked: bool,
 }
@@ -19,6 +24,7 @@ impl UnsentAnswers {
     pub fn new(limit: usize) -> Self {
         UnsentAnswers {
             bytes: 0,
+            shares: Shares::default(),
             limit,
             has_blocked: false,
         }
@@ -27,13 +33,24 @@ impl UnsentAnswers {
     /// Records that a connection has `bytes` of such answers now. `counted` is the number that was recorded
     /// for the connection before, and is set to `bytes`.
     #[inline]
-    pub fn update(&mut self, counted: &mut usize, bytes: usize) {
-        self.bytes -= *counted;
-        self.bytes += bytes;
-        *counted = bytes;
+    pub fn update(&mut self, owner: (Source, Token), counted: &mut usize, bytes: usize) {
+        if *counted != bytes {
+            self.shares.remove(owner, *counted);
+            self.shares.add(owner, bytes);
+            self.bytes -= *counted;
+            self.bytes += bytes;
+            *counted = bytes;
+        }
     }
 
-    /// Whether no call is taken from connections that have such answers.
+    /// Whether no call is taken from this connection, if it has such answers: all have as much as is allowed,
+    /// and no source or connection has more than this one.
+    #[inline]
+    pub fn blocks(&self, owner: (Source, Token)) -> bool {
+        self.is_full() && self.shares.payer(owner, 0).is_none()
+    }
+
+    /// Whether all have as much as is allowed.
     #[inline]
     pub fn is_full(&self) -> bool {
         self.bytes >= self.limit
@@ -68,18 +85,21 @@ mod tests {
     fn the_total_follows_each_connection_and_room_is_told_once() {
         let mut unsent = UnsentAnswers::new(100);
         let (mut first, mut second) = (0, 0);
-        unsent.update(&mut first, 60);
+        let [a, b] = [1, 2].map(|number| (Source::User(7), Token::for_test(number)));
+        unsent.update(a, &mut first, 60);
         unsent.note_blocked(true);
         assert!(!unsent.is_full() && !unsent.take_room_for_blocked());
-        unsent.update(&mut second, 140);
+        unsent.update(b, &mut second, 140);
         assert!(unsent.is_full() && unsent.is_exceeded());
-        unsent.update(&mut second, 139);
+        unsent.update(b, &mut second, 139);
         assert!(unsent.is_full() && !unsent.is_exceeded());
+        assert!(unsent.blocks(b) && !unsent.blocks(a));
+        assert_eq!(unsent.shares.heaviest(), Some(b.1));
         unsent.note_blocked(true);
         assert!(!unsent.take_room_for_blocked());
-        unsent.update(&mut second, 0);
+        unsent.update(b, &mut second, 0);
         assert!(unsent.take_room_for_blocked() && !unsent.take_room_for_blocked());
-        unsent.update(&mut first, 0);
+        unsent.update(a, &mut first, 0);
         assert_eq!((unsent.bytes, first, second), (0, 0, 0));
     }
 }

@@ -12,13 +12,12 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 
 use super::entry::Entry;
-use super::life::millis;
 use super::seat::{Line, Seat};
 use super::wire::LEFT;
 use crate::handler::call_state::{Done, HandlerCall};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
-use crate::sys::process::monotonic;
+use crate::sys::process::monotonic_ms;
 use crate::sys::waker::Waker;
 use crate::throttle::Millis;
 
@@ -221,7 +220,7 @@ impl Desk {
         let Some((due, reason)) = downs.and_then(|downs| downs.into_iter().min()) else {
             return;
         };
-        let left = due.saturating_sub(millis(monotonic()));
+        let left = due.saturating_sub(monotonic_ms());
         // Its keeper is about to say that it starts.
         let wait = Duration::from_millis(left.max(1));
         for entry in self.line.waiting.drain(..) {

@@ -374,7 +374,7 @@ fn a_cancelled_call_is_told_and_its_answer_is_dropped() {
 fn a_program_that_keeps_a_cancelled_call_is_ended_without_the_others() {
     let mut world = World::parallel(1, 2);
     let mut job = job(1);
-    job.deadline = monotonic() + Duration::from_millis(50);
+    job.deadline = crate::sys::process::monotonic() + Duration::from_millis(50);
     let state = world.put_job(job);
     world.put(2);
     assert!(state.give_up());

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use super::Pool;
 use super::entry::Entry;
-use super::life::millis;
 use super::parallel::{OpenCall, ParallelCalls};
 use super::wire::Wire;
 use crate::handler::call_state::Done;
@@ -22,7 +21,7 @@ use crate::protocol::code::Code;
 use crate::protocol::frame::DecodedFrame;
 use crate::protocol::program::{self, Sent};
 use crate::protocol::rpc_error::RpcError;
-use crate::sys::process::monotonic;
+use crate::sys::process::{monotonic, monotonic_ms};
 use crate::throttle::Millis;
 use crate::throttle::limiter::Limiter;
 
@@ -81,7 +80,7 @@ impl Line {
 
     /// Tells that a program has sent no answer, now and then.
     fn complain(&mut self, problem: &str) {
-        if self.complaints.admit(millis(monotonic())).is_some() {
+        if self.complaints.admit(monotonic_ms()).is_some() {
             log::warn!(
                 "pool {}: a program has sent a frame that is no answer: {problem}; its caller gets \
                  bad-output, the program goes on",
@@ -137,7 +136,7 @@ impl Seat {
     /// Whether it would take a call now.
     pub fn is_idle(&self) -> bool {
         let has_room = match &self.parallel {
-            Some(calls) => calls.has_room(millis(monotonic())),
+            Some(calls) => calls.has_room(monotonic_ms()),
             None => self.running.is_none(),
         };
         has_room && self.takes_calls()
@@ -154,13 +153,13 @@ impl Seat {
     /// How many calls it may have, those that it has included.
     pub fn capacity(&self) -> usize {
         let calls = self.parallel.as_ref();
-        calls.map_or(1, |calls| calls.capacity(millis(monotonic())))
+        calls.map_or(1, |calls| calls.capacity(monotonic_ms()))
     }
 
     /// Whether it keeps a call that was cancelled for too long, and has no other one.
     pub fn is_overdue(&self) -> bool {
         let calls = self.parallel.as_ref();
-        calls.is_some_and(|calls| calls.count() == 0 && calls.is_overdue(millis(monotonic())))
+        calls.is_some_and(|calls| calls.count() == 0 && calls.is_overdue(monotonic_ms()))
     }
 
     /// Tells the program which of its calls were given up.
@@ -335,7 +334,7 @@ impl Seat {
             let done = self.running.take();
             let answered = done.map(|entry| entry.done(Some(outcome), out));
             self.running = self.next.take();
-            self.tally.answered(millis(monotonic()));
+            self.tally.answered(monotonic_ms());
             // More of it is an answer only to what it has read by now.
             let twice = self.wire.has_received() && self.wire.has_unread();
             if self.running.is_none() && !self.wire.has_received() {
@@ -410,7 +409,7 @@ impl Seat {
                 }
             });
             self.wire.consume(used);
-            self.tally.answered(millis(monotonic()));
+            self.tally.answered(monotonic_ms());
             if let Some((done, problem)) = answered {
                 line.done.push(done);
                 if let Some(problem) = problem {

@@ -4,7 +4,12 @@ use super::*;
 use crate::sys::event::Token;
 
 fn connection(book: SharedJournal) -> Connection {
-    let connection = Connection::new(Token::for_test(1), None, 0);
+    let connection = Connection::new(
+        Token::for_test(1),
+        None,
+        crate::worker::shares::Source::Unknown,
+        0,
+    );
     book.witness.seats[1].fd.store(6, Relaxed);
     connection
 }
@@ -110,7 +115,12 @@ fn a_shape_survives_its_number() {
 #[test]
 fn without_a_keeper_nothing_is_written() {
     let mut ledger = CallJournal::default();
-    let mut connection = Connection::new(Token::for_test(0), None, 0);
+    let mut connection = Connection::new(
+        Token::for_test(0),
+        None,
+        crate::worker::shares::Source::Unknown,
+        0,
+    );
     let place = connection.take(false);
     let mark = ledger.take(&mut connection, PLAIN, place, None);
     assert_eq!(mark, CallRef::default());

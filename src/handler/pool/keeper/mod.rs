@@ -21,13 +21,13 @@ use crate::handler::call_state::Reports;
 use crate::handler::pool::Pool;
 use crate::handler::pool::boot::Boot;
 use crate::handler::pool::desk::{Order, Recall, Word};
-use crate::handler::pool::life::{Rules, Wear, millis};
+use crate::handler::pool::life::{Rules, Wear};
 use crate::handler::pool::process::Process;
 use crate::handler::pool::program_record::ProgramState;
 use crate::handler::pool::seat::{Seat, Tally};
 use crate::handler::pool::wire::Wire;
 use crate::handler::registry::Registry;
-use crate::sys::process::monotonic;
+use crate::sys::process::monotonic_ms;
 use crate::sys::waker::Waker;
 use crate::throttle::limiter::Limiter;
 use crate::throttle::{Millis, Throttle};
@@ -119,7 +119,7 @@ pub(super) struct Keeper {
 }
 
 fn now() -> Millis {
-    millis(monotonic())
+    monotonic_ms()
 }
 
 impl Keeper {

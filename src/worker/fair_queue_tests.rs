@@ -3,30 +3,37 @@
 use super::*;
 use proptest::prelude::*;
 
+fn key(serial: u64) -> CallKey {
+    let index = serial as usize;
+    CallKey { index, serial }
+}
+
 fn call(serial: u64, line: Option<usize>, since_ms: u64, deadline_ms: u64) -> Waiting {
     Waiting {
-        key: CallKey { index: 0, serial },
+        key: key(serial),
         method: 0,
         // who is in no line is of a connection of its own
         token: Token::for_test(line.unwrap_or(100 + serial as usize)),
+        client: 0,
         in_order: line.is_some(),
         since_ms,
         deadline_ms,
         can_be_sent: true,
+        expected: None,
     }
 }
 
-fn take(queue: &mut Queue, now_ms: u64) -> Option<u64> {
+fn take(queue: &mut FairQueue<()>, now_ms: u64) -> Option<u64> {
     let key = queue.next(now_ms)?.key;
     queue.take(key);
     Some(key.serial)
 }
 
 /// A queue of four that stands, and whose oldest call has just run out of time at 200.
-fn behind(lines: [Option<usize>; 5]) -> Queue {
-    let mut queue = Queue::default();
+fn behind(lines: [Option<usize>; 5]) -> FairQueue<()> {
+    let mut queue = FairQueue::<()>::default();
     for (serial, line) in (1..).zip(lines) {
-        queue.push(call(serial, line, 0, 1000), 0);
+        queue.push(call(serial, line, 0, 1000), (), 0);
     }
     let oldest = queue.next(200).unwrap().key;
     queue.runs_out(oldest, 200);
@@ -36,17 +43,11 @@ fn behind(lines: [Option<usize>; 5]) -> Queue {
 
 #[test]
 fn the_oldest_goes_first_however_long_the_queue_stands_while_all_are_in_time() {
-    let mut queue = Queue::default();
-    (1..=3).for_each(|serial| queue.push(call(serial, None, 0, 60_000), 0));
+    let mut queue = FairQueue::<()>::default();
+    (1..=3).for_each(|serial| queue.push(call(serial, None, 0, 60_000), (), 0));
     assert_eq!(take(&mut queue, 5000), Some(1));
     // one with little patience in the midst of the others is no sign
-    queue.runs_out(
-        CallKey {
-            index: 0,
-            serial: 3,
-        },
-        5000,
-    );
+    queue.runs_out(key(3), 5000);
     assert_eq!(take(&mut queue, 5000), Some(2));
     assert_eq!(take(&mut queue, 5000), Some(3));
     assert_eq!(take(&mut queue, 5000), None);
@@ -64,31 +65,31 @@ fn the_newest_goes_first_once_a_standing_queue_lets_its_oldest_down() {
 #[test]
 fn connections_take_turns_whoever_sends_how_much_ahead() {
     for in_order in [true, false] {
-        let mut queue = Queue::default();
+        let mut queue = FairQueue::<()>::default();
         let of = |connection, serial| Waiting {
             in_order,
             ..call(serial, Some(connection), 0, 60_000)
         };
-        (1..=4).for_each(|serial| queue.push(of(1, serial), 0));
+        (1..=4).for_each(|serial| queue.push(of(1, serial), (), 0));
         assert_eq!(take(&mut queue, 0), Some(1));
-        (5..=6).for_each(|serial| queue.push(of(2, serial), 0));
-        queue.push(of(3, 7), 0);
+        (5..=6).for_each(|serial| queue.push(of(2, serial), (), 0));
+        queue.push(of(3, 7), (), 0);
         let order: Vec<u64> = std::iter::from_fn(|| take(&mut queue, 0)).collect();
         assert_eq!(order, [2, 5, 7, 3, 6, 4]);
-        assert!(queue.turn_of.is_empty() && queue.turns.is_empty() && queue.calls.is_empty());
+        assert!(queue.lines.is_empty() && queue.turns.is_empty() && queue.is_empty());
     }
 }
 
 #[test]
 fn who_has_two_calls_has_a_turn_among_many_who_have_one_each() {
-    let mut queue = Queue::default();
-    (1..=2).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), 0));
-    (3..=10).for_each(|serial| queue.push(call(serial, Some(serial as usize), 0, 60_000), 0));
+    let mut queue = FairQueue::<()>::default();
+    (1..=2).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), (), 0));
+    (3..=10).for_each(|serial| queue.push(call(serial, Some(serial as usize), 0, 60_000), (), 0));
     // each of them calls again as soon as it is served
     let mut order = Vec::new();
     for serial in 11..=30 {
         let key = queue.next(0).unwrap().key;
-        let line = queue.waiting[&key.serial].token;
+        let line = queue.call_at(key.index).unwrap().token;
         queue.take(key);
         order.push(key.serial);
         queue.push(
@@ -96,6 +97,7 @@ fn who_has_two_calls_has_a_turn_among_many_who_have_one_each() {
                 token: line,
                 ..call(serial, Some(1), 0, 60_000)
             },
+            (),
             0,
         );
     }
@@ -104,11 +106,11 @@ fn who_has_two_calls_has_a_turn_among_many_who_have_one_each() {
 
 #[test]
 fn who_gives_up_calls_loses_no_turn() {
-    let mut queue = Queue::default();
-    (1..=4).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), 0));
-    (5..=6).for_each(|serial| queue.push(call(serial, Some(2), 0, 60_000), 0));
+    let mut queue = FairQueue::<()>::default();
+    (1..=4).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), (), 0));
+    (5..=6).for_each(|serial| queue.push(call(serial, Some(2), 0, 60_000), (), 0));
     for serial in 1..=3 {
-        let key = CallKey { index: 0, serial };
+        let key = key(serial);
         assert!(queue.remove(key).is_some() && queue.remove(key).is_none());
     }
     assert_eq!(take(&mut queue, 0), Some(4));
@@ -117,20 +119,14 @@ fn who_gives_up_calls_loses_no_turn() {
 
 #[test]
 fn a_burst_is_no_standing_queue() {
-    let mut queue = Queue::default();
-    (1..=3).for_each(|serial| queue.push(call(serial, None, 1000, 1020), 1000));
-    queue.runs_out(
-        CallKey {
-            index: 0,
-            serial: 1,
-        },
-        1050,
-    );
+    let mut queue = FairQueue::<()>::default();
+    (1..=3).for_each(|serial| queue.push(call(serial, None, 1000, 1020), (), 1000));
+    queue.runs_out(key(1), 1050);
     assert_eq!(take(&mut queue, 1050), Some(1));
     assert_eq!(take(&mut queue, 1050), Some(2));
     assert_eq!(take(&mut queue, 1050), Some(3));
-    queue.push(call(4, None, 1060, 1100), 1060);
-    queue.push(call(5, None, 1060, 1100), 1060);
+    queue.push(call(4, None, 1060, 1100), (), 1060);
+    queue.push(call(5, None, 1060, 1100), (), 1060);
     assert_eq!(take(&mut queue, 1110), Some(4), "it has been empty");
 }
 
@@ -144,10 +140,10 @@ fn calls_of_one_connection_are_begun_in_their_order_whatever_goes_first() {
 
 #[test]
 fn who_had_to_step_aside_comes_back_to_the_old_place() {
-    let mut queue = Queue::default();
-    (1..=3).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), 0));
+    let mut queue = FairQueue::<()>::default();
+    (1..=3).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), (), 0));
     assert_eq!(take(&mut queue, 0), Some(1));
-    queue.push(call(1, Some(1), 0, 60_000), 5);
+    queue.push(call(1, Some(1), 0, 60_000), (), 5);
     assert_eq!(take(&mut queue, 5), Some(1));
 }
 
@@ -167,15 +163,63 @@ fn arrivals() -> impl Strategy<Value = Vec<(u64, usize)>> {
 }
 
 proptest! {
+    /// Compared with a list of all calls, whatever is taken and removed in whatever order.
+    #[test]
+    fn it_has_the_calls_that_were_not_taken_out(
+        steps in prop::collection::vec((0..3_usize, 0..4_usize, any::<prop::sample::Index>()), 0..200)
+    ) {
+        let mut queue = FairQueue::<u64>::default();
+        let (mut model, mut out): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
+        let mut last = 0;
+        for (step, line, which) in steps {
+            match step {
+                // One that was there comes back now and then.
+                0 => {
+                    let serial = match out.is_empty() || line > 0 {
+                        true => { last += 1; last }
+                        false => out.remove(which.index(out.len())),
+                    };
+                    queue.push(call(serial, Some(serial as usize % 4), 0, 60_000), serial, 0);
+                    model.push(serial);
+                    model.sort_unstable();
+                }
+                1 if !model.is_empty() => {
+                    let serial = model.remove(which.index(model.len()));
+                    prop_assert_eq!(queue.remove(key(serial)).map(|(_, job)| job), Some(serial));
+                    prop_assert!(queue.remove(key(serial)).is_none());
+                    out.push(serial);
+                }
+                _ => if let Some(&next) = queue.next(0) {
+                    let line = next.key.serial % 4;
+                    prop_assert_eq!(model.iter().find(|it| *it % 4 == line), Some(&next.key.serial));
+                    prop_assert_eq!(queue.take(next.key), Some(next.key.serial));
+                    model.retain(|it| *it != next.key.serial);
+                    out.push(next.key.serial);
+                }
+            }
+            let all: Vec<u64> = queue.all().map(|call| call.key.serial).collect();
+            prop_assert_eq!(&all, &model);
+            prop_assert_eq!((queue.len(), queue.sendable()), (model.len(), model.len()));
+            prop_assert!(queue.turns.len() <= 2 * queue.lines.len() + 64);
+        }
+        let token = Token::for_test(1);
+        let taken = queue.take_all_of(token);
+        prop_assert_eq!(taken, model.iter().copied().filter(|it| it % 4 == 1).collect::<Vec<_>>());
+        while let Some(&next) = queue.next(0) {
+            queue.take(next.key);
+        }
+        prop_assert!(queue.lines.is_empty() && queue.turns.is_empty());
+    }
+
     /// Whatever comes when: each call leaves once, none twice, and those of a line in their order.
     #[test]
     fn each_call_leaves_once_and_lines_keep_their_order(arrivals in arrivals(), pace in 1..4_usize) {
-        let mut queue = Queue::default();
+        let mut queue = FairQueue::<()>::default();
         let (mut now, mut left) = (0, Vec::new());
         for (serial, (after, line)) in (1..).zip(&arrivals) {
             now += after;
             let line = (*line > 0).then_some(*line);
-            queue.push(call(serial, line, now, now + 50), now);
+            queue.push(call(serial, line, now, now + 50), (), now);
             if serial as usize % 4 < pace {
                 left.extend(turn(&mut queue, now));
             }
@@ -200,13 +244,13 @@ proptest! {
     fn a_worker_that_is_offered_too_much_still_does_what_it_can(
         run_ms in 5..20_u64, patience in 3..20_u64, times in prop::sample::select(vec![11, 15, 20, 50])
     ) {
-        let mut queue = Queue::default();
+        let mut queue = FairQueue::<()>::default();
         let (mut serial, mut busy_until, mut in_time) = (0, 0, 0_u64);
         let length = 20_000;
         for now in 0..length {
             while serial * run_ms * 10 < now * times {
                 serial += 1;
-                queue.push(call(serial, None, now, now + patience * run_ms), now);
+                queue.push(call(serial, None, now, now + patience * run_ms), (), now);
             }
             expire(&mut queue, now);
             while busy_until <= now && let Some(&next) = queue.next(now) {
@@ -226,14 +270,14 @@ proptest! {
 }
 
 /// One call is begun; those whose time is over have left before.
-fn turn(queue: &mut Queue, now_ms: u64) -> Vec<u64> {
+fn turn(queue: &mut FairQueue<()>, now_ms: u64) -> Vec<u64> {
     let mut left = expire(queue, now_ms);
     left.extend(take(queue, now_ms));
     left
 }
 
-fn expire(queue: &mut Queue, now_ms: u64) -> Vec<u64> {
-    let over: Vec<Waiting> = queue.waiting.values().copied().collect();
+fn expire(queue: &mut FairQueue<()>, now_ms: u64) -> Vec<u64> {
+    let over: Vec<Waiting> = queue.all().copied().collect();
     let over = over.into_iter().filter(|call| call.deadline_ms <= now_ms);
     over.map(|call| {
         queue.runs_out(call.key, now_ms);

@@ -1,0 +1,359 @@
+//! Which of the calls that wait begins next, and which are not begun any more.
+//!
+//! Connections take turns, and the oldest call of one goes first, as long as all are served in time: a client
+//! that sends a thousand calls ahead delays only itself. Where the queue stands (it has not
+//! been empty for a while, and the call whose turn it is ran out of time), that would begin each call
+//! just before its caller stops waiting: then the newest goes first, whose caller still has the most
+//! patience, and the oldest run out of time unbegun. So a worker that is offered several times what
+//! it can do still does what it can. Calls of one connection that are answered in their order are
+//! begun in their order in either case. Pure: it is told what time it is.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use rustc_hash::FxHashMap;
+
+use super::timers::CallKey;
+use crate::sys::event::Token;
+
+/// A queue that was not empty for so long stands, and so long after its next call ran out of time it is
+/// taken to be more than can be done.
+const STANDING_MS: u64 = 100;
+
+/// A call that has waited less found its thread as good as idle: it is begun whatever it takes.
+const AT_ONCE_MS: u64 = 5;
+
+/// The calls of one connection.
+type LineKey = (Token, u32);
+
+/// No call: the end of a chain.
+const NONE: usize = usize::MAX;
+
+/// A call that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiting {
+    /// Which.
+    pub key: CallKey,
+    /// The number of its method.
+    pub method: usize,
+    /// Its connection, or the process that has that.
+    pub token: Token,
+    /// Which one of that process; 0 for a connection of this one.
+    pub client: u32,
+    /// Whether it is answered in the order of that.
+    pub in_order: bool,
+    /// Since when, in milliseconds.
+    pub since_ms: u64,
+    /// When it must be answered, in milliseconds.
+    pub deadline_ms: u64,
+    /// Whether another worker may run it.
+    pub can_be_sent: bool,
+    /// How long it is expected to run, where that is known.
+    pub expected: Option<Duration>,
+}
+
+impl Waiting {
+    fn line(&self) -> LineKey {
+        (self.token, self.client)
+    }
+
+    /// Whether it could not be done in time any more, were it begun now and took what its method
+    /// is expected to take.
+    pub fn is_late(&self, now_ms: u64, expected: Option<Duration>) -> bool {
+        let left = Duration::from_millis(self.deadline_ms.saturating_sub(now_ms));
+        now_ms.saturating_sub(self.since_ms) >= AT_ONCE_MS
+            && expected.is_some_and(|expected| left < expected)
+    }
+}
+
+/// The calls that wait for one executor, each with what is needed to run it. All that it does takes the same
+/// time however many wait, except for calls that come back to their old place.
+#[derive(Debug)]
+pub struct FairQueue<T> {
+    /// By `CallKey::index`.
+    nodes: Vec<Option<Node<T>>>,
+    len: usize,
+    /// All calls in the order of arrival.
+    arrivals: Ends,
+    /// The connections that have some.
+    lines: FxHashMap<LineKey, Line>,
+    /// Connections by their turn. One whose number is not that of the line is out of date.
+    turns: VecDeque<(LineKey, u64)>,
+    /// The last turn that was given. Never one twice, so who joins comes behind all that wait.
+    last_turn: u64,
+    /// Calls that another worker may run.
+    sendable: usize,
+    /// Calls of other workers.
+    foreign: usize,
+    /// When the first one came after it had been empty.
+    since_ms: u64,
+    /// Until when its next call's bad luck counts.
+    behind_until_ms: u64,
+}
+
+#[derive(Debug)]
+struct Node<T> {
+    call: Waiting,
+    job: T,
+    /// Its neighbours among all calls, and among those of its connection.
+    chains: [Neighbours; 2],
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Neighbours {
+    older: usize,
+    newer: usize,
+}
+
+/// The ends of a chain of calls, which has the order of their serials.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    oldest: usize,
+    newest: usize,
+}
+
+#[derive(Debug)]
+struct Line {
+    turn: u64,
+    calls: Ends,
+}
+
+/// The chain of all calls, and that of a connection.
+const ALL: usize = 0;
+const OF_LINE: usize = 1;
+
+impl Ends {
+    const EMPTY: Ends = Ends {
+        oldest: NONE,
+        newest: NONE,
+    };
+
+    /// Adds the node at `index`, at the end if it is the newest.
+    fn insert<T>(&mut self, nodes: &mut [Option<Node<T>>], chain: usize, index: usize) {
+        let serial = nodes[index].as_ref().map_or(0, |node| node.call.key.serial);
+        let mut older = self.newest;
+        while let Some(Some(node)) = nodes.get(older)
+            && node.call.key.serial > serial
+        {
+            older = node.chains[chain].older;
+        }
+        let newer = match nodes.get_mut(older) {
+            Some(Some(node)) => std::mem::replace(&mut node.chains[chain].newer, index),
+            _ => std::mem::replace(&mut self.oldest, index),
+        };
+        match nodes.get_mut(newer) {
+            Some(Some(node)) => node.chains[chain].older = index,
+            _ => self.newest = index,
+        }
+        if let Some(node) = &mut nodes[index] {
+            node.chains[chain] = Neighbours { older, newer };
+        }
+    }
+
+    /// Removes a node that had these neighbours.
+    fn remove<T>(&mut self, nodes: &mut [Option<Node<T>>], chain: usize, between: Neighbours) {
+        match nodes.get_mut(between.older) {
+            Some(Some(node)) => node.chains[chain].newer = between.newer,
+            _ => self.oldest = between.newer,
+        }
+        match nodes.get_mut(between.newer) {
+            Some(Some(node)) => node.chains[chain].older = between.older,
+            _ => self.newest = between.older,
+        }
+    }
+}
+
+impl<T> Default for FairQueue<T> {
+    fn default() -> Self {
+        FairQueue {
+            nodes: Vec::new(),
+            len: 0,
+            arrivals: Ends::EMPTY,
+            lines: FxHashMap::default(),
+            turns: VecDeque::new(),
+            last_turn: 0,
+            sendable: 0,
+            foreign: 0,
+            since_ms: 0,
+            behind_until_ms: 0,
+        }
+    }
+}
+
+impl<T> FairQueue<T> {
+    fn at(&self, index: usize) -> Option<&Node<T>> {
+        self.nodes.get(index)?.as_ref()
+    }
+
+    fn call_at(&self, index: usize) -> Option<&Waiting> {
+        self.at(index).map(|node| &node.call)
+    }
+
+    /// Lets a call wait: behind the older ones of its connection.
+    pub fn push(&mut self, call: Waiting, job: T, now_ms: u64) {
+        if self.is_empty() {
+            self.since_ms = now_ms;
+        }
+        let (index, key) = (call.key.index, call.line());
+        if index >= self.nodes.len() {
+            self.nodes.resize_with(index + 1, || None);
+        }
+        let alone = Neighbours {
+            older: NONE,
+            newer: NONE,
+        };
+        self.nodes[index] = Some(Node {
+            call,
+            job,
+            chains: [alone; 2],
+        });
+        self.len += 1;
+        self.sendable += usize::from(call.can_be_sent);
+        self.foreign += usize::from(call.token.process().is_some());
+        self.arrivals.insert(&mut self.nodes, ALL, index);
+        if !self.lines.contains_key(&key) {
+            self.last_turn += 1;
+            let turn = self.last_turn;
+            self.turns.push_back((key, turn));
+            let calls = Ends::EMPTY;
+            self.lines.insert(key, Line { turn, calls });
+        }
+        if let Some(line) = self.lines.get_mut(&key) {
+            line.calls.insert(&mut self.nodes, OF_LINE, index);
+        }
+    }
+
+    /// Who is next.
+    pub fn next(&self, now_ms: u64) -> Option<&Waiting> {
+        if !self.is_behind(now_ms) {
+            return self.firsts().next();
+        }
+        let newest = self.call_at(self.arrivals.newest)?;
+        // Its answer waits for those before it: the first of them it is.
+        if newest.in_order {
+            self.call_at(self.lines.get(&newest.line())?.calls.oldest)
+        } else {
+            Some(newest)
+        }
+    }
+
+    /// The call that another worker runs next, if it may run one: the first that is next in its
+    /// connection and may be sent.
+    pub fn next_to_send(&self, now_ms: u64) -> Option<&Waiting> {
+        if self.sendable == 0 {
+            return None;
+        }
+        let next = self.next(now_ms).filter(|next| next.can_be_sent);
+        next.or_else(|| self.firsts().find(|first| first.can_be_sent))
+    }
+
+    /// How many calls another worker may run.
+    pub fn sendable(&self) -> usize {
+        self.sendable
+    }
+
+    /// How many calls are other workers'.
+    pub fn foreign(&self) -> usize {
+        self.foreign
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The oldest call of each connection, in their turns.
+    fn firsts(&self) -> impl Iterator<Item = &Waiting> {
+        let line = |&(key, turn): &(LineKey, u64)| {
+            let line = self.lines.get(&key)?;
+            (line.turn == turn).then_some(line)
+        };
+        let lines = self.turns.iter().filter_map(line);
+        lines.filter_map(|line| self.call_at(line.calls.oldest))
+    }
+
+    /// All calls, oldest first.
+    pub fn all(&self) -> impl Iterator<Item = &Waiting> {
+        let node = |index: usize| self.at(index);
+        std::iter::successors(node(self.arrivals.oldest), move |it| {
+            node(it.chains[ALL].newer)
+        })
+        .map(|node| &node.call)
+    }
+
+    /// Takes a call out to be begun: the next turns are the other connections'.
+    pub fn take(&mut self, key: CallKey) -> Option<T> {
+        let (call, job) = self.remove(key)?;
+        if let Some(line) = self.lines.get_mut(&call.line()) {
+            self.last_turn += 1;
+            line.turn = self.last_turn;
+            self.turns.push_back((call.line(), self.last_turn));
+            self.drop_old_turns();
+        }
+        Some(job)
+    }
+
+    /// Takes all calls of a connection of this worker out, oldest first.
+    pub fn take_all_of(&mut self, token: Token) -> Vec<T> {
+        let mut jobs = Vec::new();
+        while let Some(line) = self.lines.get(&(token, 0))
+            && let Some(&Waiting { key, .. }) = self.call_at(line.calls.oldest)
+            && let Some((_, job)) = self.remove(key)
+        {
+            jobs.push(job);
+        }
+        jobs
+    }
+
+    /// Takes a call out that is not begun: that was no turn of its connection's.
+    pub fn remove(&mut self, key: CallKey) -> Option<(Waiting, T)> {
+        let slot = self.nodes.get_mut(key.index)?;
+        let Node { call, job, chains } = slot.take_if(|node| node.call.key == key)?;
+        self.len -= 1;
+        self.sendable -= usize::from(call.can_be_sent);
+        self.foreign -= usize::from(call.token.process().is_some());
+        self.arrivals.remove(&mut self.nodes, ALL, chains[ALL]);
+        if let Some(line) = self.lines.get_mut(&call.line()) {
+            line.calls.remove(&mut self.nodes, OF_LINE, chains[OF_LINE]);
+            if line.calls.oldest == NONE {
+                self.lines.remove(&call.line());
+                self.drop_old_turns();
+            }
+        }
+        Some((call, job))
+    }
+
+    /// Drops turns that are out of date: at the front, and all of them once they are the most.
+    fn drop_old_turns(&mut self) {
+        let lines = &self.lines;
+        let is_valid =
+            |&(key, turn): &(LineKey, u64)| lines.get(&key).is_some_and(|line| line.turn == turn);
+        while self.turns.front().is_some_and(|turn| !is_valid(turn)) {
+            self.turns.pop_front();
+        }
+        if self.turns.len() > 2 * lines.len() + 64 {
+            self.turns.retain(is_valid);
+        }
+    }
+
+    /// A call runs out of time; to be told before it is taken out.
+    pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
+        // One with little patience behind others is no sign: they may all be in time.
+        if self.firsts().next().is_some_and(|next| next.key == key) {
+            self.behind_until_ms = now_ms + STANDING_MS;
+        }
+    }
+
+    /// Whether it holds more than can be done in time.
+    pub fn is_behind(&self, now_ms: u64) -> bool {
+        now_ms < self.behind_until_ms && now_ms.saturating_sub(self.since_ms) >= STANDING_MS
+    }
+}
+
+#[cfg(test)]
+#[path = "fair_queue_tests.rs"]
+mod tests;
