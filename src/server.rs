@@ -228,6 +228,7 @@ impl master::Embedder for RunningServer<'_> {
                 timeout: method.timeout,
                 concurrency: method.concurrency,
                 rate: method.rate,
+                kills_abandoned: method.kills_abandoned,
             })
         };
         let methods = settings.methods.iter().filter_map(method).collect();

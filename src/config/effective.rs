@@ -116,6 +116,7 @@ fn method(method: &MethodConfig) -> RawMethod {
         MethodKind::Command(command) => self::command(command),
         MethodKind::Pool(name) => RawMethod {
             pool: Some(name.clone()),
+            when_abandoned: Some(when_abandoned(method.kills_abandoned)),
             ..RawMethod::default()
         },
         MethodKind::Function => RawMethod::default(),
@@ -126,6 +127,10 @@ fn method(method: &MethodConfig) -> RawMethod {
         rate: Some(method.rate.into()),
         ..of_kind
     }
+}
+
+fn when_abandoned(kills: bool) -> String {
+    if kills { "kill" } else { "finish" }.to_owned()
 }
 
 fn command(command: &CommandConfig) -> RawMethod {
@@ -153,6 +158,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
         command: Some(program.arguments.clone()),
         processes: Some(Count::Number(pool.processes as i64)),
         concurrency: Some(pool.concurrency as i64),
+        when_abandoned: Some(when_abandoned(pool.kills_abandoned)),
         ready: Some(if pool.handshake { "message" } else { "alive" }.into()),
         boot_timeout: Some(DurationValue(pool.boot_timeout)),
         idle_timeout: Some(DurationValue(pool.idle_timeout)),

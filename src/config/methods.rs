@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use super::check::{Check, MILLISECOND};
 use super::commands;
+use super::pools;
 use super::programs::Ids;
 use super::raw::{Raw, RawMethod};
 use super::settings::{Builtin, LimitsConfig, MethodConfig, MethodKind, PoolConfig, WorkersConfig};
@@ -54,6 +55,7 @@ pub(super) fn resolve(
         timeout: limits.timeout,
         concurrency: 0,
         rate: 0,
+        kills_abandoned: false,
     };
     for name in functions {
         let entry = methods.entry(name.clone());
@@ -112,7 +114,25 @@ fn method(
             "",
         )?,
         rate: check.integer(&join(key, "rate"), raw.rate, 0, 0..=i64::from(u32::MAX), "")?,
+        kills_abandoned: kills_abandoned(key, raw, check, programs.0)?,
     })
+}
+
+/// Whether a program is killed as soon as its call of this method is abandoned.
+fn kills_abandoned(key: &str, raw: &RawMethod, check: &Check<'_>, pools: &Pools) -> Result<bool> {
+    let pool = raw.pool.as_ref().and_then(|name| pools.get(name));
+    match (pool, &raw.when_abandoned) {
+        (Some(pool), Some(word)) => {
+            pools::kills_abandoned(&join(key, "when-abandoned"), word, pool.concurrency, check)
+        }
+        (Some(pool), None) => Ok(pool.kills_abandoned),
+        (None, Some(_)) => Err(check.places.error(
+            &join(key, "when-abandoned"),
+            "only a method with pool has this key",
+            "take it out, or set pool",
+        )),
+        (None, None) => Ok(false),
+    }
 }
 
 fn kind(

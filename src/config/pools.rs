@@ -94,10 +94,18 @@ fn resolve_one(
             format!("give {limit} at most, or raise workers.boot-timeout"),
         ));
     }
+    let concurrency = check.integer(&key_of("concurrency"), raw.concurrency, 1, CONCURRENCY, "")?;
+    let when_abandoned = raw.when_abandoned.as_deref().unwrap_or("finish");
     Ok(PoolConfig {
         program,
         processes: processes(&key_of("processes"), raw, check)?,
-        concurrency: check.integer(&key_of("concurrency"), raw.concurrency, 1, CONCURRENCY, "")?,
+        concurrency,
+        kills_abandoned: kills_abandoned(
+            &key_of("when-abandoned"),
+            when_abandoned,
+            concurrency,
+            check,
+        )?,
         handshake: check.choice(&key_of("ready"), ready, &["alive", "message"])? == "message",
         boot_timeout,
         idle_timeout: or_never("idle-timeout", raw.idle_timeout)?,
@@ -114,6 +122,26 @@ fn resolve_one(
         respawn_max_delay: check
             .respawn_max_delay(&key_of("respawn-max-delay"), raw.respawn_max_delay)?,
     })
+}
+
+/// Reads `when-abandoned`: whether a program is killed as soon as its call is abandoned.
+pub(super) fn kills_abandoned(
+    key: &str,
+    word: &str,
+    concurrency: usize,
+    check: &Check<'_>,
+) -> Result<bool> {
+    let kills = check.choice(key, word, &["finish", "kill"])? == "kill";
+    if kills && concurrency > 1 {
+        return Err(check.places.error(
+            key,
+            format!(
+                "the pool has concurrency = {concurrency}, so a kill would end other calls too"
+            ),
+            "set \"finish\", or concurrency = 1",
+        ));
+    }
+    Ok(kills)
 }
 
 /// How many programs the server has of the pool.

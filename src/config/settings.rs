@@ -190,6 +190,8 @@ pub struct PoolConfig {
     pub processes: usize,
     /// Calls at once in one program, 1 to 65,536. Above 1 calls carry an id.
     pub concurrency: usize,
+    /// What its methods have if they do not say it.
+    pub kills_abandoned: bool,
     /// Whether it says when it is ready; else it is when it has been alive for 50 ms.
     pub handshake: bool,
     /// How long it may take to say so; 1 ms to `workers.boot_timeout`.
@@ -282,6 +284,9 @@ pub struct MethodConfig {
     pub concurrency: usize,
     /// Calls a second per worker; 0 is no limit.
     pub rate: u32,
+    /// Whether the program of a pool is killed as soon as its call is abandoned. If not, it may finish the call
+    /// within `timeout`.
+    pub kills_abandoned: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -37,6 +37,8 @@ pub struct Method {
     pub concurrency: usize,
     /// Calls a second per worker; 0 means no limit.
     pub rate: u32,
+    /// Whether the program of a pool is killed as soon as its call is abandoned.
+    pub kills_abandoned: bool,
 }
 
 impl fmt::Debug for Method {

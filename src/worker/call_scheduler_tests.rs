@@ -35,6 +35,7 @@ fn registry() -> Arc<Registry> {
         timeout: Duration::from_secs(30),
         concurrency,
         rate,
+        kills_abandoned: false,
     };
     Arc::new(Registry::new(vec![
         method("echo", 0, 0),

@@ -197,7 +197,9 @@ impl EventLoop {
             if self.waits_for_pools && !self.is_accepting {
                 next = next.min(self.service.now_ms + POOL_LOOK_MS);
             }
-            if self.service.threads.pools().has_done() {
+            let pools = self.service.threads.pools();
+            next = next.min(pools.next_overdue().unwrap_or(u64::MAX));
+            if pools.has_done() {
                 next = self.service.now_ms;
             }
             let forwarding = &self.service.forwarding;

@@ -227,7 +227,7 @@ fn a_crash_costs_its_one_call() {
 
 #[test]
 fn a_timeout_kills_the_program_and_its_late_answer_reaches_nobody() {
-    let setting = setting("", "", &[]);
+    let setting = setting("", "when-abandoned = \"kill\"", &[]);
     let mut client = setting.daemon.client();
     let before = pid(&mut client);
     // the first one shows that an answer comes in a little while, were it not for the kill
@@ -240,6 +240,33 @@ fn a_timeout_kills_the_program_and_its_late_answer_reaches_nobody() {
     }
     assert_ne!(pid(&mut client), before);
     wait_for("its end", PATIENCE, || process::state(before).is_none());
+}
+
+/// Clients that leave again and again end no program.
+#[test]
+fn a_program_finishes_an_abandoned_call_and_goes_on() {
+    let setting = setting("", "", &[]);
+    let mut client = setting.daemon.client();
+    let before = pid(&mut client);
+    for _ in 0..10 {
+        let mut leaver = setting.daemon.client();
+        leaver.send(r#"{"in": "nap", "params": 0.02}"#);
+        setting.daemon.wait_busy(1);
+        leaver.reset();
+    }
+    let answer = client.call(&json!({"in": "nap", "params": 0.5, "timeout_ms": 100}));
+    assert_eq!(answer["result"]["name"], "timeout", "{answer}");
+    assert_eq!(result(&mut client, "echo", &json!(1)), 1);
+    assert_eq!(pid(&mut client), before);
+    // At the timeout of the method, 5 s, it is ended all the same.
+    let began = Instant::now();
+    client.send(r#"{"in": "nap", "params": 60, "timeout_ms": 100}"#);
+    assert_eq!(client.recv_json()["result"]["name"], "timeout");
+    wait_for("its end", PATIENCE, || process::state(before).is_none());
+    let took = began.elapsed();
+    assert!(took > Duration::from_millis(4900), "{took:?}");
+    assert_within("its end", took, Duration::from_secs(8));
+    assert_eq!(result(&mut client, "echo", &json!(2)), 2);
 }
 
 #[test]
@@ -303,7 +330,7 @@ fn what_is_no_answer_is_bad_output_and_what_is_no_frame_ends_the_program() {
 fn half_an_answer_and_a_closed_descriptor_wait_for_nothing() {
     let setting = setting(
         "",
-        "respawn-max-delay = \"0s\"",
+        "when-abandoned = \"kill\"\nrespawn-max-delay = \"0s\"",
         &["closed its descriptor 3"],
     );
     let mut client = setting.daemon.client();
@@ -337,7 +364,7 @@ fn an_answer_that_nobody_asked_for_reaches_nobody() {
 
 #[test]
 fn a_call_that_is_given_up_takes_its_program_along() {
-    let setting = setting("", "processes = 2", &[]);
+    let setting = setting("", "processes = 2\nwhen-abandoned = \"kill\"", &[]);
     let mut client = setting.daemon.client();
     let pool = setting.daemon.pool();
     let programs = process::children(pool);
@@ -385,7 +412,7 @@ fn a_call_that_a_leaving_program_has_not_read_goes_to_the_next() {
 fn what_a_program_prints_goes_to_the_log_and_holds_up_nobody() {
     let setting = setting(
         "",
-        "respawn-max-delay = \"0s\"\nprocesses = 2",
+        "respawn-max-delay = \"0s\"\nprocesses = 2\nwhen-abandoned = \"kill\"",
         &["lines left out"],
     );
     let mut client = setting.daemon.client();

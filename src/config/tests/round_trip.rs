@@ -114,14 +114,16 @@ prop_compose! {
 
 prop_compose! {
     fn pool()(
-        program in program(), processes in 1..=1024usize, concurrency in 1..=65_536usize,
-        handshake: bool,
+        program in program(), processes in 1..=1024usize, several in prop::option::of(2..=65_536usize),
+        handshake: bool, kills_abandoned: bool,
         times in [or_zero(1), or_zero(1)], respawn_max_delay in or_zero(100),
         max_calls in 0..i64::MAX as u64, max_memory: u64, respawn_burst in 0..=1_000_000u32,
     ) -> PoolConfig {
         let [idle_timeout, max_lifetime] = times;
         PoolConfig {
-            program, processes, concurrency, handshake, idle_timeout, max_lifetime, respawn_max_delay,
+            concurrency: several.unwrap_or(1),
+            kills_abandoned: kills_abandoned && several.is_none(),
+            program, processes, handshake, idle_timeout, max_lifetime, respawn_max_delay,
             max_calls, max_memory, respawn_burst,
             boot_timeout: Duration::from_millis(1),
         }
@@ -131,7 +133,7 @@ prop_compose! {
 prop_compose! {
     fn method()(
         kind in 0..6usize, command in command(), timeout in duration(1),
-        concurrency in 0..=1000usize, rate: u32,
+        concurrency in 0..=1000usize, rate: u32, kills: bool,
     ) -> MethodConfig {
         let kind = match kind {
             4 => MethodKind::Command(Box::new(command)),
@@ -141,7 +143,8 @@ prop_compose! {
             2 => MethodKind::Builtin(Builtin::Echo),
             _ => MethodKind::Builtin(Builtin::Sleep),
         };
-        MethodConfig { kind, timeout, concurrency, rate }
+        let kills_abandoned = kills && matches!(kind, MethodKind::Pool(_));
+        MethodConfig { kind, timeout, concurrency, rate, kills_abandoned }
     }
 }
 
@@ -159,7 +162,11 @@ prop_compose! {
         let kind = MethodKind::Builtin(Builtin::Ping);
         let methods: BTreeMap<_, _> = methods
             .into_iter()
-            .chain([("ping".to_owned(), MethodConfig { kind, ..ping })])
+            .map(|(name, method)| {
+                let kills_abandoned = method.kills_abandoned && first.concurrency == 1;
+                (name, MethodConfig { kills_abandoned, ..method })
+            })
+            .chain([("ping".to_owned(), MethodConfig { kind, kills_abandoned: false, ..ping })])
             .collect();
         let mut pools = BTreeMap::from([("first".to_owned(), first)]);
         pools.extend(more.map(|pool| ("a.second-1".to_owned(), pool)));

@@ -47,8 +47,7 @@ pub(super) enum Order {
     Start,
     /// The worker leaves: no further program is started.
     Rest,
-    /// No program serves any more; how long its own may take to leave, and once more so long after
-    /// SIGTERM.
+    /// No program serves any more: its own has this time to leave before SIGTERM, and again after it.
     Close(Millis),
 }
 
@@ -107,7 +106,6 @@ impl Ear {
     }
 }
 
-/// See the module.
 #[derive(Debug)]
 pub(super) struct Desk {
     line: Line,
@@ -117,6 +115,8 @@ pub(super) struct Desk {
     leaving: Vec<(usize, Order)>,
     /// Places whose wires are to be watched, or in another way than before.
     changed: Vec<usize>,
+    /// When `settle` is to be called again, to end a program whose only calls are abandoned.
+    pub next_overdue: Option<Millis>,
 }
 
 impl Desk {
@@ -127,6 +127,7 @@ impl Desk {
             ears,
             leaving: Vec::new(),
             changed: Vec::new(),
+            next_overdue: None,
         }
     }
 
@@ -278,7 +279,7 @@ impl Desk {
             Err(problem) => Why::Broken(problem),
             Ok(()) if seat.is_at_end() => Why::Died,
             // What was written ahead may have been given up meanwhile.
-            Ok(()) if seat.runs_in_vain() => Why::GivenUp,
+            Ok(()) if seat.works_in_vain(&self.line) => Why::GivenUp,
             Ok(()) => {
                 if seat.has_had_enough() {
                     self.ears[number].waker.wake();
@@ -292,28 +293,29 @@ impl Desk {
         self.end(number, why);
     }
 
-    /// Ends the programs whose calls were given up, or tells those that have others too.
-    pub fn end_what_runs_in_vain(&mut self) {
+    /// Tells programs which of their calls were given up; `settle` is to follow.
+    pub fn cancel_given_up(&mut self) {
         for number in 0..self.places.len() {
-            let Place::Taken(seat) = &mut self.places[number] else {
-                continue;
-            };
-            seat.cancel_given_up(&mut self.line);
-            if seat.runs_in_vain() {
-                self.end(number, Why::GivenUp);
-            } else if seat.is_recalled && seat.count() == 0 {
-                self.give_back(number);
-            } else {
-                self.look_at_wire(number);
+            if let Place::Taken(seat) = &mut self.places[number] {
+                seat.cancel_given_up(&mut self.line);
+                if seat.is_recalled && seat.count() == 0 {
+                    self.give_back(number);
+                } else {
+                    self.look_at_wire(number);
+                }
             }
         }
     }
 
-    /// Ends programs that keep a cancelled call for too long and have no other one.
+    /// Ends programs that have kept abandoned calls for too long and have no others.
     fn end_overdue(&mut self) {
+        self.next_overdue = None;
         for number in 0..self.places.len() {
-            if matches!(&self.places[number], Place::Taken(seat) if seat.is_overdue()) {
-                self.end(number, Why::GivenUp);
+            if let Place::Taken(seat) = &self.places[number] {
+                match seat.works_in_vain_until(&self.line) {
+                    Some(at) if at <= monotonic_ms() => self.end(number, Why::GivenUp),
+                    at => self.next_overdue = self.next_overdue.into_iter().chain(at).min(),
+                }
             }
         }
     }
@@ -391,9 +393,8 @@ impl Desk {
         }
     }
 
-    /// The wires that are to be watched otherwise: `watch` is told of each place whether there is a
-    /// wire to be watched, and whether for writing, too. Where it fails it is asked again next time.
-    /// Then those that go back do.
+    /// Tells `watch` which wires are to be watched differently: not at all, for reading, or for both. If it
+    /// fails it is asked again next time. Then programs that go back do.
     pub fn settle(
         &mut self,
         mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,

@@ -4,10 +4,11 @@ use crossbeam_channel::{Receiver, unbounded};
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::*;
+use crate::handler::builtin::Echo;
 use crate::handler::call_state::CallKey;
 use crate::handler::pool::seat::Tally;
 use crate::handler::pool::wire::{PIECE, Wire};
-use crate::handler::registry::Registry;
+use crate::handler::registry::{Method, Registry};
 use crate::sys::socket::stream_pair;
 use crate::throttle::limiter::Limiter;
 
@@ -35,7 +36,10 @@ impl World {
         let line = Line {
             waiting: Default::default(),
             done: Vec::new(),
-            registry: Arc::new(Registry::new(Vec::new())),
+            registry: Arc::new(Registry::new(vec![
+                method("?", true),
+                method("finish", false),
+            ])),
             name: "p".to_owned(),
             complaints: Limiter::rare(),
             limit: 1 << 20,
@@ -71,7 +75,7 @@ impl World {
     }
 
     fn end_given_up(&mut self) {
-        self.desk.end_what_runs_in_vain();
+        self.desk.cancel_given_up();
     }
 
     /// The program answers the call with this id.
@@ -144,6 +148,25 @@ impl World {
     fn orders(&mut self, number: usize) -> Vec<Order> {
         self.desk.settle(|_, _| Ok(()));
         self.orders[number].try_iter().collect()
+    }
+}
+
+fn method(name: &str, kills_abandoned: bool) -> Method {
+    Method {
+        name: name.to_owned(),
+        handler: Arc::new(Echo),
+        timeout: Duration::from_millis(50),
+        concurrency: 0,
+        rate: 0,
+        kills_abandoned,
+    }
+}
+
+/// A call of the method whose program may finish it.
+fn job_to_finish(serial: u64) -> HandlerCall {
+    HandlerCall {
+        method: 1,
+        ..job(serial)
     }
 }
 
@@ -238,10 +261,29 @@ fn what_is_given_up_ends_its_program_also_when_it_was_written_ahead() {
     world.sends(0, &ANSWER[..9]);
     assert!(world.reads(0), "written ahead");
     assert!(second.give_up(), "it has begun");
-    world.desk.end_what_runs_in_vain();
+    world.desk.cancel_given_up();
     assert!(world.orders(0).is_empty(), "the first still runs");
     world.sends(0, &ANSWER[9..]);
     assert_eq!(world.done(), [(1, true)]);
+    assert!(matches!(world.orders(0)[..], [Order::End(_, Why::GivenUp)]));
+}
+
+#[test]
+fn an_abandoned_call_may_be_finished_within_the_timeout_of_its_method() {
+    let mut world = World::serving(1);
+    let state = world.put_job(job_to_finish(1));
+    assert!(state.give_up());
+    world.end_given_up();
+    world.put(2);
+    assert!(world.orders(0).is_empty() && world.reads(0) && !world.reads(0));
+    assert!(world.desk.next_overdue.is_some());
+    world.sends(0, ANSWER);
+    assert_eq!(world.done().len(), 1);
+    assert!(world.reads(0), "the second");
+    assert!(world.orders(0).is_empty() && world.desk.next_overdue.is_none());
+    world.sends(0, ANSWER);
+    world.put_job(job_to_finish(3)).give_up();
+    std::thread::sleep(Duration::from_millis(60));
     assert!(matches!(world.orders(0)[..], [Order::End(_, Why::GivenUp)]));
 }
 
@@ -373,9 +415,7 @@ fn a_cancelled_call_is_told_and_its_answer_is_dropped() {
 #[test]
 fn a_program_that_keeps_a_cancelled_call_is_ended_without_the_others() {
     let mut world = World::parallel(1, 2);
-    let mut job = job(1);
-    job.deadline = crate::sys::process::monotonic() + Duration::from_millis(50);
-    let state = world.put_job(job);
+    let state = world.put_job(job_to_finish(1));
     world.put(2);
     assert!(state.give_up());
     world.end_given_up();

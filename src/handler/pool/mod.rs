@@ -314,10 +314,15 @@ impl Pools {
         let in_vain = mem::take(&mut self.one_is_in_vain);
         for (desk, first) in self.desks.iter_mut().zip(&self.firsts) {
             if in_vain {
-                desk.end_what_runs_in_vain();
+                desk.cancel_given_up();
             }
             desk.settle(|number, wire| watch(first + number, wire));
         }
+    }
+
+    /// When `settle` is to be called again at the latest. Milliseconds (CLOCK_MONOTONIC).
+    pub fn next_overdue(&self) -> Option<u64> {
+        self.desks.iter().filter_map(|it| it.next_overdue).min()
     }
 
     /// No program serves from now on; `settle` is to follow, and then `leave`.

@@ -6,10 +6,9 @@
 use std::collections::BTreeMap;
 
 use super::entry::Entry;
-use super::life::millis;
 use crate::throttle::Millis;
 
-/// How long after its deadline a cancelled call may stay unanswered. Milliseconds.
+/// How long after its method's timeout a cancelled call may stay unanswered. Milliseconds.
 const GRACE: Millis = 1000;
 
 /// See the module.
@@ -78,14 +77,19 @@ impl ParallelCalls {
         self.running.len() < self.capacity(now)
     }
 
-    /// Whether it keeps a cancelled call for too long. It gets no further call then, and is ended when it
-    /// has no other one.
-    pub fn is_overdue(&self, now: Millis) -> bool {
-        self.cancelled.values().any(|until| *until < now)
+    /// When it has kept a cancelled call for too long. It gets no further call then, and is ended when it has
+    /// no other one.
+    pub fn overdue_at(&self) -> Option<Millis> {
+        self.cancelled.values().min().copied()
+    }
+
+    fn is_overdue(&self, now: Millis) -> bool {
+        self.overdue_at().is_some_and(|at| at <= now)
     }
 
     /// Takes the calls that were given up out, and returns them with their ids, for the program to be told.
-    pub fn cancel_given_up(&mut self) -> Vec<(u64, Entry)> {
+    /// `end` says until when such a call may run.
+    pub fn cancel_given_up(&mut self, end: impl Fn(&Entry) -> Millis) -> Vec<(u64, Entry)> {
         let running = self.running.iter();
         let ids = running.filter(|(_, entry)| entry.job.state.is_over());
         let ids: Vec<u64> = ids.map(|(id, _)| *id).collect();
@@ -94,8 +98,7 @@ impl ParallelCalls {
             .filter_map(|id| Some((id, self.running.remove(&id)?)));
         let given_up: Vec<(u64, Entry)> = given_up.collect();
         for (id, entry) in &given_up {
-            let until = millis(entry.job.deadline).saturating_add(GRACE);
-            self.cancelled.insert(*id, until);
+            self.cancelled.insert(*id, end(entry).saturating_add(GRACE));
         }
         given_up
     }

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use super::Pool;
 use super::entry::Entry;
+use super::life::millis;
 use super::parallel::{OpenCall, ParallelCalls};
 use super::wire::Wire;
 use crate::handler::call_state::Done;
@@ -75,6 +76,15 @@ impl Line {
         let pool = self.pool.as_ref();
         if let Some(record) = pool.and_then(|pool| pool.records().get(number)) {
             record.show_calls(seat.count(), seat.tally.seen().0);
+        }
+    }
+
+    /// Until when a program may run a call that was given up.
+    fn end_of_abandoned(&self, entry: &Entry) -> Millis {
+        let method = &self.registry.methods()[entry.job.method];
+        match (entry.begun, method.kills_abandoned) {
+            (Some(begun), false) => millis(begun.saturating_add(method.timeout)),
+            _ => 0,
         }
     }
 
@@ -156,20 +166,28 @@ impl Seat {
         calls.map_or(1, |calls| calls.capacity(monotonic_ms()))
     }
 
-    /// Whether it keeps a call that was cancelled for too long, and has no other one.
-    pub fn is_overdue(&self) -> bool {
-        let calls = self.parallel.as_ref();
-        calls.is_some_and(|calls| calls.count() == 0 && calls.is_overdue(monotonic_ms()))
+    /// Until when it may go on if all its calls are abandoned: a call that was given up may run until its
+    /// method's timeout. Milliseconds (CLOCK_MONOTONIC).
+    pub fn works_in_vain_until(&self, line: &Line) -> Option<Millis> {
+        match (&self.parallel, &self.running) {
+            (Some(calls), _) => calls.overdue_at().filter(|_| calls.count() == 0),
+            (None, Some(entry)) if entry.job.state.is_over() => Some(line.end_of_abandoned(entry)),
+            (None, _) => None,
+        }
+    }
+
+    /// Whether it is to be ended, because all its calls are abandoned and its time is over.
+    pub fn works_in_vain(&self, line: &Line) -> bool {
+        let until = self.works_in_vain_until(line);
+        until.is_some_and(|until| until <= monotonic_ms())
     }
 
     /// Tells the program which of its calls were given up.
     pub fn cancel_given_up(&mut self, line: &mut Line) {
-        let calls = self.parallel.as_mut();
-        for (id, entry) in calls
-            .map(ParallelCalls::cancel_given_up)
-            .into_iter()
-            .flatten()
-        {
+        let Some(calls) = &mut self.parallel else {
+            return;
+        };
+        for (id, entry) in calls.cancel_given_up(|entry| line.end_of_abandoned(entry)) {
             self.wire.cancel(id);
             let error = RpcError::of(Code::Cancelled, "it was given up", true);
             line.done.push(entry.done(Some(Err(error)), None));
@@ -192,12 +210,6 @@ impl Seat {
             self.enough = 0;
         }
         enough
-    }
-
-    /// Whether the call that it runs was given up.
-    pub fn runs_in_vain(&self) -> bool {
-        let running = self.running.as_ref();
-        running.is_some_and(|entry| entry.job.state.is_over())
     }
 
     /// Gives the program calls, as many as it may have.

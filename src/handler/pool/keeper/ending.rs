@@ -93,6 +93,12 @@ impl Keeper {
             self.answer_or_repeat(entry, left_unread, error);
         }
         if what.is_empty() {
+            let registry = &self.post.registry;
+            if method.is_some_and(|method| registry.methods()[method].kills_abandoned) {
+                // Otherwise clients could keep all programs starting.
+                self.due = self.throttle.death(Some(health), &self.rules.throttle, now);
+                self.last_end = "was killed for an abandoned call".to_owned();
+            }
             // No fault of the program's: the caller's patience, or the operator's. Callers can cause
             // many of them.
             let level = match self.kills.admit(now) {
