@@ -281,6 +281,11 @@ impl CallScheduler {
             }
             if let Ok(result) = outcome {
                 load.last_result = result.len();
+                let was_thought_small = call.charged_bytes <= call.size;
+                if result.len() >= LARGE && was_thought_small && call.is_own() {
+                    // So were the others of this connection.
+                    self.park(call.token);
+                }
             }
         }
         self.skip_done();

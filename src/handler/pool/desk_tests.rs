@@ -276,7 +276,6 @@ fn an_abandoned_call_may_be_finished_within_the_timeout_of_its_method() {
     world.end_given_up();
     world.put(2);
     assert!(world.orders(0).is_empty() && world.reads(0) && !world.reads(0));
-    assert!(world.desk.next_overdue.is_some());
     world.sends(0, ANSWER);
     assert_eq!(world.done().len(), 1);
     assert!(world.reads(0), "the second");
