@@ -57,6 +57,9 @@ fn config(program: &str, methods: &[&str], keys: &str) -> String {
     );
     for method in methods {
         text += &format!("[methods.\"{method}\"]\npool = \"p\"\n");
+        if *method == "block" {
+            text += "timeout = \"3s\"\n";
+        }
     }
     text
 }

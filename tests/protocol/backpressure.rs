@@ -166,65 +166,76 @@ fn unfinished_calls_have_a_limit_of_all_together_and_what_is_beyond_is_told() {
     let load = Load::start(daemon.address(), 2, Shape::Lasting);
     let mut probe = daemon.client();
     let length = 4 << 20;
-    let partial = [
-        &u32::to_le_bytes(length)[..],
-        &vec![b' '; length as usize - 1],
-    ]
-    .concat();
-    let (mut holding, mut refused) = (Vec::new(), Vec::new());
+    let rest = [b' '; 10];
+    let blanks = vec![b' '; length as usize - rest.len()];
+    let partial = [&u32::to_le_bytes(length)[..], &blanks].concat();
+    let mut clients = Vec::new();
     for _ in 0..60 {
         let mut client = daemon.client();
         client.send_raw(&partial);
+        clients.push(client);
         // Each is a turn of the loop, which reads a piece of what is there.
-        let is_told = (0..300).any(|_| {
+        for _ in 0..100 {
             probe.call(&json!({"in": "ping"}));
-            client.stream().set_nonblocking(true).unwrap();
-            let is_told = client.stream().peek(&mut [0]).is_ok();
-            client.stream().set_nonblocking(false).unwrap();
-            is_told
-        });
+        }
         let rss = process::rss_bytes(pid).unwrap().saturating_sub(before);
         assert!(rss < 48 * MIB, "{rss} bytes");
-        if !is_told {
-            holding.push(client);
-            continue;
-        }
+    }
+    // A call that has less at first makes one of the others pay.
+    let is_told = |client: &Client| {
+        client.stream().set_nonblocking(true).unwrap();
+        let is_told = client.stream().peek(&mut [0]).is_ok();
+        client.stream().set_nonblocking(false).unwrap();
+        is_told
+    };
+    let (mut refused, mut holding): (Vec<_>, Vec<_>) = clients.into_iter().partition(is_told);
+    for client in &mut refused {
         let error = client.recv_json();
         assert_eq!(error["result"]["name"], "overloaded", "{error}");
         assert_eq!(error["result"]["started"], false, "{error}");
-        refused.push(client);
     }
     let (kept, refused_ones) = (holding.len(), refused.len());
     println!("{kept} of 60 partial frames of 4 MiB kept, {refused_ones} refused");
     assert!((6..=8).contains(&kept), "{kept}");
     // Who was refused goes on behind what was dropped.
     for client in &mut refused {
-        client.send_raw(b" ");
+        client.send_raw(&rest);
         assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
     }
-    let mut lines = daemon.client();
-    lines.send_raw(&partial[4..]);
-    let mut answer = String::new();
-    let mut reader = BufReader::new(lines.stream());
-    reader.read_line(&mut answer).unwrap();
-    assert!(answer.contains("overloaded"), "{answer}");
-    (&mut lines.stream())
-        .write_all(b"the rest\n{\"in\": \"ping\"}\n")
-        .unwrap();
-    answer.clear();
-    reader.read_line(&mut answer).unwrap();
-    assert!(answer.contains("pong"), "{answer}");
     // Those that were kept can be finished, and then there is room again.
     for client in &mut holding {
-        client.send_raw(b" ");
+        client.send_raw(&rest);
         assert_eq!(client.recv_json()["result"]["name"], "parse-error");
     }
     let mut late = daemon.client();
     late.send_raw(&partial);
-    late.send_raw(b" ");
+    late.send_raw(&rest);
     assert_eq!(late.recv_json()["result"]["name"], "parse-error");
+    // The same in lines: who is refused goes on behind the end of the line.
+    let lines: Vec<Client> = (0..12)
+        .map(|_| {
+            let mut client = daemon.client();
+            client.send_raw(&blanks);
+            (0..100).for_each(|_| drop(probe.call(&json!({"in": "ping"}))));
+            client
+        })
+        .collect();
+    let (lines, kept): (Vec<_>, Vec<_>) = lines.into_iter().partition(is_told);
+    assert!((6..=8).contains(&kept.len()), "{}", kept.len());
+    for client in &lines {
+        let mut reader = BufReader::new(client.stream());
+        let mut answer = String::new();
+        reader.read_line(&mut answer).unwrap();
+        assert!(answer.contains("overloaded"), "{answer}");
+        (&mut client.stream())
+            .write_all(b"the rest\n{\"in\": \"ping\"}\n")
+            .unwrap();
+        answer.clear();
+        reader.read_line(&mut answer).unwrap();
+        assert!(answer.contains("pong"), "{answer}");
+    }
     load.stop().assert_whole("beside unfinished calls");
-    drop((holding, refused, lines, late, probe));
+    drop((holding, refused, lines, kept, late, probe));
     sweep.assert_same(&daemon);
 }
 
@@ -237,8 +248,8 @@ fn rss_after_calls(daemon: &Daemon, calls: u64) -> u64 {
     process::rss_bytes(daemon.workers()[0].pid).unwrap()
 }
 
-/// The limit is 16 MiB. At the limit, a connection with untaken answers is read no further, and the others
-/// are served. At twice the limit, the connection with the most is closed.
+/// The limit is 16 MiB. At the limit, the connections with the most untaken answers are read no further, and
+/// the others are served. At twice the limit, the connection with the most is closed.
 #[test]
 fn unread_answers_of_many_connections_are_bounded() {
     let _alone = alone();
@@ -279,17 +290,24 @@ fn unread_answers_of_many_connections_are_bounded() {
     );
     assert!(growth < 56 * MIB, "{growth} bytes");
     assert!((5..=13).contains(&open), "{open}");
-    // The worker is at the limit: no call is taken from a connection that holds an answer.
-    second.send(r#"{"in": "ping", "id": 1}"#);
+    // The worker is at the limit: no call is taken from the connections with the most answers, and one that
+    // has little is served.
+    let ping = r#"{"in": "ping", "id": 1}"#;
+    second.send(ping);
+    assert_eq!(second.recv_json()["id"], 1);
+    calls += 1;
+    let mut unread: Vec<Client> = unread;
+    for client in &mut unread {
+        // Half of them were closed.
+        let _ = client.try_send(ping);
+    }
     for _ in 0..100 {
         assert_eq!(healthy.call(&json!({"in": "ping"}))["out"], "pong");
     }
     calls += 100;
     assert_eq!(rss_after_calls(&daemon, calls).min(1), 1);
     assert_eq!(daemon.workers()[0].calls, calls, "it was read");
-    // There is room again: the call is taken, although this client has read nothing in between.
     drop(unread);
-    assert_eq!(second.recv_json()["id"], 1);
     let answer = healthy.call(&serde_json::from_str(&call).unwrap());
     assert_eq!(answer["result"].as_str().map(str::len), Some(7_500_000));
     drop(second);

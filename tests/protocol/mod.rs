@@ -15,3 +15,4 @@ mod json_suite;
 mod jsonrpc;
 mod lines;
 mod overload;
+mod shares;
