@@ -7,7 +7,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::sys::{account, guard, memory};
+use crate::sys::{account, guard, memory, process};
 
 /// What is read when no file is named.
 const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
@@ -48,7 +48,7 @@ impl Environment {
             runtime_directories: runtime_directories(uid, xdg.as_deref(), &env::temp_dir()),
             default_file: DEFAULT_FILE.into(),
             // A directory that was deleted has no name; only relative paths would need it.
-            directory: env::current_dir().unwrap_or_else(|_| "/".into()),
+            directory: process::current_directory().unwrap_or_else(|_| "/".into()),
             cpus: num_cpus::get(),
             memory: memory::memory_limit(),
             guard_missing: guard::missing(),
