@@ -70,7 +70,12 @@ pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Resu
     // No limit: the verdict takes as long as two times boot-timeout, and longer while another
     // reload is under way. A master that dies ends the wait.
     let response = ControlConnection::find(place)?
-        .ask(&ControlRequest::Reload, Patience::Endless(hint))?
+        .ask(
+            &ControlRequest::Reload {
+                config: named_file(place),
+            },
+            Patience::Endless(hint),
+        )?
         .0;
     Ok(response.message.unwrap_or_else(|| "reloaded".into()))
 }
@@ -80,7 +85,12 @@ pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Resu
 pub(super) fn upgrade(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
     // No limit, as for a reload, which is the last part of it.
     let response = ControlConnection::find(place)?
-        .ask(&ControlRequest::Upgrade, Patience::Endless(hint))?
+        .ask(
+            &ControlRequest::Upgrade {
+                config: named_file(place),
+            },
+            Patience::Endless(hint),
+        )?
         .0;
     Ok(response.message.unwrap_or_else(|| "upgraded".into()))
 }
@@ -288,6 +298,18 @@ impl ControlConnection {
 
     fn alien(&self, text: &str) -> Error {
         Error::Protocol(format!("{}: {text}", self.path.display()))
+    }
+}
+
+/// The absolute path of the configuration file that the command was given, for the server to compare
+/// with its own. A name that JSON cannot hold is not compared.
+fn named_file(place: &ServerSelector) -> Option<String> {
+    match place {
+        ServerSelector::Config(Some(file)) => {
+            let path = config::main_file(Some(file))?;
+            path.to_str().map(str::to_owned)
+        }
+        _ => None,
     }
 }
 

@@ -83,7 +83,7 @@ fn each_command_asks_in_its_words_and_returns_what_the_master_says() {
     assert_eq!(
         master.join().unwrap(),
         [
-            ControlRequest::Reload,
+            ControlRequest::Reload { config: None },
             ControlRequest::Scale { count: 4 },
             ControlRequest::Stop {
                 now: true,

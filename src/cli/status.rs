@@ -23,6 +23,7 @@ const SILENT_MS: u64 = 3000;
 pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> String {
     let mut page = String::new();
     header(&mut page, name, status, colours);
+    sources(&mut page, &status.master);
     last_reload(&mut page, &status.master, now, colours);
     if let Some(left) = status.master.stops_in_ms {
         let line = format!(
@@ -99,6 +100,15 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         units::seconds(*uptime_s),
         paint.on(&workers, colours),
     );
+}
+
+/// What the server runs on. Masters of older versions do not tell.
+fn sources(page: &mut String, master: &MasterStatus) {
+    if !master.binary.is_empty() {
+        let config = master.config.as_deref().unwrap_or("none");
+        let (config, binary) = (printable(config), printable(&master.binary));
+        *page += &format!("configuration {config}  binary {binary}\n");
+    }
 }
 
 fn last_reload(page: &mut String, master: &MasterStatus, now: u64, colours: bool) {

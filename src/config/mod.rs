@@ -110,6 +110,11 @@ fn listeners_in(
         .map_or_else(|| Ok(settings()?.listen), Ok)
 }
 
+/// The absolute path of the main file that is read if this one is named.
+pub fn main_file(file: Option<&Path>) -> Option<PathBuf> {
+    Environment::here().main_file(file)
+}
+
 /// The settings that [`Settings::to_toml`] has written, perhaps in another version; `file` is where
 /// they were read from.
 ///

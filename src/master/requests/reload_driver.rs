@@ -121,7 +121,8 @@ impl Master<'_> {
                 {
                     words += &format!("; {word}");
                 }
-                ControlResponse::said(format!("generation {generation} serves{words}"))
+                let sources = self.sources();
+                ControlResponse::said(format!("generation {generation} serves ({sources}){words}"))
             }
             Err(reason) => {
                 if let Some(ground) = upcoming {

@@ -300,8 +300,10 @@ impl Master<'_> {
                 self.upgrade.stage = UpgradeStage::Idle;
                 self.upgrade.settings = None;
                 let version = env!("CARGO_PKG_VERSION");
-                let text =
-                    format!("preforkd {version} runs, generation {generation} serves{words}");
+                let sources = self.sources();
+                let text = format!(
+                    "preforkd {version} runs, generation {generation} serves ({sources}){words}"
+                );
                 log::info!("upgrade: {text}");
                 self.upgrade_ended(Ok(text));
                 false
