@@ -35,6 +35,10 @@ pub(super) struct Environment {
     /// Whether what is read has served already: programs and directories that have gone since are told when one
     /// of them is started, and are no reason to end a server.
     pub has_served: bool,
+    /// A variable of the server, if it is set and UTF-8.
+    pub variable: fn(&str) -> Option<String>,
+    /// Whether no server is to be started: its variables may be others than those of this process.
+    pub is_check: bool,
 }
 
 impl Environment {
@@ -54,6 +58,8 @@ impl Environment {
             guard_missing: guard::missing(),
             no_new_privs: guard::has_no_new_privs(),
             has_served: false,
+            variable: |name| env::var(name).ok(),
+            is_check: false,
         }
     }
 

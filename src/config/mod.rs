@@ -29,6 +29,7 @@ mod restart;
 mod settings;
 mod source_map;
 mod units;
+mod variables;
 
 use std::path::{Path, PathBuf};
 
@@ -60,7 +61,10 @@ pub fn load_or_faults(
     file: Option<&Path>,
     overrides: &Overrides,
 ) -> std::result::Result<Settings, Vec<Error>> {
-    let here = Environment::here();
+    let here = Environment {
+        is_check: true,
+        ..Environment::here()
+    };
     let files = match here.main_file(file) {
         Some(path) => Files::read(&path).map_err(|error| vec![error])?,
         None => Files::default(),

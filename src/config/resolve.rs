@@ -20,7 +20,7 @@ use super::settings::{
 };
 use super::source_map::SourceMap;
 use super::units::{ByteSize, DurationValue};
-use super::{guarded, listeners, methods, pools};
+use super::{guarded, listeners, methods, pools, variables};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::{Account, AccountError};
@@ -109,6 +109,9 @@ pub(super) fn resolve(
     paths_differ(&check, &settings)?;
     let about_guards = guarded::warnings(&settings, here, ids);
     settings.warnings.extend(about_guards);
+    settings
+        .warnings
+        .extend(variables::warnings(&settings, here));
     Ok(settings)
 }
 

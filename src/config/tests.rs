@@ -26,6 +26,8 @@ pub(super) fn root() -> Environment {
         guard_missing: None,
         no_new_privs: false,
         has_served: false,
+        variable: |name| (name == "SET").then(|| "of the server".to_owned()),
+        is_check: false,
     }
 }
 
