@@ -20,7 +20,9 @@ pub(super) struct Raw {
     pub daemon: Option<bool>,
     pub pid_file: Option<String>,
     pub control_socket: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub group: Option<String>,
     /// Done with before serde runs; here for its name and its type.
     pub include: Option<Vec<String>>,
@@ -99,7 +101,9 @@ pub(super) struct RawMethod {
     pub environment: Option<BTreeMap<String, String>>,
     pub environment_file: Option<String>,
     pub directory: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -122,7 +126,9 @@ pub(super) struct RawPool {
     pub environment: Option<BTreeMap<String, String>>,
     pub environment_file: Option<String>,
     pub directory: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -188,6 +194,29 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for StrictTable<T> {
 
         deserializer.deserialize_map(Visitor(PhantomData))
     }
+}
+
+/// A name of a user or a group, or an id in digits or as a number.
+fn name_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    struct Visitor;
+
+    impl de::Visitor<'_> for Visitor {
+        type Value = String;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string or an integer")
+        }
+
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
+            Ok(number.to_string())
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+            Ok(text.to_owned())
+        }
+    }
+
+    deserializer.deserialize_any(Visitor).map(Some)
 }
 
 /// `workers.count`: `"auto"` or a number.

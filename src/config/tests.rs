@@ -357,6 +357,32 @@ fn warnings_name_what_the_guard_is_in_the_way_of() {
 }
 
 #[test]
+fn users_and_groups_may_be_numbers() {
+    let by_name = settings(&root(), "user = \"daemon\"").unwrap().account;
+    let account = by_name.clone().unwrap();
+    let (uid, gid) = (account.uid, account.gid);
+    for user in [format!("{uid}"), format!("\"{uid}\"")] {
+        let text = format!(
+            "user = {user}\ngroup = {gid}\n[methods.a]\ncommand = [\"true\"]\nuser = {user}\n\
+             [pools.p]\ncommand = [\"true\"]\nuser = {user}\ngroup = {gid}\n"
+        );
+        let found = settings(&root(), &text).unwrap();
+        assert_eq!(found.account, by_name, "{text}");
+        assert_eq!(found.pools["p"].program.account, by_name, "{text}");
+    }
+    let error = settings(&root(), "user = 3999999999")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.ends_with("nothing tells its group; set group beside it"),
+        "{error}"
+    );
+    for wrong in ["user = -1", "user = 4294967295", "user = 1.5"] {
+        assert!(settings(&root(), wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
 fn warnings_name_what_root_exposes() {
     let warnings = |here: Environment, text: &str| settings(&here, text).unwrap().warnings;
     let public = "[[listen]]\naddress = \"0.0.0.0:80\"\n[[listen]]\naddress = \"127.0.0.1:81\"";
