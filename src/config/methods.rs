@@ -96,14 +96,15 @@ fn method(
     let timeout = raw
         .timeout
         .map_or(limits.timeout, |DurationValue(timeout)| timeout);
+    // What answers it comes last, so that `check` tells of the rest too.
+    let timeout = check.duration(
+        &join(key, "timeout"),
+        Some(DurationValue(timeout)),
+        timeout,
+        MILLISECOND,
+    )?;
     Ok(MethodConfig {
-        kind: kind(name, key, raw, check, programs)?,
-        timeout: check.duration(
-            &join(key, "timeout"),
-            Some(DurationValue(timeout)),
-            timeout,
-            MILLISECOND,
-        )?,
+        timeout,
         concurrency: check.integer(
             &join(key, "concurrency"),
             raw.concurrency,
@@ -112,6 +113,7 @@ fn method(
             "",
         )?,
         rate: check.integer(&join(key, "rate"), raw.rate, 0, 0..=i64::from(u32::MAX), "")?,
+        kind: kind(name, key, raw, check, programs)?,
     })
 }
 

@@ -73,6 +73,11 @@ pub(super) fn resolve(
 ) -> Result<ProgramConfig> {
     let environment = keys.environment.clone().unwrap_or_default();
     let variables = variables::resolve(key, environment, keys.environment_file.as_deref(), check)?;
+    let directory = directory(&join(key, "directory"), keys, check)?;
+    let rlimits = match keys.rlimits {
+        Some(raw) => rlimits(&join(key, "rlimits"), raw, check)?,
+        None => RlimitsConfig::default(),
+    };
     let command_key = join(key, "command");
     let (file, arguments) = arguments(&command_key, (command, example), &variables.values, check)?;
     Ok(ProgramConfig {
@@ -81,12 +86,9 @@ pub(super) fn resolve(
         environment: variables.written,
         environment_file: variables.file,
         variables: variables.values,
-        directory: directory(&join(key, "directory"), keys, check)?,
+        directory,
         account: account(key, keys, check, workers)?,
-        rlimits: match keys.rlimits {
-            Some(raw) => rlimits(&join(key, "rlimits"), raw, check)?,
-            None => RlimitsConfig::default(),
-        },
+        rlimits,
         guard: keys.guard.unwrap_or(true),
     })
 }
