@@ -396,6 +396,12 @@ fn warnings_name_what_root_exposes() {
         ]
     );
     assert_eq!(warnings(root(), "").len(), 1);
+    let check = || Environment {
+        is_check: true,
+        ..root()
+    };
+    assert!(warnings(check(), "").is_empty());
+    assert_eq!(warnings(check(), public).len(), 1);
     assert_eq!(warnings(root(), "user = \"root\"").len(), 1);
     assert!(warnings(root(), &format!("user = \"nobody\"\n{public}")).is_empty());
     assert!(warnings(nobody(), public).is_empty());

@@ -323,3 +323,29 @@ fn a_command_that_names_another_file_than_the_servers_is_refused() {
     let page = String::from_utf8_lossy(&page.stdout).into_owned();
     assert!(page.contains(&format!("configuration {}", own.display())));
 }
+
+#[test]
+fn a_warning_is_logged_once_and_stays_in_the_status() {
+    let daemon = Daemon::builder().config(GOOD).start();
+    let unused = format!("{GOOD}[pools.idle]\ncommand = [\"cat\"]\n");
+    for config in [GOOD, &unused, &unused] {
+        daemon.configure(config);
+        assert!(daemon.command(&["reload"]).status.success());
+    }
+    let warnings = daemon.status()["master"]["warnings"].clone();
+    let as_root = usize::from(nix::unistd::geteuid().is_root());
+    assert_eq!(
+        warnings.as_array().map(Vec::len),
+        Some(as_root + 1),
+        "{warnings}"
+    );
+    for (text, times) in [
+        ("workers run as root", as_root),
+        ("no method uses the pool idle", 1),
+    ] {
+        assert_eq!(daemon.log().matches(text).count(), times, "{text}");
+    }
+    let done = daemon.command(&["status"]);
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert_eq!(said, "");
+}

@@ -78,7 +78,8 @@ impl Master<'_> {
             &self.passed,
             settings.limits.write_timeout,
         )?;
-        for warning in &settings.warnings {
+        let told = &self.serving_context.settings.warnings;
+        for warning in settings.warnings.iter().filter(|it| !told.contains(it)) {
             log::warn!("{warning}");
         }
         let registry = self.setup.host.registry(&settings);
