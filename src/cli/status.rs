@@ -9,7 +9,7 @@ use super::units;
 use crate::logging::pluralize;
 use crate::protocol::control::{
     DeathStatus, LastReload, ListenerStatus, MasterStatus, PoolStatus, Quarantined, Status,
-    WorkerPhase, WorkerStatus,
+    WorkerPhase, WorkerStatus, version_of,
 };
 
 /// How many deaths are shown; `status --json` has them all.
@@ -74,6 +74,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
     let MasterStatus {
         pid,
         version,
+        name: own,
         generation,
         uptime_s,
         target,
@@ -94,9 +95,12 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         "{ready} of {} ready",
         pluralize(*target, "worker", "workers")
     );
+    // Masters of older versions do not tell their name.
+    let name = if own.is_empty() { name } else { own };
+    let version = version_of(name, version);
     *page += &format!(
         "{}  pid {pid}  generation {generation}  up {}  {}\n",
-        Style::Bold.on(&format!("{name} {}", printable(version)), colours),
+        Style::Bold.on(&printable(&format!("{name} {version}")), colours),
         units::seconds(*uptime_s),
         paint.on(&workers, colours),
     );

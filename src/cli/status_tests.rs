@@ -24,6 +24,7 @@ fn busy() -> Status {
         master: MasterStatus {
             pid: 4242,
             version: "0.1.0".into(),
+            name: String::new(),
             config: Some("/etc/preforkd/preforkd.toml".into()),
             binary: "/usr/bin/preforkd".into(),
             generation: 3,

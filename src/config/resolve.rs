@@ -53,12 +53,15 @@ pub(super) fn resolve(
         here,
     };
     unsupported(&check, raw)?;
-    let runtime = here.runtime_directory();
-    let pid_file = check.path_or("pid-file", raw.pid_file.as_deref(), runtime, "preforkd.pid")?;
+    let name = overrides.name();
+    let runtime = here.runtime_directories(name).next();
+    let runtime = runtime.unwrap_or_else(|| Path::new("/run").join(name));
+    let pid_name = format!("{name}.pid");
+    let pid_file = check.path_or("pid-file", raw.pid_file.as_deref(), &runtime, &pid_name)?;
     let control_socket = check.path_or(
         "control-socket",
         raw.control_socket.as_deref(),
-        runtime,
+        &runtime,
         "control.sock",
     )?;
     check_unix_path(&control_socket)

@@ -18,7 +18,7 @@ pub(super) fn root() -> Environment {
     Environment {
         uid: 0,
         gid: 0,
-        runtime_directories: vec!["/run/preforkd".into()],
+        runtime_roots: vec![("/run".into(), String::new())],
         default_file: "/no/such/file".into(),
         directory: "/home".into(),
         cpus: 4,
@@ -37,7 +37,10 @@ fn nobody() -> Environment {
     Environment {
         uid: nobody.uid,
         gid: nobody.gid,
-        runtime_directories: vec!["/session/preforkd".into(), "/tmp/preforkd-65534".into()],
+        runtime_roots: vec![
+            ("/session".into(), String::new()),
+            ("/tmp".into(), "-65534".into()),
+        ],
         ..root()
     }
 }
@@ -433,7 +436,7 @@ fn the_control_socket_is_found_in_a_broken_file() {
     let path = directory.path().join("x.toml");
     let found = |text: &[u8]| {
         fs::write(&path, text).unwrap();
-        candidates_in(&nobody(), Some(&path)).unwrap_or_default()
+        candidates_in(&nobody(), Some(&path), DEFAULT_NAME).unwrap_or_default()
     };
     let beside = [directory.path().join("c.sock")];
     for text in [
@@ -462,11 +465,16 @@ fn the_control_socket_is_found_in_a_broken_file() {
     }
     fs::remove_file(&path).unwrap();
     for unreadable in [&path, directory.path()] {
-        let error = candidates_in(&nobody(), Some(unreadable)).unwrap_err();
+        let error = candidates_in(&nobody(), Some(unreadable), DEFAULT_NAME).unwrap_err();
         assert!(error.to_string().contains("which server"), "{error}");
     }
-    assert_eq!(candidates_in(&nobody(), None).unwrap(), defaults);
-    assert_eq!(candidates_in(&root(), None).unwrap().len(), 1);
+    let of = |here: &Environment, name: &str| candidates_in(here, None, name).unwrap();
+    assert_eq!(of(&nobody(), DEFAULT_NAME), defaults);
+    assert_eq!(of(&root(), DEFAULT_NAME).len(), 1);
+    assert_eq!(
+        of(&root(), "second"),
+        [Path::new("/run/second/control.sock")]
+    );
 }
 
 #[test]
@@ -481,7 +489,7 @@ fn the_control_socket_is_found_in_an_included_file() {
     .unwrap();
     fs::write(at("d/1.toml"), "control-socket = \"c.sock\"\nx = =").unwrap();
     assert_eq!(
-        candidates_in(&root(), Some(&at("x.toml"))).unwrap(),
+        candidates_in(&root(), Some(&at("x.toml")), DEFAULT_NAME).unwrap(),
         [at("d/c.sock")]
     );
 }

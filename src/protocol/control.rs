@@ -102,6 +102,14 @@ impl ControlResponse {
     }
 }
 
+/// The version of a program of this name: one that is built on the library says whose version it is.
+pub fn version_of(name: &str, version: &str) -> String {
+    match name {
+        "preforkd" => version.to_owned(),
+        _ => format!("(preforkd {version})"),
+    }
+}
+
 /// One message as it goes over the socket: compact JSON, which holds no line feed, and one behind.
 ///
 /// # Errors
@@ -149,6 +157,9 @@ pub struct MasterStatus {
     pub pid: i32,
     /// The version of preforkd that it runs.
     pub version: String,
+    /// The name of the server.
+    #[serde(default)]
+    pub name: String,
     /// The configuration file that it has read; null if there was none.
     #[serde(default)]
     pub config: Option<String>,

@@ -24,7 +24,7 @@ fn release(dir: &Dir, name: &str) {
     fs::write(place.join("p.toml"), &config).unwrap();
     fs::write(place.join("release"), name).unwrap();
     symlink(binary(), place.join("preforkd")).unwrap();
-    // for whoever ends it
+    // for the command that ends it
     dir.write("p.toml", config);
 }
 

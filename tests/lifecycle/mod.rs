@@ -3,6 +3,7 @@
 mod deployment;
 mod handoff;
 mod listeners;
+mod names;
 mod rebalance;
 mod recycle;
 mod reload;

@@ -105,7 +105,8 @@ impl ControlSocket {
         }
         let refused = |error: io::Error| {
             let remedy = if error.kind() == io::ErrorKind::AddrInUse {
-                "another master answers there: stop that one, or name another control-socket"
+                "another master answers there: start a second server with --name NAME, or set \
+                 pid-file and control-socket; else stop the other one"
             } else {
                 "name a place that this user may write to in control-socket"
             };

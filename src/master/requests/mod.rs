@@ -180,6 +180,7 @@ impl Master<'_> {
                 let about = About {
                     config: self.serving_context.settings.file.as_deref(),
                     binary: &self.setup.origin.path,
+                    name: &self.setup.program,
                     started: self.started,
                     last_reload: self.last_reload.as_ref(),
                     last_upgrade: self.upgrade.last.as_ref(),

@@ -24,6 +24,8 @@ pub struct About<'a> {
     pub config: Option<&'a Path>,
     /// The path of the program.
     pub binary: &'a Path,
+    /// The name of the server.
+    pub name: &'a str,
     pub started: Millis,
     /// How the last reload ended.
     pub last_reload: Option<&'a LastReload>,
@@ -43,6 +45,7 @@ pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis)
         master: control::MasterStatus {
             pid: Pid::current().0,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            name: about.name.to_owned(),
             config: about.config.map(|file| file.display().to_string()),
             binary: about.binary.display().to_string(),
             generation: fleet.generation().0,

@@ -26,6 +26,10 @@ pub struct StartParams {
     pub directory: PathBuf,
     /// The configuration file, absolute, if there is one.
     pub file: Option<PathBuf>,
+    /// The name by which its pid file and control socket are found; `None`: a version that gave all
+    /// servers the same ones has started it.
+    #[serde(default)]
+    pub name: Option<String>,
     /// `--daemon`.
     pub daemon: bool,
     /// Each `--listen`, its paths absolute.
@@ -45,6 +49,7 @@ impl StartParams {
             arguments,
             directory,
             file,
+            name: overrides.name.clone(),
             daemon: overrides.daemon,
             listen: overrides.listen.clone(),
         }
