@@ -10,8 +10,11 @@ use crate::error::{Error, Result};
 /// Room for paths of sockets, which have 107 bytes at most.
 const LONGEST_NAME: usize = 40;
 
-/// A length of time, as people write it.
+/// A length of time, as people write it. A number without a unit is seconds.
 pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
     humantime::parse_duration(text)
         .map_err(|error| format!("{error}; write it as in 500ms, 30s or 5m"))
 }
@@ -51,6 +54,26 @@ pub(super) fn id_as_json(text: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_alone_is_seconds() {
+        for (text, milliseconds) in [
+            ("5", 5_000),
+            ("0", 0),
+            ("5s", 5_000),
+            ("1m 30s", 90_000),
+            ("7ms", 7),
+        ] {
+            assert_eq!(
+                duration(text),
+                Ok(Duration::from_millis(milliseconds)),
+                "{text}"
+            );
+        }
+        for text in ["", "-5", "5.5", "five", "5 parsecs"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn a_name_is_a_part_of_paths() {
