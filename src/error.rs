@@ -164,7 +164,8 @@ impl fmt::Display for Error {
                     write!(f, " (the file names pid {pid})")?;
                 }
                 f.write_str(
-                    "; stop it with `preforkd stop`, or give this one a pid-file of its own",
+                    "; start a second server with --name NAME, which gives it a pid file and a control \
+                     socket of its own, or set pid-file and control-socket; else stop the other one",
                 )
             }
             Error::NoServer { place, source } => write!(

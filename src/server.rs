@@ -71,7 +71,9 @@ impl Server {
         Server::default()
     }
 
-    /// The name in titles and messages, in place of that of the executable.
+    /// The name in titles and messages, in place of that of the executable. Pid file and control socket
+    /// are named after it too, unless the configuration names them: `/run/NAME/NAME.pid`. The option
+    /// `--name` has precedence.
     #[must_use]
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -106,6 +108,7 @@ impl Server {
     /// What kept it from starting, or ended it.
     pub fn serve(mut self, file: Option<PathBuf>, mut overrides: Overrides) -> Result<()> {
         overrides.functions = self.functions();
+        overrides.name = Some(config::server_name(&self.name()));
         // First: from here on we open descriptors too.
         let opened_in_main = opened_in_main();
         match StartMode::take()? {

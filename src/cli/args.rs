@@ -14,9 +14,11 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::bench::BenchOptions;
 use super::map::options::MapOptions;
-use super::parse::{duration, id_as_json, json};
+use super::parse::{duration, id_as_json, json, name};
 use super::target::TargetArgs;
+use crate::config::server_name;
 use crate::error::{Error, Result};
+use crate::protocol::control::version_of;
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,11 +33,15 @@ pub enum CliCommand {
         daemon: bool,
         /// Each `--listen`, as written.
         listen: Vec<String>,
+        /// `--name`.
+        name: Option<String>,
     },
     /// Check the configuration.
     Check {
         /// `--config`.
         config: Option<PathBuf>,
+        /// `--name`.
+        name: Option<String>,
     },
     /// Show what a server does.
     Status {
@@ -81,8 +87,8 @@ pub enum CliCommand {
 /// Which running server is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ServerSelector {
-    /// That of this configuration file, or of the default one.
-    Config(Option<PathBuf>),
+    /// That of this configuration file, or of the default one, and of this name.
+    Config(Option<PathBuf>, String),
     /// The one with this control socket.
     Socket(PathBuf),
 }
@@ -211,6 +217,10 @@ struct LowConfig {
     /// The configuration file [default: /etc/preforkd/preforkd.toml, if there is one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// The server's name, which gives it a pid file, a control socket and titles of its own [default:
+    /// the program's]
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    name: Option<String>,
 }
 
 #[derive(Args)]
@@ -218,15 +228,17 @@ struct LowPlace {
     #[command(flatten)]
     config: LowConfig,
     /// The server's control socket [default: where the configuration has it]
-    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "name"])]
     control_socket: Option<PathBuf>,
 }
 
-impl From<LowPlace> for ServerSelector {
-    fn from(low: LowPlace) -> Self {
-        match low.control_socket {
+impl LowPlace {
+    /// The server that is meant, by a program of the name `own`.
+    fn selector(self, own: &str) -> ServerSelector {
+        let LowConfig { config, name } = self.config;
+        match self.control_socket {
             Some(path) => ServerSelector::Socket(path),
-            None => ServerSelector::Config(low.config.config),
+            None => ServerSelector::Config(config, name.unwrap_or_else(|| server_name(own))),
         }
     }
 }
@@ -234,11 +246,7 @@ impl From<LowPlace> for ServerSelector {
 /// Reads the command line. `name` is what the program calls itself; `words` begins with the
 /// program's own.
 pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<CliCommand> {
-    let own = concat!("preforkd ", env!("CARGO_PKG_VERSION"));
-    let version = match own.split_once(' ') {
-        Some((library, version)) if library == name => version.to_owned(),
-        _ => format!("({own})"),
-    };
+    let version = version_of(name, env!("CARGO_PKG_VERSION"));
     let mut command = Low::command()
         .name(name.to_owned())
         .bin_name(name.to_owned())
@@ -251,7 +259,7 @@ pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Cl
         Ok(Low { command: None }) => Ok(CliCommand::Print(command.render_help().to_string())),
         Ok(Low {
             command: Some(command),
-        }) => raise(command),
+        }) => raise(name, command),
         Err(error)
             if matches!(
                 error.kind(),
@@ -269,7 +277,7 @@ pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Cl
 }
 
 /// From the words to what they mean.
-fn raise(low: LowCommand) -> Result<CliCommand> {
+fn raise(own: &str, low: LowCommand) -> Result<CliCommand> {
     Ok(match low {
         LowCommand::Run {
             config,
@@ -279,26 +287,28 @@ fn raise(low: LowCommand) -> Result<CliCommand> {
             config: config.config,
             daemon,
             listen,
+            name: config.name,
         },
         LowCommand::Check { config } => CliCommand::Check {
             config: config.config,
+            name: config.name,
         },
         LowCommand::Status { place, json } => CliCommand::Status {
-            place: place.into(),
+            place: place.selector(own),
             json,
         },
         LowCommand::Reload { place } => CliCommand::Reload {
-            place: place.into(),
+            place: place.selector(own),
         },
         LowCommand::Upgrade { place } => CliCommand::Upgrade {
-            place: place.into(),
+            place: place.selector(own),
         },
         LowCommand::Scale { count, place } => CliCommand::Scale {
-            place: place.into(),
+            place: place.selector(own),
             count: count.into(),
         },
         LowCommand::Stop { place, now, after } => CliCommand::Stop {
-            place: place.into(),
+            place: place.selector(own),
             now,
             after,
         },

@@ -29,7 +29,7 @@ fn default_call() -> CallArgs {
 
 #[test]
 fn each_command_means_what_the_contract_says() {
-    let here = || ServerSelector::Config(None);
+    let here = || ServerSelector::Config(None, "preforkd".into());
     for (line, command) in [
         (
             "run",
@@ -37,6 +37,7 @@ fn each_command_means_what_the_contract_says() {
                 config: None,
                 daemon: false,
                 listen: vec![],
+                name: None,
             },
         ),
         (
@@ -45,12 +46,30 @@ fn each_command_means_what_the_contract_says() {
                 config: Some("a.toml".into()),
                 daemon: true,
                 listen: vec!["[::1]:1".into(), "unix:/x".into()],
+                name: None,
+            },
+        ),
+        (
+            "run --name second",
+            CliCommand::Run {
+                config: None,
+                daemon: false,
+                listen: vec![],
+                name: Some("second".into()),
             },
         ),
         (
             "check --config a.toml",
             CliCommand::Check {
                 config: Some("a.toml".into()),
+                name: None,
+            },
+        ),
+        (
+            "status --name second",
+            CliCommand::Status {
+                place: ServerSelector::Config(None, "second".into()),
+                json: false,
             },
         ),
         (
@@ -70,7 +89,7 @@ fn each_command_means_what_the_contract_says() {
         (
             "reload --config a.toml",
             CliCommand::Reload {
-                place: ServerSelector::Config(Some("a.toml".into())),
+                place: ServerSelector::Config(Some("a.toml".into()), "preforkd".into()),
             },
         ),
         ("upgrade", CliCommand::Upgrade { place: here() }),

@@ -70,7 +70,12 @@ pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Resu
     // No limit: the verdict takes as long as two times boot-timeout, and longer while another
     // reload is under way. A master that dies ends the wait.
     let response = ControlConnection::find(place)?
-        .ask(&ControlRequest::Reload, Patience::Endless(hint))?
+        .ask(
+            &ControlRequest::Reload {
+                config: named_file(place),
+            },
+            Patience::Endless(hint),
+        )?
         .0;
     Ok(response.message.unwrap_or_else(|| "reloaded".into()))
 }
@@ -80,7 +85,12 @@ pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Resu
 pub(super) fn upgrade(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
     // No limit, as for a reload, which is the last part of it.
     let response = ControlConnection::find(place)?
-        .ask(&ControlRequest::Upgrade, Patience::Endless(hint))?
+        .ask(
+            &ControlRequest::Upgrade {
+                config: named_file(place),
+            },
+            Patience::Endless(hint),
+        )?
         .0;
     Ok(response.message.unwrap_or_else(|| "upgraded".into()))
 }
@@ -121,7 +131,7 @@ impl ControlConnection {
     fn find(place: &ServerSelector) -> Result<Self> {
         match place {
             ServerSelector::Socket(path) => Self::open(slice::from_ref(path)),
-            ServerSelector::Config(file) => {
+            ServerSelector::Config(file, name) => {
                 // A broken file is fine, for that is when a reload has something to say. But one
                 // that is not there is a slip of the pen, and the default server not the one meant.
                 if let Some(file) = file.as_deref().filter(|file| !file.exists()) {
@@ -135,9 +145,25 @@ impl ControlConnection {
                             .into(),
                     });
                 }
-                Self::open(&config::control_socket_candidates(file.as_deref())?)
+                let candidates = |name| config::control_socket_candidates(file.as_deref(), name);
+                let (own, common) = (candidates(name)?, candidates(config::DEFAULT_NAME)?);
+                match Self::open(&own) {
+                    Err(error @ Error::NoServer { .. }) if own != common => {
+                        Self::upgraded(&common, name).ok_or(error)
+                    }
+                    found => found,
+                }
             }
         }
+    }
+
+    /// Connects to a server of this name that keeps the paths of its first start, under a version that
+    /// gave all servers the same ones. A server that says that it has another name is not meant.
+    pub(super) fn upgraded(candidates: &[PathBuf], name: &str) -> Option<Self> {
+        let said = Self::open(candidates).ok()?.status().ok()?.status;
+        let said = said.master.name;
+        let is_meant = said.is_empty() || config::server_name(&said) == name;
+        Self::open(candidates).ok().filter(|_| is_meant)
     }
 
     /// Connects to the first of these where somebody is.
@@ -288,6 +314,18 @@ impl ControlConnection {
 
     fn alien(&self, text: &str) -> Error {
         Error::Protocol(format!("{}: {text}", self.path.display()))
+    }
+}
+
+/// The absolute path of the configuration file that the command was given, for the server to compare
+/// with its own. A name that JSON cannot hold is not compared.
+fn named_file(place: &ServerSelector) -> Option<String> {
+    match place {
+        ServerSelector::Config(Some(file), _) => {
+            let path = config::main_file(Some(file))?;
+            path.to_str().map(str::to_owned)
+        }
+        _ => None,
     }
 }
 

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
 use super::args::ServerSelector;
-use super::control::{reload, scale, status, stop};
+use super::control::{ControlConnection, reload, scale, status, stop};
 use crate::protocol::control::{
-    ControlRequest, ControlResponse, OldestCall, Status, WorkerStatus, to_line,
+    ControlRequest, ControlResponse, MasterStatus, OldestCall, Status, WorkerStatus, to_line,
 };
 
 /// A path of this test's own for a socket; the file is removed with it.
@@ -83,7 +83,7 @@ fn each_command_asks_in_its_words_and_returns_what_the_master_says() {
     assert_eq!(
         master.join().unwrap(),
         [
-            ControlRequest::Reload,
+            ControlRequest::Reload { config: None },
             ControlRequest::Scale { count: 4 },
             ControlRequest::Stop {
                 now: true,
@@ -205,11 +205,29 @@ fn nobody_there_is_told_with_the_places_that_were_tried() {
 
 #[test]
 fn a_configuration_file_that_is_not_there_names_no_server() {
-    let place = ServerSelector::Config(Some("/nonexistent/preforkd.toml".into()));
+    let place =
+        ServerSelector::Config(Some("/nonexistent/preforkd.toml".into()), "preforkd".into());
     let error = stop(&place, true, None, &mut |_| {}).unwrap_err();
     assert_eq!(error.exit_code(), 78, "{error}");
     assert!(
         error.to_string().contains("/nonexistent/preforkd.toml"),
         "{error}"
     );
+}
+
+#[test]
+fn a_server_that_keeps_the_common_paths_is_found_unless_it_has_another_name() {
+    for (said, is_meant) in [("", true), ("acme", true), ("preforkd", false)] {
+        let socket = Socket::new();
+        let status = Status {
+            master: MasterStatus {
+                name: said.into(),
+                ..MasterStatus::default()
+            },
+            ..Status::default()
+        };
+        socket.master(vec![line(&ControlResponse::status(status)), Vec::new()]);
+        let found = ControlConnection::upgraded(std::slice::from_ref(&socket.0), "acme");
+        assert_eq!(found.is_some(), is_meant, "{said}");
+    }
 }

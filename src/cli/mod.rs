@@ -29,7 +29,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
-use crate::config::Overrides;
+use crate::config::{Overrides, server_name};
 use crate::error::{Error, Result};
 use crate::server::Server;
 use args::CliCommand;
@@ -90,12 +90,21 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             config,
             daemon,
             listen,
+            name,
         } => {
             overrides.daemon = daemon;
             overrides.listen = listen;
+            let server = match name {
+                Some(name) => server.named(name),
+                None => server,
+            };
             server.serve(config, overrides)
         }
-        CliCommand::Check { config } => {
+        CliCommand::Check {
+            config,
+            name: given,
+        } => {
+            overrides.name = Some(given.unwrap_or_else(|| server_name(name)));
             let checked = check::check(config.as_deref(), &overrides)
                 .map_err(|faults| all_but_last(name, faults))?;
             for warning in &checked.warnings {

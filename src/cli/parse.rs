@@ -4,12 +4,29 @@ use std::time::Duration;
 
 use serde_json::value::RawValue;
 
+use crate::config::server_name;
 use crate::error::{Error, Result};
 
-/// A length of time, as people write it.
+/// Room for paths of sockets, which have 107 bytes at most.
+const LONGEST_NAME: usize = 40;
+
+/// A length of time, as people write it. A number without a unit is seconds.
 pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
     humantime::parse_duration(text)
         .map_err(|error| format!("{error}; write it as in 500ms, 30s or 5m"))
+}
+
+/// A name of a server, which is a part of paths and titles.
+pub(super) fn name(text: &str) -> std::result::Result<String, String> {
+    if server_name(text) == text && text.len() <= LONGEST_NAME {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "a name has 1 to {LONGEST_NAME} letters, digits and _ . -, and begins with a letter, a digit or _"
+    ))
 }
 
 /// Checks that a text is JSON; `what` is where it stood.
@@ -31,5 +48,40 @@ pub(super) fn id_as_json(text: String) -> String {
         text
     } else {
         serde_json::Value::from(text).to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_alone_is_seconds() {
+        for (text, milliseconds) in [
+            ("5", 5_000),
+            ("0", 0),
+            ("5s", 5_000),
+            ("1m 30s", 90_000),
+            ("7ms", 7),
+        ] {
+            assert_eq!(
+                duration(text),
+                Ok(Duration::from_millis(milliseconds)),
+                "{text}"
+            );
+        }
+        for text in ["", "-5", "5.5", "five", "5 parsecs"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_a_part_of_paths() {
+        for good in ["second", "a", "v1.2_x-y"] {
+            assert_eq!(name(good).as_deref(), Ok(good));
+        }
+        for bad in ["", ".", "..", "-x", "a/b", "a b", "\u{e9}", &"x".repeat(41)] {
+            assert!(name(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use super::units;
 use crate::logging::pluralize;
 use crate::protocol::control::{
     DeathStatus, LastReload, ListenerStatus, MasterStatus, PoolStatus, Quarantined, Status,
-    WorkerPhase, WorkerStatus,
+    WorkerPhase, WorkerStatus, version_of,
 };
 
 /// How many deaths are shown; `status --json` has them all.
@@ -23,6 +23,7 @@ const SILENT_MS: u64 = 3000;
 pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> String {
     let mut page = String::new();
     header(&mut page, name, status, colours);
+    sources(&mut page, &status.master);
     last_reload(&mut page, &status.master, now, colours);
     if let Some(left) = status.master.stops_in_ms {
         let line = format!(
@@ -73,6 +74,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
     let MasterStatus {
         pid,
         version,
+        name: own,
         generation,
         uptime_s,
         target,
@@ -93,12 +95,24 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         "{ready} of {} ready",
         pluralize(*target, "worker", "workers")
     );
+    // Masters of older versions do not tell their name.
+    let name = if own.is_empty() { name } else { own };
+    let version = version_of(name, version);
     *page += &format!(
         "{}  pid {pid}  generation {generation}  up {}  {}\n",
-        Style::Bold.on(&format!("{name} {}", printable(version)), colours),
+        Style::Bold.on(&printable(&format!("{name} {version}")), colours),
         units::seconds(*uptime_s),
         paint.on(&workers, colours),
     );
+}
+
+/// What the server runs on. Masters of older versions do not tell.
+fn sources(page: &mut String, master: &MasterStatus) {
+    if !master.binary.is_empty() {
+        let config = master.config.as_deref().unwrap_or("none");
+        let (config, binary) = (printable(config), printable(&master.binary));
+        *page += &format!("configuration {config}  binary {binary}\n");
+    }
 }
 
 fn last_reload(page: &mut String, master: &MasterStatus, now: u64, colours: bool) {

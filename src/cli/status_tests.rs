@@ -24,6 +24,9 @@ fn busy() -> Status {
         master: MasterStatus {
             pid: 4242,
             version: "0.1.0".into(),
+            name: String::new(),
+            config: Some("/etc/preforkd/preforkd.toml".into()),
+            binary: "/usr/bin/preforkd".into(),
             generation: 3,
             uptime_s: 360_000,
             stops_in_ms: Some(4_200),
@@ -112,6 +115,7 @@ fn the_page_has_everything_in_line() {
     let page = render("preforkd", &busy(), 1_200, false);
     let expected = "\
 preforkd 0.1.0  pid 4242  generation 3  up 4d 4h  2 of 3 workers ready
+configuration /etc/preforkd/preforkd.toml  binary /usr/bin/preforkd
 last reload: fine, 3m 20s ago
 stops in 4.2s: not ready for health checks
 the log can't be written: 1,234 lines lost

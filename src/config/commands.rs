@@ -43,11 +43,7 @@ pub(super) fn resolve(
     check: &Check<'_>,
     workers: Ids,
 ) -> Result<CommandConfig> {
-    check_placeholders(&join(key, "command"), command, check)?;
-    let example = "[\"getent\", \"hosts\", \"{name}\"]";
-    let program = programs::resolve(key, (command, example), &raw.into(), check, workers)?;
-    let takes_params = program
-        .arguments
+    let takes_params = command
         .iter()
         .any(|argument| placeholder(argument).is_some());
     let stdin = match &raw.stdin {
@@ -73,8 +69,10 @@ pub(super) fn resolve(
             "give 1 to 128MiB",
         ));
     }
+    check_placeholders(&join(key, "command"), command, check)?;
+    let example = "[\"getent\", \"hosts\", \"{name}\"]";
     Ok(CommandConfig {
-        program,
+        program: programs::resolve(key, (command, example), &raw.into(), check, workers)?,
         stdin,
         output,
         max_output: max_output as usize,

@@ -29,6 +29,30 @@ const PREREQUISITES: [&str; 6] = [
     "pools",
 ];
 
+/// Keys of listeners, methods and pools by which nothing else in their table is judged.
+const INDEPENDENT: [&str; 20] = [
+    "backlog",
+    "boot-timeout",
+    "concurrency",
+    "directory",
+    "environment",
+    "idle-timeout",
+    "max-calls",
+    "max-lifetime",
+    "max-memory",
+    "max-output",
+    "mode",
+    "name",
+    "output",
+    "processes",
+    "rate",
+    "ready",
+    "respawn-burst",
+    "respawn-max-delay",
+    "rlimits",
+    "timeout",
+];
+
 /// The settings of `files`, or every fault that can be told, at least one, in the order of the files.
 pub(super) fn settings_or_faults(
     here: &Environment,
@@ -38,12 +62,18 @@ pub(super) fn settings_or_faults(
     let places = source_map::places(files);
     let mut faults = Vec::new();
     let mut without = BTreeSet::new();
+    // Tables with a fault of form: taken out once all such faults are told.
+    let mut doubtful = BTreeSet::new();
     // Whether all is there by which others are judged.
     let mut complete = true;
     while faults.len() < MOST {
         let (error, is_of_form) = match source_map::parse_without(files, &without) {
             Err(error) => (error, true),
             Ok(_) if !complete => break,
+            Ok(_) if !doubtful.is_empty() => {
+                without.append(&mut doubtful);
+                continue;
+            }
             Ok((raw, places)) => match resolve::resolve(&raw, &places, overrides, here) {
                 Ok(settings) if faults.is_empty() => return Ok(settings),
                 Ok(_) => break,
@@ -52,10 +82,15 @@ pub(super) fn settings_or_faults(
         };
         let places = places.as_ref().ok();
         let mut culprit = places.and_then(|places| culprit(&error, places));
-        if culprit.is_none() && is_of_form {
+        if is_of_form {
             // Keys and types are judged by nothing but the form, so theirs can still be told.
-            complete = false;
-            culprit = places.and_then(|places| named(&error, places));
+            let named = places.and_then(|places| named(&error, places));
+            match culprit {
+                None => complete = false,
+                Some(table) if named.as_ref() != Some(&table) => drop(doubtful.insert(table)),
+                Some(_) => {}
+            }
+            culprit = named;
         }
         let is_last = culprit.is_none();
         // One that is refused though it is not there any more would be so for ever.
@@ -86,6 +121,10 @@ fn culprit(error: &Error, places: &SourceMap<'_>) -> Option<String> {
         let rest = key.strip_prefix(table);
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
     };
+    let is_table = ["listen", "methods", "pools"].into_iter().any(within);
+    if let Some(key) = independent(key, places).filter(|_| is_table) {
+        return Some(key);
+    }
     if PREREQUISITES.iter().any(|leaned_on| within(leaned_on)) {
         return None;
     }
@@ -100,11 +139,26 @@ fn culprit(error: &Error, places: &SourceMap<'_>) -> Option<String> {
     places.is_value(key).then(|| key.to_owned())
 }
 
+/// A key that is one of `INDEPENDENT` or in such a table, if it stands in the file; else that table.
+fn independent(key: &str, places: &SourceMap<'_>) -> Option<String> {
+    INDEPENDENT.iter().find_map(|name| {
+        let (table, behind) = key.rsplit_once(&format!(".{name}"))?;
+        let is_whole = behind.is_empty() || behind.starts_with('.');
+        let known = [key.to_owned(), format!("{table}.{name}")];
+        known
+            .into_iter()
+            .find(|known| is_whole && places.is_set(known))
+    })
+}
+
 /// The key that an error is about, or the array that it is in.
 fn named(error: &Error, places: &SourceMap<'_>) -> Option<String> {
     let Error::Config { key, .. } = error else {
         return None;
     };
+    if let Some(key) = independent(key, places) {
+        return Some(key);
+    }
     let key = key.split('[').next().unwrap_or_default();
     places.is_set(key).then(|| key.to_owned())
 }
@@ -159,6 +213,36 @@ mod tests {
             "12:11: methods.a.command: ",
             "13:10: methods.\"b c\": ",
             "16:11: methods.d.builtin: ",
+        ];
+        assert_begin(&told, &begins);
+    }
+
+    #[test]
+    fn all_faults_of_one_table_are_told() {
+        let told = diagnostics(
+            "[[listen]]\naddress = \"here\"\nbacklog = 0\nname = \"a:b\"\n\
+             [methods.a]\ncommand = [\"/no/such/program\"]\ntimeout = \"400d\"\nrate = -1\n\
+             output = \"xml\"\ndirectory = \"/no/such\"\nrlimits = { files = 1, processes = 0 }\n\
+             [methods.b]\nbuiltin = \"ehco\"\nconcurrency = \"x\"\nrate = -1\nfoo = 1\nbar = 2\n\
+             [pools.p]\ncommand = [\"true\"]\nprocesses = 0\nready = \"x\"\nmax-calls = -1\n",
+        );
+        let begins = [
+            "2:11: listen[0].address: ",
+            "3:11: listen[0].backlog: ",
+            "4:8: listen[0].name: ",
+            "6:11: methods.a.command: ",
+            "7:11: methods.a.timeout: ",
+            "8:8: methods.a.rate: ",
+            "9:10: methods.a.output: ",
+            "10:13: methods.a.directory: ",
+            "11:21: methods.a.rlimits.files: ",
+            "11:36: methods.a.rlimits.processes: ",
+            "14:15: methods.b.concurrency: ",
+            "16:1: methods.b.foo: unknown key",
+            "17:1: methods.b.bar: unknown key",
+            "20:13: pools.p.processes: ",
+            "21:9: pools.p.ready: ",
+            "22:13: pools.p.max-calls: ",
         ];
         assert_begin(&told, &begins);
     }

@@ -142,6 +142,10 @@ fn command(command: &CommandConfig) -> RawMethod {
         output: Some(command.output.name().into()),
         max_output: Some(ByteSize(command.max_output as u64)),
         environment: Some(program.environment.clone()),
+        environment_file: program
+            .environment_file
+            .as_ref()
+            .map(|path| path.to_string_lossy().into()),
         directory: Some(program.directory.to_string_lossy().into()),
         user: account.map(|account| account.name.clone()),
         group: account.map(|account| account.group.clone()),
@@ -168,6 +172,10 @@ fn pool(pool: &PoolConfig) -> RawPool {
         respawn_burst: Some(pool.respawn_burst.into()),
         respawn_max_delay: Some(DurationValue(pool.respawn_max_delay)),
         environment: Some(program.environment.clone()),
+        environment_file: program
+            .environment_file
+            .as_ref()
+            .map(|path| path.to_string_lossy().into()),
         directory: Some(program.directory.to_string_lossy().into()),
         user: account.map(|account| account.name.clone()),
         group: account.map(|account| account.group.clone()),

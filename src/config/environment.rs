@@ -7,7 +7,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::sys::{account, guard, memory};
+use crate::sys::{account, guard, memory, process};
 
 /// What is read when no file is named.
 const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
@@ -18,8 +18,9 @@ pub(super) struct Environment {
     pub uid: u32,
     /// The effective group.
     pub gid: u32,
-    /// Where pid file and control socket stand unless the file says otherwise, the likeliest first.
-    pub runtime_directories: Vec<PathBuf>,
+    /// Where the directory of a server is, with its pid file and control socket, unless the file says
+    /// otherwise: a directory, and what follows the server's name there. The likeliest first.
+    pub runtime_roots: Vec<(PathBuf, String)>,
     /// What is read when no file is named.
     pub default_file: PathBuf,
     /// What relative paths of the command line are relative to.
@@ -35,6 +36,10 @@ pub(super) struct Environment {
     /// Whether what is read has served already: programs and directories that have gone since are told when one
     /// of them is started, and are no reason to end a server.
     pub has_served: bool,
+    /// A variable of the server, if it is set and UTF-8.
+    pub variable: fn(&str) -> Option<String>,
+    /// Whether no server is to be started: its variables may be others than those of this process.
+    pub is_check: bool,
 }
 
 impl Environment {
@@ -45,23 +50,24 @@ impl Environment {
         Environment {
             uid,
             gid,
-            runtime_directories: runtime_directories(uid, xdg.as_deref(), &env::temp_dir()),
+            runtime_roots: runtime_roots(uid, xdg.as_deref(), &env::temp_dir()),
             default_file: DEFAULT_FILE.into(),
             // A directory that was deleted has no name; only relative paths would need it.
-            directory: env::current_dir().unwrap_or_else(|_| "/".into()),
+            directory: process::current_directory().unwrap_or_else(|_| "/".into()),
             cpus: num_cpus::get(),
             memory: memory::memory_limit(),
             guard_missing: guard::missing(),
             no_new_privs: guard::has_no_new_privs(),
             has_served: false,
+            variable: |name| env::var(name).ok(),
+            is_check: false,
         }
     }
 
-    /// The first of `runtime_directories`: the one that a new master uses.
-    pub fn runtime_directory(&self) -> &Path {
-        self.runtime_directories
-            .first()
-            .map_or(Path::new("/run/preforkd"), PathBuf::as_path)
+    /// Where the directory of a server of this name may be. The first one is that of a new master.
+    pub fn runtime_directories(&self, name: &str) -> impl Iterator<Item = PathBuf> {
+        let roots = self.runtime_roots.iter();
+        roots.map(move |(root, suffix)| root.join(format!("{name}{suffix}")))
     }
 
     /// The main file to read: the one that was named, else the default one if it is there.
@@ -91,18 +97,18 @@ pub(super) fn clean(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// Where pid file and control socket may stand for a user, the likeliest first: root's are under
-/// /run, a user's in the directory of the session, or where there is none in the temporary one.
-fn runtime_directories(uid: u32, xdg: Option<&OsStr>, temporary: &Path) -> Vec<PathBuf> {
+/// Where directories of servers may be for a user, the likeliest first: root's are under /run, a
+/// user's in the directory of the session, or where there is none in the temporary one.
+fn runtime_roots(uid: u32, xdg: Option<&OsStr>, temporary: &Path) -> Vec<(PathBuf, String)> {
     if uid == 0 {
-        return vec!["/run/preforkd".into()];
+        return vec![("/run".into(), String::new())];
     }
     // The XDG Base Directory Specification has relative ones ignored.
     let session = xdg.map(Path::new).filter(|path| path.is_absolute());
     session
-        .map(|path| path.join("preforkd"))
+        .map(|path| (path.to_owned(), String::new()))
         .into_iter()
-        .chain([temporary.join(format!("preforkd-{uid}"))])
+        .chain([(temporary.to_owned(), format!("-{uid}"))])
         .collect()
 }
 
@@ -110,18 +116,25 @@ fn runtime_directories(uid: u32, xdg: Option<&OsStr>, temporary: &Path) -> Vec<P
 mod tests {
     use super::*;
 
+    fn directories(uid: u32, xdg: Option<&str>, name: &str) -> Vec<PathBuf> {
+        let here = Environment {
+            runtime_roots: runtime_roots(uid, xdg.map(OsStr::new), Path::new("/var/tmp")),
+            ..Environment::here()
+        };
+        here.runtime_directories(name).collect()
+    }
+
     #[test]
     fn root_keeps_its_files_under_run() {
-        let directories =
-            runtime_directories(0, Some(OsStr::new("/run/user/0")), Path::new("/tmp"));
-        assert_eq!(directories, [Path::new("/run/preforkd")]);
+        for name in ["preforkd", "second"] {
+            let expected = Path::new("/run").join(name);
+            assert_eq!(directories(0, Some("/run/user/0"), name), [expected]);
+        }
     }
 
     #[test]
     fn a_user_keeps_them_in_the_session_else_in_a_directory_of_its_own() {
-        let of = |xdg: Option<&str>| {
-            runtime_directories(1000, xdg.map(OsStr::new), Path::new("/var/tmp"))
-        };
+        let of = |xdg: Option<&str>| directories(1000, xdg, "preforkd");
         let session = Path::new("/run/user/1000/preforkd");
         let own = Path::new("/var/tmp/preforkd-1000");
         assert_eq!(of(Some("/run/user/1000")), [session, own]);

@@ -316,7 +316,7 @@ fn read(path: &Path) -> Result<String> {
 }
 
 /// Reads a plain file, and never waits for one: opening a FIFO would hang a reload for ever.
-fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+pub(super) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(OFlag::O_NONBLOCK.bits())

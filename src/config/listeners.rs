@@ -101,6 +101,16 @@ pub(super) fn error(check: &Check<'_>, index: usize, problem: String, remedy: &s
 }
 
 fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfig> {
+    let backlog = check.integer(
+        &format!("{key}.backlog"),
+        raw.backlog,
+        DEFAULT_BACKLOG,
+        1..=i64::from(i32::MAX),
+        "",
+    )?;
+    if let Some(name) = &raw.name {
+        check_name(check, &format!("{key}.name"), name)?;
+    }
     let at = &format!("{key}.address");
     let Some(text) = &raw.address else {
         let remedy = "add address = \"127.0.0.1:8080\", or where it is to listen";
@@ -115,16 +125,6 @@ fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfi
         None => None,
         Some(text) => Some(mode(check, &format!("{key}.mode"), text, &address)?),
     };
-    let backlog = check.integer(
-        &format!("{key}.backlog"),
-        raw.backlog,
-        DEFAULT_BACKLOG,
-        1..=i64::from(i32::MAX),
-        "",
-    )?;
-    if let Some(name) = &raw.name {
-        check_name(check, &format!("{key}.name"), name)?;
-    }
     Ok(ListenConfig {
         address,
         name: raw.name.clone(),

@@ -98,14 +98,15 @@ fn method(
     let timeout = raw
         .timeout
         .map_or(limits.timeout, |DurationValue(timeout)| timeout);
+    // What answers it comes last, so that `check` tells of the rest too.
+    let timeout = check.duration(
+        &join(key, "timeout"),
+        Some(DurationValue(timeout)),
+        timeout,
+        MILLISECOND,
+    )?;
     Ok(MethodConfig {
-        kind: kind(name, key, raw, check, programs)?,
-        timeout: check.duration(
-            &join(key, "timeout"),
-            Some(DurationValue(timeout)),
-            timeout,
-            MILLISECOND,
-        )?,
+        timeout,
         concurrency: check.integer(
             &join(key, "concurrency"),
             raw.concurrency,
@@ -115,6 +116,7 @@ fn method(
         )?,
         rate: check.integer(&join(key, "rate"), raw.rate, 0, 0..=i64::from(u32::MAX), "")?,
         kills_abandoned: kills_abandoned(key, raw, check, programs.0)?,
+        kind: kind(name, key, raw, check, programs)?,
     })
 }
 
@@ -126,12 +128,13 @@ fn kills_abandoned(key: &str, raw: &RawMethod, check: &Check<'_>, pools: &Pools)
             pools::kills_abandoned(&join(key, "when-abandoned"), word, pool.concurrency, check)
         }
         (Some(pool), None) => Ok(pool.kills_abandoned),
-        (None, Some(_)) => Err(check.places.error(
+        (None, Some(_)) if raw.pool.is_none() => Err(check.places.error(
             &join(key, "when-abandoned"),
             "only a method with pool has this key",
             "take it out, or set pool",
         )),
-        (None, None) => Ok(false),
+        // `kind` says that there is no such pool.
+        (None, _) => Ok(false),
     }
 }
 

@@ -29,11 +29,12 @@ mod restart;
 mod settings;
 mod source_map;
 mod units;
+mod variables;
 
 use std::path::{Path, PathBuf};
 
 pub use commands::placeholder;
-pub use overrides::Overrides;
+pub use overrides::{DEFAULT_NAME, Overrides, server_name};
 pub use restart::keep_restart_only_keys;
 pub use settings::{
     Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogFormat, MethodConfig,
@@ -60,7 +61,10 @@ pub fn load_or_faults(
     file: Option<&Path>,
     overrides: &Overrides,
 ) -> std::result::Result<Settings, Vec<Error>> {
-    let here = Environment::here();
+    let here = Environment {
+        is_check: true,
+        ..Environment::here()
+    };
     let files = match here.main_file(file) {
         Some(path) => Files::read(&path).map_err(|error| vec![error])?,
         None => Files::default(),
@@ -110,6 +114,11 @@ fn listeners_in(
         .map_or_else(|| Ok(settings()?.listen), Ok)
 }
 
+/// The absolute path of the main file that is read if this one is named.
+pub fn main_file(file: Option<&Path>) -> Option<PathBuf> {
+    Environment::here().main_file(file)
+}
+
 /// The settings that [`Settings::to_toml`] has written, perhaps in another version; `file` is where
 /// they were read from.
 ///
@@ -155,7 +164,7 @@ fn settings_of(here: &Environment, files: &Files, overrides: &Overrides) -> Resu
 }
 
 /// Where the control socket of a running master may be, the likeliest first: where the file says,
-/// and if it says nothing, in the default places.
+/// and if it says nothing, in the default places of a server of this name.
 ///
 /// It works on a broken file too, for that is when `reload` is needed to say so: the key is looked
 /// for in what can be read of it. A file that names its socket has no other candidate, so that no
@@ -163,11 +172,11 @@ fn settings_of(here: &Environment, files: &Files, overrides: &Overrides) -> Resu
 ///
 /// # Errors
 /// When a file was asked for that can't be read, or seems to name its socket in a way that can't be.
-pub fn control_socket_candidates(file: Option<&Path>) -> Result<Vec<PathBuf>> {
-    candidates_in(&Environment::here(), file)
+pub fn control_socket_candidates(file: Option<&Path>, name: &str) -> Result<Vec<PathBuf>> {
+    candidates_in(&Environment::here(), file, name)
 }
 
-fn candidates_in(here: &Environment, file: Option<&Path>) -> Result<Vec<PathBuf>> {
+fn candidates_in(here: &Environment, file: Option<&Path>, name: &str) -> Result<Vec<PathBuf>> {
     let main = here.main_file(file);
     let files = main.as_deref().map(Files::read_leniently);
     let all = || files.iter().flat_map(Files::iter);
@@ -189,16 +198,14 @@ fn candidates_in(here: &Environment, file: Option<&Path>) -> Result<Vec<PathBuf>
             remedy: "mend it, or name the server's socket with --control-socket".into(),
         });
     }
-    let mut candidates: Vec<PathBuf> = here
-        .runtime_directories
-        .iter()
-        .map(|directory| directory.join("control.sock"))
-        .collect();
     // A user may ask for root's server; the answer is then a clear refusal and not "no server".
-    let system = PathBuf::from("/run/preforkd/control.sock");
-    if !candidates.contains(&system) {
-        candidates.push(system);
+    let system = Path::new("/run").join(name);
+    let mut directories: Vec<PathBuf> = here.runtime_directories(name).collect();
+    if !directories.contains(&system) {
+        directories.push(system);
     }
+    let socket = |directory: PathBuf| directory.join("control.sock");
+    let candidates = directories.into_iter().map(socket).collect();
     Ok(candidates)
 }
 

@@ -64,11 +64,6 @@ fn resolve_one(
 ) -> Result<PoolConfig> {
     let key_of = |name: &str| join(key, name);
     let example = "[\"python3\", \"/srv/model.py\"]";
-    let Some(command) = &raw.command else {
-        let remedy = format!("add command = {example}");
-        return Err(check.places.error(key, "the pool has no program", &remedy));
-    };
-    let program = programs::resolve(key, (command, example), &raw.into(), check, ids)?;
     let ready = raw.ready.as_deref().unwrap_or("message");
     let number = |name: &str, value, default, most| {
         check.integer(&key_of(name), value, default, 0..=most, "")
@@ -97,7 +92,6 @@ fn resolve_one(
     let concurrency = check.integer(&key_of("concurrency"), raw.concurrency, 1, CONCURRENCY, "")?;
     let when_abandoned = raw.when_abandoned.as_deref().unwrap_or("finish");
     Ok(PoolConfig {
-        program,
         processes: processes(&key_of("processes"), raw, check)?,
         concurrency,
         kills_abandoned: kills_abandoned(
@@ -121,6 +115,14 @@ fn resolve_one(
         )?,
         respawn_max_delay: check
             .respawn_max_delay(&key_of("respawn-max-delay"), raw.respawn_max_delay)?,
+        // Last, so that `check` tells of the rest too.
+        program: match &raw.command {
+            Some(command) => programs::resolve(key, (command, example), &raw.into(), check, ids)?,
+            None => {
+                let remedy = format!("add command = {example}");
+                return Err(check.places.error(key, "the pool has no program", remedy));
+            }
+        },
     })
 }
 

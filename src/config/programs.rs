@@ -19,13 +19,13 @@ use super::raw::{RawMethod, RawPool, RawRlimits};
 use super::settings::{ProgramConfig, RlimitsConfig};
 use super::source_map::join;
 use super::units::{ByteSize, DurationValue};
+use super::variables;
 use crate::error::Result;
 use crate::sys::account::{Account, AccountError};
 
 /// Where a program is looked for that is a name and no path, unless its own environment has a PATH.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const MIB: u64 = 1 << 20;
-const CALL_VARIABLE: &str = "PREFORKD_CALL";
 
 /// The user and the group that the workers have.
 pub(super) type Ids = (u32, u32);
@@ -33,6 +33,7 @@ pub(super) type Ids = (u32, u32);
 /// The keys that commands and pools have in common.
 pub(super) struct Keys<'a> {
     environment: &'a Option<BTreeMap<String, String>>,
+    environment_file: &'a Option<String>,
     directory: &'a Option<String>,
     user: &'a Option<String>,
     group: &'a Option<String>,
@@ -46,6 +47,7 @@ macro_rules! keys_of {
             fn from(raw: &'a $raw) -> Self {
                 Keys {
                     environment: &raw.environment,
+                    environment_file: &raw.environment_file,
                     directory: &raw.directory,
                     user: &raw.user,
                     group: &raw.group,
@@ -69,39 +71,26 @@ pub(super) fn resolve(
     check: &Check<'_>,
     workers: Ids,
 ) -> Result<ProgramConfig> {
-    let environment = environment(&join(key, "environment"), keys, check)?;
+    let environment = keys.environment.clone().unwrap_or_default();
+    let variables = variables::resolve(key, environment, keys.environment_file.as_deref(), check)?;
+    let directory = directory(&join(key, "directory"), keys, check)?;
+    let rlimits = match keys.rlimits {
+        Some(raw) => rlimits(&join(key, "rlimits"), raw, check)?,
+        None => RlimitsConfig::default(),
+    };
     let command_key = join(key, "command");
-    let (file, arguments) = arguments(&command_key, (command, example), &environment, check)?;
+    let (file, arguments) = arguments(&command_key, (command, example), &variables.values, check)?;
     Ok(ProgramConfig {
         file,
         arguments,
-        environment,
-        directory: directory(&join(key, "directory"), keys, check)?,
+        environment: variables.written,
+        environment_file: variables.file,
+        variables: variables.values,
+        directory,
         account: account(key, keys, check, workers)?,
-        rlimits: match keys.rlimits {
-            Some(raw) => rlimits(&join(key, "rlimits"), raw, check)?,
-            None => RlimitsConfig::default(),
-        },
+        rlimits,
         guard: keys.guard.unwrap_or(true),
     })
-}
-
-fn environment(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<BTreeMap<String, String>> {
-    let environment = keys.environment.clone().unwrap_or_default();
-    for (name, value) in &environment {
-        let key = join(key, name);
-        let problem = if name.is_empty() || name.contains(['=', '\0']) {
-            "this can't be the name of a variable"
-        } else if name == CALL_VARIABLE {
-            "this variable is set by preforkd, and says which call it is"
-        } else if value.contains('\0') {
-            "a variable can't have a NUL byte"
-        } else {
-            continue;
-        };
-        return Err(check.places.error(&key, problem, "take it out"));
-    }
-    Ok(environment)
 }
 
 /// The program's file, and the arguments as it will see them.
@@ -234,6 +223,7 @@ fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Resul
         let (key, remedy) = match error {
             AccountError::NoUser(_) => (&user_key, "create it, or name one that exists"),
             AccountError::NoGroup(_) => (&group_key, "create it, or name one that exists"),
+            AccountError::GroupUnknown(_) => (&user_key, "set group beside it"),
             AccountError::System(_) => (&user_key, ""),
         };
         check.places.error(key, error.to_string(), remedy)

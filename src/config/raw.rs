@@ -20,7 +20,9 @@ pub(super) struct Raw {
     pub daemon: Option<bool>,
     pub pid_file: Option<String>,
     pub control_socket: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub group: Option<String>,
     /// Done with before serde runs; here for its name and its type.
     pub include: Option<Vec<String>>,
@@ -98,8 +100,11 @@ pub(super) struct RawMethod {
     pub output: Option<String>,
     pub max_output: Option<ByteSize>,
     pub environment: Option<BTreeMap<String, String>>,
+    pub environment_file: Option<String>,
     pub directory: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -121,8 +126,11 @@ pub(super) struct RawPool {
     pub respawn_burst: Option<i64>,
     pub respawn_max_delay: Option<DurationValue>,
     pub environment: Option<BTreeMap<String, String>>,
+    pub environment_file: Option<String>,
     pub directory: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "name_or_number")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -145,6 +153,7 @@ impl RawMethod {
             ("output", self.output.is_some()),
             ("max-output", self.max_output.is_some()),
             ("environment", self.environment.is_some()),
+            ("environment-file", self.environment_file.is_some()),
             ("directory", self.directory.is_some()),
             ("user", self.user.is_some()),
             ("group", self.group.is_some()),
@@ -187,6 +196,29 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for StrictTable<T> {
 
         deserializer.deserialize_map(Visitor(PhantomData))
     }
+}
+
+/// A name of a user or a group, or an id in digits or as a number.
+fn name_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    struct Visitor;
+
+    impl de::Visitor<'_> for Visitor {
+        type Value = String;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string or an integer")
+        }
+
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
+            Ok(number.to_string())
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+            Ok(text.to_owned())
+        }
+    }
+
+    deserializer.deserialize_any(Visitor).map(Some)
 }
 
 /// `workers.count`: `"auto"` or a number.

@@ -20,7 +20,7 @@ use super::settings::{
 };
 use super::source_map::SourceMap;
 use super::units::{ByteSize, DurationValue};
-use super::{guarded, listeners, methods, pools};
+use super::{guarded, listeners, methods, pools, variables};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::{Account, AccountError};
@@ -53,12 +53,15 @@ pub(super) fn resolve(
         here,
     };
     unsupported(&check, raw)?;
-    let runtime = here.runtime_directory();
-    let pid_file = check.path_or("pid-file", raw.pid_file.as_deref(), runtime, "preforkd.pid")?;
+    let name = overrides.name();
+    let runtime = here.runtime_directories(name).next();
+    let runtime = runtime.unwrap_or_else(|| Path::new("/run").join(name));
+    let pid_name = format!("{name}.pid");
+    let pid_file = check.path_or("pid-file", raw.pid_file.as_deref(), &runtime, &pid_name)?;
     let control_socket = check.path_or(
         "control-socket",
         raw.control_socket.as_deref(),
-        runtime,
+        &runtime,
         "control.sock",
     )?;
     check_unix_path(&control_socket)
@@ -71,7 +74,9 @@ pub(super) fn resolve(
     let listen = listeners::resolve(&check, raw)?;
     let mut warnings = Vec::new();
     if here.uid == 0 && account.is_none() {
-        warnings.extend(root_warnings(&listen));
+        // `check` may run as another user than the server.
+        let is_told = |warning: &String| !here.is_check || warning != ROOT_WORKERS;
+        warnings.extend(root_warnings(&listen).filter(is_told));
     }
     let ids = account
         .as_ref()
@@ -109,6 +114,9 @@ pub(super) fn resolve(
     paths_differ(&check, &settings)?;
     let about_guards = guarded::warnings(&settings, here, ids);
     settings.warnings.extend(about_guards);
+    settings
+        .warnings
+        .extend(variables::warnings(&settings, here));
     Ok(settings)
 }
 
@@ -185,6 +193,7 @@ fn account(check: &Check<'_>, raw: &Raw) -> Result<Option<Account>> {
         let (key, remedy) = match error {
             AccountError::NoUser(_) => ("user", "create it, or name one that exists"),
             AccountError::NoGroup(_) => ("group", "create it, or name one that exists"),
+            AccountError::GroupUnknown(_) => ("user", "set group beside it"),
             AccountError::System(_) => ("user", ""),
         };
         check.places.error(key, error.to_string(), remedy)

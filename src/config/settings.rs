@@ -145,8 +145,12 @@ pub struct ProgramConfig {
     pub file: PathBuf,
     /// Its arguments, its own name first: as written, but for a relative path of the program.
     pub arguments: Vec<String>,
-    /// Its environment, beside `PREFORKD_CALL`.
+    /// `environment` as written: a value may refer to a variable of the server.
     pub environment: BTreeMap<String, String>,
+    /// `environment-file`, absolute.
+    pub environment_file: Option<PathBuf>,
+    /// Its environment, beside `PREFORKD_CALL`. Values of it are secret, so nothing prints them.
+    pub variables: BTreeMap<String, String>,
     /// Its working directory, absolute.
     pub directory: PathBuf,
     /// Whom it runs as; `None`: as the workers do.

@@ -111,13 +111,25 @@ fn pruned<'t>(path: &str, table: DeTable<'t>, without: &BTreeSet<String>) -> DeT
         if without.contains(&path) {
             continue;
         }
-        if let DeValue::Table(inner) = value.get_mut() {
-            let all = mem::replace(inner, DeTable::new());
-            *inner = pruned(&path, all, without);
+        match value.get_mut() {
+            DeValue::Table(inner) => prune(&path, inner, without),
+            DeValue::Array(array) => {
+                for (index, element) in array.iter_mut().enumerate() {
+                    if let DeValue::Table(inner) = element.get_mut() {
+                        prune(&format!("{path}[{index}]"), inner, without);
+                    }
+                }
+            }
+            _ => {}
         }
         kept.insert(key, value);
     }
     kept
+}
+
+fn prune(path: &str, table: &mut DeTable<'_>, without: &BTreeSet<String>) {
+    let all = mem::replace(table, DeTable::new());
+    *table = pruned(path, all, without);
 }
 
 /// A key of a table as part of a dotted key.

@@ -18,7 +18,7 @@ pub(super) fn root() -> Environment {
     Environment {
         uid: 0,
         gid: 0,
-        runtime_directories: vec!["/run/preforkd".into()],
+        runtime_roots: vec![("/run".into(), String::new())],
         default_file: "/no/such/file".into(),
         directory: "/home".into(),
         cpus: 4,
@@ -26,6 +26,8 @@ pub(super) fn root() -> Environment {
         guard_missing: None,
         no_new_privs: false,
         has_served: false,
+        variable: |name| (name == "SET").then(|| "of the server".to_owned()),
+        is_check: false,
     }
 }
 
@@ -35,7 +37,10 @@ fn nobody() -> Environment {
     Environment {
         uid: nobody.uid,
         gid: nobody.gid,
-        runtime_directories: vec!["/session/preforkd".into(), "/tmp/preforkd-65534".into()],
+        runtime_roots: vec![
+            ("/session".into(), String::new()),
+            ("/tmp".into(), "-65534".into()),
+        ],
         ..root()
     }
 }
@@ -159,7 +164,7 @@ fn listen_options_take_the_place_of_all_listeners() {
 fn anchored_options_do_not_depend_on_the_directory() {
     let mut overrides = listen(&["unix:x.sock", "127.0.0.1:1", "unix:/y", "unix:"]);
     overrides.make_absolute();
-    let here = std::env::current_dir().unwrap();
+    let here = crate::sys::process::current_directory().unwrap();
     let expected = format!("unix:{}", here.join("x.sock").display());
     assert_eq!(
         overrides.listen,
@@ -356,6 +361,32 @@ fn warnings_name_what_the_guard_is_in_the_way_of() {
 }
 
 #[test]
+fn users_and_groups_may_be_numbers() {
+    let by_name = settings(&root(), "user = \"daemon\"").unwrap().account;
+    let account = by_name.clone().unwrap();
+    let (uid, gid) = (account.uid, account.gid);
+    for user in [format!("{uid}"), format!("\"{uid}\"")] {
+        let text = format!(
+            "user = {user}\ngroup = {gid}\n[methods.a]\ncommand = [\"true\"]\nuser = {user}\n\
+             [pools.p]\ncommand = [\"true\"]\nuser = {user}\ngroup = {gid}\n"
+        );
+        let found = settings(&root(), &text).unwrap();
+        assert_eq!(found.account, by_name, "{text}");
+        assert_eq!(found.pools["p"].program.account, by_name, "{text}");
+    }
+    let error = settings(&root(), "user = 3999999999")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.ends_with("nothing tells its group; set group beside it"),
+        "{error}"
+    );
+    for wrong in ["user = -1", "user = 4294967295", "user = 1.5"] {
+        assert!(settings(&root(), wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
 fn warnings_name_what_root_exposes() {
     let warnings = |here: Environment, text: &str| settings(&here, text).unwrap().warnings;
     let public = "[[listen]]\naddress = \"0.0.0.0:80\"\n[[listen]]\naddress = \"127.0.0.1:81\"";
@@ -369,6 +400,12 @@ fn warnings_name_what_root_exposes() {
         ]
     );
     assert_eq!(warnings(root(), "").len(), 1);
+    let check = || Environment {
+        is_check: true,
+        ..root()
+    };
+    assert!(warnings(check(), "").is_empty());
+    assert_eq!(warnings(check(), public).len(), 1);
     assert_eq!(warnings(root(), "user = \"root\"").len(), 1);
     assert!(warnings(root(), &format!("user = \"nobody\"\n{public}")).is_empty());
     assert!(warnings(nobody(), public).is_empty());
@@ -400,7 +437,7 @@ fn the_control_socket_is_found_in_a_broken_file() {
     let path = directory.path().join("x.toml");
     let found = |text: &[u8]| {
         fs::write(&path, text).unwrap();
-        candidates_in(&nobody(), Some(&path)).unwrap_or_default()
+        candidates_in(&nobody(), Some(&path), DEFAULT_NAME).unwrap_or_default()
     };
     let beside = [directory.path().join("c.sock")];
     for text in [
@@ -429,11 +466,16 @@ fn the_control_socket_is_found_in_a_broken_file() {
     }
     fs::remove_file(&path).unwrap();
     for unreadable in [&path, directory.path()] {
-        let error = candidates_in(&nobody(), Some(unreadable)).unwrap_err();
+        let error = candidates_in(&nobody(), Some(unreadable), DEFAULT_NAME).unwrap_err();
         assert!(error.to_string().contains("which server"), "{error}");
     }
-    assert_eq!(candidates_in(&nobody(), None).unwrap(), defaults);
-    assert_eq!(candidates_in(&root(), None).unwrap().len(), 1);
+    let of = |here: &Environment, name: &str| candidates_in(here, None, name).unwrap();
+    assert_eq!(of(&nobody(), DEFAULT_NAME), defaults);
+    assert_eq!(of(&root(), DEFAULT_NAME).len(), 1);
+    assert_eq!(
+        of(&root(), "second"),
+        [Path::new("/run/second/control.sock")]
+    );
 }
 
 #[test]
@@ -448,7 +490,7 @@ fn the_control_socket_is_found_in_an_included_file() {
     .unwrap();
     fs::write(at("d/1.toml"), "control-socket = \"c.sock\"\nx = =").unwrap();
     assert_eq!(
-        candidates_in(&root(), Some(&at("x.toml"))).unwrap(),
+        candidates_in(&root(), Some(&at("x.toml")), DEFAULT_NAME).unwrap(),
         [at("d/c.sock")]
     );
 }

@@ -9,12 +9,17 @@ use crate::logging;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 
-/// Runs the handler of `method`; its panic is logged, sparingly, and answered with `internal`.
+/// Runs the handler of `method` for the call with this id; its panic is logged, sparingly, and answered with
+/// `internal`.
 ///
 /// # Errors
 /// What the handler returns, or `internal`.
-pub fn run(method: &str, handler: impl FnOnce() -> Result<(), RpcError>) -> Result<(), RpcError> {
-    let outcome = logging::rate_limit_panics(|| catch_unwind(AssertUnwindSafe(handler)));
+pub fn run(
+    (method, id): (&str, Option<&str>),
+    handler: impl FnOnce() -> Result<(), RpcError>,
+) -> Result<(), RpcError> {
+    let outcome =
+        logging::rate_limit_panics((method, id), || catch_unwind(AssertUnwindSafe(handler)));
     outcome.unwrap_or_else(|payload| {
         discard(payload);
         let text = format!("the handler of {method} panicked; the server's log has the reason");
@@ -54,9 +59,9 @@ mod tests {
             },
         ];
         for handler in thrown {
-            let error = run("it", handler).unwrap_err();
+            let error = run(("it", None), handler).unwrap_err();
             assert_eq!((error.code, error.started), (-32603, true));
         }
-        assert!(run("it", || Ok(())).is_ok());
+        assert!(run(("it", Some("7")), || Ok(())).is_ok());
     }
 }

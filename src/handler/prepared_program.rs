@@ -18,7 +18,7 @@ pub(super) struct PreparedProgram {
 impl PreparedProgram {
     pub fn new(program: &config::ProgramConfig) -> Self {
         let limits = &program.rlimits;
-        let variables = program.environment.iter();
+        let variables = program.variables.iter();
         PreparedProgram {
             template: SpawnTemplate {
                 program: c_path(&program.file),

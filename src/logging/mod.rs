@@ -61,6 +61,8 @@ static LOST: AtomicU64 = AtomicU64::new(0);
 /// What the writing thread is asked to do.
 enum WriterCommand {
     Line(Vec<u8>),
+    /// The output has changed: the old one is let go, though nothing is to be written.
+    TakeOutput,
     /// Answered when everything before it was written.
     Flush(Sender<()>),
 }
@@ -107,9 +109,22 @@ pub fn configure(level: LevelFilter, form: LineFormat) {
 }
 
 /// Where lines go from now on, in the master and in whatever is forked from it; returns where they
-/// went before. In a worker its writing thread takes the output over with the next line.
+/// went before. In a worker its writing thread takes the output over, and closes the old one: a file that
+/// was rotated away takes its space as long as one process has it open.
 pub fn set_output(output: LogOutput) -> Option<LogOutput> {
-    lock_output().replace(output)
+    let before = lock_output().replace(output);
+    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(queue) = queued.as_ref() {
+        // A full queue wakes the thread as well.
+        let _ = queue.try_send(WriterCommand::TakeOutput);
+    }
+    before
+}
+
+/// Logs nothing from now on, and closes nothing: for a keeper, whose worker closes the descriptor at
+/// a rotation and gives the number to something else.
+pub fn forget_output() {
+    std::mem::forget(lock_output().take());
 }
 
 /// Opens a log file to append to, or standard error where there is none.
@@ -171,13 +186,12 @@ pub fn init_worker_log(slot: u16) {
         .stack_size(256 * 1024)
         .spawn(move || {
             for order in receiver {
+                if let Some(other) = lock_output().take() {
+                    output = other;
+                }
                 match order {
-                    WriterCommand::Line(line) => {
-                        if let Some(other) = lock_output().take() {
-                            output = other;
-                        }
-                        output.write_line(&line, &LOST, notice);
-                    }
+                    WriterCommand::Line(line) => output.write_line(&line, &LOST, notice),
+                    WriterCommand::TakeOutput => {}
                     WriterCommand::Flush(done) => drop(done.send(())),
                 }
             }

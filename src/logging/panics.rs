@@ -3,7 +3,7 @@
 //! A handler that panics at each call would fill a disk at the pace of its callers. The first panics
 //! of a while are logged whole, the rest is counted.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::panic::PanicHookInfo;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -15,8 +15,14 @@ use crate::sys::process::monotonic;
 const MOST: u32 = 10;
 const WHILE: Duration = Duration::from_secs(10);
 
+/// Characters of a call's id that are logged.
+const LONGEST_ID: usize = 100;
+
 thread_local! {
     static SPARING: Cell<bool> = const { Cell::new(false) };
+    /// The method of the call that this thread runs, and its id. A panic can end the process, so the text
+    /// must be there before.
+    static CALL: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
 static BUDGET: Mutex<Budget> = Mutex::new(Budget {
@@ -24,9 +30,22 @@ static BUDGET: Mutex<Budget> = Mutex::new(Budget {
     seen: 0,
 });
 
-/// Runs `may_panic`, which catches its panics: they are logged sparingly.
-pub fn rate_limit_panics<T>(may_panic: impl FnOnce() -> T) -> T {
+/// Runs `may_panic`, a call of `method` which catches its panics: they are logged sparingly, with the
+/// method and the id of the call.
+pub fn rate_limit_panics<T>(
+    (method, id): (&str, Option<&str>),
+    may_panic: impl FnOnce() -> T,
+) -> T {
     let before = SPARING.replace(true);
+    // No allocation once the text has its room.
+    CALL.with_borrow_mut(|call| {
+        call.clear();
+        call.push_str(method);
+        if let Some(id) = id {
+            call.push_str(", id ");
+            call.extend(id.chars().take(LONGEST_ID));
+        }
+    });
     let result = may_panic();
     SPARING.set(before);
     result
@@ -39,7 +58,9 @@ pub fn log_panics() {
 
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let mut withheld = 0;
+    let mut call = String::new();
     if SPARING.get() {
+        call = CALL.with_borrow(|call| format!(" in a call of {call}"));
         let mut budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
         match budget.spend(monotonic()) {
             Some(before) => withheld = before,
@@ -63,7 +84,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
         .copied()
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("a panic with a payload that is no text");
-    log::error!("panic{place}: {text}");
+    log::error!("panic{place}{call}: {text}");
 }
 
 /// How many more may be logged.

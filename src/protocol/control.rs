@@ -19,10 +19,19 @@ pub enum ControlRequest {
     Status,
     /// Reads the configuration again. Answered with the verdict, which can take as long as
     /// `workers.boot-timeout` for each of two steps.
-    Reload,
+    Reload {
+        /// The absolute path of the file that the command was given; a server that reads another
+        /// one refuses.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        config: Option<String>,
+    },
     /// Runs the binary that is installed now in place of the running one. Answered with the verdict:
     /// that of the new binary's reload.
-    Upgrade,
+    Upgrade {
+        /// As for a reload.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        config: Option<String>,
+    },
     /// Sets how many workers there are, until the next reload.
     Scale {
         /// The new count, 1 to 1024.
@@ -93,6 +102,14 @@ impl ControlResponse {
     }
 }
 
+/// The version of a program of this name: one that is built on the library says whose version it is.
+pub fn version_of(name: &str, version: &str) -> String {
+    match name {
+        "preforkd" => version.to_owned(),
+        _ => format!("(preforkd {version})"),
+    }
+}
+
 /// One message as it goes over the socket: compact JSON, which holds no line feed, and one behind.
 ///
 /// # Errors
@@ -140,6 +157,15 @@ pub struct MasterStatus {
     pub pid: i32,
     /// The version of preforkd that it runs.
     pub version: String,
+    /// The name of the server.
+    #[serde(default)]
+    pub name: String,
+    /// The configuration file that it has read; null if there was none.
+    #[serde(default)]
+    pub config: Option<String>,
+    /// The path of the program that it was started from, which an upgrade starts again.
+    #[serde(default)]
+    pub binary: String,
     pub generation: u32,
     /// Seconds since it started.
     pub uptime_s: u64,
@@ -390,8 +416,16 @@ mod tests {
     fn requests_are_written_as_the_contract_says() {
         for (request, written) in [
             (ControlRequest::Status, json!({"command": "status"})),
-            (ControlRequest::Reload, json!({"command": "reload"})),
-            (ControlRequest::Upgrade, json!({"command": "upgrade"})),
+            (
+                ControlRequest::Reload { config: None },
+                json!({"command": "reload"}),
+            ),
+            (
+                ControlRequest::Upgrade {
+                    config: Some("/a.toml".into()),
+                },
+                json!({"command": "upgrade", "config": "/a.toml"}),
+            ),
             (
                 ControlRequest::Scale { count: 4 },
                 json!({"command": "scale", "count": 4}),

@@ -146,6 +146,8 @@ fn open_log_of_probe() -> Result<LogOutput> {
 
 /// Puts in what the command line said at the first start, as it was understood there and then.
 fn restore(overrides: &mut Overrides, origin: &StartParams) {
+    // An upgrade keeps the paths, whatever the new program is called.
+    overrides.name.clone_from(&origin.name);
     overrides.daemon = origin.daemon;
     overrides.listen.clone_from(&origin.listen);
 }

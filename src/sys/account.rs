@@ -8,7 +8,7 @@ use std::ffi::CString;
 use std::fmt;
 
 use nix::errno::Errno;
-use nix::unistd::{Gid, Group, User};
+use nix::unistd::{Gid, Group, Uid, User};
 
 /// The account that workers run under.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub struct Account {
 pub enum AccountError {
     NoUser(String),
     NoGroup(String),
+    /// A user that is a number without an account, and no group: nothing tells it.
+    GroupUnknown(String),
     /// The database of users or groups did not answer.
     System(Errno),
 }
@@ -38,6 +40,12 @@ impl fmt::Display for AccountError {
         match self {
             AccountError::NoUser(name) => write!(f, "there is no user {name:?} on this machine"),
             AccountError::NoGroup(name) => write!(f, "there is no group {name:?} on this machine"),
+            AccountError::GroupUnknown(uid) => {
+                write!(
+                    f,
+                    "the user {uid} has no account on this machine, so nothing tells its group"
+                )
+            }
             AccountError::System(errno) => {
                 write!(f, "the database of users did not answer: {}", errno.desc())
             }
@@ -49,23 +57,29 @@ impl std::error::Error for AccountError {}
 
 impl Account {
     /// Looks up `user`, with `group` in the place of its primary group where one is given. As in
-    /// chown(1), a group that is no name but a number is that id.
+    /// chown(1), what is no name but a number is that id. An id without an account has no other groups.
     pub fn lookup(user: &str, group: Option<&str>) -> Result<Account, AccountError> {
-        let found = User::from_name(user)
-            .map_err(AccountError::System)?
-            .ok_or_else(|| AccountError::NoUser(user.to_owned()))?;
-        let group = match group {
-            Some(name) => match Group::from_name(name).map_err(AccountError::System)? {
-                Some(group) => group,
-                None => match name.parse() {
-                    Ok(gid) => group_of(Gid::from_raw(gid))?,
-                    Err(_) => return Err(AccountError::NoGroup(name.to_owned())),
-                },
-            },
-            None => group_of(found.gid)?,
+        let group = group.map(group_named).transpose()?;
+        let no_user = || AccountError::NoUser(user.to_owned());
+        let found = match User::from_name(user).map_err(AccountError::System)? {
+            Some(found) => Some(found),
+            None => {
+                let uid = id(user).ok_or_else(no_user)?;
+                User::from_uid(Uid::from_raw(uid)).map_err(AccountError::System)?
+            }
         };
-        let c_name = CString::new(user)
-            .map_err(|_| AccountError::NoUser(user.escape_debug().to_string()))?;
+        let Some(found) = found else {
+            let group = group.ok_or_else(|| AccountError::GroupUnknown(user.to_owned()))?;
+            return Ok(Account {
+                name: user.to_owned(),
+                uid: id(user).ok_or_else(no_user)?,
+                group: group.name,
+                gid: group.gid.as_raw(),
+                groups: vec![group.gid.as_raw()],
+            });
+        };
+        let group = group.map_or_else(|| group_of(found.gid), Ok)?;
+        let c_name = CString::new(&*found.name).map_err(|_| no_user())?;
         let mut groups: Vec<u32> = nix::unistd::getgrouplist(&c_name, group.gid)
             .map_err(AccountError::System)?
             .into_iter()
@@ -80,6 +94,21 @@ impl Account {
             gid: group.gid.as_raw(),
             groups,
         })
+    }
+}
+
+/// A number as an id. The last one means "no change" to setuid(2).
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id != u32::MAX)
+}
+
+fn group_named(name: &str) -> Result<Group, AccountError> {
+    match Group::from_name(name).map_err(AccountError::System)? {
+        Some(group) => Ok(group),
+        None => match id(name) {
+            Some(gid) => group_of(Gid::from_raw(gid)),
+            None => Err(AccountError::NoGroup(name.to_owned())),
+        },
     }
 }
 
@@ -122,6 +151,23 @@ mod tests {
         // A number needs no name, and reads as it was written.
         let account = Account::lookup("nobody", Some("54321")).unwrap();
         assert_eq!((account.gid, account.group.as_str()), (54321, "54321"));
+    }
+
+    #[test]
+    fn a_number_is_a_user_with_an_account_or_without() {
+        let by_name = Account::lookup("daemon", None).unwrap();
+        let by_number = Account::lookup(&by_name.uid.to_string(), None).unwrap();
+        assert_eq!(by_name, by_number);
+        let unknown = "3999999999";
+        let account = Account::lookup(unknown, Some("54321")).unwrap();
+        assert_eq!((account.uid, account.gid), (3_999_999_999, 54321));
+        assert_eq!((&*account.name, account.groups), (unknown, vec![54321]));
+        let error = Account::lookup(unknown, None).unwrap_err();
+        assert_eq!(error, AccountError::GroupUnknown(unknown.into()));
+        for no_id in ["4294967295", "4294967296", "-1", "1x", ""] {
+            assert!(Account::lookup(no_id, Some("root")).is_err(), "{no_id}");
+            assert!(Account::lookup("root", Some(no_id)).is_err(), "{no_id}");
+        }
     }
 
     #[test]

@@ -120,7 +120,8 @@ pub struct PassedListener {
 }
 
 /// Takes the listeners that the service manager has passed (sd_listen_fds(3)) and clears the
-/// variables, so that no child takes them for its own.
+/// variables, so that no child takes them for its own. Variables that are meant for another process
+/// (LISTEN_PID) are none of ours: they pass nothing, and so their names are not looked at.
 ///
 /// # Safety
 /// The process must have one thread, because the environment is changed. Call it once, before
@@ -129,7 +130,10 @@ pub struct PassedListener {
 /// # Errors
 /// When the variables make no sense or name descriptors that are not open.
 pub unsafe fn take_listeners() -> io::Result<Vec<PassedListener>> {
-    let named = sd_notify::listen_fds_with_names().map(Iterator::collect::<Vec<_>>);
+    let named = match sd_notify::listen_fds() {
+        Ok(fds) if fds.len() == 0 => Ok(Vec::new()),
+        _ => sd_notify::listen_fds_with_names().map(Iterator::collect),
+    };
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
         // SAFETY: the caller promises that there is one thread.
         unsafe { env::remove_var(variable) };

@@ -7,11 +7,13 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -362,6 +364,29 @@ pub fn monotonic_ms() -> u64 {
     u64::try_from(monotonic().as_millis()).unwrap_or(u64::MAX)
 }
 
+/// The directory of this process by the name that its user has for it: `PWD` keeps the symbolic links
+/// of the path that a shell was led by, and getcwd(2) does not. It is believed only if it names this
+/// directory and has no `.` or `..` part (as in pwd(1)).
+///
+/// # Errors
+/// When the directory has no name, because it was deleted.
+pub fn current_directory() -> io::Result<PathBuf> {
+    named_directory(env::var_os("PWD").map(PathBuf::from)).map_or_else(env::current_dir, Ok)
+}
+
+fn named_directory(name: Option<PathBuf>) -> Option<PathBuf> {
+    name.filter(|name| {
+        let is_plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+        name.is_absolute() && name.components().all(is_plain) && is_same_file(name, Path::new("."))
+    })
+}
+
+/// Whether two paths lead to one file or directory.
+pub fn is_same_file(one: &Path, other: &Path) -> bool {
+    let identity = |path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -381,6 +406,22 @@ mod tests {
         let begin = monotonic();
         assert!(wait_for_one_thread(Duration::from_millis(20)) > 1);
         assert!(monotonic() - begin >= Duration::from_millis(20));
+    }
+
+    #[test]
+    #[allow(clippy::unwrap_used)]
+    fn the_name_of_the_directory_is_the_users_as_long_as_it_is_one() {
+        let here = env::current_dir().unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let link = place.path().join("link");
+        std::os::unix::fs::symlink(&here, &link).unwrap();
+        for good in [&here, &link] {
+            assert_eq!(named_directory(Some(good.clone())).as_ref(), Some(good));
+        }
+        for bad in [".", "/", "/no/such", link.join("src/..").to_str().unwrap()] {
+            assert_eq!(named_directory(Some(bad.into())), None, "{bad}");
+        }
+        assert_eq!(named_directory(None), None);
     }
 
     #[test]

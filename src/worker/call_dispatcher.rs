@@ -312,7 +312,7 @@ impl CallDispatcher {
         self.compose(connection, reply, (name, id), |out| {
             let start = out.len();
             let run = || method.handler.call(params, &context, out);
-            guard::run(&method.name, run)?;
+            guard::run((&method.name, id), run)?;
             check_size(out.len() - start, limit)
         });
         signal::set_current_call(0);

@@ -192,6 +192,6 @@ fn run(job: &HandlerCall, slot: u16, registry: &Registry) -> Result<Vec<u8>, Rpc
         .with((job.id.as_deref(), job.peer), registry.worker());
     let mut result = Vec::new();
     let call = || method.handler.call(&job.params, &context, &mut result);
-    guard::run(&method.name, call)?;
+    guard::run((&method.name, job.id.as_deref()), call)?;
     Ok(result)
 }

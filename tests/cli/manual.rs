@@ -85,3 +85,16 @@ fn the_manual_page_promises_nothing_else() {
     let stray: Vec<_> = options(&page).difference(&known).cloned().collect();
     assert!(stray.is_empty(), "options that no command knows: {stray:?}");
 }
+
+/// roff takes quotes out of the arguments of a macro, unless they are written \(dq.
+#[test]
+fn json_and_toml_on_the_page_keep_their_quotes() {
+    let page = page();
+    for code in [
+        "{\"in\": \"METHOD\", \"params\": ANY}",
+        "command = [\\(dq",
+        "pool = \\(dq",
+    ] {
+        assert!(page.contains(code), "{code} is not on the page");
+    }
+}

@@ -4,6 +4,7 @@ mod bars;
 mod bench;
 mod call;
 mod commands;
+mod environment;
 mod guard;
 mod library;
 mod manual;

@@ -154,3 +154,14 @@ fn an_address_that_the_server_itself_has_in_another_way_is_told_as_its_own() {
     assert!(said.contains("this server itself listens at"), "{said}");
     ping(&mut Client::connect(address));
 }
+
+#[test]
+fn variables_that_pass_listeners_to_another_process_are_ignored() {
+    let daemon = Daemon::builder()
+        .config(&listen(&[("unix:rpc.sock", "")]))
+        .env("LISTEN_FDS", "1")
+        .env("LISTEN_FDNAMES", "rpc")
+        .before("export LISTEN_PID=1")
+        .start();
+    ping(&mut Client::connect_unix(&daemon.dir().join("rpc.sock")));
+}

@@ -1,7 +1,9 @@
 //! The life of the server: start, reload, upgrade, drain, stop, and replaced workers.
 
+mod deployment;
 mod handoff;
 mod listeners;
+mod names;
 mod rebalance;
 mod recycle;
 mod reload;

@@ -118,6 +118,37 @@ fn a_daemon_that_can_not_start_says_why_and_gives_the_shell_its_code() {
 }
 
 #[test]
+fn a_rotated_log_is_open_in_no_process_after_usr1() {
+    let daemon = Daemon::builder()
+        .config(
+            "log.file = \"server.log\"\n[workers]\ncount = 2\n\
+             [pools.sleeper]\ncommand = [\"sleep\", \"600\"]\nready = \"alive\"\nprocesses = 1\n\
+             [methods.sleeper]\npool = \"sleeper\"\n",
+        )
+        .start();
+    let (file, rotated) = (
+        daemon.dir().join("server.log"),
+        daemon.dir().join("rotated"),
+    );
+    std::fs::rename(&file, &rotated).unwrap();
+    let holds = |pid: &i32| {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        open.flatten()
+            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|path| path == rotated))
+    };
+    let holders = || -> Vec<i32> {
+        let all = process::descendants(daemon.pid()).into_iter();
+        all.chain([daemon.pid()]).filter(holds).collect()
+    };
+    // Master, two workers with a keeper each, and the process of the pool.
+    assert_eq!(holders().len(), 6);
+    daemon.signal(Signal::SIGUSR1);
+    wait_for("the old log closed", PATIENCE, || holders().is_empty());
+}
+
+#[test]
 fn a_stale_pid_file_stops_no_start_and_its_pid_gets_no_signal() {
     let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
     let alive = bystander.id().to_string();

@@ -379,6 +379,14 @@ fn a_function_that_panics_is_answered_and_hurts_nobody() {
     assert_eq!(answer["result"]["code"], 1, "{answer}");
     assert_eq!(answer["result"]["message"], "no room");
     assert_eq!(answer["result"]["data"], json!(["its", "own", "data"]));
+    for method in ["divide", "divide_inline"] {
+        let line = format!(" in a call of {method}, id 0: ");
+        assert!(
+            daemon.log().contains(&line),
+            "{line:?} is not in\n{}",
+            daemon.log()
+        );
+    }
     println!("{panics} panics, each answered to its caller alone, no worker lost");
     drop(client);
     sweep.assert_same(&daemon);

@@ -95,7 +95,7 @@ fn a_fifo_is_refused_and_not_waited_for() {
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let error = load_in(&root(), Some(&path), &Overrides::default()).unwrap_err();
     assert!(error.to_string().contains("it is no plain file"), "{error}");
-    assert!(candidates_in(&root(), Some(&path)).is_err());
+    assert!(candidates_in(&root(), Some(&path), DEFAULT_NAME).is_err());
     let null = Path::new("/dev/null");
     assert!(load_in(&root(), Some(null), &Overrides::default()).is_ok());
 }

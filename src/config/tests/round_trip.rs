@@ -84,13 +84,16 @@ prop_compose! {
         environment in prop::collection::btree_map("[A-OQ-Z][A-Z_]{0,5}", "[^\0]{0,9}", 0..3),
         cpu in prop::option::of(1..1000u64), memory in prop::option::of(1u64 << 20..1 << 40),
         files in prop::option::of(3..1000u64), processes in prop::option::of(1..1000u64), guard: bool,
+        has_file: bool,
     ) -> ProgramConfig {
         let file = PathBuf::from("/bin/sh").canonicalize().unwrap();
         let name = if by_name { "sh".to_owned() } else { file.to_str().unwrap().to_owned() };
         ProgramConfig {
             file,
             arguments: [name].into_iter().chain(more).collect(),
+            variables: environment.clone(),
             environment,
+            environment_file: has_file.then(|| "/dev/null".into()),
             directory: "/etc".into(),
             account: user.then(|| Account::lookup("nobody", Some("root")).unwrap()),
             rlimits: RlimitsConfig { cpu: cpu.map(Duration::from_secs), memory, files, processes },

@@ -28,8 +28,8 @@ use crate::sys::socket;
 
 /// Clients at one time; more wait in the socket's queue.
 const MOST_CLIENTS: usize = 32;
-/// The longest request, in bytes.
-const LONGEST_REQUEST: usize = 4096;
+/// The longest request, in bytes: it may hold a path.
+const LONGEST_REQUEST: usize = 16_384;
 /// How long a client may take to ask, and then to take its answer.
 const CLIENT_TIMEOUT_MS: Millis = 5000;
 /// Between two tries to let somebody in when the system had no descriptor left.
@@ -105,7 +105,8 @@ impl ControlSocket {
         }
         let refused = |error: io::Error| {
             let remedy = if error.kind() == io::ErrorKind::AddrInUse {
-                "another master answers there: stop that one, or name another control-socket"
+                "another master answers there: start a second server with --name NAME, or set \
+                 pid-file and control-socket; else stop the other one"
             } else {
                 "name a place that this user may write to in control-socket"
             };

@@ -224,8 +224,10 @@ pub fn make_directory(directory: &Path) -> Result<()> {
             .create(directory)
             .map_err(|error| refused("make directory", directory, error))?;
     }
-    let default = std::env::temp_dir().join(format!("preforkd-{own}"));
-    if directory != default {
+    let name = directory.file_name().unwrap_or_default().as_encoded_bytes();
+    let is_default = directory.parent() == Some(&std::env::temp_dir())
+        && name.ends_with(format!("-{own}").as_bytes());
+    if !is_default {
         return Ok(());
     }
     let safe = fs::symlink_metadata(directory).is_ok_and(|found| {

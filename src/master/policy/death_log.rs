@@ -123,7 +123,11 @@ pub(crate) fn reason(child: &ChildRecord, how: Exit) -> String {
         (None, None) => {}
     }
     let words = match (child.stage, how) {
-        (WorkerStage::Draining { .. }, _) => "died while it drained",
+        (WorkerStage::Draining { .. }, Exit::Code(_)) => "failed while it drained",
+        (WorkerStage::Draining { .. }, how) if how.is_signal(Signal::SIGKILL) => {
+            "killed from outside while it drained"
+        }
+        (WorkerStage::Draining { .. }, _) => "crashed while it drained",
         (WorkerStage::Starting, _) => "died before it was ready",
         (WorkerStage::Ready, Exit::Code(0)) => "left unasked, by a SIGQUIT or by its own exit",
         (WorkerStage::Ready, Exit::Code(_)) => "left unasked",

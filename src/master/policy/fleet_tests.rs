@@ -555,6 +555,25 @@ fn a_stop_drains_all_and_leaves_when_the_last_is_gone() {
 }
 
 #[test]
+fn a_drain_that_a_term_hurries_is_no_death_and_a_crash_in_it_is_one() {
+    let mut world = World::serving(LIMITS);
+    let (hurried, crashed) = (world.pid(0), world.pid(1));
+    world.tell(Event::Stop);
+    let term = Exit::Signal {
+        number: 15,
+        core_dumped: false,
+    };
+    world.die(hurried, term);
+    assert_eq!(world.fleet.deaths().total(), 0);
+    world.die(crashed, SEGV);
+    let death = world.fleet.deaths().iter().next().cloned();
+    assert_eq!(
+        death.map(|death| death.reason).as_deref(),
+        Some("crashed while it drained")
+    );
+}
+
+#[test]
 fn a_stop_ends_what_is_left_within_half_a_second_of_its_deadline() {
     let mut world = World::serving(LIMITS);
     let (pid, start) = (world.pid(0), world.now);

@@ -268,11 +268,10 @@ impl Fleet {
     }
 }
 
-/// Whether a worker ended the way it was told to: no death record, no alarm.
+/// Whether a worker ended the way it was told to: no death record, no alarm. TERM to one that drains only
+/// hurries it: a service manager may send it to all processes.
 fn as_asked(child: &ChildRecord, how: Exit) -> bool {
-    let by_order = match child.ready_at {
-        Some(_) => child.kill_reason.is_some() && how.is_signal(Signal::SIGQUIT),
-        None => how.is_signal(Signal::SIGTERM),
-    };
-    child.drains() && (how == Exit::Code(0) || by_order)
+    let by_order =
+        child.ready_at.is_some() && child.kill_reason.is_some() && how.is_signal(Signal::SIGQUIT);
+    child.drains() && (how == Exit::Code(0) || how.is_signal(Signal::SIGTERM) || by_order)
 }

@@ -5,6 +5,7 @@ pub mod rollback;
 pub mod status_report;
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -15,11 +16,13 @@ use super::children::workers::{GenerationContext, WorkerHandle};
 use super::endpoints::control_socket::ClientId;
 use super::main_loop::{Master, now};
 use super::policy::event::{Event, HumanDuration, MAX_COUNT, Millis};
+use crate::config;
 use crate::link::ids::Generation;
 use crate::link::message::Order;
 use crate::logging::{self, LogOutput, pluralize};
 use crate::protocol::control::{ControlRequest, ControlResponse};
 use crate::sys::notify::NotifyState;
+use crate::sys::process::is_same_file;
 
 impl Master<'_> {
     pub(super) fn on_signals(&mut self) {
@@ -140,11 +143,44 @@ impl Master<'_> {
         }
     }
 
+    fn refuse(&mut self, client: ClientId, text: &str) {
+        self.control
+            .answer(client, &ControlResponse::refused(text, 1), now());
+    }
+
+    /// Why a command that was given this configuration file means another server; `None`: it means
+    /// this one, which reads that file, or no file was given.
+    fn reads_another_file(&self, named: Option<&str>) -> Option<String> {
+        let named = Path::new(named?);
+        let own = config::main_file(self.setup.origin.file.as_deref());
+        let reads = match &own {
+            Some(own) if own == named || is_same_file(own, named) => return None,
+            Some(own) => own.display().to_string(),
+            None => "no configuration file".into(),
+        };
+        Some(format!(
+            "this server reads {reads}, not {}; name the file that it reads, or restart it with the other one",
+            named.display()
+        ))
+    }
+
+    /// What a new generation runs on, for the result of a reload or an upgrade.
+    pub(super) fn sources(&self) -> String {
+        let config = match &self.serving_context.settings.file {
+            Some(file) => format!("configuration {}", file.display()),
+            None => "no configuration file".into(),
+        };
+        format!("{config}, binary {}", self.setup.origin.path.display())
+    }
+
     pub(super) fn request(&mut self, client: ClientId, request: ControlRequest) {
         match request {
             ControlRequest::Status => {
                 logging::report_lost_lines();
                 let about = About {
+                    config: self.serving_context.settings.file.as_deref(),
+                    binary: &self.setup.origin.path,
+                    name: &self.setup.program,
                     started: self.started,
                     last_reload: self.last_reload.as_ref(),
                     last_upgrade: self.upgrade.last.as_ref(),
@@ -156,16 +192,25 @@ impl Master<'_> {
                 self.control
                     .answer(client, &ControlResponse::status(answer), now());
             }
-            ControlRequest::Reload if self.stopping => {
-                let text = format!("reload refused: {}", self.end_in_words());
-                self.control
-                    .answer(client, &ControlResponse::refused(text, 1), now());
+            ControlRequest::Reload { config } => {
+                let refusal = match self.stopping {
+                    true => Some(self.end_in_words()),
+                    false => self.reads_another_file(config.as_deref()),
+                };
+                match refusal {
+                    Some(reason) => self.refuse(client, &format!("reload refused: {reason}")),
+                    None => {
+                        self.reload_asked = true;
+                        self.next_verdict_for.push(client);
+                    }
+                }
             }
-            ControlRequest::Reload => {
-                self.reload_asked = true;
-                self.next_verdict_for.push(client);
+            ControlRequest::Upgrade { config } => {
+                match self.reads_another_file(config.as_deref()) {
+                    Some(reason) => self.refuse(client, &format!("upgrade refused: {reason}")),
+                    None => self.ask_upgrade(Some(client)),
+                }
             }
-            ControlRequest::Upgrade => self.ask_upgrade(Some(client)),
             ControlRequest::Scale { count } => {
                 let answer = if self.stopping && self.fleet.stops_at().is_none() {
                     ControlResponse::refused(self.end_in_words(), 1)

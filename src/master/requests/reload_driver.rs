@@ -78,7 +78,8 @@ impl Master<'_> {
             &self.passed,
             settings.limits.write_timeout,
         )?;
-        for warning in &settings.warnings {
+        let told = &self.serving_context.settings.warnings;
+        for warning in settings.warnings.iter().filter(|it| !told.contains(it)) {
             log::warn!("{warning}");
         }
         let registry = self.setup.host.registry(&settings);
@@ -121,7 +122,8 @@ impl Master<'_> {
                 {
                     words += &format!("; {word}");
                 }
-                ControlResponse::said(format!("generation {generation} serves{words}"))
+                let sources = self.sources();
+                ControlResponse::said(format!("generation {generation} serves ({sources}){words}"))
             }
             Err(reason) => {
                 if let Some(ground) = upcoming {

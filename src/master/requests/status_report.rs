@@ -1,5 +1,6 @@
 //! What `status` answers: put together from the fleet, the scoreboard and /proc, asking nobody.
 
+use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::handler::pool::program_record::{ProgramRecord, ProgramState};
@@ -19,6 +20,12 @@ use crate::sys::process::{Pid, resident_bytes};
 /// What the master itself adds.
 #[derive(Debug)]
 pub struct About<'a> {
+    /// The configuration file of the generation that serves.
+    pub config: Option<&'a Path>,
+    /// The path of the program.
+    pub binary: &'a Path,
+    /// The name of the server.
+    pub name: &'a str,
     pub started: Millis,
     /// How the last reload ended.
     pub last_reload: Option<&'a LastReload>,
@@ -38,6 +45,9 @@ pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis)
         master: control::MasterStatus {
             pid: Pid::current().0,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            name: about.name.to_owned(),
+            config: about.config.map(|file| file.display().to_string()),
+            binary: about.binary.display().to_string(),
             generation: fleet.generation().0,
             uptime_s: now.saturating_sub(about.started) / 1000,
             last_reload: about.last_reload.cloned(),

@@ -36,7 +36,7 @@ use super::endpoints::control_socket::ClientId;
 use super::main_loop::{Master, now, wall_clock};
 use super::policy::event::Millis;
 use crate::link::ids::Generation;
-use crate::protocol::control::{ControlResponse, LastReload};
+use crate::protocol::control::{ControlResponse, LastReload, version_of};
 use crate::sys::process::{Exit, Pid};
 
 pub use super::requests::rollback::PANICKED;
@@ -299,9 +299,12 @@ impl Master<'_> {
                 *self.setup.trial = None;
                 self.upgrade.stage = UpgradeStage::Idle;
                 self.upgrade.settings = None;
-                let version = env!("CARGO_PKG_VERSION");
-                let text =
-                    format!("preforkd {version} runs, generation {generation} serves{words}");
+                let name = &self.setup.program;
+                let version = version_of(name, env!("CARGO_PKG_VERSION"));
+                let sources = self.sources();
+                let text = format!(
+                    "{name} {version} runs, generation {generation} serves ({sources}){words}"
+                );
                 log::info!("upgrade: {text}");
                 self.upgrade_ended(Ok(text));
                 false

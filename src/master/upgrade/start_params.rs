@@ -6,13 +6,13 @@
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::Overrides;
+use crate::sys::process::{current_directory, is_same_file};
 
 const OWN_IMAGE: &str = "/proc/self/exe";
 
@@ -22,9 +22,14 @@ pub struct StartParams {
     pub path: PathBuf,
     /// Its arguments, its own name first.
     pub arguments: Vec<OsString>,
+    /// Its directory. Symbolic links are kept here too: a deployment exchanges them.
     pub directory: PathBuf,
     /// The configuration file, absolute, if there is one.
     pub file: Option<PathBuf>,
+    /// The name by which its pid file and control socket are found; `None`: a version that gave all
+    /// servers the same ones has started it.
+    #[serde(default)]
+    pub name: Option<String>,
     /// `--daemon`.
     pub daemon: bool,
     /// Each `--listen`, its paths absolute.
@@ -34,7 +39,7 @@ pub struct StartParams {
 impl StartParams {
     /// That of this process, while its arguments and its directory are as at the start.
     pub fn of_this_process(file: Option<PathBuf>, overrides: &Overrides) -> Self {
-        let directory = env::current_dir().unwrap_or_else(|_| "/".into());
+        let directory = current_directory().unwrap_or_else(|_| "/".into());
         let arguments: Vec<OsString> = env::args_os().collect();
         let name = arguments
             .first()
@@ -44,6 +49,7 @@ impl StartParams {
             arguments,
             directory,
             file,
+            name: overrides.name.clone(),
             daemon: overrides.daemon,
             listen: overrides.listen.clone(),
         }
@@ -72,11 +78,7 @@ fn program(name: &OsStr, directory: &Path, search: Option<&OsStr>) -> PathBuf {
 }
 
 fn is_this(path: &Path) -> bool {
-    let identity = |found: Metadata| (found.dev(), found.ino());
-    match (fs::metadata(path), fs::metadata(OWN_IMAGE)) {
-        (Ok(there), Ok(own)) => identity(there) == identity(own),
-        _ => false,
-    }
+    is_same_file(path, Path::new(OWN_IMAGE))
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use super::recovery::{ConnectionSnapshot, Receiving, Recovery, Sending, Unanswer
 use crate::handler::BEGUN_ELSEWHERE;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::{AdoptionQueue, is_full};
+use crate::logging;
 use crate::sys::event::UnsentData;
 use crate::sys::event::io_progress::{ConnectionRecord, CurrentIo, PendingAccept, RECEIVE_BUFFER};
 use crate::sys::process::{Fork, exit_now, monotonic};
@@ -74,6 +75,7 @@ fn run_keeper(
     if !matches!(clone_files::end_with_parent(boot.master), Ok(true)) {
         exit_now(0);
     }
+    logging::forget_output();
     let mut ended = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
     while poll(&mut ended, PollTimeout::NONE) != Ok(1) {}
     // With POLLHUP once it is reaped too.
