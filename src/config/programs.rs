@@ -234,6 +234,7 @@ fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Resul
         let (key, remedy) = match error {
             AccountError::NoUser(_) => (&user_key, "create it, or name one that exists"),
             AccountError::NoGroup(_) => (&group_key, "create it, or name one that exists"),
+            AccountError::GroupUnknown(_) => (&user_key, "set group beside it"),
             AccountError::System(_) => (&user_key, ""),
         };
         check.places.error(key, error.to_string(), remedy)

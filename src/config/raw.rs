@@ -20,7 +20,9 @@ pub(super) struct Raw {
     pub daemon: Option<bool>,
     pub pid_file: Option<String>,
     pub control_socket: Option<String>,
+    #[serde(deserialize_with = "account_name")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "account_name")]
     pub group: Option<String>,
     /// Done with before serde runs; here for its name and its type.
     pub include: Option<Vec<String>>,
@@ -82,6 +84,10 @@ pub(super) struct RawListen {
     pub name: Option<String>,
     pub backlog: Option<i64>,
     pub mode: Option<String>,
+    #[serde(deserialize_with = "account_name")]
+    pub socket_user: Option<String>,
+    #[serde(deserialize_with = "account_name")]
+    pub socket_group: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -98,7 +104,9 @@ pub(super) struct RawMethod {
     pub max_output: Option<ByteSize>,
     pub environment: Option<BTreeMap<String, String>>,
     pub directory: Option<String>,
+    #[serde(deserialize_with = "account_name")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "account_name")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -120,7 +128,9 @@ pub(super) struct RawPool {
     pub respawn_max_delay: Option<DurationValue>,
     pub environment: Option<BTreeMap<String, String>>,
     pub directory: Option<String>,
+    #[serde(deserialize_with = "account_name")]
     pub user: Option<String>,
+    #[serde(deserialize_with = "account_name")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -185,6 +195,29 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for StrictTable<T> {
 
         deserializer.deserialize_map(Visitor(PhantomData))
     }
+}
+
+/// A user or a group: a name, or a number with quotes or without.
+fn account_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    struct Visitor;
+
+    impl de::Visitor<'_> for Visitor {
+        type Value = Option<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a name or a number")
+        }
+
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
+            Ok(Some(number.to_string()))
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(Some(text.to_owned()))
+        }
+    }
+
+    deserializer.deserialize_any(Visitor)
 }
 
 /// `workers.count`: `"auto"` or a number.

@@ -185,6 +185,7 @@ fn account(check: &Check<'_>, raw: &Raw) -> Result<Option<Account>> {
         let (key, remedy) = match error {
             AccountError::NoUser(_) => ("user", "create it, or name one that exists"),
             AccountError::NoGroup(_) => ("group", "create it, or name one that exists"),
+            AccountError::GroupUnknown(_) => ("user", "set group beside it"),
             AccountError::System(_) => ("user", ""),
         };
         check.places.error(key, error.to_string(), remedy)

@@ -10,7 +10,7 @@ use std::time::Duration;
 use log::LevelFilter;
 
 pub use super::address::Address;
-use crate::sys::account::Account;
+use crate::sys::account::{Account, NamedId};
 
 /// The whole configuration in effect: the file, what it includes, the command line, the defaults.
 #[derive(Debug, Clone, PartialEq)]
@@ -269,6 +269,10 @@ pub struct ListenConfig {
     pub backlog: u32,
     /// The permission bits of a unix socket, 0 to 0o777; `None` leaves them to the umask.
     pub mode: Option<u32>,
+    /// The owner of a unix socket; `None`: the workers' user.
+    pub socket_user: Option<NamedId>,
+    /// The group of a unix socket; `None`: the workers' group.
+    pub socket_group: Option<NamedId>,
 }
 
 /// One `[methods.NAME]`.

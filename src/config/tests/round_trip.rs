@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::settings::{LogConfig, RlimitsConfig};
-use crate::sys::account::Account;
+use crate::sys::account::{self, Account};
 
 fn duration(least_ms: u64) -> impl Strategy<Value = Duration> {
     prop_oneof![
@@ -40,8 +40,15 @@ prop_compose! {
     fn listener()(
         address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
     ) -> ListenConfig {
-        let mode = (with && matches!(address, Address::Unix(_))).then_some(mode);
-        ListenConfig { address, name: Some(format!("socket {backlog}")), backlog, mode }
+        let with = with && matches!(address, Address::Unix(_));
+        ListenConfig {
+            address,
+            name: Some(format!("socket {backlog}")),
+            backlog,
+            mode: with.then_some(mode),
+            socket_user: with.then(|| account::lookup_user("54321").unwrap()),
+            socket_group: with.then(|| account::lookup_group("root").unwrap()),
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::config;
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::master::children::workers::{GenerationContext, GenerationInfo};
-use crate::master::endpoints::listeners;
+use crate::master::endpoints::listeners::{self, SocketOptions};
 use crate::master::main_loop::{Master, now, wall_clock};
 use crate::master::policy::event::Event;
 use crate::master::start::limits;
@@ -76,7 +76,7 @@ impl Master<'_> {
             &settings.listen,
             &self.serving_context.listeners,
             &self.passed,
-            settings.limits.write_timeout,
+            &SocketOptions::of(&settings),
         )?;
         for warning in &settings.warnings {
             log::warn!("{warning}");
