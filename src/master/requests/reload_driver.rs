@@ -11,11 +11,12 @@ use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::master::children::workers::{GenerationContext, GenerationInfo};
 use crate::master::endpoints::listeners::{self, SocketOptions};
-use crate::master::main_loop::{Master, now, wall_clock};
+use crate::master::main_loop::{Master, now};
 use crate::master::policy::event::Event;
 use crate::master::start::limits;
 use crate::protocol::control::{ControlResponse, LastReload, MOST_DRAINING_GENERATIONS};
 use crate::sys::notify::NotifyState;
+use crate::sys::process;
 
 impl Master<'_> {
     /// Begins the reload that was asked for, once none is under way. Requests that come in a
@@ -138,7 +139,7 @@ impl Master<'_> {
         }
         self.last_reload = Some(LastReload {
             ok: verdict.is_ok(),
-            at: wall_clock(),
+            at: process::unix_seconds(),
             // with what the log has most lately of its workers, where there is something
             error: verdict.err().map(|reason| match words.lines().last() {
                 Some(word) => format!("{reason}; {}", word.trim()),
