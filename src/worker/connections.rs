@@ -149,6 +149,13 @@ impl EventLoop {
             service
                 .timers
                 .arm(&mut connection.read_deadline, at, TimerTarget::Read(token));
+            // The beginning of a call. A client with Nagle's algorithm sends the rest when this is
+            // acknowledged, and the kernel delays that by 40 ms because it hopes for an answer to go with it.
+            if connection.peer.is_some()
+                && let Some(socket) = reactor.descriptor(token)
+            {
+                socket::acknowledge_now(socket);
+            }
         }
         if unsent == 0 {
             service
