@@ -165,6 +165,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
         max_lifetime: Some(DurationValue(pool.max_lifetime)),
         respawn_burst: Some(pool.respawn_burst.into()),
         respawn_max_delay: Some(DurationValue(pool.respawn_max_delay)),
+        stderr_level: Some(pool.stderr_level.as_str().to_lowercase()),
         environment: Some(program.environment.clone()),
         directory: Some(program.directory.to_string_lossy().into()),
         user: account.map(|account| account.name.clone()),

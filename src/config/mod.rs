@@ -32,8 +32,9 @@ mod units;
 
 use std::path::{Path, PathBuf};
 
-pub use commands::placeholder;
+pub use commands::{literal, placeholder};
 pub use overrides::Overrides;
+pub use programs::SEARCH_PATH;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
     Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogFormat, MethodConfig,

@@ -97,6 +97,7 @@ pub(super) struct RawMethod {
     pub timeout: Option<DurationValue>,
     pub concurrency: Option<i64>,
     pub rate: Option<i64>,
+    #[serde(deserialize_with = "command")]
     pub command: Option<Vec<String>>,
     pub pool: Option<String>,
     pub stdin: Option<String>,
@@ -115,6 +116,7 @@ pub(super) struct RawMethod {
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawPool {
+    #[serde(deserialize_with = "command")]
     pub command: Option<Vec<String>>,
     pub processes: Option<Count>,
     pub concurrency: Option<i64>,
@@ -126,6 +128,7 @@ pub(super) struct RawPool {
     pub max_lifetime: Option<DurationValue>,
     pub respawn_burst: Option<i64>,
     pub respawn_max_delay: Option<DurationValue>,
+    pub stderr_level: Option<String>,
     pub environment: Option<BTreeMap<String, String>>,
     pub directory: Option<String>,
     #[serde(deserialize_with = "account_name")]
@@ -214,6 +217,33 @@ fn account_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Str
 
         fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
             Ok(Some(text.to_owned()))
+        }
+    }
+
+    deserializer.deserialize_any(Visitor)
+}
+
+/// A command: a list. A text is most likely a shell line, so the error shows how to write one safely.
+fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+    struct Visitor;
+
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Option<Vec<String>>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of a program and its arguments")
+        }
+
+        fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+            Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Some)
+        }
+
+        fn visit_str<E: de::Error>(self, _: &str) -> Result<Self::Value, E> {
+            Err(E::custom(
+                "a command is a list of a program and its arguments, which no shell reads: [\"wc\", \"-w\"]. \
+                 With a shell, pass values behind the script, where they are never read as code: \
+                 [\"sh\", \"-c\", \"printf %s \\\"$1\\\" | wc -w\", \"sh\", \"{text}\"]",
+            ))
         }
     }
 

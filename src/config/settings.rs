@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use log::LevelFilter;
+use log::{Level, LevelFilter};
 
 pub use super::address::Address;
 use crate::sys::account::{Account, NamedId};
@@ -206,12 +206,17 @@ pub struct PoolConfig {
     pub respawn_burst: u32,
     /// Where the doubling delay ends; zero means no throttle, else at least 100 ms.
     pub respawn_max_delay: Duration,
+    /// The level of its standard error in the log.
+    pub stderr_level: Level,
 }
 
 /// What a command reads from its standard input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stdin {
+    /// The params as JSON.
     Params,
+    /// The params, which must be a string, without quotes and escapes.
+    Text,
     /// Nothing.
     None,
 }
@@ -220,6 +225,7 @@ impl Stdin {
     pub fn name(self) -> &'static str {
         match self {
             Stdin::Params => "params",
+            Stdin::Text => "text",
             Stdin::None => "none",
         }
     }
@@ -230,6 +236,8 @@ impl Stdin {
 pub enum OutputFormat {
     /// Text: the result is a string.
     Text,
+    /// The same without the newline at its end.
+    Line,
     /// One JSON value: it is the result.
     Json,
 }
@@ -238,6 +246,7 @@ impl OutputFormat {
     pub fn name(self) -> &'static str {
         match self {
             OutputFormat::Text => "text",
+            OutputFormat::Line => "line",
             OutputFormat::Json => "json",
         }
     }
