@@ -22,4 +22,5 @@ def age():
     return time.time() - LOADED
 
 
-serve()
+if __name__ == "__main__":
+    serve()

@@ -8,18 +8,23 @@ Put it beside your program, and write:
     def add(a, b):
         return a + b
 
-    serve()
+    if __name__ == "__main__":
+        serve()
 
 The params become the arguments of the function:
 
-- a list: positional arguments
+- a list: positional arguments; with `@method(spread=False)` it is the only argument
 - an object: keyword arguments
 - null: no argument
 - any other value: the only argument
 
 The return value of the function is the result. Raise Error(code, message, data) for your own errors.
 Any other exception is answered with an error too. Its traceback goes to stderr, which goes to
-preforkd's log.
+preforkd's log. What the program prints goes there too, line by line.
+
+preforkd starts the program. Started by hand in a terminal, it reads calls from there, one per line.
+In a child of multiprocessing, serve() returns at once. The program ignores SIGTERM while it serves,
+because preforkd ends it after its calls. Processes that it starts do not ignore it.
 
 Calls come one at a time. For more calls at once, set `processes` in the configuration, or
 `concurrency`: then one program gets several calls at once. `async def` functions run together on one
@@ -30,6 +35,7 @@ if its function is an `async def`.
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import traceback
@@ -52,6 +58,12 @@ _decode = json.JSONDecoder().raw_decode
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
+# Into a pipe Python writes blocks of 8 KiB, and what is in such a block is lost with a program that is killed.
+for _stream in (sys.stdout, sys.stderr):
+    if hasattr(_stream, "reconfigure"):
+        _stream.reconfigure(line_buffering=True)
+
+
 class Error(Exception):
     """An error for the caller: your own code, a message, and optional data."""
 
@@ -62,12 +74,14 @@ class Error(Exception):
         self.data = data
 
 
-def method(name=None):
-    """Registers a function as a method: `@method`, or `@method("a.name")` to give it another name."""
+def method(name=None, spread=True):
+    """Registers a function as a method: `@method`, or `@method("a.name")` to give it another name.
+
+    With spread=False the params are the only argument, also if they are a list, an object or null."""
 
     def register(function, name=None):
         name = name or function.__name__
-        _methods[name] = (function, '{"out": %s, "result": ' % _encode(name))
+        _methods[name] = (function, spread, '{"out": %s, "result": ' % _encode(name))
         return function
 
     if callable(name):
@@ -77,7 +91,13 @@ def method(name=None):
 
 def serve(fd=3):
     """Answers calls until preforkd closes its end."""
-    calls = socket.socket(fileno=fd)
+    if _is_child_of_multiprocessing():
+        return
+    try:
+        calls = socket.socket(fileno=fd)
+    except OSError:
+        return _serve_by_hand()
+    _ignore_sigterm()
     calls.sendall(_frame('{"out": "ready"}'))  # needed for `ready = "message"`, harmless otherwise
     data = calls.recv(PIECE)
     while data:
@@ -93,6 +113,51 @@ def serve(fd=3):
             return asyncio.run(_serve_together(calls, data))
         calls.sendall(_frame(_answer(body)))
         data = data[end:] or calls.recv(PIECE)
+
+
+def _is_child_of_multiprocessing():
+    """Whether multiprocessing runs the program's file once more, in a child, to find its functions there."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "__mp_main__":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _serve_by_hand():
+    """Answers calls from a terminal."""
+    sys.stderr.write(
+        "%s is a program of a preforkd pool: preforkd starts it and gives it calls on descriptor 3.\n"
+        'Name it in a configuration, as command = ["python3", %s] of a pool, and start `preforkd run`.\n'
+        % (sys.argv[0], _encode(sys.argv[0]))
+    )
+    if sys.stdin is None or not sys.stdin.isatty():
+        sys.exit(1)
+    example = '{"in": "%s", "params": []}' % next(iter(_methods), "add")
+    sys.stderr.write("Until then it reads calls here, one per line, such as %s\n" % example)
+    for line in sys.stdin:
+        try:
+            call = json.loads(line)
+            body = _encode({"in": call["in"], "params": call.get("params")}).encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            print("this is no call; write one as in %s" % example)
+        else:
+            print(_answer(body))
+
+
+def _ignore_sigterm():
+    """A service manager may send SIGTERM to all processes at once, and the call would be lost.
+
+    This is a function and not SIG_IGN, because exec keeps what is ignored, for the programs started from here."""
+    try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
+            os.register_at_fork(after_in_child=_stop_ignoring_sigterm)
+    except ValueError:
+        pass  # serve() was not called by the main thread, and only that can set a handler
+
+
+def _stop_ignoring_sigterm():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 async def _serve_together(calls, data):
@@ -186,7 +251,9 @@ def _find(call):
     name, params = call["in"], call["params"]
     if name not in _methods:
         raise Error(METHOD_NOT_FOUND, "this program has no method %r" % name)
-    function, begin = _methods[name]
+    function, spread, begin = _methods[name]
+    if not spread:
+        return function, [params], {}, begin
     if isinstance(params, list):
         return function, params, {}, begin
     if isinstance(params, dict):

@@ -8,6 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use preforkd::internals::Code;
 use preforkd::internals::body::{self, Body, Form};
 use preforkd::internals::jsonrpc;
+use preforkd::internals::http::{HttpDate, ResponseContext};
 use preforkd::internals::reply::{AnswerContext, AnswerFormat, Framing};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -18,7 +19,10 @@ const ABOUT: AnswerContext<'static> = AnswerContext {
     last: false,
     closing: false,
     ours: true,
-    origins: &[],
+    http: ResponseContext {
+        origins: &[],
+        date: HttpDate(0),
+    },
 };
 
 /// What is asked by one element that is a good call: its id, if it is to be answered. `Err` for what is

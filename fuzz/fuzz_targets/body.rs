@@ -5,6 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use preforkd::internals::body::{self, Body, Form};
 use preforkd::internals::call::{Call, InvalidCall};
 use preforkd::internals::jsonrpc;
+use preforkd::internals::http::{HttpDate, ResponseContext};
 use preforkd::internals::reply::{AnswerContext, AnswerFormat, Framing};
 use serde_json::value::RawValue;
 
@@ -12,7 +13,10 @@ const ABOUT: AnswerContext<'static> = AnswerContext {
     last: false,
     closing: false,
     ours: true,
-    origins: &[],
+    http: ResponseContext {
+        origins: &[],
+        date: HttpDate(0),
+    },
 };
 
 fn answer(out: &mut Vec<u8>, wrap: Framing, form: Form, call: Result<Call<'_>, InvalidCall<'_>>) {

@@ -13,6 +13,10 @@ fn judged(first: [u8; 4]) -> Dialect {
     if u32::from_le_bytes(first) < 0x0900_0000 {
         return Dialect::Frame;
     }
+    match first {
+        [0xEF, 0xBB, 0xBF, b' ' | b'\t' | b'\n' | b'\r' | b'{' | b'['] => return Dialect::Line,
+        _ => {}
+    }
     match first[0] {
         b' ' | b'\t' | b'\n' | b'\r' | b'{' | b'[' => return Dialect::Line,
         _ => {}
@@ -55,6 +59,7 @@ fn bodies(dialect: Dialect, bytes: &[u8], split: usize) -> (usize, bool) {
                 },
                 Dialect::Http => match http::decode(rest, &mut progress, &rules) {
                     http::DecodedRequest::Whole { used, .. } => (true, used),
+                    http::DecodedRequest::Blank { used } => (false, used),
                     http::DecodedRequest::Partial { .. } => break,
                     http::DecodedRequest::Refused(_) => return (found, true),
                 },

@@ -21,6 +21,7 @@ fn requests(bytes: &[u8], split: usize) -> (Vec<(String, Vec<u8>)>, Option<u16>,
                     found.push((format!("{head:?}"), body.into_owned()));
                     at += used;
                 }
+                DecodedRequest::Blank { used } => at += used,
                 DecodedRequest::Partial { .. } => break,
                 DecodedRequest::Refused(refusal) => {
                     assert!((400..600).contains(&refusal.status) && !refusal.error.started);

@@ -27,11 +27,11 @@ mod status_tests;
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::time::SystemTime;
 
 use crate::config::{Overrides, server_name};
 use crate::error::{Error, Result};
 use crate::server::Server;
+use crate::sys::process;
 use args::CliCommand;
 
 /// The exit code of a panic, whose own message has been printed when it gets here.
@@ -118,7 +118,12 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
                 return print_line(answered.json);
             }
             let colours = output::wants_colours();
-            output::print(&status::render(name, &answered.status, now(), colours))
+            output::print(&status::render(
+                name,
+                &answered.status,
+                process::unix_seconds(),
+                colours,
+            ))
         }
         CliCommand::Reload { place } => print_line(control::reload(&place, &mut |hint| {
             output::print_error(name, hint);
@@ -149,11 +154,4 @@ fn all_but_last(name: &str, mut errors: Vec<Error>) -> Error {
 fn print_line(mut text: String) -> Result<()> {
     text.push('\n');
     output::print(&text)
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    SystemTime::UNIX_EPOCH
-        .elapsed()
-        .map_or(0, |since| since.as_secs())
 }

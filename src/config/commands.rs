@@ -25,9 +25,15 @@ fn is_name(text: &str) -> bool {
             .all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
 }
 
+/// An argument that is no placeholder, as the program gets it: `{{` stands for `{`.
+pub fn literal(argument: &str) -> String {
+    argument.replace("{{", "{")
+}
+
 /// Whether this looks like a placeholder that is only a part of its argument. In a text with
 /// blanks, braces are most likely another language's, and `${…}` is a shell's.
 fn has_partial_placeholder(argument: &str) -> bool {
+    let argument = argument.replace("{{", "");
     let pieces = || argument.match_indices('{');
     !argument.contains(char::is_whitespace)
         && pieces().any(|(at, _)| {
@@ -49,15 +55,17 @@ pub(super) fn resolve(
     let stdin = match &raw.stdin {
         None if takes_params => Stdin::None,
         None => Stdin::Params,
-        Some(word) => match check.choice(&join(key, "stdin"), word, &["params", "none"])? {
+        Some(word) => match check.choice(&join(key, "stdin"), word, &["params", "text", "none"])? {
             "none" => Stdin::None,
+            "text" => Stdin::Text,
             _ => Stdin::Params,
         },
     };
     let output = match &raw.output {
         None => OutputFormat::Text,
-        Some(word) => match check.choice(&join(key, "output"), word, &["text", "json"])? {
+        Some(word) => match check.choice(&join(key, "output"), word, &["text", "line", "json"])? {
             "json" => OutputFormat::Json,
+            "line" => OutputFormat::Line,
             _ => OutputFormat::Text,
         },
     };
@@ -85,7 +93,7 @@ fn check_placeholders(key: &str, command: &[String], check: &Check<'_>) -> Resul
             return Err(check.places.error(
                 key,
                 format!("in {argument:?} the placeholder is a part of an argument"),
-                "make it an argument of its own: it is replaced as a whole",
+                "make it an argument of its own, which is replaced as a whole; a literal { is written {{",
             ));
         }
     }
@@ -113,8 +121,18 @@ mod tests {
         for partial in ["--host={name}", "/srv/{name}.txt", "{a}{b}"] {
             assert!(has_partial_placeholder(partial), "{partial}");
         }
-        for literal in ["echo {name} x", "${HOME}", "{}", "{print $1}", "a{1,2}"] {
-            assert!(!has_partial_placeholder(literal), "{literal}");
+        for text in [
+            "echo {name} x",
+            "${HOME}",
+            "{}",
+            "{print $1}",
+            "a{1,2}",
+            "{{name}",
+            "a{{b}",
+        ] {
+            assert!(!has_partial_placeholder(text), "{text}");
         }
+        assert_eq!(placeholder("{{name}"), None);
+        assert_eq!(literal("a{{name}{}"), "a{name}{}");
     }
 }

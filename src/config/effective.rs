@@ -11,6 +11,7 @@ use super::settings::{
     CommandConfig, LogConfig, MethodConfig, MethodKind, PoolConfig, RlimitsConfig, Settings,
 };
 use super::units::{ByteSize, DurationValue};
+use crate::sys::account::NamedId;
 
 impl Settings {
     /// The effective configuration as TOML. Read with the same functions registered, it makes
@@ -93,6 +94,7 @@ fn limits(settings: &Settings) -> RawLimits {
 }
 
 fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {
+    let name = |id: &Option<NamedId>| Some(id.as_ref()?.name.clone());
     settings
         .listen
         .iter()
@@ -102,6 +104,8 @@ fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {
                 name: listen.name.clone(),
                 backlog: Some(listen.backlog.into()),
                 mode: listen.mode.map(|mode| format!("{mode:04o}")),
+                socket_user: name(&listen.socket_user),
+                socket_group: name(&listen.socket_group),
             })
         })
         .collect()
@@ -171,6 +175,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
         max_lifetime: Some(DurationValue(pool.max_lifetime)),
         respawn_burst: Some(pool.respawn_burst.into()),
         respawn_max_delay: Some(DurationValue(pool.respawn_max_delay)),
+        stderr_level: Some(pool.stderr_level.as_str().to_lowercase()),
         environment: Some(program.environment.clone()),
         environment_file: program
             .environment_file

@@ -11,6 +11,7 @@ use super::check::{Check, command_line};
 use super::raw::{Raw, RawListen};
 use super::settings::ListenConfig;
 use crate::error::{Error, Result};
+use crate::sys::account::{self, AccountError, NamedId};
 
 const DEFAULT_ADDRESS: Address =
     Address::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080));
@@ -125,11 +126,40 @@ fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfi
         None => None,
         Some(text) => Some(mode(check, &format!("{key}.mode"), text, &address)?),
     };
+    let owner = |name: &str, text: &Option<String>, lookup: LookUp| {
+        let key = format!("{key}.{name}");
+        let text = text.as_deref();
+        text.map(|text| socket_owner(check, &key, text, &address, lookup))
+            .transpose()
+    };
+    let socket_user = owner("socket-user", &raw.socket_user, account::lookup_user)?;
+    let socket_group = owner("socket-group", &raw.socket_group, account::lookup_group)?;
     Ok(ListenConfig {
         address,
         name: raw.name.clone(),
         backlog,
         mode,
+        socket_user,
+        socket_group,
+    })
+}
+
+type LookUp = fn(&str) -> std::result::Result<NamedId, AccountError>;
+
+fn socket_owner(
+    check: &Check<'_>,
+    key: &str,
+    text: &str,
+    address: &Address,
+    lookup: LookUp,
+) -> Result<NamedId> {
+    if !matches!(address, Address::Unix(_)) {
+        let problem = format!("{address} is no unix socket, and only those have an owner");
+        return Err(check.places.error(key, problem, "take it out"));
+    }
+    lookup(text).map_err(|error| {
+        let remedy = "create it, or name one that exists";
+        check.places.error(key, error.to_string(), remedy)
     })
 }
 
@@ -168,6 +198,8 @@ fn plain(address: Address) -> ListenConfig {
         name: None,
         backlog: DEFAULT_BACKLOG,
         mode: None,
+        socket_user: None,
+        socket_group: None,
     }
 }
 

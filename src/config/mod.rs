@@ -33,8 +33,9 @@ mod variables;
 
 use std::path::{Path, PathBuf};
 
-pub use commands::placeholder;
+pub use commands::{literal, placeholder};
 pub use overrides::{DEFAULT_NAME, Overrides, server_name};
+pub use programs::SEARCH_PATH;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
     Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogFormat, MethodConfig,

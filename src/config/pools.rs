@@ -8,6 +8,8 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
+use log::Level;
+
 use super::check::{Check, MILLISECOND};
 use super::programs::{self, Ids};
 use super::raw::{Count, Raw, RawPool};
@@ -115,6 +117,7 @@ fn resolve_one(
         )?,
         respawn_max_delay: check
             .respawn_max_delay(&key_of("respawn-max-delay"), raw.respawn_max_delay)?,
+        stderr_level: stderr_level(&key_of("stderr-level"), raw, check)?,
         // Last, so that `check` tells of the rest too.
         program: match &raw.command {
             Some(command) => programs::resolve(key, (command, example), &raw.into(), check, ids)?,
@@ -144,6 +147,18 @@ pub(super) fn kills_abandoned(
         ));
     }
     Ok(kills)
+}
+
+/// The level of what its programs write to standard error.
+fn stderr_level(key: &str, raw: &RawPool, check: &Check<'_>) -> Result<Level> {
+    let Some(level) = &raw.stderr_level else {
+        return Ok(Level::Warn);
+    };
+    let levels = ["error", "warn", "info", "debug", "trace"];
+    let level = check.choice(key, level, &levels)?;
+    Ok(level
+        .parse()
+        .expect("each of the listed levels is one of log's"))
 }
 
 /// How many programs the server has of the pool.

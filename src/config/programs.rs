@@ -23,8 +23,8 @@ use super::variables;
 use crate::error::Result;
 use crate::sys::account::{Account, AccountError};
 
-/// Where a program is looked for that is a name and no path, unless its own environment has a PATH.
-const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where a program is looked for that is a name and no path, and its PATH, unless its own environment has one.
+pub const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const MIB: u64 = 1 << 20;
 
 /// The user and the group that the workers have.
@@ -127,6 +127,8 @@ fn arguments(
                 "install it, or give its path",
             );
         };
+        // Not the name: Python and others find their own files by it.
+        arguments[0] = found.to_string_lossy().into_owned();
         found
     };
     if check.here.has_served {

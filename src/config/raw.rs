@@ -20,9 +20,9 @@ pub(super) struct Raw {
     pub daemon: Option<bool>,
     pub pid_file: Option<String>,
     pub control_socket: Option<String>,
-    #[serde(deserialize_with = "name_or_number")]
+    #[serde(deserialize_with = "account_name")]
     pub user: Option<String>,
-    #[serde(deserialize_with = "name_or_number")]
+    #[serde(deserialize_with = "account_name")]
     pub group: Option<String>,
     /// Done with before serde runs; here for its name and its type.
     pub include: Option<Vec<String>>,
@@ -84,6 +84,10 @@ pub(super) struct RawListen {
     pub name: Option<String>,
     pub backlog: Option<i64>,
     pub mode: Option<String>,
+    #[serde(deserialize_with = "account_name")]
+    pub socket_user: Option<String>,
+    #[serde(deserialize_with = "account_name")]
+    pub socket_group: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -94,6 +98,7 @@ pub(super) struct RawMethod {
     pub concurrency: Option<i64>,
     pub rate: Option<i64>,
     pub when_abandoned: Option<String>,
+    #[serde(deserialize_with = "command")]
     pub command: Option<Vec<String>>,
     pub pool: Option<String>,
     pub stdin: Option<String>,
@@ -102,9 +107,9 @@ pub(super) struct RawMethod {
     pub environment: Option<BTreeMap<String, String>>,
     pub environment_file: Option<String>,
     pub directory: Option<String>,
-    #[serde(deserialize_with = "name_or_number")]
+    #[serde(deserialize_with = "account_name")]
     pub user: Option<String>,
-    #[serde(deserialize_with = "name_or_number")]
+    #[serde(deserialize_with = "account_name")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -113,6 +118,7 @@ pub(super) struct RawMethod {
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawPool {
+    #[serde(deserialize_with = "command")]
     pub command: Option<Vec<String>>,
     pub processes: Option<Count>,
     pub concurrency: Option<i64>,
@@ -125,12 +131,13 @@ pub(super) struct RawPool {
     pub max_lifetime: Option<DurationValue>,
     pub respawn_burst: Option<i64>,
     pub respawn_max_delay: Option<DurationValue>,
+    pub stderr_level: Option<String>,
     pub environment: Option<BTreeMap<String, String>>,
     pub environment_file: Option<String>,
     pub directory: Option<String>,
-    #[serde(deserialize_with = "name_or_number")]
+    #[serde(deserialize_with = "account_name")]
     pub user: Option<String>,
-    #[serde(deserialize_with = "name_or_number")]
+    #[serde(deserialize_with = "account_name")]
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
@@ -198,27 +205,54 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for StrictTable<T> {
     }
 }
 
-/// A name of a user or a group, or an id in digits or as a number.
-fn name_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+/// A user or a group: a name, or a number with quotes or without.
+fn account_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     struct Visitor;
 
     impl de::Visitor<'_> for Visitor {
-        type Value = String;
+        type Value = Option<String>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a string or an integer")
+            f.write_str("a name or a number")
         }
 
-        fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
-            Ok(number.to_string())
+        fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
+            Ok(Some(number.to_string()))
         }
 
-        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
-            Ok(text.to_owned())
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(Some(text.to_owned()))
         }
     }
 
-    deserializer.deserialize_any(Visitor).map(Some)
+    deserializer.deserialize_any(Visitor)
+}
+
+/// A command: a list. A text is most likely a shell line, so the error shows how to write one safely.
+fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+    struct Visitor;
+
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Option<Vec<String>>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of a program and its arguments")
+        }
+
+        fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+            Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Some)
+        }
+
+        fn visit_str<E: de::Error>(self, _: &str) -> Result<Self::Value, E> {
+            Err(E::custom(
+                "a command is a list of a program and its arguments, which no shell reads: [\"wc\", \"-w\"]. \
+                 With a shell, pass values behind the script, where they are never read as code: \
+                 [\"sh\", \"-c\", \"printf %s \\\"$1\\\" | wc -w\", \"sh\", \"{text}\"]",
+            ))
+        }
+    }
+
+    deserializer.deserialize_any(Visitor)
 }
 
 /// `workers.count`: `"auto"` or a number.

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use log::LevelFilter;
+use log::{Level, LevelFilter};
 
 pub use super::address::Address;
-use crate::sys::account::Account;
+use crate::sys::account::{Account, NamedId};
 
 /// The whole configuration in effect: the file, what it includes, the command line, the defaults.
 #[derive(Debug, Clone, PartialEq)]
@@ -212,12 +212,17 @@ pub struct PoolConfig {
     pub respawn_burst: u32,
     /// Where the doubling delay ends; zero means no throttle, else at least 100 ms.
     pub respawn_max_delay: Duration,
+    /// The level of its standard error in the log.
+    pub stderr_level: Level,
 }
 
 /// What a command reads from its standard input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stdin {
+    /// The params as JSON.
     Params,
+    /// The params, which must be a string, without quotes and escapes.
+    Text,
     /// Nothing.
     None,
 }
@@ -226,6 +231,7 @@ impl Stdin {
     pub fn name(self) -> &'static str {
         match self {
             Stdin::Params => "params",
+            Stdin::Text => "text",
             Stdin::None => "none",
         }
     }
@@ -236,6 +242,8 @@ impl Stdin {
 pub enum OutputFormat {
     /// Text: the result is a string.
     Text,
+    /// The same without the newline at its end.
+    Line,
     /// One JSON value: it is the result.
     Json,
 }
@@ -244,6 +252,7 @@ impl OutputFormat {
     pub fn name(self) -> &'static str {
         match self {
             OutputFormat::Text => "text",
+            OutputFormat::Line => "line",
             OutputFormat::Json => "json",
         }
     }
@@ -275,6 +284,10 @@ pub struct ListenConfig {
     pub backlog: u32,
     /// The permission bits of a unix socket, 0 to 0o777; `None` leaves them to the umask.
     pub mode: Option<u32>,
+    /// The owner of a unix socket; `None`: the workers' user.
+    pub socket_user: Option<NamedId>,
+    /// The group of a unix socket; `None`: the workers' group.
+    pub socket_group: Option<NamedId>,
 }
 
 /// One `[methods.NAME]`.

@@ -19,6 +19,8 @@ impl PreparedProgram {
     pub fn new(program: &config::ProgramConfig) -> Self {
         let limits = &program.rlimits;
         let variables = program.variables.iter();
+        let has_path = program.variables.contains_key("PATH");
+        let path = (!has_path).then(|| format!("PATH={}", config::SEARCH_PATH));
         PreparedProgram {
             template: SpawnTemplate {
                 program: c_path(&program.file),
@@ -33,7 +35,9 @@ impl PreparedProgram {
                 guard: program.guard,
             },
             environment: variables
-                .map(|(name, value)| c_string(format!("{name}={value}")))
+                .map(|(name, value)| format!("{name}={value}"))
+                .chain(path)
+                .map(c_string)
                 .collect(),
         }
     }

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::rc::Rc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -440,11 +440,4 @@ struct Ready {
 /// The clock of all deadlines: CLOCK_MONOTONIC, which the workers' heartbeats are written in too.
 pub(super) fn now() -> Millis {
     process::monotonic().as_millis() as Millis
-}
-
-/// Seconds since 1970, for records that people read.
-pub(super) fn wall_clock() -> u64 {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }

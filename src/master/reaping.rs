@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use nix::sys::signal::Signal;
 
 use super::children::keepers::is_plausible_keeper;
-use super::main_loop::{Master, wall_clock};
+use super::main_loop::Master;
 use super::policy::event::{Action, Event};
 use crate::protocol::control::WorkerPhase;
 use crate::sys::memory;
@@ -88,7 +88,7 @@ impl ReapTarget for Round<'_, '_> {
             how: child.exit,
             method: worker.and_then(|worker| worker.last_method()),
             rss_bytes: child.peak_rss_bytes,
-            at: wall_clock(),
+            at: process::unix_seconds(),
         });
     }
 

@@ -18,7 +18,7 @@ use super::children::workers::{Children, GenerationContext};
 use super::endpoints::control_socket::{ClientId, ControlSocket};
 use super::endpoints::listeners::Listener;
 use super::endpoints::pid_file::PidFile;
-use super::main_loop::{Master, now, wall_clock};
+use super::main_loop::{Master, now};
 use super::policy::crash_counts::CrashCounts;
 use super::policy::event::{Event, Exit};
 use super::policy::fleet::Fleet;
@@ -201,7 +201,7 @@ impl Master<'_> {
                 how: Exit::Code(0),
                 method: worker.and_then(|worker| worker.last_method()),
                 rss_bytes: 0,
-                at: wall_clock(),
+                at: process::unix_seconds(),
             });
         }
         // Only now: a new worker may get the pid of one that is removed here.

@@ -14,8 +14,7 @@ use super::children::orphans::Orphans;
 use super::children::startup_log::StartupLog;
 use super::children::workers::{Children, GenerationContext, GenerationInfo};
 use super::endpoints::control_socket::ControlSocket;
-use super::endpoints::listeners;
-use super::endpoints::listeners::Listener;
+use super::endpoints::listeners::{self, Listener, SocketOptions};
 use super::endpoints::pid_file::PidFile;
 use super::main_loop::{Master, now};
 use super::policy::crash_counts::CrashCounts;
@@ -84,8 +83,8 @@ fn start<'a>(
     let system = |what: &'static str| move |error| Error::system(what, error);
     let passed = listeners::adopt_passed(std::mem::take(&mut setup.passed))?;
     let settings = Rc::new(setup.settings.clone());
-    let timeout = settings.limits.write_timeout;
-    let listeners = listeners::open(&settings.listen, &[], &passed, timeout)?;
+    let options = SocketOptions::of(&settings);
+    let listeners = listeners::open(&settings.listen, &[], &passed, &options)?;
     opened.clone_from(&listeners);
     listeners::tune(&settings, &listeners);
     if let Some(pid_file) = pid_file {

@@ -274,7 +274,7 @@ fn what_is_not_json_is_a_parse_error_without_an_id() {
         "1 2",
         "[][]",
         "{}}",
-        "\u{FEFF}{}",
+        "\u{FEFF}\u{FEFF}{}",
         "[1]//",
         "[\u{A0}]",
         "\"a\nb\"",

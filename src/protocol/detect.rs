@@ -31,10 +31,21 @@ const HTTP_METHODS: [[u8; 4]; 10] = [
 pub fn detect(first_four: [u8; 4]) -> Dialect {
     match first_four {
         [.., 0..=8] => Dialect::Frame,
+        // Editors and shells of Windows put a byte order mark before text. It is passed over.
+        [0xEF, 0xBB, 0xBF, first] if is_line(first) => Dialect::Line,
         [first, ..] if is_line(first) => Dialect::Line,
         method if HTTP_METHODS.contains(&method) => Dialect::Http,
         _ => Dialect::Unknown,
     }
+}
+
+/// Whether a connection begins with the PROXY protocol, version 1 or 2, as far as the bytes are there. Version
+/// 2 begins like empty lines, but a line holds no NUL.
+pub fn is_proxy_protocol(bytes: &[u8]) -> bool {
+    let begins = |signature: &[u8], least: usize| {
+        bytes.len() >= least && signature.starts_with(&bytes[..bytes.len().min(signature.len())])
+    };
+    begins(b"PROXY ", 4) || begins(b"\r\n\r\n\0\r\nQUIT\n", 5)
 }
 
 /// Whether lines begin with this byte: white space, or what an object or an array begins with.
@@ -62,6 +73,7 @@ mod tests {
             (*b"{}\r\n", Dialect::Line),
             (*b"  {}", Dialect::Line),
             (*b"{}\t\t", Dialect::Line),
+            (*b"\xEF\xBB\xBF{", Dialect::Line),
             (*b"POST", Dialect::Http),
             (*b"GET ", Dialect::Http),
             (*b"PUT ", Dialect::Http),
@@ -79,12 +91,28 @@ mod tests {
     }
 
     #[test]
+    fn the_proxy_protocol_is_told_from_empty_lines() {
+        for bytes in [
+            &b"PROXY TCP4 127.0.0.1"[..],
+            b"PROX",
+            b"\r\n\r\n\0\r\nQUIT\n\x21\x11",
+            b"\r\n\r\n\0",
+        ] {
+            assert!(is_proxy_protocol(bytes), "{bytes:?}");
+        }
+        for bytes in [&b"\r\n\r\n"[..], b"\r\n\r\n{}", b"PRO", b"PROXIES", b""] {
+            assert!(!is_proxy_protocol(bytes), "{bytes:?}");
+        }
+    }
+
+    #[test]
     fn the_rest_is_not_ours() {
         for first in [
             *b"\x16\x03\x01\x20", // TLS
             *b"SSH-",
-            *b"*1\r\n",        // redis
-            *b"\xEF\xBB\xBF{", // a byte order mark is not JSON (RFC 8259, section 8.1)
+            *b"*1\r\n", // redis
+            *b"\xEF\xBB\xBFx",
+            *b"PROX",
             *b"get ",
             *b"GETS",
             *b"\xFF\xFF\xFF\xFF",

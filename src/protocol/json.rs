@@ -13,7 +13,10 @@ use memchr::{memchr2, memchr2_iter};
 
 /// The body as text that is not nested deeper than `depth`; the outermost array or object is
 /// level 1. Whether it is JSON is not known yet.
+///
+/// A byte order mark is passed over, as a parser may do it (RFC 8259, section 8.1).
 pub fn text(body: &[u8], depth: usize) -> Result<&str, RpcError> {
+    let body = body.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(body);
     if body.is_empty() {
         return Err(refused("an empty body is not JSON".to_owned()));
     }

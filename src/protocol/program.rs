@@ -210,7 +210,8 @@ mod tests {
                 "{\"out\": \"m\", \"result\": 1, \"result\": 2}",
                 "duplicate",
             ),
-            ("\u{feff}", "not an object"),
+            ("\u{feff}", "empty"),
+            ("\u{feff}[]", "not an object"),
         ] {
             let said = read(body.as_bytes(), 4).unwrap_err();
             assert!(said.contains(why), "{body}: {said}");

@@ -38,7 +38,7 @@ pub struct AnswerContext<'a> {
     pub closing: bool,
     /// Its error is the server's own, whose code may close the connection.
     pub ours: bool,
-    pub origins: &'a [String],
+    pub http: http::ResponseContext<'a>,
 }
 
 impl AnswerContext<'_> {
@@ -91,7 +91,7 @@ impl AnswerFormat {
             _ => 200,
         };
         self.wrap
-            .finish(out, mark, status, about.closes(&outcome), about.origins);
+            .finish(out, mark, status, about.closes(&outcome), about.http);
         outcome
     }
 
@@ -107,7 +107,7 @@ impl AnswerFormat {
             out.push(b']');
         }
         self.wrap
-            .finish(out, mark, status, about.closes(&Ok(())), about.origins);
+            .finish(out, mark, status, about.closes(&Ok(())), about.http);
     }
 }
 
@@ -129,9 +129,16 @@ impl Framing {
 
     /// Ends what `begin` began; 204 tells that there is nothing to be said.
     #[inline]
-    fn finish(self, out: &mut Vec<u8>, mark: usize, status: u16, close: bool, origins: &[String]) {
+    fn finish(
+        self,
+        out: &mut Vec<u8>,
+        mark: usize,
+        status: u16,
+        close: bool,
+        about: http::ResponseContext<'_>,
+    ) {
         match self {
-            Framing::Http(reply) => response::finish(out, mark, reply, status, close, origins),
+            Framing::Http(reply) => response::finish(out, mark, reply, status, close, about),
             _ if status == 204 => out.truncate(mark),
             Framing::Frame => {
                 frame::finish(out, mark);

@@ -24,13 +24,21 @@ pub struct Account {
     pub groups: Vec<u32>,
 }
 
+/// A user or a group as it is configured, with its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedId {
+    /// Its name, or the id in digits.
+    pub name: String,
+    pub id: u32,
+}
+
 /// Why there is no such account.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccountError {
     NoUser(String),
     NoGroup(String),
-    /// A user that is a number without an account, and no group: nothing tells it.
-    GroupUnknown(String),
+    /// A user id without a name on this machine, so without a primary group.
+    GroupUnknown(u32),
     /// The database of users or groups did not answer.
     System(Errno),
 }
@@ -41,10 +49,7 @@ impl fmt::Display for AccountError {
             AccountError::NoUser(name) => write!(f, "there is no user {name:?} on this machine"),
             AccountError::NoGroup(name) => write!(f, "there is no group {name:?} on this machine"),
             AccountError::GroupUnknown(uid) => {
-                write!(
-                    f,
-                    "the user {uid} has no account on this machine, so nothing tells its group"
-                )
+                write!(f, "user {uid} has no name on this machine, so no group")
             }
             AccountError::System(errno) => {
                 write!(f, "the database of users did not answer: {}", errno.desc())
@@ -57,41 +62,32 @@ impl std::error::Error for AccountError {}
 
 impl Account {
     /// Looks up `user`, with `group` in the place of its primary group where one is given. As in
-    /// chown(1), what is no name but a number is that id. An id without an account has no other groups.
+    /// chown(1), what is no name but a number is that id. A user id without a name has no group but
+    /// `group`.
     pub fn lookup(user: &str, group: Option<&str>) -> Result<Account, AccountError> {
-        let group = group.map(group_named).transpose()?;
-        let no_user = || AccountError::NoUser(user.to_owned());
-        let found = match User::from_name(user).map_err(AccountError::System)? {
-            Some(found) => Some(found),
-            None => {
-                let uid = id(user).ok_or_else(no_user)?;
-                User::from_uid(Uid::from_raw(uid)).map_err(AccountError::System)?
+        let (user, primary) = find_user(user)?;
+        let group = match (group, primary) {
+            (Some(group), _) => lookup_group(group)?,
+            (None, Some(gid)) => group_of(gid)?,
+            (None, None) => return Err(AccountError::GroupUnknown(user.id)),
+        };
+        let mut groups = match primary {
+            None => vec![group.id],
+            Some(_) => {
+                let c_name = CString::new(user.name.as_str())
+                    .map_err(|_| AccountError::NoUser(user.name.escape_debug().to_string()))?;
+                let all = nix::unistd::getgrouplist(&c_name, Gid::from_raw(group.id))
+                    .map_err(AccountError::System)?;
+                all.into_iter().map(Gid::as_raw).collect()
             }
         };
-        let Some(found) = found else {
-            let group = group.ok_or_else(|| AccountError::GroupUnknown(user.to_owned()))?;
-            return Ok(Account {
-                name: user.to_owned(),
-                uid: id(user).ok_or_else(no_user)?,
-                group: group.name,
-                gid: group.gid.as_raw(),
-                groups: vec![group.gid.as_raw()],
-            });
-        };
-        let group = group.map_or_else(|| group_of(found.gid), Ok)?;
-        let c_name = CString::new(&*found.name).map_err(|_| no_user())?;
-        let mut groups: Vec<u32> = nix::unistd::getgrouplist(&c_name, group.gid)
-            .map_err(AccountError::System)?
-            .into_iter()
-            .map(Gid::as_raw)
-            .collect();
         groups.sort_unstable();
         groups.dedup();
         Ok(Account {
-            name: found.name,
-            uid: found.uid.as_raw(),
+            name: user.name,
+            uid: user.id,
             group: group.name,
-            gid: group.gid.as_raw(),
+            gid: group.id,
             groups,
         })
     }
@@ -102,25 +98,59 @@ fn id(text: &str) -> Option<u32> {
     text.parse().ok().filter(|id| *id != u32::MAX)
 }
 
-fn group_named(name: &str) -> Result<Group, AccountError> {
-    match Group::from_name(name).map_err(AccountError::System)? {
-        Some(group) => Ok(group),
-        None => match id(name) {
-            Some(gid) => group_of(Gid::from_raw(gid)),
-            None => Err(AccountError::NoGroup(name.to_owned())),
-        },
+/// Looks up a user by name, else by number.
+pub fn lookup_user(user: &str) -> Result<NamedId, AccountError> {
+    find_user(user).map(|(user, _)| user)
+}
+
+/// Looks up a group by name, else by number.
+pub fn lookup_group(group: &str) -> Result<NamedId, AccountError> {
+    if let Some(group) = Group::from_name(group).map_err(AccountError::System)? {
+        return Ok(named(group));
+    }
+    match id(group) {
+        Some(gid) => group_of(Gid::from_raw(gid)),
+        None => Err(AccountError::NoGroup(group.to_owned())),
+    }
+}
+
+/// The user with that name or number, and its primary group; a number without a name has none.
+fn find_user(text: &str) -> Result<(NamedId, Option<Gid>), AccountError> {
+    let mut found = User::from_name(text).map_err(AccountError::System)?;
+    let number = id(text).filter(|_| found.is_none());
+    if let Some(uid) = number {
+        found = User::from_uid(Uid::from_raw(uid)).map_err(AccountError::System)?;
+    }
+    match (found, number) {
+        (Some(user), _) => {
+            let (name, id) = (user.name, user.uid.as_raw());
+            Ok((NamedId { name, id }, Some(user.gid)))
+        }
+        (None, Some(id)) => {
+            let name = id.to_string();
+            Ok((NamedId { name, id }, None))
+        }
+        (None, None) => Err(AccountError::NoUser(text.to_owned())),
     }
 }
 
 /// The group with that id; if it has no name, its digits are one.
-fn group_of(gid: Gid) -> Result<Group, AccountError> {
+fn group_of(gid: Gid) -> Result<NamedId, AccountError> {
     let found = Group::from_gid(gid).map_err(AccountError::System)?;
-    Ok(found.unwrap_or_else(|| Group {
-        name: gid.to_string(),
-        passwd: CString::default(),
-        gid,
-        mem: Vec::new(),
-    }))
+    Ok(found.map_or_else(
+        || NamedId {
+            name: gid.to_string(),
+            id: gid.as_raw(),
+        },
+        named,
+    ))
+}
+
+fn named(group: Group) -> NamedId {
+    NamedId {
+        name: group.name,
+        id: group.gid.as_raw(),
+    }
 }
 
 /// The effective user and group of this process: geteuid(2), getegid(2).
@@ -154,16 +184,14 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_a_user_with_an_account_or_without() {
-        let by_name = Account::lookup("daemon", None).unwrap();
-        let by_number = Account::lookup(&by_name.uid.to_string(), None).unwrap();
-        assert_eq!(by_name, by_number);
-        let unknown = "3999999999";
-        let account = Account::lookup(unknown, Some("54321")).unwrap();
-        assert_eq!((account.uid, account.gid), (3_999_999_999, 54321));
-        assert_eq!((&*account.name, account.groups), (unknown, vec![54321]));
-        let error = Account::lookup(unknown, None).unwrap_err();
-        assert_eq!(error, AccountError::GroupUnknown(unknown.into()));
+    fn a_number_is_a_user_too() {
+        let root = Account::lookup("root", None).unwrap();
+        assert_eq!(Account::lookup("0", None).unwrap(), root);
+        let nameless = Account::lookup("54321", Some("root")).unwrap();
+        assert_eq!((nameless.name.as_str(), nameless.uid), ("54321", 54321));
+        assert_eq!((nameless.gid, nameless.groups), (0, vec![0]));
+        let error = Account::lookup("54321", None).unwrap_err();
+        assert_eq!(error, AccountError::GroupUnknown(54321));
         for no_id in ["4294967295", "4294967296", "-1", "1x", ""] {
             assert!(Account::lookup(no_id, Some("root")).is_err(), "{no_id}");
             assert!(Account::lookup("root", Some(no_id)).is_err(), "{no_id}");

@@ -24,6 +24,7 @@ use nix::sys::socket::{
     SockaddrStorage, UnixAddr, bind, connect, getpeername, getsockname, getsockopt, listen, recv,
     recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
+use nix::sys::stat::{Mode, fchmod};
 
 use super::rights;
 
@@ -56,12 +57,14 @@ pub fn bind_tcp(address: SocketAddr) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Binds a unix stream socket, not listening yet. The path must be free.
+/// Binds a unix stream socket, not listening yet. The path must be free. The file gets `mode` less the
+/// umask: it takes the mode of the socket, so that no path has to be changed afterwards.
 ///
 /// # Errors
 /// EADDRINUSE when the path exists, EACCES, ENOENT, ENAMETOOLONG.
-pub fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+pub fn bind_unix(path: &Path, mode: u32) -> io::Result<OwnedFd> {
     let fd = stream_socket(AddressFamily::Unix)?;
+    fchmod(&fd, Mode::from_bits_truncate(mode))?;
     // Before anybody can connect: connections have this from the beginning.
     rights::refuse(&fd);
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
@@ -150,6 +153,23 @@ pub fn set_tcp_options(fd: &impl AsFd, write_timeout: Duration) -> io::Result<()
     let timeout_ms = u32::try_from(write_timeout.as_millis()).unwrap_or(u32::MAX);
     setsockopt(fd, sockopt::TcpUserTimeout, &timeout_ms)?;
     Ok(())
+}
+
+/// Sends the acknowledgement of received bytes at once (TCP_QUICKACK, tcp(7)). An error changes nothing but
+/// the time.
+pub fn acknowledge_now(fd: &impl AsFd) {
+    let on: libc::c_int = 1;
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `on`, which outlives the call.
+    unsafe {
+        libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_QUICKACK,
+            (&raw const on).cast(),
+            length,
+        );
+    }
 }
 
 /// Whether it is a stream socket that listens.

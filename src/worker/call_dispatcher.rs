@@ -27,10 +27,11 @@ use crate::link::scoreboard::WorkerRecord;
 use crate::protocol::body::{self, Body, Form};
 use crate::protocol::call::Call;
 use crate::protocol::code::Code;
+use crate::protocol::http::{HttpDate, ResponseContext};
 use crate::protocol::reply::{AnswerContext, AnswerFormat, Framing};
 use crate::protocol::rpc_error::{RpcError, excerpt};
 use crate::protocol::{cancel, jsonrpc};
-use crate::sys::signal;
+use crate::sys::{process, signal};
 
 #[derive(Debug)]
 pub struct CallDispatcher {
@@ -468,7 +469,10 @@ impl CallDispatcher {
             last,
             closing: connection.phase != ConnectionPhase::Open,
             ours: false,
-            origins: self.origins,
+            http: ResponseContext {
+                origins: self.origins,
+                date: HttpDate(if is_http { process::unix_seconds() } else { 0 }),
+            },
         }
     }
 

@@ -9,9 +9,11 @@ use std::mem;
 use super::call_dispatcher::{caller_gone, millis, too_late};
 use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
+use super::input_parser::PROXY_PROTOCOL;
 use super::peer_calls;
 use super::rebalance::is_transferable;
 use super::timers::TimerTarget;
+use crate::protocol::detect;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
@@ -34,6 +36,8 @@ impl EventLoop {
             let socket = reactor.descriptor(token);
             self.service.waited(socket.map_or(0, socket::waited_ms));
         }
+        let is_proxy = connection.dialect.is_none() && detect::is_proxy_protocol(bytes);
+        let peer = connection.peer;
         self.service.ledger.opens();
         let dropped = connection.skip(bytes);
         let used = if dropped == 0 && connection.input.is_empty() {
@@ -55,6 +59,10 @@ impl EventLoop {
         let whole = used > dropped || dropped > 0 && connection.discarding.is_none();
         self.pump(reactor, token, whole);
         self.service.accept_wait_ms = 0;
+        if is_proxy {
+            let peer = peer.map_or("unix".to_owned(), |peer| peer.to_string());
+            self.warn_limited(WarningKind::Proxy, &format!("{PROXY_PROTOCOL} peer={peer}"));
+        }
     }
 
     /// Sends what was answered, takes what may be taken now, and sets what follows from it:
@@ -149,6 +157,13 @@ impl EventLoop {
             service
                 .timers
                 .arm(&mut connection.read_deadline, at, TimerTarget::Read(token));
+            // The beginning of a call. A client with Nagle's algorithm sends the rest when this is
+            // acknowledged, and the kernel delays that by 40 ms because it hopes for an answer to go with it.
+            if connection.peer.is_some()
+                && let Some(socket) = reactor.descriptor(token)
+            {
+                socket::acknowledge_now(socket);
+            }
         }
         if unsent == 0 {
             service

@@ -72,10 +72,12 @@ pub(super) enum WarningKind {
     Unsent,
     /// A connection is closed to make room for another one.
     Silent,
+    /// A proxy sends the PROXY protocol.
+    Proxy,
 }
 
 impl WarningKind {
-    const KINDS: usize = 8;
+    const KINDS: usize = 9;
 }
 
 /// A worker at work.

@@ -22,6 +22,8 @@ use crate::sys::event::Token;
 
 /// So much of an unfinished call has room whatever the others keep: most calls are no larger.
 const ALWAYS_ROOM: usize = 16 * 1024;
+pub(super) const PROXY_PROTOCOL: &str = "the connection begins with the PROXY protocol, which preforkd does not \
+     read: it is refused; turn the protocol off in the proxy (send-proxy of HAProxy, proxy_protocol of nginx)";
 /// While the worker drains, how long it waits for a connection to come to rest before it reads on.
 const YOUNG_MS: u64 = 100;
 
@@ -134,6 +136,7 @@ impl CallDispatcher {
                     }
                     self.request(connection, head, &body);
                 }
+                http::DecodedRequest::Blank { used } => at += used,
                 http::DecodedRequest::Partial { waits } => {
                     // It may only be asked to go on once all before it is answered.
                     if waits && connection.unanswered == 0 {
@@ -178,7 +181,7 @@ impl CallDispatcher {
                 let about = self.answer_context(connection, reply);
                 let close = about.last && about.closing;
                 self.write(connection, reply, |out| {
-                    response::preflight(out, head.reply, close, about.origins);
+                    response::preflight(out, head.reply, close, about.http);
                 });
             }
             Ask::Refused(refusal) => self.refuse_request(connection, head.reply, &refusal),
@@ -192,7 +195,7 @@ impl CallDispatcher {
         why: &RejectedRequest,
     ) {
         let mut body = Vec::new();
-        answer::error(&mut body, &why.error, None);
+        answer::bare_error(&mut body, &why.error);
         self.respond(connection, reply, why.status, &body);
     }
 
@@ -210,14 +213,19 @@ impl CallDispatcher {
         self.write(connection, reply, |out| {
             let mark = out.len();
             out.extend_from_slice(body);
-            response::finish(out, mark, http, status, close, about.origins);
+            response::finish(out, mark, http, status, close, about.http);
         });
     }
 
     /// Neither a length nor text that one of the dialects begins with.
     fn reject_unknown_dialect(&mut self, connection: &mut Connection, input: &[u8]) -> usize {
-        let text = "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
-                    length and that many bytes of JSON), a line of JSON, or an HTTP request";
+        let text = match detect::is_proxy_protocol(input) {
+            true => PROXY_PROTOCOL,
+            false => {
+                "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
+                 length and that many bytes of JSON), a line of JSON, or an HTTP request"
+            }
+        };
         self.reject_too_large(connection, Framing::Frame, text.to_owned(), input)
     }
 
@@ -320,6 +328,7 @@ impl CallDispatcher {
 /// fourth byte comes, only lines are so short.
 fn dialect_of(connection: &Connection, input: &[u8]) -> Option<Dialect> {
     match (input.first_chunk(), input) {
+        (Some(_), _) if detect::is_proxy_protocol(input) => Some(Dialect::Unknown),
         (Some(first_four), _) => Some(detect::detect(*first_four)),
         (None, [first, ..]) if connection.peer_closed => {
             detect::is_line(*first).then_some(Dialect::Line)

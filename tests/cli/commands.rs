@@ -27,6 +27,14 @@ output = "json"
 command = ["printf", "%s|", "first", "{value}", "last"]
 [methods.behind]
 command = ["printf", "%s|", "--", "{value}"]
+[methods.text]
+command = ["cat"]
+stdin = "text"
+output = "line"
+[methods.brace]
+command = ["printf", "%s", "{{value}"]
+[methods.itself]
+command = ["python3", "-c", "import os, sys; print(sys.executable, os.environ['PATH'])"]
 [methods.fail]
 command = ["sh", "-c", "echo so it goes >&2; exit 7"]
 [methods.signal]
@@ -93,6 +101,37 @@ fn a_command_reads_its_params_and_its_output_is_the_result() {
     // more than a pipe holds, both ways at once
     let large = "x".repeat(900_000);
     assert_eq!(result(&mut client, "json", &json!(large)), large);
+}
+
+#[test]
+fn text_goes_in_without_quotes_and_comes_out_without_its_last_newline() {
+    let daemon = daemon();
+    let mut client = daemon.client();
+    for (text, output) in [
+        ("a \"b\"\n", "a \"b\""),
+        ("\n\n", "\n"),
+        ("", ""),
+        ("é", "é"),
+    ] {
+        assert_eq!(result(&mut client, "text", &json!(text)), output);
+    }
+    let refused = result(&mut client, "text", &json!({"a": 1}));
+    assert_eq!(refused["name"], "invalid-params", "{refused}");
+    assert_eq!(result(&mut client, "brace", &Value::Null), "{value}");
+}
+
+/// With the bare name as argv[0] and no PATH, Python finds neither itself nor other programs.
+#[test]
+fn a_command_knows_its_own_path_and_has_a_path() {
+    let daemon = daemon();
+    let said = result(&mut daemon.client(), "itself", &Value::Null);
+    let said = said.as_str().unwrap();
+    let (python, path) = said.trim_end().split_once(' ').unwrap();
+    assert!(std::path::Path::new(python).is_file(), "{said}");
+    assert_eq!(
+        path,
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    );
 }
 
 #[test]
@@ -195,10 +234,11 @@ fn a_command_inherits_nothing_of_the_daemons() {
     let text = result(&mut client, "environment", &Value::Null);
     let mut lines: Vec<&str> = text.as_str().unwrap().lines().collect();
     lines.sort_unstable();
-    assert_eq!(lines.len(), 3, "{lines:?}");
+    assert_eq!(lines.len(), 4, "{lines:?}");
     assert_eq!(lines[..2], ["COLOR=blue", "LANG=C.UTF-8"]);
+    assert!(lines[2].starts_with("PATH=/usr/local/sbin:"), "{lines:?}");
     let call = format!("PREFORKD_CALL={}.", daemon.ready_workers()[0]);
-    assert!(lines[2].starts_with(&call), "{lines:?}");
+    assert!(lines[3].starts_with(&call), "{lines:?}");
 
     let text = result(&mut client, "surroundings", &Value::Null);
     let words: Vec<&str> = text.as_str().unwrap().split_whitespace().collect();
@@ -412,7 +452,7 @@ fn no_caller_makes_anything_else_run() {
         .collect();
     let others: Vec<&&str> = executed
         .iter()
-        .filter(|line| !line.contains("/printf\", [\"printf\", \"%s|\", \"first\", "))
+        .filter(|line| !line.contains("/printf\", \"%s|\", \"first\", "))
         .collect();
     println!(
         "{attempts} hostile calls, {ran} ran, {} execve, {} of others",

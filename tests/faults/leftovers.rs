@@ -110,6 +110,31 @@ fn nothing_is_left_after_the_masters_death() {
     setting.daemon.wait_group_gone();
 }
 
+/// As the kernel's OOM killer or a container runtime does it: no process is left that could kill the command.
+#[test]
+fn a_command_ends_when_master_worker_and_keeper_are_killed_together() {
+    let mut daemon = Daemon::builder()
+        .config("[workers]\ncount = 1\n[methods.nap]\ncommand = [\"sleep\", \"60\"]\n")
+        .start();
+    let mut client = daemon.client();
+    client.send(r#"{"in": "nap"}"#);
+    let worker = daemon.wait_running(1);
+    let command = process::children(worker);
+    assert_eq!(command.len(), 1, "{command:?}");
+    let mut all = process::children(daemon.pid());
+    all.push(daemon.pid());
+    assert_eq!(all.len(), 3, "{all:?}");
+    // Stopped first, so that none of them sees another one die.
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for &pid in &all {
+            kill(Pid::from_raw(pid), signal).unwrap();
+        }
+    }
+    daemon.wait_exit();
+    gone(&command, "master, worker and keeper killed");
+    daemon.wait_group_gone();
+}
+
 #[test]
 fn a_stop_waits_for_the_command_and_leaves_nothing() {
     let mut daemon = Daemon::builder()

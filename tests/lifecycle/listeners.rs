@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 
 use serde_json::json;
 
@@ -70,6 +71,57 @@ fn backlog_and_mode_change_at_a_reload_on_the_socket_that_is_there() {
     assert_eq!(status["listeners"][1]["backlog"], 9);
     ping(&mut lasting);
     ping(&mut Client::connect_unix(&path));
+}
+
+/// The owner and the group of a file.
+fn owner(path: &Path) -> (u32, u32) {
+    let file = fs::metadata(path).unwrap();
+    (file.uid(), file.gid())
+}
+
+#[test]
+fn a_unix_socket_belongs_to_the_workers_or_to_the_configured_owner() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let config = |more: &str| {
+        format!(
+            "user = \"65534\"\ngroup = 54321\n{GOOD}[[listen]]\naddress = \"unix:rpc.sock\"\nmode = \"0660\"\n{more}\n"
+        )
+    };
+    let daemon = Daemon::builder()
+        .config(&config("name = \"unused\""))
+        .start();
+    let path = daemon.dir().join("rpc.sock");
+    assert_eq!(owner(&path), (65534, 54321));
+    let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode, 0o660);
+    // The control socket is still the master's alone.
+    assert_eq!(owner(&daemon.dir().join("control.sock")), (0, 0));
+    reload(
+        &daemon,
+        &config("socket-user = 0\nsocket-group = \"54322\""),
+    );
+    assert_eq!(owner(&path), (0, 54322));
+    reload(&daemon, &config(""));
+    assert_eq!(owner(&path), (65534, 54321));
+    // Also what is bound at a reload.
+    reload(&daemon, &config("").replace("rpc.sock", "new.sock"));
+    assert_eq!(owner(&daemon.dir().join("new.sock")), (65534, 54321));
+}
+
+#[test]
+fn a_unix_socket_whose_owner_cannot_be_set_is_named_at_the_start() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let config = listen(&[("unix:rpc.sock", "socket-user = \"root\"")]);
+    let failed = Daemon::builder().user(65534).config(&config).try_start();
+    let failed = failed.map(|_| ()).unwrap_err();
+    assert_eq!(failed.code, Some(77), "{failed:?}");
+    for text in ["set the owner of unix:", "rpc.sock", "start as root, or"] {
+        assert!(failed.log.contains(text), "{text}: {failed:?}");
+    }
 }
 
 #[test]

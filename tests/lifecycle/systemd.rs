@@ -5,12 +5,13 @@
 //! since the sandbox needs root and a mounted cgroup2; `tests/run` asks where they are, and says
 //! so where they are not.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{PATIENCE, binary, has_landlock, markdown, source, wait_for};
+use crate::support::{Dir, PATIENCE, binary, has_landlock, markdown, source, wait_for};
 
 /// A booted systemd, gone with its test.
 struct Sandbox {
@@ -316,6 +317,12 @@ fn systemd_a_broken_configuration_does_not_start() {
         journal.contains("/etc/preforkd/preforkd.toml:1:1"),
         "{journal}"
     );
+    // Started once and not again and again, so the mended one starts without `reset-failed`.
+    assert_eq!(sandbox.property("ExecMainStatus"), "78");
+    assert_eq!(sandbox.property("NRestarts"), "0");
+    sandbox.configure("");
+    sandbox.run("systemctl start preforkd");
+    sandbox.assert_serves();
 }
 
 #[test]
@@ -455,4 +462,30 @@ fn systemd_the_readme_installs_it() {
     assert!(ran > 0, "the README tells how to install it");
     sandbox.ready_workers();
     sandbox.assert_serves();
+}
+
+/// Into a directory of its own: this one needs no sandbox.
+#[test]
+fn install_takes_the_packaged_build_from_the_directory_of_cargo() {
+    let dir = Dir::new();
+    for profile in ["release", "dist"] {
+        let built = dir.join("built").join(profile);
+        std::fs::create_dir_all(&built).unwrap();
+        std::fs::copy("/bin/true", built.join("preforkd")).unwrap();
+        let mut file = std::fs::File::options()
+            .append(true)
+            .open(built.join("preforkd"))
+            .unwrap();
+        file.write_all(profile.as_bytes()).unwrap();
+        let installed = Command::new(source().join("systemd/install"))
+            .arg("--root")
+            .arg(&*dir)
+            .env("CARGO_TARGET_DIR", dir.join("built"))
+            .env_remove("PREFORKD_BINARY")
+            .output()
+            .unwrap();
+        assert!(installed.status.success(), "{}", text(&installed));
+        let bytes = std::fs::read(dir.join("usr/bin/preforkd")).unwrap();
+        assert!(bytes.ends_with(profile.as_bytes()), "{profile}");
+    }
 }

@@ -4,4 +4,5 @@ mod client;
 mod leftovers;
 mod parallel;
 mod programs;
+mod python_helper;
 mod supervision;

@@ -1,7 +1,9 @@
 //! The frame dialect as a well-meaning client sees it: order, ids, size, pieces, every digit.
 
-use std::net::Shutdown;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -209,4 +211,44 @@ fn who_half_closes_gets_all_answers_first() {
         daemon.workers().iter().all(|it| it.connections == 0)
     });
     sweep.assert_same(&daemon);
+}
+
+/// Without TCP_NODELAY the client's kernel holds the second piece until the first one is acknowledged, which
+/// ours would delay by 40 ms.
+#[test]
+fn a_call_in_two_writes_is_as_fast_as_in_one() {
+    const CALLS: usize = 300;
+    let daemon = Daemon::start();
+    for (name, first, second) in [
+        ("frame", &b"\x0d\0\0\0"[..], &br#"{"in":"ping"}"#[..]),
+        ("line", br#"{"in":"#, b"\"ping\"}\n"),
+        (
+            "HTTP",
+            b"POST /ping HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n",
+            b"1",
+        ),
+    ] {
+        let median = |pieces: &[&[u8]]| {
+            let mut stream = TcpStream::connect(daemon.address()).unwrap();
+            let mut times: Vec<Duration> = (0..CALLS)
+                .map(|_| {
+                    let begun = Instant::now();
+                    for piece in pieces {
+                        stream.write_all(piece).unwrap();
+                    }
+                    assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+                    begun.elapsed()
+                })
+                .collect();
+            times.sort();
+            times[CALLS / 2]
+        };
+        let whole = median(&[&[first, second].concat()]);
+        let split = median(&[first, second]);
+        println!("{name}: {whole:?} in one write, {split:?} in two");
+        assert!(
+            split <= whole * 2 + Duration::from_millis(10),
+            "{name}: {split:?}"
+        );
+    }
 }

@@ -1,10 +1,13 @@
 //! HTTP/1.1 as design and RFC have it: statuses, framing, keep-alive, order, origins.
 
-use nix::sys::signal::Signal;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::support::wire::{Response, Wire, post};
-use crate::support::{Daemon, PATIENCE, wait_for};
+use crate::support::{Daemon, PATIENCE, pass, wait_for};
 
 const CONFIG: &str = "
 http-origins = [\"https://app.example\"]
@@ -224,12 +227,97 @@ fn expect_is_answered_with_continue_once_all_before_it_is() {
 }
 
 #[test]
-fn what_is_too_large_or_has_no_length_is_refused_and_closed() {
+fn a_post_without_a_length_has_an_empty_body() {
+    let daemon = start();
+    let mut wire = Wire::to(&daemon);
+    for head in [
+        "POST /echo HTTP/1.1",
+        "POST /echo HTTP/1.0\r\nConnection: keep-alive",
+    ] {
+        let response = wire.send(format!("{head}\r\nHost: x\r\n\r\n")).response();
+        assert_eq!((response.status, &*response.body), (200, "null"), "{head}");
+        assert!(!response.closes());
+    }
+    // No call, but the connection stays.
+    let response = wire.send("POST / HTTP/1.1\r\nHost: x\r\n\r\n").response();
+    assert_eq!(response.status, 400);
+    assert_eq!(wire.send(post("/ping", "1")).response().body, "1");
+}
+
+/// Longer than read-timeout, and over the death of the worker: they are part of no request.
+#[test]
+fn empty_lines_after_a_body_leave_the_connection_at_rest() {
+    let config = "[workers]\ncount = 1\n[limits]\nread-timeout = \"1s\"\n";
+    let builder = Daemon::builder().config(config);
+    let daemon = builder.expect_log("ended by SIGKILL").start();
+    let (mut one, mut three) = (Wire::to(&daemon), Wire::to(&daemon));
+    for (wire, lines) in [(&mut one, "\r\n"), (&mut three, "\r\n\r\n\r\n")] {
+        wire.send(post("/ping", "1") + lines);
+        assert_eq!(wire.response().body, "1");
+    }
+    pass(Duration::from_millis(1500));
+    for wire in [&mut one, &mut three] {
+        wire.send(post("/ping", "2") + "\r\n");
+        assert_eq!(wire.response().body, "2");
+    }
+    let worker = daemon.ready_workers()[0];
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    daemon.wait_log("ended by SIGKILL");
+    for wire in [&mut one, &mut three] {
+        assert_eq!(wire.send(post("/ping", "3")).response().body, "3");
+    }
+}
+
+#[test]
+fn every_response_has_a_date() {
+    let daemon = start();
+    for request in [
+        post("/ping", "1"),
+        post("/nope", "1"),
+        "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(),
+        "GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(),
+    ] {
+        let response = ask(&daemon, &request);
+        let date = response
+            .headers
+            .iter()
+            .find(|line| line.starts_with("date: "));
+        let date = date.unwrap_or_else(|| panic!("{response:?}"));
+        assert_eq!(date.len(), "date: ".len() + 29, "{date}");
+        assert!(date.ends_with(" gmt"), "{date}");
+    }
+}
+
+/// Whatever refuses a request: the method, the body, or the server before it.
+#[test]
+fn an_error_of_a_request_has_one_shape() {
+    let daemon = start();
+    let long = format!(
+        "POST /ping HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
+        1 << 20
+    );
+    for (request, name) in [
+        (post("/nope", "1"), "method-not-found"),
+        (post("/ping", "{"), "parse-error"),
+        (long, "too-large"),
+        (
+            "GET /ping HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(),
+            "invalid-request",
+        ),
+    ] {
+        let response = ask(&daemon, &request);
+        let error: Value = serde_json::from_str(&response.body).unwrap();
+        assert_eq!(error["name"], name, "{response:?}");
+        assert!(error["code"].is_number() && error["message"].is_string());
+    }
+}
+
+#[test]
+fn what_is_too_large_is_refused_and_closed() {
     let daemon = start();
     let long = "x".repeat(17 << 10);
     let many: String = (0..101).map(|n| format!("X-{n}: 1\r\n")).collect();
     for (request, status) in [
-        ("POST / HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), 411),
         (
             "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65537\r\n\r\n".to_owned(),
             413,

@@ -73,6 +73,35 @@ fn reaction(daemon: &Daemon, first: &[u8], half_close: bool) -> Vec<u8> {
     wire.rest()
 }
 
+/// Version 1 and version 2, which begins like empty lines.
+#[test]
+fn the_proxy_protocol_is_refused_by_its_name_and_logged() {
+    let daemon = start();
+    for first in [
+        &b"PROXY TCP4 1.1.1.1 1.1.1.1 1 1\r\n{\"in\": \"ping\"}\n"[..],
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\x01\x7f\0\0\x01\0\x01\0\x02{\"in\": \"ping\"}\n",
+    ] {
+        let answer = reaction(&daemon, first, false);
+        let body = String::from_utf8_lossy(answer.get(4..).unwrap_or_default()).into_owned();
+        assert!(body.contains("PROXY protocol"), "{body}");
+    }
+    daemon.wait_log("turn the protocol off in the proxy");
+    daemon.wait_log("peer=127.0.0.1:");
+}
+
+#[test]
+fn a_byte_order_mark_is_passed_over() {
+    let daemon = start();
+    let mut wire = Wire::to(&daemon);
+    wire.send(b"\xEF\xBB\xBF{\"in\": \"ping\", \"params\": 1}\n\xEF\xBB\xBF{\"in\": \"ping\", \"params\": 2}\n");
+    for number in [1, 2] {
+        assert_eq!(
+            wire.line(),
+            format!("{{\"out\":\"pong\",\"result\":{number}}}")
+        );
+    }
+}
+
 #[test]
 fn the_first_bytes_tell_the_dialect_and_none_is_held_for_ever() {
     let daemon = start();
@@ -84,12 +113,10 @@ fn the_first_bytes_tell_the_dialect_and_none_is_held_for_ever() {
         b"\x16\x03\x01\x7a",
         b"SSH-2.0-x\r\n",
         b"*1\r\n$4\r\nPING\r\n",
-        b"\xEF\xBB\xBF{}\n",
         b"null\n",
         b"get / HTTP/1.1\r\n\r\n",
         b"\x01\x00\x00\x01",
         b"\xFF\xFF\xFF\xFF",
-        b"PROXY TCP4 1.1.1.1 1.1.1.1 1 1\r\n",
     ] {
         let answer = reaction(&daemon, first, false);
         let body = String::from_utf8_lossy(answer.get(4..).unwrap_or_default()).into_owned();
@@ -152,7 +179,7 @@ fn methods_of_http_are_told_from_lines_and_frames() {
         ("OPTIONS", 405),
         ("PATCH", 405),
         ("TRACE", 405),
-        ("POST", 411),
+        ("POST", 400),
     ] {
         let mut wire = Wire::to(&daemon);
         wire.send(format!("{method} / HTTP/1.1\r\nHost: x\r\n\r\n"));

@@ -333,7 +333,7 @@ fn shown(dialect: Dialect, bytes: &[u8]) -> String {
             let is_whole = format!("\r\nContent-Length: {}\r\n", body.len());
             let head = String::from_utf8_lossy(&bytes[..at + 2]).into_owned();
             let head = head.replace(&is_whole, "\r\nContent-Length: fits\r\n");
-            let mut head = mask(head.as_bytes());
+            let mut head = mask_between(&mask(head.as_bytes()), b"\r\nDate: ", b'\r');
             if body.is_empty() {
                 // The answer to HEAD: how long the body would be depends on what is masked.
                 head = mask_between(&head, b"\r\nContent-Length: ", b'\r');

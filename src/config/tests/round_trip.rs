@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::settings::{LogConfig, RlimitsConfig};
-use crate::sys::account::Account;
+use crate::sys::account::{self, Account};
 
 fn duration(least_ms: u64) -> impl Strategy<Value = Duration> {
     prop_oneof![
@@ -40,8 +40,15 @@ prop_compose! {
     fn listener()(
         address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
     ) -> ListenConfig {
-        let mode = (with && matches!(address, Address::Unix(_))).then_some(mode);
-        ListenConfig { address, name: Some(format!("socket {backlog}")), backlog, mode }
+        let with = with && matches!(address, Address::Unix(_));
+        ListenConfig {
+            address,
+            name: Some(format!("socket {backlog}")),
+            backlog,
+            mode: with.then_some(mode),
+            socket_user: with.then(|| account::lookup_user("54321").unwrap()),
+            socket_group: with.then(|| account::lookup_group("root").unwrap()),
+        }
     }
 }
 
@@ -79,7 +86,7 @@ prop_compose! {
 
 prop_compose! {
     fn program()(
-        more in prop::collection::vec("[a-z '\"\\\\-]{0,8}|\\{[a-z]{1,4}\\}", 0..4), by_name: bool,
+        more in prop::collection::vec("[a-z '\"\\\\-]{0,8}|\\{[a-z]{1,4}\\}", 0..4),
         user: bool,
         environment in prop::collection::btree_map("[A-OQ-Z][A-Z_]{0,5}", "[^\0]{0,9}", 0..3),
         cpu in prop::option::of(1..1000u64), memory in prop::option::of(1u64 << 20..1 << 40),
@@ -87,7 +94,7 @@ prop_compose! {
         has_file: bool,
     ) -> ProgramConfig {
         let file = PathBuf::from("/bin/sh").canonicalize().unwrap();
-        let name = if by_name { "sh".to_owned() } else { file.to_str().unwrap().to_owned() };
+        let name = file.to_str().unwrap().to_owned();
         ProgramConfig {
             file,
             arguments: [name].into_iter().chain(more).collect(),
@@ -104,12 +111,12 @@ prop_compose! {
 
 prop_compose! {
     fn command()(
-        program in program(), params: bool, json: bool, max_output in 1..=128usize << 20,
+        program in program(), stdin in 0..3usize, output in 0..3usize, max_output in 1..=128usize << 20,
     ) -> CommandConfig {
         CommandConfig {
             program,
-            stdin: if params { Stdin::Params } else { Stdin::None },
-            output: if json { OutputFormat::Json } else { OutputFormat::Text },
+            stdin: [Stdin::Params, Stdin::Text, Stdin::None][stdin],
+            output: [OutputFormat::Text, OutputFormat::Line, OutputFormat::Json][output],
             max_output,
         }
     }
@@ -129,6 +136,7 @@ prop_compose! {
             program, processes, handshake, idle_timeout, max_lifetime, respawn_max_delay,
             max_calls, max_memory, respawn_burst,
             boot_timeout: Duration::from_millis(1),
+            stderr_level: log::Level::Info,
         }
     }
 }

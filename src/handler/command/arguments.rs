@@ -12,7 +12,7 @@ use serde::Deserializer;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::config::placeholder;
+use crate::config::{literal, placeholder};
 use crate::handler::prepared_program::c_string;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
@@ -42,7 +42,7 @@ impl Arguments {
             },
             None => {
                 after_dashes |= text == "--";
-                Argument::Fixed(c_string(text.as_str()))
+                Argument::Fixed(c_string(literal(text)))
             }
         };
         Arguments(command.iter().map(argument).collect())

@@ -14,6 +14,7 @@ pub mod sweep;
 
 use nix::errno::Errno;
 use serde::Serialize;
+use std::borrow::Cow;
 use std::ffi::CStr;
 
 use super::prepared_program::{PreparedProgram, guard_hint};
@@ -61,7 +62,11 @@ impl CommandHandler {
         let variable = running.variable();
         let environment = self.program.environment(&variable);
         let input = match self.stdin {
-            Stdin::Params => Some(params.as_bytes()),
+            Stdin::Params => Some(Cow::Borrowed(params)),
+            Stdin::Text => match serde_json::from_str::<String>(params) {
+                Ok(text) => Some(Cow::Owned(text)),
+                Err(_) => return Err(RpcError::invalid_params("params must be a string")),
+            },
             Stdin::None => None,
         };
         let ran = run::start(
@@ -73,7 +78,11 @@ impl CommandHandler {
         .map_err(|error| not_started(&self.program.template.program, &error))
         .and_then(|process| {
             process
-                .finish(input.unwrap_or_default(), self.max_output, context)
+                .finish(
+                    input.as_deref().unwrap_or_default().as_bytes(),
+                    self.max_output,
+                    context,
+                )
                 .map_err(|stopped| self.stopped(stopped))
         });
         running.end();

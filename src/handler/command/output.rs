@@ -23,10 +23,13 @@ pub fn append(
     result: &mut Vec<u8>,
 ) -> Result<(), String> {
     match output {
-        OutputFormat::Text => {
-            let text = String::from_utf8(stdout).map_err(|error| {
+        OutputFormat::Text | OutputFormat::Line => {
+            let mut text = String::from_utf8(stdout).map_err(|error| {
                 format!("not UTF-8 at byte {}", error.utf8_error().valid_up_to())
             })?;
+            if output == OutputFormat::Line && text.ends_with('\n') {
+                text.pop();
+            }
             serde_json::to_writer(result, &text).map_err(|error| error.to_string())
         }
         OutputFormat::Json => {

@@ -21,7 +21,9 @@ use super::output::Tail;
 use crate::handler::Context;
 use crate::sys::descriptor;
 use crate::sys::process::Exit;
-use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, SpawnTemplate, Stdio, null, spawn};
+use crate::sys::spawn::{
+    ChildProcess, SpawnError, SpawnStep, SpawnTemplate, Stdio, null, spawn_dying_with_us,
+};
 use crate::sys::waker::Waker;
 
 /// As much as is read at once.
@@ -104,7 +106,9 @@ pub(super) fn start(
         stderr: stderr.as_fd(),
         calls: None,
     };
-    let child = spawn(template, &arguments, environment, stdio)?;
+    // This thread waits for its end, so the death signal comes only if the whole process dies. It is
+    // for the case that master, worker and keeper die together, and no process kills the group.
+    let child = spawn_dying_with_us(template, &arguments, environment, stdio)?;
     Ok(CommandProcess {
         child,
         stdin: stdin.map(|(_, writer)| writer),

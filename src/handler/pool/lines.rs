@@ -7,6 +7,8 @@
 use std::fmt::Write;
 use std::mem;
 
+use log::Level;
+
 use crate::logging::pluralize;
 use crate::throttle::Millis;
 
@@ -87,6 +89,19 @@ impl Lines {
     }
 }
 
+/// The level and the rest of a line that begins with a priority of syslog: `<3>text` (sd-daemon(3)).
+pub(super) fn with_priority(line: &str) -> Option<(Level, &str)> {
+    let (priority, text) = line.strip_prefix('<')?.split_once('>')?;
+    let level = match priority {
+        "0" | "1" | "2" | "3" => Level::Error,
+        "4" => Level::Warn,
+        "5" | "6" => Level::Info,
+        "7" => Level::Debug,
+        _ => return None,
+    };
+    Some((level, text))
+}
+
 /// A line as text; control characters are the log's to escape.
 fn escaped(line: &[u8]) -> String {
     let mut text = String::with_capacity(line.len());
@@ -126,6 +141,17 @@ mod tests {
             said(&mut lines, &[b"\xff\xc3\xa9\xc3\n"], 0),
             ["\\xff\u{e9}\\xc3"]
         );
+    }
+
+    #[test]
+    fn a_line_may_begin_with_its_priority() {
+        assert_eq!(with_priority("<3>full"), Some((Level::Error, "full")));
+        assert_eq!(with_priority("<4>"), Some((Level::Warn, "")));
+        assert_eq!(with_priority("<6> a"), Some((Level::Info, " a")));
+        assert_eq!(with_priority("<7>a>b"), Some((Level::Debug, "a>b")));
+        for line in ["", "<", "<8>x", "<>x", "<a>x", "<31>x", " <3>x"] {
+            assert_eq!(with_priority(line), None, "{line}");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags};
 use nix::unistd::{pipe2, read};
 
 use super::Pool;
-use super::lines::Lines;
+use super::lines::{Lines, with_priority};
 use super::wire::{LEFT, PIECE, Wire};
 use crate::handler::command::sweep::RunningCommand;
 use crate::sys::process::{Exit, Pid, resident_bytes};
@@ -89,7 +89,7 @@ impl Process {
             _running: running,
             outputs: [
                 output(our_stdout, Level::Info),
-                output(our_stderr, Level::Warn),
+                output(our_stderr, pool.settings.stderr_level),
             ],
             piece: vec![0; PIECE].into_boxed_slice(),
             has_ended: false,
@@ -146,7 +146,7 @@ impl Process {
         };
         let level = output.level;
         let tag = &self.tag;
-        let mut say = |line: &str| log::log!(level, "{tag}: {line}");
+        let mut say = |line: &str| log_line(tag, level, line);
         match read(fd, &mut self.piece) {
             Ok(count @ 1..) => {
                 output.lines.add(&self.piece[..count], now, &mut say);
@@ -189,11 +189,17 @@ impl Process {
             }
             let (tag, output) = (&self.tag, &mut self.outputs[number]);
             let level = output.level;
-            let say = &mut |line: &str| log::log!(level, "{tag}: {line}");
+            let say = &mut |line: &str| log_line(tag, level, line);
             output.lines.end(now, say);
         }
         exit
     }
+}
+
+/// Logs a line of a program with its own level, else with `level`.
+fn log_line(tag: &str, level: Level, line: &str) {
+    let (level, line) = with_priority(line).unwrap_or((level, line));
+    log::log!(level, "{tag}: {line}");
 }
 
 fn no_descriptor(errno: Errno) -> NotStarted {

@@ -19,7 +19,7 @@ use crate::link::ids::Pid;
 use crate::link::quarantine::CrashReport;
 use crate::link::scoreboard::WorkerRecord;
 use crate::logging::pluralize;
-use crate::master::main_loop::{Master, now, wall_clock};
+use crate::master::main_loop::{Master, now};
 use crate::master::policy::crash_counts::MAX_CRASHES;
 use crate::master::policy::event::Millis;
 use crate::protocol::control::WorkerPhase;
@@ -266,7 +266,7 @@ impl Master<'_> {
             .collect();
         let fault = Fault::of(evidence.fault.load(Relaxed));
         let culprit = evidence.faulting_call.load(Relaxed);
-        let when = (now(), wall_clock());
+        let when = (now(), process::unix_seconds());
         let quarantine = self.workers.quarantine();
         for caught in self.strikes.death(quarantine, (fault, culprit), &ran, when) {
             log::warn!(

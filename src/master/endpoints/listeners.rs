@@ -8,18 +8,20 @@ use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Uid, fchownat};
 use serde::{Deserialize, Serialize};
 
 use super::owned_path::{OwnedPath, PathState};
 use crate::config::{Address, ListenConfig, Settings};
 use crate::error::{Error, Result};
+use crate::sys::account::{Account, NamedId};
 use crate::sys::notify::PassedListener;
 use crate::sys::rights;
 use crate::sys::socket::{self, Bound};
@@ -107,10 +109,57 @@ impl Listener {
             .map_or(PathState::Ours, OwnedPath::standing)
     }
 
+    /// Gives the path of a unix socket that we have bound ourselves the owner that `wanted` names, else
+    /// that of the workers. Without either it stays as it is.
+    fn set_owner(&self, wanted: &ListenConfig, workers: Option<&Account>) -> Result<()> {
+        let Some(path) = &self.path else {
+            return Ok(());
+        };
+        let id = |named: &Option<NamedId>| named.as_ref().map(|named| named.id);
+        let uid = id(&wanted.socket_user).or(workers.map(|workers| workers.uid));
+        let gid = id(&wanted.socket_group).or(workers.map(|workers| workers.gid));
+        let set = || {
+            let file = path.open_socket()?;
+            let has = file.metadata()?;
+            let differs = |wanted: Option<u32>, has| wanted.filter(|&wanted| wanted != has);
+            let (uid, gid) = (differs(uid, has.uid()), differs(gid, has.gid()));
+            if (uid, gid) == (None, None) {
+                return Ok(());
+            }
+            let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+            fchownat(&file, "", uid, gid, AtFlags::AT_EMPTY_PATH).map_err(io::Error::from)
+        };
+        set().map_err(|error| {
+            let remedy = match error.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    "start as root, or name a socket-group that this user is in and no socket-user"
+                }
+                _ => "",
+            };
+            Error::system_with(format!("set the owner of {}", self.bound), error, remedy)
+        })
+    }
+
     /// Removes the path of a unix socket; the descriptor is closed by its last owner.
     pub fn remove_path(&self) {
         if let Some(path) = &self.path {
             path.remove();
+        }
+    }
+}
+
+/// What all listeners have in common.
+pub struct SocketOptions<'a> {
+    write_timeout: Duration,
+    /// The account of the workers, where it is not the master's own.
+    workers: Option<&'a Account>,
+}
+
+impl<'a> SocketOptions<'a> {
+    pub fn of(settings: &'a Settings) -> Self {
+        SocketOptions {
+            write_timeout: settings.limits.write_timeout,
+            workers: settings.account.as_ref(),
         }
     }
 }
@@ -126,7 +175,7 @@ pub fn open(
     wanted: &[ListenConfig],
     current: &[Rc<Listener>],
     passed: &[Rc<Listener>],
-    write_timeout: Duration,
+    options: &SocketOptions<'_>,
 ) -> Result<Vec<Rc<Listener>>> {
     let mut spare: Vec<&Rc<Listener>> = passed.iter().collect();
     let mut take = |fits: &dyn Fn(&Listener) -> bool| {
@@ -155,7 +204,7 @@ pub fn open(
                 .find(|has| has.address == listen.address && !is_in(passed, has))
         };
         let listener = match matched.or_else(|| spare.next()).or_else(kept) {
-            Some(listener) => Ok(match renew(listener, listen, write_timeout) {
+            Some(listener) => Ok(match renew(listener, listen, options) {
                 None => Rc::clone(listener),
                 Some(renewed) => {
                     let renewed = Rc::new(renewed);
@@ -163,7 +212,7 @@ pub fn open(
                     renewed
                 }
             }),
-            None => bind(listen, write_timeout).map(|listener| {
+            None => bind(listen, options).map(|listener| {
                 let listener = Rc::new(listener);
                 fresh.push(Rc::clone(&listener));
                 listener
@@ -195,14 +244,14 @@ pub fn open(
 
 /// A new socket at the path of one that was removed. What can't be made again is logged, and no
 /// reason to refuse a reload: it was out of reach before.
-fn renew(has: &Listener, listen: &ListenConfig, write_timeout: Duration) -> Option<Listener> {
+fn renew(has: &Listener, listen: &ListenConfig, options: &SocketOptions<'_>) -> Option<Listener> {
     let address = &has.bound;
     let what = "this server listens: it is left alone, and nobody finds the way to this listener; remove it \
                 and reload";
     if !has.path.as_ref()?.warn_if_replaced(address, what) {
         return None;
     }
-    match bind(listen, write_timeout) {
+    match bind(listen, options) {
         Ok(renewed) => {
             log::warn!("somebody has removed {address}: it is made again");
             Some(renewed)
@@ -258,7 +307,7 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
         .collect()
 }
 
-fn bind(listen: &ListenConfig, write_timeout: Duration) -> Result<Listener> {
+fn bind(listen: &ListenConfig, options: &SocketOptions<'_>) -> Result<Listener> {
     let (fd, path) = match &listen.address {
         Address::Tcp(address) => (socket::bind_tcp(*address), None),
         Address::Unix(path) => (bind_path(path, listen.mode), Some(path)),
@@ -274,7 +323,8 @@ fn bind(listen: &ListenConfig, write_timeout: Duration) -> Result<Listener> {
     };
     let listening = socket::start_listening(&listener.fd, listen.backlog)
         .map_err(|error| refused(&listen.address, error))
-        .and_then(|()| set_options(&listener, write_timeout));
+        .and_then(|()| set_options(&listener, options.write_timeout))
+        .and_then(|()| listener.set_owner(listen, options.workers));
     if let Err(error) = listening {
         listener.remove_path();
         return Err(error);
@@ -287,7 +337,7 @@ fn bind(listen: &ListenConfig, write_timeout: Duration) -> Result<Listener> {
 pub fn tune(settings: &Settings, listeners: &[Rc<Listener>]) {
     for (number, listener) in listeners.iter().enumerate() {
         let wanted = settings.listen.get(number);
-        if let Err(error) = tune_one(listener, wanted, settings.limits.write_timeout) {
+        if let Err(error) = tune_one(listener, wanted, &SocketOptions::of(settings)) {
             log::warn!("{error}; it stays as it was");
         }
     }
@@ -296,23 +346,27 @@ pub fn tune(settings: &Settings, listeners: &[Rc<Listener>]) {
 fn tune_one(
     listener: &Listener,
     wanted: Option<&ListenConfig>,
-    write_timeout: Duration,
+    options: &SocketOptions<'_>,
 ) -> Result<()> {
-    set_options(listener, write_timeout)?;
+    set_options(listener, options.write_timeout)?;
     let Some(wanted) = wanted else {
         return Ok(());
     };
     socket::start_listening(&listener.fd, wanted.backlog)
         .map_err(|error| refused(&wanted.address, error))?;
     listener.backlog.set(wanted.backlog);
-    if let (Some(path), Some(mode), PathState::Ours) =
-        (&listener.path, wanted.mode, listener.standing())
-    {
-        let path: &Path = path.as_ref();
-        fs::set_permissions(path, fs::Permissions::from_mode(mode))
-            .map_err(|error| Error::system(format!("set the mode of {}", path.display()), error))?;
+    let (Some(path), PathState::Ours) = (&listener.path, listener.standing()) else {
+        return Ok(());
+    };
+    if let Some(mode) = wanted.mode {
+        // By the descriptor: the path may lead to another file by now.
+        let set = path.open_socket().and_then(|file| {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        });
+        set.map_err(|error| Error::system(format!("set the mode of {}", listener.bound), error))?;
     }
-    Ok(())
+    listener.set_owner(wanted, options.workers)
 }
 
 fn set_options(listener: &Listener, write_timeout: Duration) -> Result<()> {
@@ -340,17 +394,13 @@ pub fn bind_path(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
             _ => return Err(io::ErrorKind::AddrInUse.into()),
         }
     }
-    // Made for its owner alone: between bind and chmod nobody else gets in.
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let bound = socket::bind_unix(path);
+    let Some(mode) = mode else {
+        return socket::bind_unix(path, 0o666);
+    };
+    let before = umask(Mode::empty());
+    let bound = socket::bind_unix(path, mode);
     umask(before);
-    let fd = bound?;
-    let mode = mode.unwrap_or(0o666 & !before.bits());
-    if let Err(error) = fs::set_permissions(path, fs::Permissions::from_mode(mode)) {
-        let _ = fs::remove_file(path);
-        return Err(error);
-    }
-    Ok(fd)
+    bound
 }
 
 fn bound_name(fd: &OwnedFd, wanted: &Address) -> String {
@@ -395,16 +445,21 @@ mod tests {
             name: None,
             backlog: 16,
             mode: None,
+            socket_user: None,
+            socket_group: None,
         }
     }
 
-    const TIMEOUT: Duration = Duration::from_secs(30);
+    const OPTIONS: SocketOptions<'_> = SocketOptions {
+        write_timeout: Duration::from_secs(30),
+        workers: None,
+    };
 
     #[test]
     fn a_listener_is_kept_as_long_as_its_address_is_wanted() {
-        let first = open(&[listen("127.0.0.1:0")], &[], &[], TIMEOUT).unwrap();
+        let first = open(&[listen("127.0.0.1:0")], &[], &[], &OPTIONS).unwrap();
         let wanted = [listen("127.0.0.1:0"), listen("[::1]:0")];
-        let second = open(&wanted, &first, &[], TIMEOUT).unwrap();
+        let second = open(&wanted, &first, &[], &OPTIONS).unwrap();
         assert!(Rc::ptr_eq(&first[0], &second[0]));
         assert_eq!(second.len(), 2);
         assert_eq!(second[0].queue(), (Some(0), 16));
@@ -424,7 +479,7 @@ mod tests {
             ..listen("127.0.0.1:8081")
         };
         let wanted = [listen("127.0.0.1:8080"), listen(&passed[0].bound), named];
-        let opened = open(&wanted, &[], &passed, TIMEOUT).unwrap();
+        let opened = open(&wanted, &[], &passed, &OPTIONS).unwrap();
         let order: Vec<usize> = opened
             .iter()
             .map(|one| {
@@ -441,7 +496,7 @@ mod tests {
     fn an_address_in_use_is_named_with_its_remedy() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap().to_string();
-        let error = open(&[listen(&address)], &[], &[], TIMEOUT).unwrap_err();
+        let error = open(&[listen(&address)], &[], &[], &OPTIONS).unwrap_err();
         assert_eq!(error.exit_code(), 71);
         let text = error.to_string();
         assert!(
@@ -451,10 +506,36 @@ mod tests {
     }
 
     #[test]
+    fn a_link_that_another_user_puts_in_a_sockets_place_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rpc.sock");
+        let wanted = ListenConfig {
+            mode: Some(0o666),
+            socket_user: Some(crate::sys::account::lookup_user("54321").unwrap()),
+            ..listen(&format!("unix:{}", path.display()))
+        };
+        let unowned = ListenConfig {
+            socket_user: None,
+            ..wanted.clone()
+        };
+        let listener = bind(&unowned, &OPTIONS).unwrap();
+        let secret = directory.path().join("secret");
+        fs::write(&secret, "").unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&secret, &path).unwrap();
+        tune_one(&listener, Some(&wanted), &OPTIONS).unwrap();
+        listener.set_owner(&wanted, None).unwrap_err();
+        let found = fs::metadata(&secret).unwrap();
+        let own = crate::sys::account::effective_ids().0;
+        assert_eq!((found.mode() & 0o777, found.uid()), (0o600, own));
+    }
+
+    #[test]
     fn a_stale_path_is_replaced_and_a_file_is_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("rpc.sock");
-        drop(socket::bind_unix(&path).unwrap());
+        drop(socket::bind_unix(&path, 0o600).unwrap());
         let fd = bind_path(&path, Some(0o660)).unwrap();
         socket::start_listening(&fd, 8).unwrap();
         assert_eq!(

@@ -4,10 +4,12 @@
 //! that one is not ours to remove.
 
 use std::fmt::Display;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::libc;
 use serde::{Deserialize, Serialize};
 
 /// A file or socket by its path and its identity.
@@ -58,6 +60,26 @@ impl OwnedPath {
         standing == PathState::Gone
     }
 
+    /// A descriptor of this socket's path (O_PATH, open(2)), for changes of its owner and mode. Unlike
+    /// the path it cannot be redirected: if another user owns the directory, that user may put a link
+    /// to any file there at any time.
+    ///
+    /// # Errors
+    /// When something else is there, or nothing.
+    pub fn open_socket(&self) -> io::Result<File> {
+        let mut options = File::options();
+        let flags = libc::O_PATH | libc::O_NOFOLLOW;
+        let file = options.read(true).custom_flags(flags).open(&self.path)?;
+        let found = file.metadata()?;
+        let is_same = self.identity == Some((found.dev(), found.ino()));
+        // With a second name it may be a socket of another directory.
+        if !is_same || !found.file_type().is_socket() || found.nlink() != 1 {
+            let text = "another file has taken its place, which is left alone";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        Ok(file)
+    }
+
     /// Removes it, if it is still there.
     pub fn remove(&self) {
         if self.standing() == PathState::Ours {
@@ -81,6 +103,28 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_link_in_place_of_a_socket_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let socket = UnixListener::bind(&path).unwrap();
+        let own = OwnedPath::of(&path);
+        own.open_socket().unwrap();
+        // A second name of it.
+        let name = directory.path().join("name");
+        fs::hard_link(&path, &name).unwrap();
+        own.open_socket().unwrap_err();
+        // A link to it, and one to a file.
+        for target in [&name, &directory.path().join("secret")] {
+            fs::write(directory.path().join("secret"), "").unwrap();
+            fs::remove_file(&path).unwrap();
+            std::os::unix::fs::symlink(target, &path).unwrap();
+            own.open_socket().unwrap_err();
+        }
+        drop(socket);
+    }
 
     #[test]
     fn only_the_same_file_is_removed() {

@@ -10,12 +10,13 @@ use crate::config;
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::master::children::workers::{GenerationContext, GenerationInfo};
-use crate::master::endpoints::listeners;
-use crate::master::main_loop::{Master, now, wall_clock};
+use crate::master::endpoints::listeners::{self, SocketOptions};
+use crate::master::main_loop::{Master, now};
 use crate::master::policy::event::Event;
 use crate::master::start::limits;
 use crate::protocol::control::{ControlResponse, LastReload, MOST_DRAINING_GENERATIONS};
 use crate::sys::notify::NotifyState;
+use crate::sys::process;
 
 impl Master<'_> {
     /// Begins the reload that was asked for, once none is under way. Requests that come in a
@@ -76,7 +77,7 @@ impl Master<'_> {
             &settings.listen,
             &self.serving_context.listeners,
             &self.passed,
-            settings.limits.write_timeout,
+            &SocketOptions::of(&settings),
         )?;
         let told = &self.serving_context.settings.warnings;
         for warning in settings.warnings.iter().filter(|it| !told.contains(it)) {
@@ -140,7 +141,7 @@ impl Master<'_> {
         }
         self.last_reload = Some(LastReload {
             ok: verdict.is_ok(),
-            at: wall_clock(),
+            at: process::unix_seconds(),
             // with what the log has most lately of its workers, where there is something
             error: verdict.err().map(|reason| match words.lines().last() {
                 Some(word) => format!("{reason}; {}", word.trim()),

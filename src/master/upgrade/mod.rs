@@ -33,11 +33,11 @@ use std::mem;
 use std::os::fd::BorrowedFd;
 
 use super::endpoints::control_socket::ClientId;
-use super::main_loop::{Master, now, wall_clock};
+use super::main_loop::{Master, now};
 use super::policy::event::Millis;
 use crate::link::ids::Generation;
 use crate::protocol::control::{ControlResponse, LastReload, version_of};
-use crate::sys::process::{Exit, Pid};
+use crate::sys::process::{self, Exit, Pid};
 
 pub use super::requests::rollback::PANICKED;
 pub use super::resume::{check_state, take_over};
@@ -274,7 +274,7 @@ impl Master<'_> {
         };
         self.upgrade.last = Some(LastReload {
             ok: verdict.is_ok(),
-            at: wall_clock(),
+            at: process::unix_seconds(),
             error: verdict.err(),
         });
         for client in mem::take(&mut self.upgrade.waiting) {

@@ -56,6 +56,8 @@ struct Fields<'a> {
     lengths: usize,
     /// The transfer codings in their order.
     codings: Vec<&'a [u8]>,
+    /// A length in a spelling that some servers take for the right one, and this one for any header.
+    misspelt: bool,
     encoded: bool,
     close: bool,
     keep: bool,
@@ -64,11 +66,9 @@ struct Fields<'a> {
     origins: usize,
 }
 
-/// Judges a head whose lines are known to end as they should; `length` is what it takes of the
-/// connection's bytes.
+/// Judges a head whose lines are known to end as they should.
 pub(super) fn read(
     bytes: &[u8],
-    length: usize,
     rules: &RequestLimits<'_>,
 ) -> Result<RequestHead, RejectedRequest> {
     let mut headers = [EMPTY_HEADER; HEADERS_MAX];
@@ -95,7 +95,7 @@ pub(super) fn read(
     }
     let body = body(&fields, old)?;
     let mut head = RequestHead {
-        length,
+        length: bytes.len(),
         ask: Ask::Health,
         body,
         reply: ResponseOptions {
@@ -149,6 +149,8 @@ fn fields<'a>(headers: &[Header<'a>]) -> Result<Fields<'a>, RejectedRequest> {
             fields.encoded |= !value.eq_ignore_ascii_case(b"identity");
         } else if is("content-type") {
             fields.types += 1;
+        } else if is("content_length") || is("transfer_encoding") {
+            fields.misspelt = true;
         }
     }
     fields.keep &= !fields.close;
@@ -214,6 +216,7 @@ fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedRequest> {
         return Ok(Length::Chunked);
     }
     match (fields.lengths, fields.length) {
+        (0, _) if fields.misspelt => Err(malformed("a length whose name has no hyphen")),
         (0, _) | (_, None) => Ok(Length::None),
         (1, Some(digits)) if !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) => {
             let text = std::str::from_utf8(digits).unwrap_or_default();
@@ -266,17 +269,12 @@ fn ask(
         let text = "a body is JSON as it stands: no Content-Encoding is known";
         return Err(RejectedRequest::new(415, text));
     }
-    match head.body {
-        Length::None => {
-            let text = "a POST has a Content-Length, or comes in chunks";
-            return Err(RejectedRequest::new(411, text));
-        }
-        Length::Known(length) if length > rules.body => {
-            let limit = rules.body;
-            let text = format!("a body of {length} bytes; limits.frame allows {limit}");
-            return Err(RejectedRequest::new(413, text));
-        }
-        _ => {}
+    if let Length::Known(length) = head.body
+        && length > rules.body
+    {
+        let limit = rules.body;
+        let text = format!("a body of {length} bytes; limits.frame allows {limit}");
+        return Err(RejectedRequest::new(413, text));
     }
     match path {
         "/" | "" => Ok(Ask::Call),

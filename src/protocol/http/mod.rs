@@ -11,6 +11,7 @@
 //! be looked at again.
 
 pub mod chunked;
+pub mod date;
 pub mod head;
 mod refusal;
 pub mod response;
@@ -20,8 +21,9 @@ use head::{Length, RequestHead};
 use memchr::{memchr, memchr_iter};
 use std::borrow::Cow;
 
+pub use date::HttpDate;
 pub use refusal::{HEAD_MAX, RejectedRequest, RequestLimits};
-pub use response::ResponseOptions;
+pub use response::{ResponseContext, ResponseOptions};
 
 /// What is sent to a client that waits to be asked for its body.
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
@@ -33,6 +35,12 @@ pub enum DecodedRequest<'a> {
         head: RequestHead,
         /// Its body: borrowed, unless it came in chunks.
         body: Cow<'a, [u8]>,
+        /// How many bytes it took.
+        used: usize,
+    },
+    /// An empty line where a request may begin: it is passed over (RFC 9112, section 2.2). It belongs to
+    /// no request, so a connection is at rest after it.
+    Blank {
         /// How many bytes it took.
         used: usize,
     },
@@ -52,8 +60,6 @@ pub struct ParseProgress {
     scanned: usize,
     /// Where the line at `scanned` began.
     line: usize,
-    /// Bytes of an empty line before the request.
-    blank: usize,
     head: Option<RequestHead>,
     /// Where the first chunk that is not whole begins, counted from the body's first byte, and
     /// how much those before it held.
@@ -84,6 +90,10 @@ pub fn decode<'a>(
 ) -> DecodedRequest<'a> {
     match whole(bytes, progress, rules) {
         Ok(Some((head, body, used))) => DecodedRequest::Whole { head, body, used },
+        Ok(None) if progress.head.is_none() && progress.line > 0 && bytes.starts_with(b"\r\n") => {
+            *progress = ParseProgress::default();
+            DecodedRequest::Blank { used: 2 }
+        }
         Ok(None) => DecodedRequest::Partial {
             waits: progress.waits(bytes.len()),
         },
@@ -101,7 +111,7 @@ fn whole<'a>(
     let head = match progress.head.take() {
         Some(head) => head,
         None => match head_end(bytes, progress)? {
-            Some(end) => head::read(&bytes[progress.blank..end], end, rules)?,
+            Some(end) => head::read(&bytes[..end], rules)?,
             None => return Ok(None),
         },
     };
@@ -165,22 +175,13 @@ fn head_end(bytes: &[u8], progress: &mut ParseProgress) -> Result<Option<usize>,
             let text = format!("a carriage return within a line, at byte {at}");
             return Err(RejectedRequest::new(400, text));
         }
-        let first = progress.line == progress.blank;
+        let first = progress.line == 0;
         (progress.scanned, progress.line) = (newline + 1, newline + 1);
-        if !line.is_empty() {
-            continue;
+        match line.is_empty() {
+            false => {}
+            true if first => return Ok(None),
+            true => return Ok(Some(newline + 1)),
         }
-        if !first {
-            return Ok(Some(newline + 1));
-        }
-        // One empty line before a request is passed over (RFC 9112, section 2.2).
-        if progress.blank > 0 {
-            return Err(RejectedRequest::new(
-                400,
-                "empty lines where a request should be",
-            ));
-        }
-        progress.blank = newline + 1;
     }
     progress.scanned = progress.scanned.max(seen.len());
     if bytes.len() >= HEAD_MAX {

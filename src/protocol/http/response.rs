@@ -1,6 +1,7 @@
 //! Responses: an answer with a head before it.
 
 use super::super::code::Code;
+use super::date::HttpDate;
 use std::io::Write;
 
 /// How a request is to be responded to.
@@ -12,6 +13,15 @@ pub struct ResponseOptions {
     pub bodiless: bool,
     /// The number of the listed origin that it came from.
     pub origin: Option<u16>,
+}
+
+/// What all responses of a server have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct ResponseContext<'a> {
+    /// The origins whose web pages may call.
+    pub origins: &'a [String],
+    /// The time of the response.
+    pub date: HttpDate,
 }
 
 /// The status of an error in the plain form.
@@ -35,14 +45,15 @@ pub fn finish(
     reply: ResponseOptions,
     status: u16,
     close: bool,
-    origins: &[String],
+    about: ResponseContext<'_>,
 ) {
     let body = out.len() - mark;
     if reply.bodiless || status == 204 {
         out.truncate(mark);
     }
     let end = out.len();
-    let _ = write!(out, "HTTP/1.1 {status} {}\r\n", reason(status));
+    let (reason, date) = (reason(status), about.date);
+    let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\n");
     if status != 204 {
         let _ = write!(
             out,
@@ -54,7 +65,8 @@ pub fn finish(
         503 => out.extend_from_slice(b"Retry-After: 1\r\n"),
         _ => {}
     }
-    if let Some(origin) = reply.origin.and_then(|number| origins.get(number as usize)) {
+    let listed = |number: u16| about.origins.get(usize::from(number));
+    if let Some(origin) = reply.origin.and_then(listed) {
         let _ = write!(
             out,
             "Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
@@ -72,9 +84,14 @@ pub fn finish(
 }
 
 /// Appends the response to a preflight request: what a page of a listed origin may do.
-pub fn preflight(out: &mut Vec<u8>, reply: ResponseOptions, close: bool, origins: &[String]) {
+pub fn preflight(
+    out: &mut Vec<u8>,
+    reply: ResponseOptions,
+    close: bool,
+    about: ResponseContext<'_>,
+) {
     let mark = out.len();
-    finish(out, mark, reply, 204, close, origins);
+    finish(out, mark, reply, 204, close, about);
     out.truncate(out.len() - 2);
     out.extend_from_slice(
         b"Access-Control-Allow-Methods: POST\r\nAccess-Control-Allow-Headers: content-type\r\n\
@@ -90,7 +107,6 @@ fn reason(status: u16) -> &'static str {
         403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
-        411 => "Length Required",
         413 => "Content Too Large",
         415 => "Unsupported Media Type",
         417 => "Expectation Failed",

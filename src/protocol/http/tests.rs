@@ -9,6 +9,11 @@ const RULES: RequestLimits<'static> = RequestLimits {
     origins: &[],
 };
 
+const ABOUT: ResponseContext<'static> = ResponseContext {
+    origins: &[],
+    date: HttpDate(0),
+};
+
 type Session = (Vec<(String, Vec<u8>)>, Option<u16>, usize);
 
 /// What some bytes are when they come in two pieces: each request's ask and body, and the status
@@ -27,6 +32,7 @@ fn read(bytes: &[u8], split: usize) -> Session {
                     found.push((ask, body.into_owned()));
                     at += used;
                 }
+                DecodedRequest::Blank { used } => at += used,
                 DecodedRequest::Partial { .. } => break,
                 DecodedRequest::Refused(refusal) => return (found, Some(refusal.status), at),
             }
@@ -79,11 +85,11 @@ fn bodies_are_limited_before_they_come() {
 fn a_response_tells_its_length_and_whether_it_is_the_last() {
     let mut out = b"before".to_vec();
     out.extend_from_slice(b"{}");
-    response::finish(&mut out, 6, ResponseOptions::default(), 503, true, &[]);
+    response::finish(&mut out, 6, ResponseOptions::default(), 503, true, ABOUT);
     assert_eq!(
         String::from_utf8(out).unwrap(),
-        "beforeHTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n\
-         Content-Length: 2\r\nRetry-After: 1\r\nConnection: close\r\n\r\n{}"
+        "beforeHTTP/1.1 503 Service Unavailable\r\nDate: Thu, 01 Jan 1970 00:00:00 GMT\r\n\
+         Content-Type: application/json\r\nContent-Length: 2\r\nRetry-After: 1\r\nConnection: close\r\n\r\n{}"
     );
     let mut out = b"{}".to_vec();
     let bodiless = ResponseOptions {
@@ -91,7 +97,7 @@ fn a_response_tells_its_length_and_whether_it_is_the_last() {
         old: true,
         origin: None,
     };
-    response::finish(&mut out, 0, bodiless, 200, false, &[]);
+    response::finish(&mut out, 0, bodiless, 200, false, ABOUT);
     let text = String::from_utf8(out).unwrap();
     assert!(
         text.ends_with("Content-Length: 2\r\nConnection: keep-alive\r\n\r\n"),

@@ -33,8 +33,8 @@ pub(crate) struct Plan<'a> {
     pub stdio: &'a [RawFd],
     /// The rule set of its guard, if it is guarded.
     pub ruleset: Option<RawFd>,
-    /// Whether the kernel kills it when the thread that starts it ends.
-    pub dies_with_us: bool,
+    /// This process, if the kernel kills the child when the thread that starts it ends.
+    pub dies_with: Option<libc::pid_t>,
     pub failed: Cell<Option<SpawnError>>,
 }
 
@@ -98,9 +98,13 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
                 errno,
             })?;
         }
-        if plan.dies_with_us {
+        if let Some(parent) = plan.dies_with {
             // After the last change of user, which would take it back.
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // The parent may have died before, and then nothing would kill this process.
+            if libc::getppid() != parent {
+                libc::_exit(127);
+            }
         }
         // As that user, who may not enter what we may.
         check(

@@ -117,11 +117,11 @@ pub fn spawn(
     environment: &[&CStr],
     stdio: Stdio<'_>,
 ) -> Result<ChildProcess, SpawnError> {
-    start(template, arguments, environment, stdio, false)
+    start(template, arguments, environment, stdio, None)
 }
 
 /// The same, and the kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)): for a
-/// process with one thread.
+/// thread that waits for the end of the child, or that lives as long as its process.
 ///
 /// # Errors
 /// As `spawn`.
@@ -131,7 +131,9 @@ pub fn spawn_dying_with_us(
     environment: &[&CStr],
     stdio: Stdio<'_>,
 ) -> Result<ChildProcess, SpawnError> {
-    start(template, arguments, environment, stdio, true)
+    // SAFETY: it has no arguments and cannot fail.
+    let parent = unsafe { libc::getpid() };
+    start(template, arguments, environment, stdio, Some(parent))
 }
 
 fn start(
@@ -139,7 +141,7 @@ fn start(
     arguments: &[&CStr],
     environment: &[&CStr],
     stdio: Stdio<'_>,
-    dies_with_us: bool,
+    dies_with: Option<libc::pid_t>,
 ) -> Result<ChildProcess, SpawnError> {
     let pointers = |strings: &[&CStr]| -> Vec<*const c_char> {
         let strings = strings.iter().map(|string| string.as_ptr());
@@ -177,7 +179,7 @@ fn start(
         envp: &envp,
         stdio: &fds,
         ruleset,
-        dies_with_us,
+        dies_with,
         failed: Cell::new(None),
     };
     let mut stack = Vec::<u8>::with_capacity(STACK);

@@ -25,9 +25,10 @@ use crate::handler::BEGUN_ELSEWHERE;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::{AdoptionQueue, is_full};
 use crate::logging;
+use crate::protocol::http::{HttpDate, ResponseContext};
 use crate::sys::event::UnsentData;
 use crate::sys::event::io_progress::{ConnectionRecord, CurrentIo, PendingAccept, RECEIVE_BUFFER};
-use crate::sys::process::{Fork, exit_now, monotonic};
+use crate::sys::process::{Fork, exit_now, monotonic, unix_seconds};
 use crate::sys::socket::{Bound, reset_when_closed};
 use crate::sys::{clone_files, descriptor};
 use crate::worker_init::WorkerInit;
@@ -118,7 +119,10 @@ fn recover_connections(
     let highest = book.head.highest.load(Acquire);
     boot.crash_report.tell(ran(book.entries, highest));
     let mut calls = calls(book.entries, highest);
-    let origins = &boot.settings.http_origins;
+    let http = ResponseContext {
+        origins: &boot.settings.http_origins,
+        date: HttpDate(unix_seconds()),
+    };
     let packet = buffer
         .get(RECEIVE_BUFFER..)
         .and_then(adoption_queue::packet_in);
@@ -147,7 +151,7 @@ fn recover_connections(
                     &ConnectionSnapshot::default(),
                     None,
                     None,
-                    origins,
+                    http,
                 ),
             )),
         }
@@ -172,7 +176,7 @@ fn recover_connections(
             receiving(moment, index, &socket),
             sending(moment, index, &socket),
         );
-        match crate::worker::crash::recovery::decide(&held, receiving, sending, origins) {
+        match crate::worker::crash::recovery::decide(&held, receiving, sending, http) {
             Recovery::Close => {}
             Recovery::Reset => reset(boot, &socket),
             fate @ Recovery::PassOn { .. } => to_pass.push((socket, fate)),

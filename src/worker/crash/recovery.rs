@@ -11,6 +11,7 @@ use super::journal::note;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::HandoffState;
 use crate::protocol::code::Code;
+use crate::protocol::http::ResponseContext;
 use crate::protocol::reply::{AnswerContext, AnswerFormat};
 use crate::protocol::rpc_error::RpcError;
 
@@ -81,7 +82,7 @@ pub fn decide(
     held: &ConnectionSnapshot,
     receiving: Option<Receiving>,
     sending: Option<Sending>,
-    origins: &[String],
+    http: ResponseContext<'_>,
 ) -> Recovery {
     if held.note & (note::SHUT | note::GIVEN) != 0 {
         return Recovery::Close;
@@ -116,7 +117,7 @@ pub fn decide(
             last: index + 1 == left.len(),
             closing,
             ours: true,
-            origins,
+            http,
         };
         let error = RpcError::of(Code::Crashed, words(call.begun), call.begun);
         let id = call.id.as_deref();

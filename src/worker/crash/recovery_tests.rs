@@ -3,6 +3,7 @@
 use super::*;
 use crate::protocol::Dialect;
 use crate::protocol::body::Form;
+use crate::protocol::http::HttpDate;
 use crate::protocol::reply::Framing;
 
 fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> UnansweredCall {
@@ -36,12 +37,17 @@ fn passed(fate: Recovery) -> (String, Range<usize>) {
     }
 }
 
+const HTTP: ResponseContext<'static> = ResponseContext {
+    origins: &[],
+    date: HttpDate(0),
+};
+
 fn judge_one(
     held: &ConnectionSnapshot,
     receiving: Option<Receiving>,
     sending: Option<Sending>,
 ) -> Recovery {
-    decide(held, receiving, sending, &[])
+    decide(held, receiving, sending, HTTP)
 }
 
 #[test]

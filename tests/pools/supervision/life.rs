@@ -17,9 +17,11 @@ fn a_program_inherits_nothing_but_its_calls() {
     let lines = found[0].as_array().unwrap();
     let is_python = |line: &&Value| !line.as_str().unwrap().starts_with("LC_CTYPE=");
     let lines: Vec<&Value> = lines.iter().filter(is_python).collect();
-    assert_eq!(lines.len(), 1, "{found}");
+    assert_eq!(lines.len(), 2, "{found}");
     let call = format!("PREFORKD_CALL={}.", daemon.pool());
-    assert!(lines[0].as_str().unwrap().starts_with(&call), "{found}");
+    for (line, start) in lines.iter().zip(["PATH=/usr/local/sbin:", &call]) {
+        assert!(line.as_str().unwrap().starts_with(start), "{found}");
+    }
     // Python itself ignores SIGPIPE and SIGXFSZ
     assert_eq!(
         found[1],
