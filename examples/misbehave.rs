@@ -47,6 +47,11 @@ fn main() -> ExitCode {
             spin(Duration::from_secs(seconds));
             Ok(seconds)
         })
+        // The same for JSON-RPC, whose params are a list.
+        .inline("block-for", |(seconds,): (u64,)| {
+            spin(Duration::from_secs(seconds));
+            Ok(seconds)
+        })
         // Ends the worker by an abort on a thread if the text is "abort". Any other text overflows the
         // stack.
         .method("crash", |how: String| -> Result<usize, _> {

@@ -311,6 +311,18 @@ impl EventLoop {
         }
     }
 
+    /// Takes the next calls of the first batch that was too long for one turn of the loop, which serves the
+    /// other connections in between.
+    pub(super) fn resume_batch(&mut self, reactor: &mut Reactor) {
+        let Some(token) = self.service.untaken_batches.pop_front() else {
+            return;
+        };
+        if let Some(connection) = find(&mut self.connections, token) {
+            self.service.resume_batch(connection);
+            self.pump(reactor, token, false);
+        }
+    }
+
     /// Answers what the threads have done: one write for each connection.
     pub(super) fn on_results(&mut self, reactor: &mut Reactor) {
         let mut done = mem::take(&mut self.service.answered_elsewhere);

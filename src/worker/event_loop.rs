@@ -196,7 +196,7 @@ impl EventLoop {
             if self.waits_for_pools && !self.is_accepting {
                 next = next.min(self.service.now_ms + POOL_LOOK_MS);
             }
-            if self.service.threads.pools().has_done() {
+            if self.service.threads.pools().has_done() || !self.service.untaken_batches.is_empty() {
                 next = self.service.now_ms;
             }
             let forwarding = &self.service.forwarding;
@@ -212,6 +212,7 @@ impl EventLoop {
                 self.on_results(reactor);
             }
             self.expire(reactor);
+            self.resume_batch(reactor);
             if self.service.now_ms >= self.next_tick_ms {
                 self.tick(reactor);
             }

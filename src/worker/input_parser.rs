@@ -236,8 +236,10 @@ impl CallDispatcher {
 
     /// Counts what a connection keeps of an unfinished call.
     pub fn update_unfinished_total(&mut self, connection: &mut Connection) {
-        self.unfinished += connection.input.len();
-        self.unfinished -= mem::replace(&mut connection.accounted_bytes, connection.input.len());
+        let batch = connection.untaken_members.as_ref();
+        let kept = connection.input.len() + batch.map_or(0, |batch| batch.text.len());
+        self.unfinished += kept;
+        self.unfinished -= mem::replace(&mut connection.accounted_bytes, kept);
     }
 
     /// Whether there is no room for what a connection keeps, as counted. For what is little, or all there

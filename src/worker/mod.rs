@@ -6,6 +6,7 @@
 
 mod accepting;
 mod active_rebalance;
+mod batch;
 mod call_dispatcher;
 mod call_scheduler;
 mod call_table;
@@ -36,6 +37,7 @@ mod threads;
 mod timers;
 mod unsent;
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -146,6 +148,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
             boot.generation.0,
         ),
         answered_elsewhere: Vec::new(),
+        untaken_batches: VecDeque::new(),
         timers: Timers::default(),
         limits,
         origins: Vec::leak(boot.settings.http_origins.clone()),
