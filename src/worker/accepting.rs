@@ -85,8 +85,14 @@ impl EventLoop {
         if self.is_at_limit || !self.is_accepting || !self.drain.is_serving() {
             return;
         }
-        if let Err(error) = reactor.resume_listeners() {
-            self.on_accept_error(&error);
+        match reactor.resume_listeners() {
+            Ok(false) => {}
+            Ok(true) => self.warn_limited(
+                WarningKind::Accepting,
+                "another process has cleared O_NONBLOCK of a listener: it is set again; find the process \
+                 that shares the listener (a worker, or another service of the service manager)",
+            ),
+            Err(error) => self.on_accept_error(&error),
         }
     }
 }
