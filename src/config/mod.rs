@@ -16,6 +16,7 @@ mod commands;
 mod diagnostics;
 mod effective;
 mod environment;
+mod exposed;
 mod files;
 mod guarded;
 mod listeners;

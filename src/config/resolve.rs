@@ -20,7 +20,7 @@ use super::settings::{
 };
 use super::source_map::SourceMap;
 use super::units::{ByteSize, DurationValue};
-use super::{guarded, listeners, methods, pools};
+use super::{exposed, guarded, listeners, methods, pools};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::{Account, AccountError};
@@ -107,8 +107,14 @@ pub(super) fn resolve(
         needs_restart: Vec::new(),
     };
     paths_differ(&check, &settings)?;
-    let about_guards = guarded::warnings(&settings, here, ids);
-    settings.warnings.extend(about_guards);
+    let mut more = guarded::warnings(&settings, here, ids);
+    more.extend(exposed::warnings(
+        &settings,
+        raw,
+        places,
+        (here.uid, here.gid),
+    ));
+    settings.warnings.extend(more);
     Ok(settings)
 }
 

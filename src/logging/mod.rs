@@ -122,7 +122,7 @@ pub fn open(file: Option<&Path>) -> io::Result<LogOutput> {
             let output = LogOutput::file(file)?;
             if ROLE.load(Ordering::Relaxed) == COMMAND {
                 // At the start: nobody of this server writes yet.
-                output.look_at_end(file);
+                output.look_at_end();
             }
             Ok(output)
         }
