@@ -8,7 +8,8 @@ use super::raw::{
     StrictTable,
 };
 use super::settings::{
-    CommandConfig, LogConfig, MethodConfig, MethodKind, PoolConfig, RlimitsConfig, Settings,
+    CommandConfig, HttpMethods, LogConfig, MethodConfig, MethodKind, PoolConfig, RlimitsConfig,
+    Settings,
 };
 use super::units::{ByteSize, DurationValue};
 
@@ -102,6 +103,10 @@ fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {
                 name: listen.name.clone(),
                 backlog: Some(listen.backlog.into()),
                 mode: listen.mode.map(|mode| format!("{mode:04o}")),
+                http_methods: Some(match listen.http_methods {
+                    HttpMethods::Any => "any".into(),
+                    HttpMethods::Path => "path".into(),
+                }),
             })
         })
         .collect()

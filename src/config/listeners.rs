@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::address::{Address, check_unix_path};
 use super::check::{Check, command_line};
 use super::raw::{Raw, RawListen};
-use super::settings::ListenConfig;
+use super::settings::{HttpMethods, ListenConfig};
 use crate::error::{Error, Result};
 
 const DEFAULT_ADDRESS: Address =
@@ -130,6 +130,15 @@ fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfi
         name: raw.name.clone(),
         backlog,
         mode,
+        http_methods: match &raw.http_methods {
+            None => HttpMethods::Any,
+            Some(word) => {
+                match check.choice(&format!("{key}.http-methods"), word, &["any", "path"])? {
+                    "path" => HttpMethods::Path,
+                    _ => HttpMethods::Any,
+                }
+            }
+        },
     })
 }
 
@@ -168,6 +177,7 @@ fn plain(address: Address) -> ListenConfig {
         name: None,
         backlog: DEFAULT_BACKLOG,
         mode: None,
+        http_methods: HttpMethods::Any,
     }
 }
 

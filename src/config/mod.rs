@@ -37,8 +37,9 @@ pub use commands::placeholder;
 pub use overrides::Overrides;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
-    Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogFormat, MethodConfig,
-    MethodKind, OutputFormat, PoolConfig, ProgramConfig, Settings, Stdin, WorkersConfig,
+    Address, Builtin, CommandConfig, HttpMethods, LimitsConfig, ListenConfig, LogFormat,
+    MethodConfig, MethodKind, OutputFormat, PoolConfig, ProgramConfig, Settings, Stdin,
+    WorkersConfig,
 };
 
 use crate::error::{Error, Result};

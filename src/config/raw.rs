@@ -82,6 +82,7 @@ pub(super) struct RawListen {
     pub name: Option<String>,
     pub backlog: Option<i64>,
     pub mode: Option<String>,
+    pub http_methods: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]

@@ -269,6 +269,17 @@ pub struct ListenConfig {
     pub backlog: u32,
     /// The permission bits of a unix socket, 0 to 0o777; `None` leaves them to the umask.
     pub mode: Option<u32>,
+    /// Where an HTTP request may name its method.
+    pub http_methods: HttpMethods,
+}
+
+/// Where an HTTP request may name its method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HttpMethods {
+    /// In its path or in a call in its body.
+    Any,
+    /// In its path, so that a proxy sees it.
+    Path,
 }
 
 /// One `[methods.NAME]`.

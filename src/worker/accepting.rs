@@ -38,7 +38,10 @@ impl EventLoop {
                 return None;
             }
         };
-        let connection = Connection::new(token, peer, self.service.now_ms);
+        let mut connection = Connection::new(token, peer, self.service.now_ms);
+        let socket = reactor.descriptor(token);
+        connection.needs_http_path =
+            socket.is_some_and(|socket| self.service.path_listeners.contain(socket));
         if self.connections.len() <= token.index() {
             self.connections.resize_with(token.index() + 1, || None);
         }

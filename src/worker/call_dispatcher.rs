@@ -15,6 +15,7 @@ use super::call_scheduler::{CallScheduler, FinishedCall};
 use super::connection::{AnswerPosition, Connection, ConnectionPhase, HIGH_WATER, PendingAnswer};
 use super::crash::journal::{CallJournal, CallRef};
 use super::forwarding::Forwarding;
+use super::path_listeners::PathListeners;
 use super::threads::{Done, Threads};
 use super::timers::{CallKey, TimerTarget, Timers};
 use super::unsent::UnsentAnswers;
@@ -47,6 +48,8 @@ pub struct CallDispatcher {
     /// All deadlines of the worker.
     pub timers: Timers,
     pub limits: LimitsConfig,
+    /// The listeners where HTTP requests name their method in the path alone.
+    pub path_listeners: PathListeners,
     /// The origins whose web pages may call. A worker has them for life.
     pub origins: &'static [String],
     /// Connections with a batch of which not all calls are taken, in their turn.

@@ -85,6 +85,8 @@ pub struct Connection {
     pub token: Token,
     /// Where it comes from; `None` over a unix socket.
     pub peer: Option<SocketAddr>,
+    /// HTTP requests may name their method in the path alone (`http-methods` of its listener).
+    pub needs_http_path: bool,
     /// Whether it goes on.
     pub phase: ConnectionPhase,
     /// The peer will send nothing more.
@@ -145,6 +147,7 @@ impl Connection {
         Connection {
             token,
             peer,
+            needs_http_path: false,
             phase: ConnectionPhase::Open,
             peer_closed: false,
             peer_gone: false,

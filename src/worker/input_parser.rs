@@ -158,6 +158,15 @@ impl CallDispatcher {
     fn request(&mut self, connection: &mut Connection, head: RequestHead, body: &[u8]) {
         let wrap = Framing::Http(head.reply);
         match head.ask {
+            Ask::Call if connection.needs_http_path => {
+                self.read += 1;
+                self.errors += 1;
+                let text = "this listener takes no call in the body (http-methods = \"path\"); send \
+                            POST /METHOD with the params as body";
+                let error = RpcError::of(Code::InvalidRequest, text, false);
+                let refusal = RejectedRequest { status: 403, error };
+                self.refuse_request(connection, head.reply, &refusal);
+            }
             Ask::Call => self.on_body(connection, wrap, body),
             Ask::Method(method) => {
                 self.read += 1;

@@ -21,6 +21,7 @@ mod handoff;
 mod input_parser;
 mod method_stats;
 mod orders;
+mod path_listeners;
 mod peer;
 mod peer_calls;
 mod post_fork;
@@ -60,6 +61,7 @@ use crash::journal::CallJournal;
 use crash::keeper::KeeperSetup;
 use event_loop::EventLoop;
 use forwarding::Forwarding;
+use path_listeners::PathListeners;
 use threads::Threads;
 use timers::Timers;
 use unsent::UnsentAnswers;
@@ -130,6 +132,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
         reactor.attach_progress(book.witness, buffer);
     }
+    let path_listeners = PathListeners::of(&boot.settings.listen, &boot.listeners);
     if pool.is_none() {
         reactor
             .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
@@ -151,6 +154,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         untaken_batches: VecDeque::new(),
         timers: Timers::default(),
         limits,
+        path_listeners,
         origins: Vec::leak(boot.settings.http_origins.clone()),
         out: Vec::new(),
         now_ms: 0,

@@ -41,7 +41,8 @@ prop_compose! {
         address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
     ) -> ListenConfig {
         let mode = (with && matches!(address, Address::Unix(_))).then_some(mode);
-        ListenConfig { address, name: Some(format!("socket {backlog}")), backlog, mode }
+        let http_methods = if with { HttpMethods::Path } else { HttpMethods::Any };
+        ListenConfig { address, name: Some(format!("socket {backlog}")), backlog, mode, http_methods }
     }
 }
 

@@ -388,6 +388,7 @@ fn refused(address: &Address, error: io::Error) -> Error {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::config::HttpMethods;
 
     fn listen(address: &str) -> ListenConfig {
         ListenConfig {
@@ -395,6 +396,7 @@ mod tests {
             name: None,
             backlog: 16,
             mode: None,
+            http_methods: HttpMethods::Any,
         }
     }
 
