@@ -64,6 +64,16 @@ fn main() -> ExitCode {
         .method("exit", |(code, _): (i32, u64)| -> Result<(), _> {
             std::process::exit(code)
         })
+        // The same, from a thread that runs no call.
+        .method(
+            "exit-from-thread",
+            |(code, _): (i32, u64)| -> Result<(), _> {
+                let _ = thread::spawn(move || std::process::exit(code)).join();
+                loop {
+                    thread::park();
+                }
+            },
+        )
         // Ends the worker from its event loop.
         .inline("crash-inline", |(): ()| -> Result<(), _> {
             std::process::abort()
