@@ -31,6 +31,7 @@ use std::time::SystemTime;
 
 use crate::config::Overrides;
 use crate::error::{Error, Result};
+use crate::logging::printable_json;
 use crate::server::Server;
 use args::CliCommand;
 
@@ -106,7 +107,7 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
         CliCommand::Status { place, json } => {
             let answered = control::status(&place)?;
             if json {
-                return print_line(answered.json);
+                return print_json(&answered.json);
             }
             let colours = output::wants_colours();
             output::print(&status::render(name, &answered.status, now(), colours))
@@ -122,7 +123,7 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             let hint = &mut |hint: &str| output::print_error(name, hint);
             control::stop(&place, now, after, hint)
         }
-        CliCommand::Call(call) => print_line(call::call(&call, &overrides)?),
+        CliCommand::Call(call) => print_json(&call::call(&call, &overrides)?),
         CliCommand::Map(options) => map::map(name, &options, &overrides),
         CliCommand::Bench(options) => bench::bench(name, &options, &overrides),
     }
@@ -137,9 +138,12 @@ fn all_but_last(name: &str, mut errors: Vec<Error>) -> Error {
     last.unwrap_or_else(|| Error::Bug("a refusal without a reason".into()))
 }
 
-fn print_line(mut text: String) -> Result<()> {
-    text.push('\n');
-    output::print(&text)
+fn print_line(text: String) -> Result<()> {
+    output::print(&(output::printable(&text) + "\n"))
+}
+
+fn print_json(text: &str) -> Result<()> {
+    output::print(&(printable_json(text) + "\n"))
 }
 
 /// Seconds since 1970.
