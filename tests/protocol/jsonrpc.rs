@@ -350,7 +350,7 @@ fn rpc_cancel_in_one_form_ends_a_call_in_the_other() {
         wire.ask(dialect, r#"{"in":"sleep","params":3600,"id":7}"#);
         wire.ask(
             dialect,
-            r#"{"jsonrpc":"2.0","method":"rpc.cancel","params":{"id":7},"id":"c"}"#,
+            r#"{"jsonrpc":"2.0","method":"rpc.cancel","params":{"id":70e-1},"id":"c"}"#,
         );
         let ended = wire.answer(dialect).unwrap();
         assert!(
