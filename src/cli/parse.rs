@@ -5,11 +5,22 @@ use std::time::Duration;
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Result};
+use crate::protocol::control::MAX_STOP_DELAY_MS;
 
 /// A length of time, as people write it.
 pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
     humantime::parse_duration(text)
         .map_err(|error| format!("{error}; write it as in 500ms, 30s or 5m"))
+}
+
+/// The time until a stop, which has a limit: a slip of the pen would leave a server that never stops and is
+/// never ready.
+pub(super) fn stop_delay(text: &str) -> std::result::Result<Duration, String> {
+    let most = Duration::from_millis(MAX_STOP_DELAY_MS);
+    match duration(text)? {
+        delay if delay <= most => Ok(delay),
+        _ => Err("it is longer than a day; give 1d at most".into()),
+    }
 }
 
 /// Checks that a text is JSON; `what` is where it stood.
