@@ -23,6 +23,7 @@ mod listeners;
 mod methods;
 mod overrides;
 mod pools;
+mod program_text;
 mod programs;
 mod raw;
 mod resolve;

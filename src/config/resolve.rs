@@ -20,7 +20,7 @@ use super::settings::{
 };
 use super::source_map::SourceMap;
 use super::units::{ByteSize, DurationValue};
-use super::{exposed, guarded, listeners, methods, pools};
+use super::{exposed, guarded, listeners, methods, pools, program_text};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::{Account, AccountError};
@@ -114,6 +114,7 @@ pub(super) fn resolve(
         places,
         (here.uid, here.gid),
     ));
+    more.extend(program_text::warnings(&settings));
     settings.warnings.extend(more);
     Ok(settings)
 }
