@@ -47,6 +47,11 @@ fn main() -> ExitCode {
             spin(Duration::from_secs(seconds));
             Ok(seconds)
         })
+        // The same for JSON-RPC, whose params are a list.
+        .inline("block-for", |(seconds,): (u64,)| {
+            spin(Duration::from_secs(seconds));
+            Ok(seconds)
+        })
         // Ends the worker by an abort on a thread if the text is "abort". Any other text overflows the
         // stack.
         .method("crash", |how: String| -> Result<usize, _> {
@@ -59,6 +64,16 @@ fn main() -> ExitCode {
         .method("exit", |(code, _): (i32, u64)| -> Result<(), _> {
             std::process::exit(code)
         })
+        // The same, from a thread that runs no call.
+        .method(
+            "exit-from-thread",
+            |(code, _): (i32, u64)| -> Result<(), _> {
+                let _ = thread::spawn(move || std::process::exit(code)).join();
+                loop {
+                    thread::park();
+                }
+            },
+        )
         // Ends the worker from its event loop.
         .inline("crash-inline", |(): ()| -> Result<(), _> {
             std::process::abort()

@@ -211,6 +211,7 @@ impl master::Embedder for RunningServer<'_> {
 
     fn registry(&self, settings: &Settings) -> Arc<Registry> {
         let pools = settings.used_pools();
+        let limits = &settings.limits;
         let method = |(name, method): (&String, &config::MethodConfig)| {
             let handler: Arc<dyn Handler> = match &method.kind {
                 MethodKind::Builtin(Builtin::Ping) => Arc::new(builtin::Ping),
@@ -218,7 +219,7 @@ impl master::Embedder for RunningServer<'_> {
                 MethodKind::Builtin(Builtin::Sleep) => Arc::new(builtin::Sleep),
                 // `config` lets only names through that it was told of.
                 MethodKind::Command(command) => {
-                    Arc::new(CommandHandler::new(command, settings.limits.depth))
+                    Arc::new(CommandHandler::new(command, (limits.depth, limits.frame)))
                 }
                 MethodKind::Pool(name) => Arc::new(Pooled {
                     number: pools.iter().position(|pool| *pool == name)?,

@@ -14,7 +14,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::bench::BenchOptions;
 use super::map::options::MapOptions;
-use super::parse::{duration, id_as_json, json, name};
+use super::parse::{duration, id_as_json, json, name, stop_delay};
 use super::target::TargetArgs;
 use crate::config::server_name;
 use crate::error::{Error, Result};
@@ -184,7 +184,7 @@ enum LowCommand {
         #[arg(long)]
         now: bool,
         /// Serve on for so long first, and answer health checks with 503
-        #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "now")]
+        #[arg(long, value_name = "TIME", value_parser = stop_delay, conflicts_with = "now")]
         after: Option<Duration>,
     },
     /// Call a method and print its result

@@ -7,7 +7,7 @@
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::slice;
 use std::time::Duration;
 
@@ -21,7 +21,8 @@ use crate::error::{Error, Result};
 use crate::protocol::control::{
     ControlRequest, ControlResponse, MOST_DRAINING_GENERATIONS, Status, WorkerPhase, to_line,
 };
-use crate::sys::socket;
+use crate::sys::account::effective_ids;
+use crate::sys::{other_writer, socket};
 
 /// How long the master may take for what it answers at once. It does not wait for workers then, so
 /// a master that takes longer is stopped or stuck.
@@ -173,6 +174,7 @@ impl ControlConnection {
         for path in candidates {
             match socket::connect_unix(path, Some(PROMPT)) {
                 Ok(stream) => {
+                    check_peer(path, socket::peer_user(&stream).ok(), effective_ids())?;
                     return Ok(ControlConnection {
                         stream: BufReader::new(stream),
                         path: path.clone(),
@@ -326,6 +328,24 @@ fn named_file(place: &ServerSelector) -> Option<String> {
             path.to_str().map(str::to_owned)
         }
         _ => None,
+    }
+}
+
+/// Whether the process at the other end may be the server: it runs as root or as this user (SO_PEERCRED,
+/// unix(7)). Root also asks the server of another user, if no third user can have put a socket at `path`.
+pub(super) fn check_peer(path: &Path, peer: Option<u32>, own: (u32, u32)) -> Result<()> {
+    let is_alone = |peer| other_writer::of_path(path, (peer, own.1)).is_none();
+    match peer {
+        Some(peer) if peer == 0 || peer == own.0 || own.0 == 0 && is_alone(peer) => Ok(()),
+        peer => {
+            let who = peer.map_or("an unknown user".into(), |peer| format!("user {peer}"));
+            Err(Error::Permission(format!(
+                "{}: the process at this control socket runs as {who}, so it may not be the server, and \
+                 nothing was asked of it; become the user that the server runs as, or let only root and that \
+                 user write to the directories above the socket",
+                path.display()
+            )))
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
 use super::args::ServerSelector;
-use super::control::{ControlConnection, reload, scale, status, stop};
+use super::control::{ControlConnection, check_peer, reload, scale, status, stop};
 use crate::protocol::control::{
     ControlRequest, ControlResponse, MasterStatus, OldestCall, Status, WorkerStatus, to_line,
 };
@@ -47,6 +47,24 @@ impl Socket {
             }
             requests
         })
+    }
+}
+
+#[test]
+fn only_a_server_of_root_or_of_the_own_user_is_asked() {
+    let socket = Socket::new();
+    let asked = |peer, own| check_peer(&socket.0, peer, own);
+    for (peer, own) in [(0, 0), (0, 1000), (1000, 1000)] {
+        asked(Some(peer), (own, own)).unwrap();
+    }
+    // Any user can have put it into the temporary directory.
+    for (peer, own) in [(Some(1001), 1000), (Some(12_345), 0), (None, 0)] {
+        let error = asked(peer, (own, own)).unwrap_err();
+        assert_eq!(error.exit_code(), 77);
+        assert!(
+            error.to_string().contains("nothing was asked of it"),
+            "{error}"
+        );
     }
 }
 

@@ -30,6 +30,7 @@ use std::process::ExitCode;
 
 use crate::config::{Overrides, server_name};
 use crate::error::{Error, Result};
+use crate::logging::printable_json;
 use crate::server::Server;
 use crate::sys::process;
 use args::CliCommand;
@@ -115,7 +116,7 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
         CliCommand::Status { place, json } => {
             let answered = control::status(&place)?;
             if json {
-                return print_line(answered.json);
+                return print_json(&answered.json);
             }
             let colours = output::wants_colours();
             output::print(&status::render(
@@ -136,7 +137,7 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             let hint = &mut |hint: &str| output::print_error(name, hint);
             control::stop(&place, now, after, hint)
         }
-        CliCommand::Call(call) => print_line(call::call(&call, &overrides)?),
+        CliCommand::Call(call) => print_json(&call::call(&call, &overrides)?),
         CliCommand::Map(options) => map::map(name, &options, &overrides),
         CliCommand::Bench(options) => bench::bench(name, &options, &overrides),
     }
@@ -151,7 +152,10 @@ fn all_but_last(name: &str, mut errors: Vec<Error>) -> Error {
     last.unwrap_or_else(|| Error::Bug("a refusal without a reason".into()))
 }
 
-fn print_line(mut text: String) -> Result<()> {
-    text.push('\n');
-    output::print(&text)
+fn print_line(text: String) -> Result<()> {
+    output::print(&(output::printable(&text) + "\n"))
+}
+
+fn print_json(text: &str) -> Result<()> {
+    output::print(&(printable_json(text) + "\n"))
 }

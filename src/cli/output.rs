@@ -5,10 +5,10 @@
 
 use std::borrow::Cow;
 use std::env;
-use std::fmt::Write as _;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 
 use crate::error::{Error, Result};
+use crate::logging::escape_unprintable;
 
 /// Writes to stdout.
 pub fn print(text: &str) -> Result<()> {
@@ -39,22 +39,10 @@ pub fn wants_colours() -> bool {
         && env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// A text with its control characters escaped, but for line feeds and tabs: what a server or a
+/// A text with its unprintable characters escaped, but for line feeds and tabs: what a server or a
 /// handler sends must not steer the terminal.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
-    if !text.contains(steers) {
-        return Cow::Borrowed(text);
-    }
-    let mut safe = String::with_capacity(text.len() + 8);
-    for c in text.chars() {
-        if steers(c) {
-            let _ = write!(safe, "{}", c.escape_default());
-        } else {
-            safe.push(c);
-        }
-    }
-    Cow::Owned(safe)
+    escape_unprintable(text, &['\n', '\t'])
 }
 
 #[cfg(test)]

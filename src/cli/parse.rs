@@ -6,6 +6,7 @@ use serde_json::value::RawValue;
 
 use crate::config::server_name;
 use crate::error::{Error, Result};
+use crate::protocol::control::MAX_STOP_DELAY_MS;
 
 /// Room for paths of sockets, which have 107 bytes at most.
 const LONGEST_NAME: usize = 40;
@@ -27,6 +28,16 @@ pub(super) fn name(text: &str) -> std::result::Result<String, String> {
     Err(format!(
         "a name has 1 to {LONGEST_NAME} letters, digits and _ . -, and begins with a letter, a digit or _"
     ))
+}
+
+/// The time until a stop, which has a limit: a slip of the pen would leave a server that never stops and is
+/// never ready.
+pub(super) fn stop_delay(text: &str) -> std::result::Result<Duration, String> {
+    let most = Duration::from_millis(MAX_STOP_DELAY_MS);
+    match duration(text)? {
+        delay if delay <= most => Ok(delay),
+        _ => Err("it is longer than a day; give 1d at most".into()),
+    }
 }
 
 /// Checks that a text is JSON; `what` is where it stood.

@@ -30,16 +30,19 @@ pub fn literal(argument: &str) -> String {
     argument.replace("{{", "{")
 }
 
+/// Whether a text has something that looks like a placeholder. `${…}` is a shell's own.
+pub(super) fn has_placeholder(text: &str) -> bool {
+    text.match_indices('{').any(|(at, _)| {
+        let name = text[at + 1..].split_once('}');
+        name.is_some_and(|(name, _)| is_name(name)) && !text[..at].ends_with('$')
+    })
+}
+
 /// Whether this looks like a placeholder that is only a part of its argument. In a text with
 /// blanks, braces are most likely another language's, and `${…}` is a shell's.
 fn has_partial_placeholder(argument: &str) -> bool {
     let argument = argument.replace("{{", "");
-    let pieces = || argument.match_indices('{');
-    !argument.contains(char::is_whitespace)
-        && pieces().any(|(at, _)| {
-            let name = argument[at + 1..].split_once('}');
-            name.is_some_and(|(name, _)| is_name(name)) && !argument[..at].ends_with('$')
-        })
+    !argument.contains(char::is_whitespace) && has_placeholder(&argument)
 }
 
 pub(super) fn resolve(

@@ -8,7 +8,8 @@ use super::raw::{
     StrictTable,
 };
 use super::settings::{
-    CommandConfig, LogConfig, MethodConfig, MethodKind, PoolConfig, RlimitsConfig, Settings,
+    CommandConfig, HttpMethods, LogConfig, MethodConfig, MethodKind, PoolConfig, RlimitsConfig,
+    Settings,
 };
 use super::units::{ByteSize, DurationValue};
 use crate::sys::account::NamedId;
@@ -106,6 +107,10 @@ fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {
                 mode: listen.mode.map(|mode| format!("{mode:04o}")),
                 socket_user: name(&listen.socket_user),
                 socket_group: name(&listen.socket_group),
+                http_methods: Some(match listen.http_methods {
+                    HttpMethods::Any => "any".into(),
+                    HttpMethods::Path => "path".into(),
+                }),
             })
         })
         .collect()

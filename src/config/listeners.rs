@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::address::{Address, check_unix_path};
 use super::check::{Check, command_line};
 use super::raw::{Raw, RawListen};
-use super::settings::ListenConfig;
+use super::settings::{HttpMethods, ListenConfig};
 use crate::error::{Error, Result};
 use crate::sys::account::{self, AccountError, NamedId};
 
@@ -141,6 +141,15 @@ fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfi
         mode,
         socket_user,
         socket_group,
+        http_methods: match &raw.http_methods {
+            None => HttpMethods::Any,
+            Some(word) => {
+                match check.choice(&format!("{key}.http-methods"), word, &["any", "path"])? {
+                    "path" => HttpMethods::Path,
+                    _ => HttpMethods::Any,
+                }
+            }
+        },
     })
 }
 
@@ -200,6 +209,7 @@ fn plain(address: Address) -> ListenConfig {
         mode: None,
         socket_user: None,
         socket_group: None,
+        http_methods: HttpMethods::Any,
     }
 }
 

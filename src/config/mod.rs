@@ -16,12 +16,14 @@ mod commands;
 mod diagnostics;
 mod effective;
 mod environment;
+mod exposed;
 mod files;
 mod guarded;
 mod listeners;
 mod methods;
 mod overrides;
 mod pools;
+mod program_text;
 mod programs;
 mod raw;
 mod resolve;
@@ -38,8 +40,9 @@ pub use overrides::{DEFAULT_NAME, Overrides, server_name};
 pub use programs::SEARCH_PATH;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
-    Address, Builtin, CommandConfig, LimitsConfig, ListenConfig, LogFormat, MethodConfig,
-    MethodKind, OutputFormat, PoolConfig, ProgramConfig, Settings, Stdin, WorkersConfig,
+    Address, Builtin, CommandConfig, HttpMethods, LimitsConfig, ListenConfig, LogFormat,
+    MethodConfig, MethodKind, OutputFormat, PoolConfig, ProgramConfig, Settings, Stdin,
+    WorkersConfig,
 };
 
 use crate::error::{Error, Result};

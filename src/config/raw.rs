@@ -88,6 +88,7 @@ pub(super) struct RawListen {
     pub socket_user: Option<String>,
     #[serde(deserialize_with = "account_name")]
     pub socket_group: Option<String>,
+    pub http_methods: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]

@@ -20,7 +20,7 @@ use super::settings::{
 };
 use super::source_map::SourceMap;
 use super::units::{ByteSize, DurationValue};
-use super::{guarded, listeners, methods, pools, variables};
+use super::{exposed, guarded, listeners, methods, pools, program_text, variables};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::{Account, AccountError};
@@ -112,11 +112,16 @@ pub(super) fn resolve(
         needs_restart: Vec::new(),
     };
     paths_differ(&check, &settings)?;
-    let about_guards = guarded::warnings(&settings, here, ids);
-    settings.warnings.extend(about_guards);
-    settings
-        .warnings
-        .extend(variables::warnings(&settings, here));
+    let mut more = guarded::warnings(&settings, here, ids);
+    more.extend(exposed::warnings(
+        &settings,
+        raw,
+        places,
+        (here.uid, here.gid),
+    ));
+    more.extend(program_text::warnings(&settings));
+    more.extend(variables::warnings(&settings, here));
+    settings.warnings.extend(more);
     Ok(settings)
 }
 

@@ -288,6 +288,17 @@ pub struct ListenConfig {
     pub socket_user: Option<NamedId>,
     /// The group of a unix socket; `None`: the workers' group.
     pub socket_group: Option<NamedId>,
+    /// Where an HTTP request may name its method.
+    pub http_methods: HttpMethods,
+}
+
+/// Where an HTTP request may name its method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HttpMethods {
+    /// In its path or in a call in its body.
+    Any,
+    /// In its path, so that a proxy sees it.
+    Path,
 }
 
 /// One `[methods.NAME]`.

@@ -176,6 +176,11 @@ impl SourceMap<'_> {
         self.files.main()
     }
 
+    /// The paths of all files, that of the main one first.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
     /// Whether some file sets `key`.
     pub fn is_set(&self, key: &str) -> bool {
         self.keys.contains_key(key)

@@ -377,10 +377,7 @@ fn users_and_groups_may_be_numbers() {
     let error = settings(&root(), "user = 3999999999")
         .unwrap_err()
         .to_string();
-    assert!(
-        error.contains("so no group"),
-        "{error}"
-    );
+    assert!(error.contains("so no group"), "{error}");
     for wrong in ["user = -1", "user = 4294967295", "user = 1.5"] {
         assert!(settings(&root(), wrong).is_err(), "{wrong}");
     }

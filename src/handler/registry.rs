@@ -13,7 +13,7 @@ use super::Handler;
 use super::handler_state::{HandlerState, Hooks, Worker};
 use super::pool::Pool;
 
-/// The method that answers with [`Registry::describe`].
+/// The method that answers with [`Registry::document`].
 pub const DISCOVER: &str = "rpc.discover";
 
 /// The protocol's own methods, with a word about each.
@@ -54,6 +54,8 @@ impl fmt::Debug for Method {
 pub struct Registry {
     methods: Vec<Method>,
     by_name: HashMap<String, usize>,
+    /// The answer of [`DISCOVER`], built once: the event loop must not build it for each call.
+    document: String,
     hooks: Arc<Hooks>,
     /// What the master keeps for all workers.
     kept: HandlerState,
@@ -72,6 +74,7 @@ impl Registry {
             .map(|(number, method)| (method.name.clone(), number))
             .collect();
         Registry {
+            document: describe(&by_name),
             methods,
             by_name,
             ..Registry::default()
@@ -140,34 +143,9 @@ impl Registry {
         &self.methods
     }
 
-    /// The methods as an OpenRPC document (spec.open-rpc.org), as JSON. What a handler takes and
-    /// answers is its own affair: any JSON.
-    pub fn describe(&self) -> String {
-        let any = |name| json!({"name": name, "schema": {}});
-        let method = |name: &str, summary: Option<&str>| {
-            let mut method = json!({
-                "name": name,
-                "params": [any("params")],
-                "result": any("result"),
-            });
-            if let Some(summary) = summary {
-                method["summary"] = summary.into();
-            }
-            method
-        };
-        let mut names: Vec<&str> = self.by_name.keys().map(String::as_str).collect();
-        names.sort_unstable();
-        let methods: Vec<Value> = names
-            .into_iter()
-            .map(|name| method(name, None))
-            .chain(OWN.map(|(name, summary)| method(name, Some(summary))))
-            .collect();
-        json!({
-            "openrpc": "1.3.2",
-            "info": {"title": "preforkd", "version": env!("CARGO_PKG_VERSION")},
-            "methods": methods,
-        })
-        .to_string()
+    /// The methods as an OpenRPC document (spec.open-rpc.org), as JSON.
+    pub fn document(&self) -> &str {
+        &self.document
     }
 
     /// What stands in `out` of a method's answers, by its number.
@@ -182,4 +160,34 @@ impl Registry {
     pub fn name(&self, number: usize) -> &str {
         self.methods.get(number).map_or("?", |method| &method.name)
     }
+}
+
+/// The OpenRPC document of methods with these names. What a handler takes and answers is its own affair:
+/// any JSON.
+fn describe(by_name: &HashMap<String, usize>) -> String {
+    let any = |name| json!({"name": name, "schema": {}});
+    let method = |name: &str, summary: Option<&str>| {
+        let mut method = json!({
+            "name": name,
+            "params": [any("params")],
+            "result": any("result"),
+        });
+        if let Some(summary) = summary {
+            method["summary"] = summary.into();
+        }
+        method
+    };
+    let mut names: Vec<&str> = by_name.keys().map(String::as_str).collect();
+    names.sort_unstable();
+    let methods: Vec<Value> = names
+        .into_iter()
+        .map(|name| method(name, None))
+        .chain(OWN.map(|(name, summary)| method(name, Some(summary))))
+        .collect();
+    json!({
+        "openrpc": "1.3.2",
+        "info": {"title": "preforkd", "version": env!("CARGO_PKG_VERSION")},
+        "methods": methods,
+    })
+    .to_string()
 }

@@ -30,7 +30,7 @@ pub use panics::{log_panics, rate_limit_panics};
 pub use startup_forward::{
     LONGEST as LONGEST_TOLD, forwarding_fd, start_forwarding, stop_forwarding,
 };
-pub use text::{pluralize, printable};
+pub use text::{escape_unprintable, pluralize, printable, printable_json};
 
 /// Lines that wait for the writing thread of a worker.
 const QUEUE: usize = 4096;
@@ -137,7 +137,7 @@ pub fn open(file: Option<&Path>) -> io::Result<LogOutput> {
             let output = LogOutput::file(file)?;
             if ROLE.load(Ordering::Relaxed) == COMMAND {
                 // At the start: nobody of this server writes yet.
-                output.look_at_end(file);
+                output.look_at_end();
             }
             Ok(output)
         }
@@ -296,8 +296,8 @@ fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> i
             thread,
             message: record.args().to_string(),
         };
-        serde_json::to_writer(&mut *to, &line)?;
-        return writeln!(to);
+        let line = serde_json::to_string(&line)?;
+        return writeln!(to, "{}", printable_json(&line));
     }
     if form == LineFormat::Journal {
         let priority = match record.level() {
@@ -369,6 +369,8 @@ mod tests {
         let value: serde_json::Value =
             serde_json::from_str(&line(LineFormat::Json, "a\n\"b\"")).unwrap();
         assert_eq!(value["message"], "a\n\"b\"");
+        let text = line(LineFormat::Json, "\u{9b}31m\u{202e}");
+        assert!(text.contains(r"\u009b31m\u202e"), "{text}");
         assert_eq!(value["level"], "WARN");
         assert_eq!(value["pid"], std::process::id());
     }

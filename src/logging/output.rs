@@ -12,12 +12,17 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send};
+use nix::sys::stat::Mode;
 
 use super::partial_line::PartialLine;
+use crate::sys::account;
+use crate::sys::other_writer::{self, ExposedPath};
 use crate::sys::signal::SignalBlock;
 
 /// How a descriptor is written to without waiting.
@@ -42,27 +47,25 @@ pub struct LogOutput {
 }
 
 impl LogOutput {
-    /// Appends to the file at `path`, which is made if it is not there.
+    /// Appends to the file at `path`, which is made if it is not there. Where root opens it in a directory
+    /// that another user can write, no symbolic link is followed: that user may have made it.
     ///
     /// # Errors
     /// When it can't be opened.
     pub fn file(path: &Path) -> io::Result<Self> {
-        let fifo = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
-        let file = OpenOptions::new()
-            .append(true)
-            // A fifo that nobody reads can't be opened for writing alone (fifo(7)).
-            .read(fifo)
-            .create(true)
-            .mode(0o640)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)?;
+        let own = account::effective_ids();
+        let exposed = (own.0 == 0).then(|| other_writer::of_path(path, own));
+        let file = match exposed.flatten() {
+            None => open_file(path, 0)?,
+            Some(exposed) => open_exposed(path, &exposed)?,
+        };
         Ok(LogOutput::of(file, WriteMode::Write))
     }
 
-    /// Looks whether the file at `path`, which this is, ends within a line. To be asked as long as
-    /// nobody else writes to it, who may end that line meanwhile.
-    pub fn look_at_end(&self, path: &Path) {
-        self.torn.look(path);
+    /// Looks whether the file, which this is, ends within a line. Call it before another process
+    /// writes to the file, because that one may end the line meanwhile.
+    pub fn look_at_end(&self) {
+        self.torn.look(&self.file);
     }
 
     /// Standard error, whatever it is.
@@ -187,6 +190,48 @@ impl LogOutput {
     }
 }
 
+fn open_file(path: &Path, flags: libc::c_int) -> io::Result<File> {
+    let fifo = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+    OpenOptions::new()
+        .append(true)
+        // A fifo without a reader can't be opened for writing alone (fifo(7)).
+        .read(fifo)
+        .create(true)
+        .mode(0o640)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | flags)
+        .open(path)
+}
+
+/// Opens it without following a link behind the first directory that another user can write.
+fn open_exposed(path: &Path, exposed: &ExposedPath) -> io::Result<File> {
+    let from = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = nix::fcntl::open(&exposed.directory, from, Mode::empty())?;
+    let fifo = path.symlink_metadata();
+    let access = match fifo.is_ok_and(|found| found.file_type().is_fifo()) {
+        true => OFlag::O_RDWR,
+        false => OFlag::O_WRONLY,
+    };
+    let flags = OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let how = OpenHow::new()
+        .flags(access | flags | OFlag::O_CLOEXEC)
+        .mode(Mode::from_bits_truncate(0o640))
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let opened = match openat2(&directory, &exposed.rest, how) {
+        // Linux before 5.6: at least not the last part of the path.
+        Err(Errno::ENOSYS) => open_file(path, libc::O_NOFOLLOW),
+        opened => opened.map(File::from).map_err(io::Error::from),
+    };
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ELOOP) => io::Error::other(format!(
+            "it is a symbolic link, or below one, in {}, which can be written by {}: root follows none \
+             there; let root alone write to that directory, or name the file itself",
+            exposed.directory.display(),
+            exposed.writer
+        )),
+        _ => error,
+    })
+}
+
 impl AsFd for LogOutput {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
@@ -256,7 +301,7 @@ mod tests {
             std::fs::write(&path, before).unwrap();
             let mut output = LogOutput::file(&path).unwrap();
             output.torn = PartialLine::by(Box::leak(Box::default()), &output.file);
-            output.look_at_end(&path);
+            output.look_at_end();
             output.write_line(b"line\n", &lost, told);
             assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
         }

@@ -6,8 +6,8 @@
 
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -45,11 +45,12 @@ impl PartialLine {
     }
 
     /// Notes what an earlier server has left at the end of a file.
-    pub(super) fn look(&self, path: &Path) {
+    pub(super) fn look(&self, file: &File) {
         let last = || {
-            // Looked at first: to open a fifo is to wait.
-            let found = path.metadata().ok().filter(|found| found.is_file())?;
-            let file = File::open(path).ok()?;
+            // Looked at first: to open a fifo is to wait. By its descriptor, which is for writing alone:
+            // another file may be at its path by now.
+            let found = file.metadata().ok().filter(|found| found.is_file())?;
+            let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
             let mut byte = [0];
             file.read_exact_at(&mut byte, found.len().checked_sub(1)?)
                 .ok()?;

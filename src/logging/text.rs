@@ -1,28 +1,81 @@
 //! Makes text for messages: counts with the right plural, and escaped control characters.
 
+use std::borrow::Cow;
+
 /// So many things, as in `1 worker drains`, `2 workers drain`.
 pub fn pluralize(number: usize, one: &str, several: &str) -> String {
     let things = if number == 1 { one } else { several };
     format!("{number} {things}")
 }
 
-/// Returns a message with its control characters escaped, so that text of a client cannot start a
+/// Whether a character controls where or in which order others are shown: the control characters (C0, DEL,
+/// C1), the separators of lines and paragraphs, and what changes the direction of text (UAX #9).
+pub fn is_unprintable(character: char) -> bool {
+    let changes_direction = matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') || changes_direction
+}
+
+/// Returns a message with its unprintable characters escaped, so that text of a client cannot start a
 /// line of its own or control a terminal.
 pub fn printable(message: &str) -> String {
-    let mut safe = String::with_capacity(message.len());
-    for character in message.chars() {
-        if character.is_control() {
-            safe.extend(character.escape_default());
-        } else {
-            safe.push(character);
+    escape_unprintable(message, &[]).into_owned()
+}
+
+/// The same, but for the characters in `kept`.
+pub fn escape_unprintable<'a>(text: &'a str, kept: &[char]) -> Cow<'a, str> {
+    escape(
+        text,
+        |c| is_unprintable(c) && !kept.contains(&c),
+        |safe, c| safe.extend(c.escape_default()),
+    )
+}
+
+/// Returns JSON with its unprintable characters escaped as in JSON, so that it has the same value. Line
+/// feeds and tabs between values stay.
+pub fn printable_json(json: &str) -> Cow<'_, str> {
+    // All of them have four digits. Those below a space stand between values: JSON escapes them itself.
+    escape(
+        json,
+        |c| is_unprintable(c) && c >= ' ',
+        |safe, c| safe.push_str(&format!("\\u{:04x}", u32::from(c))),
+    )
+}
+
+fn escape(
+    text: &str,
+    is_escaped: impl Fn(char) -> bool,
+    append: impl Fn(&mut String, char),
+) -> Cow<'_, str> {
+    if !text.contains(&is_escaped) {
+        return Cow::Borrowed(text);
+    }
+    let mut safe = String::with_capacity(text.len() + 8);
+    for character in text.chars() {
+        match is_escaped(character) {
+            true => append(&mut safe, character),
+            false => safe.push(character),
         }
     }
-    safe
+    Cow::Owned(safe)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_steers_a_terminal_or_a_reader_is_escaped() {
+        let text = "a\n\u{1b}[2J\u{7f}\u{9b}\u{2028}\u{202e}gpj.\u{2066}\u{200f} naïve \u{200d}€";
+        let shown =
+            "a\\n\\u{1b}[2J\\u{7f}\\u{9b}\\u{2028}\\u{202e}gpj.\\u{2066}\\u{200f} naïve \u{200d}€";
+        assert_eq!(printable(text), shown);
+        assert!(escape_unprintable(text, &['\n']).starts_with("a\n\\u{1b}"));
+        let json = serde_json::to_string(text).unwrap_or_default();
+        let safe = printable_json(&json);
+        assert!(!safe.chars().any(is_unprintable), "{safe}");
+        assert_eq!(serde_json::from_str(&safe).ok(), Some(text.to_owned()));
+        assert!(matches!(printable_json("{\n\t\"a\": 1}"), Cow::Borrowed(_)));
+    }
 
     #[test]
     fn one_is_one_and_none_are_several() {

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 /// While so many old generations still drain, a reload waits: each holds its workers' memory.
 pub const MOST_DRAINING_GENERATIONS: usize = 4;
+/// The longest time until a stop, in milliseconds: a day.
+pub const MAX_STOP_DELAY_MS: u64 = 86_400_000;
 
 /// What a command asks the master for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,6 +15,7 @@ pub mod guard;
 pub mod lock;
 pub mod memory;
 pub mod notify;
+pub mod other_writer;
 pub mod privilege;
 pub mod process;
 pub mod process_tree;

@@ -11,7 +11,9 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
 use std::time::Duration;
 
 use nix::libc;
@@ -210,6 +212,9 @@ impl Fault {
 static FAULT: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 static CULPRIT: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
 
+/// The process that tells.
+static REPORTER: AtomicI32 = AtomicI32::new(0);
+
 thread_local! {
     /// What this thread is at. It needs no destructor, so a signal handler may look at it.
     static AT: Cell<u64> = const { Cell::new(0) };
@@ -220,6 +225,26 @@ thread_local! {
 pub fn set_fault_report(fault: &'static AtomicU32, culprit: &'static AtomicU64) {
     CULPRIT.store(std::ptr::from_ref(culprit).cast_mut(), Ordering::SeqCst);
     FAULT.store(std::ptr::from_ref(fault).cast_mut(), Ordering::SeqCst);
+    REPORTER.store(Pid::current().0, Ordering::SeqCst);
+    // SAFETY: the hook is a function of this program, which is never unloaded. Without it, calls of exit(3)
+    // name no thread.
+    let _ = unsafe { libc::atexit(exits) };
+}
+
+/// Runs in the thread that has called exit(3): that is a failure like any other where it runs a call. A
+/// process that a handler has forked exits for itself.
+extern "C" fn exits() {
+    let (fault, culprit) = (FAULT.load(Ordering::SeqCst), CULPRIT.load(Ordering::SeqCst));
+    if AT.get() == 0 || fault.is_null() || REPORTER.load(Ordering::SeqCst) != Pid::current().0 {
+        return;
+    }
+    // SAFETY: what was stored are references that live for ever.
+    unsafe {
+        if (*fault).load(Ordering::SeqCst) == Fault::Unknown as u32 {
+            (*culprit).store(AT.get(), Ordering::SeqCst);
+            (*fault).store(Fault::Own as u32, Ordering::SeqCst);
+        }
+    }
 }
 
 /// This thread is at something with this number; 0: at nothing that is to be told.

@@ -172,6 +172,20 @@ pub fn acknowledge_now(fd: &impl AsFd) {
     }
 }
 
+/// Sets O_NONBLOCK (fcntl(2)). All processes that have the socket share this flag, so any of them can have
+/// cleared it, and accept4(2) would wait then. Returns whether that was so.
+///
+/// # Errors
+/// If fcntl(2) fails.
+pub fn restore_nonblocking(fd: &impl AsFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(fd.as_fd(), FcntlArg::F_GETFL)?);
+    let was_cleared = !flags.contains(OFlag::O_NONBLOCK);
+    if was_cleared {
+        fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    }
+    Ok(was_cleared)
+}
+
 /// Whether it is a stream socket that listens.
 pub fn is_listening(fd: &impl AsFd) -> bool {
     getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)

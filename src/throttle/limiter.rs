@@ -3,7 +3,10 @@
 //! A crash loop must not fill a disk, so what comes too often is counted instead, and the count is
 //! told with the next line (or by itself, when no other comes). It can't fail.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::Millis;
+use crate::sys::process::monotonic;
 
 /// A bucket of log lines.
 #[derive(Debug, Clone)]
@@ -25,7 +28,7 @@ impl Limiter {
     }
 
     /// `burst` lines at once, one more each `period`.
-    pub fn new(burst: u64, period: Millis) -> Self {
+    pub const fn new(burst: u64, period: Millis) -> Self {
         Limiter {
             period,
             burst,
@@ -55,6 +58,27 @@ impl Limiter {
     pub fn flush_at(&self) -> Option<Millis> {
         let room_at = (self.full_at + self.period).saturating_sub(self.burst * self.period);
         (self.held_back > 0).then_some(room_at)
+    }
+}
+
+/// A bucket of log lines that all threads of a process share: for what callers can cause.
+#[derive(Debug)]
+pub struct SharedLimiter(Mutex<Limiter>);
+
+impl SharedLimiter {
+    /// Five lines at once, then one each ten seconds.
+    pub const fn new() -> Self {
+        SharedLimiter(Mutex::new(Limiter::new(5, 10_000)))
+    }
+
+    /// Logs this text with the number of lines that were held back before it, or holds it back as well.
+    pub fn log(&self, level: log::Level, text: String) {
+        let now = Millis::try_from(monotonic().as_millis()).unwrap_or(Millis::MAX);
+        let mut limiter = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match limiter.admit(now) {
+            Some(more) => log::log!(level, "{}", with_suppressed_count(text, more)),
+            None => log::debug!("{text}"),
+        }
     }
 }
 

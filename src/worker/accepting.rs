@@ -45,7 +45,10 @@ impl EventLoop {
                 return None;
             }
         };
-        let connection = Connection::new(token, peer, source, self.service.now_ms);
+        let mut connection = Connection::new(token, peer, source, self.service.now_ms);
+        let socket = reactor.descriptor(token);
+        connection.needs_http_path =
+            socket.is_some_and(|socket| self.service.path_listeners.contain(socket));
         if self.connections.len() <= token.index() {
             self.connections.resize_with(token.index() + 1, || None);
         }
@@ -92,8 +95,14 @@ impl EventLoop {
         if self.is_at_limit || !self.is_accepting || !self.drain.is_serving() {
             return;
         }
-        if let Err(error) = reactor.resume_listeners() {
-            self.on_accept_error(&error);
+        match reactor.resume_listeners() {
+            Ok(false) => {}
+            Ok(true) => self.warn_limited(
+                WarningKind::Accepting,
+                "another process has cleared O_NONBLOCK of a listener: it is set again; find the process \
+                 that shares the listener (a worker, or another service of the service manager)",
+            ),
+            Err(error) => self.on_accept_error(&error),
         }
     }
 }

@@ -5,15 +5,19 @@
 //! collected in `out`, and whoever called sends them, one write for a batch. Every call that was
 //! taken gets exactly one answer from here.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use super::batch::{MEMBERS_PER_TURN, UntakenMembers};
+use super::call_errors::{self, caller_gone, check_size};
 use super::call_room;
 use super::call_scheduler::{CallScheduler, FinishedCall};
-use super::connection::{AnswerPosition, Connection, ConnectionPhase, PendingAnswer};
+use super::connection::{AnswerPosition, Connection, ConnectionPhase, HIGH_WATER, PendingAnswer};
 use super::crash::journal::{CallJournal, CallRef};
 use super::forwarding::Forwarding;
+use super::path_listeners::PathListeners;
 use super::remote_calls;
 use super::shares::Shares;
 use super::threads::{Done, Threads};
@@ -31,6 +35,7 @@ use crate::protocol::http::{HttpDate, ResponseContext};
 use crate::protocol::reply::{AnswerContext, AnswerFormat, Framing};
 use crate::protocol::rpc_error::{RpcError, excerpt};
 use crate::protocol::{cancel, jsonrpc};
+use crate::sys::event::Token;
 use crate::sys::{process, signal};
 
 #[derive(Debug)]
@@ -48,8 +53,12 @@ pub struct CallDispatcher {
     /// All deadlines of the worker.
     pub timers: Timers,
     pub limits: LimitsConfig,
+    /// The listeners where HTTP requests name their method in the path alone.
+    pub path_listeners: PathListeners,
     /// The origins whose web pages may call. A worker has them for life.
     pub origins: &'static [String],
+    /// Connections with a batch of which not all calls are taken, in their turn.
+    pub untaken_batches: VecDeque<Token>,
     /// Answers of one connection that are not sent yet.
     pub out: Vec<u8>,
     /// The time, in milliseconds (CLOCK_MONOTONIC), as of the last wake-up.
@@ -150,24 +159,103 @@ impl CallDispatcher {
         // Its answer is of many parts, which the ledger does not know. Only once it counts as
         // unanswered: that is how long it holds.
         self.ledger.mark_unlogged(connection);
-        let place = connection.begin_batch(whole, members.len());
+        let batch = connection.begin_batch(whole, members.len());
+        let taken = self.take_members(connection, batch, text, members.iter().copied());
+        if taken < members.len() {
+            let received_ms = self.now_ms - self.accept_wait_ms;
+            let rest = UntakenMembers::new(batch, text, &members[taken..], received_ms);
+            connection.untaken_members = Some(Box::new(rest));
+            self.untaken_batches.push_back(connection.token);
+        }
+    }
+
+    /// Takes the next calls of a batch that was too long to be taken at once.
+    pub(super) fn resume_batch(&mut self, connection: &mut Connection) {
+        let Some(mut rest) = connection.untaken_members.take() else {
+            return;
+        };
+        // The caller's time includes that of the calls before them.
+        self.accept_wait_ms = self.now_ms.saturating_sub(rest.received_ms);
+        let taken = self.take_members(connection, rest.batch, &rest.text, rest.members());
+        self.accept_wait_ms = 0;
+        if rest.advance(taken) {
+            connection.untaken_members = Some(rest);
+            self.untaken_batches.push_back(connection.token);
+        }
+    }
+
+    /// Takes calls of a batch, until that was work enough for one turn of the event loop. Returns how many.
+    fn take_members<'a>(
+        &mut self,
+        connection: &mut Connection,
+        batch: usize,
+        text: &str,
+        members: impl Iterator<Item = &'a str>,
+    ) -> usize {
+        let (mut taken, mut bytes) = (0, 0);
         for member in members {
+            if taken == MEMBERS_PER_TURN || bytes > HIGH_WATER {
+                break;
+            }
+            taken += 1;
+            let held = connection.queued_bytes();
             let call = jsonrpc::member(text, member);
             let shape = AnswerFormat {
                 form: body::request_form(&call),
                 wrap: Framing::Member,
             };
             let reply = PendingAnswer {
-                place,
+                place: AnswerPosition::Member(batch),
                 shape,
                 mark: CallRef::default(),
             };
             match call {
-                Ok(call) => self.take_call(connection, reply, &call),
+                Ok(call) => match self.member_refusal(connection, reply) {
+                    None => self.take_call(connection, reply, &call),
+                    Some(error) => {
+                        self.read += 1;
+                        self.answer_error(connection, reply, call.id, error);
+                    }
+                },
                 Err(refusal) => {
                     self.read += 1;
                     self.answer_error(connection, reply, refusal.id, refusal.error);
                 }
+            }
+            bytes += member.len() + connection.queued_bytes().saturating_sub(held);
+        }
+        taken
+    }
+
+    /// Why a call of a batch is not started: there is no room for its answer. A notification has none.
+    fn member_refusal(&self, connection: &Connection, reply: PendingAnswer) -> Option<RpcError> {
+        if reply.shape.form == Form::Notification {
+            return None;
+        }
+        if connection.is_batch_full(reply.place) {
+            return Some(call_errors::batch_too_long(self.limits.frame, false));
+        }
+        let owner = (connection.source, connection.token);
+        let waits = connection.queued_bytes() > 0 && self.unsent.blocks(owner);
+        waits.then(|| call_errors::no_room(self.limits.unfinished))
+    }
+
+    /// The answers of a batch are as long as they may be: refuses its calls that have not begun.
+    #[cold]
+    fn fill_batch(&mut self, connection: &mut Connection, place: AnswerPosition) {
+        if !connection.set_batch_full(place) {
+            return;
+        }
+        let calls = self.calls.of(connection.token);
+        let waiting: Vec<CallKey> = calls
+            .filter(|(_, call)| call.reply.place == place && !call.is_running())
+            .filter(|(_, call)| call.reply.shape.form != Form::Notification)
+            .map(|(key, _)| key)
+            .collect();
+        for key in waiting {
+            if let Some(ended) = self.give_up(key) {
+                let error = call_errors::batch_too_long(self.limits.frame, ended.begun);
+                self.answer(connection, &ended, Err(error), None);
             }
         }
     }
@@ -228,10 +316,7 @@ impl CallDispatcher {
         if let Some(quarantine) = &self.quarantine {
             let key = quarantine.key(name, params);
             if quarantine.is_quarantined(key) {
-                let text = "this very call has ended its worker again and again: it is not run any \
-                            more until the next reload";
-                let error = RpcError::of(Code::Crashed, text, false);
-                return self.answer_error(connection, reply, id, error);
+                return self.answer_error(connection, reply, id, call_errors::quarantined());
             }
             reply.mark.is_named(key, method);
         }
@@ -276,11 +361,13 @@ impl CallDispatcher {
         match name {
             cancel::METHOD => self.cancel(connection, reply, id, params),
             registry::DISCOVER => {
-                let document = self.registry.describe();
+                let registry = Arc::clone(&self.registry);
+                let document = registry.document();
                 let limit = self.limits.frame;
                 self.compose(connection, reply, (name, id), |out| {
+                    check_size(document.len(), limit)?;
                     out.extend_from_slice(document.as_bytes());
-                    check_size(document.len(), limit)
+                    Ok(())
                 });
             }
             _ => {
@@ -431,19 +518,21 @@ impl CallDispatcher {
         let is_member = reply.shape.wrap == Framing::Member;
         let limit = self.limits.frame;
         let mut outcome = Ok(());
+        let mut is_full = false;
         self.write(connection, reply, |out| {
             outcome = reply.shape.compose(out, about, (name, id), |out| {
                 fill(out)?;
                 // All of a batch's answers are kept until the last one is there.
-                if is_member && out.len() > limit {
-                    let text = format!(
-                        "the answers of a batch of more than limits.frame allows, {limit} bytes"
-                    );
-                    return Err(RpcError::of(Code::BadOutput, text, true));
+                is_full = is_member && out.len() > limit;
+                match is_full {
+                    true => Err(call_errors::batch_too_long(limit, true)),
+                    false => Ok(()),
                 }
-                Ok(())
             });
         });
+        if is_full {
+            self.fill_batch(connection, reply.place);
+        }
         if let Err(error) = &outcome {
             // An answer that nobody gets is not counted.
             self.errors += u64::from(!connection.drops_answer(reply.shape.form));
@@ -514,27 +603,6 @@ impl CallDispatcher {
             connection.queue_answer(place, answer, mark);
         }
     }
-}
-
-/// # Errors
-/// `bad-output`, if a result is longer than its limit.
-pub(super) fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
-    if length <= limit {
-        return Ok(());
-    }
-    let text = format!("a result of {length} bytes; limits.frame allows {limit}");
-    Err(RpcError::of(Code::BadOutput, text, true))
-}
-
-/// The error of a call that waits and has too little time left.
-pub(super) fn too_late() -> RpcError {
-    let text = "its time would be over before it could be done, so it was not begun";
-    RpcError::of(Code::Timeout, text, false)
-}
-
-/// The error of a call whose caller has closed the connection.
-pub(super) fn caller_gone(begun: bool) -> RpcError {
-    RpcError::of(Code::Cancelled, "its caller has disconnected", begun)
 }
 
 /// A duration in milliseconds, as long as can be said.

@@ -22,6 +22,7 @@ use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
 use crate::logging::pluralize;
+use crate::protocol::cancel;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
@@ -348,8 +349,9 @@ impl CallScheduler {
 
     /// The call of a connection with this id, as JSON.
     pub fn find(&self, token: Token, id: &str) -> Option<CallKey> {
+        let is_same = |own: Option<&str>, id| own.is_some_and(|own| cancel::is_same_id(own, id));
         let mut calls = self.of(token);
-        Some(calls.find(|(_, call)| call.id.as_deref() == Some(id))?.0)
+        Some(calls.find(|(_, call)| is_same(call.id.as_deref(), id))?.0)
     }
 
     /// All calls of a connection that are not over.

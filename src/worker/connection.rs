@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 
 use slab::Slab;
 
+use super::batch::UntakenMembers;
 use super::crash::journal::CallRef;
 use super::shares::Source;
 use crate::protocol::Dialect;
@@ -66,6 +67,8 @@ pub struct Batch {
     pub left: usize,
     /// The answers of those that are.
     pub out: Vec<u8>,
+    /// An answer was too long to be added: no further call of it is started.
+    is_full: bool,
 }
 
 /// What is still to come of a call for which there was no room: it is dropped.
@@ -85,6 +88,8 @@ pub struct Connection {
     pub peer: Option<SocketAddr>,
     /// With whom it shares what all clients share.
     pub source: Source,
+    /// HTTP requests may name their method in the path alone (`http-methods` of its listener).
+    pub needs_http_path: bool,
     /// Whether it goes on.
     pub phase: ConnectionPhase,
     /// The peer will send nothing more.
@@ -101,6 +106,8 @@ pub struct Connection {
     pub http: Option<Box<ParseProgress>>,
     /// JSON-RPC batches that are not answered yet.
     pub batches: Slab<Batch>,
+    /// What is still to be taken of the newest one.
+    pub untaken_members: Option<Box<UntakenMembers>>,
     /// Calls taken and not answered.
     pub unanswered: usize,
     /// Bytes received and not consumed: an unfinished frame, or frames that may not be taken yet.
@@ -115,7 +122,7 @@ pub struct Connection {
     /// one is `None`, or there is none.
     waiting: VecDeque<Option<(Vec<u8>, CallRef)>>,
     first: u64,
-    /// Bytes in `waiting`.
+    /// Bytes in `waiting` and in the answers of batches.
     queued_bytes: usize,
     /// The weight of the calls that wait or run.
     pub pending: usize,
@@ -144,6 +151,7 @@ impl Connection {
             token,
             peer,
             source,
+            needs_http_path: false,
             phase: ConnectionPhase::Open,
             peer_closed: false,
             peer_gone: false,
@@ -152,6 +160,7 @@ impl Connection {
             scanned: 0,
             http: None,
             batches: Slab::new(),
+            untaken_members: None,
             unanswered: 0,
             input: Vec::new(),
             accounted_bytes: 0,
@@ -180,6 +189,7 @@ impl Connection {
     /// Whether another call may be taken, with `unsent` bytes of answers on their way.
     pub fn takes_calls(&self, pipeline: usize, unsent: usize) -> bool {
         self.phase == ConnectionPhase::Open
+            && self.untaken_members.is_none()
             && self.unanswered < pipeline
             && self.pending < HIGH_PENDING
             && self.queued_bytes + unsent < HIGH_WATER
@@ -267,10 +277,28 @@ impl Connection {
         }
     }
 
-    /// Begins a batch of so many calls; each is to be answered at the place returned.
-    pub fn begin_batch(&mut self, reply: PendingAnswer, left: usize) -> AnswerPosition {
-        let out = Vec::new();
-        AnswerPosition::Member(self.batches.insert(Batch { reply, left, out }))
+    /// Begins a batch of so many calls; each is to be answered as a member of the key returned.
+    pub fn begin_batch(&mut self, reply: PendingAnswer, left: usize) -> usize {
+        self.batches.insert(Batch {
+            reply,
+            left,
+            out: Vec::new(),
+            is_full: false,
+        })
+    }
+
+    /// Whether no answer can be added to the batch with this place.
+    pub fn is_batch_full(&self, place: AnswerPosition) -> bool {
+        matches!(place, AnswerPosition::Member(key) if self.batches[key].is_full)
+    }
+
+    /// Remembers that. Returns whether it is new, and the batch is not answered yet.
+    pub fn set_batch_full(&mut self, place: AnswerPosition) -> bool {
+        let AnswerPosition::Member(key) = place else {
+            return false;
+        };
+        let batch = self.batches.get_mut(key);
+        batch.is_some_and(|batch| !mem::replace(&mut batch.is_full, true))
     }
 
     /// One call of a batch is answered, by what `write` appends to the answers of the others.
@@ -279,13 +307,12 @@ impl Connection {
         let batch = &mut self.batches[key];
         self.queued_bytes -= batch.out.len();
         write(&mut batch.out);
-        self.queued_bytes += batch.out.len();
         batch.left -= 1;
         if batch.left > 0 {
+            self.queued_bytes += batch.out.len();
             return None;
         }
         let batch = self.batches.remove(key);
-        self.queued_bytes -= batch.out.len();
         if self.batches.is_empty() {
             self.batches = Slab::new();
         }

@@ -6,7 +6,8 @@
 
 use std::mem;
 
-use super::call_dispatcher::{caller_gone, millis, too_late};
+use super::call_dispatcher::millis;
+use super::call_errors::{caller_gone, too_late};
 use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::input_parser::PROXY_PROTOCOL;
@@ -367,6 +368,18 @@ impl EventLoop {
         if self.is_at_limit && reactor.connections() < self.service.limits.connections {
             self.is_at_limit = false;
             self.resume_listening(reactor);
+        }
+    }
+
+    /// Takes the next calls of the first batch that was too long for one turn of the loop, which serves the
+    /// other connections in between.
+    pub(super) fn resume_batch(&mut self, reactor: &mut Reactor) {
+        let Some(token) = self.service.untaken_batches.pop_front() else {
+            return;
+        };
+        if let Some(connection) = find(&mut self.connections, token) {
+            self.service.resume_batch(connection);
+            self.pump(reactor, token, false);
         }
     }
 

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::call_dispatcher::{millis, too_late};
+use super::call_dispatcher::millis;
+use super::call_errors::too_late;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;

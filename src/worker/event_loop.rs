@@ -201,7 +201,7 @@ impl EventLoop {
             }
             let pools = self.service.threads.pools();
             next = next.min(pools.next_overdue().unwrap_or(u64::MAX));
-            if pools.has_done() {
+            if pools.has_done() || !self.service.untaken_batches.is_empty() {
                 next = self.service.now_ms;
             }
             let forwarding = &self.service.forwarding;
@@ -217,6 +217,7 @@ impl EventLoop {
                 self.on_results(reactor);
             }
             self.expire(reactor);
+            self.resume_batch(reactor);
             if self.service.now_ms >= self.next_tick_ms {
                 self.tick(reactor);
             }

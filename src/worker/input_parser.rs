@@ -163,6 +163,15 @@ impl CallDispatcher {
     fn request(&mut self, connection: &mut Connection, head: RequestHead, body: &[u8]) {
         let wrap = Framing::Http(head.reply);
         match head.ask {
+            Ask::Call if connection.needs_http_path => {
+                self.read += 1;
+                self.errors += 1;
+                let text = "this listener takes no call in the body (http-methods = \"path\"); send \
+                            POST /METHOD with the params as body";
+                let error = RpcError::of(Code::InvalidRequest, text, false);
+                let refusal = RejectedRequest { status: 403, error };
+                self.refuse_request(connection, head.reply, &refusal);
+            }
             Ask::Call => self.on_body(connection, wrap, body),
             Ask::Method(method) => {
                 self.read += 1;
@@ -246,7 +255,8 @@ impl CallDispatcher {
 
     /// Counts what a connection keeps of an unfinished call.
     pub fn update_unfinished_total(&mut self, connection: &mut Connection) {
-        let bytes = connection.input.len();
+        let batch = connection.untaken_members.as_ref();
+        let bytes = connection.input.len() + batch.map_or(0, |batch| batch.text.len());
         if bytes != connection.accounted_bytes {
             let owner = (connection.source, connection.token);
             self.unfinished_shares

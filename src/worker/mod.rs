@@ -6,7 +6,9 @@
 
 mod accepting;
 mod active_rebalance;
+mod batch;
 mod call_dispatcher;
+mod call_errors;
 mod call_room;
 mod call_scheduler;
 mod call_table;
@@ -23,6 +25,7 @@ mod input_parser;
 mod lane;
 mod method_stats;
 mod orders;
+mod path_listeners;
 mod peer;
 mod peer_calls;
 mod post_fork;
@@ -40,6 +43,7 @@ mod threads;
 mod timers;
 mod unsent;
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -64,6 +68,7 @@ use crash::journal::CallJournal;
 use crash::keeper::KeeperSetup;
 use event_loop::EventLoop;
 use forwarding::Forwarding;
+use path_listeners::PathListeners;
 use shares::Shares;
 use threads::Threads;
 use timers::Timers;
@@ -155,6 +160,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
         reactor.attach_progress(book.witness, buffer);
     }
+    let path_listeners = PathListeners::of(&boot.settings.listen, &boot.listeners);
     if pool.is_none() {
         reactor
             .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
@@ -178,8 +184,10 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
             boot.generation.0,
         ),
         answered_elsewhere: Vec::new(),
+        untaken_batches: VecDeque::new(),
         timers: Timers::default(),
         limits,
+        path_listeners,
         origins: Vec::leak(boot.settings.http_origins.clone()),
         out: Vec::new(),
         now_ms: 0,

@@ -7,7 +7,8 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use super::call_dispatcher::{CallDispatcher, check_size};
+use super::call_dispatcher::CallDispatcher;
+use super::call_errors::{check_size, quarantined};
 use super::call_scheduler::FinishedCall;
 use super::connection::{AnswerPosition, PendingAnswer};
 use super::forwarding::{Load, place};
@@ -306,8 +307,7 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
     }
     let refused = |code, text: &str| Err(Cow::Owned(RpcError::of(code, text, false)));
     let outcome = if service.is_quarantined(call.key) {
-        let text = "call quarantined: it crashed its worker 3 times; refused until the next reload";
-        refused(Code::Crashed, text)
+        Err(Cow::Owned(quarantined()))
     } else if call.deadline_ms <= service.now_ms {
         refused(
             Code::Timeout,

@@ -229,3 +229,16 @@ fn a_unix_socket_is_called_by_its_path_or_by_the_configuration() {
     assert_eq!(text(&output.stdout), "[2]\n", "{output:?}");
     drop(daemon);
 }
+
+/// A result steers no terminal, and has the same value.
+#[test]
+fn a_result_is_printed_without_characters_that_steer_a_terminal() {
+    let daemon = Daemon::start();
+    let address = daemon.address().to_string();
+    let steering = "\"\u{9b}2J\u{7f}\u{202e}\u{2028}é\"";
+    let output = call(&["ping", steering, "--address", &address], "");
+    assert_eq!(
+        text(&output.stdout),
+        "\"\\u009b2J\\u007f\\u202e\\u2028é\"\n"
+    );
+}

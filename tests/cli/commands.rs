@@ -518,3 +518,29 @@ fn a_command_runs_as_its_user_with_no_rights_left() {
     });
     assert_nobody(&daemon);
 }
+
+/// A program that is gone would make a line for each call.
+#[test]
+fn calls_of_a_program_that_is_gone_do_not_fill_the_log() {
+    let dir = crate::support::Dir::new();
+    let program = dir.write("program", "#!/bin/sh\n");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&program, mode).unwrap();
+    let daemon = Daemon::builder()
+        .config(&format!(
+            "[workers]\ncount = 1\n[methods.gone]\ncommand = [\"{}\"]\n",
+            program.display()
+        ))
+        .expect_log("could not be started")
+        .start();
+    std::fs::remove_file(&program).unwrap();
+    let mut client = daemon.client();
+    for _ in 0..200 {
+        assert_eq!(
+            result(&mut client, "gone", &json!(1))["name"],
+            "command-failed"
+        );
+    }
+    let lines = daemon.log().matches("could not be started").count();
+    assert!((1..=10).contains(&lines), "{lines} lines");
+}

@@ -10,6 +10,7 @@ mod hostile_descriptors;
 mod injections;
 mod leftovers;
 mod load_under_faults;
+mod other_users;
 mod quarantine;
 mod stuck;
 mod terminal;

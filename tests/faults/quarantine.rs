@@ -122,7 +122,26 @@ fn nobody_is_blamed_for_a_signal_from_outside() {
     }
 }
 
-/// A worker that just exits says of nobody that it was he.
+/// A handler that calls exit(3) is named, and the calls beside it are not suspected.
+#[test]
+fn a_call_that_exits_is_the_only_one_that_is_refused() {
+    let daemon = daemon("exit code 3");
+    let (mut client, mut beside) = (daemon.client(), daemon.client());
+    let some = json!({"in": "wait", "params": 4000});
+    let exit = json!({"in": "exit", "params": [3, 0]});
+    for deaths in 1..=3 {
+        client.send(&some.to_string());
+        daemon.wait_running(1);
+        assert!(began(&beside.call(&exit)));
+        assert!(began(&client.recv_json()));
+        wait_deaths(&daemon, deaths);
+    }
+    assert_eq!(quarantine(&daemon).len(), 1);
+    assert!(!began(&beside.call(&exit)));
+    assert_eq!(client.call(&some)["result"], 4000);
+}
+
+/// A thread that a handler has started and that exits says of no call that it was the reason.
 #[test]
 fn where_nobody_knows_who_it_was_a_call_that_ends_well_is_acquitted() {
     let daemon = daemon("exit code 3");
@@ -134,7 +153,7 @@ fn where_nobody_knows_who_it_was_a_call_that_ends_well_is_acquitted() {
         daemon.wait_running(1);
         // each another call, so that none of them is caught
         deaths += 1;
-        let exit = json!({"in": "exit", "params": [3, deaths]});
+        let exit = json!({"in": "exit-from-thread", "params": [3, deaths]});
         assert!(began(&beside.call(&exit)));
         assert!(began(&client.recv_json()));
         wait_deaths(&daemon, deaths);

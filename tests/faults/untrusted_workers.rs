@@ -4,10 +4,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Pid;
 use serde_json::json;
 
+use crate::support::descriptors::{borrow, sockets_of};
 use crate::support::{Daemon, PATIENCE, process, wait_for};
 
 fn daemon() -> Daemon {
@@ -93,4 +96,32 @@ fn a_keeper_that_ends_in_the_same_breath_as_its_worker_is_heard() {
     ));
     assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
     wait_successor(&daemon, worker);
+}
+
+/// All workers share the flags of a listener (O_NONBLOCK, fcntl(2)), so one of them can make the others wait.
+#[test]
+fn a_listener_that_was_made_to_wait_is_mended_at_the_next_tick() {
+    let daemon = Daemon::builder().config("[workers]\ncount = 2\n").start();
+    let worker = daemon.ready_workers()[0];
+    let listener = sockets_of(worker).into_iter().find_map(|(_, fd)| {
+        let socket = borrow(worker, fd).ok()?;
+        (getsockopt(&socket, sockopt::AcceptConn) == Ok(true)).then_some(socket)
+    });
+    let Some(listener) = listener else {
+        return println!("not run: this process may not trace others");
+    };
+    let flags = || OFlag::from_bits_retain(fcntl(&listener, FcntlArg::F_GETFL).unwrap());
+    let blocking = flags() - OFlag::O_NONBLOCK;
+    fcntl(&listener, FcntlArg::F_SETFL(blocking)).unwrap();
+    wait_for("a listener that does not wait", PATIENCE, || {
+        flags().contains(OFlag::O_NONBLOCK)
+    });
+    daemon.wait_log("another process has cleared O_NONBLOCK of a listener");
+    for _ in 0..8 {
+        assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
+    }
+    assert!(
+        daemon.ready_workers().contains(&worker),
+        "no worker was ended"
+    );
 }

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::support::wire::{Wire, post};
-use crate::support::{Callers, Client, Daemon, PATIENCE, alone, assert_within, wait_for};
+use crate::support::{Callers, Client, Daemon, PATIENCE, alone, assert_within, control, wait_for};
 
 const CONFIG: &str = "
 [workers]
@@ -223,4 +223,20 @@ builtin = \"sleep\"
     assert_within("left", took, DEADLINE + Duration::from_millis(500));
     drop(idle);
     daemon.wait_group_gone();
+}
+
+#[test]
+fn a_stop_after_more_than_a_day_is_refused() {
+    let daemon = Daemon::start();
+    let refused = daemon.command(&["stop", "--after", "25h"]);
+    assert_eq!(refused.status.code(), Some(64));
+    assert!(
+        String::from_utf8(refused.stderr)
+            .unwrap()
+            .contains("give 1d at most")
+    );
+    let request = r#"{"command":"stop","now":false,"after_ms":86400001}"#;
+    let answer = control::ask(&daemon.dir().join("control.sock"), request);
+    assert!(answer.contains("stop refused"), "{answer}");
+    assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
 }

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::load::{Load, Shape};
 use crate::support::{
@@ -357,6 +357,34 @@ fn held_answers_of_batches_are_bounded_too() {
     assert!((6..=8).contains(&open), "{open}");
     clients.into_iter().for_each(Client::reset);
     sweep.assert_same(&daemon);
+}
+
+/// A call whose answer would have to wait is refused at the limit, so that no connection is closed.
+#[test]
+fn a_batch_gets_no_further_answers_that_wait_at_the_limit() {
+    let daemon = Daemon::builder()
+        .config(
+            "[workers]\ncount = 1\nthreads = 1\n[limits]\nframe = \"8MiB\"\nunfinished = \"16MiB\"\n\
+             [methods.echo]\nbuiltin = \"echo\"\n[methods.slow]\ncommand = [\"sleep\", \"100\"]\n",
+        )
+        .start();
+    let echo =
+        |id| json!({"jsonrpc": "2.0", "method": "echo", "params": ["x".repeat(15_000)], "id": id});
+    let slow = json!({"jsonrpc": "2.0", "method": "slow", "id": 0});
+    let batch = Value::from_iter(std::iter::once(slow).chain((1..400).map(echo))).to_string();
+    let mut clients: Vec<Client> = (0..5).map(|_| daemon.client()).collect();
+    for client in &mut clients {
+        client.send(&batch);
+    }
+    // 30 MB were asked for, and 16 MiB may wait.
+    wait_for("calls that are refused", PATIENCE, || {
+        let worker = &daemon.workers()[0];
+        worker.errors > 400 && worker.calls == 2000
+    });
+    assert_eq!(daemon.workers()[0].connections, 5, "none is closed");
+    let mut healthy = daemon.client();
+    assert_eq!(healthy.call(&json!({"in": "ping"}))["out"], "pong");
+    clients.into_iter().for_each(Client::reset);
 }
 
 /// A reader that was held back gets every answer, once it reads.

@@ -465,3 +465,51 @@ fn a_call_during_a_stop_is_refused_as_unavailable() {
     assert_eq!(wire.response().status, 200);
     assert!(daemon.wait_exit().success());
 }
+
+/// So that what a proxy sees in the path is what runs.
+#[test]
+fn a_listener_for_methods_in_the_path_takes_no_call_in_a_body() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    let config = |methods: &str| {
+        format!(
+            "[workers]\ncount = 1\n[[listen]]\naddress = \"127.0.0.1:{port}\"\n{methods}\n[[listen]]\n\
+             address = \"unix:u.sock\"\n"
+        )
+    };
+    let daemon = Daemon::builder()
+        .config(&config("http-methods = \"path\""))
+        .start();
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let mut wire = Wire::open(address);
+    let call = r#"{"in":"ping","params":1}"#;
+    for body in [
+        call,
+        r#"[{"jsonrpc":"2.0","method":"ping","id":1}]"#,
+        "no JSON",
+    ] {
+        let refused = wire.send(post("/", body)).response();
+        assert_eq!(refused.status, 403, "{}", refused.body);
+        assert!(refused.body.contains("http-methods"), "{}", refused.body);
+    }
+    let taken = wire.send(post("/ping", "1")).response();
+    assert_eq!((taken.status, &*taken.body), (200, "1"));
+    // The other listener is not meant.
+    let mut client = crate::support::Client::connect_unix(&daemon.dir().join("u.sock"));
+    client.send_raw(post("/", call).as_bytes());
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"}") {
+        let mut piece = [0; 1024];
+        let length = std::io::Read::read(&mut client.stream(), &mut piece).unwrap();
+        assert_ne!(length, 0);
+        answer.extend_from_slice(&piece[..length]);
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 200"));
+    // A reload changes it also for connections that are open.
+    daemon.configure(&config("http-methods = \"any\""));
+    assert!(daemon.command(&["reload"]).status.success());
+    wait_for("an answer of the new workers", PATIENCE, || {
+        wire.send(post("/", call)).response().status == 200
+    });
+}

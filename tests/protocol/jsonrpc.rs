@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -231,6 +232,81 @@ fn a_batch_has_a_limit_and_its_answers_too() {
     }
 }
 
+/// Once an answer of a batch found no room, no further call of it is started: neither one that waits for a
+/// thread nor one that is not taken yet. Notifications have no answer, so they run.
+#[test]
+fn calls_of_a_batch_whose_answer_is_too_long_are_not_started() {
+    let dir = Dir::new();
+    let notes = dir.join("notes").display().to_string();
+    let daemon = Daemon::builder()
+        .config(&format!(
+            "[workers]\ncount = 1\nthreads = 1\n[limits]\nframe = \"16KiB\"\n[methods.sleep]\n\
+             builtin = \"sleep\"\n[methods.note]\ncommand = [\"sh\", \"-c\", \"echo $1 >> {notes}\", \"sh\", \
+             \"{{text}}\"]\n"
+        ))
+        .start();
+    let call = |method: &str, params: Value, id: usize| json!({"jsonrpc": "2.0", "method": method, "params": params, "id": id});
+    let note = |text: &str, id| call("note", json!({"text": text}), id);
+    let mut silent = note("notified", 0);
+    silent.as_object_mut().unwrap().remove("id");
+    let discover = |id: usize| json!({"jsonrpc": "2.0", "method": "rpc.discover", "id": id});
+    // The thread is busy, so the first call waits.
+    let mut busy = daemon.client();
+    busy.send(&json!({"in": "sleep", "params": 1}).to_string());
+    daemon.wait_running(1);
+    let mut calls = vec![note("waited", 1)];
+    calls.extend((2..100).map(discover));
+    calls.extend([silent, note("refused", 100)]);
+    let mut client = daemon.client();
+    let answers = client.call(&Value::from(calls));
+    let answers = answers.as_array().unwrap();
+    assert_eq!(answers.len(), 100);
+    let of = |id: usize| answers.iter().find(|answer| answer["id"] == id).unwrap();
+    for id in [1, 99, 100] {
+        let error = &of(id)["error"];
+        assert_eq!(error["code"], -32011, "{error}");
+        assert_eq!(error["data"]["started"], false, "{error}");
+        let text = error["message"].as_str().unwrap();
+        assert!(text.contains("fewer calls in one batch"), "{text}");
+    }
+    assert!(of(2)["result"]["openrpc"].is_string());
+    let started = answers
+        .iter()
+        .filter(|answer| answer["error"]["data"]["started"] == true);
+    assert_eq!(started.count(), 1, "the one that found no room");
+    wait_for("the notification", PATIENCE, || {
+        dir.join("notes").exists() && dir.read("notes").ends_with('\n')
+    });
+    assert_eq!(dir.read("notes"), "notified\n");
+}
+
+/// The event loop serves other connections between the calls of a long batch.
+#[test]
+fn a_long_batch_of_inline_calls_lets_other_connections_in_between() {
+    let daemon = Daemon::builder()
+        .program(example("misbehave"))
+        .config("[workers]\ncount = 1\n")
+        .start();
+    let ping = json!({"in": "ping"});
+    let mut clients = [daemon.client(), daemon.client(), daemon.client()];
+    for client in &mut clients {
+        assert_eq!(client.call(&ping)["out"], "pong");
+    }
+    let [mut first, mut batch, mut other] = clients;
+    let call = |method: &str, params: u64| json!({"jsonrpc": "2.0", "method": method, "params": [params], "id": 1});
+    // What comes meanwhile is found at once: a batch whose last call blocks the loop, and a ping.
+    first.send(&json!({"in": "block", "params": 1}).to_string());
+    let mut calls = vec![call("block-for", 0); 300];
+    calls.push(call("block-for", 2));
+    batch.send(&Value::from(calls).to_string());
+    other.send(&ping.to_string());
+    assert_eq!(other.recv_json()["out"], "pong");
+    let answered = Instant::now();
+    assert_eq!(batch.recv_json().as_array().unwrap().len(), 301);
+    let earlier = answered.elapsed();
+    assert!(earlier > Duration::from_secs(1), "{earlier:?}");
+}
+
 #[test]
 fn rpc_discover_answers_an_openrpc_document_of_all_methods() {
     let daemon = arithmetic("[methods.echo]\nbuiltin = \"echo\"\n");
@@ -274,7 +350,7 @@ fn rpc_cancel_in_one_form_ends_a_call_in_the_other() {
         wire.ask(dialect, r#"{"in":"sleep","params":3600,"id":7}"#);
         wire.ask(
             dialect,
-            r#"{"jsonrpc":"2.0","method":"rpc.cancel","params":{"id":7},"id":"c"}"#,
+            r#"{"jsonrpc":"2.0","method":"rpc.cancel","params":{"id":70e-1},"id":"c"}"#,
         );
         let ended = wire.answer(dialect).unwrap();
         assert!(

@@ -30,6 +30,7 @@ use super::parse::json;
 use crate::client::Client;
 use crate::config::Overrides;
 use crate::error::{Error, Result};
+use crate::logging::printable_json;
 use crate::sys::{process, signal};
 use dialect::CallEncoder;
 use engine::{Engine, LoadShare};
@@ -67,7 +68,7 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
         cpu: process::cpu_time().saturating_sub(cpu_before),
     };
     if options.json {
-        output::print(&report.to_json()?)?;
+        output::print(&printable_json(&report.to_json()?))?;
     } else {
         output::print(&report.to_text(output::wants_colours()))?;
         if let Some(warning) = report.warning() {

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::options::BenchOptions;
 use super::totals::BenchTotals;
+use crate::cli::output::printable;
 use crate::cli::table::Style;
 use crate::cli::units::{count, plural};
 use crate::error::{Error, Result};
@@ -221,7 +222,7 @@ impl BenchReport<'_> {
         let head = Style::Red.on("without a result", colours);
         let mut text = format!("\n{head}\n");
         for (name, calls) in faults {
-            text += &format!("  {:>12}  {name}\n", count(calls));
+            text += &format!("  {:>12}  {}\n", count(calls), printable(name));
         }
         if tally.reconnects > 0 {
             let made = plural(tally.reconnects, "connection");

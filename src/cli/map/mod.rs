@@ -22,6 +22,7 @@ use super::units::plural;
 use crate::client::{ClientError, Options, Pool, Reply};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
+use crate::logging::printable_json;
 use options::MapOptions;
 
 use lines::{Incoming, InputLine};
@@ -283,7 +284,10 @@ impl Run<'_> {
             return Ok(());
         }
         let mut out = io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        match out
+            .write_all(printable_json(&text).as_bytes())
+            .and_then(|()| out.flush())
+        {
             Err(error) if error.kind() == ErrorKind::BrokenPipe => return Err(End::ReaderLeft),
             outcome => outcome.map_err(|error| {
                 Error::system_with("write to stdout", error, "the output is not complete")

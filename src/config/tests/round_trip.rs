@@ -40,12 +40,14 @@ prop_compose! {
     fn listener()(
         address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
     ) -> ListenConfig {
+        let http_methods = if with { HttpMethods::Path } else { HttpMethods::Any };
         let with = with && matches!(address, Address::Unix(_));
         ListenConfig {
             address,
             name: Some(format!("socket {backlog}")),
             backlog,
             mode: with.then_some(mode),
+            http_methods,
             socket_user: with.then(|| account::lookup_user("54321").unwrap()),
             socket_group: with.then(|| account::lookup_group("root").unwrap()),
         }

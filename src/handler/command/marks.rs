@@ -15,6 +15,10 @@ use std::thread;
 use std::time::Duration;
 
 use crate::sys::process::{Pid, monotonic};
+use crate::throttle::limiter::SharedLimiter;
+
+/// For what calls of commands can log again and again, such as a program that is gone.
+pub(super) static TROUBLE: SharedLimiter = SharedLimiter::new();
 
 /// How long all reads of one thread may take.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -60,10 +64,11 @@ impl Reader {
                 }
             }
             if let Err(error) = self.read_in_time(&mut left, &mut marks, read, after) {
-                log::warn!(
+                let text = format!(
                     "no thread could be started to look for what commands have left: {error}; the next \
                      call's end looks again"
                 );
+                TROUBLE.log(log::Level::Warn, text);
                 return marks;
             }
         }
@@ -108,12 +113,13 @@ impl Reader {
                         Ok(answer) => answer,
                         Err(_) => {
                             let pid = left[0];
-                            log::warn!(
+                            let text = format!(
                                 "the environment of process {pid}, which a command has left, could not be \
                                  read within {:?}: it is left alone until it can be read, or the worker \
                                  leaves pid={pid}",
                                 self.patience
                             );
+                            TROUBLE.log(log::Level::Warn, text);
                             stuck.insert(pid);
                             // Before the lock is let go, so that the thread finds nobody there.
                             drop(told);

@@ -12,6 +12,7 @@ pub mod output;
 mod run;
 pub mod sweep;
 
+use log::Level;
 use nix::errno::Errno;
 use serde::Serialize;
 use std::borrow::Cow;
@@ -27,6 +28,7 @@ use crate::sys::process::Exit;
 use crate::sys::spawn::{SpawnError, SpawnStep};
 
 use arguments::Arguments;
+use marks::TROUBLE;
 use run::{Ran, Stopped};
 use sweep::RunningCommand;
 
@@ -38,20 +40,20 @@ pub struct CommandHandler {
     stdin: Stdin,
     output: OutputFormat,
     max_output: usize,
-    /// The nesting that a result may have.
-    depth: usize,
+    /// The nesting that a result may have, and its length in bytes.
+    limits: (usize, usize),
 }
 
 impl CommandHandler {
-    /// The handler of a configured command, whose results may be nested `depth` levels deep.
-    pub fn new(command: &config::CommandConfig, depth: usize) -> Self {
+    /// The handler of a configured command. `limits`: `limits.depth` and `limits.frame`.
+    pub fn new(command: &config::CommandConfig, limits: (usize, usize)) -> Self {
         CommandHandler {
             program: PreparedProgram::new(&command.program),
             arguments: Arguments::new(&command.program.arguments),
             stdin: command.stdin,
             output: command.output,
             max_output: command.max_output,
-            depth,
+            limits,
         }
     }
 
@@ -122,7 +124,7 @@ impl Handler for CommandHandler {
             return Err(RpcError::of(Code::CommandFailed, text, true)
                 .with_data(Data::of(ran.exit, &ran.stderr)));
         }
-        output::append(self.output, ran.stdout, self.depth, result).map_err(|problem| {
+        output::append(self.output, ran.stdout, self.limits, result).map_err(|problem| {
             let text = format!("the command wrote what can't be its result: {problem}");
             RpcError::of(Code::BadOutput, text, true).with_data(Data::of(ran.exit, &ran.stderr))
         })
@@ -165,11 +167,12 @@ fn not_started(program: &CStr, error: &SpawnError) -> RpcError {
         }
         // What was there at `check` is not any more: somebody has to look at it.
         (SpawnStep::Execute | SpawnStep::Directory, _) => {
-            log::error!("{text}; correct the configuration, or put back what is missing");
+            let remedy = "correct the configuration, or put back what is missing";
+            TROUBLE.log(Level::Error, format!("{text}; {remedy}"));
             RpcError::of(Code::CommandFailed, text, true)
         }
         _ => {
-            log::error!("{text}{}", guard_hint(error));
+            TROUBLE.log(Level::Error, format!("{text}{}", guard_hint(error)));
             RpcError::of(Code::CommandFailed, text, true)
         }
     }

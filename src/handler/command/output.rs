@@ -12,14 +12,14 @@ use crate::protocol::json;
 const STDERR_END: usize = 4096;
 
 /// Appends to `result`, as JSON on one line, what a command wrote; `depth` is the nesting that it may
-/// have.
+/// have, `most` its length. Text may be six times as long in JSON: it is not made beyond that.
 ///
 /// # Errors
 /// Why it can't be a result; `result` is as it was then.
 pub fn append(
     output: OutputFormat,
     stdout: Vec<u8>,
-    depth: usize,
+    (depth, most): (usize, usize),
     result: &mut Vec<u8>,
 ) -> Result<(), String> {
     match output {
@@ -29,6 +29,12 @@ pub fn append(
             })?;
             if output == OutputFormat::Line && text.ends_with('\n') {
                 text.pop();
+            }
+            let length = json_length(&text);
+            if length > most {
+                return Err(format!(
+                    "a text that has {length} bytes in JSON; limits.frame allows {most}"
+                ));
             }
             serde_json::to_writer(result, &text).map_err(|error| error.to_string())
         }
@@ -45,6 +51,16 @@ pub fn append(
             Ok(())
         }
     }
+}
+
+/// The number of bytes that serde_json writes for a text.
+fn json_length(text: &str) -> usize {
+    let escaped = |byte: &u8| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    2 + text.as_bytes().iter().map(escaped).sum::<usize>()
 }
 
 /// The end of a long text: what is kept of a standard error.
@@ -92,7 +108,7 @@ mod tests {
 
     fn result(output: OutputFormat, stdout: &[u8]) -> Result<String, String> {
         let mut result = Vec::new();
-        append(output, stdout.to_vec(), 3, &mut result)?;
+        append(output, stdout.to_vec(), (3, 2000), &mut result)?;
         Ok(String::from_utf8_lossy(&result).into_owned())
     }
 
@@ -114,6 +130,21 @@ mod tests {
             let why = json(stdout).unwrap_err();
             assert!(why.contains(told), "{why}");
         }
+    }
+
+    #[test]
+    fn a_text_is_not_made_longer_than_a_result_may_be() {
+        for text in [
+            "",
+            "plain, naïve €",
+            "\u{0}\u{1f}\u{7f}\u{2028}\"\\/\n\r\t\u{8}\u{c}",
+        ] {
+            let made = serde_json::to_string(text).unwrap().len();
+            assert_eq!(json_length(text), made, "{text:?}");
+        }
+        assert!(result(OutputFormat::Text, &[b'x'; 1998]).is_ok());
+        let why = result(OutputFormat::Text, &[0; 334]).unwrap_err();
+        assert!(why.contains("2006 bytes in JSON"), "{why}");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::workers::{GenerationInfo, WorkerHandle};
 use crate::link::ids::Pid;
-use crate::link::quarantine::CrashReport;
+use crate::link::quarantine::{CrashReport, PLACES};
 use crate::link::scoreboard::WorkerRecord;
 use crate::logging::pluralize;
 use crate::master::main_loop::{Master, now};
@@ -268,7 +268,8 @@ impl Master<'_> {
         let culprit = evidence.faulting_call.load(Relaxed);
         let when = (now(), process::unix_seconds());
         let quarantine = self.workers.quarantine();
-        for caught in self.strikes.death(quarantine, (fault, culprit), &ran, when) {
+        let found = self.strikes.death(quarantine, (fault, culprit), &ran, when);
+        for (caught, evicted) in found {
             log::warn!(
                 "a call of {method} was running each time when a worker died, {MAX_CRASHES} times now: that very \
                  call is refused with crashed until the next reload; mend its handler method={method} \
@@ -276,6 +277,14 @@ impl Master<'_> {
                 method = caught.method,
                 key = caught.key,
             );
+            if let Some((evicted, refused)) = evicted {
+                log::warn!(
+                    "the quarantine is full, {PLACES} calls: the one that was refused least runs again; mend \
+                     the handlers, then reload method={} key={:016x} refused={refused}",
+                    evicted.method,
+                    evicted.key,
+                );
+            }
         }
     }
 }

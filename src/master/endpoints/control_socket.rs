@@ -25,6 +25,7 @@ use crate::sys::account::effective_ids;
 use crate::sys::closer::close_in_child;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::socket;
+use crate::throttle::limiter::SharedLimiter;
 
 /// Clients at one time; more wait in the socket's queue.
 const MOST_CLIENTS: usize = 32;
@@ -271,7 +272,10 @@ impl ControlSocket {
         let user = socket::peer_user(&stream);
         let (own, _) = effective_ids();
         if !user.as_ref().is_ok_and(|&user| user == 0 || user == own) {
-            log::warn!("a client of the control socket was turned away: its user is {user:?}");
+            static REFUSED: SharedLimiter = SharedLimiter::new();
+            let text =
+                format!("a client of the control socket was turned away: its user is {user:?}");
+            REFUSED.log(log::Level::Warn, text);
             return true;
         }
         if !is_nonblocking {

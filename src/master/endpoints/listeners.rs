@@ -438,6 +438,7 @@ fn refused(address: &Address, error: io::Error) -> Error {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::config::HttpMethods;
 
     fn listen(address: &str) -> ListenConfig {
         ListenConfig {
@@ -447,6 +448,7 @@ mod tests {
             mode: None,
             socket_user: None,
             socket_group: None,
+            http_methods: HttpMethods::Any,
         }
     }
 

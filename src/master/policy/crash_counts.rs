@@ -58,14 +58,15 @@ impl CrashCounts {
     }
 
     /// A worker has died at `now` (and `at` by the wall clock) while these calls ran, by key and
-    /// method. Returns those that are in quarantine from now on.
+    /// method. Returns those that are in quarantine from now on, each with the one that had to leave for it,
+    /// and how often that was refused.
     pub fn death(
         &mut self,
         quarantine: &Quarantine,
         (fault, culprit): (Fault, u64),
         ran: &[(u64, String)],
         (now, at): (Millis, u64),
-    ) -> Vec<QuarantinedCall> {
+    ) -> Vec<(QuarantinedCall, Option<(QuarantinedCall, u64)>)> {
         self.forget(quarantine, now);
         let mut caught = Vec::new();
         for (key, method) in ran {
@@ -85,9 +86,8 @@ impl CrashCounts {
                     method: method.clone(),
                     at,
                 };
-                if self.hold(quarantine, prisoner.clone()) {
-                    caught.push(prisoner);
-                }
+                let evicted = self.hold(quarantine, prisoner.clone());
+                caught.push((prisoner, evicted));
             }
         }
         self.count(quarantine);
@@ -147,15 +147,27 @@ impl CrashCounts {
         self.suspects.remove(&key);
     }
 
-    fn hold(&mut self, quarantine: &Quarantine, prisoner: QuarantinedCall) -> bool {
+    /// Puts a call into quarantine. If that is full, the call that was refused least leaves, of several the
+    /// oldest, and is returned with the number of its refusals.
+    fn hold(
+        &mut self,
+        quarantine: &Quarantine,
+        call: QuarantinedCall,
+    ) -> Option<(QuarantinedCall, u64)> {
         let board = quarantine.board();
-        let Some(free) = place_of(&board.keys, 0) else {
-            return false;
-        };
-        board.refused[free].store(0, Relaxed);
-        board.keys[free].store(prisoner.key, Relaxed);
-        self.quarantined.push(prisoner);
-        true
+        let mut evicted = None;
+        if place_of(&board.keys, 0).is_none() {
+            let refusals = self.quarantined(quarantine).map(|(_, refused)| refused);
+            let least = refusals.enumerate().min_by_key(|(_, refused)| *refused);
+            evicted = least.map(|(index, refused)| (self.quarantined.remove(index), refused));
+        }
+        let leaves = evicted.as_ref().map_or(0, |(old, _)| old.key);
+        if let Some(place) = place_of(&board.keys, leaves) {
+            board.refused[place].store(0, Relaxed);
+            board.keys[place].store(call.key, Relaxed);
+            self.quarantined.push(call);
+        }
+        evicted
     }
 
     /// Drops suspects that were acquitted, or that nothing was heard of for long.
@@ -205,13 +217,26 @@ mod tests {
 
         /// A death while these ran; who is caught.
         fn death(&mut self, fault: Fault, culprit: u64, ran: &[u64]) -> Vec<u64> {
+            let caught = self.caught(fault, culprit, ran);
+            caught.into_iter().map(|(call, _)| call.key).collect()
+        }
+
+        /// The same, with who had to leave.
+        fn caught(
+            &mut self,
+            fault: Fault,
+            culprit: u64,
+            ran: &[u64],
+        ) -> Vec<(QuarantinedCall, Option<(QuarantinedCall, u64)>)> {
             self.now += 1000;
             let ran: Vec<_> = ran.iter().map(|&key| (key, format!("m{key}"))).collect();
             let when = (self.now, 0);
-            let caught = self
-                .strikes
-                .death(&self.quarantine, (fault, culprit), &ran, when);
-            caught.into_iter().map(|prisoner| prisoner.key).collect()
+            self.strikes
+                .death(&self.quarantine, (fault, culprit), &ran, when)
+        }
+
+        fn held(&self) -> usize {
+            self.strikes.quarantined(&self.quarantine).count()
         }
     }
 
@@ -271,14 +296,25 @@ mod tests {
     }
 
     #[test]
-    fn full_tables_hold_what_they_have() {
+    fn a_full_quarantine_lets_the_call_go_that_was_refused_least() {
         let mut world = World::new();
         for _ in 0..3 {
             let many: Vec<u64> = (1..=PLACES as u64 + 20).collect();
             world.death(Fault::Unknown, 0, &many);
         }
-        assert_eq!(world.strikes.quarantined(&world.quarantine).count(), PLACES);
-        assert!(world.quarantine.is_quarantined(1));
+        assert_eq!(world.held(), PLACES);
         assert!(!world.quarantine.is_quarantined(PLACES as u64 + 20));
+        for key in (1..=PLACES as u64).filter(|key| *key != 7) {
+            assert!(world.quarantine.is_quarantined(key));
+        }
+        for _ in 0..2 {
+            world.death(Fault::Own, 1000, &[1000]);
+        }
+        let found = world.caught(Fault::Own, 1000, &[1000]);
+        let (caught, evicted) = &found[0];
+        let (evicted, refused) = evicted.as_ref().unwrap();
+        assert_eq!((caught.key, evicted.key, *refused), (1000, 7, 0));
+        assert!(world.quarantine.is_quarantined(1000) && !world.quarantine.is_quarantined(7));
+        assert_eq!(world.held(), PLACES);
     }
 }

@@ -20,7 +20,7 @@ use crate::config;
 use crate::link::ids::Generation;
 use crate::link::message::Order;
 use crate::logging::{self, LogOutput, pluralize};
-use crate::protocol::control::{ControlRequest, ControlResponse};
+use crate::protocol::control::{ControlRequest, ControlResponse, MAX_STOP_DELAY_MS};
 use crate::sys::notify::NotifyState;
 use crate::sys::process::is_same_file;
 
@@ -226,6 +226,11 @@ impl Master<'_> {
                     let most = MAX_COUNT;
                     ControlResponse::refused(format!("{count} workers: 1 to {most} can be had"), 64)
                 };
+                self.control.answer(client, &answer, now());
+            }
+            ControlRequest::Stop { after_ms, .. } if after_ms > Some(MAX_STOP_DELAY_MS) => {
+                let text = "stop refused: it would come after more than a day; give 1d at most";
+                let answer = ControlResponse::refused(text, 64);
                 self.control.answer(client, &answer, now());
             }
             ControlRequest::Stop {

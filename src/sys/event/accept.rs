@@ -85,11 +85,13 @@ impl AcceptSources {
         self.sources.len()
     }
 
-    /// Watches all sources again, except a queue that was left.
+    /// Watches all sources again, except a queue that was left. Returns whether another process had made
+    /// a listener wait in accept4(2).
     ///
     /// # Errors
     /// If epoll refuses one.
-    pub fn resume(&mut self, epoll: &Epoll) -> io::Result<()> {
+    pub fn resume(&mut self, epoll: &Epoll) -> io::Result<bool> {
+        let was_blocking = self.restore_nonblocking()?;
         for index in 0..self.sources.len() {
             let source = &self.sources[index];
             let is_left = self.is_queue_left && source.kind == SourceKind::Queue;
@@ -97,7 +99,22 @@ impl AcceptSources {
                 self.watch(index, epoll)?;
             }
         }
-        Ok(())
+        Ok(was_blocking)
+    }
+
+    /// Sets O_NONBLOCK of the listeners, which another process can have cleared. Returns whether that was so.
+    ///
+    /// # Errors
+    /// If fcntl(2) fails.
+    pub fn restore_nonblocking(&self) -> io::Result<bool> {
+        let mut was_blocking = false;
+        // The queue is read with MSG_DONTWAIT; accept4(2) has no such flag.
+        for source in &self.sources {
+            if source.kind == SourceKind::Listener {
+                was_blocking |= socket::restore_nonblocking(&source.fd)?;
+            }
+        }
+        Ok(was_blocking)
     }
 
     /// Watches nothing until `resume`. Siblings continue to accept.

@@ -15,7 +15,7 @@ use super::io_progress::{IoProgress, RECEIVE_BUFFER, UnsentData};
 use super::send_buffer::SendBuffer;
 use super::socket::Socket;
 use crate::sys::rights::{self, GuardedSocket};
-use crate::sys::{clone_files, closer};
+use crate::sys::{clone_files, closer, socket as sockets};
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 256;
@@ -142,6 +142,8 @@ impl Reactor {
         owed: UnsentData,
         note: u32,
     ) -> io::Result<Token> {
+        // Its sender may have cleared the flag.
+        sockets::restore_nonblocking(&socket)?;
         let socket = GuardedSocket::received(socket, closer::close);
         let passed = self
             .witness
@@ -316,14 +318,15 @@ impl Reactor {
         if self.packet.len() < longest {
             self.packet = Vec::leak(vec![0; longest]);
         }
-        self.resume_listeners()
+        self.resume_listeners().map(drop)
     }
 
-    /// Watches the listeners again, after `AcceptFailed` or `pause_listeners`.
+    /// Watches the listeners again, after `AcceptFailed` or `pause_listeners`. Returns whether another
+    /// process had made one of them wait in accept4(2), which is undone.
     ///
     /// # Errors
     /// If epoll refuses one.
-    pub fn resume_listeners(&mut self) -> io::Result<()> {
+    pub fn resume_listeners(&mut self) -> io::Result<bool> {
         self.sources.resume(&self.epoll)
     }
 
@@ -368,6 +371,7 @@ impl Reactor {
     /// Accepts a bounded number of waiting connections from every watched listener: a sibling that
     /// was stopped may have swallowed the wake-up.
     pub fn try_accept(&mut self, driver: &mut impl Driver) {
+        let _ = self.sources.restore_nonblocking();
         for index in 0..self.sources.len() {
             if self.sources.is_watched(index) {
                 self.accept(index, driver);

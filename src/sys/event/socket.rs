@@ -48,9 +48,11 @@ impl Socket {
 
     /// Sends what the kernel takes now. Returns the number of bytes: 0 if the socket is full.
     pub fn send_some(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        // MSG_NOSIGNAL: the host program decides whether SIGPIPE is ignored. MSG_DONTWAIT: another process
+        // that has the socket can clear O_NONBLOCK.
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         loop {
-            // MSG_NOSIGNAL: the host program decides whether SIGPIPE is ignored.
-            return match send(self.fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+            return match send(self.fd.as_raw_fd(), bytes, flags) {
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => Ok(0),
                 other => other,

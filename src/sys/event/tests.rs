@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::sys::socket as sockets;
 
 /// Writes down what it is told; adopts what is accepted.
 #[derive(Default)]
@@ -228,4 +229,36 @@ fn paused_listeners_leave_clients_in_the_queue() {
     assert_eq!(log.tokens.len(), 1);
     reactor.resume_listeners().unwrap();
     turn_until(&mut reactor, &mut log, |log| log.tokens.len() == 2);
+}
+
+/// Another process can clear O_NONBLOCK of what it shares or hands over.
+#[test]
+fn a_blocking_socket_stops_neither_adoption_nor_sending() {
+    let mut reactor = Reactor::new().unwrap();
+    let (_client, server) = UnixStream::pair().unwrap();
+    let shared = server.try_clone().unwrap();
+    let owed = UnsentData::Nothing;
+    let token = reactor.register_adopted(server.into(), owed, 0).unwrap();
+    assert!(!sockets::restore_nonblocking(&shared).unwrap());
+    shared.set_nonblocking(false).unwrap();
+    let length = 16 << 20;
+    reactor.send(token, &mut vec![1; length]);
+    assert!(reactor.unsent(token) > 0);
+}
+
+#[test]
+fn a_listener_that_waits_is_mended_before_it_is_asked() {
+    let mut reactor = Reactor::new().unwrap();
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let shared = listener.try_clone().unwrap();
+    let (_sender, queue) = sockets::packet_pair().unwrap();
+    let sources = vec![Rc::new(listener.into())];
+    reactor.listen(sources, (Rc::new(queue), 16)).unwrap();
+    assert!(!reactor.resume_listeners().unwrap());
+    shared.set_nonblocking(false).unwrap();
+    // Would wait for a client for ever.
+    reactor.try_accept(&mut Log::default());
+    shared.set_nonblocking(false).unwrap();
+    assert!(reactor.resume_listeners().unwrap());
+    assert!(!reactor.resume_listeners().unwrap());
 }

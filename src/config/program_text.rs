@@ -1,0 +1,170 @@
+//! Warns of commands that run what a caller sends as a program: `sh -c` and the like.
+//!
+//! A placeholder is safe as an argument of a program that takes data. The argument behind `sh -c` is a
+//! program itself, and so is the first argument of `env` or `xargs`. Only known programs are seen.
+
+use std::path::Path;
+
+use super::commands::{has_placeholder, placeholder};
+use super::settings::{MethodKind, Settings};
+
+/// Programs that run the argument behind this option.
+const INTERPRETERS: [(&str, &str); 17] = [
+    ("sh", "-c"),
+    ("bash", "-c"),
+    ("dash", "-c"),
+    ("ash", "-c"),
+    ("ksh", "-c"),
+    ("mksh", "-c"),
+    ("zsh", "-c"),
+    ("fish", "-c"),
+    ("python", "-c"),
+    ("perl", "-e"),
+    ("ruby", "-e"),
+    ("lua", "-e"),
+    ("node", "-e"),
+    ("nodejs", "-e"),
+    ("php", "-r"),
+    ("Rscript", "-e"),
+    ("osascript", "-e"),
+];
+/// Programs that run the first argument that is no option.
+const LAUNCHERS: [&str; 12] = [
+    "doas", "env", "flock", "ionice", "nice", "nohup", "setsid", "ssh", "stdbuf", "sudo",
+    "timeout", "xargs",
+];
+
+/// Returns a warning for each method whose command does that.
+pub(super) fn warnings(settings: &Settings) -> impl Iterator<Item = String> {
+    settings.methods.iter().filter_map(|(name, method)| {
+        let MethodKind::Command(command) = &method.kind else {
+            return None;
+        };
+        let problem = problem(&command.program.arguments)?;
+        Some(format!("methods.{name}.command: {problem}"))
+    })
+}
+
+/// What is dangerous in a command line.
+fn problem(arguments: &[String]) -> Option<String> {
+    (0..arguments.len()).find_map(|at| {
+        let name = Path::new(&arguments[at]).file_name()?.to_str()?;
+        let rest = &arguments[at + 1..];
+        let known = INTERPRETERS.iter().find(|(known, _)| is_version_of(name, known));
+        if let Some((_, option)) = known {
+            let code = code_behind(rest, option)?;
+            return has_placeholder(code).then(|| interpreted(name, option, code));
+        }
+        if LAUNCHERS.contains(&name) {
+            let program = rest.iter().find(|argument| !argument.starts_with('-'))?;
+            return placeholder(program).map(|param| {
+                format!(
+                    "{name} runs the program that a caller names in {{{param}}}, whatever it is; name the \
+                     program in the command"
+                )
+            });
+        }
+        None
+    })
+}
+
+fn interpreted(name: &str, option: &str, code: &str) -> String {
+    let what = match placeholder(code) {
+        Some(param) => {
+            format!("{name} {option} runs whatever a caller sends in {{{param}}} as a program")
+        }
+        None => format!(
+            "{code:?} is a program for {name} {option}: a placeholder is not replaced within it, and text of a \
+             caller there would let the caller run any program"
+        ),
+    };
+    format!(
+        "{what}; pass it as an argument: [\"sh\", \"-c\", \"… \\\"$1\\\"\", \"sh\", \"{{name}}\"]"
+    )
+}
+
+/// The argument that an interpreter runs: behind `-c`, behind `-ec`, or right within `-cCODE`. Behind the
+/// name of a script, options are the script's.
+fn code_behind<'a>(arguments: &'a [String], option: &str) -> Option<&'a str> {
+    let letter = option.chars().last()?;
+    let is_wanted = |it: &str| it.starts_with('-') && !it.starts_with("--") && it.contains(letter);
+    let mut takes_value = false;
+    let at = arguments.iter().position(|it| {
+        let is_script = !takes_value && !it.starts_with('-');
+        takes_value = ["-o", "-O", "-W", "-X"].contains(&it.as_str());
+        is_script || is_wanted(it)
+    })?;
+    if !is_wanted(&arguments[at]) {
+        return None;
+    }
+    match arguments[at].strip_prefix(option) {
+        Some(code) if code.contains('{') => Some(code),
+        _ => arguments.get(at + 1).map(String::as_str),
+    }
+}
+
+/// Whether this is `known`, perhaps with its version: `python3.12`.
+fn is_version_of(name: &str, known: &str) -> bool {
+    let rest = name.strip_prefix(known);
+    rest.is_some_and(|rest| {
+        rest.chars()
+            .all(|c| c.is_ascii_digit() || c == '.' || c == '-')
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn of(arguments: &[&str]) -> Option<String> {
+        let arguments: Vec<String> = arguments.iter().map(|it| (*it).to_owned()).collect();
+        problem(&arguments)
+    }
+
+    #[test]
+    fn text_of_a_caller_that_becomes_a_program_is_seen() {
+        for dangerous in [
+            &["sh", "-c", "{script}"][..],
+            &["/bin/sh", "-c", "grep {name} /etc/hosts | head"],
+            &["bash", "-euc", "echo {name} x"],
+            &["bash", "-o", "pipefail", "-c", "echo {name} x"],
+            &["env", "A=1", "bash", "-c", "echo {name} x"],
+            &["xargs", "-0", "sh", "-c", "echo {name} x"],
+            &["python3.12", "-c", "print({value}) # x"],
+            &["python3", "-cprint({value})"],
+            &["perl", "-e", "{program}"],
+            &["env", "{program}"],
+            &["timeout", "--foreground", "{program}"],
+            &["xargs", "{program}"],
+        ] {
+            let problem = of(dangerous);
+            assert!(problem.is_some(), "{dangerous:?}");
+        }
+        let text = of(&["sh", "-c", "{script}"]).unwrap();
+        assert!(
+            text.starts_with("sh -c runs whatever a caller sends in {script}"),
+            "{text}"
+        );
+        assert!(
+            text.ends_with(r#"["sh", "-c", "… \"$1\"", "sh", "{name}"]"#),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn text_of_a_caller_that_is_an_argument_is_fine() {
+        for safe in [
+            &["sh", "-c", "grep \"$1\" /etc/hosts", "sh", "{name}"][..],
+            &["getent", "hosts", "{name}"],
+            &["sh", "/srv/script", "{name}"],
+            &["python3", "-c", "import sys; print(sys.argv[1])", "{name}"],
+            &["python3", "/srv/tool.py", "-c", "{name}"],
+            &["env", "A=1", "tool", "{name}"],
+            &["awk", "{print $1}"],
+            &["bash", "-c", "echo ${HOME}; f() { true; }"],
+        ] {
+            assert_eq!(of(safe), None, "{safe:?}");
+        }
+    }
+}

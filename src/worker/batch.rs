@@ -1,0 +1,69 @@
+//! What a JSON-RPC batch adds to its calls: those that are not taken yet.
+//!
+//! The event loop takes a long batch in parts, so that other connections are served in between. All answers of
+//! a batch are held back until the last one is there, so they have limits together. Pure: the dispatcher takes
+//! the calls, and the connection has their answers.
+
+use std::ops::Range;
+
+/// The most calls of a batch that are taken in one turn of the event loop.
+pub const MEMBERS_PER_TURN: usize = 64;
+
+/// The calls of a batch that are not taken yet. No other call of its connection is taken before them.
+#[derive(Debug)]
+pub struct UntakenMembers {
+    /// The key of the batch in its connection.
+    pub batch: usize,
+    /// The body of the batch.
+    pub text: Box<str>,
+    /// Where in `text` they are.
+    members: Vec<Range<usize>>,
+    /// How many of them were taken.
+    taken: usize,
+    /// When their batch was sent, in milliseconds.
+    pub received_ms: u64,
+}
+
+impl UntakenMembers {
+    /// `members` are parts of `text`.
+    pub fn new(batch: usize, text: &str, members: &[&str], received_ms: u64) -> Self {
+        let range = |member: &&str| {
+            let start = member.as_ptr().addr() - text.as_ptr().addr();
+            start..start + member.len()
+        };
+        UntakenMembers {
+            batch,
+            text: text.into(),
+            members: members.iter().map(range).collect(),
+            taken: 0,
+            received_ms,
+        }
+    }
+
+    pub fn members(&self) -> impl Iterator<Item = &str> {
+        let left = self.members[self.taken..].iter();
+        left.map(|range| &self.text[range.clone()])
+    }
+
+    /// Counts that so many more were taken. Returns whether any is left.
+    pub fn advance(&mut self, taken: usize) -> bool {
+        self.taken += taken;
+        self.taken < self.members.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_parts_of_the_text_and_are_taken_in_their_order() {
+        let text = "[1, 22, 333]";
+        let members = [&text[4..6], &text[8..11]];
+        let mut left = UntakenMembers::new(7, text, &members, 5);
+        assert_eq!(left.members().collect::<Vec<_>>(), ["22", "333"]);
+        assert!(left.advance(1));
+        assert_eq!(left.members().collect::<Vec<_>>(), ["333"]);
+        assert!(!left.advance(1));
+    }
+}

@@ -1,0 +1,115 @@
+//! Other users of the machine: what they can write, a root master does not follow, and `check` names.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use nix::unistd::geteuid;
+
+use crate::support::{Daemon, Dir, PATIENCE, binary, wait_for};
+
+const OTHER: u32 = 65534;
+
+/// A directory that a test of root gives to another user. `None`: this is not root.
+fn given_away() -> Option<Dir> {
+    if !geteuid().is_root() {
+        println!("not run: it needs root");
+        return None;
+    }
+    let dir = Dir::new();
+    fs::set_permissions(&*dir, Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(dir.join("log")).unwrap();
+    chown(dir.join("log"), Some(OTHER), Some(OTHER)).unwrap();
+    Some(dir)
+}
+
+#[test]
+fn root_follows_no_link_of_another_user_to_its_log() {
+    let Some(dir) = given_away() else { return };
+    let (log, target) = (dir.join("log/p.log"), dir.join("target"));
+    let config = format!(
+        "[workers]\ncount = 1\n[log]\nfile = \"{}\"\n",
+        log.display()
+    );
+    let daemon = Daemon::builder().config(&config).start();
+    assert!(
+        fs::read_to_string(&log)
+            .unwrap()
+            .contains("can be written by user 65534, its owner")
+    );
+    fs::rename(&log, dir.join("log/old")).unwrap();
+    symlink(&target, &log).unwrap();
+    daemon.signal(Signal::SIGUSR1);
+    wait_for("the refusal in the old file", PATIENCE, || {
+        dir.read("log/old")
+            .contains("it is a symbolic link, or below one")
+    });
+    assert!(!target.exists());
+    // Nor at a start.
+    drop(daemon);
+    let failure = Daemon::builder().config(&config).try_start().err().unwrap();
+    assert_eq!(failure.code, Some(71), "{}", failure.log);
+    assert!(
+        failure.log.contains("root follows none there"),
+        "{}",
+        failure.log
+    );
+    assert!(!target.exists());
+    // Where root alone can write, a link is followed.
+    fs::remove_file(&log).unwrap();
+    let own = dir.join("own.log");
+    symlink(&target, &own).unwrap();
+    let config = format!(
+        "[workers]\ncount = 1\n[log]\nfile = \"{}\"\n",
+        own.display()
+    );
+    drop(Daemon::builder().config(&config).start());
+    assert!(target.exists());
+}
+
+#[test]
+fn check_names_what_another_user_can_write() {
+    let dir = Dir::new();
+    let config = |name: &str, text: &str| {
+        let path = dir.write(name, text);
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        let output = Command::new(binary())
+            .arg("check")
+            .arg("--config")
+            .arg(&path)
+            .output();
+        let output = output.unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let shared = dir.join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::create_dir(dir.join("own")).unwrap();
+    fs::set_permissions(&shared, Permissions::from_mode(0o1777)).unwrap();
+    let text = |at: &str| {
+        format!(
+            "include = [\"{at}/*.toml\"]\npid-file = \"{at}/p.pid\"\ncontrol-socket = \"{at}/c.sock\"\n\
+             [log]\nfile = \"{at}/p.log\"\n[[listen]]\naddress = \"unix:{at}/u.sock\"\n"
+        )
+    };
+    assert!(!config("own.toml", &text("own")).contains("can be written"));
+    let warned = config("shared.toml", &text("shared"));
+    let listener = format!("the listener unix:{}/u.sock", shared.display());
+    let wanted = format!(
+        "pid-file, control-socket, log.file, {listener}, the configuration: {} can be written by all users",
+        shared.display()
+    );
+    assert!(warned.contains(&wanted), "{warned}");
+    fs::set_permissions(dir.write("open.toml", ""), Permissions::from_mode(0o666)).unwrap();
+    let output = Command::new(binary())
+        .arg("check")
+        .arg("--config")
+        .arg(dir.join("open.toml"))
+        .output();
+    let warned = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(
+        warned.contains("open.toml can be written by all users"),
+        "{warned}"
+    );
+}
