@@ -62,7 +62,7 @@ pub mod internals {
     pub use crate::protocol::{
         Code, answer, body, call, control, detect, frame, http, json, jsonrpc, line, program, reply,
     };
-    pub use crate::sys::socket;
+    pub use crate::sys::memory_file;
 
     pub mod config {
         pub use crate::config::{OutputFormat, Overrides, keep_restart_only_keys, load_text};

@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use preforkd::internals::adoption_queue;
-use preforkd::internals::socket;
+use preforkd::internals::memory_file;
 
 fuzz_target!(|input: &[u8]| {
     let Some((by_file, packet)) = input.split_first() else {
@@ -17,7 +17,7 @@ fuzz_target!(|input: &[u8]| {
         }
         _ => {
             let (header, rest) = packet.split_at(packet.len().min(16));
-            let file = socket::memory_file(rest).expect("a file of memory");
+            let file = memory_file::create(rest).expect("a file of memory");
             if let Some(taken) = adoption_queue::decode_packet(header, Some(file)) {
                 assert_eq!([&*taken.unsent, &*taken.unread].concat(), rest);
             }

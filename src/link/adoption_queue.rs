@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use crate::protocol::Dialect;
-use crate::sys::socket;
+use crate::sys::{memory_file, socket};
 
 /// First in each packet: "pfh" and the version of the format. The second one has answers to send
 /// first; what can be said in the first one is, so that older workers understand it.
@@ -104,7 +104,7 @@ impl AdoptionQueue {
         if unsent.len() + unread.len() <= MOST_INLINE {
             return socket::send_packet(&self.tx, &[&header, unsent, unread], &[client]);
         }
-        let rest = socket::memory_file(&[unsent, unread].concat())?;
+        let rest = memory_file::create(&[unsent, unread].concat())?;
         socket::send_packet(&self.tx, &[&header], &[client, rest.as_fd()])
     }
 }
@@ -181,7 +181,7 @@ pub fn decode_packet(packet: &[u8], rest: Option<OwnedFd>) -> Option<AdoptedConn
     let (unsent, unread) = match rest {
         Some(file) => {
             let length = unsent.checked_add(unread).filter(|it| *it <= MOST_BESIDE)?;
-            let mut bytes = socket::read_memory_file(file, length as u64).ok()?;
+            let mut bytes = memory_file::read(file, length as u64).ok()?;
             let whole = bytes.len() == length;
             let rest = whole.then(|| bytes.split_off(unsent))?;
             (Cow::Owned(bytes), Cow::Owned(rest))
@@ -280,7 +280,7 @@ mod tests {
             [&MAGIC_2[..], &[0; 4], &lengths].concat()
         };
         let file = |length: u64| {
-            let file = std::fs::File::from(socket::memory_file(b"").unwrap());
+            let file = std::fs::File::from(memory_file::create(b"").unwrap());
             file.set_len(length).unwrap();
             OwnedFd::from(file)
         };

@@ -118,12 +118,12 @@ unsafe fn close_between(first: u32, last: u32) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::sys::socket::memory_file;
+    use crate::sys::memory_file;
     use std::os::fd::AsRawFd;
 
     #[test]
     fn an_open_descriptor_is_listed_with_whether_an_exec_closes_it() {
-        let file = memory_file(b"").unwrap();
+        let file = memory_file::create(b"").unwrap();
         let number = file.as_raw_fd();
         assert!(list_open().contains(&number));
         assert!(is_closed_on_exec(number));

@@ -14,6 +14,7 @@ pub mod event;
 pub mod guard;
 pub mod lock;
 pub mod memory;
+pub mod memory_file;
 pub mod notify;
 pub mod other_writer;
 pub mod privilege;

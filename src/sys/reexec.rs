@@ -217,12 +217,12 @@ pub fn read_whole(file: BorrowedFd<'_>, most: u64) -> io::Result<Vec<u8>> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::sys::socket::memory_file;
+    use crate::sys::memory_file;
     use std::os::fd::{AsFd, IntoRawFd};
 
     #[test]
     fn what_is_claimed_is_duplicated_and_a_number_that_is_not_open_is_an_error() {
-        let file = memory_file(b"state").unwrap();
+        let file = memory_file::create(b"state").unwrap();
         assert_eq!(read_whole(file.as_fd(), 100).unwrap(), b"state");
         assert!(read_whole(file.as_fd(), 4).is_err());
         let number = file.into_raw_fd();
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn an_exec_that_fails_leaves_everything_as_it_was() {
-        let file = memory_file(b"").unwrap();
+        let file = memory_file::create(b"").unwrap();
         let number = file.as_raw_fd();
         let error = exec_image(Image::At(Path::new("/nowhere")), &[], &[], &[number]);
         assert_eq!(error.kind(), io::ErrorKind::NotFound);

@@ -5,8 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Seek, Write};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -18,7 +17,6 @@ use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
     SockaddrStorage, UnixAddr, bind, connect, getpeername, getsockname, getsockopt, listen, recv,
@@ -413,41 +411,6 @@ pub fn nonblocking_pipe() -> io::Result<(io::PipeReader, io::PipeWriter)> {
     Ok((reader, writer))
 }
 
-/// Puts bytes into a file of memory, to pass them on where a packet is too small (memfd_create(2)).
-///
-/// # Errors
-/// When there is no descriptor or no memory left.
-pub fn memory_file(bytes: &[u8]) -> io::Result<OwnedFd> {
-    let fd = memfd_create(c"preforkd-handoff", MFdFlags::MFD_CLOEXEC)?;
-    let mut file = File::from(fd);
-    file.write_all(bytes)?;
-    file.rewind()?;
-    Ok(file.into())
-}
-
-/// Takes back what `memory_file` has put into one. The sender is not trusted, for it may be a worker
-/// that a client has taken over: at most `most` bytes are read, and only from a file of memory, because the
-/// read of any other file can block (F_GET_SEALS, fcntl(2)).
-///
-/// # Errors
-/// When it is longer or no such file, or can't be read.
-pub fn read_memory_file(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
-    fcntl(&fd, FcntlArg::F_GET_SEALS)?;
-    let mut bytes = Vec::new();
-    let mut file = File::from(fd);
-    file.rewind()?;
-    (&file).take(most + 1).read_to_end(&mut bytes)?;
-    match bytes.len() as u64 > most {
-        true => Err(io::ErrorKind::FileTooLarge.into()),
-        false => Ok(bytes),
-    }
-}
-
-/// Whether it is a file of memory, whose reading and closing wait for nobody (F_GET_SEALS, fcntl(2)).
-pub fn is_memory_file(fd: &impl AsFd) -> bool {
-    fcntl(fd.as_fd(), FcntlArg::F_GET_SEALS).is_ok()
-}
-
 /// Whether it is a stream socket, with or without another end.
 pub fn is_stream_socket(fd: &impl AsFd) -> bool {
     getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
@@ -458,6 +421,7 @@ pub fn is_stream_socket(fd: &impl AsFd) -> bool {
 mod tests {
     use super::*;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::io::{Read, Write};
 
     #[test]
     fn a_packet_carries_a_descriptor_and_the_end_is_an_empty_one() {

@@ -90,6 +90,17 @@ impl Shares {
         (has > own_amount).then_some(largest)
     }
 
+    /// Whether a connection and its source have at least half as much as those that have the most.
+    pub fn is_heavy(&self, (source, token): (Source, Token)) -> bool {
+        let Some(own) = self.sources.get(&source) else {
+            return false;
+        };
+        let most = self.sources.values().map(|share| share.total).max();
+        let largest = own.largest().map(|(_, has)| has);
+        let amount = own.connections.get(&token).copied().unwrap_or(0);
+        2 * own.total >= most.unwrap_or(0) && 2 * amount >= largest.unwrap_or(0)
+    }
+
     /// The largest connection of the source with the most.
     pub fn heaviest(&self) -> Option<Token> {
         let most = self.sources.values().max_by_key(|share| share.total)?;
@@ -142,6 +153,8 @@ mod tests {
             "its other one would have as much"
         );
         assert_eq!(shares.payer(of(1, 2), 1), Some(of(1, 1).1));
+        assert!(shares.is_heavy(of(1, 0)) && shares.is_heavy(of(2, 0)));
+        assert!(!shares.is_heavy(of(1, 2)) && !shares.is_heavy(of(3, 0)));
         shares.remove(of(1, 1), 6);
         assert_eq!(shares.payer(of(3, 0), 1), Some(of(2, 0).1));
         shares.remove(of(1, 0), 5);

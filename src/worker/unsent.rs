@@ -1,9 +1,9 @@
 //! Bounds the answers that clients have not taken, of all connections of a worker together.
 //!
 //! It counts answers that the kernel has not taken yet, and answers that are held back for others: in
-//! their order, or in a batch. At the limit no call is taken from the source and connection with the most. At
-//! twice the limit that connection is closed, because nothing else frees the memory of answers that are
-//! already there. Pure: the event loop reads, sends and closes.
+//! their order, or in a batch. At the limit no call is taken from connections with at least half as much as
+//! the one with the most. At twice the limit that one is closed, because nothing else frees the memory of
+//! answers that are already there. Pure: the event loop reads, sends and closes.
 
 use super::shares::{Shares, Source};
 use crate::sys::event::Token;
@@ -44,10 +44,10 @@ impl UnsentAnswers {
     }
 
     /// Whether no call is taken from this connection, if it has such answers: all have as much as is allowed,
-    /// and no source or connection has more than this one.
+    /// and this one has much of it.
     #[inline]
     pub fn blocks(&self, owner: (Source, Token)) -> bool {
-        self.is_full() && self.shares.payer(owner, 0).is_none()
+        self.is_full() && self.shares.is_heavy(owner)
     }
 
     /// Whether all have as much as is allowed.

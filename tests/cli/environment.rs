@@ -45,6 +45,7 @@ fn programs_get_secrets_from_a_file_and_from_the_servers_environment() {
         let key = format!("KEY={key}");
         [
             &*key,
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PLAIN=${HOME}",
             "TOKEN=token-1",
             "URL=http://u:token-1@db",

@@ -20,11 +20,11 @@ use super::start_params::StartParams;
 use super::state::{LONGEST, UpgradeState};
 use super::{REASON, VARIABLE};
 use crate::error::{Error, Result};
+use crate::sys::memory_file;
 use crate::sys::process::Pid;
 use crate::sys::reexec;
 use crate::sys::reexec::{Image, InheritedFds, c_string, exec_image};
 use crate::sys::signal::{self, SignalPipe};
-use crate::sys::socket::memory_file;
 
 /// The longest reason that goes back with it, in bytes: an environment has not much room.
 const LONGEST_REASON: usize = 4096;
@@ -246,7 +246,7 @@ fn exec_with_state(
     environment: impl FnOnce(RawFd) -> (Vec<CString>, Option<RawFd>),
 ) -> io::Error {
     let table = match state.to_json() {
-        Ok(bytes) => memory_file(&bytes),
+        Ok(bytes) => memory_file::create(&bytes),
         Err(error) => Err(io::Error::other(error.to_string())),
     };
     let (table, arguments) = match (table, arguments(&state.origin)) {

@@ -17,10 +17,11 @@ use super::super::policy::event::{HumanDuration, Millis};
 use super::start_params::StartParams;
 use super::{PROBE_PASSED, VARIABLE};
 use crate::error::{Error, Result};
+use crate::sys::memory_file;
 use crate::sys::process::{Exit, Pid};
 use crate::sys::reexec;
 use crate::sys::reexec::c_string;
-use crate::sys::socket::{memory_file, nonblocking_pipe};
+use crate::sys::socket::nonblocking_pipe;
 use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn_dying_with_us};
 
 /// What is kept of what it writes: its end.
@@ -83,7 +84,7 @@ impl Probe {
         // It is not what the service manager waits to hear from.
         let environment =
             reexec::environment(&["NOTIFY_SOCKET"], &[(VARIABLE, OsStr::new("probe"))]);
-        let stdin = memory_file(state).map_err(cant)?;
+        let stdin = memory_file::create(state).map_err(cant)?;
         let (output, stdout) = nonblocking_pipe().map_err(cant)?;
         let stdio = Stdio {
             stdin: stdin.as_fd(),

@@ -12,7 +12,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{SockFlag, accept4};
 
 use super::io_progress::{IoProgress, PendingAccept};
-use crate::sys::{closer, socket};
+use crate::sys::{closer, memory_file, socket};
 
 /// Accepts after which a worker goes to the end of the kernel's queue of waiters. EPOLLEXCLUSIVE
 /// wakes the first of that queue, so without this one worker would get all that comes slowly;
@@ -276,7 +276,7 @@ fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<Taken, Errno> {
     let socket = expect(socket, socket::is_stream_socket);
     let rest = descriptors.next();
     let has_rest = rest.is_some();
-    let rest = expect(rest, socket::is_memory_file);
+    let rest = expect(rest, memory_file::is_one);
     descriptors.for_each(closer::close);
     match socket {
         Some(socket) if rest.is_some() == has_rest => Ok(Taken::Adopted(socket, length, rest)),
