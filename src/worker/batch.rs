@@ -6,6 +6,9 @@
 
 use std::ops::Range;
 
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+
 /// The most calls of a batch that are taken in one turn of the event loop.
 pub const MEMBERS_PER_TURN: usize = 64;
 
@@ -50,6 +53,16 @@ impl UntakenMembers {
         self.taken += taken;
         self.taken < self.members.len()
     }
+}
+
+/// The error of a call whose answer would make that of its batch longer than `limit`, `limits.frame`.
+pub fn too_long(limit: usize, started: bool) -> RpcError {
+    let what = match started {
+        true => "the answers of its batch are longer than limits.frame allows",
+        false => "not started, because the answers of its batch are as long as limits.frame allows",
+    };
+    let text = format!("{what}, {limit} bytes; send fewer calls in one batch");
+    RpcError::of(Code::BadOutput, text, started)
 }
 
 #[cfg(test)]

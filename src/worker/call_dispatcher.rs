@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use super::batch::{MEMBERS_PER_TURN, UntakenMembers};
+use super::batch::{self, MEMBERS_PER_TURN, UntakenMembers};
 use super::call_errors::{self, caller_gone, check_size};
 use super::call_room;
 use super::call_scheduler::{CallScheduler, FinishedCall};
@@ -33,7 +33,7 @@ use crate::protocol::call::Call;
 use crate::protocol::code::Code;
 use crate::protocol::http::{HttpDate, ResponseContext};
 use crate::protocol::reply::{AnswerContext, AnswerFormat, Framing};
-use crate::protocol::rpc_error::{RpcError, excerpt};
+use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{cancel, jsonrpc};
 use crate::sys::event::Token;
 use crate::sys::{process, signal};
@@ -233,7 +233,7 @@ impl CallDispatcher {
             return None;
         }
         if connection.is_batch_full(reply.place) {
-            return Some(call_errors::batch_too_long(self.limits.frame, false));
+            return Some(batch::too_long(self.limits.frame, false));
         }
         let owner = (connection.source, connection.token);
         let waits = connection.queued_bytes() > 0 && self.unsent.blocks(owner);
@@ -254,7 +254,7 @@ impl CallDispatcher {
             .collect();
         for key in waiting {
             if let Some(ended) = self.give_up(key) {
-                let error = call_errors::batch_too_long(self.limits.frame, ended.begun);
+                let error = batch::too_long(self.limits.frame, ended.begun);
                 self.answer(connection, &ended, Err(error), None);
             }
         }
@@ -284,8 +284,7 @@ impl CallDispatcher {
         asked_ms: Option<u64>,
     ) {
         if self.stopping {
-            let error = RpcError::of(Code::Stopping, "the server stops", false);
-            return self.answer_error(connection, reply, id, error);
+            return self.answer_error(connection, reply, id, call_errors::stopping());
         }
         if connection.drops_answer(reply.shape.form) {
             return self.answer_error(connection, reply, id, caller_gone(false));
@@ -299,11 +298,7 @@ impl CallDispatcher {
         let timeout_ms = timeout_ms.saturating_sub(self.accept_wait_ms);
         let inline = self.registry.methods()[method].handler.placement() == Placement::Inline;
         let admitted = if timeout_ms == 0 {
-            Err(RpcError::of(
-                Code::Timeout,
-                "its time was over when it came",
-                false,
-            ))
+            Err(call_errors::over_when_read())
         } else if inline {
             self.calls.admit(method, self.now_ms)
         } else {
@@ -371,9 +366,7 @@ impl CallDispatcher {
                 });
             }
             _ => {
-                let text = format!("there is no method {:?} here", excerpt(name));
-                let error = RpcError::of(Code::MethodNotFound, text, false);
-                self.answer_error(connection, reply, id, error);
+                self.answer_error(connection, reply, id, call_errors::no_method(name));
             }
         }
     }
@@ -442,7 +435,7 @@ impl CallDispatcher {
         };
         let key = self.calls.find(connection.token, wanted);
         if let Some(ended) = key.and_then(|key| self.give_up(key)) {
-            let error = RpcError::of(Code::Cancelled, "cancelled by its caller", ended.begun);
+            let error = call_errors::cancelled(ended.begun);
             self.answer(connection, &ended, Err(error), None);
         }
         self.compose(connection, reply, (cancel::METHOD, id), |out| {
@@ -525,7 +518,7 @@ impl CallDispatcher {
                 // All of a batch's answers are kept until the last one is there.
                 is_full = is_member && out.len() > limit;
                 match is_full {
-                    true => Err(call_errors::batch_too_long(limit, true)),
+                    true => Err(batch::too_long(limit, true)),
                     false => Ok(()),
                 }
             });

@@ -1,7 +1,7 @@
 //! The errors of calls that a worker itself refuses or gives up.
 
 use crate::protocol::code::Code;
-use crate::protocol::rpc_error::RpcError;
+use crate::protocol::rpc_error::{RpcError, excerpt};
 
 /// # Errors
 /// `bad-output`, if a result is longer than its limit. Bytes.
@@ -11,6 +11,27 @@ pub fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
     }
     let text = format!("a result of {length} bytes; limits.frame allows {limit}");
     Err(RpcError::of(Code::BadOutput, text, true))
+}
+
+/// The error of a call that comes while the worker leaves.
+pub fn stopping() -> RpcError {
+    RpcError::of(Code::Stopping, "the server stops", false)
+}
+
+/// The error of a call that has waited for too long before it was read.
+pub fn over_when_read() -> RpcError {
+    RpcError::of(Code::Timeout, "its time was over when it came", false)
+}
+
+/// The error of a call of a method that is not there.
+pub fn no_method(name: &str) -> RpcError {
+    let text = format!("there is no method {:?} here", excerpt(name));
+    RpcError::of(Code::MethodNotFound, text, false)
+}
+
+/// The error of a call that `rpc.cancel` has ended.
+pub fn cancelled(begun: bool) -> RpcError {
+    RpcError::of(Code::Cancelled, "cancelled by its caller", begun)
 }
 
 /// The error of a call that waits and has too little time left.
@@ -29,16 +50,6 @@ pub fn quarantined() -> RpcError {
     let text = "this very call has ended its worker again and again: it is not run any more until the next \
                 reload";
     RpcError::of(Code::Crashed, text, false)
-}
-
-/// The error of a call whose answer would make that of its batch longer than `limit`, `limits.frame`.
-pub fn batch_too_long(limit: usize, started: bool) -> RpcError {
-    let what = match started {
-        true => "the answers of its batch are longer than limits.frame allows",
-        false => "not started, because the answers of its batch are as long as limits.frame allows",
-    };
-    let text = format!("{what}, {limit} bytes; send fewer calls in one batch");
-    RpcError::of(Code::BadOutput, text, started)
 }
 
 /// The error of a call whose answer would wait in a worker that has no room for more of them: `limit`,
