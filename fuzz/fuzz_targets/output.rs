@@ -19,7 +19,7 @@ fuzz_target!(|input: &[u8]| {
     let readable = std::str::from_utf8(bytes).is_ok();
     for kind in [OutputFormat::Text, OutputFormat::Line, OutputFormat::Json] {
         let mut result = b"before".to_vec();
-        match output::append(kind, bytes.to_vec(), DEPTH, &mut result) {
+        match output::append(kind, bytes.to_vec(), (DEPTH, usize::MAX), &mut result) {
             Ok(()) => {
                 let result = &result[6..];
                 assert!(readable && !result.contains(&b'\n') && !result.contains(&b'\r'));
