@@ -40,8 +40,15 @@ pub(super) fn resolve(
         None => BTreeMap::new(),
         Some(path) => match read(path) {
             Ok(values) => values,
-            // It has gone since it was read.
-            Err(_) if check.here.has_served => BTreeMap::new(),
+            // It has changed since it was read.
+            Err((problem, _)) if check.here.has_served => {
+                log::error!(
+                    "{}: {problem}; commands and programs that start from now on lack its variables; mend it \
+                     and reload",
+                    path.display()
+                );
+                BTreeMap::new()
+            }
             Err((problem, remedy)) => return Err(check.places.error(&file_key, problem, remedy)),
         },
     };

@@ -21,33 +21,57 @@ pub fn target_id(params: &str) -> Option<&str> {
     matches!(id.as_bytes().first()?, b'"' | b'-' | b'0'..=b'9').then_some(id)
 }
 
-/// Whether two ids, as JSON, have the same value: `1` and `1.0` do, and so do `"a"` and `"\u0061"`.
-pub fn is_same_id(one: &str, other: &str) -> bool {
-    if one == other {
-        return true;
+/// An id that is looked for, by its value: `1` and `1.0` are the same one, and so are `"a"` and `"\u0061"`. It is
+/// read once, however many ids it is compared with.
+#[derive(Debug)]
+pub struct WantedId<'a> {
+    written: &'a str,
+    value: IdValue,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum IdValue {
+    Text(String),
+    Number(Decimal),
+    /// One that equals nothing but itself as it is written.
+    Other,
+}
+
+impl<'a> WantedId<'a> {
+    /// The id as JSON.
+    pub fn new(written: &'a str) -> Self {
+        let value = value(written);
+        WantedId { written, value }
     }
-    let is_text = |id: &str| id.starts_with('"');
-    match (is_text(one), is_text(other)) {
-        // Without an escape they differ as they are written.
-        (true, true) if one.contains('\\') || other.contains('\\') => {
-            match (
-                serde_json::from_str::<String>(one),
-                serde_json::from_str::<String>(other),
-            ) {
-                (Ok(one), Ok(other)) => one == other,
-                _ => false,
-            }
+
+    /// Whether this id, as JSON, is the same one.
+    pub fn is(&self, id: &str) -> bool {
+        if id == self.written {
+            return true;
         }
-        (false, false) => {
-            let value = decimal(one);
-            value.is_some() && value == decimal(other)
+        // Without an escape texts differ as they are written.
+        let is_plain = |id: &str| id.starts_with('"') && !id.contains('\\');
+        match &self.value {
+            IdValue::Other => false,
+            IdValue::Text(_) if is_plain(id) && is_plain(self.written) => false,
+            wanted => value(id) == *wanted,
         }
-        _ => false,
     }
 }
 
+fn value(id: &str) -> IdValue {
+    let value = match id.starts_with('"') {
+        true => serde_json::from_str(id).ok().map(IdValue::Text),
+        false => decimal(id).map(IdValue::Number),
+    };
+    value.unwrap_or(IdValue::Other)
+}
+
+/// A sign, significant digits, and the power of ten of the last of them.
+type Decimal = (bool, String, i64);
+
 /// A number as its sign, its significant digits, and the power of ten of the last of them.
-fn decimal(number: &str) -> Option<(bool, String, i64)> {
+fn decimal(number: &str) -> Option<Decimal> {
     let digits = number.strip_prefix('-');
     let (is_negative, rest) = (digits.is_some(), digits.unwrap_or(number));
     let (mantissa, exponent) = rest.split_once(['e', 'E']).unwrap_or((rest, "0"));
@@ -82,7 +106,7 @@ mod tests {
             ("\"a/b\"", "\"\\u0061\\/b\""),
         ] {
             assert!(
-                is_same_id(one, other) && is_same_id(other, one),
+                WantedId::new(one).is(other) && WantedId::new(other).is(one),
                 "{one} {other}"
             );
         }
@@ -96,7 +120,7 @@ mod tests {
             ("1", "null"),
         ] {
             assert!(
-                !is_same_id(one, other) && !is_same_id(other, one),
+                !WantedId::new(one).is(other) && !WantedId::new(other).is(one),
                 "{one} {other}"
             );
         }

@@ -64,7 +64,7 @@ pub fn of_path(path: &Path, own: (u32, u32)) -> Option<ExposedPath> {
     let (parent, name) = (path.parent()?, path.file_name()?);
     // Links on the way lead through other directories.
     let real = parent.canonicalize().map(|real| real.join(name));
-    let ways = [Some(path.to_owned()), real.ok()];
+    let ways = [real.ok(), Some(path.to_owned())];
     ways.iter().flatten().find_map(|way| {
         let mut parts: Vec<&Path> = way.ancestors().collect();
         parts.reverse();

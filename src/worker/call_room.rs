@@ -36,18 +36,27 @@ pub fn make_room(
         let lane = &calls.lanes[index];
         let begin = threads.saturating_sub(lane.lost);
         let waiting = lane.unanswered.saturating_sub(lane.sent + lane.evicted);
-        let (reason, payer) = if waiting >= calls.limit + begin {
+        let (reason, is_by_count) = if waiting >= calls.limit + begin {
             let server = if index == 0 { "thread" } else { "program" };
             let reason = format!("the queue of {} for a {server} is full", calls.limit);
-            (reason, lane.shares.0.payer(owner, 1))
+            (reason, true)
         } else if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
             // One of any size is taken where there is no other.
             let reason = format!("more than {most} bytes of params would wait");
-            (reason, lane.shares.1.payer(owner, size))
+            (reason, false)
         } else {
             return Ok(());
         };
-        match payer.and_then(|payer| evict(calls, index, payer)) {
+        let amount = if is_by_count { 1 } else { size };
+        let payer = lane.shares(is_by_count).payer(owner, amount);
+        let mut paid = payer.and_then(|payer| evict(calls, index, payer));
+        if payer.is_some() && paid.is_none() {
+            // All of its calls run.
+            let shares = calls.lanes[index].shares(is_by_count);
+            let others = shares.other_payers(owner, amount);
+            paid = (others.into_iter()).find_map(|other| evict(calls, index, other));
+        }
+        match paid {
             Some((key, of)) => evicted.push(Done {
                 key,
                 outcome: Some(Err(calls.overloaded(of, reason))),

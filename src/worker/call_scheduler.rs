@@ -154,6 +154,11 @@ impl CallScheduler {
         key
     }
 
+    /// Whether calls have come since `queue_calls`.
+    pub fn has_unqueued(&self) -> bool {
+        !self.unqueued.is_empty()
+    }
+
     /// Puts the calls of this turn into their queues, except those whose answers would find no room.
     /// `backlog` says how many bytes of answers a connection has yet to send before such a call's.
     pub fn queue_calls(&mut self, now_ms: u64, backlog: impl Fn(Token, AnswerPosition) -> usize) {
@@ -349,9 +354,10 @@ impl CallScheduler {
 
     /// The call of a connection with this id, as JSON.
     pub fn find(&self, token: Token, id: &str) -> Option<CallKey> {
-        let is_same = |own: Option<&str>, id| own.is_some_and(|own| cancel::is_same_id(own, id));
+        let wanted = cancel::WantedId::new(id);
         let mut calls = self.of(token);
-        Some(calls.find(|(_, call)| is_same(call.id.as_deref(), id))?.0)
+        let is_wanted = |call: &ScheduledCall| call.id.as_deref().is_some_and(|id| wanted.is(id));
+        Some(calls.find(|(_, call)| is_wanted(call))?.0)
     }
 
     /// All calls of a connection that are not over.

@@ -183,7 +183,7 @@ impl EventLoop {
             self.warn_refused_unfinished();
         }
         if let Some(payer) = payer {
-            let pays = self.may_be_refused(reactor, payer);
+            let pays = self.may_be_refused(payer);
             self.refuse_unfinished(reactor, if pays { payer } else { token });
         }
         if rests {
@@ -195,14 +195,10 @@ impl EventLoop {
     }
 
     /// Whether a connection has an unfinished call, and nothing else, in its input.
-    fn may_be_refused(&mut self, reactor: &Reactor, token: Token) -> bool {
-        let unsent = reactor.unsent(token);
+    fn may_be_refused(&mut self, token: Token) -> bool {
         let connection = find(&mut self.connections, token);
-        // It would have taken a whole call.
         connection.is_some_and(|connection| {
-            connection.phase == ConnectionPhase::Open
-                && !connection.input.is_empty()
-                && self.service.may_take(connection, unsent)
+            connection.phase == ConnectionPhase::Open && self.service.has_only_partial(connection)
         })
     }
 

@@ -204,6 +204,9 @@ impl EventLoop {
             if pools.has_done() || !self.service.untaken_batches.is_empty() {
                 next = self.service.now_ms;
             }
+            if self.service.calls.has_unqueued() || !self.service.answered_elsewhere.is_empty() {
+                next = self.service.now_ms;
+            }
             let forwarding = &self.service.forwarding;
             let next = next
                 .min(self.service.timers.next().unwrap_or(u64::MAX))
@@ -236,7 +239,10 @@ impl EventLoop {
                 more,
             ) {
                 DrainStep::Serve => {}
-                DrainStep::ReadOn => self.resume_reading(reactor),
+                DrainStep::ReadOn => {
+                    self.resume_reading(reactor);
+                    is_watched = true;
+                }
                 DrainStep::Quieten => self.stop_reading(reactor),
                 DrainStep::CloseResting { partial } => self.close_resting(reactor, partial),
                 DrainStep::GiveUp => self.give_up_all(reactor),

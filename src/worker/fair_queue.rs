@@ -131,7 +131,12 @@ impl Ends {
     /// Adds the node at `index`, at the end if it is the newest.
     fn insert<T>(&mut self, nodes: &mut [Option<Node<T>>], chain: usize, index: usize) {
         let serial = nodes[index].as_ref().map_or(0, |node| node.call.key.serial);
-        let mut older = self.newest;
+        // One that comes back is often the oldest.
+        let is_first = nodes.get(self.oldest).is_some_and(|node| {
+            let first = node.as_ref().map_or(0, |node| node.call.key.serial);
+            first > serial
+        });
+        let mut older = if is_first { NONE } else { self.newest };
         while let Some(Some(node)) = nodes.get(older)
             && node.call.key.serial > serial
         {

@@ -282,6 +282,23 @@ impl CallDispatcher {
             && connection.accounted_bytes < self.unfinished
     }
 
+    /// Whether the input of a connection is the beginning of a call, and has no whole one before it.
+    pub fn has_only_partial(&self, connection: &Connection) -> bool {
+        let input = &connection.input;
+        if input.is_empty() || connection.untaken_members.is_some() {
+            return false;
+        }
+        match connection.dialect {
+            Some(Dialect::Frame) => matches!(
+                frame::decode(input, self.limits.frame),
+                DecodedFrame::Partial { .. }
+            ),
+            Some(Dialect::Line) => connection.scanned == input.len(),
+            Some(Dialect::Http) => connection.http.is_some(),
+            _ => false,
+        }
+    }
+
     /// Answers a call for whose rest there is no room, and drops it. In HTTP that ends the connection,
     /// which its response has words for.
     pub fn reject_unfinished(&mut self, connection: &mut Connection) {

@@ -49,6 +49,15 @@ impl Lane {
         }
     }
 
+    /// Who has the unanswered calls, or their bytes.
+    pub fn shares(&self, is_by_count: bool) -> &Shares {
+        if is_by_count {
+            &self.shares.0
+        } else {
+            &self.shares.1
+        }
+    }
+
     /// A call is not waited for any more.
     pub fn forget(&mut self, call: &ScheduledCall) {
         self.unanswered -= 1;

@@ -32,6 +32,8 @@ pub struct Peer {
     /// Its epoch plus one when capacity was offered to it last.
     pub offered_at: u32,
     pub interest: Option<Interest>,
+    /// Until when its offers for short calls are not taken up, because it has returned one.
+    pub no_short_until_ms: u64,
     /// It begins no further call.
     pub is_leaving: bool,
     /// It was told that this process leaves, and has answered.
@@ -59,6 +61,7 @@ impl Peer {
             sent_since: 0,
             offered_at: 0,
             interest: None,
+            no_short_until_ms: 0,
             is_leaving: false,
             leave: LeaveState::NotTold,
         }

@@ -24,6 +24,8 @@ use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::{Reactor, Token};
 
+/// After a call was returned, no more calls than a process can begin at once are sent to it for this time.
+const NO_SHORT_MS: u64 = 100;
 /// Reads from one link before the others get their turn.
 const MAX_READS: usize = 16;
 
@@ -246,7 +248,11 @@ fn read_frame(
         }
         Frame::Returned { id } => {
             let peer = service.forwarding.peers.get_mut(link);
-            if let Some(key) = peer.and_then(|peer| peer.sent.remove(&id)) {
+            let sent = peer.and_then(|peer| {
+                peer.no_short_until_ms = now_ms + NO_SHORT_MS;
+                peer.sent.remove(&id)
+            });
+            if let Some(key) = sent {
                 remote_calls::take_back(&mut service.calls, key);
             }
         }
@@ -265,6 +271,9 @@ fn read_frame(
             let lane = usize::from(lane);
             let is_sent = lane >= first_lane(is_serving) && lane < service.calls.lanes();
             if is_sent && service.forwarding.may_send(link, lane) {
+                let peer = service.forwarding.peers.get(link);
+                let may_send_short = peer.is_some_and(|peer| peer.no_short_until_ms <= now_ms);
+                let short = if may_send_short { short } else { 0 };
                 for number in 0..count.saturating_add(short) {
                     let only_short = number >= count;
                     if sendable(service, lane) == 0

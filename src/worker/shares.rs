@@ -90,6 +90,23 @@ impl Shares {
         (has > own_amount).then_some(largest)
     }
 
+    /// All that may pay instead of `payer`, if that has nothing to pay with: those with the most first.
+    pub fn other_payers(&self, (source, token): (Source, Token), amount: usize) -> Vec<Token> {
+        let own = self.sources.get(&source);
+        let total = own.map_or(0, |share| share.total) + amount;
+        let has = own.and_then(|own| own.connections.get(&token));
+        let has = has.copied().unwrap_or(0) + amount;
+        let richer = self.sources.iter().filter(|(_, share)| share.total > total);
+        let of_others = richer.flat_map(|(_, share)| &share.connections);
+        let of_own = own.into_iter().flat_map(|own| &own.connections);
+        let of_own = of_own.filter(|(_, amount)| **amount > has);
+        let mut all: Vec<(usize, Token)> = (of_others.chain(of_own))
+            .map(|(token, has)| (*has, *token))
+            .collect();
+        all.sort_unstable_by_key(|(has, _)| std::cmp::Reverse(*has));
+        all.into_iter().map(|(_, token)| token).collect()
+    }
+
     /// Whether a connection and its source have at least half as much as those that have the most.
     pub fn is_heavy(&self, (source, token): (Source, Token)) -> bool {
         let Some(own) = self.sources.get(&source) else {
@@ -153,6 +170,9 @@ mod tests {
             "its other one would have as much"
         );
         assert_eq!(shares.payer(of(1, 2), 1), Some(of(1, 1).1));
+        let others = shares.other_payers(of(3, 0), 1);
+        assert_eq!(others, [of(2, 0).1, of(1, 1).1, of(1, 0).1]);
+        assert_eq!(shares.other_payers(of(1, 0), 0), [of(1, 1).1]);
         assert!(shares.is_heavy(of(1, 0)) && shares.is_heavy(of(2, 0)));
         assert!(!shares.is_heavy(of(1, 2)) && !shares.is_heavy(of(3, 0)));
         shares.remove(of(1, 1), 6);

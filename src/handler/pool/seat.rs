@@ -162,8 +162,11 @@ impl Seat {
 
     /// How many calls it may have, those that it has included.
     pub fn capacity(&self) -> usize {
-        let calls = self.parallel.as_ref();
-        calls.map_or(1, |calls| calls.capacity(monotonic_ms()))
+        match &self.parallel {
+            _ if self.is_recalled => self.count(),
+            Some(calls) => calls.capacity(monotonic_ms()),
+            None => 1,
+        }
     }
 
     /// Until when it may go on if all its calls are abandoned: a call that was given up may run until its
