@@ -376,10 +376,11 @@ fn a_batch_gets_no_further_answers_that_wait_at_the_limit() {
     for client in &mut clients {
         client.send(&batch);
     }
-    // 30 MB were asked for, and 16 MiB may wait.
+    // 30 MB were asked for, and 16 MiB may wait. A batch with less than half as much as the largest one gets
+    // some more, so in the worst case two of the five are refused half of their calls.
     wait_for("calls that are refused", PATIENCE, || {
         let worker = &daemon.workers()[0];
-        worker.errors > 400 && worker.calls == 2000
+        worker.errors > 300 && worker.calls == 2000
     });
     assert_eq!(daemon.workers()[0].connections, 5, "none is closed");
     let mut healthy = daemon.client();
