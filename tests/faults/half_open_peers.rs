@@ -39,10 +39,12 @@ const UNHEARD: usize = 20;
 const ANSWER: usize = 6 << 20;
 
 fn config() -> String {
+    // A worker whose threads are all busy would get a link to the other one, which is a descriptor more.
+    let threads = UNHEARD + UNREAD;
     format!(
         "[workers]
 count = 2
-threads = {UNHEARD}
+threads = {threads}
 [limits]
 idle-timeout = \"{}s\"
 read-timeout = \"{}s\"
