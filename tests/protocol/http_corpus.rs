@@ -171,6 +171,10 @@ const OTHERWISE: &[(&str, &str)] = &[
         "invalid/rfc9112_chunked_missing_final_crlf_01.http",
         "likewise",
     ),
+    (
+        "invalid/rfc9112_leading_crlf_02.http",
+        "empty lines before a request are passed over, however many: they leave a connection at rest",
+    ),
     ("invalid/010.http", "the case sets a lower limit than ours"),
     ("invalid/011.http", "likewise"),
     ("invalid/012.http", "likewise"),
