@@ -1,4 +1,4 @@
-//! The bare epoll server by itself: `cargo bench --bench bare_epoll -- serve ADDRESS WORKERS`.
+//! Runs only the bare epoll server: `cargo bench --bench bare_epoll -- serve ADDRESS WORKERS`.
 #![allow(unsafe_code, clippy::print_stderr)]
 
 mod support;

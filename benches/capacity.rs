@@ -1,13 +1,19 @@
-//! Calls per second that a server makes of its capacity: does a call wait while another worker is idle?
+//! Measures how many of the possible calls per second a server makes: does a call wait while another
+//! worker is idle?
 //!
 //! 4 workers with 2 handler threads each, a pool of 8 programs, and a pool of one Python program that may
 //! have 100 calls at once. Each call sleeps for 0.1 s, so 80 calls per second are possible, and 1,000 in
 //! the last pool. Every round starts a fresh server and opens all connections
 //! in one burst. Rows: lasting connections in a closed loop, a new connection for each call, and one
-//! connection that sends 64 calls ahead. The last row is about short calls beside long ones.
-//! `-- --bar` fails below the bar of any row.
+//! connection that sends 64 calls ahead. gunicorn is shown beside, with as many threads (gthread) and as many
+//! processes (sync), over HTTP. The last rows are about short calls beside long ones, and about how soon a
+//! burst of connections is spread over the workers. `-- --bar` fails below the bar of any row.
 #![allow(unsafe_code, clippy::print_stdout)]
 
+#[path = "capacity/burst.rs"]
+mod burst;
+#[path = "capacity/peers.rs"]
+mod peers;
 mod support;
 
 use std::io::{Read, Write};
@@ -30,32 +36,39 @@ const WORKERS: usize = 4;
 const THREADS: usize = 2;
 /// Seconds that a call takes.
 const CALL: f64 = 0.1;
-/// Calls per second that are possible.
+/// The possible calls per second.
 const POSSIBLE: f64 = (WORKERS * THREADS) as f64 / CALL;
-/// Calls at once in the program that has several.
+/// The calls at once in the program that runs several.
 const CONCURRENCY: usize = 100;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Parser)]
 struct Options {
-    /// Rounds, each with a fresh server for each row.
+    /// Rounds, each with a fresh server for each row
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Seconds of load in each round.
+    /// Seconds of load in each round
     #[arg(long, default_value_t = 3)]
     seconds: u64,
+    /// Measure only rows of calls whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Leave gunicorn out.
+    #[arg(long)]
+    alone: bool,
     /// Fail below the bar.
     #[arg(long)]
     bar: bool,
 }
 
-/// What is measured: a name, the part of what is possible that must be reached, and how.
+/// A measurement: its name, the part of the possible calls that it must reach, and how it is made.
 struct Row {
     name: String,
-    /// Calls per second that are possible.
+    /// The possible calls per second.
     possible: f64,
-    bar: f64,
+    bar: Option<f64>,
+    server: Box<dyn Fn() -> Result<Server, Failure>>,
     load: Box<dyn Fn(SocketAddr, Duration) -> Result<f64, Failure>>,
 }
 
@@ -76,10 +89,18 @@ fn measure(options: &Options) -> Result<(), Failure> {
          each round:"
     );
     let mut missed = Vec::new();
-    for row in rows() {
+    let peers = match options.alone {
+        true => Vec::new(),
+        false => peers::rows()?,
+    };
+    let only = options.only.as_deref();
+    for row in rows().into_iter().chain(peers) {
+        if only.is_some_and(|text| !row.name.contains(text)) {
+            continue;
+        }
         let mut parts = Vec::new();
         for _ in 0..options.rounds {
-            let server = Server::preforkd_with(&config())?;
+            let server = (row.server)()?;
             let rate = (row.load)(server.address, Duration::from_secs(options.seconds))?;
             parts.push(rate / row.possible);
         }
@@ -88,18 +109,21 @@ fn measure(options: &Options) -> Result<(), Failure> {
             .iter()
             .map(|part| format!("{:.0}", part * row.possible))
             .collect();
+        let bar = row.bar.map_or(String::new(), |bar| format!(" (bar {bar})"));
         println!(
-            "{:<28} {:<24} lowest {lowest:.3} of what is possible (bar {})",
+            "{:<40} {:<24} lowest {lowest:.3} of what is possible{bar}",
             row.name,
-            shown.join(" "),
-            row.bar
+            shown.join(" ")
         );
-        if lowest < row.bar {
+        if row.bar.is_some_and(|bar| lowest < bar) {
             missed.push(row.name);
         }
     }
-    if !mixed(options)? {
+    if only.is_none() && !mixed(options)? {
         missed.push("short beside long".to_owned());
+    }
+    if only.is_none() && !burst::burst(options.rounds)? {
+        missed.push("burst of connections".to_owned());
     }
     match (options.bar, missed.is_empty()) {
         (true, false) => Err(format!("below the bar: {}", missed.join(", ")).into()),
@@ -124,6 +148,10 @@ fn config() -> String {
     )
 }
 
+fn ours() -> Result<Server, Failure> {
+    Server::preforkd_with(&config())
+}
+
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for method in ["thread", "pool"] {
@@ -131,7 +159,8 @@ fn rows() -> Vec<Row> {
             rows.push(Row {
                 name: format!("{method}, {connections} connections"),
                 possible: POSSIBLE,
-                bar: 0.95,
+                bar: Some(0.95),
+                server: Box::new(ours),
                 load: Box::new(move |address, length| {
                     lasting(address, method, connections, length)
                 }),
@@ -140,20 +169,23 @@ fn rows() -> Vec<Row> {
         rows.push(Row {
             name: format!("{method}, a connection per call"),
             possible: POSSIBLE,
-            bar: 0.93,
+            bar: Some(0.93),
+            server: Box::new(ours),
             load: Box::new(move |address, length| one_call_each(address, method, length)),
         });
         rows.push(Row {
             name: format!("{method}, 64 ahead"),
             possible: POSSIBLE,
-            bar: 0.95,
+            bar: Some(0.95),
+            server: Box::new(ours),
             load: Box::new(move |address, length| ahead(address, method, length)),
         });
     }
     rows.push(Row {
         name: format!("async, {CONCURRENCY} connections"),
         possible: CONCURRENCY as f64 / CALL,
-        bar: 0.9,
+        bar: Some(0.9),
+        server: Box::new(ours),
         load: Box::new(|address, length| lasting(address, "async", CONCURRENCY, length)),
     });
     rows
@@ -172,7 +204,7 @@ fn request(method: &str, seconds: f64, id: usize) -> Vec<u8> {
     ))
 }
 
-/// Reads one answer, which has to be a result.
+/// Reads one answer, which must be a result.
 fn answer(stream: &mut TcpStream) -> Result<(), Failure> {
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
@@ -185,8 +217,8 @@ fn answer(stream: &mut TcpStream) -> Result<(), Failure> {
     }
 }
 
-/// Runs `client` on this number of threads until the time is over. Returns calls per second. Of a call that
-/// is in progress when the time is over, the part before counts.
+/// Runs `client` on this number of threads until the time is over. Returns calls per second. A call in
+/// progress at the end counts in part.
 fn clients(
     count: usize,
     length: Duration,
@@ -194,7 +226,7 @@ fn clients(
 ) -> Result<f64, Failure> {
     let done = Mutex::new(0.0);
     let begin = Instant::now();
-    // Whether to make one more call; the last one is counted when it asks again.
+    // Whether to make another call. The last one is counted when it asks again.
     let goes_on = |last: &std::cell::Cell<Option<Duration>>| {
         let now = begin.elapsed();
         if let Some(sent) = last.get() {
@@ -294,8 +326,8 @@ fn ahead(address: SocketAddr, method: &str, length: Duration) -> Result<f64, Fai
     rate.ok_or_else(|| "no call was answered in time".into())
 }
 
-/// 1,000 short calls from 32 connections while six threads hold long calls: their p99 beside that on one
-/// worker with all threads, at most three times as long.
+/// Makes 1,000 short calls from 32 connections while six threads run long calls. Their p99 may be at most
+/// three times the one on one worker with all threads.
 fn mixed(options: &Options) -> Result<bool, Failure> {
     let several = config();
     let one = format!(
@@ -311,7 +343,7 @@ fn mixed(options: &Options) -> Result<bool, Failure> {
     }
     let ratio = median(&ratios);
     println!(
-        "{:<28} {}: median {ratio:.2} times one worker's p99 (bar 3)",
+        "{:<40} {}: median {ratio:.2} times one worker's p99 (bar 3)",
         "short beside long",
         shown.join(" ")
     );
@@ -321,7 +353,7 @@ fn mixed(options: &Options) -> Result<bool, Failure> {
 fn short_beside_long(config: &str) -> Result<Duration, Failure> {
     let server = Server::preforkd_with(config)?;
     let address = server.address;
-    // Short ones first, so that it is known how long they take.
+    // Short calls first, so that their run time is known.
     for _ in 0..64 {
         let mut stream = connect(address)?;
         stream.write_all(&request("thread", 0.0, 0))?;

@@ -1,6 +1,6 @@
-//! Measures what a command costs: CPU time of a call that runs /bin/true, beside a bare
-//! posix_spawn(3) and wait of it, in turns; and what the guard adds to the time of a call, beside
-//! `guard = false`. `-- --bar` fails above 1.3 and above 20 µs.
+//! Measures the cost of a command: the CPU time of a call that runs /bin/true, compared with a bare
+//! posix_spawn(3) and wait; and how much longer a call takes with the guard than with `guard = false`.
+//! `-- --bar` fails above 1.3 and above 20 µs.
 #![allow(unsafe_code, clippy::print_stdout, clippy::print_stderr)]
 
 mod support;
@@ -20,9 +20,9 @@ use support::{Failure, words};
 const ROUNDS: usize = 7;
 const CALLS: u32 = 500;
 const BAR: f64 = 1.3;
-/// Calls with the guard, each followed by one without it.
+/// Pairs of calls: one with the guard, one without it.
 const PAIRS: usize = 3000;
-/// Microseconds that the guard may add to a call.
+/// The most microseconds that the guard may add to a call.
 const GUARD_BAR: f64 = 20.0;
 
 fn main() -> Result<(), Failure> {
@@ -51,7 +51,7 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// CPU time of this process and the children that it has waited for.
+/// Returns the CPU time of this process and of the children that it has waited for.
 fn own_cpu() -> Result<Duration, Failure> {
     let mut micros = 0;
     for who in [UsageWho::RUSAGE_SELF, UsageWho::RUSAGE_CHILDREN] {
@@ -61,7 +61,7 @@ fn own_cpu() -> Result<Duration, Failure> {
     Ok(Duration::from_micros(micros.unsigned_abs()))
 }
 
-/// std uses posix_spawn where it can, as it can here.
+/// std uses posix_spawn if it can, as here.
 fn spawned() -> Result<Duration, Failure> {
     let before = own_cpu()?;
     for _ in 0..CALLS {
@@ -81,9 +81,9 @@ fn called(server: &Server) -> Result<Duration, Failure> {
     Ok((server.cpu_time()? - before) / CALLS)
 }
 
-/// Returns how many microseconds longer a call takes with the guard than without: the difference of
-/// the lower quartiles, because whatever disturbs a call makes it longer. CPU time is known to the
-/// clock tick, which is too coarse for this.
+/// Returns how many microseconds longer a call takes with the guard than without: the difference of the
+/// lower quartiles, because disturbances only make a call longer. CPU time has the resolution of a clock
+/// tick, which is too coarse here.
 fn guard_cost(server: &Server) -> Result<f64, Failure> {
     let mut stream = connected(server)?;
     let mut times = [Vec::new(), Vec::new()];

@@ -1,11 +1,11 @@
-//! CPU time per call, preforkd's beside that of a bare epoll server which parses nothing.
+//! Measures the CPU time per call of preforkd, compared with a bare epoll server that parses nothing.
 //!
-//! Both run with two workers, in turn, several rounds, each under the same load: 64 connections, one
-//! outstanding ping each. Counted is the user and system time of all the server's processes while the
-//! load runs, connecting left out. The medians and their ratio are printed; with `--bar` a ratio above
-//! [`BAR`] is a failure. The order changes from round to round, so that none is always the first.
+//! Both run with two workers, in turn, in several rounds, under the same load: 64 connections with one
+//! outstanding ping each. It counts the user and system time of all processes of the server during the
+//! load, without connecting. It prints the medians and their ratio; with `--bar` a ratio above [`BAR`] is
+//! a failure. The order changes from round to round, so that neither is always the first.
 //!
-//! With `--against PATH` this build is compared with another binary of preforkd instead: see `against`.
+//! `--against PATH` compares this build with another binary of preforkd instead: see `against`.
 #![allow(unsafe_code, clippy::print_stdout)]
 
 #[path = "cpu_per_call/against.rs"]
@@ -22,27 +22,27 @@ use support::load::{self, Load, Until};
 use support::server::Server;
 use support::{Failure, bare, words};
 
-/// The most that preforkd may cost, in times of what the bare server costs.
+/// The highest ratio of preforkd's cost to the bare server's.
 const BAR: f64 = 1.25;
 
 #[derive(Parser)]
 struct Words {
-    /// Rounds, each with all that is compared [default: 5, or 9 with --against].
+    /// Rounds, each with everything that is compared [default: 5, or 9 with --against]
     #[arg(long)]
     rounds: Option<usize>,
-    /// Seconds of load in each round, on each server. Not used with --against.
+    /// Seconds of load in each round, on each server. Not used with --against
     #[arg(long, default_value_t = 3)]
     seconds: u64,
     /// Connections, with one outstanding call each.
     #[arg(long, default_value_t = 64)]
     connections: usize,
-    /// Workers of each server [default: 2, or 1 with --against].
+    /// Workers of each server [default: 2, or 1 with --against]
     #[arg(long)]
     workers: Option<usize>,
-    /// Fail beyond the bar.
+    /// Fail above the bar
     #[arg(long)]
     bar: bool,
-    /// Measure the bare server against itself, or with --against that binary: the ratio shows the noise.
+    /// Compare the bare server (with --against: that binary) with itself: the ratio shows the noise
     #[arg(long)]
     self_check: bool,
     /// Compare this build with another binary of preforkd.
@@ -51,7 +51,7 @@ struct Words {
     /// With --against: use this binary instead of the one that was built with this program.
     #[arg(long, value_name = "PATH", requires = "against")]
     binary: Option<PathBuf>,
-    /// With --against: inline calls to each server in each round. Slower kinds of calls are fewer.
+    /// With --against: inline calls to each server in each round. There are fewer calls of slower kinds
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     calls: u64,
 }
@@ -106,10 +106,10 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Microseconds of CPU time per call.
+/// Returns the microseconds of CPU time per call.
 fn measure(server: &Server, words: &Words, name: &str) -> Result<f64, Failure> {
     let mut load = Load::open(server.address, words.connections, bare::PARAMS)?;
-    // Caches, buffers and clock speed as they are under load.
+    // Bring caches, buffers and clock speed into the state under load.
     load.run(Until::Calls(20_000))?;
     let before = server.cpu_time()?;
     let outcome = load.run(Until::Elapsed(Duration::from_secs(words.seconds)))?;

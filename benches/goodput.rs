@@ -1,8 +1,8 @@
-//! What a worker does that is offered five times what it can do.
+//! Measures the results of a worker under five times its capacity.
 //!
-//! One worker, eight threads, a method of 5 ms, callers that wait 100 ms. First rates around what the
-//! threads can do, for the peak: results a second that are there in time. Then five times the peak. With
-//! `--bar` less than [`BAR`] of the peak is a failure.
+//! One worker, eight threads, a method of 5 ms, callers that wait 100 ms. First it finds the peak with
+//! rates around the capacity: results per second that are in time. Then it offers five times the peak.
+//! With `--bar` less than [`BAR`] of the peak is a failure.
 #![allow(unsafe_code, clippy::print_stdout)]
 
 #[path = "../tests/support/open_loop.rs"]
@@ -17,10 +17,10 @@ use open_loop::{Offer, offer};
 use support::server::Server;
 use support::{Failure, words};
 
-/// The least that is to be left of the peak.
+/// The least part of the peak that must remain.
 const BAR: f64 = 0.9;
 
-/// How much more is offered than can be done.
+/// How many times the capacity is offered.
 const TIMES: f64 = 5.0;
 
 #[derive(Parser)]
@@ -34,16 +34,16 @@ struct Words {
     /// Handler threads.
     #[arg(long, default_value_t = 8)]
     threads: u32,
-    /// How long a call keeps its thread, in milliseconds.
+    /// The run time of a call in milliseconds
     #[arg(long, default_value_t = 5)]
     work: u32,
-    /// How long a caller waits, in milliseconds.
+    /// The timeout of a caller in milliseconds
     #[arg(long, default_value_t = 100)]
     patience: u64,
     /// Connections.
     #[arg(long, default_value_t = 16)]
     connections: usize,
-    /// Fail below the bar.
+    /// Fail below the bar
     #[arg(long)]
     bar: bool,
 }

@@ -1,8 +1,8 @@
-//! What ten thousand idle connections cost: memory apiece, CPU, and the time of one active client.
-//! `cargo bench --bench idle -- [--connections N] [--rounds N]`.
+//! Measures the cost of ten thousand idle connections: memory of each, CPU, and the latency of one active
+//! client. `cargo bench --bench idle -- [--connections N] [--rounds N]`.
 //!
-//! Two servers side by side, one with the idle connections and one without; the active client goes
-//! from one to the other by turns, so that whatever else the machine does is done to both.
+//! Two servers run side by side, one with the idle connections and one without. The active client
+//! alternates between them, so that other load on the machine affects both.
 #![allow(unsafe_code, clippy::print_stdout, clippy::print_stderr)]
 
 mod support;
@@ -22,7 +22,7 @@ struct Words {
     /// Idle connections, after one call of 3 kB each.
     #[arg(long, default_value_t = 10_000)]
     connections: usize,
-    /// Runs of the active client with each server.
+    /// Runs of the active client with each server
     #[arg(long, default_value_t = 9)]
     rounds: usize,
     /// Workers of each server.
@@ -30,7 +30,7 @@ struct Words {
     workers: usize,
 }
 
-/// How long idleness is watched.
+/// How long the CPU time of idle connections is measured.
 const WATCHED: Duration = Duration::from_secs(5);
 
 fn main() -> Result<(), Failure> {
@@ -43,7 +43,7 @@ fn main() -> Result<(), Failure> {
     let params = format!("\"{}\"", "x".repeat(3000));
     let crowded = Server::preforkd(words.workers, "")?;
     let empty = Server::preforkd(words.workers, "")?;
-    // what a worker has once, however many its clients
+    // Allocate what a worker has once, for any number of clients.
     drop(Load::open(crowded.address, 64, &params)?);
     let before = memory(&crowded)?;
     let idle = Load::open(crowded.address, words.connections, &params)?;
@@ -62,7 +62,7 @@ fn main() -> Result<(), Failure> {
     let mut without = Load::open(empty.address, 1, "\"hello\"")?;
     let (mut p99_with, mut p99_without) = (Vec::new(), Vec::new());
     for round in 0..words.rounds * 2 {
-        // first one goes first, then the other
+        // The order alternates.
         let crowded_now = (round % 2 == 0) == (round / 2 % 2 == 0);
         let (load, p99) = match crowded_now {
             true => (&mut with, &mut p99_with),
@@ -82,7 +82,7 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Resident memory of all workers, in bytes.
+/// Returns the resident memory of all workers in bytes.
 fn memory(server: &Server) -> Result<u64, Failure> {
     let mut sum = 0;
     for process in server.processes()?.iter().skip(1) {

@@ -1,10 +1,10 @@
-//! What `workers.keep-connections` costs: CPU time per call over lasting connections, per connection
-//! that carries one call, and per one that carries two. `cargo bench --bench keeper`.
+//! Measures the cost of `workers.keep-connections`: CPU time per call over lasting connections, per
+//! connection with one call, and per connection with two. `cargo bench --bench keeper`.
 //!
-//! Two servers side by side, one with keepers and one without, each measured by turns in every round;
-//! the order changes from round to round. Counted is the user and system time of all processes of a
-//! server, keepers included. Medians and ratios are printed; with `--bar` a ratio over the bars, 1.10
-//! for calls and 1.05 for a connection a call, is a failure.
+//! Two servers run side by side, one with keepers and one without. Each is measured in turn in every
+//! round; the order changes from round to round. It counts the user and system time of all processes of a
+//! server, including keepers. It prints medians and ratios; with `--bar` a ratio above 1.10 for calls or
+//! 1.05 for connections with one call is a failure.
 #![allow(unsafe_code, clippy::print_stdout)]
 
 mod support;
@@ -20,9 +20,9 @@ use support::load::{self, Load, Until};
 use support::server::Server;
 use support::{Failure, words};
 
-/// The most that a call may cost, in times of what it costs without keepers.
+/// The highest ratio of a call's cost to its cost without keepers.
 const BAR_CALL: f64 = 1.10;
-/// The same for a connection that carries one call.
+/// The same for a connection with one call.
 const BAR_CONNECTION: f64 = 1.05;
 
 #[derive(Parser)]
@@ -39,15 +39,15 @@ struct Words {
     /// Workers of each server.
     #[arg(long, default_value_t = 2)]
     workers: usize,
-    /// Fail above the bars.
+    /// Fail above the bars
     #[arg(long)]
     bar: bool,
-    /// Measure without keepers on both sides: the ratios show the noise.
+    /// Measure without keepers on both sides: the ratios show the noise
     #[arg(long)]
     self_check: bool,
 }
 
-/// Microseconds of CPU time, one figure a round.
+/// Microseconds of CPU time, one figure per round.
 #[derive(Default)]
 struct Costs {
     call: Vec<f64>,
@@ -114,7 +114,7 @@ fn apiece(server: &Server, before: Duration, count: u64) -> Result<f64, Failure>
     Ok(used.as_secs_f64() * 1e6 / count as f64)
 }
 
-/// Connects, makes so many calls one after the other, closes, and again; how often.
+/// Connects, makes `calls` calls one after the other and closes, repeatedly. Returns how often.
 fn connect_and_call(server: &Server, calls: usize, length: Duration) -> Result<u64, Failure> {
     let request = load::frame(r#"{"in":"ping","params":1}"#);
     let answer = load::frame(r#"{"out":"pong","result":1}"#);

@@ -1,5 +1,5 @@
-//! The load by itself: `cargo bench --bench load -- ADDRESS [--connections N] [--seconds N]
-//! [--params JSON]`.
+//! Runs only the load: `cargo bench --bench load -- ADDRESS [--connections N] [--seconds N] [--params
+//! JSON]`.
 #![allow(unsafe_code, clippy::print_stdout, clippy::print_stderr)]
 
 mod support;
@@ -13,15 +13,15 @@ use support::{Failure, figures, words};
 
 #[derive(Parser)]
 struct Words {
-    /// Where the server is.
+    /// The address of the server
     address: Option<std::net::SocketAddr>,
     /// Connections, with one outstanding call each.
     #[arg(long, default_value_t = 64)]
     connections: usize,
-    /// How long.
+    /// The length of the load in seconds
     #[arg(long, default_value_t = 5)]
     seconds: u64,
-    /// The params of each ping. (The bare server answers every call as if they were "hello".)
+    /// The params of each ping. (The bare server answers every call as if they were "hello")
     #[arg(long, default_value = "\"hello\"")]
     params: String,
 }

@@ -1,7 +1,7 @@
-//! What the protocol reactor costs a call, in nanoseconds of one thread: a frame decoded, its body
-//! parsed, the answer written. `cargo bench --bench protocol`.
+//! Measures the cost of the protocol layer per call, in nanoseconds of one thread: decode a frame, parse
+//! its body, encode the answer. `cargo bench --bench protocol`.
 //!
-//! Each figure is the fastest of several rounds: what else runs on the machine only adds.
+//! Each figure is the fastest of several rounds, because other load on the machine only adds time.
 #![allow(clippy::print_stdout)]
 
 use preforkd::internals::frame::{self, DecodedFrame};
@@ -44,7 +44,7 @@ fn main() {
     }
 }
 
-/// Nanoseconds for one call out of a buffer of many, as a connection sees them.
+/// Returns the nanoseconds per call in a buffer of many calls, as a connection has them.
 fn fastest(body: &str) -> f64 {
     let calls = (1 << 21) / (body.len() + frame::HEADER) + 1;
     let mut received = Vec::new();
@@ -70,7 +70,7 @@ fn serve(mut received: &[u8], out: &mut Vec<u8>) {
         match call::parse(body, DEPTH) {
             Ok(call) if call.method == "ping" => answer::result(out, "pong", call.params, call.id),
             Ok(call) => answer::result(out, &call.method, call.params, call.id),
-            Err(refusal) => answer::error(out, &refusal.error, refusal.id),
+            Err(refusal) => answer::error(out, &refusal.error, refusal.id, None),
         }
         frame::finish(out, mark);
         received = &received[used..];

@@ -1,204 +1,241 @@
-//! A Python function behind preforkd, gunicorn and uWSGI: calls with a second of CPU time.
+//! Python functions behind preforkd, gunicorn and uWSGI: calls with a second of CPU time.
 //!
-//! The same function (`python/function.py`), the same requests over HTTP from the same generator
+//! The same functions (`python/function.py`), the same requests over HTTP from the same generator
 //! (`preforkd bench`), 64 connections that last, two Python processes each: a pool of 2 under one
-//! worker, gunicorn's gthread with 2 workers, uWSGI's http router with 2 processes. In turns, several
-//! rounds. Counted is the user and system time of all processes of a server, the generator's left
-//! out. preforkd is shown over frames as well. `-- --bar` fails below 4 times gunicorn.
+//! worker, gunicorn's gthread and sync with 2 workers, uWSGI's http router with 2 processes. In turns,
+//! several rounds. Servers and generator are pinned to different cores. Counted is the user and system time of all processes of a server, the generator's left
+//! out. gunicorn's sync workers close each connection after its answer, so they have a generator of their
+//! own that makes a connection per call. preforkd is shown over frames as well.
+//!
+//! `score` does some work, `trivial` none. `-- --bar` fails below 4 times gunicorn's gthread with `score`, 6
+//! times both kinds of gunicorn with `trivial`, and 0.65 times the binary that `--against` names.
 //!
 //! gunicorn and uWSGI are installed by pip into `target/python-servers`, once.
-#![allow(unsafe_code, clippy::print_stdout, clippy::print_stderr)]
+#![allow(unsafe_code, clippy::print_stdout)]
 
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use serde_json::Value;
 
+use support::cores;
 use support::figures::median;
+use support::http::HttpClient;
+use support::python_servers::{gunicorn, installed, uwsgi};
 use support::server::Server;
 use support::{Failure, words};
 
-const PACKAGES: [&str; 2] = ["gunicorn==23.0.0", "uWSGI==2.0.31"];
 const PARAMS: &str = r#"["a great day, and not at all a bad one"]"#;
-const RESULT: &str = "0.1";
-const BAR: f64 = 4.0;
+/// The functions, and what their results begin with.
+const FUNCTIONS: [(&str, &str); 2] = [("score", "0.1"), ("trivial", "\"a great")];
+/// The Python processes of each server.
+const PROCESSES: usize = 2;
+
+/// Times the calls of another server that preforkd must make over HTTP, of a function.
+const BARS: [(&str, &str, f64); 4] = [
+    ("score", GTHREAD, 4.0),
+    ("trivial", GTHREAD, 6.0),
+    ("trivial", SYNC, 6.0),
+    ("trivial", OTHER, 0.65),
+];
+const OURS: &str = "preforkd, http";
+const GTHREAD: &str = "gunicorn gthread";
+const SYNC: &str = "gunicorn sync";
+const OTHER: &str = "the other binary";
 
 #[derive(Parser)]
 struct Words {
-    /// Rounds, each with every server.
+    /// Rounds, each with every server
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Seconds of load on each server in each round.
+    /// Seconds of load on each server in each round
     #[arg(long, default_value_t = 3)]
     seconds: u64,
     /// Connections.
     #[arg(long, default_value_t = 64)]
     connections: usize,
+    /// Compare with another binary of preforkd too, over HTTP.
+    #[arg(long, value_name = "PATH")]
+    against: Option<PathBuf>,
     /// Fail below the bar.
     #[arg(long)]
     bar: bool,
 }
 
-/// What is measured, and how it is called.
+/// A server that is measured, and how it is called.
 struct Subject {
     name: &'static str,
     server: Server,
-    dialect: &'static str,
-    /// Calls with a second of CPU time, of each round.
-    figures: Vec<f64>,
+    generator: Generator,
+    /// Calls with a second of CPU time, of each round, by function.
+    figures: [Vec<f64>; FUNCTIONS.len()],
+}
+
+enum Generator {
+    /// `preforkd bench` with this dialect.
+    Lasting(&'static str),
+    /// A connection per call.
+    OneCallEach,
 }
 
 fn main() -> Result<(), Failure> {
     let words = Words::parse_from(["python".to_owned()].into_iter().chain(words()));
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let programs = here.join("benches/python");
-    let bin = installed(here)?;
-    let python = bin.join("python");
-    let config = format!(
-        "[pools.p]\ncommand = [{python:?}, {:?}]\nprocesses = 2\nready = \"message\"\n\
-         [methods.score]\npool = \"p\"\n",
-        programs.join("pool.py"),
-    );
-    let preforkd = || Server::preforkd(1, &config);
-    let gunicorn = Server::other(|address| {
-        let mut command = Command::new(bin.join("gunicorn"));
-        command.args([
-            "--worker-class",
-            "gthread",
-            "--workers",
-            "2",
-            "--threads",
-            "4",
-        ]);
-        command.args(["--keep-alive", "60", "--log-level", "warning", "--bind"]);
-        command.arg(address.to_string()).arg("wsgi:application");
-        command.current_dir(&programs);
-        command
-    })?;
-    let uwsgi = Server::other(|address| {
-        let mut command = Command::new(bin.join("uwsgi"));
-        command.args([
-            "--master",
-            "--processes",
-            "2",
-            "--disable-logging",
-            "--die-on-term",
-        ]);
-        command.args(["--listen", "128", "--http-keepalive", "--http-auto-chunked"]);
-        command.args(["--need-app", "--wsgi-file", "wsgi.py", "--http"]);
-        command.arg(address.to_string());
-        command.current_dir(&programs).stderr(Stdio::null());
-        command
-    })?;
-    let subject = |name, server, dialect| Subject {
-        name,
-        server,
-        dialect,
-        figures: Vec::new(),
-    };
-    let mut subjects = [
-        subject("preforkd, http", preforkd()?, "http"),
-        subject("preforkd, frames", preforkd()?, "frame"),
-        subject("gunicorn gthread", gunicorn, "http"),
-        subject("uWSGI, http", uwsgi, "http"),
-    ];
+    let (server_cpu, load_cpu) = cores::two()?;
+    cores::pin(server_cpu)?;
+    let mut subjects = subjects(&words)?;
+    cores::pin(load_cpu)?;
     for subject in &subjects {
-        check(subject)?;
+        for (function, result) in FUNCTIONS {
+            let answer = HttpClient::new(subject.server.address).call(function, PARAMS)?;
+            // Each of them has to answer rightly, or there is nothing to compare.
+            if !answer.trim().starts_with(result) {
+                return Err(format!("{} answers {answer:?}", subject.name).into());
+            }
+        }
     }
     println!(
-        "{} connections, {} s each, 2 Python processes each; CPU of all processes of a server",
+        "{} connections, {} s each, {PROCESSES} Python processes each, servers and load pinned to different cores; CPU of all \
+         processes of a server",
         words.connections, words.seconds
     );
     for round in 1..=words.rounds {
-        for subject in &mut subjects {
-            let (calls, seconds) = load(subject, words.connections, words.seconds)?;
-            let figure = calls as f64 / seconds;
-            println!(
-                "{round} {:<17} {:>8.0} calls/s, {figure:>8.0} a CPU second",
-                subject.name,
-                calls as f64 / words.seconds as f64
-            );
-            subject.figures.push(figure);
+        for (number, (function, _)) in FUNCTIONS.iter().enumerate() {
+            for subject in &mut subjects {
+                let (calls, seconds) = load(subject, function, &words)?;
+                let figure = calls as f64 / seconds;
+                println!(
+                    "{round} {function:<8} {:<17} {:>8.0} calls/s, {figure:>8.0} a CPU second",
+                    subject.name,
+                    calls as f64 / words.seconds as f64
+                );
+                subject.figures[number].push(figure);
+            }
         }
     }
-    let of = |number: usize| median(&subjects[number].figures);
     println!(
-        "calls with a second of CPU time, medians of {} rounds:",
+        "calls with a second of CPU time, medians of {} rounds; {OURS} is so many times as good:",
         words.rounds
     );
-    for (number, subject) in subjects.iter().enumerate() {
-        println!("  {:<17} {:>8.0}", subject.name, of(number));
+    let mut missed = Vec::new();
+    for (number, (function, _)) in FUNCTIONS.iter().enumerate() {
+        let of = |subject: &Subject| median(&subject.figures[number]);
+        let ours = subjects.first().map_or(f64::NAN, of);
+        for subject in &subjects {
+            let bar = BARS
+                .iter()
+                .find(|bar| (bar.0, bar.1) == (*function, subject.name));
+            let ratio = ours / of(subject);
+            let shown = bar.map_or(String::new(), |bar| format!(" (bar {})", bar.2));
+            println!(
+                "  {function:<8} {:<17} {:>8.0}  {ratio:.2}{shown}",
+                subject.name,
+                of(subject)
+            );
+            if bar.is_some_and(|bar| ratio.is_nan() || ratio < bar.2) {
+                missed.push(format!("{function}, {}", subject.name));
+            }
+        }
     }
-    let ratio = of(0) / of(2);
-    println!(
-        "preforkd over http: {ratio:.1} times gunicorn (bar: {BAR}), {:.1} times uWSGI; over \
-         frames {:.1} and {:.1} times",
-        of(0) / of(3),
-        of(1) / of(2),
-        of(1) / of(3)
+    match (words.bar, missed.is_empty()) {
+        (true, false) => Err(format!("below the bar: {}", missed.join("; ")).into()),
+        _ => Ok(()),
+    }
+}
+
+/// All that is compared, this build over HTTP first.
+fn subjects(words: &Words) -> Result<Vec<Subject>, Failure> {
+    let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/python");
+    let bin = installed()?;
+    let mut config = format!(
+        "[workers]\ncount = 1\n[pools.p]\ncommand = [{:?}, {:?}]\nprocesses = {PROCESSES}\n\
+         ready = \"message\"\n",
+        bin.join("python"),
+        programs.join("pool.py"),
     );
-    if words.bar && ratio < BAR {
-        return Err(format!("{ratio:.2} is below {BAR}").into());
+    for (function, _) in FUNCTIONS {
+        config += &format!("[methods.{function}]\npool = \"p\"\n");
     }
-    Ok(())
+    let subject = |name, server, generator| Subject {
+        name,
+        server,
+        generator,
+        figures: Default::default(),
+    };
+    let preforkd = || Server::preforkd_with(&config);
+    let gunicorn = |threads| gunicorn(&bin, &programs, PROCESSES, threads);
+    let uwsgi = uwsgi(&bin, &programs, PROCESSES)?;
+    let mut subjects = vec![
+        subject(OURS, preforkd()?, Generator::Lasting("http")),
+        subject("preforkd, frames", preforkd()?, Generator::Lasting("frame")),
+        subject(GTHREAD, gunicorn(Some(4))?, Generator::Lasting("http")),
+        subject(SYNC, gunicorn(None)?, Generator::OneCallEach),
+        subject("uWSGI, http", uwsgi, Generator::Lasting("http")),
+    ];
+    if let Some(other) = &words.against {
+        let server = Server::program(other.clone(), &config)?;
+        subjects.push(subject(OTHER, server, Generator::Lasting("http")));
+    }
+    Ok(subjects)
 }
 
-/// The programs of the virtual environment, which is made where it is not there.
-fn installed(here: &Path) -> Result<PathBuf, Failure> {
-    let environment = here.join("target/python-servers");
-    let bin = environment.join("bin");
-    if !bin.join("uwsgi").exists() || !bin.join("gunicorn").exists() {
-        eprintln!("installing {PACKAGES:?} into {}", environment.display());
-        run(Command::new("python3")
-            .args(["-m", "venv"])
-            .arg(&environment))?;
-        run(Command::new(bin.join("pip"))
-            .args(["install", "--quiet", "--disable-pip-version-check"])
-            .args(PACKAGES))?;
-    }
-    Ok(bin)
-}
-
-fn run(command: &mut Command) -> Result<(), Failure> {
-    let status = command.status()?;
-    match status.success() {
-        true => Ok(()),
-        false => Err(format!("{command:?} ended with {status}").into()),
-    }
-}
-
-/// Each of them has to answer rightly, or there is nothing to compare.
-fn check(subject: &Subject) -> Result<(), Failure> {
-    let mut command = Command::new("curl");
-    command.args(["-s", "-d", PARAMS]);
-    command.arg(format!("http://{}/score", subject.server.address));
-    let output = command.output()?;
-    let answer = String::from_utf8_lossy(&output.stdout).into_owned();
-    match answer.trim().starts_with(RESULT) {
-        true => Ok(()),
-        false => Err(format!("{} answers {answer:?}", subject.name).into()),
-    }
-}
-
-/// Loads it; tells how many calls were answered, and the CPU time that it took for them.
-fn load(subject: &Subject, connections: usize, seconds: u64) -> Result<(u64, f64), Failure> {
+/// Loads it. Returns how many calls were answered, and the CPU time that it took for them.
+fn load(subject: &Subject, function: &str, words: &Words) -> Result<(u64, f64), Failure> {
     let before = subject.server.cpu_time()?;
+    let calls = match subject.generator {
+        Generator::Lasting(dialect) => lasting(subject, function, dialect, words)?,
+        Generator::OneCallEach => one_call_each(subject, function, words)?,
+    };
+    let after = subject.server.cpu_time()?;
+    Ok((calls, (after - before).as_secs_f64()))
+}
+
+fn lasting(
+    subject: &Subject,
+    function: &str,
+    dialect: &str,
+    words: &Words,
+) -> Result<u64, Failure> {
     let output = Command::new(env!("CARGO_BIN_EXE_preforkd"))
-        .args(["bench", "score", "--json", "--params", PARAMS])
-        .args(["--dialect", subject.dialect])
-        .args(["--connections", &connections.to_string()])
-        .args(["--duration", &format!("{seconds}s")])
+        .args(["bench", function, "--json", "--params", PARAMS])
+        .args(["--dialect", dialect])
+        .args(["--connections", &words.connections.to_string()])
+        .args(["--duration", &format!("{}s", words.seconds)])
         .args(["--address", &subject.server.address.to_string()])
         .output()?;
-    let after = subject.server.cpu_time()?;
     let report: Value = serde_json::from_slice(&output.stdout)
         .map_err(|_| String::from_utf8_lossy(&output.stderr).into_owned())?;
     let ok = report["ok"].as_u64().unwrap_or(0);
     if ok == 0 || report["calls"] != report["ok"] {
         return Err(format!("{}: {report}", subject.name).into());
     }
-    Ok((ok, (after - before).as_secs_f64()))
+    Ok(ok)
+}
+
+fn one_call_each(subject: &Subject, function: &str, words: &Words) -> Result<u64, Failure> {
+    let end = Instant::now() + Duration::from_secs(words.seconds);
+    let client = || {
+        let mut client = HttpClient::new(subject.server.address);
+        let mut calls = 0;
+        while Instant::now() < end {
+            let called = client.call(function, PARAMS);
+            called.map_err(|error| format!("{}: {error}", subject.name))?;
+            calls += 1;
+        }
+        Ok(calls)
+    };
+    let counts: Result<Vec<u64>, String> = thread::scope(|scope| {
+        let clients: Vec<_> = (0..words.connections)
+            .map(|_| scope.spawn(client))
+            .collect();
+        let ended = clients.into_iter().map(|one| one.join());
+        ended
+            .map(|ended| ended.unwrap_or_else(|_| Err("a client has panicked".into())))
+            .collect()
+    });
+    Ok(counts?.into_iter().sum())
 }

@@ -1,8 +1,9 @@
-//! CPU time per call: the same function on a handler thread, beside it inline on the event loop.
+//! Measures the CPU time per call of one function on a handler thread, compared with the same function
+//! inline on the event loop.
 //!
-//! One server of this program's own with two workers; both methods in turn, several rounds, each under
-//! the same load: 64 connections, one outstanding call each. Counted is the user and system time of all the
-//! server's processes. The medians and their ratio are printed; with `--bar` a ratio above [`BAR`] is
+//! The server is this program with two workers. Both methods run in turn, in several rounds, under the
+//! same load: 64 connections with one outstanding call each. It counts the user and system time of all
+//! processes of the server. It prints the medians and their ratio; with `--bar` a ratio above [`BAR`] is
 //! a failure.
 #![allow(unsafe_code, clippy::print_stdout)]
 
@@ -18,7 +19,7 @@ use support::load::{Load, Until};
 use support::server::Server;
 use support::{Failure, Rounds, words};
 
-/// The most that a call on a thread may cost, in times of an inline one.
+/// The highest ratio of a call's cost on a thread to its cost inline.
 const BAR: f64 = 2.0;
 
 #[derive(Parser)]
@@ -84,7 +85,7 @@ fn compare(words: Words) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Microseconds of CPU time per call.
+/// Returns the microseconds of CPU time per call.
 fn measure(server: &Server, words: &Words, method: &str) -> Result<f64, Failure> {
     let mut load = Load::of(server.address, words.of.connections, method, "\"hello\"")?;
     load.run(Until::Calls(20_000))?;

@@ -1,10 +1,10 @@
-//! Whether `preforkd bench` is ever the bottleneck: calls that it makes with a second of its own CPU
-//! time, beside wrk on the same server with the same requests.
+//! Measures whether `preforkd bench` could be the bottleneck: its calls per second of its own CPU time,
+//! compared with wrk on the same server with the same requests.
 //!
-//! One server of two workers; both clients in turn, several rounds, with the same number of
-//! connections and one thread each. Counted is the user and system time of the client's process
-//! alone, its start and its connecting included. The medians and their ratio are printed; with `--bar`
-//! a ratio below 1 is a failure. Without wrk (Debian has it) it says so.
+//! The server has two workers. Both clients run in turn, in several rounds, with the same number of
+//! connections and one thread each. It counts only the user and system time of the client process,
+//! including its start and connecting. It prints the medians and their ratio; with `--bar` a ratio below
+//! 1 is a failure. Without wrk (Debian has a package) it says so.
 #![allow(unsafe_code, clippy::print_stdout, clippy::print_stderr)]
 
 mod support;
@@ -20,7 +20,7 @@ use support::figures::median;
 use support::server::Server;
 use support::{Failure, Rounds, words};
 
-/// What wrk is told beside where to: the same method and params.
+/// The script of wrk: the same method and params.
 const SCRIPT: &str = "wrk.method = \"POST\"\nwrk.body = '\"hello\"'\n";
 const PARAMS: &str = "\"hello\"";
 
@@ -93,7 +93,7 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Runs a client; the calls that it got answered for each second of its CPU time.
+/// Runs a client. Returns its answered calls per second of its CPU time.
 fn client(command: &mut Command, answered: impl Fn(&str) -> Option<u64>) -> Result<f64, Failure> {
     let before = cpu_of_children()?;
     let output = command.output()?;
@@ -108,14 +108,14 @@ fn client(command: &mut Command, answered: impl Fn(&str) -> Option<u64>) -> Resu
     }
 }
 
-/// Of the clients that have ended; the server has not. In seconds.
+/// Returns the CPU time of ended children in seconds: the clients, because the server still runs.
 fn cpu_of_children() -> Result<f64, Failure> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
     Ok(micros as f64 / 1e6)
 }
 
-/// wrk writes `  123 requests in 3.00s, …`, and tells of what was not well.
+/// Parses the output of wrk: `  123 requests in 3.00s, …`, and its errors.
 fn answered_by_wrk(text: &str) -> Option<u64> {
     if text.contains("Non-2xx") || text.contains("Socket errors") {
         return None;

@@ -47,6 +47,8 @@ fn main() -> ExitCode {
     match &*mistake {
         // Registers a name that is already used.
         "twice" => server.method("panic", |()| Ok(())),
+        // Registers the name under which metrics count all other methods.
+        "other" => server.method("_OTHER", |()| Ok(())),
         // Starts a thread in the master. A fork copies only the thread that calls it.
         "thread" => server.on_master_start(|| {
             thread::spawn(forever);

@@ -1,23 +1,22 @@
-//! The one error type of the crate, and the one place that maps it to an exit code.
+//! Defines the error type of the crate and maps it to exit codes.
 //!
-//! Each variant holds the path, line and value that its sentence needs: what happened, what
-//! follows from it, what to change. An error is printed once, by `cli`; nothing below prints.
+//! Each variant holds the path, line and value that its message needs: what happened, what follows, what
+//! to change. Only `cli` prints an error, once.
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-/// What the crate's functions return.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// A place in a configuration file, counted from 1.
+/// A position in a configuration file; line and column start at 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
     pub line: usize,
     pub column: usize,
 }
 
-/// Everything that can stop a command of preforkd.
+/// Everything that can make a command of preforkd fail.
 #[derive(Debug)]
 pub enum Error {
     /// The command line is wrong (exit code 64).
@@ -26,20 +25,18 @@ pub enum Error {
     Config {
         /// The file, or `None` for an option of the command line.
         file: Option<PathBuf>,
-        /// Where in the file, where that is known.
+        /// The position in the file, if it is known.
         position: Option<Position>,
-        /// The dotted key, such as `workers.count`; empty for an error of syntax.
+        /// The dotted key, such as `workers.count`; empty for a syntax error.
         key: String,
-        /// What is wrong with it.
         problem: String,
         /// What to change; may be empty.
         remedy: String,
     },
-    /// The operating system refused something (exit code 71, or 77 where it was a permission).
+    /// The operating system refused a request (exit code 71; 77 if a permission is missing).
     System {
-        /// What was tried, with its object: `bind 127.0.0.1:8080`.
+        /// What was attempted and on what, such as `bind 127.0.0.1:8080`.
         attempt: String,
-        /// What the system answered.
         source: io::Error,
         /// What to change; may be empty.
         remedy: String,
@@ -47,43 +44,42 @@ pub enum Error {
     /// Another master holds the pid file (exit code 71).
     AlreadyRunning {
         pid_file: PathBuf,
-        /// The content of the pid file: a hint, not the truth.
+        /// The pid in the pid file. It is only a hint, because only the lock counts.
         pid: Option<i32>,
     },
-    /// Nobody answers there (exit code 69).
+    /// No server answers (exit code 69).
     NoServer {
         /// The address or socket path that was tried.
         place: String,
-        /// What the system answered.
         source: io::Error,
     },
-    /// The peer does not keep to the protocol, or went away in the middle (exit code 69).
+    /// The peer violates the protocol, or closed the connection before its answer was complete (exit code
+    /// 69).
     Protocol(String),
-    /// This user may not do that (exit code 77).
+    /// The user is not permitted to do this (exit code 77).
     Permission(String),
     /// A call was answered with an error, or a reload, a scale or an upgrade was refused
     /// (exit code 1).
     Refused(String),
     /// The workers of a new master did not become ready (exit code 71).
     NotReady(String),
-    /// A launching shell's copy of the error that its daemon met: the text stands as it is.
+    /// The error of a daemon, as its launching process prints it.
     Daemon {
-        /// The exit code of the daemon's own error.
+        /// The exit code that belongs to the daemon's error.
         code: u8,
-        /// The daemon's own sentence.
         message: String,
     },
-    /// Something that can't happen (exit code 70).
+    /// A bug of preforkd (exit code 70).
     Bug(String),
 }
 
 impl Error {
-    /// An error of the system with no particular remedy.
+    /// Creates a system error without a remedy.
     pub fn system(attempt: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::system_with(attempt, source, "")
     }
 
-    /// An error of the system that the operator can do something about.
+    /// Creates a system error with a remedy.
     pub fn system_with(
         attempt: impl Into<String>,
         source: impl Into<io::Error>,
@@ -96,7 +92,7 @@ impl Error {
         }
     }
 
-    /// The exit code of a command that ends with this error, from sysexits.h(3head).
+    /// Returns the exit code of a command that fails with this error, as in sysexits.h(3head).
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Refused(_) => 1,
@@ -112,7 +108,7 @@ impl Error {
     }
 }
 
-/// Writes "; REMEDY", or nothing when there is none.
+/// Writes "; REMEDY", or nothing if `remedy` is empty.
 fn write_remedy(f: &mut fmt::Formatter<'_>, remedy: &str) -> fmt::Result {
     if remedy.is_empty() {
         Ok(())
@@ -165,7 +161,7 @@ impl fmt::Display for Error {
                 }
                 f.write_str(
                     "; start a second server with --name NAME, which gives it a pid file and a control \
-                     socket of its own, or set pid-file and control-socket; else stop the other one",
+                     socket of its own, or set pid-file and control-socket; or stop the other master",
                 )
             }
             Error::NoServer { place, source } => write!(

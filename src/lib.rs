@@ -14,6 +14,7 @@
 //!
 //! - [`Server`] registers methods and runs the server. [`Handler`] and [`Context`] are for methods that
 //!   need more than a function: raw JSON, deadline, cancellation, the caller.
+//! - [`CallId`] names a call in logs, errors and death records; [`Trace`] is its place in a trace.
 //! - [`RpcError`] and [`Code`] are the errors that a method returns.
 //! - [`Worker`] and [`StartError`] are for state that is made once per worker.
 //! - [`client`] calls a server: one call at a time, many ahead, or from several threads.
@@ -22,13 +23,14 @@
 //!
 //! The modules are layers, and imports only go down. From the base: `sys` (system calls), `error`;
 //! `throttle`, `logging`; `protocol` (bytes to calls); `link` (what processes share); `config`;
-//! `handler` (what answers a call); `worker_init`; `worker` and `master` (the two kinds of process);
+//! `handler` (what answers a call); `worker_init`; `worker`, `acceptor` and `master` (the kinds of process);
 //! `server`; `client` and `cli`. `tests/architecture` holds the table.
 //!
 //! To follow one call, read `worker/event_loop.rs`, then `worker/call_dispatcher.rs`. To follow one
 //! death of a worker, read `master/main_loop.rs`, then `master/policy/lifecycle.rs`.
 //! docs/architecture.md names the file of each behaviour.
 
+mod acceptor;
 mod cli;
 pub mod client;
 mod config;
@@ -37,6 +39,7 @@ mod handler;
 mod link;
 mod logging;
 mod master;
+mod observe;
 mod protocol;
 mod server;
 mod sys;
@@ -45,8 +48,9 @@ mod worker;
 mod worker_init;
 
 pub use handler::handler_state::{StartError, Worker};
+pub use handler::trace::Trace;
 pub use handler::{Context, Handler, Placement};
-pub use protocol::{Code, RpcError};
+pub use protocol::{CallId, Code, RpcError};
 pub use serde_json::value::RawValue;
 pub use server::Server;
 
@@ -60,7 +64,8 @@ pub mod internals {
     pub use crate::link::{adoption_queue, call_frame};
     pub use crate::master::pid_in;
     pub use crate::protocol::{
-        Code, answer, body, call, control, detect, frame, http, json, jsonrpc, line, program, reply,
+        Code, answer, body, call, control, detect, frame, http, json, jsonrpc, line, program,
+        reply, trace_context, trace_search,
     };
     pub use crate::sys::memory_file;
 

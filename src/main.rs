@@ -1,4 +1,4 @@
-//! The `preforkd` command: the library's server with no method of its own.
+//! The `preforkd` command: the server of the library without methods of its own.
 
 use std::process::ExitCode;
 

@@ -1,7 +1,7 @@
-//! The server: where configuration, methods, log, master and workers are joined.
+//! The server: joins configuration, methods, log, master and workers.
 //!
-//! A program registers its methods (`methods`) and runs; commands and options are `cli`'s. Fails with
-//! what stopped the master from starting, or with the panic that ended it.
+//! A program registers its methods (`methods`) and runs the server. `cli` has the commands and options.
+//! Fails if the master could not start, or with the panic that ended it.
 
 #![allow(unsafe_code)]
 
@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use crate::acceptor;
 use crate::config::{self, Builtin, LogFormat, MethodKind, Overrides, Settings};
 use crate::error::{Error, Result};
 use crate::handler::command::CommandHandler;
@@ -27,6 +28,7 @@ use crate::handler::{Handler, builtin};
 use crate::logging::{self, LineFormat, LogOutput};
 use crate::master;
 use crate::master::upgrade::{StartMode, StartParams};
+use crate::observe;
 use crate::sys::daemon::{self, Detached, Launcher};
 use crate::sys::descriptor;
 use crate::sys::notify::{self, PassedListener};
@@ -34,6 +36,7 @@ use crate::sys::process;
 use crate::sys::signal;
 use crate::sys::title::TitleArea;
 use crate::worker;
+use crate::worker_init::WorkerInit;
 
 /// How long threads that were joined before the fork may take to end.
 const THREADS_END: Duration = Duration::from_secs(1);
@@ -49,10 +52,10 @@ const THREADS_END: Duration = Duration::from_secs(1);
 pub struct Server {
     name: Option<String>,
     methods: BTreeMap<String, Arc<dyn Handler>>,
-    /// What is put before the name of each method that is added now.
+    /// The prefix of methods that are added now.
     prefix: String,
     hooks: Hooks,
-    /// The first name that was registered twice: told when the server is run.
+    /// The first name that was registered twice. It is an error when the server runs.
     twice: Option<String>,
 }
 
@@ -66,21 +69,21 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    /// A server with no method but the built-in ones.
+    /// Makes a server that has only the built-in methods.
     pub fn new() -> Self {
         Server::default()
     }
 
-    /// The name in titles and messages, in place of that of the executable. Pid file and control socket
-    /// are named after it too, unless the configuration names them: `/run/NAME/NAME.pid`. The option
-    /// `--name` has precedence.
+    /// Sets the name in titles and messages. The default is the name of the executable. Pid file and
+    /// control socket are named after it too, unless the configuration names them: `/run/NAME/NAME.pid`.
+    /// The option `--name` has precedence.
     #[must_use]
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// The name in titles and messages.
+    /// Returns the name in titles and messages.
     pub fn name(&self) -> String {
         let executable = || {
             let first = std::env::args_os().next()?;
@@ -97,19 +100,19 @@ impl Server {
             .unwrap_or_else(|| "preforkd".into())
     }
 
-    /// The names of the methods that the program has registered.
+    /// Returns the names of the methods that the program has registered.
     pub fn functions(&self) -> BTreeSet<String> {
         self.methods.keys().cloned().collect()
     }
 
-    /// Runs the master until it is told to leave.
+    /// Runs the master until it is stopped.
     ///
     /// # Errors
-    /// What kept it from starting, or ended it.
+    /// Why it could not start, or what ended it.
     pub fn serve(mut self, file: Option<PathBuf>, mut overrides: Overrides) -> Result<()> {
         overrides.functions = self.functions();
         overrides.name = Some(config::server_name(&self.name()));
-        // First: from here on we open descriptors too.
+        // First, because from here on this code opens descriptors too.
         let opened_in_main = opened_in_main();
         match StartMode::take()? {
             None => {}
@@ -122,18 +125,19 @@ impl Server {
         one_thread()?;
         overrides.make_absolute();
         let settings = config::load(file.as_deref(), &overrides)?;
-        // A reload must find the same file from wherever the daemon then is.
+        // A reload must find the same file from any directory of the daemon.
         let file = settings.file.clone().or(file);
         let program = self.name();
-        // Before the title is written over the arguments, and before the directory is left.
+        // Before the title overwrites the arguments, and before the daemon leaves its directory.
         let origin = StartParams::of_this_process(file.clone(), &overrides);
         // SAFETY: one thread runs, as checked above.
         let title = unsafe { TitleArea::claim() };
-        // Before the pid changes, which the service manager has written into the variables.
+        // Before the pid changes, because the service manager's variables contain it.
         // SAFETY: one thread runs, as checked above, and nothing owns a passed descriptor yet.
         let passed = unsafe { notify::take_listeners() }
             .map_err(|error| Error::system("take the service manager's listeners", error))?;
-        // The program may have set its default, which would end the master when the log loses its reader.
+        // The program may have set SIGPIPE to its default, which would end the master when the log loses
+        // its reader.
         signal::ignore(&[Signal::SIGPIPE]);
         configure_log(&settings)?;
         logging::log_panics();
@@ -168,7 +172,8 @@ impl Server {
                 hooks,
                 kept,
             },
-            worker_main: worker::run,
+            worker_main: child_main,
+            observer_main: observe::run,
             passed,
             launcher: &mut launcher,
         };
@@ -186,7 +191,7 @@ impl Server {
     }
 }
 
-/// A server that runs: what a reload needs to know of its start.
+/// A running server: what a reload needs to know of its start.
 struct RunningServer<'a> {
     server: &'a Server,
     file: Option<PathBuf>,
@@ -217,7 +222,7 @@ impl master::Embedder for RunningServer<'_> {
                 MethodKind::Builtin(Builtin::Ping) => Arc::new(builtin::Ping),
                 MethodKind::Builtin(Builtin::Echo) => Arc::new(builtin::Echo),
                 MethodKind::Builtin(Builtin::Sleep) => Arc::new(builtin::Sleep),
-                // `config` lets only names through that it was told of.
+                // `config` accepts only registered names.
                 MethodKind::Command(command) => {
                     Arc::new(CommandHandler::new(command, (limits.depth, limits.frame)))
                 }
@@ -244,18 +249,26 @@ impl master::Embedder for RunningServer<'_> {
             )))
         };
         let pools = pools.iter().filter_map(pool).collect();
-        let registry = Registry::new(methods).with_pools(pools);
+        let registry = Registry::new(methods).with_pools(pools, settings.pool_processes());
         Arc::new(registry.with(Arc::clone(&self.hooks), self.kept.clone()))
     }
 }
 
-/// What the launching shell is told.
+/// Runs a child of the master.
+fn child_main(boot: WorkerInit<'_>) -> ! {
+    match boot.slot.acceptor() {
+        Some(_) => acceptor::run(boot),
+        None => worker::run(boot),
+    }
+}
+
+/// Converts the result of the daemon's start for the launching process.
 fn launched(word: Option<(u8, String)>) -> Result<()> {
     match word {
         Some((0, _)) => Ok(()),
         Some((code, message)) => Err(Error::Daemon { code, message }),
         None => Err(Error::Bug(
-            "the daemon ended before it was ready, without a word".into(),
+            "the daemon exited before it was ready, without a reason".into(),
         )),
     }
 }
@@ -283,29 +296,29 @@ fn open_log(settings: &Settings) -> Result<LogOutput> {
         Error::system_with(
             format!("open the log {place}"),
             error,
-            "name a place that this user may write to in log.file",
+            "set log.file to a path that this user may write",
         )
     })
 }
 
-/// The descriptors that the program has opened so far: those that its exec would have closed. Another
-/// one may come from the shell, and nothing tells which does.
+/// Returns the open descriptors with CLOEXEC, which the program has opened. A descriptor without it may
+/// come from the shell, and there is no way to tell.
 fn opened_in_main() -> BTreeSet<RawFd> {
     let mut open = descriptor::list_open();
     open.retain(|&fd| descriptor::is_closed_on_exec(fd));
     open
 }
 
-/// Lets the program make what the master keeps, and finds out which descriptors are the program's.
+/// Calls the start hooks, and records which descriptors belong to the program.
 fn start_hooks(hooks: &Hooks, opened_in_main: &BTreeSet<RawFd>) -> Result<HandlerState> {
     let before = descriptor::list_open();
     let kept = hooks.start_master().map_err(Error::NotReady)?;
-    // Before the next look: what a thread closes at its end is not the program's any more.
+    // Before the descriptors are listed, because those of a thread are closed at its end.
     one_thread()?;
     // The master itself opens nothing in between.
     let mut descriptors = descriptor::list_open();
     descriptors.retain(|fd| opened_in_main.contains(fd) || !before.contains(fd));
-    // A C library may open one without O_CLOEXEC, which the program after an upgrade would inherit.
+    // A C library may open a file without O_CLOEXEC, which the program of an upgrade would inherit.
     descriptors
         .iter()
         .copied()
@@ -313,9 +326,8 @@ fn start_hooks(hooks: &Hooks, opened_in_main: &BTreeSet<RawFd>) -> Result<Handle
     Ok(kept.with_descriptors(descriptors))
 }
 
-/// Closes what the launching shell had open besides the standard streams: a daemon that keeps a
-/// pipe or a lock of a script's would hold that script up for as long as it lives. What the program has
-/// opened stays open.
+/// Closes the descriptors of the launching shell except the standard streams: a daemon that keeps a pipe or
+/// a lock of a script would hold up that script for ever. The program's descriptors stay open.
 fn leave_descriptors(
     launcher: &Launcher,
     passed: &[PassedListener],
@@ -328,19 +340,19 @@ fn leave_descriptors(
     keep.extend(opened_in_main);
     keep.push(launcher.raw_descriptor());
     keep.extend(logging::output_descriptor());
-    // SAFETY: nothing but the kept descriptors is used from here on: the program has opened the
-    // rest before, or the shell has passed it on, and no value of this process owns it.
+    // SAFETY: only the kept descriptors are used from here on. The program has opened the others before, or
+    // the shell has passed them on, and no value of this process owns them.
     unsafe { descriptor::close_all_but(&keep) };
 }
 
-/// A fork copies this thread alone, and every lock that another one holds. Threads that were joined may
-/// still be counted for a short time, so they are waited for.
+/// Waits until the process has one thread: a fork copies only this thread, but all locks of others. Joined
+/// threads may count for a short time.
 fn one_thread() -> Result<()> {
     match process::wait_for_one_thread(THREADS_END) {
         0 | 1 => Ok(()),
         threads => Err(Error::Usage(format!(
-            "{threads} threads run in the master, whose fork would copy but one of them; start \
-             threads in on_worker_start, in place of main and on_master_start"
+            "{threads} threads run in the master, but a fork copies only one of them; start \
+             threads in on_worker_start instead of main and on_master_start"
         ))),
     }
 }
@@ -352,10 +364,11 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// The master has left: tells the launching shell if it still waits.
+/// Reports the end of the master to the launching process, if that still waits.
 fn end(lived: std::thread::Result<Result<()>>, launcher: Option<Launcher>) -> Result<()> {
     let outcome = lived.unwrap_or_else(|_| {
-        // The hook has logged it. The workers see their links end, answer what runs, and leave.
+        // The hook has logged it. The workers see that their links are closed, answer running calls and
+        // exit.
         Err(Error::Bug("the master panicked; the log says where".into()))
     });
     if let (Err(error), Some(launcher)) = (&outcome, launcher) {

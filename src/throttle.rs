@@ -1,9 +1,9 @@
-//! How soon a process may be started again after a death or a refused fork: a slot's worker, or a
-//! pool's program.
+//! Decides how long to wait before a process is started again after a death or a refused fork. The
+//! process is the worker of a slot or a program of a pool.
 //!
-//! One [`Throttle`] per slot and generation, so a reload starts with a clear count. It is told of
-//! deaths and forks and answers with a time; who waits for that time is not its business. It can't
-//! fail. Beside it `limiter`: how often a repeated trouble may be logged.
+//! There is one [`Throttle`] per slot and generation, so a reload starts with a cleared count. It records
+//! deaths and forks and returns a time; the caller does the waiting. It cannot fail. `limiter` limits how
+//! often a repeated warning is logged.
 
 pub mod jitter;
 pub mod limiter;
@@ -12,47 +12,46 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-/// Monotonic milliseconds; where zero lies is the caller's choice.
+/// Milliseconds of a monotonic clock. The caller chooses the zero point.
 pub type Millis = u64;
 
-/// What the configuration says.
+/// The configured limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ThrottleLimits {
-    /// How many young deaths are followed by a start at once.
+    /// This many early deaths are each followed by an immediate start.
     pub burst: u32,
-    /// The longest wait; 0 is no throttle.
+    /// The longest delay; 0 disables the throttle.
     pub max_delay: Millis,
 }
 
-/// A death this long after ready is no young one any more, and so much health clears the count.
+/// A death this long after ready is no early death, and it clears the count.
 pub const HEALTHY_AFTER: Millis = 60_000;
-/// The first wait after the burst; doubles from there.
+/// The first delay after the burst. Each further death doubles it.
 const FIRST_DELAY: Millis = 100;
-/// The longest wait after a refused fork: full strength is back within 2 s of the limit's lifting.
+/// The longest delay after a refused fork. So all workers run again within 2 s after the limit is lifted.
 const LONGEST_AFTER_REFUSAL: Millis = 1_000;
-/// So many forks of a throttled slot are allowed in one [`WINDOW`].
+/// The number of throttled forks allowed in one [`WINDOW`] per slot.
 const FORKS_PER_WINDOW: usize = 12;
-/// The minute of "at most 12 forks a minute and slot".
 const WINDOW: Millis = 60_000;
 
-/// A slot's record of trouble.
+/// The recent deaths and refused forks of a slot.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Throttle {
-    /// Young deaths in a row.
+    /// Consecutive early deaths.
     young: u32,
-    /// Refused forks in a row.
+    /// Consecutive refused forks.
     refused: u32,
     /// The times of the last throttled forks, at most [`FORKS_PER_WINDOW`].
     forks: VecDeque<Millis>,
-    /// Whether the next fork is a throttled one.
+    /// Whether the next fork counts as throttled.
     #[serde(rename = "late")]
     is_delayed: bool,
 }
 
 impl Throttle {
-    /// A worker of the slot died after `health` of being ready (`None`: it never was). Answers when
-    /// its successor may be forked: `now` is at once.
+    /// Records the death of a worker that had been ready for `health` (`None`: it was never ready).
+    /// Returns when its successor may be forked; `now` means at once.
     pub fn death(
         &mut self,
         health: Option<Millis>,
@@ -75,7 +74,8 @@ impl Throttle {
         }
     }
 
-    /// A fork was refused. Answers when to try again: never at once, so that a refusal is no loop.
+    /// Records a refused fork. Returns when to try again. That is always later than `now`, because an
+    /// immediate retry could loop.
     pub fn record_refused_fork(&mut self, now: Millis) -> Millis {
         let delay = doubled(self.refused).min(LONGEST_AFTER_REFUSAL);
         self.refused = self.refused.saturating_add(1);
@@ -92,7 +92,8 @@ impl Throttle {
         }
     }
 
-    /// A worker leaves after `health` of being ready: enough of it clears the count.
+    /// Records that a worker leaves after it had been ready for `health`. A long enough time clears the
+    /// count.
     pub fn record_ready_time(&mut self, health: Option<Millis>) {
         if health.is_some_and(|health| health >= HEALTHY_AFTER) {
             *self = Throttle::default();
@@ -108,7 +109,7 @@ impl Throttle {
     }
 }
 
-/// [`FIRST_DELAY`], doubled so many times.
+/// Returns [`FIRST_DELAY`], doubled `times` times.
 fn doubled(times: u32) -> Millis {
     FIRST_DELAY << times.min(32)
 }
@@ -121,7 +122,7 @@ mod tests {
         ThrottleLimits { burst, max_delay }
     }
 
-    /// The waits of a worker that dies as soon as it is forked.
+    /// Returns the delays of a worker that dies right after each fork.
     fn waits(limits: &ThrottleLimits, deaths: usize) -> Vec<Millis> {
         let (mut throttle, mut now, mut waits) = (Throttle::default(), 0, Vec::new());
         for _ in 0..deaths {
@@ -143,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn no_minute_has_more_than_twelve_throttled_forks() {
+    fn at_most_twelve_throttled_forks_per_minute() {
         let waits = waits(&limits(2, 500), 60);
         let forks: Vec<Millis> = waits[2..]
             .iter()
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_minute_of_health_clears_the_count_and_less_does_not() {
+    fn a_ready_minute_clears_the_count_and_less_does_not() {
         let limits = limits(2, 30_000);
         let mut throttle = Throttle::default();
         for _ in 0..4 {

@@ -1,13 +1,13 @@
-//! All integration tests, as one binary: `support` is what they share, each other module is a
-//! theme with one test per sentence.
+//! All integration tests as one binary. `support` is shared code; each other module is a topic with one
+//! test per scenario.
 //!
-//! What a module needs beside the crate (Python, netcat, root, a test suite from a registry) is
-//! brought by `tests/run`; a test that can't do without it is `#[ignore]`d with the reason, and
-//! `tests/run` runs it where its needs are met.
+//! `tests/run` provides what a module needs besides the crate (Python, netcat, root, a test suite from a
+//! registry). A test that cannot run without it is `#[ignore]`d with the reason, and `tests/run` runs it
+//! where it can.
 #![allow(clippy::unwrap_used)]
-// What a failing test shows goes to stderr, which libtest captures.
+// Output of a failing test goes to stderr, which libtest captures.
 #![allow(clippy::print_stderr, clippy::print_stdout)]
-// support/ offers more than the themes of the moment use.
+// support/ has more functions than the current tests use.
 #![allow(dead_code)]
 
 mod support;
@@ -15,7 +15,11 @@ mod support;
 mod architecture;
 mod cli;
 mod faults;
+mod isolation;
 mod lifecycle;
+mod metrics;
+mod observe;
 mod pools;
 mod protocol;
 mod snapshots;
+mod tracing;

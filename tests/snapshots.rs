@@ -1,8 +1,8 @@
 //! Compares what clients and operators see with recorded files, byte for byte.
 //!
-//! `wire/` holds transcripts of connections ([`transcript`] has their format), `cli/` what the
-//! commands print. `PREFORKD_RECORD=1` writes the files again: a change of behaviour that is meant
-//! is recorded in its own commit. Texts that may be reworded are masked ([`mask`]).
+//! `wire/` has transcripts of connections (format: [`transcript`]), `cli/` the output of the commands.
+//! `PREFORKD_RECORD=1` writes the files again; record an intended change of behaviour in its own commit.
+//! Texts that may be reworded are masked ([`mask`]).
 
 mod cli;
 mod transcript;
@@ -15,8 +15,8 @@ use crate::support::{from_environment, source};
 /// JSON members whose strings may change: prose, and the version.
 const MASKED_MEMBERS: [&str; 4] = ["message", "detail", "error", "version"];
 
-/// Replaces what may differ from run to run, or be reworded: the strings of [`MASKED_MEMBERS`] and
-/// the value of a `Date` header. Expects the compact JSON that the server writes.
+/// Replaces what may differ between runs or be reworded: the strings of [`MASKED_MEMBERS`] and the value
+/// of a `Date` header. Expects the compact JSON that the server writes.
 fn mask(bytes: &[u8]) -> Vec<u8> {
     let mut masked = bytes.to_vec();
     for name in MASKED_MEMBERS {
@@ -26,7 +26,7 @@ fn mask(bytes: &[u8]) -> Vec<u8> {
     mask_between(&masked, b"\r\nDate: ", b'\r')
 }
 
-/// Replaces by `*` what stands between each `start` and the next `end` that no backslash escapes.
+/// Replaces the text between each `start` and the next unescaped `end` by `*`.
 fn mask_between(bytes: &[u8], start: &[u8], end: u8) -> Vec<u8> {
     let mut masked = Vec::new();
     let mut rest = bytes;
@@ -44,7 +44,7 @@ fn mask_between(bytes: &[u8], start: &[u8], end: u8) -> Vec<u8> {
     masked
 }
 
-/// Fails unless `tests/snapshots/NAME` has this text; or writes it, if that is asked for.
+/// Fails unless `tests/snapshots/NAME` has this text; or writes it, if requested.
 #[track_caller]
 fn assert_recorded(name: &str, text: &str) {
     let path = source().join("tests/snapshots").join(name);
@@ -62,7 +62,7 @@ fn assert_recorded(name: &str, text: &str) {
     );
 }
 
-/// The lines that differ, with one line before and after.
+/// Returns the lines that differ, with one line before and after.
 fn difference(old: &str, new: &str) -> String {
     let (old, new): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
     let mut shown = String::new();

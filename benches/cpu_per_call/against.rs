@@ -1,10 +1,10 @@
-//! CPU time per call of this build, compared with another binary of preforkd.
+//! Compares the CPU time per call of this build with another binary of preforkd.
 //!
-//! Each round starts a fresh server of each binary for each row. The servers take turns in serving a
-//! slice of the calls, each the same number. The servers have one CPU and the load generator another
-//! one. Counted is the time of the processes that run the binary, and of the commands that they have
-//! waited for; the programs of a pool are left out. A round gives one ratio for each row, new to old;
-//! printed are the median and the range of these ratios.
+//! Each round starts a fresh server of each binary for each row. The servers take turns in serving slices
+//! of the calls, each the same number. The servers have one CPU and the load generator another one. It
+//! counts the time of the processes that run the binary, and of the commands that they have waited for,
+//! but not pool programs. A round gives one ratio (new to old) for each row. It prints the median and the
+//! range of these ratios.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -18,29 +18,30 @@ use super::support::load::{self, Call, Load, Until};
 use super::support::server::Server;
 use super::support::{Failure, cores};
 
-/// The most that a call may cost, in times of what it costs with the other binary.
+/// The highest ratio of a call's cost to its cost with the other binary.
 const BAR: f64 = 1.02;
 
 /// If the same binary differs from itself by more, instructions decide.
 const NOISE: f64 = 0.01;
 
-/// Parts of a round: the servers take turns so often, because a busy machine changes in a second.
+/// The parts of a round. The servers take turns this often, because the load of a busy machine changes
+/// within a second.
 const SLICES: usize = 10;
 
-/// Calls that are made before the measurement, as a share of those that are measured.
+/// Calls before the measurement, as a fraction (1/10) of the measured ones.
 const WARM_UP: u64 = 10;
 
 /// A kind of call.
 struct Row {
     name: &'static str,
-    /// So many times fewer calls are made than inline ones, because each takes longer.
+    /// How many times fewer calls are made than inline ones, because each takes longer.
     fewer: u64,
-    /// What the configuration has for it.
+    /// Its part of the configuration.
     tables: String,
     call: Call<'static>,
 }
 
-/// What one call costs on average.
+/// The average cost of one call.
 #[derive(Clone, Copy)]
 struct Cost {
     micros: f64,
@@ -68,7 +69,7 @@ impl Comparison {
         }
     }
 
-    /// Adds a round: the costs of old, new and perhaps old again.
+    /// Adds a round: the costs of old, new and optionally old again.
     fn add(&mut self, costs: &[Cost]) {
         let (old, new) = (costs[0], costs[1]);
         self.time.push(new.micros / old.micros);
@@ -79,7 +80,7 @@ impl Comparison {
             .extend(costs.get(2).map(|again| again.micros / old.micros));
     }
 
-    /// The ratios that are held against the bar.
+    /// Returns the ratios that are compared with the bar.
     fn deciding(&self) -> &[f64] {
         let noisy = (median(&self.itself) - 1.0).abs() > NOISE;
         match noisy && !self.instructions.is_empty() {
@@ -100,7 +101,7 @@ impl Comparison {
     }
 }
 
-/// The median of ratios, and the range in which they lie.
+/// Formats the median and the range of ratios.
 fn shown(ratios: &[f64]) -> String {
     let lowest = ratios.iter().copied().fold(f64::INFINITY, f64::min);
     let highest = ratios.iter().copied().fold(0.0, f64::max);
@@ -228,7 +229,7 @@ pub fn compare(old: &Path, words: &Words) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A server of one binary with its load, and what its calls have used so far.
+/// A server of one binary with its load, and the cost of its calls so far.
 struct Subject {
     server: Server,
     load: Load,
@@ -239,8 +240,8 @@ struct Subject {
 }
 
 impl Subject {
-    /// Starts it for this row and makes some calls. If instructions cannot be counted, the reason is
-    /// left in `refused`.
+    /// Starts it for this row and makes some calls. If instructions cannot be counted, `refused` gets the
+    /// reason.
     fn start(
         binary: &Path,
         row: &Row,
@@ -248,7 +249,7 @@ impl Subject {
         (server_cpu, load_cpu): (usize, usize),
         refused: &mut Option<io::Error>,
     ) -> Result<Self, Failure> {
-        // The number of threads is given, because it would depend on the number of CPUs otherwise.
+        // Set the number of threads, because it would otherwise depend on the number of CPUs.
         let tables = format!(
             "[log]\nlevel = \"error\"\n[workers]\ncount = {}\nthreads = 4\n{}",
             words.workers.unwrap_or(1),
@@ -280,7 +281,7 @@ impl Subject {
         self.counter.as_mut().map_or(Ok(0), Instructions::count)
     }
 
-    /// Makes so many calls and measures them.
+    /// Makes `calls` calls and measures them.
     fn call(&mut self, calls: u64) -> Result<(), Failure> {
         let (counted, before) = (self.count()?, self.server.own_cpu_time()?);
         self.calls += self.load.run(Until::Calls(calls))?.calls;
@@ -301,11 +302,10 @@ impl Subject {
     }
 }
 
-/// A pool program that gives the answer of the `pool` row to each call on descriptor 3.
+/// Runs a pool program that gives the answer of the `pool` row to each call on descriptor 3.
 pub fn answer() -> Result<(), Failure> {
     use std::os::fd::{FromRawFd, OwnedFd};
-    // SAFETY: a pool program is started with its connection as descriptor 3, and nothing else uses
-    // that number here.
+    // SAFETY: a pool program has its connection as descriptor 3, and nothing else here uses that number.
     let mut calls = UnixStream::from(unsafe { OwnedFd::from_raw_fd(3) });
     let answer = load::frame(r#"{"out":"pool","result":"hello"}"#);
     let mut length = [0; 4];

@@ -1,10 +1,9 @@
-//! The least that a prefork epoll server can do: the bar for what a call costs in CPU time.
+//! Runs a minimal prefork epoll server, the reference for the CPU time of a call.
 //!
-//! One shared listener, N forked workers, each with its own level-triggered epoll. Per call one
-//! read(2) and one write(2), with nothing looked at in between: whatever one read returns is taken
-//! for one frame, so a client must have one small call outstanding per connection. No timeouts, no
-//! limits, no buffers. It stands on the same kernel interfaces as nginx and does less than any server
-//! that is of use.
+//! It has one shared listener and N forked workers, each with its own level-triggered epoll. A call costs
+//! one read(2) and one write(2) and is not parsed: the bytes of one read are taken for one frame, so a
+//! client must have one small call outstanding per connection. No timeouts, no limits, no buffers. It
+//! uses the same kernel interfaces as nginx and does less than any useful server.
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -18,20 +17,21 @@ use nix::unistd::{ForkResult, close, fork, getppid, pause, read, write};
 
 use super::Failure;
 
-/// The params that the bare server's answer fits to.
+/// The params for which the bare server's answer is correct.
 pub const PARAMS: &str = "\"hello\"";
 
-/// The body of its one answer, with just as many bytes as preforkd's.
+/// The body of its only answer, with as many bytes as preforkd's.
 pub const PONG: &str = r#"{"out":"pong","result":"hello"}"#;
 
-/// After so many accepts a worker takes the listener out of its epoll and adds it again, to the end
-/// of the listener's queue of waiters: without that the first worker gets nearly all connections.
+/// After this many accepts a worker removes the listener from its epoll and adds it again, which puts it
+/// at the end of the listener's queue of waiters. Otherwise the first worker would get nearly all
+/// connections.
 const ACCEPTS_A_TURN: u32 = 4;
 
-/// The listener's place in the epoll's data; connections have their descriptor there.
+/// The listener's value in the epoll data; connections have their descriptor there.
 const LISTENER: u64 = u64::MAX;
 
-/// Serves with so many workers until it is ended by a signal; the workers end with it.
+/// Serves with `workers` workers until a signal ends it; the workers end with it.
 pub fn serve(address: SocketAddr, workers: usize, answer: &[u8]) -> Result<(), Failure> {
     let listener = TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
@@ -83,7 +83,7 @@ fn work(listener: &TcpListener, answer: &[u8]) -> nix::Result<()> {
     }
 }
 
-/// Accepts one connection, if another worker was not faster.
+/// Accepts one connection, unless another worker was faster.
 fn accept(listener: &TcpListener, epoll: &Epoll) -> nix::Result<bool> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let fd = match socket::accept4(listener.as_raw_fd(), flags) {
@@ -97,9 +97,9 @@ fn accept(listener: &TcpListener, epoll: &Epoll) -> nix::Result<bool> {
     Ok(true)
 }
 
-/// One call: whatever is there is read, and the answer written.
+/// Handles one call: reads everything that is there and writes the answer.
 fn answer_one(fd: RawFd, buffer: &mut [u8], answer: &[u8]) {
-    // SAFETY: the descriptor is in the epoll, and it leaves that by being closed below.
+    // SAFETY: the descriptor is in the epoll until it is closed below.
     let connection = unsafe { BorrowedFd::borrow_raw(fd) };
     let served = match read(connection, buffer) {
         Ok(0) => false,

@@ -1,4 +1,4 @@
-//! Pins this process to a core; what it starts from then on is pinned to that core too.
+//! Pins this process to a CPU; processes that it starts afterwards are pinned to it too.
 
 use std::fs;
 
@@ -7,8 +7,8 @@ use nix::unistd::Pid;
 
 use super::Failure;
 
-/// Two CPUs that this process may run on: `(server, load)`. They are on different cores if it may
-/// run on two cores, since two threads of one core slow each other down.
+/// Returns two CPUs that this process may use: `(server, load)`. If possible they are on different cores,
+/// because two threads of one core slow each other down.
 pub fn two() -> Result<(usize, usize), Failure> {
     let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let mut cpus = Vec::new();

@@ -1,8 +1,8 @@
-//! Figures out of several rounds, and how a run is shown.
+//! Evaluates the figures of several rounds, and formats a run.
 
 use super::load::Outcome;
 
-/// The middle one, or the mean of the two in the middle; NaN of none.
+/// Returns the middle figure, or the mean of the two in the middle; NaN if there is none.
 pub fn median(figures: &[f64]) -> f64 {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -14,7 +14,7 @@ pub fn median(figures: &[f64]) -> f64 {
     }
 }
 
-/// A run in one line.
+/// Formats a run in one line.
 pub fn line(outcome: &Outcome) -> String {
     let Outcome {
         calls,

@@ -1,7 +1,7 @@
-//! Counts the instructions of other processes by perf_event_open(2).
+//! Counts the instructions of other processes with perf_event_open(2).
 //!
-//! A virtual machine often has no such counter, and a system may refuse it; then opening fails, and
-//! the caller does without.
+//! A virtual machine often has no such counter, and a system may refuse it. Then opening fails, and the
+//! caller continues without it.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -13,12 +13,12 @@ use super::server::Stat;
 
 const HARDWARE: u32 = 0;
 const INSTRUCTIONS: u64 = 1;
-/// Threads and processes that a counted thread starts are counted with it.
+/// Threads and processes that a counted thread starts are counted too.
 const INHERIT: u64 = 1 << 1;
 const EXCLUDE_KERNEL: u64 = 1 << 5;
 const CLOEXEC: libc::c_ulong = 1 << 3;
 
-/// `struct perf_event_attr` in its first version, which every kernel takes.
+/// `struct perf_event_attr` in its first version, which every kernel accepts.
 #[repr(C)]
 struct Attributes {
     kind: u32,
@@ -33,14 +33,14 @@ struct Attributes {
     breakpoint_address: u64,
 }
 
-/// Counters that run.
+/// Running counters.
 pub struct Instructions {
     counters: Vec<File>,
 }
 
 impl Instructions {
-    /// Starts to count for all threads of these processes: in the kernel too where that is allowed,
-    /// otherwise in user space alone.
+    /// Starts to count for all threads of these processes: also in the kernel if that is allowed,
+    /// otherwise only in user space.
     pub fn of(processes: &[Stat]) -> io::Result<Self> {
         Self::with(processes, INHERIT).or_else(|error| match error.raw_os_error() {
             Some(libc::EACCES | libc::EPERM) => Self::with(processes, INHERIT | EXCLUDE_KERNEL),
@@ -59,7 +59,7 @@ impl Instructions {
         Ok(Instructions { counters })
     }
 
-    /// How many there were so far.
+    /// Returns the number of instructions so far.
     pub fn count(&mut self) -> io::Result<u64> {
         let mut sum = 0;
         for counter in &mut self.counters {
@@ -85,8 +85,8 @@ fn open(thread: libc::pid_t, flags: u64) -> io::Result<File> {
         breakpoint_address: 0,
     };
     let (any_cpu, no_group): (libc::c_int, RawFd) = (-1, -1);
-    // SAFETY: the structure is as long as its `size` says and lives across the call, which only
-    // reads it.
+    // SAFETY: the structure is as long as its `size` says, and lives during the call, which only reads
+    // it.
     let fd = unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
@@ -100,6 +100,6 @@ fn open(thread: libc::pid_t, flags: u64) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call has just returned this descriptor, and nothing else owns it.
+    // SAFETY: the call has just returned this descriptor, so it has no other owner.
     Ok(unsafe { File::from_raw_fd(fd as RawFd) })
 }

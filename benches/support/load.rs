@@ -1,8 +1,8 @@
-//! A closed-loop load: C connections, one outstanding call each, one thread.
+//! Runs a closed-loop load: C connections with one outstanding call each, on one thread.
 //!
-//! Every byte of every answer is compared with the first answer, which is read as JSON. It must
-//! not be the bottleneck, so a call costs it one write, one read and a share of an epoll_wait, as it
-//! costs the bare server.
+//! Every byte of every answer is compared with the first answer, which is parsed as JSON. The load must
+//! not be the bottleneck. So a call costs it one write, one read and a part of an epoll_wait, as it costs
+//! the bare server.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -15,29 +15,29 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::Failure;
 
-/// How long any one answer may take before the run has failed.
+/// The longest time for any answer before the run fails.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// When a run is over. What is outstanding then is still waited for and counted.
+/// When a run ends. Calls outstanding then are still awaited and counted.
 #[derive(Debug, Clone, Copy)]
 pub enum Until {
-    /// After so many calls.
+    /// After this many calls.
     Calls(u64),
     /// After this time.
     Elapsed(Duration),
 }
 
-/// What a run saw.
+/// The results of a run.
 pub struct Outcome {
-    /// Calls that were answered, each correctly.
+    /// The number of calls, each answered correctly.
     pub calls: u64,
-    /// From the first call's sending to the last answer.
+    /// The time from the first send to the last answer.
     pub elapsed: Duration,
-    /// How long each took, in nanoseconds.
+    /// The latency of each call in nanoseconds.
     pub latencies: Histogram<u64>,
 }
 
-/// Open connections to one server, at rest between runs.
+/// Open connections to one server, idle between runs.
 pub struct Load {
     connections: Vec<Connection>,
     epoll: Epoll,
@@ -45,34 +45,31 @@ pub struct Load {
     answer: Answer,
 }
 
-/// What a load calls. Params and result are JSON.
+/// The call of a load. Params and result are JSON.
 #[derive(Debug, Clone, Copy)]
 pub struct Call<'a> {
-    /// The method.
     pub method: &'a str,
-    /// The params of each call.
     pub params: &'a str,
-    /// The result of each call.
     pub result: &'a str,
-    /// Whether it is a request in HTTP instead of a frame.
+    /// Whether it is an HTTP request instead of a frame.
     pub http: bool,
 }
 
-/// The answer that every call gets, length or head included.
+/// The answer that every call gets, including its length or head.
 struct Answer {
     bytes: Vec<u8>,
-    /// Bytes of it that are not compared: the value of a `Date` header, which changes.
+    /// Its bytes that are not compared: the value of a `Date` header, which changes.
     varying: Range<usize>,
 }
 
 struct Connection {
     stream: TcpStream,
     sent: Instant,
-    /// How much of the answer has come; 0 also when none is outstanding.
+    /// The received bytes of the answer; also 0 if no call is outstanding.
     received: usize,
 }
 
-/// A frame with this body.
+/// Returns a frame with this body.
 pub fn frame(body: &str) -> Vec<u8> {
     let mut bytes = (body.len() as u32).to_le_bytes().to_vec();
     bytes.extend_from_slice(body.as_bytes());
@@ -80,13 +77,13 @@ pub fn frame(body: &str) -> Vec<u8> {
 }
 
 impl Load {
-    /// Opens so many connections, and makes one call on each of them in turn, so that every one has
-    /// been accepted. `params` is JSON.
+    /// Opens `count` connections and makes one call on each in turn, so that all are accepted. `params`
+    /// is JSON.
     pub fn open(address: SocketAddr, count: usize, params: &str) -> Result<Self, Failure> {
         Self::of(address, count, "ping", params)
     }
 
-    /// Likewise, with a method that answers its params.
+    /// Does the same with a method that returns its params.
     pub fn of(
         address: SocketAddr,
         count: usize,
@@ -102,7 +99,7 @@ impl Load {
         Self::calling(address, count, &call)
     }
 
-    /// Likewise, with any call.
+    /// Does the same with any call.
     pub fn calling(address: SocketAddr, count: usize, call: &Call<'_>) -> Result<Self, Failure> {
         let request = call.request();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -136,12 +133,12 @@ impl Load {
         })
     }
 
-    /// The answer that every call gets, length and body.
+    /// Returns the answer that every call gets: length and body.
     pub fn answer(&self) -> &[u8] {
         &self.answer.bytes
     }
 
-    /// Calls on all connections until it is over; an answer that is wrong or missing is a failure.
+    /// Calls on all connections until the end. A wrong or missing answer is a failure.
     pub fn run(&mut self, until: Until) -> Result<Outcome, Failure> {
         let mut latencies = Histogram::new_with_bounds(1_000, 60_000_000_000, 3)?;
         let begin = Instant::now();
@@ -194,7 +191,7 @@ impl Connection {
         self.stream.write_all(request)
     }
 
-    /// Reads once; whether the answer is whole now.
+    /// Reads once. Returns whether the answer is complete.
     fn receive(&mut self, answer: &Answer, buffer: &mut [u8]) -> Result<bool, Failure> {
         let count = self.stream.read(buffer)?;
         if count == 0 {
@@ -224,7 +221,7 @@ impl Call<'_> {
         }
     }
 
-    /// Reads one answer, which has to be the right one.
+    /// Reads one answer, which must be correct.
     fn read_answer(&self, stream: &mut TcpStream) -> Result<Answer, Failure> {
         let answer = match self.http {
             false => Answer {
@@ -243,7 +240,7 @@ impl Call<'_> {
 }
 
 impl Answer {
-    /// Returns whether these bytes stand at `offset` in it.
+    /// Returns whether these bytes are at `offset` in it.
     fn holds(&self, offset: usize, bytes: &[u8]) -> bool {
         let end = offset + bytes.len();
         let Some(own) = self.bytes.get(offset..end) else {
@@ -271,13 +268,13 @@ fn read_frame(stream: &mut TcpStream) -> Result<Vec<u8>, Failure> {
     }
 }
 
-/// The length of an HTTP head with the empty line at its end, once all of it is there.
+/// Returns the length of an HTTP head including the empty line, once it is complete.
 fn head_length(bytes: &[u8]) -> Option<usize> {
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")?;
     Some(end + 4)
 }
 
-/// Reads one HTTP response, which has to have a `Content-Length`.
+/// Reads one HTTP response, which must have a `Content-Length`.
 fn read_response(stream: &mut TcpStream) -> Result<Answer, Failure> {
     let mut bytes = Vec::new();
     let head = loop {
@@ -302,7 +299,7 @@ fn read_response(stream: &mut TcpStream) -> Result<Answer, Failure> {
     Ok(Answer { bytes, varying })
 }
 
-/// Fails unless it is the answer to such a call.
+/// Fails unless it is the correct answer to this call.
 fn check(body: &[u8], call: &Call<'_>) -> Result<(), Failure> {
     let value: serde_json::Value = serde_json::from_slice(body)?;
     let result: serde_json::Value = serde_json::from_str(call.result)?;

@@ -1,11 +1,12 @@
-//! A server under measurement: started, awaited, measured by what /proc says, ended.
+//! Starts a server, waits until it is ready, measures it with /proc, and ends it.
 //!
-//! It is ready when it says READY=1, as to systemd; so nothing here waits by the clock. Its directory
-//! and its processes are gone when it is dropped.
+//! It is ready when it sends READY=1, as to systemd; so nothing here waits for a fixed time. Its
+//! directory and its processes are removed when it is dropped.
 
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -20,23 +21,22 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use super::Failure;
 
-/// How long a server may take until it is ready.
+/// The longest time until a server is ready.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// How long its word is waited for before it is looked whether it still lives.
+/// How long to wait for its message before checking whether it still runs.
 const GLANCE: Duration = Duration::from_millis(100);
 
 /// A running server and the processes below it.
 pub struct Server {
     child: Child,
     directory: PathBuf,
-    /// Where it listens.
     pub address: SocketAddr,
 }
 
 impl Server {
-    /// The bare server. It is this program once more, which has to pass the words `serve ADDRESS
-    /// WORKERS` on to [`super::bare::serve`].
+    /// Starts the bare server. It is this program again, which must pass the arguments `serve ADDRESS
+    /// WORKERS` to [`super::bare::serve`].
     pub fn bare(workers: usize) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
         let address = free_address()?;
@@ -44,22 +44,22 @@ impl Server {
         Self::start(command, address, new_directory()?)
     }
 
-    /// preforkd, built with this program. `more` is added to its configuration.
+    /// Starts preforkd, built with this program. `more` is added to its configuration.
     pub fn preforkd(workers: usize, more: &str) -> Result<Self, Failure> {
         Self::preforkd_with(&format!("[workers]\ncount = {workers}\n{more}"))
     }
 
-    /// Likewise; `tables` are all of its configuration but for where it listens and what it logs.
+    /// Does the same. `tables` is its whole configuration except its address and its log.
     pub fn preforkd_with(tables: &str) -> Result<Self, Failure> {
         Self::program(env!("CARGO_BIN_EXE_preforkd").into(), tables)
     }
 
-    /// This program once more, which has to be a server when its first word is `run`.
+    /// Starts this program again, which must be a server if its first argument is `run`.
     pub fn of_this_program(tables: &str) -> Result<Self, Failure> {
         Self::program(std::env::current_exe()?, tables)
     }
 
-    /// Any build of preforkd. It logs warnings, if the tables do not say otherwise.
+    /// Starts any build of preforkd. It logs warnings, unless the tables say otherwise.
     pub fn program(program: PathBuf, tables: &str) -> Result<Self, Failure> {
         let directory = new_directory()?;
         let address = free_address()?;
@@ -78,7 +78,7 @@ impl Server {
         Self::start(command, address, directory)
     }
 
-    /// Somebody else's, which is ready when it can be connected to.
+    /// Starts another server, which is ready when it accepts connections.
     pub fn other(command: impl FnOnce(SocketAddr) -> Command) -> Result<Self, Failure> {
         let address = free_address()?;
         Self::start(command(address), address, new_directory()?)
@@ -93,7 +93,7 @@ impl Server {
         let notified = UnixDatagram::bind(&path)?;
         notified.set_read_timeout(Some(GLANCE))?;
         command.env("NOTIFY_SOCKET", &path);
-        // SAFETY: prctl(2) is async-signal-safe and the closure does nothing else.
+        // SAFETY: prctl(2) is async-signal-safe, and the closure does nothing else.
         unsafe {
             command.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGTERM)?));
         }
@@ -105,7 +105,7 @@ impl Server {
         let deadline = Instant::now() + PATIENCE;
         let mut buffer = [0; 4096];
         loop {
-            // An error is this wait's end, in the common case; then it is looked why nothing comes.
+            // Usually an error means that this wait timed out. Then check why no message arrived.
             let count = notified.recv(&mut buffer).unwrap_or(0);
             let mut lines = buffer[..count].split(|byte| *byte == b'\n');
             let says_so = lines.any(|line| line == b"READY=1");
@@ -122,13 +122,27 @@ impl Server {
         }
     }
 
+    /// The connections of each worker of preforkd.
+    pub fn connections(&self) -> Result<Vec<u64>, Failure> {
+        let output = Command::new(env!("CARGO_BIN_EXE_preforkd"))
+            .args(["status", "--json", "--control-socket"])
+            .arg(self.directory.join("control.sock"))
+            .output()?;
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let workers = status["workers"].as_array().ok_or("no workers")?.iter();
+        let count = |worker: &serde_json::Value| worker["connections"].as_u64();
+        workers
+            .map(|worker| count(worker).ok_or_else(|| "no count".into()))
+            .collect()
+    }
+
     /// The server's processes, the first one first.
     pub fn processes(&self) -> io::Result<Vec<Stat>> {
         let mut all = Vec::new();
         for entry in fs::read_dir("/proc")? {
             let name = entry?.file_name();
             if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
-                // One that has just ended is of no interest.
+                // A process that has just ended is skipped.
                 all.extend(Stat::of(pid));
             }
         }
@@ -144,14 +158,14 @@ impl Server {
         Ok(ours)
     }
 
-    /// The CPU time of all its processes since they were started, and of those that ended and were
-    /// waited for; to the clock tick, 10 ms mostly.
+    /// Returns the CPU time of all its processes since their start, including ended children that were
+    /// waited for. The resolution is a clock tick, usually 10 ms.
     pub fn cpu_time(&self) -> Result<Duration, Failure> {
         let ticks: u64 = self.processes()?.iter().map(|stat| stat.ticks).sum();
         ticks_to_time(ticks)
     }
 
-    /// Its processes that run the server's own program, so without the programs of a pool.
+    /// Returns its processes that run the server's own program, so without pool programs.
     pub fn own_processes(&self) -> io::Result<Vec<Stat>> {
         let program = |pid: u32| fs::read_link(format!("/proc/{pid}/exe")).ok();
         let own = program(self.child.id());
@@ -160,8 +174,8 @@ impl Server {
         Ok(processes)
     }
 
-    /// The CPU time of those processes to the nanosecond, and of their children that ended and were
-    /// waited for, to the clock tick.
+    /// Returns the CPU time of those processes in nanoseconds, including ended children that were waited
+    /// for (in clock ticks).
     pub fn own_cpu_time(&self) -> Result<Duration, Failure> {
         let mut time = Duration::ZERO;
         let mut ticks = 0;
@@ -176,7 +190,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It is not waited for anywhere else, so the pid is still its own.
+        // No other code waits for it, so its pid cannot have been reused.
         let _ = kill(
             Pid::from_raw(self.child.id().cast_signed()),
             Signal::SIGTERM,
@@ -186,23 +200,22 @@ impl Drop for Server {
     }
 }
 
-/// What /proc/PID/stat says of a process (proc_pid_stat(5)).
+/// The content of /proc/PID/stat (proc_pid_stat(5)).
 #[derive(Debug, Clone)]
 pub struct Stat {
-    /// Its process id.
     pub pid: u32,
-    /// Its parent's.
+    /// The pid of its parent.
     pub parent: u32,
-    /// utime, stime, cutime and cstime together, in clock ticks.
+    /// The sum of utime, stime, cutime and cstime, in clock ticks.
     pub ticks: u64,
-    /// cutime and cstime alone: of children that were waited for.
+    /// The sum of cutime and cstime: children that were waited for.
     pub waited_ticks: u64,
 }
 
 impl Stat {
     fn of(pid: u32) -> Option<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name stands in parentheses, and may hold anything, those too.
+        // The name is in parentheses and may contain any characters, including parentheses.
         let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
         let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
         let waited_ticks = number(16)? + number(17)?;
@@ -220,7 +233,7 @@ fn ticks_to_time(ticks: u64) -> Result<Duration, Failure> {
     Ok(Duration::from_secs(ticks) / u32::try_from(per_second)?)
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that was free just before.
 fn free_address() -> io::Result<SocketAddr> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
 }
@@ -233,6 +246,7 @@ fn new_directory() -> io::Result<PathBuf> {
         COUNT.fetch_add(1, Ordering::Relaxed)
     );
     let path = std::env::temp_dir().join(name);
-    fs::create_dir(&path)?;
+    // As preforkd wants it, which may take the name for that of its default directory.
+    fs::DirBuilder::new().mode(0o700).create(&path)?;
     Ok(path)
 }

@@ -26,12 +26,17 @@ preforkd starts the program. Started by hand in a terminal, it reads calls from 
 In a child of multiprocessing, serve() returns at once. The program ignores SIGTERM while it serves,
 because preforkd ends it after its calls. Processes that it starts do not ignore it.
 
+Within a function, current() says which call it is: `.call` is the id that the server gave to it, and
+`.traceparent` and `.tracestate` are its place in a trace (W3C Trace Context). Send `.child()` as traceparent
+with each request of your own. They are None unless the configuration has `[trace]`.
+
 Calls come one at a time. For more calls at once, set `processes` in the configuration, or
 `concurrency`: then one program gets several calls at once. `async def` functions run together on one
 asyncio loop, other functions on threads. A call whose client does not wait any more is cancelled
 if its function is an `async def`.
 """
 
+import contextvars
 import json
 import os
 import re
@@ -41,7 +46,7 @@ import sys
 import traceback
 import types
 
-__all__ = ["Error", "method", "serve"]
+__all__ = ["Error", "current", "method", "serve"]
 
 INVALID_PARAMS = -32602
 METHOD_NOT_FOUND = -32601
@@ -54,6 +59,7 @@ PIECE = 1 << 16
 # The id of a call: its last member, as preforkd writes it.
 _ID = re.compile(rb',"id":(\d+)\}$')
 _methods = {}
+_current = contextvars.ContextVar("preforkd_call", default=(None, None, None))
 _decode = json.JSONDecoder().raw_decode
 _encode = json.JSONEncoder(allow_nan=False).encode
 
@@ -89,6 +95,30 @@ def method(name=None, spread=True):
     return lambda function: register(function, name)
 
 
+class Current:
+    """The call that runs: its id, and its place in a trace. Each is None if preforkd did not send it."""
+
+    def __init__(self, call, traceparent, tracestate):
+        self.call = call
+        self.traceparent = traceparent
+        self.tracestate = tracestate
+
+    def child(self):
+        """Returns the traceparent for one request that this call sends: with a parent id of its own."""
+        if self.traceparent is None:
+            return None
+        version, trace, _, flags = self.traceparent.split("-")
+        parent = os.urandom(8).hex()
+        while parent == "0" * 16:
+            parent = os.urandom(8).hex()
+        return "-".join((version, trace, parent, flags))
+
+
+def current():
+    """Returns what is known of the call that runs here."""
+    return Current(*_current.get())
+
+
 def serve(fd=3):
     """Answers calls until preforkd closes its end."""
     if _is_child_of_multiprocessing():
@@ -98,7 +128,10 @@ def serve(fd=3):
     except OSError:
         return _serve_by_hand()
     _ignore_sigterm()
-    calls.sendall(_frame('{"out": "ready"}'))  # needed for `ready = "message"`, harmless otherwise
+    try:
+        calls.sendall(_frame('{"out": "ready"}'))  # needed for `ready = "message"`, harmless otherwise
+    except BrokenPipeError:
+        return  # preforkd has given up this start, for example because another pool has failed
     data = calls.recv(PIECE)
     while data:
         end = 4 + int.from_bytes(data[:4], "little")
@@ -193,7 +226,9 @@ async def _serve_together(calls, data):
                 tasks[key][1] = True
                 result = await _call(function, args, kwargs)
             else:
-                result = await loop.run_in_executor(threads, _call, function, args, kwargs)
+                # A thread does not inherit what is current here.
+                run = contextvars.copy_context().run
+                result = await loop.run_in_executor(threads, run, _call, function, args, kwargs)
             answer = begin + _encode(result) + "}"
         except asyncio.CancelledError:
             answer = _failure(CANCELLED, "cancelled")
@@ -249,6 +284,7 @@ def _read(body):
 def _find(call):
     """The function of a call, its arguments, and the begin of its answer."""
     name, params = call["in"], call["params"]
+    _current.set((call.get("call"), call.get("traceparent"), call.get("tracestate")))
     if name not in _methods:
         raise Error(METHOD_NOT_FOUND, "this program has no method %r" % name)
     function, spread, begin = _methods[name]

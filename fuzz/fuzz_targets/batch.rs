@@ -85,7 +85,7 @@ fuzz_target!(|bytes: &[u8]| {
         }
         let shape = shape(form, Framing::Member);
         let _ = match call {
-            Ok(call) => shape.compose(&mut answers, ABOUT, (&call.method, call.id), |out| {
+            Ok(call) => shape.compose(&mut answers, ABOUT, (&call.method, call.id), || None, |out| {
                 out.extend_from_slice(call.params.as_bytes());
                 Ok(())
             }),
@@ -94,6 +94,7 @@ fuzz_target!(|bytes: &[u8]| {
                     &mut answers,
                     ABOUT,
                     ("", refusal.id),
+                    || None,
                     |_| Err(refusal.error),
                 )
             }

@@ -22,11 +22,11 @@ const ABOUT: AnswerContext<'static> = AnswerContext {
 fn answer(out: &mut Vec<u8>, wrap: Framing, form: Form, call: Result<Call<'_>, InvalidCall<'_>>) {
     let shape = AnswerFormat { form, wrap };
     let _ = match call {
-        Ok(call) => shape.compose(out, ABOUT, (&call.method, call.id), |out| {
+        Ok(call) => shape.compose(out, ABOUT, (&call.method, call.id), || None, |out| {
             out.extend_from_slice(call.params.as_bytes());
             Ok(())
         }),
-        Err(refusal) => shape.compose(out, ABOUT, ("", refusal.id), |_| Err(refusal.error)),
+        Err(refusal) => shape.compose(out, ABOUT, ("", refusal.id), || None, |_| Err(refusal.error)),
     };
 }
 

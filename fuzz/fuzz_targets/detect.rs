@@ -36,6 +36,7 @@ fn bodies(dialect: Dialect, bytes: &[u8], split: usize) -> (usize, bool) {
     let rules = http::RequestLimits {
         body: LIMIT,
         origins: &[],
+        traces: true,
     };
     let (mut found, mut at, mut scanned) = (0, 0, 0);
     let mut progress = http::ParseProgress::default();

@@ -11,6 +11,7 @@ fn requests(bytes: &[u8], split: usize) -> (Vec<(String, Vec<u8>)>, Option<u16>,
     let rules = RequestLimits {
         body: 100,
         origins: &origins,
+        traces: true,
     };
     let (mut found, mut at, mut progress) = (Vec::new(), 0, ParseProgress::default());
     for end in [split, bytes.len()] {

@@ -1,9 +1,8 @@
-//! The command line: what may be written there, and what it means.
+//! Parses the command line.
 //!
-//! In two steps: clap's mirror of the words, then one [`CliCommand`] with everything parsed
-//! that can be parsed without looking at the machine. A wrong word is an
-//! [`Error::Usage`] that says what to write instead; help and version are a [`CliCommand`] like any
-//! other, so that nothing here prints or exits.
+//! Returns one [`CliCommand`] with everything parsed that needs no access to the machine. A wrong word is
+//! an [`Error::Usage`] that says what to write instead. Help and version are a [`CliCommand`] too, so
+//! nothing here prints or exits.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,228 +13,161 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::bench::BenchOptions;
 use super::map::options::MapOptions;
-use super::parse::{duration, id_as_json, json, name, stop_delay};
+use super::parse::{duration, id_as_json, json, name, reading_interval, stop_delay};
 use super::target::TargetArgs;
 use crate::config::server_name;
 use crate::error::{Error, Result};
 use crate::protocol::control::version_of;
 
-/// What to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CliCommand {
-    /// Print this: help, or the version.
-    Print(String),
-    /// Start a server.
-    Run {
-        /// `--config`.
-        config: Option<PathBuf>,
-        /// `--daemon`.
-        daemon: bool,
-        /// Each `--listen`, as written.
-        listen: Vec<String>,
-        /// `--name`.
-        name: Option<String>,
-    },
-    /// Check the configuration.
-    Check {
-        /// `--config`.
-        config: Option<PathBuf>,
-        /// `--name`.
-        name: Option<String>,
-    },
-    /// Show what a server does.
-    Status {
-        /// Which server.
-        place: ServerSelector,
-        /// `--json`.
-        json: bool,
-    },
-    /// Have a server read its configuration again.
-    Reload {
-        /// Which server.
-        place: ServerSelector,
-    },
-    /// Have a server run its new binary.
-    Upgrade {
-        /// Which server.
-        place: ServerSelector,
-    },
-    /// Change a server's number of workers.
-    Scale {
-        /// Which server.
-        place: ServerSelector,
-        /// How many there are to be, 1 to 1024.
-        count: usize,
-    },
-    /// End a server.
-    Stop {
-        /// Which server.
-        place: ServerSelector,
-        /// `--now`.
-        now: bool,
-        /// `--after`: serve so long first, not ready for health checks.
-        after: Option<Duration>,
-    },
-    /// Call a method.
-    Call(CallArgs),
-    /// Call a method for each line of stdin.
-    Map(MapOptions),
-    /// Load a server.
-    Bench(BenchOptions),
-}
-
-/// Which running server is meant.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ServerSelector {
-    /// That of this configuration file, or of the default one, and of this name.
-    Config(Option<PathBuf>, String),
-    /// The one with this control socket.
-    Socket(PathBuf),
-}
-
-/// A call, as the command line has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CallArgs {
-    /// The method.
-    pub method: String,
-    /// The params.
-    pub params: ParamsSource,
-    /// `--address` and `--config`.
-    pub target: TargetArgs,
-    /// `--timeout`.
-    pub timeout: Option<Duration>,
-    /// `--id`, as JSON: a string or a number.
-    pub id: Option<String>,
-    /// `--jsonrpc`.
-    pub jsonrpc: bool,
-}
-
-/// Where a call's params are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ParamsSource {
-    /// Here, as JSON.
-    Here(String),
-    /// They come on stdin.
-    Stdin,
-}
-
-/// A prefork RPC server: one master, a worker per CPU, and your functions.
+/// A prefork RPC server: a master process, one worker per CPU, and your functions.
 #[derive(Parser)]
 #[command(
     max_term_width = 100,
-    after_help = "Exit codes: 0 fine; 1 a call was answered with an error, or a reload or upgrade \
-                  was refused; 64 usage; 69 no server there; 70 a bug; 71 the system refused; \
-                  77 permission; 78 configuration."
+    after_help = "Exit codes: 0 success; 1 a call was answered with an error, or a reload, a scale or an \
+                  upgrade was refused; 64 wrong usage; 69 no server there; 70 a bug of preforkd; \
+                  71 the system refused; 77 permission denied; 78 the configuration is wrong. \
+                  `man preforkd` explains all commands and signals."
 )]
-struct Low {
+struct CommandLine {
     #[command(subcommand)]
-    command: Option<LowCommand>,
+    command: Option<CliCommand>,
 }
 
-#[derive(Subcommand)]
-enum LowCommand {
-    /// Start a server and stay in the foreground
+/// The command of a command line.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub enum CliCommand {
+    /// Print this text: the help or the version.
+    #[command(skip)]
+    Print(String),
+    /// Start a server in the foreground
     Run {
         #[command(flatten)]
-        config: LowConfig,
-        /// Leave the terminal; return when every worker is ready (needs log.file)
+        config: ConfigArgs,
+        /// Run in the background, and return when every worker is ready (needs log.file)
         #[arg(long)]
         daemon: bool,
-        /// Listen here instead of where the configuration says; may be given more than once
+        /// Listen on this address instead of those in the configuration; may be given more than once
         #[arg(long, value_name = "ADDR")]
         listen: Vec<String>,
     },
-    /// Check the configuration and print what is in effect
+    /// Check the configuration, and print the values in effect or all errors
     Check {
         #[command(flatten)]
-        config: LowConfig,
+        config: ConfigArgs,
     },
-    /// Show what master and workers are doing
+    /// Show the master, the workers, the pools and the last deaths
     Status {
         #[command(flatten)]
-        place: LowPlace,
-        /// Print it as JSON, for programs
+        place: PlaceArgs,
+        /// Print JSON, for programs
         #[arg(long)]
         json: bool,
+        /// List the connections that have a process of their own
+        #[arg(long)]
+        connections: bool,
     },
-    /// Read the configuration again; wait for the verdict
+    /// Print the metrics of the server as Prometheus text
+    Metrics {
+        #[command(flatten)]
+        place: PlaceArgs,
+        /// Replace this file instead, for the textfile collector of node_exporter
+        #[arg(long, value_name = "FILE")]
+        textfile: Option<PathBuf>,
+    },
+    /// Reload the configuration, and wait for the result
     Reload {
         #[command(flatten)]
-        place: LowPlace,
+        place: PlaceArgs,
     },
-    /// Replace the running binary by the one that is installed now
+    /// Replace the running binary with the installed one, and wait for the result
     Upgrade {
         #[command(flatten)]
-        place: LowPlace,
+        place: PlaceArgs,
     },
     /// Change the number of workers, until the next reload
     Scale {
-        /// How many workers there are to be, 1 to 1024
+        /// The number of workers, 1 to 1024
         #[arg(value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
         count: u16,
         #[command(flatten)]
-        place: LowPlace,
+        place: PlaceArgs,
     },
-    /// End the server when its calls are answered; wait until it is gone
+    /// Stop the server after its running calls, and wait until it is gone
     Stop {
         #[command(flatten)]
-        place: LowPlace,
-        /// Do not wait for the calls that run
+        place: PlaceArgs,
+        /// Do not wait for the running calls
         #[arg(long)]
         now: bool,
-        /// Serve on for so long first, and answer health checks with 503
+        /// Stop after this time, such as 5s; until then /healthz answers 503 and calls are served
         #[arg(long, value_name = "TIME", value_parser = stop_delay, conflicts_with = "now")]
         after: Option<Duration>,
     },
-    /// Call a method and print its result
-    Call {
-        /// The method's name
-        method: String,
-        /// The params as JSON; `-` reads them from stdin
-        #[arg(default_value = "null", allow_negative_numbers = true)]
-        params: String,
+    /// Serve metrics and status of a running server over HTTP, in the foreground
+    Observe {
         #[command(flatten)]
-        target: TargetArgs,
-        /// How long to wait for the answer, such as 500ms or 30s [default: the server's limit]
-        #[arg(long, value_name = "TIME", value_parser = duration)]
-        timeout: Option<Duration>,
-        /// The call's id, a number or a string
-        #[arg(long, allow_negative_numbers = true)]
-        id: Option<String>,
-        /// Call in the JSON-RPC 2.0 form, whose params are an array or an object
-        #[arg(long)]
-        jsonrpc: bool,
+        place: PlaceArgs,
+        /// Listen on this address, such as 127.0.0.1:9180 or unix:/run/preforkd/observe.sock
+        #[arg(long, value_name = "ADDR")]
+        address: String,
     },
-    /// Call a method for each line of stdin, and print the results in their order
+    /// Show workers, methods, pools and events in the terminal, and refresh them
+    Top {
+        #[command(flatten)]
+        place: PlaceArgs,
+        /// The time between two readings, at least 100ms
+        #[arg(long, value_name = "TIME", default_value = "1s", value_parser = reading_interval)]
+        interval: Duration,
+        /// Print one frame as text, or with --json one object
+        #[arg(long)]
+        once: bool,
+        /// Print one JSON object per reading and line, as /status.json has it
+        #[arg(long)]
+        json: bool,
+    },
+    /// Call a method and print its result
+    Call(CallArgs),
+    /// Call a method for each line of stdin, and print the results in order
     Map(MapOptions),
-    /// Load a server with calls of a method, and print how it bears them
+    /// Benchmark a method, and print throughput and latency
     Bench(BenchOptions),
 }
 
-#[derive(Args)]
-struct LowConfig {
-    /// The configuration file [default: /etc/preforkd/preforkd.toml, if there is one]
+/// The configuration, and the name of its server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub struct ConfigArgs {
+    /// The configuration file [default: /etc/preforkd/preforkd.toml, if it exists]
     #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// The server's name, which gives it a pid file, a control socket and titles of its own [default:
-    /// the program's]
+    pub config: Option<PathBuf>,
+    /// The name of the server; pid file, control socket and process titles have it [default: that of
+    /// the program]
     #[arg(long, value_name = "NAME", value_parser = name)]
-    name: Option<String>,
+    pub name: Option<String>,
 }
 
-#[derive(Args)]
-struct LowPlace {
+/// The options that select a running server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub struct PlaceArgs {
     #[command(flatten)]
-    config: LowConfig,
-    /// The server's control socket [default: where the configuration has it]
+    pub config: ConfigArgs,
+    /// The control socket of the server [default: as in the configuration]
     #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "name"])]
-    control_socket: Option<PathBuf>,
+    pub control_socket: Option<PathBuf>,
 }
 
-impl LowPlace {
-    /// The server that is meant, by a program of the name `own`.
-    fn selector(self, own: &str) -> ServerSelector {
-        let LowConfig { config, name } = self.config;
+/// Selects a running server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ServerSelector {
+    /// By a configuration file, or the default one, and a name.
+    Config(Option<PathBuf>, String),
+    /// By its control socket.
+    Socket(PathBuf),
+}
+
+impl PlaceArgs {
+    /// Returns the selected server. `own` is the name of the program.
+    pub(super) fn selector(self, own: &str) -> ServerSelector {
+        let ConfigArgs { config, name } = self.config;
         match self.control_socket {
             Some(path) => ServerSelector::Socket(path),
             None => ServerSelector::Config(config, name.unwrap_or_else(|| server_name(own))),
@@ -243,23 +175,63 @@ impl LowPlace {
     }
 }
 
-/// Reads the command line. `name` is what the program calls itself; `words` begins with the
-/// program's own.
+/// The options of `call`.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct CallArgs {
+    /// The name of the method
+    pub method: String,
+    /// The params as JSON; `-` reads them from stdin
+    #[arg(default_value = "null", allow_negative_numbers = true)]
+    pub params: ParamsSource,
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// The time limit of the call, such as 500ms or 30s [default: that of the server]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub timeout: Option<Duration>,
+    /// The id of the call, a number or a string
+    #[arg(long, allow_negative_numbers = true, value_parser = id_as_json)]
+    pub id: Option<String>,
+    /// Use the JSON-RPC 2.0 form; its params are an array or an object
+    #[arg(long)]
+    pub jsonrpc: bool,
+}
+
+/// The source of a call's params.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ParamsSource {
+    /// The text on the command line.
+    Here(String),
+    /// Standard input.
+    Stdin,
+}
+
+impl From<String> for ParamsSource {
+    fn from(text: String) -> Self {
+        match text.as_str() {
+            "-" => ParamsSource::Stdin,
+            _ => ParamsSource::Here(text),
+        }
+    }
+}
+
+/// Parses the command line. `name` is the name of the program. `words` begins with the program's path.
 pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<CliCommand> {
     let version = version_of(name, env!("CARGO_PKG_VERSION"));
-    let mut command = Low::command()
+    let mut command = CommandLine::command()
         .name(name.to_owned())
         .bin_name(name.to_owned())
         .version(version);
     let low = match command.try_get_matches_from_mut(words) {
-        Ok(matches) => Low::from_arg_matches(&matches),
+        Ok(matches) => CommandLine::from_arg_matches(&matches),
         Err(error) => Err(error),
     };
     match low {
-        Ok(Low { command: None }) => Ok(CliCommand::Print(command.render_help().to_string())),
-        Ok(Low {
+        Ok(CommandLine { command: None }) => {
+            Ok(CliCommand::Print(command.render_help().to_string()))
+        }
+        Ok(CommandLine {
             command: Some(command),
-        }) => raise(name, command),
+        }) => checked(command),
         Err(error)
             if matches!(
                 error.kind(),
@@ -276,61 +248,15 @@ pub fn parse(name: &str, words: impl IntoIterator<Item = OsString>) -> Result<Cl
     }
 }
 
-/// From the words to what they mean.
-fn raise(own: &str, low: LowCommand) -> Result<CliCommand> {
-    Ok(match low {
-        LowCommand::Run {
-            config,
-            daemon,
-            listen,
-        } => CliCommand::Run {
-            config: config.config,
-            daemon,
-            listen,
-            name: config.name,
-        },
-        LowCommand::Check { config } => CliCommand::Check {
-            config: config.config,
-            name: config.name,
-        },
-        LowCommand::Status { place, json } => CliCommand::Status {
-            place: place.selector(own),
-            json,
-        },
-        LowCommand::Reload { place } => CliCommand::Reload {
-            place: place.selector(own),
-        },
-        LowCommand::Upgrade { place } => CliCommand::Upgrade {
-            place: place.selector(own),
-        },
-        LowCommand::Scale { count, place } => CliCommand::Scale {
-            place: place.selector(own),
-            count: count.into(),
-        },
-        LowCommand::Stop { place, now, after } => CliCommand::Stop {
-            place: place.selector(own),
-            now,
-            after,
-        },
-        LowCommand::Call {
-            method,
-            params,
-            target,
-            timeout,
-            id,
-            jsonrpc,
-        } => CliCommand::Call(CallArgs {
-            method,
-            params: match params.as_str() {
-                "-" => ParamsSource::Stdin,
-                _ => ParamsSource::Here(json(params, "PARAMS")?),
-            },
-            target,
-            timeout,
-            id: id.map(id_as_json),
-            jsonrpc,
-        }),
-        LowCommand::Map(options) => CliCommand::Map(options),
-        LowCommand::Bench(options) => CliCommand::Bench(options.checked()?),
-    })
+/// Checks combinations of options, and the JSON, because clap would print its error badly.
+fn checked(command: CliCommand) -> Result<CliCommand> {
+    match &command {
+        CliCommand::Call(CallArgs {
+            params: ParamsSource::Here(text),
+            ..
+        }) => json(text, "PARAMS")?,
+        CliCommand::Bench(options) => options.check()?,
+        _ => {}
+    }
+    Ok(command)
 }

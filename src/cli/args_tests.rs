@@ -1,7 +1,9 @@
-//! What the command line means, a row a way to write it.
+//! The meaning of command lines, one for each row.
 #![allow(clippy::unwrap_used)]
 
-use super::args::{CallArgs, CliCommand, ParamsSource, ServerSelector, parse};
+use super::args::{
+    CallArgs, CliCommand, ConfigArgs, ParamsSource, PlaceArgs, ServerSelector, parse,
+};
 use super::target::TargetArgs;
 use crate::error::Error;
 use std::time::Duration;
@@ -29,47 +31,53 @@ fn default_call() -> CallArgs {
 
 #[test]
 fn each_command_means_what_the_contract_says() {
-    let here = || ServerSelector::Config(None, "preforkd".into());
+    let here = PlaceArgs::default;
+    let file = || ConfigArgs {
+        config: Some("a.toml".into()),
+        name: None,
+    };
+    let second = || ConfigArgs {
+        config: None,
+        name: Some("second".into()),
+    };
     for (line, command) in [
         (
             "run",
             CliCommand::Run {
-                config: None,
+                config: ConfigArgs::default(),
                 daemon: false,
                 listen: vec![],
-                name: None,
             },
         ),
         (
             "run --daemon --config a.toml --listen [::1]:1 --listen unix:/x",
             CliCommand::Run {
-                config: Some("a.toml".into()),
+                config: file(),
                 daemon: true,
                 listen: vec!["[::1]:1".into(), "unix:/x".into()],
-                name: None,
             },
         ),
         (
             "run --name second",
             CliCommand::Run {
-                config: None,
+                config: second(),
                 daemon: false,
                 listen: vec![],
-                name: Some("second".into()),
             },
         ),
         (
             "check --config a.toml",
-            CliCommand::Check {
-                config: Some("a.toml".into()),
-                name: None,
-            },
+            CliCommand::Check { config: file() },
         ),
         (
             "status --name second",
             CliCommand::Status {
-                place: ServerSelector::Config(None, "second".into()),
+                place: PlaceArgs {
+                    config: second(),
+                    control_socket: None,
+                },
                 json: false,
+                connections: false,
             },
         ),
         (
@@ -77,19 +85,27 @@ fn each_command_means_what_the_contract_says() {
             CliCommand::Status {
                 place: here(),
                 json: false,
+                connections: false,
             },
         ),
         (
             "status --json --control-socket /s",
             CliCommand::Status {
-                place: ServerSelector::Socket("/s".into()),
+                place: PlaceArgs {
+                    control_socket: Some("/s".into()),
+                    ..here()
+                },
                 json: true,
+                connections: false,
             },
         ),
         (
             "reload --config a.toml",
             CliCommand::Reload {
-                place: ServerSelector::Config(Some("a.toml".into()), "preforkd".into()),
+                place: PlaceArgs {
+                    config: file(),
+                    control_socket: None,
+                },
             },
         ),
         ("upgrade", CliCommand::Upgrade { place: here() }),
@@ -131,7 +147,7 @@ fn each_command_means_what_the_contract_says() {
                 params: ParamsSource::Stdin,
                 target: TargetArgs {
                     address: Some("unix:/x".into()),
-                    config: None,
+                    ..TargetArgs::default()
                 },
                 timeout: Some(Duration::from_secs(60)),
                 id: Some("7".into()),
@@ -157,6 +173,25 @@ fn each_command_means_what_the_contract_says() {
     ] {
         assert_eq!(read(line).unwrap(), command, "{line}");
     }
+}
+
+#[test]
+fn a_server_is_meant_by_its_socket_or_by_its_file_and_name() {
+    let selector = |line: &str| match read(line).unwrap() {
+        CliCommand::Reload { place } => place.selector("adder"),
+        command => panic!("{command:?}"),
+    };
+    let config = |file: Option<&str>, name: &str| {
+        ServerSelector::Config(file.map(Into::into), name.to_owned())
+    };
+    assert_eq!(selector("reload"), config(None, "adder"));
+    assert_eq!(selector("reload --name second"), config(None, "second"));
+    assert_eq!(
+        selector("reload --config a.toml"),
+        config(Some("a.toml"), "adder")
+    );
+    let socket = ServerSelector::Socket("/s".into());
+    assert_eq!(selector("reload --control-socket /s"), socket);
 }
 
 #[test]

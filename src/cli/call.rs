@@ -1,22 +1,17 @@
-//! `call`: one call to a running server.
+//! Makes one call to a running server (`call`).
 //!
-//! The result goes back to the letter. An error answer is [`Error::Refused`].
+//! The result is printed byte for byte. An error answer is [`Error::Refused`].
 
 use std::io::{self, Read};
-use std::time::Duration;
 
 use super::args::{CallArgs, ParamsSource};
 use super::parse;
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, patience, whole_millis};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
 use crate::protocol::rpc_error::RpcError;
 
-/// How much longer than the server this side waits: it is the server that answers `timeout`, and
-/// its answer needs time to arrive.
-const GRACE: Duration = Duration::from_secs(5);
-
-/// Makes the call; the result as JSON.
+/// Makes the call. Returns the result as JSON.
 pub(super) fn call(call: &CallArgs, overrides: &Overrides) -> Result<String> {
     let stdin;
     let params = match &call.params {
@@ -27,11 +22,8 @@ pub(super) fn call(call: &CallArgs, overrides: &Overrides) -> Result<String> {
         }
     };
     let address = call.target.address(overrides)?;
-    let timeout_ms = call
-        .timeout
-        .map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
-    let patience = call.timeout.map(|limit| limit.saturating_add(GRACE));
-    let mut client = Client::connect(&address, patience)?;
+    let timeout_ms = call.timeout.map(whole_millis);
+    let mut client = Client::connect(&address, patience(call.timeout))?;
     let id = call.id.as_deref();
     let outcome = if call.jsonrpc {
         client.call_jsonrpc(&call.method, params, id, timeout_ms)
@@ -45,11 +37,11 @@ pub(super) fn call(call: &CallArgs, overrides: &Overrides) -> Result<String> {
     Ok(reply.result.get().to_owned())
 }
 
-/// The params that come on stdin: one JSON value.
+/// Reads the params from standard input: one JSON value.
 fn read_params(mut from: impl Read) -> Result<String> {
     let mut text = String::new();
     match from.read_to_string(&mut text) {
-        Ok(_) => parse::json(text, "stdin"),
+        Ok(_) => parse::json(&text, "stdin").map(|()| text),
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             Err(Error::Usage("stdin is not UTF-8, so it is not JSON".into()))
         }
@@ -57,7 +49,7 @@ fn read_params(mut from: impl Read) -> Result<String> {
     }
 }
 
-/// An error answer in words.
+/// Formats an error answer.
 pub(super) fn refusal(what: &str, error: &RpcError) -> String {
     let mut text = format!("{what}: {error}");
     if !error.started {

@@ -1,19 +1,19 @@
-//! `check`: reads the configuration as a start would, and shows what is in effect.
+//! Reads the configuration like a start, and shows the values in effect (`check`).
 
 use std::path::Path;
 
 use crate::config::{self, Overrides};
 use crate::error::Error;
 
-/// What there is to say about a configuration that is in order.
+/// The result for a valid configuration.
 pub(super) struct Checked {
-    /// The whole of it, as TOML.
+    /// The whole configuration, as TOML.
     pub effective: String,
-    /// What is allowed and yet worth a word, a sentence each.
+    /// The warnings: a sentence each.
     pub warnings: Vec<String>,
 }
 
-/// Reads and checks it; an error is all that is wrong, at least one thing.
+/// Reads and checks the configuration. The error has all that is wrong.
 pub(super) fn check(config: Option<&Path>, overrides: &Overrides) -> Result<Checked, Vec<Error>> {
     let settings = config::load_or_faults(config, overrides)?;
     Ok(Checked {

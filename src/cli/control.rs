@@ -1,11 +1,11 @@
-//! `status`, `reload`, `upgrade`, `scale` and `stop`: asks a running master over its control socket.
+//! Sends `status`, `reload`, `upgrade`, `scale` and `stop` to a running master over its control socket.
 //!
-//! Finds the socket, sends one request, waits for the answer. What the answers mean is the master's
-//! affair; here a refusal becomes the error, and the exit code, that the master gave it. Places where
-//! nobody is are passed over; a socket that belongs to somebody else is not, unless another one
-//! answers.
+//! Finds the socket, sends one request and waits for the answer. A refusal becomes the error with the exit
+//! code that the master has sent. A path without a server is skipped. A socket of another user is an error,
+//! unless another candidate answers.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::slice;
@@ -22,39 +22,40 @@ use crate::protocol::control::{
     ControlRequest, ControlResponse, MOST_DRAINING_GENERATIONS, Status, WorkerPhase, to_line,
 };
 use crate::sys::account::effective_ids;
-use crate::sys::{other_writer, socket};
+use crate::sys::{attached, other_writer, socket};
 
-/// How long the master may take for what it answers at once. It does not wait for workers then, so
-/// a master that takes longer is stopped or stuck.
+/// The longest wait for an immediate answer. The master does not wait for workers then, so one that takes
+/// longer is stopped or stuck.
 const PROMPT: Duration = Duration::from_secs(10);
 
 const STUCK: &str = "the master does not answer: it is stopped, stuck or busy";
 
-/// How long a stop may take before it is said what it waits for.
+/// After this time a stop reports what it waits for.
 const HINT_AFTER: Duration = Duration::from_secs(2);
 
-/// How long an answer is waited for.
+/// How long to wait for an answer.
 enum Patience<'a> {
-    /// A master that takes longer is stopped or stuck.
+    /// At most this time. A master that takes longer is stopped or stuck.
     AtMost(Duration),
-    /// Without a limit; after a while this is told what the wait is for.
+    /// Without a limit. After a while the function is called with what the wait is for.
     Endless(&'a mut dyn FnMut(&str)),
 }
 
-/// A connection to a master, good for one request.
+/// A connection to a master for one request.
 pub(super) struct ControlConnection {
     stream: BufReader<UnixStream>,
     path: PathBuf,
+    /// Descriptors that came with an answer.
+    received: Vec<OwnedFd>,
 }
 
-/// Just the status of a response, to the letter: members that this version does not know are for
-/// programs that do.
+/// The status of a response, byte for byte: programs may know members that this version does not.
 #[derive(Deserialize)]
 struct Raw {
     status: Option<Box<RawValue>>,
 }
 
-/// The status of a server, read, and as it was sent.
+/// The status of a server: parsed, and as it was sent.
 #[derive(Debug)]
 pub(super) struct Answered {
     pub status: Status,
@@ -65,50 +66,51 @@ pub(super) fn status(place: &ServerSelector) -> Result<Answered> {
     ControlConnection::find(place)?.status()
 }
 
-/// Asks for a reload and waits for the verdict. Returns what the master says about it. After a while
-/// `hint` is told what it waits for.
+/// Returns the control socket of a server.
+pub(super) fn locate(place: &ServerSelector) -> Result<PathBuf> {
+    Ok(ControlConnection::find(place)?.path)
+}
+
+/// Requests a reload and waits for the result. Returns the master's text. `hint` gets what it waits for,
+/// after a while.
 pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
-    // No limit: the verdict takes as long as two times boot-timeout, and longer while another
-    // reload is under way. A master that dies ends the wait.
-    let response = ControlConnection::find(place)?
-        .ask(
-            &ControlRequest::Reload {
-                config: named_file(place),
-            },
-            Patience::Endless(hint),
-        )?
-        .0;
-    Ok(response.message.unwrap_or_else(|| "reloaded".into()))
+    let config = named_file(place);
+    // No limit: the result takes up to two times boot-timeout, and longer while another reload runs. If the
+    // master dies, the connection ends.
+    let patience = Patience::Endless(hint);
+    let text = request(place, &ControlRequest::Reload { config }, patience)?;
+    Ok(text.unwrap_or_else(|| "reloaded".into()))
 }
 
-/// Asks for the upgrade to the binary that is installed now and waits for the verdict, which comes
-/// from the new one. Returns what it says. After a while `hint` is told what it waits for.
+/// Requests the upgrade to the installed program, and waits for the result, which comes from the new
+/// program. Returns its text. `hint` gets what it waits for, after a while.
 pub(super) fn upgrade(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
-    // No limit, as for a reload, which is the last part of it.
-    let response = ControlConnection::find(place)?
-        .ask(
-            &ControlRequest::Upgrade {
-                config: named_file(place),
-            },
-            Patience::Endless(hint),
-        )?
-        .0;
-    Ok(response.message.unwrap_or_else(|| "upgraded".into()))
+    let config = named_file(place);
+    // No limit, because the last part of an upgrade is a reload.
+    let patience = Patience::Endless(hint);
+    let text = request(place, &ControlRequest::Upgrade { config }, patience)?;
+    Ok(text.unwrap_or_else(|| "upgraded".into()))
 }
 
-/// Asks for so many workers. Returns what the master says about it.
+/// Requests a number of workers. Returns the master's text.
 pub(super) fn scale(place: &ServerSelector, count: usize) -> Result<String> {
-    let request = ControlRequest::Scale { count };
-    let response = ControlConnection::find(place)?
-        .ask(&request, Patience::AtMost(PROMPT))?
-        .0;
-    Ok(response
-        .message
-        .unwrap_or_else(|| format!("scaling to {count}")))
+    let patience = Patience::AtMost(PROMPT);
+    let text = request(place, &ControlRequest::Scale { count }, patience)?;
+    Ok(text.unwrap_or_else(|| format!("scaling to {count}")))
 }
 
-/// Ends the server, which may serve on for a time `after` that, and waits until the master is gone.
-/// After a while `hint` is told what it waits for.
+/// Sends a request to the selected master. Returns the text of its answer.
+fn request(
+    place: &ServerSelector,
+    request: &ControlRequest,
+    patience: Patience<'_>,
+) -> Result<Option<String>> {
+    let (response, _) = ControlConnection::find(place)?.ask(request, patience)?;
+    Ok(response.message)
+}
+
+/// Stops the server, after the time `after` if that is given, and waits until the master has exited. `hint`
+/// gets what it waits for, after a while.
 pub(super) fn stop(
     place: &ServerSelector,
     now: bool,
@@ -128,13 +130,13 @@ pub(super) fn stop(
 }
 
 impl ControlConnection {
-    /// Connects to the master that is meant.
-    fn find(place: &ServerSelector) -> Result<Self> {
+    /// Connects to the selected master.
+    pub(super) fn find(place: &ServerSelector) -> Result<Self> {
         match place {
             ServerSelector::Socket(path) => Self::open(slice::from_ref(path)),
             ServerSelector::Config(file, name) => {
-                // A broken file is fine, for that is when a reload has something to say. But one
-                // that is not there is a slip of the pen, and the default server not the one meant.
+                // An invalid file is allowed, because a reload reports its errors. A file that does not
+                // exist is an error: it is a typing mistake, and the default server must not be reached.
                 if let Some(file) = file.as_deref().filter(|file| !file.exists()) {
                     return Err(Error::Config {
                         file: Some(file.to_owned()),
@@ -158,8 +160,8 @@ impl ControlConnection {
         }
     }
 
-    /// Connects to a server of this name that keeps the paths of its first start, under a version that
-    /// gave all servers the same ones. A server that says that it has another name is not meant.
+    /// Connects to a server of this name that keeps the paths of its first start by a version without
+    /// names. Skips a server that reports another name.
     pub(super) fn upgraded(candidates: &[PathBuf], name: &str) -> Option<Self> {
         let said = Self::open(candidates).ok()?.status().ok()?.status;
         let said = said.master.name;
@@ -167,10 +169,10 @@ impl ControlConnection {
         Self::open(candidates).ok().filter(|_| is_meant)
     }
 
-    /// Connects to the first of these where somebody is.
+    /// Connects to the first candidate where a server answers.
     fn open(candidates: &[PathBuf]) -> Result<Self> {
         let mut forbidden = None;
-        let mut nobody = io::Error::from(ErrorKind::NotFound);
+        let mut not_found = io::Error::from(ErrorKind::NotFound);
         for path in candidates {
             match socket::connect_unix(path, Some(PROMPT)) {
                 Ok(stream) => {
@@ -178,14 +180,15 @@ impl ControlConnection {
                     return Ok(ControlConnection {
                         stream: BufReader::new(stream),
                         path: path.clone(),
+                        received: Vec::new(),
                     });
                 }
                 Err(error) => match error.kind() {
                     ErrorKind::NotFound
                     | ErrorKind::ConnectionRefused
-                    | ErrorKind::NotADirectory => nobody = error,
+                    | ErrorKind::NotADirectory => not_found = error,
                     ErrorKind::PermissionDenied => forbidden = forbidden.or(Some(path)),
-                    // So many wait there already.
+                    // The queue of the socket is full.
                     ErrorKind::TimedOut => {
                         return Err(Error::Protocol(format!("{}: {STUCK}", path.display())));
                     }
@@ -209,12 +212,26 @@ impl ControlConnection {
             .collect();
         Err(Error::NoServer {
             place: tried.join(" or "),
-            source: nobody,
+            source: not_found,
         })
     }
 
+    /// The status, with the descriptors of the metrics board and the scoreboard. `None`: the master is of an
+    /// older version, which has no such request.
+    pub(super) fn observe(mut self) -> Result<Option<(Answered, Vec<OwnedFd>)>> {
+        match self.ask(&ControlRequest::Metrics, Patience::AtMost(PROMPT)) {
+            Ok(answer) => Ok(Some((self.answered(answer)?, self.received))),
+            Err(Error::Daemon { code: 64, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn status(mut self) -> Result<Answered> {
-        let (response, line) = self.ask(&ControlRequest::Status, Patience::AtMost(PROMPT))?;
+        let answer = self.ask(&ControlRequest::Status, Patience::AtMost(PROMPT))?;
+        self.answered(answer)
+    }
+
+    fn answered(&self, (response, line): (ControlResponse, String)) -> Result<Answered> {
         let raw: Option<Raw> = serde_json::from_str(&line).ok();
         match (response.status, raw.and_then(|raw| raw.status)) {
             (Some(status), Some(json)) => Ok(Answered {
@@ -225,8 +242,8 @@ impl ControlConnection {
         }
     }
 
-    /// Sends a request and waits for its answer, which is returned read and as it came. A refusal
-    /// is an error.
+    /// Sends a request and waits for its answer. Returns it parsed and as it was sent. A refusal is an
+    /// error.
     fn ask(
         &mut self,
         request: &ControlRequest,
@@ -234,20 +251,20 @@ impl ControlConnection {
     ) -> Result<(ControlResponse, String)> {
         let line = self.exchange(request, patience).map_err(|error| {
             let text = match error.kind() {
-                ErrorKind::WouldBlock if *request == ControlRequest::Status => STUCK,
+                ErrorKind::WouldBlock if only_reads(request) => STUCK,
                 ErrorKind::WouldBlock => {
-                    let text = format!("{STUCK}, and does what was asked of it when it goes on");
+                    let text = format!("{STUCK}; it will carry out the request when it continues");
                     return self.alien(&text);
                 }
                 ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
-                    "the master left before it answered; its log says why"
+                    "the master exited before it answered; its log says why"
                 }
                 _ => return Error::system(format!("ask {}", self.path.display()), error),
             };
             self.alien(text)
         })?;
         let response: ControlResponse = serde_json::from_str(&line)
-            .map_err(|error| self.alien(&format!("the answer is none: {error}")))?;
+            .map_err(|error| self.alien(&format!("the answer is invalid: {error}")))?;
         if response.ok {
             return Ok((response, line));
         }
@@ -260,7 +277,7 @@ impl ControlConnection {
         })
     }
 
-    /// The status, asked for on a second connection.
+    /// Requests the status on a second connection.
     fn status_beside(&self) -> Option<Status> {
         let again = ControlConnection::open(slice::from_ref(&self.path))
             .and_then(ControlConnection::status);
@@ -276,6 +293,11 @@ impl ControlConnection {
         stream.set_write_timeout(Some(first))?;
         stream.set_read_timeout(Some(first))?;
         stream.write_all(&to_line(request)?)?;
+        if *request == ControlRequest::Metrics {
+            let (line, received) = attached::receive_line(stream, first)?;
+            self.received = received;
+            return Ok(line);
+        }
         if let Patience::Endless(hint) = patience {
             let begun = self.stream.fill_buf().map(drop);
             if begun.is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
@@ -292,9 +314,10 @@ impl ControlConnection {
         }
     }
 
-    /// Whether the connection ends within the limit: the master, and all that held it, are gone.
+    /// Returns whether the connection ends within the limit. Then the master and all processes that had the
+    /// connection have exited.
     fn ends_within(&mut self, limit: Option<Duration>) -> Result<bool> {
-        let wait = |error| Error::system("wait for the master's end", error);
+        let wait = |error| Error::system("wait until the master exits", error);
         self.stream
             .get_ref()
             .set_read_timeout(limit)
@@ -302,7 +325,7 @@ impl ControlConnection {
         loop {
             match self.stream.read(&mut [0; 64]) {
                 Ok(0) => return Ok(true),
-                // Nothing more is due; whatever it is, it is not the end.
+                // More bytes are unexpected, but they are not the end.
                 Ok(_) => {}
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
@@ -319,8 +342,12 @@ impl ControlConnection {
     }
 }
 
-/// The absolute path of the configuration file that the command was given, for the server to compare
-/// with its own. A name that JSON cannot hold is not compared.
+fn only_reads(request: &ControlRequest) -> bool {
+    matches!(request, ControlRequest::Status | ControlRequest::Metrics)
+}
+
+/// Returns the absolute path of the named configuration file, which the server compares with its own.
+/// Returns `None` if JSON cannot contain it.
 fn named_file(place: &ServerSelector) -> Option<String> {
     match place {
         ServerSelector::Config(Some(file), _) => {
@@ -331,8 +358,8 @@ fn named_file(place: &ServerSelector) -> Option<String> {
     }
 }
 
-/// Whether the process at the other end may be the server: it runs as root or as this user (SO_PEERCRED,
-/// unix(7)). Root also asks the server of another user, if no third user can have put a socket at `path`.
+/// Checks that the peer may be the server: it runs as root or as this user (SO_PEERCRED, unix(7)). Root may
+/// also reach another user's server, if no third user can have created a socket at `path`.
 pub(super) fn check_peer(path: &Path, peer: Option<u32>, own: (u32, u32)) -> Result<()> {
     let is_alone = |peer| other_writer::of_path(path, (peer, own.1)).is_none();
     match peer {
@@ -349,7 +376,7 @@ pub(super) fn check_peer(path: &Path, peer: Option<u32>, own: (u32, u32)) -> Res
     }
 }
 
-/// What a stop waits for, as far as it can be known.
+/// Returns what a stop waits for, if that is known.
 fn waits_for(status: Option<&Status>) -> String {
     let what = status.map_or_else(
         || "what still runs".to_owned(),
@@ -372,7 +399,7 @@ fn waits_for(status: Option<&Status>) -> String {
     format!("waiting for {what}, at most for workers.drain-timeout; `stop --now` does not wait")
 }
 
-/// What a reload waits for, as far as it can be known.
+/// Returns what a reload waits for, if that is known.
 fn reload_waits_for(status: Option<&Status>) -> String {
     let Some(status) = status else {
         return format!("{STUCK}; waiting for it");
@@ -384,7 +411,7 @@ fn reload_waits_for(status: Option<&Status>) -> String {
     drain.dedup();
     match drain.len() {
         many @ MOST_DRAINING_GENERATIONS.. => format!(
-            "waiting until one of the {many} generations that still drain has left, at most for \
+            "waiting until one of the {many} generations that still drain has exited, at most for \
              workers.drain-timeout; then the reload begins"
         ),
         _ => "waiting for the new workers to be ready, at most for workers.boot-timeout and once \

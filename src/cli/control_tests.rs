@@ -1,4 +1,4 @@
-//! The control commands against a master of a few lines.
+//! The control commands with a simulated master.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
@@ -14,7 +14,7 @@ use crate::protocol::control::{
     ControlRequest, ControlResponse, MasterStatus, OldestCall, Status, WorkerStatus, to_line,
 };
 
-/// A path of this test's own for a socket; the file is removed with it.
+/// The path of a socket for one test. The file is removed with it.
 struct Socket(PathBuf);
 
 impl Socket {
@@ -32,8 +32,8 @@ impl Socket {
         ServerSelector::Socket(self.0.clone())
     }
 
-    /// A master that answers one request a connection with these bytes, then keeps the connections
-    /// open until it has done them all. Returns the requests.
+    /// Starts a master that answers one request of each connection with these bytes and keeps the
+    /// connections open until all are answered. Returns the requests.
     fn master(&self, answers: Vec<Vec<u8>>) -> JoinHandle<Vec<ControlRequest>> {
         let listener = UnixListener::bind(&self.0).unwrap();
         thread::spawn(move || {
@@ -57,7 +57,7 @@ fn only_a_server_of_root_or_of_the_own_user_is_asked() {
     for (peer, own) in [(0, 0), (0, 1000), (1000, 1000)] {
         asked(Some(peer), (own, own)).unwrap();
     }
-    // Any user can have put it into the temporary directory.
+    // Any user could have created the socket in the temporary directory.
     for (peer, own) in [(Some(1001), 1000), (Some(12_345), 0), (None, 0)] {
         let error = asked(peer, (own, own)).unwrap_err();
         assert_eq!(error.exit_code(), 77);
@@ -142,16 +142,16 @@ fn a_refusal_has_the_masters_reason_and_exit_code() {
 #[test]
 fn a_master_that_leaves_or_talks_nonsense_is_said_to() {
     let socket = Socket::new();
-    // The master ends, and with it all its connections, once it has taken the last request.
+    // The master exits after the last request, and all its connections end.
     socket.master(vec![
         b"hello\n".to_vec(),
         line(&ControlResponse::done()),
         Vec::new(),
     ]);
     for told in [
-        "the answer is none",
+        "the answer is invalid",
         "the answer has no status",
-        "left before",
+        "exited before",
     ] {
         let error = status(&socket.place()).unwrap_err();
         assert!(error.to_string().contains(told), "{error}");
@@ -176,7 +176,7 @@ fn a_stop_waits_for_the_end_and_says_what_for() {
             .get_mut()
             .write_all(&line(&ControlResponse::done()))
             .unwrap();
-        // The command says nothing at first, then asks what runs; the master ends after that.
+        // The command reports nothing at first, then asks what runs. After that the master exits.
         let mut asking = BufReader::new(listener.accept().unwrap().0);
         assert_eq!(take(&mut asking), ControlRequest::Status);
         let status = Status {

@@ -1,8 +1,8 @@
-//! The command line of preforkd, and of every program built on the library.
+//! The command line of preforkd, and of every program that uses the library.
 //!
-//! [`main`] reads the words, has the right file do the work, and is the one place that prints an
-//! error and picks the exit code. What a command has to say comes back to it as text; `run` alone
-//! stays, for as long as the server does.
+//! [`main`] parses the command line and calls the file of the command. It is the only place that prints an
+//! error and chooses the exit code. The commands return their output as text. Only `run` stays until the
+//! server stops.
 
 pub mod args;
 pub mod bench;
@@ -10,11 +10,15 @@ mod call;
 mod check;
 mod control;
 pub mod map;
+mod metrics;
+mod observe;
 pub mod output;
 mod parse;
 mod status;
 mod table;
 pub mod target;
+#[cfg(feature = "top")]
+mod top;
 mod units;
 
 #[cfg(test)]
@@ -33,9 +37,10 @@ use crate::error::{Error, Result};
 use crate::logging::printable_json;
 use crate::server::Server;
 use crate::sys::process;
-use args::CliCommand;
+use args::{CliCommand, ConfigArgs, ServerSelector};
+use target::TargetArgs;
 
-/// The exit code of a panic, whose own message has been printed when it gets here.
+/// The exit code after a panic. Its message was printed already.
 const BUG: u8 = 70;
 
 impl Server {
@@ -66,7 +71,7 @@ impl Server {
     }
 }
 
-/// Does what the command line says, with this server as the one that `run` starts.
+/// Runs the command line. `run` starts this server.
 pub fn main(server: Server) -> ExitCode {
     let name = server.name().to_owned();
     let code = match catch_unwind(AssertUnwindSafe(|| dispatch(&name, server))) {
@@ -88,10 +93,9 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
     match args::parse(name, env::args_os())? {
         CliCommand::Print(text) => output::print(&text),
         CliCommand::Run {
-            config,
+            config: ConfigArgs { config, name },
             daemon,
             listen,
-            name,
         } => {
             overrides.daemon = daemon;
             overrides.listen = listen;
@@ -101,22 +105,27 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             };
             server.serve(config, overrides)
         }
-        CliCommand::Check {
-            config,
-            name: given,
-        } => {
-            overrides.name = Some(given.unwrap_or_else(|| server_name(name)));
-            let checked = check::check(config.as_deref(), &overrides)
+        CliCommand::Check { config: given } => {
+            overrides.name = Some(given.name.unwrap_or_else(|| server_name(name)));
+            let checked = check::check(given.config.as_deref(), &overrides)
                 .map_err(|faults| all_but_last(name, faults))?;
             for warning in &checked.warnings {
                 output::print_error(name, &format!("warning: {warning}"));
             }
             output::print(&checked.effective)
         }
-        CliCommand::Status { place, json } => {
-            let answered = control::status(&place)?;
+        CliCommand::Status {
+            place,
+            json,
+            connections,
+        } => {
             if json {
-                return print_json(&answered.json);
+                return print_json(&metrics::status_json(&place.selector(name))?);
+            }
+            let mut answered = control::status(&place.selector(name))?;
+            if !connections {
+                let isolated = answered.status.isolated.iter_mut();
+                isolated.for_each(|listener| listener.list.clear());
             }
             let colours = output::wants_colours();
             output::print(&status::render(
@@ -126,24 +135,82 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
                 colours,
             ))
         }
-        CliCommand::Reload { place } => print_line(control::reload(&place, &mut |hint| {
-            output::print_error(name, hint);
-        })?),
-        CliCommand::Upgrade { place } => print_line(control::upgrade(&place, &mut |hint| {
-            output::print_error(name, hint);
-        })?),
-        CliCommand::Scale { place, count } => print_line(control::scale(&place, count)?),
+        CliCommand::Metrics { place, textfile } => {
+            let (text, warning) = metrics::metrics(&place.selector(name), &overrides)?;
+            if let Some(warning) = warning {
+                output::print_error(name, &format!("warning: {warning}"));
+            }
+            match textfile {
+                Some(file) => metrics::replace_file(&file, &text),
+                None => output::print(&text),
+            }
+        }
+        CliCommand::Reload { place } => {
+            print_line(control::reload(&place.selector(name), &mut |hint| {
+                output::print_error(name, hint);
+            })?)
+        }
+        CliCommand::Upgrade { place } => {
+            print_line(control::upgrade(&place.selector(name), &mut |hint| {
+                output::print_error(name, hint);
+            })?)
+        }
+        CliCommand::Scale { place, count } => {
+            print_line(control::scale(&place.selector(name), count.into())?)
+        }
         CliCommand::Stop { place, now, after } => {
             let hint = &mut |hint: &str| output::print_error(name, hint);
-            control::stop(&place, now, after, hint)
+            control::stop(&place.selector(name), now, after, hint)
         }
-        CliCommand::Call(call) => print_json(&call::call(&call, &overrides)?),
-        CliCommand::Map(options) => map::map(name, &options, &overrides),
-        CliCommand::Bench(options) => bench::bench(name, &options, &overrides),
+        CliCommand::Observe { place, address } => {
+            observe::observe(name, &place.selector(name), &address, &overrides)
+        }
+        #[cfg(feature = "top")]
+        CliCommand::Top {
+            place,
+            interval,
+            once,
+            json,
+        } => {
+            let output = top::TopOutput { once, json };
+            top::top(name, place.selector(name), interval, output)
+        }
+        #[cfg(not(feature = "top"))]
+        CliCommand::Top { .. } => Err(Error::Usage(
+            "this program was built without the feature `top`; use `status`, or `status --json` for programs"
+                .into(),
+        )),
+        CliCommand::Call(mut call) => {
+            find_named(&mut call.target)?;
+            print_json(&call::call(&call, &overrides)?)
+        }
+        CliCommand::Map(mut options) => {
+            find_named(&mut options.target)?;
+            map::map(name, &options, &overrides)
+        }
+        CliCommand::Bench(mut options) => {
+            find_named(&mut options.target)?;
+            bench::bench(name, &options, &overrides)
+        }
     }
 }
 
-/// Prints errors, and leaves the last one to be printed as any other is.
+/// Asks the running server with the given name for its first listener, which becomes the address. Does nothing
+/// without a name.
+fn find_named(target: &mut TargetArgs) -> Result<()> {
+    let Some(name) = &target.name else {
+        return Ok(());
+    };
+    let place = ServerSelector::Config(target.config.clone(), server_name(name));
+    let listeners = control::status(&place)?.status.listeners;
+    target.address = listeners
+        .into_iter()
+        .next()
+        .map(|listener| listener.address);
+    Ok(())
+}
+
+/// Prints all errors except the last one, and returns that.
 fn all_but_last(name: &str, mut errors: Vec<Error>) -> Error {
     let last = errors.pop();
     for error in errors {

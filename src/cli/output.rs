@@ -1,7 +1,7 @@
-//! Where the commands' words go: stdout for what was asked for, stderr for the rest.
+//! Writes to the terminal: results to stdout, everything else to stderr.
 //!
-//! A reader that has left (`preforkd status | head -1`) has what it wanted and is no failure; a full
-//! device is one. What can't be told on stderr is not told: there is no further place.
+//! A reader that has closed the pipe (`preforkd status | head -1`) is no failure, but a full device is. An
+//! error on stderr is ignored, because it cannot be reported anywhere.
 
 use std::borrow::Cow;
 use std::env;
@@ -12,13 +12,19 @@ use crate::logging::escape_unprintable;
 
 /// Writes to stdout.
 pub fn print(text: &str) -> Result<()> {
+    deliver(&mut io::stdout().lock(), text).map(drop)
+}
+
+/// Does the same. Returns whether there still is a reader.
+#[cfg(feature = "top")]
+pub fn print_part(text: &str) -> Result<bool> {
     deliver(&mut io::stdout().lock(), text)
 }
 
-fn deliver(out: &mut impl Write, text: &str) -> Result<()> {
+fn deliver(out: &mut impl Write, text: &str) -> Result<bool> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        outcome => outcome.map_err(|error| {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        outcome => outcome.map(|()| true).map_err(|error| {
             Error::system_with("write to stdout", error, "the output is not complete")
         }),
     }
@@ -27,11 +33,11 @@ fn deliver(out: &mut impl Write, text: &str) -> Result<()> {
 /// Writes one message to stderr, behind the program's name.
 pub fn print_error(name: &str, text: &str) {
     let line = format!("{name}: {}\n", printable(text));
-    // One write, so that the lines of several programs on one terminal do not mix.
+    // One write, so that the lines of several programs on one terminal are not mixed.
     let _ = io::stderr().lock().write_all(line.as_bytes());
 }
 
-/// Whether stdout is a terminal whose user wants colours (<https://no-color.org>).
+/// Returns whether stdout is a terminal whose user wants colours (<https://no-color.org>).
 pub fn wants_colours() -> bool {
     let set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
     io::stdout().is_terminal()
@@ -39,8 +45,8 @@ pub fn wants_colours() -> bool {
         && env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// A text with its unprintable characters escaped, but for line feeds and tabs: what a server or a
-/// handler sends must not steer the terminal.
+/// Escapes the unprintable characters of a text except line feeds and tabs: what a server or a handler
+/// sends must not control the terminal.
 pub fn printable(text: &str) -> Cow<'_, str> {
     escape_unprintable(text, &['\n', '\t'])
 }
@@ -56,7 +62,7 @@ mod tests {
     fn a_reader_that_left_is_no_failure() {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        deliver(&mut ours, "nobody reads this\n").unwrap();
+        assert!(!deliver(&mut ours, "no reader for this\n").unwrap());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Parses values of options: durations, JSON and ids.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use serde_json::value::RawValue;
@@ -8,10 +9,10 @@ use crate::config::server_name;
 use crate::error::{Error, Result};
 use crate::protocol::control::MAX_STOP_DELAY_MS;
 
-/// Room for paths of sockets, which have 107 bytes at most.
+/// The longest name in bytes. The path of a socket has at most 107 bytes.
 const LONGEST_NAME: usize = 40;
 
-/// A length of time, as people write it. A number without a unit is seconds.
+/// Parses a duration. A number without a unit is in seconds.
 pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
     if let Ok(seconds) = text.parse() {
         return Ok(Duration::from_secs(seconds));
@@ -20,7 +21,7 @@ pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
         .map_err(|error| format!("{error}; write it as in 500ms, 30s or 5m"))
 }
 
-/// A name of a server, which is a part of paths and titles.
+/// Checks the name of a server, which is a part of paths and titles.
 pub(super) fn name(text: &str) -> std::result::Result<String, String> {
     if server_name(text) == text && text.len() <= LONGEST_NAME {
         return Ok(text.to_owned());
@@ -30,8 +31,16 @@ pub(super) fn name(text: &str) -> std::result::Result<String, String> {
     ))
 }
 
-/// The time until a stop, which has a limit: a slip of the pen would leave a server that never stops and is
-/// never ready.
+/// Parses the time between two readings of `top`.
+pub(super) fn reading_interval(text: &str) -> std::result::Result<Duration, String> {
+    match duration(text)? {
+        interval if interval >= Duration::from_millis(100) => Ok(interval),
+        _ => Err("it is shorter than 100ms; give 100ms or more".into()),
+    }
+}
+
+/// Parses the time until a stop. It is limited, because after a typing mistake the server would never stop
+/// and would never be ready.
 pub(super) fn stop_delay(text: &str) -> std::result::Result<Duration, String> {
     let most = Duration::from_millis(MAX_STOP_DELAY_MS);
     match duration(text)? {
@@ -40,26 +49,24 @@ pub(super) fn stop_delay(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
-/// Checks that a text is JSON; `what` is where it stood.
-pub(super) fn json(text: String, what: &str) -> Result<String> {
-    match serde_json::from_str::<&RawValue>(&text) {
-        Ok(_) => Ok(text),
+/// Checks that a text is JSON. `what` names its source.
+pub(super) fn json(text: &str, what: &str) -> Result<()> {
+    match serde_json::from_str::<&RawValue>(text) {
+        Ok(_) => Ok(()),
         Err(error) => Err(Error::Usage(format!(
             "{what} is not JSON: {error}; a string needs quotes of its own, as in '\"hello\"'"
         ))),
     }
 }
 
-/// An id is a number or a string; what is no number in JSON's eyes is taken for a string, so that
-/// nobody has to quote twice.
-pub(super) fn id_as_json(text: String) -> String {
-    let is_number = serde_json::from_str::<serde_json::Number>(&text).is_ok();
-    let is_string = serde_json::from_str::<String>(&text).is_ok();
-    if is_number || is_string {
-        text
-    } else {
-        serde_json::Value::from(text).to_string()
-    }
+/// Converts an id to JSON: a number, or else a string, so that it needs no second pair of quotes.
+pub(super) fn id_as_json(text: &str) -> std::result::Result<String, Infallible> {
+    let is_number = serde_json::from_str::<serde_json::Number>(text).is_ok();
+    let is_string = serde_json::from_str::<String>(text).is_ok();
+    Ok(match is_number || is_string {
+        true => text.to_owned(),
+        false => serde_json::Value::from(text).to_string(),
+    })
 }
 
 #[cfg(test)]

@@ -1,25 +1,24 @@
-//! `status` for people: one page that says how the server is, what each worker does, who died.
+//! Formats `status` for people: the server, its workers, and the last deaths. Pure.
 //!
-//! Pure: it takes a status, the time and the answer to "colours?", and returns text. `status --json`
-//! is for programs and does not pass here.
+//! `status --json` does not use this file.
 
 use super::output::printable;
 use super::table::{Align, Cell, Style, TextTable};
 use super::units;
 use crate::logging::pluralize;
 use crate::protocol::control::{
-    DeathStatus, LastReload, ListenerStatus, MasterStatus, PoolStatus, Quarantined, Status,
-    WorkerPhase, WorkerStatus, version_of,
+    DeathStatus, IsolatedStatus, LastReload, ListenerStatus, MasterStatus, PoolStatus, Quarantined,
+    Status, WorkerPhase, WorkerStatus, version_of,
 };
 
-/// How many deaths are shown; `status --json` has them all.
+/// The most deaths that are shown. `status --json` has all.
 const DEATHS_SHOWN: usize = 10;
-/// Characters of a death's reason that are shown; likewise.
+/// The most characters of a death's reason that are shown. `status --json` has all.
 const LONGEST_REASON: usize = 120;
-/// An event loop that has not turned for longer is worth a word.
+/// An event loop is reported as silent after this time.
 const SILENT_MS: u64 = 3000;
 
-/// The page. `name` is the program's; `now` in seconds since 1970.
+/// Formats the page. `name` is the name of the program. `now` is in seconds since 1970.
 pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> String {
     let mut page = String::new();
     header(&mut page, name, status, colours);
@@ -54,6 +53,14 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
         pools(&status.pools).render(&mut page, colours);
         page.push('\n');
     }
+    if !status.isolated.is_empty() {
+        isolated(&status.isolated).render(&mut page, colours);
+        page.push('\n');
+    }
+    if status.isolated.iter().any(|it| !it.list.is_empty()) {
+        connections(&status.isolated).render(&mut page, colours);
+        page.push('\n');
+    }
     listeners(&status.listeners).render(&mut page, colours);
     if !status.quarantine.is_empty() {
         page += "\nIn quarantine until the next reload:\n";
@@ -80,7 +87,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         target,
         ..
     } = &status.master;
-    // Of the generation that serves, or a drained worker would hide a missing one.
+    // Only workers of the serving generation, because a drained worker would hide a missing one.
     let ready = status
         .workers
         .iter()
@@ -95,7 +102,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
         "{ready} of {} ready",
         pluralize(*target, "worker", "workers")
     );
-    // Masters of older versions do not tell their name.
+    // Masters of older versions do not report their name.
     let name = if own.is_empty() { name } else { own };
     let version = version_of(name, version);
     *page += &format!(
@@ -106,7 +113,7 @@ fn header(page: &mut String, name: &str, status: &Status, colours: bool) {
     );
 }
 
-/// What the server runs on. Masters of older versions do not tell.
+/// Writes the configuration and the program of the server. Masters of older versions do not report them.
 fn sources(page: &mut String, master: &MasterStatus) {
     if !master.binary.is_empty() {
         let config = master.config.as_deref().unwrap_or("none");
@@ -121,7 +128,7 @@ fn last_reload(page: &mut String, master: &MasterStatus, now: u64, colours: bool
         Some(reload) => ended("reload", reload, now, colours),
     };
     page.push('\n');
-    // Seldom enough that its absence is no news.
+    // Upgrades are rare, so nothing is shown if there was none.
     if let Some(upgrade) = &master.last_upgrade {
         *page += &ended("upgrade", upgrade, now, colours);
         page.push('\n');
@@ -157,7 +164,7 @@ fn workers(workers: &[WorkerStatus]) -> TextTable {
         ("OLDEST CALL", Left),
     ]);
     for worker in workers {
-        // A slot without a worker has no figures of its own, and zeros would look like some.
+        // A slot without a worker shows no zeros.
         let living = |text: String| Cell::new(if worker.pid.is_some() { &text } else { "-" });
         table.row([
             Cell::new(worker.slot.to_string()),
@@ -219,8 +226,70 @@ fn pools(pools: &[PoolStatus]) -> TextTable {
     table
 }
 
-/// What a worker's last column says: its oldest call, that its loop is stuck, lost threads, programs that
-/// are down, forwarded calls, what its slot waits for.
+fn isolated(listeners: &[IsolatedStatus]) -> TextTable {
+    use Align::{Left, Right};
+    let mut table = TextTable::new(&[
+        ("ISOLATED", Left),
+        ("PID", Right),
+        ("GEN", Right),
+        ("STATE", Left),
+        ("CONNECTIONS", Right),
+        ("LIMIT", Right),
+        ("SPARE", Right),
+        ("REFUSED", Right),
+        ("CRASHED", Right),
+        ("", Left),
+    ]);
+    for listener in listeners {
+        let throttle = listener.throttle.as_ref().map(|throttle| {
+            let wait = units::milliseconds(throttle.retry_in_ms);
+            format!("next try in {wait}")
+        });
+        table.row([
+            Cell::new(&*printable(&listener.address)),
+            Cell::new(listener.pid.map_or("-".into(), |pid| pid.to_string())),
+            Cell::new(listener.generation.to_string()),
+            Cell::painted(listener.state.name(), paint_of(listener.state)),
+            Cell::new(units::count(listener.running)),
+            Cell::new(units::count(listener.limit)),
+            Cell::new(units::count(listener.spare)),
+            Cell::new(units::count(listener.refused_per_source)),
+            Cell::new(units::count(listener.crashed)),
+            Cell::new(throttle.unwrap_or_default()),
+        ]);
+    }
+    table
+}
+
+fn connections(listeners: &[IsolatedStatus]) -> TextTable {
+    use Align::{Left, Right};
+    let mut table = TextTable::new(&[
+        ("CONNECTION", Left),
+        ("LISTENER", Left),
+        ("PID", Right),
+        ("GEN", Right),
+        ("UP", Right),
+        ("RUNNING", Right),
+        ("CALLS", Right),
+    ]);
+    for listener in listeners {
+        for connection in &listener.list {
+            table.row([
+                Cell::new(&*printable(&connection.peer)),
+                Cell::new(&*printable(&listener.address)),
+                Cell::new(connection.pid.to_string()),
+                Cell::new(connection.generation.to_string()),
+                Cell::new(units::seconds(connection.uptime_s)),
+                Cell::new(units::count(connection.running)),
+                Cell::new(units::count(connection.calls)),
+            ]);
+        }
+    }
+    table
+}
+
+/// Returns the text in the last column of a worker: its oldest call, a stuck event loop, lost threads,
+/// programs that are down, forwarded calls, what its slot waits for.
 fn remark(worker: &WorkerStatus) -> String {
     let call = worker.oldest_call.as_ref().map(|call| {
         let age = units::milliseconds(call.age_ms);
@@ -290,7 +359,7 @@ fn listeners(listeners: &[ListenerStatus]) -> TextTable {
     table
 }
 
-/// A reason with all that was seen of a stuck worker would fill the page.
+/// Shortens a reason. All that is known of a stuck worker would fill the page.
 fn shortened(reason: &str) -> String {
     match reason.char_indices().nth(LONGEST_REASON) {
         Some((end, _)) => format!("{}... (whole with --json)", &reason[..end]),
@@ -319,6 +388,8 @@ fn quarantine(calls: &[Quarantined], now: u64) -> TextTable {
 fn deaths(deaths: &[DeathStatus], now: u64) -> TextTable {
     let mut table = TextTable::new(&[
         ("AGO", Align::Right),
+        ("KIND", Align::Left),
+        ("NAME", Align::Left),
         ("SLOT", Align::Right),
         ("PID", Align::Right),
         ("LIVED", Align::Right),
@@ -336,7 +407,13 @@ fn deaths(deaths: &[DeathStatus], now: u64) -> TextTable {
         let clean = death.signal.is_none() && death.exit == Some(0);
         table.row([
             Cell::new(units::seconds(now.saturating_sub(death.at))),
-            Cell::new(death.slot.to_string()),
+            Cell::new(death.kind.name()),
+            Cell::new(death.name.as_deref().unwrap_or("-")),
+            Cell::new(
+                death
+                    .slot
+                    .map_or_else(|| "-".into(), |slot| slot.to_string()),
+            ),
             Cell::new(death.pid.to_string()),
             Cell::new(units::seconds(death.uptime_s)),
             Cell::painted(end, if clean { Style::Plain } else { Style::Red }),

@@ -1,4 +1,4 @@
-//! The page that `status` shows, whole.
+//! The whole page of `status`.
 #![allow(clippy::unwrap_used)]
 
 use super::status::render;
@@ -20,8 +20,11 @@ fn busy() -> Status {
         ..WorkerStatus::default()
     };
     Status {
+        isolated: Vec::new(),
+        reloads: Vec::new(),
         pools: Vec::new(),
         master: MasterStatus {
+            observer: None,
             pid: 4242,
             version: "0.1.0".into(),
             name: String::new(),
@@ -30,6 +33,7 @@ fn busy() -> Status {
             generation: 3,
             uptime_s: 360_000,
             stops_in_ms: Some(4_200),
+            stopping: false,
             last_reload: Some(LastReload {
                 ok: true,
                 at: 1_000,
@@ -74,7 +78,7 @@ fn busy() -> Status {
         }],
         deaths: vec![
             DeathStatus {
-                slot: 2,
+                slot: Some(2),
                 pid: 4245,
                 exit: Some(0),
                 uptime_s: 4_000,
@@ -84,7 +88,7 @@ fn busy() -> Status {
                 ..DeathStatus::default()
             },
             DeathStatus {
-                slot: 2,
+                slot: Some(2),
                 pid: 4250,
                 signal: Some("SIGSEGV".into()),
                 uptime_s: 0,
@@ -100,11 +104,13 @@ fn busy() -> Status {
                 address: "127.0.0.1:8080".into(),
                 queue: Some(0),
                 backlog: 4096,
+                refused_per_source: 0,
             },
             ListenerStatus {
                 address: "unix:/run/preforkd/rpc.sock".into(),
                 queue: None,
                 backlog: 128,
+                refused_per_source: 0,
             },
         ],
     }
@@ -136,9 +142,9 @@ In quarantine until the next reload:
 3m 20s  score   00ff00ff00ff00ff       12
 
 Deaths, the latest first:
-   AGO  SLOT   PID  LIVED  END      METHOD   MEMORY  REASON
-    5s     2  4250     0s  SIGSEGV  score   812 KiB  died of \\u{1b}[31mitself again
-1m 40s     2  4245  1h 6m  exit 0   -       5.0 MiB  told to retire
+   AGO  KIND    NAME  SLOT   PID  LIVED  END      METHOD   MEMORY  REASON
+    5s  worker  -        2  4250     0s  SIGSEGV  score   812 KiB  died of \\u{1b}[31mitself again
+1m 40s  worker  -        2  4245  1h 6m  exit 0   -       5.0 MiB  told to retire
 ";
     assert_eq!(page, expected, "\n{page}");
 }

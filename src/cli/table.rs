@@ -1,11 +1,10 @@
-//! Columns that stand in line, with or without colours.
+//! Formats tables with aligned columns and optional colours.
 //!
-//! A cell knows its text and its paint apart, so that what can't be seen takes no width. Nothing here
-//! knows what the table is about.
+//! A cell has its text and its style apart, so escape sequences do not count for its width.
 
 use super::output::printable;
 
-/// How a text stands out.
+/// The style of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Style {
     Plain,
@@ -18,7 +17,7 @@ pub(super) enum Style {
 }
 
 impl Style {
-    /// The parameter of ECMA-48's SGR sequence.
+    /// Returns the parameter of ECMA-48's SGR sequence.
     fn code(self) -> Option<u8> {
         match self {
             Style::Plain => None,
@@ -31,7 +30,7 @@ impl Style {
         }
     }
 
-    /// The text in this paint, if colours are wanted.
+    /// Returns the text in this style, if colours are wanted.
     pub(super) fn on(self, text: &str, colours: bool) -> String {
         match self.code() {
             Some(code) if colours => format!("\x1b[{code}m{text}\x1b[0m"),
@@ -40,7 +39,7 @@ impl Style {
     }
 }
 
-/// Which edge of its column a cell keeps to: words to the left, numbers to the right.
+/// The alignment of a cell: text to the left, numbers to the right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Align {
     Left,
@@ -75,7 +74,7 @@ impl Cell {
     }
 }
 
-/// Rows under a heading.
+/// Rows below a heading.
 pub(super) struct TextTable {
     heading: Vec<(&'static str, Align)>,
     rows: Vec<Vec<Cell>>,
@@ -89,13 +88,13 @@ impl TextTable {
         }
     }
 
-    /// Adds a row, a cell for each column.
+    /// Adds a row with a cell for each column.
     pub(super) fn row<const N: usize>(&mut self, cells: [Cell; N]) {
         debug_assert_eq!(N, self.heading.len());
         self.rows.push(cells.into());
     }
 
-    /// Writes heading and rows.
+    /// Writes the heading and the rows.
     pub(super) fn render(mut self, out: &mut String, colours: bool) {
         let heading: Vec<Cell> = self
             .heading

@@ -1,26 +1,31 @@
-//! Whom to call: the command line's word, else the configuration's first listener, else the default.
+//! Selects the server to call: by an address of the command line, else by the first listener of the
+//! configuration. A name of a running server becomes an address before (`find_named`).
 
 use std::path::PathBuf;
 
 use clap::Args;
 
+use super::parse::name;
 use crate::config::{self, Address, Overrides};
 use crate::error::{Error, Result};
 
 /// The server that is to be called.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct TargetArgs {
-    /// Where the server is, such as 127.0.0.1:8080 or unix:/run/preforkd/rpc.sock [default: the
-    /// configuration's first listener]
+    /// The server address, such as 127.0.0.1:8080 or unix:/run/preforkd/rpc.sock [default: the first
+    /// listener in the configuration]
     #[arg(long, value_name = "ADDR")]
     pub address: Option<String>,
-    /// The configuration file [default: /etc/preforkd/preforkd.toml, if there is one]
+    /// The configuration file [default: /etc/preforkd/preforkd.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// The name of the running server, as given to its `run` [default: that of the program]
+    #[arg(long, value_name = "NAME", value_parser = name, conflicts_with = "address")]
+    pub name: Option<String>,
 }
 
 impl TargetArgs {
-    /// Its address, as the client takes it.
+    /// Returns the address of the server.
     pub(super) fn address(&self, overrides: &Overrides) -> Result<String> {
         if let Some(address) = &self.address {
             return Ok(address.clone());
@@ -28,8 +33,8 @@ impl TargetArgs {
         let listeners = config::listeners(self.config.as_deref(), overrides)?;
         match listeners.first().map(|listen| &listen.address) {
             Some(Address::Tcp(address)) if address.port() == 0 => Err(Error::Usage(
-                "the configuration leaves the port to the system; say with --address which one it \
-                 is (`status` shows it)"
+                "the configuration leaves the port to the system; give the address with --address \
+                 (`status` shows it)"
                     .into(),
             )),
             Some(address) => Ok(address.to_string()),

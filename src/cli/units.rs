@@ -1,9 +1,8 @@
-//! Numbers as people read them: spans of time, sizes, counts.
+//! Formats durations, sizes and counts for people. Pure.
 //!
-//! Pure, and always the same width of thought: two units of time at most, one place behind the
-//! point, thousands parted.
+//! A duration has at most two units, a size one decimal place, and a count has separators for thousands.
 
-/// Seconds, as in `45s`, `3m 20s`, `2d 4h`.
+/// Formats seconds: `45s`, `3m 20s`, `2d 4h`.
 pub(super) fn seconds(seconds: u64) -> String {
     let units = [("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)];
     let Some(first) = units.iter().position(|(_, size)| seconds >= *size) else {
@@ -20,7 +19,7 @@ pub(super) fn seconds(seconds: u64) -> String {
     text
 }
 
-/// Milliseconds, as in `250ms`, `1.5s`, and from ten seconds on as [`seconds`].
+/// Formats milliseconds: `250ms`, `1.5s`, and from ten seconds on like [`seconds`].
 pub(super) fn milliseconds(milliseconds: u64) -> String {
     match milliseconds {
         0..1_000 => format!("{milliseconds}ms"),
@@ -29,7 +28,7 @@ pub(super) fn milliseconds(milliseconds: u64) -> String {
     }
 }
 
-/// Bytes, as in `812 KiB`, `12.3 MiB`.
+/// Formats bytes: `812 KiB`, `12.3 MiB`.
 pub(super) fn bytes(bytes: u64) -> String {
     let (unit, name) = match bytes {
         0..0x10_0000 => return format!("{} KiB", bytes >> 10),
@@ -39,7 +38,7 @@ pub(super) fn bytes(bytes: u64) -> String {
     format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit)
 }
 
-/// A count, as in `1,234,567`.
+/// Formats a count: `1,234,567`.
 pub(super) fn count(count: u64) -> String {
     let digits = count.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
@@ -52,7 +51,7 @@ pub(super) fn count(count: u64) -> String {
     text
 }
 
-/// A count of things, as in `1 call`, `2 calls`.
+/// Formats a count with its noun: `1 call`, `2 calls`.
 pub(super) fn plural(number: u64, thing: &str) -> String {
     let ending = if number == 1 { "" } else { "s" };
     format!("{} {thing}{ending}", count(number))

@@ -8,34 +8,47 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::answer;
 use super::error::ClientError;
-use super::reply::Reply;
+use super::reply::{self, Reply};
 use super::stream::Stream;
 use crate::protocol::code::Code;
 use crate::protocol::frame::{self, DecodedFrame};
 
-/// The largest body that can be told from the other dialects, in bytes: a length's fourth byte is
-/// below 0x09. What declares more is no frame, but some other server's text.
+/// The largest body of an answer in bytes: the fourth byte of its length is below 0x09. A larger length
+/// means that the bytes are no frame, but text of another server.
 const BODY_MAX: usize = 0x08FF_FFFF;
 
-/// The least that is asked of the system at once, and the most that is made room for ahead of the
-/// bytes themselves: a declared length alone allocates no more than this.
+/// The fewest bytes to read at once, and the most to allocate before they arrive: a declared length alone
+/// allocates no more.
 const READ_MIN: usize = 16 << 10;
 const READ_MAX: usize = 1 << 20;
+
+/// How much longer than the server the client waits: the server answers `timeout`, and that answer needs
+/// time to arrive.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Returns how long the client waits for an answer that the server sends after `timeout`.
+pub(crate) fn patience(timeout: Option<Duration>) -> Option<Duration> {
+    timeout.map(|limit| limit.saturating_add(GRACE))
+}
+
+/// Converts a limit to milliseconds, rounded up, because a limit of 0 ms would be over at once.
+pub(crate) fn whole_millis(limit: Duration) -> u64 {
+    u64::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
 
 /// A connection to a server.
 #[derive(Debug)]
 pub struct Client {
-    /// `None` once an error left it unclear which answer comes next.
+    /// `None` after an error that makes it unclear which answer comes next.
     pub(super) stream: Option<Stream>,
-    /// What was received and not yet taken.
+    /// Bytes that were received and not used.
     pub(super) inbox: Vec<u8>,
-    /// How long an answer may take; `None` for as long as the server lives.
+    /// The longest wait for an answer; `None` for no limit.
     pub(super) timeout: Option<Duration>,
 }
 
-/// Connects as [`Client::connect`] does, for who has an event loop of its own: a non-blocking socket.
+/// Connects like [`Client::connect`], and returns a non-blocking socket for an event loop.
 ///
 /// # Errors
 /// [`ClientError::Address`], [`ClientError::NoServer`].
@@ -54,18 +67,18 @@ pub fn connect_nonblocking(
 
 /// A call as it is written.
 #[derive(Serialize)]
-pub(super) struct OutgoingCall<'a> {
+pub(crate) struct OutgoingCall<'a> {
     #[serde(rename = "in")]
-    pub(super) method: &'a str,
-    pub(super) params: &'a RawValue,
+    pub(crate) method: &'a str,
+    pub(crate) params: &'a RawValue,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) id: Option<&'a RawValue>,
+    pub(crate) id: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) timeout_ms: Option<u64>,
+    pub(crate) timeout_ms: Option<u64>,
 }
 
-/// The frame that a call is sent in.
-pub(super) fn frame_of(call: &impl Serialize) -> Result<Vec<u8>, ClientError> {
+/// Encodes a call as a frame.
+pub(crate) fn frame_of(call: &impl Serialize) -> Result<Vec<u8>, ClientError> {
     let mut bytes = Vec::new();
     let mark = frame::begin(&mut bytes);
     serde_json::to_writer(&mut bytes, call).map_err(ClientError::Params)?;
@@ -79,16 +92,14 @@ pub(super) fn frame_of(call: &impl Serialize) -> Result<Vec<u8>, ClientError> {
 
 impl Client {
     /// Connects to `"127.0.0.1:8080"`, `"[::1]:8080"`, `"localhost:8080"` or
-    /// `"unix:/run/preforkd/rpc.sock"`. `timeout` is how long connecting may take for each address
-    /// that a name stands for, and later how long each answer may take; `None` sets no limit of
-    /// this side's own.
+    /// `"unix:/run/preforkd/rpc.sock"`. `timeout` is the longest wait for a connection, for each address of
+    /// a name, and later for each answer. `None` sets no limit.
     ///
     /// # Errors
-    /// [`ClientError::Address`] for what is no address, [`ClientError::NoServer`] if nobody is
-    /// there.
+    /// [`ClientError::Address`] if it is no address, [`ClientError::NoServer`] if no server answers.
     pub fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
         let stream = Stream::connect(address, timeout)?;
-        // From the beginning, as no signal that ends this process waits for a destructor.
+        // From the beginning, because a signal that ends this process calls no destructor.
         stream.set_abort_on_close(true);
         Ok(Client {
             stream: Some(stream),
@@ -100,7 +111,7 @@ impl Client {
     /// Calls a method and reads its result as an `R`.
     ///
     /// # Errors
-    /// Each of [`ClientError`]'s but those of connecting.
+    /// Any [`ClientError`] except those of connecting.
     pub fn call<R: DeserializeOwned>(
         &mut self,
         method: &str,
@@ -113,15 +124,15 @@ impl Client {
             id: None,
             timeout_ms: None,
         };
-        let reply = self.exchange(&frame_of(&call)?, |body| answer::parse(body, None))?;
+        let reply = self.exchange(&frame_of(&call)?, |body| reply::parse(body, None))?;
         reply.read()
     }
 
-    /// Calls a method with params, and an id, that are JSON already; they go through to the letter.
-    /// `timeout_ms` is how many milliseconds the server is told that the caller waits.
+    /// Calls a method with params and an id that are JSON already. They are passed on byte for byte. The
+    /// server gets `timeout_ms` as the time that the caller waits.
     ///
     /// # Errors
-    /// [`ClientError::Params`] for params or an id that are no JSON, and what [`Client::call`] has.
+    /// [`ClientError::Params`] for params or an id that are no JSON, and those of [`Client::call`].
     pub fn call_raw(
         &mut self,
         method: &str,
@@ -137,24 +148,24 @@ impl Client {
             timeout_ms,
         };
         self.exchange(&frame_of(&call)?, |body| {
-            answer::parse(body, call.id.map(RawValue::get))
+            reply::parse(body, call.id.map(RawValue::get))
         })
     }
 
-    /// Whether the next call can be sent: no earlier error closed the connection.
+    /// Returns whether the next call can be sent: no earlier error has closed the connection.
     pub fn is_open(&self) -> bool {
         self.stream.is_some()
     }
 
-    /// Sends one call and takes its answer, which `parse` reads.
+    /// Sends one call and receives its answer, which `parse` reads.
     pub(super) fn exchange(
         &mut self,
         bytes: &[u8],
         parse: impl FnOnce(&[u8]) -> Result<Reply, ClientError>,
     ) -> Result<Reply, ClientError> {
-        // Put back only when it is certain that the next bytes belong to the next call.
+        // Put back only if it is certain that the next bytes belong to the next call.
         let mut stream = self.stream.take().ok_or(ClientError::Closed)?;
-        // A server that left between two calls is noticed before the next one is entrusted to it.
+        // Notices a server that has closed the connection before the next call is sent.
         if self.inbox.is_empty() && stream.has_ended() {
             let left = io::Error::new(io::ErrorKind::UnexpectedEof, "the server has closed it");
             return Err(ClientError::NotSent(left));
@@ -165,7 +176,7 @@ impl Client {
         let sent = stream.send(bytes, deadline);
         let body = match (receive(&mut stream, &mut self.inbox, deadline), sent) {
             (Ok(body), sent) => {
-                // A server that refuses a call before it has read it whole answers, then closes.
+                // A server that refuses a call before it has read all of it answers and closes.
                 if sent.is_ok() {
                     self.stream = Some(stream);
                 }
@@ -181,7 +192,7 @@ impl Client {
         let outcome = parse(&body);
         let closed = match &outcome {
             Ok(_) => false,
-            // The server closes after these, and whatever is sent meanwhile is not read.
+            // The server closes after these errors, and does not read what is sent.
             Err(ClientError::Refused(error)) => error.table_code().is_some_and(Code::closes),
             Err(_) => true,
         };
@@ -191,7 +202,7 @@ impl Client {
         outcome
     }
 
-    /// The error of a connection that failed while a call was on its way.
+    /// Returns the error of a connection that failed during a call.
     fn gone(&self, error: io::Error) -> ClientError {
         match (error.kind(), self.timeout) {
             (io::ErrorKind::TimedOut, Some(limit)) => ClientError::TimedOut(limit),
@@ -202,7 +213,7 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // Kept, so it is at rest: there is no call to be given up.
+        // No call is under way, so closing it cancels nothing.
         if let Some(stream) = &self.stream {
             stream.set_abort_on_close(false);
         }
@@ -212,11 +223,11 @@ impl Drop for Client {
 /// Why there is no answer.
 pub(super) enum Lost {
     Io(io::Error),
-    /// What came is no frame.
+    /// The received bytes are no frame.
     Alien(String),
 }
 
-/// Reads until one frame is whole, and takes its body out of the inbox.
+/// Reads until one frame is complete, and takes its body out of the inbox.
 pub(super) fn receive(
     stream: &mut Stream,
     inbox: &mut Vec<u8>,
@@ -232,7 +243,7 @@ pub(super) fn receive(
             DecodedFrame::Partial { need } => need,
             DecodedFrame::TooLarge { .. } => {
                 return Err(Lost::Alien(format!(
-                    "the answer begins with \"{}\", which is no frame: some other server is there",
+                    "the answer begins with \"{}\", which is not a frame: another kind of server listens there",
                     inbox.escape_ascii()
                 )));
             }

@@ -1,4 +1,4 @@
-//! Why a call through the client has no result, and what that means for sending it again.
+//! The errors of the client, and whether a call can be repeated after them.
 
 use std::fmt;
 use std::io;
@@ -10,41 +10,41 @@ use crate::protocol::rpc_error::RpcError;
 /// Why there is no connection, or a call has no result.
 #[derive(Debug)]
 pub enum ClientError {
-    /// What was given is no address: what is wrong with it, and how it is written.
+    /// The text is no address. Says what is wrong and how to write one.
     Address(String),
-    /// Nobody answers there.
+    /// No server answers at the address.
     NoServer {
         /// The address.
         address: String,
-        /// What the system says.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The params can't be written as JSON, or are none. Nothing was sent.
+    /// The params cannot be written as JSON, or are no JSON. Nothing was sent.
     Params(serde_json::Error),
-    /// The call has more bytes than a frame can tell. Nothing was sent.
+    /// The call is larger than a frame can be; the size in bytes. Nothing was sent.
     TooLarge(usize),
     /// The server answered with an error.
     Refused(RpcError),
-    /// The result is not of the type that was asked for.
+    /// The result is not of the requested type.
     Result(serde_json::Error),
-    /// The connection failed before the call was sent whole, so that it can't have begun.
+    /// The connection failed before the whole call was sent, so the call has not begun.
     NotSent(io::Error),
-    /// The connection ended before the answer came; the call may have run.
+    /// The connection ended before the answer came. The call may have run.
     Gone(io::Error),
-    /// No answer came within the client's own limit; the call may be running.
+    /// No answer came within the client's own limit. The call may be running.
     TimedOut(Duration),
-    /// What came is no answer to this call; the call may have run.
+    /// The received bytes are no answer to this call. The call may have run.
     Protocol(String),
     /// An earlier error closed the connection. Nothing was sent.
     Closed,
-    /// The pool was closed or terminated before the call's turn came. Nothing was sent.
+    /// The pool was closed or terminated before the call began. Nothing was sent.
     Ended,
-    /// The system gives no thread for it.
+    /// The system refused a thread.
     NoThread(io::Error),
 }
 
 impl ClientError {
-    /// Whether it is certain that the call did not begin, so that sending it again is safe.
+    /// Returns whether it is certain that the call did not begin, so that repeating it is safe.
     pub fn is_safe_to_repeat(&self) -> bool {
         match self {
             ClientError::Refused(error) => !error.started,
@@ -71,13 +71,16 @@ impl fmt::Display for ClientError {
             ClientError::NoServer { address, source } => {
                 write!(f, "no server at {address}: {source}")
             }
-            ClientError::Params(error) => write!(f, "the params are no JSON: {error}"),
+            ClientError::Params(error) => write!(f, "the params are not JSON: {error}"),
             ClientError::TooLarge(bytes) => {
-                write!(f, "the call has {bytes} bytes, more than a frame can tell")
+                write!(
+                    f,
+                    "the call has {bytes} bytes, which is too large for a frame"
+                )
             }
             ClientError::Refused(error) => error.fmt(f),
             ClientError::Result(error) => {
-                write!(f, "the result is not of the type asked for: {error}")
+                write!(f, "the result is not of the requested type: {error}")
             }
             ClientError::NotSent(error) => write!(
                 f,
@@ -94,7 +97,7 @@ impl fmt::Display for ClientError {
             ),
             ClientError::Protocol(text) => f.write_str(text),
             ClientError::Closed => f.write_str("an earlier error closed the connection"),
-            ClientError::Ended => f.write_str("the pool was closed before the call's turn came"),
+            ClientError::Ended => f.write_str("the pool was closed before the call began"),
             ClientError::NoThread(error) => write!(f, "start a thread for the client: {error}"),
         }
     }
@@ -114,12 +117,12 @@ impl std::error::Error for ClientError {
     }
 }
 
-/// The same failure once more, for each of the calls that it took along.
+/// Copies an error, for each call of a lost connection.
 pub(super) fn clone_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 
-/// For commands: each becomes the error whose exit code design.md gives it.
+/// Converts to the error of a command, which has an exit code.
 impl From<ClientError> for Error {
     fn from(error: ClientError) -> Self {
         match error {
@@ -129,7 +132,7 @@ impl From<ClientError> for Error {
                 Error::system_with(
                     format!("connect to {address}"),
                     source,
-                    "ask whoever runs the server to let this user in",
+                    "let this user connect: see mode and socket-group of the listener",
                 )
             }
             ClientError::NoServer { address, source } => Error::NoServer {

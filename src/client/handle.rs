@@ -1,6 +1,6 @@
 //! A call that is under way: whether it is done, and its result.
 //!
-//! A handle can be sent to another thread, and dropped: the call goes on, and its answer is nobody's.
+//! A handle can be sent to another thread. If it is dropped, the call continues and its answer is ignored.
 
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
@@ -12,19 +12,19 @@ use super::error::ClientError;
 use super::pipelined_calls::Entry;
 use super::reply::Reply;
 
-/// A call whose result, of the type `R`, can be had later.
+/// A call under way. Its result has the type `R`.
 #[derive(Debug)]
 pub struct Handle<R> {
     outcome: Receiver<Result<Reply, ClientError>>,
-    /// When to give up, and after how long that is.
+    /// When to give up, and the time until then.
     limit: Option<(Instant, Duration)>,
-    /// Held for its drop: the call of a pipeline is forgotten with its handle.
+    /// Removes the call from its pipeline when the handle is dropped.
     _entry: Option<Entry>,
     result: PhantomData<fn() -> R>,
 }
 
 impl<R> Handle<R> {
-    /// A handle of the call whose outcome will come there, once.
+    /// Makes the handle of a call whose result arrives once at `outcome`.
     pub(super) fn new(
         outcome: Receiver<Result<Reply, ClientError>>,
         limit: Option<Duration>,
@@ -38,7 +38,7 @@ impl<R> Handle<R> {
         }
     }
 
-    /// The same for a call of a pipeline, with its entry there.
+    /// Adds the entry of a call in a pipeline.
     pub(super) fn with_entry(self, entry: Entry) -> Self {
         Handle {
             _entry: Some(entry),
@@ -46,12 +46,12 @@ impl<R> Handle<R> {
         }
     }
 
-    /// Whether the outcome is there, so that taking it does not wait.
+    /// Returns whether the result is there, so that taking it does not wait.
     pub fn is_ready(&self) -> bool {
         !self.outcome.is_empty()
     }
 
-    /// Waits for the answer, to the letter.
+    /// Waits for the answer, and returns it byte for byte.
     ///
     /// # Errors
     /// Why there is no result.
@@ -63,7 +63,7 @@ impl<R> Handle<R> {
             },
             None => self.outcome.recv().ok(),
         };
-        // Whoever owed the outcome is gone without a word: it never began.
+        // The sender is gone without a result, so the call never began.
         received.unwrap_or(Err(ClientError::Ended))
     }
 }
@@ -72,16 +72,15 @@ impl<R: DeserializeOwned> Handle<R> {
     /// Waits for the result.
     ///
     /// # Errors
-    /// Why there is none, or that it is not an `R`.
+    /// Why there is no result, or that it is not an `R`.
     pub fn wait(self) -> Result<R, ClientError> {
         self.wait_raw().and_then(|reply| reply.read())
     }
 
-    /// Waits for the result, but not for longer than this: the handle comes back if it is not
-    /// there by then.
+    /// Waits for the result for at most this time.
     ///
     /// # Errors
-    /// The handle itself, to be asked again.
+    /// The handle, if the result is not there by then.
     pub fn wait_for(self, limit: Duration) -> Result<Result<R, ClientError>, Self> {
         match self.outcome.recv_timeout(limit) {
             Ok(outcome) => Ok(outcome.and_then(|reply| reply.read())),

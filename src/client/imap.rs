@@ -1,9 +1,8 @@
-//! A pool's calls for a row of items, as an iterator over their results.
+//! Makes the calls of a pool for a sequence of items, as an iterator over their results.
 //!
-//! Both take items only while the window has room, so that an endless row, or results that nobody
-//! takes, hold no more than that.
+//! Items are taken only while the window has room. So an endless sequence, or results that are not taken,
+//! need little memory.
 
-use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -13,14 +12,15 @@ use serde::de::DeserializeOwned;
 
 use super::error::ClientError;
 use super::pool::Pool;
+use super::reorder::ReorderBuffer;
 use super::reply::Reply;
 
 impl Pool {
-    /// Calls a method for each of `items` and waits for all results, which come in the items' order.
+    /// Calls a method for each of `items` and waits for all results. They are in the order of the items.
     ///
     /// # Errors
-    /// The first error in the items' order; those calls behind it that were handed out already are made all the
-    /// same, a few for each connection.
+    /// The first error in the order of the items. Some calls behind it, a few for each connection, are made
+    /// all the same.
     pub fn map<P: Serialize, R: DeserializeOwned>(
         &self,
         method: &str,
@@ -29,9 +29,8 @@ impl Pool {
         self.imap(method, items).collect()
     }
 
-    /// Calls a method for each of `items`; the results come in the items' order, each as soon as those
-    /// before it are there. Items are taken while there is room: at most four for each
-    /// connection are ahead of the results.
+    /// Calls a method for each of `items`. The results come in the order of the items, each as soon as all
+    /// before it are there. At most four items for each connection are ahead of the results.
     pub fn imap<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
         &self,
         method: &str,
@@ -40,8 +39,8 @@ impl Pool {
         Imap::new(self.imap_unordered(method, items))
     }
 
-    /// Calls a method for each of `items`; the results come as they are done, each with the place of its
-    /// item.
+    /// Calls a method for each of `items`. The results come as soon as they are there, each with the index
+    /// of its item.
     pub fn imap_unordered<P: Serialize, R: DeserializeOwned, I: IntoIterator<Item = P>>(
         &self,
         method: &str,
@@ -53,15 +52,15 @@ impl Pool {
 
 type Numbered = (usize, Result<Reply, ClientError>);
 
-/// Results as they are done; see [`Pool::imap_unordered`].
+/// Results as soon as they are there; see [`Pool::imap_unordered`].
 #[derive(Debug)]
 pub struct ImapUnordered<'p, I, R> {
     pool: &'p Pool,
     method: Arc<str>,
     items: I,
-    /// The place of the next item.
+    /// The index of the next item.
     next: usize,
-    /// Calls whose result was not taken yet; at most `window`.
+    /// The number of calls whose result was not taken; at most `window`.
     under_way: usize,
     window: usize,
     exhausted: bool,
@@ -72,7 +71,8 @@ pub struct ImapUnordered<'p, I, R> {
 
 impl<'p, I, R> ImapUnordered<'p, I, R> {
     pub(super) fn new(pool: &'p Pool, method: Arc<str>, items: I, window: usize) -> Self {
-        // Unbounded in type only: the window bounds it, and a lane must never wait for the taker.
+        // The channel has no limit, because the window limits it and a thread of the pool must never wait
+        // here.
         let (sender, done) = unbounded();
         ImapUnordered {
             pool,
@@ -90,7 +90,7 @@ impl<'p, I, R> ImapUnordered<'p, I, R> {
 }
 
 impl<I: Iterator<Item: Serialize>, R> ImapUnordered<'_, I, R> {
-    /// Makes calls until the window, less `held`, is full.
+    /// Begins calls until there are `window` of them, without those that are `held`.
     fn fill(&mut self, held: usize) {
         while !self.exhausted && self.under_way + held < self.window {
             let Some(item) = self.items.next() else {
@@ -106,7 +106,7 @@ impl<I: Iterator<Item: Serialize>, R> ImapUnordered<'_, I, R> {
                 .and_then(|params| {
                     let method = Arc::clone(&self.method);
                     self.pool.start(method, params.into(), move |outcome| {
-                        // The iterator was dropped: nobody wants it.
+                        // The receiver is gone if the iterator was dropped.
                         let _ = sender.send((place, outcome));
                     })
                 });
@@ -121,7 +121,7 @@ impl<I: Iterator<Item: Serialize>, R> ImapUnordered<'_, I, R> {
         if self.under_way == 0 {
             return None;
         }
-        // Never disconnected: this iterator has a sender of its own, and every job sends.
+        // Never disconnected, because this iterator has a sender and every call sends.
         let numbered = self.done.recv().ok()?;
         self.under_way -= 1;
         Some(numbered)
@@ -141,17 +141,14 @@ impl<I: Iterator<Item: Serialize>, R: DeserializeOwned> Iterator for ImapUnorder
 #[derive(Debug)]
 pub struct Imap<'p, I, R> {
     unordered: ImapUnordered<'p, I, R>,
-    /// Results that wait for one before them.
-    early: BTreeMap<usize, Result<Reply, ClientError>>,
-    next: usize,
+    order: ReorderBuffer<Result<Reply, ClientError>>,
 }
 
 impl<'p, I, R> Imap<'p, I, R> {
     pub(super) fn new(unordered: ImapUnordered<'p, I, R>) -> Self {
         Imap {
             unordered,
-            early: BTreeMap::new(),
-            next: 0,
+            order: ReorderBuffer::default(),
         }
     }
 }
@@ -161,12 +158,11 @@ impl<I: Iterator<Item: Serialize>, R: DeserializeOwned> Iterator for Imap<'_, I,
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            if let Some(outcome) = self.early.remove(&self.next) {
-                self.next += 1;
+            if let Some(outcome) = self.order.next() {
                 return Some(outcome.and_then(|reply| reply.read()));
             }
-            let (place, outcome) = self.unordered.next_outcome(self.early.len())?;
-            self.early.insert(place, outcome);
+            let (place, outcome) = self.unordered.next_outcome(self.order.held())?;
+            self.order.put(place, outcome);
         }
     }
 }

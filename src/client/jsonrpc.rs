@@ -1,7 +1,7 @@
-//! A call in the JSON-RPC 2.0 form over frames, and its answer (jsonrpc.org/specification).
+//! Makes a call in the JSON-RPC 2.0 form over frames (jsonrpc.org/specification).
 //!
-//! For who wants to see what such a client sees. An error of preforkd's says in `data` what the plain
-//! form says beside it; any other server's is taken as it is, and may have begun.
+//! It shows what a JSON-RPC client sees. Preforkd's errors have in `data` what the plain form has beside
+//! the error. The error of another server is passed on, and its call may have begun.
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
@@ -11,7 +11,7 @@ use super::error::ClientError;
 use super::reply::Reply;
 use crate::protocol::rpc_error::RpcError;
 
-/// The id of a call that was given none: without an id it would be a notification.
+/// The default id of a call. Without an id it would be a notification.
 const ID: &str = "1";
 
 #[derive(Serialize)]
@@ -25,11 +25,11 @@ struct Request<'a> {
     timeout_ms: Option<u64>,
 }
 
-/// What answers it; exactly one of `result` and `error` is there.
+/// A response. It has either `result` or `error`.
 #[derive(Deserialize)]
 struct Response {
     jsonrpc: String,
-    /// A null result is one.
+    /// A null result counts as a result.
     #[serde(default, deserialize_with = "present")]
     result: Option<Box<RawValue>>,
     #[serde(default)]
@@ -50,7 +50,7 @@ struct Refusal {
     data: Option<Box<RawValue>>,
 }
 
-/// What preforkd says in an error's `data`.
+/// The `data` of preforkd's errors.
 #[derive(Deserialize)]
 struct Details {
     name: String,
@@ -62,8 +62,8 @@ struct Details {
 }
 
 impl Client {
-    /// [`Client::call_raw`] in the JSON-RPC 2.0 form. Params that are null are left out; the id is 1 if
-    /// none is given.
+    /// Does the same as [`Client::call_raw`] in the JSON-RPC 2.0 form. Params that are null are left out.
+    /// The default id is 1.
     ///
     /// # Errors
     /// As for [`Client::call_raw`].
@@ -94,9 +94,9 @@ fn parse(body: &[u8], method: &str, id: &str) -> Result<Reply, ClientError> {
             "the answer is not in the JSON-RPC 2.0 form: {what}"
         ))
     };
-    // A derived struct would take an array for an object.
+    // A derived struct would accept an array for an object.
     if body.trim_ascii_start().first() != Some(&b'{') {
-        return Err(alien("it is no object".into()));
+        return Err(alien("it is not an object".into()));
     }
     let response: Response =
         serde_json::from_slice(body).map_err(|error| alien(error.to_string()))?;
@@ -110,12 +110,12 @@ fn parse(body: &[u8], method: &str, id: &str) -> Result<Reply, ClientError> {
             result,
             id: response.id,
         }),
-        // Errors echo the id when it could be read.
+        // An error has the id of the call if the server could read that.
         (None, Some(error)) if echoed == id || echoed == "null" => {
             Err(ClientError::Refused(error.into()))
         }
         (Some(_), None) | (None, Some(_)) => Err(alien(format!(
-            "the call's id is {id} and its own is {echoed}"
+            "the call's id is {id}, but its own is {echoed}"
         ))),
         (None, None) => Err(alien("it has neither a result nor an error".into())),
         (Some(_), Some(_)) => Err(alien("it has both a result and an error".into())),
@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn what_is_no_answer_to_the_call_is_a_protocol_error() {
         for (body, told) in [
-            (r#"["2.0", 1, null, 7]"#, "no object"),
+            (r#"["2.0", 1, null, 7]"#, "not an object"),
             (r#"{"out":"pong","result":1}"#, "jsonrpc"),
             (r#"{"jsonrpc":"1.0","result":1,"id":7}"#, "version"),
             (r#"{"jsonrpc":"2.0","result":1,"id":8}"#, "id is 7"),

@@ -1,18 +1,18 @@
-//! Clients of a server, in the plain form over frames; blocking, with threads and no runtime.
+//! Calls a server: blocking clients with threads and without an async runtime.
 //!
-//! Three of them, each on what is above it:
+//! There are three, each built on the one above it:
 //!
 //! | type | what for |
 //! | --- | --- |
 //! | [`Client`] | one connection, one call at a time |
 //! | [`Pipeline`] | one connection, any number of calls ahead; answers are matched by id |
-//! | [`Pool`] | several connections in threads: `map` and its kin, reconnecting, repeating what is safe |
+//! | [`Pool`] | several connections in threads: `map` and the like, reconnecting, repeating what is safe |
 //!
-//! [`Client`] sends each call with one write and waits for its answer. It does not reconnect and
-//! repeats nothing: whether a call may be sent again is told by the error
-//! ([`ClientError::is_safe_to_repeat`]), and decided by the caller. After any error but a refusal the
-//! connection is closed, for an answer that comes late must not be taken for the next call's. The
-//! server cancels the call then, as it does when this process ends in the middle of it.
+//! [`Client`] sends each call with one write and waits for its answer. It does not reconnect and repeats
+//! nothing. The caller decides whether to repeat a call; the error says whether that is safe
+//! ([`ClientError::is_safe_to_repeat`]). After any error except a refusal the connection is closed, because
+//! a late answer must not be taken for that of the next call. The server then cancels the call. It does the
+//! same if the process exits during a call.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -42,7 +42,6 @@
 //! # }
 //! ```
 
-mod answer;
 mod connection;
 mod error;
 mod handle;
@@ -54,6 +53,7 @@ mod pool;
 #[cfg(test)]
 mod pool_tests;
 mod pool_thread;
+pub(crate) mod reorder;
 mod reply;
 mod retry;
 mod stream;
@@ -61,6 +61,7 @@ mod stream;
 mod tests;
 
 pub use connection::{Client, connect_nonblocking};
+pub(crate) use connection::{OutgoingCall, frame_of, patience, whole_millis};
 pub use error::ClientError;
 pub use handle::Handle;
 pub use imap::{Imap, ImapUnordered};

@@ -1,8 +1,8 @@
-//! One connection with any number of calls ahead: a thread reads, whoever calls writes.
+//! Sends any number of calls ahead on one connection: a thread reads, and callers write.
 //!
-//! Each call has an id, a number of this connection, and the answer is matched by it, so a quick call
-//! is not held up by a slow one before it. A connection that ended takes its unanswered calls along
-//! ([`ClientError::Gone`]: they may have run); the next call makes a new one. Nothing is repeated.
+//! Each call has an id, a number of this connection, so that a quick call does not wait for a slow one
+//! before it. If a connection ends, its unanswered calls fail ([`ClientError::Gone`]: they may have run),
+//! and the next call opens a new one. Nothing is repeated.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -13,23 +13,24 @@ use crossbeam_channel::bounded;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::answer;
-use super::connection::{Lost, OutgoingCall, frame_of, receive};
+use super::connection::{Lost, OutgoingCall, frame_of, receive, whole_millis};
 use super::error::ClientError;
 use super::error::clone_error;
 use super::handle::Handle;
-use super::pipelined_calls::{Entry, PipelinedCalls, lock};
+use super::pipelined_calls::{Entry, PipelinedCalls};
+use super::reply;
 use super::stream::Stream;
+use crate::sys::lock::lock;
 
-/// A connection on which calls are sent without waiting for the answers before.
+/// A connection on which calls are sent without waiting for earlier answers.
 ///
-/// When the server does not read on, because it has as many unanswered calls of this connection as it
-/// takes (`limits.pipeline`), [`Pipeline::submit`] waits.
+/// [`Pipeline::submit`] waits while the server does not read, because the connection has as many unanswered
+/// calls as the server allows (`limits.pipeline`).
 #[derive(Debug)]
 pub struct Pipeline {
     address: String,
     timeout: Option<Duration>,
-    /// `None` before a lost connection is made again. Held while a call is written: frames must
+    /// `None` until a lost connection is opened again. Locked while a call is written, because frames must
     /// not mix.
     connection: Mutex<Option<PipelineConnection>>,
 }
@@ -38,14 +39,14 @@ pub struct Pipeline {
 struct PipelineConnection {
     stream: Stream,
     unanswered: Arc<Mutex<PipelinedCalls>>,
-    /// `Some` until it was waited for.
+    /// `Some` until it was joined.
     reader: Option<JoinHandle<()>>,
 }
 
 impl Pipeline {
-    /// Connects, as [`Client::connect`](super::Client::connect) does. `timeout` is also how long each
-    /// answer may take, counted from its submission. The server is told, and does not run a call for
-    /// longer (`timeout_ms`).
+    /// Connects like [`Client::connect`](super::Client::connect). `timeout` is also the longest wait for
+    /// each answer from its submission on. The server gets it too, and runs no call for longer
+    /// (`timeout_ms`).
     ///
     /// # Errors
     /// [`ClientError::Address`], [`ClientError::NoServer`], [`ClientError::NoThread`].
@@ -58,7 +59,7 @@ impl Pipeline {
         })
     }
 
-    /// Sends a call; the handle has the result later, in whatever order the answers come.
+    /// Sends a call. The handle gets the result. Answers may come in any order.
     ///
     /// # Errors
     /// Those of sending and, if the connection was lost before, of connecting again.
@@ -71,7 +72,7 @@ impl Pipeline {
         self.send(method, &params)
     }
 
-    /// The same with params that are JSON already.
+    /// Sends a call with params that are JSON already.
     ///
     /// # Errors
     /// As for [`Pipeline::submit`].
@@ -93,7 +94,7 @@ impl Pipeline {
         let sent = write(connection, method, params, id, self.timeout);
         if let Err(error) = sent {
             lock(&connection.unanswered).calls.remove(&id);
-            // Half a frame may be out, behind which no other can be understood.
+            // Half a frame may have been sent, after which the server cannot understand another one.
             if matches!(error, ClientError::NotSent(_) | ClientError::TimedOut(_)) {
                 slot.take();
             }
@@ -131,19 +132,14 @@ fn write(
         })
 }
 
-/// A limit in milliseconds, rounded up: a limit of 0 ms is over before the call is read.
-fn whole_millis(limit: Duration) -> u64 {
-    u64::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
-}
-
 impl PipelineConnection {
     fn open(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
-        let nobody = |source| ClientError::NoServer {
+        let no_server = |source| ClientError::NoServer {
             address: address.to_owned(),
             source,
         };
         let stream = Stream::connect(address, timeout)?;
-        let reading = stream.try_clone().map_err(nobody)?;
+        let reading = stream.try_clone().map_err(no_server)?;
         let unanswered = Arc::new(Mutex::new(PipelinedCalls::default()));
         let reader = thread::Builder::new()
             .name("answers".into())
@@ -165,7 +161,7 @@ impl PipelineConnection {
 }
 
 impl Drop for PipelineConnection {
-    /// What is unanswered loses its connection.
+    /// Closes the connection. Unanswered calls fail.
     fn drop(&mut self) {
         self.stream.end();
         if let Some(reader) = self.reader.take() {
@@ -174,7 +170,7 @@ impl Drop for PipelineConnection {
     }
 }
 
-/// Hands out answers until the connection ends, and then tells those that have none.
+/// Passes answers to their calls until the connection ends, then reports the end to the others.
 fn read_all(mut stream: Stream, unanswered: &Mutex<PipelinedCalls>) {
     let mut inbox = Vec::new();
     let lost = loop {
@@ -187,12 +183,12 @@ fn read_all(mut stream: Stream, unanswered: &Mutex<PipelinedCalls>) {
             Err(lost) => break lost,
         }
     };
-    // Whoever writes on is told so by the system, rather than waiting for a reader that is gone.
+    // Writers get an error from the system, instead of waiting for a reader that is gone.
     stream.end();
     let mut unanswered = lock(unanswered);
     unanswered.ended = true;
     for (_, sender) in unanswered.calls.drain() {
-        // A handle that was dropped wants nothing.
+        // The receiver is gone if the handle was dropped.
         let _ = sender.send(Err(match &lost {
             Lost::Io(error) => ClientError::Gone(clone_error(error)),
             Lost::Alien(text) => ClientError::Protocol(text.clone()),
@@ -200,9 +196,9 @@ fn read_all(mut stream: Stream, unanswered: &Mutex<PipelinedCalls>) {
     }
 }
 
-/// Gives an answer to its call; an error when there is none.
+/// Passes an answer to its call. Returns an error if there is no such call.
 fn hand_out(body: &[u8], unanswered: &mut PipelinedCalls) -> Result<(), String> {
-    let (id, outcome) = answer::read(body).map_err(|error| error.to_string())?;
+    let (id, outcome) = reply::read(body).map_err(|error| error.to_string())?;
     let number = id.as_ref().and_then(|id| id.get().parse().ok());
     match number {
         Some(number) if (1..=unanswered.given).contains(&number) => {
@@ -211,7 +207,7 @@ fn hand_out(body: &[u8], unanswered: &mut PipelinedCalls) -> Result<(), String> 
             }
             Ok(())
         }
-        // An error without an id is about the connection: too-large, stopping.
+        // An error without an id is about the whole connection: too-large, stopping.
         _ => Err(match outcome {
             Err(error) => error.to_string(),
             Ok(_) => format!(

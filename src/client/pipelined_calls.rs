@@ -1,14 +1,12 @@
 //! Holds the calls of a pipeline that have no answer yet.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::Sender;
 
-use super::error::ClientError;
-use super::reply::Reply;
-
-pub(super) type Outcome = Result<Reply, ClientError>;
+use super::reply::Outcome;
+use crate::sys::lock::lock;
 
 /// The calls that have no answer yet, by id.
 #[derive(Debug, Default)]
@@ -16,7 +14,7 @@ pub(super) struct PipelinedCalls {
     /// The number of ids that were used. An answer to one of them without an entry is late.
     pub(super) given: u64,
     pub(super) calls: HashMap<u64, Sender<Outcome>>,
-    /// The reader has seen the end: nothing sent from now on is answered.
+    /// Whether the reader has seen the end of the connection. Then no call is answered any more.
     pub(super) ended: bool,
 }
 
@@ -29,7 +27,7 @@ impl PipelinedCalls {
     }
 }
 
-/// The entry of one call. Its drop removes the call, because its caller no longer waits: the answer
+/// The entry of one call. Its drop removes the call, because its caller does not wait any more: the answer
 /// came, its time was over, or the handle was dropped.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -41,8 +39,4 @@ impl Drop for Entry {
     fn drop(&mut self) {
         lock(&self.unanswered).calls.remove(&self.id);
     }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,8 +1,8 @@
-//! Several connections as one pool of callers, in the shape of Python's `multiprocessing.Pool`.
+//! A pool of connections to one server, in the style of Python's `multiprocessing.Pool`.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -16,17 +16,17 @@ use super::handle::Handle;
 use super::pool_thread::{ClientCall, ConnectionHandle, PoolThread, Shared};
 use super::reply::Reply;
 use super::retry::Retry;
+use crate::sys::lock::lock;
 
-/// How a pool calls.
+/// The options of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// How many connections, which is how many calls run at once; at least 1.
+    /// The number of connections, which is the number of calls at once; at least 1.
     pub connections: usize,
-    /// How long a call may take: the server is told, and answers `timeout` after that. `None`: as long
-    /// as the server lets it.
+    /// The timeout of each call. The server gets it and answers `timeout`. `None` means the server's own.
     pub timeout: Option<Duration>,
-    /// For how long a call is repeated that certainly did not begin: the server is being restarted, or
-    /// overloaded. Zero: not at all.
+    /// How long a call is repeated that certainly did not begin, because the server restarts or is
+    /// overloaded. Zero means never.
     pub patience: Duration,
 }
 
@@ -43,7 +43,7 @@ impl Default for Options {
 
 /// Connections to one server, each in a thread of its own with one call at a time.
 ///
-/// For people who come from Python's `multiprocessing.Pool`:
+/// Compared with Python's `multiprocessing.Pool`:
 ///
 /// | there | here |
 /// | --- | --- |
@@ -54,10 +54,10 @@ impl Default for Options {
 /// | `map`, `imap`, `imap_unordered` | [`Pool::map`], [`Pool::imap`], [`Pool::imap_unordered`] |
 /// | `close()`, `join()`, `terminate()` | [`Pool::close`], [`Pool::join`], [`Pool::terminate`]; dropping it terminates, as leaving `with` does there |
 ///
-/// A connection that was lost is made again. A call is repeated only when it is certain that it did
-/// not begin (`started` is false, or the connection failed before it was sent whole) and another try
-/// can go better; any other failure is the caller's to judge. Calls that run when the process ends
-/// are cancelled by the server: join the pool first to have them done.
+/// A lost connection is opened again. A call is repeated only if it certainly did not begin (`started` is
+/// false, or the connection failed before all of it was sent) and another try may succeed. The caller
+/// decides about other failures. The server cancels calls that run when the process ends, so join the pool
+/// first.
 ///
 /// ```no_run
 /// use preforkd::client::{Options, Pool};
@@ -70,17 +70,17 @@ impl Default for Options {
 /// ```
 pub struct Pool {
     shared: Arc<Shared>,
-    /// `None` once the pool is closed.
+    /// `None` after the pool was closed.
     jobs: Mutex<Option<Sender<ClientCall>>>,
-    /// Dropped to wake the lanes that wait before they repeat.
+    /// Dropped to wake threads that wait before they repeat a call.
     stop: Mutex<Option<Sender<()>>>,
     wires: Vec<ConnectionHandle>,
     pub(super) lanes: Vec<JoinHandle<()>>,
 }
 
 impl Pool {
-    /// Connects. Only the first connection is made here, to know that somebody is there; the others
-    /// when there is something to do for them.
+    /// Connects. Only the first connection is opened here, to check that there is a server. The others are
+    /// opened when they have calls.
     ///
     /// # Errors
     /// [`ClientError::Address`], [`ClientError::NoServer`], [`ClientError::NoThread`].
@@ -126,7 +126,7 @@ impl Pool {
     /// Calls a method and waits for its result.
     ///
     /// # Errors
-    /// Why there is none.
+    /// Why there is no result.
     pub fn apply<R: DeserializeOwned>(
         &self,
         method: &str,
@@ -135,7 +135,7 @@ impl Pool {
         self.submit(method, params)?.wait()
     }
 
-    /// Calls a method without waiting; the handle has the result later.
+    /// Calls a method without waiting. The handle gets the result.
     ///
     /// # Errors
     /// [`ClientError::Params`], and [`ClientError::Ended`] after [`Pool::close`].
@@ -147,17 +147,17 @@ impl Pool {
         let (sender, outcome) = bounded(1);
         let params = serde_json::to_string(&params).map_err(ClientError::Params)?;
         self.start(method.into(), params.into(), move |result| {
-            // Nobody waits for it any more: the handle was dropped.
+            // The receiver is gone if the handle was dropped.
             let _ = sender.send(result);
         })?;
         Ok(Handle::new(outcome, None))
     }
 
-    /// Calls a method without waiting; `callback` is given the result, in a thread of the pool that
-    /// makes no other call meanwhile. If it panics, the log says so and the pool goes on.
+    /// Calls a method without waiting. `callback` gets the result in a thread of the pool, which makes no
+    /// other call meanwhile. If it panics, that is logged and the pool continues.
     ///
     /// # Errors
-    /// As for [`Pool::submit`]; the callback is not called then.
+    /// As for [`Pool::submit`]. Then the callback is not called.
     pub fn apply_async<R: DeserializeOwned>(
         &self,
         method: &str,
@@ -170,7 +170,7 @@ impl Pool {
         })
     }
 
-    /// The same with params that are JSON already, and with the answer to the letter.
+    /// Calls a method with params that are JSON already. `callback` gets the answer byte for byte.
     ///
     /// # Errors
     /// As for [`Pool::submit`].
@@ -184,24 +184,24 @@ impl Pool {
         self.start(Arc::clone(method), params_json.into(), callback)
     }
 
-    /// How often a call has been made again so far.
+    /// Returns how often calls were repeated so far.
     pub fn repeated(&self) -> u64 {
         self.shared.repeated.load(Ordering::Relaxed)
     }
 
-    /// Takes no further calls; those that it has are made.
+    /// Accepts no further calls. Those that were accepted are made.
     pub fn close(&self) {
         lock(&self.jobs).take();
     }
 
-    /// Closes it and waits until every call is answered and every callback has returned.
+    /// Closes the pool, and waits until every call is answered and every callback has returned.
     pub fn join(mut self) {
         self.close();
         self.wait();
     }
 
-    /// Ends it now: what has not begun gets [`ClientError::Ended`], what runs loses its connection
-    /// and gets [`ClientError::Gone`]. Returns when the last callback has.
+    /// Ends the pool now. Calls that have not begun get [`ClientError::Ended`]. Running calls lose their
+    /// connection and get [`ClientError::Gone`]. Returns when the last callback has returned.
     pub fn terminate(mut self) {
         self.end();
     }
@@ -218,7 +218,7 @@ impl Pool {
 
     fn wait(&mut self) {
         for lane in self.lanes.drain(..) {
-            // A pool that ends in its own callback has that lane's thread for a caller.
+            // A callback that terminates the pool runs in one of its threads, which cannot join itself.
             if lane.thread().id() != thread::current().id() {
                 let _ = lane.join();
             }
@@ -258,9 +258,4 @@ impl fmt::Debug for Pool {
             .field("connections", &self.lanes.len())
             .finish_non_exhaustive()
     }
-}
-
-/// Nothing under these locks can panic half-way, so that a poisoned one is as good as any.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! The pool and the pipeline against servers of a few lines.
+//! The pool and the pipeline with simulated servers.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
@@ -24,7 +24,8 @@ enum Then {
     Close,
 }
 
-/// A server that has each call judged, with the call's number from 0 on; and the calls it has read.
+/// Starts a server that asks a function what to do with each call, numbered from 0 on. Also returns the
+/// calls.
 fn server(
     judge: impl Fn(usize, &Value) -> Then + Send + Sync + 'static,
 ) -> (String, Arc<Mutex<Vec<Value>>>) {
@@ -116,7 +117,7 @@ fn a_connection_that_was_closed_while_idle_is_made_again_before_the_call() {
     });
     let mut client = Client::connect(&address, Some(PATIENCE)).unwrap();
     client.call::<i64>("ping", 1).unwrap();
-    // The end of the connection is on its way at the latest now; nothing announces its arrival.
+    // The end of the connection is on its way now. Its arrival cannot be seen otherwise.
     while !client.stream.as_ref().unwrap().has_ended() {
         thread::yield_now();
     }
@@ -193,7 +194,7 @@ fn a_closed_pool_finishes_and_a_terminated_one_does_not() {
     }
     assert_eq!(calls.lock().unwrap().len(), 50);
 
-    // This one never answers.
+    // This server never answers.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let terminated = pool(&silent.local_addr().unwrap().to_string(), 1);
     let running: Handle<i64> = terminated.submit("ping", 1).unwrap();
@@ -213,12 +214,12 @@ fn a_server_that_comes_back_within_the_patience_is_found_again() {
         then => then,
     });
     let pool = pool(&address, 3);
-    // Every answer ends its connection: each call needs a new one.
+    // Every answer ends its connection, so each call needs a new one.
     let mut lost = 0;
     for outcome in pool.imap::<_, i64, _>("ping", 0..100) {
         match outcome {
             Ok(_) => {}
-            // Sent just before the end arrived: it may have run, and nobody repeats it.
+            // Sent just before the end arrived: it may have run, so it is not repeated.
             Err(error) => {
                 assert!(!error.is_safe_to_repeat(), "{error:?}");
                 lost += 1;
@@ -242,7 +243,7 @@ fn a_pipeline_matches_answers_by_id_in_whatever_order_they_come() {
             let body = format!(r#"{{"out":"pong","result":{params},"id":{id}}}"#);
             stream.write_all(&framed(&body)).unwrap();
         }
-        // The next ones are read, and the connection ends instead of an answer.
+        // The following calls are read, and then the connection ends instead of an answer.
         read_frame(&mut stream).unwrap();
         drop(stream);
         let mut stream = listener.accept().unwrap().0;
@@ -277,7 +278,7 @@ fn a_pipeline_gives_up_on_one_answer_and_keeps_the_others() {
     let late: Handle<i64> = pipeline.submit("sleep", 1).unwrap();
     let error = late.wait().unwrap_err();
     assert!(matches!(error, ClientError::TimedOut(_)), "{error:?}");
-    // The late answer comes first, and is not taken for the second's.
+    // The late answer comes first, and must not be taken for that of the second call.
     let second: Handle<i64> = pipeline.submit("ping", 2).unwrap();
     for (id, result) in [(1, 1), (2, 2)] {
         read_frame(&mut stream).unwrap();

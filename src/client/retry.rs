@@ -1,8 +1,7 @@
-//! When a call that failed is made again, and after how long.
+//! Decides whether a failed call is repeated, and after which delay. Pure.
 //!
-//! Pure: the lane that makes the calls keeps the time. Only what is certain not to have begun is
-//! repeated, and of that only what may go better the next time: a method that is not there will not
-//! be there in a second, a server that is just being restarted will.
+//! Only a call that certainly did not begin is repeated, and only if it may succeed the next time: a server
+//! that restarts will be there again, but a missing method will not.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -10,21 +9,21 @@ use std::time::Duration;
 use super::error::ClientError;
 use crate::protocol::code::Code;
 
-/// The delay after the second failure in a row; each further one doubles it.
+/// The delay after the second failure in a row. Each further failure doubles it.
 const FIRST_DELAY: Duration = Duration::from_millis(5);
 /// The longest delay.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
 
-/// How a pool repeats.
+/// How a pool repeats calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Retry {
-    /// How long after its first failure a call is still repeated.
+    /// How long after its first failure a call is repeated.
     pub(super) patience: Duration,
 }
 
 impl Retry {
-    /// How long to wait before a call is made again that has now failed `failures` times with this
-    /// error as the last one, `since` the first of them; `None` when it is not to be repeated.
+    /// Returns the delay before a call is repeated that has failed `failures` times, last with this error,
+    /// `since` its first failure. Returns `None` if it is not repeated.
     pub(super) fn after(
         self,
         error: &ClientError,
@@ -34,7 +33,7 @@ impl Retry {
         if !error.is_safe_to_repeat() || !may_go_better(error) || since >= self.patience {
             return None;
         }
-        // A connection that went stale is the commonest case, and the next one is likely fine.
+        // Mostly the connection was closed while it was idle, and a new one works.
         let Some(doublings) = failures.checked_sub(2) else {
             return Some(match error {
                 ClientError::NotSent(_) | ClientError::Closed => Duration::ZERO,
@@ -49,7 +48,7 @@ impl Retry {
 fn may_go_better(error: &ClientError) -> bool {
     match error {
         ClientError::NotSent(_) | ClientError::Closed => true,
-        // A unix socket that is not there may be bound in a moment; a permission stays refused.
+        // A unix socket that does not exist may be bound soon, but a missing permission stays.
         ClientError::NoServer { source, .. } => source.kind() != ErrorKind::PermissionDenied,
         ClientError::Refused(error) => matches!(
             error.table_code(),

@@ -1,7 +1,7 @@
 //! The client's end of a connection, TCP or unix, with a deadline for each step.
 //!
-//! It moves bytes and knows no frames. Every failure is an `io::Error`; one of kind `TimedOut` is
-//! the deadline's and nobody else's.
+//! It transfers bytes and knows no frames. Every failure is an `io::Error`. Only the deadline gives the
+//! kind `TimedOut`.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::error::ClientError;
 use crate::sys::socket;
 
-/// See the module.
+/// A TCP or unix connection.
 #[derive(Debug)]
 pub(super) enum Stream {
     Tcp(TcpStream),
@@ -23,13 +23,13 @@ pub(super) enum Stream {
 impl Stream {
     /// Connects to `HOST:PORT` or `unix:PATH`.
     pub(super) fn connect(address: &str, timeout: Option<Duration>) -> Result<Self, ClientError> {
-        let nobody = |source| ClientError::NoServer {
+        let no_server = |source| ClientError::NoServer {
             address: address.to_owned(),
             source,
         };
         if let Some(path) = address.strip_prefix("unix:") {
             let connected = socket::connect_unix(Path::new(path), timeout);
-            return connected.map(Stream::Unix).map_err(nobody);
+            return connected.map(Stream::Unix).map_err(no_server);
         }
         let wrong = || {
             ClientError::Address(format!(
@@ -41,10 +41,10 @@ impl Stream {
         if host.is_empty() || !port.parse().is_ok_and(|port: u16| port > 0) {
             return Err(wrong());
         }
-        let mut failure = io::Error::new(ErrorKind::NotFound, "the name stands for no address");
-        for place in address.to_socket_addrs().map_err(nobody)? {
+        let mut failure = io::Error::new(ErrorKind::NotFound, "the name has no address");
+        for place in address.to_socket_addrs().map_err(no_server)? {
             let connected = match timeout {
-                // Zero is refused by std; a limit that short is over before it begins.
+                // std refuses zero. A limit that short is over before it begins.
                 Some(limit) => {
                     TcpStream::connect_timeout(&place, limit.max(Duration::from_millis(1)))
                 }
@@ -55,10 +55,10 @@ impl Stream {
                 Err(error) => failure = error,
             }
         }
-        Err(nobody(failure))
+        Err(no_server(failure))
     }
 
-    /// The socket itself, for an event loop: it waits for nothing any more.
+    /// Returns the socket for an event loop, in non-blocking mode.
     pub(super) fn into_nonblocking(self) -> io::Result<OwnedFd> {
         match self {
             Stream::Tcp(tcp) => tcp.set_nonblocking(true).map(|()| tcp.into()),
@@ -66,7 +66,7 @@ impl Stream {
         }
     }
 
-    /// A second handle of the same connection, for whoever reads, or ends it from outside.
+    /// Returns a second handle of the connection, to read from it or to end it from outside.
     pub(super) fn try_clone(&self) -> io::Result<Self> {
         match self {
             Stream::Tcp(tcp) => tcp.try_clone().map(Stream::Tcp),
@@ -74,25 +74,25 @@ impl Stream {
         }
     }
 
-    /// Ends the connection in both directions: whoever waits in it wakes up.
+    /// Ends the connection in both directions. Blocked reads and writes return.
     pub(super) fn end(&self) {
-        // ENOTCONN says that it has ended already.
+        // ENOTCONN means that it has ended already.
         let _ = match self {
             Stream::Tcp(tcp) => tcp.shutdown(Shutdown::Both),
             Stream::Unix(unix) => unix.shutdown(Shutdown::Both),
         };
     }
 
-    /// Whether its end, when it is closed or this process is, tells the server that nobody waits for
-    /// an answer any more: a mere end could be that of a client that has said all it had to say. On
-    /// a unix socket each end of a process tells so.
+    /// Sets whether closing the connection, or the end of this process, tells the server that the client
+    /// does not wait for an answer. A normal close could come from a client that has sent its last call. On
+    /// a unix socket each close tells this.
     pub(super) fn set_abort_on_close(&self, forsakes: bool) {
         if let Stream::Tcp(tcp) = self {
             socket::reset_when_closed(tcp, forsakes);
         }
     }
 
-    /// Whether the server has closed it while nobody looked.
+    /// Returns whether the server has closed the connection.
     pub(super) fn has_ended(&self) -> bool {
         match self {
             Stream::Tcp(tcp) => socket::has_ended(tcp),
@@ -100,8 +100,7 @@ impl Stream {
         }
     }
 
-    /// Sends all the bytes, in one write(2) if the socket takes them. After an error they were
-    /// never sent whole.
+    /// Sends all bytes, in one write(2) if the socket accepts them. After an error not all were sent.
     pub(super) fn send(&mut self, mut bytes: &[u8], deadline: Option<Instant>) -> io::Result<()> {
         while !bytes.is_empty() {
             let limit = remaining(deadline)?;
@@ -120,8 +119,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Appends what there is, at least one byte and at most `room`. The end of the stream is an
-    /// error.
+    /// Appends received bytes, at least one and at most `room`. The end of the stream is an error.
     pub(super) fn receive(
         &mut self,
         inbox: &mut Vec<u8>,
@@ -157,7 +155,7 @@ impl Stream {
     }
 }
 
-/// What is left until the deadline, never zero, which setsockopt(2) takes for "no limit".
+/// Returns the time until the deadline. It is never zero, which setsockopt(2) takes for "no limit".
 fn remaining(deadline: Option<Instant>) -> io::Result<Option<Duration>> {
     let Some(deadline) = deadline else {
         return Ok(None);
@@ -168,8 +166,8 @@ fn remaining(deadline: Option<Instant>) -> io::Result<Option<Duration>> {
     }
 }
 
-/// `None` when the step is to be done again: a signal came, or a socket's own limit was over, for
-/// which the deadline is looked at once more.
+/// Returns `None` if the step must be repeated: a signal came, or the socket's own limit was over and the
+/// deadline is checked again.
 fn unless_interrupted(outcome: io::Result<usize>) -> io::Result<Option<usize>> {
     match outcome {
         Ok(count) => Ok(Some(count)),

@@ -1,4 +1,4 @@
-//! The client against a server of a few lines, which answers what each test tells it to.
+//! The client with a simulated server.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
@@ -14,7 +14,7 @@ use crate::protocol::frame;
 
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(10));
 
-/// Reads one frame's body; `None` at the end of the stream.
+/// Reads the body of one frame; `None` at the end of the stream.
 pub(super) fn read_frame(stream: &mut impl Read) -> Option<String> {
     let mut length = [0; 4];
     stream.read_exact(&mut length).ok()?;
@@ -31,7 +31,7 @@ pub(super) fn framed(body: &str) -> Vec<u8> {
     bytes
 }
 
-/// A server for one connection; `serve` is what it does with it.
+/// Starts a server for one connection, which `serve` handles.
 fn server<T: Send + 'static>(
     serve: impl FnOnce(TcpStream) -> T + Send + 'static,
 ) -> (String, JoinHandle<T>) {
@@ -41,7 +41,7 @@ fn server<T: Send + 'static>(
     (address, thread)
 }
 
-/// A server that gives these bytes for the calls that come, in turn, and returns the calls.
+/// Starts a server that sends these bytes for each call in turn. Returns the calls.
 fn scripted(answers: Vec<Vec<u8>>) -> (String, JoinHandle<Vec<String>>) {
     server(move |mut stream| {
         let mut calls = Vec::new();
@@ -210,9 +210,12 @@ fn an_answer_that_does_not_come_in_time_is_never_taken_for_the_next() {
 fn what_is_no_answer_to_the_call_is_a_protocol_error() {
     for (answer, told) in [
         (b"HTTP/1.1 400 Bad Request\r\n".to_vec(), "HTTP/1.1 400"),
-        (framed("[]"), "plain form"),
+        (framed("[]"), "not an answer: not an object"),
         (framed(r#"{"out":"pong"}"#), "missing field `result`"),
-        (framed(r#"{"out":"error","result":"no"}"#), "plain form"),
+        (
+            framed(r#"{"out":"error","result":"no"}"#),
+            "not an answer: the result",
+        ),
         (framed(r#"{"out":"pong","result":1,"id":8}"#), "id is 7"),
     ] {
         let (address, _server) = scripted(vec![answer]);

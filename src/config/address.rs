@@ -1,7 +1,7 @@
-//! Where a listener stands: an IP address with a port, or a unix socket, as text and back.
+//! The address of a listener: an IP address with a port, or a unix socket. Parses it and prints it.
 //!
-//! Names are never resolved here, nor anywhere else in the server: a listener is an address of this
-//! machine, and the master must not wait for a name server.
+//! Names are not resolved, here or anywhere else in the server: a listener is an address of this machine,
+//! and the master must not wait for a name server.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,14 +13,14 @@ pub const UNIX_PATH_MAX: usize = 107;
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Address {
-    /// An IP address and a port; port 0 lets the kernel pick one.
+    /// An IP address and a port. With port 0 the kernel chooses one.
     Tcp(SocketAddr),
-    /// The path of a unix socket, absolute once it stands in [`Settings`](super::Settings).
+    /// The path of a unix socket. In [`Settings`](super::Settings) it is absolute.
     Unix(PathBuf),
 }
 
 impl Address {
-    /// Whether somebody outside this machine can reach it.
+    /// Returns whether it can be reached from other machines.
     pub fn is_public(&self) -> bool {
         match self {
             Address::Tcp(address) => !address.ip().to_canonical().is_loopback(),
@@ -28,15 +28,15 @@ impl Address {
         }
     }
 
-    /// Whether one keeps the other from being bound though they differ: who listens on all interfaces
-    /// has the port of each (ip(7)).
+    /// Returns whether one of the two prevents the other from being bound although they differ: a listener
+    /// on all interfaces has the port of each interface (ip(7)).
     pub fn is_in_the_way_of(&self, other: &Address) -> bool {
         match (self, other) {
             (Address::Tcp(one), Address::Tcp(other)) => {
                 one != other
                     && one.port() == other.port()
                     && one.port() != 0
-                    // A socket of ours for IPv6 takes nothing of IPv4.
+                    // Our IPv6 sockets do not accept IPv4.
                     && one.is_ipv4() == other.is_ipv4()
                     && (one.ip().is_unspecified() || other.ip().is_unspecified())
             }
@@ -59,6 +59,13 @@ impl FromStr for Address {
 
     /// The error is a sentence that says what to write.
     fn from_str(text: &str) -> Result<Self, String> {
+        Address::parse(text, 8080)
+    }
+}
+
+impl Address {
+    /// Reads an address. The error suggests this port if `text` has none.
+    pub fn parse(text: &str, port: u16) -> Result<Self, String> {
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() {
                 Err("the path is missing; write it as in \"unix:/run/preforkd/rpc.sock\"".into())
@@ -73,20 +80,35 @@ impl FromStr for Address {
         }
         let suggestion = match text.rsplit_once(':') {
             _ if text.starts_with('/') => format!("unix:{text}"),
-            Some(("" | "*", port)) => format!("0.0.0.0:{port}"),
-            Some(("localhost", port)) => format!("127.0.0.1:{port}"),
+            Some(("*", port)) => format!("0.0.0.0:{port}"),
+            Some(("" | "localhost", port)) => format!("127.0.0.1:{port}"),
             None if text.parse::<u16>().is_ok() => format!("127.0.0.1:{text}"),
-            None if text.parse::<std::net::Ipv4Addr>().is_ok() => format!("{text}:8080"),
+            None if text.parse::<std::net::Ipv4Addr>().is_ok() => format!("{text}:{port}"),
             _ => {
                 return Err(format!(
-                    "{text:?} is no IP address with a port; write it as in \"127.0.0.1:8080\", \
-                     \"[::1]:8080\" or \"unix:/run/preforkd/rpc.sock\""
+                    "{text:?} is no IP address with a port; write it as in \"127.0.0.1:{port}\", \
+                     \"[::1]:{port}\" or \"unix:/run/preforkd/rpc.sock\""
                 ));
             }
         };
         Err(format!(
             "{text:?} is no IP address with a port; did you mean {suggestion:?}?"
         ))
+    }
+}
+
+/// Reads an address and makes its path, if it is one, absolute; `port` as in [`Address::parse`].
+pub(super) fn absolute_address(
+    (text, port): (&str, u16),
+    absolute: impl FnOnce(&Path) -> PathBuf,
+) -> Result<Address, String> {
+    match Address::parse(text, port)? {
+        Address::Unix(path) => {
+            let path = absolute(&path);
+            check_unix_path(&path)?;
+            Ok(Address::Unix(path))
+        }
+        tcp => Ok(tcp),
     }
 }
 
@@ -144,7 +166,7 @@ mod tests {
     fn what_is_no_address_gets_a_suggestion() {
         for (text, suggestion) in [
             ("localhost:80", "\"127.0.0.1:80\""),
-            (":80", "\"0.0.0.0:80\""),
+            (":80", "\"127.0.0.1:80\""),
             ("*:80", "\"0.0.0.0:80\""),
             ("8080", "\"127.0.0.1:8080\""),
             ("10.0.0.1", "\"10.0.0.1:8080\""),
@@ -157,6 +179,14 @@ mod tests {
         ] {
             let problem = text.parse::<Address>().unwrap_err();
             assert!(problem.contains(suggestion), "{text}: {problem}");
+        }
+    }
+
+    #[test]
+    fn the_suggested_port_is_the_one_of_the_key() {
+        for text in ["127.0.0.1", "example.org:80"] {
+            let problem = Address::parse(text, 9180).unwrap_err();
+            assert!(problem.contains("127.0.0.1:9180\""), "{problem}");
         }
     }
 

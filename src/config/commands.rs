@@ -1,5 +1,5 @@
-//! The keys of a method with `command`: where params go into its arguments, what is done with its
-//! input and output. The program itself is `programs`' business.
+//! Resolves the keys of a method with `command`: where params go in its arguments, and its input and
+//! output. `programs` resolves the program itself.
 
 use super::check::Check;
 use super::programs::{self, Ids};
@@ -11,7 +11,7 @@ use crate::error::Result;
 
 const MIB: u64 = 1 << 20;
 
-/// The name in an argument that is a placeholder, as in `{name}`.
+/// Returns the name in an argument that is a placeholder, as in `{name}`.
 pub fn placeholder(argument: &str) -> Option<&str> {
     let name = argument.strip_prefix('{')?.strip_suffix('}')?;
     is_name(name).then_some(name)
@@ -25,12 +25,12 @@ fn is_name(text: &str) -> bool {
             .all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
 }
 
-/// An argument that is no placeholder, as the program gets it: `{{` stands for `{`.
+/// Returns an argument as the program gets it: `{{` becomes `{`.
 pub fn literal(argument: &str) -> String {
     argument.replace("{{", "{")
 }
 
-/// Whether a text has something that looks like a placeholder. `${…}` is a shell's own.
+/// Returns whether a text has something that looks like a placeholder. `${…}` belongs to a shell.
 pub(super) fn has_placeholder(text: &str) -> bool {
     text.match_indices('{').any(|(at, _)| {
         let name = text[at + 1..].split_once('}');
@@ -38,8 +38,8 @@ pub(super) fn has_placeholder(text: &str) -> bool {
     })
 }
 
-/// Whether this looks like a placeholder that is only a part of its argument. In a text with
-/// blanks, braces are most likely another language's, and `${…}` is a shell's.
+/// Returns whether an argument has a placeholder beside other text. In a text with blanks, braces most
+/// likely belong to another language, and `${…}` to a shell.
 fn has_partial_placeholder(argument: &str) -> bool {
     let argument = argument.replace("{{", "");
     !argument.contains(char::is_whitespace) && has_placeholder(&argument)
@@ -55,31 +55,19 @@ pub(super) fn resolve(
     let takes_params = command
         .iter()
         .any(|argument| placeholder(argument).is_some());
-    let stdin = match &raw.stdin {
-        None if takes_params => Stdin::None,
-        None => Stdin::Params,
-        Some(word) => match check.choice(&join(key, "stdin"), word, &["params", "text", "none"])? {
-            "none" => Stdin::None,
-            "text" => Stdin::Text,
-            _ => Stdin::Params,
-        },
+    let default = if takes_params {
+        Stdin::None
+    } else {
+        Stdin::Params
     };
-    let output = match &raw.output {
-        None => OutputFormat::Text,
-        Some(word) => match check.choice(&join(key, "output"), word, &["text", "line", "json"])? {
-            "json" => OutputFormat::Json,
-            "line" => OutputFormat::Line,
-            _ => OutputFormat::Text,
-        },
-    };
-    let max_output = raw.max_output.map_or(MIB, |ByteSize(bytes)| bytes);
-    if !(1..=128 * MIB).contains(&max_output) {
-        return Err(check.places.error(
-            &join(key, "max-output"),
-            format!("{} is out of range", ByteSize(max_output)),
-            "give 1 to 128MiB",
-        ));
-    }
+    let stdin = check.word(&join(key, "stdin"), raw.stdin.as_ref(), default)?;
+    let output = check.word(
+        &join(key, "output"),
+        raw.output.as_ref(),
+        OutputFormat::Text,
+    )?;
+    let max_output = raw.max_output.unwrap_or(ByteSize(MIB));
+    let max_output = check.size(&join(key, "max-output"), max_output, 1, 128 * MIB, "")?;
     check_placeholders(&join(key, "command"), command, check)?;
     let example = "[\"getent\", \"hosts\", \"{name}\"]";
     Ok(CommandConfig {

@@ -1,41 +1,42 @@
-//! All that is wrong with a configuration, not only what is found first.
+//! Reports all errors of a configuration, not only the first one.
 //!
-//! What was refused is taken out and the rest is judged again, as if it had not been written, until
-//! nothing is refused any more. Behind a fault by which others are judged (a drain timeout, the user, a
-//! misspelt table) only unknown keys and wrong types are told, for what would be said of values might not
-//! be true; behind one of syntax, nothing.
+//! The key of an error is removed, and the rest is checked again, until there is no error. If the error is
+//! in a key that the checks of others need (a drain timeout, the user, a misspelled table), then only
+//! unknown keys and wrong types are reported, because errors about values could be wrong. After a syntax
+//! error nothing else is reported.
 
 use std::collections::BTreeSet;
 
 use super::environment::Environment;
 use super::files::Files;
 use super::overrides::Overrides;
+use super::raw::Raw;
 use super::resolve;
 use super::settings::Settings;
 use super::source_map;
 use super::source_map::SourceMap;
 use crate::error::Error;
 
-/// The most that is told at once: a file with more was meant for another program.
+/// The most errors that are reported at once. A file with more was written for another program.
 const MOST: usize = 20;
 
-/// Keys that others are judged by.
-const PREREQUISITES: [&str; 6] = [
+/// Keys that the checks of other keys need.
+const PREREQUISITES: [&str; 5] = [
     "include",
     "user",
     "log.file",
     "workers.drain-timeout",
     "limits.timeout",
-    "pools",
 ];
 
-/// Keys of listeners, methods and pools by which nothing else in their table is judged.
-const INDEPENDENT: [&str; 20] = [
+/// Keys of listeners, methods and pools that no check of another key in their table needs.
+const INDEPENDENT: [&str; 27] = [
     "backlog",
     "boot-timeout",
     "concurrency",
     "directory",
     "environment",
+    "http-methods",
     "idle-timeout",
     "max-calls",
     "max-lifetime",
@@ -44,16 +45,22 @@ const INDEPENDENT: [&str; 20] = [
     "mode",
     "name",
     "output",
+    "per-source",
     "processes",
     "rate",
     "ready",
+    "reload",
     "respawn-burst",
     "respawn-max-delay",
     "rlimits",
+    "socket-group",
+    "socket-user",
+    "spare",
+    "stderr-level",
     "timeout",
 ];
 
-/// The settings of `files`, or every fault that can be told, at least one, in the order of the files.
+/// Returns the settings of `files`, or all errors that can be reported, in the order of the files.
 pub(super) fn settings_or_faults(
     here: &Environment,
     files: &Files,
@@ -62,13 +69,13 @@ pub(super) fn settings_or_faults(
     let places = source_map::places(files);
     let mut faults = Vec::new();
     let mut without = BTreeSet::new();
-    // Tables with a fault of form: taken out once all such faults are told.
+    // Tables with an unknown key or a wrong type. They are removed when all such errors are reported.
     let mut doubtful = BTreeSet::new();
-    // Whether all is there by which others are judged.
+    // Whether all keys that the checks of others need are valid.
     let mut complete = true;
     while faults.len() < MOST {
-        let (error, is_of_form) = match source_map::parse_without(files, &without) {
-            Err(error) => (error, true),
+        let (error, dependent) = match source_map::parse_without(files, &without) {
+            Err(error) => (error, None),
             Ok(_) if !complete => break,
             Ok(_) if !doubtful.is_empty() => {
                 without.append(&mut doubtful);
@@ -77,13 +84,16 @@ pub(super) fn settings_or_faults(
             Ok((raw, places)) => match resolve::resolve(&raw, &places, overrides, here) {
                 Ok(settings) if faults.is_empty() => return Ok(settings),
                 Ok(_) => break,
-                Err(error) => (error, false),
+                Err(error) => {
+                    let dependent = dependent(&error, &raw);
+                    (error, Some(dependent))
+                }
             },
         };
         let places = places.as_ref().ok();
         let mut culprit = places.and_then(|places| culprit(&error, places));
-        if is_of_form {
-            // Keys and types are judged by nothing but the form, so theirs can still be told.
+        if dependent.is_none() {
+            // Keys and types are checked without other keys, so errors about them can still be reported.
             let named = places.and_then(|places| named(&error, places));
             match culprit {
                 None => complete = false,
@@ -93,7 +103,8 @@ pub(super) fn settings_or_faults(
             culprit = named;
         }
         let is_last = culprit.is_none();
-        // One that is refused though it is not there any more would be so for ever.
+        without.extend(dependent.into_iter().flatten());
+        // If its key is removed already, the error would come for ever.
         if culprit.is_some_and(|key| !without.insert(key)) {
             break;
         }
@@ -112,7 +123,7 @@ pub(super) fn settings_or_faults(
     Err(faults)
 }
 
-/// What to take out so that the rest can be judged without this error; `None` when it can't be.
+/// Returns the key or table to remove so that the rest can be checked; `None` if there is none.
 fn culprit(error: &Error, places: &SourceMap<'_>) -> Option<String> {
     let Error::Config { key, .. } = error else {
         return None;
@@ -128,18 +139,43 @@ fn culprit(error: &Error, places: &SourceMap<'_>) -> Option<String> {
     if PREREQUISITES.iter().any(|leaned_on| within(leaned_on)) {
         return None;
     }
-    // No listener leans on another, no method on another; their keys do on each other.
+    // No listener needs another one and no method another one, but the keys of one do.
     if within("listen") {
-        return Some("listen".into());
+        // Another address takes the place of this one.
+        let is_address = key.ends_with("].address") && places.is_value(key);
+        return Some(if is_address {
+            key.clone()
+        } else {
+            "listen".into()
+        });
     }
-    if within("methods") {
-        return places.method_of(key);
+    if let Some(table) = ["methods.", "pools."]
+        .iter()
+        .find(|it| key.starts_with(**it))
+    {
+        return places.table_of(table, key);
     }
     let key = key.split('[').next().unwrap_or_default();
     places.is_value(key).then(|| key.to_owned())
 }
 
-/// A key that is one of `INDEPENDENT` or in such a table, if it stands in the file; else that table.
+/// Returns the methods of the pool with this error.
+fn dependent(error: &Error, raw: &Raw) -> Vec<String> {
+    let Error::Config { key, .. } = error else {
+        return Vec::new();
+    };
+    let is_of = |pool: &String| {
+        let rest = key.strip_prefix(&source_map::join("pools", pool));
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    let methods = raw.methods.iter();
+    let methods = methods.filter(|(_, method)| method.pool.as_ref().is_some_and(is_of));
+    methods
+        .map(|(name, _)| source_map::join("methods", name))
+        .collect()
+}
+
+/// Returns a key that is one of `INDEPENDENT` or in such a table, if the file has it; else that table.
 fn independent(key: &str, places: &SourceMap<'_>) -> Option<String> {
     INDEPENDENT.iter().find_map(|name| {
         let (table, behind) = key.rsplit_once(&format!(".{name}"))?;
@@ -151,7 +187,7 @@ fn independent(key: &str, places: &SourceMap<'_>) -> Option<String> {
     })
 }
 
-/// The key that an error is about, or the array that it is in.
+/// Returns the key of an error, or the array that it is in.
 fn named(error: &Error, places: &SourceMap<'_>) -> Option<String> {
     let Error::Config { key, .. } = error else {
         return None;
@@ -183,16 +219,16 @@ mod tests {
     }
 
     #[track_caller]
-    fn assert_begin(told: &[String], begins: &[&str]) {
-        assert_eq!(told.len(), begins.len(), "{told:#?}");
-        for (fault, begin) in told.iter().zip(begins) {
+    fn assert_begin(reported: &[String], begins: &[&str]) {
+        assert_eq!(reported.len(), begins.len(), "{reported:#?}");
+        for (fault, begin) in reported.iter().zip(begins) {
             assert!(fault.starts_with(begin), "{fault}, not {begin}");
         }
     }
 
     #[test]
     fn independent_faults_are_told_together_in_the_order_of_the_file() {
-        let told = diagnostics(
+        let reported = diagnostics(
             "deamon = true\n\
              http-origins = [\"nowhere\"]\n\
              [limits]\nframe = \"1GiB\"\nbatch = 0\n\
@@ -214,12 +250,12 @@ mod tests {
             "13:10: methods.\"b c\": ",
             "16:11: methods.d.builtin: ",
         ];
-        assert_begin(&told, &begins);
+        assert_begin(&reported, &begins);
     }
 
     #[test]
     fn all_faults_of_one_table_are_told() {
-        let told = diagnostics(
+        let reported = diagnostics(
             "[[listen]]\naddress = \"here\"\nbacklog = 0\nname = \"a:b\"\n\
              [methods.a]\ncommand = [\"/no/such/program\"]\ntimeout = \"400d\"\nrate = -1\n\
              output = \"xml\"\ndirectory = \"/no/such\"\nrlimits = { files = 1, processes = 0 }\n\
@@ -244,11 +280,36 @@ mod tests {
             "21:9: pools.p.ready: ",
             "22:13: pools.p.max-calls: ",
         ];
-        assert_begin(&told, &begins);
+        assert_begin(&reported, &begins);
     }
 
-    /// A method's timeout is too long for a drain of 30 s, and might be right for the one that was
-    /// meant; a group needs the user that is misspelt.
+    #[test]
+    fn a_broken_pool_or_address_hides_no_fault_elsewhere() {
+        let reported = diagnostics(
+            "[[listen]]\naddress = \"here\"\nmode = \"0660\"\nper-source = -1\n\
+             [[listen]]\naddress = \"there\"\nhttp-methods = \"x\"\n\
+             [pools.p]\ncommand = [\"/no/such/program\"]\nstderr-level = \"x\"\n\
+             [pools.q]\ncommand = []\n\
+             [methods.a]\npool = \"p\"\n\
+             [methods.b]\npool = \"r\"\n\
+             [limits]\nbatch = 0\n",
+        );
+        let begins = [
+            "2:11: listen[0].address: ",
+            "4:14: listen[0].per-source: ",
+            "6:11: listen[1].address: ",
+            "7:16: listen[1].http-methods: ",
+            "9:11: pools.p.command: ",
+            "10:16: pools.p.stderr-level: ",
+            "12:11: pools.q.command: ",
+            "16:8: methods.b.pool: ",
+            "18:9: limits.batch: ",
+        ];
+        assert_begin(&reported, &begins);
+    }
+
+    /// A method's timeout is too long for a drain of 30 s, but may be right for the intended one. A group
+    /// needs the user, which is misspelled.
     #[test]
     fn nothing_is_said_that_another_fault_may_have_caused() {
         for text in [
@@ -266,10 +327,10 @@ mod tests {
         }
     }
 
-    /// The drain might be of 60 s, and the pool be there.
+    /// The drain may be 60 s, and the pool may exist.
     #[test]
     fn what_is_misspelt_hides_no_fault_of_form() {
-        let told = diagnostics(
+        let reported = diagnostics(
             "[wrokers]\ndrain-timeout = \"60s\"\n\
              [limits]\ntimeout = \"60s\"\nbatsh = 1\n\
              [pools.p]\ncomand = [\"x\"]\nready = 5\n\
@@ -285,7 +346,7 @@ mod tests {
             "10:8: log.file: ",
             "14:8: methods.b.rate: ",
         ];
-        assert_begin(&told, &begins);
+        assert_begin(&reported, &begins);
     }
 
     #[test]

@@ -1,22 +1,23 @@
-//! The configuration in effect, written as a file that reads to the same settings: `check`.
+//! Writes the configuration in effect as a file that gives the same settings, for `check`.
 //!
-//! Every key that this version supports is there, with the value that holds. It goes through the
-//! mirror, so quoting and names are serde's business and can't differ from what is read.
+//! The file has every key of this version with its value. It is made with the types of `raw`, so quoting
+//! and names are serde's and are those that are read.
 
+use super::keys::{Integer, Lifetime, RespawnDelay, Time, Word, WorkerMemory};
 use super::raw::{
-    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawWorkers,
+    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawTrace, RawWorkers,
     StrictTable,
 };
 use super::settings::{
-    CommandConfig, HttpMethods, LogConfig, MethodConfig, MethodKind, PoolConfig, RlimitsConfig,
-    Settings,
+    CommandConfig, IsolationConfig, LogConfig, MethodConfig, MethodKind, PoolConfig, PoolScope,
+    RlimitsConfig, Settings,
 };
 use super::units::{ByteSize, DurationValue};
 use crate::sys::account::NamedId;
 
 impl Settings {
-    /// The effective configuration as TOML. Read with the same functions registered, it makes
-    /// equal settings (paths that are not UTF-8 excepted, which TOML can't hold).
+    /// Returns the effective configuration as TOML. If it is read with the same functions, it gives equal
+    /// settings, except for paths that are not UTF-8.
     pub fn to_toml(&self) -> String {
         toml::to_string(&mirror(self))
             .expect("plain strings, numbers and tables always have a text")
@@ -36,6 +37,10 @@ fn mirror(settings: &Settings) -> Raw {
         log: StrictTable(log(&settings.log)),
         workers: StrictTable(workers(settings)),
         limits: StrictTable(limits(settings)),
+        observe: StrictTable(settings.observe.to_raw()),
+        trace: Some(StrictTable(RawTrace {
+            propagate: Some(settings.trace),
+        })),
         listen: Some(listen(settings)),
         methods: settings
             .methods
@@ -52,8 +57,8 @@ fn mirror(settings: &Settings) -> Raw {
 
 fn log(log: &LogConfig) -> RawLog {
     RawLog {
-        level: Some(log.level.as_str().to_ascii_lowercase()),
-        format: Some(log.format.name().into()),
+        level: Some(log.level.word()),
+        format: Some(log.format.word()),
         file: log.file.as_ref().map(|path| path.to_string_lossy().into()),
     }
 }
@@ -62,17 +67,17 @@ fn workers(settings: &Settings) -> RawWorkers {
     let workers = &settings.workers;
     RawWorkers {
         count: Some(Count::Number(workers.count as i64)),
-        threads: Some(workers.threads as i64),
-        boot_timeout: Some(DurationValue(workers.boot_timeout)),
-        drain_timeout: Some(DurationValue(workers.drain_timeout)),
-        heartbeat_timeout: Some(DurationValue(workers.heartbeat_timeout)),
-        respawn_burst: Some(workers.respawn_burst.into()),
-        respawn_max_delay: Some(DurationValue(workers.respawn_max_delay)),
+        threads: Integer::of(workers.threads),
+        boot_timeout: Time(Some(DurationValue(workers.boot_timeout))),
+        drain_timeout: Time(Some(DurationValue(workers.drain_timeout))),
+        heartbeat_timeout: Time(Some(DurationValue(workers.heartbeat_timeout))),
+        respawn_burst: Integer::of(workers.respawn_burst),
+        respawn_max_delay: RespawnDelay(Some(DurationValue(workers.respawn_max_delay))),
         keep_connections: Some(workers.keep_connections),
-        max_calls: Some(workers.max_calls as i64),
-        max_memory: Some(ByteSize(workers.max_memory)),
-        max_lifetime: Some(DurationValue(workers.max_lifetime)),
-        max_unavailable: Some(workers.max_unavailable as i64),
+        max_calls: Integer::of(workers.max_calls),
+        max_memory: WorkerMemory(Some(ByteSize(workers.max_memory))),
+        max_lifetime: Lifetime(Some(DurationValue(workers.max_lifetime))),
+        max_unavailable: Integer::of(workers.max_unavailable),
         ..RawWorkers::default()
     }
 }
@@ -80,17 +85,17 @@ fn workers(settings: &Settings) -> RawWorkers {
 fn limits(settings: &Settings) -> RawLimits {
     let limits = &settings.limits;
     RawLimits {
-        connections: Some(limits.connections as i64),
+        connections: Integer::of(limits.connections),
         frame: Some(ByteSize(limits.frame as u64)),
         unfinished: Some(ByteSize(limits.unfinished as u64)),
-        depth: Some(limits.depth as i64),
-        pipeline: Some(limits.pipeline as i64),
-        batch: Some(limits.batch as i64),
-        queue: Some(limits.queue as i64),
+        depth: Integer::of(limits.depth),
+        pipeline: Integer::of(limits.pipeline),
+        batch: Integer::of(limits.batch),
+        queue: Integer::of(limits.queue),
         timeout: Some(DurationValue(limits.timeout)),
-        read_timeout: Some(DurationValue(limits.read_timeout)),
-        write_timeout: Some(DurationValue(limits.write_timeout)),
-        idle_timeout: Some(DurationValue(limits.idle_timeout)),
+        read_timeout: Time(Some(DurationValue(limits.read_timeout))),
+        write_timeout: Time(Some(DurationValue(limits.write_timeout))),
+        idle_timeout: Time(Some(DurationValue(limits.idle_timeout))),
     }
 }
 
@@ -103,23 +108,41 @@ fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {
             StrictTable(RawListen {
                 address: Some(listen.address.to_string()),
                 name: listen.name.clone(),
-                backlog: Some(listen.backlog.into()),
+                backlog: Integer::of(listen.backlog),
                 mode: listen.mode.map(|mode| format!("{mode:04o}")),
                 socket_user: name(&listen.socket_user),
                 socket_group: name(&listen.socket_group),
-                http_methods: Some(match listen.http_methods {
-                    HttpMethods::Any => "any".into(),
-                    HttpMethods::Path => "path".into(),
-                }),
+                http_methods: Some(listen.http_methods.word()),
+                per_source: Integer::of(listen.per_source),
+                ..isolation(listen.isolation.as_ref())
             })
         })
         .collect()
 }
 
+fn isolation(isolation: Option<&IsolationConfig>) -> RawListen {
+    let Some(isolation) = isolation else {
+        return RawListen {
+            isolation: Some("shared".into()),
+            ..RawListen::default()
+        };
+    };
+    let account = isolation.account.as_ref();
+    RawListen {
+        isolation: Some("connection".into()),
+        processes: Integer::of(isolation.processes),
+        spare: Some(isolation.spare as i64),
+        max_lifetime: Lifetime(Some(DurationValue(isolation.max_lifetime))),
+        user: account.map(|account| account.name.clone()),
+        group: account.map(|account| account.group.clone()),
+        ..RawListen::default()
+    }
+}
+
 fn method(method: &MethodConfig) -> RawMethod {
     let of_kind = match &method.kind {
         MethodKind::Builtin(builtin) => RawMethod {
-            builtin: Some(builtin.name().into()),
+            builtin: Some(builtin.word()),
             ..RawMethod::default()
         },
         MethodKind::Command(command) => self::command(command),
@@ -132,8 +155,8 @@ fn method(method: &MethodConfig) -> RawMethod {
     };
     RawMethod {
         timeout: Some(DurationValue(method.timeout)),
-        concurrency: Some(method.concurrency as i64),
-        rate: Some(method.rate.into()),
+        concurrency: Integer::of(method.concurrency),
+        rate: Integer::of(method.rate),
         ..of_kind
     }
 }
@@ -147,8 +170,8 @@ fn command(command: &CommandConfig) -> RawMethod {
     let account = program.account.as_ref();
     RawMethod {
         command: Some(program.arguments.clone()),
-        stdin: Some(command.stdin.name().into()),
-        output: Some(command.output.name().into()),
+        stdin: Some(command.stdin.word()),
+        output: Some(command.output.word()),
         max_output: Some(ByteSize(command.max_output as u64)),
         environment: Some(program.environment.clone()),
         environment_file: program
@@ -167,20 +190,24 @@ fn command(command: &CommandConfig) -> RawMethod {
 fn pool(pool: &PoolConfig) -> RawPool {
     let program = &pool.program;
     let account = program.account.as_ref();
+    let is_shared = pool.scope == PoolScope::Shared;
     RawPool {
         command: Some(program.arguments.clone()),
-        processes: Some(Count::Number(pool.processes as i64)),
-        concurrency: Some(pool.concurrency as i64),
+        scope: Some(pool.scope.word()),
+        processes: is_shared.then_some(Count::Number(pool.processes as i64)),
+        concurrency: Integer::of(pool.concurrency),
         when_abandoned: Some(when_abandoned(pool.kills_abandoned)),
         ready: Some(if pool.handshake { "message" } else { "alive" }.into()),
+        reload: is_shared.then(|| pool.reload.word()),
         boot_timeout: Some(DurationValue(pool.boot_timeout)),
-        idle_timeout: Some(DurationValue(pool.idle_timeout)),
-        max_calls: Some(pool.max_calls as i64),
-        max_memory: Some(ByteSize(pool.max_memory)),
-        max_lifetime: Some(DurationValue(pool.max_lifetime)),
-        respawn_burst: Some(pool.respawn_burst.into()),
-        respawn_max_delay: Some(DurationValue(pool.respawn_max_delay)),
-        stderr_level: Some(pool.stderr_level.as_str().to_lowercase()),
+        idle_timeout: Time(is_shared.then_some(DurationValue(pool.idle_timeout))),
+        max_calls: Integer(is_shared.then_some(pool.max_calls as i64)),
+        max_memory: is_shared.then_some(ByteSize(pool.max_memory)),
+        max_lifetime: Time(is_shared.then_some(DurationValue(pool.max_lifetime))),
+        health: is_shared.then_some(pool.health),
+        respawn_burst: Integer(is_shared.then_some(pool.respawn_burst.into())),
+        respawn_max_delay: RespawnDelay(is_shared.then_some(DurationValue(pool.respawn_max_delay))),
+        stderr_level: Some(pool.stderr_level.word()),
         environment: Some(program.environment.clone()),
         environment_file: program
             .environment_file
@@ -195,7 +222,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
 }
 
 fn rlimits(limits: &RlimitsConfig) -> Option<StrictTable<RawRlimits>> {
-    // None of them can be above what an i64 holds: they were one.
+    // None of them is too large for an i64, because they were read as one.
     let integer = |value: Option<u64>| value.map(|value| value as i64);
     (*limits != RlimitsConfig::default()).then(|| {
         StrictTable(RawRlimits {

@@ -1,49 +1,57 @@
-//! What the machine adds to the file: who runs this, where its directories are, how many CPUs.
+//! Collects what the machine adds to the file: user, directories, number of CPUs.
 //!
-//! Taken once per load and handed down, so that everything else is a function of its arguments and
-//! is tested as root and as a user alike. Nothing here fails: what can't be had has a fallback.
+//! It is read once for each load and passed down. So the other files are functions of their arguments, and
+//! are tested as root and as a user. Nothing here fails: every value has a fallback.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use crate::sys::{account, guard, memory, process};
 
-/// What is read when no file is named.
+/// The file that is read if none is named.
 const DEFAULT_FILE: &str = "/etc/preforkd/preforkd.toml";
+
+/// Variables of programs, by the table of each: `pools.NAME`, `methods.NAME`.
+pub type KeptVariables = BTreeMap<String, BTreeMap<String, String>>;
 
 #[derive(Debug, Clone)]
 pub(super) struct Environment {
-    /// The effective user.
+    /// The effective user id.
     pub uid: u32,
-    /// The effective group.
+    /// The effective group id.
     pub gid: u32,
-    /// Where the directory of a server is, with its pid file and control socket, unless the file says
-    /// otherwise: a directory, and what follows the server's name there. The likeliest first.
+    /// The directories in which the directory of a server may be, and what follows the server's name there.
+    /// That directory has the pid file and the control socket if the file does not name them. The most
+    /// likely one is first.
     pub runtime_roots: Vec<(PathBuf, String)>,
-    /// What is read when no file is named.
+    /// The file that is read if none is named.
     pub default_file: PathBuf,
-    /// What relative paths of the command line are relative to.
+    /// The directory for relative paths of the command line.
     pub directory: PathBuf,
-    /// How many CPUs this process may use.
+    /// The number of CPUs that this process may use.
     pub cpus: usize,
-    /// How much memory it may use, in bytes.
+    /// The memory that this process may use, in bytes.
     pub memory: u64,
-    /// Why programs cannot be guarded here; `None`: they can be.
+    /// Why programs cannot be guarded on this system; `None` if they can.
     pub guard_missing: Option<&'static str>,
     /// Whether setuid files and file capabilities have no effect in this process anyway.
     pub no_new_privs: bool,
-    /// Whether what is read has served already: programs and directories that have gone since are told when one
-    /// of them is started, and are no reason to end a server.
+    /// Whether the settings have been in use already. Then missing programs and directories are no error
+    /// here; they are reported when a program is started.
     pub has_served: bool,
-    /// A variable of the server, if it is set and UTF-8.
+    /// The variables from each `environment-file` as it was read last. If there are some, it is not read
+    /// again.
+    pub kept_variables: KeptVariables,
+    /// Returns a variable of the server, if it is set and is UTF-8.
     pub variable: fn(&str) -> Option<String>,
-    /// Whether no server is to be started: its variables may be others than those of this process.
+    /// Whether no server is started. Then its variables may differ from those of this process.
     pub is_check: bool,
 }
 
 impl Environment {
-    /// Those of this process, now.
+    /// Reads the environment of this process.
     pub fn here() -> Self {
         let (uid, gid) = account::effective_ids();
         let xdg = env::var_os("XDG_RUNTIME_DIR");
@@ -52,31 +60,32 @@ impl Environment {
             gid,
             runtime_roots: runtime_roots(uid, xdg.as_deref(), &env::temp_dir()),
             default_file: DEFAULT_FILE.into(),
-            // A directory that was deleted has no name; only relative paths would need it.
+            // A deleted directory has no name. Only relative paths would need it.
             directory: process::current_directory().unwrap_or_else(|_| "/".into()),
             cpus: num_cpus::get(),
             memory: memory::memory_limit(),
             guard_missing: guard::missing(),
             no_new_privs: guard::has_no_new_privs(),
             has_served: false,
+            kept_variables: KeptVariables::default(),
             variable: |name| env::var(name).ok(),
             is_check: false,
         }
     }
 
-    /// Where the directory of a server of this name may be. The first one is that of a new master.
+    /// Returns the possible directories of a server with this name. A new master uses the first one.
     pub fn runtime_directories(&self, name: &str) -> impl Iterator<Item = PathBuf> {
         let roots = self.runtime_roots.iter();
         roots.map(move |(root, suffix)| root.join(format!("{name}{suffix}")))
     }
 
-    /// The main file to read: the one that was named, else the default one if it is there.
+    /// Returns the main file to read: `named`, or the default file if it exists.
     pub fn main_file(&self, named: Option<&Path>) -> Option<PathBuf> {
         match named {
-            // An empty name stays empty, and is a file that is not there.
+            // An empty name stays empty, and reading it fails.
             Some(name) if name.as_os_str().is_empty() => Some(name.to_owned()),
             Some(name) => Some(self.absolute(name)),
-            // If even that can't be told, let the attempt to read it say why.
+            // If it is unknown whether it exists, reading it gives the reason.
             None => self
                 .default_file
                 .try_exists()
@@ -85,25 +94,25 @@ impl Environment {
         }
     }
 
-    /// `path` made absolute as one of the command line. Symbolic links stay, so that exchanging
-    /// one is seen by the next reload.
+    /// Makes a `path` of the command line absolute. Symbolic links stay, so the next reload sees when one
+    /// is replaced.
     pub fn absolute(&self, path: &Path) -> PathBuf {
         clean(&self.directory.join(path))
     }
 }
 
-/// An absolute path without its `.` parts; `..` stays, for it may follow a symbolic link.
+/// Returns an absolute path without its `.` parts. `..` stays, because it may follow a symbolic link.
 pub(super) fn clean(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// Where directories of servers may be for a user, the likeliest first: root's are under /run, a
-/// user's in the directory of the session, or where there is none in the temporary one.
+/// Returns the possible parents of a server's directory, the most likely one first: /run for root, the
+/// directory of the session for a user, or the temporary directory.
 fn runtime_roots(uid: u32, xdg: Option<&OsStr>, temporary: &Path) -> Vec<(PathBuf, String)> {
     if uid == 0 {
         return vec![("/run".into(), String::new())];
     }
-    // The XDG Base Directory Specification has relative ones ignored.
+    // The XDG Base Directory Specification says to ignore relative ones.
     let session = xdg.map(Path::new).filter(|path| path.is_absolute());
     session
         .map(|path| (path.to_owned(), String::new()))

@@ -1,8 +1,8 @@
-//! Warns of files and sockets whose directories another user can write.
+//! Warns about files and sockets in directories that another user can write.
 //!
-//! That user can put another file in their place: the master then follows a link of theirs, reads a
-//! configuration of theirs, or commands talk to a server of theirs. Only root and the server's own user may
-//! write there. Nothing here fails: what cannot be looked at is passed over.
+//! That user can replace them. Then the master follows a link or reads a configuration of that user, or
+//! commands reach a server of that user. Only root and the server's own user may write there. Nothing here
+//! fails: what cannot be read is skipped.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,7 +59,7 @@ pub(super) fn warnings(
     found.into_iter().map(text).collect()
 }
 
-/// All paths that count, and what they are.
+/// Returns all paths to check, and what they are.
 fn paths(settings: &Settings, raw: &Raw, places: &SourceMap<'_>) -> Vec<(PathBuf, String)> {
     let mut paths = vec![
         (settings.pid_file.clone(), "pid-file".to_owned()),
@@ -72,9 +72,11 @@ fn paths(settings: &Settings, raw: &Raw, places: &SourceMap<'_>) -> Vec<(PathBuf
             paths.push((path.clone(), format!("the listener {}", listen.address)));
         }
     }
+    let observe = settings.observe.path().into_iter();
+    paths.extend(observe.map(|path| (path.to_owned(), "observe.address".to_owned())));
     let main = places.main().and_then(Path::parent);
     let patterns = raw.include.iter().flatten();
-    // What another user adds to the directory is included from then on.
+    // A file that another user adds to the directory would be included.
     let included = patterns.filter_map(|pattern| {
         let fixed = pattern.split(['*', '?', '[']).next()?;
         let directory = fixed

@@ -1,9 +1,8 @@
-//! The text of the configuration: one file and what it includes, read whole before anything is
-//! parsed for good, and the map from a byte of it to file, line and column.
+//! Reads the text of the configuration: one file and the files that it includes. Maps a byte of the text to
+//! its file, line and column.
 //!
-//! All texts stand one behind the other in one count of bytes, as in a compiler's source map, so
-//! that one number says both file and position. What the text means is `document`'s business. A
-//! file that can't be read is an error with its path; nothing is skipped in silence.
+//! All texts are counted as one sequence of bytes, so one number gives both file and position. `source_map`
+//! parses the text. A file that cannot be read is an error with its path. No file is skipped.
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};
@@ -17,7 +16,7 @@ use toml::de::{DeTable, DeValue};
 use super::environment::clean;
 use crate::error::{Error, Position, Result};
 
-/// No configuration is larger; what is, is some other file.
+/// The largest configuration file, in bytes.
 const SIZE_MAX: u64 = 16 << 20;
 
 #[derive(Debug)]
@@ -25,13 +24,13 @@ pub(super) struct File {
     /// Absolute.
     pub path: PathBuf,
     pub text: String,
-    /// Where its text begins in the count of bytes over all files.
+    /// The number of the first byte of its text in all files.
     pub start: usize,
 }
 
 impl File {
-    /// Where it says that the control socket is, however broken it is: in a line of its own where the
-    /// whole can't be understood.
+    /// Returns the path of the control socket that the file names. If the file has syntax errors, looks at
+    /// each line on its own.
     pub fn control_socket(&self) -> Option<PathBuf> {
         let path = |text: &str| {
             let table = DeTable::parse_recoverable(text).0.into_inner();
@@ -45,7 +44,7 @@ impl File {
         path(&self.text).or_else(|| self.text.lines().find_map(path))
     }
 
-    /// Whether it has a line that may be meant to say that.
+    /// Returns whether a line may be meant to set that key.
     pub fn may_name_control_socket(&self) -> bool {
         let key = |line: &str| line.trim_start_matches([' ', '\t', '"', '\'']).to_owned();
         self.text
@@ -54,24 +53,24 @@ impl File {
     }
 }
 
-/// The main file first, then the included ones in their order. Empty: there is no configuration.
+/// The main file, then the included ones in order. Empty if there is no configuration file.
 #[derive(Debug, Default)]
 pub(super) struct Files(Vec<File>);
 
 impl Files {
-    /// Reads `path` and what it includes.
+    /// Reads `path` and the files that it includes.
     pub fn read(path: &Path) -> Result<Self> {
         Self::of_text(path, read(path)?)
     }
 
-    /// Reads `path`, and nothing of what it includes.
+    /// Reads only `path`.
     pub fn read_alone(path: &Path) -> Result<Self> {
         let mut files = Files::default();
         files.push(path.to_owned(), read(path)?);
         Ok(files)
     }
 
-    /// Takes `text` for the content of `path`, and reads what it includes.
+    /// Takes `text` as the content of `path`, and reads the files that it includes.
     pub fn of_text(path: &Path, text: String) -> Result<Self> {
         let mut files = Files::default();
         files.push(path.to_owned(), text);
@@ -87,7 +86,7 @@ impl Files {
         Ok(files)
     }
 
-    /// Reads what can be read: no error, and bytes that are no UTF-8 are replaced.
+    /// Reads what can be read, without an error. Bytes that are not UTF-8 are replaced.
     pub fn read_leniently(path: &Path) -> Self {
         let mut files = Files::default();
         let Ok(bytes) = read_bytes(path) else {
@@ -105,17 +104,17 @@ impl Files {
         files
     }
 
-    /// All files, the main one first.
+    /// Returns all files, the main one first.
     pub fn iter(&self) -> impl Iterator<Item = &File> {
         self.0.iter()
     }
 
-    /// The path of the main file, if there is one.
+    /// Returns the path of the main file, if there is one.
     pub fn main(&self) -> Option<&Path> {
         self.0.first().map(|file| file.path.as_path())
     }
 
-    /// The tables of `file`, or its first error of syntax.
+    /// Parses the tables of `file`, or returns its first syntax error.
     pub fn parse<'a>(&self, file: &'a File) -> Result<DeTable<'a>> {
         let (table, errors) = DeTable::parse_recoverable(&file.text);
         match errors.first() {
@@ -134,7 +133,7 @@ impl Files {
         }
     }
 
-    /// The error about the header of a `table` that is there already.
+    /// Makes the error about a second header of a `table`.
     fn second_header(&self, file: &File, at: usize, table: &str) -> Error {
         let mut before = file.text[..at - file.start].lines();
         let problem = match before.position(|line| header(line) == Some(table)) {
@@ -144,7 +143,7 @@ impl Files {
         self.error(at, table, problem, "put all its keys below one header")
     }
 
-    /// The text between two bytes of one file.
+    /// Returns the text between two bytes of one file.
     pub fn slice(&self, span: &Range<usize>) -> &str {
         self.file_at(span.start)
             .and_then(|file| {
@@ -154,7 +153,7 @@ impl Files {
             .unwrap_or_default()
     }
 
-    /// The file and the position of the byte `at`.
+    /// Returns the file and the position of the byte `at`.
     pub fn place(&self, at: usize) -> Option<(&Path, Position)> {
         let file = self.file_at(at)?;
         let mut offset = (at - file.start).min(file.text.len());
@@ -164,13 +163,13 @@ impl Files {
         Some((&file.path, position(&file.text[..offset])))
     }
 
-    /// The byte `at` as an error names it, for one that speaks of another place than its own.
+    /// Returns file, line and column of the byte `at`, for an error that mentions a second position.
     pub fn name(&self, at: usize) -> Option<String> {
         let (path, at) = self.place(at)?;
         Some(format!("{}:{}:{}", path.display(), at.line, at.column))
     }
 
-    /// An error about `key` at the byte `at`.
+    /// Makes an error about `key` at the byte `at`.
     pub fn error(
         &self,
         at: usize,
@@ -201,8 +200,8 @@ impl Files {
         self.0.push(File { path, text, start });
     }
 
-    /// The files that a pattern of `include` means, sorted. One without a wildcard means one file,
-    /// there or not: if it is not, reading it says so.
+    /// Returns the files that match a pattern of `include`, sorted. A pattern without a wildcard gives one
+    /// file, even if it does not exist, so that reading it gives an error.
     fn expand(&self, at: usize, pattern: &str) -> Result<Vec<PathBuf>> {
         let error = |problem: String, remedy: &str| self.error(at, "include", problem, remedy);
         let main = &self.0[0].path;
@@ -210,7 +209,7 @@ impl Files {
         let mut paths = Vec::new();
         if pattern.contains(['*', '?', '[']) {
             let options = glob::MatchOptions {
-                // As in a shell: an editor's hidden lock file is no part of the configuration.
+                // As in a shell, because an editor's hidden lock file does not belong to the configuration.
                 require_literal_leading_dot: true,
                 require_literal_separator: true,
                 case_sensitive: true,
@@ -244,7 +243,7 @@ impl Files {
     }
 }
 
-/// The patterns of `include` with their places; one that has not the right type is serde's to refuse.
+/// Returns the patterns of `include` with their positions. Serde refuses those of a wrong type.
 fn includes(table: &DeTable<'_>) -> Vec<(usize, String)> {
     let Some(DeValue::Array(patterns)) = table.get("include").map(|value| value.get_ref()) else {
         return Vec::new();
@@ -258,21 +257,21 @@ fn includes(table: &DeTable<'_>) -> Vec<(usize, String)> {
         .collect()
 }
 
-/// The table whose header the byte `at` is in.
+/// Returns the table of the header that contains the byte `at`.
 fn header_at(text: &str, at: usize) -> Option<&str> {
     let start = text[..at].rfind('\n').map_or(0, |newline| newline + 1);
     header(text[start..].lines().next()?)
 }
 
-/// The table whose header a line is.
+/// Returns the table if a line is a header.
 fn header(line: &str) -> Option<&str> {
     let inner = line.trim_start().strip_prefix('[')?;
     let (table, _) = inner.trim_start_matches('[').split_once(']')?;
-    // A line of a value may begin like this, too.
+    // A line of a value may begin like a header.
     (!table.contains(['=', '{'])).then(|| table.trim())
 }
 
-/// The position just behind `before`, the text that precedes it.
+/// Returns the position directly behind the text `before`.
 fn position(before: &str) -> Position {
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
     Position {
@@ -307,7 +306,7 @@ fn read(path: &Path) -> Result<String> {
         let good = &problem.as_bytes()[..problem.utf8_error().valid_up_to()];
         let bad = problem.as_bytes()[good.len()];
         refuse(
-            // All of it is good UTF-8, so nothing is replaced.
+            // This part is valid UTF-8, so nothing is replaced.
             Some(position(&String::from_utf8_lossy(good))),
             format!("byte 0x{bad:02x} is not UTF-8"),
             "save the file as UTF-8",
@@ -315,7 +314,7 @@ fn read(path: &Path) -> Result<String> {
     })
 }
 
-/// Reads a plain file, and never waits for one: opening a FIFO would hang a reload for ever.
+/// Reads a regular file. Refuses others, because opening a FIFO would block a reload for ever.
 pub(super) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     let file = OpenOptions::new()
         .read(true)

@@ -1,16 +1,16 @@
-//! Warns of programs that the guard is in the way of, and of systems that cannot guard a program.
+//! Warns about programs that do not work with the guard, and about systems that cannot guard a program.
 //!
-//! It knows a program by its file alone: what a script starts is not seen. Nothing here fails.
+//! It knows a program by its file name, so it does not see what a script starts. Nothing here fails.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::environment::Environment;
 use super::programs::Ids;
-use super::settings::{MethodKind, ProgramConfig, Settings};
+use super::settings::{ProgramConfig, Settings};
 use crate::sys::guard;
 
-/// Programs that look into processes which they did not start.
+/// Programs that inspect processes which they did not start.
 const INSPECTORS: [&str; 16] = [
     "austin",
     "fuser",
@@ -40,31 +40,25 @@ const MOUNTERS: [&str; 8] = [
     "umount",
     "unshare",
 ];
+/// Programs that send signals to processes which they did not start.
+const SENDERS: [&str; 3] = ["kill", "killall", "pkill"];
 const SETUID: u32 = 0o4000;
 const SETGID: u32 = 0o2000;
 
-/// Returns the warnings about `settings`; `ids` are those of the workers.
+/// Returns the warnings about `settings`. `ids` are those of the workers.
 pub(super) fn warnings(settings: &Settings, here: &Environment, ids: Ids) -> Vec<String> {
-    let methods = settings.methods.iter();
-    let commands = methods.filter_map(|(name, method)| match &method.kind {
-        MethodKind::Command(command) => Some(("methods", name, &command.program)),
-        _ => None,
-    });
-    let pools = settings.pools.iter();
-    let pools = pools.map(|(name, pool)| ("pools", name, &pool.program));
-    let mut guarded = commands
-        .chain(pools)
-        .filter(|(_, _, program)| program.guard);
+    let mut guarded = (settings.programs()).filter(|(_, _, program)| program.guard);
     if let Some(reason) = here.guard_missing {
         let text = || {
             format!(
-                "commands and pools run without a guard: {reason}. A program can read the memory \
+                "commands, pools and isolated connections run without a guard: {reason}. They can read the memory \
                  of a worker that runs as the same user. Enable Landlock (Linux 5.19 or later; in a \
                  unit, allow the landlock_* system calls), or give each program a user of its own; \
                  guard = false accepts it"
             )
         };
-        return guarded.next().map(|_| text()).into_iter().collect();
+        let has_any = guarded.next().is_some() || settings.isolated().next().is_some();
+        return has_any.then(text).into_iter().collect();
     }
     let is_privileged = !here.no_new_privs && settings.account.is_none();
     guarded
@@ -79,8 +73,8 @@ pub(super) fn warnings(settings: &Settings, here: &Environment, ids: Ids) -> Vec
         .collect()
 }
 
-/// What the program is and what the guard keeps from it. `is_privileged`: setuid files have an
-/// effect in the workers.
+/// Returns what the program is, and what the guard prevents. `is_privileged` says whether setuid files have
+/// an effect in the workers.
 fn in_the_way(program: &ProgramConfig, is_privileged: bool, ids: Ids) -> Option<String> {
     let name = program.file.file_name()?.to_str()?;
     if INSPECTORS.iter().any(|known| is_named(name, known)) {
@@ -88,11 +82,16 @@ fn in_the_way(program: &ProgramConfig, is_privileged: bool, ids: Ids) -> Option<
             "looks into processes, and the guard hides those that it did not start".into(),
         );
     }
+    if SENDERS.iter().any(|known| is_named(name, known)) {
+        return Some(
+            "sends signals, and since Linux 6.12 the guard refuses those to other services".into(),
+        );
+    }
     if MOUNTERS.iter().any(|known| is_named(name, known)) {
         return Some("mounts file systems, and the guard refuses that".into());
     }
     let account = program.account.as_ref();
-    // A change of user sets no_new_privs, guard or not.
+    // A change of user sets no_new_privs in any case.
     let changes = account.is_some_and(|account| (account.uid, account.gid) != ids);
     if changes || !is_privileged {
         return None;
@@ -101,7 +100,7 @@ fn in_the_way(program: &ProgramConfig, is_privileged: bool, ids: Ids) -> Option<
     Some(format!("{kind}, which has no effect in the guard"))
 }
 
-/// Whether this is `known`, perhaps with its version: `lldb-19`, `gdb.exe` is not.
+/// Returns whether this is `known`, possibly with a version: `lldb-19`, but not `gdb.exe`.
 fn is_named(name: &str, known: &str) -> bool {
     name.strip_prefix(known).is_some_and(|rest| {
         let version = rest.strip_prefix('-').unwrap_or("x");
@@ -109,7 +108,7 @@ fn is_named(name: &str, known: &str) -> bool {
     })
 }
 
-/// By what the file gives a process more rights than these ids have.
+/// Returns how the file gives a process more rights than these ids have.
 fn gains(file: &Path, (uid, gid): Ids) -> Option<&'static str> {
     let metadata = file.metadata().ok()?;
     let mode = metadata.mode();

@@ -1,31 +1,35 @@
-//! The listeners: of the command line, else of the file, else the default one.
+//! Resolves the listeners: those of the command line, else those of the file, else the default one.
 //!
-//! No two may stand at one address, for one of them could never be bound, and a reload knows them
-//! by their addresses; nor one at a port that another has on all interfaces.
+//! No two can have the same address, or the same port if one listens on all interfaces: one of them could
+//! not be bound, and a reload identifies listeners by their addresses.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 
-use super::address::{Address, check_unix_path};
-use super::check::{Check, command_line};
-use super::raw::{Raw, RawListen};
+use super::address::{Address, absolute_address};
+use super::check::{Check, KeyValue, command_line};
+use super::isolation;
+use super::raw::{DEFAULT_BACKLOG, Raw, RawLimits, RawListen};
 use super::settings::{HttpMethods, ListenConfig};
 use crate::error::{Error, Result};
 use crate::sys::account::{self, AccountError, NamedId};
 
-const DEFAULT_ADDRESS: Address =
-    Address::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080));
-const DEFAULT_BACKLOG: u32 = 4096;
+const DEFAULT_PORT: u16 = 8080;
+const DEFAULT_ADDRESS: Address = Address::Tcp(SocketAddr::new(
+    IpAddr::V4(Ipv4Addr::LOCALHOST),
+    DEFAULT_PORT,
+));
+/// The most listeners with a process for each connection.
+const MAX_ISOLATED: usize = 64;
 
-/// The listeners of the command line, else those of the file, else the default one.
+/// Returns the listeners of the command line, else those of the file, else the default one.
 pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<ListenConfig>> {
     let options = &check.overrides.listen;
     let listeners: Vec<ListenConfig> = match &raw.listen {
         _ if !options.is_empty() => options
             .iter()
             .map(|text| {
-                address(text, |path| check.here.absolute(path))
-                    .map(plain)
+                absolute_address((text, DEFAULT_PORT), |path| check.here.absolute(path))
+                    .map(ListenConfig::at)
                     .map_err(|problem| command_line("--listen", problem, ""))
             })
             .collect::<Result<_>>()?,
@@ -36,20 +40,35 @@ pub(super) fn resolve(check: &Check<'_>, raw: &Raw) -> Result<Vec<ListenConfig>>
         Some(list) => list
             .iter()
             .enumerate()
-            .map(|(index, raw)| listener(check, &format!("listen[{index}]"), raw))
+            .map(|(index, one)| listener(check, &format!("listen[{index}]"), one, &raw.limits))
             .collect::<Result<_>>()?,
         None => default(),
     };
     refuse_collisions(check, &listeners)?;
+    refuse_too_many_isolated(check, &listeners)?;
     Ok(listeners)
 }
 
-/// Where a server listens that is told nothing.
+/// Returns the default listener.
 pub(super) fn default() -> Vec<ListenConfig> {
-    vec![plain(DEFAULT_ADDRESS)]
+    vec![ListenConfig::at(DEFAULT_ADDRESS)]
 }
 
-/// Two listeners of which one could not be bound.
+/// Refuses too many isolated listeners, because each has an acceptor with a table of sessions.
+fn refuse_too_many_isolated(check: &Check<'_>, listeners: &[ListenConfig]) -> Result<()> {
+    let isolated = listeners.iter().enumerate();
+    let mut isolated = isolated.filter(|(_, listen)| listen.isolation.is_some());
+    match isolated.nth(MAX_ISOLATED) {
+        None => Ok(()),
+        Some((index, _)) => Err(check.places.error(
+            &format!("listen[{index}].isolation"),
+            format!("more than {MAX_ISOLATED} listeners have isolation = \"connection\""),
+            "take it out of some of them",
+        )),
+    }
+}
+
+/// Refuses two listeners of which one could not be bound.
 fn refuse_collisions(check: &Check<'_>, listeners: &[ListenConfig]) -> Result<()> {
     for (index, listen) in listeners.iter().enumerate() {
         let before = &listeners[..index];
@@ -59,7 +78,7 @@ fn refuse_collisions(check: &Check<'_>, listeners: &[ListenConfig]) -> Result<()
             place.map_or(String::new(), |place| format!(", in {place}"))
         };
         let same = |other: &ListenConfig| other.address == listen.address;
-        // Where the service manager passes it, the address is not bound.
+        // If the service manager passes the socket, the address is not bound.
         let bound = |listen: &ListenConfig| listen.name.is_none();
         let in_the_way = |other: &ListenConfig| {
             bound(other) && bound(listen) && other.address.is_in_the_way_of(&listen.address)
@@ -91,7 +110,7 @@ fn refuse_collisions(check: &Check<'_>, listeners: &[ListenConfig]) -> Result<()
     Ok(())
 }
 
-/// An error about the address of the listener with that index, wherever it was given.
+/// Makes an error about the address of the listener with that index, wherever it was set.
 pub(super) fn error(check: &Check<'_>, index: usize, problem: String, remedy: &str) -> Error {
     if check.overrides.listen.is_empty() {
         let key = format!("listen[{index}].address");
@@ -101,33 +120,30 @@ pub(super) fn error(check: &Check<'_>, index: usize, problem: String, remedy: &s
     }
 }
 
-fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfig> {
-    let backlog = check.integer(
-        &format!("{key}.backlog"),
-        raw.backlog,
-        DEFAULT_BACKLOG,
-        1..=i64::from(i32::MAX),
-        "",
-    )?;
+fn listener(
+    check: &Check<'_>,
+    key: &str,
+    raw: &RawListen,
+    limits: &RawLimits,
+) -> Result<ListenConfig> {
+    let key_of = |name: &str| format!("{key}.{name}");
+    let backlog = raw.backlog.value(check, &key_of("backlog"))?;
     if let Some(name) = &raw.name {
-        check_name(check, &format!("{key}.name"), name)?;
+        check_name(check, &key_of("name"), name)?;
     }
-    let at = &format!("{key}.address");
+    let at = &key_of("address");
     let Some(text) = &raw.address else {
         let remedy = "add address = \"127.0.0.1:8080\", or where it is to listen";
         return Err(check.places.error(at, "it is missing", remedy));
     };
-    if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
-        check.path(at, path)?;
-    }
-    let address = address(text, |path| check.beside(at, path))
-        .map_err(|problem| check.places.error(at, problem, ""))?;
+    let address = check.address(at, (text, DEFAULT_PORT))?;
     let mode = match &raw.mode {
         None => None,
-        Some(text) => Some(mode(check, &format!("{key}.mode"), text, &address)?),
+        Some(text) => Some(check.mode(&key_of("mode"), text, &address)?),
     };
+    let per_source = raw.per_source.value(check, &key_of("per-source"))?;
     let owner = |name: &str, text: &Option<String>, lookup: LookUp| {
-        let key = format!("{key}.{name}");
+        let key = key_of(name);
         let text = text.as_deref();
         text.map(|text| socket_owner(check, &key, text, &address, lookup))
             .transpose()
@@ -141,15 +157,13 @@ fn listener(check: &Check<'_>, key: &str, raw: &RawListen) -> Result<ListenConfi
         mode,
         socket_user,
         socket_group,
-        http_methods: match &raw.http_methods {
-            None => HttpMethods::Any,
-            Some(word) => {
-                match check.choice(&format!("{key}.http-methods"), word, &["any", "path"])? {
-                    "path" => HttpMethods::Path,
-                    _ => HttpMethods::Any,
-                }
-            }
-        },
+        http_methods: check.word(
+            &key_of("http-methods"),
+            raw.http_methods.as_ref(),
+            HttpMethods::Any,
+        )?,
+        per_source,
+        isolation: isolation::resolve(check, key, raw, limits)?,
     })
 }
 
@@ -172,7 +186,7 @@ fn socket_owner(
     })
 }
 
-/// What a socket unit can say: sd_listen_fds(3) has the same bounds.
+/// Refuses a name that a socket unit cannot have (sd_listen_fds(3)).
 fn check_name(check: &Check<'_>, key: &str, name: &str) -> Result<()> {
     let sound = |character: char| character != ':' && !character.is_control();
     if (1..=255).contains(&name.len()) && name.chars().all(sound) {
@@ -185,45 +199,19 @@ fn check_name(check: &Check<'_>, key: &str, name: &str) -> Result<()> {
     ))
 }
 
-fn mode(check: &Check<'_>, key: &str, text: &str, address: &Address) -> Result<u32> {
-    if !matches!(address, Address::Unix(_)) {
-        let problem = format!("{address} is no unix socket, and only those have a mode");
-        return Err(check.places.error(key, problem, "take it out"));
-    }
-    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    match u32::from_str_radix(text, 8) {
-        Ok(mode) if digits && mode <= 0o777 => Ok(mode),
-        _ => Err(check.places.error(
-            key,
-            format!("{text:?} is no mode"),
-            "write permission bits in octal, as in \"0660\"",
-        )),
-    }
-}
-
-fn plain(address: Address) -> ListenConfig {
-    ListenConfig {
-        address,
-        name: None,
-        backlog: DEFAULT_BACKLOG,
-        mode: None,
-        socket_user: None,
-        socket_group: None,
-        http_methods: HttpMethods::Any,
-    }
-}
-
-/// An address with its path, if it is one, made absolute.
-fn address(
-    text: &str,
-    absolute: impl FnOnce(&Path) -> PathBuf,
-) -> std::result::Result<Address, String> {
-    match text.parse()? {
-        Address::Unix(path) => {
-            let path = absolute(&path);
-            check_unix_path(&path)?;
-            Ok(Address::Unix(path))
+impl ListenConfig {
+    /// A listener at `address` with the defaults of all other keys.
+    pub fn at(address: Address) -> Self {
+        ListenConfig {
+            address,
+            name: None,
+            backlog: DEFAULT_BACKLOG as u32,
+            mode: None,
+            socket_user: None,
+            socket_group: None,
+            http_methods: HttpMethods::Any,
+            per_source: 0,
+            isolation: None,
         }
-        tcp => Ok(tcp),
     }
 }

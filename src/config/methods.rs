@@ -1,11 +1,11 @@
-//! The table of methods: what the file says, what the program registered, and `ping`.
+//! Resolves the methods: those of the file, those that the program has registered, and `ping`.
 //!
-//! A name is given once, by a builtin, a command, a pool or a function. A function that the file does not mention
-//! has the defaults. No method may run longer than a drain waits for it.
+//! A name has one handler: a builtin, a command, a pool or a function. A function that is not in the file
+//! has the defaults. No method can run longer than a drain waits for it.
 
 use std::collections::BTreeMap;
 
-use super::check::{Check, MILLISECOND};
+use super::check::{Check, KeyValue, MILLISECOND};
 use super::commands;
 use super::pools;
 use super::programs::Ids;
@@ -20,7 +20,7 @@ type Pools = BTreeMap<String, PoolConfig>;
 /// The longest name of a method, in bytes.
 const NAME_MAX: usize = 128;
 
-/// All methods by name.
+/// Returns all methods by name.
 pub(super) fn resolve(
     raw: &Raw,
     check: &Check<'_>,
@@ -69,7 +69,7 @@ pub(super) fn resolve(
     Ok(methods)
 }
 
-/// Refuses what the protocol or a log could not tell from something else.
+/// Refuses a name that the protocol or a log line would make ambiguous.
 fn check_name(name: &str) -> std::result::Result<(), String> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-/:".contains(&byte);
     if name.is_empty() || name.len() > NAME_MAX {
@@ -81,6 +81,8 @@ fn check_name(name: &str) -> std::result::Result<(), String> {
         Err("a method's name is made of letters, digits and _ . - / :".to_owned())
     } else if name.starts_with("rpc.") {
         Err("names with rpc. are the protocol's own".to_owned())
+    } else if name == "_OTHER" {
+        Err("metrics count the calls of all other methods under that name".to_owned())
     } else if name == "error" {
         Err("`error` is the name of every answer that is one".to_owned())
     } else {
@@ -95,32 +97,18 @@ fn method(
     check: &Check<'_>,
     (limits, programs): (&LimitsConfig, (&Pools, Ids)),
 ) -> Result<MethodConfig> {
-    let timeout = raw
-        .timeout
-        .map_or(limits.timeout, |DurationValue(timeout)| timeout);
-    // What answers it comes last, so that `check` tells of the rest too.
-    let timeout = check.duration(
-        &join(key, "timeout"),
-        Some(DurationValue(timeout)),
-        timeout,
-        MILLISECOND,
-    )?;
+    // The handler comes last, so that `check` also reports errors of the other keys.
+    let timeout = raw.timeout.unwrap_or(DurationValue(limits.timeout));
     Ok(MethodConfig {
-        timeout,
-        concurrency: check.integer(
-            &join(key, "concurrency"),
-            raw.concurrency,
-            0,
-            0..=1_000_000,
-            "",
-        )?,
-        rate: check.integer(&join(key, "rate"), raw.rate, 0, 0..=i64::from(u32::MAX), "")?,
+        timeout: check.duration(&join(key, "timeout"), timeout, MILLISECOND)?,
+        concurrency: raw.concurrency.value(check, &join(key, "concurrency"))?,
+        rate: raw.rate.value(check, &join(key, "rate"))?,
         kills_abandoned: kills_abandoned(key, raw, check, programs.0)?,
         kind: kind(name, key, raw, check, programs)?,
     })
 }
 
-/// Whether a program is killed as soon as its call of this method is abandoned.
+/// Returns whether a program is killed as soon as its call of this method is abandoned.
 fn kills_abandoned(key: &str, raw: &RawMethod, check: &Check<'_>, pools: &Pools) -> Result<bool> {
     let pool = raw.pool.as_ref().and_then(|name| pools.get(name));
     match (pool, &raw.when_abandoned) {
@@ -133,7 +121,7 @@ fn kills_abandoned(key: &str, raw: &RawMethod, check: &Check<'_>, pools: &Pools)
             "only a method with pool has this key",
             "take it out, or set pool",
         )),
-        // `kind` says that there is no such pool.
+        // The check of `kind` refuses a pool that does not exist.
         (None, _) => Ok(false),
     }
 }
@@ -179,7 +167,7 @@ fn kind(
             .places
             .error(&join(key, set), problem, "take it out, or set command"));
     }
-    let Some(builtin) = &raw.builtin else {
+    if raw.builtin.is_none() {
         return if is_function {
             Ok(MethodKind::Function)
         } else if name == "ping" {
@@ -199,11 +187,7 @@ fn kind(
             .places
             .error(&builtin_key, problem, "take builtin out, or rename one"));
     }
-    let builtin = match check.choice(&builtin_key, builtin, &["ping", "echo", "sleep"])? {
-        "echo" => Builtin::Echo,
-        "sleep" => Builtin::Sleep,
-        _ => Builtin::Ping,
-    };
+    let builtin = check.word(&builtin_key, raw.builtin.as_ref(), Builtin::Ping)?;
     if name == "ping" && builtin != Builtin::Ping {
         let problem = "`ping` always answers pong";
         return Err(check
@@ -213,7 +197,7 @@ fn kind(
     Ok(MethodKind::Builtin(builtin))
 }
 
-/// A method that another program answers: a command, or a pool.
+/// Resolves a method with a command or a pool.
 fn by_program_kind(
     key: &str,
     raw: &RawMethod,
@@ -244,8 +228,8 @@ fn by_program_kind(
     Err(check.places.error(&join(key, "pool"), problem, &remedy))
 }
 
-/// A call that outlives the drain would be cut by every reload. The error stands at the key that
-/// the operator set: the method's timeout or the default one, which is never longer unless it is set.
+/// Refuses a timeout that is longer than the drain, because each reload would cut calls. The error is at
+/// the key that is set: the method's timeout or the default one.
 fn fits_into_a_drain(
     name: &str,
     method: &MethodConfig,

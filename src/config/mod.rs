@@ -1,14 +1,18 @@
-//! The configuration: one TOML file, what it includes, the command line, and a default for all.
+//! Reads the configuration: one TOML file, the files that it includes, the command line, and defaults.
 //!
-//! [`load`] is the one way in, for start and reload alike; [`load_or_faults`] is it for `check`, which tells
-//! more than the first fault (`faults`). It goes in steps, a file each:
-//! `files` reads the text, `document` merges it and knows where each key stands, `raw` is serde's
-//! mirror of it, `resolve` with `listeners`, `methods` and `pools` makes [`Settings`] of the mirror, where
-//! nothing is left unsaid. [`Settings::to_toml`] goes the same way back, and [`keep_restart_only_keys`] says what no reload changes.
+//! [`load`] is used at start and reload. [`load_or_faults`] is used by `check` and reports more than the
+//! first error (`diagnostics`). The steps have a file each:
 //!
-//! It reads files, looks up users and looks at paths; it creates, binds and changes nothing. Every
-//! error is [`Error::Config`] with file, line, column and key, but for a
-//! file that may not be read, which is an error of the system.
+//! - `files` reads the text.
+//! - `source_map` merges it and records the position of each key.
+//! - `raw` has serde's types for it; `keys` those of single keys, with defaults and bounds.
+//! - `resolve` with `listeners`, `methods` and `pools` makes [`Settings`], in which every value is set.
+//!
+//! [`Settings::to_toml`] goes the same way back. [`keep_restart_only_keys`] drops what a reload cannot
+//! change.
+//!
+//! Nothing here creates, binds or changes anything. Every error is [`Error::Config`] with file, line,
+//! column and key, except that a file that cannot be read is a system error.
 
 mod address;
 mod check;
@@ -19,10 +23,15 @@ mod environment;
 mod exposed;
 mod files;
 mod guarded;
+mod isolation;
+mod keys;
 mod listeners;
 mod methods;
+mod missing;
+mod observe;
 mod overrides;
 mod pools;
+mod program_config;
 mod program_text;
 mod programs;
 mod raw;
@@ -36,28 +45,34 @@ mod variables;
 use std::path::{Path, PathBuf};
 
 pub use commands::{literal, placeholder};
+pub use environment::KeptVariables;
+pub use observe::{Histogram, USUAL_PORT};
 pub use overrides::{DEFAULT_NAME, Overrides, server_name};
 pub use programs::SEARCH_PATH;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
-    Address, Builtin, CommandConfig, HttpMethods, LimitsConfig, ListenConfig, LogFormat,
-    MethodConfig, MethodKind, OutputFormat, PoolConfig, ProgramConfig, Settings, Stdin,
-    WorkersConfig,
+    Address, Builtin, CommandConfig, HttpMethods, IsolationConfig, LimitsConfig, ListenConfig,
+    LogFormat, MethodConfig, MethodKind, ObserveConfig, OutputFormat, PoolConfig, PoolReload,
+    PoolScope, ProgramConfig, Settings, Stdin, WorkersConfig,
 };
+pub use variables::secrets_of;
 
 use crate::error::{Error, Result};
 use check::Check;
 use environment::Environment;
 use files::Files;
 
-/// Reads and checks the whole configuration. Without a `file` it is that of
-/// /etc/preforkd/preforkd.toml, and without that one the defaults.
+/// Reads and checks the whole configuration: that of `file`, else that of /etc/preforkd/preforkd.toml, else
+/// the defaults.
+///
+/// # Errors
+/// The first error in it.
 pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
     load_in(&Environment::here(), file, overrides)
 }
 
-/// [`load`] for who wants to know all that is wrong at once: where something is, as much of it as can be
-/// told, in the order of the files.
+/// Reads and checks the whole configuration, and returns as many errors as possible, in the order of the
+/// files.
 ///
 /// # Errors
 /// At least one.
@@ -76,11 +91,10 @@ pub fn load_or_faults(
     diagnostics::settings_or_faults(&here, &files, overrides)
 }
 
-/// The listeners of the server that has this configuration, for who needs nothing else and does not mind
-/// what else is wrong there.
+/// Returns only the listeners of the server with this configuration. Errors in other keys do not matter.
 ///
 /// # Errors
-/// When it can't be told where that server is: no call for one server is to reach another.
+/// If the listeners are unknown: a call must not reach another server.
 pub fn listeners(file: Option<&Path>, overrides: &Overrides) -> Result<Vec<ListenConfig>> {
     listeners_in(&Environment::here(), file, overrides)
 }
@@ -95,7 +109,7 @@ fn listeners_in(
         return Ok(settings()?.listen);
     };
     let alone = match Files::read_alone(&main) {
-        // Nobody named that file, which may be for the server's own user alone.
+        // The default file may be readable only for the server's user.
         Err(Error::System { .. }) if file.is_none() => return Ok(listeners::default()),
         alone => alone?,
     };
@@ -106,11 +120,11 @@ fn listeners_in(
             overrides,
             here,
         };
-        // Who says nothing means the default, if that was all.
+        // If the whole configuration has no listener, it is the default one.
         let says_all = is_whole || raw.listen.is_some();
         says_all.then(|| listeners::resolve(&check, &raw).ok())?
     };
-    // What is included may be for that user alone, too.
+    // Included files may be readable only for that user, too.
     let whole = Files::read(&main).ok();
     let whole = whole.as_ref().and_then(|files| said(files, true));
     whole
@@ -118,18 +132,18 @@ fn listeners_in(
         .map_or_else(|| Ok(settings()?.listen), Ok)
 }
 
-/// The absolute path of the main file that is read if this one is named.
+/// Returns the absolute path of the main file that is read if `file` is named.
 pub fn main_file(file: Option<&Path>) -> Option<PathBuf> {
     Environment::here().main_file(file)
 }
 
-/// The settings that [`Settings::to_toml`] has written, perhaps in another version; `file` is where
-/// they were read from.
+/// Reads settings that [`Settings::to_toml`] has written, possibly in another version. `file` is where they
+/// were read from, and `secrets` are their [`secrets_of`].
 ///
 /// # Errors
-/// What this version would not read.
+/// What this version would refuse.
 pub fn from_effective(
-    text: String,
+    (text, secrets): (String, KeptVariables),
     file: Option<PathBuf>,
     overrides: &Overrides,
 ) -> Result<Settings> {
@@ -137,13 +151,14 @@ pub fn from_effective(
     let files = Files::of_text(&place, text)?;
     let here = Environment {
         has_served: true,
+        kept_variables: secrets,
         ..Environment::here()
     };
     let settings = settings_of(&here, &files, overrides)?;
     Ok(Settings { file, ..settings })
 }
 
-/// [`load`] with nothing taken from the process.
+/// Does the same as [`load`] with this environment.
 fn load_in(here: &Environment, file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
     let files = match here.main_file(file) {
         Some(path) => Files::read(&path)?,
@@ -152,7 +167,7 @@ fn load_in(here: &Environment, file: Option<&Path>, overrides: &Overrides) -> Re
     settings_of(here, &files, overrides)
 }
 
-/// [`load`] with `text` for the content of the file, which need not be there.
+/// Does the same as [`load`] with `text` as the content of the file, which need not exist.
 ///
 /// # Errors
 /// As for [`load`].
@@ -167,15 +182,15 @@ fn settings_of(here: &Environment, files: &Files, overrides: &Overrides) -> Resu
     resolve::resolve(&raw, &places, overrides, here)
 }
 
-/// Where the control socket of a running master may be, the likeliest first: where the file says,
-/// and if it says nothing, in the default places of a server of this name.
+/// Returns the paths where the control socket of a running master may be, the most likely one first: the
+/// path in the file, or else the default paths of a server with this name.
 ///
-/// It works on a broken file too, for that is when `reload` is needed to say so: the key is looked
-/// for in what can be read of it. A file that names its socket has no other candidate, so that no
-/// command for one server ever reaches another.
+/// Works on an invalid file too, because `reload` must report its errors: the key is looked for in what can
+/// be parsed. If the file names the socket, there is no other candidate, so a command never reaches another
+/// server.
 ///
 /// # Errors
-/// When a file was asked for that can't be read, or seems to name its socket in a way that can't be.
+/// If `file` was named and cannot be read, or seems to set the key in a way that cannot be parsed.
 pub fn control_socket_candidates(file: Option<&Path>, name: &str) -> Result<Vec<PathBuf>> {
     candidates_in(&Environment::here(), file, name)
 }
@@ -188,7 +203,7 @@ fn candidates_in(here: &Environment, file: Option<&Path>, name: &str) -> Result<
         return Ok(vec![path]);
     }
     let is_read = all().next().is_some();
-    // Nobody named the default file, which may be one that only the server's own user can read.
+    // The default file may be readable only for the server's user.
     if file.is_some() && (!is_read || all().any(files::File::may_name_control_socket)) {
         return Err(Error::Config {
             file: main,
@@ -198,11 +213,11 @@ fn candidates_in(here: &Environment, file: Option<&Path>, name: &str) -> Result<
             } else {
                 String::new()
             },
-            problem: "it can't be read, so it can't tell which server is meant".into(),
-            remedy: "mend it, or name the server's socket with --control-socket".into(),
+            problem: "it can't be read, so it is unknown which server is meant".into(),
+            remedy: "correct it, or name the server's socket with --control-socket".into(),
         });
     }
-    // A user may ask for root's server; the answer is then a clear refusal and not "no server".
+    // A user may mean root's server. Then the answer is a clear refusal instead of "no server".
     let system = Path::new("/run").join(name);
     let mut directories: Vec<PathBuf> = here.runtime_directories(name).collect();
     if !directories.contains(&system) {

@@ -1,33 +1,30 @@
-//! `[pools.NAME]`: programs that live long and answer many calls.
+//! Resolves `[pools.NAME]`: programs that run for a long time and answer many calls.
 //!
-//! The program itself is `programs`' business. A pool that is wrong is refused also when no method
-//! uses it, which is worth a word of its own.
+//! `programs` resolves the program itself. A pool that no method uses is checked too, and gets a warning.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
 use log::Level;
 
-use super::check::{Check, MILLISECOND};
+use super::check::{Check, KeyValue, MILLISECOND};
 use super::programs::{self, Ids};
 use super::raw::{Count, Raw, RawPool};
-use super::settings::{PoolConfig, WorkersConfig};
+use super::settings::{ListenConfig, PoolConfig, PoolReload, PoolScope, WorkersConfig};
 use super::source_map::join;
 use super::units::{ByteSize, DurationValue};
 use crate::error::Result;
 
 const DEFAULT_BOOT: Duration = Duration::from_secs(30);
 const NAME_MAX: usize = 64;
-const PROCESSES: RangeInclusive<i64> = 1..=1024;
-const CONCURRENCY: RangeInclusive<i64> = 1..=65_536;
 
-/// All pools by name.
+/// Returns all pools by name.
 pub(super) fn resolve(
     raw: &Raw,
     check: &Check<'_>,
     (workers, ids): (&WorkersConfig, Ids),
+    listeners: &[ListenConfig],
     warnings: &mut Vec<String>,
 ) -> Result<BTreeMap<String, PoolConfig>> {
     let mut pools = BTreeMap::new();
@@ -35,6 +32,7 @@ pub(super) fn resolve(
         let key = join("pools", name);
         check_name(name, &key, check)?;
         let pool = resolve_one(&key, pool, check, (workers, ids))?;
+        check_scope(check, &key, pool.scope, listeners)?;
         let is_used = |method: &super::raw::RawMethod| method.pool.as_ref() == Some(name);
         if !raw.methods.values().any(|method| is_used(method)) {
             warnings.push(format!(
@@ -48,7 +46,7 @@ pub(super) fn resolve(
     Ok(pools)
 }
 
-/// It stands in each line of the log.
+/// Refuses a name that does not fit into log lines.
 fn check_name(name: &str, key: &str, check: &Check<'_>) -> Result<()> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
     if !name.is_empty() && name.len() <= NAME_MAX && name.bytes().all(good) {
@@ -65,20 +63,14 @@ fn resolve_one(
     (workers, ids): (&WorkersConfig, Ids),
 ) -> Result<PoolConfig> {
     let key_of = |name: &str| join(key, name);
+    let scope = scope(key, raw, check)?;
     let example = "[\"python3\", \"/srv/model.py\"]";
     let ready = raw.ready.as_deref().unwrap_or("message");
-    let number = |name: &str, value, default, most| {
-        check.integer(&key_of(name), value, default, 0..=most, "")
-    };
-    let or_never =
-        |name: &str, value| check.duration(&key_of(name), value, Duration::ZERO, Duration::ZERO);
     let boot_key = key_of("boot-timeout");
-    let boot_timeout = check.duration(
-        &boot_key,
-        raw.boot_timeout,
-        DEFAULT_BOOT.min(workers.boot_timeout),
-        MILLISECOND,
-    )?;
+    let boot_timeout = raw
+        .boot_timeout
+        .unwrap_or(DurationValue(DEFAULT_BOOT.min(workers.boot_timeout)));
+    let boot_timeout = check.duration(&boot_key, boot_timeout, MILLISECOND)?;
     if boot_timeout > workers.boot_timeout {
         let limit = DurationValue(workers.boot_timeout);
         return Err(check.places.error(
@@ -91,10 +83,14 @@ fn resolve_one(
             format!("give {limit} at most, or raise workers.boot-timeout"),
         ));
     }
-    let concurrency = check.integer(&key_of("concurrency"), raw.concurrency, 1, CONCURRENCY, "")?;
+    let concurrency: usize = raw.concurrency.value(check, &key_of("concurrency"))?;
     let when_abandoned = raw.when_abandoned.as_deref().unwrap_or("finish");
     Ok(PoolConfig {
-        processes: processes(&key_of("processes"), raw, check)?,
+        scope,
+        processes: check.count(
+            &key_of("processes"),
+            raw.processes.unwrap_or(Count::Number(1)),
+        )?,
         concurrency,
         kills_abandoned: kills_abandoned(
             &key_of("when-abandoned"),
@@ -103,22 +99,21 @@ fn resolve_one(
             check,
         )?,
         handshake: check.choice(&key_of("ready"), ready, &["alive", "message"])? == "message",
+        reload: check.word(&key_of("reload"), raw.reload.as_ref(), PoolReload::Replace)?,
         boot_timeout,
-        idle_timeout: or_never("idle-timeout", raw.idle_timeout)?,
-        max_calls: number("max-calls", raw.max_calls, 0, i64::MAX)?,
+        idle_timeout: raw.idle_timeout.value(check, &key_of("idle-timeout"))?,
+        max_calls: raw.max_calls.value(check, &key_of("max-calls"))?,
         max_memory: raw.max_memory.map_or(0, |ByteSize(bytes)| bytes),
-        max_lifetime: or_never("max-lifetime", raw.max_lifetime)?,
-        respawn_burst: check.integer(
-            &key_of("respawn-burst"),
-            raw.respawn_burst,
-            5,
-            0..=1_000_000,
-            "",
+        max_lifetime: raw.max_lifetime.value(check, &key_of("max-lifetime"))?,
+        health: raw.health.unwrap_or(false),
+        respawn_burst: raw.respawn_burst.value(check, &key_of("respawn-burst"))?,
+        respawn_max_delay: (raw.respawn_max_delay).value(check, &key_of("respawn-max-delay"))?,
+        stderr_level: check.word(
+            &key_of("stderr-level"),
+            raw.stderr_level.as_ref(),
+            Level::Warn,
         )?,
-        respawn_max_delay: check
-            .respawn_max_delay(&key_of("respawn-max-delay"), raw.respawn_max_delay)?,
-        stderr_level: stderr_level(&key_of("stderr-level"), raw, check)?,
-        // Last, so that `check` tells of the rest too.
+        // This comes last, so that `check` also reports errors of the other keys.
         program: match &raw.command {
             Some(command) => programs::resolve(key, (command, example), &raw.into(), check, ids)?,
             None => {
@@ -127,6 +122,48 @@ fn resolve_one(
             }
         },
     })
+}
+
+/// Who shares its programs. Keys about several programs, or about a replacement, do not fit to a program that
+/// keeps the state of one connection.
+fn scope(key: &str, raw: &RawPool, check: &Check<'_>) -> Result<PoolScope> {
+    let scope = check.word(&join(key, "scope"), raw.scope.as_ref(), PoolScope::Shared)?;
+    if scope == PoolScope::Shared {
+        return Ok(scope);
+    }
+    match raw.of_shared() {
+        None => Ok(PoolScope::Connection),
+        Some(name) => Err(check.places.error(
+            &join(key, name),
+            "the pool has scope = \"connection\": each connection has one program, from its first call to \
+             its end",
+            match name {
+                "max-memory" => "take it out, and set memory in rlimits, or take scope out",
+                "max-lifetime" | "idle-timeout" => {
+                    "take it out, and set max-lifetime of the listener or limits.idle-timeout, or take scope out"
+                }
+                _ => "take it out, or take scope out",
+            },
+        )),
+    }
+}
+
+/// Refuses a pool of connections if no connection has a process.
+fn check_scope(
+    check: &Check<'_>,
+    key: &str,
+    scope: PoolScope,
+    listeners: &[ListenConfig],
+) -> Result<()> {
+    let has_sessions = listeners.iter().any(|listen| listen.isolation.is_some());
+    if scope == PoolScope::Shared || has_sessions {
+        return Ok(());
+    }
+    Err(check.places.error(
+        &join(key, "scope"),
+        "no listener has isolation = \"connection\", so no connection could call its methods",
+        "add isolation = \"connection\" to a [[listen]], or take scope out",
+    ))
 }
 
 /// Reads `when-abandoned`: whether a program is killed as soon as its call is abandoned.
@@ -149,31 +186,8 @@ pub(super) fn kills_abandoned(
     Ok(kills)
 }
 
-/// The level of what its programs write to standard error.
-fn stderr_level(key: &str, raw: &RawPool, check: &Check<'_>) -> Result<Level> {
-    let Some(level) = &raw.stderr_level else {
-        return Ok(Level::Warn);
-    };
-    let levels = ["error", "warn", "info", "debug", "trace"];
-    let level = check.choice(key, level, &levels)?;
-    Ok(level
-        .parse()
-        .expect("each of the listed levels is one of log's"))
-}
-
-/// How many programs the server has of the pool.
-fn processes(key: &str, raw: &RawPool, check: &Check<'_>) -> Result<usize> {
-    match &raw.processes {
-        None => check.integer(key, None, 1, PROCESSES, ""),
-        Some(Count::Number(number)) => {
-            check.integer(key, Some(*number), 1, PROCESSES, "or \"auto\"")
-        }
-        Some(Count::Auto) => Ok(check.here.cpus.clamp(1, 1024)),
-    }
-}
-
-/// A relative path in the arguments is the program's to resolve, by its directory. Where it is
-/// not there, but beside the file that names it, that is most likely what was meant.
+/// Refuses a relative path in the arguments that exists beside the configuration file but not in the
+/// program's directory, because the program resolves it by its own directory.
 fn misplaced(name: &str, key: &str, pool: &PoolConfig, check: &Check<'_>) -> Option<String> {
     let program = &pool.program;
     let key = join(key, "command");

@@ -1,14 +1,15 @@
-//! Warns of commands that run what a caller sends as a program: `sh -c` and the like.
+//! Warns about commands that run what a caller sends as a program: `sh -c` and the like.
 //!
-//! A placeholder is safe as an argument of a program that takes data. The argument behind `sh -c` is a
-//! program itself, and so is the first argument of `env` or `xargs`. Only known programs are seen.
+//! A placeholder is safe as an argument of a program that takes data. But the argument after `sh -c` is a
+//! program, and so is the first argument of `env` or `xargs`. Only known programs are recognized.
 
 use std::path::Path;
 
 use super::commands::{has_placeholder, placeholder};
-use super::settings::{MethodKind, Settings};
+use super::environment::Environment;
+use super::settings::{MethodKind, ProgramConfig, Settings};
 
-/// Programs that run the argument behind this option.
+/// Programs that run the argument after this option.
 const INTERPRETERS: [(&str, &str); 17] = [
     ("sh", "-c"),
     ("bash", "-c"),
@@ -28,13 +29,13 @@ const INTERPRETERS: [(&str, &str); 17] = [
     ("Rscript", "-e"),
     ("osascript", "-e"),
 ];
-/// Programs that run the first argument that is no option.
+/// Programs that run the first argument that is not an option.
 const LAUNCHERS: [&str; 12] = [
     "doas", "env", "flock", "ionice", "nice", "nohup", "setsid", "ssh", "stdbuf", "sudo",
     "timeout", "xargs",
 ];
 
-/// Returns a warning for each method whose command does that.
+/// Returns a warning for each method with such a command.
 pub(super) fn warnings(settings: &Settings) -> impl Iterator<Item = String> {
     settings.methods.iter().filter_map(|(name, method)| {
         let MethodKind::Command(command) = &method.kind else {
@@ -45,7 +46,29 @@ pub(super) fn warnings(settings: &Settings) -> impl Iterator<Item = String> {
     })
 }
 
-/// What is dangerous in a command line.
+/// Returns the note of `check` about commands with `{{`, which was no escape in earlier versions.
+pub(super) fn notes(settings: &Settings, here: &Environment) -> Option<String> {
+    if !here.is_check {
+        return None;
+    }
+    let has_escape = |program: &ProgramConfig| program.arguments.iter().any(|it| it.contains("{{"));
+    let commands = settings.programs().filter(|(table, _, program)| {
+        // Arguments of pools are passed as they are.
+        *table == "methods" && has_escape(program)
+    });
+    let named: Vec<String> = commands
+        .map(|(table, name, _)| format!("{table}.{name}.command"))
+        .collect();
+    (!named.is_empty()).then(|| {
+        format!(
+            "{{{{ in {} stands for one {{ (earlier versions passed both to the program); write {{{{{{{{ where the \
+             program is to get two",
+            named.join(", ")
+        )
+    })
+}
+
+/// Returns what is dangerous in a command line.
 fn problem(arguments: &[String]) -> Option<String> {
     (0..arguments.len()).find_map(|at| {
         let name = Path::new(&arguments[at]).file_name()?.to_str()?;
@@ -83,8 +106,8 @@ fn interpreted(name: &str, option: &str, code: &str) -> String {
     )
 }
 
-/// The argument that an interpreter runs: behind `-c`, behind `-ec`, or right within `-cCODE`. Behind the
-/// name of a script, options are the script's.
+/// Returns the argument that an interpreter runs: after `-c`, after `-ec`, or within `-cCODE`. After the
+/// name of a script, options belong to the script.
 fn code_behind<'a>(arguments: &'a [String], option: &str) -> Option<&'a str> {
     let letter = option.chars().last()?;
     let is_wanted = |it: &str| it.starts_with('-') && !it.starts_with("--") && it.contains(letter);
@@ -103,7 +126,7 @@ fn code_behind<'a>(arguments: &'a [String], option: &str) -> Option<&'a str> {
     }
 }
 
-/// Whether this is `known`, perhaps with its version: `python3.12`.
+/// Returns whether this is `known`, possibly with a version: `python3.12`.
 fn is_version_of(name: &str, known: &str) -> bool {
     let rest = name.strip_prefix(known);
     rest.is_some_and(|rest| {

@@ -1,9 +1,7 @@
-//! A program that is started for calls, and what can be known of it before: whether it and its
-//! directory are there, whom it runs as, what its environment and its limits are. Commands and pools
-//! have these keys in common.
+//! Resolves a program that is started for calls: its file and directory, its account, its environment and
+//! its limits. Commands and pools have these keys in common.
 //!
-//! It looks at the file system as the master sees it. What changes afterwards is told when it is
-//! started.
+//! It reads the file system as the master sees it. A later change is reported when the program is started.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -18,16 +16,17 @@ use super::check::Check;
 use super::raw::{RawMethod, RawPool, RawRlimits};
 use super::settings::{ProgramConfig, RlimitsConfig};
 use super::source_map::join;
-use super::units::{ByteSize, DurationValue};
+use super::units::ByteSize;
 use super::variables;
 use crate::error::Result;
-use crate::sys::account::{Account, AccountError};
+use crate::sys::account::Account;
 
-/// Where a program is looked for that is a name and no path, and its PATH, unless its own environment has one.
+/// The directories in which a program without a path is looked for. Also its PATH, unless its environment
+/// sets one.
 pub const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const MIB: u64 = 1 << 20;
 
-/// The user and the group that the workers have.
+/// The user id and the group id of the workers.
 pub(super) type Ids = (u32, u32);
 
 /// The keys that commands and pools have in common.
@@ -62,8 +61,8 @@ macro_rules! keys_of {
 keys_of!(RawMethod);
 keys_of!(RawPool);
 
-/// The program that `command` names, with what stands beside it in the table `key`; `example` is
-/// a command that would do.
+/// Resolves the program of `command` with the other keys in the table `key`. `example` is a valid command,
+/// for errors.
 pub(super) fn resolve(
     key: &str,
     (command, example): (&[String], &str),
@@ -93,7 +92,7 @@ pub(super) fn resolve(
     })
 }
 
-/// The program's file, and the arguments as it will see them.
+/// Returns the program's file, and its arguments as it gets them.
 fn arguments(
     key: &str,
     (command, example): (&[String], &str),
@@ -127,7 +126,7 @@ fn arguments(
                 "install it, or give its path",
             );
         };
-        // Not the name: Python and others find their own files by it.
+        // The path instead of the name, because Python and others find their own files by it.
         arguments[0] = found.to_string_lossy().into_owned();
         found
     };
@@ -154,14 +153,14 @@ fn arguments(
     Ok((program, arguments))
 }
 
-/// Whether somebody may execute it. Who will is told by the system when he tries.
+/// Returns whether anybody may execute it. Whether the workers may is known at the start of the program.
 fn is_executable(path: &Path) -> bool {
     let any_x = |file: std::fs::Metadata| file.is_file() && file.permissions().mode() & 0o111 != 0;
     path.metadata().is_ok_and(any_x)
 }
 
-/// What is wrong with a script's first line, by which the kernel finds its interpreter (execve(2)). What can't be
-/// known here is believed: what we may not look at, and what this system was taught to run.
+/// Returns what is wrong with a script's first line, which names its interpreter (execve(2)). What cannot
+/// be known here is no error: a file that cannot be read, or a kind that this system was taught to run.
 fn wrong_script(path: &Path) -> Option<String> {
     let mut head = Vec::new();
     File::open(path)
@@ -180,7 +179,7 @@ fn wrong_script(path: &Path) -> Option<String> {
         Err(error) => error.kind() == ErrorKind::PermissionDenied,
         Ok(_) => is_executable(file),
     };
-    // A relative one is looked for in the directory that it will run in.
+    // A relative path is resolved in the directory in which the program runs.
     if is_there || file.is_relative() && !interpreter.is_empty() {
         return None;
     }
@@ -188,8 +187,8 @@ fn wrong_script(path: &Path) -> Option<String> {
     Some(format!("is a script for \"{name}\", which is no program"))
 }
 
-/// Whether this system was taught to run more than programs and scripts (binfmt_misc): whatever has an entry
-/// beside the two that are always there.
+/// Returns whether this system runs other kinds of files (binfmt_misc): there is an entry beside the two
+/// that always exist.
 fn knows_more_kinds() -> bool {
     std::fs::read_dir("/proc/sys/fs/binfmt_misc").is_ok_and(|entries| entries.count() > 2)
 }
@@ -208,36 +207,19 @@ fn directory(key: &str, keys: &Keys<'_>, check: &Check<'_>) -> Result<PathBuf> {
         .error(key, problem, "create it, or name another one"))
 }
 
-/// Whom a command runs as.
+/// Returns the account of a command.
 fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Result<Option<Account>> {
-    let (user_key, group_key) = (join(key, "user"), join(key, "group"));
-    let Some(user) = keys.user else {
-        return match keys.group {
-            None => Ok(None),
-            Some(_) => Err(check.places.error(
-                &group_key,
-                "it is set without a user",
-                "set user beside it, or take it out",
-            )),
-        };
+    let Some(account) = check.account(key, keys.user.as_ref(), keys.group.as_ref())? else {
+        return Ok(None);
     };
-    let account = Account::lookup(user, keys.group.as_deref()).map_err(|error| {
-        let (key, remedy) = match error {
-            AccountError::NoUser(_) => (&user_key, "create it, or name one that exists"),
-            AccountError::NoGroup(_) => (&group_key, "create it, or name one that exists"),
-            AccountError::GroupUnknown(_) => (&user_key, "set group beside it"),
-            AccountError::System(_) => (&user_key, ""),
-        };
-        check.places.error(key, error.to_string(), remedy)
-    })?;
-    // Who the workers are already is kept as well: a reload can't change them, and the file may say so.
+    // The account of the workers is kept too, because the file may name it.
     if workers.0 != 0 && (account.uid, account.gid) != workers {
         let problem = format!(
             "workers run as uid {}, gid {}, and only root's can run a program as {}:{}",
             workers.0, workers.1, account.name, account.group
         );
         let remedy = "take it out, or start as root with no user at the top of the file";
-        return Err(check.places.error(&user_key, problem, remedy));
+        return Err(check.places.error(&join(key, "user"), problem, remedy));
     }
     Ok(Some(account))
 }
@@ -246,15 +228,15 @@ fn rlimits(key: &str, raw: &RawRlimits, check: &Check<'_>) -> Result<RlimitsConf
     const SECOND: Duration = Duration::from_secs(1);
     let integer = |name: &str, value: Option<i64>, least: i64, most: i64| {
         let key = join(key, name);
-        let value = value.map(|value| check.integer(&key, Some(value), 0, least..=most, ""));
+        let value = value.map(|value| check.integer(&key, value, least..=most, ""));
         value.transpose()
     };
     let cpu_key = join(key, "cpu");
     let cpu = match raw.cpu {
         None => None,
-        Some(DurationValue(cpu)) => {
-            let cpu = check.duration(&cpu_key, Some(DurationValue(cpu)), SECOND, SECOND)?;
-            // The kernel counts whole seconds; less than was said would be a surprise.
+        Some(cpu) => {
+            let cpu = check.duration(&cpu_key, cpu, SECOND)?;
+            // The kernel counts whole seconds, and the limit must not be shorter than configured.
             Some(Duration::from_secs(
                 cpu.as_secs() + u64::from(cpu.subsec_nanos() > 0),
             ))

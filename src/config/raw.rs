@@ -1,8 +1,8 @@
-//! The file as it is written: one field for each key, nothing checked but the types.
+//! The file as it is written: one field for each key. Only types are checked.
 //!
-//! Serde reads the merged tables into it and writes it out again for `check`. A key that is not
-//! there is `None`; what then holds is decided in `resolve`. Integers are `i64`, TOML's own, so
-//! that a negative one is told its range and not the name of a Rust type.
+//! Serde reads the merged tables into it, and writes it for `check`. A key that is not set is `None`, and
+//! its type in `keys` has the default and the bounds. Integers are `i64`, as in TOML, so that the error about a negative one
+//! names its range instead of a Rust type.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,7 +11,11 @@ use std::ops::Deref;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::keys::{Integer, Lifetime, RespawnDelay, Time, WorkerMemory};
 use super::units::{ByteSize, DurationValue};
+
+/// The default of `backlog`, which a listener of the command line has too.
+pub(super) const DEFAULT_BACKLOG: i64 = 4096;
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -24,12 +28,14 @@ pub(super) struct Raw {
     pub user: Option<String>,
     #[serde(deserialize_with = "account_name")]
     pub group: Option<String>,
-    /// Done with before serde runs; here for its name and its type.
+    /// Handled before serde runs. The field is here for its name and its type.
     pub include: Option<Vec<String>>,
     pub http_origins: Option<Vec<String>>,
     pub log: StrictTable<RawLog>,
     pub workers: StrictTable<RawWorkers>,
     pub limits: StrictTable<RawLimits>,
+    pub observe: StrictTable<RawObserve>,
+    pub trace: Option<StrictTable<RawTrace>>,
     pub listen: Option<Vec<StrictTable<RawListen>>>,
     pub methods: BTreeMap<String, StrictTable<RawMethod>>,
     pub pools: BTreeMap<String, StrictTable<RawPool>>,
@@ -47,34 +53,51 @@ pub(super) struct RawLog {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawWorkers {
     pub count: Option<Count>,
-    pub threads: Option<i64>,
+    pub threads: Integer<8, 1, 1024>,
     pub events: Option<String>,
-    pub boot_timeout: Option<DurationValue>,
-    pub drain_timeout: Option<DurationValue>,
-    pub heartbeat_timeout: Option<DurationValue>,
-    pub respawn_burst: Option<i64>,
-    pub respawn_max_delay: Option<DurationValue>,
+    pub boot_timeout: Time<30_000, 1>,
+    pub drain_timeout: Time<30_000, 1>,
+    pub heartbeat_timeout: Time<30_000, 1_000>,
+    pub respawn_burst: Integer<5, 0, 1_000_000>,
+    pub respawn_max_delay: RespawnDelay,
     pub keep_connections: Option<bool>,
-    pub max_calls: Option<i64>,
-    pub max_memory: Option<ByteSize>,
-    pub max_lifetime: Option<DurationValue>,
-    pub max_unavailable: Option<i64>,
+    pub max_calls: Integer<0, 0, { 1 << 50 }>,
+    pub max_memory: WorkerMemory,
+    pub max_lifetime: Lifetime,
+    pub max_unavailable: Integer<1, 1, 1024>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawLimits {
-    pub connections: Option<i64>,
+    pub connections: Integer<16_384, 1, { 1 << 20 }>,
     pub frame: Option<ByteSize>,
     pub unfinished: Option<ByteSize>,
-    pub depth: Option<i64>,
-    pub pipeline: Option<i64>,
-    pub batch: Option<i64>,
-    pub queue: Option<i64>,
+    pub depth: Integer<128, 1, 10_000>,
+    pub pipeline: Integer<1024, 1, 1_000_000>,
+    pub batch: Integer<1000, 1, 1_000_000>,
+    pub queue: Integer<4096, 1, 1_000_000>,
     pub timeout: Option<DurationValue>,
-    pub read_timeout: Option<DurationValue>,
-    pub write_timeout: Option<DurationValue>,
-    pub idle_timeout: Option<DurationValue>,
+    pub read_timeout: Time<30_000, 1>,
+    pub write_timeout: Time<30_000, 1>,
+    pub idle_timeout: Time<0, 0>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawObserve {
+    pub address: Option<String>,
+    pub mode: Option<String>,
+    pub hosts: Option<Vec<String>>,
+    pub histograms: Option<Vec<String>>,
+    pub buckets: Option<Vec<DurationValue>>,
+    pub page: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawTrace {
+    pub propagate: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -82,13 +105,22 @@ pub(super) struct RawLimits {
 pub(super) struct RawListen {
     pub address: Option<String>,
     pub name: Option<String>,
-    pub backlog: Option<i64>,
+    pub backlog: Integer<DEFAULT_BACKLOG, 1, { i32::MAX as i64 }>,
     pub mode: Option<String>,
     #[serde(deserialize_with = "account_name")]
     pub socket_user: Option<String>,
     #[serde(deserialize_with = "account_name")]
     pub socket_group: Option<String>,
     pub http_methods: Option<String>,
+    pub per_source: Integer<0, 0, 1_000_000>,
+    pub isolation: Option<String>,
+    pub processes: Integer<256, 1, 3072>,
+    pub spare: Option<i64>,
+    pub max_lifetime: Lifetime,
+    #[serde(deserialize_with = "account_name")]
+    pub user: Option<String>,
+    #[serde(deserialize_with = "account_name")]
+    pub group: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -96,8 +128,8 @@ pub(super) struct RawListen {
 pub(super) struct RawMethod {
     pub builtin: Option<String>,
     pub timeout: Option<DurationValue>,
-    pub concurrency: Option<i64>,
-    pub rate: Option<i64>,
+    pub concurrency: Integer<0, 0, 1_000_000>,
+    pub rate: Integer<0, 0, { u32::MAX as i64 }>,
     pub when_abandoned: Option<String>,
     #[serde(deserialize_with = "command")]
     pub command: Option<Vec<String>>,
@@ -121,17 +153,20 @@ pub(super) struct RawMethod {
 pub(super) struct RawPool {
     #[serde(deserialize_with = "command")]
     pub command: Option<Vec<String>>,
+    pub scope: Option<String>,
     pub processes: Option<Count>,
-    pub concurrency: Option<i64>,
+    pub concurrency: Integer<1, 1, 65_536>,
     pub when_abandoned: Option<String>,
     pub ready: Option<String>,
+    pub reload: Option<String>,
     pub boot_timeout: Option<DurationValue>,
-    pub idle_timeout: Option<DurationValue>,
-    pub max_calls: Option<i64>,
+    pub idle_timeout: Time<0, 0>,
+    pub max_calls: Integer<0, 0, { i64::MAX }>,
     pub max_memory: Option<ByteSize>,
-    pub max_lifetime: Option<DurationValue>,
-    pub respawn_burst: Option<i64>,
-    pub respawn_max_delay: Option<DurationValue>,
+    pub max_lifetime: Time<0, 0>,
+    pub health: Option<bool>,
+    pub respawn_burst: Integer<5, 0, 1_000_000>,
+    pub respawn_max_delay: RespawnDelay,
     pub stderr_level: Option<String>,
     pub environment: Option<BTreeMap<String, String>>,
     pub environment_file: Option<String>,
@@ -153,27 +188,40 @@ pub(super) struct RawRlimits {
     pub processes: Option<i64>,
 }
 
-impl RawMethod {
-    /// The first key that is set and that only a command has.
-    pub(super) fn of_commands(&self) -> Option<&'static str> {
-        [
-            ("stdin", self.stdin.is_some()),
-            ("output", self.output.is_some()),
-            ("max-output", self.max_output.is_some()),
-            ("environment", self.environment.is_some()),
-            ("environment-file", self.environment_file.is_some()),
-            ("directory", self.directory.is_some()),
-            ("user", self.user.is_some()),
-            ("group", self.group.is_some()),
-            ("rlimits", self.rlimits.is_some()),
-            ("guard", self.guard.is_some()),
-        ]
-        .into_iter()
-        .find_map(|(key, is_set)| is_set.then_some(key))
+impl RawListen {
+    /// Returns the first set key that belongs only to a listener with a process for each connection.
+    pub(super) fn of_isolation(&self) -> Option<&'static str> {
+        first_set(self, "processes spare max-lifetime user group")
     }
 }
 
-/// A table and nothing else: left to itself, serde takes an array for a struct.
+impl RawPool {
+    /// The first key that is set and that only a pool with the scope "shared" has.
+    pub(super) fn of_shared(&self) -> Option<&'static str> {
+        first_set(
+            self,
+            "processes reload health idle-timeout max-calls max-memory max-lifetime respawn-burst respawn-max-delay",
+        )
+    }
+}
+
+impl RawMethod {
+    /// Returns the first set key that belongs only to a command.
+    pub(super) fn of_commands(&self) -> Option<&'static str> {
+        first_set(
+            self,
+            "stdin output max-output environment environment-file directory user group rlimits guard",
+        )
+    }
+}
+
+/// Returns the first of these keys that is set in a table.
+fn first_set(table: &impl Serialize, keys: &'static str) -> Option<&'static str> {
+    let set = toml::Table::try_from(table).unwrap_or_default();
+    keys.split(' ').find(|key| set.contains_key(*key))
+}
+
+/// A table and nothing else. Serde alone would accept an array for a struct.
 #[derive(Debug, Default, Serialize)]
 #[serde(transparent)]
 pub(super) struct StrictTable<T>(pub T);
@@ -206,7 +254,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for StrictTable<T> {
     }
 }
 
-/// A user or a group: a name, or a number with quotes or without.
+/// A user or a group: a name, or a number with or without quotes.
 fn account_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     struct Visitor;
 

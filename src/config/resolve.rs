@@ -1,17 +1,15 @@
-//! From the mirror to [`Settings`]: defaults, bounds, paths, the account, and what goes together.
+//! Makes [`Settings`] of the file: defaults, bounds, paths, the account, and rules for several keys.
 //!
-//! Each default and each bound stands here once, in the line that reads its key; methods have a
-//! file of their own. It looks up users and looks at paths, and is otherwise a function of its
-//! arguments. The first thing wrong is the error.
+//! Most defaults and bounds are in the types of the keys (`keys`). Methods have a file of their own. It looks up users and reads paths, and is otherwise a function of its arguments. The first error is
+//! returned.
 
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
 
 use super::address::{Address, check_unix_path};
-use super::check::{Check, MILLISECOND, command_line};
+use super::check::{Check, KeyValue, MILLISECOND, command_line};
 use super::environment::Environment;
 use super::overrides::Overrides;
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
@@ -19,28 +17,19 @@ use super::settings::{
     LimitsConfig, ListenConfig, LogConfig, LogFormat, MethodKind, Settings, WorkersConfig,
 };
 use super::source_map::SourceMap;
-use super::units::{ByteSize, DurationValue};
-use super::{exposed, guarded, listeners, methods, pools, program_text, variables};
+use super::units::ByteSize;
+use super::{exposed, guarded, listeners, methods, missing, observe, pools, program_text};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
-use crate::sys::account::{Account, AccountError};
+use crate::sys::account::Account;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Below it a healthy worker, which ticks once a second at the slowest, would count as stuck.
-const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
-/// Of `max-memory` and `max-lifetime`, where they are set: below it, a worker would do little else
-/// than start.
-const LEAST_MEMORY: u64 = 1 << 20;
-/// What is meant to be more is meant to be no limit.
-const MOST_MEMORY: u64 = 1 << 50;
-const SHORTEST_LIFETIME: Duration = Duration::from_secs(1);
-
 const OWN_PATH: &str = "give each a path of its own";
-/// Told where the workers run as root.
+/// A warning, if the workers run as root.
 pub(super) const ROOT_WORKERS: &str = "workers run as root, and so does whatever goes wrong in a handler; set \
                                        user to an account without rights";
 
-/// Makes settings of the mirror `raw`, whose keys stand at `places`.
+/// Makes settings of `raw`, whose keys have their positions in `places`.
 pub(super) fn resolve(
     raw: &Raw,
     places: &SourceMap<'_>,
@@ -81,7 +70,7 @@ pub(super) fn resolve(
     let ids = account
         .as_ref()
         .map_or((here.uid, here.gid), |account| (account.uid, account.gid));
-    let pools = pools::resolve(raw, &check, (&workers, ids), &mut warnings)?;
+    let pools = pools::resolve(raw, &check, (&workers, ids), &listen, &mut warnings)?;
     let methods = methods::resolve(raw, &check, (&workers, ids), (&limits, &pools))?;
     let command = methods
         .iter()
@@ -90,11 +79,13 @@ pub(super) fn resolve(
         && let Some(listen) = listen.iter().find(|listen| listen.address.is_public())
     {
         warnings.push(format!(
-            "{} can be reached from other machines, and whoever is there can run the program of \
+            "{} can be reached from other machines, and any user there can run the program of \
              {name}; listen on 127.0.0.1 or a unix socket, or be sure of that network",
             listen.address
         ));
     }
+    let observe = observe::resolve(&check, &raw.observe)?;
+    warnings.extend(observe.warning());
     let mut settings = Settings {
         file: places.main().map(Path::to_owned),
         daemon,
@@ -107,11 +98,15 @@ pub(super) fn resolve(
         log,
         workers,
         limits,
+        observe,
+        trace: (raw.trace.as_ref()).is_some_and(|trace| trace.propagate.unwrap_or(true)),
         listen,
         warnings,
         needs_restart: Vec::new(),
     };
     paths_differ(&check, &settings)?;
+    let listen = settings.listen.iter().map(|listen| &listen.address);
+    observe::refuse_collisions(&check, &settings.observe, listen)?;
     let mut more = guarded::warnings(&settings, here, ids);
     more.extend(exposed::warnings(
         &settings,
@@ -119,13 +114,15 @@ pub(super) fn resolve(
         places,
         (here.uid, here.gid),
     ));
+    more.extend(missing::warnings(&settings, raw, here));
     more.extend(program_text::warnings(&settings));
-    more.extend(variables::warnings(&settings, here));
+    more.extend(program_text::notes(&settings, here));
+    more.extend(super::variables::warnings(&settings, here));
     settings.warnings.extend(more);
     Ok(settings)
 }
 
-/// The origins as browsers write them: an entry that no browser sends would never match.
+/// Checks the origins: they must be as browsers write them, because others would never match.
 fn http_origins(check: &Check<'_>, raw: &Raw) -> Result<Vec<String>> {
     let origins = raw.http_origins.clone().unwrap_or_default();
     for (index, origin) in origins.iter().enumerate() {
@@ -150,7 +147,7 @@ fn http_origins(check: &Check<'_>, raw: &Raw) -> Result<Vec<String>> {
     Ok(origins)
 }
 
-/// Refuses what this version knows by name only.
+/// Refuses keys and values that this version knows but does not support.
 fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
     let workers = &raw.workers;
     if let Some(events) = &workers.events {
@@ -162,13 +159,13 @@ fn unsupported(check: &Check<'_>, raw: &Raw) -> Result<()> {
                 "take \"auto\" or \"epoll\"",
             ));
         }
-        // Without it: what is suggested must not be refused at the next attempt.
+        // Without it, because the suggested value must be accepted.
         check.choice(key, events, &["auto", "epoll"])?;
     }
     Ok(())
 }
 
-/// What is told where the workers run as root and accept on `listen`.
+/// Returns the warnings for workers that run as root and accept on `listen`.
 pub(super) fn root_warnings(listen: &[ListenConfig]) -> impl Iterator<Item = String> {
     let public = listen.iter().filter(|listen| listen.address.is_public());
     let warnings = public.map(|listen| {
@@ -181,28 +178,12 @@ pub(super) fn root_warnings(listen: &[ListenConfig]) -> impl Iterator<Item = Str
     std::iter::once(ROOT_WORKERS.to_owned()).chain(warnings)
 }
 
-/// Whom the workers become, which is nobody new when it is who we are.
+/// Returns the account of the workers; `None` if it is that of this process.
 fn account(check: &Check<'_>, raw: &Raw) -> Result<Option<Account>> {
-    let is_root = check.here.uid == 0;
-    let Some(user) = &raw.user else {
-        if raw.group.is_some() {
-            return Err(check.places.error(
-                "group",
-                "it is set without a user",
-                "set user beside it, or take it out",
-            ));
-        }
+    let Some(account) = check.account("", raw.user.as_ref(), raw.group.as_ref())? else {
         return Ok(None);
     };
-    let account = Account::lookup(user, raw.group.as_deref()).map_err(|error| {
-        let (key, remedy) = match error {
-            AccountError::NoUser(_) => ("user", "create it, or name one that exists"),
-            AccountError::NoGroup(_) => ("group", "create it, or name one that exists"),
-            AccountError::GroupUnknown(_) => ("user", "set group beside it"),
-            AccountError::System(_) => ("user", ""),
-        };
-        check.places.error(key, error.to_string(), remedy)
-    })?;
+    let is_root = check.here.uid == 0;
     if account.uid == check.here.uid && account.gid == check.here.gid {
         return Ok(None);
     }
@@ -228,35 +209,16 @@ fn account(check: &Check<'_>, raw: &Raw) -> Result<Option<Account>> {
 }
 
 fn log(check: &Check<'_>, raw: &RawLog) -> Result<LogConfig> {
-    let level = match &raw.level {
-        None => LevelFilter::Info,
-        Some(level) => {
-            let levels = ["off", "error", "warn", "info", "debug", "trace"];
-            let level = check.choice("log.level", level, &levels)?;
-            level
-                .parse()
-                .expect("each of the listed levels is one of log's")
-        }
-    };
-    let format = match &raw.format {
-        None => LogFormat::Text,
-        Some(format) => match check.choice("log.format", format, &["text", "json"])? {
-            "json" => LogFormat::Json,
-            _ => LogFormat::Text,
-        },
-    };
-    let file = match &raw.file {
-        None => None,
-        Some(text) => Some(log_file(check, text)?),
-    };
     Ok(LogConfig {
-        level,
-        format,
-        file,
+        level: check.word("log.level", raw.level.as_ref(), LevelFilter::Info)?,
+        format: check.word("log.format", raw.format.as_ref(), LogFormat::Text)?,
+        file: (raw.file.as_ref())
+            .map(|text| log_file(check, text))
+            .transpose()?,
     })
 }
 
-/// The log is created, its directory is not: one that is missing is most likely misspelt.
+/// The log file is created, but its directory is not: if that is missing, it is most likely misspelled.
 fn log_file(check: &Check<'_>, text: &str) -> Result<PathBuf> {
     let key = "log.file";
     let path = check.path(key, text)?;
@@ -290,82 +252,30 @@ fn daemon(check: &Check<'_>, raw: &Raw, log: &LogConfig) -> Result<bool> {
 }
 
 fn workers(check: &Check<'_>, raw: &RawWorkers) -> Result<WorkersConfig> {
-    const COUNTS: RangeInclusive<i64> = 1..=1024;
-    let count = match raw.count {
-        Some(Count::Number(number)) => {
-            check.integer("workers.count", Some(number), 1, COUNTS, "or \"auto\"")?
-        }
-        Some(Count::Auto) | None => check.here.cpus.clamp(1, 1024),
-    };
-    let timeout = |key, value, least| check.duration(key, value, DEFAULT_TIMEOUT, least);
     Ok(WorkersConfig {
-        count,
-        threads: check.integer("workers.threads", raw.threads, 8, COUNTS, "")?,
-        boot_timeout: timeout("workers.boot-timeout", raw.boot_timeout, MILLISECOND)?,
-        drain_timeout: timeout("workers.drain-timeout", raw.drain_timeout, MILLISECOND)?,
-        heartbeat_timeout: timeout(
-            "workers.heartbeat-timeout",
-            raw.heartbeat_timeout,
-            SHORTEST_HEARTBEAT,
-        )?,
-        respawn_burst: check.integer(
-            "workers.respawn-burst",
-            raw.respawn_burst,
-            5,
-            0..=1_000_000,
-            "",
-        )?,
-        respawn_max_delay: check
-            .respawn_max_delay("workers.respawn-max-delay", raw.respawn_max_delay)?,
+        count: check.count("workers.count", raw.count.unwrap_or(Count::Auto))?,
+        threads: raw.threads.value(check, "workers.threads")?,
+        boot_timeout: raw.boot_timeout.value(check, "workers.boot-timeout")?,
+        drain_timeout: raw.drain_timeout.value(check, "workers.drain-timeout")?,
+        heartbeat_timeout: (raw.heartbeat_timeout).value(check, "workers.heartbeat-timeout")?,
+        respawn_burst: raw.respawn_burst.value(check, "workers.respawn-burst")?,
+        respawn_max_delay: (raw.respawn_max_delay).value(check, "workers.respawn-max-delay")?,
         keep_connections: raw.keep_connections.unwrap_or(true),
-        max_calls: check.integer("workers.max-calls", raw.max_calls, 0, 0..=1 << 50, "")?,
-        max_memory: max_memory(check, raw)?,
-        max_lifetime: max_lifetime(check, raw)?,
-        max_unavailable: check.integer(
-            "workers.max-unavailable",
-            raw.max_unavailable,
-            1,
-            COUNTS,
-            "",
-        )?,
+        max_calls: raw.max_calls.value(check, "workers.max-calls")?,
+        max_memory: raw.max_memory.value(check, "workers.max-memory")?,
+        max_lifetime: raw.max_lifetime.value(check, "workers.max-lifetime")?,
+        max_unavailable: raw
+            .max_unavailable
+            .value(check, "workers.max-unavailable")?,
     })
 }
 
-/// Zero is no limit; less than any worker has from its start on would recycle without end.
-fn max_memory(check: &Check<'_>, raw: &RawWorkers) -> Result<u64> {
-    let ByteSize(bytes) = raw.max_memory.unwrap_or(ByteSize(0));
-    if bytes == 0 || (LEAST_MEMORY..=MOST_MEMORY).contains(&bytes) {
-        return Ok(bytes);
-    }
-    Err(check.places.error(
-        "workers.max-memory",
-        format!("{} is out of range", ByteSize(bytes)),
-        format!(
-            "give {} to {}, or \"0\" for no limit",
-            ByteSize(LEAST_MEMORY),
-            ByteSize(MOST_MEMORY)
-        ),
-    ))
-}
-
-/// Zero is no limit.
-fn max_lifetime(check: &Check<'_>, raw: &RawWorkers) -> Result<Duration> {
-    match raw.max_lifetime {
-        Some(DurationValue(time)) if !time.is_zero() => check.duration(
-            "workers.max-lifetime",
-            raw.max_lifetime,
-            Duration::ZERO,
-            SHORTEST_LIFETIME,
-        ),
-        _ => Ok(Duration::ZERO),
-    }
-}
-
-/// How much of a worker's share of the memory may be unfinished calls: what is whole, what runs and what
-/// is answered needs some too.
+/// The unfinished calls of a worker may use a quarter of its share of the memory. Complete calls, running
+/// calls and answers need memory too.
 const UNFINISHED_SHARE: u64 = 4;
 
-/// Bytes of all unfinished calls of a worker: one frame at least. Where nothing is said, whole mebibytes.
+/// Returns the bytes of all unfinished calls of a worker: at least one frame. The default is in whole
+/// mebibytes.
 fn unfinished(
     check: &Check<'_>,
     set: Option<ByteSize>,
@@ -389,64 +299,49 @@ fn unfinished(
 }
 
 fn limits(check: &Check<'_>, raw: &RawLimits, workers: &WorkersConfig) -> Result<LimitsConfig> {
-    const COUNTS: RangeInclusive<i64> = 1..=1_000_000;
-    let frame = raw.frame.map_or(16 << 20, |ByteSize(bytes)| bytes);
-    if !(1 << 10..=FRAME_LIMIT_MAX as u64).contains(&frame) {
-        return Err(check.places.error(
-            "limits.frame",
-            format!("{} is out of range", ByteSize(frame)),
-            // Section 3 of the protocol: a longer one could be taken for text.
-            "give 1KiB to 128MiB (the length of a longer frame would look like text)",
-        ));
-    }
-    let timeout = |key, value| check.duration(key, value, DEFAULT_TIMEOUT, MILLISECOND);
+    let frame = check.size(
+        "limits.frame",
+        raw.frame.unwrap_or(ByteSize(16 << 20)),
+        1 << 10,
+        FRAME_LIMIT_MAX as u64,
+        // Section 3 of the protocol: the length of a longer frame could be taken for text.
+        " (the length of a longer frame would look like text)",
+    )?;
     Ok(LimitsConfig {
-        connections: check.integer(
-            "limits.connections",
-            raw.connections,
-            16_384,
-            1..=1 << 20,
-            "",
-        )?,
+        connections: raw.connections.value(check, "limits.connections")?,
         frame: frame as usize,
         unfinished: unfinished(check, raw.unfinished, (frame, workers))?,
-        depth: check.integer("limits.depth", raw.depth, 128, 1..=10_000, "")?,
-        pipeline: check.integer("limits.pipeline", raw.pipeline, 1024, COUNTS, "")?,
-        batch: check.integer("limits.batch", raw.batch, 1000, COUNTS, "")?,
-        queue: check.integer("limits.queue", raw.queue, 4096, COUNTS, "")?,
-        // Who shortens the drain alone wants shorter calls as well, and need not say so.
+        depth: raw.depth.value(check, "limits.depth")?,
+        pipeline: raw.pipeline.value(check, "limits.pipeline")?,
+        batch: raw.batch.value(check, "limits.batch")?,
+        queue: raw.queue.value(check, "limits.queue")?,
+        // If only the drain is shortened, the default timeout becomes shorter as well.
         timeout: match raw.timeout {
             None => DEFAULT_TIMEOUT.min(workers.drain_timeout),
-            set => timeout("limits.timeout", set)?,
+            Some(timeout) => check.duration("limits.timeout", timeout, MILLISECOND)?,
         },
-        read_timeout: timeout("limits.read-timeout", raw.read_timeout)?,
-        write_timeout: timeout("limits.write-timeout", raw.write_timeout)?,
-        idle_timeout: check.duration(
-            "limits.idle-timeout",
-            raw.idle_timeout,
-            Duration::ZERO,
-            Duration::ZERO,
-        )?,
+        read_timeout: raw.read_timeout.value(check, "limits.read-timeout")?,
+        write_timeout: raw.write_timeout.value(check, "limits.write-timeout")?,
+        idle_timeout: raw.idle_timeout.value(check, "limits.idle-timeout")?,
     })
 }
 
-/// The pid file, the sockets and the log must not overwrite each other.
+/// Refuses equal paths for the pid file, the sockets and the log, because they would overwrite each other.
 fn paths_differ(check: &Check<'_>, settings: &Settings) -> Result<()> {
     let own = [
-        ("pid-file", Some(&settings.pid_file)),
-        ("control-socket", Some(&settings.control_socket)),
-        ("log.file", settings.log.file.as_ref()),
+        ("pid-file", Some(settings.pid_file.as_path())),
+        ("control-socket", Some(settings.control_socket.as_path())),
+        ("log.file", settings.log.file.as_deref()),
+        ("observe.address", settings.observe.path()),
     ];
-    let own = own
-        .iter()
-        .filter_map(|(key, path)| Some((*key, path.as_ref()?.as_path())));
+    let own = own.iter().filter_map(|(key, path)| Some((*key, (*path)?)));
     let shared =
         |path: &Path, other: &str| format!("{} is the path of {other} too", path.display());
     let sockets = settings.listen.iter().map(|listen| match &listen.address {
         Address::Unix(path) => Some(path.as_path()),
         Address::Tcp(_) => None,
     });
-    // The pid file is written, and removed at the end: whoever names the configuration loses it.
+    // The pid file is written and finally removed, so the configuration file would be lost.
     let mut seen: Vec<(&str, &Path)> = settings
         .file
         .iter()

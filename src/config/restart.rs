@@ -1,13 +1,13 @@
-//! What a reload can't change: the keys that belong to the life of the master itself.
+//! Finds the keys that a reload cannot change, because they belong to the master itself.
 //!
-//! Pure comparison. Everything else takes effect with the new generation of workers; which
-//! listeners are kept, opened and closed is for whoever opens them.
+//! Pure. All other keys take effect with the new generation. `listeners` of the master decides which
+//! listeners are kept, opened and closed.
 
 use super::resolve::{ROOT_WORKERS, root_warnings};
 use super::settings::Settings;
 
-/// `new` as it takes effect at a reload of `running`: what belongs to the master's own life stays as it is,
-/// and what it says of that is told.
+/// Returns `new` as it takes effect at a reload of `running`: keys that need a restart keep their old
+/// values, and a warning names them.
 pub fn keep_restart_only_keys(mut new: Settings, running: &Settings) -> Settings {
     new.needs_restart = needs_restart(running, &new);
     new.daemon = running.daemon;
@@ -17,7 +17,7 @@ pub fn keep_restart_only_keys(mut new: Settings, running: &Settings) -> Settings
     if new.needs_restart.is_empty() {
         return new;
     }
-    // Whom the workers run as is what it was, whatever the file says now.
+    // The account stays the same, so the warnings about root do too.
     let about_root: Vec<String> = root_warnings(&new.listen).collect();
     new.warnings.retain(|warning| !about_root.contains(warning));
     if running
@@ -31,8 +31,7 @@ pub fn keep_restart_only_keys(mut new: Settings, running: &Settings) -> Settings
     new
 }
 
-/// The keys that differ and that only a restart brings into effect, in the file's order, as in
-/// PostgreSQL.
+/// Returns the keys that differ and need a restart, in the order of the file.
 fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
     let names = |settings: &Settings| {
         let account = settings.account.as_ref();
@@ -45,7 +44,7 @@ fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
         ("daemon", old.daemon != new.daemon),
         ("pid-file", old.pid_file != new.pid_file),
         ("control-socket", old.control_socket != new.control_socket),
-        // The master's own files and sockets were made for that account.
+        // The master's files and sockets were made for that account.
         ("user", old_user != new_user),
         ("group", old_group != new_group && old_user == new_user),
     ];
@@ -81,7 +80,7 @@ mod tests {
         assert_eq!(kept.warnings[0], ROOT_WORKERS);
         assert!(kept.warnings[1].starts_with("0.0.0.0:3 can be reached"));
         assert!(kept.warnings[2].starts_with("user can't change"));
-        // and who has given it up is not
+        // A master that has given up root is not warned.
         let kept = keep_restart_only_keys(of(public), &new);
         assert_eq!((kept.account.is_some(), kept.warnings.len()), (true, 1));
     }

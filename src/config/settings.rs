@@ -1,219 +1,198 @@
-//! The validated configuration: what every layer above works with.
+//! The validated configuration, which all layers above use.
 //!
-//! Plain data without an `Option` where a default exists; whoever holds it need check nothing.
-//! `resolve` is the only maker, `effective` writes it out again, `diff` compares two.
+//! Plain data, with an `Option` only where there is no default. Its users need not check anything. Only
+//! `resolve` makes it, `effective` writes it, and `restart` compares two.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use log::{Level, LevelFilter};
+use log::LevelFilter;
+
+use super::keys::Word;
 
 pub use super::address::Address;
+pub use super::observe::ObserveConfig;
+pub use super::program_config::{PoolConfig, PoolReload, PoolScope, ProgramConfig, RlimitsConfig};
 use crate::sys::account::{Account, NamedId};
 
-/// The whole configuration in effect: the file, what it includes, the command line, the defaults.
+/// The whole configuration in effect: the file, included files, the command line, defaults.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// The absolute path of the main file; `None` when there was none to read.
+    /// The absolute path of the main file; `None` if there is none.
     pub file: Option<PathBuf>,
     /// Whether the master leaves the terminal; `log.file` is `Some` then.
     pub daemon: bool,
-    /// Where the master's pid stands and its lock is held. Absolute; its directory may be missing.
+    /// The pid file, which is locked by the master. Absolute. Its directory may not exist.
     pub pid_file: PathBuf,
-    /// The socket of `status`, `reload` and the like. Absolute; its directory may be missing.
+    /// The socket for `status`, `reload` and other commands. Absolute. Its directory may not exist.
     pub control_socket: PathBuf,
-    /// Whom the workers become. `None`: they stay who the master is, because none was asked for,
-    /// or because the one asked for is who the master is.
+    /// The account of the workers; `None` if it is that of the master.
     pub account: Option<Account>,
     /// The origins whose web pages may call, each as a browser sends it.
     pub http_origins: Vec<String>,
     pub log: LogConfig,
     pub workers: WorkersConfig,
-    /// What a worker takes at most.
+    /// The limits of a worker.
     pub limits: LimitsConfig,
-    /// The listeners, at least one, no two at the same address.
+    pub observe: ObserveConfig,
+    /// Whether trace context is read and passed on (`[trace]`).
+    pub trace: bool,
+    /// The listeners: at least one, no two with the same address.
     pub listen: Vec<ListenConfig>,
-    /// The methods by name; `ping` is always there.
+    /// The methods by name. `ping` always exists.
     pub methods: BTreeMap<String, MethodConfig>,
-    /// The pools by name; each method that names one names one of these.
+    /// The pools by name.
     pub pools: BTreeMap<String, PoolConfig>,
-    /// What is allowed and yet worth a word, a sentence each, for the log and for `check`.
+    /// What is valid but may be a mistake: a sentence each, for the log and for `check`.
     pub warnings: Vec<String>,
-    /// The keys whose new values a reload could not bring into effect.
+    /// The keys whose new values need a restart.
     pub needs_restart: Vec<&'static str>,
 }
 
 impl Settings {
-    /// What is told of the keys that wait for a restart, if there are any.
+    /// Returns the warning about keys that need a restart, if there are any.
     pub fn restart_warning(&self) -> Option<String> {
         let keys = self.needs_restart.join(", ");
         (!keys.is_empty())
-            .then(|| format!("{keys} can't change while the master runs: restart it for that"))
+            .then(|| format!("{keys} can't change while the master runs: restart the server"))
     }
 }
 
 /// `[log]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogConfig {
-    /// The least severe level that is written, unless `RUST_LOG` says otherwise.
+    /// The least severe level that is written, unless `RUST_LOG` is set.
     pub level: LevelFilter,
-    /// How a line looks.
     pub format: LogFormat,
-    /// The absolute path of the file; `None` is stderr.
+    /// The absolute path of the file; `None` for standard error.
     pub file: Option<PathBuf>,
 }
 
-/// How a log line looks.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people, with journald's priorities under systemd.
+    /// Plain text, with journald's priorities under systemd.
     Text,
-    /// One JSON object a line.
+    /// One JSON object for each line.
     Json,
 }
 
-impl LogFormat {
-    pub fn name(self) -> &'static str {
-        match self {
-            LogFormat::Text => "text",
-            LogFormat::Json => "json",
-        }
-    }
+impl Word for LogFormat {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("text", LogFormat::Text), ("json", LogFormat::Json)];
 }
 
 /// `[workers]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkersConfig {
-    /// How many, 1 to 1024; `"auto"` has become the number of CPUs.
+    /// The number of workers, 1 to 1024. `"auto"` is resolved to the number of CPUs.
     pub count: usize,
-    /// Handler threads of each, 1 to 1024.
+    /// The number of handler threads of each worker, 1 to 1024.
     pub threads: usize,
-    /// How long a worker may take until it is ready; at least 1 ms.
+    /// The most time from a worker's fork until it is ready; at least 1 ms.
     pub boot_timeout: Duration,
-    /// How long a worker that drains may take; at least 1 ms, and no shorter than any method's
-    /// timeout.
+    /// The most time of a drain; at least 1 ms, and not shorter than any method's timeout.
     pub drain_timeout: Duration,
-    /// How old a worker's last tick may be before it counts as stuck; at least 1 s.
+    /// The greatest age of a worker's last heartbeat; at least 1 s.
     pub heartbeat_timeout: Duration,
     /// Young deaths of a slot that are replaced at once; 0 delays from the first.
     pub respawn_burst: u32,
-    /// Where the doubling delay ends; zero means no throttle, else at least 100 ms.
+    /// The longest delay of a respawn; zero means no throttle, otherwise at least 100 ms.
     pub respawn_max_delay: Duration,
-    /// Whether a crash of a worker spares its other connections.
+    /// Whether a worker's other connections survive its crash.
     pub keep_connections: bool,
-    /// Calls after which a worker is recycled; 0 is never.
+    /// Calls after which a worker is recycled; 0 means never.
     pub max_calls: u64,
-    /// Bytes of resident memory above which a worker is recycled, 1 MiB at least; 0 is never.
+    /// Resident memory above which a worker is recycled, in bytes, at least 1 MiB; 0 means never.
     pub max_memory: u64,
-    /// The age at which a worker is recycled, 1 s at least; zero is never.
+    /// The age at which a worker is recycled, at least 1 s; zero means never.
     pub max_lifetime: Duration,
-    /// How many workers may be recycled at one time, 1 to 1024.
+    /// The most workers that are recycled at one time, 1 to 1024.
     pub max_unavailable: usize,
 }
 
 /// `[limits]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LimitsConfig {
-    /// Connections of a worker at one time, 1 to 1,048,576.
+    /// The most connections of a worker at one time, 1 to 1,048,576.
     pub connections: usize,
-    /// Bytes of a frame's body, 1 KiB to 128 MiB.
+    /// The most bytes of a frame's body, 1 KiB to 128 MiB.
     pub frame: usize,
-    /// Bytes of all unfinished frames, lines and requests of a worker, one frame's at least.
+    /// The most bytes of all unfinished frames, lines and requests of a worker; at least one frame.
     pub unfinished: usize,
-    /// Nesting of a JSON document, 1 to 10,000.
+    /// The deepest nesting of a JSON document, 1 to 10,000.
     pub depth: usize,
-    /// Unanswered calls of a connection before reading stops, 1 to 1,000,000.
+    /// Unanswered calls of a connection after which reading stops, 1 to 1,000,000.
     pub pipeline: usize,
-    /// Calls in a JSON-RPC batch, 1 to 1,000,000.
+    /// The most calls in a JSON-RPC batch, 1 to 1,000,000.
     pub batch: usize,
-    /// Calls that wait for a thread, per worker, 1 to 1,000,000.
+    /// The most calls that wait for a thread in a worker, 1 to 1,000,000.
     pub queue: usize,
-    /// The time of a call whose method sets none; at least 1 ms.
+    /// The timeout of methods that set none; at least 1 ms.
     pub timeout: Duration,
-    /// How long a started frame may take until it is whole; at least 1 ms.
+    /// The most time to receive a frame that has begun; at least 1 ms.
     pub read_timeout: Duration,
-    /// How long a reader may take nothing; at least 1 ms.
+    /// The most time in which a client may read nothing; at least 1 ms.
     pub write_timeout: Duration,
-    /// How long a connection may be idle; zero is for ever.
+    /// The most time in which a connection may be idle; zero means no limit.
     pub idle_timeout: Duration,
-}
-
-/// A program that is started for calls, and what surrounds it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ProgramConfig {
-    pub file: PathBuf,
-    /// Its arguments, its own name first: as written, but for a relative path of the program.
-    pub arguments: Vec<String>,
-    /// `environment` as written: a value may refer to a variable of the server.
-    pub environment: BTreeMap<String, String>,
-    /// `environment-file`, absolute.
-    pub environment_file: Option<PathBuf>,
-    /// Its environment, beside `PREFORKD_CALL`. Values of it are secret, so nothing prints them.
-    pub variables: BTreeMap<String, String>,
-    /// Its working directory, absolute.
-    pub directory: PathBuf,
-    /// Whom it runs as; `None`: as the workers do.
-    pub account: Option<Account>,
-    /// Its resource limits.
-    pub rlimits: RlimitsConfig,
-    /// Whether it is kept from the memory of processes that it did not start, and from setuid files.
-    pub guard: bool,
 }
 
 /// The keys of a method with `command`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommandConfig {
-    /// What is run.
     pub program: ProgramConfig,
-    /// What it reads from its standard input.
     pub stdin: Stdin,
-    /// What its standard output is taken for.
+    /// How its standard output is read.
     pub output: OutputFormat,
-    /// Bytes that it may write there, 1 to 128 MiB.
+    /// The most bytes of its standard output, 1 to 128 MiB.
     pub max_output: usize,
 }
 
 impl Settings {
-    /// The names of the pools that a method uses, in their order. The others are not started.
+    /// Returns the programs of all commands and pools, each with its table and name.
+    pub(super) fn programs(&self) -> impl Iterator<Item = (&'static str, &String, &ProgramConfig)> {
+        let commands = self
+            .methods
+            .iter()
+            .filter_map(|(name, method)| match &method.kind {
+                MethodKind::Command(command) => Some(("methods", name, &command.program)),
+                _ => None,
+            });
+        let pools = self.pools.iter();
+        commands.chain(pools.map(|(name, pool)| ("pools", name, &pool.program)))
+    }
+
+    /// Returns the listeners with a process for each connection, with their indices in `listen`. The
+    /// position in this list is the number of the acceptor.
+    pub fn isolated(&self) -> impl Iterator<Item = (usize, &IsolationConfig)> {
+        let listen = self.listen.iter().enumerate();
+        listen.filter_map(|(index, listen)| Some((index, listen.isolation.as_ref()?)))
+    }
+
+    /// The names of the pools that a method uses: first those of the server, then those of connections. The
+    /// others are not started.
     pub fn used_pools(&self) -> Vec<&String> {
         let is_used = |name: &&String| {
             let mut methods = self.methods.values();
             methods.any(|method| matches!(&method.kind, MethodKind::Pool(pool) if pool == *name))
         };
-        self.pools.keys().filter(is_used).collect()
+        let mut used: Vec<&String> = self.pools.keys().filter(is_used).collect();
+        used.sort_by_key(|name| self.is_of_connections(name));
+        used
     }
-}
 
-/// One `[pools.NAME]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PoolConfig {
-    /// What is run.
-    pub program: ProgramConfig,
-    /// Programs of the server, 1 to 1024.
-    pub processes: usize,
-    /// Calls at once in one program, 1 to 65,536. Above 1 calls carry an id.
-    pub concurrency: usize,
-    /// What its methods have if they do not say it.
-    pub kills_abandoned: bool,
-    /// Whether it says when it is ready; else it is when it has been alive for 50 ms.
-    pub handshake: bool,
-    /// How long it may take to say so; 1 ms to `workers.boot_timeout`.
-    pub boot_timeout: Duration,
-    /// How long it may have nothing to do before it is ended; zero is for ever.
-    pub idle_timeout: Duration,
-    /// Calls after which it is replaced; 0 is never.
-    pub max_calls: u64,
-    /// Bytes of resident memory above which it is replaced; 0 is never.
-    pub max_memory: u64,
-    /// The age at which it is replaced; zero is never.
-    pub max_lifetime: Duration,
-    /// Young deaths that are followed by a start at once; 0 delays from the first.
-    pub respawn_burst: u32,
-    /// Where the doubling delay ends; zero means no throttle, else at least 100 ms.
-    pub respawn_max_delay: Duration,
-    /// The level of its standard error in the log.
-    pub stderr_level: Level,
+    /// How many of these are pools of the server, which have a pool process.
+    pub fn pool_processes(&self) -> usize {
+        let used = self.used_pools().into_iter();
+        used.filter(|name| !self.is_of_connections(name)).count()
+    }
+
+    fn is_of_connections(&self, pool: &str) -> bool {
+        let pool = self.pools.get(pool);
+        pool.is_some_and(|pool| pool.scope == PoolScope::Connection)
+    }
 }
 
 /// What a command reads from its standard input.
@@ -221,131 +200,136 @@ pub struct PoolConfig {
 pub enum Stdin {
     /// The params as JSON.
     Params,
-    /// The params, which must be a string, without quotes and escapes.
+    /// The params without quotes and escapes. They must be a string.
     Text,
     /// Nothing.
     None,
 }
 
-impl Stdin {
-    pub fn name(self) -> &'static str {
-        match self {
-            Stdin::Params => "params",
-            Stdin::Text => "text",
-            Stdin::None => "none",
-        }
-    }
+impl Word for Stdin {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("params", Stdin::Params),
+        ("text", Stdin::Text),
+        ("none", Stdin::None),
+    ];
 }
 
-/// What a command's standard output is taken for.
+/// How a command's standard output is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputFormat {
-    /// Text: the result is a string.
+    /// As text: the result is a string.
     Text,
-    /// The same without the newline at its end.
+    /// As text without the newline at its end.
     Line,
-    /// One JSON value: it is the result.
+    /// As one JSON value, which is the result.
     Json,
 }
 
-impl OutputFormat {
-    pub fn name(self) -> &'static str {
-        match self {
-            OutputFormat::Text => "text",
-            OutputFormat::Line => "line",
-            OutputFormat::Json => "json",
-        }
-    }
-}
-
-/// Resource limits of a program (getrlimit(2)); `None` leaves those of the workers.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RlimitsConfig {
-    /// CPU time; whole seconds, 1 s at least.
-    pub cpu: Option<Duration>,
-    /// Bytes of address space, 1 MiB at least.
-    pub memory: Option<u64>,
-    /// Open descriptors, 3 to 1,048,576.
-    pub files: Option<u64>,
-    /// Processes of its user, 1 to 4,194,304.
-    pub processes: Option<u64>,
+impl Word for OutputFormat {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("text", OutputFormat::Text),
+        ("line", OutputFormat::Line),
+        ("json", OutputFormat::Json),
+    ];
 }
 
 /// One `[[listen]]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenConfig {
-    /// Where; a unix path is absolute and at most 107 bytes long.
+    /// The address. A unix path is absolute and at most 107 bytes long.
     pub address: Address,
-    /// The name of the service manager's socket that takes its place, where one of that name is
-    /// passed (FileDescriptorName= of systemd.socket(5)).
+    /// The name of the service manager's socket that replaces it, if one is passed (FileDescriptorName= of
+    /// systemd.socket(5)).
     pub name: Option<String>,
-    /// Connections that may wait for accept(2), 1 to 2,147,483,647; the kernel caps it at
+    /// The most connections that wait for accept(2), 1 to 2,147,483,647. The kernel's limit is
     /// net.core.somaxconn.
     pub backlog: u32,
-    /// The permission bits of a unix socket, 0 to 0o777; `None` leaves them to the umask.
+    /// The permission bits of a unix socket, 0 to 0o777; `None` for those of the umask.
     pub mode: Option<u32>,
-    /// The owner of a unix socket; `None`: the workers' user.
+    /// The owner of a unix socket; `None` for the workers' user.
     pub socket_user: Option<NamedId>,
-    /// The group of a unix socket; `None`: the workers' group.
+    /// The group of a unix socket; `None` for the workers' group.
     pub socket_group: Option<NamedId>,
     /// Where an HTTP request may name its method.
     pub http_methods: HttpMethods,
+    /// Connections of one source at one time, up to 1,000,000; 0 is no limit.
+    pub per_source: usize,
+    /// `Some` if each connection has a process; `None` if the workers accept.
+    pub isolation: Option<IsolationConfig>,
+}
+
+/// The keys of a `[[listen]]` with `isolation = "connection"`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IsolationConfig {
+    /// The most connections at one time in all generations together, 1 to 3,072.
+    pub processes: usize,
+    /// The number of processes that are forked ahead, 0 to `processes`, at most 256.
+    pub spare: usize,
+    /// The age at which a session is ended, at least 1 s; zero means never.
+    pub max_lifetime: Duration,
+    /// The account of acceptor and sessions; `None` for that of the workers.
+    pub account: Option<Account>,
+    /// The most bytes of unfinished frames, lines and requests of one session.
+    pub unfinished: usize,
 }
 
 /// Where an HTTP request may name its method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HttpMethods {
-    /// In its path or in a call in its body.
+    /// In its path, or in a call in its body.
     Any,
-    /// In its path, so that a proxy sees it.
+    /// Only in its path, so that a proxy sees it.
     Path,
+}
+
+impl Word for HttpMethods {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("any", HttpMethods::Any), ("path", HttpMethods::Path)];
 }
 
 /// One `[methods.NAME]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MethodConfig {
-    /// What answers it.
+    /// Its handler.
     pub kind: MethodKind,
-    /// The time of a call, 1 ms to `workers.drain_timeout`.
+    /// The most time of a call, 1 ms to `workers.drain_timeout`.
     pub timeout: Duration,
-    /// Calls at once per worker; 0 is no limit but the threads.
+    /// The most calls at once in a worker; 0 means no limit except the threads.
     pub concurrency: usize,
-    /// Calls a second per worker; 0 is no limit.
+    /// The most calls per second in a worker; 0 means no limit.
     pub rate: u32,
-    /// Whether the program of a pool is killed as soon as its call is abandoned. If not, it may finish the call
-    /// within `timeout`.
+    /// Whether the program of a pool is killed as soon as its call is abandoned. If not, it may finish the
+    /// call within `timeout`.
     pub kills_abandoned: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MethodKind {
-    /// A program, one process for each call.
+    /// A program; one process for each call.
     Command(Box<CommandConfig>),
-    /// The programs of the pool of this name.
+    /// The programs of the pool with this name.
     Pool(String),
-    /// A handler of the server's own.
+    /// A handler of the server.
     Builtin(Builtin),
-    /// A handler that the program registered under this name.
+    /// A handler that the program has registered under this name.
     Function,
 }
 
-/// The handlers that the server brings along.
+/// The handlers of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Builtin {
-    /// Answers `pong` and the params.
+    /// Returns `pong` and the params.
     Ping,
-    /// Answers the params.
+    /// Returns the params.
     Echo,
-    /// Waits for as many seconds as the params say.
+    /// Waits for the number of seconds in the params.
     Sleep,
 }
 
-impl Builtin {
-    pub fn name(self) -> &'static str {
-        match self {
-            Builtin::Ping => "ping",
-            Builtin::Echo => "echo",
-            Builtin::Sleep => "sleep",
-        }
-    }
+impl Word for Builtin {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("ping", Builtin::Ping),
+        ("echo", Builtin::Echo),
+        ("sleep", Builtin::Sleep),
+    ];
 }

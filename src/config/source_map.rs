@@ -1,9 +1,8 @@
-//! The files as one document: their tables merged, read by serde, and every key with its place.
+//! Merges the tables of all files, lets serde read them, and records the position of every key.
 //!
-//! A key's place answers three questions that the value alone can't: where an error about it
-//! stands, relative to which directory its path is meant, and whether it was set at all. Errors of
-//! syntax, of type and of unknown keys are made here, and keys that two files set; whether a value
-//! makes sense is decided in `resolve`.
+//! The position tells where an error about a key is, which directory a relative path belongs to, and
+//! whether the key is set. Errors of syntax, type, unknown keys and keys in two files are made here.
+//! `resolve` checks the values.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
@@ -18,10 +17,10 @@ use super::files::Files;
 use super::raw::Raw;
 use crate::error::{Error, Result};
 
-/// How alike two words must be for "did you mean": 1 is equal, and 0.8 one slip in five letters.
+/// How similar two words must be for "did you mean". 1 is equal; 0.8 is one wrong letter in five.
 const LIKENESS: f64 = 0.8;
 
-/// The keys above the first table; one that stands below it has become a part of that table.
+/// The keys above the first table. Below it, they would become part of that table.
 const TOP_KEYS: [&str; 7] = [
     "daemon",
     "pid-file",
@@ -34,7 +33,7 @@ const TOP_KEYS: [&str; 7] = [
 
 const TABLES: [&str; 6] = ["log", "workers", "limits", "listen", "methods", "pools"];
 
-/// Where each key stands.
+/// The positions of all keys.
 #[derive(Debug)]
 pub(super) struct SourceMap<'a> {
     files: &'a Files,
@@ -44,18 +43,18 @@ pub(super) struct SourceMap<'a> {
 
 #[derive(Debug)]
 struct SourceSpan {
-    /// The bytes of the key; those of the value where it has none, as in an array.
+    /// The bytes of the key; those of the value in an array.
     key: Range<usize>,
     value: Range<usize>,
     kind: &'static str,
 }
 
-/// Parses all of `files` into one mirror and the places of its keys.
+/// Parses `files` and records the positions of their keys.
 pub(super) fn parse(files: &Files) -> Result<(Raw, SourceMap<'_>)> {
     parse_without(files, &BTreeSet::new())
 }
 
-/// [`parse`] as if the keys `without` were not there, each as the places name it.
+/// Does the same as [`parse`] without the keys in `without`.
 pub(super) fn parse_without<'f>(
     files: &'f Files,
     without: &BTreeSet<String>,
@@ -67,8 +66,8 @@ pub(super) fn parse_without<'f>(
     Ok((raw, places))
 }
 
-/// [`parse`] as if nothing but the key `wanted` were there. Where it is not, a key that is none may be meant
-/// for it, and is refused.
+/// Does the same as [`parse`] with the key `wanted` alone. If it is not set, an unknown key may be meant
+/// for it and is an error.
 pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, SourceMap<'f>)> {
     let whole = merged(files)?;
     let is_there = whole.get(wanted).is_some();
@@ -78,12 +77,12 @@ pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, Sou
     parse_without(files, &others.map(|key| join("", key)).collect())
 }
 
-/// The places of the keys of `files`, if it can be told what are keys there.
+/// Returns the positions of the keys of `files`, if their syntax is valid.
 pub(super) fn places(files: &Files) -> Result<SourceMap<'_>> {
     Ok(SourceMap::of(files, &merged(files)?))
 }
 
-/// The tables of all files as one.
+/// Merges the tables of all files.
 fn merged(files: &Files) -> Result<DeTable<'_>> {
     let mut whole = DeTable::new();
     for (number, file) in files.iter().enumerate() {
@@ -103,13 +102,17 @@ fn merged(files: &Files) -> Result<DeTable<'_>> {
     Ok(whole)
 }
 
-/// A table without some of its keys, and of those of the tables in it.
+/// Removes keys from a table and the tables in it. The address of a listener gets another one instead.
 fn pruned<'t>(path: &str, table: DeTable<'t>, without: &BTreeSet<String>) -> DeTable<'t> {
     let mut kept = DeTable::with_capacity(table.len());
     for (key, mut value) in table {
         let path = join(path, key.get_ref());
         if without.contains(&path) {
-            continue;
+            // Without an address, its other keys could not be checked.
+            if !(path.starts_with("listen[") && path.ends_with("].address")) {
+                continue;
+            }
+            *value.get_mut() = DeValue::String(format!("unix:/{path}").into());
         }
         match value.get_mut() {
             DeValue::Table(inner) => prune(&path, inner, without),
@@ -132,7 +135,7 @@ fn prune(path: &str, table: &mut DeTable<'_>, without: &BTreeSet<String>) {
     *table = pruned(path, all, without);
 }
 
-/// A key of a table as part of a dotted key.
+/// Appends a key of a table to a dotted key.
 pub(super) fn join(parent: &str, key: &str) -> String {
     let bare = !key.is_empty()
         && key
@@ -150,7 +153,7 @@ pub(super) fn join(parent: &str, key: &str) -> String {
     }
 }
 
-/// The candidate that is most like `word`, if one is.
+/// Returns the candidate that is most similar to `word`, if one is similar enough.
 pub(super) fn nearest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
     candidates
         .iter()
@@ -176,51 +179,45 @@ impl SourceMap<'_> {
         self.files.main()
     }
 
-    /// The paths of all files, that of the main one first.
+    /// Returns the paths of all files, the main one first.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())
     }
 
-    /// Whether some file sets `key`.
+    /// Returns whether a file sets `key`.
     pub fn is_set(&self, key: &str) -> bool {
         self.keys.contains_key(key)
     }
 
-    /// Whether `key` stands in a file and is no table.
+    /// Returns whether a file sets `key` and it is not a table.
     pub fn is_value(&self, key: &str) -> bool {
         self.keys
             .get(key)
             .is_some_and(|place| place.kind != "table")
     }
 
-    /// The method that `key` is or belongs to, as a key.
-    pub fn method_of(&self, key: &str) -> Option<String> {
-        let methods = self
-            .keys
-            .keys()
-            .filter(|known| known.starts_with("methods."));
-        let within = |method: &&String| {
-            let rest = key.strip_prefix(method.as_str());
+    /// Returns the method or pool that `key` is of; `tables` is "methods." or "pools.".
+    pub fn table_of(&self, tables: &str, key: &str) -> Option<String> {
+        let known = self.keys.keys().filter(|known| known.starts_with(tables));
+        let within = |table: &&String| {
+            let rest = key.strip_prefix(table.as_str());
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        methods
-            .filter(within)
-            .min_by_key(|known| known.len())
-            .cloned()
+        (known.filter(within).min_by_key(|known| known.len())).cloned()
     }
 
-    /// The file that sets `key`.
+    /// Returns the file that sets `key`.
     pub fn file_of(&self, key: &str) -> Option<&Path> {
         let place = self.keys.get(key)?;
         self.files.place(place.value.start).map(|(path, _)| path)
     }
 
-    /// Where the value of `key` stands, as an error names it.
+    /// Returns file, line and column of the value of `key`.
     pub fn name(&self, key: &str) -> Option<String> {
         self.files.name(self.keys.get(key)?.value.start)
     }
 
-    /// An error about `key`: at its value, at the table that lacks it, or at no position.
+    /// Makes an error about `key`: at its value, at the table without it, or without a position.
     pub fn error(&self, key: &str, problem: impl Into<String>, remedy: impl Into<String>) -> Error {
         let mut known = key;
         loop {
@@ -270,8 +267,8 @@ impl SourceMap<'_> {
         self.keys.insert(path, place);
     }
 
-    /// Serde's error in the words of this project: what was found as it stands in the file, and
-    /// the nearest known key for one that is unknown.
+    /// Translates serde's error: shows the value as it is in the file, and the most similar known key for
+    /// an unknown one.
     fn explain(&self, error: &toml::de::Error) -> Error {
         let span = error.span().unwrap_or_default();
         let message = error.message();
@@ -285,7 +282,7 @@ impl SourceMap<'_> {
             let remedy = unknown_key_remedy(key, place, message);
             return self.files.error(span.start, key, "unknown key", remedy);
         }
-        // A table or an array has the span of the first one in it; the first here is the outer.
+        // A table or an array begins where its first member does, so the first one here is the outermost.
         let (key, place) = self
             .keys
             .iter()
@@ -313,7 +310,7 @@ impl SourceMap<'_> {
         self.files.error(span.start, key, problem, remedy)
     }
 
-    /// A value as it stands in the file.
+    /// Returns a value as it is in the file.
     fn found(&self, place: &SourceSpan) -> String {
         match place.kind {
             "array" => return "an array".into(),
@@ -330,7 +327,7 @@ impl SourceMap<'_> {
     }
 }
 
-/// What to do about a key that serde does not know. `message` lists those that it does know.
+/// Returns what to do about a key that serde does not know. `message` lists the known ones.
 fn unknown_key_remedy(path: &str, place: Option<&SourceSpan>, message: &str) -> String {
     let listed = message
         .rsplit_once(", expected ")
@@ -350,7 +347,7 @@ fn unknown_key_remedy(path: &str, place: Option<&SourceSpan>, message: &str) -> 
     }
 }
 
-/// What serde expects, without the names of Rust's types.
+/// Returns what serde expects, without the names of Rust types.
 fn plain<'e>(expected: &'e str, found: &str) -> &'e str {
     match expected {
         "i64" if found == "integer" => "a smaller number",
@@ -361,8 +358,7 @@ fn plain<'e>(expected: &'e str, found: &str) -> &'e str {
     }
 }
 
-/// Adds `from` to `into`. Tables grow together, `[[listen]]` lists are joined, and any other key
-/// may stand in one file only.
+/// Adds `from` to `into`. Tables and `[[listen]]` lists are joined. Any other key may be in one file only.
 fn merge<'a>(files: &Files, path: &str, into: &mut DeTable<'a>, from: DeTable<'a>) -> Result<()> {
     for (key, value) in from {
         let path = join(path, key.get_ref());
@@ -391,7 +387,7 @@ fn merge<'a>(files: &Files, path: &str, into: &mut DeTable<'a>, from: DeTable<'a
     Ok(())
 }
 
-/// The same table with every span counted over all files.
+/// Counts the positions in a table over all files.
 fn moved(table: DeTable<'_>, by: usize) -> DeTable<'_> {
     let mut result = DeTable::with_capacity(table.len());
     for (key, value) in table {

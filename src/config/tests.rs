@@ -1,4 +1,4 @@
-//! Broken files with the exact text of their errors, and what holds of every good one.
+//! Configurations and their settings, errors and warnings.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
@@ -13,7 +13,7 @@ use crate::error::Error;
 mod broken;
 mod round_trip;
 
-/// A machine with 4 CPUs, seen by root.
+/// Returns the environment of root on a machine with 4 CPUs.
 pub(super) fn root() -> Environment {
     Environment {
         uid: 0,
@@ -26,12 +26,13 @@ pub(super) fn root() -> Environment {
         guard_missing: None,
         no_new_privs: false,
         has_served: false,
+        kept_variables: KeptVariables::default(),
         variable: |name| (name == "SET").then(|| "of the server".to_owned()),
         is_check: false,
     }
 }
 
-/// The same, seen by nobody: a user that every machine has.
+/// Returns the environment of an account without rights that every Linux system has.
 fn nobody() -> Environment {
     let nobody = crate::sys::account::Account::lookup("nobody", None).unwrap();
     Environment {
@@ -45,7 +46,7 @@ fn nobody() -> Environment {
     }
 }
 
-/// The settings of a file /etc/x.toml with that content.
+/// Returns the settings of a file /etc/x.toml with that content.
 pub(super) fn settings(here: &Environment, text: &str) -> Result<Settings> {
     with(here, text, &Overrides::default())
 }
@@ -246,7 +247,7 @@ fn a_user_is_taken_on_by_root_only() {
         .account
         .unwrap();
     assert_eq!(account.name, "nobody");
-    // Who the master is already, nobody has to become.
+    // The account of the master needs no change.
     let settings = settings(&nobody(), "user = \"nobody\"").unwrap();
     assert_eq!(settings.account, None);
     assert_eq!(
@@ -320,7 +321,7 @@ fn warnings_name_what_the_guard_is_in_the_way_of() {
              [methods.get]\ncommand = [{setuid:?}]\nguard = {guard}\n"
         )
     };
-    // a file of whoever runs this: another user's for one of the two that are asked as
+    // a file of the user who runs this: another user's for one of the two that are asked as
     let stranger = Environment {
         uid: 54_321,
         gid: 54_321,
@@ -403,6 +404,15 @@ fn warnings_name_what_root_exposes() {
     };
     assert!(warnings(check(), "").is_empty());
     assert_eq!(warnings(check(), public).len(), 1);
+    let braces =
+        "[methods.a]\ncommand = [\"echo\", \"{{a}\"]\n[methods.b]\ncommand = [\"echo\", \"{ a\"]\n";
+    let told = warnings(check(), braces);
+    assert!(
+        told.len() == 1 && told[0].contains("methods.a.command stands for one {"),
+        "{told:?}"
+    );
+    let of_start = warnings(root(), braces);
+    assert!(!of_start.iter().any(|it| it.contains("{{")), "{of_start:?}");
     assert_eq!(warnings(root(), "user = \"root\"").len(), 1);
     assert!(warnings(root(), &format!("user = \"nobody\"\n{public}")).is_empty());
     assert!(warnings(nobody(), public).is_empty());
@@ -453,7 +463,7 @@ fn the_control_socket_is_found_in_a_broken_file() {
     for text in ["", "daemon = false", "[[\n# control-socket = 1"] {
         assert_eq!(found(text.as_bytes()), defaults, "{text}");
     }
-    // Nothing is better than somebody else's server.
+    // No candidate is better than another user's server.
     for text in [
         "control-socket = 5",
         "control-socket = \"\"",
@@ -531,8 +541,9 @@ fn a_script_has_to_say_what_it_is_for() {
 fn every_shipped_file_loads_for_root_and_for_a_user() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
     let mut count = 0;
-    for entry in fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
+    let entries = fs::read_dir(directory).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    for path in paths.filter(|path| path.is_file()) {
         for here in [root(), nobody()] {
             let settings = load_in(&here, Some(&path), &Overrides::default());
             settings.unwrap_or_else(|error| panic!("{error}"));

@@ -1,8 +1,7 @@
-//! Durations and sizes as the file writes them: "30s", "16MiB".
+//! Reads and writes durations and sizes: "30s", "16MiB".
 //!
-//! Each is read to the exact number and written back as the shortest text that reads to the same
-//! one. Bounds are not known here. A text that is neither fails with a sentence that says what
-//! would have been right.
+//! Each is read as an exact number, and written as the shortest text that is read as the same number.
+//! Bounds are checked elsewhere. The error for another text says how to write one.
 
 use std::fmt;
 use std::time::Duration;
@@ -32,7 +31,7 @@ impl DurationValue {
 }
 
 impl fmt::Display for DurationValue {
-    /// One number in the largest unit that holds it exactly.
+    /// Writes one number in the largest unit in which it is whole.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SECOND: u128 = 1_000_000_000;
         const UNITS: [(u128, &str); 7] = [
@@ -48,7 +47,7 @@ impl fmt::Display for DurationValue {
         if nanoseconds == 0 {
             return f.write_str("0s");
         }
-        // A minute and a half is read more easily as 90s, and a minute as 60s, than either as 1m.
+        // 90s and 60s are easier to read than 1m 30s and 1m.
         let fitting = UNITS
             .iter()
             .filter(|(unit, _)| nanoseconds / unit >= 2 || *unit <= SECOND)
@@ -75,7 +74,7 @@ impl ByteSize {
 }
 
 impl fmt::Display for ByteSize {
-    /// One number in the largest binary unit that holds it exactly.
+    /// Writes one number in the largest binary unit in which it is whole.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (shift, suffix) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
             if self.0 != 0 && self.0.trailing_zeros() >= shift {
@@ -86,7 +85,7 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// What both have in common for serde: a string, and a sentence when it is anything else.
+/// What both have in common for serde: a string, or an error that says how to write one.
 struct Text<T> {
     expecting: &'static str,
     parse: fn(&str) -> Result<T, String>,

@@ -1,20 +1,20 @@
 //! Resolves the environment of commands and pools: `environment`, `environment-file`, and `${NAME}`, which
 //! stands for a variable of the server.
 //!
-//! Values that come from a file or from the server are kept apart from what the configuration says, so
-//! `check` prints names and never such a value. An error names the key, the variable or the line of the file.
+//! Values from a file or from the server are kept apart from those in the configuration, so `check` prints
+//! only their names. An error names the key, the variable or the line of the file.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::check::Check;
-use super::environment::Environment;
+use super::environment::{Environment, KeptVariables};
 use super::files::read_bytes;
-use super::settings::{MethodKind, ProgramConfig, Settings};
+use super::settings::{ProgramConfig, Settings};
 use super::source_map::join;
 use crate::error::Result;
 
-/// Set by preforkd.
+/// Preforkd sets it.
 const CALL_VARIABLE: &str = "PREFORKD_CALL";
 
 /// The environment of a program.
@@ -27,7 +27,7 @@ pub(super) struct Variables {
     pub values: BTreeMap<String, String>,
 }
 
-/// The environment that the table `key` gives to its program. `environment` has precedence over the file.
+/// Resolves the environment in the table `key`. `environment` has precedence over the file.
 pub(super) fn resolve(
     key: &str,
     written: BTreeMap<String, String>,
@@ -36,14 +36,21 @@ pub(super) fn resolve(
 ) -> Result<Variables> {
     let file_key = join(key, "environment-file");
     let file = file.map(|text| check.path(&file_key, text)).transpose()?;
+    if let (Some(_), Some(kept)) = (&file, check.here.kept_variables.get(key)) {
+        return Ok(Variables {
+            written,
+            file,
+            values: kept.clone(),
+        });
+    }
     let mut values = match &file {
         None => BTreeMap::new(),
         Some(path) => match read(path) {
             Ok(values) => values,
-            // It has changed since it was read.
+            // The file has changed since it was read.
             Err((problem, _)) if check.here.has_served => {
                 log::error!(
-                    "{}: {problem}; commands and programs that start from now on lack its variables; mend it \
+                    "{}: {problem}; commands and programs that start from now on lack its variables; correct it \
                      and reload",
                     path.display()
                 );
@@ -75,18 +82,21 @@ pub(super) fn resolve(
     })
 }
 
-/// What `check` says of variables that the server must have, and that `check` itself has not.
+/// Returns the values from each `environment-file`, for the program of an upgrade: the file may have
+/// changed.
+pub fn secrets_of(settings: &Settings) -> KeptVariables {
+    let all = settings.programs();
+    let with_file = all.filter(|(_, _, program)| program.environment_file.is_some());
+    with_file
+        .map(|(table, name, program)| (join(table, name), program.variables.clone()))
+        .collect()
+}
+
+/// Returns the notes of `check` about variables that the server needs and `check` does not have.
 pub(super) fn warnings(settings: &Settings, here: &Environment) -> Vec<String> {
     if !here.is_check {
         return Vec::new();
     }
-    let methods = settings.methods.iter();
-    let commands = methods.filter_map(|(name, method)| match &method.kind {
-        MethodKind::Command(command) => Some(("methods", name, &command.program)),
-        _ => None,
-    });
-    let pools = settings.pools.iter();
-    let pools = pools.map(|(name, pool)| ("pools", name, &pool.program));
     let missing = |(table, owner, program): (&'static str, &String, &ProgramConfig)| {
         let missing = |(name, value): (&String, &String)| {
             let missing = expand(value, here.variable).err()?;
@@ -101,10 +111,10 @@ pub(super) fn warnings(settings: &Settings, here: &Environment) -> Vec<String> {
             .filter_map(missing)
             .collect::<Vec<_>>()
     };
-    commands.chain(pools).flat_map(missing).collect()
+    settings.programs().flat_map(missing).collect()
 }
 
-/// The lines `KEY=VALUE` of a file: what is wrong, and what to do about it, if it is refused.
+/// Reads the lines `KEY=VALUE` of a file. An error has the problem and what to do.
 fn read(path: &Path) -> std::result::Result<BTreeMap<String, String>, (String, &'static str)> {
     let refused = |problem: &str, remedy| (format!("{}: {problem}", path.display()), remedy);
     let bytes = read_bytes(path).map_err(|error| {
@@ -122,7 +132,7 @@ fn read(path: &Path) -> std::result::Result<BTreeMap<String, String>, (String, &
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        // Whatever is wrong with it, the line may hold a secret.
+        // The text of the line is not shown, because it may be a secret.
         let refused = |problem| {
             refused(
                 &format!("line {}: {problem}", index + 1),
@@ -139,7 +149,7 @@ fn read(path: &Path) -> std::result::Result<BTreeMap<String, String>, (String, &
     Ok(values)
 }
 
-/// A value without the pair of quotes around it.
+/// Removes the pair of quotes around a value.
 fn unquoted(value: &str) -> &str {
     let inner = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
     inner('"').or_else(|| inner('\'')).unwrap_or(value)
@@ -163,7 +173,7 @@ fn is_name(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
-/// `value` with each `${NAME}` replaced; the first NAME that there is not. `$${` is a literal `${`.
+/// Replaces each `${NAME}` in `value`. Returns the first NAME that does not exist. `$${` is a literal `${`.
 fn expand(value: &str, variable: fn(&str) -> Option<String>) -> std::result::Result<String, &str> {
     let mut expanded = String::new();
     let mut rest = value;

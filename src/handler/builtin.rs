@@ -1,11 +1,11 @@
-//! The handlers that are always at hand: ping, echo, sleep.
+//! Answers the built-in methods ping, echo and sleep.
 
 use std::time::Duration;
 
 use super::{Context, Handler, Placement};
 use crate::protocol::rpc_error::RpcError;
 
-/// Answers the params, under the name "pong".
+/// Returns the params; the `out` of the answer is "pong".
 #[derive(Debug, Clone, Copy)]
 pub struct Ping;
 
@@ -24,7 +24,7 @@ impl Handler for Ping {
     }
 }
 
-/// Answers the params.
+/// Returns the params.
 #[derive(Debug, Clone, Copy)]
 pub struct Echo;
 
@@ -39,7 +39,7 @@ impl Handler for Echo {
     }
 }
 
-/// Keeps a handler thread busy for as many seconds as its params say, and answers them.
+/// Blocks a handler thread for as many seconds as its params say, and returns them.
 #[derive(Debug, Clone, Copy)]
 pub struct Sleep;
 

@@ -1,7 +1,7 @@
-//! A call on its way to the threads that run it, and what comes back.
+//! Defines a call on its way to the threads that run it, and its result.
 //!
-//! The worker's loop hands out jobs, by lanes: the handler threads are one, each pool of programs
-//! another, so that neither ever waits for the other. Whoever runs a job reports exactly once.
+//! Calls run in lanes: the handler threads are one lane, each pool is another. So they do not wait for
+//! each other. The thread or program that runs a call reports exactly once.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use super::CallState;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::waker::Waker;
 
-/// Names a call of this worker, for good: places are reused, serials are not.
+/// Identifies a call of this worker. Indexes are reused, serial numbers are not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CallKey {
-    /// Its place in the table of calls.
+    /// The index in the table of calls.
     pub index: usize,
-    /// Its number, counted from the worker's start.
+    /// The serial number, counted from the start of the worker.
     pub serial: u64,
 }
 
@@ -28,29 +28,31 @@ pub struct HandlerCall {
     pub method: usize,
     pub params: Box<str>,
     pub id: Option<Arc<str>>,
-    /// Where its connection comes from.
+    /// The address of its client.
     pub peer: Option<SocketAddr>,
-    /// When the caller stops waiting, as time since boot.
+    /// The deadline as time since boot.
     pub deadline: Duration,
-    /// How long it is expected to run, where that is known.
+    /// The expected run time, if it is known.
     pub expected: Option<Duration>,
-    /// Whether it may begin.
+    /// Decides whether it may begin.
     pub state: Arc<CallState>,
 }
 
-/// What became of a job.
+/// The result of a call.
 #[derive(Debug)]
 pub struct Done {
     pub key: CallKey,
-    /// Its result as JSON, or its error; `None` when it was given up before it began.
+    /// The result as JSON, or the error; `None` if it was given up before it began.
     pub outcome: Option<Result<Vec<u8>, RpcError>>,
-    /// How long it ran.
+    /// The run time.
     pub took: Duration,
-    /// What stands in `out` in place of the name that the method's answers have, if anything.
+    /// The CPU time of its command.
+    pub cpu: Duration,
+    /// The `out` of the answer, if it differs from the method's.
     pub out: Option<Box<str>>,
 }
 
-/// Where threads report to: the worker's loop, which is woken.
+/// Sends results to the event loop of the worker, and wakes it.
 #[derive(Debug, Clone)]
 pub struct Reports {
     sender: Sender<Done>,
@@ -58,24 +60,24 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// To whoever holds the other end of `sender` and waits for `waker`.
+    /// Sends to the receiver of `sender`, which waits for `waker`.
     pub fn new(sender: Sender<Done>, waker: Arc<Waker>) -> Self {
         Reports { sender, waker }
     }
 
-    /// Reports one job; false when nobody listens any more.
+    /// Sends a result; false if there is no receiver any more.
     pub fn send(&self, done: Done) -> bool {
         let sent = self.leave(done);
         self.wake();
         sent
     }
 
-    /// Reports one job without waking the loop for it, which `wake` does then.
+    /// Sends a result without waking the loop; `wake` must follow.
     pub fn leave(&self, done: Done) -> bool {
         self.sender.send(done).is_ok()
     }
 
-    /// Wakes the loop for what was left.
+    /// Wakes the loop for results of `leave`.
     pub fn wake(&self) {
         self.waker.wake();
     }

@@ -1,4 +1,4 @@
-//! Rust closures as handlers: params and results go through serde, or stay JSON.
+//! Runs Rust closures as handlers: params and results go through serde, or stay JSON.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -9,16 +9,16 @@ use crate::protocol::code::Code;
 use crate::protocol::json;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
-/// Characters of a long refusal's end that are repeated.
+/// The number of characters from the end of a long serde error that are repeated.
 const EXCERPT_END: usize = 150;
 
-/// A closure, and where it runs.
+/// A closure and its placement.
 pub struct Function<F> {
     function: F,
     placement: Placement,
 }
 
-/// Makes a handler of a closure from typed params to a typed result.
+/// Makes a handler from a closure with typed params and a typed result.
 pub fn typed<P, R>(
     placement: Placement,
     function: impl Fn(&Context<'_>, P) -> Result<R, RpcError> + Send + Sync + 'static,
@@ -34,11 +34,11 @@ where
         serde_json::to_writer(&mut *result, &answer).map_err(|error| {
             RpcError::of(
                 Code::Internal,
-                format!("the result is no JSON: {error}"),
+                format!("the result is not JSON: {error}"),
                 true,
             )
         })?;
-        // A raw value may be written over several lines; nothing else is.
+        // A raw value may contain line feeds; nothing else does.
         json::flatten_to_one_line(&mut result[start..]);
         Ok(())
     };
@@ -48,7 +48,7 @@ where
     }
 }
 
-/// Makes a handler of a closure from params as they were written to a result that is JSON.
+/// Makes a handler from a closure that takes the params as written and returns JSON.
 pub fn raw(
     function: impl Fn(&Context<'_>, &str) -> Result<Box<RawValue>, RpcError> + Send + Sync + 'static,
 ) -> impl Handler + 'static {
@@ -65,8 +65,8 @@ pub fn raw(
     }
 }
 
-/// serde repeats the value that it did not expect, however long, and says where it stood at the
-/// end; what was expected comes in between.
+/// Cuts a long error of serde. It contains the unexpected value in full; what was expected follows, and
+/// the position is at the end.
 fn refused(error: &serde_json::Error) -> RpcError {
     const WHOLE: usize = 300;
     let text = error.to_string();

@@ -1,6 +1,5 @@
-//! Runs what may panic: a panic of a handler is an answer, whatever was thrown and whatever that does
-//! when it is dropped. Only what nothing can stop gets past: an abort (a panic while another one
-//! unwinds, a stack that is full), which ends the worker.
+//! Runs code that may panic: a panic of a handler becomes an answer, even if the payload panics when it
+//! is dropped. Only an abort ends the worker (a panic during unwinding, a stack overflow).
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,11 +8,11 @@ use crate::logging;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 
-/// Runs the handler of `method` for the call with this id; its panic is logged, sparingly, and answered with
-/// `internal`.
+/// Runs the handler of `method` for the call with this id. A panic is logged, at a limited rate, and
+/// answered with `internal`.
 ///
 /// # Errors
-/// What the handler returns, or `internal`.
+/// The error of the handler, or `internal`.
 pub fn run(
     (method, id): (&str, Option<&str>),
     handler: impl FnOnce() -> Result<(), RpcError>,
@@ -27,7 +26,7 @@ pub fn run(
     })
 }
 
-/// Drops what was thrown. That may throw again; what it throws then is better never dropped.
+/// Drops the payload of a panic. That may panic again; the second payload is leaked.
 pub fn discard(payload: Box<dyn Any + Send>) {
     if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
         std::mem::forget(again);
@@ -48,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_thrown_is_an_answer() {
+    fn every_panic_payload_becomes_an_answer() {
         let thrown: [fn() -> Result<(), RpcError>; 4] = [
             || panic!("text"),
             || panic_any(7),

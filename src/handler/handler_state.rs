@@ -1,9 +1,9 @@
-//! What a program keeps for its handlers: made once in the master before it forks, or once in each
-//! worker after that, found by its type.
+//! Keeps the state that a program provides for its handlers. It is made once in the master before the
+//! fork, or once in each worker after it, and found by its type.
 //!
-//! The program's own functions make it (`on_master_start`, `on_worker_start`) and see a worker end
-//! (`on_worker_stop`). One that fails or panics is an error with its reason: a master does not
-//! start, a worker does not become ready.
+//! The functions of the program make it (`on_master_start`, `on_worker_start`) and are called when a
+//! worker ends (`on_worker_stop`). If one fails or panics, that is an error with its reason: the master
+//! does not start, or the worker does not become ready.
 
 use std::any::{Any, TypeId, type_name};
 use std::collections::BTreeSet;
@@ -12,7 +12,7 @@ use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-/// Why a program's own function could not make what it was to make. Any error and any text will do.
+/// Why a function of the program could not make its state. Any error and any text are possible.
 pub type StartError = Box<dyn std::error::Error + Send + Sync>;
 
 type StateValue = Arc<dyn Any + Send + Sync>;
@@ -20,7 +20,7 @@ type OnMaster = Box<dyn Fn() -> Result<StateValue, StartError> + Send + Sync>;
 type OnStart = Box<dyn Fn(&Worker) -> Result<StateValue, StartError> + Send + Sync>;
 type OnStop = Box<dyn Fn(&Worker) + Send + Sync>;
 
-/// The functions of a program that are called around its methods.
+/// The functions of a program that are called at the start and the end of its processes.
 #[derive(Default)]
 pub struct Hooks {
     master_start: Vec<OnMaster>,
@@ -29,7 +29,7 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// One more to be called in the master before it forks.
+    /// Adds a function that is called in the master before the fork.
     pub fn on_master_start<T: Send + Sync + 'static>(
         &mut self,
         make: impl Fn() -> Result<T, StartError> + Send + Sync + 'static,
@@ -38,7 +38,7 @@ impl Hooks {
         self.master_start.push(Box::new(make));
     }
 
-    /// One more to be called in each worker before it is ready.
+    /// Adds a function that is called in each worker before it is ready.
     pub fn on_worker_start<T: Send + Sync + 'static>(
         &mut self,
         make: impl Fn(&Worker) -> Result<T, StartError> + Send + Sync + 'static,
@@ -47,20 +47,20 @@ impl Hooks {
         self.worker_start.push(Box::new(make));
     }
 
-    /// One more to be called in each worker that ends in order.
+    /// Adds a function that is called in each worker that ends in order.
     pub fn on_worker_stop(&mut self, end: impl Fn(&Worker) + Send + Sync + 'static) {
         self.worker_stop.push(Box::new(end));
     }
 
-    /// Whether anything is to be done when a worker ends.
+    /// Returns whether there are functions to call when a worker ends.
     pub fn has_stop_hooks(&self) -> bool {
         !self.worker_stop.is_empty()
     }
 
-    /// What the master keeps for all workers.
+    /// Makes the state of the master for all workers.
     ///
     /// # Errors
-    /// What the first function that failed has said.
+    /// The error of the first function that failed.
     pub fn start_master(&self) -> Result<HandlerState, String> {
         let mut kept = HandlerState::default();
         for make in &self.master_start {
@@ -69,11 +69,11 @@ impl Hooks {
         Ok(kept)
     }
 
-    /// A worker with what the master keeps and what it makes for itself, in the order in which the
-    /// functions were given: a later one finds what an earlier one has made.
+    /// Makes a worker: the state of the master, then its own, in the order in which the functions were
+    /// added. So a later function finds the state of an earlier one.
     ///
     /// # Errors
-    /// Likewise.
+    /// The error of the first function that failed.
     pub fn start_worker(&self, slot: u16, kept: &HandlerState) -> Result<Worker, String> {
         let mut worker = Worker {
             slot,
@@ -86,10 +86,10 @@ impl Hooks {
         Ok(worker)
     }
 
-    /// Tells the program that a worker ends: the last function first.
+    /// Calls the functions for the end of a worker, the last one first.
     pub fn stop_worker(&self, worker: &Worker) {
         for end in self.worker_stop.iter().rev() {
-            // The hook has logged a panic; the others have their turn all the same.
+            // A panic is already logged. The other functions are called too.
             let _ = guarded("on_worker_stop", || {
                 end(worker);
                 Ok(Arc::new(()) as StateValue)
@@ -118,16 +118,16 @@ fn guarded(
     }
 }
 
-/// Things, each found by its type.
+/// Values, each found by its type.
 #[derive(Clone, Default)]
 pub struct HandlerState {
     things: Vec<StateValue>,
-    /// Those that the program has opened before the fork.
+    /// The descriptors that the program has opened before the fork.
     descriptors: BTreeSet<RawFd>,
 }
 
 impl HandlerState {
-    /// The same with the descriptors that the program has opened before the fork.
+    /// Adds the descriptors that the program has opened before the fork.
     #[must_use]
     pub fn with_descriptors(self, descriptors: BTreeSet<RawFd>) -> Self {
         HandlerState {
@@ -136,12 +136,12 @@ impl HandlerState {
         }
     }
 
-    /// The descriptors that the program has opened before the fork, for its handlers.
+    /// Returns the descriptors that the program has opened before the fork for its handlers.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         self.descriptors.iter().copied()
     }
 
-    /// The thing of this type that was made last.
+    /// Returns the last value of this type.
     fn find<T: 'static>(&self) -> Option<&T> {
         let wanted = TypeId::of::<T>();
         let mut things = self.things.iter().rev();
@@ -165,16 +165,17 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Its place, from 0 to one less than `workers.count`; whoever replaces it takes the same. Two
-    /// generations share places while the older one drains.
+    /// Returns its slot, from 0 to `workers.count` - 1. The worker that replaces it takes the same slot. Two
+    /// generations use the same slots while the older one drains.
     pub fn slot(&self) -> u16 {
         self.slot
     }
 
-    /// What `on_worker_start` made in this worker or `on_master_start` in the master, by its type.
+    /// Returns what `on_worker_start` made in this worker or `on_master_start` in the master, by its
+    /// type.
     ///
     /// # Panics
-    /// When nothing of that type was made: a mistake in the program, which its first call shows.
+    /// If there is nothing of that type: a mistake in the program, which its first call shows.
     pub fn state<T: 'static>(&self) -> &T {
         self.kept.find().unwrap_or_else(|| {
             panic!(
@@ -196,7 +197,7 @@ mod tests {
     struct Words(Vec<&'static str>);
 
     #[test]
-    fn a_worker_finds_what_was_made_by_its_type_its_own_before_the_masters() {
+    fn a_worker_finds_its_own_state_before_the_one_of_the_master() {
         let mut hooks = Hooks::default();
         hooks.on_master_start(|| Ok(Words(vec!["of", "all"])));
         hooks.on_master_start(|| Ok(7_u8));
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_or_panics_says_so_and_nothing_after_it_is_made() {
+    fn a_failed_function_gives_its_reason_and_later_ones_are_not_called() {
         let mut hooks = Hooks::default();
         hooks.on_worker_start(|worker| match worker.slot() {
             0 => Err("the database is away".into()),
@@ -240,17 +241,17 @@ mod tests {
     }
 
     #[test]
-    fn the_last_to_come_is_told_first_of_the_end_whoever_panics() {
-        let told = Arc::new(Mutex::new(Vec::new()));
+    fn stop_functions_are_called_last_to_first_even_after_a_panic() {
+        let stopped = Arc::new(Mutex::new(Vec::new()));
         let mut hooks = Hooks::default();
         for number in 0..3 {
-            let told = Arc::clone(&told);
+            let stopped = Arc::clone(&stopped);
             hooks.on_worker_stop(move |_| {
                 assert_ne!(number, 1, "on purpose");
-                told.lock().unwrap().push(number);
+                stopped.lock().unwrap().push(number);
             });
         }
         hooks.stop_worker(&hooks.start_worker(0, &HandlerState::default()).unwrap());
-        assert_eq!(*told.lock().unwrap(), [2, 0]);
+        assert_eq!(*stopped.lock().unwrap(), [2, 0]);
     }
 }

@@ -1,8 +1,7 @@
-//! What answers a call: the trait, what a handler is told, and how a call is given up.
+//! Defines what answers a call: the trait of handlers, the context of a call, and how a call is given up.
 //!
-//! Every kind of handler is one implementation of `Handler`; the worker knows no kind by name. A
-//! handler fails with an `RpcError`, which is what the caller sees; a panic is caught by `guard`
-//! and answered with `internal`.
+//! Each kind of handler implements `Handler`, and the worker knows no kind by name. A handler fails with
+//! an `RpcError`, which the caller gets. `guard` catches a panic and answers with `internal`.
 
 pub mod builtin;
 pub mod call_state;
@@ -13,23 +12,27 @@ pub mod handler_state;
 pub mod pool;
 mod prepared_program;
 pub mod registry;
+pub mod trace;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
 use handler_state::Worker;
+use trace::{CallIdentity, Trace};
 
+use crate::protocol::call_id::CallId;
 use crate::protocol::rpc_error::RpcError;
+use crate::sys::lock::lock;
 use crate::sys::process::monotonic;
 use crate::sys::waker::Waker;
 
 /// Where a handler runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
-    /// On the event loop: for what takes microseconds and never waits.
+    /// On the event loop: for handlers that take microseconds and never wait.
     Inline,
     /// On a handler thread.
     Thread,
@@ -38,8 +41,8 @@ pub enum Placement {
 }
 
 impl Placement {
-    /// The lane of its calls: those of one never wait for those of another. The handler threads
-    /// have the first, pools the following.
+    /// Returns the lane of its calls. Calls never wait for those of another lane. The handler threads
+    /// have the first lane, the pools have the next ones.
     pub fn lane(self) -> usize {
         match self {
             Placement::Inline | Placement::Thread => 0,
@@ -48,13 +51,13 @@ impl Placement {
     }
 }
 
-/// What answers calls of one method.
+/// Answers the calls of one method.
 pub trait Handler: Send + Sync {
-    /// Answers one call: params are JSON as the client wrote them ("null" where there were none);
-    /// the result is appended to `result`, as JSON.
+    /// Answers one call. `params` is JSON as the client wrote it ("null" if there was none). The result
+    /// is appended to `result`, as JSON.
     ///
     /// # Errors
-    /// What the caller is to be told; what was appended by then is dropped.
+    /// The error for the caller. Everything appended to `result` is then dropped.
     fn call(
         &self,
         params: &str,
@@ -62,12 +65,12 @@ pub trait Handler: Send + Sync {
         result: &mut Vec<u8>,
     ) -> Result<(), RpcError>;
 
-    /// Where it wants to run.
+    /// Returns where it runs.
     fn placement(&self) -> Placement {
         Placement::Thread
     }
 
-    /// What stands in `out` in place of the method's name, if anything.
+    /// Returns the `out` of its answers, if it differs from the method's name.
     fn answer_name(&self) -> Option<&str> {
         None
     }
@@ -76,12 +79,13 @@ pub trait Handler: Send + Sync {
 /// What a handler may know about its call.
 #[derive(Debug)]
 pub struct Context<'a> {
-    /// The method's full name.
+    /// The full name of the method.
     pub method: &'a str,
     /// The slot of the worker that runs it.
     pub slot: u16,
-    /// When nobody will wait for the answer any more, as time since boot.
+    /// The deadline of the call as time since boot.
     deadline: Duration,
+    identity: &'a CallIdentity,
     state: Option<&'a CallState>,
     id: Option<&'a str>,
     peer: Option<SocketAddr>,
@@ -89,12 +93,13 @@ pub struct Context<'a> {
 }
 
 impl<'a> Context<'a> {
-    /// The context of a call that runs on the event loop: nothing can end it early.
+    /// Creates the context of a call on the event loop, which cannot be given up while it runs.
     pub fn inline(method: &'a str, slot: u16, deadline: Duration) -> Self {
         Context {
             method,
             slot,
             deadline,
+            identity: CallIdentity::NONE,
             state: None,
             id: None,
             peer: None,
@@ -102,12 +107,13 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// The context of a call that runs on a handler thread.
+    /// Creates the context of a call on a handler thread.
     pub fn on_thread(method: &'a str, slot: u16, deadline: Duration, state: &'a CallState) -> Self {
         Context {
             method,
             slot,
             deadline,
+            identity: &state.identity,
             state: Some(state),
             id: None,
             peer: None,
@@ -115,7 +121,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// The same with what is known of the caller, and of the worker.
+    /// Adds what is known of the caller and of the worker.
     #[must_use]
     pub fn with(
         self,
@@ -130,39 +136,63 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// The call's id, as the caller wrote it in JSON: `7`, or `"seven"` with its quotes. `None`
-    /// where it has none.
+    /// Adds what identifies a call on the event loop.
+    #[must_use]
+    pub(crate) fn identified(self, identity: &'a CallIdentity) -> Self {
+        Context { identity, ..self }
+    }
+
+    /// Returns the id that the server has given to the call: that of logs, death records and errors, and
+    /// unlike [`Context::id`] not chosen by the caller.
+    pub fn call(&self) -> CallId {
+        self.identity.id()
+    }
+
+    /// Returns the place of the call in a trace; `None` without `[trace]` in the configuration. Requests that
+    /// the handler sends get [`Trace::child`] and [`Trace::tracestate`].
+    pub fn trace(&self) -> Option<Trace<'_>> {
+        self.identity.trace()
+    }
+
+    /// Returns the number of the call in the process that runs it.
+    pub(super) fn number(&self) -> u64 {
+        self.identity.number
+    }
+
+    /// Returns the call id in JSON as the caller wrote it: `7`, or `"seven"` with its quotes. `None` if
+    /// it has none.
     pub fn id(&self) -> Option<&str> {
         self.id
     }
 
-    /// Where the caller's connection comes from; `None` over a unix socket.
+    /// Returns the address of the client; `None` on a unix socket.
     pub fn peer(&self) -> Option<SocketAddr> {
         self.peer
     }
 
-    /// What the program made for its handlers (`Server::on_worker_start`,
+    /// Returns the state that the program made for its handlers (`Server::on_worker_start`,
     /// `Server::on_master_start`), by its type.
     ///
     /// # Panics
-    /// When it made nothing of that type; the caller gets `internal`.
+    /// If there is nothing of that type; the caller gets `internal`.
     pub fn state<T: 'static>(&self) -> &T {
         self.worker
             .expect("a worker that answers calls has started")
             .state()
     }
 
-    /// The time left until the caller has had `timeout`; zero once it is over.
+    /// Returns the time left until the deadline; zero after it.
     pub fn remaining(&self) -> Duration {
         self.deadline.saturating_sub(monotonic())
     }
 
-    /// Whether the answer is for nobody any more: timed out, cancelled, or the caller has left.
+    /// Returns whether the answer is no longer needed: the call timed out or was cancelled, or the client
+    /// has disconnected.
     pub fn is_cancelled(&self) -> bool {
         self.state.is_some_and(CallState::is_over)
     }
 
-    /// Waits for `length`, or until the call is given up, and tells whether it was. On the event
+    /// Waits for `length`, or until the call is given up. Returns whether it was given up. On the event
     /// loop it does not wait.
     pub fn pause(&self, length: Duration) -> bool {
         let Some(state) = self.state else {
@@ -183,13 +213,13 @@ impl<'a> Context<'a> {
 }
 
 impl Context<'_> {
-    /// Runs `wait`, during which `waker` is woken should the call be given up: for a handler that
-    /// waits for descriptors. It may be woken already.
+    /// Runs `wait`. Meanwhile `waker` is woken if the call is given up, for a handler that waits for
+    /// descriptors. It may already be woken at the start.
     pub fn waking<T>(&self, waker: &Arc<Waker>, wait: impl FnOnce() -> T) -> T {
         let Some(state) = self.state else {
             return wait();
         };
-        // What it was woken for before was another call.
+        // An earlier wake was for another call.
         waker.clear();
         state.set_sleeper(Some(Sleeper::Waker(Arc::clone(waker))));
         let result = wait();
@@ -198,36 +228,34 @@ impl Context<'_> {
     }
 }
 
-/// What waits within a call, to be woken when it is given up.
+/// What waits within a call, and is woken when the call is given up.
 #[derive(Debug)]
 enum Sleeper {
     Thread(Thread),
     Waker(Arc<Waker>),
 }
 
-/// Shown of a call that another process may have begun.
-pub const BEGUN_ELSEWHERE: u32 = 2;
-
 const WAITING: u8 = 0;
 const RUNNING: u8 = 1;
 const OVER: u8 = 2;
 
-/// Where a call on the threads stands, agreed between the loop and the thread: either it has
-/// begun, or it was given up before, never both. That is what makes `started` a promise.
+/// The state of a call on the threads. The loop and the thread agree on it: the call either has begun or
+/// was given up before, never both. So `started` is reliable.
 #[derive(Debug, Default)]
 pub struct CallState {
     phase: AtomicU8,
-    /// Where it is to be said that it has begun, for whoever must know that when this process has
-    /// died.
+    /// Where to record that it has begun, for the keeper after the death of this process.
     shown: Option<&'static AtomicU32>,
-    /// What its thread is at, while it runs.
+    /// The key of the call, recorded for its thread while it runs.
     key: u64,
+    identity: CallIdentity,
     /// `Some` while its handler waits.
     sleeper: Mutex<Option<Sleeper>>,
 }
 
 impl CallState {
-    /// The thread begins; false when the call was given up meanwhile, and must not run.
+    /// Begins the call on a thread or in another process. Returns false if it was given up meanwhile; then it
+    /// must not run.
     pub fn begin(&self) -> bool {
         let begins = self
             .phase
@@ -239,53 +267,46 @@ impl CallState {
         begins
     }
 
-    /// Another process begins it, which is shown as 2: this process does not die of it. False if the call
-    /// was given up meanwhile.
-    pub fn begin_elsewhere(&self) -> bool {
-        let begins = self
-            .phase
-            .compare_exchange(WAITING, RUNNING, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok();
-        if let (true, Some(shown)) = (begins, self.shown) {
-            shown.store(BEGUN_ELSEWHERE, Ordering::Release);
-        }
-        begins
-    }
-
-    /// One whose beginning is shown there, as 1, and that is known by `key`.
-    pub fn shown(shown: Option<&'static AtomicU32>, key: u64) -> Self {
+    /// Creates a state that records the beginning (1) in `shown`, and has the key `key`.
+    pub fn shown(shown: Option<&'static AtomicU32>, key: u64, identity: CallIdentity) -> Self {
         CallState {
             shown,
             key,
+            identity,
             ..CallState::default()
         }
     }
 
-    /// What was to run it is gone, and it is certain that it had not begun: it waits again. False
-    /// when it was given up meanwhile.
+    /// Makes the call wait again, because the program or process that was to run it is gone and had
+    /// certainly not begun it. Returns false if it was given up meanwhile.
     pub fn wait_again(&self) -> bool {
         self.phase
             .compare_exchange(RUNNING, WAITING, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
     }
 
-    /// Shows that it waits, if it still does. For the loop alone, which gives calls up: behind that, the
-    /// place where it is shown may be another call's.
+    /// Records that it waits, if it still does. Only the loop calls it, because the loop gives calls up.
+    /// After that, `shown` may belong to another call.
     pub fn show_waiting(&self) {
         if let (WAITING, Some(shown)) = (self.phase.load(Ordering::Acquire), self.shown) {
             shown.store(0, Ordering::Release);
         }
     }
 
-    /// What it is known by, if anything.
+    /// Returns the key of the call.
     pub fn key(&self) -> u64 {
         self.key
     }
 
-    /// The loop gives the call up; tells whether it had begun.
+    /// Returns what identifies the call.
+    pub fn identity(&self) -> &CallIdentity {
+        &self.identity
+    }
+
+    /// Gives the call up; only the loop does that. Returns whether it had begun.
     pub fn give_up(&self) -> bool {
         let begun = self.phase.swap(OVER, Ordering::AcqRel) == RUNNING;
-        let sleeper = self.sleeper.lock().unwrap_or_else(PoisonError::into_inner);
+        let sleeper = lock(&self.sleeper);
         match sleeper.as_ref() {
             Some(Sleeper::Thread(thread)) => thread.unpark(),
             Some(Sleeper::Waker(waker)) => waker.wake(),
@@ -294,7 +315,7 @@ impl CallState {
         begun
     }
 
-    /// Whether a thread runs it.
+    /// Returns whether it is running.
     pub fn is_running(&self) -> bool {
         self.phase.load(Ordering::Acquire) == RUNNING
     }
@@ -304,7 +325,7 @@ impl CallState {
     }
 
     fn set_sleeper(&self, sleeper: Option<Sleeper>) {
-        *self.sleeper.lock().unwrap_or_else(PoisonError::into_inner) = sleeper;
+        *lock(&self.sleeper) = sleeper;
     }
 }
 
@@ -312,10 +333,12 @@ impl CallState {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::sys::process::Pid;
     use std::sync::Arc;
+    use trace::TraceSource;
 
     #[test]
-    fn a_call_begins_or_is_given_up_never_both() {
+    fn a_call_either_begins_or_is_given_up() {
         let state = CallState::default();
         assert!(!state.give_up());
         assert!(!state.begin());
@@ -323,6 +346,25 @@ mod tests {
         assert!(state.begin());
         assert!(!state.begin());
         assert!(state.give_up());
+    }
+
+    #[test]
+    fn a_handler_sees_the_id_and_the_trace_of_its_call() {
+        let identity = |home, trace| CallIdentity {
+            number: 3,
+            home,
+            trace,
+        };
+        let home = CallId { pid: 7, number: 9 };
+        let state = CallState::shown(None, 0, identity(Some(home), TraceSource::Off));
+        let context = Context::on_thread("m", 0, Duration::MAX, &state);
+        assert_eq!((context.call(), context.number()), (home, 3));
+        assert!(context.trace().is_none());
+        let own = identity(None, TraceSource::New);
+        let context = Context::inline("m", 0, Duration::MAX).identified(&own);
+        let pid = Pid::current().0;
+        assert_eq!(context.call(), CallId { pid, number: 3 });
+        assert!(context.trace().is_some());
     }
 
     #[test]

@@ -1,22 +1,21 @@
-//! The table of methods: made by the master before it forks, read by its workers; and what the program
-//! keeps for them.
+//! Holds the table of methods. The master makes it before the fork and the workers read it. It also holds
+//! the program's state for its handlers.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use rustc_hash::FxHashMap;
 use serde_json::{Value, json};
 
 use super::Handler;
 use super::handler_state::{HandlerState, Hooks, Worker};
-use super::pool::Pool;
+use super::pool::definition::Pool;
 
-/// The method that answers with [`Registry::document`].
 pub const DISCOVER: &str = "rpc.discover";
 
-/// The protocol's own methods, with a word about each.
+/// The methods of the protocol itself, each with a description.
 const OWN: [(&str, &str); 2] = [
     (
         "rpc.cancel",
@@ -29,13 +28,12 @@ const OWN: [(&str, &str); 2] = [
 #[derive(Clone)]
 pub struct Method {
     pub name: String,
-    /// What answers it.
     pub handler: Arc<dyn Handler>,
-    /// How long a call may take, waiting included.
+    /// The time limit of a call, including its time in the queue.
     pub timeout: Duration,
-    /// Calls at once per worker, waiting ones included; 0 means no limit of its own.
+    /// The most concurrent calls per worker, including waiting ones; 0 means no limit of its own.
     pub concurrency: usize,
-    /// Calls a second per worker; 0 means no limit.
+    /// The most calls per second and worker; 0 means no limit.
     pub rate: u32,
     /// Whether the program of a pool is killed as soon as its call is abandoned.
     pub kills_abandoned: bool,
@@ -49,39 +47,44 @@ impl fmt::Debug for Method {
     }
 }
 
-/// All methods of a generation. Names are matched whole and exactly.
+/// All methods of a generation. Names match only as a whole and exactly.
 #[derive(Debug, Default)]
 pub struct Registry {
     methods: Vec<Method>,
-    by_name: HashMap<String, usize>,
+    /// Clients choose the names that are looked up, but not those in the table, so a fast hash does.
+    by_name: FxHashMap<String, usize>,
     /// The answer of [`DISCOVER`], built once: the event loop must not build it for each call.
     document: String,
+    /// The same for shared listeners; empty if it has the same methods.
+    shared_document: String,
     hooks: Arc<Hooks>,
-    /// What the master keeps for all workers.
+    /// The state that the master has made for all workers.
     kept: HandlerState,
-    /// Set in a worker, once what it keeps for itself is there.
+    /// Set in a worker when its own state is made.
     worker: OnceLock<Worker>,
-    /// By the number that the methods' handlers have.
+    /// By the number that the handlers of their methods have.
     pools: Vec<Arc<Pool>>,
+    /// How many of them have a pool process. The others belong to connections.
+    pool_processes: usize,
 }
 
 impl Registry {
-    /// A table of these methods; of two with one name the later one counts.
+    /// Creates a table of these methods. If two have the same name, the later one counts.
     pub fn new(methods: Vec<Method>) -> Self {
-        let by_name = methods
+        let by_name: FxHashMap<String, usize> = methods
             .iter()
             .enumerate()
             .map(|(number, method)| (method.name.clone(), number))
             .collect();
         Registry {
-            document: describe(&by_name),
+            document: describe(by_name.keys()),
             methods,
             by_name,
             ..Registry::default()
         }
     }
 
-    /// The same with what the program does around its methods, and keeps in the master.
+    /// Adds the functions of the program and the state of the master.
     #[must_use]
     pub fn with(self, hooks: Arc<Hooks>, kept: HandlerState) -> Self {
         Registry {
@@ -91,25 +94,55 @@ impl Registry {
         }
     }
 
-    /// The same with the pools that the methods' handlers have the numbers of.
+    /// Adds the pools; the handlers of methods refer to them by number. The first `pool_processes` have a pool
+    /// process, and the others belong to connections.
     #[must_use]
-    pub fn with_pools(self, pools: Vec<Arc<Pool>>) -> Self {
-        Registry { pools, ..self }
+    pub fn with_pools(mut self, pools: Vec<Arc<Pool>>, pool_processes: usize) -> Self {
+        let has_more = pools.len() > pool_processes;
+        (self.pools, self.pool_processes) = (pools, pool_processes);
+        if has_more {
+            let all = self.by_name.iter();
+            let shared = all.filter(|(_, number)| !self.is_of_connections(**number));
+            self.shared_document = describe(shared.map(|(name, _)| name));
+        }
+        self
     }
 
+    /// Whether a method exists only on isolated listeners.
+    pub fn is_of_connections(&self, method: usize) -> bool {
+        let method = self.methods.get(method);
+        method.is_some_and(|method| method.handler.placement().lane() > self.pool_processes)
+    }
+
+    /// A copy for a pool process, which finds no method by its name, with further methods.
+    pub fn with_more(&self, methods: Vec<Method>) -> Self {
+        Registry {
+            methods: self.methods.iter().cloned().chain(methods).collect(),
+            pools: self.pools.clone(),
+            pool_processes: self.pool_processes,
+            ..Registry::default()
+        }
+    }
+
+    /// Those with a pool process.
     pub fn pools(&self) -> &[Arc<Pool>] {
+        &self.pools[..self.pool_processes]
+    }
+
+    /// All pools: those of connections come last.
+    pub fn all_pools(&self) -> &[Arc<Pool>] {
         &self.pools
     }
 
-    /// The descriptors that the program has opened before the fork: its handlers may use them.
+    /// Returns the descriptors that the program has opened before the fork. Its handlers may use them.
     pub fn program_descriptors(&self) -> impl Iterator<Item = RawFd> {
         self.kept.descriptors()
     }
 
-    /// Lets the program make what each worker has for itself: once, in a worker, before any call.
+    /// Makes the program's state for this worker: once per worker, before any call.
     ///
     /// # Errors
-    /// Why it could not.
+    /// Why it could not be made.
     pub fn start_worker(&self, slot: u16) -> Result<(), String> {
         let worker = self.hooks.start_worker(slot, &self.kept)?;
         self.worker
@@ -117,46 +150,51 @@ impl Registry {
             .map_err(|_| "it has started already".to_owned())
     }
 
-    /// This worker, once it has started.
+    /// Returns this worker, after its start.
     pub fn worker(&self) -> Option<&Worker> {
         self.worker.get()
     }
 
-    /// Whether the program wants to be told of a worker's end.
+    /// Returns whether the program has functions for the end of a worker.
     pub fn has_stop_hooks(&self) -> bool {
         self.hooks.has_stop_hooks()
     }
 
-    /// Tells it.
+    /// Calls them.
     pub fn stop_worker(&self) {
         if let Some(worker) = self.worker() {
             self.hooks.stop_worker(worker);
         }
     }
 
-    /// The number of the method of that name.
-    pub fn find(&self, name: &str) -> Option<usize> {
-        self.by_name.get(name).copied()
+    /// Returns the number of the method with this name. Those of connections are found if `has_all`.
+    pub fn find(&self, name: &str, has_all: bool) -> Option<usize> {
+        let found = self.by_name.get(name).copied();
+        found.filter(|method| has_all || !self.is_of_connections(*method))
     }
 
     pub fn methods(&self) -> &[Method] {
         &self.methods
     }
 
-    /// The methods as an OpenRPC document (spec.open-rpc.org), as JSON.
-    pub fn document(&self) -> &str {
-        &self.document
+    /// Returns the methods as an OpenRPC document (spec.open-rpc.org) in JSON. Those of connections are in it
+    /// if `has_all`.
+    pub fn document(&self, has_all: bool) -> &str {
+        match has_all || self.shared_document.is_empty() {
+            true => &self.document,
+            false => &self.shared_document,
+        }
     }
 
-    /// What stands in `out` of a method's answers, by its number.
+    /// Returns the `out` of a method's answers, by its number.
     pub fn answer_name(&self, number: usize) -> &str {
         let own = self.methods.get(number);
         let own = own.and_then(|method| method.handler.answer_name());
         own.unwrap_or_else(|| self.name(number))
     }
 
-    /// The name of a method by its number, such as the scoreboard has; a question mark for a
-    /// number of another generation's.
+    /// Returns the name of a method by its number, such as the one in the scoreboard; a question mark for
+    /// a number of another generation.
     pub fn name(&self, number: usize) -> &str {
         self.methods.get(number).map_or("?", |method| &method.name)
     }
@@ -164,7 +202,7 @@ impl Registry {
 
 /// The OpenRPC document of methods with these names. What a handler takes and answers is its own affair:
 /// any JSON.
-fn describe(by_name: &HashMap<String, usize>) -> String {
+fn describe<'a>(names: impl Iterator<Item = &'a String>) -> String {
     let any = |name| json!({"name": name, "schema": {}});
     let method = |name: &str, summary: Option<&str>| {
         let mut method = json!({
@@ -177,7 +215,7 @@ fn describe(by_name: &HashMap<String, usize>) -> String {
         }
         method
     };
-    let mut names: Vec<&str> = by_name.keys().map(String::as_str).collect();
+    let mut names: Vec<&str> = names.map(String::as_str).collect();
     names.sort_unstable();
     let methods: Vec<Value> = names
         .into_iter()

@@ -1,11 +1,11 @@
-//! The adoption queue: how a draining worker passes a live client connection on.
+//! Hands live client connections from a draining worker to another worker: the adoption queue.
 //!
-//! One socket pair for all workers, made by the master: who drains gives at one end, who accepts
-//! takes at the other. So does the keeper of a worker that died. A packet is a header, the answers
-//! that are to be sent first, the bytes that were received and not consumed (all of it in a file of
-//! memory where they are many), and the client's descriptor. What can't be given now is
-//! an error for the giver, who keeps the connection and tries again; what can't be understood
-//! closes the connection, with a line in the log.
+//! It is one socketpair for all workers, made by the master. A draining worker sends at one end, and an
+//! accepting worker receives at the other. The keeper of a dead worker also sends. A packet consists of a
+//! header, answers to send first, bytes that were received but not consumed, and the client's descriptor.
+//! Many bytes are in a memory file instead. If a connection cannot be sent now, the sender gets an error,
+//! keeps the connection and tries again. If a packet is invalid, its connection is closed, with a line in
+//! the log.
 
 use std::borrow::Cow;
 use std::io;
@@ -15,59 +15,65 @@ use std::rc::Rc;
 use crate::protocol::Dialect;
 use crate::sys::{memory_file, socket};
 
-/// First in each packet: "pfh" and the version of the format. The second one has answers to send
-/// first; what can be said in the first one is, so that older workers understand it.
+/// The first bytes of each packet: "pfh" and the version of the format. Version 2 also has answers to
+/// send first. A packet without them uses version 1, so that older workers understand it.
 const MAGIC: [u8; 4] = *b"pfh\x01";
 const MAGIC_2: [u8; 4] = *b"pfh\x02";
-/// Beside the dialect: the connection is to be closed once the answers are sent.
+/// A flag beside the dialect: close the connection after the answers are sent.
 const CLOSING: u8 = 0x80;
 const HEADER: usize = 16;
-/// The longest idle time that crosses: four hours and a half, in three bytes.
+/// The longest idle time that a packet can hold: four and a half hours, in three bytes.
 pub const MOST_IDLE_MS: u32 = 0x00FF_FFFF;
-/// Most unread bytes in the packet itself: a few such packets fit the socket's default buffer.
+/// The most unread bytes in the packet itself; a few such packets fit into the default socket buffer.
 const MOST_INLINE: usize = 64 * 1024;
-/// Most bytes in the file of memory beside a packet: the largest frame that can be configured, with as
-/// much again for the answers before it.
+/// The most bytes in the memory file of a packet: the largest configurable frame, and the same again for
+/// the answers before it.
 const MOST_BESIDE: usize = 256 << 20;
-/// Bytes of the longest packet.
+/// The most bytes of a packet.
 pub const LONGEST: usize = HEADER + MOST_INLINE;
 
-/// Both ends of the queue, shared by all workers.
+/// The packet of a connection of which nothing was received yet.
+pub const FRESH: [u8; HEADER] = *b"pfh\x01\0\0\0\0\0\0\0\0\0\0\0\0";
+
+/// A packet with the link of a session whose acceptor has died, for the next acceptor of its listener.
+pub const REJOIN: [u8; 4] = *b"pfr\x01";
+
+/// Both ends of the queue. All workers share it.
 #[derive(Debug, Clone)]
 pub struct AdoptionQueue {
-    /// Where connections are given.
+    /// Sends connections.
     pub tx: Rc<OwnedFd>,
-    /// Where they are taken.
+    /// Receives connections.
     pub rx: Rc<OwnedFd>,
 }
 
-/// What crosses with a connection, besides its unread bytes.
+/// The state that is handed over with a connection, besides its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HandoffState {
-    /// What it speaks, once that is known.
+    /// The dialect, if it is known.
     pub dialect: Option<Dialect>,
-    /// For how many milliseconds nothing has come from it, at most [`MOST_IDLE_MS`]: its idle time
-    /// goes on.
+    /// The time since its last received bytes in milliseconds, at most [`MOST_IDLE_MS`]. The receiver
+    /// continues to count from there.
     pub idle_ms: u32,
-    /// It is to be closed once the answers that come along are sent.
+    /// Whether to close the connection after the answers of the packet are sent.
     pub closing: bool,
 }
 
-/// A connection that was taken, all but its socket.
+/// A received connection without its socket.
 #[derive(Debug, PartialEq, Eq)]
 pub struct AdoptedConnection<'a> {
     pub state: HandoffState,
-    /// Answers that it has not been sent: they go first.
+    /// Answers that were not sent to it yet; they are sent first.
     pub unsent: Cow<'a, [u8]>,
-    /// What it had sent that nobody has consumed.
+    /// Received bytes that were not consumed.
     pub unread: Cow<'a, [u8]>,
 }
 
 impl AdoptionQueue {
-    /// An empty queue.
+    /// Creates an empty queue.
     ///
     /// # Errors
-    /// When there is no descriptor left.
+    /// If no descriptor is left.
     pub fn new() -> io::Result<Self> {
         let (giving, taking) = socket::packet_pair()?;
         Ok(AdoptionQueue {
@@ -76,11 +82,10 @@ impl AdoptionQueue {
         })
     }
 
-    /// Gives a connection away. On success the queue holds it, and the giver may close its own
-    /// descriptor.
+    /// Sends a connection. On success the queue holds it, and the sender may close its own descriptor.
     ///
     /// # Errors
-    /// EAGAIN and ETOOMANYREFS: not now.
+    /// EAGAIN and ETOOMANYREFS if the queue has no room now.
     pub fn send(
         &self,
         client: BorrowedFd<'_>,
@@ -110,16 +115,16 @@ impl AdoptionQueue {
 }
 
 impl AdoptionQueue {
-    /// Gives a connection away as it came, with the packet that it came with.
+    /// Sends a connection with the packet that it arrived with.
     ///
     /// # Errors
-    /// As of `give`.
+    /// As for `send`.
     pub fn resend(&self, client: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
         socket::send_packet(&self.tx, &[packet], &[client])
     }
 }
 
-/// The packet at the beginning of these bytes; `None` when there is none, or not all of it stands there.
+/// Returns the packet at the beginning of these bytes; `None` if there is no complete packet.
 pub fn packet_in(bytes: &[u8]) -> Option<&[u8]> {
     let (header, rest) = bytes.split_at_checked(HEADER)?;
     let (unread, unsent) = lengths(header)?;
@@ -127,18 +132,30 @@ pub fn packet_in(bytes: &[u8]) -> Option<&[u8]> {
     (inline <= rest.len()).then(|| &bytes[..HEADER + inline])
 }
 
-/// How many bytes a header says are unread, and unsent.
+/// Returns whether a packet has the format of a connection, with a second descriptor if `has_rest`.
+pub fn is_packet(packet: &[u8], has_rest: bool) -> bool {
+    let lengths = packet
+        .split_at_checked(HEADER)
+        .and_then(|(header, _)| lengths(header));
+    lengths.is_some_and(|(unread, unsent)| match unread.checked_add(unsent) {
+        Some(bytes) if has_rest => packet.len() == HEADER && bytes <= MOST_BESIDE,
+        Some(bytes) => packet.len() == HEADER + bytes,
+        None => false,
+    })
+}
+
+/// Returns the numbers of unread and unsent bytes in a header.
 fn lengths(header: &[u8]) -> Option<(usize, usize)> {
     let word = |at: usize| Some(u32::from_le_bytes(header[at..at + 4].try_into().ok()?) as usize);
     match header[..4].try_into().ok()? {
-        // A length of eight bytes, of which no frame needs more than four.
+        // Version 1 has a length of eight bytes, of which four are always enough.
         MAGIC if word(12)? == 0 => Some((word(8)?, 0)),
         MAGIC_2 => Some((word(8)?, word(12)?)),
         _ => None,
     }
 }
 
-/// Whether an error of `give` is one that passes.
+/// Returns whether an error of `send` is temporary.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -153,7 +170,7 @@ pub fn is_full(error: &io::Error) -> bool {
     )
 }
 
-/// A dialect's number in a packet; 0 while it is not known.
+/// Returns the number of a dialect in a packet; 0 while it is unknown.
 pub fn dialect_code(dialect: Option<Dialect>) -> u8 {
     match dialect {
         None => 0,
@@ -174,7 +191,7 @@ pub fn dialect(number: u8) -> Option<Dialect> {
     }
 }
 
-/// What a packet says; `None` when it is none of this format.
+/// Decodes a packet; `None` if it does not have this format.
 pub fn decode_packet(packet: &[u8], rest: Option<OwnedFd>) -> Option<AdoptedConnection<'_>> {
     let (header, inline) = packet.split_at_checked(HEADER)?;
     let (unread, unsent) = lengths(header)?;
@@ -237,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_crosses_with_its_unread_bytes_few_or_many() {
+    fn a_connection_is_handed_over_with_its_unread_bytes() {
         cross(false, b"", b"");
         cross(false, b"", b"\x0e\0\0\0{\"in\"");
         cross(false, b"", &vec![7; MOST_INLINE]);
@@ -246,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_cross_before_what_is_unread_and_a_connection_that_ends_says_so() {
+    fn answers_are_handed_over_before_unread_bytes_and_with_the_closing_flag() {
         cross(false, b"an answer", b"");
         cross(true, b"the last one", b"");
         cross(true, b"", b"");
@@ -255,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_is_told_and_loses_nothing() {
+    fn a_full_queue_is_an_error_and_loses_nothing() {
         let queue = AdoptionQueue::new().unwrap();
         let (_client, server) = UnixStream::pair().unwrap();
         let give = || queue.send(server.as_fd(), HandoffState::default(), b"", b"x");
@@ -274,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_beside_a_packet_is_as_long_as_the_packet_says_and_of_memory() {
+    fn the_file_of_a_packet_must_be_a_memory_file_of_the_declared_length() {
         let header = |unread: u32, unsent: u32| {
             let lengths = [unread.to_le_bytes(), unsent.to_le_bytes()].concat();
             [&MAGIC_2[..], &[0; 4], &lengths].concat()
@@ -286,7 +303,7 @@ mod tests {
         };
         let (packet, much) = (header(70_000, 0), header(u32::MAX, u32::MAX));
         assert!(decode_packet(&packet, Some(file(70_000))).is_some());
-        // what takes no memory of the sender would take the receiver's
+        // A sparse file needs no memory of the sender, but reading it would need memory of the receiver.
         assert_eq!(decode_packet(&packet, Some(file(1 << 40))), None);
         assert_eq!(
             decode_packet(&much, Some(file(2 * u64::from(u32::MAX)))),
@@ -302,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_packet_is_not_taken_for_one() {
+    fn invalid_packets_are_refused() {
         assert_eq!(decode_packet(b"", None), None);
         assert_eq!(decode_packet(&[0; HEADER], None), None);
         let mut short = [0; HEADER + 1];
@@ -312,6 +329,12 @@ mod tests {
             None,
             "a length that does not match"
         );
+        assert!(is_packet(&FRESH, false) && is_packet(&FRESH, true));
+        assert!(!is_packet(&short, false) && !is_packet(&short, true) && !is_packet(b"", false));
+        // An order of the master.
+        let order = [&b"pfd\x01\x02"[..], &[0; 27]].concat();
+        assert!(!is_packet(&order, false) && !is_packet(&order, true));
+        assert!(!is_packet(&REJOIN, false) && !is_packet(&REJOIN, true));
     }
 
     /// Workers of two versions exchange these bytes.

@@ -1,22 +1,23 @@
 //! Encodes and decodes the frames of an internal link: calls that one process of a server sends to
-//! another, and what comes back.
+//! another, and their answers.
 //!
-//! Pure. A frame is its length (4 bytes, little-endian, without itself), a kind (1 byte), and fields of
-//! fixed size in little-endian; texts carry their length. Both ends are of one generation, so the
-//! format has no version. A sender is not trusted all the same: what is no frame is an error, and its
-//! link is closed.
+//! Pure. A frame is its length (4 bytes, little-endian, not counting itself), a kind (1 byte), and fields
+//! of fixed size in little-endian. Texts have a length. Both ends belong to one generation, so the format
+//! has no version. The sender is still not trusted: an invalid frame is an error, and its link is closed.
 
 use std::borrow::Cow;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 
 use serde_json::value::RawValue;
 
+use crate::protocol::call_id::CallId;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
+use crate::protocol::trace_context::TraceContext;
 
-/// Bytes before the fields: the length and the kind.
+/// The bytes before the fields: the length and the kind.
 const HEAD_LEN: usize = 5;
-/// What a call or an answer may have beside its params or its result, in bytes.
+/// The most bytes of a call or an answer besides its params or its result.
 const MAX_EXTRA_LEN: usize = 64 * 1024;
 
 const CALL: u8 = 1;
@@ -27,93 +28,103 @@ const OFFER: u8 = 5;
 const LEAVE: u8 = 6;
 const LEAVE_NOTED: u8 = 7;
 
+const NO_PEER: u8 = 0;
+const IPV4: u8 = 4;
+const IPV6: u8 = 6;
+
 /// A call for another process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CallFrame<'a> {
-    /// Names the call on its link. The sender chooses it.
-    pub id: u64,
-    /// The number of the method in the generation.
+    /// The id of the call. Its number identifies it on the link.
+    pub id: CallId,
+    /// The index of the method in the generation.
     pub method: u32,
-    /// What the call is known by in quarantine; 0 if it has none.
+    /// The key of the call for the quarantine; 0 if it has none.
     pub key: u64,
-    /// When it must be answered, in milliseconds (CLOCK_MONOTONIC).
+    /// The deadline in milliseconds (CLOCK_MONOTONIC).
     pub deadline_ms: u64,
-    /// Which connection of the sender it came over.
+    /// The number of the sender's connection from which it came.
     pub client: u32,
-    /// The caller's id, as JSON.
+    /// The id that the client gave, as JSON.
     pub client_id: Option<Cow<'a, str>>,
-    /// Where the caller's connection comes from; `None` over a unix socket.
+    /// The address of the client; `None` on a unix socket.
     pub peer: Option<SocketAddr>,
-    /// JSON.
+    /// Its place in a trace, as its handler passes it on.
+    pub trace: Option<Cow<'a, TraceContext>>,
+    /// The params as JSON.
     pub params: Cow<'a, str>,
 }
 
 /// The answer to a call.
 #[derive(Debug)]
 pub struct AnswerFrame<'a> {
-    /// Its id on the link.
+    /// The number of the call at its home.
     pub id: u64,
-    /// For how long it ran, in microseconds; 0 if it did not begin.
+    /// The run time in microseconds; 0 if it did not begin.
     pub took_us: u64,
-    /// What stands in `out` instead of the name that the answers of the method have.
+    /// The `out` of the answer, if it differs from the method's.
     pub name: Option<Cow<'a, str>>,
     /// The result as JSON, or the error.
     pub outcome: Result<Cow<'a, [u8]>, Cow<'a, RpcError>>,
 }
 
-/// What one process says to another.
+/// A message from one process to another.
 #[derive(Debug)]
 pub enum Frame<'a> {
     Call(CallFrame<'a>),
-    /// The caller does not wait for this call any more. No answer follows; one that is on its way is
-    /// dropped.
+    /// The caller does not wait for this call any more. No answer follows; one in transit is dropped.
     Cancel {
         id: u64,
     },
     Answer(AnswerFrame<'a>),
-    /// The receiver had no capacity left: the call did not begin.
+    /// The receiver had no capacity left, so the call did not begin.
     Returned {
         id: u64,
     },
-    /// The sender could begin `count` calls of this lane now, and `short` more that take microseconds within a
-    /// millisecond.
+    /// The sender could begin `count` calls of this lane now, and within a millisecond `short` more that
+    /// take microseconds.
     Offer {
         lane: u16,
         count: u32,
         short: u32,
     },
-    /// The sender begins no further call. It leaves when it has the answer to this.
+    /// The sender begins no further call. It leaves when it has the answer to this message.
     Leave,
     /// The answer to `Leave`: the sender has sent its last call.
     LeaveNoted,
 }
 
-/// What stands at the head of a buffer.
+/// The result of decoding the beginning of a buffer.
 #[derive(Debug)]
 pub enum DecodedCallFrame<'a> {
-    /// Not all of it is there.
+    /// The frame is incomplete.
     Partial,
-    /// A frame, and its length in bytes.
+    /// A frame and its length in bytes.
     Whole(Frame<'a>, usize),
-    /// No frame, or one of more bytes than are allowed.
+    /// An invalid frame, or one over the limit.
     Invalid,
 }
 
 impl Frame<'_> {
-    /// Appends the frame to `out`. Returns false, and appends nothing, if it has 4 GiB or more.
+    /// Appends the frame to `out`. If it has 4 GiB or more, appends nothing and returns false.
     pub fn encode(&self, out: &mut Vec<u8>) -> bool {
         let start = out.len();
         out.extend_from_slice(&[0; HEAD_LEN]);
         out[start + 4] = match self {
             Frame::Call(call) => {
-                put_u64(out, call.id);
+                put_u64(out, call.id.number);
+                put_u32(out, call.id.pid as u32);
                 put_u32(out, call.method);
                 put_u64(out, call.key);
                 put_u64(out, call.deadline_ms);
                 put_u32(out, call.client);
                 put_option(out, call.client_id.as_deref().map(str::as_bytes));
-                let peer = call.peer.map(|peer| peer.to_string());
-                put_option(out, peer.as_deref().map(str::as_bytes));
+                put_peer(out, call.peer);
+                let parent = call.trace.as_ref().map(|trace| trace.traceparent());
+                put_option(out, parent.as_deref().map(str::as_bytes));
+                if let Some(trace) = &call.trace {
+                    put_option(out, trace.state.as_deref().map(str::as_bytes));
+                }
                 out.extend_from_slice(call.params.as_bytes());
                 CALL
             }
@@ -165,8 +176,8 @@ impl Frame<'_> {
         }
     }
 
-    /// Decodes the frame at the head of `bytes`. `max_body` is the most bytes that its params or its
-    /// result may have.
+    /// Decodes the frame at the beginning of `bytes`. `max_body` is the most bytes of its params or its
+    /// result.
     pub fn decode(bytes: &[u8], max_body: usize) -> DecodedCallFrame<'_> {
         let Some((length, rest)) = bytes.split_first_chunk::<4>() else {
             return DecodedCallFrame::Partial;
@@ -188,17 +199,16 @@ impl Frame<'_> {
 fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
     let frame = match kind {
         CALL => {
+            let (number, pid) = (fields.u64()?, fields.u32()? as i32);
             return Some(Frame::Call(CallFrame {
-                id: fields.u64()?,
+                id: CallId { pid, number },
                 method: fields.u32()?,
                 key: fields.u64()?,
                 deadline_ms: fields.u64()?,
                 client: fields.u32()?,
                 client_id: fields.text_option()?,
-                peer: match fields.text_option()? {
-                    Some(peer) => Some(peer.parse().ok()?),
-                    None => None,
-                },
+                peer: fields.peer()?,
+                trace: decode_trace(fields)?,
                 params: text(fields.rest())?,
             }));
         }
@@ -226,6 +236,18 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
         _ => return None,
     };
     fields.0.is_empty().then_some(frame)
+}
+
+fn decode_trace<'a>(fields: &mut Fields<'_>) -> Option<Option<Cow<'a, TraceContext>>> {
+    let Some(parent) = fields.option()? else {
+        return Some(None);
+    };
+    let state = fields.text_option()?;
+    let context = TraceContext {
+        state: state.map(|state| state.into_owned().into()),
+        ..TraceContext::decode(parent)?
+    };
+    Some(Some(Cow::Owned(context)))
 }
 
 fn decode_error(fields: &mut Fields<'_>) -> Option<RpcError> {
@@ -257,10 +279,10 @@ fn put_u64(out: &mut Vec<u8>, value: u64) {
     out.extend_from_slice(&value.to_le_bytes());
 }
 
-/// The length plus one, then the bytes; a length of 0: there are none.
+/// Appends the length plus one and the bytes; a length of 0 means `None`.
 fn put_option(out: &mut Vec<u8>, bytes: Option<&[u8]>) {
     match bytes {
-        // More than four gigabytes make the whole frame too long, which `encode` finds.
+        // More than 4 GiB make the whole frame too long, which `encode` detects.
         Some(bytes) => {
             put_u32(out, bytes.len() as u32 + 1);
             out.extend_from_slice(bytes);
@@ -269,7 +291,26 @@ fn put_option(out: &mut Vec<u8>, bytes: Option<&[u8]>) {
     }
 }
 
-/// The fields of a frame that are not read yet.
+/// Appends the family of an address, the address and its port.
+fn put_peer(out: &mut Vec<u8>, peer: Option<SocketAddr>) {
+    match peer {
+        None => out.push(NO_PEER),
+        Some(SocketAddr::V4(peer)) => {
+            out.push(IPV4);
+            out.extend_from_slice(&peer.ip().octets());
+            put_u32(out, peer.port().into());
+        }
+        Some(SocketAddr::V6(peer)) => {
+            out.push(IPV6);
+            out.extend_from_slice(&peer.ip().octets());
+            put_u32(out, peer.port().into());
+            put_u32(out, peer.flowinfo());
+            put_u32(out, peer.scope_id());
+        }
+    }
+}
+
+/// The fields of a frame that are not decoded yet.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -280,15 +321,11 @@ impl<'a> Fields<'a> {
     }
 
     fn u32(&mut self) -> Option<u32> {
-        let (value, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(u32::from_le_bytes(*value))
+        self.array().map(u32::from_le_bytes)
     }
 
     fn u64(&mut self) -> Option<u64> {
-        let (value, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(u64::from_le_bytes(*value))
+        self.array().map(u64::from_le_bytes)
     }
 
     fn option(&mut self) -> Option<Option<&'a [u8]>> {
@@ -307,7 +344,30 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// All that is left.
+    fn array<const LENGTH: usize>(&mut self) -> Option<[u8; LENGTH]> {
+        let (value, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*value)
+    }
+
+    fn peer(&mut self) -> Option<Option<SocketAddr>> {
+        let family = self.u8()?;
+        let port = |fields: &mut Self| u16::try_from(fields.u32()?).ok();
+        Some(match family {
+            NO_PEER => None,
+            IPV4 => {
+                let ip = self.array::<4>()?.into();
+                Some(SocketAddrV4::new(ip, port(self)?).into())
+            }
+            IPV6 => {
+                let ip = self.array::<16>()?.into();
+                Some(SocketAddrV6::new(ip, port(self)?, self.u32()?, self.u32()?).into())
+            }
+            _ => return None,
+        })
+    }
+
+    /// Returns all remaining bytes.
     fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A frame as text, to be compared: `RpcError` has no equality.
+/// Formats a frame for comparison, because `RpcError` has no equality.
 fn shown(frame: &Frame<'_>) -> String {
     format!("{frame:?}")
 }
@@ -22,23 +22,47 @@ fn any_error() -> impl Strategy<Value = RpcError> {
     })
 }
 
+fn any_trace() -> impl Strategy<Value = Option<TraceContext>> {
+    let trace = (
+        1..u128::MAX,
+        1..u64::MAX,
+        0..4_u8,
+        "a=[0-9]{1,9}",
+        any::<bool>(),
+    );
+    let trace = trace.prop_map(
+        |(trace_id, parent_id, flags, state, has_state)| TraceContext {
+            trace_id,
+            parent_id,
+            flags,
+            state: has_state.then(|| state.into()),
+        },
+    );
+    proptest::option::of(trace)
+}
+
 fn any_frame() -> impl Strategy<Value = Frame<'static>> {
     let call = (
         any::<(u64, u32, u64, u64)>(),
         proptest::option::of(any_text()),
         proptest::option::of(any::<(std::net::IpAddr, u16)>()),
+        any_trace(),
         any_text(),
     )
         .prop_map(
-            |((id, method, key, deadline_ms), client_id, peer, params)| {
+            |((id, method, key, deadline_ms), client_id, peer, trace, params)| {
                 Frame::Call(CallFrame {
-                    id,
+                    id: CallId {
+                        pid: method as i32,
+                        number: id,
+                    },
                     method,
                     key,
                     deadline_ms,
                     client: method ^ 1,
                     client_id: client_id.map(Cow::Owned),
                     peer: peer.map(SocketAddr::from),
+                    trace: trace.map(Cow::Owned),
                     params: Cow::Owned(params),
                 })
             },
@@ -76,7 +100,7 @@ fn any_frame() -> impl Strategy<Value = Frame<'static>> {
 
 proptest! {
     #[test]
-    fn frames_come_back_whole_and_in_order_from_every_split(
+    fn frames_are_decoded_whole_and_in_order_from_every_split(
         frames in prop::collection::vec(any_frame(), 1..8),
         split in any::<prop::sample::Index>(),
     ) {

@@ -1,8 +1,8 @@
-//! One end of an internal link: sends and receives call frames over a stream socket, without waiting.
+//! Sends and receives call frames over one end of an internal link, a stream socket, without waiting.
 //!
-//! What the socket does not take is kept and sent when it is writable. The sender of calls stops at
-//! `is_congested`, so a peer that does not read costs a bounded amount of memory. The peer may be in an
-//! attacker's hands: descriptors that it attaches end the link.
+//! Bytes that the socket does not take are kept and sent when it is writable. The sender of calls stops
+//! at `is_congested`, so a peer that does not read costs a bounded amount of memory. An attacker may
+//! control the peer: if it attaches descriptors, the link ends.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,15 +14,15 @@ use super::call_frame::Frame;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::{closer, socket};
 
-/// Above this number of unsent bytes no further call is sent.
+/// With more unsent bytes than this, no further call is sent.
 const CONGESTED_LEN: usize = 1024 * 1024;
-/// A buffer that was larger than this is given back when it is empty.
+/// An empty buffer that is larger than this is freed.
 const KEPT_LEN: usize = 256 * 1024;
 
-/// Two connected ends, for two processes.
+/// Creates two connected ends for two processes.
 ///
 /// # Errors
-/// If there is no descriptor left.
+/// If no descriptor is left.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let (one, other) = socket::stream_pair()?;
     rights::refuse(&one);
@@ -51,12 +51,11 @@ impl CallLink {
         }
     }
 
-    /// Queues a frame; `flush` sends it. Returns false if it is too long for a frame.
+    /// Queues a frame; `flush` sends it. Returns false if it is too long.
     pub fn queue(&mut self, frame: &Frame<'_>) -> bool {
         frame.encode(&mut self.unsent)
     }
 
-    /// Sends as much as the socket takes.
     pub fn flush(&mut self) {
         while self.sent < self.unsent.len() {
             let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
@@ -70,8 +69,8 @@ impl CallLink {
                     }
                     return;
                 }
-                // The peer is gone, or there is no memory. Both sides read what is there, and the end:
-                // a frame that is not sent must not be missing in the middle.
+                // The peer is gone, or there is no memory. Both sides still read up to the end. No frame
+                // after an unsent one may arrive.
                 Err(_) => {
                     let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Both);
                     break;
@@ -87,12 +86,12 @@ impl CallLink {
         self.sent < self.unsent.len()
     }
 
-    /// Whether the peer reads so slowly that no further call should be sent to it.
+    /// Returns whether the peer reads so slowly that no further call should be sent to it.
     pub fn is_congested(&self) -> bool {
         self.unsent.len() - self.sent > CONGESTED_LEN
     }
 
-    /// Receives once, at most `piece.len()` bytes. Returns whether more may be there.
+    /// Receives once, at most `piece.len()` bytes. Returns whether more bytes may be waiting.
     pub fn receive(&mut self, piece: &mut [u8]) -> bool {
         if self.is_closed {
             return false;
@@ -104,18 +103,19 @@ impl CallLink {
                 return count == piece.len();
             }
             Err(Errno::EAGAIN | Errno::EINTR) => {}
-            // EBADMSG among them: descriptors are attached.
+            // Also EBADMSG: descriptors are attached.
             Err(_) => self.is_closed = true,
         }
         false
     }
 
-    /// What was received and not consumed, to be decoded while the link is used; `put_back` follows.
+    /// Takes the received bytes, so that they can be decoded while the link is used. Call `put_back`
+    /// afterwards.
     pub fn take_received(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.received)
     }
 
-    /// Puts back what `take_received` gave, without the first `consumed` bytes.
+    /// Puts the bytes of `take_received` back, without the first `consumed` bytes.
     pub fn put_back(&mut self, mut received: Vec<u8>, consumed: usize) {
         received.drain(..consumed);
         if received.is_empty() {
@@ -124,7 +124,7 @@ impl CallLink {
         self.received = received;
     }
 
-    /// Whether the peer is gone.
+    /// Returns whether the peer is gone.
     pub fn is_closed(&self) -> bool {
         self.is_closed
     }

@@ -1,9 +1,9 @@
-//! One end of the socket pair between the master and a worker.
+//! Sends and receives messages over one end of the socketpair between the master and a worker.
 //!
-//! Neither side ever waits for the other: a full queue is an error for the sender, and the end of
-//! the stream means that the other one is gone. Each side knows only its own two kinds of message.
-//! Descriptors cross to the worker alone. The master's end refuses them where the kernel can, and
-//! receives none elsewhere (`sys::rights`), because a worker may be in an attacker's hands.
+//! Neither side waits for the other. A full queue is an error for the sender, and the end of the stream
+//! means that the other side is gone. Each side knows only its own two kinds of messages. Only the master
+//! sends descriptors. The master's end refuses them if the kernel can, and otherwise does not receive
+//! them (`sys::rights`), because an attacker may control a worker.
 
 use std::io;
 use std::marker::PhantomData;
@@ -15,7 +15,7 @@ use super::message::{Message, MessageBody, Order, PACKET, Report};
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::{closer, socket};
 
-/// One end: sends `S`, receives `R`.
+/// One end, which sends `S` and receives `R`.
 #[derive(Debug)]
 pub struct Channel<S, R> {
     fd: GuardedSocket,
@@ -25,26 +25,26 @@ pub struct Channel<S, R> {
 pub type MasterEnd = Channel<Order, Report>;
 pub type WorkerEnd = Channel<Report, Order>;
 
-/// What came in.
+/// The result of a receive.
 #[derive(Debug)]
 pub enum Received<T> {
-    /// A message, with a descriptor if one came along, which only a worker takes.
+    /// A message, with a descriptor if it has one. Only a worker receives descriptors.
     Message(Message<T>, Option<OwnedFd>),
     /// A message with descriptors for the master. It stays in the socket, and nothing behind it can be
     /// received. Workers of older versions send one when all their threads are stuck.
     WithDescriptors(Message<T>),
-    /// Something that is no message of this side's.
+    /// An invalid message.
     Garbage,
-    /// Nothing more for now.
+    /// There is no message now.
     Empty,
     /// The other side is gone.
     End,
 }
 
-/// Two connected ends.
+/// Creates two connected ends.
 ///
 /// # Errors
-/// When there is no descriptor left.
+/// If no descriptor is left.
 pub fn pair() -> io::Result<(MasterEnd, WorkerEnd)> {
     let (master, worker) = socket::packet_pair()?;
     rights::refuse(&master);
@@ -56,9 +56,8 @@ pub fn pair() -> io::Result<(MasterEnd, WorkerEnd)> {
 }
 
 impl MasterEnd {
-    /// The end that this descriptor is, which came from a program before this one. If it takes
-    /// descriptors, it goes on to do so, because a worker of an older version could not report that
-    /// its threads are stuck otherwise.
+    /// Takes an end that the program before this one has passed on. If it accepts descriptors, it
+    /// continues to do so, because a worker of an older version could not report stuck threads otherwise.
     pub fn of(fd: OwnedFd) -> Self {
         Channel {
             fd: GuardedSocket::new(fd, closer::close_in_child),
@@ -66,10 +65,16 @@ impl MasterEnd {
         }
     }
 
-    /// Takes the next message.
+    /// Receives the next message.
     pub fn receive(&self) -> Received<Report> {
         let mut packet = [0; PACKET];
-        match self.fd.receive(&mut packet) {
+        let received = match self.fd.receive(&mut packet) {
+            // The other side ended with unread messages. That is said once, before the messages that it had
+            // sent.
+            Err(Errno::ECONNRESET) => self.fd.receive(&mut packet),
+            other => other,
+        };
+        match received {
             Ok(0) => Received::End,
             Ok(length) => match Message::decode(&packet[..length]) {
                 Some(message) => Received::Message(message, None),
@@ -79,9 +84,7 @@ impl MasterEnd {
                 Some(message) => Received::WithDescriptors(message),
                 None => Received::Garbage,
             },
-            // ECONNRESET: the other side ended with messages unread.
-            Err(Errno::ECONNRESET) => Received::End,
-            // Out of memory for a moment is no end: the next wake-up asks again.
+            // A temporary lack of memory is not the end: the next wake-up tries again.
             Err(_) => Received::Empty,
         }
     }
@@ -91,14 +94,14 @@ impl<S: MessageBody, R> Channel<S, R> {
     /// Sends a message, with a descriptor if it needs one.
     ///
     /// # Errors
-    /// When the other side does not read, or is gone.
+    /// If the other side does not read, or is gone.
     pub fn send(&self, message: Message<S>, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
         socket::send_packet(&self.fd, &[&message.encode()], descriptor.as_slice())
     }
 }
 
 impl WorkerEnd {
-    /// Takes the next message.
+    /// Receives the next message.
     pub fn receive(&self) -> Received<Order> {
         let mut packet = [0; PACKET];
         match socket::receive_packet(&self.fd, &mut packet) {
@@ -107,9 +110,7 @@ impl WorkerEnd {
                 Some(message) => Received::Message(message, descriptors.pop()),
                 None => Received::Garbage,
             },
-            // ECONNRESET: the other side ended with messages unread.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Received::End,
-            // Out of memory for a moment is no end: the next wake-up asks again.
+            // A temporary lack of memory is not the end: the next wake-up tries again.
             Err(_) => Received::Empty,
         }
     }
@@ -131,6 +132,8 @@ impl<S, R> AsRawFd for Channel<S, R> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::io::pipe;
+
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::link::ids::{Generation, Pid};
@@ -166,12 +169,43 @@ mod tests {
         master.send(order, Some(reader.as_fd())).unwrap();
         assert!(matches!(worker.receive(), Received::Message(_, Some(_))));
         drop(worker);
-        assert!(matches!(master.receive(), Received::End));
+        wait_until(|| matches!(master.receive(), Received::End));
     }
 
-    /// As an older version has made it, or an older kernel.
     #[test]
-    fn a_report_with_descriptors_is_read_where_it_lies() {
+    fn messages_are_received_although_the_other_side_ended_with_unread_ones() {
+        let (master, worker) = pair().unwrap();
+        worker.send(report(Report::Ready), None).unwrap();
+        let order = Message {
+            pid: Pid(7),
+            generation: Generation(1),
+            body: Order::StopPending,
+        };
+        master.send(order, None).unwrap();
+        drop(master);
+        assert!(matches!(worker.receive(), Received::Message(it, None) if it == order));
+        wait_until(|| matches!(worker.receive(), Received::End));
+        let (master, worker) = pair().unwrap();
+        master.send(order, None).unwrap();
+        worker.send(report(Report::Uneven), None).unwrap();
+        drop(worker);
+        let sent = report(Report::Uneven);
+        assert!(matches!(master.receive(), Received::Message(it, None) if it == sent));
+        wait_until(|| matches!(master.receive(), Received::End));
+    }
+
+    /// A child that another test has just forked has the other end, too, until it exits.
+    fn wait_until(is_so: impl Fn() -> bool) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while !is_so() {
+            assert!(Instant::now() < end, "waited 10 s in vain");
+            std::thread::yield_now();
+        }
+    }
+
+    /// The channel as an older version or an older kernel has it.
+    #[test]
+    fn a_report_with_descriptors_is_read_but_not_received() {
         let (master, worker) = socket::packet_pair().unwrap();
         let master = MasterEnd::of(master);
         let (reader, _writer) = pipe().unwrap();

@@ -1,81 +1,135 @@
-//! What master and worker say to each other: fixed-size packets that carry pid and generation.
+//! Encodes and decodes the messages between master and workers: packets of fixed size with pid and
+//! generation.
 //!
-//! The format stands by itself (numbers, little-endian, zero for what is unused), so that a
-//! master can speak with workers of another version. A packet that is none of ours is an error
-//! for the receiver to log: a child is never trusted.
+//! The format depends on nothing else (little-endian numbers, zero for unused fields), so that a master
+//! can communicate with workers of another version. The receiver logs an invalid packet, because a child
+//! is never trusted.
 
 use std::time::Duration;
 
 use super::ids::{Generation, Pid};
 
 pub const PACKET: usize = 32;
-/// First in each packet: "pfd" and the version of the format.
+/// The first bytes of each packet: "pfd" and the version of the format.
 const MAGIC: u32 = u32::from_le_bytes(*b"pfd\x01");
 
-/// How many of its connections a worker is to give to its siblings, and to take from them.
+/// How many connections a worker is to send to its siblings, and to adopt from them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RebalanceOrder {
-    /// So many away, as far as they rest.
+    /// Send this many, if they are quiescent.
     pub give: u32,
-    /// So many, and no more for a moment.
+    /// Adopt this many, and then no more for a short time.
     pub take: u32,
-    /// The workers have changed: if there are no others, also connections that were moved lately.
+    /// Whether the workers have changed. Then recently moved connections may move too, if there are no
+    /// others.
     pub after_change: bool,
+}
+
+/// A link between a worker and a pool process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolLink {
+    /// The other one's record of the scoreboard.
+    pub record: u16,
+    /// The lane of the pool in the generation of the worker.
+    pub lane: u16,
+    /// The generation of the worker.
+    pub generation: Generation,
+}
+
+/// A link between a session and a pool process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionLink {
+    /// The index of the session in the table of sessions.
+    pub session: u32,
+    /// The record of the pool process in the scoreboard.
+    pub record: u16,
+    /// The lane of the pool in the generation of the session; 0 in a report.
+    pub lane: u16,
+}
+
+impl SessionLink {
+    fn encode(self) -> u64 {
+        u64::from(self.session) << 32 | u64::from(self.record) << 16 | u64::from(self.lane)
+    }
+
+    fn decode(value: u64) -> Self {
+        SessionLink {
+            session: (value >> 32) as u32,
+            record: (value >> 16) as u16,
+            lane: value as u16,
+        }
+    }
 }
 
 /// Stands in the number of those to give if the workers have changed.
 const AFTER_CHANGE: u32 = 1 << 31;
 
-/// What the master tells a worker.
+/// An order of the master to a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// Accept nothing more, serve the connections you have, end them by then.
+    /// Accept nothing more, serve the open connections, and end them by then.
     Drain(Duration),
-    /// The server stops: answer what was read, refuse what comes, close, leave by then.
+    /// The server stops: answer the calls that were read, refuse others, close, and exit by then.
     Stop(Duration),
-    /// Log to the file whose descriptor comes along.
+    /// Log to the file whose descriptor is attached.
     ReopenLog,
-    /// Spread the connections that last over the workers.
+    /// Move connections, so that they are spread evenly over the workers.
     Rebalance(RebalanceOrder),
-    /// A stop will come: serve on, and tell who asks for your health that you are not ready.
+    /// A stop is scheduled: continue to serve, but answer health checks with "not ready".
     StopPending,
-    /// A link to the worker with this record of the scoreboard; its descriptor comes along.
+    /// Use the attached link to the worker with this record of the scoreboard.
     Link(u32),
+    /// The same between a worker and a pool process.
+    LinkPool(PoolLink),
+    /// For a pool process that stays at a reload: what the generation after this one has of the pool comes
+    /// along in a file of memory.
+    UpdatePool(Generation),
+    /// That reload has succeeded, or it has not.
+    EndUpdate(Generation, bool),
+    /// A pool process that a program before this one had forked has ended, and none follows.
+    PoolEnded,
+    /// For an acceptor: the attached link is one of its sessions'. For a pool process: it leads to that session.
+    SessionLink(SessionLink),
 }
 
-/// What a worker tells the master.
+/// A report of a worker to the master.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Report {
-    /// It accepts.
+    /// It accepts connections.
     Ready,
-    /// It was told to retire (TERM) and drains: it wants to be replaced.
+    /// It got TERM and drains; it needs a successor.
     Retiring,
-    /// It has read so many calls, as many as it may: it wants a successor, and serves until then.
+    /// It has read this many calls, its limit. It needs a successor and serves until then.
     MaxCallsReached(u64),
-    /// All its handler threads, so many, run past their deadlines: it wants a successor. What they
-    /// run stands in shared memory ([`super::stuck_calls`]).
+    /// All its handler threads (this many) are past their deadlines. It needs a successor. Their calls
+    /// are in shared memory ([`super::stuck_calls`]).
     AllThreadsStuck(u64),
     /// It needs a link to the worker with this record of the scoreboard.
     LinkWanted(u32),
-    /// After some accepts it has more than its share of the connections.
+    /// It has accepted more than its share of the connections.
     Uneven,
+    /// A pool process can serve that generation too, or it cannot; the reason stands in the file of memory.
+    PoolUpdated(Generation, bool),
+    /// An acceptor needs a link between one of its sessions and a pool process.
+    SessionLink(SessionLink),
+    /// The session at this index of the table of sessions has crashed. From its acceptor.
+    SessionCrashed(u32),
 }
 
-/// A packet: who it is from or for, and what it says.
+/// A packet: the pid and generation of the worker, and the content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Message<T> {
-    /// The worker that this is about.
+    /// The worker that sends or receives it.
     pub pid: Pid,
     pub generation: Generation,
-    /// What is said.
     pub body: T,
 }
 
-/// A body that fits a packet: a number that says which, and a value.
+/// A body that fits a packet: a number for its kind, and a value.
 pub trait MessageBody: Sized {
-    /// Which it is, and its value.
+    /// Returns the kind and the value.
     fn encode(self) -> (u32, u64);
-    /// The same back, if it is one.
+    /// Decodes a kind and a value; `None` if the kind is unknown.
     fn decode(kind: u32, value: u64) -> Option<Self>;
 }
 
@@ -88,6 +142,14 @@ impl MessageBody for Order {
             Order::ReopenLog => (3, 0),
             Order::StopPending => (5, 0),
             Order::Link(record) => (6, record.into()),
+            Order::SessionLink(link) => (7, link.encode()),
+            Order::LinkPool(link) => {
+                let ends = u64::from(link.record) << 16 | u64::from(link.lane);
+                (21, u64::from(link.generation.0) << 32 | ends)
+            }
+            Order::UpdatePool(generation) => (22, generation.0.into()),
+            Order::EndUpdate(generation, has_succeeded) => (23, outcome(generation, has_succeeded)),
+            Order::PoolEnded => (24, 0),
             Order::Rebalance(order) => {
                 let flag = if order.after_change { AFTER_CHANGE } else { 0 };
                 let give = order.give.min(AFTER_CHANGE - 1) | flag;
@@ -108,6 +170,18 @@ impl MessageBody for Order {
             })),
             5 => Some(Order::StopPending),
             6 => u32::try_from(value).ok().map(Order::Link),
+            7 => Some(Order::SessionLink(SessionLink::decode(value))),
+            21 => Some(Order::LinkPool(PoolLink {
+                record: (value >> 16) as u16,
+                lane: value as u16,
+                generation: Generation((value >> 32) as u32),
+            })),
+            22 => u32::try_from(value)
+                .ok()
+                .map(Generation)
+                .map(Order::UpdatePool),
+            23 => Some(Order::EndUpdate(Generation(value as u32), value >> 32 != 0)),
+            24 => Some(Order::PoolEnded),
             _ => None,
         }
     }
@@ -122,6 +196,9 @@ impl MessageBody for Report {
             Report::AllThreadsStuck(threads) => (104, threads),
             Report::LinkWanted(record) => (105, record.into()),
             Report::Uneven => (106, 0),
+            Report::SessionLink(link) => (107, link.encode()),
+            Report::SessionCrashed(session) => (108, session.into()),
+            Report::PoolUpdated(generation, is_ready) => (121, outcome(generation, is_ready)),
         }
     }
 
@@ -133,9 +210,20 @@ impl MessageBody for Report {
             104 => Some(Report::AllThreadsStuck(value)),
             105 => u32::try_from(value).ok().map(Report::LinkWanted),
             106 => Some(Report::Uneven),
+            107 => Some(Report::SessionLink(SessionLink::decode(value))),
+            108 => u32::try_from(value).ok().map(Report::SessionCrashed),
+            121 => Some(Report::PoolUpdated(
+                Generation(value as u32),
+                value >> 32 != 0,
+            )),
             _ => None,
         }
     }
+}
+
+/// A generation and how something went.
+fn outcome(generation: Generation, is_good: bool) -> u64 {
+    u64::from(is_good) << 32 | u64::from(generation.0)
 }
 
 impl<T: MessageBody> Message<T> {
@@ -150,7 +238,7 @@ impl<T: MessageBody> Message<T> {
         packet
     }
 
-    /// What a packet says, or `None` when it is none of this kind.
+    /// Decodes a packet; `None` if it is not of this kind.
     pub fn decode(packet: &[u8]) -> Option<Self> {
         let packet: &[u8; PACKET] = packet.try_into().ok()?;
         let word = |at: usize| {
@@ -176,8 +264,14 @@ impl<T: MessageBody> Message<T> {
 mod tests {
     use super::*;
 
+    const POOL_LINK: PoolLink = PoolLink {
+        record: 4095,
+        lane: 2,
+        generation: Generation(7),
+    };
+
     #[test]
-    fn every_message_survives_its_packet_and_nothing_else_does() {
+    fn messages_are_decoded_unchanged_and_other_packets_are_refused() {
         let about = |body| Message {
             pid: Pid(4242),
             generation: Generation(7),
@@ -189,6 +283,16 @@ mod tests {
             Order::ReopenLog,
             Order::StopPending,
             Order::Link(4095),
+            Order::LinkPool(POOL_LINK),
+            Order::UpdatePool(Generation(u32::MAX)),
+            Order::EndUpdate(Generation(u32::MAX), true),
+            Order::EndUpdate(Generation(2), false),
+            Order::PoolEnded,
+            Order::SessionLink(SessionLink {
+                session: u32::MAX,
+                record: 4095,
+                lane: u16::MAX,
+            }),
             Order::Rebalance(RebalanceOrder {
                 give: AFTER_CHANGE - 1,
                 take: 7,
@@ -207,6 +311,14 @@ mod tests {
             Report::AllThreadsStuck(8),
             Report::LinkWanted(4095),
             Report::Uneven,
+            Report::PoolUpdated(Generation(u32::MAX), true),
+            Report::PoolUpdated(Generation(2), false),
+            Report::SessionCrashed(u32::MAX),
+            Report::SessionLink(SessionLink {
+                session: 1,
+                record: u16::MAX,
+                lane: 0,
+            }),
         ] {
             let packet = Message {
                 pid: Pid(1),
@@ -255,11 +367,27 @@ mod tests {
         check(Order::Rebalance(shares), 4, *b"\x02\0\0\0\x01\0\0\0");
         check(Order::StopPending, 5, [0; 8]);
         check(Order::Link(3), 6, *b"\x03\0\0\0\0\0\0\0");
+        check(Order::LinkPool(POOL_LINK), 21, *b"\x02\0\xff\x0f\x07\0\0\0");
+        check(Order::UpdatePool(Generation(3)), 22, *b"\x03\0\0\0\0\0\0\0");
+        let succeeded = Order::EndUpdate(Generation(3), true);
+        check(succeeded, 23, *b"\x03\0\0\0\x01\0\0\0");
+        check(Order::PoolEnded, 24, [0; 8]);
         check(Report::Ready, 101, [0; 8]);
         check(Report::Retiring, 102, [0; 8]);
         check(Report::MaxCallsReached(258), 103, *b"\x02\x01\0\0\0\0\0\0");
         check(Report::AllThreadsStuck(8), 104, *b"\x08\0\0\0\0\0\0\0");
         check(Report::LinkWanted(3), 105, *b"\x03\0\0\0\0\0\0\0");
         check(Report::Uneven, 106, [0; 8]);
+        let failed = Report::PoolUpdated(Generation(3), false);
+        check(failed, 121, *b"\x03\0\0\0\0\0\0\0");
+        let link = SessionLink {
+            session: 258,
+            record: 3,
+            lane: 5,
+        };
+        let value = *b"\x05\0\x03\0\x02\x01\0\0";
+        check(Order::SessionLink(link), 7, value);
+        check(Report::SessionLink(link), 107, value);
+        check(Report::SessionCrashed(3), 108, *b"\x03\0\0\0\0\0\0\0");
     }
 }

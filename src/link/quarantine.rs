@@ -1,10 +1,10 @@
-//! Calls that are run no more, because again and again they were what a worker died of: memory that
-//! the master and the workers of one configuration share.
+//! Holds the quarantined calls, which are refused because they repeatedly crashed their worker. It is
+//! memory that the master and the workers of one configuration share.
 //!
-//! A call is known by a key, a hash of its method and params that nobody outside can aim at. The
-//! master writes who is in quarantine and who is suspected; a worker refuses the one and acquits
-//! the other, which it does by running such a call to its end. While nobody is either, that costs a
-//! worker one load for each call. What a dead worker was running stands in its evidence.
+//! A call has a key: a hash of its method and params that clients cannot predict. The master writes the
+//! quarantined and the suspected keys. A worker refuses a quarantined call. When a suspected call
+//! completes, the worker clears the suspicion. While there are no such keys, each call costs a worker one
+//! load. The crash report of a dead worker names the calls that its threads were running.
 
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::io;
@@ -16,43 +16,47 @@ use super::stuck_calls::StuckCalls;
 use crate::sys::shared_memory;
 use crate::sys::shared_memory::shared_record;
 
-/// Calls that can be in quarantine, and under suspicion, at once.
+/// The most quarantined calls, and the most suspected calls, at once.
 pub const PLACES: usize = 64;
-/// Running calls that are told of one worker's death.
+/// The most running calls in one crash report.
 pub const MAX_REPORTED_CALLS: usize = 16;
+/// Stands for a running call without a key. No key has this value, because keys are odd.
+pub const WITHOUT_KEY: u64 = 2;
 
 shared_record! {
-    /// Who is refused, and who is watched.
+    /// The quarantined and the suspected keys.
     #[derive(Debug)]
     pub struct QuarantineTable {
-        pub quarantined_count: AtomicU32,
-        /// How many are under suspicion.
-        pub suspect_count: AtomicU32,
-        /// The keys in quarantine; 0: a free place.
-        pub keys: [AtomicU64; PLACES],
-        pub refused: [AtomicU64; PLACES],
-        /// The keys under suspicion; 0: a free place, or one that was acquitted.
-        pub suspects: [AtomicU64; PLACES],
+        quarantined_count: AtomicU32,
+        /// The number of suspected keys.
+        suspect_count: AtomicU32,
+        /// The quarantined keys; 0 means free.
+        keys: [AtomicU64; PLACES],
+        refused: [AtomicU64; PLACES],
+        /// The suspected keys; 0 means free or cleared.
+        suspects: [AtomicU64; PLACES],
     }
 }
 
 shared_record! {
-    /// What is known of the end of one worker.
+    /// What is known about the death of one worker.
     #[derive(Debug)]
     pub struct CrashReport {
-        /// The keys of the calls that ran; 0 ends them.
+        /// The keys of the calls that ran on a thread, terminated by 0. The identified ones come first.
         pub keys: [AtomicU64; MAX_REPORTED_CALLS],
         pub methods: [AtomicU32; MAX_REPORTED_CALLS],
-        /// The key of the call whose thread has failed, where `fault` says that one has.
+        /// The key of the call whose thread failed, if `fault` says that a thread failed.
         pub faulting_call: AtomicU64,
-        /// What the worker knows of its end: a number of `sys::signal`.
+        /// The key of the call that the event loop itself was running; 0 means none.
+        pub event_loop_call: AtomicU64,
+        /// The recorded fault, a number of `sys::signal::Fault`.
         pub fault: AtomicU32,
-        /// Keeps the size a multiple of eight.
+        /// Padding: keeps the size a multiple of eight.
         pub spare: AtomicU32,
     }
 }
 
-/// The shared memory, and what keys are made with.
+/// The shared memory, and the hasher for keys.
 #[derive(Debug, Clone)]
 pub struct Quarantine {
     board: &'static QuarantineTable,
@@ -62,10 +66,10 @@ pub struct Quarantine {
 }
 
 impl Quarantine {
-    /// One in which nobody is.
+    /// Creates an empty table.
     ///
     /// # Errors
-    /// When there is no memory to be had.
+    /// If there is not enough memory.
     pub fn new() -> io::Result<Self> {
         let records = NonZeroUsize::new(RECORDS).unwrap_or(NonZeroUsize::MIN);
         Ok(Quarantine {
@@ -76,38 +80,67 @@ impl Quarantine {
         })
     }
 
-    /// The evidence of the worker with this record of the scoreboard.
+    /// Returns the crash report of the worker with this record of the scoreboard.
     ///
     /// # Panics
-    /// When `index` is not below `RECORDS`.
+    /// If `index` is not below `RECORDS`.
     pub fn evidence(&self, index: usize) -> &'static CrashReport {
         &self.evidence[index]
     }
 
-    /// The stuck calls of the worker with this record of the scoreboard.
+    /// Returns the stuck calls of the worker with this record of the scoreboard.
     ///
     /// # Panics
-    /// When `index` is not below `RECORDS`.
+    /// If `index` is not below `RECORDS`.
     pub fn stuck(&self, index: usize) -> &'static StuckCalls {
         &self.stuck[index]
     }
 
-    /// Who is refused, and who is watched.
-    pub fn board(&self) -> &'static QuarantineTable {
-        self.board
+    /// Leaves the shared memory. For a session, which must not write what workers and the master read.
+    ///
+    /// # Errors
+    /// If there is not enough memory.
+    pub fn leave(&self) -> io::Result<()> {
+        shared_memory::make_private(std::slice::from_ref(self.board))?;
+        shared_memory::make_private(self.evidence)?;
+        shared_memory::make_private(self.stuck)
     }
 
-    /// The key of a call; never 0.
+    /// Publishes which calls are quarantined and which are suspected, at most `PLACES` of each. A quarantined
+    /// call that stays keeps its number of refusals.
+    pub fn publish(&self, quarantined: &[u64], suspects: &[u64]) {
+        for place in replace_keys(&self.board.keys, quarantined) {
+            self.board.refused[place].store(0, Relaxed);
+        }
+        replace_keys(&self.board.suspects, suspects);
+        let count = |keys: &[u64]| keys.len().min(PLACES) as u32;
+        let board = self.board;
+        board.suspect_count.store(count(suspects), Relaxed);
+        board.quarantined_count.store(count(quarantined), Relaxed);
+    }
+
+    /// Returns how often a quarantined call was refused; 0 if it is not quarantined.
+    pub fn refusals(&self, key: u64) -> u64 {
+        let place = place_of(&self.board.keys, key);
+        place.map_or(0, |place| self.board.refused[place].load(Relaxed))
+    }
+
+    /// Returns whether a published suspicion holds: no call with this key has completed since.
+    pub fn is_suspected(&self, key: u64) -> bool {
+        place_of(&self.board.suspects, key).is_some()
+    }
+
+    /// Returns the key of a call; never 0.
     pub fn key(&self, method: &str, params: &str) -> u64 {
         let mut hasher = self.hasher.build_hasher();
         method.hash(&mut hasher);
-        // All of it, or a call that differs in the middle would be refused. It takes a fraction of the time
-        // that parsing the params has taken.
+        // Hash all params, because otherwise a call that differs only in the middle would be refused.
+        // This takes a fraction of the time for parsing them.
         hasher.write(params.as_bytes());
         hasher.finish() | 1
     }
 
-    /// Whether a call is to be refused, which is counted.
+    /// Returns whether a call must be refused, and counts it.
     #[inline]
     pub fn is_quarantined(&self, key: u64) -> bool {
         self.board.quarantined_count.load(Relaxed) > 0 && self.is_held(key)
@@ -122,7 +155,7 @@ impl Quarantine {
         place.is_some()
     }
 
-    /// A call has run to its end.
+    /// Clears the suspicion of a call that has completed.
     #[inline]
     pub fn clear_suspicion(&self, key: u64) {
         if self.board.suspect_count.load(Relaxed) > 0
@@ -133,20 +166,41 @@ impl Quarantine {
     }
 }
 
-/// Where a key stands.
-pub fn place_of(keys: &[AtomicU64; PLACES], key: u64) -> Option<usize> {
+/// Returns the index of a key.
+fn place_of(keys: &[AtomicU64; PLACES], key: u64) -> Option<usize> {
     keys.iter().position(|it| it.load(Relaxed) == key)
 }
 
+/// Makes these the keys of a table; those that stay keep their places. Returns the places of the others.
+fn replace_keys(table: &[AtomicU64; PLACES], keys: &[u64]) -> Vec<usize> {
+    for place in table {
+        if !keys.contains(&place.load(Relaxed)) {
+            place.store(0, Relaxed);
+        }
+    }
+    let is_new = |key: &&u64| place_of(table, **key).is_none();
+    let new: Vec<u64> = keys.iter().filter(is_new).copied().collect();
+    let mut places = Vec::new();
+    for key in new {
+        let Some(free) = place_of(table, 0) else {
+            break;
+        };
+        table[free].store(key, Relaxed);
+        places.push(free);
+    }
+    places
+}
+
 impl CrashReport {
-    /// Makes it empty, for the next worker.
+    /// Empties the report for the next worker.
     pub fn clear(&self) {
         self.keys[0].store(0, Relaxed);
         self.faulting_call.store(0, Relaxed);
+        self.event_loop_call.store(0, Relaxed);
         self.fault.store(0, Relaxed);
     }
 
-    /// The calls that ran, by key and method.
+    /// Returns the keys and methods of the calls that ran; `WITHOUT_KEY` for one that has none.
     pub fn running_calls(&self) -> Vec<(u64, usize)> {
         let keys = self.keys.iter().map(|key| key.load(Relaxed));
         let methods = self
@@ -156,15 +210,19 @@ impl CrashReport {
         keys.take_while(|&key| key != 0).zip(methods).collect()
     }
 
-    /// Says which ran; more than there are places for are not told.
-    pub fn tell(&self, calls: impl Iterator<Item = (u64, u32)>) {
-        let mut told = 0;
-        for (key, method) in calls.take(MAX_REPORTED_CALLS) {
-            self.methods[told].store(method, Relaxed);
-            self.keys[told].store(key, Relaxed);
-            told += 1;
+    /// Records the calls that ran, at most as many as there is room for. `event_loop_call` is the key of the
+    /// one that the event loop ran; 0 means none.
+    pub fn tell(&self, mut calls: Vec<(u64, u32)>, event_loop_call: u64) {
+        self.event_loop_call.store(event_loop_call, Relaxed);
+        let identified = [self.faulting_call.load(Relaxed), event_loop_call];
+        calls.sort_by_key(|(key, _)| !identified.contains(key));
+        let mut count = 0;
+        for (key, method) in calls.into_iter().take(MAX_REPORTED_CALLS) {
+            self.methods[count].store(method, Relaxed);
+            self.keys[count].store(key, Relaxed);
+            count += 1;
         }
-        if let Some(end) = self.keys.get(told) {
+        if let Some(end) = self.keys.get(count) {
             end.store(0, Relaxed);
         }
     }
@@ -176,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_of_method_and_params_alone() {
+    fn a_key_depends_only_on_method_and_params() {
         let quarantine = Quarantine::new().unwrap();
         let key = |method, params: &str| quarantine.key(method, params);
         assert_eq!(key("a", "[1]"), key("a", "[1]"));
@@ -191,14 +249,39 @@ mod tests {
     }
 
     #[test]
-    fn evidence_is_told_and_forgotten() {
+    fn a_crash_report_is_recorded_and_cleared() {
         let evidence = Quarantine::new().unwrap().evidence(7);
         assert!(evidence.running_calls().is_empty());
-        evidence.tell((1..100).map(|key| (key, key as u32 + 1)));
-        assert_eq!(evidence.running_calls().len(), MAX_REPORTED_CALLS);
-        evidence.tell([(9, 2)].into_iter());
+        evidence.faulting_call.store(99, Relaxed);
+        evidence.tell((1..100).map(|key| (key, key as u32 + 1)).collect(), 98);
+        let reported = evidence.running_calls();
+        assert_eq!(reported.len(), MAX_REPORTED_CALLS);
+        assert_eq!(
+            reported[..2],
+            [(98, 99), (99, 100)],
+            "identified calls come first"
+        );
+        assert_eq!(evidence.event_loop_call.load(Relaxed), 98);
+        evidence.tell(vec![(9, 2)], 0);
         assert_eq!(evidence.running_calls(), [(9, 2)]);
         evidence.clear();
         assert!(evidence.running_calls().is_empty());
+    }
+
+    #[test]
+    fn published_keys_keep_their_refusals_and_a_completed_call_clears_its_suspicion() {
+        let quarantine = Quarantine::new().unwrap();
+        quarantine.publish(&[7, 9], &[11, 13]);
+        assert!(quarantine.is_quarantined(9) && !quarantine.is_quarantined(11));
+        quarantine.clear_suspicion(11);
+        assert!(!quarantine.is_suspected(11) && quarantine.is_suspected(13));
+        quarantine.publish(&[9, 11], &[13]);
+        assert!(!quarantine.is_quarantined(7));
+        assert_eq!([7, 9, 11].map(|key| quarantine.refusals(key)), [0, 1, 0]);
+        let many: Vec<u64> = (1..100).collect();
+        quarantine.publish(&many, &many);
+        assert!(quarantine.is_suspected(13) && quarantine.is_quarantined(9));
+        quarantine.publish(&[], &[]);
+        assert!(!quarantine.is_suspected(13) && !quarantine.is_quarantined(9));
     }
 }

@@ -1,26 +1,28 @@
-//! The scoreboard: shared memory in which each worker says what it is doing.
+//! Holds the scoreboard: shared memory in which each worker records its state.
 //!
-//! One record a worker, written by it alone and read by the master without asking: a worker that
-//! hangs or has died still shows what it did last. Values are atomics of their own, so a reader
-//! may see one newer than its neighbour, and nothing worse.
+//! Only the worker writes its record. The master reads it without asking, so the last state of a stuck or
+//! dead worker remains visible. Each value is a separate atomic, so a reader may see one value that is
+//! newer than another, but nothing worse.
 
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
+use crate::protocol::call_id::CallId;
+use crate::sys::process::Pid;
 use crate::sys::shared_memory;
 use crate::sys::shared_memory::shared_record;
 
-/// Workers that can be alive at once, those of generations that drain included.
+/// The most processes at once, including those of draining generations.
 pub const RECORDS: usize = 4096;
 const LENGTH: NonZeroUsize = NonZeroUsize::new(RECORDS).expect("there are some");
 
-/// Numbers of waiting calls that a worker shows: one for each lane, the last for all further ones.
+/// The number of counters of waiting calls: one per lane, and the last one for all further lanes.
 pub const LANES: usize = 16;
 
-/// Bytes from one record to the next. Fixed, so that workers of one version and a master of the
-/// next mean the same by it: a field may be added at the end, none moved or taken away.
+/// The bytes from one record to the next. It is fixed, because workers of one version and a master of the
+/// next share the memory. A field may be added at the end; none may be moved or removed.
 pub const STRIDE: usize = 256;
 const _: () = assert!(
     size_of::<WorkerRecord>() == STRIDE,
@@ -28,73 +30,86 @@ const _: () = assert!(
 );
 
 shared_record! {
-    /// What one worker shows. All zero: nothing yet.
+    /// The record of one worker. All zero: nothing is recorded.
     #[derive(Debug)]
     #[repr(align(256))]
     pub struct WorkerRecord {
-        /// Milliseconds (CLOCK_MONOTONIC) at which its event loop last turned; ticks when idle too.
+        /// The time of the last turn of its event loop in milliseconds (CLOCK_MONOTONIC). An idle loop
+        /// turns too.
         pub heartbeat_ms: AtomicU64,
         pub connections: AtomicU32,
-        /// Calls that run on a handler thread.
+        /// Calls that run on handler threads.
         pub running: AtomicU32,
-        /// Calls that wait for one.
+        /// Calls that wait for a handler thread.
         pub queued: AtomicU32,
-        /// Handler threads that run past their call's deadline.
+        /// Handler threads that run past the deadline of their call.
         pub lost_threads: AtomicU32,
-        /// Calls read since it started.
+        /// Calls read since its start.
         pub calls: AtomicU64,
-        /// Of those, the ones answered with an error.
+        /// Calls answered with an error since its start.
         pub errors: AtomicU64,
-        /// The method that the event loop called last, plus one.
+        /// The index of the method that the event loop ran last, plus one.
         pub last_method: AtomicU32,
-        /// Calls of it that are on the loop right now: 0 or 1.
+        /// Calls of that method that run on the loop now: 0 or 1.
         pub inline_running: AtomicU32,
-        /// The oldest call that runs on a thread: its method plus one, 0 if there is none.
+        /// The method index plus one of the oldest call on a thread; 0 if there is none.
         pub oldest_method: AtomicU32,
-        /// Times that it was woken for a connection that a sibling had taken.
+        /// Wake-ups for a connection that a sibling had already accepted.
         pub spurious_wakes: AtomicU32,
-        /// When the oldest call was read, in milliseconds (CLOCK_MONOTONIC).
+        /// The time at which the oldest call was read, in milliseconds (CLOCK_MONOTONIC).
         pub oldest_since_ms: AtomicU64,
-        /// The process that keeps its connections should it die; 0: none.
+        /// The pid of its keeper; 0 if it has none.
         pub keeper: AtomicI32,
-        /// Connections that were passed on after its death.
+        /// Connections that the keeper handed over.
         pub kept: AtomicU32,
-        /// Calls that were answered with `crashed` for it.
+        /// Calls that the keeper answered with `crashed`.
         pub crashed: AtomicU32,
-        /// Connections that could not be passed on, or that ended with a worker which left in order.
+        /// Connections that were reset, or that ended with an orderly exit of the worker.
         pub reset: AtomicU32,
-        /// For how long the first bytes of the last new connection had waited, in milliseconds.
+        /// How long the first bytes of the last new connection waited, in milliseconds.
         pub last_wait_ms: AtomicU32,
         pub longest_wait_ms: AtomicU32,
-        /// Programs of its pools that do not serve.
+        /// Programs of its pool that do not serve.
         pub programs_down: AtomicU32,
-        /// Log lines that it could not write, and could not tell of yet.
+        /// Lost log lines that the log does not report yet.
         pub lost_lines: AtomicU32,
-        /// Its generation plus one while it takes part in forwarding; 0: it does not.
+        /// Its generation plus one while it takes part in forwarding; otherwise 0.
         pub generation: AtomicU32,
-        /// Counts up whenever one of the two following has been written.
+        /// Incremented after each write of the next two fields.
         pub capacity_epoch: AtomicU32,
         /// The lane whose calls it runs.
         pub lane: AtomicU32,
-        /// How many calls of that lane it could begin now.
+        /// The number of calls of that lane that it could begin now.
         pub idle: AtomicU32,
-        /// By lane, how many of its calls wait that another process could run. The last number is that
-        /// of all further lanes together.
+        /// Its waiting calls that another process could run, by lane. The last number is for all further
+        /// lanes together.
         pub waiting: [AtomicU32; LANES],
         /// Calls of its connections that run in other processes.
         pub sent: AtomicU32,
         /// Calls of other workers that it runs.
         pub running_for_others: AtomicU32,
-        /// Calls that it has sent to other processes since it started.
+        /// Calls that it has sent to other processes since its start.
         pub forwarded: AtomicU64,
-        /// Whether the master takes requests of this worker, see [`WorkerRecord::request`].
+        /// Whether the master accepts requests of this worker; see [`WorkerRecord::request`].
         requests: AtomicU32,
-        /// The pool process that writes it, for a master after one that did not know of pool processes.
+        /// The pid of the pool process that writes this record. A master needs it after one that did not
+        /// know pool processes.
         pub pool_pid: AtomicI32,
+        /// When a program of the pool was ready last, in milliseconds (CLOCK_MONOTONIC); 0 in a record of another
+        /// process, and in that of an older version.
+        pub pool_ready_ms: AtomicU64,
+        /// The number of the call of `last_method`.
+        pub last_call: AtomicU64,
+        /// The number of the call of `oldest_method`, in the process that has its connection.
+        pub oldest_call: AtomicU64,
+        /// The pid of that process; 0: this one.
+        pub oldest_home: AtomicI32,
+        /// Padding: keeps the size a multiple of eight.
+        spare: AtomicU32,
     }
 }
 
-/// Where each field lies: another version reads and writes the same memory.
+/// The offset of each field, because another version reads and writes the same memory.
 const _: () = {
     use std::mem::offset_of;
     assert!(RECORDS == 4096 && STRIDE == 256);
@@ -128,30 +143,34 @@ const _: () = {
     assert!(offset_of!(WorkerRecord, forwarded) == 184);
     assert!(offset_of!(WorkerRecord, requests) == 192);
     assert!(offset_of!(WorkerRecord, pool_pid) == 196);
+    assert!(offset_of!(WorkerRecord, pool_ready_ms) == 200);
+    assert!(offset_of!(WorkerRecord, last_call) == 208);
+    assert!(offset_of!(WorkerRecord, oldest_call) == 216);
+    assert!(offset_of!(WorkerRecord, oldest_home) == 224);
 };
 
-/// The records of all workers; which is whose is the master's knowledge.
+/// The records of all workers. Only the master knows which record belongs to which worker.
 #[derive(Debug)]
 pub struct Scoreboard {
     records: &'static [WorkerRecord],
-    /// What they lie in.
+    /// The memory file of the records.
     file: OwnedFd,
 }
 
 impl Scoreboard {
-    /// A scoreboard with every record zero.
+    /// Creates a scoreboard with all records zero.
     ///
     /// # Errors
-    /// When there is no memory to be had.
+    /// If there is not enough memory.
     pub fn new() -> io::Result<Self> {
         let (records, file) = shared_memory::array(LENGTH)?;
         Ok(Scoreboard { records, file })
     }
 
-    /// The scoreboard in a file that another master has made.
+    /// Maps the scoreboard in a file that another master has made.
     ///
     /// # Errors
-    /// When there is no memory to be had, or the file is none.
+    /// If there is not enough memory, or the file is not a scoreboard.
     pub fn of(file: OwnedFd) -> io::Result<Self> {
         let records = shared_memory::array_in(&file, LENGTH)?;
         Ok(Scoreboard { records, file })
@@ -161,58 +180,57 @@ impl Scoreboard {
         &self.file
     }
 
-    /// All records.
     pub fn records(&self) -> &'static [WorkerRecord] {
         self.records
     }
 
-    /// One record.
+    /// Returns one record.
     ///
     /// # Panics
-    /// When `index` is not below `RECORDS`.
+    /// If `index` is not below `RECORDS`.
     pub fn record(&self, index: usize) -> &'static WorkerRecord {
         &self.records[index]
     }
 }
 
-/// States of `WorkerRecord::requests`.
+/// The states of `WorkerRecord::requests`.
 const REFUSED: u32 = 0;
 const ALLOWED: u32 = 1;
 const SENDING: u32 = 2;
 
 impl WorkerRecord {
     /// Sends a report that a master of an older version would not understand, unless the master has
-    /// forbidden it. Between the question and the sending the master does not become another program.
-    pub fn request(&self, send: impl FnOnce()) {
+    /// forbidden it. Between the check and the send the master cannot become another program. Returns what
+    /// `send` returns, and `None` if the master has forbidden it.
+    pub fn request<T>(&self, send: impl FnOnce() -> T) -> Option<T> {
         let state = &self.requests;
-        if state
-            .compare_exchange(ALLOWED, SENDING, SeqCst, Relaxed)
-            .is_ok()
-        {
-            send();
-            // Unless the master did not want to wait any longer.
-            let _ = state.compare_exchange(SENDING, ALLOWED, SeqCst, Relaxed);
-        }
+        let allowed = state.compare_exchange(ALLOWED, SENDING, SeqCst, Relaxed);
+        allowed.ok()?;
+        let sent = send();
+        // It fails if the master has cut it off.
+        let _ = state.compare_exchange(SENDING, ALLOWED, SeqCst, Relaxed);
+        Some(sent)
     }
 
-    /// For the master: it takes requests.
+    /// For the master: accepts requests.
     pub fn allow_requests(&self) {
         self.requests.store(ALLOWED, SeqCst);
     }
 
-    /// For the master: it takes no more requests. Returns false while one is being sent: ask again.
+    /// For the master: accepts no more requests. Returns false while one is being sent; then try again.
     pub fn forbid_requests(&self) -> bool {
         let state = &self.requests;
         let before = state.compare_exchange(ALLOWED, REFUSED, SeqCst, SeqCst);
         before != Err(SENDING)
     }
 
-    /// For the master: forbids them although one seems to be sent, for the worker is stopped.
+    /// For the master: forbids requests even if one seems to be in progress, because the worker is
+    /// stopped.
     pub fn cut_off_requests(&self) {
         self.requests.store(REFUSED, SeqCst);
     }
 
-    /// Makes it zero again, for the next worker.
+    /// Sets all fields to zero for the next worker.
     pub fn clear(&self) {
         for number in [
             &self.connections,
@@ -239,18 +257,22 @@ impl WorkerRecord {
         self.cut_off_requests();
         self.keeper.store(0, Relaxed);
         self.pool_pid.store(0, Relaxed);
+        self.oldest_home.store(0, Relaxed);
         for number in [
             &self.heartbeat_ms,
             &self.calls,
             &self.errors,
             &self.oldest_since_ms,
             &self.forwarded,
+            &self.pool_ready_ms,
+            &self.last_call,
+            &self.oldest_call,
         ] {
             number.store(0, Relaxed);
         }
     }
 
-    /// Takes it out of forwarding: it has no capacity, and nothing of it waits.
+    /// Removes the worker from forwarding: it has no capacity and no waiting calls.
     pub fn clear_capacity(&self) {
         self.generation.store(0, Relaxed);
         self.idle.store(0, Relaxed);
@@ -259,28 +281,33 @@ impl WorkerRecord {
         }
     }
 
-    /// The number of the oldest running method and since when, if one runs.
+    /// Returns the method index of the oldest running call and when it was read, if a call runs.
     pub fn oldest(&self) -> Option<(usize, u64)> {
         let method = self.oldest_method.load(Relaxed).checked_sub(1)?;
         Some((method as usize, self.oldest_since_ms.load(Relaxed)))
     }
 
-    /// The number of the method that is on the loop right now, if one is.
+    /// Returns the index of the method that runs on the loop now, if there is one.
     pub fn inline_method(&self) -> Option<usize> {
         let is_running = self.inline_running.load(Relaxed) > 0;
         let method = self.last_method.load(Relaxed).checked_sub(1);
         method.filter(|_| is_running).map(|method| method as usize)
     }
 
-    /// The method to name when this worker has died: the one on the loop, else the oldest on a
-    /// thread, else the last that the loop called.
-    pub fn last_method(&self) -> Option<usize> {
-        let on_loop = self.last_method.load(Relaxed);
-        let method = match (self.inline_running.load(Relaxed), self.oldest()) {
-            (0, Some((method, _))) => return Some(method),
-            _ => on_loop,
-        };
-        method.checked_sub(1).map(|method| method as usize)
+    /// Returns the method and the call to name when the process `own` of this record has died: the call on
+    /// the loop, else the oldest on a thread, else the last one that the loop ran.
+    pub fn last_call(&self, own: Pid) -> Option<(usize, Option<CallId>)> {
+        if let (0, Some((method, _))) = (self.inline_running.load(Relaxed), self.oldest()) {
+            let home = match self.oldest_home.load(Relaxed) {
+                0 => own.0,
+                home => home,
+            };
+            let call = CallId::recorded(home, self.oldest_call.load(Relaxed));
+            return Some((method, call));
+        }
+        let method = self.last_method.load(Relaxed).checked_sub(1)?;
+        let call = CallId::recorded(own.0, self.last_call.load(Relaxed));
+        Some((method as usize, call))
     }
 }
 
@@ -290,20 +317,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_names_the_method_to_blame() {
+    fn a_record_names_the_method_of_a_death() {
         let board = Scoreboard::new().unwrap();
         let record = board.record(RECORDS - 1);
-        assert_eq!(record.last_method(), None);
+        let call = |pid, number| Some(CallId { pid, number });
+        let last = || record.last_call(Pid(9));
+        assert_eq!(last(), None);
         record.last_method.store(3, Relaxed);
-        assert_eq!(record.last_method(), Some(2));
+        assert_eq!(last(), Some((2, None)), "a worker of an older version");
+        record.last_call.store(11, Relaxed);
+        assert_eq!(last(), Some((2, call(9, 11))));
         record.oldest_method.store(5, Relaxed);
         record.oldest_since_ms.store(77, Relaxed);
-        assert_eq!(record.last_method(), Some(4));
+        record.oldest_call.store(12, Relaxed);
+        assert_eq!(last(), Some((4, call(9, 12))));
+        record.oldest_home.store(8, Relaxed);
+        assert_eq!(last(), Some((4, call(8, 12))));
         record.inline_running.store(1, Relaxed);
-        assert_eq!(record.last_method(), Some(2));
+        assert_eq!(last(), Some((2, call(9, 11))));
         assert_eq!(record.oldest(), Some((4, 77)));
         record.clear();
-        assert_eq!((record.last_method(), record.oldest()), (None, None));
+        assert_eq!((last(), record.oldest()), (None, None));
+        record.oldest_method.store(1, Relaxed);
+        assert_eq!(last(), Some((0, None)));
     }
 
     #[test]
@@ -312,9 +348,10 @@ mod tests {
         let record = board.record(0);
         let sent = std::cell::Cell::new(0);
         let send = || sent.set(sent.get() + 1);
-        record.request(send);
+        assert!(record.request(send).is_none());
         assert_eq!(sent.get(), 0, "a master that says nothing is an older one");
         record.allow_requests();
+        assert_eq!(record.request(|| "sent"), Some("sent"));
         record.request(|| {
             send();
             assert!(!record.forbid_requests(), "it is not done yet");

@@ -1,45 +1,43 @@
-//! What a worker knows of its stuck calls and the master can't see: which method, of which id, on which thread.
+//! Records the stuck calls of a worker for the master: their methods, ids and threads.
 //!
-//! It lies in memory that both share, because a worker can attach nothing to a report. The master
-//! reads it with care, for a child is never trusted: numbers that are none of ours are left out.
-//! A master of another version sees nothing of it, and names no call then.
+//! It is in shared memory, because a worker cannot attach anything to a report. The master skips invalid
+//! numbers, because a child is never trusted. A master of another version does not read it and names no
+//! call.
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use crate::sys::shared_memory::shared_record;
+use crate::sys::shared_memory::{load_text, shared_record, store_text};
 
-/// Calls that are told of; a worker may have more threads.
+/// The most calls that are recorded; a worker may have more threads.
 pub const MOST: usize = 32;
-/// Words of eight bytes that an id has room in; of a longer one its beginning is told.
+/// The size of an id in words of eight bytes; a longer id is cut.
 const ID_WORDS: usize = 8;
 
-/// A call that runs past its deadline.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StuckCall {
-    /// The thread that runs it; 0 if that is not known.
+    /// The id of the thread that runs it; 0 if unknown.
     pub thread: i32,
     pub method: usize,
-    /// Its id as JSON, if it has one; a long one is cut.
+    /// The call id as JSON, if it has one; a long one is cut.
     pub id: Option<String>,
-    /// For how long it has been in the worker, in milliseconds.
+    /// The time since the call arrived in the worker, in milliseconds.
     pub age_ms: u64,
 }
 
 shared_record! {
-    /// A call, as it lies in shared memory.
+    /// A call in shared memory.
     #[derive(Debug)]
     pub struct StuckEntry {
         /// See `StuckCall`.
         pub age_ms: AtomicU64,
-        /// The bytes of the id.
         pub id: [AtomicU64; ID_WORDS],
-        /// Their number plus one; 0: it has no id.
+        /// The number of bytes plus one; 0 means that it has no id.
         pub id_length: AtomicU32,
         /// See `StuckCall`.
         pub thread: AtomicI32,
         /// See `StuckCall`.
         pub method: AtomicU32,
-        /// Keeps the size a multiple of eight.
+        /// Padding: keeps the size a multiple of eight.
         pub spare: AtomicU32,
     }
 }
@@ -48,42 +46,30 @@ shared_record! {
     /// The stuck calls of one worker. All zero: none.
     #[derive(Debug)]
     pub struct StuckCalls {
-        /// The first `count` of them.
+        /// Only the first `count` are valid.
         pub entries: [StuckEntry; MOST],
-        /// How many there are.
         pub count: AtomicU32,
-        /// Keeps the size a multiple of eight.
+        /// Padding: keeps the size a multiple of eight.
         pub spare: AtomicU32,
     }
 }
 
 impl StuckCalls {
-    /// Makes it empty, for the next worker.
+    /// Empties the record for the next worker.
     pub fn clear(&self) {
         self.count.store(0, Relaxed);
     }
 
-    /// Writes them down; more than `MOST` are left out. To be called before they are reported: the
-    /// report's system call orders one before the other.
+    /// Records the calls; more than `MOST` are left out. Call it before they are reported, because the
+    /// system call of the report orders the writes before it.
     pub fn write(&self, calls: &[StuckCall]) {
         for (entry, call) in self.entries.iter().zip(calls) {
             entry.age_ms.store(call.age_ms, Relaxed);
             entry.thread.store(call.thread, Relaxed);
             entry.method.store(call.method as u32, Relaxed);
-            let id = call.id.as_deref().map(|id| {
-                let mut end = id.len().min(ID_WORDS * 8);
-                while !id.is_char_boundary(end) {
-                    end -= 1;
-                }
-                &id.as_bytes()[..end]
-            });
-            let length = id.map_or(0, |id| id.len() as u32 + 1);
+            let id = call.id.as_deref();
+            let length = id.map_or(0, |id| store_text(&entry.id, id) + 1);
             entry.id_length.store(length, Relaxed);
-            for (word, bytes) in entry.id.iter().zip(id.unwrap_or_default().chunks(8)) {
-                let mut value = [0; 8];
-                value[..bytes.len()].copy_from_slice(bytes);
-                word.store(u64::from_ne_bytes(value), Relaxed);
-            }
         }
         self.count.store(calls.len().min(MOST) as u32, Relaxed);
     }
@@ -96,18 +82,11 @@ impl StuckCalls {
 
 impl StuckEntry {
     fn read(&self) -> StuckCall {
-        let words = self.id.iter();
-        let mut id: Vec<u8> = words
-            .flat_map(|word| word.load(Relaxed).to_ne_bytes())
-            .collect();
         let length = self.id_length.load(Relaxed).checked_sub(1);
         StuckCall {
             thread: self.thread.load(Relaxed),
             method: self.method.load(Relaxed) as usize,
-            id: length.map(|length| {
-                id.truncate(length as usize);
-                String::from_utf8_lossy(&id).into_owned()
-            }),
+            id: length.map(|length| load_text(&self.id, length)),
             age_ms: self.age_ms.load(Relaxed),
         }
     }
@@ -122,7 +101,7 @@ mod tests {
     use crate::sys::shared_memory;
 
     #[test]
-    fn calls_are_read_as_they_were_written_and_numbers_that_lie_harm_nobody() {
+    fn calls_are_read_as_written_and_invalid_numbers_are_harmless() {
         let calls: &StuckCalls = &shared_memory::array_without_file(NonZeroUsize::MIN).unwrap()[0];
         assert_eq!(calls.read(), []);
         let call = StuckCall {

@@ -1,10 +1,9 @@
-//! The log: what a line looks like, and where it goes.
+//! Formats log lines and passes them to the output.
 //!
-//! Lines are made by env_logger (levels, RUST_LOG) in one of three forms and go to an `LogOutput`
-//! that never blocks and never fails: a line that can't be written is counted, and the count is
-//! written as soon as something can be. In a worker a thread does the writing, so that a slow disk
-//! or a full queue costs lines and never a call; the master, which has no second thread, writes
-//! for itself.
+//! env_logger makes the lines (levels, RUST_LOG) in one of three forms. They go to a `LogOutput`, which
+//! never blocks and never fails. A line that cannot be written is counted, and the count is logged as
+//! soon as writing works again. In a worker a thread writes the lines, so a slow disk or a full queue
+//! loses lines but delays no call. The master has no second thread and writes its lines itself.
 
 mod output;
 mod panics;
@@ -12,75 +11,81 @@ mod partial_line;
 mod startup_forward;
 mod text;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, RwLock};
 use std::time::{Duration, SystemTime};
 
+use crate::sys::lock::{lock, read, write};
 use crossbeam_channel::{Sender, TrySendError, bounded};
 use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
 pub use output::LogOutput;
+use output::LostLines;
 pub use panics::{log_panics, rate_limit_panics};
 pub use startup_forward::{
     LONGEST as LONGEST_TOLD, forwarding_fd, start_forwarding, stop_forwarding,
 };
-pub use text::{escape_unprintable, pluralize, printable, printable_json};
+pub use text::{HumanDuration, escape_unprintable, pluralize, printable, printable_json};
 
-/// Lines that wait for the writing thread of a worker.
+/// The number of lines that may wait for a worker's writer thread.
 const QUEUE: usize = 4096;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LineFormat {
-    /// Time, level, who, message.
+    /// Time, level, role, message.
     Text,
-    /// The same without the time, behind the priority that journald reads (sd-daemon(3)).
+    /// The same without the time. It begins with the priority that journald reads (sd-daemon(3)).
     Journal,
     Json,
 }
 
-/// Who writes, for every line of this process.
+/// The role of this process, which is part of each line.
 static ROLE: AtomicI32 = AtomicI32::new(COMMAND);
 const COMMAND: i32 = -2;
+const OBSERVER: i32 = -3;
 const MASTER: i32 = -1;
-/// From here on the slots of pool processes; see `link::ids::Slot`.
+/// Slots of processes of other kinds start here; see `link::ids::Slot`.
 const FIRST_POOL: i32 = 0x8000;
+const FIRST_ACCEPTOR: i32 = 0xC000;
+const FIRST_SESSION: i32 = 0xD000;
 
-/// The form that is configured, for the one line that no logger makes.
+/// The configured form, for the one line that env_logger does not format.
 static FORM: Mutex<LineFormat> = Mutex::new(LineFormat::Text);
 static LOGGER: RwLock<Option<env_logger::Logger>> = RwLock::new(None);
 static OUTPUT: Mutex<Option<LogOutput>> = Mutex::new(None);
 static QUEUED: RwLock<Option<Sender<WriterCommand>>> = RwLock::new(None);
-static LOST: AtomicU64 = AtomicU64::new(0);
+static LOST: LostLines = LostLines::new();
 
-/// What the writing thread is asked to do.
+/// A command to the writer thread.
 enum WriterCommand {
     Line(Vec<u8>),
-    /// The output has changed: the old one is let go, though nothing is to be written.
+    /// The output was replaced: close the old one, even if no line follows.
     TakeOutput,
-    /// Answered when everything before it was written.
+    /// Reply when all earlier lines are written.
     Flush(Sender<()>),
 }
 
-/// Hands each record to the logger that is configured now: it can change at a reload, and the
-/// log crate takes one logger for life.
+/// Passes each record to the logger that is configured now. A reload can change that logger, but the log
+/// crate accepts only one per process.
 struct ReloadableLogger;
 
 impl Log for ReloadableLogger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        let logger = LOGGER.read().unwrap_or_else(PoisonError::into_inner);
+        let logger = read(&LOGGER);
         logger
             .as_ref()
             .is_some_and(|logger| logger.enabled(metadata))
     }
 
     fn log(&self, record: &Record<'_>) {
-        let logger = LOGGER.read().unwrap_or_else(PoisonError::into_inner);
+        let logger = read(&LOGGER);
         if let Some(logger) = logger.as_ref() {
             logger.log(record);
         }
@@ -90,8 +95,7 @@ impl Log for ReloadableLogger {
     fn flush(&self) {}
 }
 
-/// Sets level and form, at start and at each reload. RUST_LOG, where it is set, wins over
-/// `level`.
+/// Sets level and form, at start and at each reload. RUST_LOG, if set, overrides `level`.
 pub fn configure(level: LevelFilter, form: LineFormat) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
@@ -102,18 +106,18 @@ pub fn configure(level: LevelFilter, form: LineFormat) {
     builder.format(move |buffer, record| write_record(buffer, form, record));
     let logger = builder.build();
     log::set_max_level(logger.filter());
-    *FORM.lock().unwrap_or_else(PoisonError::into_inner) = form;
-    *LOGGER.write().unwrap_or_else(PoisonError::into_inner) = Some(logger);
-    // Refused from the second time on: it is set already.
+    *lock(&FORM) = form;
+    *write(&LOGGER) = Some(logger);
+    // Fails from the second call on, because it is already set.
     let _ = log::set_logger(&ReloadableLogger);
 }
 
-/// Where lines go from now on, in the master and in whatever is forked from it; returns where they
-/// went before. In a worker its writing thread takes the output over, and closes the old one: a file that
-/// was rotated away takes its space as long as one process has it open.
+/// Sets the output of this process and of its future children; returns the previous one. In a worker the
+/// writer thread takes the new output and closes the old one. A rotated file uses disk space until the
+/// last process closes it.
 pub fn set_output(output: LogOutput) -> Option<LogOutput> {
     let before = lock_output().replace(output);
-    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+    let queued = read(&QUEUED);
     if let Some(queue) = queued.as_ref() {
         // A full queue wakes the thread as well.
         let _ = queue.try_send(WriterCommand::TakeOutput);
@@ -121,22 +125,27 @@ pub fn set_output(output: LogOutput) -> Option<LogOutput> {
     before
 }
 
-/// Logs nothing from now on, and closes nothing: for a keeper, whose worker closes the descriptor at
-/// a rotation and gives the number to something else.
+/// Logs nothing from now on and closes nothing. It is for a keeper: at a rotation its worker closes the
+/// descriptor, and the number is reused.
 pub fn forget_output() {
     std::mem::forget(lock_output().take());
 }
 
-/// Opens a log file to append to, or standard error where there is none.
+/// Logs nothing from now on and closes the output.
+pub fn close_output() {
+    drop(lock_output().take());
+}
+
+/// Opens a log file for appending, or standard error if `file` is `None`.
 ///
 /// # Errors
-/// When the file can't be opened.
+/// If the file cannot be opened.
 pub fn open(file: Option<&Path>) -> io::Result<LogOutput> {
     match file {
         Some(file) => {
             let output = LogOutput::file(file)?;
             if ROLE.load(Ordering::Relaxed) == COMMAND {
-                // At the start: nobody of this server writes yet.
+                // At the start, no other process of this server writes to the file yet.
                 output.look_at_end();
             }
             Ok(output)
@@ -145,7 +154,7 @@ pub fn open(file: Option<&Path>) -> io::Result<LogOutput> {
     }
 }
 
-/// Whether standard error goes to journald: JOURNAL_STREAM names its device and inode
+/// Returns whether standard error goes to journald: JOURNAL_STREAM names its device and inode
 /// (systemd.exec(5)).
 pub fn is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
@@ -158,24 +167,36 @@ pub fn is_journal() -> bool {
         .is_ok_and(|found| stream == format!("{}:{}", found.dev(), found.ino()))
 }
 
-/// The descriptor that lines are written to by this process itself, for a list of what to keep.
+/// Returns the descriptor that this process writes lines to, for a list of descriptors to keep.
 pub fn output_descriptor() -> Option<RawFd> {
     lock_output()
         .as_ref()
         .map(|output| output.as_fd().as_raw_fd())
 }
 
-/// From now on this process is the master.
+/// Marks this process as the master.
 pub fn init_master_log() {
     ROLE.store(MASTER, Ordering::Relaxed);
 }
 
-/// From now on this process is the worker in `slot`; starts the thread that writes. Without a
-/// thread to be had, lines are written by whoever logs, as in the master.
+/// Marks this process as the observer.
+pub fn init_observer_log() {
+    ROLE.store(OBSERVER, Ordering::Relaxed);
+    LOST.reset();
+}
+
+/// Marks this process as the acceptor in `slot`. It has one thread, which also writes.
+pub fn init_acceptor_log(slot: u16) {
+    ROLE.store(i32::from(slot), Ordering::Relaxed);
+    LOST.reset();
+}
+
+/// Marks this process as the worker in `slot` and starts the writer thread. If no thread can be created,
+/// the thread that logs also writes, as in the master.
 pub fn init_worker_log(slot: u16) {
     ROLE.store(i32::from(slot), Ordering::Relaxed);
-    // What the master has lost is the master's to tell.
-    LOST.store(0, Ordering::Relaxed);
+    // The master reports its own lost lines.
+    LOST.reset();
     let Some(mut output) = lock_output().take() else {
         return;
     };
@@ -197,14 +218,14 @@ pub fn init_worker_log(slot: u16) {
             }
         });
     match writer {
-        Ok(_) => *QUEUED.write().unwrap_or_else(PoisonError::into_inner) = Some(sender),
+        Ok(_) => *write(&QUEUED) = Some(sender),
         Err(_) => *lock_output() = spare.ok(),
     }
 }
 
-/// Waits, at most `limit`, until what was logged is written: the last thing before `_exit`.
+/// Waits, at most `limit`, until all logged lines are written. This is the last step before `_exit`.
 pub fn flush(limit: Duration) {
-    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+    let queued = read(&QUEUED);
     if let Some(queue) = queued.as_ref() {
         let (done, wait) = bounded(1);
         if queue
@@ -216,12 +237,17 @@ pub fn flush(limit: Duration) {
     }
 }
 
-/// Lines of this process that are lost, and not told of in the log: it can't be written now.
+/// Returns the number of lost lines that are not reported yet, because the log cannot be written.
 pub fn lost_lines() -> u64 {
-    LOST.load(Ordering::Relaxed)
+    LOST.unreported()
 }
 
-/// Tells of lost lines, if that can be done by now; else the next line does.
+/// Returns the number of lines that this process has lost since the last call, or since it began to log.
+pub fn take_uncounted_lines() -> u64 {
+    LOST.take_uncounted()
+}
+
+/// Reports lost lines if the log can be written now; otherwise the next line does.
 pub fn report_lost_lines() {
     if lost_lines() > 0 {
         submit(Vec::new());
@@ -229,23 +255,23 @@ pub fn report_lost_lines() {
 }
 
 fn lock_output() -> std::sync::MutexGuard<'static, Option<LogOutput>> {
-    OUTPUT.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&OUTPUT)
 }
 
-/// Has a line written, or counts it as lost. An empty one tells of those that are.
+/// Writes a line, or counts it as lost. An empty line only reports lost ones.
 fn submit(line: Vec<u8>) {
     let counts = u64::from(!line.is_empty());
-    let queued = QUEUED.read().unwrap_or_else(PoisonError::into_inner);
+    let queued = read(&QUEUED);
     if let Some(queue) = queued.as_ref() {
         if let Err(TrySendError::Full(_)) = queue.try_send(WriterCommand::Line(line)) {
-            LOST.fetch_add(counts, Ordering::Relaxed);
+            LOST.add(counts);
         }
     } else if let Some(output) = lock_output().as_mut() {
         output.write_line(&line, &LOST, notice);
     }
 }
 
-/// What env_logger writes to: always takes the line.
+/// The target of env_logger: accepts every line.
 struct QueueWriter;
 
 impl Write for QueueWriter {
@@ -259,6 +285,34 @@ impl Write for QueueWriter {
     }
 }
 
+/// A call, as lines name it: the pid of the process with its connection, 0 for this one, and its number there.
+pub type LoggedCall = (i32, u64);
+
+thread_local! {
+    /// The call that the lines of this thread name.
+    static CALL: Cell<Option<LoggedCall>> = const { Cell::new(None) };
+}
+
+/// Runs `run`. All lines that this thread logs meanwhile name `call`, if there is one.
+pub fn with_call<T>(call: Option<LoggedCall>, run: impl FnOnce() -> T) -> T {
+    if call.is_none() {
+        return run();
+    }
+    CALL.set(call);
+    let result = run();
+    CALL.set(None);
+    result
+}
+
+/// Returns the id of the call that the next line names.
+fn current_call(own_pid: u32) -> Option<String> {
+    let (home, number) = CALL.get()?;
+    Some(match home {
+        0 => format!("{own_pid}.{number}"),
+        home => format!("{home}.{number}"),
+    })
+}
+
 #[derive(Serialize)]
 struct JsonLine<'a> {
     time: String,
@@ -269,6 +323,18 @@ struct JsonLine<'a> {
     slot: Option<i32>,
     thread: &'a str,
     message: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    call: Option<String>,
+}
+
+/// What the process in a slot is, and the first slot of its kind.
+fn role_of(slot: i32) -> (&'static str, i32) {
+    match slot {
+        FIRST_SESSION.. => ("connection", FIRST_SESSION),
+        FIRST_ACCEPTOR.. => ("acceptor", FIRST_ACCEPTOR),
+        FIRST_POOL.. => ("pool", FIRST_POOL),
+        _ => ("worker", 0),
+    }
 }
 
 fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> io::Result<()> {
@@ -277,13 +343,12 @@ fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> i
     let (role, thread) = match (slot, current.name()) {
         (COMMAND, thread) => ("command", thread),
         (MASTER, thread) => ("master", thread),
-        (FIRST_POOL.., Some("main") | None) => ("pool", Some("loop")),
-        (FIRST_POOL.., thread) => ("pool", thread),
-        (_, Some("main") | None) => ("worker", Some("loop")),
-        (_, thread) => ("worker", thread),
+        (OBSERVER, thread) => ("observer", thread),
+        (slot, Some("main") | None) => (role_of(slot).0, Some("loop")),
+        (slot, thread) => (role_of(slot).0, thread),
     };
     let thread = thread.unwrap_or("main");
-    let slot = (slot >= 0).then_some(slot % FIRST_POOL);
+    let slot = (slot >= 0).then(|| slot - role_of(slot).1);
     let pid = std::process::id();
     let time = || humantime::format_rfc3339_millis(SystemTime::now()).to_string();
     if form == LineFormat::Json {
@@ -295,6 +360,7 @@ fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> i
             slot,
             thread,
             message: record.args().to_string(),
+            call: current_call(pid),
         };
         let line = serde_json::to_string(&line)?;
         return writeln!(to, "{}", printable_json(&line));
@@ -314,12 +380,17 @@ fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> i
     if let Some(slot) = slot {
         write!(to, " {slot}")?;
     }
-    writeln!(to, " {thread}] {}", printable(&record.args().to_string()))
+    write!(to, " {thread}] {}", printable(&record.args().to_string()))?;
+    if let Some(call) = current_call(pid) {
+        write!(to, " call={call}")?;
+    }
+    writeln!(to)
 }
 
-/// The line that tells of lost ones. Written whatever the level, for nobody knows what is missing.
+/// Returns the line that reports lost lines. It is written at every level, because the lost lines may be
+/// of any level.
 fn notice(missing: u64) -> Vec<u8> {
-    let form = *FORM.lock().unwrap_or_else(PoisonError::into_inner);
+    let form = *lock(&FORM);
     let mut line = Vec::new();
     let written = write_record(
         &mut line,
@@ -331,7 +402,7 @@ fn notice(missing: u64) -> Vec<u8> {
             ))
             .build(),
     );
-    // Into memory: it can't fail.
+    // Writing to memory cannot fail.
     debug_assert!(written.is_ok());
     line
 }
@@ -362,6 +433,26 @@ mod tests {
         assert!(text.ends_with("one\\ntwo \\u{1b}[2J\n"), "{text}");
         assert!(text.contains(" WARN  ["), "{text}");
         assert!(line(LineFormat::Journal, "x").starts_with("<4>["));
+    }
+
+    #[test]
+    fn a_line_names_the_call_during_which_it_is_logged() {
+        for (call, id) in [
+            (7, "7.12".to_owned()),
+            (0, format!("{}.12", std::process::id())),
+        ] {
+            let call = Some((call, 12));
+            let text = with_call(call, || line(LineFormat::Text, "x"));
+            assert!(text.ends_with(&format!("] x call={id}\n")), "{text}");
+            let text = with_call(call, || line(LineFormat::Json, "x"));
+            assert!(
+                text.ends_with(&format!("\"message\":\"x\",\"call\":\"{id}\"}}\n")),
+                "{text}"
+            );
+        }
+        let text = with_call(None, || line(LineFormat::Json, "x"));
+        assert!(text.ends_with("\"message\":\"x\"}\n"), "{text}");
+        assert!(line(LineFormat::Text, "x").ends_with("] x\n"));
     }
 
     #[test]

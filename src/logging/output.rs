@@ -1,9 +1,9 @@
-//! Where log lines go: a descriptor that is written to without ever waiting.
+//! Writes log lines to a descriptor without ever waiting.
 //!
-//! A pipe or terminal is opened once more, for a non-blocking mode of its own: setting it on the
-//! inherited one would change it for the shell and every other process that shares it. A socket
-//! is asked not to wait with each send. A file is simply written to. A line that can't be written
-//! is lost and counted.
+//! A pipe or terminal is opened again, which gives it its own non-blocking mode. To set that mode on the
+//! inherited descriptor would also change it for the shell and every other process that shares it. A
+//! socket gets MSG_DONTWAIT with each send. A file is written directly. A line that cannot be written is
+//! lost and counted.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
@@ -25,33 +25,77 @@ use crate::sys::account;
 use crate::sys::other_writer::{self, ExposedPath};
 use crate::sys::signal::SignalBlock;
 
+/// Lines that could not be written.
+#[derive(Debug)]
+pub struct LostLines {
+    /// Those that the log does not report yet.
+    unreported: AtomicU64,
+    /// Those that `take_uncounted` has not returned yet.
+    uncounted: AtomicU64,
+}
+
+impl LostLines {
+    pub const fn new() -> Self {
+        LostLines {
+            unreported: AtomicU64::new(0),
+            uncounted: AtomicU64::new(0),
+        }
+    }
+
+    pub fn add(&self, lines: u64) {
+        self.uncounted.fetch_add(lines, Ordering::Relaxed);
+        self.put_back(lines);
+    }
+
+    pub fn reset(&self) {
+        self.uncounted.store(0, Ordering::Relaxed);
+        self.unreported.store(0, Ordering::Relaxed);
+    }
+
+    pub fn take_uncounted(&self) -> u64 {
+        self.uncounted.swap(0, Ordering::Relaxed)
+    }
+
+    pub fn unreported(&self) -> u64 {
+        self.unreported.load(Ordering::Relaxed)
+    }
+
+    fn take_unreported(&self) -> u64 {
+        self.unreported.swap(0, Ordering::Relaxed)
+    }
+
+    fn put_back(&self, lines: u64) {
+        self.unreported.fetch_add(lines, Ordering::Relaxed);
+    }
+}
+
 /// How a descriptor is written to without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WriteMode {
-    /// As it is: a file, or a description of our own that is non-blocking.
+    /// Directly: a file, or our own open file description, which is non-blocking.
     Write,
-    /// MSG_DONTWAIT.
+    /// With MSG_DONTWAIT.
     Send,
-    /// Only when poll(2) says that there is room: a description that others share.
+    /// Only if poll(2) reports room, because other processes share the open file description.
     WhenReady,
 }
 
-/// Where lines go.
+/// The destination of log lines.
 #[derive(Debug)]
 pub struct LogOutput {
     file: File,
     manner: WriteMode,
     is_terminal: bool,
-    /// Whether the last line there was cut short: the next one starts afresh.
+    /// Whether the last line there is incomplete. Then the next line starts with a line feed.
     torn: PartialLine,
 }
 
 impl LogOutput {
-    /// Appends to the file at `path`, which is made if it is not there. Where root opens it in a directory
-    /// that another user can write, no symbolic link is followed: that user may have made it.
+    /// Appends to the file at `path` and creates it if needed. If root opens it in a directory that
+    /// another user can write, no symbolic link is followed, because that user may have made it.
     ///
     /// # Errors
-    /// When it can't be opened.
+    /// If it cannot be opened.
     pub fn file(path: &Path) -> io::Result<Self> {
         let own = account::effective_ids();
         let exposed = (own.0 == 0).then(|| other_writer::of_path(path, own));
@@ -62,16 +106,16 @@ impl LogOutput {
         Ok(LogOutput::of(file, WriteMode::Write))
     }
 
-    /// Looks whether the file, which this is, ends within a line. Call it before another process
-    /// writes to the file, because that one may end the line meanwhile.
+    /// Checks whether the file ends with an incomplete line. Call it before another process writes to the
+    /// file, because that process may complete the line meanwhile.
     pub fn look_at_end(&self) {
         self.torn.look(&self.file);
     }
 
-    /// Standard error, whatever it is.
+    /// Opens standard error, of any type.
     ///
     /// # Errors
-    /// When there is no descriptor left.
+    /// If no descriptor is left.
     pub fn standard_error() -> io::Result<Self> {
         let own = io::stderr().as_fd().try_clone_to_owned()?;
         let kind = File::from(own.try_clone()?)
@@ -86,7 +130,7 @@ impl LogOutput {
         Ok(match kind {
             Ok(kind) if kind.is_socket() => LogOutput::of(own, WriteMode::Send),
             Ok(kind) if kind.is_file() => LogOutput::of(own, WriteMode::Write),
-            // Not allowed where another user's terminal or pipe was inherited.
+            // Not permitted if the inherited terminal or pipe belongs to another user.
             _ => match again() {
                 Ok(file) => LogOutput::of(file, WriteMode::Write),
                 Err(_) => LogOutput::of(own, WriteMode::WhenReady),
@@ -94,7 +138,7 @@ impl LogOutput {
         })
     }
 
-    /// What another process has passed: always a log file of `LogOutput::file`.
+    /// Takes a log file of `LogOutput::file` that another process has sent.
     pub fn received(fd: OwnedFd) -> Self {
         LogOutput::of(fd, WriteMode::Write)
     }
@@ -109,23 +153,23 @@ impl LogOutput {
         }
     }
 
-    /// The same place under another descriptor.
+    /// Returns the same destination with another descriptor.
     ///
     /// # Errors
-    /// When there is no descriptor left.
+    /// If no descriptor is left.
     pub fn duplicate(&self) -> io::Result<Self> {
         Ok(LogOutput::of(self.file.try_clone()?, self.manner))
     }
 
-    /// Writes one whole line, or counts it as lost. Says how many were lost once it can again, in
-    /// the line that `notice` makes of their number; an empty line is for that alone.
+    /// Writes one whole line, or counts it as lost. When writing works again, it first writes the number
+    /// of lost lines in the line that `notice` makes. An empty line only reports that number.
     pub fn write_line(
         &mut self,
         line: &[u8],
-        lost: &AtomicU64,
+        lost: &LostLines,
         notice: impl FnOnce(u64) -> Vec<u8>,
     ) {
-        let missing = lost.swap(0, Ordering::Relaxed);
+        let missing = lost.take_unreported();
         let mut text = Vec::new();
         let torn = self.torn.get();
         if torn.is_some() {
@@ -134,24 +178,27 @@ impl LogOutput {
         if missing > 0 {
             text.extend_from_slice(&notice(missing));
         }
-        let told = text.len();
+        let notice_end = text.len();
         text.extend_from_slice(line);
         let written = self.write(&text);
         match (text[..written].last(), torn) {
-            // Only now: whoever writes meanwhile ends the line too. An empty one is better than one of two.
+            // Clear the mark only now: another process that writes meanwhile also ends the line. An empty
+            // line is better than two merged ones.
             (Some(b'\n'), Some(mark)) => self.torn.clear(mark),
             (Some(b'\n'), None) | (None, _) => {}
             (Some(_), _) => self.torn.set(),
         }
         if written < text.len() {
-            let untold = if written < told { missing } else { 0 };
-            lost.fetch_add(untold + u64::from(!line.is_empty()), Ordering::Relaxed);
+            let unreported = if written < notice_end { missing } else { 0 };
+            lost.put_back(unreported);
+            lost.add(u64::from(!line.is_empty()));
         }
     }
 
     fn write(&mut self, bytes: &[u8]) -> usize {
-        // From the background of a terminal with `tostop` a line would bring this signal, which the master
-        // heeds in its own way, and never be written; blocked, it is (termios(3)).
+        // A background process of a terminal with `tostop` gets SIGTTOU when it writes. The master
+        // handles that signal, so the line would never be written. With the signal blocked, it is written
+        // (termios(3)).
         let _held = self.is_terminal.then(|| SignalBlock::of(Signal::SIGTTOU));
         let mut written = 0;
         while written < bytes.len() {
@@ -178,7 +225,7 @@ impl LogOutput {
                 let ready = wanted[0]
                     .revents()
                     .is_some_and(|found| found.contains(PollFlags::POLLOUT));
-                // Ready means room for PIPE_BUF bytes (pipe(7)).
+                // POLLOUT means room for PIPE_BUF bytes (pipe(7)).
                 let most = bytes.len().min(libc::PIPE_BUF);
                 if ready {
                     self.file.write(&bytes[..most])
@@ -194,7 +241,7 @@ fn open_file(path: &Path, flags: libc::c_int) -> io::Result<File> {
     let fifo = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
     OpenOptions::new()
         .append(true)
-        // A fifo without a reader can't be opened for writing alone (fifo(7)).
+        // Without a reader, a FIFO cannot be opened write-only (fifo(7)).
         .read(fifo)
         .create(true)
         .mode(0o640)
@@ -202,7 +249,8 @@ fn open_file(path: &Path, flags: libc::c_int) -> io::Result<File> {
         .open(path)
 }
 
-/// Opens it without following a link behind the first directory that another user can write.
+/// Opens the file without following a symbolic link below the first directory that another user can
+/// write.
 fn open_exposed(path: &Path, exposed: &ExposedPath) -> io::Result<File> {
     let from = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let directory = nix::fcntl::open(&exposed.directory, from, Mode::empty())?;
@@ -217,13 +265,13 @@ fn open_exposed(path: &Path, exposed: &ExposedPath) -> io::Result<File> {
         .mode(Mode::from_bits_truncate(0o640))
         .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
     let opened = match openat2(&directory, &exposed.rest, how) {
-        // Linux before 5.6: at least not the last part of the path.
+        // Before Linux 5.6 at least the last component is not followed.
         Err(Errno::ENOSYS) => open_file(path, libc::O_NOFOLLOW),
         opened => opened.map(File::from).map_err(io::Error::from),
     };
     opened.map_err(|error| match error.raw_os_error() {
         Some(libc::ELOOP) => io::Error::other(format!(
-            "it is a symbolic link, or below one, in {}, which can be written by {}: root follows none \
+            "it is a symbolic link, or below one, in {}, which {} can write: root follows no link \
              there; let root alone write to that directory, or name the file itself",
             exposed.directory.display(),
             exposed.writer
@@ -244,11 +292,11 @@ mod tests {
     use super::*;
     use std::io::{PipeReader, Read};
 
-    fn told(missing: u64) -> Vec<u8> {
+    fn count_line(missing: u64) -> Vec<u8> {
         format!("{missing} lost\n").into_bytes()
     }
 
-    /// A pipe whose writing end does not wait, with a mark of its own: tests run side by side.
+    /// Creates a pipe with a non-blocking writing end and its own mark, because tests run side by side.
     fn pipe() -> (PipeReader, LogOutput) {
         let (reader, writer) = io::pipe().unwrap();
         let raw = writer.as_raw_fd();
@@ -269,30 +317,30 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_line_is_ended_by_whoever_writes_next_and_once() {
+    fn the_next_writer_ends_an_incomplete_line_once() {
         let (mut reader, mut first) = pipe();
         let mut second = first.duplicate().unwrap();
         second.torn = first.torn;
-        let (lost, others) = (AtomicU64::new(0), AtomicU64::new(0));
-        // Longer than what a pipe takes wholly or not at all.
+        let (lost, others) = (LostLines::new(), LostLines::new());
+        // Longer than PIPE_BUF, so a pipe may take a part of it.
         let line = [b"x".repeat(9_999), b"\n".to_vec()].concat();
-        while lost.load(Ordering::Relaxed) < 3 {
-            first.write_line(&line, &lost, told);
+        while lost.unreported() < 3 {
+            first.write_line(&line, &lost, count_line);
         }
         let full = read(&mut reader);
         assert!(full.ends_with('x'), "nothing was torn");
-        second.write_line(b"other\n", &others, told);
-        first.write_line(b"after\n", &lost, told);
+        second.write_line(b"other\n", &others, count_line);
+        first.write_line(b"after\n", &lost, count_line);
         assert_eq!(read(&mut reader), "\nother\n3 lost\nafter\n");
-        first.write_line(b"last\n", &lost, told);
+        first.write_line(b"last\n", &lost, count_line);
         assert_eq!(read(&mut reader), "last\n");
     }
 
     #[test]
-    fn a_line_that_an_earlier_server_has_torn_is_ended() {
+    fn an_incomplete_line_of_an_earlier_server_is_ended() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
-        let lost = AtomicU64::new(0);
+        let lost = LostLines::new();
         for (before, after) in [
             ("whole\nto", "whole\nto\nline\n"),
             ("whole\n", "whole\nline\n"),
@@ -302,36 +350,36 @@ mod tests {
             let mut output = LogOutput::file(&path).unwrap();
             output.torn = PartialLine::by(Box::leak(Box::default()), &output.file);
             output.look_at_end();
-            output.write_line(b"line\n", &lost, told);
+            output.write_line(b"line\n", &lost, count_line);
             assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
         }
     }
 
     #[test]
-    fn a_full_pipe_loses_lines_and_says_how_many() {
+    fn a_full_pipe_loses_lines_and_reports_how_many() {
         let (mut reader, mut output) = pipe();
-        let lost = AtomicU64::new(0);
+        let lost = LostLines::new();
         let line = [b"x".repeat(999), b"\n".to_vec()].concat();
         for _ in 0..1000 {
-            output.write_line(&line, &lost, told);
+            output.write_line(&line, &lost, count_line);
         }
-        let missing = lost.load(Ordering::Relaxed);
+        let missing = lost.unreported();
         assert!((900..1000).contains(&missing), "{missing}");
         assert!(!read(&mut reader).is_empty());
-        output.write_line(b"after\n", &lost, told);
+        output.write_line(b"after\n", &lost, count_line);
         let text = read(&mut reader);
         assert!(
             text.ends_with(&format!("{missing} lost\nafter\n")),
             "{text}"
         );
-        assert_eq!(lost.load(Ordering::Relaxed), 0);
+        assert_eq!(lost.unreported(), 0);
     }
 
     #[test]
     fn a_full_device_is_no_error() {
         let mut output = LogOutput::file(Path::new("/dev/full")).unwrap();
-        let lost = AtomicU64::new(0);
-        output.write_line(b"nobody will read this\n", &lost, told);
-        assert_eq!(lost.load(Ordering::Relaxed), 1);
+        let lost = LostLines::new();
+        output.write_line(b"no reader\n", &lost, count_line);
+        assert_eq!(lost.unreported(), 1);
     }
 }

@@ -1,27 +1,28 @@
-//! Panics in the log: each of preforkd's own, and so many of handlers as an operator can read.
+//! Logs panics: all of preforkd's own, and a limited number of those of handlers.
 //!
-//! A handler that panics at each call would fill a disk at the pace of its callers. The first panics
-//! of a while are logged whole, the rest is counted.
+//! A handler that panics at each call would fill the disk at the rate of its callers. In each period the
+//! first panics are logged, the others are counted.
 
 use std::cell::{Cell, RefCell};
 use std::panic::PanicHookInfo;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use super::text::pluralize;
+use crate::sys::lock::lock;
 use crate::sys::process::monotonic;
 
-/// So many panics of handlers are logged in each `WHILE`.
+/// The number of handler panics logged in each `WHILE`.
 const MOST: u32 = 10;
 const WHILE: Duration = Duration::from_secs(10);
 
-/// Characters of a call's id that are logged.
+/// The number of characters of a call id that are logged.
 const LONGEST_ID: usize = 100;
 
 thread_local! {
     static SPARING: Cell<bool> = const { Cell::new(false) };
-    /// The method of the call that this thread runs, and its id. A panic can end the process, so the text
-    /// must be there before.
+    /// The method and id of the call that this thread runs. It is set before the call, because a panic
+    /// can end the process.
     static CALL: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
@@ -30,14 +31,14 @@ static BUDGET: Mutex<Budget> = Mutex::new(Budget {
     seen: 0,
 });
 
-/// Runs `may_panic`, a call of `method` which catches its panics: they are logged sparingly, with the
-/// method and the id of the call.
+/// Runs `may_panic`, which runs a call of `method` and catches its panics. They are logged with the
+/// method and the id of the call, at a limited rate.
 pub fn rate_limit_panics<T>(
     (method, id): (&str, Option<&str>),
     may_panic: impl FnOnce() -> T,
 ) -> T {
     let before = SPARING.replace(true);
-    // No allocation once the text has its room.
+    // No allocation once the string has enough capacity.
     CALL.with_borrow_mut(|call| {
         call.clear();
         call.push_str(method);
@@ -51,7 +52,7 @@ pub fn rate_limit_panics<T>(
     result
 }
 
-/// Sends panics to the log: standard error may be closed, and is not where an operator looks.
+/// Sends panics to the log, because standard error may be closed and operators do not read it.
 pub fn log_panics() {
     std::panic::set_hook(Box::new(log_panic));
 }
@@ -61,7 +62,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     let mut call = String::new();
     if SPARING.get() {
         call = CALL.with_borrow(|call| format!(" in a call of {call}"));
-        let mut budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut budget = lock(&BUDGET);
         match budget.spend(monotonic()) {
             Some(before) => withheld = before,
             None => return,
@@ -73,7 +74,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
             "more panic of a handler was",
             "more panics of handlers were",
         );
-        log::error!("{more} not logged one by one");
+        log::error!("{more} not logged individually");
     }
     let place = panic.location().map_or_else(String::new, |place| {
         format!(" at {}:{}", place.file(), place.line())
@@ -83,18 +84,18 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
         .downcast_ref::<&str>()
         .copied()
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("a panic with a payload that is no text");
+        .unwrap_or("a panic with a payload that is not text");
     log::error!("panic{place}{call}: {text}");
 }
 
-/// How many more may be logged.
+/// Limits the number of panics that are logged.
 struct Budget {
     since: Duration,
     seen: u32,
 }
 
 impl Budget {
-    /// Whether one more may be logged at `now`, and how many before it were not.
+    /// Returns whether a panic at `now` may be logged, and how many before it were not.
     fn spend(&mut self, now: Duration) -> Option<u32> {
         let mut withheld = 0;
         if now.saturating_sub(self.since) >= WHILE || self.seen == 0 {
@@ -114,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_storm_of_panics_is_ten_lines_and_a_count() {
+    fn many_panics_are_ten_lines_and_a_count() {
         let mut budget = Budget {
             since: Duration::ZERO,
             seen: 0,

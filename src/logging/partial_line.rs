@@ -1,8 +1,8 @@
-//! Where the log ends within a line, known to every process that writes to it.
+//! Records whether the log ends with an incomplete line, for all processes that write to it.
 //!
-//! A disk that fills up takes the beginning of a line. Whoever writes next, in whichever process, has
-//! to end that line first, or two lines are one and neither can be read. One log is remembered, by
-//! its identity: another one that is cut short takes its place.
+//! A full disk cuts a line. The next process that writes has to end that line first. Otherwise two lines
+//! become one, and neither can be parsed. Only one log is recorded, by its identity; another incomplete
+//! log replaces it.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -13,17 +13,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::sys::shared_memory;
 
-/// In a mark, what is not the place: how often one was set.
+/// The bits of a mark that are a count: how often a mark was set.
 const TIMES: u64 = 0xff;
 
-/// The place whose end is torn, 0 for none. Shared with what is forked once the first output was
-/// made; without memory for that, each process minds its own lines.
+/// The identity of the log whose end is incomplete; 0 means none. Processes that are forked after the
+/// first output was made share it. Without shared memory each process handles only its own lines.
 static TORN: LazyLock<&'static AtomicU64> = LazyLock::new(|| {
     static OWN: AtomicU64 = AtomicU64::new(0);
     shared_memory::array_without_file(NonZeroUsize::MIN).map_or(&OWN, |shared| &shared[0])
 });
 
-/// What is known of the end of one log.
+/// The state of the end of one log.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PartialLine {
     mark: &'static AtomicU64,
@@ -36,7 +36,7 @@ impl PartialLine {
     }
 
     pub(super) fn by(mark: &'static AtomicU64, file: &File) -> Self {
-        // One that can't be looked at still has the lines of this process.
+        // If fstat(2) fails, lines of this process are still handled.
         let place = file.metadata().map_or(0, |found| {
             (found.ino() ^ found.dev().rotate_left(32)).rotate_left(8)
         });
@@ -44,11 +44,11 @@ impl PartialLine {
         PartialLine { mark, place }
     }
 
-    /// Notes what an earlier server has left at the end of a file.
+    /// Records whether an earlier server has left an incomplete line.
     pub(super) fn look(&self, file: &File) {
         let last = || {
-            // Looked at first: to open a fifo is to wait. By its descriptor, which is for writing alone:
-            // another file may be at its path by now.
+            // Use the type of the descriptor: opening a FIFO could block, and another file may be at the
+            // path by now. The descriptor itself is write-only.
             let found = file.metadata().ok().filter(|found| found.is_file())?;
             let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
             let mut byte = [0];
@@ -66,13 +66,13 @@ impl PartialLine {
         self.mark.store(self.place | times, Ordering::Relaxed);
     }
 
-    /// The mark where the end is torn: the caller mends it, if it can.
+    /// Returns the mark if the end is incomplete. The caller ends the line if it can.
     pub(super) fn get(&self) -> Option<u64> {
         let mark = self.mark.load(Ordering::Relaxed);
         (mark & !TIMES == self.place).then_some(mark)
     }
 
-    /// What this mark was for is whole again; another one may have been set since.
+    /// Records that the line of this `mark` was ended. Another mark may have been set since.
     pub(super) fn clear(&self, mark: u64) {
         let order = Ordering::Relaxed;
         let _ = self.mark.compare_exchange(mark, 0, order, order);

@@ -1,42 +1,43 @@
-//! What a new worker logs before it is ready, told to the master besides: whoever waits for a
-//! start or a reload is told why it failed, without a look into the log.
+//! Forwards the startup log of a new worker to the master, so that a failed start or reload reports its
+//! reason.
 //!
-//! Each line is a packet on a socket that the master made for this one worker. Nothing waits for
-//! it: a line that finds no room, or no master, is in the log all the same.
+//! Each line is a packet on a socket that the master made for this worker. The worker does not wait. If
+//! there is no room or no master, the line is still in the log.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use log::{Level, Record};
 
 use super::text::printable;
+use crate::sys::lock::lock;
 use crate::sys::socket;
 
-/// The most bytes of a line that are told.
+/// The most bytes of a line that are forwarded.
 pub const LONGEST: usize = 600;
 
-static WITNESS: Mutex<Option<OwnedFd>> = Mutex::new(None);
+static FORWARD_TO: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
-/// From now on warnings and errors of this process are told there too.
+/// Forwards warnings and errors of this process to `to` from now on.
 pub fn start_forwarding(to: Option<OwnedFd>) {
-    *lock() = to;
+    *lock(&FORWARD_TO) = to;
 }
 
-/// Tells nothing more.
+/// Stops forwarding.
 pub fn stop_forwarding() {
-    *lock() = None;
+    *lock(&FORWARD_TO) = None;
 }
 
-/// The descriptor that lines are told to, for a list of what to keep.
+/// Returns the descriptor of the forwarding socket, for a list of descriptors to keep.
 pub fn forwarding_fd() -> Option<RawFd> {
-    lock().as_ref().map(AsRawFd::as_raw_fd)
+    lock(&FORWARD_TO).as_ref().map(AsRawFd::as_raw_fd)
 }
 
 pub(super) fn pass_on(record: &Record<'_>) {
     if record.level() > Level::Warn {
         return;
     }
-    if let Some(to) = lock().as_ref() {
+    if let Some(to) = lock(&FORWARD_TO).as_ref() {
         let line = format!(
             "{} {}",
             record.level(),
@@ -45,8 +46,4 @@ pub(super) fn pass_on(record: &Record<'_>) {
         let line = &line.as_bytes()[..line.len().min(LONGEST)];
         let _ = socket::send_packet(to, &[line], &[]);
     }
-}
-
-fn lock() -> MutexGuard<'static, Option<OwnedFd>> {
-    WITNESS.lock().unwrap_or_else(PoisonError::into_inner)
 }

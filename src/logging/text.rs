@@ -1,11 +1,26 @@
 //! Makes text for messages: counts with the right plural, and escaped control characters.
 
 use std::borrow::Cow;
+use std::fmt;
 
-/// So many things, as in `1 worker drains`, `2 workers drain`.
+/// Returns a number with its noun, as in `1 worker drains`, `2 workers drain`.
 pub fn pluralize(number: usize, one: &str, several: &str) -> String {
     let things = if number == 1 { one } else { several };
     format!("{number} {things}")
+}
+
+/// A time in milliseconds as people say it: `350 ms`, `1.6 s`.
+pub struct HumanDuration(pub u64);
+
+impl fmt::Display for HumanDuration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ms @ 0..1000 => write!(f, "{ms} ms"),
+            // In tenths, cut and not rounded: 59.96 s is not 60.
+            ms if ms % 1000 < 100 => write!(f, "{} s", ms / 1000),
+            ms => write!(f, "{}.{} s", ms / 1000, ms % 1000 / 100),
+        }
+    }
 }
 
 /// Whether a character controls where or in which order others are shown: the control characters (C0, DEL,
@@ -15,13 +30,13 @@ pub fn is_unprintable(character: char) -> bool {
     character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') || changes_direction
 }
 
-/// Returns a message with its unprintable characters escaped, so that text of a client cannot start a
-/// line of its own or control a terminal.
+/// Returns a message with its unprintable characters escaped. So a client's text cannot start a new line
+/// or control a terminal.
 pub fn printable(message: &str) -> String {
     escape_unprintable(message, &[]).into_owned()
 }
 
-/// The same, but for the characters in `kept`.
+/// Does the same, except for the characters in `kept`.
 pub fn escape_unprintable<'a>(text: &'a str, kept: &[char]) -> Cow<'a, str> {
     escape(
         text,
@@ -30,10 +45,11 @@ pub fn escape_unprintable<'a>(text: &'a str, kept: &[char]) -> Cow<'a, str> {
     )
 }
 
-/// Returns JSON with its unprintable characters escaped as in JSON, so that it has the same value. Line
-/// feeds and tabs between values stay.
+/// Returns JSON with its unprintable characters escaped as in JSON, so its value is the same. Line feeds
+/// and tabs between values are kept.
 pub fn printable_json(json: &str) -> Cow<'_, str> {
-    // All of them have four digits. Those below a space stand between values: JSON escapes them itself.
+    // All of them have four digits. Control characters below U+0020 occur only between values, because
+    // JSON escapes them in strings.
     escape(
         json,
         |c| is_unprintable(c) && c >= ' ',
@@ -64,6 +80,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn times_are_said_as_people_say_them() {
+        assert_eq!(HumanDuration(350).to_string(), "350 ms");
+        assert_eq!(HumanDuration(1600).to_string(), "1.6 s");
+        assert_eq!(HumanDuration(30_000).to_string(), "30 s");
+    }
+
+    #[test]
     fn what_steers_a_terminal_or_a_reader_is_escaped() {
         let text = "a\n\u{1b}[2J\u{7f}\u{9b}\u{2028}\u{202e}gpj.\u{2066}\u{200f} naïve \u{200d}€";
         let shown =
@@ -78,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn one_is_one_and_none_are_several() {
+    fn one_is_singular_and_zero_is_plural() {
         let workers = |number| pluralize(number, "worker drains", "workers drain");
         assert_eq!(workers(1), "1 worker drains");
         assert_eq!(workers(0), "0 workers drain");

@@ -1,32 +1,35 @@
-//! The master: keeps the workers alive, and decides nothing by itself.
+//! The master: starts the workers and keeps them alive.
 //!
-//! Every "what now" about deaths, reloads, drains and stops is answered by [`Fleet`], which takes
-//! `now` and events and returns actions. It makes no system call, never sleeps and has no clock, so
-//! all of it is tested without a process.
+//! Decisions about deaths, reloads, drains and stops are in `policy`, mainly in `policy::fleet::Fleet`. It
+//! takes events and the time and returns actions. It makes no system call and reads no clock, so it is
+//! tested without a process.
 //!
-//! | file | concern |
+//! | file or directory | concern |
 //! | --- | --- |
-//! | [`event`] | the words between policy and mechanism: events in, actions out |
-//! | [`fleet`] | the door: one event, one answer; scale, stop |
-//! | `leave` | who is told to leave, how, and what follows when it does not |
-//! | `life` | a worker's life: forked, ready, retiring, dead |
-//! | `reload` | start-up and reload: a generation's verdict |
-//! | `watch` | what time brings: deadlines, heartbeats, a master that was paused |
-//! | `recycle` | workers that have had enough: a successor first, then they drain |
-//! | `children` | the child table: who is where, in which stage |
-//! | [`deaths`] | the last deaths, and how a death is told |
-//! | `spread` | who gives how many lasting connections to whom |
-//! | [`view`] | what `status` shows |
+//! | `policy` | decides: takes events and the time, returns actions and incidents |
+//! | `incident_text` | the text of incidents, for the log and for `status` |
+//! | `children` | living children, keepers, and what dead workers leave behind |
+//! | `endpoints` | listeners, pid file, control socket |
+//! | `core` | the state of a master; carries out the actions of the policy |
+//! | `reports`, `session_orders` | what children report; sessions of acceptors |
+//! | `requests` | signals, commands, reloads, upgrades |
+//! | `reaping`, `leftovers` | children that have ended |
+//! | `main_loop` | waits, and calls the others |
+//! | `start`, [`resume`] | make a master |
 //! | [`upgrade`] | another program in the same process |
 
 mod children;
+mod core;
 mod endpoints;
+mod incident_text;
+mod leftovers;
 mod main_loop;
 mod policy;
 mod reaping;
-mod rebalance;
+mod reports;
 mod requests;
 pub mod resume;
+mod session_orders;
 mod setup;
 mod start;
 pub mod upgrade;
@@ -34,4 +37,4 @@ pub mod upgrade;
 #[cfg(feature = "internals")]
 pub use endpoints::pid_file::pid_in;
 pub use setup::{Embedder, Setup};
-pub use start::run;
+pub use start::{MASTER_SIGNALS, run};

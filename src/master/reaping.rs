@@ -5,17 +5,27 @@
 //! applied. Otherwise a new worker could be taken for the dead child that had its pid.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
 use super::children::keepers::is_plausible_keeper;
-use super::main_loop::Master;
-use super::policy::event::{Action, Event};
-use crate::protocol::control::WorkerPhase;
+use super::children::program_deaths;
+use super::core::Master;
+use super::leftovers::{end_orphans, no_worker_ended};
+use super::policy::action::Action;
+use super::policy::crash_counts::Suspicion;
+use super::policy::death_log::WorkerExit;
+use super::policy::event::Event;
+use super::reports::{keep_deaths_of_programs, queue_reports};
+use super::requests::settle;
+use super::requests::upgrade_driver::probe_ended;
+use super::session_orders::{adopt_sessions, note_adopted_sessions, pass_session_deaths};
+use crate::link::metrics_board;
 use crate::sys::memory;
 use crate::sys::process::{self, Exit, Pid, ReapedChild};
 
-/// Children taken note of at once.
+/// The most children that are reaped in one round.
 const MOST_REAPED: usize = 64;
 
 /// What a round of reaping works on. `Master` implements it, and a test without processes.
@@ -26,7 +36,7 @@ trait ReapTarget {
     /// of the same round that are no workers.
     fn remove_worker(&mut self, child: &ReapedChild, others: &[Pid]);
     /// Removes a child that is no worker from the tables.
-    fn remove_other(&mut self, pid: Pid);
+    fn remove_other(&mut self, child: &ReapedChild);
     /// Applies the queued actions, except those about the children `ended`.
     fn apply_actions_except(&mut self, ended: &[Pid]);
 }
@@ -35,20 +45,21 @@ trait ReapTarget {
 fn handle_round(target: &mut impl ReapTarget, round: &[ReapedChild]) {
     let (workers, others): (Vec<&ReapedChild>, Vec<&ReapedChild>) =
         round.iter().partition(|child| target.is_worker(child.pid));
-    let others: Vec<Pid> = others.iter().map(|child| child.pid).collect();
-    // Workers first: a keeper of the same round is recognized by what its worker leaves.
+    let pids: Vec<Pid> = others.iter().map(|child| child.pid).collect();
+    // Workers first: a keeper of the same round is recognized by what its worker leaves, and a session by
+    // what its acceptor does.
     for worker in workers {
-        target.remove_worker(worker, &others);
+        target.remove_worker(worker, &pids);
     }
-    for pid in others {
-        target.remove_other(pid);
+    for child in others {
+        target.remove_other(child);
     }
     let ended: Vec<Pid> = round.iter().map(|child| child.pid).collect();
     target.apply_actions_except(&ended);
 }
 
-/// Drops actions about children that have ended: applied after a fork, they could reach a new worker
-/// with the same pid.
+/// Drops actions about children that have ended. After a fork they could reach a new worker with the same
+/// pid.
 fn drop_actions_about(actions: &mut VecDeque<Action>, ended: &[Pid]) {
     actions.retain(|action| action.child().is_none_or(|pid| !ended.contains(&pid)));
 }
@@ -67,80 +78,130 @@ impl ReapTarget for Round<'_, '_> {
 
     fn remove_worker(&mut self, child: &ReapedChild, others: &[Pid]) {
         let (master, pid) = (&mut *self.master, child.pid);
-        // What it said last comes before its end.
-        master.queue_reports(pid);
-        // Whoever else sends a KILL has reasons of its own.
-        let is_told_apart = self.out_of_memory || !child.exit.is_signal(Signal::SIGKILL);
-        let suspicious = is_told_apart && master.is_suspicious(child);
+        // Its last reports come before its death.
+        queue_reports(master, pid);
+        keep_deaths_of_programs(master);
+        let suspicion = suspicion(master, child, self.out_of_memory);
         let orphans = &master.orphans;
         let may_keep = |pid: Pid| {
-            !orphans.is_from_before(pid) && (others.contains(&pid) || is_plausible_keeper(pid))
+            !orphans.is_no_keeper(pid) && (others.contains(&pid) || is_plausible_keeper(pid))
         };
-        let worker = master.workers.remove(pid, suspicious, may_keep);
+        let worker = master.workers.remove(pid, suspicion, may_keep);
+        master.workers.sessions.adopted.remove(pid);
+        for progress in master.workers.keepers.progress() {
+            master.queue_actions(progress);
+        }
+        if let Some(worker) = worker.as_ref().filter(|it| it.slot.acceptor().is_some()) {
+            adopt_sessions(master, pid, &worker.known);
+        }
         // The log lines of the worker that decided a start or a reload are reported with its result,
         // so a later death of the same round must not replace them.
         if !master.actions.iter().any(Action::is_result) {
-            master.first_words.ended(pid);
+            master.workers.startup_log.ended(pid);
         }
         master.orphans.reaped(pid, true);
         master.queue_actions(Event::Died {
             pid,
+            name: worker.as_ref().and_then(program_deaths::process_name),
             how: child.exit,
-            method: worker.and_then(|worker| worker.last_method()),
+            last: worker.and_then(|worker| worker.last_call()),
             rss_bytes: child.peak_rss_bytes,
             at: process::unix_seconds(),
         });
+        count_exits(
+            master,
+            self.out_of_memory && child.exit.is_signal(Signal::SIGKILL),
+        );
     }
 
-    fn remove_other(&mut self, pid: Pid) {
-        self.master.orphans.reaped(pid, false);
-        self.master.workers.release_record(pid);
-        self.master.no_worker_ended(pid);
+    fn remove_other(&mut self, child: &ReapedChild) {
+        let (master, pid) = (&mut *self.master, child.pid);
+        let is_session = master.workers.sessions.reaped(child);
+        if is_session {
+            pass_session_deaths(master);
+            note_adopted_sessions(master);
+        }
+        master.orphans.reaped(pid, is_session);
+        let serving = master.fleet.generation();
+        if master.workers.release_record(pid, serving) {
+            adopt_sessions(master, pid, &Rc::default());
+        }
+        no_worker_ended(master, pid);
     }
 
     fn apply_actions_except(&mut self, ended: &[Pid]) {
-        self.master.act_except(ended);
+        act_except(self.master, ended);
     }
 }
 
-impl Master<'_> {
-    pub(super) fn reap(&mut self) {
-        // A bounded number, and all taken before any is replaced: workers that die as fast as
-        // they are forked must not keep the master from everything else.
-        let mut round: Vec<_> = std::iter::from_fn(process::reap_any)
-            .take(MOST_REAPED)
-            .collect();
-        self.reap_again = round.len() == MOST_REAPED;
-        round.retain(|ended| {
-            !self.probe_ended(ended.pid, ended.exit) && !self.orphans.reader_ended(ended.pid)
-        });
-        let is_killed_worker = |ended: &ReapedChild| {
-            ended.exit.is_signal(Signal::SIGKILL) && self.workers.get(ended.pid).is_some()
-        };
-        let out_of_memory = round.iter().any(is_killed_worker)
-            && (self.strikes).ran_out_of_memory(memory::oom_kill_count());
-        let mut target = Round {
-            master: self,
-            out_of_memory,
-        };
-        handle_round(&mut target, &round);
-        // After the dead are replaced, which is urgent.
-        self.end_orphans();
+pub fn reap(master: &mut Master<'_>) {
+    // The number is limited, and all are reaped before any is replaced: workers that die as fast as
+    // they are forked must not keep the master from other work.
+    let mut round: Vec<_> = std::iter::from_fn(process::reap_any)
+        .take(MOST_REAPED)
+        .collect();
+    master.reap_again = round.len() == MOST_REAPED;
+    round.retain(|ended| {
+        !probe_ended(master, ended.pid, ended.exit)
+            && !master.orphans.reader_ended(ended.pid)
+            && !observer_ended(master, ended)
+    });
+    let is_killed_worker = |ended: &ReapedChild| {
+        ended.exit.is_signal(Signal::SIGKILL) && master.workers.get(ended.pid).is_some()
+    };
+    let out_of_memory = round.iter().any(is_killed_worker)
+        && (master.crash_counts).ran_out_of_memory(memory::oom_kill_count());
+    let mut target = Round {
+        master,
+        out_of_memory,
+    };
+    handle_round(&mut target, &round);
+    // This comes last, because dead workers must be replaced first.
+    end_orphans(master);
+    if let Some(pid) = master.fleet.observer() {
+        let is_stopped = process::is_stopped(pid);
+        master.queue_actions(Event::ObserverStopped { pid, is_stopped });
     }
+}
 
-    /// Applies the queued actions, except those about the children `ended`, whose pids may be given
-    /// to new workers.
-    pub(super) fn act_except(&mut self, ended: &[Pid]) {
-        drop_actions_about(&mut self.actions, ended);
-        self.apply_actions();
+/// A child was reaped: whether it was an observer.
+fn observer_ended(master: &mut Master<'_>, child: &ReapedChild) -> bool {
+    let (pid, how) = (child.pid, child.exit);
+    let is_observer = master.workers.observers.remove(&pid);
+    if is_observer {
+        master.orphans.reaped(pid, false);
+        master.queue_actions(Event::ObserverDied { pid, how });
     }
+    is_observer
+}
 
-    /// Whether a worker's end may be a call's doing: not what it was told to do.
-    fn is_suspicious(&self, ended: &ReapedChild) -> bool {
-        let serves = |view: &super::policy::status_view::WorkerView| {
-            view.pid == Some(ended.pid) && view.state == WorkerPhase::Ready
+/// Counts the ends of workers. A KILL without an order comes from the system if it is out of memory.
+fn count_exits(master: &mut Master<'_>, is_out_of_memory: bool) {
+    let exits = &master.workers.metrics.header().worker_exits;
+    for exit in std::mem::take(&mut master.fleet.worker_exits) {
+        let exit = match exit {
+            WorkerExit::Signal if is_out_of_memory => WorkerExit::OutOfMemory,
+            exit => exit,
         };
-        !self.stopping && ended.exit != Exit::Code(0) && self.fleet.workers().iter().any(serves)
+        metrics_board::count(&exits[exit as usize], 1);
+    }
+}
+
+/// Carries out the queued actions, except those about the children `ended`, whose pids new workers may
+/// have.
+pub fn act_except(master: &mut Master<'_>, ended: &[Pid]) {
+    drop_actions_about(&mut master.actions, ended);
+    settle(master);
+}
+
+/// Returns which call may have caused the end of a worker.
+fn suspicion(master: &Master<'_>, ended: &ReapedChild, out_of_memory: bool) -> Suspicion {
+    let is_killed = ended.exit.is_signal(Signal::SIGKILL) && !out_of_memory;
+    match master.fleet.suspicion(ended.pid) {
+        _ if master.stopping || ended.exit == Exit::Code(0) => Suspicion::Nothing,
+        // A SIGKILL of another process is not caused by a call.
+        Suspicion::Reported if is_killed => Suspicion::Nothing,
+        suspicion => suspicion,
     }
 }
 
@@ -154,6 +215,7 @@ mod tests {
     use super::super::policy::fleet_world::{LIMITS, SEGV};
     use super::*;
     use crate::link::ids::Slot;
+    use crate::protocol::control::WorkerPhase;
 
     const NOW: Millis = 1_000;
 
@@ -170,7 +232,7 @@ mod tests {
     }
 
     impl FakeMaster {
-        /// Its workers are 101 and the following pids, and ready.
+        /// Its workers are 101 and the following pids, and all are ready.
         fn serving(count: usize) -> Self {
             let (fleet, actions) = Fleet::new(PolicyLimits { count, ..LIMITS }, NOW);
             let mut master = FakeMaster {
@@ -214,7 +276,7 @@ mod tests {
             }
         }
 
-        /// These end by SIGSEGV in one round.
+        /// Ends these by SIGSEGV in one round.
         fn reap(&mut self, pids: &[i32]) {
             let child = |pid: &i32| ReapedChild {
                 pid: Pid(*pid),
@@ -225,7 +287,7 @@ mod tests {
             handle_round(self, &round);
         }
 
-        /// The worker in a slot that does not drain, with its state.
+        /// Returns the worker in a slot that does not drain, with its state.
         fn worker(&self, slot: u16) -> (i32, WorkerPhase) {
             let views = self.fleet.workers().into_iter();
             let mut here =
@@ -244,14 +306,16 @@ mod tests {
             assert!(self.workers.remove(&child.pid));
             self.queue(Event::Died {
                 pid: child.pid,
+                name: None,
                 how: child.exit,
-                method: None,
+                last: None,
                 rss_bytes: 0,
                 at: 0,
             });
         }
 
-        fn remove_other(&mut self, pid: Pid) {
+        fn remove_other(&mut self, child: &ReapedChild) {
+            let pid = child.pid;
             assert!(self.keepers.remove(&pid), "{pid} is no keeper");
         }
 
@@ -292,7 +356,7 @@ mod tests {
         master.handle(Event::Reload { limits });
         master.handle(Event::Ready { pid: Pid(102) });
         assert_eq!(master.workers, [101, 102, 103].map(Pid).into());
-        // The death of 103 fails the reload, so 102 is told to drain. 101 is replaced.
+        // The death of 103 fails the reload, so 102 is ordered to drain. 101 is replaced.
         master.free = [Pid(102)].into();
         master.reap(&[101, 103, 102]);
         assert_eq!(master.worker(0), (102, WorkerPhase::Starting));

@@ -1,49 +1,56 @@
-//! A master made of the table that the program before it left, in place of a start.
+//! Makes a master of the state that the program before it has left, instead of a start.
 //!
-//! Nothing is bound, locked or forked: all of it is there. What fails here is returned, and whoever
-//! called goes back to the program before, which finds everything as it left it.
+//! Nothing is bound, locked or forked, because everything exists. An error is returned, and the caller goes
+//! back to the program before, which continues as if nothing had happened. After a panic before the upgrade
+//! has succeeded, this file goes back with the current state, so that no event is lost. If that fails too, the
+//! panic continues to the caller, which goes back with the state that the old program had written.
 
-use std::collections::VecDeque;
+use std::mem;
 use std::os::fd::{OwnedFd, RawFd};
-use std::panic::resume_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
-use super::children::generation_info::OldContexts;
-use super::children::keepers::{is_plausible_keeper, keepers_lost};
+use super::children::keepers::is_plausible_keeper;
 use super::children::orphans::Orphans;
-use super::children::startup_log::StartupLog;
 use super::children::workers::{Children, GenerationContext};
+use super::core::{Master, now};
+use super::endpoints::Endpoints;
 use super::endpoints::control_socket::{ClientId, ControlSocket};
 use super::endpoints::listeners::Listener;
 use super::endpoints::pid_file::PidFile;
-use super::main_loop::{Master, now};
-use super::policy::crash_counts::CrashCounts;
+use super::main_loop::{finish, serve};
+use super::policy::action::Action;
+use super::policy::crash_counts::Suspicion;
 use super::policy::event::{Event, Exit};
 use super::policy::fleet::Fleet;
-use super::policy::rebalancer::Rebalancer;
-use super::setup::Setup;
-use super::start::show_title;
+use super::policy::reload_history::ReloadHistory;
+use super::policy::reload_queue::ReloadQueue;
+use super::reaping::act_except;
+use super::reports::queue_last_requests;
+use super::requests::settle;
+use super::requests::upgrade_driver::{export, refuse_upgrade};
+use super::setup::{Setup, show_title};
+use super::upgrade::exec_attempt::ExecAttempt;
+use super::upgrade::stage::UpgradeStage;
 use super::upgrade::state::UpgradeState;
-use super::upgrade::{ExecAttempt, Upgrade, UpgradeStage};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::link::ids::Pid;
-use crate::sys::memory;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal;
 
-/// Is the master that another program was, until it has to leave. `setup` holds the trial that
-/// the table came with.
+/// Runs the master of a server that another program has started, until it exits. `setup` holds the exec
+/// attempt that the state came with.
 ///
 /// # Errors
-/// What kept it from taking over.
+/// The reason why this program could not take over.
 pub fn take_over(setup: Setup<'_>, state: UpgradeState) -> Result<()> {
     signal::block_all();
     signal::install_fault_handlers();
-    // SIGPIPE: the program's on_master_start may have set its default, which would end the master when
+    // The program's on_master_start may have set SIGPIPE to its default, which would end the master when
     // the log loses its reader.
     signal::ignore(&[Signal::SIGXFSZ, Signal::SIGPIPE]);
     let reason = setup.trial.as_ref().and_then(|trial| trial.reason());
@@ -51,51 +58,51 @@ pub fn take_over(setup: Setup<'_>, state: UpgradeState) -> Result<()> {
     let mut master = resume(setup, state)?;
     match reason {
         Some(reason) => {
-            // Back again: nothing more can go wrong with what came along.
+            // This is the old program again. It needs nothing more of what was passed to it.
             *master.setup.trial = None;
             master.upgrade.settings = None;
-            master.notifier.tell(&[NotifyState::Ready]);
-            master.refuse_upgrade(&reason);
+            master.endpoints.notifier.notify(&[NotifyState::Ready]);
+            refuse_upgrade(&mut master, &reason);
         }
         None => {
             master.upgrade.stage = UpgradeStage::AwaitingReload;
-            master.upgrade.reload_also_requested =
-                std::mem::replace(&mut master.reload_asked, true);
+            master.upgrade.reload_also_requested = master.reloads.is_requested();
+            master.reloads.request(None);
         }
     }
-    if let Err(panic) = master.serve_until_confirmed() {
+    if let Err(panic) = serve_until_confirmed(&mut master) {
         resume_unwind(panic);
     }
-    master.finish()
+    finish(master)
 }
 
-/// Whether this version can make a master of the table: all but its descriptors is tried.
+/// Checks that this version can make a master of the state. Only its descriptors are not tried.
 ///
 /// # Errors
-/// What can't be read, or contradicts itself.
+/// What cannot be read, or a contradiction.
 pub fn check_state(state: UpgradeState) -> Result<()> {
     Fleet::import(state.fleet, now()).map_err(contradiction)?;
     Children::fits(&state.workers)
 }
 
 fn contradiction(text: String) -> Error {
-    Error::Refused(format!("the table contradicts itself: {text}"))
+    Error::Refused(format!("the state contradicts itself: {text}"))
 }
 
-/// Tells what `processes` means now: the version before ran so many programs of a pool for each worker.
+/// Logs that `processes` has another meaning now: the version before ran that number for each worker.
 fn explain_processes(settings: &Settings) {
     let workers = settings.workers.count;
     for (name, pool) in &settings.pools {
         let (count, before) = (pool.processes, pool.processes * workers);
         log::info!(
-            "upgrade: processes = {count} of the pool {name} is the number for all workers now, and was \
-             that for each of {workers} workers; to keep the total, set processes = {before}"
+            "upgrade: processes = {count} of the pool {name} is now the number for all workers; before, it \
+             was the number for each of {workers} workers; to keep the total, set processes = {before}"
         );
     }
 }
 
 fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
-    let missing = || Error::Bug("a take-over without what it came with".into());
+    let missing = || Error::Bug("a take-over without its state".into());
     let through = setup.trial.as_ref().ok_or_else(missing)?.through();
     let take = |number: RawFd| -> Result<OwnedFd> {
         let what = || format!("take over descriptor {number}");
@@ -111,100 +118,147 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let pick = |places: &[usize]| -> Result<Vec<Rc<Listener>>> {
         let one = |&place: &usize| listeners.get(place).cloned();
         let some: Option<_> = places.iter().map(one).collect();
-        some.ok_or_else(|| contradiction("it names a listener that is not there".into()))
+        some.ok_or_else(|| contradiction("it names a listener that does not exist".into()))
     };
     let now = now();
-    let fleet = Fleet::import(state.fleet, now).map_err(contradiction)?;
-    // First: none of them is anybody's keeper.
-    fleet.pids().for_each(process::has_forked);
+    let mut table = state.fleet;
+    // A program after this one has reaped the others before it gave up.
+    table.observers.retain(|pid| process::is_child(Pid(*pid)));
+    let fleet = Fleet::import(table, now).map_err(contradiction)?;
     let is_on_trial = setup.trial.as_ref().is_some_and(ExecAttempt::can_go_back);
     if is_on_trial && state.workers.pools.is_none() {
         explain_processes(&setup.settings);
     }
-    let workers = Children::import(state.workers, take)?;
+    let uptime_s = now.saturating_sub(state.started) / 1000;
+    let started_at = process::unix_seconds().saturating_sub(uptime_s);
+    let mut workers = Children::import(state.workers, started_at, take)?;
+    workers.observers.extend(fleet.observers());
     let same = fleet.pids().count() == workers.iter().count();
     if !same || fleet.pids().any(|pid| workers.get(pid).is_none()) {
         return Err(contradiction("the workers of its two lists differ".into()));
     }
-    let orphans = Orphans::import(state.orphans, |pid| workers.is_keeper(pid));
+    let orphans = Orphans::import(state.orphans, &workers);
     let (path, fd) = state.pid_file;
     let settings = Rc::new(setup.settings.clone());
-    let ground = Rc::new(GenerationContext {
+    let context = GenerationContext {
         registry: setup.host.registry(&settings),
         settings,
         listeners: pick(&state.serving)?,
+        observe: pick(&state.observed)?,
         known: Rc::new(state.known),
-    });
-    let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
+    };
     process::become_subreaper().map_err(|error| Error::system("become a subreaper", error))?;
     let control = ControlSocket::import(state.control, take)?;
     let pid_file = PidFile::import(path, take(fd)?)?;
     let passed = pick(&state.passed)?;
-    // The last that can fail: what was heard until here would be lost with them.
+    // The last step that can fail: signals that were received until here would be lost with the pipe.
     let signals = setup.trial.as_mut().and_then(ExecAttempt::take_signals);
-    let signals = signals.ok_or_else(missing)?;
-    show_title(&setup);
-    workers.allow_requests();
-    Ok(Master {
-        fleet,
-        workers,
+    let endpoints = Endpoints {
         control,
         notifier: Notifier::from_environment(),
-        signals,
+        signals: signals.ok_or_else(missing)?,
         pid_file,
-        orphans,
-        serving_context: ground,
-        old_contexts: OldContexts::default(),
-        next_context: None,
-        first_words: StartupLog::default(),
-        strikes: CrashCounts::new(memory::oom_kill_count()),
-        keepers_lost: keepers_lost(),
-        spread: Rebalancer::default(),
         passed,
-        reload_asked: state.reload_asked,
-        reload_waits: false,
-        next_verdict_for: clients(state.reload_waiting),
-        verdict_for: Vec::new(),
-        last_reload: state.last_reload,
-        previous_log: None,
-        stopping: false,
-        started: state.started,
-        next_watchdog: now,
-        shown_status: String::new(),
-        failure: None,
-        actions: VecDeque::new(),
-        exit_code: None,
-        // A SIGCHLD may have been merged with one that was taken before the exec.
-        reap_again: true,
-        upgrade: Upgrade {
-            waiting: clients(state.waiting),
-            settings: setup.trial.is_some().then_some(state.settings),
-            last: state.last_upgrade,
-            ..Upgrade::default()
-        },
-        setup,
-    })
+    };
+    show_title(&setup);
+    workers.allow_requests();
+    let is_upgrade = setup.trial.is_some();
+    let fleet = (fleet, Vec::new());
+    let mut master = Master::new(setup, fleet, (workers, orphans), context, endpoints);
+    let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
+    master.reloads = ReloadQueue::new(state.reload_asked, clients(state.reload_waiting));
+    master.reload_history = ReloadHistory::new(state.last_reload, state.reloads);
+    master.started = state.started;
+    // A SIGCHLD may have been merged with one that was read before the exec.
+    master.reap_again = true;
+    master.upgrade.waiting = clients(state.waiting);
+    master.upgrade.settings = is_upgrade.then_some((state.settings, state.secrets));
+    master.upgrade.last = state.last_upgrade;
+    Ok(master)
 }
 
-impl Master<'_> {
-    /// Takes note of workers that are no children any more: a program after this one has reaped
-    /// them before it gave up, and how they ended went with it.
-    pub(crate) fn report_vanished_workers(&mut self) {
-        let gone = |pid: &Pid| !process::is_child(*pid);
-        let lost: Vec<Pid> = self.fleet.pids().filter(gone).collect();
-        for &pid in &lost {
-            log::warn!("worker {pid} ended while the upgrade was tried, and how is not known");
-            process::forget_forked(pid);
-            let worker = self.workers.remove(pid, false, is_plausible_keeper);
-            self.queue_actions(Event::Died {
-                pid,
-                how: Exit::Code(0),
-                method: worker.and_then(|worker| worker.last_method()),
-                rss_bytes: 0,
-                at: process::unix_seconds(),
-            });
-        }
-        // Only now: a new worker may get the pid of one that is removed here.
-        self.act_except(&lost);
+/// The reason that clients get.
+pub const PANICKED: &str = "the new program panicked; the log says where";
+
+/// Runs the loop until the master exits. Rolls back after a panic before the upgrade has succeeded.
+/// Returns the panic if that is not possible.
+fn serve_until_confirmed(master: &mut Master<'_>) -> std::thread::Result<()> {
+    let lived = catch_unwind(AssertUnwindSafe(|| {
+        report_vanished_workers(master);
+        serve(master);
+    }));
+    let is_on_trial = master
+        .setup
+        .trial
+        .as_ref()
+        .is_some_and(|it| it.can_go_back());
+    if lived.is_err() && is_on_trial {
+        // A second panic is possible, because the state may be damaged. Then the other way back is
+        // taken.
+        let _ = catch_unwind(AssertUnwindSafe(|| roll_back_after_panic(master)));
+        // The program that continues must get the signals that were not handled.
+        signal::block_all();
+        master.endpoints.signals.requeue_pending();
     }
+    lived
+}
+
+/// Goes back to the old program. Returns only if that is not possible.
+fn roll_back_after_panic(master: &mut Master<'_>) {
+    queue_last_requests(master);
+    let given_up = master.fleet.abandon_reload(PANICKED.to_owned(), now());
+    let left = mem::take(&mut master.actions);
+    // The old program does these forks, because this one may have panicked in a fork.
+    let is_fork = |action: &Action| matches!(action, Action::Fork { .. } | Action::ForkObserver);
+    master.actions = left
+        .into_iter()
+        .chain(given_up)
+        .filter(|it| !is_fork(it))
+        .collect();
+    settle(master);
+    let reason = match mem::take(&mut master.upgrade.stage) {
+        UpgradeStage::RollingBack(reason) => reason,
+        // Its reload had not begun, so it has no other reason.
+        _ => PANICKED.to_owned(),
+    };
+    let table = export(master);
+    let pids = |fleet: &Fleet| fleet.pids().all(|pid| master.workers.get(pid).is_some());
+    let is_whole = table.workers.living.len() == table.fleet.children.len()
+        && Fleet::import(table.fleet.clone(), now()).is_ok_and(|fleet| pids(&fleet));
+    let Some(trial) = master.setup.trial.as_ref().filter(|_| is_whole) else {
+        return log::error!(
+            "upgrade: the new program's state is inconsistent; rolling back to the state saved before the exec"
+        );
+    };
+    log::info!("upgrade: rolling back to the old program");
+    let error = trial.exec_old_with_state(&table, &master.endpoints.signals, &reason);
+    master.workers.allow_requests();
+    log::error!("upgrade: could not execute the old program: {error}");
+}
+
+/// Handles workers that have vanished: a program that gave up has reaped them, and only it knew how
+/// they ended.
+fn report_vanished_workers(master: &mut Master<'_>) {
+    let gone = |pid: &Pid| !process::is_child(*pid);
+    let lost: Vec<Pid> = master.fleet.pids().filter(gone).collect();
+    for &pid in &lost {
+        log::warn!("worker {pid} ended during the upgrade; its exit status is not known");
+        let worker = master
+            .workers
+            .remove(pid, Suspicion::Nothing, is_plausible_keeper);
+        master.queue_actions(Event::Died {
+            pid,
+            // Pool processes do not cross.
+            name: None,
+            how: Exit::Code(0),
+            last: worker.and_then(|worker| worker.last_call()),
+            rss_bytes: 0,
+            at: process::unix_seconds(),
+        });
+    }
+    for progress in master.workers.keepers.progress() {
+        master.queue_actions(progress);
+    }
+    // This comes last, because a new worker may get the pid of one that is removed here.
+    act_except(master, &lost);
 }

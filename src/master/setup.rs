@@ -1,53 +1,92 @@
-//! What a master is started from, and what it asks of the program around it.
+//! What a master needs to start, and what it asks of the program around it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::upgrade::{ExecAttempt, StartParams};
+use super::policy::event::{Millis, PolicyLimits};
+use super::upgrade::exec_attempt::ExecAttempt;
+use super::upgrade::start_params::StartParams;
 use crate::config::Settings;
 use crate::error::Result;
 use crate::handler::registry::Registry;
 use crate::logging::LogOutput;
 use crate::sys::daemon::Launcher;
 use crate::sys::notify::PassedListener;
-use crate::sys::title::TitleArea;
-use crate::worker_init::WorkerMain;
+use crate::sys::title::{self, TitleArea};
+use crate::worker_init::{ObserverMain, WorkerMain};
 
-/// What the master asks of the program that it runs in: at a start and at each reload.
+/// What the master asks of the program around it, at a start and at each reload.
 pub trait Embedder {
     /// Reads and checks the configuration.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The fault in the configuration.
     fn load(&self) -> Result<Settings>;
-    /// Makes the table of methods of a configuration.
+    /// Makes the table of methods for a configuration.
     fn registry(&self, settings: &Settings) -> Arc<Registry>;
-    /// Sets level, form and output of the log as a configuration says; returns the old output.
+    /// Sets level, format and output of the log for a configuration. Returns the previous output.
     ///
     /// # Errors
-    /// When the log file can't be opened; then nothing has changed.
+    /// If the log file cannot be opened. Then nothing has changed.
     fn configure_log(&self, settings: &Settings) -> Result<Option<LogOutput>>;
-    /// Sets them back to what an earlier configuration says, with the output of then.
+    /// Sets the log back to an earlier configuration and its output.
     fn restore_log(&self, settings: &Settings, output: LogOutput);
 }
 
-/// What a master is started from.
+/// What a master needs to start.
 pub struct Setup<'a> {
     /// The name of the program, for titles.
     pub program: String,
-    /// Where the title goes.
     pub title: Option<TitleArea>,
-    /// The configuration to start with.
+    /// The configuration of the first generation.
     pub settings: Settings,
-    /// What the program around it knows.
+    /// The program around the master.
     pub host: &'a dyn Embedder,
-    /// What a forked child becomes.
+    /// The function that a forked child runs.
     pub worker_main: WorkerMain,
-    /// Listeners of the service manager's.
+    /// What a forked observer becomes.
+    pub observer_main: ObserverMain,
+    /// Sockets that the service manager has passed.
     pub passed: Vec<PassedListener>,
-    /// How it was started, for an upgrade.
+    /// How the program was started, for an upgrade.
     pub origin: StartParams,
-    /// The upgrade that this program was started by, until its verdict.
+    /// The upgrade that has started this program. `Some` until it has a result.
     pub trial: &'a mut Option<ExecAttempt>,
-    /// The shell that waits for a daemon; taken once it has its answer.
+    /// The process that waits for a daemon. Taken when it gets the result of the start.
     pub launcher: &'a mut Option<Launcher>,
+}
+
+/// Returns what the policy needs of a configuration.
+pub fn limits(settings: &Settings) -> PolicyLimits {
+    let workers = &settings.workers;
+    let millis = |duration: Duration| duration.as_millis() as Millis;
+    PolicyLimits {
+        pools: settings.pool_processes(),
+        acceptors: settings.isolated().count(),
+        has_observer: settings.observe.address.is_some(),
+        count: workers.count,
+        boot_timeout: millis(workers.boot_timeout),
+        drain_timeout: millis(workers.drain_timeout),
+        heartbeat_timeout: millis(workers.heartbeat_timeout),
+        respawn_burst: workers.respawn_burst,
+        respawn_max_delay: millis(workers.respawn_max_delay),
+        max_memory: workers.max_memory,
+        max_lifetime: millis(workers.max_lifetime),
+        max_unavailable: workers.max_unavailable,
+    }
+}
+
+/// Sets the process title and the name of the thread.
+pub fn show_title(setup: &Setup<'_>) {
+    if let Some(area) = setup.title {
+        area.set(&master_title(&setup.program, &setup.settings));
+    }
+    title::set_comm(&setup.program, "master");
+}
+
+fn master_title(program: &str, settings: &Settings) -> String {
+    match &settings.file {
+        Some(file) => format!("{program}: master {}", file.display()),
+        None => format!("{program}: master"),
+    }
 }

@@ -1,10 +1,11 @@
-//! The plain form of an answer: `{"out": NAME, "result": …, "id": …}`.
+//! Encodes and decodes the plain form of an answer: `{"out": NAME, "result": …, "id": …}`.
 //!
-//! [`result`] and [`error`] append a body to a buffer, without a frame's header, so that one
-//! write can carry many; [`read`] is the other end of it, for clients and for pool programs'
-//! answers. Results and ids go through as the JSON text they are given as: whoever made them
-//! vouches for them.
+//! [`result`] and [`error`] append a body without a frame header to a buffer, so that one write can carry
+//! many answers. [`read`] decodes answers, for clients and for answers of pool programs. Results and ids
+//! must be JSON text; they are passed on unchanged.
 
+use super::call_id::CallId;
+use super::code::Code;
 use super::json;
 use super::rpc_error::RpcError;
 use crate::error::{Error, Result};
@@ -12,13 +13,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 
-/// The `out` of every error; no method may answer with it.
+/// The `out` of every error. No method may have this name.
 pub const ERROR: &str = "error";
 
-/// How a sentence begins that says why something is no answer.
-pub(super) const NO_ANSWER: &str = "what came back is no answer: ";
+/// The beginning of a message that says why something is not an answer.
+pub(super) const NO_ANSWER: &str = "the response is not an answer: ";
 
-/// Appends the answer of a call that has a result. `result` and `id` must be JSON.
+/// Appends the answer of a successful call. `result` and `id` must be JSON.
 #[cfg(any(test, feature = "internals"))]
 pub fn result(out: &mut Vec<u8>, name: &str, result: &str, id: Option<&str>) {
     begin(out, name);
@@ -26,23 +27,32 @@ pub fn result(out: &mut Vec<u8>, name: &str, result: &str, id: Option<&str>) {
     end(out, id);
 }
 
-/// Appends the answer of a call that has none. `id` must be JSON.
-pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>) {
+/// Appends an error answer. `id` must be JSON. `call` is the id that the server gave to the call, if the error
+/// is to have it.
+pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>, call: Option<CallId>) {
     begin(out, ERROR);
-    bare_error(out, error);
+    bare_error(out, error, call);
     end(out, id);
 }
 
-/// Appends an error alone: what stands in the `result` of one, and all that HTTP's bare form has.
-pub fn bare_error(out: &mut Vec<u8>, error: &RpcError) {
+/// Appends whether the call began, and its id if the error is to have it.
+pub(super) fn started(out: &mut Vec<u8>, error: &RpcError, call: Option<CallId>) {
+    out.extend_from_slice(b",\"started\":");
+    out.extend_from_slice(if error.started { b"true" } else { b"false" });
+    if let Some(call) = call {
+        out.extend_from_slice(format!(",\"call\":\"{call}\"").as_bytes());
+    }
+}
+
+/// Appends the bare error: the `result` of an error answer, and the whole body in HTTP's bare form.
+pub fn bare_error(out: &mut Vec<u8>, error: &RpcError, call: Option<CallId>) {
     out.extend_from_slice(b"{\"code\":");
     json(out, &error.code);
     out.extend_from_slice(b",\"name\":");
     string(out, &error.name);
     out.extend_from_slice(b",\"message\":");
     string(out, &error.message);
-    out.extend_from_slice(b",\"started\":");
-    out.extend_from_slice(if error.started { b"true" } else { b"false" });
+    started(out, error, call);
     if let Some(data) = &error.data {
         out.extend_from_slice(b",\"data\":");
         out.extend_from_slice(data.get().as_bytes());
@@ -50,23 +60,22 @@ pub fn bare_error(out: &mut Vec<u8>, error: &RpcError) {
     out.push(b'}');
 }
 
-/// An answer as it was received, borrowed from its body.
+/// A received answer, borrowed from its body.
 #[derive(Debug, Clone)]
 pub struct Answer<'a> {
     /// The value of `out`.
     pub name: Cow<'a, str>,
-    /// The result as JSON text, or the error.
-    pub outcome: std::result::Result<&'a str, RpcError>,
-    /// The id as JSON text; none when it is absent or null.
-    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code))]
-    pub id: Option<&'a str>,
+    /// The result, or the error.
+    pub outcome: std::result::Result<&'a RawValue, RpcError>,
+    /// The id; `None` if it is absent or null.
+    pub id: Option<&'a RawValue>,
 }
 
-/// Reads an answer nested at most `depth` deep. Of an error only the code must be there: a name
-/// is taken from the table, and what does not say that it was not started may have been.
+/// Decodes an answer nested at most `depth` levels. An error needs only a code. Its name is taken from
+/// the table. If it does not say `started: false`, it counts as started.
 ///
 /// # Errors
-/// [`Error::Protocol`] for what is no answer.
+/// [`Error::Protocol`] if it is not an answer.
 pub fn read(body: &[u8], depth: usize) -> Result<Answer<'_>> {
     let text = json::text(body, depth).map_err(|error| no_answer(&error.message))?;
     let envelope: CallMembers<'_> = object(text).ok_or_else(|| no_answer("not an object"))??;
@@ -75,13 +84,52 @@ pub fn read(body: &[u8], depth: usize) -> Result<Answer<'_>> {
             .ok_or_else(|| no_answer("the result of an error is not an object"))??;
         Err(failure.into())
     } else {
-        Ok(envelope.result.get())
+        Ok(envelope.result)
     };
     Ok(Answer {
         name: envelope.out,
         outcome,
-        id: envelope.id.map(RawValue::get),
+        id: envelope.id,
     })
+}
+
+/// The outcome of a call that another process of the server ran, with the name that it gives its answer.
+/// That process has checked it, but may be in an attacker's hands: a result that is no JSON, or stands on
+/// several lines, could pass for other answers of the client's connection.
+///
+/// # Errors
+/// The error that it sent, or `bad-output` for what is no result.
+pub fn check_forwarded(
+    name: Option<&str>,
+    outcome: std::result::Result<Vec<u8>, RpcError>,
+) -> std::result::Result<Vec<u8>, RpcError> {
+    match outcome {
+        Ok(mut result) => {
+            let problem = match serde_json::from_slice::<&RawValue>(&result) {
+                Ok(_) if name == Some(ERROR) => "a result that is called an error".to_owned(),
+                Ok(_) => {
+                    json::flatten_to_one_line(&mut result);
+                    return Ok(result);
+                }
+                Err(error) => error.to_string(),
+            };
+            let text = format!("the process that ran the call sent no result: {problem}");
+            Err(RpcError::of(Code::BadOutput, text, true))
+        }
+        Err(error) => Err(RpcError {
+            data: error.data.map(unbroken),
+            ..error
+        }),
+    }
+}
+
+/// JSON on one line.
+pub(super) fn unbroken(data: Box<RawValue>) -> Box<RawValue> {
+    if !data.get().contains(['\n', '\r']) {
+        return data;
+    }
+    let text = data.get().replace(['\n', '\r'], " ");
+    RawValue::from_string(text).unwrap_or(data)
 }
 
 #[derive(Deserialize)]
@@ -116,7 +164,7 @@ impl From<Failure> for RpcError {
     }
 }
 
-/// `None` where the text is not an object: a derived struct would take an array for one.
+/// Returns `None` if the text is not an object, because a derived struct would also accept an array.
 fn object<'a, T: Deserialize<'a>>(text: &'a str) -> Option<Result<T>> {
     text.trim_start().starts_with('{').then(|| {
         serde_json::from_str(text).map_err(|error| no_answer(&json::not_json(text, &error).message))
@@ -127,14 +175,14 @@ fn no_answer(why: &str) -> Error {
     Error::Protocol(format!("{NO_ANSWER}{why}"))
 }
 
-/// Appends an answer up to its result, which is to be appended next, as JSON.
+/// Appends an answer up to its result. The caller then appends the result as JSON.
 pub fn begin(out: &mut Vec<u8>, name: &str) {
     out.extend_from_slice(b"{\"out\":");
     string(out, name);
     out.extend_from_slice(b",\"result\":");
 }
 
-/// Ends what [`begin`] began. `id` must be JSON.
+/// Appends the part of the answer after the result. `id` must be JSON.
 pub fn end(out: &mut Vec<u8>, id: Option<&str>) {
     if let Some(id) = id {
         out.extend_from_slice(b",\"id\":");
@@ -145,7 +193,14 @@ pub fn end(out: &mut Vec<u8>, id: Option<&str>) {
 
 /// Appends a JSON string, escaped as needed.
 pub(super) fn string(out: &mut Vec<u8>, text: &str) {
-    json(out, text);
+    let is_plain = |byte: &u8| *byte >= b' ' && *byte != b'"' && *byte != b'\\';
+    if !text.as_bytes().iter().all(is_plain) {
+        return json(out, text);
+    }
+    out.reserve(text.len() + 2);
+    out.push(b'"');
+    out.extend_from_slice(text.as_bytes());
+    out.push(b'"');
 }
 
 /// Appends a number or a string as JSON.

@@ -1,7 +1,7 @@
-//! A body, whatever dialect it came in: in which form the call is, or that it is a batch.
+//! Decodes a body of any dialect: finds the form of the call, or that it is a batch.
 //!
-//! An object with `jsonrpc` is a JSON-RPC 2.0 call, an array always a batch of them; what is no
-//! JSON is answered in the form that its bytes hint at. Everything else is the plain form.
+//! An object with `jsonrpc` is a JSON-RPC 2.0 call. An array is always a batch of them. Invalid JSON is
+//! answered in the form that its first bytes suggest. Everything else is the plain form.
 
 use super::call::{Call, InvalidCall, invalid, not_a_call};
 use super::envelope::{CallMembers, Member};
@@ -11,34 +11,32 @@ use super::rpc_error::RpcError;
 use memchr::memmem;
 use serde_json::value::RawValue;
 
-/// The shape of a call, and of its answer.
+/// The form of a call and of its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// `{"in": …}`, answered with `{"out": …}`.
     Plain,
     /// JSON-RPC 2.0.
     JsonRpc,
-    /// A notification of JSON-RPC 2.0: not answered.
+    /// A notification of JSON-RPC 2.0; it is not answered.
     Notification,
-    /// The params alone, answered with the result or the error alone: HTTP's `POST /METHOD`.
+    /// Only the params, answered with only the result or the error: HTTP's `POST /METHOD`.
     ParamsOnly,
 }
 
 #[derive(Debug)]
 pub enum Body<'a> {
-    /// One call, or something that is none.
+    /// One call, or an invalid one.
     One(Form, Result<Call<'a>, InvalidCall<'a>>),
-    /// Calls that are answered together; [`jsonrpc::member`] reads each.
+    /// Calls that are answered together; [`jsonrpc::member`] decodes each.
     Batch {
-        /// The whole body.
         text: &'a str,
-        /// At least one of them.
+        /// Never empty.
         members: Vec<&'a str>,
     },
 }
 
-/// Reads a body. `depth` is the deepest nesting that is taken, `most` how many calls a batch may
-/// have.
+/// Decodes a body. `depth` is the deepest allowed nesting, `most` the most calls in a batch.
 #[inline]
 pub fn read(body: &[u8], depth: usize, most: usize) -> Body<'_> {
     let text = match json::text(body, depth) {
@@ -46,7 +44,7 @@ pub fn read(body: &[u8], depth: usize, most: usize) -> Body<'_> {
         Err(error) => return unreadable(body, error),
     };
     match text.trim_start_matches([' ', '\t', '\n', '\r']).as_bytes() {
-        [b'{', ..] => match serde_json::from_str::<CallMembers<'_>>(text) {
+        [b'{', ..] => match CallMembers::read(text) {
             Ok(envelope) if envelope.get(Member::Jsonrpc).is_none() => {
                 Body::One(Form::Plain, envelope.into_call(text))
             }
@@ -67,7 +65,8 @@ pub fn read(body: &[u8], depth: usize, most: usize) -> Body<'_> {
     }
 }
 
-/// The form in which a JSON-RPC call is answered: a notification is not, one that is none is.
+/// Returns the form in which a JSON-RPC call is answered. A notification is not answered, but an invalid
+/// call is.
 pub fn request_form(call: &Result<Call<'_>, InvalidCall<'_>>) -> Form {
     match call {
         Ok(call) if call.id.is_none() => Form::Notification,
@@ -75,7 +74,7 @@ pub fn request_form(call: &Result<Call<'_>, InvalidCall<'_>>) -> Form {
     }
 }
 
-/// The params of a [`Form::ParamsOnly`] call as JSON text; an empty body is null.
+/// Returns the params of a [`Form::ParamsOnly`] call as JSON text. An empty body means null.
 ///
 /// # Errors
 /// `parse-error`.
@@ -93,7 +92,7 @@ pub fn params(body: &[u8], depth: usize) -> Result<&str, RpcError> {
 fn batch<'a>(text: &'a str, elements: Elements<'a>, most: usize) -> Body<'a> {
     let Elements { first, count } = elements;
     let why = match count {
-        0 => "a batch without a call".to_owned(),
+        0 => "the batch has no calls".to_owned(),
         _ if count > most => {
             format!("a batch of {count} calls; limits.batch allows {most}")
         }

@@ -1,17 +1,17 @@
-//! The plain form of a call: `{"in": "ping", "params": …, "id": …, "timeout_ms": …}`.
+//! Encodes and decodes the plain form of a call: `{"in": "ping", "params": …, "id": …, "timeout_ms": …}`.
 //!
-//! [`parse`] reads a body once and borrows from it; params and id stay as they were written, to
-//! the letter. Params are whatever is JSON by RFC 8259's grammar: a number of 40 digits, a member
-//! given twice inside of them, a lone surrogate (`"\ud800"`) all pass, and are the handler's to
-//! judge; a handler that wants a Rust `String` refuses the last as invalid params. Only a method's
-//! name must be text, for it is compared.
+//! [`parse`] reads a body once and borrows from it. Params and id stay byte for byte as they were
+//! written. Params may be any JSON by the grammar of RFC 8259. A number of 40 digits, a duplicate member
+//! inside them and a lone surrogate (`"\ud800"`) are passed on, and the handler decides. A handler that
+//! wants a Rust `String` refuses a lone surrogate as invalid params. Only a method name must be valid
+//! text, because it is compared.
 //!
-//! No filter before us shall read another method than we do: members of the call given twice are
-//! refused, also where one is spelt with escapes, as is `in` beside `method`. Other members are
-//! ignored. The grammar is judged first and to the end of the body, so a refusal for one member
-//! still echoes an id that stands behind it.
+//! A filter in front of the server must not see another method than the server does. So duplicate members
+//! of the call are refused, even if one is spelt with escapes, and so is `in` beside `method`. Other
+//! members are ignored. The grammar is checked first, up to the end of the body. So the refusal of one
+//! member still echoes an id behind it.
 //!
-//! Which form a body has is told by [`body`](super::body); here it is the plain one.
+//! [`body`](super::body) finds the form of a body; this module decodes the plain form.
 
 use super::code::Code;
 use super::envelope::{CallMembers, Member, inside_quotes};
@@ -21,26 +21,26 @@ use std::borrow::Cow;
 /// A call, borrowed from its body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call<'a> {
-    /// The method's name; owned only where the body spells it with escapes.
+    /// The method name; owned only if the body spells it with escapes.
     pub method: Cow<'a, str>,
-    /// The params as JSON text; `null` when the body has none.
+    /// The params as JSON text; `null` if the body has none.
     pub params: &'a str,
-    /// The id as JSON text, a string or a number; a null one is none.
+    /// The id as JSON text, a string or a number; `None` if it is absent or null.
     pub id: Option<&'a str>,
-    /// How long the caller will wait, in milliseconds; 0 is over already.
+    /// How long the caller waits, in milliseconds; with 0 the call has already timed out.
     pub timeout_ms: Option<u64>,
 }
 
-/// Why a body is no call.
+/// Why a body is not a call.
 #[derive(Debug, Clone)]
 pub struct InvalidCall<'a> {
     /// `parse-error` or `invalid-request`.
     pub error: RpcError,
-    /// The id to echo, where one could be read.
+    /// The id to echo, if it could be read.
     pub id: Option<&'a str>,
 }
 
-/// Reads a body. `depth` is the deepest nesting that is taken; the call's own object is level 1.
+/// Decodes a body. `depth` is the deepest allowed nesting; the call's own object is level 1.
 #[cfg(any(test, feature = "internals"))]
 pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, InvalidCall<'_>> {
     use super::json;
@@ -51,13 +51,15 @@ pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, InvalidCall<'_>> {
     let not_json = |error| without_id(json::not_json(text, &error));
     match text.trim_start_matches([' ', '\t', '\n', '\r']).as_bytes() {
         [b'{', ..] => {
-            let envelope: CallMembers<'_> = serde_json::from_str(text).map_err(not_json)?;
+            let envelope = CallMembers::read(text).map_err(not_json)?;
             envelope.into_call(text)
         }
         _ => {
             let value: &RawValue = serde_json::from_str(text).map_err(not_json)?;
             let message = match value.get().as_bytes() {
-                [b'[', ..] => "an array is a JSON-RPC 2.0 batch, and not the plain form".into(),
+                [b'[', ..] => {
+                    "an array is a JSON-RPC 2.0 batch, not a call of the plain form".into()
+                }
                 _ => not_a_call(value.get()),
             };
             Err(without_id(invalid(message)))
@@ -67,11 +69,13 @@ pub fn parse(body: &[u8], depth: usize) -> Result<Call<'_>, InvalidCall<'_>> {
 
 impl Call<'_> {
     /// Appends the call's body to `out`. `params` and `id` must be JSON.
-    pub fn write(&self, out: &mut Vec<u8>) {
+    /// `more` may append further members, each behind a comma.
+    pub fn write(&self, out: &mut Vec<u8>, more: impl FnOnce(&mut Vec<u8>)) {
         out.extend_from_slice(b"{\"in\":");
         super::answer::string(out, &self.method);
         out.extend_from_slice(b",\"params\":");
         out.extend_from_slice(self.params.as_bytes());
+        more(out);
         if let Some(id) = self.id {
             out.extend_from_slice(b",\"id\":");
             out.extend_from_slice(id.as_bytes());
@@ -84,7 +88,7 @@ impl Call<'_> {
 }
 
 impl<'a> CallMembers<'a> {
-    /// Judges the members. `text` is the body, to say where they stand in it.
+    /// Checks the members. `text` is the body, so that messages can name positions in it.
     pub(super) fn into_call(self, text: &'a str) -> Result<Call<'a>, InvalidCall<'a>> {
         let id = self.id(text);
         let echoed = id.as_ref().ok().copied().flatten();
@@ -100,8 +104,8 @@ impl<'a> CallMembers<'a> {
         call().map_err(|error| InvalidCall { error, id: echoed })
     }
 
-    /// The value of `in`. Refuses what another reader could take for another call, and what is
-    /// not the plain form.
+    /// Returns the value of `in`. Refuses what another parser could take for another call, and other
+    /// forms.
     fn one_plain_method(&self, text: &str) -> Result<&'a str, RpcError> {
         self.no_member_twice(text)?;
         if let Some(version) = self.get(Member::Jsonrpc) {
@@ -125,7 +129,7 @@ impl<'a> CallMembers<'a> {
         }
     }
 
-    /// Refuses what another reader could take for another call.
+    /// Refuses what another parser could take for another call.
     pub(super) fn no_member_twice(&self, text: &str) -> Result<(), RpcError> {
         let Some((member, again)) = self.given_twice() else {
             return Ok(());
@@ -137,7 +141,7 @@ impl<'a> CallMembers<'a> {
     }
 
     fn id(&self, text: &str) -> Result<Option<&'a str>, RpcError> {
-        // Of two ids neither is the caller's: none is echoed.
+        // With two ids the right one is unknown, so none is echoed.
         if self.again(Member::Id).is_some() {
             return Ok(None);
         }
@@ -154,10 +158,10 @@ impl<'a> CallMembers<'a> {
         let Some(raw) = self.get(Member::TimeoutMs) else {
             return Ok(None);
         };
-        // JSON has no plus sign and no leading zero: what parses here is plain digits.
+        // JSON has no plus sign and no leading zeros, so only plain digits can be parsed here.
         raw.parse().map(Some).map_err(|_| {
             invalid(format!(
-                "`timeout_ms` at byte {} is no whole number of milliseconds in plain digits \
+                "`timeout_ms` at byte {} is not a whole number of milliseconds in plain digits \
                  (0 to {})",
                 offset(text, raw),
                 u64::MAX
@@ -170,20 +174,20 @@ pub(super) fn invalid(message: String) -> RpcError {
     RpcError::of(Code::InvalidRequest, message, false)
 }
 
-/// The refusal of a member that has another type than `takes` says.
+/// Returns the refusal of a member that has another type than `takes`.
 #[cold]
 pub(super) fn wrong(text: &str, name: &str, raw: &str, takes: &str) -> RpcError {
     let (at, is) = (offset(text, raw), kind(raw));
     invalid(format!("`{name}` at byte {at} is {is}; it takes {takes}"))
 }
 
-/// The method's name out of the value of the member that names it.
+/// Decodes the method name from the value of its member.
 pub(super) fn decoded<'a>(text: &str, name: &str, raw: &'a str) -> Result<Cow<'a, str>, RpcError> {
     match inside_quotes(raw) {
         Some(name) if !name.contains('\\') => Ok(Cow::Borrowed(name)),
         Some(_) => serde_json::from_str(raw).map(Cow::Owned).map_err(|_| {
             invalid(format!(
-                "`{name}` at byte {} has an escape for half a character (a lone surrogate)",
+                "`{name}` at byte {} contains half a surrogate pair",
                 offset(text, raw)
             ))
         }),
@@ -191,12 +195,12 @@ pub(super) fn decoded<'a>(text: &str, name: &str, raw: &'a str) -> Result<Cow<'a
     }
 }
 
-/// What is said of a body that is neither an object nor an array.
+/// Returns the message for a body that is neither an object nor an array.
 pub(super) fn not_a_call(raw: &str) -> String {
-    format!("{} is no call; a call is an object", kind(raw))
+    format!("{} is not a call; a call is an object", kind(raw))
 }
 
-/// What a JSON value is, in words.
+/// Names the type of a JSON value.
 fn kind(raw: &str) -> &'static str {
     match raw.as_bytes() {
         [b'{', ..] => "an object",
@@ -208,7 +212,7 @@ fn kind(raw: &str) -> &'static str {
     }
 }
 
-/// Where `part`, a slice of `text`, stands in it, in bytes counted from 0.
+/// Returns the position of `part`, a slice of `text`, in bytes from 0.
 pub(super) fn offset(text: &str, part: &str) -> usize {
     part.as_ptr().addr().wrapping_sub(text.as_ptr().addr())
 }

@@ -1,4 +1,4 @@
-//! Bodies as strangers send them: each sentence of the plain form, and any bytes at all.
+//! Tests the decoder of the plain form with valid bodies, hostile bodies and random bytes.
 #![allow(clippy::unwrap_used)]
 
 use super::*;
@@ -10,7 +10,7 @@ fn call(body: &str) -> Call<'_> {
     parse(body.as_bytes(), DEPTH).unwrap_or_else(|refusal| panic!("{body}: {}", refusal.error))
 }
 
-/// The code, the message and the echoed id.
+/// Returns the code, the message and the echoed id of a refusal.
 fn refusal(body: impl AsRef<[u8]>) -> (i64, String, Option<String>) {
     let body = body.as_ref();
     let refusal = parse(body, DEPTH)
@@ -34,7 +34,7 @@ fn refused_as_no_call(body: &str, message: &str, id: Option<&str>) {
 }
 
 #[test]
-fn a_whole_call_is_read_to_the_letter() {
+fn a_whole_call_is_decoded_byte_for_byte() {
     let read = call(
         r#" {"in" : "ping", "params":  [1.0, 1e400 ,"a\u0020b"] , "id":"x\n", "timeout_ms":500, "more":{}} "#,
     );
@@ -74,7 +74,7 @@ fn numbers_keep_each_digit_in_ids_and_params() {
 }
 
 #[test]
-fn escapes_in_a_methods_name_are_decoded() {
+fn escapes_in_a_method_name_are_decoded() {
     assert_eq!(
         call(r#"{"in":"p\u0069n\/g \ud83d\ude00"}"#).method,
         "pin/g 😀"
@@ -106,7 +106,7 @@ fn timeouts_are_whole_milliseconds_in_plain_digits() {
     ] {
         refused_as_no_call(
             &format!(r#"{{"in":"ping","timeout_ms":{timeout},"id":7}}"#),
-            "`timeout_ms` at byte 26 is no whole number of milliseconds in plain digits \
+            "`timeout_ms` at byte 26 is not a whole number of milliseconds in plain digits \
              (0 to 18446744073709551615)",
             Some("7"),
         );
@@ -128,7 +128,7 @@ fn a_member_given_twice_is_refused_however_it_is_spelt() {
         let twice = format!(
             r#"{{"id":7,"in":"a","params":1,"timeout_ms":9,"method":"b","jsonrpc":"2.0","{key}":{value}}}"#
         );
-        // What is given twice is the first thing said, whatever else is wrong with the call.
+        // A duplicate member is reported first, even if the call has other errors.
         let at = twice.len() - 1 - value.len();
         let message = format!("`{member}` is given twice, the second time at byte {at}");
         refused_as_no_call(&twice, &message, Some("7"));
@@ -146,7 +146,7 @@ fn a_member_given_twice_is_refused_however_it_is_spelt() {
 }
 
 #[test]
-fn what_is_given_twice_elsewhere_is_not_ours_to_judge() {
+fn duplicate_members_elsewhere_are_accepted() {
     let body = r#"{"in":"ping","params":{"in":1,"in":2,"id":3},"x":1,"x":2,"IN":1,"in ":2}"#;
     assert_eq!(call(body).params, r#"{"in":1,"in":2,"id":3}"#);
 }
@@ -199,7 +199,7 @@ fn an_id_is_a_string_or_a_number() {
 }
 
 #[test]
-fn an_id_is_echoed_wherever_it_stands() {
+fn an_id_is_echoed_from_any_position() {
     for body in [
         r#"{"in":7,"id":"a"}"#,
         r#"{"id":"a","in":7}"#,
@@ -210,10 +210,10 @@ fn an_id_is_echoed_wherever_it_stands() {
 }
 
 #[test]
-fn other_forms_are_named_in_their_refusal() {
+fn the_refusal_of_another_form_names_it() {
     refused_as_no_call(
         r#"[{"in":"ping"}]"#,
-        "an array is a JSON-RPC 2.0 batch, and not the plain form",
+        "an array is a JSON-RPC 2.0 batch, not a call of the plain form",
         None,
     );
     refused_as_no_call(
@@ -222,14 +222,18 @@ fn other_forms_are_named_in_their_refusal() {
          {\"in\": METHOD, \"params\": …}",
         Some("7"),
     );
-    refused_as_no_call("7", "a number is no call; a call is an object", None);
-    refused_as_no_call(" null", "null is no call; a call is an object", None);
-    refused_as_no_call(r#""in""#, "a string is no call; a call is an object", None);
+    refused_as_no_call("7", "a number is not a call; a call is an object", None);
+    refused_as_no_call(" null", "null is not a call; a call is an object", None);
+    refused_as_no_call(
+        r#""in""#,
+        "a string is not a call; a call is an object",
+        None,
+    );
 }
 
-/// Half a surrogate pair is JSON by the grammar, but no text: it passes where nothing reads it.
+/// Half a surrogate pair is valid JSON but not text: it is accepted in values that are not decoded.
 #[test]
-fn a_lone_surrogate_passes_in_params_id_and_strange_members_only() {
+fn a_lone_surrogate_is_accepted_only_in_params_id_and_unknown_members() {
     let read = call(r#"{"in":"ping","params":["\ud800"],"id":"\udfaa","\ud800":1}"#);
     assert_eq!(
         (read.params, read.id),
@@ -237,13 +241,13 @@ fn a_lone_surrogate_passes_in_params_id_and_strange_members_only() {
     );
     refused_as_no_call(
         r#"{"in":"\ud800","id":7}"#,
-        "`in` at byte 6 has an escape for half a character (a lone surrogate)",
+        "`in` at byte 6 contains half a surrogate pair",
         Some("7"),
     );
 }
 
 #[test]
-fn what_is_not_json_is_a_parse_error_without_an_id() {
+fn invalid_json_is_a_parse_error_without_an_id() {
     for body in [
         "",
         " ",
@@ -311,7 +315,7 @@ fn nesting_is_refused_before_anything_recurses() {
             "]".repeat(levels)
         )
     };
-    // The call is the first level.
+    // The call itself is the first level.
     assert!(parse(nested(DEPTH - 1).as_bytes(), DEPTH).is_ok());
     let (code, message, _) = refusal(nested(DEPTH));
     assert_eq!(
@@ -324,11 +328,11 @@ fn nesting_is_refused_before_anything_recurses() {
             .1
             .starts_with("nested deeper")
     );
-    // A limit far above serde_json's own is the one that holds.
+    // A limit far above the one of serde_json is still the one that applies.
     assert!(parse(nested(100_000).as_bytes(), 100_001).is_ok());
 }
 
-/// Any JSON value as text, in spellings that a writer of our own would not choose.
+/// Any JSON value as text, in unusual spellings too.
 fn json() -> impl Strategy<Value = String> {
     let leaf = prop_oneof![
         "null|true|false",
@@ -368,17 +372,17 @@ proptest! {
     }
 
     #[test]
-    fn params_and_ids_pass_to_the_letter(
+    fn params_and_ids_are_kept_byte_for_byte(
         params in json(), id in r#"-?[1-9][0-9]{0,40}|"[ -!#-\[\]-~]{0,9}""#, name in ".{0,12}",
     ) {
         let mut body = Vec::new();
         let sent = Call { method: Cow::Borrowed(&name), params: &params, id: Some(&id), timeout_ms: Some(9) };
-        sent.write(&mut body);
+        sent.write(&mut body, |_| {});
         prop_assert_eq!(parse(&body, DEPTH).unwrap(), sent);
     }
 
     #[test]
-    fn the_grammar_is_serde_jsons(body in r#"[\[\]{}",:\\u01e.\-tn ]{0,24}"#) {
+    fn the_grammar_is_the_one_of_serde_json(body in r#"[\[\]{}",:\\u01e.\-tn ]{0,24}"#) {
         let refused = parse(body.as_bytes(), DEPTH).err().map(|refusal| refusal.error.code);
         let strict = serde_json::from_str::<Box<serde_json::value::RawValue>>(&body).is_ok();
         prop_assert_eq!(refused != Some(-32700), strict);

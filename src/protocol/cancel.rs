@@ -1,9 +1,12 @@
-//! `rpc.cancel`: the call that ends another call of its connection.
+//! Decodes `rpc.cancel`, the call that cancels another call of its connection.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 pub const METHOD: &str = "rpc.cancel";
+
+/// Longer ids are compared as they are written, in bytes.
+const MAX_DECODED: usize = 128;
 
 #[derive(Deserialize)]
 struct Params<'a> {
@@ -11,9 +14,9 @@ struct Params<'a> {
     id: &'a RawValue,
 }
 
-/// The id of the call to be cancelled, as JSON; `None` when the params name none.
+/// Returns the id of the call to be cancelled, as JSON; `None` if the params contain none.
 pub fn target_id(params: &str) -> Option<&str> {
-    // An array would do for serde as well, and is no object.
+    // serde would also accept an array, which is not an object.
     if !params.starts_with('{') {
         return None;
     }
@@ -21,8 +24,8 @@ pub fn target_id(params: &str) -> Option<&str> {
     matches!(id.as_bytes().first()?, b'"' | b'-' | b'0'..=b'9').then_some(id)
 }
 
-/// An id that is looked for, by its value: `1` and `1.0` are the same one, and so are `"a"` and `"\u0061"`. It is
-/// read once, however many ids it is compared with.
+/// An id to search for, compared by value up to `MAX_DECODED` bytes: `1` and `1.0` are equal, and so are `"a"` and `"\u0061"`. It
+/// is decoded once, however many ids are compared with it.
 #[derive(Debug)]
 pub struct WantedId<'a> {
     written: &'a str,
@@ -33,30 +36,43 @@ pub struct WantedId<'a> {
 enum IdValue {
     Text(String),
     Number(Decimal),
-    /// One that equals nothing but itself as it is written.
+    /// Any other text; it equals only the same bytes.
     Other,
 }
 
 impl<'a> WantedId<'a> {
-    /// The id as JSON.
+    /// Decodes an id that is written as JSON.
     pub fn new(written: &'a str) -> Self {
         let value = value(written);
         WantedId { written, value }
     }
 
-    /// Whether this id, as JSON, is the same one.
+    /// Returns whether `id`, as JSON, has the same value.
     pub fn is(&self, id: &str) -> bool {
         if id == self.written {
             return true;
         }
-        // Without an escape texts differ as they are written.
+        // Strings without escapes can be compared as they are written.
         let is_plain = |id: &str| id.starts_with('"') && !id.contains('\\');
+        // Decoding takes time that grows with the length, and one cancel compares all calls of its connection.
+        if id.len() > MAX_DECODED || self.written.len() > MAX_DECODED {
+            return false;
+        }
         match &self.value {
             IdValue::Other => false,
             IdValue::Text(_) if is_plain(id) && is_plain(self.written) => false,
+            // Numbers and strings are never equal, and integers are written in one way alone.
+            IdValue::Text(_) if !id.starts_with('"') => false,
+            IdValue::Number(_) if id.starts_with('"') => false,
+            IdValue::Number(_) if is_integer(id) && is_integer(self.written) => false,
             wanted => value(id) == *wanted,
         }
     }
+}
+
+/// Returns whether it is a positive integer without point and exponent.
+fn is_integer(number: &str) -> bool {
+    number.bytes().all(|byte| byte.is_ascii_digit()) && !number.starts_with('0')
 }
 
 fn value(id: &str) -> IdValue {
@@ -67,10 +83,9 @@ fn value(id: &str) -> IdValue {
     value.unwrap_or(IdValue::Other)
 }
 
-/// A sign, significant digits, and the power of ten of the last of them.
+/// A sign, the significant digits, and the power of ten of the last digit.
 type Decimal = (bool, String, i64);
 
-/// A number as its sign, its significant digits, and the power of ten of the last of them.
 fn decimal(number: &str) -> Option<Decimal> {
     let digits = number.strip_prefix('-');
     let (is_negative, rest) = (digits.is_some(), digits.unwrap_or(number));
@@ -124,6 +139,14 @@ mod tests {
                 "{one} {other}"
             );
         }
+    }
+
+    #[test]
+    fn long_ids_are_compared_as_they_are_written() {
+        let long = format!("1{}", "0".repeat(MAX_DECODED));
+        let same = format!("{long}.0");
+        assert!(WantedId::new(&long).is(&long));
+        assert!(!WantedId::new(&long).is(&same) && !WantedId::new("1").is(&long));
     }
 
     #[test]

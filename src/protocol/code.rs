@@ -1,42 +1,42 @@
-//! The table of codes: every error that preforkd itself answers with.
+//! Defines all errors that preforkd itself answers with.
 //!
-//! One row a variant; a code's number and name are an interface and never change. What a caller
-//! was told beside them (message, `started`) is in [`RpcError`](super::RpcError). A handler may
-//! answer with numbers that are not in this table.
+//! Each variant is a row of the table. The number and name of a code are an interface and never change.
+//! [`RpcError`](super::RpcError) holds the rest of an error answer (message, `started`). A handler may
+//! use numbers that are not in this table.
 
 /// A row of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Code {
     /// Not UTF-8, not JSON, or nested deeper than `limits.depth`.
     ParseError,
-    /// JSON, but no call.
+    /// Valid JSON, but not a call.
     InvalidRequest,
-    /// No method of that name.
+    /// The method does not exist.
     MethodNotFound,
     /// The handler refused the params.
     InvalidParams,
     /// The handler panicked.
     Internal,
-    /// The call's time was over, while it waited or while it ran.
+    /// The deadline passed while the call waited or ran.
     Timeout,
-    /// No room in the queue, or over the method's rate or concurrency.
+    /// The queue is full, or the method is over its rate or concurrency.
     Overloaded,
-    /// What ran the call died, or it is quarantined.
+    /// The process that ran the call died, or the call is quarantined.
     Crashed,
     /// A declared length is over `limits.frame`.
     TooLarge,
-    /// The server stops.
+    /// The server is stopping.
     Stopping,
-    /// Cancelled by `rpc.cancel`, or the caller left.
+    /// Cancelled by `rpc.cancel`, or the client closed its connection.
     Cancelled,
-    /// A command ended non-zero.
+    /// A command exited with a nonzero code.
     CommandFailed,
-    /// A result over its limit, or a pool program's answer that is none.
+    /// A result over its limit, or an invalid answer of a pool program.
     BadOutput,
 }
 
 impl Code {
-    /// All rows, in the order of the table.
+    /// All codes in the order of the table.
     pub const ALL: [Code; 13] = [
         Code::ParseError,
         Code::InvalidRequest,
@@ -53,12 +53,12 @@ impl Code {
         Code::BadOutput,
     ];
 
-    /// The row of a number, where it is in the table.
+    /// Returns the code with this number, if it is in the table.
     pub fn from_number(number: i64) -> Option<Code> {
         Code::ALL.into_iter().find(|code| code.number() == number)
     }
 
-    /// The number, as in `"code"`; the first five are JSON-RPC 2.0's own.
+    /// Returns the number, as in `"code"`. The first five are those of JSON-RPC 2.0.
     pub const fn number(self) -> i64 {
         match self {
             Code::ParseError => -32700,
@@ -77,7 +77,7 @@ impl Code {
         }
     }
 
-    /// The name, as in `"name"`.
+    /// Returns the name, as in `"name"`.
     pub const fn name(self) -> &'static str {
         match self {
             Code::ParseError => "parse-error",
@@ -96,7 +96,7 @@ impl Code {
         }
     }
 
-    /// Whether the connection is closed after the answer.
+    /// Returns whether the connection is closed after the answer.
     pub const fn closes(self) -> bool {
         matches!(self, Code::TooLarge | Code::Stopping)
     }
@@ -108,7 +108,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn each_row_has_a_number_and_a_name_of_its_own() {
+    fn each_code_has_a_unique_number_and_name() {
         let numbers: BTreeSet<_> = Code::ALL.iter().map(|code| code.number()).collect();
         let names: BTreeSet<_> = Code::ALL.iter().map(|code| code.name()).collect();
         assert_eq!(numbers.len(), Code::ALL.len());
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_leads_back_to_its_row() {
+    fn a_number_gives_its_code() {
         for code in Code::ALL {
             assert_eq!(Code::from_number(code.number()), Some(code));
         }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn only_two_rows_close_the_connection() {
+    fn only_two_codes_close_the_connection() {
         let closing: Vec<_> = Code::ALL.into_iter().filter(|code| code.closes()).collect();
         assert_eq!(closing, [Code::TooLarge, Code::Stopping]);
     }

@@ -1,76 +1,80 @@
-//! What the control socket speaks: one JSON line that asks, one JSON line that answers.
+//! Defines the messages of the control socket: one JSON line as request, one JSON line as answer.
 //!
-//! These are the words alone; who may speak, and what a word does, is the master's affair. A reader
-//! ignores members that it does not know and has a default for those added later, so that a command
-//! and a master of different versions understand each other.
+//! The master decides who may send a request and what it does. A decoder ignores unknown members and has
+//! defaults for members that were added later. So a command and a master of different versions understand
+//! each other.
 
 use std::io;
 
 use serde::{Deserialize, Serialize};
 
-/// While so many old generations still drain, a reload waits: each holds its workers' memory.
+pub use super::death_status::{DeathKind, DeathStatus, LastReload, ReloadStatus};
+
+/// While this many old generations drain, a reload waits, because the workers of each use memory.
 pub const MOST_DRAINING_GENERATIONS: usize = 4;
 /// The longest time until a stop, in milliseconds: a day.
 pub const MAX_STOP_DELAY_MS: u64 = 86_400_000;
 
-/// What a command asks the master for.
+/// The request of a command to the master.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum ControlRequest {
-    /// What the server is doing now. Answered at once, without asking any worker.
+    /// The state of the server. Answered at once, without asking any worker.
     Status,
-    /// Reads the configuration again. Answered with the verdict, which can take as long as
+    /// As `Status`, with read-only descriptors of the metrics board and the scoreboard.
+    Metrics,
+    /// Reads the configuration again. Answered with the result, which can take up to
     /// `workers.boot-timeout` for each of two steps.
     Reload {
-        /// The absolute path of the file that the command was given; a server that reads another
-        /// one refuses.
+        /// The absolute path of the command's configuration file. A server with another file refuses.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         config: Option<String>,
     },
-    /// Runs the binary that is installed now in place of the running one. Answered with the verdict:
-    /// that of the new binary's reload.
+    /// Replaces the running program by the installed binary. Answered with the result of the new binary's
+    /// reload.
     Upgrade {
         /// As for a reload.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         config: Option<String>,
     },
-    /// Sets how many workers there are, until the next reload.
+    /// Sets the number of workers until the next reload.
     Scale {
         /// The new count, 1 to 1024.
         count: usize,
     },
-    /// Ends the server. Answered at once; that the connection ends tells that the master is gone.
+    /// Stops the server. Answered at once. The connection ends when the master has exited.
     Stop {
-        /// Whether the running calls are given up.
+        /// Whether running calls are aborted.
         #[serde(default)]
         now: bool,
-        /// For how many milliseconds it serves on, not ready for health checks, before it stops.
+        /// The time in milliseconds before the stop. Until then calls are served, and health checks say
+        /// "not ready".
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after_ms: Option<u64>,
     },
 }
 
-/// What the master answers.
+/// The answer of the master.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlResponse {
-    /// Whether it was done.
+    /// Whether the request succeeded.
     pub ok: bool,
     /// The answer to [`ControlRequest::Status`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<Status>,
-    /// What was done, a sentence or more for people.
+    /// What was done: one or more sentences for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// Why it was not done, for people; `Some` iff not `ok`. Further lines may follow the first.
+    /// Why it failed, for people; `Some` iff not `ok`. It may have more than one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// The exit code that the asking command ends with; `Some` iff not `ok`.
+    /// The exit code for the command; `Some` iff not `ok`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<u8>,
 }
 
 impl ControlResponse {
-    /// It was done, and there is nothing to say.
+    /// Creates a success without a message.
     pub fn done() -> Self {
         ControlResponse {
             ok: true,
@@ -78,7 +82,7 @@ impl ControlResponse {
         }
     }
 
-    /// It was done, and this is worth saying.
+    /// Creates a success with a message.
     pub fn said(message: impl Into<String>) -> Self {
         ControlResponse {
             message: Some(message.into()),
@@ -86,7 +90,7 @@ impl ControlResponse {
         }
     }
 
-    /// The answer to [`ControlRequest::Status`].
+    /// Creates the answer to [`ControlRequest::Status`].
     pub fn status(status: Status) -> Self {
         ControlResponse {
             status: Some(status),
@@ -94,7 +98,7 @@ impl ControlResponse {
         }
     }
 
-    /// It was not done: why, and the exit code for the command.
+    /// Creates a failure with its reason, and the exit code for the command.
     pub fn refused(error: impl Into<String>, code: u8) -> Self {
         ControlResponse {
             error: Some(error.into()),
@@ -104,7 +108,7 @@ impl ControlResponse {
     }
 }
 
-/// The version of a program of this name: one that is built on the library says whose version it is.
+/// Returns the version of a program. One that is built on the library also names that of preforkd.
 pub fn version_of(name: &str, version: &str) -> String {
     match name {
         "preforkd" => version.to_owned(),
@@ -112,32 +116,39 @@ pub fn version_of(name: &str, version: &str) -> String {
     }
 }
 
-/// One message as it goes over the socket: compact JSON, which holds no line feed, and one behind.
+/// Encodes a message as one line: compact JSON, which contains no line feed, and a line feed.
 ///
 /// # Errors
-/// None that a message of this module can cause.
+/// None for the messages of this module.
 pub fn to_line(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     Ok(line)
 }
 
-/// What the whole server is doing: `preforkd status --json`.
+/// The state of the whole server: `preforkd status --json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     pub master: MasterStatus,
-    /// Each worker that lives, draining ones too, and each slot without one; by slot, then
+    /// Each live worker, including draining ones, and each slot without a worker; by slot, then
     /// generation.
     pub workers: Vec<WorkerStatus>,
-    /// Each pool process, draining ones too, and each place of one without a process; by pool, then
+    /// Each pool process, including draining ones, and each pool slot without a process; by pool, then
     /// generation.
     #[serde(default)]
     pub pools: Vec<PoolStatus>,
-    /// The last deaths, at most 100, the latest last.
+    /// Each acceptor, draining ones too, and each place of one without a process; by listener, then
+    /// generation.
+    #[serde(default)]
+    pub isolated: Vec<IsolatedStatus>,
+    /// The last deaths, at most 100 of each kind, the latest last.
     pub deaths: Vec<DeathStatus>,
-    /// Each listener, in the configuration's order.
+    /// The last reloads, at most 20, the latest last.
+    #[serde(default)]
+    pub reloads: Vec<ReloadStatus>,
+    /// Each listener, in the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
-    /// Calls that are refused, for each time they ran their worker has died; until the next reload.
+    /// Calls that are refused until the next reload, because their worker died each time they ran.
     #[serde(default)]
     pub quarantine: Vec<Quarantined>,
 }
@@ -145,99 +156,98 @@ pub struct Status {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantined {
     pub method: String,
-    /// What tells it from the method's other calls; as in the log.
+    /// The key that identifies this call among the calls of its method, as in the log.
     pub key: String,
     pub refused: u64,
-    /// Since when, in seconds since 1970.
+    /// When it was quarantined, in seconds since 1970.
     pub at: u64,
 }
 
-/// The one parent process.
+/// The master.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MasterStatus {
-    /// Its process id.
     pub pid: i32,
-    /// The version of preforkd that it runs.
+    /// The version of preforkd that is running.
     pub version: String,
-    /// The name of the server.
     #[serde(default)]
     pub name: String,
-    /// The configuration file that it has read; null if there was none.
+    /// The configuration file in use; null if there is none.
     #[serde(default)]
     pub config: Option<String>,
-    /// The path of the program that it was started from, which an upgrade starts again.
+    /// The path of the program, which an upgrade executes again.
     #[serde(default)]
     pub binary: String,
     pub generation: u32,
     /// Seconds since it started.
     pub uptime_s: u64,
-    /// How the last reload ended; null as long as there was none.
+    /// The process that serves metrics and status over HTTP; null if there is none.
+    #[serde(default)]
+    pub observer: Option<ObserverStatus>,
+    /// The result of the last reload; null if there was none.
     pub last_reload: Option<LastReload>,
-    /// How the last upgrade ended; null as long as there was none.
+    /// The result of the last upgrade; null if there was none.
     #[serde(default)]
     pub last_upgrade: Option<LastReload>,
-    /// How many workers there are meant to be.
+    /// The intended number of workers.
     #[serde(default)]
     pub target: usize,
-    /// In how many milliseconds it begins to stop; null unless it was told to by `stop --after`.
+    /// The time until a scheduled stop in milliseconds; null without `stop --after`.
     #[serde(default)]
     pub stops_in_ms: Option<u64>,
-    /// What is allowed and yet worth a word, such as workers that run as root.
+    /// Whether a stop is in progress.
+    #[serde(default)]
+    pub stopping: bool,
+    /// Warnings about allowed but risky settings, such as workers that run as root.
     #[serde(default)]
     pub warnings: Vec<String>,
-    /// Log lines of the master and the workers that are lost, while the log can't be written; 0 once it can
-    /// again, and tells of them itself.
+    /// Lost log lines of the master and the workers that the log does not report yet, because it cannot
+    /// be written; 0 once it has reported them.
     #[serde(default)]
     pub lost_log_lines: u64,
 }
 
-/// How a reload, or an upgrade, ended.
+/// The observer.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LastReload {
-    /// Whether the new generation, or the new binary, took over.
-    pub ok: bool,
-    /// When the verdict was given, in seconds since 1970.
-    pub at: u64,
-    /// Why it did not; null iff `ok`.
-    pub error: Option<String>,
+pub struct ObserverStatus {
+    pub address: String,
+    pub pid: i32,
 }
 
-/// One worker, or a slot that has none.
+/// A worker, or a slot without one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerStatus {
     pub slot: u16,
-    /// Its process id; null while the slot has no worker.
+    /// The process id; null while the slot has no worker.
     pub pid: Option<i32>,
     pub generation: u32,
     pub state: WorkerPhase,
-    /// Seconds since it was forked; 0 while the slot has no worker.
+    /// Seconds since the fork; 0 while the slot has no worker.
     pub uptime_s: u64,
-    /// Client connections that are open.
+    /// Open client connections.
     pub connections: u64,
-    /// Calls that run.
+    /// Running calls.
     pub running: u64,
     /// Calls that wait for a thread.
     pub queued: u64,
-    /// Calls answered since its start, errors among them.
+    /// Calls answered since its start, including errors.
     pub calls: u64,
     /// Calls answered with an error since its start.
     pub errors: u64,
-    /// Its resident memory in bytes.
+    /// Resident memory in bytes.
     pub rss_bytes: u64,
-    /// The call that has been running for longest; null when none runs.
+    /// The longest-running call; null if none runs.
     pub oldest_call: Option<OldestCall>,
-    /// How long ago its event loop turned last, in milliseconds: about a second at most, unless it is stopped
-    /// or stuck.
+    /// The time since the last turn of its event loop in milliseconds: up to a second if it is not stuck.
     #[serde(default)]
     pub silent_ms: u64,
     #[serde(default)]
     pub threads: u64,
-    /// Those of them that run past their deadline.
+    /// Threads of these that run past their call's deadline.
     #[serde(default)]
     pub lost_threads: u64,
     #[serde(default)]
     pub programs: u64,
-    /// Those of them that do not serve: they start, or died too often and wait.
+    /// Programs of these that do not serve: they are starting, or wait after too many deaths.
     #[serde(default)]
     pub programs_down: u64,
     /// Calls of its connections that run in other processes.
@@ -246,90 +256,137 @@ pub struct WorkerStatus {
     /// Calls of other workers' connections that it runs.
     #[serde(default)]
     pub running_for_others: u64,
-    /// How long new connections had waited with their first bytes until they were read.
+    /// How long the first bytes of new connections waited until they were read.
     #[serde(default)]
     pub accept_wait: AcceptWait,
-    /// Why the slot waits; `Some` iff the state is throttled.
+    /// Why the slot is throttled; `Some` iff the state is throttled.
     #[serde(default)]
     pub throttle: Option<ThrottleStatus>,
 }
 
-/// One pool process with its programs, or the place of one.
+/// A pool process with its programs, or its slot without a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolStatus {
-    /// The name of the pool.
     pub name: String,
-    /// Its process id; null while the place has no process.
+    /// The process id; null while the slot has no process.
     pub pid: Option<i32>,
     pub generation: u32,
     pub state: WorkerPhase,
-    /// Seconds since it was forked.
+    /// Seconds since the fork.
     pub uptime_s: u64,
-    /// The programs that it is meant to have.
+    /// The configured number of programs.
     pub programs: u64,
-    /// Calls that its programs run.
+    /// Calls that its programs are running.
     pub busy: u64,
-    /// Programs that do not serve: they start, or died too often and wait.
+    /// Programs that do not serve: they are starting, or wait after too many deaths.
     pub down: u64,
     /// Calls that wait for it in the workers.
     pub queued: u64,
-    /// Calls that it was given since its start.
+    /// Calls that it received since its start.
     pub calls: u64,
-    /// Its own resident memory in bytes, without its programs.
+    /// Programs that the pool has started since the start of the master.
+    #[serde(default)]
+    pub starts: u64,
+    /// Whether health checks fail because of it: `health = true`, and no program ready for `boot-timeout`.
+    #[serde(default)]
+    pub unhealthy: bool,
+    /// Its resident memory in bytes, without its programs.
     pub rss_bytes: u64,
-    /// The call that has been running for longest; null when none runs.
+    /// The longest-running call; null if none runs.
     pub oldest_call: Option<OldestCall>,
-    /// How long ago its event loop turned last, in milliseconds.
+    /// The time since the last turn of its event loop, in milliseconds.
     pub silent_ms: u64,
-    /// Why the place waits; `Some` iff the state is throttled.
+    /// Why the slot is throttled; `Some` iff the state is throttled.
     pub throttle: Option<ThrottleStatus>,
-    /// Each of its programs; empty while the place has no process.
+    /// Its programs; empty while there is no process.
     #[serde(default)]
     pub list: Vec<ProgramStatus>,
 }
 
-/// One program of a pool, or the place of one.
+/// A program of a pool, or its place without a program.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProgramStatus {
-    /// Its process id; null while there is none.
+    /// The process id; null if there is none.
     pub pid: Option<i32>,
     pub state: ProgramPhase,
-    /// Calls that it has answered.
+    /// Answered calls.
     pub calls: u64,
-    /// Its resident memory in bytes, without that of its children.
+    /// Resident memory in bytes, without its children.
     pub rss_bytes: u64,
-    /// Seconds since it was started.
+    /// Seconds since its start.
     pub uptime_s: u64,
 }
 
-/// What a program, or its place, is.
+/// One acceptor with its sessions, or the place of one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IsolatedStatus {
+    /// The address of the listener.
+    pub address: String,
+    /// The process id of the acceptor; null while the place has no process.
+    pub pid: Option<i32>,
+    pub generation: u32,
+    pub state: WorkerPhase,
+    /// Connections, each with a process.
+    pub running: u64,
+    /// Processes that wait for a connection.
+    pub spare: u64,
+    /// Connections that may be open at one time, of all generations together.
+    pub limit: u64,
+    /// Connections of all its acceptors that `per-source` refused.
+    #[serde(default)]
+    pub refused_per_source: u64,
+    /// Connection processes of the listener that have crashed.
+    pub crashed: u64,
+    /// Why the place waits; `Some` iff the state is throttled.
+    pub throttle: Option<ThrottleStatus>,
+    /// Each connection.
+    pub list: Vec<SessionStatus>,
+}
+
+/// One connection with its process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// The id of its process.
+    pub pid: i32,
+    /// The client's address, or `unix`.
+    pub peer: String,
+    pub generation: u32,
+    /// Calls that run.
+    pub running: u64,
+    /// Calls that were read.
+    pub calls: u64,
+    /// Seconds since the connection came to this process.
+    pub uptime_s: u64,
+}
+
+/// The state of a program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProgramPhase {
-    /// There is none; the next one is started soon, or after a while if they died too often.
+    /// There is no program. The next one is started soon, or later if too many died.
     #[default]
     Down,
-    /// It is not ready yet.
+    /// It is started but not ready.
     Starting,
-    /// It serves and has no call.
+    /// It is ready and has no call.
     Idle,
     /// It has at least one call.
     Busy,
-    /// It was ended because no call came (`idle-timeout`), and is started for the next one.
+    /// It was ended because no call came (`idle-timeout`). The next call starts it.
     Asleep,
 }
 
-/// What a worker, or its slot, is.
+/// The state of a worker or its slot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WorkerPhase {
-    /// Forked, and not ready yet.
+    /// Forked, but not ready.
     Starting,
-    /// It serves.
+    /// It serves calls.
     Ready,
-    /// It takes nothing new and finishes what runs.
+    /// It accepts nothing new and finishes its in-flight calls.
     Draining,
-    /// The slot has no worker and waits for its next try.
+    /// The slot has no worker and waits for the next start.
     Throttled,
     /// The slot has no worker.
     #[default]
@@ -337,7 +394,7 @@ pub enum WorkerPhase {
 }
 
 impl WorkerPhase {
-    /// The word, as in JSON.
+    /// Returns the name, as in JSON.
     pub const fn name(self) -> &'static str {
         match self {
             WorkerPhase::Starting => "starting",
@@ -349,7 +406,7 @@ impl WorkerPhase {
     }
 }
 
-/// The call of a worker that has been running for longest.
+/// The longest-running call of a worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OldestCall {
     pub method: String,
@@ -357,55 +414,36 @@ pub struct OldestCall {
     pub age_ms: u64,
 }
 
-/// For how long the first bytes of new TCP connections waited, while nobody accepted or read them. The
-/// call that they are has so much less time.
+/// How long the first bytes of new TCP connections waited until a worker read them. This time is
+/// subtracted from the deadline of their call.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AcceptWait {
-    /// Of the last connection, in milliseconds.
+    /// For the last connection, in milliseconds.
     pub last_ms: u64,
-    /// The longest since the worker started.
+    /// The longest since the start of the worker.
     pub longest_ms: u64,
 }
 
-/// Why a slot waits.
+/// Why a slot is throttled.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ThrottleStatus {
-    /// Its young deaths and failed forks in a row.
+    /// Consecutive early deaths and failed forks.
     pub failures: u32,
-    /// Milliseconds until the next try.
+    /// Milliseconds until the next start.
     pub retry_in_ms: u64,
-}
-
-/// A worker that died.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeathStatus {
-    pub slot: u16,
-    /// Its process id then.
-    pub pid: i32,
-    /// Its exit code; null iff a signal ended it.
-    pub exit: Option<i32>,
-    /// The name of the signal that ended it, such as `SIGSEGV`; null iff it exited.
-    pub signal: Option<String>,
-    /// How many seconds it lived.
-    pub uptime_s: u64,
-    /// The last method that it began; null when there was none.
-    pub method: Option<String>,
-    /// Its last known resident memory in bytes.
-    pub rss_bytes: u64,
-    /// What is known of why.
-    pub reason: String,
-    /// When, in seconds since 1970.
-    pub at: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerStatus {
-    /// Its address as in the configuration, with the port that it really has.
+    /// The configured address, with the actual port.
     pub address: String,
-    /// Connections that wait to be accepted (tcp(7), `TCP_INFO`); null where that can't be told.
+    /// Connections in the accept queue (tcp(7), `TCP_INFO`); null if unknown.
     pub queue: Option<u32>,
-    /// How many may wait at most.
+    /// The limit of the accept queue.
     pub backlog: u32,
+    /// Connections that `per-source` refused.
+    #[serde(default)]
+    pub refused_per_source: u64,
 }
 
 #[cfg(test)]
@@ -415,7 +453,7 @@ mod tests {
     use serde_json::{Value, json, to_value};
 
     #[test]
-    fn requests_are_written_as_the_contract_says() {
+    fn requests_are_encoded_as_documented() {
         for (request, written) in [
             (ControlRequest::Status, json!({"command": "status"})),
             (
@@ -462,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn responses_hold_no_member_that_says_nothing() {
+    fn responses_have_no_empty_members() {
         for (response, written) in [
             (ControlResponse::done(), json!({"ok": true})),
             (
@@ -483,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_has_each_member_of_the_contract_even_when_null() {
+    fn a_status_has_each_documented_member_even_if_null() {
         let status = Status {
             workers: vec![WorkerStatus::default()],
             deaths: vec![DeathStatus::default()],
@@ -507,20 +545,20 @@ mod tests {
         );
         has(
             &value["deaths"][0],
-            "slot pid exit signal uptime_s method rss_bytes reason at",
+            "kind name slot pid exit signal uptime_s method rss_bytes reason at",
         );
         has(&value["listeners"][0], "address queue backlog");
     }
 
     #[test]
-    fn a_message_is_one_line_whatever_it_says() {
+    fn every_message_is_one_line() {
         let line = to_line(&ControlResponse::refused("first\nsecond", 1)).unwrap();
         let ends: Vec<_> = line.iter().filter(|byte| **byte == b'\n').collect();
         assert_eq!((ends.len(), line.last()), (1, Some(&b'\n')));
     }
 
     #[test]
-    fn members_of_a_later_version_are_ignored_and_missing_additions_have_a_default() {
+    fn unknown_members_are_ignored_and_missing_later_ones_have_a_default() {
         let status: Status = serde_json::from_value(json!({
             "master": {"pid": 1, "version": "9", "generation": 2, "uptime_s": 3,
                        "last_reload": {"ok": true, "at": 5, "error": null}, "mood": "fine"},

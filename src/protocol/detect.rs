@@ -1,37 +1,35 @@
-//! Which dialect a connection speaks, told by its first four bytes.
+//! Detects the dialect of a connection from its first four bytes.
 //!
-//! Read as a little-endian u32 they are a frame's length if the fourth byte is below 0x09, which
-//! text can't have: so no frame within the limit is mistaken for text, and no text for a frame.
-//! What is done with fewer than four bytes is the connection's business.
+//! As a little-endian u32 they are the length of a frame if the fourth byte is below 0x09. Text cannot
+//! have such a byte there. So no frame within the limit is taken for text, and no text for a frame. The
+//! caller handles fewer than four bytes.
 
-/// How calls are written on a connection.
+/// How calls are encoded on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dialect {
-    /// A length and a body.
     Frame,
-    /// One JSON value a line.
+    /// One JSON value per line.
     Line,
     /// HTTP/1.1.
     Http,
-    /// Not one of ours, TLS and SSH among them: answered `too-large` as a frame, and closed.
+    /// Any other protocol, such as TLS and SSH. It is answered with `too-large` in a frame, and closed.
     Unknown,
 }
 
-/// The largest `limits.frame` in bytes: with it the fourth byte of a length is at most 0x08.
+/// The largest `limits.frame` in bytes. With it, the fourth byte of a length is at most 0x08.
 pub const FRAME_LIMIT_MAX: usize = 128 << 20;
 
-/// The first four bytes of the methods of HTTP (RFC 9110, PATCH, and the preface of HTTP/2, whose
-/// client understands an HTTP refusal better than a frame). They are case-sensitive.
+/// The first four bytes of the methods of HTTP (RFC 9110, PATCH), which are case-sensitive, and of the
+/// preface of HTTP/2: its clients understand an HTTP refusal better than a frame.
 const HTTP_METHODS: [[u8; 4]; 10] = [
     *b"GET ", *b"HEAD", *b"POST", *b"PUT ", *b"DELE", *b"CONN", *b"OPTI", *b"TRAC", *b"PATC",
     *b"PRI ",
 ];
 
-/// Tells the dialect from a connection's first four bytes.
 pub fn detect(first_four: [u8; 4]) -> Dialect {
     match first_four {
         [.., 0..=8] => Dialect::Frame,
-        // Editors and shells of Windows put a byte order mark before text. It is passed over.
+        // Editors and shells of Windows put a byte order mark before text. It is skipped.
         [0xEF, 0xBB, 0xBF, first] if is_line(first) => Dialect::Line,
         [first, ..] if is_line(first) => Dialect::Line,
         method if HTTP_METHODS.contains(&method) => Dialect::Http,
@@ -39,16 +37,30 @@ pub fn detect(first_four: [u8; 4]) -> Dialect {
     }
 }
 
-/// Whether a connection begins with the PROXY protocol, version 1 or 2, as far as the bytes are there. Version
-/// 2 begins like empty lines, but a line holds no NUL.
+/// Returns whether the bytes so far begin the PROXY protocol, version 1 or 2. Version 2 begins like empty
+/// lines, but a line contains no NUL.
 pub fn is_proxy_protocol(bytes: &[u8]) -> bool {
-    let begins = |signature: &[u8], least: usize| {
-        bytes.len() >= least && signature.starts_with(&bytes[..bytes.len().min(signature.len())])
-    };
-    begins(b"PROXY ", 4) || begins(b"\r\n\r\n\0\r\nQUIT\n", 5)
+    begins(bytes, b"PROXY ", 4) || begins(bytes, b"\r\n\r\n\0\r\nQUIT\n", 5)
 }
 
-/// Whether lines begin with this byte: white space, or what an object or an array begins with.
+/// Whether that is version 2 whose first four bytes have come alone, and were taken for empty lines.
+pub fn is_proxy_protocol_behind_lines(bytes: &[u8]) -> bool {
+    begins(bytes, b"\0\r\nQUIT\n", 1)
+}
+
+/// Returns whether the bytes begin like TLS: a record with a hello of the client (RFC 8446, 5.1). Its length makes it
+/// look like a frame of more than 16 MiB.
+pub fn is_tls_hello(bytes: &[u8]) -> bool {
+    matches!(bytes, [0x16, 0x03, 0..=4, ..])
+}
+
+/// Whether the bytes are the beginning of a signature, `least` of it or more, or begin with all of it.
+fn begins(bytes: &[u8], signature: &[u8], least: usize) -> bool {
+    bytes.len() >= least && signature.starts_with(&bytes[..bytes.len().min(signature.len())])
+}
+
+/// Returns whether lines can begin with this byte: white space, or the first byte of an object or an
+/// array.
 pub fn is_line(first: u8) -> bool {
     matches!(first, b' ' | b'\t' | b'\n' | b'\r' | b'{' | b'[')
 }
@@ -65,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn text_is_told_by_how_it_begins() {
+    fn text_is_detected_by_its_first_bytes() {
         for (first, dialect) in [
             (*b"{\"in", Dialect::Line),
             (*b"[{\"j", Dialect::Line),
@@ -91,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn the_proxy_protocol_is_told_from_empty_lines() {
+    fn the_proxy_protocol_is_distinguished_from_empty_lines() {
         for bytes in [
             &b"PROXY TCP4 127.0.0.1"[..],
             b"PROX",
@@ -103,10 +115,14 @@ mod tests {
         for bytes in [&b"\r\n\r\n"[..], b"\r\n\r\n{}", b"PRO", b"PROXIES", b""] {
             assert!(!is_proxy_protocol(bytes), "{bytes:?}");
         }
+        assert!(is_proxy_protocol_behind_lines(b"\0\r\nQUIT\n\x21"));
+        assert!(is_proxy_protocol_behind_lines(b"\0"));
+        assert!(!is_proxy_protocol_behind_lines(b""));
+        assert!(!is_proxy_protocol_behind_lines(b"\0x"));
     }
 
     #[test]
-    fn the_rest_is_not_ours() {
+    fn other_bytes_are_unknown() {
         for first in [
             *b"\x16\x03\x01\x20", // TLS
             *b"SSH-",
@@ -127,10 +143,10 @@ mod tests {
         }
     }
 
-    /// A hello of under 0x900 bytes: over the default limit it is refused as too large, under a
-    /// higher one it is an unfinished frame, which read-timeout ends.
+    /// A hello of less than 0x900 bytes. Over the default limit it is refused as too large. Under a
+    /// higher limit it is an unfinished frame, which `read-timeout` ends.
     #[test]
-    fn a_short_tls_hello_reads_as_the_length_of_a_large_frame() {
+    fn a_short_tls_hello_is_taken_for_the_length_of_a_large_frame() {
         assert_eq!(detect(*b"\x16\x03\x01\x02"), Dialect::Frame);
         assert!(u32::from_le_bytes(*b"\x16\x03\x01\x02") as usize > 16 << 20);
     }

@@ -1,15 +1,15 @@
-//! The members of a call's object, before anything is made of them.
+//! Splits the object of a call into its members.
 //!
-//! [`CallMembers`] takes an object apart without a tree: it knows the members that some form of a
-//! call has, each as its JSON text, and which of them were given again. What they must be, and
-//! what is said about it, is the form's business. The grammar is judged to the end of the body
-//! before any of them is looked at.
+//! [`CallMembers`] finds the members that a form of a call has, without building a tree: each as its JSON
+//! text, and which of them occur twice. `call` and `jsonrpc` check their values and make the messages.
+//! The grammar is checked up to the end of the body before any member is used.
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::fmt;
+use std::marker::PhantomData;
 
-/// The members that some form of a call gives a meaning to.
+/// The members that have a meaning in some form of a call.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Member {
     In,
@@ -21,7 +21,6 @@ pub(super) enum Member {
 }
 
 impl Member {
-    /// All of them, in the order of their numbers.
     const ALL: [Member; 6] = [
         Member::In,
         Member::Params,
@@ -42,7 +41,7 @@ impl Member {
         }
     }
 
-    /// The member that a key names; `raw` is the key as it was written, quotes included.
+    /// Returns the member with this key. `raw` is the key as written, with its quotes.
     #[inline]
     fn of(raw: &str) -> Option<Member> {
         Member::named(inside_quotes(raw)?).or_else(|| Member::of_escaped(raw))
@@ -53,9 +52,9 @@ impl Member {
         Member::ALL.into_iter().find(|member| member.name() == name)
     }
 
-    /// The same for a key that writes its letters as `\u0069`.
+    /// Does the same for a key with escapes such as `\u0069`.
     fn of_escaped(raw: &str) -> Option<Member> {
-        // The longest name with each letter six bytes long: nothing longer is worth decoding.
+        // The longest name with six bytes per letter; a longer key cannot match.
         if raw.len() > "\"\"".len() + 6 * "timeout_ms".len() || !raw.contains('\\') {
             return None;
         }
@@ -64,28 +63,28 @@ impl Member {
     }
 }
 
-/// The members' values as JSON text.
+/// The values of the members as JSON text.
 #[derive(Default)]
 pub(super) struct CallMembers<'a> {
     first: [Option<&'a str>; Member::ALL.len()],
-    /// `Some` only where `first` is.
+    /// `Some` only if `first` is.
     again: [Option<&'a str>; Member::ALL.len()],
 }
 
 impl<'a> CallMembers<'a> {
-    /// A member's value; the first one, should there be more.
+    /// Returns the first value of a member.
     #[inline]
     pub(super) fn get(&self, member: Member) -> Option<&'a str> {
         self.first[member as usize]
     }
 
-    /// A member's second value.
+    /// Returns the second value of a member.
     #[inline]
     pub(super) fn again(&self, member: Member) -> Option<&'a str> {
         self.again[member as usize]
     }
 
-    /// A member that was given twice, with its second value.
+    /// Returns a member that occurs twice, with its second value.
     pub(super) fn given_twice(&self) -> Option<(Member, &'a str)> {
         Member::ALL
             .into_iter()
@@ -93,40 +92,112 @@ impl<'a> CallMembers<'a> {
     }
 }
 
-/// What stands between the quotes of a JSON string, undecoded; `None` for any other JSON value.
+/// Returns the bytes between the quotes of a JSON string, undecoded; `None` for other JSON values.
 #[inline]
 pub(super) fn inside_quotes(raw: &str) -> Option<&str> {
     raw.strip_prefix('"')?.strip_suffix('"')
 }
 
-impl<'de> Deserialize<'de> for CallMembers<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(EnvelopeVisitor)
+impl<'a> CallMembers<'a> {
+    /// Reads the members of an object.
+    ///
+    /// # Errors
+    /// What is wrong with the text as JSON.
+    #[inline]
+    pub(super) fn read(text: &'a str) -> serde_json::Result<Self> {
+        // Decoding a key refuses half of a surrogate pair. The slower reading of raw keys takes it, as any
+        // other key that means nothing here.
+        match serde_json::from_str::<Members<'a, DecodedKey>>(text) {
+            Ok(members) => Ok(members.0),
+            Err(_) => Ok(serde_json::from_str::<Members<'a, RawKey>>(text)?.0),
+        }
+    }
+
+    #[inline]
+    fn set(&mut self, member: Member, value: &'a str) {
+        match &mut self.first[member as usize] {
+            first @ None => *first = Some(value),
+            Some(_) => _ = self.again[member as usize].get_or_insert(value),
+        }
     }
 }
 
-struct EnvelopeVisitor;
+/// A key of a call: the member that it names.
+trait Key {
+    fn member(self) -> Option<Member>;
+}
 
-impl<'de> Visitor<'de> for EnvelopeVisitor {
-    type Value = CallMembers<'de>;
+struct DecodedKey(Option<Member>);
+
+impl Key for DecodedKey {
+    #[inline]
+    fn member(self) -> Option<Member> {
+        self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for DecodedKey {
+    #[inline]
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(KeyVisitor)
+    }
+}
+
+struct KeyVisitor;
+
+impl Visitor<'_> for KeyVisitor {
+    type Value = DecodedKey;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    #[inline]
+    fn visit_str<E>(self, key: &str) -> Result<DecodedKey, E> {
+        Ok(DecodedKey(Member::named(key)))
+    }
+}
+
+struct RawKey(Option<Member>);
+
+impl Key for RawKey {
+    fn member(self) -> Option<Member> {
+        self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for RawKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let raw = <&RawValue>::deserialize(deserializer)?;
+        Ok(RawKey(Member::of(raw.get())))
+    }
+}
+
+/// The members, read with keys of the type `K`.
+struct Members<'a, K>(CallMembers<'a>, PhantomData<K>);
+
+impl<'de, K: Key + Deserialize<'de>> Deserialize<'de> for Members<'de, K> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MembersVisitor(PhantomData))
+    }
+}
+
+struct MembersVisitor<K>(PhantomData<K>);
+
+impl<'de, K: Key + Deserialize<'de>> Visitor<'de> for MembersVisitor<K> {
+    type Value = Members<'de, K>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a call")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<CallMembers<'de>, A::Error> {
-        let mut envelope = CallMembers::default();
-        // Keys are taken raw: decoded, those with a lone surrogate would be refused as no JSON.
-        while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
-            if let Some(member) = Member::of(key.get()) {
-                let first = &mut envelope.first[member as usize];
-                let again = &mut envelope.again[member as usize];
-                match first {
-                    None => *first = Some(value.get()),
-                    Some(_) => *again = again.or(Some(value.get())),
-                }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members = CallMembers::default();
+        while let Some((key, value)) = map.next_entry::<K, &RawValue>()? {
+            if let Some(member) = key.member() {
+                members.set(member, value.get());
             }
         }
-        Ok(envelope)
+        Ok(Members(members, PhantomData))
     }
 }

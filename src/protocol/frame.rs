@@ -1,32 +1,30 @@
-//! Frames: a 4-byte little-endian length, then that many bytes of body.
+//! Encodes and decodes frames: a 4-byte little-endian length, then a body of that many bytes.
 //!
-//! Knows nothing of what a body says. [`decode`] borrows from the bytes it is given and keeps
-//! nothing: the caller owns the buffer and decides how much of it to hold. A length over the
-//! limit is known, and refused, from its four bytes alone.
+//! It does not interpret bodies. [`decode`] borrows from the given bytes and keeps nothing, because the
+//! caller owns the buffer and limits it. A length over the limit is refused after its four bytes.
 
-/// Bytes of the length before each body.
+/// The bytes of the length before each body.
 pub const HEADER: usize = 4;
 
-/// What stands at the head of some received bytes.
+/// The result of decoding the beginning of received bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DecodedFrame<'a> {
     Whole {
-        /// Its body; empty for a length of 0.
+        /// The body; empty for length 0.
         body: &'a [u8],
-        /// How many bytes it took, header included.
+        /// The bytes of the frame, including the header.
         used: usize,
     },
-    /// The beginning of one.
+    /// An incomplete frame.
     Partial {
-        /// How many bytes, header included, make it whole; 4 as long as the length is unknown.
+        /// The bytes of the whole frame, including the header; 4 while the length is unknown.
         need: usize,
     },
-    /// A length over the limit: no frame boundary after it can be trusted.
+    /// A length over the limit. No later frame boundary can be trusted.
     TooLarge { length: u32 },
 }
 
-/// Reads the frame at the head of `bytes`. `limit` is the largest body in bytes; a body of just
-/// that size is taken.
+/// Decodes the frame at the beginning of `bytes`. `limit` is the largest body in bytes, inclusive.
 #[inline]
 pub fn decode(bytes: &[u8], limit: usize) -> DecodedFrame<'_> {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else {
@@ -48,8 +46,8 @@ pub fn decode(bytes: &[u8], limit: usize) -> DecodedFrame<'_> {
     }
 }
 
-/// Begins a frame at the end of `out`: whatever is appended from here is its body, until
-/// [`finish`] is given the mark returned.
+/// Begins a frame at the end of `out`. Everything appended until [`finish`] is its body. Returns the mark
+/// for `finish`.
 #[inline]
 pub fn begin(out: &mut Vec<u8>) -> usize {
     let mark = out.len();
@@ -57,10 +55,10 @@ pub fn begin(out: &mut Vec<u8>) -> usize {
     mark
 }
 
-/// Ends the frame that [`begin`] began at `mark`, by writing the length in its place.
+/// Ends the frame that [`begin`] began at `mark`, by writing its length.
 ///
-/// A body that no length can tell (4 GiB or more) is taken out of `out` again, header included,
-/// and the answer is false; results have limits far below that.
+/// A body of 4 GiB or more has no length. Then the frame is removed from `out`, and the function returns
+/// false. Results have limits far below that.
 ///
 /// # Panics
 /// If `mark` is not from `begin` on the same buffer.

@@ -1,11 +1,11 @@
-//! Frames in every split, and lengths of every size.
+//! Tests frames in every split, and lengths of every size.
 use super::*;
 use proptest::prelude::*;
 
 const LIMIT: usize = 1 << 16;
 
 #[test]
-fn a_length_over_the_limit_is_refused_from_its_four_bytes() {
+fn a_length_over_the_limit_is_refused_after_four_bytes() {
     let limit = 16;
     for length in [17, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF_u32] {
         let bytes = length.to_le_bytes();
@@ -28,7 +28,7 @@ fn an_empty_body_is_a_frame() {
 }
 
 #[test]
-fn a_frame_is_written_behind_what_is_already_there() {
+fn a_frame_is_appended_to_existing_bytes() {
     let mut out = b"before".to_vec();
     let mark = begin(&mut out);
     out.extend_from_slice(b"{}");
@@ -36,7 +36,7 @@ fn a_frame_is_written_behind_what_is_already_there() {
     assert_eq!(out, b"before\x02\0\0\0{}");
 }
 
-/// Feeds a decoder as a connection does: some bytes at a time, keeping an unfinished tail.
+/// Feeds a decoder like a connection: some bytes at a time, keeping an unfinished tail.
 fn bodies(chunks: &[&[u8]]) -> Vec<Vec<u8>> {
     let (mut kept, mut bodies) = (Vec::new(), Vec::new());
     for chunk in chunks {
@@ -74,7 +74,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_needed_is_what_makes_it_whole(bytes in prop::collection::vec(0..4_u8, 0..40)) {
+    fn a_partial_frame_needs_exactly_the_missing_bytes(bytes in prop::collection::vec(0..4_u8, 0..40)) {
         if let DecodedFrame::Partial { need } = decode(&bytes, LIMIT) {
             prop_assert!(need > bytes.len());
             let mut longer = bytes.clone();

@@ -1,26 +1,25 @@
-//! Whether received bytes are JSON text that may be read further.
+//! Checks whether received bytes are text that the JSON parser may read.
 //!
-//! [`text`] looks at what a parser must not be trusted with (nesting) or does not look at
-//! (UTF-8); the grammar itself is serde_json's, whose raw values are checked strictly, without
-//! recursion, and kept to the letter. Its own limit of nesting does not hold for them, hence the
-//! scan here.
+//! [`text`] checks nesting and UTF-8. serde_json checks the grammar: its raw values are strict, need no
+//! recursion and keep every byte. Its own nesting limit does not apply to raw values, so this module
+//! checks it.
 //!
-//! Refusals are `parse-error` and say where, in bytes counted from 0.
+//! A refusal is a `parse-error` and names the position in bytes from 0.
 
 use super::code::Code;
 use super::rpc_error::RpcError;
 use memchr::{memchr2, memchr2_iter};
 
-/// The body as text that is not nested deeper than `depth`; the outermost array or object is
-/// level 1. Whether it is JSON is not known yet.
+/// Returns the body as text that is not nested deeper than `depth`; the outermost array or object is
+/// level 1. The text is not yet known to be JSON.
 ///
-/// A byte order mark is passed over, as a parser may do it (RFC 8259, section 8.1).
+/// A byte order mark is skipped, as RFC 8259, section 8.1 allows.
 pub fn text(body: &[u8], depth: usize) -> Result<&str, RpcError> {
     let body = body.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(body);
     if body.is_empty() {
         return Err(refused("an empty body is not JSON".to_owned()));
     }
-    // The nesting first: a bomb is over within its first bytes.
+    // Check the nesting first, so that deeply nested input is refused within its first bytes.
     if let Some(at) = too_deep(body, depth) {
         return Err(refused(format!(
             "nested deeper than {depth} levels at byte {at}"
@@ -30,8 +29,8 @@ pub fn text(body: &[u8], depth: usize) -> Result<&str, RpcError> {
         .map_err(|error| refused(format!("not UTF-8 at byte {}", error.valid_up_to())))
 }
 
-/// Makes one line of JSON that may stand on several: a line break can only stand between tokens,
-/// where a blank does as well; in the dialect of lines it would end the answer.
+/// Replaces line breaks in JSON by spaces. They can only be between tokens, where a space is equivalent.
+/// In the line dialect they would end the answer.
 pub fn flatten_to_one_line(json: &mut [u8]) {
     let mut at = 0;
     while let Some(found) = memchr2(b'\n', b'\r', &json[at..]) {
@@ -40,11 +39,11 @@ pub fn flatten_to_one_line(json: &mut [u8]) {
     }
 }
 
-/// The refusal for what serde_json says about `text`.
+/// Returns the refusal for an error of serde_json about `text`.
 #[cold]
 pub fn not_json(text: &str, error: &serde_json::Error) -> RpcError {
     let said = error.to_string();
-    // serde_json ends each message with a line and a column; frames have no lines.
+    // serde_json ends each message with a line and a column, but frames have no lines.
     let what = match said.rfind(" at line ") {
         Some(end) => &said[..end],
         None => &said,
@@ -57,7 +56,7 @@ pub fn not_json(text: &str, error: &serde_json::Error) -> RpcError {
         .take(error.line().saturating_sub(1))
         .map(str::len)
         .sum::<usize>();
-    // Of the place serde_json is only certain to a byte or two.
+    // The position of serde_json is exact only to a byte or two.
     let at = (line_start + error.column().saturating_sub(1)).min(text.len());
     refused(format!("not JSON near byte {at}: {what}"))
 }
@@ -66,10 +65,13 @@ fn refused(message: String) -> RpcError {
     RpcError::of(Code::ParseError, message, false)
 }
 
-/// Where the nesting passes `depth`. Exact on JSON; on anything else it may err, past the byte at
-/// which the grammar refuses it.
+/// Returns where the nesting exceeds `depth`. It is exact for JSON. For other bytes it may be wrong, but
+/// only behind the byte at which the grammar refuses them.
 fn too_deep(bytes: &[u8], depth: usize) -> Option<usize> {
-    // Each level takes a bracket. Small calls, long strings and lists of numbers end here.
+    // Each level takes a bracket. Small calls end here, long strings and lists of numbers in the next line.
+    if bytes.len() <= depth {
+        return None;
+    }
     memchr2_iter(b'[', b'{', bytes).nth(depth)?;
     let (mut at, mut level) = (0, 0_usize);
     while let Some(byte) = bytes.get(at) {
@@ -85,10 +87,10 @@ fn too_deep(bytes: &[u8], depth: usize) -> Option<usize> {
     None
 }
 
-/// The closing quote of the string whose first byte is at `at`, or the end of the bytes.
+/// Returns the closing quote of the string whose first byte is at `at`, or the end of the bytes.
 fn string_end(bytes: &[u8], mut at: usize) -> usize {
     loop {
-        // Runs of escapes are stepped over here: a search for each would cost more.
+        // Skip runs of escapes here, because a search for each would cost more.
         while bytes.get(at) == Some(&b'\\') {
             at += 2;
         }

@@ -1,4 +1,4 @@
-//! Where the text before the grammar is refused, and where it must not be.
+//! Tests which bodies are refused before the grammar is checked, and which are not.
 #![allow(clippy::unwrap_used)]
 use super::*;
 use proptest::prelude::*;
@@ -10,7 +10,7 @@ fn refusal(body: &[u8], depth: usize) -> String {
 }
 
 #[test]
-fn the_level_that_is_one_too_deep_is_named() {
+fn the_first_level_over_the_limit_is_named() {
     assert!(text(b"[[[]]] ", 3).is_ok());
     assert_eq!(
         refusal(b"[ [[]]]", 2),
@@ -27,7 +27,7 @@ fn the_level_that_is_one_too_deep_is_named() {
 }
 
 #[test]
-fn brackets_in_strings_are_no_nesting() {
+fn brackets_in_strings_do_not_count_as_nesting() {
     for body in [
         r#"["[[[[","]",["{"]]"#,
         r#"["\"[[[",["\\"],"[\\\"["]"#,
@@ -38,7 +38,7 @@ fn brackets_in_strings_are_no_nesting() {
 }
 
 #[test]
-fn closing_more_than_was_opened_earns_no_level() {
+fn surplus_closing_brackets_gain_no_level() {
     assert_eq!(
         refusal(b"]]]][[[", 2),
         "nested deeper than 2 levels at byte 6"
@@ -46,14 +46,14 @@ fn closing_more_than_was_opened_earns_no_level() {
 }
 
 #[test]
-fn a_byte_that_is_not_utf8_is_named() {
+fn the_position_of_invalid_utf8_is_named() {
     assert_eq!(refusal(b"", 9), "an empty body is not JSON");
     assert_eq!(refusal(b"\"ab\xFF\"", 9), "not UTF-8 at byte 3");
     assert_eq!(refusal(b"\"\xED\xA0\x80\"", 9), "not UTF-8 at byte 1");
 }
 
 #[test]
-fn an_error_of_the_grammar_is_placed_in_the_body() {
+fn the_position_of_a_grammar_error_is_named() {
     for (body, message) in [
         ("[1,\n 2,\n x]", "not JSON near byte 9: expected value"),
         ("[1", "not JSON, ended at byte 2: EOF while parsing a list"),
@@ -66,7 +66,7 @@ fn an_error_of_the_grammar_is_placed_in_the_body() {
 
 proptest! {
     #[test]
-    fn the_scan_agrees_with_a_count_of_a_written_value(levels in 0..40_usize, depth in 0..40_usize, noise in ".{0,8}") {
+    fn the_scan_agrees_with_the_depth_of_a_value(levels in 0..40_usize, depth in 0..40_usize, noise in ".{0,8}") {
         let noise = serde_json::to_string(&noise).unwrap();
         let body = format!("{}{noise}{}", "[".repeat(levels), "]".repeat(levels));
         prop_assert_eq!(text(body.as_bytes(), depth).is_ok(), levels <= depth);

@@ -1,12 +1,13 @@
-//! The JSON-RPC 2.0 form of a call and of an answer (jsonrpc.org/specification).
+//! Encodes and decodes the JSON-RPC 2.0 form of calls and answers (jsonrpc.org/specification).
 //!
-//! A call without an id is a notification and is not answered, whatever becomes of it; a null id
-//! is an id. Of an error the message of the specification's own codes is the specification's, and
-//! what is to be said beyond it stands in `data`: `name`, `started`, and `detail` or the
-//! handler's own `data`. `timeout_ms` means what it means in the plain form.
+//! A call without an id is a notification and is never answered; a null id is an id. An error with a code
+//! of the specification has the message of the specification. `data` contains the rest: `name`,
+//! `started`, and `detail` or the handler's own `data`. `timeout_ms` has the same meaning as in the plain
+//! form.
 
 use super::answer;
 use super::call::{Call, InvalidCall, decoded, invalid, offset, wrong};
+use super::call_id::CallId;
 use super::code::Code;
 use super::envelope::{CallMembers, Member};
 use super::rpc_error::RpcError;
@@ -14,14 +15,14 @@ use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::fmt;
 
-/// The only version there is.
 const VERSION: &str = "\"2.0\"";
 
-/// The id of an answer to a call whose id could not be read, or was null.
+/// The id of an answer to a call whose id could not be read or was null.
 pub const NULL: &str = "null";
 
 impl<'a> CallMembers<'a> {
-    /// Judges the members of a call in this form. `text` is the body, to say where they stand.
+    /// Checks the members of a call in this form. `text` is the body, so that messages can name
+    /// positions.
     pub(super) fn into_request(self, text: &'a str) -> Result<Call<'a>, InvalidCall<'a>> {
         let id = self.request_id(text);
         let echoed = id.as_ref().ok().copied().flatten();
@@ -31,7 +32,7 @@ impl<'a> CallMembers<'a> {
                 Some(VERSION) => {}
                 Some(other) => return Err(wrong(text, "jsonrpc", other, "\"2.0\"")),
                 None => {
-                    let text = "`jsonrpc` is missing; a batch is of JSON-RPC 2.0 calls";
+                    let text = "`jsonrpc` is missing; a batch consists of JSON-RPC 2.0 calls";
                     return Err(invalid(text.to_owned()));
                 }
             }
@@ -55,7 +56,7 @@ impl<'a> CallMembers<'a> {
         call().map_err(|error| InvalidCall { error, id: echoed })
     }
 
-    /// The id: a string, a number, or null; absent in a notification.
+    /// Returns the id: a string, a number or null; `None` for a notification.
     fn request_id(&self, text: &str) -> Result<Option<&'a str>, RpcError> {
         if self.again(Member::Id).is_some() {
             return Ok(None);
@@ -71,7 +72,7 @@ impl<'a> CallMembers<'a> {
 
     fn request_params(&self, text: &str) -> Result<&'a str, RpcError> {
         match self.get(Member::Params) {
-            // Some clients write null for none.
+            // Some clients write null if there are no params.
             None | Some(NULL) => Ok(NULL),
             Some(raw) if raw.starts_with(['[', '{']) => Ok(raw),
             Some(raw) => Err(wrong(text, "params", raw, "an array or an object")),
@@ -79,7 +80,7 @@ impl<'a> CallMembers<'a> {
     }
 }
 
-/// One call of a batch, `raw`, whose grammar was judged with that of the whole `text`.
+/// Decodes `raw`, a call of the batch `text`, whose grammar is already checked.
 pub fn member<'a>(text: &'a str, raw: &'a str) -> Result<Call<'a>, InvalidCall<'a>> {
     let refused = |error| InvalidCall { error, id: None };
     if !raw.starts_with('{') {
@@ -90,20 +91,20 @@ pub fn member<'a>(text: &'a str, raw: &'a str) -> Result<Call<'a>, InvalidCall<'
         );
         return Err(refused(invalid(text)));
     }
-    let envelope: CallMembers<'_> =
-        serde_json::from_str(raw).map_err(|error| refused(super::json::not_json(raw, &error)))?;
+    let envelope =
+        CallMembers::read(raw).map_err(|error| refused(super::json::not_json(raw, &error)))?;
     envelope.into_request(text)
 }
 
-/// The elements of a batch as JSON text: no more of them than were asked for.
+/// The elements of a batch as JSON text, up to a limit.
 #[derive(Debug)]
 pub(super) struct Elements<'a> {
     pub first: Vec<&'a str>,
-    /// How many there are.
+    /// The number of all elements.
     pub count: usize,
 }
 
-/// Reads an array's elements, the first `most` of them kept.
+/// Splits an array into its elements and keeps the first `most` of them.
 pub(super) fn elements(text: &str, most: usize) -> serde_json::Result<Elements<'_>> {
     let mut reader = serde_json::Deserializer::from_str(text);
     let found = reader.deserialize_seq(ElementsVisitor { most })?;
@@ -134,20 +135,20 @@ impl<'de> Visitor<'de> for ElementsVisitor {
     }
 }
 
-/// Appends an answer up to its result, which is to be appended next, as JSON.
+/// Appends an answer up to its result. The caller then appends the result as JSON.
 pub fn begin(out: &mut Vec<u8>) {
     out.extend_from_slice(b"{\"jsonrpc\":\"2.0\",\"result\":");
 }
 
-/// Ends what [`begin`] began. `id` must be JSON.
+/// Appends the part of the answer after the result. `id` must be JSON.
 pub fn end(out: &mut Vec<u8>, id: Option<&str>) {
     out.extend_from_slice(b",\"id\":");
     out.extend_from_slice(id.unwrap_or(NULL).as_bytes());
     out.push(b'}');
 }
 
-/// Appends the answer of a call that has no result. `id` must be JSON.
-pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>) {
+/// Appends an error answer. `id` must be JSON; `call` as in [`answer::error`].
+pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>, call: Option<CallId>) {
     let standard = match error.table_code() {
         Some(Code::ParseError) => Some("Parse error"),
         Some(Code::InvalidRequest) => Some("Invalid Request"),
@@ -160,8 +161,7 @@ pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>) {
     answer::string(out, standard.unwrap_or(&error.message));
     out.extend_from_slice(b",\"data\":{\"name\":");
     answer::string(out, &error.name);
-    out.extend_from_slice(b",\"started\":");
-    out.extend_from_slice(if error.started { b"true" } else { b"false" });
+    answer::started(out, error, call);
     if standard.is_some() {
         out.extend_from_slice(b",\"detail\":");
         answer::string(out, &error.message);

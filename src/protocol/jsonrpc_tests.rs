@@ -13,7 +13,7 @@ fn one(text: &str) -> (Form, Result<Call<'_>, InvalidCall<'_>>) {
 }
 
 #[test]
-fn the_form_is_told_by_the_member_and_of_no_json_by_its_bytes() {
+fn the_form_follows_the_members_and_for_invalid_json_the_first_bytes() {
     for (text, form) in [
         (r#"{"in":"ping"}"#, Form::Plain),
         (r#"{"jsonrpc":"2.0","method":"a","id":1}"#, Form::JsonRpc),
@@ -32,7 +32,7 @@ fn the_form_is_told_by_the_member_and_of_no_json_by_its_bytes() {
 }
 
 #[test]
-fn members_pass_to_the_letter() {
+fn members_are_kept_byte_for_byte() {
     let text =
         r#"{"params": [1.0,1e400], "id":"x\n","timeout_ms":5,"jsonrpc":"2.0","method":"\u0061"}"#;
     let call = one(text).1.unwrap();
@@ -41,23 +41,28 @@ fn members_pass_to_the_letter() {
 }
 
 #[test]
-fn a_batch_keeps_no_more_elements_than_it_may_have() {
+fn a_batch_keeps_at_most_the_allowed_elements() {
     let found = elements("[1, {\"a\": [2]} ,3, 4]", 2).unwrap();
     assert_eq!((found.first, found.count), (vec!["1", "{\"a\": [2]}"], 4));
     assert!(elements("[1,]", 2).is_err() && elements("[1] 2", 2).is_err());
 }
 
 #[test]
-fn an_error_has_the_specifications_message_and_ours_beside_it() {
+fn an_error_has_the_message_of_the_specification_and_our_detail() {
     let mut out = Vec::new();
     let failed = RpcError::of(Code::MethodNotFound, "there is no \"x\"", false);
-    error(&mut out, &failed, Some("7"));
+    error(&mut out, &failed, Some("7"), None);
     assert_eq!(
         String::from_utf8(out).unwrap(),
         r#"{"jsonrpc":"2.0","error":{"code":-32601,"message":"Method not found","data":{"name":"method-not-found","started":false,"detail":"there is no \"x\""}},"id":7}"#
     );
     let mut out = Vec::new();
-    error(&mut out, &RpcError::new(42, "no").with_data([1]), None);
+    error(
+        &mut out,
+        &RpcError::new(42, "no").with_data([1]),
+        None,
+        None,
+    );
     assert_eq!(
         String::from_utf8(out).unwrap(),
         r#"{"jsonrpc":"2.0","error":{"code":42,"message":"no","data":{"name":"error","started":true,"data":[1]}},"id":null}"#
@@ -66,12 +71,12 @@ fn an_error_has_the_specifications_message_and_ours_beside_it() {
 
 proptest! {
     #[test]
-    fn no_body_is_more_than_a_refusal(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+    fn any_body_is_at_most_refused(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
         let _ = body::read(&bytes, 4, 3);
     }
 
     #[test]
-    fn what_looks_like_a_call_is_judged_without_a_panic(
+    fn anything_like_a_call_is_decoded_without_a_panic(
         text in r#"[\[{]{0,2}("(jsonrpc|method|id|params|in)":("2.0"|1|null|\[\]|"a"),?){0,5}[}\],1]{0,3}"#
     ) {
         match body::read(text.as_bytes(), 4, 3) {

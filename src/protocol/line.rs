@@ -1,33 +1,33 @@
-//! Lines: one JSON value a line, for `nc` and `jq`.
+//! Encodes and decodes lines: one JSON value per line, for `nc` and `jq`.
 //!
-//! A line ends with a newline, or with the end of what the client sends. Blank lines say nothing
-//! and are passed over; a carriage return before the newline is JSON's white space. Knows nothing
-//! of what a line says; borrows from the bytes it is given and keeps nothing.
+//! A line ends with a line feed or at the end of the stream. Blank lines are skipped. A carriage return
+//! before the line feed is white space of JSON. This module does not interpret lines. It borrows from the
+//! given bytes and keeps nothing.
 
 use memchr::memchr;
 
-/// What stands at the head of some received bytes.
+/// The result of decoding the beginning of received bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DecodedLine<'a> {
     Whole {
-        /// Its text, without the newline.
+        /// The text without the line feed.
         body: &'a [u8],
-        /// How many bytes it took, newline included.
+        /// The bytes of the line, including the line feed.
         used: usize,
     },
-    /// A line with nothing on it.
+    /// A line without content.
     Blank {
-        /// How many bytes it took.
+        /// The bytes of the line, including the line feed.
         used: usize,
     },
-    /// The beginning of a line, or nothing.
+    /// An incomplete line, or nothing.
     Partial,
-    /// A line over the limit: refused before its end is known.
+    /// A line over the limit. It is refused before its end is known.
     TooLarge,
 }
 
-/// Reads the line at the head of `bytes`, of which the first `scanned` are known to have no
-/// newline. `limit` is the longest line in bytes, `ended` tells that nothing follows.
+/// Decodes the line at the beginning of `bytes`. The first `scanned` bytes are known to have no line
+/// feed. `limit` is the longest line in bytes; `ended` says that no more bytes follow.
 pub fn decode(bytes: &[u8], scanned: usize, limit: usize, ended: bool) -> DecodedLine<'_> {
     let rest = bytes.get(scanned..).unwrap_or_default();
     let newline = memchr(b'\n', rest).map(|at| scanned + at);
@@ -47,8 +47,8 @@ pub fn decode(bytes: &[u8], scanned: usize, limit: usize, ended: bool) -> Decode
     DecodedLine::Whole { body, used }
 }
 
-/// Ends the line that was begun at `mark` of `out`. A handler may have written its result over
-/// several lines: JSON has newlines between values only, where a space says the same.
+/// Ends the line that begins at `mark` of `out`. A handler may have written its result in several lines.
+/// JSON has line feeds only between values, where a space is equivalent.
 pub fn finish(out: &mut Vec<u8>, mark: usize) {
     let mut at = mark;
     while let Some(found) = memchr(b'\n', &out[at..]) {
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The lines of some bytes that come in two pieces.
+    /// Splits bytes that arrive in two pieces into lines.
     fn lines(bytes: &[u8], split: usize) -> (Vec<Vec<u8>>, bool) {
         let (mut found, mut at, mut scanned) = (Vec::new(), 0, 0);
         for (end, ended) in [(split, false), (bytes.len(), true)] {
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_ends_with_a_newline_or_the_end() {
+    fn a_line_ends_at_a_line_feed_or_the_end_of_the_stream() {
         let (found, refused) = lines(b"\r\n \n{}\r\n[1]\n\n2", 4);
         assert_eq!(found, [&b"{}\r"[..], b"[1]", b"2"]);
         assert!(!refused);
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_just_the_limit_is_taken_and_a_longer_one_refused_before_its_end() {
+    fn a_line_at_the_limit_is_accepted_and_a_longer_one_refused_before_its_end() {
         assert!(matches!(
             decode(b"12345\n", 0, 5, false),
             DecodedLine::Whole { .. }
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_one_line_whatever_its_handler_wrote() {
+    fn every_answer_is_one_line() {
         let mut out = b"before\n".to_vec();
         out.extend_from_slice(b"{\n\"a\":\n1}");
         finish(&mut out, 7);

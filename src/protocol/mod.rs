@@ -1,8 +1,8 @@
-//! The protocol layer: bytes to calls, and answers to bytes.
+//! The protocol layer: turns bytes into calls, and answers into bytes.
 //!
-//! Pure: no system call, no clock, no connection. What a stranger can send is judged here and
-//! nowhere else, so everything in this layer takes any bytes at all without panicking, without
-//! recursion, and without memory in proportion to a length that was only declared.
+//! Pure: no system call, no clock, no connection. All input of clients is checked here and nowhere else.
+//! So this layer accepts any bytes without a panic, without recursion, and without memory in proportion
+//! to a length that was only declared.
 //!
 //! From the bottom up:
 //!
@@ -12,26 +12,30 @@
 //! | [`rpc_error`] | the error that a handler returns and a caller sees |
 //! | [`json`] | whether bytes are JSON at all, and not nested too deep |
 //! | [`frame`] | where a frame ends |
-//! | `envelope` | which members a call's object has, and which of them twice |
+//! | `envelope` | the members of a call's object, and which occur twice |
 //! | [`call`] | the plain form of a call |
+//! | [`call_id`] | the id that the server gives to a call |
 //! | [`answer`] | the plain form of an answer |
 //! | [`jsonrpc`] | the JSON-RPC 2.0 form of both, and batches |
 //! | [`body`] | which form a body has |
-//! | [`mod@line`], [`http`] | where a line ends, where a request does; what it asks for |
-//! | [`program`] | what a pool program is told and answers |
+//! | [`mod@line`], [`http`] | where a line or a request ends, and what the request asks for |
+//! | [`trace_context`], [`trace_search`] | the place of a call in a trace, and where it is in a body |
+//! | [`program`] | the messages of pool programs |
 //! | [`reply`] | an answer in any form and dialect |
-//! | [`detect`] | which dialect a connection's first four bytes speak |
+//! | [`detect`] | the dialect of a connection, from its first four bytes |
 //!
-//! It leaves to others: which methods there are, when a call is begun or given up, and what is
-//! done with a connection after an answer. Nothing is allocated for a call that is well-formed
-//! and spells its method without escapes: its parts are borrowed from the body.
+//! Other layers decide which methods exist, when a call runs or is given up, and what happens to a
+//! connection after an answer. A well-formed call that spells its method without escapes needs no
+//! allocation, because its parts are borrowed from the body.
 
 pub mod answer;
 pub mod body;
 pub mod call;
+pub mod call_id;
 pub mod cancel;
 pub mod code;
 pub mod control;
+mod death_status;
 pub mod detect;
 mod envelope;
 pub mod frame;
@@ -42,7 +46,10 @@ pub mod line;
 pub mod program;
 pub mod reply;
 pub mod rpc_error;
+pub mod trace_context;
+pub mod trace_search;
 
+pub use call_id::CallId;
 pub use code::Code;
 pub use detect::Dialect;
 pub use rpc_error::RpcError;

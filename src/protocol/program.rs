@@ -1,36 +1,47 @@
-//! What is said between a worker and a pool program: frames on its descriptor 3.
+//! Encodes and decodes the messages between a worker and a pool program: frames on its descriptor 3.
 //!
-//! A call is told as in the plain form, without an id: a program has one at a time. Its answer may
-//! name itself, as a handler's may. What is no answer is told in words, for the log and the caller.
+//! A call has the plain form. It has no id if the program runs one call at a time. The answer may have
+//! its own name, as an answer of a handler may. What is not an answer becomes an error message for the
+//! log and the caller.
 
 use serde::Deserialize;
-use serde_json::value::RawValue;
 use std::borrow::Cow;
 
 use super::answer::{self, Answer};
 use super::call::Call;
+use super::call_id::CallId;
 use super::code::Code;
 use super::rpc_error::RpcError;
+use super::trace_context::TraceContext;
 use super::{frame, json};
 use crate::error::Error;
 
-/// What a program sends once it can take calls: `{"out": "ready"}`, without a result.
+/// The `out` of the message that a program sends when it is ready: `{"out": "ready"}`, without a result.
 const READY: &str = "ready";
-/// The method that takes back a call.
+/// The method that cancels a call.
 const CANCEL: &str = "rpc.cancel";
-/// So long it may be, with what else may stand there.
+/// The most bytes of that message, with other members.
 const LONGEST_READY: usize = 4096;
 
 #[derive(Debug)]
 pub enum Sent<'a> {
-    /// That it can take calls.
+    /// The program is ready for calls.
     Ready,
     Answer(Answer<'a>),
 }
 
-/// Appends the frame of a call, with an id for a program that has several at once. `params` must be JSON;
-/// it stays as it is.
-pub fn call(out: &mut Vec<u8>, method: &str, params: &str, id: Option<u64>) -> bool {
+/// The id of a call and its place in a trace, for its program.
+pub type CallTrace<'a> = (CallId, &'a TraceContext);
+
+/// Appends the frame of a call. A program with several calls at once gets an `id`, which is the last member.
+/// `params` must be JSON and stays unchanged. With a `trace` the frame has it.
+pub fn call(
+    out: &mut Vec<u8>,
+    method: &str,
+    params: &str,
+    id: Option<u64>,
+    trace: Option<CallTrace<'_>>,
+) -> bool {
     let mark = frame::begin(out);
     let id = id.map(|id| id.to_string());
     let call = Call {
@@ -39,17 +50,29 @@ pub fn call(out: &mut Vec<u8>, method: &str, params: &str, id: Option<u64>) -> b
         id: id.as_deref(),
         timeout_ms: None,
     };
-    call.write(out);
+    call.write(out, |out| {
+        let Some((call, context)) = trace else {
+            return;
+        };
+        let parent = context.traceparent();
+        out.extend_from_slice(
+            format!(",\"call\":\"{call}\",\"traceparent\":\"{parent}\"").as_bytes(),
+        );
+        if let Some(state) = &context.state {
+            out.extend_from_slice(b",\"tracestate\":");
+            answer::string(out, state);
+        }
+    });
     frame::finish(out, mark)
 }
 
-/// Appends the frame that tells a program that the call with this id was given up.
+/// Appends the frame that cancels the call with this id.
 pub fn cancel(out: &mut Vec<u8>, id: u64) -> bool {
-    call(out, CANCEL, &format!("{{\"id\":{id}}}"), None)
+    call(out, CANCEL, &format!("{{\"id\":{id}}}"), None, None)
 }
 
-/// The id of an answer of a program that has several calls at once, also of one that makes no sense
-/// otherwise.
+/// Returns the id of an answer of a program with several calls at once, even if the rest of the answer is
+/// invalid.
 pub fn id(body: &[u8]) -> Option<u64> {
     #[derive(Deserialize)]
     struct OnlyId {
@@ -61,10 +84,10 @@ pub fn id(body: &[u8]) -> Option<u64> {
     only.filter(|_| is_object).map(|only| only.id)
 }
 
-/// Reads the body of a program's frame, nested at most `depth` deep.
+/// Decodes the body of a program's frame, nested at most `depth` levels.
 ///
 /// # Errors
-/// Why it is none, in words.
+/// Why it is invalid, in words.
 pub fn read(body: &[u8], depth: usize) -> Result<Sent<'_>, String> {
     match answer::read(body, depth) {
         Ok(answer) => Ok(Sent::Answer(answer)),
@@ -93,33 +116,26 @@ fn is_ready(body: &[u8], depth: usize) -> bool {
             .is_ok_and(|sent| sent.out == READY && sent.result.is_none())
 }
 
-/// An answer as its caller is to have it: its name, where it is not `method`, and its result or
-/// its error, each on one line.
+/// Returns an answer for its caller: its name, if it is not `method`, and its result or error, each on
+/// one line.
 pub fn outcome(answer: Answer<'_>, method: &str) -> (Option<Box<str>>, Result<Vec<u8>, RpcError>) {
     match answer.outcome {
         Ok(result) => {
-            let mut line = result.as_bytes().to_vec();
+            let mut line = result.get().as_bytes().to_vec();
             json::flatten_to_one_line(&mut line);
             let name = (answer.name != method).then(|| answer.name.into());
             (name, Ok(line))
         }
         Err(mut error) => {
-            // As of any handler: who refuses those has done nothing yet.
-            error.started &= error.table_code() != Some(Code::InvalidParams);
+            // Not what the program says: a client sends a call again that it takes for not started. As for any
+            // handler: if the params are invalid, nothing was done yet.
+            error.started = error.table_code() != Some(Code::InvalidParams);
             if let Some(data) = error.data.take() {
-                error.data = Some(unbroken(data));
+                error.data = Some(answer::unbroken(data));
             }
             (None, Err(error))
         }
     }
-}
-
-fn unbroken(data: Box<RawValue>) -> Box<RawValue> {
-    if !data.get().contains(['\n', '\r']) {
-        return data;
-    }
-    let text = data.get().replace(['\n', '\r'], " ");
-    RawValue::from_string(text).unwrap_or(data)
 }
 
 #[cfg(test)]
@@ -128,18 +144,47 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_is_a_frame_whose_params_are_to_the_letter() {
+    fn a_call_is_a_frame_with_params_byte_for_byte() {
         let mut out = Vec::new();
-        assert!(call(&mut out, "a.b", "{\"n\": 1.50,\n\"n\": 2}", None));
+        assert!(call(
+            &mut out,
+            "a.b",
+            "{\"n\": 1.50,\n\"n\": 2}",
+            None,
+            None
+        ));
         let body = b"{\"in\":\"a.b\",\"params\":{\"n\": 1.50,\n\"n\": 2}}";
         assert_eq!(out[..4], (body.len() as u32).to_le_bytes());
         assert_eq!(&out[4..], body);
     }
 
     #[test]
-    fn calls_at_once_have_ids() {
+    fn a_trace_stands_before_the_id() {
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let mut context = TraceContext::decode(parent.as_bytes()).unwrap();
+        let id = "4712.9".parse().unwrap();
+        let sent = |context: &TraceContext, number| {
+            let mut out = Vec::new();
+            assert!(call(&mut out, "m", "1", number, Some((id, context))));
+            String::from_utf8(out.split_off(4)).unwrap()
+        };
+        assert_eq!(
+            sent(&context, None),
+            format!(r#"{{"in":"m","params":1,"call":"4712.9","traceparent":"{parent}"}}"#)
+        );
+        context.state = Some(r#"a="\"#.into());
+        assert_eq!(
+            sent(&context, Some(7)),
+            format!(
+                r#"{{"in":"m","params":1,"call":"4712.9","traceparent":"{parent}","tracestate":"a=\"\\","id":7}}"#
+            )
+        );
+    }
+
+    #[test]
+    fn concurrent_calls_have_ids() {
         let mut out = Vec::new();
-        assert!(call(&mut out, "m", "1", Some(7)) && cancel(&mut out, 7));
+        assert!(call(&mut out, "m", "1", Some(7), None) && cancel(&mut out, 7));
         let text = String::from_utf8_lossy(&out);
         assert!(text.contains(r#"{"in":"m","params":1,"id":7}"#), "{text}");
         assert!(
@@ -165,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_errors_and_the_handshake_are_told_apart() {
+    fn answers_errors_and_the_ready_message_are_distinguished() {
         assert!(matches!(read(br#"{"out":"ready"}"#, 9), Ok(Sent::Ready)));
         assert!(matches!(
             read(br#"{"out":"ready","result":null}"#, 9),
@@ -192,10 +237,23 @@ mod tests {
         );
         assert_eq!(error.data.unwrap().get(), "[1, 2]");
         assert_eq!(name, None);
+        for (body, started) in [
+            (
+                r#"{"out":"error","result":{"code":-32005,"message":"","started":false}}"#,
+                true,
+            ),
+            (
+                r#"{"out":"error","result":{"code":-32602,"message":"","started":true}}"#,
+                false,
+            ),
+        ] {
+            let error = answer(body).1.unwrap_err();
+            assert_eq!(error.started, started, "{body}");
+        }
     }
 
     #[test]
-    fn what_is_no_answer_says_why() {
+    fn an_invalid_answer_gives_the_reason() {
         for (body, why) in [
             ("", "empty"),
             ("[1, 2]", "not an object"),

@@ -1,42 +1,43 @@
-//! An answer in the form of its call and the dialect of its connection.
+//! Encodes an answer in the form of its call and the dialect of its connection.
 //!
-//! [`AnswerFormat::compose`] appends it to a buffer, so that one write carries many. What goes into it
-//! (a handler's result, to the letter) is appended by whoever knows it.
+//! [`AnswerFormat::compose`] appends it to a buffer, so that one write carries many. The caller appends
+//! the result of the handler byte for byte.
 
 use super::body::Form;
+use super::call_id::CallId;
 use super::code::Code;
 use super::http::{self, response};
 use super::rpc_error::RpcError;
 use super::{answer, frame, jsonrpc, line};
 
-/// What an answer is wrapped in.
+/// The framing of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
-    /// A length before it.
+    /// A length before the body.
     Frame,
-    /// A newline behind it.
+    /// A line feed behind the body.
     Line,
-    /// A head before it.
+    /// An HTTP head before the body.
     Http(http::ResponseOptions),
-    /// A comma between it and the one before: it is a part of a batch's answer.
+    /// A comma between the parts of a batch's answer.
     Member,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AnswerFormat {
     pub form: Form,
-    /// The dialect's part.
+    /// The framing of the dialect.
     pub wrap: Framing,
 }
 
-/// What an answer says beside its result, where a dialect has a place for it.
+/// Properties of an answer besides its result, for dialects that encode them.
 #[derive(Debug, Clone, Copy)]
 pub struct AnswerContext<'a> {
-    /// It is the last one of its connection if that is `closing`, or the answer's own code is one
-    /// that closes and is `ours`.
+    /// Whether it is the last answer of its connection: because the connection is closing, or because its
+    /// code closes the connection and the error is `ours`.
     pub last: bool,
     pub closing: bool,
-    /// Its error is the server's own, whose code may close the connection.
+    /// Whether the error comes from the server itself. Only then its code may close the connection.
     pub ours: bool,
     pub http: http::ResponseContext<'a>,
 }
@@ -53,14 +54,15 @@ impl AnswerContext<'_> {
 }
 
 impl AnswerFormat {
-    /// Appends one whole answer: named `name`, with the result that `fill` appends as JSON, or
-    /// the error that it returns, which is returned again.
+    /// Appends one whole answer with `name`. `fill` appends the result as JSON, or returns an error,
+    /// which is appended and returned. `call` returns the id that such an error names.
     #[inline]
     pub fn compose(
         self,
         out: &mut Vec<u8>,
         about: AnswerContext<'_>,
         (name, id): (&str, Option<&str>),
+        call: impl FnOnce() -> Option<CallId>,
         fill: impl FnOnce(&mut Vec<u8>) -> Result<(), RpcError>,
     ) -> Result<(), RpcError> {
         let mark = self.wrap.begin(out);
@@ -78,10 +80,11 @@ impl AnswerFormat {
             (Ok(()), Form::ParamsOnly) => {}
             (Err(error), form) => {
                 out.truncate(start);
+                let call = call();
                 match form {
-                    Form::JsonRpc => jsonrpc::error(out, error, id),
-                    Form::ParamsOnly => answer::bare_error(out, error),
-                    Form::Plain | Form::Notification => answer::error(out, error, id),
+                    Form::JsonRpc => jsonrpc::error(out, error, id, call),
+                    Form::ParamsOnly => answer::bare_error(out, error, call),
+                    Form::Plain | Form::Notification => answer::error(out, error, id, call),
                 }
             }
         }
@@ -95,8 +98,8 @@ impl AnswerFormat {
         outcome
     }
 
-    /// Appends the answer of a whole batch, of which `members` were composed one after the other.
-    /// Where none of them has an answer, the batch has none either.
+    /// Appends the answer of a whole batch; `members` are its composed parts. If no call of the batch is
+    /// answered, the batch is not answered.
     pub fn batch(self, out: &mut Vec<u8>, about: AnswerContext<'_>, members: &[u8]) {
         let mark = self.wrap.begin(out);
         let mut status = 204;
@@ -127,7 +130,7 @@ impl Framing {
         }
     }
 
-    /// Ends what `begin` began; 204 tells that there is nothing to be said.
+    /// Appends the part after the result. Status 204 means that there is no body.
     #[inline]
     fn finish(
         self,

@@ -1,7 +1,6 @@
-//! The error of one call: what a handler returns and what its caller sees.
+//! Defines the error of one call: a handler returns it and its caller sees it.
 //!
-//! It says nothing about its form on the wire; [`answer`](super::answer) writes it. Not to be
-//! mistaken for [`crate::error::Error`], which ends a command of preforkd.
+//! [`answer`](super::answer) encodes it. [`crate::error::Error`] is another type: the error of a command.
 
 use super::code::Code;
 use serde::Serialize;
@@ -12,23 +11,23 @@ use std::fmt;
 /// Why a call has no result.
 #[derive(Debug, Clone)]
 pub struct RpcError {
-    /// What programs decide by: a number of [`Code`]'s table, or a handler's own.
+    /// The number that programs check: from the table of [`Code`], or a handler's own.
     pub code: i64,
-    /// The code's name, for people and logs; `"error"` for a handler's own code.
+    /// The name of the code, for people and logs; `"error"` for a handler's own code.
     pub name: Cow<'static, str>,
-    /// One sentence for people: what happened, and where it can be said, what to change.
+    /// One sentence for people: what happened and, if possible, what to change.
     pub message: String,
-    /// Whether the call began. `false` is a promise: sending it again is safe.
+    /// Whether the call began. If false, it is safe to send the call again.
     pub started: bool,
-    /// Whatever else the handler wants its caller to have.
+    /// Further data of the handler for its caller.
     pub data: Option<Box<RawValue>>,
 }
 
-/// Characters of a client's own words that a message repeats: whoever sends a name of a megabyte
-/// knows it already, and escapes would make it several.
+/// The number of characters of a client's text that a message repeats. The client knows its own text, and
+/// escapes could make a long one several times longer.
 const EXCERPT: usize = 100;
 
-/// The beginning of `text`, for a message.
+/// Returns the beginning of `text`, for a message.
 pub fn excerpt(text: &str) -> Cow<'_, str> {
     match text.char_indices().nth(EXCERPT) {
         Some((end, _)) => Cow::Owned(format!("{}\u{2026}", &text[..end])),
@@ -37,9 +36,9 @@ pub fn excerpt(text: &str) -> Cow<'_, str> {
 }
 
 impl RpcError {
-    /// A handler's error. A number of [`Code`]'s table gets that row's name, any other is called
-    /// `"error"`. The call counts as started, save for invalid params: a handler that refuses
-    /// those has done nothing yet.
+    /// Creates a handler's error. A number of [`Code`]'s table gets the name of its row; any other number
+    /// is named `"error"`. The call counts as started, except for invalid params, because a handler that
+    /// refuses its params has done nothing yet.
     pub fn new(code: i64, message: impl Into<String>) -> Self {
         let row = Code::from_number(code);
         RpcError {
@@ -51,7 +50,7 @@ impl RpcError {
         }
     }
 
-    /// An error of the table.
+    /// Creates an error of the table.
     pub fn of(code: Code, message: impl Into<String>, started: bool) -> Self {
         RpcError {
             code: code.number(),
@@ -62,32 +61,31 @@ impl RpcError {
         }
     }
 
-    /// The params are not what the method takes; the message says what it takes. The caller is told
-    /// that the call did not begin (`started` is false), and may make it again: for a function that has
-    /// done something by then, [`RpcError::new`] with a code of its own is right.
+    /// Creates the error for params that the method does not accept; the message says what it accepts.
+    /// `started` is false, so the caller may send the call again. If the function has already done
+    /// something, use [`RpcError::new`] with another code.
     pub fn invalid_params(message: impl Into<String>) -> Self {
         RpcError::of(Code::InvalidParams, message, false)
     }
 
-    /// With another name than [`RpcError::new`] gave it.
+    /// Replaces the name that [`RpcError::new`] set.
     #[must_use]
     pub fn with_name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
         self.name = name.into();
         self
     }
 
-    /// With data for the caller. Where they can't be written as JSON (a map whose keys are no
-    /// strings), a string that says so stands in their place: an error's own trouble must not
-    /// hide the error.
+    /// Adds data for the caller. If they cannot be encoded as JSON (such as a map whose keys are not
+    /// strings), a string that says so replaces them, because the error itself must reach the caller.
     #[must_use]
     pub fn with_data(mut self, data: impl Serialize) -> Self {
         self.data = to_raw_value(&data)
-            .or_else(|error| to_raw_value(&format!("data that can't be written: {error}")))
+            .or_else(|error| to_raw_value(&format!("data that cannot be encoded: {error}")))
             .ok();
         self
     }
 
-    /// The row of the table, unless the code is a handler's own.
+    /// Returns the code of the table; `None` for a handler's own code.
     pub fn table_code(&self) -> Option<Code> {
         Code::from_number(self.code)
     }
@@ -108,7 +106,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn a_handlers_own_code_counts_as_started_and_has_a_plain_name() {
+    fn a_code_of_a_handler_counts_as_started_and_is_named_error() {
         let error = RpcError::new(42, "no such customer");
         assert_eq!(
             (error.code, &*error.name, error.started),
@@ -119,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_of_the_table_has_its_name_whoever_answers_it() {
+    fn a_code_of_the_table_always_has_its_name() {
         let error = RpcError::new(-32602, "two numbers, please");
         assert_eq!((&*error.name, error.started), ("invalid-params", false));
         let error = RpcError::of(Code::Timeout, "its 30 s were over", true);
@@ -130,12 +128,12 @@ mod tests {
     }
 
     #[test]
-    fn data_that_cannot_be_written_leave_the_error_in_place() {
+    fn data_that_cannot_be_encoded_keep_the_error() {
         let data = BTreeMap::from([((1, 2), 3)]);
         let error = RpcError::new(7, "seven").with_data(data);
         let text = error.data.unwrap();
         assert!(
-            text.get().starts_with("\"data that can't be written: "),
+            text.get().starts_with("\"data that cannot be encoded: "),
             "{text}"
         );
     }

@@ -1,6 +1,6 @@
-//! What a program gives its server: methods as functions, and what is made around them.
+//! Registers a program's methods and hooks.
 //!
-//! Nothing fails here; a name that is given twice or can't be one is told when the server is run.
+//! Nothing fails here. An invalid or repeated name is an error when the server runs.
 
 use std::sync::Arc;
 
@@ -16,8 +16,8 @@ use crate::protocol::RpcError;
 type Result<T> = std::result::Result<T, RpcError>;
 
 impl Server {
-    /// Adds a method that runs on a handler thread. Params and result go through serde; a panic
-    /// is answered with `internal`, and the worker lives.
+    /// Adds a method that runs on a handler thread. Params and result go through serde. A panic is answered
+    /// with `internal`, and the worker continues.
     #[must_use]
     pub fn method<P, R>(
         self,
@@ -28,16 +28,11 @@ impl Server {
         P: DeserializeOwned + 'static,
         R: Serialize + 'static,
     {
-        self.add(
-            name.into(),
-            Arc::new(function::typed(Placement::Thread, move |_, params| {
-                function(params)
-            })),
-        )
+        self.method_with(name, move |_, params| function(params))
     }
 
-    /// As [`Server::method`], for a function that asks about its call: how long it has, whether
-    /// anybody still waits, who calls, what the worker keeps.
+    /// Adds a method like [`Server::method`], for a function that needs its [`Context`]: the time that is
+    /// left, whether the caller still waits, who the caller is, the state of the worker.
     ///
     /// ```no_run
     /// use preforkd::{Context, RpcError};
@@ -46,9 +41,9 @@ impl Server {
     ///     let mut sum = 0_u64;
     ///     for number in 1..=to {
     ///         sum = sum.wrapping_add(number);
-    ///         // Looked at now and then: nothing ends a function from outside.
+    ///         // Checked regularly, because nothing ends a function from outside.
     ///         if number % 100_000 == 0 && call.is_cancelled() {
-    ///             return Err(RpcError::new(1, "nobody waits any more"));
+    ///             return Err(RpcError::new(1, "no caller waits any more"));
     ///         }
     ///     }
     ///     Ok(sum)
@@ -69,8 +64,8 @@ impl Server {
         self.add(name.into(), Arc::new(handler))
     }
 
-    /// Adds a method that runs on the event loop: for what takes microseconds and never waits,
-    /// because every other call of the worker waits for it.
+    /// Adds a method that runs on the event loop. It must take microseconds and never wait, because every
+    /// other call of the worker waits for it.
     #[must_use]
     pub fn inline<P, R>(
         self,
@@ -81,15 +76,10 @@ impl Server {
         P: DeserializeOwned + 'static,
         R: Serialize + 'static,
     {
-        self.add(
-            name.into(),
-            Arc::new(function::typed(Placement::Inline, move |_, params| {
-                function(params)
-            })),
-        )
+        self.inline_with(name, move |_, params| function(params))
     }
 
-    /// As [`Server::inline`], for a function that asks about its call.
+    /// Adds a method like [`Server::inline`], for a function that needs its [`Context`].
     #[must_use]
     pub fn inline_with<P, R>(
         self,
@@ -104,9 +94,9 @@ impl Server {
         self.add(name.into(), Arc::new(handler))
     }
 
-    /// Adds a method that takes its params as the JSON text that the caller wrote (`null` where
-    /// there were none) and answers JSON: no digit is lost on the way, and nothing is copied that
-    /// need not be. It runs on a handler thread.
+    /// Adds a method that gets its params as the JSON text that the caller has written (`null` if there are
+    /// none), and returns JSON. So no digit of a number is lost, and nothing is copied without need. It
+    /// runs on a handler thread.
     ///
     /// ```no_run
     /// use preforkd::{RawValue, RpcError};
@@ -126,13 +116,13 @@ impl Server {
         self.add(name.into(), Arc::new(function::raw(function)))
     }
 
-    /// Adds a method that is answered by any [`Handler`], which says itself where it runs.
+    /// Adds a method with any [`Handler`], which decides itself where it runs.
     #[must_use]
     pub fn handler(self, name: impl Into<String>, handler: impl Handler + 'static) -> Self {
         self.add(name.into(), Arc::new(handler))
     }
 
-    /// Adds methods under a common name, which stands before theirs with a dot.
+    /// Adds methods with a common prefix. A dot separates the prefix from each name.
     ///
     /// ```
     /// let server = preforkd::Server::new().namespace("math", |math| {
@@ -151,16 +141,16 @@ impl Server {
         server
     }
 
-    /// Makes something once, in the master, before the workers are forked: they share its memory
-    /// until one of them writes to it. It is there for the master's life, through every reload;
-    /// handlers find it by its type, with [`Context::state`]. It is not made for the commands
-    /// (`check`, `status`, …), as what stands in `main` would be.
+    /// Creates a value once, in the master, before the workers are forked. The workers share its memory
+    /// until one of them writes to it. The value exists as long as the master, through all reloads.
+    /// Handlers get it by its type, with [`Context::state`]. Other commands (`check`, `status`, …) do not
+    /// create it, but they would run code in `main`.
     ///
-    /// A fork copies one thread and no other: whatever starts a thread (a client with a background
-    /// thread, a pool of connections) belongs into [`Server::on_worker_start`], and so does what
-    /// may not be shared by several processes (a connection, an open transaction, a random seed).
-    /// A thread that is left running here is an error of the start. A thread that was joined may take up
-    /// to a second to end. A file that is opened here stays open in all workers, as [`Server::run`] says.
+    /// A fork copies only one thread. So create whatever starts a thread (a client with a background
+    /// thread, a connection pool) in [`Server::on_worker_start`], and also what several processes must not
+    /// share (a connection, an open transaction, a random seed). A thread that still runs after this hook
+    /// is an error of the start; a joined thread may take up to a second to end. A file that is opened here
+    /// stays open in all workers, as [`Server::run`] says.
     ///
     /// ```no_run
     /// struct Words(Vec<String>);
@@ -184,16 +174,16 @@ impl Server {
         self
     }
 
-    /// Makes something once in each worker, after the fork and before it is ready: a database
-    /// handle, a cache of its own. Handlers find it by its type, with [`Context::state`], and
-    /// share it, so what they change is behind a lock.
+    /// Creates a value once in each worker, after the fork and before the worker is ready: a database
+    /// handle, a cache. Handlers get it by its type, with [`Context::state`]. They share it, so changes
+    /// need a lock.
     ///
-    /// A worker for which this fails, or takes longer than `workers.boot-timeout`, does not become
-    /// ready: a start fails with the reason, and a reload is taken back. It runs as the
-    /// configured user, and may start threads and programs.
+    /// If this fails, or takes longer than `workers.boot-timeout`, the worker does not become ready: a
+    /// start fails with the reason, and a reload is undone. The function runs as the configured user and
+    /// may start threads and programs.
     ///
-    /// A panic of a handler that holds a [`std::sync::Mutex`] poisons it for all later calls. Where
-    /// what it guards can't be left half changed, take it all the same, with
+    /// A panic of a handler that holds a [`std::sync::Mutex`] poisons it for all later calls. If a
+    /// half-made change does no harm, take the value all the same, with
     /// [`into_inner`](std::sync::PoisonError::into_inner):
     ///
     /// ```no_run
@@ -223,10 +213,10 @@ impl Server {
         self
     }
 
-    /// Is called in each worker that leaves in order (a stop, a reload, a retirement), after the
-    /// last call was answered; the functions given last are called first. It has the rest of
-    /// `workers.drain-timeout`: then the worker leaves without it. A handler whose call has timed
-    /// out may still run meanwhile. It is not called when a worker is stopped at once, or dies.
+    /// Adds a function that is called in each worker that exits in order (a stop, a reload, a retirement),
+    /// after the last call was answered. Functions that were added last are called first. They have the
+    /// rest of `workers.drain-timeout`; after that the worker exits without them. A handler whose call has
+    /// timed out may still run meanwhile. They are not called if a worker is stopped at once or dies.
     #[must_use]
     pub fn on_worker_stop(mut self, end: impl Fn(&Worker) + Send + Sync + 'static) -> Self {
         self.hooks.on_worker_stop(end);

@@ -1,9 +1,7 @@
-//! A server that is started by an upgrade: as the probe of one, or to go on as the master that another
-//! program was.
+//! Runs a server that an upgrade has started: as a probe, or as the master that takes over.
 //!
-//! The program's `main` has run as at any start, and its `on_master_start` runs here as there. What
-//! fails in a probe is told to the master that asks; what fails in a take-over, a panic too, goes back
-//! to the program before.
+//! The program's `main` and its `on_master_start` run as at any start. An error of a probe is reported to
+//! the master that has started it. An error or panic of a take-over goes back to the program before.
 
 #![allow(unsafe_code)]
 
@@ -15,18 +13,19 @@ use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 
-use super::{RunningServer, Server, end, form, one_thread, open_log, start_hooks};
+use super::{RunningServer, Server, child_main, end, form, one_thread, open_log, start_hooks};
 use crate::config::{self, Overrides};
 use crate::error::{Error, Result};
 use crate::logging::{self, LogOutput};
 use crate::master;
-use crate::master::upgrade::{self, ExecAttempt, PANICKED, PROBE_PASSED, StartParams};
+use crate::master::resume::{PANICKED, check_state, take_over};
+use crate::master::upgrade::{self, ExecAttempt, PROBE_PASSED, StartParams};
+use crate::observe;
 use crate::sys::signal;
 use crate::sys::title::TitleArea;
-use crate::worker;
 
 impl Server {
-    /// Tries what a take-over would do, beside the master that asks, and says whether it could.
+    /// Tries what a take-over would do, and reports whether it could.
     pub(super) fn probe(self, mut overrides: Overrides) -> Result<()> {
         self.check_names()?;
         one_thread()?;
@@ -34,7 +33,7 @@ impl Server {
         restore(&mut overrides, &state.origin);
         let settings = config::load(state.origin.file.as_deref(), &overrides)?;
         open_log(&settings)?;
-        upgrade::check_state(state)?;
+        check_state(state)?;
         logging::log_panics();
         logging::configure(settings.log.level, form(&settings));
         logging::set_output(open_log_of_probe()?);
@@ -45,14 +44,15 @@ impl Server {
             .map_err(|error| Error::system("say that this program could take over", error))
     }
 
-    /// Is the master that the program before was. On any error it becomes that one once more.
+    /// Runs the master of the program before. On any error it goes back to that program.
     pub(super) fn take_over(
         self,
         trial: ExecAttempt,
         overrides: Overrides,
         opened_in_main: &BTreeSet<RawFd>,
     ) -> Result<()> {
-        // The program may have set its default, which would end the master when the log loses its reader.
+        // The program may have set SIGPIPE to its default, which would end the master when the log loses
+        // its reader.
         signal::ignore(&[Signal::SIGPIPE]);
         logging::log_panics();
         let mut trial = Some(trial);
@@ -68,9 +68,9 @@ impl Server {
             (_, None) => {}
             (Some(trial), Some(reason)) => {
                 let error = trial.exec_old(&reason);
-                log::error!("upgrade: {reason}; and there is no way back: {error}");
+                log::error!("upgrade: {reason}; rollback failed: {error}");
             }
-            // The old program once more, or one that had taken over for good.
+            // This is the old program again, or one whose upgrade had succeeded.
             (None, Some(reason)) => {
                 log::error!("the master ends, and its workers with it: {reason}")
             }
@@ -84,15 +84,15 @@ impl Server {
         mut overrides: Overrides,
         opened_in_main: &BTreeSet<RawFd>,
     ) -> Result<()> {
-        let gone = || Error::Bug("a take-over without its trial".into());
+        let gone = || Error::Bug("a take-over without its exec attempt".into());
         let program = self.name();
         let state = trial.as_mut().ok_or_else(gone)?.read()?;
         let origin = state.origin.clone();
         restore(&mut overrides, &origin);
-        // What the old workers run on; where it means nothing to this version, what the new ones will.
+        // The configuration of the old workers. If this version cannot read it, that of the new ones.
         let file = origin.file.clone();
         let (settings, strange) =
-            match config::from_effective(state.settings.clone(), file.clone(), &overrides) {
+            match config::from_effective(state.served(), file.clone(), &overrides) {
                 Ok(settings) => (settings, None),
                 Err(error) => (config::load(file.as_deref(), &overrides)?, Some(error)),
             };
@@ -100,20 +100,23 @@ impl Server {
             (Some(number), Some(trial)) => trial.through().take(number).map(LogOutput::received),
             _ => LogOutput::standard_error(),
         };
-        let log = log.map_err(|error| Error::system("go on with the log", error))?;
+        let log = log.map_err(|error| Error::system("continue the log", error))?;
         logging::configure(settings.log.level, form(&settings));
         logging::set_output(log);
         logging::init_master_log();
         if let Some(error) = strange {
             log::warn!(
-                "the configuration of the workers that serve can't be read by this version, so one \
-                 that dies is replaced on the new one: {error}"
+                "this version cannot read the configuration of the old workers, so a worker that dies \
+                 is replaced with the new configuration: {error}"
             );
         }
         // SAFETY: one thread runs, as checked above.
         let title = unsafe { TitleArea::claim() };
         let hooks = Arc::new(std::mem::take(&mut self.hooks));
-        trial.as_mut().ok_or_else(gone)?.listen()?;
+        trial
+            .as_mut()
+            .ok_or_else(gone)?
+            .listen(&master::MASTER_SIGNALS)?;
         let kept = start_hooks(&hooks, opened_in_main)?;
         if settings.daemon {
             let _ = std::env::set_current_dir("/");
@@ -131,22 +134,23 @@ impl Server {
                 hooks,
                 kept,
             },
-            worker_main: worker::run,
+            worker_main: child_main,
+            observer_main: observe::run,
             passed: Vec::new(),
             launcher: &mut None,
         };
-        upgrade::take_over(setup, state)
+        take_over(setup, state)
     }
 }
 
-/// What a probe logs is part of its reason, if it has one.
+/// Opens the log of a probe, which is part of the reason if it fails.
 fn open_log_of_probe() -> Result<LogOutput> {
     logging::open(None).map_err(|error| Error::system("log to standard error", error))
 }
 
-/// Puts in what the command line said at the first start, as it was understood there and then.
+/// Sets the options of the first start's command line.
 fn restore(overrides: &mut Overrides, origin: &StartParams) {
-    // An upgrade keeps the paths, whatever the new program is called.
+    // An upgrade keeps the paths, whatever the name of the new program is.
     overrides.name.clone_from(&origin.name);
     overrides.daemon = origin.daemon;
     overrides.listen.clone_from(&origin.listen);

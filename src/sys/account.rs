@@ -1,43 +1,43 @@
-//! Who a process is and whom its workers become: users and groups from the system's databases.
+//! Looks up users and groups in the system's databases.
 //!
-//! It only looks up (getpwnam(3), getgrnam(3), getgrouplist(3), by whatever nsswitch.conf names);
-//! taking an account on is the business of `privilege`. An unknown name and a database that does
-//! not answer are different errors, for the first is a typing mistake and the second is not.
+//! It only looks up (getpwnam(3), getgrnam(3), getgrouplist(3), through nsswitch.conf). `privilege`
+//! changes to the account. An unknown name and a database that does not answer are different errors,
+//! because only the first one is an error of the configuration.
 
 use std::ffi::CString;
 use std::fmt;
 
 use nix::errno::Errno;
 use nix::unistd::{Gid, Group, Uid, User};
+use serde::{Deserialize, Serialize};
 
 /// The account that workers run under.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Account {
     pub name: String,
-    /// The user's id.
     pub uid: u32,
-    /// The name of the group with id `gid`; the id in digits if that group has no name.
+    /// The name of the group with id `gid`, or the id in digits if the group has no name.
     pub group: String,
-    /// The group's id: the one asked for, else the user's primary one.
+    /// The configured group, or the user's primary group if none is configured.
     pub gid: u32,
-    /// The supplementary groups, sorted, `gid` among them.
+    /// The supplementary groups, sorted. They include `gid`.
     pub groups: Vec<u32>,
 }
 
-/// A user or a group as it is configured, with its id.
+/// A configured user or group, with its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedId {
-    /// Its name, or the id in digits.
+    /// The name, or the id in digits.
     pub name: String,
     pub id: u32,
 }
 
-/// Why there is no such account.
+/// Why an account cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccountError {
     NoUser(String),
     NoGroup(String),
-    /// A user id without a name on this machine, so without a primary group.
+    /// A user id without a name on this machine. So it has no primary group.
     GroupUnknown(u32),
     /// The database of users or groups did not answer.
     System(Errno),
@@ -61,9 +61,8 @@ impl fmt::Display for AccountError {
 impl std::error::Error for AccountError {}
 
 impl Account {
-    /// Looks up `user`, with `group` in the place of its primary group where one is given. As in
-    /// chown(1), what is no name but a number is that id. A user id without a name has no group but
-    /// `group`.
+    /// Looks up `user`. `group`, if given, replaces the user's primary group. As in chown(1), a number
+    /// that is not a name is taken as an id. A user id without a name needs `group`.
     pub fn lookup(user: &str, group: Option<&str>) -> Result<Account, AccountError> {
         let (user, primary) = find_user(user)?;
         let group = match (group, primary) {
@@ -93,17 +92,17 @@ impl Account {
     }
 }
 
-/// A number as an id. The last one means "no change" to setuid(2).
+/// Parses an id. The highest number is no id, because setuid(2) takes it as "no change".
 fn id(text: &str) -> Option<u32> {
     text.parse().ok().filter(|id| *id != u32::MAX)
 }
 
-/// Looks up a user by name, else by number.
+/// Looks up a user by name, then by number.
 pub fn lookup_user(user: &str) -> Result<NamedId, AccountError> {
     find_user(user).map(|(user, _)| user)
 }
 
-/// Looks up a group by name, else by number.
+/// Looks up a group by name, then by number.
 pub fn lookup_group(group: &str) -> Result<NamedId, AccountError> {
     if let Some(group) = Group::from_name(group).map_err(AccountError::System)? {
         return Ok(named(group));
@@ -114,7 +113,7 @@ pub fn lookup_group(group: &str) -> Result<NamedId, AccountError> {
     }
 }
 
-/// The user with that name or number, and its primary group; a number without a name has none.
+/// Returns the user with this name or number, and its primary group. A number without a name has none.
 fn find_user(text: &str) -> Result<(NamedId, Option<Gid>), AccountError> {
     let mut found = User::from_name(text).map_err(AccountError::System)?;
     let number = id(text).filter(|_| found.is_none());
@@ -134,7 +133,7 @@ fn find_user(text: &str) -> Result<(NamedId, Option<Gid>), AccountError> {
     }
 }
 
-/// The group with that id; if it has no name, its digits are one.
+/// Returns the group with this id. If it has no name, its digits are the name.
 fn group_of(gid: Gid) -> Result<NamedId, AccountError> {
     let found = Group::from_gid(gid).map_err(AccountError::System)?;
     Ok(found.map_or_else(
@@ -153,7 +152,7 @@ fn named(group: Group) -> NamedId {
     }
 }
 
-/// The effective user and group of this process: geteuid(2), getegid(2).
+/// Returns the effective user and group of this process (geteuid(2), getegid(2)).
 pub fn effective_ids() -> (u32, u32) {
     (
         nix::unistd::geteuid().as_raw(),
@@ -174,11 +173,11 @@ mod tests {
     }
 
     #[test]
-    fn a_group_takes_the_place_of_the_primary_one() {
+    fn a_group_replaces_the_primary_one() {
         let account = Account::lookup("nobody", Some("root")).unwrap();
         assert_eq!((account.gid, account.group.as_str()), (0, "root"));
         assert_ne!(account.uid, 0);
-        // A number needs no name, and reads as it was written.
+        // A number is valid without a name, and its digits are kept.
         let account = Account::lookup("nobody", Some("54321")).unwrap();
         assert_eq!((account.gid, account.group.as_str()), (54321, "54321"));
     }
@@ -199,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_names_are_told_apart() {
+    fn unknown_users_and_groups_are_different_errors() {
         let user = Account::lookup("no-such-user", None).unwrap_err();
         assert_eq!(
             user.to_string(),

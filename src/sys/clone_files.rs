@@ -1,9 +1,9 @@
-//! A twin: a process of its own memory that shares this one's table of descriptors (clone(2) with
-//! CLONE_FILES). What one of them opens the other one has open, what one closes is closed for both,
-//! and the end of one closes nothing: the descriptors live as long as either of the two.
+//! Creates a process with its own memory that shares the descriptor table of this process (clone(2) with
+//! CLONE_FILES). A descriptor that one of them opens or closes is open or closed in both. When one of
+//! them ends, nothing is closed: the descriptors live as long as either process.
 //!
-//! It is a sibling, not a child (CLONE_PARENT), so that both are reaped by the same parent. Leaves
-//! to others what a twin is good for. Fails with the system's own error.
+//! The clone is a sibling, not a child (CLONE_PARENT), so that one parent reaps both. The callers decide
+//! what the clone does. Fails with the system's error.
 
 #![allow(unsafe_code)]
 
@@ -17,30 +17,29 @@ use nix::libc;
 use super::process::{Fork, Pid, thread_count};
 use super::socket::queued;
 
-/// Makes a twin of this process. Its pid is in `pid` before the twin runs its first instruction, so
-/// that whoever shares that memory knows of it even when this process ends at once.
+/// Clones this process. Its pid is in `pid` before the clone runs its first instruction. So processes
+/// that share that memory know the pid even if this process ends at once.
 ///
-/// The twin is to touch no descriptor whose number it remembers while this process lives: it may
-/// be another one's by then.
+/// While this process lives, the clone must not use descriptor numbers that it remembers, because they
+/// may have been reused.
 ///
 /// # Panics
-/// When this process has more than one thread, as `process::fork` does.
+/// If this process has more than one thread, as `process::fork` does.
 ///
 /// # Errors
-/// EAGAIN or ENOMEM when the system has no process to give, EINVAL in the first process of a pid
-/// namespace, EPERM where a filter forbids it.
+/// EAGAIN or ENOMEM if no process can be created, EINVAL in the first process of a pid namespace, EPERM
+/// if a seccomp filter forbids it.
 pub fn clone_process(pid: &AtomicI32) -> io::Result<Fork> {
     let threads = thread_count();
     assert!(
         threads <= 1,
-        "a twin with {threads} threads alive: it would inherit their locks"
+        "a clone with {threads} threads alive: it would inherit their locks"
     );
     let flags = libc::CLONE_FILES | libc::CLONE_PARENT | libc::CLONE_PARENT_SETTID | libc::SIGCHLD;
-    // SAFETY: without CLONE_VM the twin goes on on its own copy of this stack, as after fork(2),
-    // and there is one thread, so no lock is held by another one. The kernel writes its pid to an
-    // integer that lives for as long as the call. The arguments after it are unused by these flags.
-    // The twin leaves by `_exit`, and never asks libc for its own thread id, which libc has not
-    // learnt here.
+    // SAFETY: without CLONE_VM the clone continues on its own copy of this stack, as after fork(2). There
+    // is one thread, so no other thread holds a lock. The kernel writes the pid to an integer that
+    // outlives the call. With these flags the later arguments are unused. The clone leaves by `_exit` and
+    // never asks libc for its thread id, because libc still has the old one.
     let made = unsafe { libc::syscall(libc::SYS_clone, flags, 0, pid.as_ptr(), 0, 0) };
     match Errno::result(made)? {
         0 => Ok(Fork::Child),
@@ -48,7 +47,8 @@ pub fn clone_process(pid: &AtomicI32) -> io::Result<Fork> {
     }
 }
 
-/// A descriptor of this process that is readable once it has ended (pidfd_open(2), Linux 5.3).
+/// Returns a descriptor of this process that becomes readable when it has ended (pidfd_open(2), Linux
+/// 5.3).
 ///
 /// # Errors
 /// ENOSYS before Linux 5.3, EMFILE.
@@ -56,12 +56,12 @@ pub fn pidfd_self() -> io::Result<OwnedFd> {
     // SAFETY: no pointer is passed.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, Pid::current().0, 0) };
     let fd = RawFd::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
-    // SAFETY: it was just made, and nobody else knows it.
+    // SAFETY: the kernel has just created it, so it has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Ends this process, at once and without a trace, when its parent ends (PR_SET_PDEATHSIG(2const)).
-/// Returns whether `parent` still lived afterwards.
+/// Has the kernel send SIGKILL to this process when its parent ends (PR_SET_PDEATHSIG(2const)). Returns
+/// whether `parent` was still alive after that.
 ///
 /// # Errors
 /// None known.
@@ -87,19 +87,19 @@ pub unsafe fn take_fd(fd: RawFd) -> Option<OwnedFd> {
 /// # Safety
 /// The descriptor must stay open until `look` returns.
 pub unsafe fn borrow_fd<T>(fd: RawFd, look: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
-    // SAFETY: it is given back below, so it is not owned twice.
+    // SAFETY: ownership is given up below, so the descriptor never has two owners.
     let held = unsafe { take_fd(fd) }?;
     let seen = look(held.as_fd());
-    // Not ours to close.
+    // The descriptor is not ours to close.
     let _ = std::os::fd::IntoRawFd::into_raw_fd(held);
     Some(seen)
 }
 
-/// What a stream of TCP has passed on so far, seen from the process that has it: bytes that were
-/// taken out of it, and bytes that were put into it (tcp(7), tcp_info in linux/tcp.h). `None` where
-/// the kernel does not count, or where an end of the stream is among what it counts.
+/// Returns how many bytes were received from and sent to a TCP stream, as seen by the process that has it
+/// (tcp(7), tcp_info in linux/tcp.h). Returns `None` if the kernel does not count them, or if it has
+/// counted the end of the stream (FIN) like a byte.
 pub fn stream_offsets(fd: &impl AsFd) -> Option<(u64, u64)> {
-    // Both may move while they are read: the peer sends and acknowledges.
+    // Both counters may change while they are read: the peer sends and acknowledges.
     for _ in 0..16 {
         let before = counters(fd)?;
         let (unread, unacknowledged) = (queued(fd, libc::FIONREAD)?, queued(fd, libc::TIOCOUTQ)?);
@@ -120,9 +120,10 @@ struct Counters {
     acknowledged: u64,
 }
 
-/// tcpi_state of an established connection: in any other, a FIN is counted like a byte.
+/// The value of tcpi_state for an established connection. In any other state a FIN may be counted like a
+/// byte.
 const ESTABLISHED: u8 = 1;
-/// Where tcpi_bytes_acked and tcpi_bytes_received stand (Linux 4.1).
+/// The offsets of tcpi_bytes_acked and tcpi_bytes_received (Linux 4.1).
 const ACKNOWLEDGED_AT: usize = 120;
 const RECEIVED_AT: usize = 128;
 
@@ -157,7 +158,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     #[test]
-    fn what_passed_through_a_stream_is_counted_whatever_is_on_its_way() {
+    fn stream_offsets_count_also_bytes_in_transit() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
@@ -174,11 +175,11 @@ mod tests {
         drop(client);
         let mut rest = Vec::new();
         server.read_to_end(&mut rest).unwrap_or_default();
-        assert_eq!(stream_offsets(&server), None, "an end is no byte");
+        assert_eq!(stream_offsets(&server), None, "a FIN is not a byte");
     }
 
     #[test]
-    fn of_a_unix_stream_nothing_is_counted() {
+    fn a_unix_stream_has_no_offsets() {
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         assert_eq!(stream_offsets(&one), None);
     }

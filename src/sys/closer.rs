@@ -1,10 +1,9 @@
-//! Closes descriptors whose close may block, on a thread of its own that is started when the first
-//! one comes.
+//! Closes descriptors whose close may block, on a thread that is started when the first one arrives.
 //!
-//! A second thread, which ends at once, holds each of them while the first one closes it: what the
-//! end of a thread closes waits for no unsent bytes (inet_release in Linux: no lingering where the
-//! task is exiting). So one that would block for an hour keeps no other one open. What can't be
-//! started is tried again with the next descriptor; until then they stay open.
+//! A second thread, which ends at once, holds each descriptor while the first one closes it. The close at
+//! the end of a thread does not wait for unsent bytes (inet_release in Linux: no lingering if the task is
+//! exiting). So a close that would block for an hour does not keep other descriptors open. If no thread
+//! can be started, the descriptors stay open, and the next call tries again.
 
 #![allow(unsafe_code)]
 
@@ -18,10 +17,11 @@ use std::thread::Builder;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
+use super::lock::lock;
 use super::process::{Fork, exit_now, fork, thread_count};
 use super::{descriptor, signal};
 
-/// Bytes of a stack: these threads call next to nothing.
+/// The stack size in bytes; these threads have few frames.
 const STACK: usize = 64 * 1024;
 
 struct Waiting {
@@ -35,9 +35,10 @@ static WAITING: Mutex<Waiting> = Mutex::new(Waiting {
 });
 static CAME: Condvar = Condvar::new();
 
-/// Closes a descriptor soon. Returns at once. Not for the master, which has one thread.
+/// Closes a descriptor soon and returns at once. The master must not call it, because it has only one
+/// thread.
 pub fn close(fd: OwnedFd) {
-    let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut waiting = lock(&WAITING);
     waiting.fds.push(fd);
     if !waiting.has_thread {
         waiting.has_thread = start(run).is_ok();
@@ -53,7 +54,7 @@ fn start(run: impl FnOnce() + Send + 'static) -> io::Result<()> {
 fn run() {
     signal::block_all();
     loop {
-        let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = lock(&WAITING);
         while waiting.fds.is_empty() {
             waiting = CAME.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
@@ -63,16 +64,16 @@ fn run() {
     }
 }
 
-/// Where the second thread can't be had, this one waits.
+/// Closes the descriptors. If no second thread can be started, this thread waits for each close.
 fn close_all(fds: Vec<OwnedFd>) {
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let (holds, is_held) = sync_channel(1);
     let (closed, are_closed) = channel::<()>();
     let started = start(move || {
         signal::block_all();
-        // A table of its own: the descriptors are open in both from here on.
+        // Get a separate descriptor table: from here on the descriptors are open in both.
         if unshare(CloneFlags::CLONE_FILES).is_ok() {
-            // SAFETY: this thread has a descriptor table of its own, and uses none of the closed ones.
+            // SAFETY: this thread has its own descriptor table and uses none of the closed descriptors.
             unsafe { descriptor::close_all_but(&numbers) };
         }
         let _ = holds.send(());
@@ -85,20 +86,20 @@ fn close_all(fds: Vec<OwnedFd>) {
     drop(closed);
 }
 
-/// Closes a descriptor whose close may block, in a child: what the end of a process closes waits
-/// for no unsent bytes. For the master, whose only thread must not wait. Without a process to be had
-/// it stays open. A process with more threads leaves it to one of them.
+/// Closes a descriptor whose close may block, in a child: the close at the end of a process does not wait
+/// for unsent bytes. It is for the master, whose only thread must not wait. If no process can be created,
+/// the descriptor stays open. A process with more threads uses `close`.
 pub fn close_in_child(fd: OwnedFd) {
     if thread_count() > 1 {
         return close(fd);
     }
-    // The child must not take a signal to the pipe that it shares with this process.
+    // A signal in the child must not write to the signal pipe that it shares with this process.
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
     match io::pipe().and_then(|pipe| Ok((fork()?, pipe))) {
         Ok((Fork::Child, (mut closed, _))) => {
             // SAFETY: this child never returns to the code that owns the descriptors.
             unsafe { descriptor::close_all_but(&[fd.as_raw_fd(), closed.as_raw_fd()]) };
-            // Until the other process has closed its own, or is gone.
+            // Wait until the parent has closed its descriptor, or has ended.
             let _ = closed.read(&mut [0]);
             exit_now(0);
         }

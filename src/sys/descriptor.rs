@@ -1,9 +1,8 @@
-//! Descriptors by number: which are open, which are closed by an exec, closing all but a few; and what
-//! waits in one.
+//! Lists descriptors by number, closes all except a few, and reads and sets their close-on-exec flag.
 //!
-//! A new worker keeps a short list and closes whatever else the master had open (its pid-file lock, the
-//! control socket, the other workers' links). Never fails: where close_range(2) is missing (Linux before
-//! 5.9) each number is closed in turn, and where /proc is not mounted each number is looked at.
+//! A new worker keeps a short list and closes all other descriptors of the master (the pid-file lock, the
+//! control socket, the other workers' links). It never fails. Without close_range(2) (Linux before 5.9)
+//! it closes each number in turn. Without /proc it checks each number.
 
 #![allow(unsafe_code)]
 
@@ -15,10 +14,10 @@ use nix::libc;
 
 use super::socket::queued;
 
-/// How many numbers are looked at where /proc does not list the open descriptors.
+/// The highest number that is checked if /proc does not list the open descriptors.
 const MAX_PROBED: RawFd = 1 << 16;
 
-/// The numbers of all open descriptors from 3 up (proc_pid_fd(5)).
+/// Returns the numbers of all open descriptors from 3 up (proc_pid_fd(5)).
 pub fn list_open() -> BTreeSet<RawFd> {
     let is_open = |fd: &RawFd| *fd >= 3 && flags(*fd).is_some();
     let listed: Option<Vec<RawFd>> = fs::read_dir("/proc/self/fd").ok().map(|entries| {
@@ -26,19 +25,19 @@ pub fn list_open() -> BTreeSet<RawFd> {
         names.filter_map(|name| name.parse().ok()).collect()
     });
     match listed {
-        // The descriptor of the listing itself is closed again by now.
+        // The descriptor used for the listing is closed by now.
         Some(listed) => listed.into_iter().filter(is_open).collect(),
         None => (3..MAX_PROBED).filter(is_open).collect(),
     }
 }
 
-/// Whether an exec closes this descriptor (FD_CLOEXEC, fcntl(2)). If it does not, whoever has executed
-/// this program may have passed it on. `false` for a number that is not open.
+/// Returns whether an exec closes this descriptor (FD_CLOEXEC, fcntl(2)). If not, it may come from the
+/// process that executed this program. Returns `false` if the number is not open.
 pub fn is_closed_on_exec(fd: RawFd) -> bool {
     flags(fd).is_some_and(|flags| flags & libc::FD_CLOEXEC != 0)
 }
 
-/// Has an exec close this descriptor. Does nothing if the number is not open.
+/// Sets FD_CLOEXEC of this descriptor. Does nothing if the number is not open.
 pub fn close_on_exec(fd: RawFd) {
     if let Some(flags) = flags(fd) {
         // SAFETY: plain numbers; the descriptor stays open and keeps its owner.
@@ -46,9 +45,9 @@ pub fn close_on_exec(fd: RawFd) {
     }
 }
 
-/// The descriptor's flags. `None`: it is not open.
+/// Returns the descriptor's flags, or `None` if it is not open.
 fn flags(fd: RawFd) -> Option<libc::c_int> {
-    // SAFETY: plain numbers; nothing but the flags is asked for.
+    // SAFETY: plain numbers; the call only reads the flags.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     (flags >= 0).then_some(flags)
 }
@@ -56,8 +55,8 @@ fn flags(fd: RawFd) -> Option<libc::c_int> {
 /// Closes every descriptor from 3 up that is not in `keep`.
 ///
 /// # Safety
-/// No value that owns one of the closed descriptors may be used or dropped afterwards. A forked
-/// child keeps this if it never returns to the code that the values belong to.
+/// No value that owns a closed descriptor may be used or dropped afterwards. A forked child satisfies
+/// this if it never returns to the code that owns the values.
 pub unsafe fn close_all_but(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep
         .iter()
@@ -78,7 +77,8 @@ pub unsafe fn close_all_but(keep: &[RawFd]) {
     unsafe { close_between(from, u32::MAX) };
 }
 
-/// How many bytes a pipe or socket has to be read (FIONREAD, pipe(7)); 0 where that can't be told.
+/// Returns the number of bytes that can be read from a pipe or socket (FIONREAD, pipe(7)); 0 if it is
+/// unknown.
 pub fn readable_bytes(fd: &OwnedFd) -> usize {
     let bytes = queued(fd, libc::FIONREAD).unwrap_or_default();
     usize::try_from(bytes).unwrap_or(usize::MAX)
@@ -100,7 +100,7 @@ pub unsafe fn close(fd: RawFd) {
 /// # Safety
 /// As for [`close_all_but`].
 unsafe fn close_between(first: u32, last: u32) {
-    // SAFETY: no pointer is passed; that nobody uses these numbers again is the caller's promise.
+    // SAFETY: no pointer is passed. The caller promises that these numbers are not used again.
     let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     if done == 0 {
         return;
@@ -122,7 +122,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     #[test]
-    fn an_open_descriptor_is_listed_with_whether_an_exec_closes_it() {
+    fn open_descriptors_are_listed_and_close_on_exec_is_read() {
         let file = memory_file::create(b"").unwrap();
         let number = file.as_raw_fd();
         assert!(list_open().contains(&number));

@@ -1,30 +1,49 @@
-//! The lock of a whole file (flock(2)): it belongs to the open file, so every descriptor that was
-//! duplicated or inherited from the one it was taken by holds it, and it ends when the last of them
-//! is closed, or when somebody says so. std can do it from Rust 1.89 on, nix's guard ends the
-//! lock for all of them when it is dropped. Fails with the system's error.
+//! Takes the locks of threads, poisoned or not, and the lock of a whole file (flock(2)).
+//!
+//! The lock of a file belongs to the open file description. So all duplicated and inherited descriptors share
+//! it. It ends when the last of them is closed, or with [`unlock_file`]. std has this from Rust 1.89 on. The
+//! guard of nix would end the lock for all processes when it is dropped. Fails with the system's error.
 
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::errno::Errno;
 use nix::libc;
 
-/// Locks an open file for itself alone, without waiting. Locked already by itself, nothing changes.
+/// Locks a mutex. If a thread has panicked under it, the value is used all the same: no code of ours
+/// panics while the value is half changed. The same holds for [`read`] and [`write`].
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks for reading, beside other readers.
+pub fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks for writing.
+pub fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks an open file exclusively, without waiting. If this open file already has the lock, nothing
+/// changes.
 ///
 /// # Errors
-/// `WouldBlock` when another open file has it locked.
-pub fn lock(file: &File) -> io::Result<()> {
-    // SAFETY: no pointer is passed, and the descriptor is open for as long as the call.
+/// `WouldBlock` if another open file description has the lock.
+pub fn lock_file(file: &File) -> io::Result<()> {
+    // SAFETY: no pointer is passed, and the descriptor stays open during the call.
     let done = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
     Errno::result(done)?;
     Ok(())
 }
 
-/// Ends the lock, for all that hold it.
-pub fn unlock(file: &File) {
+/// Ends the lock for all processes that share it.
+pub fn unlock_file(file: &File) {
     // SAFETY: as above.
     unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
 }

@@ -1,25 +1,25 @@
-//! What the allocator keeps for itself (mallopt(3)), nothing where it is not glibc's; how much memory
-//! there is; and whom the kernel ends when there is none left.
+//! Limits the allocator's arenas (mallopt(3), glibc only), and reads the memory limit and the number of
+//! out-of-memory kills.
 
 #![allow(unsafe_code)]
 
 use std::path::{Path, PathBuf};
 
-/// Lets all threads of this process share so many arenas at most. Each one keeps what was freed in it
-/// for its own threads: with one for each, a few large results lie about eight times. An operator who
-/// has set MALLOC_ARENA_MAX knows better.
+/// Limits the number of malloc arenas that the threads of this process share. An arena keeps freed memory
+/// for its own threads. With one arena per thread, a few large results use about eight times their
+/// memory. If the operator has set MALLOC_ARENA_MAX, that setting is kept.
 pub fn limit_malloc_arenas(most: i32) {
     #[cfg(target_env = "gnu")]
     if std::env::var_os("MALLOC_ARENA_MAX").is_none() {
-        // SAFETY: a number for the allocator, which takes its own lock.
+        // SAFETY: passes a number to the allocator, which takes its own lock.
         unsafe { nix::libc::mallopt(nix::libc::M_ARENA_MAX, most) };
     }
     #[cfg(not(target_env = "gnu"))]
     let _ = most;
 }
 
-/// How many bytes of memory this process may use: the machine's, or as many as the control groups that it
-/// is in are allowed (memory.max, cgroups(7)). A gibibyte where nothing can be read.
+/// Returns how many bytes of memory this process may use: the machine's memory, or the limit of its
+/// control groups (memory.max, cgroups(7)) if that is lower. Returns 1 GiB if nothing can be read.
 pub fn memory_limit() -> u64 {
     let machine = read_machine().unwrap_or(1 << 30);
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -28,7 +28,7 @@ pub fn memory_limit() -> u64 {
         .fold(machine, u64::min)
 }
 
-/// MemTotal of /proc/meminfo (proc_meminfo(5)).
+/// Reads MemTotal of /proc/meminfo (proc_meminfo(5)).
 fn read_machine() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text
@@ -38,8 +38,8 @@ fn read_machine() -> Option<u64> {
     Some(kibibytes << 10)
 }
 
-/// The files with the limits of the groups that /proc/self/cgroup names, and of those around them. In a
-/// container the outermost is where it sees its own.
+/// Returns the files with the limits of the groups in /proc/self/cgroup and of their parent groups. A
+/// container sees its own group as the outermost one.
 fn group_files(groups: &str) -> impl Iterator<Item = PathBuf> {
     groups.lines().flat_map(|line| {
         let mut parts = line.splitn(3, ':');
@@ -62,9 +62,9 @@ fn group_files(groups: &str) -> impl Iterator<Item = PathBuf> {
     })
 }
 
-/// How many processes the kernel has ended for want of memory, the machine's or a group's, since it
-/// was booted (oom_kill in /proc/vmstat, Linux 4.13). It is counted before the victim gets its
-/// SIGKILL. `None` where that can't be read.
+/// Returns how many processes the kernel has killed since boot because memory ran out, on the machine or
+/// in a group (oom_kill in /proc/vmstat, Linux 4.13). The kernel counts a process before it sends
+/// SIGKILL. Returns `None` if the count cannot be read.
 pub fn oom_kill_count() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/vmstat").ok()?;
     let count = text
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_limits_of_all_groups_around_count() {
+    fn the_limits_of_all_parent_groups_count() {
         let files = |groups: &str| -> Vec<String> {
             group_files(groups)
                 .map(|file| file.display().to_string())

@@ -1,16 +1,17 @@
-//! Files of memory, which carry bytes to another process or through an exec.
+//! Creates and reads memory files, which carry bytes to another process or through an exec.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-/// Puts bytes into a file of memory, to pass them on where a packet is too small (memfd_create(2)).
+/// Puts bytes into a memory file, to send what does not fit into a packet (memfd_create(2)).
 ///
 /// # Errors
-/// When there is no descriptor or no memory left.
+/// If no descriptor or no memory is left.
 pub fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     let fd = memfd_create(c"preforkd-handoff", MFdFlags::MFD_CLOEXEC)?;
     let mut file = File::from(fd);
@@ -19,12 +20,12 @@ pub fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Takes back what `create` has put into one. The sender is not trusted, for it may be a worker
-/// that a client has taken over: at most `most` bytes are read, and only from a file of memory, because the
-/// read of any other file can block (F_GET_SEALS, fcntl(2)).
+/// Reads the bytes that `create` has put into a memory file. The sender is not trusted, because a client
+/// may control that worker. So at most `most` bytes are read, and only from a memory file: the read of
+/// any other file can block (F_GET_SEALS, fcntl(2)).
 ///
 /// # Errors
-/// When it is longer or no such file, or can't be read.
+/// If it is longer than `most`, is no memory file, or cannot be read.
 pub fn read(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
     fcntl(&fd, FcntlArg::F_GET_SEALS)?;
     let mut bytes = Vec::new();
@@ -37,7 +38,17 @@ pub fn read(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Whether it is a file of memory, whose reading and closing wait for nobody (F_GET_SEALS, fcntl(2)).
+/// Puts other bytes into one that `create` has made.
+///
+/// # Errors
+/// When there is no descriptor or no memory left.
+pub fn replace(fd: &OwnedFd, bytes: &[u8]) -> io::Result<()> {
+    let file = File::from(fd.try_clone()?);
+    file.set_len(0)?;
+    file.write_all_at(bytes, 0)
+}
+
+/// Whether it is a file of memory. Reading and closing one never block (F_GET_SEALS, fcntl(2)).
 pub fn is_one(fd: &impl AsFd) -> bool {
     fcntl(fd.as_fd(), FcntlArg::F_GET_SEALS).is_ok()
 }

@@ -1,10 +1,10 @@
-//! The base layer: safe wrappers around what the kernel offers, and the only place with
-//! `unsafe` in it.
+//! The base layer: safe wrappers of system calls, and the only place with `unsafe` code.
 //!
-//! One file per concern. Nothing here knows of calls, workers or configuration; each file says in
-//! its head how it fails.
+//! One file per concern. This layer knows nothing of calls, workers or configuration. The head of each
+//! file says how it fails.
 
 pub mod account;
+pub mod attached;
 pub mod bounded;
 pub mod clone_files;
 pub mod closer;
@@ -20,6 +20,7 @@ pub mod other_writer;
 pub mod privilege;
 pub mod process;
 pub mod process_tree;
+pub mod random;
 pub mod reexec;
 pub mod rights;
 pub mod shared_memory;

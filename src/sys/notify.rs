@@ -1,7 +1,8 @@
-//! Talking to the service manager: sd_notify(3), the watchdog, passed listeners.
+//! Communicates with the service manager: sd_notify(3), watchdog, passed listeners.
 //!
-//! Never blocks and never fails: without a service manager nothing happens, and a manager that
-//! does not read its socket must not stop the master. What it has no room for is kept, and said later.
+//! It never blocks and never fails. Without a service manager nothing happens, and a manager that does
+//! not read its socket must not stop the master. If there is no room for a message, the message is kept
+//! and sent later.
 
 #![allow(unsafe_code)]
 
@@ -18,15 +19,19 @@ use std::time::Duration;
 use nix::errno::Errno;
 pub use sd_notify::NotifyState;
 
-/// Messages that wait for room; beyond, the oldest is given up.
+/// The most unsent messages; beyond that the oldest is dropped.
 const MOST_UNSENT: usize = 64;
 
-/// The way to the service manager.
-#[derive(Debug)]
+/// Sends states to the service manager.
+#[derive(Debug, Default)]
 pub struct Notifier {
     target: Option<(UnixDatagram, SocketAddr)>,
     watchdog: Option<Duration>,
-    /// What the manager had no room for, the oldest first.
+    /// When the next watchdog message is due, in milliseconds (CLOCK_MONOTONIC).
+    watchdog_due: u64,
+    /// The last status that was sent.
+    status: String,
+    /// The messages that the manager had no room for, oldest first.
     unsent: VecDeque<String>,
 }
 
@@ -36,23 +41,44 @@ impl Notifier {
         Notifier {
             target: target(),
             watchdog: sd_notify::watchdog_enabled(),
-            unsent: VecDeque::new(),
+            ..Notifier::default()
         }
     }
 
-    /// How often the watchdog wants to hear of us, if at all.
-    pub fn watchdog(&self) -> Option<Duration> {
-        self.watchdog
+    /// Returns when the next watchdog message is due, in milliseconds (CLOCK_MONOTONIC); `None` without a
+    /// watchdog.
+    pub fn watchdog_due(&self) -> Option<u64> {
+        self.watchdog.map(|_| self.watchdog_due)
     }
 
-    /// Sends what has changed, in one message. Where there is no room for it now, as while the manager
-    /// is busy with others, `retry` sends it: a ready that is not heard ends in a start that is given up.
-    pub fn tell(&mut self, states: &[NotifyState<'_>]) {
+    /// Sends the watchdog message if it is due at `now`, but not if the server `is_healthy` no longer.
+    pub fn keep_alive(&mut self, now: u64, is_healthy: impl FnOnce() -> bool) {
+        if let Some(interval) = self.watchdog
+            && now >= self.watchdog_due
+        {
+            if is_healthy() {
+                self.notify(&[NotifyState::Watchdog]);
+            }
+            self.watchdog_due = now + interval.as_millis() as u64 / 2;
+        }
+    }
+
+    /// Sends the text that `systemctl status` shows, if it has changed.
+    pub fn show_status(&mut self, text: String) {
+        if text != self.status {
+            self.notify(&[NotifyState::Status(&text)]);
+            self.status = text;
+        }
+    }
+
+    /// Sends the given states in one message. If there is no room now (the manager may be busy), `retry`
+    /// sends it: a lost READY message would make the start time out.
+    pub fn notify(&mut self, states: &[NotifyState<'_>]) {
         let mut message = String::new();
         for state in states {
             let _ = writeln!(message, "{state}");
         }
-        // Of these the latest alone is of interest.
+        // Only the latest of these matters.
         if let [NotifyState::Status(_) | NotifyState::Watchdog] = states {
             let kind = message.split('=').next().unwrap_or_default();
             self.unsent.retain(|other| !other.starts_with(kind));
@@ -64,12 +90,12 @@ impl Notifier {
         self.retry();
     }
 
-    /// Whether something waits for room.
+    /// Returns whether a message waits for room.
     pub fn has_unsent_states(&self) -> bool {
         !self.unsent.is_empty()
     }
 
-    /// Sends what was left, in its order, as far as there is room.
+    /// Sends the waiting messages in order, until there is no room.
     pub fn retry(&mut self) {
         while let Some(message) = self.unsent.front() {
             if is_full(self.send(message)) {
@@ -92,7 +118,7 @@ impl Notifier {
     }
 }
 
-/// Whether it may go well later. Where nobody is, nobody waits for it.
+/// Returns whether a later attempt may succeed. Without a manager it cannot.
 fn is_full(sent: io::Result<()>) -> bool {
     let passing = |kind| matches!(kind, ErrorKind::WouldBlock | ErrorKind::OutOfMemory);
     let no_buffers = Some(Errno::ENOBUFS as i32);
@@ -110,7 +136,7 @@ fn target() -> Option<(UnixDatagram, SocketAddr)> {
     Some((socket, address))
 }
 
-/// A listener that was passed, with its name ("unknown" where none was given).
+/// A listener that the service manager passed, and its name ("unknown" if it has none).
 #[derive(Debug)]
 pub struct PassedListener {
     /// The socket, now close-on-exec.
@@ -119,16 +145,16 @@ pub struct PassedListener {
     pub name: String,
 }
 
-/// Takes the listeners that the service manager has passed (sd_listen_fds(3)) and clears the
-/// variables, so that no child takes them for its own. Variables that are meant for another process
-/// (LISTEN_PID) are none of ours: they pass nothing, and so their names are not looked at.
+/// Takes the listeners that the service manager passed (sd_listen_fds(3)) and clears the variables,
+/// because a child could use them too. If LISTEN_PID names another process, no listener is passed to this
+/// one, and their names are not checked.
 ///
 /// # Safety
 /// The process must have one thread, because the environment is changed. Call it once, before
 /// anything else takes ownership of the passed descriptors.
 ///
 /// # Errors
-/// When the variables make no sense or name descriptors that are not open.
+/// If the variables are invalid or name descriptors that are not open.
 pub unsafe fn take_listeners() -> io::Result<Vec<PassedListener>> {
     let named = match sd_notify::listen_fds() {
         Ok(fds) if fds.len() == 0 => Ok(Vec::new()),
@@ -141,8 +167,8 @@ pub unsafe fn take_listeners() -> io::Result<Vec<PassedListener>> {
     Ok(named?
         .into_iter()
         .map(|(fd, name)| PassedListener {
-            // SAFETY: the service manager has passed it to this process; the variables that say
-            // so are gone, so it is taken once.
+            // SAFETY: the service manager has passed it to this process. The variables are removed, so it
+            // is taken only once.
             fd: unsafe { OwnedFd::from_raw_fd(fd) },
             name,
         })
@@ -154,7 +180,7 @@ pub unsafe fn take_listeners() -> io::Result<Vec<PassedListener>> {
 mod tests {
     use super::*;
 
-    fn heard(manager: &UnixDatagram) -> Vec<String> {
+    fn received(manager: &UnixDatagram) -> Vec<String> {
         let mut room = [0; 256];
         std::iter::from_fn(|| {
             let length = manager.recv(&mut room).ok()?;
@@ -164,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_busy_manager_has_no_room_for_is_said_later_in_order() {
+    fn messages_to_a_busy_manager_are_sent_later_in_order() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("notify");
         let manager = UnixDatagram::bind(&path).unwrap();
@@ -175,21 +201,20 @@ mod tests {
         while socket.send_to_addr(b"other", &address).is_ok() {}
         let mut notifier = Notifier {
             target: Some((socket, address)),
-            watchdog: None,
-            unsent: VecDeque::new(),
+            ..Notifier::default()
         };
-        notifier.tell(&[NotifyState::Status("well")]);
-        notifier.tell(&[NotifyState::Ready]);
-        notifier.tell(&[NotifyState::Status("fine")]);
+        notifier.notify(&[NotifyState::Status("well")]);
+        notifier.notify(&[NotifyState::Ready]);
+        notifier.notify(&[NotifyState::Status("fine")]);
         assert!(notifier.has_unsent_states());
-        assert!(heard(&manager).iter().all(|message| message == "other"));
+        assert!(received(&manager).iter().all(|message| message == "other"));
         notifier.retry();
         assert!(!notifier.has_unsent_states());
-        assert_eq!(heard(&manager), ["READY=1\n", "STATUS=fine\n"]);
-        // One that never reads holds nothing up, and is not remembered without end.
+        assert_eq!(received(&manager), ["READY=1\n", "STATUS=fine\n"]);
+        // A manager that never reads must not block us, and the memory for unsent messages is limited.
         for _ in 0..10_000 {
-            notifier.tell(&[NotifyState::Watchdog]);
-            notifier.tell(&[NotifyState::Ready]);
+            notifier.notify(&[NotifyState::Watchdog]);
+            notifier.notify(&[NotifyState::Ready]);
         }
         assert_eq!(notifier.unsent.len(), MOST_UNSENT);
         let dogs = notifier

@@ -1,8 +1,8 @@
-//! Finds out which other user can change what a path names: neither root nor the user of this process.
+//! Finds out whether a user other than root and the user of this process can change what a path names.
 //!
-//! A process with more rights than that user must not follow what it finds at such a path. Looks at owners
-//! and modes of directories. An access control list shows in the bits of the group (acl(5)). What cannot be
-//! looked at is passed over.
+//! A process with more rights than that user must not follow what it finds at such a path. It checks
+//! owners and modes of directories. An access control list is visible in the group bits (acl(5)). What
+//! cannot be read is skipped.
 
 use std::fmt;
 use std::fs::Metadata;
@@ -11,15 +11,15 @@ use std::path::{Path, PathBuf};
 
 const WRITABLE_BY_GROUP: u32 = 0o020;
 const WRITABLE_BY_ALL: u32 = 0o002;
-/// Only the owner of an entry can rename or remove it.
+/// In such a directory only the owner of an entry can rename or remove it.
 const STICKY: u32 = 0o1000;
 
-/// Who can write.
+/// The users who can write to a file or directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum OtherWriter {
-    /// The owner, by its number.
+    /// The owner, by user id.
     User(u32),
-    /// The members of the group with this number.
+    /// The members of the group with this id.
     Group(u32),
     /// All users.
     All,
@@ -35,7 +35,8 @@ impl fmt::Display for OtherWriter {
     }
 }
 
-/// Returns who, beside root and the user and group in `own`, can write to this file or directory.
+/// Returns which users can write to this file or directory, other than root and the user and group in
+/// `own`.
 pub fn of_metadata(found: &Metadata, own: (u32, u32)) -> Option<OtherWriter> {
     let is_other_group = found.gid() != 0 && found.gid() != own.1;
     if !is_own(found, own) {
@@ -52,17 +53,17 @@ pub fn of_metadata(found: &Metadata, own: (u32, u32)) -> Option<OtherWriter> {
 /// A part of a path that another user can change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExposedPath {
-    /// The topmost directory where that user can put something else in the place of what is named.
+    /// The topmost directory in which that user can replace the next part of the path.
     pub directory: PathBuf,
-    /// The way from there.
+    /// The path from there on.
     pub rest: PathBuf,
     pub writer: OtherWriter,
 }
 
-/// Returns where another user can change what `path` names, which is absolute. `None`: nowhere.
+/// Returns the part of the absolute path `path` that another user can change, or `None`.
 pub fn of_path(path: &Path, own: (u32, u32)) -> Option<ExposedPath> {
     let (parent, name) = (path.parent()?, path.file_name()?);
-    // Links on the way lead through other directories.
+    // Symbolic links may lead through other directories.
     let real = parent.canonicalize().map(|real| real.join(name));
     let ways = [real.ok(), Some(path.to_owned())];
     ways.iter().flatten().find_map(|way| {
@@ -79,8 +80,8 @@ pub fn of_path(path: &Path, own: (u32, u32)) -> Option<ExposedPath> {
     })
 }
 
-/// Who can replace the entry at the path `entry` of `directory`. The last entry of a path may have to be
-/// created: by that user, if that user is first.
+/// Returns who can replace the entry at the path `entry` of `directory`. The last entry of a path may not
+/// exist yet; then any user who can write to the directory can create it.
 fn of_entry(directory: &Path, entry: &Path, is_last: bool, own: (u32, u32)) -> Option<OtherWriter> {
     let found = directory.metadata().ok()?;
     let writer = of_metadata(&found, own)?;
@@ -108,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_judged_by_its_owner_and_mode() {
+    fn owner_and_mode_of_a_directory_decide() {
         let directory = tempfile::tempdir().unwrap();
         let top = directory.path().canonicalize().unwrap();
         let found = top.metadata().unwrap();
@@ -123,13 +124,13 @@ mod tests {
         set_mode(&sub, 0o777);
         assert_eq!(exposed(&file, own), by_all);
         assert_eq!(of_path(&file, own).unwrap().rest, Path::new("file"));
-        // In a sticky one another user can create the last entry, and others stay what they are.
+        // In a sticky directory another user can create the last entry, but cannot replace existing ones.
         set_mode(&sub, 0o1777);
         assert_eq!(exposed(&file, own), by_all);
         fs::create_dir(sub.join("own")).unwrap();
         assert_eq!(exposed(&sub.join("own/file"), own), None);
         assert_eq!(exposed(&sub.join("missing/file"), own), None);
-        // A link leads there as well.
+        // The path through a symbolic link is exposed as well.
         symlink(&sub, top.join("link")).unwrap();
         let linked = of_path(&top.join("link/file"), own).unwrap();
         assert_eq!(linked.writer, OtherWriter::All);

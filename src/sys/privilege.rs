@@ -1,8 +1,8 @@
-//! Giving up root, for good, and proving it.
+//! Drops root privileges for good, and proves it.
 //!
-//! The order is the whole point: supplementary groups, bounding set, group, user, then the proof
-//! that nothing leads back, then no_new_privs. A step that fails is an error and the caller has
-//! to leave: half a drop is none.
+//! The order matters: supplementary groups, bounding set, group, user, then the proof that root cannot be
+//! regained, then no_new_privs. If a step fails, the caller must exit, because a partial drop is not
+//! safe.
 
 #![allow(unsafe_code)]
 
@@ -14,10 +14,10 @@ use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 
 use super::account::Account;
 
-/// Becomes `account`. Does nothing but no_new_privs when this process is that user already.
+/// Becomes `account`. If this process already is that user, it only sets no_new_privs.
 ///
 /// # Errors
-/// What the system refused, or that root could be had back.
+/// The error of the system call that failed, or that root could be regained.
 pub fn drop_to(account: &Account) -> io::Result<()> {
     let (user, group) = (Uid::from_raw(account.uid), Gid::from_raw(account.gid));
     if geteuid().is_root() {
@@ -27,7 +27,7 @@ pub fn drop_to(account: &Account) -> io::Result<()> {
             .map(|&gid| Gid::from_raw(gid))
             .collect();
         setgroups(&groups)?;
-        // Needs CAP_SETPCAP, so while we still have it.
+        // It needs CAP_SETPCAP, so do it before the change of user.
         drop_bounding_set()?;
         setresgid(group, group, group)?;
         setresuid(user, user, user)?;
@@ -38,7 +38,7 @@ pub fn drop_to(account: &Account) -> io::Result<()> {
         let back = setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0));
         if back.is_ok() || geteuid() != user {
             return Err(io::Error::other(
-                "root could be had back after giving it up",
+                "root could be regained after it was dropped",
             ));
         }
     }
@@ -49,26 +49,26 @@ pub fn drop_to(account: &Account) -> io::Result<()> {
     Ok(())
 }
 
-/// Empties the inheritable, permitted and effective sets, which a change of user leaves as they are
-/// in part (capset(2)).
+/// Empties the inheritable, permitted and effective sets, because a change of user keeps parts of them
+/// (capset(2)).
 fn drop_inheritable() -> io::Result<()> {
     #[repr(C)]
     struct Header {
         version: u32,
         pid: i32,
     }
-    // _LINUX_CAPABILITY_VERSION_3; its three sets are each given in two words.
+    // _LINUX_CAPABILITY_VERSION_3; each of its three sets consists of two words.
     let header = Header {
         version: 0x2008_0522,
         pid: 0,
     };
     let sets = [0_u32; 6];
-    // SAFETY: both pointers are to live values of the layout that version 3 asks for.
+    // SAFETY: both pointers are to live values with the layout of version 3.
     let done = unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) };
     Errno::result(done).map(drop).map_err(io::Error::from)
 }
 
-/// Takes every capability out of the bounding and the ambient set (capabilities(7)).
+/// Removes every capability from the bounding set and the ambient set (capabilities(7)).
 fn drop_bounding_set() -> io::Result<()> {
     for capability in 0..64 {
         // SAFETY: prctl takes plain numbers here.
@@ -81,7 +81,7 @@ fn drop_bounding_set() -> io::Result<()> {
             }
         }
     }
-    // SAFETY: as above. Kernels before 4.3 have no ambient set, and so nothing in it.
+    // SAFETY: as above. Kernels before 4.3 have no ambient set, so the error does not matter.
     unsafe {
         libc::prctl(
             libc::PR_CAP_AMBIENT,

@@ -1,9 +1,8 @@
-//! Processes below this one, by /proc (proc(5)): who they are, and ending them without mistaking
-//! another process for one that has left meanwhile.
+//! Finds the processes below this one in /proc (proc(5)), and kills them without hitting another process.
 //!
-//! A pid found in /proc may be another process's a moment later. So a process is held first
-//! (pidfd_open(2)), then looked at once more, and only then signalled through what holds it.
-//! Nothing here fails: who can't be seen or held is left out, and looked for again by the caller.
+//! A pid found in /proc may soon belong to another process. So a process is first opened (pidfd_open(2)),
+//! then checked again, and only then signalled through the pidfd. Nothing here fails: a process that
+//! cannot be read or opened is skipped, and the caller tries again.
 
 #![allow(unsafe_code)]
 
@@ -19,16 +18,16 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::bounded;
 use super::process::{Pid, monotonic};
 
-/// A process that is held: its pid may be another's by now, this is still it.
+/// An open process. Even if its pid is reused, this still refers to the same process.
 #[derive(Debug)]
 pub struct PidFd {
     pidfd: OwnedFd,
 }
 
 impl PidFd {
-    /// Holds whoever has this pid now.
+    /// Opens the process that has this pid now.
     fn open(pid: Pid) -> Option<Self> {
-        // SAFETY: plain numbers; what is returned is a descriptor of nobody else's.
+        // SAFETY: plain numbers; the call returns a new descriptor.
         unsafe {
             let fd = libc::syscall(libc::SYS_pidfd_open, pid.0, 0);
             let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0)?;
@@ -38,10 +37,9 @@ impl PidFd {
         }
     }
 
-    /// Sends SIGKILL.
     pub fn kill(&self) {
         use std::os::fd::AsRawFd;
-        // SAFETY: a null pointer asks for the siginfo that kill(2) would make.
+        // SAFETY: with a null pointer the kernel makes the same siginfo as for kill(2).
         unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
@@ -55,13 +53,13 @@ impl PidFd {
 }
 
 impl AsFd for PidFd {
-    /// Readable once it has ended.
+    /// The descriptor is readable once the process has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
 }
 
-/// Waits until the processes of all these pidfds have ended, `limit` at most; tells whether they have.
+/// Waits until all these processes have ended, at most `limit`. Returns whether they have.
 pub fn ends_within(pidfds: &[BorrowedFd<'_>], limit: Duration) -> bool {
     let end = monotonic().saturating_add(limit);
     for &pidfd in pidfds {
@@ -79,19 +77,19 @@ pub fn ends_within(pidfds: &[BorrowedFd<'_>], limit: Duration) -> bool {
     true
 }
 
-/// The children of this process's first thread. Those are the ones that it has started itself, and
-/// those that it adopts as a subreaper, whose parents have died; not what other threads start.
+/// Returns the children of the first thread: those that it has started, and those that it adopted as a
+/// subreaper because their parents have died. Children of other threads are not included.
 pub fn direct_children() -> Vec<Pid> {
     let me = Pid::current();
     let path = format!("/proc/self/task/{me}/children");
-    // Beyond the limit they are found when those before them are gone.
+    // Pids beyond the limit are found when earlier ones are gone.
     match bounded::read_pieces(path, b' ', bounded::PIDS) {
         Ok(text) => {
             let pids = text.split(u8::is_ascii_whitespace);
             let pids = pids.filter_map(|pid| std::str::from_utf8(pid).ok()?.parse().ok());
             pids.map(Pid).collect()
         }
-        // A kernel without that file (CONFIG_PROC_CHILDREN): all children, then.
+        // Without that file (a kernel without CONFIG_PROC_CHILDREN), use all children.
         Err(_) => {
             let parents = parents().into_iter();
             parents
@@ -102,12 +100,22 @@ pub fn direct_children() -> Vec<Pid> {
     }
 }
 
-/// Whether a process has ended and waits to be reaped.
+/// Returns whether a process has ended and waits to be reaped.
 pub fn is_zombie(pid: Pid) -> bool {
-    stat(pid).is_some_and(|(state, _)| state == 'Z')
+    stat(pid).is_some_and(|stat| stat.state == 'Z')
 }
 
-/// Holds each of `roots` that is (still) what `is_one` says, and all that descend from those.
+/// Returns the parent of a process.
+pub fn parent(pid: Pid) -> Option<Pid> {
+    stat(pid).map(|stat| stat.parent)
+}
+
+/// Returns the session of a process.
+pub fn session(pid: Pid) -> Option<Pid> {
+    stat(pid).map(|stat| stat.session)
+}
+
+/// Opens each of `roots` for which `is_one` is (still) true, and all descendants of those.
 pub fn open_with_descendants(roots: &[Pid], is_one: impl Fn(Pid) -> bool) -> Vec<PidFd> {
     let mut held = Vec::new();
     let mut above = Vec::new();
@@ -121,7 +129,7 @@ pub fn open_with_descendants(roots: &[Pid], is_one: impl Fn(Pid) -> bool) -> Vec
     held
 }
 
-/// Holds all that descend from `roots`, themselves left out.
+/// Opens all descendants of `roots`, without `roots`.
 pub fn descendants(roots: &[Pid]) -> Vec<PidFd> {
     let mut held = Vec::new();
     if roots.is_empty() {
@@ -131,8 +139,8 @@ pub fn descendants(roots: &[Pid]) -> Vec<PidFd> {
     let mut above = roots.to_vec();
     while let Some(parent) = above.pop() {
         for (&pid, _) in parents.iter().filter(|(_, of)| **of == parent) {
-            // Its pid may be another's by now; that one has another parent then.
-            let one = PidFd::open(pid).filter(|_| stat(pid).is_some_and(|(_, of)| of == parent));
+            // If the pid was reused, that process has another parent.
+            let one = PidFd::open(pid).filter(|_| self::parent(pid) == Some(parent));
             held.extend(one);
             above.push(pid);
         }
@@ -140,9 +148,16 @@ pub fn descendants(roots: &[Pid]) -> Vec<PidFd> {
     held
 }
 
-/// The value that a process was started with for this variable of its environment; `None` also
-/// where that can't be read (another user's process), or stands beyond [`bounded::ENVIRONMENT`]. May
-/// block for as long as the owner of the process likes.
+/// Returns when a process began, in clock ticks since boot: field 22 of proc_pid_stat(5).
+pub fn start_ticks(pid: Pid) -> Option<u64> {
+    let text = bounded::read_lines(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = text.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Returns the value of an environment variable with which a process was started. Returns `None` also if
+/// it cannot be read (another user's process) or lies beyond [`bounded::ENVIRONMENT`]. It may block for
+/// as long as the owner of the process wants.
 pub fn variable(pid: Pid, name: &str) -> Option<String> {
     let path = format!("/proc/{pid}/environ");
     let bytes = bounded::read_pieces(path, 0, bounded::ENVIRONMENT).ok()?;
@@ -152,7 +167,7 @@ pub fn variable(pid: Pid, name: &str) -> Option<String> {
     })
 }
 
-/// Every process with its parent.
+/// Returns each process and its parent.
 fn parents() -> BTreeMap<Pid, Pid> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return BTreeMap::new();
@@ -160,16 +175,29 @@ fn parents() -> BTreeMap<Pid, Pid> {
     entries
         .filter_map(|entry| {
             let pid = Pid(entry.ok()?.file_name().to_str()?.parse().ok()?);
-            Some((pid, stat(pid)?.1))
+            Some((pid, parent(pid)?))
         })
         .collect()
 }
 
-/// A process's state and parent. The name before them may hold blanks and parentheses.
-fn stat(pid: Pid) -> Option<(char, Pid)> {
+/// What proc_pid_stat(5) says of a process.
+struct ProcessStat {
+    state: char,
+    parent: Pid,
+    session: Pid,
+}
+
+/// Reads the state of a process. The name before it may contain spaces and parentheses.
+fn stat(pid: Pid) -> Option<ProcessStat> {
     let text = bounded::read_lines(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = text.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;
-    Some((state, Pid(fields.next()?.parse().ok()?)))
+    let parent = Pid(fields.next()?.parse().ok()?);
+    let session = Pid(fields.nth(1)?.parse().ok()?);
+    Some(ProcessStat {
+        state,
+        parent,
+        session,
+    })
 }

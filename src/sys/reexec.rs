@@ -1,9 +1,8 @@
-//! Becoming another program in place (execve(2)): the same process, with the descriptors that are
-//! named and no others.
+//! Executes another program in this process (execve(2)), which keeps only the named descriptors.
 //!
-//! Everything of ours is close-on-exec; what is to cross is let through right before the exec, and
-//! closed to it again by whoever takes it over. Leaves to others what crosses and what it means.
-//! Fails with the system's error, and then this is still the old program.
+//! All our descriptors are close-on-exec. The flag is cleared on the passed ones right before the exec,
+//! and the new program sets it again. Callers decide which descriptors are passed and what they mean.
+//! Fails with the system's error; then the old program continues.
 
 #![allow(unsafe_code)]
 
@@ -23,11 +22,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc;
 
-/// The file that this process runs, whatever has become of its path: good for
-/// [`Image::Open`], and for nothing else (O_PATH, open(2)).
+/// Returns the file that this process runs, even if its path has changed. It is useful only for
+/// [`Image::Open`] (O_PATH, open(2)).
 ///
 /// # Errors
-/// Where /proc is not mounted, or no descriptor is left.
+/// If /proc is not mounted or no descriptor is left.
 pub fn own_image() -> io::Result<OwnedFd> {
     let file = OpenOptions::new()
         .read(true)
@@ -50,7 +49,8 @@ pub unsafe fn take_variable(name: &str) -> Option<OsString> {
     value
 }
 
-/// The environment of this process without some variables and with others, as exec takes it.
+/// Returns the environment of this process for exec, without the variables in `without` and with those in
+/// `more`.
 pub fn environment(without: &[&str], more: &[(&str, &OsStr)]) -> Vec<CString> {
     let replaced = |name: &OsStr| more.iter().any(|(other, _)| name == *other);
     let left_out = |name: &OsStr| without.iter().any(|other| name == *other);
@@ -62,31 +62,31 @@ pub fn environment(without: &[&str], more: &[(&str, &OsStr)]) -> Vec<CString> {
         .filter_map(|(mut pair, value)| {
             pair.push("=");
             pair.push(value);
-            // what holds a NUL was not in an environment
+            // A string with a NUL cannot come from an environment.
             CString::new(pair.into_vec()).ok()
         })
         .collect()
 }
 
-/// A path or an argument as exec takes it.
+/// Converts a path or an argument for exec.
 ///
 /// # Errors
-/// When it holds a NUL.
+/// If it contains a NUL.
 pub fn c_string(text: impl AsRef<OsStr>) -> io::Result<CString> {
     Ok(CString::new(text.as_ref().as_bytes())?)
 }
 
-/// What to become.
+/// The program to execute.
 #[derive(Debug, Clone, Copy)]
 pub enum Image<'a> {
-    /// The program that stands at a path now.
+    /// The program that is at a path now.
     At(&'a Path),
-    /// One that [`own_image`] has opened.
+    /// A program that [`own_image`] has opened.
     Open(BorrowedFd<'a>),
 }
 
-/// Becomes the program, with the descriptors in `through` besides the standard streams. Returns
-/// only when that failed: then nothing has changed.
+/// Executes the program with the descriptors in `through` and the standard streams. Returns only on
+/// failure; then nothing has changed.
 pub fn exec_image(
     image: Image<'_>,
     arguments: &[CString],
@@ -111,14 +111,14 @@ fn exec(image: Image<'_>, arguments: &[CString], environment: &[CString]) -> io:
     match image {
         Image::At(path) => match c_string(path) {
             Ok(path) => {
-                // SAFETY: strings and arrays that end as execve(2) asks, alive until it returns.
+                // SAFETY: strings and arrays terminated as execve(2) requires, alive until it returns.
                 unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
             }
             Err(error) => return error,
         },
         Image::Open(fd) => {
             let empty: &CStr = c"";
-            // SAFETY: likewise; the empty path with this flag means the descriptor itself.
+            // SAFETY: likewise; with this flag the empty path means the descriptor itself.
             unsafe {
                 libc::syscall(
                     libc::SYS_execveat,
@@ -136,28 +136,28 @@ fn exec(image: Image<'_>, arguments: &[CString], environment: &[CString]) -> io:
 
 fn set_flags(numbers: &[RawFd], flags: FdFlag) -> io::Result<()> {
     for &number in numbers {
-        // SAFETY: only asked for its flags, which owns nothing; a closed one is an error.
+        // SAFETY: only the flags are read, without taking ownership; a closed descriptor is an error.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
         fcntl(fd, FcntlArg::F_SETFD(flags))?;
     }
     Ok(())
 }
 
-/// Descriptors that came through an exec, by their numbers. They stay open as long as this lives, so
-/// that all are still there to go back with: who needs one takes a duplicate.
+/// Descriptors that were passed through an exec, by number. They stay open as long as this value lives,
+/// because a rollback needs all of them. `take` returns a duplicate.
 #[derive(Debug, Default)]
 pub struct InheritedFds {
     all: RefCell<BTreeMap<RawFd, OwnedFd>>,
-    /// Nobody goes back: who needs one takes it itself, and no second descriptor is needed.
+    /// No rollback will follow, so `take` returns the descriptor itself.
     for_good: bool,
 }
 
 impl InheritedFds {
-    /// Takes ownership of `numbers`, and has the next exec close them.
+    /// Takes ownership of `numbers` and makes them close-on-exec.
     ///
     /// # Safety
-    /// No value of this process may own one of `numbers`. So call it once, before the program opens
-    /// anything that could get one of them.
+    /// No value of this process may own one of `numbers`. So call it once, before the program opens any
+    /// descriptor that could get one of these numbers.
     ///
     /// # Errors
     /// If one of them is not open, or is a standard stream.
@@ -167,11 +167,11 @@ impl InheritedFds {
         if all.iter().any(|&number| number <= 2) {
             return Err(io::Error::from(Errno::EBADF));
         }
-        // All of them first: an error must not close those that are already owned.
+        // Check all of them first, because an error must not close those that are already owned.
         set_flags(&all, FdFlag::FD_CLOEXEC)?;
         for number in all {
-            // SAFETY: it is open, as `set_flags` has found, and the caller promises that nothing
-            // else owns it.
+            // SAFETY: it is open, as `set_flags` has found. The caller promises that it has no other
+            // owner.
             claimed.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
         }
         Ok(InheritedFds {
@@ -180,10 +180,10 @@ impl InheritedFds {
         })
     }
 
-    /// One of them, or a duplicate.
+    /// Returns one of them, or a duplicate.
     ///
     /// # Errors
-    /// When it is none of them, or no descriptor is left.
+    /// If it is not among them, or no descriptor is left.
     pub fn take(&self, number: RawFd) -> io::Result<OwnedFd> {
         let missing = || io::Error::from(Errno::EBADF);
         let mut all = self.all.borrow_mut();
@@ -198,10 +198,10 @@ impl InheritedFds {
     }
 }
 
-/// Reads a whole file of memory from its beginning, wherever others that share it stand.
+/// Reads a whole memory file from its beginning, independent of the shared file offset.
 ///
 /// # Errors
-/// When it can't be read, or is longer than `most` bytes.
+/// If it cannot be read, or is longer than `most` bytes.
 pub fn read_whole(file: BorrowedFd<'_>, most: u64) -> io::Result<Vec<u8>> {
     let file = File::from(file.try_clone_to_owned()?);
     let length = file.metadata()?.len();
@@ -221,21 +221,21 @@ mod tests {
     use std::os::fd::{AsFd, IntoRawFd};
 
     #[test]
-    fn what_is_claimed_is_duplicated_and_a_number_that_is_not_open_is_an_error() {
+    fn claimed_descriptors_are_duplicated_and_a_closed_number_is_an_error() {
         let file = memory_file::create(b"state").unwrap();
         assert_eq!(read_whole(file.as_fd(), 100).unwrap(), b"state");
         assert!(read_whole(file.as_fd(), 4).is_err());
         let number = file.into_raw_fd();
         set_flags(&[number], FdFlag::empty()).unwrap();
-        // SAFETY: the test owns the descriptors and uses them no more, or they are not open.
+        // SAFETY: the test owns the descriptors and does not use them again, or they are not open.
         let through = unsafe { InheritedFds::claim(&BTreeSet::from([number]), false) }.unwrap();
         let one = through.take(number).unwrap();
         let flags = fcntl(one.as_fd(), FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
         assert!(through.take(number + 1000).is_err());
-        // SAFETY: the test owns the descriptors and uses them no more, or they are not open.
+        // SAFETY: as above.
         assert!(unsafe { InheritedFds::claim(&BTreeSet::from([1]), false) }.is_err());
-        // SAFETY: the test owns the descriptors and uses them no more, or they are not open.
+        // SAFETY: as above.
         assert!(unsafe { InheritedFds::claim(&BTreeSet::from([i32::MAX]), false) }.is_err());
         let through =
             // SAFETY: likewise.

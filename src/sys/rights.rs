@@ -1,12 +1,12 @@
 //! Protects a receiver from descriptors that its peer attaches to a message (SCM_RIGHTS, unix(7)).
 //!
 //! Closing a descriptor can block for as long as its sender wants (SO_LINGER with unsent bytes,
-//! socket(7)). A receiver that expects none would close it inside recv(2), in its own thread.
-//! Since Linux 6.16 a socket can refuse descriptors: the peer's sendmsg(2) fails with EPERM. On
-//! older kernels each message is looked at before it is received, and the socket is closed by
-//! another thread or process, because close(2) also closes what was not received. A pipe is no way
-//! out: its writer holds the reader's lock while the kernel copies the writer's memory, and a page
-//! fault there can last as long as the writer wants.
+//! socket(7)). A receiver that expects none would close it inside recv(2), in its own thread. Since Linux
+//! 6.16 a socket can refuse descriptors: the peer's sendmsg(2) fails with EPERM. On older kernels each
+//! message is checked before it is received, and another thread or process closes the socket, because
+//! close(2) also closes descriptors that were not received. A pipe is no solution. Its writer holds the
+//! reader's lock while the kernel copies the writer's memory. A page fault there can last as long as the
+//! writer wants.
 
 #![allow(unsafe_code)]
 
@@ -18,26 +18,26 @@ use nix::errno::Errno;
 use nix::libc::{self, c_int};
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, shutdown, sockopt};
 
-/// Whether a unix socket takes descriptors (asm/socket.h, Linux 6.16); libc does not have it yet.
+/// Whether a unix socket accepts descriptors (asm/socket.h, Linux 6.16); libc does not define it yet.
 const SO_PASSRIGHTS: c_int = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) {
     0x005c
 } else {
     83
 };
-/// asm/socket.h, Linux 6.5; likewise.
+/// Defined in asm/socket.h since Linux 6.5; libc does not define it yet.
 const SO_PASSPIDFD: c_int = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) {
     0x0055
 } else {
     76
 };
 
-/// Makes a unix socket refuse descriptors, and a listening one those of all connections made from
-/// now on. Returns whether it does: false before Linux 6.16, and for a socket of another kind.
+/// Makes a unix socket refuse descriptors. A listening socket passes that on to all later connections.
+/// Returns whether it worked: `false` before Linux 6.16 and for other kinds of sockets.
 pub fn refuse(fd: &impl AsFd) -> bool {
     set_option(fd, SO_PASSRIGHTS, 0).is_ok()
 }
 
-/// Whether a peer can attach descriptors to what it sends to this socket.
+/// Returns whether a peer can attach descriptors to what it sends to this socket.
 pub fn may_arrive(fd: &impl AsFd) -> bool {
     match option(fd, SO_PASSRIGHTS) {
         Ok(allowed) => allowed != 0,
@@ -45,33 +45,34 @@ pub fn may_arrive(fd: &impl AsFd) -> bool {
     }
 }
 
-/// Whether it is a unix socket (SO_DOMAIN, socket(7)).
+/// Returns whether it is a unix socket (SO_DOMAIN, socket(7)).
 pub fn is_unix(fd: &impl AsFd) -> bool {
     option(fd, libc::SO_DOMAIN) == Ok(libc::AF_UNIX)
 }
 
-/// A socket whose peer is not trusted: neither receiving nor closing waits for a descriptor that
-/// the peer has attached.
+/// A socket whose peer is not trusted. Neither a receive nor a close waits for a descriptor that the peer
+/// has attached.
 #[derive(Debug)]
 pub struct GuardedSocket {
-    /// Taken by `drop` only.
+    /// Taken only by `drop`.
     fd: ManuallyDrop<OwnedFd>,
-    /// Each message is looked at before it is received.
+    /// Whether each message is checked before it is received.
     looks_first: bool,
-    /// Closes it, where this thread must not.
+    /// Closes the socket if this thread must not.
     close: Cell<Option<fn(OwnedFd)>>,
 }
 
 impl GuardedSocket {
-    /// A connected socket. `close` is called with it where descriptors may lie in it unreceived.
+    /// Wraps a connected socket. If it may contain unreceived descriptors, `close` closes it.
     pub fn new(fd: OwnedFd, close: fn(OwnedFd)) -> Self {
         let looks_first = may_arrive(&fd);
         if looks_first {
-            // Each of these would look like a descriptor below. A service manager may have set them.
+            // Each of these would look like an attached descriptor in `look`. A service manager may have
+            // set them.
             for name in [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD] {
                 let _ = set_option(&fd, name, 0);
             }
-            // Or recv(2) would drop an urgent byte, and what is attached to it, unseen.
+            // Otherwise recv(2) would drop an urgent byte and its attached descriptors without a check.
             let _ = set_option(&fd, libc::SO_OOBINLINE, 1);
         }
         GuardedSocket {
@@ -81,8 +82,8 @@ impl GuardedSocket {
         }
     }
 
-    /// A socket that was accepted. `has_unix` is false where no listener is a unix socket, which
-    /// saves a system call.
+    /// Wraps an accepted socket. `has_unix` is false if no listener is a unix socket, which saves a
+    /// system call.
     pub fn accepted(fd: OwnedFd, has_unix: bool, close: fn(OwnedFd)) -> Self {
         match has_unix {
             true => GuardedSocket::new(fd, close),
@@ -90,7 +91,7 @@ impl GuardedSocket {
         }
     }
 
-    /// A socket that another process has made and sent: `close` closes it also where its own close
+    /// Wraps a socket that another process has made and sent. `close` closes it also if its own close
     /// would block.
     pub fn received(fd: OwnedFd, close: fn(OwnedFd)) -> Self {
         let socket = GuardedSocket::new(fd, close);
@@ -98,7 +99,7 @@ impl GuardedSocket {
         socket
     }
 
-    /// A socket that takes no descriptors, or whose peer is trusted.
+    /// Wraps a socket that accepts no descriptors, or whose peer is trusted.
     pub fn trusted(fd: OwnedFd) -> Self {
         GuardedSocket {
             fd: ManuallyDrop::new(fd),
@@ -107,17 +108,18 @@ impl GuardedSocket {
         }
     }
 
-    /// Another process has it too, and goes on with it: closing it here closes nothing else.
+    /// Records that another process also has this socket and keeps it open, so this process can close it
+    /// without blocking.
     pub fn mark_shared(&self) {
         self.close.set(None);
     }
 
-    /// Receives at most `buffer.len()` bytes, or one packet, without waiting; 0 at the end.
+    /// Receives at most `buffer.len()` bytes, or one packet, without waiting. Returns 0 at the end.
     ///
     /// # Errors
-    /// EBADMSG when descriptors are attached to what comes next. Then `buffer` has its bytes, and
-    /// they stay in the socket, which is good for nothing but sending any more. EAGAIN when there is
-    /// nothing; what else recv(2) answers.
+    /// EBADMSG if descriptors are attached to the next message. Then `buffer` has its bytes, and they
+    /// also stay in the socket, which can only be used for sending from then on. EAGAIN if there is
+    /// nothing to receive. Other errors of recv(2).
     #[inline]
     pub fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         let flags = MsgFlags::MSG_DONTWAIT;
@@ -126,13 +128,13 @@ impl GuardedSocket {
         }
         match self.look(buffer)? {
             0 => Ok(0),
-            // What comes behind it meanwhile was not looked at.
+            // Bytes that arrived behind it were not checked.
             length => recv(self.fd.as_raw_fd(), &mut buffer[..length], flags),
         }
     }
 
-    /// Copies what comes next and leaves it where it is. Descriptors are not installed, because
-    /// there is no room for them; the kernel says so, and closes none of them (MSG_PEEK).
+    /// Copies the next message and leaves it in the socket. Descriptors are not installed, because there
+    /// is no room for them. The kernel reports that (MSG_CTRUNC) and closes none of them (MSG_PEEK).
     fn look(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         let mut part = libc::iovec {
             iov_base: buffer.as_mut_ptr().cast(),
@@ -154,16 +156,16 @@ impl GuardedSocket {
 }
 
 impl GuardedSocket {
-    /// Whether close(2) may block, for what lies in it or for itself. Where it takes descriptors,
-    /// nothing more is received afterwards.
+    /// Returns whether close(2) may block because of unreceived descriptors or SO_LINGER. If the socket
+    /// accepts descriptors, nothing can be received afterwards.
     fn may_block(&self) -> bool {
         if !self.looks_first {
             let linger = getsockopt(&*self.fd, sockopt::Linger);
             return linger.is_ok_and(|linger| linger.l_onoff != 0 && linger.l_linger > 0);
         }
-        // The peer can add nothing after that.
+        // After this the peer can add nothing.
         let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Read);
-        // Of packets an empty one looks like the end.
+        // On a packet socket an empty packet looks like the end.
         let is_stream = option(&*self.fd, libc::SO_TYPE) == Ok(libc::SOCK_STREAM);
         !is_stream || self.look(&mut [0]) != Ok(0)
     }
@@ -172,7 +174,7 @@ impl GuardedSocket {
 impl Drop for GuardedSocket {
     fn drop(&mut self) {
         let close = self.close.get().filter(|_| self.may_block());
-        // SAFETY: it is taken here alone, and nobody uses it after its drop.
+        // SAFETY: only this line takes it, and it is not used after the drop.
         let fd = unsafe { ManuallyDrop::take(&mut self.fd) };
         match close {
             Some(close) => close(fd),

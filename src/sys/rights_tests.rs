@@ -12,10 +12,10 @@ use super::super::process::monotonic;
 use super::super::socket::{packet_pair, send_packet};
 use super::*;
 
-/// How long the close of `lingering` takes.
+/// The time that the close of `lingering` takes.
 const LINGER: Duration = Duration::from_secs(4);
 
-/// A socket whose last close waits, and its deaf peer.
+/// Returns a socket whose last close waits, and its peer, which reads nothing.
 fn lingering() -> (OwnedFd, TcpStream) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -34,7 +34,7 @@ fn end_of(mut peer: &UnixStream) -> bool {
     peer.set_read_timeout(Some(LINGER / 2)).unwrap();
     match peer.read(&mut [0]) {
         Ok(length) => length == 0,
-        // What it sent was not received.
+        // The bytes that it sent were not received.
         Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
     }
 }
@@ -44,7 +44,7 @@ fn a_socket_refuses_descriptors_where_the_kernel_can() {
     let (one, other) = packet_pair().unwrap();
     assert!(may_arrive(&one));
     if !refuse(&one) {
-        return; // This kernel can't.
+        return; // This kernel cannot refuse descriptors.
     }
     assert!(
         !may_arrive(&one) && may_arrive(&other),
@@ -58,7 +58,7 @@ fn a_socket_refuses_descriptors_where_the_kernel_can() {
 }
 
 #[test]
-fn a_message_with_descriptors_is_left_and_what_comes_before_it_is_received() {
+fn a_message_with_descriptors_stays_and_earlier_ones_are_received() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let socket = GuardedSocket::new(ours.into(), closer::close);
     let mut buffer = [0; 16];
@@ -78,9 +78,9 @@ fn a_message_with_descriptors_is_left_and_what_comes_before_it_is_received() {
     assert!(end_of(&theirs), "it is closed all the same");
 }
 
-/// A peer must not stop the thread that closes, or the next socket would stay open.
+/// A peer must not block the thread that closes, or the next socket would stay open.
 #[test]
-fn what_blocks_in_one_socket_keeps_no_other_one_open() {
+fn a_blocking_close_keeps_no_other_socket_open() {
     for _ in 0..3 {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (fd, _deaf) = lingering();
@@ -94,7 +94,7 @@ fn what_blocks_in_one_socket_keeps_no_other_one_open() {
 }
 
 #[test]
-fn the_end_of_a_packet_socket_is_no_packet() {
+fn the_end_of_a_packet_socket_is_not_a_packet() {
     let (one, other) = packet_pair().unwrap();
     let socket = GuardedSocket::new(one, closer::close);
     send_packet(&other, &[b"last"], &[]).unwrap();
@@ -103,7 +103,7 @@ fn the_end_of_a_packet_socket_is_no_packet() {
     assert_eq!(socket.receive(&mut buffer), Ok(4));
     let end = loop {
         match socket.receive(&mut buffer) {
-            // A child that another test starts has a copy until its exec.
+            // A child that another test starts has a copy of the descriptor until its exec.
             Err(Errno::EAGAIN) => {}
             other => break other,
         }

@@ -1,8 +1,8 @@
-//! Signals: a pipe that wakes the loop, the masks around fork, the parent-death alarm.
+//! Handles signals: a pipe that wakes the loop, masks around fork, an alarm at the parent's death.
 //!
-//! A handler sets a flag and writes a byte (signal-hook); the loop empties the pipe first and
-//! looks at the flags second, so that none is missed. Signals are never counted: two of a kind
-//! may arrive as one. Fails with the system's own error.
+//! A handler sets a flag and writes a byte (signal-hook). The loop empties the pipe first and then checks
+//! the flags, so it misses no signal. Signals are never counted, because two of the same kind may be
+//! merged. Fails with the system's error.
 
 #![allow(unsafe_code)]
 
@@ -20,13 +20,27 @@ use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal};
 use signal_hook::SigId;
 
-use super::process::Pid;
+use super::process::{Fork, Pid, fork};
 
-/// The signals that a process wants to hear of, through one descriptor.
+/// Signals for the master, which its children ignore. A child has its own session, so neither Ctrl-C nor a
+/// closing terminal reaches it. But an operator may send a signal to a child instead of the master.
+pub const IGNORED_BY_CHILDREN: [Signal; 8] = [
+    Signal::SIGINT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
+    Signal::SIGPIPE,
+    // A file-size limit is then an error of write(2), which a log can handle.
+    Signal::SIGXFSZ,
+];
+
+/// Reports the chosen signals of a process through one descriptor.
 #[derive(Debug)]
 pub struct SignalPipe {
     reader: UnixStream,
-    heard: Vec<(Signal, Arc<AtomicBool>)>,
+    registered: Vec<(Signal, Arc<AtomicBool>)>,
     registrations: Vec<SigId>,
 }
 
@@ -34,53 +48,53 @@ impl SignalPipe {
     /// Installs handlers for `signals`.
     ///
     /// # Errors
-    /// When no socket pair can be had, or a signal can't be caught.
+    /// If no socket pair can be created or a signal cannot be caught.
     pub fn new(signals: &[Signal]) -> io::Result<Self> {
         let (reader, writer) = UnixStream::pair()?;
         reader.set_nonblocking(true)?;
         let mut pipe = SignalPipe {
             reader,
-            heard: Vec::new(),
+            registered: Vec::new(),
             registrations: Vec::new(),
         };
         for &signal in signals {
             let flag = Arc::new(AtomicBool::new(false));
-            // The flag first: a reader that was woken by the byte must find it set.
+            // The flag comes first: a reader woken by the byte must find it set.
             let set = signal_hook::flag::register(signal as i32, Arc::clone(&flag))?;
             pipe.registrations.push(set);
             let wake = signal_hook::low_level::pipe::register(signal as i32, writer.try_clone()?)?;
             pipe.registrations.push(wake);
-            pipe.heard.push((signal, flag));
+            pipe.registered.push((signal, flag));
         }
         Ok(pipe)
     }
 
-    /// The signals that have come since the last call.
+    /// Returns the signals that have arrived since the last call.
     pub fn take(&self) -> Vec<Signal> {
         let mut bytes = [0; 64];
         while matches!((&self.reader).read(&mut bytes), Ok(1..)) {}
-        self.heard
+        self.registered
             .iter()
             .filter(|(_, flag)| flag.swap(false, Ordering::SeqCst))
             .map(|(signal, _)| *signal)
             .collect()
     }
 
-    /// Makes those that have come since the last `take` pending once more, for the program that this
-    /// process becomes. To be called while all are blocked.
+    /// Makes the signals since the last `take` pending again, for the program that this process executes
+    /// next. Call it while all signals are blocked.
     pub fn requeue_pending(&self) {
         for signal in self.take() {
             let _ = nix::sys::signal::raise(signal);
         }
     }
 
-    /// Leaves a pipe that was inherited by fork, in the child: its signals would wake the parent.
-    /// The handlers stay, and do nothing.
+    /// Leaves a pipe that was inherited by fork. Call it in the child, because its signals would wake the
+    /// parent. The handlers stay installed but do nothing.
     pub fn detach(&mut self) {
         for registration in self.registrations.drain(..) {
             signal_hook::low_level::unregister(registration);
         }
-        self.heard.clear();
+        self.registered.clear();
     }
 }
 
@@ -90,14 +104,13 @@ impl AsFd for SignalPipe {
     }
 }
 
-/// A flag that the interrupt signal (Ctrl-C) sets; when it is set already, the signal ends the process
-/// as it does by default.
+/// Returns a flag that SIGINT (Ctrl-C) sets. If it is already set, SIGINT ends the process as by default.
 ///
 /// # Errors
-/// When the signal can't be caught.
+/// If the signal cannot be caught.
 pub fn interrupt_flag() -> io::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    // In this order: the first signal must find the flag unset, and the second one set.
+    // The order matters: the first signal must find the flag unset, and the second one set.
     signal_hook::flag::register_conditional_default(libc::SIGINT, Arc::clone(&flag))?;
     signal_hook::flag::register(libc::SIGINT, Arc::clone(&flag))?;
     Ok(flag)
@@ -108,9 +121,26 @@ pub fn block_all() {
     set_mask(&SigSet::all());
 }
 
-/// Lets every signal through to the calling thread, whatever mask it was started with.
+/// Unblocks every signal in the calling thread, whatever mask it inherited.
 pub fn unblock_all() {
     set_mask(&SigSet::empty());
+}
+
+/// Forks a child that starts with all signals blocked, and with `init` is `child` for all its life. Only the
+/// parent returns.
+///
+/// # Errors
+/// EAGAIN or ENOMEM if no process can be created.
+pub fn fork_child<T>(init: T, child: fn(T) -> !) -> io::Result<Pid> {
+    // A signal between fork and the child's own handlers would wake the parent, or be lost.
+    block_all();
+    let forked = match fork() {
+        Ok(Fork::Child) => child(init),
+        Ok(Fork::Parent(pid)) => Ok(pid),
+        Err(error) => Err(error),
+    };
+    unblock_all();
+    forked
 }
 
 fn set_mask(set: &SigSet) {
@@ -118,12 +148,11 @@ fn set_mask(set: &SigSet) {
         .expect("a valid mask is always accepted (sigprocmask(2))");
 }
 
-/// Keeps a signal from this thread until it is dropped.
+/// Blocks a signal in this thread until it is dropped.
 #[derive(Debug)]
 pub struct SignalBlock(SigSet);
 
 impl SignalBlock {
-    /// Holds this one.
     pub fn of(signal: Signal) -> Self {
         let mut before = SigSet::empty();
         let one = SigSet::from(signal);
@@ -143,12 +172,12 @@ impl Drop for SignalBlock {
 pub fn ignore(signals: &[Signal]) {
     let action = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
     for &signal in signals {
-        // SAFETY: SIG_IGN runs no code of ours.
+        // SAFETY: SIG_IGN runs no code of this process.
         let _ = unsafe { nix::sys::signal::sigaction(signal, &action) };
     }
 }
 
-/// The signals by which a process ends for a fault of its own.
+/// The signals that the kernel sends for a fault of the process itself.
 const FAULTS: [libc::c_int; 5] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -157,25 +186,24 @@ const FAULTS: [libc::c_int; 5] = [
     libc::SIGABRT,
 ];
 
-/// The handlers of these that std has installed; 0: none.
+/// The handlers that std has installed for these signals; 0 means none.
 static OF_STD: [AtomicUsize; FAULTS.len()] = [const { AtomicUsize::new(0) }; FAULTS.len()];
 
-/// Lets a SIGSEGV or SIGBUS that somebody sends end the process, as it does elsewhere. std's
-/// handlers, which tell of an overflown stack, take any other cause for a fault that comes again
-/// as soon as they return: one that was sent does not, and would be lost. What the processor
-/// raises is still theirs. Threads and forked children inherit it. [`set_fault_report`] is served by
-/// the same handler.
+/// Makes a SIGSEGV or SIGBUS that another process sends end this process. The handlers of std, which
+/// report a stack overflow, would return from a sent signal and lose it: they expect that the fault
+/// occurs again. Signals that the processor raises still go to the handlers of std. Threads and forked
+/// children inherit this. The same handler serves [`set_fault_report`].
 pub fn install_fault_handlers() {
     for (signal, of_std) in FAULTS.into_iter().zip(&OF_STD) {
-        // SAFETY: the structures are plain data, and the handler has the signature that
-        // SA_SIGINFO asks for; it is installed after the one it hands on to is known.
+        // SAFETY: the structures are plain data, and the handler has the signature that SA_SIGINFO
+        // requires. It is installed after the previous handler is recorded.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             libc::sigaction(signal, std::ptr::null(), &raw mut action);
             if action.sa_flags & libc::SA_SIGINFO != 0 {
                 of_std.store(action.sa_sigaction, Ordering::SeqCst);
             } else if action.sa_sigaction != libc::SIG_DFL {
-                continue; // somebody ignores it, or handles it already
+                continue; // another handler is installed, or the signal is ignored
             } else {
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             }
@@ -185,20 +213,20 @@ pub fn install_fault_handlers() {
     }
 }
 
-/// What a process knows of its own end.
+/// What a process could record about the cause of its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Fault {
-    /// Nothing: it left, or got a signal that nobody can see coming.
+    /// Nothing is known: it exited, or got a signal that cannot be caught.
     Unknown = 0,
-    /// One of its threads has failed.
+    /// One of its threads failed.
     Own = 1,
-    /// Somebody has sent the signal.
+    /// Another process sent the signal.
     Sent = 2,
 }
 
 impl Fault {
-    /// The fault of a number; what is none is unknown.
+    /// Decodes a number; an unknown number is `Unknown`.
     pub fn of(number: u32) -> Self {
         match number {
             1 => Fault::Own,
@@ -208,37 +236,36 @@ impl Fault {
     }
 }
 
-/// Where a fault is told; null until somebody asks for it.
+/// Where a fault is recorded; null until `set_fault_report`.
 static FAULT: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 static CULPRIT: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
 
-/// The process that tells.
+/// The pid of the process that records its fault.
 static REPORTER: AtomicI32 = AtomicI32::new(0);
 
 thread_local! {
-    /// What this thread is at. It needs no destructor, so a signal handler may look at it.
+    /// The number of this thread's current call. It needs no destructor, so a signal handler may read it.
     static AT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Has a fault of this process told as it ends: which kind it was, and what the thread was at that
-/// has failed.
+/// Records a fault of this process at its end: its kind, and the current call of the thread that failed.
 pub fn set_fault_report(fault: &'static AtomicU32, culprit: &'static AtomicU64) {
     CULPRIT.store(std::ptr::from_ref(culprit).cast_mut(), Ordering::SeqCst);
     FAULT.store(std::ptr::from_ref(fault).cast_mut(), Ordering::SeqCst);
     REPORTER.store(Pid::current().0, Ordering::SeqCst);
-    // SAFETY: the hook is a function of this program, which is never unloaded. Without it, calls of exit(3)
-    // name no thread.
+    // SAFETY: the hook is a function of this program, which is never unloaded. If it cannot be
+    // registered, exit(3) records no call.
     let _ = unsafe { libc::atexit(exits) };
 }
 
-/// Runs in the thread that has called exit(3): that is a failure like any other where it runs a call. A
-/// process that a handler has forked exits for itself.
+/// Runs in the thread that has called exit(3). During a call that is a failure like any other. A process
+/// that a handler has forked is not recorded.
 extern "C" fn exits() {
     let (fault, culprit) = (FAULT.load(Ordering::SeqCst), CULPRIT.load(Ordering::SeqCst));
     if AT.get() == 0 || fault.is_null() || REPORTER.load(Ordering::SeqCst) != Pid::current().0 {
         return;
     }
-    // SAFETY: what was stored are references that live for ever.
+    // SAFETY: the stored pointers are references that live for ever.
     unsafe {
         if (*fault).load(Ordering::SeqCst) == Fault::Unknown as u32 {
             (*culprit).store(AT.get(), Ordering::SeqCst);
@@ -247,7 +274,18 @@ extern "C" fn exits() {
     }
 }
 
-/// This thread is at something with this number; 0: at nothing that is to be told.
+/// Records that this process ends because of a fault of its own, in none of its calls.
+pub fn record_own_fault() {
+    let fault = FAULT.load(Ordering::SeqCst);
+    if !fault.is_null() && REPORTER.load(Ordering::SeqCst) == Pid::current().0 {
+        let (unknown, own) = (Fault::Unknown as u32, Fault::Own as u32);
+        let (order, if_not) = (Ordering::SeqCst, Ordering::SeqCst);
+        // SAFETY: the stored pointer is a reference that lives for ever.
+        let _ = unsafe { (*fault).compare_exchange(unknown, own, order, if_not) };
+    }
+}
+
+/// Sets the number of this thread's current call; 0 means that there is none to report.
 #[inline]
 pub fn set_current_call(number: u64) {
     AT.set(number);
@@ -255,21 +293,19 @@ pub fn set_current_call(number: u64) {
 
 type FaultHandler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
-/// Only what signal-safety(7) allows, and std's own handler, which keeps to it.
+/// Calls only what signal-safety(7) allows, and the handler of std, which also obeys it.
 extern "C" fn faulted(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let index = FAULTS.iter().position(|&it| it == signal).unwrap_or(0);
-    // SAFETY: the kernel passes a valid siginfo; what was stored is a handler of this signature, and
-    // references that live for ever; getpid, sigaction and raise are async-signal-safe, and so are
-    // atomics and a thread-local value that needs no initialisation.
+    // SAFETY: the kernel passes a valid siginfo. The stored values are a handler of this signature, and
+    // references that live for ever. getpid, sigaction and raise are async-signal-safe. So are atomics
+    // and a thread-local value that needs no initialisation.
     unsafe {
-        // abort(3) sends itself the signal.
+        // abort(3) sends the signal to its own process.
         let by_itself = (*info).si_code == libc::SI_TKILL && (*info).si_pid() == libc::getpid();
         let own = (*info).si_code > 0 || by_itself;
         let (fault, culprit) = (FAULT.load(Ordering::SeqCst), CULPRIT.load(Ordering::SeqCst));
-        // The first word counts: std's handler aborts when a stack is full. An ABRT that is sent is
-        // the master's, to a process that is stuck: whose doing that is can't be told here.
-        let told = own || signal != libc::SIGABRT;
-        if told && !fault.is_null() && (*fault).load(Ordering::SeqCst) == Fault::Unknown as u32 {
+        // Only the first record counts, because the handler of std aborts after a stack overflow.
+        if !fault.is_null() && (*fault).load(Ordering::SeqCst) == Fault::Unknown as u32 {
             (*culprit).store(AT.get(), Ordering::SeqCst);
             let kind = if own { Fault::Own } else { Fault::Sent };
             (*fault).store(kind as u32, Ordering::SeqCst);
@@ -281,40 +317,40 @@ extern "C" fn faulted(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         let mut default: libc::sigaction = std::mem::zeroed();
         default.sa_sigaction = libc::SIG_DFL;
         libc::sigaction(signal, &raw const default, std::ptr::null_mut());
-        // Blocked while we are in here: it ends the process on the way out.
+        // The signal is blocked in this handler, so it ends the process when the handler returns.
         libc::raise(signal);
     }
 }
 
-/// Gives a signal its default action back, whatever this process was started with.
+/// Restores the default action of a signal, whatever this process inherited.
 pub fn default_action(signal: Signal) {
     let action = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    // SAFETY: SIG_DFL runs no code of ours.
+    // SAFETY: SIG_DFL runs no code of this process.
     let _ = unsafe { nix::sys::signal::sigaction(signal, &action) };
 }
 
-/// What `on_parent_death` hands to its handler, in seconds.
+/// The grace period of `on_parent_death` for its handler, in seconds.
 static ALARM_SECONDS: AtomicU32 = AtomicU32::new(0);
 
-/// Only what signal-safety(7) allows: one atomic load and alarm(2).
+/// Calls only what signal-safety(7) allows: one atomic load and alarm(2).
 extern "C" fn start_alarm(_signal: libc::c_int) {
     // SAFETY: alarm is async-signal-safe.
     unsafe { libc::alarm(ALARM_SECONDS.load(Ordering::Relaxed)) };
 }
 
-/// Ends this process `grace` after its parent has died, even when its own loop is stuck: the
-/// kernel sends a real-time signal at that moment, its handler sets an alarm, and SIGALRM's
-/// default action does the rest (PR_SET_PDEATHSIG(2const), alarm(2)).
+/// Ends this process `grace` after its parent has died, even if its own loop is stuck. At the parent's
+/// death the kernel sends a real-time signal, its handler sets an alarm, and the default action of
+/// SIGALRM ends the process (PR_SET_PDEATHSIG(2const), alarm(2)).
 ///
-/// To be called after the last change of user or group, which would clear it. Returns whether
-/// `parent` still lived afterwards; if not, the signal may never come and the caller has to leave.
+/// Call it after the last change of user or group, which would clear it. Returns whether `parent` was
+/// still alive afterwards. If not, the signal may never come, and the caller has to exit.
 ///
 /// # Errors
-/// When the system refuses the handler or the request.
+/// If the system refuses the handler or the request.
 pub fn on_parent_death(parent: Pid, grace: Duration) -> io::Result<bool> {
     let seconds = u32::try_from(grace.as_secs().saturating_add(1)).unwrap_or(u32::MAX);
     ALARM_SECONDS.store(seconds, Ordering::Relaxed);
-    // Its end is what the alarm is for.
+    // The alarm relies on the default action, which ends the process.
     default_action(Signal::SIGALRM);
     let number = libc::SIGRTMIN();
     // SAFETY: the structure is plain data, zero is a valid value of each field, and the handler
@@ -338,7 +374,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signal_is_heard_once_and_not_after_detaching() {
+    fn a_signal_is_reported_once_and_not_after_detaching() {
         let mut pipe = SignalPipe::new(&[Signal::SIGWINCH]).unwrap();
         assert!(pipe.take().is_empty());
         signal_hook::low_level::raise(Signal::SIGWINCH as i32).unwrap();

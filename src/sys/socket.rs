@@ -1,7 +1,8 @@
-//! Sockets: listening ones with their options, the packet pairs between processes, who is there.
+//! Creates and configures sockets: listeners with their options, packet socketpairs between processes,
+//! peer identity.
 //!
-//! Leaves reading and writing of client connections to `event`. Fails with the system's error;
-//! the caller adds the address and the remedy.
+//! `event` reads and writes client connections. Fails with the system's error; the caller adds the
+//! address and the remedy.
 
 #![allow(unsafe_code)]
 
@@ -19,25 +20,25 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    SockaddrStorage, UnixAddr, bind, connect, getpeername, getsockname, getsockopt, listen, recv,
-    recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
+    SockaddrStorage, UnixAddr, accept4, bind, connect, getpeername, getsockname, getsockopt,
+    listen, recv, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::stat::{Mode, fchmod};
 
 use super::rights;
 
-/// How long half-open peers are kept (design.md, `limits.idle-timeout`).
+/// Seconds of silence after which a half-open peer is probed (SO_KEEPALIVE, `limits.idle-timeout`).
 const KEEPALIVE_IDLE_S: u32 = 60;
 const KEEPALIVE_INTERVAL_S: u32 = 10;
 const KEEPALIVE_PROBES: u32 = 6;
 
-/// The most that a backlog can be; the kernel caps it at net.core.somaxconn.
+/// The highest backlog; the kernel caps it at net.core.somaxconn.
 pub const MOST_BACKLOG: u32 = i32::MAX as u32;
 
-/// Binds a TCP socket, not listening yet.
+/// Binds a TCP socket that does not listen yet.
 ///
 /// # Errors
-/// EADDRINUSE, EADDRNOTAVAIL, EACCES, and what else bind(2) knows.
+/// EADDRINUSE, EADDRNOTAVAIL, EACCES, and other errors of bind(2).
 pub fn bind_tcp(address: SocketAddr) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() {
         AddressFamily::Inet
@@ -45,32 +46,32 @@ pub fn bind_tcp(address: SocketAddr) -> io::Result<OwnedFd> {
         AddressFamily::Inet6
     };
     let fd = stream_socket(family)?;
-    // So that a restart need not wait for the old connections' TIME_WAIT.
+    // Without it a restart would wait for the TIME_WAIT of old connections.
     setsockopt(&fd, sockopt::ReuseAddr, &true)?;
     if address.is_ipv6() {
-        // Or [::] would take the IPv4 port too, and depend on a sysctl.
+        // Otherwise [::] would also take the IPv4 port, depending on a sysctl.
         setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
     }
     bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
     Ok(fd)
 }
 
-/// Binds a unix stream socket, not listening yet. The path must be free. The file gets `mode` less the
-/// umask: it takes the mode of the socket, so that no path has to be changed afterwards.
+/// Binds a unix stream socket that does not listen yet. The path must be free. The file gets the mode of
+/// the socket, which is `mode` less the umask, so no mode has to be changed afterwards.
 ///
 /// # Errors
 /// EADDRINUSE when the path exists, EACCES, ENOENT, ENAMETOOLONG.
 pub fn bind_unix(path: &Path, mode: u32) -> io::Result<OwnedFd> {
     let fd = stream_socket(AddressFamily::Unix)?;
     fchmod(&fd, Mode::from_bits_truncate(mode))?;
-    // Before anybody can connect: connections have this from the beginning.
+    // Set it before a client can connect, because connections inherit it.
     rights::refuse(&fd);
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(fd)
 }
 
-/// Where the other end of a connection is; `None` where that is no address, as over a unix socket,
-/// and where it has gone.
+/// Returns the address of the peer. Returns `None` if it has none, as on a unix socket, and if it is
+/// gone.
 pub fn peer(fd: &impl AsRawFd) -> Option<SocketAddr> {
     let peer: SockaddrStorage = getpeername(fd.as_raw_fd()).ok()?;
     let v4 = peer
@@ -87,10 +88,11 @@ fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     Ok(socket(family, SockType::Stream, flags, None)?)
 }
 
-/// Connects to a unix stream socket, and waits at most so long for room in its backlog; `None` for ever.
+/// Connects to a unix stream socket. Waits at most `limit` for room in its backlog; `None` waits for
+/// ever.
 ///
 /// # Errors
-/// `TimedOut` when there was none; ECONNREFUSED, ENOENT, EACCES, and what else connect(2) knows.
+/// `TimedOut` if there was no room; ECONNREFUSED, ENOENT, EACCES, and other errors of connect(2).
 pub fn connect_unix(path: &Path, limit: Option<Duration>) -> io::Result<UnixStream> {
     let fd = socket(
         AddressFamily::Unix,
@@ -100,7 +102,7 @@ pub fn connect_unix(path: &Path, limit: Option<Duration>) -> io::Result<UnixStre
     )?;
     let stream = UnixStream::from(fd);
     let address = UnixAddr::new(path)?;
-    // SO_SNDTIMEO holds for connect(2) too, and zero would be no limit (socket(7)).
+    // SO_SNDTIMEO also limits connect(2); zero would mean no limit (socket(7)).
     stream.set_write_timeout(limit.map(|limit| limit.max(Duration::from_millis(1))))?;
     loop {
         match connect(stream.as_raw_fd(), &address) {
@@ -114,21 +116,22 @@ pub fn connect_unix(path: &Path, limit: Option<Duration>) -> io::Result<UnixStre
     Ok(stream)
 }
 
-/// Connects to a unix stream socket and lets go again, without waiting: `Ok`, and every error but
-/// ECONNREFUSED, mean that it is somebody's.
+/// Connects to a unix stream socket without waiting and closes the connection. `Ok` and every error
+/// except ECONNREFUSED mean that the socket is in use.
 ///
 /// # Errors
-/// ECONNREFUSED: nobody listens. EAGAIN: somebody does, and is busy. EPROTOTYPE: another kind.
+/// ECONNREFUSED if no process listens. EAGAIN if a process listens but is busy. EPROTOTYPE for another
+/// kind of socket.
 pub fn try_unix(path: &Path) -> io::Result<()> {
     let fd = stream_socket(AddressFamily::Unix)?;
     Ok(connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?)
 }
 
-/// Listens, or changes the backlog of a socket that listens already (listen(2)). The kernel caps
-/// it at net.core.somaxconn.
+/// Listens, or changes the backlog of a socket that already listens (listen(2)). The kernel caps it at
+/// net.core.somaxconn.
 ///
 /// # Errors
-/// EADDRINUSE when another socket took the port meanwhile.
+/// EADDRINUSE if another socket took the port meanwhile.
 pub fn start_listening(fd: &impl AsFd, backlog: u32) -> io::Result<()> {
     let backlog = i32::try_from(backlog).unwrap_or(i32::MAX);
     // Plain listen(2) caps silently; `Backlog::new` refuses more than SOMAXCONN, an old constant.
@@ -136,13 +139,13 @@ pub fn start_listening(fd: &impl AsFd, backlog: u32) -> io::Result<()> {
     Ok(listen(fd, backlog)?)
 }
 
-/// Sets what every accepted connection shall have. Linux hands these down from the listening
-/// socket, so that an accept costs no further system call. A unix socket has none of them.
+/// Sets the options of accepted connections. On Linux they inherit these from the listener, so an accept
+/// costs no further system call. A unix socket has none of these options.
 ///
 /// # Errors
-/// When the socket is no TCP socket.
+/// If the socket is no TCP socket.
 pub fn set_tcp_options(fd: &impl AsFd, write_timeout: Duration) -> io::Result<()> {
-    // Nagle's algorithm against delayed acknowledgements costs 44 ms for an answer in two parts.
+    // Nagle's algorithm with delayed acknowledgements costs 44 ms for an answer in two writes.
     setsockopt(fd, sockopt::TcpNoDelay, &true)?;
     setsockopt(fd, sockopt::KeepAlive, &true)?;
     setsockopt(fd, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
@@ -153,8 +156,7 @@ pub fn set_tcp_options(fd: &impl AsFd, write_timeout: Duration) -> io::Result<()
     Ok(())
 }
 
-/// Sends the acknowledgement of received bytes at once (TCP_QUICKACK, tcp(7)). An error changes nothing but
-/// the time.
+/// Acknowledges received bytes at once (TCP_QUICKACK, tcp(7)). An error only affects latency.
 pub fn acknowledge_now(fd: &impl AsFd) {
     let on: libc::c_int = 1;
     let length = size_of::<libc::c_int>() as libc::socklen_t;
@@ -170,8 +172,8 @@ pub fn acknowledge_now(fd: &impl AsFd) {
     }
 }
 
-/// Sets O_NONBLOCK (fcntl(2)). All processes that have the socket share this flag, so any of them can have
-/// cleared it, and accept4(2) would wait then. Returns whether that was so.
+/// Sets O_NONBLOCK (fcntl(2)). All processes that have the socket share this flag, so any of them can
+/// clear it, and then accept4(2) would wait. Returns whether it was cleared.
 ///
 /// # Errors
 /// If fcntl(2) fails.
@@ -184,28 +186,28 @@ pub fn restore_nonblocking(fd: &impl AsFd) -> io::Result<bool> {
     Ok(was_cleared)
 }
 
-/// Whether it is a stream socket that listens.
+/// Returns whether it is a listening stream socket.
 pub fn is_listening(fd: &impl AsFd) -> bool {
     getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
         && getsockopt(fd, sockopt::AcceptConn) == Ok(true)
 }
 
-/// Whether it is a stream socket with another end.
+/// Returns whether it is a connected stream socket.
 pub fn is_connected(fd: &impl AsFd) -> bool {
     getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
         && getpeername::<SockaddrStorage>(fd.as_fd().as_raw_fd()).is_ok()
 }
 
-/// Where a socket is bound.
+/// The address to which a socket is bound.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Bound {
-    /// An IP address and port, the real port where 0 was asked for.
+    /// An IP address and port; the actual port if port 0 was requested.
     Tcp(SocketAddr),
     /// A path in the file system.
     Unix(std::path::PathBuf),
 }
 
-/// Where `fd` is bound, if that is an address of ours.
+/// Returns the address of `fd`, if it is an IP address or a path.
 pub fn bound_address(fd: &impl AsFd) -> Option<Bound> {
     let storage: SockaddrStorage = getsockname(fd.as_fd().as_raw_fd()).ok()?;
     if let Some(v4) = storage.as_sockaddr_in() {
@@ -218,17 +220,18 @@ pub fn bound_address(fd: &impl AsFd) -> Option<Bound> {
     Some(Bound::Unix(path.to_owned()))
 }
 
-/// Connections that wait to be accepted, and how many may: of a listening TCP socket, from
-/// TCP_INFO (tcp(7); on a listening socket tcpi_unacked is the queue and tcpi_sacked its limit).
+/// Returns the number of connections that wait in the accept queue of a listening TCP socket, and its
+/// limit. They come from TCP_INFO (tcp(7)): on a listener tcpi_unacked is the queue and tcpi_sacked its
+/// limit.
 pub fn accept_queue(fd: &impl AsFd) -> Option<(u32, u32)> {
     tcp_info(fd).map(|info| (info.tcpi_unacked, info.tcpi_sacked))
 }
 
-/// How many milliseconds ago the last bytes came, of a connected TCP socket from which nothing
-/// was read yet: its first bytes have waited for at least so long (tcpi_last_data_recv, tcp(7)).
-/// 0 where that can't be told.
+/// Returns how many milliseconds ago the last bytes arrived at a connected TCP socket
+/// (tcpi_last_data_recv, tcp(7)). If nothing was read from it yet, its first bytes have waited for at
+/// least this time. Returns 0 if it is unknown.
 pub fn waited_ms(fd: &impl AsFd) -> u64 {
-    // Counted in the kernel's ticks, up to 10 ms long: without one it is a lower bound.
+    // The kernel counts in ticks of up to 10 ms. Subtract one tick to get a lower bound.
     let info = tcp_info(fd);
     info.map_or(0, |info| {
         u64::from(info.tcpi_last_data_recv.saturating_sub(10))
@@ -252,27 +255,48 @@ fn tcp_info(fd: &impl AsFd) -> Option<libc::tcp_info> {
     (done == 0).then_some(info)
 }
 
-/// The user at the other end of a connected unix socket (SO_PEERCRED, unix(7)).
+/// Accepts one connection: non-blocking, close-on-exec.
 ///
 /// # Errors
-/// When it is no unix socket.
-pub fn peer_user(fd: &impl AsFd) -> io::Result<u32> {
-    Ok(getsockopt(fd, sockopt::PeerCredentials)?.uid())
+/// EAGAIN if there is none; the other errors of accept4(2).
+pub fn accept(listener: &impl AsRawFd) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = accept4(listener.as_raw_fd(), flags)?;
+    // SAFETY: accept4 has just created this descriptor, so it has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
 }
 
-/// Has a connection reset, or else merely ended, when its last descriptor is closed, by whomever:
-/// the end of a process closes it, too (SO_LINGER, socket(7)).
+/// Returns the user of the peer of a connected unix socket (SO_PEERCRED, unix(7)).
+///
+/// # Errors
+/// If it is no unix socket.
+pub fn peer_user(fd: &impl AsFd) -> io::Result<u32> {
+    peer_process(fd).map(|(user, _)| user)
+}
+
+/// Returns user and pid of the process that connected a unix socket, or made a socketpair (SO_PEERCRED,
+/// unix(7)). It may have ended since.
+///
+/// # Errors
+/// If it is no unix socket.
+pub fn peer_process(fd: &impl AsFd) -> io::Result<(u32, i32)> {
+    let peer = getsockopt(fd, sockopt::PeerCredentials)?;
+    Ok((peer.uid(), peer.pid()))
+}
+
+/// Chooses whether a connection is reset or ends normally when its last descriptor is closed, by any
+/// process and also at the end of a process (SO_LINGER, socket(7)).
 pub fn reset_when_closed(fd: &impl AsFd, reset: bool) {
     let at_once = libc::linger {
         l_onoff: reset.into(),
         l_linger: 0,
     };
-    // Refused by what is no TCP socket, which just ends.
+    // Other sockets than TCP refuse it and end normally.
     let _ = setsockopt(fd, sockopt::Linger, &at_once);
 }
 
-/// Whether a connection that has nothing to say was ended by its peer, or broken. What it has to
-/// say stays where it is.
+/// Returns whether a connection without unread bytes was closed by its peer or is broken. Unread bytes
+/// stay in the socket.
 pub fn has_ended(fd: &impl AsFd) -> bool {
     let mut byte = [0];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -282,11 +306,11 @@ pub fn has_ended(fd: &impl AsFd) -> bool {
     }
 }
 
-/// Two stream sockets that are each other's peers: ours, which does not wait and takes no
-/// descriptors where the kernel can refuse them, and another program's, which waits.
+/// Creates two connected stream sockets. The first one is for this process: it is non-blocking and, if
+/// the kernel supports it, refuses descriptors. The second one is for another program and blocks.
 ///
 /// # Errors
-/// When there is no descriptor left.
+/// If no descriptor is left.
 pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
@@ -295,20 +319,20 @@ pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-/// Whether the peer of a unix stream socket has not read all that was sent (SIOCOUTQ, unix(7)).
+/// Returns whether the peer of a unix stream socket has not read everything (SIOCOUTQ, unix(7)).
 pub fn has_unread(fd: &impl AsFd) -> bool {
     queued(fd, libc::TIOCOUTQ).is_some_and(|bytes| bytes > 0)
 }
 
-/// Whether nothing is on its way, neither what has come and was not read nor what was sent and its
-/// peer's kernel has not taken.
+/// Returns whether no bytes are in transit: all received bytes were read, and the peer's kernel has all
+/// sent bytes.
 pub fn is_silent(fd: &impl AsFd) -> bool {
     [libc::FIONREAD, libc::TIOCOUTQ]
         .into_iter()
         .all(|which| queued(fd, which).is_none_or(|bytes| bytes == 0))
 }
 
-/// SIOCINQ and SIOCOUTQ (tcp(7), unix(7)), under their other names.
+/// Queries SIOCINQ or SIOCOUTQ (tcp(7), unix(7)), whose values equal FIONREAD and TIOCOUTQ.
 pub(super) fn queued(fd: &impl AsFd, which: libc::Ioctl) -> Option<u64> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the pointer is to a live integer, which is what both requests write.
@@ -316,8 +340,8 @@ pub(super) fn queued(fd: &impl AsFd, which: libc::Ioctl) -> Option<u64> {
     (done == 0).then(|| u64::try_from(bytes).ok()).flatten()
 }
 
-/// Two connected ends that keep packets whole and tell when the other one is gone
-/// (SOCK_SEQPACKET, unix(7)); non-blocking, close-on-exec.
+/// Creates two connected sockets that keep packet boundaries and report when the peer is gone
+/// (SOCK_SEQPACKET, unix(7)). Both are non-blocking and close-on-exec.
 ///
 /// # Errors
 /// EMFILE, ENFILE.
@@ -331,18 +355,18 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
-/// Most descriptors in one packet of anybody's (SCM_MAX_FD, unix(7)): the kernel would close what
-/// finds no room, and its close may block.
+/// The most descriptors in any packet (SCM_MAX_FD, unix(7)). The kernel would close descriptors without
+/// room, and their close may block.
 const MOST_DESCRIPTORS: usize = 253;
 
-/// How often a packet is sent again at once.
+/// How often a packet is sent again without a pause.
 const MOST_TRIES: u32 = 3;
 
 /// Sends one packet, made of `parts`, with descriptors (SCM_RIGHTS, unix(7)).
 ///
 /// # Errors
-/// EAGAIN when the queue is full, EPIPE when the other end is gone, ETOOMANYREFS when too many
-/// descriptors are on their way.
+/// EAGAIN if the queue is full, EPIPE if the peer is gone, ETOOMANYREFS if too many descriptors are in
+/// transit.
 pub fn send_packet(
     fd: &impl AsFd,
     parts: &[&[u8]],
@@ -357,19 +381,18 @@ pub fn send_packet(
     loop {
         match sendmsg::<()>(fd.as_fd().as_raw_fd(), &parts, control, flags, None) {
             Err(Errno::EINTR) => continue,
-            // Short of memory for a moment; an order that is lost would cost a worker.
+            // The kernel was briefly short of memory. A lost order would cost a worker, so try again.
             Err(Errno::ENOBUFS | Errno::ENOMEM) if tries < MOST_TRIES => tries += 1,
             other => return Ok(other.map(drop)?),
         }
     }
 }
 
-/// Receives one packet: its length and the descriptors that came along. A length of 0 means that
-/// the other end is gone. To be called only while as many descriptors can be had: the kernel
-/// drops what does not fit.
+/// Receives one packet: its length and its descriptors. A length of 0 means that the peer is gone. Call
+/// it only if enough descriptors are free, because the kernel drops those without room.
 ///
 /// # Errors
-/// EAGAIN when there is none.
+/// EAGAIN if there is no packet.
 pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     loop {
         let mut control = cmsg_space!([RawFd; MOST_DESCRIPTORS]);
@@ -377,15 +400,17 @@ pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, V
         let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
         let raw = fd.as_fd().as_raw_fd();
         let message = match recvmsg::<()>(raw, &mut parts, Some(&mut control), flags) {
-            Err(Errno::EINTR) => continue,
+            // ECONNRESET: the peer has closed its end with unread packets. That is said once, before the packets
+            // that it had sent, and before the end.
+            Err(Errno::EINTR | Errno::ECONNRESET) => continue,
             other => other?,
         };
         let mut received = Vec::new();
-        // A packet whose descriptors found no room is a packet without them, and no end.
+        // If there was no room for its descriptors, the packet arrives without them. It is not the end.
         for control in message.cmsgs().into_iter().flatten() {
             if let ControlMessageOwned::ScmRights(descriptors) = control {
                 received.extend(descriptors.into_iter().map(|descriptor| {
-                    // SAFETY: the kernel has just installed it for us; nobody else knows it.
+                    // SAFETY: the kernel has just installed it, so it has no other owner.
                     unsafe { OwnedFd::from_raw_fd(descriptor) }
                 }));
             }
@@ -394,26 +419,31 @@ pub fn receive_packet(fd: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, V
     }
 }
 
-/// Whether so many descriptors as one packet of ours carries can be had right now.
+/// Returns whether this process can open as many descriptors as one of our packets carries.
 pub fn has_room_for_packet(any: &impl AsFd) -> bool {
     let first = any.as_fd().try_clone_to_owned();
     let second = any.as_fd().try_clone_to_owned();
     first.is_ok() && second.is_ok()
 }
 
-/// A pipe whose reading end does not wait; close-on-exec.
+/// Creates a pipe with a non-blocking reading end; both ends are close-on-exec.
 ///
 /// # Errors
-/// When there is no descriptor left.
+/// If no descriptor is left.
 pub fn nonblocking_pipe() -> io::Result<(io::PipeReader, io::PipeWriter)> {
     let (reader, writer) = io::pipe()?;
     fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok((reader, writer))
 }
 
-/// Whether it is a stream socket, with or without another end.
+/// Returns whether it is a stream socket, connected or not.
 pub fn is_stream_socket(fd: &impl AsFd) -> bool {
     getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
+}
+
+/// Returns whether it is a socket of packets that are connected (SOCK_SEQPACKET).
+pub fn is_packet_socket(fd: &impl AsFd) -> bool {
+    getsockopt(fd, sockopt::SockType) == Ok(SockType::SeqPacket)
 }
 
 #[cfg(test)]
@@ -440,14 +470,14 @@ mod tests {
         let empty = receive_packet(&other, &mut buffer).unwrap_err();
         assert_eq!(empty.kind(), io::ErrorKind::WouldBlock);
         drop(one);
-        // A child that another test starts has a copy until its exec.
+        // A child that another test starts has a copy of the descriptor until its exec.
         let mut end = [PollFd::new(other.as_fd(), PollFlags::POLLIN)];
         poll(&mut end, PollTimeout::MAX).unwrap();
         assert_eq!(receive_packet(&other, &mut buffer).unwrap().0, 0);
     }
 
     #[test]
-    fn a_listening_socket_tells_its_queue() {
+    fn a_listening_socket_reports_its_queue() {
         let fd = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         start_listening(&fd, 7).unwrap();
         set_tcp_options(&fd, Duration::from_secs(30)).unwrap();

@@ -1,10 +1,10 @@
-//! What the kernel says of one thread: its state, the system call that it is in, where it sleeps
-//! and by which way it came there (proc_pid_stat(5), proc_pid_syscall(5), proc_pid_wchan(5),
+//! Reads the state of a thread from /proc: its state, its system call, the kernel function in which it
+//! sleeps, and the kernel stack (proc_pid_stat(5), proc_pid_syscall(5), proc_pid_wchan(5),
 //! proc_pid_stack(5)).
 //!
-//! For threads that are stuck: so only files are read that take no lock of the process's memory, which
-//! such a one may hold (cmdline, maps and smaps do). What may not be read is left out: the system call takes
-//! the rights of ptrace(2), the kernel's stack those of an administrator.
+//! It is for stuck threads. So it reads only files that do not take the process's memory lock, because a
+//! stuck thread may hold it (cmdline, maps and smaps take it). What may not be read is left out: the
+//! system call needs the rights of ptrace(2), and the kernel stack those of an administrator.
 
 use std::fmt;
 use std::time::Duration;
@@ -15,27 +15,27 @@ use nix::unistd::{SysconfVar, sysconf};
 use super::bounded;
 use super::process::Pid;
 
-/// Frames of a kernel stack that are told, innermost first.
+/// The most frames of a kernel stack that are reported, innermost first.
 const MOST_FRAMES: usize = 8;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThreadState {
     pub name: String,
-    /// The letter of its state, `R` or `S` say.
+    /// The letter of its state, such as `R` or `S`.
     pub state: char,
-    /// CPU time so far, user and system.
+    /// CPU time so far: user and system.
     pub cpu: Duration,
-    /// The system call that it waits in, if it waits in one and that may be known.
+    /// The system call in which it waits, if it is in one and this process may read it.
     pub call: Option<BlockedSyscall>,
-    /// The kernel's function that it sleeps in.
+    /// The kernel function in which it sleeps.
     pub place: Option<String>,
-    /// The kernel's functions from there on outwards.
+    /// The kernel functions of its stack, innermost first.
     pub stack: Vec<String>,
-    /// The debugger that holds its process.
+    /// The process that traces it (ptrace(2)).
     pub tracer: Option<Pid>,
 }
 
-/// A system call that a thread is in.
+/// A system call in which a thread waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockedSyscall {
     pub number: i64,
@@ -43,12 +43,12 @@ pub struct BlockedSyscall {
     pub first: String,
 }
 
-/// Looks at a thread of a process; `None` when it is gone.
+/// Reads the state of a thread of a process; `None` if it is gone.
 pub fn look(pid: Pid, thread: Pid) -> Option<ThreadState> {
     let path = |file: &str| format!("/proc/{pid}/task/{thread}/{file}");
     let read = |file: &str| bounded::read_lines(path(file)).ok();
     let stat = read("stat")?;
-    // The name may hold blanks and parentheses: the last one ends it.
+    // The name may contain spaces and parentheses; the last one ends it.
     let (name, fields) = stat.split_once('(')?.1.rsplit_once(')')?;
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
     let ticks = |at: usize| fields.get(at)?.parse::<u64>().ok();
@@ -71,7 +71,7 @@ pub fn look(pid: Pid, thread: Pid) -> Option<ThreadState> {
     })
 }
 
-/// A line of syscall: the number and six arguments, or `running`, or -1 when it waits in none.
+/// Parses a line of `syscall`: the number and six arguments, `running`, or -1 outside a system call.
 fn call(line: &str) -> Option<BlockedSyscall> {
     let mut fields = line.split_ascii_whitespace();
     let number: i64 = fields.next()?.parse().ok().filter(|&number| number >= 0)?;
@@ -79,7 +79,7 @@ fn call(line: &str) -> Option<BlockedSyscall> {
     Some(BlockedSyscall { number, first })
 }
 
-/// A line of stack: `[<0>] futex_wait+0x1f/0x40`.
+/// Parses a line of `stack`, such as `[<0>] futex_wait+0x1f/0x40`.
 fn frame(line: &str) -> Option<&str> {
     let (_, rest) = line.split_once(']')?;
     let name = rest.trim().split('+').next()?;
@@ -129,7 +129,7 @@ impl fmt::Display for ThreadState {
     }
 }
 
-/// The names of the system calls that a thread can be stuck in.
+/// Names the system calls in which a thread can be stuck.
 macro_rules! names {
     ($number:expr, $($(#[$when:meta])? $name:ident = $constant:ident),* $(,)?) => {{
         let number = $number;
@@ -220,18 +220,18 @@ mod tests {
     use super::*;
     use std::io::Read;
 
-    /// A thread of this process that waits in read(2), once it does.
+    /// Returns the state of a thread of this process that waits in read(2).
     fn reader() -> (ThreadState, std::io::PipeWriter) {
         let (mut from, to) = std::io::pipe().unwrap();
-        let (tell, told) = std::sync::mpsc::channel();
+        let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::Builder::new()
             .name("a (reader)".into())
             .spawn(move || {
-                tell.send(nix::unistd::gettid().as_raw()).unwrap();
+                sender.send(nix::unistd::gettid().as_raw()).unwrap();
                 let _ = from.read(&mut [0]);
             })
             .unwrap();
-        let thread = Pid(told.recv().unwrap());
+        let thread = Pid(receiver.recv().unwrap());
         let asleep = || look(Pid::current(), thread).filter(|look| look.place_or_call());
         let look = loop {
             if let Some(look) = asleep() {
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_waits_for_a_pipe_says_so() {
+    fn a_thread_in_a_read_is_shown_in_that_system_call() {
         let (look, _to) = reader();
         assert_eq!(look.name, "a (reader)");
         let text = look.to_string();
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_proc_says_is_read_as_it_stands() {
+    fn lines_of_proc_are_parsed() {
         assert_eq!(call("running\n"), None);
         assert_eq!(call("-1 0x7ffe 0x7f\n"), None);
         let first = "0x5".to_owned();
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_is_told_in_words() {
+    fn a_thread_state_is_printed_in_words() {
         let look = ThreadState {
             name: "handler-0".into(),
             state: 'D',

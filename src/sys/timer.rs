@@ -1,8 +1,8 @@
-//! A timer as a descriptor, finer than the milliseconds that epoll_wait(2) counts
+//! Provides a timer as a descriptor, with a finer resolution than the milliseconds of epoll_wait(2)
 //! (timerfd_create(2)).
 //!
-//! It goes off once for each time it was set; setting it again takes back what it had to say. Fails
-//! when it is made and there is no descriptor left.
+//! It fires once each time it is set. Setting it again cancels an expiration that was not read. Only its
+//! creation fails, if no descriptor is left.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,7 +15,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 pub struct Timer(TimerFd);
 
 impl Timer {
-    /// A timer that is not set.
+    /// Creates a timer that is not set.
     ///
     /// # Errors
     /// EMFILE, ENFILE, ENOMEM.
@@ -24,18 +24,18 @@ impl Timer {
         Ok(Timer(TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?))
     }
 
-    /// Makes it readable after this time; at once for zero.
+    /// Makes the descriptor readable after this time; at once for zero.
     ///
     /// # Errors
-    /// None that a valid time has.
+    /// None for a valid time.
     pub fn set(&self, after: Duration) -> io::Result<()> {
-        // Zero would take it back altogether.
+        // Zero would disarm the timer.
         let after = TimeSpec::from_duration(after.max(Duration::from_nanos(1)));
         let once = Expiration::OneShot(after);
         Ok(self.0.set(once, TimerSetTimeFlags::empty())?)
     }
 
-    /// Takes back that it went off, and the time it was set to.
+    /// Disarms the timer and cancels an expiration that was not read.
     ///
     /// # Errors
     /// None.

@@ -1,8 +1,8 @@
-//! The title of a process in `ps`: the argv area for the long form, the 15-character comm.
+//! Sets the title of a process in `ps`: the argv area for the long form, and the 15-character comm.
 //!
-//! The kernel shows what stands in memory between arg_start and env_end (proc_pid_cmdline(5)).
-//! The environment behind the arguments is moved to the heap first, so that a title longer than
-//! the command line has room. Never fails: where /proc does not tell, only comm is set.
+//! The kernel shows the memory between arg_start and env_end (proc_pid_cmdline(5)). The environment
+//! behind the arguments is moved to the heap, so a title may be longer than the command line. It never
+//! fails: if /proc does not give the area, only comm is set.
 
 #![allow(unsafe_code)]
 
@@ -14,21 +14,21 @@ use std::fs;
 #[derive(Debug, Clone, Copy)]
 pub struct TitleArea {
     start: usize,
-    /// The end of the arguments: the byte before it tells the kernel how far to look.
+    /// The end of the arguments. The byte before it tells the kernel how much to show.
     arguments_end: usize,
     end: usize,
 }
 
 impl TitleArea {
-    /// Finds the area and moves the environment out of it. Call it once, early. Returns `None` if
-    /// /proc does not tell where the area is.
+    /// Finds the area and moves the environment out of it. Call it once, early. Returns `None` if /proc
+    /// does not give the area.
     ///
     /// # Safety
-    /// The process must have one thread: the environment is written anew, and another thread may
-    /// read it (setenv(3)).
+    /// The process must have one thread, because the environment is rewritten and another thread may read
+    /// it (setenv(3)).
     pub unsafe fn claim() -> Option<Self> {
         let stat = fs::read_to_string("/proc/self/stat").ok()?;
-        // The name in parentheses may hold anything; fields are counted behind it (proc_pid_stat(5)).
+        // The name in parentheses may contain any bytes; count the fields behind it (proc_pid_stat(5)).
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
         let field = |number: usize| fields.get(number - 3)?.parse::<usize>().ok();
         let (start, arguments_end) = (field(48)?, field(49)?);
@@ -38,13 +38,13 @@ impl TitleArea {
         }
         let variables: Vec<_> = env::vars_os().collect();
         for (name, value) in &variables {
-            // Whatever stands there by such a name can't be set, and nobody can ask for it.
+            // A variable with such a name cannot be set or looked up.
             if name.is_empty() || name.as_encoded_bytes().contains(&b'=') {
                 continue;
             }
             // SAFETY: the caller promises that there is one thread.
             unsafe {
-                // glibc keeps the old string when nothing would change: remove it first.
+                // glibc keeps the old string if the value does not change, so remove the variable first.
                 env::remove_var(name);
                 env::set_var(name, value);
             }
@@ -60,30 +60,30 @@ impl TitleArea {
         })
     }
 
-    /// Shows `title` in the argv area, cut where the area ends.
+    /// Writes `title` into the argv area, cut to its size.
     pub fn set(self, title: &str) {
         let room = self.end - self.start;
         let length = title.len().min(room - 1);
-        // SAFETY: start to end is the writable memory of this process's arguments and
-        // environment. `claim` moved the environment. std::env::args() reads the arguments here, so
-        // this crate asks for them before the first title only, and `Server::run` says that handlers
-        // must not ask for them. The last byte stays 0, so even such a read ends within the area.
+        // SAFETY: start to end is the writable memory of this process's arguments and environment.
+        // `claim` moved the environment. std::env::args() reads the arguments here. So this crate reads
+        // them only before the first title, and `Server::run` documents that handlers must not read them.
+        // The last byte stays 0, so even such a read ends within the area.
         let area = unsafe { std::slice::from_raw_parts_mut(self.start as *mut u8, room) };
         area.fill(0);
         area[..length].copy_from_slice(&title.as_bytes()[..length]);
         let last = self.arguments_end - self.start - 1;
         if length <= last {
-            // A zero there means: the arguments end there.
+            // A zero byte there tells the kernel that the arguments end there.
             area[last] = 0;
         }
     }
 }
 
-/// Bytes of comm that are kept (PR_SET_NAME(2const)).
+/// The bytes of comm without its NUL (PR_SET_NAME(2const)).
 const COMM: usize = 15;
 
-/// Sets comm, what `ps -e`, `top` and `pgrep` show: a program's name, cut where the two do not fit,
-/// and what this process is there.
+/// Sets comm, which `ps -e`, `top` and `pgrep` show, to the program's name and its role. The name is cut
+/// if both do not fit.
 pub fn set_comm(program: &str, role: &str) {
     if let Ok(name) = CString::new(comm(program, role)) {
         let _ = nix::sys::prctl::set_name(&name);

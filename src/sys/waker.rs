@@ -1,6 +1,6 @@
-//! A waker: any thread of a process wakes its event loop (eventfd(2)).
+//! Lets any thread of a process wake its event loop (eventfd(2)).
 //!
-//! Wakes that come before the loop has looked are one. Fails only when it is made.
+//! Several wakes before the loop runs count as one. It fails only at its creation.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,19 +9,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// Wakes an event loop that watches it.
 #[derive(Debug)]
 pub struct Waker {
     eventfd: EventFd,
-    /// Set by the first wake, cleared by the loop before it looks for what it was woken for.
+    /// Set by the first wake. The loop clears it before it checks for work.
     pending: AtomicBool,
 }
 
 impl Waker {
-    /// A waker that nobody has used yet.
+    /// Creates a waker.
     ///
     /// # Errors
-    /// When there is no descriptor left.
+    /// If no descriptor is left.
     pub fn new() -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Waker {
@@ -30,20 +29,20 @@ impl Waker {
         })
     }
 
-    /// Makes the descriptor readable, once until the loop has cleared it.
+    /// Makes the descriptor readable. Until the loop clears it, further calls do nothing.
     pub fn wake(&self) {
         if !self.pending.swap(true, Ordering::AcqRel) {
-            // EAGAIN means that the counter is full: readable all the same. What is not written
-            // and not tried again would be the last wake ever, for the flag is set.
+            // EAGAIN means that the counter is full, so the descriptor is readable. A failed write must
+            // be repeated: the flag is set, so no later wake would write.
             while self.eventfd.write(1) == Err(Errno::EINTR) {}
         }
     }
 
-    /// Clears it; to be called before looking at what the wakes were for.
+    /// Clears the waker. Call it before checking for work.
     pub fn clear(&self) {
         let _ = self.eventfd.read();
-        // A swap, not a store: it synchronises with a `wake` that found the flag still set and
-        // wrote nothing, so what that one announced is seen by the look that follows.
+        // This is a swap and not a store: it synchronises with a `wake` that found the flag set and wrote
+        // nothing. So the check that follows sees the work of that `wake`.
         self.pending.swap(false, Ordering::AcqRel);
     }
 }

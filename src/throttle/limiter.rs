@@ -1,33 +1,34 @@
-//! How often a repeated trouble may be logged: a few lines at once, then one a period.
+//! Limits how often a repeated warning is logged: a few lines at once, then one per period.
 //!
-//! A crash loop must not fill a disk, so what comes too often is counted instead, and the count is
-//! told with the next line (or by itself, when no other comes). It can't fail.
+//! A crash loop must not fill the disk. Suppressed lines are counted, and the next line reports the
+//! count. If no line follows, `flush` reports it. It cannot fail.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::Millis;
+use crate::sys::lock::lock;
 use crate::sys::process::monotonic;
 
-/// A bucket of log lines.
+/// A token bucket of log lines.
 #[derive(Debug, Clone)]
 pub struct Limiter {
-    /// One line more is allowed after each period.
+    /// One more line is allowed after each period.
     period: Millis,
-    /// So many lines may come at once.
+    /// This many lines may be logged at once.
     burst: u64,
     /// When the bucket is full again.
     full_at: Millis,
-    /// Lines not written since the last one that was.
+    /// The number of lines suppressed since the last logged line.
     held_back: u32,
 }
 
 impl Limiter {
-    /// For what others can cause again and again: one line, then one each ten seconds.
+    /// For events that others can cause repeatedly: one line, then one every ten seconds.
     pub fn rare() -> Self {
         Limiter::new(1, 10_000)
     }
 
-    /// `burst` lines at once, one more each `period`.
+    /// Allows `burst` lines at once, and one more per `period`.
     pub const fn new(burst: u64, period: Millis) -> Self {
         Limiter {
             period,
@@ -37,7 +38,7 @@ impl Limiter {
         }
     }
 
-    /// A line wants to be written. `Some` allows it, and says how many before it were not.
+    /// Asks to log a line. `Some` allows it and holds the number of lines suppressed before it.
     pub fn admit(&mut self, now: Millis) -> Option<u32> {
         let full_at = self.full_at.max(now) + self.period;
         if full_at - now > self.burst * self.period {
@@ -48,33 +49,34 @@ impl Limiter {
         Some(std::mem::take(&mut self.held_back))
     }
 
-    /// How many lines were held back, once there is room to say so.
+    /// Returns the number of suppressed lines, if a line may be logged now.
     pub fn flush(&mut self, now: Millis) -> Option<u32> {
         self.flush_at().filter(|at| *at <= now)?;
         self.admit(now)
     }
 
-    /// When [`Limiter::flush`] will have something to say.
+    /// Returns when [`Limiter::flush`] will return a number.
     pub fn flush_at(&self) -> Option<Millis> {
         let room_at = (self.full_at + self.period).saturating_sub(self.burst * self.period);
         (self.held_back > 0).then_some(room_at)
     }
 }
 
-/// A bucket of log lines that all threads of a process share: for what callers can cause.
+/// A token bucket of log lines, shared by all threads of a process. It is for events that callers can
+/// cause.
 #[derive(Debug)]
 pub struct SharedLimiter(Mutex<Limiter>);
 
 impl SharedLimiter {
-    /// Five lines at once, then one each ten seconds.
+    /// Allows five lines at once, then one every ten seconds.
     pub const fn new() -> Self {
         SharedLimiter(Mutex::new(Limiter::new(5, 10_000)))
     }
 
-    /// Logs this text with the number of lines that were held back before it, or holds it back as well.
+    /// Logs `text` with the number of lines suppressed before it, or suppresses it too.
     pub fn log(&self, level: log::Level, text: String) {
         let now = Millis::try_from(monotonic().as_millis()).unwrap_or(Millis::MAX);
-        let mut limiter = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut limiter = lock(&self.0);
         match limiter.admit(now) {
             Some(more) => log::log!(level, "{}", with_suppressed_count(text, more)),
             None => log::debug!("{text}"),
@@ -82,7 +84,7 @@ impl SharedLimiter {
     }
 }
 
-/// A line that tells how many before it were not written.
+/// Returns a line that says how many lines before it were suppressed.
 pub fn with_suppressed_count(text: String, more: u32) -> String {
     match more {
         0 => text,
@@ -95,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_becomes_a_burst_and_then_one_line_a_period_that_counts_the_rest() {
+    fn many_lines_become_a_burst_and_then_one_line_per_period_with_a_count() {
         let mut limiter = Limiter::new(2, 1000);
         let admitted: Vec<_> = (0..5).map(|_| limiter.admit(10)).collect();
         assert_eq!(admitted, [Some(0), Some(0), None, None, None]);

@@ -1,20 +1,20 @@
 //! Holds the order to send or adopt connections that is in progress.
 
-/// An order under way.
+/// A rebalance order in progress.
 #[derive(Debug, Default)]
 pub struct ActiveRebalance {
-    /// Connections that are to be given as they come to rest.
+    /// The number of connections to send when they become quiescent.
     pub(super) give: u32,
-    /// Also those that were moved lately.
+    /// Whether recently moved connections are sent too.
     pub(super) after_change: bool,
-    /// `Some` while the queue is taken from by order alone: so many more.
+    /// `Some` while connections are adopted only by order: how many more.
     pub(super) take: Option<u32>,
-    /// Its timer; `Timers::arm` keeps it.
+    /// Its timer; kept by `Timers::arm`.
     pub(super) until: u64,
 }
 
 impl ActiveRebalance {
-    /// Whether a connection that has come to rest is to be given away.
+    /// Returns whether a connection that has become quiescent must be sent to a sibling.
     pub fn gives(&self) -> bool {
         self.give > 0
     }

@@ -1,13 +1,14 @@
-//! What a JSON-RPC batch adds to its calls: those that are not taken yet.
+//! Holds the calls of a JSON-RPC batch that are not taken yet.
 //!
-//! The event loop takes a long batch in parts, so that other connections are served in between. All answers of
-//! a batch are held back until the last one is there, so they have limits together. Pure: the dispatcher takes
-//! the calls, and the connection has their answers.
+//! The event loop takes a long batch in parts, so that other connections are served in between. All
+//! answers of a batch are held back until the last one is done, so they share limits. Pure: the
+//! dispatcher takes the calls, and the connection has their answers.
 
 use std::ops::Range;
 
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
+use crate::protocol::trace_context::TraceContext;
 
 /// The most calls of a batch that are taken in one turn of the event loop.
 pub const MEMBERS_PER_TURN: usize = 64;
@@ -19,16 +20,17 @@ pub struct UntakenMembers {
     pub batch: usize,
     /// The body of the batch.
     pub text: Box<str>,
-    /// Where in `text` they are.
+    /// The positions of the calls in `text`.
     members: Vec<Range<usize>>,
-    /// How many of them were taken.
+    /// The number of calls already taken.
     taken: usize,
-    /// When their batch was sent, in milliseconds.
+    /// When the batch was received, in milliseconds.
     pub received_ms: u64,
+    /// The trace context of its HTTP request.
+    pub header: Option<Box<TraceContext>>,
 }
 
 impl UntakenMembers {
-    /// `members` are parts of `text`.
     pub fn new(batch: usize, text: &str, members: &[&str], received_ms: u64) -> Self {
         let range = |member: &&str| {
             let start = member.as_ptr().addr() - text.as_ptr().addr();
@@ -40,7 +42,14 @@ impl UntakenMembers {
             members: members.iter().map(range).collect(),
             taken: 0,
             received_ms,
+            header: None,
         }
+    }
+
+    /// Adds the trace context of its HTTP request.
+    #[must_use]
+    pub fn of_request(self, header: Option<Box<TraceContext>>) -> Self {
+        UntakenMembers { header, ..self }
     }
 
     pub fn members(&self) -> impl Iterator<Item = &str> {
@@ -48,14 +57,15 @@ impl UntakenMembers {
         left.map(|range| &self.text[range.clone()])
     }
 
-    /// Counts that so many more were taken. Returns whether any is left.
+    /// Counts `taken` more calls as taken. Returns whether any remain.
     pub fn advance(&mut self, taken: usize) -> bool {
         self.taken += taken;
         self.taken < self.members.len()
     }
 }
 
-/// The error of a call whose answer would make that of its batch longer than `limit`, `limits.frame`.
+/// Returns the error of a call whose answer would make the answer of its batch longer than `limit`
+/// (`limits.frame`).
 pub fn too_long(limit: usize, started: bool) -> RpcError {
     let what = match started {
         true => "the answers of its batch are longer than limits.frame allows",

@@ -1,9 +1,9 @@
-//! From a body to its answer: what a worker does with each call it reads.
+//! Takes each call that a worker reads, from its body to its answer.
 //!
-//! Which bytes are a body is `intake`'s business. Parses, finds the method, checks the limits, runs what is inline, lets the rest wait for a
-//! thread, and writes every answer. It knows one connection at a time and no socket: answers are
-//! collected in `out`, and whoever called sends them, one write for a batch. Every call that was
-//! taken gets exactly one answer from here.
+//! `input_parser` finds the bodies. This module parses a body, finds the method, checks the limits, runs
+//! inline handlers, queues other calls, and writes every answer. It handles one connection at a time and
+//! no socket. Answers are collected in `out`, and the caller sends them, one write for a batch. Every
+//! call that was taken gets exactly one answer from here.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,21 +11,27 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::batch::{self, MEMBERS_PER_TURN, UntakenMembers};
+use super::call_counts::{CallCounts, CountedCall};
 use super::call_errors::{self, caller_gone, check_size};
 use super::call_room;
 use super::call_scheduler::{CallScheduler, FinishedCall};
+use super::call_tracing::CallTracing;
 use super::connection::{AnswerPosition, Connection, ConnectionPhase, HIGH_WATER, PendingAnswer};
-use super::crash::journal::{CallJournal, CallRef};
+use super::crash::call_record::CallRef;
+use super::crash::journal::CallJournal;
 use super::forwarding::Forwarding;
 use super::path_listeners::PathListeners;
-use super::remote_calls;
 use super::shares::Shares;
+use super::source_limits::SourceLimits;
 use super::threads::{Done, Threads};
 use super::timers::{CallKey, TimerTarget, Timers};
 use super::unsent::UnsentAnswers;
+use super::unused_connections::UnusedConnections;
 use crate::config::LimitsConfig;
 use crate::handler::registry::{self, Registry};
+use crate::handler::trace::CallIdentity;
 use crate::handler::{Context, Placement, guard};
+use crate::link::metrics_board::layout::CloseReason;
 use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::WorkerRecord;
 use crate::protocol::body::{self, Body, Form};
@@ -36,110 +42,91 @@ use crate::protocol::reply::{AnswerContext, AnswerFormat, Framing};
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{cancel, jsonrpc};
 use crate::sys::event::Token;
-use crate::sys::{process, signal};
+use crate::sys::process;
 
 #[derive(Debug)]
 pub struct CallDispatcher {
-    /// The methods.
     pub registry: Arc<Registry>,
-    /// Calls that wait or run.
+    /// Waiting and running calls.
     pub calls: CallScheduler,
-    /// What runs them.
+    /// The handler threads or the pool programs.
     pub threads: Threads,
-    /// The other workers that run calls of this one, and whose calls it runs.
+    /// The links to other workers, which run calls of this one and send theirs.
     pub forwarding: Forwarding,
-    /// What came back from them, and calls that made room for others: to be answered.
+    /// Results of other workers, and calls that made room for others. They must be answered.
     pub answered_elsewhere: Vec<Done>,
-    /// All deadlines of the worker.
     pub timers: Timers,
     pub limits: LimitsConfig,
-    /// The listeners where HTTP requests name their method in the path alone.
+    /// The listeners where an HTTP request must name its method in the path.
     pub path_listeners: PathListeners,
-    /// The origins whose web pages may call. A worker has them for life.
+    pub source_limits: SourceLimits,
+    /// The origins whose web pages may call. They never change in a worker.
     pub origins: &'static [String],
-    /// Connections with a batch of which not all calls are taken, in their turn.
+    /// Connections with a batch that is not completely taken, in order.
     pub untaken_batches: VecDeque<Token>,
-    /// Answers of one connection that are not sent yet.
+    /// Answers of the current connection that are not sent yet.
     pub out: Vec<u8>,
-    /// The time, in milliseconds (CLOCK_MONOTONIC), as of the last wake-up.
+    /// The time of the last wake-up in milliseconds (CLOCK_MONOTONIC).
     pub now_ms: u64,
-    /// For how long the bytes being read have waited for somebody to accept their connection.
+    /// How long the current bytes waited until their connection was accepted, in milliseconds.
     pub accept_wait_ms: u64,
-    /// The longest and the last such time.
+    /// The longest such time.
     pub longest_wait_ms: u64,
-    /// See `longest_wait_ms`.
+    /// The last such time.
     pub last_wait_ms: u64,
-    /// A stop will come: not ready for who asks, and serving.
+    /// A stop is scheduled: calls are served, but health checks are answered with "not ready".
     pub stop_pending: bool,
-    /// No further call begins: the server stops.
+    /// The server is stopping: no further call begins.
     pub stopping: bool,
-    /// Bytes of all unfinished frames, lines and requests.
+    /// The bytes of all unfinished frames, lines and requests.
     pub unfinished: usize,
-    /// Who has them.
+    /// The shares of the connections in these bytes.
     pub unfinished_shares: Shares,
-    /// Bytes of all answers that clients have not taken.
+    /// The answers that clients have not taken.
     pub unsent: UnsentAnswers,
-    /// Calls read so far.
-    pub read: u64,
-    /// Answers that were errors so far.
+    /// Connections that may be closed to make room for others.
+    pub unused: UnusedConnections,
+    /// A connection began with the PROXY protocol or TLS: a text that is to be logged.
+    pub met_protocol: Option<&'static str>,
+    /// The number of the last call. Each call gets the next one, also those of other processes.
+    pub last_call: u64,
+    /// How many of them do not count as read here.
+    pub foreign: u64,
+    /// The number of error answers so far.
     pub errors: u64,
-    /// Where this worker shows what it does.
+    pub counts: CallCounts,
+    pub pool_health: super::pool_health::WatchedPools,
+    pub tracing: CallTracing,
+    /// The record of this worker in the scoreboard.
     pub record: &'static WorkerRecord,
     pub slot: u16,
-    /// What is not answered yet, for the keeper.
+    /// The calls that are not answered yet, for the keeper.
     pub ledger: CallJournal,
-    /// Calls that are not to be run; `None` without a keeper.
+    /// The quarantined calls; `None` without a keeper.
     pub quarantine: Option<Quarantine>,
 }
 
 impl CallDispatcher {
-    /// What is read now has waited so long for somebody to accept its connection.
+    /// Records how long the current bytes waited until their connection was accepted.
     pub(super) fn waited(&mut self, wait_ms: u64) {
         self.accept_wait_ms = wait_ms;
         self.last_wait_ms = wait_ms;
         self.longest_wait_ms = self.longest_wait_ms.max(wait_ms);
     }
 
-    /// Shows to the master what this process does.
-    pub fn publish(&self, connections: usize, spurious_wakes: u64) {
-        let record = self.record;
-        let (running, queued, lost) = self.calls.counts(&self.threads);
-        record.connections.store(connections as u32, Relaxed);
-        record.running.store(running as u32, Relaxed);
-        record.queued.store(queued as u32, Relaxed);
-        let forwarding = &self.forwarding;
-        record
-            .sent
-            .store(remote_calls::sent(&self.calls) as u32, Relaxed);
-        let for_others = forwarding.running_for_others() as u32;
-        record.running_for_others.store(for_others, Relaxed);
-        record.lost_threads.store(lost as u32, Relaxed);
-        record.calls.store(self.read, Relaxed);
-        record.errors.store(self.errors, Relaxed);
-        record.spurious_wakes.store(spurious_wakes as u32, Relaxed);
-        record.last_wait_ms.store(self.last_wait_ms as u32, Relaxed);
-        record
-            .longest_wait_ms
-            .store(self.longest_wait_ms as u32, Relaxed);
-        let programs_down = self.threads.programs_down();
-        record.programs_down.store(programs_down as u32, Relaxed);
-        let (method, since) = match self.calls.oldest(&self.threads) {
-            Some((method, since)) => (method as u32 + 1, since),
-            None => (0, 0),
-        };
-        record.oldest_since_ms.store(since, Relaxed);
-        record.oldest_method.store(method, Relaxed);
-    }
-
-    /// Takes one body, which came wrapped in `wrap`.
+    /// Takes one body with its framing.
     pub(super) fn on_body(&mut self, connection: &mut Connection, wrap: Framing, body: &[u8]) {
         match body::read(body, self.limits.depth, self.limits.batch) {
             Body::One(form, Ok(call)) => {
+                self.counts.count_body(form);
+                self.last_call += 1;
                 let reply = self.reserve_answer(connection, wrap, form, call.id);
-                self.take_call(connection, reply, &call);
+                self.tracing.read(body, &call, form);
+                self.dispatch(connection, reply, &call);
             }
             Body::One(form, Err(refusal)) => {
-                self.read += 1;
+                self.counts.count_body(form);
+                self.last_call += 1;
                 let reply = self.reserve_answer(connection, wrap, form, refusal.id);
                 self.answer_error(connection, reply, refusal.id, refusal.error);
             }
@@ -147,7 +134,7 @@ impl CallDispatcher {
         }
     }
 
-    /// Takes the calls of a batch: each is one like any other, and its answer a part of one.
+    /// Takes the calls of a batch: each is an ordinary call whose answer is a part of one answer.
     fn take_batch(
         &mut self,
         connection: &mut Connection,
@@ -155,36 +142,40 @@ impl CallDispatcher {
         text: &str,
         members: &[&str],
     ) {
+        self.counts.count_body(Form::JsonRpc);
         let whole = self.reserve_answer(connection, wrap, Form::JsonRpc, None);
-        // Its answer is of many parts, which the ledger does not know. Only once it counts as
-        // unanswered: that is how long it holds.
+        // The journal cannot record an answer of many parts. Mark it only when it counts as unanswered,
+        // because the mark lasts until then.
         self.ledger.mark_unlogged(connection);
         let batch = connection.begin_batch(whole, members.len());
         let taken = self.take_members(connection, batch, text, members.iter().copied());
         if taken < members.len() {
             let received_ms = self.now_ms - self.accept_wait_ms;
             let rest = UntakenMembers::new(batch, text, &members[taken..], received_ms);
+            let rest = rest.of_request(self.tracing.header.clone());
             connection.untaken_members = Some(Box::new(rest));
             self.untaken_batches.push_back(connection.token);
         }
     }
 
-    /// Takes the next calls of a batch that was too long to be taken at once.
+    /// Takes the next calls of a batch that was too long for one turn.
     pub(super) fn resume_batch(&mut self, connection: &mut Connection) {
         let Some(mut rest) = connection.untaken_members.take() else {
             return;
         };
-        // The caller's time includes that of the calls before them.
+        // The time spent on the earlier calls counts towards the timeout.
         self.accept_wait_ms = self.now_ms.saturating_sub(rest.received_ms);
+        self.tracing.header.clone_from(&rest.header);
         let taken = self.take_members(connection, rest.batch, &rest.text, rest.members());
         self.accept_wait_ms = 0;
+        self.tracing.header = None;
         if rest.advance(taken) {
             connection.untaken_members = Some(rest);
             self.untaken_batches.push_back(connection.token);
         }
     }
 
-    /// Takes calls of a batch, until that was work enough for one turn of the event loop. Returns how many.
+    /// Takes calls of a batch, up to the limit for one turn of the event loop. Returns their number.
     fn take_members<'a>(
         &mut self,
         connection: &mut Connection,
@@ -198,6 +189,7 @@ impl CallDispatcher {
                 break;
             }
             taken += 1;
+            self.last_call += 1;
             let held = connection.queued_bytes();
             let call = jsonrpc::member(text, member);
             let shape = AnswerFormat {
@@ -209,25 +201,24 @@ impl CallDispatcher {
                 shape,
                 mark: CallRef::default(),
             };
+            self.tracing.read_member(member, &call);
             match call {
                 Ok(call) => match self.member_refusal(connection, reply) {
-                    None => self.take_call(connection, reply, &call),
+                    None => self.dispatch(connection, reply, &call),
                     Some(error) => {
-                        self.read += 1;
-                        self.answer_error(connection, reply, call.id, error);
+                        let method = self.registry.find(&call.method, self.forwarding.is_session);
+                        let place = self.counts.place(method);
+                        self.refuse(connection, reply, place, (call.id, error));
                     }
                 },
-                Err(refusal) => {
-                    self.read += 1;
-                    self.answer_error(connection, reply, refusal.id, refusal.error);
-                }
+                Err(refusal) => self.answer_error(connection, reply, refusal.id, refusal.error),
             }
             bytes += member.len() + connection.queued_bytes().saturating_sub(held);
         }
         taken
     }
 
-    /// Why a call of a batch is not started: there is no room for its answer. A notification has none.
+    /// Returns why a call of a batch is not started: there is no room for its answer.
     fn member_refusal(&self, connection: &Connection, reply: PendingAnswer) -> Option<RpcError> {
         if reply.shape.form == Form::Notification {
             return None;
@@ -236,11 +227,11 @@ impl CallDispatcher {
             return Some(batch::too_long(self.limits.frame, false));
         }
         let owner = (connection.source, connection.token);
-        let waits = connection.queued_bytes() > 0 && self.unsent.blocks(owner);
-        waits.then(|| call_errors::no_room(self.limits.unfinished))
+        let waits = connection.queued_bytes() > 0 && self.unsent.blocks_batch(owner);
+        waits.then(|| call_errors::no_room(self.unsent.batch_limit()))
     }
 
-    /// The answers of a batch are as long as they may be: refuses its calls that have not begun.
+    /// The answers of a batch have reached their limit: refuses its calls that have not begun.
     #[cold]
     fn fill_batch(&mut self, connection: &mut Connection, place: AnswerPosition) {
         if !connection.set_batch_full(place) {
@@ -255,96 +246,92 @@ impl CallDispatcher {
         for key in waiting {
             if let Some(ended) = self.give_up(key) {
                 let error = batch::too_long(self.limits.frame, ended.begun);
-                self.answer(connection, &ended, Err(error), None);
+                self.answer(connection, &ended, (Err(error), None), None);
             }
         }
     }
 
-    fn take_call(&mut self, connection: &mut Connection, reply: PendingAnswer, call: &Call<'_>) {
-        self.read += 1;
-        let asked_ms = call.timeout_ms;
-        self.dispatch(
-            connection,
-            reply,
-            &call.method,
-            call.params,
-            call.id,
-            asked_ms,
-        );
-    }
-
-    /// Runs a call, or lets it wait for a thread, or says why not.
+    /// Runs the last call, queues it, or answers with an error.
     pub(super) fn dispatch(
         &mut self,
         connection: &mut Connection,
         reply: PendingAnswer,
-        name: &str,
-        params: &str,
-        id: Option<&str>,
-        asked_ms: Option<u64>,
+        call: &Call<'_>,
     ) {
+        let (name, params, id) = (&*call.method, call.params, call.id);
+        let identity = self.tracing.identity(self.last_call);
+        let found = self.registry.find(name, self.forwarding.is_session);
+        let place = self.counts.place(found);
         if self.stopping {
-            return self.answer_error(connection, reply, id, call_errors::stopping());
+            return self.refuse(connection, reply, place, (id, call_errors::stopping()));
         }
         if connection.drops_answer(reply.shape.form) {
-            return self.answer_error(connection, reply, id, caller_gone(false));
+            return self.refuse(connection, reply, place, (id, caller_gone(false)));
         }
-        let Some(method) = self.registry.find(name) else {
+        let Some(method) = found else {
             return self.dispatch_builtin(connection, reply, name, params, id);
         };
         let own_ms = millis(self.registry.methods()[method].timeout);
-        let timeout_ms = asked_ms.map_or(own_ms, |asked| asked.min(own_ms));
-        // Its caller counts from when it was sent, and not from when somebody came to read it.
+        let timeout_ms = call.timeout_ms.map_or(own_ms, |asked| asked.min(own_ms));
+        // The timeout of the client counts from when it sent the call, not from when we read it.
         let timeout_ms = timeout_ms.saturating_sub(self.accept_wait_ms);
         let inline = self.registry.methods()[method].handler.placement() == Placement::Inline;
         let admitted = if timeout_ms == 0 {
             Err(call_errors::over_when_read())
-        } else if inline {
-            self.calls.admit(method, self.now_ms)
         } else {
-            self.make_room(connection, (method, params.len()))
-                .and_then(|()| self.calls.admit(method, self.now_ms))
+            self.admit(connection, (method, params.len()), inline)
         };
         if let Err(error) = admitted {
-            return self.answer_error(connection, reply, id, error);
+            return self.refuse(connection, reply, place, (id, error));
         }
         if let Some(quarantine) = &self.quarantine {
             let key = quarantine.key(name, params);
             if quarantine.is_quarantined(key) {
-                return self.answer_error(connection, reply, id, call_errors::quarantined());
+                let writer = self.counts.writer;
+                writer.add(&writer.block.quarantine_refusals, 1);
+                return self.refuse(connection, reply, place, (id, call_errors::quarantined()));
             }
             reply.mark.is_named(key, method);
         }
         let deadline_ms = self.now_ms.saturating_add(timeout_ms);
         if inline {
-            return self.run_inline(connection, reply, (method, params), id, deadline_ms);
+            let method = (method, params);
+            return self.run_inline(connection, reply, method, (id, &identity), deadline_ms);
         }
         let key = self.calls.add(
-            (connection.token, reply, id),
+            (connection.token, reply, id, identity),
             (connection.peer, connection.source),
             (method, params),
             (self.now_ms, deadline_ms),
         );
         if let Some(added) = self.calls.get_mut(key) {
             connection.pending += added.charged_bytes;
+            added.read_ns = self.counts.turn_ns();
             self.timers
                 .arm(&mut added.timer, deadline_ms, TimerTarget::Call(key));
         }
     }
 
-    /// Makes room for a call to wait, if need be at the cost of another connection that has more.
-    fn make_room(
+    /// Checks the limits of a method, and makes room for a call, also at the cost of a connection with more.
+    fn admit(
         &mut self,
         connection: &Connection,
         (method, size): (usize, usize),
+        inline: bool,
     ) -> Result<(), RpcError> {
-        let owner = (connection.source, connection.token);
-        let threads = self.threads.crew(self.calls.lane(method));
-        let evicted = &mut self.answered_elsewhere;
-        call_room::make_room(&mut self.calls, (method, size), owner, threads, evicted)
+        let (calls, source) = (&mut self.calls, connection.source);
+        call_room::check_limits(calls, method, source, self.now_ms)?;
+        if !inline {
+            let owner = (source, connection.token);
+            let threads = self.threads.crew(calls.lane(method));
+            let evicted = &mut self.answered_elsewhere;
+            call_room::make_room(calls, (method, size), owner, threads, evicted)?;
+        }
+        call_room::count_call(calls, method, source);
+        Ok(())
     }
 
-    /// The methods of the protocol itself.
+    /// Handles the methods of the protocol itself.
     fn dispatch_builtin(
         &mut self,
         connection: &mut Connection,
@@ -357,17 +344,16 @@ impl CallDispatcher {
             cancel::METHOD => self.cancel(connection, reply, id, params),
             registry::DISCOVER => {
                 let registry = Arc::clone(&self.registry);
-                let document = registry.document();
+                let document = registry.document(self.forwarding.is_session);
                 let limit = self.limits.frame;
-                self.compose(connection, reply, (name, id), |out| {
+                let counted = CountedCall::Inline(self.counts.place(None));
+                self.compose(connection, reply, (name, id), counted, |out| {
                     check_size(document.len(), limit)?;
                     out.extend_from_slice(document.as_bytes());
                     Ok(())
                 });
             }
-            _ => {
-                self.answer_error(connection, reply, id, call_errors::no_method(name));
-            }
+            _ => self.answer_error(connection, reply, id, call_errors::no_method(name)),
         }
     }
 
@@ -376,32 +362,34 @@ impl CallDispatcher {
         connection: &mut Connection,
         reply: PendingAnswer,
         (number, params): (usize, &str),
-        id: Option<&str>,
+        (id, identity): (Option<&str>, &CallIdentity),
         deadline_ms: u64,
     ) {
         let registry = Arc::clone(&self.registry);
         let method = &registry.methods()[number];
         let context = Context::inline(&method.name, self.slot, Duration::from_millis(deadline_ms))
-            .with((id, connection.peer), registry.worker());
-        // Seen by the master should this call be the last thing that the worker does.
+            .with((id, connection.peer), registry.worker())
+            .identified(identity);
+        // The master reads it if this call ends the worker.
         self.record.last_method.store(number as u32 + 1, Relaxed);
+        self.record.last_call.store(identity.number, Relaxed);
         self.record.inline_running.store(1, Relaxed);
-        reply.mark.begins();
-        signal::set_current_call(reply.mark.key());
+        self.ledger.begins_inline(reply.mark, number);
         let limit = self.limits.frame;
         let name = method.handler.answer_name().unwrap_or(&method.name);
-        self.compose(connection, reply, (name, id), |out| {
+        let counted = CountedCall::Inline(self.counts.place(Some(number)));
+        self.compose(connection, reply, (name, id), counted, |out| {
             let start = out.len();
             let run = || method.handler.call(params, &context, out);
             guard::run((&method.name, id), run)?;
             check_size(out.len() - start, limit)
         });
-        signal::set_current_call(0);
+        self.ledger.ends_inline();
         self.acquit(reply.mark);
         self.record.inline_running.store(0, Relaxed);
     }
 
-    /// A call has run to its end: whatever it was suspected of, it was not that.
+    /// Clears the suspicion of a call that has completed.
     #[inline]
     pub fn acquit(&self, mark: CallRef) {
         if let Some(quarantine) = &self.quarantine {
@@ -409,19 +397,18 @@ impl CallDispatcher {
         }
     }
 
-    /// Whether the pool process of each pool of this generation serves.
+    /// Returns whether each pool of this generation has a pool process that serves.
     pub fn has_all_pools(&self) -> bool {
-        let pools = self.registry.pools().len();
-        (1..=pools).all(|lane| self.forwarding.is_served(lane))
+        self.forwarding.has_all_pools(self.registry.pools().len())
     }
 
-    /// Whether the call with this key is refused. A call without a key has 0 and is not.
+    /// Returns whether the call with this key is quarantined. A call without a key has 0 and is not.
     pub fn is_quarantined(&self, key: u64) -> bool {
         let quarantine = self.quarantine.as_ref().filter(|_| key != 0);
         quarantine.is_some_and(|quarantine| quarantine.is_quarantined(key))
     }
 
-    /// `rpc.cancel`: ends the call with that id, and answers whether there was one.
+    /// Handles `rpc.cancel`: cancels the call with that id, and answers whether there was one.
     fn cancel(
         &mut self,
         connection: &mut Connection,
@@ -436,15 +423,16 @@ impl CallDispatcher {
         let key = self.calls.find(connection.token, wanted);
         if let Some(ended) = key.and_then(|key| self.give_up(key)) {
             let error = call_errors::cancelled(ended.begun);
-            self.answer(connection, &ended, Err(error), None);
+            self.answer(connection, &ended, (Err(error), None), None);
         }
-        self.compose(connection, reply, (cancel::METHOD, id), |out| {
+        let counted = CountedCall::Inline(self.counts.place(None));
+        self.compose(connection, reply, (cancel::METHOD, id), counted, |out| {
             out.extend_from_slice(if key.is_some() { b"true" } else { b"false" });
             Ok(())
         });
     }
 
-    /// Answers a call that is not begun, in its turn; ends the connection where the code says so.
+    /// Answers a call that is not started. Closes the connection if the code requires it.
     pub(super) fn answer_error(
         &mut self,
         connection: &mut Connection,
@@ -452,10 +440,23 @@ impl CallDispatcher {
         id: Option<&str>,
         error: RpcError,
     ) {
-        self.compose(connection, reply, ("", id), |_| Err(error));
+        let place = self.counts.place(None);
+        self.refuse(connection, reply, place, (id, error));
     }
 
-    /// Gives up a call that waits or runs, and its timer with it.
+    /// Likewise, with the place of its method on the metrics board.
+    fn refuse(
+        &mut self,
+        connection: &mut Connection,
+        reply: PendingAnswer,
+        place: usize,
+        (id, error): (Option<&str>, RpcError),
+    ) {
+        let counted = CountedCall::Refused(place);
+        self.compose(connection, reply, ("", id), counted, |_| Err(error));
+    }
+
+    /// Gives up a waiting or running call, and disarms its timer.
     pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
         let mut ended = self.calls.give_up(key)?;
         self.timers.disarm(&mut ended.timer, TimerTarget::Call(key));
@@ -467,12 +468,12 @@ impl CallDispatcher {
         Some(ended)
     }
 
-    /// Answers a call that had waited or run.
+    /// Answers a call that has waited or run. `took` is its run time; `None` if it was given up.
     pub fn answer(
         &mut self,
         connection: &mut Connection,
         ended: &FinishedCall,
-        outcome: Result<Vec<u8>, RpcError>,
+        (outcome, took): (Result<Vec<u8>, RpcError>, Option<Duration>),
         out: Option<&str>,
     ) {
         connection.pending -= ended.charged_bytes;
@@ -481,10 +482,12 @@ impl CallDispatcher {
         let name = out.or_else(|| method.handler.answer_name());
         let name = name.unwrap_or(&method.name);
         let limit = self.limits.frame;
+        let counted = self.counts.ended(ended, took);
         self.compose(
             connection,
             ended.reply,
             (name, ended.id.as_deref()),
+            counted,
             |out| {
                 let result = outcome?;
                 check_size(result.len(), limit)?;
@@ -500,9 +503,10 @@ impl CallDispatcher {
         connection: &mut Connection,
         reply: PendingAnswer,
         (name, id): (&str, Option<&str>),
+        counted: CountedCall,
         fill: impl FnOnce(&mut Vec<u8>) -> Result<(), RpcError>,
     ) {
-        // A code of a handler's own does not end its caller's connection.
+        // A code of a handler does not close the client's connection.
         let ours = name.is_empty() || self.stopping;
         let about = AnswerContext {
             ours,
@@ -512,10 +516,11 @@ impl CallDispatcher {
         let limit = self.limits.frame;
         let mut outcome = Ok(());
         let mut is_full = false;
-        self.write(connection, reply, |out| {
-            outcome = reply.shape.compose(out, about, (name, id), |out| {
+        self.write(connection, reply, |out, tracing, last_call| {
+            let call = || tracing.id(counted.number(last_call));
+            outcome = reply.shape.compose(out, about, (name, id), call, |out| {
                 fill(out)?;
-                // All of a batch's answers are kept until the last one is there.
+                // All answers of a batch are kept until the last one is done.
                 is_full = is_member && out.len() > limit;
                 match is_full {
                     true => Err(batch::too_long(limit, true)),
@@ -526,17 +531,22 @@ impl CallDispatcher {
         if is_full {
             self.fill_batch(connection, reply.place);
         }
+        self.counts.count(counted);
         if let Err(error) = &outcome {
-            // An answer that nobody gets is not counted.
+            self.counts.count_error(counted, error);
+            // An answer that is not sent is not counted.
             self.errors += u64::from(!connection.drops_answer(reply.shape.form));
             if ours && error.table_code().is_some_and(Code::closes) {
                 connection.phase = ConnectionPhase::Closing;
+                connection.ends_by(match self.stopping {
+                    true => CloseReason::Stop,
+                    false => CloseReason::Protocol,
+                });
             }
         }
     }
 
-    /// What the answer at a place says about the connection. A client that is told that its
-    /// connection ends (HTTP alone has the words) is told in the last answer.
+    /// Returns the properties of the answer at a position. HTTP says in the last one that it closes.
     pub(super) fn answer_context(
         &self,
         connection: &mut Connection,
@@ -546,6 +556,7 @@ impl CallDispatcher {
         let last = is_http && connection.is_last(reply.place);
         if last && self.stopping {
             connection.phase = ConnectionPhase::Closing;
+            connection.ends_by(CloseReason::Stop);
         }
         AnswerContext {
             last,
@@ -558,19 +569,20 @@ impl CallDispatcher {
         }
     }
 
-    /// Writes an answer to the output when it is its turn, else keeps it with the connection, or
-    /// with the others of its batch.
+    /// Writes an answer to the output if it is its turn, or keeps it in its connection or batch. `write` gets
+    /// what it needs for the id of the call, and the number of the last one.
     pub(super) fn write(
         &mut self,
         connection: &mut Connection,
         reply: PendingAnswer,
-        write: impl FnOnce(&mut Vec<u8>),
+        write: impl FnOnce(&mut Vec<u8>, &CallTracing, u64),
     ) {
         if let AnswerPosition::Member(key) = reply.place {
+            let write = |out: &mut Vec<u8>| write(out, &self.tracing, self.last_call);
             if let Some(batch) = connection.member(key, write) {
                 let about = self.answer_context(connection, batch.reply);
                 let shape = batch.reply.shape;
-                self.append_in_order(connection, batch.reply, |out| {
+                self.append_in_order(connection, batch.reply, |out, _, _| {
                     shape.batch(out, about, &batch.out);
                 });
             }
@@ -583,22 +595,22 @@ impl CallDispatcher {
         &mut self,
         connection: &mut Connection,
         PendingAnswer { place, mark, .. }: PendingAnswer,
-        write: impl FnOnce(&mut Vec<u8>),
+        write: impl FnOnce(&mut Vec<u8>, &CallTracing, u64),
     ) {
         if connection.is_next(place) {
-            write(&mut self.out);
+            write(&mut self.out, &self.tracing, self.last_call);
             let ledger = &mut self.ledger;
             ledger.answers(mark);
             connection.answered(place, &mut self.out, |mark| ledger.answers(mark));
         } else {
             let mut answer = Vec::new();
-            write(&mut answer);
+            write(&mut answer, &self.tracing, self.last_call);
             connection.queue_answer(place, answer, mark);
         }
     }
 }
 
-/// A duration in milliseconds, as long as can be said.
+/// Converts a duration to milliseconds, capped at the largest value.
 pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

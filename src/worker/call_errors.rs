@@ -1,10 +1,10 @@
-//! The errors of calls that a worker itself refuses or gives up.
+//! Creates the errors of calls that a worker itself refuses or gives up.
 
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
 /// # Errors
-/// `bad-output`, if a result is longer than its limit. Bytes.
+/// `bad-output` if a result has more than `limit` bytes.
 pub fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
     if length <= limit {
         return Ok(());
@@ -13,51 +13,55 @@ pub fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
     Err(RpcError::of(Code::BadOutput, text, true))
 }
 
-/// The error of a call that comes while the worker leaves.
+/// Returns the error of a call that arrives while the server stops.
 pub fn stopping() -> RpcError {
     RpcError::of(Code::Stopping, "the server stops", false)
 }
 
-/// The error of a call that has waited for too long before it was read.
+/// Returns the error of a call whose deadline had passed before it was read.
 pub fn over_when_read() -> RpcError {
-    RpcError::of(Code::Timeout, "its time was over when it came", false)
+    RpcError::of(
+        Code::Timeout,
+        "its deadline had passed when it arrived",
+        false,
+    )
 }
 
-/// The error of a call of a method that is not there.
+/// Returns the error of a call of an unknown method.
 pub fn no_method(name: &str) -> RpcError {
     let text = format!("there is no method {:?} here", excerpt(name));
     RpcError::of(Code::MethodNotFound, text, false)
 }
 
-/// The error of a call that `rpc.cancel` has ended.
+/// Returns the error of a call that `rpc.cancel` has cancelled.
 pub fn cancelled(begun: bool) -> RpcError {
     RpcError::of(Code::Cancelled, "cancelled by its caller", begun)
 }
 
-/// The error of a call that waits and has too little time left.
+/// Returns the error of a waiting call whose deadline would pass before it is done.
 pub fn too_late() -> RpcError {
-    let text = "its time would be over before it could be done, so it was not begun";
+    let text = "its deadline would pass before it is done, so it was not begun";
     RpcError::of(Code::Timeout, text, false)
 }
 
-/// The error of a call whose caller has closed the connection.
+/// Returns the error of a call whose client has closed the connection.
 pub fn caller_gone(begun: bool) -> RpcError {
     RpcError::of(Code::Cancelled, "its caller has disconnected", begun)
 }
 
-/// The error of a call that is in quarantine.
+/// Returns the error of a quarantined call.
 pub fn quarantined() -> RpcError {
-    let text = "this very call has ended its worker again and again: it is not run any more until the next \
+    let text = "this call is quarantined, because it crashed its worker repeatedly: it is refused until the next \
                 reload";
     RpcError::of(Code::Crashed, text, false)
 }
 
-/// The error of a call whose answer would wait in a worker that has no room for more of them: `limit`,
-/// `limits.unfinished`.
+/// Returns the error of a call of a batch whose answer would exceed `limit` bytes, the room for answers that
+/// wait in a worker.
 pub fn no_room(limit: usize) -> RpcError {
     let text = format!(
-        "the answers that wait in this worker are as much as limits.unfinished allows, {limit} bytes; \
-         send it again later"
+        "the waiting answers of this worker have reached {limit} bytes, the limit for calls of a batch; \
+         send it again later, or in a smaller batch"
     );
     RpcError::of(Code::Overloaded, text, false)
 }

@@ -1,22 +1,74 @@
-//! Room for calls to wait: who makes room when there are too many.
+//! Room for calls: whether the limits of a method allow one more, and who makes room in a full queue.
 
 use std::time::Duration;
 
 use super::call_scheduler::CallScheduler;
 use super::call_table::ScheduledCall;
-use super::lane::MOST_BYTES;
-use super::shares::Source;
+use super::lane::{Lane, MOST_BYTES};
+use super::shares::{Shares, Source};
 use super::threads::Done;
 use super::timers::CallKey;
+use crate::logging::pluralize;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
+
+/// Whether `concurrency` and `rate` of a method allow one more call of a source, and it is the turn of that
+/// source.
+///
+/// # Errors
+/// `overloaded`.
+pub fn check_limits(
+    calls: &mut CallScheduler,
+    method: usize,
+    source: Source,
+    now_ms: u64,
+) -> Result<(), RpcError> {
+    let (concurrency, rate) = {
+        let method = &calls.registry.methods()[method];
+        (method.concurrency, method.rate)
+    };
+    if concurrency == 0 && rate == 0 {
+        return Ok(());
+    }
+    let load = &mut calls.loads[method];
+    let free = match concurrency {
+        0 => usize::MAX,
+        most => most.saturating_sub(load.current),
+    };
+    let allowed = match rate {
+        0 => usize::MAX,
+        rate => load.allowed(rate, now_ms),
+    };
+    if load.turns.is_next(source, free.min(allowed), now_ms) {
+        return Ok(());
+    }
+    load.turns.refuse(source, now_ms);
+    let limit = if free <= allowed {
+        format!("its concurrency of {concurrency} in this worker is reached")
+    } else {
+        let rate = pluralize(rate as usize, "call", "calls");
+        format!("its rate of {rate} a second in this worker is reached")
+    };
+    let kept = match free.min(allowed) {
+        0 => "",
+        _ => ", and the next call is one of another client that was refused",
+    };
+    Err(calls.overloaded(method, format!("{limit}{kept}")))
+}
+
+/// Counts a call that these limits allow, and that is taken.
+pub fn count_call(calls: &mut CallScheduler, method: usize, source: Source) {
+    let load = &mut calls.loads[method];
+    load.count_call();
+    load.turns.record_call(source);
+}
 
 /// Makes room for one more call of a method to wait, with `threads` in its lane. If all is used up, the
 /// connection with the most pays with its newest calls that wait: they are added to `evicted`, to be
 /// answered with the error there.
 ///
 /// # Errors
-/// `overloaded`, if the caller has as much as any other.
+/// `overloaded` if no other connection has more than the caller.
 pub fn make_room(
     calls: &mut CallScheduler,
     (method, size): (usize, usize),
@@ -24,15 +76,10 @@ pub fn make_room(
     threads: usize,
     evicted: &mut Vec<Done>,
 ) -> Result<(), RpcError> {
-    let concurrency = calls.registry.methods()[method].concurrency;
-    if concurrency > 0 && calls.loads[method].current >= concurrency {
-        let reason = format!("its concurrency of {concurrency} in this worker is reached");
-        return Err(calls.overloaded(method, reason));
-    }
     let index = calls.loads[method].lane;
     let most = MOST_BYTES / calls.lanes.len();
     loop {
-        // Those that run, and those that will begin at once, do not wait.
+        // Running calls and those that begin at once do not wait.
         let lane = &calls.lanes[index];
         let begin = threads.saturating_sub(lane.lost);
         let waiting = lane.unanswered.saturating_sub(lane.sent + lane.evicted);
@@ -41,53 +88,58 @@ pub fn make_room(
             let reason = format!("the queue of {} for a {server} is full", calls.limit);
             (reason, true)
         } else if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
-            // One of any size is taken where there is no other.
+            // If no other call waits, a call of any size is accepted.
             let reason = format!("more than {most} bytes of params would wait");
             (reason, false)
         } else {
             return Ok(());
         };
         let amount = if is_by_count { 1 } else { size };
-        let payer = lane.shares(is_by_count).payer(owner, amount);
-        let mut paid = payer.and_then(|payer| evict(calls, index, payer));
-        if payer.is_some() && paid.is_none() {
-            // All of its calls run.
-            let shares = calls.lanes[index].shares(is_by_count);
-            let others = shares.other_payers(owner, amount);
-            paid = (others.into_iter()).find_map(|other| evict(calls, index, other));
-        }
+        let paid = (shares(lane, is_by_count).payers(owner, amount))
+            .find_map(|payer| newest_waiting(calls, index, payer));
         match paid {
-            Some((key, of)) => evicted.push(Done {
-                key,
-                outcome: Some(Err(calls.overloaded(of, reason))),
-                took: Duration::ZERO,
-                out: None,
-            }),
+            Some(key) => evicted.push(evict(calls, index, key, reason)),
             None => return Err(calls.overloaded(method, reason)),
         }
     }
 }
 
-/// Takes the newest call of a connection that waits in a lane out. It stays in the table until it is
-/// reported. Returns it, and its method.
-fn evict(calls: &mut CallScheduler, index: usize, token: Token) -> Option<(CallKey, usize)> {
-    let lane = &mut calls.lanes[index];
-    let loads = &calls.loads;
+fn shares(lane: &Lane, is_by_count: bool) -> &Shares {
+    match is_by_count {
+        true => &lane.shares.calls,
+        false => &lane.shares.bytes,
+    }
+}
+
+/// Takes the newest call of a connection that waits in a lane out of its queue. `None` if all of its calls run.
+fn newest_waiting(calls: &CallScheduler, index: usize, token: Token) -> Option<CallKey> {
     let waits = |(key, call): &(CallKey, &ScheduledCall)| {
-        let is_here = call.sent_to.is_none() && loads[call.method].lane == index;
+        let is_here = call.sent_to.is_none() && calls.loads[call.method].lane == index;
         is_here
             && !(call.is_answered || call.is_evicted)
-            && (call.job.is_some() || lane.queue.remove(*key))
+            && (call.job.is_some() || calls.lanes[index].queue.remove(*key))
     };
-    let (key, _) = calls.table.of(token).find(waits)?;
-    let call = calls.table.get_mut(key)?;
-    // It counts as one that was queued until it is reported.
-    lane.local += usize::from(call.job.take().is_some());
-    let owner = (call.source, call.token);
-    lane.shares.0.remove(owner, 1);
-    lane.shares.1.remove(owner, call.size);
-    call.is_evicted = true;
-    lane.evicted += 1;
-    lane.bytes -= std::mem::take(&mut call.size);
-    Some((key, call.method))
+    Some(calls.table.of(token).find(waits)?.0)
+}
+
+/// Refuses a call that is in no queue any more. It stays in the table until it is reported.
+fn evict(calls: &mut CallScheduler, index: usize, key: CallKey, reason: String) -> Done {
+    let mut method = 0;
+    if let Some(call) = calls.table.get_mut(key) {
+        let lane = &mut calls.lanes[index];
+        method = call.method;
+        // It counts as one that was queued until it is reported.
+        lane.local += usize::from(call.job.take().is_some());
+        lane.shares.remove(call);
+        call.is_evicted = true;
+        lane.evicted += 1;
+        lane.bytes -= std::mem::take(&mut call.size);
+    }
+    Done {
+        key,
+        outcome: Some(Err(calls.overloaded(method, reason))),
+        took: Duration::ZERO,
+        cpu: Duration::ZERO,
+        out: None,
+    }
 }

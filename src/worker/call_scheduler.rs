@@ -1,8 +1,8 @@
-//! The calls of a worker that are not inline: which wait, which run, which are over.
+//! Schedules the calls of a worker that are not inline: which wait, which run, which are over.
 //!
-//! A call that was read waits in the queue of its lane: handler threads take theirs from there, and what is
-//! sent to other processes is taken out by the event loop. An entry lives until it was reported as done.
-//! The handler threads and each pool have a lane of their own.
+//! A call waits in the queue of its lane. Handler threads take their calls from there, and the event loop
+//! removes those that it sends to other processes. An entry exists until the call was reported as done.
+//! The handler threads and each pool have separate lanes.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use super::call_table::FinishedCall;
-use super::call_table::{CallTable, ScheduledCall};
+use super::call_table::{CallTable, NewCall, ScheduledCall};
 use super::connection::{AnswerPosition, HIGH_WATER, PendingAnswer};
 use super::fair_queue::Waiting;
 use super::lane::Lane;
@@ -21,25 +21,25 @@ use super::threads::{Done, HandlerCall, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
-use crate::logging::pluralize;
+use crate::handler::trace::CallIdentity;
 use crate::protocol::cancel;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
 
-/// A result from here up counts as large: how many of its like run for one connection is limited.
+/// A result of this many bytes counts as large. Few such calls run for one connection at once.
 const LARGE: usize = 16 * 1024;
 
 #[derive(Debug)]
 pub struct CallScheduler {
     pub(super) table: CallTable,
-    /// By the lane of a method: each has its own queue, its own limit and its own threads.
+    /// By the lane of a method. Each lane has its own queue, limit and executor.
     pub(super) lanes: Vec<Lane>,
-    /// In a pool process, calls that programs have, oldest first; ones that are done are skipped.
+    /// In a pool process, the calls that programs have, oldest first; done ones are skipped.
     pub(super) with_programs: VecDeque<CallKey>,
     /// Calls that were read or returned in this turn, and are not in a queue yet.
     pub(super) unqueued: Vec<CallKey>,
-    /// Calls that are in no queue because their connection has answers enough to send, until that changes.
+    /// Calls in no queue, because their connection has too many unsent answers.
     blocked_on_output: HashMap<Token, Vec<CallKey>>,
     pub(super) loads: Vec<MethodStats>,
     pub(super) registry: Arc<Registry>,
@@ -47,8 +47,8 @@ pub struct CallScheduler {
 }
 
 impl CallScheduler {
-    /// An empty table that lets `limit` calls wait in each lane. `threads` is the queue of the handler
-    /// threads.
+    /// Creates an empty table in which `limit` calls may wait in each lane. `threads` is the queue of the
+    /// handler threads.
     pub fn new(registry: Arc<Registry>, limit: usize, threads: Arc<RunQueue>) -> Self {
         let load = |method: &Method| MethodStats::in_lane(method.handler.placement().lane());
         let loads: Vec<MethodStats> = registry.methods().iter().map(load).collect();
@@ -70,19 +70,6 @@ impl CallScheduler {
         }
     }
 
-    /// Whether the rate of a method allows one more call now; counts it.
-    ///
-    /// # Errors
-    /// `overloaded`.
-    pub fn admit(&mut self, method: usize, now_ms: u64) -> Result<(), RpcError> {
-        let rate = self.registry.methods()[method].rate;
-        if rate == 0 || self.loads[method].admit(rate, now_ms) {
-            return Ok(());
-        }
-        let rate = pluralize(rate as usize, "call", "calls");
-        Err(self.overloaded(method, format!("its rate of {rate} a second is reached")))
-    }
-
     /// The lane of a method's calls.
     pub fn lane(&self, method: usize) -> usize {
         self.loads[method].lane
@@ -98,69 +85,94 @@ impl CallScheduler {
         RpcError::of(Code::Overloaded, text, false)
     }
 
-    /// Lets a call wait.
+    /// Adds a call that waits.
     pub fn add(
         &mut self,
-        (token, reply, id): (Token, PendingAnswer, Option<&str>),
+        (token, reply, id, identity): (Token, PendingAnswer, Option<&str>, CallIdentity),
         (peer, source): (Option<SocketAddr>, Source),
         (method, params): (usize, &str),
         (read_ms, deadline_ms): (u64, u64),
     ) -> CallKey {
         let size = params.len() + id.map_or(0, str::len);
-        // Large results are taken for what the last one was: calls ahead, whose answers are not
-        // fetched, cost room as well.
+        // The expected size of a large result is that of the last one. Calls sent ahead, whose answers
+        // are not read, use room as well.
         let result = self.loads[method].last_result;
         let weight = size + if result < LARGE { 0 } else { result };
-        let state = Arc::new(CallState::shown(reply.mark.begun(), reply.mark.key()));
-        let id: Option<Arc<str>> = id.map(Arc::from);
-        let key = self.table.insert(ScheduledCall {
+        let key = self.insert(NewCall {
             token,
             reply,
-            id: id.clone(),
+            id,
             source,
+            peer,
             method,
-            read_ms,
-            deadline_ms,
-            timer: 0,
-            size,
+            params,
+            times: (read_ms, deadline_ms),
             charged_bytes: weight,
-            job: None,
-            state: Arc::clone(&state),
-            sent_to: None,
-            number_at_home: 0,
-            is_answered: false,
-            is_evicted: false,
-            is_orphaned: false,
+            key: reply.mark.key(),
+            identity,
         });
-        if let Some(call) = self.table.get_mut(key) {
-            call.job = Some(HandlerCall {
-                key,
-                method,
-                params: params.into(),
-                id,
-                peer,
-                expected: self.loads[method].expected(),
-                deadline: Duration::from_millis(deadline_ms),
-                state,
-            });
-        }
         self.unqueued.push(key);
-        let lane = self.lane_of(method);
-        lane.unanswered += 1;
-        lane.bytes += size;
-        lane.shares.0.add((source, token), 1);
-        lane.shares.1.add((source, token), size);
+        self.lane_of(method).shares.add((source, token), size);
         self.loads[method].current += 1;
         key
     }
 
-    /// Whether calls have come since `queue_calls`.
+    /// Adds a call to the table and to its lane. It is in no queue yet.
+    pub(super) fn insert(&mut self, new: NewCall<'_>) -> CallKey {
+        let size = new.params.len() + new.id.map_or(0, str::len);
+        let state = Arc::new(CallState::shown(
+            new.reply.mark.begun(),
+            new.key,
+            new.identity,
+        ));
+        let id: Option<Arc<str>> = new.id.map(Arc::from);
+        let (read_ms, deadline_ms) = new.times;
+        let key = self.table.insert(ScheduledCall {
+            token: new.token,
+            reply: new.reply,
+            id: id.clone(),
+            source: new.source,
+            method: new.method,
+            read_ms,
+            read_ns: 0,
+            deadline_ms,
+            timer: 0,
+            size,
+            charged_bytes: new.charged_bytes,
+            job: None,
+            state: Arc::clone(&state),
+            sent_to: None,
+            is_answered: false,
+            is_evicted: false,
+            is_orphaned: false,
+        });
+        let expected = self.loads[new.method].expected();
+        if let Some(call) = self.table.get_mut(key) {
+            call.job = Some(HandlerCall {
+                key,
+                method: new.method,
+                params: new.params.into(),
+                id,
+                peer: new.peer,
+                expected,
+                deadline: Duration::from_millis(deadline_ms),
+                state,
+            });
+        }
+        let lane = self.lane_of(new.method);
+        lane.unanswered += 1;
+        lane.bytes += size;
+        key
+    }
+
+    /// Returns whether calls have arrived since `queue_calls`.
     pub fn has_unqueued(&self) -> bool {
         !self.unqueued.is_empty()
     }
 
-    /// Puts the calls of this turn into their queues, except those whose answers would find no room.
-    /// `backlog` says how many bytes of answers a connection has yet to send before such a call's.
+    /// Puts the calls of this turn into their queues, except those whose answers would have no room.
+    /// `backlog` returns how many bytes of answers a connection still has to send before the answer of
+    /// such a call.
     pub fn queue_calls(&mut self, now_ms: u64, backlog: impl Fn(Token, AnswerPosition) -> usize) {
         if self.unqueued.is_empty() {
             return;
@@ -188,7 +200,7 @@ impl CallScheduler {
         }
     }
 
-    /// A call as its queue sees it.
+    /// Returns a call as its queue needs it.
     pub(super) fn waiting(&self, key: CallKey) -> Option<Waiting> {
         let call = self.table.get(key)?;
         Some(Waiting {
@@ -207,15 +219,15 @@ impl CallScheduler {
         })
     }
 
-    /// How many lanes there are.
+    /// Returns the number of lanes.
     pub fn lanes(&self) -> usize {
         self.lanes.len()
     }
 
-    /// Whether a call's answer will find room: a client that never reads must not fill the memory
-    /// with answers to what it sent ahead. A result's size is known once it is there, so the last
-    /// one of its method speaks for it: no more of them are made for one connection at once than
-    /// may wait for it. Whoever wants more of large results at once has several connections.
+    /// Returns whether there is room for a call's answer, because a client that never reads must not fill
+    /// the memory with answers. The size of a result is unknown before the call runs, so the last result
+    /// of its method is the estimate. At most as many such calls run for one connection as may have their
+    /// answers waiting. A client that wants more concurrent large results needs several connections.
     fn fits(&self, call: &ScheduledCall, backlog: usize) -> bool {
         if !call.is_own() {
             return true;
@@ -233,18 +245,18 @@ impl CallScheduler {
         queued == 0 || backlog + queued * expected <= HIGH_WATER
     }
 
-    /// Whether calls of any connection are held back.
+    /// Returns whether calls of any connection are held back.
     pub fn are_parked(&self) -> bool {
         !self.blocked_on_output.is_empty()
     }
 
-    /// A connection may have room again: its calls that were held back go to their queues, if that is so.
+    /// If a connection has room again, queues its calls that were held back.
     pub fn unpark(&mut self, token: Token) {
         let blocked = self.blocked_on_output.remove(&token);
         self.unqueued.extend(blocked.into_iter().flatten());
     }
 
-    /// A connection has answers enough to send: its calls that wait are looked at again.
+    /// A connection has too many unsent answers: checks its waiting calls again.
     pub fn park(&mut self, token: Token) {
         for lane in &mut self.lanes {
             if lane.local == 0 {
@@ -260,7 +272,7 @@ impl CallScheduler {
         }
     }
 
-    /// A call is over: returns it if its caller still waits for the answer.
+    /// Removes a call that is over. Returns it if its caller still waits for the answer.
     pub fn done(&mut self, done: &Done) -> Option<FinishedCall> {
         let mut call = self.table.remove(done.key)?;
         let index = self.loads[call.method].lane;
@@ -278,7 +290,7 @@ impl CallScheduler {
         let load = &mut self.loads[call.method];
         load.current -= usize::from(call.is_own());
         if let Some(outcome) = &done.outcome {
-            // What was refused before it began says nothing about how long a call takes.
+            // A call that was refused before it began gives no information about run times.
             if done.took > Duration::ZERO {
                 load.record_run(done.took, call.is_answered);
                 if let Some(expected) = load.expected() {
@@ -289,7 +301,7 @@ impl CallScheduler {
                 load.last_result = result.len();
                 let was_thought_small = call.charged_bytes <= call.size;
                 if result.len() >= LARGE && was_thought_small && call.is_own() {
-                    // So were the others of this connection.
+                    // The other calls of this connection had the same estimate.
                     self.park(call.token);
                 }
             }
@@ -302,8 +314,7 @@ impl CallScheduler {
         Some(call.finish(begun))
     }
 
-    /// Gives a call up: its time is over, or the caller does not want it any more. `None` when it
-    /// is over already.
+    /// Gives up a call that timed out or was cancelled. Returns `None` if it is already over.
     pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
         let call = self.table.get_mut(key)?;
         if call.is_answered {
@@ -320,7 +331,7 @@ impl CallScheduler {
         let was_queued = call.job.is_none() && lane.queue.remove(key);
         lane.local -= usize::from(was_queued);
         if call.job.take().is_none() && !was_queued {
-            // It lives on until it is reported.
+            // It stays in the table until it is reported.
             call.is_orphaned = begun;
             lane.lost += usize::from(begun);
         } else {
@@ -332,7 +343,7 @@ impl CallScheduler {
         Some(ended)
     }
 
-    /// A waiting call's time is over, or a running one's; to be told before it is given up.
+    /// Records that the deadline of a call has passed. Call this before it is given up.
     pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
         if let Some(call) = self.table.get(key) {
             let method = call.method;
@@ -340,8 +351,8 @@ impl CallScheduler {
         }
     }
 
-    /// Drops keys whose calls are gone: at the front, and all of them once they are the most. Behind one call
-    /// that never ends they would pile up for as long as the process lives.
+    /// Drops keys of calls that are gone: at the front, and all of them if they are the majority. Behind
+    /// a call that never ends they would accumulate for the life of the process.
     fn skip_done(&mut self) {
         let (keys, table) = (&mut self.with_programs, &self.table);
         while keys.front().is_some_and(|key| table.get(*key).is_none()) {
@@ -352,7 +363,7 @@ impl CallScheduler {
         }
     }
 
-    /// The call of a connection with this id, as JSON.
+    /// Returns the call of a connection with this id, as JSON.
     pub fn find(&self, token: Token, id: &str) -> Option<CallKey> {
         let wanted = cancel::WantedId::new(id);
         let mut calls = self.of(token);
@@ -360,12 +371,12 @@ impl CallScheduler {
         Some(calls.find(|(_, call)| is_wanted(call))?.0)
     }
 
-    /// All calls of a connection that are not over.
+    /// Returns all calls of a connection that are not over.
     pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
         self.table.of(token).filter(|(_, call)| !call.is_answered)
     }
 
-    /// All calls that are not over: those that wait, then those that run.
+    /// Returns all calls that are not over: first the waiting ones, then the running ones.
     pub fn all(&self) -> Vec<CallKey> {
         let calls = || self.table.iter().filter(|(_, call)| !call.is_answered);
         let waiting = calls().filter(|(_, call)| !call.is_running());
@@ -373,18 +384,23 @@ impl CallScheduler {
         waiting.chain(running).map(|(key, _)| key).collect()
     }
 
-    /// A call, to keep its timer.
+    /// Returns a call.
+    pub fn get(&self, key: CallKey) -> Option<&ScheduledCall> {
+        self.table.get(key)
+    }
+
+    /// Returns a call, to keep its timer.
     pub fn get_mut(&mut self, key: CallKey) -> Option<&mut ScheduledCall> {
         self.table.get_mut(key)
     }
 
-    /// Whether no call waits or runs.
+    /// Returns whether no call waits or runs.
     pub fn is_empty(&self) -> bool {
         self.lanes.iter().all(|lane| lane.unanswered == 0)
     }
 
-    /// How many run on a thread, wait for one, and run for nobody. Of the latter, those of the
-    /// handler threads alone: a pool's program is ended then.
+    /// Returns how many calls run on a thread, wait, and run although they are abandoned. The latter only
+    /// for handler threads, because a pool program is ended in that case.
     pub fn counts(&self, threads: &Threads) -> (usize, usize, usize) {
         let (mut running, mut queued) = (0, 0);
         for (number, lane) in self.lanes.iter().enumerate() {
@@ -397,8 +413,7 @@ impl CallScheduler {
         (running, queued, self.lanes[0].lost)
     }
 
-    /// The calls that keep handler threads past their deadline and `grace_ms` beyond, with their
-    /// serials.
+    /// Returns the calls, with their serials, on handler threads past their deadline plus `grace_ms`.
     pub fn stuck(&self, now_ms: u64, grace_ms: u64) -> impl Iterator<Item = (u64, &ScheduledCall)> {
         self.table
             .iter()
@@ -407,20 +422,18 @@ impl CallScheduler {
             .map(|(key, call)| (key.serial, call))
     }
 
-    /// The method of the call that has run longest, and when it was read. A call that was queued just now may
-    /// be about to begin.
-    pub fn oldest(&self, threads: &Threads) -> Option<(usize, u64)> {
+    /// Returns the oldest running call. A call that was queued just now may be about to begin.
+    pub fn oldest(&self, threads: &Threads) -> Option<&ScheduledCall> {
         let running = threads
             .calls
             .keys()
             .chain(self.with_programs.front().copied());
         let running = running.filter_map(|key| self.table.get(key));
         let oldest = running.min_by_key(|call| call.read_ms);
-        let call = match oldest {
+        match oldest {
             None if self.lanes[0].local > 0 => self.table.get(self.lanes[0].queue.first()?),
             oldest => oldest,
-        }?;
-        Some((call.method, call.read_ms))
+        }
     }
 }
 

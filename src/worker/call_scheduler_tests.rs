@@ -11,7 +11,7 @@ use crate::worker::connection::AnswerPosition;
 use crate::worker::lane::MOST_BYTES;
 use crate::worker::{call_room, remote_calls};
 
-/// Stands for the methods of a pool; only its lane is asked for.
+/// A method of a pool; only its lane matters.
 struct Pooled;
 
 impl Handler for Pooled {
@@ -46,11 +46,18 @@ fn registry() -> Arc<Registry> {
     ]))
 }
 
-/// One without threads.
+/// Returns a scheduler without threads.
 fn scheduler(limit: usize) -> CallScheduler {
     let registry = registry();
     let queue = Arc::new(RunQueue::new(registry.methods().len()));
     CallScheduler::new(registry, limit, queue)
+}
+
+fn numbered(number: u64) -> CallIdentity {
+    CallIdentity {
+        number,
+        ..CallIdentity::default()
+    }
 }
 
 fn reply(place: AnswerPosition) -> PendingAnswer {
@@ -72,14 +79,14 @@ fn add(calls: &mut CallScheduler, method: usize, id: Option<&str>) -> CallKey {
         AnswerPosition::InOrder(0)
     };
     calls.add(
-        (Token::for_test(1), reply(place), id),
+        (Token::for_test(1), reply(place), id, numbered(1)),
         (None, Source::Unknown),
         (method, "3600"),
         (5, u64::MAX / 2),
     )
 }
 
-/// Asks for room for a call of a connection that has as much as any other.
+/// Requests room for a call of a connection that uses as much as any other.
 fn room(
     calls: &mut CallScheduler,
     method: usize,
@@ -110,9 +117,16 @@ fn report(threads: &mut Threads) -> Done {
 }
 
 #[test]
-fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
+fn a_waiting_call_that_is_given_up_never_begins() {
     let registry = registry();
-    let threads = Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let threads = Threads::start(
+        (1, None),
+        None,
+        (0, &[]),
+        &registry,
+        &Arc::new(Waker::new().unwrap()),
+    )
+    .unwrap();
     let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let key = add(&mut calls, 0, Some("7"));
     assert_eq!(calls.find(Token::for_test(1), "7"), Some(key));
@@ -128,23 +142,30 @@ fn a_call_that_waits_is_given_up_unbegun_and_never_handed_out() {
 #[test]
 fn a_running_call_that_is_given_up_is_lost_until_its_thread_reports() {
     let registry = registry();
-    let mut threads =
-        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(
+        (1, None),
+        None,
+        (0, &[]),
+        &registry,
+        &Arc::new(Waker::new().unwrap()),
+    )
+    .unwrap();
     let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let key = add(&mut calls, 1, None);
     queue(&mut calls);
     while !calls.get_mut(key).unwrap().state.is_running() {
         std::thread::yield_now();
     }
-    assert_eq!(calls.oldest(&threads), Some((1, 5)));
+    let oldest = calls
+        .oldest(&threads)
+        .map(|call| (call.method, call.read_ms));
+    assert_eq!(oldest, Some((1, 5)));
     assert!(calls.give_up(key).unwrap().begun);
     assert_eq!(calls.counts(&threads), (0, 0, 1));
     let done = report(&mut threads);
     assert!(calls.done(&done).is_none());
-    assert_eq!(
-        (calls.counts(&threads), calls.oldest(&threads)),
-        ((0, 0, 0), None)
-    );
+    assert_eq!(calls.counts(&threads), (0, 0, 0));
+    assert!(calls.oldest(&threads).is_none());
 }
 
 #[test]
@@ -163,33 +184,38 @@ fn queue_concurrency_and_rate_are_limits() {
         room(&mut calls, 0, 1, 1).is_ok(),
         "an idle thread would begin one at once"
     );
-    assert!(
-        room(&mut calls, 2, 1, 5)
-            .unwrap_err()
-            .message
-            .contains("concurrency of 1")
-    );
+    let mut admit = |method, source, now_ms| {
+        let source = Source::User(source);
+        let checked = call_room::check_limits(&mut calls, method, source, now_ms);
+        checked.map_err(|error| error.message)?;
+        call_room::count_call(&mut calls, method, source);
+        Ok::<_, String>(())
+    };
+    assert!(admit(2, 1, 1).unwrap_err().contains("concurrency of 1"));
     for _ in 0..10 {
-        assert!(calls.admit(3, 1_000_000).is_ok());
+        assert_eq!(admit(3, 1, 1_000_000), Ok(()));
     }
-    assert!(
-        calls
-            .admit(3, 1_000_000)
-            .unwrap_err()
-            .message
-            .contains("rate of 10")
-    );
-    assert!(calls.admit(3, 1_000_100).is_ok());
-    assert!(calls.admit(3, 1_000_100).is_err());
+    assert!(admit(3, 2, 1_000_000).unwrap_err().contains("rate of 10"));
+    assert_eq!(admit(3, 1, 1_000_100), Ok(()));
+    assert!(admit(3, 1, 1_000_100).is_err());
+    let error = admit(3, 1, 1_000_200).unwrap_err();
+    assert!(error.contains("another client"), "{error}");
+    assert_eq!(admit(3, 2, 1_000_200), Ok(()));
 }
 
-/// Behind a call that never ends nothing piles up: neither of those that are done, nor of those
-/// that were given up while they waited.
+/// Behind a call that never ends nothing accumulates: neither done calls, nor calls that were given up
+/// while they waited.
 #[test]
-fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
+fn finished_calls_do_not_accumulate_behind_a_stuck_one() {
     let registry = registry();
-    let mut threads =
-        Threads::start(2, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(
+        (2, None),
+        None,
+        (0, &[]),
+        &registry,
+        &Arc::new(Waker::new().unwrap()),
+    )
+    .unwrap();
     let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let stuck = add(&mut calls, 1, None);
     for _ in 0..1000 {
@@ -209,11 +235,18 @@ fn calls_that_are_over_leave_nothing_behind_a_stuck_one() {
     assert!(calls.give_up(stuck).unwrap().begun);
 }
 
-/// What runs does not wait: it takes no place in the queue, whenever it was handed out.
+/// A running call uses no place in the queue.
 #[test]
-fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
+fn a_running_call_uses_no_place_in_the_queue() {
     let registry = registry();
-    let threads = Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let threads = Threads::start(
+        (1, None),
+        None,
+        (0, &[]),
+        &registry,
+        &Arc::new(Waker::new().unwrap()),
+    )
+    .unwrap();
     let mut calls = CallScheduler::new(registry, 2, Arc::clone(&threads.queue));
     let runs = add(&mut calls, 1, None);
     queue(&mut calls);
@@ -226,17 +259,28 @@ fn a_running_call_leaves_the_whole_queue_to_those_that_wait() {
     calls.give_up(runs).unwrap();
 }
 
-/// A client that does not read has its calls held back, and nobody else's; they go on in their
-/// order when it reads again.
+/// If a client does not read, only its own calls are held back. They continue in their order when it
+/// reads again.
 #[test]
-fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
+fn calls_of_a_connection_with_a_backlog_wait_and_delay_no_others() {
     let registry = registry();
-    let mut threads =
-        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(
+        (1, None),
+        None,
+        (0, &[]),
+        &registry,
+        &Arc::new(Waker::new().unwrap()),
+    )
+    .unwrap();
     let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     let lagging: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     let other = calls.add(
-        (Token::for_test(2), reply(AnswerPosition::Anywhere), None),
+        (
+            Token::for_test(2),
+            reply(AnswerPosition::Anywhere),
+            None,
+            numbered(2),
+        ),
         (None, Source::Unknown),
         (0, "1"),
         (5, u64::MAX / 2),
@@ -264,20 +308,26 @@ fn calls_of_a_connection_with_a_backlog_wait_and_hold_up_nobody() {
     assert!(calls.is_empty() && !calls.are_parked());
 }
 
-/// What can't be in time any more is not begun, once it is known how long such calls take; what
-/// finds a thread idle is begun in any case.
+/// Once the run time of such calls is known, a call that cannot meet its deadline is not begun. A call
+/// that finds an idle thread always begins.
 #[test]
-fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
+fn a_waiting_call_with_too_little_time_left_is_reported_instead_of_begun() {
     let registry = registry();
-    let mut threads =
-        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(
+        (1, None),
+        None,
+        (0, &[]),
+        &registry,
+        &Arc::new(Waker::new().unwrap()),
+    )
+    .unwrap();
     let mut calls = CallScheduler::new(registry, 10, Arc::clone(&threads.queue));
     calls.lanes[0].queue.expect(0, Duration::from_secs(50));
     let shape = reply(AnswerPosition::Anywhere);
     let token = Token::for_test(1);
     let now_ms = monotonic_ms();
     let late = calls.add(
-        (token, shape, None),
+        (token, shape, None, numbered(1)),
         (None, Source::Unknown),
         (0, "1"),
         (now_ms - 20, now_ms + 25_000),
@@ -288,7 +338,7 @@ fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     assert!(!calls.done(&done).unwrap().begun);
     let enough = now_ms + 100_000;
     let in_time = calls.add(
-        (token, shape, None),
+        (token, shape, None, numbered(1)),
         (None, Source::Unknown),
         (0, "1"),
         (now_ms - 20, enough),
@@ -297,10 +347,10 @@ fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     let done = report(&mut threads);
     assert_eq!((done.key, done.outcome.is_some()), (in_time, true));
     assert!(calls.done(&done).unwrap().begun);
-    // It has found its thread idle.
+    // It has found an idle thread.
     let now_ms = monotonic_ms() + 1000;
     let at_once = calls.add(
-        (token, shape, None),
+        (token, shape, None, numbered(1)),
         (None, Source::Unknown),
         (0, "1"),
         (now_ms, now_ms + 25_000),
@@ -310,9 +360,9 @@ fn a_waiting_call_with_too_little_time_left_is_named_in_place_of_being_begun() {
     assert_eq!((done.key, done.outcome.is_some()), (at_once, true));
 }
 
-/// What waits for a thread is taken back once answers pile up, and goes on when they are taken.
+/// Queued calls are held back when unsent answers accumulate, and continue when those are read.
 #[test]
-fn queued_calls_of_a_connection_are_held_back_when_it_has_answers_enough() {
+fn queued_calls_are_held_back_when_their_connection_has_too_many_unsent_answers() {
     let mut calls = scheduler(10);
     let keys: Vec<CallKey> = (0..3).map(|_| add(&mut calls, 0, None)).collect();
     queue(&mut calls);
@@ -331,16 +381,16 @@ fn queued_calls_of_a_connection_are_held_back_when_it_has_answers_enough() {
     assert!(calls.is_empty() && calls.lanes[0].local == 0);
 }
 
-/// Many connections may each have large calls waiting: all together they have a bound too.
+/// Many connections may each have large waiting calls: there is a limit for all of them together.
 #[test]
-fn the_params_of_all_connections_together_have_a_bound() {
+fn the_params_of_all_connections_together_are_limited() {
     let mut calls = scheduler(10);
     assert!(
         room(&mut calls, 0, MOST_BYTES + 1, 0).is_ok(),
         "one of any size"
     );
     let key = add(&mut calls, 0, None);
-    // the threads' lane and that of a pool have half of it each
+    // The lanes of the threads and of a pool have half of it each.
     let most = MOST_BYTES / 2;
     assert!(room(&mut calls, 0, most - 10, 0).is_ok());
     let refused = room(&mut calls, 0, most, 0).unwrap_err();
@@ -350,12 +400,18 @@ fn the_params_of_all_connections_together_have_a_bound() {
     assert!(room(&mut calls, 0, most, 0).is_ok());
 }
 
-/// A pool that has nobody to serve its calls fills its own queue and no other.
+/// A pool without programs fills only its own queue.
 #[test]
 fn lanes_have_queues_and_limits_of_their_own() {
     let registry = registry();
-    let mut threads =
-        Threads::start(1, None, 0, &registry, &Arc::new(Waker::new().unwrap())).unwrap();
+    let mut threads = Threads::start(
+        (1, None),
+        None,
+        (0, &[]),
+        &registry,
+        &Arc::new(Waker::new().unwrap()),
+    )
+    .unwrap();
     let mut calls = CallScheduler::new(registry, 2, Arc::clone(&threads.queue));
     let pooled: Vec<CallKey> = (0..2).map(|_| add(&mut calls, 4, None)).collect();
     assert!(room(&mut calls, 4, 1, 0).is_err());
@@ -375,7 +431,7 @@ fn lanes_have_queues_and_limits_of_their_own() {
     assert!(calls.is_empty());
 }
 
-/// A connection with little finds room at the cost of one with much, whose newest call is refused.
+/// A connection with few calls gets room at the cost of one with many, whose newest call is refused.
 #[test]
 fn the_connection_with_the_most_calls_makes_room() {
     let mut calls = scheduler(3);
@@ -384,6 +440,7 @@ fn the_connection_with_the_most_calls_makes_room() {
             Token::for_test(token),
             reply(AnswerPosition::Anywhere),
             None,
+            numbered(3),
         );
         let time = (5, u64::MAX / 2);
         calls.add(caller, (None, Source::User(source)), (0, "1"), time)

@@ -1,8 +1,9 @@
-//! The calls of a worker that are for its handler threads, by key and by connection.
+//! Holds the calls of a worker that are not inline, by key and by connection.
 //!
-//! The calls of one connection are chained, so that what concerns one connection (a cancelled id,
-//! its end) looks at its calls and at no others, however many there are. Pure.
+//! The calls of one connection form a linked list. So an operation on a connection (a cancelled id, its
+//! end) visits only its calls. Pure.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use slab::Slab;
@@ -12,110 +13,140 @@ use super::shares::Source;
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::call_state::HandlerCall;
+use crate::handler::trace::CallIdentity;
 use crate::sys::event::Token;
 
-/// No call: the end of a chain.
+/// The end of a list.
 const NONE: usize = usize::MAX;
 
-/// A call that another process runs.
+/// A call that runs in another process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RemoteCall {
     /// The link to that process.
     pub link: usize,
-    /// The number of the call on that link.
+    /// The number of the call here.
     pub number: u64,
 }
 
-/// A call that waits or runs.
+/// A call from a connection of this worker or from another process.
+#[derive(Debug)]
+pub struct NewCall<'a> {
+    pub token: Token,
+    pub reply: PendingAnswer,
+    /// The id as JSON.
+    pub id: Option<&'a str>,
+    pub source: Source,
+    pub peer: Option<SocketAddr>,
+    pub method: usize,
+    pub params: &'a str,
+    /// When it was read, and its deadline, in milliseconds (CLOCK_MONOTONIC).
+    pub times: (u64, u64),
+    /// See `ScheduledCall`.
+    pub charged_bytes: usize,
+    /// The key for the quarantine; 0 if it has none.
+    pub key: u64,
+    pub identity: CallIdentity,
+}
+
+/// A waiting or running call.
 #[derive(Debug)]
 pub struct ScheduledCall {
     /// The connection, or the process that has it.
     pub token: Token,
-    /// Where its answer goes, and how it looks there.
+    /// The position and form of its answer.
     pub reply: PendingAnswer,
     pub id: Option<Arc<str>>,
-    /// Where its connection comes from.
+    /// The source of its connection.
     pub source: Source,
     pub method: usize,
     /// When it was read, in milliseconds.
     pub read_ms: u64,
-    /// When it must be answered, in milliseconds.
+    /// The same in nanoseconds, for the metrics; 0 for a call of another process.
+    pub read_ns: u64,
+    /// The deadline in milliseconds.
     pub deadline_ms: u64,
-    /// Its armed timer; `Timers::arm` keeps it.
+    /// Its armed timer; kept by `Timers::arm`.
     pub timer: u64,
-    /// Bytes of its params and id.
+    /// The bytes of its params and id.
     pub(super) size: usize,
-    /// The same and the bytes that its result is expected to have, if those are many: what its
-    /// connection is charged with.
+    /// The same, plus the expected bytes of a large result: the amount that counts for its connection.
     pub charged_bytes: usize,
-    /// What is needed to run it, while it is in no queue, or runs in another process; `None` while it is in the
-    /// queue or with the executor.
+    /// What is needed to run it, while it is in no queue or runs in another process; `None` while it is
+    /// in the queue or with the executor.
     pub(super) job: Option<HandlerCall>,
     pub(super) state: Arc<CallState>,
-    /// Where it runs, if that is another process.
+    /// The remote call, if it runs in another process.
     pub(super) sent_to: Option<RemoteCall>,
-    /// The number that its home worker gave it; 0 for a call of this worker's own connections.
-    pub(super) number_at_home: u64,
-    /// Nobody waits for its answer any more.
+    /// No caller waits for its answer any more.
     pub(super) is_answered: bool,
-    /// It made room for another call, and is refused.
+    /// It made room for another call and is refused.
     pub(super) is_evicted: bool,
-    /// It runs for nobody: its thread is lost until it reports.
+    /// It was abandoned but still runs: its thread is lost until it reports.
     pub(super) is_orphaned: bool,
 }
 
 impl ScheduledCall {
-    /// Whether it came over a connection of this worker, and not from another one.
+    /// Returns whether it came over a connection of this worker, and not from another one.
     pub fn is_own(&self) -> bool {
-        self.number_at_home == 0
+        self.state.identity().home.is_none()
     }
 
-    /// What is needed to answer it. Its id stays: should its thread never come back, it is asked for.
+    /// Returns its number in the process that has its connection.
+    pub fn number(&self) -> u64 {
+        let identity = self.state.identity();
+        identity.home.map_or(identity.number, |home| home.number)
+    }
+
+    /// Returns what is needed to answer it. The id stays in the table, because it is logged if its thread
+    /// is stuck.
     pub fn finish(&mut self, begun: bool) -> FinishedCall {
         FinishedCall {
             token: self.token,
             reply: self.reply,
             id: self.id.clone(),
             method: self.method,
+            read_ns: self.read_ns,
             timer: std::mem::take(&mut self.timer),
             charged_bytes: self.charged_bytes,
             begun,
             sent_to: self.sent_to,
-            number_at_home: self.number_at_home,
+            number: self.number(),
         }
     }
 
-    /// Whether a thread or another process runs it.
+    /// Returns whether it runs, on a thread or in another process.
     pub fn is_running(&self) -> bool {
         self.state.is_running()
     }
 }
 
-/// A call that is to be answered now.
+/// A call that must be answered now.
 #[derive(Debug)]
 pub struct FinishedCall {
-    /// Whose it is.
+    /// Its connection or process.
     pub token: Token,
-    /// Where its answer goes, and how it looks there.
+    /// The position and form of its answer.
     pub reply: PendingAnswer,
     pub id: Option<Arc<str>>,
     pub method: usize,
+    /// See `ScheduledCall`.
+    pub read_ns: u64,
     pub timer: u64,
-    /// What its connection was charged with for it, in bytes.
+    /// The bytes that counted for its connection.
     pub charged_bytes: usize,
     /// Whether it had begun.
     pub begun: bool,
-    /// Where it ran, if that was another process.
+    /// The remote call, if it ran in another process.
     pub sent_to: Option<RemoteCall>,
-    /// The number that its home worker gave it; 0 for a call of this worker's own connections.
-    pub number_at_home: u64,
+    /// Its number in the process that has its connection.
+    pub number: u64,
 }
 
 #[derive(Debug)]
 struct CallEntry {
     serial: u64,
     call: ScheduledCall,
-    /// The next older and the next newer call of its connection's place.
+    /// The next older and the next newer call in the list of its connection's index.
     older: usize,
     newer: usize,
 }
@@ -123,7 +154,7 @@ struct CallEntry {
 #[derive(Debug, Default)]
 pub struct CallTable {
     entries: Slab<CallEntry>,
-    /// By `Token::index`, the newest call of whoever has that place.
+    /// By `Token::index`, the newest call of the connection with this index.
     newest: Vec<usize>,
     serial: u64,
 }
@@ -150,7 +181,7 @@ impl CallTable {
         CallKey { index, serial }
     }
 
-    /// Takes a call out.
+    /// Removes a call.
     pub fn remove(&mut self, key: CallKey) -> Option<ScheduledCall> {
         self.get(key)?;
         let entry = self.entries.remove(key.index);
@@ -164,25 +195,25 @@ impl CallTable {
         Some(entry.call)
     }
 
-    /// A call, if it is still there.
+    /// Returns a call, if it still exists.
     pub fn get(&self, key: CallKey) -> Option<&ScheduledCall> {
         let entry = self.entries.get(key.index)?;
         (entry.serial == key.serial).then_some(&entry.call)
     }
 
-    /// Likewise, to be changed.
+    /// Returns it for changes.
     pub fn get_mut(&mut self, key: CallKey) -> Option<&mut ScheduledCall> {
         let entry = self.entries.get_mut(key.index)?;
         (entry.serial == key.serial).then_some(&mut entry.call)
     }
 
-    /// The calls of a connection, newest first.
+    /// Returns the calls of a connection, newest first.
     pub fn of(&self, token: Token) -> impl Iterator<Item = (CallKey, &ScheduledCall)> {
         let first = self.newest.get(token.index()).copied().unwrap_or(NONE);
         let at = |index: usize| Some((index, self.entries.get(index)?));
         std::iter::successors(at(first), move |(_, entry)| at(entry.older))
             .map(|(index, entry)| (key(index, entry), &entry.call))
-            // The place may have belonged to another connection, whose calls still run.
+            // Earlier calls may belong to another connection that had this index.
             .filter(move |(_, call)| call.token == token)
     }
 
@@ -192,7 +223,7 @@ impl CallTable {
             .map(|(index, entry)| (key(index, entry), &entry.call))
     }
 
-    /// How many there are.
+    /// Returns the number of calls.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
@@ -230,6 +261,7 @@ mod tests {
             source: Source::Unknown,
             method: 0,
             read_ms: 0,
+            read_ns: 0,
             deadline_ms: 0,
             timer: 0,
             size: 0,
@@ -237,7 +269,6 @@ mod tests {
             job: None,
             state: Arc::default(),
             sent_to: None,
-            number_at_home: 0,
             is_answered: false,
             is_evicted: false,
             is_orphaned: false,
@@ -246,7 +277,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_connections_chain_is_its_calls_and_no_others(
+        fn the_list_of_a_connection_has_only_its_calls(
             steps in prop::collection::vec((0..4_usize, any::<bool>(), any::<prop::sample::Index>()), 0..200)
         ) {
             let mut table = CallTable::default();

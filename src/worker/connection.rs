@@ -1,7 +1,7 @@
-//! One client connection: what it has sent that is not consumed, and whose turn it is.
+//! Holds the state of one client connection: its unconsumed input, its answers and their order.
 //!
-//! State and its rules alone; sockets, calls and clocks belong to others. A connection at rest
-//! owns no buffer, which is what makes ten thousand of them cheap.
+//! Only state and its rules, without sockets, calls and clocks. A quiescent connection owns no buffer, so
+//! ten thousand of them need little memory.
 
 use std::collections::{TryReserveError, VecDeque};
 use std::mem;
@@ -10,50 +10,57 @@ use std::net::SocketAddr;
 use slab::Slab;
 
 use super::batch::UntakenMembers;
-use super::crash::journal::CallRef;
+use super::crash::call_record::CallRef;
 use super::shares::Source;
+use crate::link::metrics_board::layout::{CloseReason, MoveReason};
 use crate::protocol::Dialect;
 use crate::protocol::body::Form;
 use crate::protocol::http::ParseProgress;
 use crate::protocol::reply::AnswerFormat;
 use crate::sys::event::Token;
 
-/// Bytes of answers that may wait on one connection before no further call is taken from it: what
-/// a client that never reads can cost, besides one answer.
+/// The bytes of answers that may wait on one connection before no further call is taken from it. A client
+/// that never reads can use this much memory, plus one answer.
 pub const HIGH_WATER: usize = 256 * 1024;
 
-/// Bytes of params, ids and large results to come that may wait for a thread or be with one, before
-/// no further call is taken: without it, limits.pipeline times limits.frame.
+/// The bytes of params, ids and expected large results of waiting and running calls before no further
+/// call is taken. Without it the limit would be limits.pipeline times limits.frame.
 pub const HIGH_PENDING: usize = 4 * 1024 * 1024;
 
-/// Whether and how a connection goes on.
+/// The phase of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionPhase {
     /// Calls are taken.
     Open,
-    /// Nothing more is taken: it is closed once all answers are sent.
+    /// No further call is taken. The connection is closed after the last answer.
     Closing,
-    /// All is answered and our side is shut; what still comes is dropped until the peer ends.
+    /// All is answered and our sending direction is shut down. Input is dropped until the peer closes.
     Lingering,
 }
 
-/// Where an answer belongs among the others of its connection.
+/// How a connection ends, for the metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectionEnd {
+    Closed(CloseReason),
+    /// Handed to another worker.
+    Moved(MoveReason),
+}
+
+/// The position of an answer among the others of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AnswerPosition {
-    /// Calls without an id are answered in their order: this is the call's number.
+    /// Calls without an id are answered in their order; this is the number of the call.
     InOrder(u64),
     /// A call with an id is answered as soon as it is done.
     Anywhere,
-    /// Within the answer of a batch of the connection, whose key this is.
+    /// In the answer of a batch; this is the key of the batch in the connection.
     Member(usize),
 }
 
-/// Where an answer belongs, and what it looks like there.
+/// The position and form of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PendingAnswer {
-    /// Where.
     pub place: AnswerPosition,
-    /// What it looks like.
     pub shape: AnswerFormat,
     pub mark: CallRef,
 }
@@ -61,98 +68,105 @@ pub struct PendingAnswer {
 /// A JSON-RPC batch that is not answered yet.
 #[derive(Debug)]
 pub struct Batch {
-    /// Where and how all of it is answered.
+    /// The position and form of its whole answer.
     pub reply: PendingAnswer,
-    /// Calls that are not done.
+    /// The number of calls that are not done.
     pub left: usize,
-    /// The answers of those that are.
+    /// The answers of done calls.
     pub out: Vec<u8>,
-    /// An answer was too long to be added: no further call of it is started.
+    /// An answer was too long to be added, so no further call of the batch is started.
     is_full: bool,
 }
 
-/// What is still to come of a call for which there was no room: it is dropped.
+/// The rest of a refused call, which is dropped when it arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Discard {
-    /// So many bytes.
+    /// This many bytes.
     Bytes(usize),
-    /// Whatever there is until a line ends.
+    /// Everything up to the end of the line.
     Line,
 }
 
 #[derive(Debug)]
 pub struct Connection {
-    /// Its name on the event layer.
+    /// Its token in the event layer.
     pub token: Token,
-    /// Where it comes from; `None` over a unix socket.
+    /// The address of the client; `None` on a unix socket.
     pub peer: Option<SocketAddr>,
-    /// With whom it shares what all clients share.
+    /// The source to which its use of shared limits counts.
     pub source: Source,
-    /// HTTP requests may name their method in the path alone (`http-methods` of its listener).
+    /// Its key among the connections that `per-source` limits; 0: it does not count.
+    pub source_key: u64,
+    /// HTTP requests must name their method in the path (`http-methods` of its listener).
     pub needs_http_path: bool,
-    /// Whether it goes on.
     pub phase: ConnectionPhase,
-    /// The peer will send nothing more.
+    /// How it ends, if it ends now.
+    pub end: ConnectionEnd,
+    /// The peer sends no more.
     pub peer_closed: bool,
-    /// The peer has closed the connection: no answer reaches it.
+    /// The peer has closed the connection, so no answer reaches it.
     pub peer_gone: bool,
-    /// It is not read, because it may not take another call yet.
+    /// It is not read, because no further call may be taken from it now.
     pub is_read_paused: bool,
-    /// What it speaks, once its first four bytes have told.
+    /// The dialect, once the first four bytes are known.
     pub dialect: Option<Dialect>,
-    /// Lines: how much of the tail is known to have no newline.
+    /// Lines: how much of the input is known to have no line feed.
     pub scanned: usize,
-    /// HTTP: how far an unfinished request was looked at; `None` between requests.
+    /// HTTP: how far an unfinished request was parsed; `None` between requests.
     pub http: Option<Box<ParseProgress>>,
     /// JSON-RPC batches that are not answered yet.
     pub batches: Slab<Batch>,
-    /// What is still to be taken of the newest one.
+    /// The calls of the newest batch that are not taken yet.
     pub untaken_members: Option<Box<UntakenMembers>>,
-    /// Calls taken and not answered.
+    /// The number of calls that were taken and not answered.
     pub unanswered: usize,
-    /// Bytes received and not consumed: an unfinished frame, or frames that may not be taken yet.
+    /// Received bytes that are not consumed: an unfinished frame, or frames that may not be taken yet.
     pub input: Vec<u8>,
-    /// Bytes of the tail that the worker has counted, those that may not be taken yet among them.
+    /// The bytes of `input` that the worker has counted, including those that may not be taken yet.
     pub accounted_bytes: usize,
-    /// Bytes of answers that its client has not taken, as the worker has counted them.
+    /// The bytes of untaken answers that the worker has counted.
     pub counted_unsent: usize,
-    /// What is dropped of what it sends next.
+    /// Input to be dropped.
     pub discarding: Option<Discard>,
-    /// Answers of calls without an id, from number `first` on; `None` is still to come. The front
-    /// one is `None`, or there is none.
+    /// The answers of calls without an id, from number `first` on; `None` is not done yet. The first
+    /// element is `None` if there is one.
     waiting: VecDeque<Option<(Vec<u8>, CallRef)>>,
     first: u64,
-    /// Bytes in `waiting` and in the answers of batches.
+    /// The bytes in `waiting` and in the answers of batches.
     queued_bytes: usize,
-    /// The weight of the calls that wait or run.
+    /// The bytes that count for waiting and running calls.
     pub pending: usize,
-    /// Some of what is unanswered is not in the ledger.
+    /// The journal does not have all its unanswered calls.
     pub has_unlogged_calls: bool,
-    /// What the ledger says of it.
+    /// The flags that the journal has.
     pub recorded_flags: u32,
-    /// Nothing was received yet: the first bytes may have waited long, while nobody accepted.
+    /// Nothing was received yet. The first bytes may have waited long before the accept.
     pub is_first_read: bool,
+    /// When it came here, in milliseconds, as long as it never had a call: `UnusedConnections` keeps it.
+    pub unused_since_ms: Option<u64>,
     /// When it last received or was sent something, in milliseconds.
     pub active_ms: u64,
-    /// When it came here for the sake of evenness, in milliseconds; 0: it did not.
+    /// When it was moved here by rebalancing, in milliseconds; 0 if it was not.
     pub rebalanced_ms: u64,
-    /// The armed deadlines, 0 for none: `Timers::arm` keeps them.
+    /// The armed deadlines, 0 for none; kept by `Timers::arm`.
     pub read_deadline: u64,
     /// See `read_deadline`.
     pub write_deadline: u64,
-    /// See `read_deadline`; idle before closing, lingering after.
+    /// See `read_deadline`; for idleness before closing, and for lingering afterwards.
     pub quiet_deadline: u64,
 }
 
 impl Connection {
-    /// A fresh one.
+    /// Creates a new connection.
     pub fn new(token: Token, peer: Option<SocketAddr>, source: Source, now_ms: u64) -> Self {
         Connection {
             token,
             peer,
             source,
+            source_key: 0,
             needs_http_path: false,
             phase: ConnectionPhase::Open,
+            end: ConnectionEnd::Closed(CloseReason::Client),
             peer_closed: false,
             peer_gone: false,
             is_read_paused: false,
@@ -173,6 +187,7 @@ impl Connection {
             has_unlogged_calls: false,
             recorded_flags: 0,
             is_first_read: true,
+            unused_since_ms: None,
             active_ms: now_ms,
             rebalanced_ms: 0,
             read_deadline: 0,
@@ -181,12 +196,12 @@ impl Connection {
         }
     }
 
-    /// Whether an answer to a call of this form would reach nobody. A notification has none.
+    /// Returns whether an answer to a call of this form would not be sent. A notification has none.
     pub fn drops_answer(&self, form: Form) -> bool {
         self.peer_gone && form != Form::Notification
     }
 
-    /// Whether another call may be taken, with `unsent` bytes of answers on their way.
+    /// Returns whether another call may be taken while `unsent` bytes of answers are unsent.
     pub fn takes_calls(&self, pipeline: usize, unsent: usize) -> bool {
         self.phase == ConnectionPhase::Open
             && self.untaken_members.is_none()
@@ -195,12 +210,12 @@ impl Connection {
             && self.queued_bytes + unsent < HIGH_WATER
     }
 
-    /// Bytes of answers that stand in the way of one more at `place`, with `unsent` bytes on their
-    /// way. None where it is the one that those held back wait for.
+    /// Returns the bytes of answers that delay one more answer at `place`, with `unsent` bytes unsent.
+    /// Returns 0 if the other answers wait for this one.
     pub fn backlog(&self, place: AnswerPosition, unsent: usize) -> usize {
         match place {
             AnswerPosition::InOrder(_) if self.is_next(place) => unsent,
-            // What the others of its batch have answered waits for it, and not the other way round.
+            // The other answers of its batch wait for it, and not the other way round.
             AnswerPosition::Member(key) => {
                 let batch = &self.batches[key];
                 if self.is_next(batch.reply.place) {
@@ -213,27 +228,32 @@ impl Connection {
         }
     }
 
-    /// Bytes of answers that wait for others.
+    /// Returns the bytes of answers that wait for others.
     pub fn queued_bytes(&self) -> usize {
         self.queued_bytes
     }
 
-    /// Whether answers wait for their turn.
+    /// Returns whether answers wait for their turn.
     pub fn holds(&self) -> bool {
         self.queued_bytes > 0
     }
 
-    /// Nothing is read, running or waiting: it can be closed without losing anything.
+    /// Records why it is closed.
+    pub fn ends_by(&mut self, reason: CloseReason) {
+        self.end = ConnectionEnd::Closed(reason);
+    }
+
+    /// Returns whether nothing is unread, running or waiting, so that it can be closed without a loss.
     pub fn is_quiescent(&self) -> bool {
         self.unanswered == 0 && !self.has_partial_input()
     }
 
-    /// Whether something has come of a call that is not taken, and may not be whole.
+    /// Returns whether it has received part of a call that is not taken yet.
     pub fn has_partial_input(&self) -> bool {
         !self.input.is_empty() || self.discarding.is_some()
     }
 
-    /// Drops what is to be dropped of `input`; returns how many bytes of it.
+    /// Drops the part of `input` that must be dropped. Returns its length in bytes.
     pub fn skip(&mut self, input: &[u8]) -> usize {
         let (dropped, left) = match self.discarding {
             None => (0, None),
@@ -250,7 +270,7 @@ impl Connection {
         dropped
     }
 
-    /// Takes a call; `with_id` tells whether it may be answered out of order.
+    /// Takes a call. `with_id` says whether it may be answered out of order.
     pub fn take(&mut self, with_id: bool) -> AnswerPosition {
         self.unanswered += 1;
         if with_id {
@@ -261,7 +281,7 @@ impl Connection {
         AnswerPosition::InOrder(number)
     }
 
-    /// Whether an answer at `place` can be written straight to the output.
+    /// Returns whether an answer at `place` can be written to the output now.
     pub fn is_next(&self, place: AnswerPosition) -> bool {
         match place {
             AnswerPosition::Anywhere | AnswerPosition::Member(_) => true,
@@ -269,7 +289,7 @@ impl Connection {
         }
     }
 
-    /// Whether nothing that is taken is to be answered behind `place`.
+    /// Returns whether no taken call is answered after `place`.
     pub fn is_last(&self, place: AnswerPosition) -> bool {
         match place {
             AnswerPosition::InOrder(number) => number + 1 == self.first + self.waiting.len() as u64,
@@ -277,7 +297,7 @@ impl Connection {
         }
     }
 
-    /// Begins a batch of so many calls; each is to be answered as a member of the key returned.
+    /// Begins a batch of `left` calls. Each is answered as a member of the returned key.
     pub fn begin_batch(&mut self, reply: PendingAnswer, left: usize) -> usize {
         self.batches.insert(Batch {
             reply,
@@ -287,12 +307,12 @@ impl Connection {
         })
     }
 
-    /// Whether no answer can be added to the batch with this place.
+    /// Returns whether no answer can be added to the batch at this position.
     pub fn is_batch_full(&self, place: AnswerPosition) -> bool {
         matches!(place, AnswerPosition::Member(key) if self.batches[key].is_full)
     }
 
-    /// Remembers that. Returns whether it is new, and the batch is not answered yet.
+    /// Records that it is full. Returns whether that is new and the batch is not answered yet.
     pub fn set_batch_full(&mut self, place: AnswerPosition) -> bool {
         let AnswerPosition::Member(key) = place else {
             return false;
@@ -301,8 +321,8 @@ impl Connection {
         batch.is_some_and(|batch| !mem::replace(&mut batch.is_full, true))
     }
 
-    /// One call of a batch is answered, by what `write` appends to the answers of the others.
-    /// Returns the batch when it was the last one.
+    /// Answers one call of a batch: `write` appends its answer. Returns the batch if it was the last
+    /// call.
     pub fn member(&mut self, key: usize, write: impl FnOnce(&mut Vec<u8>)) -> Option<Batch> {
         let batch = &mut self.batches[key];
         self.queued_bytes -= batch.out.len();
@@ -319,8 +339,8 @@ impl Connection {
         Some(batch)
     }
 
-    /// An answer that was next has been written to `out`; those that waited for it follow, and
-    /// `follows` is told of each.
+    /// An answer that was next has been written to `out`. Appends those that waited for it, and calls
+    /// `follows` for each.
     pub fn answered(
         &mut self,
         place: AnswerPosition,
@@ -347,7 +367,7 @@ impl Connection {
         }
     }
 
-    /// Keeps an answer until those before it are there.
+    /// Keeps an answer until those before it are done.
     pub fn queue_answer(&mut self, place: AnswerPosition, answer: Vec<u8>, mark: CallRef) {
         let AnswerPosition::InOrder(number) = place else {
             unreachable!("only answers in order wait for others");
@@ -357,37 +377,37 @@ impl Connection {
         self.waiting[index] = Some((answer, mark));
     }
 
-    /// The calls whose answers are held back, and the batches: whatever is unanswered and neither
-    /// waits for a thread nor runs on one.
+    /// Returns the calls whose answers are held back, and the batches: everything that is unanswered and
+    /// neither waits for a thread nor runs.
     pub fn marks(&self) -> impl Iterator<Item = CallRef> {
         let held = self.waiting.iter().flatten().map(|(_, mark)| *mark);
         held.chain(self.batches.iter().map(|(_, batch)| batch.reply.mark))
     }
 
-    /// Keeps what was received and not consumed.
+    /// Keeps received bytes that are not consumed.
     ///
     /// # Errors
-    /// When there is no memory for it; then nothing of it is kept.
+    /// If there is no memory; then none of them are kept.
     pub fn keep(&mut self, rest: &[u8]) -> Result<(), TryReserveError> {
         self.input.try_reserve(rest.len())?;
         self.input.extend_from_slice(rest);
         Ok(())
     }
 
-    /// Drops what was consumed of the tail, and its memory when that was all.
+    /// Drops consumed bytes of the input, and its memory if nothing is left.
     pub fn consume(&mut self, length: usize) {
         if length == self.input.len() {
             self.input = Vec::new();
         } else if length > 0 {
             self.input.drain(..length);
-            // A large frame has passed: what follows it need not keep its room.
+            // After a large frame, the following input does not need that much memory.
             if self.input.len() < self.input.capacity() / 8 {
                 self.input.shrink_to_fit();
             }
         }
     }
 
-    /// Takes the tail out, to be consumed; what is left of it has to be put back.
+    /// Takes the input out to be consumed. Put the rest back afterwards.
     pub fn take_tail(&mut self) -> Vec<u8> {
         mem::take(&mut self.input)
     }

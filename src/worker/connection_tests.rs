@@ -7,7 +7,7 @@ fn connection() -> Connection {
     Connection::new(Token::for_test(1), None, Source::Unknown, 0)
 }
 
-/// Answers as the worker does: straight out when it is next, else held.
+/// Answers as the worker does: writes the answer if it is next, otherwise keeps it.
 fn answer(connection: &mut Connection, place: AnswerPosition, byte: u8, out: &mut Vec<u8>) {
     if connection.is_next(place) {
         out.push(byte);
@@ -54,7 +54,7 @@ fn no_more_calls_than_the_pipeline_are_taken() {
 
 proptest! {
     #[test]
-    fn whatever_order_answers_come_in_they_leave_in_the_order_of_the_calls(
+    fn answers_are_sent_in_the_order_of_the_calls(
         order in Just((0..40_u8).collect::<Vec<_>>()).prop_shuffle()
     ) {
         let mut connection = connection();

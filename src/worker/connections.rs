@@ -1,8 +1,7 @@
-//! What a connection's bytes, its end and its answers lead to: calls taken, answers sent, the end.
+//! Handles the events of connections: takes calls from their bytes, sends answers, and ends them.
 //!
-//! Everything that changes a connection ends in `pump`, which sends what was answered, takes
-//! what may be taken, and sets reading and deadlines anew. What fails on one connection ends it and
-//! no other.
+//! Each change of a connection ends in `pump`. It sends answers, takes the calls that may be taken, and
+//! sets reading and deadlines again. A failure of one connection ends only that connection.
 
 use std::mem;
 
@@ -10,17 +9,16 @@ use super::call_dispatcher::millis;
 use super::call_errors::{caller_gone, too_late};
 use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
-use super::input_parser::PROXY_PROTOCOL;
 use super::peer_calls;
 use super::rebalance::is_transferable;
 use super::timers::TimerTarget;
-use crate::protocol::detect;
+use crate::link::metrics_board::layout::CloseReason;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
-/// Who has sent or was sent something within this time may have an answer unread or a call on its way.
+/// A client that sent or received bytes within this time may have an unread answer or a call in transit.
 const ACTIVE_MS: u64 = 1000;
-/// How long the peer of a connection that we have ended may take to end it too (section 3).
+/// How long the peer may take to close a connection that we have ended.
 const LINGER_MS: u64 = 2000;
 
 impl EventLoop {
@@ -35,39 +33,52 @@ impl EventLoop {
         connection.active_ms = self.service.now_ms;
         if mem::take(&mut connection.is_first_read) {
             let socket = reactor.descriptor(token);
-            self.service.waited(socket.map_or(0, socket::waited_ms));
+            let wait_ms = socket.map_or(0, socket::waited_ms);
+            self.service.waited(wait_ms);
+            if connection.peer.is_some() {
+                self.service.counts.add_accept_wait(wait_ms);
+            }
         }
-        let is_proxy = connection.dialect.is_none() && detect::is_proxy_protocol(bytes);
         let peer = connection.peer;
         self.service.ledger.opens();
         let dropped = connection.skip(bytes);
+        let uncounted = connection
+            .dialect
+            .is_none()
+            .then_some(connection.input.len());
         let used = if dropped == 0 && connection.input.is_empty() {
             self.service.read_requests(connection, bytes, unsent)
         } else {
             dropped
         };
+        if connection.dialect.is_some() {
+            let length = bytes.len() + uncounted.unwrap_or(0);
+            self.service.counts.add_received(connection.dialect, length);
+        }
         let kept = connection.keep(&bytes[used..]);
         self.service.ledger.closes(connection, bytes.len());
         if let Err(error) = kept {
-            let text = format!("a connection ends, for nothing more can be kept of it: {error}");
+            let text = format!(
+                "a connection is closed, because there is no memory for its input: {error}"
+            );
             self.warn_limited(WarningKind::Unfinished, &text);
             self.service.accept_wait_ms = 0;
-            // What was answered meanwhile goes, or would go to somebody else.
+            // Send the collected answers now, or they would go to another connection.
             reactor.send(token, &mut self.service.out);
             self.service.ledger.sent();
-            return self.close(reactor, token);
+            return self.close_for(reactor, token, CloseReason::Limit);
         }
         let whole = used > dropped || dropped > 0 && connection.discarding.is_none();
         self.pump(reactor, token, whole);
         self.service.accept_wait_ms = 0;
-        if is_proxy {
+        if let Some(text) = self.service.met_protocol.take() {
             let peer = peer.map_or("unix".to_owned(), |peer| peer.to_string());
-            self.warn_limited(WarningKind::Proxy, &format!("{PROXY_PROTOCOL} peer={peer}"));
+            self.warn_limited(WarningKind::Protocol, &format!("{text} peer={peer}"));
         }
     }
 
-    /// Sends what was answered, takes what may be taken now, and sets what follows from it:
-    /// reading, deadlines, the end. `whole` tells that a frame was taken just before.
+    /// Sends answers, takes the calls that may be taken now, and sets reading, deadlines and the end.
+    /// `whole` says that a call was taken just before.
     pub(super) fn pump(&mut self, reactor: &mut Reactor, token: Token, mut whole: bool) {
         let Some(connection) = find(&mut self.connections, token) else {
             self.service.ledger.sent();
@@ -78,6 +89,9 @@ impl EventLoop {
         loop {
             if !service.out.is_empty() {
                 connection.active_ms = service.now_ms;
+                let counts = &mut service.counts;
+                counts.add_sent(connection.dialect, service.out.len());
+                counts.flush_if_late();
             }
             reactor.send(token, &mut service.out);
             service.ledger.sent();
@@ -99,8 +113,8 @@ impl EventLoop {
             whole |= used > 0;
             if used == 0 && service.out.is_empty() {
                 service.update_unfinished_total(connection);
-                // While others of its calls are under way, it is read no further instead; and one that is to be
-                // handed over is.
+                // If other calls of it are in flight or it is to be handed over, it is not refused: only
+                // reading stops.
                 let goes_elsewhere = self.drain.is_handing_off();
                 let stays = !service.has_no_room_for(connection);
                 if stays || goes_elsewhere || connection.unanswered > 0 {
@@ -118,7 +132,7 @@ impl EventLoop {
             connection.input = Vec::new();
         }
         service.update_unfinished_total(connection);
-        // While the reactor still lends what it has received: what is kept of it is lost with us.
+        // Do this while the reactor still lends its buffer: the kept bytes are lost with this process.
         service.ledger.update_flags(connection);
         let unsent = reactor.unsent(token);
         let may_rest = self.drain.is_handing_off() && service.is_soon_quiescent(connection, unsent);
@@ -128,7 +142,7 @@ impl EventLoop {
         let takes_no_more = may_rest
             || !service.may_take(connection, unsent)
             || connection.unanswered > 0 && service.has_no_room_for(connection);
-        // What is to be dropped is no call.
+        // Input to be dropped is no call.
         connection.is_read_paused = connection.phase == ConnectionPhase::Open
             && connection.discarding.is_none()
             && takes_no_more;
@@ -141,7 +155,7 @@ impl EventLoop {
             service.calls.unpark(token);
         }
         if service.out.capacity() > 4 * HIGH_WATER {
-            // One large answer need not keep its room for as long as the worker lives.
+            // One large answer must not keep its memory for the life of the worker.
             service.out = Vec::new();
         }
         let now = service.now_ms;
@@ -149,7 +163,7 @@ impl EventLoop {
         let waits = connection.http.as_ref().is_some_and(|it| it.waits(sent));
         let holds_back = connection.is_read_paused || waits && connection.unanswered > 0;
         if !connection.has_partial_input() || holds_back || connection.peer_closed {
-            // While we hold the peer back, the time it takes is ours.
+            // While we do not read, the delay is not the fault of the client.
             service
                 .timers
                 .disarm(&mut connection.read_deadline, TimerTarget::Read(token));
@@ -158,8 +172,8 @@ impl EventLoop {
             service
                 .timers
                 .arm(&mut connection.read_deadline, at, TimerTarget::Read(token));
-            // The beginning of a call. A client with Nagle's algorithm sends the rest when this is
-            // acknowledged, and the kernel delays that by 40 ms because it hopes for an answer to go with it.
+            // The beginning of a call. A client with Nagle's algorithm sends the rest after an
+            // acknowledgement, which the kernel delays by 40 ms to send it with an answer.
             if connection.peer.is_some()
                 && let Some(socket) = reactor.descriptor(token)
             {
@@ -194,7 +208,7 @@ impl EventLoop {
         }
     }
 
-    /// Whether a connection has an unfinished call, and nothing else, in its input.
+    /// Returns whether the input of a connection is only an unfinished call.
     fn may_be_refused(&mut self, token: Token) -> bool {
         let connection = find(&mut self.connections, token);
         connection.is_some_and(|connection| {
@@ -215,42 +229,19 @@ impl EventLoop {
     fn warn_refused_unfinished(&mut self) {
         self.warn_limited(
             WarningKind::Unfinished,
-            "a client's unfinished call is refused: those of this worker have as much as \
-             limits.unfinished allows, and this client has the most",
+            "a client's unfinished call is refused: the unfinished calls of this worker have reached \
+             limits.unfinished, and this client has the most",
         );
     }
 
-    /// Closes the connections with the most untaken answers until those of the worker are below twice
-    /// their limit: of the source that has the most. Each search of all closes one of them, so calls do not pay
-    /// for it.
-    #[cold]
-    fn close_most_unsent(&mut self, reactor: &mut Reactor) {
-        while self.service.unsent.is_exceeded() {
-            let Some(token) = self.service.unsent.shares.heaviest() else {
-                return;
-            };
-            let Some(most) = find(&mut self.connections, token) else {
-                return;
-            };
-            let (token, bytes) = (most.token, most.counted_unsent);
-            let peer = (most.peer).map_or("unix".to_owned(), |peer| peer.to_string());
-            let text = format!(
-                "answers that clients have not taken reach twice limits.unfinished: the connection with \
-                 the most is closed; its client must read sooner, or raise limits.unfinished peer={peer} \
-                 bytes={bytes}"
-            );
-            self.warn_limited(WarningKind::Unsent, &text);
-            self.close(reactor, token);
-        }
-    }
-
-    /// Everything read is answered and sent: ends the connection if it is to end.
+    /// Everything taken is answered and sent: ends the connection if it must end.
     fn finish_if_idle(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
         let open = connection.phase == ConnectionPhase::Open;
-        // A tail that could not be taken any more may hold calls: whoever adopts it answers them.
+        // Input that could not be taken any more may contain calls. The worker that adopts the connection
+        // answers them.
         let has_more = !connection.peer_closed || !connection.input.is_empty();
         if open && self.drain.is_handing_off() && has_more {
             return self.give(reactor, token);
@@ -266,8 +257,8 @@ impl EventLoop {
             return self.close(reactor, token);
         }
         if connection.phase == ConnectionPhase::Closing {
-            // Closing at once would reset the connection if something more arrived, and a reset
-            // takes along the answer that the client has not read yet.
+            // If more bytes arrived after an immediate close, the kernel would reset the connection, and
+            // the client could lose an answer that it has not read.
             connection.phase = ConnectionPhase::Lingering;
             self.service.ledger.update_flags(connection);
             reactor.shutdown(token);
@@ -280,12 +271,18 @@ impl EventLoop {
         }
     }
 
-    /// Closes a connection on which all is answered and sent: with care, unless it has been silent for
-    /// so long that its client must have read what there was.
-    pub(super) fn close_quiescent(&mut self, reactor: &mut Reactor, token: Token) {
+    /// Closes a connection on which everything is answered and sent. It lingers, unless it has been
+    /// silent for so long that its client must have read everything.
+    pub(super) fn close_quiescent(
+        &mut self,
+        reactor: &mut Reactor,
+        token: Token,
+        reason: CloseReason,
+    ) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
+        connection.ends_by(reason);
         if self.service.now_ms.saturating_sub(connection.active_ms) > ACTIVE_MS {
             return self.close(reactor, token);
         }
@@ -305,7 +302,7 @@ impl EventLoop {
     }
 
     /// The peer has closed the connection. Calls that expect an answer are cancelled, because no answer
-    /// reaches it. Notifications run, also those that are not read yet.
+    /// reaches it. Notifications run, including those that are not read yet.
     pub(super) fn on_hang_up(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
@@ -320,13 +317,19 @@ impl EventLoop {
         for key in cancelled {
             if let Some(ended) = service.give_up(key) {
                 let error = caller_gone(ended.begun);
-                service.answer(connection, &ended, Err(error), None);
+                service.answer(connection, &ended, (Err(error), None), None);
             }
         }
         self.pump(reactor, token, false);
     }
 
-    /// Closes a connection; whatever its calls answer is for nobody.
+    /// Closes a connection for a reason that is not its client's.
+    pub(super) fn close_for(&mut self, reactor: &mut Reactor, token: Token, reason: CloseReason) {
+        self.forget(token, |connection| connection.ends_by(reason));
+        self.close(reactor, token);
+    }
+
+    /// Closes a connection. The answers of its calls are dropped.
     pub(super) fn close(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(slot) = self.connections.get_mut(token.index()) else {
             return;
@@ -334,6 +337,7 @@ impl EventLoop {
         let Some(mut connection) = slot.take_if(|connection| connection.token == token) else {
             return;
         };
+        self.service.counts.count_end(connection.end);
         let timers = &mut self.service.timers;
         timers.disarm(&mut connection.read_deadline, TimerTarget::Read(token));
         timers.disarm(&mut connection.write_deadline, TimerTarget::Write(token));
@@ -348,6 +352,9 @@ impl EventLoop {
         shares.remove(owner, connection.accounted_bytes);
         let unsent = &mut self.service.unsent;
         unsent.update(owner, &mut connection.counted_unsent, 0);
+        self.before_closing(reactor, token);
+        self.service.unused.remove(&mut connection);
+        (self.service.source_limits).release(connection.source_key);
         reactor.close(token);
         self.service.calls.unpark(token);
         if connection.unanswered > 0 {
@@ -355,6 +362,9 @@ impl EventLoop {
             for key in calls {
                 if let Some(ended) = self.service.give_up(key) {
                     self.service.ledger.forget(ended.reply.mark);
+                    self.service
+                        .counts
+                        .count_unanswered(&ended, &caller_gone(ended.begun));
                 }
             }
             for mark in connection.marks() {
@@ -367,7 +377,7 @@ impl EventLoop {
         }
     }
 
-    /// Takes the next calls of the first batch that was too long for one turn of the loop, which serves the
+    /// Takes the next calls of the first batch that was too long for one turn of the loop, which serves
     /// other connections in between.
     pub(super) fn resume_batch(&mut self, reactor: &mut Reactor) {
         let Some(token) = self.service.untaken_batches.pop_front() else {
@@ -379,13 +389,20 @@ impl EventLoop {
         }
     }
 
-    /// Answers what the threads have done: one write for each connection.
+    /// Answers the finished calls: one write for each connection.
     pub(super) fn on_results(&mut self, reactor: &mut Reactor) {
         let mut done = mem::take(&mut self.service.answered_elsewhere);
         done.extend(self.service.threads.take_done());
+        if !done.is_empty() {
+            self.service.counts.read_clock();
+        }
         let mut done: Vec<_> = done
             .into_iter()
             .filter_map(|done| {
+                let call = self.service.calls.get(done.key);
+                if let Some(call) = call.filter(|_| !done.cpu.is_zero()) {
+                    self.service.counts.add_command_cpu(call.method, done.cpu);
+                }
                 let mut ended = self.service.calls.done(&done)?;
                 let target = TimerTarget::Call(done.key);
                 self.service.timers.disarm(&mut ended.timer, target);
@@ -393,12 +410,12 @@ impl EventLoop {
                 Some((ended, outcome, (done.out, done.took)))
             })
             .collect();
-        // Stable: answers of one connection stay in the order in which they were done.
+        // The sort is stable: answers of one connection stay in the order in which they were done.
         done.sort_by_key(|(ended, _, _)| ended.token);
         let mut done = done.into_iter().peekable();
         while let Some((ended, outcome, (out, took))) = done.next() {
             let token = ended.token;
-            // What ran elsewhere is cleared there, if it did not end its process.
+            // The other process clears the suspicion, if the call did not end it.
             if ended.sent_to.is_none() && ended.begun {
                 self.service.acquit(ended.reply.mark);
             }
@@ -408,12 +425,16 @@ impl EventLoop {
                 continue;
             }
             if let Some(connection) = find(&mut self.connections, token) {
+                let outcome = (outcome, Some(took));
                 self.service
                     .answer(connection, &ended, outcome, out.as_deref());
             } else {
-                // Its connection was closed in this loop, at twice limits.unfinished. `close` did not find
-                // the call, because it is not in the table any more.
+                // Its connection was closed in this loop, at twice limits.unfinished. `close` did not
+                // find the call, because it is no longer in the table.
                 self.service.ledger.forget(ended.reply.mark);
+                self.service
+                    .counts
+                    .count_unanswered(&ended, &caller_gone(ended.begun));
             }
             if done.peek().is_none_or(|(next, _, _)| next.token != token) {
                 self.pump(reactor, token, false);

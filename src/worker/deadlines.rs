@@ -1,13 +1,14 @@
-//! What a worker does when time is over: for a frame, a reader, an idle peer, a call.
+//! Handles deadlines that have passed: of a frame, a slow reader, an idle peer, a call.
 
 use std::time::Duration;
 
-use super::call_dispatcher::millis;
+use super::accepting::idle_ms;
 use super::call_errors::too_late;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
 use super::timers::{CallKey, TimerTarget};
+use crate::link::metrics_board::layout::CloseReason;
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::rpc_error::RpcError;
@@ -26,7 +27,7 @@ impl EventLoop {
                             "a client did not finish its frame, line or request within \
                              limits.read-timeout",
                         );
-                        self.close(reactor, token);
+                        self.close_for(reactor, token, CloseReason::ReadTimeout);
                     }
                 }
                 TimerTarget::Write(token) => {
@@ -35,7 +36,7 @@ impl EventLoop {
                         "a client took none of its answers within limits.write-timeout",
                     );
                     self.forget(token, |connection| connection.write_deadline = 0);
-                    self.close(reactor, token);
+                    self.close_for(reactor, token, CloseReason::WriteTimeout);
                 }
                 TimerTarget::Idle(token) => self.idle(reactor, token),
                 TimerTarget::Linger(token) => {
@@ -48,20 +49,23 @@ impl EventLoop {
                     self.retry_handoffs(reactor);
                 }
                 TimerTarget::Spread => self.end_spreading(reactor),
-                TimerTarget::Silent => {
-                    self.silent.deadline = 0;
+                TimerTarget::Unused => {
+                    self.service.unused.deadline = 0;
                     self.make_room(reactor);
                 }
+                TimerTarget::Refused => self.serve_refused(),
                 TimerTarget::Listen => {
                     self.listen_deadline = 0;
                     self.resume_listening(reactor);
+                    // Before it may leave again: the others may be stopped.
+                    reactor.try_accept(self);
                 }
             }
         }
     }
 
-    /// Fewer than four bytes have come: a line that is so short is answered now. Tells whether
-    /// anything was.
+    /// Fewer than four bytes were received: answers a line that is this short now. Returns whether it
+    /// answered any.
     fn answer_short_line(&mut self, reactor: &mut Reactor, token: Token) -> bool {
         let Some(connection) = find(&mut self.connections, token) else {
             return true;
@@ -71,12 +75,12 @@ impl EventLoop {
             return false;
         }
         connection.dialect = Some(Dialect::Line);
-        let before = self.service.read;
+        let before = self.service.last_call;
         self.pump(reactor, token, false);
-        self.service.read > before
+        self.service.last_call > before
     }
 
-    /// A deadline that has passed is not armed any more.
+    /// Clears a deadline that has passed.
     pub(super) fn forget(&mut self, token: Token, clear: impl FnOnce(&mut Connection)) {
         if let Some(connection) = find(&mut self.connections, token) {
             clear(connection);
@@ -88,7 +92,7 @@ impl EventLoop {
             return;
         };
         connection.quiet_deadline = 0;
-        // A call may have come that was not read yet: in a drain, or where a turn had no end.
+        // A call may have arrived that is not read yet, in a drain or after a very long turn.
         let socket = reactor.descriptor(token);
         let is_at_rest = connection.is_quiescent()
             && reactor.unsent(token) == 0
@@ -97,13 +101,16 @@ impl EventLoop {
             true => connection.active_ms,
             false => self.service.now_ms,
         };
-        let at = since + millis(self.service.limits.idle_timeout);
+        let Some(idle_ms) = idle_ms(&self.service, connection) else {
+            return;
+        };
+        let at = since + idle_ms;
         if at > self.service.now_ms {
-            // Armed once and looked at when it is due: a busy connection pays nothing for it.
+            // It is armed once and checked when it is due, so a busy connection pays nothing for it.
             let armed = &mut connection.quiet_deadline;
             return self.service.timers.arm(armed, at, TimerTarget::Idle(token));
         }
-        self.close_quiescent(reactor, token);
+        self.close_quiescent(reactor, token, CloseReason::Idle);
     }
 
     pub(super) fn on_call_timeout(&mut self, reactor: &mut Reactor, key: CallKey) {
@@ -111,16 +118,16 @@ impl EventLoop {
             call.timer = 0;
         }
         self.service.calls.runs_out(key, self.service.now_ms);
-        let text = "its time was over before it was done";
+        let text = "its deadline passed before it was done";
         self.abort_call(reactor, key, Code::Timeout, text);
     }
 
-    /// A call that waits could not be done in time any more.
+    /// Answers a waiting call that cannot meet its deadline any more.
     pub(super) fn reject_late_call(&mut self, reactor: &mut Reactor, key: CallKey) {
         self.abort_call(reactor, key, Code::Timeout, &too_late().message);
     }
 
-    /// Answers a call with an error, whether it waits or runs.
+    /// Answers a waiting or running call with an error.
     pub(super) fn abort_call(
         &mut self,
         reactor: &mut Reactor,
@@ -137,7 +144,8 @@ impl EventLoop {
         }
         if let Some(connection) = find(&mut self.connections, ended.token) {
             let error = RpcError::of(code, text, ended.begun);
-            self.service.answer(connection, &ended, Err(error), None);
+            let outcome = (Err(error), None);
+            self.service.answer(connection, &ended, outcome, None);
             self.pump(reactor, ended.token, false);
         }
     }

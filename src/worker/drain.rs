@@ -1,23 +1,25 @@
-//! How a worker leaves: pure, it is told the time and what is left, and says what to do.
+//! Decides how a worker drains and stops. Pure: it gets the time and the remaining work, and returns the
+//! next step.
 //!
-//! Draining, after a reload or a retirement: nothing new is accepted, the connections it has are
-//! handed over as they come to rest. What runs briefly lets its connection rest before more is taken
-//! from it, what takes longer holds nobody up; after half of the time none is read any more, so that
-//! all come to rest.
-//! Stopping: no further call begins, a connection is closed as soon as it rests. Both end with answers
-//! for whoever still waits.
+//! - Draining, after a reload or a retirement: the worker accepts nothing new and hands its connections
+//!   over when they become quiescent. If only short calls are in flight, it stops reading for a short
+//!   time, so that the connection becomes quiescent. Longer calls do not delay later ones. After half of
+//!   the time it reads from no connection, so that all become quiescent.
+//! - Stopping: no further call begins, and a quiescent connection is closed at once.
+//!
+//! At the end of both, the remaining calls are answered with an error.
 
-/// After a stop, how long a client may take to finish a frame that it has begun.
+/// The time in milliseconds after a stop in which a client may finish a frame that it has begun.
 const PARTIAL_MS: u64 = 1000;
-/// Between two looks for connections that have come to rest, or that take too long to.
+/// The time between two checks for connections that are quiescent, or that take too long.
 const LOOK_MS: u64 = 25;
-/// The master's last word comes when it takes the time to be over; the order may have come so much
-/// later than it was given.
+/// The master orders the end when it finds that the time has passed. The first order may have arrived
+/// this much later than it was sent.
 const LAST_WORD_MS: u64 = 1000;
-/// What a worker has left to drain in when it was paused until its time was over; the master, paused
-/// with it, waits a little longer (`GRACE_AFTER_PAUSE`).
+/// The time that remains for a drain if the worker was paused until its time had passed. The master,
+/// which was paused too, waits a little longer (`GRACE_AFTER_PAUSE`).
 const GRACE_AFTER_PAUSE_MS: u64 = 800;
-/// At the end, how long the last answers may take to leave.
+/// The time for sending the last answers at the end.
 const FLUSH_MS: u64 = 150;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -25,35 +27,34 @@ enum Mode {
     #[default]
     Serving,
     Draining,
-    /// Draining, and nothing more is taken from any connection.
+    /// Draining; nothing more is taken from any connection.
     Quiet,
     Stopping,
-    /// The time is over and all was given up.
+    /// The time has passed and all calls were given up.
     Flushing,
     Leaving,
 }
 
-/// What to do next.
+/// The next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DrainStep {
-    /// Go on.
+    /// Continue.
     Serve,
-    /// Look again which connections are to come to rest before more is taken from them.
+    /// Check again which connections must become quiescent before more is taken from them.
     ReadOn,
     /// Take nothing more from any connection.
     Quieten,
-    /// Close the connections that rest; `partial`: also those in the middle of a frame.
+    /// Close the quiescent connections; with `partial` also those with an unfinished frame.
     CloseResting {
-        /// Whether an unfinished frame is no reason to wait any more.
+        /// Whether unfinished frames are ignored.
         partial: bool,
     },
-    /// Answer every call that is left with `stopping`.
+    /// Answer every remaining call with `stopping`.
     GiveUp,
-    /// End the process.
     Leave,
 }
 
-/// Where a worker stands between serving and leaving.
+/// The state of a worker between serving and its exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Drain {
     mode: Mode,
@@ -61,22 +62,27 @@ pub struct Drain {
     quiet_ms: u64,
     until_ms: u64,
     next_look_ms: u64,
-    /// No time is added any more: some was, or the master has said its last word.
+    /// The time is not extended any more: it was extended once, or the master ordered the end.
     is_final: bool,
 }
 
 impl Drain {
-    /// Whether new connections are accepted.
+    /// Returns whether new connections are accepted.
     pub fn is_serving(&self) -> bool {
         self.mode == Mode::Serving
     }
 
-    /// Whether connections that rest go to the siblings.
+    /// Returns whether quiescent connections go to the siblings.
     pub fn is_handing_off(&self) -> bool {
         matches!(self.mode, Mode::Draining | Mode::Quiet)
     }
 
-    /// Serves what there is, from `now_ms` until `until_ms`.
+    /// Returns when the drain or stop is over.
+    pub fn until_ms(&self) -> u64 {
+        self.until_ms
+    }
+
+    /// Drains from `now_ms` until `until_ms`.
     pub fn drain(&mut self, now_ms: u64, until_ms: u64) {
         if self.mode == Mode::Serving {
             self.mode = Mode::Draining;
@@ -86,13 +92,13 @@ impl Drain {
         }
     }
 
-    /// A connection is read no further, so that it comes to rest, and is to be looked at again should it
-    /// take too long to.
+    /// A connection is not read, so that it becomes quiescent. Schedules a check in case it takes too
+    /// long.
     pub fn look_again(&mut self, now_ms: u64) {
         self.next_look_ms = self.next_look_ms.min(now_ms + LOOK_MS);
     }
 
-    /// Ends what there is by `until_ms`, or by what an earlier drain has said if that is sooner.
+    /// Stops by `until_ms`, or by the end of an earlier drain if that is sooner.
     pub fn stop(&mut self, until_ms: u64) {
         match self.mode {
             Mode::Serving => self.until_ms = until_ms,
@@ -104,20 +110,20 @@ impl Drain {
         self.next_look_ms = 0;
     }
 
-    /// The master's last word, when the time is over: whoever waits is told, and that is all. One
-    /// that comes far earlier asks for what is under way already, and may have crossed the order.
+    /// Handles the master's order to end now: the remaining calls are answered with an error. An order
+    /// that arrives much earlier asks for the drain in progress, and may have crossed the first order.
     pub fn expire_now(&mut self, now_ms: u64) {
-        // Whoever waits is told already, and what they are told is on its way.
-        let told = self.mode == Mode::Flushing;
-        if told || self.until_ms > now_ms + LAST_WORD_MS {
+        // The remaining calls are already answered, and the answers are being sent.
+        let is_flushing = self.mode == Mode::Flushing;
+        if is_flushing || self.until_ms > now_ms + LAST_WORD_MS {
             return;
         }
         self.until_ms = self.until_ms.min(now_ms);
         self.is_final = true;
     }
 
-    /// The worker was paused and goes on: what it could not hand over meanwhile it still may. Once, as a
-    /// loop that is held up again and again would never leave.
+    /// The worker was paused and continues: it gets time to hand over what it could not meanwhile. Only
+    /// once, because a loop that is delayed again and again would never exit.
     pub fn extend_after_pause(&mut self, now_ms: u64) {
         let until_ms = now_ms + GRACE_AFTER_PAUSE_MS;
         if self.is_handing_off() && !self.is_final && self.until_ms < until_ms {
@@ -126,23 +132,23 @@ impl Drain {
         }
     }
 
-    /// Leaves without another look at anything.
+    /// Exits without checking anything else.
     pub fn leave_now(&mut self) {
         self.mode = Mode::Leaving;
     }
 
-    /// How long the program's own words at the end may take; `None` where all is to end at once.
+    /// Returns how long the stop hooks may take; `None` if the worker must exit at once.
     pub fn stop_hook_budget_ms(&self, now_ms: u64) -> Option<u64> {
         let left = self.until_ms.saturating_sub(now_ms).max(FLUSH_MS);
         (!self.is_at_once()).then_some(left)
     }
 
-    /// Whether it leaves without doing anything more that takes time.
+    /// Returns whether it exits without doing anything that takes time.
     pub fn is_at_once(&self) -> bool {
         self.mode == Mode::Leaving
     }
 
-    /// When `step` wants to be asked at the latest.
+    /// Returns when `step` must be called at the latest.
     pub fn next(&self) -> Option<u64> {
         match self.mode {
             Mode::Serving => None,
@@ -153,8 +159,8 @@ impl Drain {
         }
     }
 
-    /// What to do at `now_ms`, with so many connections and whether no call is left. To be asked
-    /// after every turn of the loop; `more` tells that not all that had arrived was looked at.
+    /// Returns the next step at `now_ms`, from the number of connections and whether no call is left.
+    /// Call it after every turn of the loop. `more` says that not all events were handled.
     pub fn step(
         &mut self,
         now_ms: u64,
@@ -184,7 +190,7 @@ impl Drain {
             }
             Mode::Draining | Mode::Quiet => DrainStep::Serve,
             Mode::Stopping if self.started_ms == 0 => {
-                // One more look first, so that calls which have arrived by now are answered.
+                // Check once more first, so that calls which have already arrived are answered.
                 self.started_ms = now_ms.max(1);
                 self.next_look_ms = now_ms;
                 DrainStep::Serve
@@ -209,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn draining_serves_until_the_last_connection_ends_or_time_is_over() {
+    fn draining_serves_until_the_last_connection_ends_or_the_time_has_passed() {
         let mut drain = Drain::default();
         assert_eq!(drain.step(0, 5, false, false), DrainStep::Serve);
         drain.drain(0, 1000);
@@ -236,12 +242,12 @@ mod tests {
     }
 
     #[test]
-    fn stopping_looks_once_more_before_it_closes_what_rests() {
+    fn stopping_checks_once_more_before_it_closes_quiescent_connections() {
         let mut drain = Drain::default();
         drain.stop(5000);
         assert_eq!(drain.step(10, 2, false, false), DrainStep::Serve);
         assert_eq!(drain.next(), Some(10));
-        // more than one turn can take has arrived: nobody is closed unheard
+        // More has arrived than one turn can handle, so no connection is closed yet.
         assert_eq!(drain.step(10, 2, false, true), DrainStep::Serve);
         assert_eq!(
             drain.step(10, 2, false, false),
@@ -257,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_last_word_ends_a_drain_only_when_its_time_is_about_over() {
+    fn an_order_to_end_now_ends_a_drain_only_near_its_end() {
         let mut drain = Drain::default();
         drain.drain(0, 8000);
         drain.expire_now(10);
@@ -267,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_paused_beyond_the_drain_has_a_moment_to_hand_over_unless_the_master_hurries() {
+    fn a_worker_paused_beyond_its_drain_gets_time_to_hand_over_unless_ordered_to_end() {
         let mut drain = Drain::default();
         drain.drain(0, 1000);
         let mut hurried = drain;
@@ -287,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_never_prolongs_a_drain_and_leaving_is_final() {
+    fn a_stop_never_prolongs_a_drain_and_an_exit_is_final() {
         let mut drain = Drain::default();
         drain.drain(0, 1000);
         drain.stop(9000);

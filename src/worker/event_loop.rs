@@ -1,8 +1,8 @@
-//! The event loop of a worker: completions, deadlines and orders in, answers out.
+//! Runs the event loop of a worker: completions, deadlines and orders in, answers out.
 //!
-//! It joins the event layer with the connections and the service, and never waits anywhere but in
-//! `Reactor::poll_once`. What fails on one connection ends that connection; what fails on the reactor
-//! itself ends the worker, with the reason in the log.
+//! It connects the event layer with the connections and the dispatcher, and waits only in
+//! `Reactor::poll_once`. A failure of a connection ends that connection. A failure of the reactor ends
+//! the worker, with the reason in the log.
 
 use std::array;
 use std::collections::VecDeque;
@@ -17,7 +17,9 @@ use super::connection::{AnswerPosition, Connection};
 use super::drain::{Drain, DrainStep};
 use super::forwarding::LINK_BASE;
 use super::peer_calls;
-use super::silent_connections::SilentConnections;
+use super::pool_update;
+use super::publishing::{Published, publish};
+use super::session_state::SessionState;
 use super::timers::TimerTarget;
 use crate::config::WorkersConfig;
 use crate::handler::command::sweep;
@@ -26,111 +28,113 @@ use crate::link::channel::WorkerEnd;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Report};
 use crate::link::stuck_calls::StuckCalls;
-use crate::logging;
 use crate::sys::event::{Completion, Driver, Interest, Reactor, Token};
-use crate::sys::process::monotonic_ms;
+use crate::sys::process::monotonic_ns;
 use crate::sys::signal::SignalPipe;
 use crate::sys::waker::Waker;
-use crate::throttle::jitter;
 use crate::throttle::limiter::{Limiter, with_suppressed_count};
 
-/// Between two tries to accept when the system had no descriptor left.
+/// The time between two attempts to accept after the system had no descriptor left.
 pub(super) const LISTEN_RETRY_MS: u64 = 200;
-/// The heartbeat, and the look for connections that a stopped sibling left in the queue: at most
-/// so far apart, and at least four in the time after which the master takes the loop for stuck.
+/// The longest time between two ticks: the heartbeat, and the check for connections that a stopped
+/// sibling left in the queue. At least four ticks fit into the time after which the master takes the loop
+/// for stuck.
 const TICK_MS: u64 = 1000;
 const TICKS_PER_TIMEOUT: u64 = 4;
-/// Between two looks whether the pool processes serve, while they start.
+/// The time between two checks whether the pool processes serve, while they start.
 const POOL_LOOK_MS: u64 = 10;
-/// So late for a tick, this worker was paused, or its loop was held up.
+/// If a tick is this late, the worker was paused or its loop was delayed.
 const PAUSE_MS: u64 = 1000;
 
-/// The numbers under which descriptors other than connections are watched.
+/// The numbers under which other descriptors than connections are watched.
 const SIGNALS: u16 = 0;
 pub(super) const LINK: u16 = 1;
 const WAKER: u16 = 2;
 pub(super) const QUEUE: u16 = 3;
-/// From here on the wires of pools' programs.
+pub(super) const MASTER: u16 = 4;
+pub(super) const REFUSED: u16 = 5;
+/// From here on, the wires of pool programs.
 const PROGRAMS: u16 = 16;
 
-/// Trouble that clients can cause: each kind is told at most once in a while.
+/// Events that clients can cause. Each kind is logged at a limited rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WarningKind {
-    /// Nobody can be let in.
+    /// No connection can be accepted.
     Accepting,
-    /// As many are in as may be.
+    /// The connection limit is reached.
     Full,
-    /// A client sends too slowly.
     Reading,
-    /// A client takes its answers too slowly.
+    /// A client reads its answers too slowly.
     Writing,
-    /// A thread does not come back.
+    /// A handler thread is stuck.
     Lost,
-    /// Clients send more than there is room for, and finish nothing.
+    /// Clients send more unfinished input than there is room for.
     Unfinished,
-    /// Clients do not take their answers, which are more than there is room for.
+    /// Clients do not read their answers, and there is no room for more.
     Unsent,
     /// A connection is closed to make room for another one.
     Silent,
-    /// A proxy sends the PROXY protocol.
-    Proxy,
+    /// A client uses the PROXY protocol or TLS.
+    Protocol,
 }
 
 impl WarningKind {
     const KINDS: usize = 9;
 }
 
-/// A worker at work.
+/// A running worker.
 pub struct EventLoop {
     pub service: CallDispatcher,
     /// By `Token::index`.
     pub connections: Vec<Option<Connection>>,
-    /// The way to the master.
+    /// The socketpair to the master.
     pub link: WorkerEnd,
     /// TERM and QUIT.
     pub signals: SignalPipe,
-    /// Woken by handler threads and the keepers of programs.
+    /// Woken by handler threads and the supervisors of programs.
     pub waker: Arc<Waker>,
     pub generation: Generation,
-    /// Where connections pass between siblings.
+    /// The queue over which siblings hand over connections.
     pub adoption: AdoptionQueue,
-    /// Connections at rest that wait for room in there, first come first.
+    /// Quiescent connections that wait for room in the queue, in order.
     pub(super) waiting_to_give: VecDeque<Token>,
     pub(super) give_deadline: u64,
-    /// What the master has ordered for the sake of evenness.
+    /// The rebalance order in progress.
     pub(super) spreading: ActiveRebalance,
     pub(super) show_draining: Box<dyn Fn()>,
-    /// How this worker leaves, once it has to.
+    /// How this worker drains and stops.
     pub drain: Drain,
-    /// How long a drain may take when the master can't say so any more.
+    /// The longest drain if the master cannot order one any more.
     pub drain_timeout: Duration,
     pub(super) listen_deadline: u64,
-    /// How often each kind of trouble may be told.
+    /// Limits how often each kind of warning is logged.
     complaints: [Limiter; WarningKind::KINDS],
-    tick_ms: u64,
+    pub(super) tick_ms: u64,
     next_tick_ms: u64,
     pub(super) is_at_limit: bool,
-    /// Connections accepted since it was looked whether they are too many.
+    /// The number of connections accepted since the last check for too many.
     pub(super) accepts: u32,
-    pub(super) silent: SilentConnections,
     /// After so many calls the master is told that it is enough.
     pub(super) recycle_at: u64,
-    /// When the link to the master has ended, in milliseconds; `None` while it stands. It ends before the
-    /// master's children have another parent.
+    /// When the link to the master ended, in milliseconds; `None` while it exists. It ends before the
+    /// master's children get another parent.
     pub(super) master_gone: Option<u64>,
-    /// Whether it begins to accept only once the pool processes of its generation serve: for a start and
-    /// a reload, not for a worker that is replaced.
+    /// Whether it accepts only once the pool processes of its generation serve. That is so at a start and
+    /// a reload, but not for a replaced worker.
     pub(super) waits_for_pools: bool,
-    /// Whether the master was told that it does.
+    /// Whether the master was informed that it accepts.
     pub(super) is_accepting: bool,
-    /// The master was told that no handler thread comes back.
+    /// Whether it was reported that all handler threads are stuck.
     pub(super) stuck_reported: bool,
-    /// Where it reads which calls they run.
+    /// Where the master reads their calls.
     pub(super) stuck: &'static StuckCalls,
+    pub(super) published: Published,
+    /// `Some` iff this is a session.
+    pub(super) session: Option<SessionState>,
 }
 
 impl EventLoop {
-    /// A loop that has not turned yet.
+    /// Creates a loop that has not run yet.
     pub fn new(
         service: CallDispatcher,
         (link, signals, waker): (WorkerEnd, SignalPipe, Arc<Waker>),
@@ -158,26 +162,22 @@ impl EventLoop {
             next_tick_ms: 0,
             is_at_limit: false,
             accepts: 0,
-            silent: SilentConnections::default(),
-            // A pool process counts the calls of others, and has limits of its own.
-            recycle_at: match service.forwarding.lane {
-                0 => recycle_threshold(workers.max_calls),
-                _ => u64::MAX,
-            },
+            recycle_at: u64::MAX,
             service,
             master_gone: None,
             waits_for_pools: false,
             is_accepting: false,
             stuck_reported: false,
             stuck,
+            published: Published::default(),
+            session: None,
         }
     }
 
-    /// Tells the master that this worker accepts, as soon as it can, and serves until it is time to
-    /// leave.
+    /// Reports that this worker accepts, as soon as it can, and serves until it must exit.
     ///
     /// # Errors
-    /// When the reactor fails, a program of a pool does that has to be there, or the master can't be told.
+    /// If the reactor or a required pool program fails, or the report to the master fails.
     pub fn run(&mut self, reactor: &mut Reactor) -> io::Result<()> {
         reactor.watch(SIGNALS, &self.signals, Interest::Read)?;
         reactor.watch(LINK, &self.link, Interest::Read)?;
@@ -190,7 +190,7 @@ impl EventLoop {
             self.start_accepting(reactor)?;
             let mut next = self.next_tick_ms;
             if self.is_accepting != was_accepting {
-                // What it has is shown at once: others may wait for that.
+                // Publish the load at once, because other processes may wait for it.
                 next = self.service.now_ms;
             }
             if is_watched {
@@ -228,9 +228,10 @@ impl EventLoop {
             is_watched = self.service.threads.look(self.service.now_ms);
             self.exchange_calls(reactor);
             self.settle_programs(reactor);
-            self.service
-                .publish(reactor.connections(), reactor.spurious_wakes);
+            self.service.counts.flush();
+            publish(&self.service, reactor.connections(), reactor.spurious_wakes);
             self.check_recycle_limits();
+            self.end_with_connection(reactor);
             match self.drain.step(
                 self.service.now_ms,
                 reactor.connections(),
@@ -251,28 +252,38 @@ impl EventLoop {
         }
     }
 
-    /// Lets the calls of this turn wait for threads and programs.
+    /// Queues the calls of this turn for threads and programs.
     pub(super) fn queue_calls(&mut self, reactor: &Reactor) {
         let backlog = |token, place| backlog(&self.connections, reactor, token, place);
         let now_ms = self.service.now_ms;
         self.service.calls.queue_calls(now_ms, backlog);
     }
 
-    /// Sends calls to other workers, and asks the master for links to those that have none.
+    /// Sends calls to other workers, and asks the master for missing links.
     fn exchange_calls(&mut self, reactor: &mut Reactor) {
+        self.serve_own_programs(reactor);
         let is_serving = self.is_accepting && self.drain.is_serving();
         let phase = (is_serving, !self.drain.is_serving());
+        for key in pool_update::lost_calls(&self.service) {
+            self.abort_call(reactor, key, pool_update::LOST.0, pool_update::LOST.1);
+        }
         while let Some(late) = peer_calls::exchange(&mut self.service, phase) {
             self.reject_late_call(reactor, late);
         }
+        self.leave_accepting_if_busy(reactor);
         for record in self.service.forwarding.take_wanted() {
-            // If it cannot be sent, the next search asks again.
+            // If the request cannot be sent, the next search tries again.
             self.request(Report::LinkWanted(record));
+        }
+        if let Some(report) = pool_update::report(&mut self.service)
+            && self.request(report)
+        {
+            pool_update::reported(&mut self.service);
         }
         self.service.forwarding.settle(reactor);
     }
 
-    /// Watches the wires of the programs that serve, and of no other.
+    /// Watches only the wires of programs that serve.
     pub(super) fn settle_programs(&mut self, reactor: &mut Reactor) {
         self.service.threads.pools().settle(|program, wire| {
             let watch = u16::try_from(program)
@@ -291,32 +302,34 @@ impl EventLoop {
     }
 
     fn record_heartbeat(&mut self) {
-        self.service.now_ms = monotonic_ms();
+        let now_ns = monotonic_ns();
+        self.service.counts.begin_turn(now_ns);
+        self.service.now_ms = now_ns / 1_000_000;
         self.service
             .record
             .heartbeat_ms
             .store(self.service.now_ms, Relaxed);
     }
 
-    /// Sends a report that a master of an older version would not understand, if this one does.
-    pub(super) fn request(&self, body: Report) {
-        self.service.record.request(|| {
-            let _ = self.report(body);
-        });
+    /// Sends a report that a master of an older version would not understand, if this master does.
+    /// Returns whether it was sent.
+    pub(super) fn request(&self, body: Report) -> bool {
+        let sent = self.service.record.request(|| self.report(body));
+        sent.is_some_and(|sent| sent.is_ok())
     }
 
     /// # Errors
-    /// When the message can't be sent, which is logged.
+    /// If the message cannot be sent, which is logged.
     pub(super) fn report(&self, body: Report) -> io::Result<()> {
         let message = Message {
             pid: Pid::current(),
             generation: self.generation,
             body,
         };
-        // A master that is gone is noticed by the link's end.
+        // If the master is gone, the end of the link shows it.
         match self.link.send(message, None) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                log::warn!("the master could not be told {body:?}: {error}");
+                log::warn!("could not send {body:?} to the master: {error}");
                 Err(error)
             }
             _ => Ok(()),
@@ -338,13 +351,12 @@ impl EventLoop {
         }
         self.check_stuck_threads();
         self.leave_without_master(reactor);
+        self.tick_session(reactor);
         sweep::reap_adopted();
-        logging::report_lost_lines();
-        let lost = u32::try_from(logging::lost_lines()).unwrap_or(u32::MAX);
-        self.service.record.lost_lines.store(lost, Relaxed);
+        self.publish_tick();
     }
 
-    /// Logs something that clients can cause, at most one line in a while.
+    /// Logs an event that clients can cause, at a limited rate.
     pub(super) fn warn_limited(&mut self, trouble: WarningKind, text: &str) {
         match self.complaints[trouble as usize].admit(self.service.now_ms) {
             Some(more) => log::warn!("{}", with_suppressed_count(text.to_owned(), more)),
@@ -371,7 +383,7 @@ impl Driver for EventLoop {
             Completion::Ended { token } => self.on_end(reactor, token),
             Completion::HungUp { token } => self.on_hang_up(reactor, token),
             Completion::Sent { token } => {
-                // It has taken something: the time begins anew.
+                // It has taken some bytes, so its time starts again.
                 if let Some(connection) = find(&mut self.connections, token) {
                     connection.active_ms = self.service.now_ms;
                     let armed = &mut connection.write_deadline;
@@ -386,9 +398,11 @@ impl Driver for EventLoop {
             Completion::Readable { watch: SIGNALS } => self.on_signal(reactor),
             Completion::Readable { watch: LINK } => self.orders(reactor),
             Completion::Readable { watch: QUEUE } => self.retry_handoffs(reactor),
+            Completion::Readable { watch: MASTER } => self.session_lost_master(reactor),
+            Completion::Readable { watch: REFUSED } => self.serve_refused(),
             Completion::Readable { watch: WAKER } => {
                 self.waker.clear();
-                self.service.threads.pools().hear();
+                self.service.threads.pools().receive_events();
                 self.on_results(reactor);
             }
             Completion::Readable { watch } if watch >= LINK_BASE => {
@@ -407,7 +421,7 @@ impl Driver for EventLoop {
     }
 }
 
-/// How many bytes of answers a connection has yet to send before that of a call at `place`.
+/// Returns how many bytes of answers a connection has to send before the one of a call at `place`.
 fn backlog(
     connections: &[Option<Connection>],
     reactor: &Reactor,
@@ -421,7 +435,7 @@ fn backlog(
     }
 }
 
-/// The connection of a token, if it is still there.
+/// Returns the connection of a token, if it still exists.
 pub(super) fn find(
     connections: &mut [Option<Connection>],
     token: Token,
@@ -430,12 +444,4 @@ pub(super) fn find(
         .get_mut(token.index())?
         .as_mut()
         .filter(|connection| connection.token == token)
-}
-
-/// After how many calls this worker has had enough; 0 is never.
-fn recycle_threshold(max_calls: u64) -> u64 {
-    match max_calls {
-        0 => u64::MAX,
-        most => jitter::with_jitter(most, u64::from(Pid::current().0.unsigned_abs())),
-    }
 }

@@ -1,12 +1,12 @@
-//! Which of the calls that wait begins next, and which are not begun any more.
+//! Decides which waiting call begins next, and which calls are not begun any more.
 //!
-//! Connections take turns, and the oldest call of one goes first, as long as all are served in time: a client
-//! that sends a thousand calls ahead delays only itself. Where the queue stands (it has not
-//! been empty for a while, and the call whose turn it is ran out of time), that would begin each call
-//! just before its caller stops waiting: then the newest goes first, whose caller still has the most
-//! patience, and the oldest run out of time unbegun. So a worker that is offered several times what
-//! it can do still does what it can. Calls of one connection that are answered in their order are
-//! begun in their order in either case. Pure: it is told what time it is.
+//! Connections take turns, and each begins its oldest call first. So a client that sends a thousand calls
+//! ahead delays only itself. If the queue has not been empty for a while and its next call missed its
+//! deadline, the worker is overloaded. The order above would then begin each call just before its
+//! deadline. So the newest call begins first, because its caller waits longest, and the oldest calls time
+//! out before they begin. So a worker under several times its capacity still uses its whole capacity.
+//! Calls of one connection that are answered in order always begin in order. Pure: the caller passes the
+//! time.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -16,39 +16,38 @@ use rustc_hash::FxHashMap;
 use super::timers::CallKey;
 use crate::sys::event::Token;
 
-/// A queue that was not empty for so long stands, and so long after its next call ran out of time it is
-/// taken to be more than can be done.
+/// A queue is overloaded if it was not empty for this time and its next call missed its deadline. It
+/// counts as overloaded for this time.
 const STANDING_MS: u64 = 100;
 
-/// A call that has waited less found its thread as good as idle: it is begun whatever it takes.
+/// A call that has waited for a shorter time found an idle thread. It begins, whatever its run time.
 const AT_ONCE_MS: u64 = 5;
 
-/// The calls of one connection.
+/// Identifies the calls of one connection.
 type LineKey = (Token, u32);
 
-/// No call: the end of a chain.
+/// The end of a list.
 const NONE: usize = usize::MAX;
 
-/// A call that waits.
+/// A waiting call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiting {
-    /// Which.
     pub key: CallKey,
     /// The number of its method.
     pub method: usize,
-    /// Its connection, or the process that has that.
+    /// Its connection, or the process that has it.
     pub token: Token,
-    /// Which one of that process; 0 for a connection of this one.
+    /// The number of the connection in that process; 0 for a connection of this process.
     pub client: u32,
-    /// Whether it is answered in the order of that.
+    /// Whether it is answered in order.
     pub in_order: bool,
-    /// Since when, in milliseconds.
+    /// When it was read, in milliseconds.
     pub since_ms: u64,
-    /// When it must be answered, in milliseconds.
+    /// Its deadline in milliseconds.
     pub deadline_ms: u64,
     /// Whether another worker may run it.
     pub can_be_sent: bool,
-    /// How long it is expected to run, where that is known.
+    /// The expected run time, if it is known.
     pub expected: Option<Duration>,
 }
 
@@ -57,8 +56,7 @@ impl Waiting {
         (self.token, self.client)
     }
 
-    /// Whether it could not be done in time any more, were it begun now and took what its method
-    /// is expected to take.
+    /// Returns whether it would miss its deadline if it began now and took the expected time.
     pub fn is_late(&self, now_ms: u64, expected: Option<Duration>) -> bool {
         let left = Duration::from_millis(self.deadline_ms.saturating_sub(now_ms));
         now_ms.saturating_sub(self.since_ms) >= AT_ONCE_MS
@@ -66,8 +64,8 @@ impl Waiting {
     }
 }
 
-/// The calls that wait for one executor, each with what is needed to run it. All that it does takes the same
-/// time however many wait, except for calls that come back to their old place.
+/// The waiting calls of one executor, each with what is needed to run it. Each operation takes constant
+/// time, except putting a call back into its old place.
 #[derive(Debug)]
 pub struct FairQueue<T> {
     /// By `CallKey::index`.
@@ -75,19 +73,21 @@ pub struct FairQueue<T> {
     len: usize,
     /// All calls in the order of arrival.
     arrivals: Ends,
-    /// The connections that have some.
+    /// The connections with calls.
     lines: FxHashMap<LineKey, Line>,
-    /// Connections by their turn. One whose number is not that of the line is out of date.
+    /// Connections in the order of their turns. An element is stale if its number differs from that of
+    /// its line.
     turns: VecDeque<(LineKey, u64)>,
-    /// The last turn that was given. Never one twice, so who joins comes behind all that wait.
+    /// The last turn that was assigned. Each is assigned once, so a new connection comes after all
+    /// waiting ones.
     last_turn: u64,
-    /// Calls that another worker may run.
+    /// The number of calls that another worker may run.
     sendable: usize,
-    /// Calls of other workers.
+    /// The number of calls of other workers.
     foreign: usize,
-    /// When the first one came after it had been empty.
+    /// When the first call arrived after the queue was empty.
     since_ms: u64,
-    /// Until when its next call's bad luck counts.
+    /// Until when the queue counts as overloaded.
     behind_until_ms: u64,
 }
 
@@ -95,7 +95,7 @@ pub struct FairQueue<T> {
 struct Node<T> {
     call: Waiting,
     job: T,
-    /// Its neighbours among all calls, and among those of its connection.
+    /// Its neighbours in the list of all calls, and in the list of its connection.
     chains: [Neighbours; 2],
 }
 
@@ -105,7 +105,7 @@ struct Neighbours {
     newer: usize,
 }
 
-/// The ends of a chain of calls, which has the order of their serials.
+/// The ends of a list of calls, ordered by serial number.
 #[derive(Debug, Clone, Copy)]
 struct Ends {
     oldest: usize,
@@ -118,7 +118,7 @@ struct Line {
     calls: Ends,
 }
 
-/// The chain of all calls, and that of a connection.
+/// The list of all calls, and the list of a connection.
 const ALL: usize = 0;
 const OF_LINE: usize = 1;
 
@@ -128,10 +128,10 @@ impl Ends {
         newest: NONE,
     };
 
-    /// Adds the node at `index`, at the end if it is the newest.
+    /// Inserts the node at `index`. It goes to the end if it is the newest.
     fn insert<T>(&mut self, nodes: &mut [Option<Node<T>>], chain: usize, index: usize) {
         let serial = nodes[index].as_ref().map_or(0, |node| node.call.key.serial);
-        // One that comes back is often the oldest.
+        // A returned call is often the oldest.
         let is_first = nodes.get(self.oldest).is_some_and(|node| {
             let first = node.as_ref().map_or(0, |node| node.call.key.serial);
             first > serial
@@ -155,7 +155,7 @@ impl Ends {
         }
     }
 
-    /// Removes a node that had these neighbours.
+    /// Removes a node with these neighbours.
     fn remove<T>(&mut self, nodes: &mut [Option<Node<T>>], chain: usize, between: Neighbours) {
         match nodes.get_mut(between.older) {
             Some(Some(node)) => node.chains[chain].newer = between.newer,
@@ -194,7 +194,7 @@ impl<T> FairQueue<T> {
         self.at(index).map(|node| &node.call)
     }
 
-    /// Lets a call wait: behind the older ones of its connection.
+    /// Adds a call behind the older ones of its connection.
     pub fn push(&mut self, call: Waiting, job: T, now_ms: u64) {
         if self.is_empty() {
             self.since_ms = now_ms;
@@ -228,13 +228,13 @@ impl<T> FairQueue<T> {
         }
     }
 
-    /// Who is next.
+    /// Returns the next call.
     pub fn next(&self, now_ms: u64) -> Option<&Waiting> {
         if !self.is_behind(now_ms) {
             return self.firsts().next();
         }
         let newest = self.call_at(self.arrivals.newest)?;
-        // Its answer waits for those before it: the first of them it is.
+        // Its answer must wait for those before it, so the first of them begins.
         if newest.in_order {
             self.call_at(self.lines.get(&newest.line())?.calls.oldest)
         } else {
@@ -242,8 +242,8 @@ impl<T> FairQueue<T> {
         }
     }
 
-    /// The call that another worker runs next, if it may run one: the first that is next in its
-    /// connection and may be sent.
+    /// Returns the next call for another worker: the first one that is next in its connection and may be
+    /// sent.
     pub fn next_to_send(&self, now_ms: u64) -> Option<&Waiting> {
         if self.sendable == 0 {
             return None;
@@ -252,12 +252,12 @@ impl<T> FairQueue<T> {
         next.or_else(|| self.firsts().find(|first| first.can_be_sent))
     }
 
-    /// How many calls another worker may run.
+    /// Returns how many calls another worker may run.
     pub fn sendable(&self) -> usize {
         self.sendable
     }
 
-    /// How many calls are other workers'.
+    /// Returns how many calls belong to other workers.
     pub fn foreign(&self) -> usize {
         self.foreign
     }
@@ -266,12 +266,12 @@ impl<T> FairQueue<T> {
         self.len == 0
     }
 
-    /// How many wait.
+    /// Returns how many calls wait.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// The oldest call of each connection, in their turns.
+    /// Returns the oldest call of each connection, in the order of turns.
     fn firsts(&self) -> impl Iterator<Item = &Waiting> {
         let line = |&(key, turn): &(LineKey, u64)| {
             let line = self.lines.get(&key)?;
@@ -281,7 +281,7 @@ impl<T> FairQueue<T> {
         lines.filter_map(|line| self.call_at(line.calls.oldest))
     }
 
-    /// All calls, oldest first.
+    /// Returns all calls, oldest first.
     pub fn all(&self) -> impl Iterator<Item = &Waiting> {
         let node = |index: usize| self.at(index);
         std::iter::successors(node(self.arrivals.oldest), move |it| {
@@ -290,7 +290,7 @@ impl<T> FairQueue<T> {
         .map(|node| &node.call)
     }
 
-    /// Takes a call out to be begun: the next turns are the other connections'.
+    /// Removes a call that begins. The next turns belong to the other connections.
     pub fn take(&mut self, key: CallKey) -> Option<T> {
         let (call, job) = self.remove(key)?;
         if let Some(line) = self.lines.get_mut(&call.line()) {
@@ -302,7 +302,7 @@ impl<T> FairQueue<T> {
         Some(job)
     }
 
-    /// Takes all calls of a connection of this worker out, oldest first.
+    /// Removes all calls of a connection of this worker, oldest first.
     pub fn take_all_of(&mut self, token: Token) -> Vec<T> {
         let mut jobs = Vec::new();
         while let Some(line) = self.lines.get(&(token, 0))
@@ -314,7 +314,7 @@ impl<T> FairQueue<T> {
         jobs
     }
 
-    /// Takes a call out that is not begun: that was no turn of its connection's.
+    /// Removes a call that does not begin. Its connection keeps its turn.
     pub fn remove(&mut self, key: CallKey) -> Option<(Waiting, T)> {
         let slot = self.nodes.get_mut(key.index)?;
         let Node { call, job, chains } = slot.take_if(|node| node.call.key == key)?;
@@ -332,7 +332,7 @@ impl<T> FairQueue<T> {
         Some((call, job))
     }
 
-    /// Drops turns that are out of date: at the front, and all of them once they are the most.
+    /// Drops stale turns: at the front, and all of them if they are the majority.
     fn drop_old_turns(&mut self) {
         let lines = &self.lines;
         let is_valid =
@@ -345,15 +345,15 @@ impl<T> FairQueue<T> {
         }
     }
 
-    /// A call runs out of time; to be told before it is taken out.
+    /// Records that a call missed its deadline. Call this before it is removed.
     pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
-        // One with little patience behind others is no sign: they may all be in time.
+        // A call with a short timeout behind others is no sign of overload, because those may be in time.
         if self.firsts().next().is_some_and(|next| next.key == key) {
             self.behind_until_ms = now_ms + STANDING_MS;
         }
     }
 
-    /// Whether it holds more than can be done in time.
+    /// Returns whether it holds more calls than can be done in time.
     pub fn is_behind(&self, now_ms: u64) -> bool {
         now_ms < self.behind_until_ms && now_ms.saturating_sub(self.since_ms) >= STANDING_MS
     }

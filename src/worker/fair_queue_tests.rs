@@ -12,7 +12,7 @@ fn call(serial: u64, line: Option<usize>, since_ms: u64, deadline_ms: u64) -> Wa
     Waiting {
         key: key(serial),
         method: 0,
-        // who is in no line is of a connection of its own
+        // A call without a line has its own connection.
         token: Token::for_test(line.unwrap_or(100 + serial as usize)),
         client: 0,
         in_order: line.is_some(),
@@ -29,7 +29,7 @@ fn take(queue: &mut FairQueue<()>, now_ms: u64) -> Option<u64> {
     Some(key.serial)
 }
 
-/// A queue of four that stands, and whose oldest call has just run out of time at 200.
+/// Returns an overloaded queue of four calls; its oldest call missed its deadline at 200 ms and is gone.
 fn behind(lines: [Option<usize>; 5]) -> FairQueue<()> {
     let mut queue = FairQueue::<()>::default();
     for (serial, line) in (1..).zip(lines) {
@@ -42,11 +42,11 @@ fn behind(lines: [Option<usize>; 5]) -> FairQueue<()> {
 }
 
 #[test]
-fn the_oldest_goes_first_however_long_the_queue_stands_while_all_are_in_time() {
+fn the_oldest_call_is_first_while_all_are_in_time() {
     let mut queue = FairQueue::<()>::default();
     (1..=3).for_each(|serial| queue.push(call(serial, None, 0, 60_000), (), 0));
     assert_eq!(take(&mut queue, 5000), Some(1));
-    // one with little patience in the midst of the others is no sign
+    // A call with a short timeout among others is no sign of overload.
     queue.runs_out(key(3), 5000);
     assert_eq!(take(&mut queue, 5000), Some(2));
     assert_eq!(take(&mut queue, 5000), Some(3));
@@ -54,16 +54,16 @@ fn the_oldest_goes_first_however_long_the_queue_stands_while_all_are_in_time() {
 }
 
 #[test]
-fn the_newest_goes_first_once_a_standing_queue_lets_its_oldest_down() {
+fn the_newest_call_is_first_once_the_queue_is_overloaded() {
     let mut queue = behind([None; 5]);
     assert_eq!(take(&mut queue, 200), Some(5));
     assert_eq!(take(&mut queue, 299), Some(4));
-    // nothing more has run out of time since
+    // No other call has missed its deadline since.
     assert_eq!(take(&mut queue, 300), Some(2));
 }
 
 #[test]
-fn connections_take_turns_whoever_sends_how_much_ahead() {
+fn connections_take_turns_however_many_calls_each_sends_ahead() {
     for in_order in [true, false] {
         let mut queue = FairQueue::<()>::default();
         let of = |connection, serial| Waiting {
@@ -81,11 +81,11 @@ fn connections_take_turns_whoever_sends_how_much_ahead() {
 }
 
 #[test]
-fn who_has_two_calls_has_a_turn_among_many_who_have_one_each() {
+fn a_connection_with_two_calls_gets_turns_among_many_with_one() {
     let mut queue = FairQueue::<()>::default();
     (1..=2).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), (), 0));
     (3..=10).for_each(|serial| queue.push(call(serial, Some(serial as usize), 0, 60_000), (), 0));
-    // each of them calls again as soon as it is served
+    // Each of them calls again as soon as it is served.
     let mut order = Vec::new();
     for serial in 11..=30 {
         let key = queue.next(0).unwrap().key;
@@ -105,7 +105,7 @@ fn who_has_two_calls_has_a_turn_among_many_who_have_one_each() {
 }
 
 #[test]
-fn who_gives_up_calls_loses_no_turn() {
+fn a_connection_that_gives_up_calls_loses_no_turn() {
     let mut queue = FairQueue::<()>::default();
     (1..=4).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), (), 0));
     (5..=6).for_each(|serial| queue.push(call(serial, Some(2), 0, 60_000), (), 0));
@@ -118,7 +118,7 @@ fn who_gives_up_calls_loses_no_turn() {
 }
 
 #[test]
-fn a_burst_is_no_standing_queue() {
+fn a_burst_is_no_overload() {
     let mut queue = FairQueue::<()>::default();
     (1..=3).for_each(|serial| queue.push(call(serial, None, 1000, 1020), (), 1000));
     queue.runs_out(key(1), 1050);
@@ -131,15 +131,15 @@ fn a_burst_is_no_standing_queue() {
 }
 
 #[test]
-fn calls_of_one_connection_are_begun_in_their_order_whatever_goes_first() {
+fn calls_of_one_connection_always_begin_in_order() {
     let mut queue = behind([None, Some(7), Some(8), None, Some(7)]);
     let order: Vec<u64> = std::iter::from_fn(|| take(&mut queue, 200)).collect();
-    // 5 is the newest, and waits for 2 of the same connection
+    // Call 5 is the newest, and waits for 2 of the same connection.
     assert_eq!(order, [2, 5, 4, 3]);
 }
 
 #[test]
-fn who_had_to_step_aside_comes_back_to_the_old_place() {
+fn a_returned_call_gets_its_old_place() {
     let mut queue = FairQueue::<()>::default();
     (1..=3).for_each(|serial| queue.push(call(serial, Some(1), 0, 60_000), (), 0));
     assert_eq!(take(&mut queue, 0), Some(1));
@@ -148,7 +148,7 @@ fn who_had_to_step_aside_comes_back_to_the_old_place() {
 }
 
 #[test]
-fn late_is_what_has_waited_and_has_less_time_than_its_like_take() {
+fn a_call_is_late_if_it_has_waited_and_has_less_time_than_its_method_takes() {
     let expected = Some(Duration::from_millis(20));
     let waits = call(1, None, 100, 150);
     assert!(!waits.is_late(130, expected));
@@ -157,13 +157,13 @@ fn late_is_what_has_waited_and_has_less_time_than_its_like_take() {
     assert!(!call(1, None, 100, 110).is_late(104, expected), "at once");
 }
 
-/// What comes in, and when; lines of three connections and none.
+/// Arrivals of calls with their times, on three lines or none.
 fn arrivals() -> impl Strategy<Value = Vec<(u64, usize)>> {
     prop::collection::vec((0..30_u64, 0..4_usize), 1..300)
 }
 
 proptest! {
-    /// Compared with a list of all calls, whatever is taken and removed in whatever order.
+    /// Compares the queue with a list of all calls, for random operations.
     #[test]
     fn it_has_the_calls_that_were_not_taken_out(
         steps in prop::collection::vec((0..3_usize, 0..4_usize, any::<prop::sample::Index>()), 0..200)
@@ -173,7 +173,7 @@ proptest! {
         let mut last = 0;
         for (step, line, which) in steps {
             match step {
-                // One that was there comes back now and then.
+                // Sometimes a removed call returns.
                 0 => {
                     let serial = match out.is_empty() || line > 0 {
                         true => { last += 1; last }
@@ -211,7 +211,7 @@ proptest! {
         prop_assert!(queue.lines.is_empty() && queue.turns.is_empty());
     }
 
-    /// Whatever comes when: each call leaves once, none twice, and those of a line in their order.
+    /// With random arrivals, each call leaves exactly once, and those of a line in order.
     #[test]
     fn each_call_leaves_once_and_lines_keep_their_order(arrivals in arrivals(), pace in 1..4_usize) {
         let mut queue = FairQueue::<()>::default();
@@ -237,11 +237,10 @@ proptest! {
         }
     }
 
-    /// Offered five times what one thread can do, it does nine tenths of that in time, whatever
-    /// patience callers have (longer than a run, that is); and a little more than it can do is no
-    /// harm either.
+    /// With five times the calls that one thread can run, nine tenths of its capacity are answered in
+    /// time, for any timeouts longer than a run. Slightly too many calls do no harm either.
     #[test]
-    fn a_worker_that_is_offered_too_much_still_does_what_it_can(
+    fn an_overloaded_worker_still_uses_its_capacity(
         run_ms in 5..20_u64, patience in 3..20_u64, times in prop::sample::select(vec![11, 15, 20, 50])
     ) {
         let mut queue = FairQueue::<()>::default();
@@ -258,7 +257,7 @@ proptest! {
                     queue.runs_out(next.key, now);
                 } else {
                     busy_until = now + run_ms;
-                    // a millisecond on the way
+                    // A millisecond for the transfer.
                     in_time += u64::from(busy_until < next.deadline_ms);
                 }
                 queue.remove(next.key);
@@ -269,7 +268,7 @@ proptest! {
     }
 }
 
-/// One call is begun; those whose time is over have left before.
+/// Begins one call, after those that missed their deadline have left.
 fn turn(queue: &mut FairQueue<()>, now_ms: u64) -> Vec<u64> {
     let mut left = expire(queue, now_ms);
     left.extend(take(queue, now_ms));

@@ -1,28 +1,29 @@
-//! Handing connections over: a draining worker gives, a serving one takes them up.
+//! Hands connections over: a draining worker sends them, a serving worker adopts them.
 //!
-//! A connection is given when everything taken from it is answered and sent; bytes that were
-//! received and not consumed cross with it. So its client notices nothing. While the queue is full
-//! the connection rests here, unread, and is given as soon as there is room.
+//! A connection is sent when everything taken from it is answered and sent. Bytes that were received but
+//! not consumed are sent with it, so its client notices nothing. While the queue is full, the connection
+//! waits here, unread, until there is room.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::accepting::peer_of;
-use super::connection::ConnectionPhase;
+use super::connection::{ConnectionEnd, ConnectionPhase};
 use super::crash::journal::note_of;
 use super::event_loop::{EventLoop, QUEUE, find};
 use super::timers::TimerTarget;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::{HandoffState, is_full};
+use crate::link::metrics_board::layout::MoveReason;
 use crate::sys::closer;
 use crate::sys::event::{Interest, Reactor, Token, UnsentData};
 
-/// Between two tries when nothing tells that there is room again: too many descriptors of this
-/// user are on their way (ETOOMANYREFS, unix(7)).
+/// The time between two attempts if no event reports room: too many descriptors of this user are in
+/// transit (ETOOMANYREFS, unix(7)).
 const RETRY_MS: u64 = 20;
 
 impl EventLoop {
-    /// Takes up a connection that a sibling has passed on.
+    /// Adopts a connection that a sibling has sent.
     pub(super) fn adopted(
         &mut self,
         reactor: &mut Reactor,
@@ -33,9 +34,7 @@ impl EventLoop {
         let is_whole = rest.is_none();
         let Some(taken) = adoption_queue::decode_packet(packet, rest) else {
             closer::close(socket);
-            return log::error!(
-                "a connection was passed on with no state to be understood: closed"
-            );
+            return log::error!("closed an adopted connection: malformed handoff packet");
         };
         let is_rebalanced = self.has_adopted(reactor);
         let peer = peer_of(&socket);
@@ -45,8 +44,12 @@ impl EventLoop {
             (false, false) => UnsentData::Here,
         };
         let note = note_of(&taken);
+        let source_key = self.service.source_limits.add(&socket, peer.1);
         let adopted = reactor.register_adopted(socket, owed, note);
-        let Some(token) = self.register_connection(reactor, adopted, peer) else {
+        let is_used =
+            taken.state.dialect.is_some() || taken.state.closing || !taken.unsent.is_empty();
+        let Some(token) = self.register_connection(reactor, adopted, peer, (source_key, is_used))
+        else {
             return;
         };
         let now_ms = self.service.now_ms;
@@ -65,7 +68,7 @@ impl EventLoop {
                 let idle_ms = u64::from(taken.state.idle_ms);
                 connection.active_ms = now_ms.saturating_sub(idle_ms);
             }
-            // What has come to the sibling already: the socket can't tell when.
+            // Its first bytes may have arrived at the sibling, so the socket cannot give their time.
             connection.is_first_read = taken.unread.is_empty();
             connection.input = taken.unread.into_owned();
         }
@@ -74,14 +77,15 @@ impl EventLoop {
         if !taken.unsent.is_empty() {
             self.service.out.extend_from_slice(&taken.unsent);
             reactor.send(token, &mut self.service.out);
-            // Before the sending counts as over, so that nobody sends it a second time.
+            // Do this before the send counts as done, because the keeper would otherwise send the bytes
+            // again.
             reactor.clear_carried_output(token);
             self.service.ledger.sent();
         }
         self.pump(reactor, token, false);
     }
 
-    /// Gives away every connection that may go; the others follow as they come to rest.
+    /// Sends every quiescent connection away. The others follow when they become quiescent.
     pub(super) fn send_quiescent(&mut self, reactor: &mut Reactor) {
         let open: Vec<Token> = self
             .connections
@@ -99,13 +103,13 @@ impl EventLoop {
         }
     }
 
-    /// Gives a connection away, now or as soon as there is room.
+    /// Sends a connection away, now or as soon as there is room.
     pub(super) fn give(&mut self, reactor: &mut Reactor, token: Token) {
-        // What it sends now is to be dropped, which nobody else would know.
+        // The rest of its input must be dropped, which another worker would not know.
         if find(&mut self.connections, token).is_some_and(|it| it.discarding.is_some()) {
             return;
         }
-        // First come, first given: else a busy connection could wait for ever.
+        // Keep the order, because a busy connection could otherwise wait for ever.
         if !self.waiting_to_give.is_empty() {
             return self.queue_for_handoff(reactor, token);
         }
@@ -113,7 +117,9 @@ impl EventLoop {
             Ok(()) => {}
             Err(error) if is_full(&error) => self.queue_for_handoff(reactor, token),
             Err(error) => {
-                log::error!("a connection could not be passed on: {error}; it is served here");
+                log::error!(
+                    "could not hand over a connection: {error}; this worker continues to serve it"
+                );
             }
         }
     }
@@ -126,7 +132,7 @@ impl EventLoop {
             return Ok(());
         };
         if connection.phase != ConnectionPhase::Open {
-            return Ok(()); // It was ended while it waited for room.
+            return Ok(()); // It was closed while it waited for room.
         }
         let idle_ms = self.service.now_ms.saturating_sub(connection.active_ms);
         let state = HandoffState {
@@ -134,8 +140,9 @@ impl EventLoop {
             idle_ms: u32::try_from(idle_ms).unwrap_or(u32::MAX),
             closing: false,
         };
-        // Said before: dead in between, we must not have it passed on a second time. Dead before the
-        // system call too, it ends, which nobody can tell from the other case: a moment of some 100 ns.
+        // Set the flag before sendmsg(2): if the worker dies after the call, the keeper must not hand the
+        // connection over again. If it dies before the call, the connection is lost, because the keeper
+        // cannot tell the two cases apart. The window is about 100 ns.
         self.service.ledger.set_handed_off(connection, true);
         let given = self
             .adoption
@@ -144,8 +151,12 @@ impl EventLoop {
             self.service.ledger.set_handed_off(connection, false);
             return Err(error);
         }
-        // The queue holds it now: closing our descriptor ends nothing.
+        // The queue also has it now, so closing our descriptor does not end it.
         socket.mark_shared();
+        connection.end = ConnectionEnd::Moved(match self.drain.is_serving() {
+            true => MoveReason::Balance,
+            false => MoveReason::Drain,
+        });
         self.close(reactor, token);
         Ok(())
     }
@@ -159,7 +170,7 @@ impl EventLoop {
                 .disarm(&mut connection.read_deadline, target);
         }
         self.waiting_to_give.push_back(token);
-        // Who joins must not put off those that wait already.
+        // A new connection must not delay those that already wait.
         if self.give_deadline == 0 {
             self.retry_giving();
         }
@@ -172,22 +183,25 @@ impl EventLoop {
             .arm(&mut self.give_deadline, at, TimerTarget::Give);
     }
 
-    /// The queue may have room again.
+    /// Tries again, because the queue may have room.
     pub(super) fn retry_handoffs(&mut self, reactor: &mut Reactor) {
         reactor.unwatch(QUEUE);
         while let Some(&token) = self.waiting_to_give.front() {
             match self.try_send(reactor, token) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // Told when somebody has taken one; the timer is for when that can't be.
+                    // The queue becomes writable when a packet is taken. The timer is for the case that
+                    // it cannot be watched.
                     if let Err(error) = reactor.watch(QUEUE, &*self.adoption.tx, Interest::Write) {
-                        log::debug!("the adoption queue can't be watched: {error}");
+                        log::debug!("the adoption queue cannot be watched: {error}");
                     }
                     return self.retry_giving();
                 }
-                // The queue itself is writable: watching it would spin.
+                // The queue itself is writable, so watching it would spin.
                 Err(error) if is_full(&error) => return self.retry_giving(),
                 Err(error) => {
-                    log::error!("a connection could not be passed on: {error}; it is served here");
+                    log::error!(
+                        "could not hand over a connection: {error}; this worker continues to serve it"
+                    );
                     reactor.set_reading(token, true);
                 }
                 Ok(()) => {}
@@ -197,7 +211,7 @@ impl EventLoop {
         self.stop_giving(reactor);
     }
 
-    /// Gives nothing more: what waits stays here.
+    /// Stops sending connections; those that wait stay here.
     pub(super) fn stop_giving(&mut self, reactor: &mut Reactor) {
         self.waiting_to_give.clear();
         reactor.unwatch(QUEUE);

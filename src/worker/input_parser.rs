@@ -1,15 +1,18 @@
-//! From bytes to bodies: what a connection has sent, taken apart by its dialect.
+//! Splits the input of a connection into bodies, by its dialect.
 //!
-//! Told by its first four bytes, a connection keeps its dialect for life. Each dialect finds the
-//! next body in its own way and hands it to the service, which knows none of them; what breaks a
-//! dialect's own rules is answered here and ends the connection, for nothing behind it can be
-//! told from the rest of it.
+//! The first four bytes decide the dialect of a connection for its whole life. The decoder of the dialect
+//! finds the next body and passes it to the dispatcher, which knows no dialects. A violation of a dialect
+//! is answered here and ends the connection, because the beginning of the next call is unknown.
 
 use std::mem;
 
+use super::call_counts::CountedCall;
 use super::call_dispatcher::CallDispatcher;
 use super::connection::{Connection, ConnectionPhase, Discard, PendingAnswer};
+use crate::link::metrics_board::layout::CloseReason;
 use crate::protocol::body::{self, Form};
+use crate::protocol::call::Call;
+use crate::protocol::call_id::CallId;
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::frame::{self, DecodedFrame};
@@ -20,16 +23,24 @@ use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{answer, line};
 use crate::sys::event::Token;
 
-/// So much of an unfinished call has room whatever the others keep: most calls are no larger.
+/// An unfinished call up to this size always has room, because most calls are smaller.
 const ALWAYS_ROOM: usize = 16 * 1024;
-pub(super) const PROXY_PROTOCOL: &str = "the connection begins with the PROXY protocol, which preforkd does not \
+const PROXY_PROTOCOL: &str = "the connection begins with the PROXY protocol, which preforkd does not \
      read: it is refused; turn the protocol off in the proxy (send-proxy of HAProxy, proxy_protocol of nginx)";
-/// While the worker drains, how long it waits for a connection to come to rest before it reads on.
+/// The answer to a client that begins with TLS, and the log line about it.
+const TLS: &str = "the connection begins with TLS, which preforkd does not speak: it is refused; connect without TLS, \
+     or let a proxy in front end it (stunnel, nginx, HAProxy)";
+/// While the worker drains, how long it waits for a connection to become quiescent before it reads on.
 const YOUNG_MS: u64 = 100;
 
 impl CallDispatcher {
-    /// Takes as many whole bodies from `input` as may be taken, with `unsent` bytes of earlier
-    /// answers still on their way. Returns how many bytes were consumed.
+    /// Returns how many calls were read so far.
+    pub fn read(&self) -> u64 {
+        self.last_call - self.foreign
+    }
+
+    /// Takes as many complete bodies from `input` as possible, while `unsent` bytes of earlier answers
+    /// are unsent. Returns the number of consumed bytes.
     pub fn read_requests(
         &mut self,
         connection: &mut Connection,
@@ -39,31 +50,32 @@ impl CallDispatcher {
         if connection.dialect.is_none() {
             connection.dialect = dialect_of(connection, input);
         }
-        match connection.dialect {
+        let used = match connection.dialect {
             Some(Dialect::Frame) => self.frames(connection, input, unsent),
             Some(Dialect::Line) => self.lines(connection, input, unsent),
             Some(Dialect::Http) => self.requests(connection, input, unsent),
             Some(Dialect::Unknown) => self.reject_unknown_dialect(connection, input),
             None => 0,
-        }
+        };
+        self.counts.add_bodies(connection.dialect);
+        used
     }
 
-    /// Whether another call may be taken from a connection, with `unsent` bytes of earlier answers still
-    /// on their way. Answers in `out` are not among them: their client may take them at once.
+    /// Returns whether another call may be taken from a connection, with `unsent` bytes of earlier
+    /// answers unsent. Answers in `out` do not count, because the client may take them at once.
     pub(super) fn may_take(&self, connection: &Connection, unsent: usize) -> bool {
         connection.takes_calls(self.limits.pipeline, unsent + self.out.len())
             && !(connection.queued_bytes() + unsent > 0
                 && self.unsent.blocks((connection.source, connection.token)))
     }
 
-    /// Whether a connection that is not at rest will be in a moment, if nothing more is read of it: all
-    /// that it has under way are young calls, or answers that its client takes. Who has an old one would hold
-    /// up what comes behind it.
+    /// Returns whether a connection will soon be quiescent if it is not read: all its calls are recent,
+    /// or its client takes the answers. An old call would delay the calls behind it.
     pub(super) fn is_soon_quiescent(&self, connection: &Connection, unsent: usize) -> bool {
         let since_ms = self.now_ms.saturating_sub(YOUNG_MS);
         let mut calls = self.calls.of(connection.token);
         match connection.unanswered {
-            // In the middle of a call it may read nothing until that is sent.
+            // In the middle of a call the client may not read before it has sent the rest.
             0 => unsent > 0 && !connection.has_partial_input() && connection.active_ms >= since_ms,
             _ => calls.all(|(_, call)| call.read_ms >= since_ms),
         }
@@ -79,6 +91,13 @@ impl CallDispatcher {
                     self.on_body(connection, Framing::Frame, body);
                 }
                 DecodedFrame::Partial { .. } => break,
+                DecodedFrame::TooLarge { .. }
+                    if at == 0
+                        && connection.unused_since_ms.is_some()
+                        && detect::is_tls_hello(input) =>
+                {
+                    return self.reject_protocol(connection, TLS, input);
+                }
                 DecodedFrame::TooLarge { length } => {
                     let limit = self.limits.frame;
                     let text = format!("a frame of {length} bytes; limits.frame allows {limit}");
@@ -94,6 +113,10 @@ impl CallDispatcher {
         while self.may_take(connection, unsent) {
             let rest = &input[at..];
             let limit = self.limits.frame;
+            if connection.unused_since_ms.is_some() && detect::is_proxy_protocol_behind_lines(rest)
+            {
+                return self.reject_protocol(connection, PROXY_PROTOCOL, input);
+            }
             match line::decode(rest, connection.scanned, limit, connection.peer_closed) {
                 line::DecodedLine::Whole { body, used } => {
                     connection.scanned = 0;
@@ -125,20 +148,31 @@ impl CallDispatcher {
             let rules = RequestLimits {
                 body: self.limits.frame,
                 origins: self.origins,
+                traces: self.tracing.is_on,
             };
             match http::decode(&input[at..], &mut progress, &rules) {
-                http::DecodedRequest::Whole { head, body, used } => {
+                http::DecodedRequest::Whole {
+                    mut head,
+                    body,
+                    used,
+                } => {
                     at += used;
                     self.ledger.reaches(at);
                     if head.close {
                         connection.phase = ConnectionPhase::Closing;
                         self.ledger.mark_closing(connection);
                     }
+                    if rules.traces {
+                        self.tracing.header = head.trace.take();
+                    }
                     self.request(connection, head, &body);
+                    if rules.traces {
+                        self.tracing.header = None;
+                    }
                 }
                 http::DecodedRequest::Blank { used } => at += used,
                 http::DecodedRequest::Partial { waits } => {
-                    // It may only be asked to go on once all before it is answered.
+                    // The client may be asked to continue only when all earlier calls are answered.
                     if waits && connection.unanswered == 0 {
                         progress.continued();
                         self.out.extend_from_slice(http::CONTINUE);
@@ -147,7 +181,13 @@ impl CallDispatcher {
                 }
                 http::DecodedRequest::Refused(refusal) => {
                     connection.phase = ConnectionPhase::Closing;
-                    self.refuse_request(connection, http::ResponseOptions::default(), &refusal);
+                    connection.ends_by(CloseReason::Protocol);
+                    self.refuse_request(
+                        connection,
+                        http::ResponseOptions::default(),
+                        &refusal,
+                        None,
+                    );
                 }
             }
         }
@@ -164,47 +204,73 @@ impl CallDispatcher {
         let wrap = Framing::Http(head.reply);
         match head.ask {
             Ask::Call if connection.needs_http_path => {
-                self.read += 1;
-                self.errors += 1;
                 let text = "this listener takes no call in the body (http-methods = \"path\"); send \
                             POST /METHOD with the params as body";
                 let error = RpcError::of(Code::InvalidRequest, text, false);
+                self.count_refused_request(&error);
                 let refusal = RejectedRequest { status: 403, error };
-                self.refuse_request(connection, head.reply, &refusal);
+                let call = self.tracing.id(self.last_call);
+                self.refuse_request(connection, head.reply, &refusal, call);
             }
             Ask::Call => self.on_body(connection, wrap, body),
             Ask::Method(method) => {
-                self.read += 1;
+                self.last_call += 1;
+                self.counts.count_body(Form::ParamsOnly);
                 let reply = self.reserve_answer(connection, wrap, Form::ParamsOnly, None);
                 match body::params(body, self.limits.depth) {
-                    Ok(params) => self.dispatch(connection, reply, &method, params, None, None),
+                    Ok(params) => {
+                        let call = Call {
+                            method: method.into(),
+                            params,
+                            id: None,
+                            timeout_ms: None,
+                        };
+                        self.tracing.read(&[], &call, Form::Plain);
+                        self.dispatch(connection, reply, &call);
+                    }
                     Err(error) => self.answer_error(connection, reply, None, error),
                 }
             }
             Ask::Health if self.stopping || self.stop_pending => {
                 self.respond(connection, head.reply, 503, b"{\"status\":\"stopping\"}");
             }
+            Ask::Health if self.pool_health.is_down(self.now_ms) => {
+                self.respond(connection, head.reply, 503, b"{\"status\":\"pool down\"}");
+            }
             Ask::Health => self.respond(connection, head.reply, 200, b"{\"status\":\"ok\"}"),
             Ask::Preflight => {
                 let reply = self.reserve_answer(connection, wrap, Form::Notification, None);
                 let about = self.answer_context(connection, reply);
                 let close = about.last && about.closing;
-                self.write(connection, reply, |out| {
+                self.write(connection, reply, |out, _, _| {
                     response::preflight(out, head.reply, close, about.http);
                 });
             }
-            Ask::Refused(refusal) => self.refuse_request(connection, head.reply, &refusal),
+            Ask::Refused(refusal) => {
+                self.refuse_request(connection, head.reply, &refusal, None);
+            }
         }
     }
 
+    /// Counts a call that is refused as a request.
+    fn count_refused_request(&mut self, error: &RpcError) {
+        self.last_call += 1;
+        self.errors += 1;
+        let counted = CountedCall::Refused(self.counts.place(None));
+        self.counts.count(counted);
+        self.counts.count_error(counted, error);
+    }
+
+    /// Answers a refused request. `call` is its id, if it counts as a call and errors have ids.
     fn refuse_request(
         &mut self,
         connection: &mut Connection,
         reply: http::ResponseOptions,
         why: &RejectedRequest,
+        call: Option<CallId>,
     ) {
         let mut body = Vec::new();
-        answer::bare_error(&mut body, &why.error);
+        answer::bare_error(&mut body, &why.error, call);
         self.respond(connection, reply, why.status, &body);
     }
 
@@ -219,22 +285,31 @@ impl CallDispatcher {
         let reply = self.reserve_answer(connection, Framing::Http(http), Form::ParamsOnly, None);
         let about = self.answer_context(connection, reply);
         let close = about.last && about.closing;
-        self.write(connection, reply, |out| {
+        self.write(connection, reply, |out, _, _| {
             let mark = out.len();
             out.extend_from_slice(body);
             response::finish(out, mark, http, status, close, about.http);
         });
     }
 
-    /// Neither a length nor text that one of the dialects begins with.
+    /// Handles a beginning that is neither a length nor text of a known dialect.
     fn reject_unknown_dialect(&mut self, connection: &mut Connection, input: &[u8]) -> usize {
-        let text = match detect::is_proxy_protocol(input) {
-            true => PROXY_PROTOCOL,
-            false => {
-                "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
-                 length and that many bytes of JSON), a line of JSON, or an HTTP request"
-            }
-        };
+        if detect::is_proxy_protocol(input) {
+            return self.reject_protocol(connection, PROXY_PROTOCOL, input);
+        }
+        let text = "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
+                    length and that many bytes of JSON), a line of JSON, or an HTTP request";
+        self.reject_too_large(connection, Framing::Frame, text.to_owned(), input)
+    }
+
+    /// Refuses a known protocol of others. `text` says what it is.
+    fn reject_protocol(
+        &mut self,
+        connection: &mut Connection,
+        text: &'static str,
+        input: &[u8],
+    ) -> usize {
+        self.met_protocol = Some(text);
         self.reject_too_large(connection, Framing::Frame, text.to_owned(), input)
     }
 
@@ -246,14 +321,14 @@ impl CallDispatcher {
         why: String,
         input: &[u8],
     ) -> usize {
-        self.read += 1;
+        self.last_call += 1;
         let reply = self.reserve_answer(connection, wrap, Form::Plain, None);
         let error = RpcError::of(Code::TooLarge, why, false);
         self.answer_error(connection, reply, None, error);
         input.len()
     }
 
-    /// Counts what a connection keeps of an unfinished call.
+    /// Counts the unfinished input that a connection keeps.
     pub fn update_unfinished_total(&mut self, connection: &mut Connection) {
         let batch = connection.untaken_members.as_ref();
         let bytes = connection.input.len() + batch.map_or(0, |batch| batch.text.len());
@@ -267,22 +342,22 @@ impl CallDispatcher {
         }
     }
 
-    /// There is no room for what a connection keeps: the connection that has more and is to make room, if
-    /// there is one.
+    /// Returns the connection that must make room for the input of this one, if another one has more.
     pub fn payer_for(&self, connection: &Connection) -> Option<Token> {
         let owner = (connection.source, connection.token);
-        self.unfinished_shares.payer(owner, 0)
+        self.unfinished_shares.payers(owner, 0).next()
     }
 
-    /// Whether there is no room for what a connection keeps, as counted. For what is little, or all there
-    /// is, there always is.
+    /// Returns whether there is no room for the counted input of a connection. There always is if it is
+    /// small or the only one.
     pub fn has_no_room_for(&self, connection: &Connection) -> bool {
         self.unfinished > self.limits.unfinished.saturating_add(frame::HEADER)
             && connection.accounted_bytes > ALWAYS_ROOM
             && connection.accounted_bytes < self.unfinished
     }
 
-    /// Whether the input of a connection is the beginning of a call, and has no whole one before it.
+    /// Returns whether the input of a connection is the beginning of a call, without a complete one
+    /// before it.
     pub fn has_only_partial(&self, connection: &Connection) -> bool {
         let input = &connection.input;
         if input.is_empty() || connection.untaken_members.is_some() {
@@ -299,24 +374,26 @@ impl CallDispatcher {
         }
     }
 
-    /// Answers a call for whose rest there is no room, and drops it. In HTTP that ends the connection,
-    /// which its response has words for.
+    /// Answers a call whose rest has no room, and drops it. In HTTP that ends the connection, and the
+    /// response says so.
     pub fn reject_unfinished(&mut self, connection: &mut Connection) {
         let limit = self.limits.unfinished;
         let text = format!(
-            "the unfinished calls of this worker are as much as limits.unfinished allows, {limit} bytes; send \
+            "the unfinished calls of this worker have reached limits.unfinished, {limit} bytes; send \
              it again later"
         );
         let error = RpcError::of(Code::Overloaded, text, false);
-        self.read += 1;
         let input = mem::take(&mut connection.input);
         let (wrap, rest) = match connection.dialect {
             Some(Dialect::Http) => {
                 connection.phase = ConnectionPhase::Closing;
+                connection.ends_by(CloseReason::Limit);
                 self.ledger.mark_closing(connection);
-                self.errors += 1;
+                self.count_refused_request(&error);
                 let refusal = RejectedRequest { status: 503, error };
-                return self.refuse_request(connection, http::ResponseOptions::default(), &refusal);
+                let call = self.tracing.id(self.last_call);
+                let reply = http::ResponseOptions::default();
+                return self.refuse_request(connection, reply, &refusal, call);
             }
             Some(Dialect::Line) => (Framing::Line, Discard::Line),
             _ => {
@@ -327,13 +404,14 @@ impl CallDispatcher {
                 (Framing::Frame, Discard::Bytes(need - input.len()))
             }
         };
+        self.last_call += 1;
         connection.scanned = 0;
         connection.discarding = Some(rest);
         let reply = self.reserve_answer(connection, wrap, Form::Plain, None);
         self.answer_error(connection, reply, None, error);
     }
 
-    /// Takes a place for a call's answer. In HTTP nothing tells answers apart but their order.
+    /// Reserves the position of the answer of the last call. HTTP answers have no ids, so their order matters.
     pub(super) fn reserve_answer(
         &mut self,
         connection: &mut Connection,
@@ -345,14 +423,17 @@ impl CallDispatcher {
             Framing::Http(_) => false,
             _ => form == Form::Notification || id.is_some_and(|id| id != "null"),
         };
+        self.unused.remove(connection);
         let (place, shape) = (connection.take(free), AnswerFormat { form, wrap });
-        let mark = self.ledger.take(connection, shape, place, id);
+        let mark = self
+            .ledger
+            .take(connection, shape, place, (id, self.last_call));
         PendingAnswer { place, shape, mark }
     }
 }
 
-/// The dialect that a connection's first bytes speak; `None` while they don't tell. Where no
-/// fourth byte comes, only lines are so short.
+/// Returns the dialect of the first bytes; `None` while it is unknown. If there is no fourth byte, it can
+/// only be a line.
 fn dialect_of(connection: &Connection, input: &[u8]) -> Option<Dialect> {
     match (input.first_chunk(), input) {
         (Some(_), _) if detect::is_proxy_protocol(input) => Some(Dialect::Unknown),

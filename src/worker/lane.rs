@@ -1,37 +1,60 @@
-//! What a worker has of the calls for one executor.
+//! Holds the calls that a worker has for one executor.
 
 use std::sync::Arc;
 
 use super::call_table::ScheduledCall;
 use super::fair_queue::Waiting;
 use super::run_queue::RunQueue;
-use super::shares::Shares;
+use super::shares::{Shares, Source};
 use super::threads::HandlerCall;
+use crate::sys::event::Token;
 
-/// Bytes of params that may wait or run in a worker, of all its connections together; each lane has
-/// an equal part of that.
+/// The bytes of params that may wait or run in a worker, for all its connections together. Each lane has
+/// an equal part.
 pub const MOST_BYTES: usize = 64 * 1024 * 1024;
 
-/// The calls for one executor: the handler threads, or a pool.
+/// The calls of one executor: the handler threads, or a pool.
 #[derive(Debug)]
 pub struct Lane {
     pub queue: Arc<RunQueue>,
-    /// Calls that go to `queue` together.
+    /// Calls that enter `queue` together.
     pub batch: Vec<(Waiting, HandlerCall)>,
-    /// Calls that are to be answered.
+    /// Calls that must be answered.
     pub unanswered: usize,
-    /// Of those, the ones that other processes run.
+    /// Those that other processes run.
     pub sent: usize,
     /// Calls in `queue`, or with the executor of this process, which has not reported them.
     pub local: usize,
-    /// Of those, the ones that run and whose callers do not wait any more.
+    /// Those that run although their callers do not wait any more.
     pub lost: usize,
     /// Calls that made room for others and are not removed yet.
     pub evicted: usize,
-    /// Bytes of params and ids, of all calls.
+    /// The bytes of params and ids of all calls.
     pub bytes: usize,
-    /// Who has the unanswered calls, and their bytes.
-    pub shares: (Shares, Shares),
+    /// The shares of the connections in the unanswered calls.
+    pub shares: CallShares,
+}
+
+/// The number of calls of each connection, and their bytes.
+#[derive(Debug, Default)]
+pub struct CallShares {
+    pub calls: Shares,
+    pub bytes: Shares,
+}
+
+impl CallShares {
+    /// Counts one more call of a connection, with `size` bytes.
+    pub fn add(&mut self, owner: (Source, Token), size: usize) {
+        self.calls.add(owner, 1);
+        self.bytes.add(owner, size);
+    }
+
+    /// Counts one call less of its connection.
+    pub fn remove(&mut self, call: &ScheduledCall) {
+        let owner = (call.source, call.token);
+        self.calls.remove(owner, 1);
+        self.bytes.remove(owner, call.size);
+    }
 }
 
 impl Lane {
@@ -45,26 +68,15 @@ impl Lane {
             lost: 0,
             evicted: 0,
             bytes: 0,
-            shares: Default::default(),
+            shares: CallShares::default(),
         }
     }
 
-    /// Who has the unanswered calls, or their bytes.
-    pub fn shares(&self, is_by_count: bool) -> &Shares {
-        if is_by_count {
-            &self.shares.0
-        } else {
-            &self.shares.1
-        }
-    }
-
-    /// A call is not waited for any more.
+    /// Stops counting a call that is not awaited any more.
     pub fn forget(&mut self, call: &ScheduledCall) {
         self.unanswered -= 1;
         if call.is_own() && !call.is_evicted {
-            let owner = (call.source, call.token);
-            self.shares.0.remove(owner, 1);
-            self.shares.1.remove(owner, call.size);
+            self.shares.remove(call);
         }
     }
 }

@@ -1,33 +1,37 @@
-//! What a worker knows of one method: how many of its calls it has, what its rate still allows, and
-//! what its calls took of late. Pure.
+//! Keeps the statistics of one method: the number of its calls, what its rate still allows, and its
+//! recent run times. Pure.
 
 use std::time::Duration;
+
+use super::turns::Turns;
 
 /// What the programs of a pool have ahead is done within this time, as far as can be expected; and this
 /// number of calls at most for each.
 const SHORT_AHEAD: Duration = Duration::from_millis(1);
 const MOST_AHEAD_EACH: usize = 16;
-/// The estimate of a run time follows each run by so much: a part of itself.
+/// The estimate of the run time moves by this fraction of itself (1/8) after each run.
 const STEP: u64 = 8;
 
-/// A method's calls of late.
+/// The recent calls of a method.
 #[derive(Debug, Clone, Default)]
 pub struct MethodStats {
-    /// Where its calls wait and run.
+    /// The lane in which its calls wait and run.
     pub lane: usize,
-    /// Waiting and running ones.
+    /// The number of waiting and running calls.
     pub current: usize,
-    /// Bytes of its last result: what the next one is expected to be.
+    /// The size of its last result in bytes; the next one is expected to be as large.
     pub last_result: usize,
+    /// Who is next at its limits.
+    pub turns: Turns,
     /// Calls that the rate still allows, in thousandths.
     credit: u64,
     credited_ms: u64,
-    /// How long a call runs, in microseconds: half of the last ones took longer. 0 where none ran.
+    /// The estimated median run time in microseconds; 0 if none has run.
     median_us: u64,
 }
 
 impl MethodStats {
-    /// That of a method which has had no call.
+    /// Creates the statistics of a method without calls.
     pub fn in_lane(lane: usize) -> Self {
         MethodStats {
             lane,
@@ -35,27 +39,28 @@ impl MethodStats {
         }
     }
 
-    /// Counts one more call at `rate` a second, if that allows it.
-    pub fn admit(&mut self, rate: u32, now_ms: u64) -> bool {
+    /// How many calls `rate` a second allows now.
+    pub fn allowed(&mut self, rate: u32, now_ms: u64) -> usize {
         let rate = u64::from(rate);
-        // Thousandths a millisecond are calls a second; a second's worth can be saved up.
+        // Thousandths per millisecond equal calls per second. Up to one second's calls can be saved up.
         let earned = now_ms.saturating_sub(self.credited_ms).saturating_mul(rate);
         self.credit = self.credit.saturating_add(earned).min(rate * 1000);
         self.credited_ms = now_ms;
-        let admitted = self.credit >= 1000;
-        if admitted {
-            self.credit -= 1000;
-        }
-        admitted
+        usize::try_from(self.credit / 1000).unwrap_or(usize::MAX)
     }
 
-    /// A call has run for so long; `cut`: it was given up, so it might have run for longer.
+    /// Counts a call that the rate allows.
+    pub fn count_call(&mut self) {
+        self.credit = self.credit.saturating_sub(1000);
+    }
+
+    /// Records a run time. `cut` says that the call was given up, so it might have run longer.
     pub fn record_run(&mut self, took: Duration, cut: bool) {
         let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         let step = (self.median_us / STEP).max(1);
-        // The median, not the mean: one call of ten seconds says nothing about the next.
+        // Use the median and not the mean, because one call of ten seconds says nothing about the next.
         self.median_us = match self.median_us {
-            // The first one may be the one that hangs: it is no reason to refuse the next.
+            // The first call may be one that hangs, which is no reason to refuse the next.
             0 if cut => 0,
             0 => took_us,
             typical if took_us > typical => typical.saturating_add(step).min(took_us),
@@ -64,14 +69,14 @@ impl MethodStats {
         };
     }
 
-    /// How long a call is expected to run; `None` where none has run yet.
+    /// Returns the expected run time; `None` if no call has run yet.
     pub fn expected(&self) -> Option<Duration> {
         (self.median_us > 0).then(|| Duration::from_micros(self.median_us))
     }
 }
 
-/// How many calls `programs` programs of a pool with these methods may have ahead. A call that goes to
-/// another process and back costs more than a short call takes, so several of those go at once.
+/// Returns how many calls `programs` programs of a pool with these methods may have ahead. The way to
+/// another process and back costs more than a short call, so several of those are sent at once.
 pub fn ahead_of_programs<'a>(
     methods: impl Iterator<Item = &'a MethodStats>,
     programs: usize,
@@ -91,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_have_short_calls_ahead_and_none_where_one_method_is_slow() {
+    fn programs_get_short_calls_ahead_but_none_if_one_method_is_slow() {
         let of = |runs_us: &[u64]| {
             let mut load = MethodStats::in_lane(1);
             for run in runs_us {
@@ -115,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_expectation_follows_what_most_calls_take() {
+    fn the_expected_run_time_follows_the_median() {
         let mut load = MethodStats::default();
         assert_eq!(load.expected(), None);
         assert_eq!(after(&mut load, [5]), 5);
@@ -127,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_was_cut_off_is_no_proof_of_speed() {
+    fn a_call_that_was_given_up_does_not_lower_the_expected_run_time() {
         let mut load = MethodStats::default();
         load.record_run(Duration::from_secs(4), true);
         assert_eq!(load.expected(), None);
@@ -139,10 +144,11 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_lets_a_seconds_worth_be_saved_up() {
+    fn a_rate_allows_a_burst_of_one_second() {
         let mut load = MethodStats::default();
-        assert_eq!((0..20).filter(|_| load.admit(10, 1_000_000)).count(), 10);
-        assert!(load.admit(10, 1_000_100));
-        assert!(!load.admit(10, 1_000_100));
+        assert_eq!(load.allowed(10, 1_000_000), 10);
+        (0..10).for_each(|_| load.count_call());
+        assert_eq!(load.allowed(10, 1_000_099), 0);
+        assert_eq!(load.allowed(10, 1_000_100), 1);
     }
 }

@@ -1,17 +1,29 @@
-//! What a worker is told: by the master, by a signal, by the master's death; and how it obeys.
+//! Handles orders to a worker: from the master, from signals, and from the death of the master.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use super::call_dispatcher::millis;
 use super::connection::{Connection, ConnectionPhase};
-use super::event_loop::{EventLoop, LINK};
-use crate::link::channel::Received;
+use super::drain::Drain;
+use super::event_loop::{EventLoop, LINK, MASTER};
+use super::pool_update;
+use super::session_state::{self, SessionStep};
+use super::timers::CallKey;
+use crate::link::adoption_queue::REJOIN;
+use crate::link::channel::{self, Received};
 use crate::link::message::{Order, Report};
+use crate::link::metrics_board::layout::CloseReason;
+use crate::link::session_table::DirectOrder;
 use crate::logging::{self, pluralize};
 use crate::protocol::code::Code;
-use crate::sys::event::{Reactor, Token};
+use crate::sys::event::{Interest, Reactor, Token};
+use crate::sys::socket;
+
+/// Between two looks for an order of the master, once the acceptor of a session is gone.
+const ORDER_LOOK_MS: u64 = 100;
 
 impl EventLoop {
     pub(super) fn orders(&mut self, reactor: &mut Reactor) {
@@ -21,39 +33,66 @@ impl EventLoop {
                 Received::Message(message, descriptor) => match message.body {
                     Order::Drain(limit) => self.start_drain(reactor, limit),
                     Order::Stop(limit) => self.start_stop(reactor, limit),
-                    // Of several that came while this worker was stopped, the last one is true.
+                    // If several arrived while this worker was stopped, only the last one is valid.
                     Order::Rebalance(order) => shares = Some(order),
                     Order::StopPending => self.service.stop_pending = true,
                     Order::Link(record) => {
                         if let Some(link) = descriptor {
-                            self.service.forwarding.add(record, link);
+                            self.service.forwarding.add(record, link, None);
+                        }
+                    }
+                    Order::LinkPool(ends) => {
+                        if let Some(link) = descriptor {
+                            let pool = Some((usize::from(ends.lane), ends.generation.0));
+                            let record = ends.record.into();
+                            self.service.forwarding.add(record, link, pool);
+                        }
+                    }
+                    Order::UpdatePool(generation) => {
+                        pool_update::begin(&mut self.service, generation, descriptor);
+                    }
+                    Order::EndUpdate(generation, has_succeeded) => {
+                        pool_update::end(&mut self.service, generation, has_succeeded);
+                    }
+                    Order::PoolEnded => self.service.forwarding.pools.is_final = true,
+                    Order::SessionLink(link) => {
+                        if let Some(fd) = descriptor {
+                            self.service.forwarding.add_session(link, fd, reactor);
                         }
                     }
                     Order::ReopenLog => match descriptor {
                         Some(file) => drop(logging::set_output(logging::LogOutput::received(file))),
                         None => log::warn!(
-                            "the reopened log did not come along, for want of a descriptor: \
-                                 this worker goes on with the old one"
+                            "the reopened log was not received, because no descriptor is left: \
+                                 this worker continues with the old one"
                         ),
                     },
                 },
                 Received::Garbage | Received::WithDescriptors(_) => {
-                    log::warn!("the master sent something that is no order")
+                    log::warn!("the master sent an invalid order")
                 }
                 Received::Empty => break,
                 Received::End => {
                     reactor.unwatch(LINK);
+                    if let Some(session) = &mut self.session {
+                        // The master reaches it by its record in shared memory.
+                        session.is_orphan = true;
+                        self.tick_ms = self.tick_ms.min(ORDER_LOOK_MS);
+                        session.rejoin_later(self.service.now_ms);
+                        return;
+                    }
                     self.master_gone = Some(self.service.now_ms);
                     if self.is_pool() {
-                        // Workers may use it; after an upgrade another program is the master.
+                        // Workers may use this pool process. After an upgrade another program is the
+                        // master.
                         if !self.is_accepting {
                             self.drain.leave_now();
                         }
                         return;
                     }
                     log::error!(
-                        "the master has died: this worker accepts nothing more, answers what runs \
-                         and leaves; start a new master"
+                        "the master has died: this worker accepts nothing more, answers running calls \
+                         and exits; start a new master"
                     );
                     return self.start_stop(reactor, self.drain_timeout);
                 }
@@ -68,29 +107,38 @@ impl EventLoop {
         for signal in self.signals.take() {
             match signal {
                 Signal::SIGQUIT => self.drain.leave_now(),
-                // It serves until it is ordered to leave.
+                // It serves until it is ordered to exit.
                 _ if self.is_pool() && self.drain.is_serving() => {
                     let _ = self.report(Report::Retiring);
                 }
                 _ if self.drain.is_serving() => {
                     log::info!("retires: asked by SIGTERM");
-                    // Untold, the master finds out when this worker has left.
+                    // If the report fails, the master notices when this worker has exited.
                     let _ = self.report(Report::Retiring);
                     self.start_drain(reactor, self.drain_timeout);
                 }
-                // To one that drains: the master's last word, or what it does already.
+                // For a draining worker: the master orders the end, or the drain that is already in
+                // progress.
                 _ => self.drain.expire_now(self.service.now_ms),
             }
         }
     }
 
-    /// Whether this is a pool process, and not a worker.
-    fn is_pool(&self) -> bool {
+    /// Publishes what needs a system call.
+    pub(super) fn publish_tick(&mut self) {
+        let is_worker = !self.is_pool() && self.session.is_none();
+        let session = self.session.as_ref().map(|session| session.record);
+        self.service.pool_health.update();
+        self.published.tick(&self.service, is_worker, session);
+    }
+
+    /// Returns whether this is a pool process and not a worker.
+    pub(super) fn is_pool(&self) -> bool {
         self.service.forwarding.lane > 0
     }
 
-    /// A pool process whose master is gone leaves when no process uses it any more, at `drain-timeout` at
-    /// the latest.
+    /// Ends a pool process whose master is gone, when no process uses it any more, or after
+    /// `drain-timeout`.
     pub(super) fn leave_without_master(&mut self, reactor: &mut Reactor) {
         if let Some(since) = self.master_gone
             && self.is_pool()
@@ -103,7 +151,170 @@ impl EventLoop {
         }
     }
 
+    /// The master of a session has died: it answers what runs and leaves.
+    pub(super) fn session_lost_master(&mut self, reactor: &mut Reactor) {
+        reactor.unwatch(MASTER);
+        self.master_gone = Some(self.service.now_ms);
+        self.start_stop(reactor, self.drain_timeout);
+    }
+
+    /// Lets a session leave as soon as its connection has ended and what that has begun is done.
+    pub(super) fn end_with_connection(&mut self, reactor: &Reactor) {
+        let has_ended = self.session.is_some() && reactor.connections() == 0;
+        if has_ended && self.drain.is_serving() {
+            let now_ms = self.service.now_ms;
+            let until_ms = now_ms.saturating_add(millis(self.drain_timeout));
+            self.drain.drain(now_ms, until_ms);
+        }
+    }
+
+    /// Ends a session whose time is over, and obeys a master that cannot reach it by its acceptor.
+    pub(super) fn tick_session(&mut self, reactor: &mut Reactor) {
+        let now_ms = self.service.now_ms;
+        let Some(session) = &self.session else {
+            return;
+        };
+        session.beat(now_ms);
+        self.service.forwarding.pools.is_final |= session.record.has_pool_ended();
+        let step = session.step(now_ms);
+        self.rejoin(reactor);
+        let limit = |until_ms: u64| Duration::from_millis(until_ms.saturating_sub(now_ms));
+        match step {
+            Some(SessionStep::Obey(DirectOrder::Drain, until_ms)) => {
+                self.start_drain(reactor, limit(until_ms));
+            }
+            Some(SessionStep::Obey(DirectOrder::Stop, until_ms)) => {
+                self.start_stop(reactor, limit(until_ms));
+            }
+            Some(SessionStep::EndDrain) => {
+                if let Some(session) = &mut self.session {
+                    let until_ms = std::mem::replace(&mut session.drains_until_ms, u64::MAX);
+                    self.start_stop(reactor, limit(until_ms));
+                }
+            }
+            Some(SessionStep::End) if self.drain.is_serving() => {
+                log::info!(
+                    "max-lifetime of the listener is reached: the connection ends after its answers"
+                );
+                self.start_stop(reactor, self.drain_timeout);
+            }
+            Some(SessionStep::End) | None => {}
+        }
+    }
+
+    /// Sends a link to the next acceptor of the listener, if the acceptor of this session is gone: without one, it
+    /// gets no links to pool processes.
+    fn rejoin(&mut self, reactor: &mut Reactor) {
+        let now_ms = self.service.now_ms;
+        let due = (self.session.as_mut()).filter(|session| session.rejoins_at_ms <= now_ms);
+        let Some(session) = due.filter(|_| self.drain.is_serving()) else {
+            return;
+        };
+        session.rejoin_later(now_ms);
+        if let Ok((acceptor_end, own_end)) = channel::pair()
+            && reactor.watch(LINK, &own_end, Interest::Read).is_ok()
+        {
+            // If the queue is full, the link ends at once, and this is tried again.
+            let link = [acceptor_end.as_fd()];
+            let _ = socket::send_packet(&self.adoption.tx, &[&REJOIN], &link);
+            session.rejoins_at_ms = u64::MAX;
+            self.link = own_end;
+        }
+    }
+
+    /// A session that closes its connection has not crashed: its client is to see an orderly end.
+    pub(super) fn before_closing(&self, reactor: &Reactor, token: Token) {
+        if let Some(session) = &self.session
+            && let Some(connection) = reactor.descriptor(token)
+        {
+            socket::reset_when_closed(connection, false);
+            // It counts in the process that has taken it over.
+            session.record.set_source(None);
+        }
+    }
+
+    /// Notes until when a session with a program of its own is to have left. Its connection stays here, with
+    /// the state that the program keeps. Returns whether that is so.
+    fn stays_until(&mut self, until_ms: u64) -> bool {
+        let has_own = self.service.threads.pools().has_own();
+        let Some(session) = self.session.as_mut().filter(|_| has_own) else {
+            return false;
+        };
+        session.drains_until_ms = session.drains_until_ms.min(until_ms);
+        self.tick_ms = self.tick_ms.min(ORDER_LOOK_MS);
+        true
+    }
+
+    /// A session may get its first program while it drains: then it serves on, up to the end of the drain.
+    pub(super) fn stay_with_programs(&mut self) {
+        if self.drain.is_handing_off() && self.stays_until(self.drain.until_ms()) {
+            self.drain = Drain::default();
+        }
+    }
+
+    /// Lets the programs of the connection serve. When one of them has ended, the calls that wait for it are
+    /// answered with `crashed`, and the connection is closed, because its state is gone.
+    pub(super) fn serve_own_programs(&mut self, reactor: &mut Reactor) {
+        if self.session.is_none() {
+            return;
+        }
+        let failed = loop {
+            match session_state::give_out(&mut self.service) {
+                Ok(Some(late)) => self.reject_late_call(reactor, late),
+                Ok(None) => break None,
+                Err(failed) => break Some(failed),
+            }
+        };
+        if reactor.connections() > 0 {
+            self.stay_with_programs();
+        }
+        let pools = self.service.threads.pools();
+        let ended = pools.ended().map(|(number, name, reason)| {
+            let ended = format!(
+                "the program of the pool {name} has ended, and the state of the connection with it"
+            );
+            (number, reason.unwrap_or(ended))
+        });
+        let Some((number, reason)) = failed.or(ended) else {
+            return;
+        };
+        let of_lane = |key: &CallKey| {
+            let call = self.service.calls.table.get(*key);
+            call.is_some_and(|call| self.service.calls.lane(call.method) == number + 1)
+        };
+        let left: Vec<CallKey> = self
+            .service
+            .calls
+            .all()
+            .into_iter()
+            .filter(of_lane)
+            .collect();
+        for key in left {
+            self.abort_call(reactor, key, Code::Crashed, &reason);
+        }
+        self.close_after_answers(reactor);
+    }
+
+    /// Takes no further call from the connection, and closes it after the answers.
+    fn close_after_answers(&mut self, reactor: &mut Reactor) {
+        let open = self.connections.iter_mut().flatten();
+        let open = open.filter(|connection| connection.phase == ConnectionPhase::Open);
+        let open: Vec<_> = open
+            .map(|connection| {
+                connection.phase = ConnectionPhase::Closing;
+                connection.token
+            })
+            .collect();
+        for token in open {
+            self.pump(reactor, token, false);
+        }
+    }
+
     pub(super) fn start_drain(&mut self, reactor: &mut Reactor, limit: Duration) {
+        let until_ms = self.service.now_ms.saturating_add(millis(limit));
+        if self.stays_until(until_ms) {
+            return;
+        }
         self.end_spreading(reactor);
         (self.show_draining)();
         reactor.drain_accept_queues(false, self);
@@ -112,16 +323,16 @@ impl EventLoop {
         self.send_quiescent(reactor);
     }
 
-    /// Some connections were read no further, so that they come to rest, and did not: their calls
-    /// take longer, and nobody is to wait for that.
+    /// Reads again from connections that were not read to make them quiescent, but did not become so.
+    /// Their calls take longer, and must not delay the next ones.
     pub(super) fn resume_reading(&mut self, reactor: &mut Reactor) {
         self.advance_open(reactor, |connection| connection.is_read_paused);
         self.queue_calls(reactor);
         self.settle_programs(reactor);
     }
 
-    /// Half of the drain is over and some connections never rest: nothing more is taken from
-    /// them, so that they do once what runs is answered.
+    /// Half of the drain is over and some connections are never quiescent: takes nothing more from them,
+    /// so that they are quiescent when their calls are answered.
     pub(super) fn stop_reading(&mut self, reactor: &mut Reactor) {
         self.service.limits.pipeline = 0;
         self.advance_open(reactor, |_| true);
@@ -129,13 +340,13 @@ impl EventLoop {
 
     pub(super) fn start_stop(&mut self, reactor: &mut Reactor, limit: Duration) {
         self.end_spreading(reactor);
-        // Who is in a queue has connected and may have sent a call already, and what siblings have
-        // passed on has nobody else to go to.
+        // A client in the accept queue is connected and may have sent a call. Connections that siblings
+        // have sent can go to no other worker.
         reactor.drain_accept_queues(true, self);
         self.stop_giving(reactor);
         self.service.stopping = true;
         self.service.ledger.stops();
-        // What was not taken for the handoff's sake is answered now.
+        // Calls that were not taken because of the handoff are answered now.
         self.service.limits.pipeline = usize::MAX;
         let now = self.service.now_ms;
         self.drain.stop(now.saturating_add(millis(limit)));
@@ -172,27 +383,33 @@ impl EventLoop {
             .map(|connection| connection.token)
             .collect();
         for token in resting {
-            self.close_quiescent(reactor, token);
+            self.close_quiescent(reactor, token, CloseReason::Stop);
         }
     }
 
-    /// The worker leaves. Who is still connected, and has not been told of the end, is counted.
-    pub(super) fn leaves(&self) {
+    /// Counts the clients that are still connected and do not know of the exit.
+    pub(super) fn leaves(&self, reactor: &Reactor) {
+        for connection in self.connections.iter().flatten() {
+            self.before_closing(reactor, connection.token);
+        }
         let connected = self.connections.iter().flatten();
         let left = connected
             .filter(|it| it.phase != ConnectionPhase::Lingering)
             .count();
         let service = &self.service;
+        let writer = service.counts.writer;
+        let open = self.connections.iter().flatten().count() as u64;
+        writer.add(&writer.block.closed[CloseReason::Stop as usize], open);
         service.ledger.record_exit(left, &service.record.reset);
     }
 
-    /// The drain's time is over: who still waits gets an answer, as far as it can be sent.
+    /// The time of the drain has passed: answers all remaining calls with an error, if that can be sent.
     pub(super) fn give_up_all(&mut self, reactor: &mut Reactor) {
-        // Those that wait first: a thread that is let go would begin one of them at this late hour.
+        // The waiting calls come first, because a freed thread would begin one of them.
         let left = self.service.calls.all();
         if !left.is_empty() {
             log::warn!(
-                "{} done and can't be waited for any longer: answered with stopping",
+                "{} done when the drain time had passed: answered with stopping",
                 pluralize(left.len(), "call is not", "calls are not")
             );
         }

@@ -1,8 +1,8 @@
-//! Knows the listeners where an HTTP request may name its method in the path alone.
+//! Holds the listeners where an HTTP request must name its method in the path.
 //!
-//! A connection is known by its own address, so one that another worker has accepted is, too. Where no
-//! listener is of that kind, which is the default, this costs nothing. Never fails: a connection whose
-//! address cannot be told is taken for one of them.
+//! A connection is identified by its local address, so this also works for one that another worker has
+//! accepted. Without such listeners, which is the default, it costs nothing. It never fails: a connection
+//! with an unknown address counts as one of them.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -10,19 +10,22 @@ use std::rc::Rc;
 use crate::config::{HttpMethods, ListenConfig};
 use crate::sys::socket::{self, Bound};
 
-/// The addresses of such listeners.
+/// The addresses of these listeners.
 #[derive(Debug, Default)]
 pub struct PathListeners(Vec<Option<Bound>>);
 
 impl PathListeners {
-    /// Of the listeners of a generation, which have these sockets in their order.
-    pub fn of(configured: &[ListenConfig], sockets: &[Rc<OwnedFd>]) -> Self {
-        let listeners = configured.iter().zip(sockets);
+    /// Selects them from the listeners `configured`, whose sockets have the same order.
+    pub fn of<'a>(
+        configured: impl Iterator<Item = &'a ListenConfig>,
+        sockets: &[Rc<OwnedFd>],
+    ) -> Self {
+        let listeners = configured.zip(sockets);
         let listeners = listeners.filter(|(listen, _)| listen.http_methods == HttpMethods::Path);
         PathListeners(listeners.map(|(_, fd)| socket::bound_address(fd)).collect())
     }
 
-    /// Whether a connection was made to one of them.
+    /// Returns whether a connection was made to one of them.
     #[inline]
     pub fn contain(&self, connection: &impl AsFd) -> bool {
         !self.0.is_empty() && self.has_address_of(connection)
@@ -33,14 +36,21 @@ impl PathListeners {
         let Some(own) = socket::bound_address(connection) else {
             return true;
         };
-        self.0.iter().any(|listener| match (listener, &own) {
-            (Some(Bound::Tcp(listener)), Bound::Tcp(own)) => {
-                let is_any = listener.ip().is_unspecified();
-                listener.port() == own.port() && (is_any || listener.ip() == own.ip())
-            }
-            (Some(listener), own) => listener == own,
-            (None, _) => true,
-        })
+        let mut listeners = self.0.iter();
+        listeners.any(|listener| is_listener_of(listener.as_ref(), &own))
+    }
+}
+
+/// Returns whether a connection with the local address `own` may have been made to a listener. `None` is one
+/// whose address is unknown.
+pub(super) fn is_listener_of(listener: Option<&Bound>, own: &Bound) -> bool {
+    match (listener, own) {
+        (Some(Bound::Tcp(listener)), Bound::Tcp(own)) => {
+            let is_any = listener.ip().is_unspecified();
+            listener.port() == own.port() && (is_any || listener.ip() == own.ip())
+        }
+        (Some(listener), own) => listener == own,
+        (None, _) => true,
     }
 }
 
@@ -53,7 +63,7 @@ mod tests {
     use crate::config::Address;
 
     #[test]
-    fn a_connection_is_known_by_the_address_that_its_client_has_asked_for() {
+    fn a_connection_is_identified_by_its_local_address() {
         let fds = ["127.0.0.1:0", "0.0.0.0:0", "127.0.0.1:0"]
             .map(|address| Rc::new(OwnedFd::from(TcpListener::bind(address).unwrap())));
         let kinds = [HttpMethods::Path, HttpMethods::Path, HttpMethods::Any];
@@ -65,8 +75,10 @@ mod tests {
             socket_user: None,
             socket_group: None,
             http_methods,
+            per_source: 0,
+            isolation: None,
         });
-        let listeners = PathListeners::of(&configured, &fds);
+        let listeners = PathListeners::of(configured.iter(), &fds);
         let is_known = |fd: &Rc<OwnedFd>, host: [u8; 4]| {
             let Some(Bound::Tcp(address)) = socket::bound_address(fd) else {
                 panic!("no TCP address");

@@ -1,46 +1,74 @@
-//! Another process as a worker sees it: its link, the calls that run there or here, and its capacity.
+//! Represents another process in a worker: its link, the calls that run there or here, and its capacity.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::timers::CallKey;
+use crate::handler::call_state::HandlerCall;
+use crate::handler::pool::Stage;
+use crate::handler::pool::pool_table::MethodNumbers;
+use crate::handler::trace::Trace;
+use crate::link::call_frame::{AnswerFrame, CallFrame, Frame};
 use crate::link::call_link::CallLink;
-use crate::link::scoreboard::WorkerRecord;
+use crate::link::ids::Generation;
+use crate::link::scoreboard::{LANES, WorkerRecord};
+use crate::protocol::call_id::CallId;
 use crate::sys::event::Interest;
+use crate::throttle::limiter::Limiter;
 
-/// A worker whose event loop has not run for this long gets no calls. It runs once a second if idle.
+/// A worker whose event loop has not run for this long gets no calls. An idle loop runs once per second.
 const STALE_MS: u64 = 2000;
 
-/// After this number of unused records in a row no process is expected behind them.
+/// After this number of unused records in a row, no further process is expected.
 const SEARCH_GAP: usize = 64;
+
+/// The numbers that a worker shows to the others.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// How many calls of its own lane could begin now.
+    pub idle: u32,
+    /// Waiting calls that another process could run, by the index of their lane.
+    pub waiting: [u32; LANES],
+}
+
+/// Returns the index of a lane among the numbers of waiting calls.
+pub fn place(lane: usize) -> usize {
+    lane.min(LANES - 1)
+}
 
 /// Another worker.
 #[derive(Debug)]
 pub struct Peer {
     pub record: &'static WorkerRecord,
     pub record_index: usize,
+    /// If the pool of one of the two processes runs calls of the other: its lane there. 0: both are workers.
+    pub lane: usize,
+    /// In a pool process, the generation of the worker.
+    pub generation: u32,
     pub link: CallLink,
-    /// Calls of our connections that it runs.
+    /// The calls of our connections that it runs.
     pub sent: HashMap<u64, CallKey>,
-    /// Its calls that run here, by its numbers.
+    /// Its calls that run here, by their numbers there.
     pub running: HashMap<u64, CallKey>,
-    /// How far it was, by its capacity epoch, when `sent_since` was zero.
+    /// Its capacity epoch when `sent_since` was zero.
     pub epoch: u32,
-    /// Calls sent that its record may not show yet.
+    /// The number of sent calls that its record may not show yet.
     pub sent_since: u32,
-    /// Its epoch plus one when capacity was offered to it last.
+    /// Its epoch plus one at the last offer to it.
     pub offered_at: u32,
     pub interest: Option<Interest>,
-    /// Until when its offers for short calls are not taken up, because it has returned one.
+    /// Until when its offers for short calls are ignored, because it has returned one.
     pub no_short_until_ms: u64,
     /// It begins no further call.
     pub is_leaving: bool,
-    /// It was told that this process leaves, and has answered.
+    /// Whether it knows that this process is exiting.
     pub leave: LeaveState,
+    /// How often it may be said that it sends no results.
+    pub complaints: Limiter,
 }
 
-/// Whether another process knows that this one leaves.
+/// Whether another process knows that this one is exiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaveState {
     NotTold,
@@ -48,12 +76,49 @@ pub enum LeaveState {
     Noted,
 }
 
+/// Pool processes that stay at reloads.
+#[derive(Debug, Default)]
+pub struct SharedPools {
+    /// In a worker, the lanes of the pools whose processes have stayed.
+    pub kept_lanes: Vec<usize>,
+    /// No pool process follows one that ends: after an upgrade.
+    pub is_final: bool,
+    /// In a pool process, the numbers of its methods.
+    pub methods: MethodNumbers,
+    /// The lane that it shows, if that is another one than at its start.
+    pub shown_lane: Option<usize>,
+    /// What the master waits for.
+    pub update: Option<PoolUpdate>,
+}
+
+/// A pool process is to serve another generation as well.
+#[derive(Debug)]
+pub struct PoolUpdate {
+    pub generation: Generation,
+    pub stage: Stage,
+    /// Where the reason goes if it cannot.
+    pub file: Option<OwnedFd>,
+    /// The lane of the pool there.
+    pub lane: usize,
+    /// When the report is due; `None` once it is sent.
+    pub report_at_ms: Option<u64>,
+}
+
 impl Peer {
-    /// The process with this record, over a link that the master has made.
-    pub fn new(record: &'static WorkerRecord, record_index: usize, link: OwnedFd) -> Self {
+    /// The process with this record, over a link that the master has made. `pool`: the lane and the
+    /// generation of a worker, if one of the two is a pool process.
+    pub fn new(
+        record: &'static WorkerRecord,
+        record_index: usize,
+        link: OwnedFd,
+        pool: Option<(usize, u32)>,
+    ) -> Self {
+        let (lane, generation) = pool.unwrap_or_default();
         Peer {
             record,
             record_index,
+            lane,
+            generation,
             link: CallLink::new(link),
             sent: HashMap::new(),
             running: HashMap::new(),
@@ -64,10 +129,49 @@ impl Peer {
             no_short_until_ms: 0,
             is_leaving: false,
             leave: LeaveState::NotTold,
+            complaints: Limiter::rare(),
         }
     }
 
-    /// Once its record has changed, what was sent before shows in it.
+    /// Queues a call of this process for it; `pid` is our own. Returns false if there is no room.
+    pub fn send(&mut self, pid: i32, client: u32, call: &HandlerCall) -> bool {
+        let identity = call.state.identity();
+        let number = identity.number;
+        let is_queued = self.link.queue(&Frame::Call(CallFrame {
+            id: CallId { pid, number },
+            method: call.method as u32,
+            key: call.state.key(),
+            deadline_ms: u64::try_from(call.deadline.as_millis()).unwrap_or(u64::MAX),
+            client,
+            client_id: call.id.as_deref().map(Into::into),
+            peer: call.peer,
+            trace: identity.trace().map(Trace::into_context),
+            params: call.params.as_ref().into(),
+        }));
+        if is_queued {
+            self.sent.insert(number, call.key);
+            self.note_epoch();
+            self.sent_since += 1;
+        }
+        is_queued
+    }
+
+    /// Queues the answer to one of its calls, if that was not answered yet.
+    pub fn answer(&mut self, answer: &AnswerFrame<'_>) {
+        if self.running.remove(&answer.id).is_some() {
+            self.link.queue(&Frame::Answer(AnswerFrame {
+                id: answer.id,
+                took_us: answer.took_us,
+                name: answer.name.as_deref().map(Into::into),
+                outcome: match &answer.outcome {
+                    Ok(result) => Ok(result.as_ref().into()),
+                    Err(error) => Err(std::borrow::Cow::Borrowed(error.as_ref())),
+                },
+            }));
+        }
+    }
+
+    /// If its record has changed, it shows the calls sent before.
     pub fn note_epoch(&mut self) {
         let epoch = self.record.capacity_epoch.load(Relaxed);
         if epoch != self.epoch {
@@ -76,15 +180,35 @@ impl Peer {
         }
     }
 
-    /// Whether it runs calls of this lane.
-    pub fn serves(&self, lane: usize, generation: u32) -> bool {
-        self.record.lane.load(Relaxed) as usize == lane
-            && self.record.generation.load(Relaxed) == generation
+    /// Whether it takes part in forwarding with processes of this generation. A pool process may serve
+    /// several, of which it shows one.
+    pub fn is_with(&self, generation: u32) -> bool {
+        match self.record.generation.load(Relaxed) {
+            shown if self.lane == 0 => shown == generation,
+            shown => shown != 0,
+        }
     }
 
-    /// How many calls it could begin, as far as is known.
+    /// Whether it runs calls of this lane.
+    pub fn serves(&self, lane: usize, generation: u32) -> bool {
+        let own = match self.lane {
+            0 => self.record.lane.load(Relaxed) as usize,
+            lane => lane,
+        };
+        own == lane && self.is_with(generation)
+    }
+
+    /// The lane that this process has for the other one; `own` is its own number for that.
+    pub fn lane_there(&self, own: usize) -> usize {
+        match self.lane {
+            0 => own,
+            lane => lane,
+        }
+    }
+
+    /// Returns how many calls it could begin, as far as is known.
     pub fn room(&self) -> u32 {
-        // A call on its event loop may take long, and what is sent waits for that.
+        // A call on its event loop may take long, and sent calls would wait for it.
         if self.record.inline_running.load(Relaxed) > 0 {
             return 0;
         }
@@ -96,13 +220,32 @@ impl Peer {
     }
 }
 
-/// Whether the event loop of a worker has run lately.
+/// Returns whether the event loop of a worker has run recently.
 pub fn is_fresh(record: &WorkerRecord, now_ms: u64) -> bool {
     now_ms.saturating_sub(record.heartbeat_ms.load(Relaxed)) < STALE_MS
 }
 
-/// The records of processes that take part in forwarding, with their indices: workers have the lowest ones
-/// and pool processes the highest.
+/// Returns whether a process of this generation (as records show it) runs the calls of a lane.
+fn is_lane_served(records: &'static [WorkerRecord], generation: u32, lane: usize) -> bool {
+    used(records).any(|(_, record)| {
+        record.lane.load(Relaxed) as usize == lane && record.generation.load(Relaxed) == generation
+    })
+}
+
+/// Returns whether each of the first `pools` pools has a process that serves this generation (as records show
+/// it). Those of the lanes in `kept` are of an earlier generation.
+pub fn has_all_pools(
+    records: &'static [WorkerRecord],
+    generation: u32,
+    kept: &[usize],
+    pools: usize,
+) -> bool {
+    let is_served = |lane| kept.contains(&lane) || is_lane_served(records, generation, lane);
+    (1..=pools).all(is_served)
+}
+
+/// Returns the records of processes that take part in forwarding, with their indexes. Workers have the
+/// lowest indexes and pool processes the highest.
 pub fn used(
     records: &'static [WorkerRecord],
 ) -> impl Iterator<Item = (usize, &'static WorkerRecord)> {

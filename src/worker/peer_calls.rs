@@ -1,37 +1,37 @@
 //! Sends calls to other workers and runs theirs.
 //!
-//! Called once per turn of the event loop, after calls were given to this worker's own threads: a call
-//! goes elsewhere only if no thread here can begin it. A worker that drains sends nothing and returns
-//! what it gets, but finishes what it has begun.
+//! It runs once per turn of the event loop, after this worker's own threads got calls: a call is sent only
+//! if no thread here can begin it. A draining worker sends nothing, returns calls, and finishes begun ones.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::time::Duration;
 
 use super::call_dispatcher::CallDispatcher;
 use super::call_errors::{check_size, quarantined};
 use super::call_scheduler::FinishedCall;
 use super::connection::{AnswerPosition, PendingAnswer};
-use super::forwarding::{Load, place};
-use super::peer::LeaveState;
+use super::peer::{LeaveState, Load, place};
 use super::remote_calls;
 use super::threads::Done;
 use super::timers::{CallKey, TimerTarget};
 use crate::link::call_frame::{AnswerFrame, CallFrame, DecodedCallFrame, Frame};
 use crate::link::scoreboard::LANES;
+use crate::protocol::answer::check_forwarded;
 use crate::protocol::body::Form;
 use crate::protocol::code::Code;
 use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::{Reactor, Token};
 
-/// After a call was returned, no more calls than a process can begin at once are sent to it for this time.
+/// After a call was returned, a process gets for this time only as many calls as it can begin at once.
 const NO_SHORT_MS: u64 = 100;
-/// Reads from one link before the others get their turn.
+/// The most reads from one link before the others get their turn.
 const MAX_READS: usize = 16;
 
-/// Shows what this process has to the others, sends waiting calls to those with capacity, and offers
-/// capacity to those with waiting calls. Returns a call that
-/// cannot be done in time any more: it is to be given up, and this to be called again.
+/// Publishes the load of this process, sends waiting calls to processes with capacity, and offers
+/// capacity to those with waiting calls. Returns a call that would miss its deadline: give it up and call
+/// this again.
 #[must_use]
 pub fn exchange(
     service: &mut CallDispatcher,
@@ -48,7 +48,7 @@ pub fn exchange(
     let load = load(service, (is_serving, is_leaving));
     service.forwarding.owes_offer |= is_due | service.forwarding.show(load);
     if load.waiting != [0; LANES] {
-        for lane in first_lane(is_serving)..service.calls.lanes() {
+        for lane in lanes_to_send(service, is_serving) {
             if let Some(late) = send_waiting(service, lane) {
                 return Some(late);
             }
@@ -67,16 +67,17 @@ pub fn exchange(
     None
 }
 
-/// The first lane whose calls may be sent: a worker that drains sends calls to pool processes only.
-fn first_lane(is_serving: bool) -> usize {
-    usize::from(!is_serving)
+/// Returns the lanes whose calls may be sent: none of a connection's pools; in a drain only of pool processes.
+fn lanes_to_send(service: &CallDispatcher, is_serving: bool) -> Range<usize> {
+    let end = service.registry.pools().len() + 1;
+    usize::from(!is_serving)..service.calls.lanes().min(end)
 }
 
-/// What this process has now; nothing before it serves.
+/// Zero before this process serves.
 fn load(service: &CallDispatcher, (is_serving, is_leaving): (bool, bool)) -> Load {
     let mut load = Load::default();
     if is_serving || is_leaving {
-        for lane in first_lane(is_serving)..service.calls.lanes() {
+        for lane in lanes_to_send(service, is_serving) {
             load.waiting[place(lane)] += sendable(service, lane) as u32;
         }
     }
@@ -88,8 +89,7 @@ fn load(service: &CallDispatcher, (is_serving, is_leaving): (bool, bool)) -> Loa
 }
 
 fn sendable(service: &CallDispatcher, lane: usize) -> usize {
-    let (threads, now_ms) = (&service.threads, service.now_ms);
-    remote_calls::sendable(&service.calls, lane, threads, now_ms)
+    remote_calls::sendable(&service.calls, lane, &service.threads, service.now_ms)
 }
 
 fn send_waiting(service: &mut CallDispatcher, lane: usize) -> Option<CallKey> {
@@ -105,16 +105,14 @@ fn send_waiting(service: &mut CallDispatcher, lane: usize) -> Option<CallKey> {
     None
 }
 
-/// What became of the attempt to send a call.
 enum Sent {
     Call,
-    /// No call may be sent.
     Nothing,
-    /// The next call cannot be done in time any more.
+    /// The next call would miss its deadline.
     Late(CallKey),
 }
 
-/// Sends the next waiting call of a lane to another process, if it is short where `only_short` is set.
+/// Sends the next waiting call of a lane to another process. With `only_short`, only a short one.
 fn send_next(service: &mut CallDispatcher, lane: usize, peer: usize, only_short: bool) -> Sent {
     let now_ms = service.now_ms;
     let key = match remote_calls::next_to_send(&mut service.calls, lane, only_short, now_ms) {
@@ -122,26 +120,26 @@ fn send_next(service: &mut CallDispatcher, lane: usize, peer: usize, only_short:
         Ok(None) => return Sent::Nothing,
         Err(late) => return Sent::Late(late),
     };
-    let to = service.forwarding.next_call(peer);
     let client = (service.calls.get_mut(key)).map_or(0, |call| call.token.index() as u32);
-    if let Some(call) = remote_calls::send(&mut service.calls, key, to)
+    if let Some((to, call)) = remote_calls::send(&mut service.calls, key, peer)
         && !service.forwarding.send(to, client, call)
     {
-        // No frame is so long, which limits.frame does not allow.
+        // No call within limits.frame is too long for a frame.
         remote_calls::take_back(&mut service.calls, key);
         return Sent::Nothing;
     }
+    service.counts.count_forwarded(lane);
     Sent::Call
 }
 
-/// Returns calls of other workers that wait behind long calls: another worker may have capacity.
+/// Returns calls of other workers that wait behind long calls, because another worker may have capacity.
 fn return_waiting(service: &mut CallDispatcher) {
     for (key, mut ended) in remote_calls::take_foreign_back(&mut service.calls) {
         let target = TimerTarget::Call(key);
         service.timers.disarm(&mut ended.timer, target);
         service.ledger.forget(ended.reply.mark);
         if let Some(link) = ended.token.process() {
-            service.forwarding.return_call(link, ended.number_at_home);
+            service.forwarding.return_call(link, ended.number);
         }
     }
 }
@@ -160,8 +158,8 @@ fn offer(service: &mut CallDispatcher, idle: usize, is_repeated: bool) {
     }
 }
 
-/// Reads what another worker has sent. Answers to calls of this worker are added to
-/// `CallDispatcher::answered_elsewhere`. Returns false if the link has ended: `end` is to follow.
+/// Reads from the link to another worker. Answers to calls of this worker are added to
+/// `CallDispatcher::answered_elsewhere`. Returns false if the link has ended; then call `end`.
 #[must_use]
 pub fn receive(service: &mut CallDispatcher, link: usize, is_serving: bool) -> bool {
     let mut piece = service.forwarding.take_piece();
@@ -181,7 +179,7 @@ pub fn receive(service: &mut CallDispatcher, link: usize, is_serving: bool) -> b
     is_alive
 }
 
-/// Returns false if the other worker sent no frame.
+/// Returns false if the other worker sent an invalid frame.
 fn read_frames(service: &mut CallDispatcher, link: usize, is_serving: bool) -> bool {
     let Some(peer) = service.forwarding.peers.get_mut(link) else {
         return false;
@@ -200,7 +198,9 @@ fn read_frames(service: &mut CallDispatcher, link: usize, is_serving: bool) -> b
         }
     };
     if !is_understood {
-        log::warn!("another worker sent no frame over an internal link: the link is closed");
+        log::warn!(
+            "another worker sent an invalid frame over an internal link: the link is closed"
+        );
     }
     if let Some(peer) = service.forwarding.peers.get_mut(link) {
         peer.link.put_back(received, at);
@@ -208,7 +208,7 @@ fn read_frames(service: &mut CallDispatcher, link: usize, is_serving: bool) -> b
     is_understood
 }
 
-/// Returns false if the frame makes no sense.
+/// Returns false if the frame is invalid.
 fn read_frame(
     service: &mut CallDispatcher,
     link: usize,
@@ -217,7 +217,12 @@ fn read_frame(
 ) -> bool {
     let now_ms = service.now_ms;
     match frame {
-        Frame::Call(call) => return run(service, link, &call, is_serving),
+        Frame::Call(mut call) => {
+            if service.forwarding.lane > 0 {
+                call.method = own_number(service, link, call.method);
+            }
+            return run(service, link, &call, is_serving);
+        }
         Frame::Cancel { id } => {
             let peer = service.forwarding.peers.get_mut(link);
             if let Some(key) = peer.and_then(|peer| peer.running.remove(&id))
@@ -228,20 +233,31 @@ fn read_frame(
         }
         Frame::Answer(answer) => {
             let peer = service.forwarding.peers.get_mut(link);
-            // An answer to a call that was given up meanwhile is dropped.
+            // An answer to a call that was given up is dropped.
             if let Some(key) = peer.and_then(|peer| peer.sent.remove(&answer.id)) {
                 let read_ms = service
                     .calls
                     .get_mut(key)
                     .map_or(now_ms, |call| call.read_ms);
                 let longest = Duration::from_millis(now_ms.saturating_sub(read_ms) + 1);
+                let outcome = match answer.outcome {
+                    Ok(result) => Ok(result.into_owned()),
+                    Err(error) => Err(error.into_owned()),
+                };
+                let is_result = outcome.is_ok();
+                let outcome = check_forwarded(answer.name.as_deref(), outcome);
+                if let Err(error) = &outcome
+                    && is_result
+                    && let Some(peer) = service.forwarding.peers.get_mut(link)
+                    && peer.complaints.admit(now_ms).is_some()
+                {
+                    log::warn!("{}; its caller gets `bad-output`", error.message);
+                }
                 service.answered_elsewhere.push(Done {
                     key,
-                    outcome: Some(match answer.outcome {
-                        Ok(result) => Ok(result.into_owned()),
-                        Err(error) => Err(error.into_owned()),
-                    }),
+                    outcome: Some(outcome),
                     took: Duration::from_micros(answer.took_us).min(longest),
+                    cpu: Duration::ZERO,
                     out: answer.name.map(|name| name.into_owned().into_boxed_str()),
                 });
             }
@@ -253,6 +269,8 @@ fn read_frame(
                 peer.sent.remove(&id)
             });
             if let Some(key) = sent {
+                let method = service.calls.get(key).map_or(0, |call| call.method);
+                service.counts.count_returned(service.calls.lane(method));
                 remote_calls::take_back(&mut service.calls, key);
             }
         }
@@ -269,7 +287,7 @@ fn read_frame(
         }
         Frame::Offer { lane, count, short } => {
             let lane = usize::from(lane);
-            let is_sent = lane >= first_lane(is_serving) && lane < service.calls.lanes();
+            let is_sent = lanes_to_send(service, is_serving).contains(&lane);
             if is_sent && service.forwarding.may_send(link, lane) {
                 let peer = service.forwarding.peers.get(link);
                 let may_send_short = peer.is_some_and(|peer| peer.no_short_until_ms <= now_ms);
@@ -288,19 +306,26 @@ fn read_frame(
     true
 }
 
-/// Whether a call of another worker begins here, at once or soon.
+/// In a pool process, its own number of a method of a worker, or one that is none.
+fn own_number(service: &CallDispatcher, link: usize, method: u32) -> u32 {
+    let forwarding = &service.forwarding;
+    let peer = forwarding.peers.get(link);
+    let methods = &forwarding.pools.methods;
+    let number = peer.and_then(|peer| methods.number(peer.generation, method as usize));
+    number.map_or(u32::MAX, |number| number as u32)
+}
+
 fn has_capacity(service: &CallDispatcher, lane: usize, method: usize) -> bool {
     remote_calls::idle(&service.calls, lane, &service.threads) > 0
         || lane == 0 && remote_calls::begins_soon(&service.calls, method)
 }
 
-/// Runs a call of another worker, or returns it. Returns false if the call has the number of one that
-/// runs.
+/// Runs a call of another worker, or returns it. Returns false if its number is already in use.
 fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_serving: bool) -> bool {
-    // What this process shows is older than this call, also if it has ended when that is looked at next.
+    // The published load does not include this call, even if it ends before the next check.
     service.forwarding.is_stale = true;
     let method = call.method as usize;
-    let is_known = method < service.registry.methods().len() && call.id > 0;
+    let is_known = method < service.registry.methods().len() && call.id.number > 0;
     let lane = if is_known {
         service.calls.lane(method)
     } else {
@@ -311,7 +336,7 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
         || lane != service.forwarding.lane
         || !has_capacity(service, lane, method)
     {
-        service.forwarding.return_call(link, call.id);
+        service.forwarding.return_call(link, call.id.number);
         return true;
     }
     let refused = |code, text: &str| Err(Cow::Owned(RpcError::of(code, text, false)));
@@ -320,7 +345,7 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
     } else if call.deadline_ms <= service.now_ms {
         refused(
             Code::Timeout,
-            "its time was over when it came to the worker that was to run it",
+            "its deadline had passed when it arrived at the worker that was to run it",
         )
     } else {
         Ok(())
@@ -328,12 +353,12 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
     let Some(peer) = service.forwarding.peers.get_mut(link) else {
         return false;
     };
-    if peer.running.contains_key(&call.id) {
+    if peer.running.contains_key(&call.id.number) {
         return false;
     }
     if let Err(error) = outcome {
         peer.link.queue(&Frame::Answer(AnswerFrame {
-            id: call.id,
+            id: call.id.number,
             took_us: 0,
             name: None,
             outcome: Err(error),
@@ -346,21 +371,20 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
             form: Form::Plain,
             wrap: Framing::Frame,
         },
-        mark: service.ledger.take_for_peer(call.key, method),
+        mark: service.ledger.take_for_peer(call.id, call.key, method),
     };
+    service.last_call += 1;
+    // A pool process has no calls of its own.
+    service.foreign += u64::from(lane == 0);
     let key = remote_calls::run_for_peer(
         &mut service.calls,
-        (Token::of_process(link), call.id),
+        (Token::of_process(link), service.last_call),
         call,
         reply,
         &mut service.threads,
         service.now_ms,
     );
-    peer.running.insert(call.id, key);
-    if lane > 0 {
-        // A pool process has no calls of its own.
-        service.read += 1;
-    }
+    peer.running.insert(call.id.number, key);
     if let Some(added) = service.calls.get_mut(key) {
         let target = TimerTarget::Call(key);
         service
@@ -390,7 +414,7 @@ pub fn answer(
         service.forwarding.answer(
             link,
             &AnswerFrame {
-                id: ended.number_at_home,
+                id: ended.number,
                 took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
                 name: name.map(Cow::Borrowed),
                 outcome: outcome.map(Cow::Owned).map_err(Cow::Owned),
@@ -399,7 +423,7 @@ pub fn answer(
     }
 }
 
-/// Another worker is gone: the calls that it ran are answered with `crashed`, and its own end.
+/// Handles the end of another worker: answers the calls that it ran with `crashed` and cancels its own.
 pub fn end(service: &mut CallDispatcher, link: usize, reactor: &mut Reactor) {
     let Some(peer) = service.forwarding.remove(link, reactor) else {
         return;
@@ -410,6 +434,7 @@ pub fn end(service: &mut CallDispatcher, link: usize, reactor: &mut Reactor) {
             key,
             outcome: Some(Err(RpcError::of(Code::Crashed, text, true))),
             took: Duration::ZERO,
+            cpu: Duration::ZERO,
             out: None,
         });
     }
@@ -418,6 +443,6 @@ pub fn end(service: &mut CallDispatcher, link: usize, reactor: &mut Reactor) {
             service.ledger.forget(ended.reply.mark);
         }
     }
-    // Capacity that was offered to it may be for others.
+    // What was offered to it is available for others.
     service.forwarding.recheck_ms = Some(service.now_ms);
 }

@@ -1,7 +1,8 @@
-//! What a new worker does first: leave everything that is the master's, become its own process.
+//! Turns a forked child into a worker, pool process, acceptor or session: it leaves everything that is not
+//! its own.
 //!
-//! One list, in an order that matters; each step says why it stands where it does. Fails with
-//! what the worker then tells the log before it leaves; it has served nobody yet.
+//! It is one list whose order matters; each step gives its reason. It fails with the error that the
+//! worker logs before it exits. Until then it has served no client.
 
 #![allow(unsafe_code)]
 
@@ -15,43 +16,36 @@ use super::crash::keeper;
 use super::crash::keeper::KeeperSetup;
 use crate::logging;
 use crate::sys::signal::{self, SignalPipe};
-use crate::sys::{descriptor, privilege, process};
+use crate::sys::{descriptor, guard, privilege, process, shared_memory};
 use crate::worker_init::WorkerInit;
 
-/// Signals that are the master's business. A worker is in a session of its own, so neither Ctrl-C nor
-/// a closing terminal reaches it; but an operator may take a worker for the master.
-const NOT_OURS: [Signal; 8] = [
-    Signal::SIGINT,
-    Signal::SIGHUP,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-    Signal::SIGTTIN,
-    Signal::SIGTTOU,
-    Signal::SIGPIPE,
-    // A limit of file sizes is an error of write(2) then, which a log can live with.
-    Signal::SIGXFSZ,
-];
-
-/// Turns a copy of the master into a worker, with a keeper where one is wanted and can be had. All
-/// signals are blocked on entry, and are let through on success.
+/// Turns a copy of the master into a worker, with a keeper if one is configured and possible. All signals
+/// are blocked at the call, and unblocked on success.
 ///
 /// # Errors
-/// What the system refused, with what was tried.
+/// The error of the system, with what was attempted.
 pub fn init_worker_process(
     boot: &mut WorkerInit<'_>,
 ) -> Result<(SignalPipe, Option<KeeperSetup>), (&'static str, io::Error)> {
-    // 1. The pid file's lock belongs to the open file: kept here, it would outlive the master.
-    // SAFETY: the master's value that owns it is in this copy of its memory, and is never used or
-    // dropped here: a worker does not return to the master's code.
-    unsafe { descriptor::close(boot.pid_file) };
+    let is_session = boot.slot.session().is_some();
+    if is_session {
+        leave_shared_memory(boot).map_err(|error| ("leave the memory of workers", error))?;
+    }
+    // 1. The lock of the pid file belongs to its open file description: kept open here, it would outlive
+    //    the master.
+    if let Some(pid_file) = boot.pid_file {
+        // SAFETY: the owner of the descriptor is in this copy of the master's memory. It is never used or
+        // dropped here, because a worker does not return to the master's code.
+        unsafe { descriptor::close(pid_file) };
+    }
     // 2. The master's signal pipe: a signal to this process would wake the master.
     boot.master_signals.detach();
-    // 3. Every other descriptor of the master's: control socket, the siblings' links (a sibling
-    //    could not tell that the master died), listeners of other generations (which would keep
-    //    their port). What the program has opened before the fork stays open: if its number went to
-    //    a client's connection, a handler would write into that. What the shell has passed on goes.
-    //    Its own listeners too: the master's values in this copy of its memory own the numbers as
-    //    well and are never dropped, so that a worker which drains could not close them.
+    // 3. All other descriptors of the master: the control socket, the links of siblings (a sibling could
+    //    not detect the master's death), listeners of other generations (they would keep their port).
+    //    Descriptors that the program opened before the fork stay open: if a number were reused for a
+    //    client's connection, a handler would write into that. Descriptors of the shell are closed. This
+    //    worker's listeners are duplicated, because the master's values in this copy of its memory also
+    //    own the numbers. They are never dropped, so a draining worker could not close them.
     for listener in &mut boot.listeners {
         let own = listener.try_clone();
         *listener = Rc::new(own.map_err(|error| ("take over its listeners", error))?);
@@ -63,49 +57,83 @@ pub fn init_worker_process(
     keep.extend(logging::output_descriptor());
     keep.extend(logging::forwarding_fd());
     keep.extend(boot.registry.program_descriptors());
-    // SAFETY: likewise for all that belongs to the master.
-    unsafe { descriptor::close_all_but(&keep) };
-    // 4. The session and the terminal of whoever has started the master: a handler with them could
-    //    read what the operator types, and type into the operator's shell. Before the keeper is made,
-    //    which shares the descriptors and the session.
-    process::leave_session().map_err(|error| ("leave the session of the master", error))?;
-    signal::ignore(&NOT_OURS);
-    let signals = SignalPipe::new(&[Signal::SIGTERM, Signal::SIGQUIT])
-        .map_err(|error| ("catch signals", error))?;
-    // 5. Root is given up before anything of a client's is touched.
-    if let Some(account) = &boot.settings.account {
-        privilege::drop_to(account).map_err(|error| ("give up root", error))?;
-    }
-    // 6. What handlers leave behind is this worker's to end, not the master's while we live.
-    process::become_subreaper().map_err(|error| ("become a subreaper", error))?;
-    // 7. After the last change of user, which would take it back.
-    let grace = boot.settings.workers.drain_timeout;
-    match signal::on_parent_death(boot.master, grace) {
-        Ok(true) => {}
-        Ok(false) => {
-            return Err(("serve", io::Error::other("the master has died meanwhile")));
+    if let Some(isolated) = &boot.isolated {
+        keep.push(isolated.master_life.as_raw_fd());
+        if !is_session {
+            keep.push(isolated.scoreboard.as_raw_fd());
         }
-        Err(error) => return Err(("ask to be told of the master's death", error)),
     }
-    // 8. The keeper, which is a copy of what has become of this process by now: it has nothing of
-    //    the master's either, and nothing yet of what is to come.
-    // A pool process has no connection.
-    let has_keeper = boot.settings.workers.keep_connections && boot.slot.pool().is_none();
+    // SAFETY: the same applies to everything that belongs to the master.
+    unsafe { descriptor::close_all_but(&keep) };
+    // 4. The session and the terminal of the user who started the master: with them a handler could read
+    //    what the operator types, and type into the operator's shell. This comes before the keeper, which
+    //    shares the descriptors and the session.
+    process::leave_session().map_err(|error| ("leave the session of the master", error))?;
+    signal::ignore(&signal::IGNORED_BY_CHILDREN);
+    let signals = SignalPipe::new(match boot.isolated {
+        None => &[Signal::SIGTERM, Signal::SIGQUIT],
+        // A service manager sends TERM to all processes. These processes wait for the master's order.
+        Some(_) => {
+            signal::ignore(&[Signal::SIGTERM]);
+            match is_session {
+                true => &[Signal::SIGQUIT],
+                false => &[Signal::SIGQUIT, Signal::SIGCHLD],
+            }
+        }
+    })
+    .map_err(|error| ("catch signals", error))?;
+    // 5. Root is dropped before anything of a client is used.
+    if let Some(account) = boot.account() {
+        privilege::drop_to(account).map_err(|error| ("drop root privileges", error))?;
+    }
+    // 6. While this worker lives, it reaps the processes that handlers leave behind.
+    process::become_subreaper().map_err(|error| ("become a subreaper", error))?;
+    // 7. This comes after the last change of user, which would clear it. A session outlives its acceptor, so
+    //    it watches a pipe of the master instead.
+    let grace = boot.settings.workers.drain_timeout;
+    let is_watched = is_session
+        || signal::on_parent_death(boot.master, grace)
+            .map_err(|error| ("request a signal at the master's death", error))?;
+    if !is_watched {
+        return Err(("serve", io::Error::other("the master has died meanwhile")));
+    }
+    // This comes before the first thread, because it applies to the calling thread and its children. From
+    // here on this process can open no memory of its acceptor, of a worker or of another session.
+    if is_session {
+        guard::enter_here().map_err(|error| ("enter its guard", error))?;
+    }
+    // 8. The keeper, which is a copy of this process as it is now: it has nothing of the master, and
+    //    nothing of what follows. Pool processes have no connections, and a session ends with its
+    //    connection, so they need no keeper.
+    let has_keeper = boot.settings.workers.keep_connections && boot.slot.is_worker();
     let keeping = has_keeper
         .then(|| keeper::make(boot))
         .transpose()
         .unwrap_or_else(|error| {
             log::warn!(
-                "this worker has no keeper: {error}; should it crash, its connections end with it. \
-                 workers.keep-connections = false does without keepers"
+                "this worker has no keeper: {error}; if it crashes, its connections are closed; \
+                 workers.keep-connections = false disables keepers"
             );
             None
         });
-    // 9. From here on `ps` says who this is: not before, so that a keeper never bears that name, nor
-    //    this process a keeper's.
+    // 9. From here on `ps` shows the role. Not earlier, so that a keeper never has this title, and this
+    //    process never that of a keeper.
     boot.show(boot.role());
-    // 10. Nothing here draws random numbers yet; what will is to be seeded in this place, for the
-    //    siblings have inherited the same state.
+    // 10. Nothing here uses random numbers yet. Code that does must seed them here, because the siblings
+    //    have inherited the same state.
     signal::unblock_all();
     Ok((signals, keeping))
+}
+
+/// Takes from a session the memory by which it could harm workers: the master judges them by the scoreboard,
+/// and they refuse calls by the quarantine and by the counts of sources. It keeps the table of sessions, where
+/// its own record is, and its counters.
+fn leave_shared_memory(boot: &mut WorkerInit<'_>) -> io::Result<()> {
+    if let Some(isolated) = &boot.isolated {
+        shared_memory::make_read_only(boot.records.0, &isolated.scoreboard)?;
+    }
+    if let Some(sources) = boot.sources.take() {
+        shared_memory::make_private(std::slice::from_ref(sources.tables))?;
+    }
+    boot.quarantine.leave()
 }

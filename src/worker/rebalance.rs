@@ -1,12 +1,12 @@
-//! Giving connections to siblings that have fewer, as the master has counted it, and not taking
-//! them back.
+//! Sends connections to siblings that have fewer, as the master has counted, and does not take them back.
 //!
-//! For a moment after such an order each worker takes no more out of the adoption queue than it was
-//! told to, so that what one gives reaches those that it is meant for. What rests is given at once,
-//! the others as they come to rest in that time; one in the middle of a call or a frame stays. After the
-//! moment all is as before: who is left in the queue then is taken by whoever is first.
+//! For a short time after an order each worker adopts only the ordered number of connections, so that
+//! connections reach the workers with fewer. Quiescent connections are sent at once, the others when they
+//! become quiescent in that time. A connection in the middle of a call or a frame stays. After that time,
+//! any worker adopts the connections that are left in the queue.
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::connection::{Connection, ConnectionPhase};
 use super::event_loop::EventLoop;
@@ -14,18 +14,15 @@ use super::timers::TimerTarget;
 use crate::link::message::{RebalanceOrder, Report};
 use crate::sys::event::{Reactor, Token};
 
-/// For this long a connection is not moved a second time, unless the workers have changed.
+/// For this time in milliseconds a connection is not moved again, unless the workers have changed.
 const STAYS_MS: u64 = 10_000;
-/// Accepts after which it is looked whether this worker has too many connections.
+/// The number of accepts after which a worker checks whether it has too many connections.
 const ACCEPTS_PER_LOOK: u32 = 4;
-/// For how long one that has too many leaves accepting to the others. A worker that counts and does not
-/// run, because it is stopped, costs new connections so much.
-const LEAVE_MS: u64 = 3;
 /// How long an order holds.
 const REBALANCE_TTL_MS: u64 = 150;
 
 impl EventLoop {
-    /// The master has counted: gives so many, takes so many.
+    /// Executes the master's order: sends and adopts the given numbers of connections.
     pub(super) fn spread(&mut self, reactor: &mut Reactor, shares: RebalanceOrder) {
         if !self.drain.is_serving() {
             return;
@@ -36,7 +33,7 @@ impl EventLoop {
         self.spreading.take = Some(shares.take);
         self.spreading.after_change = shares.after_change;
         reactor.set_adopting(shares.take > 0);
-        // Those that wait for room in the queue were given already, by the order before.
+        // Those that wait for room in the queue were already sent by the previous order.
         let waiting: HashSet<Token> = self.waiting_to_give.iter().copied().collect();
         self.spreading.give = shares.give.saturating_sub(waiting.len() as u32);
         let now_ms = self.service.now_ms;
@@ -50,7 +47,7 @@ impl EventLoop {
             })
             .filter(|connection| !waiting.contains(&connection.token))
             .collect();
-        // Those that were moved lately come last.
+        // Recently moved connections come last.
         resting.sort_by_key(|connection| !has_stayed(connection, now_ms));
         resting.truncate(self.spreading.give as usize);
         let resting: Vec<Token> = resting.iter().map(|connection| connection.token).collect();
@@ -70,7 +67,7 @@ impl EventLoop {
         self.give(reactor, token);
     }
 
-    /// One was taken out of the queue. Returns whether it came for the sake of evenness.
+    /// Records an adopted connection. Returns whether it came because of rebalancing.
     pub(super) fn has_adopted(&mut self, reactor: &mut Reactor) -> bool {
         let by_order = self.spreading.take.is_some_and(|left| left > 0);
         if let Some(left) = &mut self.spreading.take {
@@ -82,9 +79,9 @@ impl EventLoop {
         by_order
     }
 
-    /// One was accepted. Now and then it is looked whether this worker has more than its share of the
-    /// connections. Then it leaves accepting to the others for a moment, and the master counts all
-    /// connections.
+    /// Records an accepted connection. After some accepts it checks whether this worker has more than its
+    /// share of the connections. If so, it leaves accepting to the others for a short time, and the
+    /// master counts all connections.
     pub(super) fn has_accepted(&mut self, reactor: &mut Reactor) {
         self.accepts += 1;
         if self.accepts < ACCEPTS_PER_LOOK {
@@ -92,20 +89,20 @@ impl EventLoop {
         }
         self.accepts = 0;
         let forwarding = &self.service.forwarding;
-        let (workers, others) = forwarding.other_connections(self.service.now_ms);
-        let (workers, own) = (workers + 1, reactor.connections());
-        let total = others + own;
+        let own = reactor.connections();
+        let (mut workers, mut total) = (1, own);
+        for other in forwarding.other_workers(self.service.now_ms) {
+            workers += 1;
+            total += other.connections.load(Relaxed) as usize;
+        }
         if own * workers > total + (total / 4).max(workers) && self.drain.is_serving() {
-            // Untold, it is told the next time.
+            // If it cannot be sent, the next check sends it.
             self.request(Report::Uneven);
-            reactor.leave_listeners();
-            let at = self.service.now_ms + LEAVE_MS;
-            let timers = &mut self.service.timers;
-            timers.arm(&mut self.listen_deadline, at, TimerTarget::Listen);
+            self.leave_accepting(reactor);
         }
     }
 
-    /// The moment is over, or the worker serves no more.
+    /// Ends the order, because its time has passed or the worker no longer serves.
     pub(super) fn end_spreading(&mut self, reactor: &mut Reactor) {
         let timers = &mut self.service.timers;
         timers.disarm(&mut self.spreading.until, TimerTarget::Spread);
@@ -116,13 +113,13 @@ impl EventLoop {
     }
 }
 
-/// Whether it was not moved lately.
+/// Returns whether it was not moved recently.
 fn has_stayed(connection: &Connection, now_ms: u64) -> bool {
     connection.rebalanced_ms == 0 || now_ms.saturating_sub(connection.rebalanced_ms) >= STAYS_MS
 }
 
-/// At rest between two calls, and no frame begun: its read deadline would begin anew elsewhere. `again`
-/// allows those that were moved lately.
+/// Returns whether it is quiescent without an unfinished frame, because its read deadline would start
+/// again elsewhere. `again` allows recently moved connections.
 pub(super) fn is_transferable(connection: &Connection, again: bool, now_ms: u64) -> bool {
     (again || has_stayed(connection, now_ms))
         && connection.phase == ConnectionPhase::Open

@@ -1,31 +1,41 @@
-//! What a worker notices of its own wear, and tells the master: that it has had calls enough, or
-//! that none of its handler threads comes back.
+//! Reports to the master that a worker has read enough calls, or that all its handler threads are stuck.
 //!
-//! It goes on as before. The master starts a successor, and orders the drain when that is ready.
+//! The worker continues to serve. The master starts a successor, and orders the drain when that is ready.
 
 use super::call_table::ScheduledCall;
 use super::event_loop::{EventLoop, WarningKind};
+use crate::link::ids::Pid;
 use crate::link::message::Report;
 use crate::link::stuck_calls::StuckCall;
+use crate::throttle::jitter;
 
-/// So long a handler may take to notice that its time is over; a command must be killed by then.
+/// How long a handler may take to react to its deadline, in milliseconds. A command must be killed by
+/// then.
 const GRACE_MS: u64 = 1000;
 
-/// So many calls later the master is told once more, when it could not be.
+/// The number of calls after which a failed report is repeated.
 const TELL_AGAIN: u64 = 100;
 
+/// Returns after how many calls this worker asks for a successor; 0 means never.
+pub(super) fn recycle_threshold(max_calls: u64) -> u64 {
+    match max_calls {
+        0 => u64::MAX,
+        most => jitter::with_jitter(most, u64::from(Pid::current().0.unsigned_abs())),
+    }
+}
+
 impl EventLoop {
-    /// To be asked after every turn: one comparison, when there is nothing to tell.
+    /// Call it after every turn. If there is nothing to report, it is one comparison.
     pub(super) fn check_recycle_limits(&mut self) {
-        if self.service.read >= self.recycle_at {
-            self.recycle_at = match self.report(Report::MaxCallsReached(self.service.read)) {
+        if self.service.read() >= self.recycle_at {
+            self.recycle_at = match self.report(Report::MaxCallsReached(self.service.read())) {
                 Ok(()) => u64::MAX,
-                Err(_) => self.service.read + TELL_AGAIN,
+                Err(_) => self.service.read() + TELL_AGAIN,
             };
         }
     }
 
-    /// To be asked at every tick: threads whose handlers heed no deadline.
+    /// Checks at every tick for threads whose handlers ignore their deadline.
     pub(super) fn check_stuck_threads(&mut self) {
         let service = &self.service;
         let threads = service.threads.count(0);
@@ -51,8 +61,8 @@ impl EventLoop {
             let (lost, age) = (calls.len(), oldest.age_ms / 1000);
             let method = service.registry.name(oldest.method);
             let text = format!(
-                "{lost} of {threads} handler threads are lost until their handlers come back, which heed \
-                 no deadline: {method}{id} has run for {age} s"
+                "{lost} of {threads} handler threads are stuck past their deadline until their handlers \
+                 return: {method}{id} has run for {age} s"
             );
             return self.warn_limited(WarningKind::Lost, &text);
         }
@@ -60,13 +70,13 @@ impl EventLoop {
             return;
         }
         let none = match threads {
-            1 => "the only handler thread does not come".to_owned(),
-            _ => format!("none of {threads} handler threads comes"),
+            1 => "the only handler thread is stuck past its deadline".to_owned(),
+            _ => format!("all {threads} handler threads are stuck past their deadlines"),
         };
-        log::warn!("{none} back from its call: the master is asked for a successor");
+        log::warn!("{none}: the master is asked for a successor");
         self.stuck.write(&calls);
-        // If it could not be told, at the next tick.
-        let told = self.report(Report::AllThreadsStuck(threads as u64));
-        self.stuck_reported = told.is_ok();
+        // If it could not be sent, the next tick tries again.
+        let reported = self.report(Report::AllThreadsStuck(threads as u64));
+        self.stuck_reported = reported.is_ok();
     }
 }

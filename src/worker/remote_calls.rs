@@ -1,10 +1,7 @@
-//! Calls that other processes run for this one, and theirs that run here.
-
-use std::sync::Arc;
-use std::time::Duration;
+//! Handles calls that other processes run for this one, and their calls that run here.
 
 use super::call_scheduler::{CallScheduler, FinishedCall};
-use super::call_table::{RemoteCall, ScheduledCall};
+use super::call_table::{NewCall, RemoteCall};
 use super::connection::PendingAnswer;
 use super::fair_queue::Waiting;
 use super::lane::Lane;
@@ -13,11 +10,12 @@ use super::run_queue;
 use super::shares::Source;
 use super::threads::{HandlerCall, Threads};
 use super::timers::CallKey;
-use crate::handler::CallState;
+use crate::handler::trace::CallIdentity;
+use crate::handler::trace::TraceSource;
 use crate::link::call_frame::CallFrame;
 use crate::sys::event::Token;
 
-/// How many calls of a lane could begin here now.
+/// Returns how many calls of a lane could begin here now.
 pub fn idle(calls: &CallScheduler, lane: usize, threads: &Threads) -> usize {
     let available = threads.available(lane);
     let methods = calls.loads.iter().filter(|load| load.lane == lane);
@@ -29,8 +27,8 @@ pub fn idle(calls: &CallScheduler, lane: usize, threads: &Threads) -> usize {
     (available + ahead).saturating_sub(calls.lanes[lane].local)
 }
 
-/// How many calls of a lane wait that another process could run, and that no thread of this one will
-/// soon begin.
+/// Returns how many waiting calls of a lane another process could run, and no thread of this one will
+/// begin soon.
 pub fn sendable(calls: &CallScheduler, lane: usize, threads: &Threads, now_ms: u64) -> usize {
     let Lane { queue, local, .. } = &calls.lanes[lane];
     match local.saturating_sub(threads.count(lane)) {
@@ -39,18 +37,33 @@ pub fn sendable(calls: &CallScheduler, lane: usize, threads: &Threads, now_ms: u
     }
 }
 
-/// How many short calls of other workers handler threads would begin soon, beside those that could begin
-/// now.
+/// Returns how many calls of a lane the executor of this process has.
+pub fn with_executor(calls: &CallScheduler, lane: usize) -> usize {
+    let Lane { queue, local, .. } = &calls.lanes[lane];
+    local.saturating_sub(queue.lacking())
+}
+
+/// Takes a call of this process out of the table, for a program of this process. Call it after
+/// `next_to_send`.
+pub fn run_own(calls: &mut CallScheduler, lane: usize, key: CallKey) -> Option<HandlerCall> {
+    let job = calls.table.get_mut(key)?.job.take()?;
+    calls.lanes[lane].local += 1;
+    calls.with_programs.push_back(key);
+    Some(job)
+}
+
+/// Returns how many short calls of other workers handler threads would begin soon, besides those that
+/// could begin now.
 pub fn room_for_short(calls: &CallScheduler) -> usize {
     calls.lanes[0].queue.room_for_short()
 }
 
-/// Whether a handler thread may begin a call of this method soon, though none is idle.
+/// Returns whether a handler thread may begin a call of this method soon, although none is idle.
 pub fn begins_soon(calls: &CallScheduler, method: usize) -> bool {
     run_queue::is_short(calls.loads[method].expected()) && room_for_short(calls) > 0
 }
 
-/// Takes out the calls of other workers that no thread will begin soon. They are over here.
+/// Removes the calls of other workers that no thread will begin soon. For this process they are over.
 pub fn take_foreign_back(calls: &mut CallScheduler) -> Vec<(CallKey, FinishedCall)> {
     let keys = calls.lanes[0].queue.take_foreign_back();
     let ended = keys.into_iter().filter_map(|key| {
@@ -65,16 +78,16 @@ pub fn take_foreign_back(calls: &mut CallScheduler) -> Vec<(CallKey, FinishedCal
     ended.collect()
 }
 
-/// How many calls other processes run for this one.
+/// Returns how many calls other processes run for this one.
 pub fn sent(calls: &CallScheduler) -> usize {
     calls.lanes.iter().map(|lane| lane.sent).sum()
 }
 
-/// The next call that another process is to run, taken out of its queue; `None` if none may, or the next
-/// one is not short and `only_short` is set. `send` is to follow.
+/// Removes the next call for another process from its queue. Returns `None` if no call may be sent, or if
+/// `only_short` is set and the next one is not short. Call `send` afterwards.
 ///
 /// # Errors
-/// A call that could not be done in time any more: it is to be given up.
+/// A call that would miss its deadline; give it up.
 pub fn next_to_send(
     calls: &mut CallScheduler,
     lane: usize,
@@ -93,18 +106,27 @@ pub fn next_to_send(
     Ok(Some(key))
 }
 
-/// Another process runs a call. Returns what is to be sent; `None` if it was given up meanwhile.
-pub fn send(calls: &mut CallScheduler, key: CallKey, to: RemoteCall) -> Option<&HandlerCall> {
+/// Marks a call as run by the process at the other end of `link`. Returns what to send; `None` if it was given
+/// up meanwhile.
+pub fn send(
+    calls: &mut CallScheduler,
+    key: CallKey,
+    link: usize,
+) -> Option<(RemoteCall, &HandlerCall)> {
     let call = calls.table.get_mut(key)?;
-    if !call.state.begin_elsewhere() {
+    if !call.state.begin() {
         return None;
     }
+    let to = RemoteCall {
+        link,
+        number: call.number(),
+    };
     call.sent_to = Some(to);
     calls.lanes[calls.loads[call.method].lane].sent += 1;
-    calls.table.get(key)?.job.as_ref()
+    Some((to, calls.table.get(key)?.job.as_ref()?))
 }
 
-/// Another process could not begin a call: it waits again where it was.
+/// Puts a call back into its place, because another process could not begin it.
 pub fn take_back(calls: &mut CallScheduler, key: CallKey) {
     let Some(call) = calls.table.get_mut(key) else {
         return;
@@ -116,8 +138,7 @@ pub fn take_back(calls: &mut CallScheduler, key: CallKey) {
     }
 }
 
-/// Runs a call of another worker, which knows it by `number`. To be called only if the lane has
-/// capacity.
+/// Runs a call of another worker, which has `number` here. Call it only if the lane has capacity.
 pub fn run_for_peer(
     calls: &mut CallScheduler,
     (link, number): (Token, u64),
@@ -127,52 +148,39 @@ pub fn run_for_peer(
     now_ms: u64,
 ) -> CallKey {
     let method = call.method as usize;
-    let size = call.params.len() + call.client_id.as_deref().map_or(0, str::len);
-    let id: Option<Arc<str>> = call.client_id.as_deref().map(Arc::from);
-    let state = Arc::new(CallState::shown(reply.mark.begun(), call.key));
-    let key = calls.table.insert(ScheduledCall {
+    let trace = match &call.trace {
+        Some(context) => TraceSource::Given(Box::new(context.as_ref().clone())),
+        None => TraceSource::Off,
+    };
+    let key = calls.insert(NewCall {
         token: link,
         reply,
-        id: id.clone(),
+        id: call.client_id.as_deref(),
         source: Source::Unknown,
-        method,
-        read_ms: now_ms,
-        deadline_ms: call.deadline_ms,
-        timer: 0,
-        size,
-        charged_bytes: 0,
-        job: None,
-        state: Arc::clone(&state),
-        sent_to: None,
-        number_at_home: number,
-        is_answered: false,
-        is_evicted: false,
-        is_orphaned: false,
-    });
-    let job = HandlerCall {
-        key,
-        method,
-        params: call.params.as_ref().into(),
-        id,
         peer: call.peer,
-        expected: calls.loads[method].expected(),
-        deadline: Duration::from_millis(call.deadline_ms),
-        state,
-    };
+        method,
+        params: &call.params,
+        times: (now_ms, call.deadline_ms),
+        charged_bytes: 0,
+        key: call.key,
+        identity: CallIdentity {
+            number,
+            home: Some(call.id),
+            trace,
+        },
+    });
+    let job = calls.table.get_mut(key).and_then(|call| call.job.take());
     let waiting = calls.waiting(key).map(|waiting| Waiting {
         client: call.client,
         ..waiting
     });
     let lane = calls.loads[method].lane;
-    calls.lanes[lane].unanswered += 1;
-    calls.lanes[lane].bytes += size;
     calls.lanes[lane].local += 1;
     if lane == 0 {
-        let call = waiting.map(|waiting| (waiting, job));
-        calls.lanes[0].queue.put(call, now_ms);
-    } else {
+        calls.lanes[0].queue.put(waiting.zip(job), now_ms);
+    } else if let Some(job) = job {
         calls.with_programs.push_back(key);
-        threads.pools().put(0, job);
+        threads.pools().main_mut().put(job);
     }
     key
 }

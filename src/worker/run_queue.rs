@@ -1,11 +1,10 @@
-//! The calls that wait for an executor, in fair order: handler threads take the next one from here
-//! themselves, and the event loop takes out what another process is to run.
+//! Holds the waiting calls of an executor in fair order. Handler threads take the next one themselves,
+//! and the event loop removes calls for other processes.
 //!
-//! Waking a thread costs more than a short call does, so as many threads are awake as there is work for:
-//! one takes several calls of microseconds one after the other, each call that runs for long finds a
-//! thread of its own. What a call will take is only expected: if no thread that is awake takes the next
-//! one within a millisecond, `look` wakes another. The lock is held for O(log n) and never while a
-//! handler runs.
+//! Waking a thread costs more than a short call. So only as many threads are awake as the work needs: one
+//! thread takes several calls of microseconds in a row, and each long call gets its own thread. Run times
+//! are estimates. If no thread that is awake takes the next call within a millisecond, `look` wakes
+//! another one. The lock is held only briefly, and never while a handler runs.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,55 +14,56 @@ use super::fair_queue::{FairQueue, Waiting};
 use super::timers::CallKey;
 use crate::handler::call_state::HandlerCall;
 use crate::sys::event::Token;
+use crate::sys::lock::lock;
 use crate::sys::process::monotonic;
 
 /// Expected work of this length is enough for one thread.
 const SHARE: Duration = Duration::from_micros(100);
 
-/// As long as threads are at short calls, a call that has waited for less than this (in milliseconds, so
-/// for at least half of it) is left to them.
+/// While threads run short calls, a call that has waited less than this time (in milliseconds; so at
+/// least half of it) is left to them.
 const SHORT_WAIT_MS: u64 = 2;
 
-/// Short calls of other workers that may wait here for each thread.
+/// The most waiting short calls of other workers per thread.
 const SHORT_PER_THREAD: usize = 8;
 
-/// The calls that wait for one executor.
+/// The waiting calls of one executor.
 #[derive(Debug)]
 pub struct RunQueue {
     state: Mutex<State>,
     woken: Condvar,
-    /// By method, how long a call is expected to run, in microseconds; 0 where that is not known.
+    /// The expected run time of a method's calls in microseconds; 0 if unknown.
     expected_us: Box<[AtomicU64]>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     queue: FairQueue<HandlerCall>,
-    /// How long all of it is expected to run.
+    /// The expected run time of all waiting calls.
     work: Duration,
-    /// Threads that sleep and were not woken.
+    /// The number of sleeping threads that were not woken.
     idle: usize,
-    /// Threads that were woken and do not run yet.
+    /// The number of threads that were woken and do not run yet.
     waking: usize,
-    /// Threads at a call that is expected to take less than a share: they will soon take another.
+    /// The number of threads at a short call; they will soon take another one.
     short: usize,
-    /// Calls taken so far.
+    /// The number of calls taken so far.
     taken: u64,
-    /// How many that were at the last look, if any waited then; and when that was.
+    /// The value of `taken` at the last check, if calls waited then; and the time of that check.
     looked_at: Option<u64>,
     looked_ms: u64,
-    /// The event loop will look within a millisecond, whether it is woken or not.
+    /// The event loop will check within a millisecond, even if it is not woken.
     watched: bool,
-    /// No thread has taken a call for a millisecond, though all are awake: what they are at takes longer
-    /// than expected. It holds until one takes a call or sleeps.
+    /// All threads are awake, but none has taken a call for a millisecond: their calls take longer than
+    /// expected. It holds until a thread takes a call or sleeps.
     is_stalled: bool,
 }
 
-/// What a thread is to do next.
+/// The next call for a thread.
 #[derive(Debug)]
 pub struct NextCall {
     pub call: HandlerCall,
-    /// Whether it has begun. If not, its caller does not wait any more, or could not be answered in time.
+    /// Whether it has begun. If not, its caller does not wait any more, or it would miss its deadline.
     pub begins: bool,
     /// Whether it is expected to be short.
     pub is_short: bool,
@@ -72,7 +72,7 @@ pub struct NextCall {
 }
 
 impl State {
-    /// How many more threads are to be awake for what waits; counts them as woken.
+    /// Returns how many more threads the waiting calls need, and counts them as woken.
     fn wake(&mut self) -> usize {
         let shares = self.work.as_nanos().div_ceil(SHARE.as_nanos());
         let wanted = (self.queue.len()).min(usize::try_from(shares).unwrap_or(usize::MAX));
@@ -84,7 +84,7 @@ impl State {
         more
     }
 
-    /// How many threads will soon take a call, as far as is known.
+    /// Returns how many threads are expected to take a call soon.
     fn awake(&self) -> usize {
         match self.is_stalled {
             true => 0,
@@ -92,14 +92,14 @@ impl State {
         }
     }
 
-    /// Takes a call out of the work that waits.
+    /// Removes a call from the sum of waiting work.
     fn take_out(&mut self, job: Option<HandlerCall>) -> Option<HandlerCall> {
         let job = job?;
         self.work -= work_of(&job);
         Some(job)
     }
 
-    /// The next call for a thread.
+    /// Removes the next call for a thread.
     fn pop(&mut self, expected_us: &[AtomicU64]) -> Option<NextCall> {
         let now = monotonic();
         let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
@@ -124,20 +124,20 @@ impl State {
     }
 }
 
-/// What a call is taken to need where that is not known: a thread of its own.
+/// Returns the expected work of a call. A call with an unknown run time needs its own thread.
 fn work_of(job: &HandlerCall) -> Duration {
     job.expected
         .unwrap_or(SHARE)
         .clamp(Duration::from_nanos(1), SHARE)
 }
 
-/// Whether a thread may soon be done with a call that is expected to run this long.
+/// Returns whether a call with this expected run time is short, so that its thread is soon free.
 pub fn is_short(expected: Option<Duration>) -> bool {
     expected.is_some_and(|expected| expected < SHARE)
 }
 
-/// How long a call of this method takes until it is done, were it begun now: what it is expected to take
-/// and a quarter more, for half of its like take longer.
+/// Returns how long a call of this method takes if it begins now. It is the expected run time and a
+/// quarter more, because half of the calls take longer.
 fn time_needed(expected_us: &[AtomicU64], method: usize) -> Option<Duration> {
     match expected_us.get(method)?.load(Relaxed) {
         0 => None,
@@ -146,7 +146,7 @@ fn time_needed(expected_us: &[AtomicU64], method: usize) -> Option<Duration> {
 }
 
 impl RunQueue {
-    /// An empty queue for calls of this number of methods.
+    /// Creates an empty queue for this number of methods.
     pub fn new(methods: usize) -> Self {
         RunQueue {
             state: Mutex::default(),
@@ -156,35 +156,38 @@ impl RunQueue {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn notify(&self, threads: usize) {
         (0..threads).for_each(|_| self.woken.notify_one());
     }
 
-    /// Notes how long a call of a method is expected to run.
+    /// Records the expected run time of a method's calls.
     pub fn expect(&self, method: usize, expected: Duration) {
         let expected_us = u64::try_from(expected.as_micros()).unwrap_or(u64::MAX);
-        self.expected_us[method].store(expected_us, Relaxed);
+        // A pool process may get methods later, and has no use for this.
+        if let Some(expected) = self.expected_us.get(method) {
+            expected.store(expected_us, Relaxed);
+        }
     }
 
-    /// Adds calls, and wakes as many threads as there is work for.
+    /// Adds calls, and wakes as many threads as the work needs.
     pub fn put(&self, calls: impl IntoIterator<Item = (Waiting, HandlerCall)>, now_ms: u64) {
         let mut state = self.lock();
         for (waiting, job) in calls {
             state.work += work_of(&job);
             state.queue.push(waiting, job, now_ms);
         }
-        // The event loop looks once more before it sleeps.
+        // The event loop checks once more before it sleeps.
         state.watched = true;
         let more = state.wake();
         drop(state);
         self.notify(more);
     }
 
-    /// Takes the next call, and waits for one. `was_short` says whether the last call of the calling
-    /// thread was of the short kind.
+    /// Waits for a call and takes it. `was_short` says whether the caller's last call was expected to be
+    /// short.
     pub fn take(&self, was_short: bool) -> NextCall {
         let mut state = self.lock();
         state.short -= usize::from(was_short);
@@ -208,14 +211,14 @@ impl RunQueue {
         }
     }
 
-    /// Takes a call out that is not to be begun. Returns `false` if it does not wait here.
+    /// Removes a call that must not begin. Returns `false` if it does not wait here.
     pub fn remove(&self, key: CallKey) -> bool {
         let mut state = self.lock();
         let job = state.queue.remove(key).map(|(_, job)| job);
         state.take_out(job).is_some()
     }
 
-    /// Takes all calls of a connection out, oldest first.
+    /// Removes all calls of a connection, oldest first.
     pub fn take_all_of(&self, token: Token) -> Vec<HandlerCall> {
         let mut state = self.lock();
         let jobs = state.queue.take_all_of(token);
@@ -223,11 +226,11 @@ impl RunQueue {
         jobs
     }
 
-    /// Takes out the next call that another process is to run; `None` if none may be sent, or the next one
-    /// is not short and `only_short` is set.
+    /// Removes the next call for another process. Returns `None` if no call may be sent, or if
+    /// `only_short` is set and the next one is not short.
     ///
     /// # Errors
-    /// A call that could not be done in time any more: it is to be given up.
+    /// A call that would miss its deadline; give it up.
     pub fn next_to_send(
         &self,
         only_short: bool,
@@ -248,24 +251,23 @@ impl RunQueue {
         Ok(state.take_out(job))
     }
 
-    /// How many calls another process could run that no thread of this one will soon begin.
+    /// Returns how many calls another process could run, and no thread of this one will begin soon.
     pub fn sendable(&self, now_ms: u64) -> usize {
         let state = self.lock();
-        let begins_soon = state.awake() > 0;
         let is_young = |oldest: &Waiting| now_ms.saturating_sub(oldest.since_ms) < SHORT_WAIT_MS;
-        match state.queue.all().next().is_some_and(is_young) && begins_soon {
+        match state.queue.all().next().is_some_and(is_young) && state.awake() > 0 {
             true => 0,
             false => state.queue.sendable(),
         }
     }
 
-    /// How many short calls of other workers may come beside those that wait here.
+    /// Returns how many short calls of other workers may be added to those that wait here.
     pub fn room_for_short(&self) -> usize {
         let state = self.lock();
         (state.awake() * SHORT_PER_THREAD).saturating_sub(state.queue.foreign())
     }
 
-    /// Takes out the calls of other workers, if all threads are at long calls.
+    /// If all threads run long calls, removes the calls of other workers.
     pub fn take_foreign_back(&self) -> Vec<CallKey> {
         let mut state = self.lock();
         if state.queue.foreign() == 0 || state.awake() > 0 {
@@ -282,31 +284,37 @@ impl RunQueue {
         keys
     }
 
-    /// The call that has waited longest.
+    /// Returns the call that has waited longest.
     pub fn first(&self) -> Option<CallKey> {
         self.lock().queue.all().next().map(|call| call.key)
     }
 
-    /// A waiting call's time is over; to be told before it is taken out.
+    /// Records that the deadline of a waiting call has passed. Call this before the call is removed.
     pub fn runs_out(&self, key: CallKey, now_ms: u64) {
         self.lock().queue.runs_out(key, now_ms);
     }
 
-    /// Whether a thread may go on with the next call before it wakes the event loop for its last one.
+    /// Returns whether a thread may take the next call before it wakes the event loop for its last one.
     pub fn goes_on(&self) -> bool {
         let state = self.lock();
         state.watched && !state.queue.is_empty()
     }
 
-    /// Looks whether the calls get on, and wakes one more thread if none was taken for a millisecond.
-    /// Returns whether to look again in a millisecond.
+    /// Returns the number of waiting calls that no sleeping thread can take.
+    pub fn lacking(&self) -> usize {
+        let state = self.lock();
+        (state.queue.len()).saturating_sub(state.idle + state.waking)
+    }
+
+    /// Checks whether calls are being taken, and wakes one more thread if none was taken for a
+    /// millisecond. Returns whether to check again in a millisecond.
     pub fn look(&self, now_ms: u64) -> bool {
         let mut state = self.lock();
         let was_watched = state.watched;
         state.watched = !state.queue.is_empty() && state.awake() > 0;
         if !state.watched {
             state.looked_at = None;
-            // All threads are at long calls: once more, to send what waits to other processes.
+            // All threads run long calls: one more turn sends waiting calls to other processes.
             return was_watched && !state.queue.is_empty();
         }
         if now_ms <= state.looked_ms && state.looked_at.is_some() {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::*;
 
-/// A call that was read long ago, of a connection of its own, and that has all the time.
+/// Returns a call that was read long ago, with its own connection and a late deadline.
 fn job(serial: u64, expected_us: Option<u64>) -> (Waiting, HandlerCall) {
     let index = serial as usize;
     let key = CallKey { index, serial };
@@ -39,7 +39,7 @@ fn put(queue: &RunQueue, jobs: impl IntoIterator<Item = (u64, Option<u64>)>) {
     queue.put(jobs.map(|(serial, expected)| job(serial, expected)), 0);
 }
 
-/// A queue with this number of sleeping threads.
+/// Returns a queue with this number of sleeping threads.
 fn sleepers(idle: usize) -> RunQueue {
     let queue = RunQueue::new(1);
     queue.lock().idle = idle;
@@ -51,7 +51,7 @@ fn woken(queue: &RunQueue) -> usize {
 }
 
 #[test]
-fn one_thread_is_woken_for_several_short_calls_and_one_for_each_long_one() {
+fn short_calls_share_a_woken_thread_and_long_ones_get_one_each() {
     let queue = sleepers(8);
     put(&queue, (0..16).map(|serial| (serial, Some(2))));
     assert_eq!(woken(&queue), 1);
@@ -95,7 +95,7 @@ fn a_call_that_waits_for_a_millisecond_gets_another_thread() {
 }
 
 #[test]
-fn a_queue_behind_long_calls_is_not_looked_at_all_the_time_and_can_be_sent() {
+fn a_queue_behind_long_calls_is_not_polled_and_can_be_sent() {
     let queue = sleepers(0);
     put(&queue, [(1, None), (2, Some(2)), (3, Some(2))]);
     assert!(!queue.take(false).is_short);
@@ -108,7 +108,7 @@ fn a_queue_behind_long_calls_is_not_looked_at_all_the_time_and_can_be_sent() {
     assert_eq!(queue.sendable(SHORT_WAIT_MS), 2, "it is not");
     assert!(queue.look(10) && queue.goes_on());
     assert!(queue.look(11), "once, to send what waits");
-    assert!(!queue.goes_on(), "the event loop would not hear of it");
+    assert!(!queue.goes_on(), "the event loop would not be woken for it");
     assert!(!queue.look(12));
     assert_eq!(queue.sendable(0), 2, "until a thread takes a call");
     queue.take(true);
@@ -141,7 +141,7 @@ fn a_call_is_sent_unless_it_is_late_and_taken_out_once() {
 }
 
 #[test]
-fn every_call_is_taken_once_whatever_it_was_expected_to_take() {
+fn every_call_is_taken_once_for_any_expected_run_time() {
     const CALLS: u64 = 20_000;
     let queue = Arc::new(RunQueue::new(1));
     let (sender, seen) = crossbeam_channel::unbounded();

@@ -1,8 +1,8 @@
-//! From the fork to the first connection, and back to nobody: a worker serves when the programs of
-//! its pools are ready, and takes them along when it leaves.
+//! Starts accepting when the required pool programs are ready, and ends all programs at the exit of a
+//! worker.
 //!
-//! It turns its loop meanwhile, so that orders and signals are heard and the heart beats. Fails with
-//! the reason why a program can't be had: a start or a reload that needs it fails with it then.
+//! The event loop runs meanwhile, so that orders, signals and the heartbeat work. Fails with the reason
+//! why a program cannot become ready; then the start or reload that needs it fails too.
 
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,35 +15,37 @@ use crate::logging;
 use crate::sys::event::Reactor;
 use crate::sys::process::monotonic_ms;
 
-/// With less time than that until its drain is over, a worker's programs have to hurry.
+/// With less time than this (in milliseconds) until the end of the drain, the programs must exit faster.
 const PROGRAMS_MS: u64 = 2500;
 
 impl EventLoop {
-    /// Takes no connection as long as programs are missing.
+    /// Accepts no connection while programs are missing.
     pub(super) fn defer_accepting(&mut self, reactor: &mut Reactor) {
-        if self.service.threads.pools().stage() != Stage::Ready || self.lacks_pools() {
+        if self.service.threads.pools().main().stage() != Stage::Ready || self.lacks_pools() {
             reactor.pause_listeners();
         }
     }
 
-    /// Whether it is to wait for a pool process. A client's call would wait for that otherwise.
+    /// Returns whether it must wait for a pool process, because a client's call would otherwise wait for
+    /// it.
     fn lacks_pools(&self) -> bool {
         self.waits_for_pools && !self.service.has_all_pools()
     }
 
-    /// Begins to serve, once that is possible.
+    /// Begins to accept as soon as possible.
     pub(super) fn start_accepting(&mut self, reactor: &mut Reactor) -> io::Result<()> {
         if self.is_accepting || !self.drain.is_serving() {
             return Ok(());
         }
-        match self.service.threads.pools().stage() {
+        match self.service.threads.pools().main().stage() {
             Stage::Starting => {}
             Stage::Failed(reason) => return Err(io::Error::other(reason)),
             Stage::Ready if self.lacks_pools() => {}
             Stage::Ready => {
                 self.is_accepting = true;
                 self.resume_listening(reactor);
-                // One that the master does not know of would be ended at boot-timeout.
+                // Report first: the master ends a worker at boot-timeout if it does not know that it is
+                // ready.
                 self.report(Report::Ready)?;
                 logging::stop_forwarding();
             }
@@ -51,9 +53,9 @@ impl EventLoop {
         Ok(())
     }
 
-    /// Ends all programs, of pools and of commands: who still waits for one has been answered.
+    /// Ends all programs of pools and commands. Calls that waited for them are already answered.
     pub(super) fn end_programs(&mut self, reactor: &mut Reactor) {
-        self.service.threads.pools().send_home();
+        self.service.threads.pools().release_all_programs();
         self.settle_programs(reactor);
         let record = self.service.record;
         let hurry = match self.master_gone.is_some() {

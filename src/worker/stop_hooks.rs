@@ -1,7 +1,7 @@
-//! The end of a worker, told to the program: `on_worker_stop`.
+//! Calls the program's functions for the end of a worker (`on_worker_stop`).
 //!
-//! It has what is left of the drain, and a thread of its own, so that nothing it waits for keeps
-//! the worker from leaving, or from being told to leave at once.
+//! They may use the rest of the drain time, on a separate thread. So nothing that they wait for keeps the
+//! worker from exiting, or from getting the order to exit at once.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,10 +14,10 @@ use super::call_dispatcher::millis;
 use super::event_loop::EventLoop;
 use crate::sys::process::{monotonic, monotonic_ms};
 
-/// Between two looks for a signal, with a heartbeat each.
+/// The time between two checks for a signal; each check records a heartbeat.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Lets the program say its last words, if it has any.
+/// Calls the program's functions, if there are any.
 pub fn run_stop_hooks(event_loop: &mut EventLoop) {
     let registry = &event_loop.service.registry;
     let Some(limit_ms) = event_loop.drain.stop_hook_budget_ms(monotonic_ms()) else {
@@ -33,7 +33,9 @@ pub fn run_stop_hooks(event_loop: &mut EventLoop) {
         drop(done);
     });
     if let Err(error) = spoken {
-        return log::warn!("on_worker_stop is not called, for want of a thread: {error}");
+        return log::warn!(
+            "on_worker_stop is not called, because no thread could be started: {error}"
+        );
     }
     let end = monotonic() + Duration::from_millis(limit_ms);
     loop {
@@ -41,14 +43,17 @@ pub fn run_stop_hooks(event_loop: &mut EventLoop) {
         let left = end.saturating_sub(now);
         let heartbeat = &event_loop.service.record.heartbeat_ms;
         heartbeat.store(millis(now), Relaxed);
+        if let Some(session) = &event_loop.session {
+            session.beat(millis(now));
+        }
         match wait.recv_timeout(left.min(LOOK)) {
             Err(RecvTimeoutError::Timeout) if left.is_zero() => {
                 return log::warn!(
-                    "on_worker_stop is not done, and the drain is over: this worker leaves without \
-                     it; make it quicker, or raise workers.drain-timeout"
+                    "on_worker_stop did not finish within the drain time: this worker exits without \
+                     waiting for it; make it faster, or raise workers.drain-timeout"
                 );
             }
-            // A signal now, TERM or QUIT, says that it has waited long enough.
+            // A signal during this time (TERM or QUIT) ends the wait.
             Err(RecvTimeoutError::Timeout) if event_loop.signals.take().is_empty() => {}
             _ => return,
         }

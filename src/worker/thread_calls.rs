@@ -1,6 +1,6 @@
-//! Which handler thread runs which call: for status, and for a thread that does not come back.
+//! Records which handler thread runs which call, for the status and for stuck threads.
 //!
-//! One place per thread, written by it alone; a reader may see the call before or after.
+//! Each thread has one entry and writes only that. A reader may see the call before or after.
 
 use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
@@ -20,24 +20,24 @@ struct ThreadCall {
 }
 
 impl ThreadCalls {
-    /// Places for `count` threads that have not started yet.
+    /// Creates entries for `count` threads that have not started yet.
     pub fn new(count: usize) -> Self {
         ThreadCalls((0..count).map(|_| ThreadCall::default()).collect())
     }
 
-    /// The calling thread has this number.
+    /// Records the number of the calling thread.
     pub fn register(&self, number: usize) {
         self.0[number].thread.store(gettid().as_raw(), Relaxed);
     }
 
-    /// It has taken a call.
+    /// Records that a thread has taken a call.
     pub fn set(&self, number: usize, key: CallKey) {
         self.0[number].index.store(key.index, Relaxed);
         self.0[number].serial.store(key.serial, Relaxed);
     }
 
-    /// The last call of each thread that has had one. A key that was read while it changed belongs to no
-    /// call.
+    /// Returns the last call of each thread that has had one. A key that was read during a change belongs
+    /// to no call.
     pub fn keys(&self) -> impl Iterator<Item = CallKey> {
         let key = |call: &ThreadCall| CallKey {
             index: call.index.load(Relaxed),
@@ -46,7 +46,7 @@ impl ThreadCalls {
         self.0.iter().map(key).filter(|key| key.serial > 0)
     }
 
-    /// The thread that took a call last; 0 if none did.
+    /// Returns the id of the thread that took this call last; 0 if there is none.
     pub fn thread_of(&self, serial: u64) -> i32 {
         let call = self.0.iter().find(|it| it.serial.load(Relaxed) == serial);
         call.map_or(0, |call| call.thread.load(Relaxed))

@@ -1,8 +1,8 @@
-//! The handler threads of a worker: they run one call after the other and wake the event loop. Beside them
-//! the programs of pools, in a pool process.
+//! Runs the handler threads of a worker: each runs one call after the other and wakes the event loop. In
+//! a pool process it runs the pool programs instead.
 //!
-//! Threads take their calls from a `RunQueue`. Of calls that take microseconds the event loop hears of
-//! several at once. A panic in a handler is an answer.
+//! Threads take their calls from a `RunQueue`. After short calls they wake the event loop once for
+//! several. A panic in a handler is answered as an error.
 
 use std::io;
 use std::sync::Arc;
@@ -11,171 +11,250 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, unbounded};
 
+use super::crash::call_record::CurrentCall;
 use super::run_queue::{NextCall, RunQueue};
 use super::thread_calls::ThreadCalls;
 use crate::handler::call_state::Reports;
 pub use crate::handler::call_state::{Done, HandlerCall};
-use crate::handler::pool::Pools;
+use crate::handler::pool::process_pools::ProcessPools;
 use crate::handler::registry::Registry;
 use crate::handler::{Context, guard};
+use crate::link::session_table::{SessionRecord, may_warn};
+use crate::logging;
 use crate::protocol::rpc_error::RpcError;
-use crate::sys::process::monotonic;
+use crate::sys::process::{self, monotonic};
 use crate::sys::signal;
 use crate::sys::waker::Waker;
 
-/// Stack of a handler thread, the same as std's default: deep enough for serde_json's own limit.
+/// The stack size of a handler thread, the same as std's default: enough for the nesting limit of
+/// serde_json.
 const STACK: usize = 2 * 1024 * 1024;
 
-/// After this much work the event loop is woken for what is done.
+/// After this much work the event loop is woken for the results.
 const MAX_UNREPORTED: Duration = Duration::from_micros(100);
 
 #[derive(Debug)]
 pub struct Threads {
-    /// Where the threads take their calls from.
+    /// The queue from which the threads take calls.
     pub queue: Arc<RunQueue>,
     done: Receiver<Done>,
+    /// How many there are, or will be when calls need them.
     count: usize,
-    pools: Pools,
+    started: usize,
+    /// `Some` in a session: all of its listener.
+    sessions: Option<&'static [SessionRecord]>,
+    starter: ThreadStarter,
+    pools: ProcessPools,
     /// The lane whose calls run in this process: that of the threads, or of one pool.
     lane: usize,
     registry: Arc<Registry>,
-    /// Which thread runs what.
+    /// Which thread runs which call.
     pub calls: Arc<ThreadCalls>,
 }
 
+/// What each handler thread needs.
+#[derive(Debug)]
+struct ThreadStarter {
+    slot: u16,
+    queue: Arc<RunQueue>,
+    reports: Reports,
+    registry: Arc<Registry>,
+    calls: Arc<ThreadCalls>,
+    /// Where the threads record what they run, for the keeper; empty without one.
+    running: &'static [CurrentCall],
+}
+
+impl ThreadStarter {
+    /// Starts the thread with this number.
+    fn start(&self, number: usize) -> io::Result<()> {
+        let (slot, queue, reports) = (self.slot, Arc::clone(&self.queue), self.reports.clone());
+        let (registry, calls) = (Arc::clone(&self.registry), Arc::clone(&self.calls));
+        let running = self.running.get(number);
+        let body = move || {
+            calls.register(number);
+            let (mut unreported, mut was_short) = (Duration::ZERO, false);
+            loop {
+                let NextCall {
+                    call,
+                    begins,
+                    is_short,
+                    begun,
+                } = queue.take(was_short);
+                was_short = is_short;
+                calls.set(number, call.key);
+                if let Some(running) = running.filter(|_| begins) {
+                    running.begins(call.state.key(), call.method);
+                }
+                signal::set_current_call(call.state.key());
+                let outcome = begins.then(|| run(&call, slot, &registry));
+                let took = monotonic().saturating_sub(begun);
+                signal::set_current_call(0);
+                if let Some(running) = running {
+                    running.ends();
+                }
+                let done = Done {
+                    key: call.key,
+                    outcome,
+                    took,
+                    cpu: process::take_reaped_cpu(),
+                    out: None,
+                };
+                if !reports.leave(done) {
+                    return;
+                }
+                unreported += took;
+                // While calls wait, the event loop checks by itself now and then.
+                if !is_short || unreported >= MAX_UNREPORTED || !queue.goes_on() {
+                    unreported = Duration::ZERO;
+                    reports.wake();
+                }
+            }
+        };
+        // thread::spawn would panic if no thread can be started.
+        let builder = thread::Builder::new().name(format!("handler-{number}"));
+        builder.stack_size(STACK).spawn(body).map(drop)
+    }
+}
+
 impl Threads {
-    /// Starts `count` threads, or as many as the system gives; with the number of a pool, its programs
-    /// instead.
+    /// Starts `count` threads, or as many as the system allows. With the number of a pool, starts its
+    /// programs instead. `is_on_demand` leaves the starts to `look`. The threads record in `running` what they
+    /// run, if it is not empty.
     ///
     /// # Errors
-    /// When it gives none at all.
+    /// If no thread can be started.
     pub fn start(
-        count: usize,
+        (count, sessions): (usize, Option<&'static [SessionRecord]>),
         pool: Option<usize>,
-        slot: u16,
+        (slot, running): (u16, &'static [CurrentCall]),
         registry: &Arc<Registry>,
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
         let queue = Arc::new(RunQueue::new(registry.methods().len()));
         let (sender, done) = unbounded();
         let reports = Reports::new(sender, Arc::clone(waker));
-        let calls = Arc::new(ThreadCalls::new(count));
-        let mut started = 0;
         let count = if pool.is_some() { 0 } else { count };
-        for number in 0..count {
-            let (queue, reports) = (Arc::clone(&queue), reports.clone());
-            let (registry, calls) = (Arc::clone(registry), Arc::clone(&calls));
-            let body = move || {
-                calls.register(number);
-                let (mut unreported, mut was_short) = (Duration::ZERO, false);
-                loop {
-                    let NextCall {
-                        call,
-                        begins,
-                        is_short,
-                        begun,
-                    } = queue.take(was_short);
-                    was_short = is_short;
-                    calls.set(number, call.key);
-                    signal::set_current_call(call.state.key());
-                    let outcome = begins.then(|| run(&call, slot, &registry));
-                    let took = monotonic().saturating_sub(begun);
-                    signal::set_current_call(0);
-                    let done = Done {
-                        key: call.key,
-                        outcome,
-                        took,
-                        out: None,
-                    };
-                    if !reports.leave(done) {
-                        return;
-                    }
-                    unreported += took;
-                    // While calls wait, the event loop looks by itself now and then.
-                    if !is_short || unreported >= MAX_UNREPORTED || !queue.goes_on() {
-                        unreported = Duration::ZERO;
-                        reports.wake();
-                    }
-                }
-            };
-            let name = format!("handler-{number}");
-            // Not thread::spawn, which panics when there is no thread to be had.
-            match thread::Builder::new()
-                .name(name)
-                .stack_size(STACK)
-                .spawn(body)
-            {
-                Ok(_) => started += 1,
-                Err(error) if started == 0 => return Err(error),
+        let starter = ThreadStarter {
+            slot,
+            queue: Arc::clone(&queue),
+            reports: reports.clone(),
+            registry: Arc::clone(registry),
+            calls: Arc::new(ThreadCalls::new(count)),
+            running,
+        };
+        let mut threads = Threads {
+            queue,
+            done,
+            count,
+            sessions,
+            started: 0,
+            pools: ProcessPools::start(registry, pool, &reports, waker)?,
+            lane: pool.map_or(0, |pool| pool + 1),
+            registry: Arc::clone(registry),
+            calls: Arc::clone(&starter.calls),
+            starter,
+        };
+        if sessions.is_none() {
+            threads.start_more(count)?;
+        }
+        Ok(threads)
+    }
+
+    /// Starts this number of further threads, or as many as the system allows.
+    fn start_more(&mut self, more: usize) -> io::Result<()> {
+        for _ in 0..more {
+            match self.starter.start(self.started) {
+                Ok(()) => self.started += 1,
+                Err(error) if self.started == 0 => return Err(error),
                 Err(error) => {
-                    log::warn!(
-                        "only {started} of {count} handler threads could be started, so fewer \
-                         calls run at once; raise the limit of tasks, or lower workers.threads: \
-                         {error}"
-                    );
+                    self.warn(&format!(
+                        "only {} of {} handler threads could be started, so fewer calls run at once; \
+                         raise the limit of tasks, or lower workers.threads: {error}",
+                        self.started, self.count
+                    ));
+                    self.count = self.started;
                     break;
                 }
             }
         }
-        Ok(Threads {
-            queue,
-            done,
-            count: started,
-            pools: Pools::start(registry, pool, &reports, waker)?,
-            lane: pool.map_or(0, |pool| pool + 1),
-            registry: Arc::clone(registry),
-            calls,
-        })
+        Ok(())
     }
 
-    /// How many serve a lane in this process: handler threads, or programs of a pool.
-    pub fn count(&self, lane: usize) -> usize {
-        match self.lane == lane {
-            true => self.crew(lane),
-            false => 0,
+    /// Logs a lack of threads. All sessions of a listener have the same limit, so one line is for all of them.
+    fn warn(&self, text: &str) {
+        let now_ms = process::monotonic_ms();
+        match self.sessions.is_none_or(|all| may_warn(all, now_ms)) {
+            true => log::warn!("{text}"),
+            false => log::debug!("{text}"),
         }
     }
 
-    /// How many serve a lane: the handler threads of this worker, or all programs of a pool.
+    /// Returns the size of a lane's executor in this process: the number of handler threads or pool
+    /// programs.
+    pub fn count(&self, lane: usize) -> usize {
+        match lane.checked_sub(1) {
+            Some(_) if self.lane == lane => self.pools.main().capacity(),
+            None if self.lane == 0 => self.count,
+            Some(pool) if self.pools.numbers().contains(&pool) => self.crew(lane),
+            _ => 0,
+        }
+    }
+
+    /// Returns the size of a lane's executor in the server: the handler threads of this worker, or all
+    /// programs of a pool.
     pub fn crew(&self, lane: usize) -> usize {
         match lane.checked_sub(1) {
             None => self.count,
-            Some(pool) => (self.registry.pools().get(pool)).map_or(0, |pool| pool.capacity()),
+            Some(pool) => (self.registry.all_pools().get(pool)).map_or(0, |pool| pool.capacity()),
         }
     }
 
-    /// How many of those in this process are there for calls; a program that starts or waits until it
-    /// may is not.
+    /// Returns how many of those in this process can run calls. A program that is starting or throttled
+    /// cannot.
     pub fn available(&self, lane: usize) -> usize {
         match lane {
             _ if lane != self.lane => 0,
             0 => self.count,
-            _ => self.pools.available(0),
+            _ => self.pools.main().available(),
         }
     }
 
-    /// Whether the programs of the pool may have several calls at once.
+    /// Returns whether the programs of the pool may run several calls at once.
     pub fn has_parallel_programs(&self) -> bool {
-        self.pools.concurrency() > 1
+        self.pools.main().concurrency() > 1
     }
 
-    /// Sees to it that no call waits for want of a thread. Returns whether any waits, or any was done that
-    /// the event loop was not woken for: it is to look again soon.
-    pub fn look(&self, now_ms: u64) -> bool {
+    /// Makes sure that no call waits without a thread. Returns whether to check again soon, because calls
+    /// wait or there are results for which the event loop was not woken.
+    pub fn look(&mut self, now_ms: u64) -> bool {
+        if self.started < self.count {
+            let more = self.queue.lacking().min(self.count - self.started);
+            if let Err(error) = self.start_more(more) {
+                self.warn(&format!(
+                    "no handler thread can be started: {error}; calls wait until one can be started"
+                ));
+            }
+        }
         self.queue.look(now_ms) || self.has_done()
     }
 
-    /// Whether any job is done that was not taken.
+    /// Returns whether there are results that were not taken.
     pub fn has_done(&self) -> bool {
         !self.done.is_empty() || self.pools.has_done()
     }
 
-    /// How many programs of all pools do not serve.
-    pub fn programs_down(&self) -> usize {
-        self.pools.down()
+    /// Returns how many programs of all pools serve, and how many do not.
+    pub fn programs(&self) -> (usize, usize) {
+        self.pools.main().serving_and_down()
     }
 
-    pub fn pools(&mut self) -> &mut Pools {
+    /// In a pool process the methods have become more.
+    pub fn set_registry(&mut self, registry: &Arc<Registry>) {
+        self.registry = Arc::clone(registry);
+        self.pools.main_mut().set_registry(registry);
+    }
+
+    pub fn pools(&mut self) -> &mut ProcessPools {
         &mut self.pools
     }
 
@@ -192,6 +271,7 @@ fn run(job: &HandlerCall, slot: u16, registry: &Registry) -> Result<Vec<u8>, Rpc
         .with((job.id.as_deref(), job.peer), registry.worker());
     let mut result = Vec::new();
     let call = || method.handler.call(&job.params, &context, &mut result);
-    guard::run((&method.name, job.id.as_deref()), call)?;
+    let name = (&*method.name, job.id.as_deref());
+    logging::with_call(job.state.identity().logged(), || guard::run(name, call))?;
     Ok(result)
 }

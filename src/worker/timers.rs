@@ -1,51 +1,52 @@
-//! Deadlines of a worker, in milliseconds of CLOCK_MONOTONIC.
+//! Holds the deadlines of a worker, in milliseconds of CLOCK_MONOTONIC.
 //!
-//! An ordered set, so that a deadline that is met in time is taken out again and leaves nothing
-//! behind, and a connection that waits for nothing costs nothing. Pure: it is told what time it is.
+//! It is an ordered set. A deadline that is met in time is removed, and a connection without a deadline
+//! costs nothing. Pure: the caller passes the time.
 
 use std::collections::BTreeSet;
 
 pub use crate::handler::call_state::CallKey;
 use crate::sys::event::Token;
 
-/// What a deadline is for.
+/// The purpose of a deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TimerTarget {
-    /// A started frame must be whole.
+    /// A frame that has begun must be complete.
     Read(Token),
-    /// The reader must have taken something.
+    /// The client must have read some bytes.
     Write(Token),
-    /// A connection on which nothing happens may be closed.
+    /// A connection without activity may be closed.
     Idle(Token),
-    /// A closed connection's peer must have closed too.
+    /// The peer of a closed connection must have closed it too.
     Linger(Token),
     /// A call must be answered.
     Call(CallKey),
-    /// The listeners may be tried again.
+    /// Accepting may be tried again.
     Listen,
-    /// A connection may be given away again.
+    /// Sending a connection may be tried again.
     Give,
-    /// An order to spread connections is over.
+    /// A rebalance order has expired.
     Spread,
-    /// A silent connection may be old enough to make room for another one.
-    Silent,
+    /// A connection that never had a call may be old enough to make room for another one.
+    Unused,
+    /// The time of a refused connection may be over.
+    Refused,
 }
 
-/// The deadlines of a worker.
 #[derive(Debug, Default)]
 pub struct Timers {
     set: BTreeSet<(u64, TimerTarget)>,
 }
 
 impl Timers {
-    /// Arms a deadline in place of the one in `armed` (0: none), and keeps it there.
+    /// Arms a deadline instead of the one in `armed` (0 means none), and stores it there.
     pub fn arm(&mut self, armed: &mut u64, at: u64, target: TimerTarget) {
         self.disarm(armed, target);
         *armed = at.max(1);
         self.set.insert((*armed, target));
     }
 
-    /// Takes back the deadline in `armed`, if there is one.
+    /// Removes the deadline in `armed`, if there is one.
     pub fn disarm(&mut self, armed: &mut u64, target: TimerTarget) {
         if *armed != 0 {
             self.set.remove(&(*armed, target));
@@ -53,12 +54,12 @@ impl Timers {
         }
     }
 
-    /// The first deadline.
+    /// Returns the first deadline.
     pub fn next(&self) -> Option<u64> {
         self.set.first().map(|(at, _)| *at)
     }
 
-    /// Takes one deadline that has passed.
+    /// Removes one deadline that has passed.
     pub fn expired(&mut self, now: u64) -> Option<TimerTarget> {
         let &(at, target) = self.set.first()?;
         (at <= now).then(|| {
@@ -73,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn deadlines_come_in_order_once_and_not_when_taken_back() {
+    fn deadlines_expire_in_order_once_unless_removed() {
         let mut timers = Timers::default();
         let (mut first, mut second, mut third) = (0, 0, 0);
         let key = |index| TimerTarget::Call(CallKey { index, serial: 1 });

@@ -10,13 +10,13 @@ use super::source_file::{SourceFile, is_word};
 /// A path of module names below the crate's root.
 pub type ModulePath = Vec<String>;
 
-/// Which file imports which others.
+/// The imports of each file.
 pub struct Imports {
     edges: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl Imports {
-    /// Reads all imports of these files, without tests, `lib.rs` and `main.rs`.
+    /// Reads all imports of these files, except tests, `lib.rs` and `main.rs`.
     pub fn of(files: &[SourceFile]) -> Self {
         let files: Vec<_> = files
             .iter()
@@ -40,7 +40,7 @@ impl Imports {
         }
     }
 
-    /// The files that import each other, directly or by others: each set is one circle.
+    /// Returns the files that import each other, directly or indirectly: each set is one circle.
     pub fn circles(&self) -> Vec<BTreeSet<String>> {
         let reached: BTreeMap<&String, BTreeSet<String>> = self
             .edges
@@ -61,7 +61,7 @@ impl Imports {
         circles.into_iter().collect()
     }
 
-    /// Which files of a circle a file imports directly: what to cut.
+    /// Returns the files of a circle that a file imports directly, to show what to cut.
     pub fn inside(&self, circle: &BTreeSet<String>, file: &str) -> Vec<&str> {
         let targets = self.edges.get(file).into_iter().flatten();
         targets
@@ -70,7 +70,7 @@ impl Imports {
             .collect()
     }
 
-    /// All files that a file imports, directly or by others; itself only if there is a way back.
+    /// Returns all files that a file imports, directly or indirectly; itself only if there is a circle.
     fn reach(&self, file: &str) -> BTreeSet<String> {
         let mut found = BTreeSet::new();
         let mut pending = vec![file.to_owned()];
@@ -85,7 +85,7 @@ impl Imports {
     }
 }
 
-/// The module of a file: `src/a/b.rs` and `src/a/b/mod.rs` are `a::b`.
+/// Returns the module of a file: `src/a/b.rs` and `src/a/b/mod.rs` are `a::b`.
 pub fn module_path(file: &str) -> ModulePath {
     let path = file.trim_start_matches("src/").trim_end_matches(".rs");
     let mut parts: Vec<_> = path.split('/').map(str::to_owned).collect();
@@ -95,17 +95,17 @@ pub fn module_path(file: &str) -> ModulePath {
     parts
 }
 
-/// The file of the longest module that a path names.
+/// Returns the file of the longest module that a path names.
 fn file_of<'a>(path: &[String], modules: &BTreeMap<ModulePath, &'a str>) -> Option<&'a str> {
     (1..=path.len())
         .rev()
         .find_map(|length| modules.get(&path[..length]).copied())
 }
 
-/// All paths that a file names, from the crate's root.
+/// Returns all paths that a file names, from the crate's root.
 fn paths(file: &SourceFile, modules: &BTreeMap<ModulePath, &str>) -> Vec<ModulePath> {
     let module = module_path(&file.name);
-    // names that a path may begin with: child modules, and modules that are imported
+    // Names with which a path may begin: child modules, and imported modules.
     let mut in_scope: BTreeMap<String, ModulePath> = modules
         .keys()
         .filter(|path| path.len() == module.len() + 1 && path.starts_with(&module))
@@ -126,7 +126,7 @@ fn paths(file: &SourceFile, modules: &BTreeMap<ModulePath, &str>) -> Vec<ModuleP
     found
 }
 
-/// A path as written, made one from the crate's root; `None` for that of another crate.
+/// Converts a path as written to one from the crate's root; `None` for another crate.
 fn resolve(
     path: &[String],
     module: &ModulePath,
@@ -144,13 +144,13 @@ fn resolve(
     Some(base)
 }
 
-/// All paths of a file as they are written, in `use` declarations and elsewhere.
+/// Returns all paths of a file as they are written, in `use` declarations and elsewhere.
 pub fn written_paths(code: &str) -> Vec<Vec<String>> {
     let declared = imports(code).into_iter().map(|(path, _)| path);
     declared.chain(inline_paths(code)).collect()
 }
 
-/// The paths of all `use` declarations, each with the name that it brings into scope.
+/// Returns the paths of all `use` declarations, each with the name that it brings into scope.
 fn imports(code: &str) -> Vec<(Vec<String>, String)> {
     let mut found = Vec::new();
     for (at, _) in code.match_indices("use ") {
@@ -167,7 +167,7 @@ fn imports(code: &str) -> Vec<(Vec<String>, String)> {
     found
 }
 
-/// The paths of a use-tree: `a::{b, c::d}` has two.
+/// Returns the paths of a use-tree: `a::{b, c::d}` has two.
 fn expand(tree: &str, prefix: &[String], found: &mut Vec<(Vec<String>, String)>) {
     let tree = tree.trim();
     if let Some(group) = tree
@@ -209,7 +209,7 @@ fn expand(tree: &str, prefix: &[String], found: &mut Vec<(Vec<String>, String)>)
     }
 }
 
-/// Paths with at least two parts that stand in the code outside of `use`.
+/// Returns paths with at least two parts in the code outside of `use`.
 fn inline_paths(code: &str) -> Vec<Vec<String>> {
     let mut found = Vec::new();
     let mut rest = code;
@@ -221,7 +221,7 @@ fn inline_paths(code: &str) -> Vec<Vec<String>> {
             .find(|c: char| !is_word(c) && c != ':')
             .map_or(rest.len(), |length| at + length);
         let path = rest[start..end].trim_end_matches(':');
-        // `pub(in crate::master)` says who may see an item and imports nothing
+        // `pub(in crate::master)` restricts visibility and imports nothing.
         let names_an_item = path.contains("::");
         if names_an_item && !rest[..start].ends_with("(in ") {
             found.push(path.split("::").map(str::to_owned).collect());

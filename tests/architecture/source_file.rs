@@ -6,27 +6,27 @@ use std::path::{Path, PathBuf};
 
 use crate::support::source;
 
-/// A file, read.
+/// A source file.
 pub struct SourceFile {
-    /// Its path from the top of the tree.
+    /// Its path from the top directory of the tree.
     pub name: String,
-    /// As it is.
+    /// Its unchanged text.
     pub text: String,
-    /// Without comments and literals, and without the tests at its end; line by line as before.
+    /// Without comments, literals and the tests at its end; the line numbers stay.
     pub code: String,
-    /// Whether it is the sibling that holds another file's tests.
+    /// Whether it has only the tests of another file.
     pub is_test: bool,
 }
 
 impl SourceFile {
-    /// The layer that it belongs to; none for `lib.rs` and `main.rs`, which stand above all.
+    /// Returns its layer; `None` for `lib.rs` and `main.rs`, which are above all layers.
     pub fn layer(&self) -> Option<String> {
         let path = self.name.strip_prefix("src/")?;
         let first = path.split('/').next()?.trim_end_matches(".rs");
         (!matches!(first, "lib" | "main")).then(|| first.to_owned())
     }
 
-    /// A file that is not on disk.
+    /// Creates a file that is not on disk.
     pub fn for_test(name: &str, code: &str) -> Self {
         SourceFile {
             name: name.to_owned(),
@@ -36,7 +36,7 @@ impl SourceFile {
         }
     }
 
-    /// What it names at the crate's root, by `crate::` or by as many `super::` as lead there.
+    /// Returns the names at the crate's root that it uses, by `crate::` or by enough `super::`.
     pub fn uses(&self) -> BTreeSet<String> {
         let mut roots = vec!["crate::".to_owned()];
         let inside = self.name.matches('/').count() - 1;
@@ -46,7 +46,7 @@ impl SourceFile {
         for root in roots {
             for (at, _) in self.code.match_indices(&root) {
                 let before = self.code[..at].chars().next_back();
-                // part of another name, or the last of even more `super`
+                // It is part of another name, or the last of even more `super`.
                 if before.is_some_and(|c| is_word(c) || (c == ':' && root.starts_with("super"))) {
                     continue;
                 }
@@ -58,7 +58,7 @@ impl SourceFile {
     }
 }
 
-/// The names that a path or a use-tree begins with: `a::b` has one, `{a::{x, y}, b}` two.
+/// Returns the names with which a path or a use-tree begins: `a::b` has one, `{a::{x, y}, b}` two.
 pub fn first_names(tree: &str) -> Vec<String> {
     let Some(group) = tree.strip_prefix('{') else {
         let name: String = tree.chars().take_while(|&c| is_word(c)).collect();
@@ -85,7 +85,7 @@ pub fn first_names(tree: &str) -> Vec<String> {
         .collect()
 }
 
-/// All Rust files under a directory of the source tree; none if it is not there.
+/// Returns all Rust files under a directory of the source tree; none if it does not exist.
 pub fn source_files(under: &str) -> impl Iterator<Item = SourceFile> {
     let mut paths = Vec::new();
     collect(&source().join(under), &mut paths);
@@ -103,7 +103,7 @@ pub fn source_files(under: &str) -> impl Iterator<Item = SourceFile> {
             || name.ends_with("_properties.rs")
             || name.ends_with("_world.rs")
             || name.contains("/tests/");
-        // tests are last in a file, and what they may use is everybody's own business
+        // Tests are last in a file, and may use anything.
         let code = without_comments_and_literals(&text);
         let end = if name.starts_with("src/") {
             inline_tests(&code).unwrap_or(code.len())
@@ -138,7 +138,7 @@ fn collect(directory: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
-/// Where a module of tests begins that stands in the file itself.
+/// Returns where an inline module of tests begins.
 fn inline_tests(code: &str) -> Option<usize> {
     let mut marks = code.match_indices("#[cfg(test)]");
     let found = marks.find(|(at, _)| {
@@ -149,7 +149,7 @@ fn inline_tests(code: &str) -> Option<usize> {
     found.map(|(at, _)| at)
 }
 
-/// Where one of these functions is called, and the path written before its name.
+/// Returns the positions at which one of these functions is called, and the path written before its name.
 pub fn calls_of<'a>(code: &'a str, names: &[&str]) -> Vec<(usize, &'a str)> {
     let mut found = Vec::new();
     for name in names {
@@ -176,7 +176,7 @@ pub fn is_word(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// Blanks out comments, strings and characters; newlines stay, so that lines keep their number.
+/// Blanks out comments, strings and characters. Line feeds stay, so that line numbers do not change.
 fn without_comments_and_literals(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut code = String::with_capacity(text.len());
@@ -206,7 +206,7 @@ fn without_comments_and_literals(text: &str) -> String {
     code
 }
 
-/// The length of a literal that ends at the next `quote` that no backslash escapes.
+/// Returns the length of a literal that ends at the next unescaped `quote`.
 fn closing(text: &str, quote: char) -> usize {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {
@@ -220,7 +220,7 @@ fn closing(text: &str, quote: char) -> usize {
     text.len()
 }
 
-/// The length of `r#"…"#` and its like.
+/// Returns the length of `r#"…"#` and similar literals.
 fn raw_string(text: &str) -> Option<usize> {
     let after = text.strip_prefix("br").or_else(|| text.strip_prefix('r'))?;
     let hashes = after.len() - after.trim_start_matches('#').len();
@@ -233,7 +233,7 @@ fn raw_string(text: &str) -> Option<usize> {
     Some(length)
 }
 
-/// The length of a character literal; a lifetime is none.
+/// Returns the length of a character literal; a lifetime is none.
 fn character(text: &str) -> Option<usize> {
     let inner = text.strip_prefix('\'')?;
     let mut chars = inner.chars();

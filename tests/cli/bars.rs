@@ -1,4 +1,4 @@
-//! The bars that want time or the machine alone; `tests/run` runs them one after another.
+//! Tests limits that need time or the whole machine; `tests/run` runs them one after another.
 
 use std::time::{Duration, Instant};
 
@@ -55,7 +55,7 @@ fn a_kill_loop_costs_twelve_forks_a_minute_and_no_call_of_the_other_slot() {
     let took = begin.elapsed();
     let ticks = process::cpu_ticks(daemon.pid()).unwrap() - ticks;
     let lines = daemon.log().lines().count() - lines;
-    // The first worker and the burst of five come on top of the twelve.
+    // The first worker and the burst of five come in addition to the twelve.
     println!(
         "{deaths} deaths in {took:?}, {answered} calls of the other slot answered, 0 lost; the \
          master used {ticks} ticks of CPU (100 a second) and logged {lines} lines"

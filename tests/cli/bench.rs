@@ -1,5 +1,5 @@
-//! `bench` against a real daemon: whether its counts add up in each dialect, and what its latencies
-//! count.
+//! Tests `bench` with a real daemon: whether its counts are consistent in each dialect, and what its
+//! latencies include.
 
 use std::process::{Command, Stdio};
 
@@ -17,7 +17,7 @@ respawn-max-delay = \"0s\"
 builtin = \"sleep\"
 ";
 
-/// The exit code and the report of a load.
+/// Returns the exit code and the report of a load.
 #[track_caller]
 fn report(daemon: &Daemon, words: &[&str]) -> (Option<i32>, Value) {
     let output = daemon.command(words);
@@ -79,8 +79,8 @@ fn bench_prints_json_whose_counts_add_up() {
     assert_eq!(refused["errors"]["method-not-found"], 300, "{refused}");
 }
 
-/// A server that stands still for a while has kept every call waiting that was due meanwhile, and an
-/// open loop says so.
+/// A server that is stopped for a while delays every call that was due meanwhile, and an open loop counts
+/// that.
 #[test]
 fn an_open_loop_counts_latency_from_when_a_call_was_due() {
     let daemon = Daemon::builder()
@@ -129,7 +129,7 @@ fn bench_goes_on_over_a_killed_worker_and_counts_what_it_took_along() {
     println!("bench: 3000 calls, one worker killed: {lost} lost with it, the load went on");
 }
 
-/// What was seen until then is worth more than that it ended early.
+/// The results so far are reported, although the run ended early.
 #[test]
 fn bench_reports_what_it_saw_before_the_server_went_away() {
     let daemon = Daemon::builder().config(WITH_SLEEP).start();
@@ -151,13 +151,13 @@ fn bench_reports_what_it_saw_before_the_server_went_away() {
     assert!(number("ok") > 600, "{report}");
     let seen = number("ok") + sum(&report["errors"]) + sum(&report["unanswered"]);
     assert_eq!(number("calls"), seen, "{report}");
-    // Five seconds of calls at most were due to nobody, and not all that were wanted.
+    // At most the calls of five seconds were not sent, and not all requested ones.
     assert!((1..200_000).contains(&number("not_sent")), "{report}");
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(error.contains(&daemon.address().to_string()), "{error}");
 }
 
-/// Each dialect in turn, with params from a file: what is called, and what comes of it.
+/// Each dialect in turn, with params from a file.
 #[test]
 fn every_dialect_makes_the_same_calls() {
     let daemon = Daemon::builder().config(WITH_SLEEP).start();
@@ -188,7 +188,7 @@ fn every_dialect_makes_the_same_calls() {
         assert_eq!(code, Some(1), "{report}");
         assert_eq!(report["dialect"], dialect);
         assert_eq!(report["calls"], 3000, "{report}");
-        // Every third line is none that sleep takes, wherever among them a thread began.
+        // sleep refuses every third line, wherever a thread began.
         let refused = report["errors"]["invalid-params"].as_u64().unwrap();
         assert!((998..=1002).contains(&refused), "{report}");
         assert_eq!(report["ok"].as_u64().unwrap() + refused, 3000, "{report}");
@@ -205,7 +205,7 @@ fn every_dialect_makes_the_same_calls() {
     });
 }
 
-/// An open loop over HTTP and a unix socket; a name that a path can't have as it is.
+/// An open loop over HTTP and a unix socket, with a name that a path must escape.
 #[test]
 fn every_dialect_reaches_a_unix_socket_at_a_rate() {
     let dir = Dir::new();
@@ -247,14 +247,14 @@ fn every_dialect_reaches_a_unix_socket_at_a_rate() {
     drop(daemon);
 }
 
-/// A server that answers something else is told from one of ours.
+/// A server that is not preforkd is detected.
 #[test]
 fn what_is_no_answer_is_counted_as_such() {
     let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = other.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         for mut stream in other.incoming().flatten() {
-            // It answers whoever says something, and hangs up.
+            // It answers any request and closes the connection.
             std::thread::spawn(move || {
                 let mut first = [0; 1];
                 if std::io::Read::read(&mut stream, &mut first).is_ok_and(|count| count > 0) {

@@ -1,4 +1,4 @@
-//! `call`: where its params come from, in which form it calls, and what its exit code tells.
+//! Tests `call`: where its params come from, which form it uses, and its exit codes.
 
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
@@ -20,7 +20,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// `call` with these words, and this on its stdin.
+/// Runs `call` with these arguments and this stdin.
 fn call(words: &[&str], stdin: &str) -> Output {
     let mut child = Command::new(binary())
         .arg("call")
@@ -31,7 +31,7 @@ fn call(words: &[&str], stdin: &str) -> Output {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // Who has refused the words reads nothing.
+    // A command that refuses its arguments reads nothing.
     let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
     child.wait_with_output().unwrap()
 }
@@ -58,7 +58,7 @@ fn params_come_from_stdin_and_the_timeout_is_kept() {
     assert!(text(&late.stderr).contains("timeout"), "{late:?}");
 }
 
-/// What else is wrong there is the server's affair; but no other server is called for it.
+/// Other errors of the configuration are the server's; but no other server is called instead.
 #[test]
 fn a_broken_configuration_still_says_where_the_server_is() {
     let daemon = Daemon::start();
@@ -137,7 +137,7 @@ timeout = \"30s\"
     };
     for (command, calls) in [("call", 1), ("map", 2)] {
         for signal in [Signal::SIGINT, Signal::SIGTERM] {
-            // In the background of a shell it would be born deaf to the first of them.
+            // In the background of a shell it would ignore the first of these signals.
             let mut child = Command::new("env")
                 .arg("--default-signal=INT,TERM")
                 .arg(binary())
@@ -147,7 +147,7 @@ timeout = \"30s\"
                 .stderr(Stdio::null())
                 .spawn()
                 .unwrap();
-            // The input stays open, as a terminal does.
+            // The input stays open, as on a terminal.
             let mut stdin = child.stdin.take().unwrap();
             let _ = stdin.write_all(b"1\n2\n");
             wait_for("its calls to run", PATIENCE, || running(calls));
@@ -230,7 +230,7 @@ fn a_unix_socket_is_called_by_its_path_or_by_the_configuration() {
     drop(daemon);
 }
 
-/// A result steers no terminal, and has the same value.
+/// The printed result cannot control a terminal, and has the same value.
 #[test]
 fn a_result_is_printed_without_characters_that_steer_a_terminal() {
     let daemon = Daemon::start();

@@ -1,15 +1,16 @@
-//! Commands as handlers: what goes in and comes out, what a hostile caller can do with it, and what
-//! is told when it goes wrong.
+//! Tests commands as handlers: input and output, what a hostile caller can do with them, and their
+//! errors.
 
 use std::collections::BTreeSet;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::support::strace::Strace;
 use crate::support::{Client, Daemon, PATIENCE, process, wait_for};
 
-/// Methods of all kinds of programs.
+/// Methods for all kinds of programs.
 const CONFIG: &str = r#"
 [workers]
 count = 1
@@ -89,7 +90,7 @@ fn result(client: &mut Client, method: &str, params: &Value) -> Value {
 fn a_command_reads_its_params_and_its_output_is_the_result() {
     let daemon = daemon();
     let mut client = daemon.client();
-    // to the letter, in and out
+    // Byte for byte, in and out.
     let params = r#"{"n": 1234567890123456789012345678901234567890.10, "é": [ ]}"#;
     assert_eq!(
         client.call_text(&format!(r#"{{"in": "json", "params": {params}}}"#)),
@@ -98,7 +99,7 @@ fn a_command_reads_its_params_and_its_output_is_the_result() {
     let text = result(&mut client, "cat", &json!("x\n\"y\""));
     assert_eq!(text, r#""x\n\"y\"""#);
     assert_eq!(result(&mut client, "cat", &Value::Null), "null");
-    // more than a pipe holds, both ways at once
+    // More than a pipe holds, in both directions at once.
     let large = "x".repeat(900_000);
     assert_eq!(result(&mut client, "json", &json!(large)), large);
 }
@@ -120,7 +121,7 @@ fn text_goes_in_without_quotes_and_comes_out_without_its_last_newline() {
     assert_eq!(result(&mut client, "brace", &Value::Null), "{value}");
 }
 
-/// With the bare name as argv[0] and no PATH, Python finds neither itself nor other programs.
+/// With only its name as argv[0] and no PATH, Python finds neither itself nor other programs.
 #[test]
 fn a_command_knows_its_own_path_and_has_a_path() {
     let daemon = daemon();
@@ -203,7 +204,7 @@ fn output_that_can_be_no_result_is_bad_output() {
     let mut client = daemon.client();
     for (method, reason) in [
         ("endless", "max-output"),
-        ("silent", "nothing"),
+        ("silent", "empty"),
         ("half", "JSON"),
         ("deep", "nested deeper than 128"),
         ("binary", "UTF-8"),
@@ -214,7 +215,7 @@ fn output_that_can_be_no_result_is_bad_output() {
         let message = error["message"].as_str().unwrap();
         assert!(message.contains(reason), "{method}: {error}");
     }
-    // a program that does not read is no fault
+    // A program that does not read its input is no error.
     let large = json!("x".repeat(500_000));
     assert_eq!(result(&mut client, "deaf", &large), "done\n");
     let worker = daemon.ready_workers()[0];
@@ -273,7 +274,7 @@ fn a_thousand_commands_at_once_have_three_descriptors_each() {
                 let mut seen = BTreeSet::new();
                 for _ in 0..100 {
                     let answer = client.recv_json();
-                    // the fourth is the directory that ls itself has opened
+                    // The fourth is the directory that ls itself has opened.
                     assert_eq!(answer["result"], "0\n1\n2\n3\n", "{answer}");
                     seen.insert(answer["id"].as_u64().unwrap());
                 }
@@ -281,7 +282,7 @@ fn a_thousand_commands_at_once_have_three_descriptors_each() {
             })
         })
         .collect();
-    // accepting meanwhile
+    // Accept connections meanwhile.
     for _ in 0..100 {
         drop(daemon.client());
     }
@@ -330,7 +331,7 @@ fn a_program_that_went_away_is_told_and_nothing_dies() {
     let error = result(&mut client, "p", &Value::Null);
     assert_eq!(error["code"], -32010, "{error}");
     assert!(error.to_string().contains("No such file"), "{error}");
-    // and a configuration that names it is refused from now on
+    // A configuration that names it is refused from now on.
     let reload = daemon.command(&["reload"]);
     assert!(!reload.status.success());
     assert!(String::from_utf8_lossy(&reload.stderr).contains("there is no program"));
@@ -363,44 +364,14 @@ fn no_descriptors_left_is_overloaded_and_recovers() {
     assert_eq!(result(&mut client, "cat", &json!(1)), "1");
 }
 
-/// strace watches every execve of the daemon and of what it starts.
+/// strace watches every execve of the daemon and its processes.
 #[test]
 fn no_caller_makes_anything_else_run() {
-    if Command::new("strace")
-        .arg("-V")
-        .stdout(Stdio::null())
-        .status()
-        .is_err()
-    {
-        println!("0 attempts: there is no strace here");
-        return;
-    }
     let daemon = daemon();
     let mut client = daemon.client();
-    let trace = daemon.dir().join("trace");
-    let worker = daemon.ready_workers()[0];
-    let mut strace = Command::new("strace")
-        .args([
-            "-f",
-            "-qq",
-            "-s",
-            "100",
-            "-e",
-            "trace=execve",
-            "-e",
-            "signal=none",
-            "-o",
-        ])
-        .arg(&trace)
-        .args(["-p", &worker.to_string()])
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    wait_for("strace to have attached", PATIENCE, || {
-        process::tasks(worker)
-            .iter()
-            .all(|&task| process::field(task, "TracerPid").is_some_and(|pid| pid != "0"))
-    });
+    let Some(strace) = Strace::attach(&daemon, daemon.ready_workers()[0], "execve") else {
+        return;
+    };
     let evil = [
         ";id",
         "$(id)",
@@ -439,18 +410,9 @@ fn no_caller_makes_anything_else_run() {
             }
         }
     }
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(strace.id().cast_signed()),
-        nix::sys::signal::Signal::SIGINT,
-    )
-    .unwrap();
-    strace.wait().unwrap();
-    let text = daemon.dir().read("trace");
-    let executed: Vec<&str> = text
-        .lines()
-        .filter(|line| line.contains("execve("))
-        .collect();
-    let others: Vec<&&str> = executed
+    let mut executed = strace.end();
+    executed.retain(|line| line.contains("execve("));
+    let others: Vec<&String> = executed
         .iter()
         .filter(|line| !line.contains("/printf\", \"%s|\", \"first\", "))
         .collect();
@@ -504,11 +466,11 @@ fn a_command_runs_as_its_user_with_no_rights_left() {
         let words: Vec<&str> = text.as_str().unwrap().split_whitespace().collect();
         assert_eq!(words, expected);
     };
-    // where the workers are that user already, too
+    // Also if the workers already are that user.
     assert_nobody(&Daemon::builder().config(&of_workers).start());
     let daemon = Daemon::builder().config(methods).start();
     assert_nobody(&daemon);
-    // and where the file says so, and no reload can bring it about
+    // Also if the file says so and a reload cannot change it.
     daemon.configure(&of_workers);
     let done = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
@@ -519,7 +481,7 @@ fn a_command_runs_as_its_user_with_no_rights_left() {
     assert_nobody(&daemon);
 }
 
-/// A program that is gone would make a line for each call.
+/// A missing program would otherwise log a line for each call.
 #[test]
 fn calls_of_a_program_that_is_gone_do_not_fill_the_log() {
     let dir = crate::support::Dir::new();

@@ -1,4 +1,4 @@
-//! Secrets of commands and pools: from a file or from the server's environment, and never shown.
+//! Tests secrets of commands and pools: from a file or from the server's environment, and never shown.
 
 use std::process::Command;
 
@@ -63,12 +63,12 @@ fn programs_get_secrets_from_a_file_and_from_the_servers_environment() {
     );
     let done = daemon.command(&["reload"]);
     assert!(done.status.success(), "{done:?}");
-    // The old worker may still take a connection.
+    // The old worker may still accept a connection.
     wait_for("the new file in use", PATIENCE, || {
         variables(&daemon) == expected("two")
     });
     daemon.wait_log("the pool has two");
-    // What is wrong is told by its line, and changes nothing.
+    // An error is reported with its line, and changes nothing.
     daemon.dir().write("secrets.env", "KEY=three\nKEY four\n");
     let refused = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();

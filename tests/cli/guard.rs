@@ -1,21 +1,22 @@
-//! The guard: a command and a pool's program cannot look into the worker that started them, as the
-//! same user, and everything else is as without it.
+//! Tests the guard: a command and a pool program cannot read the worker that started them, as the same
+//! user. Everything else is as without it.
 
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, has_landlock, process};
+use crate::support::{Daemon, has_landlock, landlock_version, process};
 
-/// A user that nobody else is.
+/// A user id that no other process has.
 const USER: u32 = 54_321;
 
-/// Tries to open the files of its worker by which one reads memory, calls and keys. For root the last two
-/// say nothing: the kernel lets CAP_PERFMON read them.
+/// Tries to open the files of its worker that give access to memory, calls and keys. For root the last
+/// two prove nothing, because the kernel lets CAP_PERFMON read them.
 const ATTACK: &str = "files='mem fd/0 environ maps'; \
                       if [ $(id -u) = 0 ]; then files='mem fd/0'; fi; for file in $files; do \
                       if (exec 4<$0/$file) 2>/dev/null; then echo $file opened; \
                       else echo $file refused; fi; done";
 
-/// A pool's program that runs a shell script for each call, as the shell's `$PPID` would be its own.
+/// A pool program that runs a shell script for each call, because the shell's `$PPID` would be the
+/// program itself.
 const PROGRAM: &str = r#"
 import json, os, socket, struct, subprocess
 calls = socket.socket(fileno=3)
@@ -31,7 +32,7 @@ while True:
 "#;
 
 fn config(guard: bool) -> String {
-    // The script's $0 is its worker's directory, for both.
+    // In both cases `$0` of the script is the /proc directory of its worker.
     let command = r#"command = ["sh", "-c", "exec sh -c \"$1\" /proc/$PPID", "sh", "{script}"]"#;
     format!(
         "[workers]\ncount = 1\n\
@@ -42,7 +43,7 @@ fn config(guard: bool) -> String {
     )
 }
 
-/// What the script writes, run by a command and by a pool's program.
+/// Returns what the script prints when a command and a pool program run it.
 fn both(daemon: &Daemon, script: &str) -> [String; 2] {
     let mut client = daemon.client();
     [
@@ -58,7 +59,7 @@ fn both(daemon: &Daemon, script: &str) -> [String; 2] {
     })
 }
 
-/// Each file of the attack, with whether it was opened.
+/// Returns each file of the attack and whether it could be opened.
 fn attack(daemon: &Daemon) -> [String; 2] {
     both(daemon, ATTACK)
 }
@@ -75,10 +76,10 @@ fn assert_guard_holds(start: impl Fn(&str) -> Daemon) {
     let line = |file: &&str, outcome: &str| format!("{file} {outcome}\n");
     let all = |outcome: &str| -> String { files.iter().map(|file| line(file, outcome)).collect() };
     assert_eq!(attack(&guarded), [all("refused"), all("refused")]);
-    // by default, too
+    // The same by default.
     let default = config(true).replace("guard = true\n", "");
     assert_eq!(attack(&start(&default)), [all("refused"), all("refused")]);
-    // and nothing else is in the way of the same attack, but what the system adds for ptrace(2)
+    // Without the guard, only the system's own rules for ptrace(2) stop the same attack.
     let yama = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
     let mut opened = all("opened");
     if !matches!(yama.trim(), "" | "0") {
@@ -92,11 +93,26 @@ fn a_guarded_program_cannot_open_the_memory_of_its_worker() {
     assert_guard_holds(|config| Daemon::builder().config(config).start());
 }
 
-/// As where no process of a server is root: with the shipped unit, or where a user starts it.
+/// No process of the server is root, as with the shipped unit or a server of an ordinary user.
 #[test]
 #[ignore = "needs root, to become another user; tests/run runs it"]
 fn a_guarded_program_of_an_unprivileged_server_cannot_open_the_memory_of_its_worker() {
     assert_guard_holds(|config| Daemon::builder().config(config).user(USER).start());
+}
+
+/// A process of the same user could otherwise end its worker, or with it the whole server.
+#[test]
+fn a_guarded_program_sends_signals_only_to_what_it_has_started() {
+    if landlock_version() < 6 {
+        println!("not run: this kernel's Landlock does not know signals");
+        return;
+    }
+    let signals = "(kill -0 ${0#/proc/}) 2>/dev/null && echo worker; \
+                   sleep 60 & kill -TERM $! && wait $!; [ $? = 143 ] && echo child";
+    let guarded = Daemon::builder().config(&config(true)).start();
+    assert_eq!(both(&guarded, signals), ["child\n"; 2]);
+    let unguarded = Daemon::builder().config(&config(false)).start();
+    assert_eq!(both(&unguarded, signals), ["worker\nchild\n"; 2]);
 }
 
 #[test]
@@ -106,7 +122,7 @@ fn a_guarded_program_looks_into_what_it_has_started() {
     assert_eq!(both(&daemon, own), ["opened\n"; 2]);
 }
 
-/// By the inode: mv(1) copies a file that it cannot rename.
+/// Compare inodes, because mv(1) copies a file that it cannot rename.
 #[test]
 fn a_guarded_program_renames_and_links_across_directories() {
     let daemon = Daemon::builder().config(&config(true)).start();

@@ -1,5 +1,5 @@
-//! Programs on the library: state, context, raw JSON, what goes wrong in them. The programs are those
-//! of `examples/`, as real daemons.
+//! Tests programs that use the library: state, context, raw JSON, and their errors. The programs are
+//! those of `examples/`, as real daemons.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -57,10 +57,10 @@ fn state_of_the_master_is_made_once_and_state_of_a_worker_in_each() {
                "started": true, "data": ["coffee", "tea"]})
     );
     drop(clients);
-    // it is the master's for life: a reload makes none anew
+    // The master keeps it for its whole life: a reload makes no new one.
     let reload = daemon.command(&["reload"]);
     assert!(reload.status.success(), "{reload:?}");
-    // one that has not heard yet that it is to drain may be quicker
+    // A worker that has not received its order to drain may be faster.
     wait_for("an answer of a new worker", PATIENCE, || {
         let about = daemon.client().call(&json!({"in": "about"}));
         assert_eq!(about["result"]["pids"][0], daemon.pid());
@@ -85,7 +85,7 @@ fn a_function_knows_its_call() {
         let about = &client.call(&json!({"in": method}))["result"];
         assert_eq!(about["id"], Value::Null);
     }
-    // the shorter of the caller's limit and the method's
+    // The shorter of the caller's and the method's limit.
     let call = json!({"in": "about", "timeout_ms": 100_000});
     let about = &client.call(&call)["result"];
     assert!(about["remaining_ms"].as_u64().unwrap() <= 7000, "{about}");
@@ -108,7 +108,7 @@ fn over_a_unix_socket_there_is_no_peer_address() {
     drop(daemon);
 }
 
-/// A handed-over connection is the same to its functions.
+/// A handed-over connection is the same for its functions.
 #[test]
 fn the_peer_is_known_after_a_handoff() {
     let daemon = shop("[workers]\ncount = 1\n");
@@ -160,7 +160,7 @@ fn each_worker_says_its_last_words_after_its_last_call() {
     let mut client = daemon.client();
     client.send(r#"{"in": "wait", "params": 3}"#);
     daemon.wait_running(1);
-    // a reload, with the call under way: those of the old generation
+    // A reload while a call runs: these belong to the old generation.
     assert!(daemon.command(&["reload"]).status.success());
     wait_for("the old workers' words", PATIENCE, || {
         ledger(&daemon).len() == 3
@@ -215,6 +215,11 @@ fn a_worker_that_cannot_start_fails_a_start_with_the_reason_and_takes_a_reload_b
 fn mistakes_of_a_program_end_its_start_with_a_reason() {
     for (name, code, reason) in [
         ("twice", 64, "the method \"panic\" is registered twice"),
+        (
+            "other",
+            64,
+            "this program registers a method \"_OTHER\": metrics count the calls of all other methods",
+        ),
         ("thread", 64, "2 threads run in the master"),
         (
             "master",
@@ -244,7 +249,7 @@ fn last_words_that_never_end_hold_up_nobody() {
     assert!((1000..8000).contains(&took.as_millis()), "{took:?}");
     assert!(pids.iter().all(|&pid| !process::runs(pid)));
     assert!(
-        daemon.log().contains("on_worker_stop is not done"),
+        daemon.log().contains("on_worker_stop did not finish"),
         "{}",
         daemon.log()
     );
@@ -335,14 +340,14 @@ fn the_primes_of_a_range_are_summed_by_all_workers() {
     assert_eq!(calls.iter().sum::<u64>(), 64);
 }
 
-/// `examples/before_fork` at a path of its own, so that it can be upgraded.
+/// Installs `examples/before_fork` separately, so that it can be upgraded.
 fn before_fork() -> Installed {
     let installed = Installed::new();
     installed.put(&example("before_fork"));
     installed
 }
 
-/// Has a worker append `line` to each file that the program has opened before the fork.
+/// Makes a worker append `line` to each file that the program has opened before the fork.
 #[track_caller]
 fn record(installed: &Installed, client: &mut Client, line: &str) {
     for name in ["main", "hook", "library"] {
@@ -354,7 +359,8 @@ fn record(installed: &Installed, client: &mut Client, line: &str) {
     }
 }
 
-/// Whether one of these processes has a file open that the shell had open before it became the server.
+/// Returns whether one of these processes has a file open that the shell had open before it became the
+/// server.
 fn has_shells_file(pids: &[i32]) -> bool {
     let has = |pid: &i32| {
         process::kinds(*pid)
@@ -383,7 +389,7 @@ fn a_file_opened_before_the_fork_is_usable_in_a_handler() {
     record(&installed, &mut daemon.client(), "upgrade");
     assert!(!has_shells_file(&daemon.ready_workers()));
     wait_for_children(&daemon, 2);
-    // The next program opens its files itself: none of the program before it is left.
+    // The next program opens its files itself: none of the previous program's files remains open.
     wait_kinds(daemon.pid(), &kinds);
 }
 
@@ -418,8 +424,8 @@ fn a_file_opened_before_the_fork_is_usable_in_a_handler_of_a_daemon() {
     assert!(!has_shells_file(&family()));
 }
 
-/// Joined threads are counted by the kernel until it has taken them down, which takes some microseconds,
-/// or 300 ms with the file `slow`. Many starts in 30 s at most, then a slow one.
+/// The kernel counts joined threads until it has removed them, which takes some microseconds, or 300 ms
+/// with the file `slow`. Many starts in 30 s at most, then a slow one.
 #[test]
 fn threads_joined_in_on_master_start_do_not_fail_the_start() {
     let installed = before_fork();

@@ -1,5 +1,5 @@
-//! The manual page against the program: what `--help` lists, the page explains, and the page
-//! promises no command or option that is not there.
+//! Compares the manual page with the program: it explains everything that `--help` lists, and names no
+//! missing command or option.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ use crate::support::{binary, source};
 
 fn page() -> String {
     let page = fs::read_to_string(source().join("docs/preforkd.8")).unwrap();
-    // in roff a hyphen that is typed is written \-
+    // In roff a typed hyphen is written \-.
     page.replace("\\-", "-")
 }
 
@@ -23,7 +23,7 @@ fn help(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The commands that `--help` lists.
+/// Returns the commands that `--help` lists.
 fn commands() -> BTreeSet<String> {
     let help = help(&[]);
     let (_, list) = help
@@ -38,7 +38,7 @@ fn commands() -> BTreeSet<String> {
         .collect()
 }
 
-/// The long options in a text.
+/// Returns the long options in a text.
 fn options(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
     let words = words.filter(|word| word.starts_with("--") && word.len() > 3);
@@ -86,7 +86,7 @@ fn the_manual_page_promises_nothing_else() {
     assert!(stray.is_empty(), "options that no command knows: {stray:?}");
 }
 
-/// roff takes quotes out of the arguments of a macro, unless they are written \(dq.
+/// roff removes quotes from the arguments of a macro, unless they are written \(dq.
 #[test]
 fn json_and_toml_on_the_page_keep_their_quotes() {
     let page = page();

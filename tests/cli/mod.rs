@@ -1,4 +1,4 @@
-//! Commands, documentation, the library, and measured bars.
+//! Tests commands, documentation, the library, and measured limits.
 
 mod bars;
 mod bench;
@@ -8,4 +8,5 @@ mod environment;
 mod guard;
 mod library;
 mod manual;
+mod pages;
 mod readme;

@@ -1,8 +1,8 @@
-//! The README does what it says: its blocks are run in their order, as they stand, on a machine
-//! of their own as far as network, /run and /etc/preforkd go, against the daemon that they start.
+//! Runs the blocks of the README and of the protocol page in their order, unchanged. Network, /run and
+//! /etc/preforkd are their own; the calls go to the server that a block starts.
 //!
-//! A `text` block is the exact output of the block before it; `console` shows what output looks
-//! like and is not compared. The blocks for systemd are run by `systemd.rs`.
+//! A `text` block is the exact output of the block before it. A `console` block shows output and is not compared.
+//! `systemd.rs` runs the blocks for systemd.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 
 use crate::support::{Dir, binary, markdown, source};
 
-/// Runs the blocks, each to its own file of output. The one that starts the server stays in the
-/// foreground of a reader's terminal, so here it goes into the background.
+/// Runs the blocks, each with its own output file. The block that starts the server runs in the
+/// background here, because a reader has it in the foreground of a terminal.
 const DRIVER: &str = r#"
 set -eu
 mount -t tmpfs -o mode=755 tmpfs /run
@@ -21,7 +21,7 @@ for block in block-*; do
     case $block in
     *.python) python3 "$block" >"out-$block" ;;
     *)
-        if grep -q -- '^cargo run .* run$' "$block"; then
+        if grep -Eq -- '^(cargo run .*|preforkd) run( |$)' "$block"; then
             bash -eu "$block" >"out-$block" 2>log &
             tries=0
             until preforkd status >/dev/null 2>&1; do
@@ -49,11 +49,21 @@ exec preforkd "$@"
 #[test]
 #[ignore = "needs network and mount namespaces: tests/run runs it where they are"]
 fn readme_blocks_run_as_printed() {
-    let readme = fs::read_to_string(source().join("README.md")).unwrap();
+    blocks_run_as_printed("README.md");
+}
+
+#[test]
+#[ignore = "needs network and mount namespaces: tests/run runs it where they are"]
+fn protocol_blocks_run_as_printed() {
+    blocks_run_as_printed("docs/protocol.md");
+}
+
+fn blocks_run_as_printed(page: &str) {
+    let text = fs::read_to_string(source().join(page)).unwrap();
     let dir = Dir::new();
     let mut expected = Vec::new();
     let mut last = String::new();
-    let blocks = markdown::blocks(&readme);
+    let blocks = markdown::blocks(&text);
     for block in blocks
         .iter()
         .filter(|block| !block.text.contains("systemctl"))
@@ -69,13 +79,13 @@ fn readme_blocks_run_as_printed() {
     }
     assert!(
         expected.len() >= 3,
-        "nc, Python and `preforkd call` show what they print"
+        "the examples of {page} show what they print"
     );
 
     let programs = dir.join("bin");
     fs::create_dir(&programs).unwrap();
     symlink(binary(), programs.join("preforkd")).unwrap();
-    // what it builds is what is under test already
+    // The binary that it would build is already under test.
     let cargo = programs.join("cargo");
     fs::write(&cargo, CARGO).unwrap();
     fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
@@ -114,7 +124,7 @@ fn readme_blocks_run_as_printed() {
         assert_eq!(
             printed.trim_end(),
             block.text.trim_end(),
-            "README.md:{}",
+            "{page}:{}",
             block.line
         );
     }

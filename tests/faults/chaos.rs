@@ -1,11 +1,13 @@
-//! Everything at once, for as long as one likes: workers killed and stopped, programs killed, reloads
-//! good and bad, upgrades, other counts, no descriptors, no memory, no room for the log, clients that
-//! dawdle and break off, while nine kinds of clients call. `tests/chaos --minutes 30` is the command.
+//! Runs everything at once, for any time, while twelve kinds of clients call. Workers, programs, acceptors and
+//! sessions are killed, workers are stopped. There are good and bad reloads, upgrades and other counts, too few
+//! descriptors, too little memory, a full log, slow and disconnecting clients. `tests/chaos --minutes 30`
+//! is the command.
 //!
-//! What is done stands in `chaos_acts`, what may be lost by it in `chaos_ledger`. At the end everything
-//! is back where it was.
+//! `chaos_acts` has the actions, `chaos_ledger` decides what may be lost by them. At the end everything
+//! is as before.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -21,7 +23,7 @@ use crate::support::{
     Daemon, Dawdlers, Dice, PATIENCE, Sweep, alone, from_environment, pass, process, wait_for,
 };
 
-/// Short deadlines, so that what waits for one happens often.
+/// Short deadlines, so that they expire often.
 pub fn config(count: usize, threads: usize) -> String {
     format!(
         "[log]
@@ -51,7 +53,13 @@ respawn-max-delay = \"0s\"
     )
 }
 
-/// A program of the pool: what goes in comes out, after a while in which it can be killed.
+/// The isolated listener, behind the test's own.
+const ISOLATED: &str =
+    "[[listen]]\naddress = \"127.0.0.2:0\"\nisolation = \"connection\"\nspare = 2\n";
+/// Its acceptor and the processes that wait for connections.
+const ACCEPTORS: usize = 3;
+
+/// A pool program that returns its params after some time, in which it can be killed.
 const MIRROR: &str = r#"
 import json, socket, struct, time
 
@@ -81,13 +89,13 @@ while True:
 pub const COUNT: usize = 3;
 const THREADS: usize = 4;
 
-/// What is called, by turns.
+/// The methods, called in turn.
 const METHODS: [&str; 9] = [
     "ping", "echo", "mirror", "ping", "sleep", "ping", "echo", "mirror", "cat",
 ];
 
-/// Waits until it is again as it was: the same count of workers, none of an older generation, each with
-/// its keeper, the pool and nobody else.
+/// Waits until the state is as at the start: the same count of workers, none of an older generation, each
+/// with its keeper, the pool process, the acceptor and no other process.
 fn settle(daemon: &Daemon) {
     wait_for("a reload that is accepted", PATIENCE * 2, || {
         daemon.configure(&config(COUNT, THREADS));
@@ -97,13 +105,15 @@ fn settle(daemon: &Daemon) {
         let workers = daemon.workers();
         workers.len() == COUNT && workers.iter().all(|it| it.state == "ready")
     });
-    // The pool has one process, with one program.
-    wait_for("workers, keepers, the pool, nobody else", PATIENCE, || {
-        process::descendants(daemon.pid()).len() == 2 * COUNT + 2
-    });
+    // The pool has one process with one program.
+    wait_for(
+        "only workers, keepers, the pool and acceptors",
+        PATIENCE,
+        || process::descendants(daemon.pid()).len() == 2 * COUNT + 2 + ACCEPTORS,
+    );
 }
 
-/// All that was logged, before the log was full and after.
+/// Returns the whole log, before and after the log was full.
 fn logs(daemon: &Daemon) -> String {
     let mut text = String::new();
     for entry in std::fs::read_dir(&**daemon.dir()).unwrap() {
@@ -119,7 +129,7 @@ fn logs(daemon: &Daemon) -> String {
     text
 }
 
-/// Keeps what is needed to find out about faults, until the next run.
+/// Keeps what is needed to investigate faults, until the next run.
 fn keep(log: &str, deaths: &str, unexplained: &[String]) {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let faults = unexplained.join("\n");
@@ -127,6 +137,27 @@ fn keep(log: &str, deaths: &str, unexplained: &[String]) {
         std::fs::write(dir.join(format!("chaos-{name}")), text).unwrap();
     }
     println!("the daemon's log and what is unexplained are kept in {dir:?}");
+}
+
+/// The methods that sessions are asked for. A session without an acceptor gets no link to a new pool process.
+const SESSION_METHODS: [&str; 5] = ["ping", "echo", "sleep", "ping", "cat"];
+
+fn isolated(daemon: &Daemon) -> SocketAddr {
+    let address = daemon.status()["listeners"][1]["address"].clone();
+    address.as_str().unwrap().parse().unwrap()
+}
+
+fn isolated_loads(address: SocketAddr) -> impl Iterator<Item = (String, Load)> {
+    DIALECTS.into_iter().map(move |dialect| {
+        let (name, plan) = (SHAPES[1].0, plan(address, dialect, &SHAPES[1]));
+        let load = Load::of(Plan {
+            clients: 2,
+            pause: Duration::from_millis(2),
+            methods: &SESSION_METHODS,
+            ..plan
+        });
+        (format!("isolated, {dialect:?}, {name}"), load)
+    })
 }
 
 fn loads(daemon: &Daemon) -> Vec<(String, Load)> {
@@ -154,13 +185,16 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
     let mut daemon = Daemon::builder()
         .file("mirror.py", MIRROR)
         .config(&config(COUNT, THREADS))
+        .listen(ISOLATED)
         .start();
     settle(&daemon);
     let sweep = Sweep::of(&daemon);
     let before = Weight::of(daemon.pid());
-    let loads = loads(&daemon);
+    let isolated = isolated(&daemon);
+    let mut loads = loads(&daemon);
+    loads.extend(isolated_loads(isolated));
     let dawdlers = Dawdlers::start(daemon.address(), 10);
-    let mut chaos = Chaos::new(&daemon, dice);
+    let mut chaos = Chaos::new(&daemon, isolated, dice);
     println!("memory is taken by {}", chaos.means());
     let end = Instant::now() + time;
     while Instant::now() < end {
@@ -175,7 +209,7 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
     let slow = dawdlers.stop().into_iter();
     tallies.extend(slow.map(|it| ("a slow one".to_owned(), it)));
     settle(&daemon);
-    // No line of it is owed any more.
+    // No log line is outstanding.
     let log = logs(&daemon);
     let told = Told::of(&log);
     let mut faults = Vec::new();
@@ -196,7 +230,7 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
     if !unexplained.is_empty() {
         keep(&log, &chaos.ledger.deaths(), &unexplained);
     }
-    // the first of each kind, and how many there are
+    // Print the first one of each kind, and their number.
     let mut kinds = BTreeMap::new();
     for text in &unexplained {
         let what = text.split_once("what: ").map_or("", |(_, what)| what);
@@ -210,11 +244,11 @@ fn everything_at_once_costs_only_what_was_on_the_workers_that_were_killed() {
     assert_eq!(after.descriptors, before.descriptors);
     assert!(after.rss_bytes < before.rss_bytes + (4 << 20));
     sweep.assert_as_many(&daemon);
-    let everybody = process::descendants(daemon.pid());
+    let all_pids = process::descendants(daemon.pid());
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait_exit().code(), Some(0));
     daemon.wait_group_gone();
-    let left: Vec<i32> = everybody
+    let left: Vec<i32> = all_pids
         .into_iter()
         .filter(|it| process::runs(*it))
         .collect();

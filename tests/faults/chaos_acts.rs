@@ -1,8 +1,9 @@
-//! What the chaos does to a daemon, one thing at a time, by the dice.
+//! Defines the actions of the chaos, chosen at random.
 //!
-//! Whoever ends a worker notes first whose connections it holds, in the ledger; what is done for a
-//! while is mended when its time has come.
+//! An action that ends a worker first records the worker's connections in the ledger. A temporary action
+//! is undone when its time has come.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -22,31 +23,34 @@ const BROKEN: [&str; 4] = [
     "[methods.m]\ncommand = [\"/no/such/program\"]\n",
 ];
 
-/// What is done to the daemon.
+/// The actions on a daemon.
 pub struct Chaos<'a> {
     daemon: &'a Daemon,
+    /// The address of the isolated listener.
+    isolated: SocketAddr,
     pub dice: Dice,
     pub ledger: Ledger,
     cramp: Cramp,
-    /// Limits to be lifted and logs to be mended, when their time comes.
+    /// Limits to lift and logs to repair, and when.
     later: Vec<(Instant, Mend)>,
 }
 
-/// Does one thing, if it can be done right now.
+/// Performs one action, if it is possible now.
 type Act<'a> = fn(&mut Chaos<'a>) -> bool;
 
 #[derive(Debug, Clone, Copy)]
 enum Mend {
     Descriptors(i32),
     Memory(i32),
-    /// Full since then.
+    /// The time since which the log is full.
     Log(Instant),
 }
 
 impl<'a> Chaos<'a> {
-    pub fn new(daemon: &'a Daemon, dice: Dice) -> Self {
+    pub fn new(daemon: &'a Daemon, isolated: SocketAddr, dice: Dice) -> Self {
         Chaos {
             daemon,
+            isolated,
             dice,
             ledger: Ledger::default(),
             cramp: Cramp::new(),
@@ -54,13 +58,13 @@ impl<'a> Chaos<'a> {
         }
     }
 
-    /// What memory is taken by.
+    /// Returns how memory is limited.
     pub fn means(&self) -> &'static str {
         self.cramp.name()
     }
 
     pub fn act(&mut self) {
-        let kinds: [(&'static str, Act<'a>); 20] = [
+        let kinds: [(&'static str, Act<'a>); 22] = [
             ("worker killed", Self::kill_worker),
             ("worker killed", Self::kill_worker),
             ("worker quit", Self::quit_worker),
@@ -76,6 +80,8 @@ impl<'a> Chaos<'a> {
             ("scaled", Self::scale),
             ("program killed", Self::kill_program),
             ("pool process killed", Self::kill_pool),
+            ("acceptor killed", Self::kill_acceptor),
+            ("session killed", Self::kill_session),
             ("no descriptors", Self::squeeze_descriptors),
             ("no memory", Self::squeeze_memory),
             ("log full", Self::fill_log),
@@ -104,7 +110,7 @@ impl<'a> Chaos<'a> {
                 Mend::Log(since) => {
                     let _ = std::fs::remove_file(self.daemon.dir().join("daemon.log"));
                     self.daemon.signal(Signal::SIGUSR1);
-                    // by then it is opened again
+                    // By then it is open again.
                     let status = self.daemon.command(&["status", "--json"]);
                     let status = serde_json::from_slice(&status.stdout).unwrap_or_default();
                     self.ledger.was_mute(since, &status);
@@ -124,12 +130,12 @@ impl<'a> Chaos<'a> {
         (!workers.is_empty()).then(|| self.dice.pick(&workers))
     }
 
-    /// Whether something of this kind is still to be mended.
+    /// Returns whether something of this kind must still be undone.
     fn is_due(&self, kind: fn(&Mend) -> bool) -> bool {
         self.later.iter().any(|(_, mend)| kind(mend))
     }
 
-    /// Stops a worker whose end may follow, and gives up its clients.
+    /// Stops a worker that may be ended next, and records its clients.
     fn doom(&mut self, end: End) -> Option<i32> {
         let pid = self.worker()?;
         let ports = crash_target::stop(pid, self.daemon.address())?;
@@ -142,7 +148,7 @@ impl<'a> Chaos<'a> {
         doomed.is_some_and(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok())
     }
 
-    /// Not while the log is full, for only the log tells who had come in.
+    /// Not while the log is full, because only the log shows which clients it had.
     fn quit_worker(&mut self) -> bool {
         if self.is_due(|it| matches!(it, Mend::Log(_))) {
             return false;
@@ -165,7 +171,7 @@ impl<'a> Chaos<'a> {
         }
         let program = Pid::from_raw(self.dice.pick(&programs));
         let ways = [Signal::SIGKILL, Signal::SIGSEGV, Signal::SIGTERM];
-        // noted first: its call may be answered before we are told
+        // Record it first, because its call may be answered before `kill` returns.
         self.ledger.program_killed();
         kill(program, self.dice.pick(&ways)).is_ok()
     }
@@ -180,25 +186,52 @@ impl<'a> Chaos<'a> {
         kill(Pid::from_raw(pool), Signal::SIGKILL).is_ok()
     }
 
+    /// Connections that it has accepted and not given to a process yet end with it.
+    fn kill_acceptor(&mut self) -> bool {
+        let is_one = |title: &str| title.starts_with("preforkd: acceptor ");
+        self.kill_isolated(is_one, &[Signal::SIGKILL])
+    }
+
+    fn kill_session(&mut self) -> bool {
+        let is_one = |title: &str| title.starts_with("preforkd: connection ");
+        self.kill_isolated(is_one, &[Signal::SIGKILL, Signal::SIGSEGV, Signal::SIGABRT])
+    }
+
+    fn kill_isolated(&mut self, is_one: fn(&str) -> bool, ways: &[Signal]) -> bool {
+        let mut found = process::descendants(self.daemon.pid());
+        found.retain(|pid| is_one(&process::title(*pid)));
+        if found.is_empty() {
+            return false;
+        }
+        let pid = self.dice.pick(&found);
+        let Some(ports) = crash_target::stop(pid, self.isolated) else {
+            return false;
+        };
+        self.ledger.ends_without_keeper(pid, ports);
+        kill(Pid::from_raw(pid), self.dice.pick(ways)).is_ok()
+            && kill(Pid::from_raw(pid), Signal::SIGCONT).is_ok()
+    }
+
     fn retire_worker(&mut self) -> bool {
         let worker = self.worker();
         worker.is_some_and(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM).is_ok())
     }
 
-    /// Not one that was stopped for good: going on after the end of its drain, it could only refuse.
+    /// Not a worker that is stopped for good: if it continued after its drain, it could only refuse
+    /// calls.
     fn stop_worker(&mut self) -> bool {
         let worker = self.worker().filter(|pid| !self.ledger.is_doomed(*pid));
         let Some(pid) = worker else {
             return false;
         };
         let stopped = kill(Pid::from_raw(pid), Signal::SIGSTOP).is_ok();
-        // far less than heartbeat-timeout, for it is not to be ended
+        // Much less than heartbeat-timeout, because it must not be killed.
         pass(Duration::from_millis(self.dice.roll(700) as u64));
         let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
         stopped
     }
 
-    /// The master has to find out, and end it.
+    /// The master must detect it and kill it.
     fn abandon_worker(&mut self) -> bool {
         self.doom(End::Killed).is_some()
     }
@@ -227,7 +260,7 @@ impl<'a> Chaos<'a> {
         true
     }
 
-    /// Its verdict depends on who else is at work: a new worker may be killed before it is ready.
+    /// Its result depends on other actions: a new worker may be killed before it is ready.
     fn good_reload(&mut self) -> bool {
         self.configure_well();
         let done = self.daemon.command(&["reload"]);
@@ -266,10 +299,10 @@ impl<'a> Chaos<'a> {
         true
     }
 
-    /// The master or a worker can open nothing more for a while.
+    /// For a while the master or a worker can open no more descriptors.
     fn squeeze_descriptors(&mut self) -> bool {
         let master = self.daemon.pid();
-        // a worker that finds none for a keeper says so in the log
+        // A worker without a descriptor for a keeper logs that.
         let told = !self.is_due(|it| matches!(it, Mend::Log(_)));
         let pid = match self.dice.roll(3) {
             0 if told => master,
@@ -281,7 +314,7 @@ impl<'a> Chaos<'a> {
         true
     }
 
-    /// A worker can have little more memory for a while, and may die of it; not while the log is full.
+    /// For a while a worker can get little more memory, and may die of that. Not while the log is full.
     fn squeeze_memory(&mut self) -> bool {
         if self.is_due(|it| matches!(it, Mend::Memory(_) | Mend::Log(_))) {
             return false;

@@ -1,9 +1,9 @@
-//! The ledger of the chaos: what was lost against what was done, and against what the daemon itself
-//! says that it could not save.
+//! Compares lost calls and connections with the actions of the chaos, and with what the daemon itself
+//! reports as lost.
 //!
-//! A fault is explained by an end that was brought about, of a worker that the connection was on or
-//! of a program; and of each worker no more of them than the daemon tells: its log line says how many
-//! connections ended with it and how many calls were answered with `crashed`.
+//! A fault is explained by an action that ended a worker with the connection, or a program. For each
+//! worker only as many faults are explained as the daemon reports: its log says how many connections
+//! ended with it and how many calls were answered with `crashed`.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,30 +13,31 @@ use serde_json::Value;
 use crate::support::load::Fault;
 use crate::support::matching;
 
-/// How long a call may wait for what becomes of it: until a stopped worker is ended at its deadline,
-/// in a drain too, and another one has taken its connection up.
+/// How long the outcome of a call may take: until a stopped worker is killed at its deadline, also in a
+/// drain, and another worker has adopted its connection.
 const LONGEST: Duration = Duration::from_secs(18);
-/// From a worker's end to the last word of it to a client that is connected.
+/// The time from a worker's end to the last message about it to a connected client.
 const AFTERWARDS: Duration = Duration::from_secs(4);
-/// After so long a call's time is over: limits.timeout, which is drain-timeout here.
+/// The deadline of a call: limits.timeout, which is drain-timeout here.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long what a worker does not survive may go on.
+/// How long a condition may last that a worker does not survive.
 const SHORT: Duration = Duration::from_secs(1);
 /// The most calls ahead on a connection.
 const DEPTH: usize = 16;
-/// The most calls that one worker runs for others: it has no more threads.
+/// The most calls that one worker runs for others: its number of threads.
 const THREADS: usize = 8;
-/// The most calls that a pool process has: one for its program, and one on its way from each worker.
+/// The most calls of a pool process: one in its program, and one in transit from each worker.
 const POOL_CALLS: usize = 6;
 
-/// How a worker's end was brought about.
+/// How a worker was ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// Stopped, looked at, and killed by us or by the master: nobody else can have been on it.
+    /// Stopped, recorded, and killed by the test or the master: no other client can have been connected.
     Killed,
-    /// Stopped, looked at, and told to leave at once: some may have come in before it heard that.
+    /// Stopped, recorded, and ordered to exit at once: some clients may have connected before it got the
+    /// order.
     Left,
-    /// Short of memory: it may have died of that, whoever was on it.
+    /// Short of memory: it may have died of that with any clients.
     Cramped,
 }
 
@@ -45,18 +46,18 @@ struct Ended {
     pid: i32,
     end: End,
     at: Instant,
-    /// When it was seen to be gone.
+    /// When it was found to be gone.
     gone: Option<Instant>,
-    /// The clients whose connections it held; a port is used again and again.
+    /// The ports of its clients. A port is reused often.
     ports: HashSet<u16>,
 }
 
 impl Ended {
-    /// Whether a connection may have met this end.
+    /// Returns whether a connection may have been affected by this end.
     fn met(&self, fault: &Fault, told: &Told) -> bool {
         let is_in = self.ports.contains(&fault.port);
         let until = match self.end {
-            // However late the master finds out, being stopped itself and another program each time.
+            // The master may notice it late, because it was stopped itself or became another program.
             End::Killed if is_in => self.gone.map_or(fault.at, |gone| {
                 gone + if told.nobody_took_up(self.at, fault) {
                     LONGEST
@@ -72,7 +73,7 @@ impl Ended {
     }
 }
 
-/// What was done.
+/// The actions that were performed.
 #[derive(Debug, Default)]
 pub struct Ledger {
     ended: Vec<Ended>,
@@ -80,33 +81,35 @@ pub struct Ledger {
     programs: Vec<Instant>,
     /// When pool processes were killed.
     pools: Vec<Instant>,
-    /// When the daemon had too few descriptors or too little memory, first of all: a worker that is
-    /// forked meanwhile has them for life.
+    /// Those that ended which were no workers, but acceptors or sessions: no keeper reports about them.
+    without_keeper: HashSet<i32>,
+    /// When the daemon first had too few descriptors or too little memory. A worker that is forked
+    /// meanwhile keeps the limit.
     short_since: Option<Instant>,
     /// When the log could not be written.
     mute: Vec<(Instant, Instant)>,
-    /// The deaths that `status` told of after that, by pid.
+    /// The deaths that `status` reported after that, by pid.
     deaths: BTreeMap<i64, Value>,
-    /// What was done, and when it was begun.
+    /// The actions and when they began.
     done: Vec<(Instant, &'static str)>,
 }
 
-/// What the daemon's log says of workers that died.
+/// What the daemon's log reports about dead workers.
 #[derive(Debug, Default)]
 pub struct Told {
-    /// By pid: connections that ended, calls that were answered with `crashed`.
+    /// By pid: connections that ended, and calls that were answered with `crashed`.
     left: Budget,
-    /// Workers that had no keeper.
+    /// Workers without a keeper.
     unkept: Vec<i32>,
-    /// When a program could not be started again for want of descriptors: its calls wait.
+    /// When a program could not be restarted because no descriptor was left, so its calls waited.
     starved: Vec<SystemTime>,
-    /// When a worker had none left to take a connection up, with what is to be said to it.
+    /// When a worker had no descriptor left to adopt a connection with a pending answer.
     shut: Vec<SystemTime>,
     pub kept: usize,
 }
 
 impl Told {
-    /// Reads a log.
+    /// Parses a log.
     pub fn of(log: &str) -> Self {
         let mut told = Told::default();
         for line in log.lines() {
@@ -149,8 +152,8 @@ impl Told {
         since.any(|since| since.is_ok_and(|since| (TIMEOUT / 2..LONGEST).contains(&since)))
     }
 
-    /// Whether a worker was shut to connections between an end and a fault. It says so once in ten
-    /// seconds.
+    /// Returns whether a worker could not adopt connections between an end and a fault. It logs that once
+    /// in ten seconds.
     fn nobody_took_up(&self, end: Instant, fault: &Fault) -> bool {
         let from = SystemTime::now() - end.elapsed() - Duration::from_secs(10);
         let to = SystemTime::now() - fault.at.elapsed();
@@ -158,21 +161,21 @@ impl Told {
     }
 }
 
-/// What kind of fault it is.
+/// The kind of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// The connection is gone.
+    /// The connection was lost.
     Closed,
-    /// Answered with `crashed`, by a keeper.
+    /// Answered with `crashed` by a keeper.
     Crashed,
     /// The same, for a program of a pool.
     ProgramCrashed,
     /// The same, for the process to which its worker had sent the call.
     RunnerCrashed,
-    /// A command that could not be started for want of descriptors or memory: not begun, and said
-    /// so.
+    /// A command could not be started because of descriptors or memory; the answer says that it had not
+    /// begun.
     Refused,
-    /// Its time was over before anybody could begin it, and said so.
+    /// Its deadline passed before it could begin, and the answer says so.
     Late,
     Other,
 }
@@ -184,19 +187,31 @@ impl Kind {
             () if fault.closed => Kind::Closed,
             () if says(&["\"crashed\"", "the pool "]) => Kind::ProgramCrashed,
             () if says(&["\"crashed\"", "the worker that "]) => Kind::Crashed,
-            () if says(&["\"crashed\"", "the process that ran it"]) => Kind::RunnerCrashed,
+            // A pool process of the program before an upgrade has no successor.
+            () if says(&["\"crashed\"", "the process that ran it"])
+                || says(&["\"crashed\"", "the process of its pool has ended"]) =>
+            {
+                Kind::RunnerCrashed
+            }
             () if says(&["overloaded", "Too many open files", "\"started\":false"])
                 || says(&["overloaded", "Cannot allocate memory", "\"started\":false"]) =>
             {
                 Kind::Refused
             }
-            () if says(&["\"timeout\"", "its time was over", "\"started\":false"]) => Kind::Late,
+            () if says(&[
+                "\"timeout\"",
+                "its deadline has passed",
+                "\"started\":false",
+            ]) =>
+            {
+                Kind::Late
+            }
             () => Kind::Other,
         }
     }
 }
 
-/// How much can be explained: of each worker connections, calls.
+/// How much can be explained, by worker: connections and calls.
 type Budget = HashMap<i32, (usize, usize)>;
 
 impl Ledger {
@@ -208,7 +223,7 @@ impl Ledger {
         self.done.iter().map(|(_, what)| *what)
     }
 
-    /// A worker's end is brought about, with the connections of these clients.
+    /// Records the end of a worker and the connections of these clients.
     pub fn ends(&mut self, pid: i32, end: End, ports: impl IntoIterator<Item = u16>) {
         self.ended.push(Ended {
             pid,
@@ -219,13 +234,19 @@ impl Ledger {
         });
     }
 
-    /// Whether this worker is not to go on any more.
+    /// Records the end of an acceptor or a session with the connections of these clients. It costs only these.
+    pub fn ends_without_keeper(&mut self, pid: i32, ports: impl IntoIterator<Item = u16>) {
+        self.without_keeper.insert(pid);
+        self.ends(pid, End::Killed, ports);
+    }
+
+    /// Returns whether this worker is about to be ended.
     pub fn is_doomed(&self, pid: i32) -> bool {
         let doomed = |it: &Ended| it.pid == pid && it.end == End::Killed;
         self.ended.iter().any(doomed)
     }
 
-    /// Notes who is gone by now.
+    /// Records which workers are gone.
     pub fn look(&mut self, runs: impl Fn(i32) -> bool) {
         let there = self.ended.iter_mut().filter(|it| it.gone.is_none());
         for ended in there.filter(|it| !runs(it.pid)) {
@@ -245,7 +266,7 @@ impl Ledger {
         self.short_since.get_or_insert_with(Instant::now);
     }
 
-    /// The log could not be written until now; what `status` says then.
+    /// Records that the log could not be written until now, and the status at this time.
     pub fn was_mute(&mut self, since: Instant, status: &Value) {
         self.mute.push((since, Instant::now()));
         for death in status["deaths"].as_array().into_iter().flatten() {
@@ -254,13 +275,13 @@ impl Ledger {
         }
     }
 
-    /// What was told of deaths that the log may not tell.
+    /// Returns the deaths that the log may not report.
     pub fn deaths(&self) -> String {
         let deaths = self.deaths.values();
         deaths.map(|death| format!("{death}\n")).collect()
     }
 
-    /// In one line: what was done to whom, what the daemon tells, and what clients saw.
+    /// Returns one line: the actions, the daemon's reports, and what clients saw.
     pub fn account(&self, faults: &[(&str, &Fault)], told: &Told) -> String {
         let of = |kind| {
             faults
@@ -301,8 +322,8 @@ impl Ledger {
             let latest = ended.gone.unwrap_or(ended.at) + LONGEST;
             let overlaps = |&(from, to): &(Instant, Instant)| from <= latest && ended.at <= to;
             let held = ended.ports.len();
-            // Not told where it could not be: what it held is all that there is to go by.
-            if told.unkept.contains(&ended.pid) {
+            // If it could not be logged, use the number of its connections.
+            if told.unkept.contains(&ended.pid) || self.without_keeper.contains(&ended.pid) {
                 left.insert(ended.pid, (held, 0));
             } else if self.mute.iter().any(overlaps) && self.may_have_ended(ended) {
                 left.entry(ended.pid).or_insert((held, held * DEPTH));
@@ -311,12 +332,12 @@ impl Ledger {
         left
     }
 
-    /// Not so of one that was short of memory, unless it is known.
+    /// False for a worker that was short of memory, unless its end is known.
     fn may_have_ended(&self, ended: &Ended) -> bool {
         ended.end != End::Cramped || self.deaths.contains_key(&i64::from(ended.pid))
     }
 
-    /// The faults that nothing explains, each with what had been done before.
+    /// Returns the faults without an explanation, each with the actions before it.
     pub fn unexplained(&self, faults: &[(&str, &Fault)], told: &Told) -> Vec<String> {
         let budget = self.budget(told);
         let mut faults = faults.to_vec();
@@ -334,8 +355,8 @@ impl Ledger {
             .collect()
     }
 
-    /// Tells of each fault whether something explains it; of each worker and program no more of them
-    /// than can be.
+    /// Returns for each fault whether something explains it; for each worker and program at most as many
+    /// faults as possible.
     fn excused(&self, faults: &[(&str, &Fault)], budget: &Budget, told: &Told) -> Vec<bool> {
         let plain = faults.iter().map(|it| self.is_plain(it.1, told));
         let mut excused: Vec<bool> = plain.collect();
@@ -367,8 +388,8 @@ impl Ledger {
         excused
     }
 
-    /// The workers whose end a connection may have met. First those that it has met for certain, the
-    /// last one first: what others leave for those that nobody has seen is little.
+    /// Returns the workers whose end may have affected a connection. Certain ones come first, latest
+    /// first, because uncertain ones can explain few faults.
     fn met_by(&self, fault: &Fault, told: &Told) -> Vec<i32> {
         let ended = self.ended.iter().rev();
         let met = ended.filter(|ended| ended.met(fault, told));
@@ -378,8 +399,8 @@ impl Ledger {
         all.map(|ended| ended.pid).collect()
     }
 
-    /// The processes that may have run a call which another worker had sent: pool processes by their
-    /// negative number, and workers.
+    /// Returns the processes that may have run a call which another worker had sent: pool processes by
+    /// their negative number, and workers.
     fn runners_ended_before(&self, fault: &Fault) -> Vec<i32> {
         let is_before = |at: Instant, most| (at..=at + most).contains(&fault.at);
         let pools = self.pools.iter().enumerate();
@@ -400,14 +421,15 @@ impl Ledger {
             .map(|(number, _)| number)
     }
 
-    /// Whether it is explained by what is not counted.
+    /// Returns whether it is explained without being counted.
     fn is_plain(&self, fault: &Fault, told: &Told) -> bool {
         match Kind::of(fault) {
             Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
-            // Stopped for good, and found out late: the master was stopped too, or became another.
+            // It was stopped for good and found late: the master was stopped too, or became another
+            // program.
             Kind::Late => {
                 let is_late = |ended: &Ended| {
-                    // it was stopped a moment before it was looked at
+                    // It was stopped shortly before it was recorded.
                     let is_over = ended.at + TIMEOUT <= fault.at + SHORT;
                     ended.end == End::Killed && is_over && ended.met(fault, told)
                 };
@@ -417,8 +439,8 @@ impl Ledger {
         }
     }
 
-    /// Of the workers that ended in the time before a fault: pid and how, how many milliseconds
-    /// before, how many connections, whether this one was among them, and what it is good for.
+    /// Describes the workers that ended before a fault: pid, how, how many milliseconds before, how many
+    /// connections, whether this connection was among them, and what it can explain.
     fn ends_before(
         &self,
         fault: &Fault,
@@ -433,7 +455,7 @@ impl Ledger {
         })
     }
 
-    /// What was done in so long before a fault, and how many milliseconds before.
+    /// Returns the actions within `most` before a fault, and how many milliseconds before.
     fn before(&self, fault: &Fault, most: Duration) -> impl Iterator<Item = (u128, &'static str)> {
         let at = fault.at;
         self.done.iter().filter_map(move |(begin, what)| {
@@ -492,6 +514,15 @@ fn who_came_to_a_leaving_worker_is_excused_as_often_as_it_says() {
     let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
     let told = Told::of("INFO [7 master] … pid=9 kept=0 crashed=0 reset=1");
     assert_eq!(ledger.unexplained(&named, &told).len(), 1);
+}
+
+#[test]
+fn a_session_that_was_killed_costs_its_connection() {
+    let mut ledger = Ledger::default();
+    ledger.ends_without_keeper(9, [100]);
+    let faults = [fault(100, true, "reset"), fault(101, true, "reset")];
+    let named: Vec<_> = faults.iter().map(|it| ("a client", it)).collect();
+    assert_eq!(ledger.unexplained(&named, &Told::default()).len(), 1);
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! A worker that dies takes nobody's connection along: its keeper answers with `crashed` what ran,
-//! and another worker goes on with the rest.
+//! Tests that a dead worker costs no connection: its keeper answers its running calls with `crashed`, and
+//! another worker continues with the connection.
 //!
 //! A hundred workers are killed under each kind of load, or as many as `PREFORKD_CRASHES` says.
 
@@ -40,11 +40,11 @@ fn keepers(daemon: &Daemon) -> Vec<i32> {
     process::keepers(daemon.pid())
 }
 
-/// Kills one of two workers again and again under a load, and tells what it cost.
+/// Kills one of two workers repeatedly under a load, and prints the losses.
 fn kill_under_load(clients: usize, depth: u64) {
     let kills = from_environment("PREFORKD_CRASHES", 100);
     let daemon = daemon(2, "");
-    // What is made once, by the first status and the first clients, is no growth.
+    // Allocations at the first status and the first clients are no growth.
     daemon.client().call(&json!({"in": "ping"}));
     let sweep = Sweep::of(&daemon);
     let before = Weight::of(daemon.pid());
@@ -137,7 +137,7 @@ fn what_ran_is_answered_in_its_form_and_its_connection_goes_on() {
 fn what_had_not_begun_says_so_and_answers_keep_their_order() {
     let daemon = daemon(1, "");
     let mut client = daemon.client();
-    // two threads: the third and the fourth wait; the fifth is done and waits for its turn
+    // Two threads: the third and the fourth call wait; the fifth is done and waits for its turn.
     for seconds in [60, 61, 62, 63] {
         client.send(&json!({"in": "sleep", "params": seconds}).to_string());
     }
@@ -162,7 +162,7 @@ fn what_had_not_begun_says_so_and_answers_keep_their_order() {
         }
     }
     assert_eq!(with_id, 1);
-    // a thread that was given one of the first two may not have woken yet
+    // A thread that got one of the first two calls may not have woken yet.
     assert_eq!(started[2..], [false, false, true], "{started:?}");
     assert!(started[..2].contains(&true), "{started:?}");
     assert_eq!(
@@ -193,7 +193,7 @@ fn idle_connections_live_on_and_a_half_sent_frame_is_reset() {
         let answer = client.call(&json!({"in": "ping", "params": number}));
         assert_eq!(answer["result"], number);
     }
-    daemon.wait_log("are passed on");
+    daemon.wait_log("connections handed over");
 }
 
 #[test]
@@ -235,8 +235,8 @@ fn a_batch_that_ran_resets_its_connection_and_no_other() {
     other.call(&json!({"in": "ping"}));
 }
 
-/// Every way in which a connection ends, with a keeper that has the same descriptors: a client
-/// that waits for the end must see it.
+/// Every way in which a connection ends, although a keeper has the same descriptors: a client that waits
+/// for the end must see it.
 #[test]
 fn a_connection_that_ends_has_ended_for_its_client() {
     let config = "[limits]\nidle-timeout = \"1s\"\nread-timeout = \"1s\"\nframe = \"64KiB\"\n";
@@ -244,32 +244,32 @@ fn a_connection_that_ends_has_ended_for_its_client() {
         .config(&format!("[workers]\ncount = 2\n{config}{METHODS}"))
         .start();
     let before = wait_for_descriptors(&daemon, None);
-    // idle, and in the middle of a frame
+    // An idle one, and one in the middle of a frame.
     let (mut idle, mut slow) = (daemon.client(), daemon.client());
     idle.call(&json!({"in": "ping"}));
     slow.call(&json!({"in": "ping"}));
     slow.send_raw(b"\x20\0\0\0{");
     idle.assert_closed();
     slow.assert_closed();
-    // half-closed by the client
+    // Half-closed by the client.
     let mut half = daemon.client();
     half.call(&json!({"in": "ping"}));
     half.half_close();
     half.assert_closed();
-    // ended by an error
+    // Closed because of an error.
     let mut large = daemon.client();
     large.call(&json!({"in": "ping"}));
     large.send_raw(b"\0\0\x10\0");
     assert_eq!(large.recv_json()["result"]["name"], "too-large");
     large.assert_closed();
-    // asked for in HTTP
+    // Requested in HTTP.
     let mut wire = Wire::to(&daemon);
     wire.send(post("/ping", "1"));
     wire.response();
     wire.send(post("/ping", "2").replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"));
     assert!(wire.response().closes());
     assert_eq!(wire.rest(), b"");
-    // reset by the client
+    // Reset by the client.
     let mut gone = daemon.client();
     gone.call(&json!({"in": "ping"}));
     gone.reset();
@@ -277,7 +277,7 @@ fn a_connection_that_ends_has_ended_for_its_client() {
     assert_eq!(after, before);
 }
 
-/// The descriptors of each keeper, once there are as many as expected.
+/// Returns the descriptors of each keeper, once their number is as expected.
 fn wait_for_descriptors(daemon: &Daemon, expected: Option<&Vec<usize>>) -> Vec<usize> {
     let mut seen = Vec::new();
     wait_for("the workers at rest", PATIENCE, || {
@@ -295,7 +295,7 @@ fn wait_for_descriptors(daemon: &Daemon, expected: Option<&Vec<usize>>) -> Vec<u
 fn a_worker_that_leaves_in_order_ends_its_connections_and_its_keeper() {
     let daemon = Daemon::builder()
         .config(&format!("[workers]\ncount = 1\n{METHODS}"))
-        .expect_log("left unasked")
+        .expect_log("exited without an order")
         .start();
     let mut clients: Vec<Client> = (0..50).map(|_| daemon.client()).collect();
     for client in &mut clients {
@@ -337,7 +337,7 @@ fn a_stop_ends_every_connection_and_leaves_no_keeper() {
         }
         assert!(daemon.wait_exit().success());
         assert!(daemon.processes().is_empty(), "left with it");
-        // the port is free at once
+        // The port is free at once.
         std::net::TcpListener::bind(daemon.address()).unwrap();
     }
 }
@@ -412,7 +412,7 @@ fn a_kept_connection_moves_on_through_reloads_and_further_crashes() {
             assert!(daemon.command(&["reload"]).status.success());
         }
     }
-    // nothing that was kept is kept twice
+    // No connection is handed over twice.
     pass(Duration::from_millis(50));
     wait_for("each connection in one place", PATIENCE, || {
         let workers = daemon.workers();

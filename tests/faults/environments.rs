@@ -1,5 +1,5 @@
-//! Processes that make the environment which the kernel shows of them as long as they like, or its read
-//! block (PR_SET_MM_MAP, PR_SET_MM(2const)): they cost the worker and the master neither memory nor time.
+//! Tests processes that make their environment very long or block its read (PR_SET_MM_MAP,
+//! PR_SET_MM(2const)). They cost the worker and the master neither memory nor time.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -14,11 +14,10 @@ use crate::lifecycle::start::{OWN_SOCKET, preforkd};
 use crate::support::leftover_check::gone;
 use crate::support::{Client, Daemon, Dir, PATIENCE, assert_within, binary, process, wait_for};
 
-/// Leaves a process, which writes its pid to the file of the first argument, behind. What the kernel shows
-/// as its environment is a gigabyte of zeros that takes no memory (`huge`), or the same with the mark of its
-/// call in front (`marked`); or its memory is locked for as long as nobody reads the file of the third
-/// argument (`wall`). With a fourth argument it leaves one more process, which is as it was started, and
-/// waits itself.
+/// Leaves a process behind, which writes its pid to the file of the first argument. The kernel shows as
+/// its environment a gigabyte of zeros that takes no memory (`huge`), or the same behind the mark of its
+/// call (`marked`). With `wall` its memory is locked until the file of the third argument can be read.
+/// With a fourth argument it leaves another, unchanged process and waits itself.
 const LEAVE: &str = r#"
 import ctypes, mmap, os, struct, sys, threading, time
 pids, kind = sys.argv[1:3]
@@ -85,9 +84,9 @@ if len(sys.argv) > 4:
     time.sleep(3600)
 "#;
 
-/// A file system in user space with one file, `wall`, whose read never ends (linux/fuse.h). Each second
-/// one who opens it does so without its cache. Says `up` once it is mounted, and is gone with its standard
-/// input, as are all reads then.
+/// A file system in user space with one file, `wall`, whose read never ends (linux/fuse.h). Every second
+/// open bypasses its cache. Prints `up` when it is mounted. At the end of its standard input it exits,
+/// which ends all reads.
 const WALL: &str = r#"
 import ctypes, os, select, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -130,7 +129,7 @@ while True:
 libc.umount2(os.fsencode(sys.argv[1]), 2)
 "#;
 
-/// That file system, mounted until it is dropped.
+/// This file system, mounted until it is dropped.
 struct Wall {
     server: Child,
     input: Option<ChildStdin>,
@@ -167,7 +166,7 @@ impl Drop for Wall {
     }
 }
 
-/// A method that leaves processes behind, and where they write their pids.
+/// A method that leaves processes behind, and the file with their pids.
 struct Leaver {
     dir: Dir,
     command: String,
@@ -181,13 +180,13 @@ impl Leaver {
         Leaver { dir, command }
     }
 
-    /// `[methods.NAME]` of one kind.
+    /// Returns `[methods.NAME]` of one kind.
     fn method(&self, name: &str, more: &str) -> String {
         let command = &self.command;
         format!("[methods.{name}]\ncommand = [{command}, {more}]\ntimeout = \"20s\"\n")
     }
 
-    /// The pids, once there are so many.
+    /// Returns the pids, once there are `count`.
     fn left(&self, count: usize) -> Vec<i32> {
         let read = || std::fs::read_to_string(self.dir.join("pids")).unwrap_or_default();
         wait_for("pids", PATIENCE, || read().lines().count() >= count);
@@ -195,7 +194,7 @@ impl Leaver {
     }
 }
 
-/// Whether the kernel lets a process choose its environment (CONFIG_CHECKPOINT_RESTORE).
+/// Returns whether the kernel lets a process choose its environment (CONFIG_CHECKPOINT_RESTORE).
 fn is_possible(answer: &Value) -> bool {
     if answer["result"] == "n" {
         println!("not run: this kernel does not let a process choose what it shows: {answer}");
@@ -205,7 +204,7 @@ fn is_possible(answer: &Value) -> bool {
     true
 }
 
-/// The most memory that a process ever had, in KiB.
+/// Returns the highest memory that a process had, in KiB.
 fn peak_kib(pid: i32) -> u64 {
     let peak = process::field(pid, "VmHWM").unwrap();
     peak.trim_end_matches("kB").trim().parse().unwrap()
@@ -224,13 +223,15 @@ fn a_leftover_that_shows_a_gigabyte_costs_the_worker_no_memory() {
         return;
     }
     let pids = leaver.left(1);
-    // each end of a call looks at it again
+    // Each end of a call checks it again.
     for _ in 0..3 {
         daemon.client().call(&json!({"in": "huge"}));
     }
     let peak = peak_kib(worker);
     assert!(peak < 200 * 1024, "the worker had {peak} KiB");
-    assert!(process::runs(pids[0]), "nothing says whose it is");
+    wait_for("the end of the leftover", PATIENCE, || {
+        !process::runs(pids[0])
+    });
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait_exit().success());
     for pid in leaver.left(4) {
@@ -251,7 +252,7 @@ fn a_leftover_with_its_mark_before_a_gigabyte_is_found() {
     assert!(!process::runs(pids[0]), "{pids:?}");
 }
 
-/// Descendants are found by what the kernel says of each process, its name included.
+/// Descendants are found by data of the kernel about each process, including its name.
 #[test]
 fn a_name_that_is_no_text_hides_no_process_from_the_end_of_its_call() {
     const NAMELESS: &str = r#"
@@ -292,7 +293,7 @@ fn a_leftover_whose_environment_cannot_be_read_holds_up_no_call() {
         leaver.method("hide", &format!("\"wall\", {:?}", wall.file))
     );
     let mut daemon = Daemon::builder().config(&config).start();
-    // Dropped before the daemon, which could not end if it waited for a read.
+    // It must be dropped before the daemon, which could not exit if it waited for a read.
     let wall = wall;
     let worker = daemon.ready_workers()[0];
     let mut client = daemon.client();
@@ -302,14 +303,14 @@ fn a_leftover_whose_environment_cannot_be_read_holds_up_no_call() {
     }
     assert_within("the first call", began.elapsed(), Duration::from_secs(2));
     let pids = leaver.left(1);
-    daemon.wait_log("could not be read within");
-    // it is not asked about again
+    daemon.wait_log("could not read the environment of process");
+    // It is not read again.
     let began = Instant::now();
     for _ in 0..20 {
         assert_eq!(client.call(&json!({"in": "true"}))["result"], "");
     }
     assert_within("20 calls", began.elapsed(), Duration::from_secs(1));
-    // hidden likewise, and with more of them than threads are given up
+    // Hidden in the same way, and more of them than threads may be stuck.
     for _ in 0..6 {
         assert_eq!(client.call(&json!({"in": "hide"}))["result"], "y");
     }
@@ -318,7 +319,7 @@ fn a_leftover_whose_environment_cannot_be_read_holds_up_no_call() {
     assert_within("a call", began.elapsed(), Duration::from_secs(1));
     assert_eq!(daemon.ready_workers(), [worker], "it serves on");
     assert!(process::runs(pids[0]), "nothing says whose it is");
-    // No read of those that are stuck keeps the worker from leaving.
+    // A stuck read does not keep the worker from exiting.
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait_exit().success());
     daemon.wait_group_gone();
@@ -355,7 +356,7 @@ impl PidOne {
         server
     }
 
-    /// Whether the master answers a command.
+    /// Returns whether the master answers a command.
     fn answers(&self) -> bool {
         let status = preforkd(&self.dir, &["status"]).output().unwrap();
         status.status.success()
@@ -372,7 +373,7 @@ impl PidOne {
 
 impl Drop for PidOne {
     fn drop(&mut self) {
-        // First: a master that waits in a read could not be killed.
+        // Do this first, because a master that waits in a read could not be killed.
         drop(self.wall.take());
         if let Some(master) = process::children(self.unshare.id().cast_signed()).first() {
             let _ = kill(Pid::from_raw(*master), Signal::SIGKILL);
@@ -384,8 +385,8 @@ impl Drop for PidOne {
     }
 }
 
-/// How many processes of that language a server has: the pids that they write are those of the namespace,
-/// and their command lines can't be read where their memory is locked.
+/// Returns how many Python processes a server has. The pids that they write belong to the namespace, and
+/// their command lines cannot be read while their memory is locked.
 fn count_of_pythons(master: i32) -> usize {
     let below = process::descendants(master).into_iter();
     let runs = |pid: &i32| process::runs(*pid) && process::comm(*pid).starts_with("python");
@@ -406,16 +407,18 @@ fn a_master_that_is_pid_1_neither_waits_for_an_environment_nor_spares_what_it_ca
     let mut server = PidOne::start(&config, wall);
     let master = server.master();
     let mut client = server.client();
-    if !is_possible(&client.call(&json!({"in": "huge"}))) {
+    client.send(r#"{"in": "busy"}"#);
+    leaver.left(2);
+    // Beside a call that runs, because the worker ends an unmarked process after the calls beside it.
+    if !is_possible(&server.client().call(&json!({"in": "huge"}))) {
         return;
     }
-    client.send(r#"{"in": "busy"}"#);
     leaver.left(3);
     assert_eq!(count_of_pythons(master), 4);
     let worker = process::workers(master)[0];
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
-    // The one without a mark is left, and the one that can't be read; the command is not, nor the one
-    // that is as it was started.
+    // The process without a mark and the unreadable one remain; the command and the unchanged process do
+    // not.
     let mut slowest = Duration::ZERO;
     wait_for("the end of what has a mark", PATIENCE, || {
         let began = Instant::now();
@@ -428,11 +431,14 @@ fn a_master_that_is_pid_1_neither_waits_for_an_environment_nor_spares_what_it_ca
     let ping = client.call(&json!({"in": "ping", "params": 1}));
     assert_eq!(ping["result"], 1);
     wait_for("the other one is told of", PATIENCE, || {
-        server.dir.read("log").contains("could not be read in time")
+        server
+            .dir
+            .read("log")
+            .contains("could not read the environment of process")
     });
     let peak = peak_kib(master);
     assert!(peak < 200 * 1024, "the master had {peak} KiB");
-    // The reader that is stuck ends with the file system, and is reaped.
+    // The stuck reader ends with the file system, and is reaped.
     drop(server.wall.take());
     wait_for("no reader", PATIENCE, || {
         let children = process::children(master).into_iter();

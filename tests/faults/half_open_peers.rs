@@ -1,8 +1,8 @@
-//! Peers that are gone without a word: the network between them and the daemon is taken away, and
-//! nothing that they send, acknowledge or end arrives any more.
+//! Tests peers that vanish: the network between them and the daemon is removed, so nothing that they
+//! send, acknowledge or end arrives any more.
 //!
-//! Two network namespaces with a link between them, each of a thread of this test, so that they end
-//! with it: the daemon is started from the one, its clients live in the other.
+//! Two network namespaces with a link between them each belong to a thread of this test, so they end with
+//! it. The daemon runs in one, its clients in the other.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -22,24 +22,25 @@ const SERVER: &str = "192.0.2.1";
 const CLIENT: &str = "192.0.2.2";
 const PORT: u16 = 4747;
 
-/// Over before it are the times of all others.
+/// All other times end before it.
 const IDLE: Duration = Duration::from_secs(12);
 const READ: Duration = Duration::from_secs(5);
 const WRITE: Duration = Duration::from_secs(6);
-/// How long the calls run whose answers find nobody.
+/// The run time of the calls whose answers reach no client.
 const CALL: Duration = Duration::from_secs(3);
-/// What a busy machine may add.
+/// Extra time for a busy machine.
 const SLACK: Duration = Duration::from_secs(2);
 
 const IDLERS: usize = 1000;
 const MID_FRAME: usize = 100;
 const UNREAD: usize = 10;
 const UNHEARD: usize = 20;
-/// More than the kernel takes for a peer that reads nothing.
+/// More than the kernel accepts for a peer that reads nothing.
 const ANSWER: usize = 6 << 20;
 
 fn config() -> String {
-    // A worker whose threads are all busy would get a link to the other one, which is a descriptor more.
+    // A worker whose threads are all busy would get a link to the other one, which is one more
+    // descriptor.
     let threads = UNHEARD + UNREAD;
     format!(
         "[workers]
@@ -62,14 +63,14 @@ address = \"{SERVER}:{PORT}\"
     )
 }
 
-/// Runs `ip`, in the namespace of this thread.
+/// Runs `ip` in the namespace of this thread.
 #[track_caller]
 fn ip(words: &str) {
     let done = Command::new("ip").args(words.split(' ')).output().unwrap();
     assert!(done.status.success(), "ip {words}: {done:?}");
 }
 
-/// Clients in a namespace of their own, which ends with them.
+/// Clients in a separate namespace, which ends with them.
 struct Elsewhere {
     go: Sender<()>,
     done: Receiver<()>,
@@ -77,7 +78,7 @@ struct Elsewhere {
 }
 
 impl Elsewhere {
-    /// A namespace at the other end of a link from this thread's.
+    /// Creates a namespace at the other end of a link.
     fn new() -> Self {
         let (go, told) = channel();
         let (tell, done) = channel();
@@ -93,7 +94,7 @@ impl Elsewhere {
             told.recv().unwrap();
             ip("link set far down");
             tell.send(()).unwrap();
-            // They live on, and nothing of them is heard, until the test is over.
+            // They stay alive without contact until the end of the test.
             let _ = told.recv();
             drop(clients);
         });
@@ -106,7 +107,7 @@ impl Elsewhere {
         Elsewhere { go, done, thread }
     }
 
-    /// Has the next step done: they connect; their network goes.
+    /// Starts the next step: they connect; their network is removed.
     fn next(&self) {
         self.go.send(()).unwrap();
         self.done.recv().expect("its thread has not failed");
@@ -118,8 +119,8 @@ impl Elsewhere {
     }
 }
 
-/// Those that idle, those in the middle of a frame, those that read nothing of a long answer, and
-/// those whose answers come when they are gone.
+/// Connects clients: idle ones, ones in the middle of a frame, ones that do not read a long answer, and
+/// ones whose answers come when they are gone.
 fn connect(address: SocketAddr) -> Vec<Client> {
     let mut clients: Vec<Client> = (0..IDLERS).map(|_| Client::connect(address)).collect();
     for client in &mut clients {
@@ -144,7 +145,7 @@ fn connect(address: SocketAddr) -> Vec<Client> {
     clients
 }
 
-/// Connections that the kernel still has in the namespace of this thread, ended ones included.
+/// Returns the number of connections in the namespace of this thread, including ended ones.
 fn kernel_sockets() -> usize {
     let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
     let states = table.lines().skip(1);
@@ -183,7 +184,7 @@ fn peers_vanish() {
         WRITE,
     );
     until(
-        "20 whose answers nobody acknowledges are ended",
+        "20 whose answers are not acknowledged are ended",
         IDLERS,
         CALL + WRITE,
     );
@@ -193,8 +194,7 @@ fn peers_vanish() {
     });
     let took = gone.elapsed();
     println!("nothing of them is left in the kernel: {took:.2?}");
-    // The kernel looks at TCP_USER_TIMEOUT when it would send once more, and waits twice as long for
-    // that each time.
+    // The kernel checks TCP_USER_TIMEOUT at each retransmission, and doubles the time between them.
     assert!(took <= IDLE + 2 * WRITE + SLACK, "{took:?}");
     sweep.assert_same(&daemon);
     elsewhere.end();
@@ -205,6 +205,6 @@ fn peers_vanish() {
 fn peers_whose_network_is_gone_are_ended_by_their_deadlines() {
     let _alone = alone();
     raise_descriptor_limit();
-    // The namespace is that of a thread, which may be the main one here.
+    // The namespace belongs to a thread, which could be the main thread here.
     thread::spawn(peers_vanish).join().unwrap();
 }

@@ -1,5 +1,5 @@
-//! Peers of unix sockets that attach descriptors whose close blocks (SO_LINGER with unsent bytes):
-//! clients, pool programs, workers in an attacker's hands. Nobody else may notice.
+//! Tests peers of unix sockets that attach descriptors whose close blocks (SO_LINGER with unsent bytes):
+//! clients, pool programs, workers under an attacker's control. No one else may notice.
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
@@ -18,7 +18,7 @@ use crate::support::{Client, Daemon, PATIENCE, control, frame, wait_for};
 
 const UNIX: &str = "[workers]\ncount = 1\n[[listen]]\naddress = \"unix:u.sock\"\n";
 
-/// Fails when this takes about as long as the close of an attached descriptor.
+/// Fails if this takes about as long as the close of an attached descriptor.
 #[track_caller]
 fn at_once<T>(what: &str, run: impl FnOnce() -> T) -> T {
     let begin = Instant::now();
@@ -40,7 +40,7 @@ fn daemon() -> Daemon {
     Daemon::builder().config(UNIX).start()
 }
 
-/// `None` where this process may not trace others.
+/// Returns `None` if this process may not trace others.
 fn borrowed(pid: i32, fd: RawFd) -> Option<OwnedFd> {
     let copy = borrow(pid, fd);
     if let Err(error) = &copy {
@@ -54,7 +54,7 @@ fn attack(path: &PathBuf) -> Vec<(UnixStream, TcpStream)> {
     let one = |_| {
         let client = UnixStream::connect(path).unwrap();
         let (fd, deaf) = lingering();
-        // Refused by the kernel since Linux 6.16, where the listener says so.
+        // Since Linux 6.16 the kernel refuses it if the listener is set so.
         let _ = send(&client, &frame(br#"{"in":"ping"}"#), &[fd.as_raw_fd()]);
         (client, deaf)
     };
@@ -67,12 +67,12 @@ fn a_client_that_attaches_a_descriptor_delays_nobody() {
     let path = daemon.dir().join("u.sock");
     let clients = attack(&path);
     ping(&daemon);
-    // Also those that lie in a connection unread when it is closed.
+    // This includes unread ones in a connection when it is closed.
     drop(clients);
     ping(&daemon);
 }
 
-/// The listener as it is on older kernels, or came from a service manager with connections in it.
+/// The listener is as on older kernels, or as passed by a service manager with connections in it.
 #[test]
 fn a_client_that_can_attach_a_descriptor_is_closed_and_delays_nobody() {
     let daemon = daemon();
@@ -100,8 +100,8 @@ fn a_client_that_can_attach_a_descriptor_is_closed_and_delays_nobody() {
     ping(&daemon);
 }
 
-/// The ends of a worker's packet sockets: those that report to the master, and those of the
-/// adoption queue, which the master has too.
+/// Returns a worker's packet sockets: those to the master, and those of the adoption queue, which the
+/// master has too.
 fn packet_sockets(daemon: &Daemon, worker: i32) -> Option<(Vec<OwnedFd>, Vec<OwnedFd>)> {
     let of_master = sockets_of(daemon.pid());
     let (mut reports, mut queue) = (Vec::new(), Vec::new());
@@ -116,7 +116,7 @@ fn packet_sockets(daemon: &Daemon, worker: i32) -> Option<(Vec<OwnedFd>, Vec<Own
     Some((reports, queue))
 }
 
-/// A report of a worker (src/link/message.rs).
+/// Returns a report of a worker (src/link/message.rs).
 fn report(kind: u32, worker: i32) -> Vec<u8> {
     let mut packet = b"pfd\x01".to_vec();
     packet.extend(kind.to_le_bytes());
@@ -156,13 +156,13 @@ fn a_worker_that_attaches_descriptors_to_its_reports_does_not_stop_the_master() 
 fn a_worker_that_passes_on_what_is_no_connection_does_not_stop_its_siblings() {
     let daemon = Daemon::builder()
         .config(UNIX)
-        .expect_log("with no state to be understood: closed")
+        .expect_log("closed an adopted connection: malformed handoff packet")
         .start();
     let worker = daemon.ready_workers()[0];
     let Some((_, queue)) = packet_sockets(&daemon, worker) else {
         return;
     };
-    // An empty packet of a connection that is to be closed at once (src/link/handoff.rs).
+    // An empty packet of a connection that must be closed at once (src/link/adoption_queue.rs).
     let mut closing = b"pfh\x02\x80".to_vec();
     closing.resize(16, 0);
     let mut deaf = Vec::new();
@@ -183,7 +183,7 @@ fn a_worker_that_passes_on_what_is_no_connection_does_not_stop_its_siblings() {
     for _ in 0..20 {
         ping(&daemon);
     }
-    daemon.wait_log("state to be understood");
+    daemon.wait_log("malformed handoff packet");
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn a_command_that_attaches_a_descriptor_does_not_stop_the_master() {
     at_once("the status", || control::status(&socket));
 }
 
-/// Answers with a descriptor attached, or without where that is refused.
+/// Answers with a descriptor attached, or without it if it is refused.
 const PROGRAM: &str = r#"
 import array, json, socket, struct
 calls = socket.socket(fileno=3)

@@ -1,9 +1,8 @@
-//! System calls that fail: whichever it is, at whichever time, the daemon serves on or leaves and
-//! says why. It never hangs, and never answers what nobody has asked.
+//! Tests failing system calls: with any call at any time the daemon continues to serve, or exits with a
+//! reason. It never hangs and never sends a wrong answer.
 //!
-//! strace makes them fail (`-e inject`), the k-th of each process; start, calls, reload and stop
-//! are one cycle. A few of each kind are tried, or all that `PREFORKD_INJECTIONS` asks for, which
-//! is the highest k.
+//! strace makes them fail (`-e inject`), the k-th call of each process. Start, calls, reload and stop are
+//! one cycle. Some of each kind are tested, or all up to the highest k of `PREFORKD_INJECTIONS`.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -59,10 +58,10 @@ command = [\"cat\"]
 output = \"json\"
 ";
 
-/// Nothing may take longer.
+/// The longest time for any step.
 const MOST: Duration = Duration::from_secs(10);
 
-/// The words in front of a daemon whose system calls fail in these ways.
+/// Returns the command line in front of a daemon whose system calls fail in these ways.
 fn injected(failures: &[(&str, &str)]) -> Vec<String> {
     let calls: Vec<&str> = failures.iter().map(|(calls, _)| *calls).collect();
     let words = ["strace", "-DD", "-f", "-qq", "-o", "/dev/null"];
@@ -74,7 +73,7 @@ fn injected(failures: &[(&str, &str)]) -> Vec<String> {
     words
 }
 
-/// What came of calls: right answers, errors that say so, connections that ended.
+/// The results of calls: correct answers, errors, connections that ended.
 #[derive(Debug, Default, Clone, Copy)]
 struct Outcome {
     right: usize,
@@ -82,7 +81,7 @@ struct Outcome {
     ended: usize,
 }
 
-/// A few calls over a few connections; what is wrong is an answer to something else, or silence.
+/// Makes some calls on some connections. A wrong or missing answer is a failure.
 fn call(daemon: &Daemon, outcome: &mut Outcome) -> Result<(), String> {
     for number in 0..5 {
         let Ok(mut client) = daemon.try_client() else {
@@ -116,7 +115,7 @@ fn call(daemon: &Daemon, outcome: &mut Outcome) -> Result<(), String> {
     Ok(())
 }
 
-/// One start, with calls, a reload and a stop, if it comes that far.
+/// Runs one start, with calls, a reload and a stop if it gets that far.
 fn cycle(calls: &str, fault: &str) -> Result<String, String> {
     let words = injected(&[(calls, fault)]);
     let begin = Instant::now();
@@ -150,7 +149,7 @@ fn cycle(calls: &str, fault: &str) -> Result<String, String> {
     Ok(format!("{outcome:?}, reload {reload:?}, {status}"))
 }
 
-/// Calls, a reload, whose exit code it answers, and calls.
+/// Makes calls, a reload and calls again. Returns the exit code of the reload.
 fn serve(daemon: &Daemon, outcome: &mut Outcome) -> Result<Option<i32>, String> {
     call(daemon, outcome)?;
     let begin = Instant::now();
@@ -202,7 +201,7 @@ fn whichever_system_call_fails_nothing_hangs_and_no_answer_is_wrong() {
 #[ignore = "needs strace and the right to trace; tests/run runs it"]
 fn every_seventh_call_that_can_wait_is_interrupted_and_no_call_is_lost() {
     let _alone = alone();
-    // the first reads are the dynamic loader's, which gives up
+    // The dynamic loader makes the first reads and gives up.
     let words = injected(&[
         ("read", "error=EINTR:when=15+7"),
         (
@@ -222,7 +221,7 @@ fn every_seventh_call_that_can_wait_is_interrupted_and_no_call_is_lost() {
     }
 }
 
-/// A kernel without Landlock, one where it is off, a filter that knows nothing of it.
+/// A kernel without Landlock, one where it is off, and a filter that does not know it.
 #[test]
 #[ignore = "needs strace and the right to trace; tests/run runs it"]
 fn where_landlock_is_missing_programs_run_and_the_status_says_why() {

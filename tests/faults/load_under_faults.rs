@@ -1,5 +1,5 @@
-//! Load that is checked call by call, alone and beside trouble that is no client's fault: a log
-//! that can't be written, a storm of signals.
+//! Tests load that is checked call by call, alone and during faults: a log that cannot be written, many
+//! signals.
 
 use std::io::{self, Read};
 use std::process::Command;
@@ -19,10 +19,10 @@ const SHAPES: [(&str, Shape); 3] = [
     ("pipelined 16 deep", Shape::Pipelined(16)),
 ];
 
-/// The log says something for each connection.
+/// Logs something for each connection.
 const TALKATIVE: &str = "[workers]\ncount = 2\n[log]\nlevel = \"trace\"\n";
 
-/// Clients that break off, so that there is something to log.
+/// Clients that disconnect in the middle, so that there is something to log.
 fn break_off(daemon: &Daemon) {
     for _ in 0..200 {
         let mut client = daemon.client();
@@ -100,7 +100,7 @@ fn a_log_that_was_full_goes_on_when_there_is_room_and_says_what_was_lost() {
     sweep.assert_same(&daemon);
 }
 
-/// The limit on the size of files cuts a line where it is reached, as a full disk does.
+/// A file-size limit cuts a line, as a full disk does.
 #[test]
 fn a_line_that_a_full_disk_has_cut_is_ended_and_the_count_of_the_lost_is_a_line_like_any() {
     let _alone = alone();
@@ -111,10 +111,10 @@ fn a_line_that_a_full_disk_has_cut_is_ended_and_the_count_of_the_lost_is_a_line_
             ))
             .start();
         let workers = daemon.ready_workers();
-        let mut everybody = workers.clone();
-        everybody.push(daemon.pid());
+        let mut all_pids = workers.clone();
+        all_pids.push(daemon.pid());
         let limit = |size: &str| {
-            for pid in &everybody {
+            for pid in &all_pids {
                 let mut command = Command::new("prlimit");
                 command.args([
                     "--pid",
@@ -131,7 +131,7 @@ fn a_line_that_a_full_disk_has_cut_is_ended_and_the_count_of_the_lost_is_a_line_
             break_off(&daemon);
             talk().len() == full
         });
-        // the master has something to say too, and has lost it by the time it tells its status
+        // The master logs something too, and has lost it when it answers the status.
         daemon.signal(Signal::SIGUSR1);
         assert_eq!(daemon.ready_workers(), workers);
         limit("unlimited");
@@ -156,7 +156,7 @@ fn a_line_that_a_full_disk_has_cut_is_ended_and_the_count_of_the_lost_is_a_line_
         let end = after.iter().rposition(|&byte| byte == b'\n').unwrap();
         let after = String::from_utf8(after[..end].to_vec()).unwrap();
         let after = after.strip_prefix('\n').unwrap_or(&after);
-        // two that end the same line at once leave an empty one
+        // Two processes that end the same line at once leave an empty one.
         for line in after.lines().filter(|line| !line.is_empty()) {
             let level = match form {
                 "json" => serde_json::from_str(line)
@@ -188,7 +188,7 @@ fn a_pipe_that_nobody_reads_costs_no_call_and_says_later_what_was_lost() {
     let (mut reader, writer) = io::pipe().unwrap();
     let daemon = Daemon::builder().config(TALKATIVE).stderr(writer).start();
     let sweep = Sweep::of(&daemon);
-    // more than a pipe holds
+    // More than a pipe holds.
     for _ in 0..10 {
         break_off(&daemon);
     }
@@ -219,26 +219,26 @@ fn a_fifo_that_nobody_reads_costs_no_call() {
     for _ in 0..10 {
         break_off(&daemon);
     }
-    serve_without_a_log(&daemon, "with a fifo for a log that nobody reads");
+    serve_without_a_log(&daemon, "with a fifo without a reader for a log");
     sweep.assert_same(&daemon);
 }
 
-/// About a thousand signals a second, to the master and to all workers: none of them is of
-/// consequence, each interrupts a system call.
+/// About a thousand signals per second to the master and to all workers: each interrupts a system call
+/// and has no other effect.
 #[test]
 fn a_storm_of_signals_costs_no_call() {
     let _alone = alone();
     let daemon = Daemon::start();
     let sweep = Sweep::of(&daemon);
-    let mut everybody = daemon.ready_workers();
-    everybody.push(daemon.pid());
+    let mut all_pids = daemon.ready_workers();
+    all_pids.push(daemon.pid());
     let loads: Vec<Load> = SHAPES
         .iter()
         .map(|&(_, shape)| Load::start(daemon.address(), 2, shape))
         .collect();
     let mut signals = 0;
     for _ in 0..1000 {
-        for &pid in &everybody {
+        for &pid in &all_pids {
             for signal in [Signal::SIGUSR1, Signal::SIGWINCH, Signal::SIGCHLD] {
                 kill(Pid::from_raw(pid), signal).unwrap();
                 signals += 1;
@@ -246,14 +246,14 @@ fn a_storm_of_signals_costs_no_call() {
         }
         pass(Duration::from_millis(3));
     }
-    println!("{signals} signals to {} processes", everybody.len());
+    println!("{signals} signals to {} processes", all_pids.len());
     for (load, (name, _)) in loads.into_iter().zip(SHAPES) {
         load.stop().assert_whole(name);
     }
     sweep.assert_same(&daemon);
 }
 
-/// All that is timed goes by the monotonic clock, so nobody is ended and no call is late.
+/// All times use the monotonic clock, so no process is killed and no call is late.
 #[test]
 #[ignore = "needs libfaketime; tests/run fetches it"]
 fn a_clock_that_jumps_by_a_day_and_a_year_costs_no_call() {

@@ -1,4 +1,4 @@
-//! Crashes, hostile processes, failing system calls: what is lost, and what is not.
+//! Tests crashes, hostile processes and failing system calls: what is lost, and what is not.
 
 pub mod chaos;
 pub mod chaos_acts;

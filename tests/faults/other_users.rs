@@ -1,17 +1,17 @@
-//! Other users of the machine: what they can write, a root master does not follow, and `check` names.
+//! Tests files that other users can write: a master of root does not follow them, and `check` reports
+//! them.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
-use std::process::Command;
 
 use nix::sys::signal::Signal;
 use nix::unistd::geteuid;
 
-use crate::support::{Daemon, Dir, PATIENCE, binary, wait_for};
+use crate::support::{Daemon, Dir, PATIENCE, check, wait_for};
 
 const OTHER: u32 = 65534;
 
-/// A directory that a test of root gives to another user. `None`: this is not root.
+/// Returns a directory that root gives to another user; `None` if this is not root.
 fn given_away() -> Option<Dir> {
     if !geteuid().is_root() {
         println!("not run: it needs root");
@@ -46,17 +46,17 @@ fn root_follows_no_link_of_another_user_to_its_log() {
             .contains("it is a symbolic link, or below one")
     });
     assert!(!target.exists());
-    // Nor at a start.
+    // And not at a start.
     drop(daemon);
     let failure = Daemon::builder().config(&config).try_start().err().unwrap();
     assert_eq!(failure.code, Some(71), "{}", failure.log);
     assert!(
-        failure.log.contains("root follows none there"),
+        failure.log.contains("root follows no link there"),
         "{}",
         failure.log
     );
     assert!(!target.exists());
-    // Where root alone can write, a link is followed.
+    // If only root can write, a link is followed.
     fs::remove_file(&log).unwrap();
     let own = dir.join("own.log");
     symlink(&target, &own).unwrap();
@@ -74,12 +74,7 @@ fn check_names_what_another_user_can_write() {
     let config = |name: &str, text: &str| {
         let path = dir.write(name, text);
         fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
-        let output = Command::new(binary())
-            .arg("check")
-            .arg("--config")
-            .arg(&path)
-            .output();
-        let output = output.unwrap();
+        let output = check(&path);
         assert!(output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
@@ -102,12 +97,8 @@ fn check_names_what_another_user_can_write() {
     );
     assert!(warned.contains(&wanted), "{warned}");
     fs::set_permissions(dir.write("open.toml", ""), Permissions::from_mode(0o666)).unwrap();
-    let output = Command::new(binary())
-        .arg("check")
-        .arg("--config")
-        .arg(dir.join("open.toml"))
-        .output();
-    let warned = String::from_utf8(output.unwrap().stderr).unwrap();
+    let output = check(&dir.join("open.toml"));
+    let warned = String::from_utf8(output.stderr).unwrap();
     assert!(
         warned.contains("open.toml can be written by all users"),
         "{warned}"

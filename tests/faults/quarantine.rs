@@ -1,4 +1,4 @@
-//! A call that is what workers die of is run three times, and no fourth time.
+//! Tests that a call that crashes its worker runs three times and not a fourth time.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ fn daemon(ends_by: &str) -> Daemon {
         .start()
 }
 
-/// Whether a call that crashed had begun.
+/// Returns whether a crashed call had begun.
 #[track_caller]
 fn began(answer: &Value) -> bool {
     assert_eq!(answer["result"]["name"], "crashed", "{answer}");
@@ -28,11 +28,11 @@ fn quarantine(daemon: &Daemon) -> Vec<Value> {
     daemon.status()["quarantine"].as_array().unwrap().clone()
 }
 
-/// Waits until so many deaths are counted: a caller may be quicker than that.
+/// Waits until `count` deaths are counted, because a caller may be faster.
 fn wait_deaths(daemon: &Daemon, count: usize) {
     wait_for("the death counted", PATIENCE, || {
         let deaths = daemon.status()["deaths"].as_array().unwrap().len();
-        // the dead worker's keeper is reaped too
+        // The dead worker's keeper is reaped too.
         let children = process::children(daemon.pid()).len();
         deaths == count && children == 2 && daemon.ready_workers().len() == 1
     });
@@ -68,10 +68,10 @@ fn a_call_that_ends_its_worker_three_times_is_refused_until_the_next_reload() {
             ("crash-inline", Some(1))
         ]
     );
-    daemon.wait_log("is refused with crashed until the next reload");
+    daemon.wait_log("it is refused until the next reload");
     let page = String::from_utf8(daemon.command(&["status"]).stdout).unwrap();
     assert!(page.contains("In quarantine"), "{page}");
-    // another call of the same method is another call
+    // Other params of the same method are another call.
     let other = client.call(&json!({"in": "crash", "params": 5}));
     assert_eq!(other["result"]["name"], "invalid-params");
     assert!(daemon.command(&["reload"]).status.success());
@@ -122,7 +122,7 @@ fn nobody_is_blamed_for_a_signal_from_outside() {
     }
 }
 
-/// A handler that calls exit(3) is named, and the calls beside it are not suspected.
+/// A handler that calls exit(3) is identified, and concurrent calls are not suspected.
 #[test]
 fn a_call_that_exits_is_the_only_one_that_is_refused() {
     let daemon = daemon("exit code 3");
@@ -141,37 +141,66 @@ fn a_call_that_exits_is_the_only_one_that_is_refused() {
     assert_eq!(client.call(&some)["result"], 4000);
 }
 
-/// A thread that a handler has started and that exits says of no call that it was the reason.
+/// If a thread that a handler has started calls exit, no call is identified as the cause.
 #[test]
-fn where_nobody_knows_who_it_was_a_call_that_ends_well_is_acquitted() {
+fn without_evidence_only_a_call_that_ran_alone_is_counted() {
     let daemon = daemon("exit code 3");
     let (mut client, mut beside) = (daemon.client(), daemon.client());
-    let some = json!({"in": "wait", "params": 4000});
-    let mut deaths = 0;
-    let mut exit_beside = |client: &mut Client| {
-        client.send(&some.to_string());
+    let long = json!({"in": "wait", "params": 60_000});
+    let alone = json!({"in": "exit-from-thread", "params": [3, 0]});
+    let in_batch =
+        json!({"jsonrpc": "2.0", "id": 1, "method": "exit-from-thread", "params": [3, 0]});
+    for deaths in 1..=6 {
+        client.send(&long.to_string());
         daemon.wait_running(1);
-        // each another call, so that none of them is caught
-        deaths += 1;
-        let exit = json!({"in": "exit-from-thread", "params": [3, deaths]});
-        assert!(began(&beside.call(&exit)));
+        if deaths % 2 == 0 {
+            assert!(began(&beside.call(&alone)));
+        } else {
+            // The calls of a batch have no key, and its connection is reset.
+            beside.send(&json!([in_batch]).to_string());
+        }
         assert!(began(&client.recv_json()));
         wait_deaths(&daemon, deaths);
-    };
-    for _ in 1..=2 {
-        exit_beside(&mut client);
-    }
-    assert_eq!(client.call(&some)["result"], 4000);
-    for _ in 3..=4 {
-        exit_beside(&mut client);
+        beside = daemon.client();
     }
     assert_eq!(quarantine(&daemon), Vec::<Value>::new());
-    exit_beside(&mut client);
+    for deaths in 7..=9 {
+        assert!(began(&client.call(&alone)));
+        wait_deaths(&daemon, deaths);
+    }
     assert_eq!(quarantine(&daemon).len(), 1);
-    assert!(!began(&client.call(&some)));
+    assert!(!began(&client.call(&alone)));
 }
 
-/// A group of processes that may have so many bytes; gone when dropped.
+#[test]
+fn for_a_stuck_event_loop_only_the_call_that_it_runs_is_counted() {
+    let daemon = Daemon::builder()
+        .program(example("misbehave"))
+        .config(
+            "[workers]\ncount = 1\nthreads = 3\nrespawn-max-delay = \"0s\"\nheartbeat-timeout = \"1s\"\n",
+        )
+        .expect_log("event loop stuck")
+        .expect_log("ended by SIGABRT")
+        .start();
+    let (mut client, mut beside) = (daemon.client(), daemon.client());
+    let long = json!({"in": "wait", "params": 2_000});
+    let block = json!({"in": "block", "params": 60});
+    for deaths in 1..=3 {
+        beside.send(&long.to_string());
+        daemon.wait_running(1);
+        assert!(began(&client.call(&block)));
+        assert!(began(&beside.recv_json()));
+        wait_deaths(&daemon, deaths);
+    }
+    let held = quarantine(&daemon);
+    assert_eq!(held.len(), 1, "{held:?}");
+    assert_eq!(held[0]["method"], "block");
+    assert!(!began(&client.call(&block)));
+    beside.send(&long.to_string());
+    daemon.wait_running(1);
+}
+
+/// A cgroup of processes with a memory limit; removed when dropped.
 struct Squeeze(PathBuf);
 
 impl Squeeze {
@@ -188,7 +217,7 @@ impl Squeeze {
         let group = above.join(format!("preforkd-squeeze-{}", std::process::id()));
         fs::create_dir(&group).unwrap();
         fs::write(group.join(limit), bytes.to_string()).unwrap();
-        // else the kernel would rather swap
+        // Otherwise the kernel would swap.
         let _ = fs::write(group.join("memory.swap.max"), "0");
         Squeeze(group)
     }

@@ -1,4 +1,4 @@
-//! Event loops that stand still, and a master that does: who is replaced, and who is not.
+//! Tests stuck event loops and a stuck master: which workers are replaced, and which are not.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::support::{
 
 const SHORT: &str = "[workers]\ncount = 2\nthreads = 2\nheartbeat-timeout = \"1s\"\n";
 
-/// Lets time pass in which nothing is to happen.
+/// Checks during this time that a condition stays true.
 fn watch_for(time: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let begin = Instant::now();
     wait_for(what, time + PATIENCE, || {
@@ -71,7 +71,7 @@ fn a_master_that_was_stopped_ends_nobody() {
     load.stop_without_loss("a master stopped for 6 s");
 }
 
-/// Two workers of `examples/misbehave`, or as many as `more` says.
+/// Returns two workers of `examples/misbehave`, or as many as `more` says.
 fn misbehaving(more: &str) -> Builder {
     let config = format!(
         "[workers]\n{more}\nheartbeat-timeout = \"1s\"\n[methods.hang]\ntimeout = \"500ms\"\n\
@@ -93,12 +93,12 @@ fn refused(client: &mut Client, call: &str) -> (String, bool, Duration) {
 }
 
 fn assert_on_time(took: Duration, deadline: Duration) {
-    // Deadlines are counted in whole milliseconds, from the last wake-up of the loop.
+    // Deadlines are counted in whole milliseconds from the last wake-up of the loop.
     assert!(took + Duration::from_millis(5) >= deadline, "{took:?}");
     assert_within("answered", took, deadline + Duration::from_millis(100));
 }
 
-/// Waits until slot 0 of a daemon with one worker has another one.
+/// Waits until slot 0 of a daemon with one worker has another worker.
 fn wait_successor(daemon: &Daemon, before: &[i32]) {
     wait_for("a successor", PATIENCE, || {
         let now = daemon.ready_workers();
@@ -106,7 +106,7 @@ fn wait_successor(daemon: &Daemon, before: &[i32]) {
     });
 }
 
-/// The last death in the status.
+/// Returns the last death in the status.
 fn last_death(daemon: &Daemon) -> Value {
     let status = daemon.status();
     status["deaths"]
@@ -117,8 +117,8 @@ fn last_death(daemon: &Daemon) -> Value {
         .unwrap_or_default()
 }
 
-/// All threads run `method`, whose deadline is 500 ms, with `params`: the callers hear `timeout`, the
-/// worker is replaced, its connections live on. Returns the evidence.
+/// Runs `method` with `params` on all threads; its deadline is 500 ms. The callers get `timeout`, the
+/// worker is replaced, and its connections survive. Returns the evidence.
 fn wedge(method: &str, params: &str) -> String {
     let _turn = alone();
     let daemon = misbehaving("count = 1\nthreads = 2").start();
@@ -136,7 +136,7 @@ fn wedge(method: &str, params: &str) -> String {
         })
         .collect();
     daemon.wait_running(2);
-    // Behind them a call waits for a thread that does not come.
+    // A call behind them waits for a thread.
     let behind = std::thread::spawn(move || {
         let told = refused(&mut held, r#"{"in":"spin","params":0,"id":8}"#);
         (told, held)
@@ -155,20 +155,21 @@ fn wedge(method: &str, params: &str) -> String {
     wait_for("the end of the wedged one", PATIENCE, || {
         !process::runs(before[0])
     });
-    // The same connections, a fresh worker.
+    // The same connections, and a fresh worker.
     clients.push(held);
     for client in &mut clients {
         let answer = client.call_text(r#"{"in":"spin","params":0}"#);
         assert_eq!(answer, r#"{"out":"spin","result":0}"#);
     }
     others.stop_without_loss("beside a worker whose threads are all stuck");
+    // It has ended before the master reaps it.
+    wait_for("its record", PATIENCE, || {
+        last_death(&daemon)["pid"] == before[0]
+    });
     let death = last_death(&daemon);
     let evidence = death["reason"].as_str().unwrap().to_owned();
     println!("{evidence}");
-    assert_eq!(
-        (&death["pid"], &death["exit"]),
-        (&before[0].into(), &0.into())
-    );
+    assert_eq!(death["exit"], 0);
     let begin = format!("all 2 handler threads are stuck: {method} (id 7) for ");
     assert!(evidence.starts_with(&begin), "{evidence}");
     assert_eq!(evidence.matches(" on handler-").count(), 2, "{evidence}");
@@ -176,9 +177,7 @@ fn wedge(method: &str, params: &str) -> String {
         daemon.log().contains(&evidence),
         "the log has it before it is needed"
     );
-    daemon.wait_log(
-        "is recycled once its successor is ready: none of its handler threads comes back",
-    );
+    daemon.wait_log("is recycled once its successor is ready: all its handler threads are stuck");
     evidence
 }
 
@@ -209,10 +208,10 @@ fn one_thread_that_spins_is_lost_until_it_comes_back_and_costs_nothing_else() {
     let table = daemon.command(&["status"]);
     let table = String::from_utf8(table.stdout).unwrap();
     assert!(table.contains("1 of 2 threads lost"), "{table}");
-    // The other thread serves, on the same connection.
+    // The other thread serves on the same connection.
     let answer = client.call_text(r#"{"in":"spin","params":0}"#);
     assert_eq!(answer, r#"{"out":"spin","result":0}"#);
-    daemon.wait_log("1 of 2 handler threads are lost until their handlers come back");
+    daemon.wait_log("1 of 2 handler threads are stuck past their deadline");
     assert!(daemon.log().contains("spin (id 7) has run for"));
     wait_for("the thread to come back", PATIENCE, || lost() == 0);
     assert_eq!(daemon.ready_workers(), before);
@@ -311,7 +310,11 @@ fn no_new_connection_waits_a_second_for_a_stopped_worker_and_its_record_says_tha
         "{CONNECTIONS} connections beside a stopped worker: median {:?}, longest {longest:?}",
         waits[100]
     );
-    assert!(longest <= Duration::from_secs(1), "{longest:?}");
+    assert_within(
+        "the longest wait beside a stopped worker, a tick of the other",
+        longest,
+        Duration::from_secs(1),
+    );
     wait_successor(&daemon, &before);
     let took = begin.elapsed();
     assert_within(

@@ -1,5 +1,5 @@
-//! A server that is run in a terminal: workers and all that they start have no part of it, and Ctrl-C
-//! ends all of it.
+//! Tests a server that runs in a terminal: workers and their processes have no access to it, and Ctrl-C
+//! ends everything.
 
 use std::fs;
 use std::io::Read;
@@ -11,9 +11,8 @@ use serde_json::{Value, json};
 use crate::lifecycle::start::{OWN_SOCKET, preforkd};
 use crate::support::{Client, Dir, PATIENCE, binary, process, wait_for};
 
-/// Runs a program in a session with a terminal of its own, as a login shell does. The terminal's output
-/// goes to standard output. At the end of standard input somebody presses Ctrl-C. It ends as the
-/// program does.
+/// Runs a program in a session with its own terminal, as a login shell does. The terminal's output goes
+/// to standard output. At the end of standard input Ctrl-C is pressed. It exits as the program does.
 const TERMINAL: &str = "
 import os, pty, select, sys
 pid, terminal = pty.fork()
@@ -38,8 +37,8 @@ code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 sys.exit(code if code >= 0 else 128 - code)
 ";
 
-/// What a hostile handler does first: it looks for a terminal, by its name and by its descriptors, and
-/// says whose session and group it is in.
+/// The first action of a hostile handler: it looks for a terminal, by name and by descriptors, and prints
+/// its session and group.
 const LOOK: &str = "import json, os, sys, time
 def opens(path, flags):
     try:
@@ -51,7 +50,7 @@ look = {'dev_tty': opens('/dev/tty', os.O_RDWR), 'isatty': [os.isatty(fd) for fd
         'leads': os.getsid(0) == os.getpid() == os.getpgid(0)}
 ";
 
-/// A server in a terminal, which is stopped when the test ends, however it ends.
+/// A server in a terminal, which is stopped at the end of the test in any case.
 struct InTerminal {
     dir: Dir,
     shell: Child,
@@ -59,8 +58,8 @@ struct InTerminal {
 }
 
 impl InTerminal {
-    /// `methods` makes the end of the configuration of the path of a program that runs `LOOK` and
-    /// then `rest`.
+    /// `methods` makes the rest of the configuration from the path of a program that runs `LOOK` and then
+    /// `rest`.
     fn start(rest: &str, methods: impl Fn(PathBuf) -> String) -> Self {
         let dir = Dir::new();
         let program = dir.write("look.py", format!("{LOOK}{rest}"));
@@ -102,7 +101,7 @@ impl Drop for InTerminal {
     }
 }
 
-/// Nothing that a look can find of a terminal.
+/// The result if no terminal is found.
 fn none() -> Value {
     json!({"dev_tty": false, "isatty": 0, "leads": true})
 }
@@ -162,7 +161,7 @@ fn ctrl_c_in_the_terminal_stops_the_server_and_all_that_it_runs() {
     let mut stdout = server.shell.stdout.take().unwrap();
     stdout.read_to_string(&mut said).unwrap();
     assert!(
-        status.success() && said.contains("] left"),
+        status.success() && said.contains("] master exits"),
         "{status}: {said}"
     );
     for pid in all {

@@ -1,4 +1,5 @@
-//! A worker that lies to its master, in the memory that they share: nobody is harmed but the liar.
+//! Tests a worker that writes false data to the memory that it shares with its master: only that worker
+//! is affected.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -6,12 +7,12 @@ use std::process::Command;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::support::descriptors::{borrow, sockets_of};
-use crate::support::{Daemon, PATIENCE, process, wait_for};
+use crate::support::descriptors::{self, borrow, sockets_of};
+use crate::support::{Daemon, Dir, PATIENCE, process, wait_for};
 
 fn daemon() -> Daemon {
     Daemon::builder()
@@ -20,7 +21,7 @@ fn daemon() -> Daemon {
         .start()
 }
 
-/// The memory that the master shares with its workers.
+/// Returns the memory that the master shares with its workers.
 fn shared(daemon: &Daemon) -> File {
     let entries = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
     let is_shared = |path: &std::path::PathBuf| {
@@ -32,7 +33,7 @@ fn shared(daemon: &Daemon) -> File {
     File::options().read(true).write(true).open(path).unwrap()
 }
 
-/// Has the worker whose keeper this is say that its keeper is another process.
+/// Writes as the worker of this keeper that another process is its keeper.
 fn claim(daemon: &Daemon, keeper: i32, other: i32) {
     let shared = shared(daemon);
     let mut bytes = vec![0; 1 << 20];
@@ -72,7 +73,7 @@ fn a_process_that_is_no_keeper_is_not_ended_because_a_worker_says_so() {
     assert_eq!(ended, None, "a stranger was ended");
 }
 
-/// The other side of it: a keeper that has been reaped is no child any more, and is believed.
+/// The opposite case: a keeper that is already reaped is no child any more, and its data count.
 #[test]
 fn a_keeper_that_ends_in_the_same_breath_as_its_worker_is_heard() {
     let daemon = daemon();
@@ -92,13 +93,14 @@ fn a_keeper_that_ends_in_the_same_breath_as_its_worker_is_heard() {
     });
     daemon.signal(Signal::SIGCONT);
     daemon.wait_log(&format!(
-        "worker {worker} has left its connections behind: 1"
+        "worker {worker} crashed: 1 connection handed over"
     ));
     assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
     wait_successor(&daemon, worker);
 }
 
-/// All workers share the flags of a listener (O_NONBLOCK, fcntl(2)), so one of them can make the others wait.
+/// All workers share the flags of a listener (O_NONBLOCK, fcntl(2)), so one of them can make the others
+/// block.
 #[test]
 fn a_listener_that_was_made_to_wait_is_mended_at_the_next_tick() {
     let daemon = Daemon::builder().config("[workers]\ncount = 2\n").start();
@@ -124,4 +126,42 @@ fn a_listener_that_was_made_to_wait_is_mended_at_the_next_tick() {
         daemon.ready_workers().contains(&worker),
         "no worker was ended"
     );
+}
+
+/// A pool process that was taken over sends bytes as a result: they are no answer, and none of another call.
+#[test]
+fn a_result_that_is_no_json_reaches_no_client() {
+    let dir = Dir::new();
+    let program = dir.write("program.py", "import time; time.sleep(3600)");
+    let daemon = Daemon::builder()
+        .config(&format!(
+            "[workers]\ncount = 1\n[pools.p]\ncommand = [\"python3\", {program:?}]\nready = \"alive\"\n\
+             [methods.wait]\npool = \"p\"\n"
+        ))
+        .start();
+    let mut client = daemon.client();
+    client.send(r#"{"in": "wait"}"#);
+    daemon.wait_busy(1);
+    let pool = daemon.pool();
+    // The link is the one that the master has made.
+    let link = sockets_of(pool).into_iter().find_map(|(_, fd)| {
+        let socket = borrow(pool, fd).ok()?;
+        let is_stream = getsockopt(&socket, sockopt::SockType) == Ok(SockType::Stream);
+        let made_by = getsockopt(&socket, sockopt::PeerCredentials).ok()?.pid();
+        (is_stream && made_by == daemon.pid()).then_some(socket)
+    });
+    let Some(link) = link else {
+        return println!("not run: this process may not trace others");
+    };
+    let mut fields = vec![3];
+    fields.extend([1, 0].map(u64::to_le_bytes).concat());
+    fields.extend([0, 0, 0, 0, 1]);
+    fields.extend(b"1}\n{\"out\":\"wait\",\"result\":2");
+    let mut frame = (fields.len() as u32).to_le_bytes().to_vec();
+    frame.extend(fields);
+    assert_eq!(descriptors::send(&link, &frame, &[]), Ok(frame.len()));
+    let answer = client.recv_json();
+    assert_eq!(answer["result"]["name"], "bad-output", "{answer}");
+    daemon.wait_log("sent no result");
+    assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
 }

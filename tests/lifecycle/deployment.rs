@@ -1,4 +1,4 @@
-//! Releases in directories of their own, and a symbolic link to the one that is to run.
+//! Tests releases in separate directories, with a symbolic link to the current one.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,7 +12,7 @@ use crate::support::{Client, Dir, binary};
 
 const WHICH: &str = "[methods.which]\ncommand = [\"cat\", \"release\"]\ndirectory = \".\"\n";
 
-/// A directory with the program, its configuration and a file that names it.
+/// Creates a directory with the program, its configuration and a file that names it.
 fn release(dir: &Dir, name: &str) {
     let place = dir.join(name);
     fs::create_dir(&place).unwrap();
@@ -24,7 +24,7 @@ fn release(dir: &Dir, name: &str) {
     fs::write(place.join("p.toml"), &config).unwrap();
     fs::write(place.join("release"), name).unwrap();
     symlink(binary(), place.join("preforkd")).unwrap();
-    // for the command that ends it
+    // For the command that ends it.
     dir.write("p.toml", config);
 }
 
@@ -33,7 +33,7 @@ fn switch(dir: &Dir, name: &str) {
     fs::rename(dir.join("new"), dir.join("current")).unwrap();
 }
 
-/// Runs a command as from a shell that has gone to `place`.
+/// Runs a command as from a shell whose directory is `place`.
 fn from_shell(place: &Path, arguments: &[&str]) -> Output {
     Command::new("./preforkd")
         .args(arguments)
@@ -61,7 +61,7 @@ fn a_server_started_through_a_link_goes_where_the_link_leads_now() {
     };
     assert_eq!(which(), "first");
     switch(&dir, "second");
-    // The old release is gone before the reload, and its directory was the master's.
+    // The old release is removed before the reload, and its directory was the master's.
     fs::remove_dir_all(dir.join("first")).unwrap();
     for command in ["reload", "upgrade"] {
         let done = from_shell(&current, &[command]);

@@ -1,4 +1,4 @@
-//! Live connections pass from worker to worker: no client notices a reload, a retirement or a
+//! Tests handoffs of live connections between workers: no client notices a reload, a retirement or a
 //! scale-down.
 
 use std::net::SocketAddr;
@@ -26,8 +26,8 @@ builtin = \"echo\"
 builtin = \"sleep\"
 ";
 
-/// Clients that keep so many calls on their way over one lasting connection each, and check each
-/// answer by its id.
+/// Clients that keep `depth` calls in flight over one lasting connection each, and check each answer by
+/// its id.
 struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
@@ -59,17 +59,17 @@ impl Load {
         }
     }
 
-    /// Waits until so many more calls have been answered.
+    /// Waits until `more` further calls are answered.
     fn wait_for(&self, more: u64) {
         let target = self.answered.load(Ordering::Relaxed) + more;
         wait_for("calls answered", PATIENCE, || {
-            // a client that lost something has panicked: no use in waiting for it
+            // A client that lost a call has panicked, so waiting would be useless.
             assert!(self.clients.iter().all(|client| !client.is_finished()));
             self.answered.load(Ordering::Relaxed) >= target
         });
     }
 
-    /// Ends it; a client that was closed or got a wrong answer fails the test here.
+    /// Stops it. A client that was closed or got a wrong answer fails the test here.
     fn finish(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         for client in self.clients {
@@ -95,12 +95,6 @@ fn run_batch(client: &mut Client, first: u64, depth: u64) {
     ids.sort_unstable();
     assert_eq!(ids, (first..first + depth).collect::<Vec<_>>());
 }
-
-fn reload(daemon: &Daemon) {
-    let output = daemon.command(&["reload"]);
-    assert!(output.status.success(), "{output:?}");
-}
-
 fn wait_until_only_the_new_ones_are_left(daemon: &Daemon) {
     wait_for("the old workers gone", PATIENCE, || {
         let workers = daemon.workers();
@@ -115,8 +109,8 @@ fn idle_connections_cross_a_reload_and_the_old_workers_leave_at_once() {
     for client in &mut clients {
         client.call(&json!({"in": "ping"}));
     }
-    reload(&daemon);
-    // far sooner than the drain-timeout of 30 s: nothing is left to wait for
+    daemon.reload();
+    // This is much earlier than the drain-timeout of 30 s, because nothing is left to wait for.
     wait_until_only_the_new_ones_are_left(&daemon);
     let workers = daemon.workers();
     assert!(
@@ -154,7 +148,7 @@ fn a_half_sent_frame_crosses_whatever_its_size() {
         })
         .collect();
     for _ in 0..3 {
-        reload(&daemon);
+        daemon.reload();
         wait_until_only_the_new_ones_are_left(&daemon);
     }
     for (client, frame, length) in &mut halves {
@@ -164,7 +158,7 @@ fn a_half_sent_frame_crosses_whatever_its_size() {
     }
 }
 
-/// Where a call is cut in two, and what answers it once it is whole.
+/// Returns calls of each dialect, to be cut in two: what they are, their bytes and the dialect.
 fn halves() -> Vec<(&'static str, String, Dialect)> {
     let text = "x".repeat(3000);
     let line = format!("{{\"in\":\"echo\",\"params\":\"{text}\"}}\n");
@@ -196,7 +190,7 @@ fn a_half_sent_call_of_each_dialect_crosses_and_so_does_a_connection_that_has_sa
             };
             let (first, second) = call.split_at(at);
             let mut wire = Wire::to(&daemon);
-            // a whole one first: the connection has its dialect, and a boundary behind it
+            // A complete call first: the connection has its dialect, and a call boundary behind it.
             wire.send(&call)
                 .answer(dialect)
                 .expect("a whole call is answered");
@@ -204,7 +198,7 @@ fn a_half_sent_call_of_each_dialect_crosses_and_so_does_a_connection_that_has_sa
             (what, wire, second.to_owned(), dialect)
         })
         .collect();
-    // Fewer than four bytes tell no dialect.
+    // Fewer than four bytes do not give the dialect.
     let mut short = Wire::to(&daemon);
     short.send("{\"i");
     let mut silent = Wire::to(&daemon);
@@ -217,7 +211,7 @@ fn a_half_sent_call_of_each_dialect_crosses_and_so_does_a_connection_that_has_sa
             == 6
     });
     for _ in 0..3 {
-        reload(&daemon);
+        daemon.reload();
         wait_until_only_the_new_ones_are_left(&daemon);
     }
     for (what, wire, rest, dialect) in &mut cut {
@@ -240,12 +234,12 @@ fn a_half_sent_frame_has_read_timeout_and_an_idle_connection_its_idle_time_acros
     let mut idle = daemon.client();
     idle.call(&json!({"in": "ping"}));
     let begin = Instant::now();
-    // Each would give an idle connection another four seconds, if its time began anew.
+    // If its time started again, each reload would give an idle connection another four seconds.
     for seconds in [1, 2, 3] {
         wait_for("another second", PATIENCE, || {
             begin.elapsed().as_secs() >= seconds
         });
-        reload(&daemon);
+        daemon.reload();
     }
     idle.assert_closed();
     let closed_after = begin.elapsed();
@@ -261,7 +255,7 @@ fn a_running_call_is_answered_where_it_runs_and_the_next_one_elsewhere() {
     let mut client = daemon.client();
     client.send(&json!({"in": "sleep", "params": 1}).to_string());
     daemon.wait_running(1);
-    reload(&daemon);
+    daemon.reload();
     assert_eq!(client.recv_json()["result"], 1);
     wait_until_only_the_new_ones_are_left(&daemon);
     assert_eq!(
@@ -279,7 +273,7 @@ fn a_client_that_has_half_closed_gets_all_its_answers_across_a_reload() {
         client.send(&json!({"in": "echo", "params": number}).to_string());
     }
     client.half_close();
-    reload(&daemon);
+    daemon.reload();
     assert_eq!(client.recv_json()["result"], 0.5);
     for number in 0..50 {
         assert_eq!(client.recv_json()["result"], number);
@@ -293,14 +287,14 @@ fn nothing_is_lost_on_lasting_pipelined_connections_over_twenty_reloads() {
     let load = Load::start(daemon.address(), 4, 16);
     for _ in 0..20 {
         load.wait_for(200);
-        reload(&daemon);
+        daemon.reload();
     }
     println!("{} calls over 20 reloads, 0 lost", load.finish());
     assert!(deaths(&daemon).is_empty());
 }
 
-/// Who has calls on its way at any time never rests by itself; one that takes its time is among them
-/// for a while, which holds nobody up.
+/// A connection that always has calls in flight never becomes quiescent by itself. One of its calls is
+/// long for a time, and must not delay the others.
 #[test]
 fn a_connection_that_never_rests_is_handed_over_in_a_moment() {
     const DEPTH: u64 = 16;
@@ -321,13 +315,13 @@ fn a_connection_that_never_rests_is_handed_over_in_a_moment() {
     for _ in 0..100 {
         one_more(&mut client);
     }
-    // the long one is under way when the reload begins, and each short one overtakes it
+    // The long call is in flight when the reload begins, and each short one overtakes it.
     send(&mut client, 0, 5.0);
     let old = daemon.ready_workers();
     for _ in 0..30 {
         assert_ne!(one_more(&mut client), 0);
     }
-    reload(&daemon);
+    daemon.reload();
     let mut before = 0;
     while one_more(&mut client) != 0 {
         before += 1;
@@ -342,14 +336,14 @@ fn a_connection_that_never_rests_is_handed_over_in_a_moment() {
         "{before} calls overtook a long one in the drain; the old workers left {took:?} later"
     );
     assert!(before > 20, "{before}");
-    // drain-timeout is 30 s
+    // drain-timeout is 30 s.
     assert!(took < Duration::from_secs(5), "{took:?}");
     for _ in 0..=DEPTH {
         client.recv_json();
     }
 }
 
-/// What is read of a connection that is to come to rest runs side by side as ever.
+/// Calls that are read from a connection that is to become quiescent run concurrently, as usual.
 #[test]
 fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
     const CALLS: u64 = 500;
@@ -368,7 +362,7 @@ fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
         };
         wait_for("its worker", PATIENCE, || holder().is_some());
         let worker = holder().unwrap();
-        // young calls are under way at all times, then the order to drain comes, and the burst
+        // Recent calls are always in flight; then the order to drain arrives, and the burst.
         client.send_together((1..=AHEAD).map(call));
         for id in 0..50 {
             client.recv_json();
@@ -380,7 +374,7 @@ fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
         for _ in 0..CALLS + AHEAD {
             assert_eq!(client.recv_json()["out"], "sleep");
         }
-        // 10 s, one by one
+        // 10 s if they ran one after the other.
         assert_within(
             "500 calls of 20 ms",
             begin.elapsed(),
@@ -388,7 +382,7 @@ fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
         );
         drop(client);
         wait_for("the drained one gone", PATIENCE, || !process::runs(worker));
-        wait_for("nobody connected", PATIENCE, || {
+        wait_for("no connection", PATIENCE, || {
             let workers = daemon.workers();
             workers.len() == 2
                 && workers
@@ -423,7 +417,7 @@ fn deaths(daemon: &Daemon) -> Vec<Value> {
     status["deaths"].as_array().unwrap().clone()
 }
 
-/// A worker that leaves and can't hand over all, for its only sibling is stopped.
+/// A worker that is exiting and cannot hand all connections over, because its only sibling is stopped.
 struct Held {
     daemon: Daemon,
     clients: Vec<Client>,

@@ -1,5 +1,6 @@
-//! The life of the server: start, reload, upgrade, drain, stop, and replaced workers.
+//! Tests the life of the server: start, reload, upgrade, drain, stop, and replaced workers.
 
+mod audit;
 mod deployment;
 mod handoff;
 mod listeners;

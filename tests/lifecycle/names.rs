@@ -1,4 +1,4 @@
-//! Several servers on one machine, told apart by their names.
+//! Tests several servers on one machine, each with its own name.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::support::{Dir, PATIENCE, binary, example, process, source, wait_for};
 
-/// The servers of one test. Each has a name that no other test uses, because root's are all below /run.
+/// The servers of one test. Each has a unique name, because the files of root's servers are all below
+/// /run.
 struct Servers {
     dir: Dir,
     names: Vec<String>,
@@ -27,7 +28,7 @@ impl Servers {
         }
     }
 
-    /// A command that finds its files by names alone.
+    /// Returns the output of a command that finds its files only by names.
     fn ask(&self, program: &PathBuf, arguments: &[&str]) -> Output {
         let mut command = Command::new(program);
         command.args(arguments).env("XDG_RUNTIME_DIR", &*self.dir);
@@ -101,6 +102,12 @@ fn a_second_server_needs_a_name_and_nothing_else() {
         checked.contains(&format!("/{second}/{second}.pid")),
         "{checked}"
     );
+    let called = servers.ask(&binary(), &["call", "ping", "7", "--name", &second]);
+    assert_eq!(text(&called.stdout), "7\n", "{called:?}");
+    let bench = ["bench", "ping", "--count", "5", "--name", &second];
+    assert!(servers.ask(&binary(), &bench).status.success());
+    let unknown = servers.ask(&binary(), &["map", "ping", "--name", "no-such-server"]);
+    assert_eq!(unknown.status.code(), Some(69), "{unknown:?}");
     let stopped = servers.ask(&binary(), &["stop", "--name", &second]);
     assert!(stopped.status.success(), "{stopped:?}");
     let gone = servers.ask(&binary(), &["status", "--name", &second]);
@@ -126,7 +133,7 @@ fn a_program_on_the_library_has_paths_of_its_own() {
         let version = format!("{own} (preforkd {})", env!("CARGO_PKG_VERSION"));
         assert!(done.status.success(), "{done:?}");
         assert!(said.contains(&version), "{said}");
-        assert!(!said.contains("restart it for that"), "{said}");
+        assert!(!said.contains("restart the server"), "{said}");
     }
 }
 
@@ -162,6 +169,9 @@ fn a_unit_of_another_name_has_everything_of_its_own() {
         "usr/lib/sysusers.d/acme.conf",
         "usr/lib/tmpfiles.d/acme.conf",
         "etc/acme/acme.toml",
+        "usr/share/doc/preforkd/examples/alerts.yml",
+        "usr/share/doc/preforkd/examples/scrape.yml",
+        "usr/share/doc/preforkd/examples/preforkd.json",
     ] {
         assert!(dir.join(file).exists(), "{file}");
     }

@@ -1,4 +1,4 @@
-//! Lasting connections lie evenly over the workers again after whatever has changed them.
+//! Tests that lasting connections are again spread evenly over the workers after each change.
 
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,11 @@ threads = 2
 builtin = \"sleep\"
 ";
 
-/// What is promised: the fullest worker's share of the mean, and when.
+/// The promised limits: the largest worker's connections relative to the mean, and the time.
 const FULLEST: f64 = 1.25;
 const WITHIN: Duration = Duration::from_secs(2);
 
-/// Connections of each worker that serves, by slot.
+/// Returns the connections of each serving worker, by slot.
 fn shares(daemon: &Daemon) -> Vec<u64> {
     let mut workers = daemon.workers();
     workers.retain(|worker| worker.state == "ready");
@@ -35,7 +35,8 @@ fn fullest(shares: &[u64]) -> f64 {
     most * shares.len() as f64 / shares.iter().sum::<u64>().max(1) as f64
 }
 
-/// Waits until `total` connections lie evenly on so many workers, and says how long that took.
+/// Waits until `total` connections are spread evenly over `workers` workers, and prints how long that
+/// took.
 #[track_caller]
 fn assert_even(daemon: &Daemon, what: &str, workers: usize, total: u64) {
     let (begin, mut seen) = (Instant::now(), Vec::new());
@@ -51,12 +52,6 @@ fn assert_even(daemon: &Daemon, what: &str, workers: usize, total: u64) {
     let what = format!("{what}, the fullest {:.2} of the mean", fullest(&seen));
     assert_within(&what, took, WITHIN);
 }
-
-fn reload(daemon: &Daemon) {
-    let done = daemon.command(&["reload"]);
-    assert!(done.status.success(), "{done:?}");
-}
-
 fn ping(client: &mut Client, number: usize) {
     let answer = client.call(&json!({"in": "ping", "params": number}));
     assert_eq!(answer["result"], number);
@@ -75,7 +70,7 @@ fn four_hundred_lasting_connections_are_spread_after_each_change_of_the_workers(
         numbers.for_each(|(number, client)| ping(client, number));
     };
     check(&mut clients);
-    reload(&daemon);
+    daemon.reload();
     assert_even(&daemon, "a reload", 4, 400);
     check(&mut clients);
     assert!(daemon.command(&["scale", "2"]).status.success());
@@ -90,7 +85,7 @@ fn four_hundred_lasting_connections_are_spread_after_each_change_of_the_workers(
     });
     assert_even(&daemon, "TERM to a worker", 4, 400);
     check(&mut clients);
-    // One that dies leaves them to its keeper, as nothing of them is on the way.
+    // The keeper of a dead worker hands them over, because no call is in flight.
     let worker = Pid::from_raw(daemon.ready_workers()[2]);
     kill(worker, Signal::SIGKILL).unwrap();
     wait_for("its successor", PATIENCE, || {
@@ -99,7 +94,7 @@ fn four_hundred_lasting_connections_are_spread_after_each_change_of_the_workers(
     });
     assert_even(&daemon, "KILL to a worker", 4, 400);
     check(&mut clients);
-    assert!(!daemon.log().contains("could not be passed on"));
+    assert!(!daemon.log().contains("could not hand over"));
 }
 
 #[test]
@@ -113,7 +108,7 @@ fn busy_connections_are_spread_too_and_lose_nothing() {
     assert!(daemon.command(&["scale", "4"]).status.success());
     assert_even(&daemon, "1 to 4 under load", 4, 40);
     for _ in 0..3 {
-        reload(&daemon);
+        daemon.reload();
         assert_even(&daemon, "a reload under load", 4, 40);
     }
     load.stop_without_loss("spread under load");
@@ -126,29 +121,24 @@ fn what_is_even_is_left_alone_and_a_call_that_runs_is_not_moved() {
         .env("RUST_LOG", "debug")
         .start();
     let mut clients: Vec<Client> = (0..40).map(|_| daemon.client()).collect();
-    // All of one worker's run: they stay where they are, and are answered there.
+    // All connections of one worker have running calls: they stay, and are answered there.
     for client in &mut clients {
         client.send(&json!({"in": "sleep", "params": 0.02}).to_string());
     }
-    reload(&daemon);
+    daemon.reload();
     for client in &mut clients {
         assert_eq!(client.recv_json()["result"], 0.02);
     }
     assert_even(&daemon, "a reload", 4, 40);
-    // Longer than it looks after a change: nothing moves to and fro.
+    // Longer than the master checks after a change: no connection moves back and forth.
     pass(Duration::from_secs(6));
-    let rounds = || {
-        daemon
-            .log()
-            .matches("lasting connections are spread")
-            .count()
-    };
+    let rounds = || daemon.log().matches("rebalancing connections").count();
     let so_far = rounds();
     println!("{so_far} rounds");
-    // One is enough, where each worker is told in time.
+    // One round is enough if each worker gets the order in time.
     assert!(so_far <= 20, "{so_far} rounds");
     let evenness = shares(&daemon);
-    // Some leave, some come: no reason to do anything.
+    // Some clients leave and some come, which is no reason to act.
     clients.truncate(20);
     pass(Duration::from_millis(600));
     assert_eq!(rounds(), so_far);

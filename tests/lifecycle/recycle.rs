@@ -1,4 +1,4 @@
-//! Workers that have had enough: each is replaced while clients call, and no client notices.
+//! Tests recycled workers: each is replaced while clients call, and no client notices.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::support::load::{Load, Shape, Tally};
 use crate::support::{Daemon, PATIENCE, alone, example, process, wait_for};
 
-/// What is seen of a daemon's workers while they come and go.
+/// The observed workers of a daemon.
 #[derive(Default)]
 struct Seen {
     pids: BTreeSet<i32>,
@@ -39,7 +39,7 @@ impl Seen {
     }
 }
 
-/// Clients of all shapes at once.
+/// Starts clients of all kinds at once.
 fn crowd(daemon: &Daemon) -> [Load; 3] {
     let address = daemon.address();
     [
@@ -86,10 +86,10 @@ fn a_hundred_thousand_calls_while_workers_recycle_every_thousand() {
         begin.elapsed(),
         seen.line()
     );
-    assert!(log.contains("max-calls is reached with "));
+    assert!(log.contains("max-calls reached ("));
     assert!(seen.most_living <= 3, "{}", seen.line());
     assert_eq!(seen.least_ready, Some(2), "{}", seen.line());
-    // Orderly ends are no deaths.
+    // An orderly exit is no death.
     assert_eq!(daemon.status()["deaths"].as_array().unwrap().len(), 0);
 }
 
@@ -132,7 +132,7 @@ fn every_worker_is_replaced_at_its_max_lifetime() {
     assert!(
         daemon
             .log()
-            .contains("is recycled once its successor is ready: max-lifetime is reached at")
+            .contains("is recycled once its successor is ready: max-lifetime reached (")
     );
 }
 
@@ -161,11 +161,11 @@ fn a_worker_that_leaks_is_recycled_and_its_client_stays() {
         let now = daemon.ready_workers();
         now.len() == 1 && now != before
     });
-    daemon.wait_log("bytes are resident, max-memory is 67108864");
+    daemon.wait_log("bytes resident, limit 67108864)");
     wait_for("the end of the old one", PATIENCE, || {
         !process::runs(before[0])
     });
-    // The same connection, the fresh worker.
+    // The same connection, and a fresh worker.
     assert_eq!(client.call_text(&leak), answer);
     assert!(process::rss_bytes(daemon.ready_workers()[0]).unwrap() < LIMIT);
     assert_eq!(daemon.status()["deaths"].as_array().unwrap().len(), 0);

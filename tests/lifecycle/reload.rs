@@ -1,4 +1,4 @@
-//! Reloads, refused and accepted, while clients call all the time.
+//! Tests refused and successful reloads while clients call continuously.
 
 use std::net::{TcpListener, TcpStream};
 
@@ -8,8 +8,8 @@ use crate::support::{Callers, Daemon, PATIENCE, process, wait_for};
 
 const GOOD: &str = "[workers]\ncount = 2\nthreads = 2\n";
 
-/// What follows in a broken configuration, and what the reason must hold. In the file two
-/// lines come before (`Daemon::configure`).
+/// Returns broken configurations, each with what its error must contain. In the file they follow two
+/// other lines (`Daemon::configure`).
 fn broken(own: &str, taken: &str) -> Vec<(String, Vec<String>)> {
     let case = |text: &str, reasons: &[&str]| {
         let reasons = reasons.iter().map(|it| (*it).to_owned()).collect();
@@ -97,17 +97,18 @@ fn a_broken_configuration_changes_nothing_and_its_reason_is_told() {
                 wrong.push(format!("{text:?}: no {reason:?} in {said:?}"));
             }
         }
-        // By signal as well, which nobody waits for: the log has it.
+        // Also by signal: the log has the reason, because no command waits for it.
         daemon.signal(Signal::SIGHUP);
         wait_for("the refusal in the log", PATIENCE, || {
-            daemon.log().matches("reload refused").count() == 2 * (number + 1)
+            let refusal = "reload refused, everything stays as it was";
+            daemon.log().matches(refusal).count() == 2 * (number + 1)
         });
         if daemon.ready_workers() != before {
             wrong.push(format!("{text:?}: other workers"));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
-    // A file that is gone, and one that nobody can read as text.
+    // A file that does not exist, and one that is not text.
     std::fs::remove_file(daemon.dir().join("preforkd.toml")).unwrap();
     assert_eq!(daemon.command(&["reload"]).status.code(), Some(1));
     daemon.dir().write("preforkd.toml", b"\xff\xfe\x00");
@@ -147,7 +148,7 @@ fn what_only_a_restart_changes_is_told_and_stands_in_the_status() {
     daemon.dir().write("preforkd.toml", moved);
     let done = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
-    let why = "pid-file can't change while the master runs: restart it for that";
+    let why = "pid-file can't change while the master runs: restart the server";
     assert!(done.status.success() && said.contains(why), "{done:?}");
     let warned = || {
         daemon.status()["master"]["warnings"]
@@ -211,7 +212,7 @@ fn a_burst_of_hups_is_few_reloads() {
     // It runs after all of them.
     let done = daemon.command(&["reload"]);
     assert!(done.status.success(), "{done:?}");
-    let reloads = daemon.log().matches("reload: reads").count();
+    let reloads = daemon.log().matches("reload: reading").count();
     println!("50 HUPs and a reload: {reloads} reloads");
     assert!((1..=10).contains(&reloads), "{reloads}");
     wait_for("the old generations gone", PATIENCE, || {
@@ -228,7 +229,7 @@ fn a_generation_that_does_not_come_up_is_given_up_and_the_old_one_serves() {
         .start();
     let before = daemon.ready_workers();
     let load = Callers::connecting(daemon.address(), 2);
-    // whose program never says that it is ready
+    // Its program never reports ready.
     daemon.configure(
         "[workers]\ncount = 2\nboot-timeout = \"500ms\"\n\
          [pools.p]\ncommand = [\"sleep\", \"60\"]\nready = \"message\"\n[methods.m]\npool = \"p\"\n",
@@ -306,7 +307,7 @@ fn a_command_that_names_another_file_than_the_servers_is_refused() {
         assert!(said.contains(&reason), "{said}");
     }
     assert_eq!(daemon.status()["master"]["generation"], 1);
-    // By another name it is the same file.
+    // The same file under another name.
     let link = daemon.dir().join("link.toml");
     std::os::unix::fs::symlink(&own, &link).unwrap();
     let done = ask("reload", &link);

@@ -1,7 +1,7 @@
-//! Reloads at full load, in nine cells: a connection a call, lasting ones, deep pipelines, each in
-//! frames, lines and HTTP. Beside them nginx, in the same run and with the same client.
+//! Tests reloads under full load in nine cells: a new connection per call, lasting connections and deep
+//! pipelines, each in frames, lines and HTTP. nginx runs in the same test with the same client.
 //!
-//! Ten reloads a cell, or as many as `PREFORKD_RELOADS` says.
+//! Ten reloads per cell, or as many as `PREFORKD_RELOADS` says.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -22,10 +22,10 @@ pub const SHAPES: [(&str, Shape, usize); 3] = [
     ("pipelined 16 deep", Shape::Pipelined(16), 8),
 ];
 
-/// Between two reloads so many calls are answered.
+/// The number of calls answered between two reloads.
 const BETWEEN: u64 = 50;
 
-/// One cell: its load, with so many reloads in it.
+/// Runs one cell: its load, with `reloads` reloads.
 fn cell(plan: Plan, reloads: u64, reload: impl Fn()) -> Tally {
     let load = Load::of(plan);
     for _ in 0..reloads {
@@ -38,7 +38,7 @@ fn cell(plan: Plan, reloads: u64, reload: impl Fn()) -> Tally {
     load.stop()
 }
 
-/// What a cell's clients do.
+/// Returns the load of a cell.
 pub fn plan(address: SocketAddr, dialect: Dialect, cell: &(&str, Shape, usize)) -> Plan {
     let &(_, shape, clients) = cell;
     Plan {
@@ -93,7 +93,7 @@ fn reloads_at_full_load_lose_no_call_in_any_of_nine_cells() {
     }
 }
 
-/// All nine at once, with calls that take a moment among them, while workers come and go.
+/// All nine at once, including calls that take some time, while workers are replaced.
 #[test]
 fn workers_that_come_and_go_cost_none_of_nine_kinds_of_clients_a_call() {
     let _alone = alone();

@@ -1,5 +1,5 @@
-//! Sockets whose files somebody has removed, or replaced, and the pid file: found out and mended at a
-//! reload.
+//! Tests sockets and the pid file whose files were removed or replaced: a reload detects and repairs
+//! that.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -15,7 +15,7 @@ use crate::support::{Client, Daemon, binary, control};
 
 const PING: &str = r#"{"in": "ping"}"#;
 
-/// A daemon that listens at `rpc.sock` besides.
+/// Starts a daemon that also listens at `rpc.sock`.
 fn daemon() -> Daemon {
     let daemon = Daemon::builder().config("[workers]\ncount = 2\n").start();
     daemon.configure(&format!(
@@ -28,7 +28,7 @@ fn daemon() -> Daemon {
     daemon
 }
 
-/// What it is answered.
+/// Receives one answer of the control socket.
 fn status(stream: &mut UnixStream) -> Value {
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).unwrap();
@@ -43,13 +43,13 @@ fn sockets_that_were_removed_are_made_again_at_a_reload_and_nobody_is_lost() {
     let mut lasting = Client::connect_unix(&rpc);
     lasting.call_text(PING);
     let mut commands = vec![control::connect(&own)];
-    let everybody = daemon.ready_workers();
+    let all_pids = daemon.ready_workers();
     let all = |signal| {
-        for &pid in &everybody {
+        for &pid in &all_pids {
             kill(Pid::from_raw(pid), signal).unwrap();
         }
     };
-    // Nobody accepts: who comes now waits in the old queues.
+    // No worker accepts, so a new client waits in the old queues.
     all(Signal::SIGSTOP);
     daemon.signal(Signal::SIGSTOP);
     let mut waiting: Vec<Client> = (0..5).map(|_| Client::connect_unix(&rpc)).collect();
@@ -78,15 +78,15 @@ fn sockets_that_were_removed_are_made_again_at_a_reload_and_nobody_is_lost() {
     assert_eq!(daemon.status()["master"]["generation"], 3);
     let log = daemon.log();
     for path in ["rpc.sock", "control.sock"] {
-        let told = |line: &str| line.contains("somebody has removed") && line.contains(path);
+        let told = |line: &str| line.contains("was removed: recreated it") && line.contains(path);
         assert!(log.lines().any(told), "{path}: {log}");
     }
     let mode = |path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!((mode(&rpc), mode(&own)), (0o640, 0o600));
-    // What is there is kept: the next reload makes nothing.
+    // Existing files are kept: the next reload creates none.
     let again = daemon.command(&["reload"]);
     assert!(again.status.success(), "{again:?}");
-    assert_eq!(daemon.log().matches("somebody has removed").count(), 2);
+    assert_eq!(daemon.log().matches("was removed: recreated it").count(), 2);
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn what_somebody_else_has_put_in_a_sockets_place_is_left_alone_and_named() {
             0o604
         );
         let name = path.file_name().unwrap().to_str().unwrap();
-        let told = |line: &str| line.contains("something else stands at") && line.contains(name);
+        let told = |line: &str| line.contains("there is another file at") && line.contains(name);
         assert!(log.lines().any(told), "{name}: {log}");
     }
     assert_eq!(lasting.call(&json!({"in": "ping"}))["out"], "pong");
@@ -135,7 +135,7 @@ fn a_pid_file_that_was_removed_is_made_again_at_a_reload_with_its_lock() {
     let done = daemon.command(&["reload"]);
     assert!(done.status.success(), "{done:?}");
     assert_eq!(fs::read_to_string(&path).unwrap(), before);
-    assert!(daemon.log().contains("somebody has removed the pid file"));
+    assert!(daemon.log().contains("was removed: recreated it"));
     let assert_locked = || {
         let second = Command::new("timeout")
             .arg("10")
@@ -152,7 +152,7 @@ fn a_pid_file_that_was_removed_is_made_again_at_a_reload_with_its_lock() {
     let done = daemon.command(&["upgrade"]);
     assert!(done.status.success(), "{done:?}");
     assert_locked();
-    // Somebody else's is left alone.
+    // A file of another process is left alone.
     fs::remove_file(&path).unwrap();
     fs::write(&path, "precious").unwrap();
     let done = daemon.command(&["reload"]);

@@ -1,4 +1,4 @@
-//! More workers, fewer, and fresh ones: by command, by signal, one by one.
+//! Tests more, fewer and fresh workers: by command, by signal, one at a time.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -25,9 +25,9 @@ fn scale_and_ttin_and_ttou_change_the_count_and_a_reload_puts_it_back() {
     wait_count(&daemon, 4);
     assert!(daemon.command(&["scale", "1"]).status.success());
     wait_count(&daemon, 1);
-    // One always stays.
+    // One worker always stays.
     daemon.signal(Signal::SIGTTOU);
-    daemon.wait_log("workers: 1 before, 1 from now on");
+    daemon.wait_log("number of workers: 1 (was 1)");
     assert_eq!(daemon.ready_workers(), [first[0]]);
     let refused = daemon.command(&["scale", "0"]);
     assert_eq!(refused.status.code(), Some(64), "{refused:?}");
@@ -48,7 +48,7 @@ fn term_to_a_worker_retires_it_and_a_fresh_one_takes_its_slot() {
     });
     load.stop_without_loss("a worker retired");
     wait_count(&daemon, 2);
-    // Asked for, so no death to be told of.
+    // It was requested, so it is not reported as a death.
     assert_eq!(daemon.status()["deaths"].as_array().unwrap().len(), 0);
 }
 
@@ -56,7 +56,7 @@ fn term_to_a_worker_retires_it_and_a_fresh_one_takes_its_slot() {
 fn quit_ends_a_worker_now_and_int_does_nothing_to_it() {
     let daemon = Daemon::builder()
         .config("[workers]\ncount = 2\n")
-        .expect_log("left unasked")
+        .expect_log("exited without an order")
         .start();
     let before = daemon.ready_workers();
     kill(Pid::from_raw(before[1]), Signal::SIGINT).unwrap();

@@ -1,4 +1,5 @@
-//! Starts: detached, over whatever lies where the pid file goes. Disturbed ones are in `storms`.
+//! Tests starts: detached, with anything at the path of the pid file. Disturbed starts are in
+//! `start_races`.
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -10,7 +11,7 @@ use nix::unistd::Pid;
 
 use crate::support::{Daemon, Dir, PATIENCE, binary, example, process, wait_for};
 
-/// A configuration with a socket and a log of its own, so that no port is needed.
+/// A configuration with its own socket and log, so that no port is needed.
 pub const DETACHED: &str = "daemon = true
 pid-file = \"p.pid\"
 control-socket = \"c.sock\"
@@ -37,7 +38,7 @@ fn run(dir: &Dir, config: &str) -> Output {
     preforkd(dir, &["run"]).output().unwrap()
 }
 
-/// The master that the pid file names, stopped when the test ends, however it ends.
+/// The master in the pid file. It is stopped at the end of the test in any case.
 pub struct Running<'a>(pub &'a Dir);
 
 impl Running<'_> {
@@ -69,7 +70,7 @@ fn the_shell_of_a_daemon_goes_on_when_all_workers_are_ready() {
         Some(std::process::id().cast_signed())
     );
 
-    // The log moves on, in the master and in the workers, which tell of their retirement.
+    // The log is moved in the master and in the workers, which log their retirement.
     std::fs::rename(dir.join("log"), dir.join("log.1")).unwrap();
     kill(Pid::from_raw(daemon.pid()), Signal::SIGUSR1).unwrap();
     wait_for("a new log", PATIENCE, || {
@@ -79,11 +80,11 @@ fn the_shell_of_a_daemon_goes_on_when_all_workers_are_ready() {
     kill(Pid::from_raw(worker), Signal::SIGTERM).unwrap();
     wait_for("lines of both in it", PATIENCE, || {
         let log = dir.read("log");
-        log.contains("retires: asked by SIGTERM") && log.contains("gets a fresh one")
+        log.contains("retires: asked by SIGTERM") && log.contains("a new worker takes its slot")
     });
     assert!(!dir.read("log.1").contains("retires"));
 
-    // A second one finds the lock held.
+    // A second start finds the lock held.
     let second = run(&dir, &format!("{DETACHED}{OWN_SOCKET}"));
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert_eq!(second.status.code(), Some(71), "{said}");
@@ -142,7 +143,7 @@ fn a_rotated_log_is_open_in_no_process_after_usr1() {
         let all = process::descendants(daemon.pid()).into_iter();
         all.chain([daemon.pid()]).filter(holds).collect()
     };
-    // Master, two workers with a keeper each, and the process of the pool.
+    // The master, two workers with a keeper each, and the pool process.
     assert_eq!(holders().len(), 6);
     daemon.signal(Signal::SIGUSR1);
     wait_for("the old log closed", PATIENCE, || holders().is_empty());
@@ -163,7 +164,7 @@ fn a_stale_pid_file_stops_no_start_and_its_pid_gets_no_signal() {
         let dir = Dir::new();
         dir.write("p.pid", content);
         dir.write("p.toml", format!("{DETACHED}{OWN_SOCKET}"));
-        // Nobody holds the lock: nobody is stopped.
+        // No process holds the lock, so no process is stopped.
         let stopped = preforkd(&dir, &["stop"]).output().unwrap();
         assert_eq!(stopped.status.code(), Some(69), "{content:?}: {stopped:?}");
         let started = preforkd(&dir, &["run"]).output().unwrap();
@@ -208,7 +209,7 @@ fn a_start_says_ready_only_once_and_a_title_each() {
     }
 }
 
-/// What the descriptors of a process lead to, sockets by their number.
+/// Returns what the descriptors of a process refer to; sockets by their number.
 fn descriptors(pid: i32) -> BTreeSet<String> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let targets = entries.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
@@ -236,7 +237,7 @@ fn workers_share_the_listener_and_the_adoption_queue_and_no_other_socket() {
         for other in others.map(|(_, other)| other).chain([&master]) {
             let shared = worker.intersection(other);
             let sockets = shared.filter(|target| target.starts_with("socket:"));
-            // The listener, and the queue's two ends.
+            // The listener, and both ends of the queue.
             assert_eq!(sockets.count(), 3, "{worker:?} and {other:?}");
         }
     }
@@ -265,7 +266,7 @@ fn workers_give_up_root_for_good() {
     daemon.client().call_text(r#"{"in":"ping"}"#);
 }
 
-/// Refused or not, a reload under way keeps nobody at a file that was moved away.
+/// During a reload, refused or not, no process continues to write to a log that was moved away.
 #[test]
 fn a_log_that_moves_on_during_a_reload_stays_there_when_that_is_refused() {
     let dir = Dir::new();
@@ -277,7 +278,7 @@ fn a_log_that_moves_on_during_a_reload_stays_there_when_that_is_refused() {
     dir.write("p.toml", format!("{config}{pool}"));
     kill(Pid::from_raw(daemon.pid()), Signal::SIGHUP).unwrap();
     wait_for("a reload under way", PATIENCE, || {
-        dir.read("log").contains("reload: reads") && process::workers(daemon.pid()).len() > 2
+        dir.read("log").contains("reload: reading") && process::workers(daemon.pid()).len() > 2
     });
     std::fs::rename(dir.join("log"), dir.join("log.1")).unwrap();
     kill(Pid::from_raw(daemon.pid()), Signal::SIGUSR1).unwrap();
@@ -287,7 +288,7 @@ fn a_log_that_moves_on_during_a_reload_stays_there_when_that_is_refused() {
     assert!(!dir.read("log.1").contains("reload refused"));
 }
 
-/// Job control as a shell does it: a group in the background of a terminal that stops its writers.
+/// Does job control like a shell: a background group of a terminal that stops writing processes.
 #[test]
 fn a_server_in_the_background_of_a_terminal_that_wants_no_output_serves_all_the_same() {
     const SHELL: &str = "
@@ -335,10 +336,13 @@ sys.exit(os.WEXITSTATUS(os.waitpid(pid, 0)[1]))
     drop(daemon);
     let output = shell.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("] left"), "{said}");
+    assert!(
+        output.status.success() && said.contains("] master exits"),
+        "{said}"
+    );
 }
 
-/// Each command that gives up leaves a connection in the queue of a master that does not look.
+/// Each command that gives up leaves a connection in the queue of a stopped master.
 #[test]
 fn commands_do_not_wait_for_room_at_a_master_that_is_stopped() {
     let daemon = Daemon::start();
@@ -366,7 +370,7 @@ fn commands_do_not_wait_for_room_at_a_master_that_is_stopped() {
     assert!(daemon.command(&["status"]).status.success());
 }
 
-/// The Rust runtime ignores SIGPIPE, but the program around the library may have it end the process.
+/// The Rust runtime ignores SIGPIPE, but a program that uses the library may restore its default action.
 #[test]
 fn a_log_pipe_without_reader_does_not_end_the_master() {
     let (reader, writer) = std::io::pipe().unwrap();

@@ -1,7 +1,6 @@
-//! Starts that are disturbed: by a signal at any moment, and by forty-nine others.
+//! Tests disturbed starts: by a signal at any time, and by forty-nine other starts.
 //!
-//! `PREFORKD_STARTS` and `PREFORKD_ROUNDS` make them as many as the bars want, `PREFORKD_SEED`
-//! has a run once more.
+//! `PREFORKD_STARTS` and `PREFORKD_ROUNDS` set their number, and `PREFORKD_SEED` repeats a run.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -34,20 +33,20 @@ const SIGNALS: [Signal; 10] = [
 ];
 const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT];
 
-/// What the log has when the master has heard a signal that was a worker's.
+/// Log lines of a master that got a signal meant for a worker.
 const MASTERS_OWN: [&str; 6] = [
-    "reload: reads",
+    "reload: reading",
     "nothing to reopen",
     "SIGUSR2",
     "upgrade",
-    "from now on",
-    "stops",
+    "number of workers",
+    "stopping",
 ];
 
-/// Nothing may take longer.
+/// The longest time for any step.
 const MOST: Duration = Duration::from_secs(2);
 
-/// A configuration that needs no port, and stays in the foreground.
+/// Writes a configuration that needs no port and stays in the foreground.
 fn foreground(dir: &Dir) {
     let config = format!("{DETACHED}{OWN_SOCKET}")
         .replace("daemon = true\n", "")
@@ -55,11 +54,12 @@ fn foreground(dir: &Dir) {
     dir.write("p.toml", config);
 }
 
-/// A start under way, in a group of its own, which is ended with its workers however the test ends.
+/// A start in progress, in its own process group. It is killed with its workers at the end of the test in
+/// any case.
 struct Start<'a> {
     dir: &'a Dir,
     master: Child,
-    /// Its log, by file system and number.
+    /// Its log, by device and inode.
     log: (u64, u64),
     ended: Option<ExitStatus>,
 }
@@ -82,7 +82,7 @@ impl<'a> Start<'a> {
         Pid::from_raw(self.master.id().cast_signed())
     }
 
-    /// The master and its workers.
+    /// Returns the master and its workers.
     fn processes(&self) -> Vec<i32> {
         process::with_standard_error(self.log)
     }
@@ -98,7 +98,7 @@ impl<'a> Start<'a> {
         self.dir.read("p.pid").trim() == self.pid().to_string()
     }
 
-    /// Its first worker, as soon as there is one.
+    /// Returns its first worker, as soon as there is one.
     fn worker(&mut self) -> Option<Pid> {
         let pid = self.pid();
         let children = format!("/proc/{pid}/task/{pid}/children");
@@ -130,7 +130,7 @@ fn spin(time: Duration) {
     }
 }
 
-/// One start with a signal in it; how long the longest step took, or what was wrong.
+/// Runs one start with a signal. Returns how long the longest step took, or what was wrong.
 fn disturb(dir: &Dir, dice: &mut Dice) -> Result<Duration, String> {
     let signal = dice.pick(&SIGNALS);
     let to_worker = dice.roll(4) == 0;
@@ -147,7 +147,7 @@ fn disturb(dir: &Dir, dice: &mut Dice) -> Result<Duration, String> {
         spin(moment);
         start.pid()
     };
-    // From the pid file on nothing but an order to stop may end it.
+    // Once it holds the pid file, only an order to stop may end it.
     let established = start.holds_the_pid_file();
     match kill(target, signal) {
         Ok(()) => {}
@@ -177,7 +177,7 @@ fn disturb(dir: &Dir, dice: &mut Dice) -> Result<Duration, String> {
     }
     let begin = Instant::now();
     let _ = kill(start.pid(), Signal::SIGTERM);
-    // TTIN and TTOU stop a process that does not handle them yet.
+    // SIGTTIN and SIGTTOU stop a process that does not handle them yet.
     let _ = kill(start.pid(), Signal::SIGCONT);
     wait_for(&format!("the end after {case} and TERM"), PATIENCE, || {
         start.has_ended()
@@ -191,7 +191,7 @@ fn disturb(dir: &Dir, dice: &mut Dice) -> Result<Duration, String> {
         let log = dir.read("log");
         return Err(format!("{case}, then TERM: {status}: {log}"));
     }
-    // One that fails says why; one that a signal ended was not established.
+    // A failed start gives its reason; one that a signal ended did not hold the pid file.
     if status.code().is_some_and(|code| code != 0) && dir.read("log").is_empty() {
         return Err(format!("{case}: {status} without a word"));
     }
@@ -225,7 +225,7 @@ fn a_signal_at_any_moment_of_a_start_leaves_no_process_that_hangs() {
     assert!(!dir.join("p.pid").exists() || !dir.read("p.pid").is_empty());
 }
 
-/// Reads the pid file all along: what it sees, in whole.
+/// Reads the pid file continuously and returns the contents that it saw.
 fn watch(dir: &Dir, until: &AtomicBool) -> BTreeSet<String> {
     let mut seen = BTreeSet::new();
     let path = dir.join("p.pid");
@@ -237,7 +237,7 @@ fn watch(dir: &Dir, until: &AtomicBool) -> BTreeSet<String> {
     seen
 }
 
-/// Fifty at once over one pid file; how long the slowest of those that gave up took.
+/// Starts fifty at once with one pid file. Returns how long the slowest failed one took.
 fn race(count: usize) -> Duration {
     let dir = Dir::new();
     foreground(&dir);

@@ -1,5 +1,5 @@
-//! What whoever waits for a reload or a start is told: the verdict, its reason, and what the new
-//! workers logged.
+//! Tests the error message of a failed reload or start: the result, its reason, and the log of the new
+//! workers.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::support::{Client, Daemon, Dir, PATIENCE, binary, process, wait_for};
 
 const GOOD: &str = "[workers]\ncount = 2\nthreads = 2\n";
-const REASON: &str = "this worker can't start handler threads";
+const REASON: &str = "this worker could not start handler threads";
 
 #[test]
 fn a_refused_reload_quotes_what_the_new_worker_has_logged() {
@@ -31,11 +31,11 @@ fn a_refused_reload_quotes_what_the_new_worker_has_logged() {
         said.contains("did not become ready") && said.contains(&quoted),
         "{said}"
     );
-    // the log has both already, each once
+    // The log already has both, once each.
     assert_eq!(daemon.log().matches(REASON).count(), 1);
     assert_eq!(daemon.ready_workers(), before);
     process::wait_for_descriptors(daemon.pid(), descriptors);
-    // What one verdict had to quote is nothing to the next.
+    // The next result does not quote lines of an earlier one.
     daemon.configure("color = 1\n");
     let refused = daemon.command(&["reload"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -47,7 +47,7 @@ fn a_refused_reload_quotes_what_the_new_worker_has_logged() {
 
 #[test]
 fn the_shell_of_a_daemon_that_can_not_start_is_told_what_its_workers_have_logged() {
-    // What a daemon takes that serves, and less than a thread's stack more.
+    // The memory that a serving daemon needs, but not enough for the stack of another thread.
     let room = {
         let daemon = Daemon::start();
         process::virtual_kib(daemon.pid()) + 1024
@@ -79,10 +79,10 @@ fn the_shell_of_a_daemon_that_can_not_start_is_told_what_its_workers_have_logged
 #[test]
 fn a_hup_that_comes_during_a_reload_runs_after_it() {
     let daemon = Daemon::builder().config(GOOD).start();
-    // So many threads take their time to start.
+    // With this many threads a start takes a while.
     daemon.configure("[workers]\ncount = 2\nthreads = 1000\n");
     daemon.signal(Signal::SIGHUP);
-    daemon.wait_log("reload: reads the configuration");
+    daemon.wait_log("reload: reading the configuration");
     daemon.configure("[workers]\ncount = 3\nthreads = 2\n");
     daemon.signal(Signal::SIGHUP);
     daemon.wait_log("reload: generation 3 serves");
@@ -93,13 +93,13 @@ fn a_hup_that_comes_during_a_reload_runs_after_it() {
         .filter_map(|line| Some(line.split_once("reload: ")?.1))
         .collect();
     println!("{order:#?}");
-    let reads = "reads the configuration";
+    let reads = "reading the configuration";
     assert_eq!(order.len(), 4, "{order:?}");
     assert!(order[0] == reads && order[1].contains("2 serves"));
     assert!(order[2] == reads && order[3].contains("3 serves"));
 }
 
-/// A call that runs in the worker that is ready, beside so many that run in others.
+/// Sends a call that runs in the ready worker, while `others` calls run in others.
 fn call_to_the_newest(daemon: &Daemon, others: u64) -> Client {
     loop {
         let mut client = daemon.client();
@@ -116,7 +116,7 @@ fn call_to_the_newest(daemon: &Daemon, others: u64) -> Client {
         if ready.is_some_and(|it| it.running == 1) {
             return client;
         }
-        // One that had not heard yet that it is to drain was quicker.
+        // A worker that has not received its order to drain was faster.
         client.reset();
         run(others);
     }
@@ -143,9 +143,13 @@ fn a_reload_waits_while_four_old_generations_drain_and_its_caller_is_told() {
         .unwrap();
     println!("{hint}");
     assert_eq!(waiting.try_wait().unwrap(), None);
-    assert!(daemon.log().contains("a reload waits: 4 generations"));
+    assert!(
+        daemon
+            .log()
+            .contains("the reload waits: 4 older generations")
+    );
     assert_eq!(daemon.status()["master"]["generation"], 5);
-    // Its caller is gone: nobody waits for that call any more, and its worker leaves.
+    // Its client is gone, so no one waits for that call, and its worker exits.
     held.remove(0).reset();
     assert!(waiting.wait().unwrap().success());
     assert!(

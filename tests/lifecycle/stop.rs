@@ -1,4 +1,4 @@
-//! Leaving: by order, which cuts no running call, and now; and what is left when the master is
+//! Tests stops: by order, which cuts no running call, and at once; and what remains if the master is
 //! killed.
 
 use std::io::ErrorKind;
@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::support::{Client, Daemon, PATIENCE, assert_within, pass, process, wait_for};
 
-/// Room for a hundred calls that sleep.
+/// Room for a hundred sleeping calls.
 const WIDE: &str = "
 [workers]
 count = 2
@@ -21,10 +21,10 @@ threads = 110
 builtin = \"sleep\"
 ";
 
-/// The soonest that new connections must be refused.
+/// New connections must be refused within this time.
 const REFUSED_WITHIN: Duration = Duration::from_millis(100);
 
-/// So many connections, each with a call that runs.
+/// Opens `count` connections, each with a running call.
 fn running_calls(daemon: &Daemon, count: u64, seconds: f64) -> Vec<Client> {
     let clients = (0..count).map(|id| {
         let mut client = daemon.client();
@@ -38,7 +38,7 @@ fn running_calls(daemon: &Daemon, count: u64, seconds: f64) -> Vec<Client> {
     clients
 }
 
-/// Waits until new connections are refused, and says how long that took.
+/// Waits until new connections are refused, and returns how long that took.
 fn time_to_refusal(daemon: &Daemon) -> Duration {
     let begin = Instant::now();
     wait_for(
@@ -58,7 +58,7 @@ fn time_to_refusal(daemon: &Daemon) -> Duration {
 #[test]
 fn term_with_a_hundred_running_calls_answers_them_all_and_refuses_new_ones() {
     let mut daemon = Daemon::builder().config(WIDE).start();
-    // Idle ones are no reason to wait.
+    // Idle connections are no reason to wait.
     let _idle: Vec<Client> = (0..20).map(|_| daemon.client()).collect();
     let mut clients = running_calls(&daemon, 100, 4.0);
     daemon.signal(Signal::SIGTERM);
@@ -85,7 +85,7 @@ fn a_second_term_leaves_at_once() {
     leaves_at_once(|daemon| {
         daemon.signal(Signal::SIGTERM);
         daemon.wait_log("stopping: 2 workers drain");
-        // Within a tenth of a second the second one is the first again.
+        // Within a tenth of a second, a second signal counts as the first one.
         pass(Duration::from_millis(150));
         daemon.signal(Signal::SIGTERM);
     });
@@ -139,7 +139,7 @@ timeout = \"6s\"
 builtin = \"sleep\"
 ",
         )
-        .expect_log("can't be waited for any longer")
+        .expect_log("done when the drain time had passed")
         .start();
     let mut client = daemon.client();
     client.send(r#"{"in": "sleep", "params": 2.7, "id": "first"}"#);
@@ -147,8 +147,8 @@ builtin = \"sleep\"
     let begin = Instant::now();
     let worker = Pid::from_raw(daemon.ready_workers()[0]);
     kill(worker, Signal::SIGTERM).unwrap();
-    // Later than the drain, so that they have more time left than it has; while a call runs, so
-    // that the connection is not handed on; and within the half of the drain in which it is read.
+    // After the drain has begun, so that they have more time left than the drain. A running call keeps
+    // the connection here. In this half of the drain it is still read.
     pass(Duration::from_secs(1));
     client.send_together(
         ["running", "queued"].map(|id| json!({"in": "sleep", "params": 5.9, "id": id})),
@@ -178,7 +178,7 @@ fn idle_workers_leave_a_killed_master_and_the_next_one_starts_over_its_pid_file(
     let mut times = Vec::new();
     for signal in [Signal::SIGKILL, Signal::SIGSEGV, Signal::SIGKILL] {
         let _idle: Vec<Client> = (0..4).map(|_| daemon.client()).collect();
-        // A connection this young may have a call on its way, and is closed with care.
+        // A connection this young may have a call in transit, so it lingers before it is closed.
         let idle_since = Instant::now();
         wait_for("the connections to be idle", PATIENCE, || {
             idle_since.elapsed() > Duration::from_millis(1200)
@@ -189,7 +189,7 @@ fn idle_workers_leave_a_killed_master_and_the_next_one_starts_over_its_pid_file(
         let refused = time_to_refusal(&daemon);
         let status = daemon.wait_exit();
         assert_eq!(status.signal(), Some(signal as i32), "{status:?}");
-        // Dead is enough here: it is not ours to reap orphans.
+        // Zombies are accepted here, because this test cannot reap orphans.
         wait_for("the workers' end", PATIENCE, || {
             daemon.processes().is_empty()
         });
@@ -252,7 +252,7 @@ builtin = \"sleep\"
     kill(Pid::from_raw(worker), Signal::SIGSTOP).unwrap();
     daemon.signal(Signal::SIGKILL);
     daemon.wait_exit();
-    // Stopped it does nothing, not even die by an alarm; going on, it leaves.
+    // A stopped process does nothing and does not even die by an alarm. When it continues, it exits.
     kill(Pid::from_raw(worker), Signal::SIGCONT).unwrap();
     wait_for("its end", PATIENCE, || !process::runs(worker));
 }

@@ -1,4 +1,4 @@
-//! `stop --after`, and the whole of a stop under load: not ready, still serving; then the answers, the
+//! Tests `stop --after` and a whole stop under load: not ready but serving, then the answers, the
 //! deadline, the end.
 
 use std::io::{BufRead, BufReader};
@@ -19,7 +19,7 @@ count = 4
 builtin = \"sleep\"
 ";
 
-/// The health of as many new connections as reach every worker, each asked once.
+/// Returns the health on enough new connections to reach every worker.
 fn health(daemon: &Daemon) -> Vec<u16> {
     let ask = |_| {
         let mut wire = Wire::to(daemon);
@@ -48,15 +48,15 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
         .notify()
         .wait(told, PATIENCE, |line| line == "STOPPING=1")
         .expect("the service manager is told at the beginning");
-    daemon.wait_log("stops in 15 s");
+    daemon.wait_log("stop scheduled in 15 s");
     wait_for("all workers to have read the order", PATIENCE, || {
         health(&daemon).iter().all(|&status| status == 503)
     });
     let not_ready_after = begin.elapsed();
-    // what runs in the worker that is killed next would be lost with it
+    // A call in the worker that is killed next would be lost.
     let connecting = connecting.stop();
     assert!(connecting.lost.is_empty(), "{:?}", connecting.lost);
-    // One that is replaced meanwhile is no readier.
+    // A replaced worker is not ready either.
     let worker = daemon.ready_workers()[0];
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker), Signal::SIGKILL).unwrap();
     wait_for("its successor", PATIENCE, || {
@@ -71,11 +71,11 @@ fn a_lame_duck_is_not_ready_and_serves_until_its_time_is_over() {
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     let why = String::from_utf8(refused.stderr).unwrap();
     assert!(
-        why.contains("reload refused: the server is about to stop, in "),
+        why.contains("reload refused: the server stops in "),
         "{why}"
     );
     daemon.signal(Signal::SIGHUP);
-    daemon.wait_log("reload refused: the server is about to stop, in ");
+    daemon.wait_log("reload refused: the server stops in ");
     assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
     lasting.stop();
     let mut running = daemon.client();
@@ -116,17 +116,17 @@ pool = \"p\"
         command.stderr(Stdio::piped()).spawn().unwrap()
     };
     let first = order(&["reload"]);
-    daemon.wait_log("reload: reads the configuration");
+    daemon.wait_log("reload: reading the configuration");
     let mut second = order(&["reload"]);
     let mut told = BufReader::new(second.stderr.take().unwrap());
-    // What it waits for is told once it does.
+    // It reports this when it waits.
     let mut line = String::new();
     told.read_line(&mut line).unwrap();
     assert!(line.contains("waiting for"), "{line}");
     let later = order(&["stop", "--after", "10m"]);
     line.clear();
     told.read_line(&mut line).unwrap();
-    assert!(line.contains("the server is about to stop, in "), "{line}");
+    assert!(line.contains("the server stops in "), "{line}");
     assert_eq!(second.wait().unwrap().code(), Some(1));
     daemon.signal(Signal::SIGTERM);
     assert_eq!(first.wait_with_output().unwrap().status.code(), Some(1));
@@ -139,7 +139,7 @@ fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
     for term in [false, true] {
         let mut daemon = Daemon::builder().config(CONFIG).start();
         let mut later = daemon.asking(&["stop", "--after", "10m"]).spawn().unwrap();
-        daemon.wait_log("stops in 600 s");
+        daemon.wait_log("stop scheduled in 600 s");
         let mut running = daemon.client();
         running.send(&json!({"in": "sleep", "params": 3}).to_string());
         daemon.wait_running(1);
@@ -148,7 +148,7 @@ fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
             true => daemon.signal(Signal::SIGTERM),
             false => assert!(daemon.command(&["stop"]).status.success()),
         }
-        // gracefully: the call that runs is answered
+        // A graceful stop: the running call is answered.
         assert_eq!(running.recv_json()["result"], 3);
         assert_eq!(daemon.wait_exit().code(), Some(0));
         assert_within("left", begin.elapsed(), Duration::from_secs(5));
@@ -156,7 +156,7 @@ fn a_stop_and_a_term_are_heard_at_once_in_a_lame_duck() {
     }
 }
 
-/// The promise about TERM, whole: 100 calls of three seconds, one of a minute, 50 idle connections.
+/// The promise for TERM as a whole: 100 calls of three seconds, one of a minute, 50 idle connections.
 #[test]
 fn a_stop_answers_a_hundred_calls_gives_the_endless_one_up_and_keeps_to_its_deadline() {
     const DEADLINE: Duration = Duration::from_secs(5);

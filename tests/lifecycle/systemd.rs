@@ -1,9 +1,9 @@
-//! preforkd as a service of a real systemd: booted in a sandbox of namespaces
-//! (`support/systemd-sandbox`), installed there by `systemd/install`, and asked by systemctl.
+//! Tests preforkd as a service of a real systemd: booted in a sandbox of namespaces
+//! (`support/systemd-sandbox`), installed there by `systemd/install`, and controlled with systemctl.
 //!
-//! Nothing of it touches the machine that runs the tests. Each test is ignored unless asked for,
-//! since the sandbox needs root and a mounted cgroup2; `tests/run` asks where they are, and says
-//! so where they are not.
+//! Nothing of it touches the machine that runs the tests. Each test is ignored unless requested, because
+//! the sandbox needs root and a mounted cgroup2. `tests/run` requests them where that is available, and
+//! reports where it is not.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -13,14 +13,14 @@ use serde_json::Value;
 
 use crate::support::{Dir, PATIENCE, binary, has_landlock, markdown, source, wait_for};
 
-/// A booted systemd, gone with its test.
+/// A booted systemd that ends with its test.
 struct Sandbox {
     directory: PathBuf,
 }
 
 impl Sandbox {
     fn up() -> Self {
-        // its own directory under /tmp: unix sockets in it have short paths
+        // It has its own directory under /tmp, because unix sockets need short paths.
         let output = tool()
             .args(["up", "--bind-ro"])
             .arg(source())
@@ -31,18 +31,18 @@ impl Sandbox {
         let sandbox = Sandbox {
             directory: PathBuf::from(directory.trim_end()),
         };
-        // where it lies may not be seen inside; the share is
+        // Its path may not be visible inside, but the share is.
         std::fs::copy(binary(), sandbox.binary()).unwrap();
         sandbox
     }
 
-    /// The binary under test, at the same path inside and outside.
+    /// Returns the binary under test, at the same path inside and outside.
     fn binary(&self) -> PathBuf {
         self.directory.join("share/preforkd")
     }
 
-    /// One with preforkd installed, its configuration added to the shipped one's place when it
-    /// is not empty, and its unit amended by a drop-in likewise.
+    /// Installs preforkd. If not empty, `config` replaces the shipped configuration, and `drop_in` amends
+    /// the unit.
     fn with_preforkd(config: &str, drop_in: &str) -> Self {
         let sandbox = Self::up();
         sandbox.run("systemd/install");
@@ -78,12 +78,12 @@ impl Sandbox {
         command
     }
 
-    /// Runs a script inside, from the top of the source tree.
+    /// Runs a script inside, in the top directory of the source tree.
     fn try_run(&self, script: &str) -> Output {
         self.command(script).output().unwrap()
     }
 
-    /// The same, and what it printed; it must succeed.
+    /// Does the same, asserts that it succeeds, and returns its output.
     #[track_caller]
     fn run(&self, script: &str) -> String {
         let output = self.try_run(script);
@@ -91,7 +91,7 @@ impl Sandbox {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// A property of the unit, as `systemctl show` has it.
+    /// Returns a property of the unit, as `systemctl show` prints it.
     #[track_caller]
     fn property(&self, name: &str) -> String {
         let value = self.run(&format!(
@@ -105,7 +105,7 @@ impl Sandbox {
         serde_json::from_str(&self.run("preforkd status --json")).unwrap()
     }
 
-    /// The pids of the workers, all of them ready, once those before them have left.
+    /// Returns the pids of the workers when all are ready and earlier ones have exited.
     #[track_caller]
     fn ready_workers(&self) -> Vec<i64> {
         let mut workers = Vec::new();
@@ -167,7 +167,7 @@ const SLEEP: &str = "[methods.sleep]\nbuiltin = \"sleep\"";
 fn systemd_start_returns_when_every_worker_is_ready() {
     let sandbox = Sandbox::with_preforkd("", "");
     sandbox.run("systemctl start preforkd");
-    // no waiting here: this is what Type=notify is for
+    // No waiting is needed because of Type=notify.
     let status = sandbox.status();
     let mut workers = status["workers"].as_array().unwrap().iter();
     assert!(
@@ -203,7 +203,7 @@ fn systemd_exposure_is_within_its_bar() {
     println!("{}", table.lines().last().unwrap_or_default());
 }
 
-/// None of its processes is root there, so the guard is all that stands before a worker's memory.
+/// No process is root there, so only the guard protects a worker's memory.
 #[test]
 #[ignore = "needs root and cgroup2: tests/run runs it where they are"]
 fn systemd_programs_are_guarded_in_the_unit() {
@@ -297,7 +297,7 @@ fn systemd_an_upgrade_leaves_the_main_pid_and_the_state_alone() {
     install("/bin/false");
     let refused = sandbox.try_run(&format!("{good} upgrade"));
     assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
-    install(&good); // which asks and calls as well
+    install(&good); // it also runs check and call
     assert_undisturbed();
     assert_eq!(sandbox.ready_workers(), after);
     sandbox.run("systemctl reload preforkd");
@@ -317,7 +317,7 @@ fn systemd_a_broken_configuration_does_not_start() {
         journal.contains("/etc/preforkd/preforkd.toml:1:1"),
         "{journal}"
     );
-    // Started once and not again and again, so the mended one starts without `reset-failed`.
+    // It was started only once, so the repaired unit starts without `reset-failed`.
     assert_eq!(sandbox.property("ExecMainStatus"), "78");
     assert_eq!(sandbox.property("NRestarts"), "0");
     sandbox.configure("");
@@ -388,7 +388,7 @@ fn systemd_a_connection_made_before_the_service_runs_is_answered() {
     assert_eq!(sandbox.property("ActiveState"), "inactive");
     sandbox.assert_serves();
     assert_eq!(sandbox.property("ActiveState"), "active");
-    // the socket is systemd's, so a restart refuses nobody either
+    // systemd holds the socket, so a restart refuses no client either.
     sandbox.run("systemctl stop preforkd.service && preforkd call ping 1");
 }
 
@@ -451,7 +451,7 @@ fn systemd_the_readme_installs_it() {
     let mut ran = 0;
     for block in markdown::blocks(&readme) {
         if block.language == "sh" && block.text.contains("systemctl") {
-            // root needs no sudo, and what cargo would build is what is under test already
+            // root needs no sudo, and the build of cargo is already the binary under test.
             sandbox.run(&format!(
                 "sudo() {{ \"$@\"; }}\ncargo() {{ :; }}\n{}",
                 block.text
@@ -464,7 +464,7 @@ fn systemd_the_readme_installs_it() {
     sandbox.assert_serves();
 }
 
-/// Into a directory of its own: this one needs no sandbox.
+/// Installs into a separate directory, so it needs no sandbox.
 #[test]
 fn install_takes_the_packaged_build_from_the_directory_of_cargo() {
     let dir = Dir::new();

@@ -1,4 +1,5 @@
-//! A slot that can't keep a worker: throttled, while the others serve, and back without help.
+//! Tests a slot that cannot keep a worker: it is throttled while the others serve, and recovers without
+//! help.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,13 +10,12 @@ use serde_json::Value;
 
 use crate::support::{Client, Daemon, PATIENCE, assert_within, process, wait_for};
 
-/// The workers that stand behind these, as the status has them.
+/// Returns a slot, as in the status.
 fn slot(daemon: &Daemon, slot: usize) -> Value {
     daemon.status()["workers"][slot].take()
 }
 
-/// Ends the worker of slot 0 as often as it comes, until `enough` says so. Answers how many there
-/// were.
+/// Kills each worker of slot 0 until `enough` returns true. Returns the number of workers.
 pub fn kill_slot_0(daemon: &Daemon, mut enough: impl FnMut(usize) -> bool) -> usize {
     let other = daemon.ready_workers()[1];
     let mut ended = 0;
@@ -25,8 +25,8 @@ pub fn kill_slot_0(daemon: &Daemon, mut enough: impl FnMut(usize) -> bool) -> us
             .iter()
             .find(|&&pid| pid != other && process::runs(pid));
         match victim {
-            // It may be gone by itself, but not reaped and its pid another's: the master is slow
-            // beside us at worst.
+            // It may have exited by itself, but its pid cannot be reused before it is reaped, and the
+            // master is slower than this test.
             Some(&pid) if kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok() => {
                 ended += 1;
                 wait_for("its death noticed", PATIENCE, || !process::runs(pid));
@@ -42,7 +42,7 @@ fn pause_a_little() {
     wait_for("a moment", PATIENCE, || !std::mem::take(&mut first));
 }
 
-/// Clients whose connections are on the worker of slot 1: each is asked who answers it.
+/// Returns clients whose connections are on the worker of slot 1, found by a call on each.
 pub fn clients_of_slot_1(daemon: &Daemon, want: usize) -> Vec<Client> {
     let mut clients = Vec::new();
     let mut others = Vec::new();
@@ -95,7 +95,7 @@ fn a_slot_whose_workers_keep_dying_is_throttled_and_the_other_loses_no_call() {
     assert!(throttled["pid"].is_null(), "{throttled}");
     assert!(!throttled["throttle"].is_null(), "{throttled}");
 
-    // A reload clears the count: nobody has to wait for the delay to end.
+    // A reload clears the count, so the delay need not be waited for.
     let reload = daemon.command(&["reload"]);
     assert!(reload.status.success(), "{reload:?}");
     assert_eq!(daemon.ready_workers().len(), 2);
@@ -122,7 +122,8 @@ fn a_throttled_slot_comes_back_by_itself() {
     );
 }
 
-/// RLIMIT_NPROC counts by user and spares root, so the daemon is a user that nobody else is.
+/// RLIMIT_NPROC counts per user and does not limit root, so the daemon runs as a user that has no other
+/// process.
 #[test]
 #[ignore = "needs root, to become another user; tests/run runs it"]
 fn refused_forks_cost_a_line_now_and_then_and_end_with_the_limit() {
@@ -133,7 +134,7 @@ fn refused_forks_cost_a_line_now_and_then_and_end_with_the_limit() {
         .expect_log("fork was refused")
         .start();
     let limit = |limit: &str| {
-        // As the same user, who may do that even where root lacks CAP_SYS_RESOURCE.
+        // As the same user, which may do it even if root lacks CAP_SYS_RESOURCE.
         let done = Command::new("setpriv")
             .args(["--reuid", "54321", "--regid", "54321", "--clear-groups"])
             .args(["prlimit", "--pid", &daemon.pid().to_string()])

@@ -1,6 +1,6 @@
-//! Upgrades in place: another binary in the same process, and no client notices.
+//! Tests upgrades in place: another binary in the same process, and no client notices.
 //!
-//! Each test has a copy of the binary of its own, which it replaces. Those that fail, and must, are in `upgrade_failures`.
+//! Each test replaces its own copy of the binary. Upgrades that must fail are in `upgrade_failures`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -22,7 +22,7 @@ use crate::support::{
     wait_for,
 };
 
-/// Runs while clients of all nine kinds call, and fails when one of them lost a call.
+/// Runs `run` while clients of all nine kinds call, and fails if one of them lost a call.
 #[track_caller]
 pub fn without_loss(daemon: &Daemon, what: &str, run: impl FnOnce(&dyn Fn())) {
     let loads: Vec<Load> = DIALECTS
@@ -88,7 +88,7 @@ fn upgrades_at_full_load_lose_no_call_and_leave_no_trace() {
     assert_eq!(status["deaths"].as_array().map(Vec::len), Some(0));
     assert_eq!(process::comm(master), "preforkd master");
     assert!(process::title(master).starts_with("preforkd: master /"));
-    // told as reloads are
+    // It is reported like a reload.
     let count = |what: &str| {
         let told = daemon.notifications();
         told.iter().filter(|line| *line == what).count() as u64
@@ -114,7 +114,7 @@ fn what_status_knows_goes_on_and_a_signal_will_do() {
     });
     assert!(daemon.command(&["reload"]).status.success());
     wait_for_children(&daemon, 2);
-    // A call that runs all the while is answered by the worker that took it.
+    // A call that runs during all of this is answered by the worker that took it.
     let mut slow = daemon.client();
     slow.send(r#"{"in":"sleep","params":8}"#);
     daemon.wait_running(1);
@@ -127,6 +127,10 @@ fn what_status_knows_goes_on_and_a_signal_will_do() {
     let after = daemon.status();
     assert_eq!(executable(daemon.pid()), installed.inode());
     assert_eq!(before["deaths"], after["deaths"]);
+    // An upgrade ends with a reload of its own.
+    let reloads = after["reloads"].as_array().unwrap();
+    assert_eq!(before["reloads"][0], reloads[0]);
+    assert_eq!((reloads.len(), &reloads[1]["generation"]), (2, &3.into()));
     assert_eq!(after["deaths"][0]["pid"], victim);
     assert_eq!(after["master"]["generation"], 3);
     assert!(after["master"]["uptime_s"].as_u64() >= before["master"]["uptime_s"].as_u64());
@@ -138,7 +142,7 @@ fn what_status_knows_goes_on_and_a_signal_will_do() {
     assert_eq!(slow.recv_text(), r#"{"out":"sleep","result":8}"#);
     wait_for_children(&daemon, 2);
 
-    // and by the new binary everything works as by the old one
+    // With the new binary everything works as with the old one.
     assert!(daemon.command(&["scale", "3"]).status.success());
     wait_for("a third worker", PATIENCE, || {
         daemon.ready_workers().len() == 3
@@ -160,7 +164,7 @@ fn a_deleted_binary_is_no_reason_to_keep_the_old_one_once_there_is_a_new_one() {
     let refused = daemon.command(&["upgrade"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     let workers = daemon.ready_workers();
-    // a worker forked by a master whose binary is gone is a worker like any other
+    // A worker of a master whose binary is gone is an ordinary worker.
     daemon.signal(Signal::SIGTTIN);
     wait_for("one more", PATIENCE, || daemon.ready_workers().len() == 3);
     assert!(workers.iter().all(|pid| process::runs(*pid)));
@@ -169,8 +173,8 @@ fn a_deleted_binary_is_no_reason_to_keep_the_old_one_once_there_is_a_new_one() {
     assert_eq!(executable(daemon.pid()), installed.inode());
 }
 
-/// A path as a shell has it, relative, for a program and its configuration; a daemon that has left
-/// that directory; a log file, a unix socket with its mode, and their paths at the end.
+/// A relative path of program and configuration, as in a shell; a daemon that has left that directory; a
+/// log file, a unix socket with its mode, and their paths at the end.
 #[test]
 fn a_daemon_is_upgraded_as_it_was_started_and_leaves_as_it_would_have() {
     let installed = Installed::new();
@@ -220,7 +224,7 @@ fn a_daemon_is_upgraded_as_it_was_started_and_leaves_as_it_would_have() {
     wait_kinds(pid, &fresh);
     let mode = fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode, 0o640);
-    // the log goes on in the same file, and is reopened on request
+    // The log continues in the same file, and is reopened on request.
     fs::rename(installed.file("log"), installed.file("log.1")).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGUSR1).unwrap();
     wait_for("the log reopened", PATIENCE, || {
@@ -247,7 +251,7 @@ fn a_program_built_on_the_library_is_upgraded_likewise() {
     upgrade(&daemon);
     assert_eq!(executable(daemon.pid()), installed.inode());
     assert_eq!(client.call_text(sum), r#"{"out":"sum","result":6}"#);
-    // To a program that lacks the methods: the old workers have them as long as they drain.
+    // A program that lacks the methods: the old workers have them while they drain.
     installed.renew();
     upgrade(&daemon);
     wait_for("the methods of the new program", PATIENCE, || {
@@ -255,8 +259,8 @@ fn a_program_built_on_the_library_is_upgraded_likewise() {
     });
 }
 
-/// A daemon that is between two programs, where neither is there to see what happens: held up by a
-/// script that waits for a word in a fifo, in a shell that reaps nobody's children.
+/// A daemon between two programs, where neither of them can notice events. A script holds it, in a shell
+/// that reaps no children, and waits for a line in a FIFO.
 struct Between {
     installed: Installed,
     daemon: Daemon,
@@ -272,7 +276,7 @@ impl Between {
         );
         daemon.signal(Signal::SIGUSR2);
         wait_for("the exec", PATIENCE, || installed.file("between").exists());
-        // the workers serve
+        // The workers serve.
         let mut client = daemon.client();
         let pong = r#"{"out":"pong","result":null}"#;
         assert_eq!(client.call_text(r#"{"in":"ping"}"#), pong);
@@ -311,7 +315,7 @@ fn a_hup_and_a_death_during_the_exec_are_heard_after_it() {
 
 #[test]
 fn a_term_during_the_exec_is_obeyed_after_it() {
-    // by an upgrade that has no verdict any more
+    // By an upgrade that has no result any more.
     let mut between = Between::of(Daemon::builder().expect_log("the server stops"));
     between.daemon.signal(Signal::SIGTERM);
     between.go_on();
@@ -327,9 +331,9 @@ fn an_upgrade_waits_for_a_reload_and_a_reload_for_an_upgrade() {
     installed.script("while [ ! -e $dir/go ]; do sleep 0.02; done; exec $good \"$@\"");
     std::thread::scope(|scope| {
         let upgrade = scope.spawn(|| daemon.command(&["upgrade"]));
-        daemon.wait_log("upgrade: tries");
+        daemon.wait_log("upgrade: probing");
         let reload = scope.spawn(|| daemon.command(&["reload"]));
-        // everything else goes on meanwhile
+        // Everything else continues meanwhile.
         assert!(daemon.command(&["scale", "3"]).status.success());
         wait_for("a third worker", Duration::from_secs(10), || {
             daemon.ready_workers().len() == 3
@@ -344,7 +348,8 @@ fn an_upgrade_waits_for_a_reload_and_a_reload_for_an_upgrade() {
     assert_eq!(daemon.status()["master"]["last_reload"]["ok"], true);
 }
 
-/// What a program starts in `on_master_start`, beside what a worker's end sweeps away.
+/// Processes that a program starts in `on_master_start`, besides those that the end of a worker sweeps
+/// away.
 #[test]
 fn children_of_the_new_programs_own_functions_are_no_orphans() {
     let installed = Installed::new();
@@ -363,11 +368,11 @@ fn children_of_the_new_programs_own_functions_are_no_orphans() {
     for upgrades in 1..=2 {
         installed.put(&example("mistakes"));
         upgrade(&daemon);
-        // that of the probe is an orphan, and goes with what the old worker has left
+        // The one of the probe is an orphan, and is killed with the leftovers of the old worker.
         let lost = helpers()[2 * upgrades - 1];
         wait_for("the orphan's end", PATIENCE, || !process::runs(lost));
     }
-    // of the start; of a probe and of the program after it; and once more
+    // One of the start; one of a probe and one of the program after it; and once more.
     let [first, lost, second, lost_again, third] = helpers()[..] else {
         panic!("{:?}", helpers());
     };
@@ -383,7 +388,7 @@ fn children_of_the_new_programs_own_functions_are_no_orphans() {
     for helper in [first, second, third] {
         assert!(process::runs(helper), "{helper} was taken for an orphan");
         assert_eq!(process::parent(helper), Some(daemon.pid()));
-        // which it hears: signals are blocked across the exec, and not for those
+        // It receives the signal: signals are blocked across the exec, but not in these children.
         kill(Pid::from_raw(helper), Signal::SIGTERM).unwrap();
     }
 }

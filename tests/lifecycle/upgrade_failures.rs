@@ -1,5 +1,5 @@
-//! Upgrades that can't be, each in its way: the old program serves on, nobody loses a call, the
-//! reason is told, and the next upgrade works.
+//! Tests upgrades that fail in different ways: the old program continues to serve, no client loses a
+//! call, the reason is reported, and the next upgrade works.
 
 use std::fs;
 use std::net::TcpListener;
@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
 use crate::lifecycle::upgrade::without_loss;
 use crate::support::fault_library::Sabotage;
@@ -17,7 +18,7 @@ use crate::support::{Builder, Client, Daemon, PATIENCE, binary, process, wait_fo
 
 const CONFIG: &str = "[workers]\ncount = 2\nboot-timeout = \"4s\"\n";
 
-/// Its workers wait for a program that never says that it is ready.
+/// Its workers wait for a program that never reports ready.
 const TOO_SLOW: &str = "
 [workers]
 count = 2
@@ -29,7 +30,7 @@ ready = \"message\"
 pool = \"p\"
 ";
 
-/// What has to be the same after an upgrade that was refused.
+/// The state that must be the same after a refused upgrade.
 struct Before {
     workers: Vec<i32>,
     inode: u64,
@@ -63,7 +64,7 @@ impl Before {
     }
 }
 
-/// Asks for it by the command, and gives what that says on stderr; it must end with 1.
+/// Requests it with the command and returns its stderr; the command must exit with 1.
 #[track_caller]
 fn refused(daemon: &Daemon) -> String {
     let refused = daemon.command(&["upgrade"]);
@@ -72,7 +73,7 @@ fn refused(daemon: &Daemon) -> String {
     said
 }
 
-/// A daemon that is going to refuse upgrades, and for which no more is to go wrong.
+/// Starts a daemon that will refuse upgrades, and whose other errors fail the test.
 fn to_refuse(installed: &Installed) -> Daemon {
     let daemon = installed.daemon(CONFIG);
     daemon.expect_log("upgrade refused").start()
@@ -98,7 +99,7 @@ fn what_can_not_take_over_is_found_by_the_probe_and_nothing_changes() {
         ),
         (
             "/bin/true",
-            "without a word",
+            "without a result",
             Box::new(|it| it.put(Path::new("/bin/true"))),
         ),
         (
@@ -118,7 +119,7 @@ fn what_can_not_take_over_is_found_by_the_probe_and_nothing_changes() {
         ),
         (
             "truncated",
-            // what comes of that is the kernel's affair
+            // The kernel decides what happens then.
             "/preforkd",
             Box::new(|it| it.write(&whole[..5000], 0o755)),
         ),
@@ -144,10 +145,11 @@ fn what_can_not_take_over_is_found_by_the_probe_and_nothing_changes() {
             let said = refused(&daemon);
             assert!(said.contains(reason), "{what}: {said}");
             before.assert_same(&daemon, what);
-            // by signal as well, which nobody waits for: the log has it, and the status
+            // Also by signal: the log and the status have the reason, because no command waits for it.
             daemon.signal(Signal::SIGUSR2);
             wait_for("the refusal in the log", PATIENCE, || {
-                daemon.log().matches("upgrade refused").count() == 2 * (number + 1)
+                let refusal = "upgrade refused, everything stays as it was";
+                daemon.log().matches(refusal).count() == 2 * (number + 1)
             });
             before.assert_same(&daemon, what);
             let last = daemon.status()["master"]["last_upgrade"].take();
@@ -175,13 +177,13 @@ fn a_configuration_that_is_wrong_is_found_by_the_probe_too() {
     assert!(said.contains("preforkd.toml:3:1: color"), "{said}");
     before.assert_same(&daemon, "a wrong key");
     assert!(
-        !daemon.log().contains("upgrade: becomes"),
+        !daemon.log().contains("upgrade: executing"),
         "{}",
         daemon.log()
     );
 }
 
-/// These pass the probe, for nothing is bound and no worker started there.
+/// These pass the probe, because the probe binds nothing and starts no worker.
 #[test]
 fn what_fails_after_the_exec_goes_back_to_the_old_program() {
     let installed = Installed::new();
@@ -209,7 +211,7 @@ fn what_fails_after_the_exec_goes_back_to_the_old_program() {
             daemon.configure(config);
             let said = refused(&daemon);
             assert!(said.contains(reason), "{said}");
-            let execs = daemon.log().matches("upgrade: becomes").count();
+            let execs = daemon.log().matches("upgrade: executing").count();
             assert_eq!(execs, number + 1, "{}", daemon.log());
             before.assert_same(&daemon, reason);
             let status = daemon.status();
@@ -222,12 +224,46 @@ fn what_fails_after_the_exec_goes_back_to_the_old_program() {
     assert_ne!(executable(daemon.pid()), before.inode);
     wait_for_children(&daemon, 2);
     wait_kinds(daemon.pid(), &before.kinds);
-    // READY=1 follows each RELOADING=1: a service manager would wait for it
+    // READY=1 follows each RELOADING=1, because a service manager would wait for it.
     wait_for("the last word of it", PATIENCE, || {
         let told = daemon.notifications();
         let last = |what: &str| told.iter().rposition(|line| line == what);
         last("READY=1") > last("RELOADING=1")
     });
+}
+
+/// The file of the variables is gone by then.
+#[test]
+fn programs_keep_their_variables_on_the_way_back() {
+    let installed = Installed::new();
+    let secret = "[workers]\ncount = 1\nboot-timeout = \"4s\"\n[methods.secret]\n\
+                  command = [\"printenv\", \"KEY\"]\nenvironment-file = \"secrets.env\"\noutput = \"line\"\n";
+    let daemon = installed
+        .daemon(secret)
+        .file("secrets.env", "KEY=one\n")
+        .expect_log("reload refused")
+        .expect_log("upgrade refused")
+        .expect_log("within boot-timeout")
+        .expect_log("ended by SIG")
+        .start();
+    let asked = || daemon.client().call(&json!({"in": "secret"}))["result"].clone();
+    assert_eq!(asked(), "one");
+    let worker = daemon.ready_workers()[0];
+    fs::remove_file(daemon.dir().join("secrets.env")).unwrap();
+    installed.renew();
+    daemon.configure(TOO_SLOW);
+    let said = refused(&daemon);
+    assert!(said.contains("boot-timeout"), "{said}");
+    assert!(daemon.log().contains("rolling back to the old program"));
+    kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+    wait_for("another worker", PATIENCE, || {
+        daemon.ready_workers().iter().any(|pid| *pid != worker)
+    });
+    assert_eq!(asked(), "one");
+    for place in ["cmdline", "environ"] {
+        let shown = fs::read(format!("/proc/{}/{place}", daemon.pid())).unwrap();
+        assert!(!shown.windows(7).any(|text| text == b"KEY=one"), "{place}");
+    }
 }
 
 /// A daemon whose new program is broken as a test orders.
@@ -239,7 +275,7 @@ fn sabotaged(installed: &Installed, sabotage: &Sabotage) -> Builder {
         .expect_log("upgrade refused")
 }
 
-/// A daemon whose new program panics after the exec: it has a second thread, and then no master forks.
+/// A daemon whose new program panics after the exec: it has a second thread, so the master cannot fork.
 fn panicking(installed: &Installed, sabotage: &Sabotage) -> Daemon {
     sabotaged(installed, sabotage)
         .expect_log("panic at")
@@ -280,14 +316,14 @@ fn a_panic_of_the_new_program_goes_back_to_the_old_one() {
     wait_kinds(daemon.pid(), &before.kinds);
 }
 
-/// With a worker of the new program that serves already.
+/// A worker of the new program already serves.
 #[test]
 fn a_panic_on_the_way_goes_back_with_all_that_was_heard() {
     let (installed, sabotage) = (Installed::new(), Sabotage::new());
     let daemon = panicking(&installed, &sabotage);
     let before = Before::of(&daemon);
     without_loss(&daemon, "panics on the way", |some_calls| {
-        // one worker more, which the new program had put off
+        // One more worker, which the new program had postponed.
         sabotage.order("fork", &(Signal::SIGTTIN as i32).to_string());
         installed.renew();
         let said = refused(&daemon);
@@ -299,7 +335,7 @@ fn a_panic_on_the_way_goes_back_with_all_that_was_heard() {
         assert_eq!(daemon.ready_workers()[..2], before.workers);
         assert_eq!(executable(daemon.pid()), before.inode);
         some_calls();
-        // a reload, which is the old program's to do
+        // A reload, which the old program must do.
         sabotage.order("fork", &(Signal::SIGHUP as i32).to_string());
         let said = refused(&daemon);
         assert!(said.contains("panicked"), "{said}");
@@ -315,7 +351,7 @@ fn a_panic_on_the_way_goes_back_with_all_that_was_heard() {
     assert_eq!(daemon.status()["deaths"].as_array().map(Vec::len), Some(0));
 }
 
-/// A signal that comes when the new program has looked for the last time.
+/// The signal arrives after the last check of the new program.
 #[test]
 fn what_comes_at_the_last_moment_is_heard_by_the_old_program() {
     let (installed, sabotage) = (Installed::new(), Sabotage::new());
@@ -336,7 +372,7 @@ fn what_comes_at_the_last_moment_is_heard_by_the_old_program() {
     assert_eq!(daemon.ready_workers()[..2], before.workers);
 }
 
-/// What a second master over the same pid file says, which must not start.
+/// Asserts that a second master with the same pid file does not start, and its message.
 #[track_caller]
 fn assert_locked(daemon: &Daemon) {
     let mut second = Command::new(binary());
@@ -376,20 +412,20 @@ fn a_second_upgrade_while_one_runs_is_refused_and_disturbs_nothing() {
     without_loss(&daemon, "a second upgrade during one", |_| {
         std::thread::scope(|scope| {
             let first = scope.spawn(|| daemon.command(&["upgrade"]));
-            daemon.wait_log("upgrade: tries");
+            daemon.wait_log("upgrade: probing");
             let said = refused(&daemon);
-            assert!(said.contains("another one is under way"), "{said}");
+            assert!(said.contains("another upgrade is under way"), "{said}");
             for _ in 0..20 {
                 daemon.signal(Signal::SIGUSR2);
             }
-            daemon.wait_log("upgrade refused: another one is under way");
+            daemon.wait_log("upgrade refused: another upgrade is under way");
             fs::write(installed.file("go"), "").unwrap();
             let first = first.join().unwrap();
             assert!(first.status.success(), "{first:?}");
         });
     });
     wait_for_children(&daemon, 2);
-    assert_eq!(daemon.log().matches("upgrade: becomes").count(), 1);
+    assert_eq!(daemon.log().matches("upgrade: executing").count(), 1);
 }
 
 #[test]
@@ -418,7 +454,7 @@ fn installed_probe(installed: &Installed) -> String {
     fs::read_to_string(installed.file("probe")).unwrap_or_default()
 }
 
-/// What comes later stops too, and nobody but the program that was told knows when.
+/// A scheduled stop works too, although only the program that got the order knows its time.
 #[test]
 fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     let installed = Installed::new();
@@ -430,16 +466,16 @@ fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
         command.stderr(Stdio::piped()).spawn().unwrap()
     };
     let upgrade = ask(&["upgrade"]);
-    daemon.wait_log("upgrade: tries");
+    daemon.wait_log("upgrade: probing");
     let mut stop = ask(&["stop", "--after", "8s"]);
-    daemon.wait_log("stops in 8 s");
+    daemon.wait_log("stop scheduled in 8 s");
     fs::write(installed.file("go"), "").unwrap();
     let refused = upgrade.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{said}");
-    assert!(said.contains("the server is about to stop"), "{said}");
+    assert!(said.contains("the server stops in"), "{said}");
     assert_eq!(executable(daemon.pid()), before);
-    // likewise one that is asked for from now on
+    // The same for an upgrade that is requested from now on.
     let refused = daemon.command(&["upgrade"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     let mut client = daemon.client();
@@ -448,7 +484,7 @@ fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     assert!(stop.wait().unwrap().success());
     assert!(daemon.wait_exit().success());
     daemon.wait_group_gone();
-    assert!(!daemon.log().contains("upgrade: becomes"));
+    assert!(!daemon.log().contains("upgrade: executing"));
 }
 
 #[test]
@@ -464,7 +500,7 @@ fn killed_after_the_exec_it_is_a_killed_master() {
     );
     daemon.signal(Signal::SIGUSR2);
     wait_for("the exec", PATIENCE, || installed.file("between").exists());
-    // a program that hangs there is noticed by nobody: the workers serve
+    // A program that hangs there is not noticed, because the workers serve.
     let mut client = daemon.client();
     assert_eq!(
         client.call_text(r#"{"in":"ping"}"#),

@@ -1,4 +1,4 @@
-//! Workers that die are replaced: how soon, and what their deaths leave behind.
+//! Tests that dead workers are replaced: how fast, and what their deaths leave behind.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use crate::support::{Daemon, PATIENCE, assert_within, percentile, process, wait_for};
 
-/// The ways to die: by hand or for want of memory, and the three that a bug takes.
+/// The causes of death: killed by an operator or the kernel, and the three signals of a bug.
 const WAYS: [Signal; 4] = [
     Signal::SIGKILL,
     Signal::SIGSEGV,
@@ -15,14 +15,14 @@ const WAYS: [Signal; 4] = [
     Signal::SIGBUS,
 ];
 
-/// So many workers, and no throttle.
+/// Starts `count` workers without a throttle.
 pub fn unthrottled(count: usize) -> Daemon {
     let config = format!("[workers]\ncount = {count}\nthreads = 2\nrespawn-max-delay = \"0s\"\n");
     let daemon = Daemon::builder()
         .config(&config)
         .expect_log("ended by SIG")
         .start();
-    // Told behind READY=1: else it would be taken for the first replacement's.
+    // Sent behind READY=1; otherwise it would be taken for the message of the first replacement.
     let full = format!("STATUS={count} of {count} workers ready");
     let told = daemon
         .notify()
@@ -31,8 +31,8 @@ pub fn unthrottled(count: usize) -> Daemon {
     daemon
 }
 
-/// Kills worker after worker, each as soon as the one before it is replaced. Answers how long
-/// each took from its death to a successor that is ready, shortest first.
+/// Kills one worker after the other, each when the previous one is replaced. Returns how long each took
+/// from its death to a ready successor, shortest first.
 pub fn replacement_times(daemon: &Daemon, count: usize, deaths: usize) -> Vec<Duration> {
     let full = format!("STATUS={count} of {count} workers ready");
     let mut seen = daemon.notify().count();
@@ -53,7 +53,7 @@ pub fn replacement_times(daemon: &Daemon, count: usize, deaths: usize) -> Vec<Du
     times
 }
 
-/// One line about how long it took.
+/// Prints a line about these times.
 pub fn tell(what: &str, times: &[Duration]) {
     println!(
         "{what}: {} deaths, p50 {:?}, p99 {:?}, max {:?}",
@@ -64,7 +64,7 @@ pub fn tell(what: &str, times: &[Duration]) {
     );
 }
 
-/// What a process has, to see that it does not grow.
+/// The resources of a process, to check that they do not grow.
 #[derive(Debug, Clone, Copy)]
 pub struct Weight {
     pub descriptors: usize,
@@ -72,7 +72,7 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Once it has closed what the last command had opened.
+    /// Measures it when it has closed what the last command had opened.
     #[track_caller]
     pub fn of(pid: i32) -> Self {
         Weight {
@@ -82,14 +82,24 @@ impl Weight {
     }
 }
 
-/// Ends all workers at once, again and again, ready or not, and looks for zombies all the while.
-/// Answers the most that there were at one time.
+/// Kills all workers at once, repeatedly, ready or not, and looks for zombies meanwhile. Returns the most
+/// zombies at one time.
 pub fn massacre(daemon: &Daemon, count: usize, rounds: usize) -> usize {
     let mut most = 0;
     for round in 0..rounds {
         let workers = process::workers(daemon.pid());
         for worker in &workers {
-            end(*worker, WAYS[round % WAYS.len()]);
+            let signal = WAYS[round % WAYS.len()];
+            // One whose keeper was killed for it may have retired meanwhile.
+            if kill(Pid::from_raw(*worker), signal).is_err() {
+                let mut other = None;
+                wait_for("its successor", PATIENCE, || {
+                    let now = process::workers(daemon.pid());
+                    other = now.into_iter().find(|pid| !workers.contains(pid));
+                    other.is_some()
+                });
+                end(other.unwrap(), signal);
+            }
         }
         most = most.max(process::zombies(daemon.pid()).len());
         wait_for("all of them replaced", PATIENCE, || {
@@ -103,9 +113,9 @@ pub fn massacre(daemon: &Daemon, count: usize, rounds: usize) -> usize {
     most
 }
 
-/// Asserts that the log tells of so many deaths and no more. Who is killed by its name in its first
-/// moment may turn out to be a keeper, whose death is told in words of its own; so may be that of one
-/// that ended with its worker and was reaped before it.
+/// Asserts that the log reports exactly `deaths` deaths. A process that is killed right after its start
+/// by its name may be a keeper, whose death has another message. The same is true for a keeper that ended
+/// with its worker and was reaped first.
 #[track_caller]
 fn assert_told(daemon: &Daemon, deaths: usize) {
     let log = daemon.log();
@@ -115,7 +125,7 @@ fn assert_told(daemon: &Daemon, deaths: usize) {
     assert!(workers <= deaths && workers + keepers >= deaths);
 }
 
-/// Asserts that so many deaths were counted, and left nothing in the master.
+/// Asserts that `deaths` deaths were counted and left nothing in the master.
 #[track_caller]
 pub fn assert_nothing_left(daemon: &Daemon, before: Weight, deaths: usize, most_zombies: usize) {
     process::wait_for_no_zombies(daemon.pid());
@@ -137,7 +147,7 @@ fn a_worker_is_replaced_at_once_however_it_died() {
     let daemon = unthrottled(2);
     let times = replacement_times(&daemon, 2, 100);
     tell("from death to a ready successor", &times);
-    // Tests run beside each other here: the bar for p99 is in `bars`, which has the machine alone.
+    // Tests run concurrently here; the limit for p99 is in `bars`, which has the machine for itself.
     assert_within(
         "the median",
         percentile(&times, 50),
@@ -149,7 +159,7 @@ fn a_worker_is_replaced_at_once_however_it_died() {
 #[test]
 fn four_hundred_deaths_leave_nothing_behind() {
     let daemon = unthrottled(4);
-    // What is made once, by the first deaths and the first status, is no growth.
+    // Allocations at the first deaths and the first status are no growth.
     massacre(&daemon, 4, 25);
     assert_told(&daemon, 100);
     let before = Weight::of(daemon.pid());

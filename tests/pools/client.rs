@@ -1,7 +1,7 @@
-//! `map` and the crate's own client against a real daemon: what is in order, what is repeated and
-//! what is not.
+//! Tests `map` and the crate's own client with a real daemon: what is in order, what is repeated and what
+//! is not.
 //!
-//! The one theme that uses the crate: its client is what is under test here.
+//! Only these tests use the crate, because its client is under test here.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -25,7 +25,7 @@ respawn-max-delay = \"0s\"
 builtin = \"sleep\"
 ";
 
-/// `map` with these words, and a pipe at each end.
+/// Starts `map` with these arguments, and a pipe at each end.
 fn map(daemon: &Daemon, words: &[&str]) -> Child {
     let mut command = Command::new(binary());
     command.arg("map").args(words);
@@ -39,14 +39,14 @@ fn map(daemon: &Daemon, words: &[&str]) -> Child {
         .unwrap()
 }
 
-/// `map` of a whole input.
+/// Runs `map` on a whole input.
 fn map_all(daemon: &Daemon, words: &[&str], input: &str) -> Output {
     let mut child = map(daemon, words);
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_owned();
-    // From a thread: the results fill their pipe meanwhile.
+    // Write from a thread, because the results fill their pipe meanwhile.
     let writer = thread::spawn(move || {
-        // Who has ended early reads no more.
+        // A program that has ended early reads no more.
         let _ = stdin.write_all(input.as_bytes());
     });
     let output = child.wait_with_output().unwrap();
@@ -65,7 +65,7 @@ fn numbers(range: std::ops::Range<u64>) -> String {
 #[test]
 fn map_writes_the_results_in_the_order_of_the_lines() {
     let daemon = Daemon::builder().config(WITH_SLEEP).start();
-    // The first ones take longest.
+    // The first calls take longest.
     let input = "0.3\n0.2\n\n0.1\n0.0\n";
     let output = map_all(&daemon, &["sleep", "--jobs", "4", "--tag"], input);
     assert!(output.status.success(), "{output:?}");
@@ -81,7 +81,7 @@ fn map_names_the_lines_that_fail_and_does_the_others() {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert_eq!(text(&output.stdout), "1\n[3]\n5\n");
     let told = text(&output.stderr);
-    assert!(told.contains("line 2: the params are no JSON"), "{told}");
+    assert!(told.contains("line 2: the params are not JSON"), "{told}");
     assert!(told.contains("line 4: "), "{told}");
     assert!(told.contains("3 lines done, 2 failed"), "{told}");
 
@@ -98,14 +98,14 @@ fn map_ends_when_its_reader_leaves_and_when_there_is_no_server() {
     let mut child = map(&daemon, &["ping"]);
     let mut stdin = child.stdin.take().unwrap();
     let writer = thread::spawn(move || {
-        // Far more than pipes and windows hold: it ends because nobody reads on.
+        // Much more than pipes and windows hold: it ends because no one reads on.
         let _ = stdin.write_all(numbers(0..1_000_000).as_bytes());
     });
     let mut first = [0; 2];
     let mut stdout = child.stdout.take().unwrap();
     stdout.read_exact(&mut first).unwrap();
     drop(stdout);
-    wait_for("the end of a map that nobody reads", PATIENCE, || {
+    wait_for("the end of a map without a reader", PATIENCE, || {
         child.try_wait().unwrap().is_some()
     });
     assert!(child.wait().unwrap().success());
@@ -117,7 +117,7 @@ fn map_ends_when_its_reader_leaves_and_when_there_is_no_server() {
     assert_eq!(output.status.code(), Some(69), "{output:?}");
 }
 
-/// A terminal sees a bar of what is done, not of what was read ahead; Python makes the terminal.
+/// On a terminal a bar shows finished calls, not those that were read ahead. Python makes the terminal.
 #[test]
 fn map_draws_a_bar_of_what_is_done_on_a_terminal_of_python() {
     const TERMINAL: &str = "
@@ -146,7 +146,7 @@ sys.exit(map.wait())
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     let seen = text(&output.stdout);
-    // `\r`, perhaps escapes, then ` 42% BAR 42 done …`
+    // `\r`, perhaps escapes, then ` 42% BAR 42 done …`.
     let frames: Vec<(u64, u64)> = seen
         .split('\r')
         .filter_map(|frame| {
@@ -162,7 +162,7 @@ sys.exit(map.wait())
     }
 }
 
-/// What fails is what ran in the worker that was killed, and a second run does just that.
+/// Only calls that ran in the killed worker fail, and a second run does exactly these.
 #[test]
 fn map_over_a_thousand_lines_outlives_a_killed_worker_and_a_reload() {
     const LINES: u64 = 1_000;
@@ -206,7 +206,7 @@ fn map_over_a_thousand_lines_outlives_a_killed_worker_and_a_reload() {
     let lost = text(&first.stderr).matches("preforkd: line ").count() as u64;
     let results = text(&first.stdout);
     assert_eq!(results.lines().count() as u64 + lost, LINES);
-    // At most one call of each connection was running there.
+    // At most one call of each connection ran there.
     assert!(lost <= 8, "{}", text(&first.stderr));
     assert_eq!(
         first.status.code(),
@@ -230,8 +230,7 @@ fn map_over_a_thousand_lines_outlives_a_killed_worker_and_a_reload() {
     );
 }
 
-/// A millisecond, and a little more for each: the same call over and over would be taken for what
-/// the workers die of.
+/// A millisecond and a little more for each: one repeated call would be quarantined.
 fn one_of_its_own(place: u64) -> f64 {
     0.001 + place as f64 * 1e-9
 }
@@ -255,7 +254,7 @@ fn a_pool_repeats_only_what_did_not_begin_while_workers_die() {
         match outcome {
             Ok(_) => done += 1,
             Err(error) => {
-                // Ran when its worker was killed: its connection goes on, or has ended.
+                // It ran when its worker was killed: its connection continues, or has ended.
                 let ran = match &error {
                     ClientError::Gone(_) => true,
                     ClientError::Refused(error) => error.name == "crashed" && error.started,
@@ -321,7 +320,7 @@ fn a_pipeline_sends_more_ahead_than_the_server_reads_and_loses_none() {
     println!("pipeline: {CALLS} calls ahead, none lost, a slow one overtaken");
 }
 
-/// The server ends a call when its caller's time is over: its thread is free for the next one.
+/// The server ends a call at its caller's deadline, so its thread is free for the next one.
 #[test]
 fn a_pipeline_call_ends_at_its_timeout() {
     let config = format!("{WITH_SLEEP}timeout = \"30s\"\n");
@@ -332,7 +331,7 @@ fn a_pipeline_call_ends_at_its_timeout() {
     let pipeline = Pipeline::connect(&address, Some(limit)).unwrap();
     let begun = Instant::now();
     let error = pipeline.submit::<f64>("sleep", 30).unwrap().wait();
-    // Both sides count, and either may be first.
+    // Both sides have a deadline, and either may be first.
     match error.unwrap_err() {
         ClientError::TimedOut(_) => {}
         ClientError::Refused(error) => assert_eq!(error.name, "timeout"),
@@ -344,7 +343,7 @@ fn a_pipeline_call_ends_at_its_timeout() {
     assert!(took >= limit && took < Duration::from_secs(20), "{took:?}");
 }
 
-/// How long a pool waits for a server that is away is its caller's word.
+/// The caller decides how long a client pool waits for a server that is gone.
 #[test]
 fn a_pool_without_patience_gives_up_at_once() {
     let mut daemon = Daemon::start();

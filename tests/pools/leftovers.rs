@@ -1,5 +1,5 @@
-//! A pool's programs leave no process behind: not at a call's deadline, not when their worker or the
-//! master is killed, not at a stop, however hard they try.
+//! Tests that pool programs leave no process behind: at a call's deadline, when their worker or the
+//! master is killed, at a stop, even if they try hard.
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::support::leftover_check::{Hostile, gone};
 use crate::support::{PATIENCE, process, wait_for};
 
-/// It answers calls, but for one that never ends.
+/// Answers calls, except one that never ends.
 const REST: &str = r#"
 import json, socket, struct
 calls = socket.socket(fileno=3)
@@ -25,7 +25,7 @@ while True:
     calls.sendall(struct.pack("<I", len(body)) + body)
 "#;
 
-/// A daemon with that as a pool.
+/// Starts a daemon with this program as a pool.
 fn hostile(expect: &[&str]) -> Hostile {
     let config = |command: &str| {
         format!(
@@ -41,7 +41,7 @@ fn nothing_is_left_of_a_program_after_its_calls_deadline() {
     let setting = hostile(&[]);
     let pids = setting.started(1);
     let mut client = setting.daemon.client();
-    // what it has started lives with it, and is not taken for a leftover of a call
+    // Processes that it has started live with it, and are not taken for leftovers of a call.
     for _ in 0..20 {
         let answer = client.call(&json!({"in": "pid"}));
         assert_eq!(answer["result"], pids[0], "{answer}");
@@ -63,7 +63,7 @@ fn nothing_is_left_of_a_program_when_its_pool_process_is_killed() {
     let setting = hostile(&["SIGKILL"]);
     let pids = setting.started(1);
     setting.end_pool(Signal::SIGKILL, &pids, "pool process killed");
-    // whose program is not taken for a leftover
+    // Its program is not taken for a leftover.
     let answer = setting.daemon.client().call(&json!({"in": "pid"}));
     assert_eq!(answer["out"], "pid", "{answer}");
 }
@@ -80,7 +80,7 @@ fn nothing_is_left_of_a_program_after_the_masters_death() {
 
 #[test]
 fn nothing_is_left_of_a_program_after_a_quit_and_a_stop() {
-    let mut setting = hostile(&["left unasked"]);
+    let mut setting = hostile(&["exited without an order"]);
     let pids = setting.started(1);
     setting.end_pool(Signal::SIGQUIT, &pids, "pool process quits");
     let pids = setting.started(2);

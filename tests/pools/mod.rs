@@ -1,6 +1,7 @@
-//! Pools of programs, and the client pool of the library.
+//! Tests pools of programs, and the client pool of the library.
 
 mod client;
+mod health;
 mod leftovers;
 mod parallel;
 mod programs;

@@ -1,4 +1,4 @@
-//! Programs that run several calls at once (`concurrency` above 1).
+//! Tests programs that run several calls at once (`concurrency` above 1).
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Client, Daemon, PATIENCE, alone, process, source, wait_for};
 
-/// Methods on the helper for Python, of both kinds.
+/// Methods with the Python helper, of both kinds.
 const PROGRAM: &str = r#"
 import asyncio, os, time
 from preforkd import Error, method, serve
@@ -64,7 +64,7 @@ fn config(program: &str, methods: &[&str], keys: &str) -> String {
     text
 }
 
-/// A daemon with one program that may have so many calls at once.
+/// Starts a daemon with one program that may run `concurrency` calls at once.
 fn python(concurrency: usize, expected: &[&str]) -> Daemon {
     let helper = source().join("examples/python/preforkd.py");
     let methods = ["nap", "block", "held", "count", "fail", "pid"];
@@ -83,7 +83,7 @@ fn result(client: &mut Client, method: &str, params: &Value) -> Value {
     client.call(&json!({"in": method, "params": params}))["result"].take()
 }
 
-/// How long so many calls take that come together, each on a connection of its own.
+/// Returns how long `count` simultaneous calls take, each on a separate connection.
 fn together(daemon: &Daemon, count: usize, method: &str, params: &Value) -> Duration {
     let mut clients: Vec<Client> = (0..count).map(|_| daemon.client()).collect();
     let begin = Instant::now();
@@ -196,7 +196,7 @@ fn a_program_that_dies_costs_the_calls_that_it_had() {
     assert!(next.is_number() && next != pid);
 }
 
-/// A blocking function can't be cancelled: its program is ended when it has no other call.
+/// A blocking function cannot be cancelled: its program is ended when it has no other call.
 #[test]
 fn a_program_that_keeps_a_cancelled_call_is_replaced() {
     let daemon = python(2, &[]);

@@ -1,8 +1,8 @@
-//! The programs for pools that are shipped, in each language: they answer, also what is larger than
-//! a socket holds, and leave when they are told to.
+//! Tests the shipped pool programs in each language: they answer, also with more than a socket holds, and
+//! exit when asked to.
 //!
-//! Each is run as it stands in `examples/`. Where an interpreter is missing the test says so and
-//! counts as passed: `tests/run` installs them.
+//! Each runs as it is in `examples/`. If an interpreter is missing, the test prints that and counts as
+//! passed; `tests/run` installs them.
 
 use std::process::{Command, Stdio};
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Client, Daemon, Dir, PATIENCE, markdown, process, source, wait_for};
 
-/// Where the interpreters are, for the tests and for the programs alike.
+/// The path of the interpreters, for the tests and for the programs.
 const PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
 fn example(path: &str) -> String {
@@ -18,7 +18,7 @@ fn example(path: &str) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// Whether a program is there and runs.
+/// Returns whether a program exists and runs.
 fn has(program: &str, arguments: &[&str]) -> bool {
     let ran = Command::new(program)
         .env("PATH", PATH)
@@ -33,7 +33,7 @@ fn has(program: &str, arguments: &[&str]) -> bool {
     has
 }
 
-/// A daemon with one pool of this command, which answers these methods.
+/// Starts a daemon with one pool of this command, which answers these methods.
 fn daemon(command: &[&str], keys: &str, methods: &[&str]) -> Daemon {
     let keys = match keys.contains("ready =") {
         true => keys.to_owned(),
@@ -53,7 +53,7 @@ fn answer(client: &mut Client, method: &str, params: &Value) -> Value {
     client.call(&json!({"in": method, "params": params}))
 }
 
-/// Its programs are gone when it is stopped, and needed no signal.
+/// Stops the daemon and asserts that its programs have exited without a signal.
 fn leaves(mut daemon: Daemon) {
     let programs = process::children(daemon.pool());
     assert_eq!(programs.len(), 1);
@@ -64,7 +64,7 @@ fn leaves(mut daemon: Daemon) {
     });
 }
 
-/// A daemon with the configuration that is shipped beside the helper.
+/// Starts a daemon with the configuration that is shipped with the helper.
 fn with_the_helper() -> Daemon {
     let config = format!(
         "include = [{:?}]\n[workers]\ncount = 1\n",
@@ -111,7 +111,36 @@ fn python_with_the_helper() {
     leaves(daemon);
 }
 
-/// What the README shows is a whole program, and its configuration.
+/// Only the server knows whether a call began. A program that denies it would make clients send it again.
+#[test]
+fn a_program_cannot_say_that_a_call_did_not_begin() {
+    let program = r#"
+import json, os, struct
+pipe = os.fdopen(3, "r+b", buffering=0)
+def send(message):
+    body = json.dumps(message).encode()
+    pipe.write(struct.pack("<I", len(body)) + body)
+send({"out": "ready"})
+while True:
+    length = struct.unpack("<I", pipe.read(4))[0]
+    pipe.read(length)
+    send({"out": "error", "result": {"code": -32002, "message": "later", "started": False}})
+"#;
+    let dir = Dir::new();
+    let program = dir.write("denies.py", program);
+    let config = format!(
+        "[workers]\ncount = 1\n[pools.p]\ncommand = [\"python3\", {program:?}]\n[methods.m]\npool = \"p\"\n"
+    );
+    let daemon = Daemon::builder().config(&config).start();
+    let error = &answer(&mut daemon.client(), "m", &json!(1))["result"];
+    assert_eq!(
+        (&error["code"], &error["started"]),
+        (&json!(-32002), &json!(true)),
+        "{error}"
+    );
+}
+
+/// The README shows a whole program and its configuration.
 #[test]
 fn the_program_in_the_readme() {
     if !has("python3", &["-c", ""]) {
@@ -145,7 +174,7 @@ fn python_that_raises_answers_internal_and_lives() {
     }
     let daemon = with_the_helper();
     let mut client = daemon.client();
-    // a number has no words
+    // A number has no words.
     let error = &answer(&mut client, "score", &json!(5))["result"];
     assert_eq!(error["code"], -32603, "{error}");
     assert!(
@@ -156,7 +185,7 @@ fn python_that_raises_answers_internal_and_lives() {
         "{error}"
     );
     daemon.wait_log("Traceback");
-    // JSON, and more digits than Python takes for a number
+    // JSON, and more digits than Python accepts for a number.
     let digits = format!(r#"{{"in": "score", "params": [{}]}}"#, "9".repeat(5000));
     let error: Value = serde_json::from_str(&client.call_text(&digits)).unwrap();
     let code = &error["result"]["code"];
@@ -191,7 +220,7 @@ fn python_without_help() {
     }
 }
 
-/// Debian has no Python 2 any more; its grammar is still known where lib2to3 is.
+/// Debian has no Python 2 any more; lib2to3 still knows its grammar.
 #[test]
 fn the_plain_program_is_python_2_as_well() {
     const PARSE: &str = "import sys, warnings\n\

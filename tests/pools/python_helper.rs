@@ -1,5 +1,5 @@
-//! The helper for Python beside what programs do with Python: print, start processes, run by hand; and what
-//! a service manager does to them.
+//! Tests the Python helper with typical uses of Python: print, start processes, run by hand; and with the
+//! signals of a service manager.
 
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
@@ -99,7 +99,7 @@ fn a_list_is_one_argument_where_it_is_not_spread() {
     }
 }
 
-/// They need `sys.executable`, which Python finds by argv[0], and run the program's file once more.
+/// They need `sys.executable`, which Python finds by argv[0], and run the program's file again.
 #[test]
 fn children_of_multiprocessing_do_not_serve() {
     let daemon = daemon("", &[]);
@@ -159,7 +159,7 @@ fn standard_error_has_the_configured_level_and_lines_their_own() {
     }
 }
 
-/// Runs the program without preforkd, and types this.
+/// Runs the program without preforkd and types this.
 fn by_hand(terminal: bool, typed: &str) -> Output {
     const TERMINAL: &str = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)";
     let dir = Dir::new();

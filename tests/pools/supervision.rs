@@ -1,9 +1,11 @@
-//! Pools: programs in any language that live long and answer many calls.
+//! Tests pools: programs in any language that live long and answer many calls.
 //!
-//! A program's crash costs its one call, what is no answer or comes late reaches nobody, and nothing
-//! of it is left. The programs here are Python, with and without the shipped helper.
+//! A crash of a program costs only its call, an invalid or late answer reaches no caller, and no process
+//! is left. The programs here are Python, with and without the shipped helper.
 
+mod deaths;
 mod life;
+mod reloads;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Client, Daemon, Dir, PATIENCE, assert_within, process, wait_for};
 
-/// The ways in which a program can behave, each a method of it.
+/// The behaviours of a program, one method each.
 const PROGRAM: &str = r#"
 import json, os, random, signal, socket, struct, sys, time
 
@@ -122,7 +124,7 @@ const METHODS: [&str; 18] = [
     "environment",
 ];
 
-/// The configuration of a pool `p` with that program and these further keys, which all methods use.
+/// Returns the configuration of a pool `p` with this program and further keys, which all methods use.
 fn config(program: &Path, argument: &str, workers: &str, pool: &str) -> String {
     let program = program.to_str().unwrap();
     let ready = match pool.contains("ready =") {
@@ -182,10 +184,10 @@ fn a_program_answers_many_calls_to_the_letter() {
         client.call_text(r#"{"in": "echo"}"#),
         r#"{"out":"echo","result":null}"#
     );
-    // larger than what a socket holds, both ways
+    // Larger than a socket holds, in both directions.
     let large = "x".repeat(3_000_000);
     assert_eq!(result(&mut client, "echo", &json!(large)), large);
-    // the program names its answer itself where it wants to
+    // The program can name its answer itself.
     let answer = call(
         &mut client,
         "say",
@@ -230,7 +232,7 @@ fn a_timeout_kills_the_program_and_its_late_answer_reaches_nobody() {
     let setting = setting("", "when-abandoned = \"kill\"", &[]);
     let mut client = setting.daemon.client();
     let before = pid(&mut client);
-    // the first one shows that an answer comes in a little while, were it not for the kill
+    // The first call shows that the answer would come soon without the kill.
     assert_eq!(result(&mut client, "nap", &json!(0.4)), 0.4);
     let answer = client.call(&json!({"in": "nap", "params": 1.5, "timeout_ms": 200}));
     assert_eq!(answer["result"]["name"], "timeout", "{answer}");
@@ -242,7 +244,7 @@ fn a_timeout_kills_the_program_and_its_late_answer_reaches_nobody() {
     wait_for("its end", PATIENCE, || process::state(before).is_none());
 }
 
-/// Clients that leave again and again end no program.
+/// Clients that disconnect repeatedly end no program.
 #[test]
 fn a_program_finishes_an_abandoned_call_and_goes_on() {
     let setting = setting("", "", &[]);
@@ -258,7 +260,7 @@ fn a_program_finishes_an_abandoned_call_and_goes_on() {
     assert_eq!(answer["result"]["name"], "timeout", "{answer}");
     assert_eq!(result(&mut client, "echo", &json!(1)), 1);
     assert_eq!(pid(&mut client), before);
-    // At the timeout of the method, 5 s, it is ended all the same.
+    // At the timeout of the method, 5 s, it is ended in any case.
     let began = Instant::now();
     client.send(r#"{"in": "nap", "params": 60, "timeout_ms": 100}"#);
     assert_eq!(client.recv_json()["result"]["name"], "timeout");
@@ -292,7 +294,7 @@ fn what_is_no_answer_is_bad_output_and_what_is_no_frame_ends_the_program() {
         ("say", json!("[1, 2]"), "not an object"),
         ("say", json!(r#"{"result": 1}"#), "out"),
         ("say", json!(r#"{"out": "say"}"#), "result"),
-        ("say", json!(r#"{"out": "ready"}"#), "once more"),
+        ("say", json!(r#"{"out": "ready"}"#), "second ready"),
         ("say", json!(""), "empty"),
         ("say", json!(deep), "nested deeper"),
         (
@@ -300,7 +302,7 @@ fn what_is_no_answer_is_bad_output_and_what_is_no_frame_ends_the_program() {
             json!(r#"{"out": "error", "result": "no"}"#),
             "not an object",
         ),
-        // lengths that are none
+        // Invalid lengths.
         ("raw", json!("\u{ff}\u{ff}\u{ff}\u{7f}"), "2147483647 bytes"),
         ("raw", json!("HTTP/1.1 200 OK"), "limits.frame"),
     ];
@@ -311,8 +313,8 @@ fn what_is_no_answer_is_bad_output_and_what_is_no_frame_ends_the_program() {
         assert_eq!(error["started"], true, "{params:.40}: {error}");
         let message = error["message"].as_str().unwrap();
         assert!(message.contains(reason), "{params:.40}: {error}");
-        // A frame that came whole can be told from the next, whatever stands in it.
-        let goes_on = method == "say" && reason != "once more";
+        // The end of a complete frame is known, whatever its content.
+        let goes_on = method == "say" && reason != "second ready";
         assert_eq!(pid(&mut client) == before, goes_on, "{params:.40}");
     }
     let error = call(
@@ -345,7 +347,7 @@ fn half_an_answer_and_a_closed_descriptor_wait_for_nothing() {
     assert_eq!(result(&mut client, "echo", &json!(2)), 2);
 }
 
-/// The protocol has no ids: who answers twice is found out by the second answer.
+/// The protocol has no ids: a second answer to a call is detected when it arrives.
 #[test]
 fn an_answer_that_nobody_asked_for_reaches_nobody() {
     let setting = setting(
@@ -386,7 +388,7 @@ fn a_call_that_is_given_up_takes_its_program_along() {
     wait_for_the_end_of_one(&programs);
 }
 
-/// Waits until one of two programs is there no more.
+/// Waits until one of two programs is gone.
 fn wait_for_the_end_of_one(programs: &[i32]) {
     wait_for("the end of one program", PATIENCE, || {
         let there = |pid: &&i32| process::state(**pid).is_some();
@@ -394,7 +396,7 @@ fn wait_for_the_end_of_one(programs: &[i32]) {
     });
 }
 
-/// What a program has not read can't have begun: that is no crash of it.
+/// A call that a program has not read cannot have begun, so this is no crash of the call.
 #[test]
 fn a_call_that_a_leaving_program_has_not_read_goes_to_the_next() {
     let setting = setting("", "respawn-max-delay = \"0s\"", &["exit code 0"]);
@@ -437,7 +439,7 @@ fn what_a_program_prints_goes_to_the_log_and_holds_up_nobody() {
         "{log}"
     );
     assert!(of("caf").contains("WARN"), "{log}");
-    // no end of it, on either
+    // Endless output on both.
     let began = Instant::now();
     for output in [0, 1] {
         client.send(

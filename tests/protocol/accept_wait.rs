@@ -1,5 +1,5 @@
-//! The kernel's accept queue: it stands in the status, and the time that a call waits in it is the
-//! call's.
+//! Tests the kernel's accept queue: the status shows it, and the time in it counts towards the timeout of
+//! a call.
 
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ fn call(method: &str, timeout_ms: u64) -> String {
     json!({"in": method, "params": 0, "id": 1, "timeout_ms": timeout_ms}).to_string()
 }
 
-/// The longest wait of all workers, in milliseconds.
+/// Returns the longest wait of all workers in milliseconds.
 fn longest_wait(daemon: &Daemon) -> u64 {
     let status = daemon.status();
     let workers = status["workers"].as_array().unwrap().iter();
@@ -44,7 +44,7 @@ fn what_a_call_waits_to_be_accepted_counts_towards_its_time() {
     daemon.client().call(&json!({"in": "ping"}));
     assert!(longest_wait(&daemon) < 900);
     signal(&workers, Signal::SIGSTOP);
-    // Inline, on a thread, one with time enough, and one that waits without having said a word.
+    // An inline call, one on a thread, one with enough time, and a connection that waits without sending.
     let mut late: Vec<Client> = ["echo", "sleep"]
         .into_iter()
         .map(|method| {
@@ -72,7 +72,7 @@ fn what_a_call_waits_to_be_accepted_counts_towards_its_time() {
     println!("the longest wait: {longest} ms");
     assert!((900..10_000).contains(&longest), "{longest}");
     assert_eq!(queue(), 0);
-    // The time is that of the first call alone.
+    // The wait counts only for the first call.
     late[0].send(&call("echo", 5000));
     assert_eq!(late[0].recv_json()["result"], 0);
 }
@@ -86,7 +86,7 @@ fn the_queue_and_its_limit_stand_in_the_status_where_the_kernel_tells_them() {
          [[listen]]\naddress = \"unix:rpc.sock\"\nbacklog = 20\n"
     ));
     assert!(daemon.command(&["reload"]).status.success());
-    // A worker of the old generation may still accept, until it reads the order to drain.
+    // A worker of the old generation may still accept until it reads the order to drain.
     wait_for_children(&daemon, 2);
     let workers = daemon.ready_workers();
     signal(&workers, Signal::SIGSTOP);

@@ -1,11 +1,11 @@
-//! Clients that others wrote: curl, and JSON-RPC libraries from PyPI.
+//! Tests clients of other projects: curl, and JSON-RPC libraries from PyPI.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use crate::support::{Daemon, Dir, example, source};
 
-/// The Python of a virtual environment with the libraries, made by `tests/run`.
+/// Returns the Python of a virtual environment with the libraries, made by `tests/run`.
 fn python() -> PathBuf {
     std::env::var_os("CLIENTS_PYTHON")
         .map_or_else(|| source().join("target/clients/bin/python"), PathBuf::from)
@@ -18,7 +18,7 @@ fn arithmetic() -> Daemon {
         .start()
 }
 
-/// Runs a program and compares what it prints.
+/// Runs a program and compares its output.
 #[track_caller]
 fn prints(daemon: &Daemon, program: &str, expected: &str) {
     let dir = Dir::new();
@@ -147,7 +147,7 @@ fn curl_gets_two_megabytes_back_with_a_length_and_in_chunks() {
             .unwrap();
         assert!(output.status.success(), "{more:?}: {output:?}");
         assert!(output.stdout == body.as_bytes(), "{more:?}");
-        // It waits for the word only when it has asked for it, as it does of itself with so much.
+        // curl waits for "100 Continue" only if it has asked for it, as it does for large bodies.
         let told = String::from_utf8_lossy(&output.stderr);
         let waits = told.contains("> Expect: 100-continue");
         assert_eq!(told.contains("< HTTP/1.1 100"), waits, "{more:?}: {told}");

@@ -1,5 +1,5 @@
-//! Every row of the error table that a daemon of functions can give: code, name, `started`, the id
-//! echoed, and what becomes of the connection.
+//! Tests each row of the error table that Rust handlers can cause: code, name, `started`, echoed id, and
+//! what happens to the connection.
 
 use std::time::{Duration, Instant};
 
@@ -113,7 +113,7 @@ fn an_unknown_method_and_wrong_params_are_refused_by_name() {
     assert_kept(&mut client);
 }
 
-/// What the answer to an unknown method costs does not grow with the name that was asked for.
+/// The cost of an answer to an unknown method does not grow with the length of the name.
 #[test]
 fn a_refusal_is_short_however_long_the_name() {
     let daemon = Daemon::builder()
@@ -157,12 +157,11 @@ fn time_that_is_over_ends_a_call_that_waits_and_one_that_runs() {
     assert_prompt(late);
 }
 
-/// By how much an answer comes later than so many milliseconds after its call was sent; early, which
-/// nothing excuses, it never is.
+/// Returns how much later an answer comes than `due_ms` after its call was sent. It must never be early.
 #[track_caller]
 fn lateness(sent: Instant, due_ms: u64) -> Duration {
     let (took, due) = (sent.elapsed(), Duration::from_millis(due_ms));
-    // counted in whole milliseconds, from the last wake-up of the loop
+    // The loop counts whole milliseconds from its last wake-up.
     assert!(
         took + Duration::from_millis(5) >= due,
         "after {took:?}, and {due:?} were its time"
@@ -170,7 +169,7 @@ fn lateness(sent: Instant, due_ms: u64) -> Duration {
     took.saturating_sub(due)
 }
 
-/// Asserts that most come within what is promised; who is held off by others may be late once.
+/// Asserts that most are on time; a delayed one may be late once.
 #[track_caller]
 fn assert_prompt(mut late: Vec<Duration>) {
     late.sort();
@@ -206,7 +205,7 @@ fn a_full_queue_refuses_at_once_and_every_call_is_answered() {
     let mut client = daemon.client();
     client.send_together((0..8).map(|id| json!({"in": "sleep", "params": 0.3, "id": id})));
     let answers: Vec<Value> = (0..8).map(|_| client.recv_json()).collect();
-    // one begins, two wait
+    // One begins, two wait.
     let refused: Vec<&Value> = answers.iter().filter(|it| it["out"] == "error").collect();
     assert_eq!(refused.len(), 5, "{answers:?}");
     for answer in &refused {
@@ -257,11 +256,11 @@ fn a_length_over_the_limit_is_answered_and_closed() {
     for before in [false, true] {
         let mut client = daemon.client();
         if before {
-            // what was read before is answered first
+            // Calls that were read before are answered first.
             client.send(r#"{"in": "sleep", "params": 0.1}"#);
         }
         client.send_raw(&1025_u32.to_le_bytes());
-        // more than the kernel would hold: it is read and dropped, and no reset takes the answer
+        // More than the kernel would hold: it is read and dropped, and no reset loses the answer.
         client.send_raw(&[b' '; 100_000]);
         if before {
             assert_eq!(client.recv_json()["out"], "sleep");
@@ -316,9 +315,9 @@ fn a_running_call_at_the_drain_deadline_is_told_so() {
     for answer in answers {
         let answer: Value = serde_json::from_slice(&answer).unwrap();
         let name = answer["result"]["name"].as_str().unwrap();
-        // its own time is over just before the drain's
+        // Its own deadline is just before the end of the drain.
         assert!(matches!(name, "stopping" | "timeout"), "{answer}");
-        // the other one may begin in the moment in which this one ends
+        // The other call may begin when this one ends.
         let runs = answer["id"] == "runs";
         assert!(!runs || answer["result"]["started"] == true, "{answer}");
     }
@@ -345,7 +344,7 @@ fn a_call_is_cancelled_by_its_id_on_its_own_connection_alone() {
     assert_eq!(client.call(&cancel("runs"))["result"], false);
     let answer = client.call(&json!({"in": "rpc.cancel", "params": 1}));
     assert_error(&answer, -32602, "invalid-params", false);
-    // the thread is free again
+    // The thread is free again.
     assert_eq!(
         client.call(&json!({"in": "sleep", "params": 0}))["result"],
         0
@@ -392,7 +391,7 @@ fn a_function_that_panics_is_answered_and_hurts_nobody() {
     sweep.assert_same(&daemon);
 }
 
-/// A function that ignores its end keeps its thread, and no other call of the worker.
+/// A function that ignores its deadline blocks its thread, but no other call of the worker.
 #[test]
 fn a_stuck_function_costs_one_thread_and_its_caller_hears_in_time() {
     let _alone = alone();

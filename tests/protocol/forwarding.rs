@@ -1,4 +1,4 @@
-//! Calls that one worker sends to another: no call waits while a thread or a program is idle.
+//! Tests calls that one worker sends to another: no call waits while a thread or a program is idle.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -13,7 +13,7 @@ use crate::support::{
     Client, Daemon, PATIENCE, alone, assert_within, from_environment, pass, source, wait_for,
 };
 
-/// One thread for each of two workers, so that a second call of a worker has to go to the other one.
+/// One thread for each of two workers, so that a second call of a worker must go to the other one.
 const TWO: &str = "
 [workers]
 count = 2
@@ -30,7 +30,7 @@ fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
 }
 
-/// A member of each worker's status, by pid.
+/// Returns a member of a worker's status, by pid.
 fn member(daemon: &Daemon, name: &str, pid: i32) -> Value {
     let status = daemon.status();
     let workers = status["workers"].as_array().unwrap().iter();
@@ -41,7 +41,7 @@ fn member(daemon: &Daemon, name: &str, pid: i32) -> Value {
         .unwrap_or_default()
 }
 
-/// Two workers, the first of which has all `count` connections.
+/// Starts two workers; the first one has all `count` connections.
 fn one_sided(builder: crate::support::Builder, count: usize) -> (Daemon, [i32; 2], Vec<Client>) {
     let daemon = builder.config(TWO).start();
     let workers = daemon.ready_workers();
@@ -103,7 +103,7 @@ fn no_call_waits_while_a_thread_or_a_program_of_any_worker_is_idle() {
             let what = format!("8 calls of 0.5 s on 8 of {method}, round {round}");
             assert_within(&what, begin.elapsed(), Duration::from_millis(700));
         }
-        // One client that sends ahead has all of them, too.
+        // One client that sends ahead also uses all of them.
         let mut client = daemon.client();
         let begin = Instant::now();
         client.send_together((0..16).map(|id| json!({"in": method, "params": 0.3, "id": id})));
@@ -113,7 +113,7 @@ fn no_call_waits_while_a_thread_or_a_program_of_any_worker_is_idle() {
     }
 }
 
-/// The same method was short before, so such calls are handed out ahead.
+/// The method was short before, so its calls are sent ahead.
 #[test]
 fn short_calls_do_not_wait_behind_a_long_one() {
     let _alone = alone();
@@ -159,7 +159,7 @@ fn the_death_of_a_runner_costs_the_call_that_it_ran() {
     let (daemon, workers, mut clients) =
         one_sided(Daemon::builder().expect_log("ended by SIGKILL"), 3);
     send_two(&daemon, workers, &mut clients, 1.5);
-    // Waits at home.
+    // It waits in its home worker.
     clients[2].send(&json!({"in": "sleep", "params": 0.1}).to_string());
     wait_for("the third one to wait", PATIENCE, || {
         member(&daemon, "queued", workers[0]) == 1
@@ -179,7 +179,7 @@ fn the_death_of_a_home_worker_ends_its_calls_elsewhere() {
     signal(workers[0], Signal::SIGKILL);
     for client in &mut clients {
         assert_error(&client.recv_json(), "crashed", true);
-        // The connection goes on.
+        // The connection continues.
         assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
     }
     wait_for("the runner to be free", PATIENCE, || {
@@ -200,7 +200,7 @@ fn a_cancelled_call_ends_in_the_worker_that_runs_it() {
     assert_error(&clients[1].recv_json(), "cancelled", true);
     assert_eq!(clients[1].recv_json()["result"], true);
     wait_for("the runner to be free", PATIENCE, is_free);
-    // Likewise if the client resets its connection.
+    // The same if the client resets its connection.
     clients[1].send(&json!({"in": "sleep", "params": 60, "id": 3}).to_string());
     wait_for("it to run", PATIENCE, || !is_free());
     clients.remove(1).reset();
@@ -246,8 +246,8 @@ fn a_reload_waits_for_calls_that_run_elsewhere() {
     }
 }
 
-/// Workers are killed under load, one after the other: each call is answered once, and one that ran
-/// says so. A connection may end only with the worker that had it.
+/// Workers are killed under load, one after the other: each call is answered once, and an answer says if
+/// the call had begun. A connection may end only with its worker.
 #[test]
 fn kills_under_load_lose_no_call() {
     let _alone = alone();
@@ -312,9 +312,9 @@ fn kills_under_load_lose_no_call() {
     );
     assert_eq!(failures.into_inner().unwrap(), Vec::<String>::new());
     assert!(count(&done) > 100);
-    // At most one for each client: those that run elsewhere, and those that wait in the worker.
+    // At most one for each client: calls that run elsewhere, and those that wait in the worker.
     assert!(count(&crashed) <= 9 * kills);
-    // A worker can die while it receives or sends: its connection is reset then, because nobody knows how
-    // far it came.
+    // A worker can die while it receives or sends. Then its connection is reset, because the state of the
+    // stream is unknown.
     assert!(count(&closed) <= kills);
 }

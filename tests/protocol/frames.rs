@@ -1,4 +1,4 @@
-//! The frame dialect as a well-meaning client sees it: order, ids, size, pieces, every digit.
+//! Tests the frame dialect with correct clients: order, ids, sizes, splits, exact numbers.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -99,7 +99,7 @@ fn slow_and_fast_calls_sent_ahead_are_answered_once_each() {
         }
     });
     let mut seen = vec![0; CALLS];
-    // those without an id, which come in their order; sleeps do not say which they are
+    // Answers without an id come in order; those of sleep do not show to which call they belong.
     let mut plain = (0..CALLS).filter(|number| number % 3 == 0);
     for _ in 0..CALLS {
         let answer = client.recv_json();
@@ -122,8 +122,8 @@ fn slow_and_fast_calls_sent_ahead_are_answered_once_each() {
     sweep.assert_same(&daemon);
 }
 
-/// A segment a piece: each is sent alone, at once (TCP_NODELAY), and seen before the next where
-/// the server is quick enough; the assertion holds either way.
+/// One segment per piece: each is sent at once (TCP_NODELAY), and usually read before the next. The
+/// assertion holds in either case.
 #[test]
 fn two_frames_are_answered_in_every_split_and_byte_by_byte() {
     let daemon = Daemon::start();
@@ -142,7 +142,7 @@ fn two_frames_are_answered_in_every_split_and_byte_by_byte() {
     };
     for split in 0..=bytes.len() {
         client.send_raw(&bytes[..split]);
-        // an answer to another connection of this worker or not: time for this one to be read
+        // Wait for an answer on another connection, so that this one has been read.
         daemon.client().call(&json!({"in": "ping"}));
         client.send_raw(&bytes[split..]);
         check(&mut client);
@@ -186,7 +186,7 @@ fn ids_and_params_keep_every_digit() {
             format!(r#"{{"out":"echo","result":[{text}],"id":{text}}}"#)
         );
     }
-    // what the params hold is the handler's business
+    // Only the handler interprets the params.
     let twice = r#"{"a":1,"a":2}"#;
     assert_eq!(
         client.call_text(&format!(r#"{{"in": "echo", "params": {twice}}}"#)),
@@ -202,7 +202,7 @@ fn who_half_closes_gets_all_answers_first() {
     client.send(r#"{"in": "sleep", "params": 0.2}"#);
     client.send(r#"{"in": "ping", "params": 2}"#);
     client.send(r#"{"in": "sleep", "params": 0.1, "id": 3}"#);
-    // and the beginning of one more, which is no call
+    // And the beginning of another frame, which is no call.
     client.send_raw(&[9, 0, 0]);
     client.stream().shutdown(Shutdown::Write).unwrap();
     let answers = client.recv_all();
@@ -213,8 +213,8 @@ fn who_half_closes_gets_all_answers_first() {
     sweep.assert_same(&daemon);
 }
 
-/// Without TCP_NODELAY the client's kernel holds the second piece until the first one is acknowledged, which
-/// ours would delay by 40 ms.
+/// Without TCP_NODELAY the client's kernel holds the second piece until the first one is acknowledged,
+/// which the server's kernel would delay by 40 ms.
 #[test]
 fn a_call_in_two_writes_is_as_fast_as_in_one() {
     const CALLS: usize = 300;

@@ -1,5 +1,5 @@
-//! What a stranger may send: one answer where one is due, none where none is, and the same workers
-//! with the same descriptors afterwards.
+//! Tests hostile input: one answer if one is due, otherwise none, and the same workers with the same
+//! descriptors afterwards.
 
 use std::thread;
 
@@ -9,7 +9,7 @@ use crate::protocol::errors::assert_error;
 use crate::protocol::frames::WITH_BUILTINS;
 use crate::support::{Client, Daemon, Dice, PATIENCE, Sweep, frame, process, wait_for};
 
-/// The limit that most tests here set: small, so that going over it is cheap.
+/// The limit of most tests here: small, so that exceeding it costs little.
 const LIMIT: usize = 64 * 1024;
 
 fn daemon() -> Daemon {
@@ -20,7 +20,7 @@ fn daemon() -> Daemon {
         .start()
 }
 
-/// Valid calls to begin with: every member, every kind of value, escapes, nesting.
+/// Valid calls to start from: every member, every kind of value, escapes, nesting.
 fn valid() -> Vec<Vec<u8>> {
     [
         r#"{"in": "ping"}"#,
@@ -64,13 +64,13 @@ fn mutate(dice: &mut Dice, seeds: &[Vec<u8>]) -> Vec<u8> {
     bytes
 }
 
-/// How many answers some bytes are due, when the end of the stream follows; `None` where the first
-/// four of them are another dialect's.
+/// Returns how many answers these bytes must get if the stream ends behind them. Returns `None` if the
+/// first four bytes belong to another dialect.
 fn due(mut bytes: &[u8]) -> Option<usize> {
     if bytes.len() >= 4 && bytes[3] >= 9 {
         return None;
     }
-    // fewer bytes than tell the dialect may be another one's too
+    // With fewer than four bytes the dialect may be another one too.
     if (1..4).contains(&bytes.len()) {
         return None;
     }
@@ -89,7 +89,7 @@ fn due(mut bytes: &[u8]) -> Option<usize> {
     Some(answers)
 }
 
-/// Each on a connection of its own, which is half-closed at once: what is due comes, then the end.
+/// Each on a separate connection that is half-closed at once: the due answers arrive, then the end.
 #[test]
 fn ten_thousand_mutants_get_what_they_are_due_and_kill_nobody() {
     const MUTANTS: usize = 10_000;
@@ -115,7 +115,7 @@ fn ten_thousand_mutants_get_what_they_are_due_and_kill_nobody() {
         }
         for body in received {
             answers += 1;
-            // numbers of any size are in them: read as little as possible
+            // They contain numbers of any size, so parse as little as possible.
             errors += usize::from(body.starts_with(br#"{"out":"error""#));
         }
     }
@@ -127,7 +127,7 @@ fn ten_thousand_mutants_get_what_they_are_due_and_kill_nobody() {
     sweep.assert_same(&daemon);
 }
 
-/// The same mutants one behind the other in whole frames: none disturbs the next.
+/// The same mutants one behind the other in whole frames: none affects the next one.
 #[test]
 fn mutated_bodies_in_whole_frames_keep_their_connection() {
     const MUTANTS: usize = 10_000;
@@ -186,7 +186,7 @@ fn every_declared_length_is_judged_by_its_four_bytes() {
                 assert_eq!(client.recv_json()["out"], "pong");
             }
             client.send_raw(&length.to_le_bytes());
-            // no byte of the body, no end: the four bytes alone are judged
+            // No byte of the body and no end: only the four bytes are checked.
             assert_error(&client.recv_json(), -32004, "too-large", false);
             client.assert_closed();
         }
@@ -257,7 +257,7 @@ fn a_depth_of_a_hundred_thousand_is_refused_in_one_answer() {
             assert_error(&client.recv_json(), -32700, "parse-error", false);
         }
     }
-    // as deep as limits.depth allows, whose first level is the call itself
+    // As deep as limits.depth allows; the call itself is the first level.
     let params = format!("{}{}", "[".repeat(127), "]".repeat(127));
     let answer = client.call_text(&format!(r#"{{"in": "echo", "params": {params}}}"#));
     assert_eq!(answer, format!(r#"{{"out":"echo","result":{params}}}"#));
@@ -287,7 +287,7 @@ fn a_reset_after_any_number_of_bytes_leaves_nothing() {
     );
 }
 
-/// Callers that leave while their calls run: the threads are free again, nothing is left over.
+/// Clients disconnect while their calls run: the threads are free again, and nothing is left.
 #[test]
 fn callers_that_leave_take_their_waiting_calls_along() {
     let daemon = Daemon::builder()
@@ -312,7 +312,7 @@ fn callers_that_leave_take_their_waiting_calls_along() {
     sweep.assert_same(&daemon);
 }
 
-/// A method's name is a client's bytes: none of them reaches the log as they are.
+/// The method name contains bytes of a client: the log must not contain them unescaped.
 #[test]
 fn control_bytes_in_a_name_are_refused_and_never_logged_raw() {
     let daemon = daemon();
@@ -332,7 +332,7 @@ fn control_bytes_in_a_name_are_refused_and_never_logged_raw() {
     assert!(!log.contains('\u{1b}') && !log.contains('\0') && !log.contains("ERROR"));
 }
 
-/// Strangers side by side with a client who means well.
+/// Hostile clients run beside a correct client.
 #[test]
 fn noise_on_other_connections_costs_a_well_meaning_client_nothing() {
     let daemon = daemon();
@@ -346,7 +346,7 @@ fn noise_on_other_connections_costs_a_well_meaning_client_nothing() {
                     let length = dice.roll(3000);
                     let noise: Vec<u8> = (0..length).map(|_| dice.roll(256) as u8).collect();
                     let mut client = Client::connect(address);
-                    // it may be cut off in the middle of what it says
+                    // It may be cut off in the middle.
                     let _ = client.try_send_raw(&noise);
                     if dice.roll(2) == 0 {
                         client.reset();

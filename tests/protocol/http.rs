@@ -1,4 +1,4 @@
-//! HTTP/1.1 as design and RFC have it: statuses, framing, keep-alive, order, origins.
+//! Tests HTTP/1.1 according to the documents and the RFCs: statuses, framing, keep-alive, order, origins.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ fn start() -> Daemon {
     Daemon::builder().config(CONFIG).start()
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a separate connection.
 #[track_caller]
 fn ask(daemon: &Daemon, request: &str) -> Response {
     Wire::to(daemon).send(request).response()
@@ -62,7 +62,7 @@ fn a_post_to_the_root_takes_a_call_and_one_to_a_method_its_params() {
         let bare = wire.send(post(target, body)).response();
         assert_eq!((bare.status, &*bare.body), (200, result), "{target}");
     }
-    // Where the authority ends without a path, that is the root's, whatever the query says.
+    // An authority without a path means the root, whatever the query is.
     for target in ["http://x?y=/ping", "http://x#/ping", "http://x"] {
         let answer = wire.send(post(target, "7")).response();
         assert_eq!(answer.status, 400, "{target}: {}", answer.body);
@@ -98,13 +98,13 @@ fn each_code_of_the_plain_form_has_its_status() {
         assert_eq!(error["code"], code, "{target} {body}: {error}");
         assert!(!response.closes());
     }
-    // in one write, so that no second begins in between
+    // Send them in one write, so that no new second begins between them.
     wire.send(post("/rare", "1").repeat(3));
     let busy = (0..3).map(|_| wire.response());
     let busy = busy.last().unwrap();
     assert_eq!(busy.status, 503, "{busy:?}");
     assert!(busy.headers.contains(&"retry-after: 1".to_owned()));
-    // JSON-RPC says everything in its body.
+    // In JSON-RPC everything is in the body.
     for (body, status) in [
         (r#"{"jsonrpc":"2.0","method":"nope","id":1}"#, 200),
         (r#"{"jsonrpc":"2.0","method":1}"#, 200),
@@ -154,7 +154,7 @@ fn pipelined_requests_are_answered_in_their_order() {
         if number % 20 == 0 {
             all += &post("/sleep", "0.2");
         }
-        // An id does not let an answer overtake here: nothing else tells responses apart.
+        // An id does not let an answer overtake here, because only the order identifies responses.
         all += &post(
             "/",
             &json!({"in": "echo", "params": number, "id": number}).to_string(),
@@ -211,7 +211,7 @@ fn expect_is_answered_with_continue_once_all_before_it_is() {
     assert_eq!(wire.response().body, "0.2");
     assert_eq!(wire.head().status, 100);
     assert_eq!(wire.send("\"a\"").response().body, "\"a\"");
-    // Refused before the body is sent, and told so instead.
+    // The request is refused before the body is sent.
     for (head, status) in [
         (head.replace("Length: 3", "Length: 70000"), 413),
         (head.replace("100-continue", "a miracle"), 417),
@@ -221,7 +221,7 @@ fn expect_is_answered_with_continue_once_all_before_it_is() {
         assert_eq!(response.status, status, "{response:?}");
         assert!(response.closes());
     }
-    // A client of that kind that does not wait is not told to go on.
+    // If such a client does not wait, it is not asked to continue.
     let response = ask(&daemon, &format!("{head}\"b\""));
     assert_eq!((response.status, &*response.body), (200, "\"b\""));
 }
@@ -238,13 +238,13 @@ fn a_post_without_a_length_has_an_empty_body() {
         assert_eq!((response.status, &*response.body), (200, "null"), "{head}");
         assert!(!response.closes());
     }
-    // No call, but the connection stays.
+    // It is no call, but the connection stays open.
     let response = wire.send("POST / HTTP/1.1\r\nHost: x\r\n\r\n").response();
     assert_eq!(response.status, 400);
     assert_eq!(wire.send(post("/ping", "1")).response().body, "1");
 }
 
-/// Longer than read-timeout, and over the death of the worker: they are part of no request.
+/// It lasts longer than read-timeout and a death of the worker, because these lines belong to no request.
 #[test]
 fn empty_lines_after_a_body_leave_the_connection_at_rest() {
     let config = "[workers]\ncount = 1\n[limits]\nread-timeout = \"1s\"\n";
@@ -288,7 +288,7 @@ fn every_response_has_a_date() {
     }
 }
 
-/// Whatever refuses a request: the method, the body, or the server before it.
+/// A request can be refused because of the method, the body, or the state of the server.
 #[test]
 fn an_error_of_a_request_has_one_shape() {
     let daemon = start();
@@ -343,7 +343,7 @@ fn what_is_too_large_is_refused_and_closed() {
         ),
     ] {
         let mut wire = Wire::to(&daemon);
-        // What stands behind it is never taken for a request.
+        // The bytes behind it are never taken for a request.
         wire.send(&request).send(post("/ping", "1"));
         let response = wire.response();
         assert_eq!(
@@ -445,11 +445,12 @@ fn a_call_during_a_stop_is_refused_as_unavailable() {
     wire.send(post("/sleep", "3"));
     let mut late = Wire::to(&daemon);
     assert_eq!(late.send(post("/ping", "1")).response().status, 200);
-    // In the middle of a request when the stop comes: it may be finished, and is told.
+    // The stop arrives in the middle of a request: the request may be finished and gets an answer.
     late.send(&post("/ping", "1")[..40]);
     daemon.wait_running(1);
     daemon.signal(Signal::SIGTERM);
-    // The master says it before it gives the order; a worker that has heard it lets nobody in.
+    // The master updates this before it sends the order. A worker that has the order accepts no
+    // connection.
     wait_for("the worker to stop", PATIENCE, || {
         daemon.try_client().is_err()
     });
@@ -466,7 +467,7 @@ fn a_call_during_a_stop_is_refused_as_unavailable() {
     assert!(daemon.wait_exit().success());
 }
 
-/// So that what a proxy sees in the path is what runs.
+/// So the method that runs is always the one that a proxy sees in the path.
 #[test]
 fn a_listener_for_methods_in_the_path_takes_no_call_in_a_body() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -495,7 +496,7 @@ fn a_listener_for_methods_in_the_path_takes_no_call_in_a_body() {
     }
     let taken = wire.send(post("/ping", "1")).response();
     assert_eq!((taken.status, &*taken.body), (200, "1"));
-    // The other listener is not meant.
+    // The other listener is not affected.
     let mut client = crate::support::Client::connect_unix(&daemon.dir().join("u.sock"));
     client.send_raw(post("/", call).as_bytes());
     let mut answer = Vec::new();
@@ -506,7 +507,7 @@ fn a_listener_for_methods_in_the_path_takes_no_call_in_a_body() {
         answer.extend_from_slice(&piece[..length]);
     }
     assert!(answer.starts_with(b"HTTP/1.1 200"));
-    // A reload changes it also for connections that are open.
+    // A reload also changes it for open connections.
     daemon.configure(&config("http-methods = \"any\""));
     assert!(daemon.command(&["reload"]).status.success());
     wait_for("an answer of the new workers", PATIENCE, || {

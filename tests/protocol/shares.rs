@@ -1,4 +1,4 @@
-//! One client that takes all there is of something shared does not keep the others out.
+//! Tests that a client that uses up a shared limit does not block the others.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::support::{Client, Daemon, frame, raise_descriptor_limit};
 
-/// Sends `calls` calls ahead and, for each answer, one more, until the connection is shut from outside.
+/// Sends `calls` calls ahead and one more for each answer, until the connection is shut down from
+/// outside.
 fn greedy(daemon: &Daemon, calls: usize) -> (thread::JoinHandle<()>, Client) {
     let mut client = daemon.client();
     let handle = client.second();
@@ -62,7 +63,7 @@ fn a_client_with_a_call_in_pieces_finds_room_beside_one_with_many_unfinished_one
     for n in 0..10 {
         let mut client = daemon.client();
         client.send_raw(&call[..20_000]);
-        // The second piece is read by itself.
+        // The second piece is read alone.
         assert_eq!(daemon.client().call(&json!({"in": "ping"}))["out"], "pong");
         client.send_raw(&call[20_000..]);
         let answer = client.recv_json();
@@ -81,7 +82,7 @@ fn commands_find_descriptors_however_many_connections_there_are() {
     let mut served = daemon.client();
     assert_eq!(served.call(&json!({"in": "ping"}))["out"], "pong");
     raise_descriptor_limit();
-    // More than the worker may have; those that it does not accept wait in the kernel.
+    // More than the worker accepts; the others wait in the kernel.
     let others: Vec<_> = (0..300).map(|_| daemon.try_client()).collect();
     for n in 0..20 {
         let answer = served.call(&json!({"in": "cat", "params": n}));

@@ -1,4 +1,5 @@
-//! The command line: options, exit codes, what `check` and `status` print, and what `ps` shows.
+//! Records the command line: options, exit codes, the output of `check` and `status`, and the titles in
+//! `ps`.
 
 use std::fs;
 use std::io::Write;
@@ -9,11 +10,12 @@ use serde_json::{Value, json};
 use super::{assert_recorded, mask, mask_between};
 use crate::support::{Daemon, Dir, PATIENCE, binary, control, example, process, source, wait_for};
 
-const COMMANDS: [&str; 11] = [
-    "", "run", "check", "status", "reload", "upgrade", "scale", "stop", "call", "map", "bench",
+const COMMANDS: [&str; 13] = [
+    "", "run", "check", "status", "reload", "upgrade", "scale", "stop", "observe", "top", "call",
+    "map", "bench",
 ];
 
-/// Runs a command of preforkd in an environment that is nearly empty.
+/// Runs a command of preforkd in a nearly empty environment.
 fn run(words: &[&str], stdin: &str) -> Output {
     let mut command = Command::new(binary());
     command.args(words).env_clear().current_dir(source());
@@ -42,7 +44,7 @@ fn help_names_the_recorded_commands_options_and_defaults() {
     assert_recorded("cli/help.txt", &all);
 }
 
-/// A help text without its descriptions: usage, and in each section the names with their defaults and
+/// Returns a help text without descriptions: usage, and in each section the names with their defaults and
 /// possible values. A default that is prose is masked too.
 fn help_without_prose(help: &str) -> String {
     let mut shown = String::new();
@@ -81,8 +83,11 @@ fn check_prints_what_is_recorded_for_each_sample() {
     let mut all = String::new();
     for directory in ["config", "fuzz/corpus/config"] {
         let entries = fs::read_dir(source().join(directory)).unwrap();
-        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        // What a fuzz run has found is named by its hash.
+        let files = entries
+            .map(|entry| entry.unwrap())
+            .filter(|entry| entry.path().is_file());
+        let names = files.map(|entry| entry.file_name().into_string().unwrap());
+        // A file that fuzzing has found is named by its hash.
         let mut names: Vec<String> = names.filter(|name| name.len() < 40).collect();
         names.sort();
         for name in names {
@@ -104,7 +109,7 @@ fn check_prints_what_is_recorded_for_each_sample() {
     assert_recorded("cli/check.txt", &all);
 }
 
-/// File, line, column and key of an error; `None` for a warning.
+/// Returns file, line, column and key of an error; `None` for a warning.
 fn place(line: &str) -> Option<String> {
     let line = line.strip_prefix("preforkd: ").unwrap_or(line);
     let line = line.strip_prefix(&format!("{}/", source().display()))?;
@@ -114,8 +119,8 @@ fn place(line: &str) -> Option<String> {
     Some(format!("error {at} {key}\n"))
 }
 
-/// Values that depend on the machine and its user: the number of CPUs, a share of its memory, default
-/// directories.
+/// Masks values that depend on the machine and its user: the number of CPUs, a share of its memory,
+/// default directories.
 fn mask_machine(text: &str) -> String {
     let mut shown = text.to_owned();
     for (start, end) in [
@@ -130,7 +135,7 @@ fn mask_machine(text: &str) -> String {
     shown
 }
 
-/// A daemon after a reload and three deaths, with a call in quarantine.
+/// Starts a daemon and makes a reload, three deaths and a quarantined call.
 fn eventful() -> Daemon {
     let daemon = Daemon::builder()
         .program(example("misbehave"))
@@ -138,7 +143,7 @@ fn eventful() -> Daemon {
         .expect_log("ended by SIG")
         .start();
     assert!(daemon.command(&["reload"]).status.success());
-    // What crashes in a worker that drains counts for nothing.
+    // A crash in a draining worker does not count.
     wait_for("the old generation to leave", PATIENCE, || {
         let children = process::children(daemon.pid()).len();
         children == 2 && daemon.workers().len() == 1
@@ -166,7 +171,7 @@ fn status_has_the_recorded_members_and_columns() {
     let status = text(&daemon.command(&["status", "--json"]).stdout);
     let mut members = Vec::new();
     list_members("", &serde_json::from_str(&status).unwrap(), &mut members);
-    // Whether there is one depends on who runs this.
+    // It depends on the user whether there is one.
     members.retain(|member| member != ".master.warnings[] string");
     let page = text(&daemon.command(&["status"]).stdout);
     let is_of_row = |c: char| c.is_lowercase() || c.is_numeric();
@@ -177,7 +182,7 @@ fn status_has_the_recorded_members_and_columns() {
     assert_recorded("cli/status.txt", &(members.join("\n") + "\n" + &heads));
 }
 
-/// Each member with its type, in alphabetical order.
+/// Lists each member with its type, in alphabetical order.
 fn list_members(path: &str, value: &Value, members: &mut Vec<String>) {
     let kind = match value {
         Value::Null => "null",
@@ -222,7 +227,7 @@ ready = \"alive\"
 fn processes_and_threads_have_the_recorded_names() {
     let daemon = Daemon::builder().config(CONFIG).start();
     let mut lines = Vec::new();
-    // A process, or a thread, has the name of the one that made it until it sets its own.
+    // A process or thread has the name of its creator until it sets its own.
     wait_for("a name for everything", PATIENCE, || {
         lines = names(&daemon);
         let mut titles: Vec<&str> = lines
@@ -239,7 +244,7 @@ fn processes_and_threads_have_the_recorded_names() {
     assert_recorded("cli/processes.txt", &(lines.join("\n") + "\n"));
 }
 
-/// The short name and the title of each process of a daemon, and the name of each other thread.
+/// Returns the comm and the title of each process of a daemon, and the name of each other thread.
 fn names(daemon: &Daemon) -> Vec<String> {
     let mut lines = Vec::new();
     for pid in [vec![daemon.pid()], process::descendants(daemon.pid())].concat() {
@@ -253,8 +258,8 @@ fn names(daemon: &Daemon) -> Vec<String> {
     lines
 }
 
-/// Command lines without a server, and where one runs; each with what it reads. `DIR` is the server's
-/// directory, `ADDRESS` its address.
+/// Command lines without a running server, each with its stdin. `DIR` is the server's directory,
+/// `ADDRESS` its address.
 const WITHOUT: &[&str] = &[
     "",
     "--help",
@@ -299,8 +304,8 @@ const WITHOUT: &[&str] = &[
     "bench ping --address unix:DIR/nonexistent --count 1",
 ];
 
-/// The same for a server that runs, with what each reads on stdin, in this order. What `call` and `map`
-/// print is compared too. An object is a request to the control socket.
+/// The same with a running server, in this order. The output of `call` and `map` is compared too. An
+/// object is a request to the control socket.
 const WITH: &[(&str, &str)] = &[
     ("call ping --address ADDRESS", ""),
     ("call ping [1,2.0] --config DIR/preforkd.toml", ""),

@@ -1,4 +1,4 @@
-//! Transcripts: what is sent to a daemon and what it answers, in one text file per group.
+//! Runs transcripts: what is sent to a daemon and what it answers, in one text file per group.
 //!
 //! The head of a file configures the daemon, of which each dialect has its own:
 //! - `program NAME`: a program of `examples/` instead of preforkd;
@@ -40,9 +40,9 @@ enum Step {
     Text(String),
     /// A new connection in these dialects.
     Connect(Vec<Dialect>, String),
-    /// Lines that are sent in one write, as they stand in the file.
+    /// Lines that are sent in one write, as they are in the file.
     Send(Vec<String>),
-    /// For each dialect what is awaited: `true` is the end of the connection.
+    /// What is expected in each dialect: `true` is the end of the connection.
     Receive([Vec<bool>; 3]),
     /// Anything else.
     Do(String),
@@ -117,8 +117,8 @@ fn dialect(word_of: &str) -> Option<Dialect> {
     DIALECTS.into_iter().find(|it| word(*it) == word_of)
 }
 
-/// The dialects that an answer is awaited in, and whether the end of the connection is; `None` for
-/// any other line.
+/// Returns the dialects in which an answer is expected, and whether it is the end of the connection;
+/// `None` for any other line.
 fn awaited(line: &str, current: &[Dialect]) -> Option<(Vec<Dialect>, bool)> {
     let mut of = Vec::new();
     for one in line.split(' ') {
@@ -132,7 +132,7 @@ fn awaited(line: &str, current: &[Dialect]) -> Option<(Vec<Dialect>, bool)> {
     None
 }
 
-/// All answers in one dialect, in the order of the file.
+/// Returns all answers in one dialect, in the order of the file.
 fn run(steps: &[Step], dialect: Dialect) -> Vec<String> {
     let speaks = |step: &Step| matches!(step, Step::Connect(of, _) if of.contains(&dialect));
     if !steps.iter().any(speaks) {
@@ -179,7 +179,7 @@ fn start(steps: &[Step]) -> Daemon {
     builder.config(&config).start()
 }
 
-/// The bytes that a line of the file sends.
+/// Returns the bytes that a line of the file sends.
 fn sent(line: &str, dialect: Dialect) -> Vec<u8> {
     if let Some(raw) = line.strip_prefix(">> ") {
         return unescape(raw);
@@ -204,7 +204,7 @@ fn act(line: &str, daemon: &mut Daemon, connection: &Connection) {
             let _ = connection.stream.shutdown(Shutdown::Write);
         }
         ["signal", name] => daemon.signal(Signal::from_str(name).unwrap()),
-        // Unlike a number in the status, the process of a command shows that the call has begun.
+        // The process of a command shows that the call has begun; a number in the status does not.
         ["wait", "command"] => wait_for(line, PATIENCE, || {
             !process::children(daemon.ready_workers()[0]).is_empty()
         }),
@@ -243,12 +243,12 @@ fn act(line: &str, daemon: &mut Daemon, connection: &Connection) {
     }
 }
 
-/// A connection, and what was received on it and not taken yet.
+/// A connection, and the received bytes that were not consumed.
 struct Connection {
     dialect: Dialect,
     stream: TcpStream,
     inbox: Vec<u8>,
-    /// An answer did not come: no other is waited for.
+    /// An answer did not arrive, so no other one is awaited.
     is_broken: bool,
 }
 
@@ -265,12 +265,12 @@ impl Connection {
         }
     }
 
-    /// A server that has refused it meanwhile may have closed: what it answered is compared.
+    /// A server that has refused earlier bytes may have closed the connection; its answer is compared.
     fn send(&mut self, bytes: &[u8]) {
         let _ = self.stream.write_all(bytes);
     }
 
-    /// The next answer, or all until the end, as it is written in a file.
+    /// Returns the next answer, or everything until the end, in the format of a file.
     fn receive(&mut self, is_end: bool) -> String {
         if self.is_broken {
             return "no answer either".into();
@@ -286,7 +286,7 @@ impl Connection {
             let mut buffer = [0; 16 << 10];
             match self.stream.read(&mut buffer) {
                 Ok(count @ 1..) => self.inbox.extend_from_slice(&buffer[..count]),
-                // A reset may come in place of the end, after the answer.
+                // A reset may come instead of the end, after the answer.
                 Ok(_) | Err(_) if is_end => {
                     return shown(self.dialect, &std::mem::take(&mut self.inbox));
                 }
@@ -300,7 +300,7 @@ impl Connection {
     }
 }
 
-/// Bytes of the first whole answer.
+/// Returns the length in bytes of the first complete answer.
 fn length(dialect: Dialect, bytes: &[u8]) -> Option<usize> {
     let length = match dialect {
         Dialect::Frame => 4 + u32::from_le_bytes(*bytes.first_chunk()?) as usize,
@@ -317,8 +317,8 @@ fn length(dialect: Dialect, bytes: &[u8]) -> Option<usize> {
     (bytes.len() >= length).then_some(length)
 }
 
-/// Answers as they are written in a file. Lengths that fit are left out, because they depend on what is
-/// masked: those of a frame, and the value of `Content-Length`.
+/// Formats answers as in a file. Correct lengths are left out, because they depend on masked text: those
+/// of a frame, and the value of `Content-Length`.
 fn shown(dialect: Dialect, bytes: &[u8]) -> String {
     let whole = length(dialect, bytes) == Some(bytes.len());
     match dialect {
@@ -335,7 +335,7 @@ fn shown(dialect: Dialect, bytes: &[u8]) -> String {
             let head = head.replace(&is_whole, "\r\nContent-Length: fits\r\n");
             let mut head = mask_between(&mask(head.as_bytes()), b"\r\nDate: ", b'\r');
             if body.is_empty() {
-                // The answer to HEAD: how long the body would be depends on what is masked.
+                // The answer to HEAD: the length of the body depends on masked text.
                 head = mask_between(&head, b"\r\nContent-Length: ", b'\r');
             }
             let head = String::from_utf8(head).unwrap();

@@ -1,4 +1,4 @@
-//! The protocol in its three dialects, as transcripts in `wire/`.
+//! Records the protocol in its three dialects, as transcripts in `wire/`.
 
 use super::transcript::check;
 

@@ -1,7 +1,7 @@
-//! Clients that call all the time while a test does something to the daemon, and count.
+//! Runs clients that call continuously while a test acts on the daemon, and counts the results.
 //!
-//! A call is lost when its bytes were taken and no valid answer came; a connection that was
-//! refused counts too, for whoever listens without a break refuses nobody.
+//! A call is lost if its bytes were accepted and no valid answer came. A refused connection counts too,
+//! because a server that never stops listening refuses none.
 
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -12,25 +12,25 @@ use std::time::{Duration, Instant};
 use super::client::Client;
 use super::pause;
 
-/// What became of the calls.
+/// The results of the calls.
 #[derive(Debug, Default, Clone)]
 pub struct Tally {
-    /// Answered with what was sent.
+    /// The number of calls whose answer has the sent value.
     pub answered: u64,
-    /// What became of each other one.
+    /// The result of each other call.
     pub lost: Vec<String>,
-    /// The longest that an answer took.
+    /// The longest time until an answer.
     pub longest: Duration,
 }
 
-/// Clients at work.
+/// Running clients.
 pub struct Callers {
     stop: Arc<AtomicBool>,
     clients: Vec<JoinHandle<Tally>>,
 }
 
 impl Callers {
-    /// So many clients, each with one connection that lasts.
+    /// Starts this many clients, each with one lasting connection.
     pub fn lasting(address: SocketAddr, clients: usize) -> Self {
         Self::start(clients, move |stop| {
             let mut tally = Tally::default();
@@ -38,7 +38,7 @@ impl Callers {
             while !stop.load(Ordering::Relaxed) {
                 tally.count(|id| ping(&mut client, id));
                 if !tally.lost.is_empty() {
-                    break; // the connection tells nothing new any more
+                    break; // no further answer can come from this connection
                 }
                 pause();
             }
@@ -46,7 +46,7 @@ impl Callers {
         })
     }
 
-    /// So many clients, each with a connection for every call.
+    /// Starts this many clients, each with a new connection for every call.
     pub fn connecting(address: SocketAddr, clients: usize) -> Self {
         Self::start(clients, move |stop| {
             let mut tally = Tally::default();
@@ -75,7 +75,7 @@ impl Callers {
         Callers { stop, clients }
     }
 
-    /// Ends it, and says how it went.
+    /// Stops the clients and returns the results.
     pub fn stop(mut self) -> Tally {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = Tally::default();
@@ -88,7 +88,7 @@ impl Callers {
         all
     }
 
-    /// Ends it, prints how it went, and fails the test when a call was lost.
+    /// Stops the clients, prints the results, and fails the test if a call was lost.
     #[track_caller]
     pub fn stop_without_loss(self, what: &str) -> Tally {
         let tally = self.stop();
@@ -99,7 +99,7 @@ impl Callers {
             tally.longest
         );
         assert!(tally.lost.is_empty(), "{what}: {:?}", tally.lost);
-        assert!(tally.answered > 0, "{what}: nobody called");
+        assert!(tally.answered > 0, "{what}: no call was answered");
         tally
     }
 }
@@ -121,7 +121,7 @@ impl Tally {
     }
 }
 
-/// One call with a number of its own, which has to come back.
+/// Sends one call with a unique number, which the answer must contain.
 fn ping(client: &mut Client, id: u64) -> Result<(), String> {
     let call = format!(r#"{{"in":"ping","params":{id}}}"#);
     client

@@ -1,14 +1,16 @@
 //! A blocking client of the frame dialect, written from the protocol alone.
 //!
-//! Every read has a deadline, so that a server that falls silent fails a test and hangs none.
+//! Every read has a deadline, so that a silent server fails a test and does not block it.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
 use serde_json::Value;
 
 use super::PATIENCE;
@@ -19,12 +21,32 @@ pub struct Client {
 }
 
 impl Client {
-    /// Over TCP.
+    /// Connects over TCP.
     #[track_caller]
     pub fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect_timeout(&address, PATIENCE).unwrap();
         stream.set_nodelay(true).unwrap();
         Self::over(stream)
+    }
+
+    /// Over TCP, from an address of this machine (127.0.0.0/8).
+    #[track_caller]
+    pub fn connect_from(source: Ipv4Addr, address: SocketAddr) -> Self {
+        Self::try_connect_from(source, address).unwrap()
+    }
+
+    /// Likewise; fails if it cannot connect.
+    pub fn try_connect_from(source: Ipv4Addr, address: SocketAddr) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
+        bind(
+            socket.as_raw_fd(),
+            &SockaddrStorage::from(SocketAddr::from((source, 0))),
+        )?;
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+        let stream = TcpStream::from(socket);
+        stream.set_nodelay(true)?;
+        Ok(Self::over(stream))
     }
 
     /// Over a unix socket. The type of the stream says TCP; what is used of it are calls that
@@ -35,7 +57,7 @@ impl Client {
         Self::over(TcpStream::from(OwnedFd::from(stream)))
     }
 
-    /// Over a connection that stands.
+    /// Uses an open connection.
     #[track_caller]
     pub fn over(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -43,22 +65,22 @@ impl Client {
         Client { stream }
     }
 
-    /// The same connection once more, for a thread that writes while this one reads.
+    /// Returns the same connection for a thread that writes while this one reads.
     pub fn second(&self) -> Self {
         Client {
             stream: self.stream.try_clone().unwrap(),
         }
     }
 
-    /// One call, and the answer that comes next.
+    /// Sends one call and returns the next answer.
     #[track_caller]
     pub fn call(&mut self, call: &Value) -> Value {
         let answer = self.call_text(&call.to_string());
         serde_json::from_str(&answer).unwrap()
     }
 
-    /// One call as it is spelt, and the next answer as it is spelt: for what must pass to the
-    /// letter.
+    /// Sends one call as it is spelt and returns the next answer as it is spelt, to compare them byte for
+    /// byte.
     #[track_caller]
     pub fn call_text(&mut self, call: &str) -> String {
         self.send(call);
@@ -71,7 +93,8 @@ impl Client {
         self.send_raw(&frame(body.as_bytes()));
     }
 
-    /// Sends a frame with each of these bodies, all in one write: the server sees no pause in between.
+    /// Sends a frame with each of these bodies in one write, so that the server sees no pause between
+    /// them.
     #[track_caller]
     pub fn send_together(&mut self, bodies: impl IntoIterator<Item = Value>) {
         let frames = bodies
@@ -91,18 +114,18 @@ impl Client {
         self.stream.write_all(bytes).unwrap();
     }
 
-    /// The same, where the server may have ended the connection meanwhile.
+    /// Does the same if the server may have closed the connection meanwhile.
     pub fn try_send_raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
     }
 
-    /// The body of the next frame; an error at the end of the stream and after 20 s of silence.
+    /// Receives the body of the next frame. Fails at the end of the stream and after 20 s of silence.
     pub fn recv(&mut self) -> io::Result<Vec<u8>> {
         let mut length = [0; 4];
         self.stream.read_exact(&mut length)?;
         let length = u32::from_le_bytes(length);
         let mut body = Vec::new();
-        // by the bytes that come, not by the length that is declared
+        // Read by the received bytes, not by the declared length.
         (&self.stream).take(length.into()).read_to_end(&mut body)?;
         if body.len() < length as usize {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -110,7 +133,7 @@ impl Client {
         Ok(body)
     }
 
-    /// The body of the next frame as text.
+    /// Receives the body of the next frame as text.
     #[track_caller]
     pub fn recv_text(&mut self) -> String {
         let body = self
@@ -119,7 +142,7 @@ impl Client {
         String::from_utf8(body).unwrap()
     }
 
-    /// The body of the next frame as JSON.
+    /// Receives the body of the next frame as JSON.
     #[track_caller]
     pub fn recv_json(&mut self) -> Value {
         serde_json::from_str(&self.recv_text()).unwrap()
@@ -132,13 +155,13 @@ impl Client {
         match self.stream.read(&mut byte) {
             Ok(0) => {}
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
-            // a read with a deadline is not taken up again after a signal (signal(7))
+            // A read with a deadline is not restarted after a signal (signal(7)).
             Err(error) if error.kind() == io::ErrorKind::Interrupted => self.assert_closed(),
             other => panic!("the connection should be closed, but: {other:?} {byte:?}"),
         }
     }
 
-    /// Ends with a reset in place of a FIN: what the peer has not read is lost to it.
+    /// Closes with a reset instead of a FIN, so the peer loses what it has not read.
     pub fn reset(self) {
         let at_once = nix::libc::linger {
             l_onoff: 1,
@@ -147,7 +170,7 @@ impl Client {
         setsockopt(&self.stream, sockopt::Linger, &at_once).unwrap();
     }
 
-    /// All bodies that come until the server ends the connection, by a reset or in order.
+    /// Returns all bodies until the server closes the connection, with or without a reset.
     #[track_caller]
     pub fn recv_all(&mut self) -> Vec<Vec<u8>> {
         let mut bodies = Vec::new();
@@ -162,18 +185,18 @@ impl Client {
         }
     }
 
-    /// Says that nothing more will be sent; answers are still read.
+    /// Ends the sending direction; answers are still read.
     pub fn half_close(&self) {
         self.stream.shutdown(Shutdown::Write).unwrap();
     }
 
-    /// The connection itself, for its options.
+    /// Returns the connection itself, to set its options.
     pub fn stream(&self) -> &TcpStream {
         &self.stream
     }
 }
 
-/// A frame with this body.
+/// Returns a frame with this body.
 pub fn frame(body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap();
     let mut frame = length.to_le_bytes().to_vec();

@@ -1,4 +1,4 @@
-//! The master's control socket, asked without a command in between.
+//! Sends requests to the master's control socket without a command.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,7 +11,7 @@ use super::PATIENCE;
 /// Asks for the status.
 pub const STATUS: &[u8] = b"{\"command\":\"status\"}\n";
 
-/// A connection to the control socket.
+/// Connects to the control socket.
 #[track_caller]
 pub fn connect(socket: &Path) -> UnixStream {
     let stream = UnixStream::connect(socket).unwrap();
@@ -19,8 +19,8 @@ pub fn connect(socket: &Path) -> UnixStream {
     stream
 }
 
-/// What `status --json` prints, once the master has closed the connection that it was asked on: who
-/// looks at its descriptors next finds those that it has at rest.
+/// Returns what `status --json` prints, after the master has closed the connection. So a later check of
+/// its descriptors does not find that connection.
 #[track_caller]
 pub fn status(socket: &Path) -> Value {
     let mut stream = connect(socket);
@@ -32,8 +32,8 @@ pub fn status(socket: &Path) -> Value {
     answer["status"].take()
 }
 
-/// Sends a request, and answers the first line that comes back: for what the master does at once, while the
-/// command of that name waits for more.
+/// Sends a request and returns the first line of the answer. It is for requests that the master answers
+/// at once, while the command of that name waits for more.
 #[track_caller]
 pub fn ask(socket: &Path, request: &str) -> String {
     let mut stream = connect(socket);

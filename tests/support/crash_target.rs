@@ -1,4 +1,4 @@
-//! Whose connections a process holds, found out just before it is ended: what its death may cost.
+//! Finds the clients of a process just before it is killed, to know what its death may cost.
 
 use std::collections::HashSet;
 use std::fs;
@@ -9,8 +9,8 @@ use nix::unistd::Pid;
 
 use super::{PATIENCE, process, wait_for};
 
-/// Stops a worker, and answers the ports of the clients that are connected to it: from now on no
-/// other comes. `None` when it is gone already.
+/// Stops a worker and returns the ports of its connected clients; from then on it accepts no others.
+/// Returns `None` if it is already gone.
 pub fn stop(pid: i32, server: SocketAddr) -> Option<HashSet<u16>> {
     kill(Pid::from_raw(pid), Signal::SIGSTOP).ok()?;
     wait_for("a stopped worker", PATIENCE, || {
@@ -19,7 +19,7 @@ pub fn stop(pid: i32, server: SocketAddr) -> Option<HashSet<u16>> {
     Some(clients(pid, server))
 }
 
-/// The ports of the clients whose connections this process holds (proc_pid_net(5)).
+/// Returns the ports of the clients that are connected to this process (proc_pid_net(5)).
 pub fn clients(pid: i32, server: SocketAddr) -> HashSet<u16> {
     let held: HashSet<String> = fs::read_dir(format!("/proc/{pid}/fd"))
         .into_iter()
@@ -30,7 +30,8 @@ pub fn clients(pid: i32, server: SocketAddr) -> HashSet<u16> {
             Some(target.trim_end_matches(']').to_owned())
         })
         .collect();
-    // Read page by page while others come and go, it may leave one out; hardly so each time.
+    // The table is read page by page while connections change, so one read may miss an entry, but hardly
+    // all of them.
     let tables = (0..3).map(|_| fs::read_to_string("/proc/net/tcp").unwrap_or_default());
     let table: String = tables.collect();
     let own = format!(":{:04X}", server.port());

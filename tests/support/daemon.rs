@@ -1,10 +1,10 @@
-//! A real preforkd of one test: started, asked, signalled, and gone without a trace at the end.
+//! Runs a real preforkd for one test: starts it, sends requests and signals, and removes everything at
+//! the end.
 //!
-//! Its own directory, its own process group, and a listener that the test has bound to port 0 and
-//! hands over as a service manager would (LISTEN_FDS, sd_listen_fds(3)): no port is guessed, and
-//! a client may connect before the daemon runs. Dropping it stops it, and fails the test on any
-//! line of its log that is an error, a panic or a KILL and was not announced with
-//! [`Builder::expect_log`].
+//! It has its own directory and process group. The test binds a listener to port 0 and passes it as a
+//! service manager would (LISTEN_FDS, sd_listen_fds(3)). So no port is guessed, and a client may connect
+//! before the daemon runs. Dropping it stops it. Then the test fails on any error, panic or KILL line in
+//! its log that was not announced with [`Builder::expect_log`].
 
 mod end;
 
@@ -26,75 +26,83 @@ use serde_json::Value;
 use super::notify::Notifications;
 use super::{Client, Dir, PATIENCE, binary, control, pass, pause, process, wait_for};
 
-/// What a daemon keeps of the test's environment: enough to find programs, and the mark by which
-/// `tests/run` knows its own processes.
+/// The variables of the test's environment that a daemon gets: enough to find programs, and the mark by
+/// which `tests/run` finds its own processes.
 const KEPT_ENVIRONMENT: [&str; 4] = ["PATH", "HOME", "PREFORKD_TEST_RUN", "RUST_BACKTRACE"];
 
-/// Hands its stdin over as descriptor 3. The shell is there because LISTEN_PID has to be the pid
-/// of the daemon, which nobody knows before the fork and a shell keeps across its exec.
-/// No core either: a test that crashes workers by the hundred leaves no file.
+/// Passes its stdin as descriptor 3. LISTEN_PID must be the pid of the daemon, which is unknown before
+/// the fork. A shell keeps its pid across its exec. Core files are off, because some tests crash hundreds
+/// of workers.
 const HAND_OVER: &str =
     r#"ulimit -c 0; exec 3<&0 </dev/null; export LISTEN_PID=$$; eval "$1"; shift; exec "$@""#;
 
-/// A daemon to be.
+/// A daemon that is not started yet.
 #[derive(Default)]
 pub struct Builder {
     config: String,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     expected: Vec<String>,
-    /// A word of the shell, run just before the daemon is.
+    /// A shell command that runs just before the daemon.
     before: String,
     program: Option<PathBuf>,
     stderr: Option<OwnedFd>,
-    /// What it is run by, in front of its own command line.
+    /// A program that runs the daemon, before the daemon's command line.
     under: Vec<OsString>,
-    /// Whom its directory belongs to, if not the test's user.
+    /// The owner of its directory, if it is not the test's user.
     user: Option<u32>,
-    /// What else is in its directory: names and texts.
+    /// Further files in its directory: names and contents.
     files: Vec<(String, String)>,
+    /// More keys of the listener.
+    listen: String,
 }
 
 impl Builder {
-    /// Its configuration: top-level keys first, then tables. Pid file, control socket and, where
-    /// it has no `[[listen]]`, the test's own listener are added.
+    /// Sets its configuration: top-level keys first, then tables. Pid file and control socket are added,
+    /// and the test's listener if there is no `[[listen]]`.
     pub fn config(mut self, text: &str) -> Self {
         text.clone_into(&mut self.config);
         self
     }
 
-    /// One more argument behind `run --config FILE`.
+    /// Sets more keys of the test's own listener.
+    pub fn listen(mut self, keys: &str) -> Self {
+        keys.clone_into(&mut self.listen);
+        self
+    }
+
+    /// Adds an argument behind `run --config FILE`.
     pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
         self.arguments.push(argument.as_ref().to_owned());
         self
     }
 
-    /// One more variable of its environment, which is otherwise nearly empty.
+    /// Adds a variable to its environment, which is otherwise nearly empty.
     pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         let pair = (key.as_ref().to_owned(), value.as_ref().to_owned());
         self.environment.push(pair);
         self
     }
 
-    /// What the shell does to itself before it becomes the daemon, such as `ulimit -n 64`.
+    /// Sets a shell command that runs before the shell becomes the daemon, such as `ulimit -n 64`.
     pub fn before(mut self, shell: &str) -> Self {
         shell.clone_into(&mut self.before);
         self
     }
 
-    /// Another program than preforkd, which was built on the library.
+    /// Sets another program than preforkd that is built on the library.
     pub fn program(mut self, path: PathBuf) -> Self {
         self.program = Some(path);
         self
     }
 
-    /// Its standard error, in place of the file that `Daemon::log` reads.
+    /// Sets its standard error, instead of the file that `Daemon::log` reads.
     pub fn stderr(mut self, to: impl Into<OwnedFd>) -> Self {
         self.stderr = Some(to.into());
         self
     }
 
-    /// Runs all of it as this user and group, with no others, in a directory of theirs. For root.
+    /// Runs all of it as this user and group, without others, in a directory of that user. Needs root.
     pub fn user(mut self, id: u32) -> Self {
         let words = [
             "setpriv",
@@ -110,32 +118,32 @@ impl Builder {
         self
     }
 
-    /// One more file in its directory, which is there before it starts.
+    /// Adds a file to its directory before the start.
     pub fn file(mut self, name: &str, text: &str) -> Self {
         self.files.push((name.to_owned(), text.to_owned()));
         self
     }
 
-    /// Runs it by another program, which keeps its pid: `strace -DD`.
+    /// Runs it under another program that keeps its pid, such as `strace -DD`.
     pub fn under(mut self, words: &[String]) -> Self {
         self.under.extend(words.iter().map(OsString::from));
         self
     }
 
-    /// Announces a line of the log that would fail the test otherwise. It must come.
+    /// Announces a log line that would otherwise fail the test. The line must appear.
     pub fn expect_log(mut self, text: &str) -> Self {
         self.expected.push(text.to_owned());
         self
     }
 
-    /// Starts it and waits until it says that it is ready.
+    /// Starts it and waits until it reports that it is ready.
     #[track_caller]
     pub fn start(self) -> Daemon {
         self.try_start()
             .unwrap_or_else(|failure| panic!("it did not start: {failure:?}"))
     }
 
-    /// Starts it, for tests of starts that fail.
+    /// Starts it, for tests of failed starts.
     pub fn try_start(self) -> Result<Daemon, StartFailure> {
         let dir = Dir::new();
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -165,16 +173,15 @@ impl Builder {
     }
 }
 
-/// How a start failed: it ended, or said nothing in time (`code` is `None` then).
+/// A failed start: it exited, or did not become ready in time (then `code` is `None`).
 #[derive(Debug)]
 pub struct StartFailure {
-    /// The exit code.
     pub code: Option<i32>,
-    /// All that it wrote to stderr.
+    /// Everything that it wrote to stderr.
     pub log: String,
 }
 
-/// What the status says about a worker, as far as tests ask.
+/// The members of a worker's status that tests use.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Worker {
     pub slot: u32,
@@ -191,32 +198,31 @@ pub struct Worker {
 
 /// A running daemon.
 pub struct Daemon {
-    /// `None` only before it was started.
+    /// `None` only before the start.
     child: Option<Child>,
-    /// `Some` once it was waited for.
+    /// `Some` after it was waited for.
     exited: Option<ExitStatus>,
-    /// What it has as its standard error, and nobody else has.
+    /// Its standard error, which no other process has.
     standard_error: Option<(u64, u64)>,
     address: SocketAddr,
-    /// What it was started from.
     builder: Builder,
     notifications: Notifications,
     dir: Dir,
 }
 
 impl Daemon {
-    /// A daemon to be.
+    /// Returns a daemon that is not started yet.
     pub fn builder() -> Builder {
         Builder::default()
     }
 
-    /// One with two workers and nothing else said.
+    /// Starts a daemon with two workers and otherwise default settings.
     #[track_caller]
     pub fn start() -> Self {
         Self::builder().config("[workers]\ncount = 2\n").start()
     }
 
-    /// Starts it once more in the same directory, after its end. It binds its address itself now.
+    /// Starts it again in the same directory after its end. Now it binds its address itself.
     #[track_caller]
     pub fn start_again(mut self) -> Self {
         assert!(self.try_wait().is_some(), "it still runs");
@@ -227,7 +233,7 @@ impl Daemon {
             .unwrap_or_else(|failure| panic!("it did not start again: {failure:?}"))
     }
 
-    /// Forks and execs, with a listener or without.
+    /// Forks and execs, with or without a listener.
     fn spawn(&mut self, listener: Option<OwnedFd>) {
         let log = self.builder.stderr.take().unwrap_or_else(|| {
             let mut log = File::options();
@@ -273,7 +279,7 @@ impl Daemon {
         lines.iter().filter(|line| *line == "READY=1").count()
     }
 
-    /// Waits until it has said that it is ready more than `before` times.
+    /// Waits until it has reported ready more than `before` times.
     fn wait_ready(mut self, before: usize) -> Result<Self, StartFailure> {
         let end = Instant::now() + PATIENCE;
         while self.times_ready() <= before {
@@ -291,22 +297,21 @@ impl Daemon {
     fn give_up(mut self, code: Option<i32>) -> StartFailure {
         let log = self.log();
         self.end_group();
-        // its log is the test's business now, and no alarm
+        // The test checks this log itself.
         self.child = None;
         StartFailure { code, log }
     }
 
-    /// Where it listens.
+    /// Returns the address on which it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Its directory.
     pub fn dir(&self) -> &Dir {
         &self.dir
     }
 
-    /// The master.
+    /// Returns the pid of the master.
     pub fn pid(&self) -> i32 {
         self.child
             .as_ref()
@@ -315,22 +320,22 @@ impl Daemon {
             .cast_signed()
     }
 
-    /// What it has written to its log so far.
+    /// Returns its log so far.
     pub fn log(&self) -> String {
         self.dir.read("log")
     }
 
-    /// What it tells its service manager, with the time of each line.
+    /// Returns its messages to the service manager, with the time of each line.
     pub fn notify(&self) -> &Notifications {
         &self.notifications
     }
 
-    /// What it has told its service manager so far, line by line.
+    /// Returns its messages to the service manager so far, line by line.
     pub fn notifications(&self) -> Vec<String> {
         self.notifications.lines()
     }
 
-    /// Waits until its log holds `text`.
+    /// Waits until its log contains `text`.
     #[track_caller]
     pub fn wait_log(&self, text: &str) {
         wait_for(&format!("{text:?} in the log"), PATIENCE, || {
@@ -338,13 +343,13 @@ impl Daemon {
         });
     }
 
-    /// A new connection.
+    /// Opens a connection.
     #[track_caller]
     pub fn client(&self) -> Client {
         Client::connect(self.address)
     }
 
-    /// The same, where it may not be there any more.
+    /// Does the same if it may no longer run.
     pub fn try_client(&self) -> std::io::Result<Client> {
         std::net::TcpStream::connect_timeout(&self.address, PATIENCE).map(Client::over)
     }
@@ -354,8 +359,8 @@ impl Daemon {
         self.asking(arguments).output().unwrap()
     }
 
-    /// A command of preforkd against it, to be run. Those that ask the master find its control socket,
-    /// `call` its address.
+    /// Returns a command of preforkd against it, to be run. Commands to the master get its control
+    /// socket; `call` gets its address.
     pub fn asking(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command.args(arguments);
@@ -370,13 +375,13 @@ impl Daemon {
         command
     }
 
-    /// Its status, as the documented JSON; the master has closed what it was asked on.
+    /// Returns its status as documented JSON, after the master has closed that connection.
     #[track_caller]
     pub fn status(&self) -> Value {
         control::status(&self.dir.join("control.sock"))
     }
 
-    /// Its workers, draining ones included, slots without one left out.
+    /// Returns its workers, including draining ones, without empty slots.
     #[track_caller]
     pub fn workers(&self) -> Vec<Worker> {
         let mut status = self.status();
@@ -387,7 +392,7 @@ impl Daemon {
             .collect()
     }
 
-    /// The pids of the workers that are ready, by slot.
+    /// Returns the pids of the ready workers, by slot.
     #[track_caller]
     pub fn ready_workers(&self) -> Vec<i32> {
         let mut workers = self.workers();
@@ -396,7 +401,7 @@ impl Daemon {
         workers.iter().map(|worker| worker.pid).collect()
     }
 
-    /// The process of the first pool that serves.
+    /// Returns the ready process of the first pool.
     pub fn pool(&self) -> i32 {
         let status = self.status();
         let mut pools = status["pools"].as_array().unwrap().iter();
@@ -405,7 +410,7 @@ impl Daemon {
         i32::try_from(pid.unwrap_or_else(|| panic!("{status}"))).unwrap()
     }
 
-    /// Waits until so many calls run in programs of pools.
+    /// Waits until `count` calls run in pool programs.
     #[track_caller]
     pub fn wait_busy(&self, count: u64) {
         wait_for("calls to run in programs", PATIENCE, || {
@@ -416,10 +421,10 @@ impl Daemon {
         pass(Duration::from_millis(20));
     }
 
-    /// Waits until so many calls run in one worker, and have begun; which worker that is.
+    /// Waits until `count` calls run in one worker and have begun. Returns that worker.
     ///
-    /// The status counts a call from when it is given to a thread that is free. That it has begun in there
-    /// too, a moment later, is told by nothing but the call, so this lets a moment pass.
+    /// The status counts a call when it is given to a free thread. Only the call itself knows that it has
+    /// begun there, shortly after. So this waits a little longer.
     #[track_caller]
     pub fn wait_running(&self, count: u64) -> i32 {
         let mut found = None;
@@ -435,12 +440,13 @@ impl Daemon {
         found.unwrap()
     }
 
-    /// Writes another configuration, for the next reload.
+    /// Writes another configuration for the next reload.
     pub fn configure(&self, config: &str) {
         let listen = if config.contains("[[listen]]") {
             String::new()
         } else {
-            format!("\n[[listen]]\naddress = \"{}\"\n", self.address)
+            let keys = &self.builder.listen;
+            format!("\n[[listen]]\naddress = \"{}\"\n{keys}", self.address)
         };
         let text = format!(
             "pid-file = \"preforkd.pid\"\ncontrol-socket = \"control.sock\"\n{config}{listen}"
@@ -448,15 +454,40 @@ impl Daemon {
         self.dir.write("preforkd.toml", text);
     }
 
-    /// From now on its new workers find no room for a thread's stack, and can't start.
+    /// Reloads and expects success.
+    #[track_caller]
+    pub fn reload(&self) {
+        let reload = self.command(&["reload"]);
+        assert!(reload.status.success(), "{reload:?}");
+    }
+
+    /// Reloads with this configuration and expects success.
+    #[track_caller]
+    pub fn reload_with(&self, config: &str) {
+        self.configure(config);
+        self.reload();
+    }
+
+    /// Reloads with this configuration, expects a refusal, and returns what is printed about it.
+    #[track_caller]
+    pub fn refused_reload(&self, config: &str) -> String {
+        self.configure(config);
+        let reload = self.command(&["reload"]);
+        let text = String::from_utf8_lossy(&reload.stderr).into_owned();
+        assert_eq!(reload.status.code(), Some(1), "{text}");
+        text
+    }
+
+    /// Makes its new workers fail: there is room for the counters of a worker (1.7 MB) and 1 MiB more, but none
+    /// for the stack of a thread (2 MiB).
     pub fn cramp(&self) {
         self.limit_address_space(&format!(
             "{}",
-            (process::virtual_kib(self.pid()) + 1024) * 1024
+            (process::virtual_kib(self.pid()) + 1696 + 1024) * 1024
         ));
     }
 
-    /// Takes `cramp` back.
+    /// Undoes `cramp`.
     pub fn uncramp(&self) {
         self.limit_address_space("unlimited");
     }
@@ -477,7 +508,7 @@ impl Daemon {
         kill(Pid::from_raw(self.pid()), signal).unwrap();
     }
 
-    /// Its exit status, if it has ended.
+    /// Returns its exit status, if it has ended.
     pub fn try_wait(&mut self) -> Option<ExitStatus> {
         if self.exited.is_none() {
             self.exited = self.child.as_mut()?.try_wait().unwrap();
@@ -492,13 +523,13 @@ impl Daemon {
         self.exited.expect("it was just waited for")
     }
 
-    /// Its processes: the master, workers and keepers, whoever their parent is by now.
+    /// Returns its processes: the master, workers and keepers, whatever their parent is.
     pub fn processes(&self) -> Vec<i32> {
         let standard_error = self.standard_error;
         standard_error.map_or_else(Vec::new, process::with_standard_error)
     }
 
-    /// Waits until no process of it is left, workers included.
+    /// Waits until none of its processes is left, including workers.
     #[track_caller]
     pub fn wait_group_gone(&self) {
         wait_for("the end of all its processes", PATIENCE, || {

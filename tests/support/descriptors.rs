@@ -1,4 +1,5 @@
-//! Descriptors as an attacker uses them: one whose close blocks, and those of another process.
+//! Creates descriptors as an attacker uses them: one whose close blocks, and copies of another process's
+//! descriptors.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -11,12 +12,13 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
 
-/// How long the last close of a `lingering` socket blocks.
+/// The time for which the last close of a `lingering` socket blocks.
 pub const LINGER: Duration = Duration::from_secs(5);
 /// SO_PASSRIGHTS (asm/socket.h, Linux 6.16).
 const SO_PASSRIGHTS: libc::c_int = 83;
 
-/// A socket whose last close blocks (SO_LINGER with unsent bytes), and its peer, which reads nothing.
+/// Returns a socket whose last close blocks (SO_LINGER with unsent bytes), and its peer, which reads
+/// nothing.
 pub fn lingering() -> (OwnedFd, TcpStream) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -38,7 +40,8 @@ pub fn send(to: &impl AsRawFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<usize
     sendmsg::<()>(to.as_raw_fd(), &[IoSlice::new(bytes)], &rights, flags, None)
 }
 
-/// Lets a socket take descriptors, as each does before Linux 6.16. False on such a kernel.
+/// Lets a socket accept descriptors, as every socket does before Linux 6.16. Returns false on such a
+/// kernel.
 pub fn allow(fd: &impl AsFd) -> bool {
     let yes: libc::c_int = 1;
     // SAFETY: the pointer and the length describe `yes`, which outlives the call.
@@ -54,7 +57,7 @@ pub fn allow(fd: &impl AsFd) -> bool {
     done == 0
 }
 
-/// The sockets of another process, by inode.
+/// Returns the sockets of another process, by inode.
 pub fn sockets_of(pid: i32) -> Vec<(String, RawFd)> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let socket = |path: std::path::PathBuf| {
@@ -71,15 +74,15 @@ pub fn sockets_of(pid: i32) -> Vec<(String, RawFd)> {
         .collect()
 }
 
-/// A copy of another process's descriptor (pidfd_getfd(2)), as a process that was taken over has
+/// Returns a copy of another process's descriptor (pidfd_getfd(2)), as an attacker in that process has
 /// it.
 ///
 /// # Errors
-/// EPERM where this process may not trace that one.
+/// EPERM if this process may not trace that one.
 pub fn borrow(pid: i32, fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: no pointer is passed.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    // SAFETY: it was just made, and nobody else knows it.
+    // SAFETY: the kernel has just created it, so it has no other owner.
     let pidfd = unsafe { OwnedFd::from_raw_fd(Errno::result(pidfd)? as RawFd) };
     // SAFETY: no pointer is passed.
     let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };

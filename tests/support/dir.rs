@@ -1,21 +1,21 @@
-//! A temporary directory that goes with its test, unless the test fails: then it stays, and says
-//! where it is.
+//! Provides a temporary directory that is removed at the end of the test. If the test fails, it is kept
+//! and its path is printed.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::mkdtemp;
 
-/// A directory of one test.
 pub struct Dir {
     path: PathBuf,
 }
 
 impl Dir {
-    /// A new one, directly under the temporary directory: a unix socket's path has 107 bytes.
+    /// Creates it directly in the temporary directory, because the path of a unix socket has at most 107
+    /// bytes.
     pub fn new() -> Self {
         let path = mkdtemp(&std::env::temp_dir().join("preforkd-test-XXXXXX")).unwrap();
-        // symlinks on the way would make relative paths of a configuration look different
+        // Symbolic links in the path would make relative paths of a configuration look different.
         Dir {
             path: path.canonicalize().unwrap(),
         }
@@ -28,7 +28,7 @@ impl Dir {
         path
     }
 
-    /// What is in a file of it; empty when it is not there.
+    /// Returns the content of a file in it; empty if the file does not exist.
     pub fn read(&self, name: &str) -> String {
         let bytes = std::fs::read(self.path.join(name)).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
@@ -48,7 +48,7 @@ impl Drop for Dir {
         if std::thread::panicking() {
             eprintln!("kept for a look: {}", self.path.display());
         } else {
-            // of no consequence: the next reboot empties it
+            // An error does not matter, because the next reboot empties the temporary directory.
             let _ = std::fs::remove_dir_all(&self.path);
         }
     }

@@ -1,18 +1,18 @@
-//! What a daemon must be again after a test has done its worst: the same workers, no death, as
-//! many descriptors as before.
+//! Checks the state of a daemon after a disruptive test: the same workers, no death, and as many
+//! descriptors as before.
 
 use std::time::Instant;
 
 use super::{Daemon, PATIENCE, process, wait_for};
 
-/// A daemon as it was.
+/// The recorded state of a daemon.
 pub struct Sweep {
-    /// Its workers' pids, with the descriptors of each.
+    /// The pids of its workers, with the number of descriptors of each.
     workers: Vec<(i32, usize)>,
 }
 
 impl Sweep {
-    /// As it is now, at rest: no client connected.
+    /// Records the current state, without connected clients.
     #[track_caller]
     pub fn of(daemon: &Daemon) -> Self {
         wait_for("a daemon without clients", PATIENCE, || {
@@ -27,8 +27,8 @@ impl Sweep {
         }
     }
 
-    /// Whether workers with these numbers of descriptors are as before. Links to other workers are made
-    /// when they are first needed, and stay: each costs two descriptors.
+    /// Returns whether workers have the same numbers of descriptors as before. Links to other workers are
+    /// made when they are first needed, and stay: each costs two descriptors.
     fn are_as_many(&self, now: &Sweep) -> bool {
         let links = 2 * self.workers.len().saturating_sub(1);
         self.workers.len() == now.workers.len()
@@ -36,7 +36,8 @@ impl Sweep {
                 .all(|((_, before), (_, now))| now.abs_diff(*before) <= links)
     }
 
-    /// The same of a daemon whose workers were replaced: as many, with as many descriptors each.
+    /// Asserts the same for a daemon whose workers were replaced: as many workers, with as many
+    /// descriptors each.
     #[track_caller]
     pub fn assert_as_many(&self, daemon: &Daemon) {
         wait_for("as many descriptors as before", PATIENCE, || {
@@ -45,7 +46,7 @@ impl Sweep {
         process::wait_for_no_zombies(daemon.pid());
     }
 
-    /// The same, and nobody has died.
+    /// Asserts the same, and that no worker has died.
     #[track_caller]
     pub fn assert_like(&self, daemon: &Daemon) {
         self.assert_as_many(daemon);
@@ -53,12 +54,12 @@ impl Sweep {
         assert_eq!(deaths.as_array().map(Vec::len), Some(0), "{deaths}");
     }
 
-    /// Waits until all connections are gone; fails when anything else has changed.
+    /// Waits until all connections are gone; fails if anything else has changed.
     #[track_caller]
     pub fn assert_same(&self, daemon: &Daemon) {
         let mut now = Sweep::of(daemon);
         let end = Instant::now() + PATIENCE;
-        // who has come and gone may not have been let in yet
+        // A client that has come and gone may not have been accepted yet.
         let pids =
             |sweep: &Sweep| -> Vec<i32> { sweep.workers.iter().map(|(pid, _)| *pid).collect() };
         let is_same = |now: &Sweep| pids(now) == pids(self) && self.are_as_many(now);

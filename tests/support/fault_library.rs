@@ -1,6 +1,6 @@
-//! A library that is loaded into a master (LD_PRELOAD) and breaks it between two programs, when and as a
-//! test orders by files: `main-thread`, `thread`, `fork` and `memfd` are for the program that an upgrade
-//! has begun, and happen once; `hold` is for the one that it goes back to.
+//! Builds a library that is loaded into a master (LD_PRELOAD) and makes it fail during an upgrade, as a
+//! test orders with files. `main-thread`, `thread`, `fork` and `memfd` act once, in the new program.
+//! `hold` acts in the program of a rollback.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use std::process::Command;
 
 use super::{Dir, source};
 
-/// A master that has a second thread does not fork: it panics. `main-thread` begins one before `main`,
-/// which the master finds before it forks; `thread` when the master sets its title, after it has looked;
-/// `fork` after the first worker was forked, and raises the signals whose numbers stand in it. `memfd`
-/// raises them when a table is about to be written.
+/// A master with a second thread panics instead of forking. `main-thread` starts a thread before `main`,
+/// which the master detects before it forks. `thread` starts one when the master sets its title, after
+/// that check. `fork` acts after the first worker was forked, and raises the signals whose numbers are in
+/// the file. `memfd` raises them when the state table is about to be written.
 const LIBRARY: &str = r#"
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
-/// The master that is on trial: its workers are no masters.
+/// The master of the attempt. Its workers are no masters.
 static ON_TRIAL: AtomicI32 = AtomicI32::new(0);
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -86,20 +86,20 @@ extern "C" fn memfd_create(name: *const std::ffi::c_char, flags: u32) -> i32 {
 }
 "#;
 
-/// The library, and where its orders stand.
+/// The library, and the directory of its orders.
 pub struct Sabotage {
     dir: Dir,
 }
 
 impl Sabotage {
-    /// With no order yet.
+    /// Builds it without an order.
     pub fn new() -> Self {
         let dir = Dir::new();
         let code = dir.write("library.rs", LIBRARY);
         let mut compiler = Command::new("rustc");
         compiler.args(["--edition=2024", "--crate-type=cdylib", "-Cpanic=abort"]);
         compiler.arg("-o").arg(dir.join("library.so")).arg(code);
-        // where the toolchain is the one of these tests
+        // rustc is in the toolchain of these tests.
         let compiled = compiler.current_dir(source()).output();
         let compiled = compiled.expect("rustc is where cargo is");
         assert!(compiled.status.success(), "{compiled:?}");
@@ -107,29 +107,29 @@ impl Sabotage {
         Sabotage { dir }
     }
 
-    /// For LD_PRELOAD.
+    /// Returns the value of LD_PRELOAD.
     pub fn library(&self) -> PathBuf {
         self.dir.join("library.so")
     }
 
-    /// For SABOTAGE.
+    /// Returns the value of SABOTAGE.
     pub fn place(&self) -> PathBuf {
         self.dir.join("orders")
     }
 
     /// Gives an order.
     pub fn order(&self, name: &str, text: &str) {
-        // whole when it is seen
+        // Rename it into place, so that the library sees a whole file.
         let new = self.dir.write("new", text);
         fs::rename(new, self.place().join(name)).unwrap();
     }
 
-    /// Whether the library has said that it did something.
+    /// Returns whether the library has reported that it acted.
     pub fn did(&self, name: &str) -> bool {
         Path::exists(&self.place().join(name))
     }
 
-    /// Lets go who is held.
+    /// Releases the held program.
     pub fn let_go(&self) {
         for name in ["held", "hold"] {
             fs::remove_file(self.place().join(name)).unwrap();

@@ -1,4 +1,4 @@
-//! A program that does all it can to leave processes behind, and a look for what is left of them.
+//! Runs a program that does all it can to leave processes behind, and checks what is left of them.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -8,12 +8,12 @@ use nix::unistd::Pid;
 
 use super::{Daemon, Dir, PATIENCE, assert_within, process, wait_for};
 
-/// How many processes [`HOSTILE`] is.
+/// The number of processes of [`HOSTILE`].
 const PROCESSES: usize = 5;
 
-/// Ignores what can be ignored, forks twice with a session of its own, in the middle and at the end;
-/// each writes its pid. All but the first one and one that leaves sleep for an hour, with all open
-/// that they were given.
+/// Ignores all signals that can be ignored, and forks twice with a new session, in the middle and at the
+/// end. Each process writes its pid. All except the first one and one that exits sleep for an hour, with
+/// all their inherited descriptors open.
 const HOSTILE: &str = r#"
 import os, signal, sys, time
 for number in range(1, 32):
@@ -44,14 +44,14 @@ if os.fork() == 0:
 /// A daemon of one worker that runs such a program.
 pub struct Hostile {
     pub daemon: Daemon,
-    /// Where the pids are written.
+    /// The file with the pids.
     pids: PathBuf,
     _dir: Dir,
 }
 
 impl Hostile {
-    /// One whose first process goes on with `rest` (Python), configured by what `config` makes of the
-    /// start of its command line, `"python3", "…", "…"`. `expect`: for its log.
+    /// Starts it. Its first process continues with `rest` (Python). `config` makes the configuration from
+    /// the beginning of its command line (`"python3", "…", "…"`). `expect` lists lines for its log.
     #[track_caller]
     pub fn start(rest: &str, config: impl Fn(&str) -> String, expect: &[&str]) -> Self {
         let dir = Dir::new();
@@ -74,13 +74,13 @@ impl Hostile {
         }
     }
 
-    /// All that were ever started.
+    /// Returns all processes that were ever started.
     pub fn all(&self) -> Vec<i32> {
         let text = std::fs::read_to_string(&self.pids).unwrap_or_default();
         text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
-    /// Those of so many programs, once all have written their pids.
+    /// Returns the processes of `programs` programs, once all have written their pids.
     #[track_caller]
     pub fn started(&self, programs: usize) -> Vec<i32> {
         let count = programs * PROCESSES;
@@ -92,8 +92,8 @@ impl Hostile {
         pids
     }
 
-    /// Ends the pool process by a signal, and waits until none of `pids` is left and there is another
-    /// pool process.
+    /// Ends the pool process with a signal. Waits until none of `pids` is left and there is another pool
+    /// process.
     #[track_caller]
     pub fn end_pool(&self, signal: Signal, pids: &[i32], what: &str) {
         let pool = self.daemon.pool();
@@ -108,8 +108,7 @@ impl Hostile {
         });
     }
 
-    /// Ends the worker by a signal, and waits until none of `pids` is left and there is another
-    /// worker.
+    /// Ends the worker with a signal. Waits until none of `pids` is left and there is another worker.
     #[track_caller]
     pub fn end_worker(&self, signal: Signal, pids: &[i32], what: &str) {
         let worker = self.daemon.ready_workers()[0];
@@ -122,7 +121,7 @@ impl Hostile {
     }
 }
 
-/// Waits until none of them is left, not even as a zombie, and tells how long that took.
+/// Waits until none of them is left, not even as a zombie, and prints how long that took.
 #[track_caller]
 pub fn gone(pids: &[i32], what: &str) {
     let began = Instant::now();

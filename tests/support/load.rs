@@ -1,9 +1,9 @@
-//! Load whose every answer is checked by its id: a call is lost when its bytes were sent and no
-//! valid answer came.
+//! Runs load whose every answer is checked by its id. A call is lost if its bytes were sent and no valid
+//! answer came.
 //!
-//! Closed loop: a client sends its next call when it has an answer. Each client is a thread, and
-//! ends after its last answer, so nothing is cut off by the load's own end. A client whose
-//! connection ends under it counts what was lost there, and goes on over another one.
+//! Closed loop: a client sends its next call when it has an answer. Each client is a thread and ends
+//! after its last answer, so the end of the load loses no call. If a client's connection ends, the client
+//! counts the lost calls and continues with another connection.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,41 +18,40 @@ use super::wire::{Dialect, Wire};
 /// How a client connects.
 #[derive(Debug, Clone, Copy)]
 pub enum Shape {
-    /// A connection for each call.
+    /// A new connection for each call.
     PerCall,
-    /// One for all of them.
+    /// One connection for all calls.
     Lasting,
-    /// One for all of them, so many calls sent ahead.
+    /// One connection for all calls, with this many calls sent ahead.
     Pipelined(usize),
 }
 
-/// What came of it.
+/// The results.
 #[derive(Debug, Default)]
 pub struct Tally {
     pub sent: u64,
     pub answered: u64,
-    /// Connections that the server has ended, or that could not be made.
+    /// Connections that the server closed, or that could not be made.
     pub closed: u64,
-    /// What went wrong.
     pub faults: Vec<Fault>,
-    /// Of each answered call, from its sending on.
+    /// The latency of each answered call, from its send on.
     pub latencies: Vec<Duration>,
 }
 
-/// A call or a connection that did not go well.
+/// A failed call or connection.
 #[derive(Debug, Clone)]
 pub struct Fault {
-    /// The client's port; 0 when it was not connected.
+    /// The client's port; 0 if it was not connected.
     pub port: u16,
     pub at: Instant,
-    /// Calls on it that have no valid answer.
+    /// Calls on it without a valid answer.
     pub lost: u64,
-    /// Whether the connection is gone with them.
+    /// Whether the connection was lost too.
     pub closed: bool,
     pub what: String,
 }
 
-/// Faults that are kept of one client, and latencies.
+/// The most faults and latencies that are kept of one client.
 const MOST_FAULTS: usize = 10_000;
 const MOST_LATENCIES: usize = 1 << 20;
 
@@ -61,7 +60,7 @@ impl Tally {
         self.sent - self.answered
     }
 
-    /// A quantile of the latencies, 0.5 being the median.
+    /// Returns a quantile of the latencies; 0.5 is the median.
     pub fn quantile(&self, quantile: f64) -> Duration {
         let mut sorted = self.latencies.clone();
         sorted.sort_unstable();
@@ -80,13 +79,13 @@ impl Tally {
         self.faults.extend(other.faults);
     }
 
-    /// The connection is of no use any more, and with it so many calls.
+    /// Records that a connection was lost with `lost` calls.
     pub fn ended(&mut self, port: u16, lost: usize, what: String) {
         self.closed += 1;
         self.fault(port, lost, true, what);
     }
 
-    /// So many calls have no valid answer.
+    /// Records that `lost` calls have no valid answer.
     pub fn fault(&mut self, port: u16, lost: usize, closed: bool, what: String) {
         if self.faults.len() < MOST_FAULTS {
             self.faults.push(Fault {
@@ -100,7 +99,7 @@ impl Tally {
     }
 
     fn answer(&mut self, took: Duration) {
-        // of a long run only the last ones are kept
+        // In a long run only the last ones are kept.
         match self.latencies.len() < MOST_LATENCIES {
             true => self.latencies.push(took),
             false => self.latencies[self.answered as usize % MOST_LATENCIES] = took,
@@ -108,7 +107,7 @@ impl Tally {
         self.answered += 1;
     }
 
-    /// In one line.
+    /// Returns the results in one line.
     pub fn line(&self) -> String {
         format!(
             "{} calls, {} answered, {} lost, {} connections closed, p50 {:?}, p99 {:?}, max {:?}",
@@ -122,7 +121,7 @@ impl Tally {
         )
     }
 
-    /// Fails unless there was load, and every call of it was answered.
+    /// Asserts that there was load, and that every call was answered.
     #[track_caller]
     pub fn assert_whole(&self, what: &str) {
         println!("{what}: {}", self.line());
@@ -132,33 +131,33 @@ impl Tally {
     }
 }
 
-/// Clients at work.
+/// Running clients.
 pub struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
     clients: Vec<JoinHandle<Tally>>,
 }
 
-/// Clients to be.
+/// The configuration of a load.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     pub address: SocketAddr,
     pub clients: usize,
     pub shape: Shape,
     pub dialect: Dialect,
-    /// Between an answer and the next call: a probe in place of a load.
+    /// The pause between an answer and the next call.
     pub pause: Duration,
-    /// What is called, by turns.
+    /// The methods, called in turn.
     pub methods: &'static [&'static str],
 }
 
 impl Load {
-    /// Starts so many clients, each calling `ping` in frames until it is told to stop.
+    /// Starts `clients` clients that call `ping` in frames until they are stopped.
     pub fn start(address: SocketAddr, clients: usize, shape: Shape) -> Self {
         Self::paced(address, clients, shape, Duration::ZERO)
     }
 
-    /// With a pause between an answer and the next call.
+    /// Does the same with a pause between an answer and the next call.
     pub fn paced(address: SocketAddr, clients: usize, shape: Shape, pause: Duration) -> Self {
         let dialect = Dialect::Frame;
         Self::of(Plan {
@@ -171,7 +170,7 @@ impl Load {
         })
     }
 
-    /// Starts what is planned.
+    /// Starts a planned load.
     pub fn of(plan: Plan) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let answered = Arc::new(AtomicU64::new(0));
@@ -199,12 +198,12 @@ impl Load {
         }
     }
 
-    /// Calls answered so far, by all of them.
+    /// Returns the number of answered calls so far, of all clients.
     pub fn answered(&self) -> u64 {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// Lets every client have its last answers.
+    /// Stops the load after the last answer of each client.
     pub fn stop(self) -> Tally {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = Tally::default();
@@ -215,14 +214,13 @@ impl Load {
     }
 }
 
-/// A load for so long.
+/// Runs a load for this time.
 pub fn run(address: SocketAddr, clients: usize, shape: Shape, time: Duration) -> Tally {
     let load = Load::start(address, clients, shape);
     super::pass(time);
     load.stop()
 }
 
-/// One client.
 struct Caller {
     plan: Plan,
     stop: Arc<AtomicBool>,
@@ -232,7 +230,7 @@ struct Caller {
 }
 
 impl Caller {
-    /// Calls over one connection for as long as that lasts.
+    /// Sends calls over one connection until it ends.
     fn live(&mut self) {
         let mut wire = match Wire::try_open(self.plan.address) {
             Ok(wire) => wire,
@@ -262,14 +260,14 @@ impl Caller {
             wire.send(&batch);
             let answer = match wire.try_answer(self.plan.dialect) {
                 Ok(answer) => answer,
-                // what had come before the end was an answer to nothing else
+                // Answers before the end were checked already.
                 Err(error) => {
                     let what = format!("{error}, with {} calls sent", outstanding.len());
                     return self.tally.ended(wire.port(), outstanding.len(), what);
                 }
             };
             if !self.check(&answer, &mut outstanding, wire.port()) {
-                // An answer that nobody waits for makes all the others doubtful.
+                // An unexpected answer makes all others doubtful.
                 let what = format!("not awaited: {answer}");
                 return self.tally.ended(wire.port(), outstanding.len(), what);
             }
@@ -279,7 +277,7 @@ impl Caller {
         }
     }
 
-    /// Whether it is an answer to one of these, right or wrong.
+    /// Returns whether it answers one of these calls, correctly or not.
     fn check(&mut self, answer: &str, outstanding: &mut Vec<(u64, Instant)>, port: u16) -> bool {
         let value: Value = serde_json::from_str(answer).unwrap_or_default();
         let id = value["id"].as_u64().unwrap_or(0);
@@ -300,7 +298,7 @@ impl Caller {
         self.plan.methods[id as usize % self.plan.methods.len()]
     }
 
-    /// What goes in has to come out; `sleep` does so after a while.
+    /// The answer must contain these params; `sleep` returns them after a while.
     fn params(&self, id: u64) -> Value {
         match self.method(id) {
             "sleep" => json!(0.002),
@@ -308,7 +306,7 @@ impl Caller {
         }
     }
 
-    /// One call. In HTTP its number stands in a header too, for a server that reads no JSON.
+    /// Encodes one call. In HTTP its number is also in a header, for a server that does not read JSON.
     fn call(&self, id: u64) -> Vec<u8> {
         let (method, params) = (self.method(id), self.params(id));
         let body = format!(r#"{{"in": "{method}", "params": {params}, "id": {id}}}"#);

@@ -1,7 +1,6 @@
-//! Judges a daemon's log: which lines a test must have announced.
+//! Checks a daemon's log for lines that a test must announce.
 
-/// The lines of `log` that no test should see, but for those that contain one of `expected`:
-/// errors, panics, and processes that had to be killed.
+/// Returns the errors, panics and kills in `log`, except lines that contain one of `expected`.
 pub fn unexpected<'a>(log: &'a str, expected: &[String]) -> Vec<&'a str> {
     log.lines()
         .filter(|line| is_alarming(line))
@@ -9,7 +8,7 @@ pub fn unexpected<'a>(log: &'a str, expected: &[String]) -> Vec<&'a str> {
         .collect()
 }
 
-/// The expected texts that never came.
+/// Returns the expected texts that did not appear.
 pub fn missing<'a>(log: &str, expected: &'a [String]) -> Vec<&'a str> {
     expected
         .iter()
@@ -19,7 +18,7 @@ pub fn missing<'a>(log: &str, expected: &'a [String]) -> Vec<&'a str> {
 }
 
 fn is_alarming(line: &str) -> bool {
-    // journald's priority, for a log that goes to systemd: <3> is an error, lower is worse
+    // The priority of journald, for a log that goes to systemd: <3> is an error, lower numbers are worse.
     let worst_priorities = ["<0>", "<1>", "<2>", "<3>"];
     line.split(|c: char| !c.is_ascii_alphanumeric())
         .any(|word| matches!(word, "ERROR" | "KILL" | "SIGKILL" | "panicked"))

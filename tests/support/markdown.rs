@@ -1,19 +1,18 @@
-//! Fenced blocks out of a Markdown document, for tests that run what a page tells people to run.
+//! Extracts fenced blocks from a Markdown document, for tests that run the commands of a page.
 
-/// A block.
 #[derive(Debug, PartialEq)]
 pub struct Block {
-    /// What stands behind the fence: `sh`, `python`, `text`.
+    /// The language behind the fence: `sh`, `python`, `text`.
     pub language: String,
     /// Its lines, each with its newline.
     pub text: String,
     /// The heading above it.
     pub section: String,
-    /// Where it begins, counted from 1.
+    /// The number of its first line, from 1.
     pub line: usize,
 }
 
-/// All blocks of a document, in order.
+/// Returns all blocks of a document, in order.
 pub fn blocks(document: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
     let mut open: Option<Block> = None;

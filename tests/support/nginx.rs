@@ -1,8 +1,7 @@
-//! An nginx of one test, as the yardstick: it answers what the load asks for, without reading it.
+//! Runs an nginx for one test, as a reference. It answers the load without reading the calls.
 //!
-//! `tests/run` unpacks Debian's package and names the program in `NGINX_BINARY`. It gets its
-//! listening socket as it gets it from an nginx that is upgraded (the variable NGINX), so that no
-//! port is guessed.
+//! `tests/run` unpacks Debian's package and sets `NGINX_BINARY`. The nginx gets its listening socket as
+//! from an nginx that is upgraded (the variable NGINX), so no port is guessed.
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
@@ -16,7 +15,7 @@ use nix::unistd::Pid;
 
 use super::{Dir, PATIENCE, process, wait_for};
 
-/// Hands its stdin over as descriptor 3.
+/// Passes its stdin as descriptor 3.
 const HAND_OVER: &str = r#"exec 3<&0 </dev/null; export NGINX="3;"; exec "$@""#;
 
 pub struct Nginx {
@@ -25,7 +24,7 @@ pub struct Nginx {
     _dir: Dir,
 }
 
-/// Where there is one.
+/// Returns the program, if there is one.
 pub fn program() -> Option<PathBuf> {
     let named = std::env::var_os("NGINX_BINARY").map(PathBuf::from);
     let unpacked = super::source().join("target/beside/usr/sbin/nginx");
@@ -33,13 +32,13 @@ pub fn program() -> Option<PathBuf> {
 }
 
 impl Nginx {
-    /// Starts it with so many workers, and waits until they are there.
+    /// Starts it with this many workers, and waits until they run.
     #[track_caller]
     pub fn start(program: PathBuf, workers: usize) -> Self {
         let dir = Dir::new();
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
-        // $http_x_id: the header that the load writes its call's number into
+        // $http_x_id: the header in which the load sends the number of the call.
         dir.write(
             "nginx.conf",
             format!(
@@ -89,8 +88,8 @@ impl Nginx {
         process::children(self.pid())
     }
 
-    /// Reloads it, and waits until the workers of before are gone: at most two seconds, for with
-    /// clients that call all the time some of them stay.
+    /// Reloads it, and waits until the old workers are gone. It waits at most two seconds, because with
+    /// clients that call continuously some workers stay.
     pub fn reload(&self) {
         let before = self.workers();
         kill(Pid::from_raw(self.pid()), Signal::SIGHUP).unwrap();

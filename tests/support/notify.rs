@@ -1,5 +1,5 @@
-//! The service manager's end of NOTIFY_SOCKET (sd_notify(3)): it reads all along, as systemd
-//! does, for a queue that nobody empties would block its sender.
+//! Runs the service manager's end of NOTIFY_SOCKET (sd_notify(3)). It reads continuously, as systemd
+//! does, because a full queue would block the sender.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// What came, and when it was read.
+/// The received lines, and when each was read.
 #[derive(Default)]
 struct Inbox {
     lines: Mutex<Vec<(Instant, String)>>,
@@ -35,26 +35,26 @@ impl Notifications {
         }
     }
 
-    /// Where it is.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// All lines that came so far, in their order.
+    /// Returns all lines so far, in order.
     pub fn lines(&self) -> Vec<String> {
         let lines = self.inbox.lines.lock();
         let lines = lines.unwrap_or_else(PoisonError::into_inner);
         lines.iter().map(|(_, line)| line.clone()).collect()
     }
 
-    /// How many lines came so far.
+    /// Returns the number of lines so far.
     pub fn count(&self) -> usize {
         let lines = self.inbox.lines.lock();
         lines.unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Waits for a line that `is_it` holds for among those behind the first `seen`. Answers when
-    /// it was read, and how many lines there are up to it.
+    /// Waits for a line behind the first `seen` for which `is_it` is true. Returns when it was read, and
+    /// the number of lines up to it.
     pub fn wait(
         &self,
         seen: usize,
@@ -78,7 +78,7 @@ impl Notifications {
     }
 }
 
-/// Until an empty message comes, which no service sends.
+/// Reads until an empty message comes, which no service sends.
 fn read(socket: &UnixDatagram, into: &Inbox) {
     let mut message = [0; 4096];
     while let Ok(length @ 1..) = socket.recv(&mut message) {

@@ -1,8 +1,8 @@
-//! An open loop: calls are due at a rate, whatever the server does, and count only if their result is
-//! there before the caller has lost patience. So it is seen what a server does that is offered more
-//! than it can do; a closed loop would slow down with it.
+//! Runs an open loop: calls are sent at a fixed rate, and count only if their result arrives before the
+//! caller's timeout. So it shows what an overloaded server still does; a closed loop would slow down with
+//! the server.
 //!
-//! Shared by a test and a measurement; it stands on the protocol alone.
+//! A test and a benchmark share it. It uses only the protocol.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -12,44 +12,43 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// How long answers are waited for after the last call.
+/// How long to wait for answers after the last call.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What is offered.
+/// The offered calls.
 #[derive(Debug, Clone, Copy)]
 pub struct Offer<'a> {
-    /// Connections that share the calls in turn.
+    /// The number of connections, which send the calls in turn.
     pub connections: usize,
-    /// The method.
     pub method: &'a str,
-    /// Its params, as JSON.
+    /// The params as JSON.
     pub params: &'a str,
-    /// How long a caller waits, and says so in the call.
+    /// The timeout of a caller, which the call contains.
     pub patience: Duration,
 }
 
-/// What came of it.
+/// The results.
 #[derive(Debug, Default, Clone)]
 pub struct Outcome {
-    /// Calls that were due, and sent.
+    /// Calls that were due and sent.
     pub offered: u64,
-    /// Results that were there in time.
+    /// Results that arrived in time.
     pub in_time: u64,
-    /// Results that came too late.
+    /// Results that arrived too late.
     pub late: u64,
     /// Errors, by name and `started`.
     pub errors: BTreeMap<String, u64>,
-    /// From the first call's being due to the last one's.
+    /// The time from the first call to the last one.
     pub length: Duration,
 }
 
 impl Outcome {
-    /// Results in time, a second.
+    /// Returns the results in time per second.
     pub fn goodput(&self) -> f64 {
         self.in_time as f64 / self.length.as_secs_f64()
     }
 
-    /// All of it in a line.
+    /// Returns the results in one line.
     pub fn line(&self) -> String {
         format!(
             "{} offered, {} in time ({:.0}/s), {} late, errors {:?}",
@@ -62,7 +61,7 @@ impl Outcome {
     }
 }
 
-/// Offers so many calls a second for so long. Every call is answered, or it is an error here.
+/// Sends calls at this rate for this time. It is an error if a call is not answered.
 pub fn offer(
     address: SocketAddr,
     offer: Offer<'_>,

@@ -1,54 +1,54 @@
-//! A look at processes through /proc (proc(5)).
+//! Reads the state of processes from /proc (proc(5)).
 //!
-//! A process that is gone has no children, no descriptors and no memory: what can't be read is
-//! `None` or empty, never a panic, for processes leave while one looks.
+//! A process that is gone has no children, no descriptors and no memory. What cannot be read is `None` or
+//! empty and never a panic, because processes can exit at any time.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use super::{PATIENCE, wait_for};
 
-/// One letter of /proc/PID/stat, `Z` for a zombie.
+/// Returns the state letter of /proc/PID/stat, such as `Z` for a zombie.
 pub fn state(pid: i32) -> Option<char> {
     stat(pid).and_then(|fields| fields[0].chars().next())
 }
 
-/// Whether it is there and no zombie.
+/// Returns whether it exists and is no zombie.
 pub fn runs(pid: i32) -> bool {
     state(pid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
 }
 
-/// Its parent.
+/// Returns its parent.
 pub fn parent(pid: i32) -> Option<i32> {
     stat(pid)?[1].parse().ok()
 }
 
-/// Its session.
+/// Returns its session.
 pub fn session(pid: i32) -> Option<i32> {
     stat(pid)?[3].parse().ok()
 }
 
-/// The number of its controlling terminal; 0: it has none.
+/// Returns the number of its controlling terminal; 0 if it has none.
 pub fn terminal(pid: i32) -> Option<i32> {
     stat(pid)?[4].parse().ok()
 }
 
-/// What a process has as its standard error: the file system and the number of the file, pipe or
-/// socket. `None` of a zombie, which has nothing open.
+/// Returns the device and inode of its standard error. Returns `None` for a zombie, which has nothing
+/// open.
 pub fn standard_error(pid: i32) -> Option<(u64, u64)> {
     let found = fs::metadata(format!("/proc/{pid}/fd/2")).ok()?;
     Some((found.dev(), found.ino()))
 }
 
-/// CPU time so far, user and system, in clock ticks (100 a second).
+/// Returns its CPU time so far, user and system, in clock ticks (100 per second).
 pub fn cpu_ticks(pid: i32) -> Option<u64> {
     let fields = stat(pid)?;
     let ticks = |index: usize| fields[index].parse::<u64>().ok();
     Some(ticks(11)? + ticks(12)?)
 }
 
-/// Resident memory in bytes, counted page by page: what /proc/PID/status says may be some hundred
-/// kilobytes off (proc_pid_status(5)).
+/// Returns its resident memory in bytes, counted page by page. The value in /proc/PID/status may be wrong
+/// by some hundred kilobytes (proc_pid_status(5)).
 pub fn rss_bytes(pid: i32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find(|line| line.starts_with("Rss:"))?;
@@ -56,19 +56,19 @@ pub fn rss_bytes(pid: i32) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// The size of its address space in KiB, as `ulimit -v` counts.
+/// Returns the size of its address space in KiB, as `ulimit -v` counts it.
 pub fn virtual_kib(pid: i32) -> u64 {
     let size = field(pid, "VmSize").expect("a process that lives has a size");
     size.trim_end_matches("kB").trim().parse().unwrap()
 }
 
-/// How many descriptors it has open.
+/// Returns its number of open descriptors.
 pub fn descriptors(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// How many it has open at rest: as many for a while. A worker that looks for its children, and a
-/// master that was just asked for something, has one more for a moment.
+/// Returns its number of open descriptors when that is stable. A worker that searches its children and a
+/// master that has just answered a request briefly have one more.
 #[track_caller]
 pub fn descriptors_at_rest(pid: i32) -> usize {
     let mut looks = Vec::new();
@@ -80,19 +80,19 @@ pub fn descriptors_at_rest(pid: i32) -> usize {
     looks[looks.len() - 1]
 }
 
-/// Waits until it has so many open.
+/// Waits until it has this many descriptors open.
 #[track_caller]
 pub fn wait_for_descriptors(pid: i32, count: usize) {
     let what = format!("{count} descriptors of {pid}");
     wait_for(&what, PATIENCE, || descriptors(pid) == count);
 }
 
-/// The inode of what a process runs, deleted or not.
+/// Returns the inode of its executable, deleted or not.
 pub fn executable(pid: i32) -> u64 {
     fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino()
 }
 
-/// What each of a process's descriptors is, without its number.
+/// Returns the kind of each of its descriptors, without numbers.
 pub fn kinds(pid: i32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let mut kinds: Vec<String> = entries
@@ -108,7 +108,7 @@ pub fn kinds(pid: i32) -> Vec<String> {
     kinds
 }
 
-/// Its threads. Each is found in /proc as a process is.
+/// Returns its threads. Each is in /proc like a process.
 pub fn tasks(pid: i32) -> Vec<i32> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task"));
     let names = tasks
@@ -118,25 +118,24 @@ pub fn tasks(pid: i32) -> Vec<i32> {
     names.filter_map(|name| name.parse().ok()).collect()
 }
 
-/// How many threads it has.
 pub fn threads(pid: i32) -> usize {
     tasks(pid).len()
 }
 
-/// Its title: the argv area as `ps` shows it.
+/// Returns its title: the argv area as `ps` shows it.
 pub fn title(pid: i32) -> String {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes).replace('\0', " ");
     text.trim_end().to_owned()
 }
 
-/// Its short name, 15 bytes at most.
+/// Returns its comm, at most 15 bytes.
 pub fn comm(pid: i32) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     text.trim_end().to_owned()
 }
 
-/// A line of /proc/PID/status, without its key: `field(pid, "CapBnd")`.
+/// Returns a line of /proc/PID/status without its key: `field(pid, "CapBnd")`.
 pub fn field(pid: i32, key: &str) -> Option<String> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| {
@@ -145,33 +144,34 @@ pub fn field(pid: i32, key: &str) -> Option<String> {
     })
 }
 
-/// The children of a process, zombies included.
+/// Returns its children, including zombies.
 pub fn children(pid: i32) -> Vec<i32> {
     all().filter(|&child| parent(child) == Some(pid)).collect()
 }
 
-/// The workers of a master, zombies included, from when they have that name.
+/// Returns the workers of a master, including zombies, once they have their title.
 pub fn workers(master: i32) -> Vec<i32> {
     let mut children = children(master);
     children.retain(|&child| comm(child).ends_with("worker"));
     children
 }
 
-/// Its pool processes.
+/// Returns its pool processes.
 pub fn pools(master: i32) -> Vec<i32> {
     let mut children = children(master);
     children.retain(|&child| title(child).contains("preforkd: pool "));
     children
 }
 
-/// Their keepers, from when they have that name.
+/// Returns their keepers, once they have their title.
 pub fn keepers(master: i32) -> Vec<i32> {
     let mut children = children(master);
     children.retain(|&child| comm(child).ends_with("keeper"));
     children
 }
 
-/// The same, once there are so many: a worker is ready without waiting for its keeper's name.
+/// Returns the keepers once there are `count`: a worker becomes ready without waiting for its keeper's
+/// title.
 #[track_caller]
 pub fn wait_for_keepers(master: i32, count: usize) -> Vec<i32> {
     let mut found = Vec::new();
@@ -182,21 +182,20 @@ pub fn wait_for_keepers(master: i32, count: usize) -> Vec<i32> {
     found
 }
 
-/// Those of its children that nobody has waited for.
+/// Returns its children that are not reaped.
 pub fn zombies(pid: i32) -> Vec<i32> {
     let mut children = children(pid);
     children.retain(|&child| state(child) == Some('Z'));
     children
 }
 
-/// Waits until it has waited for each of its children that have ended: none stays a zombie.
+/// Waits until it has reaped all its ended children.
 #[track_caller]
 pub fn wait_for_no_zombies(pid: i32) {
     wait_for("every zombie reaped", PATIENCE, || zombies(pid).is_empty());
 }
 
-/// Its children, theirs and so on, zombies included. Whoever a subreaper has adopted is one of
-/// them.
+/// Returns all its descendants, including zombies and those that a subreaper has adopted.
 pub fn descendants(pid: i32) -> Vec<i32> {
     let mut found = children(pid);
     let mut next = 0;
@@ -207,9 +206,9 @@ pub fn descendants(pid: i32) -> Vec<i32> {
     found
 }
 
-/// All processes with this standard error but the calling one: those of a server that has one of its
-/// own. Its workers and keepers are in sessions of their own, so no process group holds them
-/// together; what they start has another standard error.
+/// Returns all processes with this standard error except the calling one: those of a server with a unique
+/// standard error. Its workers and keepers have their own sessions, so they have no common process group.
+/// Commands that they start have another standard error.
 pub fn with_standard_error(wanted: (u64, u64)) -> Vec<i32> {
     let me = std::process::id().cast_signed();
     let has_it = |pid: &i32| *pid != me && standard_error(*pid) == Some(wanted);
@@ -223,8 +222,8 @@ fn all() -> impl Iterator<Item = i32> {
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The fields of /proc/PID/stat from the state on: the name before it may hold blanks and
-/// parentheses, so the last parenthesis is where they begin.
+/// Returns the fields of /proc/PID/stat from the state on. The name before it may contain spaces and
+/// parentheses, so the fields begin behind the last parenthesis.
 fn stat(pid: i32) -> Option<Vec<String>> {
     let bytes = fs::read(format!("/proc/{pid}/stat")).ok()?;
     let text = String::from_utf8_lossy(&bytes);

@@ -1,8 +1,8 @@
-//! Little memory for a process, for a while: a cgroup of the memory controller of its own where this
-//! user may make one, else a limit of its address space (RLIMIT_AS).
+//! Limits the memory of a process for a time: with a cgroup of the memory controller if this user may
+//! create one, otherwise with a limit of its address space (RLIMIT_AS).
 //!
-//! In the group only what is asked for from now on counts; what finds no room there has the kernel
-//! end somebody in it (cgroup-v1/memory.rst). Under the limit it is mmap(2) that fails.
+//! In the cgroup only new memory counts. If there is no room, the kernel kills a process of the group
+//! (cgroup-v1/memory.rst). Under RLIMIT_AS mmap(2) fails.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,7 @@ use std::time::{Instant, SystemTime};
 
 use super::{PATIENCE, pause, process};
 
-/// Where the controller may be mounted, the file of its limit, and that of what is used.
+/// The mount points of the controller, with the files of its limit and its usage.
 const PLACES: [(&str, &str, &str); 2] = [
     (
         "/sys/fs/cgroup/memory",
@@ -22,21 +22,21 @@ const PLACES: [(&str, &str, &str); 2] = [
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
 ];
 
-/// The means for it.
+/// The available method.
 pub struct Cramp(Option<Group>);
 
 struct Group {
     dir: PathBuf,
-    /// Where this test's own processes are.
+    /// The cgroup of this test's own processes.
     home: PathBuf,
     limit: &'static str,
     usage: &'static str,
 }
 
 impl Cramp {
-    /// The best that can be had.
+    /// Chooses the best available method.
     pub fn new() -> Self {
-        // of its own in whichever pid namespace this is
+        // The name is unique in any pid namespace.
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let name = format!("preforkd-test-{}", since.map_or(0, |it| it.as_nanos()));
         let group = PLACES.iter().find_map(|(root, limit, usage)| {
@@ -49,13 +49,13 @@ impl Cramp {
                 limit,
                 usage,
             };
-            // dropped, and so removed, where the controller is not to be had here
+            // The group is dropped, and so removed, if the controller is not available here.
             group.dir.join(limit).exists().then_some(group)
         });
         Cramp(group)
     }
 
-    /// What it is, for a report.
+    /// Names the method for a report.
     pub fn name(&self) -> &'static str {
         match self.0 {
             Some(_) => "a memory cgroup",
@@ -63,7 +63,7 @@ impl Cramp {
         }
     }
 
-    /// From now on this process finds room for so many bytes more. Tells whether that was done.
+    /// Allows the process only `bytes` more memory from now on. Returns whether that worked.
     pub fn squeeze(&self, pid: i32, bytes: u64) -> bool {
         match &self.0 {
             Some(group) => group.take(pid, bytes).is_ok(),
@@ -71,7 +71,7 @@ impl Cramp {
         }
     }
 
-    /// It has all the room again, as has whatever it started meanwhile.
+    /// Removes the limit from the process, and from those that it has started meanwhile.
     pub fn release(&self, pid: i32) {
         match &self.0 {
             Some(group) => group.empty(),
@@ -101,7 +101,7 @@ impl Drop for Group {
     fn drop(&mut self) {
         let end = Instant::now() + PATIENCE;
         self.empty();
-        // whoever is on its way out is a member until it is gone
+        // A process that is exiting is a member until it is gone.
         while self.dir.exists() && fs::remove_dir(&self.dir).is_err() && Instant::now() < end {
             pause();
             self.empty();
@@ -109,7 +109,7 @@ impl Drop for Group {
     }
 }
 
-/// The group of this process in the hierarchy that is mounted there.
+/// Returns the cgroup of this process in the hierarchy that is mounted there.
 fn home(root: &Path) -> PathBuf {
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let path = own.lines().find_map(|line| {

@@ -1,10 +1,10 @@
-//! Chance that can be had once more: a generator whose whole future is its seed.
+//! Provides random numbers that a seed repeats.
 
-/// xorshift64: the same rolls on every machine.
+/// xorshift64: the same numbers on every machine.
 pub struct Dice(u64);
 
 impl Dice {
-    /// Any seed; 0, from which xorshift never gets away, is another one.
+    /// Creates it from any seed. Seed 0 is replaced, because xorshift would only return 0.
     pub fn new(seed: u64) -> Self {
         Dice(if seed == 0 {
             0x9E37_79B9_7F4A_7C15
@@ -13,8 +13,8 @@ impl Dice {
         })
     }
 
-    /// With the seed that the variable `name` holds, or another one each time; printed, so that a
-    /// run that failed can be had again.
+    /// Uses the seed in the variable `name`, or a new one each time. The seed is printed, so that a
+    /// failed run can be repeated.
     pub fn of_the_day(name: &str) -> Self {
         let now = std::time::SystemTime::now();
         let since = now.duration_since(std::time::UNIX_EPOCH);
@@ -31,7 +31,7 @@ impl Dice {
         (self.0 % sides as u64) as usize
     }
 
-    /// One of some.
+    /// Returns a random element.
     pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.roll(of.len())]
     }

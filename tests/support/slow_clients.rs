@@ -1,4 +1,4 @@
-//! Clients that send a call byte by byte and want their answer all the same.
+//! Runs clients that send a call byte by byte and expect an answer.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use serde_json::{Value, json};
 use super::load::Tally;
 use super::{Client, frame, pass};
 
-/// Some of them at work, a thread each.
+/// Running clients, one thread each.
 pub struct Dawdlers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<Tally>>,
 }
 
 impl Dawdlers {
-    /// So many, each over a new connection for each call of `echo`.
+    /// Starts `count` clients, each with a new connection for each call of `echo`.
     pub fn start(address: SocketAddr, count: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let threads = (0..count).map(|number| {
@@ -42,7 +42,7 @@ impl Dawdlers {
         Dawdlers { stop, threads }
     }
 
-    /// Lets each have its last answer.
+    /// Stops them after the last answer of each.
     pub fn stop(self) -> Vec<Tally> {
         self.stop.store(true, Ordering::Relaxed);
         let tallies = self.threads.into_iter().map(|it| it.join().unwrap());
@@ -50,7 +50,7 @@ impl Dawdlers {
     }
 }
 
-/// One call; else what came of it, and whether the connection is gone with it.
+/// Sends one call. On failure returns the reason, and whether the connection was lost.
 fn dawdle(client: &mut Client, number: usize) -> Result<(), (bool, String)> {
     let text = format!("slow {number}");
     let call = json!({"in": "echo", "params": text}).to_string();

@@ -1,6 +1,6 @@
-//! A connection of bare bytes, for the dialects: lines, HTTP, and what is none of them.
+//! Sends and receives bytes on a connection, for tests of the dialects: lines, HTTP, and other bytes.
 //!
-//! As `Client` it knows nothing of the crate, and every read has a deadline.
+//! Like `Client` it knows nothing of the crate, and every read has a deadline.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::client::frame;
 use super::{Daemon, PATIENCE};
 
-/// How a body is written on a connection.
+/// How a body is encoded on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
     Frame,
@@ -21,7 +21,7 @@ pub enum Dialect {
 
 pub const DIALECTS: [Dialect; 3] = [Dialect::Frame, Dialect::Line, Dialect::Http];
 
-/// A connection, and what was received on it and not taken yet.
+/// A connection, and the received bytes that were not consumed.
 pub struct Wire {
     stream: TcpStream,
     inbox: Vec<u8>,
@@ -31,19 +31,19 @@ pub struct Wire {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response {
     pub status: u16,
-    /// All lines of the head but the first, in lower case.
+    /// All lines of the head except the first, in lower case.
     pub headers: Vec<String>,
     pub body: String,
 }
 
 impl Response {
-    /// The body as JSON.
+    /// Returns the body as JSON.
     #[track_caller]
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
-    /// Whether the connection ends with it.
+    /// Returns whether the connection ends with it.
     pub fn closes(&self) -> bool {
         self.headers.iter().any(|line| line == "connection: close")
     }
@@ -55,7 +55,7 @@ impl Wire {
         Self::try_open(address).unwrap()
     }
 
-    /// The same, for a server that may not be there.
+    /// Does the same for a server that may not run.
     pub fn try_open(address: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
         stream.set_nodelay(true)?;
@@ -67,7 +67,7 @@ impl Wire {
         })
     }
 
-    /// The port that the client has; 0 once nobody knows any more.
+    /// Returns the client's port; 0 if it is no longer known.
     pub fn port(&self) -> u16 {
         self.stream.local_addr().map_or(0, |own| own.port())
     }
@@ -77,7 +77,7 @@ impl Wire {
         Self::open(daemon.address())
     }
 
-    /// The same connection once more, for a thread that only sends.
+    /// Returns the same connection for a thread that only sends.
     #[track_caller]
     pub fn twin(&self) -> Self {
         Wire {
@@ -86,7 +86,7 @@ impl Wire {
         }
     }
 
-    /// Whether the server has closed, without waiting.
+    /// Returns whether the server has closed the connection, without waiting.
     #[track_caller]
     pub fn is_closed(&self) -> bool {
         self.stream.set_nonblocking(true).unwrap();
@@ -98,19 +98,19 @@ impl Wire {
         }
     }
 
-    /// Sends bytes as they are. A server that has refused them meanwhile may have closed.
+    /// Sends bytes as they are. A server that has refused earlier bytes may have closed the connection.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
         let _ = self.stream.write_all(bytes.as_ref());
         self
     }
 
-    /// Says that nothing more will be sent.
+    /// Ends the sending direction.
     pub fn half_close(&mut self) -> &mut Self {
         let _ = self.stream.shutdown(Shutdown::Write);
         self
     }
 
-    /// Receives more; false at the end.
+    /// Receives more bytes; returns false at the end.
     #[track_caller]
     fn more(&mut self) -> bool {
         let mut buffer = [0; 16 << 10];
@@ -139,14 +139,14 @@ impl Wire {
         }
     }
 
-    /// All that comes until the server closes.
+    /// Returns all bytes until the server closes the connection.
     #[track_caller]
     pub fn rest(&mut self) -> Vec<u8> {
         while self.more() {}
         std::mem::take(&mut self.inbox)
     }
 
-    /// The next line, without its newline.
+    /// Receives the next line, without its line feed.
     #[track_caller]
     pub fn line(&mut self) -> String {
         loop {
@@ -158,7 +158,7 @@ impl Wire {
         }
     }
 
-    /// The body of the next frame.
+    /// Receives the body of the next frame.
     #[track_caller]
     pub fn frame(&mut self) -> String {
         self.need(4);
@@ -168,7 +168,7 @@ impl Wire {
         String::from_utf8(frame[4..].to_vec()).unwrap()
     }
 
-    /// The next response, which was asked for with a method other than HEAD.
+    /// Receives the next response to a method other than HEAD.
     #[track_caller]
     pub fn response(&mut self) -> Response {
         let mut response = self.head();
@@ -183,7 +183,7 @@ impl Wire {
         response
     }
 
-    /// The head of the next response.
+    /// Receives the head of the next response.
     #[track_caller]
     pub fn head(&mut self) -> Response {
         let end = loop {
@@ -216,7 +216,7 @@ impl Wire {
         }
     }
 
-    /// The next answer in a dialect; `None` for HTTP's way of saying nothing.
+    /// Receives the next answer in a dialect; `None` for an HTTP response without content.
     #[track_caller]
     pub fn answer(&mut self, dialect: Dialect) -> Option<String> {
         match dialect {
@@ -231,7 +231,7 @@ impl Wire {
 }
 
 impl Wire {
-    /// The next answer's body, where the server may end the connection or fall silent.
+    /// Receives the body of the next answer, if the server may close the connection or send nothing.
     pub fn try_answer(&mut self, dialect: Dialect) -> io::Result<String> {
         let (body, end) = loop {
             if let Some(found) = whole(dialect, &self.inbox)? {
@@ -252,7 +252,7 @@ impl Wire {
     }
 }
 
-/// Where the first whole answer's body stands, and where the answer ends.
+/// Returns the position of the first complete answer's body, and where the answer ends.
 fn whole(dialect: Dialect, bytes: &[u8]) -> io::Result<Option<(Range<usize>, usize)>> {
     Ok(match dialect {
         Dialect::Frame => bytes.first_chunk().and_then(|length| {
@@ -280,7 +280,7 @@ fn whole(dialect: Dialect, bytes: &[u8]) -> io::Result<Option<(Range<usize>, usi
     })
 }
 
-/// A request with this body.
+/// Returns a request with this body.
 pub fn post(target: &str, body: &str) -> String {
     format!(
         "POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",

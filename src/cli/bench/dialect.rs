@@ -1,37 +1,35 @@
-//! How the load writes calls and tells answers apart.
+//! Writes the calls of the load and recognizes answers.
 //!
-//! Calls are written once, before the load begins. Of an answer no more is read than has to be: where
-//! it ends, and whether it is an error, whose code is then looked up. What is no answer is an error of
-//! its own, for behind it nothing on that connection can be trusted.
-
-use std::borrow::Cow;
+//! Calls are written once, before the load begins. An answer is read only as far as needed: where it ends,
+//! and whether it is an error, whose code is then looked up. Other bytes end the connection, because what
+//! follows them cannot be trusted.
 
 use clap::ValueEnum;
 use memchr::memchr;
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use super::http::{self, HttpResponse};
-use crate::error::{Error, Result};
-use crate::protocol::Code;
+use crate::client::{ClientError, OutgoingCall, frame_of};
+use crate::error::Result;
 use crate::protocol::frame::{self, DecodedFrame};
+use crate::protocol::{Code, answer};
 
-/// The largest body that an answer may declare, in bytes.
+/// The largest body of an answer, in bytes.
 const BODY_MAX: usize = 0x08FF_FFFF;
 
 /// How calls are written on the connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BenchDialect {
-    /// A length of four bytes, then JSON
+    /// Four bytes of length, then JSON
     Frame,
-    /// A line of JSON
+    /// One JSON value per line
     Line,
-    /// HTTP/1.1: POST /METHOD with the params as its body
+    /// HTTP/1.1, POST /METHOD with the params as body
     Http,
 }
 
 impl BenchDialect {
-    /// The word, as it is written.
+    /// Returns the name of the dialect on the command line.
     pub(super) const fn name(self) -> &'static str {
         match self {
             BenchDialect::Frame => "frame",
@@ -48,51 +46,45 @@ pub(super) struct CallEncoder {
     written: Vec<Vec<u8>>,
 }
 
-/// What stands at the head of the bytes of a connection.
+/// The result of reading the bytes of a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum ParsedAnswer {
     Result {
         used: usize,
     },
-    /// An error, called so in the report.
+    /// An error with its name in the report.
     Error {
         used: usize,
         name: String,
     },
-    /// Not whole yet.
+    /// An incomplete answer.
     Partial,
-    /// Something else.
+    /// No answer.
     Alien,
 }
 
 impl CallEncoder {
-    /// Calls of `method` at `address` with each of `params`, which are JSON.
+    /// Makes calls of `method` at `address` with each of `params`, which are JSON.
     pub(super) fn new(
         dialect: BenchDialect,
         address: &str,
         method: &str,
         params: &[String],
     ) -> Result<Self> {
-        let plain = |params: &str| {
-            let method = serde_json::Value::from(method);
-            format!(r#"{{"in":{method},"params":{params}}}"#).into_bytes()
+        let framed = |params: &str| {
+            frame_of(&OutgoingCall {
+                method,
+                params: serde_json::from_str(params).map_err(ClientError::Params)?,
+                id: None,
+                timeout_ms: None,
+            })
         };
         let write = |params: &String| match dialect {
-            BenchDialect::Frame => {
-                let mut bytes = Vec::new();
-                let mark = frame::begin(&mut bytes);
-                bytes.append(&mut plain(params));
-                if frame::finish(&mut bytes, mark) && bytes.len() <= BODY_MAX {
-                    Ok(bytes)
-                } else {
-                    Err(Error::Usage(
-                        "the params are longer than a frame can be".into(),
-                    ))
-                }
-            }
+            BenchDialect::Frame => Ok(framed(params)?),
             BenchDialect::Line => {
-                // Between two tokens, where alone JSON has line breaks, a blank says the same.
-                let mut bytes = plain(&params.replace(['\n', '\r'], " "));
+                // JSON has line breaks only between tokens, where a blank means the same.
+                let mut bytes = framed(&params.replace(['\n', '\r'], " "))?;
+                bytes.drain(..frame::HEADER);
                 bytes.push(b'\n');
                 Ok(bytes)
             }
@@ -104,7 +96,7 @@ impl CallEncoder {
         })
     }
 
-    /// The bytes of call number `number`; the params come in turn.
+    /// Returns the bytes of call number `number`. The params are used in turn.
     #[inline]
     pub(super) fn call(&self, number: u64) -> &[u8] {
         match self.written.as_slice() {
@@ -113,7 +105,7 @@ impl CallEncoder {
         }
     }
 
-    /// Reads the answer at the head of `bytes`.
+    /// Reads the first answer in `bytes`.
     #[inline]
     pub(super) fn read(&self, bytes: &[u8]) -> ParsedAnswer {
         match self.dialect {
@@ -142,8 +134,7 @@ impl CallEncoder {
     }
 }
 
-/// How preforkd begins an answer, and how it goes on when that is an error. Whatever is spelt otherwise
-/// is read as JSON.
+/// The beginning of preforkd's answers. Answers that begin in another way are parsed as JSON.
 const HEAD: &[u8] = br#"{"out":""#;
 const ERROR: &[u8] = br#"error""#;
 
@@ -157,48 +148,32 @@ fn judge(body: &[u8], used: usize) -> ParsedAnswer {
     }
 }
 
-/// What an error has that the report tells.
-#[derive(Deserialize)]
-struct Coded {
-    code: i64,
-}
-
 #[cold]
 fn judge_slowly(body: &[u8], used: usize) -> ParsedAnswer {
-    #[derive(Deserialize)]
-    struct Head<'a> {
-        #[serde(borrow)]
-        out: Cow<'a, str>,
-        #[serde(rename = "result")]
-        _result: IgnoredAny,
-    }
-    #[derive(Deserialize)]
-    struct Refusal {
-        result: Coded,
-    }
-    match serde_json::from_slice::<Head<'_>>(body) {
-        Ok(head) if head.out == "error" => match serde_json::from_slice::<Refusal>(body) {
-            Ok(refusal) => ParsedAnswer::Error {
-                used,
-                name: error_name(refusal.result.code),
-            },
-            Err(_) => ParsedAnswer::Alien,
+    match answer::read(body, usize::MAX).map(|answer| answer.outcome) {
+        Ok(Ok(_)) => ParsedAnswer::Result { used },
+        Ok(Err(error)) => ParsedAnswer::Error {
+            used,
+            name: error_name(error.code),
         },
-        Ok(_) => ParsedAnswer::Result { used },
         Err(_) => ParsedAnswer::Alien,
     }
 }
 
-/// What a response that is no success says: an error of ours, or the status alone.
+/// Returns the name of an HTTP error: that of preforkd's error, or the status.
 #[cold]
 fn refusal_name(status: u16, body: &[u8]) -> String {
+    #[derive(Deserialize)]
+    struct Coded {
+        code: i64,
+    }
     match serde_json::from_slice::<Coded>(body) {
         Ok(coded) => error_name(coded.code),
         Err(_) => format!("HTTP {status}"),
     }
 }
 
-/// What the report calls an error with this code.
+/// Returns the name of an error code in the report.
 fn error_name(code: i64) -> String {
     match Code::from_number(code) {
         Some(row) => row.name().to_owned(),
@@ -228,7 +203,7 @@ mod tests {
         assert_eq!(http.call(0), request);
     }
 
-    /// What an answer's body is taken for, in the dialects that have it in the plain form.
+    /// Returns the name of the error in an answer's body in the plain form.
     fn told(body: &str) -> String {
         let mut framed = Vec::new();
         let mark = frame::begin(&mut framed);

@@ -1,9 +1,9 @@
-//! The loop of one thread of the load: its connections, on the event layer.
+//! Runs the load of one thread: its connections, in an event loop.
 //!
-//! It must never be the bottleneck: a call costs one send, one receive, and a share of one wait; calls
-//! that can leave together do. Answers come in the order of the calls, for those have no ids. A
-//! connection that fails or falls silent takes its calls along and is made again; only a server that
-//! stays away ends the load.
+//! The load must not be the bottleneck. A call needs one send, one receive and a share of one wait. Calls
+//! that are due together are sent together. Calls have no ids, so answers come in their order. If a
+//! connection fails or times out, its calls have failed and it is opened again. The load ends early only if
+//! the server stays away.
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,25 +20,25 @@ use crate::error::{Error, Result};
 use crate::sys::event::{Completion, Driver, Interest, Reactor, Token};
 use crate::sys::timer::Timer;
 
-/// How often it looks for calls without an answer, lost connections, and the interrupt.
+/// How often it checks for timeouts, lost connections and the interrupt.
 const TICK: Duration = Duration::from_millis(100);
-/// How long it goes on without a single connection.
+/// How long it continues without a connection.
 const WITHOUT_SERVER: Duration = Duration::from_secs(5);
-/// The number under which the reactor tells of the timer.
+/// The event number of the timer.
 const TIMER: u16 = 0;
 
-/// What a thread has to do.
+/// The share of the load of one thread.
 #[derive(Debug, Clone)]
 pub(super) struct LoadShare {
     pub(super) connections: u64,
-    /// Unanswered calls that a connection may have.
+    /// The most unanswered calls of a connection.
     pub(super) depth: usize,
     pub(super) count: Option<u64>,
     pub(super) duration: Option<Duration>,
     /// `Some` in an open loop.
     pub(super) interval: Option<Interval>,
     pub(super) timeout: Duration,
-    /// Where among the params it begins.
+    /// The index of its first params.
     pub(super) first: u64,
 }
 
@@ -50,14 +50,14 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Connects as often as its share says.
+    /// Opens the connections of a share.
     pub(super) fn connect(
         address: &str,
         share: LoadShare,
         calls: Arc<CallEncoder>,
         interrupted: Arc<AtomicBool>,
     ) -> Result<Self> {
-        let system = |error: io::Error| Error::system("make an event loop for the load", error);
+        let system = |error: io::Error| Error::system("create an event loop for the load", error);
         let mut reactor = Reactor::new().map_err(system)?;
         let timer = Timer::new().map_err(system)?;
         reactor
@@ -89,8 +89,8 @@ impl Engine {
         })
     }
 
-    /// Makes the load that began at `begin`, until it is over and everything is answered or given up.
-    /// Why it ended early, if it did, comes with what was seen until then.
+    /// Runs the load from `begin` until all calls are answered or have failed. Returns what was counted,
+    /// and why it ended early, if it did.
     pub(super) fn run(self, begin: Instant) -> Result<(BenchTotals, Option<Error>)> {
         let Engine {
             mut reactor,
@@ -152,31 +152,31 @@ fn failed(error: io::Error) -> Error {
 
 struct Connection {
     token: Token,
-    /// When each unanswered call was due, and when it was sent, the oldest first.
+    /// When each unanswered call was due and when it was sent, oldest first.
     unanswered: VecDeque<(u64, u64)>,
-    /// An answer that has not come whole.
+    /// An incomplete answer.
     inbox: Vec<u8>,
-    /// Whether it was ever of use.
+    /// Whether an answer has come on it.
     answered: bool,
 }
 
-/// Everything but the reactor, which drives it. Times are nanoseconds since the beginning.
+/// The state of the load, without the reactor. Times are in nanoseconds since the beginning.
 struct Load {
     address: String,
     share: LoadShare,
     calls: Arc<CallEncoder>,
     begin: Instant,
     now: u64,
-    /// When nothing is begun any more.
+    /// When the last call begins.
     end: Option<u64>,
-    /// By the tokens' places.
+    /// By the indices of tokens.
     connections: Vec<Option<Connection>>,
-    /// In an open loop, a token for each call that a connection has room for; some are of connections
+    /// In an open loop, a token for each call that a connection has room for. Some belong to connections
     /// that are gone.
     free: VecDeque<Token>,
-    /// Unanswered calls of all connections.
+    /// The unanswered calls of all connections.
     outstanding: usize,
-    /// Connections that have to be made again.
+    /// The number of connections to open again.
     missing: u64,
     stopped: bool,
     /// Kept for its capacity.
@@ -210,7 +210,7 @@ impl Load {
         Ok(())
     }
 
-    /// Whether nothing is begun any more.
+    /// Returns whether no call is begun any more.
     fn is_over(&self) -> bool {
         self.stopped
             || self
@@ -224,13 +224,13 @@ impl Load {
             }
     }
 
-    /// When the next call is due that could be sent.
+    /// Returns when the next call is due that can be sent.
     fn next_due(&self) -> Option<u64> {
         let interval = self.share.interval?;
         (!self.is_over() && !self.free.is_empty()).then(|| interval.due(self.tally.sent))
     }
 
-    /// In an open loop, sends what is due.
+    /// Sends what is due in an open loop.
     fn send_due(&mut self, reactor: &mut Reactor) {
         while let Some(due) = self.next_due()
             && due <= self.now
@@ -244,7 +244,7 @@ impl Load {
         }
     }
 
-    /// In a closed loop, fills every connection.
+    /// Fills every connection with calls in a closed loop.
     fn fill_all(&mut self, reactor: &mut Reactor) {
         for index in 0..self.connections.len() {
             if let Some(connection) = &self.connections[index] {
@@ -255,7 +255,7 @@ impl Load {
         }
     }
 
-    /// Sends so many calls at once, or as many as are still to be made.
+    /// Sends a number of calls at once, or as many as are left.
     fn send(&mut self, reactor: &mut Reactor, token: Token, calls: usize, due: u64) {
         let Some(connection) = connection(&mut self.connections, token) else {
             return;
@@ -328,7 +328,7 @@ impl Load {
         }
     }
 
-    /// A connection is of no use any more.
+    /// Closes a connection that cannot be used any more.
     fn lose(&mut self, reactor: &mut Reactor, token: Token, reason: &'static str) {
         reactor.close(token);
         let Some(connection) = self
@@ -341,13 +341,13 @@ impl Load {
         self.outstanding -= connection.unanswered.len();
         self.tally.lose(reason, connection.unanswered.len());
         self.missing += 1;
-        // One that a server closes at once would be made again without end.
+        // If the server closes a connection without an answer, opening it again would loop.
         if connection.answered && !self.is_over() {
             let _ = self.reconnect(reactor);
         }
     }
 
-    /// Makes those connections again that are missing. In a closed loop they begin to call.
+    /// Opens the missing connections again. In a closed loop they begin to call.
     fn reconnect(&mut self, reactor: &mut Reactor) -> Result<()> {
         while self.missing > 0 {
             self.connect(reactor)?;
@@ -360,7 +360,7 @@ impl Load {
         Ok(())
     }
 
-    /// Gives up what has no answer in time, and makes lost connections again.
+    /// Handles timeouts, and opens lost connections again.
     fn tick(&mut self, reactor: &mut Reactor) -> Result<()> {
         self.look();
         let timeout = nanoseconds(self.share.timeout);
@@ -383,7 +383,7 @@ impl Load {
         self.reconnect(reactor)
     }
 
-    /// The tally, with what was due and never sent.
+    /// Returns the counts, with calls that were due and never sent.
     fn finish(&mut self) -> BenchTotals {
         if let (Some(interval), false) = (self.share.interval, self.stopped)
             && let Some(end) = self.end
@@ -411,7 +411,7 @@ impl Driver for Load {
             Completion::Received { token, bytes } => self.received(reactor, token, bytes),
             Completion::Ended { token } => self.lose(reactor, token, "connection closed"),
             Completion::Failed { token, .. } => self.lose(reactor, token, "connection reset"),
-            // The timer's whole message is that the wait is over; no listener is here.
+            // The timer only ends the wait, and there is no listener.
             Completion::HungUp { .. }
             | Completion::Sent { .. }
             | Completion::Readable { .. }

@@ -1,27 +1,27 @@
-//! HTTP/1.1 as a load speaks it: requests that are written once, responses read as far as their end.
+//! Writes HTTP/1.1 requests and finds the end of responses. Pure.
 //!
-//! Pure. A response has a Content-Length or no body by its status (RFC 9112, section 6.3); one that
-//! comes in chunks, or until the connection ends, is not taken: no server of ours sends it.
+//! A response has a Content-Length, or its status has no body (RFC 9112, section 6.3). Responses in chunks
+//! or without a length are refused: preforkd does not send them.
 
 use httparse::{EMPTY_HEADER, Status};
 
 /// The most header lines of a response.
 const HEADERS_MAX: usize = 64;
 
-/// What stands at the head of the bytes of a connection.
+/// The result of reading the bytes of a connection.
 pub(super) enum HttpResponse<'a> {
     Whole {
         status: u16,
         body: &'a [u8],
         used: usize,
     },
-    /// The beginning of one, or nothing.
+    /// An incomplete response.
     Partial,
-    /// Something else, or one whose end can't be told.
+    /// No response, or one without a known end.
     Alien,
 }
 
-/// A call of `method` with these params.
+/// Makes a request for `method` with these params.
 pub(super) fn request(address: &str, method: &str, params: &str) -> Vec<u8> {
     let host = match address.strip_prefix("unix:") {
         Some(_) => "localhost",
@@ -35,7 +35,7 @@ pub(super) fn request(address: &str, method: &str, params: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// A name as a path has it (RFC 3986, section 2.1).
+/// Encodes a name for a path (RFC 3986, section 2.1).
 fn encoded(name: &str) -> String {
     let mut text = String::with_capacity(name.len());
     for byte in name.bytes() {
@@ -49,7 +49,7 @@ fn encoded(name: &str) -> String {
     text
 }
 
-/// Reads the response at the head of `bytes`, whose body has at most `limit` bytes.
+/// Reads the first response in `bytes`. Its body has at most `limit` bytes.
 #[inline]
 pub(super) fn read(bytes: &[u8], limit: usize) -> HttpResponse<'_> {
     let mut headers = [EMPTY_HEADER; HEADERS_MAX];

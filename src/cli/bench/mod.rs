@@ -1,12 +1,12 @@
-//! `bench`: loads a server with calls, and prints how it bears them.
+//! Benchmarks a method: sends calls over many connections, and prints throughput and latency (`bench`).
 //!
-//! As redis-benchmark and wrk do it: so many connections, so many calls ahead on each, for a time or
-//! for a count. Closed, a call follows an answer, and the server sets the pace; open (`--rate`), calls
-//! are due at fixed times whatever the server does, and their latency counts from then, so that a
-//! stall costs every call that it held up and not the one alone that was under way.
+//! It works like redis-benchmark and wrk: a number of connections, a number of open calls on each, for a
+//! time or a number of calls. In a closed loop each answer is followed by the next call, so the server sets
+//! the pace. In an open loop (`--rate`) calls are due at fixed times, and latency counts from then. So a
+//! stall of the server counts for every call that it delays.
 //!
-//! Each thread has its own event loop (`engine`) and its share of everything; `report` is what is
-//! printed at the end. An answer is looked at only so far as to tell a result from an error.
+//! Each thread has its own event loop (`engine`) and a share of the load. `report` prints the result.
+//! Answers are parsed only to tell results from errors.
 
 mod dialect;
 mod engine;
@@ -40,7 +40,7 @@ use pace::Interval;
 use report::BenchReport;
 use totals::BenchTotals;
 
-/// Does it. Calls that failed are the exit code's affair, after the report.
+/// Runs `bench`. If calls failed, the error comes after the report.
 pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -> Result<()> {
     let address = options.target.address(overrides)?;
     let params = match &options.params_file {
@@ -53,9 +53,9 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
         &options.method,
         &params,
     )?);
-    // So many connections as asked for; where that is not to be had, connecting says so.
+    // Best effort. If it is not enough, connecting fails with the reason.
     let _ = process::raise_descriptor_limit();
-    // A server that is not there, or another one, is told before the load is.
+    // Reports a missing or wrong server before the load begins.
     Client::connect(&address, Some(options.timeout))?;
     let interrupted = signal::interrupt_flag()
         .map_err(|error| Error::system("catch the interrupt signal", error))?;
@@ -82,8 +82,8 @@ pub(super) fn bench(name: &str, options: &BenchOptions, overrides: &Overrides) -
     }
 }
 
-/// Runs the threads, and adds up what they saw; with it comes why one of them ended early, if any did.
-/// All connect before the first one begins.
+/// Runs the threads and adds up their counts. All connect before the first one begins. Also returns why a
+/// thread has ended early, if one has.
 fn load(
     options: &BenchOptions,
     address: &str,
@@ -101,7 +101,7 @@ fn load(
         let start: Receiver<Instant> = start.clone();
         let work = move || {
             let engine = Engine::connect(&address, share, calls, interrupted)?;
-            // Whoever gets no word, because somebody else could not connect, has nothing to do.
+            // A thread that gets no start, because another one could not connect, ends.
             let _ = connected.send(());
             drop(connected);
             match start.recv() {
@@ -135,7 +135,7 @@ fn load(
 }
 
 impl LoadShare {
-    /// What number `number` of so many threads has to do.
+    /// Returns the share of thread `number`.
     fn of(options: &BenchOptions, threads: u64, number: u64) -> Self {
         LoadShare {
             connections: part(options.connections.get().into(), threads, number),
@@ -158,22 +158,20 @@ impl LoadShare {
     }
 }
 
-/// The share of `whole` that number `index` of `parts` gets.
+/// Returns the share `index` if `whole` is divided into `parts`.
 fn part(whole: u64, parts: u64, index: u64) -> u64 {
     whole / parts + u64::from(index < whole % parts)
 }
 
-/// The lines of a file of params.
+/// Reads the lines of a file of params.
 fn read_params(path: &Path) -> Result<Vec<String>> {
     let text = fs::read_to_string(path)
         .map_err(|error| Error::system(format!("read {}", path.display()), error))?;
     let mut params = Vec::new();
     for (number, line) in (1..).zip(text.lines()) {
         if !line.trim_ascii().is_empty() {
-            params.push(json(
-                line.to_owned(),
-                &format!("{}:{number}", path.display()),
-            )?);
+            json(line, &format!("{}:{number}", path.display()))?;
+            params.push(line.to_owned());
         }
     }
     if params.is_empty() {

@@ -12,30 +12,30 @@ use crate::cli::target::TargetArgs;
 use crate::cli::units::plural;
 use crate::error::{Error, Result};
 
-/// The words of `bench`.
+/// The options of `bench`.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 pub struct BenchOptions {
-    /// The method's name
+    /// The name of the method
     pub method: String,
     /// The server
     #[command(flatten)]
     pub target: TargetArgs,
-    /// How many connections
+    /// The number of connections
     #[arg(long, short, value_name = "N", default_value = "64")]
     pub connections: NonZeroU32,
-    /// How many calls may be unanswered on each connection
+    /// The number of open calls on each connection
     #[arg(long, short = 'P', value_name = "N", default_value = "1")]
     pub depth: NonZeroU32,
-    /// For how long [default: 10s, unless there is --count]
+    /// How long to run [default: 10s, unless --count is given]
     #[arg(long, short, value_name = "TIME", value_parser = duration, conflicts_with = "count")]
     pub duration: Option<Duration>,
-    /// How many calls
+    /// The number of calls, instead of a duration
     #[arg(long, short = 'n', value_name = "N")]
     pub count: Option<NonZeroU64>,
-    /// Open loop: so many calls are due each second, whatever the server does
+    /// Open loop: this number of calls is due each second, also if the server is slow
     #[arg(long, short, value_name = "N")]
     pub rate: Option<NonZeroU64>,
-    /// Threads that make the load
+    /// The number of threads that send calls
     #[arg(long, short, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: u16,
@@ -47,24 +47,24 @@ pub struct BenchOptions {
         allow_negative_numbers = true
     )]
     pub params: String,
-    /// Params from a file, one JSON a line, in turn
+    /// A file with one JSON value per line; the calls use them in turn as params
     #[arg(long, value_name = "FILE", conflicts_with = "params")]
     pub params_file: Option<PathBuf>,
-    /// How long an answer may take before its call has failed
+    /// The time limit of each answer; after it, the call has failed
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub timeout: Duration,
-    /// How calls are written
+    /// The dialect of the connections
     #[arg(long, value_name = "NAME", default_value = "frame")]
     pub dialect: BenchDialect,
-    /// Print it as JSON, for programs
+    /// Print JSON, for programs
     #[arg(long)]
     pub json: bool,
 }
 
 impl BenchOptions {
-    /// What no single word can be blamed for.
-    pub(crate) fn checked(self) -> Result<Self> {
-        json(self.params.clone(), "--params")?;
+    /// Checks combinations of options.
+    pub(crate) fn check(&self) -> Result<()> {
+        json(&self.params, "--params")?;
         if u32::from(self.threads) > self.connections.get() {
             return Err(Error::Usage(format!(
                 "{} threads have nothing to do with {}; each needs one at least",
@@ -78,7 +78,7 @@ impl BenchOptions {
                 self.depth
             )));
         }
-        // Too short for anybody to mean it, and the report would be of nothing.
+        // A duration of zero is a mistake, and its report would be empty.
         if self.duration.is_some_and(|duration| duration.is_zero()) {
             return Err(Error::Usage(
                 "--duration is zero, and no call is made in that time; give 1s or more".into(),
@@ -89,12 +89,12 @@ impl BenchOptions {
                 "--timeout is zero; no answer comes that fast".into(),
             ));
         }
-        Ok(self)
+        Ok(())
     }
 }
 
-/// The most calls ahead on one connection.
+/// The most open calls on one connection.
 const MOST_DEPTH: u32 = 65_536;
 
-/// For how long, where nothing else is said.
+/// The duration if none is given.
 pub(super) const DEFAULT_DURATION: Duration = Duration::from_secs(10);

@@ -1,7 +1,7 @@
-//! When calls are due in an open loop.
+//! Computes when calls are due in an open loop. Pure.
 //!
-//! Pure: times are nanoseconds since the load began. The calls of all threads together are evenly
-//! spaced; each thread has every n-th of them.
+//! Times are in nanoseconds since the load began. The calls of all threads together are evenly spaced. With
+//! n threads each has every n-th call.
 
 use std::time::Duration;
 
@@ -10,24 +10,24 @@ const SECOND: u128 = 1_000_000_000;
 /// The calls of one thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Interval {
-    /// Calls a second, of all threads together.
+    /// The calls of all threads per second.
     pub(super) rate: u64,
-    /// How many threads share them.
+    /// The number of threads.
     pub(super) every: u64,
-    /// Which of them this one is, from 0 on.
+    /// The number of this thread, from 0 on.
     pub(super) offset: u64,
 }
 
 impl Interval {
-    /// When this thread's call number `number` is due. Counted from the beginning each time, so that
-    /// no error of rounding adds up.
+    /// Returns when call number `number` of this thread is due. Computed from the beginning each time, so
+    /// that rounding errors do not add up.
     pub(super) fn due(self, number: u64) -> u64 {
         let place = u128::from(number) * u128::from(self.every) + u128::from(self.offset);
         u64::try_from(place * SECOND / u128::from(self.rate)).unwrap_or(u64::MAX)
     }
 }
 
-/// As the engine counts time.
+/// Converts a duration to the unit of the engine.
 pub(super) fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

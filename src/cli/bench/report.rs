@@ -1,6 +1,4 @@
-//! What a load prints at its end: for people with a small picture, for programs as JSON.
-//!
-//! Pure.
+//! Formats the result of a load: as text with a histogram, or as JSON. Pure.
 
 use std::time::Duration;
 
@@ -14,17 +12,17 @@ use crate::cli::units::{count, plural};
 use crate::error::{Error, Result};
 
 const PERCENTILES: [f64; 6] = [50.0, 75.0, 90.0, 99.0, 99.9, 99.99];
-/// The widest bar of the picture, in characters.
+/// The widest bar of the histogram, in characters.
 const WIDTH: usize = 40;
-/// The eighths of a character that a bar ends with.
+/// The end of a bar, in eighths of a character.
 const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
 
-/// A load that is over.
+/// A load that has ended.
 pub(super) struct BenchReport<'a> {
     pub(super) options: &'a BenchOptions,
     pub(super) address: &'a str,
     pub(super) tally: &'a BenchTotals,
-    /// CPU time of the load's own.
+    /// The CPU time that the load itself has used.
     pub(super) cpu: Duration,
 }
 
@@ -45,7 +43,7 @@ impl BenchReport<'_> {
         ratio(self.answered() as f64, self.cpu.as_secs_f64())
     }
 
-    /// What the exit code is for: calls that have no result.
+    /// Returns the error for the exit code, if calls have no result.
     pub(super) fn failure(&self) -> Option<String> {
         let (refused, lost) = (self.tally.refused(), self.tally.lost());
         if refused + lost == 0 {
@@ -60,11 +58,11 @@ impl BenchReport<'_> {
         ))
     }
 
-    /// Says when the figures are the load's rather than the server's.
+    /// Returns a warning if the load itself was the bottleneck.
     pub(super) fn warning(&self) -> Option<String> {
         let threads = f64::from(self.options.threads);
         let busy = ratio(self.cpu.as_secs_f64(), self.seconds() * threads);
-        // What connecting cost is counted too, and would be most of a short load.
+        // The cost of connecting is included, and would be most of a short load.
         (busy > 0.95 && self.seconds() > 1.0 && self.options.rate.is_none()).then(|| {
             format!(
                 "the load itself was busy {:.0} % of the time; with more --threads there may be more calls",
@@ -73,7 +71,7 @@ impl BenchReport<'_> {
         })
     }
 
-    /// One object on one line.
+    /// Formats one object on one line.
     pub(super) fn to_json(&self) -> Result<String> {
         let (options, tally) = (self.options, self.tally);
         let latencies = &tally.latencies;
@@ -120,7 +118,7 @@ impl BenchReport<'_> {
         Ok(text)
     }
 
-    /// For people.
+    /// Formats text.
     pub(super) fn to_text(&self, colours: bool) -> String {
         let (options, tally) = (self.options, self.tally);
         let pace = match options.rate {
@@ -173,7 +171,7 @@ impl BenchReport<'_> {
         text
     }
 
-    /// A bar for each doubling of the latency.
+    /// Draws a bar for each doubling of the latency.
     fn picture(&self, colours: bool) -> String {
         let buckets = self.buckets();
         let most = buckets.iter().map(|(_, calls)| *calls).max().unwrap_or(1);
@@ -187,8 +185,8 @@ impl BenchReport<'_> {
         text
     }
 
-    /// How many answers came below each power of two of microseconds and not below the one before;
-    /// from the first to the last that has any.
+    /// Counts the answers below each power of two of microseconds, from the first one with answers to the
+    /// last.
     fn buckets(&self) -> Vec<(u64, u64)> {
         let latencies = &self.tally.latencies;
         let mut buckets = Vec::new();
@@ -226,18 +224,18 @@ impl BenchReport<'_> {
         }
         if tally.reconnects > 0 {
             let made = plural(tally.reconnects, "connection");
-            text += &format!("  {made} made again\n");
+            text += &format!("  {made} opened again\n");
         }
         text
     }
 }
 
-/// 0 of nothing, rather than no number.
+/// Divides; returns 0 if `whole` is 0.
 fn ratio(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole } else { 0.0 }
 }
 
-/// Nanoseconds as people read them.
+/// Formats nanoseconds.
 fn time(nanos: u64) -> String {
     match nanos {
         0..1_000_000 => format!("{:.0} us", nanos as f64 / 1e3),
@@ -246,7 +244,7 @@ fn time(nanos: u64) -> String {
     }
 }
 
-/// A bar of `part` where `whole` is the widest.
+/// Draws a bar of `part`, if the widest bar is `whole`.
 fn bar(part: u64, whole: u64) -> String {
     let eighths = (u128::from(part) * WIDTH as u128 * 8).div_ceil(u128::from(whole.max(1)));
     let eighths = eighths as usize;

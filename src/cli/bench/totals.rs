@@ -1,4 +1,4 @@
-//! What a load has seen: how many calls ended how, and how long those took that were answered.
+//! Counts the calls of a load by their result, and records latencies.
 
 use std::collections::BTreeMap;
 
@@ -6,25 +6,25 @@ use hdrhistogram::Histogram;
 
 use crate::error::{Error, Result};
 
-/// The longest latency that is told from longer ones, in nanoseconds: an hour.
+/// The longest latency that is recorded exactly, in nanoseconds: an hour.
 const LONGEST: u64 = 3_600_000_000_000;
 
 #[derive(Debug, Clone)]
 pub(super) struct BenchTotals {
     pub(super) sent: u64,
-    /// Those with a result.
+    /// Calls with a result.
     pub(super) ok: u64,
-    /// Those with an error, by the name of its code.
+    /// Calls with an error, by the name of its code.
     pub(super) errors: BTreeMap<String, u64>,
-    /// Those without an answer, by the reason.
+    /// Calls without an answer, by the reason.
     pub(super) unanswered: BTreeMap<&'static str, u64>,
-    /// Calls that were due and never sent, for no connection had room.
+    /// Calls that were due but not sent, because no connection had room.
     pub(super) not_sent: u64,
-    /// Connections that had to be made again.
+    /// The number of times that a connection was opened again.
     pub(super) reconnects: u64,
-    /// From the beginning to the last answer, in nanoseconds.
+    /// The time from the beginning to the last answer, in nanoseconds.
     pub(super) elapsed: u64,
-    /// Of every answer, in nanoseconds; in an open loop from when the call was due.
+    /// The latency of every answer in nanoseconds. In an open loop it counts from when the call was due.
     pub(super) latencies: Histogram<u64>,
 }
 
@@ -44,20 +44,20 @@ impl BenchTotals {
         })
     }
 
-    /// A call was answered with an error of this name.
+    /// Counts an error with this name.
     #[cold]
     pub(super) fn error(&mut self, name: String) {
         *self.errors.entry(name).or_default() += 1;
     }
 
-    /// So many calls get no answer.
+    /// Counts calls without an answer.
     pub(super) fn lose(&mut self, reason: &'static str, calls: usize) {
         if calls > 0 {
             *self.unanswered.entry(reason).or_default() += calls as u64;
         }
     }
 
-    /// Adds what another thread saw.
+    /// Adds the counts of another thread.
     pub(super) fn add(&mut self, other: &BenchTotals) -> Result<()> {
         self.sent += other.sent;
         self.ok += other.ok;
@@ -75,12 +75,12 @@ impl BenchTotals {
             .map_err(|error| Error::Bug(format!("histograms that do not add up: {error}")))
     }
 
-    /// Calls that were answered with an error.
+    /// Returns the number of calls that were answered with an error.
     pub(super) fn refused(&self) -> u64 {
         self.errors.values().sum()
     }
 
-    /// Calls that got no answer, or were not even sent.
+    /// Returns the number of calls that got no answer or were not sent.
     pub(super) fn lost(&self) -> u64 {
         self.unanswered.values().sum::<u64>() + self.not_sent
     }

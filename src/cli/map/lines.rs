@@ -1,8 +1,8 @@
-//! The lines of stdin, read in a thread of their own.
+//! Reads the lines of stdin in a thread.
 //!
-//! Each comes with its number, counted from 1, and with how far into the input it ends. The thread
-//! waits while nobody takes them, and ends with the input, an error, or its taker; a read that never
-//! returns is left to the process's end.
+//! Each line comes with its number, from 1 on, and the bytes of the input up to its end. The thread waits
+//! while no line is taken. It ends with the input, an error, or its receiver. If a read never returns, it
+//! ends with the process.
 
 use std::io::{self, BufRead};
 use std::thread;
@@ -12,18 +12,18 @@ use crossbeam_channel::Sender;
 use crate::error::{Error, Result};
 
 pub(super) struct InputLine {
-    /// Counted from 1.
+    /// From 1 on.
     pub(super) number: u64,
-    /// Without its end.
+    /// The line without its end.
     pub(super) text: Vec<u8>,
-    /// Bytes of the input up to here.
+    /// The bytes of the input up to here.
     pub(super) read: u64,
 }
 
-/// A line, or why there are no more.
+/// A line, or the error that ends the input.
 pub(super) type Incoming = io::Result<InputLine>;
 
-/// Reads stdin into `feed`.
+/// Starts a thread that reads stdin into `feed`.
 pub(super) fn read(feed: Sender<Incoming>) -> Result<()> {
     thread::Builder::new()
         .name("stdin".into())

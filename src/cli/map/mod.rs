@@ -1,14 +1,13 @@
-//! `map`: a call for each line of stdin, the results on stdout in the lines' order.
+//! Makes a call for each line of stdin, and prints the results in the order of the lines (`map`).
 //!
-//! One thread reads lines, the pool makes the calls, and this one puts the results in order, writes
-//! them and keeps the record. Between them is a window of a few lines for each connection: an endless
-//! input, a slow reader or one slow call hold no more than that. A line that fails is told on stderr and
-//! leaves no result; the others go on. Without a server, and with a reader that left, it ends.
+//! One thread reads lines, the pool makes the calls, and the main thread orders and writes the results and
+//! keeps the resume file. A window of some lines for each connection limits what is in memory, even for an
+//! endless input, a slow reader or one slow call. A line that fails is reported on stderr and has no
+//! result; the others continue. `map` ends early without a server, or when the reader has closed the pipe.
 
 mod lines;
 pub(super) mod options;
 mod progress;
-mod reorder;
 mod resume_file;
 
 use std::io::{self, ErrorKind, Write};
@@ -19,6 +18,7 @@ use crossbeam_channel::{Sender, bounded, never, select, unbounded};
 use super::call::refusal;
 use super::output;
 use super::units::plural;
+use crate::client::reorder::ReorderBuffer;
 use crate::client::{ClientError, Options, Pool, Reply};
 use crate::config::Overrides;
 use crate::error::{Error, Result};
@@ -27,24 +27,23 @@ use options::MapOptions;
 
 use lines::{Incoming, InputLine};
 use progress::ProgressBar;
-use reorder::ReorderBuffer;
 use resume_file::ResumeFile;
 
-/// Lines for each connection that may be ahead of the results that were written.
+/// The most lines for each connection that are ahead of the written results.
 const WINDOW: usize = 64;
 
-/// A line whose call is under way.
+/// A line with a call under way.
 #[derive(Debug, Clone, Copy)]
 struct Origin {
     number: u64,
-    /// Bytes of the input up to its end.
+    /// The bytes of the input up to its end.
     read: u64,
 }
 
-/// How a line ended.
+/// The result of a line.
 type Outcome = std::result::Result<Reply, ClientError>;
 
-/// Does it; the error says how many lines failed.
+/// Runs `map`. The error says how many lines failed.
 pub(super) fn map(name: &str, options: &MapOptions, overrides: &Overrides) -> Result<()> {
     let address = options.target.address(overrides)?;
     let record = match &options.resume {
@@ -64,6 +63,7 @@ pub(super) fn map(name: &str, options: &MapOptions, overrides: &Overrides) -> Re
         options,
         method: options.method.as_str().into(),
         pool: &pool,
+        begun: 0,
         order: ReorderBuffer::default(),
         record,
         progress: ProgressBar::new(),
@@ -87,16 +87,16 @@ pub(super) fn map(name: &str, options: &MapOptions, overrides: &Overrides) -> Re
     tell(name, options, &tally, repeated, end)
 }
 
-/// What became of the lines.
+/// The numbers of lines by their result.
 #[derive(Debug, Clone, Copy, Default)]
 struct MapTotals {
     done: u64,
     failed: u64,
-    /// Done in an earlier run.
+    /// Completed in an earlier run.
     skipped: u64,
 }
 
-/// Puts the counts behind whatever the end was. Silent where all went well at the first attempt.
+/// Prints the counts after the end. Prints nothing if all lines succeeded at the first attempt.
 fn tell(
     name: &str,
     options: &MapOptions,
@@ -113,7 +113,7 @@ fn tell(
         counts += &format!(", {} done before", tally.skipped);
     }
     if repeated > 0 {
-        counts += &format!("; calls made again: {repeated}");
+        counts += &format!("; repeated calls: {repeated}");
     }
     let again = match &options.resume {
         Some(path) => format!(
@@ -137,7 +137,7 @@ fn tell(
     }
 }
 
-/// Why it ends before the input does.
+/// Why `map` ends before its input.
 enum End {
     ReaderLeft,
     Failed(Error),
@@ -154,6 +154,8 @@ struct Run<'a> {
     options: &'a MapOptions,
     method: Arc<str>,
     pool: &'a Pool,
+    /// The number of lines whose calls were begun.
+    begun: usize,
     order: ReorderBuffer<(Origin, Outcome)>,
     record: Option<ResumeFile>,
     progress: ProgressBar,
@@ -170,11 +172,12 @@ impl Run<'_> {
         let mut over = false;
         loop {
             self.deliver()?;
-            if over && self.order.is_empty() {
+            let ahead = self.ahead();
+            if over && ahead == 0 {
                 return Ok(());
             }
-            // Waits for results alone while the window is full.
-            let full = self.order.len() >= window;
+            // While the window is full, only results are awaited.
+            let full = ahead >= window;
             let input = if over || full { &nothing } else { &lines };
             select! {
                 recv(input) -> incoming => match incoming {
@@ -182,7 +185,7 @@ impl Run<'_> {
                     Err(_) => over = true,
                 },
                 recv(done) -> outcome => {
-                    // Never disconnected: there is a sender here.
+                    // Never disconnected, because this value has a sender.
                     if let Ok((place, origin, outcome)) = outcome {
                         self.end(place, origin, outcome)?;
                     }
@@ -191,11 +194,16 @@ impl Run<'_> {
         }
     }
 
-    /// Makes the call for a line, or knows that there is none to make.
+    /// Returns the number of lines whose calls were begun and whose results were not written.
+    fn ahead(&self) -> usize {
+        self.begun - self.order.passed()
+    }
+
+    /// Begins the call for a line, or skips the line.
     fn begin(
         &mut self,
         incoming: Incoming,
-        sender: &Sender<(u64, Origin, Outcome)>,
+        sender: &Sender<(usize, Origin, Outcome)>,
     ) -> std::result::Result<(), End> {
         let InputLine { number, text, read } = incoming.map_err(|error| {
             let attempt = "read the params from stdin";
@@ -217,18 +225,19 @@ impl Run<'_> {
             .is_some_and(|record| record.has(number))
         {
             self.tally.skipped += 1;
-            if self.order.is_empty() {
+            if self.ahead() == 0 {
                 self.show(Some(read));
             }
             return Ok(());
         }
-        let place = self.order.expect();
+        let place = self.begun;
+        self.begun += 1;
         let origin = Origin { number, read };
         let sender = sender.clone();
         let started = self
             .pool
             .apply_async_raw(&self.method, text, move |outcome| {
-                // Nobody is left to hear it when the run has ended early.
+                // The receiver is gone if `map` has ended early.
                 let _ = sender.send((place, origin, outcome));
             });
         if let Err(error) = started {
@@ -237,14 +246,14 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// A line's call has ended.
+    /// Handles the end of a line's call.
     fn end(
         &mut self,
-        place: u64,
+        place: usize,
         origin: Origin,
         outcome: Outcome,
     ) -> std::result::Result<(), End> {
-        // The lines behind would wait as long as this one, each for itself.
+        // All further lines would wait as long and fail, too.
         if let Err(error @ ClientError::NoServer { .. }) = outcome {
             self.deliver()?;
             return Err(End::Failed(error.into()));
@@ -253,7 +262,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Writes the results whose turn it is.
+    /// Writes the results that are next in order.
     fn deliver(&mut self) -> std::result::Result<(), End> {
         let mut text = String::new();
         let mut numbers = Vec::new();
@@ -266,8 +275,8 @@ impl Run<'_> {
                     if self.options.tag {
                         text += &format!("{number}\t");
                     }
-                    // One result, one line, however the handler wrote it; no string holds a line
-                    // feed as it is.
+                    // Line breaks outside of strings are replaced, so that each result is one line. Strings
+                    // contain none.
                     text += &reply.result.get().replace(['\n', '\r'], " ");
                     text.push('\n');
                     numbers.push(number);
@@ -295,14 +304,14 @@ impl Run<'_> {
         }
         self.tally.done += numbers.len() as u64;
         self.show(passed);
-        // After the results: a line that is on record twice is better than one that is lost.
+        // After the results, because a repeated line is better than a lost one.
         if let Some(record) = &mut self.record {
             record.add(&numbers)?;
         }
         Ok(())
     }
 
-    /// On the bar, where the lines in so many bytes of the input have ended.
+    /// Updates the bar. `passed` is the bytes of the input with completed lines.
     fn show(&self, passed: Option<u64>) {
         if let Some(passed) = passed {
             let MapTotals { done, failed, .. } = self.tally;

@@ -1,7 +1,7 @@
-//! The progress bar, on stderr if that is a terminal.
+//! Shows a progress bar on stderr, if that is a terminal.
 //!
-//! Of a file the size is known, so that there is a bar and a guess at the end; of a pipe only how
-//! much is done.
+//! The size of a file is known, so there is a bar with the remaining time. For a pipe only the number of
+//! lines is shown.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -11,13 +11,13 @@ use std::time::Duration;
 use indicatif::{ProgressDrawTarget, ProgressStyle};
 
 use super::super::units::count;
-/// How often the bar is drawn by itself, so that the clock goes on while nothing ends.
+/// How often the bar is redrawn while no call ends.
 const TICK: Duration = Duration::from_millis(200);
 
 pub(super) struct ProgressBar(Option<indicatif::ProgressBar>);
 
 impl ProgressBar {
-    /// A bar for stdin's lines; none when stderr is no terminal.
+    /// Makes a bar for the lines of stdin; none if stderr is no terminal.
     pub(super) fn new() -> Self {
         if !io::stderr().is_terminal() {
             return ProgressBar(None);
@@ -29,7 +29,7 @@ impl ProgressBar {
         } else {
             "{spinner} {msg}  {elapsed}"
         };
-        // Words of ours, so never an error; without them the bar is merely plainer.
+        // The template is ours, so it is valid. Otherwise the default bar is shown.
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
@@ -37,8 +37,8 @@ impl ProgressBar {
         ProgressBar(Some(bar))
     }
 
-    /// So many lines are done, and so many have failed, which were in the first `passed` bytes of the
-    /// input. (More of it was read: a window ahead.)
+    /// Shows the number of lines that are done, the number that have failed, and the bytes of the input
+    /// with these lines. More input was read ahead.
     pub(super) fn show(&self, done: u64, failed: u64, passed: u64) {
         if let Some(bar) = &self.0 {
             bar.set_message(match failed {
@@ -49,7 +49,7 @@ impl ProgressBar {
         }
     }
 
-    /// Does something that writes to the terminal, with the bar out of its way.
+    /// Calls a function that writes to the terminal, with the bar hidden.
     pub(super) fn aside(&self, write: impl FnOnce()) {
         match &self.0 {
             Some(bar) => bar.suspend(write),
@@ -57,7 +57,7 @@ impl ProgressBar {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(super) fn clear(&self) {
         if let Some(bar) = &self.0 {
             bar.finish_and_clear();
@@ -65,7 +65,7 @@ impl ProgressBar {
     }
 }
 
-/// How large the input is, if it is a file.
+/// Returns the size of the input, if it is a file.
 fn input_size() -> Option<u64> {
     let input = File::from(io::stdin().as_fd().try_clone_to_owned().ok()?);
     let metadata = input.metadata().ok()?;

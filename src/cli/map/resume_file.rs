@@ -1,8 +1,8 @@
-//! The record of a `map`: which lines are done, so that a second run does only the rest.
+//! Keeps the resume file of `map`: which lines are completed, so that a second run skips them.
 //!
-//! A text file that is only ever appended to: a first line that names the method, then the number of
-//! a line that is done on each, written after its result. A last line that was cut (the machine went
-//! down) is as good as not written. flock(2) keeps a second run of the same record away.
+//! It is a text file that is only appended to. Its first line names the method. Each further line is the
+//! number of a completed line, written after its result. An incomplete last line (the machine went down) is
+//! ignored. flock(2) prevents a second run with the same file.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -24,7 +24,7 @@ pub(super) struct ResumeFile {
 }
 
 impl ResumeFile {
-    /// Opens the record at `path`, or begins one there.
+    /// Opens the file at `path`, or creates it.
     pub(super) fn open(path: &Path, method: &str) -> Result<Self> {
         let failed = |what: &str, error| Error::system(format!("{what} {}", path.display()), error);
         let mut options = OpenOptions::new();
@@ -33,7 +33,7 @@ impl ResumeFile {
         let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(
             |(_, error)| match error {
                 Errno::EWOULDBLOCK => Error::Usage(format!(
-                    "{} is in use by another run; give each run a file of its own",
+                    "{} is in use by another run; use another file for each run",
                     path.display()
                 )),
                 error => failed("lock", error.into()),
@@ -44,7 +44,7 @@ impl ResumeFile {
             Err(error) if error.kind() == ErrorKind::InvalidData => return Err(alien(path)),
             outcome => outcome.map_err(|error| failed("read", error))?,
         };
-        // What was cut while it was written goes, or the next number would be joined to it.
+        // An incomplete line is removed, because the next number would be joined to it.
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
         let head = format!("{HEAD}{method}\n");
         if whole == 0 && !head.starts_with(&text) {
@@ -67,12 +67,12 @@ impl ResumeFile {
         })
     }
 
-    /// Whether a line was done in an earlier run.
+    /// Returns whether a line was completed in an earlier run.
     pub(super) fn has(&self, number: u64) -> bool {
         self.done.contains(&number)
     }
 
-    /// These lines are done.
+    /// Appends completed lines.
     pub(super) fn add(&mut self, numbers: &[u64]) -> Result<()> {
         let text: String = numbers.iter().map(|number| format!("{number}\n")).collect();
         self.file.write_all(text.as_bytes()).map_err(|error| {

@@ -1,4 +1,4 @@
-//! Each way to be wrong, with the sentence that the operator gets.
+//! Each kind of error, with the sentence that the operator gets.
 
 use super::*;
 
@@ -29,7 +29,7 @@ fn every_broken_file_gets_its_sentence() {
     assert!(count >= 100, "{count} cases");
 }
 
-/// `check` says the same of each, and finds an end.
+/// `check` reports the same error among others, and ends.
 #[test]
 fn the_sentence_is_among_all_that_check_tells() {
     for (text, expected) in cases() {
@@ -49,7 +49,7 @@ fn the_sentence_is_among_all_that_check_tells() {
     }
 }
 
-/// A directory of files, and the error that loading `main.toml` of it makes, without its path.
+/// Returns the error of loading `main.toml` in a directory with these files, without its path.
 fn error_of(files: &[(&str, &[u8])]) -> String {
     let directory = tempfile::tempdir().unwrap();
     for (name, content) in files {

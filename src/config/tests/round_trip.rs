@@ -1,4 +1,4 @@
-//! What `check` prints reads to the same settings, whatever they are; and no text is too odd.
+//! The output of `check` gives the same settings, whatever they are.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use log::LevelFilter;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::settings::{LogConfig, RlimitsConfig};
+use crate::config::settings::{IsolationConfig, LogConfig, PoolReload, RlimitsConfig};
 use crate::sys::account::{self, Account};
 
 fn duration(least_ms: u64) -> impl Strategy<Value = Duration> {
@@ -18,13 +18,13 @@ fn duration(least_ms: u64) -> impl Strategy<Value = Duration> {
     ]
 }
 
-/// Zero, which has a meaning of its own, as often as not.
+/// Zero, which has a special meaning, in half of the cases.
 fn or_zero(least_ms: u64) -> impl Strategy<Value = Duration> {
     prop_oneof![Just(Duration::ZERO), duration(least_ms)]
 }
 
 fn path() -> impl Strategy<Value = PathBuf> {
-    // Quotes, blanks, escapes and letters beyond ASCII, all of which a path may have.
+    // Quotes, blanks, escapes and letters beyond ASCII, which a path may contain.
     "/run/[a-z \"'\\\\#=é\t]{1,20}[a-z]".prop_map(PathBuf::from)
 }
 
@@ -38,7 +38,7 @@ fn address() -> impl Strategy<Value = Address> {
 
 prop_compose! {
     fn listener()(
-        address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool,
+        address in address(), backlog in 1..=i32::MAX as u32, mode in 0..=0o777u32, with: bool, spare in 0..=256usize, max_lifetime in or_zero(1000),
     ) -> ListenConfig {
         let http_methods = if with { HttpMethods::Path } else { HttpMethods::Any };
         let with = with && matches!(address, Address::Unix(_));
@@ -48,8 +48,16 @@ prop_compose! {
             backlog,
             mode: with.then_some(mode),
             http_methods,
+            per_source: spare * 7,
             socket_user: with.then(|| account::lookup_user("54321").unwrap()),
             socket_group: with.then(|| account::lookup_group("root").unwrap()),
+            isolation: (spare % 2 == 1).then_some(IsolationConfig {
+                processes: 256 + spare,
+                spare,
+                max_lifetime,
+                account: None,
+                unfinished: 0,
+            }),
         }
     }
 }
@@ -82,6 +90,22 @@ prop_compose! {
         LimitsConfig {
             connections, frame, depth, unfinished: frame + more, pipeline, batch, queue, timeout, read_timeout,
             write_timeout, idle_timeout,
+        }
+    }
+}
+
+prop_compose! {
+    fn observe()(
+        address in prop::option::of(address()), mode in 0..=0o777u32, page: bool,
+        steps in prop::collection::btree_set(4..40u64, 1..20),
+    ) -> ObserveConfig {
+        let is_unix = matches!(address, Some(Address::Unix(_)));
+        ObserveConfig {
+            address, page,
+            mode: is_unix.then_some(mode),
+            hosts: if page { vec!["node_1.example.com".into()] } else { Vec::new() },
+            histograms: if page { vec![Histogram::Run, Histogram::Queue] } else { Vec::new() },
+            buckets: steps.into_iter().map(|step| Duration::from_micros(step * 250)).collect(),
         }
     }
 }
@@ -127,19 +151,38 @@ prop_compose! {
 prop_compose! {
     fn pool()(
         program in program(), processes in 1..=1024usize, several in prop::option::of(2..=65_536usize),
-        handshake: bool, kills_abandoned: bool,
+        handshake: bool, kills_abandoned: bool, reload in 0..3usize,
         times in [or_zero(1), or_zero(1)], respawn_max_delay in or_zero(100),
-        max_calls in 0..i64::MAX as u64, max_memory: u64, respawn_burst in 0..=1_000_000u32,
+        max_calls in 0..i64::MAX as u64, max_memory: u64, health: bool, respawn_burst in 0..=1_000_000u32,
     ) -> PoolConfig {
         let [idle_timeout, max_lifetime] = times;
         PoolConfig {
             concurrency: several.unwrap_or(1),
             kills_abandoned: kills_abandoned && several.is_none(),
             program, processes, handshake, idle_timeout, max_lifetime, respawn_max_delay,
-            max_calls, max_memory, respawn_burst,
+            max_calls, max_memory, health, respawn_burst,
             boot_timeout: Duration::from_millis(1),
+            scope: PoolScope::Shared,
+            reload: [PoolReload::Replace, PoolReload::Rolling, PoolReload::Keep][reload],
             stderr_level: log::Level::Info,
         }
+    }
+}
+
+/// The same pool with a program for each connection.
+fn of_connections(pool: PoolConfig) -> PoolConfig {
+    PoolConfig {
+        scope: PoolScope::Connection,
+        processes: 1,
+        reload: PoolReload::Replace,
+        idle_timeout: Duration::ZERO,
+        max_calls: 0,
+        max_memory: 0,
+        max_lifetime: Duration::ZERO,
+        health: false,
+        respawn_burst: 5,
+        respawn_max_delay: Duration::from_secs(30),
+        ..pool
     }
 }
 
@@ -164,15 +207,19 @@ prop_compose! {
 prop_compose! {
     fn any_settings()(
         daemon: bool, json: bool, level in 0..6usize, user: bool, file in path(),
-        paths in [path(), path()], workers in workers(), limits in limits(),
+        paths in [path(), path()], workers in workers(), limits in limits(), observe in observe(),
         listen in prop::collection::vec(listener(), 1..5),
         methods in prop::collection::btree_map("[a-z][A-Za-z0-9_./:-]{0,20}x", method(), 0..5),
-        ping in method(), first in pool(), more in prop::option::of(pool()),
+        ping in method(), first in pool(), more in prop::option::of(pool()), is_of_connections: bool,
     ) -> Settings {
         let [pid_file, control_socket] = paths;
         let level = LevelFilter::iter().nth(level).unwrap();
         let format = if json { LogFormat::Json } else { LogFormat::Text };
         let kind = MethodKind::Builtin(Builtin::Ping);
+        let mut listen = listen;
+        for isolation in listen.iter_mut().filter_map(|listen| listen.isolation.as_mut()) {
+            isolation.unfinished = limits.unfinished;
+        }
         let methods: BTreeMap<_, _> = methods
             .into_iter()
             .map(|(name, method)| {
@@ -181,6 +228,10 @@ prop_compose! {
             })
             .chain([("ping".to_owned(), MethodConfig { kind, kills_abandoned: false, ..ping })])
             .collect();
+        let mut first = first;
+        if is_of_connections && listen.iter().any(|listen| listen.isolation.is_some()) {
+            first = of_connections(first);
+        }
         let mut pools = BTreeMap::from([("first".to_owned(), first)]);
         pools.extend(more.map(|pool| ("a.second-1".to_owned(), pool)));
         let programs = methods.values().filter_map(program_of);
@@ -191,11 +242,11 @@ prop_compose! {
             file: Some("/etc/x.toml".into()),
             daemon, pid_file, control_socket,
             http_origins: if json { vec!["https://a.example:8".into()] } else { Vec::new() },
-            // Only workers of root's can run a command as somebody else.
+            // Only workers that run as root can run a command as another user.
             account: (user && !has_account)
                 .then(|| Account::lookup("nobody", Some("root")).unwrap()),
             log: LogConfig { level, format, file: daemon.then_some(file) },
-            workers, limits, listen, methods, pools,
+            workers, limits, observe, trace: json, listen, methods, pools,
             warnings: Vec::new(), needs_restart: Vec::new(),
         }
     }
@@ -218,7 +269,7 @@ proptest! {
             methods.filter(|(_, m)| is_function(m)).map(|(name, _)| name.as_str()).collect();
         let found = match with(&root(), &text, &functions(&names)) {
             Ok(found) => found,
-            // Chance made two listeners or files the same, or a name that is reserved.
+            // Two random listeners or files are equal, or a name is reserved.
             Err(error) if ["another listener", "can't be bound", "is the path of", "the protocol's own"]
                 .iter().any(|reason| error.to_string().contains(reason)) => return Ok(()),
             Err(error) => panic!("{error}\n{text}"),

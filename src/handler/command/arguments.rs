@@ -1,8 +1,9 @@
-//! The arguments of a call: the configured ones, with `{name}` replaced by what the caller gave.
+//! Builds the arguments of a command: the configured ones, with each `{name}` replaced by a member of the
+//! params.
 //!
-//! A placeholder is a whole argument and stays one: its value is neither split nor read by a
-//! shell, and can't be taken for an option. Values are members of the params: strings as they are,
-//! numbers, true and false as they are spelt. Anything else is refused before a process is made.
+//! A placeholder is always one whole argument. Its value is neither split nor read by a shell, and cannot
+//! be taken for an option. Strings are used as they are; numbers, true and false as they are spelt. Any
+//! other value is refused before a process is created.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
@@ -16,7 +17,7 @@ use crate::config::{literal, placeholder};
 use crate::handler::prepared_program::c_string;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
-/// The longest argument that the kernel takes, without its NUL (MAX_ARG_STRLEN, execve(2)).
+/// The longest argument that the kernel accepts, without its NUL (MAX_ARG_STRLEN, execve(2)).
 const LONGEST: usize = 128 * 1024 - 1;
 
 #[derive(Debug)]
@@ -27,7 +28,7 @@ enum Argument {
     Fixed(CString),
     Param {
         name: String,
-        /// Whether an argument `--` stands before it, behind which nothing is an option.
+        /// Whether an argument `--` is before it. Behind that nothing is an option.
         after_dashes: bool,
     },
 }
@@ -48,7 +49,7 @@ impl Arguments {
         Arguments(command.iter().map(argument).collect())
     }
 
-    /// Those of one call.
+    /// Returns the arguments of one call.
     ///
     /// # Errors
     /// `invalid-params`.
@@ -102,7 +103,7 @@ fn checked(name: &str, value: &RawValue, after_dashes: bool) -> Result<CString, 
     let text = match raw.as_bytes().first() {
         Some(b'"') => match serde_json::from_str::<String>(raw) {
             Ok(text) => text,
-            Err(_) => return refused("is a string that is no text".into()),
+            Err(_) => return refused("is not valid Unicode text".into()),
         },
         Some(b'-' | b'0'..=b'9' | b't' | b'f') => raw.to_owned(),
         _ => return refused("must be a string, a number, true or false".into()),
@@ -115,17 +116,17 @@ fn checked(name: &str, value: &RawValue, after_dashes: bool) -> Result<CString, 
     }
     if text.len() > LONGEST {
         return refused(format!(
-            "has {} bytes; the system takes {LONGEST} in an argument",
+            "has {} bytes; an argument may have at most {LONGEST}",
             text.len()
         ));
     }
     match CString::new(text) {
         Ok(text) => Ok(text),
-        Err(_) => refused("has a NUL, which no argument can have".into()),
+        Err(_) => refused("contains a NUL, which an argument cannot contain".into()),
     }
 }
 
-/// The members of the params that are asked for.
+/// Returns the requested members of the params.
 fn values<'p>(
     params: &'p str,
     names: &[&str],
@@ -148,9 +149,9 @@ fn values<'p>(
                     continue;
                 }
                 let value = map.next_value()?;
-                // Whoever looked at the params before us may have looked at the other one.
+                // A parser in front of this server may have used the other one of the two.
                 if found.iter().any(|(other, _)| *other == name) {
-                    twice = Some(format!("the member {name:?} is there twice"));
+                    twice = Some(format!("the member {name:?} occurs twice"));
                 }
                 found.push((name.into(), value));
             }
@@ -202,12 +203,12 @@ mod tests {
         );
         assert_eq!(of(&["p", "{a}"], r#"{"a": true}"#).unwrap(), ["p", "true"]);
         assert_eq!(of(&["p", "{a}"], r#"{"a": ""}"#).unwrap(), ["p", ""]);
-        // Without a placeholder the params are nobody's business here.
+        // Without a placeholder any params are accepted.
         assert_eq!(of(&["p"], "[1]").unwrap(), ["p"]);
     }
 
     #[test]
-    fn a_dash_in_front_is_for_after_two_dashes() {
+    fn a_leading_dash_is_allowed_only_after_two_dashes() {
         for params in [r#"{"a": "-x"}"#, r#"{"a": -1}"#, r#"{"a": "--"}"#] {
             let refused = of(&["p", "{a}", "--"], params).unwrap_err();
             assert!(refused.contains("option"), "{refused}");
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_no_argument_is_refused() {
+    fn values_that_cannot_be_arguments_are_refused() {
         let long = format!(r#"{{"a": "{}"}}"#, "x".repeat(200_000));
         for (params, reason) in [
             ("null", "must be an object"),
@@ -226,7 +227,7 @@ mod tests {
             (r#"{"a": ["x"]}"#, "must be a string"),
             (r#"{"a": {}}"#, "must be a string"),
             (r#"{"a": "\u0000"}"#, "NUL"),
-            (r#"{"a": "\ud800"}"#, "no text"),
+            (r#"{"a": "\ud800"}"#, "Unicode"),
             (r#"{"a": 1, "a": 2}"#, "twice"),
             (long.as_str(), "200000 bytes"),
         ] {

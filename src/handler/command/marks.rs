@@ -1,38 +1,39 @@
-//! Reads which call each of some processes belongs to, on a thread that may block.
+//! Finds the calls to which processes belong, on a thread that may block.
 //!
-//! The owner of a process can make the read of its environment block for as long as it likes
-//! (`sys::bounded`). A caller waits for a sweep, so a sweep must not wait for such a read. A thread reads,
-//! and the sweep waits for [`PATIENCE`] at most. Then that process counts as one without a mark, and
-//! another thread reads the others. When the read ends after all, what ended calls have left is looked
-//! for once more. At most [`MOST_STUCK`] threads wait in such reads; while they do, no mark is read, and
-//! what commands leave ends with the worker.
+//! A call's mark is in the environment of its processes. The owner of a process can block the read of its
+//! environment for as long as it wants (`sys::bounded`). A caller waits for a sweep, so the sweep must
+//! not wait for such a read. A thread reads, and the sweep waits at most [`PATIENCE`]. Then that process
+//! counts as unmarked, and another thread reads the others. When the late read ends, a new sweep looks
+//! for leftovers of ended calls. At most [`MOST_STUCK`] threads are in such reads. While there are that
+//! many, no mark is read, and leftovers of commands end with the worker.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
+use crate::sys::lock::lock;
 use crate::sys::process::{Pid, monotonic};
 use crate::throttle::limiter::SharedLimiter;
 
-/// For what calls of commands can log again and again, such as a program that is gone.
+/// Limits warnings that calls of commands can cause repeatedly, such as a missing program.
 pub(super) static TROUBLE: SharedLimiter = SharedLimiter::new();
 
-/// How long all reads of one thread may take.
+/// The time limit for all reads of one thread.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Threads that may be stuck in a read.
+/// The most threads that may be stuck in a read.
 const MOST_STUCK: usize = 4;
-/// The stack of a thread that only reads.
+/// The stack size of a thread that only reads.
 const STACK: usize = 256 * 1024;
 
-/// Which worker a process belongs to, and which of its calls.
+/// The worker to which a process belongs, and the call.
 pub type Mark = (Pid, u64);
 
 #[derive(Debug)]
 pub(super) struct Reader {
-    /// Processes that a thread is stuck at, and nobody waits for any more.
+    /// The processes at which a thread is stuck, and whose result is not awaited any more.
     stuck: Mutex<BTreeSet<Pid>>,
     patience: Duration,
 }
@@ -45,8 +46,8 @@ impl Reader {
         }
     }
 
-    /// Returns the marks of those of `pids` that have one and could be read in time. `read` reads one
-    /// mark; `after` is called on the reader's thread when a read has ended that was given up.
+    /// Returns the marks of those `pids` that have one and could be read in time. `read` reads one mark.
+    /// `after` is called on the reader thread when a late read has ended.
     pub fn marks(
         &'static self,
         pids: &[Pid],
@@ -65,8 +66,8 @@ impl Reader {
             }
             if let Err(error) = self.read_in_time(&mut left, &mut marks, read, after) {
                 let text = format!(
-                    "no thread could be started to look for what commands have left: {error}; the next \
-                     call's end looks again"
+                    "could not start a thread to look for leftovers of commands: {error}; the next \
+                     end of a call tries again"
                 );
                 TROUBLE.log(log::Level::Warn, text);
                 return marks;
@@ -74,8 +75,8 @@ impl Reader {
         }
     }
 
-    /// Reads the marks of `left` with one thread, until all are read or one is late. Takes out of
-    /// `left` what was read.
+    /// Reads the marks of `left` on one thread, until all are read or one is late. Removes from `left`
+    /// what was read.
     fn read_in_time(
         &'static self,
         left: &mut Vec<Pid>,
@@ -83,15 +84,16 @@ impl Reader {
         read: fn(Pid) -> Option<Mark>,
         after: fn(),
     ) -> io::Result<()> {
-        let (tell, told) = channel();
+        let (sender, receiver) = channel();
         let pids = left.clone();
         let builder = thread::Builder::new().name("sweep".into());
         builder.stack_size(STACK).spawn(move || {
             for pid in pids {
                 let mark = read(pid);
-                // Under the lock: either the sweep gets this, or the process is not stuck any more.
+                // Hold the lock while sending: either the sweep gets the mark, or the process is no
+                // longer stuck.
                 let mut stuck = self.stuck();
-                if tell.send((pid, mark)).is_err() {
+                if sender.send((pid, mark)).is_err() {
                     stuck.remove(&pid);
                     drop(stuck);
                     return after();
@@ -100,29 +102,29 @@ impl Reader {
         })?;
         let end = monotonic().saturating_add(self.patience);
         while !left.is_empty() {
-            let answer = match told.recv_timeout(end.saturating_sub(monotonic())) {
+            let answer = match receiver.recv_timeout(end.saturating_sub(monotonic())) {
                 Ok(answer) => answer,
-                // It has panicked: what it was at is left out.
+                // The thread has panicked, so the remaining processes are skipped.
                 Err(RecvTimeoutError::Disconnected) => {
                     left.clear();
                     return Ok(());
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     let mut stuck = self.stuck();
-                    match told.try_recv() {
+                    match receiver.try_recv() {
                         Ok(answer) => answer,
                         Err(_) => {
                             let pid = left[0];
                             let text = format!(
-                                "the environment of process {pid}, which a command has left, could not be \
-                                 read within {:?}: it is left alone until it can be read, or the worker \
-                                 leaves pid={pid}",
+                                "could not read the environment of process {pid}, a leftover of a command, \
+                                 within {:?}: it keeps running until it can be read or the worker \
+                                 exits pid={pid}",
                                 self.patience
                             );
                             TROUBLE.log(log::Level::Warn, text);
                             stuck.insert(pid);
-                            // Before the lock is let go, so that the thread finds nobody there.
-                            drop(told);
+                            // Drop the receiver before the lock, so that the send of the thread fails.
+                            drop(receiver);
                             return Ok(());
                         }
                     }
@@ -136,7 +138,7 @@ impl Reader {
     }
 
     fn stuck(&self) -> MutexGuard<'_, BTreeSet<Pid>> {
-        self.stuck.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.stuck)
     }
 }
 
@@ -164,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_that_blocks_holds_up_neither_the_sweep_nor_the_other_reads() {
+    fn a_blocking_read_delays_neither_the_sweep_nor_other_reads() {
         static READER: Reader = Reader {
             stuck: Mutex::new(BTreeSet::new()),
             patience: Duration::from_millis(100),
@@ -178,7 +180,7 @@ mod tests {
         let began = monotonic();
         assert_eq!(found(&[2, 100, 4, 102, 6]), [2, 4, 6]);
         assert!(monotonic().saturating_sub(began) >= Duration::from_millis(200));
-        // those that are stuck are not asked about again
+        // Processes whose read is stuck are not read again.
         assert_eq!(found(&[100, 102, 8]), [8]);
         assert_eq!(READER.stuck().len(), 2);
         assert_eq!(found(&[104, 106, 108, 10]), Vec::<i32>::new(), "too many");

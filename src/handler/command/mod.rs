@@ -1,10 +1,10 @@
-//! Commands as handlers: one process a call, its params in arguments or on its standard input, its
-//! standard output the result.
+//! Runs commands as handlers: one process per call. The params are in its arguments or on its standard
+//! input, and its standard output is the result.
 //!
-//! `arguments` makes the argument list of a call, `run` feeds and reads the process, `output` makes
-//! a result of what it wrote, `sweep` sees to it that a call leaves nothing behind. What goes wrong is told to the caller with the end of
-//! the program's standard error; a thread that runs a command waits with the call's deadline, and
-//! is woken when the call is given up.
+//! `arguments` makes the argument list of a call. `run` feeds and reads the process, and `output` makes a
+//! result of its output. `sweep` ends everything that a call leaves behind. An error contains the end
+//! of the program's standard error. The handler thread waits until the call's deadline, and is woken if
+//! the call is given up.
 
 mod arguments;
 mod marks;
@@ -18,7 +18,7 @@ use serde::Serialize;
 use std::borrow::Cow;
 use std::ffi::CStr;
 
-use super::prepared_program::{PreparedProgram, guard_hint};
+use super::prepared_program::{PreparedProgram, guard_hint, trace_variables};
 use super::{Context, Handler};
 use crate::config::{self, OutputFormat, Stdin};
 use crate::logging::pluralize;
@@ -32,7 +32,7 @@ use marks::TROUBLE;
 use run::{Ran, Stopped};
 use sweep::RunningCommand;
 
-/// A command and what is to be done with its output.
+/// A command and how to handle its output.
 #[derive(Debug)]
 pub struct CommandHandler {
     program: PreparedProgram,
@@ -40,12 +40,12 @@ pub struct CommandHandler {
     stdin: Stdin,
     output: OutputFormat,
     max_output: usize,
-    /// The nesting that a result may have, and its length in bytes.
+    /// `limits.depth` and `limits.frame`, for the result.
     limits: (usize, usize),
 }
 
 impl CommandHandler {
-    /// The handler of a configured command. `limits`: `limits.depth` and `limits.frame`.
+    /// Creates the handler of a configured command. `limits`: `limits.depth` and `limits.frame`.
     pub fn new(command: &config::CommandConfig, limits: (usize, usize)) -> Self {
         CommandHandler {
             program: PreparedProgram::new(&command.program),
@@ -59,10 +59,11 @@ impl CommandHandler {
 
     fn run(&self, params: &str, context: &Context<'_>) -> Result<Ran, RpcError> {
         let arguments = self.arguments.of_call(params)?;
-        let running = RunningCommand::begin()
-            .ok_or_else(|| RpcError::of(Code::Stopping, "this worker leaves", false))?;
+        let running = RunningCommand::begin(context.number())
+            .ok_or_else(|| RpcError::of(Code::Stopping, "this worker is exiting", false))?;
         let variable = running.variable();
-        let environment = self.program.environment(&variable);
+        let trace = trace_variables(context.trace().as_ref());
+        let environment = self.program.environment(&variable, &trace);
         let input = match self.stdin {
             Stdin::Params => Some(Cow::Borrowed(params)),
             Stdin::Text => match serde_json::from_str::<String>(params) {
@@ -93,8 +94,8 @@ impl CommandHandler {
 
     fn stopped(&self, stopped: Stopped) -> RpcError {
         match stopped {
-            Stopped::TimedOut => RpcError::of(Code::Timeout, "its time was over", true),
-            Stopped::GivenUp => RpcError::of(Code::Cancelled, "it was given up", true),
+            Stopped::TimedOut => RpcError::of(Code::Timeout, "its deadline has passed", true),
+            Stopped::GivenUp => RpcError::of(Code::Cancelled, "the call was cancelled", true),
             Stopped::TooMuch { stderr } => {
                 let text = format!(
                     "it wrote more than the {} of max-output, and was killed",
@@ -125,13 +126,13 @@ impl Handler for CommandHandler {
                 .with_data(Data::of(ran.exit, &ran.stderr)));
         }
         output::append(self.output, ran.stdout, self.limits, result).map_err(|problem| {
-            let text = format!("the command wrote what can't be its result: {problem}");
+            let text = format!("the output of the command cannot be its result: {problem}");
             RpcError::of(Code::BadOutput, text, true).with_data(Data::of(ran.exit, &ran.stderr))
         })
     }
 }
 
-/// What the caller is told beside the message.
+/// The `data` of an error.
 #[derive(Serialize)]
 struct Data<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -160,14 +161,14 @@ fn not_started(program: &CStr, error: &SpawnError) -> RpcError {
         (SpawnStep::Execute, Errno::E2BIG) => RpcError::invalid_params(
             "the arguments and the environment together are longer than the system allows",
         ),
-        // The system has nothing to give for now: sending it again is safe, and may do.
+        // A temporary lack of resources: it is safe to send the call again, and that may succeed.
         _ if error.is_temporary() => {
             log::debug!("{text}");
             RpcError::of(Code::Overloaded, text, false)
         }
-        // What was there at `check` is not any more: somebody has to look at it.
+        // A file that existed at `check` is missing, so an operator has to act.
         (SpawnStep::Execute | SpawnStep::Directory, _) => {
-            let remedy = "correct the configuration, or put back what is missing";
+            let remedy = "correct the configuration, or restore the missing file";
             TROUBLE.log(Level::Error, format!("{text}; {remedy}"));
             RpcError::of(Code::CommandFailed, text, true)
         }

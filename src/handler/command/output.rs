@@ -1,21 +1,22 @@
-//! What a command wrote, as a result or as the end of its standard error.
+//! Converts the output of a command to a result, or to the end of its standard error.
 //!
-//! Pure: bytes in, JSON or text out. A program writes what it likes, so that whatever it wrote is a
-//! result, or a sentence that says why it is none.
+//! Pure: bytes in, JSON or text out. A program can write anything; every output gives a result or a
+//! reason why it cannot be one.
 
 use serde_json::value::RawValue;
 
 use crate::config::OutputFormat;
 use crate::protocol::json;
 
-/// Bytes of the end of standard error that are kept.
+/// The number of bytes kept from the end of standard error.
 const STDERR_END: usize = 4096;
 
-/// Appends to `result`, as JSON on one line, what a command wrote; `depth` is the nesting that it may
-/// have, `most` its length. Text may be six times as long in JSON: it is not made beyond that.
+/// Appends the output of a command to `result`, as JSON on one line. `depth` is the deepest allowed
+/// nesting, `most` the largest length. A text can be six times longer in JSON, so it is not encoded if it
+/// would be over the limit.
 ///
 /// # Errors
-/// Why it can't be a result; `result` is as it was then.
+/// Why it cannot be a result; then `result` is unchanged.
 pub fn append(
     output: OutputFormat,
     stdout: Vec<u8>,
@@ -40,7 +41,7 @@ pub fn append(
         }
         OutputFormat::Json => {
             if stdout.trim_ascii().is_empty() {
-                return Err("nothing, where one JSON value is to be".into());
+                return Err("empty; one JSON value is expected".into());
             }
             let text = json::text(&stdout, depth).map_err(|error| error.message)?;
             let value: &RawValue =
@@ -53,7 +54,7 @@ pub fn append(
     }
 }
 
-/// The number of bytes that serde_json writes for a text.
+/// Returns the number of bytes that serde_json writes for a text.
 fn json_length(text: &str) -> usize {
     let escaped = |byte: &u8| match byte {
         b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
@@ -63,7 +64,7 @@ fn json_length(text: &str) -> usize {
     2 + text.as_bytes().iter().map(escaped).sum::<usize>()
 }
 
-/// The end of a long text: what is kept of a standard error.
+/// The end of a long text, for standard error.
 #[derive(Debug, Default)]
 pub struct Tail {
     bytes: Vec<u8>,
@@ -71,10 +72,10 @@ pub struct Tail {
 }
 
 impl Tail {
-    /// Appends what was read.
+    /// Appends bytes.
     pub fn add(&mut self, piece: &[u8]) {
         self.bytes.extend_from_slice(piece);
-        // Seldom, so that a flood of short writes is not moved again and again.
+        // Cut rarely, so that many short writes do not move the bytes each time.
         if self.bytes.len() > 4 * STDERR_END {
             self.cut();
         }
@@ -87,10 +88,10 @@ impl Tail {
         }
     }
 
-    /// As much as is kept, with what is no UTF-8 replaced.
+    /// Returns the kept bytes as text; invalid UTF-8 is replaced.
     pub fn into_text(mut self) -> String {
         self.cut();
-        // A cut may go through a character, whose rest is no news.
+        // The cut may be inside a character; skip its remaining bytes.
         let begin = if self.is_cut {
             let rest = |byte: &&u8| (**byte & 0xC0) == 0x80;
             self.bytes.iter().take(3).take_while(rest).count()
@@ -113,27 +114,27 @@ mod tests {
     }
 
     #[test]
-    fn text_is_a_string_whole_and_json_is_one_value_on_one_line() {
+    fn output_is_one_string_or_one_json_value_on_one_line() {
         let text = |stdout| result(OutputFormat::Text, stdout);
         assert_eq!(text(b"a\r\n\"b\"\n"), Ok(r#""a\r\n\"b\"\n""#.into()));
         assert_eq!(text(b""), Ok(r#""""#.into()));
         let json = |stdout| result(OutputFormat::Json, stdout);
         assert_eq!(json(b" {\"a\":\r\n1.50}\n"), Ok("{\"a\":  1.50}".into()));
-        for (stdout, told) in [
-            (&b""[..], "nothing"),
-            (b" \n", "nothing"),
+        for (stdout, reason) in [
+            (&b""[..], "empty"),
+            (b" \n", "empty"),
             (b"{\"a\":", "not JSON"),
             (b"1 2", "not JSON"),
             (b"[[[[]]]]", "3"),
             (b"\xff", "UTF-8"),
         ] {
             let why = json(stdout).unwrap_err();
-            assert!(why.contains(told), "{why}");
+            assert!(why.contains(reason), "{why}");
         }
     }
 
     #[test]
-    fn a_text_is_not_made_longer_than_a_result_may_be() {
+    fn a_text_longer_than_a_result_may_be_is_not_encoded() {
         for text in [
             "",
             "plain, naïve €",
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_is_the_end_and_begins_with_a_whole_character() {
+    fn a_tail_begins_with_a_whole_character() {
         let mut tail = Tail::default();
         for _ in 0..10_000 {
             tail.add("x€".as_bytes());

@@ -1,9 +1,9 @@
-//! A process of a call: what it reads is written, what it writes is read, all at once and with the
-//! call's deadline, so that neither side ever waits for a full pipe of the other's.
+//! Runs the process of a call: writes its input and reads its output concurrently until the call's
+//! deadline. So neither side waits for a full pipe of the other.
 //!
-//! It is over when the program has ended, also when somebody else still holds its pipes: what is
-//! in them by then counts, and its process group is ended. When the call is over before, or the
-//! output too long, the group is killed and everything below it.
+//! The call ends when the program has ended, even if another process still has its pipes. Then the bytes
+//! in the pipes count, and its process group is killed. If the call ends before or the output is too
+//! long, the group and all descendants are killed.
 
 use std::borrow::Cow;
 use std::ffi::CStr;
@@ -26,10 +26,10 @@ use crate::sys::spawn::{
 };
 use crate::sys::waker::Waker;
 
-/// As much as is read at once.
+/// The size of one read in bytes.
 const PIECE: usize = 16 * 1024;
 
-/// A command that has ended.
+/// The result of a command that has ended.
 pub(super) struct Ran {
     pub exit: Exit,
     pub stdout: Vec<u8>,
@@ -40,7 +40,7 @@ pub(super) struct Ran {
 pub(super) enum Stopped {
     TimedOut,
     GivenUp,
-    /// It wrote more than it may.
+    /// Its output was too long.
     TooMuch {
         stderr: String,
     },
@@ -56,7 +56,7 @@ pub(super) struct CommandProcess {
 }
 
 thread_local! {
-    /// What wakes this handler thread; made once, for it costs two system calls.
+    /// Wakes this handler thread. It is created once, because that costs two system calls.
     static WAKER: OnceLock<Arc<Waker>> = const { OnceLock::new() };
 }
 
@@ -70,7 +70,7 @@ fn waker() -> io::Result<Arc<Waker>> {
     })
 }
 
-/// Starts a command; `feeds`: there will be something to read for it.
+/// Starts a command. `feeds` says whether it gets input.
 pub(super) fn start(
     template: &SpawnTemplate,
     arguments: &[Cow<'_, CStr>],
@@ -92,7 +92,7 @@ pub(super) fn start(
         Some(&our_stderr),
     ];
     for end in ours.into_iter().flatten() {
-        // Ours alone: the program's ends are as any program expects them.
+        // Only on our ends, because a program expects blocking pipes.
         nix::fcntl::fcntl(end, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .map_err(none_left)?;
     }
@@ -106,7 +106,7 @@ pub(super) fn start(
         stderr: stderr.as_fd(),
         calls: None,
     };
-    // This thread waits for its end, so the death signal comes only if the whole process dies. It is
+    // This thread waits for the command, so the death signal comes only if the whole process dies. It is
     // for the case that master, worker and keeper die together, and no process kills the group.
     let child = spawn_dying_with_us(template, &arguments, environment, stdio)?;
     Ok(CommandProcess {
@@ -119,7 +119,7 @@ pub(super) fn start(
 }
 
 impl CommandProcess {
-    /// Feeds it `input`, and reads what it writes until it has ended.
+    /// Writes `input` to it, and reads its output until it has ended.
     pub fn finish(
         mut self,
         input: &[u8],
@@ -142,12 +142,12 @@ impl CommandProcess {
                 },
             });
         }
-        // While it is not reaped its group's number can't be another's.
+        // While it is not reaped, its process group id cannot be reused.
         self.child.kill();
         pull_what_is_there(&mut self.stdout, |piece| stdout.extend_from_slice(piece));
         pull_what_is_there(&mut self.stderr, |piece| stderr.add(piece));
         let too_much = stdout.len() > max_output;
-        let exit = self.child.reap();
+        let exit = self.child.reap().map(|child| child.exit);
         let stderr = stderr.into_text();
         match exit {
             _ if too_much => Err(Stopped::TooMuch { stderr }),
@@ -156,7 +156,7 @@ impl CommandProcess {
                 stdout,
                 stderr,
             }),
-            // Nobody else waits for it; if somebody did, how it ended is not to be had.
+            // No other code reaps it. If it was reaped, its exit status is unknown.
             None => Err(Stopped::GivenUp),
         }
     }
@@ -180,7 +180,7 @@ impl CommandProcess {
             if left.is_zero() {
                 return Err(End::TimedOut);
             }
-            // A millisecond more: poll(2) rounds down, and waking early is waking twice.
+            // Add a millisecond: poll(2) rounds down, and waking too early means waking twice.
             let left = left.saturating_add(Duration::from_millis(1));
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             let mut fds = [(); 5].map(|()| PollFd::new(self.child.as_fd(), PollFlags::POLLIN));
@@ -199,7 +199,7 @@ impl CommandProcess {
             }
             match poll(&mut fds[..count], timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
-                // Out of memory for a moment; there is no waiting without poll.
+                // A temporary lack of memory; without poll there is no way to wait.
                 Err(_) => return Err(End::GivenUp),
             }
             let has_ended = fds[0].any().unwrap_or(false);
@@ -215,14 +215,14 @@ impl CommandProcess {
         }
     }
 
-    /// Writes as much as it takes, and closes its input at the end, or when it has.
+    /// Writes as much as it accepts. Closes its input at the end, or if it has closed it.
     fn feed(&mut self, input: &mut &[u8]) {
         while let Some(pipe) = &self.stdin {
             match write(pipe, input) {
                 Ok(count) if count < input.len() => *input = &input[count..],
                 Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR) => {}
-                // All is written; or it does not want it, which is its own business.
+                // Everything is written, or the program closed its input, which is no error.
                 Ok(_) | Err(_) => self.stdin = None,
             }
         }
@@ -235,7 +235,7 @@ enum End {
     TooMuch,
 }
 
-/// Reads what is in a pipe now, and no more: a process that left the group may write on for ever.
+/// Reads the bytes that are in a pipe now. A process that left the group may write for ever.
 fn pull_what_is_there(pipe: &mut Option<OwnedFd>, mut take: impl FnMut(&[u8])) {
     let mut left = pipe.as_ref().map_or(0, descriptor::readable_bytes);
     while left > 0
@@ -246,7 +246,7 @@ fn pull_what_is_there(pipe: &mut Option<OwnedFd>, mut take: impl FnMut(&[u8])) {
     {}
 }
 
-/// Reads once from a pipe that is still open, without waiting; tells whether there was something.
+/// Reads once from an open pipe, without waiting. Returns whether there were bytes.
 fn pull(pipe: &mut Option<OwnedFd>, mut take: impl FnMut(&[u8])) -> bool {
     let Some(fd) = pipe else {
         return false;

@@ -1,55 +1,131 @@
-//! Whether the programs of a worker's pools have all been ready once: before, it serves nobody.
+//! Tracks whether the programs of a pool have all been ready once, and whether there is room for one more.
+//!
+//! A pool process serves when all programs have been ready.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 
+use crate::sys::lock::lock;
 use crate::sys::waker::Waker;
 
-/// How far it is.
+/// The most lines of programs that a failure quotes.
+const MAX_LINES: usize = 20;
+
+/// The progress of the start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stage {
-    /// Some are not ready yet.
+    /// Some programs are not ready yet.
     Starting,
-    /// All have been.
+    /// All programs have been ready.
     Ready,
-    /// One never will be, for this reason.
+    /// One program cannot become ready, for this reason.
     Failed(String),
 }
 
-/// See the module.
 #[derive(Debug)]
 pub(super) struct Boot {
-    /// How many are not ready yet, and why one never will be.
+    /// How many are not ready yet, and why one cannot become ready.
     state: Mutex<(usize, Option<String>)>,
-    /// Woken when one is, or will not be.
+    /// What the programs have written to standard error, the last lines; `None` if their failure does not
+    /// quote it, because the master gets the lines of the log.
+    said: Option<Mutex<VecDeque<String>>>,
+    /// Woken when a program becomes ready or fails.
     waker: Arc<Waker>,
 }
 
 impl Boot {
-    pub fn new(programs: usize, waker: Arc<Waker>) -> Self {
+    pub fn new(programs: usize, quotes: bool, waker: Arc<Waker>) -> Self {
         Boot {
             state: Mutex::new((programs, None)),
+            said: quotes.then(Mutex::default),
             waker,
         }
     }
 
     pub fn one_is_ready(&self) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).0 -= 1;
+        lock(&self.state).0 -= 1;
         self.waker.wake();
     }
 
-    /// The first reason is the one that is told.
-    pub fn fail(&self, reason: String) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Keeps a line of a program.
+    pub fn keep_line(&self, line: &str) {
+        if let Some(said) = &self.said {
+            let mut said = lock(said);
+            if said.len() == MAX_LINES {
+                said.pop_front();
+            }
+            said.push_back(line.to_owned());
+        }
+    }
+
+    /// Only the first reason is kept, with the last lines of the programs.
+    pub fn fail(&self, mut reason: String) {
+        for line in self
+            .said
+            .iter()
+            .flat_map(|said| std::mem::take(&mut *lock(said)))
+        {
+            reason += &format!("\n  it wrote: {line}");
+        }
+        let mut state = lock(&self.state);
         state.1.get_or_insert(reason);
         self.waker.wake();
     }
 
     pub fn stage(&self) -> Stage {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.state);
         match &*state {
             (_, Some(reason)) => Stage::Failed(reason.clone()),
             (0, None) => Stage::Ready,
             _ => Stage::Starting,
         }
+    }
+}
+
+/// Room for one program more than `processes`, if no more may run.
+#[derive(Debug, Default)]
+pub(super) struct SpareRoom {
+    /// Whether it is taken, and who waits for it.
+    state: Mutex<(bool, Vec<Arc<Waker>>)>,
+}
+
+impl SpareRoom {
+    /// Takes the room. If it is taken already, `waker` is woken once it is free.
+    pub fn take(&self, waker: &Arc<Waker>) -> bool {
+        let mut state = lock(&self.state);
+        let is_free = !std::mem::replace(&mut state.0, true);
+        if !is_free && !state.1.iter().any(|other| Arc::ptr_eq(other, waker)) {
+            state.1.push(Arc::clone(waker));
+        }
+        is_free
+    }
+
+    /// Frees the room.
+    pub fn release(&self) {
+        let mut state = lock(&self.state);
+        state.0 = false;
+        for waker in state.1.drain(..) {
+            waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_quotes_the_last_lines() -> std::io::Result<()> {
+        let boot = Boot::new(1, true, Arc::new(Waker::new()?));
+        (0..30).for_each(|number| boot.keep_line(&format!("line {number}")));
+        boot.fail("it has failed".into());
+        boot.fail("again".into());
+        let Stage::Failed(reason) = boot.stage() else {
+            panic!("{boot:?}");
+        };
+        let lines: Vec<&str> = reason.lines().collect();
+        assert_eq!(lines.len(), 1 + MAX_LINES);
+        assert_eq!(lines[..2], ["it has failed", "  it wrote: line 10"]);
+        Ok(())
     }
 }

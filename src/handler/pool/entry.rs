@@ -1,20 +1,91 @@
-//! A call on its way to a program of a pool, and what becomes of it.
+//! A call on its way to a program of a pool, and its result. Also what its supervisor knows of its calls, and
+//! why a program is ended.
 
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::handler::call_state::{Done, HandlerCall};
+use crate::logging::LoggedCall;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::monotonic;
+use crate::throttle::Millis;
+
+/// Why a program that served must be ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// It has died, or has closed its descriptor 3, which is handled in the same way.
+    Died,
+    /// It has sent something that is no answer.
+    Broken(String),
+    /// No caller waits for its calls any more.
+    GivenUp,
+    /// The process exits.
+    Leaving,
+}
+
+/// Why a supervisor needs its program back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Recall {
+    /// To end it because it had no call, if that is still so.
+    Sleep,
+    /// Another one is ready to take over.
+    Successor,
+    /// It has ended.
+    Ended,
+}
+
+/// What the supervisor of a program knows of its calls.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    calls: AtomicU64,
+    answered_at: AtomicU64,
+    /// The call that it runs, as log lines name it: the pid and the number, which is 0 if they name none.
+    home: AtomicI32,
+    number: AtomicU64,
+}
+
+impl Tally {
+    /// Returns how many calls it has answered, and the time of the last answer.
+    pub fn seen(&self) -> (u64, Millis) {
+        // A thread that sees the counted answer sees its time as well.
+        let calls = self.calls.load(Ordering::Acquire);
+        (calls, self.answered_at.load(Ordering::Relaxed))
+    }
+
+    pub fn answered(&self, now: Millis) {
+        self.answered_at.store(now, Ordering::Relaxed);
+        self.calls.fetch_add(1, Ordering::Release);
+    }
+
+    /// Records the call that it runs from now on.
+    pub fn runs(&self, entry: Option<&Entry>) {
+        let call = entry.and_then(|entry| entry.job.state.identity().logged());
+        let (home, number) = call.unwrap_or_default();
+        if number != 0 || self.number.load(Ordering::Relaxed) != 0 {
+            self.home.store(home, Ordering::Relaxed);
+            self.number.store(number, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns the call that its output belongs to.
+    pub fn call(&self) -> Option<LoggedCall> {
+        let (home, number) = (
+            self.home.load(Ordering::Relaxed),
+            self.number.load(Ordering::Relaxed),
+        );
+        (number != 0).then_some((home, number))
+    }
+}
 
 /// A call for a program.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub job: HandlerCall,
-    /// A program has died already before it had read it.
+    /// Whether a program has died before it had read this call.
     pub returned: bool,
-    /// When it came here, as time since boot.
+    /// When it was queued, as time since boot.
     pub put: Duration,
-    /// When it was written, likewise.
+    /// When it was written to the program, as time since boot.
     pub begun: Option<Duration>,
 }
 
@@ -28,13 +99,14 @@ impl Entry {
         }
     }
 
-    /// What became of it; `None`: it was given up before it began.
+    /// Returns its result. `None` means that it was given up before it began.
     pub fn done(self, outcome: Option<Result<Vec<u8>, RpcError>>, out: Option<Box<str>>) -> Done {
         let took = self.begun.map(|begun| monotonic().saturating_sub(begun));
         Done {
             key: self.job.key,
             outcome,
             took: took.unwrap_or_default(),
+            cpu: Duration::ZERO,
             out,
         }
     }

@@ -1,26 +1,27 @@
-//! When a pool program is ready, worn out, or idle for too long.
+//! Decides when a pool program is ready, must be recycled, or was idle for too long.
 //!
-//! Pure: it is told the time and what was seen, and answers. How soon a dead one is started again
-//! is `throttle`'s.
+//! Pure: it gets the time and the observed values. `throttle` decides how soon a dead program is started
+//! again.
 
 use std::time::Duration;
 
 use crate::config::PoolConfig;
 use crate::throttle::{Millis, ThrottleLimits};
 
-/// A program without a handshake is ready when it is still there after so long.
+/// The time in milliseconds after which a program without a ready message counts as ready, if it is
+/// alive.
 const ALIVE: Millis = 50;
-/// Between two looks at a program's memory.
+/// The time between two checks of a program's memory, in milliseconds.
 const LOOK: Millis = 1000;
-/// So many looks in a row must find it too large: what is freed at once is no leak.
+/// This many checks in a row must find too much memory, because memory that is freed soon is no leak.
 const HEAVY: u32 = 2;
-/// Programs of a pool are recycled up to a tenth earlier than they could, so that they do not
-/// go together.
+/// Programs of a pool are recycled up to a tenth earlier than configured, so that they are not all
+/// recycled at the same time.
 const SPREAD: u64 = 10;
 
-/// What the configuration says about a program's life. Of times and numbers 0 is never.
+/// The configured limits of a program. For times and numbers, 0 means never.
 #[derive(Debug, Clone)]
-pub(super) struct Rules {
+pub(super) struct ProgramLimits {
     pub handshake: bool,
     pub boot: Millis,
     pub throttle: ThrottleLimits,
@@ -30,12 +31,11 @@ pub(super) struct Rules {
     max_lifetime: Millis,
 }
 
-impl Rules {
-    /// Those of the program with this number.
+impl ProgramLimits {
+    /// Returns the limits of the program with this number.
     pub fn new(pool: &PoolConfig, number: usize) -> Self {
-        let share = number as u64 * SPREAD / pool.processes as u64;
-        let earlier = |value: u64| value - value / SPREAD * share / SPREAD;
-        Rules {
+        let earlier = |limit| earlier(limit, number, pool.processes);
+        ProgramLimits {
             handshake: pool.handshake,
             boot: millis(pool.boot_timeout),
             throttle: ThrottleLimits {
@@ -49,20 +49,29 @@ impl Rules {
         }
     }
 
-    /// When a program that was started at `since` counts as ready by itself; `None`: it says so.
+    /// Returns when a program that was started at `since` counts as ready. `None` means that it reports
+    /// it.
     pub fn ready_at(&self, since: Millis) -> Option<Millis> {
         (!self.handshake).then_some(since + ALIVE)
     }
 }
 
-/// A duration in milliseconds.
+/// The limit of the program with this number: up to a tenth less, so that programs are not replaced
+/// together. A program that is started while others are replaced may have a number beyond `processes`.
+fn earlier(limit: u64, number: usize, processes: usize) -> u64 {
+    let processes = processes.max(1);
+    let share = (number % processes) as u64 * SPREAD / processes as u64;
+    limit - limit / SPREAD * share / SPREAD
+}
+
+/// Converts a duration to milliseconds.
 pub(super) fn millis(duration: Duration) -> Millis {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// What a program that serves has been through.
+/// The observed values of a ready program.
 #[derive(Debug)]
-pub(super) struct Wear {
+pub(super) struct ProgramUsage {
     ready_at: Millis,
     idle_since: Millis,
     calls: u64,
@@ -70,9 +79,9 @@ pub(super) struct Wear {
     looked_at: Millis,
 }
 
-impl Wear {
+impl ProgramUsage {
     pub fn new(now: Millis) -> Self {
-        Wear {
+        ProgramUsage {
             ready_at: now,
             idle_since: now,
             calls: 0,
@@ -81,29 +90,29 @@ impl Wear {
         }
     }
 
-    /// How long it has been ready.
+    /// Returns how long it has been ready.
     pub fn health(&self, now: Millis) -> Millis {
         now.saturating_sub(self.ready_at)
     }
 
-    /// So many calls were answered by it, the last one then; 0 is never.
+    /// Records that it has answered `calls` calls, the last one at `answered_at`; 0 means never.
     pub fn saw(&mut self, (calls, answered_at): (u64, Millis)) {
         self.calls = calls;
         self.idle_since = self.idle_since.max(answered_at);
     }
 
-    /// It has something to do.
+    /// Records that it is busy.
     pub fn is_busy(&mut self, now: Millis) {
         self.idle_since = now;
     }
 
-    /// Whether it is time for a look at its memory.
-    pub fn wants_look(&self, rules: &Rules, now: Millis) -> bool {
+    /// Returns whether its memory must be checked now.
+    pub fn wants_look(&self, rules: &ProgramLimits, now: Millis) -> bool {
         rules.max_memory > 0 && now >= self.looked_at + LOOK
     }
 
-    /// It was looked at.
-    pub fn looked(&mut self, bytes: u64, rules: &Rules, now: Millis) {
+    /// Records a check of its memory.
+    pub fn looked(&mut self, bytes: u64, rules: &ProgramLimits, now: Millis) {
         self.looked_at = now;
         self.heavy = if bytes > rules.max_memory {
             self.heavy + 1
@@ -112,8 +121,8 @@ impl Wear {
         };
     }
 
-    /// Why it is to be replaced, if it is.
-    pub fn is_worn(&self, rules: &Rules, now: Millis) -> Option<&'static str> {
+    /// Returns why it must be recycled, if it must.
+    pub fn recycle_reason(&self, rules: &ProgramLimits, now: Millis) -> Option<&'static str> {
         if rules.max_calls > 0 && self.calls >= rules.max_calls {
             Some("max-calls")
         } else if self.heavy >= HEAVY {
@@ -125,14 +134,13 @@ impl Wear {
         }
     }
 
-    /// Whether it has had nothing to do for too long, being idle.
-    pub fn is_idle_for_too_long(&self, rules: &Rules, now: Millis) -> bool {
+    /// Returns whether it was idle for too long.
+    pub fn is_idle_for_too_long(&self, rules: &ProgramLimits, now: Millis) -> bool {
         rules.idle > 0 && now >= self.idle_since + rules.idle
     }
 
-    /// When one of these is to be asked again; `may_sleep`: also whether it has been idle for too
-    /// long.
-    pub fn next(&self, rules: &Rules, may_sleep: bool) -> Millis {
+    /// Returns when the next of these checks is due. `may_sleep` includes the check for idleness.
+    pub fn next(&self, rules: &ProgramLimits, may_sleep: bool) -> Millis {
         let at = |wanted: bool, at: Millis| if wanted { at } else { Millis::MAX };
         at(rules.max_memory > 0, self.looked_at + LOOK)
             .min(at(
@@ -150,8 +158,8 @@ impl Wear {
 mod tests {
     use super::*;
 
-    fn rules() -> Rules {
-        Rules {
+    fn rules() -> ProgramLimits {
+        ProgramLimits {
             handshake: false,
             boot: 1000,
             throttle: ThrottleLimits {
@@ -166,47 +174,67 @@ mod tests {
     }
 
     #[test]
-    fn calls_age_and_memory_seen_twice_wear_a_program_out() {
+    fn calls_age_and_memory_found_twice_recycle_a_program() {
         let rules = rules();
-        let mut wear = Wear::new(0);
+        let mut usage = ProgramUsage::new(0);
         for now in 1..=2 {
-            wear.saw((now, now));
-            assert_eq!(wear.is_worn(&rules, now), None);
+            usage.saw((now, now));
+            assert_eq!(usage.recycle_reason(&rules, now), None);
         }
-        wear.saw((3, 3));
-        assert_eq!(wear.is_worn(&rules, 3), Some("max-calls"));
-        let mut wear = Wear::new(0);
-        assert!(!wear.wants_look(&rules, 999) && wear.wants_look(&rules, 1000));
+        usage.saw((3, 3));
+        assert_eq!(usage.recycle_reason(&rules, 3), Some("max-calls"));
+        let mut usage = ProgramUsage::new(0);
+        assert!(!usage.wants_look(&rules, 999) && usage.wants_look(&rules, 1000));
         for (bytes, worn) in [(2000, false), (500, false), (2000, false), (2000, true)] {
-            wear.looked(bytes, &rules, 1000);
-            assert_eq!(wear.is_worn(&rules, 1000).is_some(), worn);
+            usage.looked(bytes, &rules, 1000);
+            assert_eq!(usage.recycle_reason(&rules, 1000).is_some(), worn);
         }
-        assert_eq!(Wear::new(5).is_worn(&rules, 10_005), Some("max-lifetime"));
+        assert_eq!(
+            ProgramUsage::new(5).recycle_reason(&rules, 10_005),
+            Some("max-lifetime")
+        );
     }
 
     #[test]
-    fn what_is_not_configured_is_never_due() {
-        let rules = Rules {
+    fn each_program_has_up_to_a_tenth_less_whatever_its_number() {
+        for processes in [1, 2, 16, 64] {
+            for number in 0..=64 {
+                let limit = earlier(1000, number, processes);
+                assert!(
+                    (900..=1000).contains(&limit),
+                    "{number} of {processes}: {limit}"
+                );
+            }
+            assert_eq!(earlier(u64::MAX, 0, processes), u64::MAX);
+        }
+        assert!(earlier(1000, 0, 4) > earlier(1000, 3, 4));
+    }
+
+    #[test]
+    fn limits_that_are_not_configured_are_never_due() {
+        let rules = ProgramLimits {
             idle: 0,
             max_calls: 0,
             max_memory: 0,
             max_lifetime: 0,
             ..rules()
         };
-        let wear = Wear::new(0);
-        assert_eq!(wear.next(&rules, true), Millis::MAX);
-        assert!(!wear.is_idle_for_too_long(&rules, 1 << 40));
-        assert_eq!(wear.is_worn(&rules, 1 << 40), None);
+        let usage = ProgramUsage::new(0);
+        assert_eq!(usage.next(&rules, true), Millis::MAX);
+        assert!(!usage.is_idle_for_too_long(&rules, 1 << 40));
+        assert_eq!(usage.recycle_reason(&rules, 1 << 40), None);
     }
 
     #[test]
     fn idle_counts_from_the_last_answer() {
         let rules = rules();
-        let mut wear = Wear::new(0);
-        wear.saw((1, 50));
-        assert!(!wear.is_idle_for_too_long(&rules, 149) && wear.is_idle_for_too_long(&rules, 150));
+        let mut usage = ProgramUsage::new(0);
+        usage.saw((1, 50));
+        assert!(
+            !usage.is_idle_for_too_long(&rules, 149) && usage.is_idle_for_too_long(&rules, 150)
+        );
         assert_eq!(
-            (wear.next(&rules, true), wear.next(&rules, false)),
+            (usage.next(&rules, true), usage.next(&rules, false)),
             (150, 1000)
         );
     }

@@ -1,8 +1,8 @@
-//! What a pool program writes to its standard output and error, as lines for the log.
+//! Turns the standard output and error of a pool program into lines for the log.
 //!
-//! Pure: bytes and the time in, lines out. A line that does not end is cut, bytes that are no
-//! UTF-8 are escaped, and of a flood so many lines a second are let through and the others
-//! counted: a program must not be able to fill the disk or the memory through us.
+//! Pure: bytes and the time in, lines out. A long line is cut, bytes that are not UTF-8 are escaped, and
+//! the number of lines per second is limited; the others are counted. So a program can fill neither the
+//! disk nor the memory.
 
 use std::fmt::Write;
 use std::mem;
@@ -12,17 +12,17 @@ use log::Level;
 use crate::logging::pluralize;
 use crate::throttle::Millis;
 
-/// Bytes of a line that are kept.
+/// The most bytes kept of a line.
 const LONGEST: usize = 4096;
-/// Lines let through in one second.
+/// The most lines per second.
 const PER_SECOND: u32 = 500;
 const SECOND: Millis = 1000;
 
-/// One stream of output.
+/// One output stream.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
     tail: Vec<u8>,
-    /// The rest of a line that was cut is skipped.
+    /// Whether the rest of a line is skipped, because it was cut.
     skips: bool,
     /// When this second began, and how many lines it had.
     second: Millis,
@@ -31,7 +31,7 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    /// Takes bytes, and says the lines that they end.
+    /// Adds bytes, and passes the completed lines to `say`.
     pub fn add(&mut self, bytes: &[u8], now: Millis, say: &mut impl FnMut(&str)) {
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             let ended = piece.last() == Some(&b'\n');
@@ -54,17 +54,17 @@ impl Lines {
         }
     }
 
-    /// Nothing more comes: says what is left.
+    /// Ends the stream and passes the last incomplete line to `say`.
     pub fn end(&mut self, now: Millis, say: &mut impl FnMut(&str)) {
         if !self.tail.is_empty() {
             self.say("", now, say);
         }
-        self.tell_dropped(say);
+        self.report_dropped(say);
     }
 
     fn say(&mut self, end: &str, now: Millis, say: &mut impl FnMut(&str)) {
         if now >= self.second + SECOND {
-            self.tell_dropped(say);
+            self.report_dropped(say);
             self.second = now;
             self.count = 0;
         }
@@ -78,7 +78,7 @@ impl Lines {
         self.tail.clear();
     }
 
-    fn tell_dropped(&mut self, say: &mut impl FnMut(&str)) {
+    fn report_dropped(&mut self, say: &mut impl FnMut(&str)) {
         let dropped = mem::take(&mut self.dropped);
         if dropped > 0 {
             say(&format!(
@@ -89,7 +89,7 @@ impl Lines {
     }
 }
 
-/// The level and the rest of a line that begins with a priority of syslog: `<3>text` (sd-daemon(3)).
+/// Returns the level and the rest of a line that begins with a syslog priority: `<3>text` (sd-daemon(3)).
 pub(super) fn with_priority(line: &str) -> Option<(Level, &str)> {
     let (priority, text) = line.strip_prefix('<')?.split_once('>')?;
     let level = match priority {
@@ -102,7 +102,7 @@ pub(super) fn with_priority(line: &str) -> Option<(Level, &str)> {
     Some((level, text))
 }
 
-/// A line as text; control characters are the log's to escape.
+/// Converts a line to text. The log escapes control characters.
 fn escaped(line: &[u8]) -> String {
     let mut text = String::with_capacity(line.len());
     for chunk in line.utf8_chunks() {
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_whole_however_they_arrive() {
+    fn lines_are_whole_in_every_split() {
         let mut lines = Lines::default();
         assert_eq!(
             said(&mut lines, &[b"a", b"b\nc\r\n", b"\n", b"d"], 0),
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_may_begin_with_its_priority() {
+    fn a_line_may_begin_with_a_priority() {
         assert_eq!(with_priority("<3>full"), Some((Level::Error, "full")));
         assert_eq!(with_priority("<4>"), Some((Level::Warn, "")));
         assert_eq!(with_priority("<6> a"), Some((Level::Info, " a")));
@@ -167,13 +167,13 @@ mod tests {
         assert!(all[0].ends_with("x (cut)") && all[0].len() == LONGEST + 6);
         assert_eq!(all[1], "z");
         assert!(lines.tail.capacity() <= 2 * LONGEST);
-        // one that is just as long as may be
+        // A line of exactly the largest length.
         let exact = [b'x'; LONGEST];
         assert_eq!(said(&mut lines, &[&exact, b"\n"], 0).len(), 1);
     }
 
     #[test]
-    fn a_flood_is_counted_and_let_through_a_little() {
+    fn many_lines_are_limited_and_counted() {
         let mut lines = Lines::default();
         let flood = b"x\n".repeat(2000);
         assert_eq!(said(&mut lines, &[&flood], 5).len(), PER_SECOND as usize);

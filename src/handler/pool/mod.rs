@@ -1,230 +1,193 @@
-//! Pools: programs in any language that live long and answer many calls, one at a time each or several
+//! Runs pools: long-lived programs in any language that answer many calls, one at a time or several at once
 //! (`parallel`).
 //!
-//! A call of a pool's method goes to a `desk`, where each program has a `seat`: the event loop writes
-//! it there over the program's `wire`, and reads the answer. What takes time is done by the `keeper`
-//! of each program, a thread that starts the `process`, ends it, and sees to it that nothing of a dead
-//! one is left. `life` says when a program is ready or worn out, `lines` makes a log of what it
-//! prints. A worker serves when each program has been ready once (`boot`).
+//! The `dispatcher` queues the calls of a pool. It belongs to the event loop, which writes each call to a
+//! program (`program_connection`) over its socket (`wire`) and reads the answer. Whatever takes time is
+//! done by the `supervisor` of each program, a thread that starts the `process`, ends it, and kills what a
+//! dead one has left. When a pool process stays at a reload, `rollout` decides which program is replaced
+//! next. `life` decides when a program is ready or must be recycled. `lines` logs what it prints. A pool
+//! process serves when each program has been ready once (`boot`).
 
 mod boot;
-mod desk;
+pub mod definition;
+mod dispatcher;
 mod entry;
-mod keeper;
 mod life;
 mod lines;
 mod parallel;
+pub mod pool_table;
 mod process;
+pub mod process_pools;
+mod program_connection;
+pub mod program_deaths;
 pub mod program_record;
-mod seat;
+mod rollout;
+mod supervisor;
 mod wire;
 
 use std::collections::VecDeque;
-use std::ffi::CString;
 use std::io;
 use std::mem;
-use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 pub use boot::Stage;
+pub use definition::{Pool, Pooled};
 
 use super::call_state::{Done, HandlerCall, Reports};
-use super::prepared_program::{PreparedProgram, c_string};
 use super::registry::Registry;
-use super::{Context, Handler, Placement};
 use crate::config;
-use crate::protocol::code::Code;
-use crate::protocol::rpc_error::RpcError;
-use crate::sys::shared_memory::OwnedArray;
+use crate::sys::process::monotonic_ms;
 use crate::sys::waker::Waker;
 use crate::throttle::limiter::Limiter;
-use boot::Boot;
-use desk::{Desk, Ear};
-use keeper::{Keeper, Post, Told};
-use program_record::ProgramRecord;
-use seat::Line;
+use boot::{Boot, SpareRoom};
+use dispatcher::{Dispatcher, SupervisorEvent, SupervisorHandle, SupervisorOrder};
+use program_connection::Line;
+use rollout::{Rollout, RolloutStep};
+use supervisor::{ProgramSupervisor, SupervisorReport, SupervisorSetup};
 use wire::PIECE;
 
-/// Stack of a keeper: it calls nobody's code.
+/// The stack size of a supervisor, which runs no foreign code.
 const STACK: usize = 256 * 1024;
-/// How long a program may take to leave with its worker, before SIGTERM and after.
+/// How long a program may take to exit with its worker, before SIGTERM and after it.
 const GRACE: Duration = Duration::from_secs(1);
-/// The same where the master has died: nothing is to be left of it a second later.
+/// The same if the master has died. Then nothing may be left a second later.
 const SHORT_GRACE: Duration = Duration::from_millis(200);
-/// How long what is killed may take to end.
+/// How long a killed program may take to end.
 const DYING: Duration = Duration::from_secs(1);
-/// While programs leave, the worker shows so often that it lives.
+/// How often the worker records its heartbeat while programs exit.
 const BEAT: Duration = Duration::from_millis(100);
 
-/// A pool, as configured.
-#[derive(Debug)]
-pub struct Pool {
-    name: String,
-    program: PreparedProgram,
-    arguments: Vec<CString>,
-    settings: config::PoolConfig,
-    /// How long the first start of each program may take, which a new worker waits for.
-    first_boot: u64,
-    /// Bytes of an answer.
-    limit: usize,
-    /// Its nesting.
-    depth: usize,
-    /// What its programs do; `None` if there was no memory for it.
-    records: Option<OwnedArray<ProgramRecord>>,
-}
-
-impl Pool {
-    /// The pool of that name in these settings.
-    pub fn new(name: &str, pool: &config::PoolConfig, settings: &config::Settings) -> Self {
-        // Somewhat earlier than the master would give the worker up without knowing why.
-        let worker = settings.workers.boot_timeout;
-        let first_boot = pool.boot_timeout.min(worker - worker / 10);
-        Pool {
-            name: name.to_owned(),
-            program: PreparedProgram::new(&pool.program),
-            arguments: pool
-                .program
-                .arguments
-                .iter()
-                .map(|argument| c_string(argument.as_str()))
-                .collect(),
-            settings: pool.clone(),
-            first_boot: life::millis(first_boot),
-            limit: settings.limits.frame,
-            depth: settings.limits.depth,
-            records: NonZeroUsize::new(pool.processes)
-                .and_then(|count| OwnedArray::new(count).ok()),
-        }
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// What its programs do, as the pool process shows it.
-    pub fn records(&self) -> &[ProgramRecord] {
-        self.records.as_deref().unwrap_or_default()
-    }
-
-    /// How many calls its programs may have at once.
-    pub fn capacity(&self) -> usize {
-        self.settings.processes * self.settings.concurrency
-    }
-
-    /// How many calls one program may have at once.
-    pub fn concurrency(&self) -> usize {
-        self.settings.concurrency
-    }
-
-    /// How many programs the server has of it.
-    pub fn processes(&self) -> usize {
-        self.settings.processes
-    }
-}
-
-/// What a method of a pool has for a handler: the way to the pool.
-#[derive(Debug)]
-pub struct Pooled {
-    /// The number of the pool in the registry.
-    pub number: usize,
-}
-
-impl Handler for Pooled {
-    fn call(&self, _: &str, _: &Context<'_>, _: &mut Vec<u8>) -> Result<(), RpcError> {
-        let text = "this method is answered by a program, and not by a thread";
-        Err(RpcError::of(Code::Internal, text, false))
-    }
-
-    fn placement(&self) -> Placement {
-        Placement::Pool(self.number)
-    }
-}
-
-/// How much time programs have to leave.
+/// How much time programs have to exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hurry {
-    /// As much as they need, within reason.
+    /// A normal exit: as much as they need, up to a limit.
     None,
-    /// Little: the master has died, and nothing is to be left of it for long.
+    /// Little time: the master has died, and nothing may be left for long.
     Some,
-    /// None.
+    /// No time: they are killed at once.
     AtOnce,
 }
 
-/// The pools of a worker at work. Programs are numbered through, those of the first pool first.
+/// What supervisors are started with.
+#[derive(Debug)]
+struct ProgramStarter {
+    registry: Arc<Registry>,
+    reports: Reports,
+    events: Sender<SupervisorReport>,
+    /// Each supervisor has one until it ends.
+    lives: Sender<()>,
+    waker: Arc<Waker>,
+    spare: Arc<SpareRoom>,
+}
+
+impl ProgramStarter {
+    /// Starts the supervisor of the program with this number. The program does not serve while `is_held`.
+    /// `boot` gets the result of its first start.
+    fn start(
+        &self,
+        pool: &Arc<Pool>,
+        (number, is_held): (usize, bool),
+        boot: Option<&Arc<Boot>>,
+    ) -> io::Result<SupervisorHandle> {
+        let (sender, orders) = unbounded();
+        let waker = Arc::new(Waker::new()?);
+        let channel = SupervisorHandle {
+            orders: sender,
+            waker: Arc::clone(&waker),
+        };
+        let is_rolling = pool.settings.reload == config::PoolReload::Rolling;
+        let post = SupervisorSetup {
+            number,
+            pool: Arc::clone(pool),
+            orders,
+            waker,
+            events: self.events.clone(),
+            registry: Arc::clone(&self.registry),
+            reports: self.reports.clone(),
+            boot: boot.cloned(),
+            is_held,
+            spare: is_rolling.then(|| Arc::clone(&self.spare)),
+        };
+        let lives = self.lives.clone();
+        thread::Builder::new()
+            .name(format!("pool-{}-{number}", pool.name))
+            .stack_size(STACK)
+            .spawn(move || {
+                ProgramSupervisor::new(post).keep();
+                drop(lives);
+            })?;
+        Ok(channel)
+    }
+}
+
+/// A table that takes effect if the reload succeeds.
+#[derive(Debug)]
+struct NextTable {
+    pool: Arc<Pool>,
+    /// The progress of its first program.
+    boot: Arc<Boot>,
+}
+
+/// The pool of a pool process; empty in a worker. Programs are numbered.
 #[derive(Debug)]
 pub struct Pools {
-    desks: Vec<Desk>,
-    /// The number of each desk's first program.
-    firsts: Vec<usize>,
-    words: Receiver<Told>,
+    /// The programs and the calls that wait for them; `None` in a worker.
+    queue: Option<Dispatcher>,
+    events: Receiver<SupervisorReport>,
     boot: Arc<Boot>,
-    /// Nothing is ever sent: it ends when the last keeper has.
-    keepers: Receiver<()>,
+    /// Nothing is ever sent. The channel closes when the last supervisor has ended.
+    supervisors: Receiver<()>,
     piece: Box<[u8]>,
-    /// Calls that a program may have at once.
+    /// The number of calls that a program may run at once.
     concurrency: usize,
-    /// A call that may have been with a program was given up.
+    /// Whether a call that a program may be running was given up.
     one_is_in_vain: bool,
+    /// What supervisors are started with; `None` in a worker, and once the process exits.
+    starter: Option<ProgramStarter>,
+    /// The pool with the table in effect.
+    pool: Option<Arc<Pool>>,
+    next: Option<NextTable>,
+    rollout: Rollout,
+    /// Whether room was taken for one more program than `processes`.
+    has_spare: bool,
+    /// Limits the warnings that no program can be started.
+    complaints: Limiter,
 }
 
 impl Pools {
-    /// Starts a keeper for each program of the pool with this number in the registry; of none without.
+    /// Starts a supervisor for each program of the pool with this number in the registry, or none without
+    /// a number.
     ///
     /// # Errors
-    /// When there is no thread or no descriptor to be had.
+    /// If no thread can be started or no descriptor is left.
     pub fn start(
         registry: &Arc<Registry>,
         pool: Option<usize>,
         reports: &Reports,
         waker: &Arc<Waker>,
     ) -> io::Result<Self> {
-        let pools: Vec<_> = (registry.pools().iter().enumerate())
-            .filter(|(number, _)| Some(*number) == pool)
-            .map(|(_, pool)| pool)
-            .collect();
-        let concurrency = pools.iter().map(|pool| pool.concurrency()).max();
-        let programs = pools.iter().map(|pool| pool.processes());
-        let boot = Arc::new(Boot::new(programs.sum(), Arc::clone(waker)));
-        let (lives, keepers) = bounded::<()>(0);
-        let (teller, words) = unbounded();
-        let (mut desks, mut firsts, mut first) = (Vec::new(), Vec::new(), 0);
-        for (desk, pool) in pools.into_iter().enumerate() {
-            let mut ears = Vec::new();
-            for number in 0..pool.processes() {
-                let (sender, orders) = unbounded();
-                let waker = Arc::new(Waker::new()?);
-                ears.push(Ear {
-                    orders: sender,
-                    waker: Arc::clone(&waker),
-                });
-                let post = Post {
-                    number,
-                    desk,
-                    pool: Arc::clone(pool),
-                    orders,
-                    waker,
-                    words: teller.clone(),
-                    registry: Arc::clone(registry),
-                    reports: reports.clone(),
-                    boot: Arc::clone(&boot),
-                };
-                let lives = lives.clone();
-                thread::Builder::new()
-                    .name(format!("pool-{}-{number}", pool.name))
-                    .stack_size(STACK)
-                    .spawn(move || {
-                        Keeper::new(post).keep();
-                        drop(lives);
-                    })?;
-            }
-            firsts.push(first);
-            first += ears.len();
+        let pool = pool.and_then(|number| registry.all_pools().get(number).cloned());
+        let programs = pool.as_ref().map_or(0, |pool| pool.processes());
+        let boot = Arc::new(Boot::new(programs, false, Arc::clone(waker)));
+        let (lives, supervisors) = bounded::<()>(0);
+        let (event_sender, events) = unbounded();
+        let starter = ProgramStarter {
+            registry: Arc::clone(registry),
+            reports: reports.clone(),
+            events: event_sender,
+            lives,
+            waker: Arc::clone(waker),
+            spare: Arc::default(),
+        };
+        let mut queue = None;
+        if let Some(pool) = &pool {
+            let start = |number| starter.start(pool, (number, false), Some(&boot));
+            let supervisors = (0..programs).map(start).collect::<io::Result<Vec<_>>>()?;
             let line = Line {
                 waiting: VecDeque::new(),
                 done: Vec::new(),
@@ -235,118 +198,251 @@ impl Pools {
                 depth: pool.depth,
                 pool: Some(Arc::clone(pool)),
             };
-            desks.push(Desk::new(line, ears));
+            queue = Some(Dispatcher::new(line, supervisors));
         }
         Ok(Pools {
-            piece: vec![0; if desks.is_empty() { 0 } else { PIECE }].into(),
-            desks,
-            firsts,
-            words,
+            piece: vec![0; if queue.is_some() { PIECE } else { 0 }].into(),
+            queue,
+            events,
             boot,
-            keepers,
-            concurrency: concurrency.unwrap_or(1),
+            supervisors,
+            concurrency: pool.as_ref().map_or(1, |pool| pool.concurrency()),
             one_is_in_vain: false,
+            starter: pool.is_some().then_some(starter),
+            pool,
+            next: None,
+            rollout: Rollout::new(programs),
+            has_spare: false,
+            complaints: Limiter::rare(),
         })
     }
 
-    /// How many calls a program may have at once.
+    /// Passes on a registry with more methods.
+    pub fn set_registry(&mut self, registry: &Arc<Registry>) {
+        if let Some(queue) = &mut self.queue {
+            queue.line.registry = Arc::clone(registry);
+            queue.send_to_all(|| SupervisorOrder::Registry(Arc::clone(registry)));
+        }
+        if let Some(starter) = &mut self.starter {
+            starter.registry = Arc::clone(registry);
+        }
+    }
+
+    /// Starts a program with another table of the pool, to find out whether it becomes ready. Call `commit`
+    /// or `revert` afterwards.
+    pub fn prepare(&mut self, config: config::PoolConfig) {
+        if let (Some(pool), Some(starter)) = (&self.pool, &self.starter) {
+            self.next = Some(NextTable {
+                pool: Arc::new(pool.with_config(config)),
+                boot: Arc::new(Boot::new(1, true, Arc::clone(&starter.waker))),
+            });
+            self.rollout.prepare();
+        }
+    }
+
+    /// Returns the progress of that program; `None` if there is none.
+    pub fn next_stage(&self) -> Option<Stage> {
+        self.next.as_ref().map(|next| next.boot.stage())
+    }
+
+    /// Puts that table into effect: the programs are replaced one by one.
+    pub fn commit(&mut self) {
+        let canary = self.rollout.canary();
+        let Some(next) = self.next.take() else {
+            return;
+        };
+        self.rollout.commit(next.pool.processes());
+        self.pool = Some(next.pool);
+        if let (Some(number), Some(queue)) = (canary, &self.queue) {
+            queue.send(number, SupervisorOrder::Serve);
+        }
+    }
+
+    /// Drops that table.
+    pub fn revert(&mut self) {
+        self.next = None;
+        self.rollout.revert();
+    }
+
+    /// Starts and ends programs until all have the table in effect.
+    fn advance_rollout(&mut self) {
+        let (Some(starter), Some(queue), Some(pool)) = (&self.starter, &mut self.queue, &self.pool)
+        else {
+            return;
+        };
+        let has_started = self.rollout.is_done() || self.boot.stage() == Stage::Ready;
+        while has_started && !self.rollout.is_done() {
+            match self.rollout.step(|number| queue.serves(number)) {
+                RolloutStep::Wait => break,
+                RolloutStep::Leave(number) => {
+                    queue.send(number, SupervisorOrder::Leave);
+                    self.rollout.told_to_leave(number);
+                }
+                RolloutStep::Start(number) => {
+                    let is_failed = |it: &NextTable| matches!(it.boot.stage(), Stage::Failed(_));
+                    if self.next.as_ref().is_some_and(is_failed) {
+                        break;
+                    }
+                    if self.rollout.has_one_more() && !self.has_spare {
+                        if !starter.spare.take(&starter.waker) {
+                            break;
+                        }
+                        self.has_spare = true;
+                    }
+                    let started = match &self.next {
+                        Some(next) => starter.start(&next.pool, (number, true), Some(&next.boot)),
+                        None => starter.start(pool, (number, false), None),
+                    };
+                    match (started, &self.next) {
+                        (Ok(channel), _) => {
+                            queue.add(number, channel);
+                            self.rollout.started(number);
+                        }
+                        (Err(error), Some(next)) => next.boot.fail(format!(
+                            "the program of the pool {} could not be started: {error}",
+                            pool.name
+                        )),
+                        (Err(error), None) => {
+                            if self.complaints.admit(monotonic_ms()).is_some() {
+                                log::warn!(
+                                    "pool {}: a program could not be started: {error}; it is \
+                                     tried again within a second",
+                                    pool.name
+                                );
+                            }
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+        // While programs are replaced, only as many calls are accepted as any of them can run.
+        self.concurrency = match self.rollout.is_done() {
+            true => pool.concurrency(),
+            false => self.concurrency.min(pool.concurrency()),
+        };
+        if self.has_spare && self.rollout.is_done() {
+            self.has_spare = false;
+            starter.spare.release();
+        }
+    }
+
     pub fn concurrency(&self) -> usize {
         self.concurrency
     }
 
-    /// How many calls the programs of a pool may have now. One that sleeps counts: it starts as soon as a
-    /// call comes.
-    pub fn available(&self, pool: usize) -> usize {
-        let pool = self.desks.get(pool);
-        pool.map_or(0, |it| it.capacity(self.concurrency))
+    /// Returns how many calls the programs may run now. A sleeping program counts, because the next call
+    /// starts it.
+    pub fn available(&self) -> usize {
+        (self.queue.as_ref()).map_or(0, |queue| queue.capacity(self.concurrency))
     }
 
-    /// How many programs of all pools do not serve: they start, or wait until they may.
-    pub fn down(&self) -> usize {
-        self.desks.iter().map(Desk::down).sum()
+    /// Returns the number of programs that serve, and of those that do not: they start, or wait until they may.
+    pub fn serving_and_down(&self) -> (usize, usize) {
+        let processes = self.pool.as_ref().map_or(0, |pool| pool.processes());
+        let serving = self.queue.as_ref().map_or(0, Dispatcher::serving);
+        (serving, processes.saturating_sub(serving))
     }
 
-    /// Hands a call to a pool.
-    pub fn put(&mut self, pool: usize, job: HandlerCall) {
-        self.desks[pool].put(job);
+    /// Returns the number of calls that the programs may have at once.
+    pub fn capacity(&self) -> usize {
+        self.pool.as_ref().map_or(0, |pool| pool.capacity())
     }
 
-    /// Whether all programs have been ready.
+    /// Gives a call to the programs of a pool process.
+    pub fn put(&mut self, job: HandlerCall) {
+        let queue = self.queue.as_mut();
+        queue
+            .expect("calls of a pool come to its process only")
+            .put(job);
+    }
+
+    /// Returns whether all programs have been ready.
     pub fn stage(&self) -> Stage {
         self.boot.stage()
     }
 
-    /// The wire of the program with this number can be read or written.
+    /// Serves the wire of this program, which can be read or written.
     pub fn attend(&mut self, program: usize) {
-        let pool = self.firsts.partition_point(|&first| first <= program) - 1;
-        self.desks[pool].attend(program - self.firsts[pool], &mut self.piece);
+        if let Some(queue) = &mut self.queue {
+            queue.attend(program, &mut self.piece);
+        }
     }
 
-    /// A call was given up that had begun: a program that works for nobody is ended by `settle`.
+    /// Records that a running call was given up. `settle` ends programs that run only abandoned calls.
     pub fn give_up(&mut self) {
         self.one_is_in_vain = true;
     }
 
-    /// Hears what the keepers have to say.
-    pub fn hear(&mut self) {
-        while let Ok(Told { pool, number, word }) = self.words.try_recv() {
-            self.desks[pool].hear(number, word, &mut self.piece);
+    /// Handles the messages of the supervisors.
+    pub fn receive_events(&mut self) {
+        while let Ok(SupervisorReport { number, event }) = self.events.try_recv() {
+            if matches!(event, SupervisorEvent::Gone) {
+                self.rollout.gone(number);
+            }
+            if let Some(queue) = &mut self.queue {
+                queue.receive(number, event, &mut self.piece);
+            }
         }
     }
 
-    /// Whether calls are done that nobody has taken.
+    /// Returns whether there are results that were not taken yet.
     pub fn has_done(&self) -> bool {
-        self.desks.iter().any(Desk::has_done)
+        (self.queue.as_ref()).is_some_and(|queue| !queue.line.done.is_empty())
     }
 
-    /// Moves what is done there.
+    /// Moves all results to `done`.
     pub fn take_done(&mut self, done: &mut Vec<Done>) {
-        self.desks.iter_mut().for_each(|desk| desk.take_done(done));
+        if let Some(queue) = &mut self.queue {
+            done.append(&mut queue.line.done);
+        }
     }
 
-    /// Ends what works for nobody, and brings up to date what is waited for: `watch` is told of each
-    /// program, by its number, whose wire is to be watched, and whether for writing too, or not to
-    /// be watched any more. Where it fails it is asked again the next time.
+    /// Ends programs that run only abandoned calls, and updates the watches. `watch` gets the number of
+    /// each program whose wire must be watched (and whether also for writing) or not watched any more. If
+    /// it fails, it is called again the next time.
     pub fn settle(
         &mut self,
         mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,
     ) {
         let in_vain = mem::take(&mut self.one_is_in_vain);
-        for (desk, first) in self.desks.iter_mut().zip(&self.firsts) {
+        self.advance_rollout();
+        if let Some(queue) = &mut self.queue {
             if in_vain {
-                desk.cancel_given_up();
+                queue.cancel_given_up();
             }
-            desk.settle(|number, wire| watch(first + number, wire));
+            queue.settle(&mut watch);
         }
     }
 
-    /// When `settle` is to be called again at the latest. Milliseconds (CLOCK_MONOTONIC).
+    /// Returns when `settle` must be called again at the latest, in milliseconds (CLOCK_MONOTONIC).
     pub fn next_overdue(&self) -> Option<u64> {
-        self.desks.iter().filter_map(|it| it.next_overdue).min()
+        self.queue.as_ref()?.next_overdue
     }
 
-    /// No program serves from now on; `settle` is to follow, and then `leave`.
-    pub fn send_home(&mut self) {
-        self.hear();
-        self.desks.iter_mut().for_each(Desk::send_home);
+    /// Stops giving calls to all programs. Call `settle` and then `leave` afterwards.
+    pub fn release_all_programs(&mut self) {
+        self.starter = None;
+        self.receive_events();
+        self.queue.iter_mut().for_each(Dispatcher::release_all);
     }
 
-    /// Lets all programs leave, and waits for it, `beat`ing now and then.
+    /// Makes all programs exit and waits for that. Calls `beat` now and then.
     pub fn leave(&mut self, hurry: Hurry, mut beat: impl FnMut()) {
         let grace = match hurry {
             Hurry::None => GRACE,
             Hurry::Some => SHORT_GRACE,
             Hurry::AtOnce => Duration::ZERO,
         };
-        for desk in &self.desks {
-            desk.close(life::millis(grace));
+        if let Some(queue) = &self.queue {
+            queue.send_to_all(|| SupervisorOrder::Close(life::millis(grace)));
         }
         let most = (2 * grace + DYING).as_millis() / BEAT.as_millis();
         for _ in 0..=most {
             beat();
-            // Whoever was on the way to its desk has nobody there.
-            self.words.try_iter().for_each(drop);
-            if self.keepers.recv_timeout(BEAT) == Err(RecvTimeoutError::Disconnected) {
+            // Drops messages that are still on their way to the dispatcher.
+            self.events.try_iter().for_each(drop);
+            if self.supervisors.recv_timeout(BEAT) == Err(RecvTimeoutError::Disconnected) {
                 return;
             }
         }

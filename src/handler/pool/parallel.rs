@@ -8,32 +8,32 @@ use std::collections::BTreeMap;
 use super::entry::Entry;
 use crate::throttle::Millis;
 
-/// How long after its method's timeout a cancelled call may stay unanswered. Milliseconds.
+/// How long a cancelled call may stay unanswered after the timeout of its method, in milliseconds.
 const GRACE: Millis = 1000;
 
-/// See the module.
+/// The open calls of one program.
 #[derive(Debug)]
 pub(super) struct ParallelCalls {
-    /// As many as the program may have.
+    /// The most calls at once.
     most: usize,
     last_id: u64,
     running: BTreeMap<u64, Entry>,
-    /// Until when the program may answer cancelled ones, by id.
+    /// The deadlines for answers to cancelled calls, by id.
     cancelled: BTreeMap<u64, Millis>,
 }
 
-/// What the id of an answer stands for.
+/// The meaning of the id in an answer.
 #[derive(Debug)]
 pub(super) enum OpenCall {
     Call(Entry),
-    /// A call that was cancelled: the answer is dropped.
+    /// A cancelled call, whose answer is dropped.
     Cancelled,
-    /// No call that is open.
+    /// No open call has this id.
     Unknown,
 }
 
 impl ParallelCalls {
-    /// For a program that may have `most` calls at once.
+    /// For a program that may run `most` calls at once.
     pub fn new(most: usize) -> Self {
         ParallelCalls {
             most,
@@ -43,7 +43,7 @@ impl ParallelCalls {
         }
     }
 
-    /// The id of the next call.
+    /// Returns the id for the next call.
     pub fn next_id(&self) -> u64 {
         self.last_id + 1
     }
@@ -54,17 +54,17 @@ impl ParallelCalls {
         self.running.insert(self.last_id, entry);
     }
 
-    /// How many calls it runs whose clients still wait.
+    /// Returns how many of its calls still have a waiting client.
     pub fn count(&self) -> usize {
         self.running.len()
     }
 
-    /// Whether the program owes no answer.
+    /// Returns whether the program owes no answer.
     pub fn is_empty(&self) -> bool {
         self.running.is_empty() && self.cancelled.is_empty()
     }
 
-    /// How many calls it may have, those that it has included.
+    /// Returns how many calls it may run, including the current ones.
     pub fn capacity(&self, now: Millis) -> usize {
         match self.is_overdue(now) {
             true => self.running.len(),
@@ -72,13 +72,13 @@ impl ParallelCalls {
         }
     }
 
-    /// Whether it may get another call.
+    /// Returns whether it may get another call.
     pub fn has_room(&self, now: Millis) -> bool {
         self.running.len() < self.capacity(now)
     }
 
-    /// When it has kept a cancelled call for too long. It gets no further call then, and is ended when it has
-    /// no other one.
+    /// Returns the time at which it has kept a cancelled call for too long. From then on it gets no
+    /// further call, and it is ended when it has no other one.
     pub fn overdue_at(&self) -> Option<Millis> {
         self.cancelled.values().min().copied()
     }
@@ -87,8 +87,8 @@ impl ParallelCalls {
         self.overdue_at().is_some_and(|at| at <= now)
     }
 
-    /// Takes the calls that were given up out, and returns them with their ids, for the program to be told.
-    /// `end` says until when such a call may run.
+    /// Removes the calls that were given up, and returns them with their ids, so that the caller can
+    /// cancel them in the program. `end` returns the time until which such a call may run.
     pub fn cancel_given_up(&mut self, end: impl Fn(&Entry) -> Millis) -> Vec<(u64, Entry)> {
         let running = self.running.iter();
         let ids = running.filter(|(_, entry)| entry.job.state.is_over());
@@ -103,7 +103,7 @@ impl ParallelCalls {
         given_up
     }
 
-    /// The call that an answer belongs to.
+    /// Returns the call to which an answer belongs.
     pub fn take(&mut self, id: u64) -> OpenCall {
         if let Some(entry) = self.running.remove(&id) {
             return OpenCall::Call(entry);
@@ -114,7 +114,7 @@ impl ParallelCalls {
         }
     }
 
-    /// All calls that it runs.
+    /// Returns all calls that it runs.
     pub fn into_running(self) -> impl Iterator<Item = Entry> {
         self.running.into_values()
     }

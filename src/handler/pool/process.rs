@@ -1,12 +1,13 @@
-//! A process of a pool: its start, its end, and what it says on its standard output and error, which
-//! goes to the log. Its calls go over a `wire`.
+//! Starts and ends a process of a pool, and logs its standard output and error. Its calls go over a
+//! `wire`.
 //!
-//! Nothing here waits, but for the end of what was killed. What follows from an end is the keeper's
-//! to say.
+//! Nothing here waits, except for the end of a killed process. The supervisor decides what follows from
+//! an end.
 
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use log::Level;
@@ -15,52 +16,61 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags};
 use nix::unistd::{pipe2, read};
 
-use super::Pool;
+use super::boot::Boot;
+use super::definition::Pool;
+use super::entry::Tally;
 use super::lines::{Lines, with_priority};
 use super::wire::{LEFT, PIECE, Wire};
 use crate::handler::command::sweep::RunningCommand;
-use crate::sys::process::{Exit, Pid, resident_bytes};
+use crate::logging;
+use crate::sys::process::{Pid, ReapedChild, resident_bytes};
 use crate::sys::socket::stream_pair;
 use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, Stdio, null, spawn};
 use crate::throttle::Millis;
 
-/// How long an exit may take that has closed the calls already.
+/// The place of standard error among its outputs.
+const STDERR: usize = 1;
+/// How long an exit may take after the program has closed its socket.
 const EXITING: Duration = Duration::from_millis(200);
 
-/// Why there is no process.
+/// Why a process was not started.
 pub(super) enum NotStarted {
-    /// The worker leaves.
+    /// The worker is exiting.
     Leaving,
-    /// The system would not.
+    /// The system refused it.
     Refused(SpawnError),
 }
 
-/// One of its two outputs.
+/// One of its two output streams.
 struct Output {
-    /// `None` once it is at its end.
+    /// `None` after its end.
     pipe: Option<OwnedFd>,
     lines: Lines,
     level: Level,
 }
 
-/// See the module.
+/// A running program of a pool.
 pub(super) struct Process {
     child: ChildProcess,
-    /// Its part in the worker's table of what runs, for as long as it lives. Dropped after the
-    /// child is reaped: what is left of it by then is swept.
+    /// Its entry in the worker's table of running commands. It is dropped after the child is reaped; then
+    /// leftovers are swept.
     _running: RunningCommand,
     outputs: [Output; 2],
+    /// Gets what it writes to standard error until it is ready; `None` if no start or reload waits for it.
+    boot: Option<Arc<Boot>>,
     piece: Box<[u8]>,
-    /// What stands before it in the log.
+    /// The prefix of its lines in the log.
     tag: String,
-    /// It has ended, and waits to be reaped.
+    /// The calls to which its lines belong, once it serves.
+    pub calls: Option<Arc<Tally>>,
+    /// Whether it has ended and waits to be reaped.
     pub has_ended: bool,
 }
 
 impl Process {
-    /// Starts a program of the pool, and the wire to it.
-    pub fn start(pool: &Pool) -> Result<(Self, Wire), NotStarted> {
-        let running = RunningCommand::begin().ok_or(NotStarted::Leaving)?;
+    /// Starts a program of the pool, and creates the wire to it. `boot` gets what it writes to standard error.
+    pub fn start(pool: &Pool, boot: Option<Arc<Boot>>) -> Result<(Self, Wire), NotStarted> {
+        let running = RunningCommand::begin_program().ok_or(NotStarted::Leaving)?;
         let (calls, theirs) = stream_pair().map_err(|error| of_io(&error))?;
         let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(no_descriptor);
         let ((our_stdout, stdout), (our_stderr, stderr)) = (pipe()?, pipe()?);
@@ -75,7 +85,7 @@ impl Process {
             calls: Some(theirs.as_fd()),
         };
         let variable = running.variable();
-        let environment = pool.program.environment(&variable);
+        let environment = pool.program.environment(&variable, &[]);
         let child = spawn(&pool.program.template, &arguments, &environment, stdio)
             .map_err(NotStarted::Refused)?;
         let output = |pipe, level| Output {
@@ -84,7 +94,9 @@ impl Process {
             level,
         };
         let process = Process {
+            boot,
             tag: format!("pool {} [{}]", pool.name, child.pid()),
+            calls: None,
             child,
             _running: running,
             outputs: [
@@ -97,19 +109,18 @@ impl Process {
         Ok((process, Wire::new(calls)))
     }
 
-    /// Its pid.
     pub fn pid(&self) -> Pid {
         self.child.pid()
     }
 
-    /// Memory that it has resident, its children's left out.
+    /// Returns its resident memory in bytes, without its children.
     pub fn resident_bytes(&self) -> u64 {
         resident_bytes(self.child.pid())
     }
 
-    /// Adds the three descriptors that it is waited for by.
+    /// Adds the three descriptors to wait for.
     pub fn watch<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        // One that is closed leaves its place to one that tells nothing.
+        // A closed one is replaced by one without events.
         let pid = self.child.as_fd();
         let nothing = || PollFd::new(pid, PollFlags::empty());
         fds.push(if self.has_ended {
@@ -123,7 +134,7 @@ impl Process {
         }
     }
 
-    /// Does once what poll(2) has told of these three.
+    /// Handles the events of poll(2) for these three descriptors.
     pub fn attend(&mut self, ready: [bool; 3], now: Millis) {
         self.has_ended |= ready[0];
         for (number, ready) in ready[1..].iter().enumerate() {
@@ -133,20 +144,21 @@ impl Process {
         }
     }
 
-    /// Room to read into.
+    /// Returns the buffer for reads.
     pub fn piece(&mut self) -> &mut [u8] {
         &mut self.piece
     }
 
-    /// Reads once from one of its outputs; tells whether there was something.
+    /// Reads once from one of its outputs. Returns whether there were bytes.
     fn listen(&mut self, number: usize, now: Millis) -> bool {
         let output = &mut self.outputs[number];
         let Some(fd) = &output.pipe else {
             return false;
         };
         let level = output.level;
-        let tag = &self.tag;
-        let mut say = |line: &str| log_line(tag, level, line);
+        let (tag, boot) = (&self.tag, self.boot.as_ref().filter(|_| number == STDERR));
+        let call = self.calls.as_ref().and_then(|calls| calls.call());
+        let mut say = |line: &str| logging::with_call(call, || log_line((tag, boot), level, line));
         match read(fd, &mut self.piece) {
             Ok(count @ 1..) => {
                 output.lines.add(&self.piece[..count], now, &mut say);
@@ -161,20 +173,20 @@ impl Process {
         }
     }
 
-    /// Tells it to leave, by SIGTERM; the end of its wire has told it so before.
+    /// Asks it to exit with SIGTERM; the end of its wire has asked before.
     pub fn terminate(&self) {
         self.child.terminate();
     }
 
-    /// Waits a moment for its end, which closes its descriptors first; tells whether it has come.
+    /// Waits briefly for its end, because an exit closes descriptors first. Returns whether it has ended.
     pub fn ends_soon(&mut self) -> bool {
         self.has_ended = self.has_ended || self.child.ends_within(EXITING);
         self.has_ended
     }
 
     /// Ends it with all that it has started; `None`: it hangs in the kernel.
-    pub fn end(mut self, now: Millis) -> Option<Exit> {
-        let exit = if self.has_ended {
+    pub fn end(mut self, now: Millis) -> Option<ReapedChild> {
+        let ended = if self.has_ended {
             // While it is not reaped its group's number can't be another's.
             self.child.kill();
             self.child.reap()
@@ -188,17 +200,19 @@ impl Process {
                 }
             }
             let (tag, output) = (&self.tag, &mut self.outputs[number]);
+            let boot = self.boot.as_ref().filter(|_| number == STDERR);
             let level = output.level;
-            let say = &mut |line: &str| log_line(tag, level, line);
+            let say = &mut |line: &str| log_line((tag, boot), level, line);
             output.lines.end(now, say);
         }
-        exit
+        ended
     }
 }
 
-/// Logs a line of a program with its own level, else with `level`.
-fn log_line(tag: &str, level: Level, line: &str) {
+/// Logs a line of a program with its own level, or with `level` if it has none.
+fn log_line((tag, boot): (&str, Option<&Arc<Boot>>), level: Level, line: &str) {
     let (level, line) = with_priority(line).unwrap_or((level, line));
+    boot.iter().for_each(|boot| boot.keep_line(line));
     log::log!(level, "{tag}: {line}");
 }
 

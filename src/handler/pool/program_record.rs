@@ -1,55 +1,69 @@
-//! What a pool process shows of each of its programs, in memory that it shares with the master.
+//! Holds the records of pool programs, in memory that a pool process shares with the master.
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::sys::shared_memory::shared_record;
 
 shared_record! {
-    /// One program, or the place of one. All zero: there is none.
+    /// A program, or its place without a program. All zero: there is none.
     #[derive(Debug)]
     pub struct ProgramRecord {
-        /// When it was started, in milliseconds (CLOCK_MONOTONIC).
+        /// The start time in milliseconds (CLOCK_MONOTONIC).
         started_ms: AtomicU64,
-        /// Calls that it has answered.
+        /// The number of answered calls.
         calls: AtomicU64,
-        /// 0: there is none.
+        /// The pid; 0 if there is none.
         pid: AtomicI32,
-        /// See `ProgramState`.
+        /// A number of `ProgramState`.
         state: AtomicU32,
-        /// Calls that it runs.
+        /// The number of running calls.
         running: AtomicU32,
-        /// Keeps the size a multiple of eight.
-        spare: AtomicU32,
+        /// The pid of the connection process that the program belongs to; 0 if it belongs to a pool process.
+        owner: AtomicI32,
     }
 }
 
-/// How far a program is.
+/// The state of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProgramState {
+    /// There is none, and none is to be.
+    Vacant,
     /// There is none; the next one is started soon, or after a while if they died too often.
     Down,
-    /// It is not ready yet.
+    /// It is started but not ready.
     Starting,
-    /// It serves and has no call.
+    /// It is ready and has no call.
     Idle,
     /// It has at least one call.
     Busy,
-    /// It was ended because no call came (`idle-timeout`), and is started for the next one.
+    /// It was ended because no call came (`idle-timeout`). The next call starts it.
     Asleep,
 }
 
-/// What a record says.
+/// A copy of a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProgramView {
     pub pid: Option<i32>,
     pub state: ProgramState,
+    /// The pid of its connection process; 0 if it belongs to a pool process.
+    pub owner: i32,
     pub calls: u64,
-    /// See `ProgramRecord`.
+    /// The start time in milliseconds (CLOCK_MONOTONIC).
     pub started_ms: u64,
 }
 
 impl ProgramRecord {
-    /// For the thread that keeps the program.
+    /// Takes a record for the program of a connection process. Returns false if another one has it and lives.
+    pub(super) fn claim(&self, owner: i32, lives: impl Fn(i32) -> bool) -> bool {
+        let before = self.owner.load(Relaxed);
+        if before != 0 && lives(before) {
+            return false;
+        }
+        let taken = self.owner.compare_exchange(before, owner, Relaxed, Relaxed);
+        taken.map(|_| self.show(0, ProgramState::Vacant, 0)).is_ok()
+    }
+
+    /// Records the state of a program. The supervisor of the program calls it.
     pub(super) fn show(&self, pid: i32, state: ProgramState, started_ms: u64) {
         self.pid.store(pid, Relaxed);
         self.state.store(state as u32, Relaxed);
@@ -60,7 +74,7 @@ impl ProgramRecord {
         }
     }
 
-    /// For the event loop, of a program that serves.
+    /// Records the calls of a program that serves. The event loop calls it.
     pub(super) fn show_calls(&self, running: usize, calls: u64) {
         self.running.store(running as u32, Relaxed);
         self.calls.store(calls, Relaxed);
@@ -68,15 +82,17 @@ impl ProgramRecord {
 
     pub fn view(&self) -> ProgramView {
         let state = match self.state.load(Relaxed) {
-            1 => ProgramState::Starting,
-            2 | 3 if self.running.load(Relaxed) > 0 => ProgramState::Busy,
-            2 | 3 => ProgramState::Idle,
-            4 => ProgramState::Asleep,
-            _ => ProgramState::Down,
+            1 => ProgramState::Down,
+            2 => ProgramState::Starting,
+            3 | 4 if self.running.load(Relaxed) > 0 => ProgramState::Busy,
+            3 | 4 => ProgramState::Idle,
+            5 => ProgramState::Asleep,
+            _ => ProgramState::Vacant,
         };
         ProgramView {
             pid: Some(self.pid.load(Relaxed)).filter(|pid| *pid > 0),
             state,
+            owner: self.owner.load(Relaxed),
             calls: self.calls.load(Relaxed),
             started_ms: self.started_ms.load(Relaxed),
         }
@@ -91,11 +107,11 @@ mod tests {
     use crate::sys::shared_memory::OwnedArray;
 
     #[test]
-    fn a_record_says_what_its_program_does() -> std::io::Result<()> {
+    fn a_record_shows_the_state_of_its_program() -> std::io::Result<()> {
         let records = OwnedArray::<ProgramRecord>::new(NonZeroUsize::MIN)?;
         let record = &records[0];
         let state = || record.view().state;
-        assert_eq!((record.view().pid, state()), (None, ProgramState::Down));
+        assert_eq!((record.view().pid, state()), (None, ProgramState::Vacant));
         record.show(7, ProgramState::Starting, 5);
         assert_eq!(
             (record.view().pid, state()),
@@ -112,6 +128,18 @@ mod tests {
         );
         record.show(0, ProgramState::Asleep, 0);
         assert_eq!((state(), record.view().calls), (ProgramState::Asleep, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_record_is_taken_over_from_a_dead_process_only() -> std::io::Result<()> {
+        let record = &OwnedArray::<ProgramRecord>::new(NonZeroUsize::MIN)?[0];
+        assert!(record.claim(7, |_| true));
+        record.show(70, ProgramState::Idle, 5);
+        assert!(!record.claim(8, |owner| owner == 7));
+        assert!(record.claim(8, |_| false));
+        let view = record.view();
+        assert_eq!((view.pid, view.owner), (None, 8));
         Ok(())
     }
 }

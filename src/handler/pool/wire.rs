@@ -1,8 +1,7 @@
-//! The way to a program: our end of the socket that it has as descriptor 3, what is to be written
-//! there and what has come from it.
+//! Sends and receives frames over our end of a program's socket, which is its descriptor 3.
 //!
-//! Nothing here waits. What the bytes mean is for `seat` to say, or for the keeper while the program
-//! starts.
+//! Nothing here waits. `program_connection` interprets the bytes; while the program starts, its supervisor
+//! does.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -10,22 +9,21 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
 use crate::protocol::frame::{DecodedFrame, decode};
-use crate::protocol::program;
+use crate::protocol::program::{self, CallTrace};
 use crate::sys::closer;
 use crate::sys::rights::GuardedSocket;
 use crate::sys::socket::has_unread;
 
-/// As much as is read at once, into a buffer that is lent.
+/// The size of one read in bytes, into a shared buffer.
 pub(super) const PIECE: usize = 64 * 1024;
-/// A buffer that was larger is given back: one large call need not keep its room for ever.
+/// A larger buffer is freed when it is empty, because one large call must not use its memory for ever.
 const KEPT: usize = 4 * PIECE;
-/// As much as is written at once.
+/// The size of one write in bytes.
 const AT_ONCE: usize = 256 * 1024;
-/// Reads of what is left in a pipe or a socket at the end: what has left the process's group may
-/// write on for ever.
+/// The most reads of the rest in a pipe or socket at its end, because a process that left the group may
+/// write for ever.
 pub(super) const LEFT: usize = 16;
 
-/// See the module.
 #[derive(Debug)]
 pub(super) struct Wire {
     fd: GuardedSocket,
@@ -48,35 +46,42 @@ impl Wire {
         }
     }
 
-    /// Writes a call; what does not fit goes out as it is read. False when it fits no frame.
-    pub fn write(&mut self, method: &str, params: &str, id: Option<u64>) -> bool {
-        let whole = program::call(&mut self.unsent, method, params, id);
+    /// Writes a call; bytes that do not fit are sent later. Returns false if it is too large for a frame.
+    pub fn write(
+        &mut self,
+        method: &str,
+        params: &str,
+        id: Option<u64>,
+        trace: Option<CallTrace<'_>>,
+    ) -> bool {
+        let whole = program::call(&mut self.unsent, method, params, id, trace);
         self.flush();
         whole
     }
 
-    /// Tells the program that a call was given up.
+    /// Sends the program a notification that a call was cancelled.
     pub fn cancel(&mut self, id: u64) {
         program::cancel(&mut self.unsent, id);
         self.flush();
     }
 
-    /// Whether all that was written is with the kernel.
+    /// Returns whether the kernel has taken all bytes.
     pub fn has_sent_all(&self) -> bool {
         self.sent == self.unsent.len()
     }
 
-    /// Whether the program has not read all of that yet.
+    /// Returns whether the program has not read all of them yet.
     pub fn has_unread(&self) -> bool {
         !self.has_sent_all() || has_unread(&self.fd)
     }
 
-    /// Whether the program can't send any more.
+    /// Returns whether the program cannot send any more.
     pub fn is_closed(&self) -> bool {
         self.is_closed
     }
 
-    /// Writes what did not fit before; of a lot only some, for a program may read as fast as that.
+    /// Sends bytes that did not fit before, a limited amount at once, because a program may read as fast
+    /// as we write.
     pub fn flush(&mut self) {
         let end = self.unsent.len().min(self.sent + AT_ONCE);
         while self.sent < self.unsent.len() {
@@ -88,7 +93,8 @@ impl Wire {
                 Ok(count) => self.sent += count,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return,
-                // It reads no more. What it has sent counts all the same: `receive` finds its end.
+                // The program reads no more. Bytes that it has sent still count: `receive` finds their
+                // end.
                 Err(_) => {
                     self.left_unread = true;
                     break;
@@ -100,7 +106,7 @@ impl Wire {
         self.sent = 0;
     }
 
-    /// Reads once, by way of `piece`; tells whether there was something.
+    /// Reads once, through `piece`. Returns whether there were bytes.
     pub fn receive(&mut self, piece: &mut [u8]) -> bool {
         if self.is_closed {
             return false;
@@ -111,25 +117,25 @@ impl Wire {
                 return true;
             }
             Err(Errno::EAGAIN | Errno::EINTR) => {}
-            // So the kernel says that the other end was closed with bytes unread (unix(7)).
+            // The kernel reports that the other end was closed with unread bytes (unix(7)).
             Err(Errno::ECONNRESET) => (self.left_unread, self.is_closed) = (true, true),
-            // EBADMSG among them: descriptors are attached to what it sends, so it is not heard.
+            // Also EBADMSG: descriptors are attached to a message, so it is not received.
             Ok(0) | Err(_) => self.is_closed = true,
         }
         false
     }
 
-    /// The frame at the head of what it has sent.
+    /// Decodes the frame at the beginning of the received bytes.
     pub fn frame(&self, limit: usize) -> DecodedFrame<'_> {
         decode(&self.received, limit)
     }
 
-    /// Whether it has sent something that is not consumed.
+    /// Returns whether received bytes are not consumed yet.
     pub fn has_received(&self) -> bool {
         !self.received.is_empty()
     }
 
-    /// Drops the head of what it has sent.
+    /// Drops the first `used` received bytes.
     pub fn consume(&mut self, used: usize) {
         self.received.drain(..used);
         if self.received.is_empty() {
@@ -137,8 +143,8 @@ impl Wire {
         }
     }
 
-    /// The program has ended: whether it had not read all that it was sent, so that what came last
-    /// can't have begun.
+    /// For a program that has ended: returns whether it had not read all bytes, so that the last call
+    /// cannot have begun.
     pub fn was_left_unread(mut self) -> bool {
         let mut piece = vec![0; PIECE];
         for _ in 0..LEFT {

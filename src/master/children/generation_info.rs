@@ -1,44 +1,77 @@
-//! Holds what the workers of one configuration are started from, and what the master tells of them.
+//! Holds what the workers of one generation are forked with, and what the master reports about them.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::Settings;
+use crate::handler::pool::Pool;
+use crate::handler::pool::program_deaths::ProgramDeath;
 use crate::handler::registry::Registry;
-use crate::link::ids::Generation;
+use crate::link::ids::{Generation, Slot};
 use crate::master::endpoints::listeners::Listener;
+use crate::master::policy::death_log::{Death, DeathReason, clean, clean_text};
+use crate::protocol::control::DeathKind;
 
-/// What the workers of one configuration are started from.
-#[derive(Debug)]
+/// What the children of one generation are forked with.
+#[derive(Debug, Clone)]
 pub struct GenerationContext {
-    /// The configuration.
     pub settings: Rc<Settings>,
-    /// Its methods.
     pub registry: Arc<Registry>,
     pub listeners: Vec<Rc<Listener>>,
-    /// What is told of its workers.
+    /// That of the observer, if there is one.
+    pub observe: Vec<Rc<Listener>>,
+    /// What the master reports about its children.
     pub known: Rc<GenerationInfo>,
 }
 
-/// What earlier generations run on, without listeners: one of their pool processes may have to be
-/// replaced.
+impl GenerationContext {
+    /// Returns the listeners from which the child in a slot accepts.
+    pub fn listeners_of(&self, slot: Slot) -> Vec<Rc<OwnedFd>> {
+        let listeners = self.accepted_by(slot);
+        let sockets = listeners.map(|(_, listener)| Rc::clone(&listener.fd));
+        sockets.collect()
+    }
+
+    /// Those listeners, with their places in the configuration.
+    pub fn accepted_by(&self, slot: Slot) -> impl Iterator<Item = (usize, &Listener)> {
+        let isolated = self.settings.isolated();
+        let own = slot
+            .acceptor()
+            .map(|number| isolated.map(|(index, _)| index).nth(number));
+        let is_shared = move |index: usize| {
+            let listen = self.settings.listen.get(index);
+            listen.is_none_or(|listen| listen.isolation.is_none())
+        };
+        let listeners = self.listeners.iter().enumerate();
+        let listeners = listeners.map(|(index, listener)| (index, &**listener));
+        listeners.filter(move |(index, _)| match own {
+            Some(own) => own == Some(*index),
+            None => slot.is_worker() && is_shared(*index),
+        })
+    }
+}
+
+/// The contexts of earlier generations, without listeners. They are needed when a pool process of an
+/// earlier generation has to be replaced.
 #[derive(Debug, Default)]
 pub struct OldContexts {
-    /// By the generation that came after.
+    /// Each by the number of the generation that followed it.
     contexts: BTreeMap<Generation, Rc<GenerationContext>>,
 }
 
 impl OldContexts {
-    /// What a generation runs on, if it is an earlier one.
+    /// Returns the context of a generation, if it is an earlier one.
     pub fn of(&self, generation: Generation) -> Option<&Rc<GenerationContext>> {
         let mut later = self.contexts.range(generation.next()..);
         later.next().map(|(_, context)| context)
     }
 
-    /// Adds what ran until the generation `after`, and forgets those before which no generation `is_used`.
+    /// Adds the context that was served until the generation `after`. Drops each context whose following
+    /// generation is not `is_used`.
     pub fn add(
         &mut self,
         after: Generation,
@@ -46,35 +79,64 @@ impl OldContexts {
         is_used: impl Fn(Generation) -> bool,
     ) {
         let context = GenerationContext {
-            settings: Rc::clone(&context.settings),
-            registry: Arc::clone(&context.registry),
             listeners: Vec::new(),
-            known: Rc::clone(&context.known),
+            observe: Vec::new(),
+            ..context.clone()
         };
         self.contexts.insert(after, Rc::new(context));
         self.contexts.retain(|after, _| is_used(*after));
     }
 }
 
-/// What the master tells of the workers of one configuration, for as long as one of them lives:
-/// less than the configuration, for that may be another version's.
+/// The contexts of all generations.
+#[derive(Debug)]
+pub struct Contexts {
+    pub serving: Rc<GenerationContext>,
+    /// That of the generation that a reload starts.
+    pub next: Option<Rc<GenerationContext>>,
+    pub old: OldContexts,
+}
+
+impl Contexts {
+    pub fn new(serving: GenerationContext) -> Self {
+        Contexts {
+            serving: Rc::new(serving),
+            next: None,
+            old: OldContexts::default(),
+        }
+    }
+
+    /// Returns the context of a generation; `serving` is the serving one.
+    pub fn of(&self, generation: Generation, serving: Generation) -> &Rc<GenerationContext> {
+        let next = self.next.as_ref().filter(|_| generation > serving);
+        let known = next.or_else(|| self.old.of(generation));
+        known.unwrap_or(&self.serving)
+    }
+}
+
+/// What the master reports about the workers of one configuration while one of them lives. It is less than
+/// the configuration, because that may be of another version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GenerationInfo {
-    /// The names of the methods, by the numbers that the scoreboard has.
+    /// The names of the methods, by their numbers in the scoreboard.
     pub methods: Vec<String>,
-    /// Handler threads of each worker.
+    /// The number of handler threads of each worker.
     pub threads: usize,
-    /// Programs of all pools of each worker; 0 since pools have processes of their own.
+    /// The number of programs of all pools of each worker; 0 since pools have processes of their own.
     #[serde(default)]
     pub programs: usize,
-    /// The names of the pools and their programs, by the numbers that their slots have.
+    /// The name and the number of programs of each pool, by the numbers of the pool slots.
     #[serde(default)]
     pub pools: Vec<(String, usize)>,
+    /// The address and the most connections of each isolated listener, by the numbers of the acceptor
+    /// slots.
+    #[serde(default)]
+    pub isolated: Vec<(String, usize)>,
 }
 
 impl GenerationInfo {
-    /// What there is to tell of these.
-    pub fn of(settings: &Settings, registry: &Registry) -> Rc<Self> {
+    /// Collects what can be reported about a configuration.
+    pub fn of(settings: &Settings, registry: &Registry, listeners: &[Rc<Listener>]) -> Rc<Self> {
         let methods = registry.methods().iter();
         Rc::new(GenerationInfo {
             methods: methods.map(|method| method.name.clone()).collect(),
@@ -85,10 +147,46 @@ impl GenerationInfo {
                 .iter()
                 .map(|pool| (pool.name().to_owned(), pool.processes()))
                 .collect(),
+            isolated: (settings.isolated())
+                .filter_map(|(index, isolation)| {
+                    Some((listeners.get(index)?.bound.clone(), isolation.processes))
+                })
+                .collect(),
         })
     }
 
-    /// What is to be told of methods that there were `before` and that nobody serves any more.
+    /// Takes the deaths of a pool's programs that processes of this generation have reported, oldest first. `slot`
+    /// and `generation` are those of the process, `now` is the wall clock in seconds since 1970.
+    pub fn take_deaths(
+        &self,
+        pool: &Pool,
+        (slot, generation): (Slot, Generation),
+        now: u64,
+    ) -> Vec<Death> {
+        let death = |program: ProgramDeath| Death {
+            kind: DeathKind::Program,
+            name: Some(pool.name().to_owned()),
+            slot,
+            pid: program.pid,
+            generation,
+            how: program.exit,
+            uptime: program.uptime_ms,
+            method: (program.method).map(|method| clean(self.method(method))),
+            call: program.call,
+            rss_bytes: program.rss_bytes,
+            reason: DeathReason::Text(clean_text(&program.reason)),
+            at: program.at.min(now),
+        };
+        pool.take_deaths().into_iter().map(death).collect()
+    }
+
+    /// Returns the number of the pool with this name.
+    pub fn pool_number(&self, name: &str) -> Option<usize> {
+        self.pools.iter().position(|(pool, _)| pool == name)
+    }
+
+    /// Returns a text about the methods that were served `before` and are not served any more; `None` if
+    /// there are none.
     pub fn removed_methods(&self, before: &GenerationInfo) -> Option<String> {
         let before = before.methods.iter();
         let gone: Vec<_> = before.filter(|name| !self.methods.contains(name)).collect();
@@ -101,7 +199,7 @@ impl GenerationInfo {
         (!gone.is_empty()).then(|| format!("no longer served: {names}{more}"))
     }
 
-    /// The name of a method by its number; a question mark for a number that is none.
+    /// Returns the name of a method by its number; a question mark if there is none.
     pub fn method(&self, number: usize) -> &str {
         self.methods.get(number).map_or("?", String::as_str)
     }

@@ -1,25 +1,26 @@
-//! Which processes have a link to each other, so that two that ask at once get one.
+//! Remembers which processes have a link to each other, so that two requests at the same time make one
+//! link.
 
 use std::collections::HashMap;
 
 use crate::link::ids::Pid;
 use crate::master::policy::event::Millis;
 
-/// Links of a worker to other workers, at most: each costs it a descriptor.
+/// The most links of a worker to other workers. Each needs a descriptor in both.
 const MAX_LINKS: usize = 64;
-/// A pair that asks again later than this has lost its link. Milliseconds.
+/// The time after which a request means that the link was lost, in milliseconds.
 const LINK_AGAIN_MS: Millis = 1000;
 
-/// The links that were made between processes that live.
+/// The links between living processes.
 #[derive(Debug, Default)]
 pub struct Links {
-    /// When, by the two ends, the lower pid first.
+    /// When each link was made, by the two pids, the lower one first.
     made: HashMap<(Pid, Pid), Millis>,
 }
 
 impl Links {
-    /// Whether the two are to be linked now; then they count as linked. A link to a pool process does
-    /// not count to a worker's limit.
+    /// Returns whether the two are to be linked now, and remembers the link. A link to a pool process does
+    /// not count for a worker's limit.
     pub fn begin(&mut self, one: Pid, other: Pid, is_pool: bool, now: Millis) -> bool {
         let pair = (one.min(other), one.max(other));
         let is_new = |at: &Millis| now.saturating_sub(*at) < LINK_AGAIN_MS;
@@ -39,7 +40,7 @@ impl Links {
             .count()
     }
 
-    /// A process has ended, and its links with it.
+    /// Forgets the links of a process that has ended.
     pub fn forget(&mut self, pid: Pid) {
         self.made
             .retain(|(one, other), _| *one != pid && *other != pid);

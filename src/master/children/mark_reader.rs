@@ -1,10 +1,9 @@
-//! Reads which workers some children of the master belong to, in a short-lived child of its own.
+//! Reads the environment of processes in a short-lived child, to find out which worker started them.
 //!
-//! The owner of a process chooses the length of its environment, and can make its read block (`sys::bounded`).
-//! So the master reads no environment: it forks a reader, which reads one after the other and writes
-//! each answer to a pipe. The master's loop polls that pipe, and the reader's end is a death like any
-//! other. At the deadline the reader gets SIGKILL; one that hangs in the kernel is reaped whenever it ends.
-//! Fails with the system's error where there is no process or no descriptor to be had.
+//! The owner of a process chooses the length of its environment, and can make a reader block
+//! (`sys::bounded`). So the master does not read it itself. It forks a reader, which writes each answer to
+//! a pipe. The main loop polls the pipe and reaps the reader like any other child. At the deadline the
+//! reader gets SIGKILL. A reader that is stuck in the kernel is reaped whenever it ends.
 
 #![allow(unsafe_code)]
 
@@ -21,46 +20,44 @@ use crate::sys::socket::nonblocking_pipe;
 use crate::sys::title::{self, TitleArea};
 use crate::sys::{clone_files, descriptor, signal};
 
-/// How long one reader may take.
+/// The most time for one reader.
 const LIMIT: Millis = 2_000;
-/// Processes that one reader is asked about: its answers fit into a pipe.
+/// The most processes for one reader, so that its answers fit into a pipe.
 pub(crate) const MOST_ASKED: usize = 256;
-/// Bytes of an answer: the pid of a worker; 0 where there is no mark.
+/// The bytes of one answer: the pid of the worker, or 0 without a mark.
 const ANSWER: usize = size_of::<i32>();
 
-/// What a reader is forked with.
+/// The title and the name for a reader.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Origin<'a> {
-    /// Where its title goes.
     pub title: Option<TitleArea>,
     pub program: &'a str,
 }
 
 #[derive(Debug)]
 pub(crate) struct MarkReader {
-    /// Its pid; it is reaped by the master's loop.
+    /// The reader, which the main loop reaps.
     pub pid: Pid,
     pipe: PipeReader,
-    /// Nothing more comes.
+    /// Whether the pipe is at its end.
     ended: bool,
-    /// The processes that it was asked about, in the order of its answers; `None` once reaped.
+    /// The processes in the order of the answers; `None` once reaped.
     asked: Vec<Option<Pid>>,
     answers: Vec<u8>,
-    /// When it is to be killed.
+    /// When it gets SIGKILL.
     pub deadline: Millis,
-    /// It has ended.
     pub was_reaped: bool,
 }
 
 impl MarkReader {
-    /// Forks one, to read the marks of `asked`, [`MOST_ASKED`] at most. Only the parent returns.
+    /// Forks a reader for the marks of `asked`, at most [`MOST_ASKED`] processes. Only the parent returns.
     ///
     /// # Errors
-    /// When there is no process or no descriptor to be had.
+    /// If the system refuses the process or a descriptor.
     pub fn start(asked: Vec<Pid>, origin: Origin<'_>, now: Millis) -> io::Result<Self> {
         let (pipe, writer) = nonblocking_pipe()?;
         let master = Pid::current();
-        // They stay blocked in the child: its handlers, which are the master's, would wake the master.
+        // Signals stay blocked in the child, because the inherited handlers would wake the master.
         signal::block_all();
         let forked = match fork() {
             Ok(Fork::Child) => {
@@ -85,12 +82,12 @@ impl MarkReader {
         })
     }
 
-    /// What it writes to, to be polled; `None` once nothing more comes.
+    /// Returns the pipe for poll(2); `None` at its end.
     pub fn output(&self) -> Option<BorrowedFd<'_>> {
         (!self.ended).then(|| self.pipe.as_fd())
     }
 
-    /// Takes in what it has written, without waiting.
+    /// Reads the answers that are there, without waiting.
     pub fn listen(&mut self) {
         let most = self.asked.len() * ANSWER;
         let mut buffer = [0; MOST_ASKED * ANSWER];
@@ -106,7 +103,7 @@ impl MarkReader {
         }
     }
 
-    /// A child was reaped: what is said of it is not to be believed, as its pid may be another's by now.
+    /// Ignores the answer for a child that was reaped, because its pid may belong to another process.
     pub fn forget(&mut self, pid: Pid) {
         let mut asked = self.asked.iter_mut();
         if let Some(asked) = asked.find(|asked| **asked == Some(pid)) {
@@ -114,13 +111,13 @@ impl MarkReader {
         }
     }
 
-    /// Kills it. It is reaped like any other child.
+    /// Sends SIGKILL. The main loop reaps it.
     pub fn kill(&self) {
         process::kill(self.pid, Signal::SIGKILL);
     }
 
-    /// What it has found out: each process that it has answered for and that is not reaped, with the
-    /// worker that the process belongs to; and the process that it was at, if it has not answered for all.
+    /// Returns each answered process that was not reaped, with its worker, and the first process without an
+    /// answer.
     pub fn answers(mut self) -> (Vec<(Pid, Option<Pid>)>, Option<Pid>) {
         self.listen();
         let answers = self.answers.chunks_exact(ANSWER);
@@ -135,21 +132,21 @@ impl MarkReader {
     }
 }
 
-/// Is the reader: leaves everything that is the master's, reads, and returns to be ended.
+/// Runs the reader: drops what belongs to the master, reads, and returns.
 fn read_marks(asked: &[Pid], mut writer: PipeWriter, origin: Origin<'_>, master: Pid) {
-    // 1. All descriptors but the pipe: the pid file's lock would outlive a killed master, and a port
-    //    would stay taken.
+    // 1. All descriptors except the pipe: the lock of the pid file would outlive a killed master, and a
+    //    port would stay in use.
     // SAFETY: this child never returns to the master's code, which owns the descriptors.
     unsafe { descriptor::close_all_but(&[writer.as_raw_fd()]) };
     // 2. The session and the terminal.
     if process::leave_session().is_err() {
         return;
     }
-    // 3. The kernel ends it with the master.
+    // 3. The kernel ends the reader with the master.
     if !matches!(clone_files::end_with_parent(master), Ok(true)) {
         return;
     }
-    // 4. From here on `ps` says who this is.
+    // 4. `ps` shows what it is.
     if let Some(area) = origin.title {
         area.set(&format!("{}: environment reader", origin.program));
     }

@@ -1,54 +1,68 @@
-//! What a dead worker leaves behind: the commands that it ran, and what came from them. As a
-//! subreaper the master adopts them; nobody waits for them any more, so they are killed.
+//! Kills what a dead worker leaves behind: commands that it ran, and their descendants. The master is a
+//! subreaper and adopts them. Nothing else waits for them.
 //!
-//! It begins with a worker's death and goes on until nothing is adopted any more: what a killed one
-//! had below it is adopted when that one is reaped. Children that the master had before it was one
-//! are left alone. As PID 1 it is given everybody's orphans, and takes only those that carry a
-//! worker's mark; after an upgrade the mark tells them from what the new program has started. `marks` reads
-//! marks. Nothing is waited for here: each death is a signal, and the loop looks again.
+//! The sweep begins with a worker's death and ends when nothing is adopted any more: the children of a
+//! killed process are adopted when it is reaped. Children that the master had before it started are left
+//! alone. As PID 1 it adopts all orphans of the system, and kills only those that carry a worker's mark.
+//! After an upgrade the mark tells them from children that the new program has started.
+//! [`super::mark_reader`] reads marks. Nothing here waits: each death is a signal, and the main loop calls
+//! again.
 
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 
+use serde::{Deserialize, Serialize};
+
 use super::mark_reader::{MOST_ASKED, MarkReader, Origin};
-use crate::logging::pluralize;
-use crate::master::main_loop::{Master, now};
-use crate::master::policy::event::{HumanDuration, Millis};
-use crate::master::upgrade::state::OrphansState;
-use crate::sys::process::{self, Pid};
+use super::workers::Children;
+use crate::logging::{HumanDuration, pluralize};
+use crate::master::policy::event::Millis;
+use crate::sys::process::Pid;
 use crate::sys::process_tree;
 use crate::sys::process_tree::PidFd;
 use crate::sys::spawn;
 
-/// Readers that are late and have not ended; with so many, marks are not read any more.
+/// If this many readers are late and have not ended, no marks are read.
 const MOST_LATE: usize = 4;
-/// Between two tries when there is no process to be had.
+/// The time until the next try when no reader could be forked.
 const RETRY: Millis = 1_000;
 
 #[derive(Debug, Default)]
 pub(crate) struct Orphans {
-    /// Children from before, such as a shell's that became us by exec.
+    /// Children from before the start, such as those of a shell that has exec'd the master.
     preexisting: BTreeSet<Pid>,
-    /// Children that were found after an upgrade. The mark tells whether a worker has left them, or the
-    /// new program has started them; they are left alone until it is read.
+    /// Children that were found after an upgrade. They are left alone until their mark is read.
     unclear: BTreeSet<Pid>,
-    /// A worker has died, and what it left may not be gone yet.
+    /// Whether a worker has died and its leftovers may not be gone.
     is_sweep_pending: bool,
-    /// Children whose marks were read since a worker has died.
+    /// Children whose marks were read since the last death of a worker.
     read: BTreeSet<Pid>,
     /// Children whose marks could not be read in time.
     unreadable: BTreeSet<Pid>,
-    /// Children that were killed for their marks, and are not reaped yet.
+    /// Children that were killed and not reaped.
     killed: BTreeSet<Pid>,
     reader: Option<MarkReader>,
-    /// Readers that were killed at their deadline, and are not reaped yet.
+    /// Readers that were killed at their deadline and not reaped.
     late: BTreeSet<Pid>,
     /// When to try again to fork a reader.
     retry_at: Option<Millis>,
 }
 
+/// The children of the master that are not in the other tables.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrphansState {
+    /// Children from before the start.
+    pub others: Vec<i32>,
+    /// Every child right before the exec. Other children that the next program finds were started by its
+    /// own functions. `None` from a version without this member.
+    #[serde(default)]
+    pub children: Option<Vec<i32>>,
+    /// Whether leftovers of a dead worker may exist.
+    pub hunts: bool,
+}
+
 impl Orphans {
-    /// To be made before the first fork.
+    /// Records the existing children. Call it before the first fork.
     pub fn new() -> Self {
         Orphans {
             preexisting: process_tree::direct_children().into_iter().collect(),
@@ -56,14 +70,14 @@ impl Orphans {
         }
     }
 
-    /// What the program after this one has to know.
-    /// `pools` are the pool processes: a program that does not know them must not end them.
-    pub fn export(&self, pools: impl Iterator<Item = Pid>) -> OrphansState {
-        // What is unclear is new to the next program too, which finds out what it is.
+    /// Returns the state for an upgrade. `ours` are pool processes and acceptors: a program that does not
+    /// know them must not kill them.
+    pub fn export(&self, ours: impl Iterator<Item = Pid>) -> OrphansState {
+        // An unclear child is a new one for the next program too, which finds out itself.
         let is_clear = |pid: &Pid| !self.unclear.contains(pid);
         let children = process_tree::direct_children().into_iter().filter(is_clear);
         OrphansState {
-            others: (self.preexisting.iter().copied().chain(pools))
+            others: (self.preexisting.iter().copied().chain(ours))
                 .map(|pid| pid.0)
                 .collect(),
             children: Some(children.map(|pid| pid.0).collect()),
@@ -71,18 +85,14 @@ impl Orphans {
         }
     }
 
-    /// What the program before this one knew; and what the program's own functions have started since
-    /// the exec, as they may before the first fork. To be called once workers and keepers (`ours`)
-    /// are known. What was adopted meanwhile is told from that by a worker's mark, later.
-    pub fn import(state: OrphansState, ours: impl Fn(Pid) -> bool) -> Self {
+    /// Restores the state after an upgrade. Call it when workers and keepers are known. A child that is new
+    /// since the exec was started by the program's own functions, or was adopted. Its mark tells.
+    pub fn import(state: OrphansState, workers: &Children) -> Self {
         let others: BTreeSet<Pid> = state.others.into_iter().map(Pid).collect();
         let mut unclear = BTreeSet::new();
         if let Some(before) = state.children {
             let is_new = |pid: &Pid| {
-                !before.contains(&pid.0)
-                    && !others.contains(pid)
-                    && !process::is_forked(*pid)
-                    && !ours(*pid)
+                !before.contains(&pid.0) && !others.contains(pid) && !workers.is_own(*pid)
             };
             unclear.extend(process_tree::direct_children().into_iter().filter(is_new));
         }
@@ -94,16 +104,20 @@ impl Orphans {
         }
     }
 
-    /// Whether a child is none of the server's, as far as is known: it was there before.
-    pub fn is_from_before(&self, pid: Pid) -> bool {
-        self.preexisting.contains(&pid) || self.unclear.contains(&pid)
+    /// Returns whether a child cannot be a keeper: it was there before the start, or it is a reader.
+    pub fn is_no_keeper(&self, pid: Pid) -> bool {
+        self.preexisting.contains(&pid) || self.unclear.contains(&pid) || self.is_reader(pid)
     }
 
-    /// A child was reaped: a worker, or one that is not ours.
+    fn is_reader(&self, pid: Pid) -> bool {
+        self.late.contains(&pid) || self.reader.as_ref().is_some_and(|it| it.pid == pid)
+    }
+
+    /// Forgets a child that was reaped. `is_worker` also covers pool processes, acceptors and sessions.
     pub fn reaped(&mut self, pid: Pid, is_worker: bool) {
         if !is_worker {
-            // As PID 1 or subreaper we are given the orphans of others.
-            log::debug!("reaped {pid}, which is no worker");
+            // The master is PID 1 or a subreaper and adopts orphans.
+            log::debug!("reaped {pid}, which is not a worker");
         }
         let sets = [
             &mut self.preexisting,
@@ -120,13 +134,13 @@ impl Orphans {
         }
         if is_worker {
             self.is_sweep_pending = true;
-            // What belongs to it did not belong to a dead worker when it was read.
+            // A child whose mark was read may belong to this worker.
             self.read.clear();
         }
     }
 
-    /// A child was reaped: whether it was a reader of marks. What follows from its answers is for `kill_leftovers`,
-    /// which knows who else was reaped.
+    /// Returns whether a reaped child was a reader. Its answers are handled by `kill_leftovers`, which
+    /// knows who else was reaped.
     pub fn reader_ended(&mut self, pid: Pid) -> bool {
         match &mut self.reader {
             Some(reader) if reader.pid == pid => {
@@ -137,33 +151,38 @@ impl Orphans {
         }
     }
 
-    /// What a reader writes to, to be polled.
+    /// Returns the reader's pipe for poll(2).
     pub fn output(&self) -> Option<BorrowedFd<'_>> {
         self.reader.as_ref().and_then(MarkReader::output)
     }
 
-    /// When `kill_leftovers` is to be called at the latest.
+    /// Returns when `kill_leftovers` must be called at the latest.
     pub fn deadline(&self) -> Option<Millis> {
         let reader = self.reader.as_ref().map(|reader| reader.deadline);
         reader.or(self.retry_at)
     }
 
-    /// Kills what is adopted from dead workers, but for those that are `ours` without having been
-    /// forked here. To be called after each round of deaths, and at the deadline.
-    pub fn kill_leftovers(&mut self, now: Millis, origin: Origin<'_>, ours: impl Fn(Pid) -> bool) {
-        self.read_marks(now);
+    /// Kills the leftovers of dead workers. Call it after each round of deaths, and at the deadline. A
+    /// child of `sys::closer` may be among them: its work is done when it is seen here.
+    pub fn kill_leftovers(&mut self, now: Millis, origin: Origin<'_>, workers: &Children) {
+        self.read_marks(now, workers);
         if !self.is_sweep_pending && self.unclear.is_empty() {
             return;
         }
-        let is_known = |pid: Pid| process::is_forked(pid) || spawn::is_child(pid) || ours(pid);
+        let is_known = |pid: Pid| {
+            workers.is_own(pid)
+                || spawn::is_child(pid)
+                || self.is_reader(pid)
+                || self.preexisting.contains(&pid)
+        };
         let mut left = process_tree::direct_children();
-        left.retain(|&pid| !is_known(pid) && !self.preexisting.contains(&pid));
+        left.retain(|&pid| !is_known(pid));
         let is_init = Pid::current() == Pid(1);
         if self.is_sweep_pending && !is_init {
             let mut all = left.clone();
             all.retain(|pid| !self.unclear.contains(pid));
             kill(&all);
-            // A zombie is among them until it is reaped, which is when this is asked again.
+            // A zombie counts until it is reaped, which calls this again.
             self.is_sweep_pending = !all.is_empty();
         }
         left.retain(|pid| {
@@ -176,12 +195,12 @@ impl Orphans {
         self.ask(left, now, origin);
     }
 
-    /// Whether it is of no use to have the mark of this one read.
+    /// Returns whether reading the mark of a process would bring nothing new.
     fn is_read(&self, pid: Pid) -> bool {
         self.read.contains(&pid) || self.unreadable.contains(&pid) || self.killed.contains(&pid)
     }
 
-    /// Has the marks of these read, if no reader is at work.
+    /// Starts a reader for these processes, if none is running.
     fn ask(&mut self, mut pids: Vec<Pid>, now: Millis, origin: Origin<'_>) {
         let is_too_early = self.retry_at.is_some_and(|at| now < at);
         if pids.is_empty() || self.reader.is_some() || is_too_early {
@@ -196,8 +215,8 @@ impl Orphans {
             Ok(reader) => self.reader = Some(reader),
             Err(error) => {
                 log::warn!(
-                    "no process could be started that looks for what a dead worker has left: {error}; \
-                     tried again in {}",
+                    "could not start a process that looks for leftovers of a dead worker: {error}; \
+                     next try in {}",
                     HumanDuration(RETRY)
                 );
                 self.retry_at = Some(now + RETRY);
@@ -205,8 +224,8 @@ impl Orphans {
         }
     }
 
-    /// Takes in what a reader has found out, once it has ended or is late.
-    fn read_marks(&mut self, now: Millis) {
+    /// Handles the answers of a reader that has ended or is late.
+    fn read_marks(&mut self, now: Millis, workers: &Children) {
         let is_done = |reader: &mut MarkReader| {
             reader.listen();
             reader.was_reaped || now >= reader.deadline
@@ -223,7 +242,7 @@ impl Orphans {
         for (pid, worker) in answers {
             let was_unclear = self.unclear.remove(&pid);
             match worker {
-                Some(worker) if !process::is_forked(worker) => {
+                Some(worker) if workers.get(worker).is_none() => {
                     self.killed.insert(pid);
                     left.push(pid);
                 }
@@ -239,16 +258,16 @@ impl Orphans {
             }
         }
         kill(&left);
-        // What they had below them is adopted when they are reaped.
+        // Their children are adopted when they are reaped.
         self.is_sweep_pending |= !left.is_empty();
         missing.into_iter().for_each(|pid| self.cannot_read(pid));
     }
 
-    /// Leaves alone what nobody can tell about.
+    /// Leaves a process alone because nothing is known of it.
     fn cannot_read(&mut self, pid: Pid) {
         log::warn!(
-            "the environment of process {pid} could not be read in time, so whether a dead worker has \
-             left it is not known: it is left alone; end it by hand if nobody needs it pid={pid}"
+            "could not read the environment of process {pid} in time: it may be a leftover of a dead \
+             worker and is left alone; end it if it is not needed pid={pid}"
         );
         self.unreadable.insert(pid);
         if self.unclear.remove(&pid) {
@@ -257,25 +276,13 @@ impl Orphans {
     }
 }
 
-impl Master<'_> {
-    /// Ends what dead workers have left; takes in what a reader of marks has found out.
-    pub(crate) fn end_orphans(&mut self) {
-        let origin = Origin {
-            title: self.setup.title,
-            program: &self.setup.program,
-        };
-        let is_keeper = |pid| self.workers.is_keeper(pid);
-        self.orphans.kill_leftovers(now(), origin, is_keeper);
-    }
-}
-
-/// Kills these and all below them: children that are not reaped, so their pids are theirs.
+/// Kills these children and their descendants. The children are not reaped, so their pids are valid.
 fn kill(pids: &[Pid]) {
     if pids.is_empty() {
         return;
     }
     let held = process_tree::open_with_descendants(pids, |_| true);
     let killed = pluralize(held.len(), "process", "processes");
-    log::debug!("killed {killed} that a dead worker left");
+    log::debug!("killed {killed} that a dead worker has left behind");
     held.iter().for_each(PidFd::kill);
 }

@@ -1,50 +1,70 @@
-//! What new workers logged before they were ready: kept until the verdict on their generation,
-//! which is told with it when it is no.
+//! Keeps what new children log before they are ready, until the start or reload has a result. A failure is
+//! reported with these lines.
 //!
-//! Pure. A worker is never trusted: so many lines of each, so long, and no control characters.
+//! A child is never trusted: the number and length of its lines is limited, and control characters are
+//! escaped.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
 
 use crate::link::ids::{Pid, Slot};
 use crate::logging::printable;
+use crate::sys::closer::close_in_child;
+use crate::sys::rights::{self, GuardedSocket};
+use crate::sys::socket;
 
-/// The last lines that are kept of each worker, and told of all.
+/// The most lines that are kept of each child, and that are reported in all.
 const MOST_LINES: usize = 20;
+
+/// Makes the two ends of the socket for a child's log lines; none if the start or reload does not wait for
+/// the child.
+///
+/// # Errors
+/// If there is no descriptor.
+pub fn channel(is_awaited: bool) -> io::Result<(Option<GuardedSocket>, Option<OwnedFd>)> {
+    if !is_awaited {
+        return Ok((None, None));
+    }
+    let (ours, its) = socket::packet_pair()?;
+    rights::refuse(&ours);
+    Ok((Some(GuardedSocket::new(ours, close_in_child)), Some(its)))
+}
 
 #[derive(Debug, Default)]
 pub struct StartupLog {
-    said: BTreeMap<Pid, (Slot, VecDeque<String>)>,
-    /// Who ended last, or was made to: most likely the reason of the verdict.
+    lines: BTreeMap<Pid, (Slot, VecDeque<String>)>,
+    /// The child that ended last, or was killed. It is most likely the reason of the failure.
     ended: Option<Pid>,
 }
 
 impl StartupLog {
-    /// A worker has logged this.
+    /// Adds a line of a child.
     pub fn push(&mut self, pid: Pid, slot: Slot, line: &[u8]) {
-        let (_, lines) = self.said.entry(pid).or_insert((slot, VecDeque::new()));
+        let (_, lines) = self.lines.entry(pid).or_insert((slot, VecDeque::new()));
         if lines.len() == MOST_LINES {
             lines.pop_front();
         }
         lines.push_back(printable(&String::from_utf8_lossy(line)));
     }
 
-    /// A worker has ended, or is being ended.
+    /// Remembers that a child has ended, or is being ended.
     pub fn ended(&mut self, pid: Pid) {
-        if self.said.contains_key(&pid) {
+        if self.lines.contains_key(&pid) {
             self.ended = Some(pid);
         }
     }
 
-    /// Takes all, told as lines that follow a reason: of the one that ended, or of all where it
-    /// said nothing. Empty if nobody said anything.
+    /// Takes all lines, each behind a newline: those of the child that ended, or of all if it logged
+    /// nothing. Empty if there are none.
     pub fn take(&mut self) -> String {
-        let mut said = std::mem::take(&mut self.said);
+        let mut logged = std::mem::take(&mut self.lines);
         if let Some(ended) = self.ended.take() {
-            said.retain(|pid, _| *pid == ended);
+            logged.retain(|pid, _| *pid == ended);
         }
         let mut text = String::new();
         let mut left = MOST_LINES;
-        for (pid, (slot, lines)) in said {
+        for (pid, (slot, lines)) in logged {
             let begin = lines.len().saturating_sub(left);
             left -= lines.len() - begin;
             let role = slot.role();
@@ -62,31 +82,31 @@ mod tests {
 
     #[test]
     fn the_one_that_ended_is_quoted_and_the_last_lines_of_it_alone() {
-        let mut words = StartupLog::default();
-        words.ended(Pid(7));
-        assert_eq!(words.take(), "", "it said nothing");
-        words.push(Pid(8), Slot(1), b"WARN a neighbour");
+        let mut log = StartupLog::default();
+        log.ended(Pid(7));
+        assert_eq!(log.take(), "", "it logged nothing");
+        log.push(Pid(8), Slot(1), b"WARN a neighbour");
         for number in 0..30 {
-            words.push(Pid(7), Slot(0), format!("ERROR {number}\x1b").as_bytes());
+            log.push(Pid(7), Slot(0), format!("ERROR {number}\x1b").as_bytes());
         }
-        words.ended(Pid(7));
-        words.ended(Pid(9));
-        let text = words.take();
+        log.ended(Pid(7));
+        log.ended(Pid(9));
+        let text = log.take();
         assert_eq!(text.matches('\n').count(), MOST_LINES);
         assert!(
             text.starts_with("\n  worker 7 (slot 0) logged: ERROR 10\\u{1b}"),
             "{text}"
         );
         assert!(!text.contains("neighbour"), "{text}");
-        assert_eq!(words.take(), "");
+        assert_eq!(log.take(), "");
     }
 
     #[test]
-    fn where_nobody_is_known_to_have_ended_all_are_quoted() {
-        let mut words = StartupLog::default();
-        words.push(Pid(8), Slot(1), b"WARN one");
-        words.push(Pid(7), Slot(0), b"WARN other");
-        let text = words.take();
+    fn all_are_quoted_if_none_is_known_to_have_ended() {
+        let mut log = StartupLog::default();
+        log.push(Pid(8), Slot(1), b"WARN one");
+        log.push(Pid(7), Slot(0), b"WARN other");
+        let text = log.take();
         assert!(
             text.contains("WARN one") && text.contains("WARN other"),
             "{text}"

@@ -1,136 +1,143 @@
-//! The master's hold on its living workers: the link, the scoreboard record, the generation.
-//!
-//! Forks them, speaks with them, and forgets them when they are reaped. `Fleet` decides who is forked.
+//! Forks children, exchanges messages with them, and removes them when they are reaped. `Fleet` decides
+//! which ones are forked.
 
-use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use super::generation_info::OldContexts;
 use super::keepers::{DeadWorker, Keepers, claimed_keeper};
 use super::links::Links;
-use crate::handler::pool::Pool;
+use super::metrics_access::{count_start, metrics_access};
+use super::pool_process::{PoolHealth, PoolProcess};
+use super::sessions::Sessions;
+use super::source_counts::SourceCounts;
+use super::startup_log::{self, StartupLog};
 use crate::link::adoption_queue::AdoptionQueue;
-use crate::link::call_link;
 use crate::link::channel::{self, MasterEnd, Received};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Message, Order, Report};
-use crate::link::quarantine::Quarantine;
-use crate::link::scoreboard::{RECORDS, Scoreboard, WorkerRecord};
+use crate::link::metrics_board::MetricsBoard;
+use crate::link::quarantine::{PLACES, Quarantine};
+use crate::link::scoreboard::{Scoreboard, WorkerRecord};
 use crate::link::stuck_calls::StuckCalls;
 use crate::logging;
-use crate::master::policy::event::Millis;
-use crate::sys::closer::close_in_child;
-use crate::sys::process::{Fork, fork, monotonic};
-use crate::sys::rights::{self, GuardedSocket};
-use crate::sys::signal::{self, SignalPipe};
-use crate::sys::socket;
+use crate::master::policy::crash_counts::{CrashCounts, MAX_CALLS, Suspicion};
+use crate::protocol::call_id::CallId;
+use crate::sys::rights::GuardedSocket;
+use crate::sys::signal::{SignalPipe, fork_child};
 use crate::sys::title::TitleArea;
+use crate::sys::{process, shared_memory};
 use crate::worker_init::{WorkerInit, WorkerMain};
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 
 pub use super::generation_info::{GenerationContext, GenerationInfo};
-pub use super::workers_state::WorkersState;
 
-/// Reports taken from one worker at once.
+/// The most reports that are read from one child at once.
 const MOST_REPORTS: usize = 64;
 
-/// What every fork needs of the master.
+/// What a fork needs of the master.
 pub struct ForkContext<'a> {
-    /// The signal pipe, which the child leaves.
+    /// The signal pipe, which the child closes.
     pub signals: &'a mut SignalPipe,
     /// The pid file, which the child closes.
     pub pid_file: RawFd,
-    /// Where the child's title goes.
     pub title: Option<TitleArea>,
-    /// The program's name.
     pub program: &'a str,
-    /// What the child becomes.
+    /// The function that the child runs.
     pub worker_main: WorkerMain,
-    /// Whether somebody waits for it to become ready, and is to hear what it logs until then.
+    /// Whether a start or reload waits for the child. If so, its log lines are kept until it is ready.
     pub awaited: bool,
+    /// The oldest generation that it serves, and the contexts of earlier generations.
+    pub oldest: (Generation, &'a OldContexts),
 }
 
 #[derive(Debug)]
 pub struct WorkerHandle {
+    pub(super) pid: Pid,
     pub generation: Generation,
-    /// What is told of it. Not its configuration with the listeners, which the master closes before
-    /// it has ended.
+    /// What the master reports about it. Not its configuration, because the master closes those listeners
+    /// earlier.
     pub known: Rc<GenerationInfo>,
-    /// What it shows.
     pub record: &'static WorkerRecord,
     pub(super) record_index: usize,
     /// Where it writes which calls are stuck.
     pub stuck: &'static StuckCalls,
     /// `None` once it has closed its end.
     pub(super) link: Option<MasterEnd>,
-    /// It has attached descriptors to a report, so nothing more is read from its link.
+    /// Whether its link is not read any more, because it has sent descriptors with a report.
     pub(super) is_unheard: bool,
-    pub(super) slot: Slot,
-    /// It has said that it is ready.
+    pub slot: Slot,
+    /// Whether it has reported ready.
     pub(super) is_ready: bool,
-    /// The pool, of a pool process.
-    pub pool: Option<Arc<Pool>>,
-    /// What it logs before it is ready; `None` where nobody waits for that.
+    /// Whether the program before an upgrade has forked it.
+    pub(super) is_from_before: bool,
+    /// `Some` iff it is a pool process.
+    pub pool: Option<PoolProcess>,
+    /// Its log lines until it is ready; `None` if no start or reload waits for it.
     pub(super) startup_log: Option<GuardedSocket>,
-    /// Its keeper has died, and it is to retire for that, at once or when it is ready.
-    pub keeper_is_lost: Cell<bool>,
 }
 
-/// All living workers.
+/// All living children except keepers and sessions.
 #[derive(Debug)]
 pub struct Children {
     pub(super) board: Scoreboard,
+    pub metrics: MetricsBoard,
     pub(super) free: BTreeSet<usize>,
     pub(super) living: HashMap<Pid, WorkerHandle>,
-    /// The records of pool processes that the program before an upgrade has forked.
+    /// The scoreboard records of pool processes and acceptors that the program before an upgrade has
+    /// forked.
     pub(super) reserved: HashMap<Pid, usize>,
     pub(super) links: Links,
-    pub(super) keepers: Keepers,
+    /// The keepers of dead workers.
+    pub keepers: Keepers,
     pub(super) quarantine: Quarantine,
-    /// For life: connections on their way outlive any worker.
+    /// Lives as long as the master, because connections in it outlive a worker.
     pub(super) adoption: AdoptionQueue,
+    pub sessions: Sessions,
+    pub sources: SourceCounts,
+    /// The log lines of children for which a start or reload waits.
+    pub startup_log: StartupLog,
+    /// The observers that were not reaped yet.
+    pub observers: BTreeSet<Pid>,
+    pub pool_health: PoolHealth,
 }
 
 impl Children {
-    /// None yet.
+    /// Creates the shared memory, without a child.
     ///
     /// # Errors
-    /// When there is no memory for the scoreboard, or no descriptor.
+    /// If there is no memory or no descriptor.
     pub fn new() -> io::Result<Self> {
-        Ok(Children {
-            board: Scoreboard::new()?,
-            free: (0..RECORDS).collect(),
-            living: HashMap::new(),
-            reserved: HashMap::new(),
-            links: Links::default(),
-            keepers: Keepers::default(),
-            quarantine: Quarantine::new()?,
-            adoption: AdoptionQueue::new()?,
-        })
+        Ok(Children::on(
+            Scoreboard::new()?,
+            MetricsBoard::new(process::unix_seconds())?,
+            Quarantine::new()?,
+            AdoptionQueue::new()?,
+        ))
     }
 
-    /// Forks a worker. Only the parent returns.
+    /// Forks a child. Only the parent returns.
     ///
     /// # Errors
-    /// When the system gives no process, no descriptor, or all records are taken.
+    /// If the system refuses the process or a descriptor, or all records are in use.
     pub fn fork(
         &mut self,
         slot: Slot,
         generation: Generation,
-        ground: &Rc<GenerationContext>,
+        context: &Rc<GenerationContext>,
         parent: ForkContext<'_>,
     ) -> io::Result<Pid> {
-        // Pool processes have the highest: an older version gives the lowest to its next worker.
-        let index = match slot.pool() {
-            Some(_) => self.free.pop_last(),
-            None => self.free.pop_first(),
-        }
-        .ok_or(io::ErrorKind::ResourceBusy)?;
-        let forked = self.fork_with(slot, generation, ground, parent, index);
+        // Other children get the highest record, because an older version gives the lowest to its next
+        // worker.
+        let first = slot.is_worker().then(|| self.free.pop_first());
+        let index = first.unwrap_or_else(|| self.free.pop_last());
+        let index = index.ok_or(io::ErrorKind::ResourceBusy)?;
+        let forked = self.fork_with(slot, generation, context, parent, index);
         if forked.is_err() {
             self.free.insert(index);
         }
@@ -141,67 +148,71 @@ impl Children {
         &mut self,
         slot: Slot,
         generation: Generation,
-        ground: &Rc<GenerationContext>,
+        context: &Rc<GenerationContext>,
         parent: ForkContext<'_>,
         record_index: usize,
     ) -> io::Result<Pid> {
         let (master_end, worker_end) = channel::pair()?;
-        let (words, witness) = match parent.awaited {
-            true => {
-                let (ours, its) = socket::packet_pair()?;
-                rights::refuse(&ours);
-                (Some(GuardedSocket::new(ours, close_in_child)), Some(its))
-            }
-            false => (None, None),
+        let (startup_log, startup_log_tx) = startup_log::channel(parent.awaited)?;
+        let (isolated, adoption) = match self.sessions.init(slot, context, self.board.file())? {
+            Some((isolated, adoption)) => (Some(isolated), adoption),
+            None => (None, self.adoption.clone()),
         };
+        let sources = self.sources.init(slot, record_index, context)?;
+        let metrics = metrics_access(&mut self.metrics, record_index, context)?;
         let record = self.board.record(record_index);
         record.clear();
         record.allow_requests();
-        let evidence = self.quarantine.evidence(record_index);
-        evidence.clear();
+        let crash_report = self.quarantine.evidence(record_index);
+        crash_report.clear();
         let stuck = self.quarantine.stuck(record_index);
         stuck.clear();
         let master = Pid::current();
-        // A signal between fork and the child's own handlers would wake the master, or be lost.
-        signal::block_all();
-        let forked = match fork() {
-            Ok(Fork::Child) => (parent.worker_main)(WorkerInit {
-                slot,
-                generation,
-                settings: Rc::clone(&ground.settings),
-                registry: Arc::clone(&ground.registry),
-                listeners: ground
-                    .listeners
-                    .iter()
-                    .filter(|_| slot.pool().is_none())
-                    .map(|one| Rc::clone(&one.fd))
-                    .collect(),
-                adoption: self.adoption.clone(),
-                link: worker_end,
-                startup_log_tx: witness,
-                record,
-                records: (self.board.records(), record_index),
-                quarantine: self.quarantine.clone(),
-                crash_report: evidence,
-                stuck,
-                master_signals: parent.signals,
-                pid_file: parent.pid_file,
-                title: parent.title,
-                program: parent.program.to_owned(),
-                master,
-            }),
-            Ok(Fork::Parent(pid)) => Ok(pid),
-            Err(error) => Err(error),
+        let (oldest, old) = parent.oldest;
+        let pool = PoolProcess::new((slot, generation), context, oldest, old);
+        let known = match &pool {
+            Some(pool) => {
+                self.pool_health.begin(pool, record);
+                pool.info(&context.known, context)
+            }
+            None => Rc::clone(&context.known),
         };
-        signal::unblock_all();
-        let pid = forked?;
-        let pool_pid = slot.pool().map_or(0, |_| pid.0);
-        record.pool_pid.store(pool_pid, Relaxed);
+        let init = WorkerInit {
+            slot,
+            generation,
+            settings: Rc::clone(&context.settings),
+            registry: Arc::clone(&context.registry),
+            listeners: context.listeners_of(slot),
+            methods: pool.as_ref().map(PoolProcess::methods).unwrap_or_default(),
+            kept_lanes: self.kept_lanes(generation, context),
+            adoption,
+            link: worker_end,
+            startup_log_tx,
+            record,
+            metrics,
+            records: (self.board.records(), record_index),
+            session_records: self.sessions.records(),
+            sources,
+            isolated,
+            quarantine: self.quarantine.clone(),
+            crash_report,
+            stuck,
+            master_signals: parent.signals,
+            pid_file: Some(parent.pid_file),
+            title: parent.title,
+            program: parent.program.to_owned(),
+            master,
+        };
+        let pid = fork_child(init, parent.worker_main)?;
+        count_start(&self.metrics, slot);
+        let other = if slot.is_worker() { 0 } else { pid.0 };
+        record.pool_pid.store(other, Relaxed);
         self.living.insert(
             pid,
             WorkerHandle {
+                pid,
                 generation,
-                known: Rc::clone(&ground.known),
+                known,
                 record,
                 record_index,
                 stuck,
@@ -209,15 +220,26 @@ impl Children {
                 is_unheard: false,
                 slot,
                 is_ready: false,
-                pool: (slot.pool()).and_then(|pool| ground.registry.pools().get(pool).cloned()),
-                startup_log: words,
-                keeper_is_lost: Cell::new(false),
+                is_from_before: false,
+                pool,
+                startup_log,
             },
         );
         Ok(pid)
     }
 
-    /// A worker that lives, or has not been reaped yet.
+    /// Returns the lanes that pool processes of earlier generations serve for workers of this one.
+    fn kept_lanes(&self, generation: Generation, context: &GenerationContext) -> Vec<usize> {
+        let earlier = self.living.values().filter(|it| it.generation < generation);
+        let pools = earlier.filter_map(|it| it.pool.as_ref());
+        pools
+            .filter(|pool| pool.serves(generation))
+            .filter_map(|pool| context.known.pool_number(pool.pool.name()))
+            .map(|number| number + 1)
+            .collect()
+    }
+
+    /// Returns a child that was not reaped.
     pub fn get(&self, pid: Pid) -> Option<&WorkerHandle> {
         self.living.get(&pid)
     }
@@ -226,75 +248,76 @@ impl Children {
         self.living.iter().map(|(pid, worker)| (*pid, worker))
     }
 
-    /// What workers may be heard on, to be polled.
+    /// Returns the descriptors to poll, with the pid of each child.
     pub fn links(&self) -> impl Iterator<Item = (Pid, BorrowedFd<'_>)> {
         self.living.iter().flat_map(|(pid, worker)| {
             let link = worker.link.as_ref().filter(|_| !worker.is_unheard);
             let link = link.map(AsFd::as_fd);
-            let words = worker.startup_log.as_ref().map(AsFd::as_fd);
-            link.into_iter().chain(words).map(|fd| (*pid, fd))
+            let log = worker.startup_log.as_ref().map(AsFd::as_fd);
+            link.into_iter().chain(log).map(|fd| (*pid, fd))
         })
     }
 
-    /// What a worker that is awaited has logged since the last look.
-    pub fn read_startup_log(&mut self, pid: Pid, mut heard: impl FnMut(Slot, &[u8])) {
+    /// Reads the log lines of a child for which a start or reload waits. Call it before its reports and its
+    /// death are handled.
+    pub fn read_startup_log(&mut self, pid: Pid) {
         let Some(worker) = self.living.get_mut(&pid) else {
             return;
         };
         let mut line = [0; logging::LONGEST_TOLD];
         for _ in 0..MOST_REPORTS {
-            let Some(words) = &worker.startup_log else {
+            let Some(lines) = &worker.startup_log else {
                 return;
             };
-            match words.receive(&mut line) {
+            match lines.receive(&mut line) {
                 Ok(0) => worker.startup_log = None,
-                Ok(length) => heard(worker.slot, &line[..length]),
+                Ok(length) => self.startup_log.push(pid, worker.slot, &line[..length]),
                 Err(Errno::EAGAIN) => return,
-                // EBADMSG among them: a worker has no descriptors to send.
+                // Includes EBADMSG: a child has no reason to send descriptors.
                 Err(_) => worker.startup_log = None,
             }
         }
     }
 
-    /// The verdict is given: what they log is the log's alone.
-    pub fn forget_words(&mut self) {
+    /// Takes the log lines that explain the result of a start or reload. No further lines are kept.
+    pub fn take_startup_log(&mut self) -> String {
         for worker in self.living.values_mut() {
             worker.startup_log = None;
         }
+        self.startup_log.take()
     }
 
-    /// What a worker has reported since the last look.
+    /// Reads the reports of a child.
     pub fn read_reports(&mut self, pid: Pid) -> Vec<Report> {
         let mut reports = Vec::new();
         let Some(worker) = self.living.get_mut(&pid) else {
             return reports;
         };
-        // A bounded number: a child that floods us must not keep us from the others.
+        // The number is limited, so that one child cannot keep the master from the others.
         while reports.len() < MOST_REPORTS
             && !worker.is_unheard
             && let Some(link) = &worker.link
         {
             match link.receive() {
-                // A child is never trusted: what does not speak for itself is not heard.
+                // A child is never trusted: a message with another pid is refused.
                 Received::Message(message, _) if message.pid == pid => {
                     reports.push(message.body);
                 }
-                // A worker of an older version has nothing more to say after that, or an attacker
-                // has it. It gets its orders all the same.
+                // The sender is a worker of an older version, which reports nothing after this, or an
+                // attacker. It still gets orders.
                 Received::WithDescriptors(message) if message.pid == pid => {
                     worker.is_unheard = true;
                     reports.push(message.body);
                     if !matches!(message.body, Report::AllThreadsStuck(_)) {
                         log::warn!(
-                            "worker {pid} sent descriptors with a report: it is not listened to any \
-                             more"
+                            "worker {pid} sent descriptors with a report: its reports are ignored \
+                             from now on"
                         );
                     }
                 }
                 Received::Message(..) | Received::WithDescriptors(_) | Received::Garbage => {
                     log::warn!(
-                        "worker {pid} sent something that is no report of its own: it is not \
-                         listened to any more"
+                        "worker {pid} sent an invalid report: its reports are ignored from now on"
                     );
                     worker.link = None;
                 }
@@ -305,145 +328,122 @@ impl Children {
         reports
     }
 
-    /// Gives a worker an order, with a descriptor if it needs one. One that has closed its link
-    /// is about to be reaped.
+    /// Sends an order, with a descriptor if the order needs one. A child that has closed its link is about
+    /// to be reaped, so that is no error.
     pub fn order(&self, pid: Pid, body: Order, descriptor: Option<BorrowedFd<'_>>) {
-        let Some(worker) = self.living.get(&pid) else {
-            return;
+        if let Err(error) = self.send(pid, body, descriptor) {
+            log::warn!("could not send the order {body:?} to worker {pid}: {error}");
+        }
+    }
+
+    /// Sends an order without logging a failure.
+    ///
+    /// # Errors
+    /// If the order was not sent, unless the child has closed its link.
+    pub(super) fn send(
+        &self,
+        pid: Pid,
+        body: Order,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> io::Result<()> {
+        let worker = self.living.get(&pid);
+        let Some((worker, link)) = worker.and_then(|it| Some((it, it.link.as_ref()?))) else {
+            return Ok(());
         };
         let message = Message {
             pid,
             generation: worker.generation,
             body,
         };
-        if let Some(link) = &worker.link
-            && let Err(error) = link.send(message, descriptor)
-            // it is leaving already
-            && error.kind() != io::ErrorKind::BrokenPipe
-        {
-            log::warn!("worker {pid} could not be told {body:?}: {error}");
+        match link.send(message, descriptor) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+            _ => Ok(()),
         }
     }
 
-    /// Links a process that is ready with the pool processes of its generation, or a pool process with the
-    /// workers.
-    pub fn link_pools(&mut self, pid: Pid) {
-        let Some(ready) = self.living.get_mut(&pid) else {
-            return;
-        };
-        ready.is_ready = true;
-        let (generation, is_pool) = (ready.generation, ready.slot.pool().is_some());
-        let others: Vec<usize> = (self.living.values())
-            .filter(|other| other.is_ready && other.generation == generation)
-            .filter(|other| other.slot.pool().is_some() != is_pool)
-            .map(|other| other.record_index)
-            .collect();
-        for record in others {
-            self.link(pid, record);
-        }
-    }
-
-    /// Links two processes of one generation. One that asks for another generation's gets nothing.
-    pub fn link(&mut self, pid: Pid, record_index: usize) {
-        let Some(asking) = self.living.get(&pid) else {
-            return;
-        };
-        let mut others = self.living.iter().filter(|(other, worker)| {
-            worker.record_index == record_index
-                && worker.generation == asking.generation
-                && **other != pid
-        });
-        let Some((&other, worker)) = others.next() else {
-            return;
-        };
-        let own_index = asking.record_index;
-        let is_pool = asking.slot.pool().is_some() || worker.slot.pool().is_some();
-        let now = monotonic().as_millis() as Millis;
-        if !self.links.begin(pid, other, is_pool, now) {
-            return;
-        }
-        let (one_end, other_end) = match call_link::pair() {
-            Ok(ends) => ends,
-            Err(error) => return log::warn!("{pid} and {other} could not be linked: {error}"),
-        };
-        self.order(pid, Order::Link(record_index as u32), Some(one_end.as_fd()));
-        self.order(
-            other,
-            Order::Link(own_index as u32),
-            Some(other_end.as_fd()),
-        );
-    }
-
-    /// Forgets a worker that was reaped. `suspicious` tells whether what it ran may have been what it
-    /// died of, and `believes` whether a process may be the keeper that it claims to have.
+    /// Removes a child that was reaped. `suspicion` says which of its calls may have caused its death.
+    /// `may_be_keeper` says whether a pid may be its keeper.
     pub fn remove(
         &mut self,
         pid: Pid,
-        suspicious: bool,
-        believes: impl Fn(Pid) -> bool,
+        suspicion: Suspicion,
+        may_be_keeper: impl Fn(Pid) -> bool,
     ) -> Option<WorkerHandle> {
         let worker = self.living.remove(&pid)?;
+        self.pool_health.end(worker.pool.as_ref(), worker.record);
         worker.record.clear_capacity();
+        self.sources.clear(worker.record_index);
+        self.metrics.clear_gauges(worker.record_index);
         self.links.forget(pid);
-        let left = DeadWorker::new(
-            pid,
-            (worker.record, worker.record_index),
-            self.quarantine.evidence(worker.record_index),
-            Rc::clone(&worker.known),
-            suspicious,
-        );
-        self.free.extend(self.keepers.left(left, believes));
+        let left = DeadWorker {
+            worker: pid,
+            record: worker.record,
+            record_index: worker.record_index,
+            crash_report: self.quarantine.evidence(worker.record_index),
+            known: Rc::clone(&worker.known),
+            suspicion,
+        };
+        let may_be_keeper = |keeper| !self.living.contains_key(&keeper) && may_be_keeper(keeper);
+        self.free.extend(self.keepers.left(left, may_be_keeper));
         Some(worker)
     }
 
-    /// A child was reaped: what it had of its worker, if it was the keeper of one that is gone.
+    /// Removes a keeper that was reaped. Returns what is known of its worker.
     pub fn keeper_ended(&mut self, keeper: Pid) -> Option<DeadWorker> {
         let left = self.keepers.ended(keeper)?;
         self.free.insert(left.record_index);
         Some(left)
     }
 
-    /// Calls that are not run any more.
+    /// The metrics board and the scoreboard for a command; fewer if no descriptor is left.
+    pub fn read_only_boards(&self) -> Vec<OwnedFd> {
+        let files = [self.metrics.file(), self.board.file()];
+        let copies = files.into_iter().map(shared_memory::read_only);
+        copies.collect::<io::Result<_>>().unwrap_or_default()
+    }
+
+    /// Returns the table of quarantined calls.
     pub fn quarantine(&self) -> &Quarantine {
         &self.quarantine
     }
 
-    /// Whether a child is the keeper of a worker, gone or not.
-    pub fn is_keeper(&self, pid: Pid) -> bool {
-        let of = |worker: &WorkerHandle| claimed_keeper(worker.record) == Some(pid);
-        self.keepers.contains(pid) || self.living.values().any(of)
+    /// Publishes which calls are quarantined and which are suspected.
+    pub fn publish_quarantine(&self, counts: &CrashCounts) {
+        const { assert!(MAX_CALLS == PLACES) };
+        let quarantined: Vec<u64> = counts.quarantined().iter().map(|call| call.key).collect();
+        let suspects: Vec<u64> = counts.suspects().collect();
+        self.quarantine.publish(&quarantined, &suspects);
     }
 
-    /// See [`Keepers::stalled`].
-    pub fn overdue_keepers(&mut self, now: Millis, limit: Millis) -> Vec<(Pid, Pid)> {
-        self.keepers.stalled(now, limit)
-    }
-
-    /// When to look for them again.
-    pub fn next_keeper(&self) -> Option<Millis> {
-        self.keepers.next()
-    }
-
-    /// Ends the keepers that are left, when no worker is.
-    pub fn end_keepers(&mut self) {
-        self.keepers.end();
+    /// Returns the living worker whose keeper was reaped.
+    pub fn lose_keeper(&self, keeper: Pid) -> Option<Pid> {
+        let mut living = self.living.values();
+        let worker = living.find(|worker| claimed_keeper(worker.record) == Some(keeper))?;
+        worker.record.keeper.store(0, Relaxed);
+        Some(worker.pid)
     }
 }
 
 impl WorkerHandle {
-    /// The method to name when it has died.
-    pub fn last_method(&self) -> Option<String> {
-        let method = self.record.last_method()?;
-        Some(self.known.method(method).to_owned())
+    /// Sends it a signal. The pid is valid, because it is not reaped while [`Children`] has it.
+    pub fn kill(&self, signal: Signal) {
+        process::kill(self.pid, signal);
     }
 
-    /// The method that runs on its event loop right now, if one does.
+    /// Returns the method and the call that it last ran, for its death record.
+    pub fn last_call(&self) -> Option<(String, Option<CallId>)> {
+        let (method, call) = self.record.last_call(self.pid)?;
+        Some((self.known.method(method).to_owned(), call))
+    }
+
+    /// Returns the method that its event loop runs now.
     pub fn inline_method(&self) -> Option<&str> {
         let method = self.record.inline_method()?;
         Some(self.known.method(method))
     }
 
-    /// When its loop last turned, in milliseconds (CLOCK_MONOTONIC); `None`: never yet.
+    /// Returns the last heartbeat of its event loop in milliseconds (CLOCK_MONOTONIC); `None` if there was
+    /// none.
     pub fn heartbeat(&self) -> Option<u64> {
         Some(self.record.heartbeat_ms.load(Relaxed)).filter(|&at| at > 0)
     }

@@ -1,10 +1,10 @@
-//! What the master holds of its workers, as it crosses an upgrade.
+//! Exports what the master holds of its children for an upgrade, and imports it.
 //!
-//! Plain numbers: descriptors, places, pids. Whoever takes them over believes none that is not so;
-//! what can't be taken over is an error, and the program before goes on.
+//! The state has plain numbers: descriptors, indices, pids. The importing program checks each. An error
+//! leaves the program before in place.
 
-use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -13,85 +13,185 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::keepers::{DeadWorker, KeeperState, Keepers, is_plausible_keeper};
+use super::keepers::{DeadWorker, KeeperState, Keepers, claimed_keeper, is_plausible_keeper};
 use super::links::Links;
+use super::pool_process::PoolHealth;
+use super::session_ranges::SessionsState;
+use super::sessions::Sessions;
+use super::source_counts::SourceCounts;
+use super::startup_log::StartupLog;
 use super::workers::{Children, GenerationInfo, WorkerHandle};
 use crate::error::{Error, Result};
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::channel::MasterEnd;
 use crate::link::ids::{Generation, Pid, Slot};
+use crate::link::message::Order;
+use crate::link::metrics_board::{BoardTotals, MetricsBoard};
 use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, STRIDE, Scoreboard};
+use crate::master::policy::crash_counts::Suspicion;
 use crate::sys::process::{self, monotonic};
 
-/// For how long a worker may take to send a request. It takes a few microseconds unless it is stopped just
-/// then.
+/// How long a worker may take to send a request. It takes a few microseconds, unless the worker is stopped
+/// in between.
 const MAX_SENDING: Duration = Duration::from_millis(20);
 
-/// What the master holds of its workers, as it crosses an upgrade.
+/// What the master holds of its children, in the state of an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkersState {
-    /// The scoreboard's descriptor, its number of records, and the bytes from one to the next.
+    /// The scoreboard's descriptor.
     pub board: RawFd,
-    /// Likewise.
+    /// The number of its records.
     pub records: usize,
-    /// Likewise.
+    /// The bytes from one record to the next.
     pub stride: usize,
-    /// The adoption queue's two ends.
+    /// The sending end of the adoption queue.
     pub giving: RawFd,
-    /// Likewise.
+    /// The receiving end of the adoption queue.
     pub taking: RawFd,
     pub living: Vec<WorkerState>,
-    /// What is told of them, each once.
+    /// What the master reports about them, each once.
     pub known: Vec<GenerationInfo>,
-    /// Keepers of workers that are gone.
+    /// The keepers of dead workers.
     #[serde(default)]
     pub keepers: Vec<KeeperState>,
-    /// Pool processes: they serve until nothing uses them, without a master.
+    /// Pool processes and acceptors. They continue without a master until nothing uses them.
     #[serde(default)]
     pub pools: Option<Vec<PoolState>>,
+    /// The metrics board's descriptor.
+    #[serde(default)]
+    pub metrics: Option<RawFd>,
+    /// Its totals, for a program that does not know its version.
+    #[serde(default)]
+    pub metrics_totals: BoardTotals,
+    /// The sessions of isolated listeners.
+    #[serde(default)]
+    pub sessions: Option<SessionsState>,
+    /// The descriptor of the tables of sources.
+    #[serde(default)]
+    pub sources: Option<RawFd>,
 }
 
-/// A pool process that a program before has forked.
+/// A pool process or acceptor that an earlier program has forked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolState {
-    pub pid: i32,
+    pub pid: Pid,
     /// Its record in the scoreboard, which it writes while it lives.
     pub record: usize,
 }
 
-/// One living worker, likewise.
+/// A living worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerState {
-    pub pid: i32,
-    pub generation: u32,
-    pub slot: u16,
+    pub pid: Pid,
+    pub generation: Generation,
+    pub slot: Slot,
     pub record: usize,
-    /// Its link's descriptor, while that stands.
+    /// The descriptor of its link, if that is open.
     pub link: Option<RawFd>,
-    /// The place of what is told of it.
+    /// The index of what is reported about it.
     pub known: usize,
 }
 
 impl Children {
-    /// A child was reaped that is no worker: its record may be used again.
-    pub fn release_record(&mut self, pid: Pid) {
-        if let Some(record) = self.reserved.remove(&pid) {
-            self.board.record(record).clear_capacity();
-            self.free.insert(record);
+    /// Makes tables without a child, on this shared memory.
+    pub(super) fn on(
+        board: Scoreboard,
+        metrics: MetricsBoard,
+        quarantine: Quarantine,
+        adoption: AdoptionQueue,
+    ) -> Self {
+        Children {
+            board,
+            metrics,
+            free: (0..RECORDS).collect(),
+            living: HashMap::new(),
+            reserved: HashMap::new(),
+            links: Links::default(),
+            keepers: Keepers::default(),
+            quarantine,
+            adoption,
+            sessions: Sessions::default(),
+            sources: SourceCounts::default(),
+            startup_log: StartupLog::default(),
+            observers: BTreeSet::new(),
+            pool_health: PoolHealth::default(),
         }
     }
 
-    /// All pool processes, those that the program before an upgrade has forked as well.
-    pub fn pool_pids(&self) -> impl Iterator<Item = Pid> {
-        let living = self.living.iter();
-        let pools = living.filter(|(_, worker)| worker.slot.pool().is_some());
-        pools
-            .map(|(pid, _)| *pid)
-            .chain(self.reserved.keys().copied())
+    /// Frees the record of a reaped child that is no worker. `serving` is the serving generation. Returns
+    /// whether it had a record.
+    pub fn release_record(&mut self, pid: Pid, serving: Generation) -> bool {
+        let Some(record) = self.reserved.remove(&pid) else {
+            return false;
+        };
+        self.board.record(record).clear_capacity();
+        self.free.insert(record);
+        self.announce_pool_end(serving);
+        true
     }
 
-    /// From here on no worker sends a request, and all that were sent can be read: the next program may
+    /// Tells the workers of the program before that its pool processes have ended, if they ended before
+    /// `serving` became the serving generation.
+    pub fn announce_ended_pools(&self, serving: Generation) {
+        // Acceptors may still be there. They have no lane.
+        let mut records = self.reserved.values();
+        if records.all(|&record| self.board.record(record).lane.load(Relaxed) == 0) {
+            self.announce_pool_end(serving);
+        }
+    }
+
+    /// Tells the workers of the program before that its pool process has ended. Otherwise their waiting
+    /// calls would wait in vain.
+    fn announce_pool_end(&self, serving: Generation) {
+        self.sessions.announce_pool_end(serving);
+        for (pid, worker) in &self.living {
+            if worker.is_from_before && worker.generation < serving {
+                self.order(*pid, Order::PoolEnded, None);
+            }
+        }
+    }
+
+    /// Returns all pool processes, acceptors and adopted sessions, including those of the program before an
+    /// upgrade.
+    pub fn other_pids(&self) -> impl Iterator<Item = Pid> {
+        let living = self.living.iter();
+        let others = living.filter(|(_, worker)| !worker.slot.is_worker());
+        others
+            .map(|(pid, _)| *pid)
+            .chain(self.reserved.keys().copied())
+            .chain(self.sessions.adopted.pids())
+            .chain(self.observers.iter().copied())
+    }
+
+    /// Returns whether a child is of this server.
+    pub fn is_own(&self, pid: Pid) -> bool {
+        self.is_other(pid) || self.sessions.is_session(pid)
+    }
+
+    /// Returns whether a child is of this server, and no session.
+    pub fn is_other(&self, pid: Pid) -> bool {
+        let of = |worker: &WorkerHandle| claimed_keeper(worker.record) == Some(pid);
+        self.living.contains_key(&pid)
+            || self.reserved.contains_key(&pid)
+            || self.keepers.contains(pid)
+            || self.living.values().any(of)
+            || self.observers.contains(&pid)
+    }
+
+    /// Returns the pool processes that have not got the result of a reload.
+    pub fn unsent_ends(&self) -> impl Iterator<Item = Pid> {
+        let is_unsent = |worker: &WorkerHandle| {
+            let pool = worker.pool.as_ref();
+            pool.is_some_and(|pool| pool.unsent_end.is_some())
+        };
+        let living = self.living.iter();
+        living
+            .filter(move |(_, it)| is_unsent(it))
+            .map(|(pid, _)| *pid)
+    }
+
+    /// Stops all workers from sending requests, and lets those that were sent be read: the next program may
     /// be of a version that does not know them.
     pub fn forbid_requests(&self) {
         for worker in self.living.values() {
@@ -103,33 +203,33 @@ impl Children {
         }
     }
 
-    /// The next program could not be executed, or this is the next program: requests are read.
+    /// Lets workers send requests again, after an upgrade or a failed exec.
     pub fn allow_requests(&self) {
         for worker in self.living.values() {
             worker.record.allow_requests();
         }
     }
 
-    /// What the program after this one has to know.
+    /// Returns the state for an upgrade.
     pub fn export(&self) -> WorkersState {
         let mut known: Vec<&Rc<GenerationInfo>> = Vec::new();
         let mut living = Vec::new();
         let mut pools: Vec<PoolState> = (self.reserved.iter())
-            .map(|(pid, &record)| PoolState { pid: pid.0, record })
+            .map(|(pid, &record)| PoolState { pid: *pid, record })
             .collect();
         for (pid, worker) in &self.living {
-            if worker.slot.pool().is_some() {
+            if !worker.slot.is_worker() {
                 pools.push(PoolState {
-                    pid: pid.0,
+                    pid: *pid,
                     record: worker.record_index,
                 });
                 continue;
             }
             let there = known.iter().position(|one| Rc::ptr_eq(one, &worker.known));
             living.push(WorkerState {
-                pid: pid.0,
-                generation: worker.generation.0,
-                slot: worker.slot.0,
+                pid: *pid,
+                generation: worker.generation,
+                slot: worker.slot,
                 record: worker.record_index,
                 link: worker.link.as_ref().map(AsRawFd::as_raw_fd),
                 known: there.unwrap_or(known.len()),
@@ -148,31 +248,36 @@ impl Children {
             known: known.into_iter().map(|known| (**known).clone()).collect(),
             keepers: self.keepers.export(),
             pools: Some(pools),
+            metrics: Some(self.metrics.file().as_raw_fd()),
+            metrics_totals: self.metrics.totals(),
+            sessions: self.sessions.export(),
+            sources: self.sources.export(),
         }
     }
 
-    /// Whether the scoreboard of the program before this one has this version's form.
+    /// Checks that the scoreboard of the program before has the format of this version.
     ///
     /// # Errors
-    /// If not.
+    /// If it has not.
     pub fn fits(state: &WorkersState) -> Result<()> {
         if (state.records, state.stride) == (RECORDS, STRIDE) {
             return Ok(());
         }
         Err(Error::Refused(format!(
-            "the scoreboard has {} records of {} bytes, and this version {RECORDS} of {STRIDE}; \
-             restart the server to get from one to the other",
+            "the scoreboard has {} records of {} bytes, but this version needs {RECORDS} of {STRIDE} bytes; \
+             restart the server to change the version",
             state.records, state.stride
         )))
     }
 
-    /// What the program before this one has left; `take` gives the descriptors. To be called once it
-    /// is known which children are workers.
+    /// Restores the state after an upgrade. `started_at` is the start of the master in seconds since 1970, and
+    /// `take` returns the descriptors. Call it when it is known which children are workers.
     ///
     /// # Errors
-    /// Those of `take`; a scoreboard of another form; a record that is none, or two workers'.
+    /// Those of `take`; a scoreboard of another format; a record that does not exist or has two owners.
     pub fn import(
         state: WorkersState,
+        started_at: u64,
         mut take: impl FnMut(RawFd) -> Result<OwnedFd>,
     ) -> Result<Self> {
         let refuse = |text: String| Error::Refused(text);
@@ -185,32 +290,33 @@ impl Children {
         let quarantine = Quarantine::new().map_err(|error| Error::system("share memory", error))?;
         let mut keepers = Keepers::default();
         for keeper in state.keepers {
-            let (pid, worker) = (Pid(keeper.pid), Pid(keeper.worker));
-            // One that is no child any more was reaped by a program that gave up.
-            if is_plausible_keeper(pid) && claim(keeper.record).is_some() {
-                // What ran in its worker was judged before, or is by nobody: the reload that
-                // follows an upgrade releases what is in quarantine.
-                let left = DeadWorker::new(
-                    worker,
-                    (board.record(keeper.record), keeper.record),
-                    quarantine.evidence(keeper.record),
-                    Rc::default(),
-                    false,
-                );
+            let pid = keeper.pid;
+            let is_worker = state.living.iter().any(|worker| worker.pid == pid);
+            // If it is no child any more, a program that gave up has reaped it.
+            if !is_worker && is_plausible_keeper(pid) && claim(keeper.record).is_some() {
+                // Its worker's calls were counted before, or are not counted at all: the reload after an
+                // upgrade releases all quarantined calls.
+                let left = DeadWorker {
+                    worker: keeper.worker,
+                    record: board.record(keeper.record),
+                    record_index: keeper.record,
+                    crash_report: quarantine.evidence(keeper.record),
+                    known: Rc::default(),
+                    suspicion: Suspicion::Nothing,
+                };
                 keepers.import(pid, left);
             }
         }
         let mut reserved = HashMap::new();
         for pool in state.pools.into_iter().flatten() {
-            let pid = Pid(pool.pid);
-            // One that is no child any more writes no record.
-            if process::is_child(pid) && claim(pool.record).is_some() {
-                reserved.insert(pid, pool.record);
+            // If it is no child any more, it does not write its record.
+            if process::is_child(pool.pid) && claim(pool.record).is_some() {
+                reserved.insert(pool.pid, pool.record);
             }
         }
         let mut living = HashMap::new();
         for worker in state.living {
-            let pid = Pid(worker.pid);
+            let pid = worker.pid;
             let (Some(_), Some(known)) = (claim(worker.record), known.get(worker.known)) else {
                 return Err(refuse(format!("worker {pid} has no record of its own")));
             };
@@ -221,28 +327,29 @@ impl Children {
             let before = living.insert(
                 pid,
                 WorkerHandle {
-                    generation: Generation(worker.generation),
+                    pid,
+                    generation: worker.generation,
                     known: Rc::clone(known),
                     record: board.record(worker.record),
                     record_index: worker.record,
-                    // Not the memory that it writes into: that does not cross.
+                    // Not the memory that it writes: that does not cross an upgrade.
                     stuck: quarantine.stuck(worker.record),
                     link,
                     is_unheard: false,
-                    slot: Slot(worker.slot),
+                    slot: worker.slot,
                     // The pool processes of its generation have no link to this program.
                     is_ready: true,
+                    is_from_before: true,
                     pool: None,
-                    // No verdict is open.
+                    // No start or reload waits for it.
                     startup_log: None,
-                    keeper_is_lost: Cell::new(false),
                 },
             );
             if before.is_some() {
-                return Err(refuse(format!("worker {pid} is there twice")));
+                return Err(refuse(format!("worker {pid} is listed twice")));
             }
         }
-        // Those that the program before this one did not know of.
+        // Pool processes and acceptors that the program before did not know.
         for (index, record) in board.records().iter().enumerate() {
             let pid = Pid(record.pool_pid.load(Relaxed));
             let is_pool = pid.0 > 0 && !living.contains_key(&pid) && process::is_child(pid);
@@ -250,18 +357,46 @@ impl Children {
                 reserved.insert(pid, index);
             }
         }
-        Ok(Children {
-            board,
+        let metrics = state.metrics.map(&mut take).transpose()?;
+        let metrics = import_metrics(metrics, &state.metrics_totals, started_at)
+            .map_err(|error| Error::system("map the metrics board", error))?;
+        let adoption = AdoptionQueue {
+            tx: Rc::new(take(state.giving)?),
+            rx: Rc::new(take(state.taking)?),
+        };
+        let sources = state.sources.map(&mut take).transpose()?;
+        let mut children = Children {
+            sources: SourceCounts::import(sources),
             free,
             living,
             reserved,
-            links: Links::default(),
             keepers,
-            quarantine,
-            adoption: AdoptionQueue {
-                tx: Rc::new(take(state.giving)?),
-                rx: Rc::new(take(state.taking)?),
-            },
-        })
+            ..Children::on(board, metrics, quarantine, adoption)
+        };
+        children.sessions =
+            Sessions::import(state.sessions, &mut take, |pid| children.is_other(pid))?;
+        Ok(children)
     }
+}
+
+/// Continues on the metrics board of the program before, if that has one of a known version. Otherwise its
+/// totals become the base of a new one.
+fn import_metrics(
+    file: Option<OwnedFd>,
+    totals: &BoardTotals,
+    started_at: u64,
+) -> io::Result<MetricsBoard> {
+    let has_file = file.is_some();
+    if let Some(board) = file.map(MetricsBoard::of).transpose()?.flatten() {
+        return Ok(board);
+    }
+    if has_file {
+        log::warn!(
+            "the metrics board of the program before has an unknown version: it is replaced, and its totals \
+             are added; what processes of that program still count is lost"
+        );
+    }
+    let mut board = MetricsBoard::new(started_at)?;
+    board.add_base(totals)?;
+    Ok(board)
 }

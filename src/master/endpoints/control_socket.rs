@@ -1,20 +1,20 @@
-//! The control socket: one JSON line asks, one JSON line answers.
+//! Serves the control socket: a client sends one JSON line and gets one JSON line.
 //!
-//! For people's commands, so a few clients at a time; each is read and written without waiting,
-//! and given up when it dawdles. Only the master's own user and root are let in, by the socket's
-//! mode and by who the kernel says is there. What a request does is the master's affair.
+//! Clients are commands, so there are few at a time. The master reads and writes without waiting, and
+//! closes a client that takes too long. Only the master's user and root are accepted, by the mode of the
+//! socket and by the peer's credentials. The main loop carries out the requests.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, ErrorKind::Interrupted, ErrorKind::WouldBlock};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
 
+use super::audit::{ControlPeer, PendingRequest};
 use super::listeners::bind_path;
 use super::owned_path::OwnedPath;
 use super::pid_file::make_directory;
@@ -22,34 +22,39 @@ use crate::error::{Error, Result};
 use crate::master::policy::event::Millis;
 use crate::protocol::control::{ControlRequest, ControlResponse, to_line};
 use crate::sys::account::effective_ids;
+use crate::sys::attached;
 use crate::sys::closer::close_in_child;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::socket;
-use crate::throttle::limiter::SharedLimiter;
 
-/// Clients at one time; more wait in the socket's queue.
+/// The most clients at one time. More wait in the socket's queue.
 const MOST_CLIENTS: usize = 32;
-/// The longest request, in bytes: it may hold a path.
+/// The longest request in bytes. It may contain a path.
 const LONGEST_REQUEST: usize = 16_384;
-/// How long a client may take to ask, and then to take its answer.
+/// The most time for a client to send its request, and then to read its answer.
 const CLIENT_TIMEOUT_MS: Millis = 5000;
-/// Between two tries to let somebody in when the system had no descriptor left.
+/// The time until the next accept when the system had no descriptor.
 const RETRY_MS: Millis = 200;
 
-/// Names a client of the control socket.
+/// Identifies a client of the control socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub(crate) u64);
 
 #[derive(Debug)]
 struct ControlClient {
     stream: GuardedSocket,
+    peer: ControlPeer,
     received: Vec<u8>,
-    /// What it has not taken yet of its answer.
+    /// The part of the answer that was not sent yet.
     unsent: Vec<u8>,
+    /// What is sent with the first byte of its answer. It does not cross an upgrade.
+    attached: Vec<OwnedFd>,
     asked: bool,
-    /// It sends nothing more, and may wait for its answer.
+    /// Whether it has closed its sending side. It may still wait for its answer.
     ended: bool,
-    /// Closed once its answer is sent; a `stop` keeps it, for its end tells of the master's.
+    /// It is our observer, which stays and may ask for the status only.
+    is_observer: bool,
+    /// Whether it stays open after its answer. A `stop` waits for the end of the connection.
     keep: bool,
     deadline: Option<Millis>,
 }
@@ -59,47 +64,51 @@ pub struct ControlSocket {
     path: OwnedPath,
     listener: UnixListener,
     clients: BTreeMap<ClientId, ControlClient>,
+    /// What was not answered yet. The client may have left.
+    pending: BTreeMap<ClientId, PendingRequest>,
     next: u64,
-    /// Nobody is let in before: the system could not.
+    /// Nothing is accepted before this time, because the system had no descriptor.
     closed_until: Millis,
 }
 
-/// The control socket as it crosses an upgrade.
+/// The control socket in the state of an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlState {
     pub path: OwnedPath,
-    /// Its descriptor's number.
+    /// The number of its descriptor.
     pub fd: RawFd,
-    /// The number that the next client gets.
+    /// The number of the next client.
     pub next: u64,
     pub clients: Vec<ClientState>,
+    /// By the number of their client. Older versions do not have them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<(u64, PendingRequest)>,
 }
 
-/// A client of the control socket, likewise.
+/// A client of the control socket in the state of an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClientState {
-    /// Its number.
     pub id: u64,
-    /// Its descriptor's number.
+    /// The number of its descriptor.
     pub fd: RawFd,
-    /// What it has sent of its request.
+    /// The part of its request that was received.
     pub received: Vec<u8>,
-    /// What it has not taken yet of its answer.
+    /// The part of the answer that was not sent yet.
     pub unsent: Vec<u8>,
     pub asked: bool,
-    /// Whether it sends nothing more.
+    /// Whether it has closed its sending side.
     pub ended: bool,
-    /// Whether it stays once it is answered.
+    /// Whether it stays open after its answer.
     pub keep: bool,
-    /// When it is given up.
+    /// When it is closed.
     pub deadline: Option<Millis>,
 }
 
 impl ControlSocket {
-    /// Binds the socket. To be called under the pid file's lock.
+    /// Binds the socket. Call it while the pid file is locked.
     ///
     /// # Errors
-    /// When the path can't be bound.
+    /// If the path cannot be bound.
     pub fn bind(path: &Path) -> Result<Self> {
         if let Some(directory) = path.parent() {
             make_directory(directory)?;
@@ -109,9 +118,9 @@ impl ControlSocket {
                 "another master answers there: start a second server with --name NAME, or set \
                  pid-file and control-socket; else stop the other one"
             } else {
-                "name a place that this user may write to in control-socket"
+                "set control-socket to a path that this user may write"
             };
-            let attempt = format!("make the control socket {}", path.display());
+            let attempt = format!("create the control socket {}", path.display());
             Error::system_with(attempt, error, remedy)
         };
         let fd = bind_path(path, Some(0o600)).map_err(refused)?;
@@ -120,12 +129,13 @@ impl ControlSocket {
             path: OwnedPath::of(path),
             listener: fd.into(),
             clients: BTreeMap::new(),
+            pending: BTreeMap::new(),
             next: 0,
             closed_until: 0,
         })
     }
 
-    /// What the program after this one has to know.
+    /// Returns the state for an upgrade.
     pub fn export(&self) -> ControlState {
         let client = |(id, client): (&ClientId, &ControlClient)| ClientState {
             id: id.0,
@@ -141,11 +151,20 @@ impl ControlSocket {
             path: self.path.clone(),
             fd: self.listener.as_raw_fd(),
             next: self.next,
-            clients: self.clients.iter().map(client).collect(),
+            // The next program connects an observer of its own.
+            clients: (self
+                .clients
+                .iter()
+                .filter(|(_, client)| !client.is_observer))
+            .map(client)
+            .collect(),
+            pending: (self.pending.iter())
+                .map(|(id, request)| (id.0, request.clone()))
+                .collect(),
         }
     }
 
-    /// What the program before this one has left; `take` gives the descriptors.
+    /// Restores the state after an upgrade. `take` returns the descriptors.
     ///
     /// # Errors
     /// Those of `take`.
@@ -155,27 +174,21 @@ impl ControlSocket {
     ) -> Result<Self> {
         let mut clients = BTreeMap::new();
         for client in state.clients {
+            let id = ClientId(client.id);
             let stream = GuardedSocket::new(take(client.fd)?, close_in_child);
-            let ClientState {
-                id,
-                fd: _,
-                received,
-                unsent,
-                asked,
-                ended,
-                keep,
-                deadline,
-            } = client;
             let client = ControlClient {
+                peer: peer_of(&stream).unwrap_or_else(|_| ControlPeer::new(effective_ids().0, 0)),
                 stream,
-                received,
-                unsent,
-                asked,
-                ended,
-                keep,
-                deadline,
+                received: client.received,
+                unsent: client.unsent,
+                attached: Vec::new(),
+                asked: client.asked,
+                ended: client.ended,
+                is_observer: false,
+                keep: client.keep,
+                deadline: client.deadline,
             };
-            clients.insert(ClientId(id), client);
+            clients.insert(id, client);
         }
         let listener = take(state.fd)?;
         // Older versions did not.
@@ -184,32 +197,35 @@ impl ControlSocket {
             path: state.path,
             listener: listener.into(),
             clients,
+            pending: (state.pending.into_iter())
+                .map(|(id, request)| (ClientId(id), request))
+                .collect(),
             next: state.next,
             closed_until: 0,
         })
     }
 
-    /// Makes the socket again where somebody has removed its path. Who is connected stays, and who
-    /// waits to be let in is. To be called under the pid file's lock.
+    /// Recreates the socket if its path was removed. Connected and waiting clients stay. Call it while the
+    /// pid file is locked.
     pub fn renew(&mut self, now: Millis) {
         let path = AsRef::<Path>::as_ref(&self.path).to_owned();
         let name = path.display();
-        let what = "the control socket was: it is left alone, and no command finds this master; remove it \
-                    and reload with a HUP";
+        let what =
+            "the control socket was: no command can reach this master; remove it and send SIGHUP";
         if !self.path.warn_if_replaced(&name, what) {
             return;
         }
         match ControlSocket::bind(&path) {
             Ok(made) => {
-                // Bounded by the old socket's queue, which nobody can join any more.
+                // Ends, because no client can join the queue of the old socket.
                 while self.accept(now) {}
                 self.listener = made.listener;
                 self.path = made.path;
-                log::warn!("somebody has removed the control socket {name}: it is made again");
+                log::warn!("the control socket {name} was removed: recreated it");
             }
-            Err(error) => log::warn!(
-                "somebody has removed the control socket, and it can't be made again: {error}"
-            ),
+            Err(error) => {
+                log::warn!("the control socket was removed, and recreating it failed: {error}")
+            }
         }
     }
 
@@ -217,20 +233,20 @@ impl ControlSocket {
         self.path.remove();
     }
 
-    /// The listening socket, unless as many clients as allowed are there or the system could not
-    /// let one in just now.
+    /// Returns the listening socket for poll(2), unless there are too many clients or the system had no
+    /// descriptor.
     pub fn listener(&self, now: Millis) -> Option<BorrowedFd<'_>> {
-        (self.clients.len() < MOST_CLIENTS && now >= self.closed_until)
-            .then(|| self.listener.as_fd())
+        let people = self.clients.values().filter(|client| !client.is_observer);
+        (people.count() < MOST_CLIENTS && now >= self.closed_until).then(|| self.listener.as_fd())
     }
 
-    /// The clients, and what each has to be polled for.
+    /// Returns the clients, and the events for which each is polled.
     pub fn clients(&self) -> impl Iterator<Item = (ClientId, BorrowedFd<'_>, PollFlags)> {
         self.clients.iter().map(|(id, client)| {
             let wanted = if !client.unsent.is_empty() {
                 PollFlags::POLLOUT
             } else if client.ended {
-                // Its leaving altogether is told all the same (POLLHUP).
+                // POLLHUP is reported all the same.
                 PollFlags::empty()
             } else {
                 PollFlags::POLLIN
@@ -239,7 +255,7 @@ impl ControlSocket {
         })
     }
 
-    /// When the first client has to be given up, or others may come again.
+    /// Returns when the first client is closed, or clients are accepted again.
     pub fn next_deadline(&self, now: Millis) -> Option<Millis> {
         self.clients
             .values()
@@ -248,57 +264,76 @@ impl ControlSocket {
             .min()
     }
 
-    /// Gives up who dawdles.
+    /// Closes the clients that take too long.
     pub fn expire(&mut self, now: Millis) {
         self.clients
             .retain(|_, client| client.deadline.is_none_or(|deadline| deadline > now));
     }
 
-    /// Takes one new client, and says whether there was one.
+    /// Accepts one client. Returns whether there was one.
     pub fn accept(&mut self, now: Millis) -> bool {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            Err(error) if is_transient(&error) => return false,
+            Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => return false,
             Err(error) => {
-                // Left in, it would be readable all the time, and the master would spin.
+                // Otherwise the socket would be readable all the time, and the master would spin.
                 self.closed_until = now + RETRY_MS;
-                log::debug!("the control socket can't let anybody in: {error}");
+                log::debug!("the control socket cannot accept a client: {error}");
                 return false;
             }
         };
         let is_nonblocking = stream.set_nonblocking(true).is_ok();
-        // Before it may be turned away: that closes it.
+        // Before the check of the user, so that a refused client is closed in the same way.
         let stream = GuardedSocket::new(stream.into(), close_in_child);
-        let user = socket::peer_user(&stream);
-        let (own, _) = effective_ids();
-        if !user.as_ref().is_ok_and(|&user| user == 0 || user == own) {
-            static REFUSED: SharedLimiter = SharedLimiter::new();
-            let text =
-                format!("a client of the control socket was turned away: its user is {user:?}");
-            REFUSED.log(log::Level::Warn, text);
+        let Ok(peer) = peer_of(&stream) else {
+            return true;
+        };
+        if !peer.may_ask() || !is_nonblocking {
             return true;
         }
-        if !is_nonblocking {
-            return true;
-        }
+        self.insert(stream, peer, Some(now + CLIENT_TIMEOUT_MS));
+        true
+    }
+
+    fn insert(&mut self, stream: GuardedSocket, peer: ControlPeer, deadline: Option<Millis>) {
         let id = ClientId(self.next);
         self.next += 1;
         self.clients.insert(
             id,
             ControlClient {
                 stream,
+                peer,
                 received: Vec::new(),
                 unsent: Vec::new(),
+                attached: Vec::new(),
                 asked: false,
                 ended: false,
+                is_observer: deadline.is_none(),
                 keep: false,
-                deadline: Some(now + CLIENT_TIMEOUT_MS),
+                deadline,
             },
         );
-        true
     }
 
-    /// A client is ready: sends it what waits, or reads what it asks.
+    /// Makes a client that stays, for our observer. Returns its end.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn connect_observer(&mut self) -> io::Result<OwnedFd> {
+        let (own, other) = socket::stream_pair()?;
+        let own = GuardedSocket::new(own, close_in_child);
+        let peer = peer_of(&own)?;
+        self.insert(own, peer, None);
+        Ok(other)
+    }
+
+    /// Whether a client may ask for the status only.
+    pub fn is_observer(&self, id: ClientId) -> bool {
+        let client = self.clients.get(&id);
+        client.is_some_and(|client| client.is_observer)
+    }
+
+    /// Handles a client that is ready: sends the rest of its answer, or reads its request.
     pub fn serve(&mut self, id: ClientId, now: Millis) -> Option<ControlRequest> {
         let client = self.clients.get_mut(&id)?;
         if !client.unsent.is_empty() {
@@ -306,13 +341,13 @@ impl ControlSocket {
             return None;
         }
         let mut bytes = [0; 1024];
-        // EBADMSG: descriptors are attached, so the client is given up.
+        // EBADMSG means that descriptors are attached. Such a client is closed.
         match client.stream.receive(&mut bytes) {
             Ok(0) if client.asked && !client.ended => {
                 client.ended = true;
                 return None;
             }
-            // It has left.
+            // It has closed the connection.
             Ok(0) => {
                 self.clients.remove(&id);
                 return None;
@@ -324,25 +359,45 @@ impl ControlSocket {
                 return None;
             }
         }
-        if client.asked || client.received.len() > LONGEST_REQUEST {
+        let is_too_long = client.received.len() > LONGEST_REQUEST;
+        if is_too_long && !client.asked {
+            let text = format!("the request is longer than {LONGEST_REQUEST} bytes");
+            let refusal = ControlResponse::refused(text, 64);
+            PendingRequest::new(client.peer.clone(), None, now).log(&refusal, now);
+        }
+        if is_too_long || client.asked {
             self.clients.remove(&id);
             return None;
         }
         let end = client.received.iter().position(|&byte| byte == b'\n')?;
         client.asked = true;
         client.deadline = None;
-        match serde_json::from_slice(&client.received[..end]) {
+        let line: Vec<u8> = client.received.drain(..=end).collect();
+        let request: serde_json::Result<ControlRequest> = serde_json::from_slice(&line);
+        let pending = PendingRequest::new(client.peer.clone(), request.as_ref().ok(), now);
+        self.pending.insert(id, pending);
+        match request {
             Ok(request) => Some(request),
             Err(error) => {
-                let text = format!("this master does not know that command: {error}");
+                let text = format!("this master does not know the command: {error}");
                 self.answer(id, &ControlResponse::refused(text, 64), now);
                 None
             }
         }
     }
 
-    /// Answers a client, and closes it once it has the answer.
+    /// Sends descriptors with the answer that follows.
+    pub fn attach(&mut self, id: ClientId, files: Vec<OwnedFd>) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.attached = files;
+        }
+    }
+
+    /// Answers a client, and closes it when it has the answer.
     pub fn answer(&mut self, id: ClientId, response: &ControlResponse, now: Millis) {
+        if let Some(request) = self.pending.remove(&id) {
+            request.log(response, now);
+        }
         if let Some(client) = self.clients.get_mut(&id) {
             client.unsent = to_line(response).unwrap_or_default();
             client.deadline = Some(now + CLIENT_TIMEOUT_MS);
@@ -350,7 +405,7 @@ impl ControlSocket {
         }
     }
 
-    /// Answers a client that stays until the master leaves.
+    /// Answers a client that stays until the master exits.
     pub fn answer_and_keep(&mut self, id: ClientId, response: &ControlResponse, now: Millis) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.keep = true;
@@ -362,9 +417,11 @@ impl ControlSocket {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        match send(client.stream.as_raw_fd(), &client.unsent, flags) {
-            Ok(sent) => drop(client.unsent.drain(..sent)),
+        match attached::send(&client.stream, &client.unsent, &client.attached) {
+            Ok(sent) => {
+                client.attached.clear();
+                client.unsent.drain(..sent);
+            }
             Err(Errno::EAGAIN | Errno::EINTR) => return,
             Err(_) => drop(self.clients.remove(&id)),
         }
@@ -372,16 +429,16 @@ impl ControlSocket {
             && client.unsent.is_empty()
         {
             client.deadline = None;
-            if !client.keep {
+            if client.is_observer {
+                client.asked = false;
+            } else if !client.keep {
                 self.clients.remove(&id);
             }
         }
     }
 }
 
-fn is_transient(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
+fn peer_of(stream: &GuardedSocket) -> io::Result<ControlPeer> {
+    let (uid, pid) = socket::peer_process(stream)?;
+    Ok(ControlPeer::new(uid, pid))
 }

@@ -1,8 +1,8 @@
-//! The listening sockets: bound once by the master, passed by the service manager, or kept from
-//! one generation to the next.
+//! Opens the listening sockets: binds them, takes them from the service manager, or keeps them from one
+//! generation to the next.
 //!
-//! Everything is opened before anything old is closed, so that a reload which fails here has
-//! changed nothing. Errors name the address, who may have it, and what to do.
+//! New ones are opened before old ones are closed, so a reload that fails here has changed nothing. Errors
+//! name the address, its owner, and what to do.
 
 use std::cell::Cell;
 use std::fs;
@@ -28,37 +28,37 @@ use crate::sys::socket::{self, Bound};
 
 #[derive(Debug)]
 pub struct Listener {
-    /// The address that it is configured under.
+    /// The address in the configuration.
     pub address: Address,
-    /// The name that the service manager gave it, if it did.
+    /// The name that the service manager has given, if any.
     name: Option<String>,
-    /// The address that it really has: another one where port 0 was asked for.
+    /// The address that it has. Differs from `address` for port 0.
     pub bound: String,
     /// The socket, shared with the workers.
     pub fd: Rc<OwnedFd>,
-    /// The backlog that was asked for last.
+    /// The backlog that was set last.
     backlog: Cell<u32>,
-    /// The path to remove at the end: of a unix socket that we have bound ourselves.
+    /// The path of a unix socket that this master has bound. It is removed at the end.
     path: Option<OwnedPath>,
 }
 
-/// A listener as it crosses an upgrade.
+/// A listener in the state of an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerState {
-    /// As the configuration has it.
+    /// The address in the configuration.
     pub address: String,
-    /// The service manager's name for it.
+    /// The name that the service manager has given, if any.
     pub name: Option<String>,
     pub bound: String,
     pub backlog: u32,
-    /// The path that is to be removed at the end.
+    /// The path that is removed at the end.
     pub path: Option<OwnedPath>,
-    /// Its descriptor's number.
+    /// The number of its descriptor.
     pub fd: RawFd,
 }
 
 impl Listener {
-    /// What the program after this one has to know.
+    /// Returns the state for an upgrade.
     pub fn export(&self) -> ListenerState {
         ListenerState {
             address: self.address.to_string(),
@@ -70,14 +70,14 @@ impl Listener {
         }
     }
 
-    /// What the program before this one has left, with its descriptor.
+    /// Restores a listener after an upgrade.
     ///
     /// # Errors
-    /// When it is no listening socket, or the address is none.
+    /// If the descriptor is no listening socket, or the address is invalid.
     pub fn import(state: ListenerState, fd: OwnedFd) -> Result<Self> {
         let wrong = |what: &str| Error::Refused(format!("listener {}: {what}", state.address));
         if !socket::is_listening(&fd) {
-            return Err(wrong("its descriptor is no listening socket"));
+            return Err(wrong("its descriptor is not a listening socket"));
         }
         // Older versions did not.
         rights::refuse(&fd);
@@ -94,7 +94,7 @@ impl Listener {
         })
     }
 
-    /// Connections that wait, and how many may.
+    /// Returns the number of connections in the queue, and its limit.
     pub fn queue(&self) -> (Option<u32>, u32) {
         match socket::accept_queue(&self.fd) {
             Some((queue, limit)) => (Some(queue), limit),
@@ -102,15 +102,15 @@ impl Listener {
         }
     }
 
-    /// What has become of the path of a unix socket that we have bound ourselves.
+    /// Returns the state of the path of a unix socket that this master has bound.
     fn standing(&self) -> PathState {
         self.path
             .as_ref()
             .map_or(PathState::Ours, OwnedPath::standing)
     }
 
-    /// Gives the path of a unix socket that we have bound ourselves the owner that `wanted` names, else
-    /// that of the workers. Without either it stays as it is.
+    /// Sets the owner of a unix socket that this master has bound: the one in `wanted`, or else that of the
+    /// workers. Without either the owner stays.
     fn set_owner(&self, wanted: &ListenConfig, workers: Option<&Account>) -> Result<()> {
         let Some(path) = &self.path else {
             return Ok(());
@@ -140,7 +140,7 @@ impl Listener {
         })
     }
 
-    /// Removes the path of a unix socket; the descriptor is closed by its last owner.
+    /// Removes the path of a unix socket. The descriptor is closed by its last owner.
     pub fn remove_path(&self) {
         if let Some(path) = &self.path {
             path.remove();
@@ -148,10 +148,10 @@ impl Listener {
     }
 }
 
-/// What all listeners have in common.
+/// Options for all listeners.
 pub struct SocketOptions<'a> {
     write_timeout: Duration,
-    /// The account of the workers, where it is not the master's own.
+    /// The account of the workers, if it is not the master's.
     workers: Option<&'a Account>,
 }
 
@@ -164,13 +164,13 @@ impl<'a> SocketOptions<'a> {
     }
 }
 
-/// The listeners for `wanted`: those in `current` that have the address already, those in
-/// `passed`, and new ones; also in place of a unix socket whose path somebody has removed, whose
-/// queue is taken in by the workers that leave. What is in `passed` is always used, by name, else by address,
-/// else in order, so that no connection waits in a socket that nobody accepts from.
+/// Opens the listeners for `wanted`: takes those of `current` with the same address, those of `passed`, and
+/// new ones. A unix socket whose path was removed is bound again; the old workers accept what is in the old
+/// queue. All of `passed` are used, by name, then by address, then in order. Otherwise connections would
+/// wait in a socket from which no worker accepts.
 ///
 /// # Errors
-/// When an address can't be bound; what was bound until then is closed again.
+/// If an address cannot be bound. Then the new listeners are closed.
 pub fn open(
     wanted: &[ListenConfig],
     current: &[Rc<Listener>],
@@ -182,7 +182,7 @@ pub fn open(
         let found = spare.iter().position(|has| fits(has))?;
         Some(spare.remove(found))
     };
-    // All by name, then all by address, whatever the order; what is left goes in order.
+    // First all by name, then all by address, then the rest in order.
     let mut matched: Vec<Option<&Rc<Listener>>> = wanted
         .iter()
         .map(|listen| {
@@ -229,8 +229,8 @@ pub fn open(
                     && source.kind() == io::ErrorKind::AddrInUse
                 {
                     *remedy = format!(
-                        "this server itself listens at {}, which it keeps until the new workers are \
-                         ready: restart it to change from one to the other",
+                        "this server listens at {} and keeps that until the new workers are ready: \
+                         restart it to change from one to the other",
                         own.bound
                     );
                 }
@@ -242,22 +242,21 @@ pub fn open(
     Ok(opened)
 }
 
-/// A new socket at the path of one that was removed. What can't be made again is logged, and no
-/// reason to refuse a reload: it was out of reach before.
+/// Binds a new socket at the path of one that was removed. A failure is only logged, because the reload
+/// makes nothing worse.
 fn renew(has: &Listener, listen: &ListenConfig, options: &SocketOptions<'_>) -> Option<Listener> {
     let address = &has.bound;
-    let what = "this server listens: it is left alone, and nobody finds the way to this listener; remove it \
-                and reload";
+    let what = "this server listens: clients cannot reach this listener; remove it and reload";
     if !has.path.as_ref()?.warn_if_replaced(address, what) {
         return None;
     }
     match bind(listen, options) {
         Ok(renewed) => {
-            log::warn!("somebody has removed {address}: it is made again");
+            log::warn!("{address} was removed: recreated it");
             Some(renewed)
         }
         Err(error) => {
-            log::warn!("somebody has removed {address}, and it can't be made again: {error}");
+            log::warn!("{address} was removed, and recreating it failed: {error}");
             None
         }
     }
@@ -267,10 +266,10 @@ fn is_in(all: &[Rc<Listener>], one: &Rc<Listener>) -> bool {
     all.iter().any(|other| Rc::ptr_eq(other, one))
 }
 
-/// Makes listeners of what the service manager has passed.
+/// Makes listeners of the sockets that the service manager has passed.
 ///
 /// # Errors
-/// When one of them is no listening stream socket.
+/// If one of them is no listening stream socket.
 pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
     passed
         .into_iter()
@@ -282,7 +281,7 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
                     "pass listening stream sockets: ListenStream= in the socket unit, Accept=no",
                 )
             };
-            let not_ours = || refuse(io::Error::other("it is no listening stream socket"));
+            let not_ours = || refuse(io::Error::other("it is not a listening stream socket"));
             let address = match socket::bound_address(&fd).ok_or_else(not_ours)? {
                 Bound::Tcp(address) => Address::Tcp(address),
                 Bound::Unix(path) => Address::Unix(path),
@@ -290,9 +289,9 @@ pub fn adopt_passed(passed: Vec<PassedListener>) -> Result<Vec<Rc<Listener>>> {
             if !socket::is_listening(&fd) {
                 return Err(not_ours());
             }
-            // Also where it serves before its options are set.
+            // Before it serves, even if its options are set later.
             rights::refuse(&fd);
-            // A blocking one would block the event loop of whoever loses the race for a client.
+            // A blocking socket would block the event loop if another worker accepts the client first.
             fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
                 .map_err(|error| refuse(error.into()))?;
             Ok(Rc::new(Listener {
@@ -332,13 +331,16 @@ fn bind(listen: &ListenConfig, options: &SocketOptions<'_>) -> Result<Listener> 
     Ok(listener)
 }
 
-/// Gives listeners that were there before the backlog, the mode and the options that are wanted
-/// now. What can't be set is logged, and stays as it was.
+/// Sets backlog, mode and options of existing listeners. A failure is logged, and the old value stays.
 pub fn tune(settings: &Settings, listeners: &[Rc<Listener>]) {
+    tune_all(&settings.listen, listeners, &SocketOptions::of(settings));
+}
+
+/// Likewise, for listeners that are `wanted` so, in this order.
+pub fn tune_all(wanted: &[ListenConfig], listeners: &[Rc<Listener>], options: &SocketOptions<'_>) {
     for (number, listener) in listeners.iter().enumerate() {
-        let wanted = settings.listen.get(number);
-        if let Err(error) = tune_one(listener, wanted, &SocketOptions::of(settings)) {
-            log::warn!("{error}; it stays as it was");
+        if let Err(error) = tune_one(listener, wanted.get(number), options) {
+            log::warn!("{error}; the old value stays");
         }
     }
 }
@@ -359,7 +361,7 @@ fn tune_one(
         return Ok(());
     };
     if let Some(mode) = wanted.mode {
-        // By the descriptor: the path may lead to another file by now.
+        // By the descriptor, because the path may lead to another file by now.
         let set = path.open_socket().and_then(|file| {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             fs::set_permissions(path, fs::Permissions::from_mode(mode))
@@ -378,15 +380,14 @@ fn set_options(listener: &Listener, write_timeout: Duration) -> Result<()> {
         .map_err(|error| Error::system(format!("set the options of {}", listener.bound), error))
 }
 
-/// Binds a unix socket. To be called under the pid file's lock: a path that a dead server left
-/// behind is removed.
+/// Binds a unix socket. Removes a path that a dead server has left. Call it while the pid file is locked.
 pub fn bind_path(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
     if let Ok(found) = fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
-            let text = "there is something that is no socket; it is left alone";
+            let text = "there is a file that is not a socket; it is left alone";
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
-        // Only what nobody listens to any more is removed: anything else is somebody's.
+        // Removes the path only if no process listens there. Otherwise it belongs to another server.
         match socket::try_unix(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 fs::remove_file(path)?
@@ -424,10 +425,10 @@ fn refused(address: &Address, error: io::Error) -> Error {
             "no interface of this machine has that address".into()
         }
         (io::ErrorKind::PermissionDenied, Address::Tcp(address)) if address.port() < 1024 => {
-            "ports below 1024 want root, CAP_NET_BIND_SERVICE or a socket unit".into()
+            "ports below 1024 need root, CAP_NET_BIND_SERVICE or a socket unit".into()
         }
-        (io::ErrorKind::PermissionDenied, _) => "choose a place this user may write to".into(),
-        (io::ErrorKind::NotFound, _) => "make the directory first".into(),
+        (io::ErrorKind::PermissionDenied, _) => "choose a path that this user may write".into(),
+        (io::ErrorKind::NotFound, _) => "create the directory first".into(),
         (io::ErrorKind::AlreadyExists, _) => "remove it, or choose another path".into(),
         _ => String::new(),
     };
@@ -438,17 +439,11 @@ fn refused(address: &Address, error: io::Error) -> Error {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::HttpMethods;
 
     fn listen(address: &str) -> ListenConfig {
         ListenConfig {
-            address: address.parse().unwrap(),
-            name: None,
             backlog: 16,
-            mode: None,
-            socket_user: None,
-            socket_group: None,
-            http_methods: HttpMethods::Any,
+            ..ListenConfig::at(address.parse().unwrap())
         }
     }
 

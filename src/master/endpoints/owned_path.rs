@@ -1,7 +1,7 @@
-//! A path that the master has made, and touches again only as long as it is the same file.
+//! A path that the master has created. It is used again only while it is the same file.
 //!
-//! Somebody may have cleaned the directory, and another master may have made its own file there:
-//! that one is not ours to remove.
+//! The directory may have been cleaned, and another master may have created a file of the same name, which
+//! must not be removed.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -12,27 +12,27 @@ use std::path::{Path, PathBuf};
 use nix::libc;
 use serde::{Deserialize, Serialize};
 
-/// A file or socket by its path and its identity.
+/// A file or socket, by its path and identity.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OwnedPath {
     path: PathBuf,
-    /// Device and inode; `None` when it was gone before it could be looked at.
+    /// Device and inode; `None` if it was gone before it was read.
     identity: Option<(u64, u64)>,
 }
 
-/// What has become of such a path.
+/// The state of such a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PathState {
-    /// It is as it was made.
+    /// It is the file that was created.
     Ours,
-    /// Nothing is there, or nothing that can be looked at.
+    /// There is no file, or it cannot be read.
     Gone,
-    /// Somebody has put something else there.
+    /// There is another file.
     Foreign,
 }
 
 impl OwnedPath {
-    /// What stands at `path` now, which this process has just made.
+    /// Records the file at `path`, which this process has just created.
     pub fn of(path: &Path) -> Self {
         OwnedPath {
             path: path.to_owned(),
@@ -40,8 +40,8 @@ impl OwnedPath {
         }
     }
 
-    /// What stands there now. Sure of a socket that is still open, for its inode is not given to
-    /// another file.
+    /// Returns the state of the path. Reliable for a socket that is still open, because no other file gets
+    /// its inode.
     pub fn standing(&self) -> PathState {
         match identity(&self.path) {
             None => PathState::Gone,
@@ -50,22 +50,21 @@ impl OwnedPath {
         }
     }
 
-    /// Whether it is gone, and may be made again. What somebody has put in its place is left alone, with a
-    /// warning that calls it `name` and says `what` it stands in for.
+    /// Returns whether the file is gone and may be recreated. If there is another file, logs a warning with
+    /// `name` and with `what` it replaces.
     pub fn warn_if_replaced(&self, name: &dyn Display, what: &str) -> bool {
         let standing = self.standing();
         if standing == PathState::Foreign {
-            log::warn!("something else stands at {name}, where {what}");
+            log::warn!("there is another file at {name}, where {what}");
         }
         standing == PathState::Gone
     }
 
-    /// A descriptor of this socket's path (O_PATH, open(2)), for changes of its owner and mode. Unlike
-    /// the path it cannot be redirected: if another user owns the directory, that user may put a link
-    /// to any file there at any time.
+    /// Opens this socket's path (O_PATH, open(2)) to change its owner and mode. A descriptor cannot be
+    /// redirected, but a path can: a user who owns the directory can put a link to any file there.
     ///
     /// # Errors
-    /// When something else is there, or nothing.
+    /// If there is another file, or none.
     pub fn open_socket(&self) -> io::Result<File> {
         let mut options = File::options();
         let flags = libc::O_PATH | libc::O_NOFOLLOW;
@@ -74,13 +73,13 @@ impl OwnedPath {
         let is_same = self.identity == Some((found.dev(), found.ino()));
         // With a second name it may be a socket of another directory.
         if !is_same || !found.file_type().is_socket() || found.nlink() != 1 {
-            let text = "another file has taken its place, which is left alone";
+            let text = "there is another file, which is left alone";
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
         Ok(file)
     }
 
-    /// Removes it, if it is still there.
+    /// Removes the file, if it is the one that was created.
     pub fn remove(&self) {
         if self.standing() == PathState::Ours {
             let _ = fs::remove_file(&self.path);
@@ -132,7 +131,7 @@ mod tests {
         let path = directory.path().join("file");
         fs::write(&path, "ours").unwrap();
         let own = OwnedPath::of(&path);
-        // made beside it first, so that it can't get the same inode
+        // Created beside it first, so that it cannot get the same inode.
         let other = directory.path().join("other");
         fs::write(&other, "theirs").unwrap();
         fs::rename(&other, &path).unwrap();

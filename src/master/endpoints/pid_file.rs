@@ -1,7 +1,7 @@
-//! The pid file: a lock that is the truth, and a number that is a hint.
+//! Locks and writes the pid file. The lock decides; the number in the file is only a hint.
 //!
-//! The lock (flock(2)) lives as long as the master, whatever becomes of the file. A stale file,
-//! or one that names somebody else's pid, never stops a start; a live lock always does.
+//! The lock (flock(2)) lives as long as the master, even if the file is removed. A file without a lock
+//! never prevents a start, whatever it contains. A lock always does.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -14,14 +14,14 @@ use nix::libc;
 
 use super::owned_path::OwnedPath;
 use crate::error::{Error, Result};
-use crate::sys::lock::{lock, unlock};
+use crate::sys::lock::{lock_file, unlock_file};
 use crate::sys::process::Pid;
 
-/// The longest content, in bytes, that may have been a pid file's.
+/// The most bytes that a pid file can have.
 const LONGEST: u64 = 256;
 
-/// A locked pid file. Dropped, it is closed, and the lock is another descriptor's where there is one:
-/// a program that could not take over leaves it to the one before.
+/// A locked pid file. Dropping it closes the descriptor. The lock stays if another descriptor has it, as
+/// after a failed upgrade.
 #[derive(Debug)]
 pub struct PidFile {
     path: OwnedPath,
@@ -29,11 +29,11 @@ pub struct PidFile {
 }
 
 impl PidFile {
-    /// Locks the file at `path`, which is made if it is not there, with its directory.
+    /// Creates the file at `path` and its directory if needed, and locks it.
     ///
     /// # Errors
-    /// `AlreadyRunning` when somebody else holds the lock; a system error for a path that can't
-    /// be opened, or that is a symbolic link or no file.
+    /// `AlreadyRunning` if another process holds the lock; a system error if the path cannot be opened, or
+    /// is a symbolic link or no file.
     pub fn lock(path: &Path) -> Result<Self> {
         if let Some(directory) = path.parent() {
             make_directory(directory)?;
@@ -46,7 +46,7 @@ impl PidFile {
                 });
             }
             let file = open(path)?;
-            match lock(&file) {
+            match lock_file(&file) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Err(Error::AlreadyRunning {
@@ -56,8 +56,8 @@ impl PidFile {
                 }
                 Err(error) => return Err(refused("lock", path, error)),
             }
-            // The one before us may have removed the file between our open and our lock: then we
-            // hold the lock on a file that nobody else will ever find.
+            // The previous owner may have removed the file between open and lock. Then this lock is on a
+            // file that no other process will find.
             let held = file
                 .metadata()
                 .map_err(|error| refused("stat", path, error))?;
@@ -76,11 +76,11 @@ impl PidFile {
     /// Writes this process's pid.
     ///
     /// # Errors
-    /// A full disk.
+    /// If the disk is full.
     pub fn write(&mut self) -> Result<()> {
         let text = own_pid();
         let mut write = || {
-            // Written before it is cut: a reader never finds it empty.
+            // Written before it is shortened, so that a reader never finds it empty.
             self.file.rewind()?;
             self.file.write_all(text.as_bytes())?;
             self.file.set_len(text.len() as u64)
@@ -88,61 +88,61 @@ impl PidFile {
         write().map_err(|error| refused("write", self.path.as_ref(), error))
     }
 
-    /// Makes the file again where somebody has removed it, locked as the first one was.
+    /// Recreates the file if it was removed, with a lock.
     pub fn renew(&mut self) {
         let path = AsRef::<Path>::as_ref(&self.path).to_owned();
         let name = path.display();
-        let what = "the pid file was: it is left alone, and does not name this master; remove it and reload";
+        let what = "the pid file was: commands may not find this master; remove it and reload to restore the pid file";
         if !self.path.warn_if_replaced(&name, what) {
             return;
         }
         let made = PidFile::lock(&path).and_then(|mut made| made.write().map(|()| made));
         match made {
             Ok(made) => {
-                // The lock of the old one, which nobody finds any more, goes with it.
+                // This drops the lock of the old file, which no process can find.
                 *self = made;
-                log::warn!("somebody has removed the pid file {name}: it is made again");
+                log::warn!("the pid file {name} was removed: recreated it");
             }
-            Err(error) => log::warn!(
-                "somebody has removed the pid file {name}, and it can't be made again: {error}"
-            ),
+            Err(error) => {
+                log::warn!("the pid file {name} was removed, and recreating it failed: {error}")
+            }
         }
     }
 
-    /// The file and its descriptor, for the program that goes on with the lock.
+    /// Returns the file and its descriptor, for the program that continues with the lock.
     pub fn export(&self) -> (OwnedPath, RawFd) {
         (self.path.clone(), self.raw_descriptor())
     }
 
-    /// The file whose lock came with its descriptor.
+    /// Takes over the file and its locked descriptor.
     ///
     /// # Errors
-    /// When it does not hold the lock.
+    /// If the descriptor does not hold the lock.
     pub fn import(path: OwnedPath, fd: OwnedFd) -> Result<Self> {
         let file = File::from(fd);
-        // Locked once more, which changes nothing: the lock belongs to the open file.
-        match lock(&file) {
+        // Locking again changes nothing, because the lock belongs to the open file.
+        match lock_file(&file) {
             Ok(()) => Ok(PidFile { path, file }),
-            Err(error) => Err(refused("keep the lock of", path.as_ref(), error)),
+            Err(error) => Err(refused("take over the lock of", path.as_ref(), error)),
         }
     }
 
-    /// Removes the file, under the lock.
+    /// Removes the file, while it is locked.
     pub fn remove(self) {
         self.path.remove();
-        unlock(&self.file);
+        unlock_file(&self.file);
     }
 
-    /// The descriptor that a child has to close first: flock belongs to the open file, so a
-    /// child that keeps it would hold the lock beyond the master's death.
+    /// Returns the descriptor, which a child must close first: flock(2) belongs to the open file, so the
+    /// child would hold the lock after the master's death.
     pub fn raw_descriptor(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 }
 
-/// Makes the file where there is none: it appears locked and with the pid in it, so that nobody
-/// ever finds it empty. `None` when there is one, or where it can't be made in this way (a file
-/// system without RENAME_NOREPLACE, rename(2)): `open` makes it then, or says why not.
+/// Creates the file if there is none, already locked and with its content, so that a reader never finds it
+/// empty. Returns `None` if the file exists, or if this is not possible (a file system without
+/// RENAME_NOREPLACE, rename(2)). Then `open` creates it, or returns the error.
 fn make_whole(path: &Path) -> Option<File> {
     if fs::symlink_metadata(path).is_ok() {
         return None;
@@ -158,7 +158,7 @@ fn make_whole(path: &Path) -> Option<File> {
         .open(&beside)
         .ok()?;
     let publish = || {
-        lock(&file)?;
+        lock_file(&file)?;
         file.write_all(own_pid().as_bytes())?;
         let flags = RenameFlags::RENAME_NOREPLACE;
         renameat2(AT_FDCWD, &beside, AT_FDCWD, path, flags)?;
@@ -171,7 +171,7 @@ fn make_whole(path: &Path) -> Option<File> {
     published.ok()
 }
 
-/// What stands in the file.
+/// Returns the content of the file.
 fn own_pid() -> String {
     format!("{}\n", Pid::current())
 }
@@ -187,42 +187,42 @@ fn open(path: &Path) -> Result<File> {
         .open(path)
         .map_err(|error| refused("open", path, error))?;
     let is_file = file.metadata().is_ok_and(|found| found.is_file());
-    // A stale pid, or garbage in its place, is no reason to stop; a whole document is.
+    // An old pid or garbage does not matter, but a whole document would be lost.
     if file.metadata().is_ok_and(|found| found.len() > LONGEST) {
         return Err(refused(
             "take for a pid file:",
             path,
-            io::Error::other("it holds something else, which would be lost"),
+            io::Error::other("it has other content, which would be lost"),
         ));
     }
     if !is_file {
         return Err(refused(
             "open",
             path,
-            io::Error::other("it is no regular file"),
+            io::Error::other("it is not a regular file"),
         ));
     }
     Ok(file)
 }
 
-/// Makes the directory of a pid file or socket, if it is not there.
+/// Creates the directory of a pid file or socket if needed.
 ///
 /// # Errors
-/// When it can't be made; when it is this user's default directory under the temporary one, which
-/// anybody may have put there, and is not this user's alone.
+/// If it cannot be created; if it is the default directory under the temporary directory, where any user
+/// could have created it, and others can write to it.
 pub fn make_directory(directory: &Path) -> Result<()> {
     if directory.as_os_str().is_empty() {
         return Ok(());
     }
     let own = nix::unistd::geteuid();
     if !directory.is_dir() {
-        // Root's own run directory is for all to look into, a user's for the user alone.
+        // Root's run directory is readable for all, that of another user only for that user.
         let mode = if own.is_root() { 0o755 } else { 0o700 };
         fs::DirBuilder::new()
             .recursive(true)
             .mode(mode)
             .create(directory)
-            .map_err(|error| refused("make directory", directory, error))?;
+            .map_err(|error| refused("create directory", directory, error))?;
     }
     let name = directory.file_name().unwrap_or_default().as_encoded_bytes();
     let is_default = directory.parent() == Some(&std::env::temp_dir())
@@ -237,8 +237,8 @@ pub fn make_directory(directory: &Path) -> Result<()> {
         return Ok(());
     }
     Err(Error::Permission(format!(
-        "{} is not a directory of this user's alone, so others could take over what is put there; \
-         remove it, or name other places in pid-file and control-socket",
+        "other users can write to {}, so they could replace the pid file and the control socket; \
+         remove that directory, or set pid-file and control-socket to other paths",
         directory.display()
     )))
 }
@@ -249,7 +249,7 @@ fn read_pid(file: &File) -> Option<i32> {
     pid_in(&text)
 }
 
-/// The pid that a pid file's content names; `None` for any other content. A hint, whoever wrote it.
+/// Returns the pid in the content of a pid file; `None` for any other content.
 pub fn pid_in(content: &[u8]) -> Option<i32> {
     let text = std::str::from_utf8(content).ok()?;
     text.trim().parse().ok().filter(|pid| *pid > 0)
@@ -258,12 +258,12 @@ pub fn pid_in(content: &[u8]) -> Option<i32> {
 fn refused(what: &str, path: &Path, error: io::Error) -> Error {
     let remedy = match error.raw_os_error() {
         Some(libc::ELOOP) => {
-            "it is a symbolic link, which is not followed: remove it, or name another pid-file"
+            "it is a symbolic link, which is not followed: remove it, or set pid-file to another path"
         }
         Some(libc::EISDIR) => "it is a directory: name a file in pid-file",
-        Some(libc::EACCES | libc::EROFS) => "name a place this user may write to in pid-file",
-        Some(libc::ENOSPC | libc::EDQUOT) => "make room there, or name another pid-file",
-        _ => "name another pid-file",
+        Some(libc::EACCES | libc::EROFS) => "set pid-file to a path that this user may write",
+        Some(libc::ENOSPC | libc::EDQUOT) => "free disk space, or set pid-file to another path",
+        _ => "set pid-file to another path",
     };
     Error::system_with(format!("{what} {}", path.display()), error, remedy)
 }

@@ -1,26 +1,75 @@
-//! Who is put into quarantine: pure but for the board that it writes on.
+//! Decides which calls are quarantined. Pure: the caller publishes the result.
 //!
-//! A call gets a strike when a worker died while it ran. Where the worker could say whose thread
-//! has failed (a fault, an abort), that call alone gets it, and nobody when it was a signal of
-//! somebody else's. A KILL is somebody else's too, unless the kernel had to end somebody for want of
-//! memory. Where nobody could say anything (that, or a worker that left on its own), all that ran get
-//! one; so whoever runs to the end once is acquitted of all. The third one within an hour is the last.
+//! When a worker crashes, at most one of the calls that it was running is counted:
+//!
+//! - If the crash report names a thread (a fault or an abort), that thread's call.
+//! - If the master has ended the worker because its event loop was stuck, the call that the event loop
+//!   itself ran.
+//! - If another process sent the signal, none. This includes SIGKILL, unless the kernel's OOM killer sent
+//!   it.
+//! - If nothing is known (OOM killer, or a thread of a handler called `exit`), the only call that ran. If
+//!   there were several, none is counted: a client that lets a worker crash could otherwise choose the call
+//!   of another client that runs beside it.
+//!
+//! A call that completes is cleared. The third crash within an hour quarantines it.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering::Relaxed;
 
 use super::event::Millis;
-use crate::link::quarantine::{PLACES, Quarantine, place_of};
 use crate::sys::signal::Fault;
 
-/// So many deaths.
+/// The number of crashes after which a call is quarantined.
 pub const MAX_CRASHES: u32 = 3;
-/// Within so long.
+/// The most quarantined calls, and the most suspected calls.
+pub const MAX_CALLS: usize = 64;
+/// A suspect that is not counted again within this time is cleared.
 const CRASH_WINDOW_MS: Millis = 3_600_000;
+
+/// Which of its calls can have caused the end of a worker, as far as the master knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Suspicion {
+    /// None, because the end was ordered or another process caused it.
+    Nothing,
+    /// The one that the crash report shows.
+    Reported,
+    /// The one that its event loop ran, because the loop was stuck.
+    EventLoop,
+}
+
+/// What is known about the crash of a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CrashEvidence {
+    pub fault: Fault,
+    /// The key of the call whose thread failed; 0 if that ran none.
+    pub faulting_call: u64,
+    /// The key of the call that the event loop itself ran; 0 if it ran none.
+    pub event_loop_call: u64,
+    /// The key and the method of each call that ran. A call without a key has 0.
+    pub running: Vec<(u64, String)>,
+}
+
+impl CrashEvidence {
+    /// Returns the call that is counted, by key and method.
+    pub fn cause(&self, suspicion: Suspicion) -> Option<&(u64, String)> {
+        let by_key = |key: u64| self.running.iter().find(|(it, _)| *it == key);
+        let found = match (suspicion, self.fault) {
+            (Suspicion::Nothing, _) => None,
+            (Suspicion::EventLoop, _) => by_key(self.event_loop_call),
+            (Suspicion::Reported, Fault::Own) => by_key(self.faulting_call),
+            (Suspicion::Reported, Fault::Sent) => None,
+            (Suspicion::Reported, Fault::Unknown) => {
+                let first = self.running.first()?;
+                let is_only = self.running.iter().all(|(key, _)| *key == first.0);
+                is_only.then_some(first)
+            }
+        };
+        found.filter(|(key, _)| *key != 0)
+    }
+}
 
 #[derive(Debug)]
 struct Suspect {
-    strikes: u32,
+    crashes: u32,
     last: Millis,
 }
 
@@ -28,21 +77,25 @@ struct Suspect {
 pub struct QuarantinedCall {
     pub key: u64,
     pub method: String,
-    /// When it was put there, in seconds since 1970.
+    /// When it was quarantined, in seconds since 1970.
     pub at: u64,
 }
 
-/// Suspects and prisoners.
+/// A new call of the quarantine. With it comes the call that had to leave the full quarantine for it.
+pub type Caught = (QuarantinedCall, Option<QuarantinedCall>);
+
+/// The calls that are suspected, and those that are quarantined.
 #[derive(Debug, Default)]
 pub struct CrashCounts {
     suspects: HashMap<u64, Suspect>,
     quarantined: Vec<QuarantinedCall>,
-    /// How many processes the kernel had ended for want of memory when last looked.
+    /// The number of processes that the OOM killer had ended at the last look; `None` if the kernel does
+    /// not say.
     kills: Option<u64>,
 }
 
 impl CrashCounts {
-    /// Nobody is suspected yet, and the kernel has ended so many processes for want of memory.
+    /// Starts without a suspect. `kills` is the number of processes that the OOM killer has ended by now.
     pub fn new(kills: Option<u64>) -> Self {
         CrashCounts {
             kills,
@@ -50,148 +103,78 @@ impl CrashCounts {
         }
     }
 
-    /// Some workers got a KILL, and by now it is so many: whether those may be among them. Where the
-    /// kernel does not say, they are not.
+    /// Returns whether the OOM killer has ended a process since the last look. `kills` is its count now.
+    /// Returns false if the kernel gives no count.
     pub fn ran_out_of_memory(&mut self, kills: Option<u64>) -> bool {
         let before = std::mem::replace(&mut self.kills, kills);
         matches!((before, kills), (Some(before), Some(now)) if now > before)
     }
 
-    /// A worker has died at `now` (and `at` by the wall clock) while these calls ran, by key and
-    /// method. Returns those that are in quarantine from now on, each with the one that had to leave for it,
-    /// and how often that was refused.
-    pub fn death(
+    /// Drops suspects that a completed call has cleared, and those that are too old. `is_suspected` says
+    /// whether the published suspicion of a key still holds.
+    pub fn forget(&mut self, is_suspected: impl Fn(u64) -> bool, now: Millis) {
+        self.suspects.retain(|&key, suspect| {
+            now.saturating_sub(suspect.last) <= CRASH_WINDOW_MS && is_suspected(key)
+        });
+    }
+
+    /// Counts a crash for a call. `now` is monotonic, `at` is the wall clock; `refusals` says how often a
+    /// quarantined call was refused. Returns the call if it is quarantined from now on.
+    pub fn count(
         &mut self,
-        quarantine: &Quarantine,
-        (fault, culprit): (Fault, u64),
-        ran: &[(u64, String)],
+        (key, method): &(u64, String),
         (now, at): (Millis, u64),
-    ) -> Vec<(QuarantinedCall, Option<(QuarantinedCall, u64)>)> {
-        self.forget(quarantine, now);
-        let mut caught = Vec::new();
-        for (key, method) in ran {
-            let blamed = match fault {
-                Fault::Unknown => true,
-                Fault::Own => *key == culprit,
-                Fault::Sent => false,
-            };
-            if !blamed || self.quarantined.iter().any(|prisoner| prisoner.key == *key) {
-                continue;
-            }
-            let strikes = self.strike(quarantine, *key, now);
-            if strikes >= MAX_CRASHES {
-                self.release(quarantine, *key);
-                let prisoner = QuarantinedCall {
-                    key: *key,
-                    method: method.clone(),
-                    at,
-                };
-                let evicted = self.hold(quarantine, prisoner.clone());
-                caught.push((prisoner, evicted));
-            }
+        refusals: impl Fn(u64) -> u64,
+    ) -> Option<Caught> {
+        let is_held = self.quarantined.iter().any(|call| call.key == *key);
+        let is_full = self.suspects.len() >= MAX_CALLS && !self.suspects.contains_key(key);
+        if is_held || is_full {
+            return None;
         }
-        self.count(quarantine);
-        caught
-    }
-
-    /// Those in quarantine, and how often each was refused.
-    pub fn quarantined<'a>(
-        &'a self,
-        quarantine: &'a Quarantine,
-    ) -> impl Iterator<Item = (&'a QuarantinedCall, u64)> {
-        let board = quarantine.board();
-        self.quarantined.iter().map(|prisoner| {
-            let place = place_of(&board.keys, prisoner.key);
-            let refused = place.map_or(0, |place| board.refused[place].load(Relaxed));
-            (prisoner, refused)
-        })
-    }
-
-    /// Lets everybody go, and forgets what they were suspected of.
-    pub fn reset(&mut self, quarantine: &Quarantine) {
-        for key in quarantine.board().keys.iter() {
-            key.store(0, Relaxed);
-        }
-        for suspect in quarantine.board().suspects.iter() {
-            suspect.store(0, Relaxed);
-        }
-        self.suspects.clear();
-        self.quarantined.clear();
-        self.count(quarantine);
-    }
-
-    fn strike(&mut self, quarantine: &Quarantine, key: u64, now: Millis) -> u32 {
-        let suspects = &quarantine.board().suspects;
-        if place_of(suspects, key).is_none() {
-            // New, or acquitted meanwhile.
-            self.suspects.remove(&key);
-            let Some(free) = place_of(suspects, 0) else {
-                return 0; // As many are watched as can be.
-            };
-            suspects[free].store(key, Relaxed);
-        }
-        let suspect = self.suspects.entry(key).or_insert(Suspect {
-            strikes: 0,
+        let suspect = self.suspects.entry(*key).or_insert(Suspect {
+            crashes: 0,
             last: now,
         });
-        suspect.strikes += 1;
+        suspect.crashes += 1;
         suspect.last = now;
-        suspect.strikes
-    }
-
-    fn release(&mut self, quarantine: &Quarantine, key: u64) {
-        let suspects = &quarantine.board().suspects;
-        if let Some(place) = place_of(suspects, key) {
-            suspects[place].store(0, Relaxed);
+        if suspect.crashes < MAX_CRASHES {
+            return None;
         }
-        self.suspects.remove(&key);
+        self.suspects.remove(key);
+        let call = QuarantinedCall {
+            key: *key,
+            method: method.clone(),
+            at,
+        };
+        let evicted = self.evict(refusals);
+        self.quarantined.push(call.clone());
+        Some((call, evicted))
     }
 
-    /// Puts a call into quarantine. If that is full, the call that was refused least leaves, of several the
-    /// oldest, and is returned with the number of its refusals.
-    fn hold(
-        &mut self,
-        quarantine: &Quarantine,
-        call: QuarantinedCall,
-    ) -> Option<(QuarantinedCall, u64)> {
-        let board = quarantine.board();
-        let mut evicted = None;
-        if place_of(&board.keys, 0).is_none() {
-            let refusals = self.quarantined(quarantine).map(|(_, refused)| refused);
-            let least = refusals.enumerate().min_by_key(|(_, refused)| *refused);
-            evicted = least.map(|(index, refused)| (self.quarantined.remove(index), refused));
+    /// If the quarantine is full, removes the call that was refused least, of several the oldest one.
+    fn evict(&mut self, refusals: impl Fn(u64) -> u64) -> Option<QuarantinedCall> {
+        if self.quarantined.len() < MAX_CALLS {
+            return None;
         }
-        let leaves = evicted.as_ref().map_or(0, |(old, _)| old.key);
-        if let Some(place) = place_of(&board.keys, leaves) {
-            board.refused[place].store(0, Relaxed);
-            board.keys[place].store(call.key, Relaxed);
-            self.quarantined.push(call);
-        }
-        evicted
+        let calls = self.quarantined.iter().enumerate();
+        let least = calls.min_by_key(|(_, call)| refusals(call.key))?.0;
+        Some(self.quarantined.remove(least))
     }
 
-    /// Drops suspects that were acquitted, or that nothing was heard of for long.
-    fn forget(&mut self, quarantine: &Quarantine, now: Millis) {
-        let suspects = &quarantine.board().suspects;
-        self.suspects.retain(|&key, suspect| {
-            let place = place_of(suspects, key);
-            let old = now.saturating_sub(suspect.last) > CRASH_WINDOW_MS;
-            if let (Some(place), true) = (place, old) {
-                suspects[place].store(0, Relaxed);
-            }
-            place.is_some() && !old
-        });
+    /// Returns the quarantined calls.
+    pub fn quarantined(&self) -> &[QuarantinedCall] {
+        &self.quarantined
     }
 
-    fn count(&self, quarantine: &Quarantine) {
-        let board = quarantine.board();
-        debug_assert!(self.quarantined.len() <= PLACES && self.suspects.len() <= PLACES);
-        board
-            .suspect_count
-            .store(self.suspects.len() as u32, Relaxed);
-        board
-            .quarantined_count
-            .store(self.quarantined.len() as u32, Relaxed);
+    /// Returns the keys of the suspected calls.
+    pub fn suspects(&self) -> impl Iterator<Item = u64> {
+        self.suspects.keys().copied()
+    }
+
+    /// Releases all calls and clears all suspects.
+    pub fn reset(&mut self) {
+        self.suspects.clear();
+        self.quarantined.clear();
     }
 }
 
@@ -199,122 +182,149 @@ impl CrashCounts {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
+    #[derive(Default)]
     struct World {
-        quarantine: Quarantine,
-        strikes: CrashCounts,
+        counts: CrashCounts,
+        /// The suspicions that completed calls have cleared.
+        cleared: HashSet<u64>,
         now: Millis,
     }
 
+    fn evidence(fault: Fault, faulting_call: u64, ran: &[u64]) -> CrashEvidence {
+        CrashEvidence {
+            fault,
+            faulting_call,
+            event_loop_call: 0,
+            running: ran.iter().map(|&key| (key, format!("m{key}"))).collect(),
+        }
+    }
+
     impl World {
-        fn new() -> Self {
-            World {
-                quarantine: Quarantine::new().unwrap(),
-                strikes: CrashCounts::default(),
-                now: 1000,
-            }
+        /// Counts a crash during the calls `ran`. Returns the key of the newly quarantined call.
+        fn death(&mut self, fault: Fault, culprit: u64, ran: &[u64]) -> Option<u64> {
+            let evidence = evidence(fault, culprit, ran);
+            Some(self.caught(&evidence, Suspicion::Reported)?.0.key)
         }
 
-        /// A death while these ran; who is caught.
-        fn death(&mut self, fault: Fault, culprit: u64, ran: &[u64]) -> Vec<u64> {
-            let caught = self.caught(fault, culprit, ran);
-            caught.into_iter().map(|(call, _)| call.key).collect()
-        }
-
-        /// The same, with who had to leave.
-        fn caught(
-            &mut self,
-            fault: Fault,
-            culprit: u64,
-            ran: &[u64],
-        ) -> Vec<(QuarantinedCall, Option<(QuarantinedCall, u64)>)> {
+        /// Does the same, and returns the call that had to leave as well.
+        fn caught(&mut self, evidence: &CrashEvidence, suspicion: Suspicion) -> Option<Caught> {
             self.now += 1000;
-            let ran: Vec<_> = ran.iter().map(|&key| (key, format!("m{key}"))).collect();
-            let when = (self.now, 0);
-            self.strikes
-                .death(&self.quarantine, (fault, culprit), &ran, when)
+            let cleared = std::mem::take(&mut self.cleared);
+            (self.counts).forget(|key| !cleared.contains(&key), self.now);
+            let cause = evidence.cause(suspicion)?;
+            // All but call 7 were refused.
+            let refusals = |key| u64::from(key != 7);
+            self.counts.count(cause, (self.now, 0), refusals)
         }
 
-        fn held(&self) -> usize {
-            self.strikes.quarantined(&self.quarantine).count()
+        fn held(&self) -> Vec<u64> {
+            self.counts
+                .quarantined
+                .iter()
+                .map(|call| call.key)
+                .collect()
         }
     }
 
     #[test]
     fn the_third_death_of_a_call_is_its_last() {
-        let mut world = World::new();
-        assert!(world.death(Fault::Own, 7, &[5, 7, 9]).is_empty());
-        assert!(world.death(Fault::Own, 7, &[5, 7]).is_empty());
-        assert!(!world.quarantine.is_quarantined(7));
-        assert_eq!(world.death(Fault::Own, 7, &[7, 5]), [7]);
-        assert!(world.quarantine.is_quarantined(7) && !world.quarantine.is_quarantined(5));
-        let held: Vec<_> = world.strikes.quarantined(&world.quarantine).collect();
-        assert_eq!((held.len(), held[0].1), (1, 1), "refused once, just now");
-        world.strikes.reset(&world.quarantine);
-        assert!(!world.quarantine.is_quarantined(7));
-        // and is watched anew
-        assert!(world.death(Fault::Own, 7, &[7]).is_empty());
+        let mut world = World::default();
+        assert_eq!(world.death(Fault::Own, 7, &[5, 7, 9]), None);
+        assert_eq!(world.death(Fault::Own, 7, &[5, 7]), None);
+        assert_eq!(world.counts.suspects().collect::<Vec<_>>(), [7]);
+        assert_eq!(world.death(Fault::Own, 7, &[7, 5]), Some(7));
+        assert_eq!(
+            (world.held(), world.counts.suspects().count()),
+            (vec![7], 0)
+        );
+        world.counts.reset();
+        assert!(world.held().is_empty());
+        // It is counted from zero again.
+        assert_eq!(world.death(Fault::Own, 7, &[7]), None);
     }
 
     #[test]
-    fn whoever_runs_to_the_end_is_innocent() {
-        let mut world = World::new();
+    fn a_call_that_completes_is_no_suspect() {
+        let mut world = World::default();
         for _ in 0..10 {
-            assert!(world.death(Fault::Unknown, 0, &[5]).is_empty());
-            world.quarantine.clear_suspicion(5);
+            assert_eq!(world.death(Fault::Unknown, 0, &[5]), None);
+            world.cleared.insert(5);
         }
-        // the culprit is never acquitted, whoever runs beside it
-        world.death(Fault::Unknown, 0, &[5, 7]);
-        world.quarantine.clear_suspicion(5);
-        world.death(Fault::Unknown, 0, &[5, 7]);
-        world.quarantine.clear_suspicion(5);
-        assert_eq!(world.death(Fault::Unknown, 0, &[5, 7]), [7]);
     }
 
     #[test]
-    fn nobody_is_blamed_for_a_signal_that_was_sent_or_for_what_is_long_ago() {
-        let mut world = World::new();
+    fn no_call_is_counted_for_a_signal_that_was_sent_or_for_what_is_long_ago() {
+        let mut world = World::default();
         for _ in 0..10 {
-            assert!(world.death(Fault::Sent, 0, &[5]).is_empty());
-            assert!(world.death(Fault::Own, 0, &[5]).is_empty());
+            assert_eq!(world.death(Fault::Sent, 0, &[5]), None);
+            assert_eq!(world.death(Fault::Own, 0, &[5]), None);
         }
         world.death(Fault::Own, 5, &[5]);
         world.death(Fault::Own, 5, &[5]);
         world.now += CRASH_WINDOW_MS;
-        assert!(world.death(Fault::Own, 5, &[5]).is_empty());
+        assert_eq!(world.death(Fault::Own, 5, &[5]), None);
+    }
+
+    #[test]
+    fn without_evidence_only_a_call_that_ran_alone_is_counted() {
+        let cause = |ran: &[u64]| {
+            let evidence = evidence(Fault::Unknown, 0, ran);
+            evidence.cause(Suspicion::Reported).map(|(key, _)| *key)
+        };
+        assert_eq!(cause(&[5]), Some(5));
+        assert_eq!(cause(&[5, 5]), Some(5), "the same call twice");
+        assert_eq!(cause(&[]), None);
+        assert_eq!(cause(&[5, 7]), None);
+        // A call without a key, such as one of a batch.
+        assert_eq!(cause(&[5, 0]), None);
+        assert_eq!(cause(&[0]), None);
+    }
+
+    #[test]
+    fn for_a_stuck_event_loop_only_the_call_that_it_ran_is_counted() {
+        let mut stuck = evidence(Fault::Sent, 0, &[5, 7]);
+        assert_eq!(stuck.cause(Suspicion::EventLoop), None);
+        stuck.event_loop_call = 7;
+        let cause = stuck.cause(Suspicion::EventLoop);
+        assert_eq!(cause, Some(&(7, "m7".to_owned())));
+        assert_eq!(stuck.cause(Suspicion::Nothing), None);
+        // Without a report of its threads, too.
+        let alone = evidence(Fault::Unknown, 0, &[5]);
+        assert_eq!(alone.cause(Suspicion::EventLoop), None);
     }
 
     #[test]
     fn a_kill_counts_when_the_kernel_has_run_out_of_memory_since_the_one_before() {
-        let mut strikes = CrashCounts::new(Some(7));
-        assert!(!strikes.ran_out_of_memory(Some(7)));
-        assert!(strikes.ran_out_of_memory(Some(9)));
-        assert!(!strikes.ran_out_of_memory(Some(9)));
-        assert!(!strikes.ran_out_of_memory(None));
-        assert!(!strikes.ran_out_of_memory(Some(12)), "nobody knows when");
+        let mut counts = CrashCounts::new(Some(7));
+        assert!(!counts.ran_out_of_memory(Some(7)));
+        assert!(counts.ran_out_of_memory(Some(9)));
+        assert!(!counts.ran_out_of_memory(Some(9)));
+        assert!(!counts.ran_out_of_memory(None));
+        assert!(!counts.ran_out_of_memory(Some(12)), "the time is unknown");
         assert!(!CrashCounts::new(None).ran_out_of_memory(None));
     }
 
     #[test]
     fn a_full_quarantine_lets_the_call_go_that_was_refused_least() {
-        let mut world = World::new();
-        for _ in 0..3 {
-            let many: Vec<u64> = (1..=PLACES as u64 + 20).collect();
-            world.death(Fault::Unknown, 0, &many);
+        let mut world = World::default();
+        let keys = 1..=MAX_CALLS as u64;
+        for key in keys.clone().flat_map(|key| [key; 3]) {
+            world.death(Fault::Own, key, &[key]);
         }
-        assert_eq!(world.held(), PLACES);
-        assert!(!world.quarantine.is_quarantined(PLACES as u64 + 20));
-        for key in (1..=PLACES as u64).filter(|key| *key != 7) {
-            assert!(world.quarantine.is_quarantined(key));
-        }
+        assert_eq!(world.held(), keys.collect::<Vec<_>>());
         for _ in 0..2 {
             world.death(Fault::Own, 1000, &[1000]);
         }
-        let found = world.caught(Fault::Own, 1000, &[1000]);
-        let (caught, evicted) = &found[0];
-        let (evicted, refused) = evicted.as_ref().unwrap();
-        assert_eq!((caught.key, evicted.key, *refused), (1000, 7, 0));
-        assert!(world.quarantine.is_quarantined(1000) && !world.quarantine.is_quarantined(7));
-        assert_eq!(world.held(), PLACES);
+        let last = evidence(Fault::Own, 1000, &[1000]);
+        let (caught, evicted) = world.caught(&last, Suspicion::Reported).unwrap();
+        assert_eq!((caught.key, evicted.unwrap().key), (1000, 7));
+        assert_eq!(world.held().len(), MAX_CALLS);
+        // Suspects are limited as well.
+        for key in 2000..3000 {
+            world.death(Fault::Own, key, &[key]);
+        }
+        assert_eq!(world.counts.suspects().count(), MAX_CALLS);
     }
 }

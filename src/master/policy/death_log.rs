@@ -1,86 +1,138 @@
-//! The death records: the last 100 deaths, for `status`, and how a death is told in the log.
+//! Keeps the death records, which are the last 100 deaths of each kind, and finds out why a child died.
 //!
-//! What a worker leaves behind (its last method) was written by a process that crashed: it is cut
-//! and cleaned before it goes anywhere. Nothing here can fail.
+//! The last method of a worker was written by a process that crashed. So it is shortened and control
+//! characters are escaped before it goes anywhere. Nothing here can fail.
 
 use std::collections::VecDeque;
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
-use super::event::{Exit, HumanDuration, Millis};
-use super::slots::{ChildRecord, WorkerStage};
+use super::event::{Exit, Millis};
+use super::slots::{ChildRecord, KillReason, WorkerStage};
 use crate::link::ids::{Generation, Pid, Slot};
+use crate::protocol::call_id::CallId;
+use crate::protocol::control::DeathKind;
 
-/// So many records are kept.
+/// The most records that are kept of each kind. Each kind has its own limit, so that programs that often
+/// die do not displace the records of workers.
 pub const MAX_DEATH_RECORDS: usize = 100;
-/// Longest method name that is kept, in characters.
+/// The exit code of a child that could not start (EX_OSERR, sysexits(3head)), and of one with a bug.
+const CANT_START: i32 = 71;
+const BUG: i32 = 70;
+/// The longest method name that is kept, in characters.
 const LONGEST_METHOD: usize = 128;
-/// Longest text of evidence that is kept, in characters.
+/// The most lines of a reason.
+const MAX_LINES: usize = 21;
+/// The longest text of evidence that is kept, in characters.
 const LONGEST_TEXT: usize = 4096;
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A death. It crosses an upgrade.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Death {
-    /// Where the worker was.
+    #[serde(default)]
+    pub kind: DeathKind,
+    /// The name of the pool, for a pool process or a program.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The slot of the child; for a program, the slot of its pool process.
     pub slot: Slot,
     pub pid: Pid,
-    /// Which configuration it ran.
     pub generation: Generation,
-    /// How it ended.
+    #[serde(flatten, with = "exit_members")]
     pub how: Exit,
-    /// From its fork to its end.
+    /// The time from its fork to its end.
     pub uptime: Millis,
-    /// The method that it last ran.
+    /// The last method that it ran.
     pub method: Option<String>,
-    /// Its resident memory when last seen, in bytes.
+    /// The call of that method.
+    #[serde(default)]
+    pub call: Option<CallId>,
+    /// Its resident memory at the last look, in bytes.
     pub rss_bytes: u64,
-    /// Why, as far as the master knows.
-    pub reason: String,
-    /// The wall clock, in unix seconds.
+    pub reason: DeathReason,
+    /// Seconds since 1970.
     pub at: u64,
 }
 
-impl Death {
-    /// The death in words, up to what follows from it.
-    pub(crate) fn sentence(&self) -> String {
-        let Death {
-            pid,
-            slot,
-            how,
-            reason,
-            ..
-        } = self;
-        let after = HumanDuration(self.uptime);
-        let method = match &self.method {
-            Some(method) => format!(", last method {method}"),
-            None => String::new(),
-        };
-        let role = slot.role();
-        format!("{role} {pid} (slot {slot}) ended by {how} after {after}: {reason}{method}")
+/// An exit as two members, of which one is set.
+mod exit_members {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Exit;
+
+    #[derive(Serialize, Deserialize)]
+    struct ExitMembers {
+        exit: Option<i32>,
+        /// The number of the signal, and whether a core was dumped.
+        signal: Option<(i32, bool)>,
     }
 
-    /// The death as the key=value pairs that end a log line.
-    pub(crate) fn log_fields(&self) -> String {
-        let mut pairs = format!(
-            "slot={} pid={} generation={}",
-            self.slot, self.pid, self.generation
-        );
-        match (self.how, self.how.signal_name()) {
-            (Exit::Signal { core_dumped, .. }, Some(name)) => {
-                pairs += &format!(" signal={name} core={core_dumped}");
-            }
-            (Exit::Code(code), _) | (Exit::Signal { number: code, .. }, None) => {
-                pairs += &format!(" exit={code}");
-            }
-        }
-        pairs += &format!(" uptime_ms={}", self.uptime);
-        if let Some(method) = &self.method {
-            pairs += &format!(" method={method}");
-        }
-        pairs
+    pub fn serialize<S: Serializer>(how: &Exit, to: S) -> Result<S::Ok, S::Error> {
+        let (exit, signal) = match *how {
+            Exit::Code(code) => (Some(code), None),
+            Exit::Signal {
+                number,
+                core_dumped,
+            } => (None, Some((number, core_dumped))),
+        };
+        ExitMembers { exit, signal }.serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Exit, D::Error> {
+        let ExitMembers { exit, signal } = ExitMembers::deserialize(from)?;
+        Ok(match signal {
+            Some((number, core_dumped)) => Exit::Signal {
+                number,
+                core_dumped,
+            },
+            None => Exit::Code(exit.unwrap_or_default()),
+        })
     }
 }
 
-/// The last [`MAX_DEATH_RECORDS`] deaths, oldest first, and how many there were in all.
+/// The kinds of ends of workers that are counted, in the order of their labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WorkerExit {
+    /// As ordered by a reload, a stop or a scale.
+    Ordered,
+    /// As ordered, to be replaced.
+    Recycled,
+    /// It exited without an order.
+    Exit,
+    Signal,
+    OutOfMemory,
+    Stuck,
+    /// It did not become ready.
+    Boot,
+}
+
+/// Why a child died, as far as the master knows. It crosses an upgrade as text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", from = "String")]
+pub enum DeathReason {
+    /// The master ended it. The text says what it was stuck in, if that is known.
+    Killed(KillReason, Option<String>),
+    /// It exited with code 0 while it drained, as ordered.
+    Drained,
+    /// It exited with a code other than 0 while it drained.
+    DrainFailed,
+    /// Another process sent it SIGKILL while it drained.
+    DrainKilled,
+    DrainCrashed,
+    NotReady,
+    /// It exited with code 0 without an order.
+    LeftByQuit,
+    /// It exited with another code without an order.
+    Left,
+    /// Another process or the kernel sent it SIGKILL.
+    KilledFromOutside,
+    Crashed,
+    Text(String),
+}
+
+/// The last [`MAX_DEATH_RECORDS`] deaths of each kind, in the order in which the master learned of them,
+/// and the number of all deaths.
 #[derive(Debug, Clone, Default)]
 pub struct Deaths {
     records: VecDeque<Death>,
@@ -88,58 +140,60 @@ pub struct Deaths {
 }
 
 impl Deaths {
-    /// Records, oldest first, of `total` deaths.
-    pub(crate) fn of(mut records: VecDeque<Death>, total: u64) -> Self {
-        let surplus = records.len().saturating_sub(MAX_DEATH_RECORDS);
-        records.drain(..surplus);
-        Deaths { records, total }
+    /// Makes a log of these records, oldest first. `total` is the number of all deaths.
+    pub(crate) fn of(records: impl Iterator<Item = Death>, total: u64) -> Self {
+        let mut deaths = Deaths::default();
+        records.for_each(|death| deaths.keep(death));
+        Deaths { total, ..deaths }
     }
 
-    /// Keeps one more record, in place of the oldest.
+    /// Adds a record. If there are too many of its kind, it replaces the oldest of them.
     pub(crate) fn keep(&mut self, death: Death) {
-        if self.records.len() == MAX_DEATH_RECORDS {
-            self.records.pop_front();
+        let is_same = |other: &Death| other.kind == death.kind;
+        if self.records.iter().filter(|it| is_same(it)).count() == MAX_DEATH_RECORDS
+            && let Some(oldest) = self.records.iter().position(is_same)
+        {
+            self.records.remove(oldest);
         }
         self.records.push_back(death);
         self.total += 1;
     }
 
-    /// The records, oldest first.
+    /// Returns the records, oldest first.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Death> + ExactSizeIterator {
         self.records.iter()
     }
 
-    /// All deaths since the master's start, those included whose record is gone.
+    /// Returns the number of deaths since the master's start, including those without a record.
     pub fn total(&self) -> u64 {
         self.total
     }
 }
 
-/// Why a worker died, as far as the master knows.
-pub(crate) fn reason(child: &ChildRecord, how: Exit) -> String {
+/// Returns why a child died.
+pub(crate) fn reason(child: &ChildRecord, how: Exit) -> DeathReason {
     match (&child.kill_reason, &child.recycle.evidence) {
-        (Some(doom), Some(evidence)) => return format!("{doom}; {evidence}"),
-        (Some(reason), None) | (None, Some(reason)) => return reason.clone(),
-        (None, None) => {}
+        (Some(reason), evidence) => DeathReason::Killed(reason.clone(), evidence.clone()),
+        (None, Some(evidence)) => DeathReason::Text(evidence.clone()),
+        (None, None) => match (child.stage, how) {
+            (WorkerStage::Draining { .. }, Exit::Code(0)) => DeathReason::Drained,
+            (WorkerStage::Draining { .. }, Exit::Code(_)) => DeathReason::DrainFailed,
+            (WorkerStage::Draining { .. }, how) if how.is_signal(Signal::SIGKILL) => {
+                DeathReason::DrainKilled
+            }
+            (WorkerStage::Draining { .. }, _) => DeathReason::DrainCrashed,
+            (WorkerStage::Starting, _) => DeathReason::NotReady,
+            (WorkerStage::Ready, Exit::Code(0)) => DeathReason::LeftByQuit,
+            (WorkerStage::Ready, Exit::Code(_)) => DeathReason::Left,
+            (WorkerStage::Ready, how) if how.is_signal(Signal::SIGKILL) => {
+                DeathReason::KilledFromOutside
+            }
+            (WorkerStage::Ready, _) => DeathReason::Crashed,
+        },
     }
-    let words = match (child.stage, how) {
-        (WorkerStage::Draining { .. }, Exit::Code(_)) => "failed while it drained",
-        (WorkerStage::Draining { .. }, how) if how.is_signal(Signal::SIGKILL) => {
-            "killed from outside while it drained"
-        }
-        (WorkerStage::Draining { .. }, _) => "crashed while it drained",
-        (WorkerStage::Starting, _) => "died before it was ready",
-        (WorkerStage::Ready, Exit::Code(0)) => "left unasked, by a SIGQUIT or by its own exit",
-        (WorkerStage::Ready, Exit::Code(_)) => "left unasked",
-        (WorkerStage::Ready, how) if how.is_signal(Signal::SIGKILL) => {
-            "killed from outside, by hand or by the kernel for want of memory"
-        }
-        (WorkerStage::Ready, _) => "crashed",
-    };
-    words.to_owned()
 }
 
-/// A method's name as it may stand in a log line.
+/// Makes a method name fit for a log line: shortened, without control characters.
 pub(crate) fn clean(method: &str) -> String {
     method
         .chars()
@@ -148,12 +202,36 @@ pub(crate) fn clean(method: &str) -> String {
         .collect()
 }
 
-/// A text of others' words as it may stand in a log line and be kept.
+/// Returns why a session died. `has_client` is false for a process that waited for a connection.
+pub(crate) fn session_reason(
+    how: Exit,
+    killed_for: Option<KillReason>,
+    has_client: bool,
+) -> DeathReason {
+    let is_killed = how.is_signal(Signal::SIGKILL);
+    match (killed_for.filter(|_| is_killed), how) {
+        (Some(reason), _) => DeathReason::Killed(reason, None),
+        (None, Exit::Code(CANT_START)) => DeathReason::Text("could not start, as logged".into()),
+        (None, Exit::Code(BUG)) => DeathReason::Text("a bug ended it, as logged".into()),
+        (None, Exit::Code(_)) => DeathReason::Left,
+        (None, _) if is_killed => DeathReason::KilledFromOutside,
+        (None, _) if has_client => DeathReason::Crashed,
+        (None, _) => DeathReason::Text("crashed while it waited for a connection".into()),
+    }
+}
+
+/// Makes a text from another process fit for a log line: shortened, without control characters.
 pub(crate) fn clean_text(text: &str) -> String {
     text.chars()
         .take(LONGEST_TEXT)
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
+}
+
+/// The same for a text of several lines.
+pub(crate) fn clean_lines(text: &str) -> String {
+    let lines = text.lines().take(MAX_LINES).map(clean_text);
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]
@@ -163,6 +241,8 @@ mod tests {
 
     fn death(pid: i32) -> Death {
         Death {
+            kind: DeathKind::Worker,
+            name: None,
             slot: Slot(2),
             pid: Pid(pid),
             generation: Generation(1),
@@ -172,24 +252,11 @@ mod tests {
             },
             uptime: 3250,
             method: Some(clean("add\n[fake] line")),
+            call: None,
             rss_bytes: 1 << 20,
-            reason: "crashed".into(),
+            reason: DeathReason::Crashed,
             at: 1_700_000_000,
         }
-    }
-
-    #[test]
-    fn a_death_is_told_in_words_and_in_pairs_on_one_line() {
-        assert_eq!(
-            death(77).sentence(),
-            "worker 77 (slot 2) ended by SIGSEGV (core dumped) after 3.2 s: crashed, last method \
-             add?[fake]?line"
-        );
-        assert_eq!(
-            death(77).log_fields(),
-            "slot=2 pid=77 generation=1 signal=SIGSEGV core=true uptime_ms=3250 \
-             method=add?[fake]?line"
-        );
     }
 
     #[test]
@@ -199,5 +266,39 @@ mod tests {
         assert_eq!(deaths.iter().len(), MAX_DEATH_RECORDS);
         assert_eq!(deaths.iter().next().unwrap().pid, Pid(150));
         assert_eq!(deaths.total(), 250);
+        let of_program = |pid| Death {
+            kind: DeathKind::Program,
+            ..death(pid)
+        };
+        (0..250).for_each(|pid| deaths.keep(of_program(pid)));
+        let pids: Vec<i32> = deaths.iter().map(|death| death.pid.0).collect();
+        let kept: Vec<i32> = (150..250).chain(150..250).collect();
+        assert_eq!(pids, kept, "a crash loop of programs pushes out no worker");
+    }
+
+    #[test]
+    fn the_death_of_a_session_has_a_reason_in_words() {
+        let of =
+            |how, killed_for, has_client| String::from(session_reason(how, killed_for, has_client));
+        let kill = Exit::Signal {
+            number: 9,
+            core_dumped: false,
+        };
+        let stuck = KillReason::EventLoopStuck {
+            silent: 3_000,
+            is_draining: false,
+        };
+        assert_eq!(
+            of(kill, Some(stuck.clone()), true),
+            "event loop stuck for 3 s"
+        );
+        assert!(of(kill, None, true).starts_with("killed from outside"));
+        assert_eq!(
+            of(Exit::Code(3), Some(stuck), true),
+            "exited without an order"
+        );
+        assert_eq!(of(death(1).how, None, true), "crashed");
+        assert!(of(death(1).how, None, false).contains("waited for a connection"));
+        assert!(of(Exit::Code(71), None, false).contains("could not start"));
     }
 }

@@ -1,52 +1,58 @@
-//! The words between the master's policy and its mechanism: events go in, actions come out.
+//! Defines what is reported to the master's policy: events, and the limits of a generation.
 //!
-//! The mechanism reports what happened, does each action in its order, and reports again. Nothing
-//! here decides anything.
+//! The policy answers with the actions of [`super::action`]. Nothing here decides anything.
 
-use std::fmt;
-
-use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::link::ids::{Generation, Pid, Slot};
+use crate::protocol::call_id::CallId;
 pub use crate::sys::process::Exit;
 use crate::throttle;
 
-/// Monotonic milliseconds; where zero lies is the caller's choice (the master's start).
+/// Monotonic milliseconds. The caller chooses the zero point.
 pub type Millis = u64;
 
-/// Most workers that one generation may have.
+/// The most workers that one generation can have.
 pub const MAX_COUNT: usize = 1024;
 
-/// What one generation's configuration says about its workers. A member that is added is 0 where
-/// the program before an upgrade did not know it.
+/// What the configuration of one generation says about its processes. A member that the program before an
+/// upgrade does not know is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PolicyLimits {
-    /// How many workers: 1 to [`MAX_COUNT`]; what lies outside is moved to the nearer end.
+    /// The number of workers. Values outside 1 to [`MAX_COUNT`] are clamped.
     pub count: usize,
-    /// How many pools have a pool process.
+    /// The number of pools, each of which has a pool process.
     pub pools: usize,
-    /// How long a worker may take until it says ready; 0 is no limit.
+    /// The number of isolated listeners, each of which has an acceptor.
+    pub acceptors: usize,
+    pub has_observer: bool,
+    /// The most time from the fork of a child to its ready report; 0 means no limit.
     pub boot_timeout: Millis,
-    /// How long a draining worker may take to finish.
+    /// The most time that a drain may take.
     pub drain_timeout: Millis,
-    /// How old the last heartbeat of an event loop may be; 0 is no limit.
+    /// The greatest age of the last heartbeat of an event loop; 0 means no limit.
     pub heartbeat_timeout: Millis,
-    /// How many young deaths of a slot are replaced at once.
+    /// The number of young deaths of a slot after which forks are delayed.
     pub respawn_burst: u32,
-    /// The longest wait for a throttled slot; 0 is no throttle.
+    /// The longest wait of a throttled slot; 0 means no throttle.
     pub respawn_max_delay: Millis,
-    /// Resident bytes above which a worker is recycled; 0 is no limit.
+    /// The resident memory above which a worker is recycled, in bytes; 0 means no limit.
     pub max_memory: u64,
-    /// The age at which a worker is recycled; 0 is no limit.
+    /// The age at which a worker is recycled; 0 means no limit.
     pub max_lifetime: Millis,
-    /// How many recycles may be under way at one time, of all reasons together.
+    /// The most recycles that may run at one time, for all reasons together.
     pub max_unavailable: usize,
 }
 
 impl PolicyLimits {
-    /// The part that is the throttle's.
+    /// Returns the slots of pool processes and acceptors.
+    pub(crate) fn other_slots(&self) -> impl Iterator<Item = Slot> + use<> {
+        let pools = (0..self.pools).map(Slot::of_pool);
+        pools.chain((0..self.acceptors).map(Slot::of_acceptor))
+    }
+
+    /// Returns the limits of the throttle.
     pub fn throttle(&self) -> throttle::ThrottleLimits {
         throttle::ThrottleLimits {
             burst: self.respawn_burst,
@@ -55,227 +61,169 @@ impl PolicyLimits {
     }
 }
 
-/// What happened.
+/// A step of a reload with a pool process that stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolStep {
+    /// Prepare it for the next generation as well, and report [`Event::PoolUpdated`].
+    Update,
+    /// The reload has succeeded, so it belongs to the new generation from now on. Comes before
+    /// [`super::action::Action::ReloadDone`].
+    Move,
+    /// The reload has failed. It continues as before.
+    Revert,
+}
+
+/// A pool process that may stay at a reload: its slot in the serving generation, and in the next one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptPool {
+    pub from: Slot,
+    pub to: Slot,
+}
+
+/// Something that has happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// [`Action::Fork`] was done.
+    /// A fork was done.
     Forked {
-        /// As ordered.
         slot: Slot,
-        /// As ordered.
         generation: Generation,
-        /// The new worker.
+        /// The new child.
         pid: Pid,
     },
-    /// [`Action::Fork`] was refused by the system.
+    /// The system refused a fork.
     ForkFailed {
-        /// As ordered.
         slot: Slot,
-        /// As ordered.
         generation: Generation,
-        /// What the system said.
+        /// The error text of the system.
         reason: String,
     },
-    /// A worker reports that it serves.
+    /// A child reports that it serves.
     Ready {
-        /// The worker.
         pid: Pid,
     },
-    /// A worker reports that it drains by itself (it got TERM): it wants a successor.
+    /// A worker reports that it drains without an order, because it got SIGTERM. It needs a successor.
     Retiring {
-        /// The worker.
         pid: Pid,
     },
-    /// A worker reports that it has read as many calls as it may: it serves on, and wants a
-    /// successor.
-    Worn {
-        /// The worker.
+    /// A worker reports that it has read the configured number of calls. It continues until its successor
+    /// is ready.
+    MaxCallsReached {
         pid: Pid,
-        /// So many.
+        /// The number of calls that it has read.
         calls: u64,
     },
-    /// A worker reports that none of its handler threads comes back: it wants a successor soon.
-    Wedged {
-        /// The worker.
+    /// A worker reports that all its handler threads are stuck. It needs a successor soon.
+    AllThreadsStuck {
         pid: Pid,
-        /// What its threads are at, a sentence.
+        /// What its threads are doing: a sentence.
         evidence: String,
     },
-    /// What [`Action::Diagnose`] has found.
-    Evidence {
-        /// The worker.
+    /// The result of [`super::action::Action::Diagnose`].
+    Diagnosed {
         pid: Pid,
-        /// What it is at, in words.
+        /// What the worker is doing: a sentence.
         text: String,
     },
-    /// What a worker of [`Fleet::to_sample`] has in memory.
+    /// The memory of a worker that [`super::fleet::Fleet::to_sample`] has named.
     Memory {
-        /// The worker.
         pid: Pid,
-        /// Resident, in bytes.
+        /// Resident memory in bytes.
         rss_bytes: u64,
     },
-    /// What the scoreboard says about a worker's event loop. Feed it before [`Fleet::tick`].
+    /// The heartbeat of an event loop, from the scoreboard. Report it before [`super::fleet::Fleet::tick`].
     Heartbeat {
-        /// The worker.
         pid: Pid,
-        /// When its event loop last gave a sign, on the same clock as `now`.
+        /// When the event loop last gave a heartbeat, on the same clock as `now`.
         at: Millis,
     },
-    /// A child was reaped. Feed what its socketpair still held first.
+    /// A child was reaped. Pass on the last messages in its socketpair first.
     Died {
-        /// Who. Need not be a worker: what is unknown is ignored.
+        /// The child. A pid that the policy does not know is ignored.
         pid: Pid,
+        /// The name of its pool, for a pool process.
+        name: Option<String>,
         how: Exit,
-        /// The method that it last ran, as its scoreboard record says.
-        method: Option<String>,
-        /// Its resident memory when last seen, in bytes.
+        /// The last method that it ran, and the call, from its scoreboard record.
+        last: Option<(String, Option<CallId>)>,
+        /// Its resident memory at the last look, in bytes.
         rss_bytes: u64,
-        /// The wall clock, in unix seconds.
+        /// Seconds since 1970.
         at: u64,
     },
-    /// A checked configuration, its listeners bound: start its generation. Only while
-    /// [`Fleet::can_reload`] says yes; a reload that comes earlier is the caller's to keep.
+    /// The keeper of a living worker has died.
+    KeeperLost {
+        pid: Pid,
+    },
+    /// The number of connections that the keeper of a dead worker has completed. Report it when the worker
+    /// was reaped, and before [`super::fleet::Fleet::tick`].
+    KeeperProgress {
+        keeper: Pid,
+        worker: Pid,
+        done: u32,
+    },
+    /// The keeper of a dead worker was reaped.
+    KeeperEnded {
+        keeper: Pid,
+    },
+    /// [`super::action::Action::ForkObserver`] was done.
+    ObserverForked {
+        pid: Pid,
+    },
+    /// It was refused by the system.
+    ObserverForkFailed {
+        /// The error text of the system.
+        reason: String,
+    },
+    /// An observer was reaped.
+    ObserverDied {
+        pid: Pid,
+        how: Exit,
+    },
+    /// Whether an observer is stopped (SIGSTOP).
+    ObserverStopped {
+        pid: Pid,
+        is_stopped: bool,
+    },
+    /// Start the generation of a valid configuration, whose listeners are open. Report it only while
+    /// [`Fleet::can_reload`] returns true. The caller keeps requests that come earlier.
     Reload {
-        /// What the new configuration says.
         limits: PolicyLimits,
     },
-    /// So many workers from now on (1 to [`MAX_COUNT`]).
+    /// These pool processes may stay at the [`Event::Reload`] that follows: their key `reload` allows it.
+    KeepPools {
+        pools: Vec<KeptPool>,
+    },
+    /// The result of [`PoolStep::Update`]: the pool process can serve the next generation, or why it
+    /// cannot.
+    PoolUpdated {
+        pid: Pid,
+        generation: Generation,
+        outcome: Result<(), String>,
+    },
+    /// Change the number of workers to `count` (1 to [`MAX_COUNT`]).
     Scale {
-        /// How many.
         count: usize,
     },
-    /// So many workers more or, below zero, less; one always stays.
+    /// Change the number of workers by `by`. At least one worker stays.
     ScaleBy {
-        /// The difference.
         by: i32,
     },
-    /// Stop gracefully; the second time, now. Of two within a tenth of a second the second one is
-    /// the first again.
+    /// Stop gracefully. The second one stops at once, unless it comes within 100 ms of the first.
     Stop,
-    /// Stop gracefully after so long, and serve until then.
+    /// Stop gracefully after `delay`, and serve until then.
     StopAfter {
-        /// How long.
         delay: Millis,
     },
     StopNow,
 }
 
-/// What to do, in the order given.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Fork a worker, and report [`Event::Forked`] or [`Event::ForkFailed`]: exactly one of them.
-    Fork {
-        slot: Slot,
-        /// Its generation: which configuration it runs.
-        generation: Generation,
-    },
-    /// Order a worker by its socketpair to drain.
-    Drain {
-        /// The worker.
-        pid: Pid,
-        /// When it must be done.
-        deadline: Millis,
-        /// Whether the server stops: connections are closed after their answers. If not, its
-        /// connections go on elsewhere, or here until the deadline.
-        stop: bool,
-    },
-    /// Look at what a worker is stuck in, and report it with [`Event::Evidence`] before the next
-    /// action, which may end it.
-    Diagnose {
-        /// The worker.
-        pid: Pid,
-    },
-    /// Send a worker a signal. That it is gone already is no error.
-    Kill {
-        /// The worker.
-        pid: Pid,
-        /// QUIT (leave now), TERM (the drain is over, or never ready), ABRT (stuck: leave evidence)
-        /// or KILL.
-        signal: Signal,
-    },
-    /// Every worker of a fresh master is ready, or why not; given once. After an error everything
-    /// left is stopped, and [`Action::Exit`] follows by itself.
-    StartUpDone(Result<(), String>),
-    /// A reload's verdict, one for each: the generation that serves now, or why the old one goes on.
-    ReloadDone(Result<Generation, String>),
-    /// The time of [`Event::StopAfter`] is over: report [`Event::Stop`].
-    StopDue,
-    Log {
-        /// How bad it is.
-        level: log::Level,
-        /// The whole line.
-        text: String,
-    },
-    /// No child is left, nothing is left to do: leave. The last action of all.
-    Exit { code: u8 },
-}
-
-impl Action {
-    pub(crate) fn child(&self) -> Option<Pid> {
-        match self {
-            Action::Drain { pid, .. } | Action::Diagnose { pid } | Action::Kill { pid, .. } => {
-                Some(*pid)
-            }
-            Action::Fork { .. }
-            | Action::StartUpDone(_)
-            | Action::ReloadDone(_)
-            | Action::StopDue
-            | Action::Log { .. }
-            | Action::Exit { .. } => None,
-        }
-    }
-
-    /// Whether it gives the result of a start or a reload.
-    pub(crate) fn is_result(&self) -> bool {
-        matches!(self, Action::StartUpDone(_) | Action::ReloadDone(_))
-    }
-}
-
-/// A duration as people say it: `350 ms`, `1.6 s`.
-pub(crate) struct HumanDuration(pub(crate) Millis);
-
-impl fmt::Display for HumanDuration {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            ms @ 0..1000 => write!(f, "{ms} ms"),
-            // In tenths, cut and not rounded: 59.96 s is not 60.
-            ms if ms % 1000 < 100 => write!(f, "{} s", ms / 1000),
-            ms => write!(f, "{}.{} s", ms / 1000, ms % 1000 / 100),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ends_and_spans_are_said_as_people_say_them() {
-        let segv = Exit::Signal {
-            number: 11,
-            core_dumped: true,
-        };
-        assert_eq!(segv.to_string(), "SIGSEGV (core dumped)");
-        assert_eq!(Exit::Code(3).to_string(), "exit code 3");
-        let odd = Exit::Signal {
-            number: 40,
-            core_dumped: false,
-        };
-        assert_eq!(odd.to_string(), "SIG40");
-        assert_eq!(HumanDuration(350).to_string(), "350 ms");
-        assert_eq!(HumanDuration(1600).to_string(), "1.6 s");
-        assert_eq!(HumanDuration(30_000).to_string(), "30 s");
-    }
-}
-
-/// How a worker is told to leave.
+/// How a child is ordered to exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StopMode {
-    /// Drain; its connections go on elsewhere.
+    /// Drain. Its connections are handed to other workers.
     Retire,
-    /// Drain; its connections end with their last answer.
+    /// Drain. Its connections are closed after their last answer.
     Stop,
-    /// Now, whatever it does.
+    /// Exit now, whatever it does.
     AtOnce,
 }

@@ -1,35 +1,44 @@
-//! The master's policy: one event in, the actions that follow out.
+//! The master's policy: takes one event and returns the actions that follow from it.
 //!
-//! [`Fleet`] owns the child table and knows the phase: starting up, serving, stopping. Here are its
-//! door and scaling; a worker's life, reloads, leaving and the passing of time are in the files beside
-//! it. It leaves every system call, the clock and the configuration to its caller. A child's
-//! odd report is a warning; only a report about an order that was never given is a panic.
+//! [`Fleet`] owns the child table and knows the phase: start-up, serving, stopping. This file has its entry
+//! points and scaling. The lifecycle of a child, reloads, shutdown and timeouts are in the files beside it.
+//! System calls, the clock and the configuration are the caller's. A report that does not fit is a warning,
+//! because a child is never trusted. Only the result of a fork that was not ordered is a panic.
+
+use std::collections::BTreeSet;
 
 use log::Level;
 
-use super::death_log::Deaths;
-use super::event::{Action, Event, MAX_COUNT, Millis, PolicyLimits, StopMode};
+use super::action::{Action, AfterDeath, Incident, NotReady};
+use super::death_log::{Death, Deaths, WorkerExit};
+use super::event::{Event, KeptPool, MAX_COUNT, Millis, PolicyLimits, StopMode};
+use super::keeper_rules::KeeperRules;
+use super::observer_rules::ObserverRules;
 use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, slot_id};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::MOST_DRAINING_GENERATIONS;
-use crate::throttle::limiter::{Limiter, with_suppressed_count};
+use crate::throttle::limiter::Limiter;
 
-/// Troubles with workers: at most 18 lines in the first minute, 10 in each after that.
+/// The limit on lines about problems of children: at most 18 in the first minute, then 10 a minute.
 const TROUBLES: (u64, Millis) = (8, 6_000);
-/// Refused forks come slot by slot and second by second; one line says it all.
+/// The limit on lines about refused forks. They come for each slot each second, and one line is enough.
 const REFUSALS: (u64, Millis) = (1, 5_000);
 
-/// Where the master itself is in its life.
+/// The limit on lines about crashed sessions. It is their own, so that lines about workers are not
+/// suppressed for them.
+const CRASHES: (u64, Millis) = (8, 6_000);
+
+/// The phase of the whole server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ServerPhase {
-    /// Not every worker has been ready yet.
+    /// Not all workers have been ready yet.
     StartUp,
     Serving,
-    /// No fork any more; leave when the last child is gone.
+    /// Forks nothing. Exits when the last child has been reaped.
     Stopping {
-        /// How the workers leave: [`StopMode::Stop`] or [`StopMode::AtOnce`].
-        leave: StopMode,
-        /// The exit code then.
+        /// How the children mode: [`StopMode::Stop`] or [`StopMode::AtOnce`].
+        mode: StopMode,
+        /// The exit code of the master.
         code: u8,
         since: Millis,
     },
@@ -37,10 +46,10 @@ pub(crate) enum ServerPhase {
     Gone,
 }
 
-/// A wish for another count that came when it could not be met: so many, then this difference.
+/// A change of the number of workers that has to wait: first the new number, then the difference.
 type Deferred = (Option<usize>, i64);
 
-/// What the fleet knows of recycling, beside each worker's own.
+/// The state of recycling that does not belong to one worker.
 #[derive(Debug)]
 pub(crate) struct Recycling {
     pub(crate) next_sample: Millis,
@@ -48,7 +57,6 @@ pub(crate) struct Recycling {
 }
 
 impl Recycling {
-    /// Nothing yet.
     pub fn new() -> Self {
         Recycling {
             next_sample: 0,
@@ -57,60 +65,90 @@ impl Recycling {
     }
 }
 
-/// Lines about recycling: so many at once, then one a period.
+/// The limit on lines about recycling: the number of lines at once, then one for each period.
 const RECYCLE_LINES: (u64, Millis) = (20, 1_000);
 
-/// A reload whose verdict is open.
+/// A reload that has no result yet.
 #[derive(Debug)]
 pub(crate) struct PendingReload {
     pub generation: Generation,
-    /// Its limits, the count within bounds.
+    /// Its limits, with the count clamped.
     pub limits: PolicyLimits,
-    /// Whether the canary was ready, so that all slots are open.
+    /// Whether the canary was ready, so that all slots have been added.
     pub canary_ready: bool,
+    /// The pool processes that stay.
+    pub kept: Vec<PendingPool>,
+    /// When they must be ready.
+    pub kept_until: Millis,
 }
 
-/// All workers, and what to do about them.
+/// A pool process that stays at a reload that has no result yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PendingPool {
+    pub pid: Pid,
+    /// Its slot in the next generation.
+    pub slot: Slot,
+    /// Whether it can serve the next generation.
+    pub is_ready: bool,
+}
+
+/// The state of all children, and what to do about them.
 #[derive(Debug)]
 pub struct Fleet {
     pub(crate) phase: ServerPhase,
     pub(crate) serving: Generation,
     pub(crate) limits: PolicyLimits,
-    /// How many workers it shall have; differs from `limits.count` after a scale.
+    /// The wanted number of workers. Differs from `limits.count` after a scale.
     pub(crate) count: usize,
-    /// The generation after it, while its verdict is open. `Some` only while serving.
+    /// The generation that a reload starts. `Some` only while serving.
     pub(crate) reload: Option<PendingReload>,
-    /// The last generation's number given out.
+    /// The program before an upgrade had forked the pool processes of the serving generation.
+    pub(crate) has_foreign_pools: bool,
+    /// The pool processes that may stay at the next reload.
+    pub(crate) may_stay: Vec<KeptPool>,
+    /// The highest generation number that was used.
     pub(crate) last_generation: Generation,
     pub(crate) table: SlotTable,
     pub(crate) deaths: Deaths,
+    /// The ends of workers that are not counted yet.
+    pub(crate) worker_exits: Vec<WorkerExit>,
     pub(crate) troubles: Limiter,
     pub(crate) refusals: Limiter,
+    crashes: Limiter,
     pub(crate) recycling: Recycling,
-    /// When to begin to stop; until then all goes on, but for reloads.
+    pub(crate) keepers: KeeperRules,
+    pub(crate) observer: ObserverRules,
+    /// When the stop begins. Until then everything except reloads continues.
     pub(crate) stop_at: Option<Millis>,
-    /// Scales that came during start-up or a reload.
+    /// When the stop under way ends by force.
+    pub(crate) stop_until: Option<Millis>,
+    /// Scale requests that came during start-up or a reload.
     deferred: Option<Deferred>,
-    /// When the caller was to come back at the latest.
+    /// When the caller must call [`Fleet::tick`] at the latest.
     pub(crate) next_tick_at: Option<Millis>,
-    /// The time of the call being answered; never goes back.
+    /// The time of the current event. Never goes back.
     pub(crate) now: Millis,
-    /// The answer being made; empty between calls.
+    /// The actions of the current event. Empty between events.
     actions: Vec<Action>,
 }
 
 impl Fleet {
-    /// A fleet whose workers are all still to be forked: the actions say so.
+    /// Starts the first generation. The actions fork its children.
     pub fn new(limits: PolicyLimits, now: Millis) -> (Self, Vec<Action>) {
         let mut fleet = Fleet::empty(limits, now);
         let count = fleet.count;
         fleet.add_slots(Generation::FIRST, 0, count);
-        fleet.add_pools(Generation::FIRST, limits.pools);
+        for slot in limits.other_slots() {
+            fleet.add_slot(Generation::FIRST, slot);
+        }
+        if limits.has_observer {
+            fleet.renew_observer();
+        }
         let actions = fleet.finish_event();
         (fleet, actions)
     }
 
-    /// One without a slot.
+    /// Makes a fleet without slots.
     pub(crate) fn empty(limits: PolicyLimits, now: Millis) -> Self {
         let count = limits.count.clamp(1, MAX_COUNT);
         Fleet {
@@ -119,13 +157,20 @@ impl Fleet {
             limits,
             count,
             reload: None,
+            has_foreign_pools: false,
+            may_stay: Vec::new(),
             last_generation: Generation::FIRST,
             table: SlotTable::default(),
             deaths: Deaths::default(),
+            worker_exits: Vec::new(),
             troubles: Limiter::new(TROUBLES.0, TROUBLES.1),
             refusals: Limiter::new(REFUSALS.0, REFUSALS.1),
+            crashes: Limiter::new(CRASHES.0, CRASHES.1),
             recycling: Recycling::new(),
+            keepers: KeeperRules::new(),
+            observer: ObserverRules::new(),
             stop_at: None,
+            stop_until: None,
             deferred: None,
             next_tick_at: None,
             now,
@@ -133,10 +178,11 @@ impl Fleet {
         }
     }
 
-    /// Something happened: what now.
+    /// Handles an event, and returns the actions that follow.
     pub fn handle(&mut self, event: Event, now: Millis) -> Vec<Action> {
         self.begin_event(now);
         if self.phase == ServerPhase::Gone {
+            self.hurry(&event);
             return Vec::new();
         }
         match event {
@@ -149,33 +195,99 @@ impl Fleet {
                 slot,
                 generation,
                 reason,
-            } => self.fork_failed(slot_id(generation, slot.0), &reason),
+            } => self.fork_failed(slot_id(generation, slot.0), reason),
             Event::Ready { pid } => self.ready(pid),
             Event::Retiring { pid } => self.retiring(pid),
-            Event::Worn { pid, calls } => self.worn(pid, calls),
-            Event::Wedged { pid, evidence } => self.wedged(pid, &evidence),
-            Event::Evidence { pid, text } => self.evidence(pid, &text),
+            Event::MaxCallsReached { pid, calls } => self.max_calls_reached(pid, calls),
+            Event::AllThreadsStuck { pid, evidence } => self.all_threads_stuck(pid, &evidence),
+            Event::Diagnosed { pid, text } => self.diagnosed(pid, &text),
             Event::Memory { pid, rss_bytes } => self.memory(pid, rss_bytes),
             Event::Heartbeat { pid, at } => self.heartbeat(pid, at),
             Event::Died {
                 pid,
+                name,
                 how,
-                method,
+                last,
                 rss_bytes,
                 at,
-            } => self.died(pid, how, method.as_deref(), rss_bytes, at),
+            } => self.died(pid, name, how, last, rss_bytes, at),
+            Event::KeepPools { pools } => self.may_stay = pools,
+            Event::PoolUpdated {
+                pid,
+                generation,
+                outcome,
+            } => self.pool_updated(pid, generation, outcome),
+            Event::KeeperLost { pid } => {
+                if let Some(child) = self.table.children.get_mut(&pid) {
+                    let actions = self.keepers.lost(pid, child, self.now);
+                    self.actions.extend(actions);
+                }
+            }
+            Event::KeeperProgress {
+                keeper,
+                worker,
+                done,
+            } => {
+                // Longer than a stuck worker is waited for: it may be the only one that takes from the
+                // queue.
+                let limit = self.limits.heartbeat_timeout.saturating_mul(2);
+                let keeper = (keeper, worker);
+                self.keepers.progress(keeper, done, limit, self.now);
+            }
+            Event::KeeperEnded { keeper } => self.keepers.ended(keeper),
+            Event::ObserverForked { pid } => {
+                let actions = self.observer.forked(pid, self.now);
+                self.actions.extend(actions);
+            }
+            Event::ObserverForkFailed { reason } => {
+                let actions = self.observer.fork_failed(reason, self.now);
+                self.actions.extend(actions);
+            }
+            Event::ObserverDied { pid, how } => {
+                let actions = self.observer.died(pid, how, self.now);
+                self.actions.extend(actions);
+            }
+            Event::ObserverStopped { pid, is_stopped } => {
+                self.observer.note_stopped(pid, is_stopped, self.now);
+            }
             Event::Reload { limits } => self.start_reload(limits),
             Event::Scale { count } => self.scale((Some(count), 0)),
             Event::ScaleBy { by } => self.scale((None, i64::from(by))),
-            Event::Stop => self.stop(StopMode::Stop, 0, "the server stops"),
+            Event::Stop => self.stop(StopMode::Stop, 0, NotReady::Stopped(StopMode::Stop)),
             Event::StopAfter { delay } => self.stop_after(delay),
-            Event::StopNow => self.stop(StopMode::AtOnce, 0, "the server stops now"),
+            Event::StopNow => self.stop(StopMode::AtOnce, 0, NotReady::Stopped(StopMode::AtOnce)),
         }
         self.finish_event()
     }
 
-    /// Time has passed: what now. To be called when [`Fleet::next_deadline`] is reached, with the
-    /// heartbeats fed first; sooner does no harm.
+    /// Keeps the record of a program's death. The pool process decides what follows.
+    pub fn keep_death_of_program(&mut self, death: Death) {
+        self.deaths.keep(death);
+    }
+
+    /// Notes the generations of sessions without an acceptor. Their pool processes stay.
+    pub fn note_sessions(&mut self, of: BTreeSet<Generation>, now: Millis) -> Vec<Action> {
+        if of == self.table.session_generations {
+            return Vec::new();
+        }
+        self.begin_event(now);
+        self.table.session_generations = of;
+        self.finish_event()
+    }
+
+    /// Handles the crash of a session. No process replaces it.
+    pub fn session_died(&mut self, death: Death, now: Millis) -> Vec<Action> {
+        self.begin_event(now);
+        if let Some(suppressed) = self.crashes.admit(self.now) {
+            let incident = Incident::Died(Box::new(death.clone()), AfterDeath::ConnectionLost);
+            self.log_after(Level::Warn, incident, suppressed);
+        }
+        self.deaths.keep(death);
+        self.finish_event()
+    }
+
+    /// Handles what is due at `now`. Call it when [`Fleet::next_deadline`] is reached, after the heartbeats
+    /// were reported. Calling it earlier does no harm.
     pub fn tick(&mut self, now: Millis) -> Vec<Action> {
         self.begin_event(now);
         if self.phase == ServerPhase::Gone {
@@ -185,13 +297,13 @@ impl Fleet {
         self.finish_event()
     }
 
-    /// When the next [`Fleet::tick`] is due; `None` when only an event can change anything.
+    /// Returns when [`Fleet::tick`] is due; `None` if only an event can change anything.
     pub fn next_deadline(&self) -> Option<Millis> {
         self.next_tick_at
     }
 
-    /// Whether [`Event::Reload`] may come now: not during a start-up, a reload or a stop, nor while
-    /// four old generations still drain. Ask again after each event.
+    /// Returns whether [`Event::Reload`] may come now: not during a start-up, a reload or a stop, and not
+    /// while four old generations still drain.
     pub fn can_reload(&self) -> bool {
         self.phase == ServerPhase::Serving
             && self.reload.is_none()
@@ -199,7 +311,7 @@ impl Fleet {
             && !self.drains_too_much()
     }
 
-    /// Whether a reload would wait until an old generation has left.
+    /// Returns whether a reload has to wait until an old generation has gone.
     pub fn drains_too_much(&self) -> bool {
         self.table.other_generations(self.serving) >= MOST_DRAINING_GENERATIONS
     }
@@ -212,11 +324,16 @@ impl Fleet {
     pub(crate) fn finish_event(&mut self) -> Vec<Action> {
         self.start_due_recycles();
         self.release_pools();
-        if let ServerPhase::Stopping { code, .. } = self.phase
-            && self.table.is_empty()
-        {
-            self.phase = ServerPhase::Gone;
-            self.act(Action::Exit { code });
+        if let ServerPhase::Stopping { code, mode, .. } = self.phase {
+            // The observer shows the stop until the last worker has exited.
+            if mode == StopMode::AtOnce || self.table.is_empty() {
+                let actions = self.observer.stop(self.now);
+                self.actions.extend(actions);
+            }
+            if self.table.is_empty() && self.observer.pids().next().is_none() {
+                self.phase = ServerPhase::Gone;
+                self.act(Action::Exit { code });
+            }
         }
         self.next_tick_at = match self.phase {
             ServerPhase::Gone => None,
@@ -225,22 +342,37 @@ impl Fleet {
         std::mem::take(&mut self.actions)
     }
 
+    /// Gives the generation that serves an observer, if it wants one, and ends the one before.
+    pub(crate) fn renew_observer(&mut self) {
+        let actions = self.observer.renew(&self.limits, self.now);
+        self.actions.extend(actions);
+    }
+
     pub(crate) fn act(&mut self, action: Action) {
         self.actions.push(action);
     }
 
-    pub(crate) fn log(&mut self, level: Level, text: String) {
-        self.act(Action::Log { level, text });
+    pub(crate) fn log(&mut self, level: Level, incident: Incident) {
+        self.log_after(level, incident, 0);
     }
 
-    /// A line about a worker that may come again and again.
-    pub(crate) fn trouble(&mut self, level: Level, text: String) {
-        if let Some(more) = self.troubles.admit(self.now) {
-            self.log(level, with_suppressed_count(text, more));
+    /// Logs an incident, and how many similar ones were suppressed before it.
+    pub(crate) fn log_after(&mut self, level: Level, incident: Incident, suppressed: u32) {
+        self.act(Action::Log {
+            level,
+            incident,
+            suppressed,
+        });
+    }
+
+    /// Logs an incident that may occur often.
+    pub(crate) fn trouble(&mut self, level: Level, incident: Incident) {
+        if let Some(suppressed) = self.troubles.admit(self.now) {
+            self.log_after(level, incident, suppressed);
         }
     }
 
-    /// Opens the slots `from..to` of a generation: all are forked at once.
+    /// Adds the slots `from..to` of a generation, and forks their workers.
     pub(crate) fn add_slots(&mut self, generation: Generation, from: usize, to: usize) {
         for slot in from..to {
             let slot = u16::try_from(slot).expect("counts are at most MAX_COUNT");
@@ -248,45 +380,35 @@ impl Fleet {
         }
     }
 
-    /// Opens the places of a generation's pool processes.
-    pub(crate) fn add_pools(&mut self, generation: Generation, count: usize) {
-        for number in 0..count {
-            self.add_slot(generation, Slot::of_pool(number));
-        }
-    }
-
-    fn add_slot(&mut self, generation: Generation, slot: Slot) {
+    pub(crate) fn add_slot(&mut self, generation: Generation, slot: Slot) {
         if self.table.add_slots(SlotId { generation, slot }, self.now) {
             self.act(Action::Fork { slot, generation });
         }
     }
 
-    /// A child that the table itself named.
+    /// Returns a child that is known to be in the table.
     pub(crate) fn child_mut(&mut self, pid: Pid) -> &mut ChildRecord {
         let child = self.table.children.get_mut(&pid);
-        child.expect("the table named this child itself")
+        child.expect("the caller has found this child in the table")
     }
 
-    /// Meets a wish for another count, or keeps it for when start-up or reload are over.
-    fn scale(&mut self, wish: Deferred) {
+    /// Changes the number of workers, or keeps the request until the start-up or reload is over.
+    fn scale(&mut self, change: Deferred) {
         if self.phase == ServerPhase::StartUp || self.reload.is_some() {
             let (set, by) = self.deferred.unwrap_or((None, 0));
-            self.deferred = Some(match wish {
+            self.deferred = Some(match change {
                 (Some(count), _) => (Some(count), 0),
                 (None, more) => (set, by.saturating_add(more)),
             });
-            let text = "the count of workers changes once the new ones are ready".to_owned();
-            return self.log(Level::Info, text);
+            return self.log(Level::Info, Incident::ScaleDeferred);
         }
         if self.phase != ServerPhase::Serving {
-            let text = "the count of workers stays as it is: the server stops".to_owned();
-            return self.log(Level::Warn, text);
+            return self.log(Level::Warn, Incident::ScaleRefused);
         }
         let (before, most) = (self.count, MAX_COUNT as i64);
-        let base = wish.0.unwrap_or(before).clamp(1, MAX_COUNT) as i64;
-        self.count = base.saturating_add(wish.1).clamp(1, most) as usize;
-        let text = format!("workers: {before} before, {} from now on", self.count);
-        self.log(Level::Info, text);
+        let base = change.0.unwrap_or(before).clamp(1, MAX_COUNT) as i64;
+        self.count = base.saturating_add(change.1).clamp(1, most) as usize;
+        self.log(Level::Info, Incident::Scaled(before, self.count));
         if self.count > before {
             self.add_slots(self.serving, before, self.count);
         } else {
@@ -294,33 +416,32 @@ impl Fleet {
         }
     }
 
-    /// Start-up or a reload is over: now the count may change.
+    /// Carries out the scale requests that had to wait.
     pub(crate) fn scale_as_deferred(&mut self) {
-        if let Some(wish) = self.deferred.take() {
-            self.scale(wish);
+        if let Some(change) = self.deferred.take() {
+            self.scale(change);
         }
     }
 
-    /// Nobody sits there any more: whoever was to follow does, else fork at once, or when the
-    /// throttle allows it.
+    /// Fills a slot that has become empty: with its successor, or with a fork when the throttle allows it.
     pub(crate) fn respawn(&mut self, slot_id: SlotId, due: Millis) {
         let now = self.now;
-        let tenure = self.tenure(slot_id);
-        tenure.since = now;
-        if let Some(next @ (SlotState::Forking | SlotState::Worker(_))) = tenure.successor.take() {
-            tenure.state = next;
+        let entry = self.entry(slot_id);
+        entry.since = now;
+        if let Some(next @ (SlotState::Forking | SlotState::Worker(_))) = entry.successor.take() {
+            entry.state = next;
             return;
         }
-        tenure.state = SlotState::due(due, now);
+        entry.state = SlotState::due(due, now);
         if due <= now {
             let (slot, generation) = (slot_id.slot, slot_id.generation);
             self.act(Action::Fork { slot, generation });
         }
     }
 
-    /// A slot that is known to be in the table.
-    pub(crate) fn tenure(&mut self, slot_id: SlotId) -> &mut SlotEntry {
-        let tenure = self.table.slots.get_mut(&slot_id);
-        tenure.expect("the caller saw somebody in this slot")
+    /// Returns a slot that is known to be in the table.
+    pub(crate) fn entry(&mut self, slot_id: SlotId) -> &mut SlotEntry {
+        let entry = self.table.slots.get_mut(&slot_id);
+        entry.expect("the caller has found this slot in the table")
     }
 }

@@ -1,5 +1,5 @@
-//! Random histories: whatever happens, in whatever order, the promises hold. Those of every single
-//! action are checked by the world itself.
+//! Random histories: the invariants hold whatever happens, in any order. The world checks those of every
+//! single action.
 
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
@@ -9,7 +9,7 @@ use super::fleet_world::{LIMITS, World};
 use crate::link::ids::Pid;
 use crate::protocol::control::WorkerPhase;
 
-/// Something that happens. A number picks among those living.
+/// Something that happens. A number chooses among the living children.
 #[derive(Debug, Clone)]
 enum Happening {
     Passes(Millis),
@@ -71,7 +71,7 @@ fn happening() -> impl Strategy<Value = Happening> {
 fn limits() -> impl Strategy<Value = PolicyLimits> {
     let delays = prop_oneof![Just(0u64), 1u64..5_000, Just(30_000)];
     let heartbeats = prop_oneof![Just(0u64), 1_000u64..20_000];
-    // No shorter than quiet time needs to come to rest between two of them.
+    // Not shorter than the quiet time that is needed between two of them.
     let lifetimes = prop_oneof![3 => Just(0u64), 1 => Just(10_000_000u64)];
     let recycling = (prop_oneof![Just(0u64), Just(1 << 20)], lifetimes, 1usize..4);
     let respawn = (0u32..7, delays);
@@ -90,7 +90,7 @@ fn limits() -> impl Strategy<Value = PolicyLimits> {
     )
 }
 
-/// One of the living, by a random number.
+/// Chooses a living child by a random number.
 fn pick(world: &World, number: usize) -> Option<Pid> {
     let at = number.checked_rem(world.living.len())?;
     world.living.keys().nth(at).copied()
@@ -120,7 +120,7 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
         }
         Happening::Retires(who) => {
             if let Some(pid) = pick(world, who) {
-                world.tell(Event::Retiring { pid });
+                world.send(Event::Retiring { pid });
             }
         }
         Happening::Sticks(who) => {
@@ -132,7 +132,7 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
         }
         Happening::Worn(who) => {
             if let Some(pid) = pick(world, who) {
-                world.tell(Event::Worn { pid, calls: 1_000 });
+                world.send(Event::MaxCallsReached { pid, calls: 1_000 });
             }
         }
         Happening::Grows(who) => {
@@ -145,17 +145,17 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
         Happening::Wedges(who) => {
             if let Some(pid) = pick(world, who) {
                 let evidence = "all 2 handler threads are stuck".to_owned();
-                world.tell(Event::Wedged { pid, evidence });
+                world.send(Event::AllThreadsStuck { pid, evidence });
             }
         }
         Happening::Reload(count) => {
             if world.fleet.can_reload() {
                 let limits = PolicyLimits { count, ..limits };
-                world.tell(Event::Reload { limits });
+                world.send(Event::Reload { limits });
             }
         }
-        Happening::Scale(count) => world.tell(Event::Scale { count }),
-        Happening::ScaleBy(by) => world.tell(Event::ScaleBy { by }),
+        Happening::Scale(count) => world.send(Event::Scale { count }),
+        Happening::ScaleBy(by) => world.send(Event::ScaleBy { by }),
         Happening::Crosses => world.cross(),
         Happening::ForksRefused(refused) => world.refuse_forks = refused,
         Happening::ForksHeld(held) => {
@@ -169,14 +169,14 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
                 world.die(pid, Exit::Code(1));
             }
             let at = Millis::from(pid.0.unsigned_abs()) * 1_000;
-            world.tell(Event::Heartbeat { pid, at });
+            world.send(Event::Heartbeat { pid, at });
         }
-        Happening::Stop => world.tell(Event::Stop),
-        Happening::StopNow => world.tell(Event::StopNow),
+        Happening::Stop => world.send(Event::Stop),
+        Happening::StopNow => world.send(Event::StopNow),
     }
 }
 
-/// From now on all is well: forks work, workers come up, and leave when told.
+/// From now on all is well: forks succeed, workers become ready, and exit when ordered.
 fn be_quiet(world: &mut World, span: Millis) {
     world.refuse_forks = false;
     world.hold_forks = false;
@@ -227,7 +227,7 @@ proptest! {
         let stop = if now { Happening::StopNow } else { Happening::Stop };
         let history = before.into_iter().chain([stop]).chain(after);
         for happening in history {
-            // A start that failed is over earlier.
+            // A failed start is over earlier.
             if !world.exited {
                 happen(&mut world, limits, happening);
             }

@@ -1,129 +1,101 @@
-//! The fleet as plain data, and back: what one program knows of its workers, for the next one.
+//! Converts the fleet to plain data and back, for the program that follows at an upgrade.
 //!
-//! Pure, like the fleet itself. Each table is taken apart by name, so that a field that is added to
-//! it can't be forgotten here. What comes from another version is checked before it is believed:
-//! a table that contradicts itself is an error, never a panic. Limits on log lines start afresh.
+//! Pure. Children and deaths are serialized as they are. Data from another version is checked. A table that contradicts itself is an error, never a panic. Limits
+//! on log lines start again.
 
 use std::collections::BTreeSet;
 
-use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::death_log::{Death, Deaths};
-use super::event::{Exit, MAX_COUNT, Millis, PolicyLimits};
+use super::event::{MAX_COUNT, Millis, PolicyLimits};
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{
-    ChildRecord, RecycleState, SlotEntry, SlotId, SlotState, SlotTable, WorkerStage, slot_id,
-};
-use crate::link::ids::{Generation, Pid, Slot};
+use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, SlotTable, slot_id};
+use crate::link::ids::{Generation, Pid};
+use crate::protocol::control::DeathKind;
 use crate::throttle::Throttle;
 
-/// After an upgrade the pool processes of the program before serve on, without the master. New ones are
-/// forked for them after this time, unless the reload that follows has replaced their generation.
-const POOLS_AFTER_UPGRADE: Millis = 3_000;
+/// After an upgrade the pool processes of the program before continue to serve, without the master. New
+/// ones, and new acceptors, are forked after this time, unless the reload that follows has replaced their
+/// generation.
+const OTHERS_AFTER_UPGRADE: Millis = 3_000;
 
 /// A fleet between two reloads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FleetState {
     pub generation: u32,
-    /// The last generation's number given out.
+    /// The highest generation number that was used.
     pub last_generation: u32,
-    /// What the configuration of the generation that serves says.
+    /// The limits of the serving generation.
     pub limits: PolicyLimits,
-    /// How many workers there shall be.
+    /// The wanted number of workers.
     pub count: usize,
-    /// The slots of the generation that serves.
+    /// The slots of the serving generation.
     pub seats: Vec<SeatState>,
     /// Every child not yet reaped.
     pub children: Vec<ChildState>,
-    /// The last deaths, oldest first.
-    pub deaths: Vec<DeathState>,
-    /// All deaths, those included whose record is gone.
+    /// The observers. A program that does not know of them has their pids in `orphans.others`.
+    #[serde(default)]
+    pub observers: Vec<i32>,
+    /// The last deaths of workers, oldest first.
+    pub deaths: Vec<Death>,
+    /// The last deaths of other children. An older program shows only those of workers.
+    #[serde(default)]
+    pub other_deaths: Vec<Death>,
+    /// The number of all deaths, including those without a record.
     pub deaths_total: u64,
 }
 
-/// A slot and who sits there.
+/// A slot and its worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeatState {
     pub slot: u16,
-    /// Who sits there, if anybody does.
+    /// The worker in the slot, if there is one.
     pub worker: Option<i32>,
-    /// When to fork, if nobody does.
+    /// When a worker is forked, if there is none.
     pub until: Option<Millis>,
-    /// Who is to follow that worker, if anybody is there already.
+    /// The successor of that worker, if there is one.
     #[serde(default)]
     pub coming: Option<i32>,
-    /// When to fork the one that is to follow, if nobody is.
+    /// When a successor is forked, if one is needed.
     #[serde(default)]
     pub coming_until: Option<Millis>,
-    /// When that last changed.
+    /// When the slot last changed.
     pub since: Millis,
-    /// How soon it may be forked again.
     pub throttle: Throttle,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChildState {
-    pub pid: i32,
-    pub generation: u32,
-    pub slot: u16,
-    pub limits: PolicyLimits,
-    /// When it was forked.
-    pub born: Millis,
-    pub ready_at: Option<Millis>,
-    /// Where it is in its life.
-    pub stage: WorkerStage,
-    pub since: Millis,
-    /// The last sign of its event loop.
-    pub heartbeat: Millis,
-    /// When it gets its next signal, and which.
-    pub next: Option<(Millis, i32)>,
-    /// Why it is being ended by force, if it is.
-    pub doom: Option<String>,
-    /// What it has been through.
-    #[serde(default)]
-    pub wear: RecycleState,
-    /// Whether it got KILL.
-    #[serde(default)]
-    pub killed: bool,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeathState {
-    /// Where the worker was.
-    pub slot: u16,
-    pub pid: i32,
-    pub generation: u32,
-    /// Its exit code, if it left by one.
-    pub exit: Option<i32>,
-    /// The signal that ended it, if one did, and whether a core was dumped.
-    pub signal: Option<(i32, bool)>,
-    /// From its fork to its end.
-    pub uptime: Millis,
-    /// The method that it last ran.
-    pub method: Option<String>,
-    /// Its resident memory, in bytes.
-    pub rss_bytes: u64,
-    /// Why, as far as was known.
-    pub reason: String,
-    /// The wall clock, in unix seconds.
-    pub at: u64,
+    pub pid: Pid,
+    #[serde(flatten)]
+    pub record: ChildRecord,
 }
 
 impl Fleet {
-    /// All that another program needs to know. To be asked between two reloads
-    /// ([`Fleet::can_reload`]) and between two events: no verdict is open then and no fork ordered; or
-    /// after [`Fleet::give_up`], and then it is the other program that forks what was ordered.
+    /// Returns all that another program needs to know. Call it only:
+    ///
+    /// - between two reloads ([`Fleet::can_reload`]) and between two events, when no result is open and no
+    ///   fork is ordered; or
+    /// - after [`Fleet::abandon_reload`]. Then the other program does the forks that were ordered.
     pub fn export(&self) -> FleetState {
         let SlotTable {
             slots: seats,
             children,
+            ..
         } = &self.table;
-        let is_wanted = |(slot_id, tenure): &(&SlotId, &SlotEntry)| {
-            tenure.is_active && slot_id.generation == self.serving && !slot_id.is_pool()
+        let is_wanted = |(slot_id, entry): &(&SlotId, &SlotEntry)| {
+            entry.is_active && slot_id.generation == self.serving && slot_id.slot.is_worker()
         };
-        // Pool processes are told of elsewhere: a program that does not know them must not end them.
-        let is_worker = |(_, child): &(&Pid, &ChildRecord)| !child.slot_id.is_pool();
+        // Pool processes and acceptors are passed on elsewhere: a program that does not know them must not
+        // end them.
+        let is_worker = |(_, child): &(&Pid, &ChildRecord)| child.slot_id.slot.is_worker();
+        let (deaths, other_deaths) = (self.deaths.iter().cloned())
+            .partition(|death: &Death| death.kind == DeathKind::Worker);
+        let child_state = |(pid, record): (&Pid, &ChildRecord)| ChildState {
+            pid: *pid,
+            record: record.clone(),
+        };
         FleetState {
             generation: self.serving.0,
             last_generation: self.last_generation.0,
@@ -131,17 +103,19 @@ impl Fleet {
             count: self.count,
             seats: seats.iter().filter(is_wanted).map(seat_state).collect(),
             children: children.iter().filter(is_worker).map(child_state).collect(),
-            deaths: self.deaths.iter().map(death_state).collect(),
+            observers: self.observer.pids().map(|pid| pid.0).collect(),
+            deaths,
+            other_deaths,
             deaths_total: self.deaths.total(),
         }
     }
 
-    /// The fleet that another program has left, at `now` of the same clock. What has come due
-    /// meanwhile is for the first [`Fleet::tick`], when the workers' reports have been heard: the
-    /// ready of one whose time was over during the exec may be among them.
+    /// Restores the fleet that another program has left, at `now` of the same clock. What has become due in
+    /// between is left to the first [`Fleet::tick`], after the workers' reports were read: a worker whose
+    /// time was over during the exec may have reported ready.
     ///
     /// # Errors
-    /// What contradicts itself in it.
+    /// The contradiction in the state.
     pub fn import(state: FleetState, now: Millis) -> Result<Self, String> {
         let FleetState {
             generation,
@@ -151,6 +125,8 @@ impl Fleet {
             seats,
             children,
             deaths,
+            observers,
+            other_deaths,
             deaths_total,
         } = state;
         let serving = Generation(generation);
@@ -164,14 +140,13 @@ impl Fleet {
         fleet.serving = serving;
         fleet.last_generation = Generation(last_generation);
         fleet.count = count;
-        let pids: BTreeSet<i32> = children.iter().map(|child| child.pid).collect();
-        if pids.len() != children.len() || pids.first().is_some_and(|&pid| pid <= 1) {
+        let pids: BTreeSet<Pid> = children.iter().map(|child| child.pid).collect();
+        if pids.len() != children.len() || pids.first().is_some_and(|pid| pid.0 <= 1) {
             return Err("the table of workers names a pid twice, or one that is none".into());
         }
         for state in children {
-            // Its heartbeat too is for the first tick, before which the scoreboard is read.
-            let (pid, child) = child(state)?;
-            fleet.table.children.insert(pid, child);
+            // Its heartbeat is checked at the first tick, before which the scoreboard is read.
+            fleet.table.children.insert(state.pid, state.record);
         }
         for state in seats {
             let at = slot_id(serving, state.slot);
@@ -189,14 +164,15 @@ impl Fleet {
             if second.is_some() && (state.worker.is_none() || state.worker == state.coming) {
                 return Err(format!("slot {} has only one to follow", state.slot));
             }
-            let tenure = SlotEntry {
+            let entry = SlotEntry {
                 state: first.unwrap_or(SlotState::Throttled { until: now }),
                 successor: second,
                 is_active: true,
                 throttle: state.throttle,
                 since: state.since,
+                oldest: serving,
             };
-            if usize::from(state.slot) >= count || fleet.table.slots.insert(at, tenure).is_some() {
+            if usize::from(state.slot) >= count || fleet.table.slots.insert(at, entry).is_some() {
                 return Err(format!("slot {} is there twice, or is none", state.slot));
             }
         }
@@ -206,17 +182,18 @@ impl Fleet {
                 fleet.table.slots.len()
             ));
         }
-        // The pool processes that there were serve until nobody uses them.
-        for number in 0..limits.pools {
-            let slot = Slot::of_pool(number);
+        // The old pool processes serve until no process uses them. The old acceptors accept nothing more:
+        // the kernel queues connections until the reload that follows has started new ones.
+        for slot in limits.other_slots() {
             let entry = SlotEntry {
                 state: SlotState::Throttled {
-                    until: now + POOLS_AFTER_UPGRADE,
+                    until: now + OTHERS_AFTER_UPGRADE,
                 },
                 successor: None,
                 is_active: true,
                 throttle: Throttle::default(),
                 since: now,
+                oldest: serving,
             };
             let at = SlotId {
                 generation: serving,
@@ -224,21 +201,28 @@ impl Fleet {
             };
             fleet.table.slots.insert(at, entry);
         }
-        fleet.deaths = Deaths::of(deaths.into_iter().map(death).collect(), deaths_total);
+        fleet.has_foreign_pools = true;
+        let before = observers.into_iter().map(Pid).collect();
+        fleet.observer.resume(before, &limits, now);
+        let mut deaths: Vec<Death> = deaths.into_iter().chain(other_deaths).collect();
+        deaths.sort_by_key(|death| death.at);
+        fleet.deaths = Deaths::of(deaths.into_iter(), deaths_total);
         fleet.next_tick_at = fleet.earliest();
         Ok(fleet)
     }
 }
 
-fn seat_state((slot_id, tenure): (&SlotId, &SlotEntry)) -> SeatState {
+fn seat_state((slot_id, entry): (&SlotId, &SlotEntry)) -> SeatState {
     let SlotEntry {
         state,
         successor,
-        // those that are not are left out
+        // Inactive slots are left out.
         is_active: _,
         throttle,
         since,
-    } = tenure;
+        // Only a pool process has one, and those are left out.
+        oldest: _,
+    } = entry;
     let parts = |holder: SlotState| match holder {
         SlotState::Worker(pid) => (Some(pid.0), None),
         SlotState::Throttled { until } => (None, Some(until)),
@@ -254,113 +238,5 @@ fn seat_state((slot_id, tenure): (&SlotId, &SlotEntry)) -> SeatState {
         coming_until,
         since: *since,
         throttle: throttle.clone(),
-    }
-}
-
-fn child_state((pid, child): (&Pid, &ChildRecord)) -> ChildState {
-    let ChildRecord {
-        slot_id,
-        limits,
-        forked_at,
-        ready_at,
-        stage,
-        stage_since,
-        heartbeat,
-        next_signal,
-        kill_reason,
-        recycle,
-        is_sigkill_sent,
-    } = child;
-    ChildState {
-        pid: pid.0,
-        generation: slot_id.generation.0,
-        slot: slot_id.slot.0,
-        limits: *limits,
-        born: *forked_at,
-        ready_at: *ready_at,
-        stage: *stage,
-        since: *stage_since,
-        heartbeat: *heartbeat,
-        next: next_signal.map(|(at, signal)| (at, signal as i32)),
-        doom: kill_reason.clone(),
-        wear: recycle.clone(),
-        killed: *is_sigkill_sent,
-    }
-}
-
-fn child(state: ChildState) -> Result<(Pid, ChildRecord), String> {
-    let next = match state.next {
-        None => None,
-        Some((at, number)) => {
-            let signal = Signal::try_from(number).map_err(|_| format!("signal {number}"))?;
-            Some((at, signal))
-        }
-    };
-    let child = ChildRecord {
-        slot_id: slot_id(Generation(state.generation), state.slot),
-        limits: state.limits,
-        forked_at: state.born,
-        ready_at: state.ready_at,
-        stage: state.stage,
-        stage_since: state.since,
-        heartbeat: state.heartbeat,
-        next_signal: next,
-        kill_reason: state.doom,
-        recycle: state.wear,
-        is_sigkill_sent: state.killed,
-    };
-    Ok((Pid(state.pid), child))
-}
-
-fn death_state(death: &Death) -> DeathState {
-    let Death {
-        slot,
-        pid,
-        generation,
-        how,
-        uptime,
-        method,
-        rss_bytes,
-        reason,
-        at,
-    } = death;
-    let (exit, signal) = match *how {
-        Exit::Code(code) => (Some(code), None),
-        Exit::Signal {
-            number,
-            core_dumped,
-        } => (None, Some((number, core_dumped))),
-    };
-    DeathState {
-        slot: slot.0,
-        pid: pid.0,
-        generation: generation.0,
-        exit,
-        signal,
-        uptime: *uptime,
-        method: method.clone(),
-        rss_bytes: *rss_bytes,
-        reason: reason.clone(),
-        at: *at,
-    }
-}
-
-fn death(state: DeathState) -> Death {
-    Death {
-        slot: Slot(state.slot),
-        pid: Pid(state.pid),
-        generation: Generation(state.generation),
-        how: match state.signal {
-            Some((number, core_dumped)) => Exit::Signal {
-                number,
-                core_dumped,
-            },
-            None => Exit::Code(state.exit.unwrap_or_default()),
-        },
-        uptime: state.uptime,
-        method: state.method,
-        rss_bytes: state.rss_bytes,
-        reason: state.reason,
-        at: state.at,
     }
 }

@@ -1,9 +1,11 @@
-//! Scenarios from a master's life, each with a pretended kernel.
+//! Scenarios from a master's life, each with a simulated kernel.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
 
-use super::event::{Action, Event, Exit, PolicyLimits};
+use super::action::{Action, NotReady};
+use super::death_log::DeathReason;
+use super::event::{Event, Exit, PolicyLimits, StopMode};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::WorkerPhase;
@@ -28,10 +30,10 @@ fn a_start_is_done_when_the_last_worker_is_ready_and_not_before() {
     assert_eq!(world.fleet.ready_count(), 4);
 }
 
-/// The world of a start that failed: says why, ends the rest, leaves with 71.
+/// Checks a start that has failed: it gives the reason, ends the other children, and exits with 71.
 fn assert_failed_start(mut world: World, reason: &str) {
     let verdict = world.history.iter().find_map(|(_, action)| match action {
-        Action::StartUpDone(Err(text)) => Some(text.clone()),
+        Action::StartUpDone(Err(reason)) => Some(reason.to_string()),
         _ => None,
     });
     assert!(verdict.unwrap().contains(reason));
@@ -66,9 +68,9 @@ fn a_refused_fork_fails_the_start() {
     let mut world = World::new(LIMITS);
     world.hold_forks = true;
     world.refuse_forks = true;
-    // A worker retires before the rest is ready, and its successor can't be forked.
+    // A worker retires before the others are ready, and its successor cannot be forked.
     let pid = world.pid(0);
-    world.tell(Event::Retiring { pid });
+    world.send(Event::Retiring { pid });
     world.do_fork();
     assert_failed_start(world, "slot 0 could not be forked");
 }
@@ -86,9 +88,9 @@ fn a_worker_that_dies_after_ready_is_replaced_during_the_start() {
 #[test]
 fn a_stop_during_the_start_answers_whoever_waits_for_it() {
     let mut world = World::new(LIMITS);
-    world.tell(Event::Stop);
-    let text = "not every worker became ready: the server stops".to_owned();
-    assert!(world.did(&Action::StartUpDone(Err(text))));
+    world.send(Event::Stop);
+    let reason = NotReady::Stopped(StopMode::Stop);
+    assert!(world.did(&Action::StartUpDone(Err(reason))));
     let pid = *world.living.keys().next().unwrap();
     world.pass(500);
     assert!(
@@ -113,7 +115,7 @@ fn a_crash_is_replaced_at_once_and_told_with_all_that_is_known() {
         lines.last().unwrap().1,
         "worker 103 (slot 2) ended by SIGSEGV (core dumped) after 3.2 s: crashed, last method add; \
          replaced at once slot=2 pid=103 generation=1 signal=SIGSEGV core=true uptime_ms=3200 \
-         method=add"
+         method=add call=103.12"
     );
     let death = world.fleet.deaths().iter().next().unwrap();
     assert_eq!((death.pid, death.slot, death.uptime), (pid, Slot(2), 3_200));
@@ -153,7 +155,7 @@ fn a_crash_loop_is_throttled_and_shown_and_the_other_slots_go_on() {
     assert_eq!(world.view(1).young_deaths, 0, "a minute of health");
 }
 
-/// All workers die as soon as they are forked, for that long.
+/// All workers die as soon as they are forked, for that time.
 fn crash_loop(world: &mut World, span: u64) {
     let end = world.now + span;
     while world.now < end {
@@ -181,7 +183,7 @@ fn a_crash_loop_of_all_slots_writes_at_most_twenty_lines_a_minute() {
     let forks = world.forks(3);
     let after_burst = &forks[6..];
     assert!(after_burst.windows(13).all(|w| w[12] - w[0] >= 60_000));
-    assert!(lines.iter().any(|(_, line)| line.contains("held back")));
+    assert!(lines.iter().any(|(_, line)| line.contains("suppressed")));
 }
 
 #[test]
@@ -203,7 +205,7 @@ fn without_a_throttle_ten_thousand_deaths_are_ten_thousand_forks() {
         count: 1,
         ..LIMITS
     });
-    // The history would make the world's own checks slow.
+    // The history would make the checks of the world slow.
     for _ in 0..10_000 {
         world.history.clear();
         let pid = world.pid(0);
@@ -238,7 +240,7 @@ fn what_is_no_worker_is_reaped_and_its_reports_are_ignored() {
     let mut world = World::serving(LIMITS);
     world.die(Pid(4711), SEGV);
     world.ready(Pid(4711));
-    world.tell(Event::Retiring { pid: Pid(4711) });
+    world.send(Event::Retiring { pid: Pid(4711) });
     let pid = world.pid(0);
     world.ready(pid);
     assert_eq!(world.fleet.ready_count(), 4);
@@ -260,8 +262,8 @@ fn a_retiring_worker_gets_a_successor_at_once_and_its_end_is_no_death() {
     let mut world = World::serving(LIMITS);
     for _ in 0..20 {
         let pid = world.pid(1);
-        world.tell(Event::Retiring { pid });
-        world.tell(Event::Retiring { pid });
+        world.send(Event::Retiring { pid });
+        world.send(Event::Retiring { pid });
         assert_ne!(world.pid(1), pid);
         world.all_ready();
         world.die(pid, Exit::Code(0));
@@ -275,7 +277,7 @@ fn a_retiring_worker_gets_a_successor_at_once_and_its_end_is_no_death() {
 fn a_drain_past_its_deadline_gets_term_and_then_kill() {
     let mut world = World::serving(LIMITS);
     let (pid, start) = (world.pid(0), world.now);
-    world.tell(Event::Retiring { pid });
+    world.send(Event::Retiring { pid });
     world.all_ready();
     world.pass(21_000);
     assert_eq!(world.signalled(pid, Signal::SIGTERM), Some(start + 20_100));
@@ -283,7 +285,7 @@ fn a_drain_past_its_deadline_gets_term_and_then_kill() {
     world.let_leave();
     let death = world.fleet.deaths().iter().next().unwrap();
     assert_eq!(
-        death.reason,
+        death.reason.to_string(),
         "not done by its drain deadline; S asleep in read(0x5, ...)"
     );
     assert_eq!(world.fleet.ready_count(), 4);
@@ -302,7 +304,7 @@ fn a_stuck_event_loop_gets_abrt_then_kill_and_is_replaced() {
     world.let_leave();
     let death = world.fleet.deaths().iter().next().unwrap();
     assert_eq!(
-        death.reason,
+        death.reason.to_string(),
         "event loop stuck for 10 s; S asleep in read(0x5, ...)"
     );
     assert_eq!(world.forks(3).len(), 2);
@@ -314,7 +316,7 @@ fn a_stop_does_not_put_off_the_end_of_a_stuck_worker() {
     let (pid, start) = (world.pid(3), world.now);
     world.living.get_mut(&pid).unwrap().stuck = true;
     world.pass(10_100);
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     world.pass(400);
     assert_eq!(world.signalled(pid, Signal::SIGKILL), Some(start + 10_500));
 }
@@ -323,7 +325,7 @@ fn a_stop_does_not_put_off_the_end_of_a_stuck_worker() {
 fn nobody_is_killed_because_the_master_was_paused() {
     let mut world = World::serving(LIMITS);
     let pid = world.pid(0);
-    world.tell(Event::Retiring { pid });
+    world.send(Event::Retiring { pid });
     let starting = world.pid(0);
     let now = world.now + 100_000;
     world.now = now;
@@ -359,7 +361,7 @@ fn a_boot_timeout_in_service_is_a_young_death() {
 #[test]
 fn a_reload_starts_a_canary_then_the_rest_and_drains_the_old_after_the_verdict() {
     let mut world = World::serving(LIMITS);
-    world.tell(reload(3));
+    world.send(reload(3));
     assert!(!world.fleet.can_reload());
     assert_eq!(world.living.len(), 5, "the canary alone");
     world.ready(world.pid_in(2, 0));
@@ -367,7 +369,10 @@ fn a_reload_starts_a_canary_then_the_rest_and_drains_the_old_after_the_verdict()
     world.ready(world.pid_in(2, 1));
     assert!(world.drained().is_empty());
     world.ready(world.pid_in(2, 2));
-    assert!(world.did(&Action::ReloadDone(Ok(Generation(2)))));
+    assert!(world.did(&Action::ReloadDone {
+        generation: Generation(2),
+        result: Ok(())
+    }));
     assert_eq!(world.drained().len(), 4);
     assert_eq!(
         (world.fleet.generation(), world.fleet.target_count()),
@@ -385,7 +390,7 @@ fn a_reload_starts_a_canary_then_the_rest_and_drains_the_old_after_the_verdict()
 fn a_canary_that_dies_leaves_the_old_generation_untouched() {
     let mut world = World::serving(LIMITS);
     let before: Vec<_> = world.fleet.pids().collect();
-    world.tell(reload(4));
+    world.send(reload(4));
     let canary = world.pid_in(2, 0);
     world.die(canary, Exit::Code(70));
     let refusal = world.refusal().unwrap();
@@ -395,7 +400,7 @@ fn a_canary_that_dies_leaves_the_old_generation_untouched() {
     assert_eq!(world.fleet.pids().collect::<Vec<_>>(), before);
     assert!(world.drained().is_empty() && world.fleet.can_reload());
     // And the next good one works.
-    world.tell(reload(4));
+    world.send(reload(4));
     world.all_ready();
     assert_eq!(world.fleet.generation(), Generation(3));
 }
@@ -403,7 +408,7 @@ fn a_canary_that_dies_leaves_the_old_generation_untouched() {
 #[test]
 fn a_late_or_unforkable_newcomer_fails_the_reload_and_its_generation_drains() {
     let mut world = World::serving(LIMITS);
-    world.tell(reload(4));
+    world.send(reload(4));
     world.ready(world.pid_in(2, 0));
     let (canary, late) = (world.pid_in(2, 0), world.pid_in(2, 3));
     for slot in [1, 2] {
@@ -421,7 +426,7 @@ fn a_late_or_unforkable_newcomer_fails_the_reload_and_its_generation_drains() {
     world.let_leave();
 
     world.refuse_forks = true;
-    world.tell(reload(4));
+    world.send(reload(4));
     assert!(
         world
             .refusal()
@@ -434,7 +439,7 @@ fn a_late_or_unforkable_newcomer_fails_the_reload_and_its_generation_drains() {
 #[test]
 fn an_old_worker_that_dies_during_the_reload_is_replaced_in_its_own_generation() {
     let mut world = World::serving(LIMITS);
-    world.tell(reload(4));
+    world.send(reload(4));
     let pid = world.pid_in(1, 2);
     world.die(pid, SEGV);
     world.ready(world.pid_in(1, 2));
@@ -452,7 +457,7 @@ fn a_reload_ends_the_throttle() {
         world.die(pid, Exit::Code(1));
     }
     assert_eq!(world.view(1).state, WorkerPhase::Throttled);
-    world.tell(reload(4));
+    world.send(reload(4));
     world.all_ready();
     assert_eq!(world.fleet.ready_count(), 4);
     assert_eq!(world.view(1).young_deaths, 0);
@@ -463,7 +468,7 @@ fn a_reload_waits_while_four_old_generations_drain() {
     let mut world = World::serving(LIMITS);
     for _ in 0..4 {
         assert!(world.fleet.can_reload());
-        world.tell(reload(4));
+        world.send(reload(4));
         world.all_ready();
     }
     assert!(!world.fleet.can_reload());
@@ -476,38 +481,38 @@ fn a_reload_waits_while_four_old_generations_drain() {
 #[test]
 fn scaling_forks_what_is_missing_and_drains_the_highest_slots() {
     let mut world = World::serving(LIMITS);
-    world.tell(Event::Scale { count: 6 });
+    world.send(Event::Scale { count: 6 });
     world.all_ready();
     assert_eq!(world.fleet.ready_count(), 6);
     let highest = [world.pid(2), world.pid(3), world.pid(4), world.pid(5)];
-    world.tell(Event::Scale { count: 2 });
+    world.send(Event::Scale { count: 2 });
     assert_eq!(world.drained().into_iter().collect::<Vec<_>>(), highest);
     for _ in 0..5 {
-        world.tell(Event::ScaleBy { by: -1 });
+        world.send(Event::ScaleBy { by: -1 });
     }
     assert_eq!(world.fleet.target_count(), 1);
-    world.tell(Event::ScaleBy { by: 1 });
+    world.send(Event::ScaleBy { by: 1 });
     assert_eq!(
         (world.view(1).state, world.fleet.target_count()),
         (WorkerPhase::Starting, 2)
     );
-    world.tell(Event::Scale { count: 5_000 });
+    world.send(Event::Scale { count: 5_000 });
     assert_eq!(world.fleet.target_count(), 1024);
 }
 
 #[test]
 fn a_scale_during_a_reload_counts_after_it() {
     let mut world = World::serving(LIMITS);
-    world.tell(reload(3));
-    world.tell(Event::Scale { count: 5 });
-    world.tell(Event::ScaleBy { by: 1 });
+    world.send(reload(3));
+    world.send(Event::Scale { count: 5 });
+    world.send(Event::ScaleBy { by: 1 });
     assert_eq!(world.fleet.target_count(), 4);
     world.all_ready();
     assert_eq!(
         (world.fleet.target_count(), world.fleet.ready_count()),
         (6, 6)
     );
-    world.tell(reload(3));
+    world.send(reload(3));
     world.all_ready();
     assert_eq!(
         world.fleet.target_count(),
@@ -520,16 +525,16 @@ fn a_scale_during_a_reload_counts_after_it() {
 fn a_slot_given_up_and_wanted_again_while_it_is_forked_is_forked_once() {
     let mut world = World::serving(LIMITS);
     world.hold_forks = true;
-    world.tell(Event::Scale { count: 5 });
-    world.tell(Event::Scale { count: 4 });
-    world.tell(Event::Scale { count: 5 });
+    world.send(Event::Scale { count: 5 });
+    world.send(Event::Scale { count: 4 });
+    world.send(Event::Scale { count: 5 });
     assert_eq!(world.ordered.len(), 1);
-    world.tell(Event::Scale { count: 4 });
+    world.send(Event::Scale { count: 4 });
     world.do_fork();
-    assert_eq!(world.drained().len(), 1, "nobody wants it any more");
+    assert_eq!(world.drained().len(), 1, "it is not needed any more");
     assert_eq!(world.fleet.workers().len(), 5);
     for count in [6, 4, 6] {
-        world.tell(Event::Scale { count });
+        world.send(Event::Scale { count });
     }
     world.hold_forks = false;
     world.do_forks();
@@ -543,9 +548,9 @@ fn a_slot_given_up_and_wanted_again_while_it_is_forked_is_forked_once() {
 fn a_stop_drains_all_and_leaves_when_the_last_is_gone() {
     let mut world = World::serving(LIMITS);
     let draining = world.pid(0);
-    world.tell(Event::Retiring { pid: draining });
+    world.send(Event::Retiring { pid: draining });
     world.all_ready();
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     assert_eq!(world.drained().len(), 5, "those that drain already, too");
     world.pass(15_000);
     assert!(!world.did(&Action::Exit { code: 0 }));
@@ -558,7 +563,7 @@ fn a_stop_drains_all_and_leaves_when_the_last_is_gone() {
 fn a_drain_that_a_term_hurries_is_no_death_and_a_crash_in_it_is_one() {
     let mut world = World::serving(LIMITS);
     let (hurried, crashed) = (world.pid(0), world.pid(1));
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     let term = Exit::Signal {
         number: 15,
         core_dumped: false,
@@ -568,8 +573,8 @@ fn a_drain_that_a_term_hurries_is_no_death_and_a_crash_in_it_is_one() {
     world.die(crashed, SEGV);
     let death = world.fleet.deaths().iter().next().cloned();
     assert_eq!(
-        death.map(|death| death.reason).as_deref(),
-        Some("crashed while it drained")
+        death.map(|death| death.reason),
+        Some(DeathReason::DrainCrashed)
     );
 }
 
@@ -577,7 +582,7 @@ fn a_drain_that_a_term_hurries_is_no_death_and_a_crash_in_it_is_one() {
 fn a_stop_ends_what_is_left_within_half_a_second_of_its_deadline() {
     let mut world = World::serving(LIMITS);
     let (pid, start) = (world.pid(0), world.now);
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     world.pass(20_400);
     assert_eq!(world.signalled(pid, Signal::SIGTERM), Some(start + 20_100));
     assert_eq!(world.signalled(pid, Signal::SIGKILL), Some(start + 20_400));
@@ -587,10 +592,10 @@ fn a_stop_ends_what_is_left_within_half_a_second_of_its_deadline() {
 fn a_second_stop_leaves_at_once() {
     let mut world = World::serving(LIMITS);
     let (pid, start) = (world.pid(0), world.now);
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     world.pass(105);
-    world.tell(Event::Stop);
-    world.tell(Event::StopNow);
+    world.send(Event::Stop);
+    world.send(Event::StopNow);
     assert_eq!(world.signalled(pid, Signal::SIGQUIT), Some(start + 105));
     world.pass(500);
     assert_eq!(world.signalled(pid, Signal::SIGKILL), Some(start + 605));
@@ -602,19 +607,19 @@ fn a_second_stop_leaves_at_once() {
 fn two_stops_in_one_breath_are_one_and_a_stop_now_is_heard_at_once() {
     let mut world = World::serving(LIMITS);
     let (pid, start) = (world.pid(0), world.now);
-    world.tell(Event::Stop);
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
+    world.send(Event::Stop);
     world.pass(99);
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     assert_eq!(world.signalled(pid, Signal::SIGQUIT), None);
-    world.tell(Event::StopNow);
+    world.send(Event::StopNow);
     assert_eq!(world.signalled(pid, Signal::SIGQUIT), Some(start + 99));
 }
 
 #[test]
 fn a_stop_after_a_while_serves_until_then_and_replaces_who_dies() {
     let mut world = World::serving(LIMITS);
-    world.tell(Event::StopAfter { delay: 5_000 });
+    world.send(Event::StopAfter { delay: 5_000 });
     assert!(!world.fleet.can_reload(), "what is new would not live long");
     assert_eq!(world.fleet.stops_at(), Some(world.now + 5_000));
     let pid = world.pid(1);
@@ -625,7 +630,7 @@ fn a_stop_after_a_while_serves_until_then_and_replaces_who_dies() {
     assert!(world.drained().is_empty() && !world.did(&Action::StopDue));
     world.pass(1);
     assert!(world.did(&Action::StopDue));
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     assert_eq!(world.drained().len(), 4);
     world.let_leave();
     assert!(world.did(&Action::Exit { code: 0 }));
@@ -634,13 +639,13 @@ fn a_stop_after_a_while_serves_until_then_and_replaces_who_dies() {
 #[test]
 fn a_stop_overrides_one_that_was_to_come_later() {
     let mut world = World::serving(LIMITS);
-    world.tell(Event::StopAfter { delay: 60_000 });
-    world.tell(Event::StopAfter { delay: 5_000 });
+    world.send(Event::StopAfter { delay: 60_000 });
+    world.send(Event::StopAfter { delay: 5_000 });
     world.pass(1_000);
-    world.tell(Event::Stop);
+    world.send(Event::Stop);
     assert_eq!(world.drained().len(), 4);
     assert_eq!(world.fleet.stops_at(), None);
-    world.tell(Event::StopAfter { delay: 5_000 });
+    world.send(Event::StopAfter { delay: 5_000 });
     assert_eq!(world.fleet.stops_at(), None, "it stops already");
     world.pass(10_000);
     assert!(!world.did(&Action::StopDue));
@@ -650,8 +655,8 @@ fn a_stop_overrides_one_that_was_to_come_later() {
 fn a_stop_during_a_reload_gives_its_verdict_and_waits_for_forks_under_way() {
     let mut world = World::serving(LIMITS);
     world.hold_forks = true;
-    world.tell(reload(4));
-    world.tell(Event::Stop);
+    world.send(reload(4));
+    world.send(Event::Stop);
     assert!(world.refusal().unwrap().contains("the server stops"));
     world.let_leave();
     assert!(!world.did(&Action::Exit { code: 0 }), "a fork is under way");
@@ -660,7 +665,7 @@ fn a_stop_during_a_reload_gives_its_verdict_and_waits_for_forks_under_way() {
     assert!(world.did(&Action::Exit { code: 0 }));
 }
 
-/// The take-over took so long that a worker's time was over, whose ready lies unread.
+/// The take-over took so long that a worker's time was over, and its ready report is unread.
 #[test]
 fn what_came_due_during_a_take_over_is_judged_after_the_reports_are_heard() {
     for late in [1, 900, 5_000] {

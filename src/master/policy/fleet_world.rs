@@ -1,21 +1,26 @@
-//! A pretended kernel around [`Fleet`]: forks, dies and lets time pass as tests tell it, does each
-//! action at once, and checks the promises that hold in every history.
+//! A simulated kernel around [`Fleet`]: forks, dies and lets time pass as tests order it, does each action
+//! at once, and checks the invariants of every history.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::event::{Action, Event, Exit, Millis, PolicyLimits};
+use super::action::Action;
+use super::event::{Event, Exit, Millis, PolicyLimits};
 use super::fleet::Fleet;
 use super::slots::kill_after;
 use super::status_view::WorkerView;
 use crate::link::ids::{Generation, Pid, Slot};
+use crate::master::incident_text::{log_line, reload_result};
+use crate::protocol::call_id::CallId;
 use crate::protocol::control::WorkerPhase;
 
 pub(crate) const LIMITS: PolicyLimits = PolicyLimits {
     count: 4,
     pools: 0,
+    acceptors: 0,
+    has_observer: false,
     boot_timeout: 30_000,
     drain_timeout: 20_000,
     heartbeat_timeout: 10_000,
@@ -35,17 +40,17 @@ pub(crate) const SEGV: Exit = Exit::Signal {
 #[derive(Debug, Clone)]
 pub(crate) struct Process {
     pub slot_id: (Generation, Slot),
-    /// Told to leave, leaving by itself, or signalled: its slot may be given to another.
+    /// Was ordered to exit, exits on its own, or got a signal, so its slot may be given to another.
     pub leaves: bool,
-    /// Got KILL: its death is only a matter of being reported.
+    /// Got SIGKILL. Only its death has to be reported.
     pub killed: bool,
-    /// Was signalled without having been told to drain: it was too slow.
+    /// Got a signal without an order to drain, because it was too slow.
     pub late: bool,
     /// Gives no heartbeat any more.
     pub stuck: bool,
     /// Its resident memory.
     pub rss_bytes: u64,
-    /// Was told to drain while its successor sat there already.
+    /// Was ordered to drain when its successor had its slot already.
     pub replaced: bool,
 }
 
@@ -55,7 +60,7 @@ pub(crate) struct World {
     pub living: BTreeMap<Pid, Process>,
     /// Every action with its time.
     pub history: Vec<(Millis, Action)>,
-    /// Forks ordered and not yet done.
+    /// Forks that were ordered and not done.
     pub ordered: Vec<(Generation, Slot)>,
     /// Whether forks wait in `ordered`.
     pub hold_forks: bool,
@@ -69,7 +74,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Another program goes on with the fleet, where an upgrade may come.
+    /// Passes the fleet to another program, if an upgrade may come now.
     #[allow(clippy::unwrap_used)]
     pub fn cross(&mut self) {
         if !self.fleet.can_reload() || !self.ordered.is_empty() {
@@ -81,7 +86,7 @@ impl World {
         self.fleet = Fleet::import(read, self.now).unwrap();
     }
 
-    /// A fresh master whose workers were forked and not yet ready.
+    /// Makes a new master whose workers were forked and are not ready.
     pub fn new(limits: PolicyLimits) -> World {
         let (fleet, actions) = Fleet::new(limits, 1_000);
         let mut world = World {
@@ -110,8 +115,8 @@ impl World {
         world
     }
 
-    /// Tells the fleet, and does what it says.
-    pub fn tell(&mut self, event: Event) {
+    /// Reports an event to the fleet, and does what it orders.
+    pub fn send(&mut self, event: Event) {
         match &event {
             Event::Reload { .. } => self.reloads += 1,
             Event::Stop | Event::StopNow => self.stopped = true,
@@ -131,7 +136,7 @@ impl World {
             match &action {
                 Action::Fork { slot, generation } => {
                     let slot_id = (*generation, *slot);
-                    // One that was too slow and does not go is not waited for any more.
+                    // A process that was too slow and does not end is not waited for.
                     let here = |process: &&mut Process| process.slot_id == slot_id;
                     self.living
                         .values_mut()
@@ -152,10 +157,10 @@ impl World {
                     process.leaves = true;
                     process.killed |= *signal == Signal::SIGKILL;
                 }
-                // Its answer comes before the next action.
+                // The result comes before the next action.
                 Action::Diagnose { pid } => {
                     let text = "S asleep in read(0x5, ...)".to_owned();
-                    self.tell(Event::Evidence { pid: *pid, text });
+                    self.send(Event::Diagnosed { pid: *pid, text });
                 }
                 _ => {}
             }
@@ -171,12 +176,12 @@ impl World {
         }
     }
 
-    /// Does, or refuses, the oldest fork ordered.
+    /// Does, or refuses, the oldest fork that was ordered.
     pub fn do_fork(&mut self) {
         let (generation, slot) = self.ordered.remove(0);
         if self.refuse_forks {
             let reason = "Resource temporarily unavailable".to_owned();
-            return self.tell(Event::ForkFailed {
+            return self.send(Event::ForkFailed {
                 slot,
                 generation,
                 reason,
@@ -196,21 +201,21 @@ impl World {
             replaced: false,
         };
         self.living.insert(pid, process);
-        self.tell(Event::Forked {
+        self.send(Event::Forked {
             slot,
             generation,
             pid,
         });
     }
 
-    /// Those in a slot who were not told to leave: a worker, and the one that is to follow it.
+    /// Returns the processes in a slot that were not ordered to exit: a worker, and its successor.
     fn holders(&self, slot_id: (Generation, Slot)) -> usize {
         let here = |process: &&Process| process.slot_id == slot_id && !process.leaves;
         self.living.values().filter(here).count()
     }
 
-    /// How many recycles are under way: successors on their way, or ended for being too slow and not
-    /// gone yet, and old workers not gone yet.
+    /// Returns the number of recycles under way: successors that are not ready, or were ended for being too
+    /// slow and are not gone, and old workers that are not gone.
     pub fn recycles(&self) -> usize {
         let slots: BTreeSet<_> = self
             .living
@@ -223,7 +228,7 @@ impl World {
             let late = self.living.values().filter(late).count();
             self.holders(**slot_id) + forks + late == 2
         };
-        // One that even KILL does not end is nobody's to wait for.
+        // A child that SIGKILL does not end is not waited for.
         let is_held = |pid: &Pid| {
             let killed = self.signalled(*pid, Signal::SIGKILL);
             killed.is_some_and(|at| self.now >= at + kill_after(Signal::SIGKILL))
@@ -233,7 +238,7 @@ impl World {
         slots.iter().filter(coming).count() + replaced.count()
     }
 
-    /// What no history may contain.
+    /// Checks what no history may contain.
     fn check(&mut self, action: &Action) {
         assert!(!self.exited, "{action:?} after the exit");
         match action {
@@ -245,14 +250,14 @@ impl World {
             Action::StartUpDone(_) => {
                 assert!(!std::mem::replace(&mut self.started, true), "started twice");
             }
-            Action::ReloadDone(_) => {
+            Action::ReloadDone { .. } => {
                 self.verdicts += 1;
-                assert!(self.verdicts <= self.reloads, "a verdict nobody awaits");
+                assert!(self.verdicts <= self.reloads, "a result without a reload");
             }
             Action::Drain { pid, .. } => {
                 let process = self.living[pid].clone();
                 let serves = process.slot_id.0 == self.fleet.generation();
-                // One just forked may have lost its slot before.
+                // A new child may have lost its slot before.
                 let newborn = pid.0 == self.last_pid;
                 let open = self.verdicts < self.reloads;
                 let replaced = self.holders(process.slot_id) == 2;
@@ -281,7 +286,7 @@ impl World {
     /// Lets time pass as the master's loop does: it wakes at each deadline, heartbeats first.
     pub fn pass(&mut self, span: Millis) {
         let end = self.now + span;
-        // Twice at one moment is right: what is done then may be due again.
+        // Twice at the same time is right, because what is done then may be due again.
         let (mut last, mut rounds) = (self.now, 0);
         loop {
             rounds = if self.now == last { rounds + 1 } else { 0 };
@@ -301,40 +306,42 @@ impl World {
         let well = self.living.iter().filter(|(_, process)| !process.stuck);
         for pid in well.map(|(pid, _)| *pid).collect::<Vec<_>>() {
             let at = self.now;
-            self.tell(Event::Heartbeat { pid, at });
+            self.send(Event::Heartbeat { pid, at });
         }
         for pid in self.fleet.to_sample(self.now) {
             let rss_bytes = self.process(pid).rss_bytes;
-            self.tell(Event::Memory { pid, rss_bytes });
+            self.send(Event::Memory { pid, rss_bytes });
         }
         let actions = self.fleet.tick(self.now);
         self.absorb(actions);
     }
 
-    /// The worker that holds a slot of a generation.
+    /// Returns the worker that holds a slot of a generation.
     pub fn pid_in(&self, generation: u32, slot: u16) -> Pid {
         let view = self.fleet.workers().into_iter().find(|view| {
             let slot_id = (view.generation, view.slot);
             slot_id == (Generation(generation), Slot(slot)) && view.state != WorkerPhase::Draining
         });
-        view.and_then(|view| view.pid).expect("somebody sits there")
+        view.and_then(|view| view.pid)
+            .expect("the slot has a worker")
     }
 
-    /// The worker that holds a slot of the serving generation.
+    /// Returns the worker that holds a slot of the serving generation.
     pub fn pid(&self, slot: u16) -> Pid {
         self.pid_in(self.fleet.generation().0, slot)
     }
 
     pub fn ready(&mut self, pid: Pid) {
-        self.tell(Event::Ready { pid });
+        self.send(Event::Ready { pid });
     }
 
-    /// Lets all that start say ready, and those forked for it.
+    /// Makes all starting children ready, also those that are forked for it.
     pub fn all_ready(&mut self) {
         let mut told = BTreeSet::new();
         loop {
             let starting = |view: &WorkerView| view.state == WorkerPhase::Starting;
             let all = self.fleet.workers().into_iter().chain(self.fleet.pools());
+            let all = all.chain(self.fleet.acceptors());
             let views = all.filter(starting);
             let Some(pid) = views.filter_map(|v| v.pid).find(|pid| told.insert(*pid)) else {
                 return;
@@ -345,16 +352,17 @@ impl World {
 
     pub fn die(&mut self, pid: Pid, how: Exit) {
         self.living.remove(&pid);
-        self.tell(Event::Died {
+        self.send(Event::Died {
             pid,
+            name: None,
             how,
-            method: Some("add".to_owned()),
+            last: Some(("add".to_owned(), CallId::recorded(pid.0, 12))),
             rss_bytes: 1 << 20,
             at: 1_700_000_000,
         });
     }
 
-    /// Lets all that were told to leave do so, and reports those killed.
+    /// Ends all that were ordered to exit, and reports the killed ones.
     pub fn let_leave(&mut self) {
         let leaving = self.living.iter().filter(|(_, process)| process.leaves);
         for (pid, process) in leaving.map(|(p, s)| (*p, s.clone())).collect::<Vec<_>>() {
@@ -362,14 +370,12 @@ impl World {
                 number: Signal::SIGKILL as i32,
                 core_dumped: false,
             };
-            self.die(
-                pid,
-                if process.killed {
-                    killed
-                } else {
-                    Exit::Code(0)
-                },
-            );
+            let how = if process.killed {
+                killed
+            } else {
+                Exit::Code(0)
+            };
+            self.die(pid, how);
         }
     }
 
@@ -393,7 +399,7 @@ impl World {
         self.history.iter().any(|(_, done)| done == action)
     }
 
-    /// When a worker got a signal.
+    /// Returns when a worker got a signal.
     pub fn signalled(&self, pid: Pid, signal: Signal) -> Option<Millis> {
         let wanted = Action::Kill { pid, signal };
         let hit = self.history.iter().find(|(_, action)| *action == wanted);
@@ -408,7 +414,7 @@ impl World {
         self.history.iter().filter_map(pid).collect()
     }
 
-    /// The times of a slot's forks.
+    /// Returns the times of a slot's forks.
     pub fn forks(&self, slot: u16) -> Vec<Millis> {
         let of_slot =
             |action: &Action| matches!(action, Action::Fork { slot: s, .. } if s.0 == slot);
@@ -416,35 +422,27 @@ impl World {
         hits.map(|(at, _)| *at).collect()
     }
 
-    /// The log lines that an operator sees, with their times.
-    pub fn lines(&self) -> Vec<(Millis, &str)> {
-        let line = |(at, action): &'_ (Millis, Action)| match action {
-            Action::Log { level, .. } if *level <= Level::Info => Some(*at),
+    /// Returns the log lines that an operator sees, with their times.
+    pub fn lines(&self) -> Vec<(Millis, String)> {
+        let line = |(at, action): &(Millis, Action)| match action {
+            Action::Log {
+                level,
+                incident,
+                suppressed,
+            } if *level <= Level::Info => Some((*at, log_line(incident, *suppressed))),
             _ => None,
         };
-        let lines = self.history.iter();
-        lines
-            .filter_map(|entry| Some((line(entry)?, text(&entry.1)?)))
-            .collect()
+        self.history.iter().filter_map(line).collect()
     }
 
-    /// The last reload's error.
-    pub fn refusal(&self) -> Option<&str> {
-        let hit = self
-            .history
-            .iter()
-            .rev()
-            .find_map(|(_, action)| match action {
-                Action::ReloadDone(result) => Some(result),
-                _ => None,
-            });
-        hit?.as_ref().err().map(String::as_str)
-    }
-}
-
-fn text(action: &Action) -> Option<&str> {
-    match action {
-        Action::Log { text, .. } => Some(text),
-        _ => None,
+    /// Returns the error of the last reload.
+    pub fn refusal(&self) -> Option<String> {
+        let mut actions = self.history.iter().rev();
+        let result = actions.find_map(|(_, action)| match action {
+            Action::ReloadDone { generation, result } => Some((*generation, result)),
+            _ => None,
+        });
+        let (generation, result) = result?;
+        reload_result(generation, result.clone()).err()
     }
 }

@@ -1,31 +1,37 @@
-//! A generation on its way: start-up and reload, up to the verdict.
+//! Starts a generation, at start-up and at a reload, and decides whether that has succeeded.
 //!
-//! *Start-up* forks all workers at once. A worker that can't be forked, dies before it is ready or
-//! misses boot-timeout fails the start: the verdict says why, the rest is stopped, exit code 71. A
-//! daemon that can't start must say so, not loop.
+//! *Start-up* forks all children at once. If a fork is refused, or a child dies or misses `boot-timeout`
+//! before it is ready, the start has failed. The reason is reported, the other children are stopped, and
+//! the master exits with code 71. It does not retry, because the one who starts a daemon must see the
+//! error.
 //!
-//! *Reload* forks slot 0 first, the canary, and the pool processes; then the rest; when all are ready the verdict is given,
-//! and only then the old generation drains. Any death before that, any refused fork, any missed
-//! boot-timeout (which counts for each worker from its own fork) fails it: the new generation
-//! drains, and the old one, which was replaced and throttled all the while as ever, goes on.
+//! *Reload* forks the worker of slot 0 (the canary), the pool processes and the acceptors first. When the
+//! canary is ready, it forks the other workers. When all are ready, the reload has succeeded, and the old
+//! generation drains. The same three faults as at start-up make it fail; `boot-timeout` counts from each
+//! child's own fork. Then the new generation drains. The old generation continues, and its crashed workers
+//! are respawned and throttled throughout.
+//!
+//! A pool process may stay at a reload. It then serves both generations. The reload waits until it can, and
+//! fails if the pool process ends before.
 
 use log::Level;
 
-use super::event::{Action, MAX_COUNT, Millis, PolicyLimits, StopMode};
-use super::fleet::{Fleet, PendingReload, ServerPhase};
-use super::slots::SlotId;
-use crate::link::ids::{Generation, Slot};
+use super::action::{Action, Incident, NotReady};
+use super::death_log;
+use super::event::{MAX_COUNT, Millis, PolicyLimits, PoolStep, StopMode};
+use super::fleet::{Fleet, PendingPool, PendingReload, ServerPhase};
+use super::slots::{SlotId, SlotState};
+use crate::link::ids::{Generation, Pid, Slot};
 
-/// The exit code when the first workers did not come up: as `Error::NotReady`.
+/// The exit code if the first children did not become ready: the one of `Error::NotReady`.
 const NOT_READY: u8 = 71;
 
 impl Fleet {
     /// Starts the next generation with its canary.
     pub(crate) fn start_reload(&mut self, limits: PolicyLimits) {
         if !self.can_reload() {
-            // The caller's own mistake; a verdict here would be taken for the running reload's.
-            let text = "a reload came out of turn and is ignored".to_owned();
-            return self.log(Level::Error, text);
+            // A mistake of the caller. A result here would be taken for that of the running reload.
+            return self.log(Level::Error, Incident::ReloadIgnored);
         }
         let generation = self.last_generation.next();
         self.last_generation = generation;
@@ -34,39 +40,145 @@ impl Fleet {
             generation,
             limits: PolicyLimits { count, ..limits },
             canary_ready: false,
+            kept: Vec::new(),
+            // Twice the time, because a pool process reports earlier itself why a program was not ready.
+            kept_until: self.now + 2 * limits.boot_timeout,
         });
+        // This comes first, because the fork tells a worker which pool processes there are.
+        let kept = std::mem::take(&mut self.may_stay).into_iter();
+        let kept: Vec<Slot> = kept
+            .filter_map(|pool| {
+                let (generation, slot) = (self.serving, pool.from);
+                let pid = self.serving_pid(SlotId { generation, slot })?;
+                self.keep_pool(pid, pool.to);
+                Some(pool.to)
+            })
+            .collect();
         self.add_slots(generation, 0, 1);
-        self.add_pools(generation, limits.pools);
+        for slot in limits.other_slots() {
+            if !kept.contains(&slot) {
+                self.add_slot(generation, slot);
+            }
+        }
     }
 
-    /// Whether the slot's generation still awaits its verdict.
-    pub(crate) fn is_newcomer(&self, slot_id: SlotId) -> bool {
+    /// Returns the child that serves in a slot, unless it has a successor.
+    fn serving_pid(&self, slot_id: SlotId) -> Option<Pid> {
+        let entry = self.table.slots.get(&slot_id)?;
+        let SlotState::Worker(pid) = entry.state else {
+            return None;
+        };
+        let is_alone = entry.is_active && entry.successor.is_none();
+        (is_alone && self.table.children[&pid].serves()).then_some(pid)
+    }
+
+    /// Keeps a pool process at the reload that has begun.
+    fn keep_pool(&mut self, pid: Pid, slot: Slot) {
+        if let Some(reload) = &mut self.reload {
+            reload.kept.push(PendingPool {
+                pid,
+                slot,
+                is_ready: false,
+            });
+            let (step, at) = (PoolStep::Update, (slot, reload.generation));
+            self.act(Action::Pool { pid, step, at });
+        }
+    }
+
+    /// Handles the report of a pool process that stays: it is ready for the new generation, or cannot serve
+    /// it.
+    pub(crate) fn pool_updated(
+        &mut self,
+        pid: Pid,
+        generation: Generation,
+        outcome: Result<(), String>,
+    ) {
+        let reload = self.reload.as_mut();
+        let Some(reload) = reload.filter(|reload| reload.generation == generation) else {
+            return; // It comes late.
+        };
+        let Some(pool) = reload.kept.iter_mut().find(|pool| pool.pid == pid) else {
+            return;
+        };
+        match outcome {
+            Ok(()) => {
+                pool.is_ready = true;
+                self.finish_if_ready(generation);
+            }
+            Err(reason) => {
+                self.pending_failed(NotReady::PoolRefused(death_log::clean_lines(&reason)))
+            }
+        }
+    }
+
+    /// Handles the loss of a child's slot. If the child is a pool process that stays, the reload has
+    /// failed.
+    pub(crate) fn kept_pool_lost(&mut self, pid: Pid, reason: impl FnOnce() -> NotReady) {
+        let Some(reload) = &mut self.reload else {
+            return;
+        };
+        let before = reload.kept.len();
+        reload.kept.retain(|pool| pool.pid != pid);
+        if reload.kept.len() < before {
+            self.pending_failed(reason());
+        }
+    }
+
+    /// Returns when the reload fails because a pool process that stays is not ready.
+    pub(crate) fn kept_pools_deadline(&self) -> Option<Millis> {
+        let reload = self.reload.as_ref()?;
+        let is_awaited = reload.kept.iter().any(|pool| !pool.is_ready);
+        (is_awaited && reload.limits.boot_timeout > 0).then_some(reload.kept_until)
+    }
+
+    /// Fails the reload if that time has come.
+    pub(crate) fn expire_kept_pools(&mut self) {
+        if self.kept_pools_deadline().is_some_and(|at| at <= self.now) {
+            self.pending_failed(NotReady::PoolSilent);
+        }
+    }
+
+    /// Returns whether the result of the slot's generation is still open.
+    pub(crate) fn is_pending(&self, slot_id: SlotId) -> bool {
         match &self.reload {
             Some(reload) => reload.generation == slot_id.generation,
             None => self.phase == ServerPhase::StartUp,
         }
     }
 
-    /// Whether somebody waits for the workers of a slot that is about to be forked.
+    /// Returns whether a start or reload waits for the child that is about to be forked in a slot.
     pub fn awaits(&self, slot: Slot, generation: Generation) -> bool {
-        self.is_newcomer(SlotId { generation, slot })
+        self.is_pending(SlotId { generation, slot })
     }
 
-    /// A worker became ready: is it the one that was waited for?
-    pub(crate) fn newcomer_ready(&mut self, slot_id: SlotId) {
-        if !self.is_newcomer(slot_id) {
+    /// Handles the ready report of a child: forks the workers behind the canary, or ends the start or
+    /// reload.
+    pub(crate) fn pending_ready(&mut self, slot_id: SlotId) {
+        if !self.is_pending(slot_id) {
             return;
         }
         let generation = slot_id.generation;
         if let Some(reload) = &mut self.reload
-            && !slot_id.is_pool()
+            && slot_id.slot.is_worker()
             && !std::mem::replace(&mut reload.canary_ready, true)
         {
             let count = reload.limits.count;
             self.add_slots(generation, 1, count);
         }
-        if !self.table.all_ready(generation) {
+        self.finish_if_ready(generation);
+    }
+
+    /// Ends the start or reload with success if all its children are ready.
+    fn finish_if_ready(&mut self, generation: Generation) {
+        let mut kept = self.reload.iter().flat_map(|reload| &reload.kept);
+        if kept.any(|pool| !pool.is_ready) || !self.table.all_ready(generation) {
             return;
+        }
+        let mut kept = self.reload.iter().flat_map(|reload| &reload.kept);
+        if kept.any(|pool| !self.table.has_alone(pool.pid)) {
+            // Its slot is about to get another process, which does not know the next generation.
+            let reason = "a pool process that should stay is being replaced; try again";
+            return self.pending_failed(NotReady::PoolRefused(reason.to_owned()));
         }
         match self.reload.take() {
             None => {
@@ -74,48 +186,73 @@ impl Fleet {
                 self.act(Action::StartUpDone(Ok(())));
             }
             Some(reload) => {
+                for &PendingPool { pid, slot, .. } in &reload.kept {
+                    let to = SlotId { generation, slot };
+                    self.table.move_pool(pid, to, reload.limits);
+                    let (step, at) = (PoolStep::Move, (slot, generation));
+                    self.act(Action::Pool { pid, step, at });
+                }
                 let old = std::mem::replace(&mut self.serving, generation);
                 self.limits = reload.limits;
                 self.count = reload.limits.count;
-                self.act(Action::ReloadDone(Ok(generation)));
+                let result = Ok(());
+                self.act(Action::ReloadDone { generation, result });
+                self.renew_observer();
                 self.remove_slots(old, 0, StopMode::Retire);
+                if std::mem::take(&mut self.has_foreign_pools) {
+                    self.forget_foreign_pools(old);
+                }
             }
         }
         self.scale_as_deferred();
     }
 
-    /// A worker whose generation awaits its verdict did not come up: this is the verdict.
-    pub(crate) fn newcomer_failed(&mut self, reason: &str) {
+    /// Drops the slots of pool processes that the program before an upgrade had forked: only its workers
+    /// use them.
+    fn forget_foreign_pools(&mut self, generation: Generation) {
+        for slot_id in self.table.slots_of(generation) {
+            if slot_id.is_pool() && self.serving_pid(slot_id).is_none() {
+                self.table.remove_slots(slot_id);
+            }
+        }
+    }
+
+    /// Ends the start or reload with a failure.
+    pub(crate) fn pending_failed(&mut self, reason: NotReady) {
         if self.phase == ServerPhase::StartUp {
             return self.stop(StopMode::AtOnce, NOT_READY, reason);
         }
-        self.refuse_newcomers(reason);
+        self.refuse_pending(reason);
         self.scale_as_deferred();
     }
 
-    /// This program can't go on, and another one will with what it exports then: the reload under
-    /// way is refused, what waited for its end is done. Forks that this orders, and those ordered
-    /// before and not reported, are not to be done here.
-    pub fn abandon_reload(&mut self, reason: &str, now: Millis) -> Vec<Action> {
+    /// Gives up the reload under way, because this program fails and another one continues with what it
+    /// exports. Forks that this orders, and earlier ones that were not reported, must not be done here.
+    pub fn abandon_reload(&mut self, reason: String, now: Millis) -> Vec<Action> {
         self.begin_event(now);
         if self.phase == ServerPhase::Serving {
-            self.refuse_newcomers(reason);
+            self.refuse_pending(NotReady::ProgramFailed(reason));
             self.scale_as_deferred();
         }
         self.finish_event()
     }
 
-    /// Gives the verdict that is still open, if any: no.
-    pub(crate) fn refuse_newcomers(&mut self, reason: &str) {
+    /// Gives the open result, if there is one: a failure.
+    pub(crate) fn refuse_pending(&mut self, reason: NotReady) {
         if self.phase == ServerPhase::StartUp {
-            let text = format!("not every worker became ready: {reason}");
-            self.act(Action::StartUpDone(Err(text)));
-        }
-        if let Some(PendingReload { generation, .. }) = self.reload.take() {
-            let text = format!("generation {generation} did not become ready: {reason}");
-            self.act(Action::ReloadDone(Err(text)));
+            self.act(Action::StartUpDone(Err(reason)));
+        } else if let Some(PendingReload {
+            generation, kept, ..
+        }) = self.reload.take()
+        {
+            for PendingPool { pid, slot, .. } in kept {
+                let (step, at) = (PoolStep::Revert, (slot, generation));
+                self.act(Action::Pool { pid, step, at });
+            }
+            let result = Err(reason);
+            self.act(Action::ReloadDone { generation, result });
             self.remove_slots(generation, 0, StopMode::Retire);
-            // Its pool processes are not replaced: it has served nobody.
+            // Its pool processes are not replaced, because no worker has used them.
             for slot_id in self.table.slots_of(generation) {
                 self.table.remove_slots(slot_id);
             }

@@ -1,30 +1,33 @@
-//! A worker's life: forked, ready, retiring, dead; and a fork that was refused.
+//! The lifecycle of a child: forked, ready, retiring, dead. Also handles forks that were refused.
 //!
-//! Reports come from processes that may be broken: one that fits nothing is a warning, never more.
+//! Children may be broken or hostile. A report that does not fit is a warning and has no other effect.
 
 use log::Level;
 use nix::sys::signal::Signal;
 
+use super::action::{AfterDeath, ChildIncident, Incident, NotReady};
 use super::death_log;
-use super::death_log::Death;
-use super::event::{Exit, HumanDuration, Millis, PolicyLimits, StopMode};
+use super::death_log::{Death, WorkerExit};
+use super::event::{Exit, Millis, PolicyLimits, StopMode};
 use super::fleet::{Fleet, ServerPhase};
+use super::keeper_rules::retire;
 use super::slots::{
-    ChildRecord, RecycleState, SlotEntry, SlotId, SlotState, WorkerStage, begin_drain, log_fields,
+    ChildRecord, KillReason, RecycleReason, RecycleState, SlotEntry, SlotId, SlotState,
+    WorkerStage, begin_drain,
 };
 use crate::link::ids::Pid;
-use crate::logging::pluralize;
-use crate::throttle::limiter::with_suppressed_count;
+use crate::protocol::call_id::CallId;
+use crate::protocol::control::DeathKind;
 
 impl Fleet {
-    /// A fork that was ordered was done.
+    /// Handles a fork that was done.
     pub(crate) fn forked(&mut self, slot_id: SlotId, pid: Pid) {
         let (limits, now) = (self.limits_of(slot_id), self.now);
-        let tenure = self.forking(slot_id);
-        let wanted = tenure.is_active;
-        tenure.throttle.forked(now);
-        *Self::forking_in(tenure) = SlotState::Worker(pid);
-        tenure.since = now;
+        let entry = self.forking(slot_id);
+        let wanted = entry.is_active;
+        entry.throttle.forked(now);
+        *Self::forking_in(entry) = SlotState::Worker(pid);
+        entry.since = now;
         let boot_deadline = (limits.boot_timeout > 0).then_some(now + limits.boot_timeout);
         let child = ChildRecord {
             slot_id,
@@ -38,58 +41,52 @@ impl Fleet {
             is_sigkill_sent: false,
             kill_reason: None,
             recycle: RecycleState::default(),
+            has_lost_keeper: false,
         };
         self.table.insert(pid, child);
-        self.log(
-            Level::Debug,
-            format!(
-                "{} {pid} starts {}",
-                slot_id.slot.role(),
-                log_fields(pid, slot_id)
-            ),
-        );
+        self.log(Level::Debug, ChildIncident::Started.of(pid, slot_id));
         if wanted {
             return;
         }
-        // Its slot was given up while it was forked.
+        // Its slot was given up during the fork.
         self.table.slots.remove(&slot_id);
         self.order_exit(
             pid,
             match self.phase {
-                ServerPhase::Stopping { leave, .. } => leave,
+                ServerPhase::Stopping { mode, .. } => mode,
                 _ => StopMode::Retire,
             },
         );
     }
 
-    /// A fork that was ordered was refused.
-    pub(crate) fn fork_failed(&mut self, slot_id: SlotId, reason: &str) {
+    /// Handles a fork that the system refused.
+    pub(crate) fn fork_failed(&mut self, slot_id: SlotId, reason: String) {
         let now = self.now;
-        let tenure = self.forking(slot_id);
+        let entry = self.forking(slot_id);
         let slot = slot_id.slot;
-        if !tenure.is_active {
+        if !entry.is_active {
             self.table.slots.remove(&slot_id);
             return;
         }
-        let due = tenure.throttle.record_refused_fork(now);
-        tenure.since = now;
-        let is_successor = tenure.successor.is_some();
-        *Self::forking_in(tenure) = SlotState::Throttled { until: due };
-        if self.is_newcomer(slot_id) {
-            return self.newcomer_failed(&format!("slot {slot} could not be forked: {reason}"));
+        let due = entry.throttle.record_refused_fork(now);
+        entry.since = now;
+        let is_successor = entry.successor.is_some();
+        *Self::forking_in(entry) = SlotState::Throttled { until: due };
+        if self.is_pending(slot_id) {
+            return self.pending_failed(NotReady::ForkRefused(slot, reason));
         }
-        if let Some(more) = self.refusals.admit(now) {
-            let lack = if is_successor { "successor" } else { "worker" };
-            let text = format!(
-                "slot {slot} has no {lack}: fork was refused ({reason}); next try in {}; if it goes \
-                 on, raise the limit on processes (ulimit -u, pids.max, TasksMax) slot={slot}",
-                HumanDuration(due - now),
-            );
-            self.log(Level::Error, with_suppressed_count(text, more));
+        if let Some(suppressed) = self.refusals.admit(now) {
+            let incident = Incident::ForkRefused {
+                slot,
+                is_successor,
+                reason,
+                retry_in: due - now,
+            };
+            self.log_after(Level::Error, incident, suppressed);
         }
     }
 
-    /// A worker says that it serves.
+    /// Handles the ready report of a child.
     pub(crate) fn ready(&mut self, pid: Pid) {
         let now = self.now;
         let Some(child) = self.table.children.get_mut(&pid) else {
@@ -100,9 +97,9 @@ impl Fleet {
         }
         child.ready_at = Some(now);
         child.heartbeat = now;
-        let (slot_id, took) = (child.slot_id, HumanDuration(now - child.forked_at));
+        let (slot_id, after) = (child.slot_id, now - child.forked_at);
         if let WorkerStage::Draining { deadline } = child.stage {
-            // It was ready before it read the order, so it may have calls: they get their time.
+            // It was ready before it read the order, so it may have calls. They get the time of the drain.
             begin_drain(child, deadline, now);
             return;
         }
@@ -112,19 +109,18 @@ impl Fleet {
         child.stage = WorkerStage::Ready;
         child.stage_since = now;
         child.next_signal = None;
-        let text = format!(
-            "{} {pid} is ready after {took} {}",
-            slot_id.slot.role(),
-            log_fields(pid, slot_id)
-        );
-        self.log(Level::Debug, text);
-        if self.table.is_coming(pid, slot_id) {
-            return self.promote_successor(pid, slot_id);
+        let has_lost_keeper = child.has_lost_keeper;
+        self.log(Level::Debug, ChildIncident::Ready(after).of(pid, slot_id));
+        match self.table.is_successor(pid, slot_id) {
+            true => self.promote_successor(pid, slot_id),
+            false => self.pending_ready(slot_id),
         }
-        self.newcomer_ready(slot_id);
+        if has_lost_keeper {
+            self.act(retire(pid));
+        }
     }
 
-    /// A worker says that it drains by itself: a fresh one takes its slot at once.
+    /// Handles the report of a worker that drains without an order. Its slot is filled at once.
     pub(crate) fn retiring(&mut self, pid: Pid) {
         let now = self.now;
         let Some(child) = self.table.children.get_mut(&pid) else {
@@ -133,133 +129,150 @@ impl Fleet {
         if child.drains() || child.kill_reason.is_some() {
             return; // Asked for twice, or too late.
         }
-        if child.slot_id.is_pool() {
-            // Workers use it: it serves until its successor does.
-            return self.request_recycle(pid, "it was asked to retire".to_owned(), false);
+        if !child.slot_id.slot.is_worker() {
+            // Workers use this process, so it serves until its successor does.
+            return self.request_recycle(pid, RecycleReason::RetireRequested, false);
         }
         let (slot_id, health) = (child.slot_id, child.ready_for(now));
         let deadline = now + child.limits.drain_timeout;
         begin_drain(child, deadline, now);
-        if let Some(tenure) = self.table.slots.get_mut(&slot_id) {
-            tenure.throttle.record_ready_time(health);
+        if let Some(entry) = self.table.slots.get_mut(&slot_id) {
+            entry.throttle.record_ready_time(health);
         }
-        let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
-        let text = format!("worker {pid} retires, slot {slot} gets a fresh one {pairs}");
-        self.trouble(Level::Info, text);
-        match self.table.is_coming(pid, slot_id) {
+        self.trouble(Level::Info, ChildIncident::Retires.of(pid, slot_id));
+        match self.table.is_successor(pid, slot_id) {
             true => self.spawn_successor(slot_id, now),
             false => self.respawn(slot_id, now),
         }
     }
 
-    /// A worker's event loop was alive at that moment.
+    /// Handles the heartbeat of a child's event loop.
     pub(crate) fn heartbeat(&mut self, pid: Pid, at: Millis) {
-        // An unknown pid is a scoreboard record that nobody uses: no report at all.
+        // An unknown pid comes from an old scoreboard record. It is not a report.
         if let Some(child) = self.table.children.get_mut(&pid) {
             child.heartbeat = child.heartbeat.max(at.min(self.now));
         }
     }
 
-    /// A child is gone.
+    /// Handles the death of a child.
     pub(crate) fn died(
         &mut self,
         pid: Pid,
+        name: Option<String>,
         how: Exit,
-        method: Option<&str>,
+        last: Option<(String, Option<CallId>)>,
         rss_bytes: u64,
         at: u64,
     ) {
         let Some(child) = self.table.children.remove(&pid) else {
-            // As PID 1 or subreaper the master inherits other people's children.
-            return self.log(Level::Debug, format!("reaped {pid}, which was no worker"));
+            // A master that is PID 1 or a subreaper inherits children of other processes.
+            return self.log(Level::Debug, Incident::UnknownReaped(pid));
+        };
+        let (method, call) = match last {
+            Some((method, call)) if !method.is_empty() => (Some(death_log::clean(&method)), call),
+            _ => (None, None),
         };
         let death = Death {
+            kind: match child.slot_id.slot {
+                slot if slot.is_worker() => DeathKind::Worker,
+                slot if slot.pool().is_some() => DeathKind::Pool,
+                _ => DeathKind::Acceptor,
+            },
+            name,
             slot: child.slot_id.slot,
             pid,
             generation: child.slot_id.generation,
             how,
             uptime: self.now - child.forked_at,
-            method: method.filter(|name| !name.is_empty()).map(death_log::clean),
+            method,
+            call,
             rss_bytes,
             reason: death_log::reason(&child, how),
             at,
         };
+        if death.kind == DeathKind::Worker {
+            self.worker_exits.push(exit_of(&child, how));
+        }
         if self.table.holds(pid, child.slot_id) {
             self.died_in_its_slot(&child, &death);
-        } else if self.table.is_coming(pid, child.slot_id) {
+        } else if self.table.is_successor(pid, child.slot_id) {
             self.successor_died(&child, &death);
         } else {
             self.left(&child, &death);
         }
+        self.kept_pool_lost(pid, || NotReady::Died(Box::new(death.clone()), None));
         if !as_asked(&child, how) || child.recycle.evidence.is_some() {
             self.deaths.keep(death);
         }
     }
 
-    /// Nobody asked for this end.
+    /// Handles a death that was not ordered: the slot is filled again, or the start or reload fails.
     fn died_in_its_slot(&mut self, child: &ChildRecord, death: &Death) {
         let (slot_id, now) = (child.slot_id, self.now);
-        let newcomer = self.is_newcomer(slot_id);
+        let is_pending = self.is_pending(slot_id);
         let starting = child.ready_at.is_none();
-        if newcomer && (starting || self.phase == ServerPhase::Serving) {
-            // The table must forget it first: the verdict closes all slots of its generation.
+        if is_pending && (starting || self.phase == ServerPhase::Serving) {
+            // The table must forget the slot first, because the failure gives up all slots of the
+            // generation.
             self.table.slots.remove(&slot_id);
-            let text = format!("{} {}", death.sentence(), death.log_fields());
-            self.trouble(Level::Warn, text);
-            return self.newcomer_failed(&death.sentence());
+            let death = Box::new(death.clone());
+            let incident = Incident::Died(death.clone(), AfterDeath::Nothing);
+            self.trouble(Level::Warn, incident);
+            // Its programs were reported before it.
+            let is_its = |it: &&Death| {
+                (it.kind, &it.name) == (DeathKind::Program, &death.name)
+                    && it.generation == death.generation
+            };
+            let program = self.deaths.iter().rev().find(is_its);
+            let program = program.filter(|_| death.kind == DeathKind::Pool);
+            let program = program.map(|it| (it.pid, it.reason.clone()));
+            return self.pending_failed(NotReady::Died(death, program));
         }
         let limits = self.limits_of(slot_id);
-        let tenure = self.table.slots.get_mut(&slot_id);
-        let tenure = tenure.expect("the caller saw the worker in this slot_id");
-        let due = tenure
+        let entry = self.table.slots.get_mut(&slot_id);
+        let entry = entry.expect("the caller has found this slot in the table");
+        let due = entry
             .throttle
             .death(child.ready_for(now), &limits.throttle(), now);
-        let young = tenure.throttle.young_deaths();
-        let follows = match due - now {
-            0 => "replaced at once".to_owned(),
-            wait => {
-                let deaths = pluralize(young as usize, "young death", "young deaths");
-                format!("next try in {}: {deaths}", HumanDuration(wait))
-            }
-        };
-        let text = format!("{}; {follows} {}", death.sentence(), death.log_fields());
+        let young = entry.throttle.young_deaths();
+        let follows = AfterDeath::Replacement(due - now, young);
+        let incident = Incident::Died(Box::new(death.clone()), follows);
         match limits.respawn_max_delay {
-            // No throttle was asked for, so none on the log either.
-            0 => self.log(Level::Error, text),
-            _ => self.trouble(Level::Error, text),
+            // If deaths are not throttled, log lines about them are not either.
+            0 => self.log(Level::Error, incident),
+            _ => self.trouble(Level::Error, incident),
         }
         self.respawn(slot_id, due);
     }
 
-    /// Its end was asked for; only one out of order is worth a line.
+    /// Logs a death that was ordered. It is a warning if the child did not end as ordered.
     fn left(&mut self, child: &ChildRecord, death: &Death) {
-        let text = format!("{} {}", death.sentence(), death.log_fields());
+        let incident = Incident::Died(Box::new(death.clone()), AfterDeath::Nothing);
         match as_asked(child, death.how) {
-            true => self.log(Level::Debug, text),
-            false => self.trouble(Level::Warn, text),
+            true => self.log(Level::Debug, incident),
+            false => self.trouble(Level::Warn, incident),
         }
     }
 
-    fn warn_unexpected_report(&mut self, pid: Pid, report: &str) {
-        let text = format!("a report that fits no worker is ignored: {report} pid={pid}");
-        self.trouble(Level::Warn, text);
+    fn warn_unexpected_report(&mut self, pid: Pid, report: &'static str) {
+        self.trouble(Level::Warn, Incident::ReportIgnored(pid, report));
     }
 
     fn forking(&mut self, slot_id: SlotId) -> &mut SlotEntry {
-        let tenure = self.table.slots.get_mut(&slot_id);
-        let is_forking = |tenure: &&mut SlotEntry| {
-            tenure.state == SlotState::Forking || tenure.successor == Some(SlotState::Forking)
+        let entry = self.table.slots.get_mut(&slot_id);
+        let is_forking = |entry: &&mut SlotEntry| {
+            entry.state == SlotState::Forking || entry.successor == Some(SlotState::Forking)
         };
-        let tenure = tenure.filter(is_forking);
-        tenure.expect("a fork is reported once for each order")
+        let entry = entry.filter(is_forking);
+        entry.expect("a fork is reported once for each order")
     }
 
-    /// Whom the fork under way in a slot is for: the successor, if there is to be one.
-    fn forking_in(tenure: &mut SlotEntry) -> &mut SlotState {
-        tenure.successor.as_mut().unwrap_or(&mut tenure.state)
+    /// Returns the state that the fork under way in a slot fills: the successor's, if there is one.
+    fn forking_in(entry: &mut SlotEntry) -> &mut SlotState {
+        entry.successor.as_mut().unwrap_or(&mut entry.state)
     }
 
-    /// The limits of a slot's generation; one that was given up lives by the serving ones.
+    /// Returns the limits of a slot's generation; those of the serving one if its reload has failed.
     fn limits_of(&self, slot_id: SlotId) -> PolicyLimits {
         match &self.reload {
             Some(reload) if reload.generation == slot_id.generation => reload.limits,
@@ -268,8 +281,26 @@ impl Fleet {
     }
 }
 
-/// Whether a worker ended the way it was told to: no death record, no alarm. TERM to one that drains only
-/// hurries it: a service manager may send it to all processes.
+/// How the end of a worker is counted.
+fn exit_of(child: &ChildRecord, how: Exit) -> WorkerExit {
+    let is_stuck = child.recycle.evidence.is_some();
+    match (&child.kill_reason, how) {
+        (Some(KillReason::EventLoopStuck { .. }), _) => WorkerExit::Stuck,
+        _ if is_stuck => WorkerExit::Stuck,
+        (Some(KillReason::BootTimeout(_)), _) => WorkerExit::Boot,
+        _ if as_asked(child, how) && child.recycle.request.is_some() => WorkerExit::Recycled,
+        (Some(KillReason::NotNeeded | KillReason::DrainDeadline | KillReason::StopNow), _) => {
+            WorkerExit::Ordered
+        }
+        _ if as_asked(child, how) => WorkerExit::Ordered,
+        _ if child.ready_at.is_none() => WorkerExit::Boot,
+        (_, Exit::Code(_)) => WorkerExit::Exit,
+        (_, Exit::Signal { .. }) => WorkerExit::Signal,
+    }
+}
+
+/// Returns whether a child ended as ordered, so that it gets no death record. A draining worker may end by
+/// SIGTERM, because a service manager may send it to all processes.
 fn as_asked(child: &ChildRecord, how: Exit) -> bool {
     let by_order =
         child.ready_at.is_some() && child.kill_reason.is_some() && how.is_signal(Signal::SIGQUIT);

@@ -1,57 +1,55 @@
-//! Lasting connections spread over the workers again: who gives how many, who takes how many, and
-//! when to look.
+//! Decides when connections are moved between workers, and how many each worker sends or adopts.
 //!
-//! Pure. New connections are shared out as they come; those that last stay where they are, so after a
-//! scale-up, a reload or a replaced worker they can lie unevenly. A change of the workers starts a
-//! few seconds of looks, each at most one round of orders; between changes nothing is looked at.
-//! A round that is not obeyed (a worker that is stopped, connections that never rest) is simply
-//! planned anew at the next look.
+//! Pure. New connections are distributed when they are accepted, but lasting ones stay. So after a
+//! scale-up, a reload or the replacement of a worker the numbers can be uneven. After such a change the
+//! numbers are checked for a few seconds, and each check orders at most one round of moves. At other times
+//! nothing is checked. If a worker does not obey (it is stopped, or its connections are never quiescent),
+//! the next check orders a new round.
 
 use std::collections::BTreeSet;
 
 use super::event::Millis;
 use crate::link::ids::Pid;
 
-/// From a change to the first look: those that drain have given most of theirs by then.
+/// The time from a change to the first check. Draining workers have handed over most connections by then.
 const FIRST_LOOK: Millis = 250;
-/// Between two looks: a round is over by then.
+/// The time between two checks, in which a round is completed.
 const NEXT_LOOK: Millis = 250;
-/// From a report of a worker to the first look: the burst that it is in is mostly accepted by then.
+/// The time from a worker's report to the first check. Most of the burst is accepted by then.
 const LOOK_SOON: Millis = 50;
-/// How long after such a report it is looked.
+/// How long the numbers are checked after a worker's report.
 const LOOKS_AFTER_ACCEPTS: Millis = 1_500;
-/// How long after a change it is looked.
+/// How long the numbers are checked after a change of the workers.
 const LOOKS_FOR: Millis = 5_000;
-/// One worker with more than this over the mean, or with more than that below it, in percent, and it is
-/// not even: well within the quarter that is promised, and so far from even that what comes and
-/// goes starts no round.
+/// How far one worker may be above the mean, in percent. With [`LESS_PERCENT`] this is well within the
+/// quarter that is documented, and so wide that normal changes start no round.
 const MORE_PERCENT: usize = 10;
 const LESS_PERCENT: usize = 25;
 
-/// What one worker is to do with its connections.
+/// The order to one worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
-    /// The worker.
     pub pid: Pid,
-    /// So many it gives away, as far as they rest.
+    /// The number of connections to send, if that many are quiescent.
     pub give: usize,
-    /// So many it takes, and no more for a moment.
+    /// The number of connections to adopt. For a short time it adopts no more.
     pub take: usize,
 }
 
-/// When to look.
+/// The times of the checks.
 #[derive(Debug, Default)]
 pub struct Rebalancer {
-    /// Who was there at the last look at them.
+    /// The workers at the last [`Rebalancer::note`].
     workers: BTreeSet<Pid>,
     next: Option<Millis>,
     until: Millis,
-    /// Until when looks are those after a change of the workers.
+    /// Until when the checks are those after a change of the workers.
     change_until: Millis,
 }
 
 impl Rebalancer {
-    /// Who lives now, those that drain included: whoever comes or goes may leave things uneven.
+    /// Takes the pids of all living workers, including those that drain. If they have changed, checks
+    /// start.
     pub fn note(&mut self, workers: impl Iterator<Item = Pid>, now: Millis) {
         let workers: BTreeSet<Pid> = workers.collect();
         if workers != self.workers {
@@ -62,25 +60,25 @@ impl Rebalancer {
         }
     }
 
-    /// Whether the workers have changed lately, so that evenness may need connections that were moved
-    /// already.
+    /// Returns whether the workers have changed recently. Then connections that were moved before may have
+    /// to be moved again.
     pub fn is_after_change(&self, now: Millis) -> bool {
         now <= self.change_until
     }
 
-    /// A worker has accepted more than its share: connections may lie unevenly.
+    /// Starts checks because a worker has accepted more than its share.
     pub fn look_soon(&mut self, now: Millis) {
         self.next.get_or_insert(now + LOOK_SOON);
         self.until = self.until.max(now + LOOKS_AFTER_ACCEPTS);
     }
 
-    /// When `plan` is due.
+    /// Returns when the next check is due.
     pub fn next(&self) -> Option<Millis> {
         self.next
     }
 
-    /// If a look is due: the orders of one round, none where all is even enough. `counts` tells the
-    /// connections of each worker that serves.
+    /// If a check is due, returns the orders of one round; none if the numbers are even enough. `counts`
+    /// gives the number of connections of each worker that serves.
     pub fn plan(&mut self, counts: impl FnOnce() -> Vec<(Pid, usize)>, now: Millis) -> Vec<Share> {
         if self.next.is_none_or(|at| at > now) {
             return Vec::new();
@@ -90,8 +88,8 @@ impl Rebalancer {
     }
 }
 
-/// The orders that make them even; none where they are so already. Those that give are told last, or others
-/// might take it before they are told to leave it.
+/// Returns the orders that make the numbers even; none if they are even enough. Orders to send come last:
+/// otherwise a worker that has no order yet might adopt what is sent.
 fn shares(mut counts: Vec<(Pid, usize)>) -> Vec<Share> {
     let total: usize = counts.iter().map(|(_, count)| count).sum();
     let fullest = counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
@@ -104,7 +102,7 @@ fn shares(mut counts: Vec<(Pid, usize)>) -> Vec<Share> {
     if !is_full && !is_empty {
         return Vec::new();
     }
-    // What can't be shared out evenly stays with those that have most.
+    // The remainder stays with the workers that have most, so that fewer connections move.
     counts.sort_by_key(|&(pid, count)| (std::cmp::Reverse(count), pid));
     let (each, more) = (total / workers, total % workers);
     let share = |(index, (pid, count)): (usize, (Pid, usize))| {
@@ -175,7 +173,7 @@ mod tests {
             [told(3, 0, 70), told(1, 0, 60), told(2, 130, 0)]
         );
         assert_eq!(shares(of(&[2, 0])), [told(2, 0, 1), told(1, 1, 0)]);
-        // A fresh one gets its share, though nobody has much too much.
+        // A new worker gets its share even if no other worker is far above the mean.
         let mut many = vec![100; 19];
         many.push(0);
         assert_eq!(shares(of(&many)).first(), Some(&told(20, 0, 95)));
@@ -191,7 +189,7 @@ mod tests {
         let uneven = || of(&[9, 0]);
         assert!(spread.plan(uneven, 1249).is_empty());
         assert_eq!(spread.plan(uneven, 1250).len(), 2);
-        // Nobody came or went: the time goes on.
+        // The workers are the same, so the time of the checks is not extended.
         spread.note(workers(), 1300);
         let mut now = 1250;
         while let Some(at) = spread.next() {

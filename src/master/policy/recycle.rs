@@ -1,50 +1,51 @@
-//! Recycling: a worker that has had enough gets its successor first, and drains when that is ready.
+//! Recycles workers: starts the successor of a worker first, and drains the worker when that is ready.
 //!
-//! Enough is a number of calls (the worker tells), an age, resident memory seen above its limit
-//! twice, or handler threads of which none comes back. Such a worker has a *wish* to be replaced. A wish is granted while
-//! fewer than `max-unavailable` recycles are under way, each from the order to fork the successor until
-//! the old worker is gone, and not while a reload's verdict is open, which replaces everybody.
-//! One whose threads are all stuck answers next to nothing and does not wait for that.
+//! A worker is recycled after a number of calls (it reports this), at an age, when its memory was above its
+//! limit at two checks in a row, or when all its handler threads are stuck. At most `max-unavailable`
+//! recycles run at one time. A recycle lasts from the order to fork the successor until the old worker is
+//! gone. None starts while a reload runs, because that replaces all workers. A worker whose threads are all
+//! stuck does not wait, because it answers next to nothing.
 //!
-//! The successor is the slot's `successor` one ([`super::slots::SlotEntry`]). When it fails, it is throttled like
-//! any other, and the old worker serves on; when the old one goes first, the slot is the successor's.
+//! The successor is in the `successor` of the slot ([`super::slots::SlotEntry`]). If it fails, the next one
+//! is throttled like any other fork, and the old worker continues. If the old worker ends first, the
+//! successor gets the slot.
 
 use log::Level;
 
+use super::action::{Action, AfterDeath, ChildIncident, Incident};
 use super::death_log;
 use super::death_log::Death;
-use super::event::{Action, HumanDuration, Millis, StopMode};
+use super::event::{Millis, StopMode};
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{ChildRecord, RecycleRequest, SlotId, SlotState, log_fields};
+use super::slots::{ChildRecord, RecycleReason, RecycleRequest, SlotId, SlotState};
 use crate::link::ids::Pid;
-use crate::logging::pluralize;
 use crate::throttle::jitter;
-use crate::throttle::limiter::with_suppressed_count;
 
-/// Between two looks at the memory of workers that have a limit.
+/// The time between two checks of memory.
 const SAMPLES_APART: Millis = 1_000;
 impl ChildRecord {
-    /// Serves, and is not to be replaced yet.
+    /// Returns whether it serves, and is not to be recycled yet.
     fn may_recycle(&self) -> bool {
         self.serves() && self.recycle.request.is_none()
     }
 
-    /// When it is old enough.
+    /// Returns when it reaches the configured age.
     fn lifetime_end(&self, pid: Pid) -> Option<Millis> {
         let lifetime = self.limits.max_lifetime;
         let ready_at = self
             .ready_at
-            .filter(|_| self.may_recycle() && lifetime > 0 && !self.slot_id.is_pool())?;
+            .filter(|_| self.may_recycle() && lifetime > 0 && self.slot_id.slot.is_worker())?;
         Some(ready_at + jitter::with_jitter(lifetime, u64::from(pid.0.unsigned_abs())))
     }
 
     fn has_memory_to_watch(&self) -> bool {
-        self.may_recycle() && self.limits.max_memory > 0 && !self.slot_id.is_pool()
+        self.may_recycle() && self.limits.max_memory > 0 && self.slot_id.slot.is_worker()
     }
 }
 
 impl Fleet {
-    /// The workers whose memory is to be fed with [`crate::master::policy::event::Event::Memory`] before a tick at `now`.
+    /// Returns the workers whose memory must be reported with [`super::event::Event::Memory`] before a tick
+    /// at `now`.
     pub fn to_sample(&self, now: Millis) -> Vec<Pid> {
         let is_due = self.recycling.next_sample <= now;
         let watched =
@@ -52,66 +53,59 @@ impl Fleet {
         watched.map(|(pid, _)| *pid).collect()
     }
 
-    /// How many recycles are under way.
+    /// Returns the number of recycles under way.
     pub fn recycles(&self) -> usize {
         let slots = self.table.slots.values();
         let leaving = self.table.children.values();
-        slots.filter(|tenure| tenure.successor.is_some()).count()
+        slots.filter(|entry| entry.successor.is_some()).count()
             + leaving
-                // One that nothing ends holds up no other.
+                // A worker that SIGKILL does not end must not delay the others.
                 .filter(|child| child.recycle.replaced && !child.is_unkillable())
                 .count()
     }
 
-    /// A worker says that it has read as many calls as it may.
-    pub(crate) fn worn(&mut self, pid: Pid, calls: u64) {
-        self.request_recycle(
-            pid,
-            format!(
-                "max-calls is reached with {}",
-                pluralize(calls as usize, "call", "calls")
-            ),
-            false,
-        );
+    /// Handles the report that a worker has read the configured number of calls.
+    pub(crate) fn max_calls_reached(&mut self, pid: Pid, calls: u64) {
+        self.request_recycle(pid, RecycleReason::MaxCalls(calls), false);
     }
 
-    /// Whether a report that a worker's threads don't come back would be news.
-    pub fn wants_evidence(&self, pid: Pid) -> bool {
+    /// Returns whether a report that all threads of a worker are stuck is new. A pool process has no
+    /// handler threads, so its report is ignored.
+    pub fn wants_diagnosis(&self, pid: Pid) -> bool {
         let child = self.table.children.get(&pid);
-        child.is_some_and(|child| child.serves() && child.recycle.evidence.is_none())
+        child.is_some_and(|child| {
+            child.serves() && child.recycle.evidence.is_none() && !child.slot_id.is_pool()
+        })
     }
 
-    /// None of a worker's threads comes back: it is replaced without waiting for others.
-    pub(crate) fn wedged(&mut self, pid: Pid, evidence: &str) {
+    /// Handles the report that all threads of a worker are stuck. It is replaced without waiting for
+    /// others.
+    pub(crate) fn all_threads_stuck(&mut self, pid: Pid, evidence: &str) {
         let since = self.now;
-        if !self.wants_evidence(pid) {
+        if !self.wants_diagnosis(pid) {
             return;
         }
         let child = self.child_mut(pid);
         child.recycle.request = Some(RecycleRequest {
-            reason: "none of its handler threads comes back".to_owned(),
+            reason: RecycleReason::ThreadsStuck,
             since,
             urgent: true,
         });
-        self.evidence(pid, evidence);
+        self.diagnosed(pid, evidence);
     }
 
-    /// What a worker is stuck in, for the log and for its death record.
-    pub(crate) fn evidence(&mut self, pid: Pid, text: &str) {
+    /// Handles a text that says what a child is stuck in, for the log and its death record.
+    pub(crate) fn diagnosed(&mut self, pid: Pid, text: &str) {
         let Some(child) = self.table.children.get_mut(&pid) else {
             return;
         };
-        let text = death_log::clean_text(text);
-        let (slot, pairs) = (child.slot_id.slot, log_fields(pid, child.slot_id));
-        child.recycle.evidence = Some(text.clone());
-        let role = slot.role();
-        self.trouble(
-            Level::Warn,
-            format!("{role} {pid} (slot {slot}): {text} {pairs}"),
-        );
+        let evidence = death_log::clean_text(text);
+        child.recycle.evidence = Some(evidence.clone());
+        let incident = ChildIncident::Stuck(evidence).of(pid, child.slot_id);
+        self.trouble(Level::Warn, incident);
     }
 
-    /// So much memory a worker has.
+    /// Handles the resident memory of a worker, in bytes.
     pub(crate) fn memory(&mut self, pid: Pid, rss_bytes: u64) {
         let Some(child) = self.table.children.get_mut(&pid) else {
             return;
@@ -119,13 +113,12 @@ impl Fleet {
         let limit = child.limits.max_memory;
         let above = limit > 0 && rss_bytes > limit;
         if std::mem::replace(&mut child.recycle.above, above) && above {
-            let text = format!("{rss_bytes} bytes are resident, max-memory is {limit}");
-            self.request_recycle(pid, text, false);
+            self.request_recycle(pid, RecycleReason::MaxMemory { rss_bytes, limit }, false);
         }
     }
 
-    /// A worker is to be replaced; the first reason counts.
-    pub(crate) fn request_recycle(&mut self, pid: Pid, reason: String, urgent: bool) {
+    /// Asks for the replacement of a child. The first reason is kept.
+    pub(crate) fn request_recycle(&mut self, pid: Pid, reason: RecycleReason, urgent: bool) {
         let since = self.now;
         if let Some(child) = self.table.children.get_mut(&pid)
             && child.may_recycle()
@@ -138,7 +131,7 @@ impl Fleet {
         }
     }
 
-    /// Those who have reached their age wish to be replaced.
+    /// Asks for the replacement of the workers that have reached their age.
     fn note_ages(&mut self) {
         let now = self.now;
         let old: Vec<(Pid, Millis)> = (self.table.children.iter())
@@ -146,25 +139,24 @@ impl Fleet {
             .filter_map(|(pid, child)| Some((*pid, child.ready_for(now)?)))
             .collect();
         for (pid, age) in old {
-            let text = format!("max-lifetime is reached at {}", HumanDuration(age));
-            self.request_recycle(pid, text, false);
+            self.request_recycle(pid, RecycleReason::MaxLifetime(age), false);
         }
     }
 
-    /// Grants the wishes that may be granted now. To be asked after every event.
+    /// Starts the recycles that may start now. Call it after each event.
     pub(crate) fn start_due_recycles(&mut self) {
         self.note_ages();
         if self.phase != ServerPhase::Serving {
             return;
         }
-        let mut wishes: Vec<(bool, Millis, Pid)> = (self.table.children.iter())
+        let mut requests: Vec<(bool, Millis, Pid)> = (self.table.children.iter())
             .filter(|(pid, child)| child.serves() && self.may_be_followed(**pid, child.slot_id))
             .filter_map(|(pid, child)| Some((pid, child.recycle.request.as_ref()?)))
-            .map(|(pid, wish)| (!wish.urgent, wish.since, *pid))
+            .map(|(pid, request)| (!request.urgent, request.since, *pid))
             .collect();
-        wishes.sort_unstable();
+        requests.sort_unstable();
         let mut room = (self.limits.max_unavailable).saturating_sub(self.recycles());
-        for (waits, _, pid) in wishes {
+        for (waits, _, pid) in requests {
             if waits && (room == 0 || self.reload.is_some()) {
                 break;
             }
@@ -173,91 +165,79 @@ impl Fleet {
         }
     }
 
-    /// Whether it holds a slot of the generation that serves, and nobody is to follow there yet.
+    /// Returns whether a child holds a slot of the serving generation that has no successor.
     fn may_be_followed(&self, pid: Pid, slot_id: SlotId) -> bool {
         slot_id.generation == self.serving
             && self.table.holds(pid, slot_id)
             && self.table.slots[&slot_id].successor.is_none()
     }
 
-    /// Starts the successor of a worker that serves.
+    /// Starts the successor of a child that serves.
     fn recycle(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
         let (slot_id, limits, health) = (child.slot_id, child.limits, child.ready_for(now));
-        let Some(wish) = child.recycle.request.clone() else {
+        let Some(request) = child.recycle.request.clone() else {
             return;
         };
-        let due = match wish.urgent {
+        let due = match request.urgent {
             true => self
-                .tenure(slot_id)
+                .entry(slot_id)
                 .throttle
                 .death(health, &limits.throttle(), now),
             false => now,
         };
-        if let Some(more) = self.recycling.lines.admit(now) {
-            let (slot, reason) = (slot_id.slot, wish.reason);
-            let role = slot.role();
-            let text = format!(
-                "{role} {pid} (slot {slot}) is recycled once its successor is ready: {reason} {}",
-                log_fields(pid, slot_id)
-            );
-            self.log(Level::Info, with_suppressed_count(text, more));
+        if let Some(suppressed) = self.recycling.lines.admit(now) {
+            let incident = ChildIncident::Recycled(request.reason).of(pid, slot_id);
+            self.log_after(Level::Info, incident, suppressed);
         }
         self.spawn_successor(slot_id, due);
     }
 
-    /// The successor in a slot is to be forked, at once or when the throttle allows it.
+    /// Forks the successor in a slot, at once or when the throttle allows it.
     pub(crate) fn spawn_successor(&mut self, slot_id: SlotId, due: Millis) {
         let now = self.now;
-        let holder = SlotState::due(due, now);
-        self.tenure(slot_id).successor = Some(holder);
-        if holder == SlotState::Forking {
+        let state = SlotState::due(due, now);
+        self.entry(slot_id).successor = Some(state);
+        if state == SlotState::Forking {
             let (slot, generation) = (slot_id.slot, slot_id.generation);
             self.act(Action::Fork { slot, generation });
         }
     }
 
-    /// The successor is ready: the slot is its own, and the old worker drains.
+    /// Gives the slot to the successor, which is ready, and drains the old child.
     pub(crate) fn promote_successor(&mut self, pid: Pid, slot_id: SlotId) {
         let now = self.now;
-        let tenure = self.tenure(slot_id);
-        tenure.successor = None;
-        tenure.since = now;
-        let before = std::mem::replace(&mut tenure.state, SlotState::Worker(pid));
+        let entry = self.entry(slot_id);
+        entry.successor = None;
+        entry.since = now;
+        let before = std::mem::replace(&mut entry.state, SlotState::Worker(pid));
         let SlotState::Worker(old) = before else {
             unreachable!("a successor comes beside a worker only, and {before:?} is none");
         };
         let child = self.child_mut(old);
         child.recycle.replaced = true;
         let health = child.ready_for(now);
-        self.tenure(slot_id).throttle.record_ready_time(health);
+        self.entry(slot_id).throttle.record_ready_time(health);
         self.order_exit(old, StopMode::Retire);
     }
 
-    /// The successor died before it was ready: it is tried again, and the old worker serves on.
+    /// Handles the death of a successor before it was ready: another one is tried, and the old child
+    /// continues.
     pub(crate) fn successor_died(&mut self, child: &ChildRecord, death: &Death) {
         let (slot_id, now) = (child.slot_id, self.now);
-        let tenure = self.tenure(slot_id);
-        let due = tenure.throttle.death(None, &child.limits.throttle(), now);
-        let young = tenure.throttle.young_deaths();
-        let follows = match due - now {
-            0 => "another one is started".to_owned(),
-            wait => {
-                let deaths = pluralize(young as usize, "young death", "young deaths");
-                format!("next try in {}: {deaths}", HumanDuration(wait))
-            }
-        };
-        let text = format!(
-            "{}; the worker that it was to follow serves on; {follows} {}",
-            death.sentence(),
-            death.log_fields()
+        let entry = self.entry(slot_id);
+        let due = entry.throttle.death(None, &child.limits.throttle(), now);
+        let young = entry.throttle.young_deaths();
+        let follows = AfterDeath::NextSuccessor(due - now, young);
+        self.trouble(
+            Level::Error,
+            Incident::Died(Box::new(death.clone()), follows),
         );
-        self.trouble(Level::Error, text);
         self.spawn_successor(slot_id, due);
     }
 
-    /// When recycling wants to be looked at again.
+    /// Returns when recycling has something to do.
     pub(crate) fn next_recycling(&self) -> Option<Millis> {
         let children = self.table.children.iter();
         let samples = self
@@ -272,16 +252,14 @@ impl Fleet {
             .min()
     }
 
-    /// What the passing of time brings, apart from wishes.
+    /// Handles what is due, except the start of recycles.
     pub(crate) fn pass_recycling(&mut self) {
         let now = self.now;
         if self.recycling.next_sample <= now {
             self.recycling.next_sample = now + SAMPLES_APART;
         }
         if let Some(more) = self.recycling.lines.flush(now) {
-            let more = pluralize(more as usize, "more worker was", "more workers were");
-            let text = format!("{more} recycled, too many for a line each");
-            self.log(Level::Info, text);
+            self.log(Level::Info, Incident::SuppressedRecycles(more));
         }
     }
 }

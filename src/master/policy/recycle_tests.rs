@@ -1,4 +1,4 @@
-//! Recycling in a pretended kernel: who is replaced, when, and by whose leave.
+//! Recycling in a simulated kernel: which workers are replaced, when, and why not before.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
@@ -11,9 +11,9 @@ use crate::protocol::control::WorkerPhase;
 
 const LIFETIME: Millis = 600_000;
 
-fn worn(world: &mut World, slot: u16) -> Pid {
+fn reach_max_calls(world: &mut World, slot: u16) -> Pid {
     let pid = world.pid(slot);
-    world.tell(Event::Worn { pid, calls: 1_000 });
+    world.send(Event::MaxCallsReached { pid, calls: 1_000 });
     pid
 }
 
@@ -24,11 +24,11 @@ fn has_line(world: &World, text: &str) -> bool {
 #[test]
 fn a_worn_worker_serves_until_its_successor_is_ready_and_its_end_is_no_death() {
     let mut world = World::serving(LIMITS);
-    let old = worn(&mut world, 1);
+    let old = reach_max_calls(&mut world, 1);
     assert!(has_line(
         &world,
-        "worker 102 (slot 1) is recycled once its successor is ready: max-calls is \
-                              reached with 1000 calls slot=1 pid=102 generation=1"
+        "worker 102 (slot 1) is recycled once its successor is ready: max-calls \
+                              reached (1000 calls) slot=1 pid=102 generation=1"
     ));
     let new = world.first(WorkerPhase::Starting).unwrap();
     assert_eq!(
@@ -53,12 +53,12 @@ fn a_worn_worker_serves_until_its_successor_is_ready_and_its_end_is_no_death() {
 #[test]
 fn a_worker_that_the_kernel_holds_holds_up_no_other_recycling() {
     let mut world = World::serving(LIMITS);
-    let old = worn(&mut world, 1);
+    let old = reach_max_calls(&mut world, 1);
     world.all_ready();
     world.living.get_mut(&old).unwrap().stuck = true;
-    worn(&mut world, 2);
+    reach_max_calls(&mut world, 2);
     world.pass(60_000);
-    assert!(has_line(&world, "is held by the kernel"));
+    assert!(has_line(&world, "the kernel holds it"));
     assert!(has_line(&world, "nothing waits for it"));
     assert!(world.forks(2).len() > 1, "slot 2 is recycled all the same");
 }
@@ -66,17 +66,17 @@ fn a_worker_that_the_kernel_holds_holds_up_no_other_recycling() {
 #[test]
 fn what_is_said_once_more_or_by_a_stranger_changes_nothing() {
     let mut world = World::serving(LIMITS);
-    let old = worn(&mut world, 1);
-    world.tell(Event::Worn {
+    let old = reach_max_calls(&mut world, 1);
+    world.send(Event::MaxCallsReached {
         pid: old,
         calls: 2_000,
     });
-    world.tell(Event::Worn {
+    world.send(Event::MaxCallsReached {
         pid: Pid(7),
         calls: 1,
     });
     world.all_ready();
-    world.tell(Event::Worn {
+    world.send(Event::MaxCallsReached {
         pid: old,
         calls: 3_000,
     });
@@ -92,11 +92,11 @@ fn one_budget_holds_for_all_reasons_until_the_old_worker_is_gone() {
         max_memory: 1 << 20,
         ..LIMITS
     });
-    worn(&mut world, 0);
+    reach_max_calls(&mut world, 0);
     let fat = world.pid(1);
     world.living.get_mut(&fat).unwrap().rss_bytes = 2 << 20;
     world.pass(2_000);
-    worn(&mut world, 2);
+    reach_max_calls(&mut world, 2);
     assert_eq!(
         (world.living.len(), world.recycles()),
         (6, 2),
@@ -122,7 +122,7 @@ fn memory_counts_when_it_is_seen_above_its_limit_twice_in_a_row() {
         max_memory: 1 << 20,
         ..LIMITS
     });
-    // From here on each second has one look.
+    // From here on each second has one check.
     world.pass(500);
     let pid = world.pid(3);
     for rss_bytes in [2 << 20, 1 << 20, 2 << 20, 0] {
@@ -135,7 +135,7 @@ fn memory_counts_when_it_is_seen_above_its_limit_twice_in_a_row() {
     assert_eq!(world.forks(3).len(), 2);
     assert!(has_line(
         &world,
-        "1048577 bytes are resident, max-memory is 1048576"
+        "max-memory exceeded (1048577 bytes resident, limit 1048576)"
     ));
 }
 
@@ -160,7 +160,7 @@ fn ages_end_apart_and_within_a_tenth() {
         sorted.windows(2).all(|pair| pair[1] - pair[0] > 100),
         "{ends:?}"
     );
-    assert!(has_line(&world, "max-lifetime is reached at "));
+    assert!(has_line(&world, "max-lifetime reached ("));
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn without_limits_nothing_is_looked_at_and_nothing_is_due() {
 #[test]
 fn a_successor_that_dies_is_throttled_and_the_old_worker_serves_on() {
     let mut world = World::serving(LIMITS);
-    let old = worn(&mut world, 2);
+    let old = reach_max_calls(&mut world, 2);
     for _ in 0..6 {
         let new = world.first(WorkerPhase::Starting).unwrap();
         world.die(new, Exit::Code(3));
@@ -197,7 +197,7 @@ fn a_successor_that_dies_is_throttled_and_the_old_worker_serves_on() {
     assert!(has_line(
         &world,
         "died before it was ready, last method add; the worker that it was to \
-                              follow serves on; next try in 100 ms: 6 young deaths"
+                              replace continues; next try in 100 ms: 6 young deaths"
     ));
     world.pass(100);
     world.all_ready();
@@ -208,7 +208,7 @@ fn a_successor_that_dies_is_throttled_and_the_old_worker_serves_on() {
 fn a_successor_that_can_not_be_forked_or_never_gets_ready_is_tried_again() {
     let mut world = World::serving(LIMITS);
     world.refuse_forks = true;
-    let old = worn(&mut world, 0);
+    let old = reach_max_calls(&mut world, 0);
     assert!(has_line(
         &world,
         "slot 0 has no successor: fork was refused"
@@ -227,10 +227,10 @@ fn a_successor_that_can_not_be_forked_or_never_gets_ready_is_tried_again() {
 fn who_dies_or_retires_while_its_successor_starts_leaves_it_the_seat() {
     for retires in [true, false] {
         let mut world = World::serving(LIMITS);
-        let old = worn(&mut world, 1);
+        let old = reach_max_calls(&mut world, 1);
         let new = world.first(WorkerPhase::Starting).unwrap();
         if retires {
-            world.tell(Event::Retiring { pid: old });
+            world.send(Event::Retiring { pid: old });
         } else {
             world.die(old, SEGV);
         }
@@ -249,11 +249,11 @@ fn a_throttled_successor_is_forked_at_once_when_the_old_worker_is_gone() {
         respawn_max_delay: 30_000,
         ..LIMITS
     });
-    let old = worn(&mut world, 1);
+    let old = reach_max_calls(&mut world, 1);
     let new = world.first(WorkerPhase::Starting).unwrap();
     world.die(new, Exit::Code(3));
     world.pass(50);
-    world.tell(Event::Retiring { pid: old });
+    world.send(Event::Retiring { pid: old });
     assert_eq!(world.forks(1).last(), Some(&world.now));
     world.pass(1_000);
     assert_eq!(
@@ -268,8 +268,8 @@ fn a_scale_down_takes_worker_and_successor() {
     for forked in [true, false] {
         let mut world = World::serving(LIMITS);
         world.hold_forks = !forked;
-        let old = worn(&mut world, 3);
-        world.tell(Event::Scale { count: 3 });
+        let old = reach_max_calls(&mut world, 3);
+        world.send(Event::Scale { count: 3 });
         assert!(world.drained().contains(&old));
         world.hold_forks = false;
         world.do_forks();
@@ -283,10 +283,10 @@ fn a_scale_down_takes_worker_and_successor() {
 #[test]
 fn a_reload_waits_for_nobody_and_no_recycle_begins_before_its_verdict() {
     let mut world = World::serving(LIMITS);
-    worn(&mut world, 0);
+    reach_max_calls(&mut world, 0);
     let half_way = world.first(WorkerPhase::Starting).unwrap();
-    world.tell(Event::Reload { limits: LIMITS });
-    worn(&mut world, 1);
+    world.send(Event::Reload { limits: LIMITS });
+    reach_max_calls(&mut world, 1);
     assert_eq!(world.forks(1).len(), 1, "it waits");
     world.ready(half_way);
     assert_eq!(world.pid_in(1, 0), half_way, "begun before, so it may end");
@@ -297,8 +297,8 @@ fn a_reload_waits_for_nobody_and_no_recycle_begins_before_its_verdict() {
     world.all_ready();
     world.let_leave();
     assert_eq!(world.forks(1).len(), 2, "refused: now it is recycled");
-    worn(&mut world, 2);
-    world.tell(Event::Reload { limits: LIMITS });
+    reach_max_calls(&mut world, 2);
+    world.send(Event::Reload { limits: LIMITS });
     world.all_ready();
     world.pass(500);
     world.let_leave();
@@ -308,14 +308,14 @@ fn a_reload_waits_for_nobody_and_no_recycle_begins_before_its_verdict() {
 #[test]
 fn a_stop_ends_worker_and_successor() {
     let mut world = World::serving(LIMITS);
-    worn(&mut world, 0);
-    world.tell(Event::Stop);
+    reach_max_calls(&mut world, 0);
+    world.send(Event::Stop);
     world.pass(500);
     world.let_leave();
     assert!(world.exited);
 }
 
-/// What wears workers out, and what goes wrong meanwhile.
+/// What makes workers due, and what goes wrong meanwhile.
 #[derive(Debug, Clone)]
 enum Happening {
     Passes(Millis),
@@ -357,7 +357,7 @@ proptest! {
                 Happening::Passes(span) => world.pass(span),
                 Happening::Worn(who) => {
                     let pid = pick(who);
-                    world.tell(Event::Worn { pid, calls: 1 });
+                    world.send(Event::MaxCallsReached { pid, calls: 1 });
                 }
                 Happening::Grows(who) => {
                     let pid = pick(who);

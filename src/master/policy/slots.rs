@@ -1,9 +1,9 @@
-//! The child table: which worker is where, and in which stage of its life.
+//! The table of slots and children: which child is in which slot, and in which stage.
 //!
-//! A *slot* is a slot as one generation has it. A slot's holder is the worker that starts or serves
-//! there; a draining worker holds none any more, so a slot can have one worker and any number that
-//! drain. The table answers questions and keeps its own invariants; what to do is decided by
-//! [`super::fleet`]. What a child says never breaks it; a pid forked twice does, and is a panic.
+//! A *slot entry* is a slot of one generation. Its holder is the child that starts or serves there. A
+//! draining child holds no slot, so a slot has at most one holder, at most one successor, and any number of
+//! children that drain. The table answers questions and keeps its invariants. [`super::fleet`] decides what
+//! to do. A report of a child never breaks the table. A pid that is inserted twice is a panic.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,35 +14,35 @@ use super::event::{Millis, PolicyLimits};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::throttle::Throttle;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct SlotId {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SlotId {
     pub generation: Generation,
     pub slot: Slot,
 }
 
 impl SlotId {
-    /// Whether it is the place of a pool process, and not of a worker.
+    /// Returns whether it is the slot of a pool process.
     pub fn is_pool(self) -> bool {
         self.slot.pool().is_some()
     }
 }
 
-/// Who sits there.
+/// What a slot has at the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SlotState {
-    /// Nobody: throttled until then.
+    /// No child, because of the throttle.
     Throttled {
         /// When to fork.
         until: Millis,
     },
-    /// Nobody yet: a fork was ordered and not yet reported.
+    /// No child yet. A fork was ordered and has not been reported.
     Forking,
-    /// This worker, which is in the table, and starting or ready.
+    /// This child, which is in the table and starting or ready.
     Worker(Pid),
 }
 
 impl SlotState {
-    /// Nobody yet: what follows when a fork is due then.
+    /// Returns the state of a slot whose fork is due `at` a time.
     pub fn due(at: Millis, now: Millis) -> Self {
         match at > now {
             true => SlotState::Throttled { until: at },
@@ -51,48 +51,85 @@ impl SlotState {
     }
 }
 
-/// What a worker has been through.
+/// Whether a child is to be recycled, and what was seen of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RecycleState {
-    /// It is to be replaced.
+    /// Why and when it is to be replaced, if it is.
     #[serde(rename = "wish")]
     pub(crate) request: Option<RecycleRequest>,
-    /// Its memory was above the limit when last seen.
+    /// Whether its memory was above the limit at the last check.
     pub(crate) above: bool,
-    /// Its successor has taken over; `Some` wish, and it drains.
+    /// Whether its successor has its slot. Then it drains.
     pub(crate) replaced: bool,
     /// What it was stuck in, if it was.
     pub(crate) evidence: Option<String>,
 }
 
-/// Why a worker is to be replaced.
+/// When and why a worker is to be replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecycleRequest {
-    pub(crate) reason: String,
+    pub(crate) reason: RecycleReason,
     pub(crate) since: Millis,
-    /// It can't wait for others.
+    /// Whether it does not wait for other recycles.
     pub(crate) urgent: bool,
 }
 
-/// What the master knows of a slot.
+/// Why a worker is to be replaced. Crosses an upgrade as text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", from = "String")]
+pub enum RecycleReason {
+    /// It has read this number of calls.
+    MaxCalls(u64),
+    MaxMemory {
+        rss_bytes: u64,
+        limit: u64,
+    },
+    /// It has reached this age.
+    MaxLifetime(Millis),
+    ThreadsStuck,
+    RetireRequested,
+    Text(String),
+}
+
+/// Why the master ends a child by a signal. Crosses an upgrade as text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", from = "String")]
+pub enum KillReason {
+    /// It was not ready after this time.
+    BootTimeout(Millis),
+    EventLoopStuck {
+        silent: Millis,
+        is_draining: bool,
+    },
+    /// It was given up before it was ready.
+    NotNeeded,
+    DrainDeadline,
+    /// [`super::event::Event::StopNow`].
+    StopNow,
+    Text(String),
+}
+
+/// The state of a slot.
 #[derive(Debug)]
 pub(crate) struct SlotEntry {
-    /// Who sits there.
     pub state: SlotState,
-    /// Who is to follow the holder once it is ready; `Some` only beside [`SlotState::Worker`], so that
-    /// a slot has one fork under way at most.
+    /// The child that replaces the holder once it is ready. `Some` only beside [`SlotState::Worker`], so
+    /// that a slot has at most one fork under way.
     pub successor: Option<SlotState>,
-    /// False for a slot given up while its fork was under way: what comes of it is drained.
+    /// False if the slot was given up while its fork was under way. The new child is then drained.
     pub is_active: bool,
-    /// How soon it may be forked again.
+    /// When it may be forked again.
     pub throttle: Throttle,
-    /// When it last changed who sits there, or is to.
+    /// When `state` or `successor` last changed.
     pub since: Millis,
+    /// The oldest generation that it serves. Earlier than its own if it is a pool process that stayed at a
+    /// reload.
+    pub oldest: Generation,
 }
 
 impl SlotEntry {
-    /// When a throttled fork of it is due.
+    /// Returns when the throttle allows the next fork.
     pub fn fork_at(&self) -> Option<Millis> {
         match self.successor.unwrap_or(self.state) {
             SlotState::Throttled { until } => Some(until),
@@ -101,65 +138,94 @@ impl SlotEntry {
     }
 }
 
-/// Where a child is in its life.
+/// The stage of a child's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WorkerStage {
-    /// Forked, not yet ready.
     Starting,
-    /// Serves.
     Ready,
-    /// Its end was asked for. It holds no slot.
+    /// It was ordered to exit. It holds no slot.
     Draining {
-        /// When it must be done.
+        /// When the drain must be over.
         deadline: Millis,
     },
 }
 
-#[derive(Debug)]
-pub(crate) struct ChildRecord {
-    /// Its slot, also once it drains and somebody else sits there.
+/// A child. It crosses an upgrade, with the names of members that the first version gave them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChildRecord {
+    /// Its slot. Stays while it drains, when another child holds that slot.
+    #[serde(flatten)]
     pub slot_id: SlotId,
     pub limits: PolicyLimits,
+    #[serde(rename = "born")]
     pub forked_at: Millis,
     pub ready_at: Option<Millis>,
-    /// Where it is in its life.
     pub stage: WorkerStage,
+    #[serde(rename = "since")]
     pub stage_since: Millis,
-    /// The last sign of its event loop, or a later moment from which to count.
+    /// The last heartbeat of its event loop, or a later time from which to count.
     pub heartbeat: Millis,
-    /// The next signal that it gets if nothing changes, and when.
+    /// Its next signal if nothing changes, and when.
+    #[serde(default, rename = "next", with = "signal_number")]
     pub next_signal: Option<(Millis, Signal)>,
-    /// It got KILL.
-    pub is_sigkill_sent: bool,
-    /// `Some` iff the master has begun to end it by force: why.
-    pub kill_reason: Option<String>,
-    /// What it has been through.
+    /// Why the master ends it by force. `Some` iff it does.
+    #[serde(rename = "doom")]
+    pub kill_reason: Option<KillReason>,
+    #[serde(default, rename = "wear")]
     pub recycle: RecycleState,
+    #[serde(default, rename = "killed")]
+    pub is_sigkill_sent: bool,
+    /// Whether it retires when it is ready, because its keeper has died. It is unknown after an upgrade.
+    #[serde(skip)]
+    pub has_lost_keeper: bool,
+}
+
+/// A signal as its number.
+mod signal_number {
+    use nix::sys::signal::Signal;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    use crate::master::policy::event::Millis;
+
+    type Next = Option<(Millis, Signal)>;
+
+    pub fn serialize<S: Serializer>(next: &Next, to: S) -> Result<S::Ok, S::Error> {
+        let number = |(at, signal)| (at, signal as i32);
+        next.map(number).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Next, D::Error> {
+        let Some((at, number)) = Option::<(Millis, i32)>::deserialize(from)? else {
+            return Ok(None);
+        };
+        let unknown = |_| D::Error::custom(format!("signal {number}"));
+        Ok(Some((at, Signal::try_from(number).map_err(unknown)?)))
+    }
 }
 
 impl ChildRecord {
-    /// For how long it has been ready; `None` if it never was.
+    /// Returns how long it has been ready; `None` if it never was.
     pub fn ready_for(&self, now: Millis) -> Option<Millis> {
         self.ready_at.map(|at| now - at)
     }
 
-    /// Whether its end was asked for.
+    /// Returns whether it was ordered to exit.
     pub fn drains(&self) -> bool {
         matches!(self.stage, WorkerStage::Draining { .. })
     }
 
-    /// Whether it is ready, and not being ended.
+    /// Returns whether it is ready and is not being ended by force.
     pub fn serves(&self) -> bool {
         self.stage == WorkerStage::Ready && self.kill_reason.is_none()
     }
 
-    /// Whether it was killed and does not end: the kernel holds it.
+    /// Returns whether SIGKILL did not end it, because the kernel holds it in a system call.
     pub fn is_unkillable(&self) -> bool {
         self.is_sigkill_sent && self.next_signal.is_none()
     }
 
-    /// When its event loop counts as stuck, one that drains no less than one that serves.
+    /// Returns when its event loop counts as stuck. This also applies while it drains.
     pub fn heartbeat_deadline(&self) -> Option<Millis> {
         let timeout = self.limits.heartbeat_timeout;
         let is_watched = self.ready_at.is_some() && self.kill_reason.is_none() && timeout > 0;
@@ -175,42 +241,45 @@ impl ChildRecord {
 /// All slots and children.
 #[derive(Debug, Default)]
 pub(crate) struct SlotTable {
-    /// The slots of the generation that serves and, during a reload, of the next one; and those
-    /// given up whose fork has not been reported yet.
+    /// The slots of the serving generation and, during a reload, those of the next one. Also slots that
+    /// were given up and whose fork has not been reported.
     pub slots: BTreeMap<SlotId, SlotEntry>,
-    /// Every child not yet reaped.
+    /// Every child that has not been reaped.
     pub children: BTreeMap<Pid, ChildRecord>,
+    /// The generations of sessions without an acceptor, whose calls may wait for a pool process.
+    pub session_generations: BTreeSet<Generation>,
 }
 
 impl SlotTable {
-    /// Opens a slot for forking. False if its fork is under way already.
+    /// Adds a slot for forking. Returns false if its fork is under way already.
     pub fn add_slots(&mut self, slot_id: SlotId, now: Millis) -> bool {
-        if let Some(tenure) = self.slots.get_mut(&slot_id) {
-            assert!(!tenure.is_active, "{slot_id:?} is opened twice");
-            tenure.is_active = true;
+        if let Some(entry) = self.slots.get_mut(&slot_id) {
+            assert!(!entry.is_active, "{slot_id:?} is opened twice");
+            entry.is_active = true;
             return false;
         }
-        let tenure = SlotEntry {
+        let entry = SlotEntry {
             state: SlotState::Forking,
             successor: None,
             is_active: true,
             throttle: Throttle::default(),
             since: now,
+            oldest: slot_id.generation,
         };
-        self.slots.insert(slot_id, tenure);
+        self.slots.insert(slot_id, entry);
         true
     }
 
-    /// Gives a slot up, and says which workers sat there or were to: two at most.
+    /// Removes a slot. Returns its holder and its successor.
     pub fn remove_slots(&mut self, slot_id: SlotId) -> Vec<Pid> {
-        let Some(tenure) = self.slots.get_mut(&slot_id) else {
+        let Some(entry) = self.slots.get_mut(&slot_id) else {
             return Vec::new();
         };
-        let all = [Some(tenure.state), tenure.successor.take()];
+        let all = [Some(entry.state), entry.successor.take()];
         if all.contains(&Some(SlotState::Forking)) {
-            // The fork's report must find it.
-            tenure.state = SlotState::Forking;
-            tenure.is_active = false;
+            // The report of the fork must find the slot.
+            entry.state = SlotState::Forking;
+            entry.is_active = false;
         } else {
             self.slots.remove(&slot_id);
         }
@@ -223,7 +292,7 @@ impl SlotTable {
             .collect()
     }
 
-    /// Puts a new child into the table.
+    /// Adds a new child.
     pub fn insert(&mut self, pid: Pid, child: ChildRecord) {
         let before = self.children.insert(pid, child);
         assert!(
@@ -232,36 +301,44 @@ impl SlotTable {
         );
     }
 
-    /// The wanted slots of a generation, lowest slot first.
+    /// Returns the active slots of a generation, lowest slot first.
     pub fn slots_of(&self, generation: Generation) -> Vec<SlotId> {
         let all = slot_id(generation, 0)..=slot_id(generation, u16::MAX);
         self.slots
             .range(all)
-            .filter(|(_, tenure)| tenure.is_active)
+            .filter(|(_, entry)| entry.is_active)
             .map(|(slot_id, _)| *slot_id)
             .collect()
     }
 
-    /// Whether the worker sits there (and not, draining, beside its successor).
+    /// Returns whether the child holds the slot.
     pub fn holds(&self, pid: Pid, slot_id: SlotId) -> bool {
         self.slots
             .get(&slot_id)
-            .is_some_and(|tenure| tenure.state == SlotState::Worker(pid))
+            .is_some_and(|entry| entry.state == SlotState::Worker(pid))
     }
 
-    /// Whether the worker is to follow the one that sits there.
-    pub fn is_coming(&self, pid: Pid, slot_id: SlotId) -> bool {
+    /// Returns whether the child is the successor in the slot.
+    pub fn is_successor(&self, pid: Pid, slot_id: SlotId) -> bool {
         self.slots
             .get(&slot_id)
-            .is_some_and(|tenure| tenure.successor == Some(SlotState::Worker(pid)))
+            .is_some_and(|entry| entry.successor == Some(SlotState::Worker(pid)))
     }
 
-    /// Whether the worker sits there, or is to follow the one that does.
+    /// Returns whether the child holds the slot or is the successor in it.
     pub fn holds_any(&self, pid: Pid, slot_id: SlotId) -> bool {
-        self.holds(pid, slot_id) || self.is_coming(pid, slot_id)
+        self.holds(pid, slot_id) || self.is_successor(pid, slot_id)
     }
 
-    /// Whether each of a generation's slots has a worker that is ready.
+    /// Returns whether the child holds its slot and has no successor.
+    pub fn has_alone(&self, pid: Pid) -> bool {
+        let child = self.children.get(&pid);
+        child.is_some_and(|child| {
+            self.holds(pid, child.slot_id) && self.slots[&child.slot_id].successor.is_none()
+        })
+    }
+
+    /// Returns whether each slot of a generation has a child that serves.
     pub fn all_ready(&self, generation: Generation) -> bool {
         self.slots_of(generation).iter().all(|slot_id| {
             let SlotState::Worker(pid) = self.slots[slot_id].state else {
@@ -271,7 +348,8 @@ impl SlotTable {
         })
     }
 
-    /// Generations other than this one that still have a child, but for those that nothing ends.
+    /// Returns the number of generations other than `serving` that have a child. Children that SIGKILL does
+    /// not end are not counted.
     pub fn other_generations(&self, serving: Generation) -> usize {
         let others: BTreeSet<_> = self
             .children
@@ -283,19 +361,50 @@ impl SlotTable {
         others.len()
     }
 
-    /// Whether a worker lives that uses the pools of a generation.
+    /// Returns whether a worker or acceptor lives whose generation is wanted by `of`.
     pub fn has_workers(&self, of: impl Fn(Generation) -> bool) -> bool {
-        let mut children = self.children.values();
-        children.any(|child| !child.slot_id.is_pool() && of(child.slot_id.generation))
+        self.users_of_pools().any(of)
     }
 
-    /// Whether nothing lives and nothing is about to.
+    /// The generations of workers, acceptors, and sessions without an acceptor.
+    fn users_of_pools(&self) -> impl Iterator<Item = Generation> {
+        let children = self.children.values();
+        let workers = children.filter(|child| !child.slot_id.is_pool());
+        let generations = workers.map(|child| child.slot_id.generation);
+        generations.chain(self.session_generations.iter().copied())
+    }
+
+    /// Moves a pool process and its slot to another generation and slot, with other limits.
+    pub fn move_pool(&mut self, pid: Pid, to: SlotId, limits: PolicyLimits) {
+        if let Some(child) = self.children.get_mut(&pid)
+            && let Some(entry) = self.slots.remove(&child.slot_id)
+        {
+            (child.slot_id, child.limits) = (to, limits);
+            self.slots.insert(to, entry);
+        }
+    }
+
+    /// Returns the oldest generation that the child of a slot serves.
+    pub fn oldest_served(&self, slot_id: SlotId) -> Generation {
+        let entry = self.slots.get(&slot_id);
+        entry.map_or(slot_id.generation, |entry| entry.oldest)
+    }
+
+    /// Updates `oldest` of all slots: a generation whose last worker has gone needs no pool process.
+    pub fn note_oldest_served(&mut self) {
+        let oldest = self.users_of_pools().min();
+        let oldest = oldest.unwrap_or(Generation(u32::MAX));
+        for (slot_id, entry) in &mut self.slots {
+            entry.oldest = entry.oldest.max(oldest).min(slot_id.generation);
+        }
+    }
+
+    /// Returns whether there is no child and no fork under way.
     pub fn is_empty(&self) -> bool {
         self.children.is_empty() && self.slots.is_empty()
     }
 }
 
-/// The slot of a slot's number in a generation.
 pub(crate) fn slot_id(generation: Generation, slot: u16) -> SlotId {
     SlotId {
         generation,
@@ -303,24 +412,26 @@ pub(crate) fn slot_id(generation: Generation, slot: u16) -> SlotId {
     }
 }
 
-/// From the drain deadline to TERM: a worker ends its drain by itself, and is given the time to.
+/// The time from the drain deadline to SIGTERM. A worker ends its drain itself at the deadline, and this
+/// gives it the time to exit.
 pub(crate) const AFTER_DRAIN: Millis = 100;
 
-/// For a worker whose end is asked for before it is ready: so long its ready may be on the way.
+/// How long the ready report of a child may still be on its way when the child is ordered to exit.
 pub(crate) const STARTING_GRACE: Millis = 500;
 
-/// How long a signal is given to work before KILL.
+/// Returns the time from a signal to the SIGKILL that follows, or from SIGKILL until the child counts as
+/// unkillable.
 pub(crate) fn kill_after(signal: Signal) -> Millis {
     match signal {
-        // With AFTER_DRAIN within half a second of the drain deadline.
+        // With AFTER_DRAIN this is within 500 ms of the drain deadline.
         Signal::SIGTERM => 300,
-        // Its end is the kernel's affair then, and takes a while where there is much memory.
+        // The kernel frees the memory, which takes long if there is much.
         Signal::SIGKILL => 3_000,
         _ => 500,
     }
 }
 
-/// Puts a child into the draining stage, with the signals that await it if it overstays.
+/// Puts a child into the draining stage, and sets the signal that it gets if it overstays.
 pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis) {
     if !child.drains() {
         child.stage_since = now;
@@ -331,16 +442,8 @@ pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis
     }
     child.next_signal = Some(match child.ready_at {
         Some(_) => (deadline + AFTER_DRAIN, Signal::SIGTERM),
-        // It has no call to finish, and may not read orders for long. If its ready is on the way,
-        // it comes in time.
+        // It has no call to finish, and may not read orders for a long time. If its ready report is on the
+        // way, it arrives within this time.
         None => (deadline.min(now + STARTING_GRACE), Signal::SIGTERM),
     });
-}
-
-/// The key=value pairs that end a line about a worker.
-pub(crate) fn log_fields(pid: Pid, slot_id: SlotId) -> String {
-    format!(
-        "slot={} pid={pid} generation={}",
-        slot_id.slot, slot_id.generation
-    )
 }

@@ -1,14 +1,15 @@
-//! What `status` shows of the fleet: read access, no decision.
+//! Returns what `status` shows of the fleet. Reads only.
 
+use super::crash_counts::Suspicion;
 use super::death_log::Deaths;
 use super::event::Millis;
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{ChildRecord, SlotEntry, SlotId, SlotState, WorkerStage};
+use super::slots::{ChildRecord, KillReason, SlotEntry, SlotId, SlotState, WorkerStage};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::control::WorkerPhase;
 use crate::throttle::HEALTHY_AFTER;
 
-/// One line of `status`: a worker, or a slot without one.
+/// One line of `status`: a child, or a slot without one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerView {
     pub slot: Slot,
@@ -16,54 +17,57 @@ pub struct WorkerView {
     /// `None` iff throttled or dead.
     pub pid: Option<Pid>,
     pub state: WorkerPhase,
-    /// Since when it is in that state.
+    /// When it entered that state.
     pub since: Millis,
-    /// When it was forked; without a worker, as `since`.
+    /// When it was forked; the same as `since` without a child.
     pub born: Millis,
-    /// Young deaths of the slot in a row; 0 for one that drains.
+    /// The number of young deaths of the slot in a row; 0 for a draining child.
     pub young_deaths: u32,
-    /// Refused forks of the slot in a row.
+    /// The number of refused forks of the slot in a row.
     pub refused_forks: u32,
     /// When a throttled slot is forked again.
     pub next_fork: Option<Millis>,
 }
 
 impl Fleet {
-    /// Every worker and every slot without one; see `views`.
+    /// Returns every worker and every slot without one, in the order of `views`.
     pub fn workers(&self) -> Vec<WorkerView> {
         let mut views = self.views();
-        views.retain(|view| view.slot.pool().is_none());
+        views.retain(|view| view.slot.is_worker());
         views
     }
 
-    /// Every pool process and every place without one; see `views`.
+    /// Returns every pool process and every slot without one, in the order of `views`.
     pub fn pools(&self) -> Vec<WorkerView> {
         let mut views = self.views();
         views.retain(|view| view.slot.pool().is_some());
         for view in &mut views {
             if view.generation < self.serving && view.state == WorkerPhase::Ready {
-                // It serves what is left of its generation.
+                // It serves only workers of older generations.
                 view.state = WorkerPhase::Draining;
             }
         }
         views
     }
 
-    /// All of them: by slot, the newest generation first, and those
-    /// that drain after the one that serves; who is to follow that one stands behind it.
+    /// Returns every acceptor and every slot without one, in the order of `views`.
+    pub fn acceptors(&self) -> Vec<WorkerView> {
+        let mut views = self.views();
+        views.retain(|view| view.slot.acceptor().is_some());
+        views
+    }
+
+    /// Returns all children and empty slots, by slot. In a slot those that do not drain come first, then
+    /// the newest generation. A successor stands directly behind the holder.
     fn views(&self) -> Vec<WorkerView> {
-        let slots = self
-            .table
-            .slots
-            .iter()
-            .filter(|(_, tenure)| tenure.is_active);
+        let slots = self.table.slots.iter().filter(|(_, entry)| entry.is_active);
         let draining = self.table.children.iter().filter(|(pid, child)| {
             child.drains() || child.slot_id.is_pool() && !self.table.holds_any(**pid, child.slot_id)
         });
         let mut views: Vec<_> = slots
-            .flat_map(|(slot_id, tenure)| {
-                let all = [Some(tenure.state), tenure.successor].into_iter().flatten();
-                all.map(|holder| self.view_slot(*slot_id, tenure, holder))
+            .flat_map(|(slot_id, entry)| {
+                let all = [Some(entry.state), entry.successor].into_iter().flatten();
+                all.map(|state| self.view_slot(*slot_id, entry, state))
             })
             .chain(draining.map(|(pid, child)| view_draining(*pid, child)))
             .collect();
@@ -74,35 +78,66 @@ impl Fleet {
         views
     }
 
-    /// Whether a generation before this one has pool processes, or is to get some.
+    /// Returns whether a generation before this one has pool processes, will get some, or has workers that
+    /// use those of a later one.
     pub fn has_pools_before(&self, generation: Generation) -> bool {
-        let mut slots = self.table.slots.keys();
-        slots.any(|slot_id| slot_id.is_pool() && slot_id.generation < generation)
+        let slots = self.table.slots.iter();
+        let mut pools = slots.filter(|(slot_id, _)| slot_id.is_pool());
+        pools.any(|(_, entry)| entry.oldest < generation)
+    }
+
+    /// Returns the oldest generation that the child of a slot serves.
+    pub fn oldest_served(&self, slot: Slot, generation: Generation) -> Generation {
+        self.table.oldest_served(SlotId { generation, slot })
     }
 
     pub fn generation(&self) -> Generation {
         self.serving
     }
 
-    /// How many workers there shall be.
+    /// Returns the wanted number of workers.
     pub fn target_count(&self) -> usize {
         self.count
     }
 
-    /// How many workers of the serving generation are ready.
+    /// Returns the number of workers of the serving generation that are ready.
     pub fn ready_count(&self) -> usize {
         let ready = |child: &&ChildRecord| {
-            child.serves() && child.slot_id.generation == self.serving && !child.slot_id.is_pool()
+            child.serves()
+                && child.slot_id.generation == self.serving
+                && child.slot_id.slot.is_worker()
         };
         self.table.children.values().filter(ready).count()
     }
 
-    /// The workers that serve, while nothing else is under way that moves connections: none during a
-    /// start-up, a reload or a stop.
+    /// Returns whether the service manager's watchdog is fed. Without a ready worker the service hangs,
+    /// even if the master does not.
+    pub fn is_healthy(&self) -> bool {
+        self.ready_count() > 0
+    }
+
+    /// Returns which call may have caused the end of a child: one only if it is a worker that served, and
+    /// was not ended by force for another reason than its event loop.
+    pub fn suspicion(&self, pid: Pid) -> Suspicion {
+        let child = self.table.children.get(&pid);
+        match child.filter(|it| it.slot_id.slot.is_worker() && it.stage == WorkerStage::Ready) {
+            Some(child) => match child.kill_reason {
+                None => Suspicion::Reported,
+                Some(KillReason::EventLoopStuck { .. }) => Suspicion::EventLoop,
+                Some(_) => Suspicion::Nothing,
+            },
+            None => Suspicion::Nothing,
+        }
+    }
+
+    /// Returns the workers that serve; none during a start-up, a reload or a stop, when connections move
+    /// anyway.
     pub fn settled(&self) -> impl Iterator<Item = Pid> {
         let settled = self.phase == ServerPhase::Serving && self.reload.is_none();
         let serves = |child: &ChildRecord| {
-            child.serves() && child.slot_id.generation == self.serving && !child.slot_id.is_pool()
+            child.serves()
+                && child.slot_id.generation == self.serving
+                && child.slot_id.slot.is_worker()
         };
         let children = self.table.children.iter();
         children
@@ -110,14 +145,24 @@ impl Fleet {
             .map(|(pid, _)| *pid)
     }
 
-    /// When it begins to stop, if it was told to do so later.
+    /// Returns when a scheduled stop begins.
     pub fn stops_at(&self) -> Option<Millis> {
         self.stop_at
     }
 
-    /// Every child not yet reaped.
+    /// Returns every child that has not been reaped.
     pub fn pids(&self) -> impl Iterator<Item = Pid> {
         self.table.children.keys().copied()
+    }
+
+    /// The observer that serves.
+    pub fn observer(&self) -> Option<Pid> {
+        self.observer.pid()
+    }
+
+    /// Every observer not yet reaped.
+    pub fn observers(&self) -> impl Iterator<Item = Pid> {
+        self.observer.pids()
     }
 
     /// The last deaths.
@@ -125,19 +170,19 @@ impl Fleet {
         &self.deaths
     }
 
-    fn view_slot(&self, slot_id: SlotId, tenure: &SlotEntry, holder: SlotState) -> WorkerView {
+    fn view_slot(&self, slot_id: SlotId, entry: &SlotEntry, state: SlotState) -> WorkerView {
         let mut view = WorkerView {
             slot: slot_id.slot,
             generation: slot_id.generation,
             pid: None,
             state: WorkerPhase::Dead,
-            since: tenure.since,
-            born: tenure.since,
-            young_deaths: tenure.throttle.young_deaths(),
-            refused_forks: tenure.throttle.refused_forks(),
+            since: entry.since,
+            born: entry.since,
+            young_deaths: entry.throttle.young_deaths(),
+            refused_forks: entry.throttle.refused_forks(),
             next_fork: None,
         };
-        match holder {
+        match state {
             SlotState::Forking => {}
             SlotState::Throttled { until } => {
                 view.state = WorkerPhase::Throttled;
@@ -153,7 +198,7 @@ impl Fleet {
                     WorkerStage::Ready => WorkerPhase::Ready,
                     WorkerStage::Draining { .. } => WorkerPhase::Draining,
                 };
-                // So much health has cleared the count, though it is only noted at its end.
+                // This time in health resets the count, although that is only noted at its end.
                 if child
                     .ready_for(self.now)
                     .is_some_and(|ms| ms >= HEALTHY_AFTER)

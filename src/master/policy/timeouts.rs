@@ -1,25 +1,25 @@
-//! What the passing of time brings: throttled slots come due, workers overstay, event loops stick.
+//! Handles what is due: forks after a throttle, children that overstay, event loops that are stuck.
 //!
-//! Each child has at most one next signal ([`super::slots::ChildRecord::next_signal`]); here it is sent and
-//! the one after it set. A master that was itself paused (SIGSTOP, a frozen group) finds every
-//! deadline long gone, and its workers' reports unread: then nobody is ended, all get a fresh grace.
+//! Each child has at most one next signal ([`super::slots::ChildRecord::next_signal`]). This file sends it
+//! and sets the one after it. A master that was stopped itself (SIGSTOP, a frozen cgroup) finds all
+//! deadlines in the past, and unread reports of its children. Then no child is ended, and all get new time.
 
 use log::Level;
 use nix::sys::signal::Signal;
 
-use super::event::{Action, HumanDuration, Millis};
+use super::action::{Action, ChildIncident, ChildName, Incident, NotReady};
+use super::event::Millis;
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{ChildRecord, SlotEntry, SlotId, WorkerStage, kill_after, log_fields};
+use super::slots::{ChildRecord, KillReason, SlotEntry, SlotId, WorkerStage, kill_after};
 use crate::link::ids::Pid;
-use crate::logging::pluralize;
 
-/// Later than this for a deadline, the master was paused.
+/// A master that comes later than this to a deadline was stopped.
 const PAUSE: Millis = 1_000;
-/// At least so long everybody has after a pause.
+/// The least time that each child gets after that.
 const GRACE_AFTER_PAUSE: Millis = 1_000;
 
 impl Fleet {
-    /// Does what is due.
+    /// Handles what is due.
     pub(crate) fn pass_time(&mut self) {
         let now = self.now;
         if self.stop_at.is_some_and(|at| at <= now) {
@@ -32,51 +32,53 @@ impl Fleet {
             .map(|(pid, _)| *pid)
             .collect();
         for pid in due {
-            // The one before may have ended a reload, and with it this one's reason to be ended.
+            // The signal before may have ended a reload, so that this one has no reason any more.
             if is_due(self.child_mut(pid)) {
                 self.signal(pid);
             }
         }
         let due: Vec<SlotId> = (self.table.slots.iter())
-            .filter(|(_, tenure)| tenure.fork_at().is_some_and(|at| at <= now))
+            .filter(|(_, entry)| entry.fork_at().is_some_and(|at| at <= now))
             .map(|(slot_id, _)| *slot_id)
             .collect();
         for slot_id in due {
-            match self.tenure(slot_id).successor {
+            match self.entry(slot_id).successor {
                 Some(_) => self.spawn_successor(slot_id, now),
                 None => self.respawn(slot_id, now),
             }
         }
+        self.expire_kept_pools();
         self.pass_recycling();
+        let mut actions = self.keepers.pass_time(now);
+        actions.extend(self.observer.pass_time(now));
+        for action in actions {
+            self.act(action);
+        }
         if let Some(more) = self.troubles.flush(now) {
-            let more = pluralize(
-                more as usize,
-                "more line about workers was",
-                "more lines about workers were",
-            );
-            let text = format!("{more} held back; `status` shows the last deaths");
-            self.log(Level::Warn, text);
+            self.log(Level::Warn, Incident::SuppressedTroubles(more));
         }
         if let Some(more) = self.refusals.flush(now) {
-            let more = pluralize(more as usize, "more fork was", "more forks were");
-            self.log(Level::Warn, format!("{more} refused"));
+            self.log(Level::Warn, Incident::SuppressedForkRefusals(more));
         }
     }
 
-    /// When the next of these is due.
+    /// Returns when something is due.
     pub(crate) fn earliest(&self) -> Option<Millis> {
         let children = self.table.children.values().filter_map(ChildRecord::due_at);
         let slots = self.table.slots.values().filter_map(SlotEntry::fork_at);
         children
             .chain(slots)
             .chain(self.next_recycling())
+            .chain(self.keepers.deadline())
+            .chain(self.observer.deadline())
             .chain(self.troubles.flush_at())
             .chain(self.refusals.flush_at())
             .chain(self.stop_at)
+            .chain(self.kept_pools_deadline())
             .min()
     }
 
-    /// If the master comes far later than it had to, everybody's clock starts afresh.
+    /// Gives all children new time if the master comes far too late.
     pub(crate) fn forgive_a_pause(&mut self) {
         let now = self.now;
         let Some(late) = self.next_tick_at.and_then(|at| now.checked_sub(at)) else {
@@ -89,7 +91,7 @@ impl Fleet {
             child.heartbeat = now;
             if let Some((at, _)) = &mut child.next_signal {
                 *at = match child.stage {
-                    // Its doom too waits: the death may be in the queue.
+                    // A child that is being ended waits too, because its death may not have been read yet.
                     WorkerStage::Starting if child.kill_reason.is_none() => {
                         now + child.limits.boot_timeout
                     }
@@ -97,18 +99,19 @@ impl Fleet {
                 };
             }
         }
-        let late = HumanDuration(late);
-        let text = format!("the master was paused for {late} or more: all deadlines start afresh");
-        self.trouble(Level::Warn, text);
+        if let Some(reload) = &mut self.reload {
+            reload.kept_until = now + 2 * reload.limits.boot_timeout;
+        }
+        self.trouble(Level::Warn, Incident::MasterPaused(late));
     }
 
-    /// Sends a worker the signal that is due, and sets the next.
+    /// Sends a child the signal that is due, and sets the next.
     fn signal(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
         let stuck = child.heartbeat_deadline().is_some_and(|at| at <= now);
         let signal = match child.next_signal {
-            // A loop that is stuck hears of no order, and of TERM neither.
+            // An event loop that is stuck handles neither orders nor SIGTERM.
             Some((at, signal)) if at <= now && !stuck => signal,
             _ => Signal::SIGABRT,
         };
@@ -119,32 +122,22 @@ impl Fleet {
         child.next_signal = Some((now + kill_after(signal), Signal::SIGKILL));
         let (slot_id, starting) = (child.slot_id, child.stage == WorkerStage::Starting);
         let begins = child.kill_reason.is_none();
-        // What is under way is told at a drain's deadline, as the worker could have ended it by itself.
+        // A worker that could have ended its drain itself shows what it is running.
         let overdue = child.drains() && child.ready_at.is_some();
         let examine = (stuck || starting || overdue) && begins;
         let reason = child
             .kill_reason
             .take()
             .unwrap_or_else(|| match child.stage {
-                WorkerStage::Starting => {
-                    let timeout = HumanDuration(child.limits.boot_timeout);
-                    format!("not ready within boot-timeout ({timeout})")
-                }
+                WorkerStage::Starting => KillReason::BootTimeout(child.limits.boot_timeout),
                 WorkerStage::Ready | WorkerStage::Draining { .. } if stuck => {
-                    let silent = HumanDuration(now - child.heartbeat);
-                    let when = if child.drains() {
-                        " while it drained"
-                    } else {
-                        ""
-                    };
-                    format!("event loop stuck for {silent}{when}")
+                    KillReason::EventLoopStuck {
+                        silent: now - child.heartbeat,
+                        is_draining: child.drains(),
+                    }
                 }
-                WorkerStage::Draining { .. } if child.ready_at.is_none() => {
-                    "not needed any more before it was ready".to_owned()
-                }
-                WorkerStage::Ready | WorkerStage::Draining { .. } => {
-                    "not done by its drain deadline".to_owned()
-                }
+                WorkerStage::Draining { .. } if child.ready_at.is_none() => KillReason::NotNeeded,
+                WorkerStage::Ready | WorkerStage::Draining { .. } => KillReason::DrainDeadline,
             });
         child.kill_reason = Some(reason.clone());
         let unready = child.ready_at.is_none() && child.drains();
@@ -152,56 +145,50 @@ impl Fleet {
             self.act(Action::Diagnose { pid });
         }
         self.act(Action::Kill { pid, signal });
-        let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
-        let role = slot.role();
-        let text = format!("{role} {pid} (slot {slot}) gets {signal}: {reason} {pairs}");
+        let incident = ChildIncident::Signalled(signal, reason.clone()).of(pid, slot_id);
         match unready && signal == Signal::SIGTERM {
-            true => self.log(Level::Debug, text),
-            false => self.trouble(Level::Warn, text),
+            true => self.log(Level::Debug, incident),
+            false => self.trouble(Level::Warn, incident),
         }
-        if starting && begins && self.is_newcomer(slot_id) {
-            self.newcomer_failed(&format!("{role} {pid} (slot {slot}): {reason}"));
+        if starting && begins && self.is_pending(slot_id) {
+            let child = ChildName { pid, slot_id };
+            self.pending_failed(NotReady::Killed(child, reason));
         }
     }
 
-    /// KILL has not ended it: the kernel holds it, for want of a disk or a file server mostly, and
-    /// nobody can say for how long. Its slot is not kept empty for it.
+    /// Handles a child that SIGKILL did not end. Mostly it waits in the kernel for a disk or a file server,
+    /// without a limit. Its slot is filled without waiting for it.
     fn outlived(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
         child.next_signal = None;
         let (slot_id, limits, health) = (child.slot_id, child.limits, child.ready_for(now));
-        let coming = self.table.is_coming(pid, slot_id);
-        let follows = match coming || self.table.holds(pid, slot_id) {
-            true => "its slot gets another one",
-            false => "nothing waits for it",
-        };
+        let is_successor = self.table.is_successor(pid, slot_id);
+        let is_replaced = is_successor || self.table.holds(pid, slot_id);
         self.act(Action::Diagnose { pid });
-        let (slot, pairs) = (slot_id.slot, log_fields(pid, slot_id));
-        let role = slot.role();
-        let text = format!(
-            "{role} {pid} (slot {slot}) is held by the kernel and does not end, though it was killed: \
-             {follows} {pairs}"
-        );
-        self.trouble(Level::Error, text);
-        if !coming && !self.table.holds(pid, slot_id) {
+        let incident = match is_replaced {
+            true => ChildIncident::SurvivedKill,
+            false => ChildIncident::SurvivedKillUnneeded,
+        };
+        self.trouble(Level::Error, incident.of(pid, slot_id));
+        if !is_replaced {
             return;
         }
         let child = self.child_mut(pid);
         child.stage = WorkerStage::Draining { deadline: now };
         child.stage_since = now;
-        if self.is_newcomer(slot_id) && self.phase == ServerPhase::Serving {
+        if self.is_pending(slot_id) && self.phase == ServerPhase::Serving {
             self.table.slots.remove(&slot_id);
-            return self
-                .newcomer_failed(&format!("{role} {pid} (slot {slot}) is held by the kernel"));
+            return self.pending_failed(NotReady::SurvivedKill(ChildName { pid, slot_id }));
         }
         let due = self
-            .tenure(slot_id)
+            .entry(slot_id)
             .throttle
             .death(health, &limits.throttle(), now);
-        match coming {
+        match is_successor {
             true => self.spawn_successor(slot_id, due),
             false => self.respawn(slot_id, due),
         }
+        self.kept_pool_lost(pid, || NotReady::SurvivedKill(ChildName { pid, slot_id }));
     }
 }

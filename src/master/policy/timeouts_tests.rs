@@ -1,10 +1,11 @@
-//! Workers that are stuck, in a pretended kernel: what is seen of them first, who is ended, and
-//! who only makes room.
+//! Stuck workers in a simulated kernel: what is found out about them first, which ones are ended, and which
+//! ones only get a successor.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
 
-use super::event::{Action, Event, Exit, PolicyLimits};
+use super::action::Action;
+use super::event::{Event, Exit, PolicyLimits};
 use super::fleet_world::{LIMITS, SEGV, World};
 use crate::link::ids::Pid;
 use crate::protocol::control::WorkerPhase;
@@ -14,19 +15,26 @@ const EVIDENCE: &str = "all 2 handler threads are stuck: hang (id 7) for 1.2 s";
 fn wedge(world: &mut World, slot: u16) -> Pid {
     let pid = world.pid(slot);
     let evidence = EVIDENCE.to_owned();
-    world.tell(Event::Wedged { pid, evidence });
+    world.send(Event::AllThreadsStuck { pid, evidence });
     pid
 }
 
 fn reason(world: &World) -> String {
-    world.fleet.deaths().iter().last().unwrap().reason.clone()
+    world
+        .fleet
+        .deaths()
+        .iter()
+        .last()
+        .unwrap()
+        .reason
+        .to_string()
 }
 
 #[test]
 fn a_wedged_worker_waits_for_nobody_and_leaves_a_record_though_it_ends_in_order() {
     let mut world = World::serving(LIMITS);
     let worn = world.pid(0);
-    world.tell(Event::Worn {
+    world.send(Event::MaxCallsReached {
         pid: worn,
         calls: 1,
     });
@@ -39,7 +47,7 @@ fn a_wedged_worker_waits_for_nobody_and_leaves_a_record_though_it_ends_in_order(
     assert_eq!(world.fleet.deaths().total(), 1, "the other one is no death");
     assert_eq!(reason(&world), EVIDENCE);
     let told =
-        |(_, line): &(_, &str)| line.starts_with("worker 102 (slot 1): all 2 handler threads");
+        |(_, line): &(_, String)| line.starts_with("worker 102 (slot 1): all 2 handler threads");
     assert!(world.lines().iter().any(told));
 }
 
@@ -47,11 +55,11 @@ fn a_wedged_worker_waits_for_nobody_and_leaves_a_record_though_it_ends_in_order(
 fn that_a_worker_is_wedged_is_news_once() {
     let mut world = World::serving(LIMITS);
     let first = world.pid(1);
-    assert!(world.fleet.wants_evidence(first));
+    assert!(world.fleet.wants_diagnosis(first));
     let wedged = wedge(&mut world, 1);
-    assert!(!world.fleet.wants_evidence(wedged));
+    assert!(!world.fleet.wants_diagnosis(wedged));
     let lines = world.lines().len();
-    world.tell(Event::Wedged {
+    world.send(Event::AllThreadsStuck {
         pid: wedged,
         evidence: "all 2 handler threads are stuck: something else".to_owned(),
     });
@@ -59,7 +67,7 @@ fn that_a_worker_is_wedged_is_news_once() {
     world.all_ready();
     world.let_leave();
     assert_eq!(reason(&world), EVIDENCE);
-    assert!(!world.fleet.wants_evidence(wedged), "it is gone");
+    assert!(!world.fleet.wants_diagnosis(wedged), "it is gone");
 }
 
 #[test]
@@ -82,7 +90,7 @@ fn a_worker_that_was_to_be_recycled_anyway_and_wedges_does_not_wait_any_more() {
     let mut world = World::serving(LIMITS);
     for slot in [0, 1] {
         let pid = world.pid(slot);
-        world.tell(Event::Worn { pid, calls: 1 });
+        world.send(Event::MaxCallsReached { pid, calls: 1 });
     }
     assert_eq!(world.forks(1).len(), 1);
     wedge(&mut world, 1);
@@ -92,7 +100,7 @@ fn a_worker_that_was_to_be_recycled_anyway_and_wedges_does_not_wait_any_more() {
 #[test]
 fn a_wedged_worker_is_replaced_during_a_reload_too() {
     let mut world = World::serving(LIMITS);
-    world.tell(Event::Reload { limits: LIMITS });
+    world.send(Event::Reload { limits: LIMITS });
     let wedged = wedge(&mut world, 1);
     let successor = world
         .living
@@ -154,7 +162,7 @@ fn a_stuck_event_loop_is_looked_at_before_it_gets_abrt() {
 fn a_draining_worker_whose_event_loop_sticks_is_not_waited_for() {
     let mut world = World::serving(LIMITS);
     let pid = world.pid(0);
-    world.tell(Event::Retiring { pid });
+    world.send(Event::Retiring { pid });
     world.living.get_mut(&pid).unwrap().stuck = true;
     world.pass(10_000);
     assert_eq!(world.signalled(pid, Signal::SIGABRT), Some(world.now));
@@ -193,7 +201,7 @@ fn the_master_does_not_wait_for_one_that_the_kernel_holds() {
 #[test]
 fn a_newcomer_that_the_kernel_holds_fails_its_reload() {
     let mut world = World::serving(LIMITS);
-    world.tell(Event::Reload {
+    world.send(Event::Reload {
         limits: PolicyLimits {
             heartbeat_timeout: 1_000,
             ..LIMITS
@@ -203,7 +211,7 @@ fn a_newcomer_that_the_kernel_holds_fails_its_reload() {
     world.ready(canary);
     world.living.get_mut(&canary).unwrap().stuck = true;
     world.pass(4_500);
-    assert!(world.refusal().unwrap().contains("held by the kernel"));
+    assert!(world.refusal().unwrap().contains("survived SIGKILL"));
     world.die(canary, SEGV);
     world.pass(500);
     world.let_leave();

@@ -1,22 +1,26 @@
-//! What people ask of the master, by signal or by command, and what it answers.
+//! Handles signals, requests over the control socket, and the outcomes of what the policy orders.
 
 pub mod reload_driver;
-pub mod rollback;
 pub mod status_report;
+pub mod upgrade_driver;
 
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 
-use self::status_report::{About, status};
+use self::reload_driver::{finish_reload, refuse_next_reload, refuse_waiting};
+use self::status_report::status;
+use self::upgrade_driver::{ask_upgrade, cancel_upgrade};
 use super::children::workers::{GenerationContext, WorkerHandle};
+use super::core::{ActionOutcome, Master, now};
 use super::endpoints::control_socket::ClientId;
-use super::main_loop::{Master, now};
-use super::policy::event::{Event, HumanDuration, MAX_COUNT, Millis};
+use super::policy::event::{Event, MAX_COUNT, Millis};
+use super::reports::keep_deaths_of_programs;
+use super::session_orders::{note_crashed_sessions, note_serving, order_sessions};
 use crate::config;
+use crate::error::Error;
 use crate::link::ids::Generation;
 use crate::link::message::Order;
 use crate::logging::{self, LogOutput, pluralize};
@@ -24,226 +28,243 @@ use crate::protocol::control::{ControlRequest, ControlResponse, MAX_STOP_DELAY_M
 use crate::sys::notify::NotifyState;
 use crate::sys::process::is_same_file;
 
-impl Master<'_> {
-    pub(super) fn on_signals(&mut self) {
-        for signal in self.signals.take() {
-            match signal {
-                Signal::SIGTERM => self.stop(Event::Stop),
-                Signal::SIGINT | Signal::SIGQUIT => self.stop(Event::StopNow),
-                Signal::SIGHUP if self.stopping => {
-                    log::warn!("reload refused: {}", self.end_in_words());
-                }
-                Signal::SIGHUP => self.reload_asked = true,
-                Signal::SIGUSR1 => self.reopen_log(),
-                Signal::SIGUSR2 => self.ask_upgrade(None),
-                Signal::SIGTTIN => self.handle_event(Event::ScaleBy { by: 1 }),
-                Signal::SIGTTOU => self.handle_event(Event::ScaleBy { by: -1 }),
-                // SIGCHLD: every wake-up reaps.
-                _ => {}
-            }
+/// Passes an event to the policy, and carries out all that follows.
+pub fn handle_event(master: &mut Master<'_>, event: Event) {
+    master.queue_actions(event);
+    settle(master);
+}
+
+/// Carries out all queued actions, and handles their outcomes.
+pub fn settle(master: &mut Master<'_>) {
+    while let Some(outcome) = master.apply_actions() {
+        match outcome {
+            ActionOutcome::Started(result) => finish_start(master, result),
+            ActionOutcome::Reloaded(result) => finish_reload(master, result),
+            ActionOutcome::StopDue => stop(master, Event::Stop),
         }
     }
+}
 
-    /// Serves on for a while, and says to who asks that it will stop.
-    fn stop_after(&mut self, delay: Millis) {
-        self.will_stop();
-        self.handle_event(Event::StopAfter { delay });
-        // No other program takes over any more, forth or back: the order is this one's to obey.
-        self.cancel_upgrade();
-        // Else it would be waited for until the end.
-        let reason = self.end_in_words();
-        self.refuse_next_reload(&reason);
-        for (pid, _) in self.workers.iter() {
-            self.workers.order(pid, Order::StopPending, None);
-        }
-    }
-
-    /// Why a server that stops, or is about to, changes to nothing new any more.
-    pub(super) fn end_in_words(&self) -> String {
-        match self.fleet.stops_at() {
-            Some(at) => format!(
-                "the server is about to stop, in {}, and serves until then",
-                HumanDuration(at.saturating_sub(now()))
-            ),
-            None => "the server stops".into(),
-        }
-    }
-
-    fn will_stop(&mut self) {
-        if !self.stopping {
-            self.stopping = true;
-            self.notifier.tell(&[NotifyState::Stopping]);
-            log::info!("stops");
-        }
-    }
-
-    pub(super) fn stop(&mut self, event: Event) {
-        self.will_stop();
-        self.handle_event(event);
-        self.cancel_upgrade();
-        // Closed after the workers were told, who first take in what is in the queue.
-        for listener in &self.serving_context.listeners {
-            listener.remove_path();
-        }
-        self.serving_context = Rc::new(GenerationContext {
-            settings: Rc::clone(&self.serving_context.settings),
-            registry: Arc::clone(&self.serving_context.registry),
-            listeners: Vec::new(),
-            known: Rc::clone(&self.serving_context.known),
-        });
-        self.passed.clear();
-        self.refuse_waiting("the server stops");
-    }
-
-    fn reopen_log(&mut self) {
-        let serving = self.fleet.generation();
-        let (new, old) = match &self.next_context {
-            None => (self.reopen_log_of(&self.serving_context, |_| true), None),
-            // This process logs where the newcomers do, until the verdict is no.
-            Some(upcoming) => (
-                self.reopen_log_of(upcoming, |generation| generation > serving),
-                self.reopen_log_of(&self.serving_context, |generation| generation <= serving),
-            ),
+fn finish_start(master: &mut Master<'_>, result: Result<(), String>) {
+    let log_lines = master.workers.take_startup_log();
+    if let Err(reason) = result {
+        // If the log goes to standard error, the lines are there already.
+        let log_lines = match master.contexts.serving.settings.log.file {
+            Some(_) => log_lines,
+            None => String::new(),
         };
-        if new.is_some() || old.is_some() {
-            if let Some(output) = new {
-                logging::set_output(output);
+        master.failure = Some(Error::NotReady(reason + &log_lines));
+        return;
+    }
+    note_serving(master);
+    let listeners = master.contexts.serving.listeners.iter();
+    let addresses: Vec<&str> = listeners.map(|one| one.bound.as_str()).collect();
+    log::info!(
+        "ready: {} {}",
+        pluralize(master.fleet.ready_count(), "worker serves", "workers serve"),
+        addresses.join(" and ")
+    );
+    master.endpoints.notifier.notify(&[NotifyState::Ready]);
+    if let Some(launcher) = master.setup.launcher.take() {
+        launcher.ready();
+    }
+}
+
+pub fn on_signals(master: &mut Master<'_>) {
+    for signal in master.endpoints.signals.take() {
+        match signal {
+            Signal::SIGTERM => stop(master, Event::Stop),
+            Signal::SIGINT | Signal::SIGQUIT => stop(master, Event::StopNow),
+            Signal::SIGHUP if master.stopping => {
+                log::warn!("reload refused: {}", master.stop_notice());
             }
-            self.previous_log = old.or(self.previous_log.take());
-            log::info!("log file reopened");
-        } else if self.serving_context.settings.log.file.is_none() {
-            log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
+            Signal::SIGHUP => master.reloads.request(None),
+            Signal::SIGUSR1 => reopen_log(master),
+            Signal::SIGUSR2 => ask_upgrade(master, None),
+            Signal::SIGTTIN => handle_event(master, Event::ScaleBy { by: 1 }),
+            Signal::SIGTTOU => handle_event(master, Event::ScaleBy { by: -1 }),
+            // SIGCHLD: the loop reaps at each turn anyway.
+            _ => {}
         }
     }
+}
 
-    /// Opens a log file anew, and passes it to the workers of these generations. `None` where there is no
-    /// file, or it can't be opened.
-    fn reopen_log_of(
-        &self,
-        ground: &GenerationContext,
-        is_theirs: impl Fn(Generation) -> bool,
-    ) -> Option<LogOutput> {
-        let file = ground.settings.log.file.as_ref()?;
-        match logging::open(Some(file)) {
-            Ok(output) => {
-                let theirs = |worker: &WorkerHandle| is_theirs(worker.generation);
-                for (pid, _) in self.workers.iter().filter(|(_, worker)| theirs(worker)) {
-                    self.workers
-                        .order(pid, Order::ReopenLog, Some(output.as_fd()));
-                }
-                Some(output)
+/// Schedules the stop. From now on the server reports that it is not ready.
+fn stop_after(master: &mut Master<'_>, delay: Millis) {
+    will_stop(master);
+    handle_event(master, Event::StopAfter { delay });
+    // This program must carry out the order, so no upgrade and no rollback may follow.
+    cancel_upgrade(master);
+    // Its clients would wait until the stop.
+    let reason = master.stop_notice();
+    refuse_next_reload(master, &reason);
+    for (pid, _) in master.workers.iter() {
+        master.workers.order(pid, Order::StopPending, None);
+    }
+}
+
+fn will_stop(master: &mut Master<'_>) {
+    if !master.stopping {
+        master.stopping = true;
+        master.endpoints.notifier.notify(&[NotifyState::Stopping]);
+    }
+}
+
+pub fn stop(master: &mut Master<'_>, event: Event) {
+    will_stop(master);
+    handle_event(master, event);
+    order_sessions(master);
+    cancel_upgrade(master);
+    // This comes after the orders, because the workers first accept what is in the queue.
+    for listener in &master.contexts.serving.listeners {
+        listener.remove_path();
+    }
+    master.contexts.serving = Rc::new(GenerationContext {
+        listeners: Vec::new(),
+        ..(*master.contexts.serving).clone()
+    });
+    master.endpoints.passed.clear();
+    refuse_waiting(master, "the server stops");
+}
+
+fn reopen_log(master: &mut Master<'_>) {
+    let serving = master.fleet.generation();
+    let (new, old) = match &master.contexts.next {
+        None => (
+            reopen_log_of(master, &master.contexts.serving, |_| true),
+            None,
+        ),
+        // This process logs to the new file, unless the reload fails.
+        Some(upcoming) => (
+            reopen_log_of(master, upcoming, |generation| generation > serving),
+            reopen_log_of(master, &master.contexts.serving, |generation| {
+                generation <= serving
+            }),
+        ),
+    };
+    if new.is_some() || old.is_some() {
+        if let Some(output) = new {
+            logging::set_output(output);
+        }
+        master.previous_log = old.or(master.previous_log.take());
+        log::info!("log file reopened");
+    } else if master.contexts.serving.settings.log.file.is_none() {
+        log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
+    }
+}
+
+/// Opens a log file again, and passes it to the workers of the generations for which `is_theirs`
+/// returns true. Returns `None` if there is no file or it cannot be opened.
+fn reopen_log_of(
+    master: &Master<'_>,
+    context: &GenerationContext,
+    is_theirs: impl Fn(Generation) -> bool,
+) -> Option<LogOutput> {
+    let file = context.settings.log.file.as_ref()?;
+    match logging::open(Some(file)) {
+        Ok(output) => {
+            let theirs = |worker: &WorkerHandle| is_theirs(worker.generation);
+            for (pid, _) in master.workers.iter().filter(|(_, worker)| theirs(worker)) {
+                master
+                    .workers
+                    .order(pid, Order::ReopenLog, Some(output.as_fd()));
             }
-            Err(error) => {
-                log::error!(
-                    "{} can't be reopened: {error}; the log goes on where it was",
-                    file.display()
-                );
-                None
-            }
+            Some(output)
+        }
+        Err(error) => {
+            log::error!(
+                "could not reopen {}: {error}; logging continues to the old file",
+                file.display()
+            );
+            None
         }
     }
+}
 
-    fn refuse(&mut self, client: ClientId, text: &str) {
-        self.control
-            .answer(client, &ControlResponse::refused(text, 1), now());
+fn refuse(master: &mut Master<'_>, client: ClientId, text: &str) {
+    master.answer(client, &ControlResponse::refused(text, 1));
+}
+
+/// Returns why a command that names this configuration file is meant for another server; `None` if it
+/// is meant for this one.
+fn reads_another_file(master: &Master<'_>, named: Option<&str>) -> Option<String> {
+    let named = Path::new(named?);
+    let own = config::main_file(master.setup.origin.file.as_deref());
+    let reads = match &own {
+        Some(own) if own == named || is_same_file(own, named) => return None,
+        Some(own) => own.display().to_string(),
+        None => "no configuration file".into(),
+    };
+    Some(format!(
+        "this server reads {reads}, not {}; name the file that it reads, or restart it with the other file",
+        named.display()
+    ))
+}
+
+pub fn request(master: &mut Master<'_>, client: ClientId, request: ControlRequest) {
+    if master.endpoints.control.is_observer(client) && request != ControlRequest::Status {
+        return refuse(master, client, "an observer may ask for the status only");
     }
-
-    /// Why a command that was given this configuration file means another server; `None`: it means
-    /// this one, which reads that file, or no file was given.
-    fn reads_another_file(&self, named: Option<&str>) -> Option<String> {
-        let named = Path::new(named?);
-        let own = config::main_file(self.setup.origin.file.as_deref());
-        let reads = match &own {
-            Some(own) if own == named || is_same_file(own, named) => return None,
-            Some(own) => own.display().to_string(),
-            None => "no configuration file".into(),
-        };
-        Some(format!(
-            "this server reads {reads}, not {}; name the file that it reads, or restart it with the other one",
-            named.display()
-        ))
+    if request == ControlRequest::Metrics {
+        let files = master.workers.read_only_boards();
+        master.endpoints.control.attach(client, files);
     }
-
-    /// What a new generation runs on, for the result of a reload or an upgrade.
-    pub(super) fn sources(&self) -> String {
-        let config = match &self.serving_context.settings.file {
-            Some(file) => format!("configuration {}", file.display()),
-            None => "no configuration file".into(),
-        };
-        format!("{config}, binary {}", self.setup.origin.path.display())
-    }
-
-    pub(super) fn request(&mut self, client: ClientId, request: ControlRequest) {
-        match request {
-            ControlRequest::Status => {
-                logging::report_lost_lines();
-                let about = About {
-                    config: self.serving_context.settings.file.as_deref(),
-                    binary: &self.setup.origin.path,
-                    name: &self.setup.program,
-                    started: self.started,
-                    last_reload: self.last_reload.as_ref(),
-                    last_upgrade: self.upgrade.last.as_ref(),
-                    warnings: &self.serving_context.settings.warnings,
-                    listeners: &self.serving_context.listeners,
-                    strikes: &self.strikes,
-                };
-                let answer = status(&self.fleet, &self.workers, &about, now());
-                self.control
-                    .answer(client, &ControlResponse::status(answer), now());
+    match request {
+        ControlRequest::Status | ControlRequest::Metrics => {
+            logging::report_lost_lines();
+            keep_deaths_of_programs(master);
+            note_crashed_sessions(master);
+            settle(master);
+            let answer = ControlResponse::status(status(master, now()));
+            master.answer(client, &answer);
+        }
+        ControlRequest::Reload { config } => {
+            let refusal = match master.stopping {
+                true => Some(master.stop_notice()),
+                false => reads_another_file(master, config.as_deref()),
+            };
+            match refusal {
+                Some(reason) => refuse(master, client, &format!("reload refused: {reason}")),
+                None => master.reloads.request(Some(client)),
             }
-            ControlRequest::Reload { config } => {
-                let refusal = match self.stopping {
-                    true => Some(self.end_in_words()),
-                    false => self.reads_another_file(config.as_deref()),
-                };
-                match refusal {
-                    Some(reason) => self.refuse(client, &format!("reload refused: {reason}")),
-                    None => {
-                        self.reload_asked = true;
-                        self.next_verdict_for.push(client);
-                    }
-                }
-            }
-            ControlRequest::Upgrade { config } => {
-                match self.reads_another_file(config.as_deref()) {
-                    Some(reason) => self.refuse(client, &format!("upgrade refused: {reason}")),
-                    None => self.ask_upgrade(Some(client)),
-                }
-            }
-            ControlRequest::Scale { count } => {
-                let answer = if self.stopping && self.fleet.stops_at().is_none() {
-                    ControlResponse::refused(self.end_in_words(), 1)
-                } else if (1..=MAX_COUNT).contains(&count) {
-                    self.handle_event(Event::Scale { count });
-                    let count = self.fleet.target_count();
-                    ControlResponse::said(pluralize(
-                        count,
-                        "worker is wanted",
-                        "workers are wanted",
-                    ))
-                } else {
-                    let most = MAX_COUNT;
-                    ControlResponse::refused(format!("{count} workers: 1 to {most} can be had"), 64)
-                };
-                self.control.answer(client, &answer, now());
-            }
-            ControlRequest::Stop { after_ms, .. } if after_ms > Some(MAX_STOP_DELAY_MS) => {
-                let text = "stop refused: it would come after more than a day; give 1d at most";
-                let answer = ControlResponse::refused(text, 64);
-                self.control.answer(client, &answer, now());
-            }
-            ControlRequest::Stop {
-                now: at_once,
-                after_ms,
-            } => {
-                // Answered before anything else: the end of the connection is the rest.
-                self.control
-                    .answer_and_keep(client, &ControlResponse::done(), now());
-                match after_ms {
-                    Some(delay) if !at_once => self.stop_after(delay),
-                    _ => self.stop(if at_once { Event::StopNow } else { Event::Stop }),
-                }
+        }
+        ControlRequest::Upgrade { config } => match reads_another_file(master, config.as_deref()) {
+            Some(reason) => refuse(master, client, &format!("upgrade refused: {reason}")),
+            None => ask_upgrade(master, Some(client)),
+        },
+        ControlRequest::Scale { count } => {
+            let answer = if master.stopping && master.fleet.stops_at().is_none() {
+                ControlResponse::refused(master.stop_notice(), 1)
+            } else if (1..=MAX_COUNT).contains(&count) {
+                handle_event(master, Event::Scale { count });
+                let count = master.fleet.target_count();
+                ControlResponse::said(pluralize(count, "worker is wanted", "workers are wanted"))
+            } else {
+                let most = MAX_COUNT;
+                ControlResponse::refused(
+                    format!("{count} workers: the number must be 1 to {most}"),
+                    64,
+                )
+            };
+            master.answer(client, &answer);
+        }
+        ControlRequest::Stop { after_ms, .. } if after_ms > Some(MAX_STOP_DELAY_MS) => {
+            let text = "stop refused: the delay is longer than a day; give 1d at most";
+            let answer = ControlResponse::refused(text, 64);
+            master.answer(client, &answer);
+        }
+        ControlRequest::Stop {
+            now: at_once,
+            after_ms,
+        } => {
+            // Answered first, because the client then waits for the end of the connection.
+            master
+                .endpoints
+                .control
+                .answer_and_keep(client, &ControlResponse::done(), now());
+            match after_ms {
+                Some(delay) if !at_once => stop_after(master, delay),
+                _ => stop(master, if at_once { Event::StopNow } else { Event::Stop }),
             }
         }
     }

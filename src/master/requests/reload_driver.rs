@@ -1,196 +1,208 @@
-//! A reload as the master does it: read, check, bind, start, and tell who waits.
+//! Carries out a reload: reads and checks the configuration, binds, starts the new generation, and reports
+//! the result.
 //!
-//! Everything that can fail is tried before anything changes; what was changed is taken back when
-//! the new generation does not come up. When and whether it comes up is `Fleet`'s to say.
+//! All that can fail is tried before anything changes. If the new generation does not become ready, the
+//! changes are undone. `Fleet` decides when it starts and whether it has succeeded.
 
-use std::mem;
 use std::rc::Rc;
 
+use super::upgrade_driver::finish_upgrade;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
+use crate::link::metrics_board;
+use crate::master::children::pool_process::kept_pools;
 use crate::master::children::workers::{GenerationContext, GenerationInfo};
-use crate::master::endpoints::listeners::{self, SocketOptions};
-use crate::master::main_loop::{Master, now};
+use crate::master::core::{Master, now};
+use crate::master::endpoints::listeners::{self, Listener};
+use crate::master::endpoints::observed;
 use crate::master::policy::event::Event;
-use crate::master::start::limits;
-use crate::protocol::control::{ControlResponse, LastReload, MOST_DRAINING_GENERATIONS};
+use crate::master::session_orders::order_sessions;
+use crate::master::setup::limits;
+use crate::protocol::control::{ControlResponse, MOST_DRAINING_GENERATIONS};
 use crate::sys::notify::NotifyState;
 use crate::sys::process;
 
-impl Master<'_> {
-    /// Begins the reload that was asked for, once none is under way. Requests that come in a
-    /// burst are one.
-    pub(crate) fn reload_if_asked(&mut self) {
-        if !self.reload_asked || self.upgrade.holds_reload() {
-            return;
+/// Begins the requested reload if none is under way, and queues the actions that follow.
+pub fn reload_if_asked(master: &mut Master<'_>) {
+    if !master.reloads.is_requested() || master.upgrade.holds_reload() {
+        return;
+    }
+    if !master.fleet.can_reload() {
+        if master.fleet.drains_too_much() && master.reloads.log_wait() {
+            log::warn!(
+                "the reload waits: {MOST_DRAINING_GENERATIONS} older generations still drain; it begins \
+                 when one of them has exited"
+            );
         }
-        if !self.fleet.can_reload() {
-            if self.fleet.drains_too_much() && !mem::replace(&mut self.reload_waits, true) {
-                log::warn!(
-                    "a reload waits: {MOST_DRAINING_GENERATIONS} generations before this one still \
-                     drain; it begins when one of them has left"
-                );
-            }
-            return;
+        return;
+    }
+    master.reloads.begin();
+    master.reload_history.begin(now());
+    let mut states = vec![NotifyState::Reloading];
+    states.extend(NotifyState::monotonic_usec_now());
+    master.endpoints.notifier.notify(&states);
+    log::info!("reload: reading the configuration");
+    // Before anything can fail, because commands find this master by these two files.
+    if !master.upgrade.is_on_trial() {
+        master.endpoints.pid_file.renew();
+        master.endpoints.control.renew(now());
+    }
+    match prepare(master) {
+        Ok(context) => {
+            let limits = limits(&context.settings);
+            let pools = kept_pools(&master.contexts.serving, &context);
+            master.queue_actions(Event::KeepPools { pools });
+            master.contexts.next = Some(Rc::new(context));
+            master.queue_actions(Event::Reload { limits });
         }
-        self.reload_waits = false;
-        self.reload_asked = false;
-        self.verdict_for = mem::take(&mut self.next_verdict_for);
-        let mut states = vec![NotifyState::Reloading];
-        states.extend(NotifyState::monotonic_usec_now());
-        self.notifier.tell(&states);
-        log::info!("reload: reads the configuration");
-        // Whatever the verdict will be: without them nobody can ask, or finds this master.
-        if !self.upgrade.is_on_trial() {
-            self.pid_file.renew();
-            self.control.renew(now());
-        }
-        match self.prepare() {
-            Ok(ground) => {
-                let limits = limits(&ground.settings);
-                self.next_context = Some(Rc::new(ground));
-                self.handle_event(Event::Reload { limits });
-            }
-            Err(error) => {
-                self.restore_log();
-                self.finish_reload(Err(error.to_string()));
-            }
+        Err(error) => {
+            restore_log(master);
+            finish_reload(master, Err(error.to_string()));
         }
     }
+}
 
-    /// Reads and checks the new configuration and opens what it names.
-    fn prepare(&mut self) -> Result<GenerationContext> {
-        let settings =
-            config::keep_restart_only_keys(self.setup.host.load()?, &self.serving_context.settings);
-        if self.serving_context.settings.daemon && settings.log.file.is_none() {
-            return Err(Error::Config {
-                file: settings.file,
-                position: None,
-                key: "log.file".into(),
-                problem: "it is gone, and a daemon has no terminal to log to".into(),
-                remedy: "name a file".into(),
-            });
-        }
-        self.previous_log = self.setup.host.configure_log(&settings)?;
-        let listeners = listeners::open(
-            &settings.listen,
-            &self.serving_context.listeners,
-            &self.passed,
-            &SocketOptions::of(&settings),
-        )?;
-        let told = &self.serving_context.settings.warnings;
-        for warning in settings.warnings.iter().filter(|it| !told.contains(it)) {
-            log::warn!("{warning}");
-        }
-        let registry = self.setup.host.registry(&settings);
-        Ok(GenerationContext {
-            known: GenerationInfo::of(&settings, &registry),
-            registry,
-            settings: Rc::new(settings),
-            listeners,
-        })
-    }
-
-    /// The reload is over, one way or the other.
-    pub(crate) fn finish_reload(&mut self, verdict: std::result::Result<Generation, String>) {
-        let upcoming = self.next_context.take();
-        self.workers.forget_words();
-        let mut words = self.first_words.take();
-        let before = Rc::clone(&self.serving_context);
-        let response = match &verdict {
-            Ok(generation) => {
-                if let Some(ground) = upcoming {
-                    remove_paths(&before, &ground);
-                    // Only now, for a refused reload must not have touched what goes on.
-                    listeners::tune(&ground.settings, &ground.listeners);
-                    self.serving_context = ground;
-                    let fleet = &self.fleet;
-                    let is_used = |after| fleet.has_pools_before(after);
-                    self.old_contexts.add(*generation, &before, is_used);
-                }
-                self.previous_log = None;
-                self.strikes.reset(self.workers.quarantine());
-                log::info!("reload: generation {generation} serves, the one before drains");
-                words = String::new();
-                let gone = self.serving_context.known.removed_methods(&before.known);
-                if let Some(gone) = &gone {
-                    log::warn!("reload: {gone}");
-                }
-                for word in [gone, self.serving_context.settings.restart_warning()]
-                    .into_iter()
-                    .flatten()
-                {
-                    words += &format!("; {word}");
-                }
-                let sources = self.sources();
-                ControlResponse::said(format!("generation {generation} serves ({sources}){words}"))
-            }
-            Err(reason) => {
-                if let Some(ground) = upcoming {
-                    remove_paths(&ground, &before);
-                    self.restore_log();
-                }
-                log::error!("reload refused, everything stays as it was: {reason}");
-                // What its workers logged stands in the log; who waits elsewhere has only this.
-                ControlResponse::refused(format!("reload refused: {reason}{words}"), 1)
-            }
-        };
-        if self.upgrade_judged(&verdict, &words) {
-            return;
-        }
-        self.last_reload = Some(LastReload {
-            ok: verdict.is_ok(),
-            at: process::unix_seconds(),
-            // with what the log has most lately of its workers, where there is something
-            error: verdict.err().map(|reason| match words.lines().last() {
-                Some(word) => format!("{reason}; {}", word.trim()),
-                None => reason,
-            }),
+/// Reads and checks the new configuration and opens what it names.
+fn prepare(master: &mut Master<'_>) -> Result<GenerationContext> {
+    let settings = config::keep_restart_only_keys(
+        master.setup.host.load()?,
+        &master.contexts.serving.settings,
+    );
+    if master.contexts.serving.settings.daemon && settings.log.file.is_none() {
+        return Err(Error::Config {
+            file: settings.file,
+            position: None,
+            key: "log.file".into(),
+            problem: "it is gone, and a daemon has no terminal to log to".into(),
+            remedy: "name a file".into(),
         });
-        for client in mem::take(&mut self.verdict_for) {
-            self.control.answer(client, &response, now());
-        }
-        if !self.stopping {
-            self.notifier.tell(&[NotifyState::Ready]);
-        }
     }
-
-    /// Tells everybody who waits for a verdict that there will be none.
-    pub(crate) fn refuse_waiting(&mut self, reason: &str) {
-        self.next_verdict_for.append(&mut self.verdict_for);
-        self.refuse_next_reload(reason);
+    master.previous_log = master.setup.host.configure_log(&settings)?;
+    let serving = &master.contexts.serving;
+    let current = (&*serving.listeners, &*serving.observe);
+    let (listeners, observe) = observed::open_all(&settings, current, &master.endpoints.passed)?;
+    let logged = &master.contexts.serving.settings.warnings;
+    for warning in settings.warnings.iter().filter(|it| !logged.contains(it)) {
+        log::warn!("{warning}");
     }
+    let registry = master.setup.host.registry(&settings);
+    Ok(GenerationContext {
+        known: GenerationInfo::of(&settings, &registry, &listeners),
+        registry,
+        settings: Rc::new(settings),
+        listeners,
+        observe,
+    })
+}
 
-    /// Gives up the reload that was asked for and has not begun, and tells who waits for it.
-    pub(crate) fn refuse_next_reload(&mut self, reason: &str) {
-        if mem::take(&mut self.reload_asked) && self.next_verdict_for.is_empty() {
-            log::warn!("reload refused: {reason}");
+/// Ends the reload: switches to the new generation, or undoes the changes. Reports the result.
+pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Generation, String>) {
+    let next = master.contexts.next.take();
+    let mut details = master.workers.take_startup_log();
+    let before = Rc::clone(&master.contexts.serving);
+    let response = match &result {
+        Ok(generation) => {
+            if let Some(context) = next {
+                remove_paths(&before, &context);
+                // Only now, because a failed reload must not have changed the listeners.
+                listeners::tune(&context.settings, &context.listeners);
+                observed::tune(&context.settings, &context.observe);
+                master.contexts.serving = context;
+                let fleet = &master.fleet;
+                let is_used = |after| fleet.has_pools_before(after);
+                master.contexts.old.add(*generation, &before, is_used);
+            }
+            master.workers.announce_ended_pools(*generation);
+            master.previous_log = None;
+            master.crash_counts.reset();
+            master.workers.publish_quarantine(&master.crash_counts);
+            log::info!("reload: generation {generation} serves, the one before drains");
+            order_sessions(master);
+            details = String::new();
+            let gone = master.contexts.serving.known.removed_methods(&before.known);
+            if let Some(gone) = &gone {
+                log::warn!("reload: {gone}");
+            }
+            for detail in [gone, master.contexts.serving.settings.restart_warning()]
+                .into_iter()
+                .flatten()
+            {
+                details += &format!("; {detail}");
+            }
+            let sources = master.sources();
+            ControlResponse::said(format!(
+                "generation {generation} serves ({sources}){details}"
+            ))
         }
-        for client in mem::take(&mut self.next_verdict_for) {
-            let response = ControlResponse::refused(format!("reload refused: {reason}"), 1);
-            self.control.answer(client, &response, now());
+        Err(reason) => {
+            if let Some(context) = next {
+                remove_paths(&context, &before);
+                restore_log(master);
+            }
+            log::error!("reload refused, everything stays as it was: {reason}");
+            // The log has the lines of its workers already, but a client has only this answer.
+            ControlResponse::refused(format!("reload refused: {reason}{details}"), 1)
         }
+    };
+    if finish_upgrade(master, &result, &details) {
+        return;
     }
+    let reloads = &master.workers.metrics.header().reloads;
+    metrics_board::count(&reloads[usize::from(result.is_err())], 1);
+    // With the last line that its workers have logged, if there is one.
+    let error = result.err().map(|reason| match details.lines().last() {
+        Some(line) => format!("{reason}; {}", line.trim()),
+        None => reason,
+    });
+    let serving = master.fleet.generation();
+    let at = process::unix_seconds();
+    master.reload_history.end(serving, error, now(), at);
+    for client in master.reloads.end() {
+        master.answer(client, &response);
+    }
+    if !master.stopping {
+        master.endpoints.notifier.notify(&[NotifyState::Ready]);
+    }
+}
 
-    /// Puts the log back to where it was, without opening anything.
-    fn restore_log(&mut self) {
-        if let Some(output) = self.previous_log.take() {
-            self.setup
-                .host
-                .restore_log(&self.serving_context.settings, output);
-        }
+/// Refuses all reloads for whose result clients wait.
+pub fn refuse_waiting(master: &mut Master<'_>, reason: &str) {
+    master.reloads.requeue();
+    refuse_next_reload(master, reason);
+}
+
+/// Cancels the reload that has not begun, and tells its clients.
+pub fn refuse_next_reload(master: &mut Master<'_>, reason: &str) {
+    let (was_requested, clients) = master.reloads.cancel();
+    if was_requested && clients.is_empty() {
+        log::warn!("reload refused: {reason}");
+    }
+    for client in clients {
+        let response = ControlResponse::refused(format!("reload refused: {reason}"), 1);
+        master.answer(client, &response);
+    }
+}
+
+/// Sets the log back to its previous output, without opening a file.
+fn restore_log(master: &mut Master<'_>) {
+    if let Some(output) = master.previous_log.take() {
+        master
+            .setup
+            .host
+            .restore_log(&master.contexts.serving.settings, output);
     }
 }
 
 /// Removes the paths of the listeners that `old` has and `new` has not.
 fn remove_paths(old: &GenerationContext, new: &GenerationContext) {
-    for listener in &old.listeners {
-        if !new
-            .listeners
-            .iter()
-            .any(|other| Rc::ptr_eq(other, listener))
-        {
+    let all = |context: &'_ GenerationContext| -> Vec<Rc<Listener>> {
+        let listeners = context.listeners.iter().chain(&context.observe);
+        listeners.cloned().collect()
+    };
+    let kept = all(new);
+    for listener in all(old) {
+        if !kept.iter().any(|other| Rc::ptr_eq(other, &listener)) {
             listener.remove_path();
         }
     }

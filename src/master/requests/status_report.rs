@@ -1,60 +1,50 @@
-//! What `status` answers: put together from the fleet, the scoreboard and /proc, asking nobody.
+//! Makes the answer of `status` from the fleet, the scoreboard and /proc, without asking a child.
 
-use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
-use crate::handler::pool::program_record::{ProgramRecord, ProgramState};
+use crate::config::Settings;
+use crate::handler::pool::program_record::{ProgramRecord, ProgramState, ProgramView};
 use crate::logging;
-use crate::master::children::workers::Children;
-use crate::master::endpoints::listeners::Listener;
-use crate::master::policy::crash_counts::CrashCounts;
+use crate::master::children::own_programs::PoolOfConnections;
+use crate::master::children::workers::{Children, GenerationContext};
+use crate::master::core::Master;
+use crate::master::policy::death_log::Death;
 use crate::master::policy::event::Millis;
 use crate::master::policy::fleet::Fleet;
 use crate::master::policy::status_view::WorkerView;
 use crate::protocol::control::{
-    self, AcceptWait, DeathStatus, LastReload, OldestCall, PoolStatus, ProgramPhase, ProgramStatus,
-    Quarantined, Status, ThrottleStatus, WorkerStatus,
+    self, AcceptWait, DeathKind, DeathStatus, IsolatedStatus, ObserverStatus, OldestCall,
+    PoolStatus, ProgramPhase, ProgramStatus, Quarantined, Status, ThrottleStatus, WorkerPhase,
+    WorkerStatus,
 };
 use crate::sys::process::{Pid, resident_bytes};
 
-/// What the master itself adds.
-#[derive(Debug)]
-pub struct About<'a> {
-    /// The configuration file of the generation that serves.
-    pub config: Option<&'a Path>,
-    /// The path of the program.
-    pub binary: &'a Path,
-    /// The name of the server.
-    pub name: &'a str,
-    pub started: Millis,
-    /// How the last reload ended.
-    pub last_reload: Option<&'a LastReload>,
-    /// How the last upgrade ended.
-    pub last_upgrade: Option<&'a LastReload>,
-    /// What is worth a word.
-    pub warnings: &'a [String],
-    /// The listeners of the generation that serves.
-    pub listeners: &'a [std::rc::Rc<Listener>],
-    /// Who is in quarantine.
-    pub strikes: &'a CrashCounts,
-}
-
-/// The whole status, at `now`.
-pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis) -> Status {
+/// Returns the whole status at `now`.
+pub fn status(master: &Master<'_>, now: Millis) -> Status {
+    let (fleet, workers) = (&master.fleet, &master.workers);
+    let context = &master.contexts.serving;
     Status {
         master: control::MasterStatus {
             pid: Pid::current().0,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            name: about.name.to_owned(),
-            config: about.config.map(|file| file.display().to_string()),
-            binary: about.binary.display().to_string(),
+            name: master.setup.program.clone(),
+            config: (context.settings.file.as_ref()).map(|file| file.display().to_string()),
+            binary: master.setup.origin.path.display().to_string(),
             generation: fleet.generation().0,
-            uptime_s: now.saturating_sub(about.started) / 1000,
-            last_reload: about.last_reload.cloned(),
-            last_upgrade: about.last_upgrade.cloned(),
+            uptime_s: now.saturating_sub(master.started) / 1000,
+            observer: context.observe.first().and_then(|listener| {
+                Some(ObserverStatus {
+                    address: listener.bound.clone(),
+                    pid: fleet.observer()?.0,
+                })
+            }),
+            last_reload: master.reload_history.last().cloned(),
+            last_upgrade: master.upgrade.last.clone(),
             target: fleet.target_count(),
             stops_in_ms: fleet.stops_at().map(|at| at.saturating_sub(now)),
-            warnings: about.warnings.to_vec(),
+            stopping: master.stopping,
+            warnings: context.settings.warnings.clone(),
             lost_log_lines: lost_log_lines(workers),
         },
         workers: fleet
@@ -65,10 +55,13 @@ pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis)
         pools: fleet
             .pools()
             .iter()
-            .map(|view| pool(view, workers, now))
+            .map(|view| pool(view, workers, &context.settings, now))
+            .chain(pools_of_connections(workers, now))
             .collect(),
-        deaths: fleet.deaths().iter().map(death).collect(),
-        listeners: about
+        isolated: isolated(fleet, workers, context, now),
+        deaths: deaths(fleet),
+        reloads: master.reload_history.all(),
+        listeners: context
             .listeners
             .iter()
             .map(|listener| {
@@ -77,23 +70,25 @@ pub fn status(fleet: &Fleet, workers: &Children, about: &About<'_>, now: Millis)
                     address: listener.bound.clone(),
                     queue,
                     backlog,
+                    refused_per_source: workers.sources.refusals_of(&listener.bound),
                 }
             })
             .collect(),
-        quarantine: about
-            .strikes
-            .quarantined(workers.quarantine())
-            .map(|(prisoner, refused)| Quarantined {
-                method: prisoner.method.clone(),
-                key: format!("{:016x}", prisoner.key),
-                refused,
-                at: prisoner.at,
+        quarantine: master
+            .crash_counts
+            .quarantined()
+            .iter()
+            .map(|call| Quarantined {
+                method: call.method.clone(),
+                key: format!("{:016x}", call.key),
+                refused: workers.quarantine().refusals(call.key),
+                at: call.at,
             })
             .collect(),
     }
 }
 
-/// Of the master and all workers together.
+/// Returns the number of log lines that the master and all workers have lost.
 fn lost_log_lines(workers: &Children) -> u64 {
     let of_workers = workers.iter().map(|(_, worker)| &worker.record.lost_lines);
     let of_workers: u64 = of_workers.map(|lines| u64::from(lines.load(Relaxed))).sum();
@@ -106,10 +101,7 @@ fn worker(view: &WorkerView, workers: &Children, now: Millis) -> WorkerStatus {
         pid: view.pid.map(|pid| pid.0),
         generation: view.generation.0,
         state: view.state,
-        throttle: view.next_fork.map(|at| ThrottleStatus {
-            failures: view.young_deaths + view.refused_forks,
-            retry_in_ms: at.saturating_sub(now),
-        }),
+        throttle: throttle(view, now),
         ..WorkerStatus::default()
     };
     let Some((pid, living)) = view.pid.and_then(|pid| Some((pid, workers.get(pid)?))) else {
@@ -142,11 +134,11 @@ fn worker(view: &WorkerView, workers: &Children, now: Millis) -> WorkerStatus {
     shown
 }
 
-/// A pool process is shown by what a worker with its record would be.
-fn pool(view: &WorkerView, workers: &Children, now: Millis) -> PoolStatus {
+/// Describes a pool process, which has a record like a worker.
+fn pool(view: &WorkerView, workers: &Children, settings: &Settings, now: Millis) -> PoolStatus {
     let shown = worker(view, workers, now);
     let number = view.slot.pool().unwrap_or_default();
-    // Without a process of its own, any of its generation knows its name.
+    // If there is no process, any other one of its generation has its name.
     let handles = || workers.iter().map(|(_, handle)| handle);
     let of_generation = || handles().filter(|handle| handle.generation == view.generation);
     let info = of_generation().find_map(|handle| handle.known.pools.get(number).cloned());
@@ -155,7 +147,9 @@ fn pool(view: &WorkerView, workers: &Children, now: Millis) -> PoolStatus {
         let waiting = &handle.record.waiting;
         u64::from(waiting[(number + 1).min(waiting.len() - 1)].load(Relaxed))
     });
+    let starts = workers.metrics.program_starts(&name);
     PoolStatus {
+        unhealthy: is_unhealthy(&name, workers, settings, now),
         name,
         pid: shown.pid,
         generation: shown.generation,
@@ -166,6 +160,7 @@ fn pool(view: &WorkerView, workers: &Children, now: Millis) -> PoolStatus {
         down: shown.programs_down,
         queued: queued.sum(),
         calls: shown.calls,
+        starts,
         rss_bytes: shown.rss_bytes,
         oldest_call: shown.oldest_call,
         silent_ms: shown.silent_ms,
@@ -174,41 +169,162 @@ fn pool(view: &WorkerView, workers: &Children, now: Millis) -> PoolStatus {
     }
 }
 
-/// Each program of a pool process.
+/// Returns whether health checks fail because a pool has had no ready program for too long.
+fn is_unhealthy(name: &str, workers: &Children, settings: &Settings, now: Millis) -> bool {
+    let Some(config) = settings.pools.get(name).filter(|config| config.health) else {
+        return false;
+    };
+    let processes = workers.iter().map(|(_, handle)| handle);
+    let own = processes.filter(|handle| {
+        handle
+            .pool
+            .as_ref()
+            .is_some_and(|it| it.pool.name() == name)
+    });
+    let times = own.map(|handle| handle.record.pool_ready_ms.load(Relaxed));
+    let ready = times.chain(workers.pool_health.last(name)).max();
+    let without = now.saturating_sub(ready.unwrap_or(now));
+    Duration::from_millis(without) > config.boot_timeout
+}
+
+/// Describes each program of a pool process.
 fn programs_of(view: &WorkerView, workers: &Children, now: Millis) -> Vec<ProgramStatus> {
     let handle = view.pid.and_then(|pid| workers.get(pid));
     let pool = handle.and_then(|handle| handle.pool.as_ref());
-    let records = pool.map(|pool| pool.records()).unwrap_or_default();
-    let program = |record: &ProgramRecord| {
-        let view = record.view();
-        let age = view.pid.map(|_| now.saturating_sub(view.started_ms));
-        ProgramStatus {
-            pid: view.pid,
-            state: match view.state {
-                ProgramState::Down => ProgramPhase::Down,
-                ProgramState::Starting => ProgramPhase::Starting,
-                ProgramState::Idle => ProgramPhase::Idle,
-                ProgramState::Busy => ProgramPhase::Busy,
-                ProgramState::Asleep => ProgramPhase::Asleep,
-            },
-            calls: view.calls,
-            rss_bytes: view.pid.map_or(0, |pid| resident_bytes(Pid(pid))),
-            uptime_s: age.unwrap_or_default() / 1000,
-        }
-    };
-    records.iter().map(program).collect()
+    let records = pool.map(|pool| pool.pool.records()).unwrap_or_default();
+    let there = |view: &ProgramView| view.state != ProgramState::Vacant;
+    let views = records.iter().map(ProgramRecord::view).filter(there);
+    views.map(|view| program(&view, now)).collect()
 }
 
-fn death(death: &crate::master::policy::death_log::Death) -> DeathStatus {
+fn program(view: &ProgramView, now: Millis) -> ProgramStatus {
+    let age = view.pid.map(|_| now.saturating_sub(view.started_ms));
+    ProgramStatus {
+        pid: view.pid,
+        state: match view.state {
+            ProgramState::Down | ProgramState::Vacant => ProgramPhase::Down,
+            ProgramState::Starting => ProgramPhase::Starting,
+            ProgramState::Idle => ProgramPhase::Idle,
+            ProgramState::Busy => ProgramPhase::Busy,
+            ProgramState::Asleep => ProgramPhase::Asleep,
+        },
+        calls: view.calls,
+        rss_bytes: view.pid.map_or(0, |pid| resident_bytes(Pid(pid))),
+        uptime_s: age.unwrap_or_default() / 1000,
+    }
+}
+
+/// Describes each pool whose programs belong to connections. It has no process: sessions run its programs.
+fn pools_of_connections(workers: &Children, now: Millis) -> Vec<PoolStatus> {
+    let (own, sessions) = workers.sessions.own_programs();
+    let pool = |pool: PoolOfConnections<'_>| {
+        let list = pool.programs.iter().map(|view| program(view, now));
+        let list: Vec<ProgramStatus> = list.collect();
+        let count = |state| list.iter().filter(|it| it.state == state).count() as u64;
+        PoolStatus {
+            name: pool.name.to_owned(),
+            generation: pool.generation.0,
+            state: WorkerPhase::Ready,
+            programs: list.len() as u64,
+            busy: count(ProgramPhase::Busy),
+            down: count(ProgramPhase::Starting),
+            calls: list.iter().map(|it| it.calls).sum(),
+            list,
+            ..PoolStatus::default()
+        }
+    };
+    let described = own.pools(&sessions).map(pool);
+    // Older generations only as long as they have a program.
+    let serving = own.latest();
+    described
+        .filter(|it| Some(it.generation) == serving.map(|it| it.0) || !it.list.is_empty())
+        .collect()
+}
+
+/// Sorted by time, because a pool process reports its deaths late.
+fn deaths(fleet: &Fleet) -> Vec<DeathStatus> {
+    let mut deaths: Vec<_> = fleet.deaths().iter().map(death).collect();
+    deaths.sort_by_key(|death| death.at);
+    deaths
+}
+
+/// Describes each acceptor with its sessions, and the sessions whose acceptor has died.
+fn isolated(
+    fleet: &Fleet,
+    workers: &Children,
+    context: &GenerationContext,
+    now: Millis,
+) -> Vec<IsolatedStatus> {
+    let views = fleet.acceptors();
+    let describe = |view: &WorkerView| {
+        let handle = view.pid.and_then(|pid| workers.get(pid));
+        let configured = |number: usize| {
+            let (index, isolation) = context.settings.isolated().nth(number)?;
+            Some((
+                context.listeners.get(index)?.bound.clone(),
+                isolation.processes,
+            ))
+        };
+        let number = view.slot.acceptor().unwrap_or_default();
+        let known = handle.and_then(|handle| handle.known.isolated.get(number).cloned());
+        let (address, limit) = known.or_else(|| configured(number)).unwrap_or_default();
+        let mut shown = IsolatedStatus {
+            address,
+            pid: view.pid.map(|pid| pid.0),
+            generation: view.generation.0,
+            state: view.state,
+            limit: limit as u64,
+            throttle: throttle(view, now),
+            ..IsolatedStatus::default()
+        };
+        if let Some(pid) = view.pid {
+            workers
+                .sessions
+                .describe(|acceptor| acceptor == pid, &mut shown);
+        }
+        shown
+    };
+    let mut all: Vec<IsolatedStatus> = views.iter().map(describe).collect();
+    for shown in &mut all {
+        shown.refused_per_source = workers.sources.refusals_of(&shown.address);
+    }
+    let living: Vec<Option<Pid>> = views.iter().map(|view| view.pid).collect();
+    for address in workers.sessions.addresses() {
+        let mut shown = IsolatedStatus {
+            address,
+            state: WorkerPhase::Dead,
+            ..IsolatedStatus::default()
+        };
+        let is_gone = |acceptor| !living.contains(&Some(acceptor));
+        workers.sessions.describe(is_gone, &mut shown);
+        if shown.running > 0 {
+            shown.generation = shown.list[0].generation;
+            all.push(shown);
+        }
+    }
+    all
+}
+
+fn throttle(view: &WorkerView, now: Millis) -> Option<ThrottleStatus> {
+    view.next_fork.map(|at| ThrottleStatus {
+        failures: view.young_deaths + view.refused_forks,
+        retry_in_ms: at.saturating_sub(now),
+    })
+}
+
+fn death(death: &Death) -> DeathStatus {
     DeathStatus {
-        slot: death.slot.0,
+        kind: death.kind,
+        name: death.name.clone(),
+        slot: (death.kind == DeathKind::Worker).then_some(death.slot.0),
         pid: death.pid.0,
         exit: death.how.code(),
         signal: death.how.signal_name(),
         uptime_s: death.uptime / 1000,
         method: death.method.clone(),
+        call: death.call,
         rss_bytes: death.rss_bytes,
-        reason: death.reason.clone(),
+        reason: death.reason.to_string(),
         at: death.at,
     }
 }

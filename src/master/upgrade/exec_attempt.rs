@@ -1,9 +1,8 @@
-//! Between two programs in one process: how the next one is begun, and how it goes back.
+//! Executes another program in the master's process, and goes back to the old one.
 //!
-//! The program that is begun finds in its environment which descriptors hold the table and the
-//! program before it ([`StartMode`]). As long as its upgrade is on trial it keeps everything just as it
-//! came, and on any error of its own becomes the program before once more, with the same table.
-//! What can't even go back is an error like any other, and ends the master.
+//! The new program finds in its environment which descriptors hold the state and the old program
+//! ([`StartMode`]). Until the upgrade has succeeded, it keeps everything as it was passed. On any error of
+//! its own it executes the old program with the same state. If that fails, the error ends the master.
 
 #![allow(unsafe_code)]
 
@@ -14,11 +13,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use super::super::start::MASTER_SIGNALS;
 use super::probe::{arguments, directory};
-use super::start_params::StartParams;
+use super::start_params::{REASON, StartParams, VARIABLE};
 use super::state::{LONGEST, UpgradeState};
-use super::{REASON, VARIABLE};
+use nix::sys::signal::Signal;
+
 use crate::error::{Error, Result};
 use crate::sys::memory_file;
 use crate::sys::process::Pid;
@@ -26,42 +25,42 @@ use crate::sys::reexec;
 use crate::sys::reexec::{Image, InheritedFds, c_string, exec_image};
 use crate::sys::signal::{self, SignalPipe};
 
-/// The longest reason that goes back with it, in bytes: an environment has not much room.
+/// The longest reason that is passed back, in bytes, because the room in an environment is limited.
 const LONGEST_REASON: usize = 4096;
 
-/// What a program finds when it is started by an upgrade.
+/// How an upgrade has started this program.
 #[derive(Debug)]
 pub enum StartMode {
-    /// It is asked whether it could take over; the table is on its standard input.
+    /// As a probe: it checks whether it could take over the state on its standard input.
     Probe,
     TakeOver(ExecAttempt),
 }
 
-/// A take-over that may still be taken back.
+/// An exec that may still be rolled back.
 #[derive(Debug)]
 pub struct ExecAttempt {
-    /// How this program was called.
+    /// The arguments of this program.
     arguments: Vec<OsString>,
-    /// Where the program before worked.
+    /// The working directory of the program before.
     directory: Option<PathBuf>,
-    /// The table's file.
+    /// The memory file with the state.
     table: OwnedFd,
-    /// The program before, unless this is where it went back to.
+    /// The program before; `None` if this is the program that was gone back to.
     image: Option<OwnedFd>,
-    /// All that the table names, once it was read.
+    /// All descriptors in the state. Empty until that was read.
     through: InheritedFds,
-    /// Why the program after this one gave up, if this is where it went back to.
+    /// Why the new program gave up, if this is the program that was gone back to.
     reason: Option<String>,
-    /// What is heard before there is a master to hear it.
+    /// Signals that come before there is a master.
     signals: Option<SignalPipe>,
 }
 
 impl StartMode {
-    /// What this program was started for, if by an upgrade. To be asked once, early, while it has
-    /// one thread.
+    /// Returns how an upgrade has started this program; `None` if none has. Call it once, before the
+    /// program has a second thread.
     ///
     /// # Errors
-    /// When what it was promised is not there.
+    /// If the passed descriptors do not exist.
     pub fn take() -> Result<Option<Self>> {
         // SAFETY: `Server::serve` calls this first, before the program starts a thread; it refuses
         // to continue with more than one.
@@ -78,13 +77,13 @@ impl StartMode {
         }
         let numbers: Vec<i32> = words.filter_map(|word| word.parse().ok()).collect();
         let (table, image) = match (word, numbers[..].split_first()) {
-            // Another process's variable, that somebody passed on: nothing of ours.
+            // The variable belongs to another process, which has passed on its environment.
             (_, Some((&pid, _))) if pid != Pid::current().0 => return Ok(None),
             ("exec", Some((_, &[table, image]))) => (table, Some(image)),
             ("back", Some((_, &[table]))) => (table, None),
             _ => return Ok(None),
         };
-        let cant = |error| Error::system("take over what the program before left", error);
+        let cant = |error| Error::system("take over the old program's descriptors", error);
         let both = BTreeSet::from_iter([table].into_iter().chain(image));
         // SAFETY: the program before passed these two for this one alone, and the variable that
         // names them is gone, so they are claimed once.
@@ -102,23 +101,23 @@ impl StartMode {
     }
 }
 
-/// The table that a probe is asked about.
+/// Reads the state for a probe.
 ///
 /// # Errors
-/// When there is none, or none that can be read.
+/// If there is none, or it cannot be read.
 pub fn table_on_stdin() -> Result<UpgradeState> {
     let bytes = reexec::read_whole(io::stdin().as_fd(), LONGEST)
-        .map_err(|error| Error::system("read the server's table from standard input", error))?;
+        .map_err(|error| Error::system("read the server's state from standard input", error))?;
     UpgradeState::of_json(&bytes)
 }
 
 impl ExecAttempt {
-    /// Reads the table and takes over what it names, closed to the next exec.
+    /// Reads the state and takes over its descriptors, which the next exec closes.
     ///
     /// # Errors
-    /// When it can't be read, or what it names is not there.
+    /// If the state cannot be read, or a descriptor does not exist.
     pub fn read(&mut self) -> Result<UpgradeState> {
-        let cant = |error| Error::system("take over what the program before left", error);
+        let cant = |error| Error::system("take over the old program's state", error);
         let table = reexec::read_whole(self.table.as_fd(), LONGEST).map_err(cant)?;
         let state = UpgradeState::of_json(&table)?;
         self.directory = Some(directory(&state.origin).to_owned());
@@ -130,42 +129,42 @@ impl ExecAttempt {
         Ok(state)
     }
 
-    /// Lets signals through, and notes them for the master to be: what the program starts from here on
-    /// would else have those blocked that were blocked across the exec.
+    /// Unblocks signals and keeps them for the master. Otherwise the programs that this one starts would
+    /// inherit the mask from the exec.
     ///
     /// # Errors
-    /// When they can't be caught.
-    pub fn listen(&mut self) -> Result<()> {
-        let signals = SignalPipe::new(&MASTER_SIGNALS);
+    /// If the signals cannot be caught.
+    pub fn listen(&mut self, handled: &[Signal]) -> Result<()> {
+        let signals = SignalPipe::new(handled);
         self.signals = Some(signals.map_err(|error| Error::system("catch signals", error))?);
         signal::unblock_all();
         Ok(())
     }
 
-    /// What has noted them so far.
+    /// Takes the pipe with the signals so far.
     pub fn take_signals(&mut self) -> Option<SignalPipe> {
         self.signals.take()
     }
 
-    /// What the table names.
+    /// Returns the descriptors in the state.
     pub fn through(&self) -> &InheritedFds {
         &self.through
     }
 
-    /// Why the program after this one gave up, if this is where it went back to.
+    /// Returns why the new program gave up, if this is the program that was gone back to.
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }
 
-    /// Whether there is a program to go back to.
+    /// Returns whether there is a program to go back to.
     pub fn can_go_back(&self) -> bool {
         self.image.is_some()
     }
 
-    /// Becomes the program before, with everything as it came. Returns only when that failed.
+    /// Executes the old program, with everything as it was passed. Returns only if that failed.
     pub fn exec_old(&self, reason: &str) -> io::Error {
         let Some(image) = &self.image else {
-            return io::Error::other("this is the program that the upgrade went back to");
+            return io::Error::other("this is the old program already");
         };
         signal::block_all();
         if let Some(signals) = &self.signals {
@@ -191,7 +190,7 @@ impl ExecAttempt {
         )
     }
 
-    /// Becomes the program before, with the table as it is now. Returns only when that failed.
+    /// Executes the old program with the current state. Returns only if that failed.
     pub fn exec_old_with_state(
         &self,
         state: &UpgradeState,
@@ -199,7 +198,7 @@ impl ExecAttempt {
         reason: &str,
     ) -> io::Error {
         let Some(image) = &self.image else {
-            return io::Error::other("there is no program to go back to");
+            return io::Error::other("there is no old program");
         };
         exec_with_state(Image::Open(image.as_fd()), state, signals, |table| {
             (back(table, reason), None)
@@ -207,8 +206,8 @@ impl ExecAttempt {
     }
 }
 
-/// Becomes the program that stands at the server's path now. Returns only when that failed, and
-/// then nothing has changed.
+/// Executes the program that is now at the server's path. Returns only if that failed. Then nothing has
+/// changed.
 pub fn exec_new(state: &UpgradeState, signals: &SignalPipe) -> io::Error {
     let own = match reexec::own_image() {
         Ok(own) => own,
@@ -238,7 +237,8 @@ fn back(table: RawFd, reason: &str) -> Vec<CString> {
     )
 }
 
-/// The exec itself; `environment` is told the table's number, and adds a descriptor that crosses.
+/// Executes a program. `environment` gets the number of the state's descriptor. It returns the environment,
+/// and one more descriptor to pass.
 fn exec_with_state(
     image: Image<'_>,
     state: &UpgradeState,
@@ -257,8 +257,8 @@ fn exec_with_state(
     let mut through: Vec<RawFd> = state.descriptors().into_iter().collect();
     through.push(table.as_raw_fd());
     through.extend(more);
-    // What comes from here on stays pending, and so does what has come and was not looked at: the
-    // next program hears it (execve(2) keeps mask and pending signals).
+    // Signals from here on stay pending, and so do those that were not handled: execve(2) keeps the mask
+    // and pending signals, so the next program gets them.
     signal::block_all();
     signals.requeue_pending();
     let here = enter(&state.origin);
@@ -270,7 +270,7 @@ fn exec_with_state(
     error
 }
 
-/// Goes where the program was started, and says where it was before.
+/// Changes to the directory of the start. Returns the directory before.
 fn enter(origin: &StartParams) -> Option<PathBuf> {
     let here = env::current_dir().ok();
     let _ = env::set_current_dir(directory(origin));

@@ -1,10 +1,9 @@
-//! The probe of an upgrade: the program that is installed now, started beside us, to see whether it
-//! can take over.
+//! Runs the program that is installed now as a probe, to find out whether it could take over.
 //!
-//! It gets what the master knows on its standard input and reads the configuration, as if it were
-//! the next master; it says one line when it could, and its last lines are the reason when it could
-//! not. Nothing is waited for: what it writes and its end are events of the master's loop. A probe
-//! that hangs is killed at its deadline, and one whose master dies is killed by the kernel.
+//! The probe gets the state on its standard input and reads the configuration like the next master. If it
+//! could take over, it writes one line. Otherwise its last lines are the reason. Nothing here waits: its
+//! output and its end are events of the main loop. A probe that hangs is killed at its deadline. If the
+//! master dies, the kernel kills the probe.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs;
@@ -13,10 +12,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::super::policy::event::{HumanDuration, Millis};
-use super::start_params::StartParams;
-use super::{PROBE_PASSED, VARIABLE};
+use super::super::policy::event::Millis;
+use super::start_params::{PROBE_PASSED, StartParams, VARIABLE};
 use crate::error::{Error, Result};
+use crate::logging::HumanDuration;
 use crate::sys::memory_file;
 use crate::sys::process::{Exit, Pid};
 use crate::sys::reexec;
@@ -24,34 +23,34 @@ use crate::sys::reexec::c_string;
 use crate::sys::socket::nonblocking_pipe;
 use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn_dying_with_us};
 
-/// What is kept of what it writes: its end.
+/// The number of bytes of its output that are kept: the last ones.
 const MAX_DEATH_RECORDS: usize = 4096;
-/// Read from it at once; it may write without end, and we have other things to do.
+/// The most bytes that are read at once, because it may write without an end.
 const MOST_AT_ONCE: usize = 64 * 1024;
-/// How many of its last lines tell why.
+/// The most lines that are reported as the reason.
 const LINES: usize = 10;
 
 #[derive(Debug)]
 pub struct Probe {
     child: ChildProcess,
     output: io::PipeReader,
-    /// The end of what it has written.
+    /// The last bytes of its output.
     said: Vec<u8>,
-    /// Nothing more comes.
+    /// Whether the output is at its end.
     ended: bool,
-    /// It has said that it could take over.
+    /// Whether it has written [`PROBE_PASSED`].
     passed: bool,
     started: Millis,
     deadline: Millis,
-    /// Killed at its deadline; the verdict was given.
+    /// Whether it was killed and its result reported.
     pub given_up: bool,
     file: FileIdentity,
 }
 
-/// A file and its content, as far as stat(2) tells.
+/// Identifies a file and its content: device, inode, size and time of change.
 pub type FileIdentity = Option<(u64, u64, u64, i64, i64)>;
 
-/// What stands at `path` now.
+/// Returns the identity of the file at `path` now.
 pub fn identity(path: &Path) -> FileIdentity {
     let found = fs::metadata(path).ok()?;
     Some((
@@ -64,10 +63,10 @@ pub fn identity(path: &Path) -> FileIdentity {
 }
 
 impl Probe {
-    /// Starts one, with `state` to read.
+    /// Starts a probe with `state` on its standard input. `limit` is the most time that it may take.
     ///
     /// # Errors
-    /// When there is no such program, or it can't be executed.
+    /// If there is no such program, or it cannot be executed.
     pub fn start(origin: &StartParams, state: &[u8], now: Millis, limit: Millis) -> Result<Self> {
         let path = origin.path.display();
         let cant = |error| Error::system(format!("start {path} as a probe"), error);
@@ -77,11 +76,11 @@ impl Probe {
             directory: c_string(directory(origin)).map_err(cant)?,
             account: None,
             limits: ProcessLimits::default(),
-            // It is the next master: what it starts has to be as free as what we start.
+            // Its handlers must be able to do the same as ours.
             guard: false,
         };
         let arguments = arguments(origin).map_err(cant)?;
-        // It is not what the service manager waits to hear from.
+        // The service manager must not take its messages for the master's.
         let environment =
             reexec::environment(&["NOTIFY_SOCKET"], &[(VARIABLE, OsStr::new("probe"))]);
         let stdin = memory_file::create(state).map_err(cant)?;
@@ -116,17 +115,17 @@ impl Probe {
         self.child.pid()
     }
 
-    /// What it writes; `None` once nothing more comes.
+    /// Returns its output for poll(2); `None` at the end.
     pub fn output(&self) -> Option<BorrowedFd<'_>> {
         (!self.ended).then(|| self.output.as_fd())
     }
 
-    /// When it is given up.
+    /// Returns when it is given up.
     pub fn deadline(&self) -> Option<Millis> {
         (!self.given_up).then_some(self.deadline)
     }
 
-    /// Takes in what it has written.
+    /// Reads its output.
     pub fn listen(&mut self) {
         let mut buffer = [0; MAX_DEATH_RECORDS];
         let mut taken = 0;
@@ -136,7 +135,7 @@ impl Probe {
                 Ok(length) => {
                     taken += length;
                     self.said.extend_from_slice(&buffer[..length]);
-                    // looked for before it is cut: it is shorter than what is kept
+                    // Before the output is shortened: the line is shorter than what is kept.
                     self.passed |= self
                         .said
                         .split(|&byte| byte == b'\n')
@@ -151,7 +150,7 @@ impl Probe {
         }
     }
 
-    /// Its time is over: it is killed, and reaped like any other. Says why.
+    /// Kills it because its time is over, or because of `why`. The main loop reaps it. Returns the reason.
     pub fn give_up(&mut self, why: Option<&str>) -> String {
         self.given_up = true;
         self.child.kill();
@@ -160,27 +159,27 @@ impl Probe {
         match why {
             Some(why) => why.to_owned(),
             None => format!(
-                "it was not done within workers.boot-timeout ({lasted}){}",
+                "it gave no result within workers.boot-timeout ({lasted}){}",
                 self.last_lines()
             ),
         }
     }
 
-    /// It was reaped: whether it could take over, or why not.
-    pub fn verdict(mut self, exit: Exit) -> std::result::Result<FileIdentity, String> {
+    /// Handles its end. Returns the program that could take over, or why it could not.
+    pub fn result(mut self, exit: Exit) -> std::result::Result<FileIdentity, String> {
         self.child.was_reaped();
         self.listen();
         match exit {
             Exit::Code(0) if self.passed => Ok(self.file),
             Exit::Code(0) => Err(format!(
-                "it ended without a word: is it a server built on preforkd?{}",
+                "it exited without a result: is it a server built on preforkd?{}",
                 self.last_lines()
             )),
             exit => Err(format!("it ended by {exit}{}", self.last_lines())),
         }
     }
 
-    /// What it said last, behind a colon.
+    /// Returns its last lines behind a colon.
     fn last_lines(&self) -> String {
         let text = String::from_utf8_lossy(&self.said);
         let lines: Vec<&str> = text
@@ -194,7 +193,7 @@ impl Probe {
     }
 }
 
-/// Where the program is started: where this one was, if that is still there.
+/// Returns the directory of the start, or `/` if that does not exist any more.
 pub fn directory(origin: &StartParams) -> &Path {
     match origin.directory.is_dir() {
         true => &origin.directory,
@@ -202,10 +201,10 @@ pub fn directory(origin: &StartParams) -> &Path {
     }
 }
 
-/// The arguments of the first start.
+/// Returns the arguments of the first start.
 ///
 /// # Errors
-/// None that arguments of a start can cause.
+/// Never for the arguments of a start.
 pub fn arguments(origin: &StartParams) -> io::Result<Vec<CString>> {
     origin.arguments.iter().map(c_string).collect()
 }

@@ -1,8 +1,7 @@
-//! How this server was started: the path of its program, its arguments, its directory; and what of
-//! the command line a reload has to know.
+//! Records how this server was started: program, arguments, directory, and the options that a reload needs.
 //!
-//! Looked up once, at the start, before the title is written over the arguments and a daemon leaves
-//! its directory. An upgrade starts what stands at that path then in the same way.
+//! They are read once at the start, because the title later overwrites the arguments and a daemon leaves
+//! its directory. An upgrade starts the program at that path in the same way.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -14,30 +13,36 @@ use serde::{Deserialize, Serialize};
 use crate::config::Overrides;
 use crate::sys::process::{current_directory, is_same_file};
 
+/// The variable with which an upgrade starts a program.
+pub(super) const VARIABLE: &str = "PREFORKD_UPGRADE";
+/// The variable with the reason why the new program gave up.
+pub(super) const REASON: &str = "PREFORKD_UPGRADE_REASON";
+/// The line that a probe writes if it could take over.
+pub const PROBE_PASSED: &str = "preforkd: this program can take the running server over";
 const OWN_IMAGE: &str = "/proc/self/exe";
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartParams {
-    /// The program, absolute; its symbolic links are kept, for they may lead elsewhere later.
+    /// The absolute path of the program. Symbolic links are kept, because they may be changed later.
     pub path: PathBuf,
-    /// Its arguments, its own name first.
+    /// Its arguments, with its own name first.
     pub arguments: Vec<OsString>,
-    /// Its directory. Symbolic links are kept here too: a deployment exchanges them.
+    /// Its directory. Symbolic links are kept, because a deployment may change them.
     pub directory: PathBuf,
-    /// The configuration file, absolute, if there is one.
+    /// The absolute path of the configuration file, if there is one.
     pub file: Option<PathBuf>,
-    /// The name by which its pid file and control socket are found; `None`: a version that gave all
-    /// servers the same ones has started it.
+    /// The name in the paths of its pid file and control socket. `None` if it was started by a version that
+    /// had no names.
     #[serde(default)]
     pub name: Option<String>,
     /// `--daemon`.
     pub daemon: bool,
-    /// Each `--listen`, its paths absolute.
+    /// Each `--listen`, with absolute paths.
     pub listen: Vec<String>,
 }
 
 impl StartParams {
-    /// That of this process, while its arguments and its directory are as at the start.
+    /// Reads the parameters of this process. Call it before the title or the directory changes.
     pub fn of_this_process(file: Option<PathBuf>, overrides: &Overrides) -> Self {
         let directory = current_directory().unwrap_or_else(|_| "/".into());
         let arguments: Vec<OsString> = env::args_os().collect();
@@ -56,13 +61,13 @@ impl StartParams {
     }
 }
 
-/// The path that this program was called by, else where its file lies.
+/// Returns the path by which this program was called, or the path of its file.
 fn program(name: &OsStr, directory: &Path, search: Option<&OsStr>) -> PathBuf {
     let path = Path::new(name);
     let called = if name.is_empty() {
         None
     } else if path.components().count() > 1 || path.is_absolute() {
-        // without its `.` parts
+        // Without its `.` parts.
         Some(directory.join(path).components().collect())
     } else {
         let search = search.unwrap_or(OsStr::new("/usr/local/bin:/usr/bin:/bin"));
@@ -70,7 +75,7 @@ fn program(name: &OsStr, directory: &Path, search: Option<&OsStr>) -> PathBuf {
             .map(|place| directory.join(place).join(path))
             .find(|candidate| is_this(candidate))
     };
-    // A name is whatever the caller wrote there (exec -a): believed only where it leads to us.
+    // The caller can write any name (`exec -a`), so it counts only if it leads to this program.
     called
         .filter(|path| is_this(path))
         .or_else(|| fs::read_link(OWN_IMAGE).ok())

@@ -1,89 +1,84 @@
-//! The table that crosses an exec: what the program before knew, as JSON in a file of memory.
+//! The state that is passed on at an upgrade, as JSON in a memory file.
 //!
-//! It is read by the version after the one that wrote it, and by the one before it when an upgrade
-//! is taken back. So members are only added, each with a default (`#[serde(default)]`), and what is
-//! not known is passed over; what can't be said that way gets a new [`FORMAT`], and a program that
-//! does not know the number refuses. `tests/upgrade-state.json` is one that was written once, and
-//! is read for ever. Descriptors are in it by their numbers.
+//! The next version reads it, and the version before reads it after a rollback. So members are only added,
+//! each with a default (`#[serde(default)]`), and unknown members are ignored. A change that needs more
+//! gets a new [`FORMAT`], which older programs refuse. `tests/upgrade-state.json` was written once and is
+//! read by all versions. Descriptors are given by their numbers.
 
 use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::children::workers::{GenerationInfo, WorkersState};
+use super::super::children::generation_info::GenerationInfo;
+use super::super::children::orphans::OrphansState;
+use super::super::children::workers_state::WorkersState;
 use super::super::endpoints::control_socket::ControlState;
 use super::super::endpoints::listeners::ListenerState;
 use super::super::endpoints::owned_path::OwnedPath;
 use super::super::policy::event::Millis;
 use super::start_params::StartParams;
+use crate::config::KeptVariables;
 use crate::error::{Error, Result};
 use crate::master::policy::fleet_state::FleetState;
-use crate::protocol::control::LastReload;
+use crate::protocol::control::{LastReload, ReloadStatus};
 
-/// The form of the table; the number is its first member for all time.
+/// The format. Its number stays the first member for ever.
 pub const FORMAT: u32 = 1;
-/// The longest table that is read, in bytes.
+/// The longest state that is read, in bytes.
 pub const LONGEST: u64 = 64 << 20;
 
-/// All that crosses.
+/// All that is passed on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpgradeState {
-    /// Which form this is: [`FORMAT`].
+    /// [`FORMAT`].
     pub format: u32,
-    /// The version of preforkd that wrote it.
+    /// The version of preforkd that has written it.
     pub version: String,
     pub origin: StartParams,
-    /// When, on the clock of all these times (CLOCK_MONOTONIC, in milliseconds).
+    /// When the master was started (CLOCK_MONOTONIC, in milliseconds, like all times in the state).
     pub started: Millis,
-    /// The configuration of the generation that serves, as `check` prints it.
+    /// The configuration of the serving generation, as `check` prints it.
     pub settings: String,
-    /// The log file's descriptor, where it is not standard error.
+    /// The values from environment files of programs. They are secrets, so they cross in memory only.
+    #[serde(default)]
+    pub secrets: KeptVariables,
+    /// The descriptor of the log file; `None` for standard error.
     pub log: Option<RawFd>,
-    /// The pid file, and the descriptor that its lock belongs to.
+    /// The pid file, and the descriptor that holds its lock.
     pub pid_file: (OwnedPath, RawFd),
-    /// The control socket and its clients.
     pub control: ControlState,
     pub listeners: Vec<ListenerState>,
-    /// Those of the generation that serves, by their place in `listeners`.
+    /// The listeners of the serving generation, as indices of `listeners`.
     pub serving: Vec<usize>,
-    /// Those of the service manager's, likewise.
+    /// The listeners of the service manager, as indices of `listeners`.
     pub passed: Vec<usize>,
+    /// That of the observer, likewise.
+    #[serde(default)]
+    pub observed: Vec<usize>,
     /// The workers.
     pub fleet: FleetState,
-    /// How they are spoken with.
     pub workers: WorkersState,
-    /// What is told of the generation that serves.
+    /// What the master reports about the serving generation.
     pub known: GenerationInfo,
-    /// Children that are nobody's business.
     pub orphans: OrphansState,
-    /// How the last reload ended.
+    /// The result of the last reload.
     pub last_reload: Option<LastReload>,
-    /// How the last upgrade ended.
+    /// The last reloads.
+    #[serde(default)]
+    pub reloads: Vec<ReloadStatus>,
+    /// The result of the last upgrade.
     #[serde(default)]
     pub last_upgrade: Option<LastReload>,
-    /// Which clients wait for the upgrade's verdict.
+    /// The clients that wait for the upgrade.
     pub waiting: Vec<u64>,
-    /// Whether a reload was asked for beside it, and which clients wait for that.
+    /// Whether a reload was requested as well.
     pub reload_asked: bool,
-    /// Likewise.
+    /// The clients that wait for that reload.
     pub reload_waiting: Vec<u64>,
 }
 
-/// What the master knows of children that are no workers.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OrphansState {
-    /// Children from before it was a master.
-    pub others: Vec<i32>,
-    /// Every child there was right before the exec: what the next program finds besides, its own
-    /// functions have started. `None` from a version that did not look.
-    #[serde(default)]
-    pub children: Option<Vec<i32>>,
-    /// Whether what a dead worker left may still be there.
-    pub hunts: bool,
-}
-
-/// What is read before anything else.
+/// What is read first.
 #[derive(Deserialize)]
 struct StateHeader {
     format: u32,
@@ -92,32 +87,31 @@ struct StateHeader {
 }
 
 impl UpgradeState {
-    /// The table as it is written.
+    /// Returns the state as it is written.
     ///
     /// # Errors
     /// A path that is not UTF-8.
     pub fn to_json(&self) -> Result<Vec<u8>> {
-        serde_json::to_vec(self).map_err(|error| {
-            Error::Refused(format!("what the server knows can't be written: {error}"))
-        })
+        serde_json::to_vec(self)
+            .map_err(|error| Error::Refused(format!("could not write the server's state: {error}")))
     }
 
-    /// The table, read.
+    /// Reads a state.
     ///
     /// # Errors
-    /// Another form, or none.
+    /// Another format, or no state at all.
     pub fn of_json(bytes: &[u8]) -> Result<Self> {
         let unreadable = |error| {
             Error::Refused(format!(
-                "what the running server knows can't be read by version {}: {error}",
+                "version {} cannot read the running server's state: {error}",
                 env!("CARGO_PKG_VERSION")
             ))
         };
         let head: StateHeader = serde_json::from_slice(bytes).map_err(unreadable)?;
         if head.format != FORMAT {
             return Err(Error::Refused(format!(
-                "version {} of preforkd passes on what it knows in form {}, and version {} reads \
-                 form {FORMAT}; restart the server to get from one to the other",
+                "version {} of preforkd writes its state in format {}, but version {} reads format \
+                 {FORMAT}; restart the server to change the version",
                 head.version,
                 head.format,
                 env!("CARGO_PKG_VERSION"),
@@ -126,9 +120,15 @@ impl UpgradeState {
         serde_json::from_slice(bytes).map_err(unreadable)
     }
 
-    /// The numbers of all descriptors in it.
+    /// Returns the settings of the serving generation, and the values from environment files.
+    pub fn served(&self) -> (String, KeptVariables) {
+        (self.settings.clone(), self.secrets.clone())
+    }
+
+    /// Returns the numbers of all descriptors in the state.
     pub fn descriptors(&self) -> BTreeSet<RawFd> {
         let workers = &self.workers;
+        let sessions = workers.sessions.iter().flat_map(|it| it.descriptors());
         let links = workers.living.iter().filter_map(|worker| worker.link);
         let clients = self.control.clients.iter().map(|client| client.fd);
         let listeners = self.listeners.iter().map(|listener| listener.fd);
@@ -143,6 +143,9 @@ impl UpgradeState {
             .chain(clients)
             .chain(listeners)
             .chain(self.log)
+            .chain(sessions)
+            .chain(workers.sources)
+            .chain(workers.metrics)
             .chain(single)
             .collect()
     }

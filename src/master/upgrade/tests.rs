@@ -1,4 +1,4 @@
-//! The table that crosses, held against one that was written once.
+//! The state of an upgrade, compared with states that were written once.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,12 +8,12 @@ use super::super::children::workers::Children;
 use super::super::policy::fleet::Fleet;
 use super::super::policy::slots::SlotState;
 use super::state::{FORMAT, UpgradeState};
-use crate::config::{self, Overrides};
+use crate::config::{self, KeptVariables, Overrides};
 
-/// Written by version 0.1.0, by hand made fuller, and not to be changed.
+/// Written by version 0.1.0 and completed by hand. Not to be changed.
 const STORED: &str = include_str!("../../../tests/upgrade-state.json");
 
-/// Written by version 0.1.0 with every member that it knows, and not to be changed either.
+/// Written by version 0.1.0 with every member that it knows. Not to be changed.
 const STORED_WHOLE: &str = include_str!("../../../tests/upgrade-state-2.json");
 
 fn stored() -> Value {
@@ -34,7 +34,7 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
     Children::fits(&state.workers).unwrap();
     let origin = state.origin.clone();
     let settings =
-        config::from_effective(state.settings.clone(), origin.file, &Overrides::default()).unwrap();
+        config::from_effective(state.served(), origin.file, &Overrides::default()).unwrap();
     let text = settings.to_toml();
     for line in state.settings.lines() {
         assert!(text.lines().any(|now| now == line), "{line:?} in {text}");
@@ -75,7 +75,12 @@ fn every_member_of_the_version_before_is_read_and_written_back() {
         assert_eq!(fleet.export(), state.fleet);
         let file = state.origin.file.clone();
         let settings = state.settings.clone();
-        let settings = config::from_effective(settings, file, &Overrides::default()).unwrap();
+        let settings = config::from_effective(
+            (settings, KeptVariables::new()),
+            file,
+            &Overrides::default(),
+        )
+        .unwrap();
         let printed = settings.to_toml();
         for line in state.settings.lines() {
             assert!(
@@ -89,7 +94,7 @@ fn every_member_of_the_version_before_is_read_and_written_back() {
     }
 }
 
-/// The paths in `part` whose values are not in `whole`.
+/// Returns the paths in `part` whose values are not in `whole`.
 fn missing(path: &str, whole: &Value, part: &Value) -> Vec<String> {
     let members: Vec<(String, &Value)> = match part {
         Value::Object(members) => {
@@ -121,7 +126,7 @@ fn missing(path: &str, whole: &Value, part: &Value) -> Vec<String> {
 /// The program before this one sets the variables and waits for the line.
 #[test]
 fn the_words_of_an_upgrade_are_those_of_the_version_before() {
-    use super::{PROBE_PASSED, REASON, VARIABLE};
+    use super::start_params::{PROBE_PASSED, REASON, VARIABLE};
     assert_eq!(
         (VARIABLE, REASON),
         ("PREFORKD_UPGRADE", "PREFORKD_UPGRADE_REASON")
@@ -133,7 +138,7 @@ fn the_words_of_an_upgrade_are_those_of_the_version_before() {
     assert_eq!(FORMAT, 1);
 }
 
-/// Whether all that is in `part` is in `whole`: additions are welcome.
+/// Returns whether `whole` has everything of `part`. Additional members are allowed.
 fn contains(whole: &Value, part: &Value) -> bool {
     match (whole, part) {
         (Value::Object(whole), Value::Object(part)) => part
@@ -158,7 +163,7 @@ fn add_everywhere(value: &mut Value) {
     match value {
         Value::Object(members) => {
             members.values_mut().for_each(add_everywhere);
-            // the one place where a name decides: of an OsString, and of a stage
+            // The only places where a name decides: in an OsString, and in a stage.
             if !members.contains_key("Unix") && !members.contains_key("draining") {
                 members.insert("mood".into(), json!({"fine": true}));
             }
@@ -174,7 +179,7 @@ fn another_form_is_refused_by_its_number_alone() {
         (json!({"format": FORMAT + 1, "version": "9.0.0"}), "9.0.0"),
         (json!({"format": FORMAT}), "missing field"),
         (json!({}), "missing field `format`"),
-        (json!([]), "can't be read"),
+        (json!([]), "cannot read"),
     ] {
         let error = read(&table).unwrap_err();
         assert!(error.contains(reason), "{error}");

@@ -1,28 +1,27 @@
-//! Bodies in chunks (RFC 9112, section 7.1), held to the letter.
+//! Decodes chunked bodies strictly (RFC 9112, section 7.1).
 //!
-//! A size is hexadecimal digits and nothing else; extensions and trailers are checked and passed
-//! over. What frames the message may not stand in a trailer.
+//! A size consists only of hexadecimal digits. Extensions and trailers are checked and skipped. A trailer
+//! must not contain a header that frames the message.
 
 use super::refusal::{HEAD_MAX, RejectedRequest};
 use memchr::memchr;
 
-/// The longest line of a chunk's size with its extensions.
+/// The longest line of a chunk size, with its extensions.
 const SIZE_LINE_MAX: usize = 1024;
 
-/// How far it went.
+/// The result of `walk`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Walked {
-    /// To the end.
     Whole {
-        /// Bytes of all chunks, the last one and the trailers included.
+        /// The bytes of all chunks, including the last one and the trailers.
         used: usize,
     },
-    /// More has to come.
+    /// More bytes are needed.
     Partial,
 }
 
-/// Walks over the chunks of `bytes` from `at` on, and gives each one's content to `each`. `total`
-/// is how much they held so far; with `at` it stays at the first chunk that is not whole.
+/// Walks over the chunks of `bytes` from `at` on and passes the content of each to `each`. `total` is the
+/// content length so far. `at` and `total` stop at the first incomplete chunk.
 pub fn walk(
     bytes: &[u8],
     at: &mut usize,
@@ -48,9 +47,10 @@ pub fn walk(
             let text = format!("a body of more than limits.frame allows, {limit} bytes");
             return Err(RejectedRequest::new(413, text));
         }
-        // Small chunks cost more than they hold, and all of it is kept until the body is whole.
+        // Small chunks use more bytes than their content, and all bytes are kept until the body is
+        // complete.
         if *at > 2 * limit + HEAD_MAX {
-            let text = "a body in chunks so small that they take thrice its room";
+            let text = "a body in chunks so small that together they exceed twice limits.frame";
             return Err(RejectedRequest::new(413, text));
         }
         let end = begin + size as usize;
@@ -69,7 +69,8 @@ fn malformed(what: &str) -> RejectedRequest {
     RejectedRequest::new(400, format!("malformed chunks: {what}"))
 }
 
-/// The line at the head of `bytes` and where the next begins; `None` while it is unfinished.
+/// Returns the line at the beginning of `bytes`, and where the next one begins; `None` if it is
+/// incomplete.
 fn line<'a>(
     bytes: &'a [u8],
     most: usize,
@@ -83,7 +84,7 @@ fn line<'a>(
         return Ok(None);
     };
     match seen[..newline].split_last() {
-        // Control characters, a carriage return among them, have no place in any of these lines.
+        // None of these lines may contain control characters, including a carriage return.
         Some((b'\r', line))
             if line
                 .iter()
@@ -104,10 +105,10 @@ fn size(line: &[u8]) -> Result<u64, RejectedRequest> {
         .count();
     let (digits, extensions) = line.split_at(digits);
     if digits.is_empty() || !(extensions.is_empty() || extensions[0] == b';') {
-        return Err(malformed("a size is no hexadecimal number"));
+        return Err(malformed("a chunk size is not a hexadecimal number"));
     }
     let text = std::str::from_utf8(digits).unwrap_or_default();
-    // Leading zeros are many ways to write one number, and all of them fit the line.
+    // Leading zeros are allowed as long as they fit into the line.
     let text = text.trim_start_matches('0');
     if text.is_empty() {
         return Ok(0);
@@ -116,7 +117,7 @@ fn size(line: &[u8]) -> Result<u64, RejectedRequest> {
         .map_err(|_| RejectedRequest::new(413, "a chunk of more than 2^64 bytes"))
 }
 
-/// Bytes of the trailers and the empty line behind them; `None` while that has not come.
+/// Returns the bytes of the trailers and the empty line behind them; `None` if that has not arrived.
 fn trailers(bytes: &[u8]) -> Result<Option<usize>, RejectedRequest> {
     let mut at = 0;
     loop {
@@ -139,12 +140,12 @@ fn trailers(bytes: &[u8]) -> Result<Option<usize>, RejectedRequest> {
         .iter()
         .any(|known| name.eq_ignore_ascii_case(known));
         if !is_token || frames || at > HEAD_MAX - 2 {
-            return Err(malformed("a trailer that has no place there"));
+            return Err(malformed("a header that must not be in a trailer"));
         }
     }
 }
 
-/// Whether a byte may stand in a header's name (RFC 9110, section 5.6.2).
+/// Returns whether a byte may occur in a header name (RFC 9110, section 5.6.2).
 fn token(byte: &u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte)
 }

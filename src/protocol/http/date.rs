@@ -1,24 +1,24 @@
-//! Writes the time of a response as HTTP does: `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, section 5.6.7).
+//! Formats the date of a response: `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, section 5.6.7).
 //!
-//! Pure: the clock is read by the caller. The text is made once per second and thread, because a busy worker
-//! answers thousands of calls in a second.
+//! Pure: the caller reads the clock. Each thread that appends it formats the text once per second, because a busy worker
+//! answers thousands of calls per second.
 
 use std::cell::Cell;
-use std::fmt;
 
 const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
 const MONTHS: [&str; 12] = [
     "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
 ];
-/// The bytes of a date.
+/// The length in bytes.
 const LENGTH: usize = 29;
 
 /// Seconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HttpDate(pub u64);
 
-impl fmt::Display for HttpDate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl HttpDate {
+    /// Appends the text to the head of a response.
+    pub fn append_to(self, out: &mut Vec<u8>) {
         thread_local! {
             static LAST: Cell<(u64, [u8; LENGTH])> = const { Cell::new((u64::MAX, [b' '; LENGTH])) };
         }
@@ -29,12 +29,10 @@ impl fmt::Display for HttpDate {
             text.copy_from_slice(made.as_bytes().get(..LENGTH).unwrap_or(&[b' '; LENGTH]));
             LAST.set((second, text));
         }
-        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
+        out.extend_from_slice(&text);
     }
-}
 
-impl HttpDate {
-    fn text(self) -> String {
+    pub fn text(self) -> String {
         let (days, second) = (self.0 / 86_400, self.0 % 86_400);
         let (year, month, day) = civil(days);
         format!(
@@ -48,8 +46,8 @@ impl HttpDate {
     }
 }
 
-/// Year, month from 0 and day of the month, of a day counted from 1970-01-01. The year begins in March here,
-/// so that the leap day is its last one.
+/// Returns year, month (from 0) and day of the month of a day counted from 1970-01-01. The year starts in
+/// March here, so the leap day is its last day.
 fn civil(days: u64) -> (u64, usize, u64) {
     let days = days + 719_468;
     let (era, of_era) = (days / 146_097, days % 146_097);
@@ -66,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_read_as_in_the_standard() {
+    fn dates_have_the_format_of_the_standard() {
         for (second, text) in [
             (784_111_777, "Sun, 06 Nov 1994 08:49:37 GMT"),
             (0, "Thu, 01 Jan 1970 00:00:00 GMT"),
@@ -76,9 +74,12 @@ mod tests {
             (1_735_689_599, "Tue, 31 Dec 2024 23:59:59 GMT"),
             (4_107_542_400, "Mon, 01 Mar 2100 00:00:00 GMT"),
         ] {
-            assert_eq!(HttpDate(second).to_string(), text);
-            // The second time from memory.
-            assert_eq!(HttpDate(second).to_string(), text);
+            // The second time it comes from the cache.
+            for _ in 0..2 {
+                let mut out = Vec::new();
+                HttpDate(second).append_to(&mut out);
+                assert_eq!(out, text.as_bytes());
+            }
         }
     }
 }

@@ -1,72 +1,75 @@
-//! What a request's head says: which call, how long a body, and whether it is one at all.
+//! Decodes the head of a request: which call it is, how long the body is, and whether it is valid.
 
 use super::refusal::{RejectedRequest, RequestLimits};
 use super::response::ResponseOptions;
+use crate::protocol::trace_context::{TraceContext, TraceFields};
 use httparse::{EMPTY_HEADER, Error, Header, Status};
 
-/// The most header lines.
-const HEADERS_MAX: usize = 100;
-/// Where a load balancer asks whether the server is well.
+pub(super) const HEADERS_MAX: usize = 100;
+/// The path of health checks.
 const HEALTH: &str = "/healthz";
 
-/// How long a body is.
+/// The length of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Length {
-    /// There is none.
+    /// There is no body.
     None,
-    /// So many bytes.
+    /// This many bytes.
     Known(usize),
     Chunked,
 }
 
 #[derive(Debug, Clone)]
 pub enum Ask {
-    /// `POST /`: the body is a call, or a batch.
+    /// `POST /`: the body is a call or a batch.
     Call,
-    /// `POST /METHOD`: the body is its params.
+    /// `POST /METHOD`: the body is the params.
     Method(String),
-    /// Whether the server is well.
+    /// A health check.
     Health,
-    /// What a page of a listed origin may do (a browser asks before it calls).
+    /// A preflight request: a browser asks what a page of a listed origin may do.
     Preflight,
-    /// Nothing that is served; the connection may go on.
+    /// A request that is refused. The connection may continue.
     Refused(RejectedRequest),
 }
 
 #[derive(Debug, Clone)]
 pub struct RequestHead {
-    /// Its bytes, the empty line included.
+    /// The bytes of the head, including the empty line.
     pub length: usize,
     pub ask: Ask,
     pub body: Length,
     /// How to respond.
     pub reply: ResponseOptions,
-    /// The client waits to be asked for the body (`Expect: 100-continue`).
+    /// The client waits for permission to send the body (`Expect: 100-continue`).
     pub expects: bool,
-    /// No further request is to be taken from the connection.
+    /// No further request is accepted on the connection.
     pub close: bool,
+    /// The valid trace context of its headers, if the rules ask for it.
+    pub trace: Option<Box<TraceContext>>,
 }
 
-/// The headers that mean something here.
+/// The headers that are used here.
 #[derive(Default)]
-struct Fields<'a> {
-    hosts: usize,
+pub(super) struct Fields<'a> {
+    pub hosts: usize,
+    pub host: Option<&'a [u8]>,
     types: usize,
     length: Option<&'a [u8]>,
     lengths: usize,
     /// The transfer codings in their order.
     codings: Vec<&'a [u8]>,
-    /// A length in a spelling that some servers take for the right one, and this one for any header.
+    /// A framing header spelt with an underscore, which some servers accept.
     misspelt: bool,
     encoded: bool,
-    close: bool,
+    pub close: bool,
     keep: bool,
     expect: Option<&'a [u8]>,
     origin: Option<&'a [u8]>,
     origins: usize,
 }
 
-/// Judges a head whose lines are known to end as they should.
+/// Checks a head whose lines end correctly.
 pub(super) fn read(
     bytes: &[u8],
     rules: &RequestLimits<'_>,
@@ -79,9 +82,9 @@ pub(super) fn read(
             let text = format!("more than {HEADERS_MAX} headers");
             return Err(RejectedRequest::new(431, text));
         }
-        Err(Error::Version) => return Err(malformed("this is no version of HTTP/1")),
+        Err(Error::Version) => return Err(malformed("the version is not HTTP/1")),
         Err(error) => return Err(malformed(&error.to_string())),
-        Ok(Status::Partial) => return Err(malformed("the head ends before it is whole")),
+        Ok(Status::Partial) => return Err(malformed("the head is incomplete")),
     }
     let (method, target) = (
         request.method.unwrap_or_default(),
@@ -105,10 +108,18 @@ pub(super) fn read(
         },
         expects: false,
         close: if old { !fields.keep } else { fields.close },
+        trace: None,
     };
+    if rules.traces {
+        let mut trace = TraceFields::default();
+        for Header { name, value } in request.headers.iter() {
+            trace.add_header(name, value);
+        }
+        head.trace = trace.received().valid();
+    }
     match ask(method, path, &fields, rules, &mut head) {
         Ok(ask) => head.ask = ask,
-        // Where no body follows, the next request can be told.
+        // If no body follows, the beginning of the next request is known.
         Err(refusal) if matches!(body, Length::None | Length::Known(0)) => {
             head.ask = match refusal.status {
                 403 | 405 => Ask::Refused(refusal),
@@ -120,16 +131,17 @@ pub(super) fn read(
     Ok(head)
 }
 
-fn malformed(what: &str) -> RejectedRequest {
+pub(super) fn malformed(what: &str) -> RejectedRequest {
     RejectedRequest::new(400, format!("malformed HTTP: {what}"))
 }
 
-fn fields<'a>(headers: &[Header<'a>]) -> Result<Fields<'a>, RejectedRequest> {
+pub(super) fn fields<'a>(headers: &[Header<'a>]) -> Result<Fields<'a>, RejectedRequest> {
     let mut fields = Fields::default();
     for Header { name, value } in headers {
         let is = |known: &str| name.eq_ignore_ascii_case(known);
         if is("host") {
             fields.hosts += 1;
+            fields.host = Some(value);
         } else if is("content-length") {
             fields.lengths += 1;
             fields.length = Some(value);
@@ -160,13 +172,13 @@ fn fields<'a>(headers: &[Header<'a>]) -> Result<Fields<'a>, RejectedRequest> {
     Ok(fields)
 }
 
-/// The words of a list, white space around them removed.
+/// Splits a list and removes the white space around its items.
 fn list(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii)
 }
 
-/// The path of a target, without query and fragment.
-fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, RejectedRequest> {
+/// Returns the path of a target, without query and fragment.
+pub(super) fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, RejectedRequest> {
     if !target.is_ascii() {
         return Err(malformed("a target that is not ASCII"));
     }
@@ -177,7 +189,7 @@ fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, RejectedRequest> {
             .then(|| &target[scheme.len()..])
     };
     let path = match after("http://").or_else(|| after("https://")) {
-        // The authority ends where any of these begins (RFC 3986, section 3.2).
+        // The authority ends at any of these characters (RFC 3986, section 3.2).
         Some(rest) if !rest.starts_with('/') => match rest.find(['/', '?', '#']) {
             Some(at) if rest[at..].starts_with('/') => &rest[at..],
             _ => "/",
@@ -190,40 +202,37 @@ fn path<'a>(method: &str, target: &'a str) -> Result<&'a str, RejectedRequest> {
     Ok(path.split(['?', '#']).next().unwrap_or_default())
 }
 
-/// How long the body is: told once and in one way, or it is nobody's request.
-fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedRequest> {
+/// Returns the length of the body. It must be given exactly once and in one way.
+pub(super) fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedRequest> {
     if let [.., last] = fields.codings[..] {
         let chunked = |coding: &&[u8]| coding.eq_ignore_ascii_case(b"chunked");
-        let times = fields
-            .codings
-            .iter()
-            .copied()
-            .filter(|c| chunked(c))
-            .count();
+        let times = fields.codings.iter().filter(|it| chunked(it)).count();
         if old || fields.lengths > 0 || !chunked(&last) || times != 1 {
             return Err(malformed(
                 "Transfer-Encoding is chunked, in HTTP/1.1, without a Content-Length beside it",
             ));
         }
-        // What is left of RFC 2616: a coding that does nothing.
-        let known = |coding: &&[u8]| chunked(coding) || coding.eq_ignore_ascii_case(b"identity");
-        if !fields.codings.iter().all(known) {
+        // RFC 9112, section 6.1: a coding that is not understood. `identity` is none since RFC 7230, and a
+        // proxy in front may read it in another way.
+        if fields.codings.len() > 1 {
             return Err(RejectedRequest::new(
                 501,
-                "no transfer coding is known but chunked",
+                "the only supported transfer coding is chunked",
             ));
         }
         return Ok(Length::Chunked);
     }
     match (fields.lengths, fields.length) {
-        (0, _) if fields.misspelt => Err(malformed("a length whose name has no hyphen")),
+        (0, _) if fields.misspelt => Err(malformed(
+            "an underscore in Content-Length or Transfer-Encoding",
+        )),
         (0, _) | (_, None) => Ok(Length::None),
         (1, Some(digits)) if !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) => {
             let text = std::str::from_utf8(digits).unwrap_or_default();
-            // What is over all numbers is over all limits.
+            // A number that does not fit is over every limit.
             Ok(Length::Known(text.parse().unwrap_or(usize::MAX)))
         }
-        (1, _) => Err(malformed("Content-Length is digits alone")),
+        (1, _) => Err(malformed("Content-Length must consist of digits")),
         _ => Err(malformed("two Content-Lengths")),
     }
 }
@@ -251,7 +260,7 @@ fn ask(
         "GET" | "HEAD" if path == HEALTH && no_body => return Ok(Ask::Health),
         "OPTIONS" if head.reply.origin.is_some() && no_body => return Ok(Ask::Preflight),
         _ => {
-            let text = "calls are made with POST; GET and HEAD answer at /healthz alone";
+            let text = "calls need POST; GET and HEAD are answered at /healthz only";
             return Err(RejectedRequest::new(405, text));
         }
     }
@@ -259,14 +268,14 @@ fn ask(
         Some(expect) if !expect.eq_ignore_ascii_case(b"100-continue") => {
             return Err(RejectedRequest::new(
                 417,
-                "nothing can be expected but 100-continue",
+                "the only supported expectation is 100-continue",
             ));
         }
         Some(_) => head.expects = !head.reply.old,
         None => {}
     }
     if fields.encoded {
-        let text = "a body is JSON as it stands: no Content-Encoding is known";
+        let text = "Content-Encoding is not supported; send plain JSON";
         return Err(RejectedRequest::new(415, text));
     }
     if let Length::Known(length) = head.body
@@ -282,9 +291,9 @@ fn ask(
     }
 }
 
-/// A method's name out of a path, with its percent signs taken for what they stand for.
+/// Returns the method name of a path, with its percent signs decoded.
 fn method_name(path: &str) -> Result<String, RejectedRequest> {
-    let wrong = || malformed("a path whose percent signs are not UTF-8");
+    let wrong = || malformed("a path whose percent-encoding is not UTF-8");
     let mut bytes = Vec::with_capacity(path.len());
     let mut rest = path.bytes();
     while let Some(byte) = rest.next() {

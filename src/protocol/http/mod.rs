@@ -1,17 +1,18 @@
-//! HTTP/1.1, as much of it as calls need (RFC 9110, RFC 9112).
+//! Encodes and decodes HTTP/1.1, as much of it as calls need (RFC 9110, RFC 9112).
 //!
-//! [`decode`] takes requests out of a connection's bytes, [`response::finish`] makes responses of
-//! answers. httparse knows the grammar; what two readers could take for two requests is refused
-//! here before it is asked: a bare newline, two lengths, chunks that are not quite. A refusal
-//! that leaves in doubt where the next request begins closes the connection: no second request is
-//! ever parsed out of a refused one.
+//! [`decode`] takes requests from the bytes of a connection. [`response::finish`] makes responses of
+//! answers. httparse knows the grammar. Whatever two parsers could take for two different requests is
+//! refused before: a bare line feed, two lengths, malformed chunks. If a refusal leaves in doubt where
+//! the next request begins, it closes the connection. So no second request is ever parsed from a refused
+//! one.
 //!
-//! The bytes of a request stay with the connection until it is whole: [`ParseProgress`] remembers how
-//! far they were looked at, and what the head said. It can be dropped at any time, and the bytes
-//! be looked at again.
+//! The connection keeps the bytes of a request until it is complete. [`ParseProgress`] records how far
+//! they were parsed, and the content of the head. It can be dropped at any time; then the bytes are
+//! parsed again.
 
 pub mod chunked;
 pub mod date;
+pub mod get;
 pub mod head;
 mod refusal;
 pub mod response;
@@ -25,64 +26,65 @@ pub use date::HttpDate;
 pub use refusal::{HEAD_MAX, RejectedRequest, RequestLimits};
 pub use response::{ResponseContext, ResponseOptions};
 
-/// What is sent to a client that waits to be asked for its body.
+/// Sent to a client that waits for permission to send its body.
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
-/// What stands at the head of some received bytes.
+/// The result of decoding the beginning of received bytes.
 #[derive(Debug)]
 pub enum DecodedRequest<'a> {
     Whole {
         head: RequestHead,
-        /// Its body: borrowed, unless it came in chunks.
+        /// The body: borrowed, unless it was chunked.
         body: Cow<'a, [u8]>,
-        /// How many bytes it took.
         used: usize,
     },
-    /// An empty line where a request may begin: it is passed over (RFC 9112, section 2.2). It belongs to
-    /// no request, so a connection is at rest after it.
-    Blank {
-        /// How many bytes it took.
-        used: usize,
-    },
-    /// The beginning of one, or nothing.
+    /// An empty line before a request; it is skipped (RFC 9112, section 2.2). It belongs to no request,
+    /// so the connection is quiescent after it.
+    Blank { used: usize },
+    /// An incomplete request, or nothing.
     Partial {
         /// The client waits for [`CONTINUE`] before it sends the body.
         waits: bool,
     },
-    /// To be answered and closed: what follows can't be told from the rest of this request.
+    /// Answer it and close the connection, because the end of this request is unknown.
     Refused(RejectedRequest),
 }
 
-/// How far an unfinished request was looked at.
+/// How far an incomplete request was parsed.
 #[derive(Debug, Default)]
 pub struct ParseProgress {
-    /// No newline ends the head before this byte.
+    /// No line feed ends the head before this byte.
     scanned: usize,
-    /// Where the line at `scanned` began.
+    /// The beginning of the line at `scanned`.
     line: usize,
     head: Option<RequestHead>,
-    /// Where the first chunk that is not whole begins, counted from the body's first byte, and
-    /// how much those before it held.
+    /// Where the first incomplete chunk begins, counted from the first byte of the body, and the content
+    /// length of the chunks before it.
     chunk: (usize, usize),
-    /// The client was asked to go on, or went on by itself.
+    /// [`CONTINUE`] was sent, or the client sent the body without it.
     continued: bool,
 }
 
 impl ParseProgress {
-    /// Whether the client, which has sent so many bytes of its request, waits for [`CONTINUE`] before it sends
-    /// the body.
+    /// Returns whether the client waits for [`CONTINUE`] before it sends the body. `sent` is the number
+    /// of bytes of its request that it has sent.
     pub fn waits(&self, sent: usize) -> bool {
         let is_asked = |head: &RequestHead| head.expects && sent == head.length;
         !self.continued && self.head.as_ref().is_some_and(is_asked)
     }
 
-    /// Remembers that [`CONTINUE`] was sent.
+    /// Returns whether no line of a request was parsed.
+    pub fn is_unused(&self) -> bool {
+        self.line == 0
+    }
+
+    /// Records that [`CONTINUE`] was sent.
     pub fn continued(&mut self) {
         self.continued = true;
     }
 }
 
-/// Reads the request at the head of `bytes`, which are those of the last time and more.
+/// Decodes the request at the beginning of `bytes`: those of the last call and possibly more.
 pub fn decode<'a>(
     bytes: &'a [u8],
     progress: &mut ParseProgress,
@@ -141,13 +143,13 @@ fn whole<'a>(
     Ok(Some((head, body, used)))
 }
 
-/// The body out of chunks that are known to be whole.
+/// Joins complete chunks to a body.
 fn gathered(rest: &[u8], total: usize, limit: usize) -> Result<Vec<u8>, RejectedRequest> {
     let mut body = Vec::new();
     if body.try_reserve_exact(total).is_err() {
         return Err(RejectedRequest::new(
             413,
-            "there is no memory for this body now",
+            "there is not enough memory for this body now",
         ));
     }
     let (mut at, mut again) = (0, 0);
@@ -157,8 +159,8 @@ fn gathered(rest: &[u8], total: usize, limit: usize) -> Result<Vec<u8>, Rejected
     Ok(body)
 }
 
-/// Where the head ends, once its last line is there. Every line ends with CR LF, and no CR
-/// stands elsewhere: what other servers are lenient about is what requests are smuggled with.
+/// Returns where the head ends, once its last line has arrived. Every line must end with CR LF, and CR
+/// must not occur elsewhere, because lenient parsing of these allows request smuggling.
 fn head_end(bytes: &[u8], progress: &mut ParseProgress) -> Result<Option<usize>, RejectedRequest> {
     let seen = &bytes[..bytes.len().min(HEAD_MAX)];
     while let Some(found) = memchr(b'\n', seen.get(progress.scanned..).unwrap_or_default()) {

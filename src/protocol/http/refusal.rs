@@ -1,29 +1,31 @@
-//! Names the limits of a request and the answer to a request that is not served.
+//! Defines the limits of a request and the answer to a refused request.
 
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 
-/// The most bytes of a head, request line included, and of a trailer section.
+/// The most bytes of a head, including the request line, and of a trailer section.
 pub const HEAD_MAX: usize = 16 * 1024;
 
-/// What a server allows.
+/// The limits of the server.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestLimits<'r> {
     /// The most bytes of a body.
     pub body: usize,
-    /// The origins whose pages may call.
+    /// The origins whose web pages may call.
     pub origins: &'r [String],
+    /// Whether the trace context of a request is read.
+    pub traces: bool,
 }
 
 #[derive(Debug, Clone)]
 pub struct RejectedRequest {
     pub status: u16,
-    /// What the response says.
+    /// The error in the response.
     pub error: RpcError,
 }
 
 impl RejectedRequest {
-    /// Two statuses speak of size, the others of a request that is none.
+    /// Statuses 413 and 431 mean that it is too large; all others that it is invalid.
     pub(super) fn new(status: u16, message: impl Into<String>) -> Self {
         let code = match status {
             413 | 431 => Code::TooLarge,

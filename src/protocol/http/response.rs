@@ -1,17 +1,17 @@
-//! Responses: an answer with a head before it.
+//! Encodes responses: an answer with a head before it.
 
 use super::super::code::Code;
 use super::date::HttpDate;
 use std::io::Write;
 
-/// How a request is to be responded to.
+/// How to respond to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ResponseOptions {
-    /// It spoke HTTP/1.0, where a connection ends unless both sides say otherwise.
+    /// The request has HTTP/1.0, where a connection ends unless both sides want to keep it.
     pub old: bool,
-    /// It asked for the head alone.
+    /// The request asks only for the head (HEAD).
     pub bodiless: bool,
-    /// The number of the listed origin that it came from.
+    /// The index of the listed origin that it came from.
     pub origin: Option<u16>,
 }
 
@@ -24,7 +24,7 @@ pub struct ResponseContext<'a> {
     pub date: HttpDate,
 }
 
-/// The status of an error in the plain form.
+/// Returns the status of an error in the plain form.
 pub fn status_of(code: i64) -> u16 {
     match Code::from_number(code) {
         Some(Code::ParseError | Code::InvalidRequest | Code::InvalidParams) => 400,
@@ -37,8 +37,8 @@ pub fn status_of(code: i64) -> u16 {
     }
 }
 
-/// Makes a response of the body that was appended to `out` from `mark` on. `close` tells the
-/// client that nothing follows on this connection.
+/// Turns the body that was appended to `out` from `mark` on into a response. `close` says that nothing
+/// follows on this connection.
 pub fn finish(
     out: &mut Vec<u8>,
     mark: usize,
@@ -52,13 +52,15 @@ pub fn finish(
         out.truncate(mark);
     }
     let end = out.len();
-    let (reason, date) = (reason(status), about.date);
-    let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\n");
+    out.extend_from_slice(b"HTTP/1.1 ");
+    out.extend_from_slice(status_line(status).as_bytes());
+    out.extend_from_slice(b"\r\nDate: ");
+    about.date.append_to(out);
+    out.extend_from_slice(b"\r\n");
     if status != 204 {
-        let _ = write!(
-            out,
-            "Content-Type: application/json\r\nContent-Length: {body}\r\n"
-        );
+        out.extend_from_slice(b"Content-Type: application/json\r\nContent-Length: ");
+        out.extend_from_slice(itoa::Buffer::new().format(body).as_bytes());
+        out.extend_from_slice(b"\r\n");
     }
     match status {
         405 => out.extend_from_slice(b"Allow: POST\r\n"),
@@ -78,7 +80,7 @@ pub fn finish(
         out.extend_from_slice(b"Connection: keep-alive\r\n");
     }
     out.extend_from_slice(b"\r\n");
-    // The length of the body is known last and told first.
+    // The length of the body is only known now, but belongs before it.
     let head = out.len() - end;
     out[mark..].rotate_right(head);
 }
@@ -99,22 +101,23 @@ pub fn preflight(
     );
 }
 
-fn reason(status: u16) -> &'static str {
+/// The status and its reason phrase.
+fn status_line(status: u16) -> &'static str {
     match status {
-        200 => "OK",
-        204 => "No Content",
-        400 => "Bad Request",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        413 => "Content Too Large",
-        415 => "Unsupported Media Type",
-        417 => "Expectation Failed",
-        431 => "Request Header Fields Too Large",
-        499 => "Client Closed Request",
-        501 => "Not Implemented",
-        503 => "Service Unavailable",
-        504 => "Gateway Timeout",
-        _ => "Internal Server Error",
+        200 => "200 OK",
+        204 => "204 No Content",
+        400 => "400 Bad Request",
+        403 => "403 Forbidden",
+        404 => "404 Not Found",
+        405 => "405 Method Not Allowed",
+        413 => "413 Content Too Large",
+        415 => "415 Unsupported Media Type",
+        417 => "417 Expectation Failed",
+        431 => "431 Request Header Fields Too Large",
+        499 => "499 Client Closed Request",
+        501 => "501 Not Implemented",
+        503 => "503 Service Unavailable",
+        504 => "504 Gateway Timeout",
+        _ => "500 Internal Server Error",
     }
 }

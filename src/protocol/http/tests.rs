@@ -7,6 +7,7 @@ use proptest::prelude::*;
 const RULES: RequestLimits<'static> = RequestLimits {
     body: 40,
     origins: &[],
+    traces: true,
 };
 
 const ABOUT: ResponseContext<'static> = ResponseContext {
@@ -16,8 +17,8 @@ const ABOUT: ResponseContext<'static> = ResponseContext {
 
 type Session = (Vec<(String, Vec<u8>)>, Option<u16>, usize);
 
-/// What some bytes are when they come in two pieces: each request's ask and body, and the status
-/// of the refusal that ended it.
+/// Decodes bytes that arrive in two pieces: the kind and body of each request, and the status of the
+/// refusal that ended it.
 fn read(bytes: &[u8], split: usize) -> Session {
     let (mut found, mut at, mut progress) = (Vec::new(), 0, ParseProgress::default());
     for end in [split, bytes.len()] {
@@ -48,6 +49,29 @@ const SESSION: &str = "POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{
                        GET / HTTP/1.1\r\nHost: x\r\n\r\n";
 
 #[test]
+fn only_the_transfer_coding_chunked_is_accepted() {
+    let status = |codings: &str| {
+        let head = "POST / HTTP/1.1\r\nHost: x\r\n";
+        let body = "\r\n2\r\n{}\r\n0\r\n\r\n";
+        read(format!("{head}{codings}{body}").as_bytes(), 0).1
+    };
+    for codings in ["chunked", "Chunked", " chunked\t"] {
+        assert_eq!(status(&format!("Transfer-Encoding:{codings}\r\n")), None);
+    }
+    for codings in ["identity, chunked", "gzip, chunked", ", chunked"] {
+        let found = status(&format!("Transfer-Encoding: {codings}\r\n"));
+        assert_eq!(found, Some(501), "{codings}");
+    }
+    let two = "Transfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n";
+    assert_eq!(status(two), Some(501));
+    // Where the body ends is in doubt.
+    for codings in ["identity", "chunked, identity", "chunked, chunked", ""] {
+        let found = status(&format!("Transfer-Encoding: {codings}\r\n"));
+        assert_eq!(found, Some(400), "{codings}");
+    }
+}
+
+#[test]
 fn requests_are_the_same_in_every_split() {
     let whole = read(SESSION.as_bytes(), 0);
     let asks: Vec<&str> = whole.0.iter().map(|(ask, _)| &**ask).collect();
@@ -59,7 +83,7 @@ fn requests_are_the_same_in_every_split() {
 }
 
 #[test]
-fn bodies_are_limited_before_they_come() {
+fn bodies_are_limited_before_they_arrive() {
     let head = "POST / HTTP/1.1\r\nHost: x\r\n";
     for (rest, status) in [
         ("Content-Length: 40\r\n\r\n", None),
@@ -82,7 +106,7 @@ fn bodies_are_limited_before_they_come() {
 }
 
 #[test]
-fn a_response_tells_its_length_and_whether_it_is_the_last() {
+fn a_response_has_its_length_and_whether_it_is_the_last() {
     let mut out = b"before".to_vec();
     out.extend_from_slice(b"{}");
     response::finish(&mut out, 6, ResponseOptions::default(), 503, true, ABOUT);
@@ -107,15 +131,14 @@ fn a_response_tells_its_length_and_whether_it_is_the_last() {
 
 proptest! {
     #[test]
-    fn no_bytes_are_more_than_a_refusal(bytes in prop::collection::vec(any::<u8>(), 0..200), split: prop::sample::Index) {
+    fn any_bytes_are_at_most_refused(bytes in prop::collection::vec(any::<u8>(), 0..200), split: prop::sample::Index) {
         let split = split.index(bytes.len() + 1);
         prop_assert_eq!(read(&bytes, split), read(&bytes, 0));
     }
 
-    /// A damaged session is read alike in every split: whatever is refused, it is refused for what
-    /// it is and not for how it came.
+    /// A damaged session gives the same result in every split.
     #[test]
-    fn damage_is_judged_alike_in_every_split(
+    fn a_damaged_session_gives_the_same_result_in_every_split(
         at: prop::sample::Index, with in "[\r\n :;,0-9a-fx\t]{0,3}", cut in 0..4usize, split: prop::sample::Index,
     ) {
         let mut bytes = SESSION.as_bytes().to_vec();

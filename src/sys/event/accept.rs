@@ -1,54 +1,51 @@
 //! Accepts connections from shared listeners and from the adoption queue, in fair shares.
 
-#![allow(unsafe_code)]
-
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{SockFlag, accept4};
 
 use super::io_progress::{IoProgress, PendingAccept};
 use crate::sys::{closer, memory_file, socket};
 
-/// Accepts after which a worker goes to the end of the kernel's queue of waiters. EPOLLEXCLUSIVE
-/// wakes the first of that queue, so without this one worker would get all that comes slowly;
-/// a smaller number is fairer, and costs two epoll_ctl(2) per that many accepts.
+/// The number of accepts after which a worker goes to the end of the kernel's queue of waiters.
+/// EPOLLEXCLUSIVE wakes the first of that queue. Without this, one worker would get all connections that
+/// arrive slowly. A smaller number is fairer, but each round costs two calls of epoll_ctl(2).
 pub(super) const FAIR_SHARE: u32 = 8;
 
-/// Event data from here up to that of watches are sources of connections.
+/// Event data from here up to the watches are sources of connections.
 pub(super) const LISTENER_BASE: u64 = u64::MAX - 0xFF_FFFF;
 
-/// How connections come out of a source.
+/// How a source delivers connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SourceKind {
     /// A listening socket: accept4(2).
     Listener,
-    /// A packet socket whose packets carry them: recvmsg(2).
+    /// A packet socket whose packets carry connections: recvmsg(2).
     Queue,
 }
 
-/// One source of connections, shared with the sibling workers.
+/// A source of connections, shared with the sibling workers.
 #[derive(Debug)]
 struct AcceptSource {
     fd: Rc<OwnedFd>,
     kind: SourceKind,
     watched: bool,
-    /// Accepts since this worker was last put at the end of the kernel's queue of waiters.
+    /// The number of accepts since this worker was last put at the end of the kernel's queue of waiters.
     accepts: u32,
 }
 
-/// What one attempt to accept gave.
+/// The result of one attempt to accept.
 pub(super) enum Taken {
     /// A client connected.
     Fresh(OwnedFd),
-    /// A sibling passed a connection on: its socket, the length of the packet, a second descriptor.
+    /// A sibling handed a connection over: its socket, the length of the packet, a second descriptor.
     Adopted(OwnedFd, usize, Option<OwnedFd>),
     Nothing,
-    /// This source is not watched: the driver paused it since the wake-up.
+    /// This source is not watched, because the driver paused it after the wake-up.
     Paused,
     /// A connection that failed before it was accepted.
     Gone,
@@ -60,7 +57,7 @@ pub(super) enum Taken {
 #[derive(Debug, Default)]
 pub(super) struct AcceptSources {
     sources: Vec<AcceptSource>,
-    /// The adoption queue stays unwatched, also when the rest is resumed.
+    /// Whether the adoption queue stays unwatched, even when the other sources are resumed.
     is_queue_left: bool,
 }
 
@@ -80,13 +77,12 @@ impl AcceptSources {
         self.sources.push(source(SourceKind::Queue, queue));
     }
 
-    /// The number of sources.
     pub fn len(&self) -> usize {
         self.sources.len()
     }
 
     /// Watches all sources again, except a queue that was left. Returns whether another process had made
-    /// a listener wait in accept4(2).
+    /// a listener block in accept4(2).
     ///
     /// # Errors
     /// If epoll refuses one.
@@ -102,7 +98,8 @@ impl AcceptSources {
         Ok(was_blocking)
     }
 
-    /// Sets O_NONBLOCK of the listeners, which another process can have cleared. Returns whether that was so.
+    /// Sets O_NONBLOCK of the listeners, because another process can clear it. Returns whether it was
+    /// cleared.
     ///
     /// # Errors
     /// If fcntl(2) fails.
@@ -117,12 +114,12 @@ impl AcceptSources {
         Ok(was_blocking)
     }
 
-    /// Watches nothing until `resume`. Siblings continue to accept.
+    /// Watches no source until `resume`. Siblings continue to accept.
     pub fn pause(&mut self, epoll: &Epoll) {
         self.pause_kind(epoll, None);
     }
 
-    /// Adopts connections of siblings, or stops until called again. Listeners stay as they are.
+    /// Starts or stops adopting connections of siblings. Listeners stay as they are.
     pub fn set_adopting(&mut self, adopts: bool, epoll: &Epoll) {
         self.is_queue_left = !adopts;
         if !adopts {
@@ -147,7 +144,7 @@ impl AcceptSources {
         }
     }
 
-    /// Forgets the listening sockets, and the queue unless `keep_queue`.
+    /// Closes the listening sockets, and the queue unless `keep_queue`.
     pub fn leave(&mut self, keep_queue: bool) {
         self.sources
             .retain(|source| keep_queue && source.kind == SourceKind::Queue);
@@ -157,14 +154,14 @@ impl AcceptSources {
         self.sources.get(index).is_some_and(|source| source.watched)
     }
 
-    /// Whether any source is watched.
+    /// Returns whether any source is watched.
     pub fn is_any_watched(&self) -> bool {
         self.sources.iter().any(|source| source.watched)
     }
 
     fn watch(&mut self, index: usize, epoll: &Epoll) -> io::Result<()> {
         let source = &mut self.sources[index];
-        // EPOLLEXCLUSIVE cannot be changed with EPOLL_CTL_MOD: remove and add is the only way.
+        // EPOLL_CTL_MOD cannot change EPOLLEXCLUSIVE, so it has to be removed and added.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
         let event = EpollEvent::new(flags, LISTENER_BASE + index as u64);
         epoll.add(source.fd.as_fd(), event)?;
@@ -173,7 +170,7 @@ impl AcceptSources {
         Ok(())
     }
 
-    /// Accepts one connection from a source. `packet` has room for what a sibling sends with it.
+    /// Accepts one connection from a source. `packet` receives the bytes that a sibling sends with it.
     pub fn take(
         &mut self,
         index: usize,
@@ -192,7 +189,7 @@ impl AcceptSources {
             progress.comes(pending);
         }
         let taken = match source.kind {
-            SourceKind::Listener => accept_one(&source.fd).map(Taken::Fresh),
+            SourceKind::Listener => socket::accept(&*source.fd).map(Taken::Fresh),
             SourceKind::Queue => take_one(&source.fd, packet),
         };
         match taken {
@@ -205,24 +202,13 @@ impl AcceptSources {
             }
             Err(error) => {
                 if let Some(progress) = progress {
-                    progress.comes(PendingAccept::Nobody);
+                    progress.comes(PendingAccept::None);
                 }
                 match error {
                     Errno::EAGAIN => Taken::Nothing,
-                    // The connection or its network was gone before it was accepted.
-                    Errno::EINTR
-                    | Errno::ECONNABORTED
-                    | Errno::ENETDOWN
-                    | Errno::EPROTO
-                    | Errno::ENOPROTOOPT
-                    | Errno::EHOSTDOWN
-                    | Errno::ENONET
-                    | Errno::EHOSTUNREACH
-                    | Errno::EOPNOTSUPP
-                    | Errno::ENETUNREACH
-                    | Errno::EPERM => Taken::Gone,
+                    error if is_connection_gone(error) => Taken::Gone,
                     error => {
-                        // A level-triggered listener that stays watched would spin at 100 %.
+                        // A level-triggered listener that stays watched would use 100 % CPU.
                         self.pause(epoll);
                         Taken::Failed(error)
                     }
@@ -235,13 +221,32 @@ impl AcceptSources {
     fn requeue(&mut self, index: usize, epoll: &Epoll) {
         let _ = epoll.delete(self.sources[index].fd.as_fd());
         self.sources[index].watched = false;
-        // If memory is short, the next tick's `resume` tries again.
+        // If memory is short, `resume` at the next tick tries again.
         let _ = self.watch(index, epoll);
     }
 }
 
-/// Returns the descriptor if it is of the kind that belongs there. A sibling is not trusted: the close
-/// of another kind may block, so the closer thread does it.
+/// Returns whether an error of accept4(2) means that the connection or its network was gone before it was
+/// accepted, so that the next connection may be accepted.
+pub fn is_connection_gone(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::EINTR
+            | Errno::ECONNABORTED
+            | Errno::ENETDOWN
+            | Errno::EPROTO
+            | Errno::ENOPROTOOPT
+            | Errno::EHOSTDOWN
+            | Errno::ENONET
+            | Errno::EHOSTUNREACH
+            | Errno::EOPNOTSUPP
+            | Errno::ENETUNREACH
+            | Errno::EPERM
+    )
+}
+
+/// Returns the descriptor if it is of the right kind. Otherwise the closer thread closes it: a sibling is
+/// not trusted, and the close of another kind may block.
 fn expect(fd: Option<OwnedFd>, is_right: impl Fn(&OwnedFd) -> bool) -> Option<OwnedFd> {
     let fd = fd?;
     if is_right(&fd) {
@@ -251,16 +256,9 @@ fn expect(fd: Option<OwnedFd>, is_right: impl Fn(&OwnedFd) -> bool) -> Option<Ow
     None
 }
 
-fn accept_one(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = accept4(fd.as_raw_fd(), flags)?;
-    // SAFETY: accept4 has just made this descriptor, nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
-}
-
-/// Takes one packet. Without room for its descriptors it is left for a sibling: received, they
-/// would be lost. What the packet before has left begins with nothing then: whoever finds this one in
-/// there finds it whole.
+/// Receives one packet. If its descriptors cannot be opened, the packet stays in the queue for a sibling,
+/// because they would be lost. The first byte of the buffer is cleared before. So a process that finds a
+/// packet in the buffer finds a whole one.
 fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<Taken, Errno> {
     if !socket::has_room_for_packet(fd) {
         return Err(Errno::EMFILE);
@@ -280,7 +278,7 @@ fn take_one(fd: &OwnedFd, packet: &mut [u8]) -> Result<Taken, Errno> {
     descriptors.for_each(closer::close);
     match socket {
         Some(socket) if rest.is_some() == has_rest => Ok(Taken::Adopted(socket, length, rest)),
-        // A packet without a connection is of no use. The next one may have one.
+        // A packet without a connection is useless, but the next one may have one.
         socket => {
             socket.into_iter().for_each(closer::close);
             Err(Errno::EPROTO)

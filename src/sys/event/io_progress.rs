@@ -1,9 +1,9 @@
-//! What a reactor was doing, in memory that outlives its process: for a twin that takes its
-//! connections over when it has died.
+//! Records the current I/O of a reactor in memory that outlives its process. After its death, the keeper
+//! uses it to take the connections over.
 //!
-//! A process can die between any two of its instructions, so each store here has its place: what is
-//! about to be done is said before it is done, and taken back after what follows from it is said.
-//! The stores are `Release` to keep the compiler from moving them; one thread makes them all.
+//! A process can die between any two instructions, so the order of the stores matters. An operation is
+//! recorded before it starts, and the record is cleared after its result is recorded. The stores are
+//! `Release`, which prevents the compiler from reordering them. Only one thread makes them.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -13,64 +13,64 @@ use super::completion::Token;
 use crate::sys::shared_memory;
 use crate::sys::shared_memory::shared_record;
 
-/// Bytes read at once, for all connections of a reactor together.
+/// The size of the receive buffer, which all connections of a reactor share.
 pub const RECEIVE_BUFFER: usize = 64 * 1024;
 
-/// Nothing owed and nobody there: what a zero says in the fields that hold a number plus one.
+/// The zero value of fields that hold a number plus one: nothing is recorded.
 const NONE: u32 = 0;
 
 shared_record! {
-    /// One place of a reactor. All zero: free.
+    /// The record of one connection. All zero: it is free.
     #[derive(Debug)]
     pub struct ConnectionRecord {
-        /// Whose it is: the token's number plus one. Valid while `fd` is not zero.
+        /// The connection's token as a number, plus one. Valid while `fd` is not zero.
         pub token: AtomicU64,
-        /// Its descriptor plus one; 0 while the place is free. Set last and cleared first.
+        /// Its descriptor plus one; 0 while the record is free. Set last and cleared first.
         pub fd: AtomicU32,
-        /// Bytes for it that the kernel did not take, as a number of `UnsentData`.
+        /// Where the bytes are that the kernel has not taken yet, as a number of `UnsentData`.
         pub owed: AtomicU32,
-        /// What the floors above know of it.
+        /// A note of the layers above.
         pub note: AtomicU32,
-        /// Keeps the next field in its place.
+        /// Padding: keeps the offset of the next field.
         pub spare: AtomicU32,
     }
 }
 
 shared_record! {
-    /// What the loop is at; at most one connection each at any moment.
+    /// The I/O in progress: at most one connection receives and one sends at any time.
     #[derive(Debug)]
     pub struct CurrentIo {
-        /// The place plus one of the connection that bytes are received from.
+        /// The index plus one of the connection that bytes are received from.
         pub receiving: AtomicU32,
-        /// How many have come, plus one; 0 while that is not known.
+        /// The number of bytes received, plus one; 0 while it is unknown.
         pub received: AtomicU32,
-        /// Bytes that had been received from it before: where in its stream the buffer begins.
+        /// The bytes received from it before: the position in its stream at which the buffer begins.
         pub start: AtomicU64,
-        /// How far into its stream the floors above have taken what came.
+        /// The position in its stream up to which the layers above have taken the bytes.
         pub taken: AtomicU64,
-        /// The place plus one of the connection that bytes are sent to.
+        /// The index plus one of the connection that bytes are sent to.
         pub sending: AtomicU32,
-        /// How many the kernel took, plus one; 0 while that is not known.
+        /// The number of bytes that the kernel took, plus one; 0 while it is unknown.
         pub sent: AtomicU32,
-        /// Bytes that it had taken before.
+        /// The bytes that the kernel had taken before.
         pub before: AtomicU64,
-        /// Bytes that it is given.
+        /// The bytes passed to this send.
         pub length: AtomicU64,
-        /// A connection is coming in, as a number of `PendingAccept`.
+        /// A connection that is being accepted, as a number of `PendingAccept`.
         pub accepting: AtomicU32,
-        /// Keeps the size a multiple of eight.
+        /// Padding: keeps the size a multiple of eight.
         pub spare: AtomicU32,
     }
 }
 
-/// Where bytes are that a connection is still to be sent.
+/// Where the unsent bytes of a connection are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnsentData {
     /// There are none.
     Nothing = 0,
-    /// In the process.
+    /// In the memory of the process.
     Here = 1,
-    /// In the room for packets: they came along with it.
+    /// In the packet buffer: they came with the connection.
     InPacket = 2,
 }
 
@@ -84,76 +84,76 @@ impl UnsentData {
     }
 }
 
-/// How a connection comes in that has no place yet.
+/// How a connection is being accepted that has no record yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PendingAccept {
-    /// None does.
-    Nobody = 0,
-    /// A client has connected: nothing was read from it.
+    /// There is none.
+    None = 0,
+    /// A client has connected. Nothing was read from it.
     Fresh = 1,
-    /// A sibling has passed it on: what came along with it is in the room for packets.
+    /// A sibling has handed it over. Its packet is in the packet buffer.
     Used = 2,
 }
 
 impl PendingAccept {
     pub fn of(number: u32) -> Self {
         match number {
-            0 => PendingAccept::Nobody,
+            0 => PendingAccept::None,
             1 => PendingAccept::Fresh,
             _ => PendingAccept::Used,
         }
     }
 }
 
-/// Both, and the buffer that bytes are received into.
+/// The records of all connections and of the current I/O.
 #[derive(Debug, Clone, Copy)]
 pub struct IoProgress {
-    /// What the loop is at.
     pub moment: &'static CurrentIo,
-    /// By `Token::index`.
-    pub seats: &'static [ConnectionRecord],
+    /// The records of the connections, by `Token::index`.
+    pub records: &'static [ConnectionRecord],
 }
 
 impl IoProgress {
-    /// A witness for so many connections, and the reactor's buffer, with room for a packet of `longest`
-    /// bytes at its end. A connection that finds no place is served like any other, and not seen here.
+    /// Creates a record of `connections` connections, and the reactor's receive buffer, which ends with
+    /// room for a packet of `longest` bytes. A connection without a record is served like any other, but
+    /// the keeper cannot recover it.
     ///
     /// # Errors
-    /// When there is no memory to be had.
+    /// If there is not enough memory.
     pub fn new(connections: usize, longest: usize) -> io::Result<(Self, &'static mut [u8])> {
         let length = |length| NonZeroUsize::new(length).unwrap_or(NonZeroUsize::MIN);
         let moment = shared_memory::array_without_file::<CurrentIo>(NonZeroUsize::MIN)?;
         Ok((
             IoProgress {
                 moment: &moment[0],
-                seats: shared_memory::array_without_file(length(connections))?,
+                records: shared_memory::array_without_file(length(connections))?,
             },
             shared_memory::bytes(length(RECEIVE_BUFFER + longest))?,
         ))
     }
 
-    pub fn seat(&self, token: Token) -> Option<&'static ConnectionRecord> {
-        self.seats.get(token.index())
+    pub fn record(&self, token: Token) -> Option<&'static ConnectionRecord> {
+        self.records.get(token.index())
     }
 
     pub(super) fn opened(&self, token: Token, fd: i32, (owed, note): (UnsentData, u32)) {
-        if let Some(seat) = self.seat(token) {
-            seat.owed.store(owed as u32, Release);
-            seat.note.store(note, Release);
-            seat.token.store(token.0 + 1, Release);
-            seat.fd.store(fd as u32 + 1, Release);
+        if let Some(record) = self.record(token) {
+            record.owed.store(owed as u32, Release);
+            record.note.store(note, Release);
+            record.token.store(token.0 + 1, Release);
+            record.fd.store(fd as u32 + 1, Release);
         }
-        self.comes(PendingAccept::Nobody);
+        self.comes(PendingAccept::None);
     }
 
     pub(super) fn comes(&self, coming: PendingAccept) {
         self.moment.accepting.store(coming as u32, Release);
     }
 
-    /// Before its descriptor is closed, for its number may be another one's at once.
+    /// Call it before the descriptor is closed, because its number may be reused at once.
     pub(super) fn closes(&self, token: Token) {
-        if let Some(seat) = self.seat(token) {
-            seat.fd.store(NONE, Release);
+        if let Some(record) = self.record(token) {
+            record.fd.store(NONE, Release);
         }
     }
 
@@ -186,12 +186,12 @@ impl IoProgress {
     }
 
     pub(super) fn owes(&self, token: Token, owed: UnsentData) {
-        if let Some(seat) = self.seat(token) {
-            seat.owed.store(owed as u32, Release);
+        if let Some(record) = self.record(token) {
+            record.owed.store(owed as u32, Release);
         }
     }
 
-    /// To be called once what was sent needs no answer any more.
+    /// Call it when the layers above have recorded the result of the send.
     pub fn clear_send(&self) {
         self.moment.sending.store(NONE, Release);
     }

@@ -1,16 +1,15 @@
 //! Event layer: reports what happens at sockets as completions, over epoll.
 //!
-//! The layers above never see readiness. They learn that a connection was accepted, that bytes were
-//! received, that bytes were sent. Received bytes are lent for the length of the call, so an idle
-//! connection owns no buffer.
+//! The layers above never see readiness. They learn that a connection was accepted, and that bytes were
+//! received or sent. Received bytes are lent during the call, so an idle connection owns no buffer.
 //!
 //! Three rules keep the loop from spinning:
-//! - Interest in writing exists only while something waits to be written.
+//! - Interest in writing exists only while bytes wait to be written.
 //! - A connection whose end was seen is not read again.
 //! - A listener that cannot accept (no descriptor left) is removed until `resume_listeners`.
 //!
-//! Errors of one connection are a completion. Only `Reactor::new` and `Reactor::poll_once` fail,
-//! when epoll itself does.
+//! An error of a connection is a completion. Only `Reactor::new` and `Reactor::poll_once` fail, if epoll
+//! itself fails.
 
 mod accept;
 mod completion;
@@ -21,6 +20,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
+pub use accept::is_connection_gone;
 pub use completion::{Completion, Interest, Token};
 pub use io_progress::{IoProgress, UnsentData};
 pub use reactor::{Driver, Reactor};

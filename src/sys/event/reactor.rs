@@ -17,19 +17,19 @@ use super::socket::Socket;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::{clone_files, closer, socket as sockets};
 
-/// Events taken from the kernel at once.
+/// The most events taken from the kernel at once.
 const BATCH: usize = 256;
 
-/// The events' data from here up are not connections.
+/// Event data from here up belong to watches, not to connections.
 const WATCH_BASE: u64 = u64::MAX - 0xFFFF;
 
-/// Where a stream stands of which nobody knows: behind all that a kernel has counted, so that what was
-/// received or sent can't be told by counting from here.
+/// The stream position of an adopted connection. It lies behind every count of a kernel, so a calculation
+/// from here cannot give a plausible result.
 const UNKNOWN: (u64, u64) = (u64::MAX / 2, u64::MAX / 2);
 
 /// Receives the completions of a [`Reactor`].
 pub trait Driver {
-    /// Called once a turn, after the wait and before the completions: time has passed.
+    /// Called once per turn, after the wait and before the completions, because time has passed.
     fn woken(&mut self) {}
 
     /// Called once for each completion.
@@ -42,28 +42,28 @@ pub struct Reactor {
     epoll: Epoll,
     sockets: Slab<Socket>,
     sources: AcceptSources,
-    /// Clients may connect over a unix socket.
+    /// Whether clients may connect over a unix socket.
     has_unix: bool,
     watched: Vec<(u16, OwnedFd)>,
-    /// Failures met outside of `poll_once`, told in the next one.
+    /// Failures that occurred outside `poll_once`; the next `poll_once` reports them.
     failures: Vec<(Token, io::Error)>,
     next_tag: u32,
     buffer: &'static mut [u8],
-    /// Room for what siblings pass on.
+    /// Receives the packets of siblings.
     packet: &'static mut [u8],
-    /// Who sees what this reactor does, if anybody.
-    witness: Option<IoProgress>,
+    /// Where the current I/O is recorded, if at all.
+    progress: Option<IoProgress>,
     events: Vec<EpollEvent>,
-    /// Times that a listener was readable and somebody else had taken the connection.
+    /// How often a listener was readable but another worker had taken the connection.
     pub spurious_wakes: u64,
 }
 
 impl Reactor {
-    /// A reactor with its own epoll: to be made after fork, because an inherited one would be
-    /// shared with the parent.
+    /// Creates a reactor with its own epoll instance. Call it after the fork, because an inherited
+    /// instance would be shared with the parent.
     ///
     /// # Errors
-    /// When there is no descriptor left.
+    /// If no descriptor is left.
     pub fn new() -> io::Result<Self> {
         Ok(Reactor {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
@@ -73,24 +73,24 @@ impl Reactor {
             watched: Vec::new(),
             failures: Vec::new(),
             next_tag: 0,
-            // A reactor lives as long as its process, or its thread.
+            // A reactor lives as long as its process or thread.
             buffer: Vec::leak(vec![0; RECEIVE_BUFFER]),
             packet: &mut [],
-            witness: None,
+            progress: None,
             events: vec![EpollEvent::empty(); BATCH],
             spurious_wakes: 0,
         })
     }
 
-    /// Lets a witness see what this reactor does from now on, and receives into `buffer`, which is of the
-    /// witness's making. To be called before there is a connection.
-    pub fn attach_progress(&mut self, witness: IoProgress, buffer: &'static mut [u8]) {
-        self.witness = Some(witness);
+    /// Records the I/O of this reactor in `progress` from now on, and receives into its `buffer`. Call it
+    /// before there is a connection.
+    pub fn attach_progress(&mut self, progress: IoProgress, buffer: &'static mut [u8]) {
+        self.progress = Some(progress);
         (self.buffer, self.packet) = buffer.split_at_mut(RECEIVE_BUFFER);
     }
 
-    /// Reports `Readable` with the number `watch` while `fd` is ready for what `interest` says
-    /// (level-triggered). If this number is watched already, `fd` must be the same.
+    /// Reports `Readable` with the number `watch` while `fd` is ready for `interest` (level-triggered).
+    /// If this number is already watched, `fd` must be the same.
     ///
     /// # Errors
     /// If epoll refuses it, or no descriptor is left.
@@ -104,14 +104,13 @@ impl Reactor {
         if let Some((_, fd)) = self.watched.iter().find(|(number, _)| *number == watch) {
             return Ok(self.epoll.modify(fd, &mut event)?);
         }
-        // A duplicate that the reactor owns, so the watch cannot outlive its descriptor.
+        // The reactor owns this duplicate, so the watch cannot outlive its descriptor.
         let fd = fd.as_fd().try_clone_to_owned()?;
         self.epoll.add(&fd, event)?;
         self.watched.push((watch, fd));
         Ok(())
     }
 
-    /// Stops watching what is watched under `watch`.
     pub fn unwatch(&mut self, watch: u16) {
         self.watched.retain(|(number, fd)| {
             let found = *number == watch;
@@ -122,42 +121,43 @@ impl Reactor {
         });
     }
 
-    /// Makes a connection of a client's socket, which has to be non-blocking, and reads from it.
+    /// Makes a connection of a client's non-blocking socket, and reads from it.
     ///
     /// # Errors
-    /// When epoll refuses it (ENOMEM, ENOSPC); the socket is closed then.
+    /// If epoll refuses it (ENOMEM, ENOSPC); then the socket is closed.
     pub fn register(&mut self, socket: OwnedFd) -> io::Result<Token> {
         let socket = GuardedSocket::accepted(socket, self.has_unix, closer::close);
         self.insert_socket(socket, (0, 0), (UnsentData::Nothing, 0))
     }
 
-    /// The same with a socket that another process has used before. The witness sees it with this
-    /// note from the beginning, and as one that is owed what came along, until `clear_carried_output` is called.
+    /// Does the same with a socket that another process has used before. The I/O record has this note
+    /// from the beginning. It says that unsent bytes are in the packet until `clear_carried_output` is
+    /// called.
     ///
     /// # Errors
-    /// As of `register`.
+    /// As for `register`.
     pub fn register_adopted(
         &mut self,
         socket: OwnedFd,
         owed: UnsentData,
         note: u32,
     ) -> io::Result<Token> {
-        // Its sender may have cleared the flag.
+        // The sender may have cleared the flag.
         sockets::restore_nonblocking(&socket)?;
         let socket = GuardedSocket::received(socket, closer::close);
         let passed = self
-            .witness
+            .progress
             .and_then(|_| clone_files::stream_offsets(&socket));
         self.insert_socket(socket, passed.unwrap_or(UNKNOWN), (owed, note))
     }
 
-    /// What came along with a connection is where it belongs.
+    /// Records that the bytes that came with a connection are no longer needed in the packet.
     pub fn clear_carried_output(&mut self, token: Token) {
         let owes = self.unsent(token) > 0;
-        if let Some(witness) = self.witness
+        if let Some(progress) = self.progress
             && self.socket(token).is_some()
         {
-            witness.owes(
+            progress.owes(
                 token,
                 if owes {
                     UnsentData::Here
@@ -180,10 +180,10 @@ impl Reactor {
         let interest = EpollFlags::EPOLLIN;
         self.epoll
             .add(&socket, EpollEvent::new(interest, token.0))?;
-        // The upper end of the numbers belongs to listeners and watches.
+        // The upper numbers belong to listeners and watches.
         self.next_tag = (tag + 1) % 0xFFFF_0000;
-        if let Some(witness) = &self.witness {
-            witness.opened(token, socket.as_raw_fd(), seen);
+        if let Some(progress) = &self.progress {
+            progress.opened(token, socket.as_raw_fd(), seen);
         }
         entry.insert(Socket {
             fd: socket,
@@ -206,7 +206,7 @@ impl Reactor {
         self.sockets.len()
     }
 
-    /// Reads from a connection, or leaves what comes in the kernel so that the peer is held back.
+    /// Reads from a connection, or leaves its bytes in the kernel, which slows the peer down.
     pub fn set_reading(&mut self, token: Token, reading: bool) {
         if let Some(socket) = self.socket(token)
             && socket.reading != reading
@@ -216,11 +216,11 @@ impl Reactor {
         }
     }
 
-    /// Sends `bytes`, after what still waits. What the kernel does not take at once is kept, and
-    /// told by `Sent` when it goes; `bytes` comes back empty, its capacity where it was not
-    /// needed.
+    /// Sends `bytes` after those that still wait. Bytes that the kernel does not take at once are kept,
+    /// and `Sent` is reported when they are sent. `bytes` is empty afterwards; it keeps its capacity if
+    /// that was not needed.
     pub fn send(&mut self, token: Token, bytes: &mut Vec<u8>) {
-        let witness = self.witness;
+        let progress = self.progress;
         let Some(socket) = self.socket(token) else {
             return bytes.clear();
         };
@@ -231,21 +231,21 @@ impl Reactor {
             socket.unsent.append(bytes);
             return bytes.clear();
         }
-        if let Some(witness) = &witness {
-            witness.begin_send(token, socket.sent_in_all, bytes.len());
+        if let Some(progress) = &progress {
+            progress.begin_send(token, socket.sent_in_all, bytes.len());
         }
         match socket.send_some(bytes) {
             Ok(sent) if sent == bytes.len() => {
                 socket.sent_in_all += sent as u64;
-                if let Some(witness) = &witness {
-                    witness.end_send(sent);
+                if let Some(progress) = &progress {
+                    progress.end_send(sent);
                 }
                 bytes.clear();
             }
             Ok(sent) => {
                 socket.sent_in_all += sent as u64;
-                if let Some(witness) = &witness {
-                    witness.owes(token, UnsentData::Here);
+                if let Some(progress) = &progress {
+                    progress.owes(token, UnsentData::Here);
                 }
                 socket.unsent.fill(bytes, sent);
                 self.update(token);
@@ -261,7 +261,7 @@ impl Reactor {
         }
     }
 
-    /// Bytes given to `send` that the kernel has not taken.
+    /// Returns the number of bytes given to `send` that the kernel has not taken.
     pub fn unsent(&self, token: Token) -> usize {
         match self.sockets.get(token.index()) {
             Some(socket) => socket.unsent.len(),
@@ -269,13 +269,13 @@ impl Reactor {
         }
     }
 
-    /// The memory in bytes that these need.
+    /// Returns the memory in bytes that they use.
     pub fn unsent_memory(&self, token: Token) -> usize {
         let socket = self.sockets.get(token.index());
         socket.map_or(0, |socket| socket.unsent.memory())
     }
 
-    /// Tells the peer that nothing more will come (shutdown(2)).
+    /// Ends the sending direction of a connection (shutdown(2)).
     pub fn shutdown(&mut self, token: Token) {
         if let Some(socket) = self.socket(token) {
             let _ = nix::sys::socket::shutdown(
@@ -285,15 +285,15 @@ impl Reactor {
         }
     }
 
-    /// Closes a connection; what was not sent is lost.
+    /// Closes a connection. Unsent bytes are lost.
     pub fn close(&mut self, token: Token) {
         if self.socket(token).is_some() {
-            if let Some(witness) = &self.witness {
-                witness.closes(token);
+            if let Some(progress) = &self.progress {
+                progress.closes(token);
             }
             let socket = self.sockets.remove(token.index());
-            // A child of a handler may hold a duplicate for a moment, which would keep the
-            // descriptor in epoll: take it out before it is closed (epoll(7), question 6).
+            // A child of a handler may briefly hold a duplicate, which would keep the descriptor in
+            // epoll. So remove it before the close (epoll(7), question 6).
             let _ = self.epoll.delete(&socket.fd);
         }
     }
@@ -303,8 +303,8 @@ impl Reactor {
         (Token::new(token.index(), socket.tag) == token).then_some(&socket.fd)
     }
 
-    /// Accepts from `listeners`, and adopts what siblings send through `queue` in packets of at
-    /// most `longest` bytes.
+    /// Accepts from `listeners`, and adopts connections that siblings send through `queue` in packets of
+    /// at most `longest` bytes.
     ///
     /// # Errors
     /// If epoll refuses one.
@@ -321,8 +321,8 @@ impl Reactor {
         self.resume_listeners().map(drop)
     }
 
-    /// Watches the listeners again, after `AcceptFailed` or `pause_listeners`. Returns whether another
-    /// process had made one of them wait in accept4(2), which is undone.
+    /// Watches the listeners again, after `AcceptFailed` or `pause_listeners`. If another process had
+    /// made one of them block in accept4(2), this makes it non-blocking again and returns `true`.
     ///
     /// # Errors
     /// If epoll refuses one.
@@ -335,24 +335,24 @@ impl Reactor {
         self.sources.pause(&self.epoll);
     }
 
-    /// Leaves accepting to siblings until `resume_listeners`. Goes on to adopt connections of theirs.
+    /// Leaves accepting to siblings until `resume_listeners`. Continues to adopt their connections.
     pub fn leave_listeners(&mut self) {
         self.sources.leave_listeners(&self.epoll);
     }
 
-    /// Adopts connections of siblings, or stops until called again. Listeners stay as they are.
+    /// Starts or stops adopting connections of siblings. Listeners stay as they are.
     pub fn set_adopting(&mut self, adopts: bool) {
         self.sources.set_adopting(adopts, &self.epoll);
     }
 
-    /// Whether any listener is watched.
+    /// Returns whether any listener is watched.
     pub fn is_listening(&self) -> bool {
         self.sources.is_any_watched()
     }
 
-    /// Accepts all connections that wait at the listening sockets and closes those: if the last
-    /// owner closed one with connections waiting, they would be reset. The adoption queue is left
-    /// at once, or kept with `keep_queue`.
+    /// Accepts all connections that wait at the listening sockets, then closes those sockets. If the last
+    /// owner closed one with waiting connections, the kernel would reset them. The adoption queue is
+    /// closed at once, or kept with `keep_queue`.
     pub fn drain_accept_queues(&mut self, keep_queue: bool, driver: &mut impl Driver) {
         if !keep_queue {
             self.sources.pause_queue(&self.epoll);
@@ -364,12 +364,13 @@ impl Reactor {
         }
         self.pause_listeners();
         self.sources.leave(keep_queue);
-        // If memory is short, what is in the queue ends with its last owner.
+        // If memory is short, the kernel closes the queued connections when the last owner closes the
+        // socket.
         let _ = self.resume_listeners();
     }
 
-    /// Accepts a bounded number of waiting connections from every watched listener: a sibling that
-    /// was stopped may have swallowed the wake-up.
+    /// Accepts a bounded number of waiting connections from every watched listener, because a stopped
+    /// sibling may have consumed the wake-up.
     pub fn try_accept(&mut self, driver: &mut impl Driver) {
         let _ = self.sources.restore_nonblocking();
         for index in 0..self.sources.len() {
@@ -385,7 +386,7 @@ impl Reactor {
             let packet = mem::take(&mut self.packet);
             let taken = self
                 .sources
-                .take(index, packet, self.witness.as_ref(), &self.epoll);
+                .take(index, packet, self.progress.as_ref(), &self.epoll);
             match taken {
                 Taken::Fresh(socket) => {
                     self.packet = packet;
@@ -419,11 +420,11 @@ impl Reactor {
         }
     }
 
-    /// Waits at most `timeout_ms` and tells `driver` what has happened. Returns whether more may
-    /// have happened than fits one turn.
+    /// Waits at most `timeout_ms` and reports events to `driver`. Returns whether more events may wait
+    /// than fit in one turn.
     ///
     /// # Errors
-    /// When epoll_wait(2) fails, other than by a signal.
+    /// If epoll_wait(2) fails for another reason than a signal.
     pub fn poll_once(&mut self, timeout_ms: u64, driver: &mut impl Driver) -> io::Result<bool> {
         let timeout = if self.failures.is_empty() {
             u16::try_from(timeout_ms).unwrap_or(u16::MAX)
@@ -467,7 +468,7 @@ impl Reactor {
         buffer: &mut [u8],
         driver: &mut impl Driver,
     ) {
-        let witness = self.witness;
+        let progress = self.progress;
         let broken = flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
         let hung_up = broken && !flags.contains(EpollFlags::EPOLLERR);
         if hung_up {
@@ -481,25 +482,25 @@ impl Reactor {
         if socket.failed {
             return;
         }
-        // What came before the end is read first; the end itself then comes as an error or as
-        // zero bytes.
+        // Bytes before the end are read first. The end then follows as an error or as zero bytes.
         if socket.reading && !socket.ended && (broken || flags.contains(EpollFlags::EPOLLIN)) {
-            if let Some(witness) = &witness {
-                witness.begin_recv(token, socket.received_in_all);
+            if let Some(progress) = &progress {
+                progress.begin_recv(token, socket.received_in_all);
             }
             // EBADMSG: descriptors are attached, so the connection ends.
             match socket.fd.receive(buffer) {
                 Ok(0) => {
-                    if let Some(witness) = &witness {
-                        witness.end_recv(0);
+                    if let Some(progress) = &progress {
+                        progress.end_recv(0);
                     }
                     socket.ended = true;
-                    self.update(token);
                     driver.complete(self, Completion::Ended { token });
+                    // Most connections are closed by now, and need no change in epoll.
+                    self.update(token);
                 }
                 Ok(length) => {
-                    if let Some(witness) = &witness {
-                        witness.end_recv(length);
+                    if let Some(progress) = &progress {
+                        progress.end_recv(length);
                     }
                     socket.received_in_all += length as u64;
                     let bytes = &buffer[..length];
@@ -508,19 +509,19 @@ impl Reactor {
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(error) => self.fail(token, error),
             }
-            if let Some(witness) = &witness {
-                witness.clear_recv();
+            if let Some(progress) = &progress {
+                progress.clear_recv();
             }
         } else if broken && !hung_up {
             self.fail(token, Errno::ECONNRESET);
         }
         if hung_up {
-            self.tell_hang_up(token, driver);
+            self.report_hang_up(token, driver);
         }
     }
 
     fn send_unsent(&mut self, token: Token, driver: &mut impl Driver) {
-        let witness = self.witness;
+        let progress = self.progress;
         let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
             return;
         };
@@ -529,8 +530,8 @@ impl Reactor {
                 socket.unsent.consume(sent);
                 socket.sent_in_all += sent as u64;
                 if socket.unsent.len() == 0 {
-                    if let Some(witness) = &witness {
-                        witness.owes(token, UnsentData::Nothing);
+                    if let Some(progress) = &progress {
+                        progress.owes(token, UnsentData::Nothing);
                     }
                     self.update(token);
                 }
@@ -546,9 +547,9 @@ impl Reactor {
         }
     }
 
-    /// The peer has closed the connection. That is told once everything was read, or if it is not read
-    /// at the moment.
-    fn tell_hang_up(&mut self, token: Token, driver: &mut impl Driver) {
+    /// Reports that the peer has closed the connection, once everything was read or if the connection is
+    /// not being read.
+    fn report_hang_up(&mut self, token: Token, driver: &mut impl Driver) {
         let Some(socket) = self.socket(token).filter(|socket| !socket.failed) else {
             return;
         };
@@ -560,28 +561,28 @@ impl Reactor {
         }
     }
 
-    /// Drops what was to be sent, and from now on whatever is to be sent: the peer takes nothing.
+    /// Drops all unsent bytes, and all bytes sent from now on, because the peer reads nothing.
     fn drop_output(&mut self, token: Token) {
-        let witness = self.witness;
+        let progress = self.progress;
         let Some(socket) = self.socket(token).filter(|socket| !socket.output_closed) else {
             return;
         };
         socket.output_closed = true;
         socket.unsent = SendBuffer::default();
-        if let Some(witness) = &witness {
-            witness.owes(token, UnsentData::Nothing);
+        if let Some(progress) = &progress {
+            progress.owes(token, UnsentData::Nothing);
         }
         self.update(token);
     }
 
-    /// Remembers a failure, to be told at the end of the turn: `send` is called by the driver,
-    /// which must not be called from within.
+    /// Records a failure, to be reported at the end of the turn: the driver calls `send`, so it must not
+    /// be called from there.
     fn fail(&mut self, token: Token, error: Errno) {
         if let Some(socket) = self.socket(token) {
             socket.failed = true;
             socket.ended = true;
             socket.unsent = SendBuffer::default();
-            // EPOLLERR and EPOLLHUP can't be masked: out of epoll altogether.
+            // EPOLLERR and EPOLLHUP cannot be masked, so remove the descriptor from epoll.
             let _ = self.epoll.delete(&self.sockets[token.index()].fd);
             self.failures.push((token, error.into()));
         }

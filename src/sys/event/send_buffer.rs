@@ -1,7 +1,7 @@
 //! Keeps the bytes of one connection that the kernel has not taken yet.
 //!
-//! Its memory stays proportional to those bytes, because a slow reader may leave a small rest of a
-//! large answer for a long time.
+//! Its memory stays proportional to those bytes, because a slow reader may leave a small part of a large
+//! answer unread for a long time.
 
 use std::mem;
 
@@ -14,32 +14,30 @@ pub(super) struct SendBuffer {
 }
 
 impl SendBuffer {
-    /// The number of bytes to be sent.
     pub fn len(&self) -> usize {
         self.bytes.len() - self.sent
     }
 
-    /// The memory that it needs in bytes: at most about twice `len`.
+    /// Returns the memory that it uses in bytes: at most about twice `len`.
     pub fn memory(&self) -> usize {
         self.bytes.len()
     }
 
-    /// The bytes to be sent.
     pub fn pending(&self) -> &[u8] {
         &self.bytes[self.sent..]
     }
 
-    /// Adds `more` behind the bytes that are there.
+    /// Adds `more` behind the existing bytes.
     pub fn append(&mut self, more: &[u8]) {
-        // If the reader always leaves something, the sent part must not grow without end.
+        // If the reader always leaves some bytes, the sent part must not grow without limit.
         if self.sent > self.bytes.len() / 2 {
             self.bytes.drain(..mem::take(&mut self.sent));
         }
         self.bytes.extend_from_slice(more);
     }
 
-    /// Replaces its content by `bytes` without the first `sent` bytes, and leaves `bytes` empty. It takes
-    /// the memory of `bytes` over only if most of that is needed.
+    /// Replaces the content by `bytes` without the first `sent` bytes, and leaves `bytes` empty. It takes
+    /// the memory of `bytes` only if most of it is needed.
     pub fn fill(&mut self, bytes: &mut Vec<u8>, sent: usize) {
         if bytes.capacity() / 2 > bytes.len() - sent {
             *self = SendBuffer {
@@ -54,8 +52,8 @@ impl SendBuffer {
         }
     }
 
-    /// Drops the first `sent` of the bytes to be sent. Frees memory when most of it is not needed any
-    /// more, so each byte is moved a bounded number of times.
+    /// Drops the first `sent` bytes. Frees memory when most of it is unused, so each byte is moved a
+    /// bounded number of times.
     pub fn consume(&mut self, sent: usize) {
         self.sent += sent;
         if self.bytes.capacity() / 2 > self.len() {
@@ -70,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_leave_in_order_and_a_small_rest_keeps_little_memory() {
+    fn bytes_are_sent_in_order_and_a_small_rest_keeps_little_memory() {
         let mut out: Vec<u8> = (0..100_000_u32).map(|n| n as u8).collect();
         let whole = [&out[..], b"more"].concat();
         let mut buffer = SendBuffer::default();

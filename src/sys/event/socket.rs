@@ -1,4 +1,4 @@
-//! Holds the state of one connection's socket: what it waits for, and what is still unsent.
+//! Holds the state of a connection's socket: its interest in events, and its unsent bytes.
 
 use std::os::fd::AsRawFd;
 
@@ -13,28 +13,29 @@ use crate::sys::rights::GuardedSocket;
 pub(super) struct Socket {
     pub fd: GuardedSocket,
     pub tag: u32,
-    /// What epoll watches for; always what `wanted` says after a change.
+    /// The events that epoll watches for. After a change it equals `wanted`.
     pub interest: EpollFlags,
     pub reading: bool,
-    /// The peer's end was seen; there is nothing more to read, ever.
+    /// The end of the peer's stream was seen, so nothing more can be read.
     pub ended: bool,
-    /// A failure was told or is about to be.
+    /// A failure was reported or will be.
     pub failed: bool,
-    /// The peer takes nothing any more: what is to be sent to it is dropped.
+    /// The peer reads nothing any more, so bytes for it are dropped.
     pub output_closed: bool,
-    /// `HungUp` was told: epoll watches the socket only while it is read, as EPOLLHUP can't be masked.
+    /// `HungUp` was reported. EPOLLHUP cannot be masked, so epoll watches the socket only while it is
+    /// read.
     pub hung_up: bool,
     /// Whether epoll watches it.
     pub watched: bool,
-    /// What the kernel did not take yet.
+    /// Bytes that the kernel has not taken yet.
     pub unsent: SendBuffer,
-    /// Bytes of its whole stream that were received and sent; for the witness alone.
+    /// Bytes of the whole stream that were received and sent; used only for the I/O record.
     pub received_in_all: u64,
     pub sent_in_all: u64,
 }
 
 impl Socket {
-    /// What epoll must watch for now.
+    /// Returns the events that epoll must watch for now.
     pub fn wanted(&self) -> EpollFlags {
         let mut wanted = EpollFlags::empty();
         if self.reading && !self.ended {
@@ -48,8 +49,8 @@ impl Socket {
 
     /// Sends what the kernel takes now. Returns the number of bytes: 0 if the socket is full.
     pub fn send_some(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        // MSG_NOSIGNAL: the host program decides whether SIGPIPE is ignored. MSG_DONTWAIT: another process
-        // that has the socket can clear O_NONBLOCK.
+        // MSG_NOSIGNAL: the host program decides whether SIGPIPE is ignored. MSG_DONTWAIT: another
+        // process that has the socket can clear O_NONBLOCK.
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         loop {
             return match send(self.fd.as_raw_fd(), bytes, flags) {

@@ -1,4 +1,4 @@
-//! The reactor against real sockets.
+//! Tests the reactor with real sockets.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::sys::socket as sockets;
 
-/// Writes down what it is told; adopts what is accepted.
+/// Records all completions; adopts accepted connections.
 #[derive(Default)]
 struct Log {
     tokens: Vec<Token>,
@@ -27,7 +27,7 @@ impl Driver for Log {
     fn complete(&mut self, reactor: &mut Reactor, completion: Completion<'_>) {
         match completion {
             Completion::Accepted { socket } => self.tokens.push(reactor.register(socket).unwrap()),
-            Completion::Adopted { .. } => unreachable!("nobody gives"),
+            Completion::Adopted { .. } => unreachable!("no connection is handed over"),
             Completion::AcceptFailed { error } => panic!("{error}"),
             Completion::Received { bytes, .. } => self.received.extend_from_slice(bytes),
             Completion::Ended { .. } => self.ended += 1,
@@ -50,7 +50,7 @@ fn turn_until(reactor: &mut Reactor, log: &mut Log, done: impl Fn(&Log) -> bool)
     }
 }
 
-/// A reactor that listens, one client, and the token of its connection.
+/// Returns a reactor that listens, one client, and the token of its connection.
 fn connected() -> (Reactor, Log, TcpStream, Token) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -68,7 +68,7 @@ fn connected() -> (Reactor, Log, TcpStream, Token) {
 }
 
 #[test]
-fn bytes_come_and_go_and_the_end_is_told_once() {
+fn bytes_are_received_and_sent_and_the_end_is_reported_once() {
     let (mut reactor, mut log, mut client, token) = connected();
     client.write_all(b"hello").unwrap();
     turn_until(&mut reactor, &mut log, |log| log.received == b"hello");
@@ -87,7 +87,7 @@ fn bytes_come_and_go_and_the_end_is_told_once() {
 }
 
 #[test]
-fn what_the_kernel_does_not_take_is_sent_later_in_order() {
+fn bytes_that_the_kernel_does_not_take_are_sent_later_in_order() {
     let (mut reactor, mut log, mut client, token) = connected();
     let whole: Vec<u8> = (0..20_000_000_u32).map(|n| n as u8).collect();
     for part in whole.chunks(5_000_000) {
@@ -107,7 +107,7 @@ fn what_the_kernel_does_not_take_is_sent_later_in_order() {
 }
 
 #[test]
-fn a_paused_connection_is_not_read_and_a_reset_is_told() {
+fn a_paused_connection_is_not_read_and_a_reset_is_reported() {
     let (mut reactor, mut log, mut client, token) = connected();
     reactor.set_reading(token, false);
     client.write_all(b"held back").unwrap();
@@ -123,7 +123,7 @@ fn a_paused_connection_is_not_read_and_a_reset_is_told() {
     assert_eq!(reactor.connections(), 0);
 }
 
-/// A reactor with one end of a unix socket, the token of that end, and the other end.
+/// Returns a reactor with one end of a unix socket, the token of that end, and the other end.
 fn unix_pair() -> (Reactor, UnixStream, Token) {
     let mut reactor = Reactor::new().unwrap();
     let (client, server) = UnixStream::pair().unwrap();
@@ -133,7 +133,7 @@ fn unix_pair() -> (Reactor, UnixStream, Token) {
 }
 
 #[test]
-fn what_a_unix_peer_sent_before_it_closed_is_read_to_the_end() {
+fn bytes_that_a_unix_peer_sent_before_its_close_are_all_read() {
     let (mut reactor, mut client, token) = unix_pair();
     let mut log = Log::default();
     let whole = vec![7; 150_000];
@@ -141,12 +141,12 @@ fn what_a_unix_peer_sent_before_it_closed_is_read_to_the_end() {
     let sent = client.write(&whole).unwrap();
     assert!(sent > 100_000, "more than one turn reads: {sent}");
     drop(client);
-    // An answer to a peer that has closed is dropped, and nothing else is.
+    // Only an answer to a peer that has closed is dropped.
     reactor.send(token, &mut b"answer".to_vec());
     assert_eq!(reactor.unsent(token), 0);
     turn_until(&mut reactor, &mut log, |log| log.hung_up == 1);
     assert_eq!((log.received.len(), log.ended, log.failed), (sent, 1, 0));
-    // And the loop is not woken again.
+    // The loop is not woken again.
     let begun = Instant::now();
     reactor.poll_once(50, &mut log).unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(45));
@@ -184,7 +184,7 @@ fn a_unix_peer_that_closes_with_an_answer_unread_has_reset_the_connection() {
 }
 
 #[test]
-fn a_stale_token_reaches_nobody() {
+fn a_stale_token_reaches_no_connection() {
     let (mut reactor, mut log, client, token) = connected();
     reactor.close(token);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -202,7 +202,7 @@ fn a_stale_token_reaches_nobody() {
 }
 
 #[test]
-fn a_waker_is_told_and_cleared() {
+fn a_waker_is_reported_and_cleared() {
     let waker = crate::sys::waker::Waker::new().unwrap();
     let mut reactor = Reactor::new().unwrap();
     reactor.watch(7, &waker, Interest::Read).unwrap();
@@ -231,7 +231,7 @@ fn paused_listeners_leave_clients_in_the_queue() {
     turn_until(&mut reactor, &mut log, |log| log.tokens.len() == 2);
 }
 
-/// Another process can clear O_NONBLOCK of what it shares or hands over.
+/// Another process can clear O_NONBLOCK of sockets that it shares or hands over.
 #[test]
 fn a_blocking_socket_stops_neither_adoption_nor_sending() {
     let mut reactor = Reactor::new().unwrap();
@@ -247,7 +247,7 @@ fn a_blocking_socket_stops_neither_adoption_nor_sending() {
 }
 
 #[test]
-fn a_listener_that_waits_is_mended_before_it_is_asked() {
+fn a_blocking_listener_is_repaired_before_an_accept() {
     let mut reactor = Reactor::new().unwrap();
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let shared = listener.try_clone().unwrap();
@@ -256,7 +256,7 @@ fn a_listener_that_waits_is_mended_before_it_is_asked() {
     reactor.listen(sources, (Rc::new(queue), 16)).unwrap();
     assert!(!reactor.resume_listeners().unwrap());
     shared.set_nonblocking(false).unwrap();
-    // Would wait for a client for ever.
+    // This would wait for a client for ever.
     reactor.try_accept(&mut Log::default());
     shared.set_nonblocking(false).unwrap();
     assert!(reactor.resume_listeners().unwrap());

@@ -1,8 +1,8 @@
-//! What a child does between clone and exec, while it shares the memory of its parent: it leaves
-//! everything of ours, takes its limits and its user, and becomes its program.
+//! Runs in a child between clone and exec, while it shares the memory of its parent. It drops everything
+//! inherited from this process, sets limits and user, and executes the program.
 //!
-//! System calls and nothing else: no allocation, no lock, no libc wrapper that would act on all threads
-//! of the parent. Fails with the step that failed; the child leaves then.
+//! It makes only system calls: no allocation, no lock, no libc wrapper that would act on all threads of
+//! the parent. Fails with the step that failed; then the child exits.
 
 #![allow(unsafe_code)]
 
@@ -18,40 +18,40 @@ use super::plan::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
 use crate::sys::account::Account;
 use crate::sys::guard;
 
-/// What files a child creates can be read by all, and written by its user.
+/// All users can read the files that a child creates; only its user can write them.
 const UMASK: libc::mode_t = 0o022;
-/// The soft limit of descriptors where none is configured, as at a login: ours is raised, and
-/// there are programs that close each number up to it, and some that can't count so far.
+/// The soft limit of descriptors if none is configured, as after a login. The limit of this process is
+/// raised, and some programs close each number up to it or cannot handle numbers that large.
 const FILES: u64 = 1024;
 
-/// What the child reads, and writes why it failed.
+/// The input of the child, and where it writes its error.
 pub(crate) struct Plan<'a> {
     pub template: &'a SpawnTemplate,
     pub argv: &'a [*const c_char],
     pub envp: &'a [*const c_char],
-    /// By the number that each has in the child.
+    /// The descriptors of the child, by their number there.
     pub stdio: &'a [RawFd],
-    /// The rule set of its guard, if it is guarded.
+    /// The rule set of its guard, if it has one.
     pub ruleset: Option<RawFd>,
-    /// This process, if the kernel kills the child when the thread that starts it ends.
+    /// The pid of this process, if the kernel kills the child when the thread that starts it ends.
     pub dies_with: Option<libc::pid_t>,
     pub failed: Cell<Option<SpawnError>>,
 }
 
 pub(crate) extern "C" fn become_program(plan: *mut c_void) -> c_int {
-    // SAFETY: it is the parent's plan, which waits for us and touches nothing.
+    // SAFETY: the plan belongs to the parent, which waits for the child and does not change it.
     let plan = unsafe { &*plan.cast_const().cast::<Plan<'_>>() };
-    // SAFETY: we are the child of the clone in `spawn`.
+    // SAFETY: this is the child of the clone in `spawn`.
     let Err(error) = unsafe { execute(plan) };
     plan.failed.set(Some(error));
-    // SAFETY: leaves without anything of the parent's being undone.
+    // SAFETY: `_exit` runs no clean-up of the parent.
     unsafe { libc::_exit(127) }
 }
 
-/// The way from a copy of ours to the program.
+/// Turns the copy of this process into the program.
 ///
 /// # Safety
-/// To be called in a child that shares memory with its suspended parent, and nowhere else.
+/// Call it only in a child that shares memory with its suspended parent.
 unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnError> {
     let template = plan.template;
     let check = |step: SpawnStep, result: c_int| {
@@ -59,19 +59,19 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             .map(drop)
             .map_err(|errno| SpawnError { step, errno })
     };
-    // SAFETY: system calls with plain numbers, and pointers to what the parent keeps alive. The
-    // wrappers used are bare system calls in glibc and musl; those of setuid and its like are not,
-    // and are gone around.
+    // SAFETY: system calls with plain numbers, and pointers to memory that the parent keeps alive. The
+    // wrappers used here are plain system calls in glibc and musl. Those for setuid and the like are not,
+    // so they are not used.
     unsafe {
         default_signals();
-        // A session of its own, and so a process group of its own: with the terminal of our session
-        // it could type into the operator's shell. As a session leader it has no terminal, and
-        // opens /dev/tty in vain. A fresh clone leads no group yet, so setsid is not refused.
+        // Give the child its own session and process group: with the terminal of our session it could
+        // type into the operator's shell. A session leader without a terminal cannot open /dev/tty. A new
+        // clone leads no group, so setsid does not fail.
         check(SpawnStep::Session, libc::setsid())?;
         for (number, &fd) in plan.stdio.iter().enumerate() {
             check(SpawnStep::Descriptors, libc::dup2(fd, number as c_int))?;
         }
-        // All of ours have CLOEXEC: a belt, for a library that opened one without.
+        // All our descriptors have CLOEXEC; this covers a library that opened one without it.
         libc::syscall(
             libc::SYS_close_range,
             plan.stdio.len(),
@@ -82,7 +82,7 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             step: SpawnStep::Limits,
             errno,
         })?;
-        // Who is that user already needs no rights for it, and may have none.
+        // A process that already is that user needs no privilege to change, and may have none.
         if let Some(account) = &template.account
             && (libc::geteuid(), libc::getegid()) != (account.uid, account.gid)
         {
@@ -92,27 +92,27 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             })?;
         }
         if let Some(ruleset) = plan.ruleset {
-            // Before the death signal, which a change of credentials can take back.
+            // Do this before the death signal, because a change of credentials can clear that.
             guard::enter(ruleset).map_err(|errno| SpawnError {
                 step: SpawnStep::Guard,
                 errno,
             })?;
         }
         if let Some(parent) = plan.dies_with {
-            // After the last change of user, which would take it back.
+            // Do this after the last change of user, which would clear it.
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            // The parent may have died before, and then nothing would kill this process.
+            // If the parent died before the call, the signal never comes.
             if libc::getppid() != parent {
                 libc::_exit(127);
             }
         }
-        // As that user, who may not enter what we may.
+        // Do this as the new user, who may have fewer rights to directories than this process.
         check(
             SpawnStep::Directory,
             libc::chdir(template.directory.as_ptr()),
         )?;
         libc::umask(UMASK);
-        // Last: from here on a signal ends us.
+        // Do this last: from here on a signal ends the child.
         let none: libc::sigset_t = std::mem::zeroed();
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
         let path = template.program.as_ptr();
@@ -124,17 +124,17 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
     })
 }
 
-/// Every signal's default: exec keeps what is ignored. By raw calls, for libc keeps two signals to
-/// itself, which whoever started us may ignore all the same.
+/// Sets every signal to its default action, because exec keeps ignored signals ignored. It uses raw
+/// system calls: libc reserves two signals, which the parent process may still have ignored.
 ///
 /// # Safety
-/// As `execute`.
+/// As for `execute`.
 unsafe fn default_signals() {
-    // Larger than any architecture's; zero is SIG_DFL with neither flags nor mask.
+    // Larger than the structure of any architecture; zero is SIG_DFL without flags and mask.
     let default = [0_u64; 8];
     for signal in 1..=64 {
         let (new, old) = (default.as_ptr(), ptr::null_mut::<c_void>());
-        // SAFETY: SIG_DFL runs no code; numbers that may not be set are refused.
+        // SAFETY: SIG_DFL runs no code; the kernel refuses numbers that cannot be set.
         unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, 8) };
     }
 }
@@ -147,10 +147,10 @@ unsafe fn set_limits(limits: &ProcessLimits) -> Result<(), Errno> {
             rlim_cur: soft,
             rlim_max: hard,
         };
-        // SAFETY: a pointer to a live structure.
+        // SAFETY: the pointer is to a live structure.
         Errno::result(unsafe { libc::setrlimit(resource, &raw const limit) }).map(drop)
     };
-    // Nobody's limit is raised above ours.
+    // No limit is raised above the one of this process.
     let within = |resource, wanted: u64| {
         let mut ours = libc::rlimit {
             rlim_cur: 0,
@@ -182,15 +182,15 @@ unsafe fn set_limits(limits: &ProcessLimits) -> Result<(), Errno> {
     Ok(())
 }
 
-/// The order is `privilege`'s, and so are the reasons; by raw calls, because libc's wrappers would
-/// ask all threads of the parent to change as well.
+/// Changes to the account in the order of `privilege`, for the same reasons. It uses raw system calls,
+/// because the wrappers of libc would change all threads of the parent.
 ///
 /// # Safety
-/// As `execute`.
+/// As for `execute`.
 unsafe fn become_account(account: &Account) -> Result<(), Errno> {
     let call = |result: libc::c_long| Errno::result(result).map(drop);
     let (uid, gid) = (account.uid, account.gid);
-    // SAFETY: plain numbers, and a pointer to as many groups as are said.
+    // SAFETY: plain numbers, and a pointer to as many groups as the length says.
     unsafe {
         let groups = account.groups.as_ptr();
         call(libc::syscall(

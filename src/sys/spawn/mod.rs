@@ -1,11 +1,11 @@
-//! Starting another program from a process with threads: a child that shares our memory until its
-//! exec (clone(2) with CLONE_VFORK, as posix_spawn(3) does it), and a pidfd to hold it by.
+//! Starts another program from a process with threads. The child shares the parent's memory until its
+//! exec (clone(2) with CLONE_VFORK, as posix_spawn(3) does it). The parent gets a pidfd.
 //!
-//! posix_spawn itself knows neither resource limits nor another user. Between clone and exec the
-//! child makes system calls and nothing else: no allocation, no lock, no libc wrapper that would
-//! act on all threads of the parent (setuid). It leaves everything of ours: descriptors above 2,
-//! blocked and ignored signals, environment, umask. Fails with the step that failed and the
-//! system's error; there is no child then. Needs Linux 5.4 (pidfds that can be waited for).
+//! posix_spawn itself supports neither resource limits nor another user. Between clone and exec the child
+//! makes only system calls: no allocation, no lock, no libc wrapper that would act on all threads of the
+//! parent (setuid). The child does not keep descriptors above 2 (or 3), blocked and ignored signals,
+//! environment and umask of the parent. Fails with the step that failed and the system's error; then
+//! there is no child. Needs Linux 5.4 (waiting for a pidfd).
 
 #![allow(unsafe_code)]
 
@@ -28,37 +28,35 @@ use nix::libc;
 pub use plan::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
 
 use super::guard;
-use super::process::{self, Exit, Pid};
+use super::lock::lock;
+use super::process::{self, Pid, ReapedChild};
 use super::process_tree;
 use super::process_tree::ends_within;
 use child::{Plan, become_program};
 
-/// The child's stack until its exec: its frames are small, and nothing of it recurses.
+/// The size of the child's stack until its exec; its frames are small, and nothing recurses.
 const STACK: usize = 64 * 1024;
-/// How long a killed child may take to end; longer takes only one that hangs in the kernel.
+/// The time that a killed child may take to end. Only a child that hangs in the kernel takes longer.
 const DYING: Duration = Duration::from_secs(1);
-/// The descriptors of a child: 0, 1, 2, and for some one more, 3.
+/// The descriptors of a child: 0, 1, 2, and optionally 3.
 #[derive(Debug, Clone, Copy)]
 pub struct Stdio<'a> {
-    /// Its standard input.
     pub stdin: BorrowedFd<'a>,
-    /// Its standard output.
     pub stdout: BorrowedFd<'a>,
-    /// Its standard error.
     pub stderr: BorrowedFd<'a>,
     /// Descriptor 3, if it has one.
     pub calls: Option<BorrowedFd<'a>>,
 }
 
-/// Children that were started here and are not reaped: those that a look for adopted ones leaves.
+/// Children that were started here and are not reaped. The search for adopted children skips them.
 static CHILDREN: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
 
-/// Children that did not end when they were killed, to be reaped when they do.
+/// Killed children that did not end in time. They are reaped when they end.
 static ABANDONED: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
-/// Takes the status of those that did not end when they were killed, and have ended since.
+/// Reaps the killed children that have ended since.
 pub fn reap_abandoned() {
-    let mut abandoned = ABANDONED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut abandoned = lock(&ABANDONED);
     abandoned.retain(|&pid| {
         let ended = process::reap(pid, false).is_some();
         if ended {
@@ -69,10 +67,10 @@ pub fn reap_abandoned() {
 }
 
 fn with_children<T>(look: impl FnOnce(&mut BTreeSet<i32>) -> T) -> T {
-    look(&mut CHILDREN.lock().unwrap_or_else(PoisonError::into_inner))
+    look(&mut lock(&CHILDREN))
 }
 
-/// Whether `pid` is a child that was started here and is not reaped yet.
+/// Returns whether `pid` is a child that was started here and is not reaped yet.
 pub fn is_child(pid: Pid) -> bool {
     with_children(|children| children.contains(&pid.0))
 }
@@ -81,22 +79,22 @@ pub fn children() -> Vec<Pid> {
     with_children(|children| children.iter().copied().map(Pid).collect())
 }
 
-/// A child, leader of a session and a process group of its own. Dropped, it is killed with its group
+/// A child that leads its own session and process group. When it is dropped, it is killed with its group
 /// and reaped.
 #[derive(Debug)]
 pub struct ChildProcess {
-    /// Its pid, and its group's; nobody else's before it is reaped.
+    /// The pid of the child and of its group. It cannot be reused before it is reaped.
     pid: Pid,
     pidfd: OwnedFd,
     /// Whether its status was taken.
     reaped: bool,
 }
 
-/// /dev/null, for a child that is to read nothing; of each process of ours opened when it is first
-/// needed, never inherited.
+/// Returns /dev/null for a child that must read nothing. Each process opens it when first needed; it is
+/// never inherited.
 ///
 /// # Errors
-/// When there is no descriptor left.
+/// If no descriptor is left.
 pub fn null() -> io::Result<BorrowedFd<'static>> {
     static NULL: OnceLock<File> = OnceLock::new();
     if let Some(file) = NULL.get() {
@@ -106,11 +104,11 @@ pub fn null() -> io::Result<BorrowedFd<'static>> {
     Ok(NULL.get_or_init(|| file).as_fd())
 }
 
-/// Starts the program of `template`. `arguments` begin with the program's name for itself;
-/// `environment` is all that it gets.
+/// Starts the program of `template`. `arguments` begin with argv[0]. `environment` is the whole
+/// environment of the child.
 ///
 /// # Errors
-/// What failed; nothing of the child is left then.
+/// The step that failed; then no child remains.
 pub fn spawn(
     template: &SpawnTemplate,
     arguments: &[&CStr],
@@ -120,11 +118,11 @@ pub fn spawn(
     start(template, arguments, environment, stdio, None)
 }
 
-/// The same, and the kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)): for a
-/// thread that waits for the end of the child, or that lives as long as its process.
+/// Does the same, and the kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)). Use it
+/// in a thread that waits for the child, or that lives as long as its process.
 ///
 /// # Errors
-/// As `spawn`.
+/// As for `spawn`.
 pub fn spawn_dying_with_us(
     template: &SpawnTemplate,
     arguments: &[&CStr],
@@ -148,13 +146,14 @@ fn start(
         strings.chain([ptr::null()]).collect()
     };
     let (argv, envp) = (pointers(arguments), pointers(environment));
-    // Above 3, or one of them would be overwritten by another: clones, where need be.
+    // The numbers must be above 3, because the child would overwrite lower ones. So duplicate those that
+    // are lower.
     let (mut kept, mut fds) = (Vec::new(), Vec::with_capacity(4));
     let wanted = [stdio.stdin, stdio.stdout, stdio.stderr].into_iter();
     for fd in wanted.chain(stdio.calls) {
         let mut raw = fd.as_raw_fd();
         if raw <= 3 {
-            // SAFETY: plain numbers; what is returned is a descriptor of nobody else's.
+            // SAFETY: plain numbers; the call returns a new descriptor.
             let clone = unsafe { libc::fcntl(raw, libc::F_DUPFD_CLOEXEC, 4) };
             raw = Errno::result(clone).map_err(|errno| SpawnError {
                 step: SpawnStep::Descriptors,
@@ -184,14 +183,14 @@ fn start(
     };
     let mut stack = Vec::<u8>::with_capacity(STACK);
     let mut pidfd: RawFd = -1;
-    // SAFETY: the top of the allocation, aligned downwards to 16 bytes as the ABI asks.
+    // SAFETY: the top of the allocation, aligned downwards to 16 bytes as the ABI requires.
     let top = unsafe { stack.as_mut_ptr().add(STACK) };
     let top = top.map_addr(|address| address & !15);
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
     let mut mask = Mask::block_all();
-    // SAFETY: the child runs `become_program` on a stack of its own, which outlives it, because
-    // CLONE_VFORK suspends this thread until the child has executed or left; `plan` and `pidfd`
-    // live as long. All signals are blocked, so no handler of ours runs in shared memory.
+    // SAFETY: the child runs `become_program` on its own stack. CLONE_VFORK suspends this thread until
+    // the child has executed or exited, so the stack, `plan` and `pidfd` outlive that. All signals are
+    // blocked, so no handler of this process runs in shared memory.
     let pid = unsafe {
         libc::clone(
             become_program,
@@ -211,14 +210,14 @@ fn start(
     with_children(|children| children.insert(pid));
     let mut child = ChildProcess {
         pid: Pid(pid),
-        // SAFETY: clone has put a descriptor there that nobody else owns.
+        // SAFETY: clone has stored a new descriptor there, which has no other owner.
         pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
         reaped: false,
     };
     match plan.failed.get() {
         None => Ok(child),
         Some(error) => {
-            // It has left already, or is on its way: nothing is waited for.
+            // The child has exited or is exiting, so this does not wait.
             child.reap();
             Err(error)
         }
@@ -230,17 +229,17 @@ impl ChildProcess {
         self.pid
     }
 
-    /// Ends every process of its group, and itself should it have left that.
+    /// Kills every process of its group, and the child itself if it has left the group.
     pub fn kill(&self) {
         if self.reaped {
             return;
         }
-        // SAFETY: plain numbers; the group's number is taken as long as the child is not reaped.
+        // SAFETY: plain numbers; the group id cannot be reused while the child is not reaped.
         unsafe { libc::kill(-self.pid.0, libc::SIGKILL) };
         process::kill(self.pid, nix::sys::signal::Signal::SIGKILL);
     }
 
-    /// Asks it to leave (SIGTERM), and nobody else of its group: what it started is its business.
+    /// Asks only the child to exit (SIGTERM). It has to end the processes that it started.
     pub fn terminate(&self) {
         if !self.reaped {
             process::kill(self.pid, nix::sys::signal::Signal::SIGTERM);
@@ -249,8 +248,8 @@ impl ChildProcess {
 
     /// Kills it, its group, and all that descends from it, and takes its status. Waits until it
     /// has ended, which takes long only for what hangs in the kernel.
-    pub fn kill_with_descendants(&mut self) -> Option<Exit> {
-        // Before the kill: afterwards nobody could say whose children they were.
+    pub fn kill_with_descendants(&mut self) -> Option<ReapedChild> {
+        // Before the kill, because afterwards their parents are unknown.
         let below = process_tree::descendants(&[self.pid]);
         self.kill();
         below.iter().for_each(process_tree::PidFd::kill);
@@ -261,31 +260,31 @@ impl ChildProcess {
         }
     }
 
-    /// Waits until it has ended, `limit` at most; tells whether it has.
+    /// Waits until the child has ended, at most `limit`. Returns whether it has.
     pub fn ends_within(&self, limit: Duration) -> bool {
         ends_within(&[self.pidfd.as_fd()], limit)
     }
 
-    /// Its status was taken by who waits for any child.
+    /// Records that the status was taken by code that waits for any child.
     pub fn was_reaped(&mut self) {
         self.reaped = true;
         with_children(|children| children.remove(&self.pid.0));
     }
 
     /// Takes its status. Waits for its end, so that is to be known before.
-    pub fn reap(&mut self) -> Option<Exit> {
+    pub fn reap(&mut self) -> Option<ReapedChild> {
         if self.reaped {
             return None;
         }
         self.reaped = true;
-        let exit = process::reap(self.pid, true);
+        let child = process::reap(self.pid, true);
         with_children(|children| children.remove(&self.pid.0));
-        exit
+        child
     }
 }
 
 impl AsFd for ChildProcess {
-    /// Readable once it has ended (pidfd_open(2)).
+    /// The descriptor is readable once the child has ended (pidfd_open(2)).
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
@@ -300,7 +299,7 @@ impl Drop for ChildProcess {
         if self.ends_within(DYING) {
             self.reap();
         } else {
-            // It hangs in the kernel, or is another user's.
+            // The child hangs in the kernel, or belongs to another user.
             ABANDONED
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -309,7 +308,7 @@ impl Drop for ChildProcess {
     }
 }
 
-/// The calling thread's signal mask, to be put back.
+/// The signal mask of the calling thread, restored on drop.
 struct Mask(libc::sigset_t);
 
 impl Mask {

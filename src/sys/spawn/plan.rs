@@ -7,57 +7,53 @@ use nix::errno::Errno;
 
 use crate::sys::account::Account;
 
-/// What all children of one kind have in common.
+/// The settings that all children of one kind share.
 #[derive(Debug, Clone)]
 pub struct SpawnTemplate {
-    /// The program; absolute, for no search path is asked.
+    /// The absolute path of the program; no search path is used.
     pub program: CString,
     pub directory: CString,
-    /// Whom the child becomes, if anybody else.
+    /// The user of the child, if it differs from ours.
     pub account: Option<Account>,
     pub limits: ProcessLimits,
-    /// Whether it is guarded (see `guard`), where the kernel can do that.
+    /// Whether the child is guarded (see `guard`), if the kernel supports it.
     pub guard: bool,
 }
 
-/// Resource limits (getrlimit(2)); `None` leaves ours.
+/// Resource limits (getrlimit(2)); `None` keeps the inherited one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ProcessLimits {
-    /// Seconds of CPU time: then SIGXCPU, and SIGKILL one second later.
+    /// Seconds of CPU time. Then comes SIGXCPU, and SIGKILL one second later.
     pub cpu_seconds: Option<u64>,
     /// Bytes of address space.
     pub memory: Option<u64>,
     /// Open descriptors.
     pub files: Option<u64>,
-    /// Processes of the child's user, threads counted.
+    /// Processes of the child's user, including threads.
     pub processes: Option<u64>,
 }
 
-/// What a child could not do, which is why there is none.
+/// The step of a start that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpawnStep {
     Create,
     Session,
     Descriptors,
     Limits,
-    /// Become its user.
     Account,
     Guard,
     Directory,
-    /// Become its program.
     Execute,
 }
 
-/// Why there is no child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SpawnError {
-    /// What failed.
     pub step: SpawnStep,
     pub errno: Errno,
 }
 
 impl SpawnError {
-    /// Whether the system just has nothing to give for now.
+    /// Returns whether the failure is a temporary lack of resources.
     pub fn is_temporary(&self) -> bool {
         matches!(
             self.errno,

@@ -2,6 +2,7 @@
 use std::ffi::CString;
 
 use super::*;
+use crate::sys::process::Exit;
 use std::fs::File;
 use std::io::Read;
 
@@ -15,7 +16,7 @@ fn template(program: &str) -> SpawnTemplate {
     }
 }
 
-/// Runs a shell with this script, and returns what it wrote and how it ended.
+/// Runs a shell with this script. Returns its output and how it ended.
 fn shell(template: &SpawnTemplate, script: &str) -> (String, Exit) {
     let null = File::open("/dev/null").unwrap();
     let (mut reader, writer) = io::pipe().unwrap();
@@ -31,11 +32,11 @@ fn shell(template: &SpawnTemplate, script: &str) -> (String, Exit) {
     drop(writer);
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();
-    (text, child.reap().unwrap())
+    (text, child.reap().unwrap().exit)
 }
 
 #[test]
-fn a_child_has_a_group_default_signals_and_nothing_of_ours() {
+fn a_child_has_its_own_group_and_default_signals_and_inherits_nothing() {
     super::super::signal::ignore(&[nix::sys::signal::Signal::SIGUSR1]);
     let script = "test \"$(cut -d' ' -f5 /proc/$$/stat)\" = $$ && echo leads
         cat /proc/$$/environ; ls /proc/$$/fd; umask; pwd; exit 7";
@@ -45,7 +46,7 @@ fn a_child_has_a_group_default_signals_and_nothing_of_ours() {
     assert_eq!(exit, Exit::Code(7), "{text}");
     let expected = ["leads", "ONLY=this", "0", "1", "2", "0022", "/"];
     assert_eq!(words, expected, "{text}");
-    // By exec: a shell blocks signals of its own while it starts another program.
+    // Use exec, because a shell blocks signals while it starts another program.
     let script = "exec grep -E '^Sig(Blk|Ign)' /proc/self/status";
     let (text, _) = shell(&template("/bin/sh"), script);
     let none = "0000000000000000";
@@ -54,7 +55,7 @@ fn a_child_has_a_group_default_signals_and_nothing_of_ours() {
 }
 
 #[test]
-fn what_fails_before_exec_is_told_and_leaves_no_child() {
+fn a_failure_before_exec_is_reported_and_leaves_no_child() {
     let null = File::open("/dev/null").unwrap();
     let stdio = Stdio {
         stdin: null.as_fd(),
@@ -83,7 +84,7 @@ fn what_fails_before_exec_is_told_and_leaves_no_child() {
 }
 
 #[test]
-fn limits_hold_in_the_child_and_only_there() {
+fn limits_apply_to_the_child_only() {
     let limited = SpawnTemplate {
         limits: ProcessLimits {
             cpu_seconds: Some(3),
@@ -117,12 +118,12 @@ fn a_dropped_child_is_gone_with_its_group() {
     drop(writer);
     drop(child);
     assert!(!is_child(pid));
-    // The end of the pipe comes when nobody holds it any more, the second sleep included.
+    // The pipe ends when no process holds it any more, including the second sleep.
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }
 
 #[test]
-fn a_guarded_child_cannot_look_into_us_and_others_can() {
+fn a_guarded_child_cannot_read_this_process_but_others_can() {
     let script = "readlink /proc/$PPID/exe >/dev/null 2>&1 && echo opened
         exec grep NoNewPrivs /proc/self/status";
     let free = template("/bin/sh");
@@ -133,12 +134,12 @@ fn a_guarded_child_cannot_look_into_us_and_others_can() {
         guard: true,
         ..free
     };
-    // As without it, where the kernel has none.
+    // If the kernel has no guard, the result is the same as without one.
     let expected = match guard::missing() {
         Some(_) => text,
         None => "NoNewPrivs:\t1\n".to_owned(),
     };
-    // Twice: the rule set is used again.
+    // Run it twice, because the rule set is reused.
     for _ in 0..2 {
         let (text, exit) = shell(&guarded, script);
         assert_eq!((text, exit), (expected.clone(), Exit::Code(0)));

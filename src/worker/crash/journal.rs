@@ -1,92 +1,63 @@
-//! What a worker has taken and not answered, in memory that outlives it: so that its keeper can
-//! answer for it when it has died.
+//! Records the calls that a worker has taken and not answered, in memory that outlives it. So its keeper
+//! can answer them after its death.
 //!
-//! One entry a call, from the moment it is taken until its answer has left; beside it a note for
-//! each connection, about what only the worker has of it. A worker can die between any two of the
-//! stores here: an entry is there before the bytes of its call count as taken, and goes after the
-//! kernel has the answer. What finds no room makes its connection one that can't be kept, which is
-//! all that ever fails. Without a keeper nothing here does anything.
+//! A call has an entry from the moment it is taken until its answer is sent. Each connection has flags
+//! for state that only the worker has. A worker can die between any two stores. So an entry is written
+//! before the bytes of its call count as taken, and freed after the kernel has the answer. If the journal
+//! is full, the call is served, but its connection is reset if the worker crashes. Nothing else can fail.
+//! Without a keeper this module does nothing.
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed, Ordering::Release};
 
+use super::call_record::{ANSWERED, CallRecord, CallRef, CurrentCall, ID_WORDS, TAKEN};
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::AdoptedConnection;
 use crate::protocol::body::Form;
+use crate::protocol::call_id::CallId;
 use crate::protocol::http;
 use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::sys::event::IoProgress;
 use crate::sys::shared_memory;
-use crate::sys::shared_memory::shared_record;
+use crate::sys::shared_memory::{shared_record, store_text};
+use crate::sys::signal;
 use crate::worker::connection::{AnswerPosition, Connection, ConnectionPhase};
 
-/// Calls that can be in the ledger at once. Only what is used takes memory.
+/// The most calls in the journal at once. Only used entries take memory.
 const ENTRIES: usize = 16 * 1024;
-/// Words of an id: what is longer (a UUID has 38 bytes with its quotes) is not kept.
-const ID_WORDS: usize = 11;
-
-/// Where a call is.
-pub const TAKEN: u32 = 0;
-/// Its answer is among the bytes that are sent next.
-pub const ANSWERED: u32 = 1;
 
 shared_record! {
-    /// A call that was taken and has no answer yet.
-    #[derive(Debug)]
-    pub struct CallRecord {
-        /// Whose it is: the token's number plus one; 0 while the entry is free. Set last.
-        pub of: AtomicU64,
-        /// Its place among the answers in order, plus one; 0: anywhere.
-        pub order: AtomicU64,
-        /// Where its bytes end in the stream of the connection.
-        pub end: AtomicU64,
-        pub shape: AtomicU32,
-        /// `TAKEN` or `ANSWERED`.
-        pub stage: AtomicU32,
-        /// Whether its handler may have begun.
-        pub begun: AtomicU32,
-        /// Bytes of its id, plus one; 0: it has none.
-        pub id_length: AtomicU32,
-        /// What it is known by in quarantine; 0 while that was not asked.
-        pub key: AtomicU64,
-        pub method: AtomicU32,
-        /// Keeps the next field in its place.
-        pub spare: AtomicU32,
-        pub id: [AtomicU64; ID_WORDS],
-    }
-}
-
-shared_record! {
-    /// What the worker is about as a whole.
+    /// The state of the whole worker.
     #[derive(Debug)]
     pub struct JournalHeader {
-        /// It leaves in order: its connections are to end with it.
+        /// The worker exits in order, and its connections end with it.
         pub leaves: AtomicU32,
-        /// The server stops: they go nowhere any more.
+        /// The server stops, so connections are not handed over any more.
         pub stops: AtomicU32,
-        /// Entries that were ever used.
+        /// The number of entries that were ever used.
         pub highest: AtomicU32,
-        /// Keeps the size a multiple of eight.
+        /// Padding: keeps the size a multiple of eight.
         pub spare: AtomicU32,
     }
 }
 
-/// What the note of a connection says besides its dialect.
+/// The flags of a connection, besides its dialect.
 pub mod note {
-    /// Bytes were received and not consumed.
+    /// It has received bytes that are not consumed.
     pub const TAIL: u32 = 1 << 8;
-    /// It is to end with its last answer.
+    /// It must end with its last answer.
     pub const CLOSING: u32 = 1 << 9;
-    /// Our side has ended already.
+    /// Our sending direction is shut down.
     pub const SHUT: u32 = 1 << 10;
-    /// It has calls that are not in the ledger.
+    /// It has calls that are not in the journal.
     pub const UNKEPT: u32 = 1 << 11;
-    /// It is being passed on.
+    /// It is being handed over.
     pub const GIVEN: u32 = 1 << 12;
 }
 
-/// What is to be noted of a connection that comes with this, before anything else is done with it.
+/// Returns the flags of a connection that was adopted with this packet. They must be set before it is
+/// used.
 pub fn note_of(taken: &AdoptedConnection<'_>) -> u32 {
     let flag = |is: bool, flag| if is { flag } else { 0 };
     u32::from(adoption_queue::dialect_code(taken.state.dialect))
@@ -96,93 +67,52 @@ pub fn note_of(taken: &AdoptedConnection<'_>) -> u32 {
 
 #[derive(Debug, Clone, Copy)]
 pub struct SharedJournal {
-    /// The worker.
     pub head: &'static JournalHeader,
     pub entries: &'static [CallRecord],
-    /// The connections, as the event layer has them.
-    pub witness: IoProgress,
+    /// What the threads run: first the event loop, then each handler thread.
+    pub running: &'static [CurrentCall],
+    /// The records of the connections in the event layer.
+    pub progress: IoProgress,
 }
 
-/// The entry of a call in the ledger, if it has one.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct CallRef(Option<&'static CallRecord>);
-
-impl PartialEq for CallRef {
-    fn eq(&self, other: &Self) -> bool {
-        let address = |mark: &CallRef| mark.0.map(std::ptr::from_ref);
-        address(self) == address(other)
-    }
-}
-
-impl Eq for CallRef {}
-
-impl CallRef {
-    /// Where it is to be said that the handler of the call begins.
-    #[inline]
-    pub fn begun(self) -> Option<&'static AtomicU32> {
-        Some(&self.0?.begun)
-    }
-
-    /// What the call is known by in quarantine.
-    #[inline]
-    pub fn is_named(self, key: u64, method: usize) {
-        if let Some(entry) = self.0 {
-            entry.method.store(method as u32, Relaxed);
-            entry.key.store(key, Release);
-        }
-    }
-
-    /// The same back; 0 where nobody asked.
-    #[inline]
-    pub fn key(self) -> u64 {
-        self.0.map_or(0, |entry| entry.key.load(Relaxed))
-    }
-
-    /// The handler of the call begins.
-    #[inline]
-    pub fn begins(self) {
-        if let Some(begun) = self.begun() {
-            begun.store(1, Release);
-        }
-    }
-}
-
-/// The worker's side of it.
+/// The worker's side of the journal.
 #[derive(Debug, Default)]
 pub struct CallJournal {
     /// `None` without a keeper.
     book: Option<SharedJournal>,
-    /// Entries that were used and are free.
+    /// Free entries that were used before.
     free: Vec<&'static CallRecord>,
     next: usize,
-    /// Those whose answers are sent next.
+    /// The calls whose answers are sent next.
     answered: Vec<CallRef>,
-    /// Where the bytes that are being taken begin in their stream, while they are those that the
-    /// reactor has just received.
+    /// Where the current bytes begin in their stream, if they are those that the reactor has just
+    /// received.
     start: Option<u64>,
     end: u64,
 }
 
 impl SharedJournal {
-    /// An empty one, for so many connections; and the buffer for the reactor.
+    /// Creates an empty journal for this many connections and handler threads, and the buffer for the
+    /// reactor.
     ///
     /// # Errors
-    /// When there is no memory to be had.
-    pub fn new(connections: usize) -> io::Result<(Self, &'static mut [u8])> {
-        let (witness, buffer) = IoProgress::new(connections, adoption_queue::LONGEST)?;
+    /// If there is not enough memory.
+    pub fn new(connections: usize, threads: usize) -> io::Result<(Self, &'static mut [u8])> {
+        let (progress, buffer) = IoProgress::new(connections, adoption_queue::LONGEST)?;
         let entries = NonZeroUsize::new(ENTRIES).unwrap_or(NonZeroUsize::MIN);
         let head = shared_memory::array_without_file::<JournalHeader>(NonZeroUsize::MIN)?;
         let book = SharedJournal {
             head: &head[0],
             entries: shared_memory::array_without_file(entries)?,
-            witness,
+            running: shared_memory::array_without_file(NonZeroUsize::MIN.saturating_add(threads))?,
+            progress,
         };
         Ok((book, buffer))
     }
 }
 
 impl CallJournal {
-    /// One that writes into this book.
+    /// Creates a journal that writes into `book`.
     pub fn new(book: SharedJournal) -> Self {
         CallJournal {
             book: Some(book),
@@ -190,40 +120,41 @@ impl CallJournal {
         }
     }
 
-    /// What was just received is taken now, from its first byte on.
+    /// Records that the received bytes are taken from now on, from the first byte.
     pub fn opens(&mut self) {
         self.start = self
             .book
-            .map(|book| book.witness.moment.start.load(Relaxed));
+            .map(|book| book.progress.moment.start.load(Relaxed));
     }
 
-    /// The next call ends at this byte of what is taken.
+    /// Records where the next call ends in them.
     #[inline]
     pub fn reaches(&mut self, at: usize) {
         self.end = self.start.map_or(0, |start| start + at as u64);
     }
 
-    /// So many bytes were received, and all are taken or in the tail by now. The tail is shown first:
-    /// what is taken from it later has no place in the stream, so a crash must not find it unread.
+    /// Records that all received bytes (`taken`) are consumed or kept. First flags that bytes are kept:
+    /// calls taken from those later have no position in the stream, so the keeper must not take the bytes
+    /// for unread.
     pub fn closes(&mut self, connection: &mut Connection, taken: usize) {
         if connection.has_partial_input() {
             self.set_flag(connection, note::TAIL);
         }
         if let (Some(book), Some(start)) = (self.book, self.start.take()) {
             let taken = start + taken as u64;
-            book.witness.moment.taken.store(taken, Release);
+            book.progress.moment.taken.store(taken, Release);
         }
         self.end = 0;
     }
 
-    /// A call is taken.
+    /// Records a call that was taken, with its id and its number in this process.
     #[inline]
     pub fn take(
         &mut self,
         connection: &mut Connection,
         shape: AnswerFormat,
         place: AnswerPosition,
-        id: Option<&str>,
+        (id, call): (Option<&str>, u64),
     ) -> CallRef {
         let Some(book) = self.book else {
             return CallRef::default();
@@ -243,25 +174,16 @@ impl CallJournal {
         entry.stage.store(TAKEN, Relaxed);
         entry.begun.store(0, Relaxed);
         entry.key.store(0, Relaxed);
-        let id = id.unwrap_or_default().as_bytes();
-        for (word, bytes) in entry.id.iter().zip(id.chunks(8)) {
-            let mut whole = [0; 8];
-            whole[..bytes.len()].copy_from_slice(bytes);
-            word.store(u64::from_ne_bytes(whole), Relaxed);
-        }
-        let length = if id.is_empty() {
-            0
-        } else {
-            id.len() as u32 + 1
-        };
+        entry.number.store(call, Relaxed);
+        let length = id.map_or(0, |id| store_text(&entry.id, id) + 1);
         entry.id_length.store(length, Relaxed);
         entry.of.store(connection.token.number() + 1, Release);
         CallRef(Some(entry))
     }
 
-    /// A call of another worker begins here. No connection of this worker has it, so the keeper sends
-    /// no answer for it. It may be what this worker dies of.
-    pub fn take_for_peer(&mut self, key: u64, method: usize) -> CallRef {
+    /// Records the call `home` of another worker that begins here. No connection of this worker has it, so the
+    /// keeper sends no answer for it. But if it completes, it is no suspect any more.
+    pub fn take_for_peer(&mut self, home: CallId, key: u64, method: usize) -> CallRef {
         let Some(entry) = self.book.and_then(|book| self.room(book)) else {
             return CallRef::default();
         };
@@ -273,7 +195,9 @@ impl CallJournal {
         entry.id_length.store(0, Relaxed);
         entry.method.store(method as u32, Relaxed);
         entry.key.store(key, Relaxed);
-        // No connection has this number: it is larger than any token.
+        entry.number.store(home.number, Relaxed);
+        entry.home.store(home.pid.unsigned_abs(), Relaxed);
+        // No connection has this number, because it is larger than any token.
         entry.of.store(u64::MAX, Release);
         CallRef(Some(entry))
     }
@@ -288,13 +212,14 @@ impl CallJournal {
         Some(entry)
     }
 
-    /// A connection has something that is not in here: it can't be kept until all is answered.
+    /// Records that a connection has a call that is not in the journal. So it cannot be recovered until
+    /// all is answered.
     pub fn mark_unlogged(&self, connection: &mut Connection) {
         connection.has_unlogged_calls = true;
         self.update_flags(connection);
     }
 
-    /// Its answer is among the bytes that are sent next.
+    /// Records that the answer of a call is among the bytes that are sent next.
     #[inline]
     pub fn answers(&mut self, mark: CallRef) {
         if let Some(entry) = mark.0 {
@@ -303,17 +228,18 @@ impl CallJournal {
         }
     }
 
-    /// They were sent, or will be: they are in the kernel, or owed by the reactor, which says so.
+    /// Records that these bytes were sent or will be: the kernel has them, or the I/O record says that
+    /// the reactor has them.
     #[inline]
     pub fn sent(&mut self) {
         let Some(book) = self.book else { return };
         while let Some(mark) = self.answered.pop() {
             self.forget(mark);
         }
-        book.witness.clear_send();
+        book.progress.clear_send();
     }
 
-    /// It needs no answer any more.
+    /// Frees the entry of a call that needs no answer any more.
     pub fn forget(&mut self, mark: CallRef) {
         if let Some(entry) = mark.0 {
             entry.of.store(0, Release);
@@ -321,7 +247,7 @@ impl CallJournal {
         }
     }
 
-    /// Says what is to be known of a connection. To be called before what it says is relied on.
+    /// Records the flags of a connection. Call it before anything relies on them.
     #[inline]
     pub fn update_flags(&self, connection: &mut Connection) {
         let Some(book) = self.book else { return };
@@ -334,36 +260,55 @@ impl CallJournal {
             | flag(connection.has_unlogged_calls, note::UNKEPT);
         if note != connection.recorded_flags {
             connection.recorded_flags = note;
-            if let Some(seat) = book.witness.seat(connection.token) {
-                seat.note.store(note, Release);
+            if let Some(record) = book.progress.record(connection.token) {
+                record.note.store(note, Release);
             }
         }
     }
 
-    /// It is to end with the answers to what was taken: whatever it has sent behind that is for nobody.
+    /// Records that the connection ends with the answers to the taken calls. Later input is ignored.
     pub fn mark_closing(&self, connection: &mut Connection) {
         self.set_flag(connection, note::CLOSING);
     }
 
-    /// Says one thing more of a connection, and takes nothing back.
+    /// Sets one flag of a connection and clears none.
     fn set_flag(&self, connection: &mut Connection, flag: u32) {
         if let Some(book) = self.book
             && connection.recorded_flags & flag == 0
         {
             connection.recorded_flags |= flag;
-            if let Some(seat) = book.witness.seat(connection.token) {
-                seat.note.store(connection.recorded_flags, Release);
+            if let Some(record) = book.progress.record(connection.token) {
+                record.note.store(connection.recorded_flags, Release);
             }
         }
     }
 
-    /// It is about to be passed on, or was not after all.
+    /// Records that the connection is about to be handed over, or that this has failed.
     pub fn set_handed_off(&self, connection: &Connection, given: bool) {
         if let Some(book) = self.book
-            && let Some(seat) = book.witness.seat(connection.token)
+            && let Some(record) = book.progress.record(connection.token)
         {
             let flag = if given { note::GIVEN } else { 0 };
-            seat.note.store(connection.recorded_flags | flag, Release);
+            record.note.store(connection.recorded_flags | flag, Release);
+        }
+    }
+
+    /// Records that the event loop itself begins to run a call.
+    #[inline]
+    pub fn begins_inline(&self, mark: CallRef, method: usize) {
+        mark.begins();
+        if let Some(book) = self.book {
+            book.running[0].begins(mark.key(), method);
+        }
+        signal::set_current_call(mark.key());
+    }
+
+    /// Records that this call is over.
+    #[inline]
+    pub fn ends_inline(&self) {
+        signal::set_current_call(0);
+        if let Some(book) = self.book {
+            book.running[0].ends();
         }
     }
 
@@ -373,8 +318,8 @@ impl CallJournal {
         }
     }
 
-    /// The worker leaves in order, and so many connections end with it, which is counted in
-    /// `ended`: but for a stop of the server nobody has told their clients so.
+    /// Records that the worker exits in order and `connections` end with it. They are counted in `ended`,
+    /// except at a stop of the server, because otherwise their clients do not know of it.
     pub fn record_exit(&self, connections: usize, ended: &AtomicU32) {
         if let Some(book) = self.book {
             if book.head.stops.load(Relaxed) == 0 {

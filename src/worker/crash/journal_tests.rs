@@ -10,7 +10,7 @@ fn connection(book: SharedJournal) -> Connection {
         crate::worker::shares::Source::Unknown,
         0,
     );
-    book.witness.seats[1].fd.store(6, Relaxed);
+    book.progress.records[1].fd.store(6, Relaxed);
     connection
 }
 
@@ -25,15 +25,15 @@ fn living(book: SharedJournal) -> usize {
 }
 
 #[test]
-fn a_call_is_in_the_ledger_from_its_taking_until_its_answer_has_left() {
-    let (book, _) = SharedJournal::new(4).unwrap();
+fn a_call_is_in_the_journal_until_its_answer_is_sent() {
+    let (book, _) = SharedJournal::new(4, 2).unwrap();
     let mut ledger = CallJournal::new(book);
     let mut connection = connection(book);
-    book.witness.moment.start.store(1000, Relaxed);
+    book.progress.moment.start.store(1000, Relaxed);
     ledger.opens();
     ledger.reaches(40);
     let place = connection.take(true);
-    let mark = ledger.take(&mut connection, PLAIN, place, Some("\"an id\""));
+    let mark = ledger.take(&mut connection, PLAIN, place, (Some("\"an id\""), 1));
     let entry = &book.entries[0];
     assert_eq!(entry.of.load(Relaxed), connection.token.number() + 1);
     assert_eq!(entry.end.load(Relaxed), 1040);
@@ -41,14 +41,14 @@ fn a_call_is_in_the_ledger_from_its_taking_until_its_answer_has_left() {
     mark.begins();
     assert_eq!(entry.begun.load(Relaxed), 1);
     ledger.closes(&mut connection, 40);
-    assert_eq!(book.witness.moment.taken.load(Relaxed), 1040);
+    assert_eq!(book.progress.moment.taken.load(Relaxed), 1040);
     ledger.answers(mark);
     assert_eq!((living(book), entry.stage.load(Relaxed)), (1, ANSWERED));
     ledger.sent();
     assert_eq!(living(book), 0);
-    // what is taken from a tail has no place in what the reactor has received
+    // Kept bytes have no position in the received bytes.
     ledger.reaches(7);
-    let mark = ledger.take(&mut connection, PLAIN, place, None);
+    let mark = ledger.take(&mut connection, PLAIN, place, (None, 2));
     assert_eq!(entry.end.load(Relaxed), 0);
     assert_eq!(entry.id_length.load(Relaxed), 0);
     assert_eq!(entry.begun.load(Relaxed), 0, "its entry is used again");
@@ -57,33 +57,33 @@ fn a_call_is_in_the_ledger_from_its_taking_until_its_answer_has_left() {
 }
 
 #[test]
-fn what_finds_no_room_makes_its_connection_one_that_is_not_kept() {
-    let (book, _) = SharedJournal::new(4).unwrap();
+fn a_call_without_room_in_the_journal_marks_its_connection() {
+    let (book, _) = SharedJournal::new(4, 2).unwrap();
     let mut ledger = CallJournal::new(book);
     let mut connection = connection(book);
     let place = connection.take(true);
-    let note = || book.witness.seats[1].note.load(Relaxed);
+    let note = || book.progress.records[1].note.load(Relaxed);
     let long = format!("\"{}\"", "x".repeat(100));
-    let mark = ledger.take(&mut connection, PLAIN, place, Some(&long));
+    let mark = ledger.take(&mut connection, PLAIN, place, (Some(&long), 3));
     assert_eq!((mark, note()), (CallRef::default(), note::UNKEPT));
-    // until all is answered
+    // This holds until all is answered.
     connection.answered(place, &mut Vec::new(), |_| {});
     ledger.update_flags(&mut connection);
     assert_eq!(note(), 0);
     for _ in 0..ENTRIES {
         let place = connection.take(true);
         assert_ne!(
-            ledger.take(&mut connection, PLAIN, place, None),
+            ledger.take(&mut connection, PLAIN, place, (None, 2)),
             CallRef::default()
         );
     }
     let place = connection.take(true);
-    ledger.take(&mut connection, PLAIN, place, None);
+    ledger.take(&mut connection, PLAIN, place, (None, 2));
     assert_eq!(note(), note::UNKEPT);
 }
 
 #[test]
-fn a_shape_survives_its_number() {
+fn an_answer_format_is_restored_from_its_number() {
     let reply = |old, bodiless, origin| {
         Framing::Http(http::ResponseOptions {
             old,
@@ -113,7 +113,7 @@ fn a_shape_survives_its_number() {
 }
 
 #[test]
-fn without_a_keeper_nothing_is_written() {
+fn nothing_is_recorded_without_a_keeper() {
     let mut ledger = CallJournal::default();
     let mut connection = Connection::new(
         Token::for_test(0),
@@ -122,7 +122,7 @@ fn without_a_keeper_nothing_is_written() {
         0,
     );
     let place = connection.take(false);
-    let mark = ledger.take(&mut connection, PLAIN, place, None);
+    let mark = ledger.take(&mut connection, PLAIN, place, (None, 2));
     assert_eq!(mark, CallRef::default());
     ledger.answers(mark);
     ledger.sent();
@@ -130,9 +130,9 @@ fn without_a_keeper_nothing_is_written() {
 }
 
 #[test]
-fn connections_that_end_with_their_worker_are_counted_but_for_a_stop_of_the_server() {
+fn connections_that_end_with_their_worker_are_counted_except_at_a_stop() {
     for (stops, expected) in [(false, 3), (true, 0)] {
-        let (book, _) = SharedJournal::new(4).unwrap();
+        let (book, _) = SharedJournal::new(4, 2).unwrap();
         let ledger = CallJournal::new(book);
         if stops {
             ledger.stops();

@@ -1,12 +1,12 @@
-//! The keeper of a worker: a twin that shares its descriptors, and goes on with its connections when
-//! it dies.
+//! Runs the keeper of a worker: a process that shares its descriptors and recovers its connections if it
+//! dies.
 //!
-//! It is made before the worker has a thread or a client, waits for the worker's end and does
-//! nothing else until then: it touches no descriptor, reads no call, runs no handler. When the
-//! worker leaves in order, it leaves too. When the worker has died, it answers with `crashed` what
-//! the ledger has as unanswered, and passes each connection on through the adoption queue; so a
-//! crash costs the calls that ran, and nobody their connection. It ends at once with the master.
-//! What it can't do it leaves: the connection ends with it.
+//! It is made before the worker has a thread or a client, and waits for the worker's end. Until then it
+//! uses no descriptor, reads no call and runs no handler. If the worker exits in order, the keeper exits
+//! too. If the worker has died, the keeper answers the unanswered calls of the journal with `crashed`,
+//! and hands each connection over through the adoption queue. So a crash costs the calls that ran, but no
+//! connection. It ends at once with the master. If the keeper cannot hand a connection over, the
+//! connection is closed.
 
 #![allow(unsafe_code)]
 
@@ -18,58 +18,64 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::call_record::{ANSWERED, CallRecord, CurrentCall};
 use super::journal;
-use super::journal::{CallRecord, SharedJournal};
+use super::journal::SharedJournal;
 use super::recovery::{ConnectionSnapshot, Receiving, Recovery, Sending, UnansweredCall};
-use crate::handler::BEGUN_ELSEWHERE;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::{AdoptionQueue, is_full};
+use crate::link::metrics_board::BlockWriter;
+use crate::link::metrics_board::layout::{CloseReason, MoveReason, OTHER};
 use crate::logging;
+use crate::protocol::call_id::CallId;
+use crate::protocol::code::Code;
 use crate::protocol::http::{HttpDate, ResponseContext};
 use crate::sys::event::UnsentData;
 use crate::sys::event::io_progress::{ConnectionRecord, CurrentIo, PendingAccept, RECEIVE_BUFFER};
-use crate::sys::process::{Fork, exit_now, monotonic, unix_seconds};
+use crate::sys::process::{Fork, Pid, exit_now, monotonic, unix_seconds};
+use crate::sys::shared_memory::load_text;
 use crate::sys::socket::{Bound, reset_when_closed};
 use crate::sys::{clone_files, descriptor};
 use crate::worker_init::WorkerInit;
 
-/// Places beyond `limits.connections`: what is adopted or found in a queue may exceed it.
-const SPARE_SEATS: usize = 256;
-/// Between two tries when nothing tells that there is room again (ETOOMANYREFS, unix(7)).
+/// Records beyond `limits.connections`, because adopted or queued connections may exceed it.
+const SPARE_RECORDS: usize = 256;
+/// The time between two attempts if no event reports room (ETOOMANYREFS, unix(7)).
 const RETRY: Duration = Duration::from_millis(20);
 
-/// What a worker that has a keeper writes into.
+/// The memory into which a worker with a keeper writes.
 pub struct KeeperSetup {
-    /// The ledger.
+    /// The journal.
     pub book: SharedJournal,
-    /// What the event layer receives into.
+    /// The receive buffer of the event loop.
     pub buffer: &'static mut [u8],
 }
 
-/// Makes the keeper of this worker. To be called once it is nobody else any more, with all signals
-/// blocked, which its keeper leaves so.
+/// Makes the keeper of this worker. Call it when the process has nothing of the master any more and all
+/// signals are blocked. The keeper keeps them blocked.
 ///
 /// # Errors
-/// When there is no memory, no descriptor or no process to be had.
+/// If there is no memory, no descriptor or no process left.
 pub fn make(boot: &WorkerInit<'_>) -> io::Result<KeeperSetup> {
-    let connections = boot.settings.limits.connections + SPARE_SEATS;
-    let (book, buffer) = SharedJournal::new(connections)?;
+    let connections = boot.settings.limits.connections + SPARE_RECORDS;
+    let (book, buffer) = SharedJournal::new(connections, boot.settings.workers.threads)?;
     let worker = clone_files::pidfd_self()?;
     let addresses = crate::worker::crash::unrecorded_sockets::addresses(&boot.listeners);
+    let ids = boot.settings.trace.then(|| Pid::current().0);
     let made = clone_files::clone_process(&boot.record.keeper);
     if matches!(made, Ok(Fork::Child)) {
         boot.show("keeper");
-        run_keeper(boot, (&worker, &addresses), book, buffer);
+        run_keeper(boot, (&worker, &addresses, ids), book, buffer);
     }
     made?;
-    // Its number is what the keeper waits by, for as long as this process lives.
+    // The keeper waits for this number as long as the worker lives.
     std::mem::forget(worker);
     Ok(KeeperSetup { book, buffer })
 }
 
 fn run_keeper(
     boot: &WorkerInit<'_>,
-    (worker, addresses): (&OwnedFd, &[Bound]),
+    (worker, addresses, ids): (&OwnedFd, &[Bound], Option<i32>),
     book: SharedJournal,
     buffer: &[u8],
 ) -> ! {
@@ -79,46 +85,50 @@ fn run_keeper(
     logging::forget_output();
     let mut ended = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
     while poll(&mut ended, PollTimeout::NONE) != Ok(1) {}
-    // With POLLHUP once it is reaped too.
+    // POLLHUP is also set once it is reaped.
     let has_ended = ended[0]
         .revents()
         .is_some_and(|found| found.contains(PollFlags::POLLIN));
     if !has_ended {
-        // The worker has closed what it is held by, and lives: it is left alone.
+        // The worker has closed the descriptor that the keeper waits for, but lives: leave it alone.
         exit_now(1);
     }
-    // From here on the descriptors are this process's alone.
+    // From here on only this process has the descriptors.
     if book.head.leaves.load(Acquire) == 0 && book.head.stops.load(Acquire) == 0 {
         let end = monotonic().saturating_add(boot.settings.workers.drain_timeout);
-        let coming = PendingAccept::of(book.witness.moment.accepting.load(Acquire));
+        let coming = PendingAccept::of(book.progress.moment.accepting.load(Acquire));
         let strangers = match coming {
-            PendingAccept::Nobody => Vec::new(),
+            PendingAccept::None => Vec::new(),
             PendingAccept::Fresh | PendingAccept::Used => {
                 crate::worker::crash::unrecorded_sockets::find(addresses, &known(book))
             }
         };
-        recover_connections(boot, book, (buffer, &strangers, coming), end);
+        recover_connections(boot, book, (buffer, &strangers, coming), (end, ids));
     }
     exit_now(0);
 }
 
-/// Does with each connection what there is to be done.
+/// Recovers or closes each connection, by `end` at the latest. `ids` is the pid in the ids of calls, if errors
+/// have these.
 fn recover_connections(
     boot: &WorkerInit<'_>,
     book: SharedJournal,
     (buffer, strangers, coming): (&[u8], &[RawFd], PendingAccept),
-    end: Duration,
+    (end, ids): (Duration, Option<i32>),
 ) {
+    // The worker has ended, so this is the only writer of its block.
+    let writer = BlockWriter::new(boot.metrics.block, false);
     let left = connections(book);
     let fds = known(book);
     let adoption = &boot.adoption;
     let queue = [adoption.tx.as_raw_fd(), adoption.rx.as_raw_fd()];
-    // The worker's listeners and its link, and what was on its way to handlers' programs.
+    // Close the worker's listeners, its link, and descriptors for commands and programs.
     // SAFETY: the worker that owned these descriptors has ended, and the keeper uses none of them.
     unsafe { descriptor::close_all_but(&[&fds[..], strangers, &queue].concat()) };
     let highest = book.head.highest.load(Acquire);
-    boot.crash_report.tell(ran(book.entries, highest));
-    let mut calls = calls(book.entries, highest);
+    let event_loop_call = book.running[0].key.load(Acquire);
+    boot.crash_report.tell(ran(book.running), event_loop_call);
+    let mut calls = calls(book.entries, highest, ids);
     let http = ResponseContext {
         origins: &boot.settings.http_origins,
         date: HttpDate(unix_seconds()),
@@ -132,18 +142,15 @@ fn recover_connections(
     for socket in strangers.iter().filter_map(take) {
         match (coming, packet) {
             (PendingAccept::Used, None) => reset(boot, &socket),
-            // As it came: nobody has done anything with it.
+            // Hand it over with its packet, because nothing was done with it.
             (PendingAccept::Used, Some(packet)) => {
                 let forward = || adoption.resend(socket.as_fd(), packet);
-                let kept = send_until(adoption, end, forward);
-                count(
-                    if kept {
-                        &boot.record.kept
-                    } else {
-                        &boot.record.reset
-                    },
-                    1,
-                );
+                if send_until(adoption, end, forward) {
+                    count(&boot.record.kept, 1);
+                    count_moved(writer);
+                } else {
+                    count_reset(boot);
+                }
             }
             _ => to_pass.push((
                 socket,
@@ -157,27 +164,31 @@ fn recover_connections(
         }
     }
     for (index, fd) in left {
-        // SAFETY: likewise. The journal names each descriptor once.
+        // SAFETY: as above. The journal names each descriptor once.
         let Some(socket) = (unsafe { clone_files::take_fd(fd) }) else {
             continue;
         };
-        let seat = &book.witness.seats[index];
-        let owed = UnsentData::of(seat.owed.load(Relaxed));
+        let record = &book.progress.records[index];
+        let owed = UnsentData::of(record.owed.load(Relaxed));
         let came = packet.filter(|_| owed == UnsentData::InPacket);
         let came = came.and_then(|packet| adoption_queue::decode_packet(packet, None));
         let held = ConnectionSnapshot {
-            note: seat.note.load(Relaxed),
+            note: record.note.load(Relaxed),
             owed: owed != UnsentData::Nothing && came.is_none(),
             unsent: came.map_or_else(Vec::new, |taken| taken.unsent.into_owned()),
-            calls: calls.remove(&seat.token.load(Relaxed)).unwrap_or_default(),
+            calls: calls
+                .remove(&record.token.load(Relaxed))
+                .unwrap_or_default(),
         };
-        let moment = book.witness.moment;
+        let moment = book.progress.moment;
         let (receiving, sending) = (
             receiving(moment, index, &socket),
             sending(moment, index, &socket),
         );
         match crate::worker::crash::recovery::decide(&held, receiving, sending, http) {
-            Recovery::Close => {}
+            // It was shut down, or it may have been handed over, which is counted.
+            Recovery::Close if held.note & journal::note::GIVEN != 0 => {}
+            Recovery::Close => writer.add(&writer.block.closed[CloseReason::Crash as usize], 1),
             Recovery::Reset => reset(boot, &socket),
             fate @ Recovery::PassOn { .. } => to_pass.push((socket, fate)),
         }
@@ -187,108 +198,120 @@ fn recover_connections(
             && give(adoption, &socket, &fate, buffer, end)
         {
             count(&boot.record.kept, 1);
-            count(&boot.record.crashed, *crashed);
+            count(&boot.record.crashed, crashed.len());
+            for &(method, begun) in crashed {
+                let place = method.map_or(OTHER, |method| boot.metrics.method(method));
+                writer.add(&writer.block.calls[place], 1);
+                writer.count_error(place, Code::Crashed as usize, begun);
+            }
+            count_moved(writer);
         } else {
-            count(&boot.record.reset, 1);
+            count_reset(boot);
         }
     }
 }
 
-/// Its client is told that nobody knows any more what it has sent and got.
+/// Resets a connection, because it is unknown what its client has sent and received.
 fn reset(boot: &WorkerInit<'_>, socket: &OwnedFd) {
-    count(&boot.record.reset, 1);
+    count_reset(boot);
     reset_when_closed(socket, true);
 }
 
-/// Places that are taken, with the number of the descriptor of each.
+fn count_reset(boot: &WorkerInit<'_>) {
+    count(&boot.record.reset, 1);
+    let block = boot.metrics.block;
+    BlockWriter::new(block, false).add(&block.closed[CloseReason::Crash as usize], 1);
+}
+
+fn count_moved(writer: BlockWriter) {
+    writer.add(&writer.block.moved[MoveReason::Crash as usize], 1);
+}
+
+/// Returns the used connection records, each with its descriptor.
 fn connections(book: SharedJournal) -> Vec<(usize, RawFd)> {
-    let fd = |seat: &ConnectionRecord| RawFd::try_from(seat.fd.load(Acquire).checked_sub(1)?).ok();
-    let seats = book.witness.seats.iter().enumerate();
-    seats
-        .filter_map(|(index, seat)| Some((index, fd(seat)?)))
+    let fd =
+        |record: &ConnectionRecord| RawFd::try_from(record.fd.load(Acquire).checked_sub(1)?).ok();
+    let records = book.progress.records.iter().enumerate();
+    records
+        .filter_map(|(index, record)| Some((index, fd(record)?)))
         .collect()
 }
 
-/// The numbers alone.
+/// Returns only the descriptors.
 fn known(book: SharedJournal) -> Vec<RawFd> {
     connections(book).into_iter().map(|(_, fd)| fd).collect()
 }
 
-/// The calls without an answer, by what their entries say whose they are.
-fn calls(entries: &[CallRecord], highest: u32) -> HashMap<u64, Vec<UnansweredCall>> {
+/// Returns the unanswered calls, by the connection in their entries.
+fn calls(
+    entries: &[CallRecord],
+    highest: u32,
+    ids: Option<i32>,
+) -> HashMap<u64, Vec<UnansweredCall>> {
     let mut calls: HashMap<u64, Vec<UnansweredCall>> = HashMap::new();
     for entry in entries.iter().take(highest as usize) {
         let of = entry.of.load(Acquire);
         if of > 0 {
-            calls.entry(of).or_default().push(call(entry));
+            calls.entry(of).or_default().push(call(entry, ids));
         }
     }
     calls
 }
 
-/// What ran when the worker died, by key and method.
-fn ran(entries: &[CallRecord], highest: u32) -> impl Iterator<Item = (u64, u32)> {
-    let ran = |entry: &&CallRecord| {
-        entry.of.load(Acquire) != 0
-            // What ran in another process is not what this one died of.
-            && ![0, BEGUN_ELSEWHERE].contains(&entry.begun.load(Relaxed))
-            && entry.stage.load(Relaxed) != journal::ANSWERED
-    };
-    let entries = entries.iter().take(highest as usize).filter(ran);
-    entries
-        .map(|entry| (entry.key.load(Relaxed), entry.method.load(Relaxed)))
-        .filter(|(key, _)| *key != 0)
+/// Returns the calls that the threads were running when the worker died, by key and method. A thread may
+/// still run a call that was given up, and calls of a batch have no key.
+fn ran(running: &[CurrentCall]) -> Vec<(u64, u32)> {
+    let calls = running
+        .iter()
+        .map(|call| (call.key.load(Acquire), call.method.load(Relaxed)));
+    calls.filter(|(key, _)| *key != 0).collect()
 }
 
-fn call(entry: &CallRecord) -> UnansweredCall {
-    let id = entry.id_length.load(Relaxed).checked_sub(1).map(|length| {
-        let mut bytes: Vec<u8> = entry
-            .id
-            .iter()
-            .flat_map(|word| word.load(Relaxed).to_ne_bytes())
-            .collect();
-        bytes.truncate(length as usize);
-        String::from_utf8_lossy(&bytes).into_owned()
-    });
+fn call(entry: &CallRecord, ids: Option<i32>) -> UnansweredCall {
+    // Without a key the method is that of an earlier call of this entry.
+    let is_named = entry.key.load(Relaxed) != 0;
+    let length = entry.id_length.load(Relaxed).checked_sub(1);
     UnansweredCall {
         shape: journal::shape(entry.shape.load(Relaxed)),
         order: entry.order.load(Relaxed).checked_sub(1),
-        id,
+        id: length.map(|length| load_text(&entry.id, length)),
         begun: entry.begun.load(Relaxed) != 0,
-        answered: entry.stage.load(Relaxed) == journal::ANSWERED,
+        method: is_named.then(|| entry.method.load(Relaxed) as usize),
+        answered: entry.stage.load(Relaxed) == ANSWERED,
         end: entry.end.load(Relaxed),
+        call: ids.and_then(|pid| CallId::recorded(pid, entry.number.load(Relaxed))),
     }
 }
 
-/// What was being received when the worker died. Where it died before it knew how much that was,
-/// the kernel does.
+/// Returns the receive that was in progress at the death of the worker. If the worker had not recorded
+/// the length, the kernel's counters give it.
 fn receiving(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Receiving> {
     (moment.receiving.load(Acquire) == index as u32 + 1).then(|| {
         let start = moment.start.load(Relaxed);
-        let told = moment.received.load(Relaxed).checked_sub(1).map(u64::from);
+        let noted = moment.received.load(Relaxed).checked_sub(1).map(u64::from);
         let counted = || clone_files::stream_offsets(socket)?.0.checked_sub(start);
         Receiving {
             start,
             taken: moment.taken.load(Relaxed),
-            length: told.or_else(counted),
+            length: noted.or_else(counted),
         }
     })
 }
 
-/// Likewise of what was being sent.
+/// Returns the send that was in progress, in the same way.
 fn sending(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Sending> {
     (moment.sending.load(Acquire) == index as u32 + 1).then(|| {
         let before = moment.before.load(Relaxed);
-        let told = moment.sent.load(Relaxed).checked_sub(1).map(u64::from);
+        let noted = moment.sent.load(Relaxed).checked_sub(1).map(u64::from);
         let counted = || clone_files::stream_offsets(socket)?.1.checked_sub(before);
         Sending {
             length: moment.length.load(Relaxed),
-            sent: told.or_else(counted),
+            sent: noted.or_else(counted),
         }
     })
 }
 
-/// Gives a connection away, by `end` at the latest; tells whether somebody will have it.
+/// Hands a connection over, by `end` at the latest. Returns whether that succeeded.
 fn give(
     adoption: &AdoptionQueue,
     socket: &OwnedFd,
@@ -312,8 +335,8 @@ fn give(
     send_until(adoption, end, give)
 }
 
-/// Sends something through the queue as soon as there is room, by `end` at the latest; tells whether
-/// it was.
+/// Sends through the queue as soon as there is room, by `end` at the latest. Returns whether that
+/// succeeded.
 fn send_until(adoption: &AdoptionQueue, end: Duration, send: impl Fn() -> io::Result<()>) -> bool {
     loop {
         let error = match send() {
@@ -329,7 +352,7 @@ fn send_until(adoption: &AdoptionQueue, end: Duration, send: impl Fn() -> io::Re
         let _ = if error.kind() == io::ErrorKind::WouldBlock {
             poll(&mut [queue], timeout(left))
         } else {
-            // The queue itself is writable: waiting for it would spin.
+            // The queue itself is writable, so waiting for it would spin.
             poll(&mut [], timeout(left.min(RETRY)))
         };
     }

@@ -1,9 +1,10 @@
 //! Keeps connections alive when a worker crashes.
 //!
-//! The worker's event loop writes what it does to the `journal`, in shared memory. If the worker
-//! dies, its `keeper` reads the journal, `recovery` decides what becomes of each connection, and
-//! the keeper hands them to other workers or closes them.
+//! The worker's event loop records what it does in the `journal`, in shared memory. If the worker dies,
+//! its `keeper` reads the journal, `recovery` decides what to do with each connection, and the keeper
+//! hands it to other workers or closes it.
 
+pub mod call_record;
 pub mod journal;
 pub mod keeper;
 pub mod recovery;

@@ -1,80 +1,85 @@
-//! What becomes of a connection whose worker has died: pure, it is told what the ledger says and
-//! what the kernel has counted, and answers for the worker.
+//! Decides what to do with a connection whose worker has died. Pure: it gets the journal's records and
+//! the kernel's counters, and returns the answers to send.
 //!
-//! A connection is passed on when it is known to the byte what its client has sent and got. What
-//! was taken and has no answer is answered with `crashed`; whatever is in doubt is reset, for a
-//! client must never get an answer twice, another's, or a part of one.
+//! A connection is handed over if it is known to the byte what its client has sent and received. Taken
+//! calls without an answer are answered with `crashed`. If anything is in doubt, the connection is reset,
+//! because a client must never get an answer twice, an answer to another call, or a part of one.
 
 use std::ops::Range;
 
 use super::journal::note;
 use crate::link::adoption_queue;
 use crate::link::adoption_queue::HandoffState;
+use crate::protocol::call_id::CallId;
 use crate::protocol::code::Code;
 use crate::protocol::http::ResponseContext;
 use crate::protocol::reply::{AnswerContext, AnswerFormat};
 use crate::protocol::rpc_error::RpcError;
 
-/// A call without an answer.
+/// An unanswered call.
 #[derive(Debug, Clone)]
 pub struct UnansweredCall {
     pub shape: AnswerFormat,
-    /// Its place among those in order; `None`: anywhere.
+    /// Its number in the order of answers; `None` if it can be answered at any time.
     pub order: Option<u64>,
     pub id: Option<String>,
     pub begun: bool,
-    /// Its answer was among the bytes to be sent.
+    /// The number of its method, if it was known.
+    pub method: Option<usize>,
+    /// Whether its answer was among the bytes to be sent.
     pub answered: bool,
-    /// Where its bytes end in the connection's stream.
+    /// Where its bytes end in the stream of the connection.
     pub end: u64,
+    /// The id that its error names.
+    pub call: Option<CallId>,
 }
 
-/// A connection, as the ledger has it.
+/// The recorded state of a connection.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionSnapshot {
     pub note: u32,
-    /// The worker alone had bytes that the kernel had not taken.
+    /// Whether only the worker had bytes that the kernel had not taken.
     pub owed: bool,
-    /// What came along with it to be sent to it first, and was not.
+    /// Bytes that were adopted with it to be sent first, and were not sent.
     pub unsent: Vec<u8>,
     pub calls: Vec<UnansweredCall>,
 }
 
-/// Bytes were being received from it.
+/// A receive that was in progress.
 #[derive(Debug, Clone, Copy)]
 pub struct Receiving {
-    /// Where in the stream the buffer begins.
+    /// Where the buffer begins in the stream.
     pub start: u64,
-    /// How far the stream was taken.
+    /// The position up to which the stream was taken.
     pub taken: u64,
-    /// How many bytes are in the buffer, as far as that is known.
+    /// The number of bytes in the buffer, if it is known.
     pub length: Option<u64>,
 }
 
-/// Answers were being sent to it.
+/// A send that was in progress.
 #[derive(Debug, Clone, Copy)]
 pub struct Sending {
-    /// How many bytes.
+    /// The number of bytes to send.
     pub length: u64,
-    /// How many of them the kernel has, as far as that is known.
+    /// How many of them the kernel has, if it is known.
     pub sent: Option<u64>,
 }
 
-/// What becomes of it.
+/// The decision for a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovery {
-    /// Another worker goes on with it.
+    /// Hand it over to another worker.
     PassOn {
         state: HandoffState,
-        /// Answers that go first.
+        /// The answers that are sent first.
         unsent: Vec<u8>,
         unread: Range<usize>,
-        /// How many calls are answered with `crashed`.
-        crashed: usize,
+        /// The calls that are answered with `crashed`: the method, and whether each had begun.
+        crashed: Vec<(Option<usize>, bool)>,
     },
-    /// It had ended, or is somebody else's already.
+    /// Close it: it had ended, or was already handed over.
     Close,
-    /// In doubt.
+    /// Reset it, because its state is in doubt.
     Reset,
 }
 
@@ -123,7 +128,7 @@ pub fn decide(
         let id = call.id.as_deref();
         let _ = call
             .shape
-            .compose(&mut unsent, about, ("", id), |_| Err(error));
+            .compose(&mut unsent, about, ("", id), || call.call, |_| Err(error));
     }
     Recovery::PassOn {
         state: HandoffState {
@@ -133,7 +138,7 @@ pub fn decide(
         },
         unsent,
         unread,
-        crashed: left.len(),
+        crashed: left.iter().map(|call| (call.method, call.begun)).collect(),
     }
 }
 
@@ -145,13 +150,13 @@ fn words(begun: bool) -> &'static str {
     }
 }
 
-/// Which bytes of the buffer nobody has taken; `None` when that can't be told.
+/// Returns which bytes of the buffer were not taken; `None` if that is unknown.
 fn unread(held: &ConnectionSnapshot, receiving: Option<Receiving>) -> Option<Range<usize>> {
     let Some(receiving) = receiving else {
         return Some(0..0);
     };
     let length = receiving.length?;
-    // An entry is there before the worker counts its bytes as taken.
+    // An entry is written before the worker counts its bytes as taken.
     let ends = held.calls.iter().map(|call| call.end);
     let taken = ends.fold(receiving.taken, u64::max);
     let used = taken.checked_sub(receiving.start)?;

@@ -15,8 +15,10 @@ fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> UnansweredCall {
         order,
         id: id.map(str::to_owned),
         begun,
+        method: None,
         answered: false,
         end: 0,
+        call: None,
     }
 }
 
@@ -29,7 +31,7 @@ fn held(calls: Vec<UnansweredCall>) -> ConnectionSnapshot {
     }
 }
 
-/// The answers that go first, and what is unread.
+/// Returns the answers to send first, and the unread bytes.
 fn passed(fate: Recovery) -> (String, Range<usize>) {
     match fate {
         Recovery::PassOn { unsent, unread, .. } => (String::from_utf8(unsent).unwrap(), unread),
@@ -51,7 +53,7 @@ fn judge_one(
 }
 
 #[test]
-fn a_connection_at_rest_is_passed_on_as_it_is() {
+fn a_quiescent_connection_is_handed_over_unchanged() {
     let fate = judge_one(&held(Vec::new()), None, None);
     assert_eq!(
         fate,
@@ -63,13 +65,13 @@ fn a_connection_at_rest_is_passed_on_as_it_is() {
             },
             unsent: Vec::new(),
             unread: 0..0,
-            crashed: 0,
+            crashed: Vec::new(),
         }
     );
 }
 
 #[test]
-fn what_only_the_worker_had_can_not_be_passed_on() {
+fn a_connection_with_bytes_in_the_worker_only_is_reset() {
     for flag in [note::TAIL, note::UNKEPT] {
         let mut held = held(Vec::new());
         held.note |= flag;
@@ -81,7 +83,7 @@ fn what_only_the_worker_had_can_not_be_passed_on() {
 }
 
 #[test]
-fn what_has_ended_or_is_on_its_way_is_only_let_go() {
+fn an_ended_or_handed_over_connection_is_only_closed() {
     for flag in [note::SHUT, note::GIVEN] {
         let mut held = held(Vec::new());
         held.note |= flag | note::TAIL;
@@ -90,7 +92,7 @@ fn what_has_ended_or_is_on_its_way_is_only_let_go() {
 }
 
 #[test]
-fn answers_are_in_order_and_say_what_had_begun() {
+fn answers_are_in_order_and_say_whether_the_call_had_begun() {
     let calls = vec![
         call(Some(8), None, false),
         call(None, Some("\"x\""), true),
@@ -105,26 +107,26 @@ fn answers_are_in_order_and_say_what_had_begun() {
 }
 
 #[test]
-fn an_answer_is_given_once_wherever_the_worker_died() {
+fn an_answer_is_sent_once_wherever_the_worker_died() {
     let mut call = call(Some(0), None, true);
     call.answered = true;
     let sending = |sent| Some(Sending { length: 90, sent });
     let one = held(vec![call]);
-    // among the bytes to be sent, and nothing was
+    // Among the bytes to be sent, and nothing was sent.
     let (answers, _) = passed(judge_one(&one, None, None));
     assert!(answers.contains("crashed"));
     let (answers, _) = passed(judge_one(&one, None, sending(Some(0))));
     assert!(answers.contains("crashed"));
-    // the kernel has it
+    // The kernel has it.
     let (answers, _) = passed(judge_one(&one, None, sending(Some(90))));
     assert_eq!(answers, "");
-    // it has a part of it, or that can't be told
+    // The kernel has a part of it, or that is unknown.
     assert_eq!(judge_one(&one, None, sending(Some(5))), Recovery::Reset);
     assert_eq!(judge_one(&one, None, sending(None)), Recovery::Reset);
 }
 
 #[test]
-fn what_came_along_is_sent_once_wherever_the_worker_died() {
+fn adopted_answers_are_sent_once_wherever_the_worker_died() {
     let mut one = held(Vec::new());
     one.unsent = b"crashed\n".to_vec();
     let sending = |sent| Some(Sending { length: 8, sent });
@@ -139,7 +141,7 @@ fn what_came_along_is_sent_once_wherever_the_worker_died() {
 }
 
 #[test]
-fn bytes_that_nobody_took_go_on_and_those_of_a_taken_call_do_not() {
+fn untaken_bytes_are_handed_over_and_those_of_a_taken_call_are_not() {
     let receiving = |taken, length| {
         Some(Receiving {
             start: 1000,
@@ -150,10 +152,10 @@ fn bytes_that_nobody_took_go_on_and_those_of_a_taken_call_do_not() {
     let none = held(Vec::new());
     let (_, unread) = passed(judge_one(&none, receiving(1000, Some(70)), None));
     assert_eq!(unread, 0..70);
-    // nothing had come
+    // Nothing was received.
     let (_, unread) = passed(judge_one(&none, receiving(1000, Some(0)), None));
     assert_eq!(unread, 0..0);
-    // its entry is there before its bytes count as taken
+    // Its entry is written before its bytes count as taken.
     let mut first = call(Some(3), None, false);
     first.end = 1030;
     let (answers, unread) = passed(judge_one(
@@ -162,7 +164,7 @@ fn bytes_that_nobody_took_go_on_and_those_of_a_taken_call_do_not() {
         None,
     ));
     assert_eq!((unread, answers.lines().count()), (30..70, 1));
-    // an older call of another round
+    // An older call from an earlier receive.
     let mut older = call(Some(3), None, false);
     older.end = 400;
     let (_, unread) = passed(judge_one(
@@ -171,7 +173,7 @@ fn bytes_that_nobody_took_go_on_and_those_of_a_taken_call_do_not() {
         None,
     ));
     assert_eq!(unread, 70..70);
-    // not known how many, or fewer than were taken
+    // The number is unknown, or lower than the number of taken bytes.
     assert_eq!(
         judge_one(&none, receiving(1000, None), None),
         Recovery::Reset
@@ -183,7 +185,7 @@ fn bytes_that_nobody_took_go_on_and_those_of_a_taken_call_do_not() {
 }
 
 #[test]
-fn one_that_was_to_close_says_so_in_its_last_answer() {
+fn a_closing_connection_says_so_in_its_last_answer() {
     let mut one = held(vec![call(Some(0), None, true), call(Some(1), None, true)]);
     one.note |= note::CLOSING;
     for call in &mut one.calls {

@@ -1,5 +1,5 @@
-//! Connections that a worker had accepted and not written down when it died: between accept4(2) and
-//! the witness there is a moment, in which only the table of descriptors knows of one.
+//! Finds connections that a worker had accepted but not recorded when it died. Between accept4(2) and the
+//! I/O record there is a short time in which only the descriptor table has such a connection.
 
 #![allow(unsafe_code)]
 
@@ -10,13 +10,13 @@ use std::rc::Rc;
 use crate::sys::clone_files;
 use crate::sys::socket::{self, Bound};
 
-/// Where the listeners are, known before any of their numbers can be another descriptor's.
+/// Returns the addresses of the listeners. Call it before their numbers can be reused.
 pub fn addresses(listeners: &[Rc<OwnedFd>]) -> Vec<Bound> {
     let bound = listeners.iter().map(|fd| socket::bound_address(&**fd));
     bound.flatten().collect()
 }
 
-/// Connected sockets of these listeners that are not among the `known` ones.
+/// Returns the connected sockets of these listeners that are not among the `known` ones.
 pub fn find(addresses: &[Bound], known: &[RawFd]) -> Vec<RawFd> {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else {
         return Vec::new();
@@ -25,7 +25,7 @@ pub fn find(addresses: &[Bound], known: &[RawFd]) -> Vec<RawFd> {
         let number = entry.file_name().to_str()?.parse().ok()?;
         (!known.contains(&number)).then_some(number)
     });
-    // Read to the end first: the directory itself is open meanwhile.
+    // Read all first, because the directory itself is open meanwhile.
     let numbers: Vec<RawFd> = numbers.collect();
     let is_client = |number: &RawFd| {
         let look = |fd: BorrowedFd<'_>| is_client_of(fd, addresses);
@@ -37,7 +37,7 @@ pub fn find(addresses: &[Bound], known: &[RawFd]) -> Vec<RawFd> {
 
 fn is_client_of(fd: BorrowedFd<'_>, addresses: &[Bound]) -> bool {
     let here = |bound: &Bound| match (bound, socket::bound_address(&fd)) {
-        // A listener for all addresses of the machine has clients at each of them.
+        // A listener on all addresses of the machine has clients at each of them.
         (Bound::Tcp(listener), Some(Bound::Tcp(client))) => {
             listener.port() == client.port()
                 && (listener.ip() == client.ip() || listener.ip().is_unspecified())
@@ -56,7 +56,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     #[test]
-    fn what_was_accepted_is_found_and_nothing_else() {
+    fn only_accepted_sockets_are_found() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (one, _) = listener.accept().unwrap();

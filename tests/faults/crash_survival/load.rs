@@ -1,4 +1,4 @@
-//! A load on lasting connections that counts what becomes of each call.
+//! Runs a load on lasting connections and counts the result of each call.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 
 use crate::support::{Client, Daemon};
 
-/// What became of the calls of a load.
+/// The results of a load.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     pub(super) attempts: AtomicU64,
     pub(super) ok: AtomicU64,
     pub(super) crashed: AtomicU64,
-    /// Answers that are none of these, or not the call's.
+    /// Other answers, or answers to another call.
     pub(super) wrong: AtomicU64,
     /// Calls without an answer.
     pub(super) lost: AtomicU64,
@@ -39,8 +39,8 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// So many lasting connections with `depth` calls on their way each; with ids when there are
-    /// several. Every fourth is for a handler thread.
+    /// Starts `clients` lasting connections with `depth` calls in flight each; with ids if there are
+    /// several. Every fourth call is for a handler thread.
     pub(super) fn start(daemon: &Daemon, clients: usize, depth: u64) -> Self {
         let (stop, tally) = (Arc::new(AtomicBool::new(false)), Arc::new(Tally::default()));
         let address = daemon.address();
@@ -76,7 +76,7 @@ impl Load {
     }
 }
 
-/// One round of calls; false when the connection ended.
+/// Runs one round of calls; returns false if the connection ended.
 fn round(client: &mut Client, first: u64, depth: u64, tally: &Tally) -> bool {
     Tally::add(&tally.attempts, depth);
     for number in first..first + depth {

@@ -1,4 +1,4 @@
-//! The life of a program: what it is given, when it is ready, how it is replaced, and its end.
+//! Tests the life of a program: what it gets, when it is ready, how it is replaced, and its end.
 
 use nix::sys::signal::Signal;
 
@@ -22,7 +22,7 @@ fn a_program_inherits_nothing_but_its_calls() {
     for (line, start) in lines.iter().zip(["PATH=/usr/local/sbin:", &call]) {
         assert!(line.as_str().unwrap().starts_with(start), "{found}");
     }
-    // Python itself ignores SIGPIPE and SIGXFSZ
+    // Python itself ignores SIGPIPE and SIGXFSZ.
     assert_eq!(
         found[1],
         json!(["SigBlk:\t0000000000000000", "SigIgn:\t0000000001001000"])
@@ -46,7 +46,7 @@ fn a_program_that_says_when_it_is_ready_is_waited_for() {
     let mut client = daemon.client();
     assert_eq!(result(&mut client, "echo", &json!(1)), 1);
     assert_eq!(result(&mut client, "asked", &Value::Null), 2);
-    // and one that says so unasked is believed all the same
+    // A ready message is also accepted if it is not required.
     let daemon = Daemon::builder()
         .config(&config(&program, "ready", "", ""))
         .start();
@@ -56,7 +56,7 @@ fn a_program_that_says_when_it_is_ready_is_waited_for() {
     }
 }
 
-/// It counts as ready before it is, and gets a call that it reads only after that word.
+/// It counts as ready before it is, and gets a call that it reads only after its ready message.
 #[test]
 fn a_word_of_being_ready_that_comes_late_costs_no_call() {
     let dir = Dir::new();
@@ -96,11 +96,18 @@ fn a_start_fails_with_the_reason_when_a_program_cant_start() {
     let waits = "ready = \"message\"";
     let log = start(&config(&dir.join("missing.py"), "", "", waits));
     assert!(
-        log.contains("the program of the pool p has left with exit code 2 before it was ready"),
+        log.contains("the program of the pool p has exited with exit code 2 before it was ready"),
         "{log}"
     );
-    // and the program's own words beside it
+    // The log also has the program's own output.
     assert!(log.contains("missing.py"), "{log}");
+    let mut results = log.lines().filter(|line| line.contains("not every worker"));
+    let result = results.next().unwrap_or_else(|| panic!("{log}"));
+    assert!(result.contains(" (p) ended by exit code 71"), "{result}");
+    assert!(
+        result.contains("; its program ") && result.contains("exit code 2 "),
+        "{result}"
+    );
     let silent = "ready = \"message\"\nboot-timeout = \"300ms\"";
     let log = start(&config(&program, "", "", silent));
     assert!(
@@ -132,7 +139,7 @@ fn a_reload_to_a_program_that_cant_start_changes_nothing() {
         "{said}"
     );
     assert_eq!(pid(&mut client), before);
-    // and a good one brings new programs, and ends the old ones
+    // A good reload brings new programs and ends the old ones.
     setting
         .daemon
         .configure(&config(&program, "", "", "processes = 2"));
@@ -164,7 +171,7 @@ fn a_worker_whose_programs_are_not_ready_lets_nobody_in() {
         let mut longest = Duration::ZERO;
         let mut calls = 0;
         while is_starting() {
-            // To ask for the status takes longer than a call.
+            // A status request takes longer than a call.
             for _ in 0..5 {
                 let began = Instant::now();
                 let mut client = setting.daemon.client();
@@ -193,7 +200,7 @@ fn a_program_that_keeps_dying_is_throttled_and_its_calls_are_told() {
         assert_eq!(error["name"], "crashed", "{answer}");
         let is_refused = error["started"] == false;
         if is_refused {
-            // told at once, safe to send again
+            // Reported at once, and safe to send again.
             assert!(answer.to_string().contains("exit code 1"), "{answer}");
         }
         is_refused
@@ -265,7 +272,7 @@ fn a_slow_pool_and_busy_threads_keep_each_other_waiting_for_nothing() {
              [limits]\nqueue = 5\n";
     let daemon = Daemon::builder().config(&text).start();
     let mut client = daemon.client();
-    // the pool is full: one runs, five wait, and one more stands ready
+    // The pool is full: one runs, five wait, and one more is written ahead.
     client.send_together((0..12).map(|id| json!({"in": "nap", "params": 0.5, "id": id})));
     let refused = client.recv_json();
     assert_eq!(refused["result"]["name"], "overloaded", "{refused}");
@@ -284,7 +291,7 @@ fn a_slow_pool_and_busy_threads_keep_each_other_waiting_for_nothing() {
     for _ in 1..12 {
         client.recv_json();
     }
-    // the one thread is busy
+    // The only thread is busy.
     other.send(r#"{"in": "sleep", "params": 4}"#);
     daemon.wait_running(1);
     for n in 0..50 {
@@ -318,7 +325,7 @@ fn a_stop_and_a_reload_let_the_running_call_finish() {
     assert!(process::state(last).is_none());
 }
 
-/// The bar: each call answered, none wrong, `crashed` for those that ran, nothing left.
+/// The requirement: each call answered, none wrong, `crashed` for those that ran, nothing left.
 #[test]
 fn ten_thousand_calls_to_programs_that_die_at_random() {
     const CALLS: usize = 10_000;

@@ -1,4 +1,4 @@
-//! The end of a test's daemon: asked for, or because it is dropped, which judges its log.
+//! Ends a test's daemon: on request or when it is dropped, and then checks its log.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -11,12 +11,12 @@ use super::super::{PATIENCE, log, pause};
 use super::Daemon;
 
 impl Daemon {
-    /// Stops it, whatever its log says: how it ended, and the log; or what went wrong. For tests
-    /// that make it fail.
+    /// Stops it without checking its log. Returns its exit status and log, or what went wrong. It is for
+    /// tests that make it fail.
     pub fn end(mut self) -> Result<(ExitStatus, String), Vec<String>> {
         let was_running = self.try_wait().is_none();
         let mut faults = self.end_group();
-        // how it ended is the test's to judge
+        // The test checks the exit status itself.
         faults.retain(|fault| !was_running || !fault.starts_with("TERM should"));
         let log = self.log();
         self.child = None;
@@ -26,13 +26,13 @@ impl Daemon {
         }
     }
 
-    /// Asks the master to stop, and ends what is left after a while. Returns what went wrong.
+    /// Asks the master to stop, and kills what is left after a while. Returns what went wrong.
     pub(super) fn end_group(&mut self) -> Vec<String> {
         let mut faults = Vec::new();
         let master = Pid::from_raw(self.pid());
         let was_running = self.try_wait().is_none();
         if was_running {
-            // a stopped master could not even stop
+            // A master stopped by SIGSTOP could not handle SIGTERM.
             let _ = kill(master, Signal::SIGTERM);
             let _ = kill(master, Signal::SIGCONT);
         }

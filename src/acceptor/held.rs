@@ -1,0 +1,93 @@
+//! Connections that were accepted while the system had no process to give, or no room to send them to one. They
+//! wait until there is one, or until `limits.read-timeout`, because their clients are to get an answer.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use crate::link::adoption_queue::FRESH;
+
+/// The most that wait; others stay in the kernel's queue.
+const MAX_HELD: usize = 256;
+
+/// The client's address, and the key of its source if that is counted.
+pub type ConnectionSource = (Option<SocketAddr>, Option<u64>);
+
+/// A connection without a process.
+pub struct HeldConnection {
+    /// Its socket, and a memory file if its unread bytes are many.
+    pub client: Vec<OwnedFd>,
+    /// What its process gets with it: a packet of the adoption queue.
+    pub packet: Cow<'static, [u8]>,
+    pub from: ConnectionSource,
+    until_ms: u64,
+}
+
+impl HeldConnection {
+    /// A connection that waits until then.
+    pub fn new(
+        client: Vec<OwnedFd>,
+        packet: Cow<'static, [u8]>,
+        from: ConnectionSource,
+        until_ms: u64,
+    ) -> Self {
+        HeldConnection {
+            client,
+            packet,
+            from,
+            until_ms,
+        }
+    }
+
+    /// Returns whether nothing was read from it.
+    pub fn is_fresh(&self) -> bool {
+        *self.packet == FRESH
+    }
+}
+
+/// All of them, oldest first.
+#[derive(Default)]
+pub struct HeldConnections {
+    waiting: VecDeque<HeldConnection>,
+}
+
+impl HeldConnections {
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.waiting.len() >= MAX_HELD
+    }
+
+    /// How many come from the source with this key.
+    pub fn count_of_source(&self, key: u64) -> usize {
+        let is_its = |held: &&HeldConnection| held.from.1 == Some(key);
+        self.waiting.iter().filter(is_its).count()
+    }
+
+    /// Adds a connection.
+    pub fn add(&mut self, held: HeldConnection) {
+        self.waiting.push_back(held);
+    }
+
+    /// Takes the oldest one.
+    pub fn take(&mut self) -> Option<HeldConnection> {
+        self.waiting.pop_front()
+    }
+
+    /// There is no process for it yet.
+    pub fn put_back(&mut self, held: HeldConnection) {
+        self.waiting.push_front(held);
+    }
+
+    /// Takes one whose time is over.
+    pub fn take_expired(&mut self, now_ms: u64) -> Option<HeldConnection> {
+        let is_over = self
+            .waiting
+            .front()
+            .is_some_and(|held| held.until_ms <= now_ms);
+        is_over.then(|| self.take()).flatten()
+    }
+}

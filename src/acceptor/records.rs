@@ -1,0 +1,160 @@
+//! The records of an acceptor's sessions in the table that all acceptors of the listener share.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use crate::link::ids::{Generation, Pid};
+use crate::link::session_table::{self, SessionRecord};
+use crate::sys::process_tree;
+use crate::worker_init::WorkerInit;
+
+/// For how long the number of sessions of other acceptors holds.
+const COUNT_MS: u64 = 50;
+/// For how long a session of another acceptor is taken for a living one without a look.
+const SEEN_MS: u64 = 1_000;
+
+/// The records of one listener, and which of them this acceptor may claim next.
+pub struct OwnRecords {
+    pub all: &'static [SessionRecord],
+    /// The place of the first record in the table of all listeners.
+    first: usize,
+    generation: Generation,
+    acceptor: Pid,
+    master: Pid,
+    /// Records that were used before.
+    free: Vec<usize>,
+    /// How many sessions other acceptors have, and when that was counted.
+    elsewhere: (usize, u64),
+    /// The sessions of other acceptors: when each began, and when it was last seen.
+    seen: BTreeMap<Pid, (u64, u64)>,
+}
+
+impl OwnRecords {
+    pub fn new(boot: &WorkerInit<'_>) -> Self {
+        let range = boot.isolated.as_ref().map(|isolated| isolated.range);
+        let (all, first) = range.unwrap_or((&[], 0));
+        OwnRecords {
+            all,
+            first,
+            generation: boot.generation,
+            acceptor: Pid::current(),
+            master: boot.master,
+            free: Vec::new(),
+            elsewhere: (0, 0),
+            seen: BTreeMap::new(),
+        }
+    }
+
+    /// The place of a record in the table of all listeners.
+    pub fn place(&self, index: usize) -> usize {
+        self.first + index
+    }
+
+    /// The record at a place in the table of all listeners, if it is one of this listener.
+    pub fn index_of(&self, place: u32) -> Option<usize> {
+        (place as usize).checked_sub(self.first)
+    }
+
+    /// How many connections other acceptors of this listener have, or have left behind. A session can write
+    /// any record, so each living session counts once. `is_own`: a session of this acceptor.
+    pub fn open_elsewhere(&mut self, is_own: impl Fn(Pid) -> bool, now_ms: u64) -> usize {
+        let (count, at) = self.elsewhere;
+        if at > 0 && now_ms < at + COUNT_MS {
+            return count;
+        }
+        let used = session_table::claimed(self.all);
+        let is_other =
+            |record: &&SessionRecord| record.is_open() && record.acceptor() != self.acceptor;
+        let mut seen = BTreeMap::new();
+        for record in used.iter().filter(is_other) {
+            let (pid, start) = (record.pid(), record.start_ticks());
+            if is_own(pid) || seen.contains_key(&pid) {
+                continue;
+            }
+            match self.seen.get(&pid) {
+                Some(&(began, at)) if began == start && now_ms < at + SEEN_MS => {
+                    seen.insert(pid, (start, at));
+                }
+                _ if self.is_session(pid, start) => {
+                    seen.insert(pid, (start, now_ms));
+                }
+                _ => {}
+            }
+        }
+        self.elsewhere = (seen.len(), now_ms);
+        self.seen = seen;
+        self.elsewhere.0
+    }
+
+    /// Returns the number of the session with this pid if it is of this generation and of another acceptor.
+    pub fn orphan(&self, pid: Pid) -> Option<usize> {
+        let mut used = session_table::claimed(self.all).iter();
+        used.position(|record| {
+            record.pid() == pid
+                && self.is_of_another(record)
+                && process_tree::start_ticks(pid) == Some(record.start_ticks())
+        })
+    }
+
+    /// Returns the numbers of the sessions of this generation whose acceptor has died.
+    pub fn orphans(&self) -> impl Iterator<Item = usize> {
+        let used = session_table::claimed(self.all).iter().enumerate();
+        let is_orphan = |record: &SessionRecord| {
+            record.is_open()
+                && self.is_of_another(record)
+                && process_tree::parent(record.pid()) == Some(self.master)
+        };
+        used.filter(move |(_, record)| is_orphan(record))
+            .map(|(index, _)| index)
+    }
+
+    /// Returns whether another acceptor of this generation lives and has sessions.
+    pub fn has_successor(&self) -> bool {
+        let mut used = session_table::claimed(self.all).iter();
+        used.any(|record| {
+            self.is_of_another(record)
+                && process_tree::parent(record.pid()) == Some(record.acceptor())
+                && process_tree::parent(record.acceptor()) == Some(self.master)
+        })
+    }
+
+    fn is_of_another(&self, record: &SessionRecord) -> bool {
+        record.is_used()
+            && record.acceptor() != self.acceptor
+            && record.generation() == self.generation
+    }
+
+    /// Returns whether a process began then, and is a child of the master or of one of its children.
+    fn is_session(&self, pid: Pid, start_ticks: u64) -> bool {
+        let parent = process_tree::parent(pid);
+        let is_near = parent == Some(self.master)
+            || parent.and_then(process_tree::parent) == Some(self.master);
+        is_near && process_tree::start_ticks(pid) == Some(start_ticks)
+    }
+
+    /// Claims a record for the next session. `is_living` says whether a session has the record already: it
+    /// may have written that the record is free.
+    ///
+    /// # Errors
+    /// If all are taken.
+    pub fn claim(&mut self, is_living: impl Fn(usize) -> bool) -> io::Result<usize> {
+        let (acceptor, generation) = (self.acceptor, self.generation);
+        while let Some(index) = self.free.pop() {
+            if !is_living(index) && self.all[index].claim(acceptor, generation) {
+                return Ok(index);
+            }
+        }
+        let mut records = self.all.iter().enumerate();
+        let found = records
+            .position(|(index, record)| !is_living(index) && record.claim(acceptor, generation));
+        let index = found.ok_or(io::ErrorKind::ResourceBusy)?;
+        session_table::note_claim(self.all, index);
+        Ok(index)
+    }
+
+    /// The session with this record was reaped, or never forked.
+    pub fn release(&mut self, index: usize) {
+        self.all[index].release();
+        self.free.push(index);
+    }
+}

@@ -1,0 +1,126 @@
+//! Gets the figures of a running server for `top`: asks its master without waiting, and reads its metrics board.
+//!
+//! The figures come from the code of the status page. If the master does not answer within 1 s, those that only
+//! it knows stay as they were, and their age says so. After an upgrade the board is asked for again.
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use crate::cli::args::ServerSelector;
+use crate::cli::control;
+use crate::cli::metrics::{self, Observed};
+use crate::config::ObserveConfig;
+use crate::error::{Error, Result};
+use crate::observe::content::{Content, Figures, Now};
+use crate::observe::master_facts::{MasterFacts, Readiness};
+use crate::observe::routes::Route;
+use crate::sys::process::{monotonic_ms, unix_time};
+
+/// After this time without an answer, it is checked whether there still is a server. Milliseconds.
+const SILENT_MS: u64 = 3_000;
+
+pub(super) struct Feed {
+    place: ServerSelector,
+    content: Content,
+    /// Whether an answer is wanted that has not come.
+    is_waiting: bool,
+    /// Pid and version of the master that has sent the board.
+    sender: (i32, String),
+}
+
+pub(super) fn now() -> Now {
+    Now {
+        ms: monotonic_ms(),
+        unix: unix_time(),
+    }
+}
+
+impl Feed {
+    /// Finds the server. Returns a warning too if its board cannot be read.
+    pub(super) fn open(
+        place: ServerSelector,
+        interval: Duration,
+    ) -> Result<(Self, Option<String>)> {
+        let control_socket = control::locate(&place)?;
+        let Observed { answered, board } = metrics::observe(&place)?;
+        let master = answered.status.master;
+        let (board, warning) = match board {
+            Ok(board) => (Some(board), None),
+            Err(warning) => (None, Some(warning)),
+        };
+        let facts = MasterFacts::at(control_socket);
+        let mut content = Content::new(facts, board, ObserveConfig::default());
+        content.set_interval(interval);
+        let feed = Feed {
+            place,
+            content,
+            is_waiting: false,
+            sender: (master.pid, master.version),
+        };
+        Ok((feed, warning))
+    }
+
+    pub(super) fn set_interval(&mut self, interval: Duration) {
+        self.content.set_interval(interval);
+    }
+
+    /// Begins a reading, which waits for the master.
+    pub(super) fn begin(&mut self) {
+        self.is_waiting = true;
+    }
+
+    /// To be polled for input, until `deadline_ms`.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.content.facts.descriptor()
+    }
+
+    /// When a reading is made without an answer.
+    pub(super) fn deadline_ms(&self) -> Option<u64> {
+        let deadline = self.content.facts.deadline_ms(monotonic_ms());
+        deadline.filter(|_| self.is_waiting)
+    }
+
+    /// Takes what has come. Returns the figures if a reading was made.
+    pub(super) fn advance(&mut self) -> Option<Figures> {
+        let now = now();
+        self.content.facts.receive(now.ms);
+        if !self.is_waiting {
+            return None;
+        }
+        match self.content.prepare(&Route::Status, now) {
+            Readiness::Until(_) => None,
+            Readiness::Now => {
+                self.is_waiting = false;
+                self.follow_upgrade();
+                self.content.record(now);
+                self.content.figures(now)
+            }
+        }
+    }
+
+    /// Another program has its own version of the board, and another master has another board.
+    fn follow_upgrade(&mut self) {
+        let Some(facts) = self.content.facts.last() else {
+            return;
+        };
+        let master = &facts.status.master;
+        let sender = (master.pid, master.version.clone());
+        if sender != self.sender
+            && let Ok(observed) = metrics::observe(&self.place)
+        {
+            self.content.set_board(observed.board.ok());
+            self.sender = sender;
+        }
+    }
+
+    /// Fails if there is no server any more. Its figures are old then.
+    pub(super) fn check_server(&self, figures: &Figures) -> Result<()> {
+        if figures.master_age_ms < SILENT_MS {
+            return Ok(());
+        }
+        match metrics::observe(&self.place) {
+            Err(error @ Error::NoServer { .. }) => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

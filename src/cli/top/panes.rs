@@ -1,0 +1,434 @@
+//! Turns figures into the rows of each pane. Pure.
+//!
+//! A cell has its text, what it is sorted by, and a tone. Each tone has a symbol in the text beside its color.
+
+use std::cmp::Ordering;
+
+use super::text::{UNKNOWN, escaped, joined, micros, rate, sparkline};
+use crate::cli::units;
+use crate::observe::content::Figures;
+use crate::observe::totals::MethodFigures;
+use crate::protocol::control::{DeathStatus, OldestCall, PoolStatus, WorkerPhase, WorkerStatus};
+
+/// How wide the calls of the last 60 s are drawn.
+const SPARK_WIDTH: usize = 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pane {
+    Workers,
+    Methods,
+    Pools,
+    Events,
+    Slow,
+}
+
+/// How good or bad a figure is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tone {
+    Plain,
+    Good,
+    Warn,
+    Bad,
+}
+
+/// What a cell is sorted by.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum SortKey {
+    Number(f64),
+    Text(String),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct PaneCell {
+    pub text: String,
+    pub key: SortKey,
+    pub tone: Tone,
+}
+
+/// A row has a cell for each column of its pane.
+pub(super) type PaneRow = Vec<PaneCell>;
+
+/// A column of a pane.
+#[derive(Debug)]
+pub(super) struct PaneColumn {
+    pub title: &'static str,
+    /// Whether it is text, which stands to the left.
+    pub is_text: bool,
+    /// The column with the highest rank is the first to go if there is not enough room.
+    pub rank: u8,
+    /// Whether it takes what room is left.
+    pub is_elastic: bool,
+}
+
+const fn number(title: &'static str, rank: u8) -> PaneColumn {
+    PaneColumn {
+        title,
+        is_text: false,
+        rank,
+        is_elastic: false,
+    }
+}
+
+const fn words(title: &'static str, rank: u8) -> PaneColumn {
+    PaneColumn {
+        title,
+        is_text: true,
+        rank,
+        is_elastic: false,
+    }
+}
+
+const fn elastic(title: &'static str, rank: u8) -> PaneColumn {
+    PaneColumn {
+        title,
+        is_text: true,
+        rank,
+        is_elastic: true,
+    }
+}
+
+const WORKERS: [PaneColumn; 13] = [
+    number("Slot", 0),
+    number("PID", 4),
+    number("Gen", 6),
+    words("State", 0),
+    number("Conns", 3),
+    number("Run", 2),
+    number("Queue", 2),
+    number("Calls/s", 1),
+    number("Errors/s", 5),
+    number("RSS", 7),
+    number("CPU %", 3),
+    number("Lost", 9),
+    elastic("Oldest call", 8),
+];
+const METHODS: [PaneColumn; 11] = [
+    words("Method", 0),
+    words("Kind", 8),
+    number("Calls/s", 0),
+    elastic("Errors/s", 3),
+    number("Shed/s", 4),
+    number("p50", 2),
+    number("p99", 1),
+    number("Max", 7),
+    number("Run", 5),
+    number("Queue", 6),
+    words("Last 60 s", 9),
+];
+const POOLS: [PaneColumn; 9] = [
+    words("Pool", 0),
+    number("PID", 5),
+    words("State", 0),
+    words("Programs", 2),
+    number("Queue", 1),
+    number("Calls/s", 1),
+    number("Starts", 4),
+    words("Exits", 6),
+    elastic("Oldest call", 7),
+];
+const EVENTS: [PaneColumn; 3] = [number("Ago", 0), words("What", 0), elastic("Details", 0)];
+const SLOW: [PaneColumn; 1] = [elastic("Slow calls", 0)];
+
+impl Pane {
+    pub(super) const ALL: [Pane; 5] = [
+        Pane::Workers,
+        Pane::Methods,
+        Pane::Pools,
+        Pane::Events,
+        Pane::Slow,
+    ];
+
+    pub(super) fn title(self) -> &'static str {
+        ["workers", "methods", "pools", "events", "slow"][self as usize]
+    }
+
+    pub(super) fn columns(self) -> &'static [PaneColumn] {
+        match self {
+            Pane::Workers => &WORKERS,
+            Pane::Methods => &METHODS,
+            Pane::Pools => &POOLS,
+            Pane::Events => &EVENTS,
+            Pane::Slow => &SLOW,
+        }
+    }
+
+    /// The column by which it is sorted at first, and whether the highest comes first.
+    pub(super) fn first_sort(self) -> (usize, bool) {
+        match self {
+            Pane::Methods => (2, true),
+            _ => (0, false),
+        }
+    }
+
+    /// The rows, unsorted. `now` is in seconds since 1970.
+    pub(super) fn rows(self, figures: &Figures, now: u64) -> Vec<PaneRow> {
+        let status = &figures.facts.status;
+        match self {
+            Pane::Workers => status
+                .workers
+                .iter()
+                .map(|it| worker(it, figures))
+                .collect(),
+            Pane::Methods => methods(figures),
+            Pane::Pools => status.pools.iter().map(|it| pool(it, figures)).collect(),
+            Pane::Events => events(figures, now),
+            Pane::Slow => vec![vec![text("slow log off")]],
+        }
+    }
+}
+
+impl SortKey {
+    pub(super) fn compare(&self, other: &Self) -> Ordering {
+        match (self, other) {
+            (SortKey::Number(one), SortKey::Number(other)) => one.total_cmp(other),
+            (SortKey::Text(one), SortKey::Text(other)) => one.cmp(other),
+            (SortKey::Number(_), SortKey::Text(_)) => Ordering::Less,
+            (SortKey::Text(_), SortKey::Number(_)) => Ordering::Greater,
+        }
+    }
+}
+
+impl PaneCell {
+    fn toned(mut self, tone: Tone) -> Self {
+        self.tone = tone;
+        let symbol = match tone {
+            Tone::Plain => return self,
+            Tone::Good => '●',
+            Tone::Warn => '▲',
+            Tone::Bad => '✖',
+        };
+        self.text = format!("{symbol} {}", self.text);
+        self
+    }
+
+    /// Marks a figure that should be 0.
+    fn zero_is_good(self, tone: Tone) -> Self {
+        match self.key {
+            SortKey::Number(number) if number > 0.0 => self.toned(tone),
+            _ => self,
+        }
+    }
+}
+
+fn text(words: &str) -> PaneCell {
+    let text = escaped(words);
+    PaneCell {
+        key: SortKey::Text(text.clone()),
+        text,
+        tone: Tone::Plain,
+    }
+}
+
+fn figure(number: f64, text: String) -> PaneCell {
+    PaneCell {
+        text,
+        key: SortKey::Number(number),
+        tone: Tone::Plain,
+    }
+}
+
+fn count(number: u64) -> PaneCell {
+    figure(number as f64, units::count(number))
+}
+
+fn per_s(number: f64) -> PaneCell {
+    figure(number, rate(number))
+}
+
+fn time(us: Option<u64>) -> PaneCell {
+    figure(us.map_or(-1.0, |us| us as f64), micros(us))
+}
+
+fn pid(pid: Option<i32>) -> PaneCell {
+    let text = pid.map_or_else(|| UNKNOWN.to_owned(), |pid| pid.to_string());
+    figure(pid.unwrap_or(-1).into(), text)
+}
+
+fn state(phase: WorkerPhase) -> PaneCell {
+    text(phase.name()).toned(match phase {
+        WorkerPhase::Ready => Tone::Good,
+        WorkerPhase::Starting | WorkerPhase::Draining => Tone::Warn,
+        WorkerPhase::Throttled | WorkerPhase::Dead => Tone::Bad,
+    })
+}
+
+fn oldest(call: Option<&OldestCall>) -> PaneCell {
+    let Some(call) = call else {
+        return figure(-1.0, UNKNOWN.to_owned());
+    };
+    let age = units::milliseconds(call.age_ms);
+    figure(
+        call.age_ms as f64,
+        format!("{} {age}", escaped(&call.method)),
+    )
+}
+
+fn worker(worker: &WorkerStatus, figures: &Figures) -> PaneRow {
+    let mut rates = figures.rates.processes.iter();
+    let rates = rates.find(|rates| Some(rates.pid) == worker.pid);
+    let slots = &figures.rates.slots;
+    let cpu = slots
+        .iter()
+        .find(|slot| slot.slot == usize::from(worker.slot));
+    let cpu = cpu.map_or(0.0, |slot| slot.cpu_percent);
+    vec![
+        figure(worker.slot.into(), worker.slot.to_string()),
+        pid(worker.pid),
+        count(worker.generation.into()),
+        state(worker.state),
+        count(worker.connections),
+        count(worker.running),
+        count(worker.queued).zero_is_good(Tone::Warn),
+        per_s(rates.map_or(0.0, |rates| rates.calls_per_s)),
+        per_s(rates.map_or(0.0, |rates| rates.errors_per_s)).zero_is_good(Tone::Bad),
+        figure(worker.rss_bytes as f64, units::bytes(worker.rss_bytes)),
+        figure(cpu, rate(cpu)),
+        count(worker.lost_threads).zero_is_good(Tone::Bad),
+        oldest(worker.oldest_call.as_ref()),
+    ]
+}
+
+fn methods(figures: &Figures) -> Vec<PaneRow> {
+    let Some(members) = &figures.members else {
+        let mut row: PaneRow = METHODS.iter().map(|_| text(UNKNOWN)).collect();
+        row[0] = text("no figures: the running version has another metrics board");
+        return vec![row];
+    };
+    members
+        .methods
+        .iter()
+        .map(|it| method(it, figures))
+        .collect()
+}
+
+fn method(method: &MethodFigures, figures: &Figures) -> PaneRow {
+    let mut rates = figures.rates.methods.iter();
+    let rates = rates.find(|it| it.name.as_ref() == Some(&method.name));
+    let of = |figure: fn(&crate::observe::model::Rates) -> Option<u64>| rates.and_then(figure);
+    let errors = rates.into_iter().flat_map(|rates| &rates.errors);
+    let errors: Vec<(&str, f64)> = errors
+        .map(|(code, per_s)| (code.as_str(), per_s.as_f64().unwrap_or_default()))
+        .collect();
+    let sum = errors.iter().map(|(_, per_s)| per_s).sum();
+    let errors: Vec<String> = errors
+        .iter()
+        .map(|(code, per_s)| format!("{code} {}", rate(*per_s)))
+        .collect();
+    let errors = joined(&errors, "0");
+    let recent = rates.map_or(&[][..], |rates| &rates.recent_calls);
+    vec![
+        text(&method.name),
+        text(method.kind.unwrap_or(UNKNOWN)),
+        per_s(rates.map_or(0.0, |rates| rates.calls_per_s)),
+        figure(sum, errors).zero_is_good(Tone::Bad),
+        per_s(rates.map_or(0.0, |rates| rates.shed_per_s)).zero_is_good(Tone::Warn),
+        time(of(|rates| rates.p50_us)),
+        time(of(|rates| rates.p99_us)),
+        time(of(|rates| rates.max_us)),
+        count(method.running),
+        count(method.queued).zero_is_good(Tone::Warn),
+        figure(
+            recent.iter().sum::<u64>() as f64,
+            sparkline(recent, SPARK_WIDTH),
+        ),
+    ]
+}
+
+fn pool(pool: &PoolStatus, figures: &Figures) -> PaneRow {
+    let mut states: Vec<(String, usize)> = Vec::new();
+    for program in &pool.list {
+        let name = format!("{:?}", program.state).to_lowercase();
+        match states.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, count)) => *count += 1,
+            None => states.push((name, 1)),
+        }
+    }
+    let states: Vec<String> = states
+        .iter()
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
+    let states = joined(&states, &units::count(pool.programs));
+    let programs = figure(pool.programs as f64, states);
+    let mut rates = figures.rates.processes.iter();
+    let rates = rates.find(|rates| Some(rates.pid) == pool.pid);
+    let counts = figures
+        .rates
+        .pools
+        .iter()
+        .find(|counts| counts.name == pool.name);
+    let exits = counts.into_iter().flat_map(|counts| &counts.exits);
+    let exits: Vec<String> = exits
+        .map(|(reason, count)| format!("{reason} {count}"))
+        .collect();
+    vec![
+        text(&pool.name),
+        pid(pool.pid),
+        state(pool.state),
+        if pool.down > 0 {
+            programs.toned(Tone::Warn)
+        } else {
+            programs
+        },
+        count(pool.queued).zero_is_good(Tone::Warn),
+        per_s(rates.map_or(0.0, |rates| rates.calls_per_s)),
+        count(pool.starts),
+        text(&joined(&exits, UNKNOWN)),
+        oldest(pool.oldest_call.as_ref()),
+    ]
+}
+
+fn events(figures: &Figures, now: u64) -> Vec<PaneRow> {
+    let status = &figures.facts.status;
+    let row = |at: u64, what: PaneCell, details: &str| {
+        let ago = now.saturating_sub(at);
+        vec![figure(ago as f64, units::seconds(ago)), what, text(details)]
+    };
+    let result = |kind: &str, ok: bool| match ok {
+        true => text(kind).toned(Tone::Good),
+        false => text(&format!("{kind} refused")).toned(Tone::Bad),
+    };
+    let deaths = status.deaths.iter();
+    let deaths = deaths.map(|it| row(it.at, text("death").toned(Tone::Bad), &death(it)));
+    let reloads = status.reloads.iter().map(|it| {
+        let took = units::milliseconds(it.took_ms);
+        let error = it.error.as_deref().map(|error| format!(": {error}"));
+        let details = format!(
+            "generation {} serves, took {took}{}",
+            it.generation,
+            error.unwrap_or_default()
+        );
+        row(it.at, result("reload", it.ok), &details)
+    });
+    let upgrades = status.master.last_upgrade.iter();
+    let upgrades = upgrades.map(|it| {
+        row(
+            it.at,
+            result("upgrade", it.ok),
+            it.error.as_deref().unwrap_or(UNKNOWN),
+        )
+    });
+    deaths.chain(reloads).chain(upgrades).collect()
+}
+
+fn death(death: &DeathStatus) -> String {
+    let slot = death.slot.map(|slot| format!(" slot {slot}"));
+    let name = death.name.as_ref().map(|name| format!(" {name}"));
+    let end = match (&death.signal, death.exit) {
+        (Some(signal), _) => signal.clone(),
+        (None, code) => format!("exit {}", code.unwrap_or_default()),
+    };
+    let method = death
+        .method
+        .as_ref()
+        .map(|method| format!(", last method {method}"));
+    format!(
+        "{}{}{} pid {}: {end} after {}, {}{}",
+        death.kind.name(),
+        slot.unwrap_or_default(),
+        name.unwrap_or_default(),
+        death.pid,
+        units::seconds(death.uptime_s),
+        death.reason,
+        method.unwrap_or_default(),
+    )
+}

@@ -1,0 +1,221 @@
+//! Describes a pool as configured: how its programs are started, and the memory that shows their states.
+
+use std::ffi::CString;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use super::life;
+use super::program_deaths::{ProgramDeath, ProgramDeaths};
+use super::program_record::ProgramRecord;
+use crate::config;
+use crate::handler::prepared_program::{PreparedProgram, c_string};
+use crate::handler::{Context, Handler, Placement};
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::process::Pid;
+use crate::sys::process_tree;
+use crate::sys::shared_memory::OwnedArray;
+
+/// The most programs of a pool, including the one more while they are replaced.
+const MOST_PROGRAMS: NonZeroUsize = NonZeroUsize::new(1025).expect("it is above zero");
+
+/// A pool as configured.
+#[derive(Debug)]
+pub struct Pool {
+    pub(super) name: String,
+    pub(super) program: PreparedProgram,
+    pub(super) arguments: Vec<CString>,
+    pub(super) settings: config::PoolConfig,
+    /// `workers.boot-timeout`.
+    worker_boot: Duration,
+    /// The most bytes of an answer.
+    pub(super) limit: usize,
+    /// The deepest nesting of an answer.
+    pub(super) depth: usize,
+    /// The states of its programs, by their numbers; with `scope = "connection"` those of all sessions. `None` if
+    /// there was no memory.
+    records: Option<Arc<OwnedArray<ProgramRecord>>>,
+    /// With `scope = "connection"`, the place of this process's program among them.
+    own_record: OnceLock<usize>,
+    /// Where starts and ends of its programs are counted; set in its pool process.
+    counts: OnceLock<ProgramCounts>,
+    /// The deaths of its programs. `None` if there was no memory.
+    deaths: Option<Arc<OwnedArray<ProgramDeaths>>>,
+}
+
+/// Counters of the programs of a pool, in shared memory. Several threads of the pool process add to them.
+#[derive(Debug, Clone, Copy)]
+pub struct ProgramCounts {
+    pub starts: &'static AtomicU64,
+    /// By `ProgramExit`.
+    pub exits: &'static [AtomicU64],
+}
+
+/// How a program ended, in the order of the labels of the metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProgramExit {
+    Ordered,
+    /// Its limits were reached.
+    Recycled,
+    /// No call came.
+    Idle,
+    /// By itself, with an exit code.
+    Exit,
+    Signal,
+    /// Killed with its abandoned call.
+    Timeout,
+    /// It wrote what is no answer.
+    Protocol,
+    /// It did not become ready.
+    Boot,
+}
+
+impl Pool {
+    /// Makes the pool with this name in these settings.
+    pub fn new(name: &str, pool: &config::PoolConfig, settings: &config::Settings) -> Self {
+        Pool {
+            name: name.to_owned(),
+            program: PreparedProgram::new(&pool.program),
+            arguments: arguments(pool),
+            settings: pool.clone(),
+            worker_boot: settings.workers.boot_timeout,
+            limit: settings.limits.frame,
+            depth: settings.limits.depth,
+            records: OwnedArray::new(MOST_PROGRAMS).ok().map(Arc::new),
+            own_record: OnceLock::new(),
+            counts: OnceLock::new(),
+            deaths: OwnedArray::new(NonZeroUsize::MIN).ok().map(Arc::new),
+        }
+    }
+
+    /// Makes the same pool with another table, in the same process.
+    pub(super) fn with_config(&self, config: config::PoolConfig) -> Self {
+        Pool {
+            name: self.name.clone(),
+            program: PreparedProgram::new(&config.program),
+            arguments: arguments(&config),
+            settings: config,
+            worker_boot: self.worker_boot,
+            limit: self.limit,
+            depth: self.depth,
+            records: self.records.clone(),
+            own_record: OnceLock::new(),
+            counts: self.counts.clone(),
+            deaths: self.deaths.clone(),
+        }
+    }
+
+    /// Returns the most time for the first start of each program in milliseconds. A start or a reload waits
+    /// for it.
+    pub(super) fn first_boot(&self) -> u64 {
+        // Earlier than the master's timeout, so that the reason is known.
+        let worker = self.worker_boot;
+        life::millis(self.settings.boot_timeout.min(worker - worker / 10))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns the states of its programs, as the pool process publishes them.
+    pub fn records(&self) -> &[ProgramRecord] {
+        self.records.as_deref().map_or(&[], |records| records)
+    }
+
+    /// Returns where the state of the program with this number is shown.
+    pub(super) fn record(&self, number: usize) -> Option<&ProgramRecord> {
+        let own = self.own_record.get().copied();
+        let place = if self.is_of_connection() {
+            own
+        } else {
+            Some(number)
+        };
+        self.records().get(place?)
+    }
+
+    /// Takes a record for the program of this session, if one is free.
+    pub(super) fn claim_record(&self) {
+        let lives = |pid| process_tree::start_ticks(Pid(pid)).is_some();
+        let mut records = self.records().iter();
+        let found = records.position(|record| record.claim(Pid::current().0, lives));
+        if let Some(place) = found {
+            // A session starts one program of the pool in its life.
+            let _ = self.own_record.set(place);
+        }
+    }
+
+    /// Counts starts and ends of its programs from now on.
+    pub fn count_in(&self, counts: ProgramCounts) {
+        // A pool process has one pool, and sets it once.
+        let _ = self.counts.set(counts);
+    }
+
+    pub(super) fn count_start(&self) {
+        if let Some(counts) = self.counts.get() {
+            counts.starts.fetch_add(1, Relaxed);
+        }
+    }
+
+    pub(super) fn count_exit(&self, exit: ProgramExit) {
+        if let Some(counts) = self.counts.get() {
+            counts.exits[exit as usize].fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Records how a program died, for the master.
+    pub(super) fn add_death(&self, death: &ProgramDeath) {
+        self.deaths.iter().for_each(|deaths| deaths[0].add(death));
+    }
+
+    /// Returns the deaths of programs since the last call, as the pool process has reported them. For the
+    /// master.
+    pub fn take_deaths(&self) -> Vec<ProgramDeath> {
+        let deaths = self.deaths.as_ref();
+        deaths.map_or_else(Vec::new, |deaths| deaths[0].take())
+    }
+
+    /// Whether a program belongs to one connection: none follows it.
+    pub(super) fn is_of_connection(&self) -> bool {
+        self.settings.scope == config::PoolScope::Connection
+    }
+
+    /// Returns the most calls that its programs may have at once.
+    pub fn capacity(&self) -> usize {
+        self.settings.processes * self.settings.concurrency
+    }
+
+    /// Returns the most calls that one program may have at once.
+    pub fn concurrency(&self) -> usize {
+        self.settings.concurrency
+    }
+
+    /// Returns the number of programs.
+    pub fn processes(&self) -> usize {
+        self.settings.processes
+    }
+}
+
+fn arguments(pool: &config::PoolConfig) -> Vec<CString> {
+    let arguments = pool.program.arguments.iter();
+    arguments.map(|one| c_string(one.as_str())).collect()
+}
+
+/// The handler of a method with a pool.
+#[derive(Debug)]
+pub struct Pooled {
+    /// The number of the pool in the registry.
+    pub number: usize,
+}
+
+impl Handler for Pooled {
+    fn call(&self, _: &str, _: &Context<'_>, _: &mut Vec<u8>) -> Result<(), RpcError> {
+        let text = "this method is answered by a program, and not by a thread";
+        Err(RpcError::of(Code::Internal, text, false))
+    }
+
+    fn placement(&self) -> Placement {
+        Placement::Pool(self.number)
+    }
+}

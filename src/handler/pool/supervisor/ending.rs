@@ -1,0 +1,258 @@
+//! Ends a program of a pool, and decides what happens to its calls.
+//!
+//! A call that the program has read is answered with `crashed`. A call that it has not read, which the
+//! kernel knows, goes to another program. The wait for an end is limited to the time that a process needs
+//! to die.
+
+use std::sync::Arc;
+
+use log::Level;
+use nix::sys::signal::Signal;
+
+use super::{Absence, EXIT_GRACE, Leaver, Phase, ProgramSupervisor};
+use crate::handler::pool::definition::ProgramExit;
+use crate::handler::pool::dispatcher::SupervisorEvent;
+use crate::handler::pool::entry::{Entry, Recall, Why};
+use crate::handler::pool::parallel::ParallelCalls;
+use crate::handler::pool::process::Process;
+use crate::handler::pool::program_connection::ProgramConnection;
+use crate::handler::pool::program_deaths::ProgramDeath;
+use crate::handler::pool::program_record::ProgramState;
+use crate::protocol::call_id::CallId;
+use crate::protocol::code::Code;
+use crate::protocol::rpc_error::RpcError;
+use crate::sys::process::{Exit, Pid, ReapedChild, monotonic_ms, unix_seconds};
+use crate::throttle::Millis;
+
+impl ProgramSupervisor {
+    /// Ends a process that has closed its socket or must go. Returns how it ended, as a text and as a
+    /// status.
+    pub(super) fn how_it_ended(
+        &self,
+        mut process: Process,
+        now: Millis,
+    ) -> (String, Option<ReapedChild>) {
+        // At an exit, descriptors are closed before the exit can be seen.
+        let by_itself = process.ends_soon();
+        let ended = process.end(now);
+        let what = match ended.map(|child| child.exit) {
+            _ if !by_itself => "has closed its descriptor 3 and was killed".into(),
+            Some(Exit::Code(code)) => format!("has exited with exit code {code}"),
+            Some(exit) => format!("was ended by {exit}"),
+            None => "hangs".into(),
+        };
+        (what, ended)
+    }
+
+    /// Records an unexpected death of a program that was started at `since`. `ended` is `None` if it was
+    /// killed and hangs in the kernel.
+    pub(super) fn record_death(
+        &self,
+        (pid, since): (Pid, Millis),
+        ended: Option<ReapedChild>,
+        running: Option<(usize, CallId)>,
+        reason: &str,
+    ) {
+        let killed = Exit::Signal {
+            number: Signal::SIGKILL as i32,
+            core_dumped: false,
+        };
+        self.post.pool.add_death(&ProgramDeath {
+            pid,
+            exit: ended.map_or(killed, |child| child.exit),
+            uptime_ms: monotonic_ms().saturating_sub(since),
+            method: running.map(|(method, _)| method),
+            call: running.map(|(_, call)| call),
+            rss_bytes: ended.map_or(0, |child| child.peak_rss_bytes),
+            reason: reason.to_owned(),
+            at: unix_seconds(),
+        });
+    }
+
+    /// Ends the serving program. Answers its calls, or lets them wait for another program.
+    pub(super) fn end_serving(&mut self, connection: ProgramConnection, why: &Why, now: Millis) {
+        let serving = self.serving.take();
+        let serving = serving.expect("only a program that serves is ended so");
+        if self.post.pool.is_of_connection() {
+            self.phase = self.phase.max(Phase::Leaving);
+        }
+        let (running, next) = (connection.running, connection.next);
+        let parallel = connection.parallel.into_iter();
+        let parallel: Vec<Entry> = parallel.flat_map(ParallelCalls::into_running).collect();
+        let pool = Arc::clone(&self.post.pool);
+        let name = &pool.name;
+        let pid = serving.process.pid();
+        let health = serving.usage.health(now);
+        let (what, ended) = match why {
+            Why::Died => self.how_it_ended(serving.process, now),
+            Why::Broken(problem) => (
+                format!("is killed, for what it sent is no answer: {problem}"),
+                serving.process.end(now),
+            ),
+            Why::GivenUp | Why::Leaving => (String::new(), serving.process.end(now)),
+        };
+        pool.count_exit(match (why, ended.map(|child| child.exit)) {
+            (Why::Leaving, _) => ProgramExit::Ordered,
+            (Why::GivenUp, _) => ProgramExit::Timeout,
+            (Why::Broken(_), _) => ProgramExit::Protocol,
+            (Why::Died, Some(Exit::Code(_))) => ProgramExit::Exit,
+            (Why::Died, _) => ProgramExit::Signal,
+        });
+        let left_unread = connection.wire.was_left_unread();
+        let last = running.iter().chain(&parallel).next();
+        let last = last.map(|Entry { job, .. }| (job.method, job.state.identity().id()));
+        let method = last.map(|(method, _)| method);
+        if *why != Why::Leaving {
+            let reason = match &*what {
+                "" => "is killed: its caller had left, or its timeout was over",
+                what => what,
+            };
+            self.record_death((pid, serving.since), ended, last, reason);
+        }
+        for entry in parallel {
+            let error = match why {
+                Why::Leaving => RpcError::of(Code::Stopping, "this worker exits", true),
+                // One of several calls has caused it, but it is not known which.
+                Why::Died | Why::Broken(_) | Why::GivenUp => {
+                    let text = format!("the program of the pool {name} that ran it {what}");
+                    RpcError::of(Code::Crashed, text, true)
+                }
+            };
+            self.answer_or_repeat(entry, false, error);
+        }
+        // The call that was written last is the one that was not read.
+        let unread_running = left_unread && next.is_none();
+        if let Some(entry) = running {
+            let error = match why {
+                Why::GivenUp => RpcError::of(Code::Cancelled, "it was given up", true),
+                Why::Leaving => RpcError::of(Code::Stopping, "this worker exits", true),
+                Why::Broken(problem) => {
+                    let text = format!("the program of the pool {name} sent no answer: {problem}");
+                    RpcError::of(Code::BadOutput, text, true)
+                }
+                Why::Died => {
+                    let text = format!("the program of the pool {name} that ran it {what}");
+                    RpcError::of(Code::Crashed, text, !unread_running)
+                }
+            };
+            self.answer_or_repeat(entry, unread_running && *why == Why::Died, error);
+        }
+        if let Some(entry) = next {
+            let text = format!(
+                "the program of the pool {name} that had just got it was ended with the call before"
+            );
+            let error = RpcError::of(Code::Crashed, text, !left_unread);
+            self.answer_or_repeat(entry, left_unread, error);
+        }
+        if what.is_empty() {
+            let registry = &self.post.registry;
+            if method.is_some_and(|method| registry.methods()[method].kills_abandoned) {
+                // Without this delay clients could keep all programs in their start.
+                self.due = self.throttle.death(Some(health), &self.rules.throttle, now);
+                self.last_end = "was killed for an abandoned call".to_owned();
+            }
+            // The program is not to blame: a caller gave up, or an operator set a limit. Callers can cause
+            // many of these.
+            let level = match self.kills.admit(now) {
+                Some(_) => Level::Info,
+                None => Level::Debug,
+            };
+            let method = method.map_or("a call", |method| self.post.registry.name(method));
+            log::log!(
+                level,
+                "pool {name} [{pid}]: is killed while it runs {method}: its caller has left, or its timeout is over"
+            );
+            return;
+        }
+        what.clone_into(&mut self.last_end);
+        self.due = self.throttle.death(Some(health), &self.rules.throttle, now);
+        let during = method.map_or_else(String::new, |method| {
+            format!(" while it ran {}", self.post.registry.name(method))
+        });
+        log::warn!(
+            "pool {name} [{pid}]: the program {what}{during}; {}",
+            self.what_follows(now)
+        );
+    }
+
+    /// Lets a call that has not begun wait for another program, but only once: it may be the reason why
+    /// programs die.
+    fn answer_or_repeat(&self, entry: Entry, unbegun: bool, error: RpcError) {
+        if !unbegun || entry.returned {
+            self.post.reports.send(entry.done(Some(Err(error)), None));
+        } else if entry.job.state.wait_again() {
+            self.report(SupervisorEvent::Again(entry.job));
+        } else {
+            self.post.reports.send(entry.done(None, None));
+        }
+    }
+
+    /// Ends the supervisor when its program has no call. Returns false when it is done.
+    pub(super) fn finish(&mut self, now: Millis) -> bool {
+        self.recall(Recall::Successor);
+        if let Some(fresh) = self.fresh.take() {
+            self.dismiss(fresh.process, ProgramExit::Ordered, (EXIT_GRACE, now));
+        }
+        self.processes().next().is_some()
+    }
+
+    /// Marks that nothing is left.
+    pub(super) fn is_gone(&mut self) {
+        self.release_room();
+        if let Some(record) = self.post.pool.record(self.post.number) {
+            record.show(0, ProgramState::Vacant, 0);
+        }
+        self.report(SupervisorEvent::Gone);
+    }
+
+    /// Lets the program that served exit. The end of its socket was its order.
+    pub(super) fn retire(&mut self, now: Millis) {
+        if let Some(serving) = self.serving.take() {
+            self.throttle
+                .record_ready_time(Some(serving.usage.health(now)));
+            let exit = match () {
+                () if self.absence == Absence::Asleep => ProgramExit::Idle,
+                () if self.phase >= Phase::Leaving => ProgramExit::Ordered,
+                () => ProgramExit::Recycled,
+            };
+            self.dismiss(serving.process, exit, (EXIT_GRACE, now));
+        }
+    }
+
+    /// Lets a program exit whose socket is closed: it gets SIGTERM after `grace`, and SIGKILL after the
+    /// same time again.
+    pub(super) fn dismiss(
+        &mut self,
+        process: Process,
+        exit: ProgramExit,
+        (grace, now): (Millis, Millis),
+    ) {
+        self.post.pool.count_exit(exit);
+        // There are few of them. One that does not exit makes room for the next.
+        if self.leavers.len() > 1 {
+            self.leavers.remove(0).process.end(now);
+        }
+        self.leavers.push(Leaver {
+            process,
+            terminate_at: now + grace,
+            kill_at: now + 2 * grace,
+        });
+    }
+
+    /// Lets all programs exit and starts no more, because the process exits.
+    pub(super) fn leave(&mut self, grace: Millis, now: Millis) {
+        if let Some(fresh) = self.fresh.take() {
+            self.dismiss(fresh.process, ProgramExit::Ordered, (grace, now));
+        }
+        // Its program is on its way to the event loop.
+        if let Some(serving) = self.serving.take() {
+            self.dismiss(serving.process, ProgramExit::Ordered, (grace, now));
+        }
+        for leaver in &mut self.leavers {
+            leaver.kill_at = leaver.kill_at.min(now + 2 * grace);
+            if leaver.terminate_at > 0 {
+                leaver.terminate_at = leaver.terminate_at.min(now + grace);
+            }
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! Counts the connections of each source, of all processes that accept: shared memory for `per-source`.
+//!
+//! Each process that accepts from a shared listener publishes its own table, and the sum counts. The master
+//! clears the table of a dead process, so its connections do not count any more. The connections of isolated
+//! listeners are in the table of sessions instead. Nothing in here is trusted: a worker can write any of it.
+
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{
+    AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+};
+
+use super::scoreboard::RECORDS;
+use crate::sys::shared_memory::{self, shared_record};
+
+/// Sources that a process can publish. It counts the others for itself alone.
+const SOURCES: usize = 2048;
+/// Where a source may stand, from its first place on.
+const WINDOW: usize = 32;
+/// Listeners whose refusals are counted.
+const LISTENERS: usize = 256;
+const WORDS: usize = RECORDS / 64;
+/// Between two log lines about refused connections, of all processes together.
+const LOG_PERIOD_MS: u64 = 10_000;
+
+/// Where connections come from, as far as they share a share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    V4(Ipv4Addr),
+    /// The first 64 bits of an IPv6 address.
+    V6(u64),
+    /// The user of the peer of a unix socket.
+    User(u32),
+    /// It disconnected before its source was read.
+    Unknown,
+}
+
+impl Source {
+    /// Returns the source of a connection. `user` is called if there is no address.
+    pub fn of(peer: Option<SocketAddr>, user: impl FnOnce() -> Option<u32>) -> Self {
+        match peer {
+            Some(SocketAddr::V4(peer)) => Source::V4(*peer.ip()),
+            Some(SocketAddr::V6(peer)) => match peer.ip().to_ipv4_mapped() {
+                Some(ip) => Source::V4(ip),
+                None => Source::V6((u128::from(*peer.ip()) >> 64) as u64),
+            },
+            None => user().map_or(Source::Unknown, Source::User),
+        }
+    }
+
+    /// A number for the source, in which no two sources agree; `None` if it is unknown.
+    fn number(self) -> Option<u64> {
+        // No address of the internet begins with the byte 0 (RFC 4291, 2.4), so these numbers are free.
+        match self {
+            Source::V4(ip) => Some(1 << 48 | u64::from(u32::from(ip))),
+            Source::User(user) => Some(2 << 48 | u64::from(user)),
+            Source::V6(0) => Some(3 << 48),
+            Source::V6(network) => Some(network),
+            Source::Unknown => None,
+        }
+    }
+
+    /// The key under which its connections to a listener are counted; `None` if they are not counted.
+    pub fn key_at(self, listener: u64) -> Option<u64> {
+        Some((self.number()? ^ listener).max(1))
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::V4(ip) => ip.fmt(f),
+            Source::V6(network) => {
+                let network = Ipv6Addr::from(u128::from(*network) << 64);
+                write!(f, "{network}/64")
+            }
+            Source::User(user) => write!(f, "user {user}"),
+            Source::Unknown => f.write_str("unknown"),
+        }
+    }
+}
+
+/// The number of a listener in keys, by its address. Other versions must find the same (FNV-1a).
+pub fn listener_number(address: &str) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3);
+    address.bytes().fold(0xCBF2_9CE4_8422_2325, step)
+}
+
+shared_record! {
+    /// A source and its connections. A count of 0: the place is free.
+    #[derive(Debug)]
+    struct SourceCount {
+        key: AtomicU64,
+        count: AtomicU32,
+        unused: AtomicU32,
+    }
+}
+
+shared_record! {
+    /// The connections that a listener has refused. All zero: the place is free.
+    #[derive(Debug)]
+    struct RefusalCount {
+        listener: AtomicU64,
+        count: AtomicU64,
+    }
+}
+
+shared_record! {
+    /// The tables of all processes.
+    #[derive(Debug)]
+    pub struct SourceTables {
+        /// A bit for each process that has published a source.
+        used: [AtomicU64; WORDS],
+        logged_ms: AtomicU64,
+        refusals: [RefusalCount; LISTENERS],
+        /// By the index of the process in the scoreboard.
+        processes: [[SourceCount; SOURCES]; RECORDS],
+    }
+}
+
+impl SourceTables {
+    /// Empty tables, and the file that they lie in.
+    ///
+    /// # Errors
+    /// If there is no memory or no descriptor.
+    pub fn new() -> io::Result<(&'static Self, OwnedFd)> {
+        let (tables, file) = shared_memory::array(NonZeroUsize::MIN)?;
+        Ok((&tables[0], file))
+    }
+
+    /// The tables that another program has made.
+    ///
+    /// # Errors
+    /// If there is no memory, or the file is too short.
+    pub fn of(file: &OwnedFd) -> io::Result<&'static Self> {
+        Ok(&shared_memory::array_in(file, NonZeroUsize::MIN)?[0])
+    }
+
+    /// The places where a process may publish a key.
+    fn places(&self, process: usize, key: u64) -> impl Iterator<Item = &SourceCount> {
+        let first = (key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize;
+        let table = &self.processes[process];
+        (first..first + WINDOW).map(|place| &table[place % SOURCES])
+    }
+
+    /// The connections with this key of all other processes than `own`.
+    pub fn count_of_others(&self, own: usize, key: u64) -> usize {
+        let words = self.used.iter().enumerate();
+        let used = words.flat_map(|(word, bits)| {
+            let bits = bits.load(Acquire);
+            (0..64).filter_map(move |bit| (bits >> bit & 1 == 1).then_some(word * 64 + bit))
+        });
+        used.filter(|process| *process != own)
+            .filter_map(|process| {
+                let mut places = self.places(process, key);
+                places.find(|place| place.key.load(Relaxed) == key)
+            })
+            .map(|place| place.count.load(Acquire) as usize)
+            .sum()
+    }
+
+    /// Publishes how many connections with this key a process has. If its table has no place, the others do
+    /// not count them.
+    pub fn publish(&self, process: usize, key: u64, count: u32) {
+        let is_its = |place: &&SourceCount| place.key.load(Relaxed) == key;
+        let found = self.places(process, key).find(is_its);
+        if let Some(place) = found {
+            return place.count.store(count, Release);
+        }
+        let is_free = |place: &&SourceCount| place.count.load(Relaxed) == 0;
+        if count > 0
+            && let Some(place) = self.places(process, key).find(is_free)
+        {
+            place.key.store(key, Relaxed);
+            place.count.store(count, Release);
+            let (word, bit) = (&self.used[process / 64], 1 << (process % 64));
+            if word.load(Relaxed) & bit == 0 {
+                word.fetch_or(bit, Release);
+            }
+        }
+    }
+
+    /// For the master: forgets all that a process has published.
+    pub fn clear(&self, process: usize) {
+        let bit = 1 << (process % 64);
+        if self.used[process / 64].fetch_and(!bit, Acquire) & bit != 0 {
+            for place in &self.processes[process] {
+                place.count.store(0, Relaxed);
+                place.key.store(0, Relaxed);
+            }
+        }
+    }
+
+    /// Counts a refused connection of a listener. Returns how many there were.
+    pub fn count_refusal(&self, listener: u64) -> u64 {
+        let is_its = |one: &&RefusalCount| {
+            let claimed = one.listener.compare_exchange(0, listener, Relaxed, Relaxed);
+            claimed.is_ok() || claimed == Err(listener)
+        };
+        let found = self.refusals.iter().find(is_its);
+        found.map_or(0, |one| one.count.fetch_add(1, Relaxed) + 1)
+    }
+
+    /// How many connections a listener has refused.
+    pub fn refusals_of(&self, listener: u64) -> u64 {
+        let mut all = self.refusals.iter();
+        let found = all.find(|one| one.listener.load(Relaxed) == listener);
+        found.map_or(0, |one| one.count.load(Relaxed))
+    }
+
+    /// Whether a refusal may be logged now. No other process logs one within the next 10 s then.
+    pub fn may_log(&self, now_ms: u64) -> bool {
+        let before = self.logged_ms.load(Relaxed);
+        let is_due = before == 0 || now_ms >= before.saturating_add(LOG_PERIOD_MS);
+        is_due
+            && (self.logged_ms)
+                .compare_exchange(before, now_ms.max(1), Relaxed, Relaxed)
+                .is_ok()
+    }
+}
+
+/// The limit of a listener.
+#[derive(Debug, Clone)]
+pub struct SourceLimit {
+    address: String,
+    /// The number of the listener in keys.
+    pub listener: u64,
+    /// Connections of one source at one time; 0 is no limit.
+    pub most: usize,
+}
+
+impl SourceLimit {
+    /// The limit of the listener at this address.
+    pub fn new(address: &str, most: usize) -> Self {
+        SourceLimit {
+            address: address.to_owned(),
+            listener: listener_number(address),
+            most,
+        }
+    }
+
+    /// Counts a refusal, and logs it if none was logged lately. Returns the reason for the client.
+    pub fn refuse(
+        &self,
+        tables: &SourceTables,
+        (peer, source): (Option<SocketAddr>, Source),
+        now_ms: u64,
+    ) -> String {
+        let (most, address) = (self.most, &self.address);
+        let refused = tables.count_refusal(self.listener);
+        if tables.may_log(now_ms) {
+            let peer = peer.map_or("unix".to_owned(), |peer| peer.to_string());
+            log::warn!(
+                "{source} has {most} connections to {address}, as many as per-source of the listener allows: \
+                 another one is refused; let its clients share connections, or raise per-source peer={peer} \
+                 refused={refused}"
+            );
+        }
+        format!(
+            "{source} has {most} connections already, as many as this listener allows; close one, or try again later"
+        )
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ipv6_networks_and_users_are_sources() {
+        let of = |text: &str| Source::of(Some(text.parse().unwrap()), || None);
+        assert_eq!(of("10.0.0.1:1"), of("10.0.0.1:2"));
+        assert_ne!(of("10.0.0.1:1"), of("10.0.0.2:1"));
+        assert_eq!(of("[2001:db8::1]:1"), of("[2001:db8::ffff:0:2]:2"));
+        assert_ne!(of("[2001:db8::1]:1"), of("[2001:db8:0:1::1]:1"));
+        assert_eq!(of("[::ffff:10.0.0.1]:1"), of("10.0.0.1:1"));
+        assert_eq!(Source::of(None, || Some(7)), Source::User(7));
+        assert_eq!(Source::of(None, || None), Source::Unknown);
+    }
+
+    #[test]
+    fn the_tables_of_all_processes_count_until_they_are_cleared() {
+        let (tables, file) = SourceTables::new().unwrap();
+        let listener = listener_number("127.0.0.1:1");
+        let key = |text: &str| {
+            let source = Source::of(Some(text.parse().unwrap()), || None);
+            source.key_at(listener).unwrap()
+        };
+        let (one, other) = (key("10.0.0.1:1"), key("10.0.0.2:1"));
+        tables.publish(3, one, 2);
+        tables.publish(RECORDS - 1, one, 5);
+        tables.publish(RECORDS - 1, other, 1);
+        let again = SourceTables::of(&file).unwrap();
+        assert_eq!(again.count_of_others(0, one), 7);
+        assert_eq!(again.count_of_others(3, one), 5);
+        assert_eq!(again.count_of_others(0, other), 1);
+        tables.publish(3, one, 1);
+        assert_eq!(again.count_of_others(0, one), 6);
+        tables.clear(RECORDS - 1);
+        assert_eq!(again.count_of_others(0, one), 1);
+        assert_eq!(again.count_of_others(0, other), 0);
+        tables.publish(RECORDS - 1, other, 4);
+        assert_eq!(again.count_of_others(0, one), 1);
+        assert_eq!(again.count_of_others(0, other), 4);
+    }
+
+    #[test]
+    fn places_of_sources_that_are_gone_are_used_again() {
+        let (tables, _file) = SourceTables::new().unwrap();
+        for number in 1..20_000 {
+            tables.publish(0, number, 1);
+            assert_eq!(tables.count_of_others(1, number), 1);
+            tables.publish(0, number, 0);
+            assert_eq!(tables.count_of_others(1, number), 0);
+        }
+    }
+
+    #[test]
+    fn refusals_are_counted_by_listener_and_logged_rarely() {
+        let (tables, _file) = SourceTables::new().unwrap();
+        assert_eq!(tables.count_refusal(7), 1);
+        assert_eq!(tables.count_refusal(8), 1);
+        assert_eq!(tables.count_refusal(7), 2);
+        assert_eq!([7, 8, 9].map(|it| tables.refusals_of(it)), [2, 1, 0]);
+        assert!(tables.may_log(5));
+        assert!(!tables.may_log(10_004));
+        assert!(tables.may_log(10_005));
+    }
+
+    #[test]
+    fn no_two_sources_have_one_number() {
+        let user = |id| Source::User(id).number();
+        let of = |text: &str| Source::of(Some(text.parse().unwrap()), || None).number();
+        let all = [
+            of("[::1]:1"),
+            of("0.0.0.0:1"),
+            user(0),
+            of("[2001:db8::]:1"),
+        ];
+        for (index, one) in all.iter().enumerate() {
+            assert!(one.is_some() && !all[..index].contains(one));
+        }
+        assert_eq!(Source::Unknown.number(), None);
+    }
+}

@@ -1,0 +1,81 @@
+//! Handles sessions, which are children of acceptors: their crashes, and those whose acceptor has died. The
+//! master reaps the latter, and gives them the orders that their acceptor would have given.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use super::children::generation_info::GenerationInfo;
+use super::core::{Master, now};
+use super::policy::event::Millis;
+use crate::link::session_table::DirectOrder;
+use crate::sys::process::Pid;
+
+/// Handles the end of an acceptor: its sessions continue as long as they would have with it.
+pub fn adopt_sessions(master: &mut Master<'_>, acceptor: Pid, known: &Rc<GenerationInfo>) {
+    let mut left = master.workers.sessions.left_by(acceptor, known);
+    // A session can write another child of this process into the record of its acceptor.
+    left.retain(|(pid, _)| !master.workers.is_other(*pid) && !master.orphans.is_no_keeper(*pid));
+    master.workers.sessions.adopt(acceptor, left, known);
+    order_sessions(master);
+    note_adopted_sessions(master);
+}
+
+/// Passes the generations of the sessions without an acceptor to the policy.
+pub fn note_adopted_sessions(master: &mut Master<'_>) {
+    let generations = master.workers.sessions.adopted.generations().collect();
+    let actions = master.fleet.note_sessions(generations, now());
+    master.actions.extend(actions);
+}
+
+/// Notes the crashes of sessions, and passes them to the policy. Call it at each tick too, because a
+/// report of an acceptor may be lost.
+pub fn note_crashed_sessions(master: &mut Master<'_>) {
+    let living = master.workers.iter();
+    let acceptors = living.filter(|(_, handle)| handle.slot.acceptor().is_some());
+    let known: BTreeMap<Pid, Rc<GenerationInfo>> = acceptors
+        .map(|(pid, handle)| (pid, Rc::clone(&handle.known)))
+        .collect();
+    // After an upgrade, the acceptors of the program before are unknown.
+    let serving = &master.contexts.serving.known;
+    let of = |acceptor: Pid| Some(Rc::clone(known.get(&acceptor).unwrap_or(serving)));
+    master.workers.sessions.note_crashes(of);
+    pass_session_deaths(master);
+}
+
+pub fn pass_session_deaths(master: &mut Master<'_>) {
+    for death in master.workers.sessions.take_deaths() {
+        let actions = master.fleet.session_died(death, now());
+        master.actions.extend(actions);
+    }
+}
+
+/// Orders the sessions without an acceptor what those with one are ordered. At a stop they close their
+/// connections after the answers. Else those that are not of the serving generation hand them over; one
+/// of a later generation is left of a failed reload.
+pub fn order_sessions(master: &mut Master<'_>) {
+    let (now, serving) = (now(), master.fleet.generation());
+    let workers = &master.contexts.serving.settings.workers;
+    let drain_until = now + workers.drain_timeout.as_millis() as Millis;
+    let sessions = &mut master.workers.sessions;
+    match master.fleet.stop_deadline() {
+        Some(until) if until <= now => sessions.adopted.kill_all(),
+        Some(until) => (sessions.adopted).order(|_| true, DirectOrder::Stop, until),
+        None => {
+            sessions.set_serving(serving, &master.contexts.serving);
+            let is_other = |generation| generation != serving;
+            (sessions.adopted).order(is_other, DirectOrder::Drain, drain_until);
+        }
+    }
+}
+
+/// Tells sessions which generation serves, so that connections of other generations go there.
+pub fn note_serving(master: &mut Master<'_>) {
+    let generation = master.fleet.generation();
+    (master.workers.sessions).set_serving(generation, &master.contexts.serving);
+}
+
+/// Kills overdue sessions without an acceptor. Returns whether the master must wait for any.
+pub fn awaits_sessions(master: &mut Master<'_>) -> bool {
+    master.workers.sessions.adopted.pass_time(now());
+    !master.workers.sessions.adopted.is_empty()
+}

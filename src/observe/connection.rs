@@ -1,0 +1,246 @@
+//! One connection of the observer: reads a request, keeps it until it is answered, sends the answer.
+//!
+//! A client has 5 s to send a request, counted from its first byte, and 5 s to take the answer. A connection
+//! that is refused stays a moment after the answer, because closing it with unread bytes would reset it and
+//! could lose the answer. Between two requests it may be idle for ever; the server closes it if it needs the
+//! place.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+
+use super::answer::PageAnswer;
+use crate::protocol::http::get::{PageRefusal, PageRequest, blank_lines, decode_page};
+use crate::protocol::http::{HEAD_MAX, HttpDate, ParseProgress};
+use crate::sys::rights::GuardedSocket;
+
+/// For a request, and for its answer, in milliseconds.
+const LIMIT_MS: u64 = 5_000;
+/// For what a client that was refused still sends.
+const LINGER_MS: u64 = 1_000;
+/// Bytes read at once.
+const PIECE: usize = 4096;
+
+#[derive(Debug)]
+enum Stage {
+    /// Waits for a request, or for the rest of one.
+    Reading,
+    /// The request is complete and not answered yet.
+    Asked(PageRequest),
+    /// The answer is being sent; whether the connection ends after it.
+    Sending {
+        close: bool,
+    },
+    /// All is sent; what still comes is dropped.
+    Lingering,
+    Ended,
+}
+
+#[derive(Debug)]
+pub struct PageConnection {
+    socket: GuardedSocket,
+    received: Vec<u8>,
+    progress: ParseProgress,
+    unsent: Vec<u8>,
+    sent: usize,
+    stage: Stage,
+    /// When it is closed if nothing changes.
+    deadline_ms: Option<u64>,
+    /// When it last became idle.
+    pub idle_since_ms: u64,
+    /// Whether a request was answered.
+    pub has_answered: bool,
+}
+
+impl PageConnection {
+    pub fn new(socket: GuardedSocket, now_ms: u64) -> Self {
+        PageConnection {
+            socket,
+            received: Vec::new(),
+            progress: ParseProgress::default(),
+            unsent: Vec::new(),
+            sent: 0,
+            stage: Stage::Reading,
+            deadline_ms: None,
+            idle_since_ms: now_ms,
+            has_answered: false,
+        }
+    }
+
+    /// What it is to be polled for.
+    pub fn interest(&self) -> PollFlags {
+        match self.stage {
+            Stage::Reading | Stage::Lingering => PollFlags::POLLIN,
+            Stage::Sending { .. } => PollFlags::POLLOUT,
+            Stage::Asked(_) | Stage::Ended => PollFlags::empty(),
+        }
+    }
+
+    pub fn deadline_ms(&self) -> Option<u64> {
+        self.deadline_ms
+    }
+
+    pub fn has_ended(&self) -> bool {
+        matches!(self.stage, Stage::Ended)
+    }
+
+    /// Whether nothing of a request has arrived.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.stage, Stage::Reading) && self.received.is_empty()
+    }
+
+    /// Whether an answer is being sent, or was the last one.
+    pub fn is_answered(&self) -> bool {
+        !matches!(self.stage, Stage::Reading | Stage::Asked(_))
+    }
+
+    /// The request that waits for its answer.
+    pub fn request(&self) -> Option<&PageRequest> {
+        match &self.stage {
+            Stage::Asked(request) => Some(request),
+            _ => None,
+        }
+    }
+
+    /// Closes it if its time is over.
+    pub fn expire(&mut self, now_ms: u64) {
+        if self.deadline_ms.is_some_and(|at| at <= now_ms) && self.request().is_none() {
+            self.stage = Stage::Ended;
+        }
+    }
+
+    /// The socket is ready: reads or sends what is possible.
+    pub fn advance(&mut self, now_ms: u64, date: HttpDate) {
+        match self.stage {
+            Stage::Reading => self.read(now_ms, date),
+            Stage::Sending { .. } => self.send(now_ms, date),
+            Stage::Lingering => self.discard(),
+            // Only its end is reported.
+            Stage::Asked(_) | Stage::Ended => self.stage = Stage::Ended,
+        }
+    }
+
+    fn read(&mut self, now_ms: u64, date: HttpDate) {
+        let mut piece = [0; PIECE];
+        // At most one head: what follows waits in the socket.
+        while self.received.len() <= HEAD_MAX {
+            match self.socket.receive(&mut piece) {
+                Ok(0) => {
+                    self.stage = Stage::Ended;
+                    return;
+                }
+                Ok(length) => self.received.extend_from_slice(&piece[..length]),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break,
+                Err(_) => {
+                    self.stage = Stage::Ended;
+                    return;
+                }
+            }
+        }
+        self.decode(now_ms, date);
+    }
+
+    /// Takes a request from what was received.
+    fn decode(&mut self, now_ms: u64, date: HttpDate) {
+        let blank = blank_lines(&self.received);
+        if self.progress.is_unused() && blank > 0 {
+            self.received.drain(..blank);
+            self.progress = ParseProgress::default();
+        }
+        match decode_page(&self.received, &mut self.progress) {
+            Ok(None) => {
+                if !self.received.is_empty() && self.deadline_ms.is_none() {
+                    self.deadline_ms = Some(now_ms + LIMIT_MS);
+                }
+            }
+            Ok(Some(request)) => {
+                self.received.drain(..request.used);
+                self.deadline_ms = None;
+                self.stage = Stage::Asked(request);
+            }
+            Err(refusal) => self.refuse(&refusal, now_ms, date),
+        }
+    }
+
+    fn refuse(&mut self, refusal: &PageRefusal, now_ms: u64, date: HttpDate) {
+        let PageRefusal {
+            status,
+            text,
+            used,
+            bodiless,
+            close,
+        } = refusal;
+        let close = *close || used.is_none();
+        self.received.drain(..used.unwrap_or(self.received.len()));
+        let answer = PageAnswer::text(*status, text);
+        self.start_sending(answer.encode(*bodiless, close, date), close, now_ms, date);
+    }
+
+    /// Answers the request; `leaves` closes the connection after that.
+    pub fn answer(&mut self, answer: &PageAnswer, leaves: bool, now_ms: u64, date: HttpDate) {
+        let (bodiless, close) = match &self.stage {
+            Stage::Asked(request) => (request.bodiless, request.close || leaves),
+            _ => (false, true),
+        };
+        self.start_sending(answer.encode(bodiless, close, date), close, now_ms, date);
+    }
+
+    fn start_sending(&mut self, bytes: Vec<u8>, close: bool, now_ms: u64, date: HttpDate) {
+        (self.unsent, self.sent) = (bytes, 0);
+        self.stage = Stage::Sending { close };
+        self.deadline_ms = Some(now_ms + LIMIT_MS);
+        self.send(now_ms, date);
+    }
+
+    fn send(&mut self, now_ms: u64, date: HttpDate) {
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        while self.sent < self.unsent.len() {
+            let rest = &self.unsent[self.sent..];
+            match send(self.socket.as_fd().as_raw_fd(), rest, flags) {
+                Ok(length) => self.sent += length,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return,
+                Err(_) => {
+                    self.stage = Stage::Ended;
+                    return;
+                }
+            }
+        }
+        self.unsent = Vec::new();
+        if let Stage::Sending { close: true } = self.stage {
+            let _ = shutdown(self.socket.as_fd().as_raw_fd(), Shutdown::Write);
+            self.stage = Stage::Lingering;
+            self.deadline_ms = Some(now_ms + LINGER_MS);
+            return self.discard();
+        }
+        self.stage = Stage::Reading;
+        self.deadline_ms = None;
+        self.idle_since_ms = now_ms;
+        self.has_answered = true;
+        self.decode(now_ms, date);
+    }
+
+    fn discard(&mut self) {
+        let mut piece = [0; PIECE];
+        // A bounded number: what a client sends without end is cut off at the deadline.
+        for _ in 0..16 {
+            match self.socket.receive(&mut piece) {
+                Ok(1..) | Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return,
+                Ok(0) | Err(_) => {
+                    self.stage = Stage::Ended;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl AsFd for PageConnection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

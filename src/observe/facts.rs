@@ -1,0 +1,135 @@
+//! Adds the metrics that follow from the answer of the master.
+
+use std::collections::BTreeMap;
+
+use super::families::Families;
+use crate::protocol::control::{
+    LastReload, PoolStatus, ProgramPhase, Status, WorkerPhase, WorkerStatus,
+};
+
+const WORKER_STATES: [WorkerPhase; 5] = [
+    WorkerPhase::Starting,
+    WorkerPhase::Ready,
+    WorkerPhase::Draining,
+    WorkerPhase::Throttled,
+    WorkerPhase::Dead,
+];
+
+/// The states of programs by their label.
+const PROGRAM_STATES: [(&str, ProgramPhase); 5] = [
+    ("idle", ProgramPhase::Idle),
+    ("busy", ProgramPhase::Busy),
+    ("starting", ProgramPhase::Starting),
+    ("asleep", ProgramPhase::Asleep),
+    // Ended, and to be started later.
+    ("throttled", ProgramPhase::Down),
+];
+
+/// The figures of a slot, which can have two workers during a reload.
+#[derive(Default)]
+struct SlotSum {
+    connections: u64,
+    rss_bytes: u64,
+    silent_ms: u64,
+}
+
+/// Adds all of them. `now` is in seconds since 1970, `started_at` the start of the master, if it is known.
+pub fn add_facts(families: &mut Families, status: &Status, now: f64, started_at: Option<u64>) {
+    let master = &status.master;
+    families.add("generation", &[], master.generation.into());
+    let stopping = master.stops_in_ms.is_some() || master.stopping;
+    families.add("stopping", &[], flag(stopping));
+    let last = master.last_reload.as_ref();
+    families.add(
+        "last_reload_successful",
+        &[],
+        flag(last.is_none_or(|it| it.ok)),
+    );
+    if let Some(at) = last.map(|LastReload { at, .. }| *at).or(started_at) {
+        families.add("last_reload_timestamp_seconds", &[], at as f64);
+    }
+    families.add("workers_target", &[], master.target as f64);
+    add_workers(families, &status.workers, now);
+    for pool in by_name(&status.pools) {
+        add_pool(families, &pool);
+    }
+    for listener in &status.listeners {
+        let labels = [listener.address.as_str()];
+        if let Some(queue) = listener.queue {
+            families.add("listener_queued_connections", &labels, queue.into());
+            let backlog = listener.backlog.into();
+            families.add("listener_backlog_connections", &labels, backlog);
+        }
+    }
+    let quarantined = status.quarantine.len() as f64;
+    families.add("quarantined_calls", &[], quarantined);
+}
+
+fn add_workers(families: &mut Families, workers: &[WorkerStatus], now: f64) {
+    for state in WORKER_STATES {
+        let count = workers
+            .iter()
+            .filter(|worker| worker.state == state)
+            .count();
+        families.add("workers", &[state.name()], count as f64);
+    }
+    let living = || workers.iter().filter(|worker| worker.pid.is_some());
+    let sum = |figure: fn(&WorkerStatus) -> u64| living().map(figure).sum::<u64>() as f64;
+    families.add("handler_threads", &[], sum(|it| it.threads));
+    // `running` has the calls of abandoned threads not any more.
+    families.add(
+        "handler_threads_busy",
+        &[],
+        sum(|it| it.running + it.lost_threads),
+    );
+    families.add("handler_threads_lost", &[], sum(|it| it.lost_threads));
+    families.add("calls_queued", &[], sum(|it| it.queued));
+    let mut slots: BTreeMap<u16, SlotSum> = BTreeMap::new();
+    for worker in living() {
+        let slot = slots.entry(worker.slot).or_default();
+        slot.connections += worker.connections;
+        slot.rss_bytes += worker.rss_bytes;
+        slot.silent_ms = slot.silent_ms.max(worker.silent_ms);
+    }
+    for (slot, sum) in slots {
+        let label = slot.to_string();
+        let labels = [label.as_str()];
+        families.add("worker_connections", &labels, sum.connections as f64);
+        families.add(
+            "worker_resident_memory_bytes",
+            &labels,
+            sum.rss_bytes as f64,
+        );
+        let heartbeat = now - sum.silent_ms as f64 / 1000.0;
+        families.add("worker_heartbeat_timestamp_seconds", &labels, heartbeat);
+    }
+}
+
+/// The processes of each pool: two during a reload.
+fn by_name(pools: &[PoolStatus]) -> impl Iterator<Item = PoolStatus> {
+    let mut merged: BTreeMap<&str, PoolStatus> = BTreeMap::new();
+    for pool in pools {
+        let sum = merged.entry(&pool.name).or_default();
+        sum.name.clone_from(&pool.name);
+        sum.queued += pool.queued;
+        sum.list.extend(pool.list.iter().cloned());
+    }
+    merged.into_values()
+}
+
+fn add_pool(families: &mut Families, pool: &PoolStatus) {
+    for (label, state) in PROGRAM_STATES {
+        let count = pool
+            .list
+            .iter()
+            .filter(|program| program.state == state)
+            .count();
+        families.add("pool_programs", &[&pool.name, label], count as f64);
+    }
+    families.add("pool_calls_queued", &[&pool.name], pool.queued as f64);
+}
+
+/// The value of a flag.
+pub fn flag(is: bool) -> f64 {
+    f64::from(u8::from(is))
+}

@@ -1,0 +1,118 @@
+//! Sums the metrics board for `status --json`: totals of the server and figures of each method.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::board_figures::codes;
+use crate::link::metrics_board::{BoardReader, MethodTotals};
+
+/// The totals since the start of the master.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ServerTotals {
+    pub calls: u64,
+    /// Calls of these that were answered with an error.
+    pub errors: u64,
+    /// Accepted connections.
+    pub accepted: u64,
+    pub received_bytes: u64,
+    pub sent_bytes: u64,
+}
+
+/// One method, or all others together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MethodFigures {
+    pub name: String,
+    /// builtin, function, command or pool; null for all others together.
+    pub kind: Option<&'static str>,
+    pub calls: u64,
+    /// By the name of the code.
+    pub errors: BTreeMap<&'static str, u64>,
+    pub running: u64,
+    pub queued: u64,
+    /// Calls over the threshold of the slow log.
+    pub slow: u64,
+    /// Quantiles of the duration in microseconds; null before the first call.
+    pub p50_us: Option<u64>,
+    pub p99_us: Option<u64>,
+    pub max_us: Option<u64>,
+}
+
+/// The members that a command adds to the answer of the master.
+#[derive(Debug, Serialize)]
+pub struct BoardMembers {
+    pub totals: ServerTotals,
+    pub methods: Vec<MethodFigures>,
+}
+
+impl BoardMembers {
+    /// Sums all blocks.
+    pub fn of(board: &BoardReader) -> Self {
+        let methods = board.methods(false);
+        let sum = |figure: fn(&MethodTotals) -> u64| {
+            let figures = methods.iter().map(figure);
+            // A process may have written anything.
+            figures.fold(0, u64::wrapping_add)
+        };
+        BoardMembers {
+            totals: ServerTotals {
+                calls: sum(|method| method.calls),
+                errors: sum(MethodTotals::error_count),
+                accepted: board.sum(|block| &block.accepted),
+                received_bytes: board.sum_all(|block| &block.received_bytes),
+                sent_bytes: board.sum_all(|block| &block.sent_bytes),
+            },
+            methods: methods.iter().map(MethodFigures::of).collect(),
+        }
+    }
+
+    /// Adds them to a JSON object, whose other members stay byte for byte as they are.
+    pub fn add_to(&self, object: &str) -> String {
+        let (Some(object), Ok(own)) = (object.strip_suffix('}'), serde_json::to_string(self))
+        else {
+            return object.to_owned();
+        };
+        let separator = if object.ends_with('{') { "" } else { "," };
+        format!("{object}{separator}{}", own.trim_start_matches('{'))
+    }
+}
+
+impl MethodFigures {
+    fn of(method: &MethodTotals) -> Self {
+        let errors = codes().filter_map(|(place, name)| {
+            let [waiting, started] = method.errors.get(place)?;
+            let count = waiting.wrapping_add(*started);
+            (count > 0).then_some((name, count))
+        });
+        let max_us = method.longest_ns / 1000;
+        MethodFigures {
+            name: method.name.clone(),
+            kind: method.kind,
+            calls: method.calls,
+            errors: errors.collect(),
+            running: method.running,
+            queued: method.queued,
+            slow: 0,
+            p50_us: method.duration.quantile_us(0.5),
+            p99_us: method.duration.quantile_us(0.99),
+            max_us: (method.duration.count() > 0).then_some(max_us),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_members_are_added_at_the_end() {
+        let members = BoardMembers {
+            totals: ServerTotals::default(),
+            methods: Vec::new(),
+        };
+        let added = members.add_to(r#"{"z": 1,"a":{}}"#);
+        assert!(added.starts_with(r#"{"z": 1,"a":{},"totals":{"calls":0,"#));
+        assert!(added.ends_with(r#""methods":[]}"#));
+        assert!(members.add_to("{}").starts_with(r#"{"totals""#));
+    }
+}

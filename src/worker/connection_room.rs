@@ -1,0 +1,84 @@
+//! Closes connections when a worker is full: those that never had a call, and those with the most untaken
+//! answers.
+//!
+//! A worker at `limits.connections` makes room for one more as soon as it is full, so it sees where the next
+//! one comes from. `unused_connections` says which one is closed. A connection that had a call is never closed
+//! for this: if there is no other, the worker accepts nothing until one ends.
+
+use super::call_dispatcher::millis;
+use super::event_loop::{EventLoop, WarningKind, find};
+use super::timers::TimerTarget;
+use crate::link::metrics_board::layout::CloseReason;
+use crate::sys::event::{Reactor, Token};
+use crate::sys::socket;
+
+/// Before it looks again whether one may be closed, in milliseconds.
+const RETRY_MS: u64 = 2;
+/// Connections looked at before one is accepted. Those that have sent something are read first.
+const MOST_LOOKS: usize = 64;
+
+impl EventLoop {
+    /// Closes connections that never had a call until there is room for one more. Returns whether there is
+    /// room. If not, a timer tries again when one is old enough.
+    pub(super) fn make_room(&mut self, reactor: &mut Reactor) -> bool {
+        let limit = self.service.limits.connections;
+        let read_timeout_ms = millis(self.service.limits.read_timeout);
+        let now_ms = self.service.now_ms;
+        while reactor.connections() >= limit {
+            let unused = &self.service.unused;
+            // A call may have come that was not read yet.
+            let is_silent =
+                |token: &Token| reactor.descriptor(*token).is_some_and(socket::is_silent);
+            let mut payers = unused.payers(now_ms, read_timeout_ms).take(MOST_LOOKS);
+            let Some(token) = payers.find(is_silent) else {
+                drop(payers);
+                if let Some(at) = unused.next_payer_ms(read_timeout_ms) {
+                    let at = at.max(now_ms + RETRY_MS);
+                    let unused = &mut self.service.unused;
+                    let timers = &mut self.service.timers;
+                    timers.arm(&mut unused.deadline, at, TimerTarget::Unused);
+                }
+                return false;
+            };
+            drop(payers);
+            let mut peer = None;
+            if let Some(connection) = find(&mut self.connections, token) {
+                self.service.unused.record_payment(connection, now_ms);
+                peer = connection.peer;
+            }
+            let peer = peer.map_or("unix".to_owned(), |peer| peer.to_string());
+            let text = format!(
+                "limits.connections is reached ({limit}): a connection that never had a call is closed to \
+                 accept another one; its client has the most of them, or sent no call within \
+                 limits.read-timeout peer={peer}"
+            );
+            self.warn_limited(WarningKind::Silent, &text);
+            self.close_for(reactor, token, CloseReason::Limit);
+        }
+        true
+    }
+
+    /// Closes the connections with the most untaken answers, from the source with the most, until the
+    /// worker is below twice its limit. Each search over all connections closes one, so calls do not pay
+    /// for it.
+    #[cold]
+    pub(super) fn close_most_unsent(&mut self, reactor: &mut Reactor) {
+        while self.service.unsent.is_exceeded() {
+            let Some(token) = self.service.unsent.shares.heaviest() else {
+                return;
+            };
+            let Some(most) = find(&mut self.connections, token) else {
+                return;
+            };
+            let (token, bytes) = (most.token, most.counted_unsent);
+            let peer = (most.peer).map_or("unix".to_owned(), |peer| peer.to_string());
+            let text = format!(
+                "answers that clients have not taken reach twice limits.unfinished: the connection with \
+                 the most is closed; its client must read sooner, or raise limits.unfinished peer={peer} \
+                 bytes={bytes}"
+            );
+            self.warn_limited(WarningKind::Unsent, &text);
+            self.close_for(reactor, token, CloseReason::Limit);
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! A session: a worker with one connection and no listener, which ends with that connection.
+//!
+//! Its acceptor forks it ahead and sends it the connection. Its orders come from the acceptor. If the
+//! acceptor dies, the session continues: it takes the orders of the master from its record in shared memory, and
+//! sends a link to the next acceptor.
+//! It knows that the master is gone by the end of a pipe whose only writer is the master.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::assembly::{build, finish, serve};
+use super::call_dispatcher::millis;
+use super::event_loop::{EventLoop, MASTER};
+use super::path_listeners::PathListeners;
+use super::post_fork;
+use super::session_state::SessionState;
+use crate::link::adoption_queue::LONGEST;
+use crate::link::message::{Message, Order, PACKET, Report};
+use crate::logging;
+use crate::sys::event::Interest;
+use crate::sys::process::monotonic_ms;
+use crate::sys::{closer, memory_file, socket};
+use crate::worker_init::WorkerInit;
+
+/// A connection as it comes from the acceptor.
+struct NewConnection {
+    socket: OwnedFd,
+    /// A packet of the adoption queue.
+    packet: Vec<u8>,
+    rest: Option<OwnedFd>,
+}
+
+/// Is the session, from the fork on.
+pub fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
+    let isolated = boot.isolated.clone();
+    let isolated = isolated.ok_or(("start", io::Error::other("it has no listener")))?;
+    let configured = boot.settings.listen.iter().skip(isolated.listen).take(1);
+    let path_listeners = PathListeners::of(configured, &boot.listeners);
+    boot.listeners.clear();
+    // With the receiving end it could take the connections of other clients.
+    boot.adoption.rx = Rc::clone(&boot.adoption.tx);
+    let (signals, _) = post_fork::init_worker_process(&mut boot)?;
+    let lifetime = boot
+        .isolation()
+        .map_or(Duration::ZERO, |it| it.max_lifetime);
+    let (title, program) = (boot.title, boot.program.clone());
+    let number = boot.slot.session().unwrap_or_default();
+    let record =
+        (isolated.range.0.get(number)).ok_or(("start", io::Error::other("it has no record")))?;
+    let (mut event_loop, mut reactor) =
+        build(boot, signals, None, path_listeners, Box::new(|| ()))?;
+    event_loop.stuck_reported = true;
+    // The acceptor of a new generation is ready when its first session is.
+    event_loop
+        .report(Report::Ready)
+        .map_err(|error| ("tell that it is ready", error))?;
+    let came = wait_for_connection(&mut event_loop, &isolated.master_life);
+    let Some(new) = came.map_err(|error| ("wait for a connection", error))? else {
+        finish(event_loop, reactor);
+        return Ok(());
+    };
+    logging::stop_forwarding();
+    if let Some(area) = title {
+        area.set(&format!("{program}: connection {}", record.peer_name()));
+    }
+    event_loop.service.now_ms = monotonic_ms();
+    reactor
+        .watch(MASTER, &*isolated.master_life, Interest::Read)
+        .map_err(|error| ("watch for the master's end", error))?;
+    let ends_at_ms = match millis(lifetime) {
+        0 => u64::MAX,
+        lifetime => event_loop.service.now_ms.saturating_add(lifetime),
+    };
+    event_loop.session = Some(SessionState::new(record, isolated.heartbeat_ms, ends_at_ms));
+    // If this process crashes, the client is not to take that for an orderly end.
+    socket::reset_when_closed(&new.socket, true);
+    let now_ms = event_loop.service.now_ms;
+    event_loop.service.forwarding.want_pools(now_ms);
+    event_loop.adopted(&mut reactor, new.socket, &new.packet, new.rest);
+    serve(event_loop, reactor)
+}
+
+/// Waits until the acceptor sends a connection; `None`: it wants no session any more, or is gone.
+fn wait_for_connection(
+    event_loop: &mut EventLoop,
+    master_life: &OwnedFd,
+) -> io::Result<Option<NewConnection>> {
+    let mut buffer = vec![0; LONGEST];
+    loop {
+        let mut fds = [
+            PollFd::new(event_loop.link.as_fd(), PollFlags::POLLIN),
+            PollFd::new(master_life.as_fd(), PollFlags::POLLIN),
+            PollFd::new(event_loop.signals.as_fd(), PollFlags::POLLIN),
+        ];
+        // EINTR, or out of memory for a moment.
+        let _ = poll(&mut fds, PollTimeout::NONE);
+        let [has_packet, is_orphan, has_signal] = fds.map(|fd| fd.any().unwrap_or(false));
+        if has_packet {
+            match socket::receive_packet(&event_loop.link, &mut buffer) {
+                Ok((0, _)) => return Ok(None),
+                Ok((length, descriptors)) => {
+                    match on_packet(event_loop, &buffer[..length], descriptors) {
+                        Packet::Connection(new) => return Ok(Some(new)),
+                        Packet::Leave => return Ok(None),
+                        Packet::Other => continue,
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if is_orphan || has_signal && !event_loop.signals.take().is_empty() {
+            return Ok(None);
+        }
+    }
+}
+
+enum Packet {
+    Connection(NewConnection),
+    Leave,
+    Other,
+}
+
+fn on_packet(event_loop: &mut EventLoop, packet: &[u8], descriptors: Vec<OwnedFd>) -> Packet {
+    let mut descriptors = descriptors.into_iter();
+    if packet.len() == PACKET
+        && let Some(message) = Message::<Order>::decode(packet)
+    {
+        match message.body {
+            Order::Drain(_) | Order::Stop(_) => return Packet::Leave,
+            Order::StopPending => event_loop.service.stop_pending = true,
+            Order::ReopenLog => {
+                if let Some(file) = descriptors.next() {
+                    drop(logging::set_output(logging::LogOutput::received(file)));
+                }
+            }
+            // It has asked for no link yet.
+            _ => {}
+        }
+        return Packet::Other;
+    }
+    let (socket, rest) = (descriptors.next(), descriptors.next());
+    let has_rest = rest.is_some();
+    let keep = |fd: Option<OwnedFd>, is_right: fn(&OwnedFd) -> bool| {
+        let fd = fd?;
+        match is_right(&fd) {
+            true => Some(fd),
+            false => {
+                closer::close(fd);
+                None
+            }
+        }
+    };
+    let socket = keep(socket, socket::is_stream_socket);
+    let rest = keep(rest, memory_file::is_one);
+    descriptors.for_each(closer::close);
+    match socket {
+        Some(socket) if rest.is_some() == has_rest => Packet::Connection(NewConnection {
+            socket,
+            packet: packet.to_vec(),
+            rest,
+        }),
+        // Of a process that is no worker any more: the connection is lost.
+        _ => Packet::Leave,
+    }
+}
