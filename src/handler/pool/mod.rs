@@ -147,7 +147,8 @@ pub struct Pools {
     concurrency: usize,
     /// Whether a call that a program may be running was given up.
     one_is_in_vain: bool,
-    /// What supervisors are started with; `None` in a worker, and once the process exits.
+    /// What further supervisors are started with. `None` in a worker, in the session of a connection, whose
+    /// program has no successor, and once the process exits.
     starter: Option<ProgramStarter>,
     /// The pool with the table in effect.
     pool: Option<Arc<Pool>>,
@@ -208,7 +209,10 @@ impl Pools {
             supervisors,
             concurrency: pool.as_ref().map_or(1, |pool| pool.concurrency()),
             one_is_in_vain: false,
-            starter: pool.is_some().then_some(starter),
+            starter: pool
+                .as_ref()
+                .is_some_and(|pool| !pool.is_of_connection())
+                .then_some(starter),
             pool,
             next: None,
             rollout: Rollout::new(programs),

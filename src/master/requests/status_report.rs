@@ -1,5 +1,6 @@
 //! Makes the answer of `status` from the fleet, the scoreboard and /proc, without asking a child.
 
+use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -9,14 +10,15 @@ use crate::logging;
 use crate::master::children::own_programs::PoolOfConnections;
 use crate::master::children::workers::{Children, GenerationContext};
 use crate::master::core::Master;
+use crate::master::endpoints::listeners::Listener;
 use crate::master::policy::death_log::Death;
 use crate::master::policy::event::Millis;
 use crate::master::policy::fleet::Fleet;
 use crate::master::policy::status_view::WorkerView;
 use crate::protocol::control::{
-    self, AcceptWait, DeathKind, DeathStatus, IsolatedStatus, ObserverStatus, OldestCall,
-    PoolStatus, ProgramPhase, ProgramStatus, Quarantined, Status, ThrottleStatus, WorkerPhase,
-    WorkerStatus,
+    self, AcceptWait, DeathKind, DeathStatus, IsolatedStatus, ListenerStatus, ObserverStatus,
+    OldestCall, PoolStatus, ProgramPhase, ProgramStatus, Quarantined, Status, ThrottleStatus,
+    WorkerPhase, WorkerStatus,
 };
 use crate::sys::process::{Pid, resident_bytes};
 
@@ -24,6 +26,7 @@ use crate::sys::process::{Pid, resident_bytes};
 pub fn status(master: &Master<'_>, now: Millis) -> Status {
     let (fleet, workers) = (&master.fleet, &master.workers);
     let context = &master.contexts.serving;
+    let listeners = listeners(workers, context);
     Status {
         master: control::MasterStatus {
             pid: Pid::current().0,
@@ -58,22 +61,10 @@ pub fn status(master: &Master<'_>, now: Millis) -> Status {
             .map(|view| pool(view, workers, &context.settings, now))
             .chain(pools_of_connections(workers, now))
             .collect(),
-        isolated: isolated(fleet, workers, context, now),
+        isolated: isolated(master, &listeners, now),
         deaths: deaths(fleet),
         reloads: master.reload_history.all(),
-        listeners: context
-            .listeners
-            .iter()
-            .map(|listener| {
-                let (queue, backlog) = listener.queue();
-                control::ListenerStatus {
-                    address: listener.bound.clone(),
-                    queue,
-                    backlog,
-                    refused_per_source: workers.sources.refusals_of(&listener.bound),
-                }
-            })
-            .collect(),
+        listeners,
         quarantine: master
             .crash_counts
             .quarantined()
@@ -86,6 +77,19 @@ pub fn status(master: &Master<'_>, now: Millis) -> Status {
             })
             .collect(),
     }
+}
+
+fn listeners(workers: &Children, context: &GenerationContext) -> Vec<ListenerStatus> {
+    let describe = |listener: &Rc<Listener>| {
+        let (queue, backlog) = listener.queue();
+        ListenerStatus {
+            address: listener.bound.clone(),
+            queue,
+            backlog,
+            refused_per_source: workers.sources.refusals_of(&listener.bound),
+        }
+    };
+    context.listeners.iter().map(describe).collect()
 }
 
 /// Returns the number of log lines that the master and all workers have lost.
@@ -249,12 +253,9 @@ fn deaths(fleet: &Fleet) -> Vec<DeathStatus> {
 }
 
 /// Describes each acceptor with its sessions, and the sessions whose acceptor has died.
-fn isolated(
-    fleet: &Fleet,
-    workers: &Children,
-    context: &GenerationContext,
-    now: Millis,
-) -> Vec<IsolatedStatus> {
+fn isolated(master: &Master<'_>, listeners: &[ListenerStatus], now: Millis) -> Vec<IsolatedStatus> {
+    let (fleet, workers) = (&master.fleet, &master.workers);
+    let context = &master.contexts.serving;
     let views = fleet.acceptors();
     let describe = |view: &WorkerView| {
         let handle = view.pid.and_then(|pid| workers.get(pid));
@@ -286,7 +287,12 @@ fn isolated(
     };
     let mut all: Vec<IsolatedStatus> = views.iter().map(describe).collect();
     for shown in &mut all {
-        shown.refused_per_source = workers.sources.refusals_of(&shown.address);
+        // Read once for both lists, because workers count while the report is made.
+        let listener = listeners.iter().find(|it| it.address == shown.address);
+        shown.refused_per_source = listener.map_or_else(
+            || workers.sources.refusals_of(&shown.address),
+            |it| it.refused_per_source,
+        );
     }
     let living: Vec<Option<Pid>> = views.iter().map(|view| view.pid).collect();
     for address in workers.sessions.addresses() {
