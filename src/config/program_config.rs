@@ -86,6 +86,15 @@ pub struct PoolConfig {
     pub stderr_level: Level,
 }
 
+impl PoolConfig {
+    /// Returns for how many milliseconds the pool may have no ready program before `/healthz` answers 503;
+    /// `None` if it does not matter to `/healthz`.
+    pub fn health_limit_ms(&self) -> Option<u64> {
+        let limit = u64::try_from(self.boot_timeout.as_millis()).unwrap_or(u64::MAX);
+        self.health.then_some(limit)
+    }
+}
+
 /// Who shares the programs of a pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PoolScope {

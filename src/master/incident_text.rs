@@ -91,7 +91,7 @@ impl Display for Incident {
             }
             Incident::KeeperStuck { keeper, worker } => write!(
                 f,
-                "the keeper of worker {worker}, which has died, stands still: it gets SIGKILL, and the \
+                "the keeper of worker {worker}, which has died, does not respond: it gets SIGKILL, and the \
                  connections that it has not passed on end pid={keeper}"
             ),
             Incident::Observer(incident) => incident.fmt(f),

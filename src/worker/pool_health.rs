@@ -41,11 +41,11 @@ impl WatchedPools {
         now_ms: u64,
     ) -> Self {
         let watched = |(number, pool): (usize, &str)| {
-            let config = settings.pools.get(pool).filter(|config| config.health)?;
+            let limit_ms = settings.pools.get(pool)?.health_limit_ms()?;
             Some(WatchedPool {
                 lane: number + 1,
                 is_kept: kept.contains(&(number + 1)),
-                limit_ms: u64::try_from(config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
+                limit_ms,
                 ready_ms: now_ms,
             })
         };

@@ -426,7 +426,7 @@ fn a_keeper_that_stands_still_is_ended_and_its_clients_wait_for_nothing() {
     let daemon = Daemon::builder()
         .config(&config)
         .expect_log("ended by SIGSEGV")
-        .expect_log("stands still")
+        .expect_log("does not respond")
         .start();
     let mut client = daemon.client();
     client.call(&json!({"in": "ping"}));
@@ -436,7 +436,7 @@ fn a_keeper_that_stands_still_is_ended_and_its_clients_wait_for_nothing() {
     client.send(r#"{"in": "sleep", "params": 5}"#);
     crash(daemon.wait_running(1));
     client.assert_closed();
-    daemon.wait_log("stands still: it gets SIGKILL");
+    daemon.wait_log("does not respond: it gets SIGKILL");
     wait_for("a keeper for the new worker alone", PATIENCE, || {
         keepers(&daemon).len() == 1 && process::zombies(daemon.pid()).is_empty()
     });

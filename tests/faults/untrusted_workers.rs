@@ -82,7 +82,7 @@ fn a_keeper_that_ends_in_the_same_breath_as_its_worker_is_heard() {
     let mut client = daemon.client();
     assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
     daemon.signal(Signal::SIGSTOP);
-    wait_for("a master that stands still", PATIENCE, || {
+    wait_for("a stopped master", PATIENCE, || {
         process::state(daemon.pid()) == Some('T')
     });
     kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();

@@ -187,7 +187,7 @@ fn a_dead_program_ends_its_connection_and_no_other() {
     let daemon = builder("").expect_log("SIGKILL").start();
     let mut other = daemon.client();
     let (_, kept) = add(&mut other, 1);
-    for end_by in ["exit", "kill while it runs", "kill at rest"] {
+    for end_by in ["exit", "kill while it runs", "kill between calls"] {
         let mut client = daemon.client();
         let (_, program) = add(&mut client, 1);
         match end_by {
@@ -197,7 +197,7 @@ fn a_dead_program_ends_its_connection_and_no_other() {
                 assert!(message.contains("exit code 3"), "{answer}");
                 assert_crashed_and_closed(&mut client, &answer);
             }
-            "kill at rest" => {
+            "kill between calls" => {
                 kill(Pid::from_raw(program), Signal::SIGKILL).unwrap();
                 client.assert_closed();
             }

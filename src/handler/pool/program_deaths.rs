@@ -1,6 +1,6 @@
 //! The last deaths of a pool's programs, in memory that the pool process shares with the master.
 //!
-//! A ring: the threads of the pool process write, the master takes what is there when it needs it. So
+//! A ring: the threads of the pool process write, the master takes the records when it needs them. So
 //! programs that die often cost the master nothing. The master does not trust the pool process: lengths and
 //! numbers are bounded here, and the reader cleans the texts. An entry that is overwritten before the master
 //! takes it is lost.

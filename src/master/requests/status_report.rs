@@ -2,9 +2,8 @@
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
-use crate::config::Settings;
+use crate::config::{PoolConfig, Settings};
 use crate::handler::pool::program_record::{ProgramRecord, ProgramState, ProgramView};
 use crate::logging;
 use crate::master::children::own_programs::PoolOfConnections;
@@ -175,7 +174,8 @@ fn pool(view: &WorkerView, workers: &Children, settings: &Settings, now: Millis)
 
 /// Returns whether health checks fail because a pool has had no ready program for too long.
 fn is_unhealthy(name: &str, workers: &Children, settings: &Settings, now: Millis) -> bool {
-    let Some(config) = settings.pools.get(name).filter(|config| config.health) else {
+    let limit = settings.pools.get(name);
+    let Some(limit_ms) = limit.and_then(PoolConfig::health_limit_ms) else {
         return false;
     };
     let processes = workers.iter().map(|(_, handle)| handle);
@@ -187,8 +187,7 @@ fn is_unhealthy(name: &str, workers: &Children, settings: &Settings, now: Millis
     });
     let times = own.map(|handle| handle.record.pool_ready_ms.load(Relaxed));
     let ready = times.chain(workers.pool_health.last(name)).max();
-    let without = now.saturating_sub(ready.unwrap_or(now));
-    Duration::from_millis(without) > config.boot_timeout
+    now.saturating_sub(ready.unwrap_or(now)) > limit_ms
 }
 
 /// Describes each program of a pool process.
