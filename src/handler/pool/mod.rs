@@ -26,12 +26,10 @@ mod supervisor;
 mod wire;
 
 use std::collections::VecDeque;
-use std::io;
-use std::mem;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
+use std::{io, mem, thread};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
@@ -147,8 +145,7 @@ pub struct Pools {
     concurrency: usize,
     /// Whether a call that a program may be running was given up.
     one_is_in_vain: bool,
-    /// What further supervisors are started with. `None` in a worker, in the session of a connection, whose
-    /// program has no successor, and once the process exits.
+    /// What further supervisors are started with; `None` in workers and sessions, and once the process exits.
     starter: Option<ProgramStarter>,
     /// The pool with the table in effect.
     pool: Option<Arc<Pool>>,
@@ -201,6 +198,7 @@ impl Pools {
             };
             queue = Some(Dispatcher::new(line, supervisors));
         }
+        let has_successors = pool.as_ref().is_some_and(|it| !it.is_of_connection());
         Ok(Pools {
             piece: vec![0; if queue.is_some() { PIECE } else { 0 }].into(),
             queue,
@@ -209,10 +207,7 @@ impl Pools {
             supervisors,
             concurrency: pool.as_ref().map_or(1, |pool| pool.concurrency()),
             one_is_in_vain: false,
-            starter: pool
-                .as_ref()
-                .is_some_and(|pool| !pool.is_of_connection())
-                .then_some(starter),
+            starter: has_successors.then_some(starter),
             pool,
             next: None,
             rollout: Rollout::new(programs),
