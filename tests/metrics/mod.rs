@@ -4,6 +4,7 @@ mod board;
 mod counters;
 mod exposition;
 mod pages;
+mod prometheus;
 mod tools;
 
 use std::collections::BTreeMap;

@@ -20,7 +20,7 @@ const CONFIG: &str = "[workers]\ncount = 2\n[observe]\nhistograms = [\"duration\
     [methods.sleep]\nbuiltin = \"sleep\"\n[methods.fails]\ncommand = [\"/bin/false\"]\n\
     [pools.cat]\ncommand = [\"/bin/sleep\", \"1000\"]\nprocesses = 1\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n";
 
-fn tool(variable: &str, unpacked: &str) -> Option<PathBuf> {
+pub(super) fn tool(variable: &str, unpacked: &str) -> Option<PathBuf> {
     let named = std::env::var_os(variable).map(PathBuf::from);
     let path = named.unwrap_or_else(|| source().join(unpacked));
     if !path.is_file() {
