@@ -101,6 +101,8 @@ struct Acceptor<'a> {
     waits_for_pools: bool,
     draining: Draining,
     next_tick_ms: u64,
+    /// Whether the link to the master is open.
+    is_linked: bool,
 }
 
 impl<'a> Acceptor<'a> {
@@ -119,6 +121,7 @@ impl<'a> Acceptor<'a> {
             waits_for_pools: false,
             draining: Draining::default(),
             next_tick_ms: 0,
+            is_linked: true,
         })
     }
 
@@ -287,9 +290,13 @@ impl<'a> Acceptor<'a> {
 
     fn on_signals(&mut self) -> io::Result<()> {
         for signal in self.accepting.signals.take() {
-            if signal == Signal::SIGQUIT {
-                handover::leave(&mut self.accepting);
-                self.stage = Stage::Leaving { until_ms: 0 };
+            match signal {
+                Signal::SIGQUIT => {
+                    handover::leave(&mut self.accepting);
+                    self.stage = Stage::Leaving { until_ms: 0 };
+                }
+                Signal::SIGTERM => self.on_term(),
+                _ => {}
             }
         }
         let (now_ms, accepting) = (self.accepting.now_ms, &mut self.accepting);
@@ -310,8 +317,18 @@ impl<'a> Acceptor<'a> {
         }
     }
 
+    /// A service manager sends TERM to all processes. It counts only without a link to a master: then it is the
+    /// order to stop of the program after an upgrade.
+    fn on_term(&mut self) {
+        self.orders();
+        if !self.is_linked {
+            let limit = self.accepting.boot.settings.workers.drain_timeout;
+            self.leave(limit, false);
+        }
+    }
+
     fn orders(&mut self) {
-        loop {
+        while self.is_linked {
             match self.accepting.boot.link.receive() {
                 Received::Message(message, descriptor) => match message.body {
                     Order::Drain(limit) | Order::Stop(limit) => {
@@ -351,6 +368,7 @@ impl<'a> Acceptor<'a> {
                 }
                 Received::Empty => return,
                 Received::End => {
+                    self.is_linked = false;
                     let _ = self
                         .accepting
                         .epoll

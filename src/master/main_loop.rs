@@ -22,7 +22,7 @@ use super::reports::{queue_last_requests, queue_reports};
 use super::requests::reload_driver::reload_if_asked;
 use super::requests::upgrade_driver::{advance_upgrade, exec};
 use super::requests::{handle_event, on_signals, request, settle};
-use super::session_orders::{awaits_sessions, note_crashed_sessions};
+use super::session_orders::{awaits_others, note_crashed_sessions, overdue_at};
 use crate::error::{Error, Result};
 use crate::link::message::{Order, RebalanceOrder};
 use crate::link::metrics_board;
@@ -32,6 +32,9 @@ use crate::sys::signal;
 
 /// The time until the next try to send to the service manager or a pool process, if it had no room.
 const SEND_RETRY: Millis = 50;
+
+/// The time until the next SIGKILL to what is left of the program before an upgrade.
+const KILL_RETRY: Millis = 100;
 
 /// What poll(2) waits for.
 enum Source {
@@ -52,7 +55,7 @@ pub fn serve(master: &mut Master<'_>) {
     signal::unblock_all();
     // After an upgrade, its reload begins or fails before anything else is handled.
     begin_due_changes(master);
-    while awaits_sessions(master) || master.exit_code.is_none() {
+    while awaits_others(master) || master.exit_code.is_none() {
         let ready = wait(master);
         on_signals(master);
         for source in &ready {
@@ -144,6 +147,7 @@ fn timeout(master: &Master<'_>) -> PollTimeout {
         master.upgrade.deadline(),
         master.orphans.deadline(),
         master.workers.sessions.adopted.next_ms(),
+        overdue_at(master).map(|at| at.max(now() + KILL_RETRY)),
         has_unsent.then(|| now() + SEND_RETRY),
     ]
     .into_iter()

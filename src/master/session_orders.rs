@@ -1,14 +1,20 @@
 //! Handles sessions, which are children of acceptors: their crashes, and those whose acceptor has died. The
-//! master reaps the latter, and gives them the orders that their acceptor would have given.
+//! master reaps the latter, and gives them the orders that their acceptor would have given. A stop also ends
+//! the acceptors and pool processes of the program before an upgrade, with their sessions.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+
+use nix::sys::signal::Signal;
 
 use super::children::generation_info::GenerationInfo;
 use super::core::{Master, now};
 use super::policy::event::Millis;
 use crate::link::session_table::DirectOrder;
 use crate::sys::process::Pid;
+
+/// The time from the deadline of a stop to the SIGKILL. Until then an acceptor ends its sessions by itself.
+const OVERDUE: Millis = 1000;
 
 /// Handles the end of an acceptor: its sessions continue as long as they would have with it.
 pub fn adopt_sessions(master: &mut Master<'_>, acceptor: Pid, known: &Rc<GenerationInfo>) {
@@ -56,8 +62,15 @@ pub fn order_sessions(master: &mut Master<'_>) {
     let (now, serving) = (now(), master.fleet.generation());
     let workers = &master.contexts.serving.settings.workers;
     let drain_until = now + workers.drain_timeout.as_millis() as Millis;
+    let stop_deadline = master.fleet.stop_deadline();
+    match stop_deadline {
+        Some(until) if until <= now => master.workers.signal_reserved(Signal::SIGQUIT, true),
+        // The pool processes leave when nothing uses them any more.
+        Some(_) => master.workers.signal_reserved(Signal::SIGTERM, false),
+        None => {}
+    }
     let sessions = &mut master.workers.sessions;
-    match master.fleet.stop_deadline() {
+    match stop_deadline {
         Some(until) if until <= now => sessions.adopted.kill_all(),
         Some(until) => (sessions.adopted).order(|_| true, DirectOrder::Stop, until),
         None => {
@@ -74,8 +87,19 @@ pub fn note_serving(master: &mut Master<'_>) {
     (master.workers.sessions).set_serving(generation, &master.contexts.serving);
 }
 
-/// Kills overdue sessions without an acceptor. Returns whether the master must wait for any.
-pub fn awaits_sessions(master: &mut Master<'_>) -> bool {
+/// Kills overdue sessions without an acceptor, and at the end of a stop what is left of the program before an
+/// upgrade. Returns whether the master must wait for any.
+pub fn awaits_others(master: &mut Master<'_>) -> bool {
     master.workers.sessions.adopted.pass_time(now());
-    !master.workers.sessions.adopted.is_empty()
+    if overdue_at(master).is_some_and(|at| at <= now()) {
+        master.workers.signal_reserved(Signal::SIGKILL, true);
+    }
+    let stops = master.exit_code.is_some();
+    !master.workers.sessions.adopted.is_empty() || stops && master.workers.has_reserved()
+}
+
+/// Returns when a stop kills what is left of the program before an upgrade; `None` if nothing is left.
+pub fn overdue_at(master: &Master<'_>) -> Option<Millis> {
+    let until = master.fleet.stop_deadline()?;
+    master.workers.has_reserved().then_some(until + OVERDUE)
 }

@@ -72,13 +72,11 @@ pub fn init_worker_process(
     signal::ignore(&signal::IGNORED_BY_CHILDREN);
     let signals = SignalPipe::new(match boot.isolated {
         None => &[Signal::SIGTERM, Signal::SIGQUIT],
-        // A service manager sends TERM to all processes. These processes wait for the master's order.
+        Some(_) if !is_session => &[Signal::SIGTERM, Signal::SIGQUIT, Signal::SIGCHLD],
+        // A service manager sends TERM to all processes. A session waits for the order of its acceptor.
         Some(_) => {
             signal::ignore(&[Signal::SIGTERM]);
-            match is_session {
-                true => &[Signal::SIGQUIT],
-                false => &[Signal::SIGQUIT, Signal::SIGCHLD],
-            }
+            &[Signal::SIGQUIT]
         }
     })
     .map_err(|error| ("catch signals", error))?;

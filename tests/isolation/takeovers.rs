@@ -73,6 +73,50 @@ fn a_new_generation_accepts_when_its_pool_programs_are_ready() {
     assert!(result.success());
 }
 
+/// With `is_done`, the stop comes after the upgrade, else while it is pending.
+fn stop_at_an_upgrade(is_done: bool) {
+    let tables = pool(0.0, 0.0, "1s");
+    let builder = builder(&tables, "").file("pool.py", POOL);
+    let mut daemon = match is_done {
+        true => builder.start(),
+        false => builder.expect_log("the server stops").start(),
+    };
+    let (mut busy, mut idle) = (daemon.client(), daemon.client());
+    ping(&mut idle);
+    assert_eq!(busy.call(&json!({"in": "work"}))["result"], "done");
+    busy.send(r#"{"in": "sleep", "params": 2.0}"#);
+    wait_running(&daemon, session_of(&busy));
+    let master = daemon.pid();
+    let old = process::children(master);
+    let left = [acceptor(&daemon), session_of(&busy), session_of(&idle)];
+    if is_done {
+        assert!(daemon.command(&["upgrade"]).status.success());
+        ping(&mut daemon.client());
+    } else {
+        daemon.signal(Signal::SIGUSR2);
+        wait_for("the new program's children", PATIENCE, || {
+            let children = process::children(master);
+            children.iter().any(|pid| !old.contains(pid))
+        });
+    }
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(busy.recv_json()["result"], 2.0);
+    drop(busy);
+    assert!(daemon.wait_exit().success());
+    let left: Vec<_> = left.iter().filter(|pid| process::runs(**pid)).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_stop_after_an_upgrade_waits_for_the_sessions_of_the_program_before() {
+    stop_at_an_upgrade(true);
+}
+
+#[test]
+fn a_stop_during_an_upgrade_waits_for_the_sessions_of_the_program_before() {
+    stop_at_an_upgrade(false);
+}
+
 #[test]
 fn crashes_are_noted_although_the_acceptor_is_of_the_program_before_an_upgrade() {
     let daemon = builder("", "").expect_log("SIGKILL").start();

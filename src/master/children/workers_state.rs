@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::keepers::{DeadWorker, KeeperState, Keepers, claimed_keeper, is_plausible_keeper};
@@ -148,6 +149,22 @@ impl Children {
         for (pid, worker) in &self.living {
             if worker.is_from_before && worker.generation < serving {
                 self.order(*pid, Order::PoolEnded, None);
+            }
+        }
+    }
+
+    /// Returns whether pool processes or acceptors of the program before an upgrade are left.
+    pub fn has_reserved(&self) -> bool {
+        !self.reserved.is_empty()
+    }
+
+    /// Sends a signal to the acceptors of the program before an upgrade, which have no link to this one, and
+    /// with `all` to its pool processes too.
+    pub fn signal_reserved(&self, signal: Signal, all: bool) {
+        for (pid, &record) in &self.reserved {
+            let is_acceptor = self.board.record(record).lane.load(Relaxed) == 0;
+            if (all || is_acceptor) && process::is_child(*pid) {
+                process::kill(*pid, signal);
             }
         }
     }
