@@ -21,6 +21,9 @@ const MAGIC: [u8; 4] = *b"pfh\x01";
 const MAGIC_2: [u8; 4] = *b"pfh\x02";
 /// A flag beside the dialect: close the connection after the answers are sent.
 const CLOSING: u8 = 0x80;
+/// Another one: an HTTP request must name its method in the path. Older versions ignore it, and detect the dialect
+/// again.
+const NEEDS_PATH: u8 = 0x40;
 const HEADER: usize = 16;
 /// The longest idle time that a packet can hold: four and a half hours, in three bytes.
 pub const MOST_IDLE_MS: u32 = 0x00FF_FFFF;
@@ -57,6 +60,9 @@ pub struct HandoffState {
     pub idle_ms: u32,
     /// Whether to close the connection after the answers of the packet are sent.
     pub closing: bool,
+    /// Whether an HTTP request must name its method in the path. It counts if the receiver has not got the
+    /// listener of the connection.
+    pub needs_path: bool,
 }
 
 /// A received connection without its socket.
@@ -96,6 +102,7 @@ impl AdoptionQueue {
         let mut header = [0; HEADER];
         header[..4].copy_from_slice(&MAGIC);
         header[4] = dialect_code(state.dialect);
+        header[4] |= if state.needs_path { NEEDS_PATH } else { 0 };
         let idle_ms = state.idle_ms.min(MOST_IDLE_MS);
         header[5..8].copy_from_slice(&idle_ms.to_le_bytes()[..3]);
         header[8..].copy_from_slice(&(unread.len() as u64).to_le_bytes());
@@ -211,9 +218,10 @@ pub fn decode_packet(packet: &[u8], rest: Option<OwnedFd>) -> Option<AdoptedConn
     };
     Some(AdoptedConnection {
         state: HandoffState {
-            dialect: dialect(header[4] & !CLOSING),
+            dialect: dialect(header[4] & !(CLOSING | NEEDS_PATH)),
             idle_ms: u32::from_le_bytes([header[5], header[6], header[7], 0]),
             closing: header[4] & CLOSING != 0,
+            needs_path: header[4] & NEEDS_PATH != 0,
         },
         unsent,
         unread,
@@ -234,6 +242,7 @@ mod tests {
             dialect: Some(Dialect::Http),
             idle_ms: 3_600_123,
             closing,
+            needs_path: !closing,
         };
         queue.send(server.as_fd(), state, unsent, unread).unwrap();
         drop(server);
@@ -357,6 +366,7 @@ mod tests {
             dialect,
             idle_ms: 0x0003_0201,
             closing,
+            needs_path: false,
         };
         for (number, dialect) in [
             (0, None),

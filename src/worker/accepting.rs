@@ -80,7 +80,7 @@ impl EventLoop {
         connection.source_key = source_key;
         let socket = reactor.descriptor(token);
         connection.needs_http_path =
-            socket.is_some_and(|socket| self.service.path_listeners.contain(socket));
+            socket.is_some_and(|socket| self.service.path_listeners.require_path(socket, false));
         if !is_used {
             self.service
                 .unused

@@ -61,6 +61,12 @@ impl EventLoop {
             connection.rebalanced_ms = now_ms;
         }
         connection.dialect = taken.state.dialect;
+        if taken.state.needs_path
+            && let Some(socket) = reactor.descriptor(token)
+        {
+            let listeners = &self.service.path_listeners;
+            connection.needs_http_path = listeners.require_path(socket, true);
+        }
         if taken.state.closing {
             connection.phase = ConnectionPhase::Closing;
         } else {
@@ -139,6 +145,7 @@ impl EventLoop {
             dialect: connection.dialect,
             idle_ms: u32::try_from(idle_ms).unwrap_or(u32::MAX),
             closing: false,
+            needs_path: connection.needs_http_path,
         };
         // Set the flag before sendmsg(2): if the worker dies after the call, the keeper must not hand the
         // connection over again. If it dies before the call, the connection is lost, because the keeper

@@ -1,8 +1,9 @@
-//! Holds the listeners where an HTTP request must name its method in the path.
+//! Decides whether an HTTP request must name its method in the path.
 //!
 //! A connection is identified by its local address, so this also works for one that another worker has
-//! accepted. Without such listeners, which is the default, it costs nothing. It never fails: a connection
-//! with an unknown address counts as one of them.
+//! accepted. If no listener here has that address, because a reload has removed or isolated it, the rule of the
+//! worker before holds. Without such listeners, which is the default, it costs nothing. It never fails: a
+//! connection with an unknown address needs a path.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -10,34 +11,44 @@ use std::rc::Rc;
 use crate::config::{HttpMethods, ListenConfig};
 use crate::sys::socket::{self, Bound};
 
-/// The addresses of these listeners.
+/// The addresses of the listeners, by their rule.
 #[derive(Debug, Default)]
-pub struct PathListeners(Vec<Option<Bound>>);
+pub struct PathListeners {
+    with_path: Vec<Option<Bound>>,
+    others: Vec<Option<Bound>>,
+}
 
 impl PathListeners {
-    /// Selects them from the listeners `configured`, whose sockets have the same order.
+    /// Those of the listeners `configured`, whose sockets have the same order.
     pub fn of<'a>(
         configured: impl Iterator<Item = &'a ListenConfig>,
         sockets: &[Rc<OwnedFd>],
     ) -> Self {
-        let listeners = configured.zip(sockets);
-        let listeners = listeners.filter(|(listen, _)| listen.http_methods == HttpMethods::Path);
-        PathListeners(listeners.map(|(_, fd)| socket::bound_address(fd)).collect())
+        let mut all = PathListeners::default();
+        for (listen, socket) in configured.zip(sockets) {
+            match listen.http_methods {
+                HttpMethods::Path => &mut all.with_path,
+                HttpMethods::Any => &mut all.others,
+            }
+            .push(socket::bound_address(socket));
+        }
+        all
     }
 
-    /// Returns whether a connection was made to one of them.
+    /// Returns whether a connection needs a path. `was_required`: the worker before has required it.
     #[inline]
-    pub fn contain(&self, connection: &impl AsFd) -> bool {
-        !self.0.is_empty() && self.has_address_of(connection)
+    pub fn require_path(&self, connection: &impl AsFd, was_required: bool) -> bool {
+        (was_required || !self.with_path.is_empty()) && self.find(connection, was_required)
     }
 
     #[cold]
-    fn has_address_of(&self, connection: &impl AsFd) -> bool {
+    fn find(&self, connection: &impl AsFd, was_required: bool) -> bool {
         let Some(own) = socket::bound_address(connection) else {
             return true;
         };
-        let mut listeners = self.0.iter();
-        listeners.any(|listener| is_listener_of(listener.as_ref(), &own))
+        let is_its = |listener: &Option<Bound>| is_listener_of(listener.as_ref(), &own);
+        let is_certain = |listener: &Option<Bound>| listener.is_some() && is_its(listener);
+        self.with_path.iter().any(is_its) || was_required && !self.others.iter().any(is_certain)
     }
 }
 
@@ -64,7 +75,8 @@ mod tests {
 
     #[test]
     fn a_connection_is_identified_by_its_local_address() {
-        let fds = ["127.0.0.1:0", "0.0.0.0:0", "127.0.0.1:0"]
+        // The last one is not configured any more.
+        let fds = ["127.0.0.1:0", "0.0.0.0:0", "127.0.0.1:0", "127.0.0.1:0"]
             .map(|address| Rc::new(OwnedFd::from(TcpListener::bind(address).unwrap())));
         let kinds = [HttpMethods::Path, HttpMethods::Path, HttpMethods::Any];
         let configured = kinds.map(|http_methods| ListenConfig {
@@ -79,18 +91,20 @@ mod tests {
             isolation: None,
         });
         let listeners = PathListeners::of(configured.iter(), &fds);
-        let is_known = |fd: &Rc<OwnedFd>, host: [u8; 4]| {
+        let requires = |fd: &Rc<OwnedFd>, host: [u8; 4]| {
             let Some(Bound::Tcp(address)) = socket::bound_address(fd) else {
                 panic!("no TCP address");
             };
             let _client =
                 TcpStream::connect((std::net::IpAddr::from(host), address.port())).unwrap();
             let listener = TcpListener::from(fd.try_clone().unwrap());
-            listeners.contain(&listener.accept().unwrap().0)
+            let connection = listener.accept().unwrap().0;
+            [false, true].map(|was_required| listeners.require_path(&connection, was_required))
         };
-        assert!(is_known(&fds[0], [127, 0, 0, 1]));
-        assert!(is_known(&fds[1], [127, 0, 0, 7]));
-        assert!(!is_known(&fds[2], [127, 0, 0, 1]));
-        assert!(!PathListeners::default().contain(&fds[0]));
+        assert_eq!(requires(&fds[0], [127, 0, 0, 1]), [true, true]);
+        assert_eq!(requires(&fds[1], [127, 0, 0, 7]), [true, true]);
+        assert_eq!(requires(&fds[2], [127, 0, 0, 1]), [false, false]);
+        assert_eq!(requires(&fds[3], [127, 0, 0, 1]), [false, true]);
+        assert!(!PathListeners::default().require_path(&fds[0], false));
     }
 }

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::support::wire::{Response, Wire, post};
-use crate::support::{Daemon, PATIENCE, pass, wait_for};
+use crate::support::{Daemon, PATIENCE, pass, process, wait_for};
 
 const CONFIG: &str = "
 http-origins = [\"https://app.example\"]
@@ -513,4 +513,40 @@ fn a_listener_for_methods_in_the_path_takes_no_call_in_a_body() {
     wait_for("an answer of the new workers", PATIENCE, || {
         wire.send(post("/", call)).response().status == 200
     });
+}
+
+/// A proxy may know the connection from before.
+#[test]
+fn an_open_connection_needs_a_path_although_its_listener_is_gone_or_isolated() {
+    let any = "[workers]\ncount = 1\n[[listen]]\naddress = \"127.0.0.1:0\"\n";
+    let path = "[[listen]]\naddress = \"127.0.0.2:0\"\nhttp-methods = \"path\"\n";
+    for after in ["", &format!("{path}isolation = \"connection\"\n")] {
+        let daemon = Daemon::builder()
+            .config(&format!("{any}{path}"))
+            .expect_log("SIGKILL")
+            .start();
+        let address = daemon.status()["listeners"][1]["address"].clone();
+        let mut wire = Wire::open(address.as_str().unwrap().parse().unwrap());
+        let mut assert_needed = |when: &str| {
+            let refused = wire.send(post("/", r#"{"in":"ping"}"#)).response();
+            assert_eq!(refused.status, 403, "{when}: {}", refused.body);
+            let taken = wire.send(post("/ping", "1")).response();
+            assert_eq!(taken.status, 200, "{when}: {}", taken.body);
+        };
+        assert_needed("before");
+        let worker = daemon.ready_workers()[0];
+        daemon.configure(&format!("{any}{after}"));
+        assert!(daemon.command(&["reload"]).status.success());
+        wait_for("the end of the old worker", PATIENCE, || {
+            !process::runs(worker)
+        });
+        assert_needed("after a reload");
+        let worker = daemon.ready_workers()[0];
+        kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+        wait_for("another worker", PATIENCE, || {
+            let ready = daemon.ready_workers();
+            !ready.is_empty() && !ready.contains(&worker)
+        });
+        assert_needed("after a crash");
+    }
 }

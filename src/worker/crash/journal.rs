@@ -54,6 +54,8 @@ pub mod note {
     pub const UNKEPT: u32 = 1 << 11;
     /// It is being handed over.
     pub const GIVEN: u32 = 1 << 12;
+    /// An HTTP request must name its method in the path.
+    pub const NEEDS_PATH: u32 = 1 << 13;
 }
 
 /// Returns the flags of a connection that was adopted with this packet. They must be set before it is
@@ -62,6 +64,7 @@ pub fn note_of(taken: &AdoptedConnection<'_>) -> u32 {
     let flag = |is: bool, flag| if is { flag } else { 0 };
     u32::from(adoption_queue::dialect_code(taken.state.dialect))
         | flag(taken.state.closing, note::CLOSING)
+        | flag(taken.state.needs_path, note::NEEDS_PATH)
         | flag(!taken.unread.is_empty(), note::TAIL)
 }
 
@@ -257,7 +260,8 @@ impl CallJournal {
             | flag(connection.has_partial_input(), note::TAIL)
             | flag(connection.phase == ConnectionPhase::Closing, note::CLOSING)
             | flag(connection.phase == ConnectionPhase::Lingering, note::SHUT)
-            | flag(connection.has_unlogged_calls, note::UNKEPT);
+            | flag(connection.has_unlogged_calls, note::UNKEPT)
+            | flag(connection.needs_http_path, note::NEEDS_PATH);
         if note != connection.recorded_flags {
             connection.recorded_flags = note;
             if let Some(record) = book.progress.record(connection.token) {

@@ -135,6 +135,7 @@ pub fn decide(
             dialect: adoption_queue::dialect((held.note & 0xFF) as u8),
             idle_ms: 0,
             closing,
+            needs_path: held.note & note::NEEDS_PATH != 0,
         },
         unsent,
         unread,

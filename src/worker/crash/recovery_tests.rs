@@ -61,7 +61,8 @@ fn a_quiescent_connection_is_handed_over_unchanged() {
             state: HandoffState {
                 dialect: Some(Dialect::Line),
                 idle_ms: 0,
-                closing: false
+                closing: false,
+                needs_path: false,
             },
             unsent: Vec::new(),
             unread: 0..0,
