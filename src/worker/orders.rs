@@ -186,11 +186,15 @@ impl EventLoop {
             Some(SessionStep::Obey(DirectOrder::Stop, until_ms)) => {
                 self.start_stop(reactor, limit(until_ms));
             }
-            Some(SessionStep::EndDrain) => {
+            Some(SessionStep::EndDrain(until_ms)) => {
+                log::info!(
+                    "workers.drain-timeout is nearly over: the connection, which has a program of its own, \
+                     ends after its answers"
+                );
                 if let Some(session) = &mut self.session {
-                    let until_ms = std::mem::replace(&mut session.drains_until_ms, u64::MAX);
-                    self.start_stop(reactor, limit(until_ms));
+                    session.drains_until_ms = u64::MAX;
                 }
+                self.start_stop(reactor, limit(until_ms));
             }
             Some(SessionStep::End) if self.drain.is_serving() => {
                 log::info!(

@@ -12,6 +12,9 @@ use crate::link::session_table::{DirectOrder, SessionRecord};
 /// their end.
 const STOP_MS: u64 = 1000;
 
+/// Of this time, what remains for its exit: its acceptor, which waits for it, must have left in time.
+const EXIT_MS: u64 = 300;
+
 /// The first and the longest time from the end of a session's link to the time when it sends another one to the next
 /// acceptor.
 const REJOIN_MS: u64 = 200;
@@ -43,8 +46,8 @@ pub enum SessionStep {
     Obey(DirectOrder, u64),
     /// Its time is over.
     End,
-    /// The time of a drain is nearly over, and its connection stays here.
-    EndDrain,
+    /// The time of a drain is nearly over, and its connection stays here: end it until then.
+    EndDrain(u64),
 }
 
 impl SessionState {
@@ -82,9 +85,11 @@ impl SessionState {
     pub fn step(&self, now_ms: u64) -> Option<SessionStep> {
         let order = self.is_orphan.then(|| self.record.take_order()).flatten();
         let order = order.map(|(order, until_ms)| SessionStep::Obey(order, until_ms));
-        let is_drained = now_ms.saturating_add(STOP_MS) >= self.drains_until_ms;
+        let until_ms = self.drains_until_ms;
+        let is_drained = now_ms.saturating_add(STOP_MS) >= until_ms;
+        let end = SessionStep::EndDrain(until_ms.saturating_sub(EXIT_MS));
         order
-            .or_else(|| is_drained.then_some(SessionStep::EndDrain))
+            .or_else(|| is_drained.then_some(end))
             .or_else(|| (now_ms >= self.ends_at_ms).then_some(SessionStep::End))
     }
 }

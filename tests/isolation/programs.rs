@@ -272,6 +272,7 @@ fn the_end_of_a_drain_ends_a_session_with_a_program_between_two_calls() {
     let daemon = builder("drain-timeout = \"3s\"\n[limits]\ntimeout = \"3s\"\n").start();
     let mut client = daemon.client();
     let (_, program) = add(&mut client, 1);
+    let old = acceptor(&daemon);
     let begin = Instant::now();
     assert!(daemon.command(&["reload"]).status.success());
     client.assert_closed();
@@ -281,6 +282,11 @@ fn the_end_of_a_drain_ends_a_session_with_a_program_between_two_calls() {
     wait_for("the end of the program", PATIENCE, || {
         !process::runs(program)
     });
+    daemon.wait_log("workers.drain-timeout is nearly over: the connection");
+    // The client has not closed its end.
+    wait_for("the old acceptor gone", PATIENCE, || !process::runs(old));
+    assert!(!daemon.log().contains("SIGTERM"), "{}", daemon.log());
+    drop(client);
 }
 
 #[test]
