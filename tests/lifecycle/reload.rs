@@ -225,7 +225,7 @@ fn a_generation_that_does_not_come_up_is_given_up_and_the_old_one_serves() {
     let daemon = Daemon::builder()
         .config(GOOD)
         .expect_log("reload refused")
-        .expect_log("within boot-timeout")
+        .expect_log("within nine tenths of workers.boot-timeout")
         .start();
     let before = daemon.ready_workers();
     let load = Callers::connecting(daemon.address(), 2);
@@ -278,6 +278,10 @@ fn a_reload_adds_and_removes_a_listener_and_changes_count_and_threads() {
     daemon.configure(&format!("{GOOD}{}", listen(&[own.to_string()])));
     let done = daemon.command(&["reload"]);
     assert!(done.status.success(), "{done:?}");
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    let closed = format!("no longer listening at {second}");
+    assert!(said.trim_end().ends_with(&closed), "{done:?}");
+    daemon.wait_log(&format!("reload: {closed}"));
     wait_for("the removed address to refuse", PATIENCE, || {
         TcpStream::connect(second).is_err()
     });

@@ -26,7 +26,11 @@ fn without_an_address_there_is_no_observer() {
     daemon.reload_with(CONFIG);
     wait_for("the observer", PATIENCE, || observer(&daemon).is_some());
     let address = address(&daemon);
+    let serves = format!("the one before drains; the observer serves {address}\n");
+    assert!(daemon.log().contains(&serves), "{}", daemon.log());
     assert_eq!(page(address, "/healthz").status, 200);
+    daemon.reload();
+    assert_eq!(daemon.log().matches(&serves).count(), 1);
     daemon.reload_with("[workers]\ncount = 2\n");
     wait_for("its end", PATIENCE, || observers(daemon.pid()).is_empty());
     Wire::try_open(address).map(drop).unwrap_err();

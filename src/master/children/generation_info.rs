@@ -29,6 +29,20 @@ pub struct GenerationContext {
 }
 
 impl GenerationContext {
+    /// Returns a text about the listeners that were open `before` and are closed now; `None` if there are none.
+    pub fn closed_listeners(&self, before: &Self) -> Option<String> {
+        let is_open = |address: &&str| self.listeners.iter().any(|it| it.bound == *address);
+        let before = before.listeners.iter().map(|it| it.bound.as_str());
+        let closed: Vec<&str> = before.filter(|it| !is_open(it)).collect();
+        (!closed.is_empty()).then(|| format!("no longer listening at {}", closed.join(", ")))
+    }
+
+    /// Returns a text about the address of the observer; empty if there is none.
+    pub fn observer_text(&self) -> String {
+        let text = |listener: &Rc<Listener>| format!("; the observer serves {}", listener.bound);
+        self.observe.first().map_or_else(String::new, text)
+    }
+
     /// Returns the listeners from which the child in a slot accepts.
     pub fn listeners_of(&self, slot: Slot) -> Vec<Rc<OwnedFd>> {
         let listeners = self.accepted_by(slot);

@@ -60,9 +60,10 @@ fn finish_start(master: &mut Master<'_>, result: Result<(), String>) {
     let listeners = master.contexts.serving.listeners.iter();
     let addresses: Vec<&str> = listeners.map(|one| one.bound.as_str()).collect();
     log::info!(
-        "ready: {} {}",
+        "ready: {} {}{}",
         pluralize(master.fleet.ready_count(), "worker serves", "workers serve"),
-        addresses.join(" and ")
+        addresses.join(" and "),
+        master.contexts.serving.observer_text()
     );
     master.endpoints.notifier.notify(&[NotifyState::Ready]);
     if let Some(launcher) = master.setup.launcher.take() {

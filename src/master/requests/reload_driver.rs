@@ -23,6 +23,9 @@ use crate::protocol::control::{ControlResponse, MOST_DRAINING_GENERATIONS};
 use crate::sys::notify::NotifyState;
 use crate::sys::process;
 
+/// As many of the last lines that children have logged tell in `status` why a reload failed.
+const LAST_LINES: usize = 2;
+
 /// Begins the requested reload if none is under way, and queues the actions that follow.
 pub fn reload_if_asked(master: &mut Master<'_>) {
     if !master.reloads.is_requested() || master.upgrade.holds_reload() {
@@ -117,17 +120,22 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
             master.previous_log = None;
             master.crash_counts.reset();
             master.workers.publish_quarantine(&master.crash_counts);
-            log::info!("reload: generation {generation} serves, the one before drains");
+            details = master.contexts.serving.observer_text();
+            if details == before.observer_text() {
+                details.clear();
+            }
+            log::info!("reload: generation {generation} serves, the one before drains{details}");
             order_sessions(master);
-            details = String::new();
-            let gone = master.contexts.serving.known.removed_methods(&before.known);
-            if let Some(gone) = &gone {
+            let serving = &master.contexts.serving;
+            let gone = [
+                serving.known.removed_methods(&before.known),
+                serving.closed_listeners(&before),
+            ];
+            for gone in gone.iter().flatten() {
                 log::warn!("reload: {gone}");
             }
-            for detail in [gone, master.contexts.serving.settings.restart_warning()]
-                .into_iter()
-                .flatten()
-            {
+            let restart = serving.settings.restart_warning();
+            for detail in gone.into_iter().chain([restart]).flatten() {
                 details += &format!("; {detail}");
             }
             let sources = master.sources();
@@ -150,10 +158,12 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
     }
     let reloads = &master.workers.metrics.header().reloads;
     metrics_board::count(&reloads[usize::from(result.is_err())], 1);
-    // With the last line that its workers have logged, if there is one.
-    let error = result.err().map(|reason| match details.lines().last() {
-        Some(line) => format!("{reason}; {}", line.trim()),
-        None => reason,
+    // With the last lines that its children have logged: a program says its reason before it ends.
+    let error = result.err().map(|reason| {
+        let lines: Vec<&str> = details.trim().lines().collect();
+        let last = &lines[lines.len().saturating_sub(LAST_LINES)..];
+        let last = last.iter().map(|line| format!("; {}", line.trim()));
+        reason + &last.collect::<String>()
     });
     let serving = master.fleet.generation();
     let at = process::unix_seconds();
