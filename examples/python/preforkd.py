@@ -293,6 +293,8 @@ def _find(call):
     if isinstance(params, list):
         return function, params, {}, begin
     if isinstance(params, dict):
+        if "traceparent" in call:
+            params.pop("_meta", None)  # the place of the context in JSON-RPC; current() has it
         return function, [], params, begin
     return function, [] if params is None else [params], {}, begin
 

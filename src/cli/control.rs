@@ -388,11 +388,17 @@ fn waits_for(status: Option<&Status>) -> String {
                 let age = units::milliseconds(call.age_ms);
                 format!(" (the oldest: {}, {age})", call.method)
             });
+            let pools: u64 = status.pools.iter().map(|pool| pool.busy).sum();
+            let sessions: u64 = status.isolated.iter().map(|one| one.running).sum();
+            let others = [(pools, "pool call"), (sessions, "isolated connection")];
+            let others = others.iter().filter(|(count, _)| *count > 0);
+            let others = others.map(|(count, what)| format!(", {}", units::plural(*count, what)));
             format!(
-                "{}{} on {}",
+                "{}{} on {}{}",
                 units::plural(calls, "call"),
                 oldest.unwrap_or_default(),
-                units::plural(workers, "worker")
+                units::plural(workers, "worker"),
+                others.collect::<String>()
             )
         },
     );

@@ -11,7 +11,8 @@ use std::thread::{self, JoinHandle};
 use super::args::ServerSelector;
 use super::control::{ControlConnection, check_peer, reload, scale, status, stop};
 use crate::protocol::control::{
-    ControlRequest, ControlResponse, MasterStatus, OldestCall, Status, WorkerStatus, to_line,
+    ControlRequest, ControlResponse, IsolatedStatus, MasterStatus, OldestCall, PoolStatus, Status,
+    WorkerStatus, to_line,
 };
 
 /// The path of a socket for one test. The file is removed with it.
@@ -189,6 +190,14 @@ fn a_stop_waits_for_the_end_and_says_what_for() {
                 }),
                 ..WorkerStatus::default()
             }],
+            pools: vec![PoolStatus {
+                busy: 2,
+                ..PoolStatus::default()
+            }],
+            isolated: vec![IsolatedStatus {
+                running: 1,
+                ..IsolatedStatus::default()
+            }],
             ..Status::default()
         };
         let response = ControlResponse::status(status);
@@ -202,7 +211,9 @@ fn a_stop_waits_for_the_end_and_says_what_for() {
     master.join().unwrap();
     assert_eq!(hints.len(), 1, "{hints:?}");
     assert!(
-        hints[0].starts_with("waiting for 3 calls (the oldest: sleep, 4.2s) on 1 worker"),
+        hints[0].starts_with(
+            "waiting for 3 calls (the oldest: sleep, 4.2s) on 1 worker, 2 pool calls, 1 isolated connection, "
+        ),
         "{hints:?}"
     );
 }

@@ -18,6 +18,7 @@ use super::ids::{Generation, Pid};
 use super::metrics_board::layout::OTHER;
 use super::scoreboard::{RECORDS, WorkerRecord};
 use super::session_limits::ExceededTime;
+use crate::link::source_table::peer_name;
 use crate::sys::process::Exit;
 use crate::sys::shared_memory::{self, shared_record};
 
@@ -231,8 +232,7 @@ impl SessionRecord {
 
     /// The client as it is shown.
     pub fn peer_name(&self) -> String {
-        self.peer()
-            .map_or("unix".to_owned(), |peer| peer.to_string())
+        peer_name(self.peer())
     }
 
     /// For the master: gives an order to a session without an acceptor.

@@ -26,6 +26,11 @@ const WORDS: usize = RECORDS / 64;
 /// Between two log lines about refused connections, of all processes together.
 const LOG_PERIOD_MS: u64 = 10_000;
 
+/// Returns the address of a peer as it is shown: `unix` for one without an address.
+pub fn peer_name(peer: Option<SocketAddr>) -> String {
+    peer.map_or("unix".to_owned(), |peer| peer.to_string())
+}
+
 /// Where connections come from, as far as they share a share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
@@ -252,7 +257,7 @@ impl SourceLimit {
         let (most, address) = (self.most, &self.address);
         let refused = tables.count_refusal(self.listener);
         if tables.may_log(now_ms) {
-            let peer = peer.map_or("unix".to_owned(), |peer| peer.to_string());
+            let peer = peer_name(peer);
             log::warn!(
                 "{source} has {most} connections to {address}, as many as per-source of the listener allows: \
                  another one is refused; let its clients share connections, or raise per-source peer={peer} \

@@ -353,7 +353,11 @@ impl CallDispatcher {
                     Ok(())
                 });
             }
-            _ => self.answer_error(connection, reply, id, call_errors::no_method(name)),
+            _ => {
+                let is_elsewhere = self.registry.find(name, true).is_some();
+                let error = call_errors::no_method(name, is_elsewhere);
+                self.answer_error(connection, reply, id, error);
+            }
         }
     }
 

@@ -27,9 +27,16 @@ pub fn over_when_read() -> RpcError {
     )
 }
 
-/// Returns the error of a call of an unknown method.
-pub fn no_method(name: &str) -> RpcError {
-    let text = format!("there is no method {:?} here", excerpt(name));
+/// Returns the error of a call of an unknown method, or of one that only isolated listeners have.
+pub fn no_method(name: &str, is_elsewhere: bool) -> RpcError {
+    let name = excerpt(name);
+    let text = match is_elsewhere {
+        true => format!(
+            "the method {name:?} keeps state for a connection, so only listeners with isolation = \"connection\" \
+             have it"
+        ),
+        false => format!("there is no method {name:?} here"),
+    };
     RpcError::of(Code::MethodNotFound, text, false)
 }
 

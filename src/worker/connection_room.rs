@@ -9,6 +9,7 @@ use super::call_dispatcher::millis;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::timers::TimerTarget;
 use crate::link::metrics_board::layout::CloseReason;
+use crate::link::source_table::peer_name;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
@@ -41,12 +42,11 @@ impl EventLoop {
                 return false;
             };
             drop(payers);
-            let mut peer = None;
-            if let Some(connection) = find(&mut self.connections, token) {
-                self.service.unused.record_payment(connection, now_ms);
-                peer = connection.peer;
-            }
-            let peer = peer.map_or("unix".to_owned(), |peer| peer.to_string());
+            let Some(connection) = find(&mut self.connections, token) else {
+                return false;
+            };
+            self.service.unused.record_payment(connection, now_ms);
+            let peer = peer_name(connection.peer);
             let text = format!(
                 "limits.connections is reached ({limit}): a connection that never had a call is closed to \
                  accept another one; its client has the most of them, or sent no call within \
@@ -71,7 +71,7 @@ impl EventLoop {
                 return;
             };
             let (token, bytes) = (most.token, most.counted_unsent);
-            let peer = (most.peer).map_or("unix".to_owned(), |peer| peer.to_string());
+            let peer = peer_name(most.peer);
             let text = format!(
                 "answers that clients have not taken reach twice limits.unfinished: the connection with \
                  the most is closed; its client must read sooner, or raise limits.unfinished peer={peer} \

@@ -13,6 +13,7 @@ use super::peer_calls;
 use super::rebalance::is_transferable;
 use super::timers::TimerTarget;
 use crate::link::metrics_board::layout::CloseReason;
+use crate::link::source_table::peer_name;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
@@ -72,7 +73,7 @@ impl EventLoop {
         self.pump(reactor, token, whole);
         self.service.accept_wait_ms = 0;
         if let Some(text) = self.service.met_protocol.take() {
-            let peer = peer.map_or("unix".to_owned(), |peer| peer.to_string());
+            let peer = peer_name(peer);
             self.warn_limited(WarningKind::Protocol, &format!("{text} peer={peer}"));
         }
     }

@@ -9,6 +9,7 @@ use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
 use super::timers::{CallKey, TimerTarget};
 use crate::link::metrics_board::layout::CloseReason;
+use crate::link::source_table::peer_name;
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::rpc_error::RpcError;
@@ -22,8 +23,9 @@ impl EventLoop {
                 TimerTarget::Read(token) => {
                     self.forget(token, |connection| connection.read_deadline = 0);
                     if !self.answer_short_line(reactor, token) {
-                        self.warn_limited(
+                        self.warn_of_client(
                             WarningKind::Reading,
+                            token,
                             "a client did not finish its frame, line or request within \
                              limits.read-timeout",
                         );
@@ -31,8 +33,9 @@ impl EventLoop {
                     }
                 }
                 TimerTarget::Write(token) => {
-                    self.warn_limited(
+                    self.warn_of_client(
                         WarningKind::Writing,
+                        token,
                         "a client took none of its answers within limits.write-timeout",
                     );
                     self.forget(token, |connection| connection.write_deadline = 0);
@@ -61,6 +64,14 @@ impl EventLoop {
                     reactor.try_accept(self);
                 }
             }
+        }
+    }
+
+    /// Warns of a client, with its address.
+    fn warn_of_client(&mut self, kind: WarningKind, token: Token, text: &str) {
+        if let Some(connection) = find(&mut self.connections, token) {
+            let peer = peer_name(connection.peer);
+            self.warn_limited(kind, &format!("{text} peer={peer}"));
         }
     }
 
