@@ -31,7 +31,7 @@ use crate::link::message::{Message, Order, Report, SessionLink};
 use crate::link::session_draining::{Draining, LOOK_MS};
 use crate::link::session_limits::OVERDUE_MS;
 use crate::logging;
-use crate::sys::process::monotonic_ms;
+use crate::sys::process::{monotonic_ms, monotonic_ns};
 use crate::sys::signal::SignalPipe;
 use crate::worker;
 use crate::worker::forwarding::shown_generation;
@@ -294,7 +294,13 @@ impl<'a> Acceptor<'a> {
         }
         let (now_ms, accepting) = (self.accepting.now_ms, &mut self.accepting);
         let writer = accepting.writer;
-        let count = |reason| writer.add(&writer.block.closed[reason as usize], 1);
+        let count = |reason, pid: Pid| {
+            writer.add(&writer.block.closed[reason as usize], 1);
+            if writer.block.slow_calls.load(Relaxed) > 0 {
+                // It could not complete the records of its slow calls.
+                drop(writer.block.slow.close(pid.0, monotonic_ns()));
+            }
+        };
         let sessions = &mut accepting.sessions;
         for place in sessions.reap(&accepting.epoll, now_ms, count) {
             self.report(Report::SessionCrashed(place));

@@ -38,6 +38,7 @@ fn mirror(settings: &Settings) -> Raw {
         workers: StrictTable(workers(settings)),
         limits: StrictTable(limits(settings)),
         observe: StrictTable(settings.observe.to_raw()),
+        slow_log: (settings.slow_log.as_ref()).map(|table| StrictTable(table.to_raw())),
         trace: Some(StrictTable(RawTrace {
             propagate: Some(settings.trace),
         })),
@@ -157,6 +158,7 @@ fn method(method: &MethodConfig) -> RawMethod {
         timeout: Some(DurationValue(method.timeout)),
         concurrency: Integer::of(method.concurrency),
         rate: Integer::of(method.rate),
+        slow: method.slow.map(DurationValue),
         ..of_kind
     }
 }
@@ -208,6 +210,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
         respawn_burst: Integer(is_shared.then_some(pool.respawn_burst.into())),
         respawn_max_delay: RespawnDelay(is_shared.then_some(DurationValue(pool.respawn_max_delay))),
         stderr_level: Some(pool.stderr_level.word()),
+        stack_signal: pool.stack_signal.map(Word::word),
         environment: Some(program.environment.clone()),
         environment_file: program
             .environment_file

@@ -16,6 +16,7 @@ use super::units::DurationValue;
 use crate::error::{Error, Result};
 
 type Pools = BTreeMap<String, PoolConfig>;
+pub(super) type Methods = BTreeMap<String, MethodConfig>;
 
 /// The longest name of a method, in bytes.
 const NAME_MAX: usize = 128;
@@ -26,7 +27,7 @@ pub(super) fn resolve(
     check: &Check<'_>,
     (workers, ids): (&WorkersConfig, Ids),
     (limits, pools): (&LimitsConfig, &Pools),
-) -> Result<BTreeMap<String, MethodConfig>> {
+) -> Result<Methods> {
     let functions = &check.overrides.functions;
     for name in functions {
         let problem = match name.as_str() {
@@ -55,6 +56,7 @@ pub(super) fn resolve(
         timeout: limits.timeout,
         concurrency: 0,
         rate: 0,
+        slow: None,
         kills_abandoned: false,
     };
     for name in functions {
@@ -103,6 +105,8 @@ fn method(
         timeout: check.duration(&join(key, "timeout"), timeout, MILLISECOND)?,
         concurrency: raw.concurrency.value(check, &join(key, "concurrency"))?,
         rate: raw.rate.value(check, &join(key, "rate"))?,
+        // `slow_log` sets it, because it needs the table.
+        slow: None,
         kills_abandoned: kills_abandoned(key, raw, check, programs.0)?,
         kind: kind(name, key, raw, check, programs)?,
     })

@@ -9,6 +9,7 @@ use log::Level;
 use serde::{Deserialize, Serialize};
 
 use super::keys::Word;
+use super::slow_log::StackSignal;
 use crate::sys::account::Account;
 
 /// A program that is started for calls, and what surrounds it.
@@ -84,6 +85,9 @@ pub struct PoolConfig {
     /// The level of its standard error in the log.
     #[serde(with = "level_name")]
     pub stderr_level: Level,
+    /// The signal that a program gets when its call is slow.
+    #[serde(default)]
+    pub stack_signal: Option<StackSignal>,
 }
 
 /// Who shares the programs of a pool.

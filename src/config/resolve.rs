@@ -18,7 +18,9 @@ use super::settings::{
 };
 use super::source_map::SourceMap;
 use super::units::ByteSize;
-use super::{exposed, guarded, listeners, methods, missing, observe, pools, program_text};
+use super::{
+    exposed, guarded, listeners, methods, missing, observe, pools, program_text, slow_log,
+};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::Account;
@@ -71,7 +73,7 @@ pub(super) fn resolve(
         .as_ref()
         .map_or((here.uid, here.gid), |account| (account.uid, account.gid));
     let pools = pools::resolve(raw, &check, (&workers, ids), &listen, &mut warnings)?;
-    let methods = methods::resolve(raw, &check, (&workers, ids), (&limits, &pools))?;
+    let mut methods = methods::resolve(raw, &check, (&workers, ids), (&limits, &pools))?;
     let command = methods
         .iter()
         .find(|(_, method)| matches!(method.kind, MethodKind::Command(_) | MethodKind::Pool(_)));
@@ -85,6 +87,7 @@ pub(super) fn resolve(
         ));
     }
     let observe = observe::resolve(&check, &raw.observe)?;
+    let slow_log = slow_log::resolve(&check, raw, &mut methods)?;
     warnings.extend(observe.warning());
     let mut settings = Settings {
         file: places.main().map(Path::to_owned),
@@ -99,6 +102,7 @@ pub(super) fn resolve(
         workers,
         limits,
         observe,
+        slow_log,
         trace: (raw.trace.as_ref()).is_some_and(|trace| trace.propagate.unwrap_or(true)),
         listen,
         warnings,

@@ -14,6 +14,7 @@ use super::keys::Word;
 pub use super::address::Address;
 pub use super::observe::ObserveConfig;
 pub use super::program_config::{PoolConfig, PoolReload, PoolScope, ProgramConfig, RlimitsConfig};
+pub use super::slow_log::{SlowLogConfig, StackSignal};
 use crate::sys::account::{Account, NamedId};
 
 /// The whole configuration in effect: the file, included files, the command line, defaults.
@@ -36,6 +37,8 @@ pub struct Settings {
     /// The limits of a worker.
     pub limits: LimitsConfig,
     pub observe: ObserveConfig,
+    /// `None` without `[slow-log]`.
+    pub slow_log: Option<SlowLogConfig>,
     /// Whether trace context is read and passed on (`[trace]`).
     pub trace: bool,
     /// The listeners: at least one, no two with the same address.
@@ -298,6 +301,8 @@ pub struct MethodConfig {
     pub concurrency: usize,
     /// The most calls per second in a worker; 0 means no limit.
     pub rate: u32,
+    /// The run time from which on a call is slow, at least 1 ms; `None`: that of `[slow-log]`.
+    pub slow: Option<Duration>,
     /// Whether the program of a pool is killed as soon as its call is abandoned. If not, it may finish the
     /// call within `timeout`.
     pub kills_abandoned: bool,

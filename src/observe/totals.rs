@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::board_figures::codes;
+use super::slow_calls::SlowFigures;
 use crate::link::metrics_board::{BoardReader, MethodTotals};
 
 /// The totals since the start of the master.
@@ -43,6 +44,10 @@ pub struct MethodFigures {
 pub struct BoardMembers {
     pub totals: ServerTotals,
     pub methods: Vec<MethodFigures>,
+    /// Whether `[slow-log]` is there.
+    pub slow_log: bool,
+    /// The last slow calls, oldest first.
+    pub slow: Vec<SlowFigures>,
 }
 
 impl BoardMembers {
@@ -63,6 +68,8 @@ impl BoardMembers {
                 sent_bytes: board.sum_all(|block| &block.sent_bytes),
             },
             methods: methods.iter().map(MethodFigures::of).collect(),
+            slow_log: board.has_slow_log(),
+            slow: SlowFigures::all(board),
         }
     }
 
@@ -92,7 +99,7 @@ impl MethodFigures {
             errors: errors.collect(),
             running: method.running,
             queued: method.queued,
-            slow: 0,
+            slow: method.slow,
             p50_us: method.duration.quantile_us(0.5),
             p99_us: method.duration.quantile_us(0.99),
             max_us: (method.duration.count() > 0).then_some(max_us),
@@ -109,10 +116,12 @@ mod tests {
         let members = BoardMembers {
             totals: ServerTotals::default(),
             methods: Vec::new(),
+            slow_log: false,
+            slow: Vec::new(),
         };
         let added = members.add_to(r#"{"z": 1,"a":{}}"#);
         assert!(added.starts_with(r#"{"z": 1,"a":{},"totals":{"calls":0,"#));
-        assert!(added.ends_with(r#""methods":[]}"#));
+        assert!(added.ends_with(r#""methods":[],"slow_log":false,"slow":[]}"#));
         assert!(members.add_to("{}").starts_with(r#"{"totals""#));
     }
 }

@@ -22,8 +22,10 @@ use super::crash::journal::CallJournal;
 use super::forwarding::Forwarding;
 use super::path_listeners::PathListeners;
 use super::shares::Shares;
+use super::slow_log::{self, SlowWatch};
 use super::source_limits::SourceLimits;
 use super::threads::{Done, Threads};
+pub use super::timers::millis;
 use super::timers::{CallKey, TimerTarget, Timers};
 use super::unsent::UnsentAnswers;
 use super::unused_connections::UnusedConnections;
@@ -97,6 +99,7 @@ pub struct CallDispatcher {
     pub counts: CallCounts,
     pub pool_health: super::pool_health::WatchedPools,
     pub tracing: CallTracing,
+    pub slow: SlowWatch,
     /// The record of this worker in the scoreboard.
     pub record: &'static WorkerRecord,
     pub slot: u16,
@@ -307,6 +310,8 @@ impl CallDispatcher {
         if let Some(added) = self.calls.get_mut(key) {
             connection.pending += added.charged_bytes;
             added.read_ns = self.counts.turn_ns();
+            let waited = (added.read_ns, self.accept_wait_ms);
+            added.shown = self.slow.shown(waited.into(), connection.peer, params);
             self.timers
                 .arm(&mut added.timer, deadline_ms, TimerTarget::Call(key));
         }
@@ -375,6 +380,7 @@ impl CallDispatcher {
         self.record.last_call.store(identity.number, Relaxed);
         self.record.inline_running.store(1, Relaxed);
         self.ledger.begins_inline(reply.mark, number);
+        let begin = self.slow.inline.begin(self.errors);
         let limit = self.limits.frame;
         let name = method.handler.answer_name().unwrap_or(&method.name);
         let counted = CountedCall::Inline(self.counts.place(Some(number)));
@@ -387,6 +393,12 @@ impl CallDispatcher {
         self.ledger.ends_inline();
         self.acquit(reply.mark);
         self.record.inline_running.store(0, Relaxed);
+        slow_log::inline_ended(
+            self,
+            begin,
+            (number, params, reply.mark),
+            (identity, connection),
+        );
     }
 
     /// Clears the suspicion of a call that has completed.
@@ -421,6 +433,7 @@ impl CallDispatcher {
             return self.answer_error(connection, reply, id, error);
         };
         let key = self.calls.find(connection.token, wanted);
+        self.slow.cancelled = key;
         if let Some(ended) = key.and_then(|key| self.give_up(key)) {
             let error = call_errors::cancelled(ended.begun);
             self.answer(connection, &ended, (Err(error), None), None);
@@ -458,6 +471,7 @@ impl CallDispatcher {
 
     /// Gives up a waiting or running call, and disarms its timer.
     pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
+        slow_log::given_up(self, key);
         let mut ended = self.calls.give_up(key)?;
         self.timers.disarm(&mut ended.timer, TimerTarget::Call(key));
         if let Some(call) = ended.sent_to {
@@ -608,9 +622,4 @@ impl CallDispatcher {
             connection.queue_answer(place, answer, mark);
         }
     }
-}
-
-/// Converts a duration to milliseconds, capped at the largest value.
-pub fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

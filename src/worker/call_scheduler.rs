@@ -17,6 +17,7 @@ use super::lane::Lane;
 use super::method_stats::MethodStats;
 use super::run_queue::RunQueue;
 use super::shares::Source;
+use super::slow_log::ShownCall;
 use super::threads::{Done, HandlerCall, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
@@ -141,6 +142,7 @@ impl CallScheduler {
             charged_bytes: new.charged_bytes,
             job: None,
             state: Arc::clone(&state),
+            shown: ShownCall::default(),
             sent_to: None,
             is_answered: false,
             is_evicted: false,

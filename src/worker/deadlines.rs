@@ -7,7 +7,9 @@ use super::call_errors::too_late;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
+use super::slow_log;
 use super::timers::{CallKey, TimerTarget};
+use crate::link::message::Report;
 use crate::link::metrics_board::layout::CloseReason;
 use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
@@ -54,6 +56,7 @@ impl EventLoop {
                     self.make_room(reactor);
                 }
                 TimerTarget::Refused => self.serve_refused(),
+                TimerTarget::Slow => self.service.slow.expire(),
                 TimerTarget::Listen => {
                     self.listen_deadline = 0;
                     self.resume_listening(reactor);
@@ -61,6 +64,13 @@ impl EventLoop {
                     reactor.try_accept(self);
                 }
             }
+        }
+    }
+
+    /// Looks for calls that have become slow, if that is due.
+    pub(super) fn watch_slow_calls(&mut self) {
+        if slow_log::watch(&mut self.service) {
+            self.request(Report::SlowCalls);
         }
     }
 

@@ -227,6 +227,7 @@ impl EventLoop {
             self.queue_calls(reactor);
             is_watched = self.service.threads.look(self.service.now_ms);
             self.exchange_calls(reactor);
+            self.watch_slow_calls();
             self.settle_programs(reactor);
             self.service.counts.flush();
             publish(&self.service, reactor.connections(), reactor.spurious_wakes);

@@ -37,6 +37,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 pub use boot::Stage;
 pub use definition::{Pool, Pooled};
+pub use entry::ServingProgram;
 
 use super::call_state::{Done, HandlerCall, Reports};
 use super::registry::Registry;
