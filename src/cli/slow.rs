@@ -4,7 +4,7 @@ use super::args::ServerSelector;
 use super::metrics::observe;
 use super::{output, units};
 use crate::error::{Error, Result};
-use crate::observe::slow_calls::SlowFigures;
+use crate::observe::totals::SlowFigures;
 
 /// Returns the text or JSON that `slow` prints. `now` is the time in seconds since 1970.
 pub(super) fn slow(place: &ServerSelector, is_json: bool, now: u64) -> Result<String> {

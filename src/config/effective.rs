@@ -5,12 +5,12 @@
 
 use super::keys::{Integer, Lifetime, RespawnDelay, Time, Word, WorkerMemory};
 use super::raw::{
-    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawTrace, RawWorkers,
-    StrictTable,
+    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawSlowLog, RawTrace,
+    RawWorkers, StrictTable,
 };
 use super::settings::{
     CommandConfig, IsolationConfig, LogConfig, MethodConfig, MethodKind, PoolConfig, PoolScope,
-    RlimitsConfig, Settings,
+    RlimitsConfig, Settings, SlowLogConfig,
 };
 use super::units::{ByteSize, DurationValue};
 use crate::sys::account::NamedId;
@@ -38,7 +38,7 @@ fn mirror(settings: &Settings) -> Raw {
         workers: StrictTable(workers(settings)),
         limits: StrictTable(limits(settings)),
         observe: StrictTable(settings.observe.to_raw()),
-        slow_log: (settings.slow_log.as_ref()).map(|table| StrictTable(table.to_raw())),
+        slow_log: settings.slow_log.as_ref().map(slow_log),
         trace: Some(StrictTable(RawTrace {
             propagate: Some(settings.trace),
         })),
@@ -98,6 +98,14 @@ fn limits(settings: &Settings) -> RawLimits {
         write_timeout: Time(Some(DurationValue(limits.write_timeout))),
         idle_timeout: Time(Some(DurationValue(limits.idle_timeout))),
     }
+}
+
+fn slow_log(table: &SlowLogConfig) -> StrictTable<RawSlowLog> {
+    StrictTable(RawSlowLog {
+        threshold: Time(Some(DurationValue(table.threshold))),
+        params: Integer::of(table.params),
+        lines: Integer::of(table.lines),
+    })
 }
 
 fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {

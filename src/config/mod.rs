@@ -38,7 +38,6 @@ mod raw;
 mod resolve;
 mod restart;
 mod settings;
-mod slow_log;
 mod source_map;
 mod units;
 mod variables;

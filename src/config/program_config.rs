@@ -9,7 +9,6 @@ use log::Level;
 use serde::{Deserialize, Serialize};
 
 use super::keys::Word;
-use super::slow_log::StackSignal;
 use crate::sys::account::Account;
 
 /// A program that is started for calls, and what surrounds it.
@@ -88,6 +87,28 @@ pub struct PoolConfig {
     /// The signal that a program gets when its call is slow.
     #[serde(default)]
     pub stack_signal: Option<StackSignal>,
+}
+
+/// A signal for the programs of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StackSignal {
+    Usr1,
+    Usr2,
+}
+
+impl Word for StackSignal {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("USR1", StackSignal::Usr1), ("USR2", StackSignal::Usr2)];
+}
+
+impl StackSignal {
+    /// The name of the signal, as in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            StackSignal::Usr1 => "USR1",
+            StackSignal::Usr2 => "USR2",
+        }
+    }
 }
 
 /// Who shares the programs of a pool.

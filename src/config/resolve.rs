@@ -18,9 +18,7 @@ use super::settings::{
 };
 use super::source_map::SourceMap;
 use super::units::ByteSize;
-use super::{
-    exposed, guarded, listeners, methods, missing, observe, pools, program_text, slow_log,
-};
+use super::{exposed, guarded, listeners, methods, missing, observe, pools, program_text};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::Account;
@@ -87,7 +85,7 @@ pub(super) fn resolve(
         ));
     }
     let observe = observe::resolve(&check, &raw.observe)?;
-    let slow_log = slow_log::resolve(&check, raw, &mut methods)?;
+    let slow_log = methods::slow_log(&check, raw, &mut methods)?;
     warnings.extend(observe.warning());
     let mut settings = Settings {
         file: places.main().map(Path::to_owned),

@@ -13,8 +13,9 @@ use super::keys::Word;
 
 pub use super::address::Address;
 pub use super::observe::ObserveConfig;
-pub use super::program_config::{PoolConfig, PoolReload, PoolScope, ProgramConfig, RlimitsConfig};
-pub use super::slow_log::{SlowLogConfig, StackSignal};
+pub use super::program_config::{
+    PoolConfig, PoolReload, PoolScope, ProgramConfig, RlimitsConfig, StackSignal,
+};
 use crate::sys::account::{Account, NamedId};
 
 /// The whole configuration in effect: the file, included files, the command line, defaults.
@@ -84,6 +85,18 @@ pub enum LogFormat {
 impl Word for LogFormat {
     const WORDS: &'static [(&'static str, Self)] =
         &[("text", LogFormat::Text), ("json", LogFormat::Json)];
+}
+
+/// `[slow-log]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlowLogConfig {
+    /// The run time from which on a call is slow, at least 1 ms; zero: only methods with a threshold of their
+    /// own.
+    pub threshold: Duration,
+    /// The bytes of params in a record, 0 to 4096.
+    pub params: usize,
+    /// The records per second and worker, 1 to 10,000.
+    pub lines: usize,
 }
 
 /// `[workers]`.

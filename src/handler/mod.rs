@@ -295,7 +295,7 @@ impl CallState {
         }
     }
 
-    /// Records when its handler began. Whoever lets it begin calls it.
+    /// Records when its handler began. Call it when it begins.
     pub fn set_begun(&self, at: Duration) {
         self.begun_ns.store(at.as_nanos() as u64, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 //!
 //! The master writes the rules. A process writes its own ring; connection processes share that of their
 //! acceptor. A record is added when its call becomes slow and completed when the call ends. Readers trust
-//! nothing: lengths and numbers are bounded here, and whoever shows a text escapes it.
+//! nothing: lengths and numbers are bounded here, and what shows a text escapes it.
 
 use std::sync::atomic::{
     AtomicI32, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release, fence,

@@ -38,7 +38,7 @@ pub fn queue_reports(master: &mut Master<'_>, pid: Pid) {
             }
             Report::SlowCalls => {
                 if let Some(worker) = master.workers.get(pid) {
-                    slow_calls::answer(pid, worker, &master.workers.metrics);
+                    slow_calls::answer(pid, worker.record_index, &master.workers.metrics);
                 }
                 continue;
             }

@@ -18,7 +18,6 @@ mod page_server;
 mod post_fork;
 pub mod process_rates;
 pub mod routes;
-pub mod slow_calls;
 pub mod totals;
 
 use std::io;

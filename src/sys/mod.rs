@@ -8,7 +8,6 @@ pub mod attached;
 pub mod bounded;
 pub mod clone_files;
 pub mod closer;
-pub mod cycles;
 pub mod daemon;
 pub mod descriptor;
 pub mod event;

@@ -19,7 +19,7 @@ use super::peer::SharedPools;
 use super::pool_health::WatchedPools;
 use super::recycle_check::recycle_threshold;
 use super::shares::Shares;
-use super::slow_log::SlowWatch;
+use super::slow_log::watch::SlowWatch;
 use super::source_limits::SourceLimits;
 use super::stop_hooks;
 use super::threads::Threads;

@@ -22,7 +22,7 @@ use super::crash::journal::CallJournal;
 use super::forwarding::Forwarding;
 use super::path_listeners::PathListeners;
 use super::shares::Shares;
-use super::slow_log::{self, SlowWatch};
+use super::slow_log::watch::SlowWatch;
 use super::source_limits::SourceLimits;
 use super::threads::{Done, Threads};
 pub use super::timers::millis;
@@ -393,12 +393,9 @@ impl CallDispatcher {
         self.ledger.ends_inline();
         self.acquit(reply.mark);
         self.record.inline_running.store(0, Relaxed);
-        slow_log::inline_ended(
-            self,
-            begin,
-            (number, params, reply.mark),
-            (identity, connection),
-        );
+        let call = (number, method.name.as_str(), params, reply.mark);
+        let around = (&self.counts, self.now_ms, self.errors, self.accept_wait_ms);
+        (self.slow).inline_ended(begin, call, (identity, connection.peer), around);
     }
 
     /// Clears the suspicion of a call that has completed.
@@ -407,11 +404,6 @@ impl CallDispatcher {
         if let Some(quarantine) = &self.quarantine {
             quarantine.clear_suspicion(mark.key());
         }
-    }
-
-    /// Returns whether each pool of this generation has a pool process that serves.
-    pub fn has_all_pools(&self) -> bool {
-        self.forwarding.has_all_pools(self.registry.pools().len())
     }
 
     /// Returns whether the call with this key is quarantined. A call without a key has 0 and is not.
@@ -471,7 +463,10 @@ impl CallDispatcher {
 
     /// Gives up a waiting or running call, and disarms its timer.
     pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
-        slow_log::given_up(self, key);
+        self.slow.given_up(
+            (&self.calls, &self.registry, &self.counts, self.now_ms),
+            key,
+        );
         let mut ended = self.calls.give_up(key)?;
         self.timers.disarm(&mut ended.timer, TimerTarget::Call(key));
         if let Some(call) = ended.sent_to {

@@ -10,7 +10,7 @@ use slab::Slab;
 
 use super::connection::PendingAnswer;
 use super::shares::Source;
-use super::slow_log::ShownCall;
+use super::slow_log::record::ShownCall;
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::call_state::HandlerCall;

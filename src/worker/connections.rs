@@ -11,7 +11,6 @@ use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
 use super::rebalance::is_transferable;
-use super::slow_log;
 use super::timers::TimerTarget;
 use crate::link::metrics_board::layout::CloseReason;
 use crate::sys::event::{Reactor, Token};
@@ -400,7 +399,8 @@ impl EventLoop {
         let mut done: Vec<_> = done
             .into_iter()
             .filter_map(|done| {
-                slow_log::ended(&mut self.service, &done);
+                let it = &mut self.service;
+                (it.slow).ended((&it.calls, &it.registry, &it.counts, it.now_ms), &done);
                 let call = self.service.calls.get(done.key);
                 if let Some(call) = call.filter(|_| !done.cpu.is_zero()) {
                     self.service.counts.add_command_cpu(call.method, done.cpu);

@@ -7,7 +7,6 @@ use super::call_errors::too_late;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
-use super::slow_log;
 use super::timers::{CallKey, TimerTarget};
 use crate::link::message::Report;
 use crate::link::metrics_board::layout::CloseReason;
@@ -69,7 +68,9 @@ impl EventLoop {
 
     /// Looks for calls that have become slow, if that is due.
     pub(super) fn watch_slow_calls(&mut self) {
-        if slow_log::watch(&mut self.service) {
+        let it = &mut self.service;
+        let around = (&it.calls, &*it.registry, &it.counts, it.now_ms);
+        if it.slow.watch(around, (&mut it.threads, &mut it.timers)) {
             self.request(Report::SlowCalls);
         }
     }

@@ -120,10 +120,7 @@ fn send_next(service: &mut CallDispatcher, lane: usize, peer: usize, only_short:
         Ok(None) => return Sent::Nothing,
         Err(late) => return Sent::Late(late),
     };
-    let origin = service
-        .calls
-        .get(key)
-        .map_or_else(Default::default, |it| it.origin());
+    let origin = service.calls.origin(key);
     if let Some((to, call)) = remote_calls::send(&mut service.calls, key, peer)
         && !service.forwarding.send(to, origin, call)
     {

@@ -270,7 +270,7 @@ fn records_cross_an_upgrade_and_a_crash_completes_them() {
 #[test]
 fn a_worker_that_dropped_from_root_is_read_by_the_master() {
     let daemon = Daemon::builder()
-        .config(&format!("user = \"nobody\"\n{CONFIG}"))
+        .config(&format!("user = \"daemon\"\n{CONFIG}"))
         .start();
     let _client = send(&daemon, "sleep", &json!(2));
     let text = evidence(&daemon, "sleep");

@@ -6,8 +6,7 @@ use super::cells::{PaneCell, PaneRow, Tone, count, figure, oldest, per_s, pid, s
 use super::text::{UNKNOWN, joined, rate, sparkline};
 use crate::cli::units;
 use crate::observe::content::Figures;
-use crate::observe::slow_calls::SlowFigures;
-use crate::observe::totals::MethodFigures;
+use crate::observe::totals::{MethodFigures, SlowFigures};
 use crate::protocol::control::{DeathStatus, PoolStatus, WorkerStatus};
 
 /// How wide the calls of the last 60 s are drawn.

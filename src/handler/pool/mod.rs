@@ -11,7 +11,7 @@
 mod boot;
 pub mod definition;
 mod dispatcher;
-mod entry;
+pub mod entry;
 mod life;
 mod lines;
 mod parallel;
@@ -37,7 +37,6 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 pub use boot::Stage;
 pub use definition::{Pool, Pooled};
-pub use entry::ServingProgram;
 
 use super::call_state::{Done, HandlerCall, Reports};
 use super::registry::Registry;

@@ -9,7 +9,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::dispatcher::{Dispatcher, Place};
-use super::{Hurry, Pools, ServingProgram, Stage};
+use super::entry::ServingProgram;
+use super::{Hurry, Pools, Stage};
 use crate::handler::call_state::{CallKey, Done, HandlerCall, Reports};
 use crate::handler::registry::Registry;
 use crate::sys::waker::Waker;

@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use super::workers::WorkerHandle;
 use crate::config::Settings;
 use crate::link::ids::Pid;
 use crate::link::metrics_board::MetricsBoard;
@@ -33,8 +32,8 @@ pub fn publish(board: &mut MetricsBoard, settings: &Settings) {
 }
 
 /// Adds to the records of a child what it may not read of its own threads.
-pub fn answer(pid: Pid, worker: &WorkerHandle, board: &MetricsBoard) {
-    let Some(ring) = board.slow_ring(worker.record_index) else {
+pub fn answer(pid: Pid, record: usize, board: &MetricsBoard) {
+    let Some(ring) = board.slow_ring(record) else {
         return;
     };
     // Only threads of that child: the kernel finds no other one below its pid.

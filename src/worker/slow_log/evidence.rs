@@ -11,7 +11,7 @@ use super::record::quoted;
 use crate::config::StackSignal;
 use crate::handler::CallState;
 use crate::handler::command::in_progress::command_of;
-use crate::handler::pool::ServingProgram;
+use crate::handler::pool::entry::ServingProgram;
 use crate::sys::process::Pid;
 use crate::sys::process_facts::{self, ProcessFacts, had_begun};
 use crate::sys::process_tree::PidFd;

@@ -1,20 +1,10 @@
-//! Slow calls on the event loop. Nothing can look at them while they run, so they are recorded at their end.
+//! Times the calls that run on the event loop. Nothing can look at them while they run, so they are recorded at
+//! their end.
 //!
-//! The clock of each inline call would cost more than a short one takes. So the cycles of the processor are
+//! A clock for each inline call would cost more than a short one takes. So the cycles of the processor are
 //! counted, and a clock is read only for what seems slow.
 
-use std::sync::Arc;
-
-use super::evidence::Target;
-use super::record::{ShownCall, SlowEnd, SlowRecord};
-use super::threshold_of;
-use crate::handler::trace::CallIdentity;
-use crate::link::metrics_board::layout::NAMES;
-use crate::sys::cycles::{CycleBase, cycles};
-use crate::sys::process::{monotonic_ns, unix_time_ms};
-use crate::worker::call_dispatcher::CallDispatcher;
-use crate::worker::connection::Connection;
-use crate::worker::crash::call_record::CallRef;
+use crate::sys::timer::{CycleBase, cycles};
 
 /// What is needed to time inline calls.
 #[derive(Debug, Clone, Copy)]
@@ -24,11 +14,13 @@ pub struct InlineTimer {
     limit: u64,
 }
 
-/// When an inline call began, in cycles, and the errors before it; 0: it is not timed.
+/// When an inline call began.
 #[derive(Debug, Clone, Copy)]
 pub struct InlineBegin {
+    /// 0: it is not timed.
     cycles: u64,
-    errors: u64,
+    /// The number of errors before it.
+    pub errors: u64,
 }
 
 impl InlineTimer {
@@ -51,62 +43,35 @@ impl InlineTimer {
         let cycles = if self.limit == 0 { 0 } else { cycles() };
         InlineBegin { cycles, errors }
     }
-}
 
-/// An inline call has ended.
-#[inline]
-pub fn inline_ended(
-    service: &mut CallDispatcher,
-    begin: InlineBegin,
-    call: (usize, &str, CallRef),
-    (identity, connection): (&CallIdentity, &Connection),
-) {
-    if begin.cycles != 0 && cycles().wrapping_sub(begin.cycles) >= service.slow.inline.limit {
-        seems_slow(service, begin, call, (identity, connection));
+    /// Returns whether a call may have passed the lowest threshold.
+    #[inline]
+    pub(super) fn seems_slow(&self, begin: InlineBegin) -> bool {
+        begin.cycles != 0 && cycles().wrapping_sub(begin.cycles) >= self.limit
+    }
+
+    /// Returns how long a call has run, in nanoseconds.
+    pub(super) fn ns_since(&self, begin: InlineBegin) -> u64 {
+        self.base.ns_since(begin.cycles)
     }
 }
 
-#[cold]
-fn seems_slow(
-    service: &mut CallDispatcher,
-    begin: InlineBegin,
-    (method, params, mark): (usize, &str, CallRef),
-    (identity, connection): (&CallIdentity, &Connection),
-) {
-    let now_ns = monotonic_ns();
-    let read_ns = service.counts.turn_ns();
-    let run_ns = service.slow.inline.base.ns_since(begin.cycles);
-    // It began in this turn, whatever the counter says.
-    let run_ns = run_ns.min(now_ns.saturating_sub(read_ns));
-    let (place, threshold_ns) = threshold_of(service, method);
-    if run_ns < threshold_ns {
-        return;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_long_call_seems_slow_and_none_without_a_threshold() {
+        let mut timer = InlineTimer::new();
+        let begin = timer.begin(3);
+        assert!(!timer.seems_slow(begin));
+        timer.set(Some(50_000_000_000));
+        assert!(!timer.seems_slow(timer.begin(3)));
+        timer.set(Some(1_000_000));
+        let begin = timer.begin(3);
+        while timer.ns_since(begin) < 2_000_000 {
+            std::hint::spin_loop();
+        }
+        assert!(timer.seems_slow(begin) && begin.errors == 3);
     }
-    let Some(number) = service.slow.count(&service.counts, place, service.now_ms) else {
-        return;
-    };
-    let kinds = service.slow.header.methods.kinds(NAMES);
-    let origin = (read_ns, service.accept_wait_ms).into();
-    let most = service.slow.header.slow.params();
-    let record = SlowRecord {
-        call: identity.id(),
-        trace_id: (identity.trace()).map_or(0, |trace| trace.into_context().trace_id),
-        method: service.registry.name(method).to_owned(),
-        kind: kinds.get(place).copied().flatten().unwrap_or("function"),
-        params_key: mark.key(),
-        received_bytes: params.len(),
-        shown: ShownCall::new(origin, connection.peer, (params, most)),
-        began_ns: now_ns.saturating_sub(run_ns),
-        at_ms: unix_time_ms(),
-    };
-    let has_failed = service.errors > begin.errors;
-    let recorder = &mut service.slow.recorder;
-    recorder.begin(number, record, (Target::EventLoop, Arc::default()));
-    let end = SlowEnd {
-        outcome: if has_failed { "error" } else { "done" },
-        code: None,
-        run_ns,
-        cpu: None,
-    };
-    recorder.end(number, end);
 }

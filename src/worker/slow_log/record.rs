@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::handler::trace::CallIdentity;
 use crate::link::call_frame::CallOrigin;
 use crate::protocol::call_id::CallId;
+use crate::sys::process::unix_time_ms;
 
 /// What a record is to show of a call and only its dispatcher knows.
 #[derive(Debug, Clone, Default)]
@@ -112,6 +114,21 @@ struct EndMembers<'a> {
 }
 
 impl SlowRecord {
+    /// Describes a call that has become slow now. The caller adds the rest.
+    pub fn new(identity: &CallIdentity, method: &str, kind: &'static str) -> Self {
+        SlowRecord {
+            call: identity.id(),
+            trace_id: (identity.trace()).map_or(0, |trace| trace.into_context().trace_id),
+            method: method.to_owned(),
+            kind,
+            params_key: 0,
+            received_bytes: 0,
+            shown: ShownCall::default(),
+            began_ns: 0,
+            at_ms: unix_time_ms(),
+        }
+    }
+
     fn trace_id(&self) -> Option<String> {
         (self.trace_id != 0).then(|| format!("{:032x}", self.trace_id))
     }
