@@ -21,5 +21,6 @@ mod metrics;
 mod observe;
 mod pools;
 mod protocol;
+mod slow_log;
 mod snapshots;
 mod tracing;

@@ -30,6 +30,8 @@ Within a function, current() says which call it is: `.call` is the id that the s
 `.traceparent` and `.tracestate` are its place in a trace (W3C Trace Context). Send `.child()` as traceparent
 with each request of your own. They are None unless the configuration has `[trace]`.
 
+If the pool has `stack-signal`, the stacks of all threads go to preforkd's log when a call is slow.
+
 Calls come one at a time. For more calls at once, set `processes` in the configuration, or
 `concurrency`: then one program gets several calls at once. `async def` functions run together on one
 asyncio loop, other functions on threads. A call whose client does not wait any more is cancelled
@@ -128,6 +130,7 @@ def serve(fd=3):
     except OSError:
         return _serve_by_hand()
     _ignore_sigterm()
+    _write_stack_when_asked()
     try:
         calls.sendall(_frame('{"out": "ready"}'))  # needed for `ready = "message"`, harmless otherwise
     except BrokenPipeError:
@@ -187,6 +190,16 @@ def _ignore_sigterm():
             os.register_at_fork(after_in_child=_stop_ignoring_sigterm)
     except ValueError:
         pass  # serve() was not called by the main thread, and only that can set a handler
+
+
+def _write_stack_when_asked():
+    """With `stack-signal` of its pool, preforkd sends that signal when a call is slow."""
+    name = os.environ.get("PREFORKD_STACK_SIGNAL")
+    if name:
+        import faulthandler  # only here, because few programs need it
+
+        # It writes all stacks to standard error, also if the interpreter is in a deadlock.
+        faulthandler.register(getattr(signal, "SIG" + name), file=2, all_threads=True)
 
 
 def _stop_ignoring_sigterm():

@@ -20,7 +20,6 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::Signal;
 
@@ -31,7 +30,7 @@ use crate::link::message::{Message, Order, Report, SessionLink};
 use crate::link::session_draining::{Draining, LOOK_MS};
 use crate::link::session_limits::OVERDUE_MS;
 use crate::logging;
-use crate::sys::process::monotonic_ms;
+use crate::sys::process::{monotonic_ms, monotonic_ns};
 use crate::sys::signal::SignalPipe;
 use crate::worker;
 use crate::worker::forwarding::shown_generation;
@@ -301,7 +300,13 @@ impl<'a> Acceptor<'a> {
         }
         let (now_ms, accepting) = (self.accepting.now_ms, &mut self.accepting);
         let writer = accepting.writer;
-        let count = |reason| writer.add(&writer.block.closed[reason as usize], 1);
+        let count = |reason, pid: Pid| {
+            writer.add(&writer.block.closed[reason as usize], 1);
+            if writer.block.slow_calls.load(Relaxed) > 0 {
+                // It could not complete the records of its slow calls.
+                drop(writer.block.slow.close(pid.0, monotonic_ns()));
+            }
+        };
         let sessions = &mut accepting.sessions;
         for place in sessions.reap(&accepting.epoll, now_ms, count) {
             self.report(Report::SessionCrashed(place));
@@ -389,16 +394,7 @@ impl<'a> Acceptor<'a> {
     /// acceptor of this generation serves. Until then the sessions continue.
     fn decide(&mut self) {
         let limit = self.accepting.boot.settings.workers.drain_timeout;
-        let is_dead = self
-            .accepting
-            .boot
-            .isolated
-            .as_ref()
-            .is_none_or(|isolated| {
-                let mut life = [PollFd::new(isolated.master_life.as_fd(), PollFlags::POLLIN)];
-                // An error, such as EINTR for a pending signal, says nothing: this is called again soon.
-                matches!(poll(&mut life, PollTimeout::ZERO), Ok(1..))
-            });
+        let is_dead = sources::has_master_died(&self.accepting.boot);
         if is_dead {
             // After an upgrade the next program may have stopped already.
             if !self.accepting.has_taker() {

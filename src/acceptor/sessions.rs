@@ -348,8 +348,13 @@ impl SessionProcesses {
     }
 
     /// Reaps all children that have ended. Returns the numbers of the records of crashed ones, and gives
-    /// `closed` the connections that they could not count.
-    pub fn reap(&mut self, epoll: &Epoll, now_ms: u64, closed: impl Fn(CloseReason)) -> Vec<u32> {
+    /// `closed` the connections that they could not count, with their pids.
+    pub fn reap(
+        &mut self,
+        epoll: &Epoll,
+        now_ms: u64,
+        closed: impl Fn(CloseReason, Pid),
+    ) -> Vec<u32> {
         let mut crashed = Vec::new();
         while let Some(child) = process::reap_any() {
             if let Some(index) = self.by_pid.remove(&child.pid)
@@ -361,8 +366,8 @@ impl SessionProcesses {
                     crashed.push(self.records.place(index) as u32);
                 }
                 match session.is_open {
-                    true if has_crashed => closed(CloseReason::Crash),
-                    true if session.is_killed => closed(CloseReason::Stop),
+                    true if has_crashed => closed(CloseReason::Crash, child.pid),
+                    true if session.is_killed => closed(CloseReason::Stop, child.pid),
                     _ => {}
                 }
             }

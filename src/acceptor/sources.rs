@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
 use crate::config::IsolationConfig;
@@ -126,6 +127,15 @@ impl Sources {
         }
         socket::receive_packet(&*self.queue, packet)
     }
+}
+
+/// Returns whether the master has died. An error of poll(2), such as EINTR for a pending signal, says nothing: ask
+/// again soon.
+pub fn has_master_died(boot: &WorkerInit<'_>) -> bool {
+    boot.isolated.as_ref().is_none_or(|isolated| {
+        let mut life = [PollFd::new(isolated.master_life.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut life, PollTimeout::ZERO), Ok(1..))
+    })
 }
 
 /// Returns whether a packet of the adoption queue is a connection. Each session can send there, and must not

@@ -74,6 +74,14 @@ pub enum CliCommand {
         #[arg(long, value_name = "FILE")]
         textfile: Option<PathBuf>,
     },
+    /// Show the last slow calls and what they were doing (needs the table [slow-log])
+    Slow {
+        #[command(flatten)]
+        place: PlaceArgs,
+        /// Print a JSON array, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Reload the configuration, and wait for the result
     Reload {
         #[command(flatten)]

@@ -14,6 +14,7 @@ mod metrics;
 mod observe;
 pub mod output;
 mod parse;
+mod slow;
 mod status;
 mod table;
 pub mod target;
@@ -144,6 +145,10 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
                 Some(file) => metrics::replace_file(&file, &text),
                 None => output::print(&text),
             }
+        }
+        CliCommand::Slow { place, json } => {
+            let text = slow::slow(&place.selector(name), json, process::unix_seconds())?;
+            if json { print_json(&text) } else { output::print(&text) }
         }
         CliCommand::Reload { place } => {
             print_line(control::reload(&place.selector(name), &mut |hint| {

@@ -5,12 +5,12 @@
 
 use super::keys::{Integer, Lifetime, RespawnDelay, Time, Word, WorkerMemory};
 use super::raw::{
-    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawTrace, RawWorkers,
-    StrictTable,
+    Count, Raw, RawLimits, RawListen, RawLog, RawMethod, RawPool, RawRlimits, RawSlowLog, RawTrace,
+    RawWorkers, StrictTable,
 };
 use super::settings::{
     CommandConfig, IsolationConfig, LogConfig, MethodConfig, MethodKind, PoolConfig, PoolScope,
-    RlimitsConfig, Settings,
+    RlimitsConfig, Settings, SlowLogConfig,
 };
 use super::units::{ByteSize, DurationValue};
 use crate::sys::account::NamedId;
@@ -38,6 +38,7 @@ fn mirror(settings: &Settings) -> Raw {
         workers: StrictTable(workers(settings)),
         limits: StrictTable(limits(settings)),
         observe: StrictTable(settings.observe.to_raw()),
+        slow_log: settings.slow_log.as_ref().map(slow_log),
         trace: Some(StrictTable(RawTrace {
             propagate: Some(settings.trace),
         })),
@@ -99,6 +100,14 @@ fn limits(settings: &Settings) -> RawLimits {
     }
 }
 
+fn slow_log(table: &SlowLogConfig) -> StrictTable<RawSlowLog> {
+    StrictTable(RawSlowLog {
+        threshold: Time(Some(DurationValue(table.threshold))),
+        params: Integer::of(table.params),
+        lines: Integer::of(table.lines),
+    })
+}
+
 fn listen(settings: &Settings) -> Vec<StrictTable<RawListen>> {
     let name = |id: &Option<NamedId>| Some(id.as_ref()?.name.clone());
     settings
@@ -157,6 +166,7 @@ fn method(method: &MethodConfig) -> RawMethod {
         timeout: Some(DurationValue(method.timeout)),
         concurrency: Integer::of(method.concurrency),
         rate: Integer::of(method.rate),
+        slow: method.slow.map(DurationValue),
         ..of_kind
     }
 }
@@ -208,6 +218,7 @@ fn pool(pool: &PoolConfig) -> RawPool {
         respawn_burst: Integer(is_shared.then_some(pool.respawn_burst.into())),
         respawn_max_delay: RespawnDelay(is_shared.then_some(DurationValue(pool.respawn_max_delay))),
         stderr_level: Some(pool.stderr_level.word()),
+        stack_signal: pool.stack_signal.map(Word::word),
         environment: Some(program.environment.clone()),
         environment_file: program
             .environment_file

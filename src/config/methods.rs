@@ -1,16 +1,20 @@
 //! Resolves the methods: those of the file, those that the program has registered, and `ping`.
 //!
 //! A name has one handler: a builtin, a command, a pool or a function. A function that is not in the file
-//! has the defaults. No method can run longer than a drain waits for it.
+//! has the defaults. No method can run longer than a drain waits for it. `slow` of a method is refused without
+//! `[slow-log]`, because it would have no effect.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::check::{Check, KeyValue, MILLISECOND};
 use super::commands;
 use super::pools;
 use super::programs::Ids;
 use super::raw::{Raw, RawMethod};
-use super::settings::{Builtin, LimitsConfig, MethodConfig, MethodKind, PoolConfig, WorkersConfig};
+use super::settings::{
+    Builtin, LimitsConfig, MethodConfig, MethodKind, PoolConfig, SlowLogConfig, WorkersConfig,
+};
 use super::source_map::{join, nearest};
 use super::units::DurationValue;
 use crate::error::{Error, Result};
@@ -55,6 +59,7 @@ pub(super) fn resolve(
         timeout: limits.timeout,
         concurrency: 0,
         rate: 0,
+        slow: None,
         kills_abandoned: false,
     };
     for name in functions {
@@ -103,6 +108,8 @@ fn method(
         timeout: check.duration(&join(key, "timeout"), timeout, MILLISECOND)?,
         concurrency: raw.concurrency.value(check, &join(key, "concurrency"))?,
         rate: raw.rate.value(check, &join(key, "rate"))?,
+        // `slow_log` sets it, because it needs its table.
+        slow: None,
         kills_abandoned: kills_abandoned(key, raw, check, programs.0)?,
         kind: kind(name, key, raw, check, programs)?,
     })
@@ -226,6 +233,41 @@ fn by_program_kind(
     };
     let problem = format!("there is no pool {name:?}");
     Err(check.places.error(&join(key, "pool"), problem, &remedy))
+}
+
+/// Resolves `[slow-log]`, and sets the thresholds of methods.
+pub(super) fn slow_log(
+    check: &Check<'_>,
+    raw: &Raw,
+    methods: &mut BTreeMap<String, MethodConfig>,
+) -> Result<Option<SlowLogConfig>> {
+    let table = match &raw.slow_log {
+        None => None,
+        Some(table) => Some(SlowLogConfig {
+            threshold: (table.threshold).value(check, "slow-log.threshold")?,
+            params: table.params.value(check, "slow-log.params")?,
+            lines: table.lines.value(check, "slow-log.lines")?,
+        }),
+    };
+    for (name, raw) in &raw.methods {
+        let slow = own_threshold(check, &join(&join("methods", name), "slow"), raw)?;
+        if let Some(method) = methods.get_mut(name) {
+            method.slow = slow;
+        }
+        if slow.is_some() && table.is_none() {
+            return Err(check.places.error(
+                &join(&join("methods", name), "slow"),
+                "there is no [slow-log], so it has no effect",
+                "add the table [slow-log], or take slow out",
+            ));
+        }
+    }
+    Ok(table)
+}
+
+fn own_threshold(check: &Check<'_>, key: &str, raw: &RawMethod) -> Result<Option<Duration>> {
+    let slow = raw.slow.map(|slow| check.duration(key, slow, MILLISECOND));
+    slow.transpose()
 }
 
 /// Refuses a timeout that is longer than the drain, because each reload would cut calls. The error is at

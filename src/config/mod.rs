@@ -53,7 +53,7 @@ pub use restart::keep_restart_only_keys;
 pub use settings::{
     Address, Builtin, CommandConfig, HttpMethods, IsolationConfig, LimitsConfig, ListenConfig,
     LogFormat, MethodConfig, MethodKind, ObserveConfig, OutputFormat, PoolConfig, PoolReload,
-    PoolScope, ProgramConfig, Settings, Stdin, WorkersConfig,
+    PoolScope, ProgramConfig, Settings, StackSignal, Stdin, WorkersConfig,
 };
 pub use variables::secrets_of;
 

@@ -11,7 +11,9 @@ use log::Level;
 use super::check::{Check, KeyValue, MILLISECOND};
 use super::programs::{self, Ids};
 use super::raw::{Count, Raw, RawPool};
-use super::settings::{ListenConfig, PoolConfig, PoolReload, PoolScope, WorkersConfig};
+use super::settings::{
+    ListenConfig, PoolConfig, PoolReload, PoolScope, StackSignal, WorkersConfig,
+};
 use super::source_map::join;
 use super::units::{ByteSize, DurationValue};
 use crate::error::Result;
@@ -113,6 +115,12 @@ fn resolve_one(
             raw.stderr_level.as_ref(),
             Level::Warn,
         )?,
+        stack_signal: match &raw.stack_signal {
+            Some(word) => {
+                Some(check.word(&key_of("stack-signal"), Some(word), StackSignal::Usr1)?)
+            }
+            None => None,
+        },
         // This comes last, so that `check` also reports errors of the other keys.
         program: match &raw.command {
             Some(command) => programs::resolve(key, (command, example), &raw.into(), check, ids)?,

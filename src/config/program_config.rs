@@ -84,6 +84,31 @@ pub struct PoolConfig {
     /// The level of its standard error in the log.
     #[serde(with = "level_name")]
     pub stderr_level: Level,
+    /// The signal that a program gets when its call is slow.
+    #[serde(default)]
+    pub stack_signal: Option<StackSignal>,
+}
+
+/// A signal for the programs of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StackSignal {
+    Usr1,
+    Usr2,
+}
+
+impl Word for StackSignal {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("USR1", StackSignal::Usr1), ("USR2", StackSignal::Usr2)];
+}
+
+impl StackSignal {
+    /// The name of the signal, as in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            StackSignal::Usr1 => "USR1",
+            StackSignal::Usr2 => "USR2",
+        }
+    }
 }
 
 impl PoolConfig {

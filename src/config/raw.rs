@@ -35,6 +35,7 @@ pub(super) struct Raw {
     pub workers: StrictTable<RawWorkers>,
     pub limits: StrictTable<RawLimits>,
     pub observe: StrictTable<RawObserve>,
+    pub slow_log: Option<StrictTable<RawSlowLog>>,
     pub trace: Option<StrictTable<RawTrace>>,
     pub listen: Option<Vec<StrictTable<RawListen>>>,
     pub methods: BTreeMap<String, StrictTable<RawMethod>>,
@@ -96,6 +97,14 @@ pub(super) struct RawObserve {
 
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawSlowLog {
+    pub threshold: Time<1_000, 0>,
+    pub params: Integer<0, 0, 4096>,
+    pub lines: Integer<50, 1, 10_000>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct RawTrace {
     pub propagate: Option<bool>,
 }
@@ -130,6 +139,7 @@ pub(super) struct RawMethod {
     pub timeout: Option<DurationValue>,
     pub concurrency: Integer<0, 0, 1_000_000>,
     pub rate: Integer<0, 0, { u32::MAX as i64 }>,
+    pub slow: Option<DurationValue>,
     pub when_abandoned: Option<String>,
     #[serde(deserialize_with = "command")]
     pub command: Option<Vec<String>>,
@@ -168,6 +178,7 @@ pub(super) struct RawPool {
     pub respawn_burst: Integer<5, 0, 1_000_000>,
     pub respawn_max_delay: RespawnDelay,
     pub stderr_level: Option<String>,
+    pub stack_signal: Option<String>,
     pub environment: Option<BTreeMap<String, String>>,
     pub environment_file: Option<String>,
     pub directory: Option<String>,

@@ -71,7 +71,7 @@ pub(super) fn resolve(
         .as_ref()
         .map_or((here.uid, here.gid), |account| (account.uid, account.gid));
     let pools = pools::resolve(raw, &check, (&workers, ids), &listen, &mut warnings)?;
-    let methods = methods::resolve(raw, &check, (&workers, ids), (&limits, &pools))?;
+    let mut methods = methods::resolve(raw, &check, (&workers, ids), (&limits, &pools))?;
     let command = methods
         .iter()
         .find(|(_, method)| matches!(method.kind, MethodKind::Command(_) | MethodKind::Pool(_)));
@@ -85,6 +85,7 @@ pub(super) fn resolve(
         ));
     }
     let observe = observe::resolve(&check, &raw.observe)?;
+    let slow_log = methods::slow_log(&check, raw, &mut methods)?;
     warnings.extend(observe.warning());
     let mut settings = Settings {
         file: places.main().map(Path::to_owned),
@@ -99,6 +100,7 @@ pub(super) fn resolve(
         workers,
         limits,
         observe,
+        slow_log,
         trace: (raw.trace.as_ref()).is_some_and(|trace| trace.propagate.unwrap_or(true)),
         listen,
         warnings,

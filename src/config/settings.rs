@@ -13,7 +13,9 @@ use super::keys::Word;
 
 pub use super::address::Address;
 pub use super::observe::ObserveConfig;
-pub use super::program_config::{PoolConfig, PoolReload, PoolScope, ProgramConfig, RlimitsConfig};
+pub use super::program_config::{
+    PoolConfig, PoolReload, PoolScope, ProgramConfig, RlimitsConfig, StackSignal,
+};
 use crate::sys::account::{Account, NamedId};
 
 /// The whole configuration in effect: the file, included files, the command line, defaults.
@@ -36,6 +38,8 @@ pub struct Settings {
     /// The limits of a worker.
     pub limits: LimitsConfig,
     pub observe: ObserveConfig,
+    /// `None` without `[slow-log]`.
+    pub slow_log: Option<SlowLogConfig>,
     /// Whether trace context is read and passed on (`[trace]`).
     pub trace: bool,
     /// The listeners: at least one, no two with the same address.
@@ -81,6 +85,18 @@ pub enum LogFormat {
 impl Word for LogFormat {
     const WORDS: &'static [(&'static str, Self)] =
         &[("text", LogFormat::Text), ("json", LogFormat::Json)];
+}
+
+/// `[slow-log]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlowLogConfig {
+    /// The run time from which on a call is slow, at least 1 ms; zero: only methods with a threshold of their
+    /// own.
+    pub threshold: Duration,
+    /// The bytes of params in a record, 0 to 4096.
+    pub params: usize,
+    /// The records per second and worker, 1 to 10,000.
+    pub lines: usize,
 }
 
 /// `[workers]`.
@@ -298,6 +314,8 @@ pub struct MethodConfig {
     pub concurrency: usize,
     /// The most calls per second in a worker; 0 means no limit.
     pub rate: u32,
+    /// The run time from which on a call is slow, at least 1 ms; `None`: that of `[slow-log]`.
+    pub slow: Option<Duration>,
     /// Whether the program of a pool is killed as soon as its call is abandoned. If not, it may finish the
     /// call within `timeout`.
     pub kills_abandoned: bool,

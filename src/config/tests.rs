@@ -184,6 +184,7 @@ fn functions_have_an_entry_with_or_without_the_file() {
         timeout: seconds(timeout),
         concurrency: 0,
         rate: 0,
+        slow: None,
         kills_abandoned: false,
     };
     let expected = BTreeSet::from(["a.b", "add", "ping", "wait"]);

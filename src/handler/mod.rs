@@ -15,7 +15,7 @@ pub mod registry;
 pub mod trace;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, Thread};
 use std::time::Duration;
@@ -249,6 +249,8 @@ pub struct CallState {
     /// The key of the call, recorded for its thread while it runs.
     key: u64,
     identity: CallIdentity,
+    /// When its handler began, in nanoseconds (CLOCK_MONOTONIC); 0: it does not run.
+    begun_ns: AtomicU64,
     /// `Some` while its handler waits.
     sleeper: Mutex<Option<Sleeper>>,
 }
@@ -291,6 +293,21 @@ impl CallState {
         if let (WAITING, Some(shown)) = (self.phase.load(Ordering::Acquire), self.shown) {
             shown.store(0, Ordering::Release);
         }
+    }
+
+    /// Records when its handler began. Call it when it begins.
+    pub fn set_begun(&self, at: Duration) {
+        self.begun_ns.store(at.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Records that its handler has ended.
+    pub fn set_ended(&self) {
+        self.begun_ns.store(0, Ordering::Relaxed);
+    }
+
+    /// Returns when its handler began, in nanoseconds (CLOCK_MONOTONIC); `None` if it does not run.
+    pub fn begun_ns(&self) -> Option<u64> {
+        Some(self.begun_ns.load(Ordering::Relaxed)).filter(|at| *at > 0)
     }
 
     /// Returns the key of the call.

@@ -43,6 +43,14 @@ impl PreparedProgram {
         }
     }
 
+    /// Adds a variable, which replaces a configured one.
+    pub fn with_variable(mut self, name: &str, value: &str) -> Self {
+        let is_other = |one: &CString| !one.as_bytes().starts_with(format!("{name}=").as_bytes());
+        self.environment.retain(is_other);
+        self.environment.push(c_string(format!("{name}={value}")));
+        self
+    }
+
     /// Returns the whole environment, with the variables of the call and of its trace. The latter replace
     /// configured ones.
     pub fn environment<'a>(&'a self, call: &'a CStr, trace: &'a [CString]) -> Vec<&'a CStr> {

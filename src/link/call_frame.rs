@@ -32,6 +32,28 @@ const NO_PEER: u8 = 0;
 const IPV4: u8 = 4;
 const IPV6: u8 = 6;
 
+/// Where a call came from and how long it has waited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CallOrigin {
+    /// The number of the sender's connection from which it came.
+    pub client: u32,
+    /// How long that waited to be accepted, in milliseconds.
+    pub accept_wait_ms: u32,
+    /// When the call was read, in nanoseconds (CLOCK_MONOTONIC).
+    pub read_ns: u64,
+}
+
+impl From<(u64, u64)> for CallOrigin {
+    /// From when a call was read, in nanoseconds, and how long its connection waited, in milliseconds.
+    fn from((read_ns, accept_wait_ms): (u64, u64)) -> Self {
+        CallOrigin {
+            client: 0,
+            accept_wait_ms: accept_wait_ms as u32,
+            read_ns,
+        }
+    }
+}
+
 /// A call for another process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CallFrame<'a> {
@@ -43,8 +65,7 @@ pub struct CallFrame<'a> {
     pub key: u64,
     /// The deadline in milliseconds (CLOCK_MONOTONIC).
     pub deadline_ms: u64,
-    /// The number of the sender's connection from which it came.
-    pub client: u32,
+    pub origin: CallOrigin,
     /// The id that the client gave, as JSON.
     pub client_id: Option<Cow<'a, str>>,
     /// The address of the client; `None` on a unix socket.
@@ -95,6 +116,8 @@ pub enum Frame<'a> {
 }
 
 /// The result of decoding the beginning of a buffer.
+// A frame is decoded where it is used at once, so it costs no copy.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub enum DecodedCallFrame<'a> {
     /// The frame is incomplete.
@@ -117,7 +140,9 @@ impl Frame<'_> {
                 put_u32(out, call.method);
                 put_u64(out, call.key);
                 put_u64(out, call.deadline_ms);
-                put_u32(out, call.client);
+                put_u32(out, call.origin.client);
+                put_u32(out, call.origin.accept_wait_ms);
+                put_u64(out, call.origin.read_ns);
                 put_option(out, call.client_id.as_deref().map(str::as_bytes));
                 put_peer(out, call.peer);
                 let parent = call.trace.as_ref().map(|trace| trace.traceparent());
@@ -205,7 +230,11 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
                 method: fields.u32()?,
                 key: fields.u64()?,
                 deadline_ms: fields.u64()?,
-                client: fields.u32()?,
+                origin: CallOrigin {
+                    client: fields.u32()?,
+                    accept_wait_ms: fields.u32()?,
+                    read_ns: fields.u64()?,
+                },
                 client_id: fields.text_option()?,
                 peer: fields.peer()?,
                 trace: decode_trace(fields)?,

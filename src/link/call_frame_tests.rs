@@ -59,7 +59,11 @@ fn any_frame() -> impl Strategy<Value = Frame<'static>> {
                     method,
                     key,
                     deadline_ms,
-                    client: method ^ 1,
+                    origin: CallOrigin {
+                        client: method ^ 1,
+                        accept_wait_ms: method,
+                        read_ns: key,
+                    },
                     client_id: client_id.map(Cow::Owned),
                     peer: peer.map(SocketAddr::from),
                     trace: trace.map(Cow::Owned),

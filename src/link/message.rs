@@ -114,6 +114,8 @@ pub enum Report {
     SessionLink(SessionLink),
     /// The session at this index of the table of sessions has crashed. From its acceptor.
     SessionCrashed(u32),
+    /// Records of its slow calls ask for what only the master may read.
+    SlowCalls,
 }
 
 /// A packet: the pid and generation of the worker, and the content.
@@ -198,6 +200,7 @@ impl MessageBody for Report {
             Report::Uneven => (106, 0),
             Report::SessionLink(link) => (107, link.encode()),
             Report::SessionCrashed(session) => (108, session.into()),
+            Report::SlowCalls => (109, 0),
             Report::PoolUpdated(generation, is_ready) => (121, outcome(generation, is_ready)),
         }
     }
@@ -212,6 +215,7 @@ impl MessageBody for Report {
             106 => Some(Report::Uneven),
             107 => Some(Report::SessionLink(SessionLink::decode(value))),
             108 => u32::try_from(value).ok().map(Report::SessionCrashed),
+            109 => Some(Report::SlowCalls),
             121 => Some(Report::PoolUpdated(
                 Generation(value as u32),
                 value >> 32 != 0,

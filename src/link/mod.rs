@@ -13,5 +13,6 @@ pub mod scoreboard;
 pub mod session_draining;
 pub mod session_limits;
 pub mod session_table;
+pub mod slow_calls;
 pub mod source_table;
 pub mod stuck_calls;

@@ -5,6 +5,7 @@
 //! soon as writing works again. In a worker a thread writes the lines, so a slow disk or a full queue
 //! loses lines but delays no call. The master has no second thread and writes its lines itself.
 
+mod members;
 mod output;
 mod panics;
 mod partial_line;
@@ -26,6 +27,7 @@ use crossbeam_channel::{Sender, TrySendError, bounded};
 use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
+pub use members::with_members;
 pub use output::LogOutput;
 use output::LostLines;
 pub use panics::{log_panics, rate_limit_panics};
@@ -362,7 +364,8 @@ fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> i
             message: record.args().to_string(),
             call: current_call(pid),
         };
-        let line = serde_json::to_string(&line)?;
+        let mut line = serde_json::to_string(&line)?;
+        members::add_members(&mut line);
         return writeln!(to, "{}", printable_json(&line));
     }
     if form == LineFormat::Journal {

@@ -1,6 +1,6 @@
 //! Reads what children report, and passes it to the policy.
 
-use super::children::{diagnosis, joining, program_deaths};
+use super::children::{diagnosis, joining, program_deaths, slow_calls};
 use super::core::{Master, now};
 use super::policy::event::Event;
 use super::session_orders::note_crashed_sessions;
@@ -34,6 +34,12 @@ pub fn queue_reports(master: &mut Master<'_>, pid: Pid) {
             }
             Report::SessionCrashed(_) => {
                 note_crashed_sessions(master);
+                continue;
+            }
+            Report::SlowCalls => {
+                if let Some(worker) = master.workers.get(pid) {
+                    slow_calls::answer(pid, worker.record_index, &master.workers.metrics);
+                }
                 continue;
             }
             Report::LinkWanted(record) => {

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use nix::sys::signal::Signal;
 
 use super::children::orphans::Orphans;
+use super::children::slow_calls;
 use super::children::workers::{Children, GenerationContext, GenerationInfo};
 use super::core::{Master, now};
 use super::endpoints::control_socket::ControlSocket;
@@ -81,7 +82,8 @@ fn start<'a>(
         pid_file.write()?;
     }
     let signals = SignalPipe::new(&MASTER_SIGNALS).map_err(system("catch signals"))?;
-    let workers = Children::new().map_err(system("create the scoreboard"))?;
+    let mut workers = Children::new().map_err(system("create the scoreboard"))?;
+    slow_calls::publish(&mut workers.metrics, &settings);
     process::become_subreaper().map_err(system("become a subreaper"))?;
     // The last step that can fail, so its path is not removed after a failure.
     let control = ControlSocket::bind(&settings.control_socket)?;

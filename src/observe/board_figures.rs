@@ -79,6 +79,7 @@ fn add_method(families: &mut Families, method: &MethodTotals, config: &ObserveCo
     }
     let cpu = seconds(method.command_cpu_ns);
     families.add("command_cpu_seconds_total", &[name], cpu);
+    families.add("slow_calls_total", &[name], method.slow as f64);
     for (kind, metric, counts) in [
         (
             Histogram::Duration,

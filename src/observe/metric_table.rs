@@ -210,6 +210,11 @@ pub const METRICS: &[MetricInfo] = &[
         &["method"],
         "Time of a call in its handler.",
     ),
+    counter(
+        "slow_calls_total",
+        &["method"],
+        "Calls over the threshold of the slow log.",
+    ),
     gauge("quarantined_calls", &[], "Calls in quarantine."),
     counter(
         "quarantine_refusals_total",

@@ -1,4 +1,5 @@
-//! Sums the metrics board for `status --json`: totals of the server and figures of each method.
+//! Sums the metrics board for `status --json`: totals of the server, figures of each method, and
+//! the last slow calls.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +7,9 @@ use serde::Serialize;
 
 use super::board_figures::codes;
 use crate::link::metrics_board::{BoardReader, MethodTotals};
+use crate::link::slow_calls::SlowCall;
+use crate::protocol::call_id::CallId;
+use crate::sys::process::monotonic_ns;
 
 /// The totals since the start of the master.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -43,6 +47,10 @@ pub struct MethodFigures {
 pub struct BoardMembers {
     pub totals: ServerTotals,
     pub methods: Vec<MethodFigures>,
+    /// Whether `[slow-log]` is there.
+    pub slow_log: bool,
+    /// The last slow calls, oldest first.
+    pub slow: Vec<SlowFigures>,
 }
 
 impl BoardMembers {
@@ -63,6 +71,8 @@ impl BoardMembers {
                 sent_bytes: board.sum_all(|block| &block.sent_bytes),
             },
             methods: methods.iter().map(MethodFigures::of).collect(),
+            slow_log: board.has_slow_log(),
+            slow: SlowFigures::all(board),
         }
     }
 
@@ -92,11 +102,52 @@ impl MethodFigures {
             errors: errors.collect(),
             running: method.running,
             queued: method.queued,
-            slow: 0,
+            slow: method.slow,
             p50_us: method.duration.quantile_us(0.5),
             p99_us: method.duration.quantile_us(0.99),
             max_us: (method.duration.count() > 0).then_some(max_us),
         }
+    }
+}
+
+/// One slow call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct SlowFigures {
+    pub call: CallId,
+    /// Null without `[trace]`.
+    pub trace_id: Option<String>,
+    pub method: String,
+    /// When it became slow, in seconds since 1970.
+    pub at: u64,
+    /// How long its handler has run, or ran.
+    pub age_ms: u64,
+    pub done: bool,
+    /// Null while it runs.
+    pub outcome: Option<String>,
+    pub evidence: String,
+}
+
+impl SlowFigures {
+    fn of(call: SlowCall, now_ns: u64) -> Self {
+        let (outcome, run_ns) = call.end.unzip();
+        let run_ns = run_ns.unwrap_or_else(|| now_ns.saturating_sub(call.began_ns));
+        SlowFigures {
+            call: call.call,
+            trace_id: call.trace_id,
+            method: call.method,
+            at: call.at_ms / 1000,
+            age_ms: run_ns / 1_000_000,
+            done: outcome.is_some(),
+            outcome,
+            evidence: call.evidence,
+        }
+    }
+
+    /// Returns the last slow calls, oldest first.
+    pub fn all(board: &BoardReader) -> Vec<Self> {
+        let now_ns = monotonic_ns();
+        let calls = board.slow_calls().into_iter();
+        calls.map(|call| SlowFigures::of(call, now_ns)).collect()
     }
 }
 
@@ -109,10 +160,12 @@ mod tests {
         let members = BoardMembers {
             totals: ServerTotals::default(),
             methods: Vec::new(),
+            slow_log: false,
+            slow: Vec::new(),
         };
         let added = members.add_to(r#"{"z": 1,"a":{}}"#);
         assert!(added.starts_with(r#"{"z": 1,"a":{},"totals":{"calls":0,"#));
-        assert!(added.ends_with(r#""methods":[]}"#));
+        assert!(added.ends_with(r#""methods":[],"slow_log":false,"slow":[]}"#));
         assert!(members.add_to("{}").starts_with(r#"{"totals""#));
     }
 }

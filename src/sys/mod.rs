@@ -19,6 +19,7 @@ pub mod notify;
 pub mod other_writer;
 pub mod privilege;
 pub mod process;
+pub mod process_facts;
 pub mod process_tree;
 pub mod random;
 pub mod reexec;

@@ -359,6 +359,11 @@ pub fn unix_seconds() -> u64 {
     unix_time().as_secs()
 }
 
+/// Returns the same time in milliseconds.
+pub fn unix_time_ms() -> u64 {
+    unix_time().as_millis() as u64
+}
+
 /// Returns the same time with its fraction.
 pub fn unix_seconds_exact() -> f64 {
     unix_time().as_secs_f64()
@@ -379,6 +384,12 @@ pub fn monotonic() -> Duration {
 pub fn monotonic_ns() -> u64 {
     let now = monotonic();
     now.as_secs() * 1_000_000_000 + u64::from(now.subsec_nanos())
+}
+
+/// Returns the time since boot with suspended time (CLOCK_BOOTTIME), in which start times of processes are given.
+pub fn since_boot() -> Duration {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
+    now.unwrap_or_else(|_| monotonic())
 }
 
 /// Returns the time of the last tick of the kernel in milliseconds, at most 10 ms ago. A tenth of the cost of

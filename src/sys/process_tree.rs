@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
 use super::bounded;
 use super::process::{Pid, monotonic};
@@ -26,7 +27,7 @@ pub struct PidFd {
 
 impl PidFd {
     /// Opens the process that has this pid now.
-    fn open(pid: Pid) -> Option<Self> {
+    pub fn open(pid: Pid) -> Option<Self> {
         // SAFETY: plain numbers; the call returns a new descriptor.
         unsafe {
             let fd = libc::syscall(libc::SYS_pidfd_open, pid.0, 0);
@@ -38,13 +39,18 @@ impl PidFd {
     }
 
     pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    /// Sends it a signal. Does nothing if it has ended.
+    pub fn signal(&self, signal: Signal) {
         use std::os::fd::AsRawFd;
         // SAFETY: with a null pointer the kernel makes the same siginfo as for kill(2).
         unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
                 self.pidfd.as_raw_fd(),
-                libc::SIGKILL,
+                signal as libc::c_int,
                 std::ptr::null::<libc::siginfo_t>(),
                 0,
             )

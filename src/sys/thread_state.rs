@@ -7,6 +7,7 @@
 //! system call needs the rights of ptrace(2), and the kernel stack those of an administrator.
 
 use std::fmt;
+use std::io;
 use std::time::Duration;
 
 use nix::libc;
@@ -33,6 +34,8 @@ pub struct ThreadState {
     pub stack: Vec<String>,
     /// The process that traces it (ptrace(2)).
     pub tracer: Option<Pid>,
+    /// Whether the kernel refused to name the system call.
+    pub is_refused: bool,
 }
 
 /// A system call in which a thread waits.
@@ -55,11 +58,14 @@ pub fn look(pid: Pid, thread: Pid) -> Option<ThreadState> {
     let place = read("wchan").map(|place| place.trim().to_owned());
     let stack = read("stack").unwrap_or_default();
     let status = read("status").unwrap_or_default();
+    let syscall = bounded::read_lines(path("syscall"));
+    let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
     Some(ThreadState {
         name: name.to_owned(),
         state: fields.first()?.chars().next()?,
         cpu: of_ticks(ticks(11)? + ticks(12)?),
-        call: read("syscall").and_then(|line| call(&line)),
+        is_refused: syscall.as_ref().is_err_and(denied),
+        call: syscall.ok().and_then(|line| call(&line)),
         place: place.filter(|place| !place.is_empty() && place != "0"),
         stack: stack
             .lines()
@@ -93,7 +99,8 @@ fn tracer(status: &str) -> Option<Pid> {
     line.trim().parse().ok().filter(|&pid| pid != 0).map(Pid)
 }
 
-fn of_ticks(ticks: u64) -> Duration {
+/// Returns the time of a number of clock ticks.
+pub fn of_ticks(ticks: u64) -> Duration {
     let a_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
     Duration::from_millis(ticks * 1000 / a_second.unsigned_abs().max(1))
 }
@@ -125,7 +132,11 @@ impl fmt::Display for ThreadState {
         if let Some(tracer) = self.tracer {
             write!(f, " traced by {tracer}")?;
         }
-        write!(f, " cpu {:.2} s", self.cpu.as_secs_f64())
+        write!(f, " cpu {:.2} s", self.cpu.as_secs_f64())?;
+        match self.is_refused {
+            true => f.write_str(" (the kernel refused its system call)"),
+            false => Ok(()),
+        }
     }
 }
 
@@ -221,8 +232,8 @@ mod tests {
     use std::io::Read;
 
     /// Returns the state of a thread of this process that waits in read(2).
-    fn reader() -> (ThreadState, std::io::PipeWriter) {
-        let (mut from, to) = std::io::pipe().unwrap();
+    fn reader() -> (ThreadState, io::PipeWriter) {
+        let (mut from, to) = io::pipe().unwrap();
         let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::Builder::new()
             .name("a (reader)".into())
@@ -289,6 +300,7 @@ mod tests {
             place: Some("nfs_wait".into()),
             stack: vec!["nfs_wait".into(), "nfs_read".into()],
             tracer: Some(Pid(7)),
+            is_refused: false,
         };
         assert_eq!(
             look.to_string(),

@@ -3,6 +3,12 @@
 //!
 //! It fires once each time it is set. Setting it again cancels an expiration that was not read. Only its
 //! creation fails, if no descriptor is left.
+//!
+//! It also measures short times for one instruction, with the time stamp counter of the processor. That counts at
+//! a rate that only a comparison with a clock shows, so it is for a first look. Where there is none, the coarse
+//! clock of the kernel takes its place.
+
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,6 +16,8 @@ use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use super::process::monotonic_ns;
 
 #[derive(Debug)]
 pub struct Timer(TimerFd);
@@ -47,5 +55,57 @@ impl Timer {
 impl AsFd for Timer {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// Returns the counter of this processor.
+#[inline]
+pub fn cycles() -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction reads a register. Each x86_64 processor has it, and Linux lets programs use it.
+    return unsafe { std::arch::x86_64::_rdtsc() };
+    #[cfg(not(target_arch = "x86_64"))]
+    return super::process::monotonic_coarse_ms() * 1_000_000;
+}
+
+/// A moment on the counter and on CLOCK_MONOTONIC, from which the rate of the counter follows.
+#[derive(Debug, Clone, Copy)]
+pub struct CycleBase {
+    cycles: u64,
+    ns: u64,
+}
+
+impl CycleBase {
+    pub fn now() -> Self {
+        CycleBase {
+            cycles: cycles(),
+            ns: monotonic_ns(),
+        }
+    }
+
+    /// Returns how many nanoseconds ago the counter had a value, by its rate since this moment.
+    pub fn ns_since(self, then: u64) -> u64 {
+        let now = CycleBase::now();
+        let passed = u128::from(now.cycles.saturating_sub(self.cycles).max(1));
+        let ns = u128::from(now.ns.saturating_sub(self.ns));
+        let took = u128::from(now.cycles.saturating_sub(then)) * ns / passed;
+        u64::try_from(took).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_of_the_counter_follows_from_the_clock() {
+        let base = CycleBase::now();
+        let (begin, begin_ns) = (cycles(), monotonic_ns());
+        while monotonic_ns() < begin_ns + 20_000_000 {
+            std::hint::spin_loop();
+        }
+        let took = base.ns_since(begin);
+        let most = monotonic_ns() - begin_ns + 5_000_000;
+        assert!((15_000_000..=most).contains(&took), "{took}");
     }
 }

@@ -5,11 +5,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use super::call_dispatcher::{CallDispatcher, millis};
+use super::call_dispatcher::CallDispatcher;
 use super::connection::{Connection, ConnectionEnd};
 use super::event_loop::{EventLoop, LISTEN_RETRY_MS, REFUSED, WarningKind, find};
 use super::shares::Source;
 use super::timers::TimerTarget;
+use super::timers::millis;
 use crate::link::metrics_board::layout::CloseReason;
 use crate::logging::pluralize;
 use crate::sys::event::{Interest, Reactor, Token};

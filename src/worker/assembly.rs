@@ -19,6 +19,7 @@ use super::peer::SharedPools;
 use super::pool_health::WatchedPools;
 use super::recycle_check::recycle_threshold;
 use super::shares::Shares;
+use super::slow_log::watch::SlowWatch;
 use super::source_limits::SourceLimits;
 use super::stop_hooks;
 use super::threads::Threads;
@@ -76,6 +77,7 @@ pub fn build(
 ) -> Result<Built, (&'static str, io::Error)> {
     let cant = |attempt| move |error| (attempt, error);
     memory::limit_malloc_arenas(ARENAS);
+    let asks_master = boot.account().is_some();
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
     // Threads inherit the signal mask, so they get no signals. TERM and QUIT are for the loop.
     signal::block_all();
@@ -192,6 +194,7 @@ pub fn build(
         foreign: 0,
         errors: 0,
         pool_health,
+        slow: SlowWatch::new(&boot.metrics, asks_master, &waker),
         counts: CallCounts::new(boot.metrics, is_session, records_runs),
         tracing: CallTracing::new(boot.settings.trace),
         record: boot.record,
@@ -239,6 +242,7 @@ pub fn serve(
 /// Runs the stop hooks of a process that leaves.
 pub fn finish(mut event_loop: ManuallyDrop<EventLoop>, reactor: ManuallyDrop<Reactor>) {
     stop_hooks::run_stop_hooks(&mut event_loop);
+    event_loop.service.slow.finish();
     log::debug!("leaves");
     drop(ManuallyDrop::into_inner(reactor));
 }

@@ -22,9 +22,10 @@ use super::crash::journal::CallJournal;
 use super::forwarding::Forwarding;
 use super::path_listeners::PathListeners;
 use super::shares::Shares;
+use super::slow_log::watch::SlowWatch;
 use super::source_limits::SourceLimits;
 use super::threads::{Done, Threads};
-use super::timers::{CallKey, TimerTarget, Timers};
+use super::timers::{CallKey, TimerTarget, Timers, millis};
 use super::unsent::UnsentAnswers;
 use super::unused_connections::UnusedConnections;
 use crate::config::LimitsConfig;
@@ -97,6 +98,7 @@ pub struct CallDispatcher {
     pub counts: CallCounts,
     pub pool_health: super::pool_health::WatchedPools,
     pub tracing: CallTracing,
+    pub slow: SlowWatch,
     /// The record of this worker in the scoreboard.
     pub record: &'static WorkerRecord,
     pub slot: u16,
@@ -307,6 +309,8 @@ impl CallDispatcher {
         if let Some(added) = self.calls.get_mut(key) {
             connection.pending += added.charged_bytes;
             added.read_ns = self.counts.turn_ns();
+            let waited = (added.read_ns, self.accept_wait_ms);
+            added.shown = self.slow.shown(waited.into(), connection.peer, params);
             self.timers
                 .arm(&mut added.timer, deadline_ms, TimerTarget::Call(key));
         }
@@ -354,8 +358,7 @@ impl CallDispatcher {
                 });
             }
             _ => {
-                let is_elsewhere = self.registry.find(name, true).is_some();
-                let error = call_errors::no_method(name, is_elsewhere);
+                let error = call_errors::no_method(&self.registry, name);
                 self.answer_error(connection, reply, id, error);
             }
         }
@@ -379,6 +382,7 @@ impl CallDispatcher {
         self.record.last_call.store(identity.number, Relaxed);
         self.record.inline_running.store(1, Relaxed);
         self.ledger.begins_inline(reply.mark, number);
+        let begin = self.slow.inline.begin(self.errors);
         let limit = self.limits.frame;
         let name = method.handler.answer_name().unwrap_or(&method.name);
         let counted = CountedCall::Inline(self.counts.place(Some(number)));
@@ -391,6 +395,9 @@ impl CallDispatcher {
         self.ledger.ends_inline();
         self.acquit(reply.mark);
         self.record.inline_running.store(0, Relaxed);
+        let call = (number, method.name.as_str(), params, reply.mark);
+        let around = (&self.counts, self.now_ms, self.errors, self.accept_wait_ms);
+        (self.slow).inline_ended(begin, call, (identity, connection.peer), around);
     }
 
     /// Clears the suspicion of a call that has completed.
@@ -399,11 +406,6 @@ impl CallDispatcher {
         if let Some(quarantine) = &self.quarantine {
             quarantine.clear_suspicion(mark.key());
         }
-    }
-
-    /// Returns whether each pool of this generation has a pool process that serves.
-    pub fn has_all_pools(&self) -> bool {
-        self.forwarding.has_all_pools(self.registry.pools().len())
     }
 
     /// Returns whether the call with this key is quarantined. A call without a key has 0 and is not.
@@ -425,6 +427,7 @@ impl CallDispatcher {
             return self.answer_error(connection, reply, id, error);
         };
         let key = self.calls.find(connection.token, wanted);
+        self.slow.cancelled = key;
         if let Some(ended) = key.and_then(|key| self.give_up(key)) {
             let error = call_errors::cancelled(ended.begun);
             self.answer(connection, &ended, (Err(error), None), None);
@@ -462,6 +465,8 @@ impl CallDispatcher {
 
     /// Gives up a waiting or running call, and disarms its timer.
     pub fn give_up(&mut self, key: CallKey) -> Option<FinishedCall> {
+        let around = (&self.calls, &*self.registry, &self.counts, self.now_ms);
+        self.slow.given_up(around, key);
         let mut ended = self.calls.give_up(key)?;
         self.timers.disarm(&mut ended.timer, TimerTarget::Call(key));
         if let Some(call) = ended.sent_to {
@@ -612,9 +617,4 @@ impl CallDispatcher {
             connection.queue_answer(place, answer, mark);
         }
     }
-}
-
-/// Converts a duration to milliseconds, capped at the largest value.
-pub fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,5 +1,6 @@
 //! Creates the errors of calls that a worker itself refuses or gives up.
 
+use crate::handler::registry::Registry;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
@@ -28,7 +29,8 @@ pub fn over_when_read() -> RpcError {
 }
 
 /// Returns the error of a call of an unknown method, or of one that only isolated listeners have.
-pub fn no_method(name: &str, is_elsewhere: bool) -> RpcError {
+pub fn no_method(registry: &Registry, name: &str) -> RpcError {
+    let is_elsewhere = registry.find(name, true).is_some();
     let name = excerpt(name);
     let text = match is_elsewhere {
         true => format!(

@@ -17,11 +17,13 @@ use super::lane::Lane;
 use super::method_stats::MethodStats;
 use super::run_queue::RunQueue;
 use super::shares::Source;
+use super::slow_log::record::ShownCall;
 use super::threads::{Done, HandlerCall, Threads};
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::registry::{Method, Registry};
 use crate::handler::trace::CallIdentity;
+use crate::link::call_frame::CallOrigin;
 use crate::protocol::cancel;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
@@ -141,6 +143,7 @@ impl CallScheduler {
             charged_bytes: new.charged_bytes,
             job: None,
             state: Arc::clone(&state),
+            shown: ShownCall::default(),
             sent_to: None,
             is_answered: false,
             is_evicted: false,
@@ -387,6 +390,11 @@ impl CallScheduler {
     /// Returns a call.
     pub fn get(&self, key: CallKey) -> Option<&ScheduledCall> {
         self.table.get(key)
+    }
+
+    /// Returns where a call came from.
+    pub fn origin(&self, key: CallKey) -> CallOrigin {
+        self.get(key).map(ScheduledCall::origin).unwrap_or_default()
     }
 
     /// Returns a call, to keep its timer.

@@ -10,10 +10,12 @@ use slab::Slab;
 
 use super::connection::PendingAnswer;
 use super::shares::Source;
+use super::slow_log::record::ShownCall;
 use super::timers::CallKey;
 use crate::handler::CallState;
 use crate::handler::call_state::HandlerCall;
 use crate::handler::trace::CallIdentity;
+use crate::link::call_frame::CallOrigin;
 use crate::sys::event::Token;
 
 /// The end of a list.
@@ -75,6 +77,8 @@ pub struct ScheduledCall {
     /// in the queue or with the executor.
     pub(super) job: Option<HandlerCall>,
     pub(super) state: Arc<CallState>,
+    /// What a record of the slow log is to show of it.
+    pub(super) shown: ShownCall,
     /// The remote call, if it runs in another process.
     pub(super) sent_to: Option<RemoteCall>,
     /// No caller waits for its answer any more.
@@ -95,6 +99,15 @@ impl ScheduledCall {
     pub fn number(&self) -> u64 {
         let identity = self.state.identity();
         identity.home.map_or(identity.number, |home| home.number)
+    }
+
+    /// Returns where it came from, for another process.
+    pub fn origin(&self) -> CallOrigin {
+        CallOrigin {
+            client: self.token.index() as u32,
+            read_ns: self.read_ns,
+            ..self.shown.origin
+        }
     }
 
     /// Returns what is needed to answer it. The id stays in the table, because it is logged if its thread
@@ -268,6 +281,7 @@ mod tests {
             charged_bytes: 0,
             job: None,
             state: Arc::default(),
+            shown: ShownCall::default(),
             sent_to: None,
             is_answered: false,
             is_evicted: false,

@@ -5,9 +5,9 @@
 //! one comes from. `unused_connections` says which one is closed. A connection that had a call is never closed
 //! for this: if there is no other, the worker accepts nothing until one ends.
 
-use super::call_dispatcher::millis;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::timers::TimerTarget;
+use super::timers::millis;
 use crate::link::metrics_board::layout::CloseReason;
 use crate::link::source_table::peer_name;
 use crate::sys::event::{Reactor, Token};

@@ -5,13 +5,13 @@
 
 use std::mem;
 
-use super::call_dispatcher::millis;
 use super::call_errors::{caller_gone, too_late};
 use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
 use super::rebalance::is_transferable;
 use super::timers::TimerTarget;
+use super::timers::millis;
 use crate::link::metrics_board::layout::CloseReason;
 use crate::link::source_table::peer_name;
 use crate::sys::event::{Reactor, Token};
@@ -400,6 +400,8 @@ impl EventLoop {
         let mut done: Vec<_> = done
             .into_iter()
             .filter_map(|done| {
+                let it = &mut self.service;
+                (it.slow).ended((&it.calls, &it.registry, &it.counts, it.now_ms), &done);
                 let call = self.service.calls.get(done.key);
                 if let Some(call) = call.filter(|_| !done.cpu.is_zero()) {
                     self.service.counts.add_command_cpu(call.method, done.cpu);

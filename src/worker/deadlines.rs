@@ -8,6 +8,7 @@ use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
 use super::timers::{CallKey, TimerTarget};
+use crate::link::message::Report;
 use crate::link::metrics_board::layout::CloseReason;
 use crate::link::source_table::peer_name;
 use crate::protocol::code::Code;
@@ -57,6 +58,7 @@ impl EventLoop {
                     self.make_room(reactor);
                 }
                 TimerTarget::Refused => self.serve_refused(),
+                TimerTarget::Slow => self.service.slow.expire(),
                 TimerTarget::Listen => {
                     self.listen_deadline = 0;
                     self.resume_listening(reactor);
@@ -72,6 +74,15 @@ impl EventLoop {
         if let Some(connection) = find(&mut self.connections, token) {
             let peer = peer_name(connection.peer);
             self.warn_limited(kind, &format!("{text} peer={peer}"));
+        }
+    }
+
+    /// Looks for calls that have become slow, if that is due.
+    pub(super) fn watch_slow_calls(&mut self) {
+        let it = &mut self.service;
+        let around = (&it.calls, &*it.registry, &it.counts, it.now_ms);
+        if it.slow.watch(around, (&mut it.threads, &mut it.timers)) {
+            self.request(Report::SlowCalls);
         }
     }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::active_rebalance::ActiveRebalance;
-use super::call_dispatcher::{CallDispatcher, millis};
+use super::call_dispatcher::CallDispatcher;
 use super::connection::{AnswerPosition, Connection};
 use super::drain::{Drain, DrainStep};
 use super::forwarding::LINK_BASE;
@@ -21,6 +21,7 @@ use super::pool_update;
 use super::publishing::{Published, publish};
 use super::session_state::SessionState;
 use super::timers::TimerTarget;
+use super::timers::millis;
 use crate::config::WorkersConfig;
 use crate::handler::command::sweep;
 use crate::link::adoption_queue::AdoptionQueue;
@@ -227,6 +228,7 @@ impl EventLoop {
             self.queue_calls(reactor);
             is_watched = self.service.threads.look(self.service.now_ms);
             self.exchange_calls(reactor);
+            self.watch_slow_calls();
             self.settle_programs(reactor);
             self.service.counts.flush();
             publish(&self.service, reactor.connections(), reactor.spurious_wakes);

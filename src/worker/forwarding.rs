@@ -16,7 +16,7 @@ use slab::Slab;
 use super::call_table::RemoteCall;
 use super::peer::{LeaveState, Load, Peer, SharedPools, has_all_pools, is_fresh, place, used};
 use crate::handler::call_state::HandlerCall;
-use crate::link::call_frame::{AnswerFrame, Frame};
+use crate::link::call_frame::{AnswerFrame, CallOrigin, Frame};
 use crate::link::message::SessionLink;
 use crate::link::scoreboard::WorkerRecord;
 use crate::link::session_table::{self, SessionRecord};
@@ -344,11 +344,11 @@ impl Forwarding {
         self.piece = piece;
     }
 
-    pub fn send(&mut self, to: RemoteCall, client: u32, call: &HandlerCall) -> bool {
+    pub fn send(&mut self, to: RemoteCall, origin: CallOrigin, call: &HandlerCall) -> bool {
         let Some(peer) = self.peers.get_mut(to.link) else {
             return false;
         };
-        let is_queued = peer.send(self.own_pid, client, call);
+        let is_queued = peer.send(self.own_pid, origin, call);
         if is_queued {
             let forwarded = &self.own_record.forwarded;
             forwarded.store(forwarded.load(Relaxed) + 1, Relaxed);

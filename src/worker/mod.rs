@@ -46,6 +46,7 @@ mod run_queue;
 mod session;
 mod session_state;
 mod shares;
+mod slow_log;
 mod source_limits;
 mod startup;
 mod stop_hooks;

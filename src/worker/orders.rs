@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::call_dispatcher::millis;
 use super::connection::{Connection, ConnectionPhase};
 use super::drain::Drain;
 use super::event_loop::{EventLoop, LINK, MASTER};
 use super::pool_update;
 use super::session_state::{self, SessionStep};
 use super::timers::CallKey;
+use super::timers::millis;
 use crate::link::adoption_queue::REJOIN;
 use crate::link::channel::{self, Received};
 use crate::link::message::{Order, Report};

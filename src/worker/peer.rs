@@ -9,7 +9,7 @@ use crate::handler::call_state::HandlerCall;
 use crate::handler::pool::Stage;
 use crate::handler::pool::pool_table::MethodNumbers;
 use crate::handler::trace::Trace;
-use crate::link::call_frame::{AnswerFrame, CallFrame, Frame};
+use crate::link::call_frame::{AnswerFrame, CallFrame, CallOrigin, Frame};
 use crate::link::call_link::CallLink;
 use crate::link::ids::Generation;
 use crate::link::scoreboard::{LANES, WorkerRecord};
@@ -134,7 +134,7 @@ impl Peer {
     }
 
     /// Queues a call of this process for it; `pid` is our own. Returns false if there is no room.
-    pub fn send(&mut self, pid: i32, client: u32, call: &HandlerCall) -> bool {
+    pub fn send(&mut self, pid: i32, origin: CallOrigin, call: &HandlerCall) -> bool {
         let identity = call.state.identity();
         let number = identity.number;
         let is_queued = self.link.queue(&Frame::Call(CallFrame {
@@ -142,7 +142,7 @@ impl Peer {
             method: call.method as u32,
             key: call.state.key(),
             deadline_ms: u64::try_from(call.deadline.as_millis()).unwrap_or(u64::MAX),
-            client,
+            origin,
             client_id: call.id.as_deref().map(Into::into),
             peer: call.peer,
             trace: identity.trace().map(Trace::into_context),

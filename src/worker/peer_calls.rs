@@ -120,9 +120,9 @@ fn send_next(service: &mut CallDispatcher, lane: usize, peer: usize, only_short:
         Ok(None) => return Sent::Nothing,
         Err(late) => return Sent::Late(late),
     };
-    let client = (service.calls.get_mut(key)).map_or(0, |call| call.token.index() as u32);
+    let origin = service.calls.origin(key);
     if let Some((to, call)) = remote_calls::send(&mut service.calls, key, peer)
-        && !service.forwarding.send(to, client, call)
+        && !service.forwarding.send(to, origin, call)
     {
         // No call within limits.frame is too long for a frame.
         remote_calls::take_back(&mut service.calls, key);
@@ -386,6 +386,7 @@ fn run(service: &mut CallDispatcher, link: usize, call: &CallFrame<'_>, is_servi
     );
     peer.running.insert(call.id.number, key);
     if let Some(added) = service.calls.get_mut(key) {
+        added.shown = service.slow.shown(call.origin, call.peer, &call.params);
         let target = TimerTarget::Call(key);
         service
             .timers

@@ -171,7 +171,7 @@ pub fn run_for_peer(
     });
     let job = calls.table.get_mut(key).and_then(|call| call.job.take());
     let waiting = calls.waiting(key).map(|waiting| Waiting {
-        client: call.client,
+        client: call.origin.client,
         ..waiting
     });
     let lane = calls.loads[method].lane;

@@ -115,6 +115,7 @@ impl State {
         self.taken += 1;
         self.is_stalled = false;
         let begins = !is_late && call.state.begin();
+        call.state.set_begun(now);
         Some(NextCall {
             begins,
             is_short: begins && is_short(call.expected),

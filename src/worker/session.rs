@@ -13,11 +13,11 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::assembly::{build, finish, serve};
-use super::call_dispatcher::millis;
 use super::event_loop::{EventLoop, MASTER};
 use super::path_listeners::PathListeners;
 use super::post_fork;
 use super::session_state::SessionState;
+use super::timers::millis;
 use crate::link::adoption_queue::LONGEST;
 use crate::link::message::{Message, Order, PACKET, Report};
 use crate::logging;

@@ -29,7 +29,8 @@ impl EventLoop {
     /// Returns whether it must wait for a pool process, because a client's call would otherwise wait for
     /// it.
     fn lacks_pools(&self) -> bool {
-        self.waits_for_pools && !self.service.has_all_pools()
+        self.waits_for_pools
+            && !(self.service.forwarding).has_all_pools(self.service.registry.pools().len())
     }
 
     /// Begins to accept as soon as possible.

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 
-use super::call_dispatcher::millis;
 use super::event_loop::EventLoop;
+use super::timers::millis;
 use crate::sys::process::{monotonic, monotonic_ms};
 
 /// The time between two checks for a signal; each check records a heartbeat.

@@ -88,6 +88,7 @@ impl ThreadStarter {
                 signal::set_current_call(call.state.key());
                 let outcome = begins.then(|| run(&call, slot, &registry));
                 let took = monotonic().saturating_sub(begun);
+                call.state.set_ended();
                 signal::set_current_call(0);
                 if let Some(running) = running {
                     running.ends();

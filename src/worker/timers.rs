@@ -4,6 +4,7 @@
 //! costs nothing. Pure: the caller passes the time.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 pub use crate::handler::call_state::CallKey;
 use crate::sys::event::Token;
@@ -31,6 +32,8 @@ pub enum TimerTarget {
     Unused,
     /// The time of a refused connection may be over.
     Refused,
+    /// A call may have become slow.
+    Slow,
 }
 
 #[derive(Debug, Default)]
@@ -67,6 +70,11 @@ impl Timers {
             target
         })
     }
+}
+
+/// Converts a duration to milliseconds, capped at the largest value.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

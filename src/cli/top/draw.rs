@@ -8,8 +8,9 @@ use ratatui::layout::{Position, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::Line;
 
+use super::cells::{PaneCell, PaneRow, Tone};
 use super::header::{self, HeaderItem};
-use super::panes::{Pane, PaneCell, PaneColumn, PaneRow, Tone};
+use super::panes::{Pane, PaneColumn};
 use super::text::rate;
 use super::view::{Mode, View};
 use crate::observe::content::Figures;

@@ -1,6 +1,6 @@
 //! Makes the figures of the header: the whole server at one look. Pure.
 
-use super::panes::Tone;
+use super::cells::Tone;
 use super::text::{escaped, micros, percent, rate};
 use crate::cli::units;
 use crate::observe::content::Figures;

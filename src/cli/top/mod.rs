@@ -3,6 +3,7 @@
 //! The loop waits for keys, signals and the master's answer, and never blocks on one of them. So keys work while
 //! the master is stopped. The figures are computed by `observe`.
 
+mod cells;
 mod draw;
 mod feed;
 mod header;

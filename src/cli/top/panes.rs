@@ -1,14 +1,13 @@
 //! Turns figures into the rows of each pane. Pure.
 //!
-//! A cell has its text, what it is sorted by, and a tone. Each tone has a symbol in the text beside its color.
+//! Each tone of a cell has a symbol in the text beside its color.
 
-use std::cmp::Ordering;
-
-use super::text::{UNKNOWN, escaped, joined, micros, rate, sparkline};
+use super::cells::{PaneCell, PaneRow, Tone, count, figure, oldest, per_s, pid, state, text, time};
+use super::text::{UNKNOWN, joined, rate, sparkline};
 use crate::cli::units;
 use crate::observe::content::Figures;
-use crate::observe::totals::MethodFigures;
-use crate::protocol::control::{DeathStatus, OldestCall, PoolStatus, WorkerPhase, WorkerStatus};
+use crate::observe::totals::{MethodFigures, SlowFigures};
+use crate::protocol::control::{DeathStatus, PoolStatus, WorkerStatus};
 
 /// How wide the calls of the last 60 s are drawn.
 const SPARK_WIDTH: usize = 20;
@@ -21,32 +20,6 @@ pub(super) enum Pane {
     Events,
     Slow,
 }
-
-/// How good or bad a figure is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tone {
-    Plain,
-    Good,
-    Warn,
-    Bad,
-}
-
-/// What a cell is sorted by.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum SortKey {
-    Number(f64),
-    Text(String),
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct PaneCell {
-    pub text: String,
-    pub key: SortKey,
-    pub tone: Tone,
-}
-
-/// A row has a cell for each column of its pane.
-pub(super) type PaneRow = Vec<PaneCell>;
 
 /// A column of a pane.
 #[derive(Debug)]
@@ -127,7 +100,14 @@ const POOLS: [PaneColumn; 9] = [
     elastic("Oldest call", 7),
 ];
 const EVENTS: [PaneColumn; 3] = [number("Ago", 0), words("What", 0), elastic("Details", 0)];
-const SLOW: [PaneColumn; 1] = [elastic("Slow calls", 0)];
+const SLOW: [PaneColumn; 6] = [
+    number("Ago", 2),
+    words("Call", 3),
+    words("Method", 0),
+    number("Run", 0),
+    words("State", 1),
+    elastic("Evidence", 0),
+];
 
 impl Pane {
     pub(super) const ALL: [Pane; 5] = [
@@ -172,95 +152,9 @@ impl Pane {
             Pane::Methods => methods(figures),
             Pane::Pools => status.pools.iter().map(|it| pool(it, figures)).collect(),
             Pane::Events => events(figures, now),
-            Pane::Slow => vec![vec![text("slow log off")]],
+            Pane::Slow => slow(figures, now),
         }
     }
-}
-
-impl SortKey {
-    pub(super) fn compare(&self, other: &Self) -> Ordering {
-        match (self, other) {
-            (SortKey::Number(one), SortKey::Number(other)) => one.total_cmp(other),
-            (SortKey::Text(one), SortKey::Text(other)) => one.cmp(other),
-            (SortKey::Number(_), SortKey::Text(_)) => Ordering::Less,
-            (SortKey::Text(_), SortKey::Number(_)) => Ordering::Greater,
-        }
-    }
-}
-
-impl PaneCell {
-    fn toned(mut self, tone: Tone) -> Self {
-        self.tone = tone;
-        let symbol = match tone {
-            Tone::Plain => return self,
-            Tone::Good => '●',
-            Tone::Warn => '▲',
-            Tone::Bad => '✖',
-        };
-        self.text = format!("{symbol} {}", self.text);
-        self
-    }
-
-    /// Marks a figure that should be 0.
-    fn zero_is_good(self, tone: Tone) -> Self {
-        match self.key {
-            SortKey::Number(number) if number > 0.0 => self.toned(tone),
-            _ => self,
-        }
-    }
-}
-
-fn text(words: &str) -> PaneCell {
-    let text = escaped(words);
-    PaneCell {
-        key: SortKey::Text(text.clone()),
-        text,
-        tone: Tone::Plain,
-    }
-}
-
-fn figure(number: f64, text: String) -> PaneCell {
-    PaneCell {
-        text,
-        key: SortKey::Number(number),
-        tone: Tone::Plain,
-    }
-}
-
-fn count(number: u64) -> PaneCell {
-    figure(number as f64, units::count(number))
-}
-
-fn per_s(number: f64) -> PaneCell {
-    figure(number, rate(number))
-}
-
-fn time(us: Option<u64>) -> PaneCell {
-    figure(us.map_or(-1.0, |us| us as f64), micros(us))
-}
-
-fn pid(pid: Option<i32>) -> PaneCell {
-    let text = pid.map_or_else(|| UNKNOWN.to_owned(), |pid| pid.to_string());
-    figure(pid.unwrap_or(-1).into(), text)
-}
-
-fn state(phase: WorkerPhase) -> PaneCell {
-    text(phase.name()).toned(match phase {
-        WorkerPhase::Ready => Tone::Good,
-        WorkerPhase::Starting | WorkerPhase::Draining => Tone::Warn,
-        WorkerPhase::Throttled | WorkerPhase::Dead => Tone::Bad,
-    })
-}
-
-fn oldest(call: Option<&OldestCall>) -> PaneCell {
-    let Some(call) = call else {
-        return figure(-1.0, UNKNOWN.to_owned());
-    };
-    let age = units::milliseconds(call.age_ms);
-    figure(
-        call.age_ms as f64,
-        format!("{} {age}", escaped(&call.method)),
-    )
 }
 
 fn worker(worker: &WorkerStatus, figures: &Figures) -> PaneRow {
@@ -375,6 +269,36 @@ fn pool(pool: &PoolStatus, figures: &Figures) -> PaneRow {
         text(&joined(&exits, UNKNOWN)),
         oldest(pool.oldest_call.as_ref()),
     ]
+}
+
+fn slow(figures: &Figures, now: u64) -> Vec<PaneRow> {
+    let Some(members) = figures
+        .members
+        .as_ref()
+        .filter(|it| it.slow_log || !it.slow.is_empty())
+    else {
+        let blank = SLOW[1..].iter().map(|_| text(""));
+        return vec![blank.chain([text("slow log off")]).collect()];
+    };
+    let row = |call: &SlowFigures| {
+        let (ago, state) = (now.saturating_sub(call.at), call.outcome.as_deref());
+        let run = figure(call.age_ms as f64, units::milliseconds(call.age_ms));
+        let tone = if call.done { Tone::Plain } else { Tone::Bad };
+        let (ago, state) = (
+            figure(ago as f64, units::seconds(ago)),
+            text(state.unwrap_or("runs")),
+        );
+        let id = text(&call.call.to_string());
+        vec![
+            ago,
+            id,
+            text(&call.method),
+            run,
+            state.toned(tone),
+            text(&call.evidence),
+        ]
+    };
+    members.slow.iter().map(row).collect()
 }
 
 fn events(figures: &Figures, now: u64) -> Vec<PaneRow> {

@@ -188,7 +188,12 @@ fn figures() -> Figures {
     };
     Figures {
         facts: Rc::new(facts),
-        members: Some(BoardMembers { totals, methods }),
+        members: Some(BoardMembers {
+            totals,
+            methods,
+            slow_log: false,
+            slow: Vec::new(),
+        }),
         rates: model.rates(),
         master_age_ms: 12,
     }

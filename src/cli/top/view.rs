@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use crossterm::event::KeyCode;
 
-use super::panes::{Pane, PaneRow};
+use super::cells::PaneRow;
+use super::panes::Pane;
 use crate::observe::content::Figures;
 
 /// The intervals that `+` and `-` step through, in milliseconds.

@@ -7,7 +7,9 @@ use log::LevelFilter;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::settings::{IsolationConfig, LogConfig, PoolReload, RlimitsConfig};
+use crate::config::settings::{
+    IsolationConfig, LogConfig, PoolReload, RlimitsConfig, SlowLogConfig,
+};
 use crate::sys::account::{self, Account};
 
 fn duration(least_ms: u64) -> impl Strategy<Value = Duration> {
@@ -111,6 +113,14 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn slow_log()(
+        threshold in or_zero(1), params in 0..=4096usize, lines in 1..=10_000usize,
+    ) -> SlowLogConfig {
+        SlowLogConfig { threshold, params, lines }
+    }
+}
+
+prop_compose! {
     fn program()(
         more in prop::collection::vec("[a-z '\"\\\\-]{0,8}|\\{[a-z]{1,4}\\}", 0..4),
         user: bool,
@@ -165,6 +175,7 @@ prop_compose! {
             scope: PoolScope::Shared,
             reload: [PoolReload::Replace, PoolReload::Rolling, PoolReload::Keep][reload],
             stderr_level: log::Level::Info,
+            stack_signal: health.then_some(StackSignal::Usr2),
         }
     }
 }
@@ -189,7 +200,7 @@ fn of_connections(pool: PoolConfig) -> PoolConfig {
 prop_compose! {
     fn method()(
         kind in 0..6usize, command in command(), timeout in duration(1),
-        concurrency in 0..=1000usize, rate: u32, kills: bool,
+        concurrency in 0..=1000usize, rate: u32, kills: bool, slow in prop::option::of(duration(1)),
     ) -> MethodConfig {
         let kind = match kind {
             4 => MethodKind::Command(Box::new(command)),
@@ -200,7 +211,7 @@ prop_compose! {
             _ => MethodKind::Builtin(Builtin::Sleep),
         };
         let kills_abandoned = kills && matches!(kind, MethodKind::Pool(_));
-        MethodConfig { kind, timeout, concurrency, rate, kills_abandoned }
+        MethodConfig { kind, timeout, concurrency, rate, slow, kills_abandoned }
     }
 }
 
@@ -208,6 +219,7 @@ prop_compose! {
     fn any_settings()(
         daemon: bool, json: bool, level in 0..6usize, user: bool, file in path(),
         paths in [path(), path()], workers in workers(), limits in limits(), observe in observe(),
+        slow_log in prop::option::of(slow_log()),
         listen in prop::collection::vec(listener(), 1..5),
         methods in prop::collection::btree_map("[a-z][A-Za-z0-9_./:-]{0,20}x", method(), 0..5),
         ping in method(), first in pool(), more in prop::option::of(pool()), is_of_connections: bool,
@@ -227,6 +239,10 @@ prop_compose! {
                 (name, MethodConfig { kills_abandoned, ..method })
             })
             .chain([("ping".to_owned(), MethodConfig { kind, kills_abandoned: false, ..ping })])
+            .map(|(name, method)| {
+                let slow = method.slow.filter(|_| slow_log.is_some());
+                (name, MethodConfig { slow, ..method })
+            })
             .collect();
         let mut first = first;
         if is_of_connections && listen.iter().any(|listen| listen.isolation.is_some()) {
@@ -246,7 +262,7 @@ prop_compose! {
             account: (user && !has_account)
                 .then(|| Account::lookup("nobody", Some("root")).unwrap()),
             log: LogConfig { level, format, file: daemon.then_some(file) },
-            workers, limits, observe, trace: json, listen, methods, pools,
+            workers, limits, observe, slow_log, trace: json, listen, methods, pools,
             warnings: Vec::new(), needs_restart: Vec::new(),
         }
     }

@@ -7,6 +7,7 @@
 //! the call is given up.
 
 mod arguments;
+pub mod in_progress;
 mod marks;
 pub mod output;
 mod run;

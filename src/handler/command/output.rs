@@ -88,6 +88,16 @@ impl Tail {
         }
     }
 
+    /// Returns at most the last `most` of the kept bytes as text.
+    pub fn end(&self, most: usize) -> String {
+        let cut = self.bytes.len().saturating_sub(most);
+        let end = Tail {
+            bytes: self.bytes[cut..].to_vec(),
+            is_cut: self.is_cut || cut > 0,
+        };
+        end.into_text()
+    }
+
     /// Returns the kept bytes as text; invalid UTF-8 is replaced.
     pub fn into_text(mut self) -> String {
         self.cut();

@@ -17,7 +17,7 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{pipe2, read, write};
 
-use super::output::Tail;
+use super::in_progress::ShownCommand;
 use crate::handler::Context;
 use crate::sys::descriptor;
 use crate::sys::process::Exit;
@@ -128,9 +128,9 @@ impl CommandProcess {
     ) -> Result<Ran, Stopped> {
         let waker = Arc::clone(&self.waker);
         let mut stdout = Vec::new();
-        let mut stderr = Tail::default();
+        let shown = ShownCommand::new(context.number(), self.child.pid());
         let ended = context.waking(&waker, || {
-            self.attend(input, &mut stdout, &mut stderr, max_output, context)
+            self.attend(input, &mut stdout, &shown, max_output, context)
         });
         if let Err(why) = ended {
             self.child.kill_with_descendants();
@@ -138,17 +138,17 @@ impl CommandProcess {
                 End::TimedOut => Stopped::TimedOut,
                 End::GivenUp => Stopped::GivenUp,
                 End::TooMuch => Stopped::TooMuch {
-                    stderr: stderr.into_text(),
+                    stderr: shown.into_stderr(),
                 },
             });
         }
         // While it is not reaped, its process group id cannot be reused.
         self.child.kill();
         pull_what_is_there(&mut self.stdout, |piece| stdout.extend_from_slice(piece));
-        pull_what_is_there(&mut self.stderr, |piece| stderr.add(piece));
+        pull_what_is_there(&mut self.stderr, |piece| shown.stderr().add(piece));
         let too_much = stdout.len() > max_output;
         let exit = self.child.reap().map(|child| child.exit);
-        let stderr = stderr.into_text();
+        let stderr = shown.into_stderr();
         match exit {
             _ if too_much => Err(Stopped::TooMuch { stderr }),
             Some(exit) => Ok(Ran {
@@ -166,7 +166,7 @@ impl CommandProcess {
         &mut self,
         input: &[u8],
         stdout: &mut Vec<u8>,
-        stderr: &mut Tail,
+        shown: &ShownCommand,
         max_output: usize,
         context: &Context<'_>,
     ) -> Result<(), End> {
@@ -211,7 +211,7 @@ impl CommandProcess {
             if stdout.len() > max_output {
                 return Err(End::TooMuch);
             }
-            pull(&mut self.stderr, |piece| stderr.add(piece));
+            pull(&mut self.stderr, |piece| shown.stderr().add(piece));
         }
     }
 

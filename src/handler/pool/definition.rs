@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use super::entry::ServingProgram;
 use super::life;
 use super::program_deaths::{ProgramDeath, ProgramDeaths};
 use super::program_record::ProgramRecord;
@@ -77,7 +78,7 @@ impl Pool {
     pub fn new(name: &str, pool: &config::PoolConfig, settings: &config::Settings) -> Self {
         Pool {
             name: name.to_owned(),
-            program: PreparedProgram::new(&pool.program),
+            program: prepared(pool),
             arguments: arguments(pool),
             settings: pool.clone(),
             worker_boot: settings.workers.boot_timeout,
@@ -94,7 +95,7 @@ impl Pool {
     pub(super) fn with_config(&self, config: config::PoolConfig) -> Self {
         Pool {
             name: self.name.clone(),
-            program: PreparedProgram::new(&config.program),
+            program: prepared(&config),
             arguments: arguments(&config),
             settings: config,
             worker_boot: self.worker_boot,
@@ -191,9 +192,28 @@ impl Pool {
         self.settings.concurrency
     }
 
+    /// Describes a program of this pool that serves.
+    pub(super) fn program(&self, pid: Pid) -> ServingProgram {
+        ServingProgram {
+            pid,
+            stack_signal: self.settings.stack_signal,
+        }
+    }
+
     /// Returns the number of programs.
     pub fn processes(&self) -> usize {
         self.settings.processes
+    }
+}
+
+/// The variable with the signal that a program gets when its call is slow.
+const STACK_SIGNAL: &str = "PREFORKD_STACK_SIGNAL";
+
+fn prepared(pool: &config::PoolConfig) -> PreparedProgram {
+    let program = PreparedProgram::new(&pool.program);
+    match pool.stack_signal {
+        Some(signal) => program.with_variable(STACK_SIGNAL, signal.name()),
+        None => program,
     }
 }
 

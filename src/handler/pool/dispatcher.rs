@@ -95,7 +95,7 @@ impl SupervisorHandle {
 #[derive(Debug)]
 pub(super) struct Dispatcher {
     pub line: Line,
-    places: Vec<Place>,
+    pub places: Vec<Place>,
     supervisors: Vec<SupervisorHandle>,
     /// Programs that go back, once their sockets are not watched any more.
     leaving: Vec<(usize, SupervisorOrder)>,

@@ -6,11 +6,17 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use super::*;
 use crate::handler::builtin::Echo;
 use crate::handler::call_state::CallKey;
-use crate::handler::pool::entry::Tally;
+use crate::handler::pool::entry::{ServingProgram, Tally};
 use crate::handler::pool::wire::{PIECE, Wire};
 use crate::handler::registry::{Method, Registry};
+use crate::sys::process::Pid;
 use crate::sys::socket::stream_pair;
 use crate::throttle::limiter::Limiter;
+
+const PROGRAM: ServingProgram = ServingProgram {
+    pid: Pid(0),
+    stack_signal: None,
+};
 
 /// A dispatcher with the orders to its supervisors, and the programs' ends of the sockets.
 struct World {
@@ -105,7 +111,7 @@ impl World {
         self.programs[number] = Some(theirs);
         let wire = (Wire::new(ours), false);
         let connection =
-            ProgramConnection::new(wire, self.concurrency, Arc::new(Tally::default()), 0);
+            ProgramConnection::new(wire, self.concurrency, Arc::new(Tally::of(PROGRAM)), 0);
         self.receive(number, SupervisorEvent::Ready(Box::new(connection)));
         self.dispatcher.settle(|_, _| Ok(()));
     }

@@ -4,10 +4,11 @@
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::config::StackSignal;
 use crate::handler::call_state::{Done, HandlerCall};
 use crate::logging::LoggedCall;
 use crate::protocol::rpc_error::RpcError;
-use crate::sys::process::monotonic;
+use crate::sys::process::{Pid, monotonic};
 use crate::throttle::Millis;
 
 /// Why a program that served must be ended.
@@ -34,9 +35,18 @@ pub(super) enum Recall {
     Ended,
 }
 
+/// A program that serves, for the slow log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServingProgram {
+    pub pid: Pid,
+    /// The signal that it gets when its call is slow.
+    pub stack_signal: Option<StackSignal>,
+}
+
 /// What the supervisor of a program knows of its calls.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tally {
+    pub program: ServingProgram,
     calls: AtomicU64,
     answered_at: AtomicU64,
     /// The call that it runs, as log lines name it: the pid and the number, which is 0 if they name none.
@@ -45,6 +55,16 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    pub fn of(program: ServingProgram) -> Self {
+        Tally {
+            program,
+            calls: AtomicU64::new(0),
+            answered_at: AtomicU64::new(0),
+            home: AtomicI32::new(0),
+            number: AtomicU64::new(0),
+        }
+    }
+
     /// Returns how many calls it has answered, and the time of the last answer.
     pub fn seen(&self) -> (u64, Millis) {
         // A thread that sees the counted answer sees its time as well.
@@ -59,7 +79,13 @@ impl Tally {
 
     /// Records the call that it runs from now on.
     pub fn runs(&self, entry: Option<&Entry>) {
-        let call = entry.and_then(|entry| entry.job.state.identity().logged());
+        let is_asked = self.program.stack_signal.is_some();
+        let call = entry.and_then(|entry| {
+            let identity = entry.job.state.identity();
+            // A stack that it writes when it is asked must have the call beside it.
+            let id = is_asked.then(|| identity.id());
+            identity.logged().or(id.map(|id| (id.pid, id.number)))
+        });
         let (home, number) = call.unwrap_or_default();
         if number != 0 || self.number.load(Ordering::Relaxed) != 0 {
             self.home.store(home, Ordering::Relaxed);
@@ -102,6 +128,7 @@ impl Entry {
     /// Returns its result. `None` means that it was given up before it began.
     pub fn done(self, outcome: Option<Result<Vec<u8>, RpcError>>, out: Option<Box<str>>) -> Done {
         let took = self.begun.map(|begun| monotonic().saturating_sub(begun));
+        self.job.state.set_ended();
         Done {
             key: self.job.key,
             outcome,

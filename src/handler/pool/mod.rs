@@ -11,7 +11,7 @@
 mod boot;
 pub mod definition;
 mod dispatcher;
-mod entry;
+pub mod entry;
 mod life;
 mod lines;
 mod parallel;

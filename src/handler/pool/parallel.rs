@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::entry::Entry;
+use crate::handler::call_state::CallKey;
 use crate::throttle::Millis;
 
 /// How long a cancelled call may stay unanswered after the timeout of its method, in milliseconds.
@@ -57,6 +58,11 @@ impl ParallelCalls {
     /// Returns how many of its calls still have a waiting client.
     pub fn count(&self) -> usize {
         self.running.len()
+    }
+
+    /// Returns whether it runs this call.
+    pub fn has(&self, key: CallKey) -> bool {
+        self.running.values().any(|entry| entry.job.key == key)
     }
 
     /// Returns whether the program owes no answer.

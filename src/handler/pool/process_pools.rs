@@ -8,9 +8,10 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::dispatcher::Dispatcher;
+use super::dispatcher::{Dispatcher, Place};
+use super::entry::ServingProgram;
 use super::{Hurry, Pools, Stage};
-use crate::handler::call_state::{Done, HandlerCall, Reports};
+use crate::handler::call_state::{CallKey, Done, HandlerCall, Reports};
 use crate::handler::registry::Registry;
 use crate::sys::waker::Waker;
 
@@ -147,6 +148,16 @@ impl ProcessPools {
     /// As [`Pools::take_done`].
     pub fn take_done(&mut self, done: &mut Vec<Done>) {
         self.all_mut().for_each(|pools| pools.take_done(done));
+    }
+
+    /// Returns the program that runs a call.
+    pub fn program_of(&self, key: CallKey) -> Option<ServingProgram> {
+        let mut places =
+            (self.all()).flat_map(|pools| pools.queue.iter().flat_map(|it| &it.places));
+        places.find_map(|place| match place {
+            Place::Taken(connection) => connection.runs(key),
+            Place::Empty | Place::Asleep | Place::Down(..) | Place::Vacant => None,
+        })
     }
 
     /// As [`Pools::next_overdue`].

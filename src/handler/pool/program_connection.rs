@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::definition::Pool;
-use super::entry::{Entry, Tally};
+use super::entry::{Entry, ServingProgram, Tally};
 use super::life::millis;
 use super::parallel::{OpenCall, ParallelCalls};
 use super::wire::Wire;
-use crate::handler::call_state::Done;
+use crate::handler::call_state::{CallKey, Done};
 use crate::handler::registry::Registry;
 use crate::handler::trace::Trace;
 use crate::protocol::code::Code;
@@ -128,6 +128,16 @@ impl ProgramConnection {
             None => self.running.is_none(),
         };
         has_room && self.takes_calls()
+    }
+
+    /// Returns the program if it runs this call.
+    pub fn runs(&self, key: CallKey) -> Option<ServingProgram> {
+        let mut running = self.running.iter();
+        let is_running = match &self.parallel {
+            Some(calls) => calls.has(key),
+            None => running.any(|entry| entry.job.key == key),
+        };
+        is_running.then_some(self.tally.program)
     }
 
     /// Returns how many of its calls still have a waiting client.
@@ -250,6 +260,7 @@ impl ProgramConnection {
                 RpcError::of(Code::Timeout, text, false)
             } else {
                 entry.begun = Some(now);
+                entry.job.state.set_begun(now);
                 let method = line.registry.name(entry.job.method);
                 let id = self.parallel.as_ref().map(ParallelCalls::next_id);
                 let identity = entry.job.state.identity();

@@ -167,6 +167,7 @@ fn each_of_block(block: &Block, names: &BoardTotals, all: bool, visit: Visit<'_>
     let refusals = &block.quarantine_refusals;
     visit(&|| "quarantine_refusals".into(), refusals, Sum);
     visit(&|| "lost_lines".into(), &block.lost_lines, Sum);
+    visit(&|| "slow_calls".into(), &block.slow_calls, Sum);
     for (label, counter) in labels::MOVED.iter().zip(&block.moved) {
         visit(&|| format!("moved/{label}"), counter, Sum);
     }
@@ -201,13 +202,15 @@ fn each_of_block(block: &Block, names: &BoardTotals, all: bool, visit: Visit<'_>
     }
     for (place, method) in names.places() {
         // Unused counters take no memory as long as they are not read.
-        if !all && block.calls[place].load(Relaxed) == 0 {
+        let counts = [&block.calls[place], &block.slow_calls];
+        if !all && counts.iter().all(|count| count.load(Relaxed) == 0) {
             continue;
         }
         let cells = &block.methods[place];
         visit(&|| format!("calls/{method}"), &block.calls[place], Sum);
         let cpu = &block.command_cpu_ns[place];
         visit(&|| format!("command_cpu_ns/{method}"), cpu, Sum);
+        visit(&|| format!("slow/{method}"), &cells.slow, Sum);
         visit(
             &|| format!("longest_ns/{method}"),
             &cells.longest_ns,

@@ -56,7 +56,10 @@ fn a_stored_board_of_version_1_is_read_and_continued() {
         let [offset, value] = [offset, value].map(|it| u64::from_str_radix(it, 16).unwrap());
         file.write_all_at(&value.to_le_bytes(), offset).unwrap();
     }
-    let reader = BoardReader::new(file.try_clone().unwrap().into()).unwrap();
+    // The master first makes the file as long as the blocks of its version.
+    let board = MetricsBoard::of(file.try_clone().unwrap().into());
+    let mut board = board.unwrap().unwrap();
+    let reader = BoardReader::new(file.into()).unwrap();
     let methods = reader.methods(true);
     let calls: Vec<_> = methods
         .iter()
@@ -80,7 +83,6 @@ fn a_stored_board_of_version_1_is_read_and_continued() {
     assert_eq!(reader.sum(|block| &block.accepted), 6);
     assert_eq!(reader.pool_programs()[0].starts, 1);
     assert_eq!(reader.header().worker_starts.load(Relaxed), 1);
-    let mut board = MetricsBoard::of(file.into()).unwrap().unwrap();
     let access = board.access(
         0,
         [("ping", HandlerKind::Builtin)].into_iter(),

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Orderin
 
 use super::grid::BUCKETS;
 use crate::link::scoreboard::RECORDS;
+use crate::link::slow_calls::{SlowRing, SlowRules};
 use crate::sys::shared_memory::{load_text, shared_record, store_text};
 
 /// "preforkd" in the first word.
@@ -190,6 +191,8 @@ shared_record! {
         pub lost_lines: AtomicU64,
         /// The highest slot that was ever used, plus one.
         pub slots: AtomicU64,
+        /// What counts as slow.
+        pub slow: SlowRules,
     }
 }
 
@@ -203,8 +206,8 @@ shared_record! {
         pub longest_ns: AtomicU64,
         /// By code, twice: before it began, and started.
         pub errors: [AtomicU64; 2 * CODES],
-        /// Padding, for one more field.
-        pub spare: AtomicU64,
+        /// Calls over the threshold of the slow log.
+        pub slow: AtomicU64,
     }
 }
 const _: () = assert!(size_of::<MethodCells>() == 4608);
@@ -229,8 +232,10 @@ shared_record! {
         pub returned: AtomicU64,
         pub quarantine_refusals: AtomicU64,
         pub lost_lines: AtomicU64,
+        /// Calls over the threshold of the slow log, of all methods. If it is 0, nothing of the slow log was used.
+        pub slow_calls: AtomicU64,
         /// Room for more fields.
-        pub spare: [AtomicU64; 16],
+        pub spare: [AtomicU64; 15],
         pub accept_wait: HistogramCells,
         /// CPU time in nanoseconds, by slot.
         pub cpu_ns: [AtomicU64; SLOTS],
@@ -248,6 +253,8 @@ shared_record! {
         pub methods: [MethodCells; NAMES + 1],
         /// The run times of methods, if they are recorded.
         pub runs: [HistogramCells; NAMES + 1],
+        /// The last slow calls of this process.
+        pub slow: SlowRing,
     }
 }
 
@@ -260,6 +267,7 @@ const _: () = {
     assert!(offset_of!(BoardHeader, reloads) == 74_280);
     assert!(offset_of!(BoardHeader, lost_lines) == 74_480);
     assert!(offset_of!(BoardHeader, slots) == 74_488);
+    assert!(offset_of!(BoardHeader, slow) == 74_496);
     assert!(offset_of!(Block, accept_wait) == 744);
     assert!(offset_of!(Block, cpu_ns) == 2784);
     assert!(offset_of!(Block, calls) == 10_976);

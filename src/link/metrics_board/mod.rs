@@ -24,6 +24,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::Release};
 
+use crate::link::ids::Pid;
+use crate::link::slow_calls::{SlowCall, SlowRing};
+use crate::sys::process::monotonic_ns;
 use crate::sys::shared_memory::{growing_file, record_at};
 use layout::{
     Block, BoardHeader, HandlerKind, MAGIC, NAMES, NameTable, OTHER, POOLS, STRIDE, VERSION,
@@ -81,6 +84,7 @@ impl NameNumbers {
 #[derive(Debug, Clone)]
 pub struct MetricsAccess {
     pub block: &'static Block,
+    pub header: &'static BoardHeader,
     pub methods: Box<[u16]>,
     pub pools: Box<[u16]>,
 }
@@ -174,6 +178,7 @@ impl MetricsBoard {
         word.store(word.load(Relaxed) | 1 << (record % 64), Release);
         Ok(MetricsAccess {
             block,
+            header: self.header,
             methods: methods
                 .map(|(name, kind)| {
                     let place = self.methods.number(name);
@@ -240,11 +245,27 @@ impl MetricsBoard {
         is_new
     }
 
-    /// The process with a scoreboard record has ended: it runs no calls.
-    pub fn clear_gauges(&mut self, record: usize) {
-        if let Ok(block) = self.block(record) {
-            let gauges = block.running.iter().chain(&block.queued);
-            gauges.for_each(|gauge| gauge.store(0, Relaxed));
+    /// The process `pid` with a scoreboard record has ended: it runs no calls. Returns its slow calls that it
+    /// had not ended.
+    pub fn clear_gauges(&mut self, record: usize, pid: Pid) -> Vec<SlowCall> {
+        let Ok(block) = self.block(record) else {
+            return Vec::new();
+        };
+        let gauges = block.running.iter().chain(&block.queued);
+        gauges.for_each(|gauge| gauge.store(0, Relaxed));
+        if block.slow_calls.load(Relaxed) == 0 {
+            return Vec::new();
         }
+        block.slow.close(pid.0, monotonic_ns())
+    }
+
+    /// Returns the slow calls of the process with a scoreboard record.
+    pub fn slow_ring(&self, record: usize) -> Option<&'static SlowRing> {
+        self.blocks.get(&record).map(|block| &block.slow)
+    }
+
+    /// Returns the place of a method; that of all others without room.
+    pub fn place_of(&mut self, method: &str) -> usize {
+        self.methods.number(method).into()
     }
 }

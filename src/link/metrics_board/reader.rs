@@ -12,6 +12,7 @@ use super::layout::{
     Block, BoardHeader, CODES, HistogramCells, MAGIC, NAMES, OTHER_NAME, POOLS, SLOTS, VERSION,
     labels::PROGRAM_EXITS, offset_of_block,
 };
+use crate::link::slow_calls::{KEPT, SlowCall};
 use crate::sys::shared_memory::ReadOnlyMap;
 
 /// The board, mapped for reading.
@@ -77,6 +78,8 @@ pub struct MethodTotals {
     pub run: HistogramCounts,
     pub longest_ns: u64,
     pub command_cpu_ns: u64,
+    /// Calls over the threshold of the slow log.
+    pub slow: u64,
     /// What answers it; `None` for all others together.
     pub kind: Option<&'static str>,
     /// Calls that ran, and that waited, at the last tick.
@@ -227,6 +230,11 @@ impl BoardReader {
             let gauge = |gauge: &AtomicU64| u64::from(gauge.load(Relaxed) as u32);
             totals.running += gauge(&block.running[place]);
             totals.queued += gauge(&block.queued[place]);
+            // The process that runs a call counts it as slow, also a pool process, which answers none.
+            if block.slow_calls.load(Relaxed) > 0 {
+                let slow = block.methods[place].slow.load(Relaxed);
+                totals.slow = totals.slow.wrapping_add(slow);
+            }
             let calls = block.calls[place].load(Acquire);
             // Unused counters take no memory as long as they are not read.
             if calls > 0 {
@@ -237,6 +245,19 @@ impl BoardReader {
             }
         }
         totals
+    }
+
+    /// The last slow calls of the server, oldest first.
+    pub fn slow_calls(&self) -> Vec<SlowCall> {
+        let used = (self.blocks()).filter(|block| block.slow_calls.load(Relaxed) > 0);
+        let mut calls: Vec<SlowCall> = used.flat_map(|block| block.slow.read()).collect();
+        calls.sort_by_key(|call| call.at_ms);
+        calls.split_off(calls.len().saturating_sub(KEPT))
+    }
+
+    /// Whether `[slow-log]` is there.
+    pub fn has_slow_log(&self) -> bool {
+        self.header().slow.is_on()
     }
 
     /// The histogram of times in the accept queue.

@@ -14,6 +14,7 @@ pub mod pool_process;
 pub mod program_deaths;
 pub mod session_ranges;
 pub mod sessions;
+pub mod slow_calls;
 pub mod source_counts;
 pub mod startup_log;
 pub mod workers;

@@ -64,7 +64,7 @@ pub struct WorkerHandle {
     /// earlier.
     pub known: Rc<GenerationInfo>,
     pub record: &'static WorkerRecord,
-    pub(super) record_index: usize,
+    pub record_index: usize,
     /// Where it writes which calls are stuck.
     pub stuck: &'static StuckCalls,
     /// `None` once it has closed its end.
@@ -373,7 +373,7 @@ impl Children {
         self.pool_health.end(worker.pool.as_ref(), worker.record);
         worker.record.clear_capacity();
         self.sources.clear(worker.record_index);
-        self.metrics.clear_gauges(worker.record_index);
+        super::slow_calls::log_crashed(&self.metrics.clear_gauges(worker.record_index, pid));
         self.links.forget(pid);
         let left = DeadWorker {
             worker: pid,

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::link::metrics_board;
 use crate::master::children::pool_process::kept_pools;
+use crate::master::children::slow_calls;
 use crate::master::children::workers::{GenerationContext, GenerationInfo};
 use crate::master::core::{Master, now};
 use crate::master::endpoints::listeners::{self, Listener};
@@ -112,6 +113,10 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
                 listeners::tune(&context.settings, &context.listeners);
                 observed::tune(&context.settings, &context.observe);
                 master.contexts.serving = context;
+                slow_calls::publish(
+                    &mut master.workers.metrics,
+                    &master.contexts.serving.settings,
+                );
                 let fleet = &master.fleet;
                 let is_used = |after| fleet.has_pools_before(after);
                 master.contexts.old.add(*generation, &before, is_used);

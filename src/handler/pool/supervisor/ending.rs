@@ -10,6 +10,7 @@ use log::Level;
 use nix::sys::signal::Signal;
 
 use super::{Absence, EXIT_GRACE, Leaver, Phase, ProgramSupervisor};
+use crate::config::StackSignal;
 use crate::handler::pool::definition::ProgramExit;
 use crate::handler::pool::dispatcher::SupervisorEvent;
 use crate::handler::pool::entry::{Entry, Recall, Why};
@@ -38,7 +39,16 @@ impl ProgramSupervisor {
         let what = match ended.map(|child| child.exit) {
             _ if !by_itself => "has closed its descriptor 3 and was killed".into(),
             Some(Exit::Code(code)) => format!("has exited with exit code {code}"),
-            Some(exit) => format!("was ended by {exit}"),
+            Some(exit) => {
+                let signal = self.post.pool.settings.stack_signal.map(StackSignal::name);
+                let is_own =
+                    signal.is_some_and(|name| exit.signal_name() == Some(format!("SIG{name}")));
+                let hint = match is_own {
+                    true => ", the stack-signal of its pool, which it must handle",
+                    false => "",
+                };
+                format!("was ended by {exit}{hint}")
+            }
             None => "hangs".into(),
         };
         (what, ended)

@@ -316,7 +316,8 @@ impl ProgramSupervisor {
         };
         let name = &self.post.pool.name;
         log::debug!("pool {name} [{}]: is ready", fresh.process.pid());
-        let tally = Arc::new(Tally::default());
+        let program = self.post.pool.program(fresh.process.pid());
+        let tally = Arc::new(Tally::of(program));
         fresh.process.calls = Some(Arc::clone(&tally));
         let enough = self.rules.max_calls;
         let connection = ProgramConnection::new(

@@ -1,0 +1,259 @@
+//! Writes the records of slow calls, in a thread of its own: gathers the evidence, logs the two lines, and fills
+//! the ring on the metrics board. So neither /proc nor a slow log delays a call.
+//!
+//! If this process dropped from root, the kernel shows it no system call of its threads. Then the master is asked
+//! and the line waits for its answer, but only a short time. If no thread can be started, slow calls are only
+//! counted.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+
+use super::evidence::{self, Target};
+use super::record::{SlowEnd, SlowLine, SlowRecord};
+use crate::handler::CallState;
+use crate::link::slow_calls::{SlowCall, SlowRing};
+use crate::logging;
+use crate::sys::process::{Pid, monotonic, monotonic_ns};
+use crate::sys::signal;
+use crate::sys::waker::Waker;
+
+const STACK: usize = 256 * 1024;
+/// How long a line waits for the master.
+const PATIENCE: Duration = Duration::from_millis(60);
+/// How often it is looked for the answer of the master.
+const LOOK: Duration = Duration::from_millis(2);
+
+enum Job {
+    Begin {
+        number: u64,
+        record: Box<SlowRecord>,
+        target: Target,
+        state: Arc<CallState>,
+        /// When it was seen running.
+        seen: Duration,
+    },
+    End {
+        number: u64,
+        end: SlowEnd,
+    },
+}
+
+/// The event loop's side.
+#[derive(Debug)]
+pub(super) struct Recorder {
+    ring: &'static SlowRing,
+    /// The thread; `None` before the first slow call. Nothing is ever received: the channel closes with the
+    /// thread.
+    thread: Option<(Sender<Job>, Receiver<()>)>,
+    asks_master: bool,
+    /// Whether a record asks for something.
+    question: Arc<AtomicBool>,
+    waker: Arc<Waker>,
+}
+
+impl Recorder {
+    pub fn new(ring: &'static SlowRing, asks_master: bool, waker: &Arc<Waker>) -> Self {
+        Recorder {
+            ring,
+            thread: None,
+            asks_master,
+            question: Arc::default(),
+            waker: Arc::clone(waker),
+        }
+    }
+
+    /// Begins the record with this number.
+    pub fn begin(
+        &mut self,
+        number: u64,
+        record: SlowRecord,
+        (target, state): (Target, Arc<CallState>),
+    ) {
+        let (jobs, _) = match &self.thread {
+            Some(thread) => thread,
+            None => {
+                let thread = self.start();
+                self.thread.insert(thread)
+            }
+        };
+        // Without a thread there is no receiver.
+        let _ = jobs.send(Job::Begin {
+            number,
+            record: Box::new(record),
+            target,
+            state,
+            seen: monotonic(),
+        });
+    }
+
+    /// Completes it.
+    pub fn end(&self, number: u64, end: SlowEnd) {
+        if let Some((jobs, _)) = &self.thread {
+            let _ = jobs.send(Job::End { number, end });
+        }
+    }
+
+    /// Waits until all records are written, at most for this time. Call it before the process exits.
+    pub fn finish(&mut self, limit: Duration) {
+        if let Some((jobs, end)) = self.thread.take() {
+            drop(jobs);
+            let _ = end.recv_timeout(limit);
+        }
+    }
+
+    /// Returns whether the master is to be asked. True once for each question.
+    pub fn takes_question(&self) -> bool {
+        self.asks_master && self.question.swap(false, Ordering::Relaxed)
+    }
+
+    fn start(&self) -> (Sender<Job>, Receiver<()>) {
+        let (sender, jobs) = unbounded();
+        let (life, end) = bounded(0);
+        let thread = RecorderThread {
+            ring: self.ring,
+            asks_master: self.asks_master,
+            question: Arc::clone(&self.question),
+            waker: Arc::clone(&self.waker),
+            open: HashMap::new(),
+            waiting: Vec::new(),
+        };
+        // The thread inherits the mask: signals are for the event loop.
+        signal::block_all();
+        let builder = thread::Builder::new()
+            .name("slow-log".into())
+            .stack_size(STACK);
+        let started = builder.spawn(move || {
+            thread.run(&jobs);
+            drop::<Sender<()>>(life);
+        });
+        signal::unblock_all();
+        if let Err(error) = started {
+            log::warn!("slow calls are only counted: no thread could be started for them: {error}");
+        }
+        (sender, end)
+    }
+}
+
+/// A line that waits for the master.
+struct WaitingLine {
+    number: u64,
+    until: Duration,
+    /// What this process knows.
+    evidence: String,
+}
+
+/// An open record.
+struct OpenRecord {
+    record: Box<SlowRecord>,
+    /// Its number in the ring.
+    place: u64,
+}
+
+struct RecorderThread {
+    ring: &'static SlowRing,
+    asks_master: bool,
+    question: Arc<AtomicBool>,
+    waker: Arc<Waker>,
+    open: HashMap<u64, OpenRecord>,
+    waiting: Vec<WaitingLine>,
+}
+
+impl RecorderThread {
+    fn run(mut self, jobs: &Receiver<Job>) {
+        loop {
+            let job = match self.waiting.is_empty() {
+                true => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                false => jobs.recv_timeout(LOOK),
+            };
+            match job {
+                Ok(Job::Begin {
+                    number,
+                    record,
+                    target,
+                    state,
+                    seen,
+                }) => self.begin(number, record, (&target, &state, seen)),
+                Ok(Job::End { number, end }) => self.end(number, &end),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.log_answered(|_| true),
+            }
+            let now = monotonic();
+            self.log_answered(|line| now >= line.until);
+        }
+    }
+
+    fn begin(
+        &mut self,
+        number: u64,
+        record: Box<SlowRecord>,
+        (target, state, seen): (&Target, &CallState, Duration),
+    ) {
+        let found = evidence::look(target, state, (seen, record.began_ns));
+        let asks_for = if self.asks_master {
+            found.refused_thread
+        } else {
+            0
+        };
+        let call = SlowCall {
+            call: record.call,
+            trace_id: None,
+            method: record.method.clone(),
+            runner: Pid::current().0,
+            at_ms: record.at_ms,
+            began_ns: record.began_ns,
+            end: None,
+            evidence: found.text,
+        };
+        let place = self.ring.add(&call, record.trace_id, asks_for);
+        self.open.insert(number, OpenRecord { record, place });
+        if asks_for == 0 {
+            return self.log_begin(number, &call.evidence);
+        }
+        self.waiting.push(WaitingLine {
+            number,
+            until: monotonic() + PATIENCE,
+            evidence: call.evidence,
+        });
+        self.question.store(true, Ordering::Relaxed);
+        self.waker.wake();
+    }
+
+    fn end(&mut self, number: u64, end: &SlowEnd) {
+        self.log_answered(|line| line.number == number);
+        if let Some(OpenRecord { record, place }) = self.open.remove(&number) {
+            log_line(&record.end_line(end));
+            self.ring.end(place, end.outcome, end.run_ns);
+        }
+    }
+
+    /// Logs the lines for which the master has answered, and those that must not wait any longer.
+    fn log_answered(&mut self, must: impl Fn(&WaitingLine) -> bool) {
+        for line in std::mem::take(&mut self.waiting) {
+            let open = self.open.get(&line.number);
+            match open.and_then(|open| self.ring.answered(open.place)) {
+                Some(evidence) => {
+                    let is_kept = !evidence.is_empty();
+                    let evidence = if is_kept { evidence } else { line.evidence };
+                    self.log_begin(line.number, &evidence);
+                }
+                None if must(&line) => self.log_begin(line.number, &line.evidence),
+                None => self.waiting.push(line),
+            }
+        }
+    }
+
+    fn log_begin(&self, number: u64, evidence: &str) {
+        if let Some(open) = self.open.get(&number) {
+            log_line(&open.record.begin_line(monotonic_ns(), evidence));
+        }
+    }
+}
+
+fn log_line(line: &SlowLine) {
+    logging::with_members(&line.members, || log::warn!("{}", line.text));
+}
