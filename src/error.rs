@@ -46,6 +46,8 @@ pub enum Error {
         pid_file: PathBuf,
         /// The pid in the pid file. It is only a hint, because only the lock counts.
         pid: Option<i32>,
+        /// Whether the configuration names the pid file, so that another name of the server changes nothing.
+        is_configured: bool,
     },
     /// No server answers (exit code 69).
     NoServer {
@@ -154,21 +156,27 @@ impl fmt::Display for Error {
                 write!(f, "{attempt}: {source}")?;
                 write_remedy(f, remedy)
             }
-            Error::AlreadyRunning { pid_file, pid } => {
+            Error::AlreadyRunning {
+                pid_file,
+                pid,
+                is_configured,
+            } => {
                 write!(f, "another master holds the lock on {}", pid_file.display())?;
                 if let Some(pid) = pid {
                     write!(f, " (the file names pid {pid})")?;
                 }
-                f.write_str(
-                    "; start a second server with --name NAME, which gives it a pid file and a control \
-                     socket of its own, or set pid-file and control-socket; or stop the other master",
-                )
+                f.write_str(match is_configured {
+                    true => {
+                        "; the configuration sets pid-file, so give a second server a configuration with another \
+                         pid-file and control-socket; or stop the other master"
+                    }
+                    false => {
+                        "; start a second server with --name NAME, which gives it a pid file and a control socket \
+                         of its own, or set pid-file and control-socket; or stop the other master"
+                    }
+                })
             }
-            Error::NoServer { place, source } => write!(
-                f,
-                "no server at {place}: {source}; start one with `preforkd run`, or name the right \
-                 place"
-            ),
+            Error::NoServer { place, source } => write!(f, "no server at {place}: {source}"),
             Error::Bug(text) => write!(f, "{text}; this is a bug of preforkd, please report it"),
         }
     }

@@ -167,7 +167,7 @@ impl Server {
             trial: &mut trial,
             host: &RunningServer {
                 server: &self,
-                file,
+                file: file.clone(),
                 overrides,
                 hooks,
                 kept,
@@ -177,7 +177,10 @@ impl Server {
             passed,
             launcher: &mut launcher,
         };
-        let lived = catch_unwind(AssertUnwindSafe(|| master::run(setup)));
+        let mut lived = catch_unwind(AssertUnwindSafe(|| master::run(setup)));
+        if let Ok(Err(Error::AlreadyRunning { is_configured, .. })) = &mut lived {
+            *is_configured = config::is_set(file.as_deref(), "pid-file");
+        }
         end(lived, launcher)
     }
 

@@ -63,7 +63,12 @@ pub(super) struct Answered {
 }
 
 pub(super) fn status(place: &ServerSelector) -> Result<Answered> {
-    ControlConnection::find(place)?.status()
+    status_within(place, PROMPT)
+}
+
+/// Returns the status, if the master answers within this time.
+pub(super) fn status_within(place: &ServerSelector, limit: Duration) -> Result<Answered> {
+    ControlConnection::find(place)?.status(limit)
 }
 
 /// Returns the control socket of a server.
@@ -163,7 +168,7 @@ impl ControlConnection {
     /// Connects to a server of this name that keeps the paths of its first start by a version without
     /// names. Skips a server that reports another name.
     pub(super) fn upgraded(candidates: &[PathBuf], name: &str) -> Option<Self> {
-        let said = Self::open(candidates).ok()?.status().ok()?.status;
+        let said = Self::open(candidates).ok()?.status(PROMPT).ok()?.status;
         let said = said.master.name;
         let is_meant = said.is_empty() || config::server_name(&said) == name;
         Self::open(candidates).ok().filter(|_| is_meant)
@@ -226,8 +231,8 @@ impl ControlConnection {
         }
     }
 
-    fn status(mut self) -> Result<Answered> {
-        let answer = self.ask(&ControlRequest::Status, Patience::AtMost(PROMPT))?;
+    fn status(mut self, limit: Duration) -> Result<Answered> {
+        let answer = self.ask(&ControlRequest::Status, Patience::AtMost(limit))?;
         self.answered(answer)
     }
 
@@ -280,7 +285,7 @@ impl ControlConnection {
     /// Requests the status on a second connection.
     fn status_beside(&self) -> Option<Status> {
         let again = ControlConnection::open(slice::from_ref(&self.path))
-            .and_then(ControlConnection::status);
+            .and_then(|connection| connection.status(PROMPT));
         Some(again.ok()?.status)
     }
 

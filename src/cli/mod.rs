@@ -32,8 +32,9 @@ mod status_tests;
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use crate::config::{Overrides, server_name};
+use crate::config::{Overrides, main_file, server_name};
 use crate::error::{Error, Result};
 use crate::logging::printable_json;
 use crate::server::Server;
@@ -78,7 +79,7 @@ pub fn main(server: Server) -> ExitCode {
     let code = match catch_unwind(AssertUnwindSafe(|| dispatch(&name, server))) {
         Ok(Ok(())) => 0,
         Ok(Err(error)) => {
-            output::print_error(&name, &error.to_string());
+            output::print_error(&name, &message(&name, &error));
             error.exit_code()
         }
         Err(_) => BUG,
@@ -186,33 +187,52 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
                 .into(),
         )),
         CliCommand::Call(mut call) => {
-            find_named(&mut call.target)?;
+            find_running(&mut call.target, name)?;
             print_json(&call::call(&call, &overrides)?)
         }
         CliCommand::Map(mut options) => {
-            find_named(&mut options.target)?;
+            find_running(&mut options.target, name)?;
             map::map(name, &options, &overrides)
         }
         CliCommand::Bench(mut options) => {
-            find_named(&mut options.target)?;
+            find_running(&mut options.target, name)?;
             bench::bench(name, &options, &overrides)
         }
     }
 }
 
-/// Asks the running server with the given name for its first listener, which becomes the address. Does nothing
-/// without a name.
-fn find_named(target: &mut TargetArgs) -> Result<()> {
-    let Some(name) = &target.name else {
-        return Ok(());
+/// Asks the running server for its first listener, which becomes the address: the server with the given name.
+/// If nothing is given and no configuration is there, asks the server with the name `own` of the program. If
+/// it does not answer, the default listener is called.
+fn find_running(target: &mut TargetArgs, own: &str) -> Result<()> {
+    /// Calls must work while the master is stuck.
+    const LIMIT: Duration = Duration::from_secs(1);
+    let is_unknown = target.address.is_none() && main_file(target.config.as_deref()).is_none();
+    let listeners = match &target.name {
+        Some(name) => {
+            let place = ServerSelector::Config(target.config.clone(), server_name(name));
+            control::status(&place)?.status.listeners
+        }
+        None if is_unknown => {
+            let place = ServerSelector::Config(None, server_name(own));
+            let answered = control::status_within(&place, LIMIT);
+            answered.map_or_else(|_| Vec::new(), |answered| answered.status.listeners)
+        }
+        None => return Ok(()),
     };
-    let place = ServerSelector::Config(target.config.clone(), server_name(name));
-    let listeners = control::status(&place)?.status.listeners;
-    target.address = listeners
-        .into_iter()
-        .next()
-        .map(|listener| listener.address);
+    let first = listeners.into_iter().next();
+    target.address = first.map(|listener| listener.address);
     Ok(())
+}
+
+/// Returns the message of an error. A missing server is started with the program of this name.
+fn message(name: &str, error: &Error) -> String {
+    match error {
+        Error::NoServer { .. } => format!(
+            "{error}; start one with `{name} run`, or name the running one with --config FILE or --name NAME"
+        ),
+        _ => error.to_string(),
+    }
 }
 
 /// Prints all errors except the last one, and returns that.

@@ -51,11 +51,13 @@ pub(super) fn stop_delay(text: &str) -> std::result::Result<Duration, String> {
 
 /// Checks that a text is JSON. `what` names its source.
 pub(super) fn json(text: &str, what: &str) -> Result<()> {
+    let hint = match text.trim_start().starts_with(['[', '{']) {
+        true => "",
+        false => "; a string needs quotes of its own, as in '\"hello\"'",
+    };
     match serde_json::from_str::<&RawValue>(text) {
         Ok(_) => Ok(()),
-        Err(error) => Err(Error::Usage(format!(
-            "{what} is not JSON: {error}; a string needs quotes of its own, as in '\"hello\"'"
-        ))),
+        Err(error) => Err(Error::Usage(format!("{what} is not JSON: {error}{hint}"))),
     }
 }
 
@@ -90,6 +92,20 @@ mod tests {
         }
         for text in ["", "-5", "5.5", "five", "5 parsecs"] {
             assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn only_text_that_may_be_a_string_is_told_to_be_quoted() {
+        for (text, is_told) in [
+            ("hello", true),
+            ("", true),
+            ("[1", false),
+            (" {a: 1}", false),
+        ] {
+            let told = json(text, "PARAMS").err().map(|error| error.to_string());
+            let is_quoted = told.as_ref().map(|told| told.contains("quotes of its own"));
+            assert_eq!(is_quoted, Some(is_told), "{told:?}");
         }
     }
 

@@ -1,5 +1,5 @@
 //! Selects the server to call: by an address of the command line, else by the first listener of the
-//! configuration. A name of a running server becomes an address before (`find_named`).
+//! configuration. A running server that is known by its name becomes an address before (`find_running`).
 
 use std::path::PathBuf;
 

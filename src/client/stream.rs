@@ -32,13 +32,22 @@ impl Stream {
             return connected.map(Stream::Unix).map_err(no_server);
         }
         let wrong = || {
-            ClientError::Address(format!(
-                "{address:?} is no address; write it as in \"127.0.0.1:8080\", \
-                 \"localhost:8080\" or \"unix:/run/preforkd/rpc.sock\""
-            ))
+            let remedy = match address.split_once("://") {
+                Some((scheme, _)) => format!("leave out {scheme}://"),
+                None if address
+                    .rsplit_once(':')
+                    .is_some_and(|(_, port)| port.parse::<u64>().is_ok()) =>
+                {
+                    format!("a port is 1 to {}", u16::MAX)
+                }
+                None => "write it as in \"127.0.0.1:8080\", \"localhost:8080\" or \
+                         \"unix:/run/preforkd/rpc.sock\""
+                    .into(),
+            };
+            ClientError::Address(format!("{address:?} is no address; {remedy}"))
         };
         let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
-        if host.is_empty() || !port.parse().is_ok_and(|port: u16| port > 0) {
+        if host.is_empty() || host.contains('/') || !port.parse().is_ok_and(|port: u16| port > 0) {
             return Err(wrong());
         }
         let mut failure = io::Error::new(ErrorKind::NotFound, "the name has no address");

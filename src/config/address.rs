@@ -78,6 +78,20 @@ impl Address {
         if let Ok(address) = text.parse() {
             return Ok(Address::Tcp(address));
         }
+        let scheme = text.split_once("://").map(|(scheme, _)| scheme);
+        if let Some(scheme) = scheme {
+            return Err(format!("{text:?} is no address; leave out {scheme}://"));
+        }
+        let port_text = text.rsplit_once(':').map_or(text, |(_, port)| port);
+        if port_text
+            .parse::<u64>()
+            .is_ok_and(|port| port > u64::from(u16::MAX))
+        {
+            return Err(format!(
+                "{text:?} has no valid port; a port is at most {}",
+                u16::MAX
+            ));
+        }
         let suggestion = match text.rsplit_once(':') {
             _ if text.starts_with('/') => format!("unix:{text}"),
             Some(("*", port)) => format!("0.0.0.0:{port}"),
@@ -172,7 +186,9 @@ mod tests {
             ("10.0.0.1", "\"10.0.0.1:8080\""),
             ("/run/x.sock", "\"unix:/run/x.sock\""),
             ("example.org:80", "\"[::1]:8080\""),
-            ("127.0.0.1:65536", "\"127.0.0.1:8080\""),
+            ("127.0.0.1:65536", "a port is at most 65535"),
+            ("99999", "a port is at most 65535"),
+            ("http://127.0.0.1:8080/", "leave out http://"),
             ("::1:x", "\"[::1]:8080\""),
             ("unix:", "\"unix:/run/preforkd/rpc.sock\""),
             ("unix:@name", "give a path"),

@@ -14,6 +14,7 @@ use nix::fcntl::OFlag;
 use toml::de::{DeTable, DeValue};
 
 use super::environment::clean;
+use super::remedies;
 use crate::error::{Error, Position, Result};
 
 /// The largest configuration file, in bytes.
@@ -127,7 +128,10 @@ impl Files {
                         Some(table) => self.second_header(file, at, table),
                         None => self.error(at, key, "it is set twice", "keep one of the two"),
                     },
-                    (message, _) => self.error(at, "", format!("this is no TOML: {message}"), ""),
+                    (message, _) => {
+                        let (problem, remedy) = remedies::syntax(message, &file.text, span.start);
+                        self.error(at, "", problem, remedy)
+                    }
                 })
             }
         }

@@ -12,10 +12,11 @@ use super::commands;
 use super::pools;
 use super::programs::Ids;
 use super::raw::{Raw, RawMethod};
+use super::remedies::nearest;
 use super::settings::{
     Builtin, LimitsConfig, MethodConfig, MethodKind, PoolConfig, SlowLogConfig, WorkersConfig,
 };
-use super::source_map::{join, nearest};
+use super::source_map::join;
 use super::units::DurationValue;
 use crate::error::{Error, Result};
 
@@ -183,7 +184,7 @@ fn kind(
             Err(check.places.error(
                 key,
                 "nothing answers this method",
-                "add command = [\"PROGRAM\", …], pool = \"NAME\", builtin = \"echo\" or \"sleep\", or register a function \
+                "add command = [\"PROGRAM\", …], pool = \"NAME\", builtin = \"echo\", \"ping\" or \"sleep\", or register a function \
                  of that name",
             ))
         };

@@ -5,6 +5,7 @@
 //!
 //! - `files` reads the text.
 //! - `source_map` merges it and records the position of each key.
+//! - `remedies` says what to write instead of what is no TOML or has no such key.
 //! - `raw` has serde's types for it; `keys` those of single keys, with defaults and bounds.
 //! - `resolve` with `listeners`, `methods` and `pools` makes [`Settings`], in which every value is set.
 //!
@@ -35,6 +36,7 @@ mod program_config;
 mod program_text;
 mod programs;
 mod raw;
+mod remedies;
 mod resolve;
 mod restart;
 mod settings;
@@ -135,6 +137,13 @@ fn listeners_in(
 /// Returns the absolute path of the main file that is read if `file` is named.
 pub fn main_file(file: Option<&Path>) -> Option<PathBuf> {
     Environment::here().main_file(file)
+}
+
+/// Returns whether the configuration sets this key. Without an error: a file that cannot be read sets none.
+pub fn is_set(file: Option<&Path>, key: &str) -> bool {
+    let main = main_file(file);
+    let files = main.as_deref().map(Files::read_leniently);
+    source_map::places(&files.unwrap_or_default()).is_ok_and(|places| places.is_set(key))
 }
 
 /// Reads settings that [`Settings::to_toml`] has written, possibly in another version. `file` is where they

@@ -119,6 +119,18 @@ impl ObserveConfig {
     }
 }
 
+/// Returns the warning about a table that starts nothing. `metrics` has the histograms of a table without an
+/// address too.
+pub(super) fn idle_warning(raw: &RawObserve) -> Option<String> {
+    let is_used = raw.address.is_some() || raw.histograms.is_some() || raw.buckets.is_some();
+    (!is_used).then(|| {
+        format!(
+            "[observe] has no address, so no observer is started; add address = \"127.0.0.1:{USUAL_PORT}\", or \
+             take the table out"
+        )
+    })
+}
+
 /// Resolves the table.
 pub(super) fn resolve(check: &Check<'_>, raw: &RawObserve) -> Result<ObserveConfig> {
     let default = ObserveConfig::default();
@@ -310,6 +322,23 @@ mod tests {
         assert!(public.contains("observe.hosts"), "{public}");
         let named = about("[observe]\naddress = '[::]:9180'\nhosts = ['Node1']").unwrap();
         assert!(!named.contains("observe.hosts"), "{named}");
+    }
+
+    #[test]
+    fn a_table_without_an_address_is_warned_of() {
+        for (text, is_told) in [
+            ("", false),
+            ("[observe]", true),
+            ("[observe]\nhosts = ['node1']", true),
+            ("[observe]\nhistograms = ['run']", false),
+            ("[observe]\naddress = '127.0.0.1:9180'", false),
+        ] {
+            let warnings = settings(&root(), text).unwrap().warnings;
+            let told = warnings
+                .iter()
+                .any(|it| it.contains("no observer is started"));
+            assert_eq!(told, is_told, "{text}: {warnings:?}");
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Warns about commands that run what a caller sends as a program: `sh -c` and the like.
+//! Warns about commands that run what a caller sends as a program, `sh -c` and the like, and about
+//! placeholders with a typing mistake.
 //!
 //! A placeholder is safe as an argument of a program that takes data. But the argument after `sh -c` is a
 //! program, and so is the first argument of `env` or `xargs`. Only known programs are recognized.
@@ -6,8 +7,8 @@
 use std::path::Path;
 
 use super::commands::{has_placeholder, placeholder};
-use super::environment::Environment;
-use super::settings::{MethodKind, ProgramConfig, Settings};
+use super::settings::Settings;
+use super::source_map::join;
 
 /// Programs that run the argument after this option.
 const INTERPRETERS: [(&str, &str); 17] = [
@@ -35,37 +36,53 @@ const LAUNCHERS: [&str; 12] = [
     "timeout", "xargs",
 ];
 
-/// Returns a warning for each method with such a command.
+/// Returns the warnings about the commands of methods and pools.
 pub(super) fn warnings(settings: &Settings) -> impl Iterator<Item = String> {
-    settings.methods.iter().filter_map(|(name, method)| {
-        let MethodKind::Command(command) = &method.kind else {
-            return None;
+    settings.programs().filter_map(|(table, name, program)| {
+        let problem = match table {
+            "methods" => problem(&program.arguments).or_else(|| misspelt(&program.arguments)),
+            _ => of_pool(&program.arguments),
         };
-        let problem = problem(&command.program.arguments)?;
-        Some(format!("methods.{name}.command: {problem}"))
+        Some(format!("{}.command: {}", join(table, name), problem?))
     })
 }
 
-/// Returns the note of `check` about commands with `{{`, which was no escape in earlier versions.
-pub(super) fn notes(settings: &Settings, here: &Environment) -> Option<String> {
-    if !here.is_check {
-        return None;
-    }
-    let has_escape = |program: &ProgramConfig| program.arguments.iter().any(|it| it.contains("{{"));
-    let commands = settings.programs().filter(|(table, _, program)| {
-        // Arguments of pools are passed as they are.
-        *table == "methods" && has_escape(program)
+/// Returns what is wrong with the command of a pool, whose arguments are passed as they are.
+fn of_pool(arguments: &[String]) -> Option<String> {
+    let argument = arguments.iter().find(|it| placeholder(it).is_some())?;
+    Some(format!(
+        "the program gets {argument} as it is, because it gets the params with each call; read them there"
+    ))
+}
+
+/// Returns what is wrong with an argument that is most likely meant as a placeholder: it has blanks, no name
+/// or no second brace. Braces with other text are those of awk, JSON and the like.
+fn misspelt(arguments: &[String]) -> Option<String> {
+    let file_name = |argument: &String| Some(Path::new(argument).file_name()?.to_owned());
+    let names = arguments.iter().filter_map(file_name);
+    let mut launchers = names.filter(|name| {
+        ["find", "fd", "xargs", "parallel"]
+            .iter()
+            .any(|it| name == it)
     });
-    let named: Vec<String> = commands
-        .map(|(table, name, _)| format!("{table}.{name}.command"))
-        .collect();
-    (!named.is_empty()).then(|| {
-        format!(
-            "{{{{ in {} stands for one {{ (earlier versions passed both to the program); write {{{{{{{{ where the \
-             program is to get two",
-            named.join(", ")
-        )
-    })
+    // Programs for which {} is a placeholder of their own.
+    let replaces_braces = launchers.next().is_some();
+    let (argument, name) = arguments.iter().find_map(|argument| {
+        let inner = argument.trim().strip_prefix('{')?;
+        let words: Vec<&str> = inner.trim_end_matches('}').split_whitespace().collect();
+        let name = match inner {
+            "}" if replaces_braces => return None,
+            "}" => "name".to_owned(),
+            _ => words.join("-"),
+        };
+        let is_meant = placeholder(&format!("{{{name}}}")).is_some();
+        (is_meant && placeholder(argument).is_none()).then_some((argument, name))
+    })?;
+    let literal = argument.replace('{', "{{");
+    Some(format!(
+        "the program gets {argument:?} as it is, because it is no placeholder; write \"{{{name}}}\" for the \
+         member {name} of the params, or {literal:?} for that text"
+    ))
 }
 
 /// Returns what is dangerous in a command line.
@@ -189,5 +206,48 @@ mod tests {
         ] {
             assert_eq!(of(safe), None, "{safe:?}");
         }
+    }
+
+    #[test]
+    fn a_placeholder_with_a_typing_mistake_is_told() {
+        let of = |argument: &str| misspelt(&["echo".to_owned(), argument.to_owned()]);
+        for (argument, right) in [
+            ("{name", "\"{name}\""),
+            ("{na me}", "\"{na-me}\""),
+            ("{ name }", "\"{name}\""),
+            ("{name} ", "\"{name}\""),
+            ("{}", "\"{name}\""),
+            ("{name", "\"{{name\""),
+            ("{}", "\"{{}\""),
+        ] {
+            let told = of(argument);
+            assert!(
+                told.as_ref().is_some_and(|told| told.contains(right)),
+                "{told:?}"
+            );
+        }
+        for right in [
+            "{name}",
+            "{{name",
+            "{{}",
+            "{print $1}",
+            "{\"a\": 1}",
+            "{1}",
+            "${HOME}",
+            "a{b}c",
+            "name",
+            "name}",
+            "",
+        ] {
+            assert_eq!(of(right), None, "{right}");
+        }
+        let find = ["find", "/srv", "-exec", "ls", "{}", ";"].map(str::to_owned);
+        assert_eq!(misspelt(&find), None);
+    }
+
+    #[test]
+    fn a_placeholder_of_a_pool_is_told() {
+        assert!(of_pool(&["cat".into(), "{name}".into()]).is_some());
+        assert!(of_pool(&["cat".into(), "name".into()]).is_none());
     }
 }

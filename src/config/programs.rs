@@ -121,9 +121,10 @@ fn arguments(
             let file = Path::new(place).join(name);
             is_executable(&file).then_some(file)
         }) else {
+            let problem = format!("there is no program {name:?} in {path}");
             return error(
-                format!("there is no program {name:?} in {path}"),
-                "install it, or give its path",
+                problem,
+                &one_by_one(command, "install it, or give its path"),
             );
         };
         // The path instead of the name, because Python and others find their own files by it.
@@ -135,7 +136,10 @@ fn arguments(
     }
     if !program.exists() {
         let problem = format!("there is no program {}", program.display());
-        return error(problem, "install it, or correct the path");
+        return error(
+            problem,
+            &one_by_one(command, "install it, or correct the path"),
+        );
     }
     if program.is_dir() {
         let problem = format!("{} is a directory", program.display());
@@ -151,6 +155,19 @@ fn arguments(
         return error(problem, remedy);
     }
     Ok((program, arguments))
+}
+
+/// Returns how to write a command whose first text has a program and its arguments, else `otherwise`.
+fn one_by_one(command: &[String], otherwise: &str) -> String {
+    let name = command.first().map_or("", String::as_str);
+    let words = name.split_whitespace();
+    let all: Vec<&str> = words
+        .chain(command.iter().skip(1).map(String::as_str))
+        .collect();
+    match all.len() > command.len() {
+        true => format!("no shell splits it: write {all:?}"),
+        false => otherwise.to_owned(),
+    }
 }
 
 /// Returns whether anybody may execute it. Whether the workers may is known at the start of the program.

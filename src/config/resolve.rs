@@ -87,6 +87,9 @@ pub(super) fn resolve(
     let observe = observe::resolve(&check, &raw.observe)?;
     let slow_log = methods::slow_log(&check, raw, &mut methods)?;
     warnings.extend(observe.warning());
+    if places.is_set("observe") {
+        warnings.extend(observe::idle_warning(&raw.observe));
+    }
     let mut settings = Settings {
         file: places.main().map(Path::to_owned),
         daemon,
@@ -118,7 +121,6 @@ pub(super) fn resolve(
     ));
     more.extend(missing::warnings(&settings, raw, here));
     more.extend(program_text::warnings(&settings));
-    more.extend(program_text::notes(&settings, here));
     more.extend(super::variables::warnings(&settings, here));
     settings.warnings.extend(more);
     Ok(settings)

@@ -15,23 +15,8 @@ use toml::de::{DeArray, DeString, DeTable, DeValue, Deserializer};
 
 use super::files::Files;
 use super::raw::Raw;
+use super::remedies;
 use crate::error::{Error, Result};
-
-/// How similar two words must be for "did you mean". 1 is equal; 0.8 is one wrong letter in five.
-const LIKENESS: f64 = 0.8;
-
-/// The keys above the first table. Below it, they would become part of that table.
-const TOP_KEYS: [&str; 7] = [
-    "daemon",
-    "pid-file",
-    "control-socket",
-    "user",
-    "group",
-    "include",
-    "http-origins",
-];
-
-const TABLES: [&str; 6] = ["log", "workers", "limits", "listen", "methods", "pools"];
 
 /// The positions of all keys.
 #[derive(Debug)]
@@ -71,7 +56,8 @@ pub(super) fn parse_without<'f>(
 pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, SourceMap<'f>)> {
     let whole = merged(files)?;
     let is_there = whole.get(wanted).is_some();
-    let is_known = |key: &str| TOP_KEYS.contains(&key) || TABLES.contains(&key);
+    let known = remedies::top_keys();
+    let is_known = |key: &str| known.iter().any(|known| known == key);
     let others = whole.keys().map(|key| key.get_ref().as_ref());
     let others = others.filter(|key| *key != wanted && (is_there || is_known(key)));
     parse_without(files, &others.map(|key| join("", key)).collect())
@@ -151,16 +137,6 @@ pub(super) fn join(parent: &str, key: &str) -> String {
     } else {
         format!("{parent}.{key}")
     }
-}
-
-/// Returns the candidate that is most similar to `word`, if one is similar enough.
-pub(super) fn nearest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
-    candidates
-        .iter()
-        .map(|candidate| (strsim::jaro_winkler(word, candidate), *candidate))
-        .filter(|(likeness, _)| *likeness >= LIKENESS)
-        .max_by(|(one, _), (other, _)| one.total_cmp(other))
-        .map(|(_, candidate)| candidate)
 }
 
 impl<'a> SourceMap<'a> {
@@ -279,7 +255,8 @@ impl SourceMap<'_> {
                 .find(|(_, place)| place.key == span)
                 .unzip();
             let key = key.map_or("", String::as_str);
-            let remedy = unknown_key_remedy(key, place, message);
+            let is_table = place.is_some_and(|place| place.kind == "table");
+            let remedy = remedies::unknown_key(key, is_table, message);
             return self.files.error(span.start, key, "unknown key", remedy);
         }
         // A table or an array begins where its first member does, so the first one here is the outermost.
@@ -294,20 +271,24 @@ impl SourceMap<'_> {
                 let expected = rest
                     .rsplit_once(", expected ")
                     .map_or(rest, |(_, last)| last);
-                let remedy = match (key, place.kind) {
-                    ("listen", "table") => "write [[listen]] above its keys",
-                    _ => "",
-                };
-                let problem = format!(
-                    "expected {}, found {}",
-                    plain(expected, place.kind),
-                    self.found(place)
-                );
-                (problem, remedy)
+                let expected = plain(expected, place.kind);
+                let value = (place.kind, self.files.slice(&place.value));
+                let remedy = remedies::wrong_type(key, expected, value, self.only_string(key));
+                (
+                    format!("expected {expected}, found {}", self.found(place)),
+                    remedy,
+                )
             }
-            _ => (message.to_owned(), ""),
+            _ => (message.to_owned(), String::new()),
         };
         self.files.error(span.start, key, problem, remedy)
+    }
+
+    /// Returns the only element of an array as it is in the file, if that is a string.
+    fn only_string(&self, array: &str) -> Option<&str> {
+        let place = self.keys.get(&format!("{array}[0]"))?;
+        let is_only = !self.keys.contains_key(&format!("{array}[1]"));
+        (is_only && place.kind == "string").then(|| self.files.slice(&place.value))
     }
 
     /// Returns a value as it is in the file.
@@ -324,26 +305,6 @@ impl SourceMap<'_> {
         } else {
             format!("{} {text}", place.kind)
         }
-    }
-}
-
-/// Returns what to do about a key that serde does not know. `message` lists the known ones.
-fn unknown_key_remedy(path: &str, place: Option<&SourceSpan>, message: &str) -> String {
-    let listed = message
-        .rsplit_once(", expected ")
-        .map_or("", |(_, list)| list);
-    let known: Vec<&str> = listed.split('`').skip(1).step_by(2).collect();
-    let (table, word) = path.rsplit_once('.').unwrap_or(("", path));
-    let method = table.starts_with("methods.");
-    if let Some(near) = nearest(word, &known) {
-        format!("did you mean `{near}`?")
-    } else if !table.is_empty() && TOP_KEYS.contains(&word) {
-        format!("`{word}` must stand above the first [table] of its file")
-    } else if method && place.is_some_and(|place| place.kind == "table") {
-        let name = path.trim_start_matches("methods.");
-        format!("a name with dots is quoted: [methods.{name:?}]")
-    } else {
-        format!("known here are {}", known.join(", "))
     }
 }
 

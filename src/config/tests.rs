@@ -407,13 +407,14 @@ fn warnings_name_what_root_exposes() {
     assert_eq!(warnings(check(), public).len(), 1);
     let braces =
         "[methods.a]\ncommand = [\"echo\", \"{{a}\"]\n[methods.b]\ncommand = [\"echo\", \"{ a\"]\n";
-    let told = warnings(check(), braces);
-    assert!(
-        told.len() == 1 && told[0].contains("methods.a.command stands for one {"),
-        "{told:?}"
-    );
-    let of_start = warnings(root(), braces);
-    assert!(!of_start.iter().any(|it| it.contains("{{")), "{of_start:?}");
+    for here in [check(), root()] {
+        let mut told = warnings(here, braces);
+        told.retain(|it| it.contains("placeholder"));
+        assert!(
+            told.len() == 1 && told[0].starts_with("methods.b.command: "),
+            "{told:?}"
+        );
+    }
     assert_eq!(warnings(root(), "user = \"root\"").len(), 1);
     assert!(warnings(root(), &format!("user = \"nobody\"\n{public}")).is_empty());
     assert!(warnings(nobody(), public).is_empty());

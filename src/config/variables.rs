@@ -5,6 +5,7 @@
 //! only their names. An error names the key, the variable or the line of the file.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use super::check::Check;
@@ -92,10 +93,24 @@ pub fn secrets_of(settings: &Settings) -> KeptVariables {
         .collect()
 }
 
-/// Returns the notes of `check` about variables that the server needs and `check` does not have.
+/// Returns the warnings about files that all users can read, because they may have secrets, and the notes of
+/// `check` about variables that the server needs and `check` does not have.
 pub(super) fn warnings(settings: &Settings, here: &Environment) -> Vec<String> {
+    let open = |(table, owner, program): (&'static str, &String, &ProgramConfig)| {
+        let file = program.environment_file.as_ref()?;
+        let mode = file.metadata().ok()?.permissions().mode() & 0o777;
+        (mode & 0o004 != 0).then(|| {
+            format!(
+                "{}.environment-file: every user can read {} (mode {mode:04o}), and it may have secrets; chmod \
+                 it to 0600",
+                join(table, owner),
+                file.display()
+            )
+        })
+    };
+    let mut found: Vec<String> = settings.programs().filter_map(open).collect();
     if !here.is_check {
-        return Vec::new();
+        return found;
     }
     let missing = |(table, owner, program): (&'static str, &String, &ProgramConfig)| {
         let missing = |(name, value): (&String, &String)| {
@@ -111,7 +126,8 @@ pub(super) fn warnings(settings: &Settings, here: &Environment) -> Vec<String> {
             .filter_map(missing)
             .collect::<Vec<_>>()
     };
-    settings.programs().flat_map(missing).collect()
+    found.extend(settings.programs().flat_map(missing));
+    found
 }
 
 /// Reads the lines `KEY=VALUE` of a file. An error has the problem and what to do.
@@ -219,6 +235,23 @@ mod tests {
                 expanded.as_deref(),
                 "{value}"
             );
+        }
+    }
+
+    #[test]
+    fn a_file_that_every_user_can_read_is_warned_of() {
+        use crate::config::tests::{root, settings};
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().display();
+        let text = format!("[methods.a]\ncommand = ['true']\nenvironment-file = '{path}'\n");
+        for (mode, is_told) in [(0o600, false), (0o640, false), (0o644, true)] {
+            let mode = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(file.path(), mode).unwrap();
+            let warnings = settings(&root(), &text).unwrap().warnings;
+            let told = warnings
+                .iter()
+                .any(|it| it.starts_with("methods.a.environment-file: "));
+            assert_eq!(told, is_told, "{warnings:?}");
         }
     }
 

@@ -107,6 +107,18 @@ fn the_exit_code_tells_what_went_wrong() {
         (&["ping", "--timeout", "soon"], "", 64, "500ms"),
         (&["ping", "--address", "nowhere"], "", 64, "no address"),
         (
+            &["ping", "--address", "http://127.0.0.1:18100"],
+            "",
+            64,
+            "leave out http://",
+        ),
+        (
+            &["ping", "--address", "127.0.0.1:99999"],
+            "",
+            64,
+            "a port is 1 to 65535",
+        ),
+        (
             &["ping", "--address", "unix:/nonexistent/x"],
             "",
             69,

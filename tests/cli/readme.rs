@@ -1,7 +1,9 @@
-//! Runs the blocks of the README and of the protocol page in their order, unchanged. Network, /run and
+//! Runs the blocks of the README and of the protocol page in their order, unchanged. Network, /run, /srv and
 //! /etc/preforkd are their own; the calls go to the server that a block starts.
 //!
 //! A `text` block is the exact output of the block before it. A `console` block shows output and is not compared.
+//! The `toml` blocks of the README make one configuration file. A server that has not been started with it is
+//! replaced. Its `py` block is /srv/model.py.
 //! `systemd.rs` runs the blocks for systemd.
 
 use std::fs;
@@ -17,24 +19,36 @@ set -eu
 mount -t tmpfs -o mode=755 tmpfs /run
 [ ! -d /etc/preforkd ] || mount -t tmpfs tmpfs /etc/preforkd
 ip link set lo up
+mount -t tmpfs tmpfs /srv
+# Waits for the server that was started in the background.
+ready() {
+    tries=0
+    until preforkd status >/dev/null 2>&1; do
+        tries=$((tries + 1))
+        [ $tries -lt 400 ] || { cat log; exit 1; }
+        sleep 0.05
+    done
+}
 for block in block-*; do
     case $block in
     *.python) python3 "$block" >"out-$block" ;;
+    *.py) cp "$block" /srv/model.py && cp preforkd.py /srv ;;
+    *.toml)
+        [ -e server.toml ] || preforkd stop
+        cat "$block" >>server.toml
+        preforkd status >/dev/null 2>&1 || { preforkd run --config server.toml 2>>log & ready; }
+        ;;
     *)
         if grep -Eq -- '^(cargo run .*|preforkd) run( |$)' "$block"; then
             bash -eu "$block" >"out-$block" 2>log &
-            tries=0
-            until preforkd status >/dev/null 2>&1; do
-                tries=$((tries + 1))
-                [ $tries -lt 400 ] || { cat log; exit 1; }
-                sleep 0.05
-            done
+            ready
         else
             bash -eu "$block" >"out-$block"
         fi
         ;;
     esac || { echo "$block failed"; cat "$block" log; exit 1; }
 done
+[ ! -e server.toml ] || preforkd stop
 wait
 "#;
 
@@ -69,7 +83,8 @@ fn blocks_run_as_printed(page: &str) {
         .filter(|block| !block.text.contains("systemctl"))
     {
         match block.language.as_str() {
-            "sh" | "python" => {
+            "toml" | "py" if page != "README.md" => {}
+            "sh" | "python" | "toml" | "py" => {
                 last = format!("block-{:04}.{}", block.line, block.language);
                 dir.write(&last, &block.text);
             }
@@ -82,6 +97,8 @@ fn blocks_run_as_printed(page: &str) {
         "the examples of {page} show what they print"
     );
 
+    let helper = source().join("examples/python/preforkd.py");
+    fs::copy(helper, dir.join("preforkd.py")).unwrap();
     let programs = dir.join("bin");
     fs::create_dir(&programs).unwrap();
     symlink(binary(), programs.join("preforkd")).unwrap();

@@ -124,6 +124,15 @@ fn a_program_on_the_library_has_paths_of_its_own() {
     std::os::unix::fs::symlink(example("arithmetic"), &program).unwrap();
     let started = servers.start(&program, &[]);
     assert!(started.status.success(), "{started:?}");
+    // Without a configuration at the usual place, a call goes to the running server of that name.
+    let called = servers.ask(&program, &["call", "subtract", "[42, 23]"]);
+    assert_eq!(text(&called.stdout), "19\n", "{called:?}");
+    let gone = servers.ask(&program, &["status", "--name", "no-such-server"]);
+    let said = text(&gone.stderr);
+    let remedy = format!(
+        "start one with `{own} run`, or name the running one with --config FILE or --name NAME"
+    );
+    assert!(said.contains(&remedy), "{said}");
     // Another program does not take it for its own server.
     let other = servers.ask(&binary(), &["status", "--name", "no-such-server"]);
     assert_eq!(other.status.code(), Some(69), "{other:?}");

@@ -89,6 +89,10 @@ fn the_shell_of_a_daemon_goes_on_when_all_workers_are_ready() {
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert_eq!(second.status.code(), Some(71), "{said}");
     assert!(said.contains("another master holds the lock"), "{said}");
+    assert!(
+        said.contains("with another pid-file") && !said.contains("--name"),
+        "{said}"
+    );
 
     let stopped = preforkd(&dir, &["stop"]).output().unwrap();
     assert!(stopped.status.success(), "{stopped:?}");

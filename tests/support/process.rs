@@ -92,9 +92,10 @@ pub fn executable(pid: i32) -> u64 {
     fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino()
 }
 
-/// Returns the kind of each of its descriptors, without numbers.
+/// Returns the kind of each of its descriptors, without numbers; none if it has ended.
 pub fn kinds(pid: i32) -> Vec<String> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"));
+    let entries = entries.into_iter().flatten();
     let mut kinds: Vec<String> = entries
         .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
         .map(|target| {

@@ -109,7 +109,7 @@ fn errors_of_included_files_name_the_right_file() {
     for (text, expected) in [
         (
             "daemon = maybe",
-            "d/1.toml:1:10: this is no TOML: string values must be quoted, expected literal string",
+            "d/1.toml:1:10: this is no TOML: a string needs quotes; write daemon = \"maybe\"",
         ),
         (
             "# x\n[limits]\nbatsh = 1",

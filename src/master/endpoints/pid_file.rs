@@ -52,6 +52,7 @@ impl PidFile {
                     return Err(Error::AlreadyRunning {
                         pid_file: path.to_owned(),
                         pid: read_pid(&file),
+                        is_configured: false,
                     });
                 }
                 Err(error) => return Err(refused("lock", path, error)),
