@@ -56,12 +56,13 @@ pub fn order_sessions(master: &mut Master<'_>) {
     let (now, serving) = (now(), master.fleet.generation());
     let workers = &master.contexts.serving.settings.workers;
     let drain_until = now + workers.drain_timeout.as_millis() as Millis;
+    let scoreboard = master.workers.board.records();
     let sessions = &mut master.workers.sessions;
     match master.fleet.stop_deadline() {
         Some(until) if until <= now => sessions.adopted.kill_all(),
         Some(until) => (sessions.adopted).order(|_| true, DirectOrder::Stop, until),
         None => {
-            sessions.set_serving(serving, &master.contexts.serving);
+            sessions.set_serving(scoreboard, serving, &master.contexts.serving);
             let is_other = |generation| generation != serving;
             (sessions.adopted).order(is_other, DirectOrder::Drain, drain_until);
         }
@@ -71,7 +72,9 @@ pub fn order_sessions(master: &mut Master<'_>) {
 /// Tells sessions which generation serves, so that connections of other generations go there.
 pub fn note_serving(master: &mut Master<'_>) {
     let generation = master.fleet.generation();
-    (master.workers.sessions).set_serving(generation, &master.contexts.serving);
+    let scoreboard = master.workers.board.records();
+    let sessions = &mut master.workers.sessions;
+    sessions.set_serving(scoreboard, generation, &master.contexts.serving);
 }
 
 /// Kills overdue sessions without an acceptor. Returns whether the master must wait for any.
