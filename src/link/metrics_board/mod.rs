@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::Release};
 
-use crate::sys::shared_memory::{growing_file, record_at};
+use crate::sys::shared_memory::{growing_file, make_private, record_at};
 use layout::{
     Block, BoardHeader, HandlerKind, MAGIC, NAMES, NameTable, OTHER, POOLS, STRIDE, VERSION,
     offset_of_block,
@@ -81,11 +81,21 @@ impl NameNumbers {
 #[derive(Debug, Clone)]
 pub struct MetricsAccess {
     pub block: &'static Block,
+    header: &'static BoardHeader,
     pub methods: Box<[u16]>,
     pub pools: Box<[u16]>,
 }
 
 impl MetricsAccess {
+    /// Leaves the header. For a child, which must not write what only the master writes: names, and what readers
+    /// know the board by.
+    ///
+    /// # Errors
+    /// If there is not enough memory.
+    pub fn leave_header(&self) -> io::Result<()> {
+        make_private(std::slice::from_ref(self.header))
+    }
+
     /// Returns the place of a pool.
     pub fn pool(&self, number: usize) -> usize {
         self.pools.get(number).map_or(POOLS, |&place| place.into())
@@ -174,6 +184,7 @@ impl MetricsBoard {
         word.store(word.load(Relaxed) | 1 << (record % 64), Release);
         Ok(MetricsAccess {
             block,
+            header: self.header,
             methods: methods
                 .map(|(name, kind)| {
                     let place = self.methods.number(name);
