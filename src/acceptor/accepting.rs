@@ -15,10 +15,13 @@ use super::sessions::SessionProcesses;
 use super::sources::{Sources, limit_of};
 use crate::config::IsolationConfig;
 use crate::link::adoption_queue::LONGEST;
+use crate::link::ids::Generation;
 use crate::link::metrics_board::BlockWriter;
 use crate::link::metrics_board::layout::{CloseReason, NAMES};
+use crate::link::scoreboard;
+use crate::link::session_draining::BATCH;
 use crate::link::session_limits::SessionLimits;
-use crate::link::session_table;
+use crate::link::session_table::{self, SESSIONS};
 use crate::link::source_table::Source;
 use crate::logging;
 use crate::sys::closer;
@@ -31,6 +34,8 @@ use crate::worker_init::WorkerInit;
 
 /// The time until the next try if the system had no process or descriptor.
 pub(super) const RETRY_MS: u64 = 200;
+/// The time between two checks for room at the limit.
+const LIMIT_LOOK_MS: u64 = 50;
 
 /// The event numbers of both sources. Those of sessions begin with `FIRST_SESSION`.
 pub const LISTENER: u64 = 2;
@@ -58,6 +63,8 @@ pub struct Accepting<'a> {
     /// The time in milliseconds (CLOCK_MONOTONIC).
     pub now_ms: u64,
     pub(super) limits: SessionLimits,
+    /// The most connections that other acceptors of the listener had.
+    most_elsewhere: usize,
 }
 
 impl<'a> Accepting<'a> {
@@ -95,6 +102,7 @@ impl<'a> Accepting<'a> {
             packet: vec![0; LONGEST],
             now_ms: monotonic_ms(),
             limits,
+            most_elsewhere: 0,
         })
     }
 
@@ -105,14 +113,17 @@ impl<'a> Accepting<'a> {
 
     /// Returns whether the acceptor of another generation takes over the connections of this one.
     pub fn has_taker(&self) -> bool {
-        let isolated = self.boot.isolated.as_ref();
-        isolated.is_some_and(|it| session_table::has_taker(it.range.0, self.boot.generation))
+        self.serving().is_some_and(|it| it != self.boot.generation)
     }
 
     /// Returns whether the listener is isolated in the generation that serves.
     pub fn is_isolated(&self) -> bool {
-        let isolated = self.boot.isolated.as_ref();
-        isolated.is_some_and(|it| session_table::serving(it.range.0).is_some())
+        self.serving().is_some()
+    }
+
+    fn serving(&self) -> Option<Generation> {
+        let isolated = self.boot.isolated.as_ref()?;
+        scoreboard::serving(self.boot.records.0, isolated.range.1 / SESSIONS)
     }
 
     /// Restores the mode of the listener; see `Sources::restore_nonblocking`. Call it at each tick.
@@ -202,22 +213,40 @@ impl<'a> Accepting<'a> {
     }
 
     pub(super) fn is_full(&mut self) -> bool {
-        let others = self.sessions.open_elsewhere(self.now_ms);
-        self.sessions.open() + self.held.len() + others >= self.isolation.processes
+        self.connections(false) >= self.isolation.processes
     }
 
-    /// Stops accepting for a while, at the limit or after an error.
-    pub(super) fn pause(&mut self, ms: u64, error: Option<&io::Error>) {
-        let resume_at_ms = self.now_ms + ms;
-        self.sources
-            .pause(&self.epoll, resume_at_ms, error.is_some());
-        if let Some(error) = error {
-            self.warn(&format!(
-                "no connection can be accepted: {error}; open connections are served, the others wait, at most \
-                 for limits.read-timeout; raise the limits of processes and open files, or lower processes of \
-                 the listener"
-            ));
-        }
+    /// Returns whether no connection of another session may be adopted now. Each one was counted before it came,
+    /// so the total exceeds `processes` only by those on their way. If other acceptors have more, because
+    /// `processes` was lowered, it stays below their number. A session can send connections that never were one of
+    /// the listener, so there is a bound.
+    pub(super) fn is_overfull(&mut self) -> bool {
+        let most = (self.isolation.processes + BATCH).max(self.most_elsewhere);
+        // The number may be that of some milliseconds ago, when sessions had not ended that have by now.
+        self.connections(false) >= most && self.connections(true) >= most
+    }
+
+    /// Returns the number of connections of the listener; `is_exact` as in `OwnRecords::open_elsewhere`.
+    fn connections(&mut self, is_exact: bool) -> usize {
+        let others = self.sessions.open_elsewhere(is_exact, self.now_ms);
+        self.most_elsewhere = self.most_elsewhere.max(others);
+        self.sessions.open() + self.held.len() + others
+    }
+
+    /// Stops accepting at the limit for a while, and adopting too if `all` is set.
+    pub(super) fn wait_for_room(&mut self, all: bool) {
+        let resume_at_ms = self.now_ms + LIMIT_LOOK_MS;
+        self.sources.pause(&self.epoll, resume_at_ms, all);
+    }
+
+    /// Stops accepting and adopting after an error for a while.
+    pub(super) fn pause(&mut self, ms: u64, error: &io::Error) {
+        self.sources.pause(&self.epoll, self.now_ms + ms, true);
+        self.warn(&format!(
+            "no connection can be accepted: {error}; open connections are served, the others wait, at most \
+             for limits.read-timeout; raise the limits of processes and open files, or lower processes of \
+             the listener"
+        ));
     }
 
     /// Where a connection comes from, with the key of its source if that is counted.

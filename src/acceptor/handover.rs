@@ -19,9 +19,6 @@ use crate::sys::event;
 const MAX_ACCEPTS: usize = 16;
 /// Connections taken before it leaves: clients must not keep it here by connecting again and again.
 const MAX_LAST_ACCEPTS: usize = 16_384;
-/// The time between two checks for room at the limit.
-const LIMIT_LOOK_MS: u64 = 50;
-
 /// Stops accepting, and ends the processes without a connection.
 pub fn leave(accepting: &mut Accepting<'_>) {
     serve_held(accepting, true);
@@ -35,11 +32,14 @@ pub fn listen(accepting: &mut Accepting<'_>) {
     if !serve_held(accepting, false) {
         return;
     }
+    if accepting.is_overfull() {
+        return accepting.wait_for_room(true);
+    }
     let has_room = !accepting.is_full();
     let numbers = (LISTENER, QUEUE);
     match accepting.sources.watch(&accepting.epoll, numbers, has_room) {
-        Err(error) => accepting.pause(RETRY_MS, Some(&error)),
-        Ok(()) if !has_room => accepting.pause(LIMIT_LOOK_MS, None),
+        Err(error) => accepting.pause(RETRY_MS, &error),
+        Ok(()) if !has_room => accepting.wait_for_room(false),
         Ok(()) => {}
     }
 }
@@ -57,14 +57,14 @@ pub fn accept(accepting: &mut Accepting<'_>, all: bool) {
                 "{limit} connections are open, as many as processes of the listener allows: the others \
                  wait until one ends"
             ));
-            return accepting.pause(LIMIT_LOOK_MS, None);
+            return accepting.wait_for_room(false);
         }
         let client = match accepting.sources.accept() {
             Ok(client) => client,
             Err(Errno::EAGAIN) => return,
             Err(error) if event::is_connection_gone(error) => continue,
             // It may last. A listener that stays watched would use 100 % CPU.
-            Err(error) => return accepting.pause(RETRY_MS, Some(&error.into())),
+            Err(error) => return accepting.pause(RETRY_MS, &error.into()),
         };
         let Some(new) = admit(accepting, client) else {
             continue;
@@ -82,16 +82,24 @@ pub fn accept(accepting: &mut Accepting<'_>, all: bool) {
 }
 
 /// Adopts connections that sessions of other generations have handed over. `all` means that this is the
-/// last time.
+/// last time. Too many wait in the queue, and the last time they are closed.
 pub fn adopt(accepting: &mut Accepting<'_>, all: bool) {
     let mut packet = std::mem::take(&mut accepting.packet);
-    let mut left = MAX_ACCEPTS;
-    while all || left > 0 {
-        left = left.saturating_sub(1);
+    let most = if all { MAX_LAST_ACCEPTS } else { MAX_ACCEPTS };
+    for _ in 0..most {
+        if accepting.is_overfull() {
+            if all && let Ok((_, client)) = accepting.sources.adopt(&mut packet) {
+                sessions::close(client);
+                accepting.count_closed(CloseReason::Limit);
+                continue;
+            }
+            accepting.wait_for_room(true);
+            break;
+        }
         let session = match accepting.take_spare() {
             Ok(session) => session,
             Err(error) => {
-                accepting.pause(RETRY_MS, Some(&error));
+                accepting.pause(RETRY_MS, &error);
                 break;
             }
         };
@@ -126,7 +134,7 @@ pub fn adopt(accepting: &mut Accepting<'_>, all: bool) {
                 accepting.sessions.keep_spare(session);
                 // A queue that stays watched would use 100 % CPU.
                 if error.kind() != io::ErrorKind::WouldBlock {
-                    accepting.pause(RETRY_MS, Some(&error));
+                    accepting.pause(RETRY_MS, &error);
                 }
                 break;
             }
@@ -168,7 +176,7 @@ fn hold(accepting: &mut Accepting<'_>, error: &io::Error) {
             accepting.held.add(new);
         }
     }
-    accepting.pause(RETRY_MS, Some(error));
+    accepting.pause(RETRY_MS, error);
 }
 
 /// Gives connections that wait for a process to new ones. Those that have waited for too long are refused,
@@ -230,7 +238,7 @@ fn hand_over(accepting: &mut Accepting<'_>, mut session: usize, mut held: HeldCo
             }
         };
         accepting.held.put_back(held);
-        accepting.pause(RETRY_MS, Some(&error));
+        accepting.pause(RETRY_MS, &error);
         return false;
     }
 }

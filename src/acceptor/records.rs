@@ -57,9 +57,15 @@ impl OwnRecords {
 
     /// How many connections other acceptors of this listener have, or have left behind. A session can write
     /// any record, so each living session counts once. `is_own`: a session of this acceptor.
-    pub fn open_elsewhere(&mut self, is_own: impl Fn(Pid) -> bool, now_ms: u64) -> usize {
+    /// `is_exact`: count now, also if the last count is young.
+    pub fn open_elsewhere(
+        &mut self,
+        is_own: impl Fn(Pid) -> bool,
+        is_exact: bool,
+        now_ms: u64,
+    ) -> usize {
         let (count, at) = self.elsewhere;
-        if at > 0 && now_ms < at + COUNT_MS {
+        if at > 0 && now_ms < at + COUNT_MS && !is_exact {
             return count;
         }
         let used = session_table::claimed(self.all);
@@ -86,14 +92,18 @@ impl OwnRecords {
         self.elsewhere.0
     }
 
-    /// Returns the number of the session with this pid if it is of this generation and of another acceptor.
-    pub fn orphan(&self, pid: Pid) -> Option<usize> {
-        let mut used = session_table::claimed(self.all).iter();
-        used.position(|record| {
-            record.pid() == pid
-                && self.is_of_another(record)
-                && process_tree::start_ticks(pid) == Some(record.start_ticks())
-        })
+    /// Returns the number of the session with this pid if it is of this generation and its acceptor has died:
+    /// then it is a child of the master. Any session can write any record, so one whose record a living session
+    /// of this acceptor has is none; `is_living` says which.
+    pub fn orphan(&self, pid: Pid, is_living: impl Fn(usize) -> bool) -> Option<usize> {
+        let mut used = session_table::claimed(self.all).iter().enumerate();
+        let is_its = |(index, record): &(usize, &SessionRecord)| {
+            record.pid() == pid && self.is_of_another(record) && !is_living(*index)
+        };
+        let (index, record) = used.find(is_its)?;
+        let is_orphan = process_tree::parent(pid) == Some(self.master)
+            && process_tree::start_ticks(pid) == Some(record.start_ticks());
+        is_orphan.then_some(index)
     }
 
     /// Returns the numbers of the sessions of this generation whose acceptor has died.
@@ -156,5 +166,41 @@ impl OwnRecords {
     pub fn release(&mut self, index: usize) {
         self.all[index].release();
         self.free.push(index);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::link::session_table::SessionTable;
+
+    #[test]
+    fn only_a_child_of_the_master_without_the_record_of_a_living_session_is_an_orphan() {
+        let table = SessionTable::new().unwrap();
+        let pid = Pid::current();
+        let records = |master| OwnRecords {
+            all: table.range(0),
+            first: 0,
+            generation: Generation(1),
+            acceptor: Pid(i32::MAX),
+            master,
+            free: Vec::new(),
+            elsewhere: (0, 0),
+            seen: BTreeMap::new(),
+        };
+        let parent = records(process_tree::parent(pid).unwrap());
+        assert_eq!(parent.orphan(pid, |_| false), None);
+        for index in [2, 3] {
+            let record = &table.range(0)[index];
+            assert!(record.claim(Pid(7), Generation(1)));
+            session_table::note_claim(table.range(0), index);
+            record.set_process(pid, process_tree::start_ticks(pid).unwrap());
+            record.open((None, None), 1);
+        }
+        assert_eq!(parent.orphan(pid, |_| false), Some(2));
+        assert_eq!(parent.orphan(pid, |index| index == 2), Some(3));
+        assert_eq!(parent.orphan(pid, |_| true), None);
+        assert_eq!(records(Pid(1 << 30)).orphan(pid, |_| false), None);
     }
 }

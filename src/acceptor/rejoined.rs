@@ -2,8 +2,9 @@
 //! and get the reopened log.
 //!
 //! Each session can send into the adoption queue. So the kernel says which process has made a link
-//! (SO_PEERCRED), and only a session of this generation without an acceptor is taken. A link that is refused is
-//! closed, and its session tries again later.
+//! (SO_PEERCRED), and only a session of this generation without an acceptor is taken. Each process and each record
+//! has one link at most: the last one. So none is watched that is not read. A link that is refused is closed, and
+//! its session tries again later.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,10 +25,11 @@ pub struct RejoinedSessions {
 }
 
 impl RejoinedSessions {
-    /// Takes a link. It gets the event number `first_event` plus the number of its record.
+    /// Takes a link. `is_living` says which records the acceptor's own sessions have. The link gets the event
+    /// number `first_event` plus the number of its record.
     pub fn add(
         &mut self,
-        records: &OwnRecords,
+        (records, is_living): (&OwnRecords, impl Fn(usize) -> bool),
         link: Vec<OwnedFd>,
         epoll: &Epoll,
         first_event: u64,
@@ -38,17 +40,22 @@ impl RejoinedSessions {
         };
         let mut link = link.into_iter();
         if let Some((_, pid)) = made_by
-            && let Some(index) = records.orphan(Pid(pid))
+            && let Some(index) = records.orphan(Pid(pid), is_living)
             && let Some(fd) = link.next()
         {
             rights::refuse(&fd);
+            self.linked.retain(|at, before| {
+                let stays = *at != index && before.pid != Pid(pid);
+                if !stays {
+                    before.unwatch(epoll);
+                }
+                stays
+            });
             let event = EpollEvent::new(EpollFlags::EPOLLIN, first_event + index as u64);
             // If this fails, the session notices the end of the link.
             if epoll.add(fd.as_fd(), event).is_ok() {
                 let session = Session::new(Pid(pid), MasterEnd::of(fd), None);
-                if let Some(mut before) = self.linked.insert(index, session) {
-                    before.unwatch(epoll);
-                }
+                self.linked.insert(index, session);
             }
         }
         link.for_each(closer::close_in_child);

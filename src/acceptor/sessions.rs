@@ -107,11 +107,12 @@ impl SessionProcesses {
         self.open
     }
 
-    /// Returns the number of connections that other acceptors of the listener have.
-    pub fn open_elsewhere(&mut self, now_ms: u64) -> usize {
+    /// Returns the number of connections that other acceptors of the listener have; `is_exact` as in
+    /// `OwnRecords::open_elsewhere`.
+    pub fn open_elsewhere(&mut self, is_exact: bool, now_ms: u64) -> usize {
         let own = &self.by_pid;
         self.records
-            .open_elsewhere(|pid| own.contains_key(&pid), now_ms)
+            .open_elsewhere(|pid| own.contains_key(&pid), is_exact, now_ms)
     }
 
     /// Returns the number of sessions that wait for a connection.
@@ -292,7 +293,9 @@ impl SessionProcesses {
 
     /// Takes the link of a session whose acceptor has died; `first_event` as in `fork`.
     pub fn rejoin(&mut self, link: Vec<OwnedFd>, epoll: &Epoll, first_event: u64) {
-        self.rejoined.add(&self.records, link, epoll, first_event);
+        let is_living = |index| self.living.contains_key(&index);
+        let records = (&self.records, is_living);
+        self.rejoined.add(records, link, epoll, first_event);
     }
 
     /// Sends a session the link that the master has made for it.

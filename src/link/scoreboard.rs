@@ -7,8 +7,12 @@
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicI32, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    Ordering::SeqCst,
+};
 
+use super::ids::Generation;
 use crate::protocol::call_id::CallId;
 use crate::sys::process::Pid;
 use crate::sys::shared_memory;
@@ -104,8 +108,9 @@ shared_record! {
         pub oldest_call: AtomicU64,
         /// The pid of that process; 0: this one.
         pub oldest_home: AtomicI32,
-        /// Padding: keeps the size a multiple of eight.
-        spare: AtomicU32,
+        /// Not of this process: the generation that serves the isolated listener whose range has the number of this
+        /// record; 0 if there is none. It is here because sessions cannot write to the scoreboard.
+        serving: AtomicU32,
     }
 }
 
@@ -147,7 +152,21 @@ const _: () = {
     assert!(offset_of!(WorkerRecord, last_call) == 208);
     assert!(offset_of!(WorkerRecord, oldest_call) == 216);
     assert!(offset_of!(WorkerRecord, oldest_home) == 224);
+    assert!(offset_of!(WorkerRecord, serving) == 228);
 };
+
+/// For the master: sets the generation that serves the isolated listener with this range; `None` if the listener is
+/// not isolated in it. `range` is below `session_table::RANGES`.
+pub fn set_serving(records: &[WorkerRecord], range: usize, generation: Option<Generation>) {
+    let number = generation.map_or(0, |generation| generation.0);
+    records[range].serving.store(number, Release);
+}
+
+/// Returns the generation that serves; `None` if the listener is not isolated in it.
+pub fn serving(records: &[WorkerRecord], range: usize) -> Option<Generation> {
+    let number = (records.get(range)).map_or(0, |record| record.serving.load(Acquire));
+    (number != 0).then_some(Generation(number))
+}
 
 /// The records of all workers. Only the master knows which record belongs to which worker.
 #[derive(Debug)]
@@ -340,6 +359,18 @@ mod tests {
         assert_eq!((last(), record.oldest()), (None, None));
         record.oldest_method.store(1, Relaxed);
         assert_eq!(last(), Some((0, None)));
+    }
+
+    #[test]
+    fn the_generation_that_serves_stays_when_the_record_gets_another_process() {
+        let board = Scoreboard::new().unwrap();
+        assert_eq!(serving(board.records(), 3), None);
+        set_serving(board.records(), 3, Some(Generation(2)));
+        board.record(3).clear();
+        assert_eq!(serving(board.records(), 3), Some(Generation(2)));
+        assert_eq!(serving(board.records(), 4), None);
+        set_serving(board.records(), 3, None);
+        assert_eq!(serving(board.records(), 3), None);
     }
 
     #[test]

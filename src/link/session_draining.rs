@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 /// Sessions that hand their connections over at the same time.
-const BATCH: usize = 64;
+pub const BATCH: usize = 64;
 /// For how long a session counts that was ordered to hand its connection over.
 const COUNT_MS: u64 = 1_000;
 /// The time between two checks whether the next sessions can get the order.

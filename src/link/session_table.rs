@@ -64,8 +64,8 @@ shared_record! {
         /// many records have ever been used.
         pub crashes: AtomicU32,
         claimed: AtomicU32,
-        /// Likewise: the generation that serves, if the listener is isolated in it; else 0.
-        serving: AtomicU32,
+        /// Padding: not used any more.
+        spare: AtomicU32,
         /// What the master orders a session whose acceptor is gone, and when it is to be done.
         order: AtomicU32,
         order_until_ms: AtomicU64,
@@ -142,6 +142,7 @@ impl SessionRecord {
     pub fn release(&self) {
         self.worker.clear_capacity();
         self.pid.store(0, Relaxed);
+        self.start_ticks.store(0, Relaxed);
         self.state.store(FREE, Release);
     }
 
@@ -338,23 +339,6 @@ pub fn count_of_source(range: &[SessionRecord], key: u64) -> usize {
     claimed(range).iter().filter(is_its).count()
 }
 
-/// For the master: the generation that serves, `None` if the listener is not isolated in it.
-pub fn set_serving(range: &[SessionRecord], generation: Option<Generation>) {
-    let number = generation.map_or(0, |generation| generation.0);
-    range[0].serving.store(number, Release);
-}
-
-/// The generation that serves; `None` if the listener is not isolated in it.
-pub fn serving(range: &[SessionRecord]) -> Option<Generation> {
-    let number = range.first().map_or(0, |first| first.serving.load(Acquire));
-    (number != 0).then_some(Generation(number))
-}
-
-/// Whether the acceptor of another generation takes the connections of this one.
-pub fn has_taker(range: &[SessionRecord], generation: Generation) -> bool {
-    serving(range).is_some_and(|serving| serving != generation)
-}
-
 /// The record at `index` is used.
 pub fn note_claim(range: &[SessionRecord], index: usize) {
     range[0].claimed.fetch_max(index as u32 + 1, Relaxed);
@@ -500,18 +484,6 @@ mod tests {
             assert_eq!(record.crashed(), Some((exit, 1 << 20)));
             assert!(!record.claim(Pid(8), Generation(4)));
         }
-    }
-
-    #[test]
-    fn connections_are_taken_by_the_generation_that_serves_and_by_no_other() {
-        let table = SessionTable::new().unwrap();
-        let range = table.range(3);
-        assert!(!has_taker(range, Generation(1)));
-        set_serving(range, Some(Generation(2)));
-        assert!(has_taker(range, Generation(1)) && has_taker(range, Generation(3)));
-        assert!(!has_taker(range, Generation(2)));
-        set_serving(range, None);
-        assert!(!has_taker(range, Generation(1)));
     }
 
     #[test]

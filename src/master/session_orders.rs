@@ -69,12 +69,13 @@ pub fn order_sessions(master: &mut Master<'_>) {
         Some(_) => master.workers.signal_reserved(Signal::SIGTERM, false),
         None => {}
     }
+    let scoreboard = master.workers.board.records();
     let sessions = &mut master.workers.sessions;
     match stop_deadline {
         Some(until) if until <= now => sessions.adopted.kill_all(),
         Some(until) => (sessions.adopted).order(|_| true, DirectOrder::Stop, until),
         None => {
-            sessions.set_serving(serving, &master.contexts.serving);
+            sessions.set_serving(scoreboard, serving, &master.contexts.serving);
             let is_other = |generation| generation != serving;
             (sessions.adopted).order(is_other, DirectOrder::Drain, drain_until);
         }
@@ -84,7 +85,9 @@ pub fn order_sessions(master: &mut Master<'_>) {
 /// Tells sessions which generation serves, so that connections of other generations go there.
 pub fn note_serving(master: &mut Master<'_>) {
     let generation = master.fleet.generation();
-    (master.workers.sessions).set_serving(generation, &master.contexts.serving);
+    let scoreboard = master.workers.board.records();
+    let sessions = &mut master.workers.sessions;
+    sessions.set_serving(scoreboard, generation, &master.contexts.serving);
 }
 
 /// Kills overdue sessions without an acceptor, and at the end of a stop what is left of the program before an

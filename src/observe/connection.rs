@@ -48,6 +48,8 @@ pub struct PageConnection {
     stage: Stage,
     /// When it is closed if nothing changes.
     deadline_ms: Option<u64>,
+    /// Whether the client sends nothing more. It still gets the answers to what it has sent.
+    is_half_closed: bool,
     /// When it last became idle.
     pub idle_since_ms: u64,
     /// Whether a request was answered.
@@ -64,6 +66,7 @@ impl PageConnection {
             sent: 0,
             stage: Stage::Reading,
             deadline_ms: None,
+            is_half_closed: false,
             idle_since_ms: now_ms,
             has_answered: false,
         }
@@ -89,6 +92,13 @@ impl PageConnection {
     /// Whether nothing of a request has arrived.
     pub fn is_idle(&self) -> bool {
         matches!(self.stage, Stage::Reading) && self.received.is_empty()
+    }
+
+    /// When the first byte of its unfinished request came; `None` if it has none.
+    pub fn unfinished_since_ms(&self) -> Option<u64> {
+        let is_unfinished = matches!(self.stage, Stage::Reading) && !self.received.is_empty();
+        let deadline_ms = self.deadline_ms.filter(|_| is_unfinished);
+        deadline_ms.map(|at| at.saturating_sub(LIMIT_MS))
     }
 
     /// Whether an answer is being sent, or was the last one.
@@ -128,8 +138,8 @@ impl PageConnection {
         while self.received.len() <= HEAD_MAX {
             match self.socket.receive(&mut piece) {
                 Ok(0) => {
-                    self.stage = Stage::Ended;
-                    return;
+                    self.is_half_closed = true;
+                    break;
                 }
                 Ok(length) => self.received.extend_from_slice(&piece[..length]),
                 Err(Errno::EINTR) => {}
@@ -151,6 +161,7 @@ impl PageConnection {
             self.progress = ParseProgress::default();
         }
         match decode_page(&self.received, &mut self.progress) {
+            Ok(None) if self.is_half_closed => self.stage = Stage::Ended,
             Ok(None) => {
                 if !self.received.is_empty() && self.deadline_ms.is_none() {
                     self.deadline_ms = Some(now_ms + LIMIT_MS);

@@ -1,7 +1,8 @@
 //! Serves pages over HTTP/1.1, in one thread: accepts, waits for the master if a page needs it, answers.
 //!
 //! At most 32 connections have a place. For one more, the connection that has been idle for the longest time
-//! is closed; if none is idle, the new one gets 503. Without requests nothing wakes this process up.
+//! is closed; if none is idle, the one whose request has been unfinished for the longest time, at least 1 s.
+//! Else the new one gets 503. Without requests nothing wakes this process up.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,6 +28,8 @@ use crate::sys::socket;
 const MAX_CONNECTIONS: usize = 32;
 /// The most connections beyond them that get an answer with 503. Further ones are closed without an answer.
 const MAX_REFUSED: usize = 8;
+/// For how long a request may be unfinished before its connection makes room for another one.
+const UNFINISHED_MS: u64 = 1_000;
 /// The most connections that are accepted in one turn.
 const BATCH: usize = 64;
 /// The time until the next try if the system had no descriptor for a connection.
@@ -188,10 +191,16 @@ impl PageServer {
     fn admit(&mut self, mut connection: PageConnection) {
         self.connections.retain(|one| !one.has_ended());
         if self.connections.len() >= MAX_CONNECTIONS {
-            let idle = self.connections.iter().enumerate();
-            let idle = idle.filter(|(_, one)| one.is_idle());
+            let all = self.connections.iter().enumerate();
+            let idle = all.clone().filter(|(_, one)| one.is_idle());
             let longest = idle.min_by_key(|(_, one)| one.idle_since_ms);
-            match longest.map(|(index, _)| index) {
+            let late_ms = self.now.ms.saturating_sub(UNFINISHED_MS);
+            let unfinished =
+                all.filter_map(|(index, one)| Some((index, one.unfinished_since_ms()?)));
+            let oldest = unfinished.min_by_key(|(_, since_ms)| *since_ms);
+            let oldest = oldest.filter(|(_, since_ms)| *since_ms <= late_ms);
+            let closed = longest.map(|(index, _)| index);
+            match closed.or(oldest.map(|(index, _)| index)) {
                 Some(index) => drop(self.connections.swap_remove(index)),
                 None => {
                     if self.refused.len() < MAX_REFUSED {

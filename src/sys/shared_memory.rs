@@ -308,7 +308,7 @@ pub fn record_at<T: SharedRecord>(file: &OwnedFd, offset: u64) -> io::Result<&'s
 ///
 /// # Errors
 /// If no descriptor is left, or /proc is not mounted.
-pub fn read_only(file: &OwnedFd) -> io::Result<OwnedFd> {
+pub fn read_only(file: &impl AsRawFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     Ok(File::open(path)?.into())
 }

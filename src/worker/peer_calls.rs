@@ -23,9 +23,12 @@ use crate::protocol::code::Code;
 use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::{Reactor, Token};
+use crate::throttle::limiter::SharedLimiter;
 
 /// After a call was returned, a process gets for this time only as many calls as it can begin at once.
 const NO_SHORT_MS: u64 = 100;
+static INVALID_FRAMES: SharedLimiter = SharedLimiter::new();
+
 /// The most reads from one link before the others get their turn.
 const MAX_READS: usize = 16;
 
@@ -198,9 +201,8 @@ fn read_frames(service: &mut CallDispatcher, link: usize, is_serving: bool) -> b
         }
     };
     if !is_understood {
-        log::warn!(
-            "another worker sent an invalid frame over an internal link: the link is closed"
-        );
+        let text = "another worker sent an invalid frame over an internal link: the link is closed";
+        INVALID_FRAMES.log(log::Level::Warn, text.to_owned());
     }
     if let Some(peer) = service.forwarding.peers.get_mut(link) {
         peer.link.put_back(received, at);

@@ -30,6 +30,9 @@ pub fn init_worker_process(
     let is_session = boot.slot.session().is_some();
     if is_session {
         leave_shared_memory(boot).map_err(|error| ("leave the memory of workers", error))?;
+    } else {
+        let protected = boot.metrics.protect_header();
+        protected.map_err(|error| ("protect the header of the metrics board", error))?;
     }
     // 1. The lock of the pid file belongs to its open file description: kept open here, it would outlive
     //    the master.

@@ -4,6 +4,7 @@ mod bars;
 mod deaths;
 mod examples;
 mod handovers;
+mod hostile;
 mod orphans;
 mod programs;
 mod sessions;

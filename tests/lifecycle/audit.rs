@@ -1,7 +1,7 @@
 //! Tests that each control request leaves a log line that says who sent it and how it ended.
 
 use std::fs::{self, Permissions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -95,15 +95,27 @@ fn a_malformed_and_a_long_request_leave_a_line_each() {
         .start();
     let socket = daemon.dir().join("control.sock");
     control::ask(&socket, "{\"command\":\"\u{1b}[2J\"}");
-    let text = "control request refused: this master does not know the command";
+    let text = "control request refused: \"this master does not know the command";
     wait_for("the malformed request", PATIENCE, || {
         lines(&daemon, "unknown", "refused").len() == 1
     });
     let line = lines(&daemon, "unknown", "refused").remove(0);
     assert!(line.contains(text) && !line.contains('\u{1b}'), "{line}");
+    // What looks like fields stays in quotes.
+    control::ask(&socket, r#"{"command":"x\" uid=77 comm=\"y"}"#);
+    wait_for("the forged request", PATIENCE, || {
+        lines(&daemon, "unknown", "refused").len() == 2
+    });
+    let line = lines(&daemon, "unknown", "refused").remove(1);
+    assert!(line.contains(r#"`x\" uid=77 comm=\"y`"#), "{line}");
     let mut stream = control::connect(&socket);
-    // The master may close it before all is written.
-    let _ = stream.write_all(&[b' '; 20_000]);
+    stream.write_all(&[b' '; 200_000]).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(
+        answer.contains("the request is longer than 16384 bytes"),
+        "{answer}"
+    );
     wait_for("the long request", PATIENCE, || {
         let lines = lines(&daemon, "unknown", "refused");
         lines

@@ -47,6 +47,11 @@ pub fn cpu_ticks(pid: i32) -> Option<u64> {
     Some(ticks(11)? + ticks(12)?)
 }
 
+/// Returns when it began, in clock ticks since boot.
+pub fn start_ticks(pid: i32) -> Option<u64> {
+    stat(pid)?[19].parse().ok()
+}
+
 /// Returns its resident memory in bytes, counted page by page. The value in /proc/PID/status may be wrong
 /// by some hundred kilobytes (proc_pid_status(5)).
 pub fn rss_bytes(pid: i32) -> Option<u64> {

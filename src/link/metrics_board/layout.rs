@@ -116,7 +116,8 @@ shared_record! {
 }
 
 impl NameTable {
-    /// Returns the names, at most `most`.
+    /// Returns the names, at most `most`. Control characters, which only garbage has, are replaced: names go to
+    /// terminals and to programs that read metrics.
     pub fn names(&self, most: usize) -> Vec<String> {
         let count = usize::try_from(self.count.load(Acquire)).unwrap_or(NAMES);
         let names = self.names.iter().take(count.min(most));
@@ -125,7 +126,7 @@ impl NameTable {
                 .length
                 .load(Relaxed)
                 .min(size_of_val(&cell.words) as u64);
-            load_text(&cell.words, length as u32)
+            load_text(&cell.words, length as u32).replace(char::is_control, "?")
         };
         names.map(name).collect()
     }
@@ -168,8 +169,7 @@ shared_record! {
 }
 
 shared_record! {
-    /// The beginning of the file. The master writes it; only it has more than one writer in its life, one
-    /// after the other.
+    /// The beginning of the file. Only the master writes it, one after the other: its children leave it.
     #[derive(Debug)]
     #[repr(align(4096))]
     pub struct BoardHeader {
@@ -291,10 +291,13 @@ pub fn offset_of_block(record: usize) -> u64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::protocol::code::Code;
+    use crate::sys::shared_memory::array;
     use std::collections::BTreeSet;
+    use std::num::NonZeroUsize;
 
     #[test]
     fn each_record_has_a_block_of_its_own() {
@@ -325,5 +328,13 @@ mod tests {
         let expected: Vec<(usize, &str)> = known.into_iter().enumerate().collect();
         assert_eq!(names.to_vec(), expected);
         assert!(names.len() <= HANDLER_CODE);
+    }
+
+    #[test]
+    fn a_name_has_no_control_characters() {
+        let (tables, _file) = array::<NameTable>(NonZeroUsize::MIN).unwrap();
+        tables[0].push("a\u{1b}[2Jb\u{9b}c\nd");
+        tables[0].push("résumé");
+        assert_eq!(tables[0].names(NAMES), ["a?[2Jb?c?d", "résumé"]);
     }
 }

@@ -21,13 +21,13 @@ pub use reader::{BoardReader, HistogramCounts, MethodTotals, PoolTotals};
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{Ordering::Relaxed, Ordering::Release};
 
 use crate::link::ids::Pid;
 use crate::link::slow_calls::{SlowCall, SlowRing};
 use crate::sys::process::monotonic_ns;
-use crate::sys::shared_memory::{growing_file, record_at};
+use crate::sys::shared_memory::{growing_file, make_private, make_read_only, read_only, record_at};
 use layout::{
     Block, BoardHeader, HandlerKind, MAGIC, NAMES, NameTable, OTHER, POOLS, STRIDE, VERSION,
     offset_of_block,
@@ -85,11 +85,27 @@ impl NameNumbers {
 pub struct MetricsAccess {
     pub block: &'static Block,
     pub header: &'static BoardHeader,
+    /// The master's descriptor. A child has it too, until it closes what belongs to the master.
+    file: RawFd,
     pub methods: Box<[u16]>,
     pub pools: Box<[u16]>,
 }
 
 impl MetricsAccess {
+    /// Makes the header readable only, for good. For a child, which must not write what only the master writes:
+    /// names, and what readers know the board by. Call it while the master's descriptors are open here. Without
+    /// /proc the child loses the header, and so what counts as slow.
+    ///
+    /// # Errors
+    /// If there is not enough memory.
+    pub fn protect_header(&self) -> io::Result<()> {
+        let header = std::slice::from_ref(self.header);
+        match read_only(&self.file) {
+            Ok(file) => make_read_only(header, &file),
+            Err(_) => make_private(header),
+        }
+    }
+
     /// Returns the place of a pool.
     pub fn pool(&self, number: usize) -> usize {
         self.pools.get(number).map_or(POOLS, |&place| place.into())
@@ -179,6 +195,7 @@ impl MetricsBoard {
         Ok(MetricsAccess {
             block,
             header: self.header,
+            file: self.file.as_raw_fd(),
             methods: methods
                 .map(|(name, kind)| {
                     let place = self.methods.number(name);

@@ -13,7 +13,7 @@ use super::generation_info::GenerationInfo;
 use crate::link::ids::{Generation, Pid};
 use crate::link::session_draining::{Draining, LOOK_MS};
 use crate::link::session_limits::{ExceededTime, SessionLimits};
-use crate::link::session_table::{DirectOrder, SESSIONS, SessionRecord, has_taker};
+use crate::link::session_table::{DirectOrder, SESSIONS, SessionRecord};
 use crate::master::policy::event::Millis;
 use crate::master::policy::slots::KillReason;
 use crate::sys::process::{self, monotonic_ms};
@@ -118,8 +118,11 @@ impl AdoptedSessions {
                 let kill_at = until_ms + OVERDUE;
                 let kill_at = session.kill_at.map_or(kill_at, |at| at.min(kill_at));
                 session.kill_at = Some(kill_at);
-                let range = &records[session.place / SESSIONS * SESSIONS..];
-                if order == DirectOrder::Drain && has_taker(range, record.generation()) {
+                // The listener is isolated in the generation that serves, so an acceptor takes its connection.
+                let first = session.place / SESSIONS * SESSIONS;
+                let has_taker = self.limits.contains_key(&first)
+                    && self.serving.is_some_and(|it| it != record.generation());
+                if order == DirectOrder::Drain && has_taker {
                     let is_first = !std::mem::replace(&mut session.is_draining, true);
                     draining.extend(is_first.then_some(session.place));
                 } else {
@@ -225,15 +228,18 @@ fn kill(pid: Pid) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::link::session_table::{SessionTable, set_serving};
+    use crate::link::session_table::SessionTable;
+    use std::time::Duration;
 
     #[test]
     fn connections_are_handed_over_in_batches_and_closed_together() {
         let table = SessionTable::new().unwrap();
         let range = table.range(0);
-        set_serving(range, Some(Generation(2)));
         let mut sessions = AdoptedSessions::default();
         sessions.set_records(table.records());
+        let second = Duration::from_secs(1);
+        let limits = SessionLimits::new(second, second, Duration::ZERO);
+        sessions.set_limits(Generation(2), [(0, limits)].into());
         // No process has these pids, so none can be killed.
         let pid = |place: usize| Pid(i32::MAX - place as i32);
         for (place, record) in range[..200].iter().enumerate() {

@@ -10,9 +10,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::ids::Generation;
-use crate::link::session_table::{
-    RANGES, SESSIONS, SessionRecord, SessionTable, claimed, set_serving,
-};
+use crate::link::scoreboard::{WorkerRecord, set_serving};
+use crate::link::session_table::{RANGES, SESSIONS, SessionRecord, SessionTable, claimed};
 
 /// What acceptors share.
 #[derive(Debug)]
@@ -86,11 +85,16 @@ impl SessionRanges {
         })
     }
 
-    /// Writes into the table which listeners are isolated in the serving generation.
-    pub fn set_serving(&self, generation: Generation, is_isolated: impl Fn(&str) -> bool) {
+    /// Writes into the scoreboard which listeners are isolated in the serving generation.
+    pub fn set_serving(
+        &self,
+        scoreboard: &[WorkerRecord],
+        generation: Generation,
+        is_isolated: impl Fn(&str) -> bool,
+    ) {
         for (number, (address, _)) in self.ranges.iter().enumerate() {
             let serving = is_isolated(address).then_some(generation);
-            set_serving(self.table.range(number), serving);
+            set_serving(scoreboard, number, serving);
         }
     }
 

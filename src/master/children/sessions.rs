@@ -18,6 +18,7 @@ use super::session_ranges::{SessionRange, SessionRanges, SessionsState};
 use crate::error::Result;
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::ids::{Generation, Pid, Slot};
+use crate::link::scoreboard::WorkerRecord;
 use crate::link::session_limits::SessionLimits;
 use crate::link::session_table::{SESSIONS, SessionRecord};
 use crate::logging::pluralize;
@@ -93,8 +94,13 @@ impl Sessions {
         Ok(Some((init, adoption)))
     }
 
-    /// Writes into the table which listeners are isolated in the serving generation.
-    pub fn set_serving(&mut self, generation: Generation, context: &GenerationContext) {
+    /// Writes into the scoreboard which listeners are isolated in the serving generation.
+    pub fn set_serving(
+        &mut self,
+        scoreboard: &[WorkerRecord],
+        generation: Generation,
+        context: &GenerationContext,
+    ) {
         let isolated = &context.known.isolated;
         if self.serving.replace(generation) != Some(generation) {
             let workers = &context.settings.workers;
@@ -113,7 +119,7 @@ impl Sessions {
         }
         if let Some(shared) = &self.shared {
             let is_isolated = |address: &str| isolated.iter().any(|(it, _)| it == address);
-            shared.set_serving(generation, is_isolated);
+            shared.set_serving(scoreboard, generation, is_isolated);
         }
     }
 
@@ -212,7 +218,10 @@ impl Sessions {
         for (place, record, end) in crashed {
             if let Some(known) = known(record.acceptor()) {
                 let killed_for = record.exceeded().map(kill_reason);
-                self.note_crash((place, record.pid()), end, killed_for, &known);
+                // Also a record that no session had. It would be in the list of deaths.
+                if was_session(record) {
+                    self.note_crash((place, record.pid()), end, killed_for, &known);
+                }
                 record.release();
             }
         }
@@ -332,7 +341,54 @@ impl Sessions {
     }
 }
 
+/// Returns whether there can have been a session with this record: it has not begun before its acceptor.
+fn was_session(record: &SessionRecord) -> bool {
+    let acceptor = record.acceptor();
+    let began = record.start_ticks();
+    let is_possible = record.pid().0 > 1 && acceptor.0 > 1 && record.generation().0 > 0;
+    is_possible && began > 0 && process_tree::start_ticks(acceptor).is_none_or(|it| it <= began)
+}
+
 /// Returns whether the process with this pid is the one for which the record was made.
 fn is_behind(record: &SessionRecord, pid: Pid) -> bool {
     pid.0 > 1 && record.pid() == pid && process_tree::start_ticks(pid) == Some(record.start_ticks())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::link::session_table::note_claim;
+
+    #[test]
+    fn a_record_that_no_session_can_have_had_is_no_death() {
+        let mut shared = SessionRanges::new().unwrap();
+        let (range, _) = shared.range("127.0.0.1:1", |_| false).unwrap();
+        let own = Pid::current();
+        let began = process_tree::start_ticks(own).unwrap();
+        let impossible = [
+            (Pid(-5), began, Generation(1)),
+            (Pid(1), began, Generation(1)),
+            (Pid(i32::MAX), 0, Generation(1)),
+            (Pid(i32::MAX), began - 1, Generation(1)),
+            (Pid(i32::MAX), began, Generation(0)),
+        ];
+        let possible = (Pid(i32::MAX), began, Generation(1));
+        for (index, (pid, start, generation)) in (0..).zip(impossible.into_iter().chain([possible]))
+        {
+            let record = &range.records[index];
+            assert!(record.claim(own, generation));
+            note_claim(range.records, index);
+            record.set_process(pid, start);
+            record.crash(Exit::Code(3), 1 << 20);
+        }
+        let mut sessions = Sessions {
+            shared: Some(shared),
+            ..Sessions::default()
+        };
+        sessions.note_crashes(|_| Some(Rc::default()));
+        let deaths: Vec<Pid> = sessions.take_deaths().iter().map(|it| it.pid).collect();
+        assert_eq!(deaths, [possible.0]);
+        assert!(range.records[..6].iter().all(|it| it.crashed().is_none()));
+    }
 }

@@ -85,7 +85,7 @@ pub struct WorkerHandle {
 /// All living children except keepers and sessions.
 #[derive(Debug)]
 pub struct Children {
-    pub(super) board: Scoreboard,
+    pub board: Scoreboard,
     pub metrics: MetricsBoard,
     pub(super) free: BTreeSet<usize>,
     pub(super) living: HashMap<Pid, WorkerHandle>,

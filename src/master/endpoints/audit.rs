@@ -98,7 +98,8 @@ impl PendingRequest {
                     .strip_prefix(&format!("{command} refused: "))
                     .unwrap_or(reason);
                 let text = match &**command {
-                    UNKNOWN => format!("control request refused: {reason}"),
+                    // The request stands in it, and must not look like the fields of this line.
+                    UNKNOWN => format!("control request refused: {reason:?}"),
                     _ => format!("control {command} refused: {reason}"),
                 };
                 (Level::Warn, text, "refused")

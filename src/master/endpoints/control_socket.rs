@@ -12,6 +12,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
+use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 
 use super::audit::{ControlPeer, PendingRequest};
@@ -50,6 +51,8 @@ struct ControlClient {
     /// What is sent with the first byte of its answer. It does not cross an upgrade.
     attached: Vec<OwnedFd>,
     asked: bool,
+    /// Its request was too long: the rest is dropped. Closing with unread bytes would lose the answer.
+    is_refused: bool,
     /// Whether it has closed its sending side. It may still wait for its answer.
     ended: bool,
     /// It is our observer, which stays and may ask for the status only.
@@ -183,6 +186,7 @@ impl ControlSocket {
                 unsent: client.unsent,
                 attached: Vec::new(),
                 asked: client.asked,
+                is_refused: false,
                 ended: client.ended,
                 is_observer: false,
                 keep: client.keep,
@@ -285,13 +289,12 @@ impl ControlSocket {
         let is_nonblocking = stream.set_nonblocking(true).is_ok();
         // Before the check of the user, so that a refused client is closed in the same way.
         let stream = GuardedSocket::new(stream.into(), close_in_child);
-        let Ok(peer) = peer_of(&stream) else {
-            return true;
-        };
-        if !peer.may_ask() || !is_nonblocking {
-            return true;
+        if let Ok(peer) = peer_of(&stream)
+            && peer.may_ask()
+            && is_nonblocking
+        {
+            self.insert(stream, peer, Some(now + CLIENT_TIMEOUT_MS));
         }
-        self.insert(stream, peer, Some(now + CLIENT_TIMEOUT_MS));
         true
     }
 
@@ -307,6 +310,7 @@ impl ControlSocket {
                 unsent: Vec::new(),
                 attached: Vec::new(),
                 asked: false,
+                is_refused: false,
                 ended: false,
                 is_observer: deadline.is_none(),
                 keep: false,
@@ -343,30 +347,28 @@ impl ControlSocket {
         let mut bytes = [0; 1024];
         // EBADMSG means that descriptors are attached. Such a client is closed.
         match client.stream.receive(&mut bytes) {
-            Ok(0) if client.asked && !client.ended => {
+            Ok(0) if client.asked && !client.ended && !client.is_refused => {
                 client.ended = true;
                 return None;
             }
-            // It has closed the connection.
-            Ok(0) => {
-                self.clients.remove(&id);
-                return None;
-            }
-            Ok(length) => client.received.extend_from_slice(&bytes[..length]),
+            Ok(1..) if client.is_refused => return None,
+            Ok(length @ 1..) => client.received.extend_from_slice(&bytes[..length]),
             Err(Errno::EAGAIN | Errno::EINTR) => return None,
-            Err(_) => {
+            // It has closed the connection.
+            Ok(0) | Err(_) => {
                 self.clients.remove(&id);
                 return None;
             }
         }
-        let is_too_long = client.received.len() > LONGEST_REQUEST;
-        if is_too_long && !client.asked {
-            let text = format!("the request is longer than {LONGEST_REQUEST} bytes");
-            let refusal = ControlResponse::refused(text, 64);
-            PendingRequest::new(client.peer.clone(), None, now).log(&refusal, now);
-        }
-        if is_too_long || client.asked {
+        if client.asked {
             self.clients.remove(&id);
+            return None;
+        }
+        if client.received.len() > LONGEST_REQUEST {
+            (client.asked, client.is_refused, client.received) = (true, true, Vec::new());
+            (self.pending).insert(id, PendingRequest::new(client.peer.clone(), None, now));
+            let text = format!("the request is longer than {LONGEST_REQUEST} bytes");
+            self.answer(id, &ControlResponse::refused(text, 64), now);
             return None;
         }
         let end = client.received.iter().position(|&byte| byte == b'\n')?;
@@ -428,6 +430,10 @@ impl ControlSocket {
         if let Some(client) = self.clients.get_mut(&id)
             && client.unsent.is_empty()
         {
+            if client.is_refused {
+                let _ = shutdown(client.stream.as_raw_fd(), Shutdown::Write);
+                return;
+            }
             client.deadline = None;
             if client.is_observer {
                 client.asked = false;
