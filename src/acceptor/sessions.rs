@@ -111,8 +111,8 @@ impl SessionProcesses {
     /// `OwnRecords::open_elsewhere`.
     pub fn open_elsewhere(&mut self, is_exact: bool, now_ms: u64) -> usize {
         let own = &self.by_pid;
-        self.records
-            .open_elsewhere(|pid| own.contains_key(&pid), is_exact, now_ms)
+        let is_own = |pid| own.contains_key(&pid);
+        self.records.open_elsewhere(is_own, is_exact, now_ms)
     }
 
     /// Returns the number of sessions that wait for a connection.
@@ -293,8 +293,7 @@ impl SessionProcesses {
 
     /// Takes the link of a session whose acceptor has died; `first_event` as in `fork`.
     pub fn rejoin(&mut self, link: Vec<OwnedFd>, epoll: &Epoll, first_event: u64) {
-        let is_living = |index| self.living.contains_key(&index);
-        let records = (&self.records, is_living);
+        let records = (&self.records, |index| self.living.contains_key(&index));
         self.rejoined.add(records, link, epoll, first_event);
     }
 
@@ -351,13 +350,8 @@ impl SessionProcesses {
     }
 
     /// Reaps all children that have ended. Returns the numbers of the records of crashed ones, and gives
-    /// `closed` the connections that they could not count, with their pids.
-    pub fn reap(
-        &mut self,
-        epoll: &Epoll,
-        now_ms: u64,
-        closed: impl Fn(CloseReason, Pid),
-    ) -> Vec<u32> {
+    /// `end` the connections that they could not count, with their pids.
+    pub fn reap(&mut self, epoll: &Epoll, now_ms: u64, end: impl Fn(CloseReason, Pid)) -> Vec<u32> {
         let mut crashed = Vec::new();
         while let Some(child) = process::reap_any() {
             if let Some(index) = self.by_pid.remove(&child.pid)
@@ -369,8 +363,8 @@ impl SessionProcesses {
                     crashed.push(self.records.place(index) as u32);
                 }
                 match session.is_open {
-                    true if has_crashed => closed(CloseReason::Crash, child.pid),
-                    true if session.is_killed => closed(CloseReason::Stop, child.pid),
+                    true if has_crashed => end(CloseReason::Crash, child.pid),
+                    true if session.is_killed => end(CloseReason::Stop, child.pid),
                     _ => {}
                 }
             }

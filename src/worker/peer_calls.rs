@@ -28,7 +28,6 @@ use crate::throttle::limiter::SharedLimiter;
 /// After a call was returned, a process gets for this time only as many calls as it can begin at once.
 const NO_SHORT_MS: u64 = 100;
 static INVALID_FRAMES: SharedLimiter = SharedLimiter::new();
-
 /// The most reads from one link before the others get their turn.
 const MAX_READS: usize = 16;
 

@@ -225,7 +225,7 @@ fn a_generation_that_does_not_come_up_is_given_up_and_the_old_one_serves() {
     let daemon = Daemon::builder()
         .config(GOOD)
         .expect_log("reload refused")
-        .expect_log("within nine tenths of workers.boot-timeout")
+        .expect_log("nine tenths of workers.boot-timeout")
         .start();
     let before = daemon.ready_workers();
     let load = Callers::connecting(daemon.address(), 2);

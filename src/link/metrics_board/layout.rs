@@ -169,7 +169,7 @@ shared_record! {
 }
 
 shared_record! {
-    /// The beginning of the file. Only the master writes it, one after the other: its children leave it.
+    /// The beginning of the file. Only the master writes it, one after the other: its children can only read it.
     #[derive(Debug)]
     #[repr(align(4096))]
     pub struct BoardHeader {

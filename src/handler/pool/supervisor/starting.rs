@@ -109,12 +109,12 @@ impl ProgramSupervisor {
         if by_itself.is_some_and(|at| now >= at) {
             fresh.is_ready = true;
         } else if by_itself.is_none() && now >= fresh.since.saturating_add(boot) {
-            let of = match boot < self.rules.boot {
-                true => "nine tenths of workers.boot-timeout",
-                false => "boot-timeout",
+            let cut = match boot < self.rules.boot {
+                true => ", nine tenths of workers.boot-timeout",
+                false => "",
             };
             let text = format!(
-                "has not sent {{\"out\": \"ready\"}} on descriptor 3 within {of} ({:?}): let it \
+                "has not sent {{\"out\": \"ready\"}} on descriptor 3 within boot-timeout ({:?}{cut}): let it \
                  send that, or set ready = \"alive\"",
                 Duration::from_millis(boot)
             );
