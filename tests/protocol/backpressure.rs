@@ -59,7 +59,7 @@ fn never_reading(daemon: &Daemon, call: &str) -> u64 {
         }
     }
     drop(warm);
-    let before = process::rss_bytes(pid).unwrap();
+    let before = process::anonymous_bytes(pid).unwrap();
     let others = Load::start(daemon.address(), 2, Shape::Lasting);
     let client = daemon.client();
     // Use a small window, because bytes in the kernel are not part of it either.
@@ -70,7 +70,7 @@ fn never_reading(daemon: &Daemon, call: &str) -> u64 {
         "the client that never reads to be cut off",
         PATIENCE,
         || {
-            most = most.max(process::rss_bytes(pid).unwrap());
+            most = most.max(process::anonymous_bytes(pid).unwrap());
             daemon.log().contains("write-timeout")
         },
     );

@@ -55,8 +55,17 @@ pub fn start_ticks(pid: i32) -> Option<u64> {
 /// Returns its resident memory in bytes, counted page by page. The value in /proc/PID/status may be wrong
 /// by some hundred kilobytes (proc_pid_status(5)).
 pub fn rss_bytes(pid: i32) -> Option<u64> {
+    rollup_bytes(pid, "Rss:")
+}
+
+/// Returns the part of it that belongs to no file, so without pages of code that ran for the first time.
+pub fn anonymous_bytes(pid: i32) -> Option<u64> {
+    rollup_bytes(pid, "Anonymous:")
+}
+
+fn rollup_bytes(pid: i32, name: &str) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = rollup.lines().find(|line| line.starts_with("Rss:"))?;
+    let line = rollup.lines().find(|line| line.starts_with(name))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }

@@ -113,9 +113,14 @@ impl Feed {
         }
     }
 
-    /// Fails if there is no server any more. Its figures are old then.
-    pub(super) fn check_server(&self, figures: &Figures) -> Result<()> {
-        if figures.master_age_ms < SILENT_MS {
+    /// Whether a reading waits for the master.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.is_waiting
+    }
+
+    /// Fails if there is no server any more. Its figures are old then, or there were none yet.
+    pub(super) fn check_server(&self, figures: Option<&Figures>) -> Result<()> {
+        if figures.is_some_and(|figures| figures.master_age_ms < SILENT_MS) {
             return Ok(());
         }
         match metrics::observe(&self.place) {

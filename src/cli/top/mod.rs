@@ -88,8 +88,12 @@ fn print(mut feed: Feed, interval: Duration, output: TopOutput) -> Result<()> {
             next_ms = monotonic_ms() + interval.as_millis() as u64;
             feed.begin();
         }
-        if let Some(figures) = feed.advance() {
-            feed.check_server(&figures)?;
+        let was_waiting = feed.is_waiting();
+        let reading = feed.advance();
+        if was_waiting && !feed.is_waiting() {
+            feed.check_server(reading.as_ref())?;
+        }
+        if let Some(figures) = reading {
             if !is_first {
                 let text = match output.json {
                     true => figures.to_json().map(|json| json + "\n"),
