@@ -33,7 +33,7 @@ use crate::sys::signal;
 /// The time until the next try to send to the service manager or a pool process, if it had no room.
 const SEND_RETRY: Millis = 50;
 
-/// The time until the next SIGKILL to what is left of the program before an upgrade.
+/// The time until the next SIGKILL to the remaining children of the program before an upgrade.
 const KILL_RETRY: Millis = 100;
 
 /// What poll(2) waits for.

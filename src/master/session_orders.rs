@@ -60,24 +60,24 @@ pub fn pass_session_deaths(master: &mut Master<'_>) {
 /// of a later generation is left of a failed reload.
 pub fn order_sessions(master: &mut Master<'_>) {
     let (now, serving) = (now(), master.fleet.generation());
-    let workers = &master.contexts.serving.settings.workers;
-    let drain_until = now + workers.drain_timeout.as_millis() as Millis;
-    let stop_deadline = master.fleet.stop_deadline();
-    match stop_deadline {
-        Some(until) if until <= now => master.workers.signal_reserved(Signal::SIGQUIT, true),
-        // The pool processes leave when nothing uses them any more.
-        Some(_) => master.workers.signal_reserved(Signal::SIGTERM, false),
-        None => {}
-    }
-    let scoreboard = master.workers.board.records();
-    let sessions = &mut master.workers.sessions;
-    match stop_deadline {
-        Some(until) if until <= now => sessions.adopted.kill_all(),
-        Some(until) => (sessions.adopted).order(|_| true, DirectOrder::Stop, until),
+    let (context, workers) = (&master.contexts.serving, &mut master.workers);
+    match master.fleet.stop_deadline() {
+        Some(until) if until <= now => {
+            workers.signal_reserved(Signal::SIGQUIT, true);
+            workers.sessions.adopted.kill_all();
+        }
+        Some(until) => {
+            // The pool processes leave when nothing uses them any more.
+            workers.signal_reserved(Signal::SIGTERM, false);
+            (workers.sessions.adopted).order(|_| true, DirectOrder::Stop, until);
+        }
         None => {
-            sessions.set_serving(scoreboard, serving, &master.contexts.serving);
+            let drain_timeout = context.settings.workers.drain_timeout;
+            let drain_until = now + drain_timeout.as_millis() as Millis;
+            let scoreboard = workers.board.records();
+            workers.sessions.set_serving(scoreboard, serving, context);
             let is_other = |generation| generation != serving;
-            (sessions.adopted).order(is_other, DirectOrder::Drain, drain_until);
+            (workers.sessions.adopted).order(is_other, DirectOrder::Drain, drain_until);
         }
     }
 }
@@ -90,8 +90,8 @@ pub fn note_serving(master: &mut Master<'_>) {
     sessions.set_serving(scoreboard, generation, &master.contexts.serving);
 }
 
-/// Kills overdue sessions without an acceptor, and at the end of a stop what is left of the program before an
-/// upgrade. Returns whether the master must wait for any.
+/// Kills overdue sessions without an acceptor, and at the end of a stop the remaining children of the program
+/// before an upgrade. Returns whether the master must wait for any.
 pub fn awaits_others(master: &mut Master<'_>) -> bool {
     master.workers.sessions.adopted.pass_time(now());
     if overdue_at(master).is_some_and(|at| at <= now()) {
@@ -101,7 +101,7 @@ pub fn awaits_others(master: &mut Master<'_>) -> bool {
     !master.workers.sessions.adopted.is_empty() || stops && master.workers.has_reserved()
 }
 
-/// Returns when a stop kills what is left of the program before an upgrade; `None` if nothing is left.
+/// Returns when a stop kills the remaining children of the program before an upgrade; `None` if there are none.
 pub fn overdue_at(master: &Master<'_>) -> Option<Millis> {
     let until = master.fleet.stop_deadline()?;
     master.workers.has_reserved().then_some(until + OVERDUE)

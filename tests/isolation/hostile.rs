@@ -139,7 +139,7 @@ fn a_session_cannot_make_its_acceptor_hold_links() {
     table.claim(record, generation);
     wait_closed(&rejoin(&queue));
     table.0.write_all_at(&bytes, record * RECORD).unwrap();
-    // Many records that nobody has.
+    // Many records that no process has.
     table.write(0, CLAIMED, 4096);
     let links: Vec<OwnedFd> = (2000..2020)
         .map(|record| {

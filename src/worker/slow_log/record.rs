@@ -74,14 +74,21 @@ pub struct SlowLine {
     pub members: String,
 }
 
+/// The members of both lines.
 #[derive(Serialize)]
-struct BeginMembers<'a> {
+struct CommonMembers<'a> {
     event: &'static str,
     call: CallId,
     #[serde(skip_serializing_if = "Option::is_none")]
     trace_id: Option<String>,
     method: &'a str,
     kind: &'static str,
+}
+
+#[derive(Serialize)]
+struct BeginMembers<'a> {
+    #[serde(flatten)]
+    common: CommonMembers<'a>,
     age_ms: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     accept_wait_us: Option<u64>,
@@ -99,12 +106,8 @@ struct BeginMembers<'a> {
 
 #[derive(Serialize)]
 struct EndMembers<'a> {
-    event: &'static str,
-    call: CallId,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    trace_id: Option<String>,
-    method: &'a str,
-    kind: &'static str,
+    #[serde(flatten)]
+    common: CommonMembers<'a>,
     outcome: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     code: Option<&'static str>,
@@ -129,8 +132,14 @@ impl SlowRecord {
         }
     }
 
-    fn trace_id(&self) -> Option<String> {
-        (self.trace_id != 0).then(|| format!("{:032x}", self.trace_id))
+    fn common(&self, event: &'static str) -> CommonMembers<'_> {
+        CommonMembers {
+            event,
+            call: self.call,
+            trace_id: (self.trace_id != 0).then(|| format!("{:032x}", self.trace_id)),
+            method: &self.method,
+            kind: self.kind,
+        }
     }
 
     /// Returns the line that is written while the call runs. `now_ns` is CLOCK_MONOTONIC.
@@ -139,11 +148,7 @@ impl SlowRecord {
         let origin = Some(self.shown.origin).filter(|origin| origin.read_ns > 0);
         let age_ms = now_ns.saturating_sub(self.began_ns) / 1_000_000;
         let members = BeginMembers {
-            event: "slow-call",
-            call: self.call,
-            trace_id: self.trace_id(),
-            method: &self.method,
-            kind: self.kind,
+            common: self.common("slow-call"),
             age_ms,
             accept_wait_us: origin.map(|it| u64::from(it.accept_wait_ms) * 1000),
             queue_us: origin.map(|it| self.began_ns.saturating_sub(it.read_ns) / 1000),
@@ -171,7 +176,7 @@ impl SlowRecord {
         if let Some(peer) = self.shown.peer {
             let _ = write!(text, " peer={peer}");
         }
-        if let Some(trace) = &members.trace_id {
+        if let Some(trace) = &members.common.trace_id {
             let _ = write!(text, " trace={trace}");
         }
         if let Some(params) = members.params {
@@ -186,11 +191,7 @@ impl SlowRecord {
     /// Returns the line that is written at the end of the call.
     pub fn end_line(&self, end: &SlowEnd) -> SlowLine {
         let members = EndMembers {
-            event: "slow-call-end",
-            call: self.call,
-            trace_id: self.trace_id(),
-            method: &self.method,
-            kind: self.kind,
+            common: self.common("slow-call-end"),
             outcome: end.outcome,
             code: end.code,
             run_us: end.run_ns / 1000,

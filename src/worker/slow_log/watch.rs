@@ -228,14 +228,11 @@ impl SlowWatch {
         };
         let kind = self.kind(place);
         let record = SlowRecord {
+            params_key: call.state.key(),
             received_bytes: call.size,
             shown: call.shown.clone(),
-            ..SlowRecord::new(call.state.identity(), registry.name(call.method), kind)
-        };
-        let record = SlowRecord {
-            params_key: call.state.key(),
             began_ns,
-            ..record
+            ..SlowRecord::new(call.state.identity(), registry.name(call.method), kind)
         };
         let state = Arc::clone(&call.state);
         self.recorder.begin(number, record, (find(kind), state));
