@@ -1,13 +1,12 @@
-//! Measures how many of the possible calls per second a server makes: does a call wait while another
-//! worker is idle?
+//! Measures how many of the possible calls per second a server runs. The number is lower if a call waits while
+//! another worker is idle.
 //!
-//! 4 workers with 2 handler threads each, a pool of 8 programs, and a pool of one Python program that may
-//! have 100 calls at once. Each call sleeps for 0.1 s, so 80 calls per second are possible, and 1,000 in
-//! the last pool. Every round starts a fresh server and opens all connections
-//! in one burst. Rows: lasting connections in a closed loop, a new connection for each call, and one
-//! connection that sends 64 calls ahead. gunicorn is shown beside, with as many threads (gthread) and as many
-//! processes (sync), over HTTP. The last rows are about short calls beside long ones, and about how soon a
-//! burst of connections is spread over the workers. `-- --bar` fails below the bar of any row.
+//! 4 workers with 2 handler threads each, a pool of 8 programs, and a pool of one Python program that may have 100
+//! calls at once. Each call sleeps for 0.1 s, so 80 calls per second are possible, and 1,000 in the last pool. Every
+//! round starts a fresh server and opens all connections in one burst. Rows: lasting connections in a closed loop, a
+//! new connection for each call, and one connection that sends 64 calls ahead. For comparison, gunicorn runs with the
+//! same number of threads (gthread) and of processes (sync), over HTTP. The last rows measure short calls beside long
+//! ones, and how soon a burst of connections is spread over the workers. `-- --bar` fails below the bar of any row.
 #![allow(unsafe_code, clippy::print_stdout)]
 
 #[path = "capacity/burst.rs"]

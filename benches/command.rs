@@ -1,6 +1,6 @@
-//! Measures the cost of a command: the CPU time of a call that runs /bin/true, compared with a bare
-//! posix_spawn(3) and wait; and how much longer a call takes with the guard than with `guard = false`.
-//! `-- --bar` fails above 1.3 and above 20 µs.
+//! Measures the cost of a command. It compares the CPU time of a call that runs /bin/true with a bare posix_spawn(3)
+//! and wait. It also measures how much longer a call takes with the guard than with `guard = false`. With `-- --bar`
+//! it fails if the ratio is above 1.3, or if the guard costs more than 20 µs.
 #![allow(unsafe_code, clippy::print_stdout, clippy::print_stderr)]
 
 mod support;

@@ -1,14 +1,19 @@
 //! Python functions behind preforkd, gunicorn and uWSGI: calls with a second of CPU time.
 //!
-//! The same functions (`python/function.py`), the same requests over HTTP from the same generator
-//! (`preforkd bench`), 64 connections that last, two Python processes each: a pool of 2 under one
-//! worker, gunicorn's gthread and sync with 2 workers, uWSGI's http router with 2 processes. In turns,
-//! several rounds. Servers and generator are pinned to different cores. Counted is the user and system time of all processes of a server, the generator's left
-//! out. gunicorn's sync workers close each connection after its answer, so they have a generator of their
-//! own that makes a connection per call. preforkd is shown over frames as well.
+//! All servers run the same functions (`python/function.py`) in two Python processes:
 //!
-//! `score` does some work, `trivial` none. `-- --bar` fails below 4 times gunicorn's gthread with `score`, 6
-//! times both kinds of gunicorn with `trivial`, and 0.65 times the binary that `--against` names.
+//! - preforkd: a pool of 2 programs under one worker
+//! - gunicorn: gthread and sync with 2 workers
+//! - uWSGI: the http router with 2 processes
+//!
+//! The same generator (`preforkd bench`) sends the same HTTP requests over 64 lasting connections, to one server
+//! after the other, in several rounds. Servers and generator are pinned to different cores. The user and system
+//! time of all processes of a server counts, but not the time of the generator. gunicorn's sync workers close each
+//! connection after its answer, so they have a generator of their own that makes a connection per call. preforkd
+//! is measured over frames as well.
+//!
+//! The function `score` does some work, `trivial` does none. `-- --bar` fails below 4 times gunicorn's gthread with
+//! `score`, 6 times both kinds of gunicorn with `trivial`, and 0.65 times the binary that `--against` names.
 //!
 //! gunicorn and uWSGI are installed by pip into `target/python-servers`, once.
 #![allow(unsafe_code, clippy::print_stdout)]
@@ -36,7 +41,8 @@ const FUNCTIONS: [(&str, &str); 2] = [("score", "0.1"), ("trivial", "\"a great")
 /// The Python processes of each server.
 const PROCESSES: usize = 2;
 
-/// Times the calls of another server that preforkd must make over HTTP, of a function.
+/// For a function and another server: how many times the calls of that server preforkd must answer over HTTP, per
+/// second of CPU time.
 const BARS: [(&str, &str, f64); 4] = [
     ("score", GTHREAD, 4.0),
     ("trivial", GTHREAD, 6.0),
@@ -72,7 +78,7 @@ struct Subject {
     name: &'static str,
     server: Server,
     generator: Generator,
-    /// Calls with a second of CPU time, of each round, by function.
+    /// The calls per second of CPU time in each round, by function.
     figures: [Vec<f64>; FUNCTIONS.len()],
 }
 
@@ -92,7 +98,7 @@ fn main() -> Result<(), Failure> {
     for subject in &subjects {
         for (function, result) in FUNCTIONS {
             let answer = HttpClient::new(subject.server.address).call(function, PARAMS)?;
-            // Each of them has to answer rightly, or there is nothing to compare.
+            // A server with a wrong result cannot be compared.
             if !answer.trim().starts_with(result) {
                 return Err(format!("{} answers {answer:?}", subject.name).into());
             }
@@ -118,7 +124,7 @@ fn main() -> Result<(), Failure> {
         }
     }
     println!(
-        "calls with a second of CPU time, medians of {} rounds; {OURS} is so many times as good:",
+        "calls per second of CPU time, medians of {} rounds; the last column is {OURS} divided by that server:",
         words.rounds
     );
     let mut missed = Vec::new();
@@ -147,7 +153,7 @@ fn main() -> Result<(), Failure> {
     }
 }
 
-/// All that is compared, this build over HTTP first.
+/// Starts all servers that are compared; this build over HTTP comes first.
 fn subjects(words: &Words) -> Result<Vec<Subject>, Failure> {
     let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/python");
     let bin = installed()?;
@@ -183,7 +189,8 @@ fn subjects(words: &Words) -> Result<Vec<Subject>, Failure> {
     Ok(subjects)
 }
 
-/// Loads it. Returns how many calls were answered, and the CPU time that it took for them.
+/// Sends calls to a server for one round. Returns the number of answered calls, and the CPU time in seconds that the
+/// server used for them.
 fn load(subject: &Subject, function: &str, words: &Words) -> Result<(u64, f64), Failure> {
     let before = subject.server.cpu_time()?;
     let calls = match subject.generator {

@@ -65,6 +65,8 @@ pub enum Error {
     Refused(String),
     /// The workers of a new master did not become ready (exit code 71).
     NotReady(String),
+    /// The store of durable jobs cannot be used (exit code 71). The text has path, reason and remedy.
+    JobStore(String),
     /// The error of a daemon, as its launching process prints it.
     Daemon {
         /// The exit code that belongs to the daemon's error.
@@ -102,7 +104,10 @@ impl Error {
             Error::NoServer { .. } | Error::Protocol(_) => 69,
             Error::Bug(_) => 70,
             Error::System { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 77,
-            Error::System { .. } | Error::AlreadyRunning { .. } | Error::NotReady(_) => 71,
+            Error::System { .. }
+            | Error::AlreadyRunning { .. }
+            | Error::NotReady(_)
+            | Error::JobStore(_) => 71,
             Error::Permission(_) => 77,
             Error::Config { .. } => 78,
             Error::Daemon { code, .. } => *code,
@@ -127,6 +132,7 @@ impl fmt::Display for Error {
             | Error::Permission(text)
             | Error::Refused(text)
             | Error::NotReady(text)
+            | Error::JobStore(text)
             | Error::Daemon { message: text, .. } => f.write_str(text),
             Error::Config {
                 file,
@@ -153,7 +159,7 @@ impl fmt::Display for Error {
                 source,
                 remedy,
             } => {
-                write!(f, "{attempt}: {source}")?;
+                write!(f, "could not {attempt}: {source}")?;
                 write_remedy(f, remedy)
             }
             Error::AlreadyRunning {

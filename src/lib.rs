@@ -23,8 +23,8 @@
 //!
 //! The modules are layers, and imports only go down. From the base: `sys` (system calls), `error`;
 //! `throttle`, `logging`; `protocol` (bytes to calls); `link` (what processes share); `config`;
-//! `handler` (what answers a call); `worker_init`; `worker`, `acceptor` and `master` (the kinds of process);
-//! `server`; `client` and `cli`. `tests/architecture` holds the table.
+//! `handler` (what answers a call); `worker_init`; `worker`, `acceptor`, `master` (the kinds of process) and
+//! `jobs` (durable jobs); `server`; `client` and `cli`. `tests/architecture` holds the table.
 //!
 //! To follow one call, read `worker/event_loop.rs`, then `worker/call_dispatcher.rs`. To follow one
 //! death of a worker, read `master/main_loop.rs`, then `master/policy/lifecycle.rs`.
@@ -36,6 +36,7 @@ pub mod client;
 mod config;
 mod error;
 mod handler;
+mod jobs;
 mod link;
 mod logging;
 mod master;
@@ -48,6 +49,7 @@ mod worker;
 mod worker_init;
 
 pub use handler::handler_state::{StartError, Worker};
+pub use handler::job_attempt::JobAttempt;
 pub use handler::trace::Trace;
 pub use handler::{Context, Handler, Placement};
 pub use protocol::{CallId, Code, RpcError};

@@ -25,6 +25,7 @@ use crate::handler::handler_state::{HandlerState, Hooks};
 use crate::handler::pool::{Pool, Pooled};
 use crate::handler::registry::{Method, Registry};
 use crate::handler::{Handler, builtin};
+use crate::jobs;
 use crate::logging::{self, LineFormat, LogOutput};
 use crate::master;
 use crate::master::upgrade::{StartMode, StartParams};
@@ -36,7 +37,7 @@ use crate::sys::process;
 use crate::sys::signal;
 use crate::sys::title::TitleArea;
 use crate::worker;
-use crate::worker_init::WorkerInit;
+use crate::worker_init::{JobsInstance, WorkerInit};
 
 /// How long threads that were joined before the fork may take to end.
 const THREADS_END: Duration = Duration::from_secs(1);
@@ -217,6 +218,13 @@ impl master::Embedder for RunningServer<'_> {
         logging::set_output(output);
     }
 
+    fn open_jobs(&self, settings: &Settings) -> Result<Option<JobsInstance>> {
+        let Some(config) = &settings.jobs else {
+            return Ok(None);
+        };
+        jobs::open::instance(config, settings.account.as_ref()).map(Some)
+    }
+
     fn registry(&self, settings: &Settings) -> Arc<Registry> {
         let pools = settings.used_pools();
         let limits = &settings.limits;
@@ -253,6 +261,10 @@ impl master::Embedder for RunningServer<'_> {
         };
         let pools = pools.iter().filter_map(pool).collect();
         let registry = Registry::new(methods).with_pools(pools, settings.pool_processes());
+        let registry = match settings.jobs {
+            Some(_) => registry.with_jobs(limits.timeout),
+            None => registry,
+        };
         Arc::new(registry.with(Arc::clone(&self.hooks), self.kept.clone()))
     }
 }
@@ -261,6 +273,7 @@ impl master::Embedder for RunningServer<'_> {
 fn child_main(boot: WorkerInit<'_>) -> ! {
     match boot.slot.acceptor() {
         Some(_) => acceptor::run(boot),
+        None if boot.slot.is_jobs() => jobs::process::run(boot),
         None => worker::run(boot),
     }
 }
@@ -329,8 +342,8 @@ fn start_hooks(hooks: &Hooks, opened_in_main: &BTreeSet<RawFd>) -> Result<Handle
     Ok(kept.with_descriptors(descriptors))
 }
 
-/// Closes the descriptors of the launching shell except the standard streams: a daemon that keeps a pipe or
-/// a lock of a script would hold up that script for ever. The program's descriptors stay open.
+/// Closes the descriptors of the launching shell, except the standard streams. If a daemon kept a pipe or a lock of a
+/// script, the script would wait for it forever. The program's descriptors stay open.
 fn leave_descriptors(
     launcher: &Launcher,
     passed: &[PassedListener],
@@ -363,7 +376,10 @@ fn one_thread() -> Result<()> {
 fn raise_descriptor_limit() {
     match process::raise_descriptor_limit() {
         Ok(limit) => log::debug!("{limit} descriptors may be open"),
-        Err(error) => log::warn!("the limit of open descriptors stays as it is: {error}"),
+        Err(error) => log::warn!(
+            "could not raise the limit of open files: {error}; the soft limit of the start stays, and workers \
+             may accept fewer connections"
+        ),
     }
 }
 

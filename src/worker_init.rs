@@ -6,7 +6,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use crate::config::{Address, IsolationConfig, Settings};
+use crate::config::{Address, IsolationConfig, JobStore, Settings};
+use crate::handler::pool::definition::{ProgramCounts, ProgramExit};
 use crate::handler::pool::pool_table::MethodNumbers;
 use crate::handler::registry::Registry;
 use crate::link::adoption_queue::AdoptionQueue;
@@ -18,7 +19,9 @@ use crate::link::scoreboard::WorkerRecord;
 use crate::link::session_table::SessionRecord;
 use crate::link::source_table::{SourceLimit, SourceTables};
 use crate::link::stuck_calls::StuckCalls;
+use crate::logging::AccessFile;
 use crate::sys::account::Account;
+use crate::sys::instance_lock::InstanceLock;
 use crate::sys::signal::SignalPipe;
 use crate::sys::title::{self, TitleArea};
 
@@ -44,8 +47,10 @@ pub struct WorkerInit<'a> {
     pub startup_log_tx: Option<OwnedFd>,
     /// Its scoreboard record.
     pub record: &'static WorkerRecord,
-    /// Where it counts.
+    /// Its block of counters on the metrics board.
     pub metrics: MetricsAccess,
+    /// The file of the access log; `None` without one, and in a pool process.
+    pub access_file: Option<Arc<AccessFile>>,
     /// All scoreboard records, and the index of its own.
     pub records: (&'static [WorkerRecord], usize),
     /// The records of all sessions; empty if no listener is isolated.
@@ -54,6 +59,8 @@ pub struct WorkerInit<'a> {
     pub sources: Option<SourceInit>,
     /// `Some` in acceptors and sessions.
     pub isolated: Option<IsolatedInit>,
+    /// `Some` in a worker, pool process or jobs process of a configuration with `[jobs]`.
+    pub jobs: Option<Arc<JobsInstance>>,
     /// The calls that it must refuse.
     pub quarantine: Quarantine,
     /// Where it writes what it was running, for the case of a crash.
@@ -69,6 +76,17 @@ pub struct WorkerInit<'a> {
     /// The name of the program, for the title.
     pub program: String,
     pub master: Pid,
+}
+
+/// The instance whose jobs the store keeps.
+#[derive(Debug)]
+pub struct JobsInstance {
+    /// Its UUID: new at each start, the same after a reload or an upgrade.
+    pub id: [u8; 16],
+    /// The lock of the store. It is free when no process of the instance has the descriptor any more.
+    pub lock: InstanceLock,
+    /// The store; `None` if it is unknown after an upgrade.
+    pub store: Option<JobStore>,
 }
 
 /// What acceptors and sessions need in addition.
@@ -101,7 +119,8 @@ impl WorkerInit<'_> {
     /// Sets the process title and the name of the main thread.
     pub fn show(&self, role: &str) {
         if let Some(area) = self.title {
-            area.set(&format!("{}: {role} {}", self.program, self.name()));
+            let title = format!("{}: {role} {}", self.program, self.name());
+            area.set(title.trim_end());
         }
         title::set_comm(&self.program, role);
     }
@@ -112,8 +131,37 @@ impl WorkerInit<'_> {
             slot if slot.is_worker() => "worker",
             slot if slot.pool().is_some() => "pool",
             slot if slot.acceptor().is_some() => "acceptor",
+            slot if slot.is_jobs() => "jobs",
             _ => "connection",
         }
+    }
+
+    /// Lets the pool with this number count its programs in the block of this process.
+    pub fn count_programs(&self, number: usize) {
+        if let Some(pool) = self.registry.all_pools().get(number) {
+            let (block, place) = (self.metrics.block, self.metrics.pool(number));
+            pool.count_in(ProgramCounts {
+                starts: &block.program_starts[place],
+                exits: &block.program_exits[place],
+            });
+        }
+    }
+
+    /// Lets the pools of connections count their programs in this block too. Sessions, which are forked later, inherit
+    /// it.
+    pub fn count_programs_of_connections(&self) {
+        let pools = self.registry.pools().len()..self.registry.all_pools().len();
+        pools.for_each(|number| self.count_programs(number));
+    }
+
+    /// Counts the ends of the programs that a dead session has left. `is_crash`: it was not ordered to end.
+    pub fn count_left_programs(&self, session: Pid, is_crash: bool) {
+        let exit = match is_crash {
+            true => ProgramExit::Signal,
+            false => ProgramExit::Ordered,
+        };
+        let pools = self.registry.all_pools().iter();
+        pools.for_each(|pool| pool.count_left(session, exit));
     }
 
     /// Returns the keys of the isolated listener.
@@ -129,8 +177,12 @@ impl WorkerInit<'_> {
         account.filter(|_| self.slot.session().is_none())
     }
 
-    /// Returns the name of a pool, the address of a listener, or the number of a slot.
+    /// Returns the name of a pool, the address of a listener, or the number of a slot. It is empty in the jobs
+    /// process.
     pub fn name(&self) -> String {
+        if self.slot.is_jobs() {
+            return String::new();
+        }
         if let Some(isolated) = &self.isolated {
             return match self.slot.session() {
                 Some(_) => "(spare)".to_owned(),
@@ -150,7 +202,7 @@ pub struct ObserverInit<'a> {
     /// The configuration of the generation that serves.
     pub settings: Rc<Settings>,
     pub listener: Rc<OwnedFd>,
-    /// A client of the control socket: what only the master knows is asked there.
+    /// A connection to the control socket. The observer asks the master over it for the facts.
     pub link: OwnedFd,
     /// The metrics board, opened for reading only.
     pub board: Option<OwnedFd>,
@@ -172,8 +224,8 @@ impl ObserverInit<'_> {
     }
 }
 
-/// What a forked observer becomes, which the master does not know.
+/// The function that a forked observer runs. The master does not know its code.
 pub type ObserverMain = fn(ObserverInit<'_>) -> !;
 
-/// What a forked child becomes: the worker's own code, which the master does not know.
+/// The function that a forked child runs: the worker's code, which the master does not know.
 pub type WorkerMain = fn(WorkerInit<'_>) -> !;

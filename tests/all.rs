@@ -12,8 +12,10 @@
 
 mod support;
 
+mod access_log;
 mod architecture;
 mod cli;
+mod durable_jobs;
 mod faults;
 mod isolation;
 mod lifecycle;

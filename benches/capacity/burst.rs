@@ -1,5 +1,6 @@
-//! A burst of connections on workers that have run for a while: how soon they are spread evenly over the
-//! workers, and whether one is closed or loses an answer while it moves.
+//! Measures a burst of connections on workers that have run for some time: how soon the connections are spread evenly
+//! over the workers. Checks that no connection is closed or loses an
+//! answer while it moves.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -48,7 +49,8 @@ pub fn burst(rounds: usize) -> Result<bool, Failure> {
     Ok(is_good)
 }
 
-/// Whether the fullest has at most 1.25 times the mean, or the mean rounded up and one more.
+/// Returns whether the worker with the most connections has at most 1.25 times the mean, or at most one more than the
+/// mean rounded up.
 fn is_even(counts: &[u64]) -> bool {
     let (workers, total) = (counts.len() as u64, counts.iter().sum::<u64>());
     let fullest = counts.iter().copied().max().unwrap_or(0);

@@ -1,4 +1,4 @@
-//! gunicorn with as many threads or processes, for comparison. No bar holds for it.
+//! Measures gunicorn with the same number of threads or processes, for comparison. It has no bar to reach.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use super::support::http::HttpClient;
 use super::support::python_servers::{gunicorn, installed};
 use super::{CALL, POSSIBLE, Row, THREADS, WORKERS, clients};
 
-/// Its rows, with gthread and with sync workers.
+/// Returns the rows of gunicorn, with gthread and with sync workers.
 pub fn rows() -> Result<Vec<Row>, Failure> {
     let bin = installed()?;
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/capacity");
@@ -35,8 +35,8 @@ pub fn rows() -> Result<Vec<Row>, Failure> {
     Ok(rows)
 }
 
-/// Lasting connections, as far as the server keeps them, all opened in one burst; `None`: as many clients as
-/// calls can run at once, with a connection per call.
+/// Returns the calls per second of this number of lasting connections, which are opened in one burst. With `None`, as
+/// many clients as calls can run at once make a connection per call.
 fn load(address: SocketAddr, connections: Option<usize>, length: Duration) -> Result<f64, Failure> {
     let count = connections.unwrap_or(WORKERS * THREADS);
     clients(count, length, |_, goes_on| {

@@ -1,9 +1,9 @@
 //! Runs a minimal prefork epoll server, the reference for the CPU time of a call.
 //!
-//! It has one shared listener and N forked workers, each with its own level-triggered epoll. A call costs
-//! one read(2) and one write(2) and is not parsed: the bytes of one read are taken for one frame, so a
-//! client must have one small call outstanding per connection. No timeouts, no limits, no buffers. It
-//! uses the same kernel interfaces as nginx and does less than any useful server.
+//! It has one shared listener and N forked workers, each with its own level-triggered epoll. A call costs one read(2)
+//! and one write(2). Calls are not parsed: the bytes of one read count as one frame. So a client must have only one
+//! small call outstanding per connection. No timeouts, no limits, no buffers. It uses the same kernel interfaces as
+//! nginx and does less than any useful server.
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};

@@ -46,10 +46,19 @@ impl HttpClient {
 
     /// Calls a method, and returns its result.
     pub fn call(&mut self, method: &str, params: &str) -> Result<String, Failure> {
-        let request = format!(
+        self.request(&format!(
             "POST /{method} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{params}",
             params.len()
-        );
+        ))
+    }
+
+    /// Gets a page.
+    pub fn get(&mut self, path: &str) -> Result<String, Failure> {
+        self.request(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+    }
+
+    /// Sends a request, and returns the body of its answer.
+    fn request(&mut self, request: &str) -> Result<String, Failure> {
         let stream = self.connect()?;
         stream.get_mut().write_all(request.as_bytes())?;
         let (mut length, mut closes, mut line) = (0, false, String::new());

@@ -133,6 +133,12 @@ impl Load {
         })
     }
 
+    /// Sends `depth` calls at a time on each connection from now on, and counts them as one.
+    pub fn send_together(&mut self, depth: usize) {
+        self.request = self.request.repeat(depth);
+        self.answer.bytes = self.answer.bytes.repeat(depth);
+    }
+
     /// Returns the answer that every call gets: length and body.
     pub fn answer(&self) -> &[u8] {
         &self.answer.bytes

@@ -122,13 +122,28 @@ impl Server {
         }
     }
 
+    /// Returns a command of preforkd that asks this server.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_preforkd"));
+        let socket = self.directory.join("control.sock");
+        command.args(words).arg("--control-socket").arg(socket);
+        command
+    }
+
+    /// Returns the status of preforkd.
+    pub fn status(&self) -> Result<serde_json::Value, Failure> {
+        let output = self.command(&["status", "--json"]).output()?;
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// Returns the pid of the server's first process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The connections of each worker of preforkd.
     pub fn connections(&self) -> Result<Vec<u64>, Failure> {
-        let output = Command::new(env!("CARGO_BIN_EXE_preforkd"))
-            .args(["status", "--json", "--control-socket"])
-            .arg(self.directory.join("control.sock"))
-            .output()?;
-        let status: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let status = self.status()?;
         let workers = status["workers"].as_array().ok_or("no workers")?.iter();
         let count = |worker: &serde_json::Value| worker["connections"].as_u64();
         workers
@@ -180,8 +195,7 @@ impl Server {
         let mut time = Duration::ZERO;
         let mut ticks = 0;
         for process in self.own_processes()? {
-            let clock = clock_getcpuclockid(Pid::from_raw(process.pid.cast_signed()))?;
-            time += Duration::from(clock.now()?);
+            time += cpu_time_of(process.pid)?;
             ticks += process.waited_ticks;
         }
         Ok(time + ticks_to_time(ticks)?)
@@ -226,6 +240,12 @@ impl Stat {
             waited_ticks,
         })
     }
+}
+
+/// Returns the CPU time of a process in nanoseconds, without its children.
+pub fn cpu_time_of(pid: u32) -> Result<Duration, Failure> {
+    let clock = clock_getcpuclockid(Pid::from_raw(pid.cast_signed()))?;
+    Ok(Duration::from(clock.now()?))
 }
 
 fn ticks_to_time(ticks: u64) -> Result<Duration, Failure> {

@@ -107,6 +107,32 @@ ROWS = [
         ],
     ),
     (
+        "Jobs",
+        [
+            ("stat", "Job store works", 4, "bool", [(f"min by (instance) (preforkd_jobs_store_up{{{SERVER}}})", "{{instance}}")]),
+            ("stat", "Dead jobs", 4, "none", [(gauge("jobs", "instance", ',state="dead"'), "{{instance}}")]),
+            ("stat", "Oldest due job", 4, "s", [(f"max by (instance) (preforkd_jobs_oldest_due_seconds{{{SERVER}}})", "{{instance}}")]),
+            ("stat", "Enqueued jobs/s", 4, "ops", [(rate("jobs_enqueued_total", "instance"), "{{instance}}")]),
+            ("stat", "Refused outcomes", 4, "none", [(gauge("jobs_stale_total", "instance"), "{{instance}}")]),
+            ("stack", "Live jobs by state", 8, "none", [(gauge("jobs", "state", ',state!="dead"'), "{{state}}")]),
+            ("lines", "Attempts/s by outcome", 8, "ops", [(rate("jobs_attempts_total", "outcome", METHOD), "{{outcome}}")]),
+            ("lines", "Ended jobs/s by state", 8, "ops", [(rate("jobs_ended_total", "state, reason", METHOD), "{{state}} {{reason}}")]),
+            (
+                "lines",
+                "p99 of waiting, running and committing",
+                8,
+                "s",
+                [
+                    (
+                        f"histogram_quantile(0.99, sum by (le) (rate(preforkd_jobs_{name}_seconds_bucket{{{SERVER}}}[$__rate_interval])))",
+                        name,
+                    )
+                    for name in ("wait", "run", "commit")
+                ],
+            ),
+        ],
+    ),
+    (
         "Processes",
         [
             ("stack", "Workers by state", 8, "none", [(gauge("workers", "state"), "{{state}}")]),
@@ -133,6 +159,16 @@ ROWS = [
                 8,
                 "Bps",
                 [(rate("received_bytes_total", "dialect"), "received {{dialect}}"), (rate("sent_bytes_total", "dialect"), "sent {{dialect}}")],
+            ),
+            (
+                "lines",
+                "Connections of isolated listeners",
+                8,
+                "none",
+                [
+                    (gauge("listener_sessions", "address"), "{{address}}"),
+                    (gauge("listener_sessions_limit", "address"), "limit {{address}}"),
+                ],
             ),
         ],
     ),
@@ -186,15 +222,16 @@ def board():
     x = y = number = 0
     for row_title, panels in ROWS:
         made = made.with_row(dashboard.Row(row_title).id(number := number + 1).grid_pos(GridPos(h=1, w=24, x=0, y=y)))
-        y, x = y + 1, 0
+        y, x, tallest = y + 1, 0, 0
         for kind, title, width, unit, queries in panels:
             height = HEIGHTS[kind]
             if x + width > 24:
-                x, y = 0, y + height
+                x, y, tallest = 0, y + tallest, 0
+            tallest = max(tallest, height)
             place = GridPos(h=height, w=width, x=x, y=y)
             made = made.with_panel(panel(kind, title, unit, queries).id(number := number + 1).grid_pos(place))
             x += width
-        y += HEIGHTS[panels[-1][0]]
+        y += tallest
     plain = json.loads(json.dumps(made.build(), cls=JSONEncoder))
     return json.dumps(without_nulls(plain), sort_keys=True, indent=2) + "\n"
 

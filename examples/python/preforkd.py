@@ -30,6 +30,10 @@ Within a function, current() says which call it is: `.call` is the id that the s
 `.traceparent` and `.tracestate` are its place in a trace (W3C Trace Context). Send `.child()` as traceparent
 with each request of your own. They are None unless the configuration has `[trace]`.
 
+If the method runs as a durable job, job() returns the attempt: `.id` is the id of the job, `.attempt` counts
+from 1 to `.max_attempts`, and `.is_last` says that the job is dead if this attempt fails. In a call it returns
+None. An attempt may be repeated after its work is done, so store the id with the effect of the job.
+
 If the pool has `stack-signal`, the stacks of all threads go to preforkd's log when a call is slow.
 
 Calls come one at a time. For more calls at once, set `processes` in the configuration, or
@@ -48,7 +52,7 @@ import sys
 import traceback
 import types
 
-__all__ = ["Error", "current", "method", "serve"]
+__all__ = ["Error", "current", "job", "method", "serve"]
 
 INVALID_PARAMS = -32602
 METHOD_NOT_FOUND = -32601
@@ -62,6 +66,7 @@ PIECE = 1 << 16
 _ID = re.compile(rb',"id":(\d+)\}$')
 _methods = {}
 _current = contextvars.ContextVar("preforkd_call", default=(None, None, None))
+_job = contextvars.ContextVar("preforkd_job", default=None)
 _decode = json.JSONDecoder().raw_decode
 _encode = json.JSONEncoder(allow_nan=False).encode
 
@@ -119,6 +124,22 @@ class Current:
 def current():
     """Returns what is known of the call that runs here."""
     return Current(*_current.get())
+
+
+class Job:
+    """The attempt of a durable job that runs: the id of the job, and the number of the attempt."""
+
+    def __init__(self, id, attempt, max_attempts):
+        self.id = id
+        self.attempt = attempt
+        self.max_attempts = max_attempts
+        self.is_last = attempt >= max_attempts
+
+
+def job():
+    """Returns the attempt that runs here, or None in a call."""
+    found = _job.get()
+    return found and Job(found["id"], found["attempt"], found["max_attempts"])
 
 
 def serve(fd=3):
@@ -298,6 +319,7 @@ def _find(call):
     """The function of a call, its arguments, and the begin of its answer."""
     name, params = call["in"], call["params"]
     _current.set((call.get("call"), call.get("traceparent"), call.get("tracestate")))
+    _job.set(call.get("job"))
     if name not in _methods:
         raise Error(METHOD_NOT_FOUND, "this program has no method %r" % name)
     function, spread, begin = _methods[name]

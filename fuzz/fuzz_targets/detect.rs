@@ -37,6 +37,8 @@ fn bodies(dialect: Dialect, bytes: &[u8], split: usize) -> (usize, bool) {
         body: LIMIT,
         origins: &[],
         traces: true,
+        request_ids: true,
+        jobs: true,
     };
     let (mut found, mut at, mut scanned) = (0, 0, 0);
     let mut progress = http::ParseProgress::default();

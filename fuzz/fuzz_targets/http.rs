@@ -12,6 +12,8 @@ fn requests(bytes: &[u8], split: usize) -> (Vec<(String, Vec<u8>)>, Option<u16>,
         body: 100,
         origins: &origins,
         traces: true,
+        request_ids: true,
+        jobs: true,
     };
     let (mut found, mut at, mut progress) = (Vec::new(), 0, ParseProgress::default());
     for end in [split, bytes.len()] {

@@ -4,7 +4,7 @@
 //! connections.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -15,7 +15,8 @@ use super::sessions::SessionProcesses;
 use super::sources::{Sources, limit_of};
 use crate::config::IsolationConfig;
 use crate::link::adoption_queue::LONGEST;
-use crate::link::ids::Generation;
+use crate::link::ids::{Generation, Pid};
+use crate::link::message::Order;
 use crate::link::metrics_board::BlockWriter;
 use crate::link::metrics_board::layout::{CloseReason, NAMES};
 use crate::link::scoreboard;
@@ -23,9 +24,9 @@ use crate::link::session_draining::BATCH;
 use crate::link::session_limits::SessionLimits;
 use crate::link::session_table::{self, SESSIONS};
 use crate::link::source_table::Source;
-use crate::logging;
+use crate::logging::{self, LogOutput};
 use crate::sys::closer;
-use crate::sys::process::monotonic_ms;
+use crate::sys::process::{monotonic_ms, monotonic_ns};
 use crate::sys::signal::SignalPipe;
 use crate::sys::socket;
 use crate::throttle::limiter::{Limiter, with_suppressed_count};
@@ -37,7 +38,8 @@ pub(super) const RETRY_MS: u64 = 200;
 /// The time between two checks for room at the limit.
 const LIMIT_LOOK_MS: u64 = 50;
 
-/// The event numbers of both sources. Those of sessions begin with `FIRST_SESSION`.
+/// The numbers of epoll events: of the listener, the adoption queue and the refused connections. The numbers of
+/// sessions begin with `FIRST_SESSION`.
 pub const LISTENER: u64 = 2;
 pub const QUEUE: u64 = 3;
 pub const REFUSED: u64 = 4;
@@ -45,7 +47,7 @@ pub const FIRST_SESSION: u64 = 16;
 
 /// The sources of connections, and the processes that get them.
 pub struct Accepting<'a> {
-    /// What this process was started with. Its sessions get the same.
+    /// The parameters with which this process was started. Its sessions get the same.
     pub boot: WorkerInit<'a>,
     pub signals: SignalPipe,
     pub epoll: Epoll,
@@ -56,15 +58,17 @@ pub struct Accepting<'a> {
     pub(super) held: HeldConnections,
     /// Connections that get none.
     refused: RefusedConnections,
-    complaints: Limiter,
+    warning_limiter: Limiter,
     /// Counts in the block that its sessions share.
     pub writer: BlockWriter,
     pub(super) packet: Vec<u8>,
     /// The time in milliseconds (CLOCK_MONOTONIC).
     pub now_ms: u64,
     pub(super) limits: SessionLimits,
-    /// The most connections that other acceptors of the listener had.
+    /// The largest number of connections that other acceptors of the listener had.
     most_elsewhere: usize,
+    /// Whether the limit was reached at the last look.
+    was_full: bool,
 }
 
 impl<'a> Accepting<'a> {
@@ -81,6 +85,7 @@ impl<'a> Accepting<'a> {
         let listener = boot.listeners.first().cloned();
         let refused = RefusedConnections::new(closer::close_in_child)?;
         epoll.add(&refused, EpollEvent::new(EpollFlags::EPOLLIN, REFUSED))?;
+        boot.count_programs_of_connections();
         let writer = BlockWriter::new(boot.metrics.block, true);
         let workers = &boot.settings.workers;
         let limits = SessionLimits::new(
@@ -97,12 +102,13 @@ impl<'a> Accepting<'a> {
             isolation,
             held: HeldConnections::default(),
             refused,
-            complaints: Limiter::rare(),
+            warning_limiter: Limiter::rare(),
             writer,
             packet: vec![0; LONGEST],
             now_ms: monotonic_ms(),
             limits,
             most_elsewhere: 0,
+            was_full: false,
         })
     }
 
@@ -131,14 +137,28 @@ impl<'a> Accepting<'a> {
         self.sources.restore_nonblocking();
         let lost = logging::take_uncounted_lines();
         self.writer.add(&self.writer.block.lost_lines, lost);
-        self.sessions.sweep();
+        self.sessions.sweep(true);
         self.publish_methods();
         let most = self.limits.at_tick(self.now_ms);
         self.sessions.kill_late(&most, self.now_ms);
     }
 
-    /// Shows the calls of its sessions by method, and those of sessions of its generation without an acceptor.
-    /// Those of a session that has ended are not shown any more.
+    /// Uses the reopened log or access log, and passes it to the sessions.
+    pub fn reopen(&mut self, order: Order, file: OwnedFd) {
+        self.sessions.order_all(order, Some(file.as_fd()));
+        match (order, &self.boot.access_file) {
+            (Order::ReopenLog, _) => drop(logging::set_output(LogOutput::received(file))),
+            (_, Some(own)) => {
+                if let Err(error) = own.replace(file) {
+                    log::warn!("the access log continues in the old file: {error}");
+                }
+            }
+            (_, None) => {}
+        }
+    }
+
+    /// Publishes the numbers of running and waiting calls by method: of the sessions of this acceptor, and of
+    /// sessions of its generation whose acceptor has died. A session that has ended does not count any more.
     fn publish_methods(&self) {
         let mut sums = [(0, 0); NAMES + 1];
         let records = &self.sessions.records;
@@ -158,12 +178,20 @@ impl<'a> Accepting<'a> {
     /// Returns whether too few processes wait for a connection. With `needs_one` one is needed to show that
     /// a session can start.
     pub fn lacks_spare(&self, needs_one: bool) -> bool {
+        self.sessions.spares() < self.wanted_spares().max(usize::from(needs_one))
+    }
+
+    /// Returns whether less than half of the processes that should wait for a connection do.
+    pub fn is_short_of_spares(&self) -> bool {
+        2 * self.sessions.spares() < self.wanted_spares()
+    }
+
+    fn wanted_spares(&self) -> usize {
         let room = self
             .isolation
             .processes
             .saturating_sub(self.sessions.open());
-        let wanted = self.isolation.spare.min(room).max(usize::from(needs_one));
-        self.sessions.spares() < wanted
+        self.isolation.spare.min(room)
     }
 
     /// Returns whether `refill` must be called now.
@@ -204,6 +232,14 @@ impl<'a> Accepting<'a> {
         )
     }
 
+    /// Returns whether a session may ask for a link to the process with this record: to a pool process, and
+    /// not too often.
+    pub fn may_ask(&mut self, session: usize, record: u32) -> bool {
+        let asked = self.boot.records.0.get(record as usize);
+        let is_pool = asked.is_some_and(|it| it.lane.load(Relaxed) > 0);
+        is_pool && self.sessions.may_ask(session, record, self.now_ms)
+    }
+
     /// Returns a process that waits for a connection.
     pub(super) fn take_spare(&mut self) -> io::Result<usize> {
         match self.sessions.take_spare() {
@@ -217,12 +253,12 @@ impl<'a> Accepting<'a> {
     }
 
     /// Returns whether no connection of another session may be adopted now. Each one was counted before it came,
-    /// so the total exceeds `processes` only by those on their way. If other acceptors have more, because
-    /// `processes` was lowered, it stays below their number. A session can send connections that never were one of
-    /// the listener, so there is a bound.
+    /// so the total exceeds `processes` only by the connections in transit. If other acceptors have more connections,
+    /// because `processes` was lowered, the total stays below their number. A session can send connections that the
+    /// listener never accepted, so there is a bound.
     pub(super) fn is_overfull(&mut self) -> bool {
         let most = (self.isolation.processes + BATCH).max(self.most_elsewhere);
-        // The number may be that of some milliseconds ago, when sessions had not ended that have by now.
+        // The number may be some milliseconds old, and count sessions that have ended since then.
         self.connections(false) >= most && self.connections(true) >= most
     }
 
@@ -231,6 +267,17 @@ impl<'a> Accepting<'a> {
         let others = self.sessions.open_elsewhere(is_exact, self.now_ms);
         self.most_elsewhere = self.most_elsewhere.max(others);
         self.sessions.open() + self.held.len() + others
+    }
+
+    /// Counts each time that the limit is reached. `is_full` says whether it is reached now.
+    pub(super) fn note_limit(&mut self, is_full: bool) {
+        if is_full
+            && !self.was_full
+            && let Some(first) = self.sessions.records.all.first()
+        {
+            first.full.fetch_add(1, Relaxed);
+        }
+        self.was_full = is_full;
     }
 
     /// Stops accepting at the limit for a while, and adopting too if `all` is set.
@@ -306,9 +353,21 @@ impl<'a> Accepting<'a> {
         self.writer.add(&closed[reason as usize], 1);
     }
 
+    /// Counts what a session that has crashed or was killed could not count itself.
+    pub fn count_lost(&self, reason: CloseReason, session: Pid) {
+        self.count_closed(reason);
+        let is_crash = reason == CloseReason::Crash;
+        self.boot.count_left_programs(session, is_crash);
+        let block = self.writer.block;
+        if block.slow_calls.load(Relaxed) > 0 {
+            // It could not complete the records of its slow calls.
+            drop(block.slow.close(session.0, monotonic_ns()));
+        }
+    }
+
     /// Logs a warning, at most once in ten seconds.
     pub fn warn(&mut self, text: &str) {
-        match self.complaints.admit(self.now_ms) {
+        match self.warning_limiter.admit(self.now_ms) {
             Some(more) => log::warn!("{}", with_suppressed_count(text.to_owned(), more)),
             None => log::debug!("{text}"),
         }

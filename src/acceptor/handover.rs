@@ -4,20 +4,23 @@
 use std::borrow::Cow;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::Relaxed;
 
 use nix::errno::Errno;
 
 use super::accepting::{Accepting, FIRST_SESSION, LISTENER, QUEUE, RETRY_MS};
 use super::held::HeldConnection;
-use super::sessions::{self, HandOver};
+use super::session::HandOver;
+use super::sessions;
 use super::sources::is_connection;
 use crate::link::adoption_queue::{FRESH, REJOIN};
 use crate::link::metrics_board::layout::CloseReason;
 use crate::sys::event;
 
-/// The most connections that are accepted in one turn of the loop.
+/// The largest number of connections that are accepted in one turn of the loop.
 const MAX_ACCEPTS: usize = 16;
-/// Connections taken before it leaves: clients must not keep it here by connecting again and again.
+/// The largest number of connections that a leaving acceptor still takes. Without this limit, clients could keep it
+/// alive by connecting again and again.
 const MAX_LAST_ACCEPTS: usize = 16_384;
 /// Stops accepting, and ends the processes without a connection.
 pub fn leave(accepting: &mut Accepting<'_>) {
@@ -32,10 +35,11 @@ pub fn listen(accepting: &mut Accepting<'_>) {
     if !serve_held(accepting, false) {
         return;
     }
+    let has_room = !accepting.is_full();
+    accepting.note_limit(!has_room);
     if accepting.is_overfull() {
         return accepting.wait_for_room(true);
     }
-    let has_room = !accepting.is_full();
     let numbers = (LISTENER, QUEUE);
     match accepting.sources.watch(&accepting.epoll, numbers, has_room) {
         Err(error) => accepting.pause(RETRY_MS, &error),
@@ -52,9 +56,10 @@ pub fn accept(accepting: &mut Accepting<'_>, all: bool) {
             return;
         }
         if accepting.is_full() {
+            accepting.note_limit(true);
             let limit = accepting.isolation.processes;
             accepting.warn(&format!(
-                "{limit} connections are open, as many as processes of the listener allows: the others \
+                "{limit} connections are open, as many as processes allows for the listener: the others \
                  wait until one ends"
             ));
             return accepting.wait_for_room(false);
@@ -63,7 +68,8 @@ pub fn accept(accepting: &mut Accepting<'_>, all: bool) {
             Ok(client) => client,
             Err(Errno::EAGAIN) => return,
             Err(error) if event::is_connection_gone(error) => continue,
-            // It may last. A listener that stays watched would use 100 % CPU.
+            // Pause, because the error may last: while the listener is watched, each failed accept would wake the
+            // loop again (100 % CPU).
             Err(error) => return accepting.pause(RETRY_MS, &error.into()),
         };
         let Some(new) = admit(accepting, client) else {
@@ -81,8 +87,8 @@ pub fn accept(accepting: &mut Accepting<'_>, all: bool) {
     }
 }
 
-/// Adopts connections that sessions of other generations have handed over. `all` means that this is the
-/// last time. Too many wait in the queue, and the last time they are closed.
+/// Adopts connections that sessions of other generations have handed over. `all` means that this is the last time.
+/// Connections over the limit stay in the queue; with `all` they are closed.
 pub fn adopt(accepting: &mut Accepting<'_>, all: bool) {
     let mut packet = std::mem::take(&mut accepting.packet);
     let most = if all { MAX_LAST_ACCEPTS } else { MAX_ACCEPTS };
@@ -105,7 +111,7 @@ pub fn adopt(accepting: &mut Accepting<'_>, all: bool) {
         };
         match accepting.sources.adopt(&mut packet) {
             Ok((length, client)) if is_connection(&packet[..length], &client) => {
-                // It was admitted when it came.
+                // `per-source` was checked when the connection was first accepted.
                 let from = accepting.source_of(&client[0]);
                 let until_ms = held_until_ms(accepting);
                 let moved = HeldConnection::new(
@@ -163,7 +169,7 @@ fn held_until_ms(accepting: &Accepting<'_>) -> u64 {
     accepting.now_ms + u64::try_from(timeout).unwrap_or(u64::MAX / 2)
 }
 
-/// Accepts and keeps waiting connections, because no process can be forked for them now.
+/// Accepts connections that wait in the listener, and holds them, because no process can be forked for them now.
 fn hold(accepting: &mut Accepting<'_>, error: &io::Error) {
     for _ in 0..MAX_ACCEPTS {
         if accepting.held.is_full() || accepting.is_full() {
@@ -179,8 +185,8 @@ fn hold(accepting: &mut Accepting<'_>, error: &io::Error) {
     accepting.pause(RETRY_MS, error);
 }
 
-/// Gives connections that wait for a process to new ones. Those that have waited for too long are refused,
-/// and if `is_last` all that get none. Returns whether none waits any more.
+/// Gives waiting connections to new processes. Refuses connections that have waited for too long; if `is_last`,
+/// refuses all that get no process. Returns whether no connection waits any more.
 fn serve_held(accepting: &mut Accepting<'_>, is_last: bool) -> bool {
     while let Some(held) = accepting.held.take_expired(accepting.now_ms) {
         refuse_held(accepting, held);
@@ -244,6 +250,9 @@ fn hand_over(accepting: &mut Accepting<'_>, mut session: usize, mut held: HeldCo
 }
 
 fn refuse_held(accepting: &mut Accepting<'_>, mut held: HeldConnection) {
+    if let Some(first) = accepting.sessions.records.all.first() {
+        first.unserved.fetch_add(1, Relaxed);
+    }
     let text = "the server could start no process for this connection; try again later";
     if held.is_fresh()
         && let Some(client) = held.client.pop()

@@ -1,5 +1,6 @@
-//! Connections that were accepted while the system had no process to give, or no room to send them to one. They
-//! wait until there is one, or until `limits.read-timeout`, because their clients are to get an answer.
+//! Holds connections that were accepted while no process could be forked, or while they could not be sent to one.
+//! They wait for a process, but not longer than `limits.read-timeout`. They are not closed at once, so that their
+//! clients get an answer.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -8,7 +9,7 @@ use std::os::fd::OwnedFd;
 
 use crate::link::adoption_queue::FRESH;
 
-/// The most that wait; others stay in the kernel's queue.
+/// The largest number of connections that wait here. Others stay in the kernel's queue.
 const MAX_HELD: usize = 256;
 
 /// The client's address, and the key of its source if that is counted.
@@ -18,14 +19,14 @@ pub type ConnectionSource = (Option<SocketAddr>, Option<u64>);
 pub struct HeldConnection {
     /// Its socket, and a memory file if its unread bytes are many.
     pub client: Vec<OwnedFd>,
-    /// What its process gets with it: a packet of the adoption queue.
+    /// The packet that is sent to its process with the connection, in the format of the adoption queue.
     pub packet: Cow<'static, [u8]>,
     pub from: ConnectionSource,
     until_ms: u64,
 }
 
 impl HeldConnection {
-    /// A connection that waits until then.
+    /// Creates a connection that waits until `until_ms` at most.
     pub fn new(
         client: Vec<OwnedFd>,
         packet: Cow<'static, [u8]>,
@@ -77,12 +78,12 @@ impl HeldConnections {
         self.waiting.pop_front()
     }
 
-    /// There is no process for it yet.
+    /// Puts a connection back to the front, because there is still no process for it.
     pub fn put_back(&mut self, held: HeldConnection) {
         self.waiting.push_front(held);
     }
 
-    /// Takes one whose time is over.
+    /// Takes a connection that has waited for too long.
     pub fn take_expired(&mut self, now_ms: u64) -> Option<HeldConnection> {
         let is_over = self
             .waiting

@@ -30,23 +30,25 @@ use crate::link::message::{Message, Order, Report, SessionLink};
 use crate::link::session_draining::{Draining, LOOK_MS};
 use crate::link::session_limits::OVERDUE_MS;
 use crate::logging;
-use crate::sys::process::{monotonic_ms, monotonic_ns};
+use crate::sys::process::monotonic_ms;
 use crate::sys::signal::SignalPipe;
 use crate::worker;
-use crate::worker::forwarding::shown_generation;
-use crate::worker::peer::has_all_pools;
+use crate::worker::peer::{has_all_pools, shown_generation};
 use crate::worker_init::WorkerInit;
 use accepting::{Accepting, FIRST_SESSION, LISTENER, QUEUE, REFUSED};
 use sources::warn_of_limits;
 
 /// The time between two heartbeats.
 const TICK_MS: u64 = 500;
-/// The link of a dead master may end this long before the pipe. Only the end of the pipe shows that the master
-/// has died. Also the time between two checks whether the program after an upgrade serves.
+/// If the master dies, its link may end this long before its pipe, in milliseconds. Only the end of the pipe shows
+/// that the master has died. This is also the time between two checks whether the program after an upgrade serves.
 const DECIDE_MS: u64 = 50;
 /// The time between two checks whether all pool processes serve.
 const POOL_LOOK_MS: u64 = 10;
-/// The most events that are taken from the kernel at once.
+/// A process is forked ahead when this time has passed without an event, because the fork would delay the session that
+/// has just got a connection.
+const QUIET_MS: u8 = 1;
+/// The largest number of events that are taken from the kernel at once.
 const BATCH: usize = 64;
 
 /// The event number of the link.
@@ -66,6 +68,7 @@ fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     let isolation = boot.isolation().cloned();
     let isolation = isolation.ok_or(("start", io::Error::other("its listener is not isolated")))?;
     warn_of_limits(&boot, &isolation);
+    worker::session::warm_up();
     let mut acceptor = Acceptor::new(boot, signals, isolation)
         .map_err(|error| ("create its event loop", error))?;
     acceptor.waits_for_pools = is_awaited;
@@ -80,8 +83,8 @@ enum Stage {
     /// Until the pool processes serve.
     Proven,
     Serving,
-    /// Its link has ended. It is not known yet whether the master has died or was upgraded, and in that case
-    /// whether the next program takes over the connections.
+    /// The link to the master has ended. It is not known yet whether the master has died or was upgraded. After an
+    /// upgrade, it is not known whether the new program accepts connections already.
     Undecided {
         look_at_ms: u64,
     },
@@ -133,11 +136,8 @@ impl<'a> Acceptor<'a> {
                 Err(error) => return Err(error.into()),
             };
             self.accepting.now_ms = monotonic_ms();
-            self.accepting
-                .boot
-                .record
-                .heartbeat_ms
-                .store(self.accepting.now_ms, Relaxed);
+            let heartbeat_ms = &self.accepting.boot.record.heartbeat_ms;
+            heartbeat_ms.store(self.accepting.now_ms, Relaxed);
             for event in &events[..count] {
                 match event.data() {
                     LINK => self.orders(),
@@ -152,7 +152,7 @@ impl<'a> Acceptor<'a> {
                 }
             }
             self.pass_time();
-            if self.may_fork_ahead() {
+            if self.may_fork_ahead() && (count == 0 || self.is_fork_urgent()) {
                 self.accepting.refill(self.is_starting())?;
             }
             match self.stage {
@@ -176,9 +176,17 @@ impl<'a> Acceptor<'a> {
         self.is_starting() || self.stage == Stage::Serving
     }
 
+    /// Whether the next process must not wait for a quiet moment.
+    fn is_fork_urgent(&self) -> bool {
+        self.is_starting() || self.accepting.is_short_of_spares()
+    }
+
     fn timeout(&self) -> EpollTimeout {
         if self.may_fork_ahead() && self.accepting.may_refill(self.is_starting()) {
-            return EpollTimeout::ZERO;
+            return match self.is_fork_urgent() {
+                true => EpollTimeout::ZERO,
+                false => QUIET_MS.into(),
+            };
         }
         let mut next = self.next_tick_ms;
         if self.stage == Stage::Serving {
@@ -248,7 +256,7 @@ impl<'a> Acceptor<'a> {
                     self.stage = Stage::Proven;
                     self.start_serving();
                 }
-                Report::LinkWanted(record) if self.may_ask(session, record) => {
+                Report::LinkWanted(record) if self.accepting.may_ask(session, record) => {
                     let session = self.accepting.sessions.records.place(session) as u32;
                     self.report(Report::SessionLink(SessionLink {
                         session,
@@ -259,16 +267,6 @@ impl<'a> Acceptor<'a> {
                 _ => {}
             }
         }
-    }
-
-    /// Returns whether a session may ask for a link to the process with this record: to a pool process, and
-    /// not too often.
-    fn may_ask(&mut self, session: usize, record: u32) -> bool {
-        let records = self.accepting.boot.records.0;
-        let asked = records.get(record as usize);
-        let is_pool = asked.is_some_and(|it| it.lane.load(Relaxed) > 0);
-        let now_ms = self.accepting.now_ms;
-        is_pool && self.accepting.sessions.may_ask(session, record, now_ms)
     }
 
     /// Begins to accept if it need not wait for a pool process.
@@ -299,16 +297,11 @@ impl<'a> Acceptor<'a> {
             }
         }
         let (now_ms, accepting) = (self.accepting.now_ms, &mut self.accepting);
-        let writer = accepting.writer;
-        let count = |reason, pid: Pid| {
-            writer.add(&writer.block.closed[reason as usize], 1);
-            if writer.block.slow_calls.load(Relaxed) > 0 {
-                // It could not complete the records of its slow calls.
-                drop(writer.block.slow.close(pid.0, monotonic_ns()));
-            }
-        };
-        let sessions = &mut accepting.sessions;
-        for place in sessions.reap(&accepting.epoll, now_ms, count) {
+        let ends = accepting.sessions.reap(&accepting.epoll, now_ms);
+        for (reason, session) in ends.lost {
+            accepting.count_lost(reason, session);
+        }
+        for place in ends.crashed {
             self.report(Report::SessionCrashed(place));
         }
         match self.stage {
@@ -322,8 +315,8 @@ impl<'a> Acceptor<'a> {
         }
     }
 
-    /// A service manager sends TERM to all processes. It counts only without a link to a master: then it is the
-    /// order to stop of the program after an upgrade.
+    /// Handles SIGTERM. It is ignored while there is a link to a master, because a service manager sends it to all
+    /// processes. Without a link, it is the order of the program after an upgrade to stop.
     fn on_term(&mut self) {
         self.orders();
         if !self.is_linked {
@@ -355,12 +348,9 @@ impl<'a> Acceptor<'a> {
                             self.accepting.sessions.link(link, &fd);
                         }
                     }
-                    Order::ReopenLog => {
+                    order @ (Order::ReopenLog | Order::ReopenAccessLog) => {
                         if let Some(file) = descriptor {
-                            self.accepting
-                                .sessions
-                                .order_all(Order::ReopenLog, Some(file.as_fd()));
-                            drop(logging::set_output(logging::LogOutput::received(file)));
+                            self.accepting.reopen(order, file);
                         }
                     }
                     Order::StopPending => {
@@ -399,8 +389,8 @@ impl<'a> Acceptor<'a> {
             // After an upgrade the next program may have stopped already.
             if !self.accepting.has_taker() {
                 log::error!(
-                    "the master has died: this acceptor accepts nothing more, and its sessions answer what \
-                     runs and leave; start a new master"
+                    "the master has died: this acceptor accepts no more connections, and its sessions answer \
+                     their running calls and exit; start a new master"
                 );
             }
             self.leave(limit, false);

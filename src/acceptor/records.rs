@@ -1,9 +1,10 @@
 //! The records of an acceptor's sessions in the table that all acceptors of the listener share.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use crate::link::ids::{Generation, Pid};
+use crate::link::metrics_board::layout::Block;
 use crate::link::session_table::{self, SessionRecord};
 use crate::sys::process_tree;
 use crate::worker_init::WorkerInit;
@@ -21,8 +22,12 @@ pub struct OwnRecords {
     generation: Generation,
     acceptor: Pid,
     master: Pid,
+    /// Where the sessions count.
+    block: &'static Block,
     /// Records that were used before.
     free: Vec<usize>,
+    /// Records behind which no process was seen when all were in use.
+    suspects: BTreeSet<usize>,
     /// How many sessions other acceptors have, and when that was counted.
     elsewhere: (usize, u64),
     /// The sessions of other acceptors: when each began, and when it was last seen.
@@ -30,6 +35,11 @@ pub struct OwnRecords {
 }
 
 impl OwnRecords {
+    /// Counts the lines of the access log that an ended session had not written.
+    pub fn lose_lines(&self, index: usize) {
+        self.block.access.lose(self.all[index].take_lines());
+    }
+
     pub fn new(boot: &WorkerInit<'_>) -> Self {
         let range = boot.isolated.as_ref().map(|isolated| isolated.range);
         let (all, first) = range.unwrap_or((&[], 0));
@@ -39,7 +49,9 @@ impl OwnRecords {
             generation: boot.generation,
             acceptor: Pid::current(),
             master: boot.master,
+            block: boot.metrics.block,
             free: Vec::new(),
+            suspects: BTreeSet::new(),
             elsewhere: (0, 0),
             seen: BTreeMap::new(),
         }
@@ -55,9 +67,9 @@ impl OwnRecords {
         (place as usize).checked_sub(self.first)
     }
 
-    /// How many connections other acceptors of this listener have, or have left behind. A session can write
-    /// any record, so each living session counts once. `is_own`: a session of this acceptor.
-    /// `is_exact`: count now, also if the last count is young.
+    /// Returns how many connections other acceptors of this listener have, including those of dead acceptors. A
+    /// session can write any record, so each living session counts once. `is_own` returns whether a session belongs
+    /// to this acceptor. If `is_exact`, a recent count is not reused.
     pub fn open_elsewhere(
         &mut self,
         is_own: impl Fn(Pid) -> bool,
@@ -92,9 +104,9 @@ impl OwnRecords {
         self.elsewhere.0
     }
 
-    /// Returns the number of the session with this pid if it is of this generation and its acceptor has died:
-    /// then it is a child of the master. Any session can write any record, so one whose record a living session
-    /// of this acceptor has is none; `is_living` says which.
+    /// Returns the number of the session with this pid, if it is of this generation and its acceptor has died. Then
+    /// it is a child of the master. Any session can write any record, so a record of a living session of this
+    /// acceptor does not count. `is_living` returns whether a record has such a session.
     pub fn orphan(&self, pid: Pid, is_living: impl Fn(usize) -> bool) -> Option<usize> {
         let mut used = session_table::claimed(self.all).iter().enumerate();
         let is_its = |(index, record): &(usize, &SessionRecord)| {
@@ -157,13 +169,35 @@ impl OwnRecords {
         let mut records = self.all.iter().enumerate();
         let found = records
             .position(|(index, record)| !is_living(index) && record.claim(acceptor, generation));
-        let index = found.ok_or(io::ErrorKind::ResourceBusy)?;
+        let index = found.or_else(|| self.seize(&is_living));
+        let index = index.ok_or(io::ErrorKind::ResourceBusy)?;
         session_table::note_claim(self.all, index);
         Ok(index)
     }
 
+    /// Takes a record that seems to be used but has no process, because a session has written to it. The record must
+    /// have had no process at the previous search too, because another acceptor may just be forking its session.
+    fn seize(&mut self, is_living: impl Fn(usize) -> bool) -> Option<usize> {
+        let mut pids = BTreeSet::new();
+        let mut has_process = |record: &SessionRecord| {
+            let pid = record.pid();
+            self.is_session(pid, record.start_ticks()) && pids.insert(pid)
+        };
+        let has_none =
+            |(index, record): &(usize, &SessionRecord)| !is_living(*index) && !has_process(record);
+        let suspects = self.all.iter().enumerate().filter(has_none);
+        let suspects: BTreeSet<usize> = suspects.map(|(index, _)| index).collect();
+        let index = suspects.intersection(&self.suspects).next().copied();
+        self.suspects = suspects;
+        if let Some(index) = index {
+            self.all[index].seize(self.acceptor, self.generation);
+        }
+        index
+    }
+
     /// The session with this record was reaped, or never forked.
     pub fn release(&mut self, index: usize) {
+        self.lose_lines(index);
         self.all[index].release();
         self.free.push(index);
     }
@@ -173,19 +207,25 @@ impl OwnRecords {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::link::session_table::SessionTable;
+    use crate::link::session_memory::SessionTable;
+    use crate::sys::shared_memory::array;
+    use std::num::NonZeroUsize;
 
     #[test]
     fn only_a_child_of_the_master_without_the_record_of_a_living_session_is_an_orphan() {
         let table = SessionTable::new().unwrap();
         let pid = Pid::current();
+        let length = NonZeroUsize::MIN;
+        let (blocks, _file) = array::<Block>(length).unwrap();
         let records = |master| OwnRecords {
+            block: &blocks[0],
             all: table.range(0),
             first: 0,
             generation: Generation(1),
             acceptor: Pid(i32::MAX),
             master,
             free: Vec::new(),
+            suspects: BTreeSet::new(),
             elsewhere: (0, 0),
             seen: BTreeMap::new(),
         };

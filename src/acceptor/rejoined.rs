@@ -86,7 +86,7 @@ impl RejoinedSessions {
             && let Some(link) = &session.link
         {
             match link.receive() {
-                // It has no say about the start of this acceptor.
+                // A session of an earlier acceptor does not decide whether this acceptor is ready.
                 Received::Message(message, _) if message.body == Report::Ready => {}
                 Received::Message(message, _) => reports.push(message.body),
                 Received::Empty => break,

@@ -1,4 +1,4 @@
-//! A session as an acceptor knows it: one child with one connection, or what a dead acceptor has left.
+//! Defines what an acceptor knows about a session: its own child, or a session of a dead acceptor.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use nix::sys::epoll::Epoll;
 
+use super::held::HeldConnection;
 use crate::link::channel::MasterEnd;
 use crate::link::ids::{Generation, Pid};
 use crate::link::message::{Message, Order};
+use crate::link::metrics_board::layout::CloseReason;
 use crate::sys::process_tree::{self, PidFd};
 use crate::sys::shared_memory::OwnedArray;
 use crate::worker_init::{IsolatedInit, WorkerInit};
@@ -16,8 +18,8 @@ use crate::worker_init::{IsolatedInit, WorkerInit};
 /// The time between two requests of a session for the same link.
 const ASK_AGAIN_MS: u64 = 100;
 
-/// What a session gets, with the memory in which it records its heartbeat. It stays mapped for the life of the
-/// session.
+/// Returns the parameters of a session, with the memory in which it records its heartbeat. The memory is never
+/// unmapped in the session.
 pub fn isolated_init(
     boot: &WorkerInit<'_>,
     heartbeat: OwnedArray<AtomicU64>,
@@ -32,7 +34,7 @@ pub fn isolated_init(
 /// A child of the acceptor, or a session that has rejoined.
 pub struct Session {
     pub pid: Pid,
-    /// `None` once it was ordered to end, or has closed its end.
+    /// The link to the session; `None` once the session was ordered to end, or has closed its end of the link.
     pub link: Option<MasterEnd>,
     pub is_open: bool,
     /// When it got its connection. Like the heartbeat, it is not in the table that other sessions can write.
@@ -41,14 +43,35 @@ pub struct Session {
     pub is_ready: bool,
     /// Whether this process has killed it.
     pub is_killed: bool,
-    /// It was killed because it had not ended in time.
+    /// Whether it was killed because it had not exited in time.
     pub is_late: bool,
     /// The records of the pool processes to which it has asked for links, and when.
     asked: Vec<(u32, u64)>,
 }
 
+/// The result of giving a connection to a session.
+pub enum HandOver {
+    Done,
+    /// This session has ended. The connection comes back.
+    Again(HeldConnection),
+    /// The system has no room for its descriptors now. The connection comes back, and the session waits again.
+    Later(HeldConnection, io::Error),
+    /// The connection was closed.
+    Lost(io::Error),
+}
+
+/// What became of sessions that have ended.
+#[derive(Default)]
+pub struct SessionEnds {
+    /// The numbers of the records of crashed ones.
+    pub crashed: Vec<u32>,
+    /// Those that could not count the end of their connection, and why it ended.
+    pub lost: Vec<(CloseReason, Pid)>,
+}
+
 impl Session {
-    /// `heartbeat` is shared with this session alone; `None` for one that has rejoined.
+    /// Creates the record of a session. Only this session and the acceptor share `heartbeat`; `None` for a session
+    /// that has rejoined.
     pub fn new(pid: Pid, link: MasterEnd, heartbeat: Option<OwnedArray<AtomicU64>>) -> Self {
         Session {
             pid,
@@ -69,8 +92,8 @@ impl Session {
         heartbeat.map_or(0, |heartbeat| heartbeat[0].load(Relaxed))
     }
 
-    /// Returns whether it may ask the master for a link to the pool process with this record. It gets one
-    /// link each time, and is not trusted.
+    /// Returns whether the session may ask the master for a link to the pool process with this record. The number of
+    /// requests is limited, because each creates a link and a session is not trusted.
     pub fn may_ask(&mut self, record: u32, now_ms: u64) -> bool {
         match self.asked.iter_mut().find(|(it, _)| *it == record) {
             Some((_, at)) if now_ms < *at + ASK_AGAIN_MS => return false,

@@ -15,14 +15,14 @@ use nix::sys::signal::Signal;
 use super::held::HeldConnection;
 use super::records::OwnRecords;
 use super::rejoined::RejoinedSessions;
-use super::session::{self, Session};
+use super::session::{self, HandOver, Session, SessionEnds};
 use crate::link::adoption_queue::is_full;
 use crate::link::channel::{self, Received};
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::link::message::{Order, PoolLink, Report, SessionLink};
 use crate::link::metrics_board::layout::CloseReason;
 use crate::link::session_limits::SessionTimes;
-use crate::link::session_table;
+use crate::link::session_memory;
 use crate::sys::process::{self, Exit, Fork, ReapedChild};
 use crate::sys::process_tree::{self, PidFd};
 use crate::sys::shared_memory::OwnedArray;
@@ -31,11 +31,11 @@ use crate::sys::{closer, socket};
 use crate::worker;
 use crate::worker_init::WorkerInit;
 
-/// The delay after a process that ended before it had a connection. It doubles with each further one, up to
-/// the maximum.
+/// The delay before the next fork after a process ended without ever having a connection. Each further such process
+/// doubles the delay, up to the maximum.
 const FIRST_DELAY_MS: u64 = 100;
 const MAX_DELAY_MS: u64 = 30_000;
-/// The most reports that are read from one session at once.
+/// The largest number of reports that are read from one session at once.
 const MAX_REPORTS: usize = 16;
 
 /// All children of the acceptor.
@@ -55,19 +55,10 @@ pub struct SessionProcesses {
     has_forked: bool,
     /// Whether a session has crashed and its leftovers may not be gone yet.
     is_sweep_pending: bool,
+    /// Whether a session has ended since the last tick. It may have left processes behind, even if it ended well.
+    has_ended: bool,
     /// Whether the server stops soon. New sessions get that order, too.
     is_stop_pending: bool,
-}
-
-/// The result of giving a connection to a session.
-pub enum HandOver {
-    Done,
-    /// This session has ended. The connection comes back.
-    Again(HeldConnection),
-    /// The system has no room for its descriptors now. The connection comes back, and the session waits again.
-    Later(HeldConnection, io::Error),
-    /// The connection was closed.
-    Lost(io::Error),
 }
 
 /// Closes a client's descriptors in a child, because the last close may wait for what the client has
@@ -90,6 +81,7 @@ impl SessionProcesses {
             delay_ms: FIRST_DELAY_MS,
             has_forked: false,
             is_sweep_pending: false,
+            has_ended: false,
             is_stop_pending: false,
         }
     }
@@ -152,6 +144,7 @@ impl SessionProcesses {
         let forked = match process::fork() {
             Ok(Fork::Child) => worker::run(WorkerInit {
                 isolated: session::isolated_init(boot, heartbeat),
+                jobs: None,
                 slot: Slot::of_session(index),
                 generation: boot.generation,
                 settings: Rc::clone(&boot.settings),
@@ -164,9 +157,10 @@ impl SessionProcesses {
                 startup_log_tx: None,
                 record: &record.worker,
                 metrics: boot.metrics.clone(),
+                access_file: boot.access_file.clone(),
                 records: (
                     boot.records.0,
-                    session_table::link_index(self.records.place(index)),
+                    session_memory::link_index(self.records.place(index)),
                 ),
                 session_records: boot.session_records,
                 // To be left.
@@ -193,7 +187,7 @@ impl SessionProcesses {
         };
         self.has_forked = true;
         if let Err(error) = heartbeat.hide_from_children() {
-            log::warn!("later connection processes share memory with process {pid}: {error}");
+            log::warn!("process {pid} shares its heartbeat with later ones: {error}");
         }
         record.set_process(pid, process_tree::start_ticks(pid).unwrap_or(0));
         let event = EpollEvent::new(EpollFlags::EPOLLIN, first_event + index as u64);
@@ -250,7 +244,7 @@ impl SessionProcesses {
             }
             Err(error) => {
                 close(held.client);
-                // It is unknown how much the session has got.
+                // It is unknown whether the session has got the connection, so it gets no other one.
                 session.link = None;
                 HandOver::Lost(error)
             }
@@ -334,7 +328,7 @@ impl SessionProcesses {
     pub fn order_all(&mut self, body: Order, descriptor: Option<BorrowedFd<'_>>) {
         self.is_stop_pending |= body == Order::StopPending;
         // The master orders the end of the others.
-        let has_all = matches!(body, Order::ReopenLog | Order::StopPending);
+        let has_all = !matches!(body, Order::Drain(_) | Order::Stop(_));
         let others = self.rejoined.all().filter(|_| has_all);
         for session in self.living.values().chain(others) {
             session.order(self.generation, body, descriptor);
@@ -349,10 +343,9 @@ impl SessionProcesses {
         }
     }
 
-    /// Reaps all children that have ended. Returns the numbers of the records of crashed ones, and gives
-    /// `end` the connections that they could not count, with their pids.
-    pub fn reap(&mut self, epoll: &Epoll, now_ms: u64, end: impl Fn(CloseReason, Pid)) -> Vec<u32> {
-        let mut crashed = Vec::new();
+    /// Reaps all children that have ended.
+    pub fn reap(&mut self, epoll: &Epoll, now_ms: u64) -> SessionEnds {
+        let mut ends = SessionEnds::default();
         while let Some(child) = process::reap_any() {
             if let Some(index) = self.by_pid.remove(&child.pid)
                 && let Some(mut session) = self.living.remove(&index)
@@ -360,17 +353,18 @@ impl SessionProcesses {
                 session.unwatch(epoll);
                 let has_crashed = self.has_ended(index, &session, child, now_ms);
                 if has_crashed {
-                    crashed.push(self.records.place(index) as u32);
+                    ends.crashed.push(self.records.place(index) as u32);
                 }
-                match session.is_open {
-                    true if has_crashed => end(CloseReason::Crash, child.pid),
-                    true if session.is_killed => end(CloseReason::Stop, child.pid),
-                    _ => {}
-                }
+                let reason = match session.is_killed {
+                    _ if has_crashed => Some(CloseReason::Crash),
+                    is_killed => is_killed.then_some(CloseReason::Stop),
+                };
+                let reason = reason.filter(|_| session.is_open);
+                ends.lost.extend(reason.map(|it| (it, child.pid)));
             }
         }
-        self.sweep();
-        crashed
+        self.sweep(false);
+        ends
     }
 
     /// Handles the end of a session. Returns whether it has crashed.
@@ -381,6 +375,7 @@ impl SessionProcesses {
         child: ReapedChild,
         now_ms: u64,
     ) -> bool {
+        self.has_ended = true;
         self.open -= usize::from(session.is_open);
         self.spares.retain(|spare| *spare != index);
         if !session.is_ready && !session.is_killed {
@@ -392,13 +387,16 @@ impl SessionProcesses {
             return false;
         }
         self.is_sweep_pending = true;
+        self.records.lose_lines(index);
         self.records.all[index].crash(child.exit, child.peak_rss_bytes);
         self.records.all[0].crashes.fetch_add(1, Relaxed);
         true
     }
 
-    /// Kills the leftovers of dead sessions, which this process has adopted.
-    pub fn sweep(&mut self) {
+    /// Kills the leftovers of dead sessions, which this process has adopted; at a tick also those of sessions that have
+    /// ended well.
+    pub fn sweep(&mut self, is_tick: bool) {
+        self.is_sweep_pending |= is_tick && std::mem::take(&mut self.has_ended);
         if !self.is_sweep_pending {
             return;
         }

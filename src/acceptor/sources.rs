@@ -63,7 +63,8 @@ impl Sources {
         };
         self.restore_nonblocking();
         let listener = has_room.then_some((socket.as_fd(), listener));
-        // The acceptor of another generation may accept too. One of them is woken for each connection.
+        // The acceptor of another generation may accept too. With EPOLLEXCLUSIVE, the kernel wakes one of the
+        // acceptors for each connection.
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
         for (fd, number) in [Some((self.queue.as_fd(), queue)), listener]
             .into_iter()
@@ -108,7 +109,7 @@ impl Sources {
     /// Accepts one connection.
     ///
     /// # Errors
-    /// EAGAIN if there is none, or nothing is accepted any more; other errors of accept4(2).
+    /// EAGAIN if there is no connection, or nothing is accepted any more; other errors of accept4(2).
     pub fn accept(&self) -> Result<OwnedFd, Errno> {
         match &self.listener {
             Some(listener) => socket::accept(&**listener),
@@ -120,7 +121,7 @@ impl Sources {
     /// its descriptors.
     ///
     /// # Errors
-    /// EAGAIN if there is none; others of recvmsg(2).
+    /// EAGAIN if there is no packet, EMFILE if there is no descriptor for it; other errors of recvmsg(2).
     pub fn adopt(&self, packet: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
         if !socket::has_room_for_packet(&*self.queue) {
             return Err(Errno::EMFILE.into());
@@ -150,7 +151,8 @@ pub fn is_connection(packet: &[u8], client: &[OwnedFd]) -> bool {
     }
 }
 
-/// The limit of connections of a source, and where refusals are counted; `None` if there is no limit.
+/// Returns the limit of connections of a source, and the tables in which refusals are counted; `None` if there is no
+/// limit.
 pub fn limit_of<'b>(boot: &'b WorkerInit<'_>) -> Option<(&'b SourceLimit, &'static SourceTables)> {
     let sources = boot.sources.as_ref()?;
     let limit = sources.limits.first().filter(|limit| limit.most > 0)?;

@@ -12,10 +12,11 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::bench::BenchOptions;
+use super::job::options::{EnqueueArgs, JobCommand};
 use super::map::options::MapOptions;
-use super::parse::{duration, id_as_json, json, name, reading_interval, stop_delay};
+use super::parse::{duration, id_as_json, json, reading_interval, stop_delay};
+pub use super::place::{ConfigArgs, ParamsSource, PlaceArgs, ServerSelector};
 use super::target::TargetArgs;
-use crate::config::server_name;
 use crate::error::{Error, Result};
 use crate::protocol::control::version_of;
 
@@ -24,8 +25,8 @@ use crate::protocol::control::version_of;
 #[command(
     max_term_width = 100,
     after_help = "Exit codes: 0 success; 1 a call was answered with an error, or a reload, a scale or an \
-                  upgrade was refused; 64 wrong usage; 69 no server there; 70 a bug of preforkd; \
-                  71 the system refused; 77 permission denied; 78 the configuration is wrong. \
+                  upgrade was refused; 64 wrong usage; 69 no server there, or it does not answer; 70 a \
+                  bug of preforkd; 71 the system refused; 77 permission denied; 78 the configuration is wrong. \
                   `man preforkd` explains all commands and signals."
 )]
 struct CommandLine {
@@ -70,7 +71,7 @@ pub enum CliCommand {
     Metrics {
         #[command(flatten)]
         place: PlaceArgs,
-        /// Replace this file instead, for the textfile collector of node_exporter
+        /// Write to this file instead of stdout, for the textfile collector of node_exporter
         #[arg(long, value_name = "FILE")]
         textfile: Option<PathBuf>,
     },
@@ -104,7 +105,7 @@ pub enum CliCommand {
     Stop {
         #[command(flatten)]
         place: PlaceArgs,
-        /// Do not wait for the running calls
+        /// Stop at once: the running calls are lost
         #[arg(long)]
         now: bool,
         /// Stop after this time, such as 5s; until then /healthz answers 503 and calls are served
@@ -139,48 +140,11 @@ pub enum CliCommand {
     Map(MapOptions),
     /// Benchmark a method, and print throughput and latency
     Bench(BenchOptions),
-}
-
-/// The configuration, and the name of its server.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
-pub struct ConfigArgs {
-    /// The configuration file [default: /etc/preforkd/preforkd.toml, if it exists]
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// The name of the server; pid file, control socket and process titles have it [default: that of
-    /// the program]
-    #[arg(long, value_name = "NAME", value_parser = name)]
-    pub name: Option<String>,
-}
-
-/// The options that select a running server.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
-pub struct PlaceArgs {
-    #[command(flatten)]
-    pub config: ConfigArgs,
-    /// The control socket of the server [default: as in the configuration]
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "name"])]
-    pub control_socket: Option<PathBuf>,
-}
-
-/// Selects a running server.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ServerSelector {
-    /// By a configuration file, or the default one, and a name.
-    Config(Option<PathBuf>, String),
-    /// By its control socket.
-    Socket(PathBuf),
-}
-
-impl PlaceArgs {
-    /// Returns the selected server. `own` is the name of the program.
-    pub(super) fn selector(self, own: &str) -> ServerSelector {
-        let ConfigArgs { config, name } = self.config;
-        match self.control_socket {
-            Some(path) => ServerSelector::Socket(path),
-            None => ServerSelector::Config(config, name.unwrap_or_else(|| server_name(own))),
-        }
-    }
+    /// Work with durable jobs and their store
+    Job {
+        #[command(subcommand)]
+        command: JobCommand,
+    },
 }
 
 /// The options of `call`.
@@ -202,24 +166,6 @@ pub struct CallArgs {
     /// Use the JSON-RPC 2.0 form; its params are an array or an object
     #[arg(long)]
     pub jsonrpc: bool,
-}
-
-/// The source of a call's params.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ParamsSource {
-    /// The text on the command line.
-    Here(String),
-    /// Standard input.
-    Stdin,
-}
-
-impl From<String> for ParamsSource {
-    fn from(text: String) -> Self {
-        match text.as_str() {
-            "-" => ParamsSource::Stdin,
-            _ => ParamsSource::Here(text),
-        }
-    }
 }
 
 /// Parses the command line. `name` is the name of the program. `words` begins with the program's path.
@@ -262,7 +208,14 @@ fn checked(command: CliCommand) -> Result<CliCommand> {
         CliCommand::Call(CallArgs {
             params: ParamsSource::Here(text),
             ..
-        }) => json(text, "PARAMS")?,
+        })
+        | CliCommand::Job {
+            command:
+                JobCommand::Enqueue(EnqueueArgs {
+                    params: ParamsSource::Here(text),
+                    ..
+                }),
+        } => json(text, "PARAMS")?,
         CliCommand::Bench(options) => options.check()?,
         _ => {}
     }

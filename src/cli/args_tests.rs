@@ -4,6 +4,7 @@
 use super::args::{
     CallArgs, CliCommand, ConfigArgs, ParamsSource, PlaceArgs, ServerSelector, parse,
 };
+use super::job::options::{EnqueueArgs, JobCommand, SelectionArgs};
 use super::target::TargetArgs;
 use crate::error::Error;
 use std::time::Duration;
@@ -195,6 +196,79 @@ fn a_server_is_meant_by_its_socket_or_by_its_file_and_name() {
 }
 
 #[test]
+fn job_commands_mean_what_the_contract_says() {
+    const ID: &str = "017f22e2-79b0-7cc3-98c4-dc0c0c07398f";
+    let job = |line: &str| match read(&format!("job {line}")) {
+        Ok(CliCommand::Job { command }) => command,
+        other => panic!("{line}: {other:?}"),
+    };
+    let enqueue = || EnqueueArgs {
+        method: "mail".into(),
+        params: ParamsSource::Here("null".into()),
+        target: TargetArgs::default(),
+        id: None,
+        key: None,
+        at: None,
+        delay: None,
+        priority: None,
+        wait: false,
+    };
+    assert_eq!(job("enqueue mail"), JobCommand::Enqueue(enqueue()));
+    let all = format!("enqueue mail - --id {ID} --key k --delay 2s --priority -3 --wait");
+    let expected = EnqueueArgs {
+        params: ParamsSource::Stdin,
+        id: Some(ID.into()),
+        key: Some("k".into()),
+        delay: Some(Duration::from_secs(2)),
+        priority: Some(-3),
+        wait: true,
+        ..enqueue()
+    };
+    assert_eq!(job(&all), JobCommand::Enqueue(expected));
+    let selection = |jobs: &[&str], state: Option<&str>| SelectionArgs {
+        jobs: jobs.iter().map(|&id| id.to_owned()).collect(),
+        state: state.map(str::to_owned),
+        method: None,
+        place: PlaceArgs::default(),
+    };
+    let two = format!("retry {ID} {ID}");
+    assert_eq!(job(&two), JobCommand::Retry(selection(&[ID, ID], None)));
+    let dead = JobCommand::Purge(selection(&[], Some("dead")));
+    assert_eq!(job("purge --state dead"), dead);
+    let place = PlaceArgs {
+        control_socket: Some("/s".into()),
+        ..PlaceArgs::default()
+    };
+    assert_eq!(
+        job("export --control-socket /s"),
+        JobCommand::Export { place }
+    );
+    for (line, told) in [
+        ("enqueue mail hello", "'\"hello\"'"),
+        (
+            "enqueue mail --at 1970-01-01T00:00:01Z --delay 2s",
+            "cannot be used with",
+        ),
+        ("enqueue mail --at soon", "2026-12-01T08:00:00Z"),
+        ("enqueue mail --priority 10", "-9..=9"),
+        ("enqueue mail --id 7", "UUID"),
+        ("wait", "<ID>"),
+        ("cancel", "<ID>"),
+        ("retry", "<ID>"),
+        (
+            "purge --state died",
+            "waiting, running, done, dead, cancelled",
+        ),
+        ("purge --method mail", "--state"),
+        (&format!("purge {ID} --state dead"), "cannot be used with"),
+    ] {
+        let error = read(&format!("job {line}")).unwrap_err();
+        assert_eq!(error.exit_code(), 64, "{line}: {error}");
+        assert!(error.to_string().contains(told), "{line}: {error}");
+    }
+}
+
+#[test]
 fn an_id_that_is_no_json_is_a_string() {
     for (word, id) in [
         ("7", "7"),
@@ -239,9 +313,9 @@ fn a_wrong_word_is_a_usage_error_that_says_what_to_write() {
         ("bench ping --threads 0", "1..=256"),
         (
             "bench ping --threads 2 --connections 1",
-            "nothing to do with 1 connection;",
+            "too many for 1 connection:",
         ),
-        ("map ping --jobs 0", "1..=1024"),
+        ("map ping --parallel 0", "1..=1024"),
     ] {
         let error = read(line).unwrap_err();
         assert_eq!(error.exit_code(), 64, "{line}: {error}");
@@ -251,12 +325,30 @@ fn a_wrong_word_is_a_usage_error_that_says_what_to_write() {
 }
 
 #[test]
+fn the_old_name_of_parallel_still_works_and_is_in_no_help() {
+    let parallel = |line: &str| match read(line).unwrap() {
+        CliCommand::Map(options) => options.parallel,
+        other => panic!("{line}: {other:?}"),
+    };
+    for option in ["--parallel", "--jobs", "-j"] {
+        assert_eq!(parallel(&format!("map ping {option} 3")), 3, "{option}");
+    }
+    let CliCommand::Print(help) = read("map --help").unwrap() else {
+        panic!("help is printed");
+    };
+    assert!(
+        help.contains("--parallel") && !help.contains("--jobs"),
+        "{help}"
+    );
+}
+
+#[test]
 fn help_and_version_are_printed_under_the_programs_own_name() {
     let CliCommand::Print(help) = read("").unwrap() else {
         panic!("plain preforkd prints help");
     };
     assert_eq!(read("--help").unwrap(), CliCommand::Print(help.clone()));
-    for word in "run check status reload upgrade scale stop call map bench".split(' ') {
+    for word in "run check status reload upgrade scale stop call map bench job".split(' ') {
         assert!(help.contains(&format!("\n  {word} ")), "{word} in {help}");
     }
     assert!(help.contains("Usage: preforkd [COMMAND]"), "{help}");

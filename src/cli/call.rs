@@ -2,6 +2,7 @@
 //!
 //! The result is printed byte for byte. An error answer is [`Error::Refused`].
 
+use std::borrow::Cow;
 use std::io::{self, Read};
 
 use super::args::{CallArgs, ParamsSource};
@@ -13,14 +14,7 @@ use crate::protocol::rpc_error::RpcError;
 
 /// Makes the call. Returns the result as JSON.
 pub(super) fn call(call: &CallArgs, overrides: &Overrides) -> Result<String> {
-    let stdin;
-    let params = match &call.params {
-        ParamsSource::Here(text) => text,
-        ParamsSource::Stdin => {
-            stdin = read_params(io::stdin().lock())?;
-            &stdin
-        }
-    };
+    let params = &params_of(&call.params)?;
     let address = call.target.address(overrides)?;
     let timeout_ms = call.timeout.map(whole_millis);
     let mut client = Client::connect(&address, patience(call.timeout))?;
@@ -35,6 +29,14 @@ pub(super) fn call(call: &CallArgs, overrides: &Overrides) -> Result<String> {
         error => error.into(),
     })?;
     Ok(reply.result.get().to_owned())
+}
+
+/// Returns the params of a call as JSON.
+pub(super) fn params_of(source: &ParamsSource) -> Result<Cow<'_, str>> {
+    match source {
+        ParamsSource::Here(text) => Ok(Cow::Borrowed(text)),
+        ParamsSource::Stdin => read_params(io::stdin().lock()).map(Cow::Owned),
+    }
 }
 
 /// Reads the params from standard input: one JSON value.

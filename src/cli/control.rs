@@ -37,7 +37,7 @@ const HINT_AFTER: Duration = Duration::from_secs(2);
 enum Patience<'a> {
     /// At most this time. A master that takes longer is stopped or stuck.
     AtMost(Duration),
-    /// Without a limit. After a while the function is called with what the wait is for.
+    /// Without a limit. After `HINT_AFTER` the function is called with a text that says what the wait is for.
     Endless(&'a mut dyn FnMut(&str)),
 }
 
@@ -76,8 +76,8 @@ pub(super) fn locate(place: &ServerSelector) -> Result<PathBuf> {
     Ok(ControlConnection::find(place)?.path)
 }
 
-/// Requests a reload and waits for the result. Returns the master's text. `hint` gets what it waits for,
-/// after a while.
+/// Requests a reload and waits for the result. Returns the master's text. If it takes long, `hint` gets a text that
+/// says what the wait is for.
 pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
     let config = named_file(place);
     // No limit: the result takes up to two times boot-timeout, and longer while another reload runs. If the
@@ -87,8 +87,8 @@ pub(super) fn reload(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Resu
     Ok(text.unwrap_or_else(|| "reloaded".into()))
 }
 
-/// Requests the upgrade to the installed program, and waits for the result, which comes from the new
-/// program. Returns its text. `hint` gets what it waits for, after a while.
+/// Requests the upgrade to the installed program, and waits for the result, which comes from the new program. Returns
+/// its text. If it takes long, `hint` gets a text that says what the wait is for.
 pub(super) fn upgrade(place: &ServerSelector, hint: &mut dyn FnMut(&str)) -> Result<String> {
     let config = named_file(place);
     // No limit, because the last part of an upgrade is a reload.
@@ -114,8 +114,8 @@ fn request(
     Ok(response.message)
 }
 
-/// Stops the server, after the time `after` if that is given, and waits until the master has exited. `hint`
-/// gets what it waits for, after a while.
+/// Stops the server, after the time `after` if it is given, and waits until the master has exited. If it takes long,
+/// `hint` gets a text that says what the wait is for.
 pub(super) fn stop(
     place: &ServerSelector,
     now: bool,
@@ -229,6 +229,18 @@ impl ControlConnection {
             Err(Error::Daemon { code: 64, .. }) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Sends a request after which another process has this connection. Returns the stream when that process
+    /// has answered.
+    pub(super) fn pass_on(mut self, request: &ControlRequest) -> Result<BufReader<UnixStream>> {
+        self.ask(request, Patience::AtMost(PROMPT))?;
+        let stream = self.stream.get_ref();
+        let unlimited = stream
+            .set_read_timeout(None)
+            .and(stream.set_write_timeout(None));
+        unlimited.map_err(|error| Error::system("use the control socket", error))?;
+        Ok(self.stream)
     }
 
     fn status(mut self, limit: Duration) -> Result<Answered> {

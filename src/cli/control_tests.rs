@@ -15,7 +15,7 @@ use crate::protocol::control::{
     WorkerStatus, to_line,
 };
 
-/// The path of a socket for one test. The file is removed with it.
+/// The path of a socket for one test. The file is removed when this value is dropped.
 struct Socket(PathBuf);
 
 impl Socket {
@@ -33,8 +33,8 @@ impl Socket {
         ServerSelector::Socket(self.0.clone())
     }
 
-    /// Starts a master that answers one request of each connection with these bytes and keeps the
-    /// connections open until all are answered. Returns the requests.
+    /// Starts a simulated master that answers one request per connection with the next of `answers`. It keeps all
+    /// connections open until the last answer is sent. Returns the requests.
     fn master(&self, answers: Vec<Vec<u8>>) -> JoinHandle<Vec<ControlRequest>> {
         let listener = UnixListener::bind(&self.0).unwrap();
         thread::spawn(move || {

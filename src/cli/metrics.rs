@@ -95,13 +95,15 @@ pub(super) fn replace_file(path: &Path, text: &str) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let next = path.with_file_name(name);
-    let write = || {
-        let mut file = File::create(&next)?;
-        file.write_all(text.as_bytes())?;
-        fs::rename(&next, path)
-    };
-    write().map_err(|error| {
-        let _ = fs::remove_file(&next);
-        Error::system(format!("write {}", path.display()), error)
-    })
+    let failed = |error| Error::system(format!("write {}", path.display()), error);
+    // Never through a link that another user has put there.
+    let file = File::options().write(true).create_new(true).open(&next);
+    let mut file = file.map_err(failed)?;
+    let written = file.write_all(text.as_bytes());
+    written
+        .and_then(|()| fs::rename(&next, path))
+        .map_err(|error| {
+            let _ = fs::remove_file(&next);
+            failed(error)
+        })
 }

@@ -9,11 +9,14 @@ pub mod bench;
 mod call;
 mod check;
 mod control;
+mod job;
+mod jobs_table;
 pub mod map;
 mod metrics;
 mod observe;
 pub mod output;
 mod parse;
+mod place;
 mod slow;
 mod status;
 mod table;
@@ -40,6 +43,7 @@ use crate::logging::printable_json;
 use crate::server::Server;
 use crate::sys::process;
 use args::{CliCommand, ConfigArgs, ServerSelector};
+use job::options::JobCommand;
 use target::TargetArgs;
 
 /// The exit code after a panic. Its message was printed already.
@@ -198,6 +202,32 @@ fn dispatch(name: &str, server: Server) -> Result<()> {
             find_running(&mut options.target, name)?;
             bench::bench(name, &options, &overrides)
         }
+        CliCommand::Job { command } => work_with_jobs(name, command, overrides),
+    }
+}
+
+fn work_with_jobs(name: &str, command: JobCommand, mut overrides: Overrides) -> Result<()> {
+    match command {
+        JobCommand::Enqueue(mut args) => {
+            find_running(&mut args.target, name)?;
+            print_json(&job::calls::enqueue(&args, &overrides)?)
+        }
+        JobCommand::Wait { job, mut target } => {
+            find_running(&mut target, name)?;
+            print_json(&job::calls::wait(&job, &target, &overrides)?)
+        }
+        JobCommand::Cancel { jobs, mut target } => {
+            find_running(&mut target, name)?;
+            print_line(job::calls::cancel(&jobs, &target, &overrides)?)
+        }
+        JobCommand::Check { config: given } => {
+            overrides.name = Some(given.name.unwrap_or_else(|| server_name(name)));
+            let report = job::check::check(given.config.as_deref(), &overrides)
+                .map_err(|faults| all_but_last(name, faults))?;
+            output::print(&report)
+        }
+        JobCommand::Schema => output::print(&job::check::schema()?),
+        command => job::operate::operate(name, command, process::unix_time_ms()),
     }
 }
 

@@ -55,7 +55,7 @@ pub(super) fn observe(
     let is_unix = matches!(address, Address::Unix(_));
     let served = observe::serve((listener, is_unix), control_socket, board.ok(), &config);
     if let Address::Unix(path) = &address {
-        // It was made here, and bind(2) has found no other one.
+        // This process has created the socket: bind(2) would have failed if the path had existed.
         let _ = fs::remove_file(path);
     }
     served.map_err(|error| Error::system("serve", error))

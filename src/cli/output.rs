@@ -15,8 +15,7 @@ pub fn print(text: &str) -> Result<()> {
     deliver(&mut io::stdout().lock(), text).map(drop)
 }
 
-/// Does the same. Returns whether there still is a reader.
-#[cfg(feature = "top")]
+/// Writes to stdout. Returns whether stdout still has a reader.
 pub fn print_part(text: &str) -> Result<bool> {
     deliver(&mut io::stdout().lock(), text)
 }

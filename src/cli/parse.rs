@@ -1,12 +1,14 @@
 //! Parses values of options: durations, JSON and ids.
 
 use std::convert::Infallible;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::value::RawValue;
 
 use crate::config::server_name;
 use crate::error::{Error, Result};
+use crate::jobs::policy::id::JobId;
+use crate::jobs::policy::states::JobState;
 use crate::protocol::control::MAX_STOP_DELAY_MS;
 
 /// The longest name in bytes. The path of a socket has at most 107 bytes.
@@ -49,6 +51,33 @@ pub(super) fn stop_delay(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
+/// Checks the id of a job.
+pub(super) fn job_id(text: &str) -> std::result::Result<String, String> {
+    match JobId::parse(text) {
+        Some(id) => Ok(id.to_string()),
+        None => Err("an id is a UUID of 36 characters".into()),
+    }
+}
+
+/// Checks the state of a job.
+pub(super) fn job_state(text: &str) -> std::result::Result<String, String> {
+    match JobState::from_name(text) {
+        Some(state) => Ok(state.name().to_owned()),
+        None => {
+            let names: Vec<_> = JobState::ALL.iter().map(|state| state.name()).collect();
+            Err(format!("the states are {}", names.join(", ")))
+        }
+    }
+}
+
+/// Parses a time in UTC. Returns milliseconds since 1970.
+pub(super) fn utc_time(text: &str) -> std::result::Result<u64, String> {
+    let time = humantime::parse_rfc3339_weak(text)
+        .map_err(|error| format!("{error}; write it in UTC, as in 2026-12-01T08:00:00Z"))?;
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Ok(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
 /// Checks that a text is JSON. `what` names its source.
 pub(super) fn json(text: &str, what: &str) -> Result<()> {
     let hint = match text.trim_start().starts_with(['[', '{']) {
@@ -73,6 +102,7 @@ pub(super) fn id_as_json(text: &str) -> std::result::Result<String, Infallible> 
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -107,6 +137,34 @@ mod tests {
             let is_quoted = told.as_ref().map(|told| told.contains("quotes of its own"));
             assert_eq!(is_quoted, Some(is_told), "{told:?}");
         }
+    }
+
+    #[test]
+    fn a_time_is_in_utc() {
+        for (text, expected) in [
+            ("1970-01-01T00:00:01Z", 1_000),
+            ("1970-01-01 00:01:00", 60_000),
+            ("1970-01-01T00:00:00.25Z", 250),
+        ] {
+            assert_eq!(utc_time(text), Ok(expected), "{text}");
+        }
+        for text in ["", "now", "1970-01-01T00:00:00+02:00", "08:00"] {
+            let told = utc_time(text).unwrap_err();
+            assert!(told.contains("2026-12-01T08:00:00Z"), "{told}");
+        }
+    }
+
+    #[test]
+    fn ids_and_states_of_jobs_are_checked() {
+        let id = "017F22E2-79b0-7cc3-98c4-dc0c0c07398f";
+        assert_eq!(job_id(id), Ok(id.to_lowercase()));
+        assert!(job_id("7").is_err());
+        assert_eq!(job_state("dead").as_deref(), Ok("dead"));
+        let told = job_state("died").unwrap_err();
+        assert_eq!(
+            told,
+            "the states are waiting, running, done, dead, cancelled"
+        );
     }
 
     #[test]

@@ -28,8 +28,10 @@ fn render(calls: &[SlowFigures], is_on: bool, now: u64) -> String {
         let ago = units::seconds(now.saturating_sub(call.at));
         let (method, evidence) = (&call.method, &call.evidence);
         let line = format!("{ago} ago  {}  {method}  {state}\n", call.call);
-        text += &output::printable(line.trim_end());
-        text += &format!("\n    {}\n", output::printable(evidence));
+        // Output of a program in the evidence must not look like another record.
+        text += &output::printable(line.trim_end()).replace('\n', "\\n");
+        let evidence = output::printable(evidence).replace('\n', "\n    ");
+        text += &format!("\n    {evidence}\n");
     }
     match (is_on, calls.is_empty()) {
         (false, _) => text += "slow log off: add [slow-log] to the configuration, and reload\n",
@@ -54,7 +56,7 @@ mod tests {
             age_ms: 1_500,
             done: false,
             outcome: None,
-            evidence: "command \u{1b}[2J S asleep".into(),
+            evidence: "command \u{1b}[2J S asleep\n5s ago".into(),
         };
         let done = SlowFigures {
             done: true,
@@ -63,8 +65,8 @@ mod tests {
         };
         assert_eq!(
             render(&[call, done], true, 105),
-            "5s ago  4712.9  score  runs for 1.5s\n    command \\u{1b}[2J S asleep\n\
-             5s ago  4712.9  score  timeout after 1.5s\n    command \\u{1b}[2J S asleep\n"
+            "5s ago  4712.9  score  runs for 1.5s\n    command \\u{1b}[2J S asleep\n    5s ago\n\
+             5s ago  4712.9  score  timeout after 1.5s\n    command \\u{1b}[2J S asleep\n    5s ago\n"
         );
         assert_eq!(render(&[], true, 0), "no slow call\n");
         assert!(render(&[], false, 0).starts_with("slow log off"));

@@ -2,6 +2,7 @@
 //!
 //! `status --json` does not use this file.
 
+use super::jobs_table;
 use super::output::printable;
 use super::table::{Align, Cell, Style, TextTable};
 use super::units;
@@ -11,9 +12,9 @@ use crate::protocol::control::{
     Status, WorkerPhase, WorkerStatus, version_of,
 };
 
-/// The most deaths that are shown. `status --json` has all.
+/// The largest number of deaths that are shown. `status --json` has all.
 const DEATHS_SHOWN: usize = 10;
-/// The most characters of a death's reason that are shown. `status --json` has all.
+/// The largest number of characters of a death's reason that are shown. `status --json` has all.
 const LONGEST_REASON: usize = 120;
 /// An event loop is reported as silent after this time.
 const SILENT_MS: u64 = 3000;
@@ -26,7 +27,7 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
     last_reload(&mut page, &status.master, now, colours);
     if let Some(left) = status.master.stops_in_ms {
         let line = format!(
-            "stops in {}: not ready for health checks",
+            "stops in {}: calls are served, health checks get 503",
             units::milliseconds(left)
         );
         page += &Style::Yellow.on(&line, colours);
@@ -39,6 +40,15 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
             units::plural(lost, "line")
         );
         page += &Style::Red.on(&line, colours);
+        page.push('\n');
+    }
+    let lost = status.master.lost_access_lines;
+    if lost > 0 {
+        let line = format!(
+            "the access log has lost {} since the start",
+            units::plural(lost, "line")
+        );
+        page += &Style::Yellow.on(&line, colours);
         page.push('\n');
     }
     for warning in &status.master.warnings {
@@ -61,6 +71,10 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
         connections(&status.isolated).render(&mut page, colours);
         page.push('\n');
     }
+    if let Some(jobs) = &status.jobs {
+        jobs_table::render(&mut page, jobs, colours);
+        page.push('\n');
+    }
     listeners(&status.listeners).render(&mut page, colours);
     if !status.quarantine.is_empty() {
         page += "\nIn quarantine until the next reload:\n";
@@ -70,7 +84,7 @@ pub(super) fn render(name: &str, status: &Status, now: u64, colours: bool) -> St
         let known = status.deaths.len();
         page += &match known {
             0..=DEATHS_SHOWN => "\nDeaths, the latest first:\n".to_owned(),
-            _ => format!("\nDeaths, the latest {DEATHS_SHOWN} of {known} remembered:\n"),
+            _ => format!("\nDeaths, the latest {DEATHS_SHOWN} of {known} on record:\n"),
         };
         deaths(&status.deaths, now).render(&mut page, colours);
     }
@@ -235,6 +249,7 @@ fn isolated(listeners: &[IsolatedStatus]) -> TextTable {
         ("STATE", Left),
         ("CONNECTIONS", Right),
         ("LIMIT", Right),
+        ("FULL", Right),
         ("SPARE", Right),
         ("REFUSED", Right),
         ("CRASHED", Right),
@@ -252,6 +267,7 @@ fn isolated(listeners: &[IsolatedStatus]) -> TextTable {
             Cell::painted(listener.state.name(), paint_of(listener.state)),
             Cell::new(units::count(listener.running)),
             Cell::new(units::count(listener.limit)),
+            Cell::new(units::count(listener.full)),
             Cell::new(units::count(listener.spare)),
             Cell::new(units::count(listener.refused_per_source)),
             Cell::new(units::count(listener.crashed)),
@@ -295,8 +311,10 @@ fn remark(worker: &WorkerStatus) -> String {
         let age = units::milliseconds(call.age_ms);
         format!("{}, {age}", call.method)
     });
-    let silent = (worker.silent_ms > SILENT_MS)
-        .then(|| format!("silent for {}", units::milliseconds(worker.silent_ms)));
+    let silent = (worker.silent_ms > SILENT_MS).then(|| {
+        let silent = units::milliseconds(worker.silent_ms);
+        format!("event loop silent for {silent}")
+    });
     let lost = (worker.lost_threads > 0).then(|| {
         let WorkerStatus {
             lost_threads,

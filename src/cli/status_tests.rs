@@ -21,6 +21,7 @@ fn busy() -> Status {
     };
     Status {
         isolated: Vec::new(),
+        jobs: None,
         reloads: Vec::new(),
         pools: Vec::new(),
         master: MasterStatus {
@@ -43,6 +44,7 @@ fn busy() -> Status {
             target: 3,
             warnings: vec!["workers run as root".into()],
             lost_log_lines: 1_234,
+            lost_access_lines: 56,
         },
         workers: vec![
             WorkerStatus {
@@ -123,8 +125,9 @@ fn the_page_has_everything_in_line() {
 preforkd 0.1.0  pid 4242  generation 3  up 4d 4h  2 of 3 workers ready
 configuration /etc/preforkd/preforkd.toml  binary /usr/bin/preforkd
 last reload: fine, 3m 20s ago
-stops in 4.2s: not ready for health checks
+stops in 4.2s: calls are served, health checks get 503
 the log can't be written: 1,234 lines lost
+the access log has lost 56 lines since the start
 warning: workers run as root
 
 SLOT   PID  GEN  STATE         UP  CONNS  RUNNING  QUEUED      CALLS  ERRORS    MEMORY  OLDEST CALL

@@ -18,8 +18,8 @@ use crate::protocol::frame::{self, DecodedFrame};
 /// means that the bytes are no frame, but text of another server.
 const BODY_MAX: usize = 0x08FF_FFFF;
 
-/// The fewest bytes to read at once, and the most to allocate before they arrive: a declared length alone
-/// allocates no more.
+/// The smallest number of bytes to read at once, and the largest number to allocate before they arrive. A declared
+/// length alone allocates no more.
 const READ_MIN: usize = 16 << 10;
 const READ_MAX: usize = 1 << 20;
 
@@ -200,6 +200,17 @@ impl Client {
             self.stream = None;
         }
         outcome
+    }
+
+    /// Sets another limit for answers.
+    pub(super) fn with_timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Returns a second handle of the connection.
+    pub(super) fn second(&self) -> Option<Stream> {
+        self.stream.as_ref()?.try_clone().ok()
     }
 
     /// Returns the error of a connection that failed during a call.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use super::job_info::JobInfo;
 use crate::error::Error;
 use crate::protocol::rpc_error::RpcError;
 
@@ -25,6 +26,8 @@ pub enum ClientError {
     TooLarge(usize),
     /// The server answered with an error.
     Refused(RpcError),
+    /// The job is dead or cancelled, so it has no result.
+    Job(Box<JobInfo>),
     /// The result is not of the requested type.
     Result(serde_json::Error),
     /// The connection failed before the whole call was sent, so the call has not begun.
@@ -56,7 +59,8 @@ impl ClientError {
             | ClientError::Closed
             | ClientError::Ended
             | ClientError::NoThread(_) => true,
-            ClientError::Result(_)
+            ClientError::Job(_)
+            | ClientError::Result(_)
             | ClientError::Gone(_)
             | ClientError::TimedOut(_)
             | ClientError::Protocol(_) => false,
@@ -79,6 +83,7 @@ impl fmt::Display for ClientError {
                 )
             }
             ClientError::Refused(error) => error.fmt(f),
+            ClientError::Job(job) => f.write_str(&job.describe()),
             ClientError::Result(error) => {
                 write!(f, "the result is not of the requested type: {error}")
             }
@@ -142,7 +147,7 @@ impl From<ClientError> for Error {
             ClientError::Address(_) | ClientError::Params(_) | ClientError::TooLarge(_) => {
                 Error::Usage(error.to_string())
             }
-            ClientError::Refused(_) => Error::Refused(error.to_string()),
+            ClientError::Refused(_) | ClientError::Job(_) => Error::Refused(error.to_string()),
             ClientError::NoThread(source) => Error::system("start a thread for the client", source),
             ClientError::Result(_)
             | ClientError::NotSent(_)

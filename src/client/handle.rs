@@ -5,7 +5,7 @@
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use serde::de::DeserializeOwned;
 
 use super::error::ClientError;
@@ -46,6 +46,11 @@ impl<R> Handle<R> {
         }
     }
 
+    /// Returns the channel of the result, to wait for several.
+    pub(super) fn outcome(&self) -> &Receiver<Result<Reply, ClientError>> {
+        &self.outcome
+    }
+
     /// Returns whether the result is there, so that taking it does not wait.
     pub fn is_ready(&self) -> bool {
         !self.outcome.is_empty()
@@ -75,6 +80,15 @@ impl<R: DeserializeOwned> Handle<R> {
     /// Why there is no result, or that it is not an `R`.
     pub fn wait(self) -> Result<R, ClientError> {
         self.wait_raw().and_then(|reply| reply.read())
+    }
+
+    /// Returns the result if it is there, else the handle.
+    pub(super) fn try_wait(self) -> Result<Result<R, ClientError>, Self> {
+        match self.outcome.try_recv() {
+            Ok(outcome) => Ok(outcome.and_then(|reply| reply.read())),
+            Err(TryRecvError::Empty) => Err(self),
+            Err(TryRecvError::Disconnected) => Ok(Err(ClientError::Ended)),
+        }
     }
 
     /// Waits for the result for at most this time.

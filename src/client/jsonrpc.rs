@@ -1,17 +1,18 @@
 //! Makes a call in the JSON-RPC 2.0 form over frames (jsonrpc.org/specification).
 //!
-//! It shows what a JSON-RPC client sees. Preforkd's errors have in `data` what the plain form has beside
-//! the error. The error of another server is passed on, and its call may have begun.
+//! An error of preforkd has further members in `data`: the name, `started` and the detail. The error of another
+//! server is passed on as it is, with `started` true, because the call may have begun.
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::connection::{Client, frame_of};
 use super::error::ClientError;
+use super::job_info::present;
 use super::reply::Reply;
 use crate::protocol::rpc_error::RpcError;
 
-/// The default id of a call. Without an id it would be a notification.
+/// The default id of a call. A call without an id would be a notification, which gets no answer.
 const ID: &str = "1";
 
 #[derive(Serialize)]
@@ -38,10 +39,6 @@ struct Response {
     id: Option<Box<RawValue>>,
 }
 
-fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Box<RawValue>>, D::Error> {
-    Box::<RawValue>::deserialize(from).map(Some)
-}
-
 #[derive(Deserialize)]
 struct Refusal {
     code: i64,
@@ -62,8 +59,8 @@ struct Details {
 }
 
 impl Client {
-    /// Does the same as [`Client::call_raw`] in the JSON-RPC 2.0 form. Params that are null are left out.
-    /// The default id is 1.
+    /// Makes a call like [`Client::call_raw`], in the JSON-RPC 2.0 form. Params that are `null` are left out. The
+    /// default id is 1.
     ///
     /// # Errors
     /// As for [`Client::call_raw`].
@@ -110,7 +107,7 @@ fn parse(body: &[u8], method: &str, id: &str) -> Result<Reply, ClientError> {
             result,
             id: response.id,
         }),
-        // An error has the id of the call if the server could read that.
+        // An error has the id of the call, or null if the server could not read the id.
         (None, Some(error)) if echoed == id || echoed == "null" => {
             Err(ClientError::Refused(error.into()))
         }

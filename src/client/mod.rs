@@ -38,6 +38,10 @@
 //!     println!("{place}: {}", square?);
 //! }
 //! pool.join();
+//!
+//! // A durable job: stored before the answer, and run even if this program ends now.
+//! let job = client.enqueue("square", 7)?;
+//! let square: i64 = client.wait_job(&job)?;
 //! # Ok(())
 //! # }
 //! ```
@@ -46,6 +50,11 @@ mod connection;
 mod error;
 mod handle;
 mod imap;
+mod job_info;
+mod job_waits;
+mod jobs;
+#[cfg(test)]
+mod jobs_tests;
 mod jsonrpc;
 mod pipeline;
 mod pipelined_calls;
@@ -65,6 +74,9 @@ pub(crate) use connection::{OutgoingCall, frame_of, patience, whole_millis};
 pub use error::ClientError;
 pub use handle::Handle;
 pub use imap::{Imap, ImapUnordered};
+pub use job_info::JobInfo;
+pub(crate) use jobs::new_job_id;
+pub use jobs::{EnqueueOptions, JobHandle};
 pub use pipeline::Pipeline;
 pub use pool::{Options, Pool};
 pub use reply::Reply;

@@ -1,8 +1,8 @@
 //! Sends any number of calls ahead on one connection: a thread reads, and callers write.
 //!
-//! Each call has an id, a number of this connection, so that a quick call does not wait for a slow one
-//! before it. If a connection ends, its unanswered calls fail ([`ClientError::Gone`]: they may have run),
-//! and the next call opens a new one. Nothing is repeated.
+//! Each call has an id, a number of this connection, so that a quick call does not wait for a slow one before it. If
+//! a connection ends, its unanswered calls fail with [`ClientError::Gone`]: they may have run. The next call opens a
+//! new connection. No call is repeated.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -39,14 +39,14 @@ pub struct Pipeline {
 struct PipelineConnection {
     stream: Stream,
     unanswered: Arc<Mutex<PipelinedCalls>>,
-    /// `Some` until it was joined.
+    /// The thread that reads; `None` once it was joined.
     reader: Option<JoinHandle<()>>,
 }
 
 impl Pipeline {
-    /// Connects like [`Client::connect`](super::Client::connect). `timeout` is also the longest wait for
-    /// each answer from its submission on. The server gets it too, and runs no call for longer
-    /// (`timeout_ms`).
+    /// Connects like [`Client::connect`](super::Client::connect). `timeout` is also the longest wait for each answer
+    /// from its submission on. The server gets the timeout with each call (`timeout_ms`), and runs no call for
+    /// longer.
     ///
     /// # Errors
     /// [`ClientError::Address`], [`ClientError::NoServer`], [`ClientError::NoThread`].
@@ -62,7 +62,8 @@ impl Pipeline {
     /// Sends a call. The handle gets the result. Answers may come in any order.
     ///
     /// # Errors
-    /// Those of sending and, if the connection was lost before, of connecting again.
+    /// [`ClientError::Params`], [`ClientError::TooLarge`], [`ClientError::NotSent`], [`ClientError::TimedOut`]. If
+    /// the connection was lost before, also the errors of [`Pipeline::connect`].
     pub fn submit<R>(
         &self,
         method: &str,
@@ -94,7 +95,8 @@ impl Pipeline {
         let sent = write(connection, method, params, id, self.timeout);
         if let Err(error) = sent {
             lock(&connection.unanswered).calls.remove(&id);
-            // Half a frame may have been sent, after which the server cannot understand another one.
+            // A part of the frame may have been sent. Then the server would read the next frame as the rest of this
+            // one.
             if matches!(error, ClientError::NotSent(_) | ClientError::TimedOut(_)) {
                 slot.take();
             }
@@ -170,7 +172,7 @@ impl Drop for PipelineConnection {
     }
 }
 
-/// Passes answers to their calls until the connection ends, then reports the end to the others.
+/// Passes answers to their calls until the connection ends. Then all unanswered calls fail.
 fn read_all(mut stream: Stream, unanswered: &Mutex<PipelinedCalls>) {
     let mut inbox = Vec::new();
     let lost = loop {

@@ -6,13 +6,15 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crossbeam_channel::{Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::error::ClientError;
 use super::handle::Handle;
+use super::job_waits::{JobWait, JobWaiter};
+use super::jobs::{ENQUEUE, EnqueueOptions, EnqueueParams, JobHandle, new_job_id, result_of};
 use super::pool_thread::{ClientCall, ConnectionHandle, PoolThread, Shared};
 use super::reply::Reply;
 use super::retry::Retry;
@@ -51,6 +53,7 @@ impl Default for Options {
 /// | `apply(f, x)` | [`Pool::apply`]`("f", x)` |
 /// | `apply_async(f, x)`, then `get()` | [`Pool::submit`], then [`Handle::wait`] |
 /// | `apply_async(f, x, callback=g)` | [`Pool::apply_async`]`("f", x, g)` |
+/// | the same, but the call survives a crash | [`Pool::enqueue_async`]`("f", x, g)` |
 /// | `map`, `imap`, `imap_unordered` | [`Pool::map`], [`Pool::imap`], [`Pool::imap_unordered`] |
 /// | `close()`, `join()`, `terminate()` | [`Pool::close`], [`Pool::join`], [`Pool::terminate`]; dropping it terminates, as leaving `with` does there |
 ///
@@ -71,9 +74,12 @@ impl Default for Options {
 pub struct Pool {
     shared: Arc<Shared>,
     /// `None` after the pool was closed.
-    jobs: Mutex<Option<Sender<ClientCall>>>,
+    calls: Mutex<Option<Sender<ClientCall>>>,
     /// Dropped to wake threads that wait before they repeat a call.
     stop: Mutex<Option<Sender<()>>>,
+    stopped: Receiver<()>,
+    /// The thread that waits for jobs; `None` before the first job.
+    job_waits: Mutex<Option<(Sender<JobWait>, JoinHandle<()>)>>,
     wires: Vec<ConnectionHandle>,
     pub(super) lanes: Vec<JoinHandle<()>>,
 }
@@ -95,12 +101,14 @@ impl Pool {
             repeated: AtomicU64::new(0),
         });
         let mut first = Some(shared.connect()?);
-        let (jobs, taken) = unbounded::<ClientCall>();
+        let (calls, taken) = unbounded::<ClientCall>();
         let (stop, stopped) = bounded(0);
         let mut pool = Pool {
             shared: Arc::clone(&shared),
-            jobs: Mutex::new(Some(jobs)),
+            calls: Mutex::new(Some(calls)),
             stop: Mutex::new(Some(stop)),
+            stopped: stopped.clone(),
+            job_waits: Mutex::new(None),
             wires: Vec::new(),
             lanes: Vec::new(),
         };
@@ -184,14 +192,70 @@ impl Pool {
         self.start(Arc::clone(method), params_json.into(), callback)
     }
 
+    /// Stores a call as a durable job without waiting. `callback` gets its result in a thread of the pool when
+    /// the job has ended. The enqueue is repeated until it is answered, because the server stores a job with the
+    /// same id once. The job survives this process; only the callback does not.
+    ///
+    /// # Errors
+    /// As for [`Pool::submit`], and [`ClientError::NoThread`]. Then the callback is not called. The callback gets
+    /// [`ClientError::Job`] for a job that is dead or cancelled.
+    pub fn enqueue_async<R: DeserializeOwned>(
+        &self,
+        method: &str,
+        params: impl Serialize,
+        callback: impl FnOnce(Result<R, ClientError>) + Send + 'static,
+    ) -> Result<(), ClientError> {
+        let params = to_raw_value(&params).map_err(ClientError::Params)?;
+        let (id, options) = (new_job_id()?, EnqueueOptions::default());
+        let params = EnqueueParams::new((method, &params), &id, &options);
+        let params = serde_json::to_string(&params).map_err(ClientError::Params)?;
+        let waits = self.job_waits()?;
+        let stored = move |result: Result<Reply, ClientError>| {
+            let job = match result.and_then(|reply| reply.read::<JobHandle>()) {
+                Ok(job) => job,
+                Err(error) => return callback(Err(error)),
+            };
+            let wait = JobWait {
+                job: job.id().to_owned(),
+                done: Box::new(|ended| callback(ended.and_then(result_of))),
+            };
+            // The thread has left only if the pool was terminated.
+            if let Err(unsent) = waits.send(wait) {
+                (unsent.0.done)(Err(ClientError::Ended));
+            }
+        };
+        self.start_call(ClientCall {
+            method: ENQUEUE.into(),
+            params: params.into(),
+            is_repeatable: true,
+            done: Box::new(stored),
+        })
+    }
+
+    /// Returns the way to the thread that waits for jobs, which is started if there is none.
+    fn job_waits(&self) -> Result<Sender<JobWait>, ClientError> {
+        let mut waits = lock(&self.job_waits);
+        if let Some((sender, _)) = &*waits {
+            return Ok(sender.clone());
+        }
+        let (sender, jobs) = unbounded();
+        let waiter = JobWaiter::new(Arc::clone(&self.shared), self.stopped.clone());
+        let thread = thread::Builder::new()
+            .name("job waits".into())
+            .spawn(move || waiter.run(&jobs))
+            .map_err(ClientError::NoThread)?;
+        *waits = Some((sender.clone(), thread));
+        Ok(sender)
+    }
+
     /// Returns how often calls were repeated so far.
     pub fn repeated(&self) -> u64 {
         self.shared.repeated.load(Ordering::Relaxed)
     }
 
-    /// Accepts no further calls. Those that were accepted are made.
+    /// Accepts no further calls. Calls that were accepted before are still made.
     pub fn close(&self) {
-        lock(&self.jobs).take();
+        lock(&self.calls).take();
     }
 
     /// Closes the pool, and waits until every call is answered and every callback has returned.
@@ -217,11 +281,17 @@ impl Pool {
     }
 
     fn wait(&mut self) {
-        for lane in self.lanes.drain(..) {
-            // A callback that terminates the pool runs in one of its threads, which cannot join itself.
+        // A callback that terminates the pool runs in one of its threads, which cannot join itself.
+        let join = |lane: JoinHandle<()>| {
             if lane.thread().id() != thread::current().id() {
                 let _ = lane.join();
             }
+        };
+        self.lanes.drain(..).for_each(join);
+        // The enqueues are answered, so the thread has all jobs. It leaves when they have ended.
+        if let Some((sender, waits)) = lock(&self.job_waits).take() {
+            drop(sender);
+            join(waits);
         }
     }
 
@@ -232,14 +302,17 @@ impl Pool {
         params: Box<str>,
         done: impl FnOnce(Result<Reply, ClientError>) + Send + 'static,
     ) -> Result<(), ClientError> {
-        let done = Box::new(done);
-        let job = ClientCall {
+        self.start_call(ClientCall {
             method,
             params,
-            done,
-        };
-        match &*lock(&self.jobs) {
-            Some(jobs) => jobs.send(job).map_err(|_| ClientError::Ended),
+            is_repeatable: false,
+            done: Box::new(done),
+        })
+    }
+
+    fn start_call(&self, call: ClientCall) -> Result<(), ClientError> {
+        match &*lock(&self.calls) {
+            Some(calls) => calls.send(call).map_err(|_| ClientError::Ended),
             None => Err(ClientError::Ended),
         }
     }

@@ -18,7 +18,7 @@ use super::*;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a server does with a call.
-enum Then {
+pub(super) enum Then {
     Answer(String),
     AnswerAndClose(String),
     Close,
@@ -26,7 +26,7 @@ enum Then {
 
 /// Starts a server that asks a function what to do with each call, numbered from 0 on. Also returns the
 /// calls.
-fn server(
+pub(super) fn server(
     judge: impl Fn(usize, &Value) -> Then + Send + Sync + 'static,
 ) -> (String, Arc<Mutex<Vec<Value>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -64,13 +64,13 @@ fn pong(call: &Value) -> Then {
     Then::Answer(format!(r#"{{"out":"pong","result":{}}}"#, call["params"]))
 }
 
-fn refusal(code: i64, started: bool) -> String {
+pub(super) fn refusal(code: i64, started: bool) -> String {
     format!(
         r#"{{"out":"error","result":{{"code":{code},"name":"","message":"","started":{started}}}}}"#
     )
 }
 
-fn pool(address: &str, connections: usize) -> Pool {
+pub(super) fn pool(address: &str, connections: usize) -> Pool {
     let options = Options {
         connections,
         timeout: Some(PATIENCE),

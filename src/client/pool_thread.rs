@@ -31,6 +31,8 @@ pub(super) struct ClientCall {
     pub(super) method: Arc<str>,
     /// As JSON.
     pub(super) params: Box<str>,
+    /// Whether it may be sent again although it has begun: an enqueue with an id.
+    pub(super) is_repeatable: bool,
     pub(super) done: ClientResult,
 }
 
@@ -98,14 +100,14 @@ pub(super) struct PoolThread {
 
 impl PoolThread {
     /// Makes calls until there can be no more.
-    pub(super) fn run(mut self, jobs: &Receiver<ClientCall>) {
+    pub(super) fn run(mut self, calls: &Receiver<ClientCall>) {
         if let Some(client) = &self.client {
             self.wire.set(client.second());
         }
-        for job in jobs {
-            let outcome = self.call(&job.method, &job.params);
+        for call in calls {
+            let outcome = self.call(&call);
             // A panic of a callback does not end the thread.
-            if catch_unwind(AssertUnwindSafe(|| (job.done)(outcome))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| (call.done)(outcome))).is_err() {
                 log::error!("a callback of the client panicked; its result is lost");
             }
         }
@@ -114,20 +116,25 @@ impl PoolThread {
         self.wire.set(None);
     }
 
-    fn call(&mut self, method: &str, params: &str) -> Result<Reply, ClientError> {
+    fn call(&mut self, call: &ClientCall) -> Result<Reply, ClientError> {
         let mut failures = 0;
         let mut first = None;
         loop {
             if self.shared.ended.load(Ordering::SeqCst) {
                 return Err(ClientError::Ended);
             }
-            let error = match self.attempt(method, params) {
+            let error = match self.attempt(&call.method, &call.params) {
                 Ok(reply) => return Ok(reply),
                 Err(error) => error,
             };
             failures += 1;
             let since = first.get_or_insert_with(Instant::now).elapsed();
-            let Some(delay) = self.shared.retry.after(&error, failures, since) else {
+            let retry = self.shared.retry;
+            let delay = match call.is_repeatable {
+                true => retry.after_repeatable(&error, failures, since),
+                false => retry.after(&error, failures, since),
+            };
+            let Some(delay) = delay else {
                 return Err(error);
             };
             // The end of the pool cuts the delay short.
@@ -159,18 +166,5 @@ impl PoolThread {
             self.wire.set(None);
         }
         outcome
-    }
-}
-
-impl Client {
-    /// Sets another limit for answers.
-    fn with_timeout(mut self, timeout: Option<Duration>) -> Self {
-        self.timeout = timeout;
-        self
-    }
-
-    /// Returns a second handle of the connection.
-    pub(super) fn second(&self) -> Option<Stream> {
-        self.stream.as_ref()?.try_clone().ok()
     }
 }

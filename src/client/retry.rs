@@ -1,7 +1,8 @@
 //! Decides whether a failed call is repeated, and after which delay. Pure.
 //!
-//! Only a call that certainly did not begin is repeated, and only if it may succeed the next time: a server
-//! that restarts will be there again, but a missing method will not.
+//! A call is repeated only if it certainly did not begin, and if it may succeed the next time. For example, a
+//! restarting server will accept calls again, but a missing method stays missing. Enqueues with an id and waits
+//! are repeated even if they may have begun, because the repeat changes nothing.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -30,7 +31,32 @@ impl Retry {
         failures: u32,
         since: Duration,
     ) -> Option<Duration> {
-        if !error.is_safe_to_repeat() || !may_go_better(error) || since >= self.patience {
+        if !error.is_safe_to_repeat() || !may_go_better(error) {
+            return None;
+        }
+        self.delay(error, failures, since)
+    }
+
+    /// Returns the delay as `after` does, for a call that may be sent again although it has begun.
+    pub(super) fn after_repeatable(
+        self,
+        error: &ClientError,
+        failures: u32,
+        since: Duration,
+    ) -> Option<Duration> {
+        let is_lost = match error {
+            ClientError::Gone(_) | ClientError::TimedOut(_) | ClientError::Protocol(_) => true,
+            ClientError::Refused(error) => error.table_code() == Some(Code::Timeout),
+            _ => false,
+        };
+        if !is_lost && !may_go_better(error) {
+            return None;
+        }
+        self.delay(error, failures, since)
+    }
+
+    fn delay(self, error: &ClientError, failures: u32, since: Duration) -> Option<Duration> {
+        if since >= self.patience {
             return None;
         }
         // Mostly the connection was closed while it was idle, and a new one works.
@@ -52,7 +78,7 @@ fn may_go_better(error: &ClientError) -> bool {
         ClientError::NoServer { source, .. } => source.kind() != ErrorKind::PermissionDenied,
         ClientError::Refused(error) => matches!(
             error.table_code(),
-            Some(Code::Overloaded | Code::Stopping | Code::Crashed)
+            Some(Code::Overloaded | Code::Stopping | Code::Crashed | Code::Unavailable)
         ),
         _ => false,
     }
@@ -80,6 +106,8 @@ mod tests {
             (refused(Code::Overloaded, false), true),
             (refused(Code::Stopping, false), true),
             (refused(Code::Crashed, false), true),
+            (refused(Code::Unavailable, false), true),
+            (refused(Code::Unavailable, true), false),
             (refused(Code::Overloaded, true), false),
             (refused(Code::Stopping, true), false),
             (refused(Code::Crashed, true), false),
@@ -96,6 +124,26 @@ mod tests {
             let delay = RETRY.after(&error, 1, Duration::ZERO);
             assert_eq!(delay.is_some(), again, "{error:?}");
         }
+    }
+
+    #[test]
+    fn an_enqueue_is_repeated_although_it_may_have_begun() {
+        let broken = || io::Error::from(ErrorKind::ConnectionReset);
+        for (error, again) in [
+            (refused(Code::Unavailable, true), true),
+            (refused(Code::Crashed, true), true),
+            (refused(Code::Timeout, true), true),
+            (refused(Code::MethodNotFound, false), false),
+            (refused(Code::Conflict, false), false),
+            (ClientError::Gone(broken()), true),
+            (ClientError::TimedOut(Duration::ZERO), true),
+            (ClientError::Ended, false),
+        ] {
+            let delay = RETRY.after_repeatable(&error, 1, Duration::ZERO);
+            assert_eq!(delay.is_some(), again, "{error:?}");
+        }
+        let late = RETRY.after_repeatable(&refused(Code::Timeout, true), 9, RETRY.patience);
+        assert_eq!(late, None);
     }
 
     #[test]

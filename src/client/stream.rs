@@ -44,7 +44,7 @@ impl Stream {
                          \"unix:/run/preforkd/rpc.sock\""
                     .into(),
             };
-            ClientError::Address(format!("{address:?} is no address; {remedy}"))
+            ClientError::Address(format!("{address:?} is not an address; {remedy}"))
         };
         let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
         if host.is_empty() || host.contains('/') || !port.parse().is_ok_and(|port: u16| port > 0) {

@@ -80,7 +80,7 @@ impl Address {
         }
         let scheme = text.split_once("://").map(|(scheme, _)| scheme);
         if let Some(scheme) = scheme {
-            return Err(format!("{text:?} is no address; leave out {scheme}://"));
+            return Err(format!("{text:?} is not an address; leave out {scheme}://"));
         }
         let port_text = text.rsplit_once(':').map_or(text, |(_, port)| port);
         if port_text

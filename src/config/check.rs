@@ -107,7 +107,7 @@ impl Check<'_> {
             Err(self.places.error(&join(key, name), problem, remedy))
         };
         let Some(user) = user else {
-            let remedy = "set user beside it, or take it out";
+            let remedy = "set user beside it, or remove it";
             return match group {
                 None => Ok(None),
                 Some(_) => error("group", "it is set without a user".into(), remedy),
@@ -153,15 +153,15 @@ impl Check<'_> {
     /// The permission bits of the unix socket at `address`.
     pub fn mode(&self, key: &str, text: &str, address: &Address) -> Result<u32> {
         if !matches!(address, Address::Unix(_)) {
-            let problem = format!("{address} is no unix socket, and only those have a mode");
-            return Err(self.places.error(key, problem, "take it out"));
+            let problem = format!("{address} is not a unix socket, and only those have a mode");
+            return Err(self.places.error(key, problem, "remove it"));
         }
         let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         match u32::from_str_radix(text, 8) {
             Ok(mode) if digits && mode <= 0o777 => Ok(mode),
             _ => Err(self.places.error(
                 key,
-                format!("{text:?} is no mode"),
+                format!("{text:?} is not a mode"),
                 "write permission bits in octal, as in \"0660\"",
             )),
         }
@@ -190,9 +190,27 @@ impl Check<'_> {
         if text.contains('\0') {
             return Err(self
                 .places
-                .error(key, "a path can't have a NUL byte", "take it out"));
+                .error(key, "a path can't have a NUL byte", "remove it"));
         }
         Ok(self.beside(key, Path::new(text)))
+    }
+
+    /// Returns the path of a log file. The file is created, but its directory is not: if that is missing, it is
+    /// most likely misspelled.
+    pub fn log_file(&self, key: &str, text: &str) -> Result<PathBuf> {
+        let path = self.path(key, text)?;
+        if path.is_dir() {
+            let problem = format!("{} is a directory", path.display());
+            return Err(self.places.error(key, problem, "name a file in it"));
+        }
+        match path.parent() {
+            Some(parent) if !parent.is_dir() => Err(self.places.error(
+                key,
+                format!("there is no directory {}", parent.display()),
+                "create it, or log elsewhere",
+            )),
+            _ => Ok(path),
+        }
     }
 
     /// Makes `path` absolute by the directory of the file that sets `key`.

@@ -1,9 +1,8 @@
 //! Reports all errors of a configuration, not only the first one.
 //!
-//! The key of an error is removed, and the rest is checked again, until there is no error. If the error is
-//! in a key that the checks of others need (a drain timeout, the user, a misspelled table), then only
-//! unknown keys and wrong types are reported, because errors about values could be wrong. After a syntax
-//! error nothing else is reported.
+//! The key of an error is removed, and the rest is checked again, until there is no error. Some keys are needed to
+//! check others (a drain timeout, the user, a misspelled table). If the error is in such a key, only unknown keys and
+//! wrong types are reported, because other errors could be wrong. After a syntax error nothing else is reported.
 
 use std::collections::BTreeSet;
 
@@ -17,12 +16,13 @@ use super::source_map;
 use super::source_map::SourceMap;
 use crate::error::Error;
 
-/// The most errors that are reported at once. A file with more was written for another program.
+/// The largest number of errors that are reported at once. A file with more was written for another program.
 const MOST: usize = 20;
 
 /// Keys that the checks of other keys need.
-const PREREQUISITES: [&str; 5] = [
+const PREREQUISITES: [&str; 6] = [
     "include",
+    "jobs.store",
     "user",
     "log.file",
     "workers.drain-timeout",

@@ -38,15 +38,29 @@ fn mirror(settings: &Settings) -> Raw {
         workers: StrictTable(workers(settings)),
         limits: StrictTable(limits(settings)),
         observe: StrictTable(settings.observe.to_raw()),
+        access_log: (settings.access_log.as_ref()).map(|table| StrictTable(table.to_raw())),
         slow_log: settings.slow_log.as_ref().map(slow_log),
         trace: Some(StrictTable(RawTrace {
             propagate: Some(settings.trace),
         })),
         listen: Some(listen(settings)),
+        jobs: settings
+            .jobs
+            .as_ref()
+            .map(|jobs| StrictTable(jobs.to_raw())),
         methods: settings
             .methods
             .iter()
-            .map(|(name, method)| (name.clone(), StrictTable(self::method(method))))
+            .map(|(name, method)| {
+                let jobs = settings.jobs.as_ref();
+                let raw = RawMethod {
+                    job: jobs
+                        .and_then(|jobs| jobs.method_to_raw(name))
+                        .map(StrictTable),
+                    ..self::method(method)
+                };
+                (name.clone(), StrictTable(raw))
+            })
             .collect(),
         pools: settings
             .pools

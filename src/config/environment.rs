@@ -22,7 +22,7 @@ pub(super) struct Environment {
     pub uid: u32,
     /// The effective group id.
     pub gid: u32,
-    /// The directories in which the directory of a server may be, and what follows the server's name there.
+    /// The directories in which the directory of a server may be, each with what follows the server's name in its path.
     /// That directory has the pid file and the control socket if the file does not name them. The most
     /// likely one is first.
     pub runtime_roots: Vec<(PathBuf, String)>,

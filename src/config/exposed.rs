@@ -1,8 +1,8 @@
 //! Warns about files and sockets in directories that another user can write.
 //!
-//! That user can replace them. Then the master follows a link or reads a configuration of that user, or
-//! commands reach a server of that user. Only root and the server's own user may write there. Nothing here
-//! fails: what cannot be read is skipped.
+//! That user can replace them. Then the master follows a link or reads a configuration of that user, or commands reach
+//! a server of that user. Only root and the server's own user may write to such directories. Nothing here fails: what
+//! cannot be read is skipped.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -67,6 +67,8 @@ fn paths(settings: &Settings, raw: &Raw, places: &SourceMap<'_>) -> Vec<(PathBuf
     ];
     let log = settings.log.file.iter();
     paths.extend(log.map(|path| (path.clone(), "log.file".to_owned())));
+    let access_log = settings.access_log_file();
+    paths.extend(access_log.map(|path| (path.to_owned(), "access-log.file".to_owned())));
     for listen in &settings.listen {
         if let Address::Unix(path) = &listen.address {
             paths.push((path.clone(), format!("the listener {}", listen.address)));

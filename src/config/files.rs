@@ -232,7 +232,7 @@ impl Files {
             if !path.try_exists().unwrap_or(true) {
                 return Err(error(
                     format!("there is no file {}", path.display()),
-                    "create it, or take it out of the list",
+                    "create it, or remove it from the list",
                 ));
             }
             paths.push(path);
@@ -330,7 +330,7 @@ pub(super) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     }
     if !kind.is_file() && path != Path::new("/dev/null") {
         return Err(io::Error::other(
-            "it is no plain file, and could not be read again on a reload",
+            "it is not a plain file, and could not be read again on a reload",
         ));
     }
     let mut bytes = Vec::new();

@@ -34,10 +34,10 @@ pub(super) fn resolve(
                 "it belongs to a listener with isolation = \"connection\"",
                 match name {
                     "user" | "group" => {
-                        "add isolation = \"connection\", or take it out; the owner of a unix socket is \
+                        "add isolation = \"connection\", or remove it; the owner of a unix socket is \
                          socket-user and socket-group"
                     }
-                    _ => "add isolation = \"connection\", or take it out",
+                    _ => "add isolation = \"connection\", or remove it",
                 },
             )),
         };

@@ -1,7 +1,7 @@
 //! Resolves the listeners: those of the command line, else those of the file, else the default one.
 //!
-//! No two can have the same address, or the same port if one listens on all interfaces: one of them could
-//! not be bound, and a reload identifies listeners by their addresses.
+//! Two listeners cannot have the same address, or the same port if one of them listens on all interfaces. One of the
+//! two could not be bound, and a reload identifies listeners by their addresses.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -18,7 +18,7 @@ const DEFAULT_ADDRESS: Address = Address::Tcp(SocketAddr::new(
     IpAddr::V4(Ipv4Addr::LOCALHOST),
     DEFAULT_PORT,
 ));
-/// The most listeners with a process for each connection.
+/// The largest number of listeners with a process for each connection.
 const MAX_ISOLATED: usize = 64;
 
 /// Returns the listeners of the command line, else those of the file, else the default one.
@@ -63,7 +63,7 @@ fn refuse_too_many_isolated(check: &Check<'_>, listeners: &[ListenConfig]) -> Re
         Some((index, _)) => Err(check.places.error(
             &format!("listen[{index}].isolation"),
             format!("more than {MAX_ISOLATED} listeners have isolation = \"connection\""),
-            "take it out of some of them",
+            "remove it from some of them",
         )),
     }
 }
@@ -177,8 +177,8 @@ fn socket_owner(
     lookup: LookUp,
 ) -> Result<NamedId> {
     if !matches!(address, Address::Unix(_)) {
-        let problem = format!("{address} is no unix socket, and only those have an owner");
-        return Err(check.places.error(key, problem, "take it out"));
+        let problem = format!("{address} is not a unix socket, and only those have an owner");
+        return Err(check.places.error(key, problem, "remove it"));
     }
     lookup(text).map_err(|error| {
         let remedy = "create it, or name one that exists";
@@ -194,7 +194,7 @@ fn check_name(check: &Check<'_>, key: &str, name: &str) -> Result<()> {
     }
     Err(check.places.error(
         key,
-        format!("{name:?} is no name of a passed socket"),
+        format!("{name:?} is not the name of a passed socket"),
         "take 1 to 255 characters without a colon, as FileDescriptorName= does",
     ))
 }

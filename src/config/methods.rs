@@ -90,7 +90,7 @@ fn check_name(name: &str) -> std::result::Result<(), String> {
     } else if name == "_OTHER" {
         Err("metrics count the calls of all other methods under that name".to_owned())
     } else if name == "error" {
-        Err("`error` is the name of every answer that is one".to_owned())
+        Err("every error answer has the name `error`".to_owned())
     } else {
         Ok(())
     }
@@ -127,7 +127,7 @@ fn kills_abandoned(key: &str, raw: &RawMethod, check: &Check<'_>, pools: &Pools)
         (None, Some(_)) if raw.pool.is_none() => Err(check.places.error(
             &join(key, "when-abandoned"),
             "only a method with pool has this key",
-            "take it out, or set pool",
+            "remove it, or set pool",
         )),
         // The check of `kind` refuses a pool that does not exist.
         (None, _) => Ok(false),
@@ -173,7 +173,7 @@ fn kind(
         let problem = "only a method with command has this key";
         return Err(check
             .places
-            .error(&join(key, set), problem, "take it out, or set command"));
+            .error(&join(key, set), problem, "remove it, or set command"));
     }
     if raw.builtin.is_none() {
         return if is_function {
@@ -221,7 +221,7 @@ fn by_program_kind(
         return Err(check.places.error(
             &join(key, set),
             "only a method with command has this key",
-            format!("take it out, or set it in [pools.{name}] where that has it"),
+            format!("remove it, or set it in [pools.{name}] where that has it"),
         ));
     }
     if pools.contains_key(name) {

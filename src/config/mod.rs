@@ -7,7 +7,7 @@
 //! - `source_map` merges it and records the position of each key.
 //! - `remedies` says what to write instead of what is no TOML or has no such key.
 //! - `raw` has serde's types for it; `keys` those of single keys, with defaults and bounds.
-//! - `resolve` with `listeners`, `methods` and `pools` makes [`Settings`], in which every value is set.
+//! - `resolve` with `listeners`, `methods`, `pools` and `jobs` makes [`Settings`], in which every value is set.
 //!
 //! [`Settings::to_toml`] goes the same way back. [`keep_restart_only_keys`] drops what a reload cannot
 //! change.
@@ -15,6 +15,7 @@
 //! Nothing here creates, binds or changes anything. Every error is [`Error::Config`] with file, line,
 //! column and key, except that a file that cannot be read is a system error.
 
+mod access_log;
 mod address;
 mod check;
 mod commands;
@@ -25,6 +26,8 @@ mod exposed;
 mod files;
 mod guarded;
 mod isolation;
+mod job_config;
+mod jobs;
 mod keys;
 mod listeners;
 mod methods;
@@ -48,14 +51,16 @@ use std::path::{Path, PathBuf};
 
 pub use commands::{literal, placeholder};
 pub use environment::KeptVariables;
+pub use job_config::JobStore;
 pub use observe::{Histogram, USUAL_PORT};
 pub use overrides::{DEFAULT_NAME, Overrides, server_name};
 pub use programs::SEARCH_PATH;
 pub use restart::keep_restart_only_keys;
 pub use settings::{
-    Address, Builtin, CommandConfig, HttpMethods, IsolationConfig, LimitsConfig, ListenConfig,
-    LogFormat, MethodConfig, MethodKind, ObserveConfig, OutputFormat, PoolConfig, PoolReload,
-    PoolScope, ProgramConfig, Settings, StackSignal, Stdin, WorkersConfig,
+    AccessLogConfig, Address, Builtin, CommandConfig, HttpMethods, IsolationConfig, JobRules,
+    JobsConfig, LimitsConfig, ListenConfig, LogFormat, MethodConfig, MethodKind, ObserveConfig,
+    OutputFormat, PoolConfig, PoolReload, PoolScope, ProgramConfig, Settings, StackSignal, Stdin,
+    WorkersConfig,
 };
 pub use variables::secrets_of;
 
@@ -167,7 +172,7 @@ pub fn from_effective(
     Ok(Settings { file, ..settings })
 }
 
-/// Does the same as [`load`] with this environment.
+/// Loads the configuration as [`load`], but with the environment `here`.
 fn load_in(here: &Environment, file: Option<&Path>, overrides: &Overrides) -> Result<Settings> {
     let files = match here.main_file(file) {
         Some(path) => Files::read(&path)?,
@@ -176,7 +181,7 @@ fn load_in(here: &Environment, file: Option<&Path>, overrides: &Overrides) -> Re
     settings_of(here, &files, overrides)
 }
 
-/// Does the same as [`load`] with `text` as the content of the file, which need not exist.
+/// Loads the configuration as [`load`], but with `text` as the content of the file. The file need not exist.
 ///
 /// # Errors
 /// As for [`load`].

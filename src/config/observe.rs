@@ -197,7 +197,7 @@ fn hosts(check: &Check<'_>, hosts: &[String]) -> Result<Vec<String>> {
         if !(1..=253).contains(&host.len()) || !host.bytes().all(is_plain) {
             return Err(check.places.error(
                 &format!("observe.hosts[{index}]"),
-                format!("{host:?} is no host name"),
+                format!("{host:?} is not a host name"),
                 "write the name alone, without scheme and port, such as \"node1.example.com\"; IP \
                  addresses and localhost are always accepted",
             ));
@@ -241,7 +241,7 @@ fn buckets(check: &Check<'_>, bounds: &[DurationValue]) -> Result<Vec<Duration>>
                 false => format!("{below} or {above}"),
             };
             let remedy = format!("take {nearest}, so that its count is exact");
-            return error("is no bound on which durations are counted", remedy);
+            return error("is not a bound on which durations are counted", remedy);
         }
         if bound <= before {
             return error("is not above the bound before it", "sort them".into());

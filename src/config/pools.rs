@@ -132,8 +132,8 @@ fn resolve_one(
     })
 }
 
-/// Who shares its programs. Keys about several programs, or about a replacement, do not fit to a program that
-/// keeps the state of one connection.
+/// Resolves `scope`. With `scope = "connection"`, keys about several programs or about a replacement are refused,
+/// because the program keeps the state of one connection.
 fn scope(key: &str, raw: &RawPool, check: &Check<'_>) -> Result<PoolScope> {
     let scope = check.word(&join(key, "scope"), raw.scope.as_ref(), PoolScope::Shared)?;
     if scope == PoolScope::Shared {
@@ -146,11 +146,11 @@ fn scope(key: &str, raw: &RawPool, check: &Check<'_>) -> Result<PoolScope> {
             "the pool has scope = \"connection\": each connection has one program, from its first call to \
              its end",
             match name {
-                "max-memory" => "take it out, and set memory in rlimits, or take scope out",
+                "max-memory" => "remove it, and set memory in rlimits, or remove scope",
                 "max-lifetime" | "idle-timeout" => {
-                    "take it out, and set max-lifetime of the listener or limits.idle-timeout, or take scope out"
+                    "remove it, and set max-lifetime of the listener or limits.idle-timeout, or remove scope"
                 }
-                _ => "take it out, or take scope out",
+                _ => "remove it, or remove scope",
             },
         )),
     }
@@ -170,7 +170,7 @@ fn check_scope(
     Err(check.places.error(
         &join(key, "scope"),
         "no listener has isolation = \"connection\", so no connection could call its methods",
-        "add isolation = \"connection\" to a [[listen]], or take scope out",
+        "add isolation = \"connection\" to a [[listen]], or remove scope",
     ))
 }
 

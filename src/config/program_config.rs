@@ -15,7 +15,8 @@ use crate::sys::account::Account;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProgramConfig {
     pub file: PathBuf,
-    /// Its arguments, its own name first: as written, but for a relative path of the program.
+    /// The arguments, the program's name first. They are as written, except that a relative path of the program is
+    /// made absolute.
     pub arguments: Vec<String>,
     /// `environment` as written: a value may refer to a variable of the server.
     pub environment: BTreeMap<String, String>,
@@ -60,11 +61,12 @@ pub struct PoolConfig {
     pub concurrency: usize,
     /// What its methods have if they do not say it.
     pub kills_abandoned: bool,
-    /// Whether it says when it is ready; else it is when it has been alive for 50 ms.
+    /// Whether a program sends a message when it is ready. Otherwise it counts as ready when it has been alive for 50
+    /// ms.
     pub handshake: bool,
     /// What a reload does to its programs.
     pub reload: PoolReload,
-    /// How long it may take to say so; 1 ms to `workers.boot_timeout`.
+    /// How long a program may take to become ready; 1 ms to `workers.boot_timeout`.
     pub boot_timeout: Duration,
     /// How long it may have nothing to do before it is ended; zero is for ever.
     pub idle_timeout: Duration,

@@ -80,7 +80,7 @@ fn misspelt(arguments: &[String]) -> Option<String> {
     })?;
     let literal = argument.replace('{', "{{");
     Some(format!(
-        "the program gets {argument:?} as it is, because it is no placeholder; write \"{{{name}}}\" for the \
+        "the program gets {argument:?} as it is, because it is not a placeholder; write \"{{{name}}}\" for the \
          member {name} of the params, or {literal:?} for that text"
     ))
 }

@@ -106,7 +106,7 @@ fn arguments(
     };
     for argument in command {
         if argument.contains('\0') {
-            return error("an argument can't have a NUL byte".into(), "take it out");
+            return error("an argument can't have a NUL byte".into(), "remove it");
         }
     }
     let mut arguments = command.to_vec();
@@ -176,8 +176,8 @@ fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(any_x)
 }
 
-/// Returns what is wrong with a script's first line, which names its interpreter (execve(2)). What cannot
-/// be known here is no error: a file that cannot be read, or a kind that this system was taught to run.
+/// Returns what is wrong with a script's first line, which names its interpreter (execve(2)). If the check is not
+/// possible, there is no error: the file cannot be read, or the system may run this kind of file (binfmt_misc).
 fn wrong_script(path: &Path) -> Option<String> {
     let mut head = Vec::new();
     File::open(path)
@@ -186,7 +186,7 @@ fn wrong_script(path: &Path) -> Option<String> {
     let Some(line) = head.strip_prefix(b"#!") else {
         let is_text = !head.contains(&0) && !head.starts_with(b"\x7fELF");
         let known = !is_text || knows_more_kinds();
-        return (!known).then(|| "is a script that does not say what it is for".into());
+        return (!known).then(|| "is a script without a #! line".into());
     };
     let line = line.split(|&byte| byte == b'\n').next()?;
     let mut words = line.split(|byte| b" \t\0".contains(byte));
@@ -201,7 +201,9 @@ fn wrong_script(path: &Path) -> Option<String> {
         return None;
     }
     let name = interpreter.escape_ascii();
-    Some(format!("is a script for \"{name}\", which is no program"))
+    Some(format!(
+        "is a script for \"{name}\", which is not a program"
+    ))
 }
 
 /// Returns whether this system runs other kinds of files (binfmt_misc): there is an entry beside the two
@@ -235,7 +237,7 @@ fn account(key: &str, keys: &Keys<'_>, check: &Check<'_>, workers: Ids) -> Resul
             "workers run as uid {}, gid {}, and only root's can run a program as {}:{}",
             workers.0, workers.1, account.name, account.group
         );
-        let remedy = "take it out, or start as root with no user at the top of the file";
+        let remedy = "remove it, or start as root with no user at the top of the file";
         return Err(check.places.error(&join(key, "user"), problem, remedy));
     }
     Ok(Some(account))

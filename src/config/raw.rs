@@ -35,9 +35,11 @@ pub(super) struct Raw {
     pub workers: StrictTable<RawWorkers>,
     pub limits: StrictTable<RawLimits>,
     pub observe: StrictTable<RawObserve>,
+    pub access_log: Option<StrictTable<RawAccessLog>>,
     pub slow_log: Option<StrictTable<RawSlowLog>>,
     pub trace: Option<StrictTable<RawTrace>>,
     pub listen: Option<Vec<StrictTable<RawListen>>>,
+    pub jobs: Option<StrictTable<RawJobs>>,
     pub methods: BTreeMap<String, StrictTable<RawMethod>>,
     pub pools: BTreeMap<String, StrictTable<RawPool>>,
 }
@@ -93,6 +95,16 @@ pub(super) struct RawObserve {
     pub histograms: Option<Vec<String>>,
     pub buckets: Option<Vec<DurationValue>>,
     pub page: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawAccessLog {
+    pub file: Option<String>,
+    pub format: Option<String>,
+    pub sample: Option<f64>,
+    pub always_above: Time<0, 0>,
+    pub methods: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -156,6 +168,54 @@ pub(super) struct RawMethod {
     pub group: Option<String>,
     pub rlimits: Option<StrictTable<RawRlimits>>,
     pub guard: Option<bool>,
+    pub job: Option<StrictTable<RawMethodJob>>,
+}
+
+/// `[jobs]`. Keys of a later version are `toml::Value`: they are known, and refused.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawJobs {
+    pub store: Option<String>,
+    pub password_file: Option<String>,
+    pub concurrency: Option<i64>,
+    pub max_attempts: Option<i64>,
+    pub backoff: Option<DurationValue>,
+    pub max_backoff: Option<DurationValue>,
+    pub max_crashes: Option<i64>,
+    pub timeout: Option<DurationValue>,
+    pub drain_timeout: Option<DurationValue>,
+    pub lease: Time<30_000, 5_000>,
+    pub poll: Time<1_000, 10>,
+    pub enqueue_timeout: Time<5_000, 1>,
+    pub max_jobs: Integer<1_000_000, 1, { 1 << 40 }>,
+    pub max_size: Option<ByteSize>,
+    pub result: Option<ByteSize>,
+    pub retention: Option<StrictTable<RawRetention>>,
+    pub schedules: Option<toml::Value>,
+}
+
+/// `[methods.NAME.job]`: what a method has instead of the values of `[jobs]`.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawMethodJob {
+    pub max_attempts: Option<i64>,
+    pub backoff: Option<DurationValue>,
+    pub max_backoff: Option<DurationValue>,
+    pub max_crashes: Option<i64>,
+    pub timeout: Option<DurationValue>,
+    pub drain_timeout: Option<DurationValue>,
+    pub priority: Option<i64>,
+    pub retention: Option<StrictTable<RawRetention>>,
+    pub concurrency: Option<toml::Value>,
+    pub rate: Option<toml::Value>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawRetention {
+    pub done: Option<DurationValue>,
+    pub dead: Option<DurationValue>,
+    pub cancelled: Option<DurationValue>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]

@@ -7,8 +7,8 @@ use serde::de::DeserializeOwned;
 use toml::de::DeTable;
 
 use super::raw::{
-    Raw, RawLimits, RawListen, RawLog, RawMethod, RawObserve, RawPool, RawRlimits, RawSlowLog,
-    RawTrace, RawWorkers,
+    Raw, RawAccessLog, RawJobs, RawLimits, RawListen, RawLog, RawMethod, RawMethodJob, RawObserve,
+    RawPool, RawRlimits, RawSlowLog, RawTrace, RawWorkers,
 };
 
 /// How similar two words must be for "did you mean". 1 is equal; 0.8 is one wrong letter in five.
@@ -31,15 +31,18 @@ const TOP_KEYS: [&str; 7] = [
 type KnownKeys = fn() -> Vec<String>;
 
 /// The headers of tables, each with the keys of the table.
-const TABLES: [(&str, KnownKeys); 9] = [
+const TABLES: [(&str, KnownKeys); 12] = [
     ("[log]", known_keys::<RawLog>),
     ("[workers]", known_keys::<RawWorkers>),
     ("[limits]", known_keys::<RawLimits>),
     ("[observe]", known_keys::<RawObserve>),
+    ("[access-log]", known_keys::<RawAccessLog>),
     ("[slow-log]", known_keys::<RawSlowLog>),
     ("[trace]", known_keys::<RawTrace>),
+    ("[jobs]", known_keys::<RawJobs>),
     ("[[listen]]", known_keys::<RawListen>),
     ("[methods.NAME]", known_keys::<RawMethod>),
+    ("[methods.NAME.job]", known_keys::<RawMethodJob>),
     ("[pools.NAME]", known_keys::<RawPool>),
 ];
 
@@ -123,6 +126,8 @@ pub(super) fn wrong_type(
     };
     let bare = text.trim_matches(['"', '\'']);
     match (expected, kind) {
+        // The text may have a password.
+        (_, _) if key == "jobs.store" => write("\"sqlite:PATH\""),
         ("a boolean", "string") => "write true or false, without quotes".into(),
         ("a boolean", _) => "write true or false".into(),
         ("a string", "table") | ("a string", "array") if only.is_none() => write("\"…\""),
@@ -139,6 +144,7 @@ pub(super) fn wrong_type(
         ("an integer" | "\"auto\" or an integer", "string") if bare.parse::<i64>().is_ok() => {
             write(bare) + ", without quotes"
         }
+        ("f64", "string") if bare.parse::<f64>().is_ok() => write(bare) + ", without quotes",
         ("an integer" | "\"auto\" or an integer", "float") => "write a whole number".into(),
         ("an array" | "a table", "string") if key == "listen" || key == "listen[0]" => {
             format!("write [[listen]], and address = {text} below it")
@@ -157,7 +163,7 @@ pub(super) fn wrong_type(
 
 /// Returns problem and remedy for a syntax error at the byte `at` of `text`. `message` is the parser's.
 pub(super) fn syntax(message: &str, text: &str, at: usize) -> (String, String) {
-    let problem = || format!("this is no TOML: {message}");
+    let problem = || format!("this is not TOML: {message}");
     let at = (0..=at.min(text.len()))
         .rev()
         .find(|at| text.is_char_boundary(*at));
@@ -173,19 +179,19 @@ pub(super) fn syntax(message: &str, text: &str, at: usize) -> (String, String) {
     let key = key.trim();
     let value = value.split(" #").next().unwrap_or_default().trim();
     if value.is_empty() {
-        let problem = "this is no TOML: there is no value".to_owned();
+        let problem = "this is not TOML: there is no value".to_owned();
         return (problem, "write one behind the =".into());
     }
     let is_wrong = |value: &str| DeTable::parse(&format!("x = {value}")).is_err();
     if ["yes", "no", "on", "off", "True", "False", "TRUE", "FALSE"].contains(&value) {
-        let problem = format!("this is no TOML: {value} is no value");
+        let problem = format!("this is not TOML: {value} is not a value");
         return (problem, "write true or false".into());
     }
     // A number with a typing mistake is no string.
     let is_text = value.starts_with(|c: char| c.is_alphanumeric() || "/.-*:".contains(c))
         && value.contains(|c: char| c.is_alphabetic() || "/:".contains(c));
     if is_text && is_wrong(value) && !is_wrong(&format!("\"{value}\"")) {
-        let problem = "this is no TOML: a string needs quotes".to_owned();
+        let problem = "this is not TOML: a string needs quotes".to_owned();
         return (problem, format!("write {key} = \"{value}\""));
     }
     let remedy = match message.starts_with("string values must be quoted") {

@@ -3,7 +3,7 @@
 //! Most defaults and bounds are in the types of the keys (`keys`). Methods have a file of their own. It looks up users and reads paths, and is otherwise a function of its arguments. The first error is
 //! returned.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use log::LevelFilter;
@@ -14,11 +14,14 @@ use super::environment::Environment;
 use super::overrides::Overrides;
 use super::raw::{Count, Raw, RawLimits, RawLog, RawWorkers};
 use super::settings::{
-    LimitsConfig, ListenConfig, LogConfig, LogFormat, MethodKind, Settings, WorkersConfig,
+    JobsConfig, LimitsConfig, ListenConfig, LogConfig, LogFormat, MethodKind, Settings,
+    WorkersConfig,
 };
 use super::source_map::SourceMap;
 use super::units::ByteSize;
-use super::{exposed, guarded, listeners, methods, missing, observe, pools, program_text};
+use super::{
+    access_log, exposed, guarded, jobs, listeners, methods, missing, observe, pools, program_text,
+};
 use crate::error::Result;
 use crate::protocol::detect::FRAME_LIMIT_MAX;
 use crate::sys::account::Account;
@@ -86,6 +89,9 @@ pub(super) fn resolve(
     }
     let observe = observe::resolve(&check, &raw.observe)?;
     let slow_log = methods::slow_log(&check, raw, &mut methods)?;
+    let access_log = access_log::resolve(&check, raw.access_log.as_deref(), &methods)?;
+    warnings.extend(access_log::warning(access_log.as_ref(), &log));
+    let jobs = jobs::resolve(&check, raw, &workers, &limits)?;
     warnings.extend(observe.warning());
     if places.is_set("observe") {
         warnings.extend(observe::idle_warning(&raw.observe));
@@ -103,8 +109,10 @@ pub(super) fn resolve(
         workers,
         limits,
         observe,
+        access_log,
         slow_log,
         trace: (raw.trace.as_ref()).is_some_and(|trace| trace.propagate.unwrap_or(true)),
+        jobs,
         listen,
         warnings,
         needs_restart: Vec::new(),
@@ -142,7 +150,7 @@ fn http_origins(check: &Check<'_>, raw: &Raw) -> Result<Vec<String>> {
         if !host.is_some_and(written) {
             return Err(check.places.error(
                 &format!("http-origins[{index}]"),
-                format!("{origin:?} is no origin"),
+                format!("{origin:?} is not an origin"),
                 "write it as a browser does: scheme, host and port alone, in lower case, such as \
                  \"https://app.example.com\" or \"http://localhost:3000\"",
             ));
@@ -217,27 +225,9 @@ fn log(check: &Check<'_>, raw: &RawLog) -> Result<LogConfig> {
         level: check.word("log.level", raw.level.as_ref(), LevelFilter::Info)?,
         format: check.word("log.format", raw.format.as_ref(), LogFormat::Text)?,
         file: (raw.file.as_ref())
-            .map(|text| log_file(check, text))
+            .map(|text| check.log_file("log.file", text))
             .transpose()?,
     })
-}
-
-/// The log file is created, but its directory is not: if that is missing, it is most likely misspelled.
-fn log_file(check: &Check<'_>, text: &str) -> Result<PathBuf> {
-    let key = "log.file";
-    let path = check.path(key, text)?;
-    if path.is_dir() {
-        let problem = format!("{} is a directory", path.display());
-        return Err(check.places.error(key, problem, "name a file in it"));
-    }
-    match path.parent() {
-        Some(parent) if !parent.is_dir() => Err(check.places.error(
-            key,
-            format!("there is no directory {}", parent.display()),
-            "create it, or log elsewhere",
-        )),
-        _ => Ok(path),
-    }
 }
 
 fn daemon(check: &Check<'_>, raw: &Raw, log: &LogConfig) -> Result<bool> {
@@ -336,7 +326,9 @@ fn paths_differ(check: &Check<'_>, settings: &Settings) -> Result<()> {
         ("pid-file", Some(settings.pid_file.as_path())),
         ("control-socket", Some(settings.control_socket.as_path())),
         ("log.file", settings.log.file.as_deref()),
+        ("access-log.file", settings.access_log_file()),
         ("observe.address", settings.observe.path()),
+        ("jobs.store", settings.jobs.as_ref().map(JobsConfig::path)),
     ];
     let own = own.iter().filter_map(|(key, path)| Some((*key, (*path)?)));
     let shared =

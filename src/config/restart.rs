@@ -14,6 +14,12 @@ pub fn keep_restart_only_keys(mut new: Settings, running: &Settings) -> Settings
     new.pid_file.clone_from(&running.pid_file);
     new.control_socket.clone_from(&running.control_socket);
     new.account.clone_from(&running.account);
+    match (&mut new.jobs, &running.jobs) {
+        (Some(new), Some(running)) => new.store.clone_from(&running.store),
+        (None, Some(running)) => new.jobs = Some(running.clone()),
+        // A reload may add jobs.
+        (_, None) => {}
+    }
     if new.needs_restart.is_empty() {
         return new;
     }
@@ -47,10 +53,17 @@ fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
         // The master's files and sockets were made for that account.
         ("user", old_user != new_user),
         ("group", old_group != new_group && old_user == new_user),
+        ("jobs.store", moves_jobs(old, new)),
     ];
     keys.into_iter()
         .filter_map(|(key, differs)| differs.then_some(key))
         .collect()
+}
+
+/// Returns whether stored jobs would be left behind.
+fn moves_jobs(old: &Settings, new: &Settings) -> bool {
+    let store = |settings: &Settings| settings.jobs.as_ref().map(|jobs| jobs.store.clone());
+    old.jobs.is_some() && store(old) != store(new)
 }
 
 #[cfg(test)]
@@ -83,6 +96,20 @@ mod tests {
         // A master that has given up root is not warned.
         let kept = keep_restart_only_keys(of(public), &new);
         assert_eq!((kept.account.is_some(), kept.warnings.len()), (true, 1));
+    }
+
+    #[test]
+    fn jobs_may_be_added_but_their_store_stays() {
+        let of = |text: &str| settings(&root(), text).unwrap();
+        let (none, one) = (of(""), of("[jobs]\nstore = 'sqlite:/one.db'"));
+        let other = of("[jobs]\nstore = 'sqlite:/other.db'\nmax-attempts = 3");
+        assert_eq!(needs_restart(&none, &one), [""; 0]);
+        assert_eq!(needs_restart(&one, &other), ["jobs.store"]);
+        assert_eq!(needs_restart(&one, &none), ["jobs.store"]);
+        let kept = keep_restart_only_keys(other, &one).jobs.unwrap();
+        assert_eq!(kept.store, one.jobs.as_ref().unwrap().store);
+        assert_eq!(kept.defaults.max_attempts, 3, "other keys change");
+        assert_eq!(keep_restart_only_keys(none, &one).jobs, one.jobs);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! `resolve` makes it, `effective` writes it, and `restart` compares two.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
@@ -12,6 +12,7 @@ use log::LevelFilter;
 use super::keys::Word;
 
 pub use super::address::Address;
+pub use super::job_config::{JobRules, JobsConfig};
 pub use super::observe::ObserveConfig;
 pub use super::program_config::{
     PoolConfig, PoolReload, PoolScope, ProgramConfig, RlimitsConfig, StackSignal,
@@ -38,10 +39,14 @@ pub struct Settings {
     /// The limits of a worker.
     pub limits: LimitsConfig,
     pub observe: ObserveConfig,
+    /// `None` without `[access-log]`.
+    pub access_log: Option<AccessLogConfig>,
     /// `None` without `[slow-log]`.
     pub slow_log: Option<SlowLogConfig>,
     /// Whether trace context is read and passed on (`[trace]`).
     pub trace: bool,
+    /// `None` without `[jobs]`.
+    pub jobs: Option<JobsConfig>,
     /// The listeners: at least one, no two with the same address.
     pub listen: Vec<ListenConfig>,
     /// The methods by name. `ping` always exists.
@@ -55,6 +60,19 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Returns the file of the access log.
+    pub fn access_log_file(&self) -> Option<&Path> {
+        self.access_log.as_ref()?.file.as_deref()
+    }
+
+    /// Returns the longest drain of a worker or pool process: of its calls, or of its attempts of jobs.
+    pub fn longest_drain(&self) -> Duration {
+        let jobs = self.jobs.iter();
+        let rules = jobs.flat_map(|jobs| [&jobs.defaults].into_iter().chain(jobs.methods.values()));
+        let longest = rules.map(|rules| rules.drain_timeout).max();
+        self.workers.drain_timeout.max(longest.unwrap_or_default())
+    }
+
     /// Returns the warning about keys that need a restart, if there are any.
     pub fn restart_warning(&self) -> Option<String> {
         let keys = self.needs_restart.join(", ");
@@ -87,6 +105,21 @@ impl Word for LogFormat {
         &[("text", LogFormat::Text), ("json", LogFormat::Json)];
 }
 
+/// `[access-log]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AccessLogConfig {
+    /// The absolute path of the file; `None`: the log.
+    pub file: Option<PathBuf>,
+    /// The format of the file.
+    pub format: LogFormat,
+    /// The share of the calls that have a line, 0 to 1.
+    pub sample: f64,
+    /// Calls that take longer always have one; zero: there is no such rule.
+    pub always_above: Duration,
+    /// The methods whose calls may have a line; empty: all.
+    pub methods: Vec<String>,
+}
+
 /// `[slow-log]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlowLogConfig {
@@ -106,9 +139,9 @@ pub struct WorkersConfig {
     pub count: usize,
     /// The number of handler threads of each worker, 1 to 1024.
     pub threads: usize,
-    /// The most time from a worker's fork until it is ready; at least 1 ms.
+    /// The longest time from a worker's fork until it is ready; at least 1 ms.
     pub boot_timeout: Duration,
-    /// The most time of a drain; at least 1 ms, and not shorter than any method's timeout.
+    /// The longest time of a drain; at least 1 ms, and not shorter than any method's timeout.
     pub drain_timeout: Duration,
     /// The greatest age of a worker's last heartbeat; at least 1 s.
     pub heartbeat_timeout: Duration,
@@ -124,34 +157,34 @@ pub struct WorkersConfig {
     pub max_memory: u64,
     /// The age at which a worker is recycled, at least 1 s; zero means never.
     pub max_lifetime: Duration,
-    /// The most workers that are recycled at one time, 1 to 1024.
+    /// The largest number of workers that are recycled at one time, 1 to 1024.
     pub max_unavailable: usize,
 }
 
 /// `[limits]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LimitsConfig {
-    /// The most connections of a worker at one time, 1 to 1,048,576.
+    /// The largest number of connections of a worker at one time, 1 to 1,048,576.
     pub connections: usize,
-    /// The most bytes of a frame's body, 1 KiB to 128 MiB.
+    /// The largest number of bytes of a frame's body, 1 KiB to 128 MiB.
     pub frame: usize,
-    /// The most bytes of all unfinished frames, lines and requests of a worker; at least one frame.
+    /// The largest number of bytes of all unfinished frames, lines and requests of a worker; at least one frame.
     pub unfinished: usize,
     /// The deepest nesting of a JSON document, 1 to 10,000.
     pub depth: usize,
     /// Unanswered calls of a connection after which reading stops, 1 to 1,000,000.
     pub pipeline: usize,
-    /// The most calls in a JSON-RPC batch, 1 to 1,000,000.
+    /// The largest number of calls in a JSON-RPC batch, 1 to 1,000,000.
     pub batch: usize,
-    /// The most calls that wait for a thread in a worker, 1 to 1,000,000.
+    /// The largest number of calls that wait for a thread in a worker, 1 to 1,000,000.
     pub queue: usize,
     /// The timeout of methods that set none; at least 1 ms.
     pub timeout: Duration,
-    /// The most time to receive a frame that has begun; at least 1 ms.
+    /// The longest time to receive a frame that has begun; at least 1 ms.
     pub read_timeout: Duration,
-    /// The most time in which a client may read nothing; at least 1 ms.
+    /// The longest time in which a client may read nothing; at least 1 ms.
     pub write_timeout: Duration,
-    /// The most time in which a connection may be idle; zero means no limit.
+    /// The longest time in which a connection may be idle; zero means no limit.
     pub idle_timeout: Duration,
 }
 
@@ -162,7 +195,7 @@ pub struct CommandConfig {
     pub stdin: Stdin,
     /// How its standard output is read.
     pub output: OutputFormat,
-    /// The most bytes of its standard output, 1 to 128 MiB.
+    /// The largest number of bytes of its standard output, 1 to 128 MiB.
     pub max_output: usize,
 }
 
@@ -257,7 +290,7 @@ pub struct ListenConfig {
     /// The name of the service manager's socket that replaces it, if one is passed (FileDescriptorName= of
     /// systemd.socket(5)).
     pub name: Option<String>,
-    /// The most connections that wait for accept(2), 1 to 2,147,483,647. The kernel's limit is
+    /// The largest number of connections that wait for accept(2), 1 to 2,147,483,647. The kernel's limit is
     /// net.core.somaxconn.
     pub backlog: u32,
     /// The permission bits of a unix socket, 0 to 0o777; `None` for those of the umask.
@@ -277,7 +310,7 @@ pub struct ListenConfig {
 /// The keys of a `[[listen]]` with `isolation = "connection"`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IsolationConfig {
-    /// The most connections at one time in all generations together, 1 to 3,072.
+    /// The largest number of connections at one time in all generations together, 1 to 3,072.
     pub processes: usize,
     /// The number of processes that are forked ahead, 0 to `processes`, at most 256.
     pub spare: usize,
@@ -285,7 +318,7 @@ pub struct IsolationConfig {
     pub max_lifetime: Duration,
     /// The account of acceptor and sessions; `None` for that of the workers.
     pub account: Option<Account>,
-    /// The most bytes of unfinished frames, lines and requests of one session.
+    /// The largest number of bytes of unfinished frames, lines and requests of one session.
     pub unfinished: usize,
 }
 
@@ -308,11 +341,11 @@ impl Word for HttpMethods {
 pub struct MethodConfig {
     /// Its handler.
     pub kind: MethodKind,
-    /// The most time of a call, 1 ms to `workers.drain_timeout`.
+    /// The longest time of a call, 1 ms to `workers.drain_timeout`.
     pub timeout: Duration,
-    /// The most calls at once in a worker; 0 means no limit except the threads.
+    /// The largest number of calls at once in a worker; 0 means no limit except the threads.
     pub concurrency: usize,
-    /// The most calls per second in a worker; 0 means no limit.
+    /// The largest number of calls per second in a worker; 0 means no limit.
     pub rate: u32,
     /// The run time from which on a call is slow, at least 1 ms; `None`: that of `[slow-log]`.
     pub slow: Option<Duration>,

@@ -39,7 +39,7 @@ pub(super) fn parse(files: &Files) -> Result<(Raw, SourceMap<'_>)> {
     parse_without(files, &BTreeSet::new())
 }
 
-/// Does the same as [`parse`] without the keys in `without`.
+/// Parses `files` as [`parse`], but without the keys in `without`.
 pub(super) fn parse_without<'f>(
     files: &'f Files,
     without: &BTreeSet<String>,
@@ -51,8 +51,8 @@ pub(super) fn parse_without<'f>(
     Ok((raw, places))
 }
 
-/// Does the same as [`parse`] with the key `wanted` alone. If it is not set, an unknown key may be meant
-/// for it and is an error.
+/// Parses `files` as [`parse`], but only the key `wanted`. If `wanted` is not set, an unknown key is an error, because
+/// it may be a misspelled `wanted`.
 pub(super) fn parse_only<'f>(files: &'f Files, wanted: &str) -> Result<(Raw, SourceMap<'f>)> {
     let whole = merged(files)?;
     let is_there = whole.get(wanted).is_some();

@@ -11,6 +11,7 @@ use super::*;
 use crate::error::Error;
 
 mod broken;
+mod jobs;
 mod round_trip;
 
 /// Returns the environment of root on a machine with 4 CPUs.

@@ -25,7 +25,9 @@ impl DurationValue {
         humantime::parse_duration(text)
             .map(DurationValue)
             .map_err(|problem| {
-                format!("{text:?} is no duration ({problem}); write it as in \"30s\" or \"1m 30s\"")
+                format!(
+                    "{text:?} is not a duration ({problem}); write it as in \"30s\" or \"1m 30s\""
+                )
             })
     }
 }
@@ -67,7 +69,7 @@ impl ByteSize {
             .map(|size| ByteSize(size.as_u64()))
             .map_err(|_| {
                 format!(
-                    "{text:?} is no size; write bytes as in \"65536\", or a unit as in \"16MiB\""
+                    "{text:?} is not a size; write bytes as in \"65536\", or a unit as in \"16MiB\""
                 )
             })
     }
@@ -85,7 +87,7 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// What both have in common for serde: a string, or an error that says how to write one.
+/// The common part of both visitors for serde: it accepts a string, and its error says how to write one.
 struct Text<T> {
     expecting: &'static str,
     parse: fn(&str) -> Result<T, String>,

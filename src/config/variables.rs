@@ -63,7 +63,7 @@ pub(super) fn resolve(
     for (name, value) in &written {
         let key = join(&join(key, "environment"), name);
         if let Err(problem) = check_variable(name, value) {
-            return Err(check.places.error(&key, problem, "take it out"));
+            return Err(check.places.error(&key, problem, "remove it"));
         }
         match expand(value, check.here.variable) {
             Ok(value) => values.insert(name.clone(), value),
@@ -93,8 +93,8 @@ pub fn secrets_of(settings: &Settings) -> KeptVariables {
         .collect()
 }
 
-/// Returns the warnings about files that all users can read, because they may have secrets, and the notes of
-/// `check` about variables that the server needs and `check` does not have.
+/// Returns warnings about environment files that all users can read, because they may have secrets. Also returns the
+/// notes of `check` about variables that the server needs and that are not set here.
 pub(super) fn warnings(settings: &Settings, here: &Environment) -> Vec<String> {
     let open = |(table, owner, program): (&'static str, &String, &ProgramConfig)| {
         let file = program.environment_file.as_ref()?;

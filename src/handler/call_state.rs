@@ -10,6 +10,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 
 use super::CallState;
+use crate::protocol::call_id::CallRunner;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::waker::Waker;
 
@@ -46,8 +47,7 @@ pub struct Done {
     pub outcome: Option<Result<Vec<u8>, RpcError>>,
     /// The run time.
     pub took: Duration,
-    /// The CPU time of its command.
-    pub cpu: Duration,
+    pub runner: CallRunner,
     /// The `out` of the answer, if it differs from the method's.
     pub out: Option<Box<str>>,
 }

@@ -9,6 +9,8 @@ pub mod command;
 pub mod function;
 pub mod guard;
 pub mod handler_state;
+pub mod job_attempt;
+pub mod job_methods;
 pub mod pool;
 mod prepared_program;
 pub mod registry;
@@ -21,6 +23,7 @@ use std::thread::{self, Thread};
 use std::time::Duration;
 
 use handler_state::Worker;
+use job_attempt::JobAttempt;
 use trace::{CallIdentity, Trace};
 
 use crate::protocol::call_id::CallId;
@@ -154,6 +157,12 @@ impl<'a> Context<'a> {
         self.identity.trace()
     }
 
+    /// Returns the attempt of a job that this is; `None` in a call. An attempt has no [`Context::id`] and no
+    /// [`Context::peer`], and its deadline is that of the attempt.
+    pub fn job(&self) -> Option<&JobAttempt> {
+        self.identity.attempt.as_deref()
+    }
+
     /// Returns the number of the call in the process that runs it.
     pub(super) fn number(&self) -> u64 {
         self.identity.number
@@ -238,6 +247,8 @@ enum Sleeper {
 const WAITING: u8 = 0;
 const RUNNING: u8 = 1;
 const OVER: u8 = 2;
+/// Added to the time at which a handler began, once it has ended.
+const ENDED: u64 = 1 << 63;
 
 /// The state of a call on the threads. The loop and the thread agree on it: the call either has begun or
 /// was given up before, never both. So `started` is reliable.
@@ -249,7 +260,7 @@ pub struct CallState {
     /// The key of the call, recorded for its thread while it runs.
     key: u64,
     identity: CallIdentity,
-    /// When its handler began, in nanoseconds (CLOCK_MONOTONIC); 0: it does not run.
+    /// When its handler began, in nanoseconds (CLOCK_MONOTONIC), with `ENDED` once it has ended; 0: it has not begun.
     begun_ns: AtomicU64,
     /// `Some` while its handler waits.
     sleeper: Mutex<Option<Sleeper>>,
@@ -302,12 +313,20 @@ impl CallState {
 
     /// Records that its handler has ended.
     pub fn set_ended(&self) {
-        self.begun_ns.store(0, Ordering::Relaxed);
+        let begun = self.begun_ns.load(Ordering::Relaxed);
+        self.begun_ns.store(begun | ENDED, Ordering::Relaxed);
     }
 
     /// Returns when its handler began, in nanoseconds (CLOCK_MONOTONIC); `None` if it does not run.
     pub fn begun_ns(&self) -> Option<u64> {
-        Some(self.begun_ns.load(Ordering::Relaxed)).filter(|at| *at > 0)
+        let at = self.begun_ns.load(Ordering::Relaxed);
+        Some(at).filter(|at| (1..ENDED).contains(at))
+    }
+
+    /// Returns when its handler began last, even if it has ended; `None` if it has not begun.
+    pub fn last_begun_ns(&self) -> Option<u64> {
+        let at = self.begun_ns.load(Ordering::Relaxed) & !ENDED;
+        Some(at).filter(|at| *at > 0)
     }
 
     /// Returns the key of the call.
@@ -371,6 +390,7 @@ mod tests {
             number: 3,
             home,
             trace,
+            attempt: None,
         };
         let home = CallId { pid: 7, number: 9 };
         let state = CallState::shown(None, 0, identity(Some(home), TraceSource::Off));
@@ -382,6 +402,18 @@ mod tests {
         let pid = Pid::current().0;
         assert_eq!(context.call(), CallId { pid, number: 3 });
         assert!(context.trace().is_some());
+    }
+
+    #[test]
+    fn only_the_handler_of_an_attempt_sees_a_job() {
+        let identity = CallIdentity {
+            attempt: Some(Box::new(JobAttempt::new("0-1", 1, 2))),
+            ..CallIdentity::default()
+        };
+        let state = CallState::shown(None, 4, identity);
+        let context = Context::on_thread("m", 0, Duration::MAX, &state);
+        assert_eq!(context.job().map(JobAttempt::id), Some("0-1"));
+        assert!(Context::inline("m", 0, Duration::MAX).job().is_none());
     }
 
     #[test]

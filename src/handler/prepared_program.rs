@@ -4,7 +4,8 @@ use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::trace::Trace;
+use super::Context;
+use super::job_attempt::{JOB_VARIABLES, JobAttempt};
 use crate::config;
 use crate::sys::spawn::{ProcessLimits, SpawnError, SpawnStep, SpawnTemplate};
 
@@ -51,18 +52,23 @@ impl PreparedProgram {
         self
     }
 
-    /// Returns the whole environment, with the variables of the call and of its trace. The latter replace
-    /// configured ones.
-    pub fn environment<'a>(&'a self, call: &'a CStr, trace: &'a [CString]) -> Vec<&'a CStr> {
+    /// Returns the whole environment, with the variable that names the call, and what `call_variables` returns. The
+    /// latter replace configured ones.
+    pub fn environment<'a>(&'a self, call: &'a CStr, own: &'a [CString]) -> Vec<&'a CStr> {
         // The variable of the call comes first, because the search for leftovers reads only the beginning
         // of a long environment.
-        let is_of_trace = |one: &&CString| {
-            let name = one.as_bytes().split(|byte| *byte == b'=').next();
-            TRACE_VARIABLES.iter().any(|it| Some(it.as_bytes()) == name)
+        let is_replaced = |one: &CString| {
+            GROUPS.iter().any(|group| {
+                let is_in = |it: &CString| {
+                    let name = it.as_bytes().split(|byte| *byte == b'=').next();
+                    group.iter().any(|known| Some(known.as_bytes()) == name)
+                };
+                is_in(one) && own.iter().any(is_in)
+            })
         };
         let configured = self.environment.iter();
-        let configured = configured.filter(|one| trace.is_empty() || !is_of_trace(one));
-        let others = trace.iter().chain(configured).map(|one| &**one);
+        let configured = configured.filter(|one| own.is_empty() || !is_replaced(one));
+        let others = own.iter().chain(configured).map(|one| &**one);
         [call].into_iter().chain(others).collect()
     }
 }
@@ -70,17 +76,21 @@ impl PreparedProgram {
 /// The variables of a trace: the names of the headers in capitals.
 const TRACE_VARIABLES: [&str; 2] = ["TRACEPARENT", "TRACESTATE"];
 
-/// Returns the variables of the place of a call in a trace.
-pub(super) fn trace_variables(trace: Option<&Trace<'_>>) -> Vec<CString> {
-    let Some(trace) = trace else {
-        return Vec::new();
-    };
-    let parent = trace.traceparent();
-    let values = [Some(parent.as_str()), trace.tracestate()];
-    let variables = TRACE_VARIABLES.iter().zip(values);
+/// The variables that replace configured ones together.
+const GROUPS: [&[&str]; 2] = [&TRACE_VARIABLES, &JOB_VARIABLES];
+
+/// Returns the variables of the place of a call in a trace, and those of the attempt of a job.
+pub(super) fn call_variables(context: &Context<'_>) -> Vec<CString> {
+    let mut variables = Vec::new();
+    if let Some(trace) = context.trace() {
+        let parent = trace.traceparent();
+        let values = [Some(parent.as_str()), trace.tracestate()];
+        let named = TRACE_VARIABLES.iter().zip(values);
+        variables
+            .extend(named.filter_map(|(name, value)| Some(c_string(format!("{name}={}", value?)))));
+    }
+    variables.extend(context.job().into_iter().flat_map(JobAttempt::variables));
     variables
-        .filter_map(|(name, value)| Some(c_string(format!("{name}={}", value?))))
-        .collect()
 }
 
 /// Returns what to change if the system refuses the guard; otherwise an empty text.

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::Handler;
 use super::handler_state::{HandlerState, Hooks, Worker};
+use super::job_methods::{self, JobMethod};
 use super::pool::definition::Pool;
 
 pub const DISCOVER: &str = "rpc.discover";
@@ -31,9 +32,9 @@ pub struct Method {
     pub handler: Arc<dyn Handler>,
     /// The time limit of a call, including its time in the queue.
     pub timeout: Duration,
-    /// The most concurrent calls per worker, including waiting ones; 0 means no limit of its own.
+    /// The largest number of concurrent calls per worker, including waiting ones; 0 means no limit of its own.
     pub concurrency: usize,
-    /// The most calls per second and worker; 0 means no limit.
+    /// The largest number of calls per second and worker; 0 means no limit.
     pub rate: u32,
     /// Whether the program of a pool is killed as soon as its call is abandoned.
     pub kills_abandoned: bool,
@@ -55,7 +56,7 @@ pub struct Registry {
     by_name: FxHashMap<String, usize>,
     /// The answer of [`DISCOVER`], built once: the event loop must not build it for each call.
     document: String,
-    /// The same for shared listeners; empty if it has the same methods.
+    /// The answer of [`DISCOVER`] on shared listeners; empty if it has the same methods as `document`.
     shared_document: String,
     hooks: Arc<Hooks>,
     /// The state that the master has made for all workers.
@@ -66,6 +67,8 @@ pub struct Registry {
     pools: Vec<Arc<Pool>>,
     /// How many of them have a pool process. The others belong to connections.
     pool_processes: usize,
+    /// The number of the first method of jobs, and their lane; `None` without jobs.
+    jobs: Option<(usize, usize)>,
 }
 
 impl Registry {
@@ -98,20 +101,74 @@ impl Registry {
     /// process, and the others belong to connections.
     #[must_use]
     pub fn with_pools(mut self, pools: Vec<Arc<Pool>>, pool_processes: usize) -> Self {
-        let has_more = pools.len() > pool_processes;
         (self.pools, self.pool_processes) = (pools, pool_processes);
-        if has_more {
+        self.build_documents();
+        self
+    }
+
+    /// Adds the methods of durable jobs. Call it after `with_pools`. `timeout` is `limits.timeout`.
+    #[must_use]
+    pub fn with_jobs(mut self, timeout: Duration) -> Self {
+        let (first, pools) = (self.methods.len(), self.pools.len());
+        self.jobs = Some((first, pools + 1));
+        let handler = job_methods::handler(pools);
+        for method in JobMethod::ALL {
+            let name = method.name().to_owned();
+            self.by_name.insert(name.clone(), self.methods.len());
+            self.methods.push(Method {
+                name,
+                handler: Arc::clone(&handler),
+                timeout,
+                concurrency: 0,
+                rate: 0,
+                kills_abandoned: false,
+            });
+        }
+        self.build_documents();
+        self
+    }
+
+    /// Builds the answers of [`DISCOVER`].
+    fn build_documents(&mut self) {
+        self.document = describe(self.by_name.keys());
+        if self.pools.len() > self.pool_processes {
             let all = self.by_name.iter();
             let shared = all.filter(|(_, number)| !self.is_of_connections(**number));
             self.shared_document = describe(shared.map(|(name, _)| name));
         }
-        self
+    }
+
+    /// Returns the lane of the jobs process; `None` without jobs. It is behind those of all pools.
+    pub fn jobs_lane(&self) -> Option<usize> {
+        self.jobs.map(|(_, lane)| lane)
+    }
+
+    /// Returns the method of durable jobs that has this number.
+    pub fn job_method(&self, number: usize) -> Option<JobMethod> {
+        let (first, _) = self.jobs?;
+        JobMethod::ALL.get(number.checked_sub(first)?).copied()
+    }
+
+    /// Returns how many of the `size` bytes of a call count in its lane: none if the call only names a job. A wait is
+    /// open for a long time, and would take the room of enqueues.
+    pub fn counted_size(&self, method: usize, size: usize) -> usize {
+        match self.job_method(method) {
+            None | Some(JobMethod::Enqueue) => size,
+            Some(_) => 0,
+        }
+    }
+
+    /// Returns the lanes whose calls other processes may run: those of handler threads and pool processes, and that of
+    /// the jobs process.
+    pub fn shared_lanes(&self) -> impl Iterator<Item = usize> + use<> {
+        (0..=self.pool_processes).chain(self.jobs_lane())
     }
 
     /// Whether a method exists only on isolated listeners.
     pub fn is_of_connections(&self, method: usize) -> bool {
         let method = self.methods.get(method);
-        method.is_some_and(|method| method.handler.placement().lane() > self.pool_processes)
+        let lane = method.map_or(0, |method| method.handler.placement().lane());
+        lane > self.pool_processes && Some(lane) != self.jobs_lane()
     }
 
     /// A copy for a pool process, which finds no method by its name, with further methods.
@@ -120,11 +177,12 @@ impl Registry {
             methods: self.methods.iter().cloned().chain(methods).collect(),
             pools: self.pools.clone(),
             pool_processes: self.pool_processes,
+            jobs: self.jobs,
             ..Registry::default()
         }
     }
 
-    /// Those with a pool process.
+    /// Returns the pools that have a pool process.
     pub fn pools(&self) -> &[Arc<Pool>] {
         &self.pools[..self.pool_processes]
     }
@@ -167,7 +225,8 @@ impl Registry {
         }
     }
 
-    /// Returns the number of the method with this name. Those of connections are found if `has_all`.
+    /// Returns the number of the method with this name. Methods whose pool has `scope = "connection"` are found only
+    /// if `has_all`.
     pub fn find(&self, name: &str, has_all: bool) -> Option<usize> {
         let found = self.by_name.get(name).copied();
         found.filter(|method| has_all || !self.is_of_connections(*method))
@@ -177,8 +236,8 @@ impl Registry {
         &self.methods
     }
 
-    /// Returns the methods as an OpenRPC document (spec.open-rpc.org) in JSON. Those of connections are in it
-    /// if `has_all`.
+    /// Returns the methods as an OpenRPC document (spec.open-rpc.org) in JSON. Methods whose pool has `scope =
+    /// "connection"` are in it only if `has_all`.
     pub fn document(&self, has_all: bool) -> &str {
         match has_all || self.shared_document.is_empty() {
             true => &self.document,
@@ -200,8 +259,8 @@ impl Registry {
     }
 }
 
-/// The OpenRPC document of methods with these names. What a handler takes and answers is its own affair:
-/// any JSON.
+/// Builds the OpenRPC document of methods with these names. The types of params and results are not known, so the
+/// document says that any JSON is possible.
 fn describe<'a>(names: impl Iterator<Item = &'a String>) -> String {
     let any = |name| json!({"name": name, "schema": {}});
     let method = |name: &str, summary: Option<&str>| {
@@ -217,9 +276,10 @@ fn describe<'a>(names: impl Iterator<Item = &'a String>) -> String {
     };
     let mut names: Vec<&str> = names.map(String::as_str).collect();
     names.sort_unstable();
+    let job = |name: &str| JobMethod::ALL.into_iter().find(|job| job.name() == name);
     let methods: Vec<Value> = names
         .into_iter()
-        .map(|name| method(name, None))
+        .map(|name| method(name, job(name).map(JobMethod::summary)))
         .chain(OWN.map(|(name, summary)| method(name, Some(summary))))
         .collect();
     json!({

@@ -8,9 +8,10 @@ use std::borrow::Cow;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use super::job_attempt::JobAttempt;
 use crate::logging::LoggedCall;
 use crate::protocol::call_id::CallId;
-use crate::protocol::trace_context::{RANDOM, TraceContext};
+use crate::protocol::trace_context::{RANDOM, SAMPLED, TraceContext, sample_hash, sample_limit};
 use crate::sys::process::Pid;
 use crate::sys::random::RandomSequence;
 
@@ -21,6 +22,8 @@ static SPANS: RandomSequence = RandomSequence::unseeded();
 /// The parent ids of requests that handlers send.
 static CHILDREN: RandomSequence = RandomSequence::unseeded();
 static NEXT_CHILD: AtomicU64 = AtomicU64::new(0);
+/// New traces with a hash below this get the sampled flag; 0: none.
+static SAMPLED_BELOW: AtomicU64 = AtomicU64::new(0);
 
 /// Seeds the ids of this process. Call it after the fork, before the first call.
 ///
@@ -29,6 +32,21 @@ static NEXT_CHILD: AtomicU64 = AtomicU64::new(0);
 pub fn seed() -> io::Result<()> {
     let mut sequences = TRACE_IDS.iter().chain([&SPANS, &CHILDREN]);
     sequences.try_for_each(RandomSequence::seed)
+}
+
+/// Sets the share of new traces with the sampled flag: those of which the access log has the lines.
+pub fn sample(share: f64) {
+    SAMPLED_BELOW.store(sample_limit(share).unwrap_or(u64::MAX), Relaxed);
+}
+
+/// Returns the flags of a new trace.
+fn new_flags(trace_id: u128) -> u8 {
+    let is_sampled = match SAMPLED_BELOW.load(Relaxed) {
+        0 => false,
+        u64::MAX => true,
+        below => sample_hash(trace_id) < below,
+    };
+    if is_sampled { RANDOM | SAMPLED } else { RANDOM }
 }
 
 /// Where the trace of a call comes from.
@@ -61,10 +79,11 @@ impl TraceSource {
             TraceSource::Off => None,
             TraceSource::New => {
                 let [high, low] = TRACE_IDS.each_ref().map(|ids| u128::from(ids.at(number)));
+                let trace_id = high << 64 | low;
                 Some(Trace(Cow::Owned(TraceContext {
-                    trace_id: high << 64 | low,
+                    trace_id,
                     parent_id: SPANS.at(number),
-                    flags: RANDOM,
+                    flags: new_flags(trace_id),
                     state: None,
                 })))
             }
@@ -113,6 +132,8 @@ pub struct CallIdentity {
     /// Its id, if another process has its connection.
     pub home: Option<CallId>,
     pub trace: TraceSource,
+    /// The attempt of a job that this is; `None` for a call.
+    pub attempt: Option<Box<JobAttempt>>,
 }
 
 impl CallIdentity {
@@ -121,6 +142,7 @@ impl CallIdentity {
         number: 0,
         home: None,
         trace: TraceSource::Off,
+        attempt: None,
     };
 
     /// Returns the place of the call in a trace; `None` without `[trace]`.

@@ -27,12 +27,12 @@ const NEEDS_PATH: u8 = 0x40;
 const HEADER: usize = 16;
 /// The longest idle time that a packet can hold: four and a half hours, in three bytes.
 pub const MOST_IDLE_MS: u32 = 0x00FF_FFFF;
-/// The most unread bytes in the packet itself; a few such packets fit into the default socket buffer.
+/// The largest number of unread bytes in the packet itself; a few such packets fit into the default socket buffer.
 const MOST_INLINE: usize = 64 * 1024;
-/// The most bytes in the memory file of a packet: the largest configurable frame, and the same again for
+/// The largest number of bytes in the memory file of a packet: the largest configurable frame, and the same again for
 /// the answers before it.
 const MOST_BESIDE: usize = 256 << 20;
-/// The most bytes of a packet.
+/// The largest number of bytes of a packet.
 pub const LONGEST: usize = HEADER + MOST_INLINE;
 
 /// The packet of a connection of which nothing was received yet.
@@ -56,11 +56,11 @@ pub struct HandoffState {
     /// The dialect, if it is known.
     pub dialect: Option<Dialect>,
     /// The time since its last received bytes in milliseconds, at most [`MOST_IDLE_MS`]. The receiver
-    /// continues to count from there.
+    /// continues to count from this value.
     pub idle_ms: u32,
     /// Whether to close the connection after the answers of the packet are sent.
     pub closing: bool,
-    /// Whether an HTTP request must name its method in the path. It counts if the receiver has not got the
+    /// Whether an HTTP request must name its method in the path. Only used if the receiver does not have the
     /// listener of the connection.
     pub needs_path: bool,
 }

@@ -7,17 +7,20 @@
 
 use std::borrow::Cow;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::time::Duration;
 
 use serde_json::value::RawValue;
 
-use crate::protocol::call_id::CallId;
+use super::attempt_frame::{AttemptFrame, FIRST as FIRST_OF_ATTEMPTS};
+use super::frame_fields::{FrameFields, put_option, put_trace, put_u32, put_u64, text};
+use crate::protocol::call_id::{CallId, CallRunner};
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::trace_context::TraceContext;
 
 /// The bytes before the fields: the length and the kind.
 const HEAD_LEN: usize = 5;
-/// The most bytes of a call or an answer besides its params or its result.
+/// The largest number of bytes of a call or an answer besides its params or its result.
 const MAX_EXTRA_LEN: usize = 64 * 1024;
 
 const CALL: u8 = 1;
@@ -27,6 +30,7 @@ const RETURNED: u8 = 4;
 const OFFER: u8 = 5;
 const LEAVE: u8 = 6;
 const LEAVE_NOTED: u8 = 7;
+const ANSWER_WAITS: u8 = 8;
 
 const NO_PEER: u8 = 0;
 const IPV4: u8 = 4;
@@ -37,14 +41,15 @@ const IPV6: u8 = 6;
 pub struct CallOrigin {
     /// The number of the sender's connection from which it came.
     pub client: u32,
-    /// How long that waited to be accepted, in milliseconds.
+    /// How long that connection waited to be accepted, in milliseconds.
     pub accept_wait_ms: u32,
     /// When the call was read, in nanoseconds (CLOCK_MONOTONIC).
     pub read_ns: u64,
 }
 
 impl From<(u64, u64)> for CallOrigin {
-    /// From when a call was read, in nanoseconds, and how long its connection waited, in milliseconds.
+    /// Makes the origin from the time when a call was read, in nanoseconds, and the time for which its connection
+    /// waited, in milliseconds.
     fn from((read_ns, accept_wait_ms): (u64, u64)) -> Self {
         CallOrigin {
             client: 0,
@@ -59,14 +64,14 @@ impl From<(u64, u64)> for CallOrigin {
 pub struct CallFrame<'a> {
     /// The id of the call. Its number identifies it on the link.
     pub id: CallId,
-    /// The index of the method in the generation.
+    /// The index of the method in the generation, or the number of a method of jobs.
     pub method: u32,
     /// The key of the call for the quarantine; 0 if it has none.
     pub key: u64,
     /// The deadline in milliseconds (CLOCK_MONOTONIC).
     pub deadline_ms: u64,
     pub origin: CallOrigin,
-    /// The id that the client gave, as JSON.
+    /// The id that the client gave, as JSON. In an enqueue: the id that the worker has made for the new job.
     pub client_id: Option<Cow<'a, str>>,
     /// The address of the client; `None` on a unix socket.
     pub peer: Option<SocketAddr>,
@@ -83,6 +88,7 @@ pub struct AnswerFrame<'a> {
     pub id: u64,
     /// The run time in microseconds; 0 if it did not begin.
     pub took_us: u64,
+    pub runner: CallRunner,
     /// The `out` of the answer, if it differs from the method's.
     pub name: Option<Cow<'a, str>>,
     /// The result as JSON, or the error.
@@ -109,10 +115,14 @@ pub enum Frame<'a> {
         count: u32,
         short: u32,
     },
-    /// The sender begins no further call. It leaves when it has the answer to this message.
+    /// The sender begins no further call. It exits when it has the answer to this message.
     Leave,
     /// The answer to `Leave`: the sender has sent its last call.
     LeaveNoted,
+    /// A message about an attempt of a job.
+    Attempt(AttemptFrame<'a>),
+    /// From a worker that drains to the jobs process: answer each `rpc.job.wait` of this link now.
+    AnswerWaits,
 }
 
 /// The result of decoding the beginning of a buffer.
@@ -126,6 +136,12 @@ pub enum DecodedCallFrame<'a> {
     Whole(Frame<'a>, usize),
     /// An invalid frame, or one over the limit.
     Invalid,
+}
+
+/// Returns the largest number of bytes of params or of a result that fit into a frame for a process with this
+/// `limits.frame`. The other members of such a frame are short.
+pub const fn longest_payload(max_body: usize) -> usize {
+    max_body.saturating_add(MAX_EXTRA_LEN / 2)
 }
 
 impl Frame<'_> {
@@ -145,11 +161,7 @@ impl Frame<'_> {
                 put_u64(out, call.origin.read_ns);
                 put_option(out, call.client_id.as_deref().map(str::as_bytes));
                 put_peer(out, call.peer);
-                let parent = call.trace.as_ref().map(|trace| trace.traceparent());
-                put_option(out, parent.as_deref().map(str::as_bytes));
-                if let Some(trace) = &call.trace {
-                    put_option(out, trace.state.as_deref().map(str::as_bytes));
-                }
+                put_trace(out, call.trace.as_deref());
                 out.extend_from_slice(call.params.as_bytes());
                 CALL
             }
@@ -160,6 +172,10 @@ impl Frame<'_> {
             Frame::Answer(answer) => {
                 put_u64(out, answer.id);
                 put_u64(out, answer.took_us);
+                put_u32(out, answer.runner.process as u32);
+                put_u32(out, answer.runner.program as u32);
+                put_u64(out, answer.runner.cpu.as_micros() as u64);
+                put_u64(out, answer.runner.max_rss_bytes);
                 put_option(out, answer.name.as_deref().map(str::as_bytes));
                 match &answer.outcome {
                     Ok(result) => {
@@ -188,6 +204,8 @@ impl Frame<'_> {
             }
             Frame::Leave => LEAVE,
             Frame::LeaveNoted => LEAVE_NOTED,
+            Frame::Attempt(attempt) => attempt.encode(out),
+            Frame::AnswerWaits => ANSWER_WAITS,
         };
         match u32::try_from(out.len() - start - 4) {
             Ok(length) => {
@@ -201,7 +219,7 @@ impl Frame<'_> {
         }
     }
 
-    /// Decodes the frame at the beginning of `bytes`. `max_body` is the most bytes of its params or its
+    /// Decodes the frame at the beginning of `bytes`. `max_body` is the largest number of bytes of its params or its
     /// result.
     pub fn decode(bytes: &[u8], max_body: usize) -> DecodedCallFrame<'_> {
         let Some((length, rest)) = bytes.split_first_chunk::<4>() else {
@@ -214,14 +232,14 @@ impl Frame<'_> {
         let Some(frame) = rest.get(..length) else {
             return DecodedCallFrame::Partial;
         };
-        match decode_fields(frame[0], &mut Fields(&frame[1..])) {
+        match decode_fields(frame[0], &mut FrameFields::new(&frame[1..])) {
             Some(frame) => DecodedCallFrame::Whole(frame, 4 + length),
             None => DecodedCallFrame::Invalid,
         }
     }
 }
 
-fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
+fn decode_fields<'a>(kind: u8, fields: &mut FrameFields<'a>) -> Option<Frame<'a>> {
     let frame = match kind {
         CALL => {
             let (number, pid) = (fields.u64()?, fields.u32()? as i32);
@@ -236,8 +254,8 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
                     read_ns: fields.u64()?,
                 },
                 client_id: fields.text_option()?,
-                peer: fields.peer()?,
-                trace: decode_trace(fields)?,
+                peer: decode_peer(fields)?,
+                trace: fields.trace()?,
                 params: text(fields.rest())?,
             }));
         }
@@ -245,6 +263,12 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
             return Some(Frame::Answer(AnswerFrame {
                 id: fields.u64()?,
                 took_us: fields.u64()?,
+                runner: CallRunner {
+                    process: fields.u32()? as i32,
+                    program: fields.u32()? as i32,
+                    cpu: Duration::from_micros(fields.u64()?),
+                    max_rss_bytes: fields.u64()?,
+                },
                 name: fields.text_option()?,
                 outcome: match fields.u8()? {
                     1 => Ok(Cow::Borrowed(fields.rest())),
@@ -262,24 +286,14 @@ fn decode_fields<'a>(kind: u8, fields: &mut Fields<'a>) -> Option<Frame<'a>> {
         },
         LEAVE => Frame::Leave,
         LEAVE_NOTED => Frame::LeaveNoted,
+        FIRST_OF_ATTEMPTS.. => Frame::Attempt(AttemptFrame::decode(kind, fields)?),
+        ANSWER_WAITS => Frame::AnswerWaits,
         _ => return None,
     };
-    fields.0.is_empty().then_some(frame)
+    fields.is_empty().then_some(frame)
 }
 
-fn decode_trace<'a>(fields: &mut Fields<'_>) -> Option<Option<Cow<'a, TraceContext>>> {
-    let Some(parent) = fields.option()? else {
-        return Some(None);
-    };
-    let state = fields.text_option()?;
-    let context = TraceContext {
-        state: state.map(|state| state.into_owned().into()),
-        ..TraceContext::decode(parent)?
-    };
-    Some(Some(Cow::Owned(context)))
-}
-
-fn decode_error(fields: &mut Fields<'_>) -> Option<RpcError> {
+fn decode_error(fields: &mut FrameFields<'_>) -> Option<RpcError> {
     let code = fields.u64()? as i64;
     let started = fields.u8()? != 0;
     let data = match fields.text_option()? {
@@ -294,30 +308,6 @@ fn decode_error(fields: &mut Fields<'_>) -> Option<RpcError> {
         started,
         data,
     })
-}
-
-fn text(bytes: &[u8]) -> Option<Cow<'_, str>> {
-    std::str::from_utf8(bytes).ok().map(Cow::Borrowed)
-}
-
-fn put_u32(out: &mut Vec<u8>, value: u32) {
-    out.extend_from_slice(&value.to_le_bytes());
-}
-
-fn put_u64(out: &mut Vec<u8>, value: u64) {
-    out.extend_from_slice(&value.to_le_bytes());
-}
-
-/// Appends the length plus one and the bytes; a length of 0 means `None`.
-fn put_option(out: &mut Vec<u8>, bytes: Option<&[u8]>) {
-    match bytes {
-        // More than 4 GiB make the whole frame too long, which `encode` detects.
-        Some(bytes) => {
-            put_u32(out, bytes.len() as u32 + 1);
-            out.extend_from_slice(bytes);
-        }
-        None => put_u32(out, 0),
-    }
 }
 
 /// Appends the family of an address, the address and its port.
@@ -339,67 +329,21 @@ fn put_peer(out: &mut Vec<u8>, peer: Option<SocketAddr>) {
     }
 }
 
-/// The fields of a frame that are not decoded yet.
-struct Fields<'a>(&'a [u8]);
-
-impl<'a> Fields<'a> {
-    fn u8(&mut self) -> Option<u8> {
-        let (&value, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(value)
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.array().map(u32::from_le_bytes)
-    }
-
-    fn u64(&mut self) -> Option<u64> {
-        self.array().map(u64::from_le_bytes)
-    }
-
-    fn option(&mut self) -> Option<Option<&'a [u8]>> {
-        let Some(length) = self.u32()?.checked_sub(1) else {
-            return Some(None);
-        };
-        let (value, rest) = self.0.split_at_checked(length as usize)?;
-        self.0 = rest;
-        Some(Some(value))
-    }
-
-    fn text_option(&mut self) -> Option<Option<Cow<'a, str>>> {
-        match self.option()? {
-            Some(bytes) => text(bytes).map(Some),
-            None => Some(None),
+/// Decodes what `put_peer` has written.
+fn decode_peer(fields: &mut FrameFields<'_>) -> Option<Option<SocketAddr>> {
+    let port = |fields: &mut FrameFields<'_>| u16::try_from(fields.u32()?).ok();
+    Some(match fields.u8()? {
+        NO_PEER => None,
+        IPV4 => {
+            let ip = fields.array::<4>()?.into();
+            Some(SocketAddrV4::new(ip, port(fields)?).into())
         }
-    }
-
-    fn array<const LENGTH: usize>(&mut self) -> Option<[u8; LENGTH]> {
-        let (value, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(*value)
-    }
-
-    fn peer(&mut self) -> Option<Option<SocketAddr>> {
-        let family = self.u8()?;
-        let port = |fields: &mut Self| u16::try_from(fields.u32()?).ok();
-        Some(match family {
-            NO_PEER => None,
-            IPV4 => {
-                let ip = self.array::<4>()?.into();
-                Some(SocketAddrV4::new(ip, port(self)?).into())
-            }
-            IPV6 => {
-                let ip = self.array::<16>()?.into();
-                Some(SocketAddrV6::new(ip, port(self)?, self.u32()?, self.u32()?).into())
-            }
-            _ => return None,
-        })
-    }
-
-    /// Returns all remaining bytes.
-    fn rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.0)
-    }
+        IPV6 => {
+            let ip = fields.array::<16>()?.into();
+            Some(SocketAddrV6::new(ip, port(fields)?, fields.u32()?, fields.u32()?).into())
+        }
+        _ => return None,
+    })
 }
 
 #[cfg(test)]

@@ -1,5 +1,8 @@
+use std::time::Duration;
+
 use proptest::prelude::*;
 
+use super::super::attempt_frame::tests::any_attempt_frame;
 use super::*;
 
 /// Formats a frame for comparison, because `RpcError` has no equality.
@@ -72,17 +75,23 @@ fn any_frame() -> impl Strategy<Value = Frame<'static>> {
             },
         );
     let answer = (
-        any::<(u64, u64)>(),
+        (any::<(u64, u64)>(), any::<(i32, i32, u64, u64)>()),
         proptest::option::of(any_text()),
         prop_oneof![
             any_text().prop_map(|text| Ok(Cow::Owned(text.into_bytes()))),
             any_error().prop_map(|error| Err(Cow::Owned(error)))
         ],
     )
-        .prop_map(|((id, took_us), name, outcome)| {
+        .prop_map(|(((id, took_us), used), name, outcome)| {
             Frame::Answer(AnswerFrame {
                 id,
                 took_us,
+                runner: CallRunner {
+                    process: used.0,
+                    program: used.1,
+                    cpu: Duration::from_micros(used.2),
+                    max_rss_bytes: used.3,
+                },
                 name: name.map(Cow::Owned),
                 outcome,
             })
@@ -94,11 +103,13 @@ fn any_frame() -> impl Strategy<Value = Frame<'static>> {
         any::<u64>().prop_map(|id| Frame::Returned { id }),
         Just(()).prop_map(|()| Frame::Leave),
         Just(()).prop_map(|()| Frame::LeaveNoted),
+        Just(()).prop_map(|()| Frame::AnswerWaits),
         any::<(u16, u32, u32)>().prop_map(|(lane, count, short)| Frame::Offer {
             lane,
             count,
             short
         }),
+        any_attempt_frame(any_trace()).prop_map(Frame::Attempt),
     ]
 }
 

@@ -69,8 +69,8 @@ impl CallLink {
                     }
                     return;
                 }
-                // The peer is gone, or there is no memory. Both sides still read up to the end. No frame
-                // after an unsent one may arrive.
+                // The peer is gone, or there is no memory. Sending ends, because no frame may arrive after one that
+                // was not sent. Both sides still read what was sent before.
                 Err(_) => {
                     let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Both);
                     break;
@@ -83,12 +83,17 @@ impl CallLink {
     }
 
     pub fn has_unsent(&self) -> bool {
-        self.sent < self.unsent.len()
+        self.unsent_len() > 0
+    }
+
+    /// Returns the number of queued bytes.
+    pub fn unsent_len(&self) -> usize {
+        self.unsent.len() - self.sent
     }
 
     /// Returns whether the peer reads so slowly that no further call should be sent to it.
     pub fn is_congested(&self) -> bool {
-        self.unsent.len() - self.sent > CONGESTED_LEN
+        self.unsent_len() > CONGESTED_LEN
     }
 
     /// Receives once, at most `piece.len()` bytes. Returns whether more bytes may be waiting.
@@ -148,6 +153,7 @@ mod tests {
         Frame::Answer(AnswerFrame {
             id,
             took_us: 1,
+            runner: Default::default(),
             name: None,
             outcome: Ok(Cow::Owned(vec![b'1'; length])),
         })

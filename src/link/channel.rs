@@ -56,7 +56,7 @@ pub fn pair() -> io::Result<(MasterEnd, WorkerEnd)> {
 }
 
 impl MasterEnd {
-    /// Takes an end that the program before this one has passed on. If it accepts descriptors, it
+    /// Takes an end that the master before an upgrade has passed on. If the end accepts descriptors, it
     /// continues to do so, because a worker of an older version could not report stuck threads otherwise.
     pub fn of(fd: OwnedFd) -> Self {
         Channel {
@@ -69,8 +69,8 @@ impl MasterEnd {
     pub fn receive(&self) -> Received<Report> {
         let mut packet = [0; PACKET];
         let received = match self.fd.receive(&mut packet) {
-            // The other side ended with unread messages. That is said once, before the messages that it had
-            // sent.
+            // The other side ended with unread messages. The kernel reports that once, before the messages that it
+            // had sent.
             Err(Errno::ECONNRESET) => self.fd.receive(&mut packet),
             other => other,
         };

@@ -21,9 +21,12 @@ const FIRST_ACCEPTOR: u16 = 0xC000;
 const FIRST_SESSION: u16 = 0xD000;
 
 impl Slot {
+    /// The slot of the jobs process.
+    pub const JOBS: Slot = Slot(FIRST_ACCEPTOR - 1);
+
     /// Returns the slot of the pool process of a pool; pools are numbered from 0.
     pub fn of_pool(number: usize) -> Slot {
-        Slot::numbered(FIRST_POOL, FIRST_ACCEPTOR - 1, number)
+        Slot::numbered(FIRST_POOL, Slot::JOBS.0 - 1, number)
     }
 
     /// Returns the slot of the acceptor of the isolated listener with this number, counted from 0.
@@ -48,8 +51,13 @@ impl Slot {
 
     /// Returns the number of the pool of this slot.
     pub fn pool(self) -> Option<usize> {
-        let is_pool = (FIRST_POOL..FIRST_ACCEPTOR).contains(&self.0);
+        let is_pool = (FIRST_POOL..Slot::JOBS.0).contains(&self.0);
         is_pool.then(|| usize::from(self.0 - FIRST_POOL))
+    }
+
+    /// Returns whether it belongs to the jobs process.
+    pub fn is_jobs(self) -> bool {
+        self == Slot::JOBS
     }
 
     /// Returns the number of the isolated listener whose acceptor has this slot.
@@ -65,7 +73,7 @@ impl Slot {
 
     /// Returns the number that logs and handlers see: the slot of a worker, or the number within its kind.
     pub fn number(self) -> u16 {
-        let first = [FIRST_SESSION, FIRST_ACCEPTOR, FIRST_POOL];
+        let first = [FIRST_SESSION, FIRST_ACCEPTOR, Slot::JOBS.0, FIRST_POOL];
         let first = first.into_iter().find(|first| self.0 >= *first);
         self.0 - first.unwrap_or(0)
     }
@@ -74,6 +82,7 @@ impl Slot {
     pub fn kind(self) -> &'static str {
         match self.role() {
             "pool process" => "pool",
+            "jobs process" => "jobs",
             "connection process" => "connection",
             role => role,
         }
@@ -82,6 +91,7 @@ impl Slot {
     /// Names the kind of its process, for the log.
     pub fn role(self) -> &'static str {
         match self.0 {
+            _ if self.is_jobs() => "jobs process",
             ..FIRST_POOL => "worker",
             FIRST_POOL..FIRST_ACCEPTOR => "pool process",
             FIRST_ACCEPTOR..FIRST_SESSION => "acceptor",
@@ -109,6 +119,7 @@ impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.is_worker() {
             true => self.0.fmt(f),
+            false if self.is_jobs() => f.write_str(self.kind()),
             false => write!(f, "{}-{}", self.kind(), self.number()),
         }
     }
@@ -117,5 +128,25 @@ impl fmt::Display for Slot {
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slot_of_the_jobs_process_is_that_of_no_pool() {
+        let last = Slot::of_pool(usize::MAX);
+        assert_eq!(last.0 + 1, Slot::JOBS.0);
+        assert!(last.pool().is_some() && !last.is_jobs());
+        let jobs = Slot::JOBS;
+        assert!(jobs.is_jobs() && !jobs.is_worker());
+        assert_eq!(
+            (jobs.pool(), jobs.acceptor(), jobs.number()),
+            (None, None, 0)
+        );
+        assert_eq!((jobs.role(), &*jobs.to_string()), ("jobs process", "jobs"));
+        assert_eq!(Slot::of_pool(2).to_string(), "pool-2");
     }
 }

@@ -7,13 +7,14 @@
 
 use std::time::Duration;
 
+use super::executor_end::ExecutorEnd;
 use super::ids::{Generation, Pid};
 
 pub const PACKET: usize = 32;
 /// The first bytes of each packet: "pfd" and the version of the format.
 const MAGIC: u32 = u32::from_le_bytes(*b"pfd\x01");
 
-/// How many connections a worker is to send to its siblings, and to adopt from them.
+/// How many connections a worker must send to its siblings, and adopt from them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RebalanceOrder {
     /// Send this many, if they are quiescent.
@@ -25,14 +26,17 @@ pub struct RebalanceOrder {
     pub after_change: bool,
 }
 
-/// A link between a worker and a pool process.
+/// Stands for the lane of the jobs process in an order, because its number depends on the generation.
+pub const JOBS_LANE: u16 = u16::MAX;
+
+/// A link between a worker and a pool process, or between one of these and the jobs process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PoolLink {
-    /// The other one's record of the scoreboard.
+    /// The scoreboard record of the other process.
     pub record: u16,
-    /// The lane of the pool in the generation of the worker.
+    /// The lane of the pool in the generation of the worker, or [`JOBS_LANE`].
     pub lane: u16,
-    /// The generation of the worker.
+    /// The generation of the worker, or of the jobs process.
     pub generation: Generation,
 }
 
@@ -43,7 +47,7 @@ pub struct SessionLink {
     pub session: u32,
     /// The record of the pool process in the scoreboard.
     pub record: u16,
-    /// The lane of the pool in the generation of the session; 0 in a report.
+    /// The lane of the pool in the generation of the session, or [`JOBS_LANE`]; 0 in a report.
     pub lane: u16,
 }
 
@@ -61,35 +65,41 @@ impl SessionLink {
     }
 }
 
-/// Stands in the number of those to give if the workers have changed.
+/// The bit of the number of connections to give that says that the workers have changed.
 const AFTER_CHANGE: u32 = 1 << 31;
 
 /// An order of the master to a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// Accept nothing more, serve the open connections, and end them by then.
+    /// Accept nothing more, serve the open connections, and close them before this time.
     Drain(Duration),
-    /// The server stops: answer the calls that were read, refuse others, close, and exit by then.
+    /// The server stops: answer the calls that were read, refuse others, close, and exit before this time.
     Stop(Duration),
     /// Log to the file whose descriptor is attached.
     ReopenLog,
+    /// Write the access log to the file whose descriptor is attached.
+    ReopenAccessLog,
     /// Move connections, so that they are spread evenly over the workers.
     Rebalance(RebalanceOrder),
     /// A stop is scheduled: continue to serve, but answer health checks with "not ready".
     StopPending,
     /// Use the attached link to the worker with this record of the scoreboard.
     Link(u32),
-    /// The same between a worker and a pool process.
+    /// Use the attached link between a worker and a pool process, or to the jobs process.
     LinkPool(PoolLink),
-    /// For a pool process that stays at a reload: what the generation after this one has of the pool comes
-    /// along in a file of memory.
+    /// For a pool process that stays at a reload. The attached memory file has the pool's table in the generation
+    /// after this one.
     UpdatePool(Generation),
-    /// That reload has succeeded, or it has not.
+    /// The reload to this generation has ended. True if it has succeeded.
     EndUpdate(Generation, bool),
-    /// A pool process that a program before this one had forked has ended, and none follows.
+    /// A pool process from before an upgrade has ended, and none follows.
     PoolEnded,
-    /// For an acceptor: the attached link is one of its sessions'. For a pool process: it leads to that session.
+    /// For a jobs process: serve the attached connection of a command.
+    JobCommand,
+    /// For an acceptor: pass the attached link on to one of its sessions. For a pool process: it leads to that session.
     SessionLink(SessionLink),
+    /// For a jobs process: this worker or pool process has ended.
+    ExecutorEnded(ExecutorEnd),
 }
 
 /// A report of a worker to the master.
@@ -108,13 +118,13 @@ pub enum Report {
     LinkWanted(u32),
     /// It has accepted more than its share of the connections.
     Uneven,
-    /// A pool process can serve that generation too, or it cannot; the reason stands in the file of memory.
+    /// Whether a pool process can also serve this generation. If it cannot, the reason is in the memory file.
     PoolUpdated(Generation, bool),
     /// An acceptor needs a link between one of its sessions and a pool process.
     SessionLink(SessionLink),
     /// The session at this index of the table of sessions has crashed. From its acceptor.
     SessionCrashed(u32),
-    /// Records of its slow calls ask for what only the master may read.
+    /// Records of slow calls of this process wait for facts that only the master may read.
     SlowCalls,
 }
 
@@ -142,6 +152,7 @@ impl MessageBody for Order {
             Order::Drain(limit) => (1, millis(limit)),
             Order::Stop(limit) => (2, millis(limit)),
             Order::ReopenLog => (3, 0),
+            Order::ReopenAccessLog => (8, 0),
             Order::StopPending => (5, 0),
             Order::Link(record) => (6, record.into()),
             Order::SessionLink(link) => (7, link.encode()),
@@ -152,6 +163,8 @@ impl MessageBody for Order {
             Order::UpdatePool(generation) => (22, generation.0.into()),
             Order::EndUpdate(generation, has_succeeded) => (23, outcome(generation, has_succeeded)),
             Order::PoolEnded => (24, 0),
+            Order::JobCommand => (31, 0),
+            Order::ExecutorEnded(end) => (30, end.encode()),
             Order::Rebalance(order) => {
                 let flag = if order.after_change { AFTER_CHANGE } else { 0 };
                 let give = order.give.min(AFTER_CHANGE - 1) | flag;
@@ -165,6 +178,7 @@ impl MessageBody for Order {
             1 => Some(Order::Drain(Duration::from_millis(value))),
             2 => Some(Order::Stop(Duration::from_millis(value))),
             3 => Some(Order::ReopenLog),
+            8 => Some(Order::ReopenAccessLog),
             4 => Some(Order::Rebalance(RebalanceOrder {
                 give: (value >> 32) as u32 & !AFTER_CHANGE,
                 take: value as u32,
@@ -184,6 +198,8 @@ impl MessageBody for Order {
                 .map(Order::UpdatePool),
             23 => Some(Order::EndUpdate(Generation(value as u32), value >> 32 != 0)),
             24 => Some(Order::PoolEnded),
+            31 => Some(Order::JobCommand),
+            30 => ExecutorEnd::decode(value).map(Order::ExecutorEnded),
             _ => None,
         }
     }
@@ -225,7 +241,7 @@ impl MessageBody for Report {
     }
 }
 
-/// A generation and how something went.
+/// A generation and whether something succeeded in it.
 fn outcome(generation: Generation, is_good: bool) -> u64 {
     u64::from(is_good) << 32 | u64::from(generation.0)
 }
@@ -267,6 +283,12 @@ impl<T: MessageBody> Message<T> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::link::executor_end::ExecutorCause;
+
+    const ENDED: ExecutorEnd = ExecutorEnd {
+        pid: 5,
+        cause: ExecutorCause::Attempt(3),
+    };
 
     const POOL_LINK: PoolLink = PoolLink {
         record: 4095,
@@ -285,6 +307,7 @@ mod tests {
             Order::Drain(Duration::from_millis(30_000)),
             Order::Stop(Duration::from_millis(u64::MAX)),
             Order::ReopenLog,
+            Order::ReopenAccessLog,
             Order::StopPending,
             Order::Link(4095),
             Order::LinkPool(POOL_LINK),
@@ -292,6 +315,8 @@ mod tests {
             Order::EndUpdate(Generation(u32::MAX), true),
             Order::EndUpdate(Generation(2), false),
             Order::PoolEnded,
+            Order::JobCommand,
+            Order::ExecutorEnded(ENDED),
             Order::SessionLink(SessionLink {
                 session: u32::MAX,
                 record: 4095,
@@ -368,6 +393,7 @@ mod tests {
         check(Order::Drain(limit), 1, *b"\x30\x75\0\0\0\0\0\0");
         check(Order::Stop(limit), 2, *b"\x30\x75\0\0\0\0\0\0");
         check(Order::ReopenLog, 3, [0; 8]);
+        check(Order::ReopenAccessLog, 8, [0; 8]);
         check(Order::Rebalance(shares), 4, *b"\x02\0\0\0\x01\0\0\0");
         check(Order::StopPending, 5, [0; 8]);
         check(Order::Link(3), 6, *b"\x03\0\0\0\0\0\0\0");
@@ -376,6 +402,9 @@ mod tests {
         let succeeded = Order::EndUpdate(Generation(3), true);
         check(succeeded, 23, *b"\x03\0\0\0\x01\0\0\0");
         check(Order::PoolEnded, 24, [0; 8]);
+        check(Order::JobCommand, 31, [0; 8]);
+        let ended = Order::ExecutorEnded(ENDED);
+        check(ended, 30, *b"\x03\0\0\x80\x05\0\0\0");
         check(Report::Ready, 101, [0; 8]);
         check(Report::Retiring, 102, [0; 8]);
         check(Report::MaxCallsReached(258), 103, *b"\x02\x01\0\0\0\0\0\0");

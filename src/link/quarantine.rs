@@ -16,9 +16,9 @@ use super::stuck_calls::StuckCalls;
 use crate::sys::shared_memory;
 use crate::sys::shared_memory::shared_record;
 
-/// The most quarantined calls, and the most suspected calls, at once.
+/// The largest number of quarantined calls, and of suspected calls, at once.
 pub const PLACES: usize = 64;
-/// The most running calls in one crash report.
+/// The largest number of running calls in one crash report.
 pub const MAX_REPORTED_CALLS: usize = 16;
 /// Stands for a running call without a key. No key has this value, because keys are odd.
 pub const WITHOUT_KEY: u64 = 2;
@@ -42,7 +42,8 @@ shared_record! {
     /// What is known about the death of one worker.
     #[derive(Debug)]
     pub struct CrashReport {
-        /// The keys of the calls that ran on a thread, terminated by 0. The identified ones come first.
+        /// The keys of the calls that ran on a thread, terminated by 0. Calls with a key come first, then calls
+        /// without one.
         pub keys: [AtomicU64; MAX_REPORTED_CALLS],
         pub methods: [AtomicU32; MAX_REPORTED_CALLS],
         /// The key of the call whose thread failed, if `fault` says that a thread failed.
@@ -224,6 +225,33 @@ impl CrashReport {
         }
         if let Some(end) = self.keys.get(count) {
             end.store(0, Relaxed);
+        }
+    }
+}
+
+/// The quarantine, for a process that may be without: then no call is in it.
+#[derive(Debug, Default)]
+pub struct UsedQuarantine(pub Option<Quarantine>);
+
+impl UsedQuarantine {
+    /// Returns the key of a call.
+    #[inline]
+    pub fn key(&self, method: &str, params: &str) -> Option<u64> {
+        Some(self.0.as_ref()?.key(method, params))
+    }
+
+    /// Returns whether the call with this key is quarantined. A call without a key has 0 and is not.
+    #[inline]
+    pub fn is_quarantined(&self, key: u64) -> bool {
+        let quarantine = self.0.as_ref().filter(|_| key != 0);
+        quarantine.is_some_and(|quarantine| quarantine.is_quarantined(key))
+    }
+
+    /// Clears the suspicion of a call that has completed.
+    #[inline]
+    pub fn clear_suspicion(&self, key: u64) {
+        if let Some(quarantine) = &self.0 {
+            quarantine.clear_suspicion(key);
         }
     }
 }

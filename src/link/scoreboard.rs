@@ -18,12 +18,15 @@ use crate::sys::process::Pid;
 use crate::sys::shared_memory;
 use crate::sys::shared_memory::shared_record;
 
-/// The most processes at once, including those of draining generations.
+/// The largest number of processes at once, including those of draining generations.
 pub const RECORDS: usize = 4096;
 const LENGTH: NonZeroUsize = NonZeroUsize::new(RECORDS).expect("there are some");
 
 /// The number of counters of waiting calls: one per lane, and the last one for all further lanes.
 pub const LANES: usize = 16;
+
+/// The lane that the jobs process shows.
+pub const JOBS_LANE: u32 = u32::MAX;
 
 /// The bytes from one record to the next. It is fixed, because workers of one version and a master of the
 /// next share the memory. A field may be added at the end; none may be moved or removed.
@@ -81,7 +84,7 @@ shared_record! {
         pub generation: AtomicU32,
         /// Incremented after each write of the next two fields.
         pub capacity_epoch: AtomicU32,
-        /// The lane whose calls it runs.
+        /// The lane whose calls it runs; [`JOBS_LANE`] in the record of a jobs process.
         pub lane: AtomicU32,
         /// The number of calls of that lane that it could begin now.
         pub idle: AtomicU32,
@@ -96,8 +99,8 @@ shared_record! {
         pub forwarded: AtomicU64,
         /// Whether the master accepts requests of this worker; see [`WorkerRecord::request`].
         requests: AtomicU32,
-        /// The pid of the pool process that writes this record. A master needs it after one that did not
-        /// know pool processes.
+        /// The pid of the pool process that writes this record. A master needs it if the master before the upgrade did
+        /// not know pool processes.
         pub pool_pid: AtomicI32,
         /// When a program of the pool was ready last, in milliseconds (CLOCK_MONOTONIC); 0 in a record of another
         /// process, and in that of an older version.
@@ -108,9 +111,13 @@ shared_record! {
         pub oldest_call: AtomicU64,
         /// The pid of that process; 0: this one.
         pub oldest_home: AtomicI32,
-        /// Not of this process: the generation that serves the isolated listener whose range has the number of this
-        /// record; 0 if there is none. It is here because sessions cannot write to the scoreboard.
+        /// Says nothing about this process: the generation that serves the isolated listener whose range has the number
+        /// of this record; 0 if there is none. It is in the scoreboard because sessions cannot write there.
         serving: AtomicU32,
+        /// 1 while it leaves accepting to the other workers for a short time.
+        pub has_yielded: AtomicU32,
+        /// The id of the job if `oldest_method` is an attempt, in two halves; otherwise 0.
+        oldest_job: [AtomicU64; 2],
     }
 }
 
@@ -153,6 +160,8 @@ const _: () = {
     assert!(offset_of!(WorkerRecord, oldest_call) == 216);
     assert!(offset_of!(WorkerRecord, oldest_home) == 224);
     assert!(offset_of!(WorkerRecord, serving) == 228);
+    assert!(offset_of!(WorkerRecord, has_yielded) == 232);
+    assert!(offset_of!(WorkerRecord, oldest_job) == 240);
 };
 
 /// For the master: sets the generation that serves the isolated listener with this range; `None` if the listener is
@@ -212,6 +221,16 @@ impl Scoreboard {
     }
 }
 
+/// A call that a death record names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordedCall {
+    /// The index of its method.
+    pub method: usize,
+    pub call: Option<CallId>,
+    /// The id of the job if it is an attempt; otherwise 0.
+    pub job: u128,
+}
+
 /// The states of `WorkerRecord::requests`.
 const REFUSED: u32 = 0;
 const ALLOWED: u32 = 1;
@@ -219,14 +238,14 @@ const SENDING: u32 = 2;
 
 impl WorkerRecord {
     /// Sends a report that a master of an older version would not understand, unless the master has
-    /// forbidden it. Between the check and the send the master cannot become another program. Returns what
+    /// forbidden it. The master cannot be replaced by another version between the check and the send. Returns what
     /// `send` returns, and `None` if the master has forbidden it.
     pub fn request<T>(&self, send: impl FnOnce() -> T) -> Option<T> {
         let state = &self.requests;
         let allowed = state.compare_exchange(ALLOWED, SENDING, SeqCst, Relaxed);
         allowed.ok()?;
         let sent = send();
-        // It fails if the master has cut it off.
+        // The exchange fails if the master has forbidden requests meanwhile.
         let _ = state.compare_exchange(SENDING, ALLOWED, SeqCst, Relaxed);
         Some(sent)
     }
@@ -252,6 +271,7 @@ impl WorkerRecord {
     /// Sets all fields to zero for the next worker.
     pub fn clear(&self) {
         for number in [
+            &self.lane,
             &self.connections,
             &self.running,
             &self.queued,
@@ -269,9 +289,11 @@ impl WorkerRecord {
             &self.lost_lines,
             &self.sent,
             &self.running_for_others,
+            &self.has_yielded,
         ] {
             number.store(0, Relaxed);
         }
+        self.set_oldest_job(0);
         self.clear_capacity();
         self.cut_off_requests();
         self.keeper.store(0, Relaxed);
@@ -313,20 +335,34 @@ impl WorkerRecord {
         method.filter(|_| is_running).map(|method| method as usize)
     }
 
-    /// Returns the method and the call to name when the process `own` of this record has died: the call on
-    /// the loop, else the oldest on a thread, else the last one that the loop ran.
-    pub fn last_call(&self, own: Pid) -> Option<(usize, Option<CallId>)> {
+    /// Sets the job of the oldest call; 0 if it is no attempt.
+    pub fn set_oldest_job(&self, job: u128) {
+        let [high, low] = &self.oldest_job;
+        high.store((job >> 64) as u64, Relaxed);
+        low.store(job as u64, Relaxed);
+    }
+
+    /// Returns the method and the call that a death record names, if the process `own` of this record has died. It is
+    /// the call on the event loop, otherwise the oldest call on a thread, otherwise the last call that the loop ran.
+    pub fn last_call(&self, own: Pid) -> Option<RecordedCall> {
         if let (0, Some((method, _))) = (self.inline_running.load(Relaxed), self.oldest()) {
             let home = match self.oldest_home.load(Relaxed) {
                 0 => own.0,
                 home => home,
             };
             let call = CallId::recorded(home, self.oldest_call.load(Relaxed));
-            return Some((method, call));
+            let [high, low] = self.oldest_job.each_ref().map(|half| half.load(Relaxed));
+            let job = u128::from(high) << 64 | u128::from(low);
+            return Some(RecordedCall { method, call, job });
         }
         let method = self.last_method.load(Relaxed).checked_sub(1)?;
         let call = CallId::recorded(own.0, self.last_call.load(Relaxed));
-        Some((method as usize, call))
+        let method = method as usize;
+        Some(RecordedCall {
+            method,
+            call,
+            job: 0,
+        })
     }
 }
 
@@ -340,7 +376,8 @@ mod tests {
         let board = Scoreboard::new().unwrap();
         let record = board.record(RECORDS - 1);
         let call = |pid, number| Some(CallId { pid, number });
-        let last = || record.last_call(Pid(9));
+        let recorded = || record.last_call(Pid(9));
+        let last = || recorded().map(|it| (it.method, it.call));
         assert_eq!(last(), None);
         record.last_method.store(3, Relaxed);
         assert_eq!(last(), Some((2, None)), "a worker of an older version");
@@ -352,6 +389,8 @@ mod tests {
         assert_eq!(last(), Some((4, call(9, 12))));
         record.oldest_home.store(8, Relaxed);
         assert_eq!(last(), Some((4, call(8, 12))));
+        record.set_oldest_job(5 << 64 | 6);
+        assert_eq!(recorded().unwrap().job, 5 << 64 | 6);
         record.inline_running.store(1, Relaxed);
         assert_eq!(last(), Some((2, call(9, 11))));
         assert_eq!(record.oldest(), Some((4, 77)));
@@ -359,6 +398,7 @@ mod tests {
         assert_eq!((last(), record.oldest()), (None, None));
         record.oldest_method.store(1, Relaxed);
         assert_eq!(last(), Some((0, None)));
+        assert_eq!(recorded().unwrap().job, 0);
     }
 
     #[test]

@@ -2,13 +2,13 @@
 //! connections only. If all sent at once, most would wait for room and try again and again.
 //!
 //! The next session gets its order when one of the batch has ended. A session with a running call does not
-//! count, and each counts for a limited time, so that none delays the others for long.
+//! take a place in the batch, and each takes one for a limited time, so that none delays the others for long.
 
 use std::time::Duration;
 
 /// Sessions that hand their connections over at the same time.
 pub const BATCH: usize = 64;
-/// For how long a session counts that was ordered to hand its connection over.
+/// How long a session takes a place in the batch at most, in milliseconds.
 const COUNT_MS: u64 = 1_000;
 /// The time between two checks whether the next sessions can get the order.
 pub const LOOK_MS: u64 = 50;
@@ -44,7 +44,7 @@ impl Draining {
     }
 
     /// Sends the order to the sessions for which there is room. Call it when sessions have ended, and after
-    /// `LOOK_MS`. `may_move`: the session lives and runs no call. `order` gets the time until the end.
+    /// `LOOK_MS`. `may_move` returns whether a session lives and runs no call. `order` gets the time until the end.
     pub fn advance(
         &mut self,
         may_move: impl Fn(usize) -> bool,

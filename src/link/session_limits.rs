@@ -3,23 +3,23 @@
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
 
-/// Sessions that have not exited this long after their deadline are killed.
+/// A session that has not exited this long after its deadline, in milliseconds, is killed.
 pub const OVERDUE_MS: u64 = 250;
-/// After a tick that is this late, this process was paused, or the machine is very busy.
+/// If a tick is this late, in milliseconds, this process was paused, or the machine is very busy.
 const LATE_TICK_MS: u64 = 750;
 
 /// How long a session may live, in milliseconds; `u64::MAX` if there is no limit.
 #[derive(Debug)]
 pub struct SessionTimes {
-    /// Since its event loop last ran.
+    /// The longest time since its event loop last ran.
     silent_ms: u64,
-    /// Since it got its connection.
+    /// The longest time since it got its connection.
     open_ms: u64,
 }
 
 impl SessionTimes {
-    /// Returns which time a session with a connection has exceeded. The arguments are when it got that, and when
-    /// its event loop last ran.
+    /// Returns which time a session with a connection has exceeded. `since_ms` is when it got the connection, and
+    /// `heartbeat_ms` when its event loop last ran.
     pub fn exceeded(
         &self,
         (since_ms, heartbeat_ms): (u64, u64),
@@ -33,12 +33,12 @@ impl SessionTimes {
     }
 }
 
-/// The time that a session has exceeded, so that it is killed.
+/// The limit that a session has exceeded. The session is killed for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExceededTime {
     /// Its event loop has not run for this time, in milliseconds.
     Silent(u64),
-    /// It has outlived `max-lifetime` and a drain.
+    /// Its connection has been open for longer than `max-lifetime` and `workers.drain-timeout` together.
     Open,
 }
 
@@ -64,12 +64,12 @@ pub struct SessionLimits {
     open_ms: u64,
     /// The time of the last tick.
     ticked_ms: u64,
-    /// Until then no session counts as stuck.
+    /// Until this time no session counts as stuck.
     trusted_until_ms: u64,
 }
 
 impl SessionLimits {
-    /// `lifetime` is `max-lifetime` of the listener; zero if there is no limit.
+    /// Creates the limits. `lifetime` is `max-lifetime` of the listener; zero if there is no limit.
     pub fn new(heartbeat: Duration, drain: Duration, lifetime: Duration) -> Self {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX / 4);
         SessionLimits {

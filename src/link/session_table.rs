@@ -1,37 +1,36 @@
-//! The sessions of all isolated listeners: shared memory in which an acceptor says which of its children
-//! are connection processes, and what became of them.
+//! Holds the table of the sessions of all isolated listeners in shared memory. An acceptor records there which of its
+//! children are sessions, and how they ended.
 //!
-//! Each listener has a range of records. An acceptor claims a record before it forks a session, the session
-//! writes what it does, and the process that reaps the session releases the record. So when an acceptor
-//! dies, the master knows which of the children that it adopts are sessions. Nothing in here is trusted: a
-//! session can write any of it.
+//! Each listener has a range of records. An acceptor claims a record before it forks a session, the session writes
+//! what it does, and the process that reaps the session releases the record. So when an acceptor dies, the master
+//! knows which of the children that it adopts are sessions. The contents are not trusted, because a session can write
+//! all of it.
 
-use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroUsize;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{
     AtomicI32, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
 };
 
 use super::ids::{Generation, Pid};
 use super::metrics_board::layout::OTHER;
-use super::scoreboard::{RECORDS, WorkerRecord};
+use super::scoreboard::WorkerRecord;
 use super::session_limits::ExceededTime;
 use crate::link::source_table::peer_name;
 use crate::sys::process::Exit;
-use crate::sys::shared_memory::{self, shared_record};
+use crate::sys::shared_memory::shared_record;
 
-/// Sessions of one listener, those of all generations and the processes that wait for a connection.
+/// The largest number of sessions of one listener: of all generations, including processes that wait for a connection.
 pub const SESSIONS: usize = 4096;
-/// Listeners that have a range.
+/// The largest number of isolated listeners. Each has a range of records.
 pub const RANGES: usize = 64;
-const LENGTH: NonZeroUsize = NonZeroUsize::new(SESSIONS * RANGES).expect("there are some");
 
-/// Methods of a session whose running and waiting calls are shown one by one.
+/// The number of entries for methods in a record. If more methods have calls, the last entry has the sum of the rest.
 const SHOWN_METHODS: usize = 16;
-/// The time between two warnings of all sessions of a listener, in milliseconds.
+/// The shortest time between two warnings of the sessions of one listener, in milliseconds.
 const WARNING_MS: u64 = 10_000;
+
+/// The largest number of unwritten lines of the access log that are counted for a session.
+const MOST_LINES: u64 = 16 * 1024;
 
 /// Values of `SessionRecord::state`.
 const FREE: u32 = 0;
@@ -40,67 +39,83 @@ const OPEN: u32 = 2;
 const CRASHED: u32 = 3;
 
 shared_record! {
-    /// One connection process. All zero: none.
+    /// The record of one session. All zero: it is free.
     #[derive(Debug)]
     pub struct SessionRecord {
-        /// What it shows, as a worker does.
+        /// The part that a worker has in its scoreboard record.
         pub worker: WorkerRecord,
         state: AtomicU32,
         pid: AtomicI32,
-        /// When the process began, in clock ticks since boot (proc_pid_stat(5)): a pid may be used again.
+        /// When the process began, in clock ticks since boot (proc_pid_stat(5)). It tells a session from a later
+        /// process with the same pid.
         start_ticks: AtomicU64,
         acceptor: AtomicI32,
         generation: AtomicU32,
-        /// When the connection came, in milliseconds (CLOCK_MONOTONIC).
+        /// When the session got its connection, in milliseconds (CLOCK_MONOTONIC); 0 before.
         pub since_ms: AtomicU64,
-        /// The client: an IPv6 address, or an IPv4 one mapped into that, and its port. All zero: none.
+        /// The address of the client as an IPv6 address (IPv4 addresses are mapped), and its port plus one. All zero:
+        /// none.
         peer: [AtomicU64; 3],
-        /// The key of its source, as in `source_table`; 0: none, or it does not count any more.
+        /// The key of the client's source, as in `source_table`; 0 if there is none, or if its connection does not
+        /// count any more.
         source: AtomicU64,
-        /// How a crashed session ended, and its most memory in bytes.
+        /// How a crashed session ended, and its highest resident memory in KiB.
         exit: AtomicU32,
         peak_rss_kib: AtomicU32,
-        /// In the first record of a range: connection processes of the listener that have crashed, and how
-        /// many records have ever been used.
+        /// Only in the first record of a range: the number of sessions of the listener that have crashed, and the
+        /// number of records that were ever used.
         pub crashes: AtomicU32,
         claimed: AtomicU32,
-        /// Padding: not used any more.
-        spare: AtomicU32,
-        /// What the master orders a session whose acceptor is gone, and when it is to be done.
+        /// In the first record of a range: connections of the listener that got no process in time.
+        pub unserved: AtomicU32,
+        /// The master's order to a session whose acceptor is gone, and its deadline.
         order: AtomicU32,
         order_until_ms: AtomicU64,
-        /// Whether a pool process of the program before an upgrade has ended.
+        /// Whether a pool process from before an upgrade has ended and none follows.
         pool_ended: AtomicU32,
-        /// Why its acceptor has killed it: 0 it has not, 1 for `ExceededTime::Open`, else the milliseconds of
-        /// `ExceededTime::Silent`.
+        /// In the first record of a range: how often all `processes` of the listener were in use.
+        pub full: AtomicU32,
+        /// Why its acceptor has killed it: 0 if it has not, 1 for `ExceededTime::Open`, other values are the
+        /// milliseconds of `ExceededTime::Silent`.
         exceeded: AtomicU64,
-        /// In the first record of a range: when a session last logged the warning that threads are missing.
+        /// Only in the first record of a range: when a session last logged the warning that threads are missing, in
+        /// milliseconds (CLOCK_MONOTONIC).
         warned_ms: AtomicU64,
-        /// Its running and waiting calls by method: the place of the method plus one, then 24 bits each.
+        /// Its running and waiting calls by method. Each entry has the place of the method plus one in the upper 16
+        /// bits, then 24 bits for running and 24 bits for waiting calls.
         methods: [AtomicU64; SHOWN_METHODS],
+        /// Lines of the access log that it has to write.
+        lines: AtomicU64,
     }
 }
 const _: () = assert!(size_of::<SessionRecord>() == 2 * super::scoreboard::STRIDE);
 
-/// What the master orders a session that has no acceptor.
+/// An order of the master to a session whose acceptor has died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DirectOrder {
-    /// Its connection goes to a new generation's process.
+    /// Hand the connection over to a process of the new generation.
     Drain,
-    /// Its connection is closed after the answers.
+    /// Close the connection after the answers.
     Stop,
 }
 
 impl SessionRecord {
-    /// Claims a free record for the next process of an acceptor. Returns false if it is used.
+    /// Claims the record for the next process of an acceptor. Returns false if the record is not free.
     pub fn claim(&self, acceptor: Pid, generation: Generation) -> bool {
-        if self
-            .state
-            .compare_exchange(FREE, SPARE, Acquire, Relaxed)
-            .is_err()
-        {
-            return false;
+        let state = self.state.compare_exchange(FREE, SPARE, Acquire, Relaxed);
+        if state.is_ok() {
+            self.begin(acceptor, generation);
         }
+        state.is_ok()
+    }
+
+    /// Takes a record for the next process of an acceptor, although it seems to be used.
+    pub fn seize(&self, acceptor: Pid, generation: Generation) {
+        self.state.store(SPARE, Release);
+        self.begin(acceptor, generation);
+    }
+
+    fn begin(&self, acceptor: Pid, generation: Generation) {
         self.worker.clear();
         self.worker.allow_requests();
         self.pid.store(0, Relaxed);
@@ -108,21 +123,21 @@ impl SessionRecord {
         self.pool_ended.store(0, Relaxed);
         self.exceeded.store(0, Relaxed);
         self.set_methods(std::iter::empty());
+        self.lines.store(0, Relaxed);
         self.set_peer(None);
         self.set_source(None);
         self.since_ms.store(0, Relaxed);
         self.acceptor.store(acceptor.0, Relaxed);
         self.generation.store(generation.0, Relaxed);
-        true
     }
 
-    /// The process is there.
+    /// Records the process that was forked for this record.
     pub fn set_process(&self, pid: Pid, start_ticks: u64) {
         self.start_ticks.store(start_ticks, Relaxed);
         self.pid.store(pid.0, Release);
     }
 
-    /// It gets a connection; `source` is the key of its source.
+    /// Records that the process gets a connection from `peer`. `source` is the key of the source, if it is counted.
     pub fn open(&self, (peer, source): (Option<SocketAddr>, Option<u64>), now_ms: u64) {
         self.set_peer(peer);
         self.set_source(source);
@@ -130,7 +145,7 @@ impl SessionRecord {
         self.state.store(OPEN, Release);
     }
 
-    /// The connection could not be sent to it: it waits for another one.
+    /// Records that the connection could not be sent to the process, which waits for another one.
     pub fn wait_again(&self) {
         self.state.store(SPARE, Release);
         self.set_peer(None);
@@ -138,7 +153,7 @@ impl SessionRecord {
         self.since_ms.store(0, Relaxed);
     }
 
-    /// The process has ended and was reaped.
+    /// Frees the record, because the process has ended and was reaped.
     pub fn release(&self) {
         self.worker.clear_capacity();
         self.pid.store(0, Relaxed);
@@ -146,7 +161,7 @@ impl SessionRecord {
         self.state.store(FREE, Release);
     }
 
-    /// Likewise, by a crash: the record stays until the master has taken note of it.
+    /// Records that the process has crashed and was reaped. The record is not free until the master has read it.
     pub fn crash(&self, exit: Exit, peak_rss_bytes: u64) {
         self.worker.clear_capacity();
         self.exit.store(encode_exit(exit), Relaxed);
@@ -155,19 +170,19 @@ impl SessionRecord {
         self.state.store(CRASHED, Release);
     }
 
-    /// How it has crashed; `None` if it has not.
+    /// Returns how the process has crashed, and its highest resident memory in bytes; `None` if it has not crashed.
     pub fn crashed(&self) -> Option<(Exit, u64)> {
         let is_crashed = self.state.load(Acquire) == CRASHED;
         let rss = u64::from(self.peak_rss_kib.load(Relaxed)) * 1024;
         is_crashed.then(|| (decode_exit(self.exit.load(Relaxed)), rss))
     }
 
-    /// Whether a process is expected behind it.
+    /// Returns whether a process should exist for this record.
     pub fn is_used(&self) -> bool {
         matches!(self.state.load(Acquire), SPARE | OPEN)
     }
 
-    /// Whether it has a connection.
+    /// Returns whether the process has a connection.
     pub fn is_open(&self) -> bool {
         self.state.load(Acquire) == OPEN
     }
@@ -188,7 +203,7 @@ impl SessionRecord {
         Generation(self.generation.load(Relaxed))
     }
 
-    /// Counts its connection for the source with this key.
+    /// Counts the connection for the source with this key; `None`: for no source.
     pub fn set_source(&self, key: Option<u64>) {
         self.source.store(key.unwrap_or(0), Relaxed);
     }
@@ -210,7 +225,7 @@ impl SessionRecord {
         port.store(number, Relaxed);
     }
 
-    /// The client's address; `None` for one of a unix socket.
+    /// Returns the client's address; `None` for a client of a unix socket.
     pub fn peer(&self) -> Option<SocketAddr> {
         let [high, low, port] = self.peer.each_ref().map(|word| word.load(Relaxed));
         let port = port.checked_sub(1)? as u16;
@@ -218,12 +233,12 @@ impl SessionRecord {
         Some(SocketAddr::new(ip.to_canonical(), port))
     }
 
-    /// When its connection came; `None`: it has had none.
+    /// Returns when the session got its connection, in milliseconds; `None` if it never had one.
     pub fn opened_ms(&self) -> Option<u64> {
         Some(self.since_ms.load(Relaxed)).filter(|at| *at > 0)
     }
 
-    /// When its connection came, and when its event loop last ran.
+    /// Returns when the session got its connection, and when its event loop last ran, in milliseconds.
     pub fn times(&self) -> (u64, u64) {
         (
             self.since_ms.load(Relaxed),
@@ -231,12 +246,13 @@ impl SessionRecord {
         )
     }
 
-    /// The client as it is shown.
+    /// Returns the client as text, for logs and `status`.
     pub fn peer_name(&self) -> String {
         peer_name(self.peer())
     }
 
-    /// For the master: gives an order to a session without an acceptor.
+    /// Gives an order to a session without an acceptor. Only the master calls it. `until_ms` is the deadline of the
+    /// order.
     pub fn set_order(&self, order: DirectOrder, until_ms: u64) {
         self.order_until_ms.store(until_ms, Relaxed);
         let number = match order {
@@ -246,18 +262,18 @@ impl SessionRecord {
         self.order.store(number, Release);
     }
 
-    /// For the master: marks that a pool process of the session's generation has ended, so that calls may
-    /// wait for it without end.
+    /// Marks that a pool process of the session's generation has ended and no other one follows. Otherwise calls of
+    /// the session would wait for it forever. Only the master calls it.
     pub fn set_pool_ended(&self) {
         self.pool_ended.store(1, Release);
     }
 
-    /// Returns whether the master has marked that.
+    /// Returns whether the master has called `set_pool_ended`.
     pub fn has_pool_ended(&self) -> bool {
         self.pool_ended.load(Acquire) != 0
     }
 
-    /// Its acceptor kills it, because it has exceeded this time.
+    /// Records why the acceptor kills the session: it has exceeded this time.
     pub fn set_exceeded(&self, exceeded: ExceededTime) {
         let number = match exceeded {
             ExceededTime::Open => 1,
@@ -266,7 +282,7 @@ impl SessionRecord {
         self.exceeded.store(number, Relaxed);
     }
 
-    /// Why its acceptor has killed it.
+    /// Returns which time the session had exceeded when its acceptor killed it; `None` if it was not killed.
     pub fn exceeded(&self) -> Option<ExceededTime> {
         match self.exceeded.load(Relaxed) {
             0 => None,
@@ -275,8 +291,18 @@ impl SessionRecord {
         }
     }
 
-    /// Shows how many calls of each method run and wait, by the places of the methods. Those of methods for
-    /// which there is no room count as calls of other methods.
+    /// For the session: adds to the number of access log lines that it must still write, or subtracts from it.
+    pub fn add_lines(&self, lines: i64) {
+        self.lines.fetch_add(lines as u64, Relaxed);
+    }
+
+    /// Returns the lines that a session has not written that has ended. The number is not trusted.
+    pub fn take_lines(&self) -> u64 {
+        self.lines.swap(0, Relaxed).min(MOST_LINES)
+    }
+
+    /// Publishes how many calls of each method run and wait: `counts` has the place of the method and both numbers.
+    /// If there are more methods than entries, the rest is added up as calls of other methods.
     pub fn set_methods(&self, counts: impl Iterator<Item = (usize, u64, u64)>) {
         let mut counts = counts.filter(|(_, running, queued)| running + queued > 0);
         let [first @ .., last] = &self.methods;
@@ -289,7 +315,7 @@ impl SessionRecord {
         last.store(rest.map_or(0, pack), Relaxed);
     }
 
-    /// Returns what `set_methods` shows, if it has a connection.
+    /// Returns what `set_methods` has written; nothing if the session has no connection.
     pub fn methods(&self) -> impl Iterator<Item = (usize, u64, u64)> {
         let is_open = self.is_open();
         let shown = self.methods.iter().map(|shown| shown.load(Relaxed));
@@ -299,7 +325,7 @@ impl SessionRecord {
         })
     }
 
-    /// The order of the master, once.
+    /// Takes the order of the master and its deadline in milliseconds. Returns each order once.
     pub fn take_order(&self) -> Option<(DirectOrder, u64)> {
         let order = match self.order.swap(0, Acquire) {
             1 => DirectOrder::Drain,
@@ -310,14 +336,14 @@ impl SessionRecord {
     }
 }
 
-/// The most calls of a method that are shown.
+/// The largest number of calls of a method that are shown.
 const MAX_SHOWN: u64 = (1 << 24) - 1;
 
 fn pack((place, running, queued): (usize, u64, u64)) -> u64 {
     (place as u64 + 1) << 48 | running.min(MAX_SHOWN) << 24 | queued.min(MAX_SHOWN)
 }
 
-/// Returns whether a session may log a warning that others of its listener log too: at most one in ten seconds.
+/// Returns whether a session may log a warning. All sessions of a listener together log at most one in ten seconds.
 pub fn may_warn(range: &[SessionRecord], now_ms: u64) -> bool {
     range.first().is_none_or(|first| {
         let last = first.warned_ms.load(Relaxed);
@@ -327,19 +353,19 @@ pub fn may_warn(range: &[SessionRecord], now_ms: u64) -> bool {
     })
 }
 
-/// The records of a range that have ever been used.
+/// Returns the records of a range that were ever used.
 pub fn claimed(range: &[SessionRecord]) -> &[SessionRecord] {
     let count = range.first().map_or(0, |first| first.claimed.load(Relaxed));
     &range[..(count as usize).min(range.len())]
 }
 
-/// How many connections of the source with this key the sessions of a range have.
+/// Returns how many connections of the source with this key the sessions of a range have.
 pub fn count_of_source(range: &[SessionRecord], key: u64) -> usize {
     let is_its = |it: &&SessionRecord| it.source.load(Relaxed) == key && it.is_open();
     claimed(range).iter().filter(is_its).count()
 }
 
-/// The record at `index` is used.
+/// Records that the record at `index` is used.
 pub fn note_claim(range: &[SessionRecord], index: usize) {
     range[0].claimed.fetch_max(index as u32 + 1, Relaxed);
 }
@@ -371,67 +397,11 @@ fn decode_exit(number: u32) -> Exit {
     }
 }
 
-/// All records, and the file that they lie in.
-#[derive(Debug)]
-pub struct SessionTable {
-    records: &'static [SessionRecord],
-    file: OwnedFd,
-}
-
-impl SessionTable {
-    /// An empty table.
-    ///
-    /// # Errors
-    /// If there is no memory or no descriptor.
-    pub fn new() -> io::Result<Self> {
-        let (records, file) = shared_memory::array(LENGTH)?;
-        Ok(SessionTable { records, file })
-    }
-
-    /// The table that another program has made.
-    ///
-    /// # Errors
-    /// If there is no memory, or the file is too short.
-    pub fn of(file: OwnedFd) -> io::Result<Self> {
-        let records = shared_memory::array_in(&file, LENGTH)?;
-        Ok(SessionTable { records, file })
-    }
-
-    pub fn file(&self) -> &OwnedFd {
-        &self.file
-    }
-
-    pub fn records(&self) -> &'static [SessionRecord] {
-        self.records
-    }
-
-    /// The records of one listener. `range` is below `RANGES`.
-    pub fn range(&self, range: usize) -> &'static [SessionRecord] {
-        &self.records[range * SESSIONS..][..SESSIONS]
-    }
-}
-
-/// The index by which links name the record of a session: behind those of the scoreboard.
-pub fn link_index(session: usize) -> usize {
-    RECORDS + session
-}
-
-/// What a process shows, by the index that links use.
-pub fn shown<'a>(
-    records: &'a [WorkerRecord],
-    sessions: &'a [SessionRecord],
-    index: usize,
-) -> Option<&'a WorkerRecord> {
-    match index.checked_sub(RECORDS) {
-        None => records.get(index),
-        Some(session) => sessions.get(session).map(|session| &session.worker),
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::link::session_memory::SessionTable;
 
     #[test]
     fn a_record_is_claimed_once_and_says_who_has_it() {

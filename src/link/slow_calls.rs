@@ -1,5 +1,5 @@
-//! The slow log in shared memory: what counts as slow, and the last records of each process. Both lie on the
-//! metrics board, so they cross an upgrade, and commands read them without asking.
+//! Holds the slow log in shared memory: what counts as slow, and the last records of each process. Both lie on the
+//! metrics board, so they stay after an upgrade, and commands read them without a request.
 //!
 //! The master writes the rules. A process writes its own ring; connection processes share that of their
 //! acceptor. A record is added when its call becomes slow and completed when the call ends. Readers trust
@@ -12,11 +12,11 @@ use std::sync::atomic::{
 use crate::protocol::call_id::CallId;
 use crate::sys::shared_memory::{load_text, shared_record, store_text};
 
-/// The records that a process keeps, and the most that are shown of a server.
+/// The number of records that a process keeps. It is also the largest number that is shown of a server.
 pub const KEPT: usize = 128;
-/// The most bytes of params in a record.
+/// The largest number of bytes of params in a record.
 pub const MOST_PARAMS: u64 = 4096;
-/// The most records per second and process.
+/// The largest number of records per second and process.
 pub const MOST_LINES: u64 = 10_000;
 /// A threshold that no call passes.
 pub const NEVER: u64 = u64::MAX;
@@ -28,14 +28,14 @@ const OUTCOME_WORDS: usize = 4;
 const EVIDENCE_WORDS: usize = 160;
 
 shared_record! {
-    /// What counts as slow. All zero: there is no slow log.
+    /// The rules of the slow log. All zero: there is no slow log.
     #[derive(Debug)]
     pub struct SlowRules {
         /// How often the rules were written.
         changes: AtomicU64,
         /// The lowest threshold in nanoseconds; 0: no call is slow.
         lowest_ns: AtomicU64,
-        /// Whether `[slow-log]` is there.
+        /// Whether the configuration has `[slow-log]`.
         is_on: AtomicU64,
         params: AtomicU64,
         lines: AtomicU64,
@@ -63,14 +63,15 @@ shared_record! {
         outcome: [AtomicU64; OUTCOME_WORDS],
         evidence: [AtomicU64; EVIDENCE_WORDS],
         method_length: AtomicU32,
-        /// 0: the call runs.
+        /// How the call ended; 0 while it runs.
         outcome_length: AtomicU32,
         evidence_length: AtomicU32,
         /// The pid of the process that has the connection.
         home: AtomicI32,
         /// The pid of the process that runs it.
         runner: AtomicI32,
-        /// The thread whose facts only the master may read; 0: the record is complete.
+        /// The thread about which the master must add facts, because only the master may read them; 0: the record is
+        /// complete.
         asks_for: AtomicI32,
     }
 }
@@ -92,9 +93,9 @@ pub struct SlowLimits {
     pub params: u64,
     /// The records per second and process, at most [`MOST_LINES`].
     pub lines: u64,
-    /// For methods without an own one, in nanoseconds, or [`NEVER`].
+    /// The threshold of methods without one of their own, in nanoseconds, or [`NEVER`].
     pub threshold_ns: u64,
-    /// By the place of the method.
+    /// The thresholds of methods in nanoseconds, by the places of the methods.
     pub own_ns: Vec<(usize, u64)>,
 }
 
@@ -117,7 +118,7 @@ pub struct SlowCall {
 }
 
 impl SlowRules {
-    /// Writes the rules; `None`: there is no slow log. For the master.
+    /// Writes the rules; `None` switches the slow log off. Only the master calls it.
     pub fn write(&self, limits: Option<&SlowLimits>) {
         let threshold_ns = limits.map_or(NEVER, |limits| limits.threshold_ns);
         let own = limits.map_or(&[][..], |limits| &limits.own_ns);
@@ -140,7 +141,7 @@ impl SlowRules {
         self.changes.fetch_add(1, Release);
     }
 
-    /// Returns whether `[slow-log]` is there.
+    /// Returns whether the configuration has `[slow-log]`.
     pub fn is_on(&self) -> bool {
         self.is_on.load(Relaxed) != 0
     }
@@ -177,13 +178,13 @@ impl SlowRules {
 }
 
 impl SlowRing {
-    /// Adds a record, and replaces the oldest if the ring is full. With `asks_for`, the master is to add what it
-    /// reads of that thread of the runner. Returns the number of the record.
+    /// Adds a record, and replaces the oldest if the ring is full. If `asks_for` is not 0, the master must add what
+    /// it can read about that thread of the runner. Returns the number of the record.
     pub fn add(&self, call: &SlowCall, trace_id: u128, asks_for: i32) -> u64 {
         let before = self.count.fetch_add(1, Relaxed);
         let entry = &self.entries[before as usize % KEPT];
         entry.number.store(0, Relaxed);
-        // A reader must not take what follows for the record that was here.
+        // A reader must not mistake the fields that are written now for those of the replaced record.
         fence(Release);
         entry.at_ms.store(call.at_ms, Relaxed);
         entry.began_ns.store(call.began_ns, Relaxed);
@@ -222,15 +223,26 @@ impl SlowRing {
         (entry.asks_for.load(Acquire) == 0).then(|| entry.evidence())
     }
 
-    /// Writes the evidence of the records that ask for it. `look` gets the thread of the process `runner`, and
-    /// what is known. For the master.
-    pub fn answer(&self, runner: i32, look: impl Fn(i32, String) -> String) {
+    /// For the master: writes the evidence of the records that ask for it. `look` gets the thread of the process
+    /// `runner`, and the evidence so far.
+    pub fn answer(&self, runner: i32, mut look: impl FnMut(i32, String) -> String) {
         for entry in &self.entries {
-            let thread = entry.asks_for.load(Acquire);
+            let (number, thread) = (entry.number.load(Acquire), entry.asks_for.load(Acquire));
             if thread != 0 && entry.runner.load(Relaxed) == runner {
-                entry.show(&look(thread, entry.evidence()));
-                entry.asks_for.store(0, Release);
+                let evidence = look(thread, entry.evidence());
+                // Meanwhile the record may have been replaced.
+                if entry.number.load(Acquire) == number {
+                    entry.show(&evidence);
+                    entry.asks_for.store(0, Release);
+                }
             }
+        }
+    }
+
+    /// Replaces the evidence of a record.
+    pub fn correct(&self, number: u64, evidence: &str) {
+        if let Some(entry) = self.entry(number) {
+            entry.show(evidence);
         }
     }
 

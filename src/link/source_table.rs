@@ -1,8 +1,9 @@
-//! Counts the connections of each source, of all processes that accept: shared memory for `per-source`.
+//! Counts the connections of each source over all processes that accept, in shared memory, for `per-source`.
 //!
-//! Each process that accepts from a shared listener publishes its own table, and the sum counts. The master
-//! clears the table of a dead process, so its connections do not count any more. The connections of isolated
-//! listeners are in the table of sessions instead. Nothing in here is trusted: a worker can write any of it.
+//! Each process that accepts from a shared listener publishes its own counts, and the sum is compared with the limit.
+//! The master clears the table of a dead process, so its connections do not count any more. The connections of
+//! isolated listeners are in the table of sessions instead. The contents are not trusted, because a worker can write
+//! all of it.
 
 use std::fmt;
 use std::io;
@@ -16,14 +17,15 @@ use std::sync::atomic::{
 use super::scoreboard::RECORDS;
 use crate::sys::shared_memory::{self, shared_record};
 
-/// Sources that a process can publish. It counts the others for itself alone.
+/// The largest number of sources that a process can publish. It counts further sources too, but other processes do not
+/// see these counts.
 const SOURCES: usize = 2048;
-/// Where a source may stand, from its first place on.
+/// The number of places where a source may be, from its first place on.
 const WINDOW: usize = 32;
 /// Listeners whose refusals are counted.
 const LISTENERS: usize = 256;
 const WORDS: usize = RECORDS / 64;
-/// Between two log lines about refused connections, of all processes together.
+/// The shortest time between two log lines about refused connections, of all processes together.
 const LOG_PERIOD_MS: u64 = 10_000;
 
 /// Returns the address of a peer as it is shown: `unix` for one without an address.
@@ -31,7 +33,7 @@ pub fn peer_name(peer: Option<SocketAddr>) -> String {
     peer.map_or("unix".to_owned(), |peer| peer.to_string())
 }
 
-/// Where connections come from, as far as they share a share.
+/// Where connections come from. Connections with the same source are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
     V4(Ipv4Addr),
@@ -39,7 +41,7 @@ pub enum Source {
     V6(u64),
     /// The user of the peer of a unix socket.
     User(u32),
-    /// It disconnected before its source was read.
+    /// The client disconnected before its source was read.
     Unknown,
 }
 
@@ -56,7 +58,7 @@ impl Source {
         }
     }
 
-    /// A number for the source, in which no two sources agree; `None` if it is unknown.
+    /// Returns a number that no other source has; `None` if the source is unknown.
     fn number(self) -> Option<u64> {
         // No address of the internet begins with the byte 0 (RFC 4291, 2.4), so these numbers are free.
         match self {
@@ -88,7 +90,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// The number of a listener in keys, by its address. Other versions must find the same (FNV-1a).
+/// Returns the number of a listener in keys, a hash (FNV-1a) of its address. All versions must use the same hash.
 pub fn listener_number(address: &str) -> u64 {
     let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3);
     address.bytes().fold(0xCBF2_9CE4_8422_2325, step)
@@ -127,7 +129,7 @@ shared_record! {
 }
 
 impl SourceTables {
-    /// Empty tables, and the file that they lie in.
+    /// Creates empty tables. Also returns the file that they lie in.
     ///
     /// # Errors
     /// If there is no memory or no descriptor.
@@ -136,7 +138,7 @@ impl SourceTables {
         Ok((&tables[0], file))
     }
 
-    /// The tables that another program has made.
+    /// Maps the tables that the master before an upgrade has made.
     ///
     /// # Errors
     /// If there is no memory, or the file is too short.
@@ -144,14 +146,14 @@ impl SourceTables {
         Ok(&shared_memory::array_in(file, NonZeroUsize::MIN)?[0])
     }
 
-    /// The places where a process may publish a key.
+    /// Returns the places where a process may publish a key.
     fn places(&self, process: usize, key: u64) -> impl Iterator<Item = &SourceCount> {
         let first = (key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize;
         let table = &self.processes[process];
         (first..first + WINDOW).map(|place| &table[place % SOURCES])
     }
 
-    /// The connections with this key of all other processes than `own`.
+    /// Returns the number of connections with this key of all processes except `own`.
     pub fn count_of_others(&self, own: usize, key: u64) -> usize {
         let words = self.used.iter().enumerate();
         let used = words.flat_map(|(word, bits)| {
@@ -209,14 +211,14 @@ impl SourceTables {
         found.map_or(0, |one| one.count.fetch_add(1, Relaxed) + 1)
     }
 
-    /// How many connections a listener has refused.
+    /// Returns how many connections a listener has refused.
     pub fn refusals_of(&self, listener: u64) -> u64 {
         let mut all = self.refusals.iter();
         let found = all.find(|one| one.listener.load(Relaxed) == listener);
         found.map_or(0, |one| one.count.load(Relaxed))
     }
 
-    /// Whether a refusal may be logged now. No other process logs one within the next 10 s then.
+    /// Returns whether a refusal may be logged now. If so, no process logs another one within the next 10 s.
     pub fn may_log(&self, now_ms: u64) -> bool {
         let before = self.logged_ms.load(Relaxed);
         let is_due = before == 0 || now_ms >= before.saturating_add(LOG_PERIOD_MS);
@@ -247,7 +249,7 @@ impl SourceLimit {
         }
     }
 
-    /// Counts a refusal, and logs it if none was logged lately. Returns the reason for the client.
+    /// Counts a refusal, and logs it if none was logged recently. Returns the reason for the client.
     pub fn refuse(
         &self,
         tables: &SourceTables,

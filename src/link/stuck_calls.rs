@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::sys::shared_memory::{load_text, shared_record, store_text};
 
-/// The most calls that are recorded; a worker may have more threads.
+/// The largest number of calls that are recorded; a worker may have more threads.
 pub const MOST: usize = 32;
 /// The size of an id in words of eight bytes; a longer id is cut.
 const ID_WORDS: usize = 8;

@@ -5,58 +5,45 @@
 //! soon as writing works again. In a worker a thread writes the lines, so a slow disk or a full queue
 //! loses lines but delays no call. The master has no second thread and writes its lines itself.
 
+mod access_file;
+mod control_peer;
 mod members;
 mod output;
 mod panics;
 mod partial_line;
+mod record;
 mod startup_forward;
 mod text;
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, RwLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use crate::sys::lock::{lock, read, write};
+use crate::sys::signal::with_signals_blocked;
 use crossbeam_channel::{Sender, TrySendError, bounded};
 use log::{LevelFilter, Log, Metadata, Record};
-use serde::Serialize;
 
+pub use access_file::{AccessFile, BATCH_BYTES, LINE_BYTES};
+pub use control_peer::ControlPeer;
 pub use members::with_members;
 pub use output::LogOutput;
 use output::LostLines;
 pub use panics::{log_panics, rate_limit_panics};
+use record::{COMMAND, MASTER, OBSERVER, ROLE, write_record};
+pub use record::{LineFormat, LoggedCall, with_call};
 pub use startup_forward::{
-    LONGEST as LONGEST_TOLD, forwarding_fd, start_forwarding, stop_forwarding,
+    LONGEST as LONGEST_FORWARDED, forwarding_fd, start_forwarding, stop_forwarding,
 };
 pub use text::{HumanDuration, escape_unprintable, pluralize, printable, printable_json};
 
 /// The number of lines that may wait for a worker's writer thread.
 const QUEUE: usize = 4096;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LineFormat {
-    /// Time, level, role, message.
-    Text,
-    /// The same without the time. It begins with the priority that journald reads (sd-daemon(3)).
-    Journal,
-    Json,
-}
-
-/// The role of this process, which is part of each line.
-static ROLE: AtomicI32 = AtomicI32::new(COMMAND);
-const COMMAND: i32 = -2;
-const OBSERVER: i32 = -3;
-const MASTER: i32 = -1;
-/// Slots of processes of other kinds start here; see `link::ids::Slot`.
-const FIRST_POOL: i32 = 0x8000;
-const FIRST_ACCEPTOR: i32 = 0xC000;
-const FIRST_SESSION: i32 = 0xD000;
 
 /// The configured form, for the one line that env_logger does not format.
 static FORM: Mutex<LineFormat> = Mutex::new(LineFormat::Text);
@@ -64,6 +51,11 @@ static LOGGER: RwLock<Option<env_logger::Logger>> = RwLock::new(None);
 static OUTPUT: Mutex<Option<LogOutput>> = Mutex::new(None);
 static QUEUED: RwLock<Option<Sender<WriterCommand>>> = RwLock::new(None);
 static LOST: LostLines = LostLines::new();
+/// Whether the next line starts the writer thread.
+static IS_WRITER_DUE: AtomicBool = AtomicBool::new(false);
+/// The output again, for lines of the access log: these do not go through the queue, where they would displace
+/// others. `Some` in processes that write such lines.
+static BESIDE: Mutex<Option<LogOutput>> = Mutex::new(None);
 
 /// A command to the writer thread.
 enum WriterCommand {
@@ -118,6 +110,11 @@ pub fn configure(level: LevelFilter, form: LineFormat) {
 /// writer thread takes the new output and closes the old one. A rotated file uses disk space until the
 /// last process closes it.
 pub fn set_output(output: LogOutput) -> Option<LogOutput> {
+    if let Some(beside) = lock(&BESIDE).as_mut()
+        && let Ok(copy) = output.duplicate()
+    {
+        *beside = copy;
+    }
     let before = lock_output().replace(output);
     let queued = read(&QUEUED);
     if let Some(queue) = queued.as_ref() {
@@ -181,10 +178,14 @@ pub fn init_master_log() {
     ROLE.store(MASTER, Ordering::Relaxed);
 }
 
-/// Marks this process as the observer.
+/// Marks this process as the observer. It unmaps the memory that it shares with other processes, so its log must not
+/// use that.
 pub fn init_observer_log() {
     ROLE.store(OBSERVER, Ordering::Relaxed);
     LOST.reset();
+    if let Some(output) = lock_output().as_mut() {
+        output.leave_shared_memory();
+    }
 }
 
 /// Marks this process as the acceptor in `slot`. It has one thread, which also writes.
@@ -194,35 +195,86 @@ pub fn init_acceptor_log(slot: u16) {
 }
 
 /// Marks this process as the worker in `slot` and starts the writer thread. If no thread can be created,
-/// the thread that logs also writes, as in the master.
-pub fn init_worker_log(slot: u16) {
+/// the thread that logs also writes, as in the master. `has_access` says whether lines of the access log go to the
+/// log.
+pub fn init_worker_log(slot: u16, has_access: bool) {
+    init_session_log(slot, has_access);
+    start_writer_if_due();
+}
+
+/// Marks this process as the session in `slot`. The writer thread starts with its first line, because most sessions
+/// log none.
+pub fn init_session_log(slot: u16, has_access: bool) {
     ROLE.store(i32::from(slot), Ordering::Relaxed);
     // The master reports its own lost lines.
     LOST.reset();
-    let Some(mut output) = lock_output().take() else {
-        return;
-    };
+    if has_access {
+        let copy = lock_output().as_ref().map(LogOutput::duplicate);
+        *lock(&BESIDE) = copy.and_then(Result::ok);
+    }
+    IS_WRITER_DUE.store(true, Ordering::Release);
+}
+
+/// Starts the writer thread if that is still to be done.
+fn start_writer_if_due() {
+    if IS_WRITER_DUE.load(Ordering::Acquire) {
+        // Other threads that log wait for the lock, so they find the queue.
+        let mut queued = write(&QUEUED);
+        if IS_WRITER_DUE.swap(false, Ordering::AcqRel) {
+            *queued = start_writer();
+        }
+    }
+}
+
+/// Starts the writer thread. Returns its queue; `None` if no thread can be created.
+fn start_writer() -> Option<Sender<WriterCommand>> {
+    let mut output = lock_output().take()?;
     let spare = output.duplicate();
     let (sender, receiver) = bounded(QUEUE);
-    let writer = std::thread::Builder::new()
-        .name("log".into())
-        .stack_size(256 * 1024)
-        .spawn(move || {
-            for order in receiver {
-                if let Some(other) = lock_output().take() {
-                    output = other;
-                }
-                match order {
-                    WriterCommand::Line(line) => output.write_line(&line, &LOST, notice),
-                    WriterCommand::TakeOutput => {}
-                    WriterCommand::Flush(done) => drop(done.send(())),
-                }
+    let body = move || {
+        for order in receiver {
+            if let Some(other) = lock_output().take() {
+                output = other;
             }
-        });
-    match writer {
-        Ok(_) => *write(&QUEUED) = Some(sender),
-        Err(_) => *lock_output() = spare.ok(),
+            match order {
+                WriterCommand::Line(line) => output.write_line(&line, &LOST, notice),
+                WriterCommand::TakeOutput => {}
+                WriterCommand::Flush(done) => drop(done.send(())),
+            }
+        }
+    };
+    let builder = std::thread::Builder::new().name("log".into());
+    // The thread inherits the signal mask. Signals are for the thread that waits for them.
+    match with_signals_blocked(|| builder.stack_size(256 * 1024).spawn(body)) {
+        Ok(_) => Some(sender),
+        Err(_) => {
+            *lock_output() = spare.ok();
+            None
+        }
     }
+}
+
+/// Writes a line of the access log at level info, with these members if lines are JSON. It waits for no thread.
+/// Returns whether it was written.
+pub fn write_access_line(text: &str, members: &str) -> bool {
+    let form = *lock(&FORM);
+    let mut line = Vec::new();
+    with_members(members, || {
+        let mut record = Record::builder();
+        record.level(log::Level::Info);
+        // Writing to memory cannot fail.
+        let _ = write_record(
+            &mut line,
+            form,
+            &record.args(format_args!("{text}")).build(),
+        );
+    });
+    let mut output = lock(&BESIDE);
+    let lost = LostLines::new();
+    if let Some(output) = output.as_mut() {
+        output.write_line(&line, &lost, notice);
+    }
+    output.is_some() && lost.unreported() == 0
 }
 
 /// Waits, at most `limit`, until all logged lines are written. This is the last step before `_exit`.
@@ -263,6 +315,7 @@ fn lock_output() -> std::sync::MutexGuard<'static, Option<LogOutput>> {
 /// Writes a line, or counts it as lost. An empty line only reports lost ones.
 fn submit(line: Vec<u8>) {
     let counts = u64::from(!line.is_empty());
+    start_writer_if_due();
     let queued = read(&QUEUED);
     if let Some(queue) = queued.as_ref() {
         if let Err(TrySendError::Full(_)) = queue.try_send(WriterCommand::Line(line)) {
@@ -287,109 +340,6 @@ impl Write for QueueWriter {
     }
 }
 
-/// A call, as lines name it: the pid of the process with its connection, 0 for this one, and its number there.
-pub type LoggedCall = (i32, u64);
-
-thread_local! {
-    /// The call that the lines of this thread name.
-    static CALL: Cell<Option<LoggedCall>> = const { Cell::new(None) };
-}
-
-/// Runs `run`. All lines that this thread logs meanwhile name `call`, if there is one.
-pub fn with_call<T>(call: Option<LoggedCall>, run: impl FnOnce() -> T) -> T {
-    if call.is_none() {
-        return run();
-    }
-    CALL.set(call);
-    let result = run();
-    CALL.set(None);
-    result
-}
-
-/// Returns the id of the call that the next line names.
-fn current_call(own_pid: u32) -> Option<String> {
-    let (home, number) = CALL.get()?;
-    Some(match home {
-        0 => format!("{own_pid}.{number}"),
-        home => format!("{home}.{number}"),
-    })
-}
-
-#[derive(Serialize)]
-struct JsonLine<'a> {
-    time: String,
-    level: &'a str,
-    pid: u32,
-    role: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    slot: Option<i32>,
-    thread: &'a str,
-    message: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    call: Option<String>,
-}
-
-/// What the process in a slot is, and the first slot of its kind.
-fn role_of(slot: i32) -> (&'static str, i32) {
-    match slot {
-        FIRST_SESSION.. => ("connection", FIRST_SESSION),
-        FIRST_ACCEPTOR.. => ("acceptor", FIRST_ACCEPTOR),
-        FIRST_POOL.. => ("pool", FIRST_POOL),
-        _ => ("worker", 0),
-    }
-}
-
-fn write_record(to: &mut impl Write, form: LineFormat, record: &Record<'_>) -> io::Result<()> {
-    let slot = ROLE.load(Ordering::Relaxed);
-    let current = std::thread::current();
-    let (role, thread) = match (slot, current.name()) {
-        (COMMAND, thread) => ("command", thread),
-        (MASTER, thread) => ("master", thread),
-        (OBSERVER, thread) => ("observer", thread),
-        (slot, Some("main") | None) => (role_of(slot).0, Some("loop")),
-        (slot, thread) => (role_of(slot).0, thread),
-    };
-    let thread = thread.unwrap_or("main");
-    let slot = (slot >= 0).then(|| slot - role_of(slot).1);
-    let pid = std::process::id();
-    let time = || humantime::format_rfc3339_millis(SystemTime::now()).to_string();
-    if form == LineFormat::Json {
-        let line = JsonLine {
-            time: time(),
-            level: record.level().as_str(),
-            pid,
-            role,
-            slot,
-            thread,
-            message: record.args().to_string(),
-            call: current_call(pid),
-        };
-        let mut line = serde_json::to_string(&line)?;
-        members::add_members(&mut line);
-        return writeln!(to, "{}", printable_json(&line));
-    }
-    if form == LineFormat::Journal {
-        let priority = match record.level() {
-            log::Level::Error => 3,
-            log::Level::Warn => 4,
-            log::Level::Info => 6,
-            log::Level::Debug | log::Level::Trace => 7,
-        };
-        write!(to, "<{priority}>")?;
-    } else {
-        write!(to, "{} {:<5} ", time(), record.level())?;
-    }
-    write!(to, "[{pid} {role}")?;
-    if let Some(slot) = slot {
-        write!(to, " {slot}")?;
-    }
-    write!(to, " {thread}] {}", printable(&record.args().to_string()))?;
-    if let Some(call) = current_call(pid) {
-        write!(to, " call={call}")?;
-    }
-    writeln!(to)
-}
-
 /// Returns the line that reports lost lines. It is written at every level, because the lost lines may be
 /// of any level.
 fn notice(missing: u64) -> Vec<u8> {
@@ -408,64 +358,4 @@ fn notice(missing: u64) -> Vec<u8> {
     // Writing to memory cannot fail.
     debug_assert!(written.is_ok());
     line
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    fn line(form: LineFormat, message: &str) -> String {
-        let mut line = Vec::new();
-        let record = Record::builder();
-        write_record(
-            &mut line,
-            form,
-            &{ record }
-                .level(log::Level::Warn)
-                .args(format_args!("{message}"))
-                .build(),
-        )
-        .unwrap();
-        String::from_utf8(line).unwrap()
-    }
-
-    #[test]
-    fn a_message_stays_on_its_line() {
-        let text = line(LineFormat::Text, "one\ntwo \u{1b}[2J");
-        assert!(text.ends_with("one\\ntwo \\u{1b}[2J\n"), "{text}");
-        assert!(text.contains(" WARN  ["), "{text}");
-        assert!(line(LineFormat::Journal, "x").starts_with("<4>["));
-    }
-
-    #[test]
-    fn a_line_names_the_call_during_which_it_is_logged() {
-        for (call, id) in [
-            (7, "7.12".to_owned()),
-            (0, format!("{}.12", std::process::id())),
-        ] {
-            let call = Some((call, 12));
-            let text = with_call(call, || line(LineFormat::Text, "x"));
-            assert!(text.ends_with(&format!("] x call={id}\n")), "{text}");
-            let text = with_call(call, || line(LineFormat::Json, "x"));
-            assert!(
-                text.ends_with(&format!("\"message\":\"x\",\"call\":\"{id}\"}}\n")),
-                "{text}"
-            );
-        }
-        let text = with_call(None, || line(LineFormat::Json, "x"));
-        assert!(text.ends_with("\"message\":\"x\"}\n"), "{text}");
-        assert!(line(LineFormat::Text, "x").ends_with("] x\n"));
-    }
-
-    #[test]
-    fn a_json_line_is_json() {
-        let value: serde_json::Value =
-            serde_json::from_str(&line(LineFormat::Json, "a\n\"b\"")).unwrap();
-        assert_eq!(value["message"], "a\n\"b\"");
-        let text = line(LineFormat::Json, "\u{9b}31m\u{202e}");
-        assert!(text.contains(r"\u009b31m\u202e"), "{text}");
-        assert_eq!(value["level"], "WARN");
-        assert_eq!(value["pid"], std::process::id());
-    }
 }

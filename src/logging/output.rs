@@ -28,9 +28,9 @@ use crate::sys::signal::SignalBlock;
 /// Lines that could not be written.
 #[derive(Debug)]
 pub struct LostLines {
-    /// Those that the log does not report yet.
+    /// Lost lines that the log does not report yet.
     unreported: AtomicU64,
-    /// Those that `take_uncounted` has not returned yet.
+    /// Lost lines that `take_uncounted` has not returned yet.
     uncounted: AtomicU64,
 }
 
@@ -159,6 +159,11 @@ impl LogOutput {
     /// If no descriptor is left.
     pub fn duplicate(&self) -> io::Result<Self> {
         Ok(LogOutput::of(self.file.try_clone()?, self.manner))
+    }
+
+    /// Uses no memory that other processes share from now on.
+    pub(super) fn leave_shared_memory(&mut self) {
+        self.torn = PartialLine::private(&self.file);
     }
 
     /// Writes one whole line, or counts it as lost. When writing works again, it first writes the number

@@ -19,9 +19,11 @@ const TIMES: u64 = 0xff;
 /// The identity of the log whose end is incomplete; 0 means none. Processes that are forked after the
 /// first output was made share it. Without shared memory each process handles only its own lines.
 static TORN: LazyLock<&'static AtomicU64> = LazyLock::new(|| {
-    static OWN: AtomicU64 = AtomicU64::new(0);
-    shared_memory::array_without_file(NonZeroUsize::MIN).map_or(&OWN, |shared| &shared[0])
+    shared_memory::array_without_file(NonZeroUsize::MIN).map_or(&PRIVATE, |shared| &shared[0])
 });
+
+/// For a process that must not use that memory.
+static PRIVATE: AtomicU64 = AtomicU64::new(0);
 
 /// The state of the end of one log.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +35,11 @@ pub(super) struct PartialLine {
 impl PartialLine {
     pub(super) fn of(file: &File) -> Self {
         PartialLine::by(&TORN, file)
+    }
+
+    /// For a process that handles only its own lines.
+    pub(super) fn private(file: &File) -> Self {
+        PartialLine::by(&PRIVATE, file)
     }
 
     pub(super) fn by(mark: &'static AtomicU64, file: &File) -> Self {

@@ -13,7 +13,7 @@ use super::text::printable;
 use crate::sys::lock::lock;
 use crate::sys::socket;
 
-/// The most bytes of a line that are forwarded.
+/// The largest number of bytes of a line that are forwarded.
 pub const LONGEST: usize = 600;
 
 static FORWARD_TO: Mutex<Option<OwnedFd>> = Mutex::new(None);

@@ -23,8 +23,9 @@ impl fmt::Display for HumanDuration {
     }
 }
 
-/// Whether a character controls where or in which order others are shown: the control characters (C0, DEL,
-/// C1), the separators of lines and paragraphs, and what changes the direction of text (UAX #9).
+/// Returns whether a character changes where or in which order other characters are shown. These are the control
+/// characters (C0, DEL, C1), the separators of lines and paragraphs, and the characters that change the direction of
+/// text (UAX #9).
 pub fn is_unprintable(character: char) -> bool {
     let changes_direction = matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') || changes_direction
@@ -36,7 +37,7 @@ pub fn printable(message: &str) -> String {
     escape_unprintable(message, &[]).into_owned()
 }
 
-/// Does the same, except for the characters in `kept`.
+/// Returns a text with its unprintable characters escaped, except for those in `kept`.
 pub fn escape_unprintable<'a>(text: &'a str, kept: &[char]) -> Cow<'a, str> {
     escape(
         text,

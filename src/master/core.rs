@@ -1,7 +1,7 @@
-//! The state of a master, and how it carries out what the policy orders.
+//! Holds the state of the master, and carries out the actions of the policy.
 //!
-//! It decides nothing, and calls nothing that stands above it: what concerns more than children is an
-//! [`ActionOutcome`], which the caller handles before the next action.
+//! It makes no decisions, and calls no code of a higher layer. If an action concerns more than the children, it
+//! returns an [`ActionOutcome`], which the caller handles before the next action.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,6 +19,7 @@ use super::incident_text::{log_line, reload_result, start_result};
 use super::policy::action::Action;
 use super::policy::crash_counts::CrashCounts;
 use super::policy::event::{Event, Millis, PoolStep};
+use super::policy::executor_causes::ExecutorEnds;
 use super::policy::fleet::Fleet;
 use super::policy::rebalancer::Rebalancer;
 use super::policy::reload_history::ReloadHistory;
@@ -34,7 +35,7 @@ use crate::sys::memory;
 use crate::sys::process::{self, Pid};
 use crate::sys::shared_memory;
 use crate::sys::signal::fork_child;
-use crate::worker_init::ObserverInit;
+use crate::worker_init::{JobsInstance, ObserverInit};
 
 pub(super) struct Master<'a> {
     pub(super) setup: Setup<'a>,
@@ -43,6 +44,7 @@ pub(super) struct Master<'a> {
     pub(super) workers: Children,
     pub(super) orphans: Orphans,
     pub(super) crash_counts: CrashCounts,
+    pub(super) executor_ends: ExecutorEnds,
     pub(super) rebalancer: Rebalancer,
     pub(super) contexts: Contexts,
     pub(super) endpoints: Endpoints,
@@ -56,7 +58,7 @@ pub(super) struct Master<'a> {
     pub(super) stopping: bool,
     pub(super) failure: Option<Error>,
     pub(super) exit_code: Option<u8>,
-    /// Whether more children may have ended than one round takes.
+    /// Whether more children may have ended than the last round has reaped.
     pub(super) reap_again: bool,
 }
 
@@ -73,7 +75,7 @@ impl<'a> Master<'a> {
         setup: Setup<'a>,
         (fleet, actions): (Fleet, Vec<Action>),
         (workers, orphans): (Children, Orphans),
-        context: GenerationContext,
+        (context, jobs): (GenerationContext, Option<JobsInstance>),
         endpoints: Endpoints,
     ) -> Self {
         Master {
@@ -83,8 +85,9 @@ impl<'a> Master<'a> {
             workers,
             orphans,
             crash_counts: CrashCounts::new(memory::oom_kill_count()),
+            executor_ends: ExecutorEnds::default(),
             rebalancer: Rebalancer::default(),
-            contexts: Contexts::new(context),
+            contexts: Contexts::new(context, jobs),
             endpoints,
             reloads: ReloadQueue::new(false, Vec::new()),
             reload_history: ReloadHistory::default(),
@@ -172,6 +175,7 @@ impl<'a> Master<'a> {
             worker_main: self.setup.worker_main,
             awaited: self.fleet.awaits(slot, generation),
             oldest: (oldest, &self.contexts.old),
+            jobs: self.contexts.jobs.as_ref(),
         };
         let event = match self.workers.fork(slot, generation, &context, parent) {
             Ok(pid) => Event::Forked {
@@ -214,7 +218,7 @@ impl<'a> Master<'a> {
             settings: Rc::clone(&context.settings),
             listener: Rc::clone(&listener.fd),
             link: self.endpoints.control.connect_observer()?,
-            // Without it, the observer has what the master tells.
+            // Without the board, the observer shows only what the master sends.
             board: shared_memory::read_only(self.workers.metrics.file()).ok(),
             master_signals: &mut self.endpoints.signals,
             pid_file: self.endpoints.pid_file.raw_descriptor(),
@@ -244,7 +248,7 @@ impl<'a> Master<'a> {
                 }
             }
             (PoolStep::Move, Some(context)) => joining::move_pool(workers, pid, at, context),
-            (PoolStep::Revert, _) => joining::end_update(workers, pid, generation, false),
+            (PoolStep::Revert, _) => joining::send_update_result(workers, pid, generation, false),
             (PoolStep::Update | PoolStep::Move, None) => {}
         }
     }

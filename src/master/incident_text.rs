@@ -91,8 +91,8 @@ impl Display for Incident {
             }
             Incident::KeeperStuck { keeper, worker } => write!(
                 f,
-                "the keeper of worker {worker}, which has died, does not respond: it gets SIGKILL, and the \
-                 connections that it has not passed on end pid={keeper}"
+                "the keeper of worker {worker} (the worker has died) does not respond: it gets SIGKILL, and the \
+                 connections that it has not handed over are closed pid={keeper}"
             ),
             Incident::Observer(incident) => incident.fmt(f),
             Incident::UnknownReaped(pid) => write!(f, "reaped {pid}, which was not a worker"),
@@ -202,7 +202,7 @@ impl Display for ChildIncident {
                 " survived SIGKILL, so the kernel holds it: another process takes its slot"
             }
             ChildIncident::SurvivedKillUnneeded => {
-                " survived SIGKILL, so the kernel holds it: nothing waits for it"
+                " survived SIGKILL, so the kernel holds it: no replacement is needed"
             }
         })
     }
@@ -267,8 +267,10 @@ fn death_fields(death: &Death) -> String {
     let call = death
         .call
         .map_or(String::new(), |call| format!(" call={call}"));
+    let job = death.job.as_ref();
+    let job = job.map_or(String::new(), |job| format!(" job={job}"));
     format!(
-        "slot={} pid={} generation={} {how} uptime_ms={}{method}{call}",
+        "slot={} pid={} generation={} {how} uptime_ms={}{method}{call}{job}",
         death.slot, death.pid, death.generation, death.uptime
     )
 }
@@ -408,6 +410,7 @@ mod tests {
             uptime: 3250,
             method: Some(clean("add\n[fake] line")),
             call: "77.12".parse().ok(),
+            job: Some("ID".to_owned()),
             rss_bytes: 1 << 20,
             reason: DeathReason::Crashed,
             at: 1_700_000_000,
@@ -416,7 +419,7 @@ mod tests {
             Incident::Died(Box::new(death), AfterDeath::Replacement(0, 1)).to_string(),
             "worker 77 (slot 2) ended by SIGSEGV (core dumped) after 3.2 s: crashed, last method \
              add?[fake]?line; replaced at once slot=2 pid=77 generation=1 signal=SIGSEGV core=true \
-             uptime_ms=3250 method=add?[fake]?line call=77.12"
+             uptime_ms=3250 method=add?[fake]?line call=77.12 job=ID"
         );
     }
 

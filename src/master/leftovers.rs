@@ -6,10 +6,12 @@
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::children::keepers::DeadWorker;
-use super::children::mark_reader::Origin;
+use super::children::mark_reader::ReaderTitle;
 use super::core::{Master, now};
 use super::policy::crash_counts::{MAX_CALLS, MAX_CRASHES, QuarantinedCall};
 use super::policy::event::Event;
+use crate::link::attempt_frame::is_attempt_key;
+use crate::link::message::Order;
 use crate::logging::pluralize;
 use crate::sys::process::{self, Pid};
 
@@ -18,6 +20,7 @@ pub fn no_worker_ended(master: &mut Master<'_>, pid: Pid) {
     if let Some(left) = master.workers.keeper_ended(pid) {
         log_result(&left);
         master.queue_actions(Event::KeeperEnded { keeper: pid });
+        master.executor_ends.complete(left.worker, &left.evidence());
         return blame(master, &left);
     }
     if let Some(pid) = master.workers.lose_keeper(pid) {
@@ -25,10 +28,12 @@ pub fn no_worker_ended(master: &mut Master<'_>, pid: Pid) {
     }
 }
 
-/// Counts the crash for the call that has caused it, if that is known.
+/// Counts the crash for the call that caused it, if that call is known. Logs a new quarantine.
 fn blame(master: &mut Master<'_>, left: &DeadWorker) {
     let evidence = left.evidence();
-    let Some(cause) = evidence.cause(left.suspicion) else {
+    // An attempt of a job is counted in its job, and not in the quarantine of calls.
+    let cause = evidence.cause(left.suspicion);
+    let Some(cause) = cause.filter(|(key, _)| !is_attempt_key(*key)) else {
         return;
     };
     let when = (now(), process::unix_seconds());
@@ -48,8 +53,8 @@ fn blame(master: &mut Master<'_>, left: &DeadWorker) {
         );
         if let Some((refused, evicted)) = evicted {
             log::warn!(
-                "the quarantine is full ({MAX_CALLS} calls): the call that was refused least runs again; \
-                 fix the handlers, then reload method={} key={:016x} refused={refused}",
+                "the quarantine is full ({MAX_CALLS} calls): the call that was refused least often is allowed \
+                 again; fix the handlers, then reload method={} key={:016x} refused={refused}",
                 evicted.method,
                 evicted.key,
             );
@@ -57,15 +62,39 @@ fn blame(master: &mut Master<'_>, left: &DeadWorker) {
     }
 }
 
+/// Sends the jobs processes the causes of ends of executors.
+pub fn send_executor_ends(master: &mut Master<'_>) {
+    let living = master.workers.iter();
+    let jobs: Vec<Pid> = living
+        .filter(|(_, worker)| worker.slot.is_jobs())
+        .map(|(pid, _)| pid)
+        .collect();
+    for end in master.executor_ends.take_unsent(!jobs.is_empty(), now()) {
+        for pid in &jobs {
+            master.workers.order(*pid, Order::ExecutorEnded(end), None);
+        }
+    }
+}
+
+/// Sends a new jobs process the causes of recent ends of executors.
+pub fn send_recent_ends(master: &mut Master<'_>, pid: Pid) {
+    let process = master.workers.get(pid);
+    if process.is_some_and(|process| process.slot.is_jobs()) {
+        for end in master.executor_ends.recent(now()) {
+            master.workers.order(pid, Order::ExecutorEnded(end), None);
+        }
+    }
+}
+
 /// Kills the leftovers of dead workers.
 pub fn end_orphans(master: &mut Master<'_>) {
-    let origin = Origin {
+    let reader_title = ReaderTitle {
         title: master.setup.title,
         program: &master.setup.program,
     };
     master
         .orphans
-        .kill_leftovers(now(), origin, &master.workers);
+        .kill_leftovers(now(), reader_title, &master.workers);
 }
 
 /// Logs what a keeper has done.

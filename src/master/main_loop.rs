@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::children::joining;
+use super::children::slow_calls;
 use super::children::workers::WorkerHandle;
 use super::core::{Master, now};
 use super::endpoints::control_socket::ClientId;
@@ -138,7 +139,8 @@ fn timeout(master: &Master<'_>) -> PollTimeout {
         return PollTimeout::ZERO;
     }
     let notifier = &master.endpoints.notifier;
-    let has_unsent = notifier.has_unsent_states() || master.workers.unsent_ends().next().is_some();
+    let has_unsent =
+        notifier.has_unsent_states() || master.workers.unsent_results().next().is_some();
     let next = [
         master.fleet.next_deadline(),
         master.endpoints.control.next_deadline(now()),
@@ -190,10 +192,18 @@ fn pass_time(master: &mut Master<'_>) {
     joining::send_unsent(&mut master.workers);
     let lost = &master.workers.metrics.header().lost_lines;
     metrics_board::count(lost, logging::take_uncounted_lines());
+    let lost = master.workers.sessions.take_lost_lines();
+    let crashed = master.workers.sessions.take_crashed();
+    let header = master.workers.metrics.header();
+    metrics_board::count(&header.lost_access_lines, lost);
+    for (pid, is_open) in crashed {
+        metrics_board::count(&header.lost_connections, u64::from(is_open));
+        slow_calls::log_crashed(&master.workers.metrics.close_slow(pid));
+    }
 }
 
-/// Sends the orders of a check of the connections that is due. If a worker does not obey, the next check
-/// orders again.
+/// If a check of the numbers of connections is due, sends the orders that make them even. If a worker does not obey,
+/// the next check orders again.
 fn rebalance(master: &mut Master<'_>) {
     let now = now();
     let (fleet, workers) = (&master.fleet, &master.workers);

@@ -1,4 +1,4 @@
-//! The master: starts the workers and keeps them alive.
+//! Runs the master, which starts the workers and keeps them alive.
 //!
 //! Decisions about deaths, reloads, drains and stops are in `policy`, mainly in `policy::fleet::Fleet`. It
 //! takes events and the time and returns actions. It makes no system call and reads no clock, so it is

@@ -12,11 +12,12 @@ use nix::sys::signal::Signal;
 use super::children::keepers::is_plausible_keeper;
 use super::children::program_deaths;
 use super::core::Master;
-use super::leftovers::{end_orphans, no_worker_ended};
+use super::leftovers::{end_orphans, no_worker_ended, send_executor_ends};
 use super::policy::action::Action;
 use super::policy::crash_counts::Suspicion;
 use super::policy::death_log::WorkerExit;
 use super::policy::event::Event;
+use super::policy::executor_causes::ExecutorDeath;
 use super::reports::{keep_deaths_of_programs, queue_reports};
 use super::requests::settle;
 use super::requests::upgrade_driver::probe_ended;
@@ -25,10 +26,11 @@ use crate::link::metrics_board;
 use crate::sys::memory;
 use crate::sys::process::{self, Exit, Pid, ReapedChild};
 
-/// The most children that are reaped in one round.
+/// The largest number of children that are reaped in one round.
 const MOST_REAPED: usize = 64;
 
-/// What a round of reaping works on. `Master` implements it, and a test without processes.
+/// The tables from which a round removes children. Implemented for the master, and in the tests for a simulated
+/// master without processes.
 trait ReapTarget {
     /// Returns whether a reaped child is a worker.
     fn is_worker(&self, pid: Pid) -> bool;
@@ -46,8 +48,8 @@ fn handle_round(target: &mut impl ReapTarget, round: &[ReapedChild]) {
     let (workers, others): (Vec<&ReapedChild>, Vec<&ReapedChild>) =
         round.iter().partition(|child| target.is_worker(child.pid));
     let pids: Vec<Pid> = others.iter().map(|child| child.pid).collect();
-    // Workers first: a keeper of the same round is recognized by what its worker leaves, and a session by
-    // what its acceptor does.
+    // Workers come first: a keeper of the same round is known only from the record of its worker, and a session only
+    // from its acceptor.
     for worker in workers {
         target.remove_worker(worker, &pids);
     }
@@ -58,13 +60,13 @@ fn handle_round(target: &mut impl ReapTarget, round: &[ReapedChild]) {
     target.apply_actions_except(&ended);
 }
 
-/// Drops actions about children that have ended. After a fork they could reach a new worker with the same
+/// Drops actions about children that have ended. After a fork, such an action could reach a new worker with the same
 /// pid.
 fn drop_actions_about(actions: &mut VecDeque<Action>, ended: &[Pid]) {
     actions.retain(|action| action.child().is_none_or(|pid| !ended.contains(&pid)));
 }
 
-/// A master with what it knows about the current round.
+/// The master, and what is known about the current round.
 struct Round<'m, 'a> {
     master: &'m mut Master<'a>,
     /// Whether a SIGKILL of this round may have come from the OOM killer.
@@ -78,7 +80,7 @@ impl ReapTarget for Round<'_, '_> {
 
     fn remove_worker(&mut self, child: &ReapedChild, others: &[Pid]) {
         let (master, pid) = (&mut *self.master, child.pid);
-        // Its last reports come before its death.
+        // The policy must get its last reports before its death.
         queue_reports(master, pid);
         keep_deaths_of_programs(master);
         let suspicion = suspicion(master, child, self.out_of_memory);
@@ -86,7 +88,19 @@ impl ReapTarget for Round<'_, '_> {
         let may_keep = |pid: Pid| {
             !orphans.is_no_keeper(pid) && (others.contains(&pid) || is_plausible_keeper(pid))
         };
+        let orders = (
+            master.fleet.drains(pid),
+            master.fleet.suspicion_of_kill(pid),
+        );
         let worker = master.workers.remove(pid, suspicion, may_keep);
+        if let Some(ended) = &worker
+            && (ended.slot.is_worker() || ended.pool.is_some())
+        {
+            let is_worker = ended.slot.is_worker();
+            let death = ExecutorDeath::of(child.exit, is_worker, orders, self.out_of_memory);
+            let has_keeper = master.workers.keepers.has_keeper_of(pid);
+            master.executor_ends.died(pid, death, has_keeper);
+        }
         master.workers.sessions.adopted.remove(pid);
         for progress in master.workers.keepers.progress() {
             master.queue_actions(progress);
@@ -94,8 +108,8 @@ impl ReapTarget for Round<'_, '_> {
         if let Some(worker) = worker.as_ref().filter(|it| it.slot.acceptor().is_some()) {
             adopt_sessions(master, pid, &worker.known);
         }
-        // The log lines of the worker that decided a start or a reload are reported with its result,
-        // so a later death of the same round must not replace them.
+        // If this round has decided a start or a reload, the result is reported with the log lines of the child that
+        // caused it. A later death of the same round must not replace these lines.
         if !master.actions.iter().any(Action::is_result) {
             master.workers.startup_log.ended(pid);
         }
@@ -135,8 +149,8 @@ impl ReapTarget for Round<'_, '_> {
 }
 
 pub fn reap(master: &mut Master<'_>) {
-    // The number is limited, and all are reaped before any is replaced: workers that die as fast as
-    // they are forked must not keep the master from other work.
+    // The number of children in a round is limited, and all are reaped before the first one is replaced. Otherwise
+    // workers that die as fast as they are forked would keep the master from other work.
     let mut round: Vec<_> = std::iter::from_fn(process::reap_any)
         .take(MOST_REAPED)
         .collect();
@@ -156,7 +170,8 @@ pub fn reap(master: &mut Master<'_>) {
         out_of_memory,
     };
     handle_round(&mut target, &round);
-    // This comes last, because dead workers must be replaced first.
+    send_executor_ends(master);
+    // This comes last, so that it does not delay the replacement of dead workers.
     end_orphans(master);
     if let Some(pid) = master.fleet.observer() {
         let is_stopped = process::is_stopped(pid);
@@ -164,7 +179,7 @@ pub fn reap(master: &mut Master<'_>) {
     }
 }
 
-/// A child was reaped: whether it was an observer.
+/// Handles a reaped child if it is an observer. Returns whether it was one.
 fn observer_ended(master: &mut Master<'_>, child: &ReapedChild) -> bool {
     let (pid, how) = (child.pid, child.exit);
     let is_observer = master.workers.observers.remove(&pid);
@@ -175,7 +190,8 @@ fn observer_ended(master: &mut Master<'_>, child: &ReapedChild) -> bool {
     is_observer
 }
 
-/// Counts the ends of workers. A KILL without an order comes from the system if it is out of memory.
+/// Counts the ends of workers. If the OOM killer may have ended them (`is_out_of_memory`), a death by a signal counts
+/// as out of memory.
 fn count_exits(master: &mut Master<'_>, is_out_of_memory: bool) {
     let exits = &master.workers.metrics.header().worker_exits;
     for exit in std::mem::take(&mut master.fleet.worker_exits) {
@@ -219,7 +235,7 @@ mod tests {
 
     const NOW: Millis = 1_000;
 
-    /// A policy with tables, and a kernel that gives new workers the pids in `free` first.
+    /// A simulated master: the policy with tables. The simulated kernel gives new workers the pids in `free` first.
     struct FakeMaster {
         fleet: Fleet,
         actions: VecDeque<Action>,
@@ -232,7 +248,7 @@ mod tests {
     }
 
     impl FakeMaster {
-        /// Its workers are 101 and the following pids, and all are ready.
+        /// Starts `count` workers, with pids from 101 on. All are ready.
         fn serving(count: usize) -> Self {
             let (fleet, actions) = Fleet::new(PolicyLimits { count, ..LIMITS }, NOW);
             let mut master = FakeMaster {
@@ -276,7 +292,7 @@ mod tests {
             }
         }
 
-        /// Ends these by SIGSEGV in one round.
+        /// Reaps these children in one round; all ended by SIGSEGV.
         fn reap(&mut self, pids: &[i32]) {
             let child = |pid: &i32| ReapedChild {
                 pid: Pid(*pid),

@@ -1,7 +1,8 @@
 //! Reads what children report, and passes it to the policy.
 
-use super::children::{diagnosis, joining, program_deaths, slow_calls};
+use super::children::{diagnosis, joining, program_deaths};
 use super::core::{Master, now};
+use super::leftovers::{send_executor_ends, send_recent_ends};
 use super::policy::event::Event;
 use super::session_orders::note_crashed_sessions;
 use crate::link::message::Report;
@@ -37,9 +38,7 @@ pub fn queue_reports(master: &mut Master<'_>, pid: Pid) {
                 continue;
             }
             Report::SlowCalls => {
-                if let Some(worker) = master.workers.get(pid) {
-                    slow_calls::answer(pid, worker.record_index, &master.workers.metrics);
-                }
+                diagnosis::answer_slow_calls(&mut master.workers, pid, now());
                 continue;
             }
             Report::LinkWanted(record) => {
@@ -53,6 +52,9 @@ pub fn queue_reports(master: &mut Master<'_>, pid: Pid) {
         master.queue_actions(event);
         if report == Report::Ready {
             joining::join_pools(&mut master.workers, pid);
+            send_recent_ends(master, pid);
+            // A jobs process may have been missing when executors ended.
+            send_executor_ends(master);
         }
     }
 }

@@ -1,9 +1,9 @@
-//! Makes a master of the state that the program before it has left, instead of a start.
+//! Creates a master from the state that the old program has passed on, instead of a start.
 //!
-//! Nothing is bound, locked or forked, because everything exists. An error is returned, and the caller goes
-//! back to the program before, which continues as if nothing had happened. After a panic before the upgrade
-//! has succeeded, this file goes back with the current state, so that no event is lost. If that fails too, the
-//! panic continues to the caller, which goes back with the state that the old program had written.
+//! Nothing is bound, locked or forked, because everything exists. After an error the caller executes the old program,
+//! which continues as before. After a panic before the upgrade has succeeded, this file executes the old program with
+//! the current state, so that no event is lost. If that fails too, the panic continues to the caller, which executes
+//! the old program with the state that the old program had written.
 
 use std::mem;
 use std::os::fd::{OwnedFd, RawFd};
@@ -24,23 +24,26 @@ use super::main_loop::{finish, serve};
 use super::policy::action::Action;
 use super::policy::crash_counts::Suspicion;
 use super::policy::event::{Event, Exit};
+use super::policy::executor_causes::ExecutorEnds;
 use super::policy::fleet::Fleet;
 use super::policy::reload_history::ReloadHistory;
 use super::policy::reload_queue::ReloadQueue;
 use super::reaping::act_except;
 use super::reports::queue_last_requests;
 use super::requests::settle;
-use super::requests::upgrade_driver::{export, refuse_upgrade};
-use super::setup::{Setup, show_title};
+use super::requests::upgrade_driver::{export, mark_master, refuse_upgrade};
+use super::setup::{Setup, open_access_file, show_title};
 use super::upgrade::exec_attempt::ExecAttempt;
 use super::upgrade::stage::UpgradeStage;
-use super::upgrade::state::UpgradeState;
+use super::upgrade::state::{InstanceState, UpgradeState};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::link::ids::Pid;
+use crate::sys::instance_lock::InstanceLock;
 use crate::sys::notify::{Notifier, NotifyState};
 use crate::sys::process;
 use crate::sys::signal;
+use crate::worker_init::JobsInstance;
 
 /// Runs the master of a server that another program has started, until it exits. `setup` holds the exec
 /// attempt that the state came with.
@@ -50,8 +53,8 @@ use crate::sys::signal;
 pub fn take_over(setup: Setup<'_>, state: UpgradeState) -> Result<()> {
     signal::block_all();
     signal::install_fault_handlers();
-    // The program's on_master_start may have set SIGPIPE to its default, which would end the master when
-    // the log loses its reader.
+    // A function given to on_master_start may have set SIGPIPE to its default. Then the master would end when the
+    // reader of its log ends.
     signal::ignore(&[Signal::SIGXFSZ, Signal::SIGPIPE]);
     let reason = setup.trial.as_ref().and_then(|trial| trial.reason());
     let reason = reason.map(str::to_owned);
@@ -60,6 +63,7 @@ pub fn take_over(setup: Setup<'_>, state: UpgradeState) -> Result<()> {
         Some(reason) => {
             // This is the old program again. It needs nothing more of what was passed to it.
             *master.setup.trial = None;
+            mark_master(&master);
             master.upgrade.settings = None;
             master.endpoints.notifier.notify(&[NotifyState::Ready]);
             refuse_upgrade(&mut master, &reason);
@@ -76,10 +80,10 @@ pub fn take_over(setup: Setup<'_>, state: UpgradeState) -> Result<()> {
     finish(master)
 }
 
-/// Checks that this version can make a master of the state. Only its descriptors are not tried.
+/// Checks that this version can create a master from the state. The descriptors are not checked.
 ///
 /// # Errors
-/// What cannot be read, or a contradiction.
+/// The part of the state that cannot be read, or that contradicts another part.
 pub fn check_state(state: UpgradeState) -> Result<()> {
     Fleet::import(state.fleet, now()).map_err(contradiction)?;
     Children::fits(&state.workers)
@@ -122,7 +126,7 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     };
     let now = now();
     let mut table = state.fleet;
-    // A program after this one has reaped the others before it gave up.
+    // After a failed upgrade the table may name observers that the new program has already reaped.
     table.observers.retain(|pid| process::is_child(Pid(*pid)));
     let fleet = Fleet::import(table, now).map_err(contradiction)?;
     let is_on_trial = setup.trial.as_ref().is_some_and(ExecAttempt::can_go_back);
@@ -140,7 +144,15 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     let orphans = Orphans::import(state.orphans, &workers);
     let (path, fd) = state.pid_file;
     let settings = Rc::new(setup.settings.clone());
+    let store = settings.jobs.as_ref().map(|jobs| jobs.store.clone());
+    // The failure is only logged: at an upgrade a reload follows, which opens the file again. After a rollback this
+    // program continues without the access log.
+    let access_file = open_access_file(&settings).unwrap_or_else(|error| {
+        log::error!("{error}");
+        None
+    });
     let context = GenerationContext {
+        access_file,
         registry: setup.host.registry(&settings),
         settings,
         listeners: pick(&state.serving)?,
@@ -150,8 +162,17 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     process::become_subreaper().map_err(|error| Error::system("become a subreaper", error))?;
     let control = ControlSocket::import(state.control, take)?;
     let pid_file = PidFile::import(path, take(fd)?)?;
+    let jobs = match state.jobs {
+        Some(InstanceState { id, lock }) => Some(JobsInstance {
+            id,
+            lock: InstanceLock::import(take(lock)?),
+            store: store.clone(),
+        }),
+        None => None,
+    };
     let passed = pick(&state.passed)?;
-    // The last step that can fail: signals that were received until here would be lost with the pipe.
+    // This is the last step that can fail: after a later failure, signals that were received meanwhile would be lost
+    // with the pipe.
     let signals = setup.trial.as_mut().and_then(ExecAttempt::take_signals);
     let endpoints = Endpoints {
         control,
@@ -164,10 +185,11 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     workers.allow_requests();
     let is_upgrade = setup.trial.is_some();
     let fleet = (fleet, Vec::new());
-    let mut master = Master::new(setup, fleet, (workers, orphans), context, endpoints);
+    let mut master = Master::new(setup, fleet, (workers, orphans), (context, jobs), endpoints);
     let clients = |numbers: Vec<u64>| numbers.into_iter().map(ClientId).collect();
     master.reloads = ReloadQueue::new(state.reload_asked, clients(state.reload_waiting));
     master.reload_history = ReloadHistory::new(state.last_reload, state.reloads);
+    master.executor_ends = ExecutorEnds::import(state.executor_ends);
     master.started = state.started;
     // A SIGCHLD may have been merged with one that was read before the exec.
     master.reap_again = true;
@@ -177,7 +199,7 @@ fn resume(setup: Setup<'_>, state: UpgradeState) -> Result<Master<'_>> {
     Ok(master)
 }
 
-/// The reason that clients get.
+/// The reason for the rollback that clients get.
 pub const PANICKED: &str = "the new program panicked; the log says where";
 
 /// Runs the loop until the master exits. Rolls back after a panic before the upgrade has succeeded.
@@ -193,8 +215,8 @@ fn serve_until_confirmed(master: &mut Master<'_>) -> std::thread::Result<()> {
         .as_ref()
         .is_some_and(|it| it.can_go_back());
     if lived.is_err() && is_on_trial {
-        // A second panic is possible, because the state may be damaged. Then the other way back is
-        // taken.
+        // A second panic is possible, because the state may be damaged. Then the caller rolls back with the state
+        // from before the exec.
         let _ = catch_unwind(AssertUnwindSafe(|| roll_back_after_panic(master)));
         // The program that continues must get the signals that were not handled.
         signal::block_all();
@@ -218,7 +240,7 @@ fn roll_back_after_panic(master: &mut Master<'_>) {
     settle(master);
     let reason = match mem::take(&mut master.upgrade.stage) {
         UpgradeStage::RollingBack(reason) => reason,
-        // Its reload had not begun, so it has no other reason.
+        // The reload of the upgrade had not begun, so there is no other reason.
         _ => PANICKED.to_owned(),
     };
     let table = export(master);
@@ -236,8 +258,8 @@ fn roll_back_after_panic(master: &mut Master<'_>) {
     log::error!("upgrade: could not execute the old program: {error}");
 }
 
-/// Handles workers that have vanished: a program that gave up has reaped them, and only it knew how
-/// they ended.
+/// Handles workers that are not children any more: a program whose upgrade failed has reaped them, and only that
+/// program knew how they ended.
 fn report_vanished_workers(master: &mut Master<'_>) {
     let gone = |pid: &Pid| !process::is_child(*pid);
     let lost: Vec<Pid> = master.fleet.pids().filter(gone).collect();
@@ -248,7 +270,7 @@ fn report_vanished_workers(master: &mut Master<'_>) {
             .remove(pid, Suspicion::Nothing, is_plausible_keeper);
         master.queue_actions(Event::Died {
             pid,
-            // Pool processes do not cross.
+            // Only workers are in this table, so there is no name of a pool.
             name: None,
             how: Exit::Code(0),
             last: worker.and_then(|worker| worker.last_call()),

@@ -55,9 +55,11 @@ pub fn pass_session_deaths(master: &mut Master<'_>) {
     }
 }
 
-/// Orders the sessions without an acceptor what those with one are ordered. At a stop they close their
-/// connections after the answers. Else those that are not of the serving generation hand them over; one
-/// of a later generation is left of a failed reload.
+/// Gives the sessions without an acceptor the orders that their acceptor would give:
+///
+/// - At a stop they close their connections after the answers.
+/// - Otherwise, those that are not of the serving generation hand their connections over. A session of a later
+///   generation comes from a failed reload.
 pub fn order_sessions(master: &mut Master<'_>) {
     let (now, serving) = (now(), master.fleet.generation());
     let (context, workers) = (&master.contexts.serving, &mut master.workers);
@@ -91,7 +93,7 @@ pub fn note_serving(master: &mut Master<'_>) {
 }
 
 /// Kills overdue sessions without an acceptor, and at the end of a stop the remaining children of the program
-/// before an upgrade. Returns whether the master must wait for any.
+/// before an upgrade. Returns whether the master must wait for any of them.
 pub fn awaits_others(master: &mut Master<'_>) -> bool {
     master.workers.sessions.adopted.pass_time(now());
     if overdue_at(master).is_some_and(|at| at <= now()) {

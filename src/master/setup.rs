@@ -1,4 +1,4 @@
-//! What a master needs to start, and what it asks of the program around it.
+//! Defines what a master needs to start, and what it asks of the host program.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,13 +7,13 @@ use super::policy::event::{Millis, PolicyLimits};
 use super::upgrade::exec_attempt::ExecAttempt;
 use super::upgrade::start_params::StartParams;
 use crate::config::Settings;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::handler::registry::Registry;
-use crate::logging::LogOutput;
+use crate::logging::{AccessFile, LogOutput};
 use crate::sys::daemon::Launcher;
 use crate::sys::notify::PassedListener;
 use crate::sys::title::{self, TitleArea};
-use crate::worker_init::{ObserverMain, WorkerMain};
+use crate::worker_init::{JobsInstance, ObserverMain, WorkerMain};
 
 /// What the master asks of the program around it, at a start and at each reload.
 pub trait Embedder {
@@ -22,6 +22,11 @@ pub trait Embedder {
     /// # Errors
     /// The fault in the configuration.
     fn load(&self) -> Result<Settings>;
+    /// Opens the lock of the job store, and marks this process as its master. Returns `None` without `[jobs]`.
+    ///
+    /// # Errors
+    /// If another server uses the store, or its lock cannot be opened.
+    fn open_jobs(&self, settings: &Settings) -> Result<Option<JobsInstance>>;
     /// Makes the table of methods for a configuration.
     fn registry(&self, settings: &Settings) -> Arc<Registry>;
     /// Sets level, format and output of the log for a configuration. Returns the previous output.
@@ -64,15 +69,35 @@ pub fn limits(settings: &Settings) -> PolicyLimits {
         pools: settings.pool_processes(),
         acceptors: settings.isolated().count(),
         has_observer: settings.observe.address.is_some(),
+        has_jobs: settings.jobs.is_some(),
         count: workers.count,
         boot_timeout: millis(workers.boot_timeout),
-        drain_timeout: millis(workers.drain_timeout),
+        drain_timeout: millis(settings.longest_drain()),
         heartbeat_timeout: millis(workers.heartbeat_timeout),
         respawn_burst: workers.respawn_burst,
         respawn_max_delay: millis(workers.respawn_max_delay),
         max_memory: workers.max_memory,
         max_lifetime: millis(workers.max_lifetime),
         max_unavailable: workers.max_unavailable,
+    }
+}
+
+/// Opens the file of the access log; `None` if the configuration names none.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn open_access_file(settings: &Settings) -> Result<Option<Arc<AccessFile>>> {
+    let config = settings.access_log.as_ref();
+    let Some(file) = config.and_then(|config| config.file.as_deref()) else {
+        return Ok(None);
+    };
+    match AccessFile::open(file) {
+        Ok(opened) => Ok(Some(Arc::new(opened))),
+        Err(error) => Err(Error::system_with(
+            format!("open the access log {}", file.display()),
+            error,
+            "set access-log.file to a path that this user may write",
+        )),
     }
 }
 

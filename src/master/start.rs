@@ -18,7 +18,7 @@ use super::endpoints::pid_file::PidFile;
 use super::endpoints::{Endpoints, observed};
 use super::main_loop::{finish, serve};
 use super::policy::fleet::Fleet;
-use super::setup::{Setup, limits, show_title};
+use super::setup::{Setup, limits, open_access_file, show_title};
 use crate::error::{Error, Result};
 use crate::sys::notify::Notifier;
 use crate::sys::process;
@@ -77,6 +77,8 @@ fn start<'a>(
     let settings = Rc::new(setup.settings.clone());
     let (listeners, observe) = observed::open_all(&settings, (&[], &[]), &passed)?;
     opened.extend(listeners.iter().chain(&observe).cloned());
+    let access_file = open_access_file(&settings)?;
+    let jobs = setup.host.open_jobs(&settings)?;
     listeners::tune(&settings, &listeners);
     if let Some(pid_file) = pid_file {
         pid_file.write()?;
@@ -96,6 +98,7 @@ fn start<'a>(
         settings,
         listeners,
         observe,
+        access_file,
     };
     let lock = || Error::Bug("the lock of the pid file is gone".into());
     let endpoints = Endpoints {
@@ -106,5 +109,11 @@ fn start<'a>(
         passed,
     };
     let children = (workers, Orphans::new());
-    Ok(Master::new(setup, fleet, children, context, endpoints))
+    Ok(Master::new(
+        setup,
+        fleet,
+        children,
+        (context, jobs),
+        endpoints,
+    ))
 }

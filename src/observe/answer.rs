@@ -1,7 +1,7 @@
 //! Encodes the answers of the observer. Pure.
 //!
-//! None is stored by a cache, none is taken for another type, and none may be read by a web page of another
-//! origin.
+//! The headers of each answer forbid caches to store it, browsers to guess its type, and web pages of another
+//! origin to read it.
 
 use std::borrow::Cow;
 use std::io::Write;

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::families::{Families, HistogramSample};
 use crate::config::{Histogram, ObserveConfig};
-use crate::link::metrics_board::layout::{Block, HANDLER_CODE, labels};
-use crate::link::metrics_board::{BoardReader, HistogramCounts, MethodTotals};
+use crate::link::metrics_board::job_cells::{ENDS, OUTCOMES};
+use crate::link::metrics_board::layout::{Block, CloseReason, HANDLER_CODE, labels};
+use crate::link::metrics_board::{BoardReader, HistogramCounts, JobTotals, MethodTotals};
 use crate::protocol::Code;
 
 /// Codes whose series exist from the start.
@@ -22,14 +23,40 @@ pub fn add_board(families: &mut Families, board: &BoardReader, config: &ObserveC
     for method in board.methods(config.exports(Histogram::Run)) {
         add_method(families, &method, config);
     }
+    if let Some(jobs) = JobTotals::of(board) {
+        add_jobs(families, &jobs, config);
+    }
 }
 
-/// The value of a counter.
+fn add_jobs(families: &mut Families, jobs: &JobTotals, config: &ObserveConfig) {
+    families.add("jobs_enqueued_total", &[], jobs.enqueued as f64);
+    families.add("jobs_stale_total", &[], jobs.stale as f64);
+    for (metric, counts) in [
+        ("jobs_commit_seconds", &jobs.commit),
+        ("jobs_wait_seconds", &jobs.wait),
+        ("jobs_run_seconds", &jobs.run),
+    ] {
+        families.add_histogram(metric, &[], &histogram(counts, config));
+    }
+    for method in &jobs.methods {
+        let name = method.name.as_str();
+        for (outcome, count) in OUTCOMES.into_iter().zip(method.attempts) {
+            let labels = [name, outcome];
+            families.add("jobs_attempts_total", &labels, count as f64);
+        }
+        for ((state, reason), count) in ENDS.into_iter().zip(method.ended) {
+            let labels = [name, state, reason];
+            families.add("jobs_ended_total", &labels, count as f64);
+        }
+    }
+}
+
+/// Returns the value of a counter.
 pub fn value(counter: &AtomicU64) -> f64 {
     counter.load(Relaxed) as f64
 }
 
-/// Nanoseconds in seconds.
+/// Converts nanoseconds to seconds.
 pub fn seconds(ns: u64) -> f64 {
     ns as f64 / 1e9
 }
@@ -42,7 +69,11 @@ fn add_processes(families: &mut Families, board: &BoardReader, config: &ObserveC
         families.add("connections_moved_total", &[label], moved as f64);
     }
     for (place, label) in labels::CLOSED.iter().enumerate() {
-        let closed = board.sum(|block| &block.closed[place]);
+        let mut closed = board.sum(|block| &block.closed[place]);
+        if place == CloseReason::Crash as usize {
+            // A process may have filled its block with anything.
+            closed = closed.wrapping_add(board.header().lost_connections.load(Relaxed));
+        }
         families.add("connections_closed_total", &[label], closed as f64);
     }
     let wait = histogram(&board.accept_wait(), config);
@@ -63,6 +94,10 @@ fn add_processes(families: &mut Families, board: &BoardReader, config: &ObserveC
     families.add("quarantine_refusals_total", &[], refusals);
     let lost = sum(|it| &it.lost_lines) + value(&board.header().lost_lines);
     families.add("log_lines_lost_total", &["main"], lost);
+    let lost = sum(|it| &it.access.lost) + value(&board.header().lost_access_lines);
+    families.add("log_lines_lost_total", &["access"], lost);
+    let written = sum(|it| &it.access.written);
+    families.add("access_log_lines_total", &[], written);
 }
 
 fn add_method(families: &mut Families, method: &MethodTotals, config: &ObserveConfig) {
@@ -95,7 +130,7 @@ fn add_method(families: &mut Families, method: &MethodTotals, config: &ObserveCo
     }
 }
 
-/// The label of each place of a code.
+/// Returns the label of each place of a code.
 pub fn codes() -> impl Iterator<Item = (usize, &'static str)> {
     let table = Code::ALL.map(|code| (code as usize, code.name()));
     table.into_iter().chain([(HANDLER_CODE, HANDLER)])

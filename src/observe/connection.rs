@@ -1,9 +1,9 @@
-//! One connection of the observer: reads a request, keeps it until it is answered, sends the answer.
+//! Handles one connection of the observer: reads a request, keeps it until it is answered, and sends the answer.
 //!
-//! A client has 5 s to send a request, counted from its first byte, and 5 s to take the answer. A connection
-//! that is refused stays a moment after the answer, because closing it with unread bytes would reset it and
-//! could lose the answer. Between two requests it may be idle for ever; the server closes it if it needs the
-//! place.
+//! A client has 5 s to send a request, counted from its first byte, and 5 s to take the answer. A refused connection
+//! stays open for a short time after the answer: closing it with unread bytes would reset it, and the client could
+//! lose the answer. Between two requests a connection may be idle without a limit. The observer closes it if another
+//! connection needs its place.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -16,9 +16,9 @@ use crate::protocol::http::get::{PageRefusal, PageRequest, blank_lines, decode_p
 use crate::protocol::http::{HEAD_MAX, HttpDate, ParseProgress};
 use crate::sys::rights::GuardedSocket;
 
-/// For a request, and for its answer, in milliseconds.
+/// The longest time for a request, and again for its answer, in milliseconds.
 const LIMIT_MS: u64 = 5_000;
-/// For what a client that was refused still sends.
+/// How long a refused connection stays open after its answer, in milliseconds.
 const LINGER_MS: u64 = 1_000;
 /// Bytes read at once.
 const PIECE: usize = 4096;
@@ -29,11 +29,11 @@ enum Stage {
     Reading,
     /// The request is complete and not answered yet.
     Asked(PageRequest),
-    /// The answer is being sent; whether the connection ends after it.
+    /// The answer is being sent. True if the connection ends after it.
     Sending {
         close: bool,
     },
-    /// All is sent; what still comes is dropped.
+    /// The last answer is sent. Further bytes of the client are dropped.
     Lingering,
     Ended,
 }
@@ -72,7 +72,7 @@ impl PageConnection {
         }
     }
 
-    /// What it is to be polled for.
+    /// Returns the events for poll(2).
     pub fn interest(&self) -> PollFlags {
         match self.stage {
             Stage::Reading | Stage::Lingering => PollFlags::POLLIN,
@@ -89,24 +89,25 @@ impl PageConnection {
         matches!(self.stage, Stage::Ended)
     }
 
-    /// Whether nothing of a request has arrived.
+    /// Returns whether no byte of a request has arrived.
     pub fn is_idle(&self) -> bool {
         matches!(self.stage, Stage::Reading) && self.received.is_empty()
     }
 
-    /// When the first byte of its unfinished request came; `None` if it has none.
+    /// Returns when the first byte of an unfinished request arrived, in milliseconds; `None` if there is no
+    /// unfinished request.
     pub fn unfinished_since_ms(&self) -> Option<u64> {
         let is_unfinished = matches!(self.stage, Stage::Reading) && !self.received.is_empty();
         let deadline_ms = self.deadline_ms.filter(|_| is_unfinished);
         deadline_ms.map(|at| at.saturating_sub(LIMIT_MS))
     }
 
-    /// Whether an answer is being sent, or was the last one.
+    /// Returns whether an answer is being sent, or the last answer was sent.
     pub fn is_answered(&self) -> bool {
         !matches!(self.stage, Stage::Reading | Stage::Asked(_))
     }
 
-    /// The request that waits for its answer.
+    /// Returns the request that waits for its answer.
     pub fn request(&self) -> Option<&PageRequest> {
         match &self.stage {
             Stage::Asked(request) => Some(request),
@@ -121,13 +122,13 @@ impl PageConnection {
         }
     }
 
-    /// The socket is ready: reads or sends what is possible.
+    /// Reads or sends what is possible, because the socket is ready.
     pub fn advance(&mut self, now_ms: u64, date: HttpDate) {
         match self.stage {
             Stage::Reading => self.read(now_ms, date),
             Stage::Sending { .. } => self.send(now_ms, date),
             Stage::Lingering => self.discard(),
-            // Only its end is reported.
+            // poll(2) reports only the end of such a connection.
             Stage::Asked(_) | Stage::Ended => self.stage = Stage::Ended,
         }
     }
@@ -236,7 +237,7 @@ impl PageConnection {
 
     fn discard(&mut self) {
         let mut piece = [0; PIECE];
-        // A bounded number: what a client sends without end is cut off at the deadline.
+        // A bounded number of reads per turn. A client that never stops sending is disconnected at the deadline.
         for _ in 0..16 {
             match self.socket.receive(&mut piece) {
                 Ok(1..) | Err(Errno::EINTR) => {}

@@ -1,6 +1,6 @@
 //! Makes the content of each page from the metrics board, the master's facts and the model.
 //!
-//! What only the master knows may be missing or old; each page says what follows from that.
+//! The facts that only the master knows may be missing or old. Each page shows that.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use super::totals::BoardMembers;
 use crate::config::ObserveConfig;
 use crate::link::metrics_board::layout::labels;
 use crate::link::metrics_board::{BoardReader, PoolTotals};
+use crate::logging::printable_json;
 use crate::protocol::control::{Status, WorkerPhase};
 
 /// The time, on both clocks.
@@ -25,7 +26,7 @@ use crate::protocol::control::{Status, WorkerPhase};
 pub struct Now {
     /// CLOCK_MONOTONIC, in milliseconds.
     pub ms: u64,
-    /// Since 1970.
+    /// The wall clock, as the time since 1970.
     pub unix: Duration,
 }
 
@@ -51,7 +52,7 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// Returns one JSON object: the status as it came, with members from the board and two of this reader.
+    /// Returns one JSON object: the status as the master sent it, with members from the board and two of the observer.
     pub fn to_json(&self) -> Option<String> {
         let json = &self.facts.json;
         let whole = match &self.members {
@@ -60,9 +61,9 @@ impl Figures {
         };
         let members = whole.strip_suffix('}')?;
         let (rates, age) = (json!(self.rates), self.master_age_ms);
-        Some(format!(
-            "{members},\"rates\":{rates},\"master_age_ms\":{age}}}"
-        ))
+        let json = format!("{members},\"rates\":{rates},\"master_age_ms\":{age}}}");
+        // A terminal may show it.
+        Some(printable_json(&json).into_owned())
     }
 }
 
@@ -85,7 +86,7 @@ impl Content {
         self.model.interval_ms = half_ms;
     }
 
-    /// Reads another board from now on.
+    /// Makes the pages read another board from now on.
     #[cfg(feature = "top")]
     pub fn set_board(&mut self, board: Option<BoardReader>) {
         self.board = board;
@@ -106,7 +107,7 @@ impl Content {
         }
     }
 
-    /// When `record` is to be called; `None`: nothing is recorded.
+    /// Returns when to call `record`, in milliseconds; `None` if nothing is recorded.
     pub fn next_reading_ms(&self, now_ms: u64) -> Option<u64> {
         self.model.next_reading_ms(now_ms)
     }
@@ -138,7 +139,7 @@ impl Content {
         self.model.add(reading, now.ms, now.unix.as_secs());
     }
 
-    /// Answers a request, now that the master has answered or did not.
+    /// Answers a request, after the master has answered or has failed to.
     pub fn answer(&mut self, route: &Route, now: Now) -> PageAnswer {
         match route {
             Route::Page => page::answer(),
@@ -242,7 +243,7 @@ fn unhealthy(status: &Status) -> Option<&'static str> {
     let is_ready = workers
         .any(|worker| worker.state == WorkerPhase::Ready && worker.generation == master.generation);
     if master.stopping || master.stops_in_ms.is_some() {
-        Some("the server stops, or is about to")
+        Some("the server stops, or a stop is scheduled")
     } else if !is_ready {
         Some("no worker is ready")
     } else if status.pools.iter().any(|pool| pool.unhealthy) {

@@ -1,7 +1,7 @@
 //! Writes the metrics of a server as Prometheus text.
 //!
-//! What only the master knows is left out if it does not answer. A value that shared memory cannot have is
-//! no error: the text stays valid.
+//! If the master does not answer, the metrics that only the master knows are left out. A wrong value in shared memory
+//! is no error: the text stays valid.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;

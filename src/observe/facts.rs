@@ -61,6 +61,19 @@ pub fn add_facts(families: &mut Families, status: &Status, now: f64, started_at:
             families.add("listener_backlog_connections", &labels, backlog);
         }
     }
+    add_isolated(families, status);
+    if let Some(jobs) = &status.jobs {
+        for (state, count) in [
+            ("waiting", jobs.waiting),
+            ("running", jobs.running),
+            ("dead", jobs.dead),
+        ] {
+            families.add("jobs", &[state], count as f64);
+        }
+        let oldest = jobs.oldest_due_ms.unwrap_or_default() as f64 / 1000.0;
+        families.add("jobs_oldest_due_seconds", &[], oldest);
+        families.add("jobs_store_up", &[], flag(jobs.state == "up"));
+    }
     let quarantined = status.quarantine.len() as f64;
     families.add("quarantined_calls", &[], quarantined);
 }
@@ -76,7 +89,7 @@ fn add_workers(families: &mut Families, workers: &[WorkerStatus], now: f64) {
     let living = || workers.iter().filter(|worker| worker.pid.is_some());
     let sum = |figure: fn(&WorkerStatus) -> u64| living().map(figure).sum::<u64>() as f64;
     families.add("handler_threads", &[], sum(|it| it.threads));
-    // `running` has the calls of abandoned threads not any more.
+    // `running` does not contain the calls of abandoned threads any more, so these are added.
     families.add(
         "handler_threads_busy",
         &[],
@@ -129,7 +142,60 @@ fn add_pool(families: &mut Families, pool: &PoolStatus) {
     families.add("pool_calls_queued", &[&pool.name], pool.queued as f64);
 }
 
-/// The value of a flag.
+/// The figures of an isolated listener, which can have several acceptors.
+#[derive(Default)]
+struct SessionSum {
+    sessions: u64,
+    /// The limit of its youngest acceptor, and the generation of that one.
+    limit: (u32, u64),
+    /// Counted per listener, so each acceptor shows the same number.
+    full: u64,
+    refused_no_process: u64,
+    crashed: u64,
+}
+
+fn add_isolated(families: &mut Families, status: &Status) {
+    let mut listeners: BTreeMap<&str, SessionSum> = BTreeMap::new();
+    let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
+    for listener in &status.listeners {
+        refused.insert(&listener.address, listener.refused_per_source);
+    }
+    // The status of an acceptor without a process may have no address any more.
+    let known = status.isolated.iter().filter(|it| !it.address.is_empty());
+    for isolated in known {
+        let sum = listeners.entry(&isolated.address).or_default();
+        sum.sessions += isolated.running;
+        // An entry for connections whose acceptor has died has no limit.
+        if isolated.limit > 0 {
+            sum.limit = sum.limit.max((isolated.generation, isolated.limit));
+        }
+        sum.full = sum.full.max(isolated.full);
+        sum.refused_no_process = sum.refused_no_process.max(isolated.refused_no_process);
+        sum.crashed = sum.crashed.max(isolated.crashed);
+        let per_source = refused.entry(&isolated.address).or_default();
+        *per_source = isolated.refused_per_source.max(*per_source);
+    }
+    for (address, count) in refused {
+        let labels = [address, "per_source"];
+        families.add("listener_refused_connections_total", &labels, count as f64);
+    }
+    for (address, sum) in listeners {
+        let labels = [address];
+        families.add("listener_sessions", &labels, sum.sessions as f64);
+        families.add("listener_sessions_limit", &labels, sum.limit.1 as f64);
+        families.add("listener_full_total", &labels, sum.full as f64);
+        let no_process = sum.refused_no_process as f64;
+        let reason = [address, "no_process"];
+        families.add("listener_refused_connections_total", &reason, no_process);
+        families.add(
+            "listener_session_crashes_total",
+            &labels,
+            sum.crashed as f64,
+        );
+    }
+}
+
+/// Returns a flag as 1 or 0.
 pub fn flag(is: bool) -> f64 {
     f64::from(u8::from(is))
 }

@@ -49,7 +49,7 @@ impl Families {
         samples.push(metric);
     }
 
-    /// Adds a sample of a histogram, likewise.
+    /// Adds a sample of a histogram, with the values of its labels.
     ///
     /// # Panics
     /// If the table has no such metric.

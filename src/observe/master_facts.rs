@@ -17,7 +17,7 @@ use serde_json::value::RawValue;
 use crate::protocol::control::{ControlRequest, Status, to_line};
 use crate::sys::socket;
 
-/// How long an answer is waited for, and how long it is current unless it is said otherwise. Milliseconds.
+/// How long to wait for an answer, and how long an answer is current by default, in milliseconds.
 pub const CURRENT_MS: u64 = 1_000;
 /// The longest answer that is read. Bytes.
 const LONGEST: usize = 64 << 20;
@@ -42,11 +42,11 @@ pub enum Readiness {
 
 #[derive(Debug)]
 pub struct MasterFacts {
-    /// Where to connect; `None`: the connection is there from the start.
+    /// The socket to connect to; `None` if the process was forked with a connection.
     path: Option<PathBuf>,
     stream: Option<UnixStream>,
     received: Vec<u8>,
-    /// When the question was asked that is not answered yet.
+    /// When the master was asked, in milliseconds; `None` if it has answered.
     asked_ms: Option<u64>,
     last: Option<Rc<Facts>>,
     /// How long an answer is current. Milliseconds.
@@ -59,7 +59,7 @@ struct Response {
 }
 
 impl MasterFacts {
-    /// The facts of a master that has forked this process.
+    /// Creates the facts of a master that has forked this process.
     ///
     /// # Errors
     /// Those of fcntl(2).
@@ -68,7 +68,7 @@ impl MasterFacts {
         Ok(Self::with(None, Some(stream)))
     }
 
-    /// The facts of the master with this control socket.
+    /// Creates the facts of the master with this control socket.
     pub fn at(path: PathBuf) -> Self {
         Self::with(Some(path), None)
     }
@@ -84,17 +84,17 @@ impl MasterFacts {
         }
     }
 
-    /// Whether the connection to the master that has forked this process has ended.
+    /// Returns whether the connection to the master that has forked this process has ended.
     pub fn has_lost_link(&self) -> bool {
         self.path.is_none() && self.stream.is_none()
     }
 
-    /// The connection, to be polled for input.
+    /// Returns the connection, to be polled for input.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.stream.as_ref().map(AsFd::as_fd)
     }
 
-    /// A request needs the facts: asks for them unless those that are there are current.
+    /// Asks the master for its facts, because a request needs them. Does nothing if the facts are current.
     pub fn request(&mut self, now_ms: u64) -> Readiness {
         if self.current(now_ms).is_some() {
             return Readiness::Now;
@@ -108,19 +108,19 @@ impl MasterFacts {
         }
     }
 
-    /// When requests that wait for the master are answered without it.
+    /// Returns when requests that wait for the master are answered without its facts, in milliseconds.
     pub fn deadline_ms(&self, now_ms: u64) -> Option<u64> {
         let deadline = self.asked_ms.map(|at| at + CURRENT_MS);
         deadline.filter(|at| *at > now_ms)
     }
 
-    /// The last answer, if it is current.
+    /// Returns the last answer, if it is current.
     pub fn current(&self, now_ms: u64) -> Option<&Rc<Facts>> {
         let last = self.last.as_ref();
         last.filter(|facts| now_ms < facts.at_ms + self.current_ms)
     }
 
-    /// The last answer, however old.
+    /// Returns the last answer, however old it is.
     pub fn last(&self) -> Option<&Rc<Facts>> {
         self.last.as_ref()
     }
@@ -137,7 +137,7 @@ impl MasterFacts {
         stream.write_all(&to_line(&ControlRequest::Status)?)
     }
 
-    /// The connection is readable: takes the answer if it is complete.
+    /// Reads from the connection, and takes the answer if it is complete.
     pub fn receive(&mut self, now_ms: u64) {
         let mut piece = vec![0; 64 << 10];
         let mut has_ended = false;
@@ -146,7 +146,7 @@ impl MasterFacts {
                 return;
             };
             match stream.read(&mut piece) {
-                // The control socket ends with the answer, which may have come in the same moment.
+                // The master closes a control connection after its answer, so the answer may be complete.
                 Ok(0) => has_ended = true,
                 Ok(length) => self.received.extend_from_slice(&piece[..length]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

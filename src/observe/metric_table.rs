@@ -148,6 +148,31 @@ pub const METRICS: &[MetricInfo] = &[
         &["address"],
         "Limit of the accept queue.",
     ),
+    gauge(
+        "listener_sessions",
+        &["address"],
+        "Open connections of an isolated listener, each with a process.",
+    ),
+    gauge(
+        "listener_sessions_limit",
+        &["address"],
+        "Connections that an isolated listener may have at once.",
+    ),
+    counter(
+        "listener_full_total",
+        &["address"],
+        "Times that an isolated listener reached its limit.",
+    ),
+    counter(
+        "listener_refused_connections_total",
+        &["address", "reason"],
+        "Connections that a listener refused.",
+    ),
+    counter(
+        "listener_session_crashes_total",
+        &["address"],
+        "Processes of connections that have crashed.",
+    ),
     counter("connections_accepted_total", &[], "Accepted connections."),
     counter(
         "connections_moved_total",
@@ -188,7 +213,7 @@ pub const METRICS: &[MetricInfo] = &[
     counter(
         "calls_returned_total",
         &[],
-        "Forwarded calls that came back unbegun.",
+        "Forwarded calls that the other worker returned before they began.",
     ),
     counter(
         "call_errors_total",
@@ -226,5 +251,40 @@ pub const METRICS: &[MetricInfo] = &[
         &["log"],
         "Log lines that could not be written.",
     ),
+    counter(
+        "access_log_lines_total",
+        &[],
+        "Lines that were written to the access log.",
+    ),
+    counter("jobs_enqueued_total", &[], "Stored jobs."),
+    counter(
+        "jobs_attempts_total",
+        &["method", "outcome"],
+        "Ended attempts of jobs.",
+    ),
+    counter(
+        "jobs_ended_total",
+        &["method", "state", "reason"],
+        "Jobs that are done, dead or cancelled.",
+    ),
+    counter(
+        "jobs_stale_total",
+        &[],
+        "Outcomes of attempts that were refused, because the job was claimed again.",
+    ),
+    gauge("jobs", &["state"], "Jobs by state."),
+    gauge(
+        "jobs_oldest_due_seconds",
+        &[],
+        "How long the due job that waits longest has been due; 0 if no job is due.",
+    ),
+    gauge("jobs_store_up", &[], "1 if the store of the jobs works."),
+    histogram("jobs_commit_seconds", &[], "Time of a commit."),
+    histogram(
+        "jobs_wait_seconds",
+        &[],
+        "Time from the due time of a job to its attempt.",
+    ),
+    histogram("jobs_run_seconds", &[], "Time of an attempt."),
     gauge("scrape_duration_seconds", &[], "Time to build this answer."),
 ];

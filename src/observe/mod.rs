@@ -1,7 +1,7 @@
 //! Serves metrics and status of a running server over HTTP, from shared memory and the answers of its master.
 //!
-//! Reads only: nothing here changes the server. The layer knows no worker. [`run`] is the code of the forked
-//! observer from its first instruction to `_exit`; [`serve`] is the same server in the foreground.
+//! It only reads: nothing here changes the server, and nothing here uses the code of workers. [`run`] is the code of
+//! the forked observer from its first instruction to `_exit`; [`serve`] runs the same in the foreground.
 
 mod answer;
 mod board_figures;
@@ -67,7 +67,7 @@ fn live(mut init: ObserverInit<'_>) -> Result<(), (&'static str, io::Error)> {
     let config = init.settings.observe.clone();
     let facts = MasterFacts::linked(UnixStream::from(init.link));
     let facts = facts.map_err(|error| ("use its socket to the master", error))?;
-    // A board of another version is left out.
+    // If the board has another version, the observer serves without it.
     let board = own.board.and_then(|file| BoardReader::new(file).ok());
     let content = Content::new(facts, board, config.clone());
     let listener = (own.listener, is_unix);

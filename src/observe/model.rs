@@ -22,7 +22,7 @@ use crate::protocol::Code;
 const KEPT: usize = 300;
 /// Readings that `rates` shows the calls of.
 const RECENT: usize = 60;
-/// How long recording continues after a request. Milliseconds.
+/// How long recording continues after a request, in milliseconds.
 const USED_FOR_MS: u64 = 300_000;
 
 /// All counters at one time.
@@ -61,7 +61,7 @@ struct MethodStep {
     buckets: Vec<(usize, u64)>,
 }
 
-/// Figures of a time for one method, or for all together.
+/// Figures of a period for one method, or for all methods together.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Rates {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -108,7 +108,7 @@ pub struct Second {
 
 #[derive(Debug)]
 pub struct Model {
-    /// The least time between two readings. Milliseconds.
+    /// The shortest time between two readings. Milliseconds.
     pub interval_ms: u64,
     last: Option<(u64, Reading)>,
     processes: ProcessRates,
@@ -119,7 +119,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// A model with this least time between two readings. Milliseconds.
+    /// Creates a model with this least time between two readings, in milliseconds.
     pub fn new(interval_ms: u64) -> Self {
         Model {
             interval_ms,
@@ -131,12 +131,12 @@ impl Model {
         }
     }
 
-    /// A request asks for figures: records from now on.
+    /// Starts recording, or continues it, because a request asks for figures.
     pub fn use_at(&mut self, now_ms: u64) {
         self.used_until_ms = now_ms + USED_FOR_MS;
     }
 
-    /// When the next reading is due; `None` if none is needed.
+    /// Returns when the next reading is due; `None` if none is needed.
     pub fn next_reading_ms(&self, now_ms: u64) -> Option<u64> {
         if now_ms >= self.used_until_ms {
             return None;
@@ -171,7 +171,7 @@ impl Model {
         self.last = Some((now_ms, reading));
     }
 
-    /// The rates of the last interval.
+    /// Returns the rates of the last interval.
     pub fn rates(&self) -> AllRates {
         let none = Step::default();
         let step = self.steps.back().unwrap_or(&none);
@@ -192,7 +192,7 @@ impl Model {
         }
     }
 
-    /// The rates of a method, or of all together, in a step.
+    /// Returns the rates of a method, or of all together, between two readings.
     fn rates_of(&self, step: &Step, index: Option<usize>) -> Rates {
         let first = self.steps.len().saturating_sub(RECENT);
         let recent = self.steps.range(first..);
@@ -202,7 +202,7 @@ impl Model {
         }
     }
 
-    /// The last 300 s of a method, or of all together; `None`: no method of that name had a call.
+    /// Returns the last 300 s of a method, or of all together; `None` if no method of that name had a call.
     pub fn history(&self, method: Option<&str>) -> Option<Vec<Second>> {
         let index = match method {
             None => None,
@@ -214,7 +214,7 @@ impl Model {
                 at: step.at,
                 interval_ms: step.interval_ms,
                 calls: sum.calls,
-                errors: sum.errors.iter().map(|(_, count)| count).sum(),
+                errors: total(sum.errors.iter().map(|(_, count)| *count)),
                 shed: sum.shed,
                 accept_queue: step.accept_queue,
                 buckets: (sum.buckets.iter())
@@ -227,7 +227,7 @@ impl Model {
 }
 
 impl Step {
-    /// What happened to a method, or to all together.
+    /// Returns what a method, or all together, counted between two readings.
     fn sum(&self, index: Option<usize>) -> MethodStep {
         let wanted = |method: &&MethodStep| index.is_none_or(|index| index == method.index);
         let methods = self.methods.iter().filter(wanted);
@@ -235,12 +235,17 @@ impl Step {
     }
 }
 
-/// The upper bound of a bucket in microseconds; `None`: longer than all bounds.
+/// Returns the upper bound of a bucket in microseconds; `None` for times above all bounds.
 fn bound_us(bucket: usize) -> Option<u64> {
     (bucket < BOUNDS).then(|| bound_ns(bucket) / 1_000)
 }
 
-/// What has changed for each method. A counter that has fallen, as garbage can, counts as unchanged.
+/// Adds counts, which may be garbage.
+fn total(counts: impl IntoIterator<Item = u64>) -> u64 {
+    counts.into_iter().fold(0, u64::saturating_add)
+}
+
+/// Returns what has changed for each method. A counter that has fallen, because it is garbage, counts as unchanged.
 fn method_steps(
     names: &mut Vec<String>,
     before: &[MethodTotals],
@@ -267,14 +272,15 @@ fn method_steps(
             };
             count(totals).saturating_sub(count(old))
         };
-        let errors = codes().map(|(place, _)| (place, grown(place, 0) + grown(place, 1)));
+        let both = |place| grown(place, 0).saturating_add(grown(place, 1));
+        let errors = codes().map(|(place, _)| (place, both(place)));
         let (overloaded, stopping) = (Code::Overloaded as usize, Code::Stopping as usize);
         let shed = [overloaded, stopping, Code::Timeout as usize].map(|place| grown(place, 0));
         steps.push(MethodStep {
             index,
             calls,
             errors: errors.filter(|(_, count)| *count > 0).collect(),
-            shed: shed.iter().sum(),
+            shed: total(shed),
             buckets: bucket_steps(&old.duration, &totals.duration),
         });
     }
@@ -289,8 +295,8 @@ fn bucket_steps(before: &HistogramCounts, after: &HistogramCounts) -> Vec<(usize
 
 impl MethodStep {
     fn plus(mut self, other: &MethodStep) -> Self {
-        self.calls += other.calls;
-        self.shed += other.shed;
+        self.calls = self.calls.saturating_add(other.calls);
+        self.shed = self.shed.saturating_add(other.shed);
         add_sorted(&mut self.errors, &other.errors);
         add_sorted(&mut self.buckets, &other.buckets);
         self
@@ -326,7 +332,7 @@ impl MethodStep {
 fn add_sorted(sums: &mut Vec<(usize, u64)>, more: &[(usize, u64)]) {
     for &(place, count) in more {
         match sums.binary_search_by_key(&place, |(place, _)| *place) {
-            Ok(at) => sums[at].1 += count,
+            Ok(at) => sums[at].1 = sums[at].1.saturating_add(count),
             Err(at) => sums.insert(at, (place, count)),
         }
     }
@@ -404,10 +410,17 @@ mod tests {
         for second in 0..400 {
             let calls = if second % 2 == 0 { u64::MAX } else { second };
             model.use_at(second * 1_000);
-            let garbage = reading(vec![totals("a", calls, u64::MAX)]);
-            model.add(garbage, second * 1_000, second);
+            let garbage = ["a", "b"].map(|name| {
+                let mut garbage = totals(name, calls, u64::MAX);
+                garbage.errors.fill([calls; 2]);
+                garbage
+            });
+            model.add(reading(garbage.to_vec()), second * 1_000, second);
         }
         assert_eq!(model.history(Some("a")).unwrap().len(), KEPT);
+        let all = model.history(None).unwrap();
+        let most = all.iter().map(|second| (second.calls, second.errors)).max();
+        assert_eq!(most, Some((u64::MAX, u64::MAX)));
         assert_eq!(model.rates().interval_ms, 1_000);
     }
 }

@@ -24,17 +24,18 @@ use crate::sys::rights::GuardedSocket;
 use crate::sys::signal::SignalPipe;
 use crate::sys::socket;
 
-/// The most connections that are served.
+/// The largest number of connections that are served.
 const MAX_CONNECTIONS: usize = 32;
-/// The most connections beyond them that get an answer with 503. Further ones are closed without an answer.
+/// The largest number of connections beyond them that get an answer with 503. Further ones are closed without an
+/// answer.
 const MAX_REFUSED: usize = 8;
 /// For how long a request may be unfinished before its connection makes room for another one.
 const UNFINISHED_MS: u64 = 1_000;
-/// The most connections that are accepted in one turn.
+/// The largest number of connections that are accepted in one turn.
 const BATCH: usize = 64;
 /// The time until the next try if the system had no descriptor for a connection.
 const RETRY_MS: u64 = 200;
-/// The time for the connections when the observer exits, or when its master has become another program.
+/// How long connections may still be served when the observer exits, or after an upgrade, in milliseconds.
 const LEAVE_MS: u64 = 4_000;
 
 pub struct PageServer {
@@ -47,9 +48,9 @@ pub struct PageServer {
     content: Content,
     connections: Vec<PageConnection>,
     refused: Vec<PageConnection>,
-    /// Nothing is accepted before.
+    /// No connection is accepted before this time.
     closed_until_ms: u64,
-    /// When it is gone at the latest.
+    /// When the observer exits at the latest; `None` while it serves.
     gone_ms: Option<u64>,
     /// Whether a connection has another request that is not answered yet.
     has_more: bool,
@@ -151,7 +152,7 @@ impl PageServer {
             .chain(self.gone_ms)
             .min();
         match next {
-            // One more millisecond: poll(2) rounds down, and waking early is waking twice.
+            // One more millisecond, because poll(2) rounds down: a process that wakes early must wake twice.
             Some(at) => {
                 let wait = Duration::from_millis(at.saturating_sub(monotonic_ms()) + 1);
                 PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
@@ -173,7 +174,8 @@ impl PageServer {
                 Ok(socket) => socket,
                 Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR | Errno::ECONNABORTED) => continue,
-                // Left in, it would be readable all the time, and this process would spin.
+                // If the connection stayed in the queue, the listener would be readable all the time, and this process
+                // would spin.
                 Err(_) => {
                     self.closed_until_ms = self.now.ms + RETRY_MS;
                     return;
@@ -187,7 +189,7 @@ impl PageServer {
         }
     }
 
-    /// Gives a connection a place, or tells it that there is none.
+    /// Gives a connection a place. If there is none, answers 503 and closes it.
     fn admit(&mut self, mut connection: PageConnection) {
         self.connections.retain(|one| !one.has_ended());
         if self.connections.len() >= MAX_CONNECTIONS {
@@ -204,7 +206,7 @@ impl PageServer {
                 Some(index) => drop(self.connections.swap_remove(index)),
                 None => {
                     if self.refused.len() < MAX_REFUSED {
-                        // Not after the answer to a malformed request.
+                        // If the request was malformed, the connection already has its answer.
                         if !connection.is_answered() {
                             let text = "32 other connections are busy; try again";
                             let answer = PageAnswer::text(503, text);
@@ -226,8 +228,8 @@ impl PageServer {
         }
         self.content.record(self.now);
         if self.content.facts.has_lost_link() && self.gone_ms.is_none() {
-            // The master has become another program, which starts an observer of its own. Until that one
-            // accepts, this one does. At the master's death the kernel ends this process.
+            // The master was upgraded: the new one starts its own observer. Until that observer accepts, this one
+            // continues. If the master had died, the kernel would have ended this process.
             self.gone_ms = Some(self.now.ms + LEAVE_MS);
         }
     }
@@ -256,7 +258,7 @@ impl PageServer {
     /// Accepts nothing more, and leaves when the requests that have begun are answered.
     fn leave(&mut self) {
         self.listener = None;
-        // The request of a new connection may be on its way.
+        // Keep new connections: their first requests may be on the way.
         self.connections
             .retain(|one| !one.is_idle() || !one.has_answered);
         self.gone_ms = Some(self.now.ms + LEAVE_MS);

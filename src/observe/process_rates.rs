@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
 
-/// The time over which CPU times are compared. Milliseconds.
+/// The time over which CPU times are compared, in milliseconds.
 const CPU_MS: u64 = 5_000;
 
 /// What a worker or a pool process has counted since its start.
@@ -67,13 +67,13 @@ impl ProcessRates {
             self.before = std::mem::replace(&mut self.last, counts);
         }
         self.cpu_ns.push_back((now_ms, cpu_ns));
-        // One reading that is as old as this time stays.
+        // Keep one reading that is at least `CPU_MS` old, to compute the rate over that time.
         while self.cpu_ns.len() > 2 && self.cpu_ns[1].0 + CPU_MS <= now_ms {
             self.cpu_ns.pop_front();
         }
     }
 
-    /// The rates of each process that is in the last two answers.
+    /// Returns the rates of each process that is in the last two answers.
     pub fn processes(&self) -> Vec<ProcessRate> {
         let interval_ms = self.last.at_ms.saturating_sub(self.before.at_ms);
         let old = |pid| self.before.counts.iter().find(|old| old.pid == pid);
@@ -89,7 +89,7 @@ impl ProcessRates {
         self.last.counts.iter().filter_map(rate).collect()
     }
 
-    /// The CPU time of each slot.
+    /// Returns the CPU time of each slot.
     pub fn slots(&self) -> Vec<SlotCpu> {
         let (Some((from_ms, from)), Some((to_ms, to))) = (self.cpu_ns.front(), self.cpu_ns.back())
         else {

@@ -1,7 +1,7 @@
 //! Decides what a request for a page gets: which content, or which refusal. Pure.
 //!
-//! The `Host` is checked first. Otherwise a web page could read a local port through DNS rebinding: its
-//! own name then leads to this address, and the browser takes the answers for its own.
+//! The `Host` is checked first. Otherwise a web page could read a local port by DNS rebinding: the page's host name
+//! then resolves to this address, and the browser treats the answers as coming from the page's own server.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 

@@ -15,7 +15,7 @@ use crate::sys::process::monotonic_ns;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ServerTotals {
     pub calls: u64,
-    /// Calls of these that were answered with an error.
+    /// The number of these calls that were answered with an error.
     pub errors: u64,
     /// Accepted connections.
     pub accepted: u64,
@@ -76,7 +76,7 @@ impl BoardMembers {
         }
     }
 
-    /// Adds them to a JSON object, whose other members stay byte for byte as they are.
+    /// Adds these members to a JSON object. Its other members stay as they are, byte for byte.
     pub fn add_to(&self, object: &str) -> String {
         let (Some(object), Ok(own)) = (object.strip_suffix('}'), serde_json::to_string(self))
         else {

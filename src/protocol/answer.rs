@@ -27,15 +27,15 @@ pub fn result(out: &mut Vec<u8>, name: &str, result: &str, id: Option<&str>) {
     end(out, id);
 }
 
-/// Appends an error answer. `id` must be JSON. `call` is the id that the server gave to the call, if the error
-/// is to have it.
+/// Appends an error answer. `id` must be JSON. `call` is the id that the server gave to the call; `None` if the error
+/// must not contain it.
 pub fn error(out: &mut Vec<u8>, error: &RpcError, id: Option<&str>, call: Option<CallId>) {
     begin(out, ERROR);
     bare_error(out, error, call);
     end(out, id);
 }
 
-/// Appends whether the call began, and its id if the error is to have it.
+/// Appends whether the call began, and its id if there is one.
 pub(super) fn started(out: &mut Vec<u8>, error: &RpcError, call: Option<CallId>) {
     out.extend_from_slice(b",\"started\":");
     out.extend_from_slice(if error.started { b"true" } else { b"false" });
@@ -93,12 +93,12 @@ pub fn read(body: &[u8], depth: usize) -> Result<Answer<'_>> {
     })
 }
 
-/// The outcome of a call that another process of the server ran, with the name that it gives its answer.
-/// That process has checked it, but may be in an attacker's hands: a result that is no JSON, or stands on
-/// several lines, could pass for other answers of the client's connection.
+/// Checks the outcome of a call that another process of the server ran. `name` is the name of the answer. That
+/// process has checked the outcome too, but an attacker may control it. A result that is not JSON, or has several
+/// lines, could be taken for further answers of the connection.
 ///
 /// # Errors
-/// The error that it sent, or `bad-output` for what is no result.
+/// The error that the process sent, or `bad-output` for an invalid result.
 pub fn check_forwarded(
     name: Option<&str>,
     outcome: std::result::Result<Vec<u8>, RpcError>,

@@ -36,7 +36,7 @@ pub enum Body<'a> {
     },
 }
 
-/// Decodes a body. `depth` is the deepest allowed nesting, `most` the most calls in a batch.
+/// Decodes a body. `depth` is the deepest allowed nesting, `most` the largest number of calls in a batch.
 #[inline]
 pub fn read(body: &[u8], depth: usize, most: usize) -> Body<'_> {
     let text = match json::text(body, depth) {

@@ -1,11 +1,13 @@
 //! The id of a call, as logs, status, errors and environments have it: `4712.90211`.
 //!
-//! It is the pid of the process that has the connection of the call, and the number of the call there. The
-//! numbers begin at 1. Those from [`PROGRAMS`] on belong to no call: they mark the programs of pools.
+//! The id has two parts: the pid of the process that has the connection of the call, and the number of the call in
+//! that process. The numbers begin at 1. Numbers from [`PROGRAMS`] on belong to no call: they mark the programs of
+//! pools.
 
 use std::fmt;
 use std::num::ParseIntError;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +22,19 @@ pub struct CallId {
     pub pid: i32,
     /// The number of the call in that process.
     pub number: u64,
+}
+
+/// What ran a call, besides the process that has its connection.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CallRunner {
+    /// The pid of the process that ran it; 0: the one that has the connection.
+    pub process: i32,
+    /// The pid of its command or of the program of a pool; 0: none, or not known.
+    pub program: i32,
+    /// The CPU time of its command.
+    pub cpu: Duration,
+    /// The highest resident memory of its command; 0: it had none.
+    pub max_rss_bytes: u64,
 }
 
 impl CallId {

@@ -24,8 +24,8 @@ pub fn target_id(params: &str) -> Option<&str> {
     matches!(id.as_bytes().first()?, b'"' | b'-' | b'0'..=b'9').then_some(id)
 }
 
-/// An id to search for, compared by value up to `MAX_DECODED` bytes: `1` and `1.0` are equal, and so are `"a"` and `"\u0061"`. It
-/// is decoded once, however many ids are compared with it.
+/// An id to search for. Ids of up to `MAX_DECODED` bytes are compared by value: `1` and `1.0` are equal, and so are
+/// `"a"` and `"\u0061"`. The wanted id is decoded only once, for all comparisons.
 #[derive(Debug)]
 pub struct WantedId<'a> {
     written: &'a str,

@@ -33,11 +33,17 @@ pub enum Code {
     CommandFailed,
     /// A result over its limit, or an invalid answer of a pool program.
     BadOutput,
+    /// The store of jobs is away, broken or full, or gave no answer in time.
+    Unavailable,
+    /// The id of a job exists with another method or other params.
+    Conflict,
+    /// The job is unknown or was removed.
+    NoSuchJob,
 }
 
 impl Code {
     /// All codes in the order of the table.
-    pub const ALL: [Code; 13] = [
+    pub const ALL: [Code; 16] = [
         Code::ParseError,
         Code::InvalidRequest,
         Code::MethodNotFound,
@@ -51,6 +57,9 @@ impl Code {
         Code::Cancelled,
         Code::CommandFailed,
         Code::BadOutput,
+        Code::Unavailable,
+        Code::Conflict,
+        Code::NoSuchJob,
     ];
 
     /// Returns the code with this number, if it is in the table.
@@ -74,6 +83,9 @@ impl Code {
             Code::Cancelled => -32006,
             Code::CommandFailed => -32010,
             Code::BadOutput => -32011,
+            Code::Unavailable => -32012,
+            Code::Conflict => -32013,
+            Code::NoSuchJob => -32014,
         }
     }
 
@@ -93,6 +105,9 @@ impl Code {
             Code::Cancelled => "cancelled",
             Code::CommandFailed => "command-failed",
             Code::BadOutput => "bad-output",
+            Code::Unavailable => "unavailable",
+            Code::Conflict => "conflict",
+            Code::NoSuchJob => "no-such-job",
         }
     }
 

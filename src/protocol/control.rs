@@ -9,6 +9,9 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 pub use super::death_status::{DeathKind, DeathStatus, LastReload, ReloadStatus};
+pub use super::status_parts::{
+    CommitTimes, JobsStatus, ProgramPhase, ProgramStatus, QueueStatus, SessionStatus,
+};
 
 /// While this many old generations drain, a reload waits, because the workers of each use memory.
 pub const MOST_DRAINING_GENERATIONS: usize = 4;
@@ -51,6 +54,11 @@ pub enum ControlRequest {
         /// "not ready".
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after_ms: Option<u64>,
+    },
+    /// Passes the connection to the jobs process. [`super::job_control`] has what follows.
+    Job {
+        /// The name of the command, for the log.
+        job: String,
     },
 }
 
@@ -151,6 +159,9 @@ pub struct Status {
     /// Calls that are refused until the next reload, because their worker died each time they ran.
     #[serde(default)]
     pub quarantine: Vec<Quarantined>,
+    /// The durable jobs; null without `[jobs]`.
+    #[serde(default)]
+    pub jobs: Option<JobsStatus>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,10 +211,12 @@ pub struct MasterStatus {
     /// Warnings about allowed but risky settings, such as workers that run as root.
     #[serde(default)]
     pub warnings: Vec<String>,
-    /// Lost log lines of the master and the workers that the log does not report yet, because it cannot
-    /// be written; 0 once it has reported them.
+    /// Lost log lines that the log does not report yet, because it cannot be written.
     #[serde(default)]
     pub lost_log_lines: u64,
+    /// Lines of the access log that were lost since the start of the server.
+    #[serde(default)]
+    pub lost_access_lines: u64,
 }
 
 /// The observer.
@@ -215,6 +228,7 @@ pub struct ObserverStatus {
 
 /// A worker, or a slot without one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct WorkerStatus {
     pub slot: u16,
     /// The process id; null while the slot has no worker.
@@ -238,29 +252,20 @@ pub struct WorkerStatus {
     /// The longest-running call; null if none runs.
     pub oldest_call: Option<OldestCall>,
     /// The time since the last turn of its event loop in milliseconds: up to a second if it is not stuck.
-    #[serde(default)]
     pub silent_ms: u64,
-    #[serde(default)]
     pub threads: u64,
     /// Threads of these that run past their call's deadline.
-    #[serde(default)]
     pub lost_threads: u64,
-    #[serde(default)]
     pub programs: u64,
     /// Programs of these that do not serve: they are starting, or wait after too many deaths.
-    #[serde(default)]
     pub programs_down: u64,
     /// Calls of its connections that run in other processes.
-    #[serde(default)]
     pub sent: u64,
     /// Calls of other workers' connections that it runs.
-    #[serde(default)]
     pub running_for_others: u64,
     /// How long the first bytes of new connections waited until they were read.
-    #[serde(default)]
     pub accept_wait: AcceptWait,
     /// Why the slot is throttled; `Some` iff the state is throttled.
-    #[serde(default)]
     pub throttle: Option<ThrottleStatus>,
 }
 
@@ -303,22 +308,9 @@ pub struct PoolStatus {
     pub list: Vec<ProgramStatus>,
 }
 
-/// A program of a pool, or its place without a program.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProgramStatus {
-    /// The process id; null if there is none.
-    pub pid: Option<i32>,
-    pub state: ProgramPhase,
-    /// Answered calls.
-    pub calls: u64,
-    /// Resident memory in bytes, without its children.
-    pub rss_bytes: u64,
-    /// Seconds since its start.
-    pub uptime_s: u64,
-}
-
 /// One acceptor with its sessions, or the place of one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct IsolatedStatus {
     /// The address of the listener.
     pub address: String,
@@ -333,47 +325,17 @@ pub struct IsolatedStatus {
     /// Connections that may be open at one time, of all generations together.
     pub limit: u64,
     /// Connections of all its acceptors that `per-source` refused.
-    #[serde(default)]
     pub refused_per_source: u64,
+    /// How often the limit was reached.
+    pub full: u64,
+    /// Connections that were refused because the system gave no process for them.
+    pub refused_no_process: u64,
     /// Connection processes of the listener that have crashed.
     pub crashed: u64,
     /// Why the place waits; `Some` iff the state is throttled.
     pub throttle: Option<ThrottleStatus>,
     /// Each connection.
     pub list: Vec<SessionStatus>,
-}
-
-/// One connection with its process.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SessionStatus {
-    /// The id of its process.
-    pub pid: i32,
-    /// The client's address, or `unix`.
-    pub peer: String,
-    pub generation: u32,
-    /// Calls that run.
-    pub running: u64,
-    /// Calls that were read.
-    pub calls: u64,
-    /// Seconds since the connection came to this process.
-    pub uptime_s: u64,
-}
-
-/// The state of a program.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ProgramPhase {
-    /// There is no program. The next one is started soon, or later if too many died.
-    #[default]
-    Down,
-    /// It is started but not ready.
-    Starting,
-    /// It is ready and has no call.
-    Idle,
-    /// It has at least one call.
-    Busy,
-    /// It was ended because no call came (`idle-timeout`). The next call starts it.
-    Asleep,
 }
 
 /// The state of a worker or its slot.

@@ -18,6 +18,8 @@ pub enum DeathKind {
     Acceptor,
     /// The process of one connection of an isolated listener.
     Connection,
+    /// The jobs process.
+    Jobs,
 }
 
 impl DeathKind {
@@ -29,6 +31,7 @@ impl DeathKind {
             DeathKind::Program => "program",
             DeathKind::Acceptor => "acceptor",
             DeathKind::Connection => "connection",
+            DeathKind::Jobs => "jobs",
         }
     }
 }
@@ -56,7 +59,10 @@ pub struct DeathStatus {
     /// The id of the call of that method, if it is known.
     #[serde(default)]
     pub call: Option<CallId>,
-    /// The last known resident memory in bytes.
+    /// The id of the job if that method ran as an attempt of a job.
+    #[serde(default)]
+    pub job: Option<String>,
+    /// The highest resident memory that it had, in bytes; 0 if it is not known.
     pub rss_bytes: u64,
     /// The known reason.
     pub reason: String,

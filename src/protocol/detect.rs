@@ -1,7 +1,7 @@
 //! Detects the dialect of a connection from its first four bytes.
 //!
-//! As a little-endian u32 they are the length of a frame if the fourth byte is below 0x09. Text cannot
-//! have such a byte there. So no frame within the limit is taken for text, and no text for a frame. The
+//! As a little-endian u32 they are the length of a frame if the fourth byte is below 0x09. Text has no
+//! such byte. So no frame within the limit is taken for text, and no text for a frame. The
 //! caller handles fewer than four bytes.
 
 /// How calls are encoded on a connection.
@@ -19,8 +19,8 @@ pub enum Dialect {
 /// The largest `limits.frame` in bytes. With it, the fourth byte of a length is at most 0x08.
 pub const FRAME_LIMIT_MAX: usize = 128 << 20;
 
-/// The first four bytes of the methods of HTTP (RFC 9110, PATCH), which are case-sensitive, and of the
-/// preface of HTTP/2: its clients understand an HTTP refusal better than a frame.
+/// The first four bytes of the HTTP methods (RFC 9110, PATCH), which are case-sensitive. The preface of HTTP/2 is
+/// included, because its clients understand an HTTP refusal better than a frame.
 const HTTP_METHODS: [[u8; 4]; 10] = [
     *b"GET ", *b"HEAD", *b"POST", *b"PUT ", *b"DELE", *b"CONN", *b"OPTI", *b"TRAC", *b"PATC",
     *b"PRI ",
@@ -43,7 +43,8 @@ pub fn is_proxy_protocol(bytes: &[u8]) -> bool {
     begins(bytes, b"PROXY ", 4) || begins(bytes, b"\r\n\r\n\0\r\nQUIT\n", 5)
 }
 
-/// Whether that is version 2 whose first four bytes have come alone, and were taken for empty lines.
+/// Returns whether the bytes continue version 2 of the PROXY protocol, whose first four bytes arrived alone and were
+/// taken for empty lines.
 pub fn is_proxy_protocol_behind_lines(bytes: &[u8]) -> bool {
     begins(bytes, b"\0\r\nQUIT\n", 1)
 }
@@ -54,7 +55,7 @@ pub fn is_tls_hello(bytes: &[u8]) -> bool {
     matches!(bytes, [0x16, 0x03, 0..=4, ..])
 }
 
-/// Whether the bytes are the beginning of a signature, `least` of it or more, or begin with all of it.
+/// Returns whether the bytes begin with `signature`, or are its first `least` bytes or more.
 fn begins(bytes: &[u8], signature: &[u8], least: usize) -> bool {
     bytes.len() >= least && signature.starts_with(&bytes[..bytes.len().min(signature.len())])
 }

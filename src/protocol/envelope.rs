@@ -52,7 +52,7 @@ impl Member {
         Member::ALL.into_iter().find(|member| member.name() == name)
     }
 
-    /// Does the same for a key with escapes such as `\u0069`.
+    /// Returns the member with this name, for a key with escapes such as `\u0069`.
     fn of_escaped(raw: &str) -> Option<Member> {
         // The longest name with six bytes per letter; a longer key cannot match.
         if raw.len() > "\"\"".len() + 6 * "timeout_ms".len() || !raw.contains('\\') {
@@ -105,12 +105,24 @@ impl<'a> CallMembers<'a> {
     /// What is wrong with the text as JSON.
     #[inline]
     pub(super) fn read(text: &'a str) -> serde_json::Result<Self> {
+        let mut members = CallMembers::default();
         // Decoding a key refuses half of a surrogate pair. The slower reading of raw keys takes it, as any
         // other key that means nothing here.
-        match serde_json::from_str::<Members<'a, DecodedKey>>(text) {
-            Ok(members) => Ok(members.0),
-            Err(_) => Ok(serde_json::from_str::<Members<'a, RawKey>>(text)?.0),
+        if members.fill::<DecodedKey>(text).is_err() {
+            members = CallMembers::default();
+            members.fill::<RawKey>(text)?;
         }
+        Ok(members)
+    }
+
+    /// Adds the members of an object, read with keys of the type `K`. They are not returned through serde, which would
+    /// copy them several times.
+    #[inline]
+    fn fill<K: Key + Deserialize<'a>>(&mut self, text: &'a str) -> serde_json::Result<()> {
+        let mut deserializer = serde_json::Deserializer::from_str(text);
+        let key = PhantomData::<K>;
+        deserializer.deserialize_map(MembersVisitor { members: self, key })?;
+        deserializer.end()
     }
 
     #[inline]
@@ -173,31 +185,26 @@ impl<'de> Deserialize<'de> for RawKey {
     }
 }
 
-/// The members, read with keys of the type `K`.
-struct Members<'a, K>(CallMembers<'a>, PhantomData<K>);
-
-impl<'de, K: Key + Deserialize<'de>> Deserialize<'de> for Members<'de, K> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(MembersVisitor(PhantomData))
-    }
+/// Adds the members of an object, whose keys have the type `K`.
+struct MembersVisitor<'m, 'a, K> {
+    members: &'m mut CallMembers<'a>,
+    key: PhantomData<K>,
 }
 
-struct MembersVisitor<K>(PhantomData<K>);
-
-impl<'de, K: Key + Deserialize<'de>> Visitor<'de> for MembersVisitor<K> {
-    type Value = Members<'de, K>;
+impl<'de, K: Key + Deserialize<'de>> Visitor<'de> for MembersVisitor<'_, 'de, K> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a call")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut members = CallMembers::default();
+    #[inline]
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some((key, value)) = map.next_entry::<K, &RawValue>()? {
             if let Some(member) = key.member() {
-                members.set(member, value.get());
+                self.members.set(member, value.get());
             }
         }
-        Ok(Members(members, PhantomData))
+        Ok(())
     }
 }

@@ -98,14 +98,17 @@ pub fn member<'a>(text: &'a str, raw: &'a str) -> Result<Call<'a>, InvalidCall<'
 
 /// The elements of a batch as JSON text, up to a limit.
 #[derive(Debug)]
-pub(super) struct Elements<'a> {
+pub struct Elements<'a> {
     pub first: Vec<&'a str>,
     /// The number of all elements.
     pub count: usize,
 }
 
 /// Splits an array into its elements and keeps the first `most` of them.
-pub(super) fn elements(text: &str, most: usize) -> serde_json::Result<Elements<'_>> {
+///
+/// # Errors
+/// If the text is not an array.
+pub fn elements(text: &str, most: usize) -> serde_json::Result<Elements<'_>> {
     let mut reader = serde_json::Deserializer::from_str(text);
     let found = reader.deserialize_seq(ElementsVisitor { most })?;
     reader.end()?;

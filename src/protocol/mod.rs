@@ -22,6 +22,7 @@
 //! | [`trace_context`], [`trace_search`] | the place of a call in a trace, and where it is in a body |
 //! | [`program`] | the messages of pool programs |
 //! | [`reply`] | an answer in any form and dialect |
+//! | [`control`], [`job_control`] | the messages of the control socket |
 //! | [`detect`] | the dialect of a connection, from its first four bytes |
 //!
 //! Other layers decide which methods exist, when a call runs or is given up, and what happens to a
@@ -40,12 +41,14 @@ pub mod detect;
 mod envelope;
 pub mod frame;
 pub mod http;
+pub mod job_control;
 pub mod json;
 pub mod jsonrpc;
 pub mod line;
 pub mod program;
 pub mod reply;
 pub mod rpc_error;
+mod status_parts;
 pub mod trace_context;
 pub mod trace_search;
 

@@ -20,7 +20,7 @@ use crate::error::Error;
 const READY: &str = "ready";
 /// The method that cancels a call.
 const CANCEL: &str = "rpc.cancel";
-/// The most bytes of that message, with other members.
+/// The largest number of bytes of that message, with other members.
 const LONGEST_READY: usize = 4096;
 
 #[derive(Debug)]
@@ -33,15 +33,26 @@ pub enum Sent<'a> {
 /// The id of a call and its place in a trace, for its program.
 pub type CallTrace<'a> = (CallId, &'a TraceContext);
 
-/// Appends the frame of a call. A program with several calls at once gets an `id`, which is the last member.
-/// `params` must be JSON and stays unchanged. With a `trace` the frame has it.
-pub fn call(
-    out: &mut Vec<u8>,
-    method: &str,
-    params: &str,
-    id: Option<u64>,
-    trace: Option<CallTrace<'_>>,
-) -> bool {
+/// The attempt of a job, for its program.
+#[derive(Debug, Clone, Copy)]
+pub struct JobMember<'a> {
+    pub id: &'a str,
+    pub attempt: u32,
+    pub max_attempts: u32,
+}
+
+/// What the frame of a call has besides its method and params.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CallExtras<'a> {
+    /// For a program with several calls at once. It is the last member.
+    pub id: Option<u64>,
+    pub trace: Option<CallTrace<'a>>,
+    pub job: Option<JobMember<'a>>,
+}
+
+/// Appends the frame of a call. `params` must be JSON and stays unchanged.
+pub fn call(out: &mut Vec<u8>, method: &str, params: &str, extras: CallExtras<'_>) -> bool {
+    let CallExtras { id, trace, job } = extras;
     let mark = frame::begin(out);
     let id = id.map(|id| id.to_string());
     let call = Call {
@@ -51,6 +62,13 @@ pub fn call(
         timeout_ms: None,
     };
     call.write(out, |out| {
+        if let Some(job) = job {
+            let (attempt, max_attempts) = (job.attempt, job.max_attempts);
+            out.extend_from_slice(b",\"job\":{\"id\":");
+            answer::string(out, job.id);
+            let rest = format!(",\"attempt\":{attempt},\"max_attempts\":{max_attempts}}}");
+            out.extend_from_slice(rest.as_bytes());
+        }
         let Some((call, context)) = trace else {
             return;
         };
@@ -68,7 +86,8 @@ pub fn call(
 
 /// Appends the frame that cancels the call with this id.
 pub fn cancel(out: &mut Vec<u8>, id: u64) -> bool {
-    call(out, CANCEL, &format!("{{\"id\":{id}}}"), None, None)
+    let params = format!("{{\"id\":{id}}}");
+    call(out, CANCEL, &params, CallExtras::default())
 }
 
 /// Returns the id of an answer of a program with several calls at once, even if the rest of the answer is
@@ -127,8 +146,8 @@ pub fn outcome(answer: Answer<'_>, method: &str) -> (Option<Box<str>>, Result<Ve
             (name, Ok(line))
         }
         Err(mut error) => {
-            // Not what the program says: a client sends a call again that it takes for not started. As for any
-            // handler: if the params are invalid, nothing was done yet.
+            // Ignore what the program says about `started`: a client may repeat a call that did not start. The same
+            // rule holds for all handlers: only if the params are invalid, the call has not started.
             error.started = error.table_code() != Some(Code::InvalidParams);
             if let Some(data) = error.data.take() {
                 error.data = Some(answer::unbroken(data));
@@ -146,13 +165,8 @@ mod tests {
     #[test]
     fn a_call_is_a_frame_with_params_byte_for_byte() {
         let mut out = Vec::new();
-        assert!(call(
-            &mut out,
-            "a.b",
-            "{\"n\": 1.50,\n\"n\": 2}",
-            None,
-            None
-        ));
+        let params = "{\"n\": 1.50,\n\"n\": 2}";
+        assert!(call(&mut out, "a.b", params, CallExtras::default()));
         let body = b"{\"in\":\"a.b\",\"params\":{\"n\": 1.50,\n\"n\": 2}}";
         assert_eq!(out[..4], (body.len() as u32).to_le_bytes());
         assert_eq!(&out[4..], body);
@@ -165,7 +179,12 @@ mod tests {
         let id = "4712.9".parse().unwrap();
         let sent = |context: &TraceContext, number| {
             let mut out = Vec::new();
-            assert!(call(&mut out, "m", "1", number, Some((id, context))));
+            let extras = CallExtras {
+                id: number,
+                trace: Some((id, context)),
+                job: None,
+            };
+            assert!(call(&mut out, "m", "1", extras));
             String::from_utf8(out.split_off(4)).unwrap()
         };
         assert_eq!(
@@ -182,9 +201,31 @@ mod tests {
     }
 
     #[test]
+    fn the_frame_of_an_attempt_names_its_job() {
+        let mut out = Vec::new();
+        let extras = CallExtras {
+            id: Some(7),
+            job: Some(JobMember {
+                id: "0-1",
+                attempt: 2,
+                max_attempts: 3,
+            }),
+            ..CallExtras::default()
+        };
+        assert!(call(&mut out, "m", "1", extras));
+        let body =
+            r#"{"in":"m","params":1,"job":{"id":"0-1","attempt":2,"max_attempts":3},"id":7}"#;
+        assert_eq!(&out[4..], body.as_bytes());
+    }
+
+    #[test]
     fn concurrent_calls_have_ids() {
         let mut out = Vec::new();
-        assert!(call(&mut out, "m", "1", Some(7), None) && cancel(&mut out, 7));
+        let extras = CallExtras {
+            id: Some(7),
+            ..CallExtras::default()
+        };
+        assert!(call(&mut out, "m", "1", extras) && cancel(&mut out, 7));
         let text = String::from_utf8_lossy(&out);
         assert!(text.contains(r#"{"in":"m","params":1,"id":7}"#), "{text}");
         assert!(

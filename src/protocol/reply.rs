@@ -1,7 +1,7 @@
 //! Encodes an answer in the form of its call and the dialect of its connection.
 //!
-//! [`AnswerFormat::compose`] appends it to a buffer, so that one write carries many. The caller appends
-//! the result of the handler byte for byte.
+//! [`AnswerFormat::compose`] appends an answer to a buffer, so that one write can send many answers. The caller
+//! appends the result of the handler byte for byte.
 
 use super::body::Form;
 use super::call_id::CallId;
@@ -15,7 +15,7 @@ use super::{answer, frame, jsonrpc, line};
 pub enum Framing {
     /// A length before the body.
     Frame,
-    /// A line feed behind the body.
+    /// A line feed after the body.
     Line,
     /// An HTTP head before the body.
     Http(http::ResponseOptions),
@@ -33,8 +33,8 @@ pub struct AnswerFormat {
 /// Properties of an answer besides its result, for dialects that encode them.
 #[derive(Debug, Clone, Copy)]
 pub struct AnswerContext<'a> {
-    /// Whether it is the last answer of its connection: because the connection is closing, or because its
-    /// code closes the connection and the error is `ours`.
+    /// Whether this may be the last answer of its connection. It is if the connection is `closing`, or if the error
+    /// is `ours` and its code closes the connection.
     pub last: bool,
     pub closing: bool,
     /// Whether the error comes from the server itself. Only then its code may close the connection.
@@ -54,8 +54,8 @@ impl AnswerContext<'_> {
 }
 
 impl AnswerFormat {
-    /// Appends one whole answer with `name`. `fill` appends the result as JSON, or returns an error,
-    /// which is appended and returned. `call` returns the id that such an error names.
+    /// Appends one whole answer with `name`. `fill` appends the result as JSON, or returns an error. An error is
+    /// appended instead of the result, and returned. `call` returns the call id that an error contains.
     #[inline]
     pub fn compose(
         self,

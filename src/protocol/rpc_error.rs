@@ -75,8 +75,8 @@ impl RpcError {
         self
     }
 
-    /// Adds data for the caller. If they cannot be encoded as JSON (such as a map whose keys are not
-    /// strings), a string that says so replaces them, because the error itself must reach the caller.
+    /// Adds data for the caller. If the data cannot be encoded as JSON (for example a map with keys that are not
+    /// strings), a string with the reason is sent instead, so that the error still reaches the caller.
     #[must_use]
     pub fn with_data(mut self, data: impl Serialize) -> Self {
         self.data = to_raw_value(&data)

@@ -11,14 +11,16 @@ use std::borrow::Cow;
 const LENGTH: usize = 55;
 /// The flags that version 00 has, sampled and random. Others must be sent as 0.
 const KNOWN_FLAGS: u8 = 0b11;
+/// The flag of a trace that the caller records.
+pub const SAMPLED: u8 = 0b01;
 /// The flag of a trace id that is random.
 pub const RANDOM: u8 = 0b10;
-/// The most members of a `tracestate`.
+/// The largest number of members of a `tracestate`.
 const MAX_MEMBERS: usize = 32;
-/// The most bytes of a key and of a value.
+/// The largest number of bytes of a key and of a value.
 const MAX_PART: usize = 256;
-/// The most bytes of a `tracestate` with its white space: what 32 of the longest members take, and as much as a
-/// head of HTTP may have.
+/// The largest number of bytes of a `tracestate` with its white space: what 32 of the longest members take, and as much
+/// as a head of HTTP may have.
 const MAX_STATE: usize = 16 * 1024 + 512;
 
 /// The place of a call in a trace.
@@ -56,6 +58,28 @@ impl TraceContext {
         (is_known && context.trace_id != 0 && context.parent_id != 0).then_some(context)
     }
 
+    /// Decodes what `to_text` has written.
+    pub fn from_text(text: &str) -> Option<Self> {
+        let (parent, state) = match text.split_once('\n') {
+            Some((parent, state)) => (parent, Some(state)),
+            None => (text, None),
+        };
+        let context = TraceContext::decode(parent.as_bytes())?;
+        Some(TraceContext {
+            state: state.map(Box::from),
+            ..context
+        })
+    }
+
+    /// Returns it as one text: the `traceparent`, and the `tracestate` on a second line.
+    pub fn to_text(&self) -> String {
+        let parent = self.traceparent();
+        match &self.state {
+            Some(state) => format!("{parent}\n{state}"),
+            None => parent,
+        }
+    }
+
     /// Returns the `traceparent`.
     pub fn traceparent(&self) -> String {
         self.traceparent_of(self.parent_id)
@@ -66,6 +90,24 @@ impl TraceContext {
         let (trace_id, flags) = (self.trace_id, self.flags);
         format!("00-{trace_id:032x}-{parent_id:016x}-{flags:02x}")
     }
+}
+
+/// Returns a hash by which all processes sample alike. `id` is that of a trace or a call, which a client may
+/// have chosen.
+#[inline]
+pub fn sample_hash(id: u128) -> u64 {
+    // The finalizer of MurmurHash3: each bit of the id changes half of the bits.
+    let mut hash = (id >> 64) as u64 ^ (id as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    for factor in [0xFF51_AFD7_ED55_8CCD, 0xC4CE_B9FE_1A85_EC53] {
+        hash = (hash ^ hash >> 33).wrapping_mul(factor);
+    }
+    hash ^ hash >> 33
+}
+
+/// Returns the bound of `sample_hash` below which ids are in a share of 0 to 1; `None`: all are.
+pub fn sample_limit(share: f64) -> Option<u64> {
+    // A power of two, so the product is exact; `as` keeps it in range.
+    (share < 1.0).then_some((share * (u64::MAX as f64)) as u64)
 }
 
 /// Decodes hexadecimal digits, which must be in lower case. At most 32 fit.
@@ -134,12 +176,12 @@ impl<'a> TraceFields<'a> {
         self.states.extend(value.map(bytes));
     }
 
-    /// Returns what they mean.
+    /// Returns the trace context that the collected fields have.
     pub fn received(self) -> ReceivedTrace {
         let context = match self.parents {
             0 => return ReceivedTrace::Absent,
             1 => TraceContext::decode(&self.parent),
-            // It is not known which one is right.
+            // With several values it is not known which one is right.
             _ => None,
         };
         match context {

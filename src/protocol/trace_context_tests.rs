@@ -196,3 +196,16 @@ fn an_invalid_state_is_dropped_alone() {
     assert_eq!(state(&["a=1", &format!("a={long}")]), None);
     assert_eq!(state(&[&format!("a=1{},b=2", " ".repeat(20_000))]), None);
 }
+
+#[test]
+fn a_context_is_read_back_from_its_text() {
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let mut context = TraceContext::decode(parent.as_bytes()).unwrap();
+    assert_eq!(context.to_text(), parent);
+    for state in [None, Some("a=1, b=x y")] {
+        context.state = state.map(Box::from);
+        let read = TraceContext::from_text(&context.to_text());
+        assert_eq!(read.as_ref(), Some(&context));
+    }
+    assert_eq!(TraceContext::from_text("x\na=1"), None);
+}

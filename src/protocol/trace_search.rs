@@ -69,7 +69,7 @@ fn of_params(params: &str) -> ReceivedTrace {
     match members(params).meta[..] {
         [] => ReceivedTrace::Absent,
         [meta] => members(meta.get()).received(),
-        // It is not known which one is right.
+        // With several `_meta` members it is not known which one is right.
         _ => ReceivedTrace::Invalid,
     }
 }

@@ -146,11 +146,11 @@ impl Server {
     /// Handlers get it by its type, with [`Context::state`]. Other commands (`check`, `status`, …) do not
     /// create it, but they would run code in `main`.
     ///
-    /// A fork copies only one thread. So create whatever starts a thread (a client with a background
-    /// thread, a connection pool) in [`Server::on_worker_start`], and also what several processes must not
-    /// share (a connection, an open transaction, a random seed). A thread that still runs after this hook
-    /// is an error of the start; a joined thread may take up to a second to end. A file that is opened here
-    /// stays open in all workers, as [`Server::run`] says.
+    /// A fork copies only one thread. So create everything that starts a thread (a client with a background thread, a
+    /// connection pool) in [`Server::on_worker_start`]. Create there also everything that several processes must not
+    /// share (a connection, an open transaction, a random seed). A thread that still runs after this hook is an error
+    /// of the start; a joined thread may take up to a second to end. A file that is opened here stays open in all
+    /// workers, as [`Server::run`] says.
     ///
     /// ```no_run
     /// struct Words(Vec<String>);

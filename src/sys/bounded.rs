@@ -10,11 +10,11 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-/// The most bytes of a /proc file that the kernel fills, such as `stat` and `status`.
+/// The largest number of bytes of a /proc file that the kernel fills, such as `stat` and `status`.
 pub const RECORD: usize = 64 * 1024;
-/// The most bytes of the environment that a process was started with.
+/// The largest number of bytes of the environment that a process was started with.
 pub const ENVIRONMENT: usize = 128 * 1024;
-/// The most bytes of a list of pids.
+/// The largest number of bytes of a list of pids.
 pub const PIDS: usize = 1024 * 1024;
 
 /// Reads at most `most` bytes of a file that consists of pieces, each followed by `end`. A piece that the
@@ -23,7 +23,8 @@ pub const PIDS: usize = 1024 * 1024;
 /// # Errors
 /// Those of open(2) and read(2).
 pub fn read_pieces(path: impl AsRef<Path>, end: u8, most: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+    // Room for most of these files: the read of a file in /proc is slow.
+    let mut bytes = Vec::with_capacity(most.min(1024));
     let mut file = File::open(path)?.take(most as u64);
     file.read_to_end(&mut bytes)?;
     if bytes.len() == most {

@@ -7,9 +7,10 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::{fs, io};
 
+use nix::errno::Errno;
 use nix::libc;
 
 use super::socket::queued;
@@ -50,6 +51,19 @@ fn flags(fd: RawFd) -> Option<libc::c_int> {
     // SAFETY: plain numbers; the call only reads the flags.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     (flags >= 0).then_some(flags)
+}
+
+/// Lets the number of `fd` mean what `by` means, in one step: another thread that writes to the number writes to
+/// the one or to the other (dup3(2)). Processes that share the descriptor table see the same.
+///
+/// # Errors
+/// EBUSY while another thread opens this number.
+pub fn replace(fd: &impl AsFd, by: &impl AsFd) -> io::Result<()> {
+    let (from, to) = (by.as_fd().as_raw_fd(), fd.as_fd().as_raw_fd());
+    // SAFETY: plain numbers; `fd` owns its number before and after.
+    let done = unsafe { libc::dup3(from, to, libc::O_CLOEXEC) };
+    Errno::result(done)?;
+    Ok(())
 }
 
 /// Closes every descriptor from 3 up that is not in `keep`.
@@ -119,7 +133,6 @@ unsafe fn close_between(first: u32, last: u32) {
 mod tests {
     use super::*;
     use crate::sys::memory_file;
-    use std::os::fd::AsRawFd;
 
     #[test]
     fn open_descriptors_are_listed_and_close_on_exec_is_read() {

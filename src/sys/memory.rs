@@ -3,7 +3,11 @@
 
 #![allow(unsafe_code)]
 
+use std::io;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 
 /// Limits the number of malloc arenas that the threads of this process share. An arena keeps freed memory
 /// for its own threads. With one arena per thread, a few large results use about eight times their
@@ -16,6 +20,19 @@ pub fn limit_malloc_arenas(most: i32) {
     }
     #[cfg(not(target_env = "gnu"))]
     let _ = most;
+}
+
+/// Maps zeroed memory that stays for the life of this process. Only those of its pages that are used need memory, and
+/// time for their first use.
+///
+/// # Errors
+/// If there is not enough memory.
+pub fn zeroed(length: NonZeroUsize) -> io::Result<&'static mut [u8]> {
+    let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: the kernel chooses the address of the new mapping, so it overlaps no other memory.
+    let start = unsafe { mmap_anonymous(None, length, rights, MapFlags::MAP_PRIVATE) }?;
+    // SAFETY: a new, zeroed mapping of that length, never unmapped, and returned only once.
+    Ok(unsafe { std::slice::from_raw_parts_mut(start.as_ptr().cast(), length.get()) })
 }
 
 /// Returns how many bytes of memory this process may use: the machine's memory, or the limit of its

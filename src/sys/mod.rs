@@ -12,6 +12,9 @@ pub mod daemon;
 pub mod descriptor;
 pub mod event;
 pub mod guard;
+// Without an engine there is no store whose lock is looked at.
+#[cfg_attr(not(feature = "jobs-sqlite"), allow(dead_code))]
+pub mod instance_lock;
 pub mod lock;
 pub mod memory;
 pub mod memory_file;

@@ -19,7 +19,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 pub use sd_notify::NotifyState;
 
-/// The most unsent messages; beyond that the oldest is dropped.
+/// The largest number of unsent messages; beyond that the oldest is dropped.
 const MOST_UNSENT: usize = 64;
 
 /// Sends states to the service manager.

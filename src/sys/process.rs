@@ -195,26 +195,29 @@ pub struct ReapedChild {
     pub peak_rss_bytes: u64,
 }
 
-/// Takes the status of one ended child, whichever it is, without waiting. `None`: no child has ended,
-/// or there is none.
+/// Reaps one ended child, without waiting, and returns its status. Returns `None` if no child has ended, or there is
+/// no child.
 pub fn reap_any() -> Option<ReapedChild> {
     wait_child(-1, libc::WNOHANG)
 }
 
-/// Takes the status of this one child; `waits` for its end, or gives `None` when it has not come.
-/// A worker has threads that each wait for children of their own, so never for just any.
+/// Reaps this child and returns its status. If `waits`, waits for its end; otherwise returns `None` if it has not
+/// ended. A worker has threads that each wait for their own children, so it must use this and not `reap_any`.
 pub fn reap(pid: Pid, waits: bool) -> Option<ReapedChild> {
     wait_child(pid.0, if waits { 0 } else { libc::WNOHANG })
 }
 
 thread_local! {
-    static REAPED_CPU: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+    static REAPED: Cell<ReapedUse> = const { Cell::new((Pid(0), Duration::ZERO, 0)) };
 }
 
-/// Takes the CPU time of the children that this thread has reaped since the last call, with that of the
-/// children that those have waited for (ru_utime and ru_stime, getrusage(2)).
-pub fn take_reaped_cpu() -> Duration {
-    REAPED_CPU.take()
+/// What children have used: the pid of the last one; the CPU time of all, with that of the children that those
+/// have waited for (ru_utime and ru_stime, getrusage(2)); and the highest resident memory of one in bytes.
+pub type ReapedUse = (Pid, Duration, u64);
+
+/// Takes what the children have used that this thread has reaped since the last call; all 0 if there were none.
+pub fn take_reaped_use() -> ReapedUse {
+    REAPED.replace((Pid(0), Duration::ZERO, 0))
 }
 
 fn length(time: libc::timeval) -> Duration {
@@ -233,11 +236,14 @@ fn wait_child(pid: libc::pid_t, flags: libc::c_int) -> Option<ReapedChild> {
         match Errno::result(done) {
             Err(Errno::EINTR) => {}
             Ok(pid @ 1..) => {
-                REAPED_CPU.set(REAPED_CPU.get() + length(usage.ru_utime) + length(usage.ru_stime));
+                let peak_rss_bytes = usage.ru_maxrss.unsigned_abs() * 1024;
+                let (_, cpu, most) = REAPED.get();
+                let cpu = cpu + length(usage.ru_utime) + length(usage.ru_stime);
+                REAPED.set((Pid(pid), cpu, most.max(peak_rss_bytes)));
                 return Some(ReapedChild {
                     pid: Pid(pid),
                     exit: Exit::of(status),
-                    peak_rss_bytes: usage.ru_maxrss.unsigned_abs() * 1024,
+                    peak_rss_bytes,
                 });
             }
             _ => return None,

@@ -13,7 +13,7 @@ use super::process::{self, Pid};
 use super::process_tree;
 use super::thread_state::{self, ThreadState, of_ticks};
 
-/// The most processes of a tree that are read.
+/// The largest number of processes of a tree that are read.
 const MOST: usize = 64;
 
 /// What a process does.
@@ -61,8 +61,8 @@ pub fn of_thread(pid: Pid, thread: Pid) -> Option<(String, bool)> {
     Some((format!("thread {} {state}", state.name), state.is_refused))
 }
 
-/// Returns the process `root` and its descendants, parents first. `adopter` is a process that has adopted some:
-/// its children in the session of `root` belong there, too.
+/// Returns the process `root` and its descendants, parents first. `adopter` is a process that has adopted some of the
+/// descendants: its children in the session of `root` are included.
 pub fn tree(root: Pid, adopter: Pid) -> Vec<Pid> {
     let mut pids = vec![root];
     let mut at = 0;

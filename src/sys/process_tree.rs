@@ -26,7 +26,7 @@ pub struct PidFd {
 }
 
 impl PidFd {
-    /// Opens the process that has this pid now.
+    /// Opens the process that has this pid now; `None` if there is none, or no descriptor is left.
     pub fn open(pid: Pid) -> Option<Self> {
         // SAFETY: plain numbers; the call returns a new descriptor.
         unsafe {
@@ -65,7 +65,7 @@ impl AsFd for PidFd {
     }
 }
 
-/// Waits until all these processes have ended, at most `limit`. Returns whether they have.
+/// Waits until all these processes have ended, for at most `limit`. Returns whether all have ended.
 pub fn ends_within(pidfds: &[BorrowedFd<'_>], limit: Duration) -> bool {
     let end = monotonic().saturating_add(limit);
     for &pidfd in pidfds {
@@ -88,7 +88,7 @@ pub fn ends_within(pidfds: &[BorrowedFd<'_>], limit: Duration) -> bool {
 pub fn direct_children() -> Vec<Pid> {
     let me = Pid::current();
     let path = format!("/proc/self/task/{me}/children");
-    // Pids beyond the limit are found when earlier ones are gone.
+    // Pids beyond the limit are found by a later call, when earlier processes are gone.
     match bounded::read_pieces(path, b' ', bounded::PIDS) {
         Ok(text) => {
             let pids = text.split(u8::is_ascii_whitespace);
@@ -121,7 +121,7 @@ pub fn session(pid: Pid) -> Option<Pid> {
     stat(pid).map(|stat| stat.session)
 }
 
-/// Opens each of `roots` for which `is_one` is (still) true, and all descendants of those.
+/// Opens each of `roots` for which `is_one` still returns true after it was opened, and all its descendants.
 pub fn open_with_descendants(roots: &[Pid], is_one: impl Fn(Pid) -> bool) -> Vec<PidFd> {
     let mut held = Vec::new();
     let mut above = Vec::new();
@@ -161,9 +161,9 @@ pub fn start_ticks(pid: Pid) -> Option<u64> {
     fields.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-/// Returns the value of an environment variable with which a process was started. Returns `None` also if
-/// it cannot be read (another user's process) or lies beyond [`bounded::ENVIRONMENT`]. It may block for
-/// as long as the owner of the process wants.
+/// Returns the value of an environment variable with which a process was started. Returns `None` also if the
+/// environment cannot be read (another user's process), or if the variable is beyond [`bounded::ENVIRONMENT`]. It may
+/// block for as long as the owner of the process wants.
 pub fn variable(pid: Pid, name: &str) -> Option<String> {
     let path = format!("/proc/{pid}/environ");
     let bytes = bounded::read_pieces(path, 0, bounded::ENVIRONMENT).ok()?;

@@ -1,8 +1,8 @@
 //! Makes random numbers, from seeds of the kernel.
 //!
 //! A generator that was seeded before a fork gives the same numbers in each child, and so does std's
-//! `RandomState`. So a sequence is seeded in the process that uses it. The numbers are for ids, not for
-//! secrets: from one of them the others can be computed. Fails only on a kernel without
+//! `RandomState`. So a sequence is seeded in the process that uses it. Its numbers are for ids, not for
+//! secrets: from one of them the others can be computed. [`random_bytes`] are for secrets too. Fails only on a kernel without
 //! getrandom(2), or if a sandbox forbids it.
 
 #![allow(unsafe_code)]
@@ -46,16 +46,24 @@ pub fn scatter(number: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-/// Returns a random number of the kernel. It waits for the kernel's generator, which is ready soon after the
-/// system has booted.
 fn random_word() -> io::Result<u64> {
-    let mut bytes = [0_u8; size_of::<u64>()];
+    random_bytes().map(u64::from_ne_bytes)
+}
+
+/// Returns random bytes of the kernel, at most 256. They may be a secret. It waits for the kernel's generator,
+/// which is ready soon after the system has booted.
+///
+/// # Errors
+/// ENOSYS or EPERM.
+pub fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
+    const { assert!(N <= 256) };
+    let mut bytes = [0_u8; N];
     loop {
         // SAFETY: the kernel writes at most this many bytes into the array.
         let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
         match Errno::result(got) {
             // A request of up to 256 bytes is never cut off (getrandom(2)).
-            Ok(_) => return Ok(u64::from_ne_bytes(bytes)),
+            Ok(_) => return Ok(bytes),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }

@@ -91,8 +91,8 @@ impl GuardedSocket {
         }
     }
 
-    /// Wraps a socket that another process has made and sent. `close` closes it also if its own close
-    /// would block.
+    /// Wraps a socket that another process has made and sent. It is always closed by `close`, because close(2) of
+    /// such a socket may block.
     pub fn received(fd: OwnedFd, close: fn(OwnedFd)) -> Self {
         let socket = GuardedSocket::new(fd, close);
         socket.close.set(Some(close));

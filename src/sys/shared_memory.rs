@@ -6,12 +6,13 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::raw::c_void;
+use std::os::unix::fs::PermissionsExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 
@@ -56,6 +57,10 @@ macro_rules! shared_record {
 
 pub(crate) use shared_record;
 
+/// The mode of the files. Without it a process of another user could open a descriptor that it may only read again for
+/// writing, through /proc/self/fd (memfd_create(2) makes files with the mode 0777).
+const OWNER_ONLY: u32 = 0o600;
+
 /// Returns an array of `length` zeroed records, shared with every process forked from now on, and its
 /// file. Only records that are used take memory. It is never unmapped before the process ends.
 ///
@@ -64,6 +69,7 @@ pub(crate) use shared_record;
 pub fn array<T: SharedRecord>(length: NonZeroUsize) -> io::Result<(&'static [T], OwnedFd)> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(c"preforkd-shared", flags)?);
+    file.set_permissions(Permissions::from_mode(OWNER_ONLY))?;
     file.set_len(bytes_of::<T>(length)?.get() as u64)?;
     // If a process shortened the file, access by the others would raise SIGBUS (mmap(2)).
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
@@ -222,12 +228,11 @@ pub fn load_text(words: &[AtomicU64], length: u32) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// So many bytes, zero, shared with every process forked from now on, which has to leave them alone
-/// for as long as this one lives: they are plain memory, and only what a dead process has left in
-/// them is sure to stand still.
+/// Maps zeroed memory that stays for the life of this process. Processes that are forked later share it. They must
+/// leave it alone while this process lives: it is plain memory, without atomics.
 ///
 /// # Errors
-/// ENOMEM.
+/// If there is not enough memory.
 pub fn bytes(length: NonZeroUsize) -> io::Result<&'static mut [u8]> {
     let start = map_anonymous(length)?;
     // SAFETY: a new, zeroed mapping of that length, never unmapped, and returned only once. The caller
@@ -274,6 +279,7 @@ pub unsafe fn unmap_shared() -> io::Result<()> {
 pub fn growing_file(length: u64) -> io::Result<OwnedFd> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(c"preforkd-metrics", flags)?);
+    file.set_permissions(Permissions::from_mode(OWNER_ONLY))?;
     file.set_len(length)?;
     // As in `array`. A seal on writing would keep the program after an upgrade from mapping it.
     fcntl(
@@ -365,6 +371,15 @@ impl Drop for ReadOnlyMap {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_users_cannot_open_shared_memory_again() {
+        let (_, records) = array::<AtomicU64>(NonZeroUsize::MIN).unwrap();
+        for file in [records, growing_file(4096).unwrap()] {
+            let mode = File::from(file).metadata().unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, OWNER_ONLY);
+        }
+    }
 
     #[test]
     fn a_core_dump_leaves_shared_records_out() {

@@ -126,8 +126,18 @@ pub fn unblock_all() {
     set_mask(&SigSet::empty());
 }
 
-/// Forks a child that starts with all signals blocked, and with `init` is `child` for all its life. Only the
-/// parent returns.
+/// Runs `run` with all signals blocked in this thread, for example to start a thread that gets none.
+pub fn with_signals_blocked<T>(run: impl FnOnce() -> T) -> T {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+    let result = run();
+    if let Ok(before) = before {
+        let _ = before.thread_set_mask();
+    }
+    result
+}
+
+/// Forks a child that starts with all signals blocked and runs `child(init)` for its whole life. Only the parent
+/// returns.
 ///
 /// # Errors
 /// EAGAIN or ENOMEM if no process can be created.
@@ -189,7 +199,7 @@ const FAULTS: [libc::c_int; 5] = [
 /// The handlers that std has installed for these signals; 0 means none.
 static OF_STD: [AtomicUsize; FAULTS.len()] = [const { AtomicUsize::new(0) }; FAULTS.len()];
 
-/// Makes a SIGSEGV or SIGBUS that another process sends end this process. The handlers of std, which
+/// Installs a handler so that a SIGSEGV or SIGBUS from another process ends this process. The handlers of std, which
 /// report a stack overflow, would return from a sent signal and lose it: they expect that the fault
 /// occurs again. Signals that the processor raises still go to the handlers of std. Threads and forked
 /// children inherit this. The same handler serves [`set_fault_report`].
@@ -213,7 +223,7 @@ pub fn install_fault_handlers() {
     }
 }
 
-/// What a process could record about the cause of its end.
+/// What a process has recorded about the cause of its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Fault {
@@ -258,8 +268,8 @@ pub fn set_fault_report(fault: &'static AtomicU32, culprit: &'static AtomicU64) 
     let _ = unsafe { libc::atexit(exits) };
 }
 
-/// Runs in the thread that has called exit(3). During a call that is a failure like any other. A process
-/// that a handler has forked is not recorded.
+/// Runs in the thread that has called exit(3). If that thread runs a call, this is a failure of the call. The exit of
+/// a process that a handler has forked is not recorded.
 extern "C" fn exits() {
     let (fault, culprit) = (FAULT.load(Ordering::SeqCst), CULPRIT.load(Ordering::SeqCst));
     if AT.get() == 0 || fault.is_null() || REPORTER.load(Ordering::SeqCst) != Pid::current().0 {

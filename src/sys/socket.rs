@@ -355,7 +355,7 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
-/// The most descriptors in any packet (SCM_MAX_FD, unix(7)). The kernel would close descriptors without
+/// The largest number of descriptors in any packet (SCM_MAX_FD, unix(7)). The kernel would close descriptors without
 /// room, and their close may block.
 const MOST_DESCRIPTORS: usize = 253;
 

@@ -16,7 +16,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use super::bounded;
 use super::process::Pid;
 
-/// The most frames of a kernel stack that are reported, innermost first.
+/// The largest number of frames of a kernel stack that are reported, innermost first.
 const MOST_FRAMES: usize = 8;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +110,7 @@ impl fmt::Display for ThreadState {
         let words = match self.state {
             'R' => "running",
             'S' => "asleep",
-            'D' => "asleep, deaf to signals",
+            'D' => "asleep, not interruptible",
             'T' => "stopped by a signal",
             't' => "stopped by a debugger",
             'Z' | 'X' => "dead",
@@ -304,7 +304,7 @@ mod tests {
         };
         assert_eq!(
             look.to_string(),
-            "D asleep, deaf to signals in system call 9999(0x1, ...) at nfs_wait stack nfs_wait < nfs_read \
+            "D asleep, not interruptible in system call 9999(0x1, ...) at nfs_wait stack nfs_wait < nfs_read \
              traced by 7 cpu 1.23 s"
         );
     }

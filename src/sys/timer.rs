@@ -1,12 +1,12 @@
 //! Provides a timer as a descriptor, with a finer resolution than the milliseconds of epoll_wait(2)
 //! (timerfd_create(2)).
 //!
-//! It fires once each time it is set. Setting it again cancels an expiration that was not read. Only its
-//! creation fails, if no descriptor is left.
+//! The timer fires once each time it is set. Setting it again cancels an expiration that was not read. Only its
+//! creation can fail, if no descriptor is left.
 //!
-//! It also measures short times for one instruction, with the time stamp counter of the processor. That counts at
-//! a rate that only a comparison with a clock shows, so it is for a first look. Where there is none, the coarse
-//! clock of the kernel takes its place.
+//! This file also reads the time stamp counter of the processor, which costs one instruction. The rate of the counter
+//! is not known in advance: it follows from a comparison with a clock. So the counter is used for a first estimate
+//! only. On processors without it, the coarse clock of the kernel is used.
 
 #![allow(unsafe_code)]
 
@@ -58,7 +58,7 @@ impl AsFd for Timer {
     }
 }
 
-/// Returns the counter of this processor.
+/// Returns the time stamp counter of this processor; on other processors, nanoseconds of the coarse clock.
 #[inline]
 pub fn cycles() -> u64 {
     #[cfg(target_arch = "x86_64")]
@@ -68,7 +68,7 @@ pub fn cycles() -> u64 {
     return super::process::monotonic_coarse_ms() * 1_000_000;
 }
 
-/// A moment on the counter and on CLOCK_MONOTONIC, from which the rate of the counter follows.
+/// One time, read from the counter and from CLOCK_MONOTONIC. A second such pair gives the rate of the counter.
 #[derive(Debug, Clone, Copy)]
 pub struct CycleBase {
     cycles: u64,
@@ -83,7 +83,8 @@ impl CycleBase {
         }
     }
 
-    /// Returns how many nanoseconds ago the counter had a value, by its rate since this moment.
+    /// Returns how many nanoseconds ago the counter had the value `then`. The rate is that of the time since `self`
+    /// was made.
     pub fn ns_since(self, then: u64) -> u64 {
         let now = CycleBase::now();
         let passed = u128::from(now.cycles.saturating_sub(self.cycles).max(1));

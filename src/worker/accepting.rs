@@ -1,9 +1,10 @@
-//! How a worker takes part in accepting: one connection at a time, not when it can't, and not while others
-//! can begin more.
+//! Accepts connections, and decides when this worker accepts none: at its limit, after an error, and while other
+//! workers have more capacity.
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::SeqCst;
 
 use super::call_dispatcher::CallDispatcher;
 use super::connection::{Connection, ConnectionEnd};
@@ -16,12 +17,12 @@ use crate::logging::pluralize;
 use crate::sys::event::{Interest, Reactor, Token};
 use crate::sys::socket;
 
-/// For how long a worker leaves accepting to the others. One that counts and does not run, because it is
-/// stopped, costs new connections so much.
-const LEAVE_MS: u64 = 3;
+/// How long a worker leaves accepting to the others, in milliseconds. If the others are stopped and do not accept, new
+/// connections wait this much longer.
+const YIELD_MS: u64 = 3;
 
-/// Returns how long a connection may be idle, in milliseconds; `None` if there is no limit. A session whose
-/// client has sent nothing yet is held by that client alone, so it ends sooner.
+/// Returns how long a connection may be idle, in milliseconds; `None` if there is no limit. A client that sends
+/// nothing would hold the whole process of its session, so such a session ends earlier.
 pub(super) fn idle_ms(service: &CallDispatcher, connection: &Connection) -> Option<u64> {
     let is_unused = service.forwarding.is_session && connection.dialect.is_none();
     let limit = match is_unused {
@@ -31,7 +32,7 @@ pub(super) fn idle_ms(service: &CallDispatcher, connection: &Connection) -> Opti
     (!limit.is_zero()).then(|| millis(limit))
 }
 
-/// Where a connection comes from.
+/// Returns the address of a client, and the source to which its connection counts.
 pub(super) fn peer_of(socket: &OwnedFd) -> (Option<SocketAddr>, Source) {
     let peer = socket::peer(socket);
     (peer, Source::of(peer, || socket::peer_user(socket).ok()))
@@ -49,16 +50,17 @@ impl EventLoop {
             }
         };
         let adopted = reactor.register(socket);
-        let token = self.register_connection(reactor, adopted, peer, (key, false));
-        if token.is_some() {
+        if adopted.is_ok() {
+            // Count it at once, because from here on the keeper assumes that it is counted.
             self.service.counts.count_accepted();
         }
-        self.has_accepted(reactor);
+        let token = self.register_connection(reactor, adopted, peer, (key, false));
+        self.note_accepted(reactor);
         token
     }
 
-    /// Makes a connection of a socket that the reactor has accepted or adopted. `source_key` is that of
-    /// `SourceLimits`. One that had a call elsewhere (`is_used`) is never closed to make room.
+    /// Creates a connection for a socket that the reactor has accepted or adopted. `source_key` is the key of
+    /// `SourceLimits`. A connection that had a call in another worker (`is_used`) is never closed to make room.
     pub(super) fn register_connection(
         &mut self,
         reactor: &mut Reactor,
@@ -123,7 +125,7 @@ impl EventLoop {
         }
     }
 
-    /// Answers refused connections whose first bytes have come, and closes those whose time is over.
+    /// Answers refused connections whose first bytes have arrived, and closes those whose time is over.
     pub(super) fn serve_refused(&mut self) {
         let service = &mut self.service;
         if let Some((refused, deadline)) = service.source_limits.refused() {
@@ -162,22 +164,38 @@ impl EventLoop {
             .arm(&mut self.listen_deadline, at, TimerTarget::Listen);
     }
 
-    /// Leaves accepting to the other workers for a moment. Then it takes the connections that no other one has
-    /// taken, and may leave again.
-    pub(super) fn leave_accepting(&mut self, reactor: &mut Reactor) {
-        reactor.leave_listeners();
-        let at = self.service.now_ms + LEAVE_MS;
+    /// Leaves accepting to the other workers for `YIELD_MS`, if one of them accepts. Then this worker accepts the
+    /// connections that no other worker has accepted, and may yield again.
+    pub(super) fn yield_accepting(&mut self, reactor: &mut Reactor) {
+        let (record, now_ms) = (self.service.record, self.service.now_ms);
+        // Set the own flag before reading those of the others. So if two workers yield at the same time, at least one
+        // of them sees the other's flag and continues to accept.
+        record.has_yielded.store(1, SeqCst);
+        let mut others = self.service.forwarding.other_workers(now_ms);
+        if others.all(|other| other.has_yielded.load(SeqCst) > 0) {
+            return record.has_yielded.store(0, SeqCst);
+        }
+        reactor.pause_only_listeners();
         let timers = &mut self.service.timers;
+        let at = now_ms + YIELD_MS;
         timers.arm(&mut self.listen_deadline, at, TimerTarget::Listen);
     }
 
-    /// Leaves it to them if no thread is idle here and one is elsewhere: a call that is read there need not be
-    /// sent. Called once per turn, when it is known how many threads are idle.
-    pub(super) fn leave_accepting_if_busy(&mut self, reactor: &mut Reactor) {
+    /// Shows that this worker accepts again. `resume_listening` must follow.
+    pub(super) fn end_yield(&mut self) {
+        let timers = &mut self.service.timers;
+        timers.disarm(&mut self.listen_deadline, TimerTarget::Listen);
+        self.service.record.has_yielded.store(0, SeqCst);
+    }
+
+    /// Leaves accepting to the other workers if this worker has no idle thread and another one has: a call that a
+    /// worker with an idle thread reads does not have to be sent. Call it once per turn, after the idle threads were
+    /// counted.
+    pub(super) fn yield_accepting_if_busy(&mut self, reactor: &mut Reactor) {
         let is_serving = self.is_accepting && !self.is_at_limit && self.drain.is_serving();
         let (forwarding, now_ms) = (&mut self.service.forwarding, self.service.now_ms);
-        if is_serving && self.listen_deadline == 0 && forwarding.leaves_accepting(now_ms) {
-            self.leave_accepting(reactor);
+        if is_serving && self.listen_deadline == 0 && forwarding.should_yield_accepting(now_ms) {
+            self.yield_accepting(reactor);
         }
     }
 

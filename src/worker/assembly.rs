@@ -1,19 +1,24 @@
-//! Builds the parts of a worker, pool process or session after its list after fork, and lets them serve.
+//! Builds the parts of a worker, pool process or session after its post-fork steps, and lets them serve.
 
 use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::call_counts::CallCounts;
+use super::access_log::hooks::AccessLog;
+use super::access_log::turn;
+use super::attempts::AttemptTable;
+use super::call_counts::{AcceptDelay, CallCounts};
 use super::call_dispatcher::CallDispatcher;
 use super::call_scheduler::CallScheduler;
 use super::call_tracing::CallTracing;
 use super::crash::journal::CallJournal;
 use super::crash::keeper::KeeperSetup;
-use super::event_loop::EventLoop;
+use super::event_loop::{EventLoop, LINK, SIGNALS, WAKER};
 use super::forwarding::Forwarding;
+use super::jobs_lane::JobsLane;
 use super::path_listeners::PathListeners;
 use super::peer::SharedPools;
 use super::pool_health::WatchedPools;
@@ -23,16 +28,16 @@ use super::slow_log::watch::SlowWatch;
 use super::source_limits::SourceLimits;
 use super::stop_hooks;
 use super::threads::Threads;
-use super::timers::Timers;
+use super::timers::{Timers, millis};
 use super::unsent::UnsentAnswers;
 use super::unused_connections::UnusedConnections;
 use crate::config::{Histogram, LimitsConfig};
-use crate::handler::pool::definition::ProgramCounts;
 use crate::handler::trace;
 use crate::link::adoption_queue::LONGEST;
 use crate::link::ids::Slot;
+use crate::link::quarantine::UsedQuarantine;
 use crate::logging;
-use crate::sys::event::Reactor;
+use crate::sys::event::{Interest, Reactor};
 use crate::sys::memory;
 use crate::sys::process::{descriptors_left, monotonic_ms};
 use crate::sys::signal::{self, SignalPipe};
@@ -63,8 +68,8 @@ fn keep_descriptors_back(limits: &mut LimitsConfig, slot: Slot) {
 
 pub type Built = (ManuallyDrop<EventLoop>, ManuallyDrop<Reactor>);
 
-/// Builds the parts of the process after its list after fork. They are not dropped if the loop panics,
-/// because the keeper uses the open descriptors. Threads that still run handlers end with the process.
+/// Builds the parts of the process after its post-fork steps. They are not dropped if the loop panics, because the
+/// keeper uses the open descriptors. Threads that still run handlers end with the process.
 ///
 /// # Errors
 /// What could not be done, and why.
@@ -77,13 +82,16 @@ pub fn build(
 ) -> Result<Built, (&'static str, io::Error)> {
     let cant = |attempt| move |error| (attempt, error);
     memory::limit_malloc_arenas(ARENAS);
-    let asks_master = boot.account().is_some();
     let waker = Arc::new(Waker::new().map_err(cant("make a waker"))?);
-    // Threads inherit the signal mask, so they get no signals. TERM and QUIT are for the loop.
-    signal::block_all();
-    logging::init_worker_log(boot.slot.0);
-    // The program's own functions run after this, because they may start programs and threads.
-    signal::unblock_all();
+    let is_session = boot.slot.session().is_some();
+    // The master does not know sessions by their pids.
+    let asks_master = boot.account().is_some() && !is_session;
+    let access_log = boot.settings.access_log.as_ref();
+    let is_in_log = access_log.is_some_and(|config| config.file.is_none());
+    match is_session {
+        true => logging::init_session_log(boot.slot.0, is_in_log),
+        false => logging::init_worker_log(boot.slot.0, is_in_log),
+    }
     let (pool, slot) = (boot.slot.pool(), boot.slot.number());
     if let Some(pool) = pool
         && let Some(complete) = boot.methods.complete(&boot.registry, pool)
@@ -95,21 +103,15 @@ pub fn build(
             .start_worker(slot)
             .map_err(|reason| ("start", io::Error::other(reason)))?;
     }
+    // Threads inherit the signal mask, so they get no signals. TERM and QUIT are for the loop.
     signal::block_all();
-    if let Some(number) = pool
-        && let Some(pool) = boot.registry.pools().get(number)
-    {
-        let (block, place) = (boot.metrics.block, boot.metrics.pool(number));
-        pool.count_in(ProgramCounts {
-            starts: &block.program_starts[place],
-            exits: &block.program_exits[place],
-        });
+    if let Some(number) = pool {
+        boot.count_programs(number);
     }
     if boot.settings.trace {
         trace::seed().map_err(cant("seed the ids of traces"))?;
     }
     let count = boot.settings.workers.threads;
-    let is_session = boot.slot.session().is_some();
     let keeps = keeping.as_ref();
     let running = keeps.map_or(&[][..], |keeping| &keeping.book.running[1..]);
     let (registry, place) = (&boot.registry, (slot, running));
@@ -119,14 +121,16 @@ pub fn build(
     signal::unblock_all();
     let reactor = Reactor::new().map_err(cant("make its event layer"))?;
     let mut reactor = ManuallyDrop::new(reactor);
-    let mut ledger = CallJournal::default();
-    let mut quarantine = None;
+    let mut journal = CallJournal::default();
+    let mut quarantine = UsedQuarantine::default();
     if let Some(KeeperSetup { book, buffer }) = keeping {
-        ledger = CallJournal::new(book);
-        quarantine = Some(boot.quarantine);
+        journal = CallJournal::new(book);
+        quarantine = UsedQuarantine(Some(boot.quarantine.clone()));
         signal::set_fault_report(&boot.crash_report.fault, &boot.crash_report.faulting_call);
         reactor.attach_progress(book.progress, buffer);
     }
+    let session = sessions.and_then(|all| all.get(boot.slot.session()?));
+    let access = AccessLog::new(&boot, session);
     let mut limits = boot.settings.limits.clone();
     let isolation = boot
         .settings
@@ -144,6 +148,9 @@ pub fn build(
             .listen(boot.listeners, (Rc::clone(&boot.adoption.rx), LONGEST))
             .map_err(cant("watch its listeners"))?;
     }
+    let jobs_lane = boot.registry.jobs_lane();
+    let enqueue_timeout =
+        (boot.settings.jobs.as_ref()).map_or(Duration::MAX, |it| it.enqueue_timeout);
     let records_runs = boot.settings.observe.exports(Histogram::Run);
     let unsent_limit = limits.unfinished;
     let pool_health = WatchedPools::new(
@@ -153,6 +160,7 @@ pub fn build(
         monotonic_ms(),
     );
     let service = CallDispatcher {
+        access,
         calls: CallScheduler::new(
             Arc::clone(&boot.registry),
             limits.queue,
@@ -166,12 +174,17 @@ pub fn build(
             pool.map_or(0, |pool| pool + 1),
             boot.generation.0,
             SharedPools {
+                jobs: JobsLane::new(jobs_lane, millis(enqueue_timeout)),
                 kept_lanes: boot.kept_lanes,
                 methods: boot.methods,
                 ..SharedPools::default()
             },
         ),
         answered_elsewhere: Vec::new(),
+        attempts: AttemptTable::new(
+            boot.settings.jobs.as_ref(),
+            boot.settings.workers.drain_timeout,
+        ),
         untaken_batches: VecDeque::new(),
         timers: Timers::default(),
         limits,
@@ -181,9 +194,7 @@ pub fn build(
         out: Vec::new(),
         now_ms: 0,
         stop_pending: false,
-        accept_wait_ms: 0,
-        longest_wait_ms: 0,
-        last_wait_ms: 0,
+        accept_wait: AcceptDelay::default(),
         stopping: false,
         unfinished: 0,
         unfinished_shares: Shares::default(),
@@ -195,11 +206,12 @@ pub fn build(
         errors: 0,
         pool_health,
         slow: SlowWatch::new(&boot.metrics, asks_master, &waker),
-        counts: CallCounts::new(boot.metrics, is_session, records_runs),
+        // Sessions add to the block of their acceptor. If it has died, a pool process can have that block.
+        counts: CallCounts::new(boot.metrics, !boot.slot.is_worker(), records_runs),
         tracing: CallTracing::new(boot.settings.trace),
         record: boot.record,
         slot,
-        ledger,
+        journal,
         quarantine,
     };
     let mut event_loop = EventLoop::new(
@@ -214,10 +226,20 @@ pub fn build(
     if boot.slot.is_worker() {
         event_loop.recycle_at = recycle_threshold(boot.settings.workers.max_calls);
     }
+    let watched = [
+        reactor.watch(SIGNALS, &event_loop.signals, Interest::Read),
+        reactor.watch(LINK, &event_loop.link, Interest::Read),
+        reactor.watch(WAKER, &*event_loop.waker, Interest::Read),
+    ];
+    let watched: io::Result<()> = watched.into_iter().collect();
+    watched.map_err(cant("watch its own descriptors"))?;
     Ok((ManuallyDrop::new(event_loop), reactor))
 }
 
-/// Serves until it is time to leave, and leaves.
+/// Serves until it is time to exit. Then ends the programs and runs the stop hooks.
+///
+/// # Errors
+/// Why the event loop failed.
 pub fn serve(
     mut event_loop: ManuallyDrop<EventLoop>,
     mut reactor: ManuallyDrop<Reactor>,
@@ -243,6 +265,8 @@ pub fn serve(
 pub fn finish(mut event_loop: ManuallyDrop<EventLoop>, reactor: ManuallyDrop<Reactor>) {
     stop_hooks::run_stop_hooks(&mut event_loop);
     event_loop.service.slow.finish();
+    turn::end(&mut event_loop.service);
+    event_loop.service.access.finish();
     log::debug!("leaves");
     drop(ManuallyDrop::into_inner(reactor));
 }

@@ -10,7 +10,7 @@ use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::trace_context::TraceContext;
 
-/// The most calls of a batch that are taken in one turn of the event loop.
+/// The largest number of calls of a batch that are taken in one turn of the event loop.
 pub const MEMBERS_PER_TURN: usize = 64;
 
 /// The calls of a batch that are not taken yet. No other call of its connection is taken before them.
@@ -28,6 +28,8 @@ pub struct UntakenMembers {
     pub received_ms: u64,
     /// The trace context of its HTTP request.
     pub header: Option<Box<TraceContext>>,
+    /// Its `X-Request-Id`.
+    pub request_id: Option<Box<str>>,
 }
 
 impl UntakenMembers {
@@ -43,13 +45,22 @@ impl UntakenMembers {
             taken: 0,
             received_ms,
             header: None,
+            request_id: None,
         }
     }
 
     /// Adds the trace context of its HTTP request.
     #[must_use]
-    pub fn of_request(self, header: Option<Box<TraceContext>>) -> Self {
-        UntakenMembers { header, ..self }
+    pub fn of_request(
+        self,
+        header: &Option<Box<TraceContext>>,
+        request_id: &Option<Box<str>>,
+    ) -> Self {
+        UntakenMembers {
+            header: header.clone(),
+            request_id: request_id.clone(),
+            ..self
+        }
     }
 
     pub fn members(&self) -> impl Iterator<Item = &str> {

@@ -1,9 +1,9 @@
 //! Counts the calls of a worker on the metrics board.
 //!
-//! Inline calls of one turn of the event loop are first counted here and share their times: from the wake-up
-//! in which they were read to the end of the turn, or to the write after which the coarse clock has moved.
-//! So an inline call needs no clock. Other calls are counted when their answer is composed. Nothing here
-//! fails.
+//! Inline calls of one turn of the event loop are first counted here, and share the same times. The time begins with
+//! the wake-up in which the calls were read. It ends with the turn, or earlier with the write after which the coarse
+//! clock has advanced. So an inline call needs no clock. Other calls are counted when their answer is composed.
+//! Nothing here fails.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ pub enum CountedCall {
 }
 
 impl CountedCall {
-    /// Returns the number of the call. One that did not wait is the last one.
+    /// Returns the number of the call. A call that did not wait has the number `last`.
     pub fn number(self, last: u64) -> u64 {
         match self {
             CountedCall::Ended { number, .. } => number,
@@ -45,13 +45,31 @@ impl CountedCall {
         }
     }
 
-    /// The place of its method.
+    /// Returns the place of its method.
     pub fn place(self) -> usize {
         match self {
             CountedCall::Refused(place)
             | CountedCall::Inline(place)
             | CountedCall::Ended { place, .. } => place,
         }
+    }
+}
+
+/// How long connections waited until they were accepted, in milliseconds.
+#[derive(Debug, Default)]
+pub struct AcceptDelay {
+    /// The delay of the connection whose first bytes are being handled; 0 for later bytes.
+    pub now_ms: u64,
+    pub longest_ms: u64,
+    pub last_ms: u64,
+}
+
+impl AcceptDelay {
+    /// Records the delay of the connection whose first bytes were received now.
+    pub fn record(&mut self, wait_ms: u64) {
+        self.now_ms = wait_ms;
+        self.last_ms = wait_ms;
+        self.longest_ms = self.longest_ms.max(wait_ms);
     }
 }
 
@@ -99,7 +117,7 @@ impl CallCounts {
         }
     }
 
-    /// When the calls of this turn were read, in nanoseconds.
+    /// Returns when the calls of this turn were read, in nanoseconds.
     pub fn turn_ns(&self) -> u64 {
         self.turn_ns
     }
@@ -111,7 +129,7 @@ impl CallCounts {
         }
     }
 
-    /// Returns the place of a method by its number; that of the others if there is none.
+    /// Returns the place of a method on the board by its number; without a number, the place for all other methods.
     #[inline]
     pub fn place(&self, method: Option<usize>) -> usize {
         method.map_or(OTHER, |method| self.methods.method(method))
@@ -121,7 +139,8 @@ impl CallCounts {
     #[inline]
     pub fn count_body(&mut self, form: Form) {
         if !cfg!(preforkd_uncounted) {
-            self.bodies[usize::from(form == Form::JsonRpc)] += 1;
+            let is_json_rpc = matches!(form, Form::JsonRpc | Form::Notification);
+            self.bodies[usize::from(is_json_rpc)] += 1;
         }
     }
 
@@ -229,7 +248,7 @@ impl CallCounts {
             .add(&self.writer.block.forwarded, u64::from(lane == 0));
     }
 
-    /// Counts one that came back unbegun, likewise.
+    /// Counts a call that another worker has returned without beginning it. Pool processes are no workers.
     pub fn count_returned(&self, lane: usize) {
         self.writer
             .add(&self.writer.block.returned, u64::from(lane == 0));
@@ -261,12 +280,20 @@ impl CallCounts {
         }
     }
 
-    /// Counts the inline calls so far if the coarse clock has moved: the next ones take longer.
+    /// Counts the inline calls so far if the coarse clock has moved: the next ones take longer. Returns whether it
+    /// did.
     #[inline]
-    pub fn flush_if_late(&mut self) {
-        if !self.answered.is_empty() && monotonic_coarse_ms() != self.coarse_ms {
+    pub fn flush_if_late(&mut self) -> bool {
+        let is_late = !self.answered.is_empty() && monotonic_coarse_ms() != self.coarse_ms;
+        if is_late {
             self.flush();
         }
+        is_late
+    }
+
+    /// Returns the last time that was read, in nanoseconds.
+    pub fn now_ns(&self) -> u64 {
+        self.now_ns
     }
 
     /// Counts the inline calls of this turn, which end now.

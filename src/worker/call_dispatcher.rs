@@ -10,8 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use super::access_log::hooks::AccessLog;
+use super::access_log::line::body_bytes;
+use super::attempts::AttemptTable;
 use super::batch::{self, MEMBERS_PER_TURN, UntakenMembers};
-use super::call_counts::{CallCounts, CountedCall};
+use super::call_counts::{AcceptDelay, CallCounts, CountedCall};
 use super::call_errors::{self, caller_gone, check_size};
 use super::call_room;
 use super::call_scheduler::{CallScheduler, FinishedCall};
@@ -33,7 +36,7 @@ use crate::handler::registry::{self, Registry};
 use crate::handler::trace::CallIdentity;
 use crate::handler::{Context, Placement, guard};
 use crate::link::metrics_board::layout::CloseReason;
-use crate::link::quarantine::Quarantine;
+use crate::link::quarantine::UsedQuarantine;
 use crate::link::scoreboard::WorkerRecord;
 use crate::protocol::body::{self, Body, Form};
 use crate::protocol::call::Call;
@@ -56,6 +59,8 @@ pub struct CallDispatcher {
     pub forwarding: Forwarding,
     /// Results of other workers, and calls that made room for others. They must be answered.
     pub answered_elsewhere: Vec<Done>,
+    /// The attempts of jobs that run here.
+    pub attempts: AttemptTable,
     pub timers: Timers,
     pub limits: LimitsConfig,
     /// The listeners where an HTTP request must name its method in the path.
@@ -69,12 +74,7 @@ pub struct CallDispatcher {
     pub out: Vec<u8>,
     /// The time of the last wake-up in milliseconds (CLOCK_MONOTONIC).
     pub now_ms: u64,
-    /// How long the current bytes waited until their connection was accepted, in milliseconds.
-    pub accept_wait_ms: u64,
-    /// The longest such time.
-    pub longest_wait_ms: u64,
-    /// The last such time.
-    pub last_wait_ms: u64,
+    pub accept_wait: AcceptDelay,
     /// A stop is scheduled: calls are served, but health checks are answered with "not ready".
     pub stop_pending: bool,
     /// The server is stopping: no further call begins.
@@ -87,11 +87,11 @@ pub struct CallDispatcher {
     pub unsent: UnsentAnswers,
     /// Connections that may be closed to make room for others.
     pub unused: UnusedConnections,
-    /// A connection began with the PROXY protocol or TLS: a text that is to be logged.
+    /// The text to log, if a connection began with the PROXY protocol or TLS.
     pub met_protocol: Option<&'static str>,
     /// The number of the last call. Each call gets the next one, also those of other processes.
     pub last_call: u64,
-    /// How many of them do not count as read here.
+    /// How many of these calls this process has not read: those of other processes, and attempts of jobs.
     pub foreign: u64,
     /// The number of error answers so far.
     pub errors: u64,
@@ -99,21 +99,23 @@ pub struct CallDispatcher {
     pub pool_health: super::pool_health::WatchedPools,
     pub tracing: CallTracing,
     pub slow: SlowWatch,
+    pub access: AccessLog,
     /// The record of this worker in the scoreboard.
     pub record: &'static WorkerRecord,
     pub slot: u16,
     /// The calls that are not answered yet, for the keeper.
-    pub ledger: CallJournal,
-    /// The quarantined calls; `None` without a keeper.
-    pub quarantine: Option<Quarantine>,
+    pub journal: CallJournal,
+    /// The quarantined calls; empty without a keeper.
+    pub quarantine: UsedQuarantine,
 }
 
 impl CallDispatcher {
-    /// Records how long the current bytes waited until their connection was accepted.
-    pub(super) fn waited(&mut self, wait_ms: u64) {
-        self.accept_wait_ms = wait_ms;
-        self.last_wait_ms = wait_ms;
-        self.longest_wait_ms = self.longest_wait_ms.max(wait_ms);
+    /// Gives the next number to a call that was read, with a body of this many bytes.
+    #[inline]
+    pub(super) fn begin_call(&mut self, connection: &Connection, bytes: usize) {
+        self.last_call += 1;
+        let times = (self.counts.turn_ns(), self.accept_wait.now_ms);
+        (self.access).begin(connection, self.last_call, bytes, times);
     }
 
     /// Takes one body with its framing.
@@ -121,14 +123,14 @@ impl CallDispatcher {
         match body::read(body, self.limits.depth, self.limits.batch) {
             Body::One(form, Ok(call)) => {
                 self.counts.count_body(form);
-                self.last_call += 1;
+                self.begin_call(connection, body.len());
                 let reply = self.reserve_answer(connection, wrap, form, call.id);
                 self.tracing.read(body, &call, form);
                 self.dispatch(connection, reply, &call);
             }
             Body::One(form, Err(refusal)) => {
                 self.counts.count_body(form);
-                self.last_call += 1;
+                self.begin_call(connection, body.len());
                 let reply = self.reserve_answer(connection, wrap, form, refusal.id);
                 self.answer_error(connection, reply, refusal.id, refusal.error);
             }
@@ -148,13 +150,13 @@ impl CallDispatcher {
         let whole = self.reserve_answer(connection, wrap, Form::JsonRpc, None);
         // The journal cannot record an answer of many parts. Mark it only when it counts as unanswered,
         // because the mark lasts until then.
-        self.ledger.mark_unlogged(connection);
+        self.journal.mark_unlogged(connection);
         let batch = connection.begin_batch(whole, members.len());
         let taken = self.take_members(connection, batch, text, members.iter().copied());
         if taken < members.len() {
-            let received_ms = self.now_ms - self.accept_wait_ms;
+            let received_ms = self.now_ms - self.accept_wait.now_ms;
             let rest = UntakenMembers::new(batch, text, &members[taken..], received_ms);
-            let rest = rest.of_request(self.tracing.header.clone());
+            let rest = rest.of_request(&self.tracing.header, &self.access.request_id);
             connection.untaken_members = Some(Box::new(rest));
             self.untaken_batches.push_back(connection.token);
         }
@@ -166,11 +168,12 @@ impl CallDispatcher {
             return;
         };
         // The time spent on the earlier calls counts towards the timeout.
-        self.accept_wait_ms = self.now_ms.saturating_sub(rest.received_ms);
+        self.accept_wait.now_ms = self.now_ms.saturating_sub(rest.received_ms);
         self.tracing.header.clone_from(&rest.header);
+        self.access.request_id.clone_from(&rest.request_id);
         let taken = self.take_members(connection, rest.batch, &rest.text, rest.members());
-        self.accept_wait_ms = 0;
-        self.tracing.header = None;
+        self.accept_wait.now_ms = 0;
+        (self.tracing.header, self.access.request_id) = (None, None);
         if rest.advance(taken) {
             connection.untaken_members = Some(rest);
             self.untaken_batches.push_back(connection.token);
@@ -191,7 +194,7 @@ impl CallDispatcher {
                 break;
             }
             taken += 1;
-            self.last_call += 1;
+            self.begin_call(connection, member.len());
             let held = connection.queued_bytes();
             let call = jsonrpc::member(text, member);
             let shape = AnswerFormat {
@@ -205,7 +208,12 @@ impl CallDispatcher {
             };
             self.tracing.read_member(member, &call);
             match call {
-                Ok(call) => match self.member_refusal(connection, reply) {
+                Ok(call) => match call_room::batch_refusal(
+                    connection,
+                    reply,
+                    &self.unsent,
+                    self.limits.frame,
+                ) {
                     None => self.dispatch(connection, reply, &call),
                     Some(error) => {
                         let method = self.registry.find(&call.method, self.forwarding.is_session);
@@ -218,19 +226,6 @@ impl CallDispatcher {
             bytes += member.len() + connection.queued_bytes().saturating_sub(held);
         }
         taken
-    }
-
-    /// Returns why a call of a batch is not started: there is no room for its answer.
-    fn member_refusal(&self, connection: &Connection, reply: PendingAnswer) -> Option<RpcError> {
-        if reply.shape.form == Form::Notification {
-            return None;
-        }
-        if connection.is_batch_full(reply.place) {
-            return Some(batch::too_long(self.limits.frame, false));
-        }
-        let owner = (connection.source, connection.token);
-        let waits = connection.queued_bytes() > 0 && self.unsent.blocks_batch(owner);
-        waits.then(|| call_errors::no_room(self.unsent.batch_limit()))
     }
 
     /// The answers of a batch have reached their limit: refuses its calls that have not begun.
@@ -253,7 +248,7 @@ impl CallDispatcher {
         }
     }
 
-    /// Runs the last call, queues it, or answers with an error.
+    /// Runs a call, queues it, or answers it with an error. It is the call that was read last.
     pub(super) fn dispatch(
         &mut self,
         connection: &mut Connection,
@@ -264,6 +259,8 @@ impl CallDispatcher {
         let identity = self.tracing.identity(self.last_call);
         let found = self.registry.find(name, self.forwarding.is_session);
         let place = self.counts.place(found);
+        let trace = (&identity, self.tracing.parent_id);
+        self.access.found((place, name), trace, reply.mark);
         if self.stopping {
             return self.refuse(connection, reply, place, (id, call_errors::stopping()));
         }
@@ -276,7 +273,7 @@ impl CallDispatcher {
         let own_ms = millis(self.registry.methods()[method].timeout);
         let timeout_ms = call.timeout_ms.map_or(own_ms, |asked| asked.min(own_ms));
         // The timeout of the client counts from when it sent the call, not from when we read it.
-        let timeout_ms = timeout_ms.saturating_sub(self.accept_wait_ms);
+        let timeout_ms = timeout_ms.saturating_sub(self.accept_wait.now_ms);
         let inline = self.registry.methods()[method].handler.placement() == Placement::Inline;
         let admitted = if timeout_ms == 0 {
             Err(call_errors::over_when_read())
@@ -286,14 +283,13 @@ impl CallDispatcher {
         if let Err(error) = admitted {
             return self.refuse(connection, reply, place, (id, error));
         }
-        if let Some(quarantine) = &self.quarantine {
-            let key = quarantine.key(name, params);
-            if quarantine.is_quarantined(key) {
+        if let Some(key) = self.quarantine.key(name, params) {
+            if self.quarantine.is_quarantined(key) {
                 let writer = self.counts.writer;
                 writer.add(&writer.block.quarantine_refusals, 1);
                 return self.refuse(connection, reply, place, (id, call_errors::quarantined()));
             }
-            reply.mark.is_named(key, method);
+            reply.mark.set_key(key, method);
         }
         let deadline_ms = self.now_ms.saturating_add(timeout_ms);
         if inline {
@@ -309,14 +305,17 @@ impl CallDispatcher {
         if let Some(added) = self.calls.get_mut(key) {
             connection.pending += added.charged_bytes;
             added.read_ns = self.counts.turn_ns();
-            let waited = (added.read_ns, self.accept_wait_ms);
+            added.access = self.access.start();
+            let waited = (added.read_ns, self.accept_wait.now_ms);
             added.shown = self.slow.shown(waited.into(), connection.peer, params);
             self.timers
                 .arm(&mut added.timer, deadline_ms, TimerTarget::Call(key));
         }
     }
 
-    /// Checks the limits of a method, and makes room for a call, also at the cost of a connection with more.
+    /// Checks the limits of a method, and makes room for a call. For that it may evict waiting calls of a connection
+    /// that has more.
+    #[inline(always)] // It has one caller, and each call comes here.
     fn admit(
         &mut self,
         connection: &Connection,
@@ -381,7 +380,7 @@ impl CallDispatcher {
         self.record.last_method.store(number as u32 + 1, Relaxed);
         self.record.last_call.store(identity.number, Relaxed);
         self.record.inline_running.store(1, Relaxed);
-        self.ledger.begins_inline(reply.mark, number);
+        self.journal.begins_inline(reply.mark, number);
         let begin = self.slow.inline.begin(self.errors);
         let limit = self.limits.frame;
         let name = method.handler.answer_name().unwrap_or(&method.name);
@@ -392,26 +391,17 @@ impl CallDispatcher {
             guard::run((&method.name, id), run)?;
             check_size(out.len() - start, limit)
         });
-        self.ledger.ends_inline();
-        self.acquit(reply.mark);
+        self.journal.ends_inline();
+        self.quarantine.clear_suspicion(reply.mark.key());
         self.record.inline_running.store(0, Relaxed);
         let call = (number, method.name.as_str(), params, reply.mark);
-        let around = (&self.counts, self.now_ms, self.errors, self.accept_wait_ms);
+        let around = (
+            &self.counts,
+            self.now_ms,
+            self.errors,
+            self.accept_wait.now_ms,
+        );
         (self.slow).inline_ended(begin, call, (identity, connection.peer), around);
-    }
-
-    /// Clears the suspicion of a call that has completed.
-    #[inline]
-    pub fn acquit(&self, mark: CallRef) {
-        if let Some(quarantine) = &self.quarantine {
-            quarantine.clear_suspicion(mark.key());
-        }
-    }
-
-    /// Returns whether the call with this key is quarantined. A call without a key has 0 and is not.
-    pub fn is_quarantined(&self, key: u64) -> bool {
-        let quarantine = self.quarantine.as_ref().filter(|_| key != 0);
-        quarantine.is_some_and(|quarantine| quarantine.is_quarantined(key))
     }
 
     /// Handles `rpc.cancel`: cancels the call with that id, and answers whether there was one.
@@ -451,7 +441,7 @@ impl CallDispatcher {
         self.refuse(connection, reply, place, (id, error));
     }
 
-    /// Likewise, with the place of its method on the metrics board.
+    /// Refuses a call with an error. `place` is the place of its method on the metrics board.
     fn refuse(
         &mut self,
         connection: &mut Connection,
@@ -492,18 +482,15 @@ impl CallDispatcher {
         let name = name.unwrap_or(&method.name);
         let limit = self.limits.frame;
         let counted = self.counts.ended(ended, took);
-        self.compose(
-            connection,
-            ended.reply,
-            (name, ended.id.as_deref()),
-            counted,
-            |out| {
-                let result = outcome?;
-                check_size(result.len(), limit)?;
-                out.extend_from_slice(&result);
-                Ok(())
-            },
-        );
+        let before = self.access.switch_to(ended);
+        let name = (name, ended.id.as_deref());
+        self.compose(connection, ended.reply, name, counted, |out| {
+            let result = outcome?;
+            check_size(result.len(), limit)?;
+            out.extend_from_slice(&result);
+            Ok(())
+        });
+        self.access.switch_back(before);
     }
 
     /// Writes one answer: the result that `fill` appends, or its error.
@@ -525,7 +512,9 @@ impl CallDispatcher {
         let limit = self.limits.frame;
         let mut outcome = Ok(());
         let mut is_full = false;
+        let (has_line, mut sent_bytes) = (self.access.is_on(), 0);
         self.write(connection, reply, |out, tracing, last_call| {
+            let start = out.len();
             let call = || tracing.id(counted.number(last_call));
             outcome = reply.shape.compose(out, about, (name, id), call, |out| {
                 fill(out)?;
@@ -536,6 +525,9 @@ impl CallDispatcher {
                     false => Ok(()),
                 }
             });
+            if has_line {
+                sent_bytes = body_bytes(&out[start..], reply.shape.wrap);
+            }
         });
         if is_full {
             self.fill_batch(connection, reply.place);
@@ -553,9 +545,14 @@ impl CallDispatcher {
                 });
             }
         }
+        if has_line {
+            let answer = (reply.shape.form, outcome.as_ref().err(), sent_bytes);
+            let counts = (&self.counts, counted, self.last_call);
+            (self.access).answered(Some(&*connection), answer, counts);
+        }
     }
 
-    /// Returns the properties of the answer at a position. HTTP says in the last one that it closes.
+    /// Returns the properties of the answer at a position. The last HTTP answer says that the connection closes.
     pub(super) fn answer_context(
         &self,
         connection: &mut Connection,
@@ -578,8 +575,8 @@ impl CallDispatcher {
         }
     }
 
-    /// Writes an answer to the output if it is its turn, or keeps it in its connection or batch. `write` gets
-    /// what it needs for the id of the call, and the number of the last one.
+    /// Writes an answer to the output if it is its turn, or keeps it in its connection or batch. `write` gets the
+    /// tracing of calls, which has their ids, and the number of the last call.
     pub(super) fn write(
         &mut self,
         connection: &mut Connection,
@@ -608,9 +605,9 @@ impl CallDispatcher {
     ) {
         if connection.is_next(place) {
             write(&mut self.out, &self.tracing, self.last_call);
-            let ledger = &mut self.ledger;
-            ledger.answers(mark);
-            connection.answered(place, &mut self.out, |mark| ledger.answers(mark));
+            let journal = &mut self.journal;
+            journal.answers(mark);
+            connection.answered(place, &mut self.out, |mark| journal.answers(mark));
         } else {
             let mut answer = Vec::new();
             write(&mut answer, &self.tracing, self.last_call);

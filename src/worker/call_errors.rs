@@ -4,8 +4,10 @@ use crate::handler::registry::Registry;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::{RpcError, excerpt};
 
+/// Checks the length of a result.
+///
 /// # Errors
-/// `bad-output` if a result has more than `limit` bytes.
+/// `bad-output` if it is more than `limit` bytes.
 pub fn check_size(length: usize, limit: usize) -> Result<(), RpcError> {
     if length <= limit {
         return Ok(());

@@ -1,22 +1,27 @@
-//! Room for calls: whether the limits of a method allow one more, and who makes room in a full queue.
+//! Decides whether the limits of a method allow one more call, and which client makes room in a full queue.
 
 use std::time::Duration;
 
+use super::batch;
+use super::call_errors;
 use super::call_scheduler::CallScheduler;
 use super::call_table::ScheduledCall;
-use super::lane::{Lane, MOST_BYTES};
+use super::connection::{Connection, PendingAnswer};
+use super::lane::{Lane, MOST_BYTES, MOST_ID_PARAMS, MOST_JOB_BYTES};
 use super::shares::{Shares, Source};
 use super::threads::Done;
 use super::timers::CallKey;
+use super::unsent::UnsentAnswers;
 use crate::logging::pluralize;
+use crate::protocol::body::Form;
+use crate::protocol::call_id::CallRunner;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::event::Token;
 
-/// Whether `concurrency` and `rate` of a method allow one more call of a source, and it is the turn of that
-/// source.
+/// Checks that `concurrency` and `rate` of a method allow one more call, and that it is the turn of its source.
 ///
 /// # Errors
-/// `overloaded`.
+/// `overloaded` if not.
 pub fn check_limits(
     calls: &mut CallScheduler,
     method: usize,
@@ -51,21 +56,58 @@ pub fn check_limits(
     };
     let kept = match free.min(allowed) {
         0 => "",
-        _ => ", and the next call is one of another client that was refused",
+        _ => ", and the next free place is kept for another client that was refused before",
     };
     Err(calls.overloaded(method, format!("{limit}{kept}")))
 }
 
-/// Counts a call that these limits allow, and that is taken.
+/// Returns whether `concurrency` and `rate` of a method allow the attempt of a job. No place is kept for a refused
+/// attempt, because calls go before jobs.
+pub fn allows_attempt(calls: &mut CallScheduler, method: usize, now_ms: u64) -> bool {
+    let (concurrency, rate) = {
+        let method = &calls.registry.methods()[method];
+        (method.concurrency, method.rate)
+    };
+    let load = &mut calls.loads[method];
+    let has_place = concurrency == 0 || load.current < concurrency;
+    has_place && (rate == 0 || load.allowed(rate, now_ms) > 0)
+}
+
+/// Counts an attempt that begins. Call it after `allows_attempt`.
+pub fn count_attempt(calls: &mut CallScheduler, method: usize) {
+    let load = &mut calls.loads[method];
+    load.count_call();
+    load.current += 1;
+}
+
+/// Counts a call that is taken. Call it after `check_limits`.
 pub fn count_call(calls: &mut CallScheduler, method: usize, source: Source) {
     let load = &mut calls.loads[method];
     load.count_call();
     load.turns.record_call(source);
 }
 
-/// Makes room for one more call of a method to wait, with `threads` in its lane. If all is used up, the
-/// connection with the most pays with its newest calls that wait: they are added to `evicted`, to be
-/// answered with the error there.
+/// Returns why a call of a batch is not started: there is no room for its answer. `limit` is `limits.frame`.
+pub fn batch_refusal(
+    connection: &Connection,
+    reply: PendingAnswer,
+    unsent: &UnsentAnswers,
+    limit: usize,
+) -> Option<RpcError> {
+    if reply.shape.form == Form::Notification {
+        return None;
+    }
+    if connection.is_batch_full(reply.place) {
+        return Some(batch::too_long(limit, false));
+    }
+    let owner = (connection.source, connection.token);
+    let waits = connection.queued_bytes() > 0 && unsent.blocks_batch(owner);
+    waits.then(|| call_errors::no_room(unsent.batch_limit()))
+}
+
+/// Makes room for one more waiting call of a method, with `size` bytes. `threads` is the number of threads of its lane.
+/// If there is no room, the newest waiting calls of the connection with the largest share are evicted. They are
+/// added to `evicted`, and the caller answers them with the error there.
 ///
 /// # Errors
 /// `overloaded` if no other connection has more than the caller.
@@ -77,27 +119,41 @@ pub fn make_room(
     evicted: &mut Vec<Done>,
 ) -> Result<(), RpcError> {
     let index = calls.loads[method].lane;
-    let most = MOST_BYTES / calls.lanes.len();
+    let (most, size) = match calls.registry.jobs_lane() == Some(index) {
+        true => {
+            let counted = calls.registry.counted_size(method, size);
+            if counted == 0 && size > MOST_ID_PARAMS {
+                let text = format!("the params name a job and have at most {MOST_ID_PARAMS} bytes");
+                return Err(RpcError::invalid_params(text));
+            }
+            (MOST_JOB_BYTES, counted)
+        }
+        false => (MOST_BYTES / calls.lanes.len(), size),
+    };
     loop {
         // Running calls and those that begin at once do not wait.
         let lane = &calls.lanes[index];
-        let begin = threads.saturating_sub(lane.lost);
+        let begin = threads.saturating_sub(lane.orphaned);
         let waiting = lane.unanswered.saturating_sub(lane.sent + lane.evicted);
         let (reason, is_by_count) = if waiting >= calls.limit + begin {
-            let server = if index == 0 { "thread" } else { "program" };
+            let server = match index {
+                0 => "thread",
+                _ if calls.registry.jobs_lane() == Some(index) => "jobs process",
+                _ => "program",
+            };
             let reason = format!("the queue of {} for a {server} is full", calls.limit);
             (reason, true)
         } else if lane.bytes > 0 && lane.bytes.saturating_add(size) > most {
             // If no other call waits, a call of any size is accepted.
-            let reason = format!("more than {most} bytes of params would wait");
+            let reason = format!("the params of open calls would exceed {most} bytes");
             (reason, false)
         } else {
             return Ok(());
         };
         let amount = if is_by_count { 1 } else { size };
-        let paid = (shares(lane, is_by_count).payers(owner, amount))
-            .find_map(|payer| newest_waiting(calls, index, payer));
-        match paid {
+        let evictable = (shares(lane, is_by_count).victims(owner, amount))
+            .find_map(|victim| newest_waiting(calls, index, victim));
+        match evictable {
             Some(key) => evicted.push(evict(calls, index, key, reason)),
             None => return Err(calls.overloaded(method, reason)),
         }
@@ -111,13 +167,14 @@ fn shares(lane: &Lane, is_by_count: bool) -> &Shares {
     }
 }
 
-/// Takes the newest call of a connection that waits in a lane out of its queue. `None` if all of its calls run.
+/// Takes the newest waiting call of a connection out of the queue of a lane. Returns `None` if no call of the
+/// connection waits in that queue.
 fn newest_waiting(calls: &CallScheduler, index: usize, token: Token) -> Option<CallKey> {
     let waits = |(key, call): &(CallKey, &ScheduledCall)| {
         let is_here = call.sent_to.is_none() && calls.loads[call.method].lane == index;
         is_here
             && !(call.is_answered || call.is_evicted)
-            && (call.job.is_some() || calls.lanes[index].queue.remove(*key))
+            && (call.to_run.is_some() || calls.lanes[index].queue.remove(*key))
     };
     Some(calls.table.of(token).find(waits)?.0)
 }
@@ -128,8 +185,8 @@ fn evict(calls: &mut CallScheduler, index: usize, key: CallKey, reason: String) 
     if let Some(call) = calls.table.get_mut(key) {
         let lane = &mut calls.lanes[index];
         method = call.method;
-        // It counts as one that was queued until it is reported.
-        lane.local += usize::from(call.job.take().is_some());
+        // Until it is reported, it counts as a call that was queued.
+        lane.local += usize::from(call.to_run.take().is_some());
         lane.shares.remove(call);
         call.is_evicted = true;
         lane.evicted += 1;
@@ -139,7 +196,7 @@ fn evict(calls: &mut CallScheduler, index: usize, key: CallKey, reason: String) 
         key,
         outcome: Some(Err(calls.overloaded(method, reason))),
         took: Duration::ZERO,
-        cpu: Duration::ZERO,
+        runner: CallRunner::default(),
         out: None,
     }
 }

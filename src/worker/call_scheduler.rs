@@ -55,14 +55,9 @@ impl CallScheduler {
         let load = |method: &Method| MethodStats::in_lane(method.handler.placement().lane());
         let loads: Vec<MethodStats> = registry.methods().iter().map(load).collect();
         let last = loads.iter().map(|load| load.lane).max().unwrap_or(0);
-        let methods = loads.len();
-        let pools = (0..last).map(|_| Arc::new(RunQueue::new(methods)));
         CallScheduler {
             table: CallTable::default(),
-            lanes: std::iter::once(threads)
-                .chain(pools)
-                .map(Lane::new)
-                .collect(),
+            lanes: Lane::all(threads, &registry, last),
             with_programs: VecDeque::new(),
             unqueued: Vec::new(),
             blocked_on_output: HashMap::new(),
@@ -72,7 +67,7 @@ impl CallScheduler {
         }
     }
 
-    /// The lane of a method's calls.
+    /// Returns the lane of a method's calls.
     pub fn lane(&self, method: usize) -> usize {
         self.loads[method].lane
     }
@@ -95,7 +90,9 @@ impl CallScheduler {
         (method, params): (usize, &str),
         (read_ms, deadline_ms): (u64, u64),
     ) -> CallKey {
-        let size = params.len() + id.map_or(0, str::len);
+        let size = self
+            .registry
+            .counted_size(method, params.len() + id.map_or(0, str::len));
         // The expected size of a large result is that of the last one. Calls sent ahead, whose answers
         // are not read, use room as well.
         let result = self.loads[method].last_result;
@@ -122,6 +119,7 @@ impl CallScheduler {
     /// Adds a call to the table and to its lane. It is in no queue yet.
     pub(super) fn insert(&mut self, new: NewCall<'_>) -> CallKey {
         let size = new.params.len() + new.id.map_or(0, str::len);
+        let size = self.registry.counted_size(new.method, size);
         let state = Arc::new(CallState::shown(
             new.reply.mark.begun(),
             new.key,
@@ -141,9 +139,10 @@ impl CallScheduler {
             timer: 0,
             size,
             charged_bytes: new.charged_bytes,
-            job: None,
+            to_run: None,
             state: Arc::clone(&state),
             shown: ShownCall::default(),
+            access: None,
             sent_to: None,
             is_answered: false,
             is_evicted: false,
@@ -151,7 +150,7 @@ impl CallScheduler {
         });
         let expected = self.loads[new.method].expected();
         if let Some(call) = self.table.get_mut(key) {
-            call.job = Some(HandlerCall {
+            call.to_run = Some(HandlerCall {
                 key,
                 method: new.method,
                 params: new.params.into(),
@@ -188,12 +187,12 @@ impl CallScheduler {
                 let blocked = self.blocked_on_output.entry(call.token).or_default();
                 blocked.push(key);
             } else if let Some(call) = self.table.get_mut(key)
-                && let Some(job) = call.job.take()
+                && let Some(to_run) = call.to_run.take()
             {
                 let waiting = self.waiting(key);
-                let lane = self.lane_of(job.method);
+                let lane = self.lane_of(to_run.method);
                 lane.local += 1;
-                lane.batch.extend(waiting.map(|waiting| (waiting, job)));
+                lane.batch.extend(waiting.map(|waiting| (waiting, to_run)));
             }
         }
         for lane in &mut self.lanes {
@@ -243,7 +242,7 @@ impl CallScheduler {
             return true;
         }
         let queued = (self.table.of(call.token))
-            .filter(|(_, it)| !it.is_answered && (it.job.is_none() || it.sent_to.is_some()))
+            .filter(|(_, it)| !it.is_answered && (it.to_run.is_none() || it.sent_to.is_some()))
             .count();
         queued == 0 || backlog + queued * expected <= HIGH_WATER
     }
@@ -253,23 +252,24 @@ impl CallScheduler {
         !self.blocked_on_output.is_empty()
     }
 
-    /// If a connection has room again, queues its calls that were held back.
+    /// Lets `queue_calls` check the calls of a connection that were held back, because it may have room again.
     pub fn unpark(&mut self, token: Token) {
         let blocked = self.blocked_on_output.remove(&token);
         self.unqueued.extend(blocked.into_iter().flatten());
     }
 
-    /// A connection has too many unsent answers: checks its waiting calls again.
+    /// Takes the waiting calls of a connection out of their queues, because it has too many unsent answers.
+    /// `queue_calls` checks them again.
     pub fn park(&mut self, token: Token) {
         for lane in &mut self.lanes {
             if lane.local == 0 {
                 continue;
             }
-            for job in lane.queue.take_all_of(token) {
+            for to_run in lane.queue.take_all_of(token) {
                 lane.local -= 1;
-                self.unqueued.push(job.key);
-                if let Some(call) = self.table.get_mut(job.key) {
-                    call.job = Some(job);
+                self.unqueued.push(to_run.key);
+                if let Some(call) = self.table.get_mut(to_run.key) {
+                    call.to_run = Some(to_run);
                 }
             }
         }
@@ -284,7 +284,7 @@ impl CallScheduler {
             Some(_) => lane.sent -= 1,
             None => lane.local -= 1,
         }
-        lane.lost -= usize::from(call.is_orphaned);
+        lane.orphaned -= usize::from(call.is_orphaned);
         lane.evicted -= usize::from(call.is_evicted);
         if !call.is_answered {
             lane.forget(&call);
@@ -331,12 +331,12 @@ impl CallScheduler {
         lane.forget(call);
         let is_remote = call.sent_to.is_some();
         lane.sent -= usize::from(is_remote);
-        let was_queued = call.job.is_none() && lane.queue.remove(key);
+        let was_queued = call.to_run.is_none() && lane.queue.remove(key);
         lane.local -= usize::from(was_queued);
-        if call.job.take().is_none() && !was_queued {
+        if call.to_run.take().is_none() && !was_queued {
             // It stays in the table until it is reported.
             call.is_orphaned = begun;
-            lane.lost += usize::from(begun);
+            lane.orphaned += usize::from(begun);
         } else {
             self.table.remove(key);
             lane.bytes -= size;
@@ -347,10 +347,10 @@ impl CallScheduler {
     }
 
     /// Records that the deadline of a call has passed. Call this before it is given up.
-    pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
+    pub fn record_timeout(&mut self, key: CallKey, now_ms: u64) {
         if let Some(call) = self.table.get(key) {
             let method = call.method;
-            self.lane_of(method).queue.runs_out(key, now_ms);
+            self.lane_of(method).queue.record_timeout(key, now_ms);
         }
     }
 
@@ -397,7 +397,7 @@ impl CallScheduler {
         self.get(key).map(ScheduledCall::origin).unwrap_or_default()
     }
 
-    /// Returns a call, to keep its timer.
+    /// Returns a call for changes.
     pub fn get_mut(&mut self, key: CallKey) -> Option<&mut ScheduledCall> {
         self.table.get_mut(key)
     }
@@ -407,21 +407,21 @@ impl CallScheduler {
         self.lanes.iter().all(|lane| lane.unanswered == 0)
     }
 
-    /// Returns how many calls run on a thread, wait, and run although they are abandoned. The latter only
-    /// for handler threads, because a pool program is ended in that case.
+    /// Returns three numbers of calls: that run, that wait, and that run although they were given up. The last one is
+    /// only for handler threads, because a pool program is ended in that case.
     pub fn counts(&self, threads: &Threads) -> (usize, usize, usize) {
         let (mut running, mut queued) = (0, 0);
         for (number, lane) in self.lanes.iter().enumerate() {
-            let at_work = (lane.local - lane.lost)
-                .min(threads.count(number).saturating_sub(lane.lost))
+            let at_work = (lane.local - lane.orphaned)
+                .min(threads.count(number).saturating_sub(lane.orphaned))
                 .min(lane.unanswered - lane.sent);
             running += at_work;
             queued += lane.unanswered - lane.sent - at_work;
         }
-        (running, queued, self.lanes[0].lost)
+        (running, queued, self.lanes[0].orphaned)
     }
 
-    /// Returns the calls, with their serials, on handler threads past their deadline plus `grace_ms`.
+    /// Returns the calls that still run on a handler thread `grace_ms` after their deadline, with their serials.
     pub fn stuck(&self, now_ms: u64, grace_ms: u64) -> impl Iterator<Item = (u64, &ScheduledCall)> {
         self.table
             .iter()
@@ -432,10 +432,8 @@ impl CallScheduler {
 
     /// Returns the oldest running call. A call that was queued just now may be about to begin.
     pub fn oldest(&self, threads: &Threads) -> Option<&ScheduledCall> {
-        let running = threads
-            .calls
-            .keys()
-            .chain(self.with_programs.front().copied());
+        let on_threads = threads.calls.keys();
+        let running = on_threads.chain(self.with_programs.front().copied());
         let running = running.filter_map(|key| self.table.get(key));
         let oldest = running.min_by_key(|call| call.read_ms);
         match oldest {

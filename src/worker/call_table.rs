@@ -3,11 +3,13 @@
 //! The calls of one connection form a linked list. So an operation on a connection (a cancelled id, its
 //! end) visits only its calls. Pure.
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use slab::Slab;
 
+use super::access_log::line::CallStart;
 use super::connection::PendingAnswer;
 use super::shares::Source;
 use super::slow_log::record::ShownCall;
@@ -45,7 +47,7 @@ pub struct NewCall<'a> {
     pub times: (u64, u64),
     /// See `ScheduledCall`.
     pub charged_bytes: usize,
-    /// The key for the quarantine; 0 if it has none.
+    /// The key of the call for the quarantine; 0 if it has none.
     pub key: u64,
     pub identity: CallIdentity,
 }
@@ -63,7 +65,7 @@ pub struct ScheduledCall {
     pub method: usize,
     /// When it was read, in milliseconds.
     pub read_ms: u64,
-    /// The same in nanoseconds, for the metrics; 0 for a call of another process.
+    /// When it was read, in nanoseconds, for the metrics; 0 for a call of another process.
     pub read_ns: u64,
     /// The deadline in milliseconds.
     pub deadline_ms: u64,
@@ -71,21 +73,24 @@ pub struct ScheduledCall {
     pub timer: u64,
     /// The bytes of its params and id.
     pub(super) size: usize,
-    /// The same, plus the expected bytes of a large result: the amount that counts for its connection.
+    /// The bytes of its params and id, plus the expected bytes of a large result. This amount counts for its
+    /// connection.
     pub charged_bytes: usize,
-    /// What is needed to run it, while it is in no queue or runs in another process; `None` while it is
+    /// What is needed to run the call. `Some` while it is in no queue, or runs in another process; `None` while it is
     /// in the queue or with the executor.
-    pub(super) job: Option<HandlerCall>,
+    pub(super) to_run: Option<HandlerCall>,
     pub(super) state: Arc<CallState>,
-    /// What a record of the slow log is to show of it.
+    /// What a record of the slow log shows about the call.
     pub(super) shown: ShownCall,
+    /// What its line in the access log will say; `None` without one.
+    pub access: Option<Box<CallStart>>,
     /// The remote call, if it runs in another process.
     pub(super) sent_to: Option<RemoteCall>,
-    /// No caller waits for its answer any more.
+    /// Whether no caller waits for its answer any more.
     pub(super) is_answered: bool,
-    /// It made room for another call and is refused.
+    /// Whether it had to make room for another call, and so is refused.
     pub(super) is_evicted: bool,
-    /// It was abandoned but still runs: its thread is lost until it reports.
+    /// Whether it was given up but still runs. Its thread is not available until the handler returns.
     pub(super) is_orphaned: bool,
 }
 
@@ -113,6 +118,11 @@ impl ScheduledCall {
     /// Returns what is needed to answer it. The id stays in the table, because it is logged if its thread
     /// is stuck.
     pub fn finish(&mut self, begun: bool) -> FinishedCall {
+        let mut access = self.access.take();
+        if let Some(start) = &mut access {
+            // It may have ended at its deadline, a moment before it was given up.
+            start.began_ns = self.state.last_begun_ns().unwrap_or(0);
+        }
         FinishedCall {
             token: self.token,
             reply: self.reply,
@@ -124,6 +134,7 @@ impl ScheduledCall {
             begun,
             sent_to: self.sent_to,
             number: self.number(),
+            access: RefCell::new(access),
         }
     }
 
@@ -153,6 +164,8 @@ pub struct FinishedCall {
     pub sent_to: Option<RemoteCall>,
     /// Its number in the process that has its connection.
     pub number: u64,
+    /// What its line in the access log will say. It is taken when the line is made.
+    pub access: RefCell<Option<Box<CallStart>>>,
 }
 
 #[derive(Debug)]
@@ -214,7 +227,7 @@ impl CallTable {
         (entry.serial == key.serial).then_some(&entry.call)
     }
 
-    /// Returns it for changes.
+    /// Returns a call for changes, if it still exists.
     pub fn get_mut(&mut self, key: CallKey) -> Option<&mut ScheduledCall> {
         let entry = self.entries.get_mut(key.index)?;
         (entry.serial == key.serial).then_some(&mut entry.call)
@@ -279,9 +292,10 @@ mod tests {
             timer: 0,
             size: 0,
             charged_bytes: 0,
-            job: None,
+            to_run: None,
             state: Arc::default(),
             shown: ShownCall::default(),
+            access: None,
             sent_to: None,
             is_answered: false,
             is_evicted: false,

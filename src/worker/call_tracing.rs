@@ -24,10 +24,12 @@ pub struct CallTracing {
     pub header: Option<Box<TraceContext>>,
     /// The context in the body of the current call.
     body: ReceivedTrace,
+    /// The parent id that the client of the current call has sent; 0: none.
+    pub parent_id: u64,
 }
 
 impl CallTracing {
-    /// For this process.
+    /// Creates the tracing of this process.
     pub fn new(is_on: bool) -> Self {
         CallTracing {
             is_on,
@@ -35,6 +37,7 @@ impl CallTracing {
             search: TraceSearch::default(),
             header: None,
             body: ReceivedTrace::Absent,
+            parent_id: 0,
         }
     }
 
@@ -42,11 +45,17 @@ impl CallTracing {
     #[inline]
     pub fn read(&mut self, body: &[u8], call: &Call<'_>, form: Form) {
         if self.is_on {
-            self.body = self.search.find(body, call.params, form != Form::Plain);
+            self.search_body(body, call, form);
         }
     }
 
-    /// Likewise for a call of a batch.
+    // Not inlined, so that without `[trace]` a call pays only for the check above.
+    #[inline(never)]
+    fn search_body(&mut self, body: &[u8], call: &Call<'_>, form: Form) {
+        self.body = self.search.find(body, call.params, form != Form::Plain);
+    }
+
+    /// Reads the trace context of a call of a batch; `member` is the text of the call.
     #[inline]
     pub fn read_member(&mut self, member: &str, call: &Result<Call<'_>, InvalidCall<'_>>) {
         if let Ok(call) = call {
@@ -64,6 +73,7 @@ impl CallTracing {
                 true => self.take(number),
                 false => TraceSource::Off,
             },
+            attempt: None,
         }
     }
 
@@ -72,6 +82,7 @@ impl CallTracing {
             ReceivedTrace::Absent => self.header.clone(),
             received => received.valid(),
         };
+        self.parent_id = context.as_ref().map_or(0, |context| context.parent_id);
         TraceSource::of_call(context, number)
     }
 

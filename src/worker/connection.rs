@@ -312,7 +312,7 @@ impl Connection {
         matches!(place, AnswerPosition::Member(key) if self.batches[key].is_full)
     }
 
-    /// Records that it is full. Returns whether that is new and the batch is not answered yet.
+    /// Records that the batch of `place` is full. Returns whether that is new and the batch is not answered yet.
     pub fn set_batch_full(&mut self, place: AnswerPosition) -> bool {
         let AnswerPosition::Member(key) = place else {
             return false;

@@ -1,9 +1,9 @@
 //! Closes connections when a worker is full: those that never had a call, and those with the most untaken
 //! answers.
 //!
-//! A worker at `limits.connections` makes room for one more as soon as it is full, so it sees where the next
-//! one comes from. `unused_connections` says which one is closed. A connection that had a call is never closed
-//! for this: if there is no other, the worker accepts nothing until one ends.
+//! A worker at `limits.connections` makes room for one more connection in advance. So it can accept the next one and
+//! knows its source. `unused_connections` says which one is closed. A connection that had a call is never closed for
+//! this: if there is no other, the worker accepts nothing until one ends.
 
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::timers::TimerTarget;
@@ -13,27 +13,28 @@ use crate::link::source_table::peer_name;
 use crate::sys::event::{Reactor, Token};
 use crate::sys::socket;
 
-/// Before it looks again whether one may be closed, in milliseconds.
+/// The time between two checks whether a connection may be closed, in milliseconds.
 const RETRY_MS: u64 = 2;
-/// Connections looked at before one is accepted. Those that have sent something are read first.
+/// The largest number of connections that are checked before one is accepted. A connection that has sent something is
+/// read instead of closed.
 const MOST_LOOKS: usize = 64;
 
 impl EventLoop {
-    /// Closes connections that never had a call until there is room for one more. Returns whether there is
-    /// room. If not, a timer tries again when one is old enough.
+    /// Closes connections that never had a call, until there is room for one more. Returns whether there is room. If
+    /// not, a timer tries again when a connection is old enough to be closed.
     pub(super) fn make_room(&mut self, reactor: &mut Reactor) -> bool {
         let limit = self.service.limits.connections;
         let read_timeout_ms = millis(self.service.limits.read_timeout);
         let now_ms = self.service.now_ms;
         while reactor.connections() >= limit {
             let unused = &self.service.unused;
-            // A call may have come that was not read yet.
+            // The first call of the connection may have arrived and not be read yet.
             let is_silent =
                 |token: &Token| reactor.descriptor(*token).is_some_and(socket::is_silent);
-            let mut payers = unused.payers(now_ms, read_timeout_ms).take(MOST_LOOKS);
-            let Some(token) = payers.find(is_silent) else {
-                drop(payers);
-                if let Some(at) = unused.next_payer_ms(read_timeout_ms) {
+            let mut victims = unused.victims(now_ms, read_timeout_ms).take(MOST_LOOKS);
+            let Some(token) = victims.find(is_silent) else {
+                drop(victims);
+                if let Some(at) = unused.next_victim_ms(read_timeout_ms) {
                     let at = at.max(now_ms + RETRY_MS);
                     let unused = &mut self.service.unused;
                     let timers = &mut self.service.timers;
@@ -41,11 +42,11 @@ impl EventLoop {
                 }
                 return false;
             };
-            drop(payers);
+            drop(victims);
             let Some(connection) = find(&mut self.connections, token) else {
                 return false;
             };
-            self.service.unused.record_payment(connection, now_ms);
+            self.service.unused.record_eviction(connection, now_ms);
             let peer = peer_name(connection.peer);
             let text = format!(
                 "limits.connections is reached ({limit}): a connection that never had a call is closed to \

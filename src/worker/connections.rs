@@ -5,13 +5,14 @@
 
 use std::mem;
 
+use super::access_log::turn;
+use super::attempts::running as attempts;
 use super::call_errors::{caller_gone, too_late};
 use super::connection::{ConnectionPhase, HIGH_WATER};
 use super::event_loop::{EventLoop, WarningKind, find};
 use super::peer_calls;
 use super::rebalance::is_transferable;
-use super::timers::TimerTarget;
-use super::timers::millis;
+use super::timers::{TimerTarget, millis};
 use crate::link::metrics_board::layout::CloseReason;
 use crate::link::source_table::peer_name;
 use crate::sys::event::{Reactor, Token};
@@ -35,13 +36,13 @@ impl EventLoop {
         if mem::take(&mut connection.is_first_read) {
             let socket = reactor.descriptor(token);
             let wait_ms = socket.map_or(0, socket::waited_ms);
-            self.service.waited(wait_ms);
+            self.service.accept_wait.record(wait_ms);
             if connection.peer.is_some() {
                 self.service.counts.add_accept_wait(wait_ms);
             }
         }
         let peer = connection.peer;
-        self.service.ledger.opens();
+        self.service.journal.opens();
         let dropped = connection.skip(bytes);
         let uncounted = connection
             .dialect
@@ -57,21 +58,21 @@ impl EventLoop {
             self.service.counts.add_received(connection.dialect, length);
         }
         let kept = connection.keep(&bytes[used..]);
-        self.service.ledger.closes(connection, bytes.len());
+        self.service.journal.closes(connection, bytes.len());
         if let Err(error) = kept {
             let text = format!(
                 "a connection is closed, because there is no memory for its input: {error}"
             );
             self.warn_limited(WarningKind::Unfinished, &text);
-            self.service.accept_wait_ms = 0;
+            self.service.accept_wait.now_ms = 0;
             // Send the collected answers now, or they would go to another connection.
             reactor.send(token, &mut self.service.out);
-            self.service.ledger.sent();
+            self.service.journal.sent();
             return self.close_for(reactor, token, CloseReason::Limit);
         }
         let whole = used > dropped || dropped > 0 && connection.discarding.is_none();
         self.pump(reactor, token, whole);
-        self.service.accept_wait_ms = 0;
+        self.service.accept_wait.now_ms = 0;
         if let Some(text) = self.service.met_protocol.take() {
             let peer = peer_name(peer);
             self.warn_limited(WarningKind::Protocol, &format!("{text} peer={peer}"));
@@ -82,20 +83,20 @@ impl EventLoop {
     /// `whole` says that a call was taken just before.
     pub(super) fn pump(&mut self, reactor: &mut Reactor, token: Token, mut whole: bool) {
         let Some(connection) = find(&mut self.connections, token) else {
-            self.service.ledger.sent();
+            self.service.journal.sent();
             return self.service.out.clear();
         };
         let service = &mut self.service;
-        let (mut shed, mut payer) = (false, None);
+        let (mut shed, mut victim) = (false, None);
         loop {
             if !service.out.is_empty() {
                 connection.active_ms = service.now_ms;
-                let counts = &mut service.counts;
-                counts.add_sent(connection.dialect, service.out.len());
-                counts.flush_if_late();
+                let (dialect, length) = (connection.dialect, service.out.len());
+                service.counts.add_sent(dialect, length);
+                turn::between_answers(service);
             }
             reactor.send(token, &mut service.out);
-            service.ledger.sent();
+            service.journal.sent();
             let unsent = reactor.unsent(token);
             let mut untaken = connection.queued_bytes();
             if unsent > 0 {
@@ -121,8 +122,8 @@ impl EventLoop {
                 if stays || goes_elsewhere || connection.unanswered > 0 {
                     break;
                 }
-                payer = service.payer_for(connection);
-                if payer.is_some() {
+                victim = service.victim_for(connection);
+                if victim.is_some() {
                     break;
                 }
                 service.reject_unfinished(connection);
@@ -134,7 +135,7 @@ impl EventLoop {
         }
         service.update_unfinished_total(connection);
         // Do this while the reactor still lends its buffer: the kept bytes are lost with this process.
-        service.ledger.update_flags(connection);
+        service.journal.update_flags(connection);
         let unsent = reactor.unsent(token);
         let may_rest = self.drain.is_handing_off() && service.is_soon_quiescent(connection, unsent);
         if may_rest {
@@ -197,9 +198,9 @@ impl EventLoop {
         if shed {
             self.warn_refused_unfinished();
         }
-        if let Some(payer) = payer {
-            let pays = self.may_be_refused(payer);
-            self.refuse_unfinished(reactor, if pays { payer } else { token });
+        if let Some(victim) = victim {
+            let may_refuse = self.may_be_refused(victim);
+            self.refuse_unfinished(reactor, if may_refuse { victim } else { token });
         }
         if rests {
             self.finish_if_idle(reactor, token);
@@ -235,7 +236,7 @@ impl EventLoop {
         );
     }
 
-    /// Everything taken is answered and sent: ends the connection if it must end.
+    /// Hands over or ends a connection whose calls are all answered and sent, if it is time for that.
     fn finish_if_idle(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
@@ -247,8 +248,8 @@ impl EventLoop {
         if open && self.drain.is_handing_off() && has_more {
             return self.give(reactor, token);
         }
-        let again = self.spreading.after_change;
-        if self.spreading.gives() && is_transferable(connection, again, self.service.now_ms) {
+        let again = self.rebalancing.after_change;
+        if self.rebalancing.gives() && is_transferable(connection, again, self.service.now_ms) {
             return self.give_by_order(reactor, token);
         }
         if connection.peer_closed && connection.phase != ConnectionPhase::Lingering {
@@ -261,7 +262,7 @@ impl EventLoop {
             // If more bytes arrived after an immediate close, the kernel would reset the connection, and
             // the client could lose an answer that it has not read.
             connection.phase = ConnectionPhase::Lingering;
-            self.service.ledger.update_flags(connection);
+            self.service.journal.update_flags(connection);
             reactor.shutdown(token);
             let at = self.service.now_ms + LINGER_MS;
             let armed = &mut connection.quiet_deadline;
@@ -302,16 +303,16 @@ impl EventLoop {
         self.pump(reactor, token, false);
     }
 
-    /// The peer has closed the connection. Calls that expect an answer are cancelled, because no answer
-    /// reaches it. Notifications run, including those that are not read yet.
+    /// Handles a connection that its peer has closed. Calls that expect an answer are cancelled, because no answer
+    /// reaches the peer. Notifications run, including those that are not read yet.
     pub(super) fn on_hang_up(&mut self, reactor: &mut Reactor, token: Token) {
         let Some(connection) = find(&mut self.connections, token) else {
             return;
         };
         connection.peer_gone = true;
         let service = &mut self.service;
-        let calls = service.calls.of(token);
-        let cancelled: Vec<_> = calls
+        peer_calls::send_before_end(service, token);
+        let cancelled: Vec<_> = (service.calls.of(token))
             .filter(|(_, call)| connection.drops_answer(call.reply.shape.form))
             .map(|(key, _)| key)
             .collect();
@@ -326,7 +327,7 @@ impl EventLoop {
 
     /// Closes a connection for a reason that is not its client's.
     pub(super) fn close_for(&mut self, reactor: &mut Reactor, token: Token, reason: CloseReason) {
-        self.forget(token, |connection| connection.ends_by(reason));
+        self.with_connection(token, |connection| connection.ends_by(reason));
         self.close(reactor, token);
     }
 
@@ -354,6 +355,7 @@ impl EventLoop {
         let unsent = &mut self.service.unsent;
         unsent.update(owner, &mut connection.counted_unsent, 0);
         self.before_closing(reactor, token);
+        peer_calls::send_before_end(&mut self.service, token);
         self.service.unused.remove(&mut connection);
         (self.service.source_limits).release(connection.source_key);
         reactor.close(token);
@@ -362,20 +364,19 @@ impl EventLoop {
             let calls: Vec<_> = self.service.calls.of(token).map(|(key, _)| key).collect();
             for key in calls {
                 if let Some(ended) = self.service.give_up(key) {
-                    self.service.ledger.forget(ended.reply.mark);
-                    self.service
-                        .counts
-                        .count_unanswered(&ended, &caller_gone(ended.begun));
+                    self.service.journal.forget(ended.reply.mark);
+                    turn::count_unanswered(&mut self.service, &ended);
                 }
             }
             for mark in connection.marks() {
-                self.service.ledger.forget(mark);
+                self.service.journal.forget(mark);
             }
         }
         if self.is_at_limit && reactor.connections() < self.service.limits.connections {
             self.is_at_limit = false;
             self.resume_listening(reactor);
         }
+        self.return_to_accepting(reactor);
     }
 
     /// Takes the next calls of the first batch that was too long for one turn of the loop, which serves
@@ -392,8 +393,7 @@ impl EventLoop {
 
     /// Answers the finished calls: one write for each connection.
     pub(super) fn on_results(&mut self, reactor: &mut Reactor) {
-        let mut done = mem::take(&mut self.service.answered_elsewhere);
-        done.extend(self.service.threads.take_done());
+        let done = attempts::take_call_results(&mut self.service);
         if !done.is_empty() {
             self.service.counts.read_clock();
         }
@@ -402,29 +402,33 @@ impl EventLoop {
             .filter_map(|done| {
                 let it = &mut self.service;
                 (it.slow).ended((&it.calls, &it.registry, &it.counts, it.now_ms), &done);
-                let call = self.service.calls.get(done.key);
-                if let Some(call) = call.filter(|_| !done.cpu.is_zero()) {
-                    self.service.counts.add_command_cpu(call.method, done.cpu);
+                let (call, cpu) = (self.service.calls.get(done.key), done.runner.cpu);
+                // A process that ran it for this one has counted it.
+                if let Some(call) = call.filter(|call| call.sent_to.is_none() && !cpu.is_zero()) {
+                    self.service.counts.add_command_cpu(call.method, cpu);
                 }
                 let mut ended = self.service.calls.done(&done)?;
+                if let Some(start) = ended.access.get_mut() {
+                    start.runner = done.runner;
+                }
                 let target = TimerTarget::Call(done.key);
                 self.service.timers.disarm(&mut ended.timer, target);
                 let outcome = done.outcome.unwrap_or_else(|| Err(too_late()));
-                Some((ended, outcome, (done.out, done.took)))
+                Some((ended, outcome, (done.out, done.took, done.runner)))
             })
             .collect();
         // The sort is stable: answers of one connection stay in the order in which they were done.
         done.sort_by_key(|(ended, _, _)| ended.token);
         let mut done = done.into_iter().peekable();
-        while let Some((ended, outcome, (out, took))) = done.next() {
+        while let Some((ended, outcome, (out, took, runner))) = done.next() {
             let token = ended.token;
             // The other process clears the suspicion, if the call did not end it.
             if ended.sent_to.is_none() && ended.begun {
-                self.service.acquit(ended.reply.mark);
+                (self.service.quarantine).clear_suspicion(ended.reply.mark.key());
             }
             if token.process().is_some() {
-                let name = out.as_deref();
-                peer_calls::answer(&mut self.service, &ended, outcome, took, name);
+                let rest = (took, runner, out.as_deref());
+                peer_calls::answer(&mut self.service, &ended, outcome, rest);
                 continue;
             }
             if let Some(connection) = find(&mut self.connections, token) {
@@ -434,10 +438,8 @@ impl EventLoop {
             } else {
                 // Its connection was closed in this loop, at twice limits.unfinished. `close` did not
                 // find the call, because it is no longer in the table.
-                self.service.ledger.forget(ended.reply.mark);
-                self.service
-                    .counts
-                    .count_unanswered(&ended, &caller_gone(ended.begun));
+                self.service.journal.forget(ended.reply.mark);
+                turn::count_unanswered(&mut self.service, &ended);
             }
             if done.peek().is_none_or(|(next, _, _)| next.token != token) {
                 self.pump(reactor, token, false);

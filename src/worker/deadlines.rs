@@ -1,11 +1,11 @@
 //! Handles deadlines that have passed: of a frame, a slow reader, an idle peer, a call.
 
-use std::time::Duration;
-
 use super::accepting::idle_ms;
+use super::attempts::running as attempts;
 use super::call_errors::too_late;
 use super::connection::Connection;
 use super::event_loop::{EventLoop, WarningKind, find};
+use super::job_calls;
 use super::peer_calls;
 use super::timers::{CallKey, TimerTarget};
 use crate::link::message::Report;
@@ -22,7 +22,7 @@ impl EventLoop {
         while let Some(target) = self.service.timers.expired(self.service.now_ms) {
             match target {
                 TimerTarget::Read(token) => {
-                    self.forget(token, |connection| connection.read_deadline = 0);
+                    self.with_connection(token, |connection| connection.read_deadline = 0);
                     if !self.answer_short_line(reactor, token) {
                         self.warn_of_client(
                             WarningKind::Reading,
@@ -39,12 +39,12 @@ impl EventLoop {
                         token,
                         "a client took none of its answers within limits.write-timeout",
                     );
-                    self.forget(token, |connection| connection.write_deadline = 0);
+                    self.with_connection(token, |connection| connection.write_deadline = 0);
                     self.close_for(reactor, token, CloseReason::WriteTimeout);
                 }
                 TimerTarget::Idle(token) => self.idle(reactor, token),
                 TimerTarget::Linger(token) => {
-                    self.forget(token, |connection| connection.quiet_deadline = 0);
+                    self.with_connection(token, |connection| connection.quiet_deadline = 0);
                     self.close(reactor, token);
                 }
                 TimerTarget::Call(key) => self.on_call_timeout(reactor, key),
@@ -52,7 +52,7 @@ impl EventLoop {
                     self.give_deadline = 0;
                     self.retry_handoffs(reactor);
                 }
-                TimerTarget::Spread => self.end_spreading(reactor),
+                TimerTarget::Rebalance => self.end_rebalance(reactor),
                 TimerTarget::Unused => {
                     self.service.unused.deadline = 0;
                     self.make_room(reactor);
@@ -60,16 +60,16 @@ impl EventLoop {
                 TimerTarget::Refused => self.serve_refused(),
                 TimerTarget::Slow => self.service.slow.expire(),
                 TimerTarget::Listen => {
-                    self.listen_deadline = 0;
+                    self.end_yield();
                     self.resume_listening(reactor);
-                    // Before it may leave again: the others may be stopped.
+                    // Accept once before this worker may yield again, because the other workers may be stopped.
                     reactor.try_accept(self);
                 }
             }
         }
     }
 
-    /// Warns of a client, with its address.
+    /// Logs a warning about a client, with its address.
     fn warn_of_client(&mut self, kind: WarningKind, token: Token, text: &str) {
         if let Some(connection) = find(&mut self.connections, token) {
             let peer = peer_name(connection.peer);
@@ -86,8 +86,8 @@ impl EventLoop {
         }
     }
 
-    /// Fewer than four bytes were received: answers a line that is this short now. Returns whether it
-    /// answered any.
+    /// Answers a line of fewer than four bytes, for which the dialect was not detected yet. Returns whether it answered
+    /// one.
     fn answer_short_line(&mut self, reactor: &mut Reactor, token: Token) -> bool {
         let Some(connection) = find(&mut self.connections, token) else {
             return true;
@@ -102,10 +102,10 @@ impl EventLoop {
         self.service.last_call > before
     }
 
-    /// Clears a deadline that has passed.
-    pub(super) fn forget(&mut self, token: Token, clear: impl FnOnce(&mut Connection)) {
+    /// Calls `change` with a connection, if it still exists.
+    pub(super) fn with_connection(&mut self, token: Token, change: impl FnOnce(&mut Connection)) {
         if let Some(connection) = find(&mut self.connections, token) {
-            clear(connection);
+            change(connection);
         }
     }
 
@@ -128,7 +128,8 @@ impl EventLoop {
         };
         let at = since + idle_ms;
         if at > self.service.now_ms {
-            // It is armed once and checked when it is due, so a busy connection pays nothing for it.
+            // The timer is armed once and the idle time is checked when it expires. So a busy connection does not set
+            // a timer for each call.
             let armed = &mut connection.quiet_deadline;
             return self.service.timers.arm(armed, at, TimerTarget::Idle(token));
         }
@@ -139,7 +140,10 @@ impl EventLoop {
         if let Some(call) = self.service.calls.get_mut(key) {
             call.timer = 0;
         }
-        self.service.calls.runs_out(key, self.service.now_ms);
+        if attempts::on_timer(&mut self.service, key) {
+            return;
+        }
+        self.service.calls.record_timeout(key, self.service.now_ms);
         let text = "its deadline passed before it was done";
         self.abort_call(reactor, key, Code::Timeout, text);
     }
@@ -147,6 +151,14 @@ impl EventLoop {
     /// Answers a waiting call that cannot meet its deadline any more.
     pub(super) fn reject_late_call(&mut self, reactor: &mut Reactor, key: CallKey) {
         self.abort_call(reactor, key, Code::Timeout, &too_late().message);
+    }
+
+    /// Answers the calls that no jobs process has taken in time.
+    pub(super) fn abort_unavailable(&mut self, reactor: &mut Reactor) {
+        for key in job_calls::overdue(&mut self.service) {
+            let (code, text) = job_calls::UNAVAILABLE;
+            self.abort_call(reactor, key, code, text);
+        }
     }
 
     /// Answers a waiting or running call with an error.
@@ -157,15 +169,16 @@ impl EventLoop {
         code: Code,
         text: &str,
     ) {
+        let doubtful = job_calls::doubtful(&self.service, key);
         let Some(ended) = self.service.give_up(key) else {
             return;
         };
+        let error = job_calls::with_doubt(RpcError::of(code, text, ended.begun), doubtful);
         if ended.token.process().is_some() {
-            let error = Err(RpcError::of(code, text, ended.begun));
-            return peer_calls::answer(&mut self.service, &ended, error, Duration::ZERO, None);
+            let error = Err(error);
+            return peer_calls::answer(&mut self.service, &ended, error, Default::default());
         }
         if let Some(connection) = find(&mut self.connections, ended.token) {
-            let error = RpcError::of(code, text, ended.begun);
             let outcome = (Err(error), None);
             self.service.answer(connection, &ended, outcome, None);
             self.pump(reactor, ended.token, false);

@@ -7,15 +7,15 @@
 //!   the time it reads from no connection, so that all become quiescent.
 //! - Stopping: no further call begins, and a quiescent connection is closed at once.
 //!
-//! At the end of both, the remaining calls are answered with an error.
+//! At the end of the time, in both cases, the remaining calls are answered with an error.
 
 /// The time in milliseconds after a stop in which a client may finish a frame that it has begun.
 const PARTIAL_MS: u64 = 1000;
 /// The time between two checks for connections that are quiescent, or that take too long.
 const LOOK_MS: u64 = 25;
-/// The master orders the end when it finds that the time has passed. The first order may have arrived
-/// this much later than it was sent.
-const LAST_WORD_MS: u64 = 1000;
+/// How much later than it was sent the first order may have arrived. When the time has passed, the master orders the
+/// end.
+const LATE_ORDER_MS: u64 = 1000;
 /// The time that remains for a drain if the worker was paused until its time had passed. The master,
 /// which was paused too, waits a little longer (`GRACE_AFTER_PAUSE`).
 const GRACE_AFTER_PAUSE_MS: u64 = 800;
@@ -27,8 +27,8 @@ enum Mode {
     #[default]
     Serving,
     Draining,
-    /// Draining; nothing more is taken from any connection.
-    Quiet,
+    /// Draining, and nothing more is read from any connection.
+    ReadsStopped,
     Stopping,
     /// The time has passed and all calls were given up.
     Flushing,
@@ -41,16 +41,18 @@ pub enum DrainStep {
     /// Continue.
     Serve,
     /// Check again which connections must become quiescent before more is taken from them.
-    ReadOn,
+    ResumeReading,
     /// Take nothing more from any connection.
-    Quieten,
-    /// Close the quiescent connections; with `partial` also those with an unfinished frame.
-    CloseResting {
-        /// Whether unfinished frames are ignored.
+    StopReading,
+    /// Close the quiescent connections.
+    CloseQuiescent {
+        /// Whether connections with an unfinished frame are closed too.
         partial: bool,
     },
     /// Answer every remaining call with `stopping`.
     GiveUp,
+    /// Close all connections, but do not leave yet.
+    CloseAll,
     Leave,
 }
 
@@ -59,11 +61,13 @@ pub enum DrainStep {
 pub struct Drain {
     mode: Mode,
     started_ms: u64,
-    quiet_ms: u64,
+    stop_reading_ms: u64,
     until_ms: u64,
     next_look_ms: u64,
     /// The time is not extended any more: it was extended once, or the master ordered the end.
     is_final: bool,
+    /// Until when it waits for attempts of jobs; 0: there are none.
+    held_until_ms: u64,
 }
 
 impl Drain {
@@ -74,7 +78,7 @@ impl Drain {
 
     /// Returns whether quiescent connections go to the siblings.
     pub fn is_handing_off(&self) -> bool {
-        matches!(self.mode, Mode::Draining | Mode::Quiet)
+        matches!(self.mode, Mode::Draining | Mode::ReadsStopped)
     }
 
     /// Returns when the drain or stop is over.
@@ -87,13 +91,12 @@ impl Drain {
         if self.mode == Mode::Serving {
             self.mode = Mode::Draining;
             self.next_look_ms = u64::MAX;
-            self.quiet_ms = now_ms + until_ms.saturating_sub(now_ms) / 2;
+            self.stop_reading_ms = now_ms + until_ms.saturating_sub(now_ms) / 2;
             self.until_ms = until_ms;
         }
     }
 
-    /// A connection is not read, so that it becomes quiescent. Schedules a check in case it takes too
-    /// long.
+    /// Schedules a check of a connection that is not read, because it may not become quiescent soon.
     pub fn look_again(&mut self, now_ms: u64) {
         self.next_look_ms = self.next_look_ms.min(now_ms + LOOK_MS);
     }
@@ -102,7 +105,7 @@ impl Drain {
     pub fn stop(&mut self, until_ms: u64) {
         match self.mode {
             Mode::Serving => self.until_ms = until_ms,
-            Mode::Draining | Mode::Quiet => self.until_ms = self.until_ms.min(until_ms),
+            Mode::Draining | Mode::ReadsStopped => self.until_ms = self.until_ms.min(until_ms),
             _ => return,
         }
         self.mode = Mode::Stopping;
@@ -110,26 +113,32 @@ impl Drain {
         self.next_look_ms = 0;
     }
 
-    /// Handles the master's order to end now: the remaining calls are answered with an error. An order
-    /// that arrives much earlier asks for the drain in progress, and may have crossed the first order.
+    /// Handles the master's order to end now: the remaining calls are answered with an error. If the order arrives much
+    /// earlier than the end of the drain, it is ignored. It was sent to start the drain in progress.
     pub fn expire_now(&mut self, now_ms: u64) {
         // The remaining calls are already answered, and the answers are being sent.
         let is_flushing = self.mode == Mode::Flushing;
-        if is_flushing || self.until_ms > now_ms + LAST_WORD_MS {
+        if is_flushing || self.until_ms > now_ms + LATE_ORDER_MS {
             return;
         }
         self.until_ms = self.until_ms.min(now_ms);
         self.is_final = true;
     }
 
-    /// The worker was paused and continues: it gets time to hand over what it could not meanwhile. Only
-    /// once, because a loop that is delayed again and again would never exit.
+    /// Gives a worker that was paused time to hand over its connections. This is done only once, because a loop that is
+    /// delayed again and again would never exit.
     pub fn extend_after_pause(&mut self, now_ms: u64) {
         let until_ms = now_ms + GRACE_AFTER_PAUSE_MS;
         if self.is_handing_off() && !self.is_final && self.until_ms < until_ms {
             self.until_ms = until_ms;
             self.is_final = true;
         }
+    }
+
+    /// Sets the time before which the worker does not exit; 0 means as soon as all calls are answered. Call it before
+    /// each step.
+    pub fn hold_until(&mut self, held_until_ms: u64) {
+        self.held_until_ms = held_until_ms;
     }
 
     /// Exits without checking anything else.
@@ -152,15 +161,20 @@ impl Drain {
     pub fn next(&self) -> Option<u64> {
         match self.mode {
             Mode::Serving => None,
-            Mode::Draining => Some(self.until_ms.min(self.quiet_ms).min(self.next_look_ms)),
-            Mode::Quiet | Mode::Flushing => Some(self.until_ms),
+            Mode::Draining => Some(
+                self.until_ms
+                    .min(self.stop_reading_ms)
+                    .min(self.next_look_ms),
+            ),
+            Mode::ReadsStopped => Some(self.until_ms),
+            Mode::Flushing => Some(self.until_ms.max(self.held_until_ms)),
             Mode::Stopping => Some(self.until_ms.min(self.next_look_ms)),
             Mode::Leaving => Some(0),
         }
     }
 
-    /// Returns the next step at `now_ms`, from the number of connections and whether no call is left.
-    /// Call it after every turn of the loop. `more` says that not all events were handled.
+    /// Returns the next step at `now_ms`. `no_calls` says that no call is left, and `more` that not all events were
+    /// handled. Call it after every turn of the loop.
     pub fn step(
         &mut self,
         now_ms: u64,
@@ -168,10 +182,15 @@ impl Drain {
         no_calls: bool,
         more: bool,
     ) -> DrainStep {
-        let empty = connections == 0 && no_calls;
+        let is_held = now_ms < self.held_until_ms;
+        let empty = connections == 0 && no_calls && !is_held;
         match self.mode {
             Mode::Serving => DrainStep::Serve,
             Mode::Leaving => DrainStep::Leave,
+            Mode::Flushing if is_held => match connections > 0 && now_ms >= self.until_ms {
+                true => DrainStep::CloseAll,
+                false => DrainStep::Serve,
+            },
             Mode::Flushing if empty || now_ms >= self.until_ms => DrainStep::Leave,
             Mode::Flushing => DrainStep::Serve,
             _ if empty => DrainStep::Leave,
@@ -180,15 +199,15 @@ impl Drain {
                 self.until_ms = now_ms + FLUSH_MS;
                 DrainStep::GiveUp
             }
-            Mode::Draining if now_ms >= self.quiet_ms => {
-                self.mode = Mode::Quiet;
-                DrainStep::Quieten
+            Mode::Draining if now_ms >= self.stop_reading_ms => {
+                self.mode = Mode::ReadsStopped;
+                DrainStep::StopReading
             }
             Mode::Draining if now_ms >= self.next_look_ms => {
                 self.next_look_ms = u64::MAX;
-                DrainStep::ReadOn
+                DrainStep::ResumeReading
             }
-            Mode::Draining | Mode::Quiet => DrainStep::Serve,
+            Mode::Draining | Mode::ReadsStopped => DrainStep::Serve,
             Mode::Stopping if self.started_ms == 0 => {
                 // Check once more first, so that calls which have already arrived are answered.
                 self.started_ms = now_ms.max(1);
@@ -202,7 +221,7 @@ impl Drain {
             Mode::Stopping if now_ms < self.next_look_ms => DrainStep::Serve,
             Mode::Stopping => {
                 self.next_look_ms = now_ms + LOOK_MS;
-                DrainStep::CloseResting {
+                DrainStep::CloseQuiescent {
                     partial: now_ms >= self.started_ms + PARTIAL_MS,
                 }
             }
@@ -215,6 +234,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn attempts_of_jobs_hold_the_exit_but_not_the_connections() {
+        let mut drain = Drain::default();
+        drain.drain(0, 1000);
+        drain.hold_until(5000);
+        assert_eq!(drain.step(400, 0, true, false), DrainStep::Serve);
+        assert_eq!(drain.step(1000, 2, true, false), DrainStep::GiveUp);
+        let flushed = 1000 + FLUSH_MS;
+        assert_eq!(drain.step(flushed - 1, 2, true, false), DrainStep::Serve);
+        assert_eq!(drain.step(flushed, 2, true, false), DrainStep::CloseAll);
+        assert_eq!(drain.step(flushed, 0, true, false), DrainStep::Serve);
+        assert_eq!(drain.next(), Some(5000));
+        // The last attempt is settled.
+        drain.hold_until(0);
+        assert_eq!(drain.step(2000, 0, true, false), DrainStep::Leave);
+    }
+
+    #[test]
     fn draining_serves_until_the_last_connection_ends_or_the_time_has_passed() {
         let mut drain = Drain::default();
         assert_eq!(drain.step(0, 5, false, false), DrainStep::Serve);
@@ -225,9 +261,12 @@ mod tests {
         drain.look_again(110);
         assert_eq!(drain.next(), Some(100 + LOOK_MS));
         assert_eq!(drain.step(99 + LOOK_MS, 1, true, false), DrainStep::Serve);
-        assert_eq!(drain.step(100 + LOOK_MS, 1, true, false), DrainStep::ReadOn);
+        assert_eq!(
+            drain.step(100 + LOOK_MS, 1, true, false),
+            DrainStep::ResumeReading
+        );
         assert_eq!(drain.step(499, 1, true, false), DrainStep::Serve);
-        assert_eq!(drain.step(500, 1, true, false), DrainStep::Quieten);
+        assert_eq!(drain.step(500, 1, true, false), DrainStep::StopReading);
         assert_eq!(drain.step(999, 1, true, false), DrainStep::Serve);
         assert_eq!(drain.step(999, 0, true, false), DrainStep::Leave);
         assert_eq!(drain.stop_hook_budget_ms(400), Some(600));
@@ -251,11 +290,11 @@ mod tests {
         assert_eq!(drain.step(10, 2, false, true), DrainStep::Serve);
         assert_eq!(
             drain.step(10, 2, false, false),
-            DrainStep::CloseResting { partial: false }
+            DrainStep::CloseQuiescent { partial: false }
         );
         assert_eq!(
             drain.step(1010, 1, false, false),
-            DrainStep::CloseResting { partial: true }
+            DrainStep::CloseQuiescent { partial: true }
         );
         assert_eq!(drain.step(5000, 1, false, false), DrainStep::GiveUp);
         assert_eq!(drain.stop_hook_budget_ms(5001), Some(FLUSH_MS));
@@ -278,7 +317,7 @@ mod tests {
         drain.drain(0, 1000);
         let mut hurried = drain;
         drain.extend_after_pause(5000);
-        assert_eq!(drain.step(5000, 1, false, false), DrainStep::Quieten);
+        assert_eq!(drain.step(5000, 1, false, false), DrainStep::StopReading);
         assert_eq!(drain.step(5001, 1, false, false), DrainStep::Serve);
         let end = 5000 + GRACE_AFTER_PAUSE_MS;
         assert_eq!(drain.step(end, 1, false, false), DrainStep::GiveUp);

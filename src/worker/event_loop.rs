@@ -11,12 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use super::access_log::turn;
 use super::active_rebalance::ActiveRebalance;
 use super::call_dispatcher::CallDispatcher;
 use super::connection::{AnswerPosition, Connection};
 use super::drain::{Drain, DrainStep};
 use super::forwarding::LINK_BASE;
 use super::peer_calls;
+use super::peer_frames;
 use super::pool_update;
 use super::publishing::{Published, publish};
 use super::session_state::SessionState;
@@ -37,9 +39,8 @@ use crate::throttle::limiter::{Limiter, with_suppressed_count};
 
 /// The time between two attempts to accept after the system had no descriptor left.
 pub(super) const LISTEN_RETRY_MS: u64 = 200;
-/// The longest time between two ticks: the heartbeat, and the check for connections that a stopped
-/// sibling left in the queue. At least four ticks fit into the time after which the master takes the loop
-/// for stuck.
+/// The longest time between two ticks: the heartbeat, and the check for connections that a stopped sibling left in
+/// the queue. At least four ticks fit into `heartbeat-timeout`, after which the loop counts as stuck.
 const TICK_MS: u64 = 1000;
 const TICKS_PER_TIMEOUT: u64 = 4;
 /// The time between two checks whether the pool processes serve, while they start.
@@ -48,13 +49,13 @@ const POOL_LOOK_MS: u64 = 10;
 const PAUSE_MS: u64 = 1000;
 
 /// The numbers under which other descriptors than connections are watched.
-const SIGNALS: u16 = 0;
+pub(super) const SIGNALS: u16 = 0;
 pub(super) const LINK: u16 = 1;
-const WAKER: u16 = 2;
+pub(super) const WAKER: u16 = 2;
 pub(super) const QUEUE: u16 = 3;
 pub(super) const MASTER: u16 = 4;
 pub(super) const REFUSED: u16 = 5;
-/// From here on, the wires of pool programs.
+/// The first number for the sockets of pool programs.
 const PROGRAMS: u16 = 16;
 
 /// Events that clients can cause. Each kind is logged at a limited rate.
@@ -68,7 +69,7 @@ pub(super) enum WarningKind {
     /// A client reads its answers too slowly.
     Writing,
     /// A handler thread is stuck.
-    Lost,
+    StuckThread,
     /// Clients send more unfinished input than there is room for.
     Unfinished,
     /// Clients do not read their answers, and there is no room for more.
@@ -101,7 +102,7 @@ pub struct EventLoop {
     pub(super) waiting_to_give: VecDeque<Token>,
     pub(super) give_deadline: u64,
     /// The rebalance order in progress.
-    pub(super) spreading: ActiveRebalance,
+    pub(super) rebalancing: ActiveRebalance,
     pub(super) show_draining: Box<dyn Fn()>,
     /// How this worker drains and stops.
     pub drain: Drain,
@@ -109,13 +110,13 @@ pub struct EventLoop {
     pub drain_timeout: Duration,
     pub(super) listen_deadline: u64,
     /// Limits how often each kind of warning is logged.
-    complaints: [Limiter; WarningKind::KINDS],
+    warning_limiters: [Limiter; WarningKind::KINDS],
     pub(super) tick_ms: u64,
     next_tick_ms: u64,
     pub(super) is_at_limit: bool,
     /// The number of connections accepted since the last check for too many.
     pub(super) accepts: u32,
-    /// After so many calls the master is told that it is enough.
+    /// The number of calls after which the worker reports to the master that it should be recycled (`max-calls`).
     pub(super) recycle_at: u64,
     /// When the link to the master ended, in milliseconds; `None` while it exists. It ends before the
     /// master's children get another parent.
@@ -127,7 +128,7 @@ pub struct EventLoop {
     pub(super) is_accepting: bool,
     /// Whether it was reported that all handler threads are stuck.
     pub(super) stuck_reported: bool,
-    /// Where the master reads their calls.
+    /// Where the master reads the calls of stuck threads.
     pub(super) stuck: &'static StuckCalls,
     pub(super) published: Published,
     /// `Some` iff this is a session.
@@ -153,12 +154,12 @@ impl EventLoop {
             adoption,
             waiting_to_give: VecDeque::new(),
             give_deadline: 0,
-            spreading: ActiveRebalance::default(),
+            rebalancing: ActiveRebalance::default(),
             show_draining,
             drain: Drain::default(),
             drain_timeout: workers.drain_timeout,
             listen_deadline: 0,
-            complaints: array::from_fn(|_| Limiter::rare()),
+            warning_limiters: array::from_fn(|_| Limiter::rare()),
             tick_ms: TICK_MS.min(millis(workers.heartbeat_timeout) / TICKS_PER_TIMEOUT),
             next_tick_ms: 0,
             is_at_limit: false,
@@ -180,9 +181,6 @@ impl EventLoop {
     /// # Errors
     /// If the reactor or a required pool program fails, or the report to the master fails.
     pub fn run(&mut self, reactor: &mut Reactor) -> io::Result<()> {
-        reactor.watch(SIGNALS, &self.signals, Interest::Read)?;
-        reactor.watch(LINK, &self.link, Interest::Read)?;
-        reactor.watch(WAKER, &*self.waker, Interest::Read)?;
         self.record_heartbeat();
         self.defer_accepting(reactor);
         let mut is_watched = false;
@@ -230,10 +228,11 @@ impl EventLoop {
             self.exchange_calls(reactor);
             self.watch_slow_calls();
             self.settle_programs(reactor);
-            self.service.counts.flush();
+            turn::end(&mut self.service);
             publish(&self.service, reactor.connections(), reactor.spurious_wakes);
             self.check_recycle_limits();
             self.end_with_connection(reactor);
+            self.hold_for_attempts();
             match self.drain.step(
                 self.service.now_ms,
                 reactor.connections(),
@@ -242,13 +241,14 @@ impl EventLoop {
                 more,
             ) {
                 DrainStep::Serve => {}
-                DrainStep::ReadOn => {
+                DrainStep::ResumeReading => {
                     self.resume_reading(reactor);
                     is_watched = true;
                 }
-                DrainStep::Quieten => self.stop_reading(reactor),
-                DrainStep::CloseResting { partial } => self.close_resting(reactor, partial),
+                DrainStep::StopReading => self.stop_reading(reactor),
+                DrainStep::CloseQuiescent { partial } => self.close_all_quiescent(reactor, partial),
                 DrainStep::GiveUp => self.give_up_all(reactor),
+                DrainStep::CloseAll => self.close_all(reactor),
                 DrainStep::Leave => return Ok(()),
             }
         }
@@ -266,13 +266,15 @@ impl EventLoop {
         self.serve_own_programs(reactor);
         let is_serving = self.is_accepting && self.drain.is_serving();
         let phase = (is_serving, !self.drain.is_serving());
-        for key in pool_update::lost_calls(&self.service) {
-            self.abort_call(reactor, key, pool_update::LOST.0, pool_update::LOST.1);
+        for key in pool_update::unserved_calls(&self.service) {
+            let (code, text) = pool_update::UNSERVED;
+            self.abort_call(reactor, key, code, text);
         }
         while let Some(late) = peer_calls::exchange(&mut self.service, phase) {
             self.reject_late_call(reactor, late);
         }
-        self.leave_accepting_if_busy(reactor);
+        self.abort_unavailable(reactor);
+        self.yield_accepting_if_busy(reactor);
         for record in self.service.forwarding.take_wanted() {
             // If the request cannot be sent, the next search tries again.
             self.request(Report::LinkWanted(record));
@@ -285,7 +287,7 @@ impl EventLoop {
         self.service.forwarding.settle(reactor);
     }
 
-    /// Watches only the wires of programs that serve.
+    /// Watches the sockets of the programs that serve, and only these.
     pub(super) fn settle_programs(&mut self, reactor: &mut Reactor) {
         self.service.threads.pools().settle(|program, wire| {
             let watch = u16::try_from(program)
@@ -307,14 +309,12 @@ impl EventLoop {
         let now_ns = monotonic_ns();
         self.service.counts.begin_turn(now_ns);
         self.service.now_ms = now_ns / 1_000_000;
-        self.service
-            .record
-            .heartbeat_ms
-            .store(self.service.now_ms, Relaxed);
+        let heartbeat_ms = &self.service.record.heartbeat_ms;
+        heartbeat_ms.store(self.service.now_ms, Relaxed);
     }
 
-    /// Sends a report that a master of an older version would not understand, if this master does.
-    /// Returns whether it was sent.
+    /// Sends a report that a master of an older version would not understand, if the master allows it. Returns whether
+    /// it was sent.
     pub(super) fn request(&self, body: Report) -> bool {
         let sent = self.service.record.request(|| self.report(body));
         sent.is_some_and(|sent| sent.is_ok())
@@ -351,7 +351,7 @@ impl EventLoop {
         if self.service.unsent.take_room_for_blocked() {
             self.advance_open(reactor, |connection| connection.is_read_paused);
         }
-        self.check_stuck_threads();
+        self.check_threads(reactor);
         self.leave_without_master(reactor);
         self.tick_session(reactor);
         sweep::reap_adopted();
@@ -359,8 +359,8 @@ impl EventLoop {
     }
 
     /// Logs an event that clients can cause, at a limited rate.
-    pub(super) fn warn_limited(&mut self, trouble: WarningKind, text: &str) {
-        match self.complaints[trouble as usize].admit(self.service.now_ms) {
+    pub(super) fn warn_limited(&mut self, kind: WarningKind, text: &str) {
+        match self.warning_limiters[kind as usize].admit(self.service.now_ms) {
             Some(more) => log::warn!("{}", with_suppressed_count(text.to_owned(), more)),
             None => log::debug!("{text}"),
         }
@@ -385,7 +385,7 @@ impl Driver for EventLoop {
             Completion::Ended { token } => self.on_end(reactor, token),
             Completion::HungUp { token } => self.on_hang_up(reactor, token),
             Completion::Sent { token } => {
-                // It has taken some bytes, so its time starts again.
+                // The client has taken some bytes, so its write timeout starts again.
                 if let Some(connection) = find(&mut self.connections, token) {
                     connection.active_ms = self.service.now_ms;
                     let armed = &mut connection.write_deadline;
@@ -410,7 +410,7 @@ impl Driver for EventLoop {
             Completion::Readable { watch } if watch >= LINK_BASE => {
                 let is_serving = self.is_accepting && self.drain.is_serving();
                 let link = usize::from(watch - LINK_BASE);
-                if !peer_calls::receive(&mut self.service, link, is_serving) {
+                if !peer_frames::receive(&mut self.service, link, is_serving) {
                     peer_calls::end(&mut self.service, link, reactor);
                 }
                 self.on_results(reactor);
@@ -423,7 +423,7 @@ impl Driver for EventLoop {
     }
 }
 
-/// Returns how many bytes of answers a connection has to send before the one of a call at `place`.
+/// Returns how many bytes of answers a connection has to send before the answer at `place`.
 fn backlog(
     connections: &[Option<Connection>],
     reactor: &Reactor,

@@ -1,12 +1,11 @@
 //! Decides which waiting call begins next, and which calls are not begun any more.
 //!
-//! Connections take turns, and each begins its oldest call first. So a client that sends a thousand calls
-//! ahead delays only itself. If the queue has not been empty for a while and its next call missed its
-//! deadline, the worker is overloaded. The order above would then begin each call just before its
-//! deadline. So the newest call begins first, because its caller waits longest, and the oldest calls time
-//! out before they begin. So a worker under several times its capacity still uses its whole capacity.
-//! Calls of one connection that are answered in order always begin in order. Pure: the caller passes the
-//! time.
+//! Connections take turns, and each begins its oldest call first. So a client that sends a thousand calls ahead delays
+//! only itself. If the queue has not been empty for 100 ms and its next call missed its deadline, the worker is
+//! overloaded. The order above would then begin each call just before its deadline. So the newest call begins first,
+//! because its caller waits longest, and the oldest calls time out before they begin. So a worker that gets several
+//! times the calls that it can run still uses its whole capacity. Calls of one connection that are answered in order
+//! always begin in order. Pure: the caller passes the time.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -16,11 +15,12 @@ use rustc_hash::FxHashMap;
 use super::timers::CallKey;
 use crate::sys::event::Token;
 
-/// A queue is overloaded if it was not empty for this time and its next call missed its deadline. It
-/// counts as overloaded for this time.
+/// A queue is overloaded if it was not empty for this time, in milliseconds, and its next call missed its deadline.
+/// It then counts as overloaded for the same time.
 const STANDING_MS: u64 = 100;
 
-/// A call that has waited for a shorter time found an idle thread. It begins, whatever its run time.
+/// If a call has waited for a shorter time than this, in milliseconds, a thread was idle. Then the call begins even
+/// if its expected run time is too long for its deadline.
 const AT_ONCE_MS: u64 = 5;
 
 /// Identifies the calls of one connection.
@@ -94,7 +94,7 @@ pub struct FairQueue<T> {
 #[derive(Debug)]
 struct Node<T> {
     call: Waiting,
-    job: T,
+    item: T,
     /// Its neighbours in the list of all calls, and in the list of its connection.
     chains: [Neighbours; 2],
 }
@@ -195,7 +195,7 @@ impl<T> FairQueue<T> {
     }
 
     /// Adds a call behind the older ones of its connection.
-    pub fn push(&mut self, call: Waiting, job: T, now_ms: u64) {
+    pub fn push(&mut self, call: Waiting, item: T, now_ms: u64) {
         if self.is_empty() {
             self.since_ms = now_ms;
         }
@@ -209,7 +209,7 @@ impl<T> FairQueue<T> {
         };
         self.nodes[index] = Some(Node {
             call,
-            job,
+            item,
             chains: [alone; 2],
         });
         self.len += 1;
@@ -234,7 +234,7 @@ impl<T> FairQueue<T> {
             return self.firsts().next();
         }
         let newest = self.call_at(self.arrivals.newest)?;
-        // Its answer must wait for those before it, so the first of them begins.
+        // The answer of the newest call must wait for those before it. So the oldest call of its connection begins.
         if newest.in_order {
             self.call_at(self.lines.get(&newest.line())?.calls.oldest)
         } else {
@@ -292,32 +292,32 @@ impl<T> FairQueue<T> {
 
     /// Removes a call that begins. The next turns belong to the other connections.
     pub fn take(&mut self, key: CallKey) -> Option<T> {
-        let (call, job) = self.remove(key)?;
+        let (call, item) = self.remove(key)?;
         if let Some(line) = self.lines.get_mut(&call.line()) {
             self.last_turn += 1;
             line.turn = self.last_turn;
             self.turns.push_back((call.line(), self.last_turn));
             self.drop_old_turns();
         }
-        Some(job)
+        Some(item)
     }
 
     /// Removes all calls of a connection of this worker, oldest first.
     pub fn take_all_of(&mut self, token: Token) -> Vec<T> {
-        let mut jobs = Vec::new();
+        let mut items = Vec::new();
         while let Some(line) = self.lines.get(&(token, 0))
             && let Some(&Waiting { key, .. }) = self.call_at(line.calls.oldest)
-            && let Some((_, job)) = self.remove(key)
+            && let Some((_, item)) = self.remove(key)
         {
-            jobs.push(job);
+            items.push(item);
         }
-        jobs
+        items
     }
 
     /// Removes a call that does not begin. Its connection keeps its turn.
     pub fn remove(&mut self, key: CallKey) -> Option<(Waiting, T)> {
         let slot = self.nodes.get_mut(key.index)?;
-        let Node { call, job, chains } = slot.take_if(|node| node.call.key == key)?;
+        let Node { call, item, chains } = slot.take_if(|node| node.call.key == key)?;
         self.len -= 1;
         self.sendable -= usize::from(call.can_be_sent);
         self.foreign -= usize::from(call.token.process().is_some());
@@ -329,7 +329,7 @@ impl<T> FairQueue<T> {
                 self.drop_old_turns();
             }
         }
-        Some((call, job))
+        Some((call, item))
     }
 
     /// Drops stale turns: at the front, and all of them if they are the majority.
@@ -346,14 +346,14 @@ impl<T> FairQueue<T> {
     }
 
     /// Records that a call missed its deadline. Call this before it is removed.
-    pub fn runs_out(&mut self, key: CallKey, now_ms: u64) {
+    pub fn record_timeout(&mut self, key: CallKey, now_ms: u64) {
         // A call with a short timeout behind others is no sign of overload, because those may be in time.
         if self.firsts().next().is_some_and(|next| next.key == key) {
             self.behind_until_ms = now_ms + STANDING_MS;
         }
     }
 
-    /// Returns whether it holds more calls than can be done in time.
+    /// Returns whether the queue is overloaded: it has more calls than can be done in time.
     pub fn is_behind(&self, now_ms: u64) -> bool {
         now_ms < self.behind_until_ms && now_ms.saturating_sub(self.since_ms) >= STANDING_MS
     }

@@ -36,7 +36,7 @@ fn behind(lines: [Option<usize>; 5]) -> FairQueue<()> {
         queue.push(call(serial, line, 0, 1000), (), 0);
     }
     let oldest = queue.next(200).unwrap().key;
-    queue.runs_out(oldest, 200);
+    queue.record_timeout(oldest, 200);
     queue.remove(oldest);
     queue
 }
@@ -47,7 +47,7 @@ fn the_oldest_call_is_first_while_all_are_in_time() {
     (1..=3).for_each(|serial| queue.push(call(serial, None, 0, 60_000), (), 0));
     assert_eq!(take(&mut queue, 5000), Some(1));
     // A call with a short timeout among others is no sign of overload.
-    queue.runs_out(key(3), 5000);
+    queue.record_timeout(key(3), 5000);
     assert_eq!(take(&mut queue, 5000), Some(2));
     assert_eq!(take(&mut queue, 5000), Some(3));
     assert_eq!(take(&mut queue, 5000), None);
@@ -121,7 +121,7 @@ fn a_connection_that_gives_up_calls_loses_no_turn() {
 fn a_burst_is_no_overload() {
     let mut queue = FairQueue::<()>::default();
     (1..=3).for_each(|serial| queue.push(call(serial, None, 1000, 1020), (), 1000));
-    queue.runs_out(key(1), 1050);
+    queue.record_timeout(key(1), 1050);
     assert_eq!(take(&mut queue, 1050), Some(1));
     assert_eq!(take(&mut queue, 1050), Some(2));
     assert_eq!(take(&mut queue, 1050), Some(3));
@@ -185,7 +185,7 @@ proptest! {
                 }
                 1 if !model.is_empty() => {
                     let serial = model.remove(which.index(model.len()));
-                    prop_assert_eq!(queue.remove(key(serial)).map(|(_, job)| job), Some(serial));
+                    prop_assert_eq!(queue.remove(key(serial)).map(|(_, call)| call), Some(serial));
                     prop_assert!(queue.remove(key(serial)).is_none());
                     out.push(serial);
                 }
@@ -254,7 +254,7 @@ proptest! {
             expire(&mut queue, now);
             while busy_until <= now && let Some(&next) = queue.next(now) {
                 if next.is_late(now, Some(Duration::from_millis(run_ms))) {
-                    queue.runs_out(next.key, now);
+                    queue.record_timeout(next.key, now);
                 } else {
                     busy_until = now + run_ms;
                     // A millisecond for the transfer.
@@ -279,7 +279,7 @@ fn expire(queue: &mut FairQueue<()>, now_ms: u64) -> Vec<u64> {
     let over: Vec<Waiting> = queue.all().copied().collect();
     let over = over.into_iter().filter(|call| call.deadline_ms <= now_ms);
     over.map(|call| {
-        queue.runs_out(call.key, now_ms);
+        queue.record_timeout(call.key, now_ms);
         queue.remove(call.key);
         call.key.serial
     })

@@ -1,12 +1,10 @@
 //! Holds the links of a worker to others of its generation, and decides which of them runs a call.
 //!
-//! A call waits only in its home worker. If shared memory shows that another worker has capacity, the
-//! home worker sends the call there. A worker that gets free capacity while others have waiting calls
-//! offers it to them. Both sides write their own numbers before they read those of the others, with a
-//! fence between. So at least one of the two sees the other. A call is answered once: by its runner, or
-//! with `crashed` when the link to the runner ends.
+//! Except for short calls, a call waits only in its home worker. If shared memory shows that another worker has
+//! capacity, the home worker sends the call there. A worker that gets free capacity while others have waiting calls
+//! offers them the capacity. Both sides write their own numbers before they read those of the others, with a fence
+//! between. So one of them sees the other. A call is answered once: by its runner, or with `crashed` if its link ends.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::fence;
@@ -14,32 +12,31 @@ use std::sync::atomic::fence;
 use slab::Slab;
 
 use super::call_table::RemoteCall;
-use super::peer::{LeaveState, Load, Peer, SharedPools, has_all_pools, is_fresh, place, used};
+use super::link_requests::{ASK_AGAIN_MS, LinkRequests, LinkSeeker};
+use super::peer::{
+    LeaveState, Load, Peer, SharedPools, has_all_pools, is_fresh, is_lane_served, place,
+    shown_generation, used,
+};
 use crate::handler::call_state::HandlerCall;
+use crate::handler::job_methods::JobMethod;
 use crate::link::call_frame::{AnswerFrame, CallOrigin, Frame};
-use crate::link::message::SessionLink;
+use crate::link::message::{JOBS_LANE, PoolLink, SessionLink};
 use crate::link::scoreboard::WorkerRecord;
-use crate::link::session_table::{self, SessionRecord};
-use crate::sys::event::{Interest, Reactor};
+use crate::link::session_memory;
+use crate::link::session_table::SessionRecord;
+use crate::sys::event::Reactor;
 use crate::sys::process::Pid;
 
-const MAX_LINKS: usize = 64;
-/// The time between two requests to the master for the same link.
-const ASK_AGAIN_MS: u64 = 100;
-/// Between two looks whether another worker has an idle thread.
+/// The time between two checks whether another worker has an idle thread, in milliseconds.
 const ACCEPT_LOOK_MS: u64 = 3;
-/// If no call came for what was offered within this time, it is offered to others.
+/// If no call has arrived for an offer within this time, in milliseconds, the capacity is offered to others.
 const OFFER_TTL_MS: u64 = 2;
-/// How long an exiting process waits until the others have confirmed it.
+/// How long an exiting process waits until the others have confirmed its exit, in milliseconds.
 const LEAVE_TTL_MS: u64 = 200;
 /// The size of one read from a link in bytes.
 const PIECE_LEN: usize = 64 * 1024;
 /// The first number under which the reactor watches links.
 pub const LINK_BASE: u16 = 0x8000;
-
-pub fn shown_generation(generation: u32) -> u32 {
-    generation.wrapping_add(1).max(1)
-}
 
 /// The links, and what is shown to others.
 #[derive(Debug)]
@@ -58,24 +55,21 @@ pub struct Forwarding {
     pub peers: Slab<Peer>,
     pub pools: SharedPools,
     shown: Load,
-    /// When the master was asked for the link to a record.
-    asked: HashMap<usize, u64>,
+    /// The links that the master is asked for.
+    requests: LinkRequests,
     /// When capacity for short calls was offered last.
     short_offered_ms: u64,
     /// When links may again be requested in advance.
     prepare_ms: u64,
-    /// When it may be looked again whether another worker is to accept instead.
+    /// When to check again whether another worker should accept instead, in milliseconds.
     accept_look_ms: u64,
-    /// Records that the master is to be asked for.
-    wanted: Vec<u32>,
     /// Where the next search for a peer begins, so that all get a turn.
     turn: usize,
     /// The receive buffer, allocated with the first link.
     piece: Vec<u8>,
     /// When to check whether an offer was taken, or whether this process may exit.
     pub recheck_ms: Option<u64>,
-    /// Whether calls have arrived since the load was published, so that their senders must stop counting
-    /// them.
+    /// Whether calls have arrived since the load was published. Their senders must stop counting them.
     pub is_stale: bool,
     pub owes_offer: bool,
     /// Until when this process waits for the others to confirm its exit.
@@ -83,7 +77,7 @@ pub struct Forwarding {
 }
 
 impl Forwarding {
-    /// Without links. `own` is this process's record with its index, `lane` the lane whose calls it runs.
+    /// Creates the state without links. `own` is the index of its own record, `lane` the lane whose calls it runs.
     pub fn new(
         (records, sessions): (&'static [WorkerRecord], &'static [SessionRecord]),
         (own_record, own): (&'static WorkerRecord, usize),
@@ -103,11 +97,10 @@ impl Forwarding {
             generation: shown_generation(generation),
             peers: Slab::new(),
             shown: Load::default(),
-            asked: HashMap::new(),
+            requests: LinkRequests::default(),
             short_offered_ms: 0,
             prepare_ms: 0,
             accept_look_ms: 0,
-            wanted: Vec::new(),
             turn: 0,
             piece: Vec::new(),
             recheck_ms: None,
@@ -117,6 +110,7 @@ impl Forwarding {
         }
     }
 
+    /// Publishes the load of this process. Returns whether its capacity must be offered to others.
     pub fn show(&mut self, load: Load) -> bool {
         let before = std::mem::replace(&mut self.shown, load);
         let was_stale = std::mem::take(&mut self.is_stale);
@@ -131,7 +125,8 @@ impl Forwarding {
         for (shown, waiting) in record.waiting.iter().zip(load.waiting) {
             shown.store(waiting, Relaxed);
         }
-        // It is newer than what was received so far. A look at what others show follows.
+        // The new epoch says that these numbers include all calls received so far. The fence is before the next read
+        // of the others' numbers.
         record.capacity_epoch.fetch_add(1, Relaxed);
         fence(SeqCst);
         was_stale || load.idle > before.idle
@@ -145,8 +140,8 @@ impl Forwarding {
         peers.iter().skip(start).chain(peers.iter().take(start))
     }
 
-    /// Returns another worker with capacity in a lane, if there is a link to it. If there is none, the
-    /// master is asked for one.
+    /// Returns another process with capacity in a lane, if there is a link to one. Otherwise asks the master for a
+    /// link.
     pub fn find_idle(&mut self, lane: usize, now_ms: u64) -> Option<usize> {
         let generation = self.generation;
         let order = self.peers_in_turn();
@@ -157,7 +152,6 @@ impl Forwarding {
             .filter(|(_, peer)| peer.serves(lane, generation))
             .map(|(key, peer)| (peer.room(), key))
             .filter(|(room, _)| *room > 0)
-            // Among equals take the first.
             .reduce(|best, next| if next.0 > best.0 { next } else { best });
         if best.is_none() {
             let is_idle = |peer: &Peer| {
@@ -166,30 +160,37 @@ impl Forwarding {
                     && peer.record.idle.load(Relaxed) > 0
             };
             if self.peers.iter().any(|(_, peer)| is_idle(peer)) {
-                // It runs an inline call or has not seen the sent calls, so it may not offer its
-                // capacity.
-                self.recheck_ms.get_or_insert(now_ms + OFFER_TTL_MS);
+                // A peer shows capacity that cannot be used now: it runs an inline call, or has not seen all sent
+                // calls. It may not offer that capacity later, so check again.
+                self.recheck_by(now_ms + OFFER_TTL_MS);
             }
-            // A pool process finds a session with waiting calls over a link only. It may show the lane
-            // of another generation, so the master decides which one is linked.
-            let is_any = self.is_session && lane > 0;
+            // A pool process finds a session with waiting calls over a link only. The record may show the lane of
+            // another generation, so the master decides which pool process is linked.
+            let is_any = self.is_session && lane > 0 && !self.pools.jobs.is(lane);
+            let shown = self.pools.jobs.shown(lane);
             self.want_links(now_ms, |record| {
-                is_any
-                    || record.lane.load(Relaxed) as usize == lane && record.idle.load(Relaxed) > 0
+                is_any || record.lane.load(Relaxed) == shown && record.idle.load(Relaxed) > 0
             });
         }
         best.map(|(_, key)| key)
     }
 
-    /// Returns at most `most` workers with waiting calls of this lane. If `is_repeated`, only those that
-    /// have got no offer since they showed the calls.
-    pub fn find_waiting(&mut self, most: usize, is_repeated: bool, now_ms: u64) -> Vec<usize> {
+    /// Returns at most `most` workers with waiting calls of this lane; if `takes_jobs`, jobs processes with due jobs
+    /// too. If `is_repeated`, returns only those that have got no offer since they showed the calls.
+    pub fn find_waiting(
+        &mut self,
+        most: usize,
+        (is_repeated, takes_jobs): (bool, bool),
+        now_ms: u64,
+    ) -> Vec<usize> {
         let (lane, generation) = (self.lane, self.generation);
         let order = self.peers_in_turn();
         let waiting: Vec<usize> = order
             .filter(|(_, peer)| {
                 let epoch = peer.record.capacity_epoch.load(Relaxed);
                 peer.is_with(generation)
+                    && !peer.link.is_congested()
+                    && (takes_jobs || !peer.is_jobs_process())
                     && peer.record.waiting[place(peer.lane_there(lane))].load(Relaxed) > 0
                     && (!is_repeated || peer.offered_at != epoch.wrapping_add(1))
             })
@@ -223,16 +224,26 @@ impl Forwarding {
                 count: count as u32,
                 short: short as u32,
             });
-            self.recheck_ms.get_or_insert(now_ms + OFFER_TTL_MS);
+            self.recheck_by(now_ms + OFFER_TTL_MS);
         }
     }
 
-    /// Returns whether each of this number of pools has a process that serves.
-    pub fn has_all_pools(&self, pools: usize) -> bool {
-        has_all_pools(self.records, self.generation, &self.pools.kept_lanes, pools)
+    /// Lets `exchange` look again at this time at the latest.
+    pub fn recheck_by(&mut self, at_ms: u64) {
+        self.recheck_ms = Some(self.recheck_ms.map_or(at_ms, |at| at.min(at_ms)));
     }
 
-    /// The other workers of this generation that serve. One that is stopped does not count.
+    /// Returns whether each of this number of pools has a process that serves, and whether there is a jobs process if
+    /// one is configured.
+    pub fn has_all_pools(&self, pools: usize) -> bool {
+        let (records, generation) = (self.records, self.generation);
+        let jobs = self.pools.jobs.lane.map(|lane| self.pools.jobs.shown(lane));
+        has_all_pools(records, generation, &self.pools.kept_lanes, pools)
+            && jobs.is_none_or(|shown| is_lane_served(records, generation, shown as usize))
+    }
+
+    /// Returns the other workers of this generation that serve. A worker whose event loop has not run recently is
+    /// left out.
     pub fn other_workers(&self, now_ms: u64) -> impl Iterator<Item = &WorkerRecord> {
         used(self.records).filter_map(move |(index, record)| {
             let is_worker = index != self.own && record.lane.load(Relaxed) == 0;
@@ -241,9 +252,9 @@ impl Forwarding {
         })
     }
 
-    /// Whether this worker has no idle thread, and another one has. It looks once in a while only, because
-    /// threads that run short calls are idle and busy in turn.
-    pub fn leaves_accepting(&mut self, now_ms: u64) -> bool {
+    /// Returns whether this worker has no idle thread and another one has. It checks only once per `ACCEPT_LOOK_MS`,
+    /// because threads that run short calls are alternately idle and busy.
+    pub fn should_yield_accepting(&mut self, now_ms: u64) -> bool {
         if self.lane > 0 || self.shown.idle > 0 || now_ms < self.accept_look_ms {
             return false;
         }
@@ -251,13 +262,7 @@ impl Forwarding {
         (self.other_workers(now_ms)).any(|record| record.idle.load(Relaxed) > 0)
     }
 
-    /// Requests links to all pool processes: later, a session may have no acceptor that could.
-    pub fn want_pools(&mut self, now_ms: u64) {
-        self.want_links(now_ms, |record| record.lane.load(Relaxed) > 0);
-    }
-
-    /// If all threads of this worker are busy, requests links to workers with capacity before a call
-    /// waits for one.
+    /// If all threads of this worker are busy, requests links to workers with capacity before a call waits for one.
     pub fn prepare_links(&mut self, now_ms: u64) {
         if self.lane == 0 && now_ms >= self.prepare_ms {
             self.prepare_ms = now_ms + ASK_AGAIN_MS;
@@ -267,66 +272,64 @@ impl Forwarding {
         }
     }
 
-    /// Adds the `useful` workers without a link to those that the master must be asked for.
-    fn want_links(&mut self, now_ms: u64, useful: impl Fn(&WorkerRecord) -> bool) {
-        for (index, record) in used(self.records) {
-            let generation = record.generation.load(Relaxed);
-            // A link to or from a pool process is always made.
-            let is_pool = self.lane > 0 || record.lane.load(Relaxed) > 0;
-            let is_other = match self.is_session {
-                true => generation == 0 || !is_pool,
-                false => generation != self.generation,
-            };
-            if !is_pool && self.peers.len() + self.wanted.len() >= MAX_LINKS {
-                continue;
-            }
-            let is_asked = |at: &u64| now_ms.saturating_sub(*at) < ASK_AGAIN_MS;
-            if index == self.own
-                || is_other
-                || !useful(record)
-                || !is_fresh(record, now_ms)
-                || self.asked.get(&index).is_some_and(is_asked)
-                || self
-                    .peers
-                    .iter()
-                    .any(|(_, peer)| peer.record_index == index)
-            {
-                continue;
-            }
-            self.asked.insert(index, now_ms);
-            self.wanted.push(index as u32);
-        }
+    /// Asks the master for links to the `useful` processes without one.
+    pub fn want_links(&mut self, now_ms: u64, useful: impl Fn(&WorkerRecord) -> bool) {
+        let seeker = LinkSeeker {
+            own: self.own,
+            lane: self.lane,
+            generation: self.generation,
+            is_session: self.is_session,
+        };
+        (self.requests).want(self.records, &seeker, &self.peers, now_ms, useful);
     }
 
     /// Returns the records for which the master must be asked, once.
     pub fn take_wanted(&mut self) -> Vec<u32> {
-        std::mem::take(&mut self.wanted)
+        self.requests.take()
     }
 
-    /// Adds a link that the master has made; `pool` as in `Peer::new`.
-    pub fn add(&mut self, record_index: u32, fd: OwnedFd, pool: Option<(usize, u32)>) {
-        let index = record_index as usize;
-        let Some(record) = session_table::shown(self.records, self.sessions, index) else {
-            return;
-        };
-        self.asked.remove(&index);
-        self.peers.insert(Peer::new(record, index, fd, pool));
+    /// Adds a link that the master has made; `pool` as in `Peer::new`. Returns the number of the link.
+    pub fn add(&mut self, record: u32, fd: OwnedFd, pool: Option<(usize, u32)>) -> Option<usize> {
+        let index = record as usize;
+        let record = session_memory::shown(self.records, self.sessions, index)?;
+        self.requests.made(index);
+        if self.peers.vacant_key() >= usize::from(u16::MAX - LINK_BASE) {
+            return None;
+        }
+        Some(self.peers.insert(Peer::new(record, index, fd, pool)))
     }
 
-    /// In a pool process, adds a link to a session that the master has made. It replaces those of the session
-    /// that run nothing, and a session has two at most: it may ask again and again.
+    /// Adds a link between a worker and a pool process, or to the jobs process. Returns the number of the link.
+    pub fn add_pool(&mut self, ends: PoolLink, fd: OwnedFd) -> Option<usize> {
+        let lane = self.pools.jobs.of_order(ends.lane)?;
+        let link = self.add(ends.record.into(), fd, Some((lane, ends.generation.0)))?;
+        self.peers[link].is_jobs = ends.lane == JOBS_LANE;
+        Some(link)
+    }
+
+    /// Returns whether a process has a link to this pool process, apart from the jobs process.
+    pub fn has_users(&self) -> bool {
+        (self.peers.iter()).any(|(_, peer)| !peer.is_jobs_process())
+    }
+
+    /// In a pool process, adds a link to a session, which the master has made. It replaces links to that session that
+    /// run no call. A session has two links at most, because an untrusted session could ask for new ones endlessly.
     pub fn add_session(&mut self, link: SessionLink, fd: OwnedFd, reactor: &mut Reactor) {
         let session = link.session as usize;
-        let index = session_table::link_index(session);
-        let peers = self.peers.iter();
-        let links = peers.filter(|(_, peer)| peer.record_index == index);
-        let (idle, busy): (Vec<_>, Vec<_>) = links.partition(|(_, peer)| peer.running.is_empty());
-        let (idle, busy) = (idle.iter().map(|(key, _)| *key).collect(), busy.len());
-        let idle: Vec<usize> = idle;
-        for key in idle {
-            self.remove(key, reactor);
+        let index = session_memory::link_index(session);
+        let links = self.peers.iter().filter(|(_, it)| it.record_index == index);
+        let links: Vec<_> = links
+            .map(|(key, it)| (key, it.running.is_empty()))
+            .collect();
+        let mut count = links.len();
+        for (key, _) in links.iter().filter(|(_, is_idle)| *is_idle) {
+            // A call may be on its way over the newest link.
+            if count >= 2 {
+                self.remove(*key, reactor);
+                count -= 1;
+            }
         }
-        if let Some(record) = self.sessions.get(session).filter(|_| busy < 2) {
+        if let Some(record) = self.sessions.get(session).filter(|_| count < 2) {
             let pool = (link.lane.into(), record.generation().0);
             self.add(index as u32, fd, Some(pool));
         }
@@ -344,11 +347,26 @@ impl Forwarding {
         self.piece = piece;
     }
 
-    pub fn send(&mut self, to: RemoteCall, origin: CallOrigin, call: &HandlerCall) -> bool {
+    /// Queues a call for another process. `job` is its method if that is one of jobs.
+    pub fn send(
+        &mut self,
+        to: RemoteCall,
+        origin: CallOrigin,
+        call: &HandlerCall,
+        job: Option<JobMethod>,
+    ) -> bool {
         let Some(peer) = self.peers.get_mut(to.link) else {
             return false;
         };
-        let is_queued = peer.send(self.own_pid, origin, call);
+        let sent = (to.number, call.key);
+        let form = match job {
+            Some(job) => {
+                let first_id = self.pools.jobs.send(sent, job, origin.read_ns / 1_000_000);
+                (job.frame_number(), first_id)
+            }
+            None => (call.method as u32, call.id.as_deref()),
+        };
+        let is_queued = peer.send((self.own_pid, origin), call, form);
         if is_queued {
             let forwarded = &self.own_record.forwarded;
             forwarded.store(forwarded.load(Relaxed) + 1, Relaxed);
@@ -358,6 +376,7 @@ impl Forwarding {
 
     /// Cancels a sent call whose caller does not wait any more.
     pub fn cancel(&mut self, call: RemoteCall) {
+        self.pools.jobs.forget(call.number);
         if let Some(peer) = self.peers.get_mut(call.link)
             && peer.sent.remove(&call.number).is_some()
         {
@@ -389,22 +408,24 @@ impl Forwarding {
     /// may have sent a call.
     pub fn leave(&mut self, now_ms: u64) {
         for (_, peer) in &mut self.peers {
-            if peer.leave == LeaveState::NotTold {
-                peer.leave = LeaveState::Told;
+            if peer.leave == LeaveState::NotSent {
+                peer.leave = LeaveState::Sent;
                 peer.link.queue(&Frame::Leave);
                 // Only the first time counts: a process that is stopped while sending must not delay this
                 // exit.
                 self.leave_by_ms.get_or_insert(now_ms + LEAVE_TTL_MS);
             }
         }
-        if !self.is_settled(now_ms) {
-            self.recheck_ms = self.leave_by_ms.filter(|at| *at > now_ms);
+        if !self.is_settled(now_ms)
+            && let Some(at) = self.leave_by_ms.filter(|at| *at > now_ms)
+        {
+            self.recheck_by(at);
         }
     }
 
     /// Returns whether this process may exit: all is sent, and no call is in transit.
     pub fn is_settled(&self, now_ms: u64) -> bool {
-        let is_noted = |peer: &Peer| peer.leave != LeaveState::Told;
+        let is_noted = |peer: &Peer| peer.leave != LeaveState::Sent;
         let is_over = self.leave_by_ms.is_some_and(|at| at <= now_ms);
         (self.peers.iter()).all(|(_, peer)| !peer.link.has_unsent() && (is_over || is_noted(peer)))
     }
@@ -416,19 +437,7 @@ impl Forwarding {
     /// Sends queued frames, and watches the links for the needed events.
     pub fn settle(&mut self, reactor: &mut Reactor) {
         for (key, peer) in &mut self.peers {
-            if peer.link.has_unsent() {
-                peer.link.flush();
-            }
-            let wanted = match peer.link.has_unsent() {
-                true => Interest::Both,
-                false => Interest::Read,
-            };
-            if peer.interest != Some(wanted) {
-                match reactor.watch(LINK_BASE + key as u16, &peer.link, wanted) {
-                    Ok(()) => peer.interest = Some(wanted),
-                    Err(error) => log::debug!("a link to a worker cannot be watched: {error}"),
-                }
-            }
+            peer.settle(LINK_BASE + key as u16, reactor);
         }
     }
 

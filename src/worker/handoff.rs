@@ -18,7 +18,7 @@ use crate::link::metrics_board::layout::MoveReason;
 use crate::sys::closer;
 use crate::sys::event::{Interest, Reactor, Token, UnsentData};
 
-/// The time between two attempts if no event reports room: too many descriptors of this user are in
+/// The time between two attempts if no event reports room. That is so while too many descriptors of this user are in
 /// transit (ETOOMANYREFS, unix(7)).
 const RETRY_MS: u64 = 20;
 
@@ -36,7 +36,7 @@ impl EventLoop {
             closer::close(socket);
             return log::error!("closed an adopted connection: malformed handoff packet");
         };
-        let is_rebalanced = self.has_adopted(reactor);
+        let is_rebalanced = self.note_adopted(reactor);
         let peer = peer_of(&socket);
         let owed = match (taken.unsent.is_empty(), is_whole) {
             (true, _) => UnsentData::Nothing,
@@ -74,11 +74,11 @@ impl EventLoop {
                 let idle_ms = u64::from(taken.state.idle_ms);
                 connection.active_ms = now_ms.saturating_sub(idle_ms);
             }
-            // Its first bytes may have arrived at the sibling, so the socket cannot give their time.
+            // Its first bytes may have arrived at the sibling, so the socket does not know when they arrived.
             connection.is_first_read = taken.unread.is_empty();
             connection.input = taken.unread.into_owned();
         }
-        self.service.ledger.update_flags(connection);
+        self.service.journal.update_flags(connection);
         self.watch_idle(token);
         if !taken.unsent.is_empty() {
             self.service.out.extend_from_slice(&taken.unsent);
@@ -86,12 +86,12 @@ impl EventLoop {
             // Do this before the send counts as done, because the keeper would otherwise send the bytes
             // again.
             reactor.clear_carried_output(token);
-            self.service.ledger.sent();
+            self.service.journal.sent();
         }
         self.pump(reactor, token, false);
     }
 
-    /// Sends every quiescent connection away. The others follow when they become quiescent.
+    /// Hands over every quiescent connection. The others follow when they become quiescent.
     pub(super) fn send_quiescent(&mut self, reactor: &mut Reactor) {
         let open: Vec<Token> = self
             .connections
@@ -109,9 +109,9 @@ impl EventLoop {
         }
     }
 
-    /// Sends a connection away, now or as soon as there is room.
+    /// Hands over a connection, now or as soon as there is room in the queue.
     pub(super) fn give(&mut self, reactor: &mut Reactor, token: Token) {
-        // The rest of its input must be dropped, which another worker would not know.
+        // The rest of a refused call must be dropped, and another worker would not know that.
         if find(&mut self.connections, token).is_some_and(|it| it.discarding.is_some()) {
             return;
         }
@@ -150,12 +150,12 @@ impl EventLoop {
         // Set the flag before sendmsg(2): if the worker dies after the call, the keeper must not hand the
         // connection over again. If it dies before the call, the connection is lost, because the keeper
         // cannot tell the two cases apart. The window is about 100 ns.
-        self.service.ledger.set_handed_off(connection, true);
+        self.service.journal.set_handed_off(connection, true);
         let given = self
             .adoption
             .send(socket.as_fd(), state, b"", &connection.input);
         if let Err(error) = given {
-            self.service.ledger.set_handed_off(connection, false);
+            self.service.journal.set_handed_off(connection, false);
             return Err(error);
         }
         // The queue also has it now, so closing our descriptor does not end it.
@@ -190,7 +190,7 @@ impl EventLoop {
             .arm(&mut self.give_deadline, at, TimerTarget::Give);
     }
 
-    /// Tries again, because the queue may have room.
+    /// Tries to send the waiting connections again, because the queue may have room.
     pub(super) fn retry_handoffs(&mut self, reactor: &mut Reactor) {
         reactor.unwatch(QUEUE);
         while let Some(&token) = self.waiting_to_give.front() {

@@ -17,7 +17,7 @@ use crate::protocol::code::Code;
 use crate::protocol::detect::{self, Dialect};
 use crate::protocol::frame::{self, DecodedFrame};
 use crate::protocol::http::head::{Ask, RequestHead};
-use crate::protocol::http::{self, RejectedRequest, RequestLimits, response};
+use crate::protocol::http::{self, RejectedRequest, RequestLimits, respond_async, response};
 use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::protocol::rpc_error::RpcError;
 use crate::protocol::{answer, line};
@@ -30,7 +30,7 @@ const PROXY_PROTOCOL: &str = "the connection begins with the PROXY protocol, whi
 /// The answer to a client that begins with TLS, and the log line about it.
 const TLS: &str = "the connection begins with TLS, which preforkd does not speak: it is refused; connect without TLS, \
      or let a proxy in front end it (stunnel, nginx, HAProxy)";
-/// While the worker drains, how long it waits for a connection to become quiescent before it reads on.
+/// How long a draining worker waits for a connection to become quiescent before it reads from it again.
 const YOUNG_MS: u64 = 100;
 
 impl CallDispatcher {
@@ -87,7 +87,7 @@ impl CallDispatcher {
             match frame::decode(&input[at..], self.limits.frame) {
                 DecodedFrame::Whole { body, used } => {
                     at += used;
-                    self.ledger.reaches(at);
+                    self.journal.reaches(at);
                     self.on_body(connection, Framing::Frame, body);
                 }
                 DecodedFrame::Partial { .. } => break,
@@ -121,7 +121,7 @@ impl CallDispatcher {
                 line::DecodedLine::Whole { body, used } => {
                     connection.scanned = 0;
                     at += used;
-                    self.ledger.reaches(at);
+                    self.journal.reaches(at);
                     self.on_body(connection, Framing::Line, body);
                 }
                 line::DecodedLine::Blank { used } => {
@@ -149,6 +149,8 @@ impl CallDispatcher {
                 body: self.limits.frame,
                 origins: self.origins,
                 traces: self.tracing.is_on,
+                request_ids: self.access.is_on(),
+                jobs: self.registry.jobs_lane().is_some(),
             };
             match http::decode(&input[at..], &mut progress, &rules) {
                 http::DecodedRequest::Whole {
@@ -157,18 +159,15 @@ impl CallDispatcher {
                     used,
                 } => {
                     at += used;
-                    self.ledger.reaches(at);
+                    self.journal.reaches(at);
                     if head.close {
                         connection.phase = ConnectionPhase::Closing;
-                        self.ledger.mark_closing(connection);
+                        self.journal.mark_closing(connection);
                     }
-                    if rules.traces {
-                        self.tracing.header = head.trace.take();
-                    }
+                    self.tracing.header = head.trace.take();
+                    self.access.request_id = head.request_id.take();
                     self.request(connection, head, &body);
-                    if rules.traces {
-                        self.tracing.header = None;
-                    }
+                    (self.tracing.header, self.access.request_id) = (None, None);
                 }
                 http::DecodedRequest::Blank { used } => at += used,
                 http::DecodedRequest::Partial { waits } => {
@@ -207,21 +206,22 @@ impl CallDispatcher {
                 let text = "this listener takes no call in the body (http-methods = \"path\"); send \
                             POST /METHOD with the params as body";
                 let error = RpcError::of(Code::InvalidRequest, text, false);
-                self.count_refused_request(&error);
+                self.count_refused_request(connection, body.len(), &error);
                 let refusal = RejectedRequest { status: 403, error };
                 let call = self.tracing.id(self.last_call);
                 self.refuse_request(connection, head.reply, &refusal, call);
             }
             Ask::Call => self.on_body(connection, wrap, body),
             Ask::Method(method) => {
-                self.last_call += 1;
+                self.begin_call(connection, body.len());
                 self.counts.count_body(Form::ParamsOnly);
                 let reply = self.reserve_answer(connection, wrap, Form::ParamsOnly, None);
                 match body::params(body, self.limits.depth) {
                     Ok(params) => {
+                        let (method, params) = respond_async::translate(&head.job, method, params);
                         let call = Call {
-                            method: method.into(),
-                            params,
+                            method,
+                            params: &params,
                             id: None,
                             timeout_ms: None,
                         };
@@ -238,12 +238,12 @@ impl CallDispatcher {
                 self.respond(connection, head.reply, 503, b"{\"status\":\"pool down\"}");
             }
             Ask::Health => self.respond(connection, head.reply, 200, b"{\"status\":\"ok\"}"),
-            Ask::Preflight => {
+            Ask::Preflight { has_jobs } => {
                 let reply = self.reserve_answer(connection, wrap, Form::Notification, None);
                 let about = self.answer_context(connection, reply);
                 let close = about.last && about.closing;
                 self.write(connection, reply, |out, _, _| {
-                    response::preflight(out, head.reply, close, about.http);
+                    response::preflight(out, head.reply, (close, has_jobs), about.http);
                 });
             }
             Ask::Refused(refusal) => {
@@ -253,12 +253,14 @@ impl CallDispatcher {
     }
 
     /// Counts a call that is refused as a request.
-    fn count_refused_request(&mut self, error: &RpcError) {
-        self.last_call += 1;
+    fn count_refused_request(&mut self, from: &Connection, size: usize, error: &RpcError) {
+        self.begin_call(from, size);
         self.errors += 1;
         let counted = CountedCall::Refused(self.counts.place(None));
         self.counts.count(counted);
         self.counts.count_error(counted, error);
+        let counts = (&self.counts, counted, self.last_call);
+        (self.access).answered(Some(from), (Form::ParamsOnly, Some(error), 0), counts);
     }
 
     /// Answers a refused request. `call` is its id, if it counts as a call and errors have ids.
@@ -274,7 +276,7 @@ impl CallDispatcher {
         self.respond(connection, reply, why.status, &body);
     }
 
-    /// Answers a request that is no call.
+    /// Answers an HTTP request that is not a call.
     fn respond(
         &mut self,
         connection: &mut Connection,
@@ -292,17 +294,18 @@ impl CallDispatcher {
         });
     }
 
-    /// Handles a beginning that is neither a length nor text of a known dialect.
+    /// Refuses a connection that begins with neither a length nor text of a known dialect.
     fn reject_unknown_dialect(&mut self, connection: &mut Connection, input: &[u8]) -> usize {
         if detect::is_proxy_protocol(input) {
             return self.reject_protocol(connection, PROXY_PROTOCOL, input);
         }
-        let text = "these are no four bytes to begin with: send a frame (a 4-byte little-endian \
-                    length and that many bytes of JSON), a line of JSON, or an HTTP request";
+        let text = "a connection cannot begin with these four bytes: send a frame (a 4-byte \
+                    little-endian length and that many bytes of JSON), a line of JSON, or an HTTP request";
         self.reject_too_large(connection, Framing::Frame, text.to_owned(), input)
     }
 
-    /// Refuses a known protocol of others. `text` says what it is.
+    /// Refuses a connection with a known protocol that preforkd does not speak. `text` names the protocol and the
+    /// remedy.
     fn reject_protocol(
         &mut self,
         connection: &mut Connection,
@@ -313,7 +316,7 @@ impl CallDispatcher {
         self.reject_too_large(connection, Framing::Frame, text.to_owned(), input)
     }
 
-    /// Answers `too-large`; what follows can't be told apart from the rest of what was refused.
+    /// Answers `too-large` and consumes all input, because it is unknown where the next call begins.
     fn reject_too_large(
         &mut self,
         connection: &mut Connection,
@@ -321,7 +324,7 @@ impl CallDispatcher {
         why: String,
         input: &[u8],
     ) -> usize {
-        self.last_call += 1;
+        self.begin_call(connection, input.len());
         let reply = self.reserve_answer(connection, wrap, Form::Plain, None);
         let error = RpcError::of(Code::TooLarge, why, false);
         self.answer_error(connection, reply, None, error);
@@ -342,14 +345,14 @@ impl CallDispatcher {
         }
     }
 
-    /// Returns the connection that must make room for the input of this one, if another one has more.
-    pub fn payer_for(&self, connection: &Connection) -> Option<Token> {
+    /// Returns the connection that must make room for the input of this one; `None` if no other has more.
+    pub fn victim_for(&self, connection: &Connection) -> Option<Token> {
         let owner = (connection.source, connection.token);
-        self.unfinished_shares.payers(owner, 0).next()
+        self.unfinished_shares.victims(owner, 0).next()
     }
 
-    /// Returns whether there is no room for the counted input of a connection. There always is if it is
-    /// small or the only one.
+    /// Returns whether there is no room for the counted input of a connection. There is always room if the input is
+    /// small, or the only one.
     pub fn has_no_room_for(&self, connection: &Connection) -> bool {
         self.unfinished > self.limits.unfinished.saturating_add(frame::HEADER)
             && connection.accounted_bytes > ALWAYS_ROOM
@@ -388,8 +391,8 @@ impl CallDispatcher {
             Some(Dialect::Http) => {
                 connection.phase = ConnectionPhase::Closing;
                 connection.ends_by(CloseReason::Limit);
-                self.ledger.mark_closing(connection);
-                self.count_refused_request(&error);
+                self.journal.mark_closing(connection);
+                self.count_refused_request(connection, input.len(), &error);
                 let refusal = RejectedRequest { status: 503, error };
                 let call = self.tracing.id(self.last_call);
                 let reply = http::ResponseOptions::default();
@@ -404,7 +407,7 @@ impl CallDispatcher {
                 (Framing::Frame, Discard::Bytes(need - input.len()))
             }
         };
-        self.last_call += 1;
+        self.begin_call(connection, input.len());
         connection.scanned = 0;
         connection.discarding = Some(rest);
         let reply = self.reserve_answer(connection, wrap, Form::Plain, None);
@@ -426,8 +429,9 @@ impl CallDispatcher {
         self.unused.remove(connection);
         let (place, shape) = (connection.take(free), AnswerFormat { form, wrap });
         let mark = self
-            .ledger
+            .journal
             .take(connection, shape, place, (id, self.last_call));
+        self.access.recorded(mark);
         PendingAnswer { place, shape, mark }
     }
 }

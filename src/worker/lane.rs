@@ -7,13 +7,21 @@ use super::fair_queue::Waiting;
 use super::run_queue::RunQueue;
 use super::shares::{Shares, Source};
 use super::threads::HandlerCall;
+use crate::handler::registry::Registry;
 use crate::sys::event::Token;
 
 /// The bytes of params that may wait or run in a worker, for all its connections together. Each lane has
 /// an equal part.
 pub const MOST_BYTES: usize = 64 * 1024 * 1024;
 
-/// The calls of one executor: the handler threads, or a pool.
+/// The bytes of params of calls to the jobs process, for all connections of a worker together. They wait in the jobs
+/// process for the next commit.
+pub const MOST_JOB_BYTES: usize = 4 * 1024 * 1024;
+
+/// The largest number of bytes of the params and the id of a call to the jobs process that only names a job.
+pub const MOST_ID_PARAMS: usize = 1024;
+
+/// The calls of one executor: the handler threads, a pool, or the jobs process.
 #[derive(Debug)]
 pub struct Lane {
     pub queue: Arc<RunQueue>,
@@ -21,12 +29,12 @@ pub struct Lane {
     pub batch: Vec<(Waiting, HandlerCall)>,
     /// Calls that must be answered.
     pub unanswered: usize,
-    /// Those that other processes run.
+    /// Unanswered calls that run in other processes.
     pub sent: usize,
     /// Calls in `queue`, or with the executor of this process, which has not reported them.
     pub local: usize,
-    /// Those that run although their callers do not wait any more.
-    pub lost: usize,
+    /// Calls that still run although they were given up. Each occupies its thread or program.
+    pub orphaned: usize,
     /// Calls that made room for others and are not removed yet.
     pub evicted: usize,
     /// The bytes of params and ids of all calls.
@@ -58,14 +66,31 @@ impl CallShares {
 }
 
 impl Lane {
-    pub fn new(queue: Arc<RunQueue>) -> Self {
+    /// Creates all lanes up to `last`. `threads` is the queue of the handler threads.
+    pub fn all(threads: Arc<RunQueue>, registry: &Registry, last: usize) -> Vec<Self> {
+        let queue = |lane| {
+            // How long calls of the jobs process took says nothing about the next one.
+            let timed = match registry.jobs_lane() == Some(lane) {
+                true => 0,
+                false => registry.methods().len(),
+            };
+            Arc::new(RunQueue::new(timed))
+        };
+        let others = (1..=last).map(queue);
+        std::iter::once(threads)
+            .chain(others)
+            .map(Lane::new)
+            .collect()
+    }
+
+    fn new(queue: Arc<RunQueue>) -> Self {
         Lane {
             queue,
             batch: Vec::new(),
             unanswered: 0,
             sent: 0,
             local: 0,
-            lost: 0,
+            orphaned: 0,
             evicted: 0,
             bytes: 0,
             shares: CallShares::default(),

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::turns::Turns;
 
-/// What the programs of a pool have ahead is done within this time, as far as can be expected; and this
-/// number of calls at most for each.
+/// How many calls the programs of a pool may have in advance: only as many as are expected to be done within this
+/// time, and at most this number for each program.
 const SHORT_AHEAD: Duration = Duration::from_millis(1);
 const MOST_AHEAD_EACH: usize = 16;
 /// The estimate of the run time moves by this fraction of itself (1/8) after each run.
@@ -21,7 +21,7 @@ pub struct MethodStats {
     pub current: usize,
     /// The size of its last result in bytes; the next one is expected to be as large.
     pub last_result: usize,
-    /// Who is next at its limits.
+    /// Which source gets the next free place when a limit of the method is reached.
     pub turns: Turns,
     /// Calls that the rate still allows, in thousandths.
     credit: u64,
@@ -39,7 +39,7 @@ impl MethodStats {
         }
     }
 
-    /// How many calls `rate` a second allows now.
+    /// Returns how many calls a limit of `rate` calls per second allows now.
     pub fn allowed(&mut self, rate: u32, now_ms: u64) -> usize {
         let rate = u64::from(rate);
         // Thousandths per millisecond equal calls per second. Up to one second's calls can be saved up.
@@ -75,8 +75,8 @@ impl MethodStats {
     }
 }
 
-/// Returns how many calls `programs` programs of a pool with these methods may have ahead. The way to
-/// another process and back costs more than a short call, so several of those are sent at once.
+/// Returns how many calls the `programs` programs of a pool with these methods may get in advance. Sending a call to
+/// another process costs more than a short call takes. So several short calls are sent at once.
 pub fn ahead_of_programs<'a>(
     methods: impl Iterator<Item = &'a MethodStats>,
     programs: usize,

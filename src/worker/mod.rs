@@ -6,8 +6,10 @@
 //! of a handler is answered as an error.
 
 mod accepting;
+mod access_log;
 mod active_rebalance;
 mod assembly;
+mod attempts;
 mod batch;
 mod call_counts;
 mod call_dispatcher;
@@ -24,15 +26,19 @@ mod deadlines;
 mod drain;
 mod event_loop;
 mod fair_queue;
-pub mod forwarding;
+mod forwarding;
 mod handoff;
 mod input_parser;
+mod job_calls;
+mod jobs_lane;
 mod lane;
+mod link_requests;
 mod method_stats;
 mod orders;
 mod path_listeners;
 pub mod peer;
 mod peer_calls;
+mod peer_frames;
 mod pool_health;
 mod pool_update;
 pub mod post_fork;
@@ -43,7 +49,7 @@ mod recycle_check;
 pub mod refused_connections;
 mod remote_calls;
 mod run_queue;
-mod session;
+pub mod session;
 mod session_state;
 mod shares;
 mod slow_log;
@@ -74,14 +80,14 @@ const CANT_START: i32 = 71;
 /// The exit code for a bug of preforkd (EX_SOFTWARE).
 const BUG: i32 = 70;
 /// How long an exiting worker waits until its last log lines are written.
-const LAST_WORDS: Duration = Duration::from_millis(250);
+const LOG_FLUSH_LIMIT: Duration = Duration::from_millis(250);
 
 /// Runs the worker, pool process or session in a newly forked child in which all signals are blocked.
 pub fn run(boot: WorkerInit<'_>) -> ! {
     run_as(boot, live)
 }
 
-/// Lets `live` be all that a forked child does, and ends the child.
+/// Runs `live` as the whole life of a forked child, and exits with its result. Never returns.
 pub fn run_as<'a>(
     boot: WorkerInit<'a>,
     live: fn(WorkerInit<'a>) -> Result<(), (&'static str, io::Error)>,
@@ -102,7 +108,7 @@ pub fn run_as<'a>(
     if code != 0 {
         signal::record_own_fault();
     }
-    logging::flush(LAST_WORDS);
+    logging::flush(LOG_FLUSH_LIMIT);
     exit_now(code)
 }
 

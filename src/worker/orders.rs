@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use super::attempts::running as attempts;
 use super::connection::{Connection, ConnectionPhase};
 use super::drain::Drain;
 use super::event_loop::{EventLoop, LINK, MASTER};
@@ -22,7 +23,7 @@ use crate::protocol::code::Code;
 use crate::sys::event::{Interest, Reactor, Token};
 use crate::sys::socket;
 
-/// Between two looks for an order of the master, once the acceptor of a session is gone.
+/// The time between two checks for an order of the master after the acceptor of a session has died, in milliseconds.
 const ORDER_LOOK_MS: u64 = 100;
 
 impl EventLoop {
@@ -43,9 +44,8 @@ impl EventLoop {
                     }
                     Order::LinkPool(ends) => {
                         if let Some(link) = descriptor {
-                            let pool = Some((usize::from(ends.lane), ends.generation.0));
-                            let record = ends.record.into();
-                            self.service.forwarding.add(record, link, pool);
+                            let added = self.service.forwarding.add_pool(ends, link);
+                            attempts::link_added(&mut self.service, added);
                         }
                     }
                     Order::UpdatePool(generation) => {
@@ -54,12 +54,17 @@ impl EventLoop {
                     Order::EndUpdate(generation, has_succeeded) => {
                         pool_update::end(&mut self.service, generation, has_succeeded);
                     }
+                    // Only a jobs process gets it.
+                    Order::ExecutorEnded(_) => {}
                     Order::PoolEnded => self.service.forwarding.pools.is_final = true,
+                    // Only a jobs process gets it.
+                    Order::JobCommand => {}
                     Order::SessionLink(link) => {
                         if let Some(fd) = descriptor {
                             self.service.forwarding.add_session(link, fd, reactor);
                         }
                     }
+                    Order::ReopenAccessLog => self.service.access.reopen(descriptor),
                     Order::ReopenLog => match descriptor {
                         Some(file) => drop(logging::set_output(logging::LogOutput::received(file))),
                         None => log::warn!(
@@ -94,12 +99,12 @@ impl EventLoop {
                         "the master has died: this worker accepts nothing more, answers running calls \
                          and exits; start a new master"
                     );
-                    return self.start_stop(reactor, self.drain_timeout);
+                    return self.start_stop(reactor, self.longest_drain());
                 }
             }
         }
         if let Some(shares) = shares {
-            self.spread(reactor, shares);
+            self.start_rebalance(reactor, shares);
         }
     }
 
@@ -107,7 +112,7 @@ impl EventLoop {
         for signal in self.signals.take() {
             match signal {
                 Signal::SIGQUIT => self.drain.leave_now(),
-                // It serves until it is ordered to exit.
+                // A pool process serves until the master orders it to exit, because workers may still need it.
                 _ if self.is_pool() && self.drain.is_serving() => {
                     let _ = self.report(Report::Retiring);
                 }
@@ -115,7 +120,7 @@ impl EventLoop {
                     log::info!("retires: asked by SIGTERM");
                     // If the report fails, the master notices when this worker has exited.
                     let _ = self.report(Report::Retiring);
-                    self.start_drain(reactor, self.drain_timeout);
+                    self.start_drain(reactor, self.longest_drain());
                 }
                 // For a draining worker: the master orders the end, or the drain that is already in
                 // progress.
@@ -145,20 +150,20 @@ impl EventLoop {
             && self.drain.is_serving()
         {
             let end = since.saturating_add(millis(self.drain_timeout));
-            if self.service.forwarding.peers.is_empty() || self.service.now_ms >= end {
+            if !self.service.forwarding.has_users() || self.service.now_ms >= end {
                 self.start_drain(reactor, self.drain_timeout);
             }
         }
     }
 
-    /// The master of a session has died: it answers what runs and leaves.
+    /// Handles the death of the master in a session: it answers the running calls and exits.
     pub(super) fn session_lost_master(&mut self, reactor: &mut Reactor) {
         reactor.unwatch(MASTER);
         self.master_gone = Some(self.service.now_ms);
         self.start_stop(reactor, self.drain_timeout);
     }
 
-    /// Lets a session leave as soon as its connection has ended and what that has begun is done.
+    /// Lets a session exit when its connection has ended and the calls of that connection are done.
     pub(super) fn end_with_connection(&mut self, reactor: &Reactor) {
         let has_ended = self.session.is_some() && reactor.connections() == 0;
         if has_ended && self.drain.is_serving() {
@@ -168,7 +173,7 @@ impl EventLoop {
         }
     }
 
-    /// Ends a session whose time is over, and obeys a master that cannot reach it by its acceptor.
+    /// Ends a session whose `max-lifetime` is over. If its acceptor is gone, obeys the orders of the master.
     pub(super) fn tick_session(&mut self, reactor: &mut Reactor) {
         let now_ms = self.service.now_ms;
         let Some(session) = &self.session else {
@@ -226,19 +231,20 @@ impl EventLoop {
         }
     }
 
-    /// A session that closes its connection has not crashed: its client is to see an orderly end.
+    /// Prepares the orderly end of a session's connection: the client gets a normal close and no reset, because the
+    /// session has not crashed.
     pub(super) fn before_closing(&self, reactor: &Reactor, token: Token) {
         if let Some(session) = &self.session
             && let Some(connection) = reactor.descriptor(token)
         {
             socket::reset_when_closed(connection, false);
-            // It counts in the process that has taken it over.
+            // The connection may have been handed over. Then it counts in the process that has adopted it.
             session.record.set_source(None);
         }
     }
 
-    /// Notes until when a session with a program of its own is to have left. Its connection stays here, with
-    /// the state that the program keeps. Returns whether that is so.
+    /// Records until when a session with a program of its own must exit. Its connection cannot be handed over,
+    /// because the program keeps state for it. Returns whether the session has such a program.
     fn stays_until(&mut self, until_ms: u64) -> bool {
         let has_own = self.service.threads.pools().has_own();
         let Some(session) = self.session.as_mut().filter(|_| has_own) else {
@@ -249,7 +255,7 @@ impl EventLoop {
         true
     }
 
-    /// A session may get its first program while it drains: then it serves on, up to the end of the drain.
+    /// Handles a session that gets its first program while it drains: it serves until the end of the drain.
     pub(super) fn stay_with_programs(&mut self) {
         if self.drain.is_handing_off() && self.stays_until(self.drain.until_ms()) {
             self.drain = Drain::default();
@@ -319,10 +325,12 @@ impl EventLoop {
         if self.stays_until(until_ms) {
             return;
         }
-        self.end_spreading(reactor);
+        self.end_rebalance(reactor);
         (self.show_draining)();
         reactor.drain_accept_queues(false, self);
+        attempts::drain(&mut self.service, until_ms);
         let now = self.service.now_ms;
+        let limit = self.limit_of_calls(limit);
         self.drain.drain(now, now.saturating_add(millis(limit)));
         self.send_quiescent(reactor);
     }
@@ -335,24 +343,26 @@ impl EventLoop {
         self.settle_programs(reactor);
     }
 
-    /// Half of the drain is over and some connections are never quiescent: takes nothing more from them,
-    /// so that they are quiescent when their calls are answered.
+    /// Takes nothing more from any connection, because half of the drain is over and some are never quiescent. They
+    /// become quiescent when their calls are answered.
     pub(super) fn stop_reading(&mut self, reactor: &mut Reactor) {
         self.service.limits.pipeline = 0;
         self.advance_open(reactor, |_| true);
     }
 
     pub(super) fn start_stop(&mut self, reactor: &mut Reactor, limit: Duration) {
-        self.end_spreading(reactor);
+        self.end_rebalance(reactor);
         // A client in the accept queue is connected and may have sent a call. Connections that siblings
         // have sent can go to no other worker.
         reactor.drain_accept_queues(true, self);
         self.stop_giving(reactor);
         self.service.stopping = true;
-        self.service.ledger.stops();
+        self.service.journal.stops();
         // Calls that were not taken because of the handoff are answered now.
         self.service.limits.pipeline = usize::MAX;
         let now = self.service.now_ms;
+        attempts::drain(&mut self.service, now.saturating_add(millis(limit)));
+        let limit = self.limit_of_calls(limit);
         self.drain.stop(now.saturating_add(millis(limit)));
         self.advance_open(reactor, |_| true);
     }
@@ -374,7 +384,7 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn close_resting(&mut self, reactor: &mut Reactor, partial: bool) {
+    pub(super) fn close_all_quiescent(&mut self, reactor: &mut Reactor, partial: bool) {
         let resting: Vec<Token> = self
             .connections
             .iter()
@@ -391,7 +401,7 @@ impl EventLoop {
         }
     }
 
-    /// Counts the clients that are still connected and do not know of the exit.
+    /// Prepares the end of the remaining connections at the exit, and counts them.
     pub(super) fn leaves(&self, reactor: &Reactor) {
         for connection in self.connections.iter().flatten() {
             self.before_closing(reactor, connection.token);
@@ -404,16 +414,17 @@ impl EventLoop {
         let writer = service.counts.writer;
         let open = self.connections.iter().flatten().count() as u64;
         writer.add(&writer.block.closed[CloseReason::Stop as usize], open);
-        service.ledger.record_exit(left, &service.record.reset);
+        service.journal.record_exit(left, &service.record.reset);
     }
 
-    /// The time of the drain has passed: answers all remaining calls with an error, if that can be sent.
+    /// Answers all remaining calls with an error, because the time of the drain has passed.
     pub(super) fn give_up_all(&mut self, reactor: &mut Reactor) {
         // The waiting calls come first, because a freed thread would begin one of them.
-        let left = self.service.calls.all();
+        let mut left = self.service.calls.all();
+        left.retain(|key| !self.service.attempts.runs(*key));
         if !left.is_empty() {
             log::warn!(
-                "{} done when the drain time had passed: answered with stopping",
+                "{} done when the drain time had passed (workers.drain-timeout): answered with stopping",
                 pluralize(left.len(), "call is not", "calls are not")
             );
         }
@@ -426,6 +437,6 @@ impl EventLoop {
                 "the server stops and could not wait longer",
             );
         }
-        self.close_resting(reactor, true);
+        self.close_all_quiescent(reactor, true);
     }
 }

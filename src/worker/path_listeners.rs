@@ -1,8 +1,8 @@
 //! Decides whether an HTTP request must name its method in the path.
 //!
-//! A connection is identified by its local address, so this also works for one that another worker has
-//! accepted. If no listener here has that address, because a reload has removed or isolated it, the rule of the
-//! worker before holds. Without such listeners, which is the default, it costs nothing. It never fails: a
+//! The listener of a connection is found by the local address, so this also works for a connection that another
+//! worker has accepted. If no listener has that address, because a reload has removed or isolated it, the rule of the
+//! previous worker holds. If no listener has this rule, which is the default, there is no cost. Nothing here fails: a
 //! connection with an unknown address needs a path.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +19,8 @@ pub struct PathListeners {
 }
 
 impl PathListeners {
-    /// Those of the listeners `configured`, whose sockets have the same order.
+    /// Selects the listeners whose requests need a path. `sockets` has the sockets of the listeners `configured`, in
+    /// the same order.
     pub fn of<'a>(
         configured: impl Iterator<Item = &'a ListenConfig>,
         sockets: &[Rc<OwnedFd>],
@@ -35,7 +36,7 @@ impl PathListeners {
         all
     }
 
-    /// Returns whether a connection needs a path. `was_required`: the worker before has required it.
+    /// Returns whether a connection needs a path. `was_required` says whether the previous worker has required it.
     #[inline]
     pub fn require_path(&self, connection: &impl AsFd, was_required: bool) -> bool {
         (was_required || !self.with_path.is_empty()) && self.find(connection, was_required)
@@ -52,8 +53,8 @@ impl PathListeners {
     }
 }
 
-/// Returns whether a connection with the local address `own` may have been made to a listener. `None` is one
-/// whose address is unknown.
+/// Returns whether a connection with the local address `own` may have been made to `listener`. `None` is a listener
+/// with an unknown address.
 pub(super) fn is_listener_of(listener: Option<&Bound>, own: &Bound) -> bool {
     match (listener, own) {
         (Some(Bound::Tcp(listener)), Bound::Tcp(own)) => {

@@ -1,9 +1,10 @@
-//! Represents another process in a worker: its link, the calls that run there or here, and its capacity.
+//! Represents another process in a worker: its link, the calls that the two run for each other, and its capacity.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
 
+use super::jobs_lane::JobsLane;
 use super::timers::CallKey;
 use crate::handler::call_state::HandlerCall;
 use crate::handler::pool::Stage;
@@ -12,9 +13,10 @@ use crate::handler::trace::Trace;
 use crate::link::call_frame::{AnswerFrame, CallFrame, CallOrigin, Frame};
 use crate::link::call_link::CallLink;
 use crate::link::ids::Generation;
-use crate::link::scoreboard::{LANES, WorkerRecord};
-use crate::protocol::call_id::CallId;
-use crate::sys::event::Interest;
+use crate::link::scoreboard::{LANES, RECORDS, WorkerRecord};
+use crate::protocol::call_id::{CallId, CallRunner};
+use crate::sys::event::{Interest, Reactor};
+use crate::sys::process::Pid;
 use crate::throttle::limiter::Limiter;
 
 /// A worker whose event loop has not run for this long gets no calls. An idle loop runs once per second.
@@ -37,19 +39,22 @@ pub fn place(lane: usize) -> usize {
     lane.min(LANES - 1)
 }
 
-/// Another worker.
+/// A process with a link to this one.
 #[derive(Debug)]
 pub struct Peer {
     pub record: &'static WorkerRecord,
     pub record_index: usize,
-    /// If the pool of one of the two processes runs calls of the other: its lane there. 0: both are workers.
+    /// If one of the two processes is a pool process: the lane of its pool in the other process. If one is the jobs
+    /// process: the lane of jobs. 0 if both are workers.
     pub lane: usize,
+    /// Whether it is a jobs process.
+    pub is_jobs: bool,
     /// In a pool process, the generation of the worker.
     pub generation: u32,
     pub link: CallLink,
     /// The calls of our connections that it runs.
     pub sent: HashMap<u64, CallKey>,
-    /// Its calls that run here, by their numbers there.
+    /// The calls of the other process that run here, by their numbers in that process.
     pub running: HashMap<u64, CallKey>,
     /// Its capacity epoch when `sent_since` was zero.
     pub epoch: u32,
@@ -60,19 +65,21 @@ pub struct Peer {
     pub interest: Option<Interest>,
     /// Until when its offers for short calls are ignored, because it has returned one.
     pub no_short_until_ms: u64,
-    /// It begins no further call.
+    /// Whether the other process begins no further call.
     pub is_leaving: bool,
-    /// Whether it knows that this process is exiting.
+    /// Whether there is a newer link to the jobs process of its generation.
+    pub is_replaced: bool,
+    /// Whether the other process knows that this process is exiting.
     pub leave: LeaveState,
-    /// How often it may be said that it sends no results.
-    pub complaints: Limiter,
+    /// The limit on log lines about invalid results of this process.
+    pub warning_limiter: Limiter,
 }
 
 /// Whether another process knows that this one is exiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaveState {
-    NotTold,
-    Told,
+    NotSent,
+    Sent,
     Noted,
 }
 
@@ -81,32 +88,34 @@ pub enum LeaveState {
 pub struct SharedPools {
     /// In a worker, the lanes of the pools whose processes have stayed.
     pub kept_lanes: Vec<usize>,
-    /// No pool process follows one that ends: after an upgrade.
+    /// Whether a pool process that ends is not replaced: after an upgrade, in a worker of the program before it.
     pub is_final: bool,
+    /// The calls to the jobs process.
+    pub jobs: JobsLane,
     /// In a pool process, the numbers of its methods.
     pub methods: MethodNumbers,
-    /// The lane that it shows, if that is another one than at its start.
+    /// The lane that the pool process shows, if it is not the lane of its start.
     pub shown_lane: Option<usize>,
-    /// What the master waits for.
+    /// The update that the master waits for.
     pub update: Option<PoolUpdate>,
 }
 
-/// A pool process is to serve another generation as well.
+/// The update of a pool process that will also serve the next generation.
 #[derive(Debug)]
 pub struct PoolUpdate {
     pub generation: Generation,
     pub stage: Stage,
-    /// Where the reason goes if it cannot.
+    /// The file for the reason if the pool process cannot serve that generation.
     pub file: Option<OwnedFd>,
-    /// The lane of the pool there.
+    /// The lane of the pool in that generation.
     pub lane: usize,
     /// When the report is due; `None` once it is sent.
     pub report_at_ms: Option<u64>,
 }
 
 impl Peer {
-    /// The process with this record, over a link that the master has made. `pool`: the lane and the
-    /// generation of a worker, if one of the two is a pool process.
+    /// Creates the entry for the process with this record, over a link that the master has made. If one of the two is
+    /// a pool process, `pool` has the lane and the generation of the worker.
     pub fn new(
         record: &'static WorkerRecord,
         record_index: usize,
@@ -118,6 +127,7 @@ impl Peer {
             record,
             record_index,
             lane,
+            is_jobs: false,
             generation,
             link: CallLink::new(link),
             sent: HashMap::new(),
@@ -128,22 +138,29 @@ impl Peer {
             interest: None,
             no_short_until_ms: 0,
             is_leaving: false,
-            leave: LeaveState::NotTold,
-            complaints: Limiter::rare(),
+            is_replaced: false,
+            leave: LeaveState::NotSent,
+            warning_limiter: Limiter::rare(),
         }
     }
 
-    /// Queues a call of this process for it; `pid` is our own. Returns false if there is no room.
-    pub fn send(&mut self, pid: i32, origin: CallOrigin, call: &HandlerCall) -> bool {
+    /// Queues a call of this process for the other one. `pid` is that of this process. `method` and `client_id` are
+    /// sent instead of those of the call. Returns false if there is no room.
+    pub fn send(
+        &mut self,
+        (pid, origin): (i32, CallOrigin),
+        call: &HandlerCall,
+        (method, client_id): (u32, Option<&str>),
+    ) -> bool {
         let identity = call.state.identity();
         let number = identity.number;
         let is_queued = self.link.queue(&Frame::Call(CallFrame {
             id: CallId { pid, number },
-            method: call.method as u32,
+            method,
             key: call.state.key(),
             deadline_ms: u64::try_from(call.deadline.as_millis()).unwrap_or(u64::MAX),
             origin,
-            client_id: call.id.as_deref().map(Into::into),
+            client_id: client_id.map(Into::into),
             peer: call.peer,
             trace: identity.trace().map(Trace::into_context),
             params: call.params.as_ref().into(),
@@ -162,6 +179,10 @@ impl Peer {
             self.link.queue(&Frame::Answer(AnswerFrame {
                 id: answer.id,
                 took_us: answer.took_us,
+                runner: CallRunner {
+                    process: Pid::current().0,
+                    ..answer.runner
+                },
                 name: answer.name.as_deref().map(Into::into),
                 outcome: match &answer.outcome {
                     Ok(result) => Ok(result.as_ref().into()),
@@ -171,7 +192,7 @@ impl Peer {
         }
     }
 
-    /// If its record has changed, it shows the calls sent before.
+    /// Records a change of its record, which then includes the calls sent before.
     pub fn note_epoch(&mut self) {
         let epoch = self.record.capacity_epoch.load(Relaxed);
         if epoch != self.epoch {
@@ -180,8 +201,8 @@ impl Peer {
         }
     }
 
-    /// Whether it takes part in forwarding with processes of this generation. A pool process may serve
-    /// several, of which it shows one.
+    /// Returns whether it takes part in forwarding with processes of this generation. A pool process may serve several
+    /// generations, and shows one of them.
     pub fn is_with(&self, generation: u32) -> bool {
         match self.record.generation.load(Relaxed) {
             shown if self.lane == 0 => shown == generation,
@@ -189,7 +210,38 @@ impl Peer {
         }
     }
 
-    /// Whether it runs calls of this lane.
+    /// Sends queued frames, and watches the link under this number for the needed events.
+    pub fn settle(&mut self, watch: u16, reactor: &mut Reactor) {
+        if self.link.has_unsent() {
+            self.link.flush();
+        }
+        // A session that does not read is not read either. Two workers could then wait for each other.
+        let is_stopped = self.is_session() && self.link.is_congested();
+        let wanted = match self.link.has_unsent() {
+            true if is_stopped => Interest::Write,
+            true => Interest::Both,
+            false => Interest::Read,
+        };
+        if self.interest != Some(wanted) {
+            match reactor.watch(watch, &self.link, wanted) {
+                Ok(()) => self.interest = Some(wanted),
+                Err(error) => log::debug!("a link to a worker cannot be watched: {error}"),
+            }
+        }
+    }
+
+    /// Returns whether it is a session.
+    pub fn is_session(&self) -> bool {
+        self.record_index >= RECORDS
+    }
+
+    /// Returns whether the master has linked it as a jobs process. Its record says that too, but later, and a session can
+    /// write its own record.
+    pub fn is_jobs_process(&self) -> bool {
+        self.is_jobs
+    }
+
+    /// Returns whether the other process runs calls of this lane.
     pub fn serves(&self, lane: usize, generation: u32) -> bool {
         let own = match self.lane {
             0 => self.record.lane.load(Relaxed) as usize,
@@ -198,9 +250,11 @@ impl Peer {
         own == lane && self.is_with(generation)
     }
 
-    /// The lane that this process has for the other one; `own` is its own number for that.
+    /// Returns the number of a lane in the other process; `own` is its number in this process.
     pub fn lane_there(&self, own: usize) -> usize {
         match self.lane {
+            // A jobs process numbers the lanes of its generation as its executors do.
+            _ if self.is_jobs_process() => own,
             0 => own,
             lane => lane,
         }
@@ -220,20 +274,25 @@ impl Peer {
     }
 }
 
+/// Returns a generation as records show it: 0 stands for a process that takes no part in forwarding.
+pub fn shown_generation(generation: u32) -> u32 {
+    generation.wrapping_add(1).max(1)
+}
+
 /// Returns whether the event loop of a worker has run recently.
 pub fn is_fresh(record: &WorkerRecord, now_ms: u64) -> bool {
     now_ms.saturating_sub(record.heartbeat_ms.load(Relaxed)) < STALE_MS
 }
 
-/// Returns whether a process of this generation (as records show it) runs the calls of a lane.
-fn is_lane_served(records: &'static [WorkerRecord], generation: u32, lane: usize) -> bool {
+/// Returns whether a process of this generation (as records show it) runs the calls of a lane, as it is shown.
+pub fn is_lane_served(records: &'static [WorkerRecord], generation: u32, lane: usize) -> bool {
     used(records).any(|(_, record)| {
         record.lane.load(Relaxed) as usize == lane && record.generation.load(Relaxed) == generation
     })
 }
 
-/// Returns whether each of the first `pools` pools has a process that serves this generation (as records show
-/// it). Those of the lanes in `kept` are of an earlier generation.
+/// Returns whether each of the first `pools` pools has a process that serves this generation (as records show it).
+/// The pools of the lanes in `kept` have one of an earlier generation.
 pub fn has_all_pools(
     records: &'static [WorkerRecord],
     generation: u32,

@@ -1,7 +1,7 @@
-//! Knows whether a pool with `health = true` has had no ready program for its `boot-timeout`.
+//! Finds out whether a pool with `health = true` has had no ready program for its `boot-timeout`.
 //!
-//! Pool processes write in their scoreboard records when a program was ready last. While there is no pool
-//! process, the last time that was seen counts; so the records are read at each tick. Nothing here fails.
+//! Pool processes write in their scoreboard records when a program was ready last. While there is no pool process,
+//! the last time that was read counts. So the records are read at each tick. Nothing here fails.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -33,7 +33,8 @@ struct WatchedPool {
 }
 
 impl WatchedPools {
-    /// The pools of a worker. Those of the lanes in `kept` have processes of an earlier generation.
+    /// Creates the list of the pools of a worker with `health = true`. The pools of the lanes in `kept` have
+    /// processes of an earlier generation.
     pub fn new(
         (settings, registry): (&Settings, &Registry),
         (records, generation): (&'static [WorkerRecord], Generation),

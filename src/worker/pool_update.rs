@@ -1,16 +1,15 @@
-//! A reload at which a pool process stays: it learns the methods of the next generation, and replaces its
+//! Carries out a reload in a pool process that stays: adds the methods of the next generation, and replaces the
 //! programs one by one if the table says so.
 //!
-//! The master sends the table in a file of memory, and waits for a report. If the report is that it cannot
-//! be done, the file has the reason. What was learnt stays when the reload fails, until the next table says
+//! The master sends the table in a memory file, and waits for a report. If the pool process cannot serve the
+//! generation, it writes the reason to the file. If the reload fails, the added methods stay until a later table says
 //! that the generation has no workers.
 
 use std::os::fd::OwnedFd;
 
 use super::call_dispatcher::CallDispatcher;
-use super::forwarding;
 use super::method_stats::MethodStats;
-use super::peer::PoolUpdate;
+use super::peer::{PoolUpdate, shown_generation};
 use super::timers::CallKey;
 use crate::handler::pool::Stage;
 use crate::handler::pool::pool_table::PoolTable;
@@ -19,19 +18,20 @@ use crate::link::message::Report;
 use crate::protocol::code::Code;
 use crate::sys::memory_file;
 
-/// The longest table. Bytes.
+/// The longest table, in bytes.
 const MAX_TABLE_LEN: u64 = 64 * 1024 * 1024;
 
-/// Between two tries to send the report.
+/// The time between two attempts to send the report, in milliseconds.
 const REPORT_AGAIN_MS: u64 = 100;
 
-/// What is answered to `lost_calls`.
-pub const LOST: (Code, &str) = (
+/// The error that `unserved_calls` get.
+pub const UNSERVED: (Code, &str) = (
     Code::Crashed,
     "the process of its pool has ended, and no other one serves this generation; try again",
 );
 
-/// The table of a generation that is to be served as well has come. `report` is to follow.
+/// Handles the table of the next generation, which this pool process will also serve. Call `report` until the result
+/// is sent.
 pub fn begin(service: &mut CallDispatcher, generation: Generation, file: Option<OwnedFd>) {
     let mut update = PoolUpdate {
         generation,
@@ -57,7 +57,7 @@ pub fn begin(service: &mut CallDispatcher, generation: Generation, file: Option<
 }
 
 fn read(file: Option<&OwnedFd>) -> Result<PoolTable, String> {
-    let file = file.ok_or("no descriptor came along")?;
+    let file = file.ok_or("no descriptor was sent with the order")?;
     let bytes = file
         .try_clone()
         .and_then(|file| memory_file::read(file, MAX_TABLE_LEN));
@@ -65,7 +65,7 @@ fn read(file: Option<&OwnedFd>) -> Result<PoolTable, String> {
     serde_json::from_slice(&bytes).map_err(|error| error.to_string())
 }
 
-/// Calls of the generation are understood from now on.
+/// Adds the methods of a generation, so that its calls are understood from now on.
 fn learn_methods(service: &mut CallDispatcher, generation: Generation, table: &PoolTable) {
     let methods = &mut service.forwarding.pools.methods;
     methods.retain(&table.served);
@@ -84,7 +84,7 @@ fn learn_methods(service: &mut CallDispatcher, generation: Generation, table: &P
     service.registry = registry;
 }
 
-/// What is to be reported to the master now. If it could not be sent, it is due again a little later.
+/// Returns the report that is due now. If the caller cannot send it, it is due again after `REPORT_AGAIN_MS`.
 pub fn report(service: &mut CallDispatcher) -> Option<Report> {
     let update = service.forwarding.pools.update.as_mut()?;
     update.report_at_ms.filter(|at| *at <= service.now_ms)?;
@@ -111,21 +111,21 @@ pub fn report(service: &mut CallDispatcher) -> Option<Report> {
     Some(Report::PoolUpdated(update.generation, is_ready))
 }
 
-/// The report was sent.
+/// Records that the report was sent.
 pub fn reported(service: &mut CallDispatcher) {
     if let Some(update) = &mut service.forwarding.pools.update {
         update.report_at_ms = None;
     }
 }
 
-/// The reload is over.
+/// Handles the end of the reload: uses the new configuration if it has succeeded, or else the old one.
 pub fn end(service: &mut CallDispatcher, generation: Generation, has_succeeded: bool) {
     let update = service.forwarding.pools.update.take();
     let update = update.filter(|update| has_succeeded && update.generation == generation);
     match update {
         Some(update) => {
             let forwarding = &mut service.forwarding;
-            forwarding.generation = forwarding::shown_generation(generation.0);
+            forwarding.generation = shown_generation(generation.0);
             forwarding.pools.shown_lane = Some(update.lane);
             forwarding.is_stale = true;
             service.threads.pools().main_mut().commit();
@@ -134,15 +134,15 @@ pub fn end(service: &mut CallDispatcher, generation: Generation, has_succeeded: 
     }
 }
 
-/// Calls that wait for a pool process that has ended and that none follows: after an upgrade, in a worker of
-/// the program before it.
-pub fn lost_calls(service: &CallDispatcher) -> Vec<CallKey> {
+/// Returns the calls that wait for a pool process that has ended and is not replaced. This happens after an upgrade, in
+/// a worker of the program before it.
+pub fn unserved_calls(service: &CallDispatcher) -> Vec<CallKey> {
     let forwarding = &service.forwarding;
     if !forwarding.pools.is_final {
         return Vec::new();
     }
     let calls = &service.calls;
-    let waits_in_vain = |key: &CallKey| {
+    let has_no_pool_process = |key: &CallKey| {
         let Some(call) = calls.table.get(*key) else {
             return false;
         };
@@ -152,5 +152,9 @@ pub fn lost_calls(service: &CallDispatcher) -> Vec<CallKey> {
         let mut peers = forwarding.peers.iter();
         has_process && call.sent_to.is_none() && !peers.any(|(_, peer)| peer.lane == lane)
     };
-    calls.all().into_iter().filter(waits_in_vain).collect()
+    calls
+        .all()
+        .into_iter()
+        .filter(has_no_pool_process)
+        .collect()
 }

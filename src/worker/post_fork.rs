@@ -1,8 +1,8 @@
-//! Turns a forked child into a worker, pool process, acceptor or session: it leaves everything that is not
-//! its own.
+//! Turns a forked child into a worker, pool process, acceptor, session or jobs process: it closes and resets everything
+//! that belongs to the master.
 //!
-//! It is one list whose order matters; each step gives its reason. It fails with the error that the
-//! worker logs before it exits. Until then it has served no client.
+//! It is one list whose order matters. Each step gives its reason. It fails with the error that the process logs before
+//! it exits. Until then it has served no client.
 
 #![allow(unsafe_code)]
 
@@ -59,7 +59,9 @@ pub fn init_worker_process(
     keep.push(boot.adoption.rx.as_raw_fd());
     keep.extend(logging::output_descriptor());
     keep.extend(logging::forwarding_fd());
+    keep.extend(boot.access_file.iter().map(|file| file.as_raw_fd()));
     keep.extend(boot.registry.program_descriptors());
+    keep.extend(boot.jobs.iter().map(|jobs| jobs.lock.raw_descriptor()));
     if let Some(isolated) = &boot.isolated {
         keep.push(isolated.master_life.as_raw_fd());
         if !is_session {
@@ -103,9 +105,9 @@ pub fn init_worker_process(
     if is_session {
         guard::enter_here().map_err(|error| ("enter its guard", error))?;
     }
-    // 8. The keeper, which is a copy of this process as it is now: it has nothing of the master, and
-    //    nothing of what follows. Pool processes have no connections, and a session ends with its
-    //    connection, so they need no keeper.
+    // 8. The keeper. It is a copy of this process at this point: without the master's descriptors, and without
+    //    anything that is created below. Pool processes have no connections, and a session ends with its connection,
+    //    so they need no keeper.
     let has_keeper = boot.settings.workers.keep_connections && boot.slot.is_worker();
     let keeping = has_keeper
         .then(|| keeper::make(boot))
@@ -117,18 +119,18 @@ pub fn init_worker_process(
             );
             None
         });
-    // 9. From here on `ps` shows the role. Not earlier, so that a keeper never has this title, and this
-    //    process never that of a keeper.
+    // 9. From here on `ps` shows the role. The title is set after the keeper was made, so that a keeper is never
+    //    shown with the title of a worker.
     boot.show(boot.role());
-    // 10. Nothing here uses random numbers yet. Code that does must seed them here, because the siblings
-    //    have inherited the same state.
+    // 10. Generators of random numbers are seeded after this, in `assembly::build`. One that was seeded before the fork
+    //    would give all siblings the same numbers.
     signal::unblock_all();
     Ok((signals, keeping))
 }
 
-/// Takes from a session the memory by which it could harm workers: the master judges them by the scoreboard,
-/// and they refuse calls by the quarantine and by the counts of sources. It keeps the table of sessions, where
-/// its own record is, and its counters.
+/// Takes write access to shared memory from a session, because an untrusted session could harm workers with it. The
+/// master checks workers by the scoreboard. Workers refuse calls by the quarantine, and connections by the counts of
+/// sources. The session keeps write access to the table of sessions, which has its own record, and to its counters.
 fn leave_shared_memory(boot: &mut WorkerInit<'_>) -> io::Result<()> {
     if let Some(isolated) = &boot.isolated {
         shared_memory::make_read_only(boot.records.0, &isolated.scoreboard)?;

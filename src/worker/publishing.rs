@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::call_dispatcher::CallDispatcher;
 use super::remote_calls;
+use crate::handler::job_attempt::JobAttempt;
 use crate::link::session_table::SessionRecord;
 use crate::logging;
 use crate::sys::process;
@@ -31,7 +32,7 @@ pub fn publish(service: &CallDispatcher, connections: usize, spurious_wakes: u64
     record.calls.store(service.read(), Relaxed);
     record.errors.store(service.errors, Relaxed);
     record.spurious_wakes.store(spurious_wakes as u32, Relaxed);
-    let (last, longest) = (service.last_wait_ms, service.longest_wait_ms);
+    let (last, longest) = (service.accept_wait.last_ms, service.accept_wait.longest_ms);
     record.last_wait_ms.store(last as u32, Relaxed);
     record.longest_wait_ms.store(longest as u32, Relaxed);
     let (serving, programs_down) = service.threads.programs();
@@ -46,6 +47,8 @@ pub fn publish(service: &CallDispatcher, connections: usize, spurious_wakes: u64
         let (home, number) = (identity.home).map_or((0, identity.number), |it| (it.pid, it.number));
         record.oldest_call.store(number, Relaxed);
         record.oldest_home.store(home, Relaxed);
+        let attempt = identity.attempt.as_deref();
+        record.set_oldest_job(attempt.map_or(0, JobAttempt::bits));
     }
     record.oldest_since_ms.store(since, Relaxed);
     record.oldest_method.store(method, Relaxed);

@@ -1,8 +1,7 @@
 //! Keeps entries in the order of their amounts, so that the one with the most is known at once.
 //!
-//! A binary heap of the indices of entries, which know their places in it. A change costs one lookup and
-//! O(log n) moves at most: an entry moves only past those that it overtakes. An entry without an amount is
-//! removed. Pure.
+//! The order is a binary heap of indices. Each entry knows its place in the heap. A change costs one lookup and at
+//! most O(log n) moves. An entry without an amount is removed. Pure.
 
 use std::collections::BinaryHeap;
 use std::hash::Hash;
@@ -13,7 +12,8 @@ use rustc_hash::FxHashMap;
 #[derive(Debug)]
 pub struct Ranking<K, V = ()> {
     entries: Vec<Ranked<K, V>>,
-    /// Indices of entries. None has more than the one at half of its place: the first one has the most.
+    /// The indices of the entries. No entry has a larger amount than its parent in the heap, so the first one has the
+    /// most.
     heap: Vec<usize>,
     indices: FxHashMap<K, usize>,
 }
@@ -37,7 +37,7 @@ impl<K, V> Default for Ranking<K, V> {
 }
 
 impl<K: Copy + Eq + Hash, V: Default> Ranking<K, V> {
-    /// A key has `amount` (above 0) more. Returns its value.
+    /// Adds `amount` (above 0) to a key. Returns its value.
     pub fn add(&mut self, key: K, amount: usize) -> &mut V {
         let (entries, heap) = (&mut self.entries, &mut self.heap);
         let index = *self.indices.entry(key).or_insert_with(|| {
@@ -55,7 +55,7 @@ impl<K: Copy + Eq + Hash, V: Default> Ranking<K, V> {
         &mut self.entries[index].value
     }
 
-    /// A key has `amount` less, or nothing if it had no more. Returns by how much less it has.
+    /// Subtracts `amount` from a key, or all that it has if that is less. Returns what was subtracted.
     pub fn remove(&mut self, key: K, amount: usize) -> usize {
         let Some(&index) = self.indices.get(&key) else {
             return 0;
@@ -76,7 +76,7 @@ impl<K: Copy + Eq + Hash, V: Default> Ranking<K, V> {
         amount
     }
 
-    /// Removes an entry below which there is nothing: the last one of the heap takes its place.
+    /// Removes an entry that has no children in the heap. The last entry of the heap takes its place.
     fn drop_entry(&mut self, index: usize, place: usize) {
         self.swap(place, self.heap.len() - 1);
         self.heap.pop();
@@ -100,17 +100,17 @@ impl<K: Copy + Eq + Hash, V: Default> Ranking<K, V> {
         Some(&mut entry.value)
     }
 
-    /// The amount of a key; 0 if there is no entry.
+    /// Returns the amount of a key; 0 if there is no entry.
     pub fn amount(&self, key: K) -> usize {
         self.get(key).map_or(0, |entry| entry.amount)
     }
 
-    /// The entry with the most.
+    /// Returns the entry with the most.
     pub fn first(&self) -> Option<&Ranked<K, V>> {
         self.at(0)
     }
 
-    /// All entries, those with the most first. Each costs O(log n) when it is taken.
+    /// Returns all entries, those with the most first. Each costs O(log n) when it is taken.
     pub fn descending(&self) -> impl Iterator<Item = &Ranked<K, V>> {
         let mut next = BinaryHeap::new();
         next.extend(self.first().map(|first| (first.amount, 0)));
@@ -122,7 +122,7 @@ impl<K: Copy + Eq + Hash, V: Default> Ranking<K, V> {
         })
     }
 
-    /// The entry at a place of the heap.
+    /// Returns the entry at a place of the heap.
     fn at(&self, place: usize) -> Option<&Ranked<K, V>> {
         self.entries.get(*self.heap.get(place)?)
     }

@@ -1,12 +1,19 @@
 //! Reports to the master that a worker has read enough calls, or that all its handler threads are stuck.
 //!
-//! The worker continues to serve. The master starts a successor, and orders the drain when that is ready.
+//! The worker continues to serve. The master starts a successor, and orders the drain when that is ready. A drain may
+//! last longer for attempts of jobs than for calls. So connections are closed when the time of the calls is over, and
+//! the process waits for its attempts without them.
 
+use std::time::Duration;
+
+use super::attempts::running as attempts;
 use super::call_table::ScheduledCall;
 use super::event_loop::{EventLoop, WarningKind};
 use crate::link::ids::Pid;
 use crate::link::message::Report;
+use crate::link::metrics_board::layout::CloseReason;
 use crate::link::stuck_calls::StuckCall;
+use crate::sys::event::{Reactor, Token};
 use crate::throttle::jitter;
 
 /// How long a handler may take to react to its deadline, in milliseconds. A command must be killed by
@@ -14,9 +21,9 @@ use crate::throttle::jitter;
 const GRACE_MS: u64 = 1000;
 
 /// The number of calls after which a failed report is repeated.
-const TELL_AGAIN: u64 = 100;
+const REPORT_AGAIN_CALLS: u64 = 100;
 
-/// Returns after how many calls this worker asks for a successor; 0 means never.
+/// Returns after how many calls this worker asks for a successor; `u64::MAX` if `max_calls` is 0, which means never.
 pub(super) fn recycle_threshold(max_calls: u64) -> u64 {
     match max_calls {
         0 => u64::MAX,
@@ -25,17 +32,20 @@ pub(super) fn recycle_threshold(max_calls: u64) -> u64 {
 }
 
 impl EventLoop {
-    /// Call it after every turn. If there is nothing to report, it is one comparison.
+    /// Reports to the master that `max-calls` is reached. Call it after every turn: without a report it is one
+    /// comparison.
     pub(super) fn check_recycle_limits(&mut self) {
-        if self.service.read() >= self.recycle_at {
-            self.recycle_at = match self.report(Report::MaxCallsReached(self.service.read())) {
+        let calls = self.service.read() + self.service.attempts.begun();
+        if calls >= self.recycle_at {
+            self.recycle_at = match self.report(Report::MaxCallsReached(calls)) {
                 Ok(()) => u64::MAX,
-                Err(_) => self.service.read() + TELL_AGAIN,
+                Err(_) => calls + REPORT_AGAIN_CALLS,
             };
         }
     }
 
-    /// Checks at every tick for threads whose handlers ignore their deadline.
+    /// Logs threads whose handlers ignore their deadline. If all threads are stuck, reports that to the master. Call it
+    /// at every tick.
     pub(super) fn check_stuck_threads(&mut self) {
         let service = &self.service;
         let threads = service.threads.count(0);
@@ -64,7 +74,7 @@ impl EventLoop {
                 "{lost} of {threads} handler threads are stuck past their deadline until their handlers \
                  return: {method}{id} has run for {age} s"
             );
-            return self.warn_limited(WarningKind::Lost, &text);
+            return self.warn_limited(WarningKind::StuckThread, &text);
         }
         if self.stuck_reported {
             return;
@@ -78,5 +88,59 @@ impl EventLoop {
         // If it could not be sent, the next tick tries again.
         let reported = self.report(Report::AllThreadsStuck(threads as u64));
         self.stuck_reported = reported.is_ok();
+    }
+
+    /// Returns the part of a drain in which calls may run. The rest is for attempts of jobs.
+    pub(super) fn limit_of_calls(&self, limit: Duration) -> Duration {
+        match self.longest_drain() > self.drain_timeout {
+            true => limit.min(self.drain_timeout),
+            false => limit,
+        }
+    }
+
+    /// Returns how long a drain of this process may last.
+    pub(super) fn longest_drain(&self) -> Duration {
+        self.service.attempts.longest_drain(self.drain_timeout)
+    }
+
+    /// Lets a draining process wait for its attempts of jobs. Call it before each step of a drain.
+    pub(super) fn hold_for_attempts(&mut self) {
+        if !self.drain.is_serving() {
+            let held_until_ms = self.service.attempts.held_until_ms();
+            self.drain.hold_until(held_until_ms);
+        }
+    }
+
+    /// Checks for handlers that ignore the end of their time. If an attempt of a job does, this worker retires. Call it
+    /// at every tick.
+    pub(super) fn check_threads(&mut self, reactor: &mut Reactor) {
+        self.check_stuck_threads();
+        attempts::note_processes(&mut self.service);
+        if self.is_pool() || !self.drain.is_serving() {
+            return;
+        }
+        let overdue = self.service.attempts.ignores_timeout(self.service.now_ms);
+        let Some(call) = overdue.and_then(|key| self.service.calls.get(key)) else {
+            return;
+        };
+        // Another attempt of the job may begin only when this one has ended.
+        log::warn!(
+            "retires: an attempt of a job runs although its timeout was over 10 s ago; it ends with this worker \
+             method={}",
+            self.service.registry.name(call.method)
+        );
+        // If the report fails, the master notices when this worker has exited.
+        let _ = self.report(Report::Retiring);
+        self.start_drain(reactor, self.longest_drain());
+    }
+
+    /// Closes all connections, because the time for the last answers is over. Attempts of jobs still run.
+    pub(super) fn close_all(&mut self, reactor: &mut Reactor) {
+        let left = self.connections.iter().flatten();
+        let left: Vec<Token> = left.map(|connection| connection.token).collect();
+        for token in left {
+            self.before_closing(reactor, token);
+            self.close_for(reactor, token, CloseReason::Stop);
+        }
     }
 }

@@ -21,13 +21,13 @@ use crate::protocol::{answer, frame};
 use crate::sys::process::unix_seconds;
 use crate::sys::rights::GuardedSocket;
 
-/// The most that wait.
+/// The largest number of refused connections that wait for their first bytes or their end.
 const MAX_WAITING: usize = 64;
-/// For how long one waits, for its first bytes and for the end of its client.
+/// How long a refused connection may wait in all, in milliseconds.
 const WAIT_MS: u64 = 1000;
-/// The most bytes that are read and dropped after the answer.
+/// The largest number of bytes that are read and dropped after the answer.
 const MAX_DROPPED: usize = 256 * 1024;
-/// Reads of one connection in one turn.
+/// The largest number of reads of one connection in one turn.
 const MAX_READS: usize = 8;
 
 /// The refused connections of one process.
@@ -47,7 +47,7 @@ struct RefusedConnection {
     /// Why it is refused.
     text: String,
     until_ms: u64,
-    /// The first bytes, as far as they have come.
+    /// The first bytes of the client, as far as they have arrived.
     head: [u8; 4],
     length: usize,
     is_answered: bool,
@@ -87,7 +87,7 @@ impl RefusedConnections {
         self.waiting.insert(number, one);
     }
 
-    /// Serves those that have sent something. To be called when the descriptor is readable.
+    /// Serves the connections that have sent something. Call it when the descriptor is readable.
     pub fn serve(&mut self) {
         let mut events = [EpollEvent::empty(); MAX_WAITING];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO);
@@ -101,12 +101,12 @@ impl RefusedConnections {
         }
     }
 
-    /// When `expire` is to be called; `None` if none waits.
+    /// Returns when to call `expire`, in milliseconds; `None` if no connection waits.
     pub fn next_ms(&self) -> Option<u64> {
         self.waiting.values().next().map(|one| one.until_ms)
     }
 
-    /// Closes those whose time is over.
+    /// Closes the connections whose time is over.
     pub fn expire(&mut self, now_ms: u64) {
         while let Some((&number, one)) = self.waiting.first_key_value()
             && one.until_ms <= now_ms
@@ -130,7 +130,7 @@ impl AsFd for RefusedConnections {
 }
 
 impl RefusedConnection {
-    /// Reads what has come, and answers once the dialect is known. Returns whether it still waits.
+    /// Reads what has arrived, and answers once the dialect is known. Returns whether the connection still waits.
     fn advance(&mut self) -> bool {
         let mut dropped = [0; 4096];
         for _ in 0..MAX_READS {
@@ -140,7 +140,8 @@ impl RefusedConnection {
             };
             match self.socket.receive(into) {
                 Ok(0) => {
-                    // A short line, whose client only waits for the answer.
+                    // The client has sent less than four bytes of a line and closed its sending side. It only waits
+                    // for the answer.
                     if !self.is_answered && self.length > 0 && detect::is_line(self.head[0]) {
                         self.answer(Dialect::Line);
                     }
@@ -165,19 +166,19 @@ impl RefusedConnection {
         true
     }
 
-    /// Answers and ends the sending direction. What the client still sends is read: unread bytes would reset
-    /// the connection, and the client could lose the answer.
+    /// Answers and closes the sending direction. Further bytes of the client are still read: closing with unread
+    /// bytes would reset the connection, and the client could lose the answer.
     fn answer(&mut self, dialect: Dialect) {
         self.is_answered = true;
         let bytes = refusal(dialect, &self.head, &self.text);
         let fd = self.socket.as_raw_fd();
-        // It fits into the empty buffer of a new connection.
+        // The answer fits into the empty send buffer of a new connection.
         let _ = send(fd, &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
         let _ = shutdown(fd, Shutdown::Write);
     }
 }
 
-/// The answer to a connection that begins with `head`.
+/// Returns the answer to a connection that begins with `head`.
 fn refusal(dialect: Dialect, head: &[u8], text: &str) -> Vec<u8> {
     let error = RpcError::of(Code::Overloaded, text, false);
     let mut bytes = Vec::new();

@@ -1,8 +1,9 @@
-//! Handles calls that other processes run for this one, and their calls that run here.
+//! Handles calls that other processes run for this one, and their calls and attempts of jobs that run here.
 
 use super::call_scheduler::{CallScheduler, FinishedCall};
 use super::call_table::{NewCall, RemoteCall};
-use super::connection::PendingAnswer;
+use super::connection::{AnswerPosition, PendingAnswer};
+use super::crash::call_record::CallRef;
 use super::fair_queue::Waiting;
 use super::lane::Lane;
 use super::method_stats;
@@ -13,6 +14,8 @@ use super::timers::CallKey;
 use crate::handler::trace::CallIdentity;
 use crate::handler::trace::TraceSource;
 use crate::link::call_frame::CallFrame;
+use crate::protocol::body::Form;
+use crate::protocol::reply::{AnswerFormat, Framing};
 use crate::sys::event::Token;
 
 /// Returns how many calls of a lane could begin here now.
@@ -27,8 +30,8 @@ pub fn idle(calls: &CallScheduler, lane: usize, threads: &Threads) -> usize {
     (available + ahead).saturating_sub(calls.lanes[lane].local)
 }
 
-/// Returns how many waiting calls of a lane another process could run, and no thread of this one will
-/// begin soon.
+/// Returns how many waiting calls of a lane another process could run. Calls that a thread of this process will begin
+/// soon do not count.
 pub fn sendable(calls: &CallScheduler, lane: usize, threads: &Threads, now_ms: u64) -> usize {
     let Lane { queue, local, .. } = &calls.lanes[lane];
     match local.saturating_sub(threads.count(lane)) {
@@ -46,14 +49,13 @@ pub fn with_executor(calls: &CallScheduler, lane: usize) -> usize {
 /// Takes a call of this process out of the table, for a program of this process. Call it after
 /// `next_to_send`.
 pub fn run_own(calls: &mut CallScheduler, lane: usize, key: CallKey) -> Option<HandlerCall> {
-    let job = calls.table.get_mut(key)?.job.take()?;
+    let to_run = calls.table.get_mut(key)?.to_run.take()?;
     calls.lanes[lane].local += 1;
     calls.with_programs.push_back(key);
-    Some(job)
+    Some(to_run)
 }
 
-/// Returns how many short calls of other workers handler threads would begin soon, besides those that
-/// could begin now.
+/// Returns how many more short calls of other workers may wait here, because the handler threads would begin them soon.
 pub fn room_for_short(calls: &CallScheduler) -> usize {
     calls.lanes[0].queue.room_for_short()
 }
@@ -95,13 +97,13 @@ pub fn next_to_send(
     now_ms: u64,
 ) -> Result<Option<CallKey>, CallKey> {
     let queue = &calls.lanes[lane].queue;
-    let Some(job) = queue.next_to_send(only_short, now_ms)? else {
+    let Some(to_run) = queue.next_to_send(only_short, now_ms)? else {
         return Ok(None);
     };
     calls.lanes[lane].local -= 1;
-    let key = job.key;
+    let key = to_run.key;
     if let Some(call) = calls.table.get_mut(key) {
-        call.job = Some(job);
+        call.to_run = Some(to_run);
     }
     Ok(Some(key))
 }
@@ -123,7 +125,7 @@ pub fn send(
     };
     call.sent_to = Some(to);
     calls.lanes[calls.loads[call.method].lane].sent += 1;
-    Some((to, calls.table.get(key)?.job.as_ref()?))
+    Some((to, calls.table.get(key)?.to_run.as_ref()?))
 }
 
 /// Puts a call back into its place, because another process could not begin it.
@@ -167,20 +169,90 @@ pub fn run_for_peer(
             number,
             home: Some(call.id),
             trace,
+            attempt: None,
         },
     });
-    let job = calls.table.get_mut(key).and_then(|call| call.job.take());
+    let to_run = calls.table.get_mut(key).and_then(|call| call.to_run.take());
     let waiting = calls.waiting(key).map(|waiting| Waiting {
         client: call.origin.client,
         ..waiting
     });
-    let lane = calls.loads[method].lane;
+    pass_to_executor(calls, waiting, to_run, (threads, now_ms));
+    key
+}
+
+/// An attempt of a job for the executor of this process.
+#[derive(Debug)]
+pub struct AttemptCall<'a> {
+    pub method: usize,
+    pub params: &'a str,
+    pub deadline_ms: u64,
+    /// Its key in crash reports.
+    pub key: u64,
+    pub identity: CallIdentity,
+}
+
+/// Runs an attempt that came over the link of `token`. Call it only if the lane has capacity.
+pub fn run_attempt(
+    calls: &mut CallScheduler,
+    token: Token,
+    attempt: AttemptCall<'_>,
+    threads: &mut Threads,
+    now_ms: u64,
+) -> CallKey {
+    let reply = PendingAnswer {
+        place: AnswerPosition::Anywhere,
+        shape: AnswerFormat {
+            form: Form::Plain,
+            wrap: Framing::Frame,
+        },
+        mark: CallRef::default(),
+    };
+    let key = calls.insert(NewCall {
+        token,
+        reply,
+        id: None,
+        source: Source::Unknown,
+        peer: None,
+        method: attempt.method,
+        params: attempt.params,
+        times: (now_ms, attempt.deadline_ms),
+        charged_bytes: 0,
+        key: attempt.key,
+        identity: attempt.identity,
+    });
+    // The run times of calls say nothing about those of attempts, so none is expected, and no attempt is refused
+    // because it would miss its deadline.
+    let to_run = calls.table.get_mut(key).and_then(|call| call.to_run.take());
+    let to_run = to_run.map(|to_run| HandlerCall {
+        expected: None,
+        ..to_run
+    });
+    let waiting = calls.waiting(key).map(|waiting| Waiting {
+        deadline_ms: u64::MAX,
+        expected: None,
+        ..waiting
+    });
+    pass_to_executor(calls, waiting, to_run, (threads, now_ms));
+    key
+}
+
+/// Gives a call to the handler threads or to the programs of this process.
+fn pass_to_executor(
+    calls: &mut CallScheduler,
+    waiting: Option<Waiting>,
+    to_run: Option<HandlerCall>,
+    (threads, now_ms): (&mut Threads, u64),
+) {
+    let (Some(waiting), Some(to_run)) = (waiting, to_run) else {
+        return;
+    };
+    let lane = calls.loads[to_run.method].lane;
     calls.lanes[lane].local += 1;
     if lane == 0 {
-        calls.lanes[0].queue.put(waiting.zip(job), now_ms);
-    } else if let Some(job) = job {
-        calls.with_programs.push_back(key);
-        threads.pools().main_mut().put(job);
+        calls.lanes[0].queue.put([(waiting, to_run)], now_ms);
+    } else {
+        calls.with_programs.push_back(to_run.key);
+        threads.pools().main_mut().put(to_run);
     }
-    key
 }

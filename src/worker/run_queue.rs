@@ -20,11 +20,11 @@ use crate::sys::process::monotonic;
 /// Expected work of this length is enough for one thread.
 const SHARE: Duration = Duration::from_micros(100);
 
-/// While threads run short calls, a call that has waited less than this time (in milliseconds; so at
-/// least half of it) is left to them.
+/// While threads run short calls, a call that has waited for less than this time is left to them. The time is in whole
+/// milliseconds, so the real limit is between 1 and 2 ms.
 const SHORT_WAIT_MS: u64 = 2;
 
-/// The most waiting short calls of other workers per thread.
+/// How many short calls of other workers may wait here, for each thread.
 const SHORT_PER_THREAD: usize = 8;
 
 /// The waiting calls of one executor.
@@ -45,7 +45,7 @@ struct State {
     idle: usize,
     /// The number of threads that were woken and do not run yet.
     waking: usize,
-    /// The number of threads at a short call; they will soon take another one.
+    /// The number of threads that run a short call. They will soon take another call.
     short: usize,
     /// The number of calls taken so far.
     taken: u64,
@@ -85,7 +85,7 @@ impl State {
     }
 
     /// Returns how many threads are expected to take a call soon.
-    fn awake(&self) -> usize {
+    fn available(&self) -> usize {
         match self.is_stalled {
             true => 0,
             false => self.idle + self.waking + self.short,
@@ -93,10 +93,10 @@ impl State {
     }
 
     /// Removes a call from the sum of waiting work.
-    fn take_out(&mut self, job: Option<HandlerCall>) -> Option<HandlerCall> {
-        let job = job?;
-        self.work -= work_of(&job);
-        Some(job)
+    fn take_out(&mut self, call: Option<HandlerCall>) -> Option<HandlerCall> {
+        let call = call?;
+        self.work -= work_of(&call);
+        Some(call)
     }
 
     /// Removes the next call for a thread.
@@ -105,13 +105,13 @@ impl State {
         let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
         let next = *self.queue.next(now_ms)?;
         let is_late = next.is_late(now_ms, time_needed(expected_us, next.method));
-        let job = if is_late {
-            self.queue.runs_out(next.key, now_ms);
-            self.queue.remove(next.key).map(|(_, job)| job)
+        let call = if is_late {
+            self.queue.record_timeout(next.key, now_ms);
+            self.queue.remove(next.key).map(|(_, call)| call)
         } else {
             self.queue.take(next.key)
         };
-        let call = self.take_out(job)?;
+        let call = self.take_out(call)?;
         self.taken += 1;
         self.is_stalled = false;
         let begins = !is_late && call.state.begin();
@@ -126,8 +126,8 @@ impl State {
 }
 
 /// Returns the expected work of a call. A call with an unknown run time needs its own thread.
-fn work_of(job: &HandlerCall) -> Duration {
-    job.expected
+fn work_of(call: &HandlerCall) -> Duration {
+    call.expected
         .unwrap_or(SHARE)
         .clamp(Duration::from_nanos(1), SHARE)
 }
@@ -176,9 +176,9 @@ impl RunQueue {
     /// Adds calls, and wakes as many threads as the work needs.
     pub fn put(&self, calls: impl IntoIterator<Item = (Waiting, HandlerCall)>, now_ms: u64) {
         let mut state = self.lock();
-        for (waiting, job) in calls {
-            state.work += work_of(&job);
-            state.queue.push(waiting, job, now_ms);
+        for (waiting, call) in calls {
+            state.work += work_of(&call);
+            state.queue.push(waiting, call, now_ms);
         }
         // The event loop checks once more before it sleeps.
         state.watched = true;
@@ -215,16 +215,16 @@ impl RunQueue {
     /// Removes a call that must not begin. Returns `false` if it does not wait here.
     pub fn remove(&self, key: CallKey) -> bool {
         let mut state = self.lock();
-        let job = state.queue.remove(key).map(|(_, job)| job);
-        state.take_out(job).is_some()
+        let call = state.queue.remove(key).map(|(_, call)| call);
+        state.take_out(call).is_some()
     }
 
     /// Removes all calls of a connection, oldest first.
     pub fn take_all_of(&self, token: Token) -> Vec<HandlerCall> {
         let mut state = self.lock();
-        let jobs = state.queue.take_all_of(token);
-        state.work -= jobs.iter().map(work_of).sum::<Duration>();
-        jobs
+        let calls = state.queue.take_all_of(token);
+        state.work -= calls.iter().map(work_of).sum::<Duration>();
+        calls
     }
 
     /// Removes the next call for another process. Returns `None` if no call may be sent, or if
@@ -245,18 +245,18 @@ impl RunQueue {
             return Ok(None);
         }
         if next.is_late(now_ms, time_needed(&self.expected_us, next.method)) {
-            state.queue.runs_out(next.key, now_ms);
+            state.queue.record_timeout(next.key, now_ms);
             return Err(next.key);
         }
-        let job = state.queue.take(next.key);
-        Ok(state.take_out(job))
+        let call = state.queue.take(next.key);
+        Ok(state.take_out(call))
     }
 
-    /// Returns how many calls another process could run, and no thread of this one will begin soon.
+    /// Returns how many calls another process could run and no thread of this process will begin soon.
     pub fn sendable(&self, now_ms: u64) -> usize {
         let state = self.lock();
         let is_young = |oldest: &Waiting| now_ms.saturating_sub(oldest.since_ms) < SHORT_WAIT_MS;
-        match state.queue.all().next().is_some_and(is_young) && state.awake() > 0 {
+        match state.queue.all().next().is_some_and(is_young) && state.available() > 0 {
             true => 0,
             false => state.queue.sendable(),
         }
@@ -265,13 +265,13 @@ impl RunQueue {
     /// Returns how many short calls of other workers may be added to those that wait here.
     pub fn room_for_short(&self) -> usize {
         let state = self.lock();
-        (state.awake() * SHORT_PER_THREAD).saturating_sub(state.queue.foreign())
+        (state.available() * SHORT_PER_THREAD).saturating_sub(state.queue.foreign())
     }
 
     /// If all threads run long calls, removes the calls of other workers.
     pub fn take_foreign_back(&self) -> Vec<CallKey> {
         let mut state = self.lock();
-        if state.queue.foreign() == 0 || state.awake() > 0 {
+        if state.queue.foreign() == 0 || state.available() > 0 {
             return Vec::new();
         }
         let is_foreign = |call: &&Waiting| call.token.process().is_some();
@@ -279,10 +279,17 @@ impl RunQueue {
             .map(|call| call.key)
             .collect();
         for key in &keys {
-            let job = state.queue.remove(*key).map(|(_, job)| job);
-            state.take_out(job);
+            let call = state.queue.remove(*key).map(|(_, call)| call);
+            state.take_out(call);
         }
         keys
+    }
+
+    /// Returns all waiting calls, oldest first, and when each was read, in milliseconds.
+    pub fn waiting(&self) -> Vec<(CallKey, u64)> {
+        let state = self.lock();
+        let calls = state.queue.all();
+        calls.map(|call| (call.key, call.since_ms)).collect()
     }
 
     /// Returns the call that has waited longest.
@@ -291,12 +298,13 @@ impl RunQueue {
     }
 
     /// Records that the deadline of a waiting call has passed. Call this before the call is removed.
-    pub fn runs_out(&self, key: CallKey, now_ms: u64) {
-        self.lock().queue.runs_out(key, now_ms);
+    pub fn record_timeout(&self, key: CallKey, now_ms: u64) {
+        self.lock().queue.record_timeout(key, now_ms);
     }
 
-    /// Returns whether a thread may take the next call before it wakes the event loop for its last one.
-    pub fn goes_on(&self) -> bool {
+    /// Returns whether a thread may take the next call before it wakes the event loop for the call that
+    /// it has just finished.
+    pub fn may_take_more(&self) -> bool {
         let state = self.lock();
         state.watched && !state.queue.is_empty()
     }
@@ -312,24 +320,24 @@ impl RunQueue {
     pub fn look(&self, now_ms: u64) -> bool {
         let mut state = self.lock();
         let was_watched = state.watched;
-        state.watched = !state.queue.is_empty() && state.awake() > 0;
+        state.watched = !state.queue.is_empty() && state.available() > 0;
         if !state.watched {
             state.looked_at = None;
-            // All threads run long calls: one more turn sends waiting calls to other processes.
+            // All threads run long calls, so one more turn of the loop must send the waiting calls to other processes.
             return was_watched && !state.queue.is_empty();
         }
         if now_ms <= state.looked_ms && state.looked_at.is_some() {
             return true;
         }
-        let stands = state.looked_at == Some(state.taken);
+        let is_unchanged = state.looked_at == Some(state.taken);
         state.looked_at = Some(state.taken);
         state.looked_ms = now_ms;
-        if stands && state.idle > 0 {
+        if is_unchanged && state.idle > 0 {
             state.idle -= 1;
             state.waking += 1;
             drop(state);
             self.notify(1);
-        } else if stands && state.waking == 0 {
+        } else if is_unchanged && state.waking == 0 {
             state.is_stalled = true;
             state.watched = false;
         }

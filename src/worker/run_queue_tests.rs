@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::*;
 
 /// Returns a call that was read long ago, with its own connection and a late deadline.
-fn job(serial: u64, expected_us: Option<u64>) -> (Waiting, HandlerCall) {
+fn call(serial: u64, expected_us: Option<u64>) -> (Waiting, HandlerCall) {
     let index = serial as usize;
     let key = CallKey { index, serial };
     let waiting = Waiting {
@@ -34,9 +34,9 @@ fn job(serial: u64, expected_us: Option<u64>) -> (Waiting, HandlerCall) {
     (waiting, call)
 }
 
-fn put(queue: &RunQueue, jobs: impl IntoIterator<Item = (u64, Option<u64>)>) {
-    let jobs = jobs.into_iter();
-    queue.put(jobs.map(|(serial, expected)| job(serial, expected)), 0);
+fn put(queue: &RunQueue, calls: impl IntoIterator<Item = (u64, Option<u64>)>) {
+    let calls = calls.into_iter();
+    queue.put(calls.map(|(serial, expected)| call(serial, expected)), 0);
 }
 
 /// Returns a queue with this number of sleeping threads.
@@ -72,7 +72,7 @@ fn a_thread_at_a_short_call_counts_as_free_and_one_at_a_long_call_does_not() {
     assert!(queue.take(false).is_short);
     put(&queue, [(2, Some(2))]);
     assert_eq!(woken(&queue), 0);
-    assert!(queue.take(true).is_short && !queue.goes_on());
+    assert!(queue.take(true).is_short && !queue.may_take_more());
     put(&queue, [(3, Some(5000))]);
     assert!(!queue.take(true).is_short);
     put(&queue, [(4, Some(2))]);
@@ -100,15 +100,18 @@ fn a_queue_behind_long_calls_is_not_polled_and_can_be_sent() {
     put(&queue, [(1, None), (2, Some(2)), (3, Some(2))]);
     assert!(!queue.take(false).is_short);
     assert!(queue.look(9), "once, to send what waits");
-    assert!(!queue.look(9) && !queue.goes_on());
+    assert!(!queue.look(9) && !queue.may_take_more());
     assert_eq!(queue.sendable(0), 2, "all threads are at long calls");
     assert!(queue.take(false).is_short);
     put(&queue, [(4, Some(2))]);
     assert_eq!(queue.sendable(0), 0, "the short one will soon be done");
     assert_eq!(queue.sendable(SHORT_WAIT_MS), 2, "it is not");
-    assert!(queue.look(10) && queue.goes_on());
+    assert!(queue.look(10) && queue.may_take_more());
     assert!(queue.look(11), "once, to send what waits");
-    assert!(!queue.goes_on(), "the event loop would not be woken for it");
+    assert!(
+        !queue.may_take_more(),
+        "the event loop would not be woken for it"
+    );
     assert!(!queue.look(12));
     assert_eq!(queue.sendable(0), 2, "until a thread takes a call");
     queue.take(true);
@@ -122,19 +125,19 @@ fn a_call_is_sent_unless_it_is_late_and_taken_out_once() {
     let sent = queue.next_to_send(false, 7).unwrap().unwrap();
     assert_eq!(sent.key.serial, 1);
     assert!(!queue.remove(sent.key));
-    let second = job(2, None).0.key;
+    let second = call(2, None).0.key;
     assert!(queue.remove(second) && !queue.remove(second));
     let late = Waiting {
         deadline_ms: 8,
-        ..job(0, None).0
+        ..call(0, None).0
     };
-    queue.put([(late, job(0, None).1)], 0);
+    queue.put([(late, call(0, None).1)], 0);
     queue.expect(0, Duration::from_secs(1));
-    queue.remove(job(3, None).0.key);
+    queue.remove(call(3, None).0.key);
     assert_eq!(queue.next_to_send(false, 7).unwrap_err(), late.key);
     assert!(!queue.take(false).begins);
     assert_eq!(
-        queue.next_to_send(false, 7).unwrap().map(|job| job.key),
+        queue.next_to_send(false, 7).unwrap().map(|call| call.key),
         None
     );
     assert_eq!(queue.lock().work, Duration::ZERO);

@@ -1,13 +1,14 @@
-//! A session: a worker with one connection and no listener, which ends with that connection.
+//! Runs a session: a worker with one connection and no listener, which ends with that connection.
 //!
-//! Its acceptor forks it ahead and sends it the connection. Its orders come from the acceptor. If the
-//! acceptor dies, the session continues: it takes the orders of the master from its record in shared memory, and
-//! sends a link to the next acceptor.
-//! It knows that the master is gone by the end of a pipe whose only writer is the master.
+//! Its acceptor forks it in advance, sends it the connection, and gives it orders. If the acceptor dies, the session
+//! continues: it reads the orders of the master from its record in shared memory, and sends a link to the next
+//! acceptor. If the master dies, a pipe ends whose only writer is the master.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,13 +19,18 @@ use super::path_listeners::PathListeners;
 use super::post_fork;
 use super::session_state::SessionState;
 use super::timers::millis;
+use crate::handler::guard;
 use crate::link::adoption_queue::LONGEST;
 use crate::link::message::{Message, Order, PACKET, Report};
+use crate::link::scoreboard::WorkerRecord;
 use crate::logging;
+use crate::protocol::body;
 use crate::sys::event::Interest;
 use crate::sys::process::monotonic_ms;
-use crate::sys::{closer, memory_file, socket};
+use crate::sys::{closer, memory, memory_file, socket};
 use crate::worker_init::WorkerInit;
+
+const LONGEST_PACKET: NonZeroUsize = NonZeroUsize::new(LONGEST).expect("it has a header");
 
 /// A connection as it comes from the acceptor.
 struct NewConnection {
@@ -34,7 +40,10 @@ struct NewConnection {
     rest: Option<OwnedFd>,
 }
 
-/// Is the session, from the fork on.
+/// Runs the session, from its fork to its end.
+///
+/// # Errors
+/// What failed, and why.
 pub fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     let isolated = boot.isolated.clone();
     let isolated = isolated.ok_or(("start", io::Error::other("it has no listener")))?;
@@ -58,6 +67,8 @@ pub fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
     event_loop
         .report(Report::Ready)
         .map_err(|error| ("tell that it is ready", error))?;
+    event_loop.is_accepting = true;
+    warm_up();
     let came = wait_for_connection(&mut event_loop, &isolated.master_life);
     let Some(new) = came.map_err(|error| ("wait for a connection", error))? else {
         finish(event_loop, reactor);
@@ -76,31 +87,44 @@ pub fn live(mut boot: WorkerInit<'_>) -> Result<(), (&'static str, io::Error)> {
         lifetime => event_loop.service.now_ms.saturating_add(lifetime),
     };
     event_loop.session = Some(SessionState::new(record, isolated.heartbeat_ms, ends_at_ms));
-    // If this process crashes, the client is not to take that for an orderly end.
+    // If this process crashes, the client must not take that for an orderly end.
     socket::reset_when_closed(&new.socket, true);
     let now_ms = event_loop.service.now_ms;
-    event_loop.service.forwarding.want_pools(now_ms);
+    // Later, the session may have no acceptor that could request them.
+    let is_pool = |record: &WorkerRecord| record.lane.load(Relaxed) > 0;
+    (event_loop.service.forwarding).want_links(now_ms, is_pool);
     event_loop.adopted(&mut reactor, new.socket, &new.packet, new.rest);
     serve(event_loop, reactor)
 }
 
-/// Waits until the acceptor sends a connection; `None`: it wants no session any more, or is gone.
+/// Runs code of a call for the first time, which is slow. So a session has mapped the pages of that code before it has
+/// a client. The children of an acceptor also inherit resolved symbols, and which instructions the CPU has.
+pub fn warm_up() {
+    drop(body::read(br#"{"in":"ping"}"#, 1, 1));
+    drop(guard::run(("ping", None), || Ok(())));
+}
+
+/// Waits until the acceptor sends a connection. Returns `None` if the acceptor needs this session no more, or is gone.
+///
+/// # Errors
+/// If receiving fails.
 fn wait_for_connection(
     event_loop: &mut EventLoop,
     master_life: &OwnedFd,
 ) -> io::Result<Option<NewConnection>> {
-    let mut buffer = vec![0; LONGEST];
+    // Most packets are short.
+    let buffer = memory::zeroed(LONGEST_PACKET)?;
     loop {
         let mut fds = [
             PollFd::new(event_loop.link.as_fd(), PollFlags::POLLIN),
             PollFd::new(master_life.as_fd(), PollFlags::POLLIN),
             PollFd::new(event_loop.signals.as_fd(), PollFlags::POLLIN),
         ];
-        // EINTR, or out of memory for a moment.
+        // poll(2) can only fail with EINTR or ENOMEM here. In both cases the loop tries again.
         let _ = poll(&mut fds, PollTimeout::NONE);
         let [has_packet, is_orphan, has_signal] = fds.map(|fd| fd.any().unwrap_or(false));
         if has_packet {
-            match socket::receive_packet(&event_loop.link, &mut buffer) {
+            match socket::receive_packet(&event_loop.link, buffer) {
                 Ok((0, _)) => return Ok(None),
                 Ok((length, descriptors)) => {
                     match on_packet(event_loop, &buffer[..length], descriptors) {
@@ -133,12 +157,13 @@ fn on_packet(event_loop: &mut EventLoop, packet: &[u8], descriptors: Vec<OwnedFd
         match message.body {
             Order::Drain(_) | Order::Stop(_) => return Packet::Leave,
             Order::StopPending => event_loop.service.stop_pending = true,
+            Order::ReopenAccessLog => event_loop.service.access.reopen(descriptors.next()),
             Order::ReopenLog => {
                 if let Some(file) = descriptors.next() {
                     drop(logging::set_output(logging::LogOutput::received(file)));
                 }
             }
-            // It has asked for no link yet.
+            // Other orders are answers to requests, and the session has made none yet.
             _ => {}
         }
         return Packet::Other;
@@ -164,7 +189,7 @@ fn on_packet(event_loop: &mut EventLoop, packet: &[u8], descriptors: Vec<OwnedFd
             packet: packet.to_vec(),
             rest,
         }),
-        // Of a process that is no worker any more: the connection is lost.
+        // The packet has no valid connection, so the connection is lost and the session exits.
         _ => Packet::Leave,
     }
 }

@@ -1,5 +1,5 @@
-//! What a session has beside a worker's parts: its time, the master's orders, and the programs that belong to its
-//! connection.
+//! Holds the state that a session has in addition to that of a worker: its deadlines, the master's orders, and the
+//! programs that belong to its connection.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -8,21 +8,22 @@ use super::remote_calls;
 use super::timers::CallKey;
 use crate::link::session_table::{DirectOrder, SessionRecord};
 
-/// A session that stays until the end of a drain has this time for its last answers, and its programs for
-/// their end.
+/// If a session stays until the end of a drain, this is the time for its last answers and for the exit of its
+/// programs, in milliseconds.
 const STOP_MS: u64 = 1000;
 
-/// Of this time, what remains for its exit: its acceptor, which waits for it, must have left in time.
+/// The part of that time that is kept for the exit of the session, in milliseconds. Its acceptor waits for the exit,
+/// and must exit in time itself.
 const EXIT_MS: u64 = 300;
 
-/// The first and the longest time from the end of a session's link to the time when it sends another one to the next
-/// acceptor.
+/// The first and the longest delay, in milliseconds, from the end of a session's link until it sends a new one to the
+/// next acceptor.
 const REJOIN_MS: u64 = 200;
 const LONGEST_REJOIN_MS: u64 = 10_000;
 
-/// What a session watches besides its connection.
+/// The state of a session, except its connection.
 pub struct SessionState {
-    /// Where the master's orders come if the acceptor is gone.
+    /// The session's record. It has the master's orders if the acceptor is gone.
     pub record: &'static SessionRecord,
     /// Whether the acceptor is gone. Until then no order in the record counts, because another session could
     /// have written it.
@@ -31,27 +32,29 @@ pub struct SessionState {
     pub heartbeat_ms: Option<&'static AtomicU64>,
     /// When its time is over (`max-lifetime`); `u64::MAX`: never.
     pub ends_at_ms: u64,
-    /// When it is to have left, if it has a program of its own and so hands its connection to no other process;
-    /// `u64::MAX`: it was not ordered to.
+    /// The deadline of a drain for a session with a program of its own, which cannot hand over its connection;
+    /// `u64::MAX` if no drain was ordered.
     pub drains_until_ms: u64,
-    /// When to send a link to the next acceptor, because its own one is gone; `u64::MAX`: it has one.
+    /// When to send a link to the next acceptor, because the session's acceptor is gone; `u64::MAX` if it has an
+    /// acceptor.
     pub rejoins_at_ms: u64,
-    /// From the end of its link to that time. It doubles, because an acceptor of another generation refuses it.
+    /// The delay before that, in milliseconds. It doubles with each attempt, because an acceptor of another
+    /// generation refuses the link.
     rejoin_delay_ms: u64,
 }
 
-/// What a session is to do by itself.
+/// A step that is due in a session.
 pub enum SessionStep {
-    /// As the master has ordered, until then.
+    /// Carry out an order of the master, until this time.
     Obey(DirectOrder, u64),
-    /// Its time is over.
+    /// End, because `max-lifetime` is over.
     End,
-    /// The time of a drain is nearly over, and its connection stays here: end it until then.
+    /// End the connection until this time, because the drain is nearly over and the connection cannot be handed over.
     EndDrain(u64),
 }
 
 impl SessionState {
-    /// A session with this record and this memory for its heartbeat, whose time is over then.
+    /// Creates the state of a session. `ends_at_ms` is when its `max-lifetime` is over.
     pub fn new(
         record: &'static SessionRecord,
         heartbeat_ms: Option<&'static AtomicU64>,
@@ -75,13 +78,13 @@ impl SessionState {
         }
     }
 
-    /// Its link to an acceptor has ended, or could not be made.
+    /// Schedules the next attempt to link with an acceptor, because the link has ended or could not be made.
     pub fn rejoin_later(&mut self, now_ms: u64) {
         self.rejoins_at_ms = now_ms + self.rejoin_delay_ms;
         self.rejoin_delay_ms = (2 * self.rejoin_delay_ms).min(LONGEST_REJOIN_MS);
     }
 
-    /// What is to be done now, if anything.
+    /// Returns the step that is due now, if there is one.
     pub fn step(&self, now_ms: u64) -> Option<SessionStep> {
         let order = self.is_orphan.then(|| self.record.take_order()).flatten();
         let order = order.map(|(order, until_ms)| SessionStep::Obey(order, until_ms));
@@ -94,7 +97,7 @@ impl SessionState {
     }
 }
 
-/// Gives the programs as many calls as they may have, and starts those that are missing. Returns a call that
+/// Gives the programs of the connection as many calls as they may have, and starts missing ones. Returns a call that
 /// would miss its deadline: give it up and call this again.
 ///
 /// # Errors
@@ -112,8 +115,8 @@ pub fn give_out(service: &mut CallDispatcher) -> Result<Option<CallKey>, (usize,
             let now_ms = service.now_ms;
             match remote_calls::next_to_send(&mut service.calls, lane, false, now_ms) {
                 Ok(Some(key)) => {
-                    if let Some(job) = remote_calls::run_own(&mut service.calls, lane, key) {
-                        service.threads.pools().put_own(number, job);
+                    if let Some(to_run) = remote_calls::run_own(&mut service.calls, lane, key) {
+                        service.threads.pools().put_own(number, to_run);
                     }
                 }
                 Ok(None) => break,

@@ -30,10 +30,10 @@ impl Shares {
         }
     }
 
-    /// All is used up and a connection wants `amount` more: the connections at whose cost it gets that,
-    /// the first of them first. It is to be refused itself if there are none. Sources come first, those with
-    /// the most before others, then the connections of a source.
-    pub fn payers(
+    /// Returns the connections that must give up a part if a connection needs `amount` more and nothing is left, in
+    /// this order. They belong to sources with more, those with the most first, and then to the own source. If there
+    /// are none, the caller must refuse the connection itself.
+    pub fn victims(
         &self,
         (source, token): (Source, Token),
         amount: usize,
@@ -41,9 +41,9 @@ impl Shares {
         let own = self.sources.get(source);
         let total = amount + own.map_or(0, |own| own.amount);
         let has = amount + own.map_or(0, |own| own.value.amount(token));
-        let richer = self.sources.descending();
-        let richer = richer.take_while(move |share| share.amount > total);
-        let of_others = richer.flat_map(|share| share.value.descending());
+        let larger = self.sources.descending();
+        let larger = larger.take_while(move |share| share.amount > total);
+        let of_others = larger.flat_map(|share| share.value.descending());
         let of_own = own.into_iter().flat_map(|own| own.value.descending());
         let of_own = of_own.take_while(move |connection| connection.amount > has);
         of_others.chain(of_own).map(|connection| connection.key)
@@ -80,36 +80,36 @@ mod tests {
     #[test]
     fn the_largest_connection_of_the_largest_source_makes_room() {
         let mut shares = Shares::default();
-        let payers = |shares: &Shares, of: (Source, Token), amount| -> Vec<Token> {
-            shares.payers(of, amount).collect()
+        let victims = |shares: &Shares, of: (Source, Token), amount| -> Vec<Token> {
+            shares.victims(of, amount).collect()
         };
         shares.add(of(1, 0), 5);
         shares.add(of(1, 1), 6);
         shares.add(of(2, 0), 7);
         let all = [of(1, 1).1, of(1, 0).1, of(2, 0).1];
-        assert_eq!(payers(&shares, of(3, 0), 1), all);
-        assert_eq!(payers(&shares, of(2, 0), 1), all[..2]);
-        assert_eq!(payers(&shares, of(2, 0), 4), [], "it would have as much");
+        assert_eq!(victims(&shares, of(3, 0), 1), all);
+        assert_eq!(victims(&shares, of(2, 0), 1), all[..2]);
+        assert_eq!(victims(&shares, of(2, 0), 4), [], "it would have as much");
         let reason = "its other one would have as much";
-        assert_eq!(payers(&shares, of(1, 0), 1), [], "{reason}");
-        assert_eq!(payers(&shares, of(1, 0), 0), all[..1]);
-        assert_eq!(payers(&shares, of(1, 2), 1), all[..2]);
+        assert_eq!(victims(&shares, of(1, 0), 1), [], "{reason}");
+        assert_eq!(victims(&shares, of(1, 0), 0), all[..1]);
+        assert_eq!(victims(&shares, of(1, 2), 1), all[..2]);
         assert!(shares.is_heavy(of(1, 0)) && shares.is_heavy(of(2, 0)));
         assert!(!shares.is_heavy(of(1, 2)) && !shares.is_heavy(of(3, 0)));
         shares.remove(of(1, 1), 6);
-        assert_eq!(payers(&shares, of(3, 0), 1), [of(2, 0).1, of(1, 0).1]);
+        assert_eq!(victims(&shares, of(3, 0), 1), [of(2, 0).1, of(1, 0).1]);
         assert_eq!(shares.heaviest(), Some(of(2, 0).1));
         shares.remove(of(1, 0), 5);
         shares.remove(of(2, 0), 7);
-        assert_eq!(payers(&shares, of(3, 0), 1), []);
+        assert_eq!(victims(&shares, of(3, 0), 1), []);
         assert!(shares.sources.is_empty());
     }
 
     proptest! {
-        /// The payers are those that a search of all connections finds: they have more than the newcomer will
+        /// The victims are those that a search of all connections finds: they have more than the newcomer will
         /// have, as a source or within it.
         #[test]
-        fn payers_are_those_of_a_search(
+        fn victims_are_those_of_a_search(
             steps in prop::collection::vec((0..4_u8, 0..3_usize, 0..5_usize, any::<bool>()), 1..60),
             more in 0..5_usize,
         ) {
@@ -135,17 +135,17 @@ mod tests {
                     .map(|(it, amount)| (it.0 != *source, total(it.0), *amount))
                     .collect();
                 found.sort_unstable_by(|one, other| other.cmp(one));
-                let payers = shares.payers(of(*source, *connection), more).map(|payer| {
-                    let it = ((payer.index() / 10) as u8, payer.index() % 10);
+                let victims = shares.victims(of(*source, *connection), more).map(|victim| {
+                    let it = ((victim.index() / 10) as u8, victim.index() % 10);
                     (it.0 != *source, total(it.0), has[&it])
                 });
-                let payers: Vec<_> = payers.collect();
+                let victims: Vec<_> = victims.collect();
                 // Sources with the same total come one after the other, in any order.
-                let mut sorted = payers.clone();
+                let mut sorted = victims.clone();
                 sorted.sort_unstable_by(|one, other| other.cmp(one));
                 prop_assert_eq!(&sorted, &found);
-                prop_assert!(payers.is_sorted_by_key(|it| std::cmp::Reverse((it.0, it.1))));
-                if let (Some(first), Some(best)) = (payers.first(), found.first()) {
+                prop_assert!(victims.is_sorted_by_key(|it| std::cmp::Reverse((it.0, it.1))));
+                if let (Some(first), Some(best)) = (victims.first(), found.first()) {
                     prop_assert_eq!((first.0, first.1), (best.0, best.1));
                 }
             }

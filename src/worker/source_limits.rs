@@ -38,8 +38,8 @@ struct Limited {
 }
 
 impl SourceLimits {
-    /// The limits of these listeners, in the same order. `own` is the index of the process in the
-    /// scoreboard.
+    /// Creates the limits of these listeners. `init` has them in the same order. `own` is the index of the process in
+    /// the scoreboard.
     ///
     /// # Errors
     /// If no descriptor is left.
@@ -92,8 +92,8 @@ impl SourceLimits {
         let Some((key, listener)) = limited.key_of(socket, source) else {
             return Ok(0);
         };
-        // Published before the others are counted: two workers that accept at once do not both find room for
-        // the last one.
+        // Publish the own count before reading those of others. Otherwise two workers that accept at the same time
+        // could both find room for the last connection.
         limited.change(key, 1);
         let own = limited.counts.get(&key).map_or(0, |count| *count as usize);
         let limit = &limited.listeners[listener].1;
@@ -105,7 +105,7 @@ impl SourceLimits {
         Err(text)
     }
 
-    /// A connection with this key is closed.
+    /// Stops counting a connection that is closed.
     #[inline]
     pub fn release(&mut self, key: u64) {
         if key != 0
@@ -115,7 +115,7 @@ impl SourceLimits {
         }
     }
 
-    /// The refused connections that wait, and the deadline of the first one.
+    /// Returns the refused connections that wait, and the deadline of the first one.
     pub fn refused(&mut self) -> Option<(&mut RefusedConnections, &mut u64)> {
         let limited = self.limited.as_mut()?;
         Some((&mut limited.refused, &mut limited.deadline))
@@ -123,7 +123,7 @@ impl SourceLimits {
 }
 
 impl Limited {
-    /// The key of a connection with a limit, and the place of its listener.
+    /// Returns the key of a connection with a limit, and the index of its listener in `listeners`.
     fn key_of(&self, socket: &OwnedFd, source: Source) -> Option<(u64, usize)> {
         let bound = socket::bound_address(socket)?;
         let mut listeners = self.listeners.iter();

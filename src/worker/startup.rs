@@ -1,8 +1,8 @@
 //! Starts accepting when the required pool programs are ready, and ends all programs at the exit of a
 //! worker.
 //!
-//! The event loop runs meanwhile, so that orders, signals and the heartbeat work. Fails with the reason
-//! why a program cannot become ready; then the start or reload that needs it fails too.
+//! The event loop runs meanwhile, so that orders, signals and the heartbeat work. If a program cannot become ready,
+//! this fails with the reason. Then the start or reload that needs the program fails too.
 
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
@@ -33,7 +33,10 @@ impl EventLoop {
             && !(self.service.forwarding).has_all_pools(self.service.registry.pools().len())
     }
 
-    /// Begins to accept as soon as possible.
+    /// Begins to accept if nothing is missing any more.
+    ///
+    /// # Errors
+    /// Why a program cannot become ready; or the report to the master cannot be sent.
     pub(super) fn start_accepting(&mut self, reactor: &mut Reactor) -> io::Result<()> {
         if self.is_accepting || !self.drain.is_serving() {
             return Ok(());
@@ -45,8 +48,8 @@ impl EventLoop {
             Stage::Ready => {
                 self.is_accepting = true;
                 self.resume_listening(reactor);
-                // Report first: the master ends a worker at boot-timeout if it does not know that it is
-                // ready.
+                // If this report cannot be sent, the worker exits: the master would end it at boot-timeout anyway.
+                // The log is forwarded until then, so that the master gets the reason.
                 self.report(Report::Ready)?;
                 logging::stop_forwarding();
             }

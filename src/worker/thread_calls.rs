@@ -25,7 +25,7 @@ impl ThreadCalls {
         ThreadCalls((0..count).map(|_| ThreadCall::default()).collect())
     }
 
-    /// Records the number of the calling thread.
+    /// Records the thread id of the calling thread, which has this number.
     pub fn register(&self, number: usize) {
         self.0[number].thread.store(gettid().as_raw(), Relaxed);
     }

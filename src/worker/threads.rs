@@ -1,8 +1,8 @@
-//! Runs the handler threads of a worker: each runs one call after the other and wakes the event loop. In
-//! a pool process it runs the pool programs instead.
+//! Runs the handler threads of a worker: each runs one call after the other and wakes the event loop. A pool process
+//! has programs instead of threads.
 //!
-//! Threads take their calls from a `RunQueue`. After short calls they wake the event loop once for
-//! several. A panic in a handler is answered as an error.
+//! Threads take their calls from a `RunQueue`. They wake the event loop once for several short calls. A panic in a
+//! handler is answered as an error.
 
 use std::io;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use crate::handler::registry::Registry;
 use crate::handler::{Context, guard};
 use crate::link::session_table::{SessionRecord, may_warn};
 use crate::logging;
+use crate::protocol::call_id::CallRunner;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::{self, monotonic};
 use crate::sys::signal;
@@ -41,7 +42,7 @@ pub struct Threads {
     /// How many there are, or will be when calls need them.
     count: usize,
     started: usize,
-    /// `Some` in a session: all of its listener.
+    /// The records of all sessions of the listener; `Some` only in a session.
     sessions: Option<&'static [SessionRecord]>,
     starter: ThreadStarter,
     pools: ProcessPools,
@@ -93,11 +94,17 @@ impl ThreadStarter {
                 if let Some(running) = running {
                     running.ends();
                 }
+                let (program, cpu, max_rss_bytes) = process::take_reaped_use();
                 let done = Done {
                     key: call.key,
                     outcome,
                     took,
-                    cpu: process::take_reaped_cpu(),
+                    runner: CallRunner {
+                        process: 0,
+                        program: program.0,
+                        cpu,
+                        max_rss_bytes,
+                    },
                     out: None,
                 };
                 if !reports.leave(done) {
@@ -105,7 +112,7 @@ impl ThreadStarter {
                 }
                 unreported += took;
                 // While calls wait, the event loop checks by itself now and then.
-                if !is_short || unreported >= MAX_UNREPORTED || !queue.goes_on() {
+                if !is_short || unreported >= MAX_UNREPORTED || !queue.may_take_more() {
                     unreported = Duration::ZERO;
                     reports.wake();
                 }
@@ -118,9 +125,9 @@ impl ThreadStarter {
 }
 
 impl Threads {
-    /// Starts `count` threads, or as many as the system allows. With the number of a pool, starts its
-    /// programs instead. `is_on_demand` leaves the starts to `look`. The threads record in `running` what they
-    /// run, if it is not empty.
+    /// Starts `count` threads, or as many as the system allows. If `pool` is the number of a pool, starts its programs
+    /// instead. `sessions` is `Some` in a session: it starts no thread, and `look` starts them when calls need them.
+    /// The threads record in `running` what they run, if it is not empty.
     ///
     /// # Errors
     /// If no thread can be started.
@@ -201,8 +208,8 @@ impl Threads {
         }
     }
 
-    /// Returns the size of a lane's executor in the server: the handler threads of this worker, or all
-    /// programs of a pool.
+    /// Returns how many threads or programs serve a lane in total: this worker's handler threads, or all programs of
+    /// the pool, also those of other processes.
     pub fn crew(&self, lane: usize) -> usize {
         match lane.checked_sub(1) {
             None => self.count,
@@ -210,8 +217,8 @@ impl Threads {
         }
     }
 
-    /// Returns how many of those in this process can run calls. A program that is starting or throttled
-    /// cannot.
+    /// Returns how many threads or programs of a lane can run calls in this process. A program that is starting or
+    /// throttled cannot.
     pub fn available(&self, lane: usize) -> usize {
         match lane {
             _ if lane != self.lane => 0,
@@ -249,7 +256,7 @@ impl Threads {
         self.pools.main().serving_and_down()
     }
 
-    /// In a pool process the methods have become more.
+    /// In a pool process, replaces the registry by one with more methods.
     pub fn set_registry(&mut self, registry: &Arc<Registry>) {
         self.registry = Arc::clone(registry);
         self.pools.main_mut().set_registry(registry);
@@ -266,13 +273,27 @@ impl Threads {
     }
 }
 
-fn run(job: &HandlerCall, slot: u16, registry: &Registry) -> Result<Vec<u8>, RpcError> {
-    let method = &registry.methods()[job.method];
-    let context = Context::on_thread(&method.name, slot, job.deadline, &job.state)
-        .with((job.id.as_deref(), job.peer), registry.worker());
+fn run(handler_call: &HandlerCall, slot: u16, registry: &Registry) -> Result<Vec<u8>, RpcError> {
+    let method = &registry.methods()[handler_call.method];
+    let context = Context::on_thread(
+        &method.name,
+        slot,
+        handler_call.deadline,
+        &handler_call.state,
+    )
+    .with(
+        (handler_call.id.as_deref(), handler_call.peer),
+        registry.worker(),
+    );
     let mut result = Vec::new();
-    let call = || method.handler.call(&job.params, &context, &mut result);
-    let name = (&*method.name, job.id.as_deref());
-    logging::with_call(job.state.identity().logged(), || guard::run(name, call))?;
+    let call = || {
+        method
+            .handler
+            .call(&handler_call.params, &context, &mut result)
+    };
+    let name = (&*method.name, handler_call.id.as_deref());
+    logging::with_call(handler_call.state.identity().logged(), || {
+        guard::run(name, call)
+    })?;
     Ok(result)
 }

@@ -1,7 +1,7 @@
 //! Holds the deadlines of a worker, in milliseconds of CLOCK_MONOTONIC.
 //!
-//! It is an ordered set. A deadline that is met in time is removed, and a connection without a deadline
-//! costs nothing. Pure: the caller passes the time.
+//! The deadlines are in an ordered set. A deadline that is met in time is removed. A connection without a deadline
+//! needs no memory here. Pure: the caller passes the time.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -27,7 +27,7 @@ pub enum TimerTarget {
     /// Sending a connection may be tried again.
     Give,
     /// A rebalance order has expired.
-    Spread,
+    Rebalance,
     /// A connection that never had a call may be old enough to make room for another one.
     Unused,
     /// The time of a refused connection may be over.

@@ -1,9 +1,10 @@
-//! Who is next where a limit of a method is reached (`concurrency`, `rate`): a source that was refused.
+//! Decides which source gets the next free place when a limit of a method is reached (`concurrency`, `rate`): a
+//! source that was refused before.
 //!
-//! Calls over such a limit are refused and do not wait, so the client that asks most often would get each free
-//! place. A place is kept for a source that was refused, if it had a call less recently than the caller, until
-//! it asks again or the time is over. A source that had no call lately finds no place kept from it. Without
-//! refusals nothing is recorded. Memory is bounded. Pure.
+//! Calls over such a limit are refused and do not wait, so the client that asks most often would get each free place.
+//! So a place is kept for a refused source, until it asks again or the time is over. The place is kept only from
+//! callers that had a call more recently than that source. A source that had no call recently is never refused for
+//! this. Without refusals nothing is recorded. Memory is bounded. Pure.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +32,7 @@ pub struct Turns {
 }
 
 impl Turns {
-    /// Whether a call of this source may be taken now that there are `free` places.
+    /// Returns whether a call of this source may be taken while there are `free` places.
     pub fn is_next(&mut self, source: Source, free: usize, now_ms: u64) -> bool {
         if now_ms > self.until_ms && self.until_ms > 0 {
             *self = Turns::default();
@@ -47,7 +48,7 @@ impl Turns {
         kept.take(free).count() < free
     }
 
-    /// A source was refused.
+    /// Records that a source was refused.
     pub fn refuse(&mut self, source: Source, now_ms: u64) {
         self.until_ms = now_ms + KEPT_MS;
         let key = (self.last_call(source), source);
@@ -59,7 +60,7 @@ impl Turns {
         }
     }
 
-    /// A call of a source was taken.
+    /// Records that a call of a source was taken.
     pub fn record_call(&mut self, source: Source) {
         if self.until_ms == 0 {
             return;

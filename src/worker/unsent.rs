@@ -51,8 +51,8 @@ impl UnsentAnswers {
         self.is_full() && self.shares.is_heavy(owner)
     }
 
-    /// Returns the bytes from which on members of a batch are refused, because their answers have to wait
-    /// for the last one: as many as params may wait, and no more than `limit`.
+    /// Returns the number of unsent bytes at which further calls of a batch are refused, because their answers must
+    /// wait for the last call of the batch. It is the limit for waiting params, and at most `limit`.
     pub fn batch_limit(&self) -> usize {
         self.limit.min(MOST_BYTES)
     }

@@ -1,4 +1,4 @@
-//! Resolves which file of `src` imports which, from paths in the code, and finds circles.
+//! Finds out which file of `src` imports which other files, from the paths in the code. Finds import cycles.
 //!
 //! A path counts for the file of the longest module that it names: `crate::link::ids::Pid` is an
 //! import of `link/ids.rs`, and `super::Fleet` one of the parent's `mod.rs`. `mod x;` is no import.
@@ -40,7 +40,7 @@ impl Imports {
         }
     }
 
-    /// Returns the files that import each other, directly or indirectly: each set is one circle.
+    /// Returns the files that import each other, directly or indirectly. Each set is one cycle.
     pub fn circles(&self) -> Vec<BTreeSet<String>> {
         let reached: BTreeMap<&String, BTreeSet<String>> = self
             .edges
@@ -61,7 +61,7 @@ impl Imports {
         circles.into_iter().collect()
     }
 
-    /// Returns the files of a circle that a file imports directly, to show what to cut.
+    /// Returns the files of a cycle that a file imports directly, to show which imports to remove.
     pub fn inside(&self, circle: &BTreeSet<String>, file: &str) -> Vec<&str> {
         let targets = self.edges.get(file).into_iter().flatten();
         targets

@@ -105,7 +105,7 @@ fn the_exit_code_tells_what_went_wrong() {
             "PARAMS is not JSON",
         ),
         (&["ping", "--timeout", "soon"], "", 64, "500ms"),
-        (&["ping", "--address", "nowhere"], "", 64, "no address"),
+        (&["ping", "--address", "nowhere"], "", 64, "not an address"),
         (
             &["ping", "--address", "http://127.0.0.1:18100"],
             "",

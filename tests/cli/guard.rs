@@ -76,7 +76,7 @@ fn assert_guard_holds(start: impl Fn(&str) -> Daemon) {
     let line = |file: &&str, outcome: &str| format!("{file} {outcome}\n");
     let all = |outcome: &str| -> String { files.iter().map(|file| line(file, outcome)).collect() };
     assert_eq!(attack(&guarded), [all("refused"), all("refused")]);
-    // The same by default.
+    // The guard is on by default.
     let default = config(true).replace("guard = true\n", "");
     assert_eq!(attack(&start(&default)), [all("refused"), all("refused")]);
     // Without the guard, only the system's own rules for ptrace(2) stop the same attack.

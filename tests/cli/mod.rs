@@ -6,6 +6,7 @@ mod call;
 mod commands;
 mod environment;
 mod guard;
+mod jobs;
 mod library;
 mod manual;
 mod pages;

@@ -94,8 +94,8 @@ const METHODS: [&str; 9] = [
     "ping", "echo", "mirror", "ping", "sleep", "ping", "echo", "mirror", "cat",
 ];
 
-/// Waits until the state is as at the start: the same count of workers, none of an older generation, each
-/// with its keeper, the pool process, the acceptor and no other process.
+/// Waits until the daemon has the same processes as at its start: the same number of workers (none of an older
+/// generation), a keeper for each, the pool process, the acceptor, and no other process.
 fn settle(daemon: &Daemon) {
     wait_for("a reload that is accepted", PATIENCE * 2, || {
         daemon.configure(&config(COUNT, THREADS));

@@ -1,9 +1,9 @@
-//! Compares lost calls and connections with the actions of the chaos, and with what the daemon itself
-//! reports as lost.
+//! Compares lost calls and connections with the actions of the chaos test, and with the losses that the daemon
+//! reports.
 //!
-//! A fault is explained by an action that ended a worker with the connection, or a program. For each
-//! worker only as many faults are explained as the daemon reports: its log says how many connections
-//! ended with it and how many calls were answered with `crashed`.
+//! A fault is explained by an action that ended a worker with the connection, or a program. For each worker, at most
+//! the number of faults that the daemon reports is explained. The log says how many connections ended with the
+//! worker, and how many calls were answered with `crashed`.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,8 +13,8 @@ use serde_json::Value;
 use crate::support::load::Fault;
 use crate::support::matching;
 
-/// How long the outcome of a call may take: until a stopped worker is killed at its deadline, also in a
-/// drain, and another worker has adopted its connection.
+/// The longest time until a call has its outcome. In the worst case, a stopped worker is killed at its drain
+/// deadline, and then another worker adopts its connection.
 const LONGEST: Duration = Duration::from_secs(18);
 /// The time from a worker's end to the last message about it to a connected client.
 const AFTERWARDS: Duration = Duration::from_secs(4);
@@ -32,12 +32,11 @@ const POOL_CALLS: usize = 6;
 /// How a worker was ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// Stopped, recorded, and killed by the test or the master: no other client can have been connected.
+    /// It was stopped, recorded, and killed by the test or the master. So no other client can have connected.
     Killed,
-    /// Stopped, recorded, and ordered to exit at once: some clients may have connected before it got the
-    /// order.
+    /// It was stopped, recorded, and ordered to exit at once. Clients may have connected before it got the order.
     Left,
-    /// Short of memory: it may have died of that with any clients.
+    /// It was short of memory, and may have died of that with any clients.
     Cramped,
 }
 
@@ -48,7 +47,7 @@ struct Ended {
     at: Instant,
     /// When it was found to be gone.
     gone: Option<Instant>,
-    /// The ports of its clients. A port is reused often.
+    /// The ports of its clients. A port may be used again by a later client.
     ports: HashSet<u16>,
 }
 
@@ -57,7 +56,7 @@ impl Ended {
     fn met(&self, fault: &Fault, told: &Told) -> bool {
         let is_in = self.ports.contains(&fault.port);
         let until = match self.end {
-            // The master may notice it late, because it was stopped itself or became another program.
+            // The master may notice the end late, because it was stopped itself or executed another program.
             End::Killed if is_in => self.gone.map_or(fault.at, |gone| {
                 gone + if told.nobody_took_up(self.at, fault) {
                     LONGEST
@@ -81,14 +80,14 @@ pub struct Ledger {
     programs: Vec<Instant>,
     /// When pool processes were killed.
     pools: Vec<Instant>,
-    /// Those that ended which were no workers, but acceptors or sessions: no keeper reports about them.
+    /// The acceptors and sessions that ended. They have no keeper, so no one reports their losses.
     without_keeper: HashSet<i32>,
     /// When the daemon first had too few descriptors or too little memory. A worker that is forked
     /// meanwhile keeps the limit.
     short_since: Option<Instant>,
-    /// When the log could not be written.
+    /// The times in which the log could not be written.
     mute: Vec<(Instant, Instant)>,
-    /// The deaths that `status` reported after that, by pid.
+    /// The deaths that `status` reported after such a time, by pid.
     deaths: BTreeMap<i64, Value>,
     /// The actions and when they began.
     done: Vec<(Instant, &'static str)>,
@@ -103,7 +102,7 @@ pub struct Told {
     unkept: Vec<i32>,
     /// When a program could not be restarted because no descriptor was left, so its calls waited.
     starved: Vec<SystemTime>,
-    /// When a worker had no descriptor left to adopt a connection with a pending answer.
+    /// When a worker had no descriptor left to adopt a connection. The answers of that connection come later.
     shut: Vec<SystemTime>,
     pub kept: usize,
 }
@@ -168,9 +167,9 @@ enum Kind {
     Closed,
     /// Answered with `crashed` by a keeper.
     Crashed,
-    /// The same, for a program of a pool.
+    /// Answered with `crashed`, because a program of a pool died.
     ProgramCrashed,
-    /// The same, for the process to which its worker had sent the call.
+    /// Answered with `crashed`, because the process to which the worker had sent the call died.
     RunnerCrashed,
     /// A command could not be started because of descriptors or memory; the answer says that it had not
     /// begun.
@@ -211,7 +210,7 @@ impl Kind {
     }
 }
 
-/// How much can be explained, by worker: connections and calls.
+/// How many lost connections and crashed calls can be explained, by worker.
 type Budget = HashMap<i32, (usize, usize)>;
 
 impl Ledger {
@@ -240,7 +239,7 @@ impl Ledger {
         self.ends(pid, End::Killed, ports);
     }
 
-    /// Returns whether this worker is about to be ended.
+    /// Returns whether this worker was recorded as killed.
     pub fn is_doomed(&self, pid: i32) -> bool {
         let doomed = |it: &Ended| it.pid == pid && it.end == End::Killed;
         self.ended.iter().any(doomed)
@@ -296,8 +295,8 @@ impl Ledger {
         let (resets, crashed) = sum(&told.left);
         let most = sum(&self.budget(told));
         format!(
-            "{} ends of workers, {} connections on them looked at, told of: {} kept, {resets} ended, \
-             {crashed} calls crashed (with what could not be told {} and {}); seen: {} ended, {} calls \
+            "{} ends of workers with {} recorded connections; reported: {} kept, {resets} ended, {crashed} calls \
+             crashed (with unreported ones at most {} ended and {} crashed); seen: {} ended, {} calls \
              crashed, {} of {} killed programs, {} sent to processes that ended ({} of them pool \
              processes); {} refused, {} late",
             self.ended.len(),
@@ -322,7 +321,7 @@ impl Ledger {
             let latest = ended.gone.unwrap_or(ended.at) + LONGEST;
             let overlaps = |&(from, to): &(Instant, Instant)| from <= latest && ended.at <= to;
             let held = ended.ports.len();
-            // If it could not be logged, use the number of its connections.
+            // If the daemon could not log the number, use the number of recorded connections.
             if told.unkept.contains(&ended.pid) || self.without_keeper.contains(&ended.pid) {
                 left.insert(ended.pid, (held, 0));
             } else if self.mute.iter().any(overlaps) && self.may_have_ended(ended) {
@@ -332,7 +331,7 @@ impl Ledger {
         left
     }
 
-    /// False for a worker that was short of memory, unless its end is known.
+    /// Returns false only for a worker that was short of memory and has no death record.
     fn may_have_ended(&self, ended: &Ended) -> bool {
         ended.end != End::Cramped || self.deaths.contains_key(&i64::from(ended.pid))
     }
@@ -355,8 +354,8 @@ impl Ledger {
             .collect()
     }
 
-    /// Returns for each fault whether something explains it; for each worker and program at most as many
-    /// faults as possible.
+    /// Returns for each fault whether something explains it. Each worker and program explains at most the faults that
+    /// it can have caused.
     fn excused(&self, faults: &[(&str, &Fault)], budget: &Budget, told: &Told) -> Vec<bool> {
         let plain = faults.iter().map(|it| self.is_plain(it.1, told));
         let mut excused: Vec<bool> = plain.collect();
@@ -388,8 +387,8 @@ impl Ledger {
         excused
     }
 
-    /// Returns the workers whose end may have affected a connection. Certain ones come first, latest
-    /// first, because uncertain ones can explain few faults.
+    /// Returns the workers whose end may have affected the connection of a fault, latest first. Workers that had this
+    /// client come before workers that may have had it, because the latter can explain few faults.
     fn met_by(&self, fault: &Fault, told: &Told) -> Vec<i32> {
         let ended = self.ended.iter().rev();
         let met = ended.filter(|ended| ended.met(fault, told));
@@ -421,12 +420,12 @@ impl Ledger {
             .map(|(number, _)| number)
     }
 
-    /// Returns whether it is explained without being counted.
+    /// Returns whether a fault is explained without a limit on the number of such faults.
     fn is_plain(&self, fault: &Fault, told: &Told) -> bool {
         match Kind::of(fault) {
             Kind::Refused => self.short_since.is_some_and(|since| since <= fault.at),
-            // It was stopped for good and found late: the master was stopped too, or became another
-            // program.
+            // Its worker was stopped, and the master noticed it late, because the master was stopped too or executed
+            // another program.
             Kind::Late => {
                 let is_late = |ended: &Ended| {
                     // It was stopped shortly before it was recorded.

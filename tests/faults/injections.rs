@@ -58,6 +58,33 @@ command = [\"cat\"]
 output = \"json\"
 ";
 
+/// What fails while an observer and a pool start beside the workers.
+const FAILURES_BESIDE: [(&str, &str, u64); 5] = [
+    ("socketpair", "EMFILE", 8),
+    ("memfd_create", "EMFILE", 6),
+    ("clone", "EAGAIN", 6),
+    ("clone3", "EAGAIN", 4),
+    ("ftruncate", "ENOSPC", 4),
+];
+
+const BESIDE: &str = "
+[workers]
+count = 1
+threads = 1
+[observe]
+address = \"127.0.0.1:0\"
+[methods.echo]
+builtin = \"echo\"
+[methods.cat]
+command = [\"cat\"]
+output = \"json\"
+[pools.idle]
+command = [\"sleep\", \"1000\"]
+ready = \"alive\"
+[methods.idle]
+pool = \"idle\"
+";
+
 /// The longest time for any step.
 const MOST: Duration = Duration::from_secs(10);
 
@@ -116,10 +143,10 @@ fn call(daemon: &Daemon, outcome: &mut Outcome) -> Result<(), String> {
 }
 
 /// Runs one start, with calls, a reload and a stop if it gets that far.
-fn cycle(calls: &str, fault: &str) -> Result<String, String> {
+fn cycle(config: &str, calls: &str, fault: &str) -> Result<String, String> {
     let words = injected(&[(calls, fault)]);
     let begin = Instant::now();
-    let started = Daemon::builder().config(CONFIG).under(&words).try_start();
+    let started = Daemon::builder().config(config).under(&words).try_start();
     let took = begin.elapsed();
     if took > MOST {
         return Err(format!("the start took {took:?}"));
@@ -175,13 +202,19 @@ fn whichever_system_call_fails_nothing_hangs_and_no_answer_is_wrong() {
             }
         }
     }
+    run_cycles(CONFIG, &cases);
+}
+
+/// Runs a cycle for each case. Fails if one hangs, panics or answers wrongly.
+#[track_caller]
+fn run_cycles(config: &str, cases: &[(&str, String)]) {
     let next = AtomicUsize::new(0);
     let faults = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| {
                 while let Some((calls, fault)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    match cycle(calls, fault) {
+                    match cycle(config, calls, fault) {
                         Ok(what) => println!("{calls}:{fault}: {what}"),
                         Err(what) => {
                             let mut faults = faults.lock().unwrap();
@@ -195,6 +228,20 @@ fn whichever_system_call_fails_nothing_hangs_and_no_answer_is_wrong() {
     let faults = faults.into_inner().unwrap();
     println!("{} cycles, {} of them at fault", cases.len(), faults.len());
     assert!(faults.is_empty(), "{faults:#?}");
+}
+
+/// The board, the observer's socket and its fork are among what fails.
+#[test]
+#[ignore = "needs strace and the right to trace; tests/run runs it"]
+fn whichever_part_of_the_observer_fails_the_server_serves_or_says_why_not() {
+    let _alone = alone();
+    let cases: Vec<(&str, String)> = FAILURES_BESIDE
+        .iter()
+        .flat_map(|&(calls, error, times)| {
+            (1..=times).map(move |k| (calls, format!("error={error}:when={k}")))
+        })
+        .collect();
+    run_cycles(BESIDE, &cases);
 }
 
 #[test]

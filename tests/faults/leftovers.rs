@@ -215,8 +215,8 @@ fn a_stop_waits_for_the_command_and_leaves_nothing() {
     daemon.wait_group_gone();
 }
 
-/// A command has nothing of the listener: the port is free when the master is gone, although a command
-/// still runs and is answered.
+/// A command does not inherit the listener. So the port is free when the master has exited, although a command still
+/// runs and is answered.
 #[test]
 fn a_command_that_outlives_the_master_holds_no_port() {
     let mut daemon = Daemon::builder()

@@ -46,7 +46,7 @@ fn root_follows_no_link_of_another_user_to_its_log() {
             .contains("it is a symbolic link, or below one")
     });
     assert!(!target.exists());
-    // And not at a start.
+    // A start must not follow the link either.
     drop(daemon);
     let failure = Daemon::builder().config(&config).try_start().err().unwrap();
     assert_eq!(failure.code, Some(71), "{}", failure.log);

@@ -33,7 +33,7 @@ fn shared(daemon: &Daemon) -> File {
     File::options().read(true).write(true).open(path).unwrap()
 }
 
-/// Writes as the worker of this keeper that another process is its keeper.
+/// Changes the keeper's pid in the shared memory from `keeper` to `other`, as the worker could do.
 fn claim(daemon: &Daemon, keeper: i32, other: i32) {
     let shared = shared(daemon);
     let mut bytes = vec![0; 1 << 20];
@@ -73,7 +73,8 @@ fn a_process_that_is_no_keeper_is_not_ended_because_a_worker_says_so() {
     assert_eq!(ended, None, "a stranger was ended");
 }
 
-/// The opposite case: a keeper that is already reaped is no child any more, and its data count.
+/// The opposite case: the keeper was reaped in the same round, so it is not a child any more. The master must still
+/// use what it wrote.
 #[test]
 fn a_keeper_that_ends_in_the_same_breath_as_its_worker_is_heard() {
     let daemon = daemon();
@@ -128,7 +129,8 @@ fn a_listener_that_was_made_to_wait_is_mended_at_the_next_tick() {
     );
 }
 
-/// A pool process that was taken over sends bytes as a result: they are no answer, and none of another call.
+/// An attacker in a pool process sends bytes that are not JSON as a result. The client must get `bad-output`, and no
+/// answer for another call.
 #[test]
 fn a_result_that_is_no_json_reaches_no_client() {
     let dir = Dir::new();
@@ -143,7 +145,7 @@ fn a_result_that_is_no_json_reaches_no_client() {
     client.send(r#"{"in": "wait"}"#);
     daemon.wait_busy(1);
     let pool = daemon.pool();
-    // The link is the one that the master has made.
+    // The link is the stream socket that the master has made.
     let link = sockets_of(pool).into_iter().find_map(|(_, fd)| {
         let socket = borrow(pool, fd).ok()?;
         let is_stream = getsockopt(&socket, sockopt::SockType) == Ok(SockType::Stream);
@@ -155,6 +157,8 @@ fn a_result_that_is_no_json_reaches_no_client() {
     };
     let mut fields = vec![3];
     fields.extend([1, 0].map(u64::to_le_bytes).concat());
+    // What ran it: two pids, CPU time and memory.
+    fields.extend([0; 24]);
     fields.extend([0, 0, 0, 0, 1]);
     fields.extend(b"1}\n{\"out\":\"wait\",\"result\":2");
     let mut frame = (fields.len() as u32).to_le_bytes().to_vec();

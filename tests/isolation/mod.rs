@@ -25,7 +25,7 @@ fn builder(tables: &str, more: &str) -> Builder {
     Daemon::builder().config(&config).listen(&listen)
 }
 
-/// The same without further tables, started.
+/// Starts a daemon with an isolated listener and no further tables. `more` is added to the listener.
 fn isolated(more: &str) -> Daemon {
     builder("", more).start()
 }

@@ -41,7 +41,7 @@ fn a_session_without_an_acceptor_gets_a_link_to_the_next_pool_process() {
     let answer = client.call(&json!({"in": "work"}));
     assert_eq!(answer["result"], "done", "{answer}");
     assert_eq!(session_of(&client), session);
-    // Also after the death of the acceptor that has taken its link.
+    // The session must also survive the death of the acceptor to which it has sent its new link.
     end_acceptor(&daemon);
     end_pool(&daemon);
     let answer = client.call(&json!({"in": "work"}));

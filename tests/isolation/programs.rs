@@ -283,7 +283,7 @@ fn the_end_of_a_drain_ends_a_session_with_a_program_between_two_calls() {
         !process::runs(program)
     });
     daemon.wait_log("workers.drain-timeout is nearly over: the connection");
-    // The client has not closed its end.
+    // The old acceptor must exit although the client has not closed its end.
     wait_for("the old acceptor gone", PATIENCE, || !process::runs(old));
     assert!(!daemon.log().contains("SIGTERM"), "{}", daemon.log());
     drop(client);

@@ -73,6 +73,7 @@ fn a_connection_without_a_process_waits_for_one_until_the_read_timeout() {
     let used = process::cpu_ticks(acceptor).unwrap() - before;
     assert!(used < 50, "the acceptor has spun: {used} ticks");
     daemon.wait_log("no connection can be accepted");
+    assert_eq!(status(&daemon)["refused_no_process"], 3);
     ping(&mut open);
     let mut waiting = daemon.client();
     waiting.send(r#"{"in": "ping"}"#);
@@ -127,6 +128,9 @@ fn a_session_whose_loop_is_stuck_is_killed_with_all_it_started() {
     wait_for("the end of all", PATIENCE, || {
         !started.iter().any(|&pid| process::runs(pid))
     });
-    assert_eq!(status(&daemon)["crashed"], 1);
+    // The acceptor counts it when it has reaped it.
+    wait_for("the crash to be counted", PATIENCE, || {
+        status(&daemon)["crashed"] == 1
+    });
     ping(&mut other);
 }

@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use super::{METHODS, acceptor, builder, isolated, ping, session_of, status, wait_running};
 use crate::support::{Daemon, PATIENCE, assert_within, descriptors, pass, process, wait_for};
 
-/// A program of a pool that is ready after so many seconds, and needs so many for each call.
+/// A pool program. Its first argument is the number of seconds until it is ready, the second the number of seconds
+/// for each call.
 pub const POOL: &str = "import json, socket, struct, sys, time
 calls = socket.socket(fileno=3)
 def say(message):
@@ -236,11 +237,11 @@ fn a_pool_process_stays_until_sessions_without_an_acceptor_have_their_answers() 
     }
 }
 
-/// What the table of sessions has at the beginning of the part behind a worker's record, in 512 bytes.
-fn forge(daemon: &Daemon, place: u64, pid: i32, acceptor: i32) {
+/// Opens the table of sessions: 512 bytes for each.
+fn session_table(daemon: &Daemon) -> File {
     let directory = format!("/proc/{}/fd", daemon.pid());
     let is_table = |file: &File| file.metadata().unwrap().len() == 512 * 4096 * 64;
-    let table = fs::read_dir(directory)
+    fs::read_dir(directory)
         .unwrap()
         .filter_map(|fd| {
             let path = fd.unwrap().path();
@@ -249,7 +250,12 @@ fn forge(daemon: &Daemon, place: u64, pid: i32, acceptor: i32) {
             name.contains("memfd:").then(open)?.ok()
         })
         .find(is_table)
-        .unwrap();
+        .unwrap()
+}
+
+/// Writes what a record has behind the part that is like that of a worker.
+fn forge(daemon: &Daemon, place: u64, pid: i32, acceptor: i32) {
+    let table = session_table(daemon);
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let start: u64 = stat
         .rsplit(')')
@@ -293,8 +299,8 @@ fn a_forged_record_makes_the_master_neither_kill_a_worker_nor_wait_for_it() {
     );
 }
 
-/// Writes into the memory that a session shares with other processes, as code in this session could:
-/// heartbeats of long ago, beginnings of long ago, and orders to leave. Returns how many mappings accepted it.
+/// Writes into the memory that a session shares with other processes, as code in this session could: old heartbeats,
+/// old start times, and orders to exit. Returns how many mappings accepted it.
 fn spoil(session: i32) -> usize {
     let memory = File::options()
         .write(true)
@@ -358,4 +364,24 @@ fn forged_records_do_not_fill_a_listener() {
     for _ in 0..3 {
         ping(&mut daemon.client());
     }
+}
+
+#[test]
+fn forged_records_do_not_keep_an_acceptor_from_forking() {
+    let daemon = isolated("spare = 0\n");
+    let mut living = daemon.client();
+    ping(&mut living);
+    let own = session_of(&living);
+    let table = session_table(&daemon);
+    // Open, with the pid of a session that writes it.
+    for (place, pid) in (1..4096).zip([0, own].into_iter().cycle()) {
+        let record: Vec<u8> = [2, pid].into_iter().flat_map(i32::to_le_bytes).collect();
+        table.write_all_at(&record, place * 512 + 256).unwrap();
+    }
+    // The first search finds no record that was without a process before, and is repeated.
+    for _ in 0..3 {
+        ping(&mut daemon.client());
+    }
+    ping(&mut living);
+    assert_eq!(session_of(&living), own);
 }

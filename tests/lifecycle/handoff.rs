@@ -374,7 +374,7 @@ fn a_burst_in_a_drain_is_not_worked_off_one_by_one() {
         for _ in 0..CALLS + AHEAD {
             assert_eq!(client.recv_json()["out"], "sleep");
         }
-        // 10 s if they ran one after the other.
+        // If the calls ran one after the other, they would take 10 s.
         assert_within(
             "500 calls of 20 ms",
             begin.elapsed(),

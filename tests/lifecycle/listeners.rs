@@ -114,7 +114,7 @@ fn a_unix_socket_moves_to_another_path_and_its_connections_go_on() {
     assert!(!old.exists());
     ping(&mut Client::connect_unix(&new));
     ping(&mut lasting);
-    // Back to the first path, and TCP removed for good.
+    // Return to the first path. The TCP listener stays removed.
     daemon.reload_with(&listen(&[(&own, ""), ("unix:old.sock", "")]));
     assert!(!new.exists());
     ping(&mut Client::connect_unix(&old));

@@ -181,6 +181,7 @@ fn a_unit_of_another_name_has_everything_of_its_own() {
         "usr/share/doc/preforkd/examples/alerts.yml",
         "usr/share/doc/preforkd/examples/scrape.yml",
         "usr/share/doc/preforkd/examples/preforkd.json",
+        "usr/share/doc/preforkd/examples/preforkd.logrotate",
     ] {
         assert!(dir.join(file).exists(), "{file}");
     }

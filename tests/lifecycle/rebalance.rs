@@ -144,3 +144,44 @@ fn what_is_even_is_left_alone_and_a_call_that_runs_is_not_moved() {
     assert_eq!(rounds(), so_far);
     println!("{evenness:?}");
 }
+
+/// Returns how many connections with one call 8 clients make in half a second.
+fn short_connections(daemon: &Daemon) -> u64 {
+    let (address, end) = (
+        daemon.address(),
+        Instant::now() + Duration::from_millis(500),
+    );
+    let client = move || {
+        let mut count = 0;
+        while Instant::now() < end {
+            ping(&mut Client::connect(address), count);
+            count += 1;
+        }
+        count as u64
+    };
+    let clients: Vec<_> = (0..8).map(|_| std::thread::spawn(client)).collect();
+    clients
+        .into_iter()
+        .map(|client| client.join().unwrap())
+        .sum()
+}
+
+/// A worker with many connections leaves accepting to the others. If all did that at once, connections would wait
+/// for 3 ms while all are idle: a fifth of what one worker serves was left.
+#[test]
+fn a_second_worker_does_not_slow_short_connections_down() {
+    let _alone = alone();
+    let start = |count| {
+        Daemon::builder()
+            .config(&format!("[workers]\ncount = {count}\n"))
+            .start()
+    };
+    let (one, two) = (start(1), start(2));
+    let rounds = 5;
+    let mut ratios: Vec<f64> = (0..rounds)
+        .map(|_| short_connections(&two) as f64 / short_connections(&one) as f64)
+        .collect();
+    ratios.sort_by(f64::total_cmp);
+    println!("two workers against one: {ratios:.2?}");
+    assert!(ratios[rounds / 2] > 0.6, "{ratios:?}");
+}

@@ -1,5 +1,5 @@
-//! Tests reloads under full load in nine cells: a new connection per call, lasting connections and deep
-//! pipelines, each in frames, lines and HTTP. nginx runs in the same test with the same client.
+//! Tests reloads under full load in nine combinations: a new connection per call, lasting connections and deep
+//! pipelines, each with frames, lines and HTTP. nginx runs in the same test with the same client.
 //!
 //! Ten reloads per cell, or as many as `PREFORKD_RELOADS` says.
 

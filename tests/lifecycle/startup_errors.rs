@@ -50,7 +50,7 @@ fn the_shell_of_a_daemon_that_can_not_start_is_told_what_its_workers_have_logged
     // The memory that a serving daemon needs, but not enough for the stack of another thread.
     let room = {
         let daemon = Daemon::start();
-        process::virtual_kib(daemon.pid()) + 1024
+        process::virtual_kib(daemon.pid()) + 768
     };
     for detach in ["--daemon", "--listen=127.0.0.1:0"] {
         let dir = Dir::new();

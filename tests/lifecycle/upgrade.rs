@@ -372,7 +372,7 @@ fn children_of_the_new_programs_own_functions_are_no_orphans() {
         let lost = helpers()[2 * upgrades - 1];
         wait_for("the orphan's end", PATIENCE, || !process::runs(lost));
     }
-    // One of the start; one of a probe and one of the program after it; and once more.
+    // The helpers: one of the start, then for each of two upgrades one of the probe and one of the new program.
     let [first, lost, second, lost_again, third] = helpers()[..] else {
         panic!("{:?}", helpers());
     };

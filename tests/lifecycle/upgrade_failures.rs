@@ -454,7 +454,8 @@ fn installed_probe(installed: &Installed) -> String {
     fs::read_to_string(installed.file("probe")).unwrap_or_default()
 }
 
-/// A scheduled stop works too, although only the program that got the order knows its time.
+/// An upgrade fails while a stop is scheduled, and the stop still comes. Only the program that got the order knows
+/// its time.
 #[test]
 fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     let installed = Installed::new();
@@ -475,7 +476,7 @@ fn a_stop_that_is_to_come_ends_an_upgrade_that_is_tried_and_comes() {
     assert_eq!(refused.status.code(), Some(1), "{said}");
     assert!(said.contains("the server stops in"), "{said}");
     assert_eq!(executable(daemon.pid()), before);
-    // The same for an upgrade that is requested from now on.
+    // An upgrade that is requested now is refused too.
     let refused = daemon.command(&["upgrade"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     let mut client = daemon.client();

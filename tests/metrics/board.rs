@@ -4,11 +4,12 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{assert_no_decrease, scrape, text, value, wait_value};
-use crate::support::Daemon;
 use crate::support::installed::{Installed, upgrade};
+use crate::support::wire::Wire;
+use crate::support::{Client, Daemon, PATIENCE, wait_for};
 
 /// The bytes from one block to the next.
 const STRIDE: u64 = 2 << 20;
@@ -58,6 +59,115 @@ fn garbage_in_a_block_harms_no_reader() {
     assert!(done.status.success(), "{done:?}");
     daemon.reload();
     text(&daemon);
+}
+
+/// Returns the calls of all methods together, which are exact also among garbage.
+#[track_caller]
+fn calls(daemon: &Daemon) -> u64 {
+    let done = daemon.command(&["status", "--json"]);
+    let status: Value = serde_json::from_slice(&done.stdout).unwrap();
+    status["totals"]["calls"].as_u64().unwrap()
+}
+
+/// Lets every command read. None may fail, and none may print what controls a terminal.
+#[track_caller]
+fn read_all(daemon: &Daemon) {
+    for words in [
+        &["metrics"][..],
+        &["status"],
+        &["status", "--json"],
+        &["slow"],
+        &["slow", "--json"],
+        &["top", "--once", "--interval", "100ms"],
+        &["top", "--once", "--json", "--interval", "100ms"],
+    ] {
+        let done = daemon.command(words);
+        assert!(done.status.success(), "{words:?}: {done:?}");
+        let text = String::from_utf8(done.stdout).unwrap();
+        if words.contains(&"--json") {
+            serde_json::from_str::<Value>(&text).unwrap();
+            continue;
+        }
+        let is_harmless = |c: char| "\n\t".contains(c) || !c.is_control();
+        assert!(text.chars().all(is_harmless), "{words:?}: {text:?}");
+    }
+}
+
+/// Gets every page of the observer, and returns the history.
+#[track_caller]
+fn read_pages(daemon: &Daemon) -> Value {
+    let status = daemon.status();
+    let address = status["master"]["observer"]["address"].as_str().unwrap();
+    let get = |path: &str| {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        let answer = Wire::open(address.parse().unwrap())
+            .send(request)
+            .response();
+        assert_eq!(answer.status, 200, "{path}: {}", answer.body);
+        answer
+    };
+    for path in ["/", "/metrics", "/healthz"] {
+        get(path);
+    }
+    get("/status.json").json();
+    get("/history.json").json()
+}
+
+#[test]
+fn garbage_of_a_worker_a_pool_process_or_a_session_harms_no_reader_and_no_other_block() {
+    let config = "[workers]\ncount = 1\n[observe]\naddress = \"127.0.0.1:0\"\n[slow-log]\nthreshold = \"1s\"\n\
+        [pools.cat]\ncommand = [\"/bin/sleep\", \"1000\"]\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n\
+        [[listen]]\naddress = \"127.0.0.1:0\"\n\
+        [[listen]]\naddress = \"127.0.0.2:0\"\nisolation = \"connection\"\n";
+    let daemon = Daemon::builder().config(config).start();
+    let status = daemon.status();
+    let at = |index: usize| {
+        let address = status["listeners"][index]["address"].as_str().unwrap();
+        Client::connect(address.parse().unwrap())
+    };
+    let (mut shared, mut isolated) = (at(0), at(1));
+    let ping = |client: &mut Client, count: usize| {
+        for _ in 0..count {
+            assert_eq!(client.call(&json!({"in": "ping"}))["out"], "pong");
+        }
+    };
+    ping(&mut shared, 3);
+    ping(&mut isolated, 3);
+    let board = board(&daemon);
+    // The observer compares each reading with the one before, so it needs one without garbage.
+    read_pages(&daemon);
+    // The acceptor, whose sessions share its block, and the pool process have the highest records.
+    for place in [2, 4] {
+        let bytes = garbage(STRIDE as usize);
+        board.write_all_at(&bytes, place * STRIDE).unwrap();
+    }
+    read_all(&daemon);
+    wait_for("a second with garbage", PATIENCE, || {
+        let seconds = read_pages(&daemon)["seconds"].take();
+        let mut calls = (seconds.as_array().unwrap().iter()).map(|second| &second["calls"]);
+        calls.any(|calls| calls.as_u64().unwrap() > 1 << 32)
+    });
+    let before = calls(&daemon);
+    ping(&mut shared, 25);
+    assert_eq!(calls(&daemon).wrapping_sub(before), 25);
+    ping(&mut isolated, 1);
+    // And the block of the worker.
+    board
+        .write_all_at(&garbage(STRIDE as usize), STRIDE)
+        .unwrap();
+    read_all(&daemon);
+    let before = calls(&daemon);
+    ping(&mut isolated, 25);
+    assert_eq!(calls(&daemon).wrapping_sub(before), 25);
+    ping(&mut shared, 1);
+    let observer = daemon.status()["master"]["observer"]["pid"].clone();
+    assert_eq!(
+        observer, status["master"]["observer"]["pid"],
+        "no reader died"
+    );
+    assert_eq!(daemon.status()["deaths"], json!([]));
+    daemon.reload();
+    read_all(&daemon);
 }
 
 #[test]

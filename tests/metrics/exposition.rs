@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::net::UnixStream;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{assert_no_decrease, samples, scrape, sum, text, value, wait_value};
 use crate::support::{Client, Daemon, PATIENCE, wait_for};
@@ -117,6 +117,51 @@ fn a_batch_is_one_request_and_several_calls() {
         1.0
     );
     assert_eq!(value(&seen, "calls_total{method=\"ping\"}"), 5.0);
+    client.send(r#"{"jsonrpc":"2.0","method":"ping"}"#);
+    wait_value(&daemon, "calls_total{method=\"ping\"}", 6.0);
+    let seen = scrape(&daemon);
+    assert_eq!(
+        value(&seen, "requests_total{dialect=\"frame\",form=\"jsonrpc\"}"),
+        2.0,
+        "a notification"
+    );
+}
+
+#[test]
+fn the_cpu_time_of_a_command_counts_once_wherever_it_runs() {
+    const BUSY: &str = "[workers]\ncount = 2\nthreads = 1\n[access-log]\nfile = \"access.log\"\n\
+                        [methods.busy]\ncommand = [\"sh\", \"-c\", \"i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo 1\"]\n";
+    let daemon = Daemon::builder().config(BUSY).start();
+    // Enough connections that each worker answers calls of its own, and has some run by the other one.
+    let mut clients: Vec<Client> = (0..8).map(|_| daemon.client()).collect();
+    for client in &mut clients {
+        for _ in 0..2 {
+            client.send(r#"{"in":"busy"}"#);
+        }
+    }
+    for client in &mut clients {
+        for _ in 0..2 {
+            client.recv().unwrap();
+        }
+    }
+    wait_value(&daemon, "calls_total{method=\"busy\"}", 16.0);
+    let mut lines = String::new();
+    wait_for("the lines", PATIENCE, || {
+        lines = daemon.dir().read("access.log");
+        lines.lines().count() == 16
+    });
+    let parse = |line: &str| {
+        serde_json::from_str::<Value>(line).unwrap()["cpu_us"]
+            .as_f64()
+            .unwrap()
+    };
+    let used = lines.lines().map(parse).sum::<f64>() / 1e6;
+    let seen = scrape(&daemon);
+    let counted = value(&seen, "command_cpu_seconds_total{method=\"busy\"}");
+    assert!(
+        (counted - used).abs() < used / 100.0,
+        "{counted} s counted, {used} s used"
+    );
 }
 
 #[test]
@@ -144,7 +189,7 @@ fn more_methods_than_names_count_together() {
     let config = format!("[workers]\ncount = 1\n{}", methods.concat());
     let daemon = Daemon::builder()
         .config(&config)
-        .expect_log("there were more than 256 names of methods")
+        .expect_log("there were more than 256 method names")
         .start();
     let mut client = daemon.client();
     client.call(&json!({"in": "m000", "params": 0}));
@@ -153,7 +198,7 @@ fn more_methods_than_names_count_together() {
     assert_eq!(value(&seen, "calls_total{method=\"m000\"}"), 1.0);
     assert_eq!(value(&seen, "calls_total{method=\"_OTHER\"}"), 1.0);
     daemon.reload();
-    let warnings = daemon.log().matches("more than 256 names").count();
+    let warnings = daemon.log().matches("more than 256 method names").count();
     assert_eq!(warnings, 1, "{}", daemon.log());
 }
 
@@ -280,7 +325,7 @@ fn status_has_totals_and_methods() {
     client.call(&json!({"in": "fails"}));
     client.call(&json!({"in": "ping"}));
     let done = daemon.command(&["status", "--json"]);
-    let status: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    let status: Value = serde_json::from_slice(&done.stdout).unwrap();
     let totals = &status["totals"];
     assert_eq!(
         (&totals["calls"], &totals["errors"]),
@@ -341,6 +386,10 @@ fn status_has_the_last_reloads_and_the_starts_of_programs() {
         .filter(|pool| pool["generation"] == 2)
         .map(|pool| &pool["starts"]);
     assert_eq!(serving.collect::<Vec<_>>(), [&json!(4)]);
+    // Those of the generation before have ended with their pool process.
+    let ordered = "pool_program_exits_total{pool=\"cat\",reason=\"ordered\"}";
+    wait_value(&daemon, ordered, 2.0);
+    assert_eq!(sum(&scrape(&daemon), "pool_program_exits_total"), 2.0);
 }
 
 #[test]
@@ -359,7 +408,12 @@ fn quotes_and_backslashes_in_the_path_of_a_listener_harm_neither_text_nor_status
     assert_eq!(status["listeners"][1]["address"], address);
     let seen = scrape(&daemon);
     assert_eq!(value(&seen, "workers_target"), 2.0);
+    let escaped = address.replace('\\', "\\\\").replace('"', "\\\"");
+    let series = format!(
+        "listener_refused_connections_total{{address=\"{escaped}\",reason=\"per_source\"}}"
+    );
+    assert_eq!(value(&seen, &series), 0.0);
     let top = daemon.command(&["top", "--json", "--once", "--interval", "100ms"]);
-    let top: serde_json::Value = serde_json::from_slice(&top.stdout).unwrap();
+    let top: Value = serde_json::from_slice(&top.stdout).unwrap();
     assert_eq!(top["listeners"][1]["address"], address);
 }

@@ -5,6 +5,7 @@ mod counters;
 mod exposition;
 mod pages;
 mod prometheus;
+mod sessions;
 mod tools;
 
 use std::collections::BTreeMap;

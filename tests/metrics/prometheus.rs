@@ -15,13 +15,18 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::tools::tool;
+use super::tools::{expressions, tool};
 use crate::support::installed::{Installed, upgrade};
 use crate::support::{
-    Callers, Daemon, Dir, PATIENCE, from_environment, pass, process, source, wait_for,
+    Callers, Client, Daemon, Dir, PATIENCE, from_environment, pass, process, source, wait_for,
 };
 
 const OBSERVE: &str = "[observe]\naddress = \"127.0.0.1:0\"\n";
+/// Without an engine the server refuses the table.
+const JOBS: &str = match cfg!(feature = "jobs-sqlite") {
+    true => "[jobs]\nstore = \"sqlite:jobs.db\"\n",
+    false => "",
+};
 
 const TIMES: &str = "scrape_interval: 1s\n  scrape_timeout: 1s\n  evaluation_interval: 1s";
 
@@ -207,6 +212,42 @@ fn no_scrape_fails_and_no_counter_falls_through_kills_reloads_and_upgrades() {
     assert!(samples >= seconds / 2.0);
     assert_eq!((failed, resets), (0.0, 0.0));
     assert!(prometheus.number("preforkd_upgrades_total{result=\"ok\"}") > 0.0);
+}
+
+#[test]
+#[ignore = "needs Prometheus, and takes some seconds"]
+fn each_expression_of_the_dashboard_returns_a_series() {
+    let Some(program) = prometheus() else { return };
+    let config = format!(
+        "[workers]\ncount = 2\nthreads = 2\n{OBSERVE}[methods.sleep]\nbuiltin = \"sleep\"\n\
+         [methods.fails]\ncommand = [\"/bin/false\"]\n\
+         [pools.cat]\ncommand = [\"/bin/sleep\", \"1000\"]\nready = \"alive\"\n[methods.cat]\npool = \"cat\"\n\
+         {JOBS}[[listen]]\naddress = \"127.0.0.1:0\"\n\
+         [[listen]]\naddress = \"127.0.0.2:0\"\nisolation = \"connection\"\n"
+    );
+    let daemon = Daemon::builder().config(&config).start();
+    let prometheus = Prometheus::start(&program, &target(&daemon), |rules| rules);
+    let address = daemon.status()["listeners"][0]["address"].clone();
+    let mut client = Client::connect(address.as_str().unwrap().parse().unwrap());
+    let mut left = expressions();
+    let all = left.len();
+    assert!(all > 30, "{all}");
+    // A rate needs two scrapes, and a quantile calls between them.
+    let end = Instant::now() + PATIENCE;
+    while !left.is_empty() && Instant::now() < end {
+        for method in ["ping", "sleep", "fails", "nothing"] {
+            client.call(&json!({"in": method, "params": 0}));
+        }
+        if cfg!(feature = "jobs-sqlite") {
+            let job = json!({"method": "sleep", "params": 0});
+            client.call(&json!({"in": "rpc.job.enqueue", "params": job}));
+        }
+        daemon.reload();
+        left.retain(|expression| prometheus.query(expression).is_empty());
+        pass(Duration::from_millis(500));
+    }
+    println!("{all} expressions");
+    assert_eq!(left, Vec::<String>::new(), "without a series");
 }
 
 /// The rules with shorter times, so that their alerts come within seconds: the expressions stay.

@@ -173,7 +173,7 @@ fn the_panels_of_the_dashboard_have_ids_and_places_of_their_own() {
 }
 
 /// Every expression of the dashboard, with values for Grafana's variables.
-fn expressions() -> Vec<String> {
+pub(super) fn expressions() -> Vec<String> {
     let dashboard = dashboard();
     let panels = dashboard["panels"].as_array().unwrap().iter();
     let targets = panels.flat_map(|panel| panel["targets"].as_array().into_iter().flatten());

@@ -1,8 +1,10 @@
 //! Tests the observer: what it answers, whom it refuses, and its life beside workers and master.
 
+mod faults;
 mod foreground;
 mod hostile;
 mod life;
+mod page;
 mod pages;
 mod top;
 

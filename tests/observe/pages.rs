@@ -83,7 +83,7 @@ fn the_status_is_that_of_the_command_with_rates_and_age() {
     );
     assert_eq!(served["master"]["pid"], expected["master"]["pid"]);
     assert_eq!(served["listeners"], expected["listeners"].take());
-    // The second reading comes a second after the first request.
+    // The history has an entry only after a second reading, one second after the first request.
     let mut readings: Value = Value::Null;
     wait_for("a second in the history", PATIENCE, || {
         readings = page(address, "/history.json").json()["seconds"].take();
@@ -100,7 +100,7 @@ fn health_follows_a_scheduled_stop() {
     assert_eq!(page(address, "/healthz").status, 200);
     assert_eq!(series(address, "preforkd_stopping").as_deref(), Some("0"));
     let stop = daemon.asking(&["stop", "--after", "3s"]).spawn().unwrap();
-    // The facts are up to a second old.
+    // The observer asks the master at most once per second, so the answer may be up to a second old.
     wait_for("503", PATIENCE, || page(address, "/healthz").status == 503);
     assert_eq!(
         daemon.client().call(&serde_json::json!({"in": "ping"}))["out"],

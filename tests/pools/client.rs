@@ -67,7 +67,7 @@ fn map_writes_the_results_in_the_order_of_the_lines() {
     let daemon = Daemon::builder().config(WITH_SLEEP).start();
     // The first calls take longest.
     let input = "0.3\n0.2\n\n0.1\n0.0\n";
-    let output = map_all(&daemon, &["sleep", "--jobs", "4", "--tag"], input);
+    let output = map_all(&daemon, &["sleep", "--parallel", "4", "--tag"], input);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(text(&output.stdout), "1\t0.3\n2\t0.2\n4\t0.1\n5\t0.0\n");
     assert_eq!(text(&output.stderr), "");
@@ -138,7 +138,7 @@ sys.exit(map.wait())
     let lines = dir.write("lines", "0.02\n".repeat(100));
     let mut command = Command::new("python3");
     command.args(["-c", TERMINAL]).arg(binary());
-    command.args(["map", "sleep", "--jobs", "2", "--address"]);
+    command.args(["map", "sleep", "--parallel", "2", "--address"]);
     command.arg(daemon.address().to_string());
     let output = command
         .stdin(std::fs::File::open(lines).unwrap())
@@ -174,7 +174,7 @@ fn map_over_a_thousand_lines_outlives_a_killed_worker_and_a_reload() {
     let record = dir.join("done");
     let words = [
         "sleep",
-        "--jobs",
+        "--parallel",
         "8",
         "--tag",
         "--resume",

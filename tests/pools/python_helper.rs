@@ -82,7 +82,7 @@ fn what_a_program_prints_is_logged_at_once_and_not_lost_when_it_is_killed() {
     let late = result(&mut client, "say", &json!(["second", 20]));
     assert_eq!(late["name"], "timeout", "{late}");
     daemon.wait_log("SAID second");
-    daemon.wait_log("is killed while it runs say");
+    daemon.wait_log("was killed while it ran say");
 }
 
 #[test]

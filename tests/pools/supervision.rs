@@ -276,7 +276,7 @@ fn what_is_no_answer_is_bad_output_and_what_is_no_frame_ends_the_program() {
     let setting = setting(
         "",
         "respawn-max-delay = \"0s\"",
-        &["is killed, for what it sent"],
+        &["was killed, because it sent"],
     );
     let mut client = setting.daemon.client();
     let deep = format!(
@@ -353,7 +353,7 @@ fn an_answer_that_nobody_asked_for_reaches_nobody() {
     let setting = setting(
         "",
         "respawn-max-delay = \"0s\"",
-        &["is killed, for what it sent"],
+        &["was killed, because it sent"],
     );
     let mut client = setting.daemon.client();
     for n in 0..20 {

@@ -1,5 +1,5 @@
-//! Calls in pieces are acknowledged at once, because a client with Nagle's algorithm waits for that before it
-//! sends the rest. Calls that arrive whole cost no system call more for it.
+//! Calls in pieces are acknowledged at once, because a client with Nagle's algorithm waits for that before it sends
+//! the rest. For a call that arrives whole, no further system call is made.
 
 use crate::support::strace::Strace;
 use crate::support::wire::{Dialect, Wire, post};

@@ -212,7 +212,7 @@ fn unfinished_calls_have_a_limit_of_all_together_and_what_is_beyond_is_told() {
     late.send_raw(&partial);
     late.send_raw(&rest);
     assert_eq!(late.recv_json()["result"]["name"], "parse-error");
-    // The same in lines: a refused client continues behind the end of the line.
+    // The same test with lines: a refused client can continue after the end of the line.
     let lines: Vec<Client> = (0..12)
         .map(|_| {
             let mut client = daemon.client();
@@ -376,7 +376,8 @@ fn a_batch_gets_no_further_answers_that_wait_at_the_limit() {
     let mut clients: Vec<Client> = (0..5).map(|_| daemon.client()).collect();
     for (client, calls) in clients.iter_mut().zip((400..).step_by(400)) {
         client.send(&batch);
-        // One after the other, or their bytes count as unfinished calls and reach that limit together.
+        // Send one batch after the other. Otherwise their bytes would count as unfinished calls at the same time, and
+        // reach that limit together.
         wait_for("the calls of a batch", PATIENCE, || {
             daemon.workers()[0].calls >= calls
         });

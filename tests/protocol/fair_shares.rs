@@ -1,5 +1,6 @@
-//! One hostile source at ten times the load of 30 honest ones, which all get at least 95 % of the calls that
-//! they get alone: with the queue, unfinished input, untaken answers and connections, one after the other.
+//! Tests that one hostile source cannot displace others. It makes ten times the load of 30 honest sources. Each
+//! honest source must still get at least 95 % of the calls that it gets without the hostile one. Each test attacks
+//! another limit: the queue, unfinished input, untaken answers, connections.
 //!
 //! The long form prints the bar:
 //! `cargo test --release --test all -- --ignored --nocapture fair_shares::`.
@@ -105,7 +106,7 @@ fn echo(length: usize) -> String {
     json!({"in": "echo", "params": "x".repeat(length)}).to_string()
 }
 
-/// Sends so many calls, and reads their answers after a while.
+/// Sends `count` calls at once, and reads their answers a few milliseconds later.
 fn answered(client: &mut Client, call: &str, count: usize) -> io::Result<()> {
     client.try_send_raw(&frame(call.as_bytes()).repeat(count))?;
     if count > 1 {
@@ -159,7 +160,8 @@ fn call_until(case: &Case, source: u8, address: SocketAddr, end: Instant) -> (us
     (made, done)
 }
 
-/// Calls of all honest sources, made and answered, with the hostile one beside them or without it.
+/// Returns the numbers of calls that all honest sources have made and that were answered. `is_hostile` says whether
+/// the hostile source runs too.
 fn measure(case: &Case, time: Duration, is_hostile: bool) -> (usize, usize) {
     let daemon = Daemon::builder()
         .config(&format!("[workers]\ncount = 1\n{}", case.config))
@@ -180,7 +182,7 @@ fn measure(case: &Case, time: Duration, is_hostile: bool) -> (usize, usize) {
                     pass(case.keeps.1);
                 }
             });
-            // It has what it can have when the others begin.
+            // The hostile source has used up all that it can when the others begin.
             pass(Duration::from_secs(1));
         }
         let end = Instant::now() + time;

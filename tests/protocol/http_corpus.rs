@@ -143,7 +143,7 @@ fn malformed_requests_are_refused_and_closed() {
         MALFORMED.len()
     );
     assert!(wrong.is_empty(), "{wrong:#?}");
-    // And none of them did more than read.
+    // No worker has died meanwhile.
     let dead = daemon.status()["deaths"].as_array().unwrap().len();
     assert_eq!(dead, 0);
 }

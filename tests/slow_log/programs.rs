@@ -1,4 +1,5 @@
-//! `stack-signal`: the stack of a pool program in the log, and programs that do not handle the signal.
+//! Tests `stack-signal`: the log has the stack of a slow pool program, and a program that does not handle the signal
+//! dies.
 
 use serde_json::json;
 

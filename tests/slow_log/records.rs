@@ -1,4 +1,4 @@
-//! What a record has: its members, its times, its secrets; and where it goes.
+//! Tests the records of slow calls: their members and times, which secrets are left out, and where they are shown.
 
 use std::time::Duration;
 

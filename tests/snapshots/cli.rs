@@ -15,6 +15,11 @@ const COMMANDS: [&str; 13] = [
     "map", "bench",
 ];
 
+const JOB_COMMANDS: [&str; 14] = [
+    "", "enqueue", "wait", "cancel", "list", "show", "retry", "purge", "pause", "resume", "export",
+    "import", "check", "schema",
+];
+
 /// Runs a command of preforkd in a nearly empty environment.
 fn run(words: &[&str], stdin: &str) -> Output {
     let mut command = Command::new(binary());
@@ -39,6 +44,12 @@ fn help_names_the_recorded_commands_options_and_defaults() {
     for command in COMMANDS {
         let words = [command, "--help"];
         let output = run(words.split_at(usize::from(command.is_empty())).1, "");
+        all += &format!("{}\n", help_without_prose(&text(&output.stdout)));
+    }
+    for command in JOB_COMMANDS {
+        let mut words = vec!["job", command, "--help"];
+        words.retain(|word| !word.is_empty());
+        let output = run(&words, "");
         all += &format!("{}\n", help_without_prose(&text(&output.stdout)));
     }
     assert_recorded("cli/help.txt", &all);
@@ -295,7 +306,7 @@ const WITHOUT: &[&str] = &[
     "call ping --address nonsense",
     "call ping --address unix:DIR/nonexistent",
     "map",
-    "map ping --jobs 0",
+    "map ping --parallel 0",
     "map ping --address unix:DIR/nonexistent",
     "bench",
     "bench ping --dialect morse",
@@ -319,7 +330,7 @@ const WITH: &[(&str, &str)] = &[
     ("call sleep 30 --timeout 100ms --address ADDRESS", ""),
     ("map ping --address ADDRESS", "1\n\n[2, 2.0]\n\"x\"\n"),
     (
-        "map ping --tag --jobs 2 --timeout 5s --address ADDRESS",
+        "map ping --tag --parallel 2 --timeout 5s --address ADDRESS",
         "1\n2\n",
     ),
     ("map sleep --address ADDRESS", "0\n\"x\"\n0\n"),

@@ -35,7 +35,7 @@ impl Client {
         Self::try_connect_from(source, address).unwrap()
     }
 
-    /// Likewise; fails if it cannot connect.
+    /// Connects like `connect_from`. Returns an error if it cannot connect.
     pub fn try_connect_from(source: Ipv4Addr, address: SocketAddr) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
@@ -49,8 +49,8 @@ impl Client {
         Ok(Self::over(stream))
     }
 
-    /// Over a unix socket. The type of the stream says TCP; what is used of it are calls that
-    /// every stream socket knows.
+    /// Connects to a unix socket. The stream has the type of a TCP stream, but only system calls that work on every
+    /// stream socket are used.
     #[track_caller]
     pub fn connect_unix(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();

@@ -14,7 +14,12 @@ impl Dir {
     /// Creates it directly in the temporary directory, because the path of a unix socket has at most 107
     /// bytes.
     pub fn new() -> Self {
-        let path = mkdtemp(&std::env::temp_dir().join("preforkd-test-XXXXXX")).unwrap();
+        Self::inside(&std::env::temp_dir())
+    }
+
+    /// Creates it in another directory.
+    pub fn inside(parent: &Path) -> Self {
+        let path = mkdtemp(&parent.join("preforkd-test-XXXXXX")).unwrap();
         // Symbolic links in the path would make relative paths of a configuration look different.
         Dir {
             path: path.canonicalize().unwrap(),

@@ -1,5 +1,5 @@
-//! Checks the state of a daemon after a disruptive test: the same workers, no death, and as many
-//! descriptors as before.
+//! Checks the state of a daemon after a disruptive test: it must have the same workers, no death, and the same number
+//! of descriptors as before.
 
 use std::time::Instant;
 
@@ -36,8 +36,8 @@ impl Sweep {
                 .all(|((_, before), (_, now))| now.abs_diff(*before) <= links)
     }
 
-    /// Asserts the same for a daemon whose workers were replaced: as many workers, with as many
-    /// descriptors each.
+    /// Asserts that a daemon whose workers may have been replaced has the same number of workers as before, with the
+    /// same numbers of descriptors.
     #[track_caller]
     pub fn assert_as_many(&self, daemon: &Daemon) {
         wait_for("as many descriptors as before", PATIENCE, || {
@@ -46,7 +46,7 @@ impl Sweep {
         process::wait_for_no_zombies(daemon.pid());
     }
 
-    /// Asserts the same, and that no worker has died.
+    /// Asserts the same as `assert_as_many`, and that no worker has died.
     #[track_caller]
     pub fn assert_like(&self, daemon: &Daemon) {
         self.assert_as_many(daemon);
@@ -59,7 +59,7 @@ impl Sweep {
     pub fn assert_same(&self, daemon: &Daemon) {
         let mut now = Sweep::of(daemon);
         let end = Instant::now() + PATIENCE;
-        // A client that has come and gone may not have been accepted yet.
+        // A client that has already disconnected may not have been accepted yet, so try again.
         let pids =
             |sweep: &Sweep| -> Vec<i32> { sweep.workers.iter().map(|(pid, _)| *pid).collect() };
         let is_same = |now: &Sweep| pids(now) == pids(self) && self.are_as_many(now);

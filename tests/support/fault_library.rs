@@ -1,6 +1,6 @@
-//! Builds a library that is loaded into a master (LD_PRELOAD) and makes it fail during an upgrade, as a
-//! test orders with files. `main-thread`, `thread`, `fork` and `memfd` act once, in the new program.
-//! `hold` acts in the program of a rollback.
+//! Builds a library that is loaded into a master (LD_PRELOAD) and makes it fail during an upgrade. A test gives
+//! orders by creating files: `main-thread`, `thread`, `fork` and `memfd` act once, in the new program. `hold` stops
+//! the old program at its start during a rollback, as long as the file exists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use super::{Dir, source};
 /// the file. `memfd` raises them when the state table is about to be written.
 const LIBRARY: &str = r#"
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
-/// The master of the attempt. Its workers are no masters.
+/// The pid of the new program's master. Orders do not act in its workers.
 static ON_TRIAL: AtomicI32 = AtomicI32::new(0);
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -49,7 +49,7 @@ unsafe extern "C" {
     fn kill(pid: i32, signal: i32) -> i32;
     fn syscall(number: std::ffi::c_long, ...) -> std::ffi::c_long;
 }
-/// Raises the signals of an order, if it was given.
+/// If this order was given, raises its signals. Returns whether it was given.
 fn obeyed(order: &str) -> bool {
     let me = unsafe { getpid() };
     if ON_TRIAL.load(SeqCst) != me {
@@ -92,7 +92,7 @@ pub struct Sabotage {
 }
 
 impl Sabotage {
-    /// Builds it without an order.
+    /// Builds the library, without an order.
     pub fn new() -> Self {
         let dir = Dir::new();
         let code = dir.write("library.rs", LIBRARY);
@@ -124,7 +124,7 @@ impl Sabotage {
         fs::rename(new, self.place().join(name)).unwrap();
     }
 
-    /// Returns whether the library has reported that it acted.
+    /// Returns whether the file `name` exists. The library creates `held` when it holds the program.
     pub fn did(&self, name: &str) -> bool {
         Path::exists(&self.place().join(name))
     }

@@ -39,8 +39,8 @@ impl Installed {
     /// Replaces it by a copy of a program.
     pub fn put(&self, program: &Path) {
         let new = self.dir.join("new");
-        // Use another process for the copy: a file that this one has open for writing is briefly open in
-        // each process that another test starts, and a file open for writing cannot be executed.
+        // Copy the file in another process. Otherwise a process that another test starts would inherit the file open
+        // for writing for a short time, and such a file cannot be executed (ETXTBSY).
         let copied = Command::new("cp").arg(program).arg(&new).status().unwrap();
         assert!(copied.success(), "{copied}");
         fs::rename(new, self.path()).unwrap();

@@ -124,7 +124,7 @@ pub fn from_environment(name: &str, default: u64) -> u64 {
         return default;
     };
     text.parse()
-        .unwrap_or_else(|_| panic!("{name} is no number: {text:?}"))
+        .unwrap_or_else(|_| panic!("{name} is not a number: {text:?}"))
 }
 
 /// Returns libfaketime, if `tests/run` has fetched it.

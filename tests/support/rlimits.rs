@@ -1,5 +1,5 @@
-//! Limits the memory of a process for a time: with a cgroup of the memory controller if this user may
-//! create one, otherwise with a limit of its address space (RLIMIT_AS).
+//! Limits the memory of a process for some time. It uses a cgroup of the memory controller if this user may create
+//! one, otherwise a limit of the address space (RLIMIT_AS).
 //!
 //! In the cgroup only new memory counts. If there is no room, the kernel kills a process of the group
 //! (cgroup-v1/memory.rst). Under RLIMIT_AS mmap(2) fails.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::{Client, Daemon};
 
 /// Two workers of one thread each. The first has the connections, so a second call must run in the other.
-fn one_sided(config: &str, count: usize) -> (Daemon, [i32; 2], Vec<Client>) {
+pub fn one_sided(config: &str, count: usize) -> (Daemon, [i32; 2], Vec<Client>) {
     use nix::sys::signal::{Signal, kill};
     use nix::unistd::Pid;
 

@@ -47,8 +47,10 @@ fn the_suite_of_the_specification_passes() {
         .file("program.py", PROGRAM)
         .file("preforkd.py", &std::fs::read_to_string(helper).unwrap())
         .start();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = port.local_addr().unwrap().port().to_string();
+    // The suite can only be given a port, so this one must be free again when it starts.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port().to_string();
+    drop(free);
     let run = Command::new(python)
         .current_dir(suite)
         .arg("test.py")

@@ -31,7 +31,7 @@ const TIMER: u16 = 0;
 #[derive(Debug, Clone)]
 pub(super) struct LoadShare {
     pub(super) connections: u64,
-    /// The most unanswered calls of a connection.
+    /// The largest number of unanswered calls of a connection.
     pub(super) depth: usize,
     pub(super) count: Option<u64>,
     pub(super) duration: Option<Duration>,
@@ -42,14 +42,14 @@ pub(super) struct LoadShare {
     pub(super) first: u64,
 }
 
-pub(super) struct Engine {
+pub(super) struct BenchEngine {
     reactor: Reactor,
     timer: Timer,
     load: Load,
     interrupted: Arc<AtomicBool>,
 }
 
-impl Engine {
+impl BenchEngine {
     /// Opens the connections of a share.
     pub(super) fn connect(
         address: &str,
@@ -81,7 +81,7 @@ impl Engine {
         for _ in 0..load.share.connections {
             load.connect(&mut reactor)?;
         }
-        Ok(Engine {
+        Ok(BenchEngine {
             reactor,
             timer,
             load,
@@ -92,7 +92,7 @@ impl Engine {
     /// Runs the load from `begin` until all calls are answered or have failed. Returns what was counted,
     /// and why it ended early, if it did.
     pub(super) fn run(self, begin: Instant) -> Result<(BenchTotals, Option<Error>)> {
-        let Engine {
+        let BenchEngine {
             mut reactor,
             timer,
             mut load,

@@ -5,7 +5,7 @@
 
 use httparse::{EMPTY_HEADER, Status};
 
-/// The most header lines of a response.
+/// The largest number of header lines of a response.
 const HEADERS_MAX: usize = 64;
 
 /// The result of reading the bytes of a connection.

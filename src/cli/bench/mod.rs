@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::logging::printable_json;
 use crate::sys::{process, signal};
 use dialect::CallEncoder;
-use engine::{Engine, LoadShare};
+use engine::{BenchEngine, LoadShare};
 pub use options::BenchOptions;
 use options::DEFAULT_DURATION;
 use pace::Interval;
@@ -100,7 +100,7 @@ fn load(
         let (interrupted, connected) = (Arc::clone(interrupted), connected.clone());
         let start: Receiver<Instant> = start.clone();
         let work = move || {
-            let engine = Engine::connect(&address, share, calls, interrupted)?;
+            let engine = BenchEngine::connect(&address, share, calls, interrupted)?;
             // A thread that gets no start, because another one could not connect, ends.
             let _ = connected.send(());
             drop(connected);

@@ -67,14 +67,15 @@ impl BenchOptions {
         json(&self.params, "--params")?;
         if u32::from(self.threads) > self.connections.get() {
             return Err(Error::Usage(format!(
-                "{} threads have nothing to do with {}; each needs one at least",
+                "--threads {} is too many for {}: each thread needs a connection; give fewer threads or more \
+                 --connections",
                 self.threads,
                 plural(self.connections.get().into(), "connection")
             )));
         }
         if self.depth.get() > MOST_DEPTH {
             return Err(Error::Usage(format!(
-                "--depth {} is more than {MOST_DEPTH}, and no server reads that far ahead",
+                "--depth {} is out of range; give 1 to {MOST_DEPTH}",
                 self.depth
             )));
         }
@@ -86,14 +87,14 @@ impl BenchOptions {
         }
         if self.timeout.is_zero() {
             return Err(Error::Usage(
-                "--timeout is zero; no answer comes that fast".into(),
+                "--timeout is zero, so no answer can arrive in time; give 1ms or more".into(),
             ));
         }
         Ok(())
     }
 }
 
-/// The most open calls on one connection.
+/// The largest number of open calls on one connection.
 const MOST_DEPTH: u32 = 65_536;
 
 /// The duration if none is given.

@@ -65,7 +65,7 @@ impl BenchReport<'_> {
         // The cost of connecting is included, and would be most of a short load.
         (busy > 0.95 && self.seconds() > 1.0 && self.options.rate.is_none()).then(|| {
             format!(
-                "the load itself was busy {:.0} % of the time; with more --threads there may be more calls",
+                "the benchmark itself was busy {:.0} % of the time, so the server may be faster; try more --threads",
                 busy * 100.0
             )
         })

@@ -1,8 +1,8 @@
 //! Reads the lines of stdin in a thread.
 //!
-//! Each line comes with its number, from 1 on, and the bytes of the input up to its end. The thread waits
-//! while no line is taken. It ends with the input, an error, or its receiver. If a read never returns, it
-//! ends with the process.
+//! Each line comes with its number, from 1 on, and the number of input bytes read up to its end. The thread waits
+//! while no line is taken. It ends at the end of the input, at an error, or when the receiver is dropped. If a read
+//! never returns, the thread ends with the process.
 
 use std::io::{self, BufRead};
 use std::thread;
@@ -16,7 +16,7 @@ pub(super) struct InputLine {
     pub(super) number: u64,
     /// The line without its end.
     pub(super) text: Vec<u8>,
-    /// The bytes of the input up to here.
+    /// The number of input bytes read up to its end.
     pub(super) read: u64,
 }
 

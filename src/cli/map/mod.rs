@@ -29,7 +29,7 @@ use lines::{Incoming, InputLine};
 use progress::ProgressBar;
 use resume_file::ResumeFile;
 
-/// The most lines for each connection that are ahead of the written results.
+/// The largest number of lines for each connection that are ahead of the written results.
 const WINDOW: usize = 64;
 
 /// A line with a call under way.
@@ -53,7 +53,7 @@ pub(super) fn map(name: &str, options: &MapOptions, overrides: &Overrides) -> Re
     let pool = Pool::new(
         &address,
         Options {
-            connections: options.jobs.into(),
+            connections: options.parallel.into(),
             timeout: options.timeout,
             patience: options.patience,
         },
@@ -117,10 +117,10 @@ fn tell(
     }
     let again = match &options.resume {
         Some(path) => format!(
-            "; the same command does the rest, as {} has what is done",
+            "; run the same command again for the rest: {} has the lines that are done",
             path.display()
         ),
-        None => "; with --resume FILE a second run would do only the rest".into(),
+        None => "; with --resume FILE, a second run would repeat only the others".into(),
     };
     match end {
         Ok(()) => {
@@ -164,7 +164,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn all(&mut self) -> std::result::Result<(), End> {
-        let window = usize::from(self.options.jobs) * WINDOW;
+        let window = usize::from(self.options.parallel) * WINDOW;
         let (sender, done) = unbounded();
         let (feed, lines) = bounded(window);
         lines::read(feed)?;

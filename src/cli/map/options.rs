@@ -17,9 +17,9 @@ pub struct MapOptions {
     #[command(flatten)]
     pub target: TargetArgs,
     /// Calls that run at once, each on its own connection
-    #[arg(long, short, value_name = "N", default_value_t = 8,
+    #[arg(long, short = 'j', alias = "jobs", value_name = "N", default_value_t = 8,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub jobs: u16,
+    pub parallel: u16,
     /// The time limit of each call, such as 500ms or 30s [default: that of the server]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,

@@ -79,7 +79,7 @@ impl ResumeFile {
             Error::system_with(
                 format!("write {}", self.path.display()),
                 error,
-                "the record is not complete: a second run repeats what it does not name",
+                "the record is not complete: the next run repeats lines that it does not name",
             )
         })
     }
@@ -106,7 +106,7 @@ fn parse(text: &str, path: &Path, method: &str) -> Result<BTreeSet<u64>> {
 
 fn alien(path: &Path) -> Error {
     Error::Usage(format!(
-        "{} is no record of a map; --resume takes a file that an earlier run has begun, or a new one",
+        "{} is not a record of a map; --resume takes a file that an earlier run has begun, or a new one",
         path.display()
     ))
 }
@@ -145,9 +145,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for (text, told) in [
             ("# preforkd map pong\n1\n", "map of pong"),
-            ("# preforkd map ping\none\n", "no record"),
-            ("important\n", "no record"),
-            ("important", "no record"),
+            ("# preforkd map ping\none\n", "not a record"),
+            ("important\n", "not a record"),
+            ("important", "not a record"),
         ] {
             let path = dir.path().join("record");
             fs::write(&path, text).unwrap();

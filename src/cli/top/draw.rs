@@ -19,7 +19,7 @@ use crate::observe::content::Figures;
 const GAP: u16 = 2;
 /// The smallest width of a column that gets the rest of the line.
 const LEAST_ELASTIC: u16 = 12;
-/// The most room of another column.
+/// The greatest width of another column.
 const MOST_FIXED: u16 = 40;
 /// Below this size there is one line.
 const LEAST_SIZE: (u16, u16) = (20, 5);
@@ -27,7 +27,7 @@ const LEAST_SIZE: (u16, u16) = (20, 5);
 const AROUND: u16 = 4;
 
 const HELP: &str = "1-5, Tab   pane\n\
-    s S        sort by the next column, turn the order around\n\
+    s S        sort by the next column, reverse the order\n\
     /          filter; Esc clears it\n\
     arrows     move; PgUp PgDn Home End too\n\
     Enter      details of the row; Esc back\n\

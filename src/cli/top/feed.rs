@@ -1,7 +1,7 @@
 //! Gets the figures of a running server for `top`: asks its master without waiting, and reads its metrics board.
 //!
-//! The figures come from the code of the status page. If the master does not answer within 1 s, those that only
-//! it knows stay as they were, and their age says so. After an upgrade the board is asked for again.
+//! The figures come from the code of the status page. If the master does not answer within 1 s, the figures that only
+//! the master knows stay as they were, and their age is shown. After an upgrade the board is asked for again.
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -74,13 +74,13 @@ impl Feed {
         self.content.facts.descriptor()
     }
 
-    /// When a reading is made without an answer.
+    /// Returns when a reading stops waiting for the master's answer.
     pub(super) fn deadline_ms(&self) -> Option<u64> {
         let deadline = self.content.facts.deadline_ms(monotonic_ms());
         deadline.filter(|_| self.is_waiting)
     }
 
-    /// Takes what has come. Returns the figures if a reading was made.
+    /// Receives the answer of the master, if it has arrived. Returns the figures if a reading was made.
     pub(super) fn advance(&mut self) -> Option<Figures> {
         let now = now();
         self.content.facts.receive(now.ms);
@@ -98,7 +98,8 @@ impl Feed {
         }
     }
 
-    /// Another program has its own version of the board, and another master has another board.
+    /// Asks for the metrics board again if the version or the pid of the master has changed, because the board may be
+    /// another one.
     fn follow_upgrade(&mut self) {
         let Some(facts) = self.content.facts.last() else {
             return;
@@ -118,7 +119,7 @@ impl Feed {
         self.is_waiting
     }
 
-    /// Fails if there is no server any more. Its figures are old then, or there were none yet.
+    /// Fails if there is no server any more. Checks this only if the figures are old or there are none yet.
     pub(super) fn check_server(&self, figures: Option<&Figures>) -> Result<()> {
         if figures.is_some_and(|figures| figures.master_age_ms < SILENT_MS) {
             return Ok(());

@@ -120,7 +120,7 @@ pub(super) fn items(figures: &Figures, now: u64) -> Vec<HeaderItem> {
     let quarantined = status.quarantine.len() as u64;
     let tone = bad_if(quarantined > 0, Tone::Bad);
     items.push(item("quarantine", units::count(quarantined), tone));
-    let lost = master.lost_log_lines;
+    let lost = master.lost_log_lines + master.lost_access_lines;
     items.push(item(
         "lost log lines",
         units::count(lost),

@@ -1,6 +1,6 @@
-//! Turns figures into the rows of each pane. Pure.
+//! Converts figures into the rows of each pane of `top`. Pure.
 //!
-//! Each tone of a cell has a symbol in the text beside its color.
+//! A cell shows its tone by a color and by a symbol in its text, because a terminal may have no colors.
 
 use super::cells::{PaneCell, PaneRow, Tone, count, figure, oldest, per_s, pid, state, text, time};
 use super::text::{UNKNOWN, joined, rate, sparkline};
@@ -9,7 +9,7 @@ use crate::observe::content::Figures;
 use crate::observe::totals::{MethodFigures, SlowFigures};
 use crate::protocol::control::{DeathStatus, PoolStatus, WorkerStatus};
 
-/// How wide the calls of the last 60 s are drawn.
+/// The width of the chart of the calls of the last 60 s, in characters.
 const SPARK_WIDTH: usize = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,11 +25,11 @@ pub(super) enum Pane {
 #[derive(Debug)]
 pub(super) struct PaneColumn {
     pub title: &'static str,
-    /// Whether it is text, which stands to the left.
+    /// Whether it is text, which is aligned to the left.
     pub is_text: bool,
-    /// The column with the highest rank is the first to go if there is not enough room.
+    /// If there is not enough room, the column with the highest rank is left out first.
     pub rank: u8,
-    /// Whether it takes what room is left.
+    /// Whether it gets the rest of the line.
     pub is_elastic: bool,
 }
 
@@ -132,7 +132,7 @@ impl Pane {
         }
     }
 
-    /// The column by which it is sorted at first, and whether the highest comes first.
+    /// Returns the column by which the pane is sorted at the start, and whether the highest value comes first.
     pub(super) fn first_sort(self) -> (usize, bool) {
         match self {
             Pane::Methods => (2, true),
@@ -140,7 +140,7 @@ impl Pane {
         }
     }
 
-    /// The rows, unsorted. `now` is in seconds since 1970.
+    /// Returns the rows, unsorted. `now` is in seconds since 1970.
     pub(super) fn rows(self, figures: &Figures, now: u64) -> Vec<PaneRow> {
         let status = &figures.facts.status;
         match self {

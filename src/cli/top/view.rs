@@ -13,7 +13,7 @@ const INTERVALS: [u64; 8] = [100, 250, 500, 1_000, 2_000, 5_000, 10_000, 60_000]
 /// The longest filter, in characters.
 const LONGEST_FILTER: usize = 64;
 
-/// What keys act on.
+/// The mode of the display. It decides what a key does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Mode {
     Browse,
@@ -26,7 +26,7 @@ pub(super) enum Mode {
     Help,
 }
 
-/// What is chosen in a pane.
+/// The sorting and the selected row of a pane.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PaneView {
     pub sort: usize,
@@ -46,7 +46,7 @@ pub(super) struct View {
     pub colors: bool,
 }
 
-/// What follows from a key.
+/// The result of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum KeyOutcome {
     Continue,
@@ -73,7 +73,7 @@ impl View {
         }
     }
 
-    /// What is chosen in a pane.
+    /// Returns the sorting and the selected row of a pane.
     pub(super) fn of(&self, pane: Pane) -> PaneView {
         self.panes[pane as usize]
     }

@@ -94,7 +94,10 @@ fn a_fifo_is_refused_and_not_waited_for() {
     let path = directory.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let error = load_in(&root(), Some(&path), &Overrides::default()).unwrap_err();
-    assert!(error.to_string().contains("it is no plain file"), "{error}");
+    assert!(
+        error.to_string().contains("it is not a plain file"),
+        "{error}"
+    );
     assert!(candidates_in(&root(), Some(&path), DEFAULT_NAME).is_err());
     let null = Path::new("/dev/null");
     assert!(load_in(&root(), Some(null), &Overrides::default()).is_ok());
@@ -109,7 +112,7 @@ fn errors_of_included_files_name_the_right_file() {
     for (text, expected) in [
         (
             "daemon = maybe",
-            "d/1.toml:1:10: this is no TOML: a string needs quotes; write daemon = \"maybe\"",
+            "d/1.toml:1:10: this is not TOML: a string needs quotes; write daemon = \"maybe\"",
         ),
         (
             "# x\n[limits]\nbatsh = 1",
@@ -152,7 +155,7 @@ fn includes_that_mean_no_good_file_are_refused() {
     for (text, expected) in [
         (
             "include = [\"no.toml\"]",
-            "main.toml:1:12: include: there is no file no.toml; create it, or take it out of the list",
+            "main.toml:1:12: include: there is no file no.toml; create it, or remove it from the list",
         ),
         (
             "include = [\"*.toml\"]",

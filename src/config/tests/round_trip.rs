@@ -8,7 +8,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::settings::{
-    IsolationConfig, LogConfig, PoolReload, RlimitsConfig, SlowLogConfig,
+    AccessLogConfig, IsolationConfig, JobRules, JobsConfig, LogConfig, PoolReload, RlimitsConfig,
+    SlowLogConfig,
 };
 use crate::sys::account::{self, Account};
 
@@ -121,6 +122,55 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn access_log()(
+        has_file: bool, json: bool, sample in 0.0..=1.0, always_above in or_zero(1), ping: bool,
+    ) -> AccessLogConfig {
+        AccessLogConfig {
+            file: has_file.then(|| "/var/access.log".into()),
+            format: if json { LogFormat::Json } else { LogFormat::Text },
+            sample,
+            always_above,
+            methods: if ping { vec!["ping".into()] } else { Vec::new() },
+        }
+    }
+}
+
+prop_compose! {
+    fn job_rules()(
+        counts in [1..=1000u32, 1..=1000], backoff in or_zero(1), longer in or_zero(1),
+        timeout in duration(1), drain_timeout in duration(1), priority in -9..=9i8,
+        kept in [or_zero(1), or_zero(1), or_zero(1)],
+    ) -> JobRules {
+        let [max_attempts, max_crashes] = counts;
+        let [keep_done, keep_dead, keep_cancelled] = kept;
+        JobRules {
+            max_attempts, backoff, max_crashes, timeout, drain_timeout, priority, keep_done,
+            keep_dead, keep_cancelled,
+            max_backoff: (backoff + longer).min(Duration::from_secs(365 * 86_400)),
+        }
+    }
+}
+
+prop_compose! {
+    fn jobs()(
+        file in "/[a-z \"'\\\\#=é]{1,20}[a-z]\\.db", concurrency in 1..=1024usize, defaults in job_rules().boxed(),
+        ping in prop::option::of(job_rules().boxed()), lease in 5_000..=600_000u64, poll in duration(10),
+        enqueue_timeout in duration(1), max_jobs in 1..=1u64 << 40, max_size in 1u64 << 20..=1 << 50,
+        result in 1..=128usize << 20,
+    ) -> JobsConfig {
+        JobsConfig {
+            store: JobStore::Sqlite(file.into()),
+            concurrency,
+            // `[jobs]` has no priority.
+            defaults: JobRules { priority: 0, ..defaults },
+            methods: ping.into_iter().map(|rules| ("ping".to_owned(), rules)).collect(),
+            lease: Duration::from_millis(lease),
+            poll, enqueue_timeout, max_jobs, max_size, result,
+        }
+    }
+}
+
+prop_compose! {
     fn program()(
         more in prop::collection::vec("[a-z '\"\\\\-]{0,8}|\\{[a-z]{1,4}\\}", 0..4),
         user: bool,
@@ -218,11 +268,11 @@ prop_compose! {
 prop_compose! {
     fn any_settings()(
         daemon: bool, json: bool, level in 0..6usize, user: bool, file in path(),
-        paths in [path(), path()], workers in workers(), limits in limits(), observe in observe(),
-        slow_log in prop::option::of(slow_log()),
-        listen in prop::collection::vec(listener(), 1..5),
-        methods in prop::collection::btree_map("[a-z][A-Za-z0-9_./:-]{0,20}x", method(), 0..5),
-        ping in method(), first in pool(), more in prop::option::of(pool()), is_of_connections: bool,
+        paths in [path(), path()], workers in workers().boxed(), limits in limits().boxed(), observe in observe().boxed(),
+        slow_log in prop::option::of(slow_log()), access_log in prop::option::of(access_log().boxed()), jobs in prop::option::of(jobs().boxed()),
+        listen in prop::collection::vec(listener().boxed(), 1..5),
+        methods in prop::collection::btree_map("[a-z][A-Za-z0-9_./:-]{0,20}x", method().boxed(), 0..5),
+        ping in method().boxed(), first in pool().boxed(), more in prop::option::of(pool().boxed()), is_of_connections: bool,
     ) -> Settings {
         let [pid_file, control_socket] = paths;
         let level = LevelFilter::iter().nth(level).unwrap();
@@ -262,7 +312,12 @@ prop_compose! {
             account: (user && !has_account)
                 .then(|| Account::lookup("nobody", Some("root")).unwrap()),
             log: LogConfig { level, format, file: daemon.then_some(file) },
-            workers, limits, observe, slow_log, trace: json, listen, methods, pools,
+            jobs: jobs.filter(|_| cfg!(feature = "jobs-sqlite")).map(|jobs| JobsConfig {
+                concurrency: jobs.concurrency.min(workers.threads),
+                result: jobs.result.min(limits.frame),
+                ..jobs
+            }),
+            workers, limits, observe, access_log, slow_log, trace: json, listen, methods, pools,
             warnings: Vec::new(), needs_restart: Vec::new(),
         }
     }

@@ -23,7 +23,7 @@ pub(super) static TROUBLE: SharedLimiter = SharedLimiter::new();
 
 /// The time limit for all reads of one thread.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// The most threads that may be stuck in a read.
+/// The largest number of threads that may be stuck in a read.
 const MOST_STUCK: usize = 4;
 /// The stack size of a thread that only reads.
 const STACK: usize = 256 * 1024;

@@ -19,7 +19,7 @@ use serde::Serialize;
 use std::borrow::Cow;
 use std::ffi::CStr;
 
-use super::prepared_program::{PreparedProgram, guard_hint, trace_variables};
+use super::prepared_program::{PreparedProgram, call_variables, guard_hint};
 use super::{Context, Handler};
 use crate::config::{self, OutputFormat, Stdin};
 use crate::logging::pluralize;
@@ -63,8 +63,8 @@ impl CommandHandler {
         let running = RunningCommand::begin(context.number())
             .ok_or_else(|| RpcError::of(Code::Stopping, "this worker is exiting", false))?;
         let variable = running.variable();
-        let trace = trace_variables(context.trace().as_ref());
-        let environment = self.program.environment(&variable, &trace);
+        let own = call_variables(context);
+        let environment = self.program.environment(&variable, &own);
         let input = match self.stdin {
             Stdin::Params => Some(Cow::Borrowed(params)),
             Stdin::Text => match serde_json::from_str::<String>(params) {

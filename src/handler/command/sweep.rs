@@ -1,13 +1,13 @@
-//! Ends the processes that a call left behind: they forked twice or created a session, and outlive their
+//! Ends the processes that a call left behind. Such processes forked twice or created a session, and outlive their
 //! program.
 //!
 //! A worker is a subreaper, so they become its children. Their environment says to which call they belong
 //! (`marks` reads it). A pool program counts as one call for its whole life. After each call its
 //! leftovers are killed and reaped; when a worker exits, everything below it.
 //!
-//! A process may clear its environment or make it unreadable. It belongs to a call that began before it was
-//! first seen. So it is killed when all calls have ended that ran then. If a worker is killed, the master
-//! adopts its leftovers.
+//! A process may clear its environment or make it unreadable. Then its call is not known, but that call began before
+//! the process was first seen. So the process is killed when all calls that ran at that time have ended. If a worker
+//! is killed, the master adopts its leftovers.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -105,7 +105,8 @@ fn sweep_ended() {
         unmarked.retain(|pid, _| pids.contains(pid));
         pids.retain(|pid| match marks.get(pid) {
             Some(&(worker, number)) if worker == me => !is_running(number),
-            // Each command and program has a session of its own. So this is a child of a Rust function.
+            // Each command and program has a session of its own, and this process has the worker's. So a Rust
+            // function has started it, and it must not be killed.
             _ if process_tree::session(*pid) == own_session => false,
             _ => {
                 let starts = STARTS.load(Ordering::Relaxed);
@@ -134,8 +135,8 @@ pub fn call_of(pid: Pid) -> Option<Mark> {
     Some((Pid(call.pid), call.number))
 }
 
-/// Kills everything that this worker's commands have left or still run; no command can start any more.
-/// Call it when the worker exits.
+/// Kills the running commands of this worker and everything that commands have left behind. After that no command can
+/// start. Call it when the worker exits.
 pub fn kill_all() {
     *write(&LEAVES) = true;
     if STARTS.load(Ordering::Relaxed) == 0 {

@@ -1,4 +1,4 @@
-//! Tracks whether the programs of a pool have all been ready once, and whether there is room for one more.
+//! Tracks whether all programs of a pool have been ready once, and whether one more than usual may run.
 //!
 //! A pool process serves when all programs have been ready.
 
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use crate::sys::lock::lock;
 use crate::sys::waker::Waker;
 
-/// The most lines of programs that a failure quotes.
+/// The largest number of lines of programs that a failure quotes.
 const MAX_LINES: usize = 20;
 
 /// The progress of the start.
@@ -18,7 +18,7 @@ pub enum Stage {
     Starting,
     /// All programs have been ready.
     Ready,
-    /// One program cannot become ready, for this reason.
+    /// A program cannot become ready, for this reason.
     Failed(String),
 }
 
@@ -26,8 +26,8 @@ pub enum Stage {
 pub(super) struct Boot {
     /// How many are not ready yet, and why one cannot become ready.
     state: Mutex<(usize, Option<String>)>,
-    /// What the programs have written to standard error, the last lines; `None` if their failure does not
-    /// quote it, because the master gets the lines of the log.
+    /// The last lines that the programs have written to standard error. `None` if a failure does not quote them,
+    /// because the master gets the lines of the log anyway.
     said: Option<Mutex<VecDeque<String>>>,
     /// Woken when a program becomes ready or fails.
     waker: Arc<Waker>,
@@ -42,7 +42,7 @@ impl Boot {
         }
     }
 
-    pub fn one_is_ready(&self) {
+    pub fn record_ready(&self) {
         lock(&self.state).0 -= 1;
         self.waker.wake();
     }
@@ -82,15 +82,15 @@ impl Boot {
     }
 }
 
-/// Room for one program more than `processes`, if no more may run.
+/// The room for one program more than `processes`, which only one supervisor at a time may use.
 #[derive(Debug, Default)]
 pub(super) struct SpareRoom {
-    /// Whether it is taken, and who waits for it.
+    /// Whether the room is taken, and the wakers of the supervisors that wait for it.
     state: Mutex<(bool, Vec<Arc<Waker>>)>,
 }
 
 impl SpareRoom {
-    /// Takes the room. If it is taken already, `waker` is woken once it is free.
+    /// Takes the room. Returns false if it is taken already: then `waker` is woken once it is free.
     pub fn take(&self, waker: &Arc<Waker>) -> bool {
         let mut state = lock(&self.state);
         let is_free = !std::mem::replace(&mut state.0, true);

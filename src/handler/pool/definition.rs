@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::entry::ServingProgram;
 use super::life;
 use super::program_deaths::{ProgramDeath, ProgramDeaths};
-use super::program_record::ProgramRecord;
+use super::program_record::{ProgramRecord, ProgramState};
 use crate::config;
 use crate::handler::prepared_program::{PreparedProgram, c_string};
 use crate::handler::{Context, Handler, Placement};
@@ -19,7 +19,7 @@ use crate::sys::process::Pid;
 use crate::sys::process_tree;
 use crate::sys::shared_memory::OwnedArray;
 
-/// The most programs of a pool, including the one more while they are replaced.
+/// The largest number of programs of a pool, including the one more while they are replaced.
 const MOST_PROGRAMS: NonZeroUsize = NonZeroUsize::new(1025).expect("it is above zero");
 
 /// A pool as configured.
@@ -29,9 +29,11 @@ pub struct Pool {
     pub(super) program: PreparedProgram,
     pub(super) arguments: Vec<CString>,
     pub(super) settings: config::PoolConfig,
+    /// Whether its programs are killed as soon as their process ends, because they may run attempts of jobs.
+    pub(super) has_jobs: bool,
     /// `workers.boot-timeout`.
     worker_boot: Duration,
-    /// The most bytes of an answer.
+    /// The largest number of bytes of an answer.
     pub(super) limit: usize,
     /// The deepest nesting of an answer.
     pub(super) depth: usize,
@@ -40,13 +42,14 @@ pub struct Pool {
     records: Option<Arc<OwnedArray<ProgramRecord>>>,
     /// With `scope = "connection"`, the place of this process's program among them.
     own_record: OnceLock<usize>,
-    /// Where starts and ends of its programs are counted; set in its pool process.
+    /// The counters of starts and ends of its programs; set in its pool process, or in an acceptor.
     counts: OnceLock<ProgramCounts>,
     /// The deaths of its programs. `None` if there was no memory.
     deaths: Option<Arc<OwnedArray<ProgramDeaths>>>,
 }
 
-/// Counters of the programs of a pool, in shared memory. Several threads of the pool process add to them.
+/// Counters of the programs of a pool, in shared memory. Several threads of the pool process add to them, or the
+/// sessions of an acceptor.
 #[derive(Debug, Clone, Copy)]
 pub struct ProgramCounts {
     pub starts: &'static AtomicU64,
@@ -58,16 +61,16 @@ pub struct ProgramCounts {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProgramExit {
     Ordered,
-    /// Its limits were reached.
+    /// It was replaced, because it had reached one of its limits.
     Recycled,
-    /// No call came.
+    /// It was ended, because no call came.
     Idle,
     /// By itself, with an exit code.
     Exit,
     Signal,
     /// Killed with its abandoned call.
     Timeout,
-    /// It wrote what is no answer.
+    /// It wrote something that is not a valid answer.
     Protocol,
     /// It did not become ready.
     Boot,
@@ -81,6 +84,7 @@ impl Pool {
             program: prepared(pool),
             arguments: arguments(pool),
             settings: pool.clone(),
+            has_jobs: settings.jobs.is_some(),
             worker_boot: settings.workers.boot_timeout,
             limit: settings.limits.frame,
             depth: settings.limits.depth,
@@ -98,6 +102,7 @@ impl Pool {
             program: prepared(&config),
             arguments: arguments(&config),
             settings: config,
+            has_jobs: self.has_jobs,
             worker_boot: self.worker_boot,
             limit: self.limit,
             depth: self.depth,
@@ -108,7 +113,7 @@ impl Pool {
         }
     }
 
-    /// Returns the most time for the first start of each program in milliseconds. A start or a reload waits
+    /// Returns the longest time for the first start of each program in milliseconds. A start or a reload waits
     /// for it.
     pub(super) fn first_boot(&self) -> u64 {
         // Earlier than the master's timeout, so that the reason is known.
@@ -149,7 +154,7 @@ impl Pool {
 
     /// Counts starts and ends of its programs from now on.
     pub fn count_in(&self, counts: ProgramCounts) {
-        // A pool process has one pool, and sets it once.
+        // Each process has one block, and sets it once.
         let _ = self.counts.set(counts);
     }
 
@@ -165,13 +170,24 @@ impl Pool {
         }
     }
 
+    /// Counts the end of the program that a dead session has left, because the session itself could not count it.
+    pub fn count_left(&self, session: Pid, exit: ProgramExit) {
+        let has_left = |record: &&ProgramRecord| {
+            let view = record.view();
+            view.owner == session.0 && view.pid.is_some()
+        };
+        for record in self.records().iter().filter(has_left) {
+            record.show(0, ProgramState::Vacant, 0);
+            self.count_exit(exit);
+        }
+    }
+
     /// Records how a program died, for the master.
     pub(super) fn add_death(&self, death: &ProgramDeath) {
         self.deaths.iter().for_each(|deaths| deaths[0].add(death));
     }
 
-    /// Returns the deaths of programs since the last call, as the pool process has reported them. For the
-    /// master.
+    /// For the master: returns the deaths of programs since the last call, as the pool process has reported them.
     pub fn take_deaths(&self) -> Vec<ProgramDeath> {
         let deaths = self.deaths.as_ref();
         deaths.map_or_else(Vec::new, |deaths| deaths[0].take())
@@ -182,12 +198,12 @@ impl Pool {
         self.settings.scope == config::PoolScope::Connection
     }
 
-    /// Returns the most calls that its programs may have at once.
+    /// Returns the largest number of calls that its programs may have at once.
     pub fn capacity(&self) -> usize {
         self.settings.processes * self.settings.concurrency
     }
 
-    /// Returns the most calls that one program may have at once.
+    /// Returns the largest number of calls that one program may have at once.
     pub fn concurrency(&self) -> usize {
         self.settings.concurrency
     }

@@ -1,8 +1,8 @@
 //! Dispatches the calls of a pool to its programs: writes each call to the least busy program, and reads
 //! answers and ends of programs.
 //!
-//! It belongs to the event loop. It starts and ends no program: a program comes from its supervisor with
-//! its socket, and goes back there for its end. A call belongs to no program before it is written to one.
+//! It belongs to the event loop. It starts and ends no program: it gets each ready program and its socket from the
+//! supervisor, and gives both back when the program must end. A call belongs to no program before it is written to one.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,7 +22,7 @@ use crate::sys::process::monotonic_ms;
 use crate::sys::waker::Waker;
 use crate::throttle::Millis;
 
-/// What the dispatcher orders a supervisor to do.
+/// An order of the dispatcher to a supervisor.
 #[derive(Debug)]
 pub(super) enum SupervisorOrder {
     /// Take back the program, which has no call.
@@ -35,7 +35,7 @@ pub(super) enum SupervisorOrder {
     Start,
     /// Start no more programs, because the process exits soon.
     Rest,
-    /// Let the program serve, which was held until now.
+    /// Let the first program serve, which was held until now.
     Serve,
     /// End the program when it has no call, and start none after it.
     Leave,
@@ -45,7 +45,7 @@ pub(super) enum SupervisorOrder {
     Close(Millis),
 }
 
-/// What a supervisor reports to the dispatcher.
+/// A report of a supervisor to the dispatcher.
 #[derive(Debug)]
 pub(super) enum SupervisorEvent {
     /// Its program is ready.
@@ -58,22 +58,22 @@ pub(super) enum SupervisorEvent {
     Starts,
     /// The program had not read this call when it ended.
     Again(HandlerCall),
-    /// Its program is gone, and none follows.
+    /// Its program is gone, and no other one follows.
     Gone,
 }
 
 /// The state of a program, for dispatching.
 #[derive(Debug)]
 pub(super) enum Place {
-    /// It starts or ends, or was woken. Its connection may be among those that go back.
+    /// The program starts, also after it was asleep, or it ends. Its connection may be in `leaving`.
     Empty,
     /// It was ended because it was idle, and is started for the next call.
     Asleep,
-    /// It is not started before this time, for this reason.
+    /// The program died too often, for this reason the last time, and is not started before this time.
     Down(String, Millis),
-    /// It serves.
+    /// The program serves.
     Taken(Box<ProgramConnection>),
-    /// There is no supervisor.
+    /// There is no supervisor for this number.
     Vacant,
 }
 
@@ -97,11 +97,11 @@ pub(super) struct Dispatcher {
     pub line: Line,
     pub places: Vec<Place>,
     supervisors: Vec<SupervisorHandle>,
-    /// Programs that go back, once their sockets are not watched any more.
+    /// Programs that go back to their supervisors, as soon as their sockets are not watched any more.
     leaving: Vec<(usize, SupervisorOrder)>,
     /// Programs whose sockets must be watched, or watched differently.
     changed: Vec<usize>,
-    /// When `settle` is to be called again, to end a program whose only calls are abandoned.
+    /// When to call `settle` again, to end a program whose calls are all abandoned.
     pub next_overdue: Option<Millis>,
 }
 
@@ -137,7 +137,7 @@ impl Dispatcher {
         (self.places.iter()).all(|place| matches!(place, Place::Down(..) | Place::Vacant))
     }
 
-    /// Returns whether no program serves, and none follows.
+    /// Returns whether no program serves and none will be started.
     pub fn is_vacant(&self) -> bool {
         (self.places.iter()).all(|place| matches!(place, Place::Vacant))
     }
@@ -165,7 +165,7 @@ impl Dispatcher {
 
     /// Returns the number of calls that its programs may have now, if each may have `concurrency`.
     pub fn capacity(&self, concurrency: usize) -> usize {
-        // While all of them wait until they may start, calls are refused, which needs no program.
+        // If no program may be started for a while, calls are accepted too: they are refused, which needs no program.
         if self.refuses() {
             return self.places.len() * concurrency;
         }
@@ -178,8 +178,8 @@ impl Dispatcher {
     }
 
     /// Queues a call for the first program that can take it.
-    pub fn put(&mut self, job: HandlerCall) {
-        self.line.waiting.push_back(Entry::new(job, false));
+    pub fn put(&mut self, call: HandlerCall) {
+        self.line.waiting.push_back(Entry::new(call, false));
         self.serve();
     }
 
@@ -191,7 +191,7 @@ impl Dispatcher {
                 if let Place::Taken(connection) = &mut self.places[number] {
                     connection.give_one(&mut self.line);
                 }
-                self.look_at_wire(number);
+                self.update_watch(number);
             } else if let Some(number) = self.places.iter().position(is_asleep) {
                 if self.wake(number) {
                     return;
@@ -202,7 +202,7 @@ impl Dispatcher {
         }
     }
 
-    /// Wakes a sleeping program. Returns whether it must be started, because its supervisor has it back.
+    /// Wakes a sleeping program. Returns whether it must be started, because it is already back at its supervisor.
     fn wake(&mut self, number: usize) -> bool {
         let still_here = |(at, order): &mut (usize, SupervisorOrder)| {
             *at == number && matches!(order, SupervisorOrder::Back(_))
@@ -229,10 +229,10 @@ impl Dispatcher {
         let Some((due, reason)) = downs.and_then(|downs| downs.into_iter().min()) else {
             return;
         };
-        // At 0, its supervisor is about to report that it starts.
+        // At least 1 ms. If the time is over, its supervisor is about to report that it starts.
         let wait = Duration::from_millis(due.saturating_sub(monotonic_ms()).max(1));
         for entry in self.line.waiting.drain(..) {
-            let outcome = entry.job.state.begin().then(|| {
+            let outcome = entry.call.state.begin().then(|| {
                 let text = format!("{reason}; the next is started in {wait:?}");
                 Err(RpcError::of(Code::Crashed, text, false))
             });
@@ -240,7 +240,7 @@ impl Dispatcher {
         }
     }
 
-    /// Returns the program with the fewest calls among those that can take one, the first one of equals.
+    /// Returns the program with the fewest calls among those that can take one, and the first one if several are equal.
     fn least_busy(&self) -> Option<usize> {
         let places = self.places.iter().enumerate();
         let idle = places.filter_map(|(number, place)| match place {
@@ -250,8 +250,8 @@ impl Dispatcher {
         idle.min().map(|(_, number)| number)
     }
 
-    /// Watches a socket for writing while it is full.
-    fn look_at_wire(&mut self, number: usize) {
+    /// Notes that a socket must be watched differently: for writing only while not all bytes were sent.
+    fn update_watch(&mut self, number: usize) {
         if let Some(Place::Taken(connection)) = self.places.get(number)
             && connection.is_watched_for_writing == connection.wire.has_sent_all()
             && !self.changed.contains(&number)
@@ -265,29 +265,29 @@ impl Dispatcher {
         if let Some(Place::Taken(connection)) = self.places.get_mut(number) {
             connection.wire.flush();
             connection.wire.receive(piece);
-            self.judge(number);
+            self.handle_received(number);
         }
     }
 
     /// Handles what a program has sent, and its end.
-    fn judge(&mut self, number: usize) {
+    fn handle_received(&mut self, number: usize) {
         let Some(Place::Taken(connection)) = self.places.get_mut(number) else {
             return;
         };
-        // Everything that it has sent before its end counts.
+        // Everything that the program has sent before its end counts.
         let why = match connection.take_answers(&mut self.line) {
             Err(problem) => Why::Broken(problem),
             Ok(()) if connection.is_at_end() => Why::Died,
-            // A call that was written ahead may have been abandoned meanwhile.
-            Ok(()) if connection.works_in_vain(&self.line) => Why::GivenUp,
+            // The next call, which was written before this answer, may have been abandoned meanwhile.
+            Ok(()) if connection.is_abandoned_too_long(&self.line) => Why::GivenUp,
             Ok(()) => {
-                if connection.has_had_enough() {
+                if connection.take_recycle_due() {
                     self.supervisors[number].waker.wake();
                 }
                 if connection.is_recalled && connection.count() == 0 {
                     self.empty(number, SupervisorOrder::Back);
                 }
-                return self.look_at_wire(number);
+                return self.update_watch(number);
             }
         };
         self.end(number, why);
@@ -301,18 +301,18 @@ impl Dispatcher {
                 if connection.is_recalled && connection.count() == 0 {
                     self.empty(number, SupervisorOrder::Back);
                 } else {
-                    self.look_at_wire(number);
+                    self.update_watch(number);
                 }
             }
         }
     }
 
-    /// Ends programs that have only abandoned calls, for too long.
-    fn end_overdue(&mut self) {
+    /// Ends programs whose calls are all abandoned and whose time is over.
+    fn end_abandoned(&mut self) {
         self.next_overdue = None;
         for number in 0..self.places.len() {
             if let Place::Taken(connection) = &self.places[number] {
-                match connection.works_in_vain_until(&self.line) {
+                match connection.abandoned_until(&self.line) {
                     Some(at) if at <= monotonic_ms() => self.end(number, Why::GivenUp),
                     at => self.next_overdue = self.next_overdue.into_iter().chain(at).min(),
                 }
@@ -343,8 +343,8 @@ impl Dispatcher {
             SupervisorEvent::Ready(connection) => {
                 self.places[number] = Place::Taken(connection);
                 self.changed.push(number);
-                // What it may have sent already comes first.
-                self.judge(number);
+                // The program may have sent something since its start. Handle that before it gets a call.
+                self.handle_received(number);
                 self.serve();
             }
             SupervisorEvent::Recall(recall) => self.recall(number, recall, piece),
@@ -353,9 +353,9 @@ impl Dispatcher {
                 self.places[number] = Place::Down(reason, due);
                 self.serve();
             }
-            SupervisorEvent::Again(job) => {
-                job.state.show_waiting();
-                self.line.waiting.push_front(Entry::new(job, true));
+            SupervisorEvent::Again(call) => {
+                call.state.show_waiting();
+                self.line.waiting.push_front(Entry::new(call, true));
                 self.serve();
             }
             SupervisorEvent::Gone => {
@@ -394,7 +394,7 @@ impl Dispatcher {
                         break;
                     }
                 }
-                self.judge(number);
+                self.handle_received(number);
             }
         }
     }
@@ -405,7 +405,7 @@ impl Dispatcher {
         &mut self,
         mut watch: impl FnMut(usize, Option<(BorrowedFd<'_>, bool)>) -> io::Result<()>,
     ) {
-        self.end_overdue();
+        self.end_abandoned();
         for (number, place) in self.places.iter().enumerate() {
             if let Place::Taken(connection) = place {
                 self.line.show(number, connection);

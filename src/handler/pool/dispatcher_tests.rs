@@ -47,7 +47,7 @@ impl World {
                 method("finish", false),
             ])),
             name: "p".to_owned(),
-            complaints: Limiter::rare(),
+            warning_limiter: Limiter::rare(),
             limit: 1 << 20,
             depth: 10,
             pool: None,
@@ -121,12 +121,12 @@ impl World {
     }
 
     fn put(&mut self, serial: u64) -> Arc<crate::handler::CallState> {
-        self.put_job(job(serial))
+        self.put_call(call(serial))
     }
 
-    fn put_job(&mut self, job: HandlerCall) -> Arc<crate::handler::CallState> {
-        let state = Arc::clone(&job.state);
-        self.dispatcher.put(job);
+    fn put_call(&mut self, call: HandlerCall) -> Arc<crate::handler::CallState> {
+        let state = Arc::clone(&call.state);
+        self.dispatcher.put(call);
         state
     }
 
@@ -173,11 +173,11 @@ fn method(name: &str, kills_abandoned: bool) -> Method {
 fn job_to_finish(serial: u64) -> HandlerCall {
     HandlerCall {
         method: 1,
-        ..job(serial)
+        ..call(serial)
     }
 }
 
-fn job(serial: u64) -> HandlerCall {
+fn call(serial: u64) -> HandlerCall {
     HandlerCall {
         key: CallKey { index: 0, serial },
         method: 0,
@@ -284,7 +284,7 @@ fn what_is_given_up_ends_its_program_also_when_it_was_written_ahead() {
 #[test]
 fn an_abandoned_call_may_be_finished_within_the_timeout_of_its_method() {
     let mut world = World::serving(1);
-    let state = world.put_job(job_to_finish(1));
+    let state = world.put_call(job_to_finish(1));
     assert!(state.give_up());
     world.end_given_up();
     world.put(2);
@@ -294,7 +294,7 @@ fn an_abandoned_call_may_be_finished_within_the_timeout_of_its_method() {
     assert!(world.reads(0), "the second");
     assert!(world.orders(0).is_empty() && world.dispatcher.next_overdue.is_none());
     world.sends(0, ANSWER);
-    world.put_job(job_to_finish(3)).give_up();
+    world.put_call(job_to_finish(3)).give_up();
     std::thread::sleep(Duration::from_millis(60));
     assert!(matches!(
         world.orders(0)[..],
@@ -333,7 +333,7 @@ fn a_program_that_has_ended_gets_nothing_more_whoever_holds_its_wire() {
         [SupervisorOrder::End(_, Why::Died)]
     ));
     assert!(!world.reads(0));
-    world.receive(0, SupervisorEvent::Again(job(3)));
+    world.receive(0, SupervisorEvent::Again(call(3)));
     world.ready(0);
     assert!(world.reads(0));
     world.sends(0, ANSWER);
@@ -367,7 +367,7 @@ fn calls_are_refused_only_while_every_program_is_down() {
 #[test]
 fn a_wire_that_is_full_is_watched_for_writing_until_it_is_not() {
     let mut world = World::serving(1);
-    let mut large = job(1);
+    let mut large = call(1);
     large.params = format!("\"{}\"", "x".repeat(500_000)).into();
     world.dispatcher.put(large);
     let mut seen = Vec::new();
@@ -433,7 +433,7 @@ fn a_cancelled_call_is_told_and_its_answer_is_dropped() {
 #[test]
 fn a_program_that_keeps_a_cancelled_call_is_ended_without_the_others() {
     let mut world = World::parallel(1, 2);
-    let state = world.put_job(job_to_finish(1));
+    let state = world.put_call(job_to_finish(1));
     world.put(2);
     assert!(state.give_up());
     world.end_given_up();

@@ -1,5 +1,5 @@
-//! A call on its way to a program of a pool, and its result. Also what its supervisor knows of its calls, and
-//! why a program is ended.
+//! Defines a call of a pool program, and its result. Also defines what a supervisor knows about the calls of its
+//! program, and why a program is ended.
 
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::config::StackSignal;
 use crate::handler::call_state::{Done, HandlerCall};
 use crate::logging::LoggedCall;
+use crate::protocol::call_id::CallRunner;
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::{Pid, monotonic};
 use crate::throttle::Millis;
@@ -14,11 +15,11 @@ use crate::throttle::Millis;
 /// Why a program that served must be ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    /// It has died, or has closed its descriptor 3, which is handled in the same way.
+    /// The program has died, or has closed its descriptor 3. Both are handled in the same way.
     Died,
-    /// It has sent something that is no answer.
+    /// It has sent something that is not a valid answer.
     Broken(String),
-    /// No caller waits for its calls any more.
+    /// No caller waits for its calls any more, and their time is over.
     GivenUp,
     /// The process exits.
     Leaving,
@@ -27,9 +28,9 @@ pub(super) enum Why {
 /// Why a supervisor needs its program back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Recall {
-    /// To end it because it had no call, if that is still so.
+    /// To end it because it has had no call for a while, if it still has none.
     Sleep,
-    /// Another one is ready to take over.
+    /// Another program is ready to replace it.
     Successor,
     /// It has ended.
     Ended,
@@ -43,7 +44,7 @@ pub struct ServingProgram {
     pub stack_signal: Option<StackSignal>,
 }
 
-/// What the supervisor of a program knows of its calls.
+/// What the supervisor of a program knows about the program's calls.
 #[derive(Debug)]
 pub(super) struct Tally {
     pub program: ServingProgram,
@@ -67,7 +68,7 @@ impl Tally {
 
     /// Returns how many calls it has answered, and the time of the last answer.
     pub fn seen(&self) -> (u64, Millis) {
-        // A thread that sees the counted answer sees its time as well.
+        // `Acquire`: a thread that sees the new count also sees the time that was written before it.
         let calls = self.calls.load(Ordering::Acquire);
         (calls, self.answered_at.load(Ordering::Relaxed))
     }
@@ -81,8 +82,8 @@ impl Tally {
     pub fn runs(&self, entry: Option<&Entry>) {
         let is_asked = self.program.stack_signal.is_some();
         let call = entry.and_then(|entry| {
-            let identity = entry.job.state.identity();
-            // A stack that it writes when it is asked must have the call beside it.
+            let identity = entry.call.state.identity();
+            // If the program is asked for its stack, its log lines must name this call.
             let id = is_asked.then(|| identity.id());
             identity.logged().or(id.map(|id| (id.pid, id.number)))
         });
@@ -106,34 +107,40 @@ impl Tally {
 /// A call for a program.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub job: HandlerCall,
-    /// Whether a program has died before it had read this call.
+    pub call: HandlerCall,
+    /// Whether a program had this call and died before it had read it.
     pub returned: bool,
     /// When it was queued, as time since boot.
     pub put: Duration,
     /// When it was written to the program, as time since boot.
     pub begun: Option<Duration>,
+    /// The pid of that program; 0 before.
+    pub program: i32,
 }
 
 impl Entry {
-    pub fn new(job: HandlerCall, returned: bool) -> Self {
+    pub fn new(call: HandlerCall, returned: bool) -> Self {
         Entry {
-            job,
+            call,
             returned,
             put: monotonic(),
             begun: None,
+            program: 0,
         }
     }
 
     /// Returns its result. `None` means that it was given up before it began.
     pub fn done(self, outcome: Option<Result<Vec<u8>, RpcError>>, out: Option<Box<str>>) -> Done {
         let took = self.begun.map(|begun| monotonic().saturating_sub(begun));
-        self.job.state.set_ended();
+        self.call.state.set_ended();
         Done {
-            key: self.job.key,
+            key: self.call.key,
             outcome,
             took: took.unwrap_or_default(),
-            cpu: Duration::ZERO,
+            runner: CallRunner {
+                program: self.program,
+                ..CallRunner::default()
+            },
             out,
         }
     }

@@ -12,9 +12,9 @@ use log::Level;
 use crate::logging::pluralize;
 use crate::throttle::Millis;
 
-/// The most bytes kept of a line.
+/// The largest number of bytes kept of a line.
 const LONGEST: usize = 4096;
-/// The most lines per second.
+/// The largest number of lines per second.
 const PER_SECOND: u32 = 500;
 const SECOND: Millis = 1000;
 

@@ -53,7 +53,8 @@ use wire::PIECE;
 const STACK: usize = 256 * 1024;
 /// How long a program may take to exit with its worker, before SIGTERM and after it.
 const GRACE: Duration = Duration::from_secs(1);
-/// The same if the master has died. Then nothing may be left a second later.
+/// How long a program may take to exit if the master has died. It is shorter, because nothing may be left one second
+/// after that.
 const SHORT_GRACE: Duration = Duration::from_millis(200);
 /// How long a killed program may take to end.
 const DYING: Duration = Duration::from_secs(1);
@@ -141,7 +142,7 @@ pub struct Pools {
     /// Nothing is ever sent. The channel closes when the last supervisor has ended.
     supervisors: Receiver<()>,
     piece: Box<[u8]>,
-    /// The number of calls that a program may run at once.
+    /// The number of calls that one program may run at once.
     concurrency: usize,
     /// Whether a call that a program may be running was given up.
     one_is_in_vain: bool,
@@ -154,7 +155,7 @@ pub struct Pools {
     /// Whether room was taken for one more program than `processes`.
     has_spare: bool,
     /// Limits the warnings that no program can be started.
-    complaints: Limiter,
+    warning_limiter: Limiter,
 }
 
 impl Pools {
@@ -191,7 +192,7 @@ impl Pools {
                 done: Vec::new(),
                 registry: Arc::clone(registry),
                 name: pool.name.clone(),
-                complaints: Limiter::rare(),
+                warning_limiter: Limiter::rare(),
                 limit: pool.limit,
                 depth: pool.depth,
                 pool: Some(Arc::clone(pool)),
@@ -212,7 +213,7 @@ impl Pools {
             next: None,
             rollout: Rollout::new(programs),
             has_spare: false,
-            complaints: Limiter::rare(),
+            warning_limiter: Limiter::rare(),
         })
     }
 
@@ -239,7 +240,7 @@ impl Pools {
         }
     }
 
-    /// Returns the progress of that program; `None` if there is none.
+    /// Returns the progress of the program that is started with the next table; `None` without such a table.
     pub fn next_stage(&self) -> Option<Stage> {
         self.next.as_ref().map(|next| next.boot.stage())
     }
@@ -302,7 +303,7 @@ impl Pools {
                             pool.name
                         )),
                         (Err(error), None) => {
-                            if self.complaints.admit(monotonic_ms()).is_some() {
+                            if self.warning_limiter.admit(monotonic_ms()).is_some() {
                                 log::warn!(
                                     "pool {}: a program could not be started: {error}; it is \
                                      tried again within a second",
@@ -349,11 +350,11 @@ impl Pools {
     }
 
     /// Gives a call to the programs of a pool process.
-    pub fn put(&mut self, job: HandlerCall) {
+    pub fn put(&mut self, call: HandlerCall) {
         let queue = self.queue.as_mut();
         queue
             .expect("calls of a pool come to its process only")
-            .put(job);
+            .put(call);
     }
 
     /// Returns whether all programs have been ready.

@@ -1,7 +1,8 @@
 //! The calls of a program that runs several at once (`concurrency` above 1).
 //!
 //! Each call has an id, which the program returns with the answer. A call that was given up is cancelled
-//! with a notification. Its id stays known, because the program must still answer it.
+//! with a notification. Its id stays known, because the program must still answer it. A cancelled attempt of a job
+//! ends only with that answer or with the program, because no other attempt may begin before.
 
 use std::collections::BTreeMap;
 
@@ -15,20 +16,27 @@ const GRACE: Millis = 1000;
 /// The open calls of one program.
 #[derive(Debug)]
 pub(super) struct ParallelCalls {
-    /// The most calls at once.
+    /// The largest number of calls at once.
     most: usize,
     last_id: u64,
     running: BTreeMap<u64, Entry>,
     /// The deadlines for answers to cancelled calls, by id.
-    cancelled: BTreeMap<u64, Millis>,
+    cancelled: BTreeMap<u64, Cancelled>,
+}
+
+#[derive(Debug)]
+struct Cancelled {
+    answer_by: Millis,
+    /// `Some` if it is the attempt of a job.
+    attempt: Option<Entry>,
 }
 
 /// The meaning of the id in an answer.
 #[derive(Debug)]
 pub(super) enum OpenCall {
     Call(Entry),
-    /// A cancelled call, whose answer is dropped.
-    Cancelled,
+    /// A cancelled call, whose answer is dropped, or a cancelled attempt.
+    Cancelled(Option<Entry>),
     /// No open call has this id.
     Unknown,
 }
@@ -55,14 +63,22 @@ impl ParallelCalls {
         self.running.insert(self.last_id, entry);
     }
 
-    /// Returns how many of its calls still have a waiting client.
+    /// Returns how many of its calls must still be reported: those with a waiting client, and all attempts.
     pub fn count(&self) -> usize {
-        self.running.len()
+        let cancelled = self.cancelled.values();
+        self.running.len() + cancelled.filter(|it| it.attempt.is_some()).count()
+    }
+
+    /// Returns whether all its calls and attempts were given up.
+    pub fn are_abandoned(&self) -> bool {
+        self.running.is_empty()
     }
 
     /// Returns whether it runs this call.
     pub fn has(&self, key: CallKey) -> bool {
-        self.running.values().any(|entry| entry.job.key == key)
+        let attempts = self.cancelled.values().filter_map(|it| it.attempt.as_ref());
+        let mut entries = self.running.values().chain(attempts);
+        entries.any(|entry| entry.call.key == key)
     }
 
     /// Returns whether the program owes no answer.
@@ -83,30 +99,50 @@ impl ParallelCalls {
         self.running.len() < self.capacity(now)
     }
 
-    /// Returns the time at which it has kept a cancelled call for too long. From then on it gets no
-    /// further call, and it is ended when it has no other one.
+    /// Returns the time at which the first cancelled call stays unanswered for too long. From then on the
+    /// program gets no further call, and it is ended when it has no call that is still wanted.
     pub fn overdue_at(&self) -> Option<Millis> {
-        self.cancelled.values().min().copied()
+        self.cancelled.values().map(|it| it.answer_by).min()
     }
 
     fn is_overdue(&self, now: Millis) -> bool {
         self.overdue_at().is_some_and(|at| at <= now)
     }
 
-    /// Removes the calls that were given up, and returns them with their ids, so that the caller can
-    /// cancel them in the program. `end` returns the time until which such a call may run.
-    pub fn cancel_given_up(&mut self, end: impl Fn(&Entry) -> Millis) -> Vec<(u64, Entry)> {
-        let running = self.running.iter();
-        let ids = running.filter(|(_, entry)| entry.job.state.is_over());
-        let ids: Vec<u64> = ids.map(|(id, _)| *id).collect();
-        let given_up = ids
-            .into_iter()
-            .filter_map(|id| Some((id, self.running.remove(&id)?)));
-        let given_up: Vec<(u64, Entry)> = given_up.collect();
-        for (id, entry) in &given_up {
-            self.cancelled.insert(*id, end(entry).saturating_add(GRACE));
+    /// Removes the calls that were given up, and returns those that are no attempts of jobs. `cancel` gets the id of
+    /// each, to cancel it in the program. `end` returns the time until which such a call may run.
+    pub fn cancel_given_up(
+        &mut self,
+        end: impl Fn(&Entry) -> Millis,
+        mut cancel: impl FnMut(u64),
+    ) -> Vec<Entry> {
+        // A cancelled attempt may be given less time later.
+        for cancelled in self.cancelled.values_mut() {
+            if let Some(entry) = &cancelled.attempt {
+                cancelled.answer_by = end(entry).saturating_add(GRACE).min(cancelled.answer_by);
+            }
         }
-        given_up
+        let mut calls = Vec::new();
+        let running = self.running.iter();
+        let over = running.filter(|(_, entry)| entry.call.state.is_over());
+        let ids: Vec<u64> = over.map(|(id, _)| *id).collect();
+        for id in ids {
+            let Some(entry) = self.running.remove(&id) else {
+                continue;
+            };
+            cancel(id);
+            let answer_by = end(&entry).saturating_add(GRACE);
+            let is_attempt = entry.call.state.identity().attempt.is_some();
+            let attempt = match is_attempt {
+                true => Some(entry),
+                false => {
+                    calls.push(entry);
+                    None
+                }
+            };
+            self.cancelled.insert(id, Cancelled { answer_by, attempt });
+        }
+        calls
     }
 
     /// Returns the call to which an answer belongs.
@@ -115,13 +151,14 @@ impl ParallelCalls {
             return OpenCall::Call(entry);
         }
         match self.cancelled.remove(&id) {
-            Some(_) => OpenCall::Cancelled,
+            Some(cancelled) => OpenCall::Cancelled(cancelled.attempt),
             None => OpenCall::Unknown,
         }
     }
 
-    /// Returns all calls that it runs.
+    /// Returns all calls and attempts that it runs.
     pub fn into_running(self) -> impl Iterator<Item = Entry> {
-        self.running.into_values()
+        let cancelled = self.cancelled.into_values();
+        (self.running.into_values()).chain(cancelled.filter_map(|it| it.attempt))
     }
 }

@@ -1,7 +1,7 @@
 //! Carries the methods and the table of a pool to its process, at a reload at which that process stays.
 //!
 //! Method numbers differ from generation to generation. A pool process has numbers of its own, and a map for
-//! each generation that it serves. The master counts along, so that it can name the method of a number.
+//! each generation that it serves. The master assigns the same numbers, so that it can name the method of a number.
 //! Methods are only added: one that comes back unchanged gets the number that it had.
 
 use std::collections::BTreeMap;
@@ -25,14 +25,14 @@ pub struct PoolMethod {
     pub kills_abandoned: bool,
 }
 
-/// What the master sends, as JSON.
+/// The table that the master sends to a pool process, as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PoolTable {
     /// The lane of the pool in the next generation.
     pub lane: usize,
-    /// The methods of the pool there.
+    /// The methods of the pool in the next generation.
     pub methods: Vec<PoolMethod>,
-    /// The generations that are still served, the next one not among them.
+    /// The generations that are still served, without the next one.
     pub served: Vec<u32>,
     /// How its programs are started from then on; `None`: they stay as they are.
     pub config: Option<PoolConfig>,
@@ -56,14 +56,14 @@ pub fn methods_of(registry: &Registry, pool: usize) -> Vec<PoolMethod> {
 pub struct MethodNumbers {
     /// Its methods, each with its number in the process.
     methods: Vec<PoolMethod>,
-    /// How many numbers there are, those of methods that are not the pool's included.
+    /// How many numbers there are, including those of methods that do not belong to the pool.
     count: usize,
-    /// By generation, the number in the process of each number there.
+    /// For each generation, the number in the process of each method number of that generation.
     maps: BTreeMap<u32, BTreeMap<usize, usize>>,
 }
 
 impl MethodNumbers {
-    /// Those of a pool process that is started with the registry of a generation.
+    /// Creates the numbers of a pool process that is started with the registry of a generation.
     pub fn new(generation: u32, registry: &Registry, pool: usize) -> Self {
         let mut numbers = MethodNumbers {
             methods: methods_of(registry, pool),
@@ -110,7 +110,7 @@ impl MethodNumbers {
         self.maps.get(&generation)?.get(&method).copied()
     }
 
-    /// Those that were added after the first `count` numbers, in their order.
+    /// Returns the methods that were added after the first `count` numbers, in the order of their numbers.
     fn added(&self, count: usize) -> impl Iterator<Item = &PoolMethod> {
         let added = self.methods.iter();
         added.filter(move |method| method.number >= count)
@@ -122,8 +122,8 @@ impl MethodNumbers {
         known.iter().cloned().chain(added).collect()
     }
 
-    /// The registry with those methods that it lacks; `None`: it has them all. `pool` is the number of the
-    /// pool there.
+    /// Returns `registry` with the methods of this pool that it lacks; `None` if it has them all. `pool` is the number
+    /// of the pool in `registry`.
     pub fn complete(&self, registry: &Registry, pool: usize) -> Option<Arc<Registry>> {
         let added = self.added(registry.methods().len()).map(|method| Method {
             name: method.name.clone(),

@@ -23,9 +23,12 @@ use super::lines::{Lines, with_priority};
 use super::wire::{LEFT, PIECE, Wire};
 use crate::handler::command::sweep::RunningCommand;
 use crate::logging;
+use crate::sys::memory::oom_kill_count;
 use crate::sys::process::{Pid, ReapedChild, resident_bytes};
 use crate::sys::socket::stream_pair;
-use crate::sys::spawn::{ChildProcess, SpawnError, SpawnStep, Stdio, null, spawn};
+use crate::sys::spawn::{
+    ChildProcess, SpawnError, SpawnStep, Stdio, null, spawn, spawn_dying_with_us,
+};
 use crate::throttle::Millis;
 
 /// The place of standard error among its outputs.
@@ -41,7 +44,7 @@ pub(super) enum NotStarted {
     Refused(SpawnError),
 }
 
-/// One of its two output streams.
+/// One of the two output streams of a program.
 struct Output {
     /// `None` after its end.
     pipe: Option<OwnedFd>,
@@ -52,23 +55,27 @@ struct Output {
 /// A running program of a pool.
 pub(super) struct Process {
     child: ChildProcess,
-    /// Its entry in the worker's table of running commands. It is dropped after the child is reaped; then
-    /// leftovers are swept.
+    /// The entry in the table of running commands. It is dropped after the child was reaped, so that the sweep then
+    /// kills what the program has left behind.
     _running: RunningCommand,
     outputs: [Output; 2],
-    /// Gets what it writes to standard error until it is ready; `None` if no start or reload waits for it.
+    /// Gets the lines that the program writes to standard error until it is ready; `None` if no start or reload waits
+    /// for the program.
     boot: Option<Arc<Boot>>,
     piece: Box<[u8]>,
     /// The prefix of its lines in the log.
     tag: String,
     /// The calls to which its lines belong, once it serves.
     pub calls: Option<Arc<Tally>>,
+    /// How many processes the kernel had killed for lack of memory when it was started; `None` if that does not matter.
+    pub oom_kills: Option<u64>,
     /// Whether it has ended and waits to be reaped.
     pub has_ended: bool,
 }
 
 impl Process {
-    /// Starts a program of the pool, and creates the wire to it. `boot` gets what it writes to standard error.
+    /// Starts a program of the pool, and creates the wire to it. `boot` gets the lines that the program writes to
+    /// standard error.
     pub fn start(pool: &Pool, boot: Option<Arc<Boot>>) -> Result<(Self, Wire), NotStarted> {
         let running = RunningCommand::begin_program().ok_or(NotStarted::Leaving)?;
         let (calls, theirs) = stream_pair().map_err(|error| of_io(&error))?;
@@ -86,7 +93,12 @@ impl Process {
         };
         let variable = running.variable();
         let environment = pool.program.environment(&variable, &[]);
-        let child = spawn(&pool.program.template, &arguments, &environment, stdio)
+        // The supervisor, whose thread this is, lives as long as its programs.
+        let start = match pool.has_jobs {
+            true => spawn_dying_with_us,
+            false => spawn,
+        };
+        let child = start(&pool.program.template, &arguments, &environment, stdio)
             .map_err(NotStarted::Refused)?;
         let output = |pipe, level| Output {
             pipe: Some(pipe),
@@ -104,6 +116,7 @@ impl Process {
                 output(our_stderr, pool.settings.stderr_level),
             ],
             piece: vec![0; PIECE].into_boxed_slice(),
+            oom_kills: pool.has_jobs.then(oom_kill_count).flatten(),
             has_ended: false,
         };
         Ok((process, Wire::new(calls)))
@@ -120,7 +133,7 @@ impl Process {
 
     /// Adds the three descriptors to wait for.
     pub fn watch<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        // A closed one is replaced by one without events.
+        // A closed output is replaced by a descriptor for which no events are asked.
         let pid = self.child.as_fd();
         let nothing = || PollFd::new(pid, PollFlags::empty());
         fds.push(if self.has_ended {
@@ -173,12 +186,13 @@ impl Process {
         }
     }
 
-    /// Asks it to exit with SIGTERM; the end of its wire has asked before.
+    /// Sends SIGTERM, because it has not exited although its wire was closed.
     pub fn terminate(&self) {
         self.child.terminate();
     }
 
-    /// Waits briefly for its end, because an exit closes descriptors first. Returns whether it has ended.
+    /// Waits briefly for the end of the program: at an exit its descriptors are closed shortly before the process
+    /// ends. Returns whether it has ended.
     pub fn ends_soon(&mut self) -> bool {
         self.has_ended = self.has_ended || self.child.ends_within(EXITING);
         self.has_ended
@@ -187,7 +201,7 @@ impl Process {
     /// Ends it with all that it has started; `None`: it hangs in the kernel.
     pub fn end(mut self, now: Millis) -> Option<ReapedChild> {
         let ended = if self.has_ended {
-            // While it is not reaped its group's number can't be another's.
+            // Kill the group before the reaping: until then no other group can get its number.
             self.child.kill();
             self.child.reap()
         } else {

@@ -1,8 +1,8 @@
-//! The pools whose programs run in this process: the one of a pool process, or in a session those that belong
-//! to its connection.
+//! Holds the pools whose programs run below this process: in a pool process its own pool, in a session the pools that
+//! belong to its connection.
 //!
-//! The program of a connection is started for its first call. None follows it: when it has ended, so has the
-//! state that it kept, and the connection is to be closed.
+//! The program of a connection is started for the first call. If it ends, no other program is started: its state is
+//! lost, so the connection must be closed.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -92,9 +92,9 @@ impl ProcessPools {
     }
 
     /// Gives a call to the program of a pool that was started.
-    pub fn put_own(&mut self, number: usize, job: HandlerCall) {
+    pub fn put_own(&mut self, number: usize, call: HandlerCall) {
         if let Some((_, pools)) = self.own.iter_mut().find(|(it, _)| *it == number) {
-            pools.put(job);
+            pools.put(call);
         }
     }
 

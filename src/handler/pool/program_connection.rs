@@ -1,6 +1,6 @@
 //! Handles the calls of one program of a pool while it serves, over its wire.
 //!
-//! A call is written when the program has none, and the next call as soon as an answer begins to arrive.
+//! A call is written when the program has none, or as soon as the answer to the call before begins to arrive.
 //! The messages of the program are checked here. An answer goes to the one call that the program runs.
 //! Anything that cannot be an answer is an error, for which the supervisor ends the program. So if a
 //! program sends one frame per call, no answer ever reaches another call. The code runs in the event loop
@@ -16,11 +16,12 @@ use super::life::millis;
 use super::parallel::{OpenCall, ParallelCalls};
 use super::wire::Wire;
 use crate::handler::call_state::{CallKey, Done};
+use crate::handler::job_attempt::JobAttempt;
 use crate::handler::registry::Registry;
 use crate::handler::trace::Trace;
 use crate::protocol::code::Code;
 use crate::protocol::frame::DecodedFrame;
-use crate::protocol::program::{self, Sent};
+use crate::protocol::program::{self, CallExtras, Sent};
 use crate::protocol::rpc_error::RpcError;
 use crate::sys::process::{monotonic, monotonic_ms};
 use crate::throttle::Millis;
@@ -39,7 +40,7 @@ pub(super) struct Line {
     pub registry: Arc<Registry>,
     pub name: String,
     /// Limits the warnings about invalid answers.
-    pub complaints: Limiter,
+    pub warning_limiter: Limiter,
     /// The largest answer in bytes.
     pub limit: usize,
     /// The deepest nesting of an answer.
@@ -57,18 +58,21 @@ impl Line {
         }
     }
 
-    /// Returns the time until which a program may run a call that was given up.
+    /// Returns the time until which a program may run a call or an attempt that was given up.
     fn end_of_abandoned(&self, entry: &Entry) -> Millis {
-        let method = &self.registry.methods()[entry.job.method];
-        match (entry.begun, method.kills_abandoned) {
-            (Some(begun), false) => millis(begun.saturating_add(method.timeout)),
-            _ => 0,
+        let method = &self.registry.methods()[entry.call.method];
+        match (entry.begun, entry.call.state.identity().attempt.as_deref()) {
+            _ if method.kills_abandoned => 0,
+            (Some(_), Some(attempt)) if attempt.must_end_now() => 0,
+            (Some(_), Some(_)) => millis(entry.call.deadline),
+            (Some(begun), None) => millis(begun.saturating_add(method.timeout)),
+            (None, _) => 0,
         }
     }
 
     /// Logs an invalid answer of a program, at a limited rate.
     fn complain(&mut self, problem: &str) {
-        if self.complaints.admit(monotonic_ms()).is_some() {
+        if self.warning_limiter.admit(monotonic_ms()).is_some() {
             log::warn!(
                 "pool {}: a program has sent an invalid answer: {problem}; its caller gets \
                  bad-output, the program continues",
@@ -85,7 +89,7 @@ pub(super) struct ProgramConnection {
     pub running: Option<Entry>,
     /// A call that was written while the answer of `running` arrives; `None` if nothing is running.
     pub next: Option<Entry>,
-    /// Its calls instead of these two, if it may run several at once.
+    /// Its calls, if it may run several at once. Then `running` and `next` are not used.
     pub parallel: Option<ParallelCalls>,
     /// Whether it has sent a message. After that, a ready message is an error.
     has_spoken: bool,
@@ -135,12 +139,12 @@ impl ProgramConnection {
         let mut running = self.running.iter();
         let is_running = match &self.parallel {
             Some(calls) => calls.has(key),
-            None => running.any(|entry| entry.job.key == key),
+            None => running.any(|entry| entry.call.key == key),
         };
         is_running.then_some(self.tally.program)
     }
 
-    /// Returns how many of its calls still have a waiting client.
+    /// Returns how many of its calls must still be reported.
     pub fn count(&self) -> usize {
         match &self.parallel {
             Some(calls) => calls.count(),
@@ -159,17 +163,17 @@ impl ProgramConnection {
 
     /// If all its calls are abandoned, returns the time until which it may continue: an abandoned call
     /// may run until the timeout of its method. Milliseconds (CLOCK_MONOTONIC).
-    pub fn works_in_vain_until(&self, line: &Line) -> Option<Millis> {
+    pub fn abandoned_until(&self, line: &Line) -> Option<Millis> {
         match (&self.parallel, &self.running) {
-            (Some(calls), _) => calls.overdue_at().filter(|_| calls.count() == 0),
-            (None, Some(entry)) if entry.job.state.is_over() => Some(line.end_of_abandoned(entry)),
+            (Some(calls), _) => calls.overdue_at().filter(|_| calls.are_abandoned()),
+            (None, Some(entry)) if entry.call.state.is_over() => Some(line.end_of_abandoned(entry)),
             (None, _) => None,
         }
     }
 
-    /// Returns whether it must be ended, because all its calls are abandoned and their time is over.
-    pub fn works_in_vain(&self, line: &Line) -> bool {
-        let until = self.works_in_vain_until(line);
+    /// Returns whether the program must be ended, because all its calls are abandoned and their time is over.
+    pub fn is_abandoned_too_long(&self, line: &Line) -> bool {
+        let until = self.abandoned_until(line);
         until.is_some_and(|until| until <= monotonic_ms())
     }
 
@@ -178,8 +182,9 @@ impl ProgramConnection {
         let Some(calls) = &mut self.parallel else {
             return;
         };
-        for (id, entry) in calls.cancel_given_up(|entry| line.end_of_abandoned(entry)) {
-            self.wire.cancel(id);
+        let wire = &mut self.wire;
+        let end = |entry: &Entry| line.end_of_abandoned(entry);
+        for entry in calls.cancel_given_up(end, |id| wire.cancel(id)) {
             let error = RpcError::of(Code::Cancelled, "the call was cancelled", true);
             line.done.push(entry.done(Some(Err(error)), None));
         }
@@ -194,9 +199,9 @@ impl ProgramConnection {
         self.has_ended || self.wire.is_closed()
     }
 
-    /// Returns whether it has answered as many calls as its supervisor wants to know of. Returns true
+    /// Returns whether the program has answered the number of calls at which its supervisor recycles it. Returns true
     /// only once.
-    pub fn has_had_enough(&mut self) -> bool {
+    pub fn take_recycle_due(&mut self) -> bool {
         let enough = self.enough > 0 && self.tally.seen().0 >= self.enough;
         if enough {
             self.enough = 0;
@@ -246,27 +251,32 @@ impl ProgramConnection {
 
     /// Begins a call and writes it. Returns `None` if no answer will follow.
     fn begin(&mut self, mut entry: Entry, line: &mut Line) -> Option<Entry> {
-        if !entry.job.state.begin() {
+        if !entry.call.state.begin() {
             line.done.push(entry.done(None, None));
             return None;
         }
         let now = monotonic();
-        let left = entry.job.deadline.saturating_sub(now);
-        // The loop has already checked this, but the start of a program may have taken time since.
+        let left = entry.call.deadline.saturating_sub(now);
+        // The event loop has checked this before, but the call may have waited for the start of a program since.
         let has_waited = now.saturating_sub(entry.put) >= STALE;
         let error =
-            if left.is_zero() || has_waited && entry.job.expected.is_some_and(|it| left < it) {
+            if left.is_zero() || has_waited && entry.call.expected.is_some_and(|it| left < it) {
                 let text = "its deadline would pass before it is done";
                 RpcError::of(Code::Timeout, text, false)
             } else {
                 entry.begun = Some(now);
-                entry.job.state.set_begun(now);
-                let method = line.registry.name(entry.job.method);
+                entry.program = self.tally.program.pid.0;
+                entry.call.state.set_begun(now);
+                let method = line.registry.name(entry.call.method);
                 let id = self.parallel.as_ref().map(ParallelCalls::next_id);
-                let identity = entry.job.state.identity();
+                let identity = entry.call.state.identity();
                 let trace = identity.trace().map(Trace::into_context);
-                let trace = trace.as_ref().map(|context| (identity.id(), &**context));
-                if self.wire.write(method, &entry.job.params, id, trace) {
+                let extras = CallExtras {
+                    id,
+                    trace: trace.as_ref().map(|context| (identity.id(), &**context)),
+                    job: identity.attempt.as_deref().map(JobAttempt::member),
+                };
+                if self.wire.write(method, &entry.call.params, extras) {
                     return Some(entry);
                 }
                 RpcError::of(Code::TooLarge, "it is too large for a frame", false)
@@ -293,7 +303,10 @@ impl ProgramConnection {
         if let Some(mut calls) = self.parallel.take() {
             let taken = self.take_parallel_answers(&mut calls, line);
             self.parallel = Some(calls);
-            self.give_out(line);
+            // A program that broke the protocol gets no further call.
+            if taken.is_ok() {
+                self.give_out(line);
+            }
             return taken;
         }
         loop {
@@ -333,7 +346,7 @@ impl ProgramConnection {
                         let Some(entry) = &self.running else {
                             return Err("it sent an answer without a call".into());
                         };
-                        let name = line.registry.answer_name(entry.job.method);
+                        let name = line.registry.answer_name(entry.call.method);
                         (used, Some(program::outcome(answer, name)))
                     }
                 },
@@ -360,7 +373,7 @@ impl ProgramConnection {
         }
     }
 
-    /// Does the same for a program with several calls.
+    /// Passes complete answers on, as `take_answers` does, for a program with several calls.
     fn take_parallel_answers(
         &mut self,
         calls: &mut ParallelCalls,
@@ -401,7 +414,7 @@ impl ProgramConnection {
             };
             let entry = match calls.take(id) {
                 OpenCall::Call(entry) => Some(entry),
-                OpenCall::Cancelled => None,
+                OpenCall::Cancelled(attempt) => attempt,
                 OpenCall::Unknown => {
                     return Err(format!(
                         "an answer with the id {id}, which no open call has"
@@ -410,7 +423,7 @@ impl ProgramConnection {
             };
             let answered = entry.map(|entry| match sent {
                 Ok(Sent::Answer(answer)) => {
-                    let name = line.registry.answer_name(entry.job.method);
+                    let name = line.registry.answer_name(entry.call.method);
                     let (out, outcome) = program::outcome(answer, name);
                     (entry.done(Some(outcome), out), None)
                 }

@@ -1,6 +1,6 @@
-//! The last deaths of a pool's programs, in memory that the pool process shares with the master.
+//! Keeps the last deaths of a pool's programs in memory that the pool process shares with the master.
 //!
-//! A ring: the threads of the pool process write, the master takes the records when it needs them. So
+//! It is a ring: the threads of the pool process write, and the master takes the records when it needs them. So
 //! programs that die often cost the master nothing. The master does not trust the pool process: lengths and
 //! numbers are bounded here, and the reader cleans the texts. An entry that is overwritten before the master
 //! takes it is lost.
@@ -13,7 +13,7 @@ use crate::protocol::call_id::CallId;
 use crate::sys::process::{Exit, Pid};
 use crate::sys::shared_memory::{load_text, shared_record, store_text};
 
-/// The most deaths that are kept until the master takes them.
+/// The largest number of deaths that are kept until the master takes them.
 const CAPACITY: usize = 100;
 /// The room for a reason, in words of eight bytes. A longer reason is cut.
 const REASON_WORDS: usize = 32;
@@ -29,7 +29,9 @@ pub struct ProgramDeath {
     pub method: Option<usize>,
     /// The call that it ran.
     pub call: Option<CallId>,
-    /// The most memory that it had, in bytes.
+    /// The id of the job if that was an attempt; otherwise 0.
+    pub job: u128,
+    /// The highest resident memory that it had, in bytes.
     pub rss_bytes: u64,
     pub reason: String,
     /// The wall clock, in unix seconds.
@@ -47,6 +49,8 @@ shared_record! {
         at: AtomicU64,
         /// The number of the call; 0: it ran none.
         call: AtomicU64,
+        /// The id of the job in two halves; 0: it ran no attempt.
+        job: [AtomicU64; 2],
         /// The bytes of the reason.
         reason: [AtomicU64; REASON_WORDS],
         reason_length: AtomicU32,
@@ -78,7 +82,7 @@ impl ProgramDeaths {
         let before = self.count.fetch_add(1, Relaxed);
         let entry = &self.entries[before as usize % CAPACITY];
         entry.number.store(0, Relaxed);
-        // The reader must not take what follows for the death that was here.
+        // A reader must not mistake the fields that are written now for those of the replaced death.
         fence(Release);
         let (how, exit) = match death.exit {
             Exit::Code(code) => (0, code),
@@ -98,6 +102,8 @@ impl ProgramDeaths {
         let (home, call) = death.call.map_or((0, 0), |call| (call.pid, call.number));
         entry.home.store(home, Relaxed);
         entry.call.store(call, Relaxed);
+        entry.job[0].store((death.job >> 64) as u64, Relaxed);
+        entry.job[1].store(death.job as u64, Relaxed);
         let length = store_text(&entry.reason, &death.reason);
         entry.reason_length.store(length, Relaxed);
         entry.number.store(before.wrapping_add(1), Release);
@@ -130,6 +136,8 @@ impl DeathEntry {
             uptime_ms: self.uptime_ms.load(Relaxed),
             method: (self.method.load(Relaxed).checked_sub(1)).map(|method| method as usize),
             call: CallId::recorded(self.home.load(Relaxed), self.call.load(Relaxed)),
+            job: u128::from(self.job[0].load(Relaxed)) << 64
+                | u128::from(self.job[1].load(Relaxed)),
             rss_bytes: self.rss_bytes.load(Relaxed),
             reason: load_text(&self.reason, self.reason_length.load(Relaxed)),
             at: self.at.load(Relaxed),
@@ -158,6 +166,7 @@ mod tests {
             uptime_ms: 1_250,
             method: Some(0),
             call: CallId::recorded(7, 12),
+            job: 5 << 64 | 6,
             rss_bytes: 1 << 20,
             reason: "was ended by SIGSEGV".into(),
             at: 1_700_000_000,
@@ -172,6 +181,7 @@ mod tests {
             exit: Exit::Code(3),
             method: None,
             call: None,
+            job: 0,
             ..death(2)
         };
         deaths.add(&death(1));

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 use crate::sys::shared_memory::shared_record;
 
 shared_record! {
-    /// A program, or its place without a program. All zero: there is none.
+    /// The record of a program. All zero: there is no program.
     #[derive(Debug)]
     pub struct ProgramRecord {
         /// The start time in milliseconds (CLOCK_MONOTONIC).
@@ -26,9 +26,9 @@ shared_record! {
 /// The state of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProgramState {
-    /// There is none, and none is to be.
+    /// There is no program, and none will be started.
     Vacant,
-    /// There is none; the next one is started soon, or after a while if they died too often.
+    /// There is no program. The next one is started soon, or later if programs died too often.
     Down,
     /// It is started but not ready.
     Starting,

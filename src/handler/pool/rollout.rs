@@ -1,8 +1,8 @@
 //! Decides which program of a pool is started or ended next while the programs are replaced one by one.
 //!
-//! Pure. A program is known by its number, and with it the table that it was started with. There is at most
-//! one program more than `processes`. An old program is ended when a new one serves in its place, so there
-//! are always as many programs for calls as before.
+//! Pure. A program is known by its number. The number also tells with which table it was started. There is at most
+//! one program more than `processes`. An old program is ended only when a new one serves instead, so the number of
+//! programs that serve never falls.
 
 use std::collections::BTreeMap;
 
@@ -38,7 +38,7 @@ pub(super) struct Rollout {
 }
 
 impl Rollout {
-    /// Starts with this number of programs that all have the same table.
+    /// Creates the state of this number of programs, which all have the same table.
     pub fn new(processes: usize) -> Self {
         let place = PlaceTable {
             table: 0,
@@ -133,8 +133,8 @@ impl Rollout {
         }
         if self.next.is_some() {
             let is_leaving = self.places.values().any(|place| place.is_leaving);
-            // A program with the table in effect may never serve. The next table may be there to correct
-            // that.
+            // The programs with the table in effect may never serve, and the next table may be made to correct
+            // that. So do not wait for them.
             let useless = self.numbers(|_| true).find(|number| !serves(*number));
             return match (self.canary(), useless) {
                 (None, _) if has_room => RolloutStep::Start(self.free_number()),

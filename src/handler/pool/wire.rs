@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
 use crate::protocol::frame::{DecodedFrame, decode};
-use crate::protocol::program::{self, CallTrace};
+use crate::protocol::program::{self, CallExtras};
 use crate::sys::closer;
 use crate::sys::rights::GuardedSocket;
 use crate::sys::socket::has_unread;
@@ -20,7 +20,7 @@ pub(super) const PIECE: usize = 64 * 1024;
 const KEPT: usize = 4 * PIECE;
 /// The size of one write in bytes.
 const AT_ONCE: usize = 256 * 1024;
-/// The most reads of the rest in a pipe or socket at its end, because a process that left the group may
+/// The largest number of reads of the rest in a pipe or socket at its end, because a process that left the group may
 /// write for ever.
 pub(super) const LEFT: usize = 16;
 
@@ -47,14 +47,8 @@ impl Wire {
     }
 
     /// Writes a call; bytes that do not fit are sent later. Returns false if it is too large for a frame.
-    pub fn write(
-        &mut self,
-        method: &str,
-        params: &str,
-        id: Option<u64>,
-        trace: Option<CallTrace<'_>>,
-    ) -> bool {
-        let whole = program::call(&mut self.unsent, method, params, id, trace);
+    pub fn write(&mut self, method: &str, params: &str, extras: CallExtras<'_>) -> bool {
+        let whole = program::call(&mut self.unsent, method, params, extras);
         self.flush();
         whole
     }
@@ -70,7 +64,7 @@ impl Wire {
         self.sent == self.unsent.len()
     }
 
-    /// Returns whether the program has not read all of them yet.
+    /// Returns whether the program has not read all sent bytes yet.
     pub fn has_unread(&self) -> bool {
         !self.has_sent_all() || has_unread(&self.fd)
     }
@@ -93,7 +87,7 @@ impl Wire {
                 Ok(count) => self.sent += count,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return,
-                // The program reads no more. Bytes that it has sent still count: `receive` finds their
+                // The program reads no more. The bytes that it has sent are still received, up to their
                 // end.
                 Err(_) => {
                     self.left_unread = true;

@@ -1,9 +1,9 @@
 //! Writes the totals of a board by names, without its layout, and adds them to a new board.
 //!
-//! A program that does not know the version of a board cannot read it. So each master passes the totals on in
-//! an upgrade too, and the next program takes them as its base. The names are those of the labels; counters
-//! that the other version does not have are left out. Calls that end in processes of the program before, after
-//! it has passed the totals on, are lost then.
+//! A master that does not know the version of a board cannot read it. So in an upgrade each master also passes
+//! the totals on, and the next master uses them as the base of a new board. The names are those of the labels;
+//! counters that the next version does not have are left out. Calls are then not counted if they end in older
+//! processes after the totals were passed on.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use serde::{Deserialize, Serialize};
 
 use super::grid::{BOUNDS, BUCKETS, bound_ns};
+use super::job_cells::{ENDS, JobCells, OUTCOMES};
 use super::layout::{
     Block, BoardHeader, CODES, HANDLER_CODE, HandlerKind, HistogramCells, NAMES, OTHER_NAME, POOLS,
     SLOTS, labels, offset_of_block,
@@ -115,6 +116,36 @@ impl BoardTotals {
         each_of_block(block, self, true, &mut put);
     }
 
+    /// Adds the counters of jobs processes.
+    pub fn add_jobs(&mut self, jobs: impl Iterator<Item = &'static JobCells>) {
+        let mut counters = std::mem::take(&mut self.counters);
+        for cells in jobs {
+            each_of_jobs(cells, self, &mut |name, counter, _| {
+                let value = counter.load(Relaxed);
+                if value > 0 {
+                    let sum = counters.entry(name()).or_insert(0_u64);
+                    *sum = sum.wrapping_add(value);
+                }
+            });
+        }
+        self.counters = counters;
+    }
+
+    /// Returns whether there are counters of jobs.
+    pub fn has_jobs(&self) -> bool {
+        let first = self.counters.range(JOBS.to_owned()..).next();
+        first.is_some_and(|(name, _)| name.starts_with(JOBS))
+    }
+
+    /// Writes the counters of jobs into cells in which nothing is counted yet.
+    pub fn write_jobs(&self, cells: &JobCells) {
+        each_of_jobs(cells, self, &mut |name, counter, _| {
+            if let Some(value) = self.counters.get(&name()) {
+                counter.store(*value, Relaxed);
+            }
+        });
+    }
+
     /// The places of methods; the last one is that of all others.
     fn places(&self) -> impl Iterator<Item = (usize, &str)> {
         let names = self.methods.iter().map(|(name, _)| name.as_str());
@@ -123,8 +154,8 @@ impl BoardTotals {
     }
 }
 
-/// Reads the run times of a method without mapping them: most are not recorded, and mapped memory that is read
-/// is taken.
+/// Reads the run times of a method without mapping them. Most are not recorded, and reading mapped memory would
+/// allocate it.
 fn run_counts(file: &OwnedFd, record: usize, place: usize) -> Vec<u64> {
     let size = size_of::<HistogramCells>();
     let at = offset_of_block(record) + (offset_of!(Block, runs) + place * size) as u64;
@@ -137,7 +168,7 @@ fn run_counts(file: &OwnedFd, record: usize, place: usize) -> Vec<u64> {
     words.flatten().map(u64::from_ne_bytes).collect()
 }
 
-/// Gets the name of a counter, which is made only if it is needed, and the counter.
+/// Gets a function that makes the name of a counter, so that it is made only if it is needed, and the counter.
 type Visit<'a> = &'a mut dyn FnMut(&dyn Fn() -> String, &AtomicU64, Joining);
 
 fn each_of_header(header: &BoardHeader, visit: Visit<'_>) {
@@ -155,6 +186,10 @@ fn each_of_header(header: &BoardHeader, visit: Visit<'_>) {
         visit(&|| format!("worker_exits/{label}"), counter, Sum);
     }
     visit(&|| "master_lost_lines".into(), &header.lost_lines, Sum);
+    let lost = &header.lost_access_lines;
+    visit(&|| "session_access_lost".into(), lost, Sum);
+    let lost = &header.lost_connections;
+    visit(&|| "session_connections_lost".into(), lost, Sum);
     visit(&|| "slots".into(), &header.slots, Highest);
 }
 
@@ -167,6 +202,9 @@ fn each_of_block(block: &Block, names: &BoardTotals, all: bool, visit: Visit<'_>
     let refusals = &block.quarantine_refusals;
     visit(&|| "quarantine_refusals".into(), refusals, Sum);
     visit(&|| "lost_lines".into(), &block.lost_lines, Sum);
+    let access = &block.access;
+    visit(&|| "access_written".into(), &access.written, Sum);
+    visit(&|| "access_lost".into(), &access.lost, Sum);
     visit(&|| "slow_calls".into(), &block.slow_calls, Sum);
     for (label, counter) in labels::MOVED.iter().zip(&block.moved) {
         visit(&|| format!("moved/{label}"), counter, Sum);
@@ -202,13 +240,13 @@ fn each_of_block(block: &Block, names: &BoardTotals, all: bool, visit: Visit<'_>
     }
     for (place, method) in names.places() {
         // Unused counters take no memory as long as they are not read.
-        let counts = [&block.calls[place], &block.slow_calls];
+        let cpu = &block.command_cpu_ns[place];
+        let counts = [&block.calls[place], &block.slow_calls, cpu];
         if !all && counts.iter().all(|count| count.load(Relaxed) == 0) {
             continue;
         }
         let cells = &block.methods[place];
         visit(&|| format!("calls/{method}"), &block.calls[place], Sum);
-        let cpu = &block.command_cpu_ns[place];
         visit(&|| format!("command_cpu_ns/{method}"), cpu, Sum);
         visit(&|| format!("slow/{method}"), &cells.slow, Sum);
         visit(
@@ -231,6 +269,35 @@ fn each_of_block(block: &Block, names: &BoardTotals, all: bool, visit: Visit<'_>
         each_of_histogram(&format!("queue/{method}"), &cells.queue, visit);
         if all {
             each_of_histogram(&format!("run/{method}"), &block.runs[place], visit);
+        }
+    }
+}
+
+/// How the names of the counters of jobs begin.
+const JOBS: &str = "jobs/";
+
+fn each_of_jobs(cells: &JobCells, names: &BoardTotals, visit: Visit<'_>) {
+    use Joining::Sum;
+    visit(&|| format!("{JOBS}enqueued"), &cells.enqueued, Sum);
+    visit(&|| format!("{JOBS}stale"), &cells.stale, Sum);
+    each_of_histogram(&format!("{JOBS}commit"), &cells.commit, visit);
+    each_of_histogram(&format!("{JOBS}wait"), &cells.wait, visit);
+    each_of_histogram(&format!("{JOBS}run"), &cells.run, visit);
+    for (place, method) in names.places() {
+        let counters = &cells.methods[place];
+        for (outcome, counter) in OUTCOMES.iter().zip(&counters.attempts) {
+            visit(
+                &|| format!("{JOBS}attempts/{method}/{outcome}"),
+                counter,
+                Sum,
+            );
+        }
+        for ((state, reason), counter) in ENDS.iter().zip(&counters.ended) {
+            visit(
+                &|| format!("{JOBS}ended/{method}/{state}/{reason}"),
+                counter,
+                Sum,
+            );
         }
     }
 }

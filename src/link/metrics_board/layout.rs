@@ -7,6 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 
 use super::grid::BUCKETS;
+use crate::link::access_counts::AccessCounts;
 use crate::link::scoreboard::RECORDS;
 use crate::link::slow_calls::{SlowRing, SlowRules};
 use crate::sys::shared_memory::{load_text, shared_record, store_text};
@@ -18,7 +19,7 @@ pub const VERSION: u64 = 1;
 
 /// Methods with counters of their own.
 pub const NAMES: usize = 256;
-/// The number of all others together.
+/// The place of all other methods together.
 pub const OTHER: usize = NAMES;
 /// The label of all others together.
 pub const OTHER_NAME: &str = "_OTHER";
@@ -91,7 +92,7 @@ pub enum CloseReason {
     Protocol,
     Stop,
     Crash,
-    /// To keep a limit of the worker.
+    /// The worker has closed it because of one of its limits.
     Limit,
 }
 
@@ -169,7 +170,8 @@ shared_record! {
 }
 
 shared_record! {
-    /// The beginning of the file. Only the master writes it, one after the other: its children can only read it.
+    /// The beginning of the file. Only the master writes it, so there is one writer at a time. Its children can only
+    /// read it.
     #[derive(Debug)]
     #[repr(align(4096))]
     pub struct BoardHeader {
@@ -193,6 +195,10 @@ shared_record! {
         pub slots: AtomicU64,
         /// What counts as slow.
         pub slow: SlowRules,
+        /// Lines of the access log that sessions without an acceptor have lost.
+        pub lost_access_lines: AtomicU64,
+        /// Connections of sessions without an acceptor that ended with a crash.
+        pub lost_connections: AtomicU64,
     }
 }
 
@@ -234,10 +240,14 @@ shared_record! {
         pub lost_lines: AtomicU64,
         /// Calls over the threshold of the slow log, of all methods. If it is 0, nothing of the slow log was used.
         pub slow_calls: AtomicU64,
+        /// Lines of the access log.
+        pub access: AccessCounts,
+        /// Whether the process is or was a jobs process, which has more counters (`job_cells`).
+        pub has_jobs: AtomicU64,
         /// Room for more fields.
-        pub spare: [AtomicU64; 15],
+        pub spare: [AtomicU64; 6],
         pub accept_wait: HistogramCells,
-        /// CPU time in nanoseconds, by slot.
+        /// The CPU time of processes in nanoseconds, by their slots.
         pub cpu_ns: [AtomicU64; SLOTS],
         /// Answered calls by method; the last place is `OTHER`.
         pub calls: [AtomicU64; NAMES + 1],
@@ -258,6 +268,14 @@ shared_record! {
     }
 }
 
+impl Block {
+    /// Returns the answered calls of all methods.
+    pub fn all_calls(&self) -> u64 {
+        let calls = self.calls.iter().map(|calls| calls.load(Relaxed));
+        calls.fold(0, u64::wrapping_add)
+    }
+}
+
 /// The offset of fields, because another version reads and writes the same memory.
 const _: () = {
     use std::mem::offset_of;
@@ -268,6 +286,7 @@ const _: () = {
     assert!(offset_of!(BoardHeader, lost_lines) == 74_480);
     assert!(offset_of!(BoardHeader, slots) == 74_488);
     assert!(offset_of!(BoardHeader, slow) == 74_496);
+    assert!(offset_of!(Block, access) == 624);
     assert!(offset_of!(Block, accept_wait) == 744);
     assert!(offset_of!(Block, cpu_ns) == 2784);
     assert!(offset_of!(Block, calls) == 10_976);
@@ -324,6 +343,9 @@ mod tests {
             "cancelled",
             "command-failed",
             "bad-output",
+            "unavailable",
+            "conflict",
+            "no-such-job",
         ];
         let expected: Vec<(usize, &str)> = known.into_iter().enumerate().collect();
         assert_eq!(names.to_vec(), expected);

@@ -1,22 +1,25 @@
 //! Holds the metrics board: shared memory with the counters of all processes.
 //!
-//! Each worker, pool process and acceptor has a block with the index of its scoreboard record, and only it
-//! writes there: plain loads and stores. After the death of a worker its keeper continues in its block.
+//! Each worker, pool process and acceptor has a block with the index of its scoreboard record, and only this
+//! process writes to it: plain loads and stores. After the death of a worker its keeper continues in its block.
 //! Sessions add atomically to the block of their acceptor. Blocks are never cleared, so a total is the sum
 //! over all blocks, and it never falls. Names of methods and pools have places in tables that only grow.
-//! The file crosses an upgrade; a program that does not know its version makes a new one, with the totals of the
-//! old one as its base.
+//! The file stays in use after an upgrade. A master that does not know its version makes a new one, with the totals of
+//! the old one as its base.
 
 mod base;
 #[cfg(test)]
 mod base_tests;
 mod block_writer;
 pub mod grid;
+pub mod job_cells;
+mod job_totals;
 pub mod layout;
 mod reader;
 
 pub use base::BoardTotals;
 pub use block_writer::{BlockWriter, count};
+pub use job_totals::JobTotals;
 pub use reader::{BoardReader, HistogramCounts, MethodTotals, PoolTotals};
 
 use std::collections::HashMap;
@@ -24,10 +27,12 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{Ordering::Relaxed, Ordering::Release};
 
+use crate::link::access_counts::LineBatch;
 use crate::link::ids::Pid;
 use crate::link::slow_calls::{SlowCall, SlowRing};
 use crate::sys::process::monotonic_ns;
 use crate::sys::shared_memory::{growing_file, make_private, make_read_only, read_only, record_at};
+use job_cells::{JobCells, offset_of_jobs};
 use layout::{
     Block, BoardHeader, HandlerKind, MAGIC, NAMES, NameTable, OTHER, POOLS, STRIDE, VERSION,
     offset_of_block,
@@ -39,6 +44,8 @@ pub struct MetricsBoard {
     file: OwnedFd,
     header: &'static BoardHeader,
     blocks: HashMap<usize, &'static Block>,
+    /// The counters of the jobs processes.
+    jobs: HashMap<usize, &'static JobCells>,
     methods: NameNumbers,
     pools: NameNumbers,
     has_warned: bool,
@@ -64,7 +71,7 @@ impl NameNumbers {
         }
     }
 
-    /// Returns the place of a name, which is added if there is room. Otherwise it is that of all others.
+    /// Returns the place of a name, which is added if there is room; otherwise the place of all others.
     fn number(&mut self, name: &str) -> u16 {
         if let Some(number) = self.numbers.get(name) {
             return *number;
@@ -89,12 +96,14 @@ pub struct MetricsAccess {
     file: RawFd,
     pub methods: Box<[u16]>,
     pub pools: Box<[u16]>,
+    /// `Some` in a jobs process.
+    pub jobs: Option<&'static JobCells>,
 }
 
 impl MetricsAccess {
-    /// Makes the header readable only, for good. For a child, which must not write what only the master writes:
-    /// names, and what readers know the board by. Call it while the master's descriptors are open here. Without
-    /// /proc the child loses the header, and so what counts as slow.
+    /// Makes the header read-only in this process, permanently. A child must not write there, because only the master
+    /// writes names and the version of the board. Call it while the master's descriptors are open here. Without /proc
+    /// the child loses the header, and with it the thresholds of the slow log.
     ///
     /// # Errors
     /// If there is not enough memory.
@@ -150,7 +159,10 @@ impl MetricsBoard {
         for (index, word) in header.used.iter().enumerate() {
             let word = word.load(Relaxed);
             for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
-                board.block(index * 64 + bit)?;
+                let record = index * 64 + bit;
+                if board.block(record)?.has_jobs.load(Relaxed) != 0 {
+                    board.job_cells(record)?;
+                }
             }
         }
         Ok(Some(board))
@@ -161,6 +173,7 @@ impl MetricsBoard {
             file,
             header,
             blocks: HashMap::new(),
+            jobs: HashMap::new(),
             methods: NameNumbers::new(&header.methods, NAMES),
             pools: NameNumbers::new(&header.pools, POOLS),
             has_warned: false,
@@ -198,13 +211,37 @@ impl MetricsBoard {
             file: self.file.as_raw_fd(),
             methods: methods
                 .map(|(name, kind)| {
+                    // The methods of the server itself belong to all others.
+                    if name.starts_with("rpc.") {
+                        return OTHER as u16;
+                    }
                     let place = self.methods.number(name);
                     self.header.methods.set_kind(place.into(), kind);
                     place
                 })
                 .collect(),
             pools: pools.map(|name| self.pools.number(name)).collect(),
+            jobs: None,
         })
+    }
+
+    /// Returns the counters of a jobs process with this record. Its block must be in use.
+    ///
+    /// # Errors
+    /// If there is not enough memory.
+    pub fn job_cells(&mut self, record: usize) -> io::Result<&'static JobCells> {
+        if let Some(cells) = self.jobs.get(&record) {
+            return Ok(cells);
+        }
+        let cells = record_at(&self.file, offset_of_jobs(record))?;
+        self.block(record)?.has_jobs.store(1, Release);
+        self.jobs.insert(record, cells);
+        Ok(cells)
+    }
+
+    /// Returns what the jobs process with a record has written last about the store.
+    pub fn job_status(&self, record: usize) -> Option<String> {
+        self.jobs.get(&record)?.status.read()
     }
 
     fn block(&mut self, record: usize) -> io::Result<&'static Block> {
@@ -220,10 +257,12 @@ impl MetricsBoard {
     pub fn totals(&self) -> BoardTotals {
         let blocks = self.blocks.iter();
         let blocks = blocks.map(|(record, block)| (*record, *block));
-        BoardTotals::of(self.header, blocks, &self.file)
+        let mut totals = BoardTotals::of(self.header, blocks, &self.file);
+        totals.add_jobs(self.jobs.values().copied());
+        totals
     }
 
-    /// Begins with the totals of another board. Nothing is counted on this one yet.
+    /// Starts from the totals of another board. Nothing is counted on this one yet.
     ///
     /// # Errors
     /// If there is not enough memory.
@@ -242,6 +281,9 @@ impl MetricsBoard {
         let block = self.block(0)?;
         self.header.used[0].fetch_or(1, Release);
         base.write_to(self.header, block);
+        if base.has_jobs() {
+            base.write_jobs(self.job_cells(0)?);
+        }
         Ok(())
     }
 
@@ -262,8 +304,8 @@ impl MetricsBoard {
         is_new
     }
 
-    /// The process `pid` with a scoreboard record has ended: it runs no calls. Returns its slow calls that it
-    /// had not ended.
+    /// Records that the process `pid` with a scoreboard record has ended and runs no calls. Returns the slow calls
+    /// that it was running.
     pub fn clear_gauges(&mut self, record: usize, pid: Pid) -> Vec<SlowCall> {
         let Ok(block) = self.block(record) else {
             return Vec::new();
@@ -274,6 +316,37 @@ impl MetricsBoard {
             return Vec::new();
         }
         block.slow.close(pid.0, monotonic_ns())
+    }
+
+    /// Completes the slow calls of a session that has ended after its acceptor. Returns those that were open.
+    pub fn close_slow(&self, pid: Pid) -> Vec<SlowCall> {
+        let used = (self.blocks.values()).filter(|block| block.slow_calls.load(Relaxed) > 0);
+        used.flat_map(|block| block.slow.close(pid.0, monotonic_ns()))
+            .collect()
+    }
+
+    /// Completes the counts of access log lines of a process that has died without a keeper. `find` returns how many
+    /// of the lines that it was writing are in the file.
+    pub fn recover_lines(&self, record: usize, find: impl FnOnce(LineBatch) -> u64) {
+        if let Some(block) = self.blocks.get(&record) {
+            block.access.recover(find);
+        }
+    }
+
+    /// Counts the access log lines that are still due as lost, because the process with a scoreboard record has ended,
+    /// and its keeper too.
+    pub fn settle_lines(&self, record: usize) {
+        if let Some(block) = self.blocks.get(&record) {
+            block.access.settle(|| block.all_calls());
+        }
+    }
+
+    /// Returns the lost lines of all access logs.
+    pub fn lost_access_lines(&self) -> u64 {
+        let blocks = self.blocks.values();
+        let lost = blocks.map(|block| block.access.lost.load(Relaxed));
+        let of_sessions = self.header.lost_access_lines.load(Relaxed);
+        lost.fold(of_sessions, u64::wrapping_add)
     }
 
     /// Returns the slow calls of the process with a scoreboard record.

@@ -13,7 +13,7 @@ use super::layout::{
     labels::PROGRAM_EXITS, offset_of_block,
 };
 use crate::link::slow_calls::{KEPT, SlowCall};
-use crate::sys::shared_memory::ReadOnlyMap;
+use crate::sys::shared_memory::{ReadOnlyMap, SharedRecord};
 
 /// The board, mapped for reading.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl Default for HistogramCounts {
 }
 
 impl HistogramCounts {
-    fn add(&mut self, cells: &HistogramCells) {
+    pub fn add(&mut self, cells: &HistogramCells) {
         for (sum, cell) in self.counts.iter_mut().zip(&cells.counts) {
             *sum = sum.wrapping_add(cell.load(Relaxed));
         }
@@ -80,7 +80,7 @@ pub struct MethodTotals {
     pub command_cpu_ns: u64,
     /// Calls over the threshold of the slow log.
     pub slow: u64,
-    /// What answers it; `None` for all others together.
+    /// The kind of handler of the method; `None` for the sum of all other methods.
     pub kind: Option<&'static str>,
     /// Calls that ran, and that waited, at the last tick.
     pub running: u64,
@@ -145,16 +145,23 @@ impl BoardReader {
 
     /// All blocks that were ever used.
     pub fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.numbered_blocks().map(|(_, block)| block)
+    }
+
+    /// Returns a part of the file; `None` if the file ends before it.
+    pub(super) fn record<T: SharedRecord>(&self, offset: u64) -> Option<&T> {
+        self.map.record(usize::try_from(offset).ok()?)
+    }
+
+    /// The same with their scoreboard records.
+    pub(super) fn numbered_blocks(&self) -> impl Iterator<Item = (usize, &Block)> {
         let words = self.header().used.iter().enumerate();
         let records = words.flat_map(|(index, word)| {
             let word = word.load(Acquire);
             let bits = (0..64).filter(move |bit| word >> bit & 1 == 1);
             bits.map(move |bit| index * 64 + bit)
         });
-        records.filter_map(|record| {
-            self.map
-                .record(usize::try_from(offset_of_block(record)).ok()?)
-        })
+        records.filter_map(|record| Some((record, self.record(offset_of_block(record))?)))
     }
 
     /// The sum of a counter over all blocks.
@@ -174,7 +181,7 @@ impl BoardReader {
         self.header().methods.names(NAMES)
     }
 
-    /// The names of pools, likewise.
+    /// The names of pools with counters of their own, in the order of their places.
     pub fn pool_names(&self) -> Vec<String> {
         self.header().pools.names(POOLS)
     }
@@ -235,6 +242,9 @@ impl BoardReader {
                 let slow = block.methods[place].slow.load(Relaxed);
                 totals.slow = totals.slow.wrapping_add(slow);
             }
+            // So does the process that runs a command. These counters share pages with those of calls.
+            let cpu = block.command_cpu_ns[place].load(Relaxed);
+            totals.command_cpu_ns = totals.command_cpu_ns.wrapping_add(cpu);
             let calls = block.calls[place].load(Acquire);
             // Unused counters take no memory as long as they are not read.
             if calls > 0 {
@@ -255,7 +265,7 @@ impl BoardReader {
         calls.split_off(calls.len().saturating_sub(KEPT))
     }
 
-    /// Whether `[slow-log]` is there.
+    /// Returns whether the configuration has `[slow-log]`.
     pub fn has_slow_log(&self) -> bool {
         self.header().slow.is_on()
     }
@@ -281,7 +291,5 @@ impl MethodTotals {
         self.duration.add(&cells.duration);
         self.queue.add(&cells.queue);
         self.longest_ns = self.longest_ns.max(cells.longest_ns.load(Relaxed));
-        let cpu = block.command_cpu_ns[place].load(Relaxed);
-        self.command_cpu_ns = self.command_cpu_ns.wrapping_add(cpu);
     }
 }

@@ -1,7 +1,8 @@
-//! Orders, watches and kills the sessions whose acceptor has died: they are children of the master now.
+//! Gives orders to the sessions whose acceptor has died, watches them and kills them. They are children of the master
+//! now.
 //!
-//! They get orders over their records in shared memory, and hand their connections over in batches as those of
-//! an acceptor do. One that does not obey in time, or whose event loop is stuck, is killed.
+//! These sessions get orders over their records in shared memory. They hand their connections over in batches, like
+//! the sessions of an acceptor. A session that does not obey in time, or whose event loop is stuck, is killed.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -20,7 +21,7 @@ use crate::sys::process::{self, monotonic_ms};
 
 /// The time from the deadline of an order to the SIGKILL.
 const OVERDUE: Millis = 300;
-/// The time between two looks for late sessions.
+/// The time between two checks for late sessions.
 const LOOK: Millis = 500;
 
 /// A session whose acceptor has died.
@@ -32,19 +33,19 @@ pub struct AdoptedSession {
     pub known: Rc<GenerationInfo>,
     /// When it gets SIGKILL, if it was ordered to exit.
     kill_at: Option<Millis>,
-    /// Whether its turn to hand its connection over is coming or has come.
+    /// Whether it was chosen to hand its connection over, now or in a later batch.
     is_draining: bool,
     /// Why it was killed.
     pub killed_for: Option<KillReason>,
 }
 
-/// All of them.
+/// All sessions whose acceptor has died.
 #[derive(Debug, Default)]
 pub struct AdoptedSessions {
     /// The records of all sessions; none before there is a session.
     records: &'static [SessionRecord],
     adopted: BTreeMap<Pid, AdoptedSession>,
-    /// Those that hand their connections over, by the places of their records.
+    /// The sessions that hand their connections over, by the numbers of their records.
     draining: Draining,
     /// How long sessions of the serving generation may live, by the first place of the listener's records.
     limits: BTreeMap<usize, SessionLimits>,
@@ -76,7 +77,7 @@ impl AdoptedSessions {
         self.adopted.insert(pid, session);
     }
 
-    /// Removes a child that was reaped, if it was one of them.
+    /// Removes a reaped child. Returns `None` if it was no adopted session.
     pub fn remove(&mut self, pid: Pid) -> Option<AdoptedSession> {
         self.adopted.remove(&pid)
     }
@@ -89,20 +90,21 @@ impl AdoptedSessions {
         self.adopted.keys().copied()
     }
 
-    /// Returns the generation of each.
+    /// Returns the generation of each adopted session.
     pub fn generations(&self) -> impl Iterator<Item = Generation> {
         let adopted = self.adopted.values();
         adopted.map(|session| self.records[session.place].generation())
     }
 
-    /// Returns whether a record is that of one of this generation.
+    /// Returns whether the record at `place` belongs to an adopted session of `generation`.
     pub fn has(&self, place: usize, generation: Generation) -> bool {
         let mut adopted = self.adopted.values();
         let is_there = adopted.any(|session| session.place == place);
         is_there && self.records[place].generation() == generation
     }
 
-    /// Sends an order to those whose generation is `wanted`. `until_ms` is the deadline.
+    /// Sends an order to the adopted sessions of the `wanted` generations. `until_ms` is the deadline
+    /// (CLOCK_MONOTONIC).
     pub fn order(
         &mut self,
         wanted: impl Fn(Generation) -> bool,
@@ -114,7 +116,7 @@ impl AdoptedSessions {
         for session in self.adopted.values_mut() {
             let record = &records[session.place];
             if wanted(record.generation()) {
-                // An earlier order is not prolonged.
+                // A later order must not extend the deadline of an earlier one.
                 let kill_at = until_ms + OVERDUE;
                 let kill_at = session.kill_at.map_or(kill_at, |at| at.min(kill_at));
                 session.kill_at = Some(kill_at);
@@ -137,7 +139,7 @@ impl AdoptedSessions {
         self.drain_next();
     }
 
-    /// Orders the next ones to hand their connections over.
+    /// Orders the next batch of sessions to hand their connections over.
     fn drain_next(&mut self) {
         if !self.draining.has_waiting() {
             return;
@@ -155,12 +157,12 @@ impl AdoptedSessions {
         self.draining.advance(may_move, order, monotonic_ms());
     }
 
-    /// Kills all.
+    /// Sends SIGKILL to all adopted sessions.
     pub fn kill_all(&self) {
         self.adopted.keys().copied().for_each(kill);
     }
 
-    /// Kills those that have not obeyed in time, and late ones. Orders the next ones to drain.
+    /// Kills the sessions that have not obeyed in time, and late ones. Orders the next batch to drain.
     pub fn pass_time(&mut self, now: Millis) {
         for (pid, session) in &mut self.adopted {
             if session.kill_at.take_if(|at| *at <= now).is_some() {
@@ -175,7 +177,7 @@ impl AdoptedSessions {
         }
     }
 
-    /// Kills those of the serving generation that are stuck or have outlived their time.
+    /// Kills the sessions of the serving generation whose event loop is stuck or whose `max-lifetime` is over.
     fn kill_late(&mut self, now: Millis) {
         for (first, limits) in &mut self.limits {
             let most = limits.at_tick(now);
@@ -196,7 +198,7 @@ impl AdoptedSessions {
         }
     }
 
-    /// Returns when `pass_time` is to be called again.
+    /// Returns when to call `pass_time` again.
     pub fn next_ms(&self) -> Option<Millis> {
         let kills = self.adopted.values().filter_map(|it| it.kill_at);
         let drain = self.draining.has_waiting();
@@ -228,7 +230,7 @@ fn kill(pid: Pid) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::link::session_table::SessionTable;
+    use crate::link::session_memory::SessionTable;
     use std::time::Duration;
 
     #[test]

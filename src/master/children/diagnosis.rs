@@ -1,15 +1,25 @@
-//! Finds out what a stuck worker is doing, from outside and before it is ended, for the log and its death
-//! record.
+//! Finds out what a stuck worker is doing, for the log and its death record. It looks from outside, before the worker
+//! is ended.
 //!
-//! The scoreboard names the calls, and /proc the state of the threads. Nothing here waits for the worker.
-//! What cannot be read is left out.
+//! The scoreboard names the calls, and /proc shows the state of the threads. Nothing here waits for the worker. If
+//! something cannot be read, the text omits it.
 
-use super::workers::WorkerHandle;
+use super::slow_calls;
+use super::workers::{Children, WorkerHandle};
 use crate::link::ids::Pid;
 use crate::link::stuck_calls::StuckCall;
 use crate::logging::HumanDuration;
 use crate::master::policy::event::Millis;
 use crate::sys::thread_state;
+
+/// Answers the questions of a child about its threads, for its slow log.
+pub fn answer_slow_calls(workers: &mut Children, pid: Pid, now: Millis) {
+    if let Some(child) = workers.living.get_mut(&pid)
+        && let Some(ring) = workers.metrics.slow_ring(child.record_index)
+    {
+        slow_calls::answer(pid, ring, (&mut child.slow_reads, now));
+    }
+}
 
 /// Describes the main thread of the worker, which runs the event loop, and its calls.
 pub fn event_loop(pid: Pid, worker: &WorkerHandle, now: Millis) -> String {

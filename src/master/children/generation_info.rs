@@ -1,6 +1,7 @@
 //! Holds what the workers of one generation are forked with, and what the master reports about them.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -8,13 +9,18 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Settings;
+use crate::handler::job_attempt::recorded_job;
 use crate::handler::pool::Pool;
 use crate::handler::pool::program_deaths::ProgramDeath;
 use crate::handler::registry::Registry;
 use crate::link::ids::{Generation, Slot};
+use crate::link::scoreboard::RecordedCall;
+use crate::logging::AccessFile;
 use crate::master::endpoints::listeners::Listener;
 use crate::master::policy::death_log::{Death, DeathReason, clean, clean_text};
+use crate::master::policy::event::LastCall;
 use crate::protocol::control::DeathKind;
+use crate::worker_init::JobsInstance;
 
 /// What the children of one generation are forked with.
 #[derive(Debug, Clone)]
@@ -22,10 +28,12 @@ pub struct GenerationContext {
     pub settings: Rc<Settings>,
     pub registry: Arc<Registry>,
     pub listeners: Vec<Rc<Listener>>,
-    /// That of the observer, if there is one.
+    /// The listener of the observer, if there is one.
     pub observe: Vec<Rc<Listener>>,
     /// What the master reports about its children.
     pub known: Rc<GenerationInfo>,
+    /// The file of the access log, if there is one.
+    pub access_file: Option<Arc<AccessFile>>,
 }
 
 impl GenerationContext {
@@ -43,6 +51,31 @@ impl GenerationContext {
         self.observe.first().map_or_else(String::new, text)
     }
 
+    /// Returns the file of the access log for the child in a slot; `None` if it writes no lines there.
+    ///
+    /// # Errors
+    /// If no descriptor is left.
+    pub fn access_file_of(&self, slot: Slot) -> io::Result<Option<Arc<AccessFile>>> {
+        let writes = slot.is_worker() || slot.acceptor().is_some();
+        let Some(file) = self.access_file.as_ref().filter(|_| writes) else {
+            return Ok(None);
+        };
+        // The sessions of an acceptor share a descriptor, and must not read what others have written.
+        let own = file.for_child(slot.is_worker())?;
+        Ok(Some(Arc::new(AccessFile::received(own))))
+    }
+
+    /// Returns the instance for the child in a slot; `None` if it has no part in jobs. An acceptor and its sessions
+    /// run no attempts.
+    pub fn instance_of(
+        &self,
+        slot: Slot,
+        instance: Option<&Arc<JobsInstance>>,
+    ) -> Option<Arc<JobsInstance>> {
+        let has_part = self.settings.jobs.is_some() && slot.acceptor().is_none();
+        instance.filter(|_| has_part).cloned()
+    }
+
     /// Returns the listeners from which the child in a slot accepts.
     pub fn listeners_of(&self, slot: Slot) -> Vec<Rc<OwnedFd>> {
         let listeners = self.accepted_by(slot);
@@ -50,7 +83,7 @@ impl GenerationContext {
         sockets.collect()
     }
 
-    /// Those listeners, with their places in the configuration.
+    /// Returns the listeners from which the child in a slot accepts, with their indices in the configuration.
     pub fn accepted_by(&self, slot: Slot) -> impl Iterator<Item = (usize, &Listener)> {
         let isolated = self.settings.isolated();
         let own = slot
@@ -73,7 +106,7 @@ impl GenerationContext {
 /// earlier generation has to be replaced.
 #[derive(Debug, Default)]
 pub struct OldContexts {
-    /// Each by the number of the generation that followed it.
+    /// The contexts by the number of the generation that followed each.
     contexts: BTreeMap<Generation, Rc<GenerationContext>>,
 }
 
@@ -84,8 +117,8 @@ impl OldContexts {
         later.next().map(|(_, context)| context)
     }
 
-    /// Adds the context that was served until the generation `after`. Drops each context whose following
-    /// generation is not `is_used`.
+    /// Adds the context that served until the generation `after` replaced it. Drops each context for whose following
+    /// generation `is_used` returns false.
     pub fn add(
         &mut self,
         after: Generation,
@@ -95,6 +128,7 @@ impl OldContexts {
         let context = GenerationContext {
             listeners: Vec::new(),
             observe: Vec::new(),
+            access_file: None,
             ..context.clone()
         };
         self.contexts.insert(after, Rc::new(context));
@@ -106,17 +140,20 @@ impl OldContexts {
 #[derive(Debug)]
 pub struct Contexts {
     pub serving: Rc<GenerationContext>,
-    /// That of the generation that a reload starts.
+    /// The context of the generation that a reload starts.
     pub next: Option<Rc<GenerationContext>>,
     pub old: OldContexts,
+    /// The instance whose jobs are stored. `Some` from the first generation with `[jobs]` on.
+    pub jobs: Option<Arc<JobsInstance>>,
 }
 
 impl Contexts {
-    pub fn new(serving: GenerationContext) -> Self {
+    pub fn new(serving: GenerationContext, jobs: Option<JobsInstance>) -> Self {
         Contexts {
             serving: Rc::new(serving),
             next: None,
             old: OldContexts::default(),
+            jobs: jobs.map(Arc::new),
         }
     }
 
@@ -128,22 +165,21 @@ impl Contexts {
     }
 }
 
-/// What the master reports about the workers of one configuration while one of them lives. It is less than
-/// the configuration, because that may be of another version.
+/// What the master reports about the workers of one generation, as long as one of them lives. It is a copy of a few
+/// values, because after an upgrade the whole configuration may be of another version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GenerationInfo {
     /// The names of the methods, by their numbers in the scoreboard.
     pub methods: Vec<String>,
     /// The number of handler threads of each worker.
     pub threads: usize,
-    /// The number of programs of all pools of each worker; 0 since pools have processes of their own.
+    /// The number of programs in each worker. Always 0 in this version, because pools have processes of their own.
     #[serde(default)]
     pub programs: usize,
     /// The name and the number of programs of each pool, by the numbers of the pool slots.
     #[serde(default)]
     pub pools: Vec<(String, usize)>,
-    /// The address and the most connections of each isolated listener, by the numbers of the acceptor
-    /// slots.
+    /// The address and the limit of connections of each isolated listener, by the numbers of the acceptor slots.
     #[serde(default)]
     pub isolated: Vec<(String, usize)>,
 }
@@ -187,11 +223,21 @@ impl GenerationInfo {
             uptime: program.uptime_ms,
             method: (program.method).map(|method| clean(self.method(method))),
             call: program.call,
+            job: recorded_job(program.job),
             rss_bytes: program.rss_bytes,
             reason: DeathReason::Text(clean_text(&program.reason)),
             at: program.at.min(now),
         };
         pool.take_deaths().into_iter().map(death).collect()
+    }
+
+    /// Returns what a process of this generation ran last.
+    pub fn last_call(&self, last: RecordedCall) -> LastCall {
+        LastCall {
+            method: self.method(last.method).to_owned(),
+            call: last.call,
+            job: recorded_job(last.job),
+        }
     }
 
     /// Returns the number of the pool with this name.

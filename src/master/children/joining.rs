@@ -2,16 +2,17 @@
 //! the next generation.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use super::workers::{Children, GenerationContext, WorkerHandle};
 use crate::link::call_link;
 use crate::link::ids::{Generation, Pid, Slot};
-use crate::link::message::{Order, PoolLink, SessionLink};
+use crate::link::message::{JOBS_LANE, Order, PoolLink, SessionLink};
 use crate::master::policy::event::{Event, Millis};
 use crate::sys::process::monotonic;
 
-/// Links a ready worker with its pool processes, or a ready pool process with its workers.
+/// Links a ready worker with its pool processes and its jobs process, a ready pool process with its workers and jobs
+/// processes, or a ready jobs process with both.
 pub fn join_pools(children: &mut Children, pid: Pid) {
     if let Some(ready) = children.living.get_mut(&pid) {
         ready.is_ready = true;
@@ -19,8 +20,9 @@ pub fn join_pools(children: &mut Children, pid: Pid) {
     let Some(ready) = children.living.get(&pid) else {
         return;
     };
+    let kind = |handle: &WorkerHandle| (handle.pool.is_some(), handle.slot.is_jobs());
     let others: Vec<Pid> = (children.living.iter())
-        .filter(|(_, other)| other.is_ready && other.pool.is_some() != ready.pool.is_some())
+        .filter(|(_, other)| other.is_ready && kind(other) != kind(ready))
         .filter(|(_, other)| belong_together(ready, other))
         .map(|(other, _)| *other)
         .collect();
@@ -29,8 +31,20 @@ pub fn join_pools(children: &mut Children, pid: Pid) {
     }
 }
 
-/// Links a process with the owner of this scoreboard record. Does nothing if that one is of another
-/// generation.
+/// Passes the connection of a command to the ready jobs process of the latest generation. Returns false if there
+/// is none, or its link is full.
+pub fn pass_command(children: &Children, connection: BorrowedFd<'_>) -> bool {
+    let jobs = children.living.values();
+    let jobs = jobs.filter(|handle| handle.slot.is_jobs() && handle.is_ready);
+    let Some(latest) = jobs.max_by_key(|handle| handle.generation) else {
+        return false;
+    };
+    let sent = children.send(latest.pid, Order::JobCommand, Some(connection));
+    sent.is_ok()
+}
+
+/// Links a process with the owner of this scoreboard record. Does nothing if the two must not have a link, such as
+/// workers of different generations.
 pub fn join_as_asked(children: &mut Children, pid: Pid, record_index: usize) {
     let Some(asking) = children.living.get(&pid) else {
         return;
@@ -43,8 +57,8 @@ pub fn join_as_asked(children: &mut Children, pid: Pid, record_index: usize) {
     }
 }
 
-/// Returns whether one may run calls of the other. An acceptor has no calls; it asks for links for its
-/// sessions.
+/// Returns whether one of two processes may run calls of the other. An acceptor has no calls. It asks for links for
+/// its sessions.
 fn belong_together(one: &WorkerHandle, other: &WorkerHandle) -> bool {
     if [one, other].iter().any(|it| it.slot.acceptor().is_some()) {
         return false;
@@ -60,23 +74,32 @@ fn join(children: &mut Children, pid: Pid, other: Pid) {
     let (Some(one), Some(two)) = (children.living.get(&pid), children.living.get(&other)) else {
         return;
     };
+    let jobs = [one, two].into_iter().find(|it| it.slot.is_jobs());
     let pool = match (&one.pool, &two.pool) {
         (Some(pool), _) => Some((pool, two)),
         (None, Some(pool)) => Some((pool, one)),
         (None, None) => None,
     };
-    let order = |record: usize| match pool {
-        None => Some(Order::Link(record as u32)),
-        Some((pool, worker)) => Some(Order::LinkPool(PoolLink {
+    let (lane, generation) = match (jobs, pool) {
+        (Some(jobs), _) => (Some(JOBS_LANE), jobs.generation),
+        (None, None) => (None, one.generation),
+        (None, Some((pool, worker))) => {
+            let Some(number) = worker.known.pool_number(pool.pool.name()) else {
+                return;
+            };
+            (Some(number as u16 + 1), worker.generation)
+        }
+    };
+    let order = |record: usize| match lane {
+        None => Order::Link(record as u32),
+        Some(lane) => Order::LinkPool(PoolLink {
             record: record as u16,
-            lane: worker.known.pool_number(pool.pool.name())? as u16 + 1,
-            generation: worker.generation,
-        })),
+            lane,
+            generation,
+        }),
     };
-    let (Some(to_one), Some(to_two)) = (order(two.record_index), order(one.record_index)) else {
-        return;
-    };
-    let (is_pool, now) = (pool.is_some(), monotonic().as_millis() as Millis);
+    let (to_one, to_two) = (order(two.record_index), order(one.record_index));
+    let (is_pool, now) = (lane.is_some(), monotonic().as_millis() as Millis);
     if !children.links.begin(pid, other, is_pool, now) {
         return;
     }
@@ -89,7 +112,7 @@ fn join(children: &mut Children, pid: Pid, other: Pid) {
     }
 }
 
-/// Links a session of an acceptor with a pool process.
+/// Links a session of an acceptor with a pool process or the jobs process.
 pub fn join_session(children: &Children, acceptor: Pid, link: SessionLink) {
     let Some(asking) = children.living.get(&acceptor) else {
         return;
@@ -97,14 +120,17 @@ pub fn join_session(children: &Children, acceptor: Pid, link: SessionLink) {
     let place = link.session as usize;
     let record = children.sessions.records().get(place);
     let is_its = record.is_some_and(|it| it.acceptor() == acceptor && it.is_used());
-    // One of a dead acceptor asks over the next one.
+    // A session of a dead acceptor asks through the next acceptor, to which it has sent a new link.
     if !is_its && !children.sessions.adopted.has(place, asking.generation) {
         return;
     }
     let mut living = children.living.values();
     let found = living.find_map(|handle| {
-        let pool = handle.pool.as_ref()?;
         let is_asked = handle.record_index == usize::from(link.record);
+        if is_asked && handle.slot.is_jobs() && handle.generation == asking.generation {
+            return Some((handle.pid, JOBS_LANE));
+        }
+        let pool = handle.pool.as_ref()?;
         let is_wanted = is_asked && pool.serves(asking.generation);
         let lane = asking
             .known
@@ -139,7 +165,7 @@ pub fn update_pool(
     let mut served: Vec<u32> = workers.map(|worker| worker.generation.0).collect();
     served.extend(children.sessions.adopted.generations().map(|it| it.0));
     let Some(handle) = children.living.get_mut(&pid) else {
-        return Ok(()); // It has died, and its death fails the reload.
+        return Ok(()); // The pool process has died, and its death fails the reload.
     };
     // Its own generation serves, even if all its workers are just being replaced.
     served.push(handle.generation.0);
@@ -150,7 +176,7 @@ pub fn update_pool(
     };
     let file = pool.update(at, context, served)?.try_clone();
     let file = file.map_err(|error| error.to_string())?;
-    send_end(children, pid).map_err(|error| error.to_string())?;
+    try_send_result(children, pid).map_err(|error| error.to_string())?;
     let sent = children.send(pid, Order::UpdatePool(at.1), Some(file.as_fd()));
     sent.map_err(|error| error.to_string())
 }
@@ -171,17 +197,22 @@ pub fn move_pool(
         log::info!("pool {name}: its process {pid} stays pid={pid} generation={generation}");
     }
     (handle.slot, handle.generation) = (slot, generation);
-    end_update(children, pid, generation, true);
+    send_update_result(children, pid, generation, true);
 }
 
 /// Sends the result of the reload to a pool process that stays.
-pub fn end_update(children: &mut Children, pid: Pid, generation: Generation, has_succeeded: bool) {
+pub fn send_update_result(
+    children: &mut Children,
+    pid: Pid,
+    generation: Generation,
+    has_succeeded: bool,
+) {
     if let Some(handle) = children.living.get_mut(&pid)
         && let Some(pool) = &mut handle.pool
     {
-        pool.unsent_end = Some(Order::EndUpdate(generation, has_succeeded));
+        pool.unsent_result = Some(Order::EndUpdate(generation, has_succeeded));
     }
-    if let Err(error) = send_end(children, pid) {
+    if let Err(error) = try_send_result(children, pid) {
         log::warn!(
             "could not send the result of the reload to pool process {pid}: {error}; it is sent again pid={pid}"
         );
@@ -190,15 +221,15 @@ pub fn end_update(children: &mut Children, pid: Pid, generation: Generation, has
 
 /// Sends the results that could not be sent before.
 pub fn send_unsent(children: &mut Children) {
-    let unsent: Vec<Pid> = children.unsent_ends().collect();
+    let unsent: Vec<Pid> = children.unsent_results().collect();
     for pid in unsent {
         // The first failure was logged.
-        let _ = send_end(children, pid);
+        let _ = try_send_result(children, pid);
     }
 }
 
-fn send_end(children: &mut Children, pid: Pid) -> io::Result<()> {
-    let pool = |handle: &WorkerHandle| handle.pool.as_ref()?.unsent_end;
+fn try_send_result(children: &mut Children, pid: Pid) -> io::Result<()> {
+    let pool = |handle: &WorkerHandle| handle.pool.as_ref()?.unsent_result;
     let Some(order) = children.living.get(&pid).and_then(pool) else {
         return Ok(());
     };
@@ -206,7 +237,7 @@ fn send_end(children: &mut Children, pid: Pid) -> io::Result<()> {
     if let Some(handle) = children.living.get_mut(&pid)
         && let Some(pool) = &mut handle.pool
     {
-        pool.unsent_end = None;
+        pool.unsent_result = None;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Keeps track of the keepers of dead workers. The master has not forked them, but they are its children.
 //!
-//! A worker starts its keeper and writes its pid into its scoreboard record. When the worker has died, the
-//! record stays reserved for the keeper, which counts there what became of the connections.
+//! A worker starts its keeper and writes the keeper's pid into its scoreboard record. When the worker has died, the
+//! record stays reserved for the keeper. The keeper counts there how many connections it has handed over and reset.
 //!
 //! The pid comes from the worker, which is not trusted. The master waits for that pid and may kill it. So
 //! it first checks that the pid is a child that it did not start itself.
@@ -26,7 +26,7 @@ use crate::sys::spawn;
 #[derive(Debug, Default)]
 pub struct Keepers(HashMap<Pid, DeadWorker>);
 
-/// What the master knows of a dead worker whose keeper is at work.
+/// What the master knows about a dead worker while its keeper runs.
 #[derive(Debug)]
 pub struct DeadWorker {
     pub worker: Pid,
@@ -86,9 +86,13 @@ impl Keepers {
         self.0.insert(keeper, left);
     }
 
-    /// Handles the death of a worker. Its claimed keeper is accepted if `may_be_keeper` returns true and no
-    /// other dead worker has claimed it. Otherwise returns the number of the record, which is free now.
-    pub fn left(&mut self, left: DeadWorker, may_be_keeper: impl Fn(Pid) -> bool) -> Option<usize> {
+    /// Handles the death of a worker. Accepts the keeper that the worker claims, if `may_be_keeper` returns true and
+    /// no other dead worker has claimed it. Otherwise returns the number of the worker's record, which is free now.
+    pub fn worker_died(
+        &mut self,
+        left: DeadWorker,
+        may_be_keeper: impl Fn(Pid) -> bool,
+    ) -> Option<usize> {
         match claimed_keeper(left.record) {
             Some(keeper) if !self.contains(keeper) && may_be_keeper(keeper) => {
                 self.0.insert(keeper, left);
@@ -106,6 +110,11 @@ impl Keepers {
     /// Returns whether a child is the keeper of a dead worker.
     pub fn contains(&self, pid: Pid) -> bool {
         self.0.contains_key(&pid)
+    }
+
+    /// Returns whether a dead worker has a keeper that has not ended.
+    pub fn has_keeper_of(&self, worker: Pid) -> bool {
+        self.0.values().any(|left| left.worker == worker)
     }
 
     /// Returns the progress of each keeper.

@@ -1,42 +1,42 @@
-//! Remembers which processes have a link to each other, so that two requests at the same time make one
-//! link.
+//! Remembers which processes have a link to each other. So if both ask at the same time, only one link is made.
 
 use std::collections::HashMap;
 
 use crate::link::ids::Pid;
 use crate::master::policy::event::Millis;
 
-/// The most links of a worker to other workers. Each needs a descriptor in both.
+/// The largest number of links of a process to workers. Each needs a descriptor in both processes.
 const MAX_LINKS: usize = 64;
-/// The time after which a request means that the link was lost, in milliseconds.
+/// If a process asks again after this time, in milliseconds, the link was lost, and another one is made.
 const LINK_AGAIN_MS: Millis = 1000;
 
 /// The links between living processes.
 #[derive(Debug, Default)]
 pub struct Links {
-    /// When each link was made, by the two pids, the lower one first.
-    made: HashMap<(Pid, Pid), Millis>,
+    /// When each link was made, and whether it counts for the limit, by the two pids, the lower one first.
+    made: HashMap<(Pid, Pid), (Millis, bool)>,
 }
 
 impl Links {
-    /// Returns whether the two are to be linked now, and remembers the link. A link to a pool process does
-    /// not count for a worker's limit.
+    /// Returns whether to link the two processes now, and remembers the link. `is_pool` says whether one of them is a
+    /// pool process or jobs process: such a link does not count for the limit, because each pool needs one.
     pub fn begin(&mut self, one: Pid, other: Pid, is_pool: bool, now: Millis) -> bool {
         let pair = (one.min(other), one.max(other));
-        let is_new = |at: &Millis| now.saturating_sub(*at) < LINK_AGAIN_MS;
+        let is_new = |(at, _): &(Millis, bool)| now.saturating_sub(*at) < LINK_AGAIN_MS;
         if self.made.get(&pair).is_some_and(is_new) {
             return false;
         }
         if !is_pool && (self.count(one) >= MAX_LINKS || self.count(other) >= MAX_LINKS) {
             return false;
         }
-        self.made.insert(pair, now);
+        self.made.insert(pair, (now, !is_pool));
         true
     }
 
     fn count(&self, pid: Pid) -> usize {
-        let ends = self.made.keys();
-        ends.filter(|(one, other)| *one == pid || *other == pid)
+        let counted = self.made.iter().filter(|(_, (_, counts))| *counts);
+        counted
+            .filter(|((one, other), _)| *one == pid || *other == pid)
             .count()
     }
 
@@ -62,6 +62,9 @@ mod tests {
     #[test]
     fn a_worker_has_so_many_links_to_workers_and_those_to_pools_besides() {
         let mut links = Links::default();
+        for pool in 0..MAX_LINKS as i32 {
+            assert!(links.begin(Pid(1), Pid(1000 + pool), true, 0));
+        }
         for other in 0..MAX_LINKS as i32 {
             assert!(links.begin(Pid(1), Pid(100 + other), false, 0));
         }

@@ -1,9 +1,9 @@
 //! Reads the environment of processes in a short-lived child, to find out which worker started them.
 //!
-//! The owner of a process chooses the length of its environment, and can make a reader block
-//! (`sys::bounded`). So the master does not read it itself. It forks a reader, which writes each answer to
-//! a pipe. The main loop polls the pipe and reaps the reader like any other child. At the deadline the
-//! reader gets SIGKILL. A reader that is stuck in the kernel is reaped whenever it ends.
+//! The owner of a process chooses the length of its environment, and can make a read wait forever (`sys::bounded`).
+//! So the master does not read it itself. It forks a reader, which writes each answer to a pipe. The main loop polls
+//! the pipe and reaps the reader like any other child. At the deadline the reader gets SIGKILL. A reader that is
+//! stuck in the kernel is reaped whenever it ends.
 
 #![allow(unsafe_code)]
 
@@ -20,16 +20,16 @@ use crate::sys::socket::nonblocking_pipe;
 use crate::sys::title::{self, TitleArea};
 use crate::sys::{clone_files, descriptor, signal};
 
-/// The most time for one reader.
+/// The longest time for one reader.
 const LIMIT: Millis = 2_000;
-/// The most processes for one reader, so that its answers fit into a pipe.
+/// The largest number of processes for one reader, so that its answers fit into a pipe.
 pub(crate) const MOST_ASKED: usize = 256;
 /// The bytes of one answer: the pid of the worker, or 0 without a mark.
 const ANSWER: usize = size_of::<i32>();
 
-/// The title and the name for a reader.
+/// The memory for the title, and the program's name, for a reader.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Origin<'a> {
+pub(crate) struct ReaderTitle<'a> {
     pub title: Option<TitleArea>,
     pub program: &'a str,
 }
@@ -44,7 +44,7 @@ pub(crate) struct MarkReader {
     /// The processes in the order of the answers; `None` once reaped.
     asked: Vec<Option<Pid>>,
     answers: Vec<u8>,
-    /// When it gets SIGKILL.
+    /// When the reader gets SIGKILL.
     pub deadline: Millis,
     pub was_reaped: bool,
 }
@@ -54,14 +54,14 @@ impl MarkReader {
     ///
     /// # Errors
     /// If the system refuses the process or a descriptor.
-    pub fn start(asked: Vec<Pid>, origin: Origin<'_>, now: Millis) -> io::Result<Self> {
+    pub fn start(asked: Vec<Pid>, reader_title: ReaderTitle<'_>, now: Millis) -> io::Result<Self> {
         let (pipe, writer) = nonblocking_pipe()?;
         let master = Pid::current();
         // Signals stay blocked in the child, because the inherited handlers would wake the master.
         signal::block_all();
         let forked = match fork() {
             Ok(Fork::Child) => {
-                let read = || read_marks(&asked, writer, origin, master);
+                let read = || read_marks(&asked, writer, reader_title, master);
                 // A panic must not unwind into the master's code.
                 let _ = catch_unwind(AssertUnwindSafe(read));
                 exit_now(0)
@@ -116,8 +116,8 @@ impl MarkReader {
         process::kill(self.pid, Signal::SIGKILL);
     }
 
-    /// Returns each answered process that was not reaped, with its worker, and the first process without an
-    /// answer.
+    /// Returns each answered process that was not reaped, with the worker that started it. Also returns the first
+    /// process without an answer, whose read is stuck.
     pub fn answers(mut self) -> (Vec<(Pid, Option<Pid>)>, Option<Pid>) {
         self.listen();
         let answers = self.answers.chunks_exact(ANSWER);
@@ -133,7 +133,7 @@ impl MarkReader {
 }
 
 /// Runs the reader: drops what belongs to the master, reads, and returns.
-fn read_marks(asked: &[Pid], mut writer: PipeWriter, origin: Origin<'_>, master: Pid) {
+fn read_marks(asked: &[Pid], mut writer: PipeWriter, reader_title: ReaderTitle<'_>, master: Pid) {
     // 1. All descriptors except the pipe: the lock of the pid file would outlive a killed master, and a
     //    port would stay in use.
     // SAFETY: this child never returns to the master's code, which owns the descriptors.
@@ -147,10 +147,10 @@ fn read_marks(asked: &[Pid], mut writer: PipeWriter, origin: Origin<'_>, master:
         return;
     }
     // 4. `ps` shows what it is.
-    if let Some(area) = origin.title {
-        area.set(&format!("{}: environment reader", origin.program));
+    if let Some(area) = reader_title.title {
+        area.set(&format!("{}: environment reader", reader_title.program));
     }
-    title::set_comm(origin.program, "reader");
+    title::set_comm(reader_title.program, "reader");
     for &pid in asked {
         let worker = call_of(pid).map_or(0, |(worker, _)| worker.0);
         if writer.write_all(&worker.to_ne_bytes()).is_err() {

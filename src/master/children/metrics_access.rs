@@ -9,13 +9,13 @@ use crate::link::ids::Slot;
 use crate::link::metrics_board::layout::{HandlerKind, NAMES};
 use crate::link::metrics_board::{self, MetricsAccess, MetricsBoard};
 
-/// Returns what the process with a scoreboard record counts with.
+/// Returns what the process with a slot and a scoreboard record counts with.
 ///
 /// # Errors
 /// If there is not enough memory.
 pub fn metrics_access(
     board: &mut MetricsBoard,
-    record: usize,
+    (slot, record): (Slot, usize),
     context: &GenerationContext,
 ) -> io::Result<MetricsAccess> {
     let configured = &context.settings.methods;
@@ -23,16 +23,21 @@ pub fn metrics_access(
         Some(MethodKind::Command(_)) => HandlerKind::Command,
         Some(MethodKind::Pool(_)) => HandlerKind::Pool,
         Some(MethodKind::Builtin(_)) => HandlerKind::Builtin,
+        None if name.starts_with("rpc.") => HandlerKind::Builtin,
         Some(MethodKind::Function) | None => HandlerKind::Function,
     };
     let methods = context.registry.methods().iter();
     let methods = methods.map(|method| (method.name.as_str(), kind(&method.name)));
-    let pools = context.registry.pools().iter().map(|pool| pool.name());
-    let access = board.access(record, methods, pools)?;
+    let pools = context.registry.all_pools().iter();
+    let pools = pools.map(|pool| pool.name());
+    let mut access = board.access(record, methods, pools)?;
+    if slot.is_jobs() {
+        access.jobs = Some(board.job_cells(record)?);
+    }
     if board.take_overflow() {
         log::warn!(
-            "there were more than {NAMES} names of methods since the start: the metrics of further methods \
-             are those of _OTHER together, until the server is restarted"
+            "there were more than {NAMES} method names since the start: further methods are counted \
+             together as _OTHER, until the server is restarted"
         );
     }
     Ok(access)

@@ -2,18 +2,18 @@
 //! subreaper and adopts them. Nothing else waits for them.
 //!
 //! The sweep begins with a worker's death and ends when nothing is adopted any more: the children of a
-//! killed process are adopted when it is reaped. Children that the master had before it started are left
-//! alone. As PID 1 it adopts all orphans of the system, and kills only those that carry a worker's mark.
-//! After an upgrade the mark tells them from children that the new program has started.
-//! [`super::mark_reader`] reads marks. Nothing here waits: each death is a signal, and the main loop calls
-//! again.
+//! killed process are adopted when it is reaped. Children that the process had before it became the master (from a
+//! shell that exec'd it) are left alone. As PID 1 the master adopts all orphans of the system, and kills only those
+//! that carry a worker's mark. After an upgrade, marks distinguish leftovers from children that functions of the new
+//! host program started. [`super::mark_reader`] reads marks. Nothing here waits: each death is a signal, and the main
+//! loop calls again.
 
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::mark_reader::{MOST_ASKED, MarkReader, Origin};
+use super::mark_reader::{MOST_ASKED, MarkReader, ReaderTitle};
 use super::workers::Children;
 use crate::logging::{HumanDuration, pluralize};
 use crate::master::policy::event::Millis;
@@ -33,7 +33,7 @@ pub(crate) struct Orphans {
     preexisting: BTreeSet<Pid>,
     /// Children that were found after an upgrade. They are left alone until their mark is read.
     unclear: BTreeSet<Pid>,
-    /// Whether a worker has died and its leftovers may not be gone.
+    /// Whether a worker has died and some of its leftovers may still run.
     is_sweep_pending: bool,
     /// Children whose marks were read since the last death of a worker.
     read: BTreeSet<Pid>,
@@ -53,8 +53,8 @@ pub(crate) struct Orphans {
 pub struct OrphansState {
     /// Children from before the start.
     pub others: Vec<i32>,
-    /// Every child right before the exec. Other children that the next program finds were started by its
-    /// own functions. `None` from a version without this member.
+    /// Every child right before the exec. A child that is new since the exec was started by the program's own
+    /// functions, or was adopted. `None` if the old program did not know this member.
     #[serde(default)]
     pub children: Option<Vec<i32>>,
     /// Whether leftovers of a dead worker may exist.
@@ -70,10 +70,10 @@ impl Orphans {
         }
     }
 
-    /// Returns the state for an upgrade. `ours` are pool processes and acceptors: a program that does not
-    /// know them must not kill them.
+    /// Returns the state for an upgrade. `ours` has the pool processes and acceptors. They are in the state so that a
+    /// program that does not know them does not kill them.
     pub fn export(&self, ours: impl Iterator<Item = Pid>) -> OrphansState {
-        // An unclear child is a new one for the next program too, which finds out itself.
+        // Leave out unclear children: the next program then treats them as new and reads their marks itself.
         let is_clear = |pid: &Pid| !self.unclear.contains(pid);
         let children = process_tree::direct_children().into_iter().filter(is_clear);
         OrphansState {
@@ -86,7 +86,7 @@ impl Orphans {
     }
 
     /// Restores the state after an upgrade. Call it when workers and keepers are known. A child that is new
-    /// since the exec was started by the program's own functions, or was adopted. Its mark tells.
+    /// since the exec was started by the program's own functions, or was adopted. Its mark tells the two apart.
     pub fn import(state: OrphansState, workers: &Children) -> Self {
         let others: BTreeSet<Pid> = state.others.into_iter().map(Pid).collect();
         let mut unclear = BTreeSet::new();
@@ -162,9 +162,14 @@ impl Orphans {
         reader.or(self.retry_at)
     }
 
-    /// Kills the leftovers of dead workers. Call it after each round of deaths, and at the deadline. A
-    /// child of `sys::closer` may be among them: its work is done when it is seen here.
-    pub fn kill_leftovers(&mut self, now: Millis, origin: Origin<'_>, workers: &Children) {
+    /// Kills the leftovers of dead workers. Call it after each round of deaths, and at the deadline. A child of
+    /// `sys::closer` may be killed too. That does no harm, because its work is done by then.
+    pub fn kill_leftovers(
+        &mut self,
+        now: Millis,
+        reader_title: ReaderTitle<'_>,
+        workers: &Children,
+    ) {
         self.read_marks(now, workers);
         if !self.is_sweep_pending && self.unclear.is_empty() {
             return;
@@ -192,7 +197,7 @@ impl Orphans {
         if is_init && left.is_empty() && self.reader.is_none() && self.killed.is_empty() {
             self.is_sweep_pending = false;
         }
-        self.ask(left, now, origin);
+        self.ask(left, now, reader_title);
     }
 
     /// Returns whether reading the mark of a process would bring nothing new.
@@ -201,7 +206,7 @@ impl Orphans {
     }
 
     /// Starts a reader for these processes, if none is running.
-    fn ask(&mut self, mut pids: Vec<Pid>, now: Millis, origin: Origin<'_>) {
+    fn ask(&mut self, mut pids: Vec<Pid>, now: Millis, reader_title: ReaderTitle<'_>) {
         let is_too_early = self.retry_at.is_some_and(|at| now < at);
         if pids.is_empty() || self.reader.is_some() || is_too_early {
             return;
@@ -211,7 +216,7 @@ impl Orphans {
             return pids.into_iter().for_each(|pid| self.cannot_read(pid));
         }
         pids.truncate(MOST_ASKED);
-        match MarkReader::start(pids, origin, now) {
+        match MarkReader::start(pids, reader_title, now) {
             Ok(reader) => self.reader = Some(reader),
             Err(error) => {
                 log::warn!(

@@ -1,8 +1,8 @@
 //! Knows the programs that belong to connections (`scope = "connection"`), for `status` and the death records.
 //!
-//! The sessions of a generation write both into memory that they share with the master. They are not trusted: a
-//! program counts only if its process is a child of a session. What sessions of earlier generations have is read
-//! as long as they live.
+//! The sessions of a generation write their programs and the deaths of programs into memory that they share with the
+//! master. Sessions are not trusted: a program counts only if its process is a child of a session. The memory of an
+//! earlier generation is read as long as one of its sessions lives.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -16,7 +16,7 @@ use crate::master::policy::death_log::Death;
 use crate::sys::process::unix_seconds;
 use crate::sys::process_tree;
 
-/// The pools of connections, of all generations that have sessions.
+/// The pools with `scope = "connection"` of all generations that have sessions.
 #[derive(Debug, Default)]
 pub struct OwnPrograms {
     generations: Vec<PoolsOfGeneration>,
@@ -29,7 +29,7 @@ struct PoolsOfGeneration {
     known: Rc<GenerationInfo>,
 }
 
-/// A pool, and its programs that live.
+/// A pool and its living programs.
 pub struct PoolOfConnections<'a> {
     pub name: &'a str,
     pub generation: Generation,
@@ -37,7 +37,7 @@ pub struct PoolOfConnections<'a> {
 }
 
 impl OwnPrograms {
-    /// Adds a generation that serves now. Forgets those that are not `is_used` any more.
+    /// Adds the generation that serves now. Forgets the generations for which `is_used` returns false.
     pub fn add(
         &mut self,
         generation: Generation,
@@ -71,7 +71,7 @@ impl OwnPrograms {
             .collect()
     }
 
-    /// Returns all pools, also those without a program. `sessions` are the processes of connections.
+    /// Returns all pools, also those without a program. `sessions` has the pid and the generation of each session.
     pub fn pools<'a>(
         &'a self,
         sessions: &'a BTreeMap<Pid, Generation>,

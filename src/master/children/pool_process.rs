@@ -1,5 +1,4 @@
-//! What the master knows of a pool process: the generations that it serves, and the numbers of methods in
-//! it.
+//! Holds what the master knows about a pool process: the generations that it serves, and its method numbers.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -7,9 +6,10 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use super::generation_info::{GenerationContext, GenerationInfo, OldContexts};
-use crate::config::{PoolConfig, PoolReload, Settings};
+use crate::config::{JobsConfig, PoolConfig, PoolReload, Settings};
 use crate::handler::pool::Pool;
 use crate::handler::pool::pool_table::{MethodNumbers, PoolTable, methods_of};
 use crate::link::ids::{Generation, Slot};
@@ -31,7 +31,7 @@ pub struct PoolProcess {
     /// The table that it was sent. `Some` while a reload waits for its answer.
     table: Option<OwnedFd>,
     /// The result of the reload that could not be sent yet.
-    pub(super) unsent_end: Option<Order>,
+    pub(super) unsent_result: Option<Order>,
 }
 
 impl PoolProcess {
@@ -58,7 +58,7 @@ impl PoolProcess {
             methods,
             serves: oldest..=generation,
             table: None,
-            unsent_end: None,
+            unsent_result: None,
         })
     }
 
@@ -71,8 +71,8 @@ impl PoolProcess {
         self.methods.clone()
     }
 
-    /// Returns what the master reports about it: the names of methods by its own numbers (those of `before`
-    /// stay), and the rest from its context.
+    /// Returns what the master reports about the pool process. The names of methods are by the numbers of the pool
+    /// process, and names of `before` keep their numbers. The rest comes from `context`.
     pub fn info(&self, before: &GenerationInfo, context: &GenerationContext) -> Rc<GenerationInfo> {
         Rc::new(GenerationInfo {
             methods: self.methods.names(&before.methods),
@@ -84,7 +84,7 @@ impl PoolProcess {
     /// process, in a memory file.
     ///
     /// # Errors
-    /// The reason why there is none.
+    /// The reason why the table could not be made.
     pub fn update(
         &mut self,
         (slot, generation): (Slot, Generation),
@@ -121,6 +121,19 @@ impl PoolProcess {
     }
 }
 
+/// Returns the lanes of a generation that these pool processes of earlier generations serve.
+pub fn kept_lanes<'a>(
+    earlier: impl Iterator<Item = &'a PoolProcess>,
+    generation: Generation,
+    context: &GenerationContext,
+) -> Vec<usize> {
+    earlier
+        .filter(|pool| pool.serves(generation))
+        .filter_map(|pool| context.known.pool_number(pool.pool.name()))
+        .map(|number| number + 1)
+        .collect()
+}
+
 /// Returns the pool processes that may stay at a reload.
 pub fn kept_pools(old: &GenerationContext, new: &GenerationContext) -> Vec<KeptPool> {
     if !is_same_process(&old.settings, &new.settings) {
@@ -148,18 +161,32 @@ pub fn kept_pools(old: &GenerationContext, new: &GenerationContext) -> Vec<KeptP
 fn is_same_process(old: &Settings, new: &Settings) -> bool {
     let times = |settings: &Settings| {
         let workers = &settings.workers;
-        let timeouts = (workers.boot_timeout, workers.drain_timeout);
+        let timeouts = (workers.boot_timeout, settings.longest_drain());
         (timeouts, workers.heartbeat_timeout)
     };
     let limits = |settings: &Settings| (settings.limits.frame, settings.limits.depth);
     // A pool process that was forked without the table of sessions cannot be linked with sessions.
     let has_table = old.isolated().next().is_some() || new.isolated().next().is_none();
-    has_table && old.log == new.log && times(old) == times(new) && limits(old) == limits(new)
+    let has_jobs = attempt_drains(old.jobs.as_ref()) == attempt_drains(new.jobs.as_ref());
+    has_table
+        && has_jobs
+        && old.log == new.log
+        && times(old) == times(new)
+        && limits(old) == limits(new)
 }
 
-/// Knows when a program of each pool was ready last, also if the pool process has ended since. The process that
-/// follows begins with that time, so a pool whose process dies again and again counts as down, although each
-/// process is young.
+/// Returns how long attempts may drain, with methods that differ. `None` without jobs: then a process has neither the
+/// lock of the instance nor a lane for jobs.
+fn attempt_drains(jobs: Option<&JobsConfig>) -> Option<(Duration, Vec<(&str, Duration)>)> {
+    let jobs = jobs?;
+    let methods = jobs.methods.iter();
+    let drains = methods.map(|(name, rules)| (name.as_str(), rules.drain_timeout));
+    Some((jobs.defaults.drain_timeout, drains.collect()))
+}
+
+/// Keeps the time when a program of each pool was last ready, also after the end of the pool process. The next pool
+/// process begins with that time. So if the process of a pool dies repeatedly, the pool counts as down, although each
+/// process has just started.
 #[derive(Debug, Default)]
 pub struct PoolHealth {
     /// The times of ended processes by pool, in milliseconds (CLOCK_MONOTONIC).
@@ -167,7 +194,7 @@ pub struct PoolHealth {
 }
 
 impl PoolHealth {
-    /// A pool process is about to be forked.
+    /// Writes the last time into the record of a pool process that is about to be forked.
     pub fn begin(&mut self, process: &PoolProcess, record: &WorkerRecord) {
         let last = self.ready_ms.remove(process.pool.name());
         record
@@ -175,7 +202,7 @@ impl PoolHealth {
             .store(last.unwrap_or_else(monotonic_ms), Relaxed);
     }
 
-    /// A process has ended; `pool` is `Some` if it was a pool process.
+    /// Reads the time from the record of a process that has ended. `pool` is `None` if it was no pool process.
     pub fn end(&mut self, pool: Option<&PoolProcess>, record: &WorkerRecord) {
         if let Some(process) = pool {
             let ready = record.pool_ready_ms.load(Relaxed);
@@ -185,8 +212,29 @@ impl PoolHealth {
         }
     }
 
-    /// When a program of a pool was ready last in a process that has ended.
+    /// Returns when a program of a pool was ready last in a process that has ended; `None` if that is not known.
     pub fn last(&self, pool: &str) -> Option<Millis> {
         self.ready_ms.get(pool).copied()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::jobs::rules::tests::config;
+
+    #[test]
+    fn a_pool_process_that_was_forked_without_jobs_or_with_another_drain_timeout_cannot_stay() {
+        let jobs = config();
+        let mut other = jobs.clone();
+        other.defaults.max_attempts += 1;
+        assert_eq!(attempt_drains(Some(&jobs)), attempt_drains(Some(&other)));
+        assert_ne!(attempt_drains(None), attempt_drains(Some(&jobs)));
+        other.defaults.drain_timeout *= 2;
+        assert_ne!(attempt_drains(Some(&jobs)), attempt_drains(Some(&other)));
+        let mut other = jobs.clone();
+        other.methods.get_mut("mail").unwrap().drain_timeout *= 2;
+        assert_ne!(attempt_drains(Some(&jobs)), attempt_drains(Some(&other)));
     }
 }

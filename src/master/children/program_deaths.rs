@@ -1,12 +1,13 @@
 //! Reads the deaths of a pool's programs from the memory that its pool process, or its sessions, write.
 //!
-//! A child is never trusted: texts are shortened and cleaned, and no death is in the future. It can report
-//! any deaths, but only of programs of its own pool, and not more than are kept.
+//! A child is never trusted: its texts are shortened and cleaned, and a death in the future counts as one of now. It
+//! can report false deaths, but only of its own pool, and not more than are kept.
 
 use super::workers::WorkerHandle;
 use crate::master::policy::death_log::Death;
 
-/// Returns the name of a pool process's pool, or the address of an acceptor's listener.
+/// Returns the name for the death record of a child: the pool's name for a pool process, the listener's address for an
+/// acceptor; `None` for a worker.
 pub fn process_name(process: &WorkerHandle) -> Option<String> {
     let known = &process.known;
     let of_acceptor = |number: usize| {

@@ -1,9 +1,10 @@
-//! Holds what the acceptors of all generations share: the table of sessions, an adoption queue for each
-//! listener, and a pipe whose end tells sessions that the master is gone. Crosses an upgrade.
+//! Holds what the acceptors of all generations share: the table of sessions, an adoption queue for each listener, and
+//! a pipe. When the pipe ends, sessions know that the master is gone. All of it is passed on at an upgrade.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +12,8 @@ use crate::error::{Error, Result};
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::ids::Generation;
 use crate::link::scoreboard::{WorkerRecord, set_serving};
-use crate::link::session_table::{RANGES, SESSIONS, SessionRecord, SessionTable, claimed};
+use crate::link::session_memory::SessionTable;
+use crate::link::session_table::{RANGES, SESSIONS, SessionRecord, claimed};
 
 /// What acceptors share.
 #[derive(Debug)]
@@ -19,7 +21,7 @@ pub struct SessionRanges {
     table: SessionTable,
     /// Both ends of the pipe whose only writer is the master.
     life: (Rc<OwnedFd>, OwnedFd),
-    /// The address of each listener and its adoption queue, by the number of the range.
+    /// The address and the adoption queue of each listener. The index is the number of its range.
     ranges: Vec<(String, AdoptionQueue)>,
 }
 
@@ -38,7 +40,7 @@ pub struct SessionsState {
     table: RawFd,
     reader: RawFd,
     writer: RawFd,
-    /// By range: the address, and both ends of the adoption queue.
+    /// For each range: the address, and the sending and receiving end of the adoption queue.
     ranges: Vec<(String, RawFd, RawFd)>,
 }
 
@@ -70,7 +72,7 @@ impl SessionRanges {
         self.table.records()
     }
 
-    /// Returns the reading end of the pipe.
+    /// Returns the reading end of the pipe that ends with the master.
     pub fn master_life(&self) -> Rc<OwnedFd> {
         Rc::clone(&self.life.0)
     }
@@ -123,6 +125,11 @@ impl SessionRanges {
                     };
                     let number = (0..RANGES).find(is_free);
                     let number = number.ok_or(io::ErrorKind::ResourceBusy)?;
+                    // What was counted there belongs to another listener.
+                    let first = &self.table.range(number)[0];
+                    first.crashes.store(0, Relaxed);
+                    first.full.store(0, Relaxed);
+                    first.unserved.store(0, Relaxed);
                     self.ranges[number] = range;
                     number
                 }
@@ -152,7 +159,7 @@ impl SessionRanges {
     /// Restores the state after an upgrade.
     ///
     /// # Errors
-    /// Those of `take`; a table of another format.
+    /// The errors of `take`; a table of another format.
     pub fn import(
         state: SessionsState,
         mut take: impl FnMut(RawFd) -> Result<OwnedFd>,

@@ -1,9 +1,9 @@
-//! The master's part of sessions: the memory and queues that acceptors share, links of sessions to pool
-//! processes, and sessions whose acceptor has died.
+//! Does the master's part of sessions: holds the memory and queues that acceptors share, and takes care of sessions
+//! whose acceptor has died.
 //!
-//! The master adopts those sessions. They continue to serve, get orders over shared memory, and are reaped
-//! here. The table of sessions is not trusted: an entry counts only if its pid is a child of this process
-//! with the same start time.
+//! The master adopts the sessions of a dead acceptor. They continue to serve, get orders over shared memory, and are
+//! reaped here. The table of sessions is not trusted: an entry counts only if its pid is a child of this process with
+//! the same start time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -35,13 +35,17 @@ use crate::worker_init::IsolatedInit;
 pub struct Sessions {
     /// `None` until a listener is isolated.
     shared: Option<SessionRanges>,
-    /// Those whose acceptor has died.
+    /// The sessions whose acceptor has died.
     pub adopted: AdoptedSessions,
     serving: Option<Generation>,
-    /// The programs of their connections.
+    /// The programs that belong to connections.
     own_programs: OwnPrograms,
     /// Crashes that were not passed to the policy yet.
     deaths: Vec<Death>,
+    /// The number of access log lines that sessions had not written when this process reaped them.
+    lost_lines: u64,
+    /// The sessions that were reaped after a crash, and whether they had a connection.
+    crashed: Vec<(Pid, bool)>,
 }
 
 impl Sessions {
@@ -154,8 +158,8 @@ impl Sessions {
         used.any(|(_, _, record)| record.is_used() && is_behind(record, pid))
     }
 
-    /// Returns the sessions of an acceptor that was reaped, with the numbers of their records: they are
-    /// children of this process now. Notes those that had crashed.
+    /// Returns the sessions of an acceptor that was reaped, with the numbers of their records. They are children of
+    /// this process now. Records the crashes that the acceptor had not reported.
     pub fn left_by(&mut self, acceptor: Pid, known: &Rc<GenerationInfo>) -> Vec<(Pid, usize)> {
         self.note_crashes(|of| (of == acceptor).then(|| Rc::clone(known)));
         let mut found = Vec::new();
@@ -164,7 +168,7 @@ impl Sessions {
                 let pid = record.pid();
                 match is_behind(record, pid) && process::is_child(pid) {
                     true => found.push((pid, place)),
-                    // It was reaped, or never forked.
+                    // This session was reaped, or was never forked.
                     false => record.release(),
                 }
             }
@@ -193,13 +197,25 @@ impl Sessions {
         let (place, end) = (session.place, (child.exit, child.peak_rss_bytes));
         let record = &self.records()[place];
         if child.exit != Exit::Code(0) {
+            self.crashed.push((child.pid, record.is_open()));
             self.note_crash((place, child.pid), end, session.killed_for, &session.known);
         }
+        self.lost_lines += record.take_lines();
         record.release();
         true
     }
 
-    /// Marks in the records of older sessions that a pool process of their program has ended.
+    /// Takes the sessions that were reaped after a crash, and whether they had a connection.
+    pub fn take_crashed(&mut self) -> Vec<(Pid, bool)> {
+        std::mem::take(&mut self.crashed)
+    }
+
+    /// Takes the number of lines of the access log that reaped sessions had not written.
+    pub fn take_lost_lines(&mut self) -> u64 {
+        std::mem::take(&mut self.lost_lines)
+    }
+
+    /// Marks in the records of sessions of older generations that a pool process of the old program has ended.
     pub fn announce_pool_end(&self, serving: Generation) {
         let used = self.used().map(|(_, _, record)| record);
         let is_old = |record: &&SessionRecord| record.is_used() && record.generation() < serving;
@@ -212,13 +228,14 @@ impl Sessions {
     pub fn note_crashes(&mut self, known: impl Fn(Pid) -> Option<Rc<GenerationInfo>>) {
         let crashed: Vec<_> = (self.used())
             .filter_map(|(place, _, record)| Some((place, record, record.crashed()?)))
-            // A session can write this into the record of another one.
+            // A session can write CRASHED into the record of another session, which still lives.
             .filter(|(_, record, _)| !is_behind(record, record.pid()))
             .collect();
         for (place, record, end) in crashed {
             if let Some(known) = known(record.acceptor()) {
                 let killed_for = record.exceeded().map(kill_reason);
-                // Also a record that no session had. It would be in the list of deaths.
+                // Any session can write any record. A record that no session can have had is freed, but it is not a
+                // death.
                 if was_session(record) {
                     self.note_crash((place, record.pid()), end, killed_for, &known);
                 }
@@ -251,8 +268,10 @@ impl Sessions {
             generation: record.generation(),
             how: exit,
             uptime,
-            method: last.map(|(method, _)| clean(known.method(method))),
-            call: last.and_then(|(_, call)| call),
+            method: last.map(|last| clean(known.method(last.method))),
+            call: last.and_then(|last| last.call),
+            // A session runs no attempts.
+            job: None,
             rss_bytes,
             reason: session_reason(exit, killed_for, opened.is_some()),
             at: unix_seconds(),
@@ -264,7 +283,7 @@ impl Sessions {
         std::mem::take(&mut self.deaths)
     }
 
-    /// The same for the programs of connections.
+    /// Returns the deaths of programs of connections since the last call.
     pub fn take_program_deaths(&self) -> Vec<Death> {
         self.own_programs.take_deaths()
     }
@@ -274,16 +293,18 @@ impl Sessions {
         self.ranges().map(|range| range.address.to_owned())
     }
 
-    /// Fills in the sessions of the acceptors that are `wanted`.
+    /// Adds to `shown` the sessions whose acceptor is `wanted`.
     pub fn describe(&self, wanted: impl Fn(Pid) -> bool, shown: &mut IsolatedStatus) {
         let now = monotonic_ms();
         let Some(range) = self.ranges().find(|it| it.address == shown.address) else {
             return;
         };
         let records = range.records;
-        shown.crashed = records
-            .first()
-            .map_or(0, |first| u64::from(first.crashes.load(Relaxed)));
+        if let Some(first) = records.first() {
+            shown.crashed = u64::from(first.crashes.load(Relaxed));
+            shown.full = u64::from(first.full.load(Relaxed));
+            shown.refused_no_process = u64::from(first.unserved.load(Relaxed));
+        }
         for record in records.iter().filter(|record| record.is_used()) {
             if !wanted(record.acceptor()) {
                 continue;
@@ -309,11 +330,11 @@ impl Sessions {
         self.shared.as_ref().map(SessionRanges::export)
     }
 
-    /// Restores the state after an upgrade. Adopts the sessions without an acceptor; `is_other` says whether
-    /// a child is none.
+    /// Restores the state after an upgrade. Adopts the sessions without an acceptor. `is_other` returns whether a
+    /// child is known to be something else.
     ///
     /// # Errors
-    /// Those of `take`; a table of another format.
+    /// The errors of `take`; a table of another format.
     pub fn import(
         state: Option<SessionsState>,
         mut take: impl FnMut(RawFd) -> Result<OwnedFd>,
@@ -341,7 +362,8 @@ impl Sessions {
     }
 }
 
-/// Returns whether there can have been a session with this record: it has not begun before its acceptor.
+/// Returns whether a session can have written this record: it needs valid numbers, and a start that is not before the
+/// start of its acceptor.
 fn was_session(record: &SessionRecord) -> bool {
     let acceptor = record.acceptor();
     let began = record.start_ticks();
@@ -349,7 +371,7 @@ fn was_session(record: &SessionRecord) -> bool {
     is_possible && began > 0 && process_tree::start_ticks(acceptor).is_none_or(|it| it <= began)
 }
 
-/// Returns whether the process with this pid is the one for which the record was made.
+/// Returns whether the record was made for the process that has this pid now.
 fn is_behind(record: &SessionRecord, pid: Pid) -> bool {
     pid.0 > 1 && record.pid() == pid && process_tree::start_ticks(pid) == Some(record.start_ticks())
 }

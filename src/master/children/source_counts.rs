@@ -1,6 +1,6 @@
-//! What the master has to do with `per-source`: the tables in which processes count the connections of
-//! sources, made when the first listener has a limit, and cleared when a process has died. They cross an
-//! upgrade.
+//! Does the master's part of `per-source`. It creates the tables in which processes count the connections of each
+//! source, when the first listener has a limit. If a process dies, it clears the counts of that process. The tables
+//! are passed on at an upgrade.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -10,14 +10,15 @@ use crate::link::ids::Slot;
 use crate::link::source_table::{SourceLimit, SourceTables, listener_number};
 use crate::worker_init::SourceInit;
 
-/// The tables, and the file that they lie in; `None` until a listener has a limit.
+/// The tables, and the memory file that they are in; `None` until a listener has a limit.
 #[derive(Debug, Default)]
 pub struct SourceCounts {
     shared: Option<(&'static SourceTables, OwnedFd)>,
 }
 
 impl SourceCounts {
-    /// What the process in `slot` gets for its listeners. Its place in the tables is `record`.
+    /// Returns the tables and limits for the process in `slot`. `record` is its place in the tables. Creates the
+    /// tables if they are needed.
     ///
     /// # Errors
     /// If there is no memory or no descriptor.
@@ -41,14 +42,14 @@ impl SourceCounts {
         Ok(tables.map(|(tables, _)| SourceInit { tables, limits }))
     }
 
-    /// The process with this record is dead: its connections do not count any more.
+    /// Clears the counts of the process with this record, because it is dead.
     pub fn clear(&self, record: usize) {
         if let Some((tables, _)) = &self.shared {
             tables.clear(record);
         }
     }
 
-    /// How many connections the listener at this address has refused.
+    /// Returns how many connections the listener at this address has refused.
     pub fn refusals_of(&self, address: &str) -> u64 {
         let tables = self.shared.as_ref();
         tables.map_or(0, |(tables, _)| {
@@ -56,13 +57,13 @@ impl SourceCounts {
         })
     }
 
-    /// The descriptor that the program after this one needs.
+    /// Returns the descriptor of the tables, for the program after an upgrade.
     pub fn export(&self) -> Option<RawFd> {
         self.shared.as_ref().map(|(_, file)| file.as_raw_fd())
     }
 
-    /// Imports the tables of the program before an upgrade. Tables of another format are not used; then the
-    /// connections of its workers do not count.
+    /// Imports the tables of the program before an upgrade. If the tables have another format, they are not used, and
+    /// the connections of the old workers do not count.
     pub fn import(file: Option<OwnedFd>) -> Self {
         let shared = file.and_then(|file| Some((SourceTables::of(&file).ok()?, file)));
         SourceCounts { shared }

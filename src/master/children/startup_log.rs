@@ -14,11 +14,11 @@ use crate::sys::closer::close_in_child;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::socket;
 
-/// The most lines that are kept of each child, and that are reported in all.
+/// The largest number of lines that are kept for each child, and of lines of a report.
 const MOST_LINES: usize = 20;
 
-/// Makes the two ends of the socket for a child's log lines; none if the start or reload does not wait for
-/// the child.
+/// Creates the socket pair for a child's log lines. Returns the master's end and the child's end. Returns none if no
+/// start or reload waits for the child.
 ///
 /// # Errors
 /// If there is no descriptor.
@@ -34,7 +34,7 @@ pub fn channel(is_awaited: bool) -> io::Result<(Option<GuardedSocket>, Option<Ow
 #[derive(Debug, Default)]
 pub struct StartupLog {
     lines: BTreeMap<Pid, (Slot, VecDeque<String>)>,
-    /// The child that ended last, or was killed. It is most likely the reason of the failure.
+    /// The child that ended or was killed last. It is most likely the cause of the failure.
     ended: Option<Pid>,
 }
 
@@ -55,8 +55,8 @@ impl StartupLog {
         }
     }
 
-    /// Takes all lines, each behind a newline: those of the child that ended, or of all if it logged
-    /// nothing. Empty if there are none.
+    /// Takes the lines, each after a newline: those of the child that ended, or of all children if that one logged
+    /// nothing. Returns an empty text if there are none.
     pub fn take(&mut self) -> String {
         let mut logged = std::mem::take(&mut self.lines);
         if let Some(ended) = self.ended.take() {

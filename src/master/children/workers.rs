@@ -3,19 +3,21 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::generation_info::OldContexts;
-use super::keepers::{DeadWorker, Keepers, claimed_keeper};
+use super::keepers::{DeadWorker, Keepers};
 use super::links::Links;
 use super::metrics_access::{count_start, metrics_access};
-use super::pool_process::{PoolHealth, PoolProcess};
+use super::pool_process::{PoolHealth, PoolProcess, kept_lanes};
 use super::sessions::Sessions;
+use super::slow_calls;
 use super::source_counts::SourceCounts;
 use super::startup_log::{self, StartupLog};
+use crate::link::access_counts::LineBatch;
 use crate::link::adoption_queue::AdoptionQueue;
 use crate::link::channel::{self, MasterEnd, Received};
 use crate::link::ids::{Generation, Pid, Slot};
@@ -24,23 +26,24 @@ use crate::link::metrics_board::MetricsBoard;
 use crate::link::quarantine::{PLACES, Quarantine};
 use crate::link::scoreboard::{Scoreboard, WorkerRecord};
 use crate::link::stuck_calls::StuckCalls;
-use crate::logging;
+use crate::logging::{self, AccessFile};
 use crate::master::policy::crash_counts::{CrashCounts, MAX_CALLS, Suspicion};
-use crate::protocol::call_id::CallId;
+use crate::master::policy::event::LastCall;
+use crate::sys::process;
 use crate::sys::rights::GuardedSocket;
 use crate::sys::signal::{SignalPipe, fork_child};
 use crate::sys::title::TitleArea;
-use crate::sys::{process, shared_memory};
-use crate::worker_init::{WorkerInit, WorkerMain};
+use crate::throttle::limiter::Limiter;
+use crate::worker_init::{JobsInstance, WorkerInit, WorkerMain};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 pub use super::generation_info::{GenerationContext, GenerationInfo};
 
-/// The most reports that are read from one child at once.
+/// The largest number of reports that are read from one child at once.
 const MOST_REPORTS: usize = 64;
 
-/// What a fork needs of the master.
+/// The state of the master that a fork needs.
 pub struct ForkContext<'a> {
     /// The signal pipe, which the child closes.
     pub signals: &'a mut SignalPipe,
@@ -54,30 +57,38 @@ pub struct ForkContext<'a> {
     pub awaited: bool,
     /// The oldest generation that it serves, and the contexts of earlier generations.
     pub oldest: (Generation, &'a OldContexts),
+    /// The instance whose jobs are stored.
+    pub jobs: Option<&'a Arc<JobsInstance>>,
 }
 
 #[derive(Debug)]
 pub struct WorkerHandle {
     pub(super) pid: Pid,
     pub generation: Generation,
-    /// What the master reports about it. Not its configuration, because the master closes those listeners
-    /// earlier.
+    /// What the master reports about this child, without its configuration, which would keep its listeners open.
     pub known: Rc<GenerationInfo>,
     pub record: &'static WorkerRecord,
     pub record_index: usize,
     /// Where it writes which calls are stuck.
     pub stuck: &'static StuckCalls,
-    /// `None` once it has closed its end.
+    /// The link to the child; `None` once the child has closed its end.
     pub(super) link: Option<MasterEnd>,
-    /// Whether its link is not read any more, because it has sent descriptors with a report.
-    pub(super) is_unheard: bool,
+    /// Whether its reports are ignored, because it has sent descriptors with one. It still gets orders.
+    pub(super) is_ignored: bool,
     pub slot: Slot,
     /// Whether it has reported ready.
-    pub(super) is_ready: bool,
+    pub is_ready: bool,
     /// Whether the program before an upgrade has forked it.
     pub(super) is_from_before: bool,
     /// `Some` iff it is a pool process.
     pub pool: Option<PoolProcess>,
+    /// Whether it has a file of the access log.
+    pub has_access_file: bool,
+    /// That file, if `keep-connections` is off. Then there is no keeper, and the master itself finds out which lines
+    /// the child was writing when it died.
+    pub kept_file: Option<Arc<AccessFile>>,
+    /// How many of its threads the master reads for the slow log.
+    pub slow_reads: Limiter,
     /// Its log lines until it is ready; `None` if no start or reload waits for it.
     pub(super) startup_log: Option<GuardedSocket>,
 }
@@ -89,14 +100,13 @@ pub struct Children {
     pub metrics: MetricsBoard,
     pub(super) free: BTreeSet<usize>,
     pub(super) living: HashMap<Pid, WorkerHandle>,
-    /// The scoreboard records of pool processes and acceptors that the program before an upgrade has
-    /// forked.
+    /// The scoreboard records of pool processes and acceptors that an earlier version of the master has forked.
     pub(super) reserved: HashMap<Pid, usize>,
     pub(super) links: Links,
     /// The keepers of dead workers.
     pub keepers: Keepers,
     pub(super) quarantine: Quarantine,
-    /// Lives as long as the master, because connections in it outlive a worker.
+    /// The queue lives as long as the master, because a connection in it may outlive the worker that sent it.
     pub(super) adoption: AdoptionQueue,
     pub sessions: Sessions,
     pub sources: SourceCounts,
@@ -159,7 +169,8 @@ impl Children {
             None => (None, self.adoption.clone()),
         };
         let sources = self.sources.init(slot, record_index, context)?;
-        let metrics = metrics_access(&mut self.metrics, record_index, context)?;
+        let metrics = metrics_access(&mut self.metrics, (slot, record_index), context)?;
+        let access_file = context.access_file_of(slot)?;
         let record = self.board.record(record_index);
         record.clear();
         record.allow_requests();
@@ -177,6 +188,7 @@ impl Children {
             }
             None => Rc::clone(&context.known),
         };
+        let earlier = self.living.values().filter(|it| it.generation < generation);
         let init = WorkerInit {
             slot,
             generation,
@@ -184,16 +196,22 @@ impl Children {
             registry: Arc::clone(&context.registry),
             listeners: context.listeners_of(slot),
             methods: pool.as_ref().map(PoolProcess::methods).unwrap_or_default(),
-            kept_lanes: self.kept_lanes(generation, context),
+            kept_lanes: kept_lanes(
+                earlier.filter_map(|it| it.pool.as_ref()),
+                generation,
+                context,
+            ),
             adoption,
             link: worker_end,
             startup_log_tx,
             record,
             metrics,
+            access_file: access_file.clone(),
             records: (self.board.records(), record_index),
             session_records: self.sessions.records(),
             sources,
             isolated,
+            jobs: context.instance_of(slot, parent.jobs),
             quarantine: self.quarantine.clone(),
             crash_report,
             stuck,
@@ -217,26 +235,18 @@ impl Children {
                 record_index,
                 stuck,
                 link: Some(master_end),
-                is_unheard: false,
+                is_ignored: false,
                 slot,
                 is_ready: false,
                 is_from_before: false,
                 pool,
+                has_access_file: access_file.is_some(),
+                kept_file: access_file.filter(|_| !context.settings.workers.keep_connections),
+                slow_reads: slow_calls::thread_reads(),
                 startup_log,
             },
         );
         Ok(pid)
-    }
-
-    /// Returns the lanes that pool processes of earlier generations serve for workers of this one.
-    fn kept_lanes(&self, generation: Generation, context: &GenerationContext) -> Vec<usize> {
-        let earlier = self.living.values().filter(|it| it.generation < generation);
-        let pools = earlier.filter_map(|it| it.pool.as_ref());
-        pools
-            .filter(|pool| pool.serves(generation))
-            .filter_map(|pool| context.known.pool_number(pool.pool.name()))
-            .map(|number| number + 1)
-            .collect()
     }
 
     /// Returns a child that was not reaped.
@@ -251,7 +261,7 @@ impl Children {
     /// Returns the descriptors to poll, with the pid of each child.
     pub fn links(&self) -> impl Iterator<Item = (Pid, BorrowedFd<'_>)> {
         self.living.iter().flat_map(|(pid, worker)| {
-            let link = worker.link.as_ref().filter(|_| !worker.is_unheard);
+            let link = worker.link.as_ref().filter(|_| !worker.is_ignored);
             let link = link.map(AsFd::as_fd);
             let log = worker.startup_log.as_ref().map(AsFd::as_fd);
             link.into_iter().chain(log).map(|fd| (*pid, fd))
@@ -264,7 +274,7 @@ impl Children {
         let Some(worker) = self.living.get_mut(&pid) else {
             return;
         };
-        let mut line = [0; logging::LONGEST_TOLD];
+        let mut line = [0; logging::LONGEST_FORWARDED];
         for _ in 0..MOST_REPORTS {
             let Some(lines) = &worker.startup_log else {
                 return;
@@ -273,13 +283,13 @@ impl Children {
                 Ok(0) => worker.startup_log = None,
                 Ok(length) => self.startup_log.push(pid, worker.slot, &line[..length]),
                 Err(Errno::EAGAIN) => return,
-                // Includes EBADMSG: a child has no reason to send descriptors.
+                // This includes EBADMSG (descriptors are attached): a child has no reason to send descriptors here.
                 Err(_) => worker.startup_log = None,
             }
         }
     }
 
-    /// Takes the log lines that explain the result of a start or reload. No further lines are kept.
+    /// Takes the log lines that explain the result of a start or reload. Later lines of these children are not kept.
     pub fn take_startup_log(&mut self) -> String {
         for worker in self.living.values_mut() {
             worker.startup_log = None;
@@ -295,7 +305,7 @@ impl Children {
         };
         // The number is limited, so that one child cannot keep the master from the others.
         while reports.len() < MOST_REPORTS
-            && !worker.is_unheard
+            && !worker.is_ignored
             && let Some(link) = &worker.link
         {
             match link.receive() {
@@ -303,10 +313,9 @@ impl Children {
                 Received::Message(message, _) if message.pid == pid => {
                     reports.push(message.body);
                 }
-                // The sender is a worker of an older version, which reports nothing after this, or an
-                // attacker. It still gets orders.
+                // The sender is a worker of an older version, which reports nothing more, or an attacker.
                 Received::WithDescriptors(message) if message.pid == pid => {
-                    worker.is_unheard = true;
+                    worker.is_ignored = true;
                     reports.push(message.body);
                     if !matches!(message.body, Report::AllThreadsStuck(_)) {
                         log::warn!(
@@ -328,8 +337,8 @@ impl Children {
         reports
     }
 
-    /// Sends an order, with a descriptor if the order needs one. A child that has closed its link is about
-    /// to be reaped, so that is no error.
+    /// Sends an order, with a descriptor if the order needs one. If the child has closed its link, it is about to be
+    /// reaped, so this is not an error.
     pub fn order(&self, pid: Pid, body: Order, descriptor: Option<BorrowedFd<'_>>) {
         if let Err(error) = self.send(pid, body, descriptor) {
             log::warn!("could not send the order {body:?} to worker {pid}: {error}");
@@ -373,7 +382,11 @@ impl Children {
         self.pool_health.end(worker.pool.as_ref(), worker.record);
         worker.record.clear_capacity();
         self.sources.clear(worker.record_index);
-        super::slow_calls::log_crashed(&self.metrics.clear_gauges(worker.record_index, pid));
+        if let Some(file) = &worker.kept_file {
+            let find = |batch: LineBatch| file.recover(pid.0, batch.first_call, batch.position);
+            self.metrics.recover_lines(worker.record_index, find);
+        }
+        slow_calls::log_crashed(&self.metrics.clear_gauges(worker.record_index, pid));
         self.links.forget(pid);
         let left = DeadWorker {
             worker: pid,
@@ -384,22 +397,17 @@ impl Children {
             suspicion,
         };
         let may_be_keeper = |keeper| !self.living.contains_key(&keeper) && may_be_keeper(keeper);
-        self.free.extend(self.keepers.left(left, may_be_keeper));
+        if let Some(record) = self.keepers.worker_died(left, may_be_keeper) {
+            self.free_record(record);
+        }
         Some(worker)
     }
 
     /// Removes a keeper that was reaped. Returns what is known of its worker.
     pub fn keeper_ended(&mut self, keeper: Pid) -> Option<DeadWorker> {
         let left = self.keepers.ended(keeper)?;
-        self.free.insert(left.record_index);
+        self.free_record(left.record_index);
         Some(left)
-    }
-
-    /// The metrics board and the scoreboard for a command; fewer if no descriptor is left.
-    pub fn read_only_boards(&self) -> Vec<OwnedFd> {
-        let files = [self.metrics.file(), self.board.file()];
-        let copies = files.into_iter().map(shared_memory::read_only);
-        copies.collect::<io::Result<_>>().unwrap_or_default()
     }
 
     /// Returns the table of quarantined calls.
@@ -414,26 +422,18 @@ impl Children {
         let suspects: Vec<u64> = counts.suspects().collect();
         self.quarantine.publish(&quarantined, &suspects);
     }
-
-    /// Returns the living worker whose keeper was reaped.
-    pub fn lose_keeper(&self, keeper: Pid) -> Option<Pid> {
-        let mut living = self.living.values();
-        let worker = living.find(|worker| claimed_keeper(worker.record) == Some(keeper))?;
-        worker.record.keeper.store(0, Relaxed);
-        Some(worker.pid)
-    }
 }
 
 impl WorkerHandle {
-    /// Sends it a signal. The pid is valid, because it is not reaped while [`Children`] has it.
+    /// Sends the child a signal. The pid is valid, because [`Children`] drops a child as soon as it is reaped.
     pub fn kill(&self, signal: Signal) {
         process::kill(self.pid, signal);
     }
 
     /// Returns the method and the call that it last ran, for its death record.
-    pub fn last_call(&self) -> Option<(String, Option<CallId>)> {
-        let (method, call) = self.record.last_call(self.pid)?;
-        Some((self.known.method(method).to_owned(), call))
+    pub fn last_call(&self) -> Option<LastCall> {
+        let last = self.record.last_call(self.pid)?;
+        Some(self.known.last_call(last))
     }
 
     /// Returns the method that its event loop runs now.

@@ -1,7 +1,7 @@
-//! Exports what the master holds of its children for an upgrade, and imports it.
+//! Exports what the master knows about its children for an upgrade, and imports it.
 //!
-//! The state has plain numbers: descriptors, indices, pids. The importing program checks each. An error
-//! leaves the program before in place.
+//! The state has plain numbers: descriptors, indices, pids. The importing program checks each of them. If there is an
+//! error, the old program continues.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -19,6 +19,7 @@ use super::links::Links;
 use super::pool_process::PoolHealth;
 use super::session_ranges::SessionsState;
 use super::sessions::Sessions;
+use super::slow_calls;
 use super::source_counts::SourceCounts;
 use super::startup_log::StartupLog;
 use super::workers::{Children, GenerationInfo, WorkerHandle};
@@ -32,12 +33,13 @@ use crate::link::quarantine::Quarantine;
 use crate::link::scoreboard::{RECORDS, STRIDE, Scoreboard};
 use crate::master::policy::crash_counts::Suspicion;
 use crate::sys::process::{self, monotonic};
+use crate::sys::shared_memory;
 
-/// How long a worker may take to send a request. It takes a few microseconds, unless the worker is stopped
-/// in between.
+/// How long the master waits for a worker that is sending a request. Sending takes a few microseconds, unless the
+/// worker is stopped meanwhile.
 const MAX_SENDING: Duration = Duration::from_millis(20);
 
-/// What the master holds of its children, in the state of an upgrade.
+/// What the master knows about its children, in the state of an upgrade.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkersState {
     /// The scoreboard's descriptor.
@@ -51,7 +53,7 @@ pub struct WorkersState {
     /// The receiving end of the adoption queue.
     pub taking: RawFd,
     pub living: Vec<WorkerState>,
-    /// What the master reports about them, each once.
+    /// What the master reports about the workers: one entry per generation.
     pub known: Vec<GenerationInfo>,
     /// The keepers of dead workers.
     #[serde(default)]
@@ -62,7 +64,7 @@ pub struct WorkersState {
     /// The metrics board's descriptor.
     #[serde(default)]
     pub metrics: Option<RawFd>,
-    /// Its totals, for a program that does not know its version.
+    /// The totals of the metrics board, for a program that does not know the board's version.
     #[serde(default)]
     pub metrics_totals: BoardTotals,
     /// The sessions of isolated listeners.
@@ -90,12 +92,15 @@ pub struct WorkerState {
     pub record: usize,
     /// The descriptor of its link, if that is open.
     pub link: Option<RawFd>,
-    /// The index of what is reported about it.
+    /// The index of its entry in `known`.
     pub known: usize,
+    /// Whether it has a file of the access log.
+    #[serde(default)]
+    pub has_access_file: bool,
 }
 
 impl Children {
-    /// Makes tables without a child, on this shared memory.
+    /// Creates the tables on this shared memory, without a child.
     pub(super) fn on(
         board: Scoreboard,
         metrics: MetricsBoard,
@@ -127,9 +132,31 @@ impl Children {
             return false;
         };
         self.board.record(record).clear_capacity();
-        self.free.insert(record);
+        slow_calls::log_crashed(&self.metrics.clear_gauges(record, pid));
+        self.free_record(record);
         self.announce_pool_end(serving);
         true
+    }
+
+    /// Returns the metrics board and the scoreboard for a command, read-only; none if no descriptor is left.
+    pub fn read_only_boards(&self) -> Vec<OwnedFd> {
+        let files = [self.metrics.file(), self.board.file()];
+        let copies = files.into_iter().map(shared_memory::read_only);
+        copies.collect::<io::Result<_>>().unwrap_or_default()
+    }
+
+    /// Frees the record of a child when both the child and its keeper were reaped.
+    pub(super) fn free_record(&mut self, record: usize) {
+        self.metrics.settle_lines(record);
+        self.free.insert(record);
+    }
+
+    /// Returns the living worker whose keeper was reaped, and removes the keeper from its record.
+    pub fn lose_keeper(&self, keeper: Pid) -> Option<Pid> {
+        let mut living = self.living.values();
+        let worker = living.find(|worker| claimed_keeper(worker.record) == Some(keeper))?;
+        worker.record.keeper.store(0, Relaxed);
+        Some(worker.pid)
     }
 
     /// Tells the workers of the program before that its pool processes have ended, if they ended before
@@ -142,8 +169,8 @@ impl Children {
         }
     }
 
-    /// Tells the workers of the program before that its pool process has ended. Otherwise their waiting
-    /// calls would wait in vain.
+    /// Tells the workers of the program before that its pool process has ended. Otherwise their waiting calls would
+    /// wait forever.
     fn announce_pool_end(&self, serving: Generation) {
         self.sessions.announce_pool_end(serving);
         for (pid, worker) in &self.living {
@@ -169,8 +196,8 @@ impl Children {
         }
     }
 
-    /// Returns all pool processes, acceptors and adopted sessions, including those of the program before an
-    /// upgrade.
+    /// Returns the pool processes, jobs processes, acceptors, adopted sessions and observers, including those of the
+    /// program before an upgrade.
     pub fn other_pids(&self) -> impl Iterator<Item = Pid> {
         let living = self.living.iter();
         let others = living.filter(|(_, worker)| !worker.slot.is_worker());
@@ -181,12 +208,12 @@ impl Children {
             .chain(self.observers.iter().copied())
     }
 
-    /// Returns whether a child is of this server.
+    /// Returns whether a child belongs to this server.
     pub fn is_own(&self, pid: Pid) -> bool {
         self.is_other(pid) || self.sessions.is_session(pid)
     }
 
-    /// Returns whether a child is of this server, and no session.
+    /// Returns whether a child belongs to this server and is not a session.
     pub fn is_other(&self, pid: Pid) -> bool {
         let of = |worker: &WorkerHandle| claimed_keeper(worker.record) == Some(pid);
         self.living.contains_key(&pid)
@@ -196,11 +223,11 @@ impl Children {
             || self.observers.contains(&pid)
     }
 
-    /// Returns the pool processes that have not got the result of a reload.
-    pub fn unsent_ends(&self) -> impl Iterator<Item = Pid> {
+    /// Returns the pool processes to which the result of a reload could not be sent yet.
+    pub fn unsent_results(&self) -> impl Iterator<Item = Pid> {
         let is_unsent = |worker: &WorkerHandle| {
             let pool = worker.pool.as_ref();
-            pool.is_some_and(|pool| pool.unsent_end.is_some())
+            pool.is_some_and(|pool| pool.unsent_result.is_some())
         };
         let living = self.living.iter();
         living
@@ -208,8 +235,8 @@ impl Children {
             .map(|(pid, _)| *pid)
     }
 
-    /// Stops all workers from sending requests, and lets those that were sent be read: the next program may
-    /// be of a version that does not know them.
+    /// Forbids all workers to send requests, and waits for those that are being sent. The caller reads them, because
+    /// the next program may be of a version that does not know these requests.
     pub fn forbid_requests(&self) {
         for worker in self.living.values() {
             let end = monotonic() + MAX_SENDING;
@@ -250,6 +277,7 @@ impl Children {
                 record: worker.record_index,
                 link: worker.link.as_ref().map(AsRawFd::as_raw_fd),
                 known: there.unwrap_or(known.len()),
+                has_access_file: worker.has_access_file,
             });
             if there.is_none() {
                 known.push(&worker.known);
@@ -275,7 +303,7 @@ impl Children {
     /// Checks that the scoreboard of the program before has the format of this version.
     ///
     /// # Errors
-    /// If it has not.
+    /// If the format differs.
     pub fn fits(state: &WorkersState) -> Result<()> {
         if (state.records, state.stride) == (RECORDS, STRIDE) {
             return Ok(());
@@ -291,7 +319,7 @@ impl Children {
     /// `take` returns the descriptors. Call it when it is known which children are workers.
     ///
     /// # Errors
-    /// Those of `take`; a scoreboard of another format; a record that does not exist or has two owners.
+    /// The errors of `take`; a scoreboard of another format; a record that does not exist or has two owners.
     pub fn import(
         state: WorkersState,
         started_at: u64,
@@ -309,7 +337,7 @@ impl Children {
         for keeper in state.keepers {
             let pid = keeper.pid;
             let is_worker = state.living.iter().any(|worker| worker.pid == pid);
-            // If it is no child any more, a program that gave up has reaped it.
+            // If it is not a child any more, a program whose upgrade failed has reaped it.
             if !is_worker && is_plausible_keeper(pid) && claim(keeper.record).is_some() {
                 // Its worker's calls were counted before, or are not counted at all: the reload after an
                 // upgrade releases all quarantined calls.
@@ -326,7 +354,7 @@ impl Children {
         }
         let mut reserved = HashMap::new();
         for pool in state.pools.into_iter().flatten() {
-            // If it is no child any more, it does not write its record.
+            // If it is not a child any more, its record is free, because no other process writes to it.
             if process::is_child(pool.pid) && claim(pool.record).is_some() {
                 reserved.insert(pool.pid, pool.record);
             }
@@ -349,15 +377,18 @@ impl Children {
                     known: Rc::clone(known),
                     record: board.record(worker.record),
                     record_index: worker.record,
-                    // Not the memory that it writes: that does not cross an upgrade.
+                    // The worker writes its stuck calls to other memory, which is not passed on at an upgrade.
                     stuck: quarantine.stuck(worker.record),
                     link,
-                    is_unheard: false,
+                    is_ignored: false,
                     slot: worker.slot,
                     // The pool processes of its generation have no link to this program.
                     is_ready: true,
                     is_from_before: true,
                     pool: None,
+                    has_access_file: worker.has_access_file,
+                    kept_file: None,
+                    slow_reads: slow_calls::thread_reads(),
                     // No start or reload waits for it.
                     startup_log: None,
                 },
@@ -396,8 +427,8 @@ impl Children {
     }
 }
 
-/// Continues on the metrics board of the program before, if that has one of a known version. Otherwise its
-/// totals become the base of a new one.
+/// Uses the metrics board of the program before if this program knows its version. Otherwise the old totals become
+/// the base of a new board.
 fn import_metrics(
     file: Option<OwnedFd>,
     totals: &BoardTotals,
@@ -410,7 +441,7 @@ fn import_metrics(
     if has_file {
         log::warn!(
             "the metrics board of the program before has an unknown version: it is replaced, and its totals \
-             are added; what processes of that program still count is lost"
+             are added; later counts of the old program's processes are lost"
         );
     }
     let mut board = MetricsBoard::new(started_at)?;

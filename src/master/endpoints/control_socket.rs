@@ -13,13 +13,15 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{Shutdown, shutdown};
-use serde::{Deserialize, Serialize};
 
-use super::audit::{ControlPeer, PendingRequest};
+use super::audit::{PendingRequest, may_ask};
+pub use super::control_client::{ClientId, ControlState};
+use super::control_client::{ClientState, ControlClient};
 use super::listeners::bind_path;
 use super::owned_path::OwnedPath;
 use super::pid_file::make_directory;
 use crate::error::{Error, Result};
+use crate::logging::ControlPeer;
 use crate::master::policy::event::Millis;
 use crate::protocol::control::{ControlRequest, ControlResponse, to_line};
 use crate::sys::account::effective_ids;
@@ -28,83 +30,25 @@ use crate::sys::closer::close_in_child;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::socket;
 
-/// The most clients at one time. More wait in the socket's queue.
+/// The largest number of clients at one time. More wait in the socket's queue.
 const MOST_CLIENTS: usize = 32;
 /// The longest request in bytes. It may contain a path.
 const LONGEST_REQUEST: usize = 16_384;
-/// The most time for a client to send its request, and then to read its answer.
+/// The longest time for a client to send its request, and then to read its answer.
 const CLIENT_TIMEOUT_MS: Millis = 5000;
 /// The time until the next accept when the system had no descriptor.
 const RETRY_MS: Millis = 200;
-
-/// Identifies a client of the control socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ClientId(pub(crate) u64);
-
-#[derive(Debug)]
-struct ControlClient {
-    stream: GuardedSocket,
-    peer: ControlPeer,
-    received: Vec<u8>,
-    /// The part of the answer that was not sent yet.
-    unsent: Vec<u8>,
-    /// What is sent with the first byte of its answer. It does not cross an upgrade.
-    attached: Vec<OwnedFd>,
-    asked: bool,
-    /// Its request was too long: the rest is dropped. Closing with unread bytes would lose the answer.
-    is_refused: bool,
-    /// Whether it has closed its sending side. It may still wait for its answer.
-    ended: bool,
-    /// It is our observer, which stays and may ask for the status only.
-    is_observer: bool,
-    /// Whether it stays open after its answer. A `stop` waits for the end of the connection.
-    keep: bool,
-    deadline: Option<Millis>,
-}
 
 #[derive(Debug)]
 pub struct ControlSocket {
     path: OwnedPath,
     listener: UnixListener,
     clients: BTreeMap<ClientId, ControlClient>,
-    /// What was not answered yet. The client may have left.
+    /// The requests without an answer. The client may have disconnected.
     pending: BTreeMap<ClientId, PendingRequest>,
     next: u64,
     /// Nothing is accepted before this time, because the system had no descriptor.
     closed_until: Millis,
-}
-
-/// The control socket in the state of an upgrade.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ControlState {
-    pub path: OwnedPath,
-    /// The number of its descriptor.
-    pub fd: RawFd,
-    /// The number of the next client.
-    pub next: u64,
-    pub clients: Vec<ClientState>,
-    /// By the number of their client. Older versions do not have them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub pending: Vec<(u64, PendingRequest)>,
-}
-
-/// A client of the control socket in the state of an upgrade.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ClientState {
-    pub id: u64,
-    /// The number of its descriptor.
-    pub fd: RawFd,
-    /// The part of its request that was received.
-    pub received: Vec<u8>,
-    /// The part of the answer that was not sent yet.
-    pub unsent: Vec<u8>,
-    pub asked: bool,
-    /// Whether it has closed its sending side.
-    pub ended: bool,
-    /// Whether it stays open after its answer.
-    pub keep: bool,
-    /// When it is closed.
-    pub deadline: Option<Millis>,
 }
 
 impl ControlSocket {
@@ -195,7 +139,7 @@ impl ControlSocket {
             clients.insert(id, client);
         }
         let listener = take(state.fd)?;
-        // Older versions did not.
+        // A socket of an older version still accepts descriptors.
         rights::refuse(&listener);
         Ok(ControlSocket {
             path: state.path,
@@ -290,7 +234,7 @@ impl ControlSocket {
         // Before the check of the user, so that a refused client is closed in the same way.
         let stream = GuardedSocket::new(stream.into(), close_in_child);
         if let Ok(peer) = peer_of(&stream)
-            && peer.may_ask()
+            && may_ask(&peer)
             && is_nonblocking
         {
             self.insert(stream, peer, Some(now + CLIENT_TIMEOUT_MS));
@@ -319,10 +263,10 @@ impl ControlSocket {
         );
     }
 
-    /// Makes a client that stays, for our observer. Returns its end.
+    /// Creates a lasting client for the observer. Returns the observer's end of the connection.
     ///
     /// # Errors
-    /// When there is no descriptor left.
+    /// If no descriptor is left.
     pub fn connect_observer(&mut self) -> io::Result<OwnedFd> {
         let (own, other) = socket::stream_pair()?;
         let own = GuardedSocket::new(own, close_in_child);
@@ -331,7 +275,7 @@ impl ControlSocket {
         Ok(other)
     }
 
-    /// Whether a client may ask for the status only.
+    /// Returns whether a client is the observer, which may ask for the status only.
     pub fn is_observer(&self, id: ClientId) -> bool {
         let client = self.clients.get(&id);
         client.is_some_and(|client| client.is_observer)
@@ -345,7 +289,7 @@ impl ControlSocket {
             return None;
         }
         let mut bytes = [0; 1024];
-        // EBADMSG means that descriptors are attached. Such a client is closed.
+        // EBADMSG means that descriptors are attached. Then the client is closed.
         match client.stream.receive(&mut bytes) {
             Ok(0) if client.asked && !client.ended && !client.is_refused => {
                 client.ended = true;
@@ -354,7 +298,7 @@ impl ControlSocket {
             Ok(1..) if client.is_refused => return None,
             Ok(length @ 1..) => client.received.extend_from_slice(&bytes[..length]),
             Err(Errno::EAGAIN | Errno::EINTR) => return None,
-            // It has closed the connection.
+            // The client has closed the connection, or receiving failed.
             Ok(0) | Err(_) => {
                 self.clients.remove(&id);
                 return None;
@@ -392,6 +336,20 @@ impl ControlSocket {
     pub fn attach(&mut self, id: ClientId, files: Vec<OwnedFd>) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.attached = files;
+        }
+    }
+
+    /// Returns the connection of a client, to pass it on to another process.
+    pub fn connection(&self, id: ClientId) -> Option<BorrowedFd<'_>> {
+        Some(self.clients.get(&id)?.stream.as_fd())
+    }
+
+    /// Drops a client without closing the connection, because another process has it now. That process answers the
+    /// client and logs the request.
+    pub fn forget(&mut self, id: ClientId) {
+        self.pending.remove(&id);
+        if let Some(client) = self.clients.remove(&id) {
+            client.stream.mark_shared();
         }
     }
 

@@ -79,7 +79,7 @@ impl Listener {
         if !socket::is_listening(&fd) {
             return Err(wrong("its descriptor is not a listening socket"));
         }
-        // Older versions did not.
+        // A socket of an older version still accepts descriptors.
         rights::refuse(&fd);
         Ok(Listener {
             address: state
@@ -103,10 +103,8 @@ impl Listener {
     }
 
     /// Returns the state of the path of a unix socket that this master has bound.
-    fn standing(&self) -> PathState {
-        self.path
-            .as_ref()
-            .map_or(PathState::Ours, OwnedPath::standing)
+    fn state(&self) -> PathState {
+        self.path.as_ref().map_or(PathState::Ours, OwnedPath::state)
     }
 
     /// Sets the owner of a unix socket that this master has bound: the one in `wanted`, or else that of the
@@ -336,7 +334,8 @@ pub fn tune(settings: &Settings, listeners: &[Rc<Listener>]) {
     tune_all(&settings.listen, listeners, &SocketOptions::of(settings));
 }
 
-/// Likewise, for listeners that are `wanted` so, in this order.
+/// Sets backlog, mode and options of `listeners`. `wanted` has their configurations in the same order. A failure is
+/// logged, and the old value stays.
 pub fn tune_all(wanted: &[ListenConfig], listeners: &[Rc<Listener>], options: &SocketOptions<'_>) {
     for (number, listener) in listeners.iter().enumerate() {
         if let Err(error) = tune_one(listener, wanted.get(number), options) {
@@ -357,7 +356,7 @@ fn tune_one(
     socket::start_listening(&listener.fd, wanted.backlog)
         .map_err(|error| refused(&wanted.address, error))?;
     listener.backlog.set(wanted.backlog);
-    let (Some(path), PathState::Ours) = (&listener.path, listener.standing()) else {
+    let (Some(path), PathState::Ours) = (&listener.path, listener.state()) else {
         return Ok(());
     };
     if let Some(mode) = wanted.mode {

@@ -1,6 +1,7 @@
-//! What the master opens: listeners, the pid file and the control socket.
+//! Holds what the master opens: listeners, the pid file and the control socket.
 
 pub mod audit;
+mod control_client;
 pub mod control_socket;
 pub mod listeners;
 pub mod observed;

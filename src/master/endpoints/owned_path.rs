@@ -1,7 +1,7 @@
-//! A path that the master has created. It is used again only while it is the same file.
+//! Tracks a file that the master has created, and uses its path only while it leads to that file.
 //!
-//! The directory may have been cleaned, and another master may have created a file of the same name, which
-//! must not be removed.
+//! The directory may have been cleaned, and another master may have created a file of the same name. That file must
+//! not be removed.
 
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ pub struct OwnedPath {
     identity: Option<(u64, u64)>,
 }
 
-/// The state of such a path.
+/// What is at the path now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PathState {
     /// It is the file that was created.
@@ -40,9 +40,9 @@ impl OwnedPath {
         }
     }
 
-    /// Returns the state of the path. Reliable for a socket that is still open, because no other file gets
-    /// its inode.
-    pub fn standing(&self) -> PathState {
+    /// Returns what is at the path now. This is reliable while the socket is open, because no other file gets its
+    /// inode.
+    pub fn state(&self) -> PathState {
         match identity(&self.path) {
             None => PathState::Gone,
             found if found == self.identity => PathState::Ours,
@@ -50,14 +50,14 @@ impl OwnedPath {
         }
     }
 
-    /// Returns whether the file is gone and may be recreated. If there is another file, logs a warning with
-    /// `name` and with `what` it replaces.
+    /// Returns whether the file is gone and may be recreated. If there is another file, logs a warning. It says `name`,
+    /// and then `what`: which file was there, and what follows.
     pub fn warn_if_replaced(&self, name: &dyn Display, what: &str) -> bool {
-        let standing = self.standing();
-        if standing == PathState::Foreign {
+        let state = self.state();
+        if state == PathState::Foreign {
             log::warn!("there is another file at {name}, where {what}");
         }
-        standing == PathState::Gone
+        state == PathState::Gone
     }
 
     /// Opens this socket's path (O_PATH, open(2)) to change its owner and mode. A descriptor cannot be
@@ -81,7 +81,7 @@ impl OwnedPath {
 
     /// Removes the file, if it is the one that was created.
     pub fn remove(&self) {
-        if self.standing() == PathState::Ours {
+        if self.state() == PathState::Ours {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -131,17 +131,17 @@ mod tests {
         let path = directory.path().join("file");
         fs::write(&path, "ours").unwrap();
         let own = OwnedPath::of(&path);
-        // Created beside it first, so that it cannot get the same inode.
+        // Create the other file first, while ours exists, so that it cannot get the same inode.
         let other = directory.path().join("other");
         fs::write(&other, "theirs").unwrap();
         fs::rename(&other, &path).unwrap();
-        assert_eq!(own.standing(), PathState::Foreign);
+        assert_eq!(own.state(), PathState::Foreign);
         own.remove();
         assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
         let own = OwnedPath::of(&path);
-        assert_eq!(own.standing(), PathState::Ours);
+        assert_eq!(own.state(), PathState::Ours);
         own.remove();
         assert!(!path.exists());
-        assert_eq!(own.standing(), PathState::Gone);
+        assert_eq!(own.state(), PathState::Gone);
     }
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::sys::lock::{lock_file, unlock_file};
 use crate::sys::process::Pid;
 
-/// The most bytes that a pid file can have.
+/// The largest number of bytes that a pid file can have.
 const LONGEST: u64 = 256;
 
 /// A locked pid file. Dropping it closes the descriptor. The lock stays if another descriptor has it, as

@@ -134,9 +134,9 @@ pub enum Incident {
     ScaleRefused,
     /// The number of workers before, and now.
     Scaled(usize, usize),
-    /// [`super::event::Event::Reload`] came when [`super::fleet::Fleet::can_reload`] said no.
+    /// [`super::event::Event::Reload`] came while [`super::fleet::Fleet::can_reload`] returned false.
     ReloadIgnored,
-    /// The stop comes after this time.
+    /// The stop begins after this time.
     StopScheduled(Millis),
     /// This number of workers leaves now.
     StopsNow(usize),
@@ -162,7 +162,7 @@ pub enum ObserverIncident {
         reason: String,
         retry_in: Millis,
     },
-    /// It was stopped for too long.
+    /// It was stopped (SIGSTOP) for too long, and gets SIGKILL.
     Stopped(Pid),
 }
 
@@ -170,10 +170,10 @@ pub enum ObserverIncident {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChildIncident {
     Started,
-    /// With the time since its fork.
+    /// The value is the time since its fork.
     Ready(Millis),
     Retires,
-    /// With what it is stuck in.
+    /// The text says what it is stuck in.
     Stuck(String),
     Recycled(RecycleReason),
     Signalled(Signal, KillReason),
@@ -205,8 +205,8 @@ pub enum AfterDeath {
     Replacement(Millis, u32),
     /// A session has died. No process replaces it.
     ConnectionLost,
-    /// A successor has died before it was ready, so the child that it was to replace continues. Another
-    /// successor is forked after this wait. The second value counts young deaths.
+    /// A successor has died before it was ready, so the old child continues. Another successor is forked after this
+    /// wait. The second value counts young deaths.
     NextSuccessor(Millis, u32),
 }
 
@@ -215,14 +215,14 @@ pub enum AfterDeath {
 pub enum NotReady {
     /// With the error text of the system.
     ForkRefused(Slot, String),
-    /// For a pool process, the program of it that has died last, and why.
+    /// The second value is only for a pool process: its program that died last, and why.
     Died(Box<Death>, Option<(Pid, DeathReason)>),
     Killed(ChildName, KillReason),
     SurvivedKill(ChildName),
     Stopped(StopMode),
     /// An upgrade is rolled back because the new program has failed.
     ProgramFailed(String),
-    /// A pool process that stays cannot serve the next generation. With its reason.
+    /// A pool process that stays cannot serve the next generation, for this reason.
     PoolRefused(String),
     /// A pool process that stays has not reported in time.
     PoolSilent,

@@ -11,7 +11,8 @@
 //!   there were several, none is counted: a client that lets a worker crash could otherwise choose the call
 //!   of another client that runs beside it.
 //!
-//! A call that completes is cleared. The third crash within an hour quarantines it.
+//! If a call completes, its count is cleared. The third crash quarantines the call, if each crash came within an hour
+//! of the one before.
 
 use std::collections::HashMap;
 
@@ -20,19 +21,19 @@ use crate::sys::signal::Fault;
 
 /// The number of crashes after which a call is quarantined.
 pub const MAX_CRASHES: u32 = 3;
-/// The most quarantined calls, and the most suspected calls.
+/// The largest number of quarantined calls, and of suspected calls.
 pub const MAX_CALLS: usize = 64;
-/// A suspect that is not counted again within this time is cleared.
+/// If no further crash is counted for a call within this time, in milliseconds, its count is cleared.
 const CRASH_WINDOW_MS: Millis = 3_600_000;
 
-/// Which of its calls can have caused the end of a worker, as far as the master knows.
+/// Which call of a worker may have caused its end, as far as the master knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Suspicion {
     /// None, because the end was ordered or another process caused it.
     Nothing,
-    /// The one that the crash report shows.
+    /// The call that the crash report names.
     Reported,
-    /// The one that its event loop ran, because the loop was stuck.
+    /// The call that the event loop ran, because the loop was stuck.
     EventLoop,
 }
 
@@ -40,7 +41,7 @@ pub enum Suspicion {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CrashEvidence {
     pub fault: Fault,
-    /// The key of the call whose thread failed; 0 if that ran none.
+    /// The key of the call that the failed thread ran; 0 if it ran none.
     pub faulting_call: u64,
     /// The key of the call that the event loop itself ran; 0 if it ran none.
     pub event_loop_call: u64,
@@ -81,7 +82,7 @@ pub struct QuarantinedCall {
     pub at: u64,
 }
 
-/// A new call of the quarantine. With it comes the call that had to leave the full quarantine for it.
+/// A newly quarantined call, and the call that was released for it if the quarantine was full.
 pub type Caught = (QuarantinedCall, Option<QuarantinedCall>);
 
 /// The calls that are suspected, and those that are quarantined.
@@ -89,8 +90,8 @@ pub type Caught = (QuarantinedCall, Option<QuarantinedCall>);
 pub struct CrashCounts {
     suspects: HashMap<u64, Suspect>,
     quarantined: Vec<QuarantinedCall>,
-    /// The number of processes that the OOM killer had ended at the last look; `None` if the kernel does
-    /// not say.
+    /// The number of processes that the OOM killer had ended when the count was last read; `None` if the kernel gives
+    /// no count.
     kills: Option<u64>,
 }
 
@@ -103,15 +104,15 @@ impl CrashCounts {
         }
     }
 
-    /// Returns whether the OOM killer has ended a process since the last look. `kills` is its count now.
-    /// Returns false if the kernel gives no count.
+    /// Returns whether the OOM killer has ended a process since the last call. `kills` is the kernel's count now.
+    /// Returns false if one of the two counts is not known.
     pub fn ran_out_of_memory(&mut self, kills: Option<u64>) -> bool {
         let before = std::mem::replace(&mut self.kills, kills);
         matches!((before, kills), (Some(before), Some(now)) if now > before)
     }
 
-    /// Drops suspects that a completed call has cleared, and those that are too old. `is_suspected` says
-    /// whether the published suspicion of a key still holds.
+    /// Drops the suspected calls that have completed since, and those that are too old. `is_suspected` says whether
+    /// the published suspicion of a key still holds.
     pub fn forget(&mut self, is_suspected: impl Fn(u64) -> bool, now: Millis) {
         self.suspects.retain(|&key, suspect| {
             now.saturating_sub(suspect.last) <= CRASH_WINDOW_MS && is_suspected(key)
@@ -151,7 +152,8 @@ impl CrashCounts {
         Some((call, evicted))
     }
 
-    /// If the quarantine is full, removes the call that was refused least, of several the oldest one.
+    /// If the quarantine is full, removes the call that was refused least often. If there are several, removes the
+    /// oldest.
     fn evict(&mut self, refusals: impl Fn(u64) -> u64) -> Option<QuarantinedCall> {
         if self.quarantined.len() < MAX_CALLS {
             return None;
@@ -187,7 +189,7 @@ mod tests {
     #[derive(Default)]
     struct World {
         counts: CrashCounts,
-        /// The suspicions that completed calls have cleared.
+        /// The keys of suspected calls that have completed.
         cleared: HashSet<u64>,
         now: Millis,
     }
@@ -208,7 +210,7 @@ mod tests {
             Some(self.caught(&evidence, Suspicion::Reported)?.0.key)
         }
 
-        /// Does the same, and returns the call that had to leave as well.
+        /// Counts a crash. Returns the newly quarantined call, and the call that was released for it.
         fn caught(&mut self, evidence: &CrashEvidence, suspicion: Suspicion) -> Option<Caught> {
             self.now += 1000;
             let cleared = std::mem::take(&mut self.cleared);
@@ -290,7 +292,7 @@ mod tests {
         let cause = stuck.cause(Suspicion::EventLoop);
         assert_eq!(cause, Some(&(7, "m7".to_owned())));
         assert_eq!(stuck.cause(Suspicion::Nothing), None);
-        // Without a report of its threads, too.
+        // The same holds without a report of its threads.
         let alone = evidence(Fault::Unknown, 0, &[5]);
         assert_eq!(alone.cause(Suspicion::EventLoop), None);
     }

@@ -1,7 +1,7 @@
-//! Keeps the death records, which are the last 100 deaths of each kind, and finds out why a child died.
+//! Keeps the death records of the last 100 deaths of each kind, and finds out why a child died.
 //!
-//! The last method of a worker was written by a process that crashed. So it is shortened and control
-//! characters are escaped before it goes anywhere. Nothing here can fail.
+//! The name of the last method was written by a process that crashed, so it is not trusted. It is shortened, and
+//! control characters are replaced by `?`. Nothing here can fail.
 
 use std::collections::VecDeque;
 
@@ -14,15 +14,16 @@ use crate::link::ids::{Generation, Pid, Slot};
 use crate::protocol::call_id::CallId;
 use crate::protocol::control::DeathKind;
 
-/// The most records that are kept of each kind. Each kind has its own limit, so that programs that often
+/// The largest number of records that are kept of each kind. Each kind has its own limit, so that programs that often
 /// die do not displace the records of workers.
 pub const MAX_DEATH_RECORDS: usize = 100;
-/// The exit code of a child that could not start (EX_OSERR, sysexits(3head)), and of one with a bug.
+/// The exit code of a child that could not start (EX_OSERR, sysexits(3head)), and of a child with a bug
+/// (EX_SOFTWARE).
 const CANT_START: i32 = 71;
 const BUG: i32 = 70;
 /// The longest method name that is kept, in characters.
 const LONGEST_METHOD: usize = 128;
-/// The most lines of a reason.
+/// The largest number of lines of a reason.
 const MAX_LINES: usize = 21;
 /// The longest text of evidence that is kept, in characters.
 const LONGEST_TEXT: usize = 4096;
@@ -32,7 +33,8 @@ const LONGEST_TEXT: usize = 4096;
 pub struct Death {
     #[serde(default)]
     pub kind: DeathKind,
-    /// The name of the pool, for a pool process or a program.
+    /// The name of the pool, for a pool process or a program; the address of the listener, for an acceptor; the
+    /// address of the client, for a session.
     #[serde(default)]
     pub name: Option<String>,
     /// The slot of the child; for a program, the slot of its pool process.
@@ -48,7 +50,10 @@ pub struct Death {
     /// The call of that method.
     #[serde(default)]
     pub call: Option<CallId>,
-    /// Its resident memory at the last look, in bytes.
+    /// The job if that method ran as an attempt.
+    #[serde(default)]
+    pub job: Option<String>,
+    /// The highest resident memory that it had, in bytes; 0 if it is not known.
     pub rss_bytes: u64,
     pub reason: DeathReason,
     /// Seconds since 1970.
@@ -91,12 +96,12 @@ mod exit_members {
     }
 }
 
-/// The kinds of ends of workers that are counted, in the order of their labels.
+/// How a worker ended, for the counters of the metrics. The order is that of their labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WorkerExit {
-    /// As ordered by a reload, a stop or a scale.
+    /// It exited as ordered by a reload, a stop or a scale.
     Ordered,
-    /// As ordered, to be replaced.
+    /// It was recycled: it exited as ordered, after its successor was ready.
     Recycled,
     /// It exited without an order.
     Exit,
@@ -193,7 +198,7 @@ pub(crate) fn reason(child: &ChildRecord, how: Exit) -> DeathReason {
     }
 }
 
-/// Makes a method name fit for a log line: shortened, without control characters.
+/// Makes a method name fit for a log line: shortened, with `?` for control characters and spaces.
 pub(crate) fn clean(method: &str) -> String {
     method
         .chars()
@@ -220,7 +225,7 @@ pub(crate) fn session_reason(
     }
 }
 
-/// Makes a text from another process fit for a log line: shortened, without control characters.
+/// Makes a text from another process fit for a log line: shortened, with `?` for control characters.
 pub(crate) fn clean_text(text: &str) -> String {
     text.chars()
         .take(LONGEST_TEXT)
@@ -228,7 +233,8 @@ pub(crate) fn clean_text(text: &str) -> String {
         .collect()
 }
 
-/// The same for a text of several lines.
+/// Makes a text of several lines from another process fit for the log: at most `MAX_LINES` lines, each cleaned by
+/// `clean_text`.
 pub(crate) fn clean_lines(text: &str) -> String {
     let lines = text.lines().take(MAX_LINES).map(clean_text);
     lines.collect::<Vec<_>>().join("\n")
@@ -253,6 +259,7 @@ mod tests {
             uptime: 3250,
             method: Some(clean("add\n[fake] line")),
             call: None,
+            job: None,
             rss_bytes: 1 << 20,
             reason: DeathReason::Crashed,
             at: 1_700_000_000,

@@ -1,4 +1,4 @@
-//! Defines what is reported to the master's policy: events, and the limits of a generation.
+//! Defines the input of the master's policy: events, and the limits of a generation.
 //!
 //! The policy answers with the actions of [`super::action`]. Nothing here decides anything.
 
@@ -12,11 +12,11 @@ use crate::throttle;
 /// Monotonic milliseconds. The caller chooses the zero point.
 pub type Millis = u64;
 
-/// The most workers that one generation can have.
+/// The largest number of workers that one generation can have.
 pub const MAX_COUNT: usize = 1024;
 
-/// What the configuration of one generation says about its processes. A member that the program before an
-/// upgrade does not know is 0.
+/// The limits that the configuration of one generation sets for its processes. If the program before an upgrade did
+/// not know a member, the member is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PolicyLimits {
@@ -27,9 +27,11 @@ pub struct PolicyLimits {
     /// The number of isolated listeners, each of which has an acceptor.
     pub acceptors: usize,
     pub has_observer: bool,
-    /// The most time from the fork of a child to its ready report; 0 means no limit.
+    /// Whether there is a jobs process.
+    pub has_jobs: bool,
+    /// The longest time from the fork of a child to its ready report; 0 means no limit.
     pub boot_timeout: Millis,
-    /// The most time that a drain may take.
+    /// The longest time that a drain may take.
     pub drain_timeout: Millis,
     /// The greatest age of the last heartbeat of an event loop; 0 means no limit.
     pub heartbeat_timeout: Millis,
@@ -41,15 +43,18 @@ pub struct PolicyLimits {
     pub max_memory: u64,
     /// The age at which a worker is recycled; 0 means no limit.
     pub max_lifetime: Millis,
-    /// The most recycles that may run at one time, for all reasons together.
+    /// The largest number of recycles that may run at one time, for all reasons together.
     pub max_unavailable: usize,
 }
 
 impl PolicyLimits {
-    /// Returns the slots of pool processes and acceptors.
+    /// Returns the slots of pool processes, of the jobs process and of acceptors.
     pub(crate) fn other_slots(&self) -> impl Iterator<Item = Slot> + use<> {
         let pools = (0..self.pools).map(Slot::of_pool);
-        pools.chain((0..self.acceptors).map(Slot::of_acceptor))
+        let jobs = self.has_jobs.then_some(Slot::JOBS);
+        pools
+            .chain(jobs)
+            .chain((0..self.acceptors).map(Slot::of_acceptor))
     }
 
     /// Returns the limits of the throttle.
@@ -80,10 +85,19 @@ pub struct KeptPool {
     pub to: Slot,
 }
 
+/// What a child ran last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastCall {
+    pub method: String,
+    pub call: Option<CallId>,
+    /// The id of the job if it was an attempt.
+    pub job: Option<String>,
+}
+
 /// Something that has happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// A fork was done.
+    /// A fork has succeeded.
     Forked {
         slot: Slot,
         generation: Generation,
@@ -124,7 +138,7 @@ pub enum Event {
         /// What the worker is doing: a sentence.
         text: String,
     },
-    /// The memory of a worker that [`super::fleet::Fleet::to_sample`] has named.
+    /// The memory of a worker that [`super::fleet::Fleet::to_sample`] has returned.
     Memory {
         pid: Pid,
         /// Resident memory in bytes.
@@ -140,12 +154,12 @@ pub enum Event {
     Died {
         /// The child. A pid that the policy does not know is ignored.
         pid: Pid,
-        /// The name of its pool, for a pool process.
+        /// The name of its pool, for a pool process; the address of its listener, for an acceptor.
         name: Option<String>,
         how: Exit,
-        /// The last method that it ran, and the call, from its scoreboard record.
-        last: Option<(String, Option<CallId>)>,
-        /// Its resident memory at the last look, in bytes.
+        /// What it ran last, from its scoreboard record.
+        last: Option<LastCall>,
+        /// The highest resident memory that it had, in bytes; 0 if it is not known.
         rss_bytes: u64,
         /// Seconds since 1970.
         at: u64,
@@ -165,11 +179,11 @@ pub enum Event {
     KeeperEnded {
         keeper: Pid,
     },
-    /// [`super::action::Action::ForkObserver`] was done.
+    /// [`super::action::Action::ForkObserver`] has succeeded.
     ObserverForked {
         pid: Pid,
     },
-    /// It was refused by the system.
+    /// The system refused [`super::action::Action::ForkObserver`].
     ObserverForkFailed {
         /// The error text of the system.
         reason: String,
@@ -179,7 +193,7 @@ pub enum Event {
         pid: Pid,
         how: Exit,
     },
-    /// Whether an observer is stopped (SIGSTOP).
+    /// Says whether an observer is stopped (SIGSTOP).
     ObserverStopped {
         pid: Pid,
         is_stopped: bool,
@@ -189,7 +203,8 @@ pub enum Event {
     Reload {
         limits: PolicyLimits,
     },
-    /// These pool processes may stay at the [`Event::Reload`] that follows: their key `reload` allows it.
+    /// These pool processes may stay at the [`Event::Reload`] that follows, because the key `reload` of their pool
+    /// allows it.
     KeepPools {
         pools: Vec<KeptPool>,
     },
@@ -208,7 +223,7 @@ pub enum Event {
     ScaleBy {
         by: i32,
     },
-    /// Stop gracefully. The second one stops at once, unless it comes within 100 ms of the first.
+    /// Stop gracefully. A second `Stop` stops at once, unless it comes within 100 ms of the first.
     Stop,
     /// Stop gracefully after `delay`, and serve until then.
     StopAfter {

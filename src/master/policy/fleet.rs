@@ -1,9 +1,9 @@
-//! The master's policy: takes one event and returns the actions that follow from it.
+//! Takes one event and returns the actions that follow from it.
 //!
-//! [`Fleet`] owns the child table and knows the phase: start-up, serving, stopping. This file has its entry
-//! points and scaling. The lifecycle of a child, reloads, shutdown and timeouts are in the files beside it.
-//! System calls, the clock and the configuration are the caller's. A report that does not fit is a warning,
-//! because a child is never trusted. Only the result of a fork that was not ordered is a panic.
+//! [`Fleet`] owns the child table and knows the phase: start-up, serving, stopping. This file has its entry points
+//! and scaling. The lifecycle of a child, reloads, shutdown and timeouts are in the files beside it. The caller makes
+//! the system calls, reads the clock and knows the configuration. An unexpected report of a child is only logged,
+//! because a child is never trusted. The result of a fork that was not ordered is a bug of the master, so it panics.
 
 use std::collections::BTreeSet;
 
@@ -21,11 +21,10 @@ use crate::throttle::limiter::Limiter;
 
 /// The limit on lines about problems of children: at most 18 in the first minute, then 10 a minute.
 const TROUBLES: (u64, Millis) = (8, 6_000);
-/// The limit on lines about refused forks. They come for each slot each second, and one line is enough.
+/// The limit on log lines about refused forks: every slot tries again each second, and one line is enough for all.
 const REFUSALS: (u64, Millis) = (1, 5_000);
 
-/// The limit on lines about crashed sessions. It is their own, so that lines about workers are not
-/// suppressed for them.
+/// The limit on log lines about crashed sessions. It is separate, so that they do not suppress lines about workers.
 const CRASHES: (u64, Millis) = (8, 6_000);
 
 /// The phase of the whole server.
@@ -36,7 +35,7 @@ pub(crate) enum ServerPhase {
     Serving,
     /// Forks nothing. Exits when the last child has been reaped.
     Stopping {
-        /// How the children mode: [`StopMode::Stop`] or [`StopMode::AtOnce`].
+        /// How the children exit: [`StopMode::Stop`] or [`StopMode::AtOnce`].
         mode: StopMode,
         /// The exit code of the master.
         code: u8,
@@ -46,10 +45,10 @@ pub(crate) enum ServerPhase {
     Gone,
 }
 
-/// A change of the number of workers that has to wait: first the new number, then the difference.
+/// A change of the number of workers that has to wait: set the number if it is `Some`, then add the difference.
 type Deferred = (Option<usize>, i64);
 
-/// The state of recycling that does not belong to one worker.
+/// The state of recycling that all workers share.
 #[derive(Debug)]
 pub(crate) struct Recycling {
     pub(crate) next_sample: Millis,
@@ -74,11 +73,11 @@ pub(crate) struct PendingReload {
     pub generation: Generation,
     /// Its limits, with the count clamped.
     pub limits: PolicyLimits,
-    /// Whether the canary was ready, so that all slots have been added.
+    /// Whether the canary has been ready. Then all other slots have been added.
     pub canary_ready: bool,
     /// The pool processes that stay.
     pub kept: Vec<PendingPool>,
-    /// When they must be ready.
+    /// When the pool processes that stay must be ready.
     pub kept_until: Millis,
 }
 
@@ -102,7 +101,7 @@ pub struct Fleet {
     pub(crate) count: usize,
     /// The generation that a reload starts. `Some` only while serving.
     pub(crate) reload: Option<PendingReload>,
-    /// The program before an upgrade had forked the pool processes of the serving generation.
+    /// Whether the program before an upgrade has forked the pool processes of the serving generation.
     pub(crate) has_foreign_pools: bool,
     /// The pool processes that may stay at the next reload.
     pub(crate) may_stay: Vec<KeptPool>,
@@ -110,7 +109,7 @@ pub struct Fleet {
     pub(crate) last_generation: Generation,
     pub(crate) table: SlotTable,
     pub(crate) deaths: Deaths,
-    /// The ends of workers that are not counted yet.
+    /// The ends of workers that the metrics do not count yet.
     pub(crate) worker_exits: Vec<WorkerExit>,
     pub(crate) troubles: Limiter,
     pub(crate) refusals: Limiter,
@@ -120,7 +119,7 @@ pub struct Fleet {
     pub(crate) observer: ObserverRules,
     /// When the stop begins. Until then everything except reloads continues.
     pub(crate) stop_at: Option<Millis>,
-    /// When the stop under way ends by force.
+    /// When the stop under way kills the remaining children.
     pub(crate) stop_until: Option<Millis>,
     /// Scale requests that came during start-up or a reload.
     deferred: Option<Deferred>,
@@ -182,7 +181,7 @@ impl Fleet {
     pub fn handle(&mut self, event: Event, now: Millis) -> Vec<Action> {
         self.begin_event(now);
         if self.phase == ServerPhase::Gone {
-            self.hurry(&event);
+            self.shorten_stop(&event);
             return Vec::new();
         }
         match event {
@@ -228,8 +227,8 @@ impl Fleet {
                 worker,
                 done,
             } => {
-                // Longer than a stuck worker is waited for: it may be the only one that takes from the
-                // queue.
+                // Twice the heartbeat timeout: the keeper may wait for a stuck worker, if only that worker takes
+                // connections from the adoption queue.
                 let limit = self.limits.heartbeat_timeout.saturating_mul(2);
                 let keeper = (keeper, worker);
                 self.keepers.progress(keeper, done, limit, self.now);
@@ -260,12 +259,14 @@ impl Fleet {
         self.finish_event()
     }
 
-    /// Keeps the record of a program's death. The pool process decides what follows.
+    /// Keeps the death record of a program. The pool process, and not the policy, decides when the next program is
+    /// started.
     pub fn keep_death_of_program(&mut self, death: Death) {
         self.deaths.keep(death);
     }
 
-    /// Notes the generations of sessions without an acceptor. Their pool processes stay.
+    /// Records which generations have sessions without an acceptor. The pool processes of these generations must
+    /// stay.
     pub fn note_sessions(&mut self, of: BTreeSet<Generation>, now: Millis) -> Vec<Action> {
         if of == self.table.session_generations {
             return Vec::new();
@@ -311,14 +312,14 @@ impl Fleet {
             && !self.drains_too_much()
     }
 
-    /// Returns whether a reload has to wait until an old generation has gone.
+    /// Returns whether a reload has to wait until an old generation has exited.
     pub fn drains_too_much(&self) -> bool {
         self.table.other_generations(self.serving) >= MOST_DRAINING_GENERATIONS
     }
 
     pub(crate) fn begin_event(&mut self, now: Millis) {
         self.now = self.now.max(now);
-        self.forgive_a_pause();
+        self.extend_deadlines_after_pause();
     }
 
     pub(crate) fn finish_event(&mut self) -> Vec<Action> {
@@ -342,7 +343,7 @@ impl Fleet {
         std::mem::take(&mut self.actions)
     }
 
-    /// Gives the generation that serves an observer, if it wants one, and ends the one before.
+    /// Starts an observer for the serving generation, if its configuration has one, and ends the observer before it.
     pub(crate) fn renew_observer(&mut self) {
         let actions = self.observer.renew(&self.limits, self.now);
         self.actions.extend(actions);
@@ -365,8 +366,8 @@ impl Fleet {
         });
     }
 
-    /// Logs an incident that may occur often.
-    pub(crate) fn trouble(&mut self, level: Level, incident: Incident) {
+    /// Logs an incident that may occur often, at a limited rate.
+    pub(crate) fn log_limited(&mut self, level: Level, incident: Incident) {
         if let Some(suppressed) = self.troubles.admit(self.now) {
             self.log_after(level, incident, suppressed);
         }
@@ -381,7 +382,7 @@ impl Fleet {
     }
 
     pub(crate) fn add_slot(&mut self, generation: Generation, slot: Slot) {
-        if self.table.add_slots(SlotId { generation, slot }, self.now) {
+        if self.table.add_slot(SlotId { generation, slot }, self.now) {
             self.act(Action::Fork { slot, generation });
         }
     }
@@ -392,7 +393,7 @@ impl Fleet {
         child.expect("the caller has found this child in the table")
     }
 
-    /// Changes the number of workers, or keeps the request until the start-up or reload is over.
+    /// Changes the number of workers. During a start-up or reload the change is kept until that is over.
     fn scale(&mut self, change: Deferred) {
         if self.phase == ServerPhase::StartUp || self.reload.is_some() {
             let (set, by) = self.deferred.unwrap_or((None, 0));

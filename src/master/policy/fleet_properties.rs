@@ -1,5 +1,5 @@
-//! Random histories: the invariants hold whatever happens, in any order. The world checks those of every
-//! single action.
+//! Tests the policy with random histories of events. After each history the policy must return to full strength, or
+//! stop. `World` checks the invariants of each action.
 
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
@@ -9,7 +9,7 @@ use super::fleet_world::{LIMITS, World};
 use crate::link::ids::Pid;
 use crate::protocol::control::WorkerPhase;
 
-/// Something that happens. A number chooses among the living children.
+/// An event of a random history. A number chooses one of the living children.
 #[derive(Debug, Clone)]
 enum Happening {
     Passes(Millis),
@@ -71,7 +71,8 @@ fn happening() -> impl Strategy<Value = Happening> {
 fn limits() -> impl Strategy<Value = PolicyLimits> {
     let delays = prop_oneof![Just(0u64), 1u64..5_000, Just(30_000)];
     let heartbeats = prop_oneof![Just(0u64), 1_000u64..20_000];
-    // Not shorter than the quiet time that is needed between two of them.
+    // A lifetime is much longer than the quiet time at the end of a test. Otherwise a recycle could be under way when
+    // the test checks.
     let lifetimes = prop_oneof![3 => Just(0u64), 1 => Just(10_000_000u64)];
     let recycling = (prop_oneof![Just(0u64), Just(1 << 20)], lifetimes, 1usize..4);
     let respawn = (0u32..7, delays);
@@ -176,7 +177,7 @@ fn happen(world: &mut World, limits: PolicyLimits, happening: Happening) {
     }
 }
 
-/// From now on all is well: forks succeed, workers become ready, and exit when ordered.
+/// Lets `span` milliseconds pass without a fault: forks succeed, workers become ready, and exit when ordered.
 fn be_quiet(world: &mut World, span: Millis) {
     world.refuse_forks = false;
     world.hold_forks = false;
@@ -227,7 +228,7 @@ proptest! {
         let stop = if now { Happening::StopNow } else { Happening::Stop };
         let history = before.into_iter().chain([stop]).chain(after);
         for happening in history {
-            // A failed start is over earlier.
+            // After a failed start the master has exited before the end of the history.
             if !world.exited {
                 happen(&mut world, limits, happening);
             }

@@ -1,7 +1,7 @@
 //! Converts the fleet to plain data and back, for the program that follows at an upgrade.
 //!
-//! Pure. Children and deaths are serialized as they are. Data from another version is checked. A table that contradicts itself is an error, never a panic. Limits
-//! on log lines start again.
+//! Pure. Children and deaths are serialized as they are. Data from another version is checked: a table that
+//! contradicts itself is an error, never a panic. The limits on log lines start from zero.
 
 use std::collections::BTreeSet;
 
@@ -15,12 +15,12 @@ use crate::link::ids::{Generation, Pid};
 use crate::protocol::control::DeathKind;
 use crate::throttle::Throttle;
 
-/// After an upgrade the pool processes of the program before continue to serve, without the master. New
-/// ones, and new acceptors, are forked after this time, unless the reload that follows has replaced their
-/// generation.
+/// After an upgrade the pool processes of the old program continue to serve without a link to the master. If the
+/// reload of the upgrade has not replaced their generation after this time, new pool processes and acceptors are
+/// forked.
 const OTHERS_AFTER_UPGRADE: Millis = 3_000;
 
-/// A fleet between two reloads.
+/// The state of the fleet, between two reloads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FleetState {
     pub generation: u32,
@@ -34,7 +34,7 @@ pub struct FleetState {
     pub seats: Vec<SeatState>,
     /// Every child not yet reaped.
     pub children: Vec<ChildState>,
-    /// The observers. A program that does not know of them has their pids in `orphans.others`.
+    /// The observers. For a program that does not know this member, their pids are also in `orphans.others`.
     #[serde(default)]
     pub observers: Vec<i32>,
     /// The last deaths of workers, oldest first.
@@ -75,8 +75,8 @@ pub struct ChildState {
 impl Fleet {
     /// Returns all that another program needs to know. Call it only:
     ///
-    /// - between two reloads ([`Fleet::can_reload`]) and between two events, when no result is open and no
-    ///   fork is ordered; or
+    /// - between two reloads ([`Fleet::can_reload`]) and between two events, when no result and no fork is pending;
+    ///   or
     /// - after [`Fleet::abandon_reload`]. Then the other program does the forks that were ordered.
     pub fn export(&self) -> FleetState {
         let SlotTable {
@@ -87,10 +87,12 @@ impl Fleet {
         let is_wanted = |(slot_id, entry): &(&SlotId, &SlotEntry)| {
             entry.is_active && slot_id.generation == self.serving && slot_id.slot.is_worker()
         };
-        // Pool processes and acceptors are passed on elsewhere: a program that does not know them must not
-        // end them.
+        // Pool processes and acceptors are in another part of the state (`WorkersState::pools`): a program that does
+        // not know them must not end them.
         let is_worker = |(_, child): &(&Pid, &ChildRecord)| child.slot_id.slot.is_worker();
-        let (deaths, other_deaths) = (self.deaths.iter().cloned())
+        // A version that does not know the jobs process could not read its deaths.
+        let is_known = |death: &&Death| death.kind != DeathKind::Jobs;
+        let (deaths, other_deaths) = (self.deaths.iter().filter(is_known).cloned())
             .partition(|death: &Death| death.kind == DeathKind::Worker);
         let child_state = |(pid, record): (&Pid, &ChildRecord)| ChildState {
             pid: *pid,
@@ -110,12 +112,12 @@ impl Fleet {
         }
     }
 
-    /// Restores the fleet that another program has left, at `now` of the same clock. What has become due in
-    /// between is left to the first [`Fleet::tick`], after the workers' reports were read: a worker whose
-    /// time was over during the exec may have reported ready.
+    /// Restores the fleet that another program has left, at `now` of the same clock. Deadlines that passed during the
+    /// exec are handled by the first [`Fleet::tick`], after the reports of the workers were read. The reason: a
+    /// worker whose boot-timeout passed meanwhile may have reported ready.
     ///
     /// # Errors
-    /// The contradiction in the state.
+    /// A text that names the contradiction in the state.
     pub fn import(state: FleetState, now: Millis) -> Result<Self, String> {
         let FleetState {
             generation,
@@ -132,7 +134,7 @@ impl Fleet {
         let serving = Generation(generation);
         if !(1..=MAX_COUNT).contains(&count) || last_generation < generation {
             return Err(format!(
-                "{count} workers of generation {generation}, the last one being {last_generation}"
+                "invalid numbers: {count} workers, generation {generation}, last generation {last_generation}"
             ));
         }
         let mut fleet = Fleet::empty(limits, now);
@@ -142,10 +144,10 @@ impl Fleet {
         fleet.count = count;
         let pids: BTreeSet<Pid> = children.iter().map(|child| child.pid).collect();
         if pids.len() != children.len() || pids.first().is_some_and(|pid| pid.0 <= 1) {
-            return Err("the table of workers names a pid twice, or one that is none".into());
+            return Err("the table of workers has a pid twice, or an invalid pid".into());
         }
         for state in children {
-            // Its heartbeat is checked at the first tick, before which the scoreboard is read.
+            // Its old heartbeat does no harm: the scoreboard is read before the first tick checks it.
             fleet.table.children.insert(state.pid, state.record);
         }
         for state in seats {
@@ -162,7 +164,7 @@ impl Fleet {
             let first = holder(state.worker, state.until)?;
             let second = holder(state.coming, state.coming_until)?;
             if second.is_some() && (state.worker.is_none() || state.worker == state.coming) {
-                return Err(format!("slot {} has only one to follow", state.slot));
+                return Err(format!("slot {} has a successor but no worker", state.slot));
             }
             let entry = SlotEntry {
                 state: first.unwrap_or(SlotState::Throttled { until: now }),
@@ -173,7 +175,7 @@ impl Fleet {
                 oldest: serving,
             };
             if usize::from(state.slot) >= count || fleet.table.slots.insert(at, entry).is_some() {
-                return Err(format!("slot {} is there twice, or is none", state.slot));
+                return Err(format!("slot {} is listed twice or invalid", state.slot));
             }
         }
         if fleet.table.slots.len() != count {
@@ -220,7 +222,7 @@ fn seat_state((slot_id, entry): (&SlotId, &SlotEntry)) -> SeatState {
         is_active: _,
         throttle,
         since,
-        // Only a pool process has one, and those are left out.
+        // It differs from the slot's generation only for a pool process, and pool processes are left out.
         oldest: _,
     } = entry;
     let parts = |holder: SlotState| match holder {

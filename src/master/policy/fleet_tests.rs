@@ -1,4 +1,4 @@
-//! Scenarios from a master's life, each with a simulated kernel.
+//! Tests the policy in scenarios of a server's life, with a simulated kernel.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
@@ -115,7 +115,7 @@ fn a_crash_is_replaced_at_once_and_told_with_all_that_is_known() {
         lines.last().unwrap().1,
         "worker 103 (slot 2) ended by SIGSEGV (core dumped) after 3.2 s: crashed, last method add; \
          replaced at once slot=2 pid=103 generation=1 signal=SIGSEGV core=true uptime_ms=3200 \
-         method=add call=103.12"
+         method=add call=103.12 job=ID"
     );
     let death = world.fleet.deaths().iter().next().unwrap();
     assert_eq!((death.pid, death.slot, death.uptime), (pid, Slot(2), 3_200));
@@ -155,7 +155,7 @@ fn a_crash_loop_is_throttled_and_shown_and_the_other_slots_go_on() {
     assert_eq!(world.view(1).young_deaths, 0, "a minute of health");
 }
 
-/// All workers die as soon as they are forked, for that time.
+/// For `span` milliseconds, all workers die as soon as they are forked.
 fn crash_loop(world: &mut World, span: u64) {
     let end = world.now + span;
     while world.now < end {
@@ -205,7 +205,7 @@ fn without_a_throttle_ten_thousand_deaths_are_ten_thousand_forks() {
         count: 1,
         ..LIMITS
     });
-    // The history would make the checks of the world slow.
+    // Clear the history, because the checks of the world would be slow otherwise.
     for _ in 0..10_000 {
         world.history.clear();
         let pid = world.pid(0);
@@ -399,7 +399,7 @@ fn a_canary_that_dies_leaves_the_old_generation_untouched() {
     ));
     assert_eq!(world.fleet.pids().collect::<Vec<_>>(), before);
     assert!(world.drained().is_empty() && world.fleet.can_reload());
-    // And the next good one works.
+    // The next valid reload succeeds.
     world.send(reload(4));
     world.all_ready();
     assert_eq!(world.fleet.generation(), Generation(3));
@@ -665,7 +665,7 @@ fn a_stop_during_a_reload_gives_its_verdict_and_waits_for_forks_under_way() {
     assert!(world.did(&Action::Exit { code: 0 }));
 }
 
-/// The take-over took so long that a worker's time was over, and its ready report is unread.
+/// The exec of an upgrade took so long that boot-timeout of a worker has passed. Its ready report was not read yet.
 #[test]
 fn what_came_due_during_a_take_over_is_judged_after_the_reports_are_heard() {
     for late in [1, 900, 5_000] {

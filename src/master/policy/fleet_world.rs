@@ -1,5 +1,5 @@
-//! A simulated kernel around [`Fleet`]: forks, dies and lets time pass as tests order it, does each action
-//! at once, and checks the invariants of every history.
+//! Simulates a kernel for [`Fleet`]. Tests order forks, deaths and the passing of time. Each action is done at once,
+//! and the invariants are checked at each action.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,9 +7,9 @@ use log::Level;
 use nix::sys::signal::Signal;
 
 use super::action::Action;
-use super::event::{Event, Exit, Millis, PolicyLimits};
+use super::event::{Event, Exit, LastCall, Millis, PolicyLimits};
 use super::fleet::Fleet;
-use super::slots::kill_after;
+use super::slots::{WorkerStage, kill_after};
 use super::status_view::WorkerView;
 use crate::link::ids::{Generation, Pid, Slot};
 use crate::master::incident_text::{log_line, reload_result};
@@ -21,6 +21,7 @@ pub(crate) const LIMITS: PolicyLimits = PolicyLimits {
     pools: 0,
     acceptors: 0,
     has_observer: false,
+    has_jobs: false,
     boot_timeout: 30_000,
     drain_timeout: 20_000,
     heartbeat_timeout: 10_000,
@@ -36,21 +37,20 @@ pub(crate) const SEGV: Exit = Exit::Signal {
     core_dumped: true,
 };
 
-/// What the world knows of a living process.
+/// What the world knows about a living process.
 #[derive(Debug, Clone)]
 pub(crate) struct Process {
     pub slot_id: (Generation, Slot),
-    /// Was ordered to exit, exits on its own, or got a signal, so its slot may be given to another.
+    /// It was ordered to exit, exits on its own, or got a signal. So its slot may be given to another process.
     pub leaves: bool,
-    /// Got SIGKILL. Only its death has to be reported.
+    /// It got SIGKILL. Only its death must still be reported.
     pub killed: bool,
-    /// Got a signal without an order to drain, because it was too slow.
+    /// It was too slow, so it got a signal without an order to drain.
     pub late: bool,
-    /// Gives no heartbeat any more.
+    /// It gives no heartbeat any more.
     pub stuck: bool,
-    /// Its resident memory.
     pub rss_bytes: u64,
-    /// Was ordered to drain when its successor had its slot already.
+    /// It was ordered to drain after its successor got its slot.
     pub replaced: bool,
 }
 
@@ -74,7 +74,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Passes the fleet to another program, if an upgrade may come now.
+    /// Exports and imports the fleet, as an upgrade does, if an upgrade is possible now.
     #[allow(clippy::unwrap_used)]
     pub fn cross(&mut self) {
         if !self.fleet.can_reload() || !self.ordered.is_empty() {
@@ -115,7 +115,7 @@ impl World {
         world
     }
 
-    /// Reports an event to the fleet, and does what it orders.
+    /// Reports an event to the fleet, and does the actions that follow.
     pub fn send(&mut self, event: Event) {
         match &event {
             Event::Reload { .. } => self.reloads += 1,
@@ -136,7 +136,7 @@ impl World {
             match &action {
                 Action::Fork { slot, generation } => {
                     let slot_id = (*generation, *slot);
-                    // A process that was too slow and does not end is not waited for.
+                    // A process that was too slow and does not end does not delay its slot any more.
                     let here = |process: &&mut Process| process.slot_id == slot_id;
                     self.living
                         .values_mut()
@@ -214,8 +214,8 @@ impl World {
         self.living.values().filter(here).count()
     }
 
-    /// Returns the number of recycles under way: successors that are not ready, or were ended for being too
-    /// slow and are not gone, and old workers that are not gone.
+    /// Returns the number of recycles under way. Counted are successors that are not ready, successors that were too
+    /// slow and have not ended yet, and old workers that have not ended yet.
     pub fn recycles(&self) -> usize {
         let slots: BTreeSet<_> = self
             .living
@@ -228,7 +228,7 @@ impl World {
             let late = self.living.values().filter(late).count();
             self.holders(**slot_id) + forks + late == 2
         };
-        // A child that SIGKILL does not end is not waited for.
+        // A child that SIGKILL does not end does not count.
         let is_held = |pid: &Pid| {
             let killed = self.signalled(*pid, Signal::SIGKILL);
             killed.is_some_and(|at| self.now >= at + kill_after(Signal::SIGKILL))
@@ -238,7 +238,7 @@ impl World {
         slots.iter().filter(coming).count() + replaced.count()
     }
 
-    /// Checks what no history may contain.
+    /// Asserts that an action is allowed in this history.
     fn check(&mut self, action: &Action) {
         assert!(!self.exited, "{action:?} after the exit");
         match action {
@@ -257,7 +257,7 @@ impl World {
             Action::Drain { pid, .. } => {
                 let process = self.living[pid].clone();
                 let serves = process.slot_id.0 == self.fleet.generation();
-                // A new child may have lost its slot before.
+                // A new child may have lost its slot before its fork was reported.
                 let newborn = pid.0 == self.last_pid;
                 let open = self.verdicts < self.reloads;
                 let replaced = self.holders(process.slot_id) == 2;
@@ -283,10 +283,11 @@ impl World {
         self.living.get_mut(&pid).expect("actions name the living")
     }
 
-    /// Lets time pass as the master's loop does: it wakes at each deadline, heartbeats first.
+    /// Lets `span` milliseconds pass as the master's loop does: it wakes up at each deadline, and reports heartbeats
+    /// first.
     pub fn pass(&mut self, span: Millis) {
         let end = self.now + span;
-        // Twice at the same time is right, because what is done then may be due again.
+        // A deadline may be due twice at the same time, because an action may set a new one for now.
         let (mut last, mut rounds) = (self.now, 0);
         loop {
             rounds = if self.now == last { rounds + 1 } else { 0 };
@@ -335,15 +336,14 @@ impl World {
         self.send(Event::Ready { pid });
     }
 
-    /// Makes all starting children ready, also those that are forked for it.
+    /// Makes all starting children ready, also those that are forked as a result.
     pub fn all_ready(&mut self) {
         let mut told = BTreeSet::new();
         loop {
-            let starting = |view: &WorkerView| view.state == WorkerPhase::Starting;
-            let all = self.fleet.workers().into_iter().chain(self.fleet.pools());
-            let all = all.chain(self.fleet.acceptors());
-            let views = all.filter(starting);
-            let Some(pid) = views.filter_map(|v| v.pid).find(|pid| told.insert(*pid)) else {
+            let children = self.fleet.table.children.iter();
+            let starting = children.filter(|(_, child)| child.stage == WorkerStage::Starting);
+            let mut pids = starting.map(|(pid, _)| *pid);
+            let Some(pid) = pids.find(|pid| told.insert(*pid)) else {
                 return;
             };
             self.ready(pid);
@@ -356,13 +356,18 @@ impl World {
             pid,
             name: None,
             how,
-            last: Some(("add".to_owned(), CallId::recorded(pid.0, 12))),
+            last: Some(LastCall {
+                method: "add".to_owned(),
+                call: CallId::recorded(pid.0, 12),
+                job: Some("ID".to_owned()),
+            }),
             rss_bytes: 1 << 20,
             at: 1_700_000_000,
         });
     }
 
-    /// Ends all that were ordered to exit, and reports the killed ones.
+    /// Ends all children that were ordered to exit or got a signal. Those that got SIGKILL end by it, the others with
+    /// code 0.
     pub fn let_leave(&mut self) {
         let leaving = self.living.iter().filter(|(_, process)| process.leaves);
         for (pid, process) in leaving.map(|(p, s)| (*p, s.clone())).collect::<Vec<_>>() {

@@ -1,18 +1,16 @@
-//! Starts a generation, at start-up and at a reload, and decides whether that has succeeded.
+//! Starts a generation at start-up and at a reload, and decides whether the start or reload has succeeded.
 //!
-//! *Start-up* forks all children at once. If a fork is refused, or a child dies or misses `boot-timeout`
-//! before it is ready, the start has failed. The reason is reported, the other children are stopped, and
-//! the master exits with code 71. It does not retry, because the one who starts a daemon must see the
-//! error.
+//! *Start-up* forks all children at once. If a fork is refused, or a child dies or misses `boot-timeout` before it is
+//! ready, the start has failed. The reason is reported, the other children are stopped, and the master exits with
+//! code 71. It does not retry, because the person or service manager that starts the daemon must see the error.
 //!
-//! *Reload* forks the worker of slot 0 (the canary), the pool processes and the acceptors first. When the
-//! canary is ready, it forks the other workers. When all are ready, the reload has succeeded, and the old
-//! generation drains. The same three faults as at start-up make it fail; `boot-timeout` counts from each
-//! child's own fork. Then the new generation drains. The old generation continues, and its crashed workers
-//! are respawned and throttled throughout.
+//! *Reload* forks the worker of slot 0 (the canary), the pool processes and the acceptors first. When the canary is
+//! ready, it forks the other workers. When all are ready, the reload has succeeded, and the old generation drains. A
+//! reload fails for the same three reasons as a start (`boot-timeout` counts from the fork of each child). If it fails,
+//! the new generation drains. The old generation serves throughout. Its crashed workers are respawned and throttled.
 //!
-//! A pool process may stay at a reload. It then serves both generations. The reload waits until it can, and
-//! fails if the pool process ends before.
+//! A pool process may stay at a reload. Then it serves both generations. The reload waits until the pool process can
+//! serve the new one, and fails if the pool process ends before that.
 
 use log::Level;
 
@@ -23,14 +21,15 @@ use super::fleet::{Fleet, PendingPool, PendingReload, ServerPhase};
 use super::slots::{SlotId, SlotState};
 use crate::link::ids::{Generation, Pid, Slot};
 
-/// The exit code if the first children did not become ready: the one of `Error::NotReady`.
+/// The exit code if the first children did not become ready. It is the exit code of `Error::NotReady`.
 const NOT_READY: u8 = 71;
 
 impl Fleet {
     /// Starts the next generation with its canary.
     pub(crate) fn start_reload(&mut self, limits: PolicyLimits) {
         if !self.can_reload() {
-            // A mistake of the caller. A result here would be taken for that of the running reload.
+            // This is a bug of the caller. It gets no result, because the caller would take that for the result of
+            // the running reload.
             return self.log(Level::Error, Incident::ReloadIgnored);
         }
         let generation = self.last_generation.next();
@@ -41,10 +40,11 @@ impl Fleet {
             limits: PolicyLimits { count, ..limits },
             canary_ready: false,
             kept: Vec::new(),
-            // Twice the time, because a pool process reports earlier itself why a program was not ready.
+            // Wait for twice boot-timeout: after boot-timeout the pool process itself reports why a program is not
+            // ready.
             kept_until: self.now + 2 * limits.boot_timeout,
         });
-        // This comes first, because the fork tells a worker which pool processes there are.
+        // This comes before the forks, because a new worker gets at its fork the list of pool processes that stay.
         let kept = std::mem::take(&mut self.may_stay).into_iter();
         let kept: Vec<Slot> = kept
             .filter_map(|pool| {
@@ -85,8 +85,7 @@ impl Fleet {
         }
     }
 
-    /// Handles the report of a pool process that stays: it is ready for the new generation, or cannot serve
-    /// it.
+    /// Handles the report of a pool process that stays. `outcome` is the reason if it cannot serve the new generation.
     pub(crate) fn pool_updated(
         &mut self,
         pid: Pid,
@@ -95,7 +94,7 @@ impl Fleet {
     ) {
         let reload = self.reload.as_mut();
         let Some(reload) = reload.filter(|reload| reload.generation == generation) else {
-            return; // It comes late.
+            return; // The report is for an earlier reload.
         };
         let Some(pool) = reload.kept.iter_mut().find(|pool| pool.pid == pid) else {
             return;
@@ -111,8 +110,8 @@ impl Fleet {
         }
     }
 
-    /// Handles the loss of a child's slot. If the child is a pool process that stays, the reload has
-    /// failed.
+    /// Handles a child that has lost its slot. If it is a pool process that stays, the reload has failed, and `reason`
+    /// returns why.
     pub(crate) fn kept_pool_lost(&mut self, pid: Pid, reason: impl FnOnce() -> NotReady) {
         let Some(reload) = &mut self.reload else {
             return;
@@ -131,14 +130,14 @@ impl Fleet {
         (is_awaited && reload.limits.boot_timeout > 0).then_some(reload.kept_until)
     }
 
-    /// Fails the reload if that time has come.
+    /// Fails the reload if the deadline of the pool processes that stay has passed.
     pub(crate) fn expire_kept_pools(&mut self) {
         if self.kept_pools_deadline().is_some_and(|at| at <= self.now) {
             self.pending_failed(NotReady::PoolSilent);
         }
     }
 
-    /// Returns whether the result of the slot's generation is still open.
+    /// Returns whether the start or reload of the slot's generation has no result yet.
     pub(crate) fn is_pending(&self, slot_id: SlotId) -> bool {
         match &self.reload {
             Some(reload) => reload.generation == slot_id.generation,
@@ -207,12 +206,12 @@ impl Fleet {
         self.scale_as_deferred();
     }
 
-    /// Drops the slots of pool processes that the program before an upgrade had forked: only its workers
-    /// use them.
+    /// Drops the slots for pool processes that the program before an upgrade has forked, because only the workers of
+    /// that program use them.
     fn forget_foreign_pools(&mut self, generation: Generation) {
         for slot_id in self.table.slots_of(generation) {
-            if slot_id.is_pool() && self.serving_pid(slot_id).is_none() {
-                self.table.remove_slots(slot_id);
+            if slot_id.serves_workers() && self.serving_pid(slot_id).is_none() {
+                self.table.remove_slot(slot_id);
             }
         }
     }
@@ -226,8 +225,8 @@ impl Fleet {
         self.scale_as_deferred();
     }
 
-    /// Gives up the reload under way, because this program fails and another one continues with what it
-    /// exports. Forks that this orders, and earlier ones that were not reported, must not be done here.
+    /// Gives up the reload under way, because this program fails and the old program continues with the exported
+    /// state. The caller must not carry out any ordered fork after this, because the old program does it.
     pub fn abandon_reload(&mut self, reason: String, now: Millis) -> Vec<Action> {
         self.begin_event(now);
         if self.phase == ServerPhase::Serving {
@@ -237,7 +236,7 @@ impl Fleet {
         self.finish_event()
     }
 
-    /// Gives the open result, if there is one: a failure.
+    /// If a start or reload has no result yet, reports its failure.
     pub(crate) fn refuse_pending(&mut self, reason: NotReady) {
         if self.phase == ServerPhase::StartUp {
             self.act(Action::StartUpDone(Err(reason)));
@@ -254,7 +253,7 @@ impl Fleet {
             self.remove_slots(generation, 0, StopMode::Retire);
             // Its pool processes are not replaced, because no worker has used them.
             for slot_id in self.table.slots_of(generation) {
-                self.table.remove_slots(slot_id);
+                self.table.remove_slot(slot_id);
             }
         }
     }

@@ -1,9 +1,8 @@
-//! Decides what follows when the keeper of a living worker dies, and when the keeper of a dead one is
-//! stuck.
+//! Decides what follows when the keeper of a living worker dies, or the keeper of a dead worker is stuck.
 //!
-//! A keeper cannot be replaced, because a process that has threads cannot be cloned. So its worker is
-//! replaced by one with a keeper. The keeper of a dead worker counts the connections that it has completed.
-//! If the count stays the same for too long, the keeper is killed, because its clients would wait for ever.
+//! A keeper cannot be replaced, because a process that has threads cannot be cloned. So its worker is replaced by one
+//! with a keeper. The keeper of a dead worker counts the connections that it has completed. If the count stays the
+//! same for too long, the keeper is killed. Otherwise the clients of the other connections would wait for ever.
 
 use std::collections::BTreeMap;
 
@@ -54,7 +53,7 @@ impl KeeperRules {
     pub fn lost(&mut self, pid: Pid, child: &mut ChildRecord, now: Millis) -> Vec<Action> {
         let retires = !child.drains() && self.retired.admit(now).is_some();
         let is_ready = child.stage == WorkerStage::Ready;
-        child.has_lost_keeper = retires;
+        child.retires_when_ready = retires;
         let follows = match (retires, is_ready) {
             (true, true) => AfterKeeper::RetiresNow,
             (true, false) => AfterKeeper::RetiresWhenReady,
@@ -86,6 +85,14 @@ impl KeeperRules {
                 until,
             };
             self.at_work.insert(keeper, progress);
+        }
+    }
+
+    /// Moves the deadlines of the keepers by the time that the master was paused, because they may have been paused
+    /// too.
+    pub fn extend_deadlines(&mut self, late: Millis) {
+        for progress in self.at_work.values_mut() {
+            progress.until = progress.until.saturating_add(late);
         }
     }
 
@@ -158,6 +165,16 @@ mod tests {
         world.pass(RETIRED.1);
         world.send(Event::KeeperLost { pid: other });
         assert!(world.signalled(other, Signal::SIGTERM).is_some());
+    }
+
+    #[test]
+    fn a_keeper_gets_its_time_again_after_a_pause_of_the_master() {
+        let (keeper, worker, limit) = (Pid(5000), Pid(9), LIMITS.heartbeat_timeout);
+        let mut rules = KeeperRules::new();
+        rules.progress((keeper, worker), 1, limit, 1_000);
+        rules.extend_deadlines(60_000);
+        assert!(rules.pass_time(61_000 + limit - 1).is_empty());
+        assert!(!rules.pass_time(61_000 + limit).is_empty());
     }
 
     #[test]

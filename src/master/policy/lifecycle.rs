@@ -1,6 +1,7 @@
-//! The lifecycle of a child: forked, ready, retiring, dead. Also handles forks that were refused.
+//! Handles the lifecycle of a child: forked, ready, retiring, dead. Also handles forks that were refused.
 //!
-//! Children may be broken or hostile. A report that does not fit is a warning and has no other effect.
+//! Children may be broken or hostile. A report that its sender cannot make is logged as a warning and has no other
+//! effect.
 
 use log::Level;
 use nix::sys::signal::Signal;
@@ -8,15 +9,14 @@ use nix::sys::signal::Signal;
 use super::action::{AfterDeath, ChildIncident, Incident, NotReady};
 use super::death_log;
 use super::death_log::{Death, WorkerExit};
-use super::event::{Exit, Millis, PolicyLimits, StopMode};
+use super::event::{Exit, LastCall, Millis, PolicyLimits, StopMode};
 use super::fleet::{Fleet, ServerPhase};
 use super::keeper_rules::retire;
+use super::shutdown::begin_drain;
 use super::slots::{
-    ChildRecord, KillReason, RecycleReason, RecycleState, SlotEntry, SlotId, SlotState,
-    WorkerStage, begin_drain,
+    ChildRecord, KillReason, RecycleReason, RecycleState, SlotEntry, SlotId, SlotState, WorkerStage,
 };
 use crate::link::ids::Pid;
-use crate::protocol::call_id::CallId;
 use crate::protocol::control::DeathKind;
 
 impl Fleet {
@@ -41,7 +41,7 @@ impl Fleet {
             is_sigkill_sent: false,
             kill_reason: None,
             recycle: RecycleState::default(),
-            has_lost_keeper: false,
+            retires_when_ready: false,
         };
         self.table.insert(pid, child);
         self.log(Level::Debug, ChildIncident::Started.of(pid, slot_id));
@@ -99,7 +99,8 @@ impl Fleet {
         child.heartbeat = now;
         let (slot_id, after) = (child.slot_id, now - child.forked_at);
         if let WorkerStage::Draining { deadline } = child.stage {
-            // It was ready before it read the order, so it may have calls. They get the time of the drain.
+            // The child became ready before it read the order to exit, so it may have calls. These calls get the time
+            // of the drain.
             begin_drain(child, deadline, now);
             return;
         }
@@ -109,13 +110,13 @@ impl Fleet {
         child.stage = WorkerStage::Ready;
         child.stage_since = now;
         child.next_signal = None;
-        let has_lost_keeper = child.has_lost_keeper;
+        let retires_when_ready = child.retires_when_ready;
         self.log(Level::Debug, ChildIncident::Ready(after).of(pid, slot_id));
         match self.table.is_successor(pid, slot_id) {
             true => self.promote_successor(pid, slot_id),
             false => self.pending_ready(slot_id),
         }
-        if has_lost_keeper {
+        if retires_when_ready {
             self.act(retire(pid));
         }
     }
@@ -139,7 +140,7 @@ impl Fleet {
         if let Some(entry) = self.table.slots.get_mut(&slot_id) {
             entry.throttle.record_ready_time(health);
         }
-        self.trouble(Level::Info, ChildIncident::Retires.of(pid, slot_id));
+        self.log_limited(Level::Info, ChildIncident::Retires.of(pid, slot_id));
         match self.table.is_successor(pid, slot_id) {
             true => self.spawn_successor(slot_id, now),
             false => self.respawn(slot_id, now),
@@ -160,7 +161,7 @@ impl Fleet {
         pid: Pid,
         name: Option<String>,
         how: Exit,
-        last: Option<(String, Option<CallId>)>,
+        last: Option<LastCall>,
         rss_bytes: u64,
         at: u64,
     ) {
@@ -168,14 +169,12 @@ impl Fleet {
             // A master that is PID 1 or a subreaper inherits children of other processes.
             return self.log(Level::Debug, Incident::UnknownReaped(pid));
         };
-        let (method, call) = match last {
-            Some((method, call)) if !method.is_empty() => (Some(death_log::clean(&method)), call),
-            _ => (None, None),
-        };
+        let last = last.filter(|last| !last.method.is_empty());
         let death = Death {
             kind: match child.slot_id.slot {
                 slot if slot.is_worker() => DeathKind::Worker,
                 slot if slot.pool().is_some() => DeathKind::Pool,
+                slot if slot.is_jobs() => DeathKind::Jobs,
                 _ => DeathKind::Acceptor,
             },
             name,
@@ -184,8 +183,9 @@ impl Fleet {
             generation: child.slot_id.generation,
             how,
             uptime: self.now - child.forked_at,
-            method,
-            call,
+            method: last.as_ref().map(|last| death_log::clean(&last.method)),
+            call: last.as_ref().and_then(|last| last.call),
+            job: last.and_then(|last| last.job),
             rss_bytes,
             reason: death_log::reason(&child, how),
             at,
@@ -198,10 +198,10 @@ impl Fleet {
         } else if self.table.is_successor(pid, child.slot_id) {
             self.successor_died(&child, &death);
         } else {
-            self.left(&child, &death);
+            self.log_ordered_death(&child, &death);
         }
         self.kept_pool_lost(pid, || NotReady::Died(Box::new(death.clone()), None));
-        if !as_asked(&child, how) || child.recycle.evidence.is_some() {
+        if !has_obeyed(&child, how) || child.recycle.evidence.is_some() {
             self.deaths.keep(death);
         }
     }
@@ -217,7 +217,7 @@ impl Fleet {
             self.table.slots.remove(&slot_id);
             let death = Box::new(death.clone());
             let incident = Incident::Died(death.clone(), AfterDeath::Nothing);
-            self.trouble(Level::Warn, incident);
+            self.log_limited(Level::Warn, incident);
             // Its programs were reported before it.
             let is_its = |it: &&Death| {
                 (it.kind, &it.name) == (DeathKind::Program, &death.name)
@@ -240,22 +240,22 @@ impl Fleet {
         match limits.respawn_max_delay {
             // If deaths are not throttled, log lines about them are not either.
             0 => self.log(Level::Error, incident),
-            _ => self.trouble(Level::Error, incident),
+            _ => self.log_limited(Level::Error, incident),
         }
         self.respawn(slot_id, due);
     }
 
     /// Logs a death that was ordered. It is a warning if the child did not end as ordered.
-    fn left(&mut self, child: &ChildRecord, death: &Death) {
+    fn log_ordered_death(&mut self, child: &ChildRecord, death: &Death) {
         let incident = Incident::Died(Box::new(death.clone()), AfterDeath::Nothing);
-        match as_asked(child, death.how) {
+        match has_obeyed(child, death.how) {
             true => self.log(Level::Debug, incident),
-            false => self.trouble(Level::Warn, incident),
+            false => self.log_limited(Level::Warn, incident),
         }
     }
 
     fn warn_unexpected_report(&mut self, pid: Pid, report: &'static str) {
-        self.trouble(Level::Warn, Incident::ReportIgnored(pid, report));
+        self.log_limited(Level::Warn, Incident::ReportIgnored(pid, report));
     }
 
     fn forking(&mut self, slot_id: SlotId) -> &mut SlotEntry {
@@ -281,18 +281,18 @@ impl Fleet {
     }
 }
 
-/// How the end of a worker is counted.
+/// Returns how the end of a worker is counted.
 fn exit_of(child: &ChildRecord, how: Exit) -> WorkerExit {
     let is_stuck = child.recycle.evidence.is_some();
     match (&child.kill_reason, how) {
         (Some(KillReason::EventLoopStuck { .. }), _) => WorkerExit::Stuck,
         _ if is_stuck => WorkerExit::Stuck,
         (Some(KillReason::BootTimeout(_)), _) => WorkerExit::Boot,
-        _ if as_asked(child, how) && child.recycle.request.is_some() => WorkerExit::Recycled,
+        _ if has_obeyed(child, how) && child.recycle.request.is_some() => WorkerExit::Recycled,
         (Some(KillReason::NotNeeded | KillReason::DrainDeadline | KillReason::StopNow), _) => {
             WorkerExit::Ordered
         }
-        _ if as_asked(child, how) => WorkerExit::Ordered,
+        _ if has_obeyed(child, how) => WorkerExit::Ordered,
         _ if child.ready_at.is_none() => WorkerExit::Boot,
         (_, Exit::Code(_)) => WorkerExit::Exit,
         (_, Exit::Signal { .. }) => WorkerExit::Signal,
@@ -301,7 +301,7 @@ fn exit_of(child: &ChildRecord, how: Exit) -> WorkerExit {
 
 /// Returns whether a child ended as ordered, so that it gets no death record. A draining worker may end by
 /// SIGTERM, because a service manager may send it to all processes.
-fn as_asked(child: &ChildRecord, how: Exit) -> bool {
+fn has_obeyed(child: &ChildRecord, how: Exit) -> bool {
     let by_order =
         child.ready_at.is_some() && child.kill_reason.is_some() && how.is_signal(Signal::SIGQUIT);
     child.drains() && (how == Exit::Code(0) || how.is_signal(Signal::SIGTERM) || by_order)

@@ -7,6 +7,7 @@ pub mod action;
 pub mod crash_counts;
 pub mod death_log;
 pub mod event;
+pub mod executor_causes;
 pub mod fleet;
 #[cfg(test)]
 pub mod fleet_properties;

@@ -16,19 +16,19 @@ use crate::link::ids::Pid;
 use crate::throttle::limiter::Limiter;
 use crate::throttle::{Throttle, ThrottleLimits};
 
-/// The time for an observer that exits, or that is stopped.
+/// How long an observer may take to exit after SIGTERM, or may be stopped by SIGSTOP, before it gets SIGKILL.
 const PATIENCE: Millis = 5_000;
-/// Lines about observers: this number at once, then one per period.
+/// The limit on log lines about observers: this number at once, then one per period.
 const LINES: (u64, Millis) = (8, 6_000);
 
 /// The observer that serves, or the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Current {
-    /// There is none, because none is configured or the server stops.
+    /// There is no observer, because none is configured or the server stops.
     Unwanted,
-    /// It is forked at this time.
+    /// The next observer is forked at this time.
     Due(Millis),
-    /// Its fork was ordered and not reported yet.
+    /// The fork was ordered and is not reported yet.
     Forking,
     Lives {
         pid: Pid,
@@ -43,9 +43,9 @@ pub(crate) struct ObserverRules {
     current: Current,
     throttle: Throttle,
     limits: ThrottleLimits,
-    /// The observers before it, which serve until it is forked.
+    /// The observers before the current one. They serve until the current one is forked.
     before: Vec<Pid>,
-    /// The observers that got SIGTERM, and when each gets SIGKILL; `None` if it already has.
+    /// The observers that got SIGTERM, and when each gets SIGKILL; `None` if it has already got SIGKILL.
     leaving: BTreeMap<Pid, Option<Millis>>,
     lines: Limiter,
 }
@@ -90,7 +90,7 @@ impl ObserverRules {
         }
     }
 
-    /// Ends all observers.
+    /// Sends SIGTERM to all observers. No new one is forked.
     pub fn stop(&mut self, now: Millis) -> Vec<Action> {
         self.before.extend(self.pid());
         self.current = Current::Unwanted;
@@ -112,7 +112,7 @@ impl ObserverRules {
     pub fn forked(&mut self, pid: Pid, now: Millis) -> Vec<Action> {
         self.throttle.forked(now);
         if self.current != Current::Forking {
-            // It is not wanted any more.
+            // No observer is wanted any more: the server stops, or a reload has removed it.
             self.before.push(pid);
             return self.order_exit(now);
         }
@@ -136,7 +136,7 @@ impl ObserverRules {
         self.line(incident, now).into_iter().collect()
     }
 
-    /// One of them was reaped.
+    /// Handles the end of an observer. Its replacement is forked when the throttle allows it.
     pub fn died(&mut self, pid: Pid, how: Exit, now: Millis) -> Vec<Action> {
         self.before.retain(|other| *other != pid);
         if self.leaving.remove(&pid).is_some() {
@@ -166,7 +166,7 @@ impl ObserverRules {
         actions
     }
 
-    /// Notes whether the current one is stopped.
+    /// Records whether the current observer is stopped (SIGSTOP).
     pub fn note_stopped(&mut self, pid: Pid, is_stopped: bool, now: Millis) {
         if let Current::Lives {
             pid: own, kill_at, ..
@@ -209,7 +209,7 @@ impl ObserverRules {
         }
     }
 
-    /// When time changes something next.
+    /// Returns when `pass_time` is due next.
     pub fn deadline(&self) -> Option<Millis> {
         let current = match self.current {
             Current::Due(at) => Some(at),
@@ -220,7 +220,7 @@ impl ObserverRules {
         leaving.flatten().chain(current).min()
     }
 
-    /// The one that serves.
+    /// Returns the observer that serves.
     pub fn pid(&self) -> Option<Pid> {
         match self.current {
             Current::Lives { pid, .. } => Some(pid),
@@ -228,7 +228,7 @@ impl ObserverRules {
         }
     }
 
-    /// Every one that was not reaped yet.
+    /// Returns all observers that were not reaped yet.
     pub fn pids(&self) -> impl Iterator<Item = Pid> {
         let before = self.before.iter().chain(self.leaving.keys());
         before.copied().chain(self.pid())

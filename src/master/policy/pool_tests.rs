@@ -437,3 +437,87 @@ fn an_acceptor_that_dies_is_replaced_and_leaves_a_record() {
     let death = world.fleet.deaths().iter().next().unwrap();
     assert_eq!((death.pid, death.kind), (first, DeathKind::Acceptor));
 }
+
+const JOBS: PolicyLimits = PolicyLimits {
+    has_jobs: true,
+    ..POOLS
+};
+
+/// Returns the jobs process of a generation that was forked last.
+fn jobs(world: &World, generation: u32) -> Pid {
+    let slot_id = (Generation(generation), Slot::JOBS);
+    let mut found = world.living.iter().rev();
+    *found.find(|(_, it)| it.slot_id == slot_id).unwrap().0
+}
+
+#[test]
+fn a_start_and_a_reload_wait_for_the_jobs_process() {
+    let mut world = World::new(JOBS);
+    let first = jobs(&world, 1);
+    for pid in world.living.keys().copied().collect::<Vec<_>>() {
+        if pid != first {
+            world.ready(pid);
+        }
+    }
+    assert!(!world.did(&Action::StartUpDone(Ok(()))));
+    world.ready(first);
+    assert!(world.did(&Action::StartUpDone(Ok(()))));
+    world.send(Event::Reload { limits: JOBS });
+    world.die(jobs(&world, 2), Exit::Code(71));
+    let is_refused = |action: &Action| matches!(action, Action::ReloadDone { result: Err(_), .. });
+    assert!(world.history.iter().any(|(_, action)| is_refused(action)));
+    assert!(!is_told_to_leave(&world, first));
+}
+
+#[test]
+fn the_jobs_process_is_the_last_to_leave() {
+    let mut world = World::serving(JOBS);
+    let (old, old_pool) = (jobs(&world, 1), pool(&world, 1));
+    world.send(Event::Reload { limits: JOBS });
+    world.all_ready();
+    let of_old = |world: &World| -> Vec<Pid> {
+        let living = world.living.iter();
+        let workers = living.filter(|(_, it)| it.slot_id.0 == Generation(1));
+        let workers = workers.filter(|(_, it)| it.slot_id.1.is_worker());
+        workers.map(|(pid, _)| *pid).collect()
+    };
+    for pid in of_old(&world) {
+        world.die(pid, Exit::Code(0));
+    }
+    assert!(is_told_to_leave(&world, old_pool));
+    assert!(
+        !is_told_to_leave(&world, old),
+        "the pool process may settle attempts"
+    );
+    world.die(old_pool, Exit::Code(0));
+    assert!(is_told_to_leave(&world, old));
+    world.die(old, Exit::Code(0));
+
+    let (last, others) = (jobs(&world, 2), world.living.clone());
+    world.send(Event::Stop);
+    for pid in others.into_keys().filter(|pid| *pid != last) {
+        assert!(!is_told_to_leave(&world, last));
+        world.die(pid, Exit::Code(0));
+    }
+    assert!(is_told_to_leave(&world, last));
+    world.die(last, Exit::Code(0));
+    assert!(world.did(&Action::Exit { code: 0 }));
+}
+
+#[test]
+fn a_jobs_process_that_dies_is_replaced_and_its_death_stays_in_this_program() {
+    let mut world = World::serving(JOBS);
+    let first = jobs(&world, 1);
+    world.die(first, SEGV);
+    let second = jobs(&world, 1);
+    assert_ne!(first, second);
+    world.ready(second);
+    let death = world.fleet.deaths().iter().next().unwrap();
+    assert_eq!((death.pid, death.kind), (first, DeathKind::Jobs));
+    let state = world.fleet.export();
+    assert!(
+        state.other_deaths.is_empty(),
+        "another version may not know it"
+    );
+    assert!(state.children.iter().all(|child| child.pid != second));
+}

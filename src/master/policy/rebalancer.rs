@@ -13,7 +13,7 @@ use crate::link::ids::Pid;
 
 /// The time from a change to the first check. Draining workers have handed over most connections by then.
 const FIRST_LOOK: Millis = 250;
-/// The time between two checks, in which a round is completed.
+/// The time between two checks. A round of moves is completed within it.
 const NEXT_LOOK: Millis = 250;
 /// The time from a worker's report to the first check. Most of the burst is accepted by then.
 const LOOK_SOON: Millis = 50;
@@ -21,8 +21,8 @@ const LOOK_SOON: Millis = 50;
 const LOOKS_AFTER_ACCEPTS: Millis = 1_500;
 /// How long the numbers are checked after a change of the workers.
 const LOOKS_FOR: Millis = 5_000;
-/// How far one worker may be above the mean, in percent. With [`LESS_PERCENT`] this is well within the
-/// quarter that is documented, and so wide that normal changes start no round.
+/// How far a worker may be above the mean, and below it ([`LESS_PERCENT`]), in percent. Within these bounds no round
+/// is started, so that normal changes move no connections.
 const MORE_PERCENT: usize = 10;
 const LESS_PERCENT: usize = 25;
 
@@ -32,7 +32,7 @@ pub struct Share {
     pub pid: Pid,
     /// The number of connections to send, if that many are quiescent.
     pub give: usize,
-    /// The number of connections to adopt. For a short time it adopts no more.
+    /// The number of connections to adopt. After that the worker adopts no more for a short time.
     pub take: usize,
 }
 
@@ -43,13 +43,13 @@ pub struct Rebalancer {
     workers: BTreeSet<Pid>,
     next: Option<Millis>,
     until: Millis,
-    /// Until when the checks are those after a change of the workers.
+    /// Until when a check counts as one after a change of the workers.
     change_until: Millis,
 }
 
 impl Rebalancer {
-    /// Takes the pids of all living workers, including those that drain. If they have changed, checks
-    /// start.
+    /// Takes the pids of all living workers, including those that drain. If the set has changed since the last call,
+    /// checks start.
     pub fn note(&mut self, workers: impl Iterator<Item = Pid>, now: Millis) {
         let workers: BTreeSet<Pid> = workers.collect();
         if workers != self.workers {
@@ -77,8 +77,8 @@ impl Rebalancer {
         self.next
     }
 
-    /// If a check is due, returns the orders of one round; none if the numbers are even enough. `counts`
-    /// gives the number of connections of each worker that serves.
+    /// If a check is due, returns the orders of one round; none if the numbers are within the bounds. `counts` gives
+    /// the number of connections of each worker that serves.
     pub fn plan(&mut self, counts: impl FnOnce() -> Vec<(Pid, usize)>, now: Millis) -> Vec<Share> {
         if self.next.is_none_or(|at| at > now) {
             return Vec::new();
@@ -88,8 +88,8 @@ impl Rebalancer {
     }
 }
 
-/// Returns the orders that make the numbers even; none if they are even enough. Orders to send come last:
-/// otherwise a worker that has no order yet might adopt what is sent.
+/// Returns the orders that make the numbers even; none if they are within the bounds. Orders to send come last:
+/// otherwise a worker that has no order yet could adopt the connections that are sent.
 fn shares(mut counts: Vec<(Pid, usize)>) -> Vec<Share> {
     let total: usize = counts.iter().map(|(_, count)| count).sum();
     let fullest = counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
@@ -102,7 +102,7 @@ fn shares(mut counts: Vec<(Pid, usize)>) -> Vec<Share> {
     if !is_full && !is_empty {
         return Vec::new();
     }
-    // The remainder stays with the workers that have most, so that fewer connections move.
+    // The workers that have the most connections keep the remainder, so that fewer connections move.
     counts.sort_by_key(|&(pid, count)| (std::cmp::Reverse(count), pid));
     let (each, more) = (total / workers, total % workers);
     let share = |(index, (pid, count)): (usize, (Pid, usize))| {

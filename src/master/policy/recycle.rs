@@ -1,14 +1,20 @@
-//! Recycles workers: starts the successor of a worker first, and drains the worker when that is ready.
+//! Recycles workers: starts the successor of a worker first, and drains the worker when the successor is ready.
 //!
-//! A worker is recycled after a number of calls (it reports this), at an age, when its memory was above its
-//! limit at two checks in a row, or when all its handler threads are stuck. At most `max-unavailable`
-//! recycles run at one time. A recycle lasts from the order to fork the successor until the old worker is
-//! gone. None starts while a reload runs, because that replaces all workers. A worker whose threads are all
-//! stuck does not wait, because it answers next to nothing.
+//! A worker is recycled for one of these reasons:
 //!
-//! The successor is in the `successor` of the slot ([`super::slots::SlotEntry`]). If it fails, the next one
-//! is throttled like any other fork, and the old worker continues. If the old worker ends first, the
-//! successor gets the slot.
+//! - It has read the configured number of calls. The worker reports this.
+//! - It has reached the configured age.
+//! - Its memory was above the limit at two checks in a row.
+//! - All its handler threads are stuck.
+//!
+//! At most `max-unavailable` recycles run at one time. A recycle lasts from the order to fork the successor until
+//! the old worker has exited. No recycle starts while a reload runs, because the reload replaces all workers. A
+//! worker whose threads are all stuck does not wait for other recycles or a reload, because it answers almost no
+//! call.
+//!
+//! The successor is in the `successor` of the slot ([`super::slots::SlotEntry`]). If the successor fails, the next
+//! one is throttled like any other fork, and the old worker continues. If the old worker ends first, the successor
+//! gets the slot.
 
 use log::Level;
 
@@ -24,12 +30,12 @@ use crate::throttle::jitter;
 /// The time between two checks of memory.
 const SAMPLES_APART: Millis = 1_000;
 impl ChildRecord {
-    /// Returns whether it serves, and is not to be recycled yet.
+    /// Returns whether the child serves and no recycle was requested for it.
     fn may_recycle(&self) -> bool {
         self.serves() && self.recycle.request.is_none()
     }
 
-    /// Returns when it reaches the configured age.
+    /// Returns when the worker reaches the configured age; `None` if it may not be recycled for its age.
     fn lifetime_end(&self, pid: Pid) -> Option<Millis> {
         let lifetime = self.limits.max_lifetime;
         let ready_at = self
@@ -59,7 +65,7 @@ impl Fleet {
         let leaving = self.table.children.values();
         slots.filter(|entry| entry.successor.is_some()).count()
             + leaving
-                // A worker that SIGKILL does not end must not delay the others.
+                // An old worker that SIGKILL does not end must not delay other recycles.
                 .filter(|child| child.recycle.replaced && !child.is_unkillable())
                 .count()
     }
@@ -74,7 +80,7 @@ impl Fleet {
     pub fn wants_diagnosis(&self, pid: Pid) -> bool {
         let child = self.table.children.get(&pid);
         child.is_some_and(|child| {
-            child.serves() && child.recycle.evidence.is_none() && !child.slot_id.is_pool()
+            child.serves() && child.recycle.evidence.is_none() && !child.slot_id.serves_workers()
         })
     }
 
@@ -94,7 +100,7 @@ impl Fleet {
         self.diagnosed(pid, evidence);
     }
 
-    /// Handles a text that says what a child is stuck in, for the log and its death record.
+    /// Records what a child is stuck in, for the log and its death record.
     pub(crate) fn diagnosed(&mut self, pid: Pid, text: &str) {
         let Some(child) = self.table.children.get_mut(&pid) else {
             return;
@@ -102,7 +108,7 @@ impl Fleet {
         let evidence = death_log::clean_text(text);
         child.recycle.evidence = Some(evidence.clone());
         let incident = ChildIncident::Stuck(evidence).of(pid, child.slot_id);
-        self.trouble(Level::Warn, incident);
+        self.log_limited(Level::Warn, incident);
     }
 
     /// Handles the resident memory of a worker, in bytes.
@@ -117,7 +123,7 @@ impl Fleet {
         }
     }
 
-    /// Asks for the replacement of a child. The first reason is kept.
+    /// Requests that a child is replaced. If it was requested before, the first reason is kept.
     pub(crate) fn request_recycle(&mut self, pid: Pid, reason: RecycleReason, urgent: bool) {
         let since = self.now;
         if let Some(child) = self.table.children.get_mut(&pid)
@@ -131,7 +137,7 @@ impl Fleet {
         }
     }
 
-    /// Asks for the replacement of the workers that have reached their age.
+    /// Requests that the workers that have reached their age are replaced.
     fn note_ages(&mut self) {
         let now = self.now;
         let old: Vec<(Pid, Millis)> = (self.table.children.iter())
@@ -165,7 +171,7 @@ impl Fleet {
         }
     }
 
-    /// Returns whether a child holds a slot of the serving generation that has no successor.
+    /// Returns whether a child holds a slot of the serving generation, and that slot has no successor yet.
     fn may_be_followed(&self, pid: Pid, slot_id: SlotId) -> bool {
         slot_id.generation == self.serving
             && self.table.holds(pid, slot_id)
@@ -205,7 +211,7 @@ impl Fleet {
         }
     }
 
-    /// Gives the slot to the successor, which is ready, and drains the old child.
+    /// Gives the slot to the successor, because it is ready, and drains the old child.
     pub(crate) fn promote_successor(&mut self, pid: Pid, slot_id: SlotId) {
         let now = self.now;
         let entry = self.entry(slot_id);
@@ -213,7 +219,7 @@ impl Fleet {
         entry.since = now;
         let before = std::mem::replace(&mut entry.state, SlotState::Worker(pid));
         let SlotState::Worker(old) = before else {
-            unreachable!("a successor comes beside a worker only, and {before:?} is none");
+            unreachable!("a slot with a successor has a worker, but it has {before:?}");
         };
         let child = self.child_mut(old);
         child.recycle.replaced = true;
@@ -230,14 +236,14 @@ impl Fleet {
         let due = entry.throttle.death(None, &child.limits.throttle(), now);
         let young = entry.throttle.young_deaths();
         let follows = AfterDeath::NextSuccessor(due - now, young);
-        self.trouble(
+        self.log_limited(
             Level::Error,
             Incident::Died(Box::new(death.clone()), follows),
         );
         self.spawn_successor(slot_id, due);
     }
 
-    /// Returns when recycling has something to do.
+    /// Returns when the next age, memory check or suppressed log line is due.
     pub(crate) fn next_recycling(&self) -> Option<Millis> {
         let children = self.table.children.iter();
         let samples = self

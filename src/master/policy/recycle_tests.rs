@@ -59,7 +59,7 @@ fn a_worker_that_the_kernel_holds_holds_up_no_other_recycling() {
     reach_max_calls(&mut world, 2);
     world.pass(60_000);
     assert!(has_line(&world, "the kernel holds it"));
-    assert!(has_line(&world, "nothing waits for it"));
+    assert!(has_line(&world, "no replacement is needed"));
     assert!(world.forks(2).len() > 1, "slot 2 is recycled all the same");
 }
 

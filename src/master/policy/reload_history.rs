@@ -1,7 +1,7 @@
 //! Remembers the results of reloads: the last one, and a list for `status`. Pure.
 //!
-//! It crosses an upgrade, and has the reload with which an upgrade succeeds. A master of an older version passes
-//! on only the last result.
+//! The history is passed on at an upgrade. The reload that completes an upgrade is part of it. A master of an older
+//! version passes on only the last result.
 
 use std::collections::VecDeque;
 
@@ -9,20 +9,20 @@ use super::event::Millis;
 use crate::link::ids::Generation;
 use crate::protocol::control::{LastReload, ReloadStatus};
 
-/// The results that are kept.
+/// The largest number of results that are kept.
 const KEPT: usize = 20;
 
 #[derive(Debug, Default)]
 pub struct ReloadHistory {
     last: Option<LastReload>,
-    /// The latest last.
+    /// The newest is last.
     all: VecDeque<ReloadStatus>,
     /// When the reload under way began.
     begun: Option<Millis>,
 }
 
 impl ReloadHistory {
-    /// The history that another program has passed on.
+    /// Creates the history that the program before an upgrade has passed on.
     pub fn new(last: Option<LastReload>, all: Vec<ReloadStatus>) -> Self {
         let mut all = VecDeque::from(all);
         all.drain(..all.len().saturating_sub(KEPT));
@@ -33,12 +33,13 @@ impl ReloadHistory {
         }
     }
 
-    /// A reload begins.
+    /// Records that a reload begins.
     pub fn begin(&mut self, now: Millis) {
         self.begun = Some(now);
     }
 
-    /// The reload has ended. `generation` serves now. `at` is in seconds since 1970.
+    /// Records the result of the reload. `generation` is the one that serves now, `error` is the reason of a failure,
+    /// and `at` is in seconds since 1970.
     pub fn end(&mut self, generation: Generation, error: Option<String>, now: Millis, at: u64) {
         let begun = self.begun.take().unwrap_or(now);
         self.last = Some(LastReload {
@@ -58,12 +59,12 @@ impl ReloadHistory {
         }
     }
 
-    /// The last result; `None` if there was no reload.
+    /// Returns the last result; `None` if there was no reload.
     pub fn last(&self) -> Option<&LastReload> {
         self.last.as_ref()
     }
 
-    /// All results that are kept, the latest last.
+    /// Returns all results that are kept; the newest is last.
     pub fn all(&self) -> Vec<ReloadStatus> {
         self.all.iter().cloned().collect()
     }

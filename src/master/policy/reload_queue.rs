@@ -1,4 +1,4 @@
-//! Queues requests for a reload until it can begin. All requests that come until then get one reload.
+//! Queues requests for a reload until it can begin. One reload answers all requests that came before it began.
 //!
 //! Pure. `C` identifies a client that waits for the result.
 
@@ -17,7 +17,7 @@ pub struct ReloadQueue<C> {
 }
 
 impl<C> ReloadQueue<C> {
-    /// Makes a queue as the program before an upgrade has left it.
+    /// Creates a queue with the requests that the program before an upgrade has passed on.
     pub fn new(is_requested: bool, queued: Vec<C>) -> Self {
         ReloadQueue {
             is_requested,
@@ -59,7 +59,7 @@ impl<C> ReloadQueue<C> {
         mem::take(&mut self.waiting)
     }
 
-    /// Moves the clients of the reload under way to the next one, which another program may do.
+    /// Lets the clients of the reload under way wait for the next reload, which another program may carry out.
     pub fn requeue(&mut self) {
         self.queued.append(&mut self.waiting);
     }

@@ -1,7 +1,7 @@
 //! Orders children to exit: a drain with its deadline, a graceful stop, an immediate stop.
 //!
-//! This file gives the orders and sets the first signal for children that do not obey in time.
-//! [`super::timeouts`] sends it. Other files decide when a child has to drain (reload, scale, retire).
+//! This file gives the orders, and sets the first signal for a child that does not obey in time. [`super::timeouts`]
+//! sends the signal. Other files decide when a child has to drain (reload, scale, retire).
 
 use log::Level;
 use nix::sys::signal::Signal;
@@ -9,34 +9,42 @@ use nix::sys::signal::Signal;
 use super::action::{Action, Incident, NotReady};
 use super::event::{Event, Millis, StopMode};
 use super::fleet::{Fleet, ServerPhase};
-use super::slots::{ChildRecord, KillReason, SlotId, WorkerStage, begin_drain, kill_after};
+use super::slots::{ChildRecord, KillReason, SlotId, WorkerStage, kill_after};
 use crate::link::ids::{Generation, Pid};
 
 /// A second order to stop within this time is ignored: `timeout` and service managers send SIGTERM to a
 /// process and to its group.
 const STOP_DEBOUNCE: Millis = 100;
 
+/// The time from the drain deadline to SIGTERM. A worker ends its drain itself at the deadline, and this
+/// gives it the time to exit.
+const AFTER_DRAIN: Millis = 100;
+
+/// How long the ready report of a child may still be on its way when the child is ordered to exit.
+const STARTING_GRACE: Millis = 500;
+
 impl Fleet {
-    /// Gives up the slots of a generation's workers from the slot `from` on, highest first, and orders
-    /// their workers to exit. With slot 0 the acceptors are ordered to exit too.
+    /// Gives up the worker slots of a generation from the slot `from` on, highest first, and orders their workers to
+    /// exit. If `from` is 0, the acceptors are ordered to exit too.
     pub(crate) fn remove_slots(&mut self, generation: Generation, from: usize, mode: StopMode) {
         for slot_id in self.table.slots_of(generation).into_iter().rev() {
             let stays = match slot_id.slot.is_worker() {
                 true => usize::from(slot_id.slot.0) < from,
-                false => from > 0 || slot_id.is_pool(),
+                false => from > 0 || slot_id.serves_workers(),
             };
             if stays {
                 continue;
             }
-            for pid in self.table.remove_slots(slot_id) {
+            for pid in self.table.remove_slot(slot_id) {
                 self.order_exit(pid, mode);
             }
         }
     }
 
-    /// Gives up the slots of pool processes that no worker uses any more. Call it after each event. A
-    /// generation's pool processes exit after its last worker; at a stop, after the last worker of all.
-    /// Until then a pool process that dies is replaced, because calls wait for it.
+    /// Gives up the slots of pool processes that no worker uses any more, and then the slot of the jobs process. Call
+    /// it after each event. The pool processes of a generation exit after its last worker. At a stop they exit after
+    /// the last worker of all generations. If a pool process dies before that, it is replaced, because calls wait for
+    /// it.
     pub(crate) fn release_pools(&mut self) {
         let mode = match self.phase {
             ServerPhase::Stopping { mode, .. } => mode,
@@ -46,7 +54,7 @@ impl Fleet {
         let is_stopping = matches!(self.phase, ServerPhase::Stopping { .. });
         let pending = self.reload.as_ref().map(|reload| reload.generation);
         let is_used = |slot_id: SlotId| match is_stopping {
-            true => self.table.has_workers(|_| true),
+            true => self.table.has_users(slot_id, |_| true),
             false => {
                 let generation = slot_id.generation;
                 let oldest = self.table.oldest_served(slot_id);
@@ -54,21 +62,21 @@ impl Fleet {
                     || Some(generation) == pending
                     || self
                         .table
-                        .has_workers(|of| (oldest..=generation).contains(&of))
+                        .has_users(slot_id, |of| (oldest..=generation).contains(&of))
             }
         };
         let unused: Vec<Pid> = (self.table.children.iter())
-            .filter(|(_, child)| child.slot_id.is_pool() && !child.drains())
+            .filter(|(_, child)| child.slot_id.serves_workers() && !child.drains())
             .filter(|(_, child)| !is_used(child.slot_id))
             .map(|(pid, _)| *pid)
             .collect();
         let slots = self.table.slots.iter();
         let slots: Vec<SlotId> = slots
-            .filter(|(id, entry)| entry.is_active && id.is_pool() && !is_used(**id))
+            .filter(|(id, entry)| entry.is_active && id.serves_workers() && !is_used(**id))
             .map(|(slot_id, _)| *slot_id)
             .collect();
         for slot_id in slots {
-            self.table.remove_slots(slot_id);
+            self.table.remove_slot(slot_id);
         }
         for pid in unused {
             self.order_exit(pid, mode);
@@ -95,7 +103,7 @@ impl Fleet {
                 stop,
             });
         }
-        // A child that does not handle SIGQUIT yet would dump a core.
+        // A child that is not ready may not handle SIGQUIT yet, and would dump a core.
         let signal = match child.ready_at {
             Some(_) => Signal::SIGQUIT,
             None => Signal::SIGTERM,
@@ -114,14 +122,14 @@ impl Fleet {
         self.log(Level::Info, Incident::StopScheduled(delay));
     }
 
-    /// Returns when the stop under way ends by force; `None` if there is none.
+    /// Returns when the stop under way kills the remaining children; `None` if there is no stop.
     pub fn stop_deadline(&self) -> Option<Millis> {
         self.stop_until
     }
 
-    /// Handles a further order to stop when all children have left, but sessions without an acceptor may be
-    /// there.
-    pub(crate) fn hurry(&mut self, event: &Event) {
+    /// Handles a further order to stop when the policy has no children left. Sessions without an acceptor may still
+    /// run, which the policy does not know. A second order to stop ends their time now.
+    pub(crate) fn shorten_stop(&mut self, event: &Event) {
         let until = self.stop_until.unwrap_or(self.now);
         let debounced = (until + STOP_DEBOUNCE).saturating_sub(self.limits.drain_timeout);
         if *event == Event::StopNow || *event == Event::Stop && self.now >= debounced {
@@ -129,8 +137,8 @@ impl Fleet {
         }
     }
 
-    /// Stops the server: gracefully the first time, unless `mode` says otherwise, and at once the second
-    /// time. `reason` is the result of a start or reload that is still open.
+    /// Stops the server: as `mode` says the first time, and at once the second time. `code` is the exit code. If a
+    /// start or reload has no result yet, it fails with `reason`.
     pub(crate) fn stop(&mut self, mut mode: StopMode, mut code: u8, reason: NotReady) {
         match self.phase {
             ServerPhase::Gone
@@ -155,7 +163,8 @@ impl Fleet {
             _ => since + self.limits.drain_timeout,
         });
         // Pool processes exit after the workers that use them.
-        let now_leaves = |child: &ChildRecord| !child.slot_id.is_pool() || mode == StopMode::AtOnce;
+        let now_leaves =
+            |child: &ChildRecord| !child.slot_id.serves_workers() || mode == StopMode::AtOnce;
         let pids: Vec<Pid> = (self.table.children.iter())
             .filter(|(_, child)| now_leaves(child))
             .map(|(pid, _)| *pid)
@@ -169,11 +178,28 @@ impl Fleet {
         self.log(Level::Info, incident);
         let slots: Vec<SlotId> = self.table.slots.keys().copied().collect();
         for slot_id in slots {
-            self.table.remove_slots(slot_id);
+            self.table.remove_slot(slot_id);
         }
-        // Workers of older generations too, because their connections have nowhere to go.
+        // Workers of older generations must exit too, because no worker will adopt their connections.
         for pid in pids {
             self.order_exit(pid, mode);
         }
     }
+}
+
+/// Puts a child into the draining stage, and sets the signal that it gets if it has not exited after the deadline.
+pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis) {
+    if !child.drains() {
+        child.stage_since = now;
+    }
+    child.stage = WorkerStage::Draining { deadline };
+    if child.kill_reason.is_some() {
+        return; // It is being ended by force, which is sooner.
+    }
+    child.next_signal = Some(match child.ready_at {
+        Some(_) => (deadline + AFTER_DRAIN, Signal::SIGTERM),
+        // A child that is not ready has no call to finish, and may not read orders for a long time. If its ready
+        // report is in transit, it arrives within this time.
+        None => (deadline.min(now + STARTING_GRACE), Signal::SIGTERM),
+    });
 }

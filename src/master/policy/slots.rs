@@ -1,6 +1,6 @@
-//! The table of slots and children: which child is in which slot, and in which stage.
+//! Keeps the table of slots and children: which child is in which slot, and in which stage.
 //!
-//! A *slot entry* is a slot of one generation. Its holder is the child that starts or serves there. A
+//! A *slot entry* is a slot of one generation. Its holder is the child that starts or serves in it. A
 //! draining child holds no slot, so a slot has at most one holder, at most one successor, and any number of
 //! children that drain. The table answers questions and keeps its invariants. [`super::fleet`] decides what
 //! to do. A report of a child never breaks the table. A pid that is inserted twice is a panic.
@@ -21,9 +21,9 @@ pub struct SlotId {
 }
 
 impl SlotId {
-    /// Returns whether it is the slot of a pool process.
-    pub fn is_pool(self) -> bool {
-        self.slot.pool().is_some()
+    /// Returns whether it is the slot of a process that workers use: a pool process, or the jobs process.
+    pub fn serves_workers(self) -> bool {
+        self.slot.pool().is_some() || self.slot.is_jobs()
     }
 }
 
@@ -42,7 +42,7 @@ pub(crate) enum SlotState {
 }
 
 impl SlotState {
-    /// Returns the state of a slot whose fork is due `at` a time.
+    /// Returns the state of a slot whose fork is due at the time `at`.
     pub fn due(at: Millis, now: Millis) -> Self {
         match at > now {
             true => SlotState::Throttled { until: at },
@@ -51,22 +51,22 @@ impl SlotState {
     }
 }
 
-/// Whether a child is to be recycled, and what was seen of it.
+/// Whether a child must be recycled, and what was observed for that.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RecycleState {
-    /// Why and when it is to be replaced, if it is.
+    /// Why it must be replaced and since when; `None` if it need not be replaced.
     #[serde(rename = "wish")]
     pub(crate) request: Option<RecycleRequest>,
     /// Whether its memory was above the limit at the last check.
     pub(crate) above: bool,
     /// Whether its successor has its slot. Then it drains.
     pub(crate) replaced: bool,
-    /// What it was stuck in, if it was.
+    /// What it was stuck in; `None` if it was not stuck.
     pub(crate) evidence: Option<String>,
 }
 
-/// When and why a worker is to be replaced.
+/// Why a worker must be replaced, and since when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecycleRequest {
     pub(crate) reason: RecycleReason,
@@ -75,7 +75,7 @@ pub struct RecycleRequest {
     pub(crate) urgent: bool,
 }
 
-/// Why a worker is to be replaced. Crosses an upgrade as text.
+/// Why a worker must be replaced. It is passed on at an upgrade as text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", from = "String")]
 pub enum RecycleReason {
@@ -102,7 +102,7 @@ pub enum KillReason {
         silent: Millis,
         is_draining: bool,
     },
-    /// It was given up before it was ready.
+    /// It was not needed any more before it was ready.
     NotNeeded,
     DrainDeadline,
     /// [`super::event::Event::StopNow`].
@@ -144,17 +144,17 @@ impl SlotEntry {
 pub enum WorkerStage {
     Starting,
     Ready,
-    /// It was ordered to exit. It holds no slot.
+    /// It was ordered to exit, retires by itself, or has survived SIGKILL. It holds no slot.
     Draining {
         /// When the drain must be over.
         deadline: Millis,
     },
 }
 
-/// A child. It crosses an upgrade, with the names of members that the first version gave them.
+/// A child. It is passed on at an upgrade. There its members have the names of the first version (`rename`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChildRecord {
-    /// Its slot. Stays while it drains, when another child holds that slot.
+    /// Its slot. Unchanged while it drains, even though another child then holds that slot.
     #[serde(flatten)]
     pub slot_id: SlotId,
     pub limits: PolicyLimits,
@@ -176,9 +176,9 @@ pub struct ChildRecord {
     pub recycle: RecycleState,
     #[serde(default, rename = "killed")]
     pub is_sigkill_sent: bool,
-    /// Whether it retires when it is ready, because its keeper has died. It is unknown after an upgrade.
+    /// Whether it is asked to retire when it is ready, because its keeper has died. It is unknown after an upgrade.
     #[serde(skip)]
-    pub has_lost_keeper: bool,
+    pub retires_when_ready: bool,
 }
 
 /// A signal as its number.
@@ -210,7 +210,7 @@ impl ChildRecord {
         self.ready_at.map(|at| now - at)
     }
 
-    /// Returns whether it was ordered to exit.
+    /// Returns whether it is in the draining stage.
     pub fn drains(&self) -> bool {
         matches!(self.stage, WorkerStage::Draining { .. })
     }
@@ -252,7 +252,7 @@ pub(crate) struct SlotTable {
 
 impl SlotTable {
     /// Adds a slot for forking. Returns false if its fork is under way already.
-    pub fn add_slots(&mut self, slot_id: SlotId, now: Millis) -> bool {
+    pub fn add_slot(&mut self, slot_id: SlotId, now: Millis) -> bool {
         if let Some(entry) = self.slots.get_mut(&slot_id) {
             assert!(!entry.is_active, "{slot_id:?} is opened twice");
             entry.is_active = true;
@@ -271,7 +271,7 @@ impl SlotTable {
     }
 
     /// Removes a slot. Returns its holder and its successor.
-    pub fn remove_slots(&mut self, slot_id: SlotId) -> Vec<Pid> {
+    pub fn remove_slot(&mut self, slot_id: SlotId) -> Vec<Pid> {
         let Some(entry) = self.slots.get_mut(&slot_id) else {
             return Vec::new();
         };
@@ -361,15 +361,19 @@ impl SlotTable {
         others.len()
     }
 
-    /// Returns whether a worker or acceptor lives whose generation is wanted by `of`.
-    pub fn has_workers(&self, of: impl Fn(Generation) -> bool) -> bool {
-        self.users_of_pools().any(of)
+    /// Returns whether the process of this slot has users in a generation for which `of` returns true. Workers,
+    /// acceptors and sessions use pool processes. All these, and pool processes too, use the jobs process.
+    pub fn has_users(&self, slot_id: SlotId, of: impl Fn(Generation) -> bool) -> bool {
+        let is_jobs = slot_id.slot.is_jobs();
+        let pools = self.children.values().map(|child| child.slot_id);
+        let pools = pools.filter(|other| is_jobs && other.slot.pool().is_some());
+        (self.users_of_pools().chain(pools.map(|it| it.generation))).any(of)
     }
 
-    /// The generations of workers, acceptors, and sessions without an acceptor.
+    /// Returns the generations of workers, acceptors, and sessions without an acceptor.
     fn users_of_pools(&self) -> impl Iterator<Item = Generation> {
         let children = self.children.values();
-        let workers = children.filter(|child| !child.slot_id.is_pool());
+        let workers = children.filter(|child| !child.slot_id.serves_workers());
         let generations = workers.map(|child| child.slot_id.generation);
         generations.chain(self.session_generations.iter().copied())
     }
@@ -412,38 +416,14 @@ pub(crate) fn slot_id(generation: Generation, slot: u16) -> SlotId {
     }
 }
 
-/// The time from the drain deadline to SIGTERM. A worker ends its drain itself at the deadline, and this
-/// gives it the time to exit.
-pub(crate) const AFTER_DRAIN: Millis = 100;
-
-/// How long the ready report of a child may still be on its way when the child is ordered to exit.
-pub(crate) const STARTING_GRACE: Millis = 500;
-
 /// Returns the time from a signal to the SIGKILL that follows, or from SIGKILL until the child counts as
 /// unkillable.
 pub(crate) fn kill_after(signal: Signal) -> Millis {
     match signal {
-        // With AFTER_DRAIN this is within 500 ms of the drain deadline.
+        // `shutdown::AFTER_DRAIN` (100) plus this is less than 500 ms after the drain deadline.
         Signal::SIGTERM => 300,
         // The kernel frees the memory, which takes long if there is much.
         Signal::SIGKILL => 3_000,
         _ => 500,
     }
-}
-
-/// Puts a child into the draining stage, and sets the signal that it gets if it overstays.
-pub(crate) fn begin_drain(child: &mut ChildRecord, deadline: Millis, now: Millis) {
-    if !child.drains() {
-        child.stage_since = now;
-    }
-    child.stage = WorkerStage::Draining { deadline };
-    if child.kill_reason.is_some() {
-        return; // Its end is under way already, and sooner.
-    }
-    child.next_signal = Some(match child.ready_at {
-        Some(_) => (deadline + AFTER_DRAIN, Signal::SIGTERM),
-        // It has no call to finish, and may not read orders for a long time. If its ready report is on the
-        // way, it arrives within this time.
-        None => (deadline.min(now + STARTING_GRACE), Signal::SIGTERM),
-    });
 }

@@ -19,7 +19,7 @@ pub struct WorkerView {
     pub state: WorkerPhase,
     /// When it entered that state.
     pub since: Millis,
-    /// When it was forked; the same as `since` without a child.
+    /// When it was forked; if there is no child, the same as `since`.
     pub born: Millis,
     /// The number of young deaths of the slot in a row; 0 for a draining child.
     pub young_deaths: u32,
@@ -57,12 +57,13 @@ impl Fleet {
         views
     }
 
-    /// Returns all children and empty slots, by slot. In a slot those that do not drain come first, then
-    /// the newest generation. A successor stands directly behind the holder.
+    /// Returns all children and empty slots, by slot. In a slot those that do not drain come first, then the newest
+    /// generation. A successor comes directly after the holder of its slot.
     fn views(&self) -> Vec<WorkerView> {
         let slots = self.table.slots.iter().filter(|(_, entry)| entry.is_active);
         let draining = self.table.children.iter().filter(|(pid, child)| {
-            child.drains() || child.slot_id.is_pool() && !self.table.holds_any(**pid, child.slot_id)
+            child.drains()
+                || child.slot_id.serves_workers() && !self.table.holds_any(**pid, child.slot_id)
         });
         let mut views: Vec<_> = slots
             .flat_map(|(slot_id, entry)| {
@@ -82,7 +83,7 @@ impl Fleet {
     /// use those of a later one.
     pub fn has_pools_before(&self, generation: Generation) -> bool {
         let slots = self.table.slots.iter();
-        let mut pools = slots.filter(|(slot_id, _)| slot_id.is_pool());
+        let mut pools = slots.filter(|(slot_id, _)| slot_id.serves_workers());
         pools.any(|(_, entry)| entry.oldest < generation)
     }
 
@@ -110,14 +111,14 @@ impl Fleet {
         self.table.children.values().filter(ready).count()
     }
 
-    /// Returns whether the service manager's watchdog is fed. Without a ready worker the service hangs,
-    /// even if the master does not.
+    /// Returns whether the master may send WATCHDOG=1 to the service manager. Without a ready worker no call is
+    /// answered, even if the master works.
     pub fn is_healthy(&self) -> bool {
         self.ready_count() > 0
     }
 
-    /// Returns which call may have caused the end of a child: one only if it is a worker that served, and
-    /// was not ended by force for another reason than its event loop.
+    /// Returns which call may have caused the end of a child. No call is suspected if the child was not a serving
+    /// worker, or if the master has killed it for another reason than a stuck event loop.
     pub fn suspicion(&self, pid: Pid) -> Suspicion {
         let child = self.table.children.get(&pid);
         match child.filter(|it| it.slot_id.slot.is_worker() && it.stage == WorkerStage::Ready) {
@@ -128,6 +129,24 @@ impl Fleet {
             },
             None => Suspicion::Nothing,
         }
+    }
+
+    /// If the master has killed a child, returns which call may have been the reason. Returns `None` if the master has
+    /// not killed it.
+    pub fn suspicion_of_kill(&self, pid: Pid) -> Option<Suspicion> {
+        let child = self.table.children.get(&pid)?;
+        Some(match child.kill_reason.as_ref()? {
+            KillReason::EventLoopStuck { .. } => Suspicion::EventLoop,
+            _ => Suspicion::Nothing,
+        })
+    }
+
+    /// Returns whether a child was ordered to exit.
+    pub fn drains(&self, pid: Pid) -> bool {
+        self.table
+            .children
+            .get(&pid)
+            .is_some_and(ChildRecord::drains)
     }
 
     /// Returns the workers that serve; none during a start-up, a reload or a stop, when connections move
@@ -155,17 +174,17 @@ impl Fleet {
         self.table.children.keys().copied()
     }
 
-    /// The observer that serves.
+    /// Returns the observer that serves.
     pub fn observer(&self) -> Option<Pid> {
         self.observer.pid()
     }
 
-    /// Every observer not yet reaped.
+    /// Returns every observer that was not reaped yet.
     pub fn observers(&self) -> impl Iterator<Item = Pid> {
         self.observer.pids()
     }
 
-    /// The last deaths.
+    /// Returns the last deaths.
     pub fn deaths(&self) -> &Deaths {
         &self.deaths
     }
@@ -198,7 +217,8 @@ impl Fleet {
                     WorkerStage::Ready => WorkerPhase::Ready,
                     WorkerStage::Draining { .. } => WorkerPhase::Draining,
                 };
-                // This time in health resets the count, although that is only noted at its end.
+                // After this time without a death the count of young deaths is zero. The policy resets it only at the
+                // end of the child.
                 if child
                     .ready_for(self.now)
                     .is_some_and(|ms| ms >= HEALTHY_AFTER)

@@ -1,8 +1,8 @@
-//! Handles what is due: forks after a throttle, children that overstay, event loops that are stuck.
+//! Handles deadlines: forks after a throttle, children that exceed their time, event loops that are stuck.
 //!
-//! Each child has at most one next signal ([`super::slots::ChildRecord::next_signal`]). This file sends it
-//! and sets the one after it. A master that was stopped itself (SIGSTOP, a frozen cgroup) finds all
-//! deadlines in the past, and unread reports of its children. Then no child is ended, and all get new time.
+//! Each child has at most one next signal ([`super::slots::ChildRecord::next_signal`]). This file sends it and sets
+//! the one after it. A master that was stopped itself (SIGSTOP, a frozen cgroup) finds all deadlines in the past, and
+//! unread reports of its children. Then no child is ended, and the deadlines of all children are extended.
 
 use log::Level;
 use nix::sys::signal::Signal;
@@ -13,13 +13,13 @@ use super::fleet::{Fleet, ServerPhase};
 use super::slots::{ChildRecord, KillReason, SlotEntry, SlotId, WorkerStage, kill_after};
 use crate::link::ids::Pid;
 
-/// A master that comes later than this to a deadline was stopped.
+/// If the master handles a deadline later than this, it was stopped.
 const PAUSE: Millis = 1_000;
-/// The least time that each child gets after that.
+/// The shortest time that each child gets after such a pause.
 const GRACE_AFTER_PAUSE: Millis = 1_000;
 
 impl Fleet {
-    /// Handles what is due.
+    /// Handles all deadlines that have passed.
     pub(crate) fn pass_time(&mut self) {
         let now = self.now;
         if self.stop_at.is_some_and(|at| at <= now) {
@@ -32,7 +32,7 @@ impl Fleet {
             .map(|(pid, _)| *pid)
             .collect();
         for pid in due {
-            // The signal before may have ended a reload, so that this one has no reason any more.
+            // An earlier signal of this loop may have failed a reload, so that this child now has a later deadline.
             if is_due(self.child_mut(pid)) {
                 self.signal(pid);
             }
@@ -62,7 +62,7 @@ impl Fleet {
         }
     }
 
-    /// Returns when something is due.
+    /// Returns the earliest deadline.
     pub(crate) fn earliest(&self) -> Option<Millis> {
         let children = self.table.children.values().filter_map(ChildRecord::due_at);
         let slots = self.table.slots.values().filter_map(SlotEntry::fork_at);
@@ -78,8 +78,8 @@ impl Fleet {
             .min()
     }
 
-    /// Gives all children new time if the master comes far too late.
-    pub(crate) fn forgive_a_pause(&mut self) {
+    /// Extends the deadlines of all children, and of the reload, if the master was paused.
+    pub(crate) fn extend_deadlines_after_pause(&mut self) {
         let now = self.now;
         let Some(late) = self.next_tick_at.and_then(|at| now.checked_sub(at)) else {
             return;
@@ -91,7 +91,7 @@ impl Fleet {
             child.heartbeat = now;
             if let Some((at, _)) = &mut child.next_signal {
                 *at = match child.stage {
-                    // A child that is being ended waits too, because its death may not have been read yet.
+                    // A child that got a signal gets time too. It may have died, and is reaped only after this.
                     WorkerStage::Starting if child.kill_reason.is_none() => {
                         now + child.limits.boot_timeout
                     }
@@ -102,7 +102,15 @@ impl Fleet {
         if let Some(reload) = &mut self.reload {
             reload.kept_until = now + 2 * reload.limits.boot_timeout;
         }
-        self.trouble(Level::Warn, Incident::MasterPaused(late));
+        self.keepers.extend_deadlines(late);
+        if let Some(until) = self
+            .stop_until
+            .as_mut()
+            .filter(|until| **until > now - late)
+        {
+            *until = (*until).max(now + GRACE_AFTER_PAUSE);
+        }
+        self.log_limited(Level::Warn, Incident::MasterPaused(late));
     }
 
     /// Sends a child the signal that is due, and sets the next.
@@ -116,13 +124,13 @@ impl Fleet {
             _ => Signal::SIGABRT,
         };
         if child.is_sigkill_sent {
-            return self.outlived(pid);
+            return self.survived_kill(pid);
         }
         child.is_sigkill_sent = signal == Signal::SIGKILL;
         child.next_signal = Some((now + kill_after(signal), Signal::SIGKILL));
         let (slot_id, starting) = (child.slot_id, child.stage == WorkerStage::Starting);
         let begins = child.kill_reason.is_none();
-        // A worker that could have ended its drain itself shows what it is running.
+        // For a worker that did not complete its drain, find out what it is running.
         let overdue = child.drains() && child.ready_at.is_some();
         let examine = (stuck || starting || overdue) && begins;
         let reason = child
@@ -148,7 +156,7 @@ impl Fleet {
         let incident = ChildIncident::Signalled(signal, reason.clone()).of(pid, slot_id);
         match unready && signal == Signal::SIGTERM {
             true => self.log(Level::Debug, incident),
-            false => self.trouble(Level::Warn, incident),
+            false => self.log_limited(Level::Warn, incident),
         }
         if starting && begins && self.is_pending(slot_id) {
             let child = ChildName { pid, slot_id };
@@ -156,9 +164,9 @@ impl Fleet {
         }
     }
 
-    /// Handles a child that SIGKILL did not end. Mostly it waits in the kernel for a disk or a file server,
-    /// without a limit. Its slot is filled without waiting for it.
-    fn outlived(&mut self, pid: Pid) {
+    /// Handles a child that SIGKILL did not end. Usually it waits in the kernel for a disk or a file server, without
+    /// a time limit. Its slot gets another child at once.
+    fn survived_kill(&mut self, pid: Pid) {
         let now = self.now;
         let child = self.child_mut(pid);
         child.next_signal = None;
@@ -170,7 +178,7 @@ impl Fleet {
             true => ChildIncident::SurvivedKill,
             false => ChildIncident::SurvivedKillUnneeded,
         };
-        self.trouble(Level::Error, incident.of(pid, slot_id));
+        self.log_limited(Level::Error, incident.of(pid, slot_id));
         if !is_replaced {
             return;
         }

@@ -1,19 +1,21 @@
 //! Handles signals, requests over the control socket, and the outcomes of what the policy orders.
 
 pub mod reload_driver;
+mod reopening;
 pub mod status_report;
 pub mod upgrade_driver;
 
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::rc::Rc;
 
 use nix::sys::signal::Signal;
 
 use self::reload_driver::{finish_reload, refuse_next_reload, refuse_waiting};
+use self::reopening::reopen_logs;
 use self::status_report::status;
 use self::upgrade_driver::{ask_upgrade, cancel_upgrade};
-use super::children::workers::{GenerationContext, WorkerHandle};
+use super::children::joining::pass_command;
+use super::children::workers::GenerationContext;
 use super::core::{ActionOutcome, Master, now};
 use super::endpoints::control_socket::ClientId;
 use super::policy::event::{Event, MAX_COUNT, Millis};
@@ -21,9 +23,8 @@ use super::reports::keep_deaths_of_programs;
 use super::session_orders::{note_crashed_sessions, note_serving, order_sessions};
 use crate::config;
 use crate::error::Error;
-use crate::link::ids::Generation;
 use crate::link::message::Order;
-use crate::logging::{self, LogOutput, pluralize};
+use crate::logging::{self, pluralize};
 use crate::protocol::control::{ControlRequest, ControlResponse, MAX_STOP_DELAY_MS};
 use crate::sys::notify::NotifyState;
 use crate::sys::process::is_same_file;
@@ -80,7 +81,7 @@ pub fn on_signals(master: &mut Master<'_>) {
                 log::warn!("reload refused: {}", master.stop_notice());
             }
             Signal::SIGHUP => master.reloads.request(None),
-            Signal::SIGUSR1 => reopen_log(master),
+            Signal::SIGUSR1 => reopen_logs(master),
             Signal::SIGUSR2 => ask_upgrade(master, None),
             Signal::SIGTTIN => handle_event(master, Event::ScaleBy { by: 1 }),
             Signal::SIGTTOU => handle_event(master, Event::ScaleBy { by: -1 }),
@@ -128,58 +129,18 @@ pub fn stop(master: &mut Master<'_>, event: Event) {
     refuse_waiting(master, "the server stops");
 }
 
-fn reopen_log(master: &mut Master<'_>) {
-    let serving = master.fleet.generation();
-    let (new, old) = match &master.contexts.next {
-        None => (
-            reopen_log_of(master, &master.contexts.serving, |_| true),
-            None,
-        ),
-        // This process logs to the new file, unless the reload fails.
-        Some(upcoming) => (
-            reopen_log_of(master, upcoming, |generation| generation > serving),
-            reopen_log_of(master, &master.contexts.serving, |generation| {
-                generation <= serving
-            }),
-        ),
-    };
-    if new.is_some() || old.is_some() {
-        if let Some(output) = new {
-            logging::set_output(output);
-        }
-        master.previous_log = old.or(master.previous_log.take());
-        log::info!("log file reopened");
-    } else if master.contexts.serving.settings.log.file.is_none() {
-        log::info!("SIGUSR1: the log goes to standard error, nothing to reopen");
+/// Passes a connection to the jobs process, which answers it and logs the request.
+fn pass_to_jobs(master: &mut Master<'_>, client: ClientId) {
+    if master.contexts.serving.settings.jobs.is_none() {
+        let text = "this server has no durable jobs; add the table [jobs] to its configuration, and reload";
+        return refuse(master, client, text);
     }
-}
-
-/// Opens a log file again, and passes it to the workers of the generations for which `is_theirs`
-/// returns true. Returns `None` if there is no file or it cannot be opened.
-fn reopen_log_of(
-    master: &Master<'_>,
-    context: &GenerationContext,
-    is_theirs: impl Fn(Generation) -> bool,
-) -> Option<LogOutput> {
-    let file = context.settings.log.file.as_ref()?;
-    match logging::open(Some(file)) {
-        Ok(output) => {
-            let theirs = |worker: &WorkerHandle| is_theirs(worker.generation);
-            for (pid, _) in master.workers.iter().filter(|(_, worker)| theirs(worker)) {
-                master
-                    .workers
-                    .order(pid, Order::ReopenLog, Some(output.as_fd()));
-            }
-            Some(output)
-        }
-        Err(error) => {
-            log::error!(
-                "could not reopen {}: {error}; logging continues to the old file",
-                file.display()
-            );
-            None
-        }
+    let connection = master.endpoints.control.connection(client);
+    if connection.is_some_and(|connection| pass_command(&master.workers, connection)) {
+        return master.endpoints.control.forget(client);
     }
+    let text = "there is no jobs process now: it is being replaced; try again";
+    master.answer(client, &ControlResponse::refused(text, 69));
 }
 
 fn refuse(master: &mut Master<'_>, client: ClientId, text: &str) {
@@ -211,6 +172,7 @@ pub fn request(master: &mut Master<'_>, client: ClientId, request: ControlReques
         master.endpoints.control.attach(client, files);
     }
     match request {
+        ControlRequest::Job { .. } => pass_to_jobs(master, client),
         ControlRequest::Status | ControlRequest::Metrics => {
             logging::report_lost_lines();
             keep_deaths_of_programs(master);

@@ -1,13 +1,14 @@
 //! Carries out a reload: reads and checks the configuration, binds, starts the new generation, and reports
 //! the result.
 //!
-//! All that can fail is tried before anything changes. If the new generation does not become ready, the
-//! changes are undone. `Fleet` decides when it starts and whether it has succeeded.
+//! Every step that can fail comes before the first change. If the new generation does not become ready, the changes
+//! are undone. `Fleet` decides when the reload starts and whether it has succeeded.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::upgrade_driver::finish_upgrade;
-use crate::config;
+use crate::config::{self, JobStore};
 use crate::error::{Error, Result};
 use crate::link::ids::Generation;
 use crate::link::metrics_board;
@@ -19,12 +20,13 @@ use crate::master::endpoints::listeners::{self, Listener};
 use crate::master::endpoints::observed;
 use crate::master::policy::event::Event;
 use crate::master::session_orders::order_sessions;
-use crate::master::setup::limits;
+use crate::master::setup::{limits, open_access_file};
 use crate::protocol::control::{ControlResponse, MOST_DRAINING_GENERATIONS};
 use crate::sys::notify::NotifyState;
 use crate::sys::process;
+use crate::worker_init::JobsInstance;
 
-/// As many of the last lines that children have logged tell in `status` why a reload failed.
+/// `status` shows why a reload failed, with this number of the last lines that its children have logged.
 const LAST_LINES: usize = 2;
 
 /// Begins the requested reload if none is under way, and queues the actions that follow.
@@ -47,7 +49,7 @@ pub fn reload_if_asked(master: &mut Master<'_>) {
     states.extend(NotifyState::monotonic_usec_now());
     master.endpoints.notifier.notify(&states);
     log::info!("reload: reading the configuration");
-    // Before anything can fail, because commands find this master by these two files.
+    // Do this before anything can fail: commands need these two files to find the master.
     if !master.upgrade.is_on_trial() {
         master.endpoints.pid_file.renew();
         master.endpoints.control.renew(now());
@@ -83,6 +85,19 @@ fn prepare(master: &mut Master<'_>) -> Result<GenerationContext> {
         });
     }
     master.previous_log = master.setup.host.configure_log(&settings)?;
+    // These come before the listeners. If they fail, no listener has changed, and no socket file is left.
+    let access_file = open_access_file(&settings)?;
+    // A reload may add jobs. If the reload then fails, the master keeps the lock, because the processes of the failed
+    // generation have it until they end.
+    if let Some(config) = &settings.jobs
+        && !has_store(master.contexts.jobs.as_ref(), &config.store)
+    {
+        // Close the lock of a reload that has failed first: the two paths may be names of one store, and closing any
+        // descriptor of a lock file ends the mark of the master.
+        master.contexts.jobs = None;
+        let jobs = master.setup.host.open_jobs(&settings)?;
+        master.contexts.jobs = jobs.map(Arc::new);
+    }
     let serving = &master.contexts.serving;
     let current = (&*serving.listeners, &*serving.observe);
     let (listeners, observe) = observed::open_all(&settings, current, &master.endpoints.passed)?;
@@ -97,7 +112,12 @@ fn prepare(master: &mut Master<'_>) -> Result<GenerationContext> {
         settings: Rc::new(settings),
         listeners,
         observe,
+        access_file,
     })
+}
+
+fn has_store(instance: Option<&Arc<JobsInstance>>, store: &JobStore) -> bool {
+    instance.is_some_and(|instance| instance.store.as_ref() == Some(store))
 }
 
 /// Ends the reload: switches to the new generation, or undoes the changes. Reports the result.
@@ -109,7 +129,7 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
         Ok(generation) => {
             if let Some(context) = next {
                 remove_paths(&before, &context);
-                // Only now, because a failed reload must not have changed the listeners.
+                // Set the options only now, because a failed reload must not change the listeners.
                 listeners::tune(&context.settings, &context.listeners);
                 observed::tune(&context.settings, &context.observe);
                 master.contexts.serving = context;
@@ -154,7 +174,7 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
                 restore_log(master);
             }
             log::error!("reload refused, everything stays as it was: {reason}");
-            // The log has the lines of its workers already, but a client has only this answer.
+            // The log already has the lines of the new workers, but a client gets only this answer.
             ControlResponse::refused(format!("reload refused: {reason}{details}"), 1)
         }
     };
@@ -163,7 +183,7 @@ pub fn finish_reload(master: &mut Master<'_>, result: std::result::Result<Genera
     }
     let reloads = &master.workers.metrics.header().reloads;
     metrics_board::count(&reloads[usize::from(result.is_err())], 1);
-    // With the last lines that its children have logged: a program says its reason before it ends.
+    // Add the last lines that the new children have logged, because a program logs the reason before it exits.
     let error = result.err().map(|reason| {
         let lines: Vec<&str> = details.trim().lines().collect();
         let last = &lines[lines.len().saturating_sub(LAST_LINES)..];
@@ -199,7 +219,7 @@ pub fn refuse_next_reload(master: &mut Master<'_>, reason: &str) {
     }
 }
 
-/// Sets the log back to its previous output, without opening a file.
+/// Sets the log back to its previous output, if the reload had changed it. Opens no file.
 fn restore_log(master: &mut Master<'_>) {
     if let Some(output) = master.previous_log.take() {
         master
@@ -209,7 +229,7 @@ fn restore_log(master: &mut Master<'_>) {
     }
 }
 
-/// Removes the paths of the listeners that `old` has and `new` has not.
+/// Removes the paths of the unix sockets that `old` has and `new` does not have.
 fn remove_paths(old: &GenerationContext, new: &GenerationContext) {
     let all = |context: &'_ GenerationContext| -> Vec<Rc<Listener>> {
         let listeners = context.listeners.iter().chain(&context.observe);

@@ -1,4 +1,4 @@
-//! Makes the answer of `status` from the fleet, the scoreboard and /proc, without asking a child.
+//! Builds the answer to `status` from the fleet, the scoreboard and /proc, without asking a child.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,9 +15,9 @@ use crate::master::policy::event::Millis;
 use crate::master::policy::fleet::Fleet;
 use crate::master::policy::status_view::WorkerView;
 use crate::protocol::control::{
-    self, AcceptWait, DeathKind, DeathStatus, IsolatedStatus, ListenerStatus, ObserverStatus,
-    OldestCall, PoolStatus, ProgramPhase, ProgramStatus, Quarantined, Status, ThrottleStatus,
-    WorkerPhase, WorkerStatus,
+    self, AcceptWait, DeathKind, DeathStatus, IsolatedStatus, JobsStatus, ListenerStatus,
+    ObserverStatus, OldestCall, PoolStatus, ProgramPhase, ProgramStatus, Quarantined, Status,
+    ThrottleStatus, WorkerPhase, WorkerStatus,
 };
 use crate::sys::process::{Pid, resident_bytes};
 
@@ -48,6 +48,7 @@ pub fn status(master: &Master<'_>, now: Millis) -> Status {
             stopping: master.stopping,
             warnings: context.settings.warnings.clone(),
             lost_log_lines: lost_log_lines(workers),
+            lost_access_lines: workers.metrics.lost_access_lines(),
         },
         workers: fleet
             .workers()
@@ -75,7 +76,29 @@ pub fn status(master: &Master<'_>, now: Millis) -> Status {
                 at: call.at,
             })
             .collect(),
+        jobs: jobs(workers, &context.settings),
     }
+}
+
+/// Returns what the jobs process has written last. `None` without `[jobs]`.
+fn jobs(workers: &Children, settings: &Settings) -> Option<JobsStatus> {
+    let config = settings.jobs.as_ref()?;
+    let processes = workers.iter().filter(|(_, handle)| handle.slot.is_jobs());
+    let ready = processes.filter(|(_, handle)| handle.is_ready);
+    let latest = ready.max_by_key(|(_, handle)| handle.generation);
+    let written = latest.and_then(|(pid, handle)| {
+        let text = workers.metrics.job_status(handle.record_index)?;
+        let status: JobsStatus = serde_json::from_str(&text).ok()?;
+        // A process before it may have had the same record.
+        (status.pid == Some(pid.0)).then_some(status)
+    });
+    Some(written.unwrap_or_else(|| JobsStatus {
+        store: config.path().display().to_string(),
+        engine: "sqlite".into(),
+        state: "away".into(),
+        pid: latest.map(|(pid, _)| pid.0),
+        ..JobsStatus::default()
+    }))
 }
 
 fn listeners(workers: &Children, context: &GenerationContext) -> Vec<ListenerStatus> {
@@ -141,7 +164,7 @@ fn worker(view: &WorkerView, workers: &Children, now: Millis) -> WorkerStatus {
 fn pool(view: &WorkerView, workers: &Children, settings: &Settings, now: Millis) -> PoolStatus {
     let shown = worker(view, workers, now);
     let number = view.slot.pool().unwrap_or_default();
-    // If there is no process, any other one of its generation has its name.
+    // If the pool has no process now, another process of its generation knows the pool's name.
     let handles = || workers.iter().map(|(_, handle)| handle);
     let of_generation = || handles().filter(|handle| handle.generation == view.generation);
     let info = of_generation().find_map(|handle| handle.known.pools.get(number).cloned());
@@ -217,7 +240,8 @@ fn program(view: &ProgramView, now: Millis) -> ProgramStatus {
     }
 }
 
-/// Describes each pool whose programs belong to connections. It has no process: sessions run its programs.
+/// Describes each pool whose programs belong to connections. Such a pool has no pool process: sessions run its
+/// programs.
 fn pools_of_connections(workers: &Children, now: Millis) -> Vec<PoolStatus> {
     let (own, sessions) = workers.sessions.own_programs();
     let pool = |pool: PoolOfConnections<'_>| {
@@ -232,19 +256,20 @@ fn pools_of_connections(workers: &Children, now: Millis) -> Vec<PoolStatus> {
             busy: count(ProgramPhase::Busy),
             down: count(ProgramPhase::Starting),
             calls: list.iter().map(|it| it.calls).sum(),
+            starts: workers.metrics.program_starts(pool.name),
             list,
             ..PoolStatus::default()
         }
     };
     let described = own.pools(&sessions).map(pool);
-    // Older generations only as long as they have a program.
+    // Pools of older generations are shown only while they have a program.
     let serving = own.latest();
     described
         .filter(|it| Some(it.generation) == serving.map(|it| it.0) || !it.list.is_empty())
         .collect()
 }
 
-/// Sorted by time, because a pool process reports its deaths late.
+/// Returns the deaths sorted by time, because a pool process reports the deaths of its programs late.
 fn deaths(fleet: &Fleet) -> Vec<DeathStatus> {
     let mut deaths: Vec<_> = fleet.deaths().iter().map(death).collect();
     deaths.sort_by_key(|death| death.at);
@@ -277,16 +302,15 @@ fn isolated(master: &Master<'_>, listeners: &[ListenerStatus], now: Millis) -> V
             throttle: throttle(view, now),
             ..IsolatedStatus::default()
         };
-        if let Some(pid) = view.pid {
-            workers
-                .sessions
-                .describe(|acceptor| acceptor == pid, &mut shown);
-        }
+        // Also without a process: the counts are those of the listener, and must not fall.
+        let is_its = |acceptor| view.pid == Some(acceptor);
+        workers.sessions.describe(is_its, &mut shown);
         shown
     };
     let mut all: Vec<IsolatedStatus> = views.iter().map(describe).collect();
     for shown in &mut all {
-        // Read once for both lists, because workers count while the report is made.
+        // Take the number from the list of listeners: workers may count while the report is built, and both lists
+        // must agree.
         let listener = listeners.iter().find(|it| it.address == shown.address);
         shown.refused_per_source = listener.map_or_else(
             || workers.sources.refusals_of(&shown.address),
@@ -328,6 +352,7 @@ fn death(death: &Death) -> DeathStatus {
         uptime_s: death.uptime / 1000,
         method: death.method.clone(),
         call: death.call,
+        job: death.job.clone(),
         rss_bytes: death.rss_bytes,
         reason: death.reason.to_string(),
         at: death.at,

@@ -15,7 +15,7 @@ use crate::master::policy::event::Millis;
 use crate::master::upgrade::exec_attempt;
 use crate::master::upgrade::probe::{self, Probe};
 use crate::master::upgrade::stage::UpgradeStage;
-use crate::master::upgrade::state::{FORMAT, UpgradeState};
+use crate::master::upgrade::state::{FORMAT, InstanceState, UpgradeState};
 use crate::protocol::control::{ControlResponse, LastReload, version_of};
 use crate::sys::process::{self, Exit, Pid};
 
@@ -26,7 +26,7 @@ pub enum DueExec {
     Old(String),
 }
 
-/// Handles the request for an upgrade of a client or a signal.
+/// Handles a request for an upgrade, from a client or by a signal.
 pub fn ask_upgrade(master: &mut Master<'_>, client: Option<ClientId>) {
     let refusal = match &master.upgrade.stage {
         _ if master.stopping => Some(master.stop_notice()),
@@ -37,9 +37,9 @@ pub fn ask_upgrade(master: &mut Master<'_>, client: Option<ClientId>) {
         _ => Some("another upgrade is under way".into()),
     };
     match (refusal, client) {
-        // All requests that come before it begins get one upgrade.
+        // Requests that come before the upgrade begins share one upgrade.
         (None, client) => {
-            master.upgrade.asked = true;
+            master.upgrade.is_requested = true;
             master.upgrade.waiting.extend(client);
         }
         (Some(reason), Some(client)) => {
@@ -50,16 +50,16 @@ pub fn ask_upgrade(master: &mut Master<'_>, client: Option<ClientId>) {
     }
 }
 
-/// Does the next step of an upgrade. Returns the program to execute next, if there is one. Before that, all
-/// that workers have reported must be handled.
+/// Does the next step of an upgrade. Returns the program to execute, if it is time for that. The caller must first
+/// handle all that workers have reported.
 pub fn advance_upgrade(master: &mut Master<'_>) -> Option<DueExec> {
     match &mut master.upgrade.stage {
         UpgradeStage::Idle
-            if master.upgrade.asked
+            if master.upgrade.is_requested
                 && !master.reloads.is_requested()
                 && master.fleet.can_reload() =>
         {
-            master.upgrade.asked = false;
+            master.upgrade.is_requested = false;
             start_probe(master);
         }
         UpgradeStage::Probing(probe) if probe.deadline().is_some_and(|at| at <= now()) => {
@@ -97,7 +97,12 @@ pub fn exec(master: &mut Master<'_>, due: DueExec) {
                 Some(trial) => trial.exec_old_with_state(&state, signals, &reason),
                 None => std::io::Error::other("there is no old program"),
             };
-            format!("{reason}; rollback failed ({error}); continuing with the new program")
+            master.workers.allow_requests();
+            return end_upgrade(
+                master,
+                "upgrade failed, and the old program could not be executed: the new one continues",
+                &format!("{reason}; could not execute the old program: {error}"),
+            );
         }
     };
     master.workers.allow_requests();
@@ -142,9 +147,15 @@ pub fn probe_ended(master: &mut Master<'_>, pid: Pid, exit: Exit) -> bool {
 
 /// Refuses the upgrade: nothing changes, and its clients get the reason.
 pub fn refuse_upgrade(master: &mut Master<'_>, reason: &str) {
-    // The log has the lines behind the first one already.
+    let outcome = "upgrade refused, everything stays as it was";
+    end_upgrade(master, outcome, reason);
+}
+
+/// Ends an upgrade without the program that was wanted. `outcome` says what runs now.
+fn end_upgrade(master: &mut Master<'_>, outcome: &str, reason: &str) {
+    // Only the first line of the reason: its other lines are already in the log.
     let first = reason.lines().next().unwrap_or_default();
-    log::error!("upgrade refused, everything stays as it was: {first}");
+    log::error!("{outcome}: {first}");
     let given_up =
         |stage: &UpgradeStage| matches!(stage, UpgradeStage::Probing(probe) if probe.given_up);
     if !given_up(&master.upgrade.stage) {
@@ -153,11 +164,12 @@ pub fn refuse_upgrade(master: &mut Master<'_>, reason: &str) {
     upgrade_ended(master, Err(reason.to_owned()));
 }
 
-/// Cancels an upgrade, because the server stops or soon will. A new program stays.
+/// Cancels an upgrade, because the server stops or soon will. If the new program already runs, it keeps running (no
+/// rollback).
 pub fn cancel_upgrade(master: &mut Master<'_>) {
     let reason = master.stop_notice();
     let under_way = match &master.upgrade.stage {
-        UpgradeStage::Idle => mem::take(&mut master.upgrade.asked),
+        UpgradeStage::Idle => mem::take(&mut master.upgrade.is_requested),
         UpgradeStage::Probing(probe) => !probe.given_up,
         UpgradeStage::Passed(_) | UpgradeStage::AwaitingReload | UpgradeStage::RollingBack(_) => {
             true
@@ -196,7 +208,8 @@ fn upgrade_ended(master: &mut Master<'_>, result: Result<String, String>) {
     }
 }
 
-/// Handles the result of a reload if it belongs to an upgrade. `details` follow it. Returns whether this program goes back. Then the result must not be reported here.
+/// Handles the result of a reload if it belongs to an upgrade. `details` are added to the text of the result. Returns
+/// whether this program rolls back: then the old program reports the result.
 pub fn finish_upgrade(
     master: &mut Master<'_>,
     result: &Result<Generation, String>,
@@ -209,6 +222,7 @@ pub fn finish_upgrade(
         Ok(generation) => {
             // Closes what was passed on, and the old program.
             *master.setup.trial = None;
+            mark_master(master);
             master.upgrade.stage = UpgradeStage::Idle;
             master.upgrade.settings = None;
             let name = &master.setup.program;
@@ -230,6 +244,16 @@ pub fn finish_upgrade(
             }
             true
         }
+    }
+}
+
+/// Marks this process again as the master of the job store. The kernel drops the mark when any descriptor of the lock
+/// file is closed, such as the one that was passed on.
+pub fn mark_master(master: &Master<'_>) {
+    if let Some(jobs) = &master.contexts.jobs
+        && let Err(error) = jobs.lock.mark_master()
+    {
+        log::error!("the lock of the job store does not show that the server runs: {error}");
     }
 }
 
@@ -279,6 +303,11 @@ pub fn export(master: &Master<'_>) -> UpgradeState {
         workers: master.workers.export(),
         known: (*master.contexts.serving.known).clone(),
         orphans: master.orphans.export(master.workers.other_pids()),
+        jobs: master.contexts.jobs.as_ref().map(|jobs| InstanceState {
+            id: jobs.id,
+            lock: jobs.lock.raw_descriptor(),
+        }),
+        executor_ends: master.executor_ends.export(now()),
         last_reload: master.reload_history.last().cloned(),
         reloads: master.reload_history.all(),
         last_upgrade: master.upgrade.last.clone(),

@@ -45,11 +45,11 @@ pub struct ExecAttempt {
     directory: Option<PathBuf>,
     /// The memory file with the state.
     table: OwnedFd,
-    /// The program before; `None` if this is the program that was gone back to.
+    /// The program before; `None` after a rollback, because then this is the old program.
     image: Option<OwnedFd>,
     /// All descriptors in the state. Empty until that was read.
     through: InheritedFds,
-    /// Why the new program gave up, if this is the program that was gone back to.
+    /// Why the new program gave up; `Some` only after a rollback.
     reason: Option<String>,
     /// Signals that come before there is a master.
     signals: Option<SignalPipe>,
@@ -151,7 +151,7 @@ impl ExecAttempt {
         &self.through
     }
 
-    /// Returns why the new program gave up, if this is the program that was gone back to.
+    /// Returns why the new program gave up; `None` unless this is the old program after a rollback.
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }

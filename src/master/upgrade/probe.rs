@@ -23,11 +23,11 @@ use crate::sys::reexec::c_string;
 use crate::sys::socket::nonblocking_pipe;
 use crate::sys::spawn::{ChildProcess, ProcessLimits, SpawnTemplate, Stdio, spawn_dying_with_us};
 
-/// The number of bytes of its output that are kept: the last ones.
-const MAX_DEATH_RECORDS: usize = 4096;
-/// The most bytes that are read at once, because it may write without an end.
+/// The largest number of bytes of its output that are kept. The last ones are kept.
+const KEPT_BYTES: usize = 4096;
+/// The largest number of bytes that are read in one turn of the main loop, because the probe may write without an end.
 const MOST_AT_ONCE: usize = 64 * 1024;
-/// The most lines that are reported as the reason.
+/// The largest number of lines that are reported as the reason.
 const LINES: usize = 10;
 
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub struct Probe {
     child: ChildProcess,
     output: io::PipeReader,
     /// The last bytes of its output.
-    said: Vec<u8>,
+    kept_output: Vec<u8>,
     /// Whether the output is at its end.
     ended: bool,
     /// Whether it has written [`PROBE_PASSED`].
@@ -63,7 +63,7 @@ pub fn identity(path: &Path) -> FileIdentity {
 }
 
 impl Probe {
-    /// Starts a probe with `state` on its standard input. `limit` is the most time that it may take.
+    /// Starts a probe with `state` on its standard input. `limit` is the longest time that it may take.
     ///
     /// # Errors
     /// If there is no such program, or it cannot be executed.
@@ -101,7 +101,7 @@ impl Probe {
         Ok(Probe {
             child,
             output,
-            said: Vec::new(),
+            kept_output: Vec::new(),
             ended: false,
             passed: false,
             started: now,
@@ -127,21 +127,21 @@ impl Probe {
 
     /// Reads its output.
     pub fn listen(&mut self) {
-        let mut buffer = [0; MAX_DEATH_RECORDS];
+        let mut buffer = [0; KEPT_BYTES];
         let mut taken = 0;
         while !self.ended && taken < MOST_AT_ONCE {
             match self.output.read(&mut buffer) {
                 Ok(0) => self.ended = true,
                 Ok(length) => {
                     taken += length;
-                    self.said.extend_from_slice(&buffer[..length]);
+                    self.kept_output.extend_from_slice(&buffer[..length]);
                     // Before the output is shortened: the line is shorter than what is kept.
                     self.passed |= self
-                        .said
+                        .kept_output
                         .split(|&byte| byte == b'\n')
                         .any(|line| line == PROBE_PASSED.as_bytes());
-                    let surplus = self.said.len().saturating_sub(MAX_DEATH_RECORDS);
-                    self.said.drain(..surplus);
+                    let surplus = self.kept_output.len().saturating_sub(KEPT_BYTES);
+                    self.kept_output.drain(..surplus);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -181,7 +181,7 @@ impl Probe {
 
     /// Returns its last lines behind a colon.
     fn last_lines(&self) -> String {
-        let text = String::from_utf8_lossy(&self.said);
+        let text = String::from_utf8_lossy(&self.kept_output);
         let lines: Vec<&str> = text
             .lines()
             .filter(|line| !line.trim().is_empty() && *line != PROBE_PASSED)

@@ -1,6 +1,7 @@
-//! How far an upgrade is: requested, probing, executed and waiting for its reload, or rolling back.
+//! Holds the stage of an upgrade: requested, probing, executed and waiting for its reload, or rolling back.
 //!
-//! Nothing here acts. The main loop polls the probe, and `super` does the steps.
+//! This file only keeps the state. The main loop polls the probe, and `requests/upgrade_driver.rs` carries out the
+//! steps.
 
 use std::os::fd::BorrowedFd;
 
@@ -14,12 +15,12 @@ use crate::protocol::control::LastReload;
 pub enum UpgradeStage {
     #[default]
     Idle,
-    /// The probe runs, or was given up and has not ended.
+    /// The probe runs, or it was killed and has not ended yet.
     Probing(Box<Probe>),
     Passed(FileIdentity),
     /// This is the new program, and its reload has no result yet.
     AwaitingReload,
-    /// This is the new program. It must go back, with this reason.
+    /// This is the new program. It must roll back, for this reason.
     RollingBack(String),
 }
 
@@ -27,20 +28,20 @@ pub enum UpgradeStage {
 #[derive(Debug, Default)]
 pub struct Upgrade {
     /// Whether it was requested and has not begun.
-    pub asked: bool,
+    pub is_requested: bool,
     pub waiting: Vec<ClientId>,
     pub stage: UpgradeStage,
-    /// Whether a reload was requested as well. The one of the upgrade takes its place.
+    /// Whether a reload was requested as well. The reload of the upgrade answers that request.
     pub reload_also_requested: bool,
-    /// The configuration and the secrets of the old workers as they were passed. `Some` while this is the
-    /// new program and has to keep them: this version may not know how to write the configuration.
+    /// The configuration and the secrets of the old workers, as the old program has passed them on. `Some` while this
+    /// is the new program. They are kept unchanged for a rollback, because this version may not know all keys.
     pub settings: Option<(String, KeptVariables)>,
     /// The result of the last upgrade.
     pub last: Option<LastReload>,
 }
 
 impl Upgrade {
-    /// Returns whether a reload has to wait for it.
+    /// Returns whether a reload has to wait for the upgrade.
     pub fn holds_reload(&self) -> bool {
         match &self.stage {
             UpgradeStage::Probing(probe) => !probe.given_up,
@@ -49,7 +50,7 @@ impl Upgrade {
         }
     }
 
-    /// Returns whether this is the new program, and may have to go back.
+    /// Returns whether this is the new program and its reload has no result, so that a rollback is possible.
     pub fn is_on_trial(&self) -> bool {
         matches!(self.stage, UpgradeStage::AwaitingReload)
     }

@@ -1,9 +1,9 @@
-//! The state that is passed on at an upgrade, as JSON in a memory file.
+//! Defines the state that is passed on at an upgrade, as JSON in a memory file.
 //!
-//! The next version reads it, and the version before reads it after a rollback. So members are only added,
-//! each with a default (`#[serde(default)]`), and unknown members are ignored. A change that needs more
-//! gets a new [`FORMAT`], which older programs refuse. `tests/upgrade-state.json` was written once and is
-//! read by all versions. Descriptors are given by their numbers.
+//! The next version reads it, and the version before reads it after a rollback. So members are only added, each with
+//! a default (`#[serde(default)]`), and unknown members are ignored. Any other change needs a new [`FORMAT`], which
+//! older programs refuse. `tests/upgrade-state.json` was written once and is read by all versions. Descriptors are
+//! given by their numbers.
 
 use std::collections::BTreeSet;
 use std::os::fd::RawFd;
@@ -20,6 +20,7 @@ use super::super::policy::event::Millis;
 use super::start_params::StartParams;
 use crate::config::KeptVariables;
 use crate::error::{Error, Result};
+use crate::master::policy::executor_causes::ExecutorEndsState;
 use crate::master::policy::fleet_state::FleetState;
 use crate::protocol::control::{LastReload, ReloadStatus};
 
@@ -28,7 +29,7 @@ pub const FORMAT: u32 = 1;
 /// The longest state that is read, in bytes.
 pub const LONGEST: u64 = 64 << 20;
 
-/// All that is passed on.
+/// The whole state that is passed on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpgradeState {
     /// [`FORMAT`].
@@ -53,15 +54,21 @@ pub struct UpgradeState {
     pub serving: Vec<usize>,
     /// The listeners of the service manager, as indices of `listeners`.
     pub passed: Vec<usize>,
-    /// That of the observer, likewise.
+    /// The listener of the observer, as an index of `listeners`; empty if there is none.
     #[serde(default)]
     pub observed: Vec<usize>,
-    /// The workers.
+    /// The state of the policy: slots, workers and deaths.
     pub fleet: FleetState,
     pub workers: WorkersState,
     /// What the master reports about the serving generation.
     pub known: GenerationInfo,
     pub orphans: OrphansState,
+    /// The instance whose jobs are stored.
+    #[serde(default)]
+    pub jobs: Option<InstanceState>,
+    /// How workers and pool processes have ended, for the next jobs process.
+    #[serde(default)]
+    pub executor_ends: ExecutorEndsState,
     /// The result of the last reload.
     pub last_reload: Option<LastReload>,
     /// The last reloads.
@@ -78,7 +85,16 @@ pub struct UpgradeState {
     pub reload_waiting: Vec<u64>,
 }
 
-/// What is read first.
+/// The instance whose jobs are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceState {
+    /// Its UUID.
+    pub id: [u8; 16],
+    /// The descriptor of its lock.
+    pub lock: RawFd,
+}
+
+/// The members that are read first. They show whether the rest can be read.
 #[derive(Deserialize)]
 struct StateHeader {
     format: u32,
@@ -99,7 +115,7 @@ impl UpgradeState {
     /// Reads a state.
     ///
     /// # Errors
-    /// Another format, or no state at all.
+    /// The text is not a state, or has another format.
     pub fn of_json(bytes: &[u8]) -> Result<Self> {
         let unreadable = |error| {
             Error::Refused(format!(
@@ -146,6 +162,7 @@ impl UpgradeState {
             .chain(sessions)
             .chain(workers.sources)
             .chain(workers.metrics)
+            .chain(self.jobs.map(|jobs| jobs.lock))
             .chain(single)
             .collect()
     }

@@ -1,4 +1,4 @@
-//! The state of an upgrade, compared with states that were written once.
+//! Tests the state of an upgrade with files that an earlier version has written.
 
 #![allow(clippy::unwrap_used)]
 
@@ -41,7 +41,7 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
     }
     assert_eq!(settings.listen[1].mode, Some(0o660));
 
-    // Before anything of it is due.
+    // The time is before the first deadline in the state.
     let fleet = Fleet::import(state.fleet.clone(), 3_268_900).unwrap();
     assert_eq!(fleet.export(), state.fleet);
     assert_eq!(fleet.next_deadline(), Some(3_269_400));
@@ -53,7 +53,7 @@ fn a_table_of_the_version_before_is_read_and_means_the_same() {
         matches!(holders[..], [SlotState::Worker(_), SlotState::Throttled { until: at }] if at == until)
     );
 
-    // What is written today is still the same.
+    // This version writes the same members and values.
     let again: Value =
         serde_json::from_slice(&read(&stored()).unwrap().to_json().unwrap()).unwrap();
     let stored = stored();
@@ -123,7 +123,7 @@ fn missing(path: &str, whole: &Value, part: &Value) -> Vec<String> {
     members.into_iter().flat_map(member).collect()
 }
 
-/// The program before this one sets the variables and waits for the line.
+/// The old program sets these variables and waits for this line, so they must never change.
 #[test]
 fn the_words_of_an_upgrade_are_those_of_the_version_before() {
     use super::start_params::{PROBE_PASSED, REASON, VARIABLE};
@@ -163,7 +163,7 @@ fn add_everywhere(value: &mut Value) {
     match value {
         Value::Object(members) => {
             members.values_mut().for_each(add_everywhere);
-            // The only places where a name decides: in an OsString, and in a stage.
+            // In an OsString and in a stage the name of a member selects a variant, so no member can be added.
             if !members.contains_key("Unix") && !members.contains_key("draining") {
                 members.insert("mood".into(), json!({"fine": true}));
             }

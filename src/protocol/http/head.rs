@@ -1,11 +1,14 @@
 //! Decodes the head of a request: which call it is, how long the body is, and whether it is valid.
 
 use super::refusal::{RejectedRequest, RequestLimits};
+use super::respond_async::{self, JobRequestHead};
 use super::response::ResponseOptions;
 use crate::protocol::trace_context::{TraceContext, TraceFields};
 use httparse::{EMPTY_HEADER, Error, Header, Status};
 
 pub(super) const HEADERS_MAX: usize = 100;
+/// The largest number of bytes of an `X-Request-Id`.
+const REQUEST_ID_BYTES: usize = 128;
 /// The path of health checks.
 const HEALTH: &str = "/healthz";
 
@@ -27,8 +30,9 @@ pub enum Ask {
     Method(String),
     /// A health check.
     Health,
-    /// A preflight request: a browser asks what a page of a listed origin may do.
-    Preflight,
+    /// A preflight request: a browser asks what a page of a listed origin may do. `has_jobs` is whether requests may
+    /// become jobs.
+    Preflight { has_jobs: bool },
     /// A request that is refused. The connection may continue.
     Refused(RejectedRequest),
 }
@@ -47,6 +51,10 @@ pub struct RequestHead {
     pub close: bool,
     /// The valid trace context of its headers, if the rules ask for it.
     pub trace: Option<Box<TraceContext>>,
+    /// The valid id that its client has given it, if the rules ask for it.
+    pub request_id: Option<Box<str>>,
+    /// `Some` if the request becomes a job.
+    pub job: Option<JobRequestHead>,
 }
 
 /// The headers that are used here.
@@ -67,6 +75,16 @@ pub(super) struct Fields<'a> {
     expect: Option<&'a [u8]>,
     origin: Option<&'a [u8]>,
     origins: usize,
+}
+
+/// Returns the `X-Request-Id`: the first one, if it has at most 128 printable ASCII characters.
+fn request_id(headers: &[Header<'_>]) -> Option<Box<str>> {
+    let mut headers = headers.iter();
+    let found = headers.find(|header| header.name.eq_ignore_ascii_case("x-request-id"))?;
+    let text = std::str::from_utf8(found.value.trim_ascii()).ok()?;
+    let is_printable = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+    let is_valid = (1..=REQUEST_ID_BYTES).contains(&text.len()) && text.bytes().all(is_printable);
+    is_valid.then(|| text.into())
 }
 
 /// Checks a head whose lines end correctly.
@@ -109,6 +127,8 @@ pub(super) fn read(
         expects: false,
         close: if old { !fields.keep } else { fields.close },
         trace: None,
+        request_id: None,
+        job: None,
     };
     if rules.traces {
         let mut trace = TraceFields::default();
@@ -117,8 +137,18 @@ pub(super) fn read(
         }
         head.trace = trace.received().valid();
     }
+    if rules.request_ids {
+        head.request_id = request_id(request.headers);
+    }
     match ask(method, path, &fields, rules, &mut head) {
-        Ok(ask) => head.ask = ask,
+        Ok(ask) => {
+            // A method of the server itself cannot be a job, and a preference that cannot be followed is ignored.
+            if rules.jobs && matches!(&ask, Ask::Method(name) if !name.starts_with("rpc.")) {
+                head.job = respond_async::read_headers(request.headers)?;
+                head.reply.is_async = head.job.is_some();
+            }
+            head.ask = ask;
+        }
         // If no body follows, the beginning of the next request is known.
         Err(refusal) if matches!(body, Length::None | Length::Known(0)) => {
             head.ask = match refusal.status {
@@ -212,8 +242,8 @@ pub(super) fn body(fields: &Fields<'_>, old: bool) -> Result<Length, RejectedReq
                 "Transfer-Encoding is chunked, in HTTP/1.1, without a Content-Length beside it",
             ));
         }
-        // RFC 9112, section 6.1: a coding that is not understood. `identity` is none since RFC 7230, and a
-        // proxy in front may read it in another way.
+        // RFC 9112, section 6.1: a coding that is not understood. `identity` is not a transfer coding since RFC 7230,
+        // and a proxy in front of the server may treat it differently.
         if fields.codings.len() > 1 {
             return Err(RejectedRequest::new(
                 501,
@@ -258,7 +288,10 @@ fn ask(
     match method {
         "POST" => {}
         "GET" | "HEAD" if path == HEALTH && no_body => return Ok(Ask::Health),
-        "OPTIONS" if head.reply.origin.is_some() && no_body => return Ok(Ask::Preflight),
+        "OPTIONS" if head.reply.origin.is_some() && no_body => {
+            let has_jobs = rules.jobs;
+            return Ok(Ask::Preflight { has_jobs });
+        }
         _ => {
             let text = "calls need POST; GET and HEAD are answered at /healthz only";
             return Err(RejectedRequest::new(405, text));

@@ -1,10 +1,9 @@
 //! Encodes and decodes HTTP/1.1, as much of it as calls need (RFC 9110, RFC 9112).
 //!
-//! [`decode`] takes requests from the bytes of a connection. [`response::finish`] makes responses of
-//! answers. httparse knows the grammar. Whatever two parsers could take for two different requests is
-//! refused before: a bare line feed, two lengths, malformed chunks. If a refusal leaves in doubt where
-//! the next request begins, it closes the connection. So no second request is ever parsed from a refused
-//! one.
+//! [`decode`] takes requests from the bytes of a connection. [`response::finish`] makes responses of answers.
+//! httparse knows the grammar. Input that two parsers could understand differently is refused before that: a bare
+//! line feed, two lengths, malformed chunks. If a refusal leaves in doubt where the next request begins, it closes
+//! the connection. So no second request is ever parsed from a refused one.
 //!
 //! The connection keeps the bytes of a request until it is complete. [`ParseProgress`] records how far
 //! they were parsed, and the content of the head. It can be dropped at any time; then the bytes are
@@ -15,6 +14,7 @@ pub mod date;
 pub mod get;
 pub mod head;
 mod refusal;
+pub mod respond_async;
 pub mod response;
 
 use chunked::Walked;

@@ -3,18 +3,22 @@
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
 
-/// The most bytes of a head, including the request line, and of a trailer section.
+/// The largest number of bytes of a head, including the request line, and of a trailer section.
 pub const HEAD_MAX: usize = 16 * 1024;
 
 /// The limits of the server.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestLimits<'r> {
-    /// The most bytes of a body.
+    /// The largest number of bytes of a body.
     pub body: usize,
     /// The origins whose web pages may call.
     pub origins: &'r [String],
     /// Whether the trace context of a request is read.
     pub traces: bool,
+    /// Whether its `X-Request-Id` is read.
+    pub request_ids: bool,
+    /// Whether a request may become a job.
+    pub jobs: bool,
 }
 
 #[derive(Debug, Clone)]

@@ -13,6 +13,8 @@ pub struct ResponseOptions {
     pub bodiless: bool,
     /// The index of the listed origin that it came from.
     pub origin: Option<u16>,
+    /// The request becomes a job: a result is answered with 202.
+    pub is_async: bool,
 }
 
 /// What all responses of a server have in common.
@@ -28,9 +30,10 @@ pub struct ResponseContext<'a> {
 pub fn status_of(code: i64) -> u16 {
     match Code::from_number(code) {
         Some(Code::ParseError | Code::InvalidRequest | Code::InvalidParams) => 400,
-        Some(Code::MethodNotFound) => 404,
+        Some(Code::MethodNotFound | Code::NoSuchJob) => 404,
+        Some(Code::Conflict) => 409,
         Some(Code::TooLarge) => 413,
-        Some(Code::Overloaded | Code::Stopping) => 503,
+        Some(Code::Overloaded | Code::Stopping | Code::Unavailable) => 503,
         Some(Code::Timeout) => 504,
         Some(Code::Cancelled) => 499,
         _ => 500,
@@ -48,6 +51,8 @@ pub fn finish(
     about: ResponseContext<'_>,
 ) {
     let body = out.len() - mark;
+    let is_accepted = reply.is_async && status == 200;
+    let status = if is_accepted { 202 } else { status };
     if reply.bodiless || status == 204 {
         out.truncate(mark);
     }
@@ -67,6 +72,9 @@ pub fn finish(
         503 => out.extend_from_slice(b"Retry-After: 1\r\n"),
         _ => {}
     }
+    if is_accepted {
+        out.extend_from_slice(b"Preference-Applied: respond-async\r\n");
+    }
     let listed = |number: u16| about.origins.get(usize::from(number));
     if let Some(origin) = reply.origin.and_then(listed) {
         let _ = write!(
@@ -85,19 +93,26 @@ pub fn finish(
     out[mark..].rotate_right(head);
 }
 
-/// Appends the response to a preflight request: what a page of a listed origin may do.
+/// Appends the response to a preflight request: what a page of a listed origin may do. `has_jobs` is whether requests may
+/// become jobs.
 pub fn preflight(
     out: &mut Vec<u8>,
     reply: ResponseOptions,
-    close: bool,
+    (close, has_jobs): (bool, bool),
     about: ResponseContext<'_>,
 ) {
     let mark = out.len();
     finish(out, mark, reply, 204, close, about);
     out.truncate(out.len() - 2);
-    out.extend_from_slice(
-        b"Access-Control-Allow-Methods: POST\r\nAccess-Control-Allow-Headers: content-type\r\n\
-          Access-Control-Max-Age: 600\r\n\r\n",
+    let of_jobs = if has_jobs {
+        ", prefer, idempotency-key"
+    } else {
+        ""
+    };
+    let _ = write!(
+        out,
+        "Access-Control-Allow-Methods: POST\r\nAccess-Control-Allow-Headers: content-type{of_jobs}\r\n\
+         Access-Control-Max-Age: 600\r\n\r\n"
     );
 }
 
@@ -105,11 +120,13 @@ pub fn preflight(
 fn status_line(status: u16) -> &'static str {
     match status {
         200 => "200 OK",
+        202 => "202 Accepted",
         204 => "204 No Content",
         400 => "400 Bad Request",
         403 => "403 Forbidden",
         404 => "404 Not Found",
         405 => "405 Method Not Allowed",
+        409 => "409 Conflict",
         413 => "413 Content Too Large",
         415 => "415 Unsupported Media Type",
         417 => "417 Expectation Failed",

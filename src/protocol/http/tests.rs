@@ -8,6 +8,8 @@ const RULES: RequestLimits<'static> = RequestLimits {
     body: 40,
     origins: &[],
     traces: true,
+    request_ids: true,
+    jobs: true,
 };
 
 const ABOUT: ResponseContext<'static> = ResponseContext {
@@ -119,7 +121,7 @@ fn a_response_has_its_length_and_whether_it_is_the_last() {
     let bodiless = ResponseOptions {
         bodiless: true,
         old: true,
-        origin: None,
+        ..ResponseOptions::default()
     };
     response::finish(&mut out, 0, bodiless, 200, false, ABOUT);
     let text = String::from_utf8(out).unwrap();
@@ -127,6 +129,50 @@ fn a_response_has_its_length_and_whether_it_is_the_last() {
         text.ends_with("Content-Length: 2\r\nConnection: keep-alive\r\n\r\n"),
         "{text}"
     );
+}
+
+#[test]
+fn only_a_result_of_a_job_is_accepted() {
+    let options = ResponseOptions {
+        is_async: true,
+        ..ResponseOptions::default()
+    };
+    for (status, line, is_applied) in [
+        (200, "HTTP/1.1 202 Accepted\r\n", true),
+        (404, "HTTP/1.1 404 Not Found\r\n", false),
+    ] {
+        let mut out = b"{}".to_vec();
+        response::finish(&mut out, 0, options, status, false, ABOUT);
+        let text = String::from_utf8(out).unwrap();
+        assert!(text.starts_with(line), "{text}");
+        let applied = text.contains("\r\nPreference-Applied: respond-async\r\n");
+        assert_eq!(applied, is_applied, "{text}");
+    }
+}
+
+#[test]
+fn a_request_becomes_a_job_only_where_there_are_jobs_and_for_a_method_of_the_user() {
+    let job = |path: &str, rules: &RequestLimits<'_>| {
+        let text = format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nPrefer: respond-async\r\nIdempotency-Key: k\r\n\r\n"
+        );
+        match decode(text.as_bytes(), &mut ParseProgress::default(), rules) {
+            DecodedRequest::Whole { head, .. } => {
+                assert_eq!(head.reply.is_async, head.job.is_some());
+                head.job.map(|job| job.key)
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(job("/mail", &RULES), Some(Some("k".into())));
+    for path in ["/", "/rpc.job.get", "/%72pc.discover"] {
+        assert_eq!(job(path, &RULES), None, "{path}");
+    }
+    let without = RequestLimits {
+        jobs: false,
+        ..RULES
+    };
+    assert_eq!(job("/mail", &without), None);
 }
 
 proptest! {

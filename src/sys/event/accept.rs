@@ -127,8 +127,8 @@ impl AcceptSources {
         }
     }
 
-    /// Watches no listener until `resume`. The adoption queue stays as it is.
-    pub fn leave_listeners(&mut self, epoll: &Epoll) {
+    /// Watches no listener until `resume`. The adoption queue is still watched.
+    pub fn pause_only_listeners(&mut self, epoll: &Epoll) {
         self.pause_kind(epoll, Some(SourceKind::Listener));
     }
 

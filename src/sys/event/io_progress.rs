@@ -10,8 +10,8 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Release};
 
 use super::completion::Token;
-use crate::sys::shared_memory;
 use crate::sys::shared_memory::shared_record;
+use crate::sys::{memory, shared_memory};
 
 /// The size of the receive buffer, which all connections of a reactor share.
 pub const RECEIVE_BUFFER: usize = 64 * 1024;
@@ -113,6 +113,18 @@ pub struct IoProgress {
     pub records: &'static [ConnectionRecord],
 }
 
+fn non_zero(length: usize) -> NonZeroUsize {
+    NonZeroUsize::new(length).unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Returns a receive buffer.
+///
+/// # Errors
+/// If there is not enough memory.
+pub fn receive_buffer() -> io::Result<&'static mut [u8]> {
+    memory::zeroed(non_zero(RECEIVE_BUFFER))
+}
+
 impl IoProgress {
     /// Creates a record of `connections` connections, and the reactor's receive buffer, which ends with
     /// room for a packet of `longest` bytes. A connection without a record is served like any other, but
@@ -121,14 +133,13 @@ impl IoProgress {
     /// # Errors
     /// If there is not enough memory.
     pub fn new(connections: usize, longest: usize) -> io::Result<(Self, &'static mut [u8])> {
-        let length = |length| NonZeroUsize::new(length).unwrap_or(NonZeroUsize::MIN);
         let moment = shared_memory::array_without_file::<CurrentIo>(NonZeroUsize::MIN)?;
         Ok((
             IoProgress {
                 moment: &moment[0],
-                records: shared_memory::array_without_file(length(connections))?,
+                records: shared_memory::array_without_file(non_zero(connections))?,
             },
-            shared_memory::bytes(length(RECEIVE_BUFFER + longest))?,
+            shared_memory::bytes(non_zero(RECEIVE_BUFFER + longest))?,
         ))
     }
 

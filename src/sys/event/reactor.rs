@@ -11,20 +11,20 @@ use slab::Slab;
 
 use super::accept::{AcceptSources, FAIR_SHARE, LISTENER_BASE, Taken};
 use super::completion::{Completion, Interest, Token};
-use super::io_progress::{IoProgress, RECEIVE_BUFFER, UnsentData};
+use super::io_progress::{IoProgress, RECEIVE_BUFFER, UnsentData, receive_buffer};
 use super::send_buffer::SendBuffer;
 use super::socket::Socket;
 use crate::sys::rights::{self, GuardedSocket};
 use crate::sys::{clone_files, closer, socket as sockets};
 
-/// The most events taken from the kernel at once.
+/// The largest number of events taken from the kernel at once.
 const BATCH: usize = 256;
 
 /// Event data from here up belong to watches, not to connections.
 const WATCH_BASE: u64 = u64::MAX - 0xFFFF;
 
-/// The stream position of an adopted connection. It lies behind every count of a kernel, so a calculation
-/// from here cannot give a plausible result.
+/// The stream position of an adopted connection. No count of the kernel is as large, so a calculation with it cannot
+/// give a plausible result.
 const UNKNOWN: (u64, u64) = (u64::MAX / 2, u64::MAX / 2);
 
 /// Receives the completions of a [`Reactor`].
@@ -74,7 +74,7 @@ impl Reactor {
             failures: Vec::new(),
             next_tag: 0,
             // A reactor lives as long as its process or thread.
-            buffer: Vec::leak(vec![0; RECEIVE_BUFFER]),
+            buffer: receive_buffer()?,
             packet: &mut [],
             progress: None,
             events: vec![EpollEvent::empty(); BATCH],
@@ -130,9 +130,8 @@ impl Reactor {
         self.insert_socket(socket, (0, 0), (UnsentData::Nothing, 0))
     }
 
-    /// Does the same with a socket that another process has used before. The I/O record has this note
-    /// from the beginning. It says that unsent bytes are in the packet until `clear_carried_output` is
-    /// called.
+    /// Makes a connection of a socket that another process has used before. The I/O record has this note from the
+    /// beginning, and says until the call of `clear_carried_output` that unsent bytes are in the packet.
     ///
     /// # Errors
     /// As for `register`.
@@ -336,8 +335,8 @@ impl Reactor {
     }
 
     /// Leaves accepting to siblings until `resume_listeners`. Continues to adopt their connections.
-    pub fn leave_listeners(&mut self) {
-        self.sources.leave_listeners(&self.epoll);
+    pub fn pause_only_listeners(&mut self) {
+        self.sources.pause_only_listeners(&self.epoll);
     }
 
     /// Starts or stops adopting connections of siblings. Listeners stay as they are.
@@ -575,8 +574,8 @@ impl Reactor {
         self.update(token);
     }
 
-    /// Records a failure, to be reported at the end of the turn: the driver calls `send`, so it must not
-    /// be called from there.
+    /// Records a failure, to be reported at the end of the turn. The driver calls `send`, so `send` must not call the
+    /// driver.
     fn fail(&mut self, token: Token, error: Errno) {
         if let Some(socket) = self.socket(token) {
             socket.failed = true;

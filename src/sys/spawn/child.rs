@@ -59,9 +59,9 @@ unsafe fn execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, SpawnErro
             .map(drop)
             .map_err(|errno| SpawnError { step, errno })
     };
-    // SAFETY: system calls with plain numbers, and pointers to memory that the parent keeps alive. The
-    // wrappers used here are plain system calls in glibc and musl. Those for setuid and the like are not,
-    // so they are not used.
+    // SAFETY: system calls with plain numbers, and pointers to memory that the parent keeps alive. The wrappers used
+    // here are plain system calls in glibc and musl. The wrappers of setuid(2) and similar calls are not, because
+    // they change all threads. So they are not used here.
     unsafe {
         default_signals();
         // Give the child its own session and process group: with the terminal of our session it could

@@ -118,7 +118,7 @@ pub fn spawn(
     start(template, arguments, environment, stdio, None)
 }
 
-/// Does the same, and the kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)). Use it
+/// Starts a program as `spawn`, but the kernel kills the child when this thread ends (PR_SET_PDEATHSIG(2const)). Use it
 /// in a thread that waits for the child, or that lives as long as its process.
 ///
 /// # Errors
@@ -271,7 +271,8 @@ impl ChildProcess {
         with_children(|children| children.remove(&self.pid.0));
     }
 
-    /// Takes its status. Waits for its end, so that is to be known before.
+    /// Reaps the child and returns its status. Waits for its end, so call it only when the child is known to have
+    /// ended.
     pub fn reap(&mut self) -> Option<ReapedChild> {
         if self.reaped {
             return None;

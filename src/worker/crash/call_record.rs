@@ -1,5 +1,5 @@
-//! The record of a call in the journal, in memory that the keeper shares, and the reference to it that a call
-//! carries.
+//! Defines the record of a call in the journal, in memory that the keeper shares, and the reference to it that a call
+//! has.
 //!
 //! The journal reserves, fills and frees records. Nothing here fails.
 
@@ -41,6 +41,11 @@ shared_record! {
         /// The pid of that process, if that is another one.
         pub home: AtomicU32,
         pub id: [AtomicU64; ID_WORDS],
+        /// For its line in the access log, without which these are not written: when it was read in nanoseconds
+        /// (CLOCK_MONOTONIC), the bytes of its body, and the two halves of its trace id.
+        pub read_ns: AtomicU64,
+        pub received_bytes: AtomicU64,
+        pub trace_id: [AtomicU64; 2],
     }
 }
 
@@ -92,10 +97,30 @@ impl CallRef {
 
     /// Records the key and the method of the call.
     #[inline]
-    pub fn is_named(self, key: u64, method: usize) {
+    pub fn set_key(self, key: u64, method: usize) {
         if let Some(entry) = self.0 {
             entry.method.store(method as u32, Relaxed);
             entry.key.store(key, Release);
+        }
+    }
+
+    /// Records what its line in the access log says.
+    pub fn set_line(self, read_ns: u64, received_bytes: usize) {
+        if let Some(entry) = self.0 {
+            entry.read_ns.store(read_ns, Relaxed);
+            entry.received_bytes.store(received_bytes as u64, Relaxed);
+            entry
+                .trace_id
+                .iter()
+                .for_each(|half| half.store(0, Relaxed));
+        }
+    }
+
+    /// Records its trace, likewise.
+    pub fn set_trace(self, trace_id: u128) {
+        if let Some(entry) = self.0 {
+            entry.trace_id[0].store((trace_id >> 64) as u64, Relaxed);
+            entry.trace_id[1].store(trace_id as u64, Relaxed);
         }
     }
 

@@ -24,7 +24,7 @@ use crate::sys::shared_memory::{shared_record, store_text};
 use crate::sys::signal;
 use crate::worker::connection::{AnswerPosition, Connection, ConnectionPhase};
 
-/// The most calls in the journal at once. Only used entries take memory.
+/// The largest number of calls in the journal at once. Only used entries take memory.
 const ENTRIES: usize = 16 * 1024;
 
 shared_record! {
@@ -42,7 +42,7 @@ shared_record! {
     }
 }
 
-/// The flags of a connection, besides its dialect.
+/// The flags of a connection. The lower bits have its dialect.
 pub mod note {
     /// It has received bytes that are not consumed.
     pub const TAIL: u32 = 1 << 8;
@@ -136,9 +136,9 @@ impl CallJournal {
         self.end = self.start.map_or(0, |start| start + at as u64);
     }
 
-    /// Records that all received bytes (`taken`) are consumed or kept. First flags that bytes are kept:
-    /// calls taken from those later have no position in the stream, so the keeper must not take the bytes
-    /// for unread.
+    /// Records that all received bytes (`taken`) are consumed or kept. If bytes are kept, it sets the flag first:
+    /// calls that are taken from them later have no position in the stream, so the keeper must not count these bytes
+    /// as unread.
     pub fn closes(&mut self, connection: &mut Connection, taken: usize) {
         if connection.has_partial_input() {
             self.set_flag(connection, note::TAIL);
@@ -184,8 +184,8 @@ impl CallJournal {
         CallRef(Some(entry))
     }
 
-    /// Records the call `home` of another worker that begins here. No connection of this worker has it, so the
-    /// keeper sends no answer for it. But if it completes, it is no suspect any more.
+    /// Records the call `home` of another worker that begins here. No connection of this worker has it, so the keeper
+    /// sends no answer for it. If it completes, it is not suspected any more, like a call of this worker.
     pub fn take_for_peer(&mut self, home: CallId, key: u64, method: usize) -> CallRef {
         let Some(entry) = self.book.and_then(|book| self.room(book)) else {
             return CallRef::default();
@@ -275,7 +275,7 @@ impl CallJournal {
         self.set_flag(connection, note::CLOSING);
     }
 
-    /// Sets one flag of a connection and clears none.
+    /// Sets a flag of a connection. The other flags stay as they are.
     fn set_flag(&self, connection: &mut Connection, flag: u32) {
         if let Some(book) = self.book
             && connection.recorded_flags & flag == 0
@@ -322,8 +322,8 @@ impl CallJournal {
         }
     }
 
-    /// Records that the worker exits in order and `connections` end with it. They are counted in `ended`,
-    /// except at a stop of the server, because otherwise their clients do not know of it.
+    /// Records that the worker exits as ordered, and that `connections` connections end with it. If the server does
+    /// not stop, their clients do not expect this, so `ended` counts these connections.
     pub fn record_exit(&self, connections: usize, ended: &AtomicU32) {
         if let Some(book) = self.book {
             if book.head.stops.load(Relaxed) == 0 {
@@ -347,7 +347,8 @@ fn number(shape: AnswerFormat) -> u32 {
         Framing::Member => 2,
         Framing::Http(reply) => {
             let origin = reply.origin.map_or(0, |origin| u32::from(origin) + 1);
-            3 | u32::from(reply.old) << 2 | u32::from(reply.bodiless) << 3 | origin << 4
+            let flags = u32::from(reply.old) << 2 | u32::from(reply.bodiless) << 3;
+            3 | flags | origin << 4 | u32::from(reply.is_async) << 24
         }
     };
     form | wrap << 2
@@ -368,7 +369,8 @@ pub fn shape(number: u32) -> AnswerFormat {
         _ => Framing::Http(http::ResponseOptions {
             old: rest & 4 != 0,
             bodiless: rest & 8 != 0,
-            origin: (rest >> 4)
+            is_async: rest >> 24 & 1 != 0,
+            origin: (rest >> 4 & 0xF_FFFF)
                 .checked_sub(1)
                 .and_then(|origin| u16::try_from(origin).ok()),
         }),

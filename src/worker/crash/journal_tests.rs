@@ -27,58 +27,58 @@ fn living(book: SharedJournal) -> usize {
 #[test]
 fn a_call_is_in_the_journal_until_its_answer_is_sent() {
     let (book, _) = SharedJournal::new(4, 2).unwrap();
-    let mut ledger = CallJournal::new(book);
+    let mut journal = CallJournal::new(book);
     let mut connection = connection(book);
     book.progress.moment.start.store(1000, Relaxed);
-    ledger.opens();
-    ledger.reaches(40);
+    journal.opens();
+    journal.reaches(40);
     let place = connection.take(true);
-    let mark = ledger.take(&mut connection, PLAIN, place, (Some("\"an id\""), 1));
+    let mark = journal.take(&mut connection, PLAIN, place, (Some("\"an id\""), 1));
     let entry = &book.entries[0];
     assert_eq!(entry.of.load(Relaxed), connection.token.number() + 1);
     assert_eq!(entry.end.load(Relaxed), 1040);
     assert_eq!(entry.id_length.load(Relaxed), 8);
     mark.begins();
     assert_eq!(entry.begun.load(Relaxed), 1);
-    ledger.closes(&mut connection, 40);
+    journal.closes(&mut connection, 40);
     assert_eq!(book.progress.moment.taken.load(Relaxed), 1040);
-    ledger.answers(mark);
+    journal.answers(mark);
     assert_eq!((living(book), entry.stage.load(Relaxed)), (1, ANSWERED));
-    ledger.sent();
+    journal.sent();
     assert_eq!(living(book), 0);
     // Kept bytes have no position in the received bytes.
-    ledger.reaches(7);
-    let mark = ledger.take(&mut connection, PLAIN, place, (None, 2));
+    journal.reaches(7);
+    let mark = journal.take(&mut connection, PLAIN, place, (None, 2));
     assert_eq!(entry.end.load(Relaxed), 0);
     assert_eq!(entry.id_length.load(Relaxed), 0);
     assert_eq!(entry.begun.load(Relaxed), 0, "its entry is used again");
-    ledger.forget(mark);
+    journal.forget(mark);
     assert_eq!(living(book), 0);
 }
 
 #[test]
 fn a_call_without_room_in_the_journal_marks_its_connection() {
     let (book, _) = SharedJournal::new(4, 2).unwrap();
-    let mut ledger = CallJournal::new(book);
+    let mut journal = CallJournal::new(book);
     let mut connection = connection(book);
     let place = connection.take(true);
     let note = || book.progress.records[1].note.load(Relaxed);
     let long = format!("\"{}\"", "x".repeat(100));
-    let mark = ledger.take(&mut connection, PLAIN, place, (Some(&long), 3));
+    let mark = journal.take(&mut connection, PLAIN, place, (Some(&long), 3));
     assert_eq!((mark, note()), (CallRef::default(), note::UNKEPT));
     // This holds until all is answered.
     connection.answered(place, &mut Vec::new(), |_| {});
-    ledger.update_flags(&mut connection);
+    journal.update_flags(&mut connection);
     assert_eq!(note(), 0);
     for _ in 0..ENTRIES {
         let place = connection.take(true);
         assert_ne!(
-            ledger.take(&mut connection, PLAIN, place, (None, 2)),
+            journal.take(&mut connection, PLAIN, place, (None, 2)),
             CallRef::default()
         );
     }
     let place = connection.take(true);
-    ledger.take(&mut connection, PLAIN, place, (None, 2));
+    journal.take(&mut connection, PLAIN, place, (None, 2));
     assert_eq!(note(), note::UNKEPT);
 }
 
@@ -89,6 +89,7 @@ fn an_answer_format_is_restored_from_its_number() {
             old,
             bodiless,
             origin,
+            is_async: bodiless,
         })
     };
     let wraps = [
@@ -114,7 +115,7 @@ fn an_answer_format_is_restored_from_its_number() {
 
 #[test]
 fn nothing_is_recorded_without_a_keeper() {
-    let mut ledger = CallJournal::default();
+    let mut journal = CallJournal::default();
     let mut connection = Connection::new(
         Token::for_test(0),
         None,
@@ -122,10 +123,10 @@ fn nothing_is_recorded_without_a_keeper() {
         0,
     );
     let place = connection.take(false);
-    let mark = ledger.take(&mut connection, PLAIN, place, (None, 2));
+    let mark = journal.take(&mut connection, PLAIN, place, (None, 2));
     assert_eq!(mark, CallRef::default());
-    ledger.answers(mark);
-    ledger.sent();
+    journal.answers(mark);
+    journal.sent();
     assert!(!connection.has_unlogged_calls);
 }
 
@@ -133,12 +134,12 @@ fn nothing_is_recorded_without_a_keeper() {
 fn connections_that_end_with_their_worker_are_counted_except_at_a_stop() {
     for (stops, expected) in [(false, 3), (true, 0)] {
         let (book, _) = SharedJournal::new(4, 2).unwrap();
-        let ledger = CallJournal::new(book);
+        let journal = CallJournal::new(book);
         if stops {
-            ledger.stops();
+            journal.stops();
         }
         let ended = AtomicU32::new(0);
-        ledger.record_exit(3, &ended);
+        journal.record_exit(3, &ended);
         assert_eq!(ended.load(Relaxed), expected);
         assert_eq!(book.head.leaves.load(Relaxed), 1);
     }

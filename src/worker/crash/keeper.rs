@@ -5,7 +5,7 @@
 //! uses no descriptor, reads no call and runs no handler. If the worker exits in order, the keeper exits
 //! too. If the worker has died, the keeper answers the unanswered calls of the journal with `crashed`,
 //! and hands each connection over through the adoption queue. So a crash costs the calls that ran, but no
-//! connection. It ends at once with the master. If the keeper cannot hand a connection over, the
+//! connection. If the master dies, the keeper ends at once. If the keeper cannot hand a connection over, the
 //! connection is closed.
 
 #![allow(unsafe_code)]
@@ -34,8 +34,9 @@ use crate::sys::event::UnsentData;
 use crate::sys::event::io_progress::{ConnectionRecord, CurrentIo, PendingAccept, RECEIVE_BUFFER};
 use crate::sys::process::{Fork, Pid, exit_now, monotonic, unix_seconds};
 use crate::sys::shared_memory::load_text;
-use crate::sys::socket::{Bound, reset_when_closed};
+use crate::sys::socket::{Bound, peer, reset_when_closed};
 use crate::sys::{clone_files, descriptor};
+use crate::worker::access_log::crashed_calls::CrashedCallLines;
 use crate::worker_init::WorkerInit;
 
 /// Records beyond `limits.connections`, because adopted or queued connections may exceed it.
@@ -51,8 +52,8 @@ pub struct KeeperSetup {
     pub buffer: &'static mut [u8],
 }
 
-/// Makes the keeper of this worker. Call it when the process has nothing of the master any more and all
-/// signals are blocked. The keeper keeps them blocked.
+/// Creates the keeper of this worker. Call it when the process has closed everything of the master and all signals
+/// are blocked. In the keeper the signals stay blocked.
 ///
 /// # Errors
 /// If there is no memory, no descriptor or no process left.
@@ -61,21 +62,21 @@ pub fn make(boot: &WorkerInit<'_>) -> io::Result<KeeperSetup> {
     let (book, buffer) = SharedJournal::new(connections, boot.settings.workers.threads)?;
     let worker = clone_files::pidfd_self()?;
     let addresses = crate::worker::crash::unrecorded_sockets::addresses(&boot.listeners);
-    let ids = boot.settings.trace.then(|| Pid::current().0);
+    let pid = Pid::current();
     let made = clone_files::clone_process(&boot.record.keeper);
     if matches!(made, Ok(Fork::Child)) {
         boot.show("keeper");
-        run_keeper(boot, (&worker, &addresses, ids), book, buffer);
+        run_keeper(boot, (&worker, &addresses, pid), book, buffer);
     }
     made?;
-    // The keeper waits for this number as long as the worker lives.
+    // The keeper polls this descriptor by its number as long as the worker lives, so the worker must not close it.
     std::mem::forget(worker);
     Ok(KeeperSetup { book, buffer })
 }
 
 fn run_keeper(
     boot: &WorkerInit<'_>,
-    (worker, addresses, ids): (&OwnedFd, &[Bound], Option<i32>),
+    (worker, addresses, pid): (&OwnedFd, &[Bound], Pid),
     book: SharedJournal,
     buffer: &[u8],
 ) -> ! {
@@ -96,38 +97,44 @@ fn run_keeper(
     // From here on only this process has the descriptors.
     if book.head.leaves.load(Acquire) == 0 && book.head.stops.load(Acquire) == 0 {
         let end = monotonic().saturating_add(boot.settings.workers.drain_timeout);
-        let coming = PendingAccept::of(book.progress.moment.accepting.load(Acquire));
-        let strangers = match coming {
+        let pending = PendingAccept::of(book.progress.moment.accepting.load(Acquire));
+        let unrecorded = match pending {
             PendingAccept::None => Vec::new(),
             PendingAccept::Fresh | PendingAccept::Used => {
                 crate::worker::crash::unrecorded_sockets::find(addresses, &known(book))
             }
         };
-        recover_connections(boot, book, (buffer, &strangers, coming), (end, ids));
+        recover_connections(boot, book, (buffer, &unrecorded, pending), (end, pid));
+    } else {
+        // It may have been killed while the server stops.
+        drop(CrashedCallLines::new(boot, pid));
     }
     exit_now(0);
 }
 
-/// Recovers or closes each connection, by `end` at the latest. `ids` is the pid in the ids of calls, if errors
-/// have these.
+/// Recovers or closes each connection, by `end` at the latest. `pid` is that of the worker.
 fn recover_connections(
     boot: &WorkerInit<'_>,
     book: SharedJournal,
-    (buffer, strangers, coming): (&[u8], &[RawFd], PendingAccept),
-    (end, ids): (Duration, Option<i32>),
+    (buffer, unrecorded, pending): (&[u8], &[RawFd], PendingAccept),
+    (end, pid): (Duration, Pid),
 ) {
     // The worker has ended, so this is the only writer of its block.
     let writer = BlockWriter::new(boot.metrics.block, false);
     let left = connections(book);
     let fds = known(book);
     let adoption = &boot.adoption;
+    let mut lines = CrashedCallLines::new(boot, pid);
     let queue = [adoption.tx.as_raw_fd(), adoption.rx.as_raw_fd()];
+    let log = boot.access_file.iter().map(|file| file.as_raw_fd());
+    let own: Vec<RawFd> = queue.into_iter().chain(log).collect();
     // Close the worker's listeners, its link, and descriptors for commands and programs.
     // SAFETY: the worker that owned these descriptors has ended, and the keeper uses none of them.
-    unsafe { descriptor::close_all_but(&[&fds[..], strangers, &queue].concat()) };
+    unsafe { descriptor::close_all_but(&[&fds[..], unrecorded, &own].concat()) };
     let highest = book.head.highest.load(Acquire);
     let event_loop_call = book.running[0].key.load(Acquire);
     boot.crash_report.tell(ran(book.running), event_loop_call);
+    let ids = boot.settings.trace.then_some(pid.0);
     let mut calls = calls(book.entries, highest, ids);
     let http = ResponseContext {
         origins: &boot.settings.http_origins,
@@ -139,8 +146,11 @@ fn recover_connections(
     let mut to_pass = Vec::new();
     // SAFETY: the worker that owned them has ended, and each number is taken once.
     let take = |&fd: &RawFd| unsafe { clone_files::take_fd(fd) };
-    for socket in strangers.iter().filter_map(take) {
-        match (coming, packet) {
+    for socket in unrecorded.iter().filter_map(take) {
+        if pending == PendingAccept::Fresh {
+            writer.add(&writer.block.accepted, 1);
+        }
+        match (pending, packet) {
             (PendingAccept::Used, None) => reset(boot, &socket),
             // Hand it over with its packet, because nothing was done with it.
             (PendingAccept::Used, Some(packet)) => {
@@ -190,20 +200,23 @@ fn recover_connections(
             Recovery::Close if held.note & journal::note::GIVEN != 0 => {}
             Recovery::Close => writer.add(&writer.block.closed[CloseReason::Crash as usize], 1),
             Recovery::Reset => reset(boot, &socket),
-            fate @ Recovery::PassOn { .. } => to_pass.push((socket, fate)),
+            decision @ Recovery::PassOn { .. } => to_pass.push((socket, decision)),
         }
     }
-    for (socket, fate) in to_pass {
-        if let Recovery::PassOn { crashed, .. } = &fate
-            && give(adoption, &socket, &fate, buffer, end)
+    for (socket, decision) in to_pass {
+        if let Recovery::PassOn { crashed, .. } = &decision
+            && give(adoption, &socket, &decision, buffer, end)
         {
             count(&boot.record.kept, 1);
             count(&boot.record.crashed, crashed.len());
-            for &(method, begun) in crashed {
+            for call in crashed {
+                let method = call.method;
                 let place = method.map_or(OTHER, |method| boot.metrics.method(method));
                 writer.add(&writer.block.calls[place], 1);
-                writer.count_error(place, Code::Crashed as usize, begun);
+                writer.count_error(place, Code::Crashed as usize, call.begun);
+                lines.add(call, place, peer(&socket));
             }
+            lines.flush();
             count_moved(writer);
         } else {
             count_reset(boot);
@@ -280,6 +293,11 @@ fn call(entry: &CallRecord, ids: Option<i32>) -> UnansweredCall {
         answered: entry.stage.load(Relaxed) == ANSWERED,
         end: entry.end.load(Relaxed),
         call: ids.and_then(|pid| CallId::recorded(pid, entry.number.load(Relaxed))),
+        number: entry.number.load(Relaxed),
+        read_ns: entry.read_ns.load(Relaxed),
+        received_bytes: entry.received_bytes.load(Relaxed) as usize,
+        trace_id: u128::from(entry.trace_id[0].load(Relaxed)) << 64
+            | u128::from(entry.trace_id[1].load(Relaxed)),
     }
 }
 
@@ -315,7 +333,7 @@ fn sending(moment: &CurrentIo, index: usize, socket: &OwnedFd) -> Option<Sending
 fn give(
     adoption: &AdoptionQueue,
     socket: &OwnedFd,
-    fate: &Recovery,
+    decision: &Recovery,
     buffer: &[u8],
     end: Duration,
 ) -> bool {
@@ -324,7 +342,7 @@ fn give(
         unsent,
         unread,
         ..
-    } = fate
+    } = decision
     else {
         return false;
     };

@@ -15,6 +15,7 @@ use crate::protocol::code::Code;
 use crate::protocol::http::ResponseContext;
 use crate::protocol::reply::{AnswerContext, AnswerFormat};
 use crate::protocol::rpc_error::RpcError;
+use crate::worker::access_log::line::body_bytes;
 
 /// An unanswered call.
 #[derive(Debug, Clone)]
@@ -32,6 +33,27 @@ pub struct UnansweredCall {
     pub end: u64,
     /// The id that its error names.
     pub call: Option<CallId>,
+    /// Its number in the worker, and what its line in the access log says.
+    pub number: u64,
+    pub read_ns: u64,
+    pub received_bytes: usize,
+    pub trace_id: u128,
+}
+
+/// A call that is answered with `crashed`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CrashedCall {
+    /// The number of its method, if it was known.
+    pub method: Option<usize>,
+    /// Whether it had begun.
+    pub begun: bool,
+    pub number: u64,
+    pub shape: AnswerFormat,
+    pub read_ns: u64,
+    pub received_bytes: usize,
+    pub trace_id: u128,
+    /// The bytes of its answer.
+    pub sent_bytes: usize,
 }
 
 /// The recorded state of a connection.
@@ -74,8 +96,8 @@ pub enum Recovery {
         /// The answers that are sent first.
         unsent: Vec<u8>,
         unread: Range<usize>,
-        /// The calls that are answered with `crashed`: the method, and whether each had begun.
-        crashed: Vec<(Option<usize>, bool)>,
+        /// The calls that are answered with `crashed`.
+        crashed: Vec<CrashedCall>,
     },
     /// Close it: it had ended, or was already handed over.
     Close,
@@ -117,7 +139,9 @@ pub fn decide(
         true => Vec::new(),
         false => held.unsent.clone(),
     };
+    let mut crashed = Vec::new();
     for (index, call) in left.iter().enumerate() {
+        let start = unsent.len();
         let about = AnswerContext {
             last: index + 1 == left.len(),
             closing,
@@ -129,6 +153,16 @@ pub fn decide(
         let _ = call
             .shape
             .compose(&mut unsent, about, ("", id), || call.call, |_| Err(error));
+        crashed.push(CrashedCall {
+            method: call.method,
+            begun: call.begun,
+            number: call.number,
+            shape: call.shape,
+            read_ns: call.read_ns,
+            received_bytes: call.received_bytes,
+            trace_id: call.trace_id,
+            sent_bytes: body_bytes(&unsent[start..], call.shape.wrap),
+        });
     }
     Recovery::PassOn {
         state: HandoffState {
@@ -139,7 +173,7 @@ pub fn decide(
         },
         unsent,
         unread,
-        crashed: left.iter().map(|call| (call.method, call.begun)).collect(),
+        crashed,
     }
 }
 

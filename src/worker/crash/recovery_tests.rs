@@ -19,6 +19,10 @@ fn call(order: Option<u64>, id: Option<&str>, begun: bool) -> UnansweredCall {
         answered: false,
         end: 0,
         call: None,
+        number: 1,
+        read_ns: 0,
+        received_bytes: 0,
+        trace_id: 0,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Finds out what a slow call is doing, from /proc. Only the thread of the recorder calls it.
 //!
-//! What it reads belongs to the call only if the call still runs afterwards, in the same process. Else it is
-//! dropped, so a record never names another call's program. What the kernel refuses is left out and named.
+//! The evidence belongs to the call only if the call still runs after the read, in the same process. Otherwise the
+//! evidence is dropped, so that a record never names the program of another call. If the kernel refuses a part, the
+//! text says so instead.
 
 use std::time::Duration;
 
@@ -16,12 +17,12 @@ use crate::sys::process::Pid;
 use crate::sys::process_facts::{self, ProcessFacts, had_begun};
 use crate::sys::process_tree::PidFd;
 
-/// The most processes that are named.
+/// The largest number of processes that are named.
 const MOST_NAMED: usize = 16;
-/// The most bytes of standard error.
+/// The largest number of bytes of standard error.
 const STDERR_END: usize = 1024;
 
-/// What runs a slow call.
+/// The process or thread that runs a slow call.
 #[derive(Debug)]
 pub enum Target {
     /// A thread of this process; 0: not known.
@@ -32,7 +33,7 @@ pub enum Target {
     Program(ServingProgram, String),
     /// The call has ended already, or its program was taken from it.
     Ended,
-    /// It ran on the event loop and has ended.
+    /// The call ran on the event loop and has ended.
     EventLoop,
 }
 
@@ -57,7 +58,11 @@ const ENDED: &str = "it ended before it was looked at";
 
 /// Looks at a call that was found running at the time `seen` (CLOCK_MONOTONIC) and had begun at `began_ns`.
 pub fn look(target: &Target, state: &CallState, (seen, began_ns): (Duration, u64)) -> Evidence {
+    let is_over = || state.begun_ns() != Some(began_ns);
     let (evidence, stack) = match target {
+        Target::Ended => return ENDED.to_owned().into(),
+        Target::EventLoop => return "held the event loop".to_owned().into(),
+        _ if is_over() => return ENDED.to_owned().into(),
         Target::Thread(thread) => (of_thread(*thread), None),
         Target::Command(number) => match command_of(*number, STDERR_END) {
             Some((pid, stderr)) => {
@@ -76,10 +81,8 @@ pub fn look(target: &Target, state: &CallState, (seen, began_ns): (Duration, u64
             let stack = pidfd.zip(program.stack_signal).filter(|_| text.is_some());
             (text.unwrap_or_else(|| ENDED.into()).into(), stack)
         }
-        Target::Ended => return ENDED.to_owned().into(),
-        Target::EventLoop => return "held the event loop".to_owned().into(),
     };
-    if state.begun_ns() != Some(began_ns) {
+    if is_over() {
         return ENDED.to_owned().into();
     }
     let Some((pidfd, signal)) = stack else {

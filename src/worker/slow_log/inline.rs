@@ -33,7 +33,8 @@ impl InlineTimer {
 
     /// Sets the lowest threshold.
     pub(super) fn set(&mut self, lowest_ns: Option<u64>) {
-        // No processor counts slower than one cycle per nanosecond. What takes fewer cycles takes less time.
+        // No processor counts slower than one cycle per nanosecond. So a call of fewer cycles than nanoseconds in the
+        // threshold is not slow.
         self.limit = lowest_ns.unwrap_or(0);
     }
 

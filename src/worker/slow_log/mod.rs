@@ -1,4 +1,4 @@
-//! The slow log of a process: what it is doing with the calls that run longer than their threshold.
+//! Writes the slow log of a process: what its calls are doing when they run longer than their threshold.
 //!
 //! `watch` finds the slow calls, on the event loop; `inline` those that run on the loop itself. `recorder` is a
 //! thread that writes the records. It asks `evidence` what a call is doing. `record` has the lines of the log.

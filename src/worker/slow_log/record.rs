@@ -1,7 +1,7 @@
-//! What a record of the slow log says: the two lines of the log, as text and as members of JSON.
+//! Writes the two log lines of a slow call, as text and as members of JSON.
 //!
-//! Texts of clients and programs come in here as they are. JSON escapes them, and the log escapes what controls
-//! a line or a terminal.
+//! Texts of clients and programs are used as they are. JSON escapes them, and the log escapes what controls a line or
+//! a terminal.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use crate::link::call_frame::CallOrigin;
 use crate::protocol::call_id::CallId;
 use crate::sys::process::unix_time_ms;
 
-/// What a record is to show of a call and only its dispatcher knows.
+/// The facts about a call that only its dispatcher knows, for the slow log.
 #[derive(Debug, Clone, Default)]
 pub struct ShownCall {
     /// All 0 without a slow log.
@@ -144,7 +144,7 @@ impl SlowRecord {
 
     /// Returns the line that is written while the call runs. `now_ns` is CLOCK_MONOTONIC.
     pub fn begin_line(&self, now_ns: u64, evidence: &str) -> SlowLine {
-        // A call that was read before there was a slow log has none.
+        // If the call was read before the slow log was switched on, its origin is not known.
         let origin = Some(self.shown.origin).filter(|origin| origin.read_ns > 0);
         let age_ms = now_ns.saturating_sub(self.began_ns) / 1_000_000;
         let members = BeginMembers {
@@ -216,7 +216,7 @@ impl SlowRecord {
 }
 
 /// Returns at most the first `most` bytes of a text, without half a character.
-fn begin_of(text: &str, most: usize) -> &str {
+pub fn begin_of(text: &str, most: usize) -> &str {
     let mut end = text.len().min(most);
     while !text.is_char_boundary(end) {
         end -= 1;

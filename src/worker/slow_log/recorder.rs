@@ -25,10 +25,10 @@ use crate::sys::waker::Waker;
 const STACK: usize = 256 * 1024;
 /// How long a line waits for the master.
 const PATIENCE: Duration = Duration::from_millis(60);
-/// How often it is looked for the answer of the master.
+/// The time between two checks for the answer of the master.
 const LOOK: Duration = Duration::from_millis(2);
 
-enum Job {
+enum RecordStep {
     Begin {
         number: u64,
         record: Box<SlowRecord>,
@@ -49,9 +49,9 @@ pub(super) struct Recorder {
     ring: &'static SlowRing,
     /// The thread; `None` before the first slow call. Nothing is ever received: the channel closes with the
     /// thread.
-    thread: Option<(Sender<Job>, Receiver<()>)>,
+    thread: Option<(Sender<RecordStep>, Receiver<()>)>,
     asks_master: bool,
-    /// Whether a record asks for something.
+    /// Whether a new record has a question for the master.
     question: Arc<AtomicBool>,
     waker: Arc<Waker>,
 }
@@ -74,7 +74,7 @@ impl Recorder {
         record: SlowRecord,
         (target, state): (Target, Arc<CallState>),
     ) {
-        let (jobs, _) = match &self.thread {
+        let (steps, _) = match &self.thread {
             Some(thread) => thread,
             None => {
                 let thread = self.start();
@@ -82,7 +82,7 @@ impl Recorder {
             }
         };
         // Without a thread there is no receiver.
-        let _ = jobs.send(Job::Begin {
+        let _ = steps.send(RecordStep::Begin {
             number,
             record: Box::new(record),
             target,
@@ -91,28 +91,28 @@ impl Recorder {
         });
     }
 
-    /// Completes it.
+    /// Completes the record with this number.
     pub fn end(&self, number: u64, end: SlowEnd) {
-        if let Some((jobs, _)) = &self.thread {
-            let _ = jobs.send(Job::End { number, end });
+        if let Some((steps, _)) = &self.thread {
+            let _ = steps.send(RecordStep::End { number, end });
         }
     }
 
     /// Waits until all records are written, at most for this time. Call it before the process exits.
     pub fn finish(&mut self, limit: Duration) {
-        if let Some((jobs, end)) = self.thread.take() {
-            drop(jobs);
+        if let Some((steps, end)) = self.thread.take() {
+            drop(steps);
             let _ = end.recv_timeout(limit);
         }
     }
 
-    /// Returns whether the master is to be asked. True once for each question.
+    /// Returns whether the master must be asked. Returns true once for each question.
     pub fn takes_question(&self) -> bool {
         self.asks_master && self.question.swap(false, Ordering::Relaxed)
     }
 
-    fn start(&self) -> (Sender<Job>, Receiver<()>) {
-        let (sender, jobs) = unbounded();
+    fn start(&self) -> (Sender<RecordStep>, Receiver<()>) {
+        let (sender, steps) = unbounded();
         let (life, end) = bounded(0);
         let thread = RecorderThread {
             ring: self.ring,
@@ -123,15 +123,14 @@ impl Recorder {
             waiting: Vec::new(),
         };
         // The thread inherits the mask: signals are for the event loop.
-        signal::block_all();
         let builder = thread::Builder::new()
             .name("slow-log".into())
             .stack_size(STACK);
-        let started = builder.spawn(move || {
-            thread.run(&jobs);
+        let body = move || {
+            thread.run(&steps);
             drop::<Sender<()>>(life);
-        });
-        signal::unblock_all();
+        };
+        let started = signal::with_signals_blocked(|| builder.spawn(body));
         if let Err(error) = started {
             log::warn!("slow calls are only counted: no thread could be started for them: {error}");
         }
@@ -145,6 +144,8 @@ struct WaitingLine {
     until: Duration,
     /// What this process knows.
     evidence: String,
+    /// The state of the call.
+    state: Arc<CallState>,
 }
 
 /// An open record.
@@ -164,21 +165,21 @@ struct RecorderThread {
 }
 
 impl RecorderThread {
-    fn run(mut self, jobs: &Receiver<Job>) {
+    fn run(mut self, steps: &Receiver<RecordStep>) {
         loop {
-            let job = match self.waiting.is_empty() {
-                true => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                false => jobs.recv_timeout(LOOK),
+            let step = match self.waiting.is_empty() {
+                true => steps.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                false => steps.recv_timeout(LOOK),
             };
-            match job {
-                Ok(Job::Begin {
+            match step {
+                Ok(RecordStep::Begin {
                     number,
                     record,
                     target,
                     state,
                     seen,
                 }) => self.begin(number, record, (&target, &state, seen)),
-                Ok(Job::End { number, end }) => self.end(number, &end),
+                Ok(RecordStep::End { number, end }) => self.end(number, &end),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.log_answered(|_| true),
             }
@@ -191,7 +192,7 @@ impl RecorderThread {
         &mut self,
         number: u64,
         record: Box<SlowRecord>,
-        (target, state, seen): (&Target, &CallState, Duration),
+        (target, state, seen): (&Target, &Arc<CallState>, Duration),
     ) {
         let found = evidence::look(target, state, (seen, record.began_ns));
         let asks_for = if self.asks_master {
@@ -218,6 +219,7 @@ impl RecorderThread {
             number,
             until: monotonic() + PATIENCE,
             evidence: call.evidence,
+            state: Arc::clone(state),
         });
         self.question.store(true, Ordering::Relaxed);
         self.waker.wake();
@@ -237,8 +239,13 @@ impl RecorderThread {
             let open = self.open.get(&line.number);
             match open.and_then(|open| self.ring.answered(open.place)) {
                 Some(evidence) => {
-                    let is_kept = !evidence.is_empty();
-                    let evidence = if is_kept { evidence } else { line.evidence };
+                    // If it still runs, the master has looked at this call. Otherwise its thread may have had another.
+                    let began_ns = open.map(|open| open.record.began_ns);
+                    let is_same = line.state.begun_ns() == began_ns && !evidence.is_empty();
+                    if let Some(open) = open.filter(|_| !is_same) {
+                        self.ring.correct(open.place, &line.evidence);
+                    }
+                    let evidence = if is_same { evidence } else { line.evidence };
                     self.log_begin(line.number, &evidence);
                 }
                 None if must(&line) => self.log_begin(line.number, &line.evidence),

@@ -1,8 +1,8 @@
 //! Finds the calls that this process has run for longer than their threshold.
 //!
-//! There is no timer per call. One timer is armed while calls run: for the moment at which the oldest of them
-//! passes its threshold, and after the lowest threshold at the latest. A call is then handed to a thread
-//! (`recorder`), which reads /proc and writes the record. The event loop reads nothing.
+//! There is no timer per call. While calls run, one timer is armed. It expires when the oldest call passes its
+//! threshold, but at the latest after the lowest threshold. A call is then handed to a thread (`recorder`), which
+//! reads /proc and writes the record. The event loop reads nothing.
 //!
 //! The process that runs a call records it: a worker, a pool process or a session. The rules are on the metrics
 //! board, so a reload also changes what counts as slow for the calls that run.
@@ -34,7 +34,7 @@ use crate::worker::threads::{Done, Threads};
 use crate::worker::timers::{CallKey, TimerTarget, Timers};
 
 const NS_PER_MS: u64 = 1_000_000;
-/// The shortest time between two looks, in milliseconds, so that short thresholds cost little.
+/// The shortest time between two checks, in milliseconds, so that short thresholds cost little.
 const SHORTEST_LOOK_MS: u64 = 5;
 /// The time in which at most `lines` records begin.
 const SECOND_MS: u64 = 1000;
@@ -49,14 +49,14 @@ struct OpenCall {
     began_ns: u64,
 }
 
-/// What the watch needs to know of the process: its calls, their methods, where it counts, and the time in
+/// The state of the process that the watch needs: its calls, their methods, its counters, and the time in
 /// milliseconds.
 type Around<'a> = (&'a CallScheduler, &'a Registry, &'a CallCounts, u64);
 
 /// How an inline call is described: the number of its method, its name, its params and its journal entry.
 type InlineCall<'a> = (usize, &'a str, &'a str, CallRef);
 
-/// What a process knows of its slow calls.
+/// What a process knows about its slow calls.
 #[derive(Debug)]
 pub struct SlowWatch {
     header: &'static BoardHeader,
@@ -64,7 +64,7 @@ pub struct SlowWatch {
     seen: u64,
     /// See `Timers::arm`.
     timer: u64,
-    /// Whether to look in this turn.
+    /// Whether to check in this turn.
     is_due: bool,
     open: BTreeMap<CallKey, OpenCall>,
     recorder: Recorder,
@@ -72,7 +72,7 @@ pub struct SlowWatch {
     /// When this second began, and how many records it had.
     second_ms: u64,
     begun: u64,
-    /// By method, its place on the board.
+    /// The place of each method on the metrics board, by the number of the method.
     places: BTreeMap<usize, usize>,
     /// The call that `rpc.cancel` ends now.
     pub cancelled: Option<CallKey>,
@@ -99,17 +99,17 @@ impl SlowWatch {
         }
     }
 
-    /// Waits until all records are written, but not long. Call it before the process exits.
+    /// Waits until all records are written, at most for `LAST_RECORDS`. Call it before the process exits.
     pub fn finish(&mut self) {
         self.recorder.finish(LAST_RECORDS);
     }
 
-    /// Its timer has expired.
+    /// Handles its timer, which has expired.
     pub fn expire(&mut self) {
         (self.timer, self.is_due) = (0, true);
     }
 
-    /// Returns what a record is to show of a call and only its dispatcher knows.
+    /// Returns the facts about a call for its record that only the dispatcher knows.
     #[inline]
     pub fn shown(&self, origin: CallOrigin, peer: Option<SocketAddr>, params: &str) -> ShownCall {
         match self.header.slow.lowest_ns() {
@@ -153,8 +153,8 @@ impl SlowWatch {
         })
     }
 
-    /// Looks for slow calls, if that is due. Call it in each turn of the event loop. Returns whether the master is
-    /// to read what this process may not.
+    /// Looks for slow calls, if that is due. Call it in each turn of the event loop. Returns whether the master must be
+    /// asked for facts that this process may not read.
     #[must_use]
     pub fn watch(
         &mut self,
@@ -243,7 +243,7 @@ impl SlowWatch {
         kinds.get(place).copied().flatten().unwrap_or("function")
     }
 
-    /// A call has ended. Call it before its result is taken out of the table.
+    /// Handles a call that has ended. Call it while the call is still in the table.
     #[inline]
     pub fn ended(&mut self, around: Around<'_>, done: &Done) {
         let took_ns = done.took.as_nanos() as u64;
@@ -265,7 +265,7 @@ impl SlowWatch {
             Some(Err(error)) => of_error(error),
             None => return,
         };
-        let cpu = (!done.cpu.is_zero()).then_some(done.cpu);
+        let cpu = Some(done.runner.cpu).filter(|cpu| !cpu.is_zero());
         let end = SlowEnd {
             outcome,
             code,
@@ -291,7 +291,7 @@ impl SlowWatch {
         }
     }
 
-    /// A call is about to be given up: it timed out, or its caller is gone or has cancelled it.
+    /// Handles a call that is about to be given up: it timed out, or its caller is gone or has cancelled it.
     #[inline]
     pub fn given_up(&mut self, around: Around<'_>, key: CallKey) {
         if self.lowest_ns().is_some() {
@@ -328,8 +328,8 @@ impl SlowWatch {
         self.end(around, (key, call), end);
     }
 
-    /// An inline call has ended. `errors` and `waited_ms` are the errors so far, and how long the connection of
-    /// the call waited.
+    /// Handles an inline call that has ended. `errors` is the number of errors so far, and `waited_ms` how long the
+    /// connection of the call waited.
     #[inline]
     pub fn inline_ended(
         &mut self,

@@ -26,7 +26,7 @@ fn deaths_of_programs_and_pool_processes_are_death_records() {
     for line in [
         "SIGSEGV",
         "exit code",
-        "is no answer",
+        "no valid answer",
         "ended by SIGKILL",
         "descriptor 3",
     ] {
@@ -43,7 +43,7 @@ fn deaths_of_programs_and_pool_processes_are_death_records() {
             json!("\u{ff}\u{ff}\u{ff}\u{7f}"),
             None,
             Some("SIGKILL"),
-            "is no answer",
+            "no valid answer",
         ),
         (
             "hang_up",

@@ -56,7 +56,7 @@ fn a_program_that_says_when_it_is_ready_is_waited_for() {
     }
 }
 
-/// It counts as ready before it is, and gets a call that it reads only after its ready message.
+/// The program counts as ready before it is. So it gets a call before it has sent its ready message.
 #[test]
 fn a_word_of_being_ready_that_comes_late_costs_no_call() {
     let dir = Dir::new();

@@ -1,8 +1,8 @@
 //! Ends a program of a pool, and decides what happens to its calls.
 //!
-//! A call that the program has read is answered with `crashed`. A call that it has not read, which the
-//! kernel knows, goes to another program. The wait for an end is limited to the time that a process needs
-//! to die.
+//! A call that the program has read is answered with `crashed`. A call that the program has not read goes to another
+//! program. The kernel's count of unread bytes tells which calls these are. The wait for an end is limited to the
+//! time that a process needs to die.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 
 use super::{Absence, EXIT_GRACE, Leaver, Phase, ProgramSupervisor};
 use crate::config::StackSignal;
+use crate::handler::job_attempt::{JobAttempt, ProgramEnd};
 use crate::handler::pool::definition::ProgramExit;
 use crate::handler::pool::dispatcher::SupervisorEvent;
 use crate::handler::pool::entry::{Entry, Recall, Why};
@@ -22,8 +23,21 @@ use crate::handler::pool::program_record::ProgramState;
 use crate::protocol::call_id::CallId;
 use crate::protocol::code::Code;
 use crate::protocol::rpc_error::RpcError;
+use crate::sys::memory::oom_kill_count;
 use crate::sys::process::{Exit, Pid, ReapedChild, monotonic_ms, unix_seconds};
 use crate::throttle::Millis;
+
+/// Returns whether another process has ended it, and not a fault of its own.
+fn is_from_outside(child: ReapedChild) -> bool {
+    let signals = [
+        Signal::SIGKILL,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGHUP,
+    ];
+    (signals.iter()).any(|signal| child.exit.is_signal(*signal))
+}
 
 impl ProgramSupervisor {
     /// Ends a process that has closed its socket or must go. Returns how it ended, as a text and as a
@@ -49,7 +63,7 @@ impl ProgramSupervisor {
                 };
                 format!("was ended by {exit}{hint}")
             }
-            None => "hangs".into(),
+            None => "did not exit after SIGKILL".into(),
         };
         (what, ended)
     }
@@ -60,7 +74,7 @@ impl ProgramSupervisor {
         &self,
         (pid, since): (Pid, Millis),
         ended: Option<ReapedChild>,
-        running: Option<(usize, CallId)>,
+        running: Option<(usize, CallId, u128)>,
         reason: &str,
     ) {
         let killed = Exit::Signal {
@@ -71,8 +85,9 @@ impl ProgramSupervisor {
             pid,
             exit: ended.map_or(killed, |child| child.exit),
             uptime_ms: monotonic_ms().saturating_sub(since),
-            method: running.map(|(method, _)| method),
-            call: running.map(|(_, call)| call),
+            method: running.map(|(method, ..)| method),
+            call: running.map(|(_, call, _)| call),
+            job: running.map_or(0, |(.., job)| job),
             rss_bytes: ended.map_or(0, |child| child.peak_rss_bytes),
             reason: reason.to_owned(),
             at: unix_seconds(),
@@ -93,10 +108,11 @@ impl ProgramSupervisor {
         let name = &pool.name;
         let pid = serving.process.pid();
         let health = serving.usage.health(now);
+        let oom_kills = serving.process.oom_kills;
         let (what, ended) = match why {
             Why::Died => self.how_it_ended(serving.process, now),
             Why::Broken(problem) => (
-                format!("is killed, for what it sent is no answer: {problem}"),
+                format!("was killed, because it sent no valid answer: {problem}"),
                 serving.process.end(now),
             ),
             Why::GivenUp | Why::Leaving => (String::new(), serving.process.end(now)),
@@ -108,13 +124,37 @@ impl ProgramSupervisor {
             (Why::Died, Some(Exit::Code(_))) => ProgramExit::Exit,
             (Why::Died, _) => ProgramExit::Signal,
         });
+        // If we have killed it, SIGKILL says nothing about the cause.
+        let is_killed = what.starts_with("was ended by") && ended.is_some_and(is_from_outside);
+        let is_sigkill = ended.is_some_and(|child| child.exit.is_signal(Signal::SIGKILL));
+        // The OOM killer may have killed other processes meanwhile, so this is not certain.
+        let is_out_of_memory =
+            is_killed && is_sigkill && oom_kills.is_some() && oom_kills < oom_kill_count();
+        let end = match why {
+            Why::Died if is_out_of_memory => ProgramEnd::SharedFault,
+            Why::Died if is_killed => ProgramEnd::Killed,
+            Why::Died | Why::Broken(_) if parallel.len() > 1 => ProgramEnd::SharedFault,
+            Why::Died => ProgramEnd::Fault,
+            Why::Broken(_) => ProgramEnd::None,
+            // If an attempt was given up, its own state says why it has ended.
+            Why::GivenUp | Why::Leaving => ProgramEnd::Other,
+        };
+        for entry in running.iter().chain(&parallel) {
+            if let Some(attempt) = &entry.call.state.identity().attempt {
+                attempt.set_program_end(end);
+            }
+        }
         let left_unread = connection.wire.was_left_unread();
         let last = running.iter().chain(&parallel).next();
-        let last = last.map(|Entry { job, .. }| (job.method, job.state.identity().id()));
-        let method = last.map(|(method, _)| method);
+        let last = last.map(|Entry { call, .. }| {
+            let identity = call.state.identity();
+            let job = identity.attempt.as_deref().map_or(0, JobAttempt::bits);
+            (call.method, identity.id(), job)
+        });
+        let method = last.map(|(method, ..)| method);
         if *why != Why::Leaving {
             let reason = match &*what {
-                "" => "is killed: its caller had left, or its timeout was over",
+                "" => "was killed: its caller had left, or its timeout was over",
                 what => what,
             };
             self.record_death((pid, serving.since), ended, last, reason);
@@ -157,7 +197,7 @@ impl ProgramSupervisor {
         if what.is_empty() {
             let registry = &self.post.registry;
             if method.is_some_and(|method| registry.methods()[method].kills_abandoned) {
-                // Without this delay clients could keep all programs in their start.
+                // Without this delay, clients could have all programs killed again and again.
                 self.due = self.throttle.death(Some(health), &self.rules.throttle, now);
                 self.last_end = "was killed for an abandoned call".to_owned();
             }
@@ -170,7 +210,8 @@ impl ProgramSupervisor {
             let method = method.map_or("a call", |method| self.post.registry.name(method));
             log::log!(
                 level,
-                "pool {name} [{pid}]: is killed while it runs {method}: its caller has left, or its timeout is over"
+                "pool {name} [{pid}]: the program was killed while it ran {method}: its caller had left, or its \
+                 timeout was over"
             );
             return;
         }
@@ -185,13 +226,13 @@ impl ProgramSupervisor {
         );
     }
 
-    /// Lets a call that has not begun wait for another program, but only once: it may be the reason why
+    /// Lets a call that has not begun wait for another program, but only once, because it may be the reason why
     /// programs die.
     fn answer_or_repeat(&self, entry: Entry, unbegun: bool, error: RpcError) {
         if !unbegun || entry.returned {
             self.post.reports.send(entry.done(Some(Err(error)), None));
-        } else if entry.job.state.wait_again() {
-            self.report(SupervisorEvent::Again(entry.job));
+        } else if entry.call.state.wait_again() {
+            self.report(SupervisorEvent::Again(entry.call));
         } else {
             self.post.reports.send(entry.done(None, None));
         }
@@ -215,14 +256,15 @@ impl ProgramSupervisor {
         self.report(SupervisorEvent::Gone);
     }
 
-    /// Lets the program that served exit. The end of its socket was its order.
+    /// Lets the program that served exit. Its socket was closed, which is the order to exit.
     pub(super) fn retire(&mut self, now: Millis) {
         if let Some(serving) = self.serving.take() {
             self.throttle
                 .record_ready_time(Some(serving.usage.health(now)));
             let exit = match () {
                 () if self.absence == Absence::Asleep => ProgramExit::Idle,
-                () if self.phase >= Phase::Leaving => ProgramExit::Ordered,
+                // In `Resting` too: a process that leaves takes its programs back before it ends them.
+                () if self.phase >= Phase::Resting => ProgramExit::Ordered,
                 () => ProgramExit::Recycled,
             };
             self.dismiss(serving.process, exit, (EXIT_GRACE, now));
@@ -238,7 +280,7 @@ impl ProgramSupervisor {
         (grace, now): (Millis, Millis),
     ) {
         self.post.pool.count_exit(exit);
-        // There are few of them. One that does not exit makes room for the next.
+        // At most two programs exit at a time: the oldest one is killed when a third one must exit.
         if self.leavers.len() > 1 {
             self.leavers.remove(0).process.end(now);
         }
@@ -254,7 +296,7 @@ impl ProgramSupervisor {
         if let Some(fresh) = self.fresh.take() {
             self.dismiss(fresh.process, ProgramExit::Ordered, (grace, now));
         }
-        // Its program is on its way to the event loop.
+        // The event loop has not read yet that this program is ready, and drops it.
         if let Some(serving) = self.serving.take() {
             self.dismiss(serving.process, ProgramExit::Ordered, (grace, now));
         }

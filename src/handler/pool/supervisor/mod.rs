@@ -1,10 +1,10 @@
 //! Supervises one program of a pool in a thread: starts it, lets it serve, and ends it with all that it has
 //! started.
 //!
-//! A ready program goes with its socket to the `dispatcher`, which is part of the event loop. It comes back when
-//! the supervisor has asked for it, or when it cannot serve any more: it sent an invalid answer, closed its
-//! socket, or its call was given up. Whatever takes time is done here, because the event loop must not
-//! wait. The thread waits in poll(2) until the next deadline. Calls do not wake it.
+//! The supervisor passes a ready program and its socket to the `dispatcher`, which is part of the event loop. The
+//! dispatcher gives the program back if the supervisor asks for it, or if it cannot serve any more: it sent an
+//! invalid answer, closed its socket, or its call was given up. Every step that takes time is done here, because the
+//! event loop must not wait. The thread waits in poll(2) until the next deadline. Calls do not wake it.
 
 mod ending;
 mod starting;
@@ -45,7 +45,7 @@ struct Serving {
     since: Millis,
     usage: ProgramUsage,
     tally: Arc<Tally>,
-    /// Why it was asked back, until it comes.
+    /// Why the program was asked back; `None` once it has come back.
     asked: Option<Recall>,
     /// Whether the dispatcher knows that it has ended.
     told_end: bool,
@@ -90,11 +90,11 @@ pub(super) struct SupervisorSetup {
     pub boot: Option<Arc<Boot>>,
     /// Whether the first program waits until it may serve.
     pub is_held: bool,
-    /// Where it reserves room for a second program; `None` if there is no limit.
+    /// The room for a second program, which the supervisor must reserve; `None` if there is no limit.
     pub spare: Option<Arc<SpareRoom>>,
 }
 
-/// How far a supervisor is. It never goes back.
+/// The phase of a supervisor. It never returns to an earlier phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
     /// Starts, replaces and ends programs.
@@ -111,11 +111,11 @@ enum Phase {
 /// Why there is no program, as the dispatcher knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Absence {
-    /// It is there, or about to be.
+    /// There is a program, or one is being started.
     None,
-    /// It is not started for a while, because programs have died.
+    /// No program is started for a while, because programs have died.
     Down,
-    /// It was ended because it was idle, and is started for the next call.
+    /// The program was ended because it was idle. The next call starts it.
     Asleep,
 }
 
@@ -130,7 +130,7 @@ pub(super) struct ProgramSupervisor {
     /// No program is started before this time.
     due: Millis,
     absence: Absence,
-    /// Why the last program ended, for calls that get no program.
+    /// Why the last program ended, for the answers to calls that get no program.
     last_end: String,
     began: Millis,
     /// Whether a program was ever ready.
@@ -139,7 +139,7 @@ pub(super) struct ProgramSupervisor {
     kills: Limiter,
     phase: Phase,
     has_spare: bool,
-    /// Whether there is no room for a second program.
+    /// Whether it waits until there is room for a second program.
     waits_for_room: bool,
 }
 
@@ -195,7 +195,7 @@ impl ProgramSupervisor {
             }
             self.show();
             self.wait(now);
-            self.judge();
+            self.handle_events();
         }
     }
 
@@ -344,7 +344,7 @@ impl ProgramSupervisor {
         if !mem::replace(&mut self.proven, true)
             && let Some(boot) = &self.post.boot
         {
-            boot.one_is_ready();
+            boot.record_ready();
         }
     }
 
@@ -425,7 +425,7 @@ impl ProgramSupervisor {
     }
 
     /// Handles what was read, ends of programs, and deadlines.
-    fn judge(&mut self) {
+    fn handle_events(&mut self) {
         let now = now();
         let mut at = 0;
         while let Some(leaver) = self.leavers.get_mut(at) {
@@ -439,7 +439,7 @@ impl ProgramSupervisor {
             }
             at += 1;
         }
-        self.judge_fresh(now);
+        self.handle_fresh(now);
         if let Some(serving) = &mut self.serving
             && serving.process.has_ended
             && !mem::replace(&mut serving.told_end, true)

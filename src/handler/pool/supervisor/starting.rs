@@ -27,7 +27,7 @@ impl ProgramSupervisor {
             }
             return self.start(now);
         }
-        // The next try is at `due`, even if there is no room before.
+        // The next attempt is at `due`, so do not wait for room before that.
         self.waits_for_room = false;
         // While the system has no room for a program, calls wait.
         if self.throttle.refused_forks() == 0 && self.absence != Absence::Down {
@@ -77,7 +77,7 @@ impl ProgramSupervisor {
                     has_spoken: false,
                 });
             }
-            // The order to exit is on its way.
+            // The process exits: the order for that follows.
             Err(NotStarted::Leaving) => self.due = Millis::MAX,
             Err(NotStarted::Refused(error)) if error.is_temporary() => {
                 let in_time = self.proven || now < self.began + self.post.pool.first_boot();
@@ -122,7 +122,7 @@ impl ProgramSupervisor {
         }
     }
 
-    /// Returns the most time until a program is ready.
+    /// Returns the longest time until a program is ready.
     pub(super) fn boot_limit(&self) -> Millis {
         if self.proven {
             self.rules.boot
@@ -178,7 +178,7 @@ impl ProgramSupervisor {
         )
     }
 
-    pub(super) fn judge_fresh(&mut self, now: Millis) {
+    pub(super) fn handle_fresh(&mut self, now: Millis) {
         let (limit, depth) = (self.post.pool.limit, self.post.pool.depth);
         let must_say = self.rules.handshake;
         let Some(fresh) = &mut self.fresh else {

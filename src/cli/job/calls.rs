@@ -1,0 +1,158 @@
+//! Enqueues a job, waits for its end and cancels jobs: calls over a listener.
+//!
+//! A wait continues on a new connection if the old one ends, because it changes nothing. A job that is dead or
+//! cancelled is [`Error::Refused`].
+
+use std::time::{Duration, Instant};
+
+use serde_json::value::RawValue;
+
+use super::options::EnqueueArgs;
+use crate::cli::call::{params_of, refusal};
+use crate::cli::target::TargetArgs;
+use crate::client::{Client, ClientError, EnqueueOptions, new_job_id};
+use crate::config::Overrides;
+use crate::error::{Error, Result};
+use crate::protocol::code::Code;
+
+/// The longest wait for an answer to a call that does not wait for a job.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// A wait that ends earlier than this counts as failed. This many failures in a row are an error. Otherwise
+/// a server that closes each connection would be called without end.
+const SHORT_WAIT: Duration = Duration::from_secs(1);
+const MOST_SHORT_WAITS: u32 = 3;
+
+/// Stores a job. Returns its id, or with `--wait` its result.
+pub(crate) fn enqueue(args: &EnqueueArgs, overrides: &Overrides) -> Result<String> {
+    let text = params_of(&args.params)?;
+    let params: &RawValue = serde_json::from_str(&text)
+        .map_err(|error| Error::Usage(format!("PARAMS is not JSON: {error}")))?;
+    let address = args.target.address(overrides)?;
+    let id = match &args.id {
+        Some(id) => id.clone(),
+        None => new_job_id()?,
+    };
+    let options = EnqueueOptions {
+        id: Some(id.clone()),
+        key: args.key.clone(),
+        delay: args.delay,
+        at_ms: args.at,
+        priority: args.priority,
+        ..EnqueueOptions::default()
+    };
+    let mut client = Client::connect(&address, Some(ANSWER_LIMIT))?;
+    let stored = client.enqueue_with(&args.method, params, &options);
+    let job = stored.map_err(|error| unclear(&args.method, &id, error))?;
+    drop(client);
+    match args.wait {
+        true => wait_at(&address, job.id()),
+        false => Ok(job.id().to_owned()),
+    }
+}
+
+/// Returns the error of an enqueue. If the job may be stored, it says how to find out.
+fn unclear(method: &str, id: &str, error: ClientError) -> Error {
+    let may_be_stored = !error.is_safe_to_repeat();
+    let hint = format!("\nthe job may be stored; the same command with --id {id} stores it once");
+    match error {
+        ClientError::Refused(error) if may_be_stored => {
+            Error::Refused(refusal(method, &error) + &hint)
+        }
+        ClientError::Refused(error) => Error::Refused(refusal(method, &error)),
+        error if may_be_stored => Error::Protocol(error.to_string() + &hint),
+        error => error.into(),
+    }
+}
+
+/// Waits until a job has ended. Returns its result.
+pub(crate) fn wait(job: &str, target: &TargetArgs, overrides: &Overrides) -> Result<String> {
+    wait_at(&target.address(overrides)?, job)
+}
+
+fn wait_at(address: &str, job: &str) -> Result<String> {
+    let mut short = 0;
+    loop {
+        let begun = Instant::now();
+        let mut client = Client::connect(address, None)?;
+        let error = match client.wait_job::<Box<RawValue>>(job) {
+            Ok(result) => return Ok(result.get().to_owned()),
+            Err(error) => error,
+        };
+        short = if begun.elapsed() < SHORT_WAIT {
+            short + 1
+        } else {
+            0
+        };
+        if !has_lost_connection(&error) || short == MOST_SHORT_WAITS {
+            return Err(failed("job wait", error));
+        }
+    }
+}
+
+/// Returns whether the wait can continue on another connection.
+fn has_lost_connection(error: &ClientError) -> bool {
+    match error {
+        ClientError::NotSent(_) | ClientError::Gone(_) | ClientError::Closed => true,
+        ClientError::Refused(error) => {
+            matches!(error.table_code(), Some(Code::Stopping | Code::Crashed))
+        }
+        _ => false,
+    }
+}
+
+/// Cancels jobs. Returns a line for each.
+///
+/// # Errors
+/// The first error. The jobs before it are cancelled.
+pub(crate) fn cancel(
+    jobs: &[String],
+    target: &TargetArgs,
+    overrides: &Overrides,
+) -> Result<String> {
+    let mut client = Client::connect(&target.address(overrides)?, Some(ANSWER_LIMIT))?;
+    let mut lines = Vec::new();
+    for job in jobs {
+        let cancelled = client.cancel_job(job);
+        lines.push(match cancelled.map_err(|error| failed(job, error))? {
+            true => format!("{job} cancelled, or asked to end if it was running"),
+            false => format!("{job} had ended before"),
+        });
+    }
+    Ok(lines.join("\n"))
+}
+
+fn failed(what: &str, error: ClientError) -> Error {
+    match error {
+        ClientError::Refused(error) => Error::Refused(refusal(what, &error)),
+        error => error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::rpc_error::RpcError;
+    use std::io;
+
+    #[test]
+    fn an_enqueue_that_may_be_stored_says_how_to_repeat_it() {
+        let refused =
+            |code, started| ClientError::Refused(RpcError::of(code, "no answer", started));
+        let gone = || ClientError::Gone(io::ErrorKind::ConnectionReset.into());
+        for (error, code, is_told) in [
+            (refused(Code::Unavailable, true), 1, true),
+            (refused(Code::Unavailable, false), 1, false),
+            (gone(), 69, true),
+        ] {
+            let error = unclear("mail", "ID", error);
+            assert_eq!(error.exit_code(), code, "{error}");
+            let text = error.to_string();
+            assert_eq!(
+                text.contains("the same command with --id ID"),
+                is_told,
+                "{text}"
+            );
+        }
+    }
+}

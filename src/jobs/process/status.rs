@@ -1,0 +1,180 @@
+//! Publishes what `status` and the metrics show of the store: its state, and the counts of each queue.
+//!
+//! The counts are read once per second. If reading them takes long, they are read less often.
+
+use super::core::JobsCore;
+use super::store_event::{ReadReply, ReadRequest};
+use super::ticket::Ticket;
+use crate::jobs::policy::UnixMs;
+use crate::jobs::store::error::StoreError;
+use crate::jobs::store::request::{QueueCounts, StoreCounts, StoreFacts};
+use crate::protocol::control::{JobsStatus, QueueStatus};
+use crate::sys::process::{Pid, unix_time_ms};
+
+/// The part of the time of the reading thread that counts may take, as its reciprocal.
+const COUNT_SHARE: u64 = 20;
+
+/// The largest number of queues without a method that the log names.
+const MOST_UNSERVED: usize = 100;
+
+/// Reads the counts.
+pub fn count(core: &mut JobsCore) {
+    // While this process drains, its successor writes the status.
+    let is_due = !core.is_counting && core.now_ms >= core.count_times.1;
+    if core.store.opened.is_some() && !core.is_draining && is_due {
+        core.is_counting = true;
+        core.count_times.0 = core.now_ms;
+        core.store.read(ReadRequest::Counts, Ticket::Counts);
+    }
+}
+
+/// Handles the counts.
+pub fn counted(core: &mut JobsCore, read: Result<ReadReply, StoreError>) {
+    core.is_counting = false;
+    let took_ms = core.now_ms.saturating_sub(core.count_times.0);
+    core.count_times.1 = core.now_ms + COUNT_SHARE * took_ms;
+    if let Ok(ReadReply::Counts(counts)) = read {
+        core.counts = counts;
+        log_unserved(core);
+    }
+    publish(core);
+}
+
+/// Logs each queue with jobs whose method this generation does not have, once. No process runs these jobs.
+fn log_unserved(core: &mut JobsCore) {
+    let is_served = |method: &str| core.registry.find(method, false).is_some();
+    let queues = core.counts.queues.iter();
+    let unserved = queues.filter(|queue| queue.waiting > 0 && !is_served(&queue.method));
+    let unserved: Vec<&QueueCounts> = unserved.take(MOST_UNSERVED).collect();
+    for queue in &unserved {
+        if !core.unserved.contains(&queue.method) {
+            log::warn!(
+                "queue has jobs, but no method of this name exists method={} waiting={}",
+                queue.method,
+                queue.waiting
+            );
+        }
+    }
+    core.unserved = unserved.iter().map(|it| it.method.clone()).collect();
+}
+
+/// Publishes the last counts and the state of the store.
+pub fn publish(core: &JobsCore) {
+    let (Some(counters), Some(opened)) = (&core.counters, &core.store.opened) else {
+        return;
+    };
+    let instance = core.instance.to_string();
+    let view = StoreView {
+        facts: &opened.facts,
+        state: core.store.state.name(),
+        pid: Pid::current().0,
+        instance: &instance,
+        now: unix_time_ms(),
+    };
+    let is_served = |method: &str| core.registry.find(method, false).is_some();
+    counters.publish(jobs_status(&view, &core.counts, is_served));
+}
+
+/// What the jobs process knows besides the counts.
+#[derive(Debug, Clone, Copy)]
+struct StoreView<'a> {
+    facts: &'a StoreFacts,
+    /// up, away, full or broken.
+    state: &'static str,
+    pid: i32,
+    instance: &'a str,
+    now: UnixMs,
+}
+
+/// Describes the store. `is_served` says whether this generation has a method.
+fn jobs_status(
+    view: &StoreView<'_>,
+    counts: &StoreCounts,
+    is_served: impl Fn(&str) -> bool,
+) -> JobsStatus {
+    let age = |due: Option<UnixMs>| due.map(|due| view.now.saturating_sub(due));
+    let sum = |count: fn(&QueueCounts) -> u64| counts.queues.iter().map(count).sum();
+    let queue = |queue: &QueueCounts| QueueStatus {
+        method: queue.method.clone(),
+        waiting: queue.waiting,
+        due: queue.due,
+        running: queue.running,
+        dead: queue.dead,
+        oldest_due_ms: age(queue.oldest_due_ms),
+        paused: queue.is_paused,
+        served: is_served(&queue.method),
+    };
+    let oldest = counts.queues.iter().filter_map(|queue| queue.oldest_due_ms);
+    JobsStatus {
+        store: view.facts.location.clone(),
+        engine: view.facts.engine.to_owned(),
+        state: view.state.to_owned(),
+        durable: view.facts.is_durable,
+        pid: Some(view.pid),
+        instance: Some(view.instance.to_owned()),
+        waiting: sum(|queue| queue.waiting),
+        due: sum(|queue| queue.due),
+        oldest_due_ms: age(oldest.min()),
+        running: sum(|queue| queue.running),
+        dead: sum(|queue| queue.dead),
+        methods: counts.queues.iter().map(queue).collect(),
+        ..JobsStatus::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> StoreFacts {
+        StoreFacts {
+            engine: "sqlite",
+            location: "/jobs.db".into(),
+            schema: (1, 0),
+            is_durable: true,
+            waiting: 0,
+            running: 0,
+        }
+    }
+
+    fn status(queues: Vec<QueueCounts>) -> JobsStatus {
+        let facts = facts();
+        let view = StoreView {
+            facts: &facts,
+            state: "up",
+            pid: 7,
+            instance: "ID",
+            now: 10_000,
+        };
+        jobs_status(&view, &StoreCounts { queues }, |method| method == "a")
+    }
+
+    #[test]
+    fn the_status_sums_the_queues_and_names_those_without_a_method() {
+        let queue = |method: &str, oldest| QueueCounts {
+            method: method.into(),
+            waiting: 2,
+            due: 1,
+            running: 1,
+            dead: 3,
+            oldest_due_ms: oldest,
+            is_paused: method == "b",
+        };
+        let status = status(vec![
+            queue("a", Some(9_000)),
+            queue("b", Some(4_000)),
+            queue("c", None),
+        ]);
+        assert_eq!(
+            (status.waiting, status.due, status.running, status.dead),
+            (6, 3, 3, 9)
+        );
+        assert_eq!(status.oldest_due_ms, Some(6_000));
+        let flags: Vec<_> = status
+            .methods
+            .iter()
+            .map(|it| (it.paused, it.served))
+            .collect();
+        assert_eq!(flags, [(false, true), (true, false), (false, false)]);
+    }
+}
